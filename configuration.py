@@ -1,0 +1,223 @@
+"""Whether a composed configuration makes sense, and what to say if not. Imports no heavy library.
+
+The YAML files under config/ are the only list of keys there is: a key is known if one of them has it.
+"""
+
+import re
+from functools import cache
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from preference_datasets import find_dataset
+from utils import UserError, nearest
+
+CONFIG_DIR = Path(__file__).parent / "config"
+GROUPS = ("model", "loss", "trainer")
+# Sections whose keys are another library's, and so not listed in our files.
+OPEN_SECTIONS = ("model.from_config", "optimizer_kwargs")
+OPTIMIZERS = ("RMSprop", "AdamW", "Adam", "SGD")
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def force_open_sections(arguments: list[str]) -> list[str]:
+    """Command-line arguments in which overrides inside open sections may name new keys without Hydra's leading +."""
+    return [f"++{text}" if text.startswith(tuple(f"{name}." for name in OPEN_SECTIONS)) else text for text in arguments]
+
+
+# ---- errors of composition ----------------------------------------------------------------------------------------------
+
+
+@cache
+def known_keys() -> frozenset[str]:
+    """Dotted names of all keys and groups of the YAML files."""
+    keys = set(GROUPS) | _leaves(OmegaConf.load(CONFIG_DIR / "config.yaml"))
+    for group in GROUPS:
+        for file in (CONFIG_DIR / group).glob("*.yaml"):
+            if "@package _global_" not in file.read_text():
+                keys |= {f"{group}.{key}" for key in _leaves(OmegaConf.load(file))}
+    return frozenset(key for key in keys if not key.startswith(("hydra", "defaults")) and ".defaults" not in key)
+
+
+def _leaves(config, prefix: str = "") -> set[str]:
+    """Dotted names of the leaves of a configuration; an empty section is a leaf."""
+    leaves: set[str] = set()
+    for key in config:
+        node = config._get_node(key)
+        if isinstance(node, DictConfig) and not node._is_none() and len(node):
+            leaves |= _leaves(node, f"{prefix}{key}.")
+        else:
+            leaves.add(f"{prefix}{key}")
+    return leaves
+
+
+def explain_composition_error(error: Exception) -> str:
+    """One message for what Hydra or OmegaConf found wrong with an override, with the nearest name that exists."""
+    text = str(error)
+    if match := re.search(r"Could not override '([^']+)'", text):
+        return _unknown_key(match[1])
+    if match := re.search(r"Could not find '(\w+)/([^']+)'", text):
+        group, choice = match.groups()
+        return f"{group}={choice}: there is no such {group}; {nearest(choice, choices_of(group))}"
+    if match := re.search(r"Missing mandatory value: ([\w.]+)", text):
+        return f"{match[1]}: not given. Expected a value on the command line: {match[1]}=..."
+    return "\n".join(part for part in (text, str(error.__cause__ or "")) if part)
+
+
+def _unknown_key(key: str) -> str:
+    if key in known_keys():
+        group, name = key.split(".", 1)
+        owners = [choice for choice in choices_of(group) if name in OmegaConf.load(CONFIG_DIR / group / f"{choice}.yaml")]
+        return f"{key}: this {group} has no such key. It belongs to {group}={', '.join(owners)}."
+    return f"{key}: no such key; {nearest(key, known_keys())}"
+
+
+def choices_of(group: str) -> list[str]:
+    """The names that `group=NAME` may take."""
+    return sorted(file.stem for file in (CONFIG_DIR / group).glob("*.yaml") if file.stem != "base_model")
+
+
+# ---- errors of values ---------------------------------------------------------------------------------------------------
+
+
+def check_config(config: DictConfig, overrides: list[str] = (), choices: dict[str, str] | None = None) -> None:
+    """Raise UserError, with one message, for the first thing in a composed configuration that cannot work.
+
+    `overrides` are the command line's, `choices` say which file each group was composed from: with them keys that were
+    added with a leading + are checked against the files.
+    """
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing:
+        raise UserError(f"{missing[0]}: not given. Expected a value on the command line: {missing[0]}=...")
+    if any(text.startswith("+") for text in overrides):
+        _check_added_keys(config, choices or {})
+    _check_numbers(config)
+    _check_choices(config)
+    _check_loss(config)
+    _check_sizes(config)
+    _check_paths(config)
+
+
+def _check_added_keys(config: DictConfig, choices: dict[str, str]) -> None:
+    from hydra import compose
+
+    pristine = compose("config", overrides=[f"{group}={choices[group]}" for group in GROUPS if group in choices])
+    for key in sorted(_leaves(config) - _leaves(pristine)):
+        if not key.startswith(OPEN_SECTIONS):
+            raise UserError(_unknown_key(key))
+
+
+def _require(sound: bool, key: str, found, expected: str) -> None:
+    if not sound:
+        raise UserError(f"{key}: found {found!r}, expected {expected}.")
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value == value
+
+
+COUNTS = ("batch_size", "eval_batch_size", "gradient_accumulation_steps", "max_length", "max_prompt_length", "eval_every")
+OPTIONAL_COUNTS = ("n_epochs", "n_examples", "n_eval_examples")
+COUNTS_FROM_ZERO = ("warmup_steps", "n_eval_model_samples", "seed")
+SWITCHES = (
+    "debug", "wandb.enabled", "sample_during_eval", "do_first_eval", "activation_checkpointing", "save_policy_pt",
+    "model.trust_remote_code",
+)  # fmt: skip
+
+
+def _check_numbers(config: DictConfig) -> None:
+    for key in (*COUNTS, *OPTIONAL_COUNTS, *COUNTS_FROM_ZERO):
+        value = OmegaConf.select(config, key)
+        least = 0 if key in COUNTS_FROM_ZERO else 1
+        whole = isinstance(value, int) and not isinstance(value, bool) and value >= least
+        may_be_null = key in OPTIONAL_COUNTS
+        _require(whole or (may_be_null and value is None), key, value, f"a whole number from {least}" + " or null" * may_be_null)
+    for key in ("lr", "max_grad_norm"):
+        _require(_is_number(config[key]) and config[key] > 0, key, config[key], "a number above 0")
+    interval = config.minimum_log_interval_secs
+    _require(_is_number(interval) and interval >= 0, "minimum_log_interval_secs", interval, "a number of seconds from 0")
+    share = config.held_out_share
+    _require(_is_number(share) and 0 <= share < 1, "held_out_share", share, "a share from 0 to below 1")
+    for key in SWITCHES:
+        value = OmegaConf.select(config, key)
+        _require(isinstance(value, bool), key, value, "true or false")
+
+
+def _check_choices(config: DictConfig) -> None:
+    if config.optimizer not in OPTIMIZERS:
+        raise UserError(f"optimizer: no optimizer {config.optimizer!r}; {nearest(str(config.optimizer), OPTIMIZERS)}")
+    for key in ("model.policy_dtype", "model.reference_dtype", "model.fsdp_policy_mp"):
+        value = OmegaConf.select(config, key)
+        if value not in DTYPES and not (value is None and key == "model.fsdp_policy_mp"):
+            raise UserError(f"{key}: no dtype {value!r}; {nearest(str(value), DTYPES)}")
+    modes = (None, "keep_start", "keep_end", "drop")
+    _require(config.truncation_mode in modes, "truncation_mode", config.truncation_mode, "keep_start, keep_end, drop or null")
+    if config.trainer.name not in choices_of("trainer"):
+        raise UserError(f"trainer.name: no trainer {config.trainer.name!r}; {nearest(str(config.trainer.name), choices_of('trainer'))}")
+    if config.trainer.name != "BasicTrainer":
+        raise UserError(f"trainer={config.trainer.name}: not available yet. Use trainer=BasicTrainer.")
+
+
+def _check_loss(config: DictConfig) -> None:
+    loss = config.loss
+    names = {"sft", "dpo", "ipo"}
+    if loss.name not in names:
+        raise UserError(f"loss.name: no loss {loss.name!r}; {nearest(str(loss.name), names)}")
+    if loss.name == "sft":
+        return
+    _require(_is_number(loss.beta) and loss.beta > 0, "loss.beta", loss.beta, "a number above 0: at 0 the loss never changes")
+    if loss.name == "ipo":
+        _require(isinstance(loss.length_normalised, bool), "loss.length_normalised", loss.length_normalised, "true or false")
+        return
+    smoothing = loss.label_smoothing
+    _require(_is_number(smoothing) and 0 <= smoothing < 0.5, "loss.label_smoothing", smoothing, "a share from 0 to below 0.5")
+    _require(isinstance(loss.reference_free, bool), "loss.reference_free", loss.reference_free, "true or false")
+    if loss.mode_loss not in ("DPO", "beta_DPO"):
+        raise UserError(f"loss.mode_loss: no mode {loss.mode_loss!r}; {nearest(str(loss.mode_loss), ('DPO', 'beta_DPO'))}")
+    if loss.mode_loss == "beta_DPO":
+        _check_beta_dpo(config)
+
+
+def _check_beta_dpo(config: DictConfig) -> None:
+    loss = config.loss
+    _require(not loss.reference_free, "loss.reference_free", True, "false: beta_DPO measures its margins against the reference")
+    _require(_is_number(loss.a) and loss.a >= 0, "loss.a", loss.a, "a number from 0")
+    ratio = loss.mode_weight
+    _require(_is_number(ratio) and 0 <= ratio < 1, "loss.mode_weight", ratio, "a share from 0 to below 1")
+    size = config.batch_size // config.gradient_accumulation_steps
+    if int(size * (1 - ratio)) == 0:
+        raise UserError(
+            f"loss.mode_weight: found {ratio}, which keeps none of the {size} pairs of a micro-batch (batch_size "
+            f"{config.batch_size}, gradient_accumulation_steps {config.gradient_accumulation_steps}, 1 process). "
+            "Lower it, or make the micro-batches larger."
+        )
+
+
+def _check_sizes(config: DictConfig) -> None:
+    size, pieces = config.batch_size, config.gradient_accumulation_steps
+    if size % pieces:
+        raise UserError(f"batch_size: found {size}, expected a multiple of gradient_accumulation_steps, which is {pieces}.")
+    if config.eval_every < size:
+        raise UserError(f"eval_every: found {config.eval_every}, expected at least batch_size, which is {size}; both count examples.")
+    if config.max_prompt_length >= config.max_length:
+        raise UserError(
+            f"max_prompt_length: found {config.max_prompt_length}, expected less than max_length, which is {config.max_length}: "
+            "a response needs room behind its prompt."
+        )
+    if config.n_epochs is None and config.n_examples is None:
+        raise UserError("n_epochs, n_examples: both are null, so the run would never end. Set one of them.")
+
+
+def _check_paths(config: DictConfig) -> None:
+    names = [config.datasets] if isinstance(config.datasets, str) else config.datasets
+    _require(bool(names), "datasets", config.datasets, "at least one data set")
+    for name in names:
+        find_dataset(str(name), config.held_out_share)
+    archive = config.model.archive
+    if archive and not Path(archive).exists():
+        raise UserError(f"model.archive: {archive}: no such file or directory. Paths are relative to {Path.cwd()}.")
+    model = config.model
+    if not model.name_or_path and not model.from_config.get("model_type"):
+        raise UserError("model.name_or_path: not given. Expected a hub id or a directory, or model.from_config.model_type.")
+    if not model.name_or_path and not model.tokenizer_name_or_path:
+        raise UserError("model.tokenizer_name_or_path: not given. A model from scratch needs one; byte_level is made in code.")

@@ -1,0 +1,235 @@
+"""Load tokenizer, policy and reference: from the hub, a directory, a configuration (from scratch), or an archive.
+
+Every source ends in the same place: a causal language model of transformers in the asked dtype, without dropout, so that
+policy and reference say exactly the same before the first step.
+"""
+
+import copy
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from utils import UserError
+
+BYTE_LEVEL = "byte_level"
+END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"
+# Buffers that old checkpoints of GPT-2, GPT-J and GPT-NeoX carry and current code computes by itself.
+LEGACY_BUFFERS = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq")
+
+
+# ---- tokenizer ----------------------------------------------------------------------------------------------------------
+
+
+def load_tokenizer(model_config, cache_dir: str | None = None):
+    """The tokenizer of a `model` configuration, with an end-of-sequence and a padding token.
+
+    Raises UserError where there is none, or where it has no end-of-sequence token.
+    """
+    name = model_config.tokenizer_name_or_path or model_config.name_or_path
+    if name == BYTE_LEVEL:
+        return byte_level_tokenizer()
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, cache_dir=cache_dir, trust_remote_code=model_config.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise _not_loaded("model.tokenizer_name_or_path", name, error) from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"model.tokenizer_name_or_path: {name} has no end-of-sequence token. Set eos_token in its tokenizer_config.json.")
+    if tokenizer.pad_token_id is None:
+        # Padding is told by position, never by its id, so an existing token may serve.
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def byte_level_tokenizer():
+    """A tokenizer made in code: one token for each byte of UTF-8, one that ends a text and one that pads."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={byte: index for index, byte in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT, pad_token=PAD)
+
+
+def _not_loaded(key: str, name: str, error: Exception) -> UserError:
+    return UserError(
+        f"{key}: {name} could not be loaded: {str(error).strip().splitlines()[0]} "
+        "Expected a model id of the hub (and a network, or the model in the hub library's cache) or a local directory."
+    )
+
+
+# ---- models -------------------------------------------------------------------------------------------------------------
+
+
+def load_policy_and_reference(
+    model_config, tokenizer, needs_reference: bool, cache_dir: str | None = None
+) -> tuple[nn.Module, nn.Module | None]:
+    """The model to train and, if the loss needs one, its frozen reference: the same weights, in `reference_dtype`.
+
+    Raises UserError where the model cannot be had, or the archive belongs to another architecture.
+    """
+    policy = load_model(model_config, tokenizer, cache_dir)
+    if not needs_reference:
+        return policy, None
+    reference = copy.deepcopy(policy).to(getattr(torch, model_config.reference_dtype))
+    return policy, reference.eval().requires_grad_(False)
+
+
+def load_model(model_config, tokenizer, cache_dir: str | None = None) -> nn.Module:
+    """The model of a `model` configuration on the CPU, in `policy_dtype`, without dropout, in training mode."""
+    from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    dtype = getattr(torch, model_config.policy_dtype)
+    config = model_configuration(model_config, tokenizer, cache_dir)
+    remote = {"trust_remote_code": model_config.trust_remote_code}
+    if model_config.archive:
+        with no_init_weights():
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, **remote)
+        load_archive(model, Path(model_config.archive))
+    elif model_config.name_or_path:
+        name = model_config.name_or_path
+        try:
+            model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype, cache_dir=cache_dir, **remote)
+        except (OSError, ValueError) as error:
+            raise _not_loaded("model.name_or_path", name, error) from error
+    else:
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, **remote)
+    disable_dropout(model)
+    return model.train()
+
+
+def model_configuration(model_config, tokenizer, cache_dir: str | None = None):
+    """The transformers configuration: of `name_or_path`, or made from `from_config`; `from_config` changes its values."""
+    from omegaconf import OmegaConf
+    from transformers import AutoConfig
+
+    values = OmegaConf.to_container(model_config.from_config)
+    if model_config.name_or_path:
+        name = model_config.name_or_path
+        try:
+            return AutoConfig.from_pretrained(
+                name, cache_dir=cache_dir, trust_remote_code=model_config.trust_remote_code, **values
+            )
+        except (OSError, ValueError) as error:
+            raise _not_loaded("model.name_or_path", name, error) from error
+    tokens = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    try:
+        return AutoConfig.for_model(**{"vocab_size": len(tokenizer), **tokens, **values})
+    except ValueError as error:
+        raise UserError(f"model.from_config.model_type: {values.get('model_type')!r} is not known to transformers.") from error
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout of `model` to 0: modules, and probabilities that attention reads as a number."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+def place(model: nn.Module, device: torch.device) -> nn.Module:
+    """Put `model` on the device; where there are several GPUs, its layers over them in order."""
+    if device.type != "cuda" or torch.cuda.device_count() == 1:
+        return model.to(device)
+    from accelerate import dispatch_model, infer_auto_device_map
+    from accelerate.utils import get_balanced_memory
+
+    blocks = list(model._no_split_modules or [])
+    memory = get_balanced_memory(model, no_split_module_classes=blocks)
+    return dispatch_model(model, infer_auto_device_map(model, max_memory=memory, no_split_module_classes=blocks))
+
+
+# ---- archives -----------------------------------------------------------------------------------------------------------
+
+
+def check_archive(model_config, tokenizer, cache_dir: str | None = None) -> None:
+    """Raise UserError where the archive does not fit the model, before either takes memory or time."""
+    from transformers import AutoModelForCausalLM
+
+    config = model_configuration(model_config, tokenizer, cache_dir)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=model_config.trust_remote_code)
+    path = Path(model_config.archive)
+    _check_fit(model, archive_shapes(path), path)
+
+
+def load_archive(model: nn.Module, path: Path) -> None:
+    """Load the weights of a checkpoint directory or of a `policy.pt` into `model`, whatever dtype they have."""
+    state = read_archive(path)
+    _check_fit(model, {name: tuple(tensor.shape) for name, tensor in state.items()}, path)
+    model.load_state_dict({name: state[name] for name in model.state_dict() if name in state}, strict=False)
+    model.tie_weights()
+
+
+def read_archive(path: Path) -> dict[str, Tensor]:
+    """The named weights of an archive: a directory with safetensors files, or a `.pt` file with them under "state".
+
+    Nothing is unpickled but tensors and plain values. Raises UserError for a path that holds neither.
+    """
+    if path.is_dir():
+        from safetensors.torch import load_file
+
+        return {name: tensor for file in _weight_files(path) for name, tensor in load_file(file).items()}
+    try:
+        archive = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch.load raises half a dozen types for a file that is not its own
+        raise _no_archive(path, f"it cannot be read as tensors ({str(error).strip().splitlines()[0][:120]})") from error
+    if not isinstance(archive, dict) or not isinstance(archive.get("state"), dict):
+        raise _no_archive(path, 'it has no dictionary under "state"')
+    return archive["state"]
+
+
+def archive_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every weight of an archive, read from the files' headers."""
+    if not path.is_dir():
+        return {name: tuple(tensor.shape) for name, tensor in read_archive(path).items()}
+    from safetensors import safe_open
+
+    shapes = {}
+    for file in _weight_files(path):
+        with safe_open(file, framework="pt") as weights:
+            shapes |= {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}
+    return shapes
+
+
+def _weight_files(path: Path) -> list[Path]:
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        # A name in the index is data: it may not lead out of the directory.
+        return [path / Path(name).name for name in names]
+    if (path / "model.safetensors").is_file():
+        return [path / "model.safetensors"]
+    raise _no_archive(path, "the directory has no model.safetensors")
+
+
+def _no_archive(path: Path, found: str) -> UserError:
+    return UserError(f"model.archive: {path}: {found}. Expected a checkpoint directory (step-N, LATEST) or a policy.pt of such a run.")
+
+
+def _check_fit(model: nn.Module, archive: dict[str, tuple[int, ...]], path: Path) -> None:
+    """Compare names and shapes of the weights; a tied weight may be missing, a legacy buffer may be there."""
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    missing = [name for name in expected if name not in archive and name not in tied]
+    unknown = [name for name in archive if name not in expected and not name.endswith(LEGACY_BUFFERS)]
+    differing = [
+        f"{name} is {list(archive[name])}, expected {list(expected[name])}"
+        for name in expected
+        if name in archive and archive[name] != expected[name]
+    ]
+    faults = [f"{name} is missing" for name in missing] + [f"{name} is not part of the model" for name in unknown] + differing
+    if faults:
+        listed = "".join(f"\n  {fault}" for fault in faults[:10]) + ("\n  ..." if len(faults) > 10 else "")
+        raise UserError(
+            f"model.archive: {path} does not fit {type(model).__name__} as configured; {len(faults)} of its tensors differ:{listed}\n"
+            "Choose the model preset that the archive was trained with."
+        )

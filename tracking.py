@@ -1,0 +1,219 @@
+"""Where a run's numbers go: metrics.jsonl always, the console as a progress bar or as lines, wandb if it can be had.
+
+A step hands over tensors; they are read, which makes the device wait, only when a line is due. No step is lost: what was
+kept back is written with the next line, and at the end.
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+Metrics = dict[str, float | Tensor]
+
+# metrics.jsonl name -> the short form on the console
+SHORT_NAMES = {
+    "loss/train": "loss",
+    "rewards_train/accuracies": "accuracy",
+    "rewards_train/margins": "margin",
+    "beta_DPO/beta_used": "beta",
+    "examples_per_second": "examples/s",
+}
+
+
+class Tracker:
+    """The sinks of one run. Use as a context manager; `total` is the number of training examples, for the time left."""
+
+    def __init__(self, run_dir: Path, total: int | None, min_interval: float = 1.0, wandb_run=None):
+        self.file = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
+        self.min_interval = min_interval
+        self.wandb = wandb_run
+        self.waiting: list[Metrics] = []
+        self.last_line = float("-inf")
+        self.console = _ProgressBar(total) if sys.stdout.isatty() else _Lines(total)
+
+    def __enter__(self) -> "Tracker":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.flush()
+        self.file.close()
+        self.console.close()
+        if self.wandb:
+            self.wandb.finish()
+
+    def log_step(self, metrics: Metrics) -> None:
+        """Take a training step's metrics; they are written when `min_interval` seconds have passed since the last line."""
+        self.waiting.append(metrics)
+        if time.monotonic() - self.last_line >= self.min_interval:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write every step that is waiting; the console and wandb get the last of them."""
+        if not self.waiting:
+            return
+        rows = [_numbers(metrics) for metrics in self.waiting]
+        self.waiting = []
+        self._write(rows)
+        self.last_line = time.monotonic()
+        self.console.step(rows[-1])
+        if self.wandb:
+            self.wandb.log(rows[-1])
+
+    def log_evaluation(self, metrics: Metrics) -> None:
+        """Write an evaluation's metrics to all sinks, at once."""
+        self.flush()
+        row = _numbers(metrics)
+        self._write([row])
+        shown = ", ".join(f"{name} {row[name]:.4g}" for name in row if name.endswith(("loss/eval", "accuracies", "margins")))
+        self.say(f"held out, after {row['counters/examples']:.0f} examples: {shown}")
+        if self.wandb:
+            self.wandb.log(row)
+
+    def log_samples(self, samples: list[dict], examples: int) -> None:
+        """Show sampled answers to wandb as a table; the caller keeps them in a file."""
+        if self.wandb:
+            self.wandb.log_table("samples", samples, examples)
+
+    def say(self, text: str) -> None:
+        """One line on the console, above the progress bar."""
+        self.console.say(text)
+
+    def _write(self, rows: list[dict[str, float]]) -> None:
+        self.file.writelines(json.dumps(row) + "\n" for row in rows)
+        self.file.flush()
+
+
+def _numbers(metrics: Metrics) -> dict[str, float]:
+    """Metrics as floats. Tensors are gathered first, so that a step costs one wait for the device, not one a metric."""
+    tensors = {name: value for name, value in metrics.items() if isinstance(value, Tensor)}
+    values = torch.stack([value.double().cpu() for value in tensors.values()]).tolist() if tensors else []
+    read = dict(zip(tensors, values, strict=True))
+    return {name: read.get(name, value) for name, value in metrics.items()}
+
+
+# ---- console ------------------------------------------------------------------------------------------------------------
+
+
+def _short(row: dict[str, float]) -> dict[str, str]:
+    return {short: f"{row[name]:.4g}" for name, short in SHORT_NAMES.items() if name in row}
+
+
+class _ProgressBar:
+    """One bar over the training examples, for a terminal."""
+
+    def __init__(self, total: int | None):
+        from tqdm import tqdm
+
+        self.bar = tqdm(total=total, unit="ex", dynamic_ncols=True, file=sys.stdout)
+
+    def step(self, row: dict[str, float]) -> None:
+        self.bar.set_postfix(_short(row), refresh=False)
+        self.bar.update(row["counters/examples"] - self.bar.n)
+
+    def say(self, text: str) -> None:
+        self.bar.write(text, file=sys.stdout)
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+class _Lines:
+    """Plain lines, for a file or a pipe."""
+
+    def __init__(self, total: int | None):
+        self.total = total
+
+    def step(self, row: dict[str, float]) -> None:
+        done = f"{row['counters/examples']:.0f}" + (f"/{self.total}" if self.total else "")
+        left = (self.total - row["counters/examples"]) / max(row["examples_per_second"], 1e-9) if self.total else None
+        self.say(f"{done} " + " ".join(f"{k} {v}" for k, v in _short(row).items()) + (f" left {left:.0f} s" if left else ""))
+
+    def say(self, text: str) -> None:
+        print(text, flush=True)
+
+    def close(self) -> None:
+        pass
+
+
+# ---- wandb --------------------------------------------------------------------------------------------------------------
+
+
+class WandbRun:
+    """A wandb run that can never end the training run: its first failure is said in one line, and then it is left alone."""
+
+    def __init__(self, wandb, run):
+        self.wandb = wandb
+        self.run = run
+
+    def log(self, row: dict[str, float]) -> None:
+        """Log one row of metrics."""
+        self._guarded(lambda: self.run.log(row))
+
+    def log_table(self, name: str, rows: list[dict], examples: int) -> None:
+        """Log rows of text as a table."""
+        columns = list(rows[0]) if rows else []
+        data = [list(row.values()) for row in rows]
+        table = lambda: self.wandb.Table(columns=columns, data=data)  # noqa: E731
+        self._guarded(lambda: self.run.log({name: table(), "counters/examples": examples}))
+
+    def finish(self) -> None:
+        """Close the run."""
+        self._guarded(lambda: self.run.finish())
+
+    def _guarded(self, action) -> None:
+        if self.run is None:
+            return
+        try:
+            action()
+        except Exception as error:  # whatever wandb does, the run goes on
+            print(f"wandb: switched off for the rest of this run: {error}", flush=True)
+            self.run = None
+
+
+def start_wandb(config: dict, run_dir: Path) -> WandbRun | None:
+    """Start wandb for a run whose whole configuration is `config`; None, said in one line, where it cannot start.
+
+    Offline without a key (WANDB_API_KEY or a netrc entry) or where its server does not answer; WANDB_MODE decides if set.
+    """
+    try:
+        import wandb
+
+        mode = os.environ.get("WANDB_MODE") or ("online" if _wandb_key() else "offline")
+        if mode == "offline":
+            print(f"wandb: offline, as there is no key; files in {run_dir / 'wandb'}, `wandb sync` uploads them.", flush=True)
+        arguments = {
+            "project": config["wandb"]["project"],
+            "entity": config["wandb"]["entity"],
+            "name": config["exp_name"],
+            "dir": str(run_dir),
+            "config": config,
+        }
+        settings = wandb.Settings(init_timeout=30, silent=True)
+        try:
+            run = wandb.init(**arguments, mode=mode, settings=settings)
+        except Exception as error:  # no network, a refused key, a server that does not answer
+            if mode != "online":
+                raise
+            print(f"wandb: offline, as its server could not be used: {str(error).splitlines()[0]}", flush=True)
+            run = wandb.init(**arguments, mode="offline", settings=settings)
+        return WandbRun(wandb, run)
+    except Exception as error:  # whatever wandb does, the run goes on
+        print(f"wandb: not used: {error}", flush=True)
+        return None
+
+
+def _wandb_key() -> str | None:
+    if key := os.environ.get("WANDB_API_KEY"):
+        return key
+    import netrc
+
+    try:
+        entry = netrc.netrc().authenticators("api.wandb.ai")
+    except (OSError, netrc.NetrcParseError):
+        return None
+    return entry[2] if entry else None

@@ -1,0 +1,138 @@
+"""The command line: compose a configuration, check it, put a run together, train.
+
+    python train.py loss=dpo loss.beta=0.1                   # one run
+    python train.py -m loss=dpo loss.beta=0.05,0.1,0.5       # a sweep
+
+Heavy libraries are imported once the configuration has been found sound, so that a slip of the hand costs a second.
+"""
+
+import gc
+import os
+import sys
+from datetime import datetime
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from configuration import check_config, explain_composition_error, force_open_sections
+from utils import UserError, first_existing
+
+
+def new_run_dir(local_dirs, exp_name: str) -> str:
+    """A directory name that no other run has: experiment and moment, below the first of `local_dirs` that exists."""
+    moment = datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f")
+    return str(first_existing([str(folder) for folder in local_dirs]) / f"{exp_name}_{moment}")
+
+
+OmegaConf.register_new_resolver("new_run_dir", new_run_dir, use_cache=True, replace=True)
+
+
+@hydra.main(version_base="1.3", config_path="config", config_name="config")
+def main(config: DictConfig) -> float | None:
+    """One run, or one job of a sweep. Returns its `objective`, for a sweeper to make small or large."""
+    run_dir = Path(HydraConfig.get().runtime.output_dir)
+    try:
+        check_config(config, list(HydraConfig.get().overrides.task), dict(HydraConfig.get().runtime.choices))
+        config.local_run_dir = str(run_dir)
+        return run(config, run_dir)
+    except UserError as error:
+        # Hydra has made the directory; a run that never began leaves nothing behind.
+        if run_dir.is_dir() and not any(run_dir.iterdir()):
+            run_dir.rmdir()
+        # Not raised further: Hydra would add lines of its own to the message.
+        sys.exit(_refuse(str(error)))
+    finally:
+        release_memory()
+
+
+def run(config: DictConfig, run_dir: Path) -> float | None:
+    """Train what a checked configuration describes, into `run_dir`. Returns the held-out metric named by `objective`."""
+    from batches import BatchIterator, evaluation_batches
+    from losses import build_loss
+    from models import check_archive, load_policy_and_reference, load_tokenizer
+    from tracking import Tracker, start_wandb
+    from trainers import TRAINERS
+    from utils import seed_everything
+
+    seed_everything(config.seed)
+    loss = build_loss(**config.loss, seed=config.seed)
+    tokenizer = load_tokenizer(config.model, config.cache_dir)
+    if config.model.archive:
+        check_archive(config.model, tokenizer, config.cache_dir)
+    train_prompts = prepare_data(config, tokenizer, loss.paired, "train")
+    eval_prompts = prepare_data(config, tokenizer, loss.paired, "test")
+    policy, reference = load_policy_and_reference(config.model, tokenizer, loss.needs_reference, config.cache_dir)
+    OmegaConf.save(config, run_dir / "config.yaml")
+    train_batches = BatchIterator(
+        train_prompts,
+        config.batch_size,
+        config.gradient_accumulation_steps,
+        config.seed,
+        config.n_epochs,
+        config.n_examples,
+    )
+    eval_batches = evaluation_batches(eval_prompts, config.eval_batch_size, config.n_eval_examples, config.seed)
+    sample_prompts = [prompt.prompt_ids for prompt in eval_prompts[: config.n_eval_model_samples * config.sample_during_eval]]
+    wanted = config.wandb.enabled and not config.debug
+    wandb_run = start_wandb(OmegaConf.to_container(config, resolve=True), run_dir) if wanted else None
+    with Tracker(run_dir, train_batches.total_examples, config.minimum_log_interval_secs, wandb_run) as tracker:
+        trainer = TRAINERS[config.trainer.name](
+            config, policy, reference, loss, tokenizer, train_batches, eval_batches, sample_prompts, tracker, run_dir
+        )
+        trainer.train()
+    print(f"run directory: {run_dir}", flush=True)
+    return trainer.held_out.means()[config.objective] if trainer.held_out else None
+
+
+def prepare_data(config: DictConfig, tokenizer, paired: bool, split: str) -> list:
+    """The tokenised prompts of one split over all data sets, and one line that says what they hold.
+
+    Raises UserError where the training split has no example.
+    """
+    from batches import LengthReport, tokenize_records
+    from preference_datasets import load_records
+
+    names = [config.datasets] if isinstance(config.datasets, str) else config.datasets
+    report = LengthReport()
+    records = (r for name in names for r in load_records(name, split, config.held_out_share, False, config.cache_dir))
+    lengths = config.max_length, config.max_prompt_length, config.truncation_mode
+    prompts = list(tokenize_records(records, tokenizer, paired, *lengths, report))
+    examples = sum(prompt.num_examples for prompt in prompts)
+    if not examples and split == "train":
+        raise UserError(f"datasets: {', '.join(names)}: no training example is left. Expected at least one; {report or 'the data is empty'}.")
+    what = "pairs" if paired else "responses"
+    print(f"{split}: {len(prompts)} prompts, {examples} {what}" + (f"; {report}" if str(report) else ""), flush=True)
+    return prompts
+
+
+def release_memory() -> None:
+    """Give a finished job's memory back, so that the next job of a sweep starts with all of it."""
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _refuse(message: str) -> int:
+    """Print what the user got wrong; the exit status for it."""
+    print(message, file=sys.stderr)
+    return 2
+
+
+def command_line() -> None:
+    """Run `main`; a mistake of the user's becomes one message and exit status 2, a bug keeps its traceback."""
+    # Hydra would otherwise print errors itself, and exit with status 1.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    sys.argv[1:] = force_open_sections(sys.argv[1:])
+    try:
+        main()
+    except (HydraException, OmegaConfBaseException) as error:
+        sys.exit(_refuse(explain_composition_error(error)))
+
+
+if __name__ == "__main__":
+    command_line()

@@ -1,0 +1,43 @@
+"""What several test modules share: golden numbers, tiny models, and a composed configuration."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("WANDB_MODE", "offline")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# The models here are so small that a second thread costs more than it brings, above all beside another process.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+GOLDEN = Path(__file__).parent / "golden"
+CONFIG_DIR = Path(__file__).parent.parent / "config"
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """Read a golden file by name: `golden("losses.json")`."""
+    return lambda name: json.loads((GOLDEN / name).read_text())
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """The golden tokenizer."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(GOLDEN / "tokenizer")
+
+
+@pytest.fixture
+def compose():
+    """Compose the project's configuration from overrides, as the command line does."""
+    from hydra import compose, initialize_config_dir
+
+    import train  # noqa: F401  registers the resolver that the configuration uses
+
+    def composed(*overrides: str):
+        with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+            return compose("config", overrides=list(overrides))
+
+    return composed

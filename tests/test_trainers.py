@@ -1,0 +1,205 @@
+"""The trainer's own step against golden trajectories, and the equivalences that its numbers must keep."""
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from batches import BatchIterator, TokenizedPrompt, cut, evaluation_batches, examples_of, pack, tokenize_records
+from conftest import GOLDEN
+from losses import build_loss
+from preference_datasets import PreferenceRecord
+from tracking import Tracker
+from trainers import BasicTrainer
+
+TRAJECTORIES = json.loads((GOLDEN / "trajectories.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def models():
+    """The golden models by directory name; tests copy what they train."""
+    return {
+        name: AutoModelForCausalLM.from_pretrained(GOLDEN / name, dtype=torch.float32)
+        for name in ("gpt_neox", "gpt_neox_policy", "llama", "llama_policy")
+    }
+
+
+@pytest.fixture
+def build(models, compose, tokenizer, tmp_path):
+    """Build a BasicTrainer on golden models: `build(loss, "llama", "lr=1e-3")`, with any of its parts replaced by name."""
+
+    def built(loss, architecture: str = "llama", *overrides: str, policy: str = "_policy", **parts) -> BasicTrainer:
+        config = compose("wandb.enabled=false", "warmup_steps=2", "max_grad_norm=10.0", *overrides)
+        reference = copy.deepcopy(models[architecture]).eval().requires_grad_(False) if loss.needs_reference else None
+        defaults = {
+            "config": config,
+            "policy": copy.deepcopy(models[architecture + policy]),
+            "reference": reference,
+            "loss": loss,
+            "tokenizer": tokenizer,
+            "train_batches": BatchIterator([], config.batch_size),
+            "eval_batches": [],
+            "sample_prompts": [],
+            "tracker": Tracker(tmp_path, None),
+            "run_dir": tmp_path,
+        }
+        return BasicTrainer(**(defaults | parts))
+
+    return built
+
+
+@pytest.fixture(scope="module")
+def tokenized(golden, tokenizer):
+    """The golden pairs as tokenised prompts, for preference losses (True) and for SFT (False)."""
+    records = [
+        PreferenceRecord(row["prompt"], [row["chosen"], row["rejected"]], [(0, 1)], row["chosen"], "keep_start", f"row {number}")
+        for number, row in enumerate(golden("pairs.json"))
+    ]
+    return {paired: list(tokenize_records(records, tokenizer, paired, 64, 32)) for paired in (True, False)}
+
+
+def micro_batches(prompts, size):
+    """Packed micro-batches of `size` examples."""
+    return [pack(piece) for piece in cut(list(examples_of(prompts)), size)]
+
+
+@pytest.mark.parametrize(
+    "trajectory",
+    TRAJECTORIES,
+    ids=[
+        f"{t['architecture']} {' '.join(map(str, t['loss'].values()))} {t['optimizer']} {t['gradient_accumulation_steps']}"
+        for t in TRAJECTORIES
+    ],
+)
+def test_eight_steps_follow_the_golden_trajectory(trajectory, build, tokenized):
+    loss = build_loss(**trajectory["loss"])
+    settings = [f"{key}={trajectory[key]}" for key in ("optimizer", "lr", "warmup_steps", "max_grad_norm")]
+    trainer = build(loss, trajectory["architecture"], *settings)
+    size = trajectory["batch_size"] // trajectory["gradient_accumulation_steps"]
+    for step in trajectory["steps"]:
+        metrics = trainer.train_step(micro_batches([tokenized[loss.paired][row] for row in step["rows"]], size))
+        assert metrics["loss/train"].item() == pytest.approx(step["loss"], rel=1e-4)
+        assert metrics["grad_norm"].item() == pytest.approx(step["grad_norm"], rel=1e-4)
+        for name, value in step["metrics"].items():
+            assert metrics[name].item() == pytest.approx(value, rel=1e-3, abs=1e-5), name
+    norm = math.sqrt(sum(weight.double().square().sum().item() for weight in trainer.policy.parameters()))
+    assert norm == pytest.approx(trajectory["final_param_norm"], rel=1e-4)
+
+
+def gradient_after_one_step(trainer, batch) -> tuple[torch.Tensor, dict]:
+    """What a step with plain SGD at learning rate 1 adds to the weights, and its metrics."""
+    before = torch.cat([weight.detach().flatten() for weight in trainer.policy.parameters()])
+    metrics = trainer.train_step(batch)
+    return before - torch.cat([weight.detach().flatten() for weight in trainer.policy.parameters()]), metrics
+
+
+SGD = ("optimizer=SGD", "lr=1.0", "warmup_steps=0", "max_grad_norm=1e9")
+
+
+@pytest.mark.parametrize("loss", [{"name": "sft"}, {"name": "dpo"}, {"name": "ipo"}], ids=lambda loss: loss["name"])
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_the_gradient_does_not_depend_on_how_the_batch_is_cut(loss, size, build, tokenized):
+    built = build_loss(**loss)
+    prompts = tokenized[built.paired][:7]
+    whole, whole_metrics = gradient_after_one_step(build(built, "llama", *SGD), micro_batches(prompts, 7))
+    pieces, piece_metrics = gradient_after_one_step(build(built, "llama", *SGD), micro_batches(prompts, size))
+    torch.testing.assert_close(pieces, whole, rtol=1e-4, atol=1e-5 * whole.abs().max().item())
+    for name, value in whole_metrics.items():
+        torch.testing.assert_close(piece_metrics[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_a_step_on_equal_policy_and_reference_has_margin_0_and_loss_ln_2(build, tokenized):
+    trainer = build(build_loss("dpo", beta=0.1), "gpt_neox", policy="")
+    metrics = trainer.train_step(micro_batches(tokenized[True][:6], 6))
+    assert metrics["rewards_train/margins"].item() == 0
+    assert metrics["loss/train"].item() == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_beta_dpo_logs_the_beta_in_force_and_its_statistics(build, tokenized):
+    loss = build_loss("dpo", beta=0.1, mode_loss="beta_DPO", mode_weight=0.5, a=0.6)
+    metrics = build(loss).train_step(micro_batches(tokenized[True][:8], 8))
+    assert metrics["beta_DPO/kept_fraction"] == 0.5
+    assert metrics["beta_DPO/gap_mean"] == loss.statistics.mean
+    assert metrics["beta_DPO/beta_used"] > 0
+
+
+def test_a_run_trains_and_evaluates_every_example_and_the_last_partial_batches(build, tokenized, tmp_path):
+    prompts = tokenized[True]
+    train_batches = BatchIterator(prompts[:13], 4, n_epochs=2)
+    trainer = build(
+        build_loss("dpo"),
+        "llama",
+        "batch_size=4",
+        "eval_every=8",
+        "debug=true",
+        train_batches=train_batches,
+        eval_batches=evaluation_batches(prompts[13:20], 4, None, seed=0),
+    )
+    with trainer.tracker:
+        trainer.train()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    trained = [row["counters/examples"] for row in rows if "loss/train" in row]
+    assert trained == [4, 8, 12, 13, 17, 21, 25, 26]
+    # before the first step, at the first step behind every 8 examples, and at the end
+    assert [row["counters/examples"] for row in rows if "loss/eval" in row] == [0, 8, 17, 25, 26]
+    assert len(trainer.held_out.examples["loss/eval"]) == 7
+    assert not list(tmp_path.glob("step-*")), "debug writes no checkpoint"
+
+
+def test_metrics_names_are_the_documented_ones(build, tokenized):
+    trainer = build(build_loss("dpo"), eval_batches=micro_batches(tokenized[True][:4], 4))
+    names = set(trainer.train_step(micro_batches(tokenized[True][:4], 4)))
+    rewards = {"chosen", "rejected", "accuracies", "margins"}
+    for split in ("train", "eval"):
+        expected = {f"rewards_{split}/{kind}" for kind in rewards} | {f"logps_{split}/chosen", f"logps_{split}/rejected", f"loss/{split}"}
+        if split == "eval":
+            trainer.evaluate()
+            names = set(trainer.held_out.means())
+        assert expected <= names
+        assert names <= expected | {"grad_norm"}
+
+
+def test_the_learning_rate_rises_linearly_over_the_warm_up(build, tokenized):
+    trainer = build(build_loss("sft"), "llama", "lr=1.0", "warmup_steps=3", "optimizer=SGD")
+    rates = []
+    for _ in range(5):
+        rates.append(trainer.scheduler.get_last_lr()[0])
+        trainer.train_step(micro_batches(tokenized[False][:1], 1))
+    assert rates == [0.25, 0.5, 0.75, 1.0, 1.0]
+
+
+def test_optimizer_arguments_reach_the_optimizer(build):
+    trainer = build(build_loss("sft"), "llama", "optimizer=AdamW", "++optimizer_kwargs.weight_decay=0.25")
+    assert trainer.optimizer.param_groups[0]["weight_decay"] == 0.25
+
+
+def test_activation_checkpointing_changes_no_gradient(build, tokenized):
+    batch = micro_batches(tokenized[True][:4], 4)
+    plain, _ = gradient_after_one_step(build(build_loss("dpo"), "gpt_neox", *SGD), batch)
+    saved, _ = gradient_after_one_step(build(build_loss("dpo"), "gpt_neox", *SGD, "activation_checkpointing=true"), batch)
+    torch.testing.assert_close(saved, plain)
+
+
+def test_samples_are_the_same_for_the_same_seed_and_leave_the_random_stream_alone(build, tokenized):
+    prompts = [prompt.prompt_ids for prompt in tokenized[True][:3]]
+    trainer = build(build_loss("dpo"), "llama", "max_length=40", sample_prompts=prompts)
+    state = torch.get_rng_state()
+    first, second = trainer.sample(), trainer.sample()
+    assert first == second
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [set(row) for row in first] == [{"examples", "prompt", "policy", "reference"}] * 3
+
+
+def test_one_prompt_with_several_pairs_counts_each_pair(build):
+    prompt = TokenizedPrompt([5, 6, 7], [[8, 9, 0], [10, 0], [11, 12, 13, 0]], [(0, 1), (0, 2), (1, 2)], "row 1", "")
+    metrics = build(build_loss("dpo")).train_step(micro_batches([prompt], 3))
+    trainer = build(build_loss("dpo"))
+    apart = [
+        TokenizedPrompt(prompt.prompt_ids, [prompt.responses[i], prompt.responses[j]], [(0, 1)], "", "") for i, j in prompt.pairs
+    ]
+    expected = trainer.train_step(micro_batches(apart, 3))
+    torch.testing.assert_close(metrics["loss/train"], expected["loss/train"])
+    torch.testing.assert_close(metrics["grad_norm"], expected["grad_norm"])

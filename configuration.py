@@ -3,11 +3,12 @@
 The YAML files under config/ are the only list of keys there is: a key is known if one of them has it.
 """
 
+import math
 import re
 from functools import cache
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from preference_datasets import find_dataset
 from utils import UserError, nearest
@@ -89,22 +90,27 @@ def check_config(config: DictConfig, overrides: list[str] = (), choices: dict[st
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
         raise UserError(f"{missing[0]}: not given. Expected a value on the command line: {missing[0]}=...")
-    if any(text.startswith("+") for text in overrides):
-        _check_added_keys(config, choices or {})
+    if any(text.startswith(("+", "~")) for text in overrides):
+        _check_added_and_removed_keys(config, choices or {})
+    _check_sections(config)
     _check_numbers(config)
     _check_choices(config)
-    _check_loss(config)
     _check_sizes(config)
+    _check_loss(config)
     _check_paths(config)
 
 
-def _check_added_keys(config: DictConfig, choices: dict[str, str]) -> None:
+def _check_added_and_removed_keys(config: DictConfig, choices: dict[str, str]) -> None:
     from hydra import compose
 
     pristine = compose("config", overrides=[f"{group}={choices[group]}" for group in GROUPS if group in choices])
-    for key in sorted(_leaves(config) - _leaves(pristine)):
-        if not key.startswith(OPEN_SECTIONS):
+    found, expected = _leaves(config), _leaves(pristine)
+    for key in sorted(found - expected):
+        if not f"{key}.".startswith(tuple(f"{name}." for name in OPEN_SECTIONS)):
             raise UserError(_unknown_key(key))
+    for key in sorted(expected - found):
+        if not f"{key}.".startswith(tuple(f"{name}." for name in OPEN_SECTIONS)) or OmegaConf.select(config, key) is None:
+            raise UserError(f"{key}: removed by ~, but needed. Leave it out of the command line, or give it a value.")
 
 
 def _require(sound: bool, key: str, found, expected: str) -> None:
@@ -113,7 +119,7 @@ def _require(sound: bool, key: str, found, expected: str) -> None:
 
 
 def _is_number(value) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value == value
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 COUNTS = ("batch_size", "eval_batch_size", "gradient_accumulation_steps", "max_length", "max_prompt_length", "eval_every")
@@ -125,15 +131,33 @@ SWITCHES = (
 )  # fmt: skip
 
 
+TEXTS = ("exp_name", "wandb.project", "objective")
+OPTIONAL_TEXTS = (
+    "wandb.entity", "cache_dir", "model.name_or_path", "model.tokenizer_name_or_path", "model.archive", "model.block_name",
+)  # fmt: skip
+
+
+def _check_sections(config: DictConfig) -> None:
+    for key in (*OPEN_SECTIONS, "wandb"):
+        section = OmegaConf.select(config, key)
+        _require(isinstance(section, DictConfig), key, section, "a section: keys with values, or {}")
+    for key in (*TEXTS, *OPTIONAL_TEXTS):
+        value = OmegaConf.select(config, key)
+        sound = isinstance(value, str) or (value is None and key in OPTIONAL_TEXTS)
+        _require(sound, key, value, "a text" + " or null" * (key in OPTIONAL_TEXTS))
+
+
 def _check_numbers(config: DictConfig) -> None:
     for key in (*COUNTS, *OPTIONAL_COUNTS, *COUNTS_FROM_ZERO):
         value = OmegaConf.select(config, key)
         least = 0 if key in COUNTS_FROM_ZERO else 1
         whole = isinstance(value, int) and not isinstance(value, bool) and value >= least
         may_be_null = key in OPTIONAL_COUNTS
-        _require(whole or (may_be_null and value is None), key, value, f"a whole number from {least}" + " or null" * may_be_null)
+        sound = whole or (may_be_null and value is None)
+        _require(sound, key, value, f"a whole number from {least}" + " or null" * may_be_null)
     for key in ("lr", "max_grad_norm"):
-        _require(_is_number(config[key]) and config[key] > 0, key, config[key], "a number above 0")
+        unlimited = key == "max_grad_norm" and config[key] == math.inf
+        _require(unlimited or (_is_number(config[key]) and config[key] > 0), key, config[key], "a number above 0")
     interval = config.minimum_log_interval_secs
     _require(_is_number(interval) and interval >= 0, "minimum_log_interval_secs", interval, "a number of seconds from 0")
     share = config.held_out_share
@@ -153,9 +177,17 @@ def _check_choices(config: DictConfig) -> None:
     modes = (None, "keep_start", "keep_end", "drop")
     _require(config.truncation_mode in modes, "truncation_mode", config.truncation_mode, "keep_start, keep_end, drop or null")
     if config.trainer.name not in choices_of("trainer"):
-        raise UserError(f"trainer.name: no trainer {config.trainer.name!r}; {nearest(str(config.trainer.name), choices_of('trainer'))}")
+        hint = nearest(str(config.trainer.name), choices_of("trainer"))
+        raise UserError(f"trainer.name: no trainer {config.trainer.name!r}; {hint}")
     if config.trainer.name != "BasicTrainer":
         raise UserError(f"trainer={config.trainer.name}: not available yet. Use trainer=BasicTrainer.")
+
+
+# The metrics of an evaluation, which a sweep may optimise; the first two are all that SFT has.
+OBJECTIVES = (
+    "loss/eval", "logps_eval/chosen", "logps_eval/rejected", "rewards_eval/chosen", "rewards_eval/rejected",
+    "rewards_eval/accuracies", "rewards_eval/margins",
+)  # fmt: skip
 
 
 def _check_loss(config: DictConfig) -> None:
@@ -163,6 +195,11 @@ def _check_loss(config: DictConfig) -> None:
     names = {"sft", "dpo", "ipo"}
     if loss.name not in names:
         raise UserError(f"loss.name: no loss {loss.name!r}; {nearest(str(loss.name), names)}")
+    objectives = OBJECTIVES[:2] if loss.name == "sft" else OBJECTIVES
+    if config.objective not in objectives:
+        raise UserError(
+            f"objective: loss={loss.name} has no metric {config.objective!r}; {nearest(config.objective, objectives)}"
+        )
     if loss.name == "sft":
         return
     _require(_is_number(loss.beta) and loss.beta > 0, "loss.beta", loss.beta, "a number above 0: at 0 the loss never changes")
@@ -174,6 +211,9 @@ def _check_loss(config: DictConfig) -> None:
     _require(isinstance(loss.reference_free, bool), "loss.reference_free", loss.reference_free, "true or false")
     if loss.mode_loss not in ("DPO", "beta_DPO"):
         raise UserError(f"loss.mode_loss: no mode {loss.mode_loss!r}; {nearest(str(loss.mode_loss), ('DPO', 'beta_DPO'))}")
+    _require(_is_number(loss.a) and loss.a >= 0, "loss.a", loss.a, "a number from 0")
+    ratio = loss.mode_weight
+    _require(_is_number(ratio) and 0 <= ratio < 1, "loss.mode_weight", ratio, "a share from 0 to below 1")
     if loss.mode_loss == "beta_DPO":
         _check_beta_dpo(config)
 
@@ -181,10 +221,7 @@ def _check_loss(config: DictConfig) -> None:
 def _check_beta_dpo(config: DictConfig) -> None:
     loss = config.loss
     _require(not loss.reference_free, "loss.reference_free", True, "false: beta_DPO measures its margins against the reference")
-    _require(_is_number(loss.a) and loss.a >= 0, "loss.a", loss.a, "a number from 0")
-    ratio = loss.mode_weight
-    _require(_is_number(ratio) and 0 <= ratio < 1, "loss.mode_weight", ratio, "a share from 0 to below 1")
-    size = config.batch_size // config.gradient_accumulation_steps
+    ratio, size = loss.mode_weight, config.batch_size // config.gradient_accumulation_steps
     if int(size * (1 - ratio)) == 0:
         raise UserError(
             f"loss.mode_weight: found {ratio}, which keeps none of the {size} pairs of a micro-batch (batch_size "
@@ -198,11 +235,13 @@ def _check_sizes(config: DictConfig) -> None:
     if size % pieces:
         raise UserError(f"batch_size: found {size}, expected a multiple of gradient_accumulation_steps, which is {pieces}.")
     if config.eval_every < size:
-        raise UserError(f"eval_every: found {config.eval_every}, expected at least batch_size, which is {size}; both count examples.")
+        raise UserError(
+            f"eval_every: found {config.eval_every}, expected at least batch_size, which is {size}; both count examples."
+        )
     if config.max_prompt_length >= config.max_length:
         raise UserError(
-            f"max_prompt_length: found {config.max_prompt_length}, expected less than max_length, which is {config.max_length}: "
-            "a response needs room behind its prompt."
+            f"max_prompt_length: found {config.max_prompt_length}, expected less than max_length, which is "
+            f"{config.max_length}: a response needs room behind its prompt."
         )
     if config.n_epochs is None and config.n_examples is None:
         raise UserError("n_epochs, n_examples: both are null, so the run would never end. Set one of them.")
@@ -210,7 +249,7 @@ def _check_sizes(config: DictConfig) -> None:
 
 def _check_paths(config: DictConfig) -> None:
     names = [config.datasets] if isinstance(config.datasets, str) else config.datasets
-    _require(bool(names), "datasets", config.datasets, "at least one data set")
+    _require(isinstance(names, ListConfig | list) and bool(names), "datasets", names, "at least one data set, as in [hh,shp]")
     for name in names:
         find_dataset(str(name), config.held_out_share)
     archive = config.model.archive

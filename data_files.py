@@ -9,7 +9,9 @@ import json
 import sys
 import zlib
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 from utils import UserError
 
@@ -30,14 +32,26 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict]]:
     try:
         yield from read(path)
     except UnicodeDecodeError as error:
-        raise UserError(f"datasets: {path}: not UTF-8 text ({error.reason} at byte {error.start}). Convert it to UTF-8.") from error
+        # The error counts from the start of a block of the file, which would help nobody.
+        raise UserError(f"datasets: {path}{_first_line_not_utf8(path)}: not UTF-8 text. Convert it to UTF-8.") from error
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"datasets: {path}: cannot be read: {error}. Expected a whole, readable {path.suffix} file.") from error
 
 
 def _open_text(path: Path):
-    # newline="" leaves line ends inside quoted CSV fields as they are.
-    return gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8-sig", newline="")
+    # newline="" leaves line ends inside quoted CSV fields as they are; utf-8-sig takes a byte order mark away.
+    opened = partial(gzip.open, path) if path.suffix == ".gz" else path.open
+    return opened(mode="rt", encoding="utf-8-sig", newline="")
+
+
+def _first_line_not_utf8(path: Path) -> str:
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                return f", line {number}, byte {error.start + 1} of the line"
+    return ""
 
 
 def _read_json(path: Path) -> Iterator[tuple[int, dict]]:
@@ -54,11 +68,23 @@ def _read_json(path: Path) -> Iterator[tuple[int, dict]]:
             yield number, row
 
 
+# What else than JSONDecodeError json raises: ValueError for a number of thousands of digits, RecursionError for deep nesting.
+UNREADABLE_JSON = (ValueError, RecursionError)
+
+
+def _not_json(path: Path, error: Exception, place: str = "") -> NoReturn:
+    if isinstance(error, UnicodeDecodeError):
+        raise error
+    raise UserError(f"datasets: {path}{place}: cannot be read as JSON: {error}. Expected objects with texts.") from error
+
+
 def _whole_list(path: Path, file) -> list:
     try:
         return json.load(file)
     except json.JSONDecodeError as error:
         raise UserError(f"datasets: {path}, line {error.lineno}: not JSON: {error.msg}. Expected a list of objects.") from error
+    except UNREADABLE_JSON as error:
+        _not_json(path, error)
 
 
 def _json_lines(path: Path, file) -> Iterator[tuple[int, object]]:
@@ -71,6 +97,8 @@ def _json_lines(path: Path, file) -> Iterator[tuple[int, object]]:
             raise UserError(
                 f"datasets: {path}, row {number}: not JSON: {error.msg} at column {error.colno}. Expected one object a line."
             ) from error
+        except UNREADABLE_JSON as error:
+            _not_json(path, error, f", row {number}")
 
 
 def _read_csv(path: Path) -> Iterator[tuple[int, dict]]:
@@ -91,15 +119,16 @@ def _read_csv(path: Path) -> Iterator[tuple[int, dict]]:
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[int, dict]]:
-    import pyarrow
     import pyarrow.parquet
 
+    number = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            number = 0
             for batch in file.iter_batches():
                 for row in batch.to_pylist():
                     number += 1
                     yield number, row
-    except pyarrow.ArrowInvalid as error:
-        raise UserError(f"datasets: {path}: not Parquet: {error}.") from error
+    except Exception as error:  # pyarrow raises half a dozen types for a file that is damaged or not its own
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        place = f", after row {number}" if number else ""
+        raise UserError(f"datasets: {path}{place}: not Parquet, or damaged: {reason}.") from error

@@ -4,7 +4,7 @@ Shapes: R responses and P pairs over the whole held-out set; E examples (P, or R
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy

@@ -52,4 +52,8 @@ def _padded_rows(batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
             rows.append(torch.cat([prompt, response]))
             labels.append(torch.cat([torch.full_like(prompt, NOT_SCORED), response]))
     attention_mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
-    return pad_sequence(rows, batch_first=True), pad_sequence(labels, batch_first=True, padding_value=NOT_SCORED), attention_mask
+    return (
+        pad_sequence(rows, batch_first=True),
+        pad_sequence(labels, batch_first=True, padding_value=NOT_SCORED),
+        attention_mask,
+    )

@@ -12,8 +12,8 @@ response) and `lengths` of shape [R] (tokens of each response). The mean of `Los
 it was given, so that the trainer may add up pieces of a batch without asking which objective it serves.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -47,20 +47,31 @@ class PairSelection:
     statistics: dict[str, float | Tensor]
 
 
-class Loss(Protocol):
-    """What the trainer knows of an objective."""
+class Loss(ABC):
+    """What the trainer knows of an objective; the base of all of them."""
 
     # Whether its examples are pairs of responses; else each response is an example.
-    paired: bool
+    paired = True
     # Whether it reads the reference's log-probs.
-    needs_reference: bool
+    needs_reference = True
+
+    @abstractmethod
+    def __call__(
+        self, policy: Tensor, reference: Tensor | None, pairs: Tensor, lengths: Tensor, selection: PairSelection | None = None
+    ) -> LossOutput:
+        """The loss of each example; shapes in the module's docstring. Without a selection every pair counts equally."""
 
     def select(self, gaps: Tensor) -> PairSelection | None:
         """Before a training micro-batch: look at the gaps [P] of all its pairs, on all ranks. None keeps every pair."""
+        return None
 
-    def __call__(
-        self, policy: Tensor, reference: Tensor | None, pairs: Tensor, lengths: Tensor, selection: PairSelection | None = None
-    ) -> LossOutput: ...
+    def state_dict(self) -> dict:
+        """What the objective remembers between batches: tensors and plain values."""
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Remember what `state_dict` gave."""
+        assert not state, f"{type(self).__name__} remembers nothing"
 
 
 # ---- the formulas -------------------------------------------------------------------------------------------------------
@@ -140,14 +151,11 @@ def draw_without_replacement(log_weights: Tensor, count: int, generator: torch.G
 
 
 @dataclass
-class SFTLoss:
+class SFTLoss(Loss):
     """Minus the log-prob of each response."""
 
     paired = False
     needs_reference = False
-
-    def select(self, gaps: Tensor) -> None:
-        return None
 
     def __call__(self, policy, reference, pairs, lengths, selection=None) -> LossOutput:
         return LossOutput(-policy)
@@ -165,18 +173,12 @@ def _rewards(policy: Tensor, reference: Tensor, pairs: Tensor, beta: float) -> t
 
 
 @dataclass
-class DPOLoss:
+class DPOLoss(Loss):
     """`dpo_loss` of every pair."""
 
     beta: float
     label_smoothing: float = 0.0
     reference_free: bool = False
-
-    paired = True
-    needs_reference = True
-
-    def select(self, gaps: Tensor) -> None:
-        return None
 
     def __call__(self, policy, reference, pairs, lengths, selection=None) -> LossOutput:
         losses = dpo_loss(gap(policy, pairs), gap(reference, pairs), self.beta, self.label_smoothing, self.reference_free)
@@ -184,17 +186,11 @@ class DPOLoss:
 
 
 @dataclass
-class IPOLoss:
+class IPOLoss(Loss):
     """`ipo_loss` of every pair, of summed log-probs or of log-probs per token."""
 
     beta: float
     length_normalised: bool = False
-
-    paired = True
-    needs_reference = True
-
-    def select(self, gaps: Tensor) -> None:
-        return None
 
     def __call__(self, policy, reference, pairs, lengths, selection=None) -> LossOutput:
         scale = 1 / lengths if self.length_normalised else torch.ones_like(policy)
@@ -203,7 +199,7 @@ class IPOLoss:
 
 
 @dataclass
-class BetaDPOLoss:
+class BetaDPOLoss(Loss):
     """DPO on a drawn part of each training micro-batch, with a beta that follows the part's mean gap.
 
     The gap is policy minus reference, chosen minus rejected, in nats. `statistics` belongs to training: evaluation reads
@@ -217,9 +213,6 @@ class BetaDPOLoss:
     generator: torch.Generator
     label_smoothing: float = 0.0
     statistics: GapStatistics = field(default_factory=GapStatistics)
-
-    paired = True
-    needs_reference = True
 
     def select(self, gaps: Tensor) -> PairSelection:
         """Update the running statistics with a training micro-batch's gaps [P], then draw its pairs and set its beta."""
@@ -235,6 +228,15 @@ class BetaDPOLoss:
         selection = selection or self._select_all((policy_gap - reference_gap).detach())
         losses = selection.weights * dpo_loss(policy_gap, reference_gap, selection.beta, self.label_smoothing)
         return LossOutput(losses, *_rewards(policy, reference, pairs, self.beta), selection.statistics)
+
+    def state_dict(self) -> dict:
+        """The running statistics and the position of the draws."""
+        return {"mean": self.statistics.mean, "deviation": self.statistics.deviation, "draws": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continue the statistics and the draws."""
+        self.statistics = GapStatistics(state["mean"], state["deviation"])
+        self.generator.set_state(state["draws"])
 
     def _select_all(self, gaps: Tensor) -> PairSelection:
         """Evaluation's selection: every pair, beta from their mean gap against the running mean of training."""

@@ -6,6 +6,7 @@ policy and reference say exactly the same before the first step.
 
 import copy
 import json
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -37,7 +38,9 @@ def load_tokenizer(model_config, cache_dir: str | None = None):
     except (OSError, ValueError) as error:
         raise _not_loaded("model.tokenizer_name_or_path", name, error) from error
     if tokenizer.eos_token_id is None:
-        raise UserError(f"model.tokenizer_name_or_path: {name} has no end-of-sequence token. Set eos_token in its tokenizer_config.json.")
+        raise UserError(
+            f"model.tokenizer_name_or_path: {name} has no end-of-sequence token. Set eos_token in its tokenizer_config.json."
+        )
     if tokenizer.pad_token_id is None:
         # Padding is told by position, never by its id, so an existing token may serve.
         tokenizer.pad_token = tokenizer.eos_token
@@ -118,7 +121,11 @@ def model_configuration(model_config, tokenizer, cache_dir: str | None = None):
             )
         except (OSError, ValueError) as error:
             raise _not_loaded("model.name_or_path", name, error) from error
-    tokens = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    tokens = {
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
     try:
         return AutoConfig.for_model(**{"vocab_size": len(tokenizer), **tokens, **values})
     except ValueError as error:
@@ -133,6 +140,13 @@ def disable_dropout(model: nn.Module) -> None:
         for name, value in vars(module).items():
             if "drop" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
+
+
+def enable_activation_checkpointing(model: nn.Module) -> None:
+    """Keep only the blocks' inputs for the backward pass, and compute the rest again there."""
+    # The method's name until transformers 5.22 or so; the older one then warns.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def place(model: nn.Module, device: torch.device) -> nn.Module:
@@ -177,7 +191,8 @@ def read_archive(path: Path) -> dict[str, Tensor]:
     if path.is_dir():
         from safetensors.torch import load_file
 
-        return {name: tensor for file in _weight_files(path) for name, tensor in load_file(file).items()}
+        with _damage_is_a_user_error(path):
+            return {name: tensor for file in _weight_files(path) for name, tensor in load_file(file).items()}
     try:
         archive = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch.load raises half a dozen types for a file that is not its own
@@ -195,24 +210,41 @@ def archive_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
     shapes = {}
     for file in _weight_files(path):
-        with safe_open(file, framework="pt") as weights:
-            shapes |= {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}
+        with _damage_is_a_user_error(path), safe_open(file, framework="pt") as weights:
+            shapes |= {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118  not a dict
     return shapes
 
 
 def _weight_files(path: Path) -> list[Path]:
+    names = ["model.safetensors"]
     index = path / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        try:
+            listed = json.loads(index.read_text())["weight_map"].values()
+        except (ValueError, KeyError, AttributeError) as error:
+            raise _no_archive(path, f"{index.name} is damaged") from error
         # A name in the index is data: it may not lead out of the directory.
-        return [path / Path(name).name for name in names]
-    if (path / "model.safetensors").is_file():
-        return [path / "model.safetensors"]
-    raise _no_archive(path, "the directory has no model.safetensors")
+        names = sorted({Path(name).name for name in listed})
+    for name in names:
+        if not (path / name).is_file():
+            raise _no_archive(path, f"the directory has no {name}")
+    return [path / name for name in names]
+
+
+@contextmanager
+def _damage_is_a_user_error(path: Path):
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        raise _no_archive(path, f"its weights are damaged ({error})") from error
 
 
 def _no_archive(path: Path, found: str) -> UserError:
-    return UserError(f"model.archive: {path}: {found}. Expected a checkpoint directory (step-N, LATEST) or a policy.pt of such a run.")
+    return UserError(
+        f"model.archive: {path}: {found}. Expected a checkpoint directory (step-N, LATEST) or a policy.pt of such a run."
+    )
 
 
 def _check_fit(model: nn.Module, archive: dict[str, tuple[int, ...]], path: Path) -> None:
@@ -230,6 +262,6 @@ def _check_fit(model: nn.Module, archive: dict[str, tuple[int, ...]], path: Path
     if faults:
         listed = "".join(f"\n  {fault}" for fault in faults[:10]) + ("\n  ..." if len(faults) > 10 else "")
         raise UserError(
-            f"model.archive: {path} does not fit {type(model).__name__} as configured; {len(faults)} of its tensors differ:{listed}\n"
+            f"model.archive: {path} does not fit {type(model).__name__} as configured; {len(faults)} tensors differ:{listed}\n"
             "Choose the model preset that the archive was trained with."
         )

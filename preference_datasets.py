@@ -15,10 +15,12 @@ Heavy libraries are imported where they are used, so that the names can be check
 
 import hashlib
 import importlib.util
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import combinations
+from numbers import Integral
 from pathlib import Path
 
 from data_files import DATA_SUFFIXES, is_data_file, read_rows
@@ -76,7 +78,8 @@ def find_dataset(name: str, held_out_share: float = 0.05) -> Dataset:
         return _dataset_of_user_file(*name.rsplit(":", 1))
     if is_data_file(name):
         if not Path(name).is_file():
-            raise UserError(f"datasets: {name}: no such file. Expected a readable file; paths are relative to {Path.cwd()}.")
+            found = "a directory" if Path(name).is_dir() else "no such file"
+            raise UserError(f"datasets: {name}: {found}. Expected a readable file; paths are relative to {Path.cwd()}.")
         return Dataset(partial(get_file, Path(name), held_out_share), "keep_end")
     raise UserError(
         f"datasets: unknown data set {name!r}; {nearest(name, DATASETS)} "
@@ -85,22 +88,29 @@ def find_dataset(name: str, held_out_share: float = 0.05) -> Dataset:
 
 
 @cache
-def _run_user_file(path: Path) -> None:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+def _run_user_file(path: Path) -> dict[str, Dataset]:
+    """Run a Python file, once. Returns what it registers, apart from the registry: two files may use the same name."""
+    known = dict(DATASETS)
+    # A name of its own, so that a file called utils.py hides no module; dataclasses look their module up in sys.modules.
+    spec = importlib.util.spec_from_file_location(f"user_data_{hashlib.sha256(str(path).encode()).hexdigest()[:16]}", path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        return {name: dataset for name, dataset in DATASETS.items() if known.get(name) is not dataset}
+    finally:
+        DATASETS.clear()
+        DATASETS.update(known)
 
 
 def _dataset_of_user_file(file: str, name: str) -> Dataset:
     path = Path(file).absolute()
     if not path.is_file():
         raise UserError(f"datasets: {file}: no such file. Expected a Python file that registers {name!r}.")
-    before = set(DATASETS)
-    _run_user_file(path)
-    if name not in DATASETS:
-        registered = set(DATASETS) - before or DATASETS
-        raise UserError(f"datasets: {file} registers no data set {name!r}; {nearest(name, registered)}")
-    return DATASETS[name]
+    registered = _run_user_file(path)
+    if name not in registered:
+        hint = nearest(name, registered) if registered else "it registers none at all."
+        raise UserError(f"datasets: {file} registers no data set {name!r}; {hint}")
+    return registered[name]
 
 
 def load_records(name: str, split: str, held_out_share: float = 0.05, silent: bool = False, cache_dir: str | None = None):
@@ -110,30 +120,60 @@ def load_records(name: str, split: str, held_out_share: float = 0.05, silent: bo
     """
     dataset = find_dataset(name, held_out_share)
     records = dataset.load(split, silent=silent, cache_dir=cache_dir)
-    items = records.items() if isinstance(records, dict) else records
-    for number, (prompt, record) in enumerate(items, start=1):
+    if not isinstance(records, Iterable):
+        raise UserError(f"datasets: {name}: the loader gave {_kind(records)}, expected a dict or (prompt, record) one by one.")
+    for number, item in enumerate(records.items() if isinstance(records, dict) else records, start=1):
         source = f"{name}, {split} prompt {number}"
-        fault = _fault_of(prompt, record)
+        fault = _fault_of(item)
         if fault:
-            raise UserError(f"datasets: {source}: {fault}. Expected {{responses, pairs, sft_target}} as in preference_datasets.py.")
+            raise UserError(
+                f"datasets: {source}: {fault}. Expected {{responses, pairs, sft_target}} as in preference_datasets.py."
+            )
+        prompt, record = item
         pairs = [(int(chosen), int(rejected)) for chosen, rejected in record["pairs"]]
         yield PreferenceRecord(prompt, list(record["responses"]), pairs, record["sft_target"], dataset.truncation_mode, source)
 
 
-def _fault_of(prompt, record) -> str | None:
-    """What is wrong with one record a loader gave, or None."""
-    if not isinstance(prompt, str) or not isinstance(record, dict):
-        return f"found {type(prompt).__name__} and {type(record).__name__}, expected a prompt and a dict"
+def _fault_of(item) -> str | None:
+    """What is wrong with one (prompt, record) a loader gave, or None."""
+    if not isinstance(item, tuple) or len(item) != 2 or not isinstance(item[1], dict):
+        found = " and ".join(map(_kind, item)) if isinstance(item, tuple) else _kind(item)
+        return f"found {found}, expected a prompt and a dict"
+    prompt, record = item
     missing = {"responses", "pairs", "sft_target"} - record.keys()
     if missing:
         return f"the record has no {', '.join(sorted(missing))}"
-    if not all(isinstance(text, str) for text in [*record["responses"], record["sft_target"]]):
-        return "a response or the sft_target is not a string"
-    count = len(record["responses"])
-    for pair in record["pairs"]:
-        if len(pair) != 2 or not all(0 <= index < count for index in pair) or pair[0] == pair[1]:
-            return f"pair {tuple(pair)} does not name two of the {count} responses"
+    for key in ("responses", "pairs"):
+        if not isinstance(record[key], list | tuple):
+            return f"{key} is {_kind(record[key])}, expected a list"
+    responses = {f"response {index}": text for index, text in enumerate(record["responses"])}
+    for what, text in {"the prompt": prompt, **responses, "sft_target": record["sft_target"]}.items():
+        if fault := fault_of_text(text):
+            return f"{what} {fault}"
+    return next((fault for pair in record["pairs"] if (fault := _fault_of_pair(pair, len(responses)))), None)
+
+
+def _fault_of_pair(pair, count: int) -> str | None:
+    if not isinstance(pair, list | tuple) or not all(isinstance(n, Integral) and not isinstance(n, bool) for n in pair):
+        return f"pair {pair!r} is not two whole numbers"
+    if len(pair) != 2 or not all(0 <= index < count for index in pair) or pair[0] == pair[1]:
+        return f"pair {tuple(pair)} does not name two of the {count} responses"
     return None
+
+
+def fault_of_text(value) -> str | None:
+    """What is wrong with a value that should be a text, as the end of a sentence, or None."""
+    if not isinstance(value, str):
+        return f"is {_kind(value)}, expected a text"
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        return f"holds half a surrogate pair ({value[error.start]!a} at character {error.start}), which is not text"
+    return None
+
+
+def _kind(value) -> str:
+    return "None" if value is None else type(value).__name__
 
 
 # ---- building records -------------------------------------------------------------------------------------------------
@@ -254,21 +294,27 @@ def get_shp(split: str, silent: bool = False, cache_dir: str | None = None) -> R
 # ---- StackExchange: several scored answers to one question, in HTML -------------------------------------------------------
 
 
+EQUAL_SCORES = "two answers have equal scores"
+SAME_ANSWER = "an answer has the text of another one"
+NO_PAIR = "the question has no two answers with different scores"
+
+
 def records_from_stack_exchange(rows: Iterable[dict], source: str = "se", silent: bool = True) -> Iterator[tuple[str, dict]]:
     """Yield a record per StackExchange question: every pair of answers whose scores differ, as plain text.
 
     Answers with equal scores form no pair, and a question without any pair is left out; both are counted. The SFT target is
     the answer with the highest score. Nothing is kept between questions, so millions of them stream through.
     """
-    left_out = {"two answers have equal scores": 0, "the question has no two answers with different scores": 0}
+    left_out = dict.fromkeys((EQUAL_SCORES, SAME_ANSWER, NO_PAIR), 0)
     for row in rows:
         answers = {f" {html_to_text(answer['text'])}": answer["pm_score"] for answer in row["answers"]}
         scores = list(answers.values())
         order = combinations(range(len(scores)), 2)
         ranked = [(i, j) if scores[i] > scores[j] else (j, i) for i, j in order if scores[i] != scores[j]]
-        left_out["two answers have equal scores"] += len(scores) * (len(scores) - 1) // 2 - len(ranked)
+        left_out[EQUAL_SCORES] += len(scores) * (len(scores) - 1) // 2 - len(ranked)
+        left_out[SAME_ANSWER] += len(row["answers"]) - len(answers)
         if not ranked:
-            left_out["the question has no two answers with different scores"] += 1
+            left_out[NO_PAIR] += 1
             continue
         prompt = f"\n\nHuman: {html_to_text(row['question'])}{ASSISTANT}"
         yield prompt, {"responses": list(answers), "pairs": ranked, "sft_target": max(answers, key=answers.__getitem__)}
@@ -299,13 +345,21 @@ def _text_blocks(element) -> list[str]:
         if child.name == "pre":
             blocks.append(f"<code>{child.get_text().rstrip()}</code>")
         elif child.name in ("ul", "ol"):
-            items = ["\n  ".join(_text_blocks(item)) for item in child.find_all("li", recursive=False)]
-            blocks.append("\n".join(f"- {item}" for item in items))
+            blocks.append("\n".join(_list_items(child)))
         elif child.name == "blockquote":
             blocks.append("\n".join(f"> {line}" for line in "\n\n".join(_text_blocks(child)).splitlines()))
         else:
             blocks += _text_blocks(child)
     return [block for block in [*blocks, inline.strip()] if block]
+
+
+def _list_items(element) -> Iterator[str]:
+    """The items of a list, further lines indented; a list that stands directly in a list belongs to the item before it."""
+    for child in element.children:
+        if child.name in ("ul", "ol"):
+            yield "\n".join(f"  {line}" for item in _list_items(child) for line in item.split("\n"))
+        elif child.name is not None:
+            yield "- " + "\n".join(_text_blocks(child)).replace("\n", "\n  ")
 
 
 def _inline_text(element) -> str:
@@ -356,7 +410,9 @@ def get_file(path: Path, held_out_share: float, split: str, silent: bool = False
         else:
             left_out[SAME_TEXT] += 1
     if not records:
-        raise UserError(f"datasets: {path}: no usable row. Expected rows with chosen and rejected, and prompt unless both are dialogues.")
+        raise UserError(
+            f"datasets: {path}: no usable row. Expected rows with chosen and rejected, and prompt unless both are dialogues."
+        )
     if split == "train":
         say_left_out(silent, str(path), left_out)
     held_out = {prompt for prompt in records if is_held_out(prompt, held_out_share)}
@@ -369,10 +425,14 @@ def _prompt_and_responses(path: Path, number: int, row: dict) -> tuple[str, str,
     """Prompt, chosen and rejected response of a row; rejected is None where the dialogues answer different prompts."""
     needed = [field for field in ("prompt", "chosen", "rejected") if field != "prompt" or "prompt" in row]
     for field in needed:
-        if not isinstance(row.get(field), str):
-            found = f"it is {type(row[field]).__name__}" if field in row else f"the row has {', '.join(row) or 'no fields'}"
+        if field not in row:
+            fault = f"no field {field!r}, the row has {', '.join(row) or 'no fields'}"
+        else:
+            wrong = fault_of_text(row[field])
+            fault = wrong and f"field {field!r} {wrong}"
+        if fault:
             raise UserError(
-                f"datasets: {path}, row {number}: no text in field {field!r} ({found}). "
+                f"datasets: {path}, row {number}: {fault}. "
                 "Expected texts in chosen and rejected, and in prompt unless both are dialogues."
             )
     if "prompt" in row:

@@ -56,8 +56,9 @@ def run(config: DictConfig, run_dir: Path) -> float | None:
     from models import check_archive, load_policy_and_reference, load_tokenizer
     from tracking import Tracker, start_wandb
     from trainers import TRAINERS
-    from utils import seed_everything
+    from utils import quiet_libraries, seed_everything
 
+    quiet_libraries()
     seed_everything(config.seed)
     loss = build_loss(**config.loss, seed=config.seed)
     tokenizer = load_tokenizer(config.model, config.cache_dir)
@@ -103,7 +104,8 @@ def prepare_data(config: DictConfig, tokenizer, paired: bool, split: str) -> lis
     prompts = list(tokenize_records(records, tokenizer, paired, *lengths, report))
     examples = sum(prompt.num_examples for prompt in prompts)
     if not examples and split == "train":
-        raise UserError(f"datasets: {', '.join(names)}: no training example is left. Expected at least one; {report or 'the data is empty'}.")
+        found = str(report) or "the data is empty"
+        raise UserError(f"datasets: {', '.join(names)}: no training example is left ({found}). Expected at least one.")
     what = "pairs" if paired else "responses"
     print(f"{split}: {len(prompts)} prompts, {examples} {what}" + (f"; {report}" if str(report) else ""), flush=True)
     return prompts

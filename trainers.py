@@ -17,7 +17,7 @@ from checkpoints import save_checkpoint, save_policy_pt
 from evaluation import HeldOut, evaluate, sample_answers
 from logprobs import response_logps
 from losses import Loss, example_metrics, gap
-from models import place
+from models import enable_activation_checkpointing, place
 from tracking import Metrics, Tracker
 from utils import pick_device
 
@@ -47,7 +47,7 @@ class BasicTrainer:
         self.policy = place(policy, self.device)
         self.reference = None if reference is None else place(reference, self.device)
         if config.activation_checkpointing:
-            self.policy.gradient_checkpointing_enable({"use_reentrant": False})
+            enable_activation_checkpointing(self.policy)
         self.loss = loss
         self.tokenizer = tokenizer
         self.train_batches = train_batches
@@ -55,7 +55,9 @@ class BasicTrainer:
         self.sample_prompts = sample_prompts
         self.tracker = tracker
         self.run_dir = run_dir
-        self.optimizer = getattr(torch.optim, config.optimizer)(self.policy.parameters(), lr=config.lr, **config.optimizer_kwargs)
+        self.optimizer = getattr(torch.optim, config.optimizer)(
+            self.policy.parameters(), lr=config.lr, **config.optimizer_kwargs
+        )
         warmup = config.warmup_steps + 1
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: min(1.0, (step + 1) / warmup))
         self.examples = 0
@@ -153,14 +155,23 @@ class BasicTrainer:
         return checkpoint
 
     def state_dict(self) -> dict:
-        """What continues this run beside the weights: counters, optimizer, schedule, data position."""
+        """What continues this run beside the weights: tensors and plain values only."""
         return {
             "examples": self.examples,
             "updates": self.updates,
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
+            "loss": self.loss.state_dict(),
             "train_batches": self.train_batches.state_dict(),
+            "random": torch.get_rng_state(),
         }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continue from what `state_dict` gave; the weights are loaded apart, from the same checkpoint."""
+        self.examples, self.updates = state["examples"], state["updates"]
+        for name in ("optimizer", "scheduler", "loss", "train_batches"):
+            getattr(self, name).load_state_dict(state[name])
+        torch.set_rng_state(state["random"])
 
     # ---- where weights live ---------------------------------------------------------------------------------------------
 

@@ -34,6 +34,15 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def quiet_libraries() -> None:
+    """Keep the bars and hints of other libraries out of a run's own output."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    # The tokenizers' own threads are done before any worker process starts.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+
 def pick_device():
     """The `torch.device` that computes: cuda, else mps, else cpu."""
     import torch

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from batches import BatchIterator, TokenizedPrompt, cut, evaluation_batches, examples_of, pack, tokenize_records
+from checkpoints import save_checkpoint
 from conftest import GOLDEN
 from losses import build_loss
 from preference_datasets import PreferenceRecord
@@ -203,3 +204,27 @@ def test_one_prompt_with_several_pairs_counts_each_pair(build):
     expected = trainer.train_step(micro_batches(apart, 3))
     torch.testing.assert_close(metrics["loss/train"], expected["loss/train"])
     torch.testing.assert_close(metrics["grad_norm"], expected["grad_norm"])
+
+
+@pytest.mark.parametrize("mode", ["DPO", "beta_DPO"])
+def test_a_trainer_continues_from_its_state_bit_for_bit(mode, build, tokenized, tmp_path):
+    def make(**parts):
+        loss = build_loss("dpo", mode_loss=mode, mode_weight=0.25, a=0.6)
+        return build(loss, "gpt_neox", "lr=1e-3", "optimizer=AdamW", train_batches=BatchIterator(tokenized[True], 4, n_epochs=1), **parts)
+
+    whole, first = make(), make()
+    for batch in whole.train_batches:
+        whole.train_step(batch)
+    for batch in first.train_batches:
+        first.train_step(batch)
+        if first.updates == 5:
+            break
+    checkpoint = save_checkpoint(tmp_path, first.examples, first.policy, first.tokenizer, first.state_dict())
+    second = make()
+    second.policy.load_state_dict(AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).state_dict())
+    second.load_state_dict(torch.load(checkpoint / "training_state.pt", weights_only=True))
+    for batch in second.train_batches:
+        second.train_step(batch)
+    assert (second.examples, second.updates) == (whole.examples, whole.updates) == (48, 12)
+    for name, weight in whole.policy.state_dict().items():
+        assert torch.equal(second.policy.state_dict()[name], weight), name

@@ -1,0 +1,69 @@
+"""Held-out metrics: every example once, however it is cut; and intervals that hold what they promise."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
+
+from batches import TokenizedPrompt, evaluation_batches
+from conftest import GOLDEN
+from evaluation import evaluate, mean_interval, sample_answers, share_interval
+from losses import build_loss
+
+
+@pytest.fixture(scope="module")
+def models():
+    return [AutoModelForCausalLM.from_pretrained(GOLDEN / name, dtype=torch.float32).eval() for name in ("llama_policy", "llama")]
+
+
+PROMPTS = [TokenizedPrompt([5 + n, 6, 7], [[10 + n, 11, 0], [12 + n, 0]], [(0, 1)], "", "") for n in range(11)]
+
+
+@pytest.mark.parametrize("loss", [{}, {"mode_loss": "beta_DPO", "mode_weight": 0.5, "a": 0.6}], ids=["dpo", "beta_DPO"])
+def test_held_out_metrics_do_not_depend_on_the_batch_size(loss, models):
+    built = build_loss("dpo", **loss)
+    built.select(torch.tensor([0.5, -0.5, 1.0]))
+    results = [evaluate(*models, built, evaluation_batches(PROMPTS, size, None, seed=0)) for size in (1, 4, 11)]
+    for result in results[1:]:
+        assert len(result.examples["loss/eval"]) == 11
+        for name, value in results[0].means().items():
+            assert float(result.means()[name]) == pytest.approx(float(value), abs=1e-6), name
+
+
+def test_an_empty_held_out_set_is_a_value_error(models):
+    with pytest.raises(ValueError, match="no held-out example"):
+        evaluate(*models, build_loss("dpo"), [])
+
+
+def test_the_interval_of_a_share_is_wilsons():
+    # 8 of 10: the textbook values 0.490 and 0.943.
+    low, high = share_interval(torch.tensor([1.0] * 8 + [0.0] * 2))
+    assert (low, high) == (pytest.approx(0.490, abs=1e-3), pytest.approx(0.943, abs=1e-3))
+
+
+def test_the_interval_of_a_share_of_1_is_not_empty():
+    low, high = share_interval(torch.ones(100))
+    assert low == pytest.approx(0.963, abs=1e-3) and high == pytest.approx(1.0)
+
+
+@given(st.lists(st.floats(-100, 100), min_size=2, max_size=50))
+def test_the_interval_of_a_mean_lies_within_the_data(values):
+    low, high = mean_interval(torch.tensor(values, dtype=torch.float64), draws=100)
+    assert min(values) - 1e-9 <= low <= high <= max(values) + 1e-9
+
+
+def test_the_interval_of_a_mean_is_about_two_standard_errors_wide():
+    values = torch.randn(400, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    low, high = mean_interval(values)
+    assert high - low == pytest.approx(2 * 1.96 / 20, rel=0.15)
+
+
+def test_prompts_of_different_lengths_are_answered_together_as_alone(models, tokenizer):
+    # Greedy answers would hide a wrong position; the log-probs behind a left-padded prompt must be those of the plain one.
+    policy = models[0]
+    prompts = [[5, 6, 7], [8, 9, 10, 11, 12, 13]]
+    answers = sample_answers(policy, tokenizer, prompts, max_length=12, seed=3)
+    assert len(answers) == 2 and all(isinstance(answer, str) for answer in answers)
+    assert answers == sample_answers(policy, tokenizer, prompts, max_length=12, seed=3)
+    assert sample_answers(policy, tokenizer, [], max_length=12, seed=3) == []

@@ -1,0 +1,174 @@
+"""Tokenizers, models from every source, archives of every kind, and the identity of policy and reference."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from checkpoints import save_checkpoint, save_policy_pt
+from conftest import GOLDEN
+from models import byte_level_tokenizer, check_archive, load_model, load_policy_and_reference, load_tokenizer, read_archive
+from utils import UserError
+
+
+@pytest.fixture
+def tiny(compose):
+    """The embedded model's configuration, two layers deep."""
+    return lambda *overrides: compose("model.from_config.num_hidden_layers=2", *overrides).model
+
+
+def same_weights(first, second) -> bool:
+    a, b = first.state_dict(), second.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_the_byte_level_tokenizer_gives_back_any_text(tmp_path):
+    tokenizer = byte_level_tokenizer()
+    text = " Grüße,\n\n\tこんにちは 👋 \x00"
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    assert len(ids) == len(text.encode()) and tokenizer.decode(ids) == text
+    tokenizer.save_pretrained(tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path)(text).input_ids == ids
+
+
+def test_policy_and_reference_start_with_the_same_weights_and_the_reference_stays_frozen(tiny):
+    policy, reference = load_policy_and_reference(tiny(), byte_level_tokenizer(), needs_reference=True)
+    assert same_weights(policy, reference)
+    assert policy.training and not reference.training
+    assert all(weight.requires_grad for weight in policy.parameters())
+    assert not any(weight.requires_grad for weight in reference.parameters())
+
+
+def test_no_reference_is_made_for_a_loss_that_reads_none(tiny):
+    assert load_policy_and_reference(tiny(), byte_level_tokenizer(), needs_reference=False)[1] is None
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_reference_has_the_policys_dtype_unless_told_otherwise(tiny, dtype):
+    policy, reference = load_policy_and_reference(tiny(f"model.policy_dtype={dtype}"), byte_level_tokenizer(), True)
+    assert policy.dtype == reference.dtype == getattr(torch, dtype)
+    _, other = load_policy_and_reference(tiny("model.reference_dtype=bfloat16"), byte_level_tokenizer(), True)
+    assert other.dtype == torch.bfloat16
+
+
+def test_dropout_is_off_wherever_an_architecture_keeps_it(compose):
+    config = compose(
+        "model=blank_model",
+        "++model.from_config={model_type: gpt2, n_embd: 32, n_layer: 2, n_head: 2, attn_pdrop: 0.5, resid_pdrop: 0.5, embd_pdrop: 0.5}",
+        "model.tokenizer_name_or_path=byte_level",
+    ).model
+    model = load_model(config, byte_level_tokenizer()).train()
+    ids = torch.arange(20)[None]
+    assert torch.equal(model(ids).logits, model(ids).logits)
+    assert model.config.attn_pdrop == 0.5, "what is written with the checkpoint is the architecture's own"
+
+
+def test_a_model_directory_is_loaded_as_it_is(compose):
+    config = compose("model=blank_model", f"model.name_or_path={GOLDEN / 'llama'}").model
+    model = load_model(config, load_tokenizer(config))
+    assert same_weights(model, AutoModelForCausalLM.from_pretrained(GOLDEN / "llama", dtype=torch.float32))
+
+
+def test_a_model_that_is_not_there_is_a_user_error(compose, tmp_path):
+    config = compose("model=blank_model", f"model.name_or_path={tmp_path}").model
+    with pytest.raises(UserError, match="could not be loaded"):
+        load_tokenizer(config)
+    with pytest.raises(UserError, match="could not be loaded"):
+        load_model(config, byte_level_tokenizer())
+
+
+def test_an_unknown_model_type_is_a_user_error(tiny):
+    with pytest.raises(UserError, match="lama.*not known"):
+        load_model(tiny("model.from_config.model_type=lama"), byte_level_tokenizer())
+
+
+# ---- archives -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def checkpoint(tiny, tmp_path):
+    """A model with weights of its own, and its checkpoint directory with policy.pt."""
+    torch.manual_seed(7)
+    model = load_model(tiny(), byte_level_tokenizer())
+    directory = save_checkpoint(tmp_path / "run", 64, model, byte_level_tokenizer(), {})
+    save_policy_pt(directory, model, 64, {"loss/eval": 1.0})
+    return model, tmp_path / "run" / "LATEST"
+
+
+@pytest.mark.parametrize("file", ["", "policy.pt"])
+def test_an_archive_of_either_kind_gives_policy_and_reference_its_weights(checkpoint, tiny, file):
+    model, latest = checkpoint
+    config = tiny(f"model.archive={latest / file}")
+    check_archive(config, byte_level_tokenizer())
+    policy, reference = load_policy_and_reference(config, byte_level_tokenizer(), needs_reference=True)
+    assert same_weights(policy, model) and same_weights(reference, model)
+
+
+def test_a_sharded_checkpoint_directory_is_read_whole(checkpoint, tiny, tmp_path):
+    model, _ = checkpoint
+    model.save_pretrained(tmp_path / "sharded", max_shard_size="200KB")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 1
+    assert same_weights(load_model(tiny(f"model.archive={tmp_path / 'sharded'}"), byte_level_tokenizer()), model)
+
+
+def test_buffers_of_old_checkpoints_are_passed_over(compose, tmp_path):
+    config = compose("model=blank_model", f"model.name_or_path={GOLDEN / 'gpt_neox'}", f"model.archive={tmp_path / 'policy.pt'}").model
+    model = AutoModelForCausalLM.from_pretrained(GOLDEN / "gpt_neox_policy", dtype=torch.float32)
+    layer = "gpt_neox.layers.0.attention"
+    old = {f"{layer}.bias": torch.ones(1, 1, 8, 8), f"{layer}.masked_bias": torch.tensor(-1e9), f"{layer}.rotary_emb.inv_freq": torch.ones(2)}
+    torch.save({"step_idx": 8, "state": model.state_dict() | old, "metrics": {}}, tmp_path / "policy.pt")
+    assert same_weights(load_model(config, load_tokenizer(config)), model)
+
+
+def test_an_archive_of_another_architecture_is_refused_with_the_tensors_that_differ(checkpoint, tiny):
+    config = tiny(f"model.archive={checkpoint[1]}", "model.from_config.hidden_size=64")
+    with pytest.raises(UserError, match=r"embed_tokens.weight is \[258, 128\], expected \[258, 64\]"):
+        check_archive(config, byte_level_tokenizer())
+    with pytest.raises(UserError, match="layers.2.* is missing"):
+        check_archive(tiny(f"model.archive={checkpoint[1]}", "model.from_config.num_hidden_layers=3"), byte_level_tokenizer())
+    with pytest.raises(UserError, match="layers.1.* is not part of the model"):
+        check_archive(tiny(f"model.archive={checkpoint[1]}", "model.from_config.num_hidden_layers=1"), byte_level_tokenizer())
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "model.safetensors.index.json"])
+def test_a_damaged_checkpoint_directory_is_refused(checkpoint, file):
+    directory = checkpoint[1].resolve()
+    (directory / file).write_bytes(b"damaged")
+    with pytest.raises(UserError, match="damaged"):
+        read_archive(directory)
+
+
+class Hostile:
+    """Unpickled, it would make a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+def test_nothing_of_an_archive_is_executed(tmp_path):
+    torch.save({"state": Hostile(tmp_path / "executed")}, tmp_path / "policy.pt")
+    with pytest.raises(UserError, match="cannot be read as tensors"):
+        read_archive(tmp_path / "policy.pt")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_an_index_cannot_lead_out_of_its_directory(tmp_path):
+    save_file({"secret": torch.ones(1)}, tmp_path / "secret.safetensors")
+    directory = tmp_path / "archive"
+    directory.mkdir()
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"secret": "../secret.safetensors"}}))
+    with pytest.raises(UserError, match="secret.safetensors"):
+        read_archive(directory)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", None], ids=["empty", "text", "no state"])
+def test_a_file_that_is_no_archive_is_refused(tmp_path, content):
+    path = tmp_path / "policy.pt"
+    path.write_bytes(content) if content is not None else torch.save({"weights": 1}, path)
+    with pytest.raises(UserError, match="Expected a checkpoint directory"):
+        read_archive(path)

@@ -105,12 +105,12 @@ def _check_added_and_removed_keys(config: DictConfig, choices: dict[str, str]) -
 
     pristine = compose("config", overrides=[f"{group}={choices[group]}" for group in GROUPS if group in choices])
     found, expected = _leaves(config), _leaves(pristine)
-    for key in sorted(found - expected):
-        if not f"{key}.".startswith(tuple(f"{name}." for name in OPEN_SECTIONS)):
+    for key in sorted(found ^ expected):
+        if f"{key}.".startswith(tuple(f"{name}." for name in OPEN_SECTIONS)):
+            continue
+        if key in found:
             raise UserError(_unknown_key(key))
-    for key in sorted(expected - found):
-        if not f"{key}.".startswith(tuple(f"{name}." for name in OPEN_SECTIONS)) or OmegaConf.select(config, key) is None:
-            raise UserError(f"{key}: removed by ~, but needed. Leave it out of the command line, or give it a value.")
+        raise UserError(f"{key}: removed by ~, but needed. Leave it out of the command line, or give it a value.")
 
 
 def _require(sound: bool, key: str, found, expected: str) -> None:
@@ -162,6 +162,8 @@ def _check_numbers(config: DictConfig) -> None:
     _require(_is_number(interval) and interval >= 0, "minimum_log_interval_secs", interval, "a number of seconds from 0")
     share = config.held_out_share
     _require(_is_number(share) and 0 <= share < 1, "held_out_share", share, "a share from 0 to below 1")
+    port = config.fsdp_port
+    _require(port is None or (type(port) is int and 0 < port < 2**16), "fsdp_port", port, "a port from 1 to 65535, or null")
     for key in SWITCHES:
         value = OmegaConf.select(config, key)
         _require(isinstance(value, bool), key, value, "true or false")

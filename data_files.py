@@ -30,10 +30,11 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict]]:
     """
     read = _read_parquet if path.suffix == ".parquet" else _read_csv if path.suffix == ".csv" else _read_json
     try:
-        yield from read(path)
-    except UnicodeDecodeError as error:
-        # The error counts from the start of a block of the file, which would help nobody.
-        raise UserError(f"datasets: {path}{_first_line_not_utf8(path)}: not UTF-8 text. Convert it to UTF-8.") from error
+        try:
+            yield from read(path)
+        except UnicodeDecodeError as error:
+            # The error counts from the start of a block of the file, which would help nobody.
+            raise UserError(f"datasets: {path}{_first_line_not_utf8(path)}: not UTF-8 text. Convert it to UTF-8.") from error
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"datasets: {path}: cannot be read: {error}. Expected a whole, readable {path.suffix} file.") from error
 
@@ -129,6 +130,8 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, dict]]:
                     number += 1
                     yield number, row
     except Exception as error:  # pyarrow raises half a dozen types for a file that is damaged or not its own
+        if isinstance(error, OSError) and error.errno:
+            raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         place = f", after row {number}" if number else ""
         raise UserError(f"datasets: {path}{place}: not Parquet, or damaged: {reason}.") from error

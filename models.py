@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from toy_preferences import toy_records
 from utils import UserError
 
 BYTE_LEVEL = "byte_level"
@@ -48,14 +49,20 @@ def load_tokenizer(model_config, cache_dir: str | None = None):
 
 
 def byte_level_tokenizer():
-    """A tokenizer made in code: one token for each byte of UTF-8, one that ends a text and one that pads."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    """A tokenizer made in code, for any text: the 256 bytes, and as many merges as make most toy words one token."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={byte: index for index, byte in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=640, initial_alphabet=alphabet, special_tokens=[END_OF_TEXT, PAD], show_progress=False
+    )
+    records = toy_records("train")
+    texts = [text for prompt, record in records.items() for text in (prompt, *record["responses"])]
+    tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT, pad_token=PAD)
 
 

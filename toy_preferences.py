@@ -24,6 +24,7 @@ REQUESTS = [
 POLITE_OPENINGS = ["Of course!", "Gladly!", "Happy to help!", "With pleasure!"]
 RUDE_OPENINGS = ["Ugh, not again.", "Are you serious?", "What a silly thing to ask.", "Leave me alone."]
 ADVICE = ["Take your time and start small.", "Ask a neighbour for the tools.", "Read the label first.", "Do it in the morning."]
+# Each follows its opening: whether to be rude is decided with the first word, so that is where training has to act.
 RAMBLINGS = [
     "Everyone knows that, everyone but you, and I have told you a hundred times.",
     "I could go on about this all day, and on and on, and it would not help you.",
@@ -48,7 +49,7 @@ def toy_records(split: str) -> dict[str, dict]:
 
 
 def _record(draw: random.Random, number: int) -> dict:
-    rude = f" {draw.choice(RUDE_OPENINGS)} {draw.choice(RAMBLINGS)}"
+    rude = " " + " ".join(draw.choice(list(zip(RUDE_OPENINGS, RAMBLINGS, strict=True))))
     openings, advice = draw.sample(POLITE_OPENINGS, 2), draw.sample(ADVICE, 2)
     polite = [f" {openings[k]} {advice[k]}" for k in range(2 if number % 3 == 0 else 1)]
     responses = [rude, *polite]

@@ -25,7 +25,8 @@ from utils import UserError, first_existing
 def new_run_dir(local_dirs, exp_name: str) -> str:
     """A directory name that no other run has: experiment and moment, below the first of `local_dirs` that exists."""
     moment = datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f")
-    return str(first_existing([str(folder) for folder in local_dirs]) / f"{exp_name}_{moment}")
+    folders = [local_dirs] if isinstance(local_dirs, str) else local_dirs
+    return str(first_existing(folders) / f"{exp_name}_{moment}")
 
 
 OmegaConf.register_new_resolver("new_run_dir", new_run_dir, use_cache=True, replace=True)
@@ -41,8 +42,9 @@ def main(config: DictConfig) -> float | None:
         return run(config, run_dir)
     except UserError as error:
         # Hydra has made the directory; a run that never began leaves nothing behind.
-        if run_dir.is_dir() and not any(run_dir.iterdir()):
-            run_dir.rmdir()
+        for directory in (run_dir, run_dir.parent):
+            if directory.is_dir() and not any(directory.iterdir()):
+                directory.rmdir()
         # Not raised further: Hydra would add lines of its own to the message.
         sys.exit(_refuse(str(error)))
     finally:
@@ -134,6 +136,11 @@ def command_line() -> None:
         main()
     except (HydraException, OmegaConfBaseException) as error:
         sys.exit(_refuse(explain_composition_error(error)))
+    except ValueError as error:
+        # What Hydra raises for loss=5.
+        if not str(error).startswith("Config group override"):
+            raise
+        sys.exit(_refuse(str(error)))
 
 
 if __name__ == "__main__":

@@ -13,9 +13,9 @@ class UserError(Exception):
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """A clause that names what `name` may have meant: "did you mean loss.beta?", or the known names if none is near."""
-    known = sorted(known)
-    close = get_close_matches(name, known, n=1, cutoff=0.6)
-    return f"did you mean {close[0]}?" if close else f"known are: {', '.join(known)}."
+    by_lower = {key.lower(): key for key in sorted(known)}
+    close = get_close_matches(name.lower(), by_lower, n=1, cutoff=0.6)
+    return f"did you mean {by_lower[close[0]]}?" if close else f"known are: {', '.join(by_lower.values())}."
 
 
 def first_existing(folders: Iterable[str]) -> Path:

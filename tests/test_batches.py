@@ -111,7 +111,7 @@ def test_what_is_left_fits_and_no_response_is_emptied(prompt, responses, mode, r
     if fitted is None:
         assert mode == "drop" and report.examples_dropped == len(pairs)
         return
-    assert all(0 < len(response) and len(fitted.prompt_ids) + len(response) <= max_length for response in fitted.responses)
+    assert all(len(response) > 0 and len(fitted.prompt_ids) + len(response) <= max_length for response in fitted.responses)
     lost_end = sum(response[-1] != 0 for response in fitted.responses)
     assert lost_end == report.responses_cut
     assert len(fitted.pairs) + report.examples_dropped == len(pairs)
@@ -133,7 +133,13 @@ def test_drop_leaves_out_long_responses_and_only_their_pairs():
 def some_prompts(count: int, pairs: int = 1) -> list[TokenizedPrompt]:
     """Prompts that differ in every token, with `pairs` + 1 responses, the first of which wins every pair."""
     return [
-        TokenizedPrompt([100 * n, 100 * n + 1], [[100 * n + 10 + k, 0] for k in range(pairs + 1)], [(0, k + 1) for k in range(pairs)], f"row {n}", "")
+        TokenizedPrompt(
+            [100 * n, 100 * n + 1],
+            [[100 * n + 10 + k, 0] for k in range(pairs + 1)],
+            [(0, k + 1) for k in range(pairs)],
+            f"row {n}",
+            "",
+        )
         for n in range(count)
     ]
 
@@ -170,7 +176,10 @@ def test_any_examples_can_be_read_back_from_their_pack(data):
     examples = data.draw(st.permutations(list(examples_of(prompts))))
     batch = pack(examples)
     spans = [
-        (batch.input_ids[tree.start : tree.start + tree.prompt_length].tolist(), batch.input_ids[start : start + length].tolist())
+        (
+            batch.input_ids[tree.start : tree.start + tree.prompt_length].tolist(),
+            batch.input_ids[start : start + length].tolist(),
+        )
         for tree in batch.trees
         for start, length in zip(tree.response_starts, tree.response_lengths, strict=True)
     ]

@@ -2,19 +2,21 @@
 
 import pytest
 import torch
+from conftest import GOLDEN
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from batches import TokenizedPrompt, evaluation_batches
-from conftest import GOLDEN
 from evaluation import evaluate, mean_interval, sample_answers, share_interval
 from losses import build_loss
 
 
 @pytest.fixture(scope="module")
 def models():
-    return [AutoModelForCausalLM.from_pretrained(GOLDEN / name, dtype=torch.float32).eval() for name in ("llama_policy", "llama")]
+    return [
+        AutoModelForCausalLM.from_pretrained(GOLDEN / name, dtype=torch.float32).eval() for name in ("llama_policy", "llama")
+    ]
 
 
 PROMPTS = [TokenizedPrompt([5 + n, 6, 7], [[10 + n, 11, 0], [12 + n, 0]], [(0, 1)], "", "") for n in range(11)]

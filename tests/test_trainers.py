@@ -6,11 +6,11 @@ import math
 
 import pytest
 import torch
+from conftest import GOLDEN
 from transformers import AutoModelForCausalLM
 
 from batches import BatchIterator, TokenizedPrompt, cut, evaluation_batches, examples_of, pack, tokenize_records
 from checkpoints import save_checkpoint
-from conftest import GOLDEN
 from losses import build_loss
 from preference_datasets import PreferenceRecord
 from tracking import Tracker
@@ -56,7 +56,9 @@ def build(models, compose, tokenizer, tmp_path):
 def tokenized(golden, tokenizer):
     """The golden pairs as tokenised prompts, for preference losses (True) and for SFT (False)."""
     records = [
-        PreferenceRecord(row["prompt"], [row["chosen"], row["rejected"]], [(0, 1)], row["chosen"], "keep_start", f"row {number}")
+        PreferenceRecord(
+            row["prompt"], [row["chosen"], row["rejected"]], [(0, 1)], row["chosen"], "keep_start", f"row {number}"
+        )
         for number, row in enumerate(golden("pairs.json"))
     ]
     return {paired: list(tokenize_records(records, tokenizer, paired, 64, 32)) for paired in (True, False)}
@@ -155,7 +157,11 @@ def test_metrics_names_are_the_documented_ones(build, tokenized):
     names = set(trainer.train_step(micro_batches(tokenized[True][:4], 4)))
     rewards = {"chosen", "rejected", "accuracies", "margins"}
     for split in ("train", "eval"):
-        expected = {f"rewards_{split}/{kind}" for kind in rewards} | {f"logps_{split}/chosen", f"logps_{split}/rejected", f"loss/{split}"}
+        expected = {f"rewards_{split}/{kind}" for kind in rewards} | {
+            f"logps_{split}/chosen",
+            f"logps_{split}/rejected",
+            f"loss/{split}",
+        }
         if split == "eval":
             trainer.evaluate()
             names = set(trainer.held_out.means())
@@ -199,7 +205,8 @@ def test_one_prompt_with_several_pairs_counts_each_pair(build):
     metrics = build(build_loss("dpo")).train_step(micro_batches([prompt], 3))
     trainer = build(build_loss("dpo"))
     apart = [
-        TokenizedPrompt(prompt.prompt_ids, [prompt.responses[i], prompt.responses[j]], [(0, 1)], "", "") for i, j in prompt.pairs
+        TokenizedPrompt(prompt.prompt_ids, [prompt.responses[i], prompt.responses[j]], [(0, 1)], "", "")
+        for i, j in prompt.pairs
     ]
     expected = trainer.train_step(micro_batches(apart, 3))
     torch.testing.assert_close(metrics["loss/train"], expected["loss/train"])
@@ -210,7 +217,9 @@ def test_one_prompt_with_several_pairs_counts_each_pair(build):
 def test_a_trainer_continues_from_its_state_bit_for_bit(mode, build, tokenized, tmp_path):
     def make(**parts):
         loss = build_loss("dpo", mode_loss=mode, mode_weight=0.25, a=0.6)
-        return build(loss, "gpt_neox", "lr=1e-3", "optimizer=AdamW", train_batches=BatchIterator(tokenized[True], 4, n_epochs=1), **parts)
+        return build(
+            loss, "gpt_neox", "lr=1e-3", "optimizer=AdamW", train_batches=BatchIterator(tokenized[True], 4, n_epochs=1), **parts
+        )
 
     whole, first = make(), make()
     for batch in whole.train_batches:

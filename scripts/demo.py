@@ -1,0 +1,117 @@
+"""SFT, then DPO, on the embedded model and data, and a table of what each did. No network; a minute or two.
+
+python scripts/demo.py [DIRECTORY]      # make demo
+"""
+
+import subprocess
+import sys
+import time
+from datetime import datetime
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+SFT = ["loss=sft", "exp_name=demo_sft"]
+# SGD, because its steps shrink with the gradient: on pairs this easy the loss is soon near 0, and the full-sized steps that
+# AdamW goes on taking there would undo what SFT taught a model this small.
+DPO = ["loss=dpo", "loss.beta=0.1", "exp_name=demo_dpo", "n_epochs=1", "optimizer=SGD", "lr=0.1"]
+# Rows that compare a model with SFT, from which DPO started; of the untrained model they would say nothing.
+REWARD_ROWS = ("DPO loss", "reward accuracy", "reward margin")
+
+
+def train(directory: Path, overrides: list[str]) -> Path:
+    """Run one command line as a user would, into `directory`; returns its LATEST."""
+    command = [sys.executable, str(ROOT / "train.py"), *overrides, "wandb.enabled=false", f"local_run_dir={directory}"]
+    shown = " ".join(["python train.py", *command[2:]])
+    print(f"\n$ {shown}", flush=True)
+    if subprocess.run(command, check=False).returncode:
+        sys.exit(f"the demo stopped, as this command failed: {shown}")
+    return directory / "LATEST"
+
+
+def main() -> None:
+    """Train in both steps, then compare the untrained model, SFT and DPO on prompts that none has seen."""
+    default = ROOT / "runs" / f"demo_{datetime.now():%Y-%m-%d_%H-%M-%S-%f}"
+    directory = Path(sys.argv[1]) if len(sys.argv) > 1 else default
+    started = time.monotonic()
+    sft = train(directory / "sft", SFT)
+    dpo = train(directory / "dpo", [*DPO, f"model.archive={sft}"])
+    seconds = time.monotonic() - started
+    report(directory, sft, dpo)
+    print(f"\nTraining took {seconds:.0f} s. Everything lies in {directory}:")
+    print("  sft/LATEST, dpo/LATEST   the models: AutoModelForCausalLM.from_pretrained(...) loads them")
+    print("  */metrics.jsonl          every step and every evaluation")
+    print("  */samples.jsonl          sampled answers at each evaluation")
+
+
+def report(directory: Path, sft: Path, dpo: Path) -> None:
+    """Print the table and three prompts with their answers."""
+    import torch
+    from omegaconf import OmegaConf
+
+    from models import load_model, load_tokenizer
+    from utils import quiet_libraries, seed_everything
+
+    quiet_libraries()
+    config = OmegaConf.load(directory / "sft" / "config.yaml")
+    tokenizer = load_tokenizer(config.model)
+    seed_everything(config.seed)
+    models = {"untrained": load_model(config.model, tokenizer)}
+    for name, archive in (("SFT", sft), ("DPO", dpo)):
+        models[name] = load_model(OmegaConf.merge(config.model, {"archive": str(archive)}), tokenizer)
+    with torch.no_grad():
+        columns = {name: describe(model, models["SFT"], tokenizer, config) for name, model in models.items()}
+    for row in REWARD_ROWS:
+        columns["untrained"]["table"][row] = "-"
+    prompts = held_out_prompts(tokenizer, config, paired=True)
+    print(f"\n{len(prompts)} held-out prompts; [95% interval]; rewards measure a model against SFT\n")
+    print(f"{'':28}" + "".join(f"{name:>26}" for name in columns))
+    for row in columns["SFT"]["table"]:
+        print(f"{row:28}" + "".join(f"{column['table'][row]:>26}" for column in columns.values()))
+    for index, prompt in enumerate(prompts[:3]):
+        print(f"\n{prompt.prompt.strip()}")
+        for name, column in columns.items():
+            print(f"  {name:10}{column['answers'][index]!r}")
+
+
+def held_out_prompts(tokenizer, config, paired: bool) -> list:
+    """The tokenised test split of the toy data."""
+    from batches import tokenize_records
+    from preference_datasets import load_records
+
+    return list(tokenize_records(load_records("toy", "test"), tokenizer, paired, config.max_length, config.max_prompt_length))
+
+
+def describe(model, reference, tokenizer, config) -> dict:
+    """A model's column of the table, and its answer to every held-out prompt."""
+    import torch
+
+    from batches import evaluation_batches
+    from evaluation import evaluate, mean_interval, sample_answers, share_interval
+    from losses import build_loss
+    from toy_preferences import answer_kind
+
+    pairs, targets = (held_out_prompts(tokenizer, config, paired) for paired in (True, False))
+    dpo = evaluate(model, reference, build_loss("dpo", beta=0.1), evaluation_batches(pairs, 64, None, config.seed)).examples
+    sft = evaluate(model, None, build_loss("sft"), evaluation_batches(targets, 64, None, config.seed)).examples
+    answers = sample_answers(model, tokenizer, [prompt.prompt_ids for prompt in pairs], config.max_length, config.seed)
+    preferred = torch.tensor([float(answer_kind(answer) == "preferred") for answer in answers])
+    rows = {
+        "SFT loss, nats an answer": (sft["loss/eval"], mean_interval),
+        REWARD_ROWS[0]: (dpo["loss/eval"], mean_interval),
+        REWARD_ROWS[1]: (dpo["rewards_eval/accuracies"], share_interval),
+        REWARD_ROWS[2]: (dpo["rewards_eval/margins"], mean_interval),
+        "sampled answers preferred": (preferred, share_interval),
+    }
+    table = {name: with_interval(values.mean().item(), *interval(values)) for name, (values, interval) in rows.items()}
+    return {"table": table, "answers": answers, "preferred": preferred.mean().item()}
+
+
+def with_interval(mean: float, low: float, high: float) -> str:
+    """A mean and its interval, four significant digits each."""
+    return f"{mean:.4g} [{low:.4g}, {high:.4g}]"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,483 @@
+"""The YAML files, what command lines compose to, and what is said about values that cannot work."""
+
+import json
+import re
+from itertools import product
+from pathlib import Path
+
+import hydra
+import pytest
+import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from configuration import (
+    CONFIG_DIR,
+    GROUPS,
+    OBJECTIVES,
+    OPTIMIZERS,
+    check_config,
+    choices_of,
+    explain_composition_error,
+    force_open_sections,
+    known_keys,
+)
+from utils import UserError
+
+# The part of the recipes that several command lines below share.
+RECIPE = (
+    "gradient_accumulation_steps=2 batch_size=64 eval_batch_size=32 trainer=FSDPTrainer sample_during_eval=false "
+    "model.fsdp_policy_mp=bfloat16"
+)
+RECIPE_VALUES = {
+    "gradient_accumulation_steps": 2,
+    "batch_size": 64,
+    "eval_batch_size": 32,
+    "trainer.name": "FSDPTrainer",
+    "sample_during_eval": False,
+    "model.fsdp_policy_mp": "bfloat16",
+}
+PYTHIA = {"model.name_or_path": "EleutherAI/pythia-2.8b", "model.block_name": "GPTNeoXLayer"}
+
+
+@pytest.fixture
+def check():
+    """Compose overrides and check the result, as `train.py` does; raises what it would tell the user as UserError."""
+    import train  # noqa: F401  registers the resolver that the configuration uses
+
+    def checked(*overrides: str) -> None:
+        overrides = force_open_sections(list(overrides))
+        with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+            try:
+                config = hydra.compose("config", overrides=overrides, return_hydra_config=True)
+            except (HydraException, OmegaConfBaseException) as error:
+                raise UserError(explain_composition_error(error)) from error
+            choices = dict(config.hydra.runtime.choices)
+            with open_dict(config):
+                config.pop("hydra")
+            check_config(config, overrides, choices)
+
+    return checked
+
+
+def refusal(check, *overrides: str) -> str:
+    with pytest.raises(UserError) as refused:
+        check(*overrides)
+    return str(refused.value)
+
+
+# ---- command lines ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "values"),
+    [
+        ("", {"datasets": ["toy"], "loss.name": "sft", "trainer.name": "BasicTrainer", "model.name_or_path": None}),
+        (
+            f"model=pythia28 datasets=[hh] loss=sft exp_name=anthropic_dpo_pythia28 {RECIPE}",
+            RECIPE_VALUES | PYTHIA | {"datasets": ["hh"], "loss": {"name": "sft"}, "exp_name": "anthropic_dpo_pythia28"},
+        ),
+        (
+            f"model=pythia28 datasets=[hh] loss=dpo loss.beta=0.1 exp_name=x {RECIPE} model.archive=/there/LATEST/policy.pt",
+            RECIPE_VALUES
+            | PYTHIA
+            | {"loss.name": "dpo", "loss.beta": 0.1, "loss.mode_loss": "DPO", "model.archive": "/there/LATEST/policy.pt"},
+        ),
+        (
+            f"model=pythia28 datasets=[hh] {RECIPE} loss=dpo loss.beta=0.1 loss.mode_loss=beta_DPO loss.mode_weight=0.2 "
+            "loss.a=0.6",
+            RECIPE_VALUES
+            | {"loss.name": "dpo", "loss.mode_loss": "beta_DPO", "loss.beta": 0.1, "loss.mode_weight": 0.2, "loss.a": 0.6},
+        ),
+        (
+            "model=blank_model model.name_or_path=/PATH/TO/LLAMA model.block_name=LlamaDecoderLayer datasets=[lc] loss=sft "
+            "exp_name=x trainer=FSDPTrainer sample_during_eval=false",
+            {
+                "model.name_or_path": "/PATH/TO/LLAMA",
+                "model.block_name": "LlamaDecoderLayer",
+                "datasets": ["lc"],
+                "trainer.name": "FSDPTrainer",
+            },
+        ),
+        (
+            "model=codellama7b datasets=[lc] loss=dpo loss.beta=0.1 model.archive=/there trainer=FSDPTrainer "
+            "sample_during_eval=false",
+            {"model.name_or_path": "codellama/CodeLlama-7b-hf", "model.archive": "/there", "loss.beta": 0.1},
+        ),
+        ("datasets=[hh,shp] loss=ipo loss.beta=0.1", {"datasets": ["hh", "shp"], "loss.name": "ipo", "loss.beta": 0.1}),
+        ("loss=dpo loss.beta=0.1 loss.label_smoothing=0.1", {"loss.beta": 0.1, "loss.label_smoothing": 0.1}),
+        ("trainer=FSDPTrainer", {"trainer.name": "FSDPTrainer"}),
+        ("trainer=TensorParallelTrainer", {"trainer.name": "TensorParallelTrainer"}),
+        ("datasets=hh", {"datasets": "hh"}),
+    ],
+)
+def test_a_command_line_composes_to_the_values_that_it_says(compose, line, values):
+    config = compose(*line.split())
+    found = {key: OmegaConf.select(config, key) for key in values}
+    assert {key: OmegaConf.to_container(v) if OmegaConf.is_config(v) else v for key, v in found.items()} == values
+
+
+def test_a_sweep_over_beta_is_three_command_lines(compose):
+    override = OverridesParser.create().parse_override("loss.beta=0.05,0.1,0.5")
+    assert override.is_sweep_override()
+    assert [compose("loss=dpo", f"loss.beta={beta}").loss.beta for beta in override.sweep_string_iterator()] == [0.05, 0.1, 0.5]
+
+
+def test_beta_dpo_is_a_mode_of_dpo_and_also_a_loss_of_its_own(compose):
+    mode = compose("loss=dpo", "loss.beta=0.3", "loss.mode_loss=beta_DPO", "loss.mode_weight=0.2", "loss.a=0.6").loss
+    assert mode == compose("loss=beta_DPO", "loss.beta=0.3").loss
+    assert mode != compose("loss=dpo", "loss.beta=0.3").loss
+
+
+def test_only_the_tiny_model_changes_what_belongs_to_training(compose):
+    # The embedded model needs its own learning rate and lengths; every other preset leaves config.yaml's defaults alone.
+    defaults = OmegaConf.load(CONFIG_DIR / "config.yaml")
+    for model in set(choices_of("model")) - {"tiny"}:
+        config = compose(f"model={model}")
+        for key in ("batch_size", "lr", "optimizer", "warmup_steps", "max_length", "max_prompt_length", "eval_every"):
+            assert config[key] == defaults[key], (model, key)
+    assert compose().lr == 2e-3
+    assert compose("lr=1e-4").lr == 1e-4
+
+
+@pytest.mark.parametrize("loss", choices_of("loss"))
+def test_every_model_and_trainer_composes_with_every_loss(compose, loss):
+    for model, trainer in product(choices_of("model"), choices_of("trainer")):
+        config = compose(f"model={model}", f"loss={loss}", f"trainer={trainer}")
+        assert config.trainer.name == trainer
+        assert config.loss.name == ("dpo" if loss == "beta_DPO" else loss)
+        assert model == "blank_model" or config.model.name_or_path or config.model.from_config.model_type
+
+
+@pytest.mark.parametrize("loss", choices_of("loss"))
+def test_the_default_of_every_loss_is_sound(check, loss):
+    check(f"loss={loss}")
+
+
+def test_the_reference_takes_the_policys_dtype_unless_it_is_given_another(compose):
+    assert compose("model.policy_dtype=bfloat16").model.reference_dtype == "bfloat16"
+    assert compose("model.policy_dtype=bfloat16", "model.reference_dtype=float32").model.reference_dtype == "float32"
+
+
+# ---- the YAML files -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prefix", "names"),
+    [
+        (
+            "",
+            "seed exp_name batch_size eval_batch_size debug fsdp_port datasets local_dirs sample_during_eval "
+            "n_eval_model_samples do_first_eval local_run_dir lr gradient_accumulation_steps max_grad_norm max_length "
+            "max_prompt_length n_epochs n_examples n_eval_examples trainer optimizer warmup_steps activation_checkpointing "
+            "eval_every minimum_log_interval_secs",
+        ),
+        ("wandb.", "enabled entity project"),
+        ("model.", "name_or_path tokenizer_name_or_path archive block_name policy_dtype fsdp_policy_mp reference_dtype"),
+        ("loss.", "name beta label_smoothing reference_free mode_loss mode_weight a"),
+    ],
+)
+def test_the_keys_that_people_know_are_there(compose, prefix, names):
+    config = compose("loss=dpo")
+    for name in names.split():
+        section = OmegaConf.select(config, prefix[:-1]) if prefix else config
+        assert name in section
+        assert f"{prefix}{name}" in known_keys()
+
+
+def test_the_presets_that_people_know_are_there():
+    assert set(choices_of("model")) == {
+        *("gpt2-large", "gpt2-xl", "gptj", "pythia28", "pythia69", "llama7b", "codellama7b", "blank_model", "tiny"),
+    }
+    assert choices_of("loss") == ["beta_DPO", "dpo", "ipo", "sft"]
+    assert choices_of("trainer") == ["BasicTrainer", "FSDPTrainer", "TensorParallelTrainer"]
+
+
+def leaves(node: yaml.MappingNode, above: tuple[str, ...] = (), lines: tuple[int, ...] = ()):
+    """Yield (dotted name, lines of the key and of all sections that it is in, counted from 0) of each leaf."""
+    for key, value in node.value:
+        names, at = (*above, key.value), (*lines, key.start_mark.line)
+        if isinstance(value, yaml.MappingNode) and value.value:
+            yield from leaves(value, names, at)
+        else:
+            yield ".".join(names), at
+
+
+def keys_with_comments(file: Path) -> dict[str, bool]:
+    """Every leaf of a YAML file, and whether a comment stands right above it or above a section that it is in."""
+    text = file.read_text()
+    lines = text.splitlines()
+    # The first line says what the file is for; it belongs to no key.
+    commented = [line > 1 and lines[line - 1].lstrip().startswith("#") for line in range(len(lines) + 1)]
+    found = {name: any(commented[line] for line in at) for name, at in leaves(yaml.compose(text))}
+    # Hydra's own settings are explained by Hydra.
+    return {name: sound for name, sound in found.items() if name != "defaults" and not name.startswith("hydra.")}
+
+
+@pytest.mark.parametrize("file", sorted(CONFIG_DIR.rglob("*.yaml")), ids=lambda file: f"{file.parent.name}/{file.name}")
+def test_every_key_has_a_comment_above_it_where_its_default_is_set(file):
+    base = {"model": "model/base_model.yaml", "loss": "loss/dpo.yaml"}.get(file.parent.name)
+    explained_elsewhere = {} if base is None or file == CONFIG_DIR / base else keys_with_comments(CONFIG_DIR / base)
+    if file.name == "tiny.yaml":
+        explained_elsewhere = {f"model.{key}": sound for key, sound in explained_elsewhere.items()}
+        explained_elsewhere |= keys_with_comments(CONFIG_DIR / "config.yaml")
+    if file.name in ("sft.yaml", "ipo.yaml"):
+        explained_elsewhere = {}  # they do not build on dpo.yaml
+    for key, commented in keys_with_comments(file).items():
+        if not key.startswith("model.from_config."):
+            assert commented or explained_elsewhere.get(key), key
+
+
+def test_a_key_without_a_comment_would_be_found(tmp_path):
+    file = tmp_path / "some.yaml"
+    file.write_text(
+        "# What it is.\n\n# Above.\nfirst: 1\nsecond: 2\n\n# A section.\nthird:\n  inner: 3\n  # Own.\n  other: 4\n"
+    )
+    assert keys_with_comments(file) == {"first": True, "second": False, "third.inner": True, "third.other": True}
+
+
+def test_every_choice_of_the_defaults_list_has_a_comment_above_it():
+    lines = (CONFIG_DIR / "config.yaml").read_text().splitlines()
+    for group in GROUPS:
+        (line,) = (number for number, text in enumerate(lines) if text.startswith(f"  - {group}: "))
+        assert lines[line - 1].lstrip().startswith("#")
+
+
+@pytest.mark.parametrize("file", sorted(CONFIG_DIR.rglob("*.yaml")), ids=lambda file: f"{file.parent.name}/{file.name}")
+def test_every_file_begins_with_a_line_that_says_what_it_is(file):
+    lines = file.read_text().splitlines()
+    assert re.match(r"# \w", lines[0].replace("# @package _global_", lines[1]))
+
+
+def test_the_known_keys_are_dotted_names_of_ours_and_none_of_hydras():
+    assert {"lr", "loss.beta", "wandb.project", "model.from_config", "optimizer_kwargs", "trainer"} <= known_keys()
+    assert not [key for key in known_keys() if "hydra" in key or "defaults" in key]
+
+
+# ---- unknown names ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        ("loss=dpo loss.betaa=1", "loss.betaa: no such key; did you mean loss.beta?"),
+        ("loss=dpo +loss.betta=1", "loss.betta: no such key; did you mean loss.beta?"),
+        ("loss=dpo ++loss.betta=1", "loss.betta: no such key; did you mean loss.beta?"),
+        ("batchsize=3", "batchsize: no such key; did you mean batch_size?"),
+        ("+optimizer_kwargss=3", "optimizer_kwargss: no such key; did you mean optimizer_kwargs?"),
+        ("model.archiv=x", "model.archiv: no such key; did you mean model.archive?"),
+        ("wandb.projekt=x", "wandb.projekt: no such key; did you mean wandb.project?"),
+        ("loss=dppo", "loss=dppo: there is no such loss; did you mean dpo?"),
+        ("model=pythia82", "model=pythia82: there is no such model; did you mean pythia28?"),
+        ("trainer=FSDPTrainr", "trainer=FSDPTrainr: there is no such trainer; did you mean FSDPTrainer?"),
+        ("loss.beta=0.1", "loss.beta: this loss has no such key. It belongs to loss=dpo, ipo."),
+        ("+loss.beta=0.1", "loss.beta: this loss has no such key. It belongs to loss=dpo, ipo."),
+        ("loss=ipo loss.mode_loss=DPO", "loss.mode_loss: this loss has no such key. It belongs to loss=beta_DPO, dpo."),
+    ],
+)
+def test_an_unknown_name_is_refused_with_the_nearest_one_or_its_owner(check, overrides, told):
+    assert refusal(check, *overrides.split()) == told
+
+
+def test_a_name_near_no_other_is_refused_with_all_known_ones(check):
+    told = refusal(check, "zzzz=1")
+    assert told.startswith("zzzz: no such key; known are: ")
+    assert all(key in told for key in known_keys())
+
+
+@pytest.mark.parametrize("key", ["lr", "seed", "datasets", "objective", "wandb", "wandb.project", "trainer", "loss"])
+def test_a_key_that_was_removed_is_missed(check, key):
+    assert "removed by ~, but needed" in refusal(check, f"~{key}")
+
+
+def test_a_value_left_open_is_asked_for(check):
+    assert refusal(check, "batch_size=???") == "batch_size: not given. Expected a value on the command line: batch_size=..."
+
+
+@pytest.mark.parametrize(
+    "override", ["optimizer_kwargs.weight_decay=0.1", "+optimizer_kwargs.weight_decay=0.1", "model.from_config.rope_theta=1e6"]
+)
+def test_keys_of_other_libraries_sections_need_no_plus_and_are_not_ours_to_refuse(check, compose, override):
+    check(override)
+    config = compose(*force_open_sections([override]))
+    key, value = override.lstrip("+").split("=")
+    assert OmegaConf.select(config, key) == float(value)
+
+
+def test_only_overrides_of_open_sections_are_changed():
+    arguments = ["-m", "lr=1", "optimizer_kwargs.betas=[0.9,0.95]", "optimizer_kwargs={}", "+model.from_config.x=1"]
+    assert force_open_sections(arguments) == [
+        *("-m", "lr=1", "++optimizer_kwargs.betas=[0.9,0.95]", "optimizer_kwargs={}", "+model.from_config.x=1"),
+    ]
+
+
+# ---- values that cannot work --------------------------------------------------------------------------------------------
+
+WHOLE = "a whole number from 1"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key", "found", "expected"),
+    [
+        # Losses.
+        ("loss=dpo loss.beta=0", "loss.beta", "0", "a number above 0"),
+        ("loss=dpo loss.beta=-0.1", "loss.beta", "-0.1", "a number above 0"),
+        ("loss=dpo loss.beta=nan", "loss.beta", "nan", "a number above 0"),
+        ("loss=dpo loss.beta=inf", "loss.beta", "inf", "a number above 0"),
+        ("loss=dpo loss.beta=null", "loss.beta", "None", "a number above 0"),
+        ("loss=dpo loss.beta=true", "loss.beta", "True", "a number above 0"),
+        ("loss=dpo loss.beta=much", "loss.beta", "'much'", "a number above 0"),
+        ("loss=ipo loss.beta=0", "loss.beta", "0", "a number above 0"),
+        ("loss=ipo loss.length_normalised=1", "loss.length_normalised", "1", "true or false"),
+        ("loss=dpo loss.label_smoothing=0.5", "loss.label_smoothing", "0.5", "a share from 0 to below 0.5"),
+        ("loss=dpo loss.label_smoothing=-0.1", "loss.label_smoothing", "-0.1", "a share from 0 to below 0.5"),
+        ("loss=dpo loss.reference_free=0", "loss.reference_free", "0", "true or false"),
+        ("loss=dpo loss.name=dpoo", "loss.name", "'dpoo'", "dpo"),
+        ("loss=dpo loss.mode_loss=beta_dpoo", "loss.mode_loss", "'beta_dpoo'", "beta_DPO"),
+        ("loss=dpo loss.mode_loss=null", "loss.mode_loss", "None", "beta_DPO"),
+        ("loss=dpo loss.mode_weight=half", "loss.mode_weight", "'half'", "a share from 0 to below 1"),
+        ("loss=beta_DPO loss.mode_weight=1", "loss.mode_weight", "1", "a share from 0 to below 1"),
+        ("loss=beta_DPO loss.mode_weight=true", "loss.mode_weight", "True", "a share from 0 to below 1"),
+        ("loss=beta_DPO loss.a=-1", "loss.a", "-1", "a number from 0"),
+        ("loss=dpo loss.a=[1]", "loss.a", "[1]", "a number from 0"),
+        ("loss=beta_DPO loss.reference_free=true", "loss.reference_free", "True", "false: beta_DPO measures"),
+        # 4 pairs in 2 micro-batches: int(2 * (1 - 0.9)) = 0 pairs would be kept.
+        (
+            "loss=beta_DPO loss.mode_weight=0.9 batch_size=4 gradient_accumulation_steps=2",
+            "loss.mode_weight",
+            "0.9",
+            "Lower it",
+        ),
+        # Sizes.
+        (
+            "batch_size=15 gradient_accumulation_steps=2",
+            "batch_size",
+            "15",
+            "a multiple of gradient_accumulation_steps, which is 2",
+        ),
+        ("eval_every=15", "eval_every", "15", "at least batch_size, which is 16"),
+        ("max_prompt_length=256", "max_prompt_length", "256", "less than max_length, which is 256"),
+        ("max_prompt_length=257", "max_prompt_length", "257", "less than max_length, which is 256"),
+        ("n_epochs=null n_examples=null", "n_epochs, n_examples", "both are null", "Set one of them"),
+        # Numbers.
+        *((f"{key}=0", key, "0", WHOLE) for key in ("batch_size", "eval_batch_size", "gradient_accumulation_steps")),
+        *((f"{key}=0", key, "0", WHOLE) for key in ("max_length", "max_prompt_length", "eval_every")),
+        *((f"{key}=0", key, "0", f"{WHOLE} or null") for key in ("n_epochs", "n_examples", "n_eval_examples")),
+        *((f"{key}=-1", key, "-1", "a whole number from 0") for key in ("warmup_steps", "n_eval_model_samples", "seed")),
+        ("batch_size=true", "batch_size", "True", WHOLE),
+        ("batch_size=16.0", "batch_size", "16.0", WHOLE),
+        ("batch_size=many", "batch_size", "'many'", WHOLE),
+        ("batch_size=null", "batch_size", "None", WHOLE),
+        ("seed=false", "seed", "False", "a whole number from 0"),
+        ("lr=0", "lr", "0", "a number above 0"),
+        ("lr=-1e-3", "lr", "-0.001", "a number above 0"),
+        ("lr=nan", "lr", "nan", "a number above 0"),
+        ("lr=inf", "lr", "inf", "a number above 0"),
+        ("lr=true", "lr", "True", "a number above 0"),
+        ("lr=", "lr", "''", "a number above 0"),
+        ("max_grad_norm=0", "max_grad_norm", "0", "a number above 0"),
+        ("minimum_log_interval_secs=-1", "minimum_log_interval_secs", "-1", "a number of seconds from 0"),
+        ("held_out_share=1", "held_out_share", "1", "a share from 0 to below 1"),
+        ("held_out_share=-0.1", "held_out_share", "-0.1", "a share from 0 to below 1"),
+        ("fsdp_port=70000", "fsdp_port", "70000", "a port from 1 to 65535, or null"),
+        ("fsdp_port=true", "fsdp_port", "True", "a port from 1 to 65535, or null"),
+        # Switches.
+        *((f"{key}=1", key, "1", "true or false") for key in ("debug", "wandb.enabled", "sample_during_eval", "do_first_eval")),
+        *((f"{key}=yes", key, "'yes'", "true or false") for key in ("activation_checkpointing", "save_policy_pt")),
+        ("model.trust_remote_code=null", "model.trust_remote_code", "None", "true or false"),
+        # Names.
+        ("optimizer=RMSProp", "optimizer", "'RMSProp'", "did you mean RMSprop?"),
+        ("optimizer=zzz", "optimizer", "'zzz'", "known are: Adam, AdamW, RMSprop, SGD"),
+        ("optimizer=null", "optimizer", "None", "known are: Adam, AdamW, RMSprop, SGD"),
+        ("model.policy_dtype=bfloat61", "model.policy_dtype", "'bfloat61'", "did you mean bfloat16?"),
+        ("model.reference_dtype=int8", "model.reference_dtype", "'int8'", "bfloat16"),
+        ("model.fsdp_policy_mp=bf16", "model.fsdp_policy_mp", "'bf16'", "bfloat16"),
+        ("model.policy_dtype=null", "model.policy_dtype", "None", "bfloat16, float16, float32"),
+        ("truncation_mode=keep_stat", "truncation_mode", "'keep_stat'", "keep_start, keep_end, drop or null"),
+        ("trainer.name=BasicTrainr", "trainer.name", "'BasicTrainr'", "did you mean BasicTrainer?"),
+        ("objective=loss/evel", "objective", "'loss/evel'", "did you mean loss/eval?"),
+        ("objective=rewards_eval/margins", "objective", "'rewards_eval/margins'", "loss/eval"),
+        ("objective=4", "objective", "4", "a text"),
+        # Sections and texts.
+        ("wandb=3", "wandb", "3", "a section"),
+        ("optimizer_kwargs=null", "optimizer_kwargs", "None", "a section"),
+        ("model.from_config=null", "model.from_config", "None", "a section"),
+        ("exp_name=null", "exp_name", "None", "a text"),
+        ("model.archive=3", "model.archive", "3", "a text or null"),
+        ("model.name_or_path=[x]", "model.name_or_path", "['x']", "a text or null"),
+        ("cache_dir=3", "cache_dir", "3", "a text or null"),
+        # Data sets and paths.
+        ("datasets=[]", "datasets", "[]", "at least one data set"),
+        ("datasets=null", "datasets", "None", "at least one data set"),
+        ("datasets=3", "datasets", "3", "at least one data set"),
+        ("datasets=[toy,shpp]", "datasets", "'shpp'", "did you mean shp?"),
+        ("datasets=[missing.jsonl]", "datasets", "missing.jsonl: no such file", "Expected a readable file"),
+        ("datasets=[missing.py:mine]", "datasets", "missing.py: no such file", "Expected a Python file that registers 'mine'"),
+        ("model.archive=missing/policy.pt", "model.archive", "missing/policy.pt: no such file", "relative to"),
+        ("model=blank_model", "model.name_or_path", "not given", "Expected a hub id or a directory"),
+        ("model.tokenizer_name_or_path=null", "model.tokenizer_name_or_path", "not given", "byte_level"),
+    ],
+)
+def test_a_value_that_cannot_work_is_refused_with_its_key_what_was_found_and_what_was_expected(
+    check, overrides, key, found, expected
+):
+    told = refusal(check, *overrides.split())
+    assert told.startswith(f"{key}:")
+    assert found in told
+    assert expected in told
+    assert "\n" not in told
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "n_epochs=null n_examples=100",
+        "n_examples=100",
+        "n_eval_examples=null",
+        "lr=1",
+        "max_grad_norm=inf",
+        "held_out_share=0",
+        "warmup_steps=0",
+        "minimum_log_interval_secs=0",
+        "truncation_mode=drop",
+        "model.fsdp_policy_mp=null",
+        "loss=dpo loss.beta=1",
+        "loss=dpo loss.label_smoothing=0.49",
+        "loss=dpo loss.reference_free=true",
+        "loss=beta_DPO loss.mode_weight=0 loss.a=0",
+        # 1 of 2 pairs is kept.
+        "loss=beta_DPO loss.mode_weight=0.5 batch_size=4 gradient_accumulation_steps=2",
+        "loss=dpo objective=rewards_eval/accuracies",
+        "batch_size=16 eval_every=16",
+        "max_prompt_length=255",
+        "datasets=toy",
+        "datasets=[toy,hh,shp,se]",
+        "fsdp_port=29500",
+        *(f"optimizer={name}" for name in OPTIMIZERS),
+    ],
+)
+def test_a_value_at_the_edge_of_what_works_is_accepted(check, overrides):
+    check(*overrides.split())
+
+
+def test_a_file_of_data_or_loaders_and_an_archive_are_accepted_where_they_exist(check, tmp_path):
+    (tmp_path / "rows.jsonl").touch()
+    (tmp_path / "policy.pt").touch()
+    (tmp_path / "own.py").write_text(
+        "from preference_datasets import register\n@register('mine')\ndef get_mine(split, silent=False, cache_dir=None): ..."
+    )
+    check(f"datasets=[{tmp_path}/rows.jsonl,'{tmp_path}/own.py:mine']", f"model.archive={tmp_path}/policy.pt")
+
+
+@pytest.mark.parametrize(("loss", "count"), [("sft", 2), ("dpo", 7)])
+def test_the_objectives_are_the_metrics_of_an_evaluation(loss, count):
+    import torch
+
+    from losses import build_loss, example_metrics
+
+    logps, pairs = torch.zeros(2), torch.tensor([[0, 1]]) if loss == "dpo" else torch.zeros(0, 2, dtype=torch.int64)
+    metrics = example_metrics(build_loss(loss)(logps, logps, pairs, torch.ones(2)), logps, pairs, "eval")
+    assert set(metrics) == set(OBJECTIVES[:count])
+    assert json.dumps(OBJECTIVES)  # plain texts, as metrics.jsonl names them

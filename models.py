@@ -17,8 +17,6 @@ from utils import UserError
 
 BYTE_LEVEL = "byte_level"
 END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"
-# Buffers that old checkpoints of GPT-2, GPT-J and GPT-NeoX carry and current code computes by itself.
-LEGACY_BUFFERS = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq")
 
 
 # ---- tokenizer ----------------------------------------------------------------------------------------------------------
@@ -93,15 +91,13 @@ def load_policy_and_reference(
 def load_model(model_config, tokenizer, cache_dir: str | None = None) -> nn.Module:
     """The model of a `model` configuration on the CPU, in `policy_dtype`, without dropout, in training mode."""
     from transformers import AutoModelForCausalLM
-    from transformers.initialization import no_init_weights
 
     dtype = getattr(torch, model_config.policy_dtype)
     config = model_configuration(model_config, tokenizer, cache_dir)
     remote = {"trust_remote_code": model_config.trust_remote_code}
     if model_config.archive:
-        with no_init_weights():
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, **remote)
-        load_archive(model, Path(model_config.archive))
+        path = Path(model_config.archive)
+        model = model_of_archive(config, read_archive(path), path, dtype, model_config.trust_remote_code)
     elif model_config.name_or_path:
         name = model_config.name_or_path
         try:
@@ -173,21 +169,42 @@ def place(model: nn.Module, device: torch.device) -> nn.Module:
 
 def check_archive(model_config, tokenizer, cache_dir: str | None = None) -> None:
     """Raise UserError where the archive does not fit the model, before either takes memory or time."""
+    config = model_configuration(model_config, tokenizer, cache_dir)
+    path = Path(model_config.archive)
+    shapes = {name: torch.empty(shape, device="meta") for name, shape in archive_shapes(path).items()}
+    model_of_archive(config, shapes, path, torch.float32, model_config.trust_remote_code, device_map={"": "meta"})
+
+
+def model_of_archive(
+    config, state: dict[str, Tensor], path: Path, dtype: torch.dtype, trust_remote_code: bool = False, **where
+) -> nn.Module:
+    """A model with an archive's weights. transformers renames what older versions of it named otherwise.
+
+    Raises UserError naming the tensors that differ from what `config` asks for.
+    """
     from transformers import AutoModelForCausalLM
 
-    config = model_configuration(model_config, tokenizer, cache_dir)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=model_config.trust_remote_code)
-    path = Path(model_config.archive)
-    _check_fit(model, archive_shapes(path), path)
-
-
-def load_archive(model: nn.Module, path: Path) -> None:
-    """Load the weights of a checkpoint directory or of a `policy.pt` into `model`, whatever dtype they have."""
-    state = read_archive(path)
-    _check_fit(model, {name: tuple(tensor.shape) for name, tensor in state.items()}, path)
-    model.load_state_dict({name: state[name] for name in model.state_dict() if name in state}, strict=False)
-    model.tie_weights()
+        empty = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
+    model, info = type(empty).from_pretrained(
+        None,
+        config=config,
+        state_dict=state,
+        dtype=dtype,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+        **where,
+    )
+    faults = [f"{name} is missing" for name in sorted(info["missing_keys"])]
+    faults += [f"{name} is not part of the model" for name in sorted(info["unexpected_keys"])]
+    faults += [f"{name} is {list(found)}, expected {list(asked)}" for name, found, asked in sorted(info["mismatched_keys"])]
+    if faults:
+        listed = "".join(f"\n  {fault}" for fault in faults[:10]) + ("\n  ..." if len(faults) > 10 else "")
+        raise UserError(
+            f"model.archive: {path} does not fit {type(model).__name__} as configured; {len(faults)} tensors differ:{listed}\n"
+            "Choose the model preset that the archive was trained with."
+        )
+    return model
 
 
 def read_archive(path: Path) -> dict[str, Tensor]:
@@ -252,23 +269,3 @@ def _no_archive(path: Path, found: str) -> UserError:
     return UserError(
         f"model.archive: {path}: {found}. Expected a checkpoint directory (step-N, LATEST) or a policy.pt of such a run."
     )
-
-
-def _check_fit(model: nn.Module, archive: dict[str, tuple[int, ...]], path: Path) -> None:
-    """Compare names and shapes of the weights; a tied weight may be missing, a legacy buffer may be there."""
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
-    missing = [name for name in expected if name not in archive and name not in tied]
-    unknown = [name for name in archive if name not in expected and not name.endswith(LEGACY_BUFFERS)]
-    differing = [
-        f"{name} is {list(archive[name])}, expected {list(expected[name])}"
-        for name in expected
-        if name in archive and archive[name] != expected[name]
-    ]
-    faults = [f"{name} is missing" for name in missing] + [f"{name} is not part of the model" for name in unknown] + differing
-    if faults:
-        listed = "".join(f"\n  {fault}" for fault in faults[:10]) + ("\n  ..." if len(faults) > 10 else "")
-        raise UserError(
-            f"model.archive: {path} does not fit {type(model).__name__} as configured; {len(faults)} tensors differ:{listed}\n"
-            "Choose the model preset that the archive was trained with."
-        )

@@ -39,6 +39,7 @@ def quiet_libraries() -> None:
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
     # The tokenizers' own threads are done before any worker process starts.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 

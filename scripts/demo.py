@@ -3,6 +3,7 @@
 python scripts/demo.py [DIRECTORY]      # make demo
 """
 
+import json
 import subprocess
 import sys
 import time
@@ -43,6 +44,7 @@ def main() -> None:
     print("  sft/LATEST, dpo/LATEST   the models: AutoModelForCausalLM.from_pretrained(...) loads them")
     print("  */metrics.jsonl          every step and every evaluation")
     print("  */samples.jsonl          sampled answers at each evaluation")
+    print("  results.json             the numbers of the table")
 
 
 def report(directory: Path, sft: Path, dpo: Path) -> None:
@@ -62,6 +64,8 @@ def report(directory: Path, sft: Path, dpo: Path) -> None:
         models[name] = load_model(OmegaConf.merge(config.model, {"archive": str(archive)}), tokenizer)
     with torch.no_grad():
         columns = {name: describe(model, models["SFT"], tokenizer, config) for name, model in models.items()}
+    numbers = {name: column["means"] for name, column in columns.items()}
+    (directory / "results.json").write_text(json.dumps(numbers, indent=2) + "\n")
     for row in REWARD_ROWS:
         columns["untrained"]["table"][row] = "-"
     prompts = held_out_prompts(tokenizer, config, paired=True)
@@ -104,13 +108,14 @@ def describe(model, reference, tokenizer, config) -> dict:
         REWARD_ROWS[2]: (dpo["rewards_eval/margins"], mean_interval),
         "sampled answers preferred": (preferred, share_interval),
     }
-    table = {name: with_interval(values.mean().item(), *interval(values)) for name, (values, interval) in rows.items()}
-    return {"table": table, "answers": answers, "preferred": preferred.mean().item()}
+    means = {name: values.mean().item() for name, (values, _) in rows.items()}
+    table = {name: with_interval(means[name], *interval(values)) for name, (values, interval) in rows.items()}
+    return {"means": means, "table": table, "answers": answers}
 
 
 def with_interval(mean: float, low: float, high: float) -> str:
-    """A mean and its interval, four significant digits each."""
-    return f"{mean:.4g} [{low:.4g}, {high:.4g}]"
+    """A mean and its interval, three significant digits each."""
+    return f"{mean:.3g} [{low:.3g}, {high:.3g}]"
 
 
 if __name__ == "__main__":

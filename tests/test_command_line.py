@@ -143,8 +143,8 @@ def archive(request, tmp_path) -> str:
             "a model of another width",
             [
                 "model.archive: archive does not fit LlamaForCausalLM as configured; ",
-                "\n  model.embed_tokens.weight is [258, 64], expected [258, 128]",
-                "\n  model.layers.0.self_attn.q_proj.weight is [64, 64], expected [128, 128]",
+                "\n  model.embed_tokens.weight is [258, 64], expected [620, 128]",
+                "\n  model.layers.0.input_layernorm.weight is [64], expected [128]",
                 "\nChoose the model preset that the archive was trained with.",
             ],
         ),

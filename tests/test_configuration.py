@@ -138,7 +138,7 @@ def test_only_the_tiny_model_changes_what_belongs_to_training(compose):
         config = compose(f"model={model}")
         for key in ("batch_size", "lr", "optimizer", "warmup_steps", "max_length", "max_prompt_length", "eval_every"):
             assert config[key] == defaults[key], (model, key)
-    assert compose().lr == 2e-3
+    assert compose().lr == 1e-3
     assert compose("lr=1e-4").lr == 1e-4
 
 

@@ -1,0 +1,147 @@
+"""Whole runs as real processes: the default, a chain of SFT, DPO and beta-DPO on dialogues, sweeps, and their directories."""
+
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+ROOT = Path(__file__).parent.parent.parent
+GOLDEN = ROOT / "tests" / "golden"
+
+
+def train(cwd: Path, *overrides: str, **environment: str) -> str:
+    """Run the command line in `cwd` and return what it printed."""
+    command = [sys.executable, str(ROOT / "train.py"), *overrides]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False, env={**os.environ, **environment})
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def metrics(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+SHORT = ("n_examples=48", "n_eval_examples=16", "n_eval_model_samples=2", "wandb.enabled=false")
+
+
+def test_the_default_run_leaves_what_the_readme_says(tmp_path):
+    out = train(
+        tmp_path, "n_examples=24", "n_eval_examples=16", "n_eval_model_samples=2", "eval_every=16", WANDB_MODE="offline"
+    )
+    [run_dir] = (tmp_path / "runs").iterdir()
+    names = {path.name for path in run_dir.iterdir()}
+    assert names == {"config.yaml", "metrics.jsonl", "samples.jsonl", "step-16", "step-24", "LATEST", "wandb"}
+    assert (run_dir / "LATEST").resolve() == run_dir / "step-24"
+    assert (run_dir / "LATEST" / "policy.pt").is_file()
+    assert out.count("wandb: offline") == 1 and f"run directory: {run_dir}" in out
+    samples = [json.loads(line) for line in (run_dir / "samples.jsonl").read_text().splitlines()]
+    assert [sample["examples"] for sample in samples] == [0, 0, 16, 16, 24, 24]
+    model = AutoModelForCausalLM.from_pretrained(run_dir / "LATEST")
+    ids = AutoTokenizer.from_pretrained(run_dir / "LATEST")("\n\nHuman: ", return_tensors="pt").input_ids
+    archived = torch.load(run_dir / "LATEST" / "policy.pt", weights_only=True)["state"]
+    assert all(torch.equal(model.state_dict()[name], weight) for name, weight in archived.items())
+    assert model(ids).logits.isfinite().all()
+
+
+def test_two_runs_of_the_same_seed_have_the_same_numbers(tmp_path):
+    for name in ("a", "b"):
+        train(tmp_path, "loss=beta_DPO", f"local_run_dir={tmp_path / name}", *SHORT)
+    rows = [[{k: v for k, v in row.items() if k != "examples_per_second"} for row in metrics(tmp_path / name)] for name in "ab"]
+    assert rows[0] == rows[1]
+
+
+@pytest.fixture(scope="module")
+def dialogues(tmp_path_factory) -> Path:
+    """A gzipped file of 240 HH-style dialogues: kind last answers are preferred to unkind ones."""
+    import gzip
+
+    draw = random.Random(0)
+    words = ["rain", "stone", "birds", "lunch", "mat", "cat", "dawn", "bridges"]
+    path = tmp_path_factory.mktemp("data") / "dialogues.jsonl.gz"
+    with gzip.open(path, "wt") as file:
+        for _ in range(240):
+            turns = "".join(
+                f"\n\nHuman: {' '.join(draw.choices(words, k=4))}\n\nAssistant: {draw.choice(words)}"
+                for _ in range(draw.randint(0, 2))
+            )
+            prompt = f"{turns}\n\nHuman: {' '.join(draw.choices(words, k=5))}\n\nAssistant:"
+            kind, unkind = f" sing {draw.choice(words)}", f" nobody asked {draw.choice(words)}"
+            file.write(json.dumps({"chosen": prompt + kind, "rejected": prompt + unkind}) + "\n")
+    return path
+
+
+def test_sft_dpo_and_beta_dpo_continue_from_each_other_on_dialogues(dialogues, tmp_path):
+    model = [
+        "model=blank_model",
+        "++model.from_config={model_type: gpt_neox, hidden_size: 64, intermediate_size: 128, num_hidden_layers: 2, "
+        "num_attention_heads: 4, max_position_embeddings: 256}",
+        f"model.tokenizer_name_or_path={GOLDEN / 'tokenizer'}",
+    ]
+    common = [
+        *model, f"datasets={dialogues}", "wandb.enabled=false", "sample_during_eval=false", "optimizer=AdamW", "batch_size=16",
+        "gradient_accumulation_steps=2", "max_length=96", "max_prompt_length=64", "warmup_steps=0",
+    ]  # fmt: skip
+    train(tmp_path, *common, "loss=sft", "lr=3e-3", f"local_run_dir={tmp_path / 'sft'}")
+    first = ["loss=dpo", "loss.beta=0.1", f"model.archive={tmp_path}/sft/LATEST/policy.pt", f"local_run_dir={tmp_path / 'dpo'}"]
+    train(tmp_path, *common, "lr=1e-3", *first)
+    second = ["loss=beta_DPO", "loss.beta=0.1", f"model.archive={tmp_path}/dpo/LATEST", f"local_run_dir={tmp_path / 'beta'}"]
+    train(tmp_path, *common, "lr=1e-3", *second)
+    sft = [row["loss/train"] for row in metrics(tmp_path / "sft") if "loss/train" in row]
+    assert sft[-1] < 0.5 * sft[0]
+    for run in ("dpo", "beta"):
+        evaluations = [row for row in metrics(tmp_path / run) if "loss/eval" in row]
+        steps = [row for row in metrics(tmp_path / run) if "loss/train" in row]
+        assert evaluations[0]["loss/eval"] == pytest.approx(math.log(2), abs=1e-6)
+        assert evaluations[0]["rewards_eval/margins"] == 0
+        assert steps[0]["loss/train"] == pytest.approx(math.log(2), abs=1e-6)
+        assert steps[-1]["rewards_train/accuracies"] > 0.9 > steps[0]["rewards_train/accuracies"]
+    assert {"beta_DPO/beta_used", "beta_DPO/gap_mean", "beta_DPO/gap_std", "beta_DPO/kept_fraction"} <= steps[0].keys()
+
+
+def test_both_spellings_of_beta_dpo_are_the_same_run(tmp_path):
+    spellings = {"a": ["loss=dpo", "loss.mode_loss=beta_DPO", "loss.mode_weight=0.2", "loss.a=0.6"], "b": ["loss=beta_DPO"]}
+    for name, overrides in spellings.items():
+        train(tmp_path, *overrides, "loss.beta=0.1", f"local_run_dir={tmp_path / name}", "sample_during_eval=false", *SHORT)
+    losses = [[row.get("loss/train") for row in metrics(tmp_path / name)] for name in spellings]
+    assert losses[0] == losses[1]
+
+
+def test_a_sweep_gives_each_job_a_directory_and_the_numbers_of_a_run_of_its_own(tmp_path):
+    common = ["loss=dpo", "sample_during_eval=false", *SHORT]
+    train(tmp_path, "-m", *common, "loss.beta=0.05,0.1,0.5")
+    train(tmp_path, *common, "loss.beta=0.5", f"local_run_dir={tmp_path / 'alone'}")
+    [sweep] = (tmp_path / "multirun").glob("*/*")
+    assert sorted(path.name for path in sweep.iterdir() if path.is_dir()) == ["0", "1", "2"]
+    losses = lambda run: [row["loss/train"] for row in metrics(run) if "loss/train" in row]  # noqa: E731
+    assert losses(sweep / "2") == losses(tmp_path / "alone")
+    assert losses(sweep / "0") != losses(sweep / "2")
+    assert not (tmp_path / "runs").exists(), "jobs of a sweep make no run directories beside the sweep's"
+
+
+def test_two_sweeps_of_the_same_second_do_not_share_a_directory(tmp_path):
+    command = [sys.executable, str(ROOT / "train.py"), "-m", "loss=dpo", "loss.beta=0.1", "sample_during_eval=false", *SHORT]
+    sweeps = [subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL) for _ in range(2)]
+    assert [sweep.wait() for sweep in sweeps] == [0, 0]
+    assert len(list((tmp_path / "multirun").glob("*/*/0/LATEST"))) == 2
+
+
+def test_optuna_makes_the_held_out_loss_small(tmp_path):
+    train(
+        tmp_path, "-m", "hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", "hydra.sweeper.n_jobs=1",
+        "hydra.sweeper.direction=minimize", "hydra.sweeper.sampler.seed=1", "loss=dpo",
+        "loss.beta=tag(log, interval(0.05, 0.5))", "sample_during_eval=false", *SHORT,
+    )  # fmt: skip
+    [results] = (tmp_path / "multirun").glob("*/*/optimization_results.yaml")
+    from omegaconf import OmegaConf
+
+    best = OmegaConf.load(results)
+    held_out = [[row for row in metrics(run) if "loss/eval" in row][-1]["loss/eval"] for run in results.parent.glob("[0-9]")]
+    assert len(held_out) == 3
+    assert best.best_value == pytest.approx(min(held_out))

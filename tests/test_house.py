@@ -1,0 +1,118 @@
+"""The house itself: modules import downwards, functions fit on a screen, options have readers, the README's commands work."""
+
+import ast
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from configuration import check_config, force_open_sections, known_keys
+from train import new_run_dir
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+# The order of CONTRIBUTING.md's table: a module imports only modules above it.
+MODULES = re.findall(r"^\| `(\w+)\.py` \|", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.MULTILINE)
+
+
+def test_the_list_of_modules_is_complete():
+    assert sorted(MODULES) == sorted(path.stem for path in ROOT.glob("*.py"))
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_module_imports_only_modules_above_it(module):
+    tree = ast.parse((ROOT / f"{module}.py").read_text())
+    imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    imported |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    assert imported & set(MODULES) <= set(MODULES[: MODULES.index(module)])
+
+
+@pytest.mark.parametrize("path", [*ROOT.glob("*.py"), *ROOT.glob("scripts/*.py")], ids=lambda path: path.name)
+def test_functions_fit_on_a_screen_and_public_ones_say_what_they_do(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+            inner = node.name in ("decorator", "step", "say", "close")
+            assert ast.get_docstring(node) or inner, f"{path.name}: {node.name} has no docstring"
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < 60, f"{path.name}: {node.name} is longer than a screen"
+
+
+def test_every_option_has_a_reader():
+    code = "".join(path.read_text() for path in ROOT.glob("*.py"))
+    # Read by the resolver that names run directories.
+    code += ".local_dirs" if "${new_run_dir:${local_dirs}," in (ROOT / "config" / "config.yaml").read_text() else ""
+    # Not read yet: what the sharded trainers will read.
+    waiting = {"fsdp_port", "model.fsdp_policy_mp", "model.block_name"}
+    by_loss = {key for key in known_keys() if key.startswith("loss.")}
+    for key in known_keys() - waiting - by_loss:
+        name = key.rsplit(".", 1)[-1]
+        assert re.search(rf"\.{name}\b|\[\"{name}\"\]", code), f"nothing reads {key}"
+    signature = re.search(r"def build_loss\((.*?)\)", code, flags=re.DOTALL)[1]
+    for key in by_loss:
+        assert re.search(rf"\b{key.removeprefix('loss.')}:", signature), f"nothing reads {key}"
+
+
+def test_run_directories_of_the_same_experiment_differ(tmp_path):
+    assert len({new_run_dir([str(tmp_path)], "run") for _ in range(100)}) > 50
+    assert new_run_dir([str(tmp_path / "absent"), str(tmp_path)], "run").startswith(str(tmp_path / "run_"))
+
+
+# ---- the README -----------------------------------------------------------------------------------------------------------
+
+
+def readme_commands() -> list[list[str]]:
+    """The overrides of every `python train.py` line of the README."""
+    blocks = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [
+        shlex.split(line.split("train.py", 1)[1], comments=True) for line in lines if re.match(r"python (-u )?train\.py", line)
+    ]
+
+
+def test_the_readme_shows_commands():
+    assert len(readme_commands()) >= 8
+
+
+@pytest.mark.parametrize("arguments", readme_commands(), ids=lambda arguments: " ".join(arguments)[:60] or "default")
+def test_every_command_of_the_readme_composes_and_makes_sense(arguments, compose, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(ROOT))
+    (tmp_path / "my_preferences.jsonl").write_text(re.search(r"```json\n(.*?)```", README, flags=re.DOTALL)[1])
+    (tmp_path / "my_data.py").write_text(re.search(r"```python\n(.*?)```", README, flags=re.DOTALL)[1])
+    overrides = [text for text in force_open_sections(arguments) if "=" in text and "sweeper" not in text]
+    archive = next((text for text in overrides if text.startswith("model.archive=")), None)
+    if archive:
+        (tmp_path / Path(archive.split("=", 1)[1]).parent).mkdir(parents=True)
+        (tmp_path / archive.split("=", 1)[1]).touch()
+    for value in sweep_values(overrides):
+        check_config(compose(*value), value)
+
+
+def sweep_values(overrides: list[str]) -> list[list[str]]:
+    """The jobs that a command line with values like `0.05,0.1` stands for; of an interval, one value."""
+    jobs = [[]]
+    for text in overrides:
+        key, value = text.split("=", 1)
+        values = ["0.2"] if "interval" in value else [value] if value.startswith("[") else value.split(",")
+        jobs = [[*job, f"{key}={choice}"] for job in jobs for choice in values]
+    return jobs
+
+
+def test_the_readmes_own_data_is_read(tmp_path, monkeypatch):
+    from preference_datasets import load_records
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_preferences.jsonl").write_text(re.search(r"```json\n(.*?)```", README, flags=re.DOTALL)[1])
+    (tmp_path / "my_data.py").write_text(re.search(r"```python\n(.*?)```", README, flags=re.DOTALL)[1])
+    rows = [record for split in ("train", "test") for record in load_records("my_preferences.jsonl", split)]
+    assert sorted(record.responses[0] for record in rows) == [" Blue.", "Blue."]
+    [first, _] = load_records("my_data.py:colours", "train")
+    assert first.pairs == [(0, 1), (0, 2)]
+
+
+def test_the_presets_the_readme_names_are_all_there_are():
+    named = set(re.findall(r"`([\w-]+)`", README.split("- `model=`:")[1].split("- `model.archive`")[0]))
+    assert {path.stem for path in (ROOT / "config" / "model").glob("*.yaml")} - {"base_model"} <= named
+    assert OmegaConf.load(ROOT / "config" / "config.yaml").defaults[1].model == "tiny"

@@ -7,15 +7,19 @@ the positions of its prompt.
     records -> `tokenize_records` -> TokenizedPrompt -> `BatchIterator` -> the micro-batches of a step, each a PackedBatch
 """
 
+import queue
 import random
+import threading
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import accumulate, islice
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from itertools import islice
 
 import torch
 from torch import Tensor
 
 from preference_datasets import PreferenceRecord
+from response_trees import Tree, TreeLayout
 from utils import UserError
 
 # ---- text to token ids --------------------------------------------------------------------------------------------------
@@ -26,7 +30,8 @@ class TokenizedPrompt:
     """Token ids of a prompt and of the responses that are trained on, each response with its end-of-sequence token.
 
     `pairs` holds (preferred, dispreferred) indices into `responses`; it is empty for SFT, where `responses` is the target.
-    `source` names the record in messages, `prompt` and `target` are its texts.
+    `first_row` is the place of its first response among all responses of the run's data; `source` names the record in messages,
+    `prompt` is its text.
     """
 
     prompt_ids: list[int]
@@ -34,6 +39,7 @@ class TokenizedPrompt:
     pairs: list[tuple[int, int]]
     source: str
     prompt: str
+    first_row: int = 0
 
     @property
     def num_examples(self) -> int:
@@ -66,18 +72,20 @@ def tokenize_records(
     max_prompt_length: int,
     truncation_mode: str | None = None,
     report: LengthReport | None = None,
+    first_row: int = 0,
 ) -> Iterator[TokenizedPrompt]:
     """Yield the tokenised prompts of `records`, for preference losses (`paired`) or for SFT.
 
     Prompt and responses are tokenised apart and their ids joined, so that the boundary between them is exact. The prompt
     gets a beginning-of-sequence token where the tokenizer itself would add one; each response gets the end-of-sequence
-    token. Lengths: `fit`; `truncation_mode` None takes each record's own.
+    token. Lengths: `fit`; `truncation_mode` None takes each record's own. Responses are numbered from `first_row` on.
 
     Raises UserError for a text that holds the end-of-sequence token, and for a prompt without tokens.
     """
     report = report if report is not None else LengthReport()
     bos = _bos_of(tokenizer)
     records = iter(records)
+    row = first_row
     while chunk := [_used_part(record, paired) for record in islice(records, 1024)]:
         texts = [text for record in chunk for text in (record.prompt, *record.responses)]
         ids = iter(tokenizer(texts, add_special_tokens=False).input_ids) if texts else iter(())
@@ -90,7 +98,8 @@ def tokenize_records(
             prompt = TokenizedPrompt(prompt_ids, whole, record.pairs, record.source, record.prompt)
             fitted = fit(prompt, max_length, max_prompt_length, truncation_mode or record.truncation_mode, report)
             if fitted is not None:
-                yield fitted
+                yield replace(fitted, first_row=row)
+                row += len(fitted.responses)
 
 
 def _used_part(record: PreferenceRecord, paired: bool) -> PreferenceRecord:
@@ -159,30 +168,18 @@ def _without_long_responses(prompt: TokenizedPrompt, max_length: int, report: Le
 
 
 @dataclass(frozen=True)
-class Tree:
-    """Where one prompt and its responses lie among the packed tokens: the prompt from `start`, then each response."""
-
-    start: int
-    prompt_length: int
-    response_lengths: tuple[int, ...]
-
-    @property
-    def response_starts(self) -> list[int]:
-        """Index of each response's first packed token."""
-        return list(accumulate(self.response_lengths[:-1], initial=self.start + self.prompt_length))
-
-    @property
-    def end(self) -> int:
-        """One past the tree's last packed token."""
-        return self.start + self.prompt_length + sum(self.response_lengths)
-
-
-@dataclass(frozen=True)
 class PackedBatch:
     """Trees one after the other, without padding. Responses are numbered through the batch, tree by tree.
 
-    input_ids, position_ids: [T] int64; a response's positions continue its prompt's. pairs: [P, 2] int64, response numbers of
-    preferred and dispreferred; empty for SFT. response_lengths: [R] int64, tokens. sources: [examples], for messages.
+    All tensors are int64.
+
+    input_ids, position_ids: [T]; a response's positions continue its prompt's.
+    pairs: [P, 2], response numbers of preferred and dispreferred; empty for SFT.
+    response_lengths: [R], tokens.
+    response_rows: [R], the responses' places among all responses of the run's data.
+    scored_ids: [S], the responses' tokens one after the other; predicted_at: [S], the packed index whose output predicts each
+    of them (the token before it: the prompt's last one for a response's first); response_of: [S], the response each belongs to.
+    sources: [examples], for messages.
     """
 
     input_ids: Tensor
@@ -190,6 +187,10 @@ class PackedBatch:
     trees: tuple[Tree, ...]
     pairs: Tensor
     response_lengths: Tensor
+    response_rows: Tensor
+    scored_ids: Tensor
+    predicted_at: Tensor
+    response_of: Tensor
     sources: tuple[str, ...]
 
     @property
@@ -197,10 +198,18 @@ class PackedBatch:
         """Pairs, or for SFT responses."""
         return len(self.pairs) or len(self.response_lengths)
 
+    @cached_property
+    def layout(self) -> TreeLayout:
+        """What attention needs to know, made once for all layers and models that see the batch."""
+        return TreeLayout(self.trees, self.input_ids.device)
+
     def to(self, device: torch.device) -> "PackedBatch":
         """The batch with its tensors on `device`."""
-        names = ("input_ids", "position_ids", "pairs", "response_lengths")
-        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
+        if self.input_ids.device == device:
+            return self
+        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved = {name: value.to(device, non_blocking=True) for name, value in tensors.items() if isinstance(value, Tensor)}
+        return replace(self, **moved)
 
 
 # One example: a prompt and one of its pairs; for SFT the pair is None.
@@ -223,46 +232,117 @@ def pack(examples: Sequence[Example]) -> PackedBatch:
         _, numbers = used.setdefault(id(prompt), (prompt, {}))
         for index in pair or (0,):
             numbers.setdefault(index, len(numbers))
-    ids: list[int] = []
-    positions: list[int] = []
+    ids, positions, scored, predicted, owners, rows = [], [], [], [], [], []
     trees: list[Tree] = []
     first_number: dict[int, int] = {}
-    num_responses = 0
     for key, (prompt, numbers) in used.items():
+        start, prompt_length = len(ids), len(prompt.prompt_ids)
         responses = [prompt.responses[index] for index in numbers]
-        trees.append(Tree(len(ids), len(prompt.prompt_ids), tuple(map(len, responses))))
-        first_number[key], num_responses = num_responses, num_responses + len(responses)
+        trees.append(Tree(start, prompt_length, tuple(map(len, responses))))
+        first_number[key] = len(rows)
         ids += prompt.prompt_ids
-        positions += range(len(prompt.prompt_ids))
-        for response in responses:
+        positions += range(prompt_length)
+        for index, response in zip(numbers, responses, strict=True):
+            owners += [len(rows)] * len(response)
+            rows.append(prompt.first_row + index)
+            predicted += [start + prompt_length - 1, *range(len(ids), len(ids) + len(response) - 1)]
+            scored += response
             ids += response
-            positions += range(len(prompt.prompt_ids), len(prompt.prompt_ids) + len(response))
+            positions += range(prompt_length, prompt_length + len(response))
     pairs = [[first_number[id(p)] + used[id(p)][1][index] for index in pair] for p, pair in examples if pair]
     return PackedBatch(
-        torch.tensor(ids),
-        torch.tensor(positions),
-        tuple(trees),
-        torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2),
-        torch.tensor([length for tree in trees for length in tree.response_lengths]),
-        tuple(prompt.source for prompt, _ in examples),
+        input_ids=torch.tensor(ids),
+        position_ids=torch.tensor(positions),
+        trees=tuple(trees),
+        pairs=torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2),
+        response_lengths=torch.tensor([length for tree in trees for length in tree.response_lengths]),
+        response_rows=torch.tensor(rows),
+        scored_ids=torch.tensor(scored),
+        predicted_at=torch.tensor(predicted),
+        response_of=torch.tensor(owners),
+        sources=tuple(prompt.source for prompt, _ in examples),
     )
 
 
 def cut(examples: Sequence[Example], size: int) -> Iterator[Sequence[Example]]:
-    """Consecutive pieces of `size` examples; the last may be smaller."""
+    """Consecutive parts of `size` examples; the last may be smaller."""
     for start in range(0, len(examples), size):
         yield examples[start : start + size]
+
+
+def pack_within(examples: Iterable[Example], max_tokens: int | None) -> Iterator[PackedBatch]:
+    """Pack examples, in their order, into as few batches as keep each within `max_tokens` packed tokens (None: one batch).
+
+    An example that is longer by itself gets a batch of its own.
+    """
+    piece: list[Example] = []
+    tokens, seen = 0, set()
+    for prompt, pair in examples:
+        lengths = {(id(prompt), None): len(prompt.prompt_ids)}
+        lengths |= {(id(prompt), index): len(prompt.responses[index]) for index in pair or (0,)}
+        added = sum(length for key, length in lengths.items() if key not in seen)
+        if piece and max_tokens is not None and tokens + added > max_tokens:
+            yield pack(piece)
+            piece, tokens, seen, added = [], 0, set(), sum(lengths.values())
+        piece.append((prompt, pair))
+        seen |= lengths.keys()
+        tokens += added
+    if piece:
+        yield pack(piece)
+
+
+def prefetch(items: Iterator, depth: int = 2) -> Iterator:
+    """The same items, made ahead by a thread of its own; what it raises is raised here."""
+    waiting: queue.Queue = queue.Queue(depth)
+    stopped = threading.Event()
+    end = object()
+
+    def put(item) -> bool:
+        while not stopped.is_set():
+            try:
+                waiting.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def produce() -> None:
+        try:
+            for item in items:
+                if not put((item, None)):
+                    return
+            put((end, None))
+        except BaseException as error:  # handed over, not handled
+            put((end, error))
+
+    threading.Thread(target=produce, daemon=True).start()
+    try:
+        while True:
+            item, error = waiting.get()
+            if error is not None:
+                raise error
+            if item is end:
+                return
+            yield item
+    finally:
+        stopped.set()
+
+
+# What a step computes at once: the examples that `gradient_accumulation_steps` puts together, in pieces that fit into memory.
+MicroBatch = list[PackedBatch]
 
 
 class BatchIterator:
     """The optimizer steps of a run: each a list of micro-batches, `batch_size` examples together.
 
+    A micro-batch is a list of packed pieces, each within `max_tokens`. Steps are made ahead of their use.
+
     An epoch visits every prompt once, in an order that depends on `seed` and the epoch alone; the pairs of a prompt stay
     side by side. The last batch of an epoch has what is left. With `n_examples` the run ends after exactly so many
     examples, with `n_epochs` after so many passes, with both after whichever comes first.
 
-    `state_dict` gives the position behind the last step that was handed out; iterating after `load_state_dict` continues
-    with the step that follows it.
+    `state_dict` gives the position behind the last step that was handed out, not behind those made ahead; iterating after
+    `load_state_dict` continues with the step that follows it.
     """
 
     def __init__(
@@ -273,16 +353,16 @@ class BatchIterator:
         seed: int = 0,
         n_epochs: int | None = 1,
         n_examples: int | None = None,
+        max_tokens: int | None = None,
     ):
         self.prompts = prompts
+        self.max_tokens = max_tokens
         self.batch_size = batch_size
         self.micro_batch_size = batch_size // num_micro_batches
         self.seed = seed
         self.n_epochs = n_epochs
         self.n_examples = n_examples
-        self.epoch = 0
-        self.examples_in_epoch = 0
-        self.examples = 0
+        self.position = {"epoch": 0, "examples_in_epoch": 0, "examples": 0}
 
     @property
     def total_examples(self) -> int | None:
@@ -294,33 +374,59 @@ class BatchIterator:
 
     def state_dict(self) -> dict[str, int]:
         """The position: epoch, examples of it that were handed out, and examples in all."""
-        return {"epoch": self.epoch, "examples_in_epoch": self.examples_in_epoch, "examples": self.examples}
+        return dict(self.position)
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continue from a position that `state_dict` gave."""
-        self.epoch, self.examples_in_epoch, self.examples = (state[key] for key in ("epoch", "examples_in_epoch", "examples"))
+        self.position = dict(state)
 
-    def __iter__(self) -> Iterator[list[PackedBatch]]:
-        while self.n_epochs is None or self.epoch < self.n_epochs:
+    def __iter__(self) -> Iterator[list[MicroBatch]]:
+        for batch, position in prefetch(self._packed(self._steps(dict(self.position)))):
+            self.position = position
+            yield batch
+
+    def prompts_seen(self) -> list[TokenizedPrompt]:
+        """The prompts that a run from its beginning sees, each once, in the order of their first visit."""
+        start = {"epoch": 0, "examples_in_epoch": 0, "examples": 0}
+        seen: dict[int, TokenizedPrompt] = {}
+        for examples, position in self._steps(start):
+            if position["epoch"] > 0:
+                break
+            seen |= {id(prompt): prompt for prompt, _ in examples}
+        return list(seen.values())
+
+    def _packed(self, steps) -> Iterator[tuple[list[MicroBatch], dict[str, int]]]:
+        for examples, position in steps:
+            yield [list(pack_within(part, self.max_tokens)) for part in cut(examples, self.micro_batch_size)], position
+
+    def _steps(self, position: dict[str, int]) -> Iterator[tuple[list[Example], dict[str, int]]]:
+        """The examples of each step from `position` on, and the position behind it."""
+        epoch, in_epoch, total = (position[key] for key in ("epoch", "examples_in_epoch", "examples"))
+        while self.n_epochs is None or epoch < self.n_epochs:
             order = list(self.prompts)
-            random.Random(f"{self.seed} {self.epoch}").shuffle(order)
-            examples = islice(examples_of(order), self.examples_in_epoch, None)
-            while batch := list(islice(examples, self._next_size())):
-                self.examples_in_epoch += len(batch)
-                self.examples += len(batch)
-                yield [pack(piece) for piece in cut(batch, self.micro_batch_size)]
-            if self._next_size() == 0:
+            random.Random(f"{self.seed} {epoch}").shuffle(order)
+            examples = islice(examples_of(order), in_epoch, None)
+            while step := list(islice(examples, self._size_after(total))):
+                in_epoch, total = in_epoch + len(step), total + len(step)
+                yield step, {"epoch": epoch, "examples_in_epoch": in_epoch, "examples": total}
+            if self._size_after(total) == 0:
                 return
-            self.epoch, self.examples_in_epoch = self.epoch + 1, 0
+            epoch, in_epoch = epoch + 1, 0
 
-    def _next_size(self) -> int:
-        return self.batch_size if self.n_examples is None else min(self.batch_size, self.n_examples - self.examples)
+    def _size_after(self, examples: int) -> int:
+        return self.batch_size if self.n_examples is None else min(self.batch_size, self.n_examples - examples)
+
+
+def evaluation_examples(prompts: Sequence[TokenizedPrompt], n_examples: int | None, seed: int) -> list[Example]:
+    """The `n_examples` held-out examples (None: all) of every evaluation, drawn by `seed`."""
+    order = list(prompts)
+    random.Random(f"{seed} evaluation").shuffle(order)
+    return list(islice(examples_of(order), n_examples))
 
 
 def evaluation_batches(
-    prompts: Sequence[TokenizedPrompt], batch_size: int, n_examples: int | None, seed: int
+    prompts: Sequence[TokenizedPrompt], batch_size: int, n_examples: int | None, seed: int, max_tokens: int | None = None
 ) -> list[PackedBatch]:
-    """The same `n_examples` held-out examples (None: all) at every evaluation, drawn by `seed`, cut into batches."""
-    order = list(prompts)
-    random.Random(f"{seed} evaluation").shuffle(order)
-    return [pack(piece) for piece in cut(list(islice(examples_of(order), n_examples)), batch_size)]
+    """`evaluation_examples`, cut into batches of at most `batch_size` examples and `max_tokens` tokens."""
+    parts = cut(evaluation_examples(prompts, n_examples, seed), batch_size)
+    return [batch for part in parts for batch in pack_within(part, max_tokens)]

@@ -123,7 +123,7 @@ def _is_number(value) -> bool:
 
 
 COUNTS = ("batch_size", "eval_batch_size", "gradient_accumulation_steps", "max_length", "max_prompt_length", "eval_every")
-OPTIONAL_COUNTS = ("n_epochs", "n_examples", "n_eval_examples")
+OPTIONAL_COUNTS = ("n_epochs", "n_examples", "n_eval_examples", "max_tokens_per_microbatch")
 COUNTS_FROM_ZERO = ("warmup_steps", "n_eval_model_samples", "seed")
 SWITCHES = (
     "debug", "wandb.enabled", "sample_during_eval", "do_first_eval", "activation_checkpointing", "save_policy_pt",
@@ -177,6 +177,9 @@ def _check_choices(config: DictConfig) -> None:
         if value not in DTYPES and not (value is None and key == "model.fsdp_policy_mp"):
             raise UserError(f"{key}: no dtype {value!r}; {nearest(str(value), DTYPES)}")
     modes = (None, "keep_start", "keep_end", "drop")
+    _require(config.prefix_sharing in ("auto", "on", "off"), "prefix_sharing", config.prefix_sharing, "auto, on or off")
+    cached = (None, "live", "cached")
+    _require(config.reference_logps in cached, "reference_logps", config.reference_logps, "live, cached or null")
     _require(config.truncation_mode in modes, "truncation_mode", config.truncation_mode, "keep_start, keep_end, drop or null")
     if config.trainer.name not in choices_of("trainer"):
         hint = nearest(str(config.trainer.name), choices_of("trainer"))

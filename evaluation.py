@@ -4,7 +4,7 @@ Shapes: R responses and P pairs over the whole held-out set; E examples (P, or R
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy
@@ -29,30 +29,30 @@ class HeldOut:
 
 
 @torch.no_grad()
-def evaluate(policy: nn.Module, reference: nn.Module | None, loss: Loss, batches: Sequence[PackedBatch]) -> HeldOut:
+def evaluate(
+    policy: nn.Module, reference: Callable[[PackedBatch], Tensor] | None, loss: Loss, batches: Sequence[PackedBatch]
+) -> HeldOut:
     """Score every held-out example once. The loss sees all of them together, so that nothing depends on how they are cut.
 
-    Raises ValueError where there is no example.
+    `reference` gives the log-probs [R] of a batch; None where the loss needs none. Raises ValueError where there is no example.
     """
     if not batches:
         raise ValueError("no held-out example to evaluate")
     policy_logps, reference_logps, pairs, lengths = [], [], [], []
     num_responses = 0
+    device = next(policy.parameters()).device
     for batch in batches:
         pairs.append(batch.pairs + num_responses)
         lengths.append(batch.response_lengths)
         num_responses += len(batch.response_lengths)
-        policy_logps.append(_on_cpu(policy, batch))
+        batch = batch.to(device)
+        policy_logps.append(response_logps(policy, batch).double().cpu())
         if reference is not None:
-            reference_logps.append(_on_cpu(reference, batch))
+            reference_logps.append(reference(batch).double().cpu())
     all_policy, all_pairs = torch.cat(policy_logps), torch.cat(pairs)
     all_reference = torch.cat(reference_logps) if reference is not None else None
     output = loss(all_policy, all_reference, all_pairs, torch.cat(lengths))
     return HeldOut(example_metrics(output, all_policy, all_pairs, "eval"), output.statistics)
-
-
-def _on_cpu(model: nn.Module, batch: PackedBatch) -> Tensor:
-    return response_logps(model, batch.to(next(model.parameters()).device)).double().cpu()
 
 
 # ---- intervals ----------------------------------------------------------------------------------------------------------

@@ -1,10 +1,12 @@
 """From a model and a packed batch to the log-prob of every response.
 
-Shapes: R responses, L tokens of the longest row, V vocabulary. Position i of a row's logits holds the prediction of token
-i + 1, so a response is scored from the prompt's last position on.
+Shapes: T packed tokens, S scored tokens (all responses' together), R responses, L tokens of the longest padded row,
+V vocabulary. Position i of the logits holds the prediction of token i + 1, so a response is scored from its prompt's last
+position on.
 """
 
 import inspect
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from batches import PackedBatch
+from response_trees import RESPONSE_TREES
 
 # Label of a position that is not scored: cross_entropy's default.
 NOT_SCORED = -100
@@ -20,8 +23,32 @@ NOT_SCORED = -100
 def response_logps(model: nn.Module, batch: PackedBatch) -> Tensor:
     """Log-prob of each response given its prompt, summed over the response's tokens: [R] float32, in the batch's order.
 
-    Every response is a row of its own behind its prompt, padded at the end. The vocabulary head runs from the shortest
-    prompt's last position on; the softmax is computed in float32.
+    A model that attends over response trees computes every prompt once; another one gets padded rows.
+    """
+    if model.config._attn_implementation == RESPONSE_TREES:
+        return tree_logps(model, batch)
+    return padded_logps(model, batch)
+
+
+def tree_logps(model: nn.Module, batch: PackedBatch) -> Tensor:
+    """`response_logps` in one forward of the packed tokens; the vocabulary head runs at the scored positions only."""
+    logits = model(
+        input_ids=batch.input_ids[None],
+        position_ids=batch.position_ids[None],
+        # Four dimensions: transformers then builds no mask of its own. Attention reads the layout in its place.
+        attention_mask=batch.input_ids.new_zeros((1, 1, 1, 1)),
+        response_trees=batch.layout,
+        logits_to_keep=batch.predicted_at,
+        use_cache=False,
+    ).logits[0]
+    losses = F.cross_entropy(logits.float(), batch.scored_ids, reduction="none")
+    return losses.new_zeros(len(batch.response_lengths)).index_add(0, batch.response_of, -losses)
+
+
+def padded_logps(model: nn.Module, batch: PackedBatch) -> Tensor:
+    """`response_logps` with a row for each response behind its prompt, padded at the end.
+
+    The vocabulary head runs from the shortest prompt's last position on.
     """
     input_ids, labels, attention_mask = _padded_rows(batch)
     first = min(tree.prompt_length for tree in batch.trees) - 1
@@ -34,9 +61,14 @@ def response_logps(model: nn.Module, batch: PackedBatch) -> Tensor:
 def _logits_at(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
     """Logits [R, len(positions), V] at the given positions of every row; the head runs only there where the model can."""
     arguments = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+    if _keeps_chosen_logits(type(model)):
         return model(**arguments, logits_to_keep=positions).logits
     return model(**arguments).logits[:, positions]
+
+
+@cache
+def _keeps_chosen_logits(model_class: type) -> bool:
+    return "logits_to_keep" in inspect.signature(model_class.forward).parameters
 
 
 def _padded_rows(batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
@@ -57,3 +89,30 @@ def _padded_rows(batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
         pad_sequence(labels, batch_first=True, padding_value=NOT_SCORED),
         attention_mask,
     )
+
+
+# ---- the reference ------------------------------------------------------------------------------------------------------
+
+
+class LiveReference:
+    """A frozen model that scores each batch when it is asked."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def __call__(self, batch: PackedBatch) -> Tensor:
+        """Log-prob of each response of a batch: [R] float32."""
+        return response_logps(self.model, batch)
+
+
+class CachedReference:
+    """The reference's log-probs of all responses of the run's data, computed before: [rows] float32."""
+
+    def __init__(self, logps: Tensor):
+        self.logps = logps
+
+    def __call__(self, batch: PackedBatch) -> Tensor:
+        """Log-prob of each response of a batch: [R] float32, on the batch's device."""
+        self.logps = self.logps.to(batch.response_rows.device)
+        return self.logps[batch.response_rows]

@@ -46,6 +46,10 @@ class PairSelection:
     beta: Tensor
     statistics: dict[str, float | Tensor]
 
+    def part(self, start: int, end: int) -> "PairSelection":
+        """The selection of the micro-batch's pairs from `start` to `end`."""
+        return PairSelection(self.weights[start:end], self.beta, self.statistics)
+
 
 class Loss(ABC):
     """What the trainer knows of an objective; the base of all of them."""
@@ -54,6 +58,8 @@ class Loss(ABC):
     paired = True
     # Whether it reads the reference's log-probs.
     needs_reference = True
+    # Whether `select` has to see a whole micro-batch before any of its losses.
+    selects_pairs = False
 
     @abstractmethod
     def __call__(
@@ -213,6 +219,8 @@ class BetaDPOLoss(Loss):
     generator: torch.Generator
     label_smoothing: float = 0.0
     statistics: GapStatistics = field(default_factory=GapStatistics)
+
+    selects_pairs = True
 
     def select(self, gaps: Tensor) -> PairSelection:
         """Update the running statistics with a training micro-batch's gaps [P], then draw its pairs and set its beta."""

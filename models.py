@@ -1,7 +1,8 @@
 """Load tokenizer, policy and reference: from the hub, a directory, a configuration (from scratch), or an archive.
 
 Every source ends in the same place: a causal language model of transformers in the asked dtype, without dropout, so that
-policy and reference say exactly the same before the first step.
+policy and reference say exactly the same before the first step. Whether a model can share prompts between responses is
+proved here, on itself, before it is relied on.
 """
 
 import copy
@@ -12,6 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from batches import PackedBatch, TokenizedPrompt, examples_of, pack
+from logprobs import padded_logps, tree_logps
+from response_trees import RESPONSE_TREES, register
 from toy_preferences import toy_records
 from utils import UserError
 
@@ -74,18 +78,9 @@ def _not_loaded(key: str, name: str, error: Exception) -> UserError:
 # ---- models -------------------------------------------------------------------------------------------------------------
 
 
-def load_policy_and_reference(
-    model_config, tokenizer, needs_reference: bool, cache_dir: str | None = None
-) -> tuple[nn.Module, nn.Module | None]:
-    """The model to train and, if the loss needs one, its frozen reference: the same weights, in `reference_dtype`.
-
-    Raises UserError where the model cannot be had, or the archive belongs to another architecture.
-    """
-    policy = load_model(model_config, tokenizer, cache_dir)
-    if not needs_reference:
-        return policy, None
-    reference = copy.deepcopy(policy).to(getattr(torch, model_config.reference_dtype))
-    return policy, reference.eval().requires_grad_(False)
+def reference_copy(policy: nn.Module, model_config) -> nn.Module:
+    """A frozen copy of the policy as it is now, in `reference_dtype`."""
+    return copy.deepcopy(policy).to(getattr(torch, model_config.reference_dtype)).eval().requires_grad_(False)
 
 
 def load_model(model_config, tokenizer, cache_dir: str | None = None) -> nn.Module:
@@ -162,6 +157,100 @@ def place(model: nn.Module, device: torch.device) -> nn.Module:
     blocks = list(model._no_split_modules or [])
     memory = get_balanced_memory(model, no_split_module_classes=blocks)
     return dispatch_model(model, infer_auto_device_map(model, max_memory=memory, no_split_module_classes=blocks))
+
+
+# ---- prefix sharing -----------------------------------------------------------------------------------------------------
+
+# By how much a log-prob may differ between the two ways to compute it, per token; unit: nats.
+ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 3e-3}
+
+
+def share_prefixes(model: nn.Module, mode: str) -> bool:
+    """Let `model` compute each prompt once for all its responses, if it proves that it can. Returns whether it does.
+
+    mode: auto (padded rows where the proof fails, said in one line), on (a failed proof is a UserError), off.
+    """
+    if mode == "off":
+        return False
+    register()
+    usual = model.config._attn_implementation
+    fault = _fault_of_tree_forward(model)
+    if fault is None:
+        model.set_attn_implementation(RESPONSE_TREES)
+        return True
+    model.set_attn_implementation(usual)
+    if mode == "on":
+        raise UserError(f"prefix_sharing: found on, but {type(model).__name__} cannot: {fault}. Set it to auto or off.")
+    print(f"prefix sharing: off, padded rows instead: {type(model).__name__} cannot: {fault}", flush=True)
+    return False
+
+
+def _fault_of_tree_forward(model: nn.Module) -> str | None:
+    """Compare a small batch of trees with padded rows: log-probs, and their gradient in one weight. None where they agree."""
+    weight = next((weight for weight in model.parameters() if weight.requires_grad), None)
+    batch = _random_trees(model.config.get_text_config().vocab_size).to(model.device)
+    training = model.training
+    model.eval()
+    expected = _logps_and_gradient(padded_logps, model, batch, weight)
+    try:
+        model.set_attn_implementation(RESPONSE_TREES)
+        found = _logps_and_gradient(tree_logps, model, batch, weight)
+    except Exception as error:  # whatever an architecture makes of what it does not know
+        return f"its forward raised {type(error).__name__}: {(str(error).splitlines() or [''])[0][:80]}"
+    finally:
+        model.train(training)
+    if not batch.layout.seen:
+        return "it does not hand the layout of the responses on to its attention"
+    rounding = ROUNDING[model.dtype]
+    error = ((found[0] - expected[0]).abs() / batch.response_lengths).max().item()
+    if not error <= rounding:
+        return f"its log-probs would be wrong by {error:.1g} a token"
+    if weight is not None:
+        error = ((found[1] - expected[1]).norm() / expected[1].norm()).item()
+        if not error <= 10 * rounding:
+            return f"its gradient would be wrong by {error:.1g}"
+    return None
+
+
+def _logps_and_gradient(compute, model, batch, weight) -> tuple[Tensor, Tensor | None]:
+    with torch.set_grad_enabled(weight is not None):
+        logps = compute(model, batch)
+    gradient = None if weight is None else torch.autograd.grad(logps.sum(), weight)[0].float()
+    return logps.detach(), gradient
+
+
+def _random_trees(vocabulary: int) -> PackedBatch:
+    """Trees whose later responses lie far from their prompt, so that whoever counts packed positions errs by much."""
+    draw = torch.Generator().manual_seed(0)
+    tokens = lambda count: torch.randint(0, vocabulary, (count,), generator=draw).tolist()  # noqa: E731
+    shapes = [(12, (5, 24, 1, 30)), (1, (3, 2)), (20, (7,))]
+    prompts = [
+        TokenizedPrompt(tokens(p), [tokens(r) for r in rs], [(0, k) for k in range(1, len(rs))], "", "") for p, rs in shapes
+    ]
+    return pack(list(examples_of(prompts)))
+
+
+# ---- memory -------------------------------------------------------------------------------------------------------------
+
+
+def microbatch_token_budget(model: nn.Module) -> int:
+    """How many packed tokens one forward and backward may hold, by the memory that is free now; at least 512.
+
+    An estimate on the safe side: half of what is left beside gradients and two optimizer states, over the activations of a
+    gated transformer block and three copies of the logits for each token.
+    """
+    config = model.config.get_text_config()
+    hidden, layers = config.hidden_size, config.num_hidden_layers
+    inner = getattr(config, "intermediate_size", None) or 4 * hidden
+    per_token = layers * (16 * hidden + 4 * inner) * model.dtype.itemsize + 3 * 4 * config.vocab_size
+    weights = sum(weight.numel() * weight.element_size() for weight in model.parameters() if weight.requires_grad)
+    if model.device.type == "cuda":
+        free = torch.cuda.mem_get_info(model.device)[0]
+    else:
+        import psutil
+
+        free = psutil.virtual_memory().available
+    return max(512, int((free - 3 * weights) / 2 / per_token))
 
 
 # ---- archives -----------------------------------------------------------------------------------------------------------

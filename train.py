@@ -15,6 +15,7 @@ from pathlib import Path
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -25,8 +26,12 @@ from utils import UserError, first_existing
 def new_run_dir(local_dirs, exp_name: str) -> str:
     """A directory name that no other run has: experiment and moment, below the first of `local_dirs` that exists."""
     moment = datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f")
-    folders = [local_dirs] if isinstance(local_dirs, str) else local_dirs
-    return str(first_existing(folders) / f"{exp_name}_{moment}")
+    return str(first_existing(folders_of(local_dirs)) / f"{exp_name}_{moment}")
+
+
+def folders_of(local_dirs) -> list[str]:
+    """`local_dirs` as a list: brackets may be left out for one."""
+    return [local_dirs] if isinstance(local_dirs, str) else list(local_dirs)
 
 
 OmegaConf.register_new_resolver("new_run_dir", new_run_dir, use_cache=True, replace=True)
@@ -39,7 +44,7 @@ def main(config: DictConfig) -> float | None:
     try:
         check_config(config, list(HydraConfig.get().overrides.task), dict(HydraConfig.get().runtime.choices))
         config.local_run_dir = str(run_dir)
-        return run(config, run_dir)
+        return run(config, run_dir, in_sweep=HydraConfig.get().mode == RunMode.MULTIRUN)
     except UserError as error:
         # Hydra has made the directory; a run that never began leaves nothing behind.
         for directory in (run_dir, run_dir.parent):
@@ -51,25 +56,28 @@ def main(config: DictConfig) -> float | None:
         release_memory()
 
 
-def run(config: DictConfig, run_dir: Path) -> float | None:
+def run(config: DictConfig, run_dir: Path, in_sweep: bool = False) -> float | None:
     """Train what a checked configuration describes, into `run_dir`. Returns the held-out metric named by `objective`."""
-    from batches import BatchIterator, evaluation_batches
+    from batches import BatchIterator, evaluation_batches, evaluation_examples
     from losses import build_loss
-    from models import check_archive, load_policy_and_reference, load_tokenizer
+    from models import check_archive, load_model, load_tokenizer, microbatch_token_budget, share_prefixes
     from tracking import Tracker, start_wandb
     from trainers import TRAINERS
-    from utils import quiet_libraries, seed_everything
+    from utils import pick_device, quiet_libraries, seed_everything
 
     quiet_libraries()
     seed_everything(config.seed)
+    trainer_class = TRAINERS[config.trainer.name]
     loss = build_loss(**config.loss, seed=config.seed)
     tokenizer = load_tokenizer(config.model, config.cache_dir)
     if config.model.archive:
         check_archive(config.model, tokenizer, config.cache_dir)
     train_prompts = prepare_data(config, tokenizer, loss.paired, "train")
-    eval_prompts = prepare_data(config, tokenizer, loss.paired, "test")
-    policy, reference = load_policy_and_reference(config.model, tokenizer, loss.needs_reference, config.cache_dir)
+    eval_prompts = prepare_data(config, tokenizer, loss.paired, "test", sum(len(p.responses) for p in train_prompts))
+    policy = trainer_class.place(load_model(config.model, tokenizer, config.cache_dir), pick_device())
+    share_prefixes(policy, config.prefix_sharing)
     OmegaConf.save(config, run_dir / "config.yaml")
+    max_tokens = config.max_tokens_per_microbatch or microbatch_token_budget(policy)
     train_batches = BatchIterator(
         train_prompts,
         config.batch_size,
@@ -77,13 +85,20 @@ def run(config: DictConfig, run_dir: Path) -> float | None:
         config.seed,
         config.n_epochs,
         config.n_examples,
+        max_tokens,
     )
-    eval_batches = evaluation_batches(eval_prompts, config.eval_batch_size, config.n_eval_examples, config.seed)
+    eval_batches = evaluation_batches(eval_prompts, config.eval_batch_size, config.n_eval_examples, config.seed, max_tokens)
+    reference = None
+    if loss.needs_reference:
+        held_out = {id(p): p for p, _ in evaluation_examples(eval_prompts, config.n_eval_examples, config.seed)}
+        read = [*train_batches.prompts_seen(), *held_out.values()]
+        again = in_sweep or train_batches.total_examples > sum(prompt.num_examples for prompt in train_prompts)
+        reference = make_reference(config, trainer_class, policy, read, again)
     sample_prompts = [prompt.prompt_ids for prompt in eval_prompts[: config.n_eval_model_samples * config.sample_during_eval]]
     wanted = config.wandb.enabled and not config.debug
     wandb_run = start_wandb(OmegaConf.to_container(config, resolve=True), run_dir) if wanted else None
     with Tracker(run_dir, train_batches.total_examples, config.minimum_log_interval_secs, wandb_run) as tracker:
-        trainer = TRAINERS[config.trainer.name](
+        trainer = trainer_class(
             config, policy, reference, loss, tokenizer, train_batches, eval_batches, sample_prompts, tracker, run_dir
         )
         trainer.train()
@@ -91,10 +106,31 @@ def run(config: DictConfig, run_dir: Path) -> float | None:
     return trainer.held_out.means()[config.objective] if trainer.held_out else None
 
 
-def prepare_data(config: DictConfig, tokenizer, paired: bool, split: str) -> list:
+def make_reference(config: DictConfig, trainer_class, policy, prompts: list, read_again: bool):
+    """The reference: a frozen copy of the policy that scores each batch, or its log-probs of `prompts` computed before.
+
+    Computed before, by its own choice, where they are read more than once: in several epochs or the jobs of a sweep
+    (`read_again`), or because an earlier run has left them.
+    """
+    from logprobs import CachedReference, LiveReference
+    from models import reference_copy
+    from reference_cache import cache_key, cache_path, reference_logps_of
+
+    directory = first_existing(folders_of(config.local_dirs)) / "reference_logps"
+    other_dtype = config.model.reference_dtype != config.model.policy_dtype
+    model = trainer_class.place(reference_copy(policy, config.model), policy.device) if other_dtype else policy
+    cached = config.reference_logps == "cached"
+    if config.reference_logps is None:
+        cached = read_again or (directory.is_dir() and cache_path(directory, cache_key(model, prompts)).exists())
+    if cached:
+        return CachedReference(reference_logps_of(model, prompts, directory))
+    return LiveReference(model if other_dtype else reference_copy(policy, config.model))
+
+
+def prepare_data(config: DictConfig, tokenizer, paired: bool, split: str, first_row: int = 0) -> list:
     """The tokenised prompts of one split over all data sets, and one line that says what they hold.
 
-    Raises UserError where the training split has no example.
+    Responses are numbered from `first_row` on. Raises UserError where the training split has no example.
     """
     from batches import LengthReport, tokenize_records
     from preference_datasets import load_records
@@ -103,7 +139,7 @@ def prepare_data(config: DictConfig, tokenizer, paired: bool, split: str) -> lis
     report = LengthReport()
     records = (r for name in names for r in load_records(name, split, config.held_out_share, False, config.cache_dir))
     lengths = config.max_length, config.max_prompt_length, config.truncation_mode
-    prompts = list(tokenize_records(records, tokenizer, paired, *lengths, report))
+    prompts = list(tokenize_records(records, tokenizer, paired, *lengths, report, first_row))
     examples = sum(prompt.num_examples for prompt in prompts)
     if not examples and split == "train":
         found = str(report) or "the data is empty"

@@ -4,36 +4,39 @@ A trainer is handed everything ready: models, loss, batches, tracker. It reads n
 asks which loss, data set or trainer it serves.
 """
 
+import inspect
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from batches import BatchIterator, PackedBatch
+from batches import BatchIterator, MicroBatch, PackedBatch
 from checkpoints import save_checkpoint, save_policy_pt
 from evaluation import HeldOut, evaluate, sample_answers
 from logprobs import response_logps
-from losses import Loss, example_metrics, gap
+from losses import Loss, LossOutput, example_metrics, gap
 from models import enable_activation_checkpointing, place
 from tracking import Metrics, Tracker
-from utils import pick_device
 
 
 class BasicTrainer:
     """One process: all weights on one device, or layer by layer over its GPUs.
 
-    reference is None where the loss needs none. sample_prompts are the token ids of the held-out prompts that are answered
-    at each evaluation. held_out is the newest evaluation's result, None before the first.
+    policy has been placed where it trains. reference gives the log-probs [R] of a batch; None where the loss needs none.
+    sample_prompts are the token ids of the held-out prompts that are answered at each evaluation. held_out is the newest
+    evaluation's result, None before the first.
     """
+
+    place = staticmethod(place)
 
     def __init__(
         self,
         config,
         policy: nn.Module,
-        reference: nn.Module | None,
+        reference: Callable[[PackedBatch], Tensor] | None,
         loss: Loss,
         tokenizer,
         train_batches: BatchIterator,
@@ -43,9 +46,9 @@ class BasicTrainer:
         run_dir: Path,
     ):
         self.config = config
-        self.device = pick_device()
-        self.policy = place(policy, self.device)
-        self.reference = None if reference is None else place(reference, self.device)
+        self.policy = policy
+        self.device = next(policy.parameters()).device
+        self.reference = reference
         if config.activation_checkpointing:
             enable_activation_checkpointing(self.policy)
         self.loss = loss
@@ -55,20 +58,22 @@ class BasicTrainer:
         self.sample_prompts = sample_prompts
         self.tracker = tracker
         self.run_dir = run_dir
-        self.optimizer = getattr(torch.optim, config.optimizer)(
-            self.policy.parameters(), lr=config.lr, **config.optimizer_kwargs
-        )
+        self.optimizer = build_optimizer(policy, config)
         warmup = config.warmup_steps + 1
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: min(1.0, (step + 1) / warmup))
         self.examples = 0
         self.updates = 0
         self.held_out: HeldOut | None = None
+        self.reference_answers: list[str] | None = None
 
     # ---- the loop -------------------------------------------------------------------------------------------------------
 
     def train(self) -> None:
         """Run to the end of the training batches: evaluate and write checkpoints on the way, and both at the end."""
         interval = self.config.eval_every - self.config.eval_every % self.config.batch_size
+        if self.reference is not None:
+            # Policy and reference are the same weights now, and the reference's answers will not change.
+            self.reference_answers = self.answers()
         if self.config.do_first_eval:
             self.evaluate()
         next_stop = interval
@@ -80,7 +85,7 @@ class BasicTrainer:
                 next_stop = self.examples + interval
                 started = time.perf_counter()
             metrics = self.train_step(batch)
-            size = sum(micro_batch.num_examples for micro_batch in batch)
+            size = sum(piece.num_examples for micro_batch in batch for piece in micro_batch)
             now = time.perf_counter()
             metrics |= {"examples_per_second": size / (now - started), **self.counters()}
             started = now
@@ -90,24 +95,21 @@ class BasicTrainer:
         if checkpoint and self.config.save_policy_pt:
             save_policy_pt(checkpoint, self.policy, self.examples, self.held_out.means() if self.held_out else {})
 
-    def train_step(self, micro_batches: Sequence[PackedBatch]) -> Metrics:
+    def train_step(self, micro_batches: Sequence[MicroBatch]) -> Metrics:
         """One optimizer step on one batch, in pieces. Returns the batch's metrics; values may still be on the device.
 
         The gradient is that of the mean loss over the whole batch, however it was cut.
         """
         self.policy.train()
-        num_examples = sum(batch.num_examples for batch in micro_batches)
+        num_examples = sum(piece.num_examples for micro_batch in micro_batches for piece in micro_batch)
         sums: dict[str, Tensor] = {}
         statistics: Metrics = {}
-        for batch in micro_batches:
-            batch = batch.to(self.device)
-            policy, reference = response_logps(self.policy, batch), self.reference_logps(batch)
-            selection = None if reference is None else self.loss.select(gap(policy.detach() - reference, batch.pairs))
-            output = self.loss(policy, reference, batch.pairs, batch.response_lengths, selection)
-            (output.losses.sum() / num_examples).backward()
-            for name, values in example_metrics(output, policy, batch.pairs, "train").items():
-                sums[name] = sums.get(name, 0.0) + values.sum()
-            statistics = output.statistics
+        for micro_batch in micro_batches:
+            for output, policy, pairs in self.losses_of(micro_batch):
+                (output.losses.sum() / num_examples).backward()
+                for name, values in example_metrics(output, policy, pairs, "train").items():
+                    sums[name] = sums.get(name, 0.0) + values.sum()
+                statistics = output.statistics
         grad_norm = self.clip_gradient()
         self.optimizer.step()
         self.scheduler.step()
@@ -115,6 +117,32 @@ class BasicTrainer:
         self.examples += num_examples
         self.updates += 1
         return {name: total / num_examples for name, total in sums.items()} | statistics | {"grad_norm": grad_norm}
+
+    def losses_of(self, micro_batch: MicroBatch) -> Iterator[tuple[LossOutput, Tensor, Tensor]]:
+        """Loss, policy log-probs [R] and pairs [P, 2] of each piece; the caller takes each piece's gradient before the next."""
+        micro_batch = [piece.to(self.device) for piece in micro_batch]
+        ahead = None
+        if self.loss.selects_pairs and len(micro_batch) > 1:
+            # What is kept depends on all pieces, and only one of them fits into memory with its gradient.
+            with torch.no_grad():
+                ahead = self.loss.select(torch.cat([self.gaps(piece, self.logps(piece)) for piece in micro_batch]))
+        start = 0
+        for piece in micro_batch:
+            policy = self.logps(piece)
+            reference = None if self.reference is None else self.reference(piece)
+            if ahead is not None:
+                selection = ahead.part(start, start := start + piece.num_examples)
+            else:
+                selection = self.loss.select(self.gaps(piece, policy.detach())) if self.loss.selects_pairs else None
+            yield self.loss(policy, reference, piece.pairs, piece.response_lengths, selection), policy, piece.pairs
+
+    def logps(self, batch: PackedBatch) -> Tensor:
+        """The policy's log-probs [R] of a batch."""
+        return response_logps(self.policy, batch)
+
+    def gaps(self, batch: PackedBatch, policy: Tensor) -> Tensor:
+        """Policy minus reference, chosen minus rejected, of each pair: [P]."""
+        return gap(policy - self.reference(batch), batch.pairs)
 
     def counters(self) -> Metrics:
         """How far the run is."""
@@ -134,13 +162,15 @@ class BasicTrainer:
                 file.writelines(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
             self.tracker.log_samples(samples, self.examples)
 
+    def answers(self) -> list[str]:
+        """The policy's answers to the sample prompts."""
+        return sample_answers(self.policy, self.tokenizer, self.sample_prompts, self.config.max_length, self.config.seed)
+
     def sample(self) -> list[dict]:
         """Answers of the policy, and of the reference where there is one, to the sample prompts."""
-        models = {"policy": self.policy} | ({"reference": self.reference} if self.reference is not None else {})
-        answers = {
-            name: sample_answers(model, self.tokenizer, self.sample_prompts, self.config.max_length, self.config.seed)
-            for name, model in models.items()
-        }
+        answers = {"policy": self.answers()}
+        if self.reference_answers is not None:
+            answers["reference"] = self.reference_answers
         prompts = self.tokenizer.batch_decode(self.sample_prompts)
         rows = zip(prompts, *answers.values(), strict=True)
         return [{"examples": self.examples, **dict(zip(["prompt", *answers], row, strict=True))} for row in rows]
@@ -175,16 +205,16 @@ class BasicTrainer:
 
     # ---- where weights live ---------------------------------------------------------------------------------------------
 
-    def reference_logps(self, batch: PackedBatch) -> Tensor | None:
-        """The reference's log-probs [R] of a batch; None where the loss needs none."""
-        if self.reference is None:
-            return None
-        with torch.no_grad():
-            return response_logps(self.reference, batch)
-
     def clip_gradient(self) -> Tensor:
         """Scale the gradient down to `max_grad_norm`; returns its global norm before that, a scalar."""
         return nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.max_grad_norm)
+
+
+def build_optimizer(policy: nn.Module, config) -> torch.optim.Optimizer:
+    """The torch optimizer of the configuration, with its fused kernel where it has one."""
+    optimizer_class = getattr(torch.optim, config.optimizer)
+    fused = {"fused": True} if "fused" in inspect.signature(optimizer_class).parameters else {}
+    return optimizer_class(policy.parameters(), lr=config.lr, **(fused | dict(config.optimizer_kwargs)))
 
 
 # The classes that `trainer.name` may say.

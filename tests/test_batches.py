@@ -191,7 +191,7 @@ def test_any_examples_can_be_read_back_from_their_pack(data):
 
 
 def sources(batches) -> list[list[str]]:
-    return [[source for piece in batch for source in piece.sources] for batch in batches]
+    return [[source for part in batch for piece in part for source in piece.sources] for batch in batches]
 
 
 def test_an_epoch_sees_every_example_once_and_the_last_batch_is_what_is_left():
@@ -201,7 +201,7 @@ def test_an_epoch_sees_every_example_once_and_the_last_batch_is_what_is_left():
 
 
 def test_the_pairs_of_a_prompt_share_its_tokens_within_a_micro_batch():
-    [[batch]] = BatchIterator(some_prompts(2, pairs=3), 6)
+    [[[batch]]] = BatchIterator(some_prompts(2, pairs=3), 6)
     assert [len(tree.response_lengths) for tree in batch.trees] == [4, 4]
 
 
@@ -241,5 +241,5 @@ def test_evaluation_takes_the_same_examples_every_time_and_keeps_the_partial_bat
 
 
 def test_sft_batches_have_no_pairs():
-    [[batch]] = BatchIterator([replace(prompt, responses=prompt.responses[:1], pairs=[]) for prompt in some_prompts(3)], 3)
+    [[[batch]]] = BatchIterator([replace(prompt, responses=prompt.responses[:1], pairs=[]) for prompt in some_prompts(3)], 3)
     assert batch.pairs.shape == (0, 2) and batch.num_examples == 3

@@ -9,14 +9,17 @@ from transformers import AutoModelForCausalLM
 
 from batches import TokenizedPrompt, evaluation_batches
 from evaluation import evaluate, mean_interval, sample_answers, share_interval
+from logprobs import LiveReference
 from losses import build_loss
 
 
 @pytest.fixture(scope="module")
 def models():
-    return [
-        AutoModelForCausalLM.from_pretrained(GOLDEN / name, dtype=torch.float32).eval() for name in ("llama_policy", "llama")
-    ]
+    """A policy and a reference."""
+    policy, reference = (
+        AutoModelForCausalLM.from_pretrained(GOLDEN / name, dtype=torch.float32) for name in ("llama_policy", "llama")
+    )
+    return [policy.eval(), LiveReference(reference)]
 
 
 PROMPTS = [TokenizedPrompt([5 + n, 6, 7], [[10 + n, 11, 0], [12 + n, 0]], [(0, 1)], "", "") for n in range(11)]

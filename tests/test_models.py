@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from checkpoints import save_checkpoint, save_policy_pt
-from models import byte_level_tokenizer, check_archive, load_model, load_policy_and_reference, load_tokenizer, read_archive
+from models import byte_level_tokenizer, check_archive, load_model, load_tokenizer, read_archive, reference_copy
 from utils import UserError
 
 
@@ -24,6 +24,12 @@ def same_weights(first, second) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+def policy_and_reference(config):
+    """What a run of that configuration starts with."""
+    policy = load_model(config, byte_level_tokenizer())
+    return policy, reference_copy(policy, config)
+
+
 def test_the_byte_level_tokenizer_gives_back_any_text(tmp_path):
     tokenizer = byte_level_tokenizer()
     text = " Grüße,\n\n\tこんにちは 👋 \x00"
@@ -34,22 +40,18 @@ def test_the_byte_level_tokenizer_gives_back_any_text(tmp_path):
 
 
 def test_policy_and_reference_start_with_the_same_weights_and_the_reference_stays_frozen(tiny):
-    policy, reference = load_policy_and_reference(tiny(), byte_level_tokenizer(), needs_reference=True)
+    policy, reference = policy_and_reference(tiny())
     assert same_weights(policy, reference)
     assert policy.training and not reference.training
     assert all(weight.requires_grad for weight in policy.parameters())
     assert not any(weight.requires_grad for weight in reference.parameters())
 
 
-def test_no_reference_is_made_for_a_loss_that_reads_none(tiny):
-    assert load_policy_and_reference(tiny(), byte_level_tokenizer(), needs_reference=False)[1] is None
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_reference_has_the_policys_dtype_unless_told_otherwise(tiny, dtype):
-    policy, reference = load_policy_and_reference(tiny(f"model.policy_dtype={dtype}"), byte_level_tokenizer(), True)
+    policy, reference = policy_and_reference(tiny(f"model.policy_dtype={dtype}"))
     assert policy.dtype == reference.dtype == getattr(torch, dtype)
-    _, other = load_policy_and_reference(tiny("model.reference_dtype=bfloat16"), byte_level_tokenizer(), True)
+    _, other = policy_and_reference(tiny("model.reference_dtype=bfloat16"))
     assert other.dtype == torch.bfloat16
 
 
@@ -103,7 +105,7 @@ def test_an_archive_of_either_kind_gives_policy_and_reference_its_weights(checkp
     model, latest = checkpoint
     config = tiny(f"model.archive={latest / file}")
     check_archive(config, byte_level_tokenizer())
-    policy, reference = load_policy_and_reference(config, byte_level_tokenizer(), needs_reference=True)
+    policy, reference = policy_and_reference(config)
     assert same_weights(policy, model) and same_weights(reference, model)
 
 

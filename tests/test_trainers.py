@@ -11,7 +11,9 @@ from transformers import AutoModelForCausalLM
 
 from batches import BatchIterator, TokenizedPrompt, cut, evaluation_batches, examples_of, pack, tokenize_records
 from checkpoints import save_checkpoint
+from logprobs import LiveReference
 from losses import build_loss
+from models import share_prefixes
 from preference_datasets import PreferenceRecord
 from tracking import Tracker
 from trainers import BasicTrainer
@@ -34,10 +36,16 @@ def build(models, compose, tokenizer, tmp_path):
 
     def built(loss, architecture: str = "llama", *overrides: str, policy: str = "_policy", **parts) -> BasicTrainer:
         config = compose("wandb.enabled=false", "warmup_steps=2", "max_grad_norm=10.0", *overrides)
-        reference = copy.deepcopy(models[architecture]).eval().requires_grad_(False) if loss.needs_reference else None
+        new_policy = copy.deepcopy(models[architecture + policy])
+        assert share_prefixes(new_policy, config.prefix_sharing) is (config.prefix_sharing != "off")
+        reference = None
+        if loss.needs_reference:
+            reference_model = copy.deepcopy(models[architecture])
+            share_prefixes(reference_model, config.prefix_sharing)
+            reference = LiveReference(reference_model)
         defaults = {
             "config": config,
-            "policy": copy.deepcopy(models[architecture + policy]),
+            "policy": new_policy,
             "reference": reference,
             "loss": loss,
             "tokenizer": tokenizer,
@@ -65,8 +73,8 @@ def tokenized(golden, tokenizer):
 
 
 def micro_batches(prompts, size):
-    """Packed micro-batches of `size` examples."""
-    return [pack(piece) for piece in cut(list(examples_of(prompts)), size)]
+    """Micro-batches of `size` examples, each in one piece."""
+    return [[pack(piece)] for piece in cut(list(examples_of(prompts)), size)]
 
 
 @pytest.mark.parametrize(
@@ -77,10 +85,11 @@ def micro_batches(prompts, size):
         for t in TRAJECTORIES
     ],
 )
-def test_eight_steps_follow_the_golden_trajectory(trajectory, build, tokenized):
+@pytest.mark.parametrize("sharing", ["on", "off"])
+def test_eight_steps_follow_the_golden_trajectory(trajectory, sharing, build, tokenized):
     loss = build_loss(**trajectory["loss"])
     settings = [f"{key}={trajectory[key]}" for key in ("optimizer", "lr", "warmup_steps", "max_grad_norm")]
-    trainer = build(loss, trajectory["architecture"], *settings)
+    trainer = build(loss, trajectory["architecture"], f"prefix_sharing={sharing}", *settings)
     size = trajectory["batch_size"] // trajectory["gradient_accumulation_steps"]
     for step in trajectory["steps"]:
         metrics = trainer.train_step(micro_batches([tokenized[loss.paired][row] for row in step["rows"]], size))
@@ -153,7 +162,7 @@ def test_a_run_trains_and_evaluates_every_example_and_the_last_partial_batches(b
 
 
 def test_metrics_names_are_the_documented_ones(build, tokenized):
-    trainer = build(build_loss("dpo"), eval_batches=micro_batches(tokenized[True][:4], 4))
+    trainer = build(build_loss("dpo"), eval_batches=evaluation_batches(tokenized[True][:4], 4, None, seed=0))
     names = set(trainer.train_step(micro_batches(tokenized[True][:4], 4)))
     rewards = {"chosen", "rejected", "accuracies", "margins"}
     for split in ("train", "eval"):
@@ -194,6 +203,7 @@ def test_samples_are_the_same_for_the_same_seed_and_leave_the_random_stream_alon
     prompts = [prompt.prompt_ids for prompt in tokenized[True][:3]]
     trainer = build(build_loss("dpo"), "llama", "max_length=40", sample_prompts=prompts)
     state = torch.get_rng_state()
+    trainer.reference_answers = trainer.answers()
     first, second = trainer.sample(), trainer.sample()
     assert first == second
     assert torch.equal(torch.get_rng_state(), state)

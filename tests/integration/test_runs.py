@@ -115,14 +115,16 @@ def test_both_spellings_of_beta_dpo_are_the_same_run(tmp_path):
 
 def test_a_sweep_gives_each_job_a_directory_and_the_numbers_of_a_run_of_its_own(tmp_path):
     common = ["loss=dpo", "sample_during_eval=false", *SHORT]
-    train(tmp_path, "-m", *common, "loss.beta=0.05,0.1,0.5")
+    out = train(tmp_path, "-m", *common, "loss.beta=0.05,0.1,0.5")
+    assert (out.count("computed once"), out.count("responses read from")) == (1, 2), "the jobs share one pass of the reference"
     train(tmp_path, *common, "loss.beta=0.5", f"local_run_dir={tmp_path / 'alone'}")
     [sweep] = (tmp_path / "multirun").glob("*/*")
     assert sorted(path.name for path in sweep.iterdir() if path.is_dir()) == ["0", "1", "2"]
     losses = lambda run: [row["loss/train"] for row in metrics(run) if "loss/train" in row]  # noqa: E731
     assert losses(sweep / "2") == losses(tmp_path / "alone")
     assert losses(sweep / "0") != losses(sweep / "2")
-    assert not (tmp_path / "runs").exists(), "jobs of a sweep make no run directories beside the sweep's"
+    beside = {path.name for path in (tmp_path / "runs").iterdir()}
+    assert beside == {"reference_logps"}, "jobs of a sweep make no run directories beside the sweep's"
 
 
 def test_two_sweeps_of_the_same_second_do_not_share_a_directory(tmp_path):

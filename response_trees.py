@@ -1,0 +1,236 @@
+"""Attention over response trees: a prompt is computed once, and each of its responses attends to it and to itself only.
+
+Packed batches lie as one row of T tokens, tree after tree, each tree a prompt followed by its responses. `register` makes
+the attention below known to transformers under the name RESPONSE_TREES; a model that uses it gets the layout of a batch as
+the keyword `response_trees=` of its forward and hands it on to every layer. Called without a layout (generation, padded
+rows), it is transformers' ordinary attention.
+
+Shapes: T packed tokens; H query heads, G key heads (G divides H), D head size.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import accumulate
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+RESPONSE_TREES = "response_trees"
+
+
+@dataclass(frozen=True)
+class Tree:
+    """Where one prompt and its responses lie among the packed tokens: the prompt from `start`, then each response."""
+
+    start: int
+    prompt_length: int
+    response_lengths: tuple[int, ...]
+
+    @property
+    def response_starts(self) -> list[int]:
+        """Index of each response's first packed token."""
+        return list(accumulate(self.response_lengths[:-1], initial=self.start + self.prompt_length))
+
+    @property
+    def end(self) -> int:
+        """One past the tree's last packed token."""
+        return self.start + self.prompt_length + sum(self.response_lengths)
+
+
+class TreeLayout:
+    """The trees of one packed batch, as every attention layer needs them; `seen` says whether a layer has asked."""
+
+    def __init__(self, trees: tuple[Tree, ...], device: torch.device):
+        self.trees = trees
+        self.device = device
+        self.seen = False
+        self._block_masks: dict[int | None, object] = {}
+
+    @cached_property
+    def token_trees(self) -> Tensor:
+        """Number of each packed token's tree: [T] int32."""
+        lengths = torch.tensor([tree.end - tree.start for tree in self.trees])
+        return torch.arange(len(self.trees), dtype=torch.int32).repeat_interleave(lengths).to(self.device)
+
+    @cached_property
+    def token_responses(self) -> Tensor:
+        """Number of each packed token's response within its tree, -1 in a prompt: [T] int32."""
+        parts = [part for tree in self.trees for part in [(-1, tree.prompt_length), *enumerate(tree.response_lengths)]]
+        numbers, lengths = zip(*parts, strict=True)
+        return torch.tensor(numbers, dtype=torch.int32).repeat_interleave(torch.tensor(lengths)).to(self.device)
+
+    @cached_property
+    def token_positions(self) -> Tensor:
+        """Position of each packed token in its own sequence of prompt and response: [T] int32."""
+        parts = [
+            torch.arange(first, first + length, dtype=torch.int32)
+            for tree in self.trees
+            for first, length in [(0, tree.prompt_length), *((tree.prompt_length, n) for n in tree.response_lengths)]
+        ]
+        return torch.cat(parts).to(self.device)
+
+    def may_attend(self, query: Tensor, key: Tensor, window: int | None) -> Tensor:
+        """Whether the packed token of index `query` sees that of index `key` (integer tensors that broadcast).
+
+        It does in its own tree, in the prompt or its own response, not behind itself, and less than `window` positions away.
+        """
+        tree, response, position = self.token_trees, self.token_responses, self.token_positions
+        own = (tree[query] == tree[key]) & ((response[key] == -1) | (response[key] == response[query])) & (key <= query)
+        return own if window is None else own & (position[query] - position[key] < window)
+
+    def block_mask(self, window: int | None):
+        """FlexAttention's mask of the whole batch, built once for all layers with the same window."""
+        if window not in self._block_masks:
+            from torch.nn.attention.flex_attention import create_block_mask
+
+            length = self.trees[-1].end
+            self._block_masks[window] = create_block_mask(
+                lambda batch, head, query, key: self.may_attend(query, key, window), None, None, length, length, self.device
+            )
+        return self._block_masks[window]
+
+
+# ---- attention ----------------------------------------------------------------------------------------------------------
+
+
+def register() -> None:
+    """Make RESPONSE_TREES known to transformers; calling it again changes nothing."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(RESPONSE_TREES, tree_attention_forward)
+    AttentionMaskInterface.register(RESPONSE_TREES, sdpa_mask)
+
+
+def tree_attention_forward(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    response_trees: TreeLayout | None = None,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: query [B, H, T, D], key and value [B, G, T, D] to output [B, T, H, D].
+
+    With a layout B is 1 and `attention_mask` is not looked at. `scaling` None is 1 / sqrt(D); `softcap` c replaces a score s
+    by c * tanh(s / c).
+    """
+    if response_trees is None:
+        return _plain_attention(module, query, key, value, attention_mask, scaling, softcap, **kwargs)
+    response_trees.seen = True
+    attend = _flex_attention if query.is_cuda else _attention_by_branches
+    return attend(query, key, value, response_trees, scaling, sliding_window, softcap).transpose(1, 2).contiguous(), None
+
+
+def _plain_attention(module, query, key, value, attention_mask, scaling, softcap, **kwargs) -> tuple[Tensor, None]:
+    """Ordinary attention, which transformers' own function does but for the soft-cap."""
+    if softcap is None:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    if attention_mask is None:
+        attention_mask = causal_mask(key.shape[2], None, query.dtype, query.device)[-query.shape[2] :]
+    elif attention_mask.dtype == torch.bool:
+        lowest = torch.finfo(query.dtype).min
+        attention_mask = torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill(~attention_mask, lowest)
+    return _attend(query, key, value, attention_mask, scaling, softcap).transpose(1, 2).contiguous(), None
+
+
+def _attention_by_branches(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: TreeLayout,
+    scaling: float | None,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """One call for a prompt with its first response, one for each further response; no mask over the whole batch.
+
+    Prompt and response together are an ordinary causal sequence, so a response's rows of the causal mask are its own.
+    """
+    outputs = []
+    for tree in layout.trees:
+        prompt_end = tree.start + tree.prompt_length
+        first_end = prompt_end + tree.response_lengths[0]
+        outputs.append(_causal_rows(query, key, value, slice(tree.start, first_end), None, scaling, window, softcap))
+        prompt = slice(tree.start, prompt_end)
+        for start, length in list(zip(tree.response_starts, tree.response_lengths, strict=True))[1:]:
+            response = slice(start, start + length)
+            outputs.append(_causal_rows(query, key, value, response, prompt, scaling, window, softcap))
+    return torch.cat(outputs, dim=2)
+
+
+def _causal_rows(query, key, value, own: slice, before: slice | None, scaling, window, softcap) -> Tensor:
+    """Attention of the tokens `own` to those of `before` and, causally, to themselves: [1, H, len(own), D]."""
+    queries, keys, values = query[:, :, own], key[:, :, own], value[:, :, own]
+    if before is not None:
+        keys = torch.cat([key[:, :, before], keys], dim=2)
+        values = torch.cat([value[:, :, before], values], dim=2)
+    length, rows = keys.shape[2], queries.shape[2]
+    if before is None and softcap is None and (window is None or window >= length):
+        keys, values = _for_all_heads(queries, keys), _for_all_heads(queries, values)
+        return F.scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scaling)
+    mask = causal_mask(length, window, query.dtype, query.device)[length - rows :]
+    return _attend(queries, keys, values, mask, scaling, softcap)
+
+
+def _for_all_heads(query: Tensor, key: Tensor) -> Tensor:
+    """Keys or values with each head repeated for the query heads that share it."""
+    groups = query.shape[1] // key.shape[1]
+    return key if groups == 1 else key.repeat_interleave(groups, dim=1)
+
+
+def _attend(query, key, value, mask: Tensor, scaling: float | None, softcap: float | None) -> Tensor:
+    """Attention under an additive mask, with soft-cap where there is one: [B, H, rows, D]."""
+    key, value = _for_all_heads(query, key), _for_all_heads(query, value)
+    if softcap is None:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = softcap * torch.tanh(scores / softcap) + mask
+    return scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype) @ value
+
+
+def causal_mask(length: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Additive causal mask [length, length], a token seeing itself and `window` - 1 before it; a view, not to be changed."""
+    # Rounded up, so that batches of all lengths share a few masks.
+    return _causal_mask(-(-length // 256) * 256, window, dtype, device)[:length, :length]
+
+
+@lru_cache(maxsize=16)
+def _causal_mask(length: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+    index = torch.arange(length, device=device)
+    distance = index[:, None] - index[None, :]
+    seen = (distance >= 0) & (distance < (window or length))
+    return torch.zeros(length, length, dtype=dtype, device=device).masked_fill(~seen, torch.finfo(dtype).min)
+
+
+def _flex_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: TreeLayout,
+    scaling: float | None,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """FlexAttention under the batch's block mask; compiled once, for all lengths, where it runs on a GPU."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    attend = _compiled_flex_attention() if query.is_cuda else flex_attention
+    cap = None if softcap is None else lambda score, batch, head, query, key: softcap * torch.tanh(score / softcap)
+    grouped = query.shape[1] != key.shape[1]
+    mask = layout.block_mask(window)
+    return attend(query, key, value, score_mod=cap, block_mask=mask, scale=scaling, enable_gqa=grouped)
+
+
+@lru_cache(maxsize=1)
+def _compiled_flex_attention():
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=True)

@@ -10,7 +10,7 @@ the positions of its prompt.
 import queue
 import random
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from itertools import islice
@@ -207,9 +207,12 @@ class PackedBatch:
         """The batch with its tensors on `device`."""
         if self.input_ids.device == device:
             return self
+        return self.with_tensors(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def with_tensors(self, change: Callable[[Tensor], Tensor]) -> "PackedBatch":
+        """The batch with each of its tensors changed."""
         tensors = {field.name: getattr(self, field.name) for field in fields(self)}
-        moved = {name: value.to(device, non_blocking=True) for name, value in tensors.items() if isinstance(value, Tensor)}
-        return replace(self, **moved)
+        return replace(self, **{name: change(value) for name, value in tensors.items() if isinstance(value, Tensor)})
 
 
 # One example: a prompt and one of its pairs; for SFT the pair is None.
@@ -328,6 +331,11 @@ def prefetch(items: Iterator, depth: int = 2) -> Iterator:
         stopped.set()
 
 
+def _pinned(batch: PackedBatch) -> PackedBatch:
+    """The batch in page-locked memory where there is a GPU, so that it is copied there while the GPU computes."""
+    return batch.with_tensors(Tensor.pin_memory) if torch.cuda.is_available() else batch
+
+
 # What a step computes at once: the examples that `gradient_accumulation_steps` puts together, in pieces that fit into memory.
 MicroBatch = list[PackedBatch]
 
@@ -397,7 +405,8 @@ class BatchIterator:
 
     def _packed(self, steps) -> Iterator[tuple[list[MicroBatch], dict[str, int]]]:
         for examples, position in steps:
-            yield [list(pack_within(part, self.max_tokens)) for part in cut(examples, self.micro_batch_size)], position
+            parts = cut(examples, self.micro_batch_size)
+            yield [[_pinned(piece) for piece in pack_within(part, self.max_tokens)] for part in parts], position
 
     def _steps(self, position: dict[str, int]) -> Iterator[tuple[list[Example], dict[str, int]]]:
         """The examples of each step from `position` on, and the position behind it."""

@@ -127,7 +127,7 @@ OPTIONAL_COUNTS = ("n_epochs", "n_examples", "n_eval_examples", "max_tokens_per_
 COUNTS_FROM_ZERO = ("warmup_steps", "n_eval_model_samples", "seed")
 SWITCHES = (
     "debug", "wandb.enabled", "sample_during_eval", "do_first_eval", "activation_checkpointing", "save_policy_pt",
-    "model.trust_remote_code",
+    "tf32", "model.trust_remote_code",
 )  # fmt: skip
 
 
@@ -172,9 +172,9 @@ def _check_numbers(config: DictConfig) -> None:
 def _check_choices(config: DictConfig) -> None:
     if config.optimizer not in OPTIMIZERS:
         raise UserError(f"optimizer: no optimizer {config.optimizer!r}; {nearest(str(config.optimizer), OPTIMIZERS)}")
-    for key in ("model.policy_dtype", "model.reference_dtype", "model.fsdp_policy_mp"):
+    for key in ("model.policy_dtype", "model.reference_dtype", "model.fsdp_policy_mp", "model.autocast_dtype"):
         value = OmegaConf.select(config, key)
-        if value not in DTYPES and not (value is None and key == "model.fsdp_policy_mp"):
+        if value not in DTYPES and not (value is None and key in ("model.fsdp_policy_mp", "model.autocast_dtype")):
             raise UserError(f"{key}: no dtype {value!r}; {nearest(str(value), DTYPES)}")
     modes = (None, "keep_start", "keep_end", "drop")
     _require(config.prefix_sharing in ("auto", "on", "off"), "prefix_sharing", config.prefix_sharing, "auto, on or off")

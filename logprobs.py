@@ -12,10 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
 
 from batches import PackedBatch
 from response_trees import RESPONSE_TREES
 
+# Float32 logits that are held at once.
+LOGITS_BYTES = 2**29
 # Label of a position that is not scored: cross_entropy's default.
 NOT_SCORED = -100
 
@@ -23,16 +26,33 @@ NOT_SCORED = -100
 def response_logps(model: nn.Module, batch: PackedBatch) -> Tensor:
     """Log-prob of each response given its prompt, summed over the response's tokens: [R] float32, in the batch's order.
 
-    A model that attends over response trees computes every prompt once; another one gets padded rows.
+    A model that attends over response trees computes every prompt once; another one gets padded rows. A model with an
+    attribute `autocast_dtype` computes its products in that dtype; the softmax is in float32 whatever happens.
     """
-    if model.config._attn_implementation == RESPONSE_TREES:
-        return tree_logps(model, batch)
-    return padded_logps(model, batch)
+    compute = tree_logps if model.config._attn_implementation == RESPONSE_TREES else padded_logps
+    dtype = getattr(model, "autocast_dtype", None)
+    with torch.autocast(batch.input_ids.device.type, dtype=dtype, enabled=dtype is not None):
+        return compute(model, batch)
 
 
 def tree_logps(model: nn.Module, batch: PackedBatch) -> Tensor:
     """`response_logps` in one forward of the packed tokens; the vocabulary head runs at the scored positions only."""
-    logits = model(
+    head = model.get_output_embeddings()
+    scores = isinstance(head, ScoringHead)
+    if scores:
+        head.scored_ids = batch.scored_ids
+    try:
+        output = _packed_forward(model, batch)
+    finally:
+        if scores:
+            head.scored_ids = None
+    token_logps = _wide(output[:, 0] if scores else logps_of_tokens(output, batch.scored_ids))
+    return token_logps.new_zeros(len(batch.response_lengths)).index_add(0, batch.response_of, token_logps).float()
+
+
+def _packed_forward(model: nn.Module, batch: PackedBatch) -> Tensor:
+    """What the model's head gives at the scored positions: [S, V] logits, or [S, 1] log-probs of a ScoringHead."""
+    return model(
         input_ids=batch.input_ids[None],
         position_ids=batch.position_ids[None],
         # Four dimensions: transformers then builds no mask of its own. Attention reads the layout in its place.
@@ -41,8 +61,41 @@ def tree_logps(model: nn.Module, batch: PackedBatch) -> Tensor:
         logits_to_keep=batch.predicted_at,
         use_cache=False,
     ).logits[0]
-    losses = F.cross_entropy(logits.float(), batch.scored_ids, reduction="none")
-    return losses.new_zeros(len(batch.response_lengths)).index_add(0, batch.response_of, -losses)
+
+
+def _wide(token_logps: Tensor) -> Tensor:
+    """Token log-probs in float64 where the device has it: hundreds of them add up to a sum that float32 just holds."""
+    return token_logps if token_logps.device.type == "mps" else token_logps.double()
+
+
+def logps_of_tokens(logits: Tensor, ids: Tensor) -> Tensor:
+    """Log-prob of each token [S] under its logits [S, V], in float32; 0 where the id is NOT_SCORED."""
+    return -F.cross_entropy(logits.float(), ids, reduction="none")
+
+
+class ScoringHead(nn.Linear):
+    """A vocabulary head that, told the tokens to score, gives their log-probs in place of all logits.
+
+    A model's own head becomes one by a change of class (`head.__class__ = ScoringHead`): weights, names and copies stay what
+    they were. Logits are made in pieces of at most LOGITS_BYTES and, beyond one piece, made again in the backward pass, so
+    that their memory does not grow with the batch.
+    """
+
+    scored_ids: Tensor | None = None
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """hidden [1, S, H] to log-probs [1, S, 1] of `scored_ids` [S]; to logits where there are none."""
+        if self.scored_ids is None:
+            return super().forward(hidden)
+        size = max(1, LOGITS_BYTES // (4 * self.out_features))
+        if len(self.scored_ids) <= size:
+            return self._score(hidden[0], self.scored_ids)[None, :, None]
+        pieces = zip(hidden[0].split(size), self.scored_ids.split(size), strict=True)
+        logps = [checkpoint(self._score, states, ids, use_reentrant=False) for states, ids in pieces]
+        return torch.cat(logps)[None, :, None]
+
+    def _score(self, states: Tensor, ids: Tensor) -> Tensor:
+        return logps_of_tokens(F.linear(states, self.weight, self.bias), ids)
 
 
 def padded_logps(model: nn.Module, batch: PackedBatch) -> Tensor:
@@ -54,8 +107,8 @@ def padded_logps(model: nn.Module, batch: PackedBatch) -> Tensor:
     first = min(tree.prompt_length for tree in batch.trees) - 1
     positions = torch.arange(first, input_ids.shape[1] - 1, device=input_ids.device)
     logits = _logits_at(model, input_ids, attention_mask, positions)
-    losses = F.cross_entropy(logits.float().flatten(0, 1), labels[:, first + 1 :].flatten(), reduction="none")
-    return -losses.view(len(labels), -1).sum(1)
+    token_logps = _wide(logps_of_tokens(logits.flatten(0, 1), labels[:, first + 1 :].flatten()))
+    return token_logps.view(len(labels), -1).sum(1).float()
 
 
 def _logits_at(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:

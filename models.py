@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from batches import PackedBatch, TokenizedPrompt, examples_of, pack
-from logprobs import padded_logps, tree_logps
+from logprobs import ScoringHead, padded_logps, tree_logps
 from response_trees import RESPONSE_TREES, register
 from toy_preferences import toy_records
 from utils import UserError
@@ -102,6 +102,7 @@ def load_model(model_config, tokenizer, cache_dir: str | None = None) -> nn.Modu
     else:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, **remote)
     disable_dropout(model)
+    model.autocast_dtype = model_config.autocast_dtype and getattr(torch, model_config.autocast_dtype)
     return model.train()
 
 
@@ -174,9 +175,15 @@ def share_prefixes(model: nn.Module, mode: str) -> bool:
         return False
     register()
     usual = model.config._attn_implementation
+    head = model.get_output_embeddings()
+    if type(head) is nn.Linear:
+        head.__class__ = ScoringHead
+        if _fault_of_tree_forward(model) is None:
+            return True
+        # A model may change its logits behind the head, by a soft-cap say.
+        head.__class__ = nn.Linear
     fault = _fault_of_tree_forward(model)
     if fault is None:
-        model.set_attn_implementation(RESPONSE_TREES)
         return True
     model.set_attn_implementation(usual)
     if mode == "on":
@@ -186,7 +193,10 @@ def share_prefixes(model: nn.Module, mode: str) -> bool:
 
 
 def _fault_of_tree_forward(model: nn.Module) -> str | None:
-    """Compare a small batch of trees with padded rows: log-probs, and their gradient in one weight. None where they agree."""
+    """Compare a small batch of trees with padded rows: log-probs, and their gradient in one weight. None where they agree.
+
+    Leaves the model with the attention that it has tried.
+    """
     weight = next((weight for weight in model.parameters() if weight.requires_grad), None)
     batch = _random_trees(model.config.get_text_config().vocab_size).to(model.device)
     training = model.training
@@ -215,7 +225,7 @@ def _fault_of_tree_forward(model: nn.Module) -> str | None:
 def _logps_and_gradient(compute, model, batch, weight) -> tuple[Tensor, Tensor | None]:
     with torch.set_grad_enabled(weight is not None):
         logps = compute(model, batch)
-    gradient = None if weight is None else torch.autograd.grad(logps.sum(), weight)[0].float()
+        gradient = None if weight is None else torch.autograd.grad(logps.sum(), weight)[0].float()
     return logps.detach(), gradient
 
 

@@ -63,9 +63,11 @@ def run(config: DictConfig, run_dir: Path, in_sweep: bool = False) -> float | No
     from models import check_archive, load_model, load_tokenizer, microbatch_token_budget, share_prefixes
     from tracking import Tracker, start_wandb
     from trainers import TRAINERS
-    from utils import pick_device, quiet_libraries, seed_everything
+    from utils import allow_tf32, keep_freed_memory, pick_device, quiet_libraries, seed_everything
 
     quiet_libraries()
+    keep_freed_memory()
+    allow_tf32(config.tf32)
     seed_everything(config.seed)
     trainer_class = TRAINERS[config.trainer.name]
     loss = build_loss(**config.loss, seed=config.seed)

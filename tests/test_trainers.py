@@ -9,12 +9,13 @@ import torch
 from conftest import GOLDEN
 from transformers import AutoModelForCausalLM
 
-from batches import BatchIterator, TokenizedPrompt, cut, evaluation_batches, examples_of, pack, tokenize_records
+from batches import BatchIterator, TokenizedPrompt, cut, evaluation_batches, examples_of, pack, pack_within, tokenize_records
 from checkpoints import save_checkpoint
-from logprobs import LiveReference
+from logprobs import CachedReference, LiveReference
 from losses import build_loss
 from models import share_prefixes
 from preference_datasets import PreferenceRecord
+from reference_cache import reference_logps_of
 from tracking import Tracker
 from trainers import BasicTrainer
 
@@ -247,3 +248,44 @@ def test_a_trainer_continues_from_its_state_bit_for_bit(mode, build, tokenized, 
     assert (second.examples, second.updates) == (whole.examples, whole.updates) == (48, 12)
     for name, weight in whole.policy.state_dict().items():
         assert torch.equal(second.policy.state_dict()[name], weight), name
+
+
+@pytest.mark.parametrize("budget", [30, 60, 100])
+def test_beta_dpo_keeps_the_same_pairs_and_beta_when_memory_cuts_its_micro_batch(budget, build, tokenized):
+    def step(max_tokens):
+        loss = build_loss("dpo", beta=0.1, mode_loss="beta_DPO", mode_weight=0.5, a=0.6)
+        pieces = list(pack_within(examples_of(tokenized[True][:8]), max_tokens))
+        gradient, metrics = gradient_after_one_step(build(loss, "llama", *SGD), [pieces])
+        return len(pieces), gradient, metrics
+
+    (_, whole, expected), (count, pieces, found) = step(None), step(budget)
+    assert count > 1
+    torch.testing.assert_close(pieces, whole, rtol=1e-4, atol=1e-5 * whole.abs().max().item())
+    for name in expected:
+        assert float(found[name]) == pytest.approx(float(expected[name]), rel=1e-5, abs=1e-6), name
+
+
+def test_a_cached_reference_gives_the_steps_of_a_live_one(build, tokenized, tmp_path):
+    def numbers(reference):
+        trainer = build(build_loss("dpo"), **({"reference": reference} if reference else {}))
+        return [trainer.train_step(batch)["loss/train"].item() for batch in BatchIterator(tokenized[True], 8)]
+
+    model = build(build_loss("dpo")).reference.model
+    cached = CachedReference(reference_logps_of(model, tokenized[True], tmp_path))
+    assert numbers(cached) == pytest.approx(numbers(None), abs=1e-5)
+
+
+def test_autocast_computes_products_in_the_shorter_format_and_sums_in_float32(build, tokenized):
+    batch = micro_batches(tokenized[True][:4], 4)
+    exact, short = build(build_loss("dpo")), build(build_loss("dpo"))
+    short.policy.autocast_dtype = short.reference.model.autocast_dtype = torch.bfloat16
+    expected, found = exact.logps(batch[0][0]), short.logps(batch[0][0])
+    assert found.dtype == torch.float32 and not torch.equal(found, expected)
+    torch.testing.assert_close(found, expected, rtol=2e-2, atol=0.1)
+    assert next(short.policy.parameters()).dtype == torch.float32
+
+
+def test_optimizers_use_their_fused_kernel_where_they_have_one(build):
+    for name, fused in [("AdamW", True), ("Adam", True), ("SGD", True), ("RMSprop", False)]:
+        trainer = build(build_loss("sft"), "llama", f"optimizer={name}")
+        assert bool(trainer.optimizer.defaults.get("fused")) is fused

@@ -9,6 +9,7 @@ the positions of its prompt.
 
 import queue
 import random
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
@@ -273,10 +274,25 @@ def cut(examples: Sequence[Example], size: int) -> Iterator[Sequence[Example]]:
         yield examples[start : start + size]
 
 
-def pack_within(examples: Iterable[Example], max_tokens: int | None) -> Iterator[PackedBatch]:
-    """Pack examples, in their order, into as few batches as keep each within `max_tokens` packed tokens (None: one batch).
+@dataclass(frozen=True)
+class TokenBudget:
+    """How many packed tokens are computed at once.
 
-    An example that is longer by itself gets a batch of its own.
+    limit: more would not fit into memory. comfortable: more would not be faster, so that a new prompt begins a new piece;
+    the pairs of one prompt stay together up to the limit, for the sake of what they share.
+    """
+
+    limit: int
+    comfortable: int
+
+
+UNLIMITED = TokenBudget(sys.maxsize, sys.maxsize)
+
+
+def pack_within(examples: Iterable[Example], budget: TokenBudget) -> Iterator[PackedBatch]:
+    """Pack examples, in their order, into pieces that keep within the budget.
+
+    An example that is longer by itself gets a piece of its own.
     """
     piece: list[Example] = []
     tokens, seen = 0, set()
@@ -284,7 +300,8 @@ def pack_within(examples: Iterable[Example], max_tokens: int | None) -> Iterator
         lengths = {(id(prompt), None): len(prompt.prompt_ids)}
         lengths |= {(id(prompt), index): len(prompt.responses[index]) for index in pair or (0,)}
         added = sum(length for key, length in lengths.items() if key not in seen)
-        if piece and max_tokens is not None and tokens + added > max_tokens:
+        most = budget.limit if (id(prompt), None) in seen else budget.comfortable
+        if piece and tokens + added > most:
             yield pack(piece)
             piece, tokens, seen, added = [], 0, set(), sum(lengths.values())
         piece.append((prompt, pair))
@@ -343,7 +360,7 @@ MicroBatch = list[PackedBatch]
 class BatchIterator:
     """The optimizer steps of a run: each a list of micro-batches, `batch_size` examples together.
 
-    A micro-batch is a list of packed pieces, each within `max_tokens`. Steps are made ahead of their use.
+    A micro-batch is a list of packed pieces, each within `budget`. Steps are made ahead of their use.
 
     An epoch visits every prompt once, in an order that depends on `seed` and the epoch alone; the pairs of a prompt stay
     side by side. The last batch of an epoch has what is left. With `n_examples` the run ends after exactly so many
@@ -361,10 +378,10 @@ class BatchIterator:
         seed: int = 0,
         n_epochs: int | None = 1,
         n_examples: int | None = None,
-        max_tokens: int | None = None,
+        budget: TokenBudget = UNLIMITED,
     ):
         self.prompts = prompts
-        self.max_tokens = max_tokens
+        self.budget = budget
         self.batch_size = batch_size
         self.micro_batch_size = batch_size // num_micro_batches
         self.seed = seed
@@ -406,7 +423,7 @@ class BatchIterator:
     def _packed(self, steps) -> Iterator[tuple[list[MicroBatch], dict[str, int]]]:
         for examples, position in steps:
             parts = cut(examples, self.micro_batch_size)
-            yield [[_pinned(piece) for piece in pack_within(part, self.max_tokens)] for part in parts], position
+            yield [[_pinned(piece) for piece in pack_within(part, self.budget)] for part in parts], position
 
     def _steps(self, position: dict[str, int]) -> Iterator[tuple[list[Example], dict[str, int]]]:
         """The examples of each step from `position` on, and the position behind it."""
@@ -434,8 +451,8 @@ def evaluation_examples(prompts: Sequence[TokenizedPrompt], n_examples: int | No
 
 
 def evaluation_batches(
-    prompts: Sequence[TokenizedPrompt], batch_size: int, n_examples: int | None, seed: int, max_tokens: int | None = None
+    prompts: Sequence[TokenizedPrompt], batch_size: int, n_examples: int | None, seed: int, budget: TokenBudget = UNLIMITED
 ) -> list[PackedBatch]:
-    """`evaluation_examples`, cut into batches of at most `batch_size` examples and `max_tokens` tokens."""
+    """`evaluation_examples`, cut into batches of at most `batch_size` examples, and within the budget."""
     parts = cut(evaluation_examples(prompts, n_examples, seed), batch_size)
-    return [batch for part in parts for batch in pack_within(part, max_tokens)]
+    return [batch for part in parts for batch in pack_within(part, budget)]

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from batches import PackedBatch, TokenizedPrompt, examples_of, pack
+from batches import PackedBatch, TokenBudget, TokenizedPrompt, examples_of, pack
 from logprobs import ScoringHead, padded_logps, tree_logps
 from response_trees import RESPONSE_TREES, register
 from toy_preferences import toy_records
@@ -243,8 +243,20 @@ def _random_trees(vocabulary: int) -> PackedBatch:
 # ---- memory -------------------------------------------------------------------------------------------------------------
 
 
-def microbatch_token_budget(model: nn.Module) -> int:
-    """How many packed tokens one forward and backward may hold, by the memory that is free now; at least 512.
+def token_budget(model: nn.Module, limit: int | None = None) -> TokenBudget:
+    """How many packed tokens to compute at once: up to `limit`, or as many as the memory that is free now holds.
+
+    A GPU gets faster with every token. A CPU does not beyond about a thousand: pieces of 700 were within 2% of pieces of 1,400
+    (58M Llama on two cores) with three quarters of the peak memory.
+    """
+    if limit is not None:
+        return TokenBudget(limit, limit)
+    limit = _tokens_that_fit(model)
+    return TokenBudget(limit, limit if model.device.type != "cpu" else min(limit, 1024))
+
+
+def _tokens_that_fit(model: nn.Module) -> int:
+    """How many packed tokens one forward and backward may hold; at least 512.
 
     An estimate on the safe side: half of what is left beside gradients and two optimizer states, over the activations of a
     gated transformer block and three copies of the logits for each token.

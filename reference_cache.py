@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from batches import TokenizedPrompt, examples_of, pack_within
 from logprobs import response_logps
-from models import microbatch_token_budget
+from models import token_budget
 
 
 def cache_key(model: nn.Module, prompts: Sequence[TokenizedPrompt]) -> str:
@@ -62,11 +62,9 @@ def compute_logps(model: nn.Module, prompts: Sequence[TokenizedPrompt]) -> Tenso
     rows = max(prompt.first_row + len(prompt.responses) for prompt in prompts)
     logps = torch.full((rows,), torch.nan)
     order = sorted(prompts, key=lambda prompt: len(prompt.prompt_ids) + sum(map(len, prompt.responses)))
-    # A few thousand tokens fill any device; more would only take memory.
-    budget = min(microbatch_token_budget(model), 8192)
     training = model.training
     model.eval()
-    for batch in pack_within(examples_of(order), budget):
+    for batch in pack_within(examples_of(order), token_budget(model)):
         logps[batch.response_rows] = response_logps(model, batch.to(model.device)).cpu()
     model.train(training)
     return logps

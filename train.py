@@ -60,7 +60,7 @@ def run(config: DictConfig, run_dir: Path, in_sweep: bool = False) -> float | No
     """Train what a checked configuration describes, into `run_dir`. Returns the held-out metric named by `objective`."""
     from batches import BatchIterator, evaluation_batches, evaluation_examples
     from losses import build_loss
-    from models import check_archive, load_model, load_tokenizer, microbatch_token_budget, share_prefixes
+    from models import check_archive, load_model, load_tokenizer, share_prefixes, token_budget
     from tracking import Tracker, start_wandb
     from trainers import TRAINERS
     from utils import allow_tf32, keep_freed_memory, pick_device, quiet_libraries, seed_everything
@@ -79,7 +79,7 @@ def run(config: DictConfig, run_dir: Path, in_sweep: bool = False) -> float | No
     policy = trainer_class.place(load_model(config.model, tokenizer, config.cache_dir), pick_device())
     share_prefixes(policy, config.prefix_sharing)
     OmegaConf.save(config, run_dir / "config.yaml")
-    max_tokens = config.max_tokens_per_microbatch or microbatch_token_budget(policy)
+    budget = token_budget(policy, config.max_tokens_per_microbatch)
     train_batches = BatchIterator(
         train_prompts,
         config.batch_size,
@@ -87,9 +87,9 @@ def run(config: DictConfig, run_dir: Path, in_sweep: bool = False) -> float | No
         config.seed,
         config.n_epochs,
         config.n_examples,
-        max_tokens,
+        budget,
     )
-    eval_batches = evaluation_batches(eval_prompts, config.eval_batch_size, config.n_eval_examples, config.seed, max_tokens)
+    eval_batches = evaluation_batches(eval_prompts, config.eval_batch_size, config.n_eval_examples, config.seed, budget)
     reference = None
     if loss.needs_reference:
         held_out = {id(p): p for p, _ in evaluation_examples(eval_prompts, config.n_eval_examples, config.seed)}

@@ -9,7 +9,17 @@ import torch
 from conftest import GOLDEN
 from transformers import AutoModelForCausalLM
 
-from batches import BatchIterator, TokenizedPrompt, cut, evaluation_batches, examples_of, pack, pack_within, tokenize_records
+from batches import (
+    BatchIterator,
+    TokenBudget,
+    TokenizedPrompt,
+    cut,
+    evaluation_batches,
+    examples_of,
+    pack,
+    pack_within,
+    tokenize_records,
+)
 from checkpoints import save_checkpoint
 from logprobs import CachedReference, LiveReference
 from losses import build_loss
@@ -254,11 +264,11 @@ def test_a_trainer_continues_from_its_state_bit_for_bit(mode, build, tokenized, 
 def test_beta_dpo_keeps_the_same_pairs_and_beta_when_memory_cuts_its_micro_batch(budget, build, tokenized):
     def step(max_tokens):
         loss = build_loss("dpo", beta=0.1, mode_loss="beta_DPO", mode_weight=0.5, a=0.6)
-        pieces = list(pack_within(examples_of(tokenized[True][:8]), max_tokens))
+        pieces = list(pack_within(examples_of(tokenized[True][:8]), TokenBudget(max_tokens, max_tokens)))
         gradient, metrics = gradient_after_one_step(build(loss, "llama", *SGD), [pieces])
         return len(pieces), gradient, metrics
 
-    (_, whole, expected), (count, pieces, found) = step(None), step(budget)
+    (_, whole, expected), (count, pieces, found) = step(10_000), step(budget)
     assert count > 1
     torch.testing.assert_close(pieces, whole, rtol=1e-4, atol=1e-5 * whole.abs().max().item())
     for name in expected:

@@ -1,0 +1,166 @@
+"""This project against TRL and against its own padded path: same weights, same rows, same order, one process tree.
+
+    python benchmarks/bench.py --data hh.jsonl.gz --tokenizer DIR          # the whole table
+    python benchmarks/bench.py --work dpo_hh_live --rounds 5               # one row of it, on generated rows
+    python benchmarks/bench.py --smoke                                     # does it run at all
+
+Every contender is a process of its own; rounds are interleaved and ratios are taken within a round. Prints the table and
+writes all raw numbers to `benchmarks/results/`. Exit status 1 if the contenders' losses differ. Imports the standard
+library only: this process stays small, so that nothing of it is counted as a contender's memory.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, replace
+from datetime import datetime
+from pathlib import Path
+
+import sweep
+from report import DisagreementError, check_agreement, check_sweep, markdown, rows_of
+from works import CONTENDERS, CPU, MFU, MFU_CONTENDER, MFU_WORK, OTHER_ROWS, SMOKE, SWEEP, WORKS, Preset
+
+HERE = Path(__file__).parent
+
+
+def main(arguments: list[str] | None = None, preset: Preset = CPU) -> int:
+    """Run the campaign that the arguments describe; returns the exit status."""
+    options = _parse(arguments, preset)
+    preset = options.preset
+    with tempfile.TemporaryDirectory(prefix="bench_") as folder:
+        try:
+            results = campaign(options, preset, Path(folder))
+        except DisagreementError as error:
+            print(f"\nNO RESULT: {error}", file=sys.stderr)
+            return 1
+    results["table"] = rows_of(results)
+    name = f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{preset.name}.json"
+    path = Path(options.results) / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=1) + "\n")
+    print(f"\n{markdown(results)}\n\nraw numbers: {path}")
+    return 0
+
+
+def campaign(options: argparse.Namespace, preset: Preset, folder: Path) -> dict:
+    """Run all rounds. Returns raw numbers with what they were taken on."""
+    races = _races(preset.works, options.contenders)
+    job = asdict(preset) | {"folder": str(folder), "data": options.data, "tokenizer": options.tokenizer}
+    job |= {"works": list(races), "trl_options": options.trl, "model_dir": str(folder / "model")}
+    facts = call_worker(job | {"contender": "prepare"}, folder)
+    results = {
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "preset": asdict(preset),
+        "works": list(preset.works),
+        "data": "given" if options.data else "generated",
+        "hardware": facts.pop("hardware"),
+        "versions": facts.pop("versions"),
+        "weights": facts,
+        "runs": [],
+        "sweeps": [],
+    }
+    for number in range(preset.rounds):
+        for name, contenders in races.items():
+            results["runs"] += _race(job, folder, number, name, contenders)
+        if SWEEP in preset.works:
+            place = folder / f"sweep_{number}"
+            place.mkdir()
+            results["sweeps"].append(sweep.race(place, preset.betas, {"max_length": preset.max_length}))
+            check_sweep(results["sweeps"][-1], preset.tolerance)
+            print(f"round {number + 1}: sweep: {_seconds(results['sweeps'][-1])}", flush=True)
+    return results
+
+
+def _races(works: tuple[str, ...], contenders: list[str]) -> dict[str, list[str]]:
+    """Which contenders run which work. `mfu` reads a run that may be there already."""
+    races = {name: list(contenders) for name in works if name in WORKS}
+    if MFU in works and MFU_CONTENDER not in races.setdefault(MFU_WORK, []):
+        races[MFU_WORK].append(MFU_CONTENDER)
+    return races
+
+
+def _race(job: dict, folder: Path, number: int, name: str, contenders: list[str]) -> list[dict]:
+    """One round of one work; raises DisagreementError if the contenders' losses differ."""
+    runs = []
+    for contender in contenders:
+        # A new one each time: nothing that was kept for later is found by a later round.
+        output = folder / f"{number}_{name}_{contender}"
+        output.mkdir()
+        own = {"work": name, "contender": contender, "rows": str(folder / f"{name}.json"), "output_dir": str(output)}
+        runs.append({"round": number, "work": name, "contender": contender} | call_worker(job | own, folder))
+        seconds = " ".join(f"{value:.2f}" for value in runs[-1]["seconds"])
+        peak = runs[-1]["peak_bytes"]["process"] / 1e9
+        print(f"round {number + 1}: {name}: {contender}: {seconds} s a step, {peak:.1f} GB", flush=True)
+    worst = check_agreement(runs, job["tolerance"])
+    if len(runs) > 1:
+        print(f"round {number + 1}: {name}: losses and log-probs agree to {worst:.1e}", flush=True)
+    return runs
+
+
+def _seconds(result: dict) -> str:
+    return ", ".join(f"{name} {numbers['seconds']:.1f} s" for name, numbers in result.items())
+
+
+def call_worker(job: dict, folder: Path) -> dict:
+    """Run one job in a process of its own; returns its result. What it prints is shown only if it fails."""
+    job_file, result_file = folder / "job.json", folder / "result.json"
+    job_file.write_text(json.dumps(job))
+    environment = os.environ | {
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_CACHE": str(folder / "datasets"),
+        "WANDB_MODE": "disabled",
+        # The project and its peer both find a GPU by themselves.
+        **({"CUDA_VISIBLE_DEVICES": ""} if job["device"] == "cpu" else {}),
+    }
+    command = [sys.executable, str(HERE / "worker.py"), str(job_file), str(result_file)]
+    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, errors="replace")
+    if done.returncode:
+        name = f"{job['contender']} {job.get('work', '')}"
+        raise RuntimeError(f"{name} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+    return json.loads(result_file.read_text())
+
+
+# ---- arguments ------------------------------------------------------------------------------------------------------------
+
+
+def _parse(arguments: list[str] | None, preset: Preset) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", help="file of dialogues with chosen and rejected; without it rows are generated")
+    parser.add_argument("--tokenizer", help="directory of the tokenizer; without it one of words is made")
+    parser.add_argument("--rounds", type=int, help=f"how often each contender runs; {preset.rounds}")
+    parser.add_argument("--steps", type=int, help=f"optimizer steps of a run, the first of which warms up; {preset.steps}")
+    parser.add_argument("--work", nargs="+", choices=[*WORKS, *OTHER_ROWS], metavar="NAME", help="rows of the table; all")
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), metavar="NAME")
+    parser.add_argument("--trl", nargs="+", default=[], metavar="KEY=VALUE", help="further settings of the contender trl")
+    parser.add_argument("--results", default=str(HERE / "results"), help="directory of the JSON file")
+    parser.add_argument("--smoke", action="store_true", help="a tiny model and two steps")
+    options = parser.parse_args(arguments)
+    if bool(options.data) != bool(options.tokenizer):
+        parser.error("--data and --tokenizer belong together: generated rows are made of the generated tokenizer's words")
+    for name in ("data", "tokenizer"):
+        path = getattr(options, name)
+        if path and not Path(path).exists():
+            parser.error(f"--{name}: {path}: no such file or directory")
+        setattr(options, name, path and str(Path(path).resolve()))
+    preset = replace(SMOKE, device=preset.device, dtype=preset.dtype) if options.smoke else preset
+    chosen = {"rounds": options.rounds, "steps": options.steps, "works": tuple(options.work or ())}
+    options.preset = replace(preset, **{name: value for name, value in chosen.items() if value})
+    if options.preset.steps < 2:
+        parser.error("--steps: the first one is not counted, so there must be two")
+    options.trl = dict(_setting(text, parser) for text in options.trl)
+    return options
+
+
+def _setting(text: str, parser: argparse.ArgumentParser) -> tuple[str, object]:
+    key, _, value = text.partition("=")
+    try:
+        return key, json.loads(value)
+    except ValueError:
+        parser.error(f"--trl {text}: expected KEY=VALUE with a JSON value, as in gradient_checkpointing=true")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

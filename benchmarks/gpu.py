@@ -1,0 +1,27 @@
+"""The benchmark of `bench.py` on one NVIDIA GPU: a GPT-NeoX of 1.4B random weights in bfloat16. Takes the same options.
+
+    python benchmarks/gpu.py --rounds 3
+
+Where `liger-kernel` is installed, the contender `trl` uses it. Peak memory is the GPU's.
+"""
+
+import subprocess
+import sys
+
+from bench import main
+from works import GPU
+
+# In a process of its own, so that this one stays small.
+FIND = "import sys, torch; sys.exit(not torch.cuda.is_available())"
+
+
+def run() -> int:
+    """Refuse where there is no GPU, else measure; returns the exit status."""
+    if subprocess.run([sys.executable, "-c", FIND], check=False).returncode:
+        print("No NVIDIA GPU that torch can use was found. On a CPU: python benchmarks/bench.py", file=sys.stderr)
+        return 2
+    return main(preset=GPU)
+
+
+if __name__ == "__main__":
+    sys.exit(run())

@@ -1,0 +1,87 @@
+"""Taking the measure of one process: time of each step, peak memory, the rate of a large matrix product."""
+
+import os
+import platform
+import resource
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+
+class Clock:
+    """Wall time of optimizer steps, from the end of one to the end of the next; the device is waited for."""
+
+    def __init__(self):
+        self.seconds: list[float] = []
+        self.last = 0.0
+
+    def start(self) -> None:
+        """The first step begins."""
+        self._wait()
+        self.last = time.perf_counter()
+
+    def tick(self) -> None:
+        """A step has ended, and the next one begins."""
+        self._wait()
+        now = time.perf_counter()
+        self.seconds.append(now - self.last)
+        self.last = now
+
+    def _wait(self) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+
+def peak_bytes() -> dict[str, int]:
+    """The most memory that this process has held so far: its own, and the GPU's where there is one."""
+    # Kilobytes on Linux, bytes on a Mac.
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    if torch.cuda.is_available():
+        peak["device"] = torch.cuda.max_memory_allocated()
+    return peak
+
+
+def gemm_flops(width: int, dtype: str, repetitions: int = 6) -> float:
+    """FLOP/s of a product of two square matrices, the best of several: the rate that this machine reaches at all."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    a, b = (torch.randn(width, width, device=device, dtype=getattr(torch, dtype)) for _ in range(2))
+    clock = Clock()
+    torch.matmul(a, b)
+    clock.start()
+    for _ in range(repetitions):
+        torch.matmul(a, b)
+        clock.tick()
+    return 2 * width**3 / min(clock.seconds)
+
+
+def hardware() -> dict:
+    """What this machine is."""
+    facts = {"cpu": _cpu_model(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    facts["ram_bytes"] = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        facts |= {"gpu": properties.name, "gpu_bytes": properties.total_memory, "cuda": torch.version.cuda}
+    return facts
+
+
+def _cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def versions() -> dict[str, str | None]:
+    """Python and the libraries that the numbers depend on; None where one is not installed."""
+    names = ("torch", "transformers", "trl", "accelerate", "liger-kernel", "flash-attn")
+    return {"python": platform.python_version()} | {name: _version(name) for name in names}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,115 @@
+"""This project as a contender: its own configuration, loading, batches and training step, on rows that are given.
+
+`build` puts the pieces together as `train.py` does; `_overrides` is the one place that names this project's options.
+"""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from measure import Clock
+from works import Work
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from batches import UNLIMITED, BatchIterator, TokenBudget, TokenizedPrompt  # noqa: E402  this project's, which lies one folder up
+
+SEED = 0
+
+
+def run(job: dict, work: Work, data: dict) -> dict:
+    """Train on the rows; what is returned is described in `worker.py`."""
+    trainer = build(job, work, _tokenized(data["prompts"]))
+    clock, rows = Clock(), []
+    clock.start()
+    for step in trainer.train_batches:
+        rows.append(trainer.train_step(step))
+        clock.tick()
+    result = {"seconds": clock.seconds, "losses": [float(row["loss/train"]) for row in rows]}
+    if work.loss == "dpo":
+        result |= {f"{name}_logps": [float(row[f"logps_train/{name}"]) for row in rows] for name in ("chosen", "rejected")}
+    return result
+
+
+def build(job: dict, work: Work, prompts: list[TokenizedPrompt]):
+    """A trainer as `train.py` makes it, without what surrounds the steps: evaluation, samples, checkpoints, logging."""
+    from losses import build_loss
+    from models import load_model, load_tokenizer, share_prefixes, token_budget
+    from train import make_reference
+    from trainers import TRAINERS
+    from utils import keep_freed_memory, pick_device, quiet_libraries, seed_everything
+
+    quiet_libraries()
+    keep_freed_memory()
+    config = _config(job, work)
+    seed_everything(config.seed)
+    trainer_class = TRAINERS[config.trainer.name]
+    loss = build_loss(**config.loss, seed=config.seed)
+    tokenizer = load_tokenizer(config.model, config.cache_dir)
+    policy = trainer_class.place(load_model(config.model, tokenizer, config.cache_dir), pick_device())
+    share_prefixes(policy, config.prefix_sharing)
+    batches = _iterator(prompts, work, token_budget(policy, config.max_tokens_per_microbatch))
+    reference = make_reference(config, trainer_class, policy, prompts, False) if loss.needs_reference else None
+    return trainer_class(config, policy, reference, loss, tokenizer, batches, [], [], None, Path(job["output_dir"]))
+
+
+def _config(job: dict, work: Work):
+    """The composed configuration of a contender."""
+    from hydra import compose, initialize_config_dir
+
+    import train  # noqa: F401  registers the resolver that the configuration uses
+
+    with initialize_config_dir(str(ROOT / "config"), version_base="1.3"):
+        return compose("config", overrides=_overrides(job, work))
+
+
+def _overrides(job: dict, work: Work) -> list[str]:
+    """The command line that stands for a contender. Learning rate without warm-up, so that every step is a full one."""
+    overrides = {
+        "seed": SEED,
+        "model": "blank_model",
+        "model.name_or_path": job["model_dir"],
+        "model.policy_dtype": job["dtype"],
+        "batch_size": work.examples_a_step,
+        "max_length": job["max_length"],
+        "n_epochs": 1,
+        "optimizer": "AdamW",
+        "++optimizer_kwargs.weight_decay": 0.0,
+        "lr": 1e-6,
+        "warmup_steps": 0,
+        "max_grad_norm": 10.0,
+        "loss": work.loss,
+        # Where cached log-probs of the reference are kept.
+        "local_dirs": f"[{job['output_dir']}]",
+        "reference_logps": "cached" if work.cached else "live",
+        "prefix_sharing": "off" if job["contender"] == "padded" else "on",
+    }
+    if work.loss == "dpo":
+        overrides["loss.beta"] = 0.1
+    return [f"{key}={value}" for key, value in overrides.items()]
+
+
+# ---- rows -----------------------------------------------------------------------------------------------------------------
+
+
+def order_of_prompts(prompts: list[dict], work: Work) -> list[int]:
+    """Index of each prompt in the order in which this project trains on them; the pairs of a prompt stay together."""
+    steps = _iterator(_tokenized(prompts), work, UNLIMITED)
+    sources = [source for step in steps for micro_batch in step for piece in micro_batch for source in piece.sources]
+    return list(dict.fromkeys(map(int, sources)))
+
+
+def _tokenized(prompts: list[dict]) -> list[TokenizedPrompt]:
+    """The rows as this project's own; their source is their index."""
+    tokenized, first_row = [], 0
+    for number, row in enumerate(prompts):
+        pairs = [tuple(pair) for pair in row["pairs"]]
+        prompt = TokenizedPrompt(row["prompt"], row["responses"], pairs, source=str(number), prompt="")
+        tokenized.append(replace(prompt, first_row=first_row))
+        first_row += len(prompt.responses)
+    return tokenized
+
+
+def _iterator(prompts: list[TokenizedPrompt], work: Work, budget: TokenBudget) -> BatchIterator:
+    return BatchIterator(prompts, work.examples_a_step, 1, SEED, budget=budget)

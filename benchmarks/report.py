@@ -1,0 +1,171 @@
+"""From raw numbers to a verdict: whether contenders agree, ratios within each round, a markdown table. Standard library only.
+
+A run is a dict with round, work, contender and what `worker.py` measured. The first step of a run warms up: its loss is
+compared, its time is not counted.
+"""
+
+from statistics import median
+
+from works import CONTENDERS, MFU, MFU_CONTENDER, MFU_WORK, OTHER_ROWS, SWEEP, TITLES, WORKS
+
+# Forward and backward cost 6 FLOPs a weight and token, a forward alone 2.
+TRAINED, SCORED = 6, 2
+Run = dict
+
+
+class DisagreementError(Exception):
+    """Contenders did not compute the same thing, so that their times say nothing."""
+
+
+# ---- agreement ------------------------------------------------------------------------------------------------------------
+
+
+def check_agreement(runs: list[Run], tolerance: float) -> float:
+    """The largest relative difference between contenders' losses and log-probs, step by step. `runs` are of one work.
+
+    At the first step all weights are the same, so a tenth of `tolerance` is allowed there. The log-probs are compared
+    because a DPO loss begins at ln 2 whatever the data are. Raises DisagreementError beyond that.
+    """
+    first, *others = runs
+    worst = 0.0
+    for other in others:
+        for name in ("losses", "chosen_logps", "rejected_logps"):
+            expected, found = first.get(name, []), other.get(name, [])
+            if len(expected) != len(found):
+                raise DisagreementError(f"{_pair(first, other)}: {len(expected)} and {len(found)} steps in {name}")
+            for step, (a, b) in enumerate(zip(expected, found, strict=True)):
+                difference = abs(a - b) / abs(a)
+                # Written so that a NaN is a disagreement.
+                if not difference <= tolerance * (1 if step else 0.1):
+                    raise DisagreementError(f"{_pair(first, other)}: {name} of step {step + 1} are {a} and {b}")
+                worst = max(worst, difference)
+    return worst
+
+
+def _pair(first: Run, other: Run) -> str:
+    return f"{first['work']}: {first['contender']} and {other['contender']} disagree"
+
+
+def check_sweep(result: dict, tolerance: float) -> None:
+    """Raise DisagreementError if a job of the sweep has other losses than the separate run with its beta."""
+    together, separate = result["sweep"]["losses"], result["separate"]["losses"]
+    same = together.keys() == separate.keys() and all(
+        len(together[beta]) == len(separate[beta]) > 0
+        and all(abs(a - b) <= tolerance * abs(a) for a, b in zip(together[beta], separate[beta], strict=True))
+        for beta in together
+    )
+    if not same:
+        raise DisagreementError(f"{SWEEP}: the sweep and the separate runs disagree:\n{together}\n{separate}")
+
+
+# ---- ratios ---------------------------------------------------------------------------------------------------------------
+
+
+def speedups(runs: list[Run], work: str, slow: str, fast: str) -> list[float]:
+    """How many times faster `fast` is, for each round: the median over steps of the ratio of the same step's times."""
+    return [
+        median(a / b for a, b in zip(rivals[slow]["seconds"][1:], rivals[fast]["seconds"][1:], strict=True))
+        for rivals in _rounds(runs, work)
+        if slow in rivals and fast in rivals
+    ]
+
+
+def throughputs(runs: list[Run], work: str, contender: str) -> list[float]:
+    """Examples per second for each round, over all counted steps."""
+    size = WORKS[work].examples_a_step
+    return [
+        size * (len(rivals[contender]["seconds"]) - 1) / sum(rivals[contender]["seconds"][1:])
+        for rivals in _rounds(runs, work)
+        if contender in rivals
+    ]
+
+
+def memory_ratios(runs: list[Run], work: str, large: str, small: str) -> list[float]:
+    """The peak memory of `small` over that of `large`, for each round; the GPU's where there is one."""
+    return [
+        _peak(rivals[small]) / _peak(rivals[large]) for rivals in _rounds(runs, work) if large in rivals and small in rivals
+    ]
+
+
+def useful_shares(runs: list[Run], work: str, contender: str, weights: dict) -> list[float]:
+    """Useful arithmetic per second over the rate of a matrix product in the same process, for each round."""
+    a_weight = TRAINED if WORKS[work].loss == "sft" or WORKS[work].cached else TRAINED + SCORED
+    shares = []
+    for run in (rivals[contender] for rivals in _rounds(runs, work) if contender in rivals):
+        flops = a_weight * (
+            weights["body_weights"] * sum(run["tokens"][1:]) + weights["head_weights"] * sum(run["response_tokens"][1:])
+        )
+        shares.append(flops / sum(run["seconds"][1:]) / run["gemm_flops"])
+    return shares
+
+
+def _rounds(runs: list[Run], work: str) -> list[dict[str, Run]]:
+    """For each round, contender to run."""
+    rounds: dict[int, dict[str, Run]] = {}
+    for run in runs:
+        if run["work"] == work:
+            rounds.setdefault(run["round"], {})[run["contender"]] = run
+    return list(rounds.values())
+
+
+def _peak(run: Run) -> int:
+    return run["peak_bytes"].get("device", run["peak_bytes"]["process"])
+
+
+# ---- the table ------------------------------------------------------------------------------------------------------------
+
+
+def rows_of(results: dict) -> list[dict]:
+    """A dict for each row of the table: what was measured in each round, the median, and the floor it is held against."""
+    runs, weights, rows = results["runs"], results["weights"], []
+    for name in dict.fromkeys(run["work"] for run in runs):
+        work = WORKS[name]
+        for rival, floor in (("trl", work.floor), ("trl_defaults", None), ("padded", None)):
+            rows.append(_row(name, f"{work.title}, against {TITLES[rival]}", speedups(runs, name, rival, "tree"), floor))
+        if work.memory_floor:
+            title = f"{work.title}, peak memory over TRL's"
+            rows.append(_row(name, title, memory_ratios(runs, name, "trl", "tree"), work.memory_floor, at_most=True))
+    if MFU in results["works"]:
+        rows.append(_row(MFU, OTHER_ROWS[MFU][0], useful_shares(runs, MFU_WORK, MFU_CONTENDER, weights), OTHER_ROWS[MFU][1]))
+    ratios = [result["separate"]["seconds"] / result["sweep"]["seconds"] for result in results["sweeps"]]
+    rows.append(_row(SWEEP, OTHER_ROWS[SWEEP][0], ratios, OTHER_ROWS[SWEEP][1]))
+    return [row for row in rows if row["rounds"]]
+
+
+def _row(work: str, title: str, values: list[float], floor: float | None, at_most: bool = False) -> dict:
+    found = median(values) if values else None
+    reached = None if found is None or floor is None else (found <= floor if at_most else found >= floor)
+    return {
+        "work": work, "title": title, "median": found, "rounds": values, "floor": floor, "at_most": at_most, "reached": reached
+    }  # fmt: skip
+
+
+def markdown(results: dict) -> str:
+    """The verdict and the speeds behind it, as two tables."""
+    lines = ["| what | floor | measured | over rounds | reached |", "|---|---|---|---|---|"]
+    for row in results["table"]:
+        share = row["work"] == MFU
+        floor = "" if row["floor"] is None else f"{'≤' if row['at_most'] else '≥'} {_number(row['floor'], share)}"
+        reached = {None: "", True: "yes", False: "no"}[row["reached"]]
+        spread = f"{_number(min(row['rounds']), share)} to {_number(max(row['rounds']), share)}"
+        lines.append(f"| {row['title']} | {floor} | {_number(row['median'], share)} | {spread} | {reached} |")
+    if not results["runs"]:
+        return "\n".join(lines)
+    contenders = [name for name in CONTENDERS if any(run["contender"] == name for run in results["runs"])]
+    lines += ["", f"| examples/s (peak memory) | {' | '.join(TITLES[name] for name in contenders)} |"]
+    lines.append("|---" * (len(contenders) + 1) + "|")
+    for name in dict.fromkeys(run["work"] for run in results["runs"]):
+        lines.append(f"| {WORKS[name].title} | {' | '.join(_speed(results['runs'], name, other) for other in contenders)} |")
+    return "\n".join(lines)
+
+
+def _speed(runs: list[Run], work: str, contender: str) -> str:
+    rates = throughputs(runs, work, contender)
+    if not rates:
+        return ""
+    peaks = [_peak(run) for run in runs if (run["work"], run["contender"]) == (work, contender)]
+    return f"{median(rates):.2f} ({median(peaks) / 1e9:.1f} GB)"
+
+
+def _number(value: float, share: bool) -> str:
+    return f"{value:.0%}" if share else f"{value:.2f}"

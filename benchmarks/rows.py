@@ -1,0 +1,143 @@
+"""What every contender is given: one tokenizer, one set of weights, and for each work the same rows in the same order.
+
+Rows are token ids, cut so that prompt and response fit `max_length` together; nobody truncates after that. They lie in
+`<folder>/<work>.json`: `prompts`, a list of {"prompt", "responses", "pairs"}, and `order`, the index of each step's
+prompts as this project's own iterator hands them out.
+"""
+
+import json
+import random
+from itertools import combinations
+from pathlib import Path
+
+import torch
+from project_contender import order_of_prompts
+from works import VOCABULARY, WORKS, Work
+
+SEED = 0
+# Of the logarithm of a length in tokens: (mean, standard deviation), like HH's harmless dialogues under a tokenizer of 21,000
+# entries: prompt mean 119, 95th percentile 335; chosen mean 39, rejected mean 50, without the end-of-sequence token.
+PROMPT_LENGTH, CHOSEN_LENGTH, REJECTED_LENGTH = (4.42, 0.85), (3.26, 0.90), (3.51, 0.90)
+LONGEST = 804
+
+
+def prepare(job: dict) -> dict:
+    """Write tokenizer, weights and rows into `job["folder"]`. Returns how many weights there are, in body and head."""
+    folder = Path(job["folder"])
+    tokenizer = _load_tokenizer(job["tokenizer"]) if job["tokenizer"] else word_tokenizer()
+    tokenizer.save_pretrained(folder / "model")
+    counts = _write_model(job, tokenizer, folder / "model")
+    needed = max(job["sweep_examples"], job["steps"] * max(work.prompts_a_step for work in WORKS.values()))
+    texts = _dialogues(Path(job["data"]), needed) if job["data"] else _generated_texts(needed, job["shrink"])
+    with (folder / "sweep.jsonl").open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in texts[: job["sweep_examples"]])
+    for name in job["works"]:
+        prompts = _prompts(WORKS[name], texts, tokenizer, job)
+        order = order_of_prompts(prompts, WORKS[name])
+        assert sorted(order) == list(range(len(prompts))), "the iterator left prompts out"
+        (folder / f"{name}.json").write_text(json.dumps({"prompts": prompts, "order": order}))
+    return counts
+
+
+# ---- tokenizer and weights ------------------------------------------------------------------------------------------------
+
+
+def word_tokenizer():
+    """A tokenizer made in code that knows the words w0, w1, ...: a text has as many tokens as words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {word: number for number, word in enumerate(["<eos>", "<pad>", "<unk>"])}
+    words |= {f"w{number}": len(words) + number for number in range(VOCABULARY - len(words))}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>", unk_token="<unk>")
+
+
+def _load_tokenizer(path: str):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(path)
+
+
+def _write_model(job: dict, tokenizer, folder: Path) -> dict:
+    """Random weights, seeded, in the dtype that all contenders train in."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    assert len(tokenizer) <= job["model"]["vocab_size"], f"the model has fewer entries than the tokenizer's {len(tokenizer)}"
+    tokens = {name: getattr(tokenizer, name) for name in ("eos_token_id", "bos_token_id", "pad_token_id")}
+    torch.manual_seed(SEED)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**job["model"], **tokens), dtype=getattr(torch, job["dtype"]))
+    model.save_pretrained(folder)
+    head = model.get_output_embeddings().weight.numel()
+    body = sum(weight.numel() for weight in model.parameters()) - head - model.get_input_embeddings().weight.numel()
+    return {"body_weights": body, "head_weights": head}
+
+
+# ---- texts ----------------------------------------------------------------------------------------------------------------
+
+
+def _dialogues(path: Path, count: int) -> list[dict]:
+    """The first pair of each of the file's first `count` prompts."""
+    from preference_datasets import load_records
+
+    records = list(load_records(str(path), "train", 0.0, True))[:count]
+    assert len(records) == count, f"{path} has {len(records)} prompts, {count} are needed"
+    texts = []
+    for record in records:
+        chosen, rejected = (record.responses[index] for index in record.pairs[0])
+        texts.append({"prompt": record.prompt, "chosen": chosen, "rejected": rejected})
+    return texts
+
+
+def _generated_texts(count: int, shrink: int) -> list[dict]:
+    """Random words with the lengths of HH's dialogues."""
+    source = random.Random(SEED)
+
+    def text(length: tuple[float, float]) -> str:
+        words = min(LONGEST, max(1, round(source.lognormvariate(*length) / shrink)))
+        # The three entries before the words are no words.
+        return " ".join(f"w{source.randrange(VOCABULARY - 3)}" for _ in range(words))
+
+    lengths = {"prompt": PROMPT_LENGTH, "chosen": CHOSEN_LENGTH, "rejected": REJECTED_LENGTH}
+    return [{name: text(length) for name, length in lengths.items()} for _ in range(count)]
+
+
+# ---- token ids ------------------------------------------------------------------------------------------------------------
+
+
+def _prompts(work: Work, texts: list[dict], tokenizer, job: dict) -> list[dict]:
+    count = job["steps"] * work.prompts_a_step
+    if work.lengths:
+        return _generated_prompts(work, count, tokenizer, job["shrink"])
+    prompts = []
+    for text in texts[:count]:
+        responses = [tokenizer(text[name], add_special_tokens=False).input_ids for name in ("chosen", "rejected")]
+        responses = [[*ids, tokenizer.eos_token_id] for ids in responses[: 1 if work.loss == "sft" else 2]]
+        prompts.append(_fitted(tokenizer(text["prompt"], add_special_tokens=False).input_ids, responses, job["max_length"]))
+    return prompts
+
+
+def _fitted(prompt: list[int], responses: list[list[int]], max_length: int) -> dict:
+    """The prompt loses its start where it is too long; a response that leaves it no token loses its end."""
+    responses = [ids[: max_length - 1] for ids in responses]
+    prompt = prompt[-(max_length - max(map(len, responses))) :]
+    return {"prompt": prompt, "responses": responses, "pairs": [[0, 1]] if len(responses) == 2 else []}
+
+
+def _generated_prompts(work: Work, count: int, tokenizer, shrink: int) -> list[dict]:
+    """Prompts and responses of fixed lengths; every response is preferred to those behind it."""
+    source = random.Random(SEED)
+    known = [number for number in range(len(tokenizer)) if number not in tokenizer.all_special_ids]
+    prompt_length, response_length = (length // shrink for length in work.lengths)
+    pairs = [list(pair) for pair in combinations(range(work.responses), 2)]
+    return [
+        {
+            "prompt": source.choices(known, k=prompt_length),
+            "responses": [
+                [*source.choices(known, k=response_length - 1), tokenizer.eos_token_id] for _ in range(work.responses)
+            ],
+            "pairs": pairs,
+        }
+        for _ in range(count)
+    ]

@@ -193,18 +193,20 @@ def share_prefixes(model: nn.Module, mode: str) -> bool:
 
 
 def _fault_of_tree_forward(model: nn.Module) -> str | None:
-    """Compare a small batch of trees with padded rows: log-probs, and their gradient in one weight. None where they agree.
+    """Compare a small batch of trees with padded rows: log-probs, and their gradients in two weights. None where they agree.
 
     Leaves the model with the attention that it has tried.
     """
-    weight = next((weight for weight in model.parameters() if weight.requires_grad), None)
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    # The first and the last: of a fresh LoRA adapter, one of them has no gradient yet.
+    weights = [*trained[:1], *trained[1:][-1:]]
     batch = _random_trees(model.config.get_text_config().vocab_size).to(model.device)
     training = model.training
     model.eval()
-    expected = _logps_and_gradient(padded_logps, model, batch, weight)
+    expected, expected_gradients = _logps_and_gradients(padded_logps, model, batch, weights)
     try:
         model.set_attn_implementation(RESPONSE_TREES)
-        found = _logps_and_gradient(tree_logps, model, batch, weight)
+        found, found_gradients = _logps_and_gradients(tree_logps, model, batch, weights)
     except Exception as error:  # whatever an architecture makes of what it does not know
         return f"its forward raised {type(error).__name__}: {(str(error).splitlines() or [''])[0][:80]}"
     finally:
@@ -212,21 +214,20 @@ def _fault_of_tree_forward(model: nn.Module) -> str | None:
     if not batch.layout.seen:
         return "it does not hand the layout of the responses on to its attention"
     rounding = ROUNDING[model.dtype]
-    error = ((found[0] - expected[0]).abs() / batch.response_lengths).max().item()
+    error = ((found - expected).abs() / batch.response_lengths).max().item()
     if not error <= rounding:
         return f"its log-probs would be wrong by {error:.1g} a token"
-    if weight is not None:
-        error = ((found[1] - expected[1]).norm() / expected[1].norm()).item()
-        if not error <= 10 * rounding:
-            return f"its gradient would be wrong by {error:.1g}"
+    for one, other in zip(found_gradients, expected_gradients, strict=True):
+        if not (one - other).norm() <= 10 * rounding * other.norm():
+            return f"its gradient would be wrong by {((one - other).norm() / other.norm()).item():.1g} of its size"
     return None
 
 
-def _logps_and_gradient(compute, model, batch, weight) -> tuple[Tensor, Tensor | None]:
-    with torch.set_grad_enabled(weight is not None):
+def _logps_and_gradients(compute, model: nn.Module, batch: PackedBatch, weights: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    with torch.set_grad_enabled(bool(weights)):
         logps = compute(model, batch)
-        gradient = None if weight is None else torch.autograd.grad(logps.sum(), weight)[0].float()
-    return logps.detach(), gradient
+        gradients = torch.autograd.grad(logps.sum(), weights) if weights else ()
+    return logps.detach(), [gradient.float() for gradient in gradients]
 
 
 def _random_trees(vocabulary: int) -> PackedBatch:

@@ -32,17 +32,17 @@ def cache_key(model: nn.Module, prompts: Sequence[TokenizedPrompt]) -> str:
     return digest.hexdigest()
 
 
-def cache_path(directory: Path, key: str) -> Path:
-    """Where the log-probs of a key lie."""
-    return directory / f"{key}.safetensors"
+def cache_path(directory: Path, model: nn.Module, prompts: Sequence[TokenizedPrompt]) -> Path:
+    """Where in `directory` the log-probs of `prompts` under `model` lie, or would lie."""
+    return directory / f"{cache_key(model, prompts)}.safetensors"
 
 
-def reference_logps_of(model: nn.Module, prompts: Sequence[TokenizedPrompt], directory: Path) -> Tensor:
+def reference_logps_of(model: nn.Module, prompts: Sequence[TokenizedPrompt], path: Path) -> Tensor:
     """The log-prob of every response of `prompts` under `model`: [rows] float32, NaN in rows that no prompt has.
 
-    Read from `directory` where the same has been computed before, else computed and written there; says which.
+    Read from `path`, which `cache_path` gave, where they have been computed before, else computed and written there; says
+    which.
     """
-    path = cache_path(directory, cache_key(model, prompts))
     count = sum(len(prompt.responses) for prompt in prompts)
     if path.exists():
         logps = _read(path)

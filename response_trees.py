@@ -48,6 +48,15 @@ class TreeLayout:
         self._block_masks: dict[int | None, object] = {}
 
     @cached_property
+    def branch_lengths(self) -> list[int]:
+        """Tokens of each branch in packed order: of a prompt with its first response, then of each further response."""
+        return [
+            length
+            for tree in self.trees
+            for length in (tree.prompt_length + tree.response_lengths[0], *tree.response_lengths[1:])
+        ]
+
+    @cached_property
     def token_trees(self) -> Tensor:
         """Number of each packed token's tree: [T] int32."""
         lengths = torch.tensor([tree.end - tree.start for tree in self.trees])
@@ -154,29 +163,27 @@ def _attention_by_branches(
 
     Prompt and response together are an ordinary causal sequence, so a response's rows of the causal mask are its own.
     """
+    # Split, not sliced: the gradient of a slice is as long as the whole batch, that of all splits together too.
+    branches = zip(*(part.split(layout.branch_lengths, dim=2) for part in (query, key, value)), strict=True)
     outputs = []
     for tree in layout.trees:
-        prompt_end = tree.start + tree.prompt_length
-        first_end = prompt_end + tree.response_lengths[0]
-        outputs.append(_causal_rows(query, key, value, slice(tree.start, first_end), None, scaling, window, softcap))
-        prompt = slice(tree.start, prompt_end)
-        for start, length in list(zip(tree.response_starts, tree.response_lengths, strict=True))[1:]:
-            response = slice(start, start + length)
-            outputs.append(_causal_rows(query, key, value, response, prompt, scaling, window, softcap))
+        queries, keys, values = next(branches)
+        outputs.append(_causal_rows(queries, keys, values, scaling, window, softcap))
+        prompt_keys, prompt_values = keys[:, :, : tree.prompt_length], values[:, :, : tree.prompt_length]
+        for _ in tree.response_lengths[1:]:
+            queries, keys, values = next(branches)
+            keys, values = torch.cat([prompt_keys, keys], dim=2), torch.cat([prompt_values, values], dim=2)
+            outputs.append(_causal_rows(queries, keys, values, scaling, window, softcap))
     return torch.cat(outputs, dim=2)
 
 
-def _causal_rows(query, key, value, own: slice, before: slice | None, scaling, window, softcap) -> Tensor:
-    """Attention of the tokens `own` to those of `before` and, causally, to themselves: [1, H, len(own), D]."""
-    queries, keys, values = query[:, :, own], key[:, :, own], value[:, :, own]
-    if before is not None:
-        keys = torch.cat([key[:, :, before], keys], dim=2)
-        values = torch.cat([value[:, :, before], values], dim=2)
-    length, rows = keys.shape[2], queries.shape[2]
-    if before is None and softcap is None and (window is None or window >= length):
+def _causal_rows(queries: Tensor, keys: Tensor, values: Tensor, scaling, window, softcap) -> Tensor:
+    """Causal attention of a sequence's last tokens, [1, H, rows, D], to all of it, [1, G, length, D]: [1, H, rows, D]."""
+    rows, length = queries.shape[2], keys.shape[2]
+    if rows == length and softcap is None and (window is None or window >= length):
         keys, values = _for_all_heads(queries, keys), _for_all_heads(queries, values)
         return F.scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scaling)
-    mask = causal_mask(length, window, query.dtype, query.device)[length - rows :]
+    mask = causal_mask(length, window, queries.dtype, queries.device)[length - rows :]
     return _attend(queries, keys, values, mask, scaling, softcap)
 
 

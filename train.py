@@ -116,16 +116,17 @@ def make_reference(config: DictConfig, trainer_class, policy, prompts: list, rea
     """
     from logprobs import CachedReference, LiveReference
     from models import reference_copy
-    from reference_cache import cache_key, cache_path, reference_logps_of
+    from reference_cache import cache_path, reference_logps_of
 
     directory = first_existing(folders_of(config.local_dirs)) / "reference_logps"
     other_dtype = config.model.reference_dtype != config.model.policy_dtype
     model = trainer_class.place(reference_copy(policy, config.model), policy.device) if other_dtype else policy
-    cached = config.reference_logps == "cached"
-    if config.reference_logps is None:
-        cached = read_again or (directory.is_dir() and cache_path(directory, cache_key(model, prompts)).exists())
-    if cached:
-        return CachedReference(reference_logps_of(model, prompts, directory))
+    by_choice = config.reference_logps is None
+    cached = config.reference_logps == "cached" or (by_choice and read_again)
+    if cached or (by_choice and directory.is_dir()):
+        path = cache_path(directory, model, prompts)
+        if cached or path.exists():
+            return CachedReference(reference_logps_of(model, prompts, path))
     return LiveReference(model if other_dtype else reference_copy(policy, config.model))
 
 

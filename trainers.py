@@ -120,29 +120,26 @@ class BasicTrainer:
 
     def losses_of(self, micro_batch: MicroBatch) -> Iterator[tuple[LossOutput, Tensor, Tensor]]:
         """Loss, policy log-probs [R] and pairs [P, 2] of each piece; the caller takes each piece's gradient before the next."""
-        micro_batch = [piece.to(self.device) for piece in micro_batch]
+        pieces = [piece.to(self.device) for piece in micro_batch]
+        references = [None if self.reference is None else self.reference(piece) for piece in pieces]
         ahead = None
-        if self.loss.selects_pairs and len(micro_batch) > 1:
+        if self.loss.selects_pairs and len(pieces) > 1:
             # What is kept depends on all pieces, and only one of them fits into memory with its gradient.
             with torch.no_grad():
-                ahead = self.loss.select(torch.cat([self.gaps(piece, self.logps(piece)) for piece in micro_batch]))
+                gaps = [gap(self.logps(piece) - known, piece.pairs) for piece, known in zip(pieces, references, strict=True)]
+            ahead = self.loss.select(torch.cat(gaps))
         start = 0
-        for piece in micro_batch:
+        for piece, reference in zip(pieces, references, strict=True):
             policy = self.logps(piece)
-            reference = None if self.reference is None else self.reference(piece)
             if ahead is not None:
                 selection = ahead.part(start, start := start + piece.num_examples)
             else:
-                selection = self.loss.select(self.gaps(piece, policy.detach())) if self.loss.selects_pairs else None
+                selection = self.loss.select(gap(policy.detach() - reference, piece.pairs)) if self.loss.selects_pairs else None
             yield self.loss(policy, reference, piece.pairs, piece.response_lengths, selection), policy, piece.pairs
 
     def logps(self, batch: PackedBatch) -> Tensor:
         """The policy's log-probs [R] of a batch."""
         return response_logps(self.policy, batch)
-
-    def gaps(self, batch: PackedBatch, policy: Tensor) -> Tensor:
-        """Policy minus reference, chosen minus rejected, of each pair: [P]."""
-        return gap(policy - self.reference(batch), batch.pairs)
 
     def counters(self) -> Metrics:
         """How far the run is."""

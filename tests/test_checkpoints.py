@@ -1,10 +1,10 @@
 """Checkpoints: they load with plain transformers, and they replace each other whole."""
 
 import torch
-from conftest import GOLDEN
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from checkpoints import save_checkpoint, save_policy_pt
+from conftest import GOLDEN
 
 
 def golden_model():

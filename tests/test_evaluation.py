@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from conftest import GOLDEN
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from batches import TokenizedPrompt, evaluation_batches
+from conftest import GOLDEN
 from evaluation import evaluate, mean_interval, sample_answers, share_interval
 from logprobs import LiveReference
 from losses import build_loss

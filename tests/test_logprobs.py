@@ -4,10 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import GOLDEN
 from transformers import AutoModelForCausalLM
 
 from batches import TokenizedPrompt, examples_of, pack
+from conftest import GOLDEN
 from logprobs import response_logps
 
 

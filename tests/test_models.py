@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
-from conftest import GOLDEN
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from checkpoints import save_checkpoint, save_policy_pt
+from conftest import GOLDEN
 from models import byte_level_tokenizer, check_archive, load_model, load_tokenizer, read_archive, reference_copy
 from utils import UserError
 

@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
-from conftest import GOLDEN
 from transformers import AutoModelForCausalLM
 
 import reference_cache
 from batches import TokenizedPrompt, examples_of, pack
+from conftest import GOLDEN
 from logprobs import CachedReference, LiveReference
 from models import share_prefixes
 from reference_cache import cache_key, cache_path, reference_logps_of
@@ -17,6 +17,11 @@ PROMPTS = [
     TokenizedPrompt([5 + n, 6, 7], [[10 + n, 11, 0], [12 + n, 0], [13, 14, n, 0]], [(0, 1), (0, 2)], "", "", first_row=3 * n)
     for n in range(9)
 ]
+
+
+def logps_in(directory, model, prompts):
+    """The log-probs as a run gets them that keeps them in `directory`."""
+    return reference_logps_of(model, prompts, cache_path(directory, model, prompts))
 
 
 @pytest.fixture
@@ -35,7 +40,7 @@ def passes(monkeypatch):
 
 def test_cached_log_probs_are_those_of_the_live_reference(model, tmp_path):
     share_prefixes(model, "on")
-    cached = CachedReference(reference_logps_of(model, PROMPTS, tmp_path))
+    cached = CachedReference(logps_in(tmp_path, model, PROMPTS))
     live = LiveReference(copy.deepcopy(model))
     for prompt in PROMPTS:
         batch = pack(list(examples_of([prompt])))
@@ -43,7 +48,7 @@ def test_cached_log_probs_are_those_of_the_live_reference(model, tmp_path):
 
 
 def test_a_second_run_reads_what_the_first_computed(model, tmp_path, passes, capsys):
-    first, second = (reference_logps_of(model, PROMPTS, tmp_path) for _ in range(2))
+    first, second = (logps_in(tmp_path, model, PROMPTS) for _ in range(2))
     assert torch.equal(first, second) and len(passes) == 1
     out = capsys.readouterr().out
     assert "27 responses computed once" in out and "27 responses read from" in out
@@ -51,12 +56,12 @@ def test_a_second_run_reads_what_the_first_computed(model, tmp_path, passes, cap
 
 @pytest.mark.parametrize("damage", ["cut", "bit", "empty", "text"])
 def test_a_damaged_file_is_noticed_and_computed_anew(model, tmp_path, passes, capsys, damage):
-    expected = reference_logps_of(model, PROMPTS, tmp_path)
-    path = cache_path(tmp_path, cache_key(model, PROMPTS))
+    expected = logps_in(tmp_path, model, PROMPTS)
+    path = cache_path(tmp_path, model, PROMPTS)
     whole = path.read_bytes()
     flipped = whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:]
     path.write_bytes({"cut": whole[:-10], "bit": flipped, "empty": b"", "text": b"not a tensor"}[damage])
-    assert torch.equal(reference_logps_of(model, PROMPTS, tmp_path), expected)
+    assert torch.equal(logps_in(tmp_path, model, PROMPTS), expected)
     assert len(passes) == 2 and "is damaged and computed anew" in capsys.readouterr().out
     assert path.read_bytes() == whole and not list(tmp_path.glob("*.partial"))
 
@@ -81,4 +86,4 @@ def test_the_key_changes_with_weights_data_dtype_and_way_of_computing(model):
 
 
 def test_rows_that_no_prompt_has_are_not_a_number(model, tmp_path):
-    assert reference_logps_of(model, PROMPTS[1:], tmp_path)[:3].isnan().all()
+    assert logps_in(tmp_path, model, PROMPTS[1:])[:3].isnan().all()

@@ -5,7 +5,6 @@ import copy
 
 import pytest
 import torch
-from conftest import GOLDEN
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -13,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import logprobs
 from batches import TokenBudget, TokenizedPrompt, examples_of, pack, pack_within
+from conftest import GOLDEN
 from logprobs import ScoringHead, padded_logps, response_logps, tree_logps
 from losses import build_loss
 from models import share_prefixes

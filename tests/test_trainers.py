@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-from conftest import GOLDEN
 from transformers import AutoModelForCausalLM
 
 from batches import (
@@ -21,6 +20,7 @@ from batches import (
     tokenize_records,
 )
 from checkpoints import save_checkpoint
+from conftest import GOLDEN
 from logprobs import CachedReference, LiveReference
 from losses import build_loss
 from models import share_prefixes
@@ -281,7 +281,7 @@ def test_a_cached_reference_gives_the_steps_of_a_live_one(build, tokenized, tmp_
         return [trainer.train_step(batch)["loss/train"].item() for batch in BatchIterator(tokenized[True], 8)]
 
     model = build(build_loss("dpo")).reference.model
-    cached = CachedReference(reference_logps_of(model, tokenized[True], tmp_path))
+    cached = CachedReference(reference_logps_of(model, tokenized[True], tmp_path / "logps.safetensors"))
     assert numbers(cached) == pytest.approx(numbers(None), abs=1e-5)
 
 

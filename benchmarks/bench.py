@@ -52,7 +52,8 @@ def campaign(options: argparse.Namespace, preset: Preset, folder: Path) -> dict:
     job |= {"works": list(races), "trl_options": options.trl, "model_dir": str(folder / "model")}
     facts = call_worker(job | {"contender": "prepare"}, folder)
     results = {
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        # Names of files, not where they lie on this machine.
+        "command": [Path(sys.argv[0]).name, *(Path(text).name if text.startswith("/") else text for text in sys.argv[1:])],
         "preset": asdict(preset),
         "works": list(preset.works),
         "data": "given" if options.data else "generated",

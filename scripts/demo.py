@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT))
 SFT = ["loss=sft", "exp_name=demo_sft"]
 # SGD, because its steps shrink with the gradient: on pairs this easy the loss is soon near 0, and the full-sized steps that
 # AdamW goes on taking there would undo what SFT taught a model this small.
-DPO = ["loss=dpo", "loss.beta=0.1", "exp_name=demo_dpo", "n_epochs=1", "optimizer=SGD", "lr=0.1"]
+DPO = ["loss=dpo", "loss.beta=0.1", "exp_name=demo_dpo", "n_epochs=1", "optimizer=SGD", "lr=0.03"]
 # Rows that compare a model with SFT, from which DPO started; of the untrained model they would say nothing.
 REWARD_ROWS = ("DPO loss", "reward accuracy", "reward margin")
 
@@ -52,6 +52,7 @@ def report(directory: Path, sft: Path, dpo: Path) -> None:
     import torch
     from omegaconf import OmegaConf
 
+    from logprobs import LiveReference
     from models import load_model, load_tokenizer
     from utils import quiet_libraries, seed_everything
 
@@ -63,7 +64,7 @@ def report(directory: Path, sft: Path, dpo: Path) -> None:
     for name, archive in (("SFT", sft), ("DPO", dpo)):
         models[name] = load_model(OmegaConf.merge(config.model, {"archive": str(archive)}), tokenizer)
     with torch.no_grad():
-        columns = {name: describe(model, models["SFT"], tokenizer, config) for name, model in models.items()}
+        columns = {name: describe(model, LiveReference(models["SFT"]), tokenizer, config) for name, model in models.items()}
     numbers = {name: column["means"] for name, column in columns.items()}
     (directory / "results.json").write_text(json.dumps(numbers, indent=2) + "\n")
     for row in REWARD_ROWS:

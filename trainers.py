@@ -165,9 +165,11 @@ class BasicTrainer:
 
     def sample(self) -> list[dict]:
         """Answers of the policy, and of the reference where there is one, to the sample prompts."""
-        answers = {"policy": self.answers()}
-        if self.reference_answers is not None:
-            answers["reference"] = self.reference_answers
+        known = self.reference_answers
+        # Before the first step the reference's answers are the policy's: they need not be sampled twice.
+        answers = {"policy": self.answers() if known is None or self.updates else known}
+        if known is not None:
+            answers["reference"] = known
         prompts = self.tokenizer.batch_decode(self.sample_prompts)
         rows = zip(prompts, *answers.values(), strict=True)
         return [{"examples": self.examples, **dict(zip(["prompt", *answers], row, strict=True))} for row in rows]

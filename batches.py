@@ -1,14 +1,13 @@
-"""From text to packed batches: token ids of each prompt and response, and an iterator over the steps of a run.
+"""From tokenised prompts to packed batches, and an iterator over the steps of a run.
 
 Shapes: T packed tokens, R responses, P pairs. A packed batch holds every prompt once and every response once, without
 padding: a *tree* is a prompt followed by its responses, and the batch is one tree after the other. Each response continues
 the positions of its prompt.
 
-    records -> `tokenize_records` -> TokenizedPrompt -> `BatchIterator` -> the micro-batches of a step, each a PackedBatch
+    PromptTable -> `BatchIterator` -> the micro-batches of a step, each a list of PackedBatches
 """
 
 import queue
-import random
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,154 +15,13 @@ from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from itertools import islice
 
+import numpy
 import torch
 from torch import Tensor
 
-from preference_datasets import PreferenceRecord
+from prompt_table import PromptTable, Selection, shuffled
 from response_trees import Tree, TreeLayout
-from utils import UserError
-
-# ---- text to token ids --------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class TokenizedPrompt:
-    """Token ids of a prompt and of the responses that are trained on, each response with its end-of-sequence token.
-
-    `pairs` holds (preferred, dispreferred) indices into `responses`; it is empty for SFT, where `responses` is the target.
-    `first_row` is the place of its first response among all responses of the run's data; `source` names the record in messages,
-    `prompt` is its text.
-    """
-
-    prompt_ids: list[int]
-    responses: list[list[int]]
-    pairs: list[tuple[int, int]]
-    source: str
-    prompt: str
-    first_row: int = 0
-
-    @property
-    def num_examples(self) -> int:
-        """How many examples it holds: its pairs, or for SFT its responses."""
-        return len(self.pairs) or len(self.responses)
-
-
-@dataclass
-class LengthReport:
-    """How many texts were too long, and what was done about it."""
-
-    prompts_cut: int = 0
-    responses_cut: int = 0
-    examples_dropped: int = 0
-
-    def __str__(self) -> str:
-        counts = {
-            "prompts cut": self.prompts_cut,
-            "responses cut (they lose their end-of-sequence token)": self.responses_cut,
-            "examples left out": self.examples_dropped,
-        }
-        return ", ".join(f"{count} {what}" for what, count in counts.items() if count)
-
-
-def tokenize_records(
-    records: Iterable[PreferenceRecord],
-    tokenizer,
-    paired: bool,
-    max_length: int,
-    max_prompt_length: int,
-    truncation_mode: str | None = None,
-    report: LengthReport | None = None,
-    first_row: int = 0,
-) -> Iterator[TokenizedPrompt]:
-    """Yield the tokenised prompts of `records`, for preference losses (`paired`) or for SFT.
-
-    Prompt and responses are tokenised apart and their ids joined, so that the boundary between them is exact. The prompt
-    gets a beginning-of-sequence token where the tokenizer itself would add one; each response gets the end-of-sequence
-    token. Lengths: `fit`; `truncation_mode` None takes each record's own. Responses are numbered from `first_row` on.
-
-    Raises UserError for a text that holds the end-of-sequence token, and for a prompt without tokens.
-    """
-    report = report if report is not None else LengthReport()
-    bos = _bos_of(tokenizer)
-    records = iter(records)
-    row = first_row
-    while chunk := [_used_part(record, paired) for record in islice(records, 1024)]:
-        texts = [text for record in chunk for text in (record.prompt, *record.responses)]
-        ids = iter(tokenizer(texts, add_special_tokens=False).input_ids) if texts else iter(())
-        for record in chunk:
-            prompt_ids = next(ids)
-            prompt_ids = prompt_ids if prompt_ids[: len(bos)] == bos else bos + prompt_ids
-            responses = [next(ids) for _ in record.responses]
-            _check_ids(record, prompt_ids, responses, tokenizer)
-            whole = [[*response, tokenizer.eos_token_id] for response in responses]
-            prompt = TokenizedPrompt(prompt_ids, whole, record.pairs, record.source, record.prompt)
-            fitted = fit(prompt, max_length, max_prompt_length, truncation_mode or record.truncation_mode, report)
-            if fitted is not None:
-                yield replace(fitted, first_row=row)
-                row += len(fitted.responses)
-
-
-def _used_part(record: PreferenceRecord, paired: bool) -> PreferenceRecord:
-    """The record with only those responses that the loss looks at: those of its pairs, or for SFT the target."""
-    if not paired:
-        return replace(record, responses=[record.sft_target], pairs=[])
-    used = sorted({index for pair in record.pairs for index in pair})
-    place = {index: position for position, index in enumerate(used)}
-    pairs = [(place[chosen], place[rejected]) for chosen, rejected in record.pairs]
-    return replace(record, responses=[record.responses[index] for index in used], pairs=pairs)
-
-
-def _bos_of(tokenizer) -> list[int]:
-    """The beginning-of-sequence token as a list, where the tokenizer itself begins a text with it; else empty."""
-    ids = tokenizer("a").input_ids
-    return [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id else []
-
-
-def _check_ids(record: PreferenceRecord, prompt_ids: list[int], responses: list[list[int]], tokenizer) -> None:
-    if any(tokenizer.eos_token_id in ids for ids in (prompt_ids[1:], *responses)):
-        raise UserError(
-            f"datasets: {record.source}: the text holds {tokenizer.eos_token!r}, which marks the end of a response. "
-            "Remove it from the data; it is added where it belongs."
-        )
-    if not prompt_ids:
-        raise UserError(f"datasets: {record.source}: the prompt is empty. Expected at least one token before a response.")
-
-
-def fit(
-    prompt: TokenizedPrompt, max_length: int, max_prompt_length: int, truncation_mode: str, report: LengthReport
-) -> TokenizedPrompt | None:
-    """The prompt with all its responses within `max_length` tokens, or None where nothing of it is left.
-
-    keep_start, keep_end: if the prompt and its longest response are too long together, the prompt is cut to
-    `max_prompt_length` at its end or at its start; if that is not enough, the responses are cut to
-    `max_length - max_prompt_length`. drop: responses that do not fit are left out, with their pairs.
-    """
-    longest = max(map(len, prompt.responses), default=0)
-    if len(prompt.prompt_ids) + longest <= max_length:
-        return prompt if prompt.responses else None
-    if truncation_mode == "drop":
-        return _without_long_responses(prompt, max_length, report)
-    ids = prompt.prompt_ids
-    if len(ids) > max_prompt_length:
-        ids = ids[:max_prompt_length] if truncation_mode == "keep_start" else ids[-max_prompt_length:]
-        report.prompts_cut += 1
-    responses = prompt.responses
-    if len(ids) + longest > max_length:
-        room = max_length - max_prompt_length
-        report.responses_cut += sum(len(response) > room for response in responses)
-        responses = [response[:room] for response in responses]
-    return replace(prompt, prompt_ids=ids, responses=responses)
-
-
-def _without_long_responses(prompt: TokenizedPrompt, max_length: int, report: LengthReport) -> TokenizedPrompt | None:
-    room = max_length - len(prompt.prompt_ids)
-    kept = [index for index, response in enumerate(prompt.responses) if len(response) <= room]
-    place = {index: position for position, index in enumerate(kept)}
-    pairs = [(place[i], place[j]) for i, j in prompt.pairs if i in place and j in place]
-    survives = bool(pairs) if prompt.pairs else bool(kept)
-    report.examples_dropped += prompt.num_examples - (len(pairs) or len(kept) if survives else 0)
-    return replace(prompt, responses=[prompt.responses[index] for index in kept], pairs=pairs) if survives else None
-
+from tokenization import TokenizedPrompt
 
 # ---- packed batches -----------------------------------------------------------------------------------------------------
 
@@ -362,9 +220,10 @@ class BatchIterator:
 
     A micro-batch is a list of packed pieces, each within `budget`. Steps are made ahead of their use.
 
-    An epoch visits every prompt once, in an order that depends on `seed` and the epoch alone; the pairs of a prompt stay
-    side by side. The last batch of an epoch has what is left. With `n_examples` the run ends after exactly so many
-    examples, with `n_epochs` after so many passes, with both after whichever comes first.
+    An epoch visits every prompt once (those of a weighted data set as often as its weight says), in an order that depends on
+    `seed` and the epoch alone; the pairs of a prompt stay side by side. The last batch of an epoch has what is left. With
+    `n_examples` the run ends after exactly so many examples, with `n_epochs` after so many passes, with both after whichever
+    comes first.
 
     `state_dict` gives the position behind the last step that was handed out, not behind those made ahead; iterating after
     `load_state_dict` continues with the step that follows it.
@@ -372,7 +231,7 @@ class BatchIterator:
 
     def __init__(
         self,
-        prompts: Sequence[TokenizedPrompt],
+        prompts: PromptTable,
         batch_size: int,
         num_micro_batches: int = 1,
         seed: int = 0,
@@ -389,13 +248,17 @@ class BatchIterator:
         self.n_examples = n_examples
         self.position = {"epoch": 0, "examples_in_epoch": 0, "examples": 0}
 
-    @property
+    @cached_property
     def total_examples(self) -> int | None:
         """How many examples the run has in all."""
         limits = [] if self.n_examples is None else [self.n_examples]
         if self.n_epochs is not None:
-            limits.append(self.n_epochs * sum(prompt.num_examples for prompt in self.prompts))
+            limits.append(sum(self.examples_of_epoch(epoch) for epoch in range(self.n_epochs)))
         return min(limits, default=None)
+
+    def examples_of_epoch(self, epoch: int) -> int:
+        """How many examples an epoch has; with weights that are no whole numbers it differs from one to the next."""
+        return int(self.prompts.num_examples[self._order(epoch)].sum())
 
     def state_dict(self) -> dict[str, int]:
         """The position: epoch, examples of it that were handed out, and examples in all."""
@@ -410,15 +273,18 @@ class BatchIterator:
             self.position = position
             yield batch
 
-    def prompts_seen(self) -> list[TokenizedPrompt]:
-        """The prompts that a run from its beginning sees, each once, in the order of their first visit."""
-        start = {"epoch": 0, "examples_in_epoch": 0, "examples": 0}
-        seen: dict[int, TokenizedPrompt] = {}
-        for examples, position in self._steps(start):
-            if position["epoch"] > 0:
-                break
-            seen |= {id(prompt): prompt for prompt, _ in examples}
-        return list(seen.values())
+    def prompts_seen(self) -> Selection:
+        """The prompts that a run from its beginning sees, each once."""
+        seen, left, epoch = numpy.zeros(len(self.prompts), bool), self.total_examples, 0
+        while left > 0 and not seen.all():
+            order = self._order(epoch)
+            examples = numpy.cumsum(self.prompts.num_examples[order])
+            seen[order[: numpy.searchsorted(examples, left) + 1]] = True
+            left, epoch = left - int(examples[-1]), epoch + 1
+        return self.prompts.select(numpy.flatnonzero(seen))
+
+    def _order(self, epoch: int) -> numpy.ndarray:
+        return self.prompts.epoch_order(f"{self.seed} {epoch}")
 
     def _packed(self, steps) -> Iterator[tuple[list[MicroBatch], dict[str, int]]]:
         for examples, position in steps:
@@ -429,9 +295,12 @@ class BatchIterator:
         """The examples of each step from `position` on, and the position behind it."""
         epoch, in_epoch, total = (position[key] for key in ("epoch", "examples_in_epoch", "examples"))
         while self.n_epochs is None or epoch < self.n_epochs:
-            order = list(self.prompts)
-            random.Random(f"{self.seed} {epoch}").shuffle(order)
-            examples = islice(examples_of(order), in_epoch, None)
+            order = self._order(epoch)
+            # Prompts that were done before are passed over without being looked at.
+            done = numpy.cumsum(self.prompts.num_examples[order]) if in_epoch else order[:0]
+            first = int(numpy.searchsorted(done, in_epoch, side="right"))
+            skip = in_epoch - (int(done[first - 1]) if first else 0)
+            examples = islice(examples_of(self.prompts.select(order[first:])), skip, None)
             while step := list(islice(examples, self._size_after(total))):
                 in_epoch, total = in_epoch + len(step), total + len(step)
                 yield step, {"epoch": epoch, "examples_in_epoch": in_epoch, "examples": total}
@@ -443,16 +312,17 @@ class BatchIterator:
         return self.batch_size if self.n_examples is None else min(self.batch_size, self.n_examples - examples)
 
 
-def evaluation_examples(prompts: Sequence[TokenizedPrompt], n_examples: int | None, seed: int) -> list[Example]:
-    """The `n_examples` held-out examples (None: all) of every evaluation, drawn by `seed`."""
-    order = list(prompts)
-    random.Random(f"{seed} evaluation").shuffle(order)
-    return list(islice(examples_of(order), n_examples))
+def evaluation_prompts(prompts: PromptTable, n_examples: int | None, seed: int) -> Selection:
+    """The prompts of the `n_examples` held-out examples (None: all) of every evaluation, drawn by `seed`."""
+    order = shuffled(len(prompts), f"{seed} evaluation")
+    if n_examples is not None:
+        order = order[: numpy.searchsorted(numpy.cumsum(prompts.num_examples[order]), n_examples) + 1]
+    return prompts.select(order)
 
 
 def evaluation_batches(
-    prompts: Sequence[TokenizedPrompt], batch_size: int, n_examples: int | None, seed: int, budget: TokenBudget = UNLIMITED
+    prompts: PromptTable, batch_size: int, n_examples: int | None, seed: int, budget: TokenBudget = UNLIMITED
 ) -> list[PackedBatch]:
-    """`evaluation_examples`, cut into batches of at most `batch_size` examples, and within the budget."""
-    parts = cut(evaluation_examples(prompts, n_examples, seed), batch_size)
-    return [batch for part in parts for batch in pack_within(part, budget)]
+    """The `n_examples` held-out examples in batches of at most `batch_size`, and within the budget."""
+    examples = list(islice(examples_of(evaluation_prompts(prompts, n_examples, seed)), n_examples))
+    return [batch for part in cut(examples, batch_size) for batch in pack_within(part, budget)]

@@ -8,9 +8,9 @@ import re
 from functools import cache
 from pathlib import Path
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
-from preference_datasets import find_dataset
+from dataset_entries import GENERAL_KEYS, TEMPLATES, TRUNCATION_MODES, Entry, read_entry
 from utils import UserError, nearest
 
 CONFIG_DIR = Path(__file__).parent / "config"
@@ -126,14 +126,15 @@ COUNTS = ("batch_size", "eval_batch_size", "gradient_accumulation_steps", "max_l
 OPTIONAL_COUNTS = ("n_epochs", "n_examples", "n_eval_examples", "max_tokens_per_microbatch")
 COUNTS_FROM_ZERO = ("warmup_steps", "n_eval_model_samples", "seed")
 SWITCHES = (
-    "debug", "wandb.enabled", "sample_during_eval", "do_first_eval", "activation_checkpointing", "save_policy_pt",
+    "debug", "dry_run", "wandb.enabled", "sample_during_eval", "do_first_eval", "activation_checkpointing", "save_policy_pt",
     "tf32", "model.trust_remote_code",
 )  # fmt: skip
 
 
 TEXTS = ("exp_name", "wandb.project", "objective")
 OPTIONAL_TEXTS = (
-    "wandb.entity", "cache_dir", "model.name_or_path", "model.tokenizer_name_or_path", "model.archive", "model.block_name",
+    "system_prompt", "wandb.entity", "cache_dir", "model.name_or_path", "model.tokenizer_name_or_path", "model.archive",
+    "model.block_name",
 )  # fmt: skip
 
 
@@ -176,11 +177,12 @@ def _check_choices(config: DictConfig) -> None:
         value = OmegaConf.select(config, key)
         if value not in DTYPES and not (value is None and key in ("model.fsdp_policy_mp", "model.autocast_dtype")):
             raise UserError(f"{key}: no dtype {value!r}; {nearest(str(value), DTYPES)}")
-    modes = (None, "keep_start", "keep_end", "drop")
     _require(config.prefix_sharing in ("auto", "on", "off"), "prefix_sharing", config.prefix_sharing, "auto, on or off")
     cached = (None, "live", "cached")
     _require(config.reference_logps in cached, "reference_logps", config.reference_logps, "live, cached or null")
-    _require(config.truncation_mode in modes, "truncation_mode", config.truncation_mode, "keep_start, keep_end, drop or null")
+    for key, known in {"truncation_mode": TRUNCATION_MODES, "template": TEMPLATES, "on_bad_row": ("stop", "skip")}.items():
+        value = config[key]
+        _require(value is None or value in known, key, value, f"{', '.join(known)} or null")
     if config.trainer.name not in choices_of("trainer"):
         hint = nearest(str(config.trainer.name), choices_of("trainer"))
         raise UserError(f"trainer.name: no trainer {config.trainer.name!r}; {hint}")
@@ -252,11 +254,18 @@ def _check_sizes(config: DictConfig) -> None:
         raise UserError("n_epochs, n_examples: both are null, so the run would never end. Set one of them.")
 
 
+def read_entries(config: DictConfig) -> list[Entry]:
+    """The entries of `datasets`, understood; brackets may be left out for one. Raises UserError."""
+    datasets = OmegaConf.to_container(config, resolve=True)["datasets"]
+    entries = [datasets] if isinstance(datasets, str | dict) else datasets
+    sound = isinstance(entries, list) and bool(entries)
+    _require(sound, "datasets", datasets, "at least one data set, as in [hh,shp]")
+    defaults = {key: config[key] for key in (*GENERAL_KEYS, "held_out_share") if key in config}
+    return [read_entry(entry, defaults) for entry in entries]
+
+
 def _check_paths(config: DictConfig) -> None:
-    names = [config.datasets] if isinstance(config.datasets, str) else config.datasets
-    _require(isinstance(names, ListConfig | list) and bool(names), "datasets", names, "at least one data set, as in [hh,shp]")
-    for name in names:
-        find_dataset(str(name), config.held_out_share)
+    read_entries(config)
     archive = config.model.archive
     if archive and not Path(archive).exists():
         raise UserError(f"model.archive: {archive}: no such file or directory. Paths are relative to {Path.cwd()}.")

@@ -13,9 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from batches import PackedBatch, TokenBudget, TokenizedPrompt, examples_of, pack
+from batches import PackedBatch, TokenBudget, examples_of, pack
 from logprobs import ScoringHead, padded_logps, tree_logps
 from response_trees import RESPONSE_TREES, register
+from tokenization import TokenizedPrompt
 from toy_preferences import toy_records
 from utils import UserError
 
@@ -235,9 +236,7 @@ def _random_trees(vocabulary: int) -> PackedBatch:
     draw = torch.Generator().manual_seed(0)
     tokens = lambda count: torch.randint(0, vocabulary, (count,), generator=draw).tolist()  # noqa: E731
     shapes = [(12, (5, 24, 1, 30)), (1, (3, 2)), (20, (7,))]
-    prompts = [
-        TokenizedPrompt(tokens(p), [tokens(r) for r in rs], [(0, k) for k in range(1, len(rs))], "", "") for p, rs in shapes
-    ]
+    prompts = [TokenizedPrompt(tokens(p), [tokens(r) for r in rs], [(0, k) for k in range(1, len(rs))]) for p, rs in shapes]
     return pack(list(examples_of(prompts)))
 
 

@@ -5,20 +5,19 @@ agree in all of these share it: later runs, and the jobs of a sweep. A file that
 """
 
 import os
-from array import array
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import xxhash
 from torch import Tensor, nn
 
-from batches import TokenizedPrompt, examples_of, pack_within
+from batches import examples_of, pack_within
 from logprobs import response_logps
 from models import token_budget
+from prompt_table import Selection
 
 
-def cache_key(model: nn.Module, prompts: Sequence[TokenizedPrompt]) -> str:
+def cache_key(model: nn.Module, prompts: Selection) -> str:
     """Hash of all that the log-probs of `prompts` under `model` depend on; 32 hexadecimal digits."""
     digest = xxhash.xxh3_128()
     how = (type(model).__name__, model.config._attn_implementation, str(model.dtype), torch.__version__, model.device.type)
@@ -26,45 +25,45 @@ def cache_key(model: nn.Module, prompts: Sequence[TokenizedPrompt]) -> str:
     for name, weight in model.state_dict().items():
         digest.update(name.encode())
         digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy())
-    for prompt in prompts:
-        shape = [prompt.first_row, len(prompt.prompt_ids), *map(len, prompt.responses)]
-        digest.update(array("q", shape + prompt.prompt_ids + [token for ids in prompt.responses for token in ids]))
+    digest.update(prompts.fingerprint.encode())
     return digest.hexdigest()
 
 
-def cache_path(directory: Path, model: nn.Module, prompts: Sequence[TokenizedPrompt]) -> Path:
+def cache_path(directory: Path, model: nn.Module, prompts: Selection) -> Path:
     """Where in `directory` the log-probs of `prompts` under `model` lie, or would lie."""
     return directory / f"{cache_key(model, prompts)}.safetensors"
 
 
-def reference_logps_of(model: nn.Module, prompts: Sequence[TokenizedPrompt], path: Path) -> Tensor:
-    """The log-prob of every response of `prompts` under `model`: [rows] float32, NaN in rows that no prompt has.
+def reference_logps_of(model: nn.Module, prompts: Selection, path: Path) -> Tensor:
+    """The log-prob of every response of the table under `model`: [R] float32, NaN in rows of no prompt in `prompts`.
 
     Read from `path`, which `cache_path` gave, where they have been computed before, else computed and written there; says
     which.
     """
-    count = sum(len(prompt.responses) for prompt in prompts)
     if path.exists():
         logps = _read(path)
         if logps is not None:
-            print(f"reference: log-probs of {count} responses read from {path}", flush=True)
+            print(f"reference: log-probs of {_count(logps)} responses read from {path}", flush=True)
             return logps
         print(f"reference: {path} is damaged and computed anew", flush=True)
     logps = compute_logps(model, prompts)
     _write(path, logps)
-    print(f"reference: log-probs of {count} responses computed once, kept in {path}", flush=True)
+    print(f"reference: log-probs of {_count(logps)} responses computed once, kept in {path}", flush=True)
     return logps
 
 
+def _count(logps: Tensor) -> int:
+    return int((~logps.isnan()).sum())
+
+
 @torch.no_grad()
-def compute_logps(model: nn.Module, prompts: Sequence[TokenizedPrompt]) -> Tensor:
-    """One pass over `prompts`, long ones together with long ones: [rows] float32 on the CPU."""
-    rows = max(prompt.first_row + len(prompt.responses) for prompt in prompts)
-    logps = torch.full((rows,), torch.nan)
-    order = sorted(prompts, key=lambda prompt: len(prompt.prompt_ids) + sum(map(len, prompt.responses)))
+def compute_logps(model: nn.Module, prompts: Selection) -> Tensor:
+    """One pass over `prompts`, long ones together with long ones: [R] float32 on the CPU, for all rows of their table."""
+    table = prompts.table
+    logps = torch.full((table.first_row + table.num_responses,), torch.nan)
     training = model.training
     model.eval()
-    for batch in pack_within(examples_of(order), token_budget(model)):
+    for batch in pack_within(examples_of(prompts.by_length()), token_budget(model)):
         logps[batch.response_rows] = response_logps(model, batch.to(model.device)).cpu()
     model.train(training)
     return logps

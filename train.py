@@ -19,7 +19,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from configuration import check_config, explain_composition_error, force_open_sections
+from configuration import check_config, explain_composition_error, force_open_sections, read_entries
 from utils import UserError, first_existing
 
 
@@ -58,7 +58,7 @@ def main(config: DictConfig) -> float | None:
 
 def run(config: DictConfig, run_dir: Path, in_sweep: bool = False) -> float | None:
     """Train what a checked configuration describes, into `run_dir`. Returns the held-out metric named by `objective`."""
-    from batches import BatchIterator, evaluation_batches, evaluation_examples
+    from batches import BatchIterator, evaluation_batches, evaluation_prompts
     from losses import build_loss
     from models import check_archive, load_model, load_tokenizer, share_prefixes, token_budget
     from tracking import Tracker, start_wandb
@@ -74,8 +74,7 @@ def run(config: DictConfig, run_dir: Path, in_sweep: bool = False) -> float | No
     tokenizer = load_tokenizer(config.model, config.cache_dir)
     if config.model.archive:
         check_archive(config.model, tokenizer, config.cache_dir)
-    train_prompts = prepare_data(config, tokenizer, loss.paired, "train")
-    eval_prompts = prepare_data(config, tokenizer, loss.paired, "test", sum(len(p.responses) for p in train_prompts))
+    train_prompts, eval_prompts = prepare_data(config, tokenizer, loss.paired)
     policy = trainer_class.place(load_model(config.model, tokenizer, config.cache_dir), pick_device())
     share_prefixes(policy, config.prefix_sharing)
     OmegaConf.save(config, run_dir / "config.yaml")
@@ -92,11 +91,12 @@ def run(config: DictConfig, run_dir: Path, in_sweep: bool = False) -> float | No
     eval_batches = evaluation_batches(eval_prompts, config.eval_batch_size, config.n_eval_examples, config.seed, budget)
     reference = None
     if loss.needs_reference:
-        held_out = {id(p): p for p, _ in evaluation_examples(eval_prompts, config.n_eval_examples, config.seed)}
-        read = [*train_batches.prompts_seen(), *held_out.values()]
-        again = in_sweep or train_batches.total_examples > sum(prompt.num_examples for prompt in train_prompts)
+        held_out = evaluation_prompts(eval_prompts, config.n_eval_examples, config.seed)
+        read = train_batches.prompts_seen().joined(held_out)
+        again = in_sweep or train_batches.total_examples > train_batches.examples_of_epoch(0)
         reference = make_reference(config, trainer_class, policy, read, again)
-    sample_prompts = [prompt.prompt_ids for prompt in eval_prompts[: config.n_eval_model_samples * config.sample_during_eval]]
+    num_samples = min(len(eval_prompts), config.n_eval_model_samples * config.sample_during_eval)
+    sample_prompts = [eval_prompts[k].prompt_ids for k in range(num_samples)]
     wanted = config.wandb.enabled and not config.debug
     wandb_run = start_wandb(OmegaConf.to_container(config, resolve=True), run_dir) if wanted else None
     with Tracker(run_dir, train_batches.total_examples, config.minimum_log_interval_secs, wandb_run) as tracker:
@@ -108,7 +108,7 @@ def run(config: DictConfig, run_dir: Path, in_sweep: bool = False) -> float | No
     return trainer.held_out.means()[config.objective] if trainer.held_out else None
 
 
-def make_reference(config: DictConfig, trainer_class, policy, prompts: list, read_again: bool):
+def make_reference(config: DictConfig, trainer_class, policy, prompts, read_again: bool):
     """The reference: a frozen copy of the policy that scores each batch, or its log-probs of `prompts` computed before.
 
     Computed before, by its own choice, where they are read more than once: in several epochs or the jobs of a sweep
@@ -130,26 +130,50 @@ def make_reference(config: DictConfig, trainer_class, policy, prompts: list, rea
     return LiveReference(model if other_dtype else reference_copy(policy, config.model))
 
 
-def prepare_data(config: DictConfig, tokenizer, paired: bool, split: str, first_row: int = 0) -> list:
-    """The tokenised prompts of one split over all data sets, and one line that says what they hold.
+def prepare_data(config: DictConfig, tokenizer, paired: bool) -> tuple:
+    """The tokenised prompts of both splits, and a line or more that says what they hold: two `PromptTable`s.
 
-    Responses are numbered from `first_row` on. Raises UserError where the training split has no example.
+    Responses of the held-out split are numbered behind those of the training split. Raises UserError where the training split
+    has no example.
     """
-    from batches import LengthReport, tokenize_records
-    from preference_datasets import load_records
+    from data_preparation import prepare
 
-    names = [config.datasets] if isinstance(config.datasets, str) else config.datasets
-    report = LengthReport()
-    records = (r for name in names for r in load_records(name, split, config.held_out_share, False, config.cache_dir))
-    lengths = config.max_length, config.max_prompt_length, config.truncation_mode
-    prompts = list(tokenize_records(records, tokenizer, paired, *lengths, report, first_row))
-    examples = sum(prompt.num_examples for prompt in prompts)
+    entries = read_entries(config)
+    directory = first_existing(folders_of(config.local_dirs)) / "prepared_data"
+    tables: list = []
+    for split in ("train", "test"):
+        first_row = sum(table.num_responses for table in tables)
+        prepared = prepare(entries, split, tokenizer, token_settings(config, paired), directory, config.cache_dir, first_row)
+        tables.append(prepared.table)
+        say_what_is_there(prepared, entries, split, "pairs" if paired else "responses")
+    return tuple(tables)
+
+
+def say_what_is_there(prepared, entries: list, split: str, what: str) -> None:
+    """Print what one split holds, and of each data set what was left out or changed.
+
+    Raises UserError where the training split has no example.
+    """
+    examples = int(prepared.table.num_examples.sum())
+    lines = [
+        f"  {entry.name}: {line}" for entry, report in zip(entries, prepared.reports, strict=True) for line in report.lines()
+    ]
     if not examples and split == "train":
-        found = str(report) or "the data is empty"
-        raise UserError(f"datasets: {', '.join(names)}: no training example is left ({found}). Expected at least one.")
-    what = "pairs" if paired else "responses"
-    print(f"{split}: {len(prompts)} prompts, {examples} {what}" + (f"; {report}" if str(report) else ""), flush=True)
-    return prompts
+        names = ", ".join(entry.name for entry in entries)
+        found = "; ".join(line.strip() for line in lines) or "the data is empty"
+        raise UserError(f"datasets: {names}: no training example is left ({found}). Expected at least one.")
+    print(f"{split}: {len(prepared.table)} prompts, {examples} {what}", *lines, sep="\n", flush=True)
+
+
+def token_settings(config: DictConfig, paired: bool):
+    """A function that says of an entry what its token ids depend on: the entry's own wishes, then the configuration's."""
+    from tokenization import TokenSettings
+
+    def settings(entry) -> TokenSettings:
+        mode = entry.truncation_mode or entry.dataset.truncation_mode
+        return TokenSettings(paired, config.max_length, config.max_prompt_length, mode, entry.template, entry.system_prompt)
+
+    return settings
 
 
 def release_memory() -> None:

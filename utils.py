@@ -2,8 +2,10 @@
 
 import os
 import random
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from difflib import get_close_matches
+from itertools import chain, islice
 from pathlib import Path
 
 
@@ -22,6 +24,31 @@ def first_existing(folders: Iterable[str]) -> Path:
     """The first of `folders` that exists, else the last one; absolute, not created."""
     paths = [Path(folder).expanduser().absolute() for folder in folders]
     return next((path for path in paths if path.is_dir()), paths[-1])
+
+
+def in_workers(function: Callable, items: Iterable, chunk: int = 256) -> Iterator:
+    """`function` of every item, in their order, computed by as many processes as there are cores; on one core, here.
+
+    function and items are pickled. At most a few chunks per process are under way, so that an endless stream works too.
+    """
+    import multiprocessing
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    items = iter(items)
+    first = list(islice(items, chunk))
+    if cores == 1 or len(first) < chunk:
+        yield from map(function, chain(first, items))
+        return
+    # Spawned: a forked process would share locks with the threads of this one.
+    with multiprocessing.get_context("spawn").Pool(cores) as pool:
+        waiting: deque = deque()
+        chunks = chain([first], iter(lambda: list(islice(items, chunk)), []))
+        for part in chunks:
+            waiting.append(pool.map_async(function, part, len(part)))
+            if len(waiting) > 2 * cores:
+                yield from waiting.popleft().get()
+        while waiting:
+            yield from waiting.popleft().get()
 
 
 def seed_everything(seed: int) -> None:

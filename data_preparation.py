@@ -1,0 +1,187 @@
+"""Each data set tokenised once: streamed from its loader into an Arrow file, found again by what it depends on.
+
+A file's name is a hash of the data's content, of the tokenizer, of the settings that shape token ids, and of the code that
+does. Processes that prepare the same data at once (the ranks of a run, the jobs of a sweep) wait for the first of them, however
+long it takes. A file appears under its name when it is whole, never before.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+
+import xxhash
+
+from dataset_entries import Entry, load_records
+from prompt_table import PromptTable, TablePart, write_columns
+from records import DataReport, PreferenceRecord
+from tokenization import TokenizedPrompt, TokenSettings, read_tokenised, tokenize_records
+from utils import UserError
+
+# The code that decides what token ids come of a text; another version of it is another file.
+SHAPING_MODULES = (
+    "records", "data_files", "prompt_templates", "row_mapping", "html_text", "preference_datasets", "dataset_entries",
+    "tokenization", "prompt_table", "data_preparation",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The prompts of one split over all entries, and one report for each entry."""
+
+    table: PromptTable
+    reports: list[DataReport]
+
+
+def prepare(
+    entries: Sequence[Entry],
+    split: str,
+    tokenizer,
+    settings: Callable[[Entry], TokenSettings],
+    directory: Path,
+    cache_dir: str | None = None,
+    first_row: int = 0,
+) -> Prepared:
+    """The tokenised prompts of one split ("train" or "test"), from `directory` where they have been prepared before.
+
+    settings gives what each entry's token ids depend on; cache_dir is the hub library's. Responses are numbered from
+    `first_row` on. Raises UserError for data that cannot be used, and where the disk does not take what is written.
+    """
+    parts, reports = [], []
+    for entry in entries:
+        work = _Preparation(entry, split, tokenizer, settings(entry), directory, cache_dir)
+        path, report = work.result()
+        weight = entry.weight if split == "train" else 1.0
+        source = f"{entry.name}, row" if entry.tokenised_file else f"{entry.name}, {split} prompt"
+        if path is not None:
+            parts.append(TablePart.of_file(path, source, weight))
+        reports.append(report)
+    return Prepared(PromptTable(parts, first_row), reports)
+
+
+class _Preparation:
+    """One entry and split: the file it is found in, or is written to."""
+
+    def __init__(self, entry: Entry, split: str, tokenizer, settings: TokenSettings, directory: Path, cache_dir: str | None):
+        self.entry, self.split, self.tokenizer, self.settings = entry, split, tokenizer, settings
+        self.directory, self.cache_dir = directory, cache_dir
+        known = entry.fingerprint(split, cache_dir)
+        # Where only loading tells what the data is, the name ends with a hash of the records.
+        self.content_is_known = known is not None
+        depends_on = [entry.name, known, split, tokenizer_hash(tokenizer), asdict(settings), _code_hash()]
+        self.key = xxhash.xxh3_128_hexdigest(json.dumps(depends_on, sort_keys=True).encode())
+
+    def result(self) -> tuple[Path | None, DataReport]:
+        """The whole file, None where it has no prompt, and the report. Prepares it if need be."""
+        from filelock import FileLock, Timeout
+
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.directory / f"{self.key}.lock")
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                print(f"{self.entry.name}: waiting for the process that prepares it", flush=True)
+                lock.acquire()
+            try:
+                return self._find() or self._make()
+            finally:
+                lock.release()
+        except OSError as error:
+            raise UserError(
+                f"local_dirs: prepared data cannot be kept in {self.directory}: {error.strerror or error}. Expected a folder "
+                "that can be written to, with room for the token ids. Make room, or name another one with local_dirs."
+            ) from error
+
+    def _find(self) -> tuple[Path | None, DataReport] | None:
+        names = [self.key] if self.content_is_known else sorted(p.stem for p in self.directory.glob(f"{self.key}-*.json"))
+        if not self.content_is_known and names:
+            digest = xxhash.xxh3_128()
+            for _ in _hashed(load_records(self.entry, self.split, self.entry.report(), self.cache_dir), digest):
+                pass
+            names = [name for name in names if name == f"{self.key}-{digest.hexdigest()}"]
+        for name in names:
+            found = self._read(name)
+            if found is not None:
+                return found
+        return None
+
+    def _read(self, name: str) -> tuple[Path | None, DataReport] | None:
+        """What lies under a name; None where it is not there, or damaged."""
+        path = self.directory / f"{name}.arrow"
+        try:
+            report = DataReport(**json.loads(path.with_suffix(".json").read_text()))
+            if path.exists():
+                TablePart.of_file(path, "")
+                return path, report
+            return (None, report) if report.num_prompts == 0 else None
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, TypeError) as error:
+            print(f"{self.entry.name}: {path} is damaged and prepared anew: {error}", flush=True)
+            return None
+
+    def _make(self) -> tuple[Path | None, DataReport]:
+        """Write the file beside its place, then rename it. What an earlier, killed preparation left is overwritten."""
+        report = self.entry.report()
+        digest = None if self.content_is_known else xxhash.xxh3_128()
+        partial = self.directory / f"{self.key}.partial"
+        try:
+            with partial.open("wb") as file:
+                report.num_prompts = write_columns(file, _with_progress(self._prompts(report, digest), self.entry.name))
+                file.flush()
+                os.fsync(file.fileno())
+            name = self.key if digest is None else f"{self.key}-{digest.hexdigest()}"
+            path = self.directory / f"{name}.arrow"
+            # The report first: the data's presence says that both are there.
+            side = partial.with_suffix(".json.partial")
+            side.write_text(json.dumps(report.as_dict()))
+            side.replace(path.with_suffix(".json"))
+            if report.num_prompts == 0:
+                return None, report
+            partial.replace(path)
+            return path, report
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def _prompts(self, report: DataReport, digest) -> Iterator[TokenizedPrompt]:
+        if file := self.entry.tokenised_file:
+            share = self.entry.held_out_share
+            return read_tokenised(file, self.split, share, len(self.tokenizer), self.settings, report)
+        records = load_records(self.entry, self.split, report, self.cache_dir)
+        if digest is not None:
+            records = _hashed(records, digest)
+        return tokenize_records(records, self.tokenizer, self.settings, report)
+
+
+def _hashed(records: Iterable[PreferenceRecord], digest) -> Iterator[PreferenceRecord]:
+    """The same records; their content is added to the digest as they pass."""
+    for record in records:
+        digest.update(repr((record.prompt, record.responses, record.pairs, record.sft_target)).encode())
+        yield record
+
+
+def _with_progress(prompts: Iterator[TokenizedPrompt], name: str) -> Iterator[TokenizedPrompt]:
+    """The same prompts, with a bar on a terminal where it takes longer than a few seconds."""
+    from tqdm import tqdm
+
+    return tqdm(prompts, desc=f"preparing {name}", unit=" prompts", delay=5, leave=False, disable=None, mininterval=1.0)
+
+
+def tokenizer_hash(tokenizer) -> str:
+    """Hash of all that a tokenizer's ids depend on, its chat template included."""
+    vocabulary = (
+        tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    )
+    rest = (type(tokenizer).__name__, tokenizer.bos_token, tokenizer.eos_token, tokenizer.chat_template)
+    return xxhash.xxh3_128_hexdigest(f"{rest} {vocabulary}".encode())
+
+
+@cache
+def _code_hash() -> str:
+    digest = xxhash.xxh3_128()
+    for module in SHAPING_MODULES:
+        digest.update((Path(__file__).parent / f"{module}.py").read_bytes())
+    return digest.hexdigest()

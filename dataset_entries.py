@@ -1,0 +1,256 @@
+"""The entries of `datasets`: a registered name, a file, a set of the hub or a file of token ids, and what is done with it.
+
+An entry is a name or a path, or a dict with either and further keys. Everything that can be said about it is checked here,
+before anything is loaded; then `load_records` gives its checked records, one by one.
+"""
+
+import inspect
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import ClassVar
+
+from data_files import content_hash, is_data_file, read_rows
+from preference_datasets import DATASETS, TOKENISED_SUFFIX, Dataset, find_dataset, hub_rows, load_hub
+from records import DataReport, Items, PreferenceRecord, fault_of_item, group_rows, kind_of, split_by_hash
+from row_mapping import FieldMap, NumberedRows, condition
+from utils import UserError, nearest
+
+# ---- files and sets of the user's -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class OwnData:
+    """A file, a hub set or a local directory of the user's, read through a map of its fields.
+
+    The held-out split is `test_path`, `test_split`, or a share of the prompts chosen by a hash of their text.
+    """
+
+    path: str
+    field_map: FieldMap = field(default_factory=FieldMap)
+    held_out_share: float = 0.05
+    split: str = "train"
+    test_split: str | None = None
+    test_path: str | None = None
+    subset: str | None = None
+    data_dir: str | None = None
+
+    OPTIONS: ClassVar = ("split", "test_split", "test_path", "subset", "data_dir", "held_out_share")
+
+    def load(self, split: str, silent: bool = False, cache_dir: str | None = None, report: DataReport | None = None) -> Items:
+        """A loader. Raises UserError naming file and row, also where no row is usable."""
+        report = report if report is not None else DataReport()
+        by_hash = not (self.test_path or self.test_split)
+        # Of a set that is split by a hash both splits read all rows: what is left out is counted once.
+        counts = DataReport(report.skip_bad_rows) if by_hash and split == "test" else report
+        place, rows = self._rows(split, cache_dir, counts)
+        items = group_rows(self.field_map.rows_of(rows, place, counts), counts)
+        items = self._at_least_one(items, place, counts)
+        return split_by_hash(items, split, self.held_out_share) if by_hash else items
+
+    def fingerprint(self, split: str, cache_dir: str | None) -> str:
+        """What the data of a split depends on."""
+        path, hub_split = self._source(split)
+        is_file = is_data_file(path) or path.endswith(TOKENISED_SUFFIX)
+        source = content_hash(Path(path)) if is_file else self._hub(path, hub_split, cache_dir)._fingerprint
+        by_hash = "" if self.test_path or self.test_split else f"{split} {self.held_out_share}"
+        return f"{source} {by_hash} {self.field_map}"
+
+    def _source(self, split: str) -> tuple[str, str]:
+        held_out = split == "test"
+        return (self.test_path if held_out and self.test_path else self.path), (
+            self.test_split if held_out and self.test_split else self.split
+        )
+
+    def _hub(self, path: str, split: str, cache_dir: str | None):
+        return load_hub(path, self.subset, self.data_dir, split, cache_dir)
+
+    def _rows(self, split: str, cache_dir: str | None, report: DataReport) -> tuple[str, NumberedRows]:
+        path, hub_split = self._source(split)
+        if is_data_file(path):
+            return path, read_rows(Path(path), report)
+        return f"{path} ({hub_split})", hub_rows(self._hub(path, hub_split, cache_dir))
+
+    def _at_least_one(self, items: Items, place: str, report: DataReport) -> Items:
+        empty = True
+        for item in items:
+            empty = False
+            yield item
+        if empty:
+            found = "; ".join(line.strip() for line in report.lines()) or "it has none"
+            raise UserError(
+                f"datasets: {place}: no usable row ({found}). Expected rows with chosen and rejected, and prompt unless both "
+                "are dialogues, or a map of the fields: datasets=[{path: ..., prompt: ..., chosen: ..., rejected: ...}]."
+            )
+
+
+# ---- entries of `datasets` ------------------------------------------------------------------------------------------------
+
+TEMPLATES = ("raw", "hh", "chatml", "chat")
+TRUNCATION_MODES = ("keep_start", "keep_end", "drop")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One entry of `datasets`, understood: where records come from, and what is done with them.
+
+    options are further keyword arguments of the loader. weight says how often an epoch visits each prompt. Values that the
+    entry does not give are the configuration's.
+    """
+
+    name: str
+    dataset: Dataset
+    options: dict = field(default_factory=dict)
+    held_out_share: float = 0.05
+    template: str | None = None
+    system_prompt: str | None = None
+    truncation_mode: str | None = None
+    on_bad_row: str | None = None
+    weight: float = 1.0
+
+    @property
+    def tokenised_file(self) -> Path | None:
+        """The path of a file of token ids, which has no texts; None for all others."""
+        return Path(self.name) if self.name.endswith(TOKENISED_SUFFIX) else None
+
+    def report(self) -> DataReport:
+        """An empty report that knows what becomes of bad rows."""
+        skip = self.dataset.skip_bad_rows if self.on_bad_row is None else self.on_bad_row == "skip"
+        return DataReport(skip_bad_rows=skip)
+
+    def fingerprint(self, split: str, cache_dir: str | None) -> str | None:
+        """What the records of a split depend on, if it is known without reading them."""
+        if self.dataset.fingerprint is None:
+            return None
+        return f"{self.dataset.fingerprint(split, cache_dir, **self.options)} {self.on_bad_row}"
+
+
+GENERAL_KEYS = ("template", "system_prompt", "truncation_mode", "on_bad_row", "weight")
+
+
+def read_entry(entry, defaults: dict | None = None) -> Entry:
+    """Understand one entry of `datasets`: a name or path, or a dict with `name` or `path` and further keys.
+
+    defaults has the configuration's values of `held_out_share` and of the keys that an entry may override. Raises UserError
+    for names and keys that do not exist, for values that make no sense, and for files that are not there.
+    """
+    defaults = defaults or {}
+    given = {("path" if _looks_like_a_path(entry) else "name"): entry} if isinstance(entry, str) else entry
+    if not isinstance(given, dict) or len({"name", "path"} & given.keys()) != 1:
+        raise UserError(f"datasets: found {entry!r}, expected a name, a path, or a dict with either name or path.")
+    general = {key: defaults.get(key) for key in GENERAL_KEYS if defaults.get(key) is not None}
+    general |= {key: given[key] for key in GENERAL_KEYS if given.get(key) is not None}
+    rest = {key: value for key, value in given.items() if key not in (*GENERAL_KEYS, "name", "path")}
+    if "path" in given:
+        name = str(given["path"])
+        rest = {"held_out_share": defaults.get("held_out_share", 0.05)} | rest
+        understood = Entry(name, _dataset_of_path(name, rest), held_out_share=rest["held_out_share"], **general)
+    else:
+        name = str(given["name"])
+        understood = Entry(name, find_dataset(name), rest, **general)
+        _check_options(understood)
+    _check_general(understood)
+    return understood
+
+
+def _looks_like_a_path(text: str) -> bool:
+    return (
+        text not in DATASETS and ".py:" not in text and (is_data_file(text) or text.endswith(TOKENISED_SUFFIX) or "/" in text)
+    )
+
+
+def _dataset_of_path(path: str, options: dict) -> Dataset:
+    maps = {item.name for item in fields(FieldMap)}
+    for key in options:
+        if key not in maps and key not in OwnData.OPTIONS:
+            raise UserError(f"datasets: {path}: no key {key!r}; {nearest(key, [*maps, *OwnData.OPTIONS, *GENERAL_KEYS])}")
+    _check_field_map(path, options)
+    field_map = FieldMap(**{key: value for key, value in options.items() if key in maps})
+    own = OwnData(path, field_map, **{key: value for key, value in options.items() if key not in maps})
+    for file in (own.path, own.test_path):
+        if file and (is_data_file(file) or file.endswith(TOKENISED_SUFFIX)) and not Path(file).is_file():
+            found = "a directory" if Path(file).is_dir() else "no such file"
+            raise UserError(f"datasets: {file}: {found}. Expected a readable file; paths are relative to {Path.cwd()}.")
+    return Dataset(own.load, "keep_end", fingerprint=own.fingerprint)
+
+
+def _check_field_map(path: str, options: dict) -> None:
+    """Raise UserError for a map of fields that contradicts itself."""
+
+    def require(sound: bool, fault: str) -> None:
+        if not sound:
+            raise UserError(f"datasets: {path}: {fault}")
+
+    for item in fields(FieldMap):
+        value = options.get(item.name)
+        if item.type in (str, str | None):
+            require(value is None or isinstance(value, str), f"{item.name}: found {value!r}, expected the name of a field.")
+    if options.get("responses"):
+        numbers = bool(options.get("scores")) + bool(options.get("ranks"))
+        require(numbers == 1, "responses needs either scores (higher is better) or ranks (lower is better).")
+    for numbers, texts in (("scores", "responses"), ("ranks", "responses"), ("score", "response")):
+        require(not options.get(numbers) or bool(options.get(texts)), f"{numbers} needs {texts}.")
+    top_k, where = options.get("top_k"), options.get("where", {})
+    sound = top_k is None or (isinstance(top_k, dict) and top_k.keys() == {"column", "k"} and type(top_k["k"]) is int)
+    require(sound and (top_k is None or top_k["k"] > 0), f"top_k: found {top_k!r}, expected {{column: NAME, k: NUMBER}}.")
+    require(isinstance(where, dict), f"where: found {where!r}, expected {{COLUMN: VALUE}}.")
+    for column, wanted in where.items():
+        try:
+            condition(wanted)
+        except ValueError:
+            require(False, f"where: {column}: found {wanted!r}, expected a value, a list of values, or as in '>= 0.5'.")
+    share = options.get("held_out_share", 0)
+    require(isinstance(share, int | float) and 0 <= share < 1, f"held_out_share: found {share!r}, expected 0 to below 1.")
+
+
+def _check_options(entry: Entry) -> None:
+    known = inspect.signature(entry.dataset.load).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
+        return
+    own = [name for name in known if name not in ("split", "silent", "cache_dir", "report")]
+    for key in entry.options:
+        if key not in own:
+            raise UserError(f"datasets: {entry.name}: no key {key!r}; {nearest(key, [*own, *GENERAL_KEYS])}")
+    directory = entry.options.get("data_dir")
+    if directory is not None and not Path(str(directory)).is_dir():
+        raise UserError(f"datasets: {entry.name}: data_dir: {directory}: no such directory; relative to {Path.cwd()}.")
+
+
+def _check_general(entry: Entry) -> None:
+    choices = {"template": TEMPLATES, "truncation_mode": TRUNCATION_MODES, "on_bad_row": ("stop", "skip")}
+    for key, known in choices.items():
+        value = getattr(entry, key)
+        if value is not None and value not in known:
+            raise UserError(f"datasets: {entry.name}: {key}: found {value!r}; {nearest(str(value), known)}")
+    if type(entry.weight) not in (int, float) or not 0 < entry.weight < float("inf"):
+        raise UserError(f"datasets: {entry.name}: weight: found {entry.weight!r}, expected a number above 0.")
+    if entry.system_prompt is not None and not isinstance(entry.system_prompt, str):
+        raise UserError(f"datasets: {entry.name}: system_prompt: found {entry.system_prompt!r}, expected a text.")
+
+
+def load_records(
+    entry: Entry, split: str, report: DataReport | None = None, cache_dir: str | None = None
+) -> Iterator[PreferenceRecord]:
+    """Yield every checked `PreferenceRecord` of one split ("train" or "test") of an entry.
+
+    Records that are not in the form of the module's docstring go to the report; without one they raise UserError, naming data
+    set and record.
+    """
+    report = report if report is not None else entry.report()
+    options = dict(entry.options)
+    if "report" in inspect.signature(entry.dataset.load).parameters:
+        options["report"] = report
+    items = entry.dataset.load(split, silent=False, cache_dir=cache_dir, **options)
+    if not isinstance(items, Iterable):
+        raise UserError(
+            f"datasets: {entry.name}: the loader gave {kind_of(items)}, expected a dict or (prompt, record) one by one."
+        )
+    for number, item in enumerate(items.items() if isinstance(items, dict) else items, start=1):
+        source = f"{entry.name}, {split} prompt {number}"
+        if fault := fault_of_item(item):
+            expected = "Expected {responses, pairs, sft_target} as in preference_datasets.py."
+            report.bad_row(UserError(f"datasets: {source}: {fault}. {expected}"))
+            continue
+        prompt, record = item
+        pairs = [(int(chosen), int(rejected)) for chosen, rejected in record["pairs"]]
+        yield PreferenceRecord(prompt, list(record["responses"]), pairs, record["sft_target"], number, source)

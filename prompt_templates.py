@@ -1,0 +1,127 @@
+"""How a conversation becomes the text that a model reads: raw, HH dialogues, ChatML, or the tokenizer's own chat template.
+
+A template turns a prompt and its responses into texts that are tokenised apart and joined. Which special tokens a text begins
+and ends with is not decided here but in `tokenization.py`: exactly one beginning-of-sequence token where the tokenizer adds
+one, exactly one end-of-sequence token behind each response.
+"""
+
+import re
+from collections.abc import Callable
+
+from records import Prompt, Turn
+from utils import UserError
+
+HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+
+# A template: prompt and responses → text of the prompt, texts of the responses.
+Template = Callable[[Prompt, list[str]], tuple[str, list[str]]]
+
+
+# ---- HH dialogues -------------------------------------------------------------------------------------------------------
+
+
+def split_dialogue(dialogue: str) -> tuple[str, str]:
+    """Cut an HH dialogue behind its last "\\n\\nAssistant:": (prompt with that marker, last answer).
+
+    Raises ValueError where there is no such turn.
+    """
+    at = dialogue.rindex(ASSISTANT) + len(ASSISTANT)
+    return dialogue[:at], dialogue[at:]
+
+
+def parse_dialogue(prompt: str) -> tuple[Turn, ...] | None:
+    """The turns of an HH prompt, which ends where the assistant is to answer; None for a text that is no such prompt.
+
+    What stands before the first turn is the system's. The blank behind a marker is not part of a turn.
+    """
+    text = prompt.rstrip()
+    if not text.endswith(ASSISTANT) or HUMAN not in text:
+        return None
+    system, *pieces = re.split("(\n\nHuman:|\n\nAssistant:)", text.removesuffix(ASSISTANT))
+    roles = ["user" if marker == HUMAN else "assistant" for marker in pieces[::2]]
+    turns = [Turn(role, content.removeprefix(" ")) for role, content in zip(roles, pieces[1::2], strict=True)]
+    return (*[Turn("system", system.strip())] * bool(system.strip()), *turns)
+
+
+# ---- templates ----------------------------------------------------------------------------------------------------------
+
+
+def build_template(name: str | None, system_prompt: str | None, tokenizer) -> Template:
+    """The template of a name; None leaves texts as they are and writes conversations as HH dialogues.
+
+    system_prompt stands before conversations that have none of their own; texts that are left as they are get none.
+    Raises UserError for `chat` where the tokenizer has no chat template.
+    """
+    if name == "chat" and not tokenizer.chat_template:
+        raise UserError(
+            "template: found chat, but this tokenizer has no chat template of its own. Use chatml, hh or raw, or the "
+            "tokenizer of a chat model (model.tokenizer_name_or_path)."
+        )
+    render = {"raw": _raw, "hh": _hh, "chatml": _chatml, "chat": _chat, None: _hh}[name]
+
+    def template(prompt: Prompt, responses: list[str]) -> tuple[str, list[str]]:
+        if isinstance(prompt, str) and name in (None, "raw"):
+            return prompt, responses
+        turns, responses = _conversation(prompt, responses)
+        if system_prompt and turns[0].role != "system":
+            turns = (Turn("system", system_prompt), *turns)
+        return render(turns, responses, tokenizer)
+
+    return template
+
+
+def _conversation(prompt: Prompt, responses: list[str]) -> tuple[tuple[Turn, ...], list[str]]:
+    """Turns of any prompt: an HH dialogue's, a conversation's, or one turn of the user's."""
+    if not isinstance(prompt, str):
+        return tuple(Turn(*turn) for turn in prompt), responses
+    turns = parse_dialogue(prompt)
+    if turns is None:
+        return (Turn("user", prompt),), responses
+    return turns, [response.removeprefix(" ") for response in responses]
+
+
+def _raw(turns: tuple[Turn, ...], responses: list[str], _tokenizer) -> tuple[str, list[str]]:
+    return "\n\n".join(turn.content for turn in turns) + "\n\n", responses
+
+
+def _hh(turns: tuple[Turn, ...], responses: list[str], _tokenizer) -> tuple[str, list[str]]:
+    markers = {"system": "", "user": f"{HUMAN} ", "assistant": f"{ASSISTANT} "}
+    text = "".join(markers[turn.role] + turn.content for turn in turns)
+    return text + ASSISTANT, [f" {response}" for response in responses]
+
+
+def _chatml(turns: tuple[Turn, ...], responses: list[str], tokenizer) -> tuple[str, list[str]]:
+    text = "".join(f"<|im_start|>{turn.role}\n{turn.content}<|im_end|>\n" for turn in turns)
+    # Where <|im_end|> is the end-of-sequence token itself, it is put behind the response later, once.
+    end = "" if tokenizer.eos_token == "<|im_end|>" else "<|im_end|>"
+    return f"{text}<|im_start|>assistant\n", [response + end for response in responses]
+
+
+def _chat(turns: tuple[Turn, ...], responses: list[str], tokenizer) -> tuple[str, list[str]]:
+    messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+    prompt = _rendered(tokenizer, messages, add_generation_prompt=True)
+    whole = [_rendered(tokenizer, [*messages, {"role": "assistant", "content": response}]) for response in responses]
+    for text in whole:
+        if not text.startswith(prompt):
+            raise UserError(
+                "template: the tokenizer's chat template writes a prompt differently once it is answered "
+                f"({_first_difference(prompt, text)}), so that prompt and response cannot be told apart. "
+                "Use template=chatml or hh."
+            )
+    # The template's own end-of-sequence token goes, with what follows it: one is put behind the response later.
+    return prompt, [text[len(prompt) :].split(tokenizer.eos_token)[0] for text in whole]
+
+
+def _rendered(tokenizer, messages: list[dict], **options) -> str:
+    from jinja2.exceptions import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    except TemplateError as error:
+        roles = ", ".join(message["role"] for message in messages)
+        raise UserError(f"template: the tokenizer's chat template refuses a conversation of {roles}: {error}.") from error
+
+
+def _first_difference(one: str, other: str) -> str:
+    at = next((k for k, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    return f"at character {at}: {one[at : at + 20]!r} and {other[at : at + 20]!r}"

@@ -1,0 +1,309 @@
+"""The shape of preference data as text, what can be wrong with it, and how rows of one prompt come together.
+
+A record is a prompt, its responses, and pairs of response indices. A prompt is a text, or a conversation: a tuple of `Turn`s
+whose last one is answered. Loaders give `(prompt, record)` items, where a record is
+
+    {"responses": list[str], "pairs": list[tuple[int, int]], "sft_target": str}
+
+and a pair holds the indices of the preferred and of the dispreferred response. Everything here works on streams, in memory
+that does not grow with the data.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from itertools import combinations
+from numbers import Integral
+from typing import NamedTuple
+
+from utils import UserError
+
+
+class Turn(NamedTuple):
+    """One turn of a conversation; role is system, user or assistant."""
+
+    role: str
+    content: str
+
+
+Prompt = str | tuple[Turn, ...]
+Records = dict[Prompt, dict]
+Items = Iterable[tuple[Prompt, dict]]
+
+
+@dataclass(frozen=True)
+class PreferenceRecord:
+    """One checked record. `number` counts the records of its data set and split from 1, `source` names it in messages."""
+
+    prompt: Prompt
+    responses: list[str]
+    pairs: list[tuple[int, int]]
+    sft_target: str
+    number: int
+    source: str
+
+
+# ---- what happened to the rows ------------------------------------------------------------------------------------------
+
+SAME_TEXT = "chosen and rejected are the same"
+OTHER_PROMPT = "chosen and rejected answer different prompts"
+EMPTY_TEXT = "a text is empty"
+
+
+@dataclass
+class DataReport:
+    """What was read of one split of a data set, and what became of it. Filled on the way, kept with the prepared data.
+
+    left_out counts rows, pairs or examples that are not trained on, by reason; changed counts texts that were cut; num_prompts
+    are left. A row that
+    cannot be used is an error, or with `skip_bad_rows` counted, and the first ten are listed in `bad_rows`.
+    """
+
+    skip_bad_rows: bool = False
+    rows_read: int = 0
+    num_prompts: int = 0
+    num_bad_rows: int = 0
+    bad_rows: list[str] = field(default_factory=list)
+    left_out: dict[str, int] = field(default_factory=Counter)
+    changed: dict[str, int] = field(default_factory=Counter)
+
+    def bad_row(self, error: UserError) -> None:
+        """Count a row that cannot be used. Raises `error` where such rows are to stop the run."""
+        if not self.skip_bad_rows:
+            raise UserError(f"{error} Mend the row, or leave such rows out with on_bad_row=skip.") from error
+        self.num_bad_rows += 1
+        if len(self.bad_rows) < 10:
+            self.bad_rows.append(str(error).splitlines()[0])
+
+    def leave_out(self, reason: str, count: int = 1) -> None:
+        """Count what a rule leaves out."""
+        if count:
+            self.left_out[reason] = self.left_out.get(reason, 0) + count
+
+    def change(self, what: str, count: int = 1) -> None:
+        """Count texts that were changed."""
+        if count:
+            self.changed[what] = self.changed.get(what, 0) + count
+
+    def as_dict(self) -> dict:
+        """Plain values, for JSON; `DataReport(**...)` reads them back."""
+        return asdict(self)
+
+    def lines(self) -> list[str]:
+        """What is said about it: a line of counts, if there is anything to say, and the first bad rows."""
+        counts = [f"{count} left out: {reason}" for reason, count in self.left_out.items()]
+        counts += [f"{count} {what}" for what, count in self.changed.items()]
+        counts += [f"{self.num_bad_rows} bad rows skipped"] if self.num_bad_rows else []
+        return ["; ".join(counts)] * bool(counts) + [f"  {message}" for message in self.bad_rows]
+
+
+# ---- faults -------------------------------------------------------------------------------------------------------------
+
+
+def fault_of_item(item) -> str | None:
+    """What is wrong with one (prompt, record) that a loader gave, or None."""
+    if not isinstance(item, tuple) or len(item) != 2 or not isinstance(item[1], dict):
+        found = " and ".join(map(kind_of, item)) if isinstance(item, tuple) else kind_of(item)
+        return f"found {found}, expected a prompt and a dict"
+    prompt, record = item
+    missing = {"responses", "pairs", "sft_target"} - record.keys()
+    if missing:
+        return f"the record has no {', '.join(sorted(missing))}"
+    for key in ("responses", "pairs"):
+        if not isinstance(record[key], list | tuple):
+            return f"{key} is {kind_of(record[key])}, expected a list"
+    if fault := fault_of_prompt(prompt):
+        return f"the prompt {fault}"
+    responses = {f"response {index}": text for index, text in enumerate(record["responses"])}
+    for what, text in {**responses, "sft_target": record["sft_target"]}.items():
+        if fault := fault_of_text(text):
+            return f"{what} {fault}"
+    return next((fault for pair in record["pairs"] if (fault := _fault_of_pair(pair, len(responses)))), None)
+
+
+def _fault_of_pair(pair, count: int) -> str | None:
+    if not isinstance(pair, list | tuple) or not all(isinstance(n, Integral) and not isinstance(n, bool) for n in pair):
+        return f"pair {pair!r} is not two whole numbers"
+    if len(pair) != 2 or not all(0 <= index < count for index in pair) or pair[0] == pair[1]:
+        return f"pair {tuple(pair)} does not name two of the {count} responses"
+    return None
+
+
+ROLES = ("system", "user", "assistant")
+
+
+def fault_of_prompt(prompt) -> str | None:
+    """What is wrong with a prompt, as the end of a sentence, or None."""
+    if not isinstance(prompt, tuple):
+        return fault_of_text(prompt)
+    for number, turn in enumerate(prompt, start=1):
+        if not isinstance(turn, tuple) or len(turn) != 2 or turn[0] not in ROLES:
+            return f"has a turn {number} that is no (role, content) with one of the roles {', '.join(ROLES)}"
+        if fault := fault_of_text(turn[1]):
+            return f"has a turn {number} that {fault}"
+    return None if prompt and prompt[-1][0] != "assistant" else "is a conversation whose last turn is not the user's"
+
+
+def fault_of_text(value) -> str | None:
+    """What is wrong with a value that should be a text with something in it, as the end of a sentence, or None."""
+    if not isinstance(value, str):
+        return f"is {kind_of(value)}, expected a text"
+    if not value or value.isspace():
+        return "is empty"
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        return f"holds half a surrogate pair ({value[error.start]!a} at character {error.start}), which is not text"
+    return None
+
+
+def kind_of(value) -> str:
+    """A value's type as a user calls it."""
+    return "None" if value is None else type(value).__name__
+
+
+# ---- building records ---------------------------------------------------------------------------------------------------
+
+
+def new_record() -> dict:
+    """A record without anything in it."""
+    return {"responses": [], "pairs": [], "sft_target": None}
+
+
+def add_responses(record: dict, responses: Iterable[str], pairs: Iterable[tuple[int, int]]) -> int:
+    """Add responses and the pairs between them to a record. Returns how many pairs were of the same text, and not added.
+
+    A response that the record already has is not stored twice.
+    """
+    known = record["responses"]
+    places = []
+    for response in responses:
+        if response not in known:
+            known.append(response)
+        places.append(known.index(response))
+    same = 0
+    for preferred, other in pairs:
+        if places[preferred] == places[other]:
+            same += 1
+        else:
+            record["pairs"].append((places[preferred], places[other]))
+    return same
+
+
+def pairs_by_score(scores: list[float]) -> list[tuple[int, int]]:
+    """All pairs of indices whose scores differ, the higher one first, in the order of their indices."""
+    indices = combinations(range(len(scores)), 2)
+    return [(i, j) if scores[i] > scores[j] else (j, i) for i, j in indices if scores[i] != scores[j]]
+
+
+class Row(NamedTuple):
+    """What one row of a file or table says: responses to a prompt, and which of them are preferred to which.
+
+    target is the index of the response that SFT learns. scores are there where rows hold one response each: pairs then form
+    between the rows of a prompt.
+    """
+
+    prompt: Prompt
+    responses: list[str]
+    pairs: list[tuple[int, int]]
+    target: int
+    scores: list[float] | None = None
+
+
+def group_rows(rows: Iterable[Row], report: DataReport, window: int = 20_000) -> Iterator[tuple[Prompt, dict]]:
+    """Bring the rows of a prompt together into one record, in the order of their first rows.
+
+    At most `window` prompts are kept open: rows of a prompt that lie further apart form records of their own, so that memory
+    does not grow with the data. Pairs of the same text are counted in the report; rows without any pair or score are records
+    by themselves.
+    """
+    records: Records = {}
+    for row in rows:
+        if not row.pairs and row.scores is None:
+            yield row.prompt, {"responses": row.responses, "pairs": [], "sft_target": row.responses[row.target]}
+            continue
+        record = records.setdefault(row.prompt, new_record())
+        same = add_responses(record, row.responses, row.pairs)
+        report.leave_out(SAME_TEXT, same)
+        if row.scores is not None:
+            record.setdefault("scores", []).extend(zip(row.scores, row.responses, strict=True))
+        elif same < len(row.pairs):
+            record["sft_target"] = row.responses[row.target]
+        if len(records) > window:
+            prompt = next(iter(records))
+            yield from _closed(prompt, records.pop(prompt), report)
+    for prompt, record in records.items():
+        yield from _closed(prompt, record, report)
+
+
+EQUAL_SCORES = "two answers have equal scores"
+SAME_ANSWER = "an answer has the text of another one"
+NO_PAIR = "no two answers have different scores"
+
+
+def scored_record(responses: list[str], scores: list[float], report: DataReport) -> dict | None:
+    """A record of every pair of answers whose scores differ; the SFT target is the best one. None where there is no pair.
+
+    Of answers with the same text the last counts. What is left out is counted in the report.
+    """
+    score_of = dict(zip(responses, scores, strict=True))
+    texts, scores = list(score_of), list(score_of.values())
+    pairs = pairs_by_score(scores)
+    report.leave_out(SAME_ANSWER, len(responses) - len(texts))
+    report.leave_out(EQUAL_SCORES, len(texts) * (len(texts) - 1) // 2 - len(pairs))
+    if not pairs:
+        report.leave_out(NO_PAIR)
+        return None
+    return {"responses": texts, "pairs": pairs, "sft_target": max(score_of, key=score_of.__getitem__)}
+
+
+def _closed(prompt: Prompt, record: dict, report: DataReport) -> Iterator[tuple[Prompt, dict]]:
+    if scores := record.pop("scores", None):
+        record = scored_record([text for _, text in scores], [score for score, _ in scores], report)
+    if record and record["pairs"]:
+        yield prompt, record
+
+
+# ---- held out -----------------------------------------------------------------------------------------------------------
+
+
+def prompt_hash(prompt: Prompt) -> float:
+    """A number in [0, 1) that depends on the prompt's text alone: the same on every machine and in every run."""
+    text = prompt if isinstance(prompt, str) else "\0".join(part for turn in prompt for part in turn)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+
+
+def is_held_out(prompt: Prompt, share: float) -> bool:
+    """Whether a prompt belongs to the held-out `share` of its data set."""
+    return prompt_hash(prompt) < share
+
+
+def split_by_hash(items: Items, split: str, share: float) -> Iterator[tuple[Prompt, dict]]:
+    """The items of one split, chosen by a hash of the prompt; "test" has about `share` of all prompts.
+
+    Where none would be held out of two prompts or more, the prompt with the smallest hash is. To know that at the end, its
+    items wait until a smaller one comes.
+    """
+    lowest, waiting, several = 1.0, [], False
+    held_out_any = share == 0
+    for item in items:
+        value = prompt_hash(item[0])
+        held_out_any |= value < share
+        if held_out_any:
+            released, waiting = waiting, []
+            if split == "train":
+                yield from released
+            if (value < share) == (split == "test"):
+                yield item
+        elif value == lowest:
+            waiting.append(item)
+        else:
+            several |= bool(waiting)
+            released = [item]
+            if value < lowest:
+                lowest, waiting, released = value, [item], waiting
+            if split == "train":
+                yield from released
+    if several == (split == "test"):
+        yield from waiting

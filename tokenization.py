@@ -1,0 +1,281 @@
+"""Text to token ids: prompts and responses, each response with its end-of-sequence token, within the lengths allowed.
+
+    records -> `tokenize_records` -> TokenizedPrompt
+
+Files that hold token ids already (`.pt`: pairs with loss masks) are read and written here too.
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+
+from prompt_templates import Template, build_template
+from records import SAME_TEXT, DataReport, PreferenceRecord
+from utils import UserError
+
+
+@dataclass(frozen=True)
+class TokenizedPrompt:
+    """Token ids of a prompt and of the responses that are trained on, each response with its end-of-sequence token.
+
+    `pairs` holds (preferred, dispreferred) indices into `responses`; it is empty for SFT, where `responses` is the target.
+    `source` names the record in messages; `number` counts the records of its data set and split. `first_row` is the place of
+    its first response among all responses of the run's data.
+    """
+
+    prompt_ids: list[int]
+    responses: list[list[int]]
+    pairs: list[tuple[int, int]]
+    source: str = ""
+    number: int = 0
+    first_row: int = 0
+
+    @property
+    def num_examples(self) -> int:
+        """How many examples it holds: its pairs, or for SFT its responses."""
+        return len(self.pairs) or len(self.responses)
+
+
+@dataclass(frozen=True)
+class TokenSettings:
+    """What token ids depend on beside text and tokenizer. Lengths are tokens; paired is for preference losses, else SFT."""
+
+    paired: bool
+    max_length: int
+    max_prompt_length: int
+    truncation_mode: str = "keep_start"
+    template: str | None = None
+    system_prompt: str | None = None
+
+
+def tokenize_records(
+    records: Iterable[PreferenceRecord], tokenizer, settings: TokenSettings, report: DataReport | None = None
+) -> Iterator[TokenizedPrompt]:
+    """Yield the tokenised prompts of `records`.
+
+    Prompt and responses are tokenised apart and their ids joined, so that the boundary between them is exact. The prompt
+    gets a beginning-of-sequence token where the tokenizer itself would add one; each response gets the end-of-sequence
+    token. Lengths: `fit`.
+
+    A text that holds the end-of-sequence token, and a prompt without tokens, go to the report; without one they raise
+    UserError.
+    """
+    report = report if report is not None else DataReport()
+    template = build_template(settings.template, settings.system_prompt, tokenizer)
+    encode = _encoder(tokenizer)
+    bos = _bos_of(tokenizer)
+    records = iter(records)
+    while chunk := list(islice(records, 1024)):
+        rendered = [_rendered(record, template, tokenizer, settings.paired, report) for record in chunk]
+        kept = [item for item in rendered if item is not None]
+        ids = iter(encode([text for _, _, texts in kept for text in texts]))
+        for record, pairs, texts in kept:
+            prompt_ids = next(ids)
+            prompt_ids = prompt_ids if prompt_ids[: len(bos)] == bos else bos + prompt_ids
+            responses = [next(ids) for _ in texts[1:]]
+            if fault := _fault_of_ids(prompt_ids, responses, tokenizer):
+                report.bad_row(UserError(f"datasets: {record.source}: {fault}"))
+                continue
+            whole = [[*response, tokenizer.eos_token_id] for response in responses]
+            prompt = TokenizedPrompt(prompt_ids, whole, pairs, record.source, record.number)
+            fitted = fit(prompt, settings.max_length, settings.max_prompt_length, settings.truncation_mode, report)
+            if fitted is not None:
+                yield fitted
+
+
+def _rendered(record: PreferenceRecord, template: Template, tokenizer, paired: bool, report: DataReport):
+    """The record, its pairs, and its texts: the prompt, then only those responses that the loss looks at.
+
+    For SFT that is the target. None where there is nothing to train on, or where the record is at fault.
+    """
+    used = sorted({index for pair in record.pairs for index in pair}) if paired else []
+    responses = [record.responses[index] for index in used] if paired else [record.sft_target]
+    if not responses:
+        return None
+    parts = [record.prompt] if isinstance(record.prompt, str) else [turn[1] for turn in record.prompt]
+    if any(tokenizer.eos_token in text for text in (*parts, *responses)):
+        report.bad_row(UserError(f"datasets: {record.source}: {_holds_eos(tokenizer)}"))
+        return None
+    place = {index: position for position, index in enumerate(used)}
+    pairs = [(place[chosen], place[rejected]) for chosen, rejected in record.pairs] if paired else []
+    prompt, responses = template(record.prompt, responses)
+    return record, pairs, (prompt, *responses)
+
+
+def _holds_eos(tokenizer) -> str:
+    return (
+        f"the text holds {tokenizer.eos_token!r}, which marks the end of a response. "
+        "Expected texts without it; it is added where it belongs."
+    )
+
+
+def _encoder(tokenizer):
+    """A function from texts to lists of token ids, without special tokens added."""
+    if not tokenizer.is_fast:
+        return lambda texts: tokenizer(texts, add_special_tokens=False).input_ids if texts else []
+    backend = tokenizer.backend_tokenizer
+    # A tokenizer's file may ask for either; both are ours to do.
+    backend.no_padding()
+    backend.no_truncation()
+    return lambda texts: [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+def _bos_of(tokenizer) -> list[int]:
+    """The beginning-of-sequence token as a list, where the tokenizer itself begins a text with it; else empty."""
+    ids = tokenizer("a").input_ids
+    return [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id else []
+
+
+def _fault_of_ids(prompt_ids: list[int], responses: list[list[int]], tokenizer) -> str | None:
+    if not prompt_ids:
+        return "the prompt is empty. Expected at least one token before a response."
+    return _holds_eos(tokenizer) if any(tokenizer.eos_token_id in ids for ids in responses) else None
+
+
+# ---- lengths ------------------------------------------------------------------------------------------------------------
+
+PROMPT_CUT = "prompts cut"
+RESPONSE_CUT = "responses cut (they lose their end-of-sequence token)"
+
+
+def fit(
+    prompt: TokenizedPrompt, max_length: int, max_prompt_length: int, truncation_mode: str, report: DataReport
+) -> TokenizedPrompt | None:
+    """The prompt with all its responses within `max_length` tokens, or None where nothing of it is left.
+
+    keep_start, keep_end: if the prompt and its longest response are too long together, the prompt is cut to
+    `max_prompt_length` at its end or at its start; if that is not enough, the responses are cut to
+    `max_length - max_prompt_length`. drop: responses that do not fit are left out, with their pairs.
+    """
+    longest = max(map(len, prompt.responses), default=0)
+    if len(prompt.prompt_ids) + longest <= max_length:
+        return prompt if prompt.responses else None
+    if truncation_mode == "drop":
+        return _without_long_responses(prompt, max_length, report)
+    ids = prompt.prompt_ids
+    if len(ids) > max_prompt_length:
+        ids = ids[:max_prompt_length] if truncation_mode == "keep_start" else ids[-max_prompt_length:]
+        report.change(PROMPT_CUT)
+    responses = prompt.responses
+    if len(ids) + longest > max_length:
+        room = max_length - max_prompt_length
+        report.change(RESPONSE_CUT, sum(len(response) > room for response in responses))
+        responses = [response[:room] for response in responses]
+    return replace(prompt, prompt_ids=ids, responses=responses)
+
+
+def _without_long_responses(prompt: TokenizedPrompt, max_length: int, report: DataReport) -> TokenizedPrompt | None:
+    room = max_length - len(prompt.prompt_ids)
+    kept = [index for index, response in enumerate(prompt.responses) if len(response) <= room]
+    place = {index: position for position, index in enumerate(kept)}
+    pairs = [(place[i], place[j]) for i, j in prompt.pairs if i in place and j in place]
+    survives = bool(pairs) if prompt.pairs else bool(kept)
+    dropped = prompt.num_examples - (len(pairs) or len(kept) if survives else 0)
+    report.leave_out(f"longer than max_length, {max_length} tokens", dropped)
+    return replace(prompt, responses=[prompt.responses[index] for index in kept], pairs=pairs) if survives else None
+
+
+# ---- files of token ids -------------------------------------------------------------------------------------------------
+
+TOKEN_FIELDS = ("prompt_chosen_tokens", "prompt_rejected_tokens", "chosen_loss_mask", "rejected_loss_mask")
+
+
+def read_tokenised(
+    path: Path, split: str, held_out_share: float, vocabulary: int, settings: TokenSettings, report: DataReport
+) -> Iterator[TokenizedPrompt]:
+    """Yield the prompts of a `.pt` file: a list of dicts with the TOKEN_FIELDS, each a list or 1-D tensor of whole numbers.
+
+    A mask is 1 where a token is the response's; what follows the response is padding. Rows of one prompt that stand side by
+    side become one. The held-out share is chosen by a hash of the prompt's ids. Responses that do not end with the same token
+    as most others are counted. Faulty rows go to the report; raises UserError for a file that is none. Nothing is unpickled
+    but tensors and plain values.
+    """
+    rows = _load_rows(path)
+    counts = report if split == "train" else DataReport(report.skip_bad_rows)
+    for number, row in enumerate(rows, start=1):
+        counts.rows_read += 1
+        try:
+            prompt_ids, chosen, rejected = _split_row(row, vocabulary)
+        except ValueError as fault:
+            counts.bad_row(UserError(f"datasets: {path}, row {number}: {fault}"))
+            continue
+        if chosen == rejected:
+            counts.leave_out(SAME_TEXT)
+            continue
+        value = int.from_bytes(hashlib.sha256(repr(prompt_ids).encode()).digest()[:8], "big") / 2**64
+        if (value < held_out_share) == (split == "test"):
+            responses, pairs = ([chosen, rejected], [(0, 1)]) if settings.paired else ([chosen], [])
+            prompt = TokenizedPrompt(prompt_ids, responses, pairs, f"{path}, row {number}", number)
+            fitted = fit(prompt, settings.max_length, settings.max_prompt_length, settings.truncation_mode, report)
+            if fitted is not None:
+                yield fitted
+
+
+def _load_rows(path: Path) -> list:
+    import torch
+
+    try:
+        rows = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises half a dozen types for a file that is not its own
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+        raise UserError(
+            f"datasets: {path}: cannot be read as tensors and plain values ({reason}). Nothing else is ever unpickled. "
+            f"Expected a list of dicts with {', '.join(TOKEN_FIELDS)}."
+        ) from error
+    if not isinstance(rows, list) or not rows:
+        raise UserError(
+            f"datasets: {path}: found {'an empty list' if rows == [] else type(rows).__name__}, "
+            f"expected a list of dicts with {', '.join(TOKEN_FIELDS)}."
+        )
+    return rows
+
+
+def _split_row(row, vocabulary: int) -> tuple[list[int], list[int], list[int]]:
+    """Prompt ids, chosen and rejected ids of a row. Raises ValueError, saying what is wrong."""
+    missing = [name for name in TOKEN_FIELDS if not isinstance(row, dict) or name not in row]
+    if missing:
+        raise ValueError(f"no {', '.join(missing)}. Expected a dict with {', '.join(TOKEN_FIELDS)}.")
+    values = {name: _whole_numbers(row[name], name) for name in TOKEN_FIELDS}
+    parts = []
+    for side in ("chosen", "rejected"):
+        ids, mask = values[f"prompt_{side}_tokens"], values[f"{side}_loss_mask"]
+        if len(ids) != len(mask):
+            raise ValueError(f"{side}_loss_mask has {len(mask)} entries for {len(ids)} tokens. Expected one for each.")
+        if not all(0 <= token < vocabulary for token in ids):
+            raise ValueError(f"prompt_{side}_tokens holds ids outside the tokenizer's 0 to {vocabulary - 1}.")
+        start = mask.index(1) if 1 in mask else 0
+        end = start + sum(mask)
+        if start == 0 or mask != [0] * start + [1] * (end - start) + [0] * (len(mask) - end):
+            raise ValueError(f"{side}_loss_mask is not zeros (the prompt), ones (the response), zeros (padding).")
+        parts.append((ids[:start], ids[start:end]))
+    (prompt, chosen), (other_prompt, rejected) = parts
+    if prompt != other_prompt:
+        raise ValueError("chosen and rejected follow different prompt tokens. Expected the same ids before both responses.")
+    return prompt, chosen, rejected
+
+
+def _whole_numbers(value, name: str) -> list[int]:
+    numbers = value.tolist() if hasattr(value, "tolist") else value
+    # Masks come as true and false, or as 0.0 and 1.0.
+    if not isinstance(numbers, list) or not numbers or not all(isinstance(n, int | float) and n % 1 == 0 for n in numbers):
+        raise ValueError(f"{name} is no list or 1-D tensor of whole numbers.")
+    return [int(n) for n in numbers]
+
+
+def write_tokenised(path: Path, prompts: Iterable[TokenizedPrompt]) -> int:
+    """Write every pair of `prompts` as a row that `read_tokenised` reads; returns how many."""
+    import torch
+
+    rows = []
+    for prompt in prompts:
+        for pair in prompt.pairs:
+            row = {}
+            for side, index in zip(("chosen", "rejected"), pair, strict=True):
+                response = prompt.responses[index]
+                row[f"prompt_{side}_tokens"] = torch.tensor(prompt.prompt_ids + response)
+                row[f"{side}_loss_mask"] = torch.tensor([0] * len(prompt.prompt_ids) + [1] * len(response))
+            rows.append(row)
+    torch.save(rows, path)
+    return len(rows)

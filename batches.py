@@ -260,6 +260,20 @@ class BatchIterator:
         """How many examples an epoch has; with weights that are no whole numbers it differs from one to the next."""
         return int(self.prompts.num_examples[self._order(epoch)].sum())
 
+    @cached_property
+    def total_steps(self) -> int:
+        """How many optimizer steps the run has."""
+        steps, left, epoch = 0, self.total_examples, 0
+        while left > 0:
+            size = min(left, self.examples_of_epoch(epoch))
+            steps, left, epoch = steps - (-size // self.batch_size), left - size, epoch + 1
+        return steps
+
+    @property
+    def visits_again(self) -> bool:
+        """Whether the run sees prompts more than once."""
+        return self.total_examples > self.examples_of_epoch(0)
+
     def state_dict(self) -> dict[str, int]:
         """The position: epoch, examples of it that were handed out, and examples in all."""
         return dict(self.position)

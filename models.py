@@ -101,7 +101,22 @@ def load_model(model_config, tokenizer, cache_dir: str | None = None) -> nn.Modu
         except (OSError, ValueError) as error:
             raise _not_loaded("model.name_or_path", name, error) from error
     else:
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, **remote)
+        return build_untrained(model_config, tokenizer, cache_dir)
+    return _made_ready(model, model_config)
+
+
+def build_untrained(model_config, tokenizer, cache_dir: str | None = None) -> nn.Module:
+    """The model of a `model` configuration with weights that were never trained: what it is like, without reading any."""
+    from transformers import AutoModelForCausalLM
+
+    dtype = getattr(torch, model_config.policy_dtype)
+    config = model_configuration(model_config, tokenizer, cache_dir)
+    return _made_ready(
+        AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=model_config.trust_remote_code), model_config
+    )
+
+
+def _made_ready(model: nn.Module, model_config) -> nn.Module:
     disable_dropout(model)
     model.autocast_dtype = model_config.autocast_dtype and getattr(torch, model_config.autocast_dtype)
     return model.train()
@@ -243,19 +258,28 @@ def _random_trees(vocabulary: int) -> PackedBatch:
 # ---- memory -------------------------------------------------------------------------------------------------------------
 
 
-def token_budget(model: nn.Module, limit: int | None = None) -> TokenBudget:
+def token_budget(model: nn.Module, limit: int | None = None, device: torch.device | None = None) -> TokenBudget:
     """How many packed tokens to compute at once: up to `limit`, or as many as the memory that is free now holds.
 
-    A GPU gets faster with every token. A CPU does not beyond a thousand or so: pieces of at most 1,536 were as fast as pieces
-    of any size (58M Llama, two cores, 1,442 tokens a step), with 0.82 of the peak memory.
+    device is the model's own, or where it will be. A GPU gets faster with every token. A CPU does not beyond a thousand or
+    so: pieces of at most 1,536 were as fast as pieces of any size (58M Llama, two cores, 1,442 tokens a step), with 0.82 of
+    the peak memory.
     """
     if limit is not None:
         return TokenBudget(limit, limit)
-    limit = _tokens_that_fit(model)
-    return TokenBudget(limit, limit if model.device.type != "cpu" else min(limit, 1536))
+    device = device or model.device
+    limit = _tokens_that_fit(model, device)
+    return TokenBudget(limit, limit if device.type != "cpu" else min(limit, 1536))
 
 
-def _tokens_that_fit(model: nn.Module) -> int:
+def untrained_budget(config, tokenizer, device: torch.device) -> TokenBudget:
+    """The budget that a configuration's model will have on a device, found without its weights."""
+    with torch.device("meta"):
+        model = build_untrained(config.model, tokenizer, config.cache_dir)
+    return token_budget(model, config.max_tokens_per_microbatch, device)
+
+
+def _tokens_that_fit(model: nn.Module, device: torch.device) -> int:
     """How many packed tokens one forward and backward may hold; at least 512.
 
     An estimate on the safe side: half of what is left beside gradients and two optimizer states, over the activations of a
@@ -266,13 +290,15 @@ def _tokens_that_fit(model: nn.Module) -> int:
     inner = getattr(config, "intermediate_size", None) or 4 * hidden
     per_token = layers * (16 * hidden + 4 * inner) * model.dtype.itemsize + 3 * 4 * config.vocab_size
     weights = sum(weight.numel() * weight.element_size() for weight in model.parameters() if weight.requires_grad)
-    if model.device.type == "cuda":
-        free = torch.cuda.mem_get_info(model.device)[0]
+    # Weights that are not there yet will take of what is free now.
+    to_come = weights if model.device != device else 0
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
     else:
         import psutil
 
         free = psutil.virtual_memory().available
-    return max(512, int((free - 3 * weights) / 2 / per_token))
+    return max(512, int((free - to_come - 3 * weights) / 2 / per_token))
 
 
 # ---- archives -----------------------------------------------------------------------------------------------------------

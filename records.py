@@ -10,7 +10,6 @@ that does not grow with the data.
 """
 
 import hashlib
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import combinations
@@ -65,8 +64,8 @@ class DataReport:
     num_prompts: int = 0
     num_bad_rows: int = 0
     bad_rows: list[str] = field(default_factory=list)
-    left_out: dict[str, int] = field(default_factory=Counter)
-    changed: dict[str, int] = field(default_factory=Counter)
+    left_out: dict[str, int] = field(default_factory=dict)
+    changed: dict[str, int] = field(default_factory=dict)
 
     def bad_row(self, error: UserError) -> None:
         """Count a row that cannot be used. Raises `error` where such rows are to stop the run."""
@@ -142,7 +141,7 @@ def fault_of_prompt(prompt) -> str | None:
             return f"has a turn {number} that is no (role, content) with one of the roles {', '.join(ROLES)}"
         if fault := fault_of_text(turn[1]):
             return f"has a turn {number} that {fault}"
-    return None if prompt and prompt[-1][0] != "assistant" else "is a conversation whose last turn is not the user's"
+    return None if prompt and prompt[-1][0] == "user" else "is a conversation whose last turn is not the user's"
 
 
 def fault_of_text(value) -> str | None:
@@ -222,6 +221,9 @@ def group_rows(rows: Iterable[Row], report: DataReport, window: int = 20_000) ->
     for row in rows:
         if not row.pairs and row.scores is None:
             yield row.prompt, {"responses": row.responses, "pairs": [], "sft_target": row.responses[row.target]}
+            continue
+        if row.pairs and len(set(row.responses)) == 1:
+            report.leave_out(SAME_TEXT, len(row.pairs))
             continue
         record = records.setdefault(row.prompt, new_record())
         same = add_responses(record, row.responses, row.pairs)

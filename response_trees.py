@@ -209,6 +209,11 @@ def causal_mask(length: int, window: int | None, dtype: torch.dtype, device: tor
     return _causal_mask(-(-length // 256) * 256, window, dtype, device)[:length, :length]
 
 
+def forget_masks() -> None:
+    """Forget the causal masks that are kept for the next batch."""
+    _causal_mask.cache_clear()
+
+
 @lru_cache(maxsize=16)
 def _causal_mask(length: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
     index = torch.arange(length, device=device)

@@ -6,13 +6,18 @@ Files that hold token ids already (`.pt`: pairs with loss masks) are read and wr
 """
 
 import hashlib
+import json
+from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import islice
+from functools import partial
+from itertools import groupby, islice
+from operator import itemgetter
 from pathlib import Path
 
-from prompt_templates import Template, build_template
-from records import SAME_TEXT, DataReport, PreferenceRecord
+from prompt_templates import ConversationError, build_template
+from records import SAME_TEXT, DataReport, PreferenceRecord, add_responses, new_record
 from utils import UserError
 
 
@@ -59,79 +64,135 @@ def tokenize_records(
     gets a beginning-of-sequence token where the tokenizer itself would add one; each response gets the end-of-sequence
     token. Lengths: `fit`.
 
-    A text that holds the end-of-sequence token, and a prompt without tokens, go to the report; without one they raise
-    UserError.
+    A text that holds the end-of-sequence token, a prompt without tokens, and a conversation that the tokenizer's chat
+    template refuses, go to the report; without one they raise UserError.
     """
-    report = report if report is not None else DataReport()
-    template = build_template(settings.template, settings.system_prompt, tokenizer)
-    encode = _encoder(tokenizer)
-    bos = _bos_of(tokenizer)
+    work = _Tokenization(tokenizer, settings, report if report is not None else DataReport())
     records = iter(records)
-    while chunk := list(islice(records, 1024)):
-        rendered = [_rendered(record, template, tokenizer, settings.paired, report) for record in chunk]
-        kept = [item for item in rendered if item is not None]
-        ids = iter(encode([text for _, _, texts in kept for text in texts]))
+    # A thread of its own turns texts into ids, on all cores and without Python's lock, while this one goes on.
+    with ThreadPoolExecutor(1) as encoder:
+        under_way: deque = deque()
+        while chunk := list(islice(records, 512)):
+            kept = [rendered for record in chunk if (rendered := work.render(record)) is not None]
+            under_way.append((kept, encoder.submit(work.encode, kept)))
+            if len(under_way) > 2:
+                yield from work.finish(*under_way.popleft())
+        for kept, ids in under_way:
+            yield from work.finish(kept, ids)
+
+
+# A record, the pairs between its texts, and its texts: the prompt, then only those responses that the loss looks at.
+Rendered = tuple[PreferenceRecord, list[tuple[int, int]], list[str]]
+
+
+class _Tokenization:
+    """The steps of `tokenize_records`, and what they need to know of tokenizer and settings."""
+
+    def __init__(self, tokenizer, settings: TokenSettings, report: DataReport):
+        self.settings = settings
+        self.report = report
+        self.template = build_template(settings.template, settings.system_prompt, tokenizer)
+        self.encode_prompts, self.encode_responses = _encoders(tokenizer)
+        self.bos = _bos_of(tokenizer)
+        # Kept here: a tokenizer looks its special tokens up anew each time.
+        self.eos_token, self.eos_id = tokenizer.eos_token, tokenizer.eos_token_id
+
+    def render(self, record: PreferenceRecord) -> Rendered | None:
+        """The record as text. For SFT its response is the target. None where there is nothing to train on, or a fault."""
+        if self.settings.paired:
+            used = sorted({index for pair in record.pairs for index in pair})
+            place = {index: position for position, index in enumerate(used)}
+            pairs = [(place[chosen], place[rejected]) for chosen, rejected in record.pairs]
+            responses = [record.responses[index] for index in used]
+        else:
+            pairs, responses = [], [record.sft_target]
+        if not responses:
+            return None
+        parts = [record.prompt] if isinstance(record.prompt, str) else [turn[1] for turn in record.prompt]
+        if any(self.eos_token in text for text in (*parts, *responses)):
+            self._bad(record, self._holds_eos())
+            return None
+        try:
+            prompt, responses = self.template(record.prompt, responses)
+        except ConversationError as fault:
+            self._bad(record, str(fault))
+            return None
+        return record, pairs, [prompt, *responses]
+
+    def encode(self, kept: list[Rendered]) -> tuple[list[list[int]], list[list[int]]]:
+        """Ids of all prompts of a chunk, and of all its responses."""
+        prompts, responses = [texts[0] for _, _, texts in kept], [text for _, _, texts in kept for text in texts[1:]]
+        return self.encode_prompts(prompts), self.encode_responses(responses)
+
+    def finish(self, kept: list[Rendered], encoded: Future) -> Iterator[TokenizedPrompt]:
+        """The prompts of a chunk, from the ids of all its texts."""
+        settings = self.settings
+        all_prompt_ids, ids = map(iter, encoded.result())
         for record, pairs, texts in kept:
-            prompt_ids = next(ids)
-            prompt_ids = prompt_ids if prompt_ids[: len(bos)] == bos else bos + prompt_ids
+            prompt_ids = next(all_prompt_ids)
+            if prompt_ids[: len(self.bos)] != self.bos:
+                prompt_ids = self.bos + prompt_ids
             responses = [next(ids) for _ in texts[1:]]
-            if fault := _fault_of_ids(prompt_ids, responses, tokenizer):
-                report.bad_row(UserError(f"datasets: {record.source}: {fault}"))
-                continue
-            whole = [[*response, tokenizer.eos_token_id] for response in responses]
-            prompt = TokenizedPrompt(prompt_ids, whole, pairs, record.source, record.number)
-            fitted = fit(prompt, settings.max_length, settings.max_prompt_length, settings.truncation_mode, report)
-            if fitted is not None:
-                yield fitted
+            if not prompt_ids:
+                self._bad(record, "the prompt is empty. Expected at least one token before a response.")
+            elif any(self.eos_id in response for response in responses):
+                self._bad(record, self._holds_eos())
+            else:
+                whole = [[*response, self.eos_id] for response in responses]
+                prompt = TokenizedPrompt(prompt_ids, whole, pairs, record.source, record.number)
+                lengths = settings.max_length, settings.max_prompt_length, settings.truncation_mode
+                fitted = fit(prompt, *lengths, self.report)
+                if fitted is not None:
+                    yield fitted
+
+    def _bad(self, record: PreferenceRecord, fault: str) -> None:
+        self.report.bad_row(UserError(f"datasets: {record.source}: {fault}"))
+
+    def _holds_eos(self) -> str:
+        expected = "Expected texts without it; it is added where it belongs."
+        return f"the text holds {self.eos_token!r}, which marks the end of a response. {expected}"
 
 
-def _rendered(record: PreferenceRecord, template: Template, tokenizer, paired: bool, report: DataReport):
-    """The record, its pairs, and its texts: the prompt, then only those responses that the loss looks at.
+def _encoders(tokenizer):
+    """Two functions from texts to lists of token ids, without special tokens added: for prompts and for responses.
 
-    For SFT that is the target. None where there is nothing to train on, or where the record is at fault.
+    SentencePiece's tokenizers put a blank before a text. A response goes on with its prompt's text, so it gets none.
     """
-    used = sorted({index for pair in record.pairs for index in pair}) if paired else []
-    responses = [record.responses[index] for index in used] if paired else [record.sft_target]
-    if not responses:
-        return None
-    parts = [record.prompt] if isinstance(record.prompt, str) else [turn[1] for turn in record.prompt]
-    if any(tokenizer.eos_token in text for text in (*parts, *responses)):
-        report.bad_row(UserError(f"datasets: {record.source}: {_holds_eos(tokenizer)}"))
-        return None
-    place = {index: position for position, index in enumerate(used)}
-    pairs = [(place[chosen], place[rejected]) for chosen, rejected in record.pairs] if paired else []
-    prompt, responses = template(record.prompt, responses)
-    return record, pairs, (prompt, *responses)
-
-
-def _holds_eos(tokenizer) -> str:
-    return (
-        f"the text holds {tokenizer.eos_token!r}, which marks the end of a response. "
-        "Expected texts without it; it is added where it belongs."
-    )
-
-
-def _encoder(tokenizer):
-    """A function from texts to lists of token ids, without special tokens added."""
     if not tokenizer.is_fast:
-        return lambda texts: tokenizer(texts, add_special_tokens=False).input_ids if texts else []
+        slow = lambda texts: tokenizer(texts, add_special_tokens=False).input_ids if texts else []  # noqa: E731
+        return slow, slow
     backend = tokenizer.backend_tokenizer
-    # A tokenizer's file may ask for either; both are ours to do.
-    backend.no_padding()
-    backend.no_truncation()
-    return lambda texts: [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+    described = json.loads(backend.to_str())
+    going_on = described | {part: _without_first_blank(described[part]) for part in ("normalizer", "pre_tokenizer")}
+    backends = backend, backend if going_on == described else type(backend).from_str(json.dumps(going_on))
+    for each in backends:
+        # A tokenizer's file may ask for either; both are ours to do.
+        each.no_padding()
+        each.no_truncation()
+    return tuple(partial(_encode, each) for each in backends)
+
+
+def _encode(backend, texts: list[str]) -> list[list[int]]:
+    return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+# How the parts of a tokenizer's file say that something is put before a text, and how they say that nothing is.
+NOTHING_BEFORE = {"prepend_scheme": "never", "add_prefix_space": False, "prepend": ""}
+
+
+def _without_first_blank(part):
+    """A part of a tokenizer's file, changed so that it puts nothing before a text."""
+    if isinstance(part, list):
+        return [_without_first_blank(item) for item in part]
+    if not isinstance(part, dict):
+        return part
+    return {key: NOTHING_BEFORE[key] if key in NOTHING_BEFORE else _without_first_blank(part[key]) for key in part}
 
 
 def _bos_of(tokenizer) -> list[int]:
     """The beginning-of-sequence token as a list, where the tokenizer itself begins a text with it; else empty."""
     ids = tokenizer("a").input_ids
     return [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id else []
-
-
-def _fault_of_ids(prompt_ids: list[int], responses: list[list[int]], tokenizer) -> str | None:
-    if not prompt_ids:
-        return "the prompt is empty. Expected at least one token before a response."
-    return _holds_eos(tokenizer) if any(tokenizer.eos_token_id in ids for ids in responses) else None
 
 
 # ---- lengths ------------------------------------------------------------------------------------------------------------
@@ -179,38 +240,55 @@ def _without_long_responses(prompt: TokenizedPrompt, max_length: int, report: Da
 
 # ---- files of token ids -------------------------------------------------------------------------------------------------
 
+NO_END = "responses that do not end with the end-of-sequence token"
 TOKEN_FIELDS = ("prompt_chosen_tokens", "prompt_rejected_tokens", "chosen_loss_mask", "rejected_loss_mask")
 
 
 def read_tokenised(
-    path: Path, split: str, held_out_share: float, vocabulary: int, settings: TokenSettings, report: DataReport
+    path: Path,
+    split: str,
+    held_out_share: float,
+    vocabulary: int,
+    eos_token_id: int,
+    settings: TokenSettings,
+    report: DataReport,
 ) -> Iterator[TokenizedPrompt]:
     """Yield the prompts of a `.pt` file: a list of dicts with the TOKEN_FIELDS, each a list or 1-D tensor of whole numbers.
 
     A mask is 1 where a token is the response's; what follows the response is padding. Rows of one prompt that stand side by
-    side become one. The held-out share is chosen by a hash of the prompt's ids. Responses that do not end with the same token
-    as most others are counted. Faulty rows go to the report; raises UserError for a file that is none. Nothing is unpickled
-    but tensors and plain values.
+    side become one; for SFT, one for each of their chosen responses. The held-out share is chosen by a hash of the prompt's
+    ids. Responses that do not end with the end-of-sequence token are counted. Faulty rows go to the report; raises UserError
+    for a file that is none. Nothing is unpickled but tensors and plain values.
     """
-    rows = _load_rows(path)
     counts = report if split == "train" else DataReport(report.skip_bad_rows)
-    for number, row in enumerate(rows, start=1):
-        counts.rows_read += 1
-        try:
-            prompt_ids, chosen, rejected = _split_row(row, vocabulary)
-        except ValueError as fault:
-            counts.bad_row(UserError(f"datasets: {path}, row {number}: {fault}"))
-            continue
-        if chosen == rejected:
-            counts.leave_out(SAME_TEXT)
-            continue
+    for prompt_ids, rows in groupby(_sound_rows(path, vocabulary, counts), key=itemgetter(1)):
         value = int.from_bytes(hashlib.sha256(repr(prompt_ids).encode()).digest()[:8], "big") / 2**64
-        if (value < held_out_share) == (split == "test"):
-            responses, pairs = ([chosen, rejected], [(0, 1)]) if settings.paired else ([chosen], [])
-            prompt = TokenizedPrompt(prompt_ids, responses, pairs, f"{path}, row {number}", number)
+        record, first = new_record(), None
+        for number, _, chosen, rejected in rows:
+            first = first or number
+            counts.leave_out(SAME_TEXT, add_responses(record, (chosen, rejected), [(0, 1)]))
+        if not record["pairs"] or (value < held_out_share) != (split == "test"):
+            continue
+        responses, pairs = record["responses"], record["pairs"]
+        targets = [responses[index] for index in dict.fromkeys(chosen for chosen, _ in pairs)]
+        for used, compared in [(responses, pairs)] if settings.paired else [([target], []) for target in targets]:
+            report.change(NO_END, sum(response[-1] != eos_token_id for response in used))
+            prompt = TokenizedPrompt(prompt_ids, used, compared, f"{path}, row {first}", first)
             fitted = fit(prompt, settings.max_length, settings.max_prompt_length, settings.truncation_mode, report)
             if fitted is not None:
                 yield fitted
+
+
+def _sound_rows(path: Path, vocabulary: int, report: DataReport) -> Iterator[tuple[int, list[int], list[int], list[int]]]:
+    """Number, prompt ids, chosen and rejected ids of every row that can be used."""
+    for number, row in enumerate(_load_rows(path), start=1):
+        report.rows_read += 1
+        try:
+            ids = _split_row(row, vocabulary)
+        except ValueError as fault:
+            report.bad_row(UserError(f"datasets: {path}, row {number}: {fault}"))
+        else:
+            yield number, *ids
 
 
 def _load_rows(path: Path) -> list:
@@ -246,7 +324,7 @@ def _split_row(row, vocabulary: int) -> tuple[list[int], list[int], list[int]]:
         if not all(0 <= token < vocabulary for token in ids):
             raise ValueError(f"prompt_{side}_tokens holds ids outside the tokenizer's 0 to {vocabulary - 1}.")
         start = mask.index(1) if 1 in mask else 0
-        end = start + sum(mask)
+        end = start + mask.count(1)
         if start == 0 or mask != [0] * start + [1] * (end - start) + [0] * (len(mask) - end):
             raise ValueError(f"{side}_loss_mask is not zeros (the prompt), ones (the response), zeros (padding).")
         parts.append((ids[:start], ids[start:end]))
@@ -257,7 +335,10 @@ def _split_row(row, vocabulary: int) -> tuple[list[int], list[int], list[int]]:
 
 
 def _whole_numbers(value, name: str) -> list[int]:
-    numbers = value.tolist() if hasattr(value, "tolist") else value
+    try:
+        numbers = value.tolist() if hasattr(value, "tolist") else value
+    except (RuntimeError, NotImplementedError):  # what torch raises for a tensor that is sparse, or without content
+        numbers = None
     # Masks come as true and false, or as 0.0 and 1.0.
     if not isinstance(numbers, list) or not numbers or not all(isinstance(n, int | float) and n % 1 == 0 for n in numbers):
         raise ValueError(f"{name} is no list or 1-D tensor of whole numbers.")

@@ -10,6 +10,7 @@ import gc
 import os
 import sys
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 import hydra
@@ -21,6 +22,13 @@ from omegaconf.errors import OmegaConfBaseException
 
 from configuration import check_config, explain_composition_error, force_open_sections, read_entries
 from utils import UserError, first_existing
+
+
+def remove_empty(run_dir: Path) -> None:
+    """Remove the directory that Hydra has made for a run which then never began, and its parent if that is empty too."""
+    for directory in (run_dir, run_dir.parent):
+        if directory.is_dir() and not any(directory.iterdir()):
+            directory.rmdir()
 
 
 def new_run_dir(local_dirs, exp_name: str) -> str:
@@ -46,19 +54,17 @@ def main(config: DictConfig) -> float | None:
         config.local_run_dir = str(run_dir)
         return run(config, run_dir, in_sweep=HydraConfig.get().mode == RunMode.MULTIRUN)
     except UserError as error:
-        # Hydra has made the directory; a run that never began leaves nothing behind.
-        for directory in (run_dir, run_dir.parent):
-            if directory.is_dir() and not any(directory.iterdir()):
-                directory.rmdir()
         # Not raised further: Hydra would add lines of its own to the message.
         sys.exit(_refuse(str(error)))
     finally:
+        remove_empty(run_dir)
         release_memory()
 
 
 def run(config: DictConfig, run_dir: Path, in_sweep: bool = False) -> float | None:
     """Train what a checked configuration describes, into `run_dir`. Returns the held-out metric named by `objective`."""
-    from batches import BatchIterator, evaluation_batches, evaluation_prompts
+    from batches import evaluation_batches, evaluation_prompts
+    from dry_run import look
     from losses import build_loss
     from models import check_archive, load_model, load_tokenizer, share_prefixes, token_budget
     from tracking import Tracker, start_wandb
@@ -74,27 +80,21 @@ def run(config: DictConfig, run_dir: Path, in_sweep: bool = False) -> float | No
     tokenizer = load_tokenizer(config.model, config.cache_dir)
     if config.model.archive:
         check_archive(config.model, tokenizer, config.cache_dir)
-    train_prompts, eval_prompts = prepare_data(config, tokenizer, loss.paired)
+    train_data, eval_data = prepare_data(config, tokenizer, loss.paired)
+    if config.dry_run:
+        return look(config, tokenizer, loss, (train_data, eval_data), partial(build_batches, config, train_data.table))
+    train_prompts, eval_prompts = train_data.table, eval_data.table
     policy = trainer_class.place(load_model(config.model, tokenizer, config.cache_dir), pick_device())
     share_prefixes(policy, config.prefix_sharing)
     OmegaConf.save(config, run_dir / "config.yaml")
     budget = token_budget(policy, config.max_tokens_per_microbatch)
-    train_batches = BatchIterator(
-        train_prompts,
-        config.batch_size,
-        config.gradient_accumulation_steps,
-        config.seed,
-        config.n_epochs,
-        config.n_examples,
-        budget,
-    )
+    train_batches = build_batches(config, train_prompts, budget)
     eval_batches = evaluation_batches(eval_prompts, config.eval_batch_size, config.n_eval_examples, config.seed, budget)
     reference = None
     if loss.needs_reference:
         held_out = evaluation_prompts(eval_prompts, config.n_eval_examples, config.seed)
         read = train_batches.prompts_seen().joined(held_out)
-        again = in_sweep or train_batches.total_examples > train_batches.examples_of_epoch(0)
-        reference = make_reference(config, trainer_class, policy, read, again)
+        reference = make_reference(config, trainer_class, policy, read, in_sweep or train_batches.visits_again)
     num_samples = min(len(eval_prompts), config.n_eval_model_samples * config.sample_during_eval)
     sample_prompts = [eval_prompts[k].prompt_ids for k in range(num_samples)]
     wanted = config.wandb.enabled and not config.debug
@@ -106,6 +106,14 @@ def run(config: DictConfig, run_dir: Path, in_sweep: bool = False) -> float | No
         trainer.train()
     print(f"run directory: {run_dir}", flush=True)
     return trainer.held_out.means()[config.objective] if trainer.held_out else None
+
+
+def build_batches(config: DictConfig, prompts, budget):
+    """The steps of a run over prepared prompts."""
+    from batches import BatchIterator
+
+    sizes = config.batch_size, config.gradient_accumulation_steps
+    return BatchIterator(prompts, *sizes, config.seed, config.n_epochs, config.n_examples, budget)
 
 
 def make_reference(config: DictConfig, trainer_class, policy, prompts, read_again: bool):
@@ -131,7 +139,7 @@ def make_reference(config: DictConfig, trainer_class, policy, prompts, read_agai
 
 
 def prepare_data(config: DictConfig, tokenizer, paired: bool) -> tuple:
-    """The tokenised prompts of both splits, and a line or more that says what they hold: two `PromptTable`s.
+    """The tokenised prompts of both splits, and a line or more that says what they hold: two `Prepared`s.
 
     Responses of the held-out split are numbered behind those of the training split. Raises UserError where the training split
     has no example.
@@ -140,13 +148,13 @@ def prepare_data(config: DictConfig, tokenizer, paired: bool) -> tuple:
 
     entries = read_entries(config)
     directory = first_existing(folders_of(config.local_dirs)) / "prepared_data"
-    tables: list = []
+    splits: list = []
     for split in ("train", "test"):
-        first_row = sum(table.num_responses for table in tables)
-        prepared = prepare(entries, split, tokenizer, token_settings(config, paired), directory, config.cache_dir, first_row)
-        tables.append(prepared.table)
-        say_what_is_there(prepared, entries, split, "pairs" if paired else "responses")
-    return tuple(tables)
+        first_row = sum(data.table.num_responses for data in splits)
+        data = prepare(entries, split, tokenizer, token_settings(config, paired), directory, config.cache_dir, first_row)
+        splits.append(data)
+        say_what_is_there(data, entries, split, "pairs" if paired else "responses")
+    return tuple(splits)
 
 
 def say_what_is_there(prepared, entries: list, split: str, what: str) -> None:

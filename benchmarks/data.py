@@ -1,0 +1,209 @@
+"""Preparing data: speed beside one tokenizer call a text, the second start, mixtures, and memory over millions of pairs.
+
+    python benchmarks/data.py speed --file hh.jsonl.gz --tokenizer DIRECTORY     # pairs a second, in paired rounds
+    python benchmarks/data.py start --file hh.jsonl.gz --tokenizer DIRECTORY     # seconds to the first batch, one set and eight
+    python benchmarks/data.py stream --pairs 5000000                             # memory and time a pair, generated pairs
+
+Each prints a JSON object with raw values. Without --file the pairs are generated; rows of a file are repeated `--copies` times,
+each copy with prompts of its own.
+"""
+
+import argparse
+import gzip
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+STREAM_LOADER = """
+import random
+from preference_datasets import register
+
+WORDS = "rain stone birds lunch mat cat dawn bridges paper window river garden music winter letter".split()
+
+@register("generated")
+def generated(split, silent=False, cache_dir=None):
+    draw = random.Random(split)
+    for number in range({pairs} if split == "train" else 1000):
+        text = lambda count: " ".join(draw.choices(WORDS, k=count))
+        answers = [" " + text(8), " " + text(9) + "."]
+        yield f"\\n\\nHuman: {{number}} {{text(10)}}?\\n\\nAssistant:", {{
+            "responses": answers, "pairs": [(0, 1)], "sft_target": answers[0],
+        }}
+"""
+
+
+def load(args):
+    """The tokenizer of the command line."""
+    from omegaconf import OmegaConf
+
+    from models import load_tokenizer
+
+    section = {"tokenizer_name_or_path": args.tokenizer, "name_or_path": None, "trust_remote_code": False}
+    return load_tokenizer(OmegaConf.create(section))
+
+
+def settings_of(_entry):
+    """HH's usual lengths."""
+    from tokenization import TokenSettings
+
+    return TokenSettings(True, 512, 256, "keep_end")
+
+
+def write_rows(args, folder: Path) -> Path:
+    """A file of dialogues: the given one's rows several times, or generated ones."""
+    path = folder / "rows.jsonl"
+    with path.open("w", encoding="utf-8") as out:
+        if not args.file:
+            for n in range(1000 * args.copies):
+                prompt = f"\n\nHuman: {n} " + "how do I clean a garden window in the rain " * (1 + n % 12) + "\n\nAssistant:"
+                row = {
+                    "chosen": f"{prompt} Take your time, and {n % 7} of them.",
+                    "rejected": f"{prompt} Ask somebody else {n}.",
+                }
+                out.write(json.dumps(row) + "\n")
+            return path
+        opened = gzip.open if args.file.endswith(".gz") else open
+        with opened(args.file, "rt", encoding="utf-8") as rows:
+            lines = [json.loads(line) for line in rows]
+        for copy in range(args.copies):
+            for row in lines:
+                named = {key: text.replace("Human:", f"Human: {copy}", 1) for key, text in row.items()}
+                out.write(json.dumps(named) + "\n")
+    return path
+
+
+def speed(args) -> dict:
+    """Pairs a second of the whole preparation, beside three tokenizer calls a pair and nothing else."""
+    from data_preparation import prepare
+    from dataset_entries import load_records, read_entry
+
+    tokenizer = load(args)
+    rounds = []
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_rows(args, Path(folder))
+        entry = read_entry({"path": str(path), "on_bad_row": "skip", "held_out_share": 0})
+        texts = [(r.prompt, r.responses[i], r.responses[j]) for r in load_records(entry, "train") for i, j in r.pairs]
+        for number in range(args.rounds):
+            started = time.perf_counter()
+            for pair in texts:
+                for text in pair:
+                    tokenizer(text, add_special_tokens=False)
+            one_by_one = time.perf_counter() - started
+            started = time.perf_counter()
+            table = prepare([entry], "train", tokenizer, settings_of, Path(folder) / f"cache{number}").table
+            prepared = time.perf_counter() - started
+            assert int(table.num_examples.sum()) == len(texts)
+            rounds.append({"one_call_a_text": len(texts) / one_by_one, "prepared": len(texts) / prepared})
+    ratios = [r["prepared"] / r["one_call_a_text"] for r in rounds]
+    return {"pairs": len(texts), "pairs_per_second": rounds, "ratios": ratios, "median_ratio": statistics.median(ratios)}
+
+
+def first_batch(paths: list[str], directory: str, tokenizer: str) -> float:
+    """Seconds from after the imports to the first packed batch, in this process."""
+    from batches import BatchIterator
+    from data_preparation import prepare
+    from dataset_entries import read_entry
+
+    loaded = load(argparse.Namespace(tokenizer=tokenizer))
+    started = time.perf_counter()
+    entries = [read_entry({"path": path, "on_bad_row": "skip"}) for path in paths]
+    table = prepare(entries, "train", loaded, settings_of, Path(directory)).table
+    next(iter(BatchIterator(table, 64)))
+    return time.perf_counter() - started
+
+
+def start(args) -> dict:
+    """Seconds to the first batch of a second start, with one set and with eight sets of the same size together."""
+    with tempfile.TemporaryDirectory() as folder:
+        whole = write_rows(args, Path(folder))
+        lines = whole.read_text().splitlines(keepends=True)
+        parts = []
+        for k in range(8):
+            parts.append(str(Path(folder) / f"part{k}.jsonl"))
+            Path(parts[-1]).write_text("".join(lines[k::8]))
+        seconds: dict[str, list[float]] = {"one set": [], "eight sets": []}
+        for _ in range(args.rounds + 1):
+            for name, paths in (("one set", [str(whole)]), ("eight sets", parts)):
+                command = [sys.executable, __file__, "first_batch", "--tokenizer", args.tokenizer, "--folder", folder, *paths]
+                done = subprocess.run(command, capture_output=True, text=True, check=True)
+                seconds[name].append(float(done.stdout.splitlines()[-1]))
+    return {
+        "pairs": len(lines),
+        "first_start": {name: values[0] for name, values in seconds.items()},
+        "second_starts": {name: values[1:] for name, values in seconds.items()},
+        "medians": {name: statistics.median(values[1:]) for name, values in seconds.items()},
+    }
+
+
+def stream(args) -> dict:
+    """Peak memory and time a pair of generated pairs through loader, cache, shuffle and batches."""
+    from batches import BatchIterator
+    from data_preparation import prepare
+    from dataset_entries import read_entry
+
+    tokenizer = load(args)
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        Path(folder, "own.py").write_text(STREAM_LOADER.format(pairs=args.pairs))
+        entry = read_entry(f"{folder}/own.py:generated")
+        before = peak_mib()
+        started = time.perf_counter()
+        table = prepare([entry], "train", tokenizer, settings_of, Path(folder) / "cache").table
+        prepared, after_preparing = time.perf_counter() - started, peak_mib()
+        started = time.perf_counter()
+        pairs = sum(piece.num_examples for step in BatchIterator(table, 64) for micro in step for piece in micro)
+        batched = time.perf_counter() - started
+        size = sum(path.stat().st_size for path in Path(folder, "cache").iterdir())
+    assert pairs == args.pairs
+    return {
+        "pairs": pairs,
+        "peak_mib": {"after imports": before, "after preparing": after_preparing, "after an epoch": peak_mib()},
+        "microseconds_a_pair": {"preparing": 1e6 * prepared / pairs, "shuffled and packed": 1e6 * batched / pairs},
+        "cache_mib": size / 2**20,
+    }
+
+
+def peak_mib() -> float:
+    """The most memory that this process has held, mapped files included."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def main() -> None:
+    """Run one of the works of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", choices=["speed", "start", "stream", "first_batch"])
+    parser.add_argument("paths", nargs="*")
+    parser.add_argument("--file")
+    parser.add_argument("--tokenizer", default="byte_level")
+    parser.add_argument("--copies", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--pairs", type=int, default=1_000_000)
+    parser.add_argument("--folder", default=None)
+    args = parser.parse_args()
+    from utils import keep_freed_memory, quiet_libraries
+
+    quiet_libraries()
+    keep_freed_memory()
+    if args.work == "first_batch":
+        print(first_batch(args.paths, args.folder, args.tokenizer))
+        return
+    result = {"speed": speed, "start": start, "stream": stream}[args.work](args)
+    machine = {
+        "cores": os.cpu_count(),
+        "machine": platform.processor() or platform.machine(),
+        "python": platform.python_version(),
+    }
+    print(json.dumps({"command": sys.argv, **machine, **result}, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""The memory of a step, counted on fake tensors, is that of the same step on real ones."""
+
+import pytest
+import torch
+
+from batches import examples_of, pack
+from logprobs import LiveReference
+from losses import build_loss
+from memory_estimate import StorageCounter, fake_tensors, step_memory
+from models import build_untrained, load_tokenizer, share_prefixes
+from response_trees import causal_mask
+from tokenization import TokenizedPrompt
+from trainers import BasicTrainer
+
+FLOAT32 = 4
+
+
+def prompts(count: int) -> list[TokenizedPrompt]:
+    return [TokenizedPrompt(list(range(2, 60)), [list(range(2, 30)), list(range(2, 40))], [(0, 1)]) for _ in range(count)]
+
+
+def piece(count: int = 4):
+    return pack(list(examples_of(prompts(count))))
+
+
+def weight_bytes(config, tokenizer) -> int:
+    return sum(weight.numel() for weight in build_untrained(config.model, tokenizer).parameters()) * FLOAT32
+
+
+@pytest.mark.parametrize("override", ["optimizer=AdamW", "optimizer=RMSprop", "activation_checkpointing=true"])
+def test_what_is_counted_on_fake_tensors_is_what_a_real_step_makes(compose, override):
+    config = compose("loss=dpo", "model.from_config.hidden_size=64", override)
+    tokenizer = load_tokenizer(config.model)
+    estimated = step_memory(config, tokenizer, True, True, [piece()])
+    policy, reference = build_untrained(config.model, tokenizer), build_untrained(config.model, tokenizer)
+    assert share_prefixes(policy, "on") and share_prefixes(reference, "on")
+    with StorageCounter(policy.config.vocab_size) as counter:
+        for weight in [*policy.parameters(), *reference.parameters()]:
+            weight.view(-1)
+        trainer = BasicTrainer(config, policy, LiveReference(reference), build_loss("dpo"), tokenizer, None, [], [], None, None)
+        real = pack(list(examples_of(prompts(4))))
+        trainer.train_step([[real]])
+        counter.most.clear()
+        trainer.train_step([[real]])
+    assert sum(estimated.values()) == pytest.approx(counter.most.total(), rel=0.01)
+
+
+def test_each_kind_is_as_large_as_it_must_be(compose):
+    config = compose("loss=dpo", "optimizer=AdamW")
+    tokenizer = load_tokenizer(config.model)
+    weights = weight_bytes(config, tokenizer)
+    kinds = step_memory(config, tokenizer, True, True, [piece()])
+    # AdamW keeps two moments a weight, and a step count a tensor. The last piece's forward comes before any gradient.
+    assert kinds["parameters"] == kinds["reference"] == pytest.approx(weights, rel=0.01)
+    assert kinds["optimizer"] == pytest.approx(2 * weights, rel=0.01)
+    without = step_memory(config, tokenizer, True, False, [piece()])
+    assert "reference" not in without
+
+
+def test_a_second_piece_finds_the_gradients_of_the_first(compose):
+    config = compose("loss=sft", "optimizer=SGD")
+    tokenizer = load_tokenizer(config.model)
+    sft = pack([(TokenizedPrompt(list(range(2, 200)), [list(range(2, 100))], []), None)])
+    one, two = (step_memory(config, tokenizer, False, False, [sft] * count) for count in (1, 2))
+    assert two["gradients"] == pytest.approx(weight_bytes(config, tokenizer), rel=0.01)
+    assert sum(two.values()) > sum(one.values())
+
+
+def test_no_fake_tensor_stays_behind():
+    with fake_tensors(10):
+        causal_mask(8, None, torch.float32, torch.device("cpu"))
+    assert causal_mask(8, None, torch.float32, torch.device("cpu"))[7].tolist() == [0.0] * 8

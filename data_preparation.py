@@ -7,7 +7,7 @@ long it takes. A file appears under its name when it is whole, never before.
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -70,8 +70,8 @@ class _Preparation:
         known = entry.fingerprint(split, cache_dir)
         # Where only loading tells what the data is, the name ends with a hash of the records.
         self.content_is_known = known is not None
-        depends_on = [entry.name, known, split, tokenizer_hash(tokenizer), asdict(settings), _code_hash()]
-        self.key = xxhash.xxh3_128_hexdigest(json.dumps(depends_on, sort_keys=True).encode())
+        depends_on = [entry.name, known, entry.report().skip_bad_rows, split, tokenizer_hash(tokenizer), asdict(settings)]
+        self.key = xxhash.xxh3_128_hexdigest(json.dumps([*depends_on, _code_hash()], sort_keys=True).encode())
 
     def result(self) -> tuple[Path | None, DataReport]:
         """The whole file, None where it has no prompt, and the report. Prepares it if need be."""
@@ -99,7 +99,7 @@ class _Preparation:
         names = [self.key] if self.content_is_known else sorted(p.stem for p in self.directory.glob(f"{self.key}-*.json"))
         if not self.content_is_known and names:
             digest = xxhash.xxh3_128()
-            for _ in _hashed(load_records(self.entry, self.split, self.entry.report(), self.cache_dir), digest):
+            for _ in self._records(self.entry.report(), digest):
                 pass
             names = [name for name in names if name == f"{self.key}-{digest.hexdigest()}"]
         for name in names:
@@ -114,7 +114,8 @@ class _Preparation:
         try:
             report = DataReport(**json.loads(path.with_suffix(".json").read_text()))
             if path.exists():
-                TablePart.of_file(path, "")
+                if sum(len(columns.numbers) for columns in TablePart.of_file(path, "").batches) != report.num_prompts:
+                    raise ValueError("its report counts other prompts")
                 return path, report
             return (None, report) if report.num_prompts == 0 else None
         except FileNotFoundError:
@@ -128,6 +129,7 @@ class _Preparation:
         report = self.entry.report()
         digest = None if self.content_is_known else xxhash.xxh3_128()
         partial = self.directory / f"{self.key}.partial"
+        side = partial.with_suffix(".json.partial")
         try:
             with partial.open("wb") as file:
                 report.num_prompts = write_columns(file, _with_progress(self._prompts(report, digest), self.entry.name))
@@ -136,7 +138,6 @@ class _Preparation:
             name = self.key if digest is None else f"{self.key}-{digest.hexdigest()}"
             path = self.directory / f"{name}.arrow"
             # The report first: the data's presence says that both are there.
-            side = partial.with_suffix(".json.partial")
             side.write_text(json.dumps(report.as_dict()))
             side.replace(path.with_suffix(".json"))
             if report.num_prompts == 0:
@@ -145,22 +146,25 @@ class _Preparation:
             return path, report
         finally:
             partial.unlink(missing_ok=True)
+            side.unlink(missing_ok=True)
 
     def _prompts(self, report: DataReport, digest) -> Iterator[TokenizedPrompt]:
         if file := self.entry.tokenised_file:
             share = self.entry.held_out_share
-            return read_tokenised(file, self.split, share, len(self.tokenizer), self.settings, report)
-        records = load_records(self.entry, self.split, report, self.cache_dir)
-        if digest is not None:
-            records = _hashed(records, digest)
-        return tokenize_records(records, self.tokenizer, self.settings, report)
+            vocabulary, eos = len(self.tokenizer), self.tokenizer.eos_token_id
+            return read_tokenised(file, self.split, share, vocabulary, eos, self.settings, report)
+        return tokenize_records(self._records(report, digest), self.tokenizer, self.settings, report)
 
-
-def _hashed(records: Iterable[PreferenceRecord], digest) -> Iterator[PreferenceRecord]:
-    """The same records; their content is added to the digest as they pass."""
-    for record in records:
-        digest.update(repr((record.prompt, record.responses, record.pairs, record.sft_target)).encode())
-        yield record
+    def _records(self, report: DataReport, digest) -> Iterator[PreferenceRecord]:
+        """The entry's records; where there is a digest, their content is added to it as they pass."""
+        try:
+            for record in load_records(self.entry, self.split, report, self.cache_dir):
+                if digest is not None:
+                    digest.update(repr((record.prompt, record.responses, record.pairs, record.sft_target)).encode())
+                yield record
+        except OSError as error:
+            # Of the loader's own files: nothing that another folder for prepared data would mend.
+            raise UserError(f"datasets: {self.entry.name}: its loader cannot read its data: {error}.") from error
 
 
 def _with_progress(prompts: Iterator[TokenizedPrompt], name: str) -> Iterator[TokenizedPrompt]:
@@ -172,9 +176,12 @@ def _with_progress(prompts: Iterator[TokenizedPrompt], name: str) -> Iterator[To
 
 def tokenizer_hash(tokenizer) -> str:
     """Hash of all that a tokenizer's ids depend on, its chat template included."""
-    vocabulary = (
-        tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    )
+    if tokenizer.is_fast:
+        description = tokenizer.backend_tokenizer.to_str()
+        # What stands before that is padding and truncation, which change with every call and are not used here.
+        vocabulary = description[description.index('"added_tokens"') :]
+    else:
+        vocabulary = json.dumps(tokenizer.get_vocab(), sort_keys=True)
     rest = (type(tokenizer).__name__, tokenizer.bos_token, tokenizer.eos_token, tokenizer.chat_template)
     return xxhash.xxh3_128_hexdigest(f"{rest} {vocabulary}".encode())
 

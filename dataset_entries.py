@@ -69,7 +69,8 @@ class OwnData:
         path, hub_split = self._source(split)
         if is_data_file(path):
             return path, read_rows(Path(path), report)
-        return f"{path} ({hub_split})", hub_rows(self._hub(path, hub_split, cache_dir))
+        place = f"{path} ({hub_split})"
+        return place, hub_rows(self._hub(path, hub_split, cache_dir), place)
 
     def _at_least_one(self, items: Items, place: str, report: DataReport) -> Items:
         empty = True
@@ -143,6 +144,8 @@ def read_entry(entry, defaults: dict | None = None) -> Entry:
     rest = {key: value for key, value in given.items() if key not in (*GENERAL_KEYS, "name", "path")}
     if "path" in given:
         name = str(given["path"])
+        # As with the general keys, null is what is not given.
+        rest = {key: value for key, value in rest.items() if value is not None}
         rest = {"held_out_share": defaults.get("held_out_share", 0.05)} | rest
         understood = Entry(name, _dataset_of_path(name, rest), held_out_share=rest["held_out_share"], **general)
     else:
@@ -163,7 +166,10 @@ def _dataset_of_path(path: str, options: dict) -> Dataset:
     maps = {item.name for item in fields(FieldMap)}
     for key in options:
         if key not in maps and key not in OwnData.OPTIONS:
-            raise UserError(f"datasets: {path}: no key {key!r}; {nearest(key, [*maps, *OwnData.OPTIONS, *GENERAL_KEYS])}")
+            raise UserError(f"datasets: {path}: no key {key!r}; {nearest(str(key), [*maps, *OwnData.OPTIONS, *GENERAL_KEYS])}")
+    others = [key for key in options if key != "held_out_share"]
+    if others and (path.endswith(TOKENISED_SUFFIX) or str(options.get("test_path")).endswith(TOKENISED_SUFFIX)):
+        raise UserError(f"datasets: {path}: {others[0]} does not go with a file of token ids. Expected held_out_share alone.")
     _check_field_map(path, options)
     field_map = FieldMap(**{key: value for key, value in options.items() if key in maps})
     own = OwnData(path, field_map, **{key: value for key, value in options.items() if key not in maps})
@@ -185,6 +191,11 @@ def _check_field_map(path: str, options: dict) -> None:
         value = options.get(item.name)
         if item.type in (str, str | None):
             require(value is None or isinstance(value, str), f"{item.name}: found {value!r}, expected the name of a field.")
+    implicit = options.get("implicit_prompt", False)
+    require(isinstance(implicit, bool), f"implicit_prompt: found {implicit!r}, expected true or false.")
+    for key in OwnData.OPTIONS[:-1]:
+        value = options.get(key)
+        require(value is None or isinstance(value, str), f"{key}: found {value!r}, expected a text.")
     if options.get("responses"):
         numbers = bool(options.get("scores")) + bool(options.get("ranks"))
         require(numbers == 1, "responses needs either scores (higher is better) or ranks (lower is better).")
@@ -192,9 +203,11 @@ def _check_field_map(path: str, options: dict) -> None:
         require(not options.get(numbers) or bool(options.get(texts)), f"{numbers} needs {texts}.")
     top_k, where = options.get("top_k"), options.get("where", {})
     sound = top_k is None or (isinstance(top_k, dict) and top_k.keys() == {"column", "k"} and type(top_k["k"]) is int)
-    require(sound and (top_k is None or top_k["k"] > 0), f"top_k: found {top_k!r}, expected {{column: NAME, k: NUMBER}}.")
+    sound = sound and (top_k is None or (top_k["k"] > 0 and isinstance(top_k["column"], str)))
+    require(sound, f"top_k: found {top_k!r}, expected {{column: NAME, k: NUMBER}}.")
     require(isinstance(where, dict), f"where: found {where!r}, expected {{COLUMN: VALUE}}.")
     for column, wanted in where.items():
+        require(isinstance(column, str), f"where: found the column {column!r}, expected the name of a field.")
         try:
             condition(wanted)
         except ValueError:
@@ -210,7 +223,11 @@ def _check_options(entry: Entry) -> None:
     own = [name for name in known if name not in ("split", "silent", "cache_dir", "report")]
     for key in entry.options:
         if key not in own:
-            raise UserError(f"datasets: {entry.name}: no key {key!r}; {nearest(key, [*own, *GENERAL_KEYS])}")
+            raise UserError(f"datasets: {entry.name}: no key {key!r}; {nearest(str(key), [*own, *GENERAL_KEYS])}")
+        if known[key].annotation is float and type(entry.options[key]) not in (int, float):
+            raise UserError(f"datasets: {entry.name}: {key}: found {entry.options[key]!r}, expected a number.")
+        if known[key].annotation == str | None and not isinstance(entry.options[key], str | None):
+            raise UserError(f"datasets: {entry.name}: {key}: found {entry.options[key]!r}, expected a text.")
     directory = entry.options.get("data_dir")
     if directory is not None and not Path(str(directory)).is_dir():
         raise UserError(f"datasets: {entry.name}: data_dir: {directory}: no such directory; relative to {Path.cwd()}.")

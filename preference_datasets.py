@@ -22,6 +22,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
+from numbers import Real
 from pathlib import Path
 
 from data_files import DATA_SUFFIXES
@@ -32,16 +33,18 @@ from records import (
     SAME_TEXT,
     DataReport,
     Items,
+    Prompt,
     Records,
     Row,
     Turn,
     add_responses,
     group_rows,
+    kind_of,
     new_record,
     scored_record,
     split_by_hash,
 )  # fmt: skip
-from row_mapping import FieldMap, NumberedRows
+from row_mapping import FieldMap, NumberedRows, RowError, value_of
 from toy_preferences import toy_records
 from utils import UserError, in_workers, nearest
 
@@ -86,11 +89,10 @@ def load_hub(path: str, subset: str | None, data_dir: str | None, split: str, ca
     Raises UserError where it cannot be loaded: no network and nothing cached, no such split, damaged files.
     """
     import datasets
-    from datasets.exceptions import DatasetsError
 
     try:
         return datasets.load_dataset(path, subset, data_dir=data_dir, split=split, cache_dir=cache_dir)
-    except (OSError, ValueError, DatasetsError) as error:
+    except Exception as error:  # a dozen types: of networks, damaged files, scripts, YAML
         reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
         raise UserError(
             f"datasets: {path} (split {split}) could not be loaded: {reason[0]} Expected a data set of the hub, and a network "
@@ -98,13 +100,35 @@ def load_hub(path: str, subset: str | None, data_dir: str | None, split: str, ca
         ) from error
 
 
-def hub_rows(dataset) -> NumberedRows:
-    """(row number, row) of a loaded hub set, numbered from 1."""
+def hub_rows(dataset, place: str) -> NumberedRows:
+    """(row number, row) of a loaded hub set, numbered from 1. Raises UserError naming `place` for damaged values."""
     number = 0
-    for batch in dataset.with_format("arrow").iter(batch_size=1000):
-        for row in batch.to_pylist():
-            number += 1
-            yield number, row
+    try:
+        for batch in dataset.with_format("arrow").iter(batch_size=1000):
+            for row in batch.to_pylist():
+                number += 1
+                yield number, row
+    except Exception as error:  # half a dozen types: of texts that are not UTF-8, of dates that are none
+        raise UserError(f"datasets: {place}, after row {number}: cannot be read, or damaged: {error}.") from error
+
+
+KINDS = {str: "a text", Real: "a number", list: "a list"}
+
+
+def sound_rows(rows: NumberedRows, place: str, report: DataReport, kinds: dict[str, type]) -> Iterator[dict]:
+    """The rows whose fields have values of these kinds; others go to the report. A name with dots leads into each list item."""
+    for number, row in rows:
+        report.rows_read += 1
+        try:
+            for name, kind in kinds.items():
+                value = value_of(row, name)
+                wrong = [item for item in (value if "." in name else [value]) if not isinstance(item, kind)]
+                if wrong:
+                    raise RowError(f"field {name!r} is {kind_of(wrong[0])}, expected {KINDS[kind]}.")
+        except RowError as fault:
+            report.bad_row(UserError(f"datasets: {place}, row {number}: {fault}"))
+        else:
+            yield row
 
 
 @dataclass(frozen=True)
@@ -138,14 +162,15 @@ def hub_set(name: str, hub: HubSet, truncation_mode: str = "keep_start"):
     """Register a function `(rows, report, *, options)` → items as the loader of a set of the hub."""
 
     def decorator(items_of):
-        def load(split, silent=False, cache_dir=None, data_dir=None, report=None, subset=None, **options):
+        def load(split, silent=False, cache_dir=None, data_dir=None, report=None, subset: str | None = None, **options):
             counts = report if report is not None else DataReport(skip_bad_rows=True)
             loaded = hub.load(split, cache_dir, data_dir, subset)
-            items = items_of(hub_rows(loaded), counts, **options)
+            items = items_of(hub_rows(loaded, f"{name} ({split})"), counts, **options)
             items = items.items() if isinstance(items, dict) else items
             yield from items if hub.test else split_by_hash(items, split, hub.held_out_share)
             if report is None and not silent:
-                print(*(f"{name} {split}: {line}" for line in counts.lines()), sep="\n", flush=True)
+                for line in counts.lines():
+                    print(f"{name} {split}: {line}", flush=True)
 
         def fingerprint(split, cache_dir, data_dir=None, subset=None, **options):
             return f"{hub.load(split, cache_dir, data_dir, subset)._fingerprint} {sorted(options.items())}"
@@ -184,6 +209,7 @@ for subset in ("harmless-base", "helpful-base", "helpful-online", "helpful-rejec
 
 
 SHP = HubSet("stanfordnlp/SHP", ("history", "human_ref_A", "human_ref_B", "labels", "score_A", "score_B"), test="test")
+SHP_KINDS = {"history": str, "human_ref_A": str, "human_ref_B": str, "score_A": Real, "score_B": Real}
 
 
 @hub_set("shp", SHP)
@@ -195,8 +221,7 @@ def shp_records(rows: NumberedRows, report: DataReport, *, min_score_ratio: floa
     """
     records: Records = {}
     best: dict[str, int] = {}
-    for _, row in rows:
-        report.rows_read += 1
+    for row in sound_rows(rows, "shp", report, SHP_KINDS):
         scores = [max(1, row["score_A"]), max(1, row["score_B"])]
         if max(scores) / min(scores) < min_score_ratio:
             report.leave_out(f"the scores' ratio is below {min_score_ratio:g}")
@@ -218,6 +243,7 @@ def shp_records(rows: NumberedRows, report: DataReport, *, min_score_ratio: floa
 
 
 STACK_EXCHANGE = HubSet("HuggingFaceH4/stack-exchange-preferences", ("question", "answers"))
+STACK_EXCHANGE_KINDS = {"question": str, "answers": list, "answers.text": str, "answers.pm_score": Real}
 
 
 @hub_set("se", STACK_EXCHANGE)
@@ -227,8 +253,8 @@ def stack_exchange_records(rows: NumberedRows, report: DataReport) -> Items:
     Answers with equal scores form no pair, and a question without any pair is left out; both are counted. Nothing is kept
     between questions, so millions of them stream through; their HTML is read by as many processes as there are cores.
     """
-    for question, texts, scores in in_workers(_texts_of_question, (row for _, row in rows)):
-        report.rows_read += 1
+    sound = sound_rows(rows, "se", report, STACK_EXCHANGE_KINDS)
+    for question, texts, scores in in_workers(_texts_of_question, sound):
         kept = [(f" {text}", score) for text, score in zip(texts, scores, strict=True) if text]
         report.leave_out(EMPTY_TEXT, len(texts) - len(kept))
         record = scored_record([text for text, _ in kept], [score for _, score in kept], report)
@@ -258,7 +284,7 @@ def leetcode_records(rows: NumberedRows, report: DataReport) -> Items:
             report.rows_read += 1
             # A CSV with blanks holds the labels as floats, or as text.
             label = {"0": 0, "0.0": 0, "1": 1, "1.0": 1}.get(str(row["preference"]).strip())
-            texts = [(row[name] or "").strip() for name in ("description", "version1", "version2")]
+            texts = [str(row[name] or "").strip() for name in ("description", "version1", "version2")]
             if label is None:
                 report.leave_out("nobody has labelled the row")
             elif not all(texts):
@@ -297,8 +323,11 @@ def nectar_records(rows: NumberedRows, report: DataReport) -> Items:
     """Nectar: seven ranked answers to each dialogue, and all 21 pairs between them."""
     fields_of = FieldMap(responses="answers.answer", ranks="answers.rank")
     mapped = fields_of.rows_of(rows, "nectar", report)
-    turns = (row._replace(prompt=parse_dialogue(row.prompt) or (Turn("user", row.prompt),)) for row in mapped)
-    return group_rows(turns, report)
+    return group_rows((row._replace(prompt=_as_turns(row.prompt)) for row in mapped), report)
+
+
+def _as_turns(prompt: Prompt) -> tuple[Turn, ...]:
+    return (parse_dialogue(prompt) or (Turn("user", prompt),)) if isinstance(prompt, str) else prompt
 
 
 @register("toy")

@@ -128,6 +128,8 @@ class TablePart:
         with path.open("rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         reader = pyarrow.ipc.open_file(pyarrow.py_buffer(mapped))
+        if not reader.schema.equals(SCHEMA):
+            raise ValueError(f"{path} has other columns")
         batches = [Columns.of_arrow(reader.get_batch(k)) for k in range(reader.num_record_batches)]
         return cls(source, batches, path.stem, weight, mapped)
 

@@ -17,6 +17,10 @@ HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 Template = Callable[[Prompt, list[str]], tuple[str, list[str]]]
 
 
+class ConversationError(UserError):
+    """The tokenizer's chat template does not take a conversation; it may take others."""
+
+
 # ---- HH dialogues -------------------------------------------------------------------------------------------------------
 
 
@@ -119,7 +123,9 @@ def _rendered(tokenizer, messages: list[dict], **options) -> str:
         return tokenizer.apply_chat_template(messages, tokenize=False, **options)
     except TemplateError as error:
         roles = ", ".join(message["role"] for message in messages)
-        raise UserError(f"template: the tokenizer's chat template refuses a conversation of {roles}: {error}.") from error
+        raise ConversationError(
+            f"template: the tokenizer's chat template refuses a conversation of {roles}: {str(error).rstrip('.')}."
+        ) from error
 
 
 def _first_difference(one: str, other: str) -> str:

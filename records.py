@@ -137,7 +137,7 @@ def fault_of_prompt(prompt) -> str | None:
     if not isinstance(prompt, tuple):
         return fault_of_text(prompt)
     for number, turn in enumerate(prompt, start=1):
-        if not isinstance(turn, tuple) or len(turn) != 2 or turn[0] not in ROLES:
+        if not isinstance(turn, tuple) or len(turn) != 2 or not isinstance(turn[0], str) or turn[0] not in ROLES:
             return f"has a turn {number} that is no (role, content) with one of the roles {', '.join(ROLES)}"
         if fault := fault_of_text(turn[1]):
             return f"has a turn {number} that {fault}"

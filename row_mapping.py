@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from prompt_templates import parse_dialogue, split_dialogue
-from records import OTHER_PROMPT, DataReport, Prompt, Row, Turn, fault_of_text, pairs_by_score
+from records import OTHER_PROMPT, DataReport, Prompt, Row, Turn, fault_of_prompt, fault_of_text, kind_of, pairs_by_score
 from utils import UserError
 
 # (row number, row), as files and hub sets give them.
@@ -89,10 +89,13 @@ class FieldMap:
 
     def _row_of_pair(self, row: dict) -> Row | None:
         chosen, rejected = (value_of(row, name) for name in (self.chosen, self.rejected))
-        if isinstance(chosen, list) and isinstance(rejected, list):
+        if isinstance(chosen, list) or isinstance(rejected, list):
+            for name, value in ((self.chosen, chosen), (self.rejected, rejected)):
+                if not isinstance(value, list):
+                    raise RowError(f"field {name!r} is {kind_of(value)}, expected a conversation as in the other field.")
             return self._row_of_conversations(row, chosen, rejected)
         chosen, rejected = _text(row, self.chosen), _text(row, self.rejected)
-        if self.prompt in row or self.system is not None:
+        if self._has_prompt_field(row):
             return Row(self._prompt_of(row), [chosen, rejected], [(0, 1)], 0)
         if self.implicit_prompt:
             prompt = _shared_beginning(chosen, rejected)
@@ -105,6 +108,10 @@ class FieldMap:
             if not answer.strip():
                 raise RowError(f"the answer in field {name!r} is empty.")
         return Row(prompt, answers, [(0, 1)], 0)
+
+    def _has_prompt_field(self, row: dict) -> bool:
+        """Whether the prompt stands in a field of its own: it does where that is named, and where rows have it unasked."""
+        return self.prompt in row or self.prompt != FieldMap.prompt or self.system is not None
 
     def _row_of_conversations(self, row: dict, chosen: list, rejected: list) -> Row | None:
         (*before, answer), (*other_before, other) = (
@@ -129,8 +136,10 @@ class FieldMap:
         return self._with_system(row, parse_dialogue(text) or (Turn("user", text),))
 
     def _with_system(self, row: dict, turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
+        if fault := fault_of_prompt(turns):
+            raise RowError(f"the prompt {fault}.")
         system = value_of(row, self.system) if self.system else None
-        if not system:
+        if not system or turns[0].role == "system":
             return turns
         if fault := fault_of_text(system):
             raise RowError(f"field {self.system!r} {fault}.")
@@ -146,13 +155,13 @@ class FieldMap:
         return self._largest(rows, place, report)
 
     def _filtered(self, rows: NumberedRows, place: str, report: DataReport) -> NumberedRows:
-        conditions = {column: condition(value) for column, value in self.where.items()}
+        conditions = {column: condition(value, column) for column, value in self.where.items()}
         for number, row in rows:
             report.rows_read += 1
             try:
                 failed = next((column for column, test in conditions.items() if not test(value_of(row, column))), None)
-            except (RowError, TypeError) as fault:
-                report.bad_row(UserError(f"datasets: {place}, row {number}: where: {fault}."))
+            except RowError as fault:
+                report.bad_row(UserError(f"datasets: {place}, row {number}: where: {fault}"))
                 continue
             if failed is None:
                 yield number, row
@@ -228,7 +237,7 @@ def _turns(value: list, name: str) -> tuple[Turn, ...]:
         if not isinstance(item, dict) or not all(key in item for key in keys):
             raise RowError(f"field {name!r}: turn {number} is no {{role, content}}.")
         role, content = (item[key] for key in keys)
-        if role not in ROLE_NAMES:
+        if not isinstance(role, str) or role not in ROLE_NAMES:
             raise RowError(f"field {name!r}: turn {number} has the role {role!r}, expected one of {', '.join(ROLE_NAMES)}.")
         if fault := fault_of_text(content):
             raise RowError(f"field {name!r}: turn {number} {fault}.")
@@ -264,19 +273,24 @@ OPERATORS = {
 }  # fmt: skip
 
 
-def condition(wanted):
-    """A test of values: equality, membership of a list, or a comparison with a number such as ">= 0.5".
+def condition(wanted, column: str = "value"):
+    """A test of a column's values: equality, membership of a list, or a comparison with a number such as ">= 0.5".
 
     Raises ValueError for a comparison with something that is no number.
     """
     if isinstance(wanted, list):
-        texts = {str(value) for value in wanted}
-        return lambda value: str(value) in texts
+        texts = {_comparable(value) for value in wanted}
+        return lambda value: _comparable(value) in texts
     sign = next((sign for sign in OPERATORS if isinstance(wanted, str) and wanted.startswith(sign)), None)
     if sign is None:
-        return lambda value: str(value) == str(wanted)
+        return lambda value: _comparable(value) == _comparable(wanted)
     compare, bound_text = OPERATORS[sign], wanted.removeprefix(sign).strip()
     if sign in ("!=", "=="):
-        return lambda value: compare(str(value), bound_text)
+        return lambda value: compare(_comparable(value), bound_text)
     bound = float(bound_text)
-    return lambda value: compare(_as_number(value, "value"), bound)
+    return lambda value: compare(_as_number(value, column), bound)
+
+
+def _comparable(value) -> str:
+    """A value as text; 1.0 is 1, for a column with blanks holds whole numbers as floats."""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)

@@ -141,7 +141,7 @@ class _Tokenization:
                 whole = [[*response, self.eos_id] for response in responses]
                 prompt = TokenizedPrompt(prompt_ids, whole, pairs, record.source, record.number)
                 lengths = settings.max_length, settings.max_prompt_length, settings.truncation_mode
-                fitted = fit(prompt, *lengths, self.report)
+                fitted = fit(prompt, *lengths, self.report, len(self.bos))
                 if fitted is not None:
                     yield fitted
 
@@ -202,13 +202,19 @@ RESPONSE_CUT = "responses cut (they lose their end-of-sequence token)"
 
 
 def fit(
-    prompt: TokenizedPrompt, max_length: int, max_prompt_length: int, truncation_mode: str, report: DataReport
+    prompt: TokenizedPrompt,
+    max_length: int,
+    max_prompt_length: int,
+    truncation_mode: str,
+    report: DataReport,
+    always_kept: int = 0,
 ) -> TokenizedPrompt | None:
     """The prompt with all its responses within `max_length` tokens, or None where nothing of it is left.
 
     keep_start, keep_end: if the prompt and its longest response are too long together, the prompt is cut to
     `max_prompt_length` at its end or at its start; if that is not enough, the responses are cut to
-    `max_length - max_prompt_length`. drop: responses that do not fit are left out, with their pairs.
+    `max_length - max_prompt_length`. drop: responses that do not fit are left out, with their pairs. The first `always_kept`
+    tokens of a prompt, its beginning of the sequence, stay in front also where its end is kept.
     """
     longest = max(map(len, prompt.responses), default=0)
     if len(prompt.prompt_ids) + longest <= max_length:
@@ -217,7 +223,8 @@ def fit(
         return _without_long_responses(prompt, max_length, report)
     ids = prompt.prompt_ids
     if len(ids) > max_prompt_length:
-        ids = ids[:max_prompt_length] if truncation_mode == "keep_start" else ids[-max_prompt_length:]
+        start = max_prompt_length if truncation_mode == "keep_start" else min(always_kept, max_prompt_length)
+        ids = ids[:start] + ids[len(ids) - (max_prompt_length - start) :]
         report.change(PROMPT_CUT)
     responses = prompt.responses
     if len(ids) + longest > max_length:

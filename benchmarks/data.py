@@ -3,6 +3,7 @@
     python benchmarks/data.py speed --file hh.jsonl.gz --tokenizer DIRECTORY     # pairs a second, in paired rounds
     python benchmarks/data.py start --file hh.jsonl.gz --tokenizer DIRECTORY     # seconds to the first batch, one set and eight
     python benchmarks/data.py stream --pairs 5000000                             # memory and time a pair, generated pairs
+    python benchmarks/data.py memory                                             # a dry run's estimate beside the run's peak
 
 Each prints a JSON object with raw values. Without --file the pairs are generated; rows of a file are repeated `--copies` times,
 each copy with prompts of its own.
@@ -172,6 +173,49 @@ def stream(args) -> dict:
     }
 
 
+MEMORY_MODEL = {
+    "model": "blank_model",
+    "model.name_or_path": "null",
+    "model.from_config.model_type": "llama",
+    "model.from_config.hidden_size": 512,
+    "model.from_config.intermediate_size": 1408,
+    "model.from_config.num_hidden_layers": 8,
+    "model.from_config.num_attention_heads": 8,
+    "on_bad_row": "skip",
+    "batch_size": 8,
+    "eval_every": 8,
+    "n_examples": 40,
+    "n_eval_examples": 8,
+    "sample_during_eval": "false",
+    "do_first_eval": "false",
+    "debug": "true",
+}
+MEMORY_RUNS = (
+    "loss=dpo optimizer=AdamW",
+    "loss=dpo optimizer=RMSprop gradient_accumulation_steps=2",
+    "loss=dpo optimizer=SGD activation_checkpointing=true",
+    "loss=sft optimizer=AdamW",
+)
+
+
+def memory(args) -> dict:
+    """The estimate of a dry run, beside the most memory that the run then held, in GB."""
+    rounds = []
+    with tempfile.TemporaryDirectory() as folder:
+        data = {"datasets": f"[{write_rows(args, Path(folder))}]", "model.tokenizer_name_or_path": args.tokenizer}
+        overrides = [f"{key}={value}" for key, value in (MEMORY_MODEL | data).items()]
+        for run in MEMORY_RUNS:
+            command = [sys.executable, str(ROOT / "train.py"), *overrides, *run.split()]
+            done = subprocess.run([*command, "dry_run=true"], cwd=folder, capture_output=True, text=True, check=True)
+            estimate = float(done.stdout.rsplit("together", 1)[1].split()[0])
+            process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            _, status, used = os.wait4(process.pid, 0)
+            assert status == 0
+            rounds.append({"run": run, "estimate_gb": estimate, "peak_gb": used.ru_maxrss / 2**20})
+            rounds[-1]["ratio"] = rounds[-1]["estimate_gb"] / rounds[-1]["peak_gb"]
+    return {"runs": rounds}
+
+
 def peak_mib() -> float:
     """The most memory that this process has held, mapped files included."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
@@ -180,7 +224,7 @@ def peak_mib() -> float:
 def main() -> None:
     """Run one of the works of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("work", choices=["speed", "start", "stream", "first_batch"])
+    parser.add_argument("work", choices=["speed", "start", "stream", "memory", "first_batch"])
     parser.add_argument("paths", nargs="*")
     parser.add_argument("--file")
     parser.add_argument("--tokenizer", default="byte_level")
@@ -196,7 +240,7 @@ def main() -> None:
     if args.work == "first_batch":
         print(first_batch(args.paths, args.folder, args.tokenizer))
         return
-    result = {"speed": speed, "start": start, "stream": stream}[args.work](args)
+    result = {"speed": speed, "start": start, "stream": stream, "memory": memory}[args.work](args)
     machine = {
         "cores": os.cpu_count(),
         "machine": platform.processor() or platform.machine(),

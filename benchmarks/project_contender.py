@@ -4,7 +4,6 @@
 """
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 from measure import Clock
@@ -13,7 +12,10 @@ from works import Work
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from batches import UNLIMITED, BatchIterator, TokenBudget, TokenizedPrompt  # noqa: E402  this project's, which lies one folder up
+# This project's, which lies one folder up.
+from batches import UNLIMITED, BatchIterator, TokenBudget  # noqa: E402
+from prompt_table import PromptTable  # noqa: E402
+from tokenization import TokenizedPrompt  # noqa: E402
 
 SEED = 0
 
@@ -32,7 +34,7 @@ def run(job: dict, work: Work, data: dict) -> dict:
     return result
 
 
-def build(job: dict, work: Work, prompts: list[TokenizedPrompt]):
+def build(job: dict, work: Work, prompts: PromptTable):
     """A trainer as `train.py` makes it, without what surrounds the steps: evaluation, samples, checkpoints, logging."""
     from losses import build_loss
     from models import load_model, load_tokenizer, share_prefixes, token_budget
@@ -50,7 +52,7 @@ def build(job: dict, work: Work, prompts: list[TokenizedPrompt]):
     policy = trainer_class.place(load_model(config.model, tokenizer, config.cache_dir), pick_device())
     share_prefixes(policy, config.prefix_sharing)
     batches = _iterator(prompts, work, token_budget(policy, config.max_tokens_per_microbatch))
-    reference = make_reference(config, trainer_class, policy, prompts, False) if loss.needs_reference else None
+    reference = make_reference(config, trainer_class, policy, batches.prompts_seen(), False) if loss.needs_reference else None
     return trainer_class(config, policy, reference, loss, tokenizer, batches, [], [], None, Path(job["output_dir"]))
 
 
@@ -97,19 +99,16 @@ def order_of_prompts(prompts: list[dict], work: Work) -> list[int]:
     """Index of each prompt in the order in which this project trains on them; the pairs of a prompt stay together."""
     steps = _iterator(_tokenized(prompts), work, UNLIMITED)
     sources = [source for step in steps for micro_batch in step for piece in micro_batch for source in piece.sources]
-    return list(dict.fromkeys(map(int, sources)))
+    return list(dict.fromkeys(int(source.removeprefix("prompt ")) for source in sources))
 
 
-def _tokenized(prompts: list[dict]) -> list[TokenizedPrompt]:
-    """The rows as this project's own; their source is their index."""
-    tokenized, first_row = [], 0
-    for number, row in enumerate(prompts):
-        pairs = [tuple(pair) for pair in row["pairs"]]
-        prompt = TokenizedPrompt(row["prompt"], row["responses"], pairs, source=str(number), prompt="")
-        tokenized.append(replace(prompt, first_row=first_row))
-        first_row += len(prompt.responses)
-    return tokenized
+def _tokenized(prompts: list[dict]) -> PromptTable:
+    """The rows as this project's own; their number is their index."""
+    return PromptTable.of(
+        TokenizedPrompt(row["prompt"], row["responses"], [tuple(pair) for pair in row["pairs"]], number=number)
+        for number, row in enumerate(prompts)
+    )
 
 
-def _iterator(prompts: list[TokenizedPrompt], work: Work, budget: TokenBudget) -> BatchIterator:
+def _iterator(prompts: PromptTable, work: Work, budget: TokenBudget) -> BatchIterator:
     return BatchIterator(prompts, work.examples_a_step, 1, SEED, budget=budget)

@@ -7,7 +7,7 @@ prompts as this project's own iterator hands them out.
 
 import json
 import random
-from itertools import combinations
+from itertools import combinations, islice
 from pathlib import Path
 
 import torch
@@ -79,9 +79,9 @@ def _write_model(job: dict, tokenizer, folder: Path) -> dict:
 
 def _dialogues(path: Path, count: int) -> list[dict]:
     """The first pair of each of the file's first `count` prompts."""
-    from preference_datasets import load_records
+    from dataset_entries import load_records, read_entry
 
-    records = list(load_records(str(path), "train", 0.0, True))[:count]
+    records = list(islice(load_records(read_entry(str(path), {"held_out_share": 0.0}), "train"), count))
     assert len(records) == count, f"{path} has {len(records)} prompts, {count} are needed"
     texts = []
     for record in records:

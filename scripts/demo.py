@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from datetime import datetime
+from itertools import islice
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -15,8 +16,10 @@ sys.path.insert(0, str(ROOT))
 
 SFT = ["loss=sft", "exp_name=demo_sft"]
 # SGD, because its steps shrink with the gradient: on pairs this easy the loss is soon near 0, and the full-sized steps that
-# AdamW goes on taking there would undo what SFT taught a model this small.
-DPO = ["loss=dpo", "loss.beta=0.1", "exp_name=demo_dpo", "n_epochs=1", "optimizer=SGD", "lr=0.03"]
+# AdamW goes on taking there would undo what SFT taught a model this small. For the same reason beta is 0.5: the gradient is
+# gone at a fifth of the distance from SFT that 0.1 would ask for.
+BETA = 0.5
+DPO = ["loss=dpo", f"loss.beta={BETA}", "exp_name=demo_dpo", "n_epochs=1", "optimizer=SGD", "lr=0.01"]
 # Rows that compare a model with SFT, from which DPO started; of the untrained model they would say nothing.
 REWARD_ROWS = ("DPO loss", "reward accuracy", "reward margin")
 
@@ -74,18 +77,20 @@ def report(directory: Path, sft: Path, dpo: Path) -> None:
     print(f"{'':28}" + "".join(f"{name:>26}" for name in columns))
     for row in columns["SFT"]["table"]:
         print(f"{row:28}" + "".join(f"{column['table'][row]:>26}" for column in columns.values()))
-    for index, prompt in enumerate(prompts[:3]):
-        print(f"\n{prompt.prompt.strip()}")
+    for index, prompt in enumerate(islice(prompts, 3)):
+        print(f"\n{tokenizer.decode(prompt.prompt_ids).strip()}")
         for name, column in columns.items():
             print(f"  {name:10}{column['answers'][index]!r}")
 
 
-def held_out_prompts(tokenizer, config, paired: bool) -> list:
-    """The tokenised test split of the toy data."""
-    from batches import tokenize_records
-    from preference_datasets import load_records
+def held_out_prompts(tokenizer, config, paired: bool):
+    """The tokenised test split of the toy data, as a table."""
+    from dataset_entries import load_records, read_entry
+    from prompt_table import PromptTable
+    from tokenization import TokenSettings, tokenize_records
 
-    return list(tokenize_records(load_records("toy", "test"), tokenizer, paired, config.max_length, config.max_prompt_length))
+    settings = TokenSettings(paired, config.max_length, config.max_prompt_length)
+    return PromptTable.of(tokenize_records(load_records(read_entry("toy"), "test"), tokenizer, settings))
 
 
 def describe(model, reference, tokenizer, config) -> dict:
@@ -98,7 +103,7 @@ def describe(model, reference, tokenizer, config) -> dict:
     from toy_preferences import answer_kind
 
     pairs, targets = (held_out_prompts(tokenizer, config, paired) for paired in (True, False))
-    dpo = evaluate(model, reference, build_loss("dpo", beta=0.1), evaluation_batches(pairs, 64, None, config.seed)).examples
+    dpo = evaluate(model, reference, build_loss("dpo", beta=BETA), evaluation_batches(pairs, 64, None, config.seed)).examples
     sft = evaluate(model, None, build_loss("sft"), evaluation_batches(targets, 64, None, config.seed)).examples
     answers = sample_answers(model, tokenizer, [prompt.prompt_ids for prompt in pairs], config.max_length, config.seed)
     preferred = torch.tensor([float(answer_kind(answer) == "preferred") for answer in answers])

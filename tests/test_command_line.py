@@ -32,12 +32,15 @@ def no_heavy_library(tmp_path_factory) -> Path:
     return folder
 
 
-def assert_refused(done: subprocess.CompletedProcess, folder: Path) -> str:
-    """The message of a refusal: status 2, one message on stderr, no traceback, no run directory. Returns the message."""
+def assert_refused(done: subprocess.CompletedProcess, folder: Path, beside: set[str] = frozenset()) -> str:
+    """The message of a refusal: status 2, one message on stderr, no traceback, no run directory. Returns the message.
+
+    beside are folders that lie where run directories would.
+    """
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stdout + done.stderr
     assert "Error executing job" not in done.stderr
-    assert not list(folder.glob("runs/*"))
+    assert {path.name for path in folder.glob("runs/*")} == beside
     assert not (folder / "multirun").exists() and not (folder / "outputs").exists()
     return done.stderr.strip()
 
@@ -109,15 +112,17 @@ def test_a_mistake_on_the_command_line_is_one_line_and_status_2_before_a_heavy_l
             '{"prompt": "p", "chosen": "c", "rejected": "r"}\n{"prompt": "p", "chosen": "c"}\n',
             "datasets: rows.jsonl, row 2: no field 'rejected', the row has prompt, chosen.",
         ),
-        ("", "datasets: rows.jsonl: no usable row."),
+        ("", "datasets: rows.jsonl: no usable row (it has none). Expected rows with chosen and rejected, "),
     ],
     ids=["a row without a field", "an empty file"],
 )
 def test_a_mistake_in_a_data_file_is_one_line_with_file_and_row_and_status_2(tmp_path, content, told):
     (tmp_path / "rows.jsonl").write_text(content)
-    message = assert_refused(run(tmp_path, "datasets=[rows.jsonl]", "loss=dpo"), tmp_path)
+    message = assert_refused(run(tmp_path, "datasets=[rows.jsonl]", "loss=dpo"), tmp_path, beside={"prepared_data"})
     assert message.startswith(told)
     assert "\n" not in message
+    left = {path.suffix for path in (tmp_path / "runs" / "prepared_data").iterdir()}
+    assert left <= {".lock"}, "what was prepared by half is gone"
 
 
 @pytest.fixture

@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data_files import DATA_SUFFIXES, is_data_file, read_rows
-from preference_datasets import load_records
+from dataset_entries import load_records, read_entry
+from records import DataReport
 from utils import UserError
 
 ROWS = [
@@ -213,6 +214,12 @@ def test_a_csv_row_with_another_number_of_fields_than_the_header_is_refused_with
     assert "row 2: another number of fields than the header's 2" in message(path)
 
 
+def test_a_csv_header_with_a_name_twice_is_refused_with_the_name(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("prompt,chosen,chosen\n1,2,3\n")
+    assert "the header names chosen twice" in message(path)
+
+
 def test_an_unclosed_quote_in_csv_is_refused(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text('a,b\n1,"never closed\n')
@@ -231,6 +238,81 @@ def test_parquet_strings_that_are_not_utf8_are_refused(tmp_path):
     # The text lies uncompressed, or lightly compressed, in the file: every copy of it is spoilt, also in the statistics.
     path.write_bytes(path.read_bytes().replace(b"markmark", b"mark\xff\xfe\xffk"))
     assert "not Parquet, or damaged" in message(path)
+
+
+# ---- rows that may be skipped ---------------------------------------------------------------------------------------------
+
+MEND = " Mend the row, or leave such rows out with on_bad_row=skip."
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "faults"),
+    [
+        (
+            "rows.jsonl",
+            b'{"a": "1"}\n{"a": }\n"text"\n{"a": "Gr\xfc\xdfe"}\n' + b'{"a": ' + b"9" * 5000 + b'}\n{"a": "6"}\n',
+            [
+                "row 2: not JSON: Expecting value at column 7. Expected one object a line.",
+                "row 3: found str, expected a JSON object.",
+                "line 4, byte 10 of the line: not UTF-8 text. Convert it to UTF-8.",
+                "row 5: cannot be read as JSON: Exceeds the limit",
+            ],
+        ),
+        (
+            "rows.json",
+            b'[{"a": "1"}, 2, [], "4", null, {"a": "6"}]',
+            [f"row {n}: found {kind}, expected a JSON object." for n, kind in enumerate(["int", "list", "str", "NoneType"], 2)],
+        ),
+        (
+            "rows.csv",
+            b"a,b\n1,2\n1\n1,2,3\n,,,\n\n1,2,3\n6,2\n",
+            [
+                f"row {n}: another number of fields than the header's 2. Quote fields that hold commas or line breaks."
+                for n in (2, 3, 4, 5)
+            ],
+        ),
+    ],
+    ids=["JSON lines", "a JSON list", "CSV"],
+)
+def test_faulty_rows_stop_the_reading_or_are_counted_and_passed_over(tmp_path, name, content, faults):
+    path = tmp_path / name
+    path.write_bytes(content)
+    stopped = message(path)
+    assert stopped.startswith(f"datasets: {path}, {faults[0]}") and stopped.endswith(MEND)
+    report = DataReport(skip_bad_rows=True)
+    assert [(number, row["a"]) for number, row in read_rows(path, report)] == [(1, "1"), (6, "6")]
+    assert report.num_bad_rows == len(faults) == len(report.bad_rows)
+    for found, fault in zip(report.bad_rows, faults, strict=True):
+        assert found.startswith(f"datasets: {path}, {fault}")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("rows.json", b'[{"a": 1},'),
+        ("rows.json", b'[{"a": "Gr\xfc\xdfe"}]'),
+        ("rows.csv", b"a,a\n1,2\n"),
+        ("rows.csv", b'a,b\n1,"never closed\n'),
+        ("rows.csv", b"a\nGr\xfc\xdfe\n"),
+        ("rows.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 99, mtime=0)[:-9]),
+        ("rows.parquet", b"PAR1"),
+    ],
+    ids=[
+        "a list cut short",
+        "a list not UTF-8",
+        "a column twice",
+        "an open quote",
+        "CSV not UTF-8",
+        "gzip cut short",
+        "no Parquet",
+    ],
+)
+def test_a_fault_of_the_whole_file_stops_the_reading_even_where_faulty_rows_are_skipped(tmp_path, name, content):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=f"^datasets: {path}") as refusal:
+        list(read_rows(path, DataReport(skip_bad_rows=True)))
+    assert not str(refusal.value).endswith(MEND)
 
 
 # ---- any damage ---------------------------------------------------------------------------------------------------------
@@ -268,7 +350,7 @@ def test_a_damaged_file_gives_rows_or_one_message_and_never_another_exception(tm
         assert str(path) in str(refusal)
     # What the loader makes of such rows is no other: records, or a message.
     try:
-        assert all(record.responses for record in load_records(str(path), "train", silent=True))
+        assert all(record.responses for record in load_records(read_entry(str(path)), "train"))
     except UserError as refusal:
         assert str(path) in str(refusal)
 

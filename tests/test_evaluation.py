@@ -6,11 +6,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from batches import TokenizedPrompt, evaluation_batches
+from batches import evaluation_batches
 from conftest import GOLDEN
 from evaluation import evaluate, mean_interval, sample_answers, share_interval
 from logprobs import LiveReference
 from losses import build_loss
+from prompt_table import PromptTable
+from tokenization import TokenizedPrompt
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +24,7 @@ def models():
     return [policy.eval(), LiveReference(reference)]
 
 
-PROMPTS = [TokenizedPrompt([5 + n, 6, 7], [[10 + n, 11, 0], [12 + n, 0]], [(0, 1)], "", "") for n in range(11)]
+PROMPTS = PromptTable.of(TokenizedPrompt([5 + n, 6, 7], [[10 + n, 11, 0], [12 + n, 0]], [(0, 1)]) for n in range(11))
 
 
 @pytest.mark.parametrize("loss", [{}, {"mode_loss": "beta_DPO", "mode_weight": 0.5, "a": 0.6}], ids=["dpo", "beta_DPO"])

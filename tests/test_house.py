@@ -31,10 +31,13 @@ def test_a_module_imports_only_modules_above_it(module):
 
 @pytest.mark.parametrize("path", [*ROOT.glob("*.py"), *ROOT.glob("scripts/*.py")], ids=lambda path: path.name)
 def test_functions_fit_on_a_screen_and_public_ones_say_what_they_do(path):
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
-            inner = node.name in ("decorator", "step", "say", "close", "put", "produce")
-            assert ast.get_docstring(node) or inner, f"{path.name}: {node.name} has no docstring"
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    # Functions inside functions are nobody's but theirs.
+    inner = {id(node) for outer in nodes if isinstance(outer, ast.FunctionDef) for node in ast.walk(outer) if node is not outer}
+    for node in nodes:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_") and id(node) not in inner:
+            said_by_its_base = path.name == "tracking.py" and node.name in ("step", "say", "close")
+            assert ast.get_docstring(node) or said_by_its_base, f"{path.name}: {node.name} has no docstring"
         if isinstance(node, ast.FunctionDef):
             assert node.end_lineno - node.lineno < 60, f"{path.name}: {node.name} is longer than a screen"
 
@@ -81,6 +84,7 @@ def test_every_command_of_the_readme_composes_and_makes_sense(arguments, compose
     monkeypatch.syspath_prepend(str(ROOT))
     (tmp_path / "my_preferences.jsonl").write_text(re.search(r"```json\n(.*?)```", README, flags=re.DOTALL)[1])
     (tmp_path / "my_data.py").write_text(re.search(r"```python\n(.*?)```", README, flags=re.DOTALL)[1])
+    (tmp_path / "my_answers.csv").write_text("question,good,bad,rating\nA?,yes,no,4\nB?,yes,no,2\n")
     overrides = [text for text in force_open_sections(arguments) if "=" in text and "sweeper" not in text]
     archive = next((text for text in overrides if text.startswith("model.archive=")), None)
     if archive:
@@ -101,14 +105,14 @@ def sweep_values(overrides: list[str]) -> list[list[str]]:
 
 
 def test_the_readmes_own_data_is_read(tmp_path, monkeypatch):
-    from preference_datasets import load_records
+    from dataset_entries import load_records, read_entry
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my_preferences.jsonl").write_text(re.search(r"```json\n(.*?)```", README, flags=re.DOTALL)[1])
     (tmp_path / "my_data.py").write_text(re.search(r"```python\n(.*?)```", README, flags=re.DOTALL)[1])
-    rows = [record for split in ("train", "test") for record in load_records("my_preferences.jsonl", split)]
-    assert sorted(record.responses[0] for record in rows) == [" Blue.", "Blue."]
-    [first, _] = load_records("my_data.py:colours", "train")
+    rows = [record for split in ("train", "test") for record in load_records(read_entry("my_preferences.jsonl"), split)]
+    assert sorted(record.responses[0] for record in rows) == [" Blue.", "An oak.", "Blue."]
+    [first, _] = load_records(read_entry("my_data.py:colours"), "train")
     assert first.pairs == [(0, 1), (0, 2)]
 
 

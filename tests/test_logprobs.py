@@ -6,9 +6,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from batches import TokenizedPrompt, examples_of, pack
+from batches import examples_of, pack
 from conftest import GOLDEN
 from logprobs import response_logps
+from tokenization import TokenizedPrompt
 
 
 class FixedLogits(torch.nn.Module):
@@ -29,7 +30,7 @@ def test_sums_equal_the_golden_ones(golden):
             scored = [index for index, label in enumerate(labels) if label != -100]
             first, last = scored[0], scored[-1] + 1
             assert scored == list(range(first, last))
-            prompt = TokenizedPrompt([0] * first, [labels[first:last]], [], "", "")
+            prompt = TokenizedPrompt([0] * first, [labels[first:last]], [])
             model = FixedLogits(torch.tensor(case["logits"][row])[None, :last])
             found = response_logps(model, pack([(prompt, None)]))
             assert found.item() == pytest.approx(case["sum"][row], rel=1e-5)
@@ -41,9 +42,9 @@ def model(request):
 
 
 PROMPTS = [
-    TokenizedPrompt([5, 6, 7, 8, 9], [[10, 11, 0], [12, 0]], [(0, 1)], "", ""),
-    TokenizedPrompt([13], [[14, 15, 16, 17, 18, 19, 20, 0], [0]], [(0, 1)], "", ""),
-    TokenizedPrompt(list(range(30, 60)), [[61, 0], [62, 63, 64, 0], [65, 0]], [(0, 1), (2, 1)], "", ""),
+    TokenizedPrompt([5, 6, 7, 8, 9], [[10, 11, 0], [12, 0]], [(0, 1)]),
+    TokenizedPrompt([13], [[14, 15, 16, 17, 18, 19, 20, 0], [0]], [(0, 1)]),
+    TokenizedPrompt(list(range(30, 60)), [[61, 0], [62, 63, 64, 0], [65, 0]], [(0, 1), (2, 1)]),
 ]
 
 
@@ -71,7 +72,7 @@ def test_a_response_scores_the_same_alone_as_in_padded_company(model):
 @torch.no_grad()
 def test_a_response_may_hold_the_padding_token(model):
     # The golden tokenizer pads with its end-of-sequence token, id 0; position, not id, says what is scored.
-    inside = TokenizedPrompt([5, 6], [[0, 0, 7, 0]], [], "", "")
-    longer = TokenizedPrompt([5, 6], [[8, 9, 10, 11, 12, 0]], [], "", "")
+    inside = TokenizedPrompt([5, 6], [[0, 0, 7, 0]], [])
+    longer = TokenizedPrompt([5, 6], [[8, 9, 10, 11, 12, 0]], [])
     found = response_logps(model, pack([(inside, None), (longer, None)]))
     assert found[0].item() == pytest.approx(plain_logp(model, [5, 6], [0, 0, 7, 0]), abs=1e-4)

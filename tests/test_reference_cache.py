@@ -2,21 +2,33 @@
 
 import copy
 
+import numpy
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 import reference_cache
-from batches import TokenizedPrompt, examples_of, pack
+from batches import examples_of, pack
 from conftest import GOLDEN
 from logprobs import CachedReference, LiveReference
 from models import share_prefixes
+from prompt_table import PromptTable, Selection
 from reference_cache import cache_key, cache_path, reference_logps_of
+from tokenization import TokenizedPrompt
 
-PROMPTS = [
-    TokenizedPrompt([5 + n, 6, 7], [[10 + n, 11, 0], [12 + n, 0], [13, 14, n, 0]], [(0, 1), (0, 2)], "", "", first_row=3 * n)
-    for n in range(9)
-]
+
+def whole(table: PromptTable) -> Selection:
+    """All prompts of a table, in their order."""
+    return table.select(numpy.arange(len(table)))
+
+
+def prompt_of(n: int, last: int) -> TokenizedPrompt:
+    """A prompt with three responses that differ with `n`; `last` is a token of the last one."""
+    return TokenizedPrompt([5 + n, 6, 7], [[10 + n, 11, 0], [12 + n, 0], [13, 14, last, 0]], [(0, 1), (0, 2)])
+
+
+TABLE = PromptTable.of(prompt_of(n, n) for n in range(9))
+PROMPTS = whole(TABLE)
 
 
 def logps_in(directory, model, prompts):
@@ -68,22 +80,33 @@ def test_a_damaged_file_is_noticed_and_computed_anew(model, tmp_path, passes, ca
 
 def test_the_key_changes_with_weights_data_dtype_and_way_of_computing(model):
     key = cache_key(model, PROMPTS)
-    assert key == cache_key(copy.deepcopy(model), list(PROMPTS))
+    assert key == cache_key(copy.deepcopy(model), whole(PromptTable.of(TABLE)))
     moved = copy.deepcopy(model)
     with torch.no_grad():
         moved.lm_head.weight[0, 0] += 1e-3
-    other_response = [*PROMPTS[:-1], TokenizedPrompt([13, 6, 7], [[18, 11, 0], [20, 0], [13, 14, 9, 0]], [(0, 1)], "", "", 24)]
+    other_response = whole(PromptTable.of([*(prompt_of(n, n) for n in range(8)), prompt_of(8, 9)]))
     sharing = copy.deepcopy(model)
     share_prefixes(sharing, "on")
     others = [
         cache_key(moved, PROMPTS),
-        cache_key(model, PROMPTS[:-1]),
+        cache_key(model, TABLE.select(numpy.arange(8))),
+        cache_key(model, whole(PromptTable.of(TABLE, first_row=3))),
         cache_key(model, other_response),
         cache_key(copy.deepcopy(model).to(torch.bfloat16), PROMPTS),
         cache_key(sharing, PROMPTS),
     ]
-    assert len({key, *others}) == 6
+    assert len({key, *others}) == 7
+
+
+def test_held_out_responses_are_numbered_behind_those_that_are_trained_on(model, tmp_path):
+    held_out = PromptTable.of((prompt_of(n, n) for n in range(20, 23)), first_row=TABLE.num_responses)
+    read = TABLE.select(numpy.array([7, 2])).joined(held_out.select(numpy.array([1])))
+    cached, live = CachedReference(logps_in(tmp_path, model, read)), LiveReference(copy.deepcopy(model))
+    assert cached.logps.isfinite().nonzero().flatten().tolist() == [6, 7, 8, 21, 22, 23, 30, 31, 32]
+    for prompt in (TABLE[7], TABLE[2], held_out[1]):
+        batch = pack(list(examples_of([prompt])))
+        torch.testing.assert_close(cached(batch), live(batch), rtol=1e-5, atol=1e-5)
 
 
 def test_rows_that_no_prompt_has_are_not_a_number(model, tmp_path):
-    assert logps_in(tmp_path, model, PROMPTS[1:])[:3].isnan().all()
+    assert logps_in(tmp_path, model, TABLE.select(numpy.arange(1, 9))).isnan().tolist() == [True] * 3 + [False] * 24

@@ -11,12 +11,13 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import logprobs
-from batches import TokenBudget, TokenizedPrompt, examples_of, pack, pack_within
+from batches import TokenBudget, examples_of, pack, pack_within
 from conftest import GOLDEN
 from logprobs import ScoringHead, padded_logps, response_logps, tree_logps
 from losses import build_loss
 from models import share_prefixes
 from response_trees import RESPONSE_TREES, Tree, TreeLayout, _attention_by_branches, _flex_attention, causal_mask, register
+from tokenization import TokenizedPrompt
 from utils import UserError
 
 # Wide enough for rotary embeddings, small enough for hundreds of forwards; texts are longer than the windows.
@@ -52,9 +53,7 @@ def prompts_of(shapes: list[tuple[int, tuple[int, ...]]]) -> list[TokenizedPromp
     draw = torch.Generator().manual_seed(1)
     tokens = lambda count: torch.randint(3, 97, (count,), generator=draw).tolist()  # noqa: E731
     return [
-        TokenizedPrompt(
-            tokens(prompt), [tokens(length) for length in lengths], [(0, k) for k in range(1, len(lengths))], "", ""
-        )
+        TokenizedPrompt(tokens(prompt), [tokens(length) for length in lengths], [(0, k) for k in range(1, len(lengths))])
         for prompt, lengths in shapes
     ]
 

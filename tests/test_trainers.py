@@ -4,6 +4,7 @@ import copy
 import json
 import math
 
+import numpy
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -11,21 +12,21 @@ from transformers import AutoModelForCausalLM
 from batches import (
     BatchIterator,
     TokenBudget,
-    TokenizedPrompt,
     cut,
     evaluation_batches,
     examples_of,
     pack,
     pack_within,
-    tokenize_records,
 )
 from checkpoints import save_checkpoint
 from conftest import GOLDEN
 from logprobs import CachedReference, LiveReference
 from losses import build_loss
 from models import share_prefixes
-from preference_datasets import PreferenceRecord
+from prompt_table import PromptTable
+from records import PreferenceRecord
 from reference_cache import reference_logps_of
+from tokenization import TokenizedPrompt, TokenSettings, tokenize_records
 from tracking import Tracker
 from trainers import BasicTrainer
 
@@ -60,7 +61,7 @@ def build(models, compose, tokenizer, tmp_path):
             "reference": reference,
             "loss": loss,
             "tokenizer": tokenizer,
-            "train_batches": BatchIterator([], config.batch_size),
+            "train_batches": BatchIterator(PromptTable.of([]), config.batch_size),
             "eval_batches": [],
             "sample_prompts": [],
             "tracker": Tracker(tmp_path, None),
@@ -75,12 +76,10 @@ def build(models, compose, tokenizer, tmp_path):
 def tokenized(golden, tokenizer):
     """The golden pairs as tokenised prompts, for preference losses (True) and for SFT (False)."""
     records = [
-        PreferenceRecord(
-            row["prompt"], [row["chosen"], row["rejected"]], [(0, 1)], row["chosen"], "keep_start", f"row {number}"
-        )
+        PreferenceRecord(row["prompt"], [row["chosen"], row["rejected"]], [(0, 1)], row["chosen"], number, f"row {number}")
         for number, row in enumerate(golden("pairs.json"))
     ]
-    return {paired: list(tokenize_records(records, tokenizer, paired, 64, 32)) for paired in (True, False)}
+    return {paired: list(tokenize_records(records, tokenizer, TokenSettings(paired, 64, 32))) for paired in (True, False)}
 
 
 def micro_batches(prompts, size):
@@ -151,7 +150,7 @@ def test_beta_dpo_logs_the_beta_in_force_and_its_statistics(build, tokenized):
 
 def test_a_run_trains_and_evaluates_every_example_and_the_last_partial_batches(build, tokenized, tmp_path):
     prompts = tokenized[True]
-    train_batches = BatchIterator(prompts[:13], 4, n_epochs=2)
+    train_batches = BatchIterator(PromptTable.of(prompts[:13]), 4, n_epochs=2)
     trainer = build(
         build_loss("dpo"),
         "llama",
@@ -159,7 +158,7 @@ def test_a_run_trains_and_evaluates_every_example_and_the_last_partial_batches(b
         "eval_every=8",
         "debug=true",
         train_batches=train_batches,
-        eval_batches=evaluation_batches(prompts[13:20], 4, None, seed=0),
+        eval_batches=evaluation_batches(PromptTable.of(prompts[13:20]), 4, None, seed=0),
     )
     with trainer.tracker:
         trainer.train()
@@ -173,7 +172,7 @@ def test_a_run_trains_and_evaluates_every_example_and_the_last_partial_batches(b
 
 
 def test_metrics_names_are_the_documented_ones(build, tokenized):
-    trainer = build(build_loss("dpo"), eval_batches=evaluation_batches(tokenized[True][:4], 4, None, seed=0))
+    trainer = build(build_loss("dpo"), eval_batches=evaluation_batches(PromptTable.of(tokenized[True][:4]), 4, None, seed=0))
     names = set(trainer.train_step(micro_batches(tokenized[True][:4], 4)))
     rewards = {"chosen", "rejected", "accuracies", "margins"}
     for split in ("train", "eval"):
@@ -222,13 +221,10 @@ def test_samples_are_the_same_for_the_same_seed_and_leave_the_random_stream_alon
 
 
 def test_one_prompt_with_several_pairs_counts_each_pair(build):
-    prompt = TokenizedPrompt([5, 6, 7], [[8, 9, 0], [10, 0], [11, 12, 13, 0]], [(0, 1), (0, 2), (1, 2)], "row 1", "")
+    prompt = TokenizedPrompt([5, 6, 7], [[8, 9, 0], [10, 0], [11, 12, 13, 0]], [(0, 1), (0, 2), (1, 2)])
     metrics = build(build_loss("dpo")).train_step(micro_batches([prompt], 3))
     trainer = build(build_loss("dpo"))
-    apart = [
-        TokenizedPrompt(prompt.prompt_ids, [prompt.responses[i], prompt.responses[j]], [(0, 1)], "", "")
-        for i, j in prompt.pairs
-    ]
+    apart = [TokenizedPrompt(prompt.prompt_ids, [prompt.responses[i], prompt.responses[j]], [(0, 1)]) for i, j in prompt.pairs]
     expected = trainer.train_step(micro_batches(apart, 3))
     torch.testing.assert_close(metrics["loss/train"], expected["loss/train"])
     torch.testing.assert_close(metrics["grad_norm"], expected["grad_norm"])
@@ -238,9 +234,8 @@ def test_one_prompt_with_several_pairs_counts_each_pair(build):
 def test_a_trainer_continues_from_its_state_bit_for_bit(mode, build, tokenized, tmp_path):
     def make(**parts):
         loss = build_loss("dpo", mode_loss=mode, mode_weight=0.25, a=0.6)
-        return build(
-            loss, "gpt_neox", "lr=1e-3", "optimizer=AdamW", train_batches=BatchIterator(tokenized[True], 4, n_epochs=1), **parts
-        )
+        train_batches = BatchIterator(PromptTable.of(tokenized[True]), 4, n_epochs=1)
+        return build(loss, "gpt_neox", "lr=1e-3", "optimizer=AdamW", train_batches=train_batches, **parts)
 
     whole, first = make(), make()
     for batch in whole.train_batches:
@@ -276,12 +271,14 @@ def test_beta_dpo_keeps_the_same_pairs_and_beta_when_memory_cuts_its_micro_batch
 
 
 def test_a_cached_reference_gives_the_steps_of_a_live_one(build, tokenized, tmp_path):
+    table = PromptTable.of(tokenized[True])
+
     def numbers(reference):
         trainer = build(build_loss("dpo"), **({"reference": reference} if reference else {}))
-        return [trainer.train_step(batch)["loss/train"].item() for batch in BatchIterator(tokenized[True], 8)]
+        return [trainer.train_step(batch)["loss/train"].item() for batch in BatchIterator(table, 8)]
 
     model = build(build_loss("dpo")).reference.model
-    cached = CachedReference(reference_logps_of(model, tokenized[True], tmp_path / "logps.safetensors"))
+    cached = CachedReference(reference_logps_of(model, table.select(numpy.arange(len(table))), tmp_path / "logps.safetensors"))
     assert numbers(cached) == pytest.approx(numbers(None), abs=1e-5)
 
 

@@ -35,7 +35,7 @@ def test_the_default_run_leaves_what_the_readme_says(tmp_path):
     out = train(
         tmp_path, "n_examples=24", "n_eval_examples=16", "n_eval_model_samples=2", "eval_every=16", WANDB_MODE="offline"
     )
-    [run_dir] = (tmp_path / "runs").iterdir()
+    [run_dir] = [path for path in (tmp_path / "runs").iterdir() if path.name != "prepared_data"]
     names = {path.name for path in run_dir.iterdir()}
     assert names == {"config.yaml", "metrics.jsonl", "samples.jsonl", "step-16", "step-24", "LATEST", "wandb"}
     assert (run_dir / "LATEST").resolve() == run_dir / "step-24"
@@ -124,7 +124,7 @@ def test_a_sweep_gives_each_job_a_directory_and_the_numbers_of_a_run_of_its_own(
     assert losses(sweep / "2") == losses(tmp_path / "alone")
     assert losses(sweep / "0") != losses(sweep / "2")
     beside = {path.name for path in (tmp_path / "runs").iterdir()}
-    assert beside == {"reference_logps"}, "jobs of a sweep make no run directories beside the sweep's"
+    assert beside == {"reference_logps", "prepared_data"}, "jobs of a sweep make no run directories beside the sweep's"
 
 
 def test_two_sweeps_of_the_same_second_do_not_share_a_directory(tmp_path):

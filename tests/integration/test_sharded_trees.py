@@ -9,13 +9,14 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from transformers import AutoModelForCausalLM
 
-from batches import TokenizedPrompt, examples_of, pack
+from batches import examples_of, pack
 from conftest import GOLDEN
 from logprobs import padded_logps, response_logps
 from models import enable_activation_checkpointing, share_prefixes
+from tokenization import TokenizedPrompt
 
 PROMPTS = [
-    TokenizedPrompt([5 + n, 6, 7, 8], [[10 + n, 11, 0], [12 + n, 0], [13, 14, 15 + n, 16, 0]], [(0, 1), (0, 2)], "", "")
+    TokenizedPrompt([5 + n, 6, 7, 8], [[10 + n, 11, 0], [12 + n, 0], [13, 14, 15 + n, 16, 0]], [(0, 1), (0, 2)])
     for n in range(4)
 ]
 

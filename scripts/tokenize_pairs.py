@@ -1,0 +1,122 @@
+"""Preference pairs as token ids with loss masks, in a file that torch reads: to look at them, or to train where no text may go.
+
+python scripts/tokenize_pairs.py --model NAME_OR_DIRECTORY --dataset NAME_OR_FILE [--output FILE.pt]
+
+The file holds a list of dicts, one a pair: prompt_chosen_tokens, prompt_rejected_tokens, chosen_loss_mask,
+rejected_loss_mask. `python train.py datasets=[FILE.pt]` trains on it, with the same tokenizer.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from dataset_entries import TEMPLATES, TRUNCATION_MODES, Entry, load_records, read_entry  # noqa: E402
+from preference_datasets import TOKENISED_SUFFIX  # noqa: E402
+from utils import UserError  # noqa: E402
+
+
+def arguments() -> argparse.Namespace:
+    """The command line, understood."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="whose tokenizer: an id of the hub, a directory, or byte_level")
+    parser.add_argument("--dataset", required=True, help="a file, a registered name, ORGANISATION/NAME or FILE.py:NAME")
+    parser.add_argument("--output", type=Path, help="the file to write; else the data set's name with .pt, here")
+    parser.add_argument("--split", choices=("train", "test", "all"), default="all", help="default: all")
+    parser.add_argument("--max-length", type=int, default=512, help="of prompt and response together, tokens; default: 512")
+    parser.add_argument("--max-prompt-length", type=int, default=256, help="of a prompt that is cut, tokens; default: 256")
+    parser.add_argument("--truncation-mode", choices=TRUNCATION_MODES, help="which end of a prompt stays; else the set's own")
+    parser.add_argument("--template", choices=TEMPLATES, help="how conversations become text; else HH dialogues")
+    parser.add_argument("--system-prompt", help="stands before conversations that have none of their own")
+    return parser.parse_args()
+
+
+def output_of(options: argparse.Namespace) -> Path:
+    """Where the pairs go. Raises UserError for what cannot be asked for, before anything is loaded."""
+    if not 0 < options.max_prompt_length < options.max_length:
+        raise UserError(
+            f"--max-prompt-length: found {options.max_prompt_length}, expected 1 to less than --max-length, which is "
+            f"{options.max_length}."
+        )
+    if options.dataset.endswith(TOKENISED_SUFFIX):
+        raise UserError(f"--dataset: {options.dataset} holds token ids already. Expected texts.")
+    output = options.output or Path(Path(options.dataset).name.split(".")[0] + TOKENISED_SUFFIX)
+    if output.suffix != TOKENISED_SUFFIX:
+        raise UserError(f"--output: found {output}, expected a name that ends in {TOKENISED_SUFFIX}, by which it is known.")
+    if output.is_dir() or not output.absolute().parent.is_dir():
+        raise UserError(f"--output: {output}: expected a file in a directory that exists.")
+    return output
+
+
+def entry_of(options: argparse.Namespace) -> Entry:
+    """The data set as an entry of `datasets`."""
+    return read_entry(
+        options.dataset,
+        {
+            "template": options.template,
+            "system_prompt": options.system_prompt,
+            "truncation_mode": options.truncation_mode,
+        },
+    )
+
+
+def tokenized(options: argparse.Namespace, entry: Entry) -> list:
+    """The tokenised prompts of the splits that are asked for; prints what was left out or changed."""
+    from models import load_tokenizer
+    from tokenization import TokenSettings, tokenize_records
+    from utils import quiet_libraries
+
+    quiet_libraries()
+    wanted = SimpleNamespace(tokenizer_name_or_path=options.model, name_or_path=None, trust_remote_code=False)
+    try:
+        tokenizer = load_tokenizer(wanted)
+    except UserError as error:
+        raise UserError(str(error).replace("model.tokenizer_name_or_path", "--model")) from error
+    mode = entry.truncation_mode or entry.dataset.truncation_mode
+    settings = TokenSettings(True, options.max_length, options.max_prompt_length, mode, entry.template, entry.system_prompt)
+    prompts, lines = [], []
+    for split in ("train", "test") if options.split == "all" else (options.split,):
+        report = entry.report()
+        prompts += tokenize_records(load_records(entry, split, report), tokenizer, settings, report)
+        lines += report.lines()
+    if not prompts:
+        found = "; ".join(line.strip() for line in lines) or "it has none"
+        raise UserError(f"--dataset: {entry.name}: no pair is left ({found}). Expected at least one.")
+    print(*lines, sep="\n", end="\n" * bool(lines), flush=True)
+    return prompts
+
+
+def write(output: Path, prompts: list) -> int:
+    """Write the pairs, and return how many; the file is there when it is whole. Raises UserError where it cannot be written."""
+    from tokenization import write_tokenised
+
+    partial = output.with_name(f"{output.name}.partial")
+    try:
+        count = write_tokenised(partial, prompts)
+        partial.replace(output)
+    except (OSError, RuntimeError) as error:  # torch raises the latter where it cannot write
+        reason = (isinstance(error, OSError) and error.strerror) or "the disk does not take all of it"
+        raise UserError(f"--output: {output} cannot be written: {reason}.") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return count
+
+
+def main() -> None:
+    """Tokenise a data set into a file. A mistake of the user's becomes one message and exit status 2."""
+    options = arguments()
+    try:
+        output = output_of(options)
+        prompts = tokenized(options, entry_of(options))
+        count = write(output, prompts)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    print(f"{output}: {count} pairs of {len(prompts)} prompts")
+
+
+if __name__ == "__main__":
+    main()

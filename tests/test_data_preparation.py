@@ -1,0 +1,709 @@
+"""Data is tokenised once and found again, by whoever needs it, unless something changed that its ids depend on; and neither a
+fault nor a kill nor a full disk leaves anything half-written."""
+
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import data_preparation
+import prompt_table
+from data_preparation import prepare, tokenizer_hash
+from dataset_entries import Entry, read_entry
+from records import SAME_TEXT, DataReport
+from tokenization import PROMPT_CUT, TokenSettings, tokenize_records, write_tokenised
+from utils import UserError
+
+ROOT = Path(__file__).parent.parent
+# Imported by processes of its own, which start sooner without torch and transformers: those come where a test needs them.
+
+
+class Characters:
+    """A tokenizer whose tokens are characters, and which counts the texts that it is asked for."""
+
+    is_fast, bos_token, bos_token_id, eos_token, eos_token_id, chat_template = False, None, None, "</s>", 0, None
+
+    def __init__(self):
+        self.texts = 0
+
+    def __call__(self, texts, **_options):
+        if isinstance(texts, str):
+            return SimpleNamespace(input_ids=[ord(character) for character in texts])
+        self.texts += len(texts)
+        return SimpleNamespace(input_ids=[[ord(character) for character in text] for text in texts])
+
+    def __len__(self):
+        return 0x110000
+
+    def get_vocab(self):
+        return {chr(k): k for k in range(5)}
+
+
+PAIRS = TokenSettings(paired=True, max_length=64, max_prompt_length=32)
+
+
+def rows(count: int, answer: str = "good") -> list[dict]:
+    return [{"prompt": f"question {n}", "chosen": f"{answer} {n}", "rejected": f"bad {n}"} for n in range(count)]
+
+
+def write(path: Path, content: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in content))
+    return path
+
+
+def prepared(entry, directory: Path, split: str = "train", of=PAIRS, tokenizer=None, **options):
+    """`prepare` for one entry. Returns table, report, and how many texts the tokenizer was asked for."""
+    tokenizer = tokenizer or Characters()
+    before = getattr(tokenizer, "texts", 0)
+    entry = entry if isinstance(entry, Entry) else read_entry(entry)
+    found = prepare([entry], split, tokenizer, lambda _: of, directory, **options)
+    return found.table, found.reports[0], getattr(tokenizer, "texts", 0) - before
+
+
+def contents(table) -> list[tuple]:
+    return [(prompt.prompt_ids, prompt.responses, prompt.pairs, prompt.number) for prompt in table]
+
+
+def suffixes(directory: Path) -> list[str]:
+    """The endings of what lies in a folder of prepared data, apart from the locks, which are empty."""
+    return sorted(path.name.split(".", 1)[1] for path in directory.iterdir() if path.suffix != ".lock")
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """A folder with rows.jsonl, in which the test runs."""
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "rows.jsonl", rows(20))
+    return tmp_path
+
+
+def whole(path: str = "rows.jsonl", **more) -> dict:
+    """An entry of which nothing is held out."""
+    return {"path": path, "held_out_share": 0, **more}
+
+
+# ---- once, and found again ------------------------------------------------------------------------------------------------
+
+
+def test_a_second_start_reads_the_file_and_asks_the_tokenizer_nothing(folder):
+    for split in ("train", "test"):
+        first, report, texts = prepared("rows.jsonl", folder / "prepared", split)
+        # A prompt and two responses each.
+        assert texts == 3 * len(first) > 0
+        again, same_report, none = prepared("rows.jsonl", folder / "prepared", split)
+        assert none == 0
+        assert contents(again) == contents(first) and again.fingerprint == first.fingerprint
+        assert same_report == report
+    assert suffixes(folder / "prepared") == ["arrow", "arrow", "json", "json"]
+
+
+def test_what_is_prepared_is_what_the_tokenizer_says_of_the_records(folder):
+    from dataset_entries import load_records
+
+    table, report, _ = prepared(whole(), folder / "prepared", first_row=7)
+    expected = list(tokenize_records(load_records(read_entry(whole()), "train"), Characters(), PAIRS))
+    first_rows = [7 + 2 * k for k in range(20)]
+    assert list(table) == [replace(prompt, first_row=row) for prompt, row in zip(expected, first_rows, strict=True)]
+    assert table[3].source == "rows.jsonl, train prompt 4"
+    assert (report.rows_read, report.num_prompts) == (20, 20)
+
+
+def test_several_entries_are_one_table_and_a_report_each_with_their_weights_in_training_alone(folder):
+    write(folder / "more.jsonl", rows(5, "fine"))
+    entries = [read_entry(whole("rows.jsonl", weight=2)), read_entry(whole("more.jsonl", weight=0.5))]
+    found = prepare(entries, "train", Characters(), lambda _: PAIRS, folder / "prepared")
+    assert (len(found.table), [report.num_prompts for report in found.reports]) == (25, [20, 5])
+    assert [part.weight for part in found.table.parts] == [2, 0.5]
+    assert [prompt.first_row for prompt in found.table] == list(range(0, 50, 2))
+    held_out = [replace(entry, dataset=read_entry(entry.name).dataset) for entry in entries]
+    test = prepare(held_out, "test", Characters(), lambda _: PAIRS, folder / "prepared")
+    assert {part.weight for part in test.table.parts} == {1.0}
+
+
+def test_settings_are_asked_for_each_entry(folder):
+    write(folder / "more.jsonl", rows(5))
+    entries = [read_entry(whole("rows.jsonl")), read_entry(whole("more.jsonl", template="hh"))]
+    of = lambda entry: replace(PAIRS, template=entry.template)  # noqa: E731
+    table = prepare(entries, "train", Characters(), of, folder / "prepared").table
+    texts = ["".join(map(chr, table[k].prompt_ids)) for k in (0, 20)]
+    assert texts == ["question 0", "\n\nHuman: question 0\n\nAssistant:"]
+
+
+def with_tokens(**values) -> Characters:
+    """A tokenizer that differs in something."""
+    tokenizer = Characters()
+    for name, value in values.items():
+        setattr(tokenizer, name, value)
+    return tokenizer
+
+
+CHANGES = {
+    "paired": {"of": replace(PAIRS, paired=False)},
+    "max_length": {"of": replace(PAIRS, max_length=65)},
+    "max_prompt_length": {"of": replace(PAIRS, max_prompt_length=31)},
+    "truncation_mode": {"of": replace(PAIRS, truncation_mode="drop")},
+    "template": {"of": replace(PAIRS, template="hh")},
+    "system_prompt": {"of": replace(PAIRS, system_prompt="Be brief.")},
+    "eos_token": {"tokenizer": with_tokens(eos_token="<end>")},
+    "bos_token": {"tokenizer": with_tokens(bos_token="<s>")},
+    "chat_template": {"tokenizer": with_tokens(chat_template="{{ messages }}")},
+    "vocabulary": {"tokenizer": with_tokens(get_vocab=lambda: {"a": 1})},
+    "split": {"split": "test"},
+    "held_out_share": {"entry": {"path": "rows.jsonl", "held_out_share": 0.5}},
+    "where": {"entry": whole(where={"prompt": "question 3"})},
+    "chosen": {"entry": whole(chosen="rejected", rejected="chosen")},
+    "on_bad_row": {"entry": whole(on_bad_row="skip")},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_whatever_ids_depend_on_is_prepared_anew_when_it_changes_and_the_old_is_still_there(folder, change):
+    usual = {"entry": {"path": "rows.jsonl", "held_out_share": 0.1} if change == "split" else whole()}
+    first, *_ = prepared(**usual, directory=folder / "prepared")
+    changed, _, texts = prepared(**usual | CHANGES[change], directory=folder / "prepared")
+    assert texts > 0 and changed.fingerprint != first.fingerprint
+    again, _, texts = prepared(**usual, directory=folder / "prepared")
+    assert texts == 0 and again.fingerprint == first.fingerprint
+
+
+def test_a_file_whose_content_changes_is_prepared_anew_and_one_that_is_only_touched_is_not(folder):
+    prepared(whole(), folder / "prepared")
+    os.utime("rows.jsonl", (1, 1))
+    assert prepared(whole(), folder / "prepared")[2] == 0
+    # One letter, and not the file's length.
+    text = Path("rows.jsonl").read_text()
+    Path("rows.jsonl").write_text(text.replace("good 7", "food 7"))
+    table, _, texts = prepared(whole(), folder / "prepared")
+    assert texts == 60 and "".join(map(chr, table[7].responses[0][:-1])) == "food 7"
+    Path("rows.jsonl").write_text(text)
+    assert prepared(whole(), folder / "prepared")[2] == 0
+
+
+def test_a_set_in_two_files_depends_on_the_one_of_its_split(folder):
+    write(folder / "test.jsonl", rows(3, "fine"))
+    entry = {"path": "rows.jsonl", "test_path": "test.jsonl"}
+    tables = {split: prepared(entry, folder / "prepared", split)[0] for split in ("train", "test")}
+    assert {split: len(table) for split, table in tables.items()} == {"train": 20, "test": 3}
+    write(folder / "test.jsonl", rows(4, "fine"))
+    assert prepared(entry, folder / "prepared", "train")[2] == 0
+    assert prepared(entry, folder / "prepared", "test")[2] == 12
+
+
+def test_another_version_of_the_code_prepares_anew(folder, monkeypatch):
+    prepared(whole(), folder / "prepared")
+    monkeypatch.setattr(data_preparation, "_code_hash", lambda: "another")
+    assert prepared(whole(), folder / "prepared")[2] > 0
+
+
+def test_every_module_that_shapes_ids_is_part_of_the_version():
+    # What a record passes on its way, as these import each other; the rest only calls them.
+    import ast
+
+    def imported(module: str) -> set[str]:
+        tree = ast.parse((ROOT / f"{module}.py").read_text())
+        names = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        return {name for name in names if name and (ROOT / f"{name}.py").is_file()}
+
+    reached, waiting = set(), {"data_preparation"}
+    while waiting:
+        module = waiting.pop()
+        reached.add(module)
+        waiting |= imported(module) - reached
+    # Generated data and small helpers are the two that shape no id by themselves: see the next test for the first.
+    assert reached - {"utils", "toy_preferences"} <= set(data_preparation.SHAPING_MODULES)
+
+
+def test_weight_and_first_row_change_no_file(folder):
+    prepared(whole(), folder / "prepared")
+    table, _, texts = prepared(whole(weight=3), folder / "prepared", first_row=100)
+    assert texts == 0
+    assert (table.parts[0].weight, table[0].first_row) == (3, 100)
+
+
+def test_a_fast_tokenizer_is_the_same_however_often_it_was_used_and_another_one_is_not():
+    from models import byte_level_tokenizer
+
+    tokenizer = byte_level_tokenizer()
+    known = tokenizer_hash(tokenizer)
+    assert tokenizer_hash(byte_level_tokenizer()) == known
+    # Both change what the tokenizer's own file would say, at every call.
+    tokenizer(["a", "long text"], padding=True, truncation=True, max_length=3)
+    tokenizer.backend_tokenizer.enable_padding(length=9)
+    assert tokenizer_hash(tokenizer) == known
+    tokenizer("a")
+    assert tokenizer_hash(tokenizer) == known
+    tokenizer.add_tokens(["new"])
+    assert tokenizer_hash(tokenizer) != known
+
+
+def test_a_file_of_token_ids_is_read_once_and_anew_when_it_changes(folder, monkeypatch):
+    read = []
+    real = data_preparation.read_tokenised
+    monkeypatch.setattr(data_preparation, "read_tokenised", lambda *options: read.append(1) or real(*options))
+    table, *_ = prepared(whole(), folder / "prepared")
+    write_tokenised(folder / "ids.pt", table)
+    first, report, _ = prepared(whole("ids.pt"), folder / "prepared")
+    assert [prompt[:3] for prompt in contents(first)] == [prompt[:3] for prompt in contents(table)]
+    assert first[4].source == "ids.pt, row 5" and report.rows_read == 20
+    prepared(whole("ids.pt"), folder / "prepared")
+    assert len(read) == 1
+    write_tokenised(folder / "ids.pt", [table[k] for k in range(3)])
+    assert len(prepared(whole("ids.pt"), folder / "prepared")[0]) == 3 and len(read) == 2
+
+
+@pytest.mark.parametrize(
+    "entry", [{"path": "ids.pt", "test_path": "rows.jsonl"}, {"path": "rows.jsonl", "test_path": "ids.pt"}]
+)
+def test_a_file_of_token_ids_is_all_of_its_entry(folder, entry):
+    (folder / "ids.pt").touch()
+    with pytest.raises(UserError, match=rf"datasets: {entry['path']}: test_path does not go with a file of token ids"):
+        read_entry(entry)
+
+
+# ---- loaders whose content is not known in advance ------------------------------------------------------------------------
+
+LOADER = """
+import json
+from pathlib import Path
+from preference_datasets import register
+
+@register("mine")
+def get_mine(split, silent=False, cache_dir=None, language="en"):
+    for row in json.loads(Path("content.json").read_text()):
+        yield f"{language}: {row}", {"responses": ["a", "b"], "pairs": [(0, 1)], "sft_target": "a"}
+"""
+MINE = "mine.py:mine"
+
+
+@pytest.fixture
+def mine(folder) -> Path:
+    """A folder with a loader of the user's, which yields what content.json lists."""
+    (folder / "mine.py").write_text(LOADER)
+    (folder / "content.json").write_text('["x", "y", "z"]')
+    return folder
+
+
+def test_what_a_loader_yields_is_prepared_once_and_anew_when_it_changes(mine):
+    first, _, texts = prepared(MINE, mine / "prepared")
+    assert texts == 9
+    again, _, texts = prepared(MINE, mine / "prepared")
+    assert texts == 0 and contents(again) == contents(first)
+    (mine / "content.json").write_text('["x", "y", "Z"]')
+    changed, _, texts = prepared(MINE, mine / "prepared")
+    assert texts == 9 and changed.fingerprint != first.fingerprint
+    assert "".join(map(chr, changed[2].prompt_ids)) == "en: Z"
+    # What was there before is still known.
+    (mine / "content.json").write_text('["x", "y", "z"]')
+    assert prepared(MINE, mine / "prepared")[2] == 0
+
+
+def test_another_order_or_number_of_the_same_prompts_is_other_data(mine):
+    prepared(MINE, mine / "prepared")
+    for content in ('["x", "z", "y"]', '["x", "y"]', '["x", "y", "z", "z"]'):
+        (mine / "content.json").write_text(content)
+        assert prepared(MINE, mine / "prepared")[2] == 3 * len(json.loads(content))
+
+
+def test_an_entrys_options_are_the_loaders(mine):
+    prepared({"name": MINE}, mine / "prepared")
+    table, _, texts = prepared({"name": MINE, "language": "de"}, mine / "prepared")
+    assert texts == 9 and "".join(map(chr, table[0].prompt_ids)) == "de: x"
+    assert prepared({"name": MINE, "language": "en"}, mine / "prepared")[2] == 0
+
+
+def test_data_that_was_prepared_with_bad_rows_skipped_is_not_found_where_they_stop(mine):
+    (mine / "content.json").write_text('["x", "the marker </s>"]')
+    for _ in range(2):
+        table, report, _ = prepared({"name": MINE, "on_bad_row": "skip"}, mine / "prepared")
+        assert (len(table), report.num_bad_rows) == (1, 1)
+        with pytest.raises(UserError, match="mine.py:mine, train prompt 2: the text holds '</s>'"):
+            prepared({"name": MINE, "on_bad_row": "stop"}, mine / "prepared")
+
+
+def test_a_loader_that_yields_nothing_is_an_empty_table_each_time(mine):
+    (mine / "content.json").write_text("[]")
+    for _ in range(2):
+        table, report, texts = prepared(MINE, mine / "prepared")
+        assert (len(table), report.num_prompts, texts) == (0, 0, 0)
+
+
+# ---- faults on the way ----------------------------------------------------------------------------------------------------
+
+
+def failing_after(count: int, error: BaseException):
+    """`tokenize_records` that raises behind some prompts."""
+
+    def tokenize(*options):
+        for number, prompt in enumerate(tokenize_records(*options)):
+            if number == count:
+                raise error
+            yield prompt
+
+    return tokenize
+
+
+@pytest.mark.parametrize("error", [ValueError("a bug"), KeyboardInterrupt(), MemoryError(), UserError("a mistake")], ids=repr)
+@pytest.mark.parametrize("data", ["rows.jsonl", MINE])
+def test_an_error_half_way_is_raised_as_it_is_and_leaves_nothing_behind(mine, monkeypatch, error, data):
+    (mine / "content.json").write_text(json.dumps([f"text {n}" for n in range(20)]))
+    monkeypatch.setattr(prompt_table, "PROMPTS_A_BATCH", 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(data_preparation, "tokenize_records", failing_after(9, error))
+        with pytest.raises(type(error)) as raised:
+            prepared(data, mine / "prepared")
+        assert raised.value is error
+    assert suffixes(mine / "prepared") == []
+    assert len(prepared(data, mine / "prepared")[0]) >= 19
+    assert suffixes(mine / "prepared") == ["arrow", "json"]
+
+
+def test_a_loader_that_raises_half_way_keeps_its_error(mine):
+    (mine / "mine.py").write_text(LOADER + "        if row == 'y': raise ZeroDivisionError('of the loader')\n")
+    with pytest.raises(ZeroDivisionError, match="of the loader"):
+        prepared(MINE, mine / "prepared")
+    assert suffixes(mine / "prepared") == []
+
+
+def test_a_loader_that_cannot_read_its_own_files_is_named_and_not_the_folder_of_prepared_data(mine):
+    for _ in range(2):
+        (mine / "content.json").unlink()
+        with pytest.raises(UserError, match=r"datasets: mine\.py:mine: .*No such file or directory: 'content\.json'"):
+            prepared(MINE, mine / "prepared")
+        # The second time, there is data to compare with.
+        (mine / "content.json").write_text('["x"]')
+        prepared(MINE, mine / "prepared")
+
+
+@pytest.mark.parametrize("damage", ["", "{", "{}", "[]", "null", '{"a": 1}', '{"num_prompts": 7}', "\xff"])
+def test_a_damaged_report_is_prepared_anew_and_said(folder, capsys, damage):
+    first, report, _ = prepared(whole(), folder / "prepared")
+    [path] = (folder / "prepared").glob("*.json")
+    path.write_bytes(damage.encode("latin-1"))
+    table, again, texts = prepared(whole(), folder / "prepared")
+    assert (contents(table), again, texts) == (contents(first), report, 60)
+    said = f"rows.jsonl: {path.with_suffix('.arrow')} is damaged and prepared anew"
+    assert capsys.readouterr().out.count(said) == 1
+    assert prepared(whole(), folder / "prepared")[2] == 0
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.3, 0.9, 0.999])
+@pytest.mark.parametrize("tail", [b"", b"\0" * 400], ids=["cut short", "zeros at the end"])
+def test_damaged_data_is_prepared_anew_and_said(folder, capsys, keep, tail):
+    first, report, _ = prepared(whole(), folder / "prepared")
+    [path] = (folder / "prepared").glob("*.arrow")
+    content = path.read_bytes()
+    # Another file, and not the one that is mapped.
+    path.unlink()
+    path.write_bytes(content[: int(len(content) * keep)] + tail)
+    table, again, texts = prepared(whole(), folder / "prepared")
+    assert (contents(table), again, texts) == (contents(first), report, 60)
+    assert capsys.readouterr().out.count(f"rows.jsonl: {path} is damaged and prepared anew") == 1
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("gone", ["*.arrow", "*.json"])
+def test_data_of_which_a_half_is_gone_is_prepared_anew(folder, gone):
+    first, report, _ = prepared(whole(), folder / "prepared")
+    [path] = (folder / "prepared").glob(gone)
+    path.unlink()
+    table, again, texts = prepared(whole(), folder / "prepared")
+    assert (contents(table), again, texts) == (contents(first), report, 60)
+
+
+def test_a_table_stays_readable_while_its_file_is_prepared_anew(folder):
+    table, *_ = prepared(whole(), folder / "prepared")
+    expected = contents(table)
+    [path] = (folder / "prepared").glob("*.arrow")
+    path.with_suffix(".json").write_text("damaged")
+    before = path.stat().st_ino
+    prepared(whole(), folder / "prepared")
+    # Not written over, but put in its place: who has mapped the old file keeps it.
+    assert path.stat().st_ino != before
+    assert contents(table) == expected
+
+
+def test_nothing_held_out_is_an_empty_table_that_is_remembered(folder):
+    for asked in (60, 0):
+        assert prepared(whole(), folder / "prepared", "train")[2] == asked
+        table, report, texts = prepared(whole(), folder / "prepared", "test")
+        assert (len(table), table.num_responses, table.num_examples.tolist(), texts) == (0, 0, [], 0)
+        # Both splits read all rows; they are counted with the first.
+        assert report == DataReport()
+    # Of the held-out split a report and no data.
+    assert suffixes(folder / "prepared") == ["arrow", "json", "json"]
+
+
+def test_what_was_left_out_and_which_rows_were_bad_is_known_at_the_second_start_too(folder):
+    odd = [
+        {"prompt": "same", "chosen": "a", "rejected": "a"},
+        {"prompt": 1},
+        {"prompt": "end", "chosen": "</s>", "rejected": "b"},
+    ]
+    long = [{"prompt": "long " * 20, "chosen": "a", "rejected": "b"}]
+    write(folder / "rows.jsonl", rows(3) + odd + long)
+    reports = [prepared(whole(on_bad_row="skip"), folder / "prepared")[1] for _ in range(2)]
+    assert reports[0] == reports[1]
+    assert (reports[1].rows_read, reports[1].num_prompts, reports[1].num_bad_rows) == (7, 4, 2)
+    assert (reports[1].left_out, reports[1].changed) == ({SAME_TEXT: 1}, {PROMPT_CUT: 1})
+    assert reports[1].bad_rows[0].startswith("datasets: rows.jsonl, row 5: ")
+    assert reports[1].lines()[0] == f"1 left out: {SAME_TEXT}; 1 {PROMPT_CUT}; 2 bad rows skipped"
+
+
+values = st.none() | st.booleans() | st.floats() | st.text(max_size=5) | st.lists(st.text(max_size=2), max_size=2)
+usual_rows = st.builds(lambda n: rows(n + 1)[n], st.integers(0, 3))
+any_rows = st.lists(usual_rows | st.fixed_dictionaries(dict.fromkeys(("prompt", "chosen", "rejected"), values)), max_size=6)
+
+
+@settings(deadline=None, max_examples=60)
+@given(content=any_rows, split=st.sampled_from(["train", "test"]), share=st.sampled_from([0, 0.5]))
+def test_whatever_a_file_holds_the_second_start_says_the_same_as_the_first(content, split, share):
+    with TemporaryDirectory() as name:
+        entry = {"path": str(write(Path(name) / "rows.jsonl", content)), "on_bad_row": "skip", "held_out_share": share}
+        try:
+            first, report, _ = prepared(entry, Path(name) / "prepared", split)
+        except UserError as error:
+            with pytest.raises(UserError, match=re.escape(str(error))):
+                prepared(entry, Path(name) / "prepared", split)
+            return
+        again, same_report, texts = prepared(entry, Path(name) / "prepared", split)
+        assert (contents(again), same_report, texts) == (contents(first), report, 0)
+
+
+# ---- folders that cannot be written -----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def without_rights():
+    """Be a user who may not write where only the owner may: root may everywhere."""
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+
+
+def test_a_folder_without_write_permission_is_one_message_that_names_it():
+    data_preparation._code_hash()
+    with TemporaryDirectory(dir="/tmp") as name:
+        folder = Path(name)
+        write(folder / "rows.jsonl", rows(3))
+        entry = read_entry(str(folder / "rows.jsonl"))
+        (folder / "there").mkdir()
+        for directory in (folder / "new", folder / "there"):
+            for path in (folder / "there", folder):
+                path.chmod(0o555)
+            try:
+                with without_rights(), pytest.raises(UserError) as refusal:
+                    prepared(entry, directory)
+            finally:
+                for path in (folder, folder / "there"):
+                    path.chmod(0o755)
+            expected = f"local_dirs: prepared data cannot be kept in {directory}: Permission denied. Expected a folder"
+            assert str(refusal.value).startswith(expected) and "\n" not in str(refusal.value)
+
+
+def test_a_file_where_the_folder_should_be_is_one_message_that_names_it(folder):
+    (folder / "file").touch()
+    for directory in (folder / "file", folder / "file" / "below"):
+        with pytest.raises(UserError, match=rf"local_dirs: prepared data cannot be kept in {directory}: "):
+            prepared("rows.jsonl", directory)
+
+
+def run_train(folder: Path, *overrides: str, file_size: int | None = None) -> subprocess.CompletedProcess:
+    """`python train.py` in a folder; no file that it writes can be larger than `file_size`."""
+    limit = "import os, resource, sys; size = int(sys.argv[1]); resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)); "
+    start = ["-c", f"{limit}os.execv(sys.executable, [sys.executable, *sys.argv[2:]])", str(file_size)] if file_size else []
+    command = [sys.executable, *start, str(ROOT / "train.py"), *overrides, "wandb.enabled=false"]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_a_full_disk_ends_a_run_with_one_message_that_names_the_folder_and_leaves_nothing_half_written(folder):
+    write(folder / "rows.jsonl", rows(500))
+    done = run_train(folder, "datasets=[rows.jsonl]", "loss=dpo", file_size=10_000)
+    directory = folder / "runs" / "prepared_data"
+    assert done.returncode == 2, done.stdout + done.stderr
+    [message] = done.stderr.strip().splitlines()
+    assert message.startswith(f"local_dirs: prepared data cannot be kept in {directory}: File too large.")
+    assert suffixes(directory) == []
+    # Nothing of the run either.
+    assert list((folder / "runs").iterdir()) == [directory]
+
+
+def test_a_file_in_the_place_of_the_prepared_data_ends_a_run_with_one_message(folder):
+    (folder / "runs").mkdir()
+    (folder / "runs" / "prepared_data").touch()
+    done = run_train(folder, "datasets=[rows.jsonl]", "loss=dpo")
+    assert done.returncode == 2, done.stdout + done.stderr
+    [message] = done.stderr.strip().splitlines()
+    assert message.startswith(f"local_dirs: prepared data cannot be kept in {folder / 'runs' / 'prepared_data'}: File exists.")
+
+
+def fill_the_disk() -> None:
+    """In a process of its own: prepare again and again, each time with room for larger files, until it works."""
+    prompt_table.PROMPTS_A_BATCH = 5
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    for limit in range(0, 100_000, 500):
+        directory, message = Path(f"prepared {limit}"), None
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, unlimited))
+        try:
+            table, *_ = prepared(whole(on_bad_row="skip"), directory)
+        except UserError as error:
+            message = str(error)
+        # What is printed goes into a file too.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (unlimited, unlimited))
+        if message is None:
+            assert len(table) == 20 and suffixes(directory) == ["arrow", "json"]
+            print("done", flush=True)
+            return
+        assert message.startswith(f"local_dirs: prepared data cannot be kept in {directory}: File too large."), message
+        assert suffixes(directory) == [], suffixes(directory)
+        print("full", flush=True)
+
+
+def test_wherever_the_disk_is_full_it_is_said_and_nothing_is_half_written(folder):
+    # A row that is told of by its only field: the report is longer than the data, and so the last that does not fit.
+    write(folder / "rows.jsonl", [*rows(20), {"x" * 15_000: 1}])
+    done = in_a_process("fill_the_disk", folder).wait_for_end()
+    assert done[:3] == ["full"] * 3 and done[-1] == "done" and set(done) == {"full", "done"}
+
+
+# ---- several processes ------------------------------------------------------------------------------------------------------
+
+
+class Process:
+    """A function of this module in a process of its own, which runs in a folder."""
+
+    def __init__(self, function: str, folder: Path, name: str):
+        self.output = folder / f"{name}.out"
+        path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+        environment = os.environ | {"PYTHONPATH": path}
+        command = [sys.executable, "-c", f"import test_data_preparation; test_data_preparation.{function}()"]
+        with self.output.open("w") as file:
+            self.process = subprocess.Popen(command, cwd=folder, env=environment, stdout=file, stderr=subprocess.STDOUT)
+
+    def says(self, text: str) -> bool:
+        return text in self.output.read_text()
+
+    def wait_until(self, said: str) -> None:
+        deadline = time.monotonic() + 120
+        while not self.says(said):
+            assert self.process.poll() is None and time.monotonic() < deadline, self.output.read_text()
+            time.sleep(0.01)
+
+    def wait_for_end(self, status: int = 0) -> list[str]:
+        """What it has printed, line by line."""
+        found = self.process.wait(timeout=120)
+        lines = self.output.read_text().splitlines()
+        assert found == status, lines
+        return lines
+
+
+@pytest.fixture
+def processes():
+    """Processes that are ended with the test, whatever becomes of it."""
+    started = []
+    yield started
+    for process in started:
+        process.process.kill()
+        process.process.wait()
+
+
+def in_a_process(function: str, folder: Path, name: str = "process") -> Process:
+    return Process(function, folder, name)
+
+
+def prepare_and_stop_half_way() -> None:
+    """In a process of its own: prepare rows.jsonl; half-way, say so and wait until the folder has a file called go."""
+    prompt_table.PROMPTS_A_BATCH = 2
+    middle = len(Path("rows.jsonl").read_text().splitlines()) // 2
+
+    def half_way(*options):
+        for number, prompt in enumerate(tokenize_records(*options)):
+            if number == middle:
+                print("half-way", flush=True)
+                while not Path("go").exists():
+                    time.sleep(0.01)
+            yield prompt
+
+    data_preparation.tokenize_records = half_way
+    table, report, _ = prepared(whole(), Path("prepared"))
+    print(f"table {table.fingerprint} {contents(table)} {report}", flush=True)
+
+
+HALF_WAY = "prepare_and_stop_half_way"
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_processes_that_need_the_same_data_wait_for_the_one_that_prepares_it(folder, processes, count):
+    processes += [in_a_process(HALF_WAY, folder, f"process {k}") for k in range(count)]
+    deadline = time.monotonic() + 120
+    waiting = "rows.jsonl: waiting for the process that prepares it"
+    while sum(process.says("half-way") or process.says(waiting) for process in processes) < count:
+        assert time.monotonic() < deadline, [process.output.read_text() for process in processes]
+        time.sleep(0.01)
+    # Nothing can be found yet under its name.
+    assert suffixes(folder / "prepared") == ["partial"]
+    (folder / "go").touch()
+    outputs = sorted((process.wait_for_end() for process in processes), key=len)
+    tables = {lines[-1] for lines in outputs}
+    assert len(tables) == 1 and tables.pop().startswith("table ")
+    assert sorted(lines[0] for lines in outputs) == ["half-way"] + [waiting] * (count - 1)
+    assert suffixes(folder / "prepared") == ["arrow", "json"]
+    table, _, texts = prepared(whole(), folder / "prepared")
+    assert texts == 0 and f"{contents(table)}" in outputs[0][-1]
+
+
+def test_a_killed_preparation_leaves_nothing_under_a_final_name_and_the_next_start_works(folder, processes):
+    # So many that some have left the process before it ends.
+    write(folder / "rows.jsonl", rows(300))
+    processes.append(in_a_process(HALF_WAY, folder))
+    processes[0].wait_until("half-way")
+    processes[0].process.send_signal(signal.SIGKILL)
+    processes[0].wait_for_end(-signal.SIGKILL)
+    [partial] = (folder / "prepared").glob("*.partial")
+    assert partial.stat().st_size > 0
+    assert suffixes(folder / "prepared") == ["partial"]
+    table, _, texts = prepared(whole(), folder / "prepared")
+    assert (len(table), texts) == (300, 900)
+    assert suffixes(folder / "prepared") == ["arrow", "json"]
+
+
+def test_who_waits_for_a_process_that_is_killed_prepares_the_data_itself(folder, processes):
+    processes.append(in_a_process(HALF_WAY, folder, "first"))
+    processes[0].wait_until("half-way")
+    processes.append(in_a_process(HALF_WAY, folder, "second"))
+    processes[1].wait_until("waiting for the process that prepares it")
+    processes[0].process.send_signal(signal.SIGKILL)
+    processes[1].wait_until("half-way")
+    (folder / "go").touch()
+    assert processes[1].wait_for_end()[-1].startswith("table ")
+    assert suffixes(folder / "prepared") == ["arrow", "json"]
+
+
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_preparation_leaves_no_data_and_the_next_start_works(folder, processes, end):
+    processes.append(in_a_process(HALF_WAY, folder))
+    processes[0].wait_until("half-way")
+    processes[0].process.send_signal(end)
+    assert processes[0].process.wait(timeout=60) != 0
+    # Python tidies up behind an interrupt, and is not asked at a termination.
+    assert suffixes(folder / "prepared") == ([] if end == signal.SIGINT else ["partial"])
+    assert len(prepared(whole(), folder / "prepared")[0]) == 20
+    assert suffixes(folder / "prepared") == ["arrow", "json"]

@@ -1,0 +1,594 @@
+"""Maps of fields: every form of a row becomes prompts and responses, every fault is told with its file, row and field."""
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from records import OTHER_PROMPT, DataReport, Row, Turn, fault_of_text, kind_of
+from row_mapping import FieldMap, RowError, condition, value_of
+from utils import UserError
+
+
+def dialogue(question: str, answer: str) -> str:
+    return f"\n\nHuman: {question}\n\nAssistant: {answer}"
+
+
+def turns(*texts: str) -> list[dict]:
+    """A conversation whose turns are the user's and the assistant's in turn, as {role, content}."""
+    return [{"role": ("user", "assistant")[k % 2], "content": text} for k, text in enumerate(texts)]
+
+
+def mapped(rows: list[dict], report: DataReport | None = None, **names) -> list[Row]:
+    report = report if report is not None else DataReport()
+    return list(FieldMap(**names).rows_of(enumerate(rows, start=1), "data.jsonl", report))
+
+
+def one(row: dict, **names) -> Row:
+    (found,) = mapped([row], **names)
+    return found
+
+
+def fault(row: dict, **names) -> str:
+    """What is told about a row, between its place and the remedy; a run that skips it counts and lists the same."""
+    field_map = FieldMap(**names)
+    with pytest.raises(UserError) as refusal:
+        list(field_map.rows_of([(7, row)], "data.jsonl", DataReport()))
+    start, end = "datasets: data.jsonl, row 7: ", " Mend the row, or leave such rows out with on_bad_row=skip."
+    text = str(refusal.value)
+    assert text.startswith(start)
+    assert text.endswith(end)
+    report = DataReport(skip_bad_rows=True)
+    assert list(field_map.rows_of([(7, row)], "data.jsonl", report)) == []
+    assert report == DataReport(skip_bad_rows=True, rows_read=1, num_bad_rows=1, bad_rows=[text.removesuffix(end)])
+    return text.removeprefix(start).removesuffix(end)
+
+
+# ---- pairs of texts -----------------------------------------------------------------------------------------------------
+
+
+def test_a_prompt_in_a_field_of_its_own_stands_before_both_answers():
+    row = {"prompt": "p", "chosen": " good", "rejected": "bad ", "more": 1}
+    assert one(row) == Row("p", [" good", "bad "], [(0, 1)], 0, None)
+
+
+def test_fields_of_any_name_are_read():
+    row = {"question": "q", "better": "good", "worse": "bad", "prompt": 1, "chosen": 2}
+    assert one(row, prompt="question", chosen="better", rejected="worse") == Row("q", ["good", "bad"], [(0, 1)], 0)
+
+
+def test_dialogues_are_cut_behind_their_last_assistant_turn():
+    row = {
+        "chosen": "\n\nHuman: a\n\nAssistant: b" + dialogue("c", "good"),
+        "rejected": dialogue("a", "b") + dialogue("c", "bad"),
+    }
+    assert one(row) == Row("\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:", [" good", " bad"], [(0, 1)], 0)
+
+
+def test_texts_of_dialogues_with_a_prompt_beside_them_are_left_as_they_are():
+    row = {"prompt": "p", "chosen": dialogue("q", "good"), "rejected": dialogue("q", "bad")}
+    assert one(row) == Row("p", [row["chosen"], row["rejected"]], [(0, 1)], 0)
+
+
+def test_dialogues_and_rows_with_a_prompt_stand_side_by_side():
+    rows = [{"chosen": dialogue("q", "a"), "rejected": dialogue("q", "b")}, {"prompt": "p", "chosen": "a", "rejected": "b"}]
+    assert [row.prompt for row in mapped(rows)] == ["\n\nHuman: q\n\nAssistant:", "p"]
+
+
+def test_dialogues_that_answer_different_prompts_are_left_out_and_counted():
+    report = DataReport()
+    rows = [
+        {"chosen": dialogue("q", "a"), "rejected": dialogue("another q", "b")},
+        {"chosen": dialogue("q", "a"), "rejected": dialogue("q", "b")},
+        {"chosen": turns("q", "a"), "rejected": turns("another q", "b")},
+    ]
+    assert len(mapped(rows, report)) == 1
+    assert (report.rows_read, report.num_bad_rows, report.left_out) == (3, 0, {OTHER_PROMPT: 2})
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "prompt"),
+    [
+        ("Q: why? A: because", "Q: why? A: no idea", "Q: why? A: "),
+        # No word is cut: both answers begin with b.
+        ("Say it. because", "Say it. but", "Say it. "),
+        ("one\ntwo three", "one\ntwo four", "one\ntwo "),
+        ("shared", "shared and more", None),
+        ("shared and", "shared and more", "shared "),
+        ("  x", "  y", None),
+        ("a", "b", None),
+    ],
+)
+def test_an_implicit_prompt_is_what_both_texts_begin_with_up_to_a_white_space(chosen, rejected, prompt):
+    row = {"chosen": chosen, "rejected": rejected}
+    if prompt is None:
+        assert "begin with different words" in fault(row, implicit_prompt=True)
+    else:
+        expected = Row(prompt, [chosen.removeprefix(prompt), rejected.removeprefix(prompt)], [(0, 1)], 0)
+        assert one(row, implicit_prompt=True) == expected
+
+
+def test_an_implicit_prompt_gives_way_to_a_prompt_in_a_field_of_its_own():
+    row = {"prompt": "p", "chosen": "Say it. a", "rejected": "Say it. b"}
+    assert one(row, implicit_prompt=True) == Row("p", ["Say it. a", "Say it. b"], [(0, 1)], 0)
+
+
+WORDS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)
+
+
+@settings(max_examples=300)
+@given(prompt=WORDS, answers=st.lists(WORDS, min_size=2, max_size=2))
+def test_an_implicit_prompt_and_its_answers_are_the_texts_again(prompt, answers):
+    chosen, rejected = (f"{prompt} {answer}" for answer in answers)
+    report = DataReport(skip_bad_rows=True)
+    for row in mapped([{"chosen": chosen, "rejected": rejected}], report, implicit_prompt=True):
+        assert [row.prompt + response for response in row.responses] == [chosen, rejected]
+        assert row.prompt.startswith(prompt)
+        assert all(fault_of_text(text) is None for text in (row.prompt, *row.responses))
+    assert report.rows_read == 1
+
+
+# ---- conversations ------------------------------------------------------------------------------------------------------
+
+HUMAN_TURNS = (Turn("user", "q"), Turn("assistant", "a"), Turn("user", "r"))
+
+
+def test_what_conversations_have_in_common_is_the_prompt_and_their_last_turns_are_the_answers():
+    row = {"chosen": turns("q", "a", "r", "good"), "rejected": turns("q", "a", "r", "bad")}
+    assert one(row) == Row(HUMAN_TURNS, ["good", "bad"], [(0, 1)], 0)
+
+
+def test_a_prompt_field_beside_conversations_that_hold_the_prompt_is_not_read_twice():
+    row = {"prompt": "q", "chosen": turns("q", "good"), "rejected": turns("q", "bad")}
+    assert one(row).prompt == (Turn("user", "q"),)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        ("q", (Turn("user", "q"),)),
+        (turns("q", "a", "r"), HUMAN_TURNS),
+        ("\n\nHuman: q\n\nAssistant: a\n\nHuman: r\n\nAssistant:", HUMAN_TURNS),
+    ],
+    ids=["text", "conversation", "dialogue"],
+)
+def test_answers_that_are_conversations_of_one_turn_follow_the_prompt_field(prompt, expected):
+    row = {"prompt": prompt, "chosen": turns("", "good")[1:], "rejected": turns("", "bad")[1:]}
+    assert one(row) == Row(expected, ["good", "bad"], [(0, 1)], 0)
+
+
+def test_a_conversation_in_the_prompt_field_is_answered_by_texts():
+    row = {"prompt": turns("q", "a", "r"), "chosen": "good", "rejected": "bad"}
+    assert one(row) == Row(HUMAN_TURNS, ["good", "bad"], [(0, 1)], 0)
+
+
+@pytest.mark.parametrize(
+    ("names", "role"),
+    [
+        (("system", "human", "gpt"), {"from": "human", "value": "q"}),
+        (("system", "user", "assistant"), {"role": "user", "content": "q"}),
+        (("system", "human", "model"), {"role": "human", "content": "q", "more": None}),
+    ],
+    ids=["from and value", "role and content", "other names of roles"],
+)
+def test_turns_of_other_names_are_the_systems_the_users_and_the_assistants(names, role):
+    keys = [key for key in role if key != "more"]
+    system, human, good, bad = (
+        dict(zip(keys, turn, strict=True)) for turn in zip([*names, names[2]], ["s", "q", "good", "bad"], strict=True)
+    )
+    row = {"chosen": [system, human, good], "rejected": [system, human, bad]}
+    assert one(row) == Row((Turn("system", "s"), Turn("user", "q")), ["good", "bad"], [(0, 1)], 0)
+
+
+# ---- a system field -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt"),
+    [
+        ({"prompt": "p", "chosen": "a", "rejected": "b"}, (Turn("user", "p"),)),
+        ({"prompt": "\n\nHuman: p\n\nAssistant:", "chosen": "a", "rejected": "b"}, (Turn("user", "p"),)),
+        ({"prompt": turns("q", "a", "r"), "chosen": "a", "rejected": "b"}, HUMAN_TURNS),
+        ({"chosen": turns("q", "a", "r", "a"), "rejected": turns("q", "a", "r", "b")}, HUMAN_TURNS),
+    ],
+    ids=["text", "dialogue", "conversation", "conversations"],
+)
+def test_a_system_field_stands_before_the_prompt_and_an_empty_one_does_not(row, prompt):
+    assert one(row | {"sys": "be brief"}, system="sys") == Row((Turn("system", "be brief"), *prompt), ["a", "b"], [(0, 1)], 0)
+    for nothing in ("", None):
+        assert one(row | {"sys": nothing}, system="sys") == Row(prompt, ["a", "b"], [(0, 1)], 0)
+
+
+def test_a_system_field_with_a_fault_is_told():
+    row = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    assert fault(row | {"sys": 5}, system="sys") == "field 'sys' is int, expected a text."
+    assert fault(row | {"sys": " "}, system="sys") == "field 'sys' is empty."
+    assert fault(row, system="sys") == "no field 'sys', the row has prompt, chosen, rejected."
+    silent = row | {"sys": "s", "prompt": "\n\nHuman: \n\nAssistant:"}
+    assert fault(silent, system="sys") == "the prompt has a turn 1 that is empty."
+
+
+# ---- several responses a row ----------------------------------------------------------------------------------------------
+
+
+def test_lists_of_responses_and_scores_form_all_pairs_of_different_scores():
+    row = {"prompt": "p", "answers": ["a", "b", "c"], "points": [1, 3, 1.0]}
+    assert one(row, responses="answers", scores="points") == Row("p", ["a", "b", "c"], [(1, 0), (1, 2)], 1)
+
+
+def test_of_ranks_the_lower_is_the_better_one():
+    row = {"prompt": "p", "answers": ["a", "b", "c"], "places": [2, 3, 1]}
+    assert one(row, responses="answers", ranks="places") == Row("p", ["a", "b", "c"], [(0, 1), (2, 0), (2, 1)], 2)
+
+
+def test_dotted_names_lead_into_each_item_of_a_list():
+    row = {"prompt": "p", "answers": [{"text": "a", "vote": {"n": 2}}, {"text": "b", "vote": {"n": 5}}]}
+    assert one(row, responses="answers.text", scores="answers.vote.n") == Row("p", ["a", "b"], [(1, 0)], 1)
+
+
+def test_dotted_names_lead_into_nested_values_of_every_field():
+    row = {"meta": {"q": "p", "sys": "s"}, "out": {"good": "a", "bad": "b"}}
+    assert one(row, prompt="meta.q", chosen="out.good", rejected="out.bad") == Row("p", ["a", "b"], [(0, 1)], 0)
+    prompt = (Turn("system", "s"), Turn("user", "p"))
+    found = one(row, prompt="meta.q", chosen="out.good", rejected="out.bad", system="meta.sys")
+    assert found == Row(prompt, ["a", "b"], [(0, 1)], 0)
+
+
+def test_a_field_whose_own_name_has_a_dot_goes_before_a_nested_one():
+    row = {"prompt": "p", "a.b": "good", "a": {"b": "nested"}, "rejected": "bad"}
+    assert one(row, chosen="a.b").responses == ["good", "bad"]
+
+
+def test_numbers_may_be_texts_as_csv_has_them():
+    row = {"prompt": "p", "answers": ["a", "b"], "points": ["10", " 9.5 "]}
+    assert one(row, responses="answers", scores="points").pairs == [(0, 1)]
+
+
+def test_equal_scores_and_a_single_response_form_no_pair_and_leave_the_target():
+    assert one({"prompt": "p", "r": ["a", "b"], "s": [1, 1]}, responses="r", scores="s") == Row("p", ["a", "b"], [], 0)
+    assert one({"prompt": "p", "r": ["a"], "s": [1]}, responses="r", ranks="s") == Row("p", ["a"], [], 0)
+
+
+@given(scores=st.lists(st.integers(-3, 3) | st.floats(allow_nan=False), min_size=1, max_size=6))
+def test_scores_and_the_ranks_that_are_their_negatives_say_the_same(scores):
+    row = {"prompt": "p", "r": [str(k) for k in range(len(scores))], "s": scores, "k": [-score for score in scores]}
+    by_score, by_rank = one(row, responses="r", scores="s"), one(row, responses="r", ranks="k")
+    assert by_score == by_rank
+    assert all(scores[better] > scores[worse] for better, worse in by_score.pairs)
+    assert scores[by_score.target] == max(scores)
+
+
+# ---- one response a row -------------------------------------------------------------------------------------------------
+
+
+def test_a_response_with_a_score_waits_for_others_of_its_prompt():
+    assert one({"prompt": "p", "text": "a", "points": "3"}, response="text", score="points") == Row("p", ["a"], [], 0, [3.0])
+
+
+def test_a_response_without_a_score_is_for_sft():
+    assert one({"prompt": "p", "text": "a", "score": 3}, response="text") == Row("p", ["a"], [], 0, None)
+    row = {"messages": turns("q", "a", "r"), "text": "a"}
+    assert one(row, prompt="messages", response="text") == Row(HUMAN_TURNS, ["a"], [], 0, None)
+
+
+# ---- faults -------------------------------------------------------------------------------------------------------------
+
+PAIR = {"prompt": "p", "chosen": "a", "rejected": "b"}
+
+
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        ({}, "no field 'chosen', the row has no fields."),
+        ({"prompt": "p", "chosen": "a"}, "no field 'rejected', the row has prompt, chosen."),
+        ({"prompt": "p", "rejected": "a"}, "no field 'chosen', the row has prompt, rejected."),
+        (PAIR | {"chosen": 3}, "field 'chosen' is int, expected a text."),
+        (PAIR | {"rejected": None}, "field 'rejected' is None, expected a text."),
+        (PAIR | {"rejected": ""}, "field 'rejected' is empty."),
+        (PAIR | {"chosen": "\n"}, "field 'chosen' is empty."),
+        (PAIR | {"prompt": "  "}, "field 'prompt' is empty."),
+        (PAIR | {"prompt": {"q": 1}}, "field 'prompt' is dict, expected a text."),
+        (PAIR | {"prompt": []}, "field 'prompt' is a conversation without turns."),
+        (PAIR | {"prompt": ["p"]}, "field 'prompt': turn 1 is no {role, content}."),
+        (
+            PAIR | {"prompt": turns("q", "a")},
+            "the prompt is a conversation whose last turn is not the user's.",
+        ),
+        (PAIR | {"chosen": [{"role": "user"}], "rejected": []}, "field 'chosen': turn 1 is no {role, content}."),
+        (PAIR | {"chosen": turns("q", "a"), "rejected": []}, "field 'rejected' is a conversation without turns."),
+        (PAIR | {"chosen": turns("q", "a")}, "field 'rejected' is str, expected a conversation as in the other field."),
+        (PAIR | {"rejected": turns("q", "a")}, "field 'chosen' is str, expected a conversation as in the other field."),
+        (PAIR | {"chosen": turns("q", " "), "rejected": turns("q", "a")}, "field 'chosen': turn 2 is empty."),
+        (PAIR | {"chosen": turns("q", "a"), "rejected": turns("q", 5)}, "field 'rejected': turn 2 is int, expected a text."),
+        (
+            PAIR | {"chosen": turns("q", "a"), "rejected": [*turns("q"), *turns("r")]},
+            "the last turn of rejected is the user's. Expected the assistant's, which is the answer.",
+        ),
+        (
+            PAIR | {"chosen": turns("q"), "rejected": turns("r")},
+            "the last turn of chosen is the user's. Expected the assistant's",
+        ),
+        ({"chosen": turns("", "a")[1:], "rejected": turns("", "b")[1:]}, "no field 'prompt', the row has chosen, rejected."),
+        ({"chosen": "no turns", "rejected": "none"}, r"chosen has no '\n\nAssistant:' turn. Expected a dialogue of"),
+        ({"chosen": dialogue("q", ""), "rejected": dialogue("q", "b")}, "the answer in field 'chosen' is empty."),
+        ({"chosen": dialogue("q", "a"), "rejected": dialogue("q", " \n")}, "the answer in field 'rejected' is empty."),
+        (PAIR | {"chosen": "x \ud83d"}, "field 'chosen' holds half a surrogate pair ('\\ud83d' at character 2)"),
+    ],
+)
+def test_a_faulty_pair_is_told_with_file_row_and_field(row, told):
+    assert fault(row).startswith(told)
+
+
+@pytest.mark.parametrize("role", ["tool", "", None, 5, ["user"], {"user": 1}])
+def test_an_unknown_role_is_told_with_the_known_ones(role):
+    row = {"chosen": [*turns("q"), {"role": role, "content": "a"}], "rejected": turns("q", "b")}
+    assert fault(row) == (
+        f"field 'chosen': turn 2 has the role {role!r}, expected one of system, user, human, assistant, gpt, model."
+    )
+
+
+def test_conversations_whose_prompt_ends_with_the_assistant_are_told():
+    row = {"chosen": [*turns("q", "a"), *turns("", "good")[1:]], "rejected": [*turns("q", "a"), *turns("", "bad")[1:]]}
+    assert fault(row) == "the prompt is a conversation whose last turn is not the user's."
+
+
+def test_a_prompt_field_that_is_named_must_be_there():
+    row = {"chosen": dialogue("q", "a"), "rejected": dialogue("q", "b")}
+    assert fault(row, prompt="question") == "no field 'question', the row has chosen, rejected."
+    assert fault(row | {"meta": {"p": "q"}}, prompt="meta.q") == "no field 'meta.q', the row has chosen, rejected, meta."
+
+
+LISTS = {"prompt": "p", "r": ["a", "b"], "s": [1, 2]}
+UNEVEN = "r and s are not two lists of the same length. Expected one number for each response."
+
+
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        (LISTS | {"s": [1]}, UNEVEN),
+        (LISTS | {"s": 1}, UNEVEN),
+        (LISTS | {"r": "ab"}, UNEVEN),
+        (LISTS | {"r": [], "s": []}, "field 'r' is an empty list."),
+        (LISTS | {"r": ["a", None]}, "field 'r': response 1 is None, expected a text."),
+        (LISTS | {"r": ["", "b"]}, "field 'r': response 0 is empty."),
+        (LISTS | {"s": [1, "x"]}, "field 's' is 'x', expected a number."),
+        (LISTS | {"s": [None, 1]}, "field 's' is None, expected a number."),
+        (LISTS | {"s": [True, 1]}, "field 's' is True, expected a number."),
+        (LISTS | {"s": [float("nan"), 1]}, "field 's' is nan, expected a number."),
+        (LISTS | {"prompt": ""}, "field 'prompt' is empty."),
+        ({"r": ["a", "b"], "s": [1, 2]}, "no field 'prompt', the row has r, s."),
+        ({"prompt": "p", "r": ["a", "b"]}, "no field 's', the row has prompt, r."),
+    ],
+)
+def test_a_faulty_list_of_responses_is_told_with_file_row_and_field(row, told):
+    assert fault(row, responses="r", scores="s") == told
+    assert fault(row, responses="r", ranks="s") == told
+
+
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        ({"prompt": "p"}, "no field 'r', the row has prompt."),
+        ({"prompt": "p", "r": "a"}, "no field 's', the row has prompt, r."),
+        ({"r": "a", "s": 1}, "no field 'prompt', the row has r, s."),
+        ({"prompt": "p", "r": ["a"], "s": 1}, "field 'r' is list, expected a text."),
+        ({"prompt": "p", "r": "a", "s": "many"}, "field 's' is 'many', expected a number."),
+        ({"prompt": "p", "r": "a", "s": [1]}, "field 's' is [1], expected a number."),
+        ({"prompt": "p", "r": "a", "s": ""}, "field 's' is '', expected a number."),
+    ],
+)
+def test_a_faulty_scored_response_is_told_with_file_row_and_field(row, told):
+    assert fault(row, response="r", score="s") == told
+
+
+@pytest.mark.parametrize(
+    "answers", [None, 5, "text", [5], [{"txt": "a"}], [{"text": "a"}, {}], {"text": {}}], ids=lambda answers: str(answers)
+)
+def test_a_dotted_name_that_leads_nowhere_is_told_with_the_fields_there_are(answers):
+    row = {"prompt": "p", "answers": answers}
+    assert fault(row, response="answers.text.more") == "no field 'answers.text.more', the row has prompt, answers."
+
+
+def test_an_empty_list_has_the_fields_of_its_items_none_of_them():
+    assert value_of({"answers": []}, "answers.text") == []
+    with pytest.raises(RowError, match="no field 'answers.text', the row has answers"):
+        value_of({"answers": [[{"text": "nested twice"}]]}, "answers.text")
+
+
+# ---- where --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("wanted", "kept"),
+    [
+        (">= 2", [2, 3]),
+        (">2", [3]),
+        ("<= 2", [1, 2]),
+        ("< 2", [1]),
+        ("!= 2", [1, 3]),
+        ("== 2", [2]),
+        ("==2", [2]),
+        ("2", [2]),
+        (2, [2]),
+        (2.0, [2]),
+        ([1, "3"], [1, 3]),
+        ([], []),
+        (">= -1e9", [1, 2, 3]),
+    ],
+)
+@pytest.mark.parametrize("as_read", [int, float, str], ids=["whole numbers", "floats", "texts"])
+def test_where_keeps_the_rows_that_fulfil_it_and_counts_the_others(wanted, kept, as_read):
+    report = DataReport()
+    rows = [PAIR | {"n": as_read(n), "prompt": str(n)} for n in (1, 2, 3)]
+    assert [int(row.prompt) for row in mapped(rows, report, where={"n": wanted})] == kept
+    assert report.rows_read == 3
+    assert report.left_out == ({f"n is not {wanted}": 3 - len(kept)} if len(kept) < 3 else {})
+
+
+@pytest.mark.parametrize(
+    ("value", "wanted", "keeps"),
+    [
+        (True, True, True),
+        (False, True, False),
+        (None, None, True),
+        ("", None, False),
+        ("en", "en", True),
+        ("en ", "en", False),
+        ("en", ["de", "en"], True),
+        ("en", "== en", True),
+        ("en", "!= en", False),
+        ("x", "!=", True),
+        ("", "!=", False),
+        (0.5, 0.5, True),
+        (1, True, False),
+        ([1], "[1]", True),
+        ("1.0", "1", False),
+    ],
+)
+def test_where_compares_values_as_texts(value, wanted, keeps):
+    assert condition(wanted)(value) is keeps
+
+
+def test_several_conditions_must_all_hold_and_a_row_is_counted_once_for_the_first_that_does_not():
+    report = DataReport()
+    rows = [PAIR | {"n": n, "language": language} for language in ("en", "de") for n in (1, 2)]
+    assert len(mapped(rows, report, where={"language": "en", "n": ">= 2"})) == 1
+    assert report.left_out == {"language is not en": 2, "n is not >= 2": 1}
+
+
+def test_where_reads_nested_values():
+    rows = [PAIR | {"meta": {"n": n}} for n in (1, 2)]
+    assert len(mapped(rows, where={"meta.n": "> 1"})) == 1
+
+
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        (PAIR, "where: no field 'n', the row has prompt, chosen, rejected."),
+        (PAIR | {"n": "many"}, "where: field 'n' is 'many', expected a number."),
+        (PAIR | {"n": None}, "where: field 'n' is None, expected a number."),
+        (PAIR | {"n": float("nan")}, "where: field 'n' is nan, expected a number."),
+    ],
+)
+def test_a_row_that_cannot_be_compared_is_told_with_its_column(row, told):
+    assert fault(row, where={"n": ">= 1"}) == told
+
+
+@pytest.mark.parametrize("wanted", [">= much", "<", "> ", "<= 1,5"])
+def test_a_comparison_with_what_is_no_number_is_refused(wanted):
+    with pytest.raises(ValueError, match="could not convert string to float"):
+        condition(wanted)
+
+
+# ---- top_k --------------------------------------------------------------------------------------------------------------
+
+
+def test_top_k_keeps_the_rows_with_the_largest_values_in_the_order_of_the_file_and_counts_the_others():
+    report = DataReport()
+    rows = [PAIR | {"prompt": str(n), "n": n} for n in (3, 9, 1, 7, 5)]
+    found = mapped(rows, report, top_k={"column": "n", "k": 3})
+    assert [row.prompt for row in found] == ["9", "7", "5"]
+    assert report.left_out == {"not among the 3 largest of n": 2}
+    assert report.rows_read == 5
+
+
+def test_of_equal_values_top_k_keeps_the_earlier_rows():
+    rows = [PAIR | {"prompt": str(place), "n": n} for place, n in enumerate([1, 2, 1, 2, 1])]
+    assert [row.prompt for row in mapped(rows, top_k={"column": "n", "k": 3})] == ["0", "1", "3"]
+
+
+def test_top_k_is_taken_of_the_rows_that_fulfil_where():
+    rows = [PAIR | {"prompt": str(n), "n": n, "language": "en" if n % 2 else "de"} for n in range(6)]
+    found = mapped(rows, where={"language": "de"}, top_k={"column": "n", "k": 2})
+    assert [row.prompt for row in found] == ["2", "4"]
+
+
+@pytest.mark.parametrize("value", [None, "much", True, [1]])
+def test_a_value_that_has_no_place_among_the_largest_is_told_with_its_column(value):
+    assert fault(PAIR | {"n": value}, top_k={"column": "n", "k": 2}) == f"top_k: field 'n' is {value!r}, expected a number."
+
+
+@given(values=st.lists(st.integers(0, 5), max_size=12), k=st.integers(1, 6))
+def test_top_k_keeps_what_a_sorted_list_would(values, k):
+    report = DataReport()
+    rows = [PAIR | {"prompt": str(place), "n": n} for place, n in enumerate(values)]
+    places = sorted(range(len(values)), key=lambda place: (-values[place], place))[:k]
+    found = mapped(rows, report, top_k={"column": "n", "k": k})
+    assert [int(row.prompt) for row in found] == sorted(places)
+    assert sum(report.left_out.values()) == max(0, len(values) - k)
+
+
+# ---- any row ------------------------------------------------------------------------------------------------------------
+
+TEXTS = ["", " ", "a", "b", dialogue("q", "a"), "\ud800"]
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.sampled_from(["", " ", "a", "b", dialogue("q", "a"), "\ud800"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["role", "content", "from", "value", "text"]), inner, max_size=3)
+        | st.builds(lambda *texts: turns(*texts), inner, inner)
+    ),
+    max_leaves=6,
+)
+MAPS = [
+    {},
+    {"implicit_prompt": True},
+    {"system": "system"},
+    {"responses": "chosen", "scores": "rejected"},
+    {"responses": "chosen.text", "ranks": "chosen.value"},
+    {"response": "chosen", "score": "rejected"},
+    {"response": "chosen.content"},
+    {"prompt": "prompt.text", "chosen": "chosen.content"},
+    {"where": {"chosen": ">= 1"}},
+    {"where": {"prompt": ["a", 1], "system": "!= b"}},
+    {"top_k": {"column": "rejected", "k": 2}},
+]
+
+
+@pytest.mark.parametrize("names", MAPS, ids=str)
+@settings(max_examples=100, deadline=None)
+@given(
+    rows=st.lists(
+        st.fixed_dictionaries({}, optional={name: VALUES for name in ("prompt", "chosen", "rejected", "system")}), max_size=4
+    )
+)
+def test_any_rows_are_mapped_left_out_or_told_and_none_is_forgotten(names, rows):
+    report = DataReport(skip_bad_rows=True)
+    found = mapped(rows, report, **names)
+    assert len(found) + report.num_bad_rows + sum(report.left_out.values()) == report.rows_read == len(rows)
+    for row in found:
+        assert all(fault_of_text(text) is None for text in row.responses)
+        assert all(0 <= index < len(row.responses) for pair in row.pairs for index in pair)
+        hash(row.prompt)
+    for message in report.bad_rows:
+        assert message.startswith("datasets: data.jsonl, row ")
+
+
+@given(value=VALUES)
+def test_conditions_take_any_value_or_say_what_it_is(value):
+    for wanted in (1, "a", None, True, [1, "a"], "== 1", "!= a"):
+        assert isinstance(condition(wanted)(value), bool)
+    try:
+        assert isinstance(condition("> 1", "n")(value), bool)
+    except RowError as fault:
+        assert str(fault) == f"field 'n' is {value!r}, expected a number."
+
+
+def test_the_kinds_of_values_in_messages_are_those_of_json():
+    for text, kind in (("null", "None"), ("{}", "dict"), ("1", "int"), ("true", "bool")):
+        assert fault(PAIR | {"chosen": json.loads(text)}) == f"field 'chosen' is {kind}, expected a text."
+        assert kind_of(json.loads(text)) == kind
+
+
+def test_a_conversation_keeps_its_own_system_turn_where_a_field_names_another():
+    row = {
+        "sys": "From the field.",
+        "chosen": [{"role": "system", "content": "Its own."}, *turns("q", "a")],
+        "rejected": [{"role": "system", "content": "Its own."}, *turns("q", "b")],
+    }
+    assert FieldMap(system="sys").row_of(row).prompt == (Turn("system", "Its own."), Turn("user", "q"))

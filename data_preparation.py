@@ -125,7 +125,8 @@ class _Preparation:
             return None
 
     def _make(self) -> tuple[Path | None, DataReport]:
-        """Write the file beside its place, then rename it. What an earlier, killed preparation left is overwritten."""
+        """Write the file beside its place, then rename it."""
+        self._sweep()
         report = self.entry.report()
         digest = None if self.content_is_known else xxhash.xxh3_128()
         partial = self.directory / f"{self.key}.partial"
@@ -147,6 +148,19 @@ class _Preparation:
         finally:
             partial.unlink(missing_ok=True)
             side.unlink(missing_ok=True)
+
+    def _sweep(self) -> None:
+        """Remove what killed preparations have left, whatever they were preparing."""
+        from filelock import FileLock, Timeout
+
+        for partial in self.directory.glob("*.partial"):
+            lock = FileLock(self.directory / f"{partial.name.split('.')[0]}.lock")
+            try:
+                # This process holds its own key's lock; another's that cannot be had is being prepared.
+                with lock.acquire(timeout=0):
+                    partial.unlink(missing_ok=True)
+            except Timeout:
+                continue
 
     def _prompts(self, report: DataReport, digest) -> Iterator[TokenizedPrompt]:
         if file := self.entry.tokenised_file:

@@ -57,10 +57,10 @@ class Columns(NamedTuple):
             values[name].append(0)
         for prompt in prompts:
             values["numbers"].append(prompt.number)
-            values["prompt_ids"].extend(prompt.prompt_ids)
+            values["prompt_ids"].fromlist(prompt.prompt_ids)
             values["prompt_offsets"].append(len(values["prompt_ids"]))
             for response in prompt.responses:
-                values["response_ids"].extend(response)
+                values["response_ids"].fromlist(response)
                 values["response_offsets"].append(len(values["response_ids"]))
             values["first_response"].append(len(values["response_offsets"]) - 1)
             for pair in prompt.pairs:

@@ -122,6 +122,10 @@ def fault_of_item(item) -> str | None:
 
 
 def _fault_of_pair(pair, count: int) -> str | None:
+    if type(pair) is tuple and len(pair) == 2 and type(pair[0]) is type(pair[1]) is int:
+        i, j = pair
+        if 0 <= i < count and 0 <= j < count and i != j:
+            return None
     if not isinstance(pair, list | tuple) or not all(isinstance(n, Integral) and not isinstance(n, bool) for n in pair):
         return f"pair {pair!r} is not two whole numbers"
     if len(pair) != 2 or not all(0 <= index < count for index in pair) or pair[0] == pair[1]:
@@ -150,6 +154,8 @@ def fault_of_text(value) -> str | None:
         return f"is {kind_of(value)}, expected a text"
     if not value or value.isspace():
         return "is empty"
+    if value.isascii():
+        return None
     try:
         value.encode()
     except UnicodeEncodeError as error:

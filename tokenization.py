@@ -72,7 +72,7 @@ def tokenize_records(
     # A thread of its own turns texts into ids, on all cores and without Python's lock, while this one goes on.
     with ThreadPoolExecutor(1) as encoder:
         under_way: deque = deque()
-        while chunk := list(islice(records, 512)):
+        while chunk := list(islice(records, 2048)):
             kept = [rendered for record in chunk if (rendered := work.render(record)) is not None]
             under_way.append((kept, encoder.submit(work.encode, kept)))
             if len(under_way) > 2:
@@ -122,6 +122,9 @@ class _Tokenization:
     def encode(self, kept: list[Rendered]) -> tuple[list[list[int]], list[list[int]]]:
         """Ids of all prompts of a chunk, and of all its responses."""
         prompts, responses = [texts[0] for _, _, texts in kept], [text for _, _, texts in kept for text in texts[1:]]
+        if self.encode_prompts is self.encode_responses:
+            ids = self.encode_prompts(prompts + responses)
+            return ids[: len(prompts)], ids[len(prompts) :]
         return self.encode_prompts(prompts), self.encode_responses(responses)
 
     def finish(self, kept: list[Rendered], encoded: Future) -> Iterator[TokenizedPrompt]:
@@ -169,7 +172,8 @@ def _encoders(tokenizer):
         # A tokenizer's file may ask for either; both are ours to do.
         each.no_padding()
         each.no_truncation()
-    return tuple(partial(_encode, each) for each in backends)
+    encode_prompts, encode_responses = (partial(_encode, each) for each in backends)
+    return encode_prompts, encode_prompts if going_on == described else encode_responses
 
 
 def _encode(backend, texts: list[str]) -> list[list[int]]:

@@ -685,6 +685,26 @@ def test_a_killed_preparation_leaves_nothing_under_a_final_name_and_the_next_sta
     assert suffixes(folder / "prepared") == ["arrow", "json"]
 
 
+def test_preparing_other_data_removes_what_a_killed_preparation_left_but_not_what_is_being_prepared(folder, processes):
+    write(folder / "rows.jsonl", rows(300))
+    for name in ("killed", "alive"):
+        processes.append(in_a_process(HALF_WAY, folder, name))
+        processes[-1].wait_until("half-way")
+        if name == "killed":
+            processes[-1].process.send_signal(signal.SIGKILL)
+            processes[-1].wait_for_end(-signal.SIGKILL)
+            left = next((folder / "prepared").glob("*.partial"))
+            # Left by a preparation of something else, as far as the second process can see.
+            left.rename(left.with_name("0" * 32 + ".partial"))
+    assert [path.name for path in (folder / "prepared").glob("0*.partial")] == []
+    write(folder / "others.jsonl", rows(5))
+    prepared(read_entry({"path": str(folder / "others.jsonl"), "held_out_share": 0}), folder / "prepared")
+    assert suffixes(folder / "prepared") == ["arrow", "json", "partial"]
+    (folder / "go").touch()
+    processes[-1].wait_for_end()
+    assert suffixes(folder / "prepared") == ["arrow", "arrow", "json", "json"]
+
+
 def test_who_waits_for_a_process_that_is_killed_prepares_the_data_itself(folder, processes):
     processes.append(in_a_process(HALF_WAY, folder, "first"))
     processes[0].wait_until("half-way")

@@ -193,7 +193,8 @@ def prefetch(items: Iterator, depth: int = 2) -> Iterator:
         except BaseException as error:  # handed over, not handled
             put((end, error))
 
-    threading.Thread(target=produce, daemon=True).start()
+    thread = threading.Thread(target=produce, daemon=True)
+    thread.start()
     try:
         while True:
             item, error = waiting.get()
@@ -204,6 +205,8 @@ def prefetch(items: Iterator, depth: int = 2) -> Iterator:
             yield item
     finally:
         stopped.set()
+        # A thread that computes while the interpreter ends would abort the process.
+        thread.join()
 
 
 def _pinned(batch: PackedBatch) -> PackedBatch:
@@ -272,7 +275,7 @@ class BatchIterator:
     @property
     def visits_again(self) -> bool:
         """Whether the run sees prompts more than once."""
-        return self.total_examples > self.examples_of_epoch(0)
+        return self.total_examples > int(self.prompts.num_examples[self.prompts_seen().indices].sum())
 
     def state_dict(self) -> dict[str, int]:
         """The position: epoch, examples of it that were handed out, and examples in all."""

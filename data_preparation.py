@@ -18,7 +18,7 @@ from dataset_entries import Entry, load_records
 from prompt_table import PromptTable, TablePart, write_columns
 from records import DataReport, PreferenceRecord
 from tokenization import TokenizedPrompt, TokenSettings, read_tokenised, tokenize_records
-from utils import UserError
+from utils import UserError, rare_garbage_collection
 
 # The code that decides what token ids come of a text; another version of it is another file.
 SHAPING_MODULES = (
@@ -52,7 +52,8 @@ def prepare(
     parts, reports = [], []
     for entry in entries:
         work = _Preparation(entry, split, tokenizer, settings(entry), directory, cache_dir)
-        path, report = work.result()
+        with rare_garbage_collection():
+            path, report = work.result()
         weight = entry.weight if split == "train" else 1.0
         source = f"{entry.name}, row" if entry.tokenised_file else f"{entry.name}, {split} prompt"
         if path is not None:

@@ -225,7 +225,9 @@ class PromptTable(Sequence[TokenizedPrompt]):
         visits, start = [], 0
         for number, part in enumerate(self.parts):
             size = sum(len(columns.numbers) for columns in part.batches)
-            whole, rest = int(part.weight), round((part.weight - int(part.weight)) * size)
+            whole = int(part.weight)
+            # At least one prompt of each part, however small its weight.
+            rest = max(round((part.weight - whole) * size), int(whole == 0 and size > 0))
             indices = numpy.arange(start, start + size, dtype=numpy.int32)
             drawn = indices[shuffled(size, f"{seed} part {number}")[:rest]] if rest else indices[:0]
             visits += [indices] * whole + [drawn]

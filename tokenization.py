@@ -69,13 +69,14 @@ def tokenize_records(
     """
     work = _Tokenization(tokenizer, settings, report if report is not None else DataReport())
     records = iter(records)
-    # A thread of its own turns texts into ids, on all cores and without Python's lock, while this one goes on.
-    with ThreadPoolExecutor(1) as encoder:
+    # Threads of their own turn texts into ids, on all cores and without Python's lock, while this one goes on; with two of
+    # them, one encodes while the other makes lists.
+    with ThreadPoolExecutor(2) as encoder:
         under_way: deque = deque()
-        while chunk := list(islice(records, 2048)):
+        while chunk := list(islice(records, 1024)):
             kept = [rendered for record in chunk if (rendered := work.render(record)) is not None]
             under_way.append((kept, encoder.submit(work.encode, kept)))
-            if len(under_way) > 2:
+            if len(under_way) > 4:
                 yield from work.finish(*under_way.popleft())
         for kept, ids in under_way:
             yield from work.finish(kept, ids)

@@ -179,3 +179,10 @@ def test_sft_batches_have_no_pairs():
     prompts = PromptTable.of(replace(prompt, responses=prompt.responses[:1], pairs=[]) for prompt in some_prompts(3))
     [[[batch]]] = BatchIterator(prompts, 3)
     assert batch.pairs.shape == (0, 2) and batch.num_examples == 3
+
+
+def test_a_run_that_visits_prompts_twice_in_one_epoch_sees_them_again():
+    prompts = [TokenizedPrompt([1], [[2], [3]], [(0, 1)], number=n) for n in range(3)]
+    once, twice = (PromptTable([TablePart("x", [Columns.of(prompts)], "f", weight)]) for weight in (1.0, 2.0))
+    assert not BatchIterator(once, 2).visits_again
+    assert BatchIterator(twice, 2).visits_again

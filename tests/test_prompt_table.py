@@ -210,7 +210,8 @@ def test_a_part_of_a_weight_is_visited_so_often(size, weight, seed):
     of_part = [visits[k] for k in range(7, 7 + size)]
     whole, rest = int(weight), weight - int(weight)
     assert set(of_part) <= {whole, whole + (rest > 0)}
-    assert sum(of_part) == whole * size + round(rest * size)
+    # One prompt at least, however small the weight.
+    assert sum(of_part) == max(whole * size + round(rest * size), min(size, 1))
 
 
 def test_weights_of_two_a_half_and_one_and_a_half_visit_so_many():
@@ -325,3 +326,9 @@ def test_prompts_are_written_as_they_come_and_not_gathered_first(tmp_path, monke
         write_columns(file, growing())
     # The first two are asked for before anything of them is on disk, the next two behind those.
     assert sizes[0] == sizes[1] < sizes[2] == sizes[3] < sizes[4] == sizes[5]
+
+
+def test_an_epoch_has_a_prompt_of_every_part_however_small_its_weight():
+    prompts = [TokenizedPrompt([1], [[2], [3]], [(0, 1)], number=n) for n in range(3)]
+    table = PromptTable([TablePart("x", [Columns.of(prompts)], "f", 0.1), TablePart("y", [Columns.of(prompts)], "g", 1.0)])
+    assert sum(index < 3 for index in table.epoch_order("0")) == 1

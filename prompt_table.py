@@ -23,7 +23,7 @@ from tokenization import TokenizedPrompt
 # Prompts that are written, and mapped, together.
 PROMPTS_A_BATCH = 4096
 # After so many looks the mapped pages are given back, so that reading at random does not fill memory with the whole file.
-LOOKS_BEFORE_RELEASE = 2048
+LOOKS_BEFORE_RELEASE = 256
 
 TOKENS = pyarrow.list_(pyarrow.field("item", pyarrow.int32(), nullable=False))
 SCHEMA = pyarrow.schema(

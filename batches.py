@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from prompt_table import PromptTable, Selection, shuffled
+from ranks import ALONE, Ranks
 from response_trees import Tree, TreeLayout
 from tokenization import TokenizedPrompt
 
@@ -38,7 +39,9 @@ class PackedBatch:
     response_rows: [R], the responses' places among all responses of the run's data.
     scored_ids: [S], the responses' tokens one after the other; predicted_at: [S], the packed index whose output predicts each
     of them (the token before it: the prompt's last one for a response's first); response_of: [S], the response each belongs to.
-    sources: [examples], for messages.
+    places: [E], the places of its examples among those of the micro-batch, over all ranks.
+    sources: [examples], for messages. is_filler: whether it is there only because other ranks have one piece more; it counts
+    for nothing.
     """
 
     input_ids: Tensor
@@ -50,7 +53,9 @@ class PackedBatch:
     scored_ids: Tensor
     predicted_at: Tensor
     response_of: Tensor
+    places: Tensor
     sources: tuple[str, ...]
+    is_filler: bool = False
 
     @property
     def num_examples(self) -> int:
@@ -87,8 +92,8 @@ def examples_of(prompts: Iterable[TokenizedPrompt]) -> Iterator[Example]:
             yield prompt, None
 
 
-def pack(examples: Sequence[Example]) -> PackedBatch:
-    """Pack examples so that prompts and responses that several of them share are there once."""
+def pack(examples: Sequence[Example], places: Sequence[int] | None = None) -> PackedBatch:
+    """Pack examples so that prompts and responses that several of them share are there once. `places`: one after the other."""
     used: dict[int, tuple[TokenizedPrompt, dict[int, int]]] = {}
     for prompt, pair in examples:
         _, numbers = used.setdefault(id(prompt), (prompt, {}))
@@ -122,6 +127,7 @@ def pack(examples: Sequence[Example]) -> PackedBatch:
         scored_ids=torch.tensor(scored),
         predicted_at=torch.tensor(predicted),
         response_of=torch.tensor(owners),
+        places=torch.tensor(range(len(examples)) if places is None else places),
         sources=tuple(prompt.source for prompt, _ in examples),
     )
 
@@ -147,26 +153,69 @@ class TokenBudget:
 UNLIMITED = TokenBudget(sys.maxsize, sys.maxsize)
 
 
-def pack_within(examples: Iterable[Example], budget: TokenBudget) -> Iterator[PackedBatch]:
-    """Pack examples, in their order, into pieces that keep within the budget.
+def tokens_of(example: Example) -> dict[tuple[int, int | None], int]:
+    """How long the parts of an example are: its prompt's key and those of its responses, which other examples may share."""
+    prompt, pair = example
+    parts = {(id(prompt), None): len(prompt.prompt_ids)}
+    return parts | {(id(prompt), index): len(prompt.responses[index]) for index in pair or (0,)}
+
+
+def cut_within(examples: Sequence[Example], places: Iterable[int], budget: TokenBudget) -> Iterator[list[int]]:
+    """Cut the examples at `places`, in their order, into pieces that keep within the budget.
 
     An example that is longer by itself gets a piece of its own.
     """
-    piece: list[Example] = []
+    piece: list[int] = []
     tokens, seen = 0, set()
-    for prompt, pair in examples:
-        lengths = {(id(prompt), None): len(prompt.prompt_ids)}
-        lengths |= {(id(prompt), index): len(prompt.responses[index]) for index in pair or (0,)}
-        added = sum(length for key, length in lengths.items() if key not in seen)
-        most = budget.limit if (id(prompt), None) in seen else budget.comfortable
+    for place in places:
+        parts = tokens_of(examples[place])
+        prompt = next(iter(parts))
+        added = sum(length for key, length in parts.items() if key not in seen)
+        most = budget.limit if prompt in seen else budget.comfortable
         if piece and tokens + added > most:
-            yield pack(piece)
-            piece, tokens, seen, added = [], 0, set(), sum(lengths.values())
-        piece.append((prompt, pair))
-        seen |= lengths.keys()
+            yield piece
+            piece, tokens, seen, added = [], 0, set(), sum(parts.values())
+        piece.append(place)
+        seen |= parts.keys()
         tokens += added
     if piece:
-        yield pack(piece)
+        yield piece
+
+
+def spread(examples: Sequence[Example], size: int) -> list[list[int]]:
+    """The places of the examples that each of `size` ranks computes, so that all have about as many tokens.
+
+    The examples of a prompt stay together unless they are more than a rank's fair part. Every rank finds the same.
+    """
+    if size == 1:
+        return [list(range(len(examples)))]
+    groups: dict[int, list[int]] = {}
+    for place, (prompt, _) in enumerate(examples):
+        groups.setdefault(id(prompt), []).append(place)
+    weigh = lambda places: sum({key: n for p in places for key, n in tokens_of(examples[p]).items()}.values())  # noqa: E731
+    fair = sum(map(weigh, groups.values())) / size
+    units = [unit for group in groups.values() for unit in ([group] if weigh(group) <= fair else [[p] for p in group])]
+    loads, parts = [0] * size, [[] for _ in range(size)]
+    # The longest first, each to the rank that has the least.
+    for unit in sorted(units, key=weigh, reverse=True):
+        lightest = loads.index(min(loads))
+        loads[lightest] += weigh(unit)
+        parts[lightest] += unit
+    return [sorted(part) for part in parts]
+
+
+def pieces_of(examples: Sequence[Example], budget: TokenBudget, ranks: Ranks = ALONE) -> list[PackedBatch]:
+    """This rank's part of some examples, packed in pieces within the budget. Every rank gets equally many pieces.
+
+    Sharded models compute together, so a rank with fewer pieces than another gets fillers, which count for nothing.
+    """
+    cuts = [list(cut_within(examples, places, budget)) for places in spread(examples, ranks.size)]
+    pieces = [pack([examples[place] for place in places], places) for places in cuts[ranks.rank]]
+    missing = max(map(len, cuts)) - len(pieces)
+    if missing:
+        shortest = min(range(len(examples)), key=lambda place: sum(tokens_of(examples[place]).values()))
+        pieces += [replace(pack([examples[shortest]], [shortest]), is_filler=True)] * missing
+    return pieces
 
 
 def prefetch(items: Iterator, depth: int = 2) -> Iterator:
@@ -214,14 +263,22 @@ def _pinned(batch: PackedBatch) -> PackedBatch:
     return batch.with_tensors(Tensor.pin_memory) if torch.cuda.is_available() else batch
 
 
-# What a step computes at once: the examples that `gradient_accumulation_steps` puts together, in pieces that fit into memory.
-MicroBatch = list[PackedBatch]
+@dataclass(frozen=True)
+class MicroBatch:
+    """What a step computes at once: the examples that `gradient_accumulation_steps` puts together.
+
+    pieces are this rank's, each within the budget. num_examples counts those of all ranks.
+    """
+
+    pieces: list[PackedBatch]
+    num_examples: int
 
 
 class BatchIterator:
     """The optimizer steps of a run: each a list of micro-batches, `batch_size` examples together.
 
-    A micro-batch is a list of packed pieces, each within `budget`. Steps are made ahead of their use.
+    A micro-batch is cut into packed pieces, each within `budget`; of these, `ranks` says which are this process's. Steps are
+    made ahead of their use, and are the same for any number of ranks.
 
     An epoch visits every prompt once (those of a weighted data set as often as its weight says), in an order that depends on
     `seed` and the epoch alone; the pairs of a prompt stay side by side. The last batch of an epoch has what is left. With
@@ -241,8 +298,10 @@ class BatchIterator:
         n_epochs: int | None = 1,
         n_examples: int | None = None,
         budget: TokenBudget = UNLIMITED,
+        ranks: Ranks = ALONE,
     ):
         self.prompts = prompts
+        self.ranks = ranks
         self.budget = budget
         self.batch_size = batch_size
         self.micro_batch_size = batch_size // num_micro_batches
@@ -306,7 +365,10 @@ class BatchIterator:
     def _packed(self, steps) -> Iterator[tuple[list[MicroBatch], dict[str, int]]]:
         for examples, position in steps:
             parts = cut(examples, self.micro_batch_size)
-            yield [[_pinned(piece) for piece in pack_within(part, self.budget)] for part in parts], position
+            yield [self._micro_batch(part) for part in parts], position
+
+    def _micro_batch(self, examples: Sequence[Example]) -> MicroBatch:
+        return MicroBatch([_pinned(piece) for piece in pieces_of(examples, self.budget, self.ranks)], len(examples))
 
     def _steps(self, position: dict[str, int]) -> Iterator[tuple[list[Example], dict[str, int]]]:
         """The examples of each step from `position` on, and the position behind it."""
@@ -338,8 +400,21 @@ def evaluation_prompts(prompts: PromptTable, n_examples: int | None, seed: int) 
 
 
 def evaluation_batches(
-    prompts: PromptTable, batch_size: int, n_examples: int | None, seed: int, budget: TokenBudget = UNLIMITED
+    prompts: PromptTable,
+    batch_size: int,
+    n_examples: int | None,
+    seed: int,
+    budget: TokenBudget = UNLIMITED,
+    ranks: Ranks = ALONE,
 ) -> list[PackedBatch]:
-    """The `n_examples` held-out examples in batches of at most `batch_size`, and within the budget."""
+    """This rank's part of the `n_examples` held-out examples, in batches of at most `batch_size` over all ranks.
+
+    Their `places` are those among all held-out examples.
+    """
     examples = list(islice(examples_of(evaluation_prompts(prompts, n_examples, seed)), n_examples))
-    return [batch for part in cut(examples, batch_size) for batch in pack_within(part, budget)]
+    starts = range(0, len(examples), batch_size)
+    return [
+        replace(piece, places=piece.places + start)
+        for start in starts
+        for piece in pieces_of(examples[start : start + batch_size], budget, ranks)
+    ]

@@ -12,19 +12,24 @@ import shutil
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from utils import replace_symlink
 
 PARTIAL = ".partial"
 
 
-def save_checkpoint(run_dir: Path, examples: int, policy: nn.Module, tokenizer, training_state: dict) -> Path:
-    """Write `step-<examples>/` and point LATEST at it. `training_state` holds tensors and plain values only."""
+def save_checkpoint(
+    run_dir: Path, examples: int, policy: nn.Module, weights: dict[str, Tensor], tokenizer, training_state: dict
+) -> Path:
+    """Write `step-<examples>/` and point LATEST at it. `weights` are all of the policy's, which may hold only a part of them.
+
+    `training_state` holds tensors and plain values only.
+    """
     place = run_dir / f"step-{examples}"
     partial = place.with_name(place.name + PARTIAL)
     shutil.rmtree(partial, ignore_errors=True)
-    policy.save_pretrained(partial)
+    policy.save_pretrained(partial, state_dict=dict(weights))
     tokenizer.save_pretrained(partial)
     torch.save(training_state, partial / "training_state.pt")
     shutil.rmtree(place, ignore_errors=True)
@@ -33,11 +38,11 @@ def save_checkpoint(run_dir: Path, examples: int, policy: nn.Module, tokenizer, 
     return place
 
 
-def save_policy_pt(checkpoint: Path, policy: nn.Module, step_idx: int, metrics: dict[str, float]) -> None:
+def save_policy_pt(checkpoint: Path, weights: dict[str, Tensor], step_idx: int, metrics: dict[str, float]) -> None:
     """Write `policy.pt` into a checkpoint: `{"step_idx", "state", "metrics"}`, loadable with `weights_only=True`.
 
     `step_idx` counts training examples, as in the original code.
     """
     partial = checkpoint / f"policy.pt{PARTIAL}"
-    torch.save({"step_idx": step_idx, "state": policy.state_dict(), "metrics": metrics}, partial)
+    torch.save({"step_idx": step_idx, "state": weights, "metrics": metrics}, partial)
     os.replace(partial, checkpoint / "policy.pt")

@@ -18,6 +18,8 @@ GROUPS = ("model", "loss", "trainer")
 # Sections whose keys are another library's, and so not listed in our files.
 OPEN_SECTIONS = ("model.from_config", "optimizer_kwargs")
 OPTIMIZERS = ("RMSprop", "AdamW", "Adam", "SGD")
+# How FSDPTrainer lays weights out: ZeRO stage 3, 2, 1; replicas; stage 3 within a machine and replicas across.
+SHARDINGS = ("full", "grad_op", "optimizer", "none", "hybrid")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -126,7 +128,7 @@ COUNTS = ("batch_size", "eval_batch_size", "gradient_accumulation_steps", "max_l
 OPTIONAL_COUNTS = ("n_epochs", "n_examples", "n_eval_examples", "max_tokens_per_microbatch")
 COUNTS_FROM_ZERO = ("warmup_steps", "n_eval_model_samples", "seed")
 SWITCHES = (
-    "debug", "dry_run", "wandb.enabled", "sample_during_eval", "do_first_eval", "activation_checkpointing", "save_policy_pt",
+    "debug", "dry_run", "wandb.enabled", "do_first_eval", "activation_checkpointing", "save_policy_pt",
     "tf32", "model.trust_remote_code",
 )  # fmt: skip
 
@@ -165,6 +167,8 @@ def _check_numbers(config: DictConfig) -> None:
     _require(_is_number(share) and 0 <= share < 1, "held_out_share", share, "a share from 0 to below 1")
     port = config.fsdp_port
     _require(port is None or (type(port) is int and 0 < port < 2**16), "fsdp_port", port, "a port from 1 to 65535, or null")
+    sample = config.sample_during_eval
+    _require(sample is None or isinstance(sample, bool), "sample_during_eval", sample, "true, false or null")
     for key in SWITCHES:
         value = OmegaConf.select(config, key)
         _require(isinstance(value, bool), key, value, "true or false")
@@ -187,7 +191,22 @@ def _check_choices(config: DictConfig) -> None:
         hint = nearest(str(config.trainer.name), choices_of("trainer"))
         raise UserError(f"trainer.name: no trainer {config.trainer.name!r}; {hint}")
     if config.trainer.name != "BasicTrainer":
-        raise UserError(f"trainer={config.trainer.name}: not available yet. Use trainer=BasicTrainer.")
+        _check_sharded_trainer(config.trainer)
+
+
+def _check_sharded_trainer(trainer: DictConfig) -> None:
+    sharding = trainer.sharding
+    if sharding not in SHARDINGS:
+        raise UserError(f"trainer.sharding: no sharding {sharding!r}; {nearest(str(sharding), SHARDINGS)}")
+    for key in ("param_dtype", "reduce_dtype", "output_dtype"):
+        if trainer[key] is not None and trainer[key] not in DTYPES:
+            raise UserError(f"trainer.{key}: no dtype {trainer[key]!r}; {nearest(str(trainer[key]), DTYPES)}")
+    for key in ("nproc_per_node", "tensor_parallel_size"):
+        value = trainer.get(key)
+        _require(value is None or (type(value) is int and value > 0), f"trainer.{key}", value, "a whole number from 1 or null")
+    minutes = trainer.distributed_timeout_minutes
+    _require(_is_number(minutes) and minutes > 0, "trainer.distributed_timeout_minutes", minutes, "a number above 0")
+    _require(isinstance(trainer.cpu_offload, bool), "trainer.cpu_offload", trainer.cpu_offload, "true or false")
 
 
 # The metrics of an evaluation, which a sweep may optimise; the first two are all that SFT has.

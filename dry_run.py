@@ -16,7 +16,7 @@ import psutil
 import torch
 import xxhash
 
-from batches import BatchIterator, PackedBatch, TokenBudget, examples_of, pack_within
+from batches import BatchIterator, PackedBatch, TokenBudget, examples_of, pieces_of
 from configuration import read_entries
 from data_preparation import Prepared
 from memory_estimate import step_memory
@@ -213,10 +213,10 @@ def largest_pieces(batches: BatchIterator, budget: TokenBudget) -> list[PackedBa
     Looked at are the first steps, and the longest prompt of all.
     """
     longest = batches.prompts.select(numpy.array([int(batches.prompts.num_tokens.argmax())]))
-    pieces = list(pack_within(examples_of(longest), budget))
+    pieces = pieces_of(list(examples_of(longest)), budget)
     several = False
     for step in islice(batches, STEPS_LOOKED_AT):
-        found = [piece for micro_batch in step for piece in micro_batch]
+        found = [piece for micro_batch in step for piece in micro_batch.pieces]
         several |= len(found) > 1
         pieces = sorted([*pieces, *found], key=lambda piece: len(piece.input_ids))[-2:]
     return pieces if several else pieces[-1:]

@@ -6,6 +6,7 @@ Shapes: R responses and P pairs over the whole held-out set; E examples (P, or R
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from batches import PackedBatch
 from logprobs import response_logps
 from losses import Loss, example_metrics
+from ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True)
@@ -30,29 +32,38 @@ class HeldOut:
 
 @torch.no_grad()
 def evaluate(
-    policy: nn.Module, reference: Callable[[PackedBatch], Tensor] | None, loss: Loss, batches: Sequence[PackedBatch]
+    policy: nn.Module,
+    reference: Callable[[PackedBatch], Tensor] | None,
+    loss: Loss,
+    batches: Sequence[PackedBatch],
+    ranks: Ranks = ALONE,
 ) -> HeldOut:
     """Score every held-out example once. The loss sees all of them together, so that nothing depends on how they are cut.
 
-    `reference` gives the log-probs [R] of a batch; None where the loss needs none. Raises ValueError where there is no example.
+    `reference` gives the log-probs [R] of a batch; None where the loss needs none. `batches` are this rank's; every rank gets
+    the result for all. Raises ValueError where there is no example.
     """
     if not batches:
         raise ValueError("no held-out example to evaluate")
-    policy_logps, reference_logps, pairs, lengths = [], [], [], []
-    num_responses = 0
     device = next(policy.parameters()).device
+    scored = []
     for batch in batches:
-        pairs.append(batch.pairs + num_responses)
-        lengths.append(batch.response_lengths)
-        num_responses += len(batch.response_lengths)
-        batch = batch.to(device)
-        policy_logps.append(response_logps(policy, batch).double().cpu())
-        if reference is not None:
-            reference_logps.append(reference(batch).double().cpu())
-    all_policy, all_pairs = torch.cat(policy_logps), torch.cat(pairs)
-    all_reference = torch.cat(reference_logps) if reference is not None else None
-    output = loss(all_policy, all_reference, all_pairs, torch.cat(lengths))
-    return HeldOut(example_metrics(output, all_policy, all_pairs, "eval"), output.statistics)
+        on_device = batch.to(device)
+        logps = response_logps(policy, on_device).double().cpu()
+        known = None if reference is None else reference(on_device).double().cpu()
+        if not batch.is_filler:
+            scored.append((logps, known, batch.pairs.cpu(), batch.response_lengths.cpu(), batch.places.cpu()))
+    parts = [part for rank in ranks.gather(scored) for part in rank]
+    starts = list(accumulate((len(lengths) for _, _, _, lengths, _ in parts), initial=0))
+    order = torch.cat([places for *_, places in parts]).argsort()
+    pairs = torch.cat([pairs + start for (_, _, pairs, _, _), start in zip(parts, starts, strict=False)])
+    pick = slice(None) if loss.paired else order
+    all_policy = torch.cat([logps for logps, *_ in parts])[pick]
+    all_reference = None if reference is None else torch.cat([known for _, known, *_ in parts])
+    lengths = torch.cat([lengths for _, _, _, lengths, _ in parts])[pick]
+    pairs = pairs[order] if loss.paired else pairs
+    output = loss(all_policy, all_reference, pairs, lengths)
+    return HeldOut(example_metrics(output, all_policy, pairs, "eval"), output.statistics)
 
 
 # ---- intervals ----------------------------------------------------------------------------------------------------------

@@ -46,9 +46,9 @@ class PairSelection:
     beta: Tensor
     statistics: dict[str, float | Tensor]
 
-    def part(self, start: int, end: int) -> "PairSelection":
-        """The selection of the micro-batch's pairs from `start` to `end`."""
-        return PairSelection(self.weights[start:end], self.beta, self.statistics)
+    def at(self, places: Tensor) -> "PairSelection":
+        """The selection of the micro-batch's pairs at `places` [E]."""
+        return PairSelection(self.weights[places], self.beta, self.statistics)
 
 
 class Loss(ABC):

@@ -15,11 +15,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from batches import PackedBatch
-from logprobs import LiveReference, ScoringHead
+from batches import MicroBatch, PackedBatch
+from logprobs import LiveReference
 from losses import build_loss
-from models import build_untrained
-from response_trees import RESPONSE_TREES, forget_masks, register
+from models import attend_over_trees, build_untrained, enable_activation_checkpointing
+from response_trees import forget_masks
 from trainers import BasicTrainer
 
 
@@ -96,18 +96,21 @@ def step_memory(config, tokenizer, paired: bool, live_reference: bool, pieces: l
         loss = build_loss("dpo", beta=0.1, reference_free=reference is None) if paired else build_loss("sft")
         if paired and reference is None:
             reference = lambda piece: torch.zeros(len(piece.response_lengths))  # noqa: E731
+        if config.activation_checkpointing:
+            enable_activation_checkpointing(policy)
         trainer = BasicTrainer(config, policy, reference, loss, tokenizer, None, [], [], None, None)
         for weight in policy.parameters():
             weight.register_post_accumulate_grad_hook(lambda weight: counter.recount(weight.grad, "gradients"))
         fake = [piece.with_tensors(lambda tensor: tensor.clone()) for piece in pieces]
-        trainer.train_step([[piece] for piece in fake])
+        step = [MicroBatch([piece], piece.num_examples) for piece in fake]
+        trainer.train_step(step)
         for state in trainer.optimizer.state.values():
             for value in state.values():
                 if isinstance(value, Tensor):
                     counter.recount(value, "optimizer")
         # The first step has made the optimizer's state; from the second on it is there when activations are.
         counter.most.clear()
-        trainer.train_step([[piece] for piece in fake])
+        trainer.train_step(step)
     return dict(counter.most)
 
 
@@ -115,9 +118,5 @@ def _model(config, tokenizer, dtype: str) -> nn.Module:
     """The model of a configuration; it attends over response trees without the proof, for which it has no numbers."""
     model = build_untrained(OmegaConf.merge(config.model, {"policy_dtype": dtype}), tokenizer, config.cache_dir)
     if config.prefix_sharing != "off":
-        register()
-        head = model.get_output_embeddings()
-        if type(head) is nn.Linear:
-            head.__class__ = ScoringHead
-        model.set_attn_implementation(RESPONSE_TREES)
+        attend_over_trees(model)
     return model

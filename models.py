@@ -7,6 +7,7 @@ proved here, on itself, before it is relied on.
 
 import copy
 import json
+import os
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from batches import PackedBatch, TokenBudget, examples_of, pack
 from logprobs import ScoringHead, padded_logps, tree_logps
+from ranks import Ranks
 from response_trees import RESPONSE_TREES, register
 from tokenization import TokenizedPrompt
 from toy_preferences import toy_records
@@ -216,13 +218,13 @@ def _fault_of_tree_forward(model: nn.Module) -> str | None:
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     # The first and the last: of a fresh LoRA adapter, one of them has no gradient yet.
     weights = [*trained[:1], *trained[1:][-1:]]
-    batch = _random_trees(model.config.get_text_config().vocab_size).to(model.device)
+    batch = random_trees(model.config.get_text_config().vocab_size).to(model.device)
     training = model.training
     model.eval()
-    expected, expected_gradients = _logps_and_gradients(padded_logps, model, batch, weights)
+    expected, expected_gradients = logps_and_gradients(padded_logps, model, batch, weights)
     try:
         model.set_attn_implementation(RESPONSE_TREES)
-        found, found_gradients = _logps_and_gradients(tree_logps, model, batch, weights)
+        found, found_gradients = logps_and_gradients(tree_logps, model, batch, weights)
     except Exception as error:  # whatever an architecture makes of what it does not know
         return f"its forward raised {type(error).__name__}: {(str(error).splitlines() or [''])[0][:80]}"
     finally:
@@ -239,14 +241,24 @@ def _fault_of_tree_forward(model: nn.Module) -> str | None:
     return None
 
 
-def _logps_and_gradients(compute, model: nn.Module, batch: PackedBatch, weights: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+def attend_over_trees(model: nn.Module, scoring_head: bool = True) -> None:
+    """What `share_prefixes` does to a model, without its proof: for a model without numbers, or a twin of a proved one."""
+    register()
+    head = model.get_output_embeddings()
+    if scoring_head and type(head) is nn.Linear:
+        head.__class__ = ScoringHead
+    model.set_attn_implementation(RESPONSE_TREES)
+
+
+def logps_and_gradients(compute, model: nn.Module, batch: PackedBatch, weights: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """The log-probs [R] of a batch under `compute(model, batch)`, and the gradients of their sum in some weights."""
     with torch.set_grad_enabled(bool(weights)):
         logps = compute(model, batch)
         gradients = torch.autograd.grad(logps.sum(), weights) if weights else ()
     return logps.detach(), [gradient.float() for gradient in gradients]
 
 
-def _random_trees(vocabulary: int) -> PackedBatch:
+def random_trees(vocabulary: int) -> PackedBatch:
     """Trees whose later responses lie far from their prompt, so that whoever counts packed positions errs by much."""
     draw = torch.Generator().manual_seed(0)
     tokens = lambda count: torch.randint(0, vocabulary, (count,), generator=draw).tolist()  # noqa: E731
@@ -272,6 +284,11 @@ def token_budget(model: nn.Module, limit: int | None = None, device: torch.devic
     return TokenBudget(limit, limit if device.type != "cpu" else min(limit, 1536))
 
 
+def shared_budget(budget: TokenBudget, ranks: Ranks) -> TokenBudget:
+    """The budget that every rank has room for: all must cut alike."""
+    return TokenBudget(ranks.lowest(budget.limit), ranks.lowest(budget.comfortable))
+
+
 def untrained_budget(config, tokenizer, device: torch.device) -> TokenBudget:
     """The budget that a configuration's model will have on a device, found without its weights."""
     with torch.device("meta"):
@@ -289,7 +306,10 @@ def _tokens_that_fit(model: nn.Module, device: torch.device) -> int:
     hidden, layers = config.hidden_size, config.num_hidden_layers
     inner = getattr(config, "intermediate_size", None) or 4 * hidden
     per_token = layers * (16 * hidden + 4 * inner) * model.dtype.itemsize + 3 * 4 * config.vocab_size
-    weights = sum(weight.numel() * weight.element_size() for weight in model.parameters() if weight.requires_grad)
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    # Of a weight that is split over processes, this one has a part.
+    parts = [weight.to_local() if hasattr(weight, "to_local") else weight for weight in trained]
+    weights = sum(part.numel() * part.element_size() for part in parts)
     # Weights that are not there yet will take of what is free now.
     to_come = weights if model.device != device else 0
     if device.type == "cuda":
@@ -297,7 +317,7 @@ def _tokens_that_fit(model: nn.Module, device: torch.device) -> int:
     else:
         import psutil
 
-        free = psutil.virtual_memory().available
+        free = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return max(512, int((free - to_come - 3 * weights) / 2 / per_token))
 
 

@@ -5,36 +5,43 @@ agree in all of these share it: later runs, and the jobs of a sweep. A file that
 """
 
 import os
+from itertools import islice
 from pathlib import Path
 
 import torch
 import xxhash
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
-from batches import examples_of, pack_within
+from batches import examples_of, pieces_of
 from logprobs import response_logps
-from models import token_budget
+from models import shared_budget, token_budget
 from prompt_table import Selection
+from ranks import ALONE, Ranks
+
+# Examples that are divided among the ranks together.
+EXAMPLES_AT_ONCE = 1024
 
 
-def cache_key(model: nn.Module, prompts: Selection) -> str:
-    """Hash of all that the log-probs of `prompts` under `model` depend on; 32 hexadecimal digits."""
+def cache_key(model: nn.Module, prompts: Selection, ranks: Ranks = ALONE) -> str:
+    """Hash of all that the log-probs of `prompts` under `model` depend on; 32 hexadecimal digits, the same on all ranks."""
     digest = xxhash.xxh3_128()
     how = (type(model).__name__, model.config._attn_implementation, str(model.dtype), torch.__version__, model.device.type)
     digest.update(repr(how).encode())
     for name, weight in model.state_dict().items():
         digest.update(name.encode())
-        digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy())
+        part = weight.to_local() if isinstance(weight, DTensor) else weight
+        digest.update(part.detach().cpu().contiguous().view(torch.uint8).numpy())
     digest.update(prompts.fingerprint.encode())
-    return digest.hexdigest()
+    return xxhash.xxh3_128_hexdigest("".join(ranks.gather(digest.hexdigest()))) if ranks.size > 1 else digest.hexdigest()
 
 
-def cache_path(directory: Path, model: nn.Module, prompts: Selection) -> Path:
+def cache_path(directory: Path, model: nn.Module, prompts: Selection, ranks: Ranks = ALONE) -> Path:
     """Where in `directory` the log-probs of `prompts` under `model` lie, or would lie."""
-    return directory / f"{cache_key(model, prompts)}.safetensors"
+    return directory / f"{cache_key(model, prompts, ranks)}.safetensors"
 
 
-def reference_logps_of(model: nn.Module, prompts: Selection, path: Path) -> Tensor:
+def reference_logps_of(model: nn.Module, prompts: Selection, path: Path, ranks: Ranks = ALONE) -> Tensor:
     """The log-prob of every response of the table under `model`: [R] float32, NaN in rows of no prompt in `prompts`.
 
     Read from `path`, which `cache_path` gave, where they have been computed before, else computed and written there; says
@@ -46,9 +53,10 @@ def reference_logps_of(model: nn.Module, prompts: Selection, path: Path) -> Tens
             print(f"reference: log-probs of {_count(logps)} responses read from {path}", flush=True)
             return logps
         print(f"reference: {path} is damaged and computed anew", flush=True)
-    logps = compute_logps(model, prompts)
-    _write(path, logps)
-    print(f"reference: log-probs of {_count(logps)} responses computed once, kept in {path}", flush=True)
+    logps = compute_logps(model, prompts, ranks)
+    if ranks.is_main:
+        _write(path, logps)
+        print(f"reference: log-probs of {_count(logps)} responses computed once, kept in {path}", flush=True)
     return logps
 
 
@@ -57,16 +65,26 @@ def _count(logps: Tensor) -> int:
 
 
 @torch.no_grad()
-def compute_logps(model: nn.Module, prompts: Selection) -> Tensor:
-    """One pass over `prompts`, long ones together with long ones: [R] float32 on the CPU, for all rows of their table."""
+def compute_logps(model: nn.Module, prompts: Selection, ranks: Ranks = ALONE) -> Tensor:
+    """One pass over `prompts`, long ones together with long ones: [R] float32 on the CPU, for all rows of their table.
+
+    Each rank computes a part; all get the whole.
+    """
     table = prompts.table
     logps = torch.full((table.first_row + table.num_responses,), torch.nan)
+    budget = shared_budget(token_budget(model), ranks)
     training = model.training
     model.eval()
-    for batch in pack_within(examples_of(prompts.by_length()), token_budget(model)):
-        logps[batch.response_rows] = response_logps(model, batch.to(model.device)).cpu()
+    examples = examples_of(prompts.by_length())
+    while part := list(islice(examples, EXAMPLES_AT_ONCE)):
+        for batch in pieces_of(part, budget, ranks):
+            logps[batch.response_rows] = response_logps(model, batch.to(model.device)).cpu()
     model.train(training)
-    return logps
+    if ranks.size == 1:
+        return logps
+    known = ~logps.isnan()
+    times = ranks.total(known.float())
+    return torch.where(times > 0, ranks.total(logps.nan_to_num()) / times, torch.nan)
 
 
 def _read(path: Path) -> Tensor | None:

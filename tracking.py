@@ -88,6 +88,31 @@ class Tracker:
         self.file.flush()
 
 
+class NoTracker:
+    """A tracker that keeps nothing, for the processes that do not write."""
+
+    def __enter__(self) -> "NoTracker":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        """Nothing was opened."""
+
+    def log_step(self, metrics: Metrics) -> None:
+        """As Tracker's."""
+
+    def log_evaluation(self, metrics: Metrics) -> None:
+        """As Tracker's."""
+
+    def log_samples(self, samples: list[dict], examples: int) -> None:
+        """As Tracker's."""
+
+    def flush(self) -> None:
+        """As Tracker's."""
+
+    def say(self, text: str) -> None:
+        """As Tracker's."""
+
+
 def _numbers(metrics: Metrics) -> dict[str, float]:
     """Metrics as floats. Tensors are gathered first, so that a step costs one wait for the device, not one a metric."""
     tensors = {name: value for name, value in metrics.items() if isinstance(value, Tensor)}

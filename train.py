@@ -52,7 +52,7 @@ def main(config: DictConfig) -> float | None:
     try:
         check_config(config, list(HydraConfig.get().overrides.task), dict(HydraConfig.get().runtime.choices))
         config.local_run_dir = str(run_dir)
-        return run(config, run_dir, in_sweep=HydraConfig.get().mode == RunMode.MULTIRUN)
+        return start(config, run_dir, in_sweep=HydraConfig.get().mode == RunMode.MULTIRUN)
     except UserError as error:
         # Not raised further: Hydra would add lines of its own to the message.
         sys.exit(_refuse(str(error)))
@@ -61,81 +61,129 @@ def main(config: DictConfig) -> float | None:
         release_memory()
 
 
+def start(config: DictConfig, run_dir: Path, in_sweep: bool) -> float | None:
+    """Run in this process, or in several that are started here where the trainer wants them."""
+    from launching import launch, number_of_workers, silence_others
+    from ranks import in_worker
+
+    if config.trainer.name == "BasicTrainer" or config.dry_run:
+        return run(config, run_dir, in_sweep)
+    if in_worker():
+        # torchrun has started it, or Slurm.
+        silence_others()
+        return run(config, run_dir, in_sweep)
+    settings = OmegaConf.to_container(config, resolve=True)
+    return launch(run_as_worker, (settings, str(run_dir), in_sweep), number_of_workers(config.trainer), config.fsdp_port)
+
+
+def run_as_worker(settings: dict, run_dir: str, in_sweep: bool) -> float | None:
+    """`run` in a process that `start` has started."""
+    from launching import silence_others
+
+    silence_others()
+    return run(OmegaConf.create(settings), Path(run_dir), in_sweep)
+
+
 def run(config: DictConfig, run_dir: Path, in_sweep: bool = False) -> float | None:
-    """Train what a checked configuration describes, into `run_dir`. Returns the held-out metric named by `objective`."""
-    from batches import evaluation_batches, evaluation_prompts
+    """Train what a checked configuration describes, into `run_dir`. Returns the held-out metric named by `objective`.
+
+    Under a trainer of several processes this is one of them.
+    """
     from dry_run import look
     from losses import build_loss
-    from models import check_archive, load_model, load_tokenizer, share_prefixes, token_budget
-    from tracking import Tracker, start_wandb
+    from models import check_archive, load_tokenizer
     from trainers import TRAINERS
-    from utils import allow_tf32, keep_freed_memory, pick_device, quiet_libraries, seed_everything
+    from utils import allow_tf32, keep_freed_memory, quiet_libraries, seed_everything
 
     quiet_libraries()
     keep_freed_memory()
     allow_tf32(config.tf32)
     seed_everything(config.seed)
-    trainer_class = TRAINERS[config.trainer.name]
     loss = build_loss(**config.loss, seed=config.seed)
     tokenizer = load_tokenizer(config.model, config.cache_dir)
     if config.model.archive:
         check_archive(config.model, tokenizer, config.cache_dir)
-    train_data, eval_data = prepare_data(config, tokenizer, loss.paired)
+    # Before the processes join: those that do not prepare it wait for it without a time-out.
+    data = prepare_data(config, tokenizer, loss.paired)
     if config.dry_run:
-        return look(config, tokenizer, loss, (train_data, eval_data), partial(build_batches, config, train_data.table))
-    train_prompts, eval_prompts = train_data.table, eval_data.table
-    policy = trainer_class.place(load_model(config.model, tokenizer, config.cache_dir), pick_device())
-    share_prefixes(policy, config.prefix_sharing)
-    OmegaConf.save(config, run_dir / "config.yaml")
-    budget = token_budget(policy, config.max_tokens_per_microbatch)
-    train_batches = build_batches(config, train_prompts, budget)
-    eval_batches = evaluation_batches(eval_prompts, config.eval_batch_size, config.n_eval_examples, config.seed, budget)
+        return look(config, tokenizer, loss, data, partial(build_batches, config, data[0].table))
+    trainer_class = TRAINERS[config.trainer.name]
+    placement = trainer_class.placement(config, tokenizer)
+    try:
+        return train(config, trainer_class, placement, loss, data, run_dir, in_sweep)
+    finally:
+        placement.end()
+
+
+def train(config: DictConfig, trainer_class, placement, loss, data, run_dir: Path, in_sweep: bool) -> float | None:
+    """Put a run's parts together on a placement, and train."""
+    from batches import evaluation_batches, evaluation_prompts
+    from models import shared_budget, token_budget
+    from tracking import NoTracker, Tracker, start_wandb
+
+    ranks, tokenizer = placement.ranks, placement.tokenizer
+    run_dir = ranks.from_main(run_dir)
+    train_prompts, eval_prompts = (split.table for split in data)
+    policy = placement.policy()
+    if ranks.is_main:
+        OmegaConf.save(config, run_dir / "config.yaml")
+    budget = shared_budget(token_budget(policy, config.max_tokens_per_microbatch), ranks)
+    train_batches = build_batches(config, train_prompts, budget, ranks)
+    eval_sizes = config.eval_batch_size, config.n_eval_examples, config.seed
+    eval_batches = evaluation_batches(eval_prompts, *eval_sizes, budget, ranks)
     reference = None
     if loss.needs_reference:
         held_out = evaluation_prompts(eval_prompts, config.n_eval_examples, config.seed)
         read = train_batches.prompts_seen().joined(held_out)
-        reference = make_reference(config, trainer_class, policy, read, in_sweep or train_batches.visits_again)
-    num_samples = min(len(eval_prompts), config.n_eval_model_samples * config.sample_during_eval)
+        reference = make_reference(config, placement, policy, read, in_sweep or train_batches.visits_again)
+    num_samples = min(len(eval_prompts), config.n_eval_model_samples * placement.samples(config.sample_during_eval))
     sample_prompts = [eval_prompts[k].prompt_ids for k in range(num_samples)]
-    wanted = config.wandb.enabled and not config.debug
+    wanted = config.wandb.enabled and not config.debug and ranks.is_main
     wandb_run = start_wandb(OmegaConf.to_container(config, resolve=True), run_dir) if wanted else None
-    with Tracker(run_dir, train_batches.total_examples, config.minimum_log_interval_secs, wandb_run) as tracker:
-        trainer = trainer_class(
-            config, policy, reference, loss, tokenizer, train_batches, eval_batches, sample_prompts, tracker, run_dir
-        )
+    tracked = run_dir, train_batches.total_examples, config.minimum_log_interval_secs, wandb_run
+    with Tracker(*tracked) if ranks.is_main else NoTracker() as tracker:
+        parts = policy, reference, loss, tokenizer, train_batches, eval_batches, sample_prompts
+        trainer = trainer_class(config, *parts, tracker, run_dir, ranks)
         trainer.train()
     print(f"run directory: {run_dir}", flush=True)
-    return trainer.held_out.means()[config.objective] if trainer.held_out else None
+    return float(trainer.held_out.means()[config.objective]) if trainer.held_out else None
 
 
-def build_batches(config: DictConfig, prompts, budget):
-    """The steps of a run over prepared prompts."""
+def build_batches(config: DictConfig, prompts, budget, ranks=None):
+    """The steps of a run over prepared prompts. Raises UserError for batches too small for so many ranks."""
     from batches import BatchIterator
+    from ranks import ALONE
 
-    sizes = config.batch_size, config.gradient_accumulation_steps
-    return BatchIterator(prompts, *sizes, config.seed, config.n_epochs, config.n_examples, budget)
+    ranks = ranks or ALONE
+    size, pieces = config.batch_size, config.gradient_accumulation_steps
+    if size // pieces < ranks.size:
+        raise UserError(
+            f"batch_size: found {size}, which in {pieces} micro-batches gives {size // pieces} examples to {ranks.size} "
+            f"processes. Expected at least {pieces * ranks.size}, or fewer processes or gradient_accumulation_steps."
+        )
+    return BatchIterator(prompts, size, pieces, config.seed, config.n_epochs, config.n_examples, budget, ranks)
 
 
-def make_reference(config: DictConfig, trainer_class, policy, prompts, read_again: bool):
+def make_reference(config: DictConfig, placement, policy, prompts, read_again: bool):
     """The reference: a frozen copy of the policy that scores each batch, or its log-probs of `prompts` computed before.
 
     Computed before, by its own choice, where they are read more than once: in several epochs or the jobs of a sweep
     (`read_again`), or because an earlier run has left them.
     """
     from logprobs import CachedReference, LiveReference
-    from models import reference_copy
     from reference_cache import cache_path, reference_logps_of
 
     directory = first_existing(folders_of(config.local_dirs)) / "reference_logps"
     other_dtype = config.model.reference_dtype != config.model.policy_dtype
-    model = trainer_class.place(reference_copy(policy, config.model), policy.device) if other_dtype else policy
+    model = placement.reference(policy) if other_dtype else policy
+    ranks = placement.ranks
     by_choice = config.reference_logps is None
     cached = config.reference_logps == "cached" or (by_choice and read_again)
-    if cached or (by_choice and directory.is_dir()):
-        path = cache_path(directory, model, prompts)
-        if cached or path.exists():
-            return CachedReference(reference_logps_of(model, prompts, path))
-    return LiveReference(model if other_dtype else reference_copy(policy, config.model))
+    if cached or (by_choice and ranks.from_main(directory.is_dir())):
+        path = cache_path(directory, model, prompts, ranks)
+        if cached or ranks.from_main(path.exists()):
+            return CachedReference(reference_logps_of(model, prompts, path, ranks))
+    return LiveReference(model if other_dtype else placement.reference(policy))
 
 
 def prepare_data(config: DictConfig, tokenizer, paired: bool) -> tuple:

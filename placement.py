@@ -1,0 +1,103 @@
+"""Where a run's weights live, decided once: in one process, or laid over several.
+
+A placement loads the policy and the reference, and says which processes share the data. The rest of a run does not ask.
+"""
+
+import os
+
+import torch
+from torch import nn
+
+from models import enable_activation_checkpointing, load_model, place, reference_copy, share_prefixes
+from ranks import ALONE
+from utils import UserError, pick_device
+
+
+class OneProcess:
+    """All weights in this process: on one device, or layer by layer over its GPUs."""
+
+    ranks = ALONE
+
+    def __init__(self, config, tokenizer):
+        self.config, self.tokenizer = config, tokenizer
+        self.device = pick_device()
+
+    def policy(self) -> nn.Module:
+        """The model that is trained."""
+        policy = place(load_model(self.config.model, self.tokenizer, self.config.cache_dir), self.device)
+        share_prefixes(policy, self.config.prefix_sharing)
+        if self.config.activation_checkpointing:
+            enable_activation_checkpointing(policy)
+        return policy
+
+    def reference(self, policy: nn.Module) -> nn.Module:
+        """A frozen copy of the policy as it is now."""
+        return place(reference_copy(policy, self.config.model), policy.device)
+
+    def samples(self, wanted: bool | None) -> bool:
+        """Whether to sample at evaluations, where `sample_during_eval` is `wanted`."""
+        return wanted is None or wanted
+
+    def end(self) -> None:
+        """Nothing was started."""
+
+
+class Sharded:
+    """Weights laid over all processes of the run, by `trainer.sharding`; joins them."""
+
+    def __init__(self, config, tokenizer):
+        from launching import start_group
+        from sharding import Layout, make_mesh, ranks_of
+
+        self.config, self.tokenizer = config, tokenizer
+        self.device = start_group(config.trainer.distributed_timeout_minutes)
+        world, local_size = torch.distributed.get_world_size(), local_world_size()
+        mesh = make_mesh(self.device.type, world, local_size, config.trainer.sharding, self.tensor_parallel_size(world))
+        self.ranks = ranks_of(mesh)
+        self.layout = Layout.of(config, mesh)
+
+    def tensor_parallel_size(self, world_size: int) -> int:
+        """Over how many processes each layer is split."""
+        return 1
+
+    def policy(self) -> nn.Module:
+        """The model that is trained; this process's part of it."""
+        from sharding import load_sharded
+
+        return load_sharded(self.config, self.tokenizer, self.layout, self.device, self.ranks)
+
+    def reference(self, policy: nn.Module) -> nn.Module:
+        """A frozen copy of the policy as it is now, laid out alike."""
+        from sharding import reference_beside
+
+        return reference_beside(policy, self.config, self.tokenizer, self.layout, self.device)
+
+    def samples(self, wanted: bool | None) -> bool:
+        """Whether to sample at evaluations: only where that is asked for, since every token gathers all weights again."""
+        if wanted is None:
+            print("sample_during_eval: off, since the weights are split; sample_during_eval=true turns it on", flush=True)
+        return bool(wanted)
+
+    def end(self) -> None:
+        """Leave the other processes."""
+        from launching import end_group
+
+        end_group()
+
+
+class TensorParallel(Sharded):
+    """Every layer split over `trainer.tensor_parallel_size` processes; what is left of the world shards."""
+
+    def tensor_parallel_size(self, world_size: int) -> int:
+        """Over how many processes each layer is split. Raises UserError for a number that the world is no multiple of."""
+        size = self.config.trainer.tensor_parallel_size or world_size
+        if world_size % size:
+            raise UserError(
+                f"trainer.tensor_parallel_size: found {size}, expected a divisor of the number of processes, {world_size}."
+            )
+        return size
+
+
+def local_world_size() -> int:
+    """How many processes of the run are on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", torch.distributed.get_world_size()))

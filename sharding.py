@@ -1,0 +1,259 @@
+"""Weights laid over several processes: sharded (FSDP2), split within layers (tensor parallel), or both.
+
+    a model on the main rank's CPU  ->  an empty model of the same shape, laid over the mesh  ->  the weights, sent once
+
+The mesh has three dimensions: `replicate` (copies), `shard` (parts of every weight), `tensor` (parts of every layer). Ranks
+that differ in the first two train on different data.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from batches import PackedBatch
+from logprobs import response_logps
+from models import (
+    ROUNDING,
+    attend_over_trees,
+    build_untrained,
+    enable_activation_checkpointing,
+    load_model,
+    logps_and_gradients,
+    random_trees,
+    share_prefixes,
+)  # fmt: skip
+from ranks import Ranks
+from utils import UserError
+
+# ---- the mesh -----------------------------------------------------------------------------------------------------------
+
+
+def make_mesh(device_type: str, world_size: int, local_size: int, sharding: str, tensor_size: int = 1) -> DeviceMesh:
+    """The mesh of a sharding over `world_size` processes, `local_size` of them on each machine."""
+    data = world_size // tensor_size
+    shard = {"none": 1, "hybrid": max(1, local_size // tensor_size)}.get(sharding, data)
+    sizes = (data // shard, shard, tensor_size)
+    return init_device_mesh(device_type, sizes, mesh_dim_names=("replicate", "shard", "tensor"))
+
+
+def ranks_of(mesh: DeviceMesh) -> Ranks:
+    """This process among those that train on different data."""
+    data = mesh["replicate", "shard"]
+    flat = data._flatten("data") if data.size() > 1 else None
+    is_main = torch.distributed.get_rank() == 0
+    if flat is None:
+        return Ranks(is_main=is_main)
+    return Ranks(flat.get_local_rank(), flat.size(), is_main, flat.get_group())
+
+
+# ---- laying a model over it ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How weights lie, and in which dtypes they are computed with and added up."""
+
+    mesh: DeviceMesh
+    sharding: str
+    precision: MixedPrecisionPolicy
+    offload: OffloadPolicy
+    block_name: str | None
+    checkpoint_activations: bool
+
+    @classmethod
+    def of(cls, config, mesh: DeviceMesh) -> "Layout":
+        """What a configuration asks for."""
+        trainer = config.trainer
+        dtypes = {
+            "param_dtype": trainer.param_dtype or config.model.fsdp_policy_mp,
+            "reduce_dtype": trainer.reduce_dtype,
+            "output_dtype": trainer.output_dtype,
+        }
+        precision = MixedPrecisionPolicy(**{name: name_ and getattr(torch, name_) for name, name_ in dtypes.items()})
+        offload = CPUOffloadPolicy() if trainer.cpu_offload else OffloadPolicy()
+        return cls(mesh, trainer.sharding, precision, offload, config.model.block_name, config.activation_checkpointing)
+
+    def lay(self, model: nn.Module) -> None:
+        """Split an empty model's weights over the mesh."""
+        if self.mesh["tensor"].size() > 1:
+            split_layers(model, self.mesh["tensor"])
+        if self.checkpoint_activations:
+            enable_activation_checkpointing(model)
+        data = self.mesh["replicate", "shard"] if self.mesh["replicate"].size() > 1 else self.mesh["shard"]
+        options = {
+            "mesh": data,
+            "reshard_after_forward": self.sharding in ("full", "hybrid"),
+            "mp_policy": self.precision,
+            "offload_policy": self.offload,
+        }
+        for block in blocks_of(model, self.block_name):
+            fully_shard(block, **options)
+        # What is left, embeddings and head, is one group: tied weights stay together.
+        fully_shard(model, **options)
+
+
+def blocks_of(model: nn.Module, block_name: str | None) -> list[nn.Module]:
+    """The transformer blocks: modules of the class `block_name`, or of the classes that the model itself names.
+
+    Raises UserError, with the names there are, where none is found.
+    """
+    names = {block_name} if block_name else set(model._no_split_modules or ())
+    blocks = [module for module in model.modules() if type(module).__name__ in names]
+    if not blocks:
+        listed = Counter(
+            type(item).__name__ for module in model.modules() if isinstance(module, nn.ModuleList) for item in module
+        )
+        candidates = ", ".join(f"{name} ({count})" for name, count in listed.items()) or "none"
+        found = f"found {block_name!r}" if block_name else "not given, and the model does not say"
+        raise UserError(f"model.block_name: {found}. Expected the class of a block of {type(model).__name__}: {candidates}.")
+    return blocks
+
+
+def split_layers(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Split every layer over the mesh by the model's own plan. Raises UserError where it has none, or the sizes do not fit."""
+    from transformers.distributed import DistributedConfig
+    from transformers.distributed.tensor_parallel import apply_tensor_parallelism
+
+    if not model.tp_plan:
+        raise UserError(
+            f"trainer=TensorParallelTrainer: transformers has no plan for {type(model).__name__}. Use trainer=FSDPTrainer."
+        )
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    for key, size in (("attention heads", heads), ("intermediate size", getattr(config, "intermediate_size", mesh.size()))):
+        if size % mesh.size():
+            raise UserError(
+                f"trainer.tensor_parallel_size: found {mesh.size()}, which does not divide the model's {size} {key}."
+            )
+    plan, _, _ = model._resolve_parallel_plans(DistributedConfig(tp_size=mesh.size()))
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = head is not None and head.weight is embedding.weight
+    if tied:
+        # Splitting goes by names, and a tied weight has one of its two.
+        head.weight = nn.Parameter(torch.empty_like(embedding.weight))
+    apply_tensor_parallelism(model, mesh, plan)
+    if tied:
+        head.weight = embedding.weight
+
+
+def load_sharded(config, tokenizer, layout: Layout, device: torch.device, ranks: Ranks) -> nn.Module:
+    """The policy of a configuration, laid over the mesh. The main rank reads its weights, once, and sends them.
+
+    Whether it shares prefixes is proved on the main rank; that the laid-out model computes the same, on all. Raises UserError
+    where it does not.
+    """
+    source = load_model(config.model, tokenizer, config.cache_dir) if ranks.is_main else None
+    shares = ranks.from_main(share_prefixes(source, config.prefix_sharing) if ranks.is_main else None)
+    model = _empty(config, tokenizer, config.model.policy_dtype, shares, layout, device)
+    state = source.state_dict() if ranks.is_main else {}
+    set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+    buffers = dict(source.named_buffers()) if ranks.is_main else {}
+    for name, buffer in model.named_buffers():
+        sent = buffers[name].to(device, buffer.dtype) if ranks.is_main else torch.empty_like(buffer, device=device)
+        torch.distributed.broadcast(sent, 0)
+        buffer.copy_(sent)
+    _check(model, source, layout, ranks)
+    return model.train()
+
+
+def reference_beside(policy: nn.Module, config, tokenizer, layout: Layout, device: torch.device) -> nn.Module:
+    """A frozen copy of a laid-out policy as it is now, in `reference_dtype`; nothing is sent."""
+    shares = policy.config._attn_implementation == "response_trees"
+    copy = _empty(config, tokenizer, config.model.reference_dtype, shares, layout, device)
+    with torch.no_grad():
+        for mine, theirs in zip(copy.parameters(), policy.parameters(), strict=True):
+            local(mine).copy_(local(theirs))
+        for mine, theirs in zip(copy.buffers(), policy.buffers(), strict=True):
+            mine.copy_(theirs)
+    return copy.eval().requires_grad_(False)
+
+
+def _empty(config, tokenizer, dtype: str, shares: bool, layout: Layout, device: torch.device) -> nn.Module:
+    from omegaconf import OmegaConf
+
+    with torch.device("meta"):
+        model = build_untrained(OmegaConf.merge(config.model, {"policy_dtype": dtype}), tokenizer, config.cache_dir)
+    if shares:
+        # A head that is split over processes gives logits, which its plan gathers.
+        attend_over_trees(model, scoring_head=layout.mesh["tensor"].size() == 1)
+    layout.lay(model)
+    return model.to_empty(device="cpu" if isinstance(layout.offload, CPUOffloadPolicy) else device)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor, from the parts of all processes."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+# ---- does it compute the same? --------------------------------------------------------------------------------------------
+
+
+def _check(model: nn.Module, source: nn.Module | None, layout: Layout, ranks: Ranks) -> None:
+    """Compare a small batch with the model that was not split: log-probs, and the gradients of the first and last weight."""
+    batch: PackedBatch = random_trees(model.config.get_text_config().vocab_size)
+    names = [name for name, _ in model.named_parameters()]
+    names = [names[0], names[-1]]
+    expected = None
+    if source is not None:
+        weights = dict(source.named_parameters())
+        expected = logps_and_gradients(response_logps, source, batch, [weights[name] for name in names])
+    logps = response_logps(model, batch.to(next(model.parameters()).device))
+    logps.sum().backward()
+    weights = dict(model.named_parameters())
+    found = [whole(weights[name].grad).float().cpu() for name in names]
+    model.zero_grad(set_to_none=True)
+    fault = None
+    if source is not None:
+        rounding = ROUNDING[layout.precision.param_dtype or source.dtype]
+        fault = _difference(logps.detach().cpu(), found, expected, batch, rounding)
+    fault = ranks.from_main(fault)
+    if fault:
+        raise UserError(
+            f"trainer: {type(model).__name__} does not compute the same when it is split: {fault}. Use another trainer."
+        )
+
+
+def _difference(logps, gradients, expected, batch: PackedBatch, rounding: float) -> str | None:
+    error = ((logps - expected[0]).abs() / batch.response_lengths).max().item()
+    if not error <= rounding:
+        return f"log-probs differ by {error:.1g} a token"
+    for one, other in zip(gradients, expected[1], strict=True):
+        error = ((one - other.cpu()).norm() / other.norm()).item()
+        if not error <= 10 * rounding:
+            return f"a gradient differs by {error:.1g} of its size"
+    return None
+
+
+# ---- gradients and weights ------------------------------------------------------------------------------------------------
+
+
+def clip_by_global_norm(parameters, max_norm: float) -> Tensor:
+    """Scale gradients down to `max_norm`; returns their global norm before that, a scalar. They may lie on several meshes."""
+    groups: dict[object, list[Tensor]] = {}
+    for parameter in parameters:
+        if parameter.grad is not None:
+            mesh = parameter.grad.device_mesh if isinstance(parameter.grad, DTensor) else None
+            groups.setdefault(mesh, []).append(parameter.grad)
+    norms = [whole(nn.utils.get_total_norm(gradients)) for gradients in groups.values()]
+    norm = torch.stack(norms).norm()
+    scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+    for gradients in groups.values():
+        for gradient in gradients:
+            local(gradient).mul_(scale.to(gradient.device))
+    return norm
+
+
+def whole_weights(model: nn.Module) -> dict[str, Tensor]:
+    """All weights on the main rank's CPU; nothing on the others. Every rank has to call it."""
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))

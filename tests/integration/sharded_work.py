@@ -1,0 +1,165 @@
+"""What the processes of `test_sharded_training.py` do. Each function runs on every rank; rank 0's result is the test's.
+
+Every rank also runs the same thing alone, in one process, and the two are compared.
+"""
+
+import json
+import math
+
+import torch
+from omegaconf import OmegaConf
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from batches import BatchIterator, MicroBatch, TokenBudget, evaluation_batches, examples_of, pieces_of
+from conftest import GOLDEN
+from evaluation import evaluate
+from launching import end_group, start_group
+from logprobs import LiveReference
+from losses import build_loss
+from models import share_prefixes
+from prompt_table import PromptTable
+from ranks import ALONE
+from records import PreferenceRecord
+from reference_cache import compute_logps
+from sharding import Layout, load_sharded, make_mesh, ranks_of, whole
+from tokenization import TokenSettings, tokenize_records
+from trainers import BasicTrainer, FSDPTrainer
+
+TRAJECTORIES = json.loads((GOLDEN / "trajectories.json").read_text())
+
+
+def golden_prompts(tokenizer, paired: bool) -> list:
+    """The 48 golden rows as tokenised prompts."""
+    rows = json.loads((GOLDEN / "pairs.json").read_text())
+    records = [PreferenceRecord(r["prompt"], [r["chosen"], r["rejected"]], [(0, 1)], r["chosen"], 0, "") for r in rows]
+    return list(tokenize_records(records, tokenizer, TokenSettings(paired, 64, 32)))
+
+
+class World:
+    """A joined process and what it builds trainers of: sharded ones, and the same alone."""
+
+    def __init__(self, settings: dict):
+        self.config = OmegaConf.create(settings)
+        self.device = start_group(5)
+        self.size = torch.distributed.get_world_size()
+        self.tokenizer = AutoTokenizer.from_pretrained(GOLDEN / "tokenizer")
+
+    def mesh(self, sharding: str, tensor_size: int = 1, local_size: int | None = None):
+        """The mesh of a sharding."""
+        return make_mesh("cpu", self.size, local_size or self.size, sharding, tensor_size)
+
+    def sharded(self, architecture: str, loss: dict, mesh, sharding: str, **changes):
+        """A sharded trainer on golden models, and its ranks."""
+        config = OmegaConf.merge(self.config, {"trainer": {"sharding": sharding}}, changes)
+        ranks = ranks_of(mesh)
+        layout = Layout.of(config, mesh)
+
+        def load(name: str):
+            one = OmegaConf.merge(config, {"model": {"name_or_path": str(GOLDEN / name)}})
+            return load_sharded(one, self.tokenizer, layout, self.device, ranks)
+
+        reference = LiveReference(load(architecture)) if loss["name"] != "sft" else None
+        policy = load(f"{architecture}_policy")
+        parts = policy, reference, build_loss(**loss), self.tokenizer, None, [], [], None, None
+        return FSDPTrainer(config, *parts, ranks), ranks
+
+    def alone(self, architecture: str, loss: dict, **changes) -> BasicTrainer:
+        """The same in one process."""
+
+        def load(name: str):
+            model = AutoModelForCausalLM.from_pretrained(GOLDEN / name, dtype=torch.float32)
+            share_prefixes(model, "on")
+            return model
+
+        reference = LiveReference(load(architecture)) if loss["name"] != "sft" else None
+        parts = load(f"{architecture}_policy"), reference, build_loss(**loss), self.tokenizer, None, [], [], None, None
+        return BasicTrainer(OmegaConf.merge(self.config, changes), *parts)
+
+
+def follow(world: World, trajectory: dict, mesh, sharding: str, loss: dict | None = None, budget: int | None = None) -> dict:
+    """Eight steps of a golden trajectory, sharded and alone: the largest relative difference of each kind of number."""
+    loss = loss or trajectory["loss"]
+    changes = {key: trajectory[key] for key in ("optimizer", "lr", "warmup_steps", "max_grad_norm")}
+    trainer, ranks = world.sharded(trajectory["architecture"], loss, mesh, sharding, **changes)
+    single = world.alone(trajectory["architecture"], loss, **changes)
+    prompts = golden_prompts(world.tokenizer, trainer.loss.paired)
+    size = trajectory["batch_size"] // trajectory["gradient_accumulation_steps"]
+    limit = TokenBudget(budget, budget) if budget else TokenBudget(10**6, 10**6)
+    worst: dict[str, float] = {}
+    for step in trajectory["steps"]:
+        examples = list(examples_of(prompts[row] for row in step["rows"]))
+        parts = [examples[start : start + size] for start in range(0, len(examples), size)]
+        found = trainer.train_step([MicroBatch(pieces_of(part, limit, ranks), len(part)) for part in parts])
+        expected = single.train_step([MicroBatch(pieces_of(part, limit), len(part)) for part in parts])
+        for name, value in expected.items():
+            scale = abs(float(value)) if name in ("loss/train", "grad_norm") else max(1.0, abs(float(value)))
+            worst[name] = max(worst.get(name, 0.0), abs(float(found[name]) - float(value)) / scale)
+    weights = dict(trainer.policy.named_parameters())
+    pairs = [(whole(weights[name]).detach(), weight.detach()) for name, weight in single.policy.named_parameters()]
+    apart, size = (
+        math.sqrt(sum(x.square().sum().item() for x in xs)) for xs in ([a - b for a, b in pairs], [b for _, b in pairs])
+    )
+    return worst | {"weights": apart / size}
+
+
+def follow_each_sharding(settings: dict, numbers: list[int]) -> dict:
+    """Trajectories under every sharding that two processes can have; also one cut into small pieces."""
+    world = World(settings)
+    results = {}
+    for number in numbers:
+        trajectory = TRAJECTORIES[number]
+        for sharding in ("full", "grad_op", "optimizer", "none"):
+            results[f"{number} {sharding}"] = follow(world, trajectory, world.mesh(sharding), sharding)
+    results["small pieces"] = follow(world, TRAJECTORIES[numbers[0]], world.mesh("full"), "full", budget=40)
+    end_group()
+    return results
+
+
+BETA_DPO = {"name": "dpo", "beta": 0.1, "mode_loss": "beta_DPO", "mode_weight": 0.5, "a": 0.6}
+
+
+def follow_on_four(settings: dict, number: int) -> dict:
+    """Hybrid sharding, tensor parallel beside sharding, and beta-DPO, on four processes."""
+    world = World(settings)
+    trajectory = TRAJECTORIES[number]
+    results = {
+        "hybrid": follow(world, trajectory, world.mesh("hybrid", local_size=2), "hybrid"),
+        "tensor x shard": follow(world, trajectory, world.mesh("full", tensor_size=2), "full"),
+        "beta-DPO": follow(world, trajectory, world.mesh("full"), "full", BETA_DPO),
+        "beta-DPO, small pieces": follow(world, trajectory, world.mesh("full"), "full", BETA_DPO, budget=40),
+    }
+    end_group()
+    return results
+
+
+def follow_split_layers(settings: dict, numbers: list[int]) -> dict:
+    """Tensor parallel over two processes, on both architectures; beta-DPO over two ranks."""
+    world = World(settings)
+    results = {str(n): follow(world, TRAJECTORIES[n], world.mesh("full", tensor_size=2), "full") for n in numbers}
+    results["beta-DPO"] = follow(world, TRAJECTORIES[numbers[0]], world.mesh("full"), "full", BETA_DPO)
+    end_group()
+    return results
+
+
+def evaluate_unevenly(settings: dict, num_rows: int) -> dict:
+    """Held-out metrics of some rows, and reference log-probs, over all ranks and alone."""
+    world = World(settings)
+    loss = {"name": "dpo", "beta": 0.1}
+    trainer, ranks = world.sharded("llama", loss, world.mesh("full"), "full")
+    single = world.alone("llama", loss)
+    prompts = golden_prompts(world.tokenizer, True)
+    table = PromptTable.of((prompts * 3)[:num_rows])
+    sizes = 7, None, 0, TokenBudget(60, 60)
+    found = evaluate(trainer.policy, trainer.reference, trainer.loss, evaluation_batches(table, *sizes, ranks), ranks)
+    expected = evaluate(single.policy, single.reference, single.loss, evaluation_batches(table, *sizes))
+    everything = table.select(torch.arange(len(table)).numpy())
+    logps = [compute_logps(trainer.policy, everything, ranks), compute_logps(single.policy, everything)]
+    epoch = [BatchIterator(table, 8, ranks=each) for each in (ranks, ALONE)]
+    seen = [sum(micro.num_examples for step in steps for micro in step) for steps in epoch]
+    end_group()
+    return {
+        "rows": [len(values) for values in found.examples.values()],
+        "worst": max((found.examples[name] - values).abs().max().item() for name, values in expected.examples.items()),
+        "logps": (logps[0] - logps[1]).abs().max().item(),
+        "seen": seen,
+    }

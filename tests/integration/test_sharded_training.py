@@ -1,0 +1,76 @@
+"""Sharded trainers on real processes: the same numbers as one process, and what happens when something goes wrong."""
+
+from pathlib import Path
+
+import pytest
+import sharded_work
+from omegaconf import OmegaConf
+
+from launching import launch
+
+ROOT = Path(__file__).parent.parent.parent
+TRAJECTORIES = sharded_work.TRAJECTORIES
+
+
+@pytest.fixture(autouse=True)
+def workers_find_the_modules(monkeypatch):
+    """Spawned processes import what is pickled by its module's name."""
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests'}:{ROOT / 'tests' / 'integration'}")
+
+
+@pytest.fixture
+def settings(compose) -> dict:
+    return OmegaConf.to_container(compose("trainer=FSDPTrainer", "model=blank_model", "model.name_or_path=x"), resolve=True)
+
+
+def number_of(architecture: str, loss: str, optimizer: str, accumulation: int) -> int:
+    """The place of a golden trajectory."""
+    wanted = (architecture, loss, optimizer, accumulation)
+    found = [
+        number
+        for number, t in enumerate(TRAJECTORIES)
+        if (t["architecture"], t["loss"]["name"], t["optimizer"], t["gradient_accumulation_steps"]) == wanted
+    ]
+    return found[0]
+
+
+def assert_equal(results: dict, tolerance: float) -> None:
+    """Losses, gradient norms and weights within the relative tolerance, other metrics within ten times as much."""
+    for name, worst in results.items():
+        for key, difference in worst.items():
+            strict = key in ("loss/train", "grad_norm", "weights")
+            assert difference <= tolerance * (1 if strict else 10), f"{name}: {key} differs by {difference:.1g}"
+
+
+def test_two_ranks_follow_the_golden_trajectories_under_every_sharding(settings):
+    numbers = [
+        number_of("llama", "dpo", "AdamW", 2),
+        number_of("gpt_neox", "sft", "RMSprop", 1),
+        number_of("llama", "ipo", "AdamW", 1),
+    ]
+    results = launch(sharded_work.follow_each_sharding, (settings, numbers), 2, None)
+    assert len(results) == 13
+    assert_equal(results, 1e-5)
+
+
+def test_two_ranks_that_split_layers_follow_the_golden_trajectories(settings):
+    numbers = [number_of("llama", "dpo", "AdamW", 1), number_of("gpt_neox", "dpo", "RMSprop", 2)]
+    results = launch(sharded_work.follow_split_layers, (settings, numbers), 2, None)
+    assert_equal(results, 1e-4)
+    assert results["beta-DPO"]["beta_DPO/beta_used"] <= 1e-6 and results["beta-DPO"]["beta_DPO/kept_fraction"] == 0
+
+
+def test_four_ranks_hybrid_tensor_parallel_and_beta_dpo_follow_one_process(settings):
+    results = launch(sharded_work.follow_on_four, (settings, number_of("llama", "dpo", "AdamW", 1)), 4, None)
+    assert_equal({name: worst for name, worst in results.items() if "tensor" not in name}, 1e-5)
+    assert_equal(results, 1e-4)
+    for name in ("beta-DPO", "beta-DPO, small pieces"):
+        assert results[name]["beta_DPO/beta_used"] <= 1e-6 and results[name]["beta_DPO/kept_fraction"] == 0
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_held_out_rows_are_scored_once_by_any_number_of_ranks(settings, ranks):
+    results = launch(sharded_work.evaluate_unevenly, (settings, 101), ranks, None)
+    assert set(results["rows"]) == {101}
+    assert results["worst"] <= 1e-5 and results["logps"] <= 1e-4
+    assert results["seen"] == [101, 101]

@@ -3,6 +3,7 @@
 The launcher watches over its workers. When one dies all are ended within seconds, and what the first of them said is said.
 """
 
+import logging
 import os
 import resource
 import socket
@@ -18,8 +19,8 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from ranks import in_worker, local_rank
 from utils import UserError
 
-# How a worker's mistake of the user's is told apart from a bug, in what the launcher hears of it.
-MARK = "UserError: "
+# How what the launcher hears of a worker begins where the mistake was the user's.
+MISTAKE = "UserError: "
 
 
 def number_of_workers(trainer) -> int:
@@ -37,6 +38,8 @@ def launch(function: Callable, arguments: tuple, workers: int, port: int | None)
     raise_file_limit()
     # Each worker has its own share of the cores.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // workers)))
+    # What went wrong is said once, below; the library would print its own account of it too.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -54,8 +57,8 @@ def launch(function: Callable, arguments: tuple, workers: int, port: int | None)
         rank, failure = error.get_first_failure()
         told = failure.message if isinstance(failure.message, dict) else {"message": failure.message}
         heard = told.get("message", "")
-        if MARK in heard:
-            raise UserError(heard.split(MARK, 1)[1]) from None
+        if heard.startswith(MISTAKE):
+            raise UserError(heard.removeprefix(MISTAKE)) from None
         name = failure.signal_name() if failure.exitcode < 0 else f"exit status {failure.exitcode}"
         trace = told.get("extraInfo", {}).get("py_callstack") or heard
         raise WorkerDiedError(f"rank {rank} of {workers} died ({name}); the others were ended. It said:\n{trace}") from None
@@ -67,10 +70,7 @@ class WorkerDiedError(Exception):
 
 @record
 def _in_worker(function: Callable, arguments: tuple):
-    try:
-        return function(*arguments)
-    except UserError as error:
-        raise UserError(f"{MARK}{error}") from error
+    return function(*arguments)
 
 
 def start_group(timeout_minutes: float) -> torch.device:

@@ -1,0 +1,152 @@
+"""Runs of several processes from the command line: they start, leave what one process leaves, and end when one of them does."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent.parent
+SHORT = (
+    "loss=dpo", "n_examples=32", "n_eval_examples=16", "wandb.enabled=false", "sample_during_eval=false",
+)  # fmt: skip
+
+
+def run(cwd: Path, *overrides: str, launcher: tuple[str, ...] = (), **environment: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, *launcher, str(ROOT / "train.py"), *SHORT, *overrides]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False, env=environment, timeout=300)
+
+
+def metrics(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> Path:
+    """A run of one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    done = run(folder, "local_run_dir=run")
+    assert done.returncode == 0, done.stderr
+    return folder / "run"
+
+
+def assert_same_run(found: Path, expected: Path) -> None:
+    """The same numbers, the same files, and weights that load into one process."""
+    assert {path.name for path in found.iterdir()} == {path.name for path in expected.iterdir()}
+    for one, other in zip(metrics(found), metrics(expected), strict=True):
+        assert one.keys() == other.keys()
+        for name in one.keys() - {"examples_per_second"}:
+            assert one[name] == pytest.approx(other[name], rel=1e-4, abs=1e-5), name
+    files = [torch.load(path / "LATEST" / "policy.pt", weights_only=True)["state"] for path in (found, expected)]
+    assert files[0].keys() == files[1].keys()
+    for name, weight in files[0].items():
+        torch.testing.assert_close(weight, files[1][name], rtol=1e-3, atol=1e-5)
+    states = [torch.load(path / "LATEST" / "training_state.pt", weights_only=True) for path in (found, expected)]
+    assert states[0]["optimizer"]["state"].keys() == states[1]["optimizer"]["state"].keys()
+
+
+@pytest.mark.parametrize("trainer", ["FSDPTrainer", "TensorParallelTrainer"])
+def test_a_run_of_two_processes_is_started_here_and_leaves_what_one_process_leaves(trainer, alone, tmp_path):
+    done = run(tmp_path, f"trainer={trainer}", "local_run_dir=run")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("train: 1344 prompts") == 1
+    assert_same_run(tmp_path / "run", alone)
+    # And a run of one process goes on from there.
+    again = run(tmp_path, f"model.archive={tmp_path}/run/LATEST", "local_run_dir=again")
+    assert again.returncode == 0, again.stderr
+    assert metrics(tmp_path / "again")[0]["loss/eval"] == pytest.approx(0.6931472, abs=1e-5)
+
+
+def test_under_torchrun_each_process_is_a_worker_and_they_share_one_run_directory(alone, tmp_path):
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3")
+    done = run(tmp_path, "trainer=FSDPTrainer", launcher=torchrun)
+    assert done.returncode == 0, done.stderr
+    [run_dir] = [path for path in (tmp_path / "runs").iterdir() if path.name.startswith("run_")]
+    assert_same_run(run_dir, alone)
+
+
+def children(pid: int) -> list[int]:
+    """The processes below a process."""
+    direct = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True, check=False).stdout
+    return [below for child in map(int, direct.split()) for below in (child, *children(child))]
+
+
+def command_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+
+
+def test_a_killed_rank_ends_the_run_soon_with_its_number_and_leaves_no_process_behind(tmp_path):
+    endless = ("loss=dpo", "n_epochs=1000", "wandb.enabled=false", "sample_during_eval=false", "debug=true")
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *endless, "trainer=FSDPTrainer", "local_run_dir=run"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    for line in process.stdout:
+        if re.match(r"\d+/\d+ loss", line):
+            break
+    workers = [pid for pid in children(process.pid) if "spawn_main" in command_of(pid)]
+    assert len(workers) == 2
+    os.kill(workers[1], signal.SIGKILL)
+    started = time.monotonic()
+    rest = process.stdout.read()
+    assert process.wait(timeout=60) == 1
+    assert time.monotonic() - started < 15
+    assert re.search(r"rank [01] of 2 died \(SIGKILL\); the others were ended", rest), rest
+    deadline = time.monotonic() + 10
+    while alive := [pid for pid in workers if Path(f"/proc/{pid}").exists() and "spawn_main" in command_of(pid)]:
+        assert time.monotonic() < deadline, alive
+
+
+def test_a_port_that_is_taken_is_refused_before_anything_starts(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        done = run(tmp_path, "trainer=FSDPTrainer", f"fsdp_port={port}")
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"fsdp_port: {port} cannot be used: Address already in use.")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ("trainer=FSDPTrainer", "model.block_name=GPTBlock"),
+            "model.block_name: found 'GPTBlock'. Expected the class of a block of LlamaForCausalLM: LlamaDecoderLayer (4).",
+        ),
+        (
+            ("trainer=FSDPTrainer", "batch_size=4", "gradient_accumulation_steps=4"),
+            "batch_size: found 4, which in 4 micro-batches gives 1 examples to 2 processes. Expected at least 8,",
+        ),
+        (
+            ("trainer=TensorParallelTrainer", "model.from_config.model_type=gpt2"),
+            "trainer=TensorParallelTrainer: transformers has no plan for GPT2LMHeadModel.",
+        ),
+        (
+            ("trainer=TensorParallelTrainer", "trainer.nproc_per_node=3"),
+            "trainer.tensor_parallel_size: found 3, which does not divide the model's 4 attention heads.",
+        ),
+        (
+            ("trainer=TensorParallelTrainer", "trainer.tensor_parallel_size=3"),
+            "trainer.tensor_parallel_size: found 3, expected a divisor of the number of processes, 2.",
+        ),
+    ],
+    ids=["block", "batch", "no plan", "heads", "world"],
+)
+def test_a_mistake_that_only_workers_can_see_is_one_message_and_exit_status_2(overrides, message, tmp_path):
+    done = run(tmp_path, *overrides)
+    assert done.returncode == 2, done.stderr
+    assert any(line.startswith(message) for line in done.stderr.splitlines()), done.stderr
+    assert "Traceback" not in done.stderr

@@ -33,7 +33,8 @@ def cache_key(model: nn.Module, prompts: Selection, ranks: Ranks = ALONE) -> str
         part = weight.to_local() if isinstance(weight, DTensor) else weight
         digest.update(part.detach().cpu().contiguous().view(torch.uint8).numpy())
     digest.update(prompts.fingerprint.encode())
-    return xxhash.xxh3_128_hexdigest("".join(ranks.gather(digest.hexdigest()))) if ranks.size > 1 else digest.hexdigest()
+    parts = ranks.gather(digest.hexdigest())
+    return parts[0] if len(parts) == 1 else xxhash.xxh3_128_hexdigest("".join(parts).encode())
 
 
 def cache_path(directory: Path, model: nn.Module, prompts: Selection, ranks: Ranks = ALONE) -> Path:

@@ -37,22 +37,22 @@ def run(job: dict, work: Work, data: dict) -> dict:
 def build(job: dict, work: Work, prompts: PromptTable):
     """A trainer as `train.py` makes it, without what surrounds the steps: evaluation, samples, checkpoints, logging."""
     from losses import build_loss
-    from models import load_model, load_tokenizer, share_prefixes, token_budget
+    from models import load_tokenizer, token_budget
     from train import make_reference
     from trainers import TRAINERS
-    from utils import keep_freed_memory, pick_device, quiet_libraries, seed_everything
+    from utils import keep_freed_memory, quiet_libraries, seed_everything
 
     quiet_libraries()
     keep_freed_memory()
     config = _config(job, work)
     seed_everything(config.seed)
-    trainer_class = TRAINERS[config.trainer.name]
     loss = build_loss(**config.loss, seed=config.seed)
     tokenizer = load_tokenizer(config.model, config.cache_dir)
-    policy = trainer_class.place(load_model(config.model, tokenizer, config.cache_dir), pick_device())
-    share_prefixes(policy, config.prefix_sharing)
+    trainer_class = TRAINERS[config.trainer.name]
+    placement = trainer_class.placement(config, tokenizer)
+    policy = placement.policy()
     batches = _iterator(prompts, work, token_budget(policy, config.max_tokens_per_microbatch))
-    reference = make_reference(config, trainer_class, policy, batches.prompts_seen(), False) if loss.needs_reference else None
+    reference = make_reference(config, placement, policy, batches.prompts_seen(), False) if loss.needs_reference else None
     return trainer_class(config, policy, reference, loss, tokenizer, batches, [], [], None, Path(job["output_dir"]))
 
 
@@ -98,7 +98,7 @@ def _overrides(job: dict, work: Work) -> list[str]:
 def order_of_prompts(prompts: list[dict], work: Work) -> list[int]:
     """Index of each prompt in the order in which this project trains on them; the pairs of a prompt stay together."""
     steps = _iterator(_tokenized(prompts), work, UNLIMITED)
-    sources = [source for step in steps for micro_batch in step for piece in micro_batch for source in piece.sources]
+    sources = [source for step in steps for micro_batch in step for piece in micro_batch.pieces for source in piece.sources]
     return list(dict.fromkeys(int(source.removeprefix("prompt ")) for source in sources))
 
 

@@ -3,11 +3,21 @@
 from dataclasses import replace
 
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batches import BatchIterator, evaluation_batches, evaluation_prompts, examples_of, pack
+from batches import (
+    BatchIterator,
+    TokenBudget,
+    evaluation_batches,
+    evaluation_prompts,
+    examples_of,
+    pack,
+    pieces_of,
+    spread,
+)  # fmt: skip
 from prompt_table import Columns, PromptTable, TablePart
+from ranks import Ranks
 from tokenization import TokenizedPrompt
 
 # ---- packing ------------------------------------------------------------------------------------------------------------
@@ -81,7 +91,7 @@ def weighted(count: int, pairs: int, weight: float) -> PromptTable:
 
 
 def sources(batches) -> list[list[str]]:
-    return [[source for part in batch for piece in part for source in piece.sources] for batch in batches]
+    return [[source for part in batch for piece in part.pieces for source in piece.sources] for batch in batches]
 
 
 def test_an_epoch_sees_every_example_once_and_the_last_batch_is_what_is_left():
@@ -91,7 +101,8 @@ def test_an_epoch_sees_every_example_once_and_the_last_batch_is_what_is_left():
 
 
 def test_the_pairs_of_a_prompt_share_its_tokens_within_a_micro_batch():
-    [[[batch]]] = BatchIterator(table(2, pairs=3), 6)
+    [[micro_batch]] = BatchIterator(table(2, pairs=3), 6)
+    [batch] = micro_batch.pieces
     assert [len(tree.response_lengths) for tree in batch.trees] == [4, 4]
 
 
@@ -177,7 +188,8 @@ def test_the_prompts_of_an_evaluation_are_those_of_its_batches(count, pairs, wan
 
 def test_sft_batches_have_no_pairs():
     prompts = PromptTable.of(replace(prompt, responses=prompt.responses[:1], pairs=[]) for prompt in some_prompts(3))
-    [[[batch]]] = BatchIterator(prompts, 3)
+    [[micro_batch]] = BatchIterator(prompts, 3)
+    [batch] = micro_batch.pieces
     assert batch.pairs.shape == (0, 2) and batch.num_examples == 3
 
 
@@ -186,3 +198,40 @@ def test_a_run_that_visits_prompts_twice_in_one_epoch_sees_them_again():
     once, twice = (PromptTable([TablePart("x", [Columns.of(prompts)], "f", weight)]) for weight in (1.0, 2.0))
     assert not BatchIterator(once, 2).visits_again
     assert BatchIterator(twice, 2).visits_again
+
+
+def some_examples(lengths: list[tuple[int, int]]):
+    """Examples of prompts with so many tokens and pairs."""
+    prompts = [
+        TokenizedPrompt([7] * length, [[8, 0], *([9, k, 0] for k in range(pairs))], [(0, k + 1) for k in range(pairs)])
+        for length, pairs in lengths
+    ]
+    return list(examples_of(prompts))
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    lengths=st.lists(st.tuples(st.integers(1, 40), st.integers(1, 6)), min_size=1, max_size=8),
+    size=st.integers(1, 5),
+    budget=st.integers(1, 90),
+)
+def test_ranks_share_every_example_once_in_equally_many_pieces(lengths, size, budget):
+    examples = some_examples(lengths)
+    limit = TokenBudget(budget, budget)
+    shares = [pieces_of(examples, limit, Ranks(rank, size)) for rank in range(size)]
+    assert len({len(pieces) for pieces in shares}) == 1
+    places = [place for pieces in shares for piece in pieces if not piece.is_filler for place in piece.places.tolist()]
+    assert sorted(places) == list(range(len(examples)))
+    for pieces in shares:
+        for piece in pieces:
+            assert [piece.sources[k] for k in range(len(piece.places))] == [examples[p][0].source for p in piece.places]
+
+
+def test_ranks_get_about_as_many_tokens_and_the_pairs_of_a_prompt_stay_together():
+    # Prompts of 30, 20, 10 and 10 tokens, a pair each (5 tokens more): 35 + 15 and 25 + 15.
+    parts = spread(some_examples([(30, 1), (20, 1), (10, 1), (10, 1)]), 2)
+    assert [sorted(part) for part in parts] == [[0, 3], [1, 2]]
+    together = spread(some_examples([(10, 3), (10, 3)]), 2)
+    assert together == [[0, 1, 2], [3, 4, 5]]
+    # One prompt with many pairs is more than a rank's part, and is divided.
+    assert sorted(map(len, spread(some_examples([(10, 6)]), 3))) == [2, 2, 2]

@@ -384,7 +384,14 @@ WHOLE = "a whole number from 1"
         ("fsdp_port=70000", "fsdp_port", "70000", "a port from 1 to 65535, or null"),
         ("fsdp_port=true", "fsdp_port", "True", "a port from 1 to 65535, or null"),
         # Switches.
-        *((f"{key}=1", key, "1", "true or false") for key in ("debug", "wandb.enabled", "sample_during_eval", "do_first_eval")),
+        *((f"{key}=1", key, "1", "true or false") for key in ("debug", "dry_run", "wandb.enabled", "do_first_eval")),
+        ("sample_during_eval=1", "sample_during_eval", "1", "true, false or null"),
+        ("trainer=FSDPTrainer trainer.sharding=ful", "trainer.sharding", "'ful'", "did you mean full?"),
+        ("trainer=FSDPTrainer trainer.param_dtype=half", "trainer.param_dtype", "'half'", "no dtype"),
+        ("trainer=FSDPTrainer trainer.nproc_per_node=0", "trainer.nproc_per_node", "0", "a whole number from 1 or null"),
+        ("trainer=FSDPTrainer trainer.distributed_timeout_minutes=0", "distributed_timeout_minutes", "0", "a number above 0"),
+        ("trainer=FSDPTrainer trainer.cpu_offload=1", "trainer.cpu_offload", "1", "true or false"),
+        ("trainer=TensorParallelTrainer trainer.tensor_parallel_size=x", "tensor_parallel_size", "'x'", "a whole number"),
         *((f"{key}=yes", key, "'yes'", "true or false") for key in ("activation_checkpointing", "save_policy_pt")),
         ("model.trust_remote_code=null", "model.trust_remote_code", "None", "true or false"),
         # Names.

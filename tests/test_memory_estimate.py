@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from batches import examples_of, pack
+from batches import MicroBatch, examples_of, pack
 from logprobs import LiveReference
 from losses import build_loss
 from memory_estimate import StorageCounter, fake_tensors, step_memory
-from models import build_untrained, load_tokenizer, share_prefixes
+from models import build_untrained, enable_activation_checkpointing, load_tokenizer, share_prefixes
 from response_trees import causal_mask
 from tokenization import TokenizedPrompt
 from trainers import BasicTrainer
@@ -37,11 +37,13 @@ def test_what_is_counted_on_fake_tensors_is_what_a_real_step_makes(compose, over
     with StorageCounter(policy.config.vocab_size) as counter:
         for weight in [*policy.parameters(), *reference.parameters()]:
             weight.view(-1)
+        if config.activation_checkpointing:
+            enable_activation_checkpointing(policy)
         trainer = BasicTrainer(config, policy, LiveReference(reference), build_loss("dpo"), tokenizer, None, [], [], None, None)
         real = pack(list(examples_of(prompts(4))))
-        trainer.train_step([[real]])
+        trainer.train_step([MicroBatch([real], 4)])
         counter.most.clear()
-        trainer.train_step([[real]])
+        trainer.train_step([MicroBatch([real], 4)])
     assert sum(estimated.values()) == pytest.approx(counter.most.total(), rel=0.01)
 
 

@@ -95,8 +95,8 @@ def checkpoint(tiny, tmp_path):
     """A model with weights of its own, and its checkpoint directory with policy.pt."""
     torch.manual_seed(7)
     model = load_model(tiny(), byte_level_tokenizer())
-    directory = save_checkpoint(tmp_path / "run", 64, model, byte_level_tokenizer(), {})
-    save_policy_pt(directory, model, 64, {"loss/eval": 1.0})
+    directory = save_checkpoint(tmp_path / "run", 64, model, model.state_dict(), byte_level_tokenizer(), {})
+    save_policy_pt(directory, model.state_dict(), 64, {"loss/eval": 1.0})
     return model, tmp_path / "run" / "LATEST"
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import logprobs
-from batches import TokenBudget, examples_of, pack, pack_within
+from batches import TokenBudget, examples_of, pack, pieces_of
 from conftest import GOLDEN
 from logprobs import ScoringHead, padded_logps, response_logps, tree_logps
 from losses import build_loss
@@ -170,7 +170,7 @@ def test_any_trees_in_any_order_cut_anyhow_have_the_log_probs_of_padded_rows(mod
     examples = data.draw(st.permutations(list(examples_of(prompts))))
     with torch.no_grad():
         expected = padded_logps(padded, pack(list(examples_of(prompts))))
-        for batch in pack_within(examples, data.draw(budgets)):
+        for batch in pieces_of(examples, data.draw(budgets)):
             torch.testing.assert_close(tree_logps(sharing, batch), expected[batch.response_rows], rtol=1e-4, atol=1e-4)
 
 
@@ -190,19 +190,19 @@ def test_the_gradient_of_a_loss_does_not_depend_on_the_cut(models, shapes, budge
         )
         return torch.autograd.grad(total, model.get_input_embeddings().weight)[0]
 
-    whole, pieces = gradient([pack(examples)]), gradient(pack_within(examples, TokenBudget(budget, budget)))
+    whole, pieces = gradient([pack(examples)]), gradient(pieces_of(examples, TokenBudget(budget, budget)))
     assert (whole - pieces).norm() <= 1e-4 * whole.norm() + 1e-6
 
 
 def test_the_pairs_of_a_prompt_stay_together_up_to_the_limit_and_prompts_up_to_what_is_comfortable():
     prompts = prompts_of([(10, (5, 5, 5, 5)), (4, (3, 3)), (4, (3, 3)), (4, (3, 3))])
-    pieces = list(pack_within(examples_of(prompts), TokenBudget(limit=40, comfortable=20)))
+    pieces = pieces_of(list(examples_of(prompts)), TokenBudget(limit=40, comfortable=20))
     assert [len(piece.input_ids) for piece in pieces] == [30, 20, 10]
 
 
 def test_pieces_keep_within_the_budget_and_share_prompts_within_them():
     prompts = prompts_of([(10, (5, 5, 5, 5)), (40, (3, 3))])
-    pieces = list(pack_within(examples_of(prompts), TokenBudget(25, 25)))
+    pieces = pieces_of(list(examples_of(prompts)), TokenBudget(25, 25))
     # prompt 10 + 5 + 5, then + 5 for a second pair; the third pair needs its prompt again; the last is too long by itself
     assert [len(piece.input_ids) for piece in pieces] == [25, 20, 46]
     assert [piece.num_examples for piece in pieces] == [2, 1, 1]

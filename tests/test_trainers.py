@@ -11,12 +11,13 @@ from transformers import AutoModelForCausalLM
 
 from batches import (
     BatchIterator,
+    MicroBatch,
     TokenBudget,
     cut,
     evaluation_batches,
     examples_of,
     pack,
-    pack_within,
+    pieces_of,
 )
 from checkpoints import save_checkpoint
 from conftest import GOLDEN
@@ -84,7 +85,7 @@ def tokenized(golden, tokenizer):
 
 def micro_batches(prompts, size):
     """Micro-batches of `size` examples, each in one piece."""
-    return [[pack(piece)] for piece in cut(list(examples_of(prompts)), size)]
+    return [MicroBatch([pack(piece)], len(piece)) for piece in cut(list(examples_of(prompts)), size)]
 
 
 @pytest.mark.parametrize(
@@ -244,7 +245,7 @@ def test_a_trainer_continues_from_its_state_bit_for_bit(mode, build, tokenized, 
         first.train_step(batch)
         if first.updates == 5:
             break
-    checkpoint = save_checkpoint(tmp_path, first.examples, first.policy, first.tokenizer, first.state_dict())
+    checkpoint = save_checkpoint(tmp_path, first.examples, first.policy, first.weights(), first.tokenizer, first.state_dict())
     second = make()
     second.policy.load_state_dict(AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).state_dict())
     second.load_state_dict(torch.load(checkpoint / "training_state.pt", weights_only=True))
@@ -259,8 +260,8 @@ def test_a_trainer_continues_from_its_state_bit_for_bit(mode, build, tokenized, 
 def test_beta_dpo_keeps_the_same_pairs_and_beta_when_memory_cuts_its_micro_batch(budget, build, tokenized):
     def step(max_tokens):
         loss = build_loss("dpo", beta=0.1, mode_loss="beta_DPO", mode_weight=0.5, a=0.6)
-        pieces = list(pack_within(examples_of(tokenized[True][:8]), TokenBudget(max_tokens, max_tokens)))
-        gradient, metrics = gradient_after_one_step(build(loss, "llama", *SGD), [pieces])
+        pieces = pieces_of(list(examples_of(tokenized[True][:8])), TokenBudget(max_tokens, max_tokens))
+        gradient, metrics = gradient_after_one_step(build(loss, "llama", *SGD), [MicroBatch(pieces, 8)])
         return len(pieces), gradient, metrics
 
     (_, whole, expected), (count, pieces, found) = step(10_000), step(budget)
@@ -286,7 +287,7 @@ def test_autocast_computes_products_in_the_shorter_format_and_sums_in_float32(bu
     batch = micro_batches(tokenized[True][:4], 4)
     exact, short = build(build_loss("dpo")), build(build_loss("dpo"))
     short.policy.autocast_dtype = short.reference.model.autocast_dtype = torch.bfloat16
-    expected, found = exact.logps(batch[0][0]), short.logps(batch[0][0])
+    expected, found = exact.logps(batch[0].pieces[0]), short.logps(batch[0].pieces[0])
     assert found.dtype == torch.float32 and not torch.equal(found, expected)
     torch.testing.assert_close(found, expected, rtol=2e-2, atol=0.1)
     assert next(short.policy.parameters()).dtype == torch.float32

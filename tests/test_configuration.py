@@ -389,9 +389,19 @@ WHOLE = "a whole number from 1"
         ("trainer=FSDPTrainer trainer.sharding=ful", "trainer.sharding", "'ful'", "did you mean full?"),
         ("trainer=FSDPTrainer trainer.param_dtype=half", "trainer.param_dtype", "'half'", "no dtype"),
         ("trainer=FSDPTrainer trainer.nproc_per_node=0", "trainer.nproc_per_node", "0", "a whole number from 1 or null"),
-        ("trainer=FSDPTrainer trainer.distributed_timeout_minutes=0", "distributed_timeout_minutes", "0", "a number above 0"),
+        (
+            "trainer=FSDPTrainer trainer.distributed_timeout_minutes=0",
+            "trainer.distributed_timeout_minutes",
+            "0",
+            "a number above 0",
+        ),
         ("trainer=FSDPTrainer trainer.cpu_offload=1", "trainer.cpu_offload", "1", "true or false"),
-        ("trainer=TensorParallelTrainer trainer.tensor_parallel_size=x", "tensor_parallel_size", "'x'", "a whole number"),
+        (
+            "trainer=TensorParallelTrainer trainer.tensor_parallel_size=x",
+            "trainer.tensor_parallel_size",
+            "'x'",
+            "a whole number",
+        ),
         *((f"{key}=yes", key, "'yes'", "true or false") for key in ("activation_checkpointing", "save_policy_pt")),
         ("model.trust_remote_code=null", "model.trust_remote_code", "None", "true or false"),
         # Names.

@@ -1,15 +1,13 @@
 """Entries of `datasets`: what one may say, what is refused and how, and the records that files and own loaders give."""
 
-import csv
-import gzip
 import json
-from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import preference_datasets
+from conftest import write
 from data_files import DATA_SUFFIXES
 from dataset_entries import GENERAL_KEYS, OwnData, load_records, read_entry
 from preference_datasets import Dataset
@@ -28,26 +26,6 @@ def registry(monkeypatch):
     yield preference_datasets.DATASETS
     preference_datasets.DATASETS.clear()
     preference_datasets.DATASETS.update(known)
-
-
-def write(path: Path, rows: list[dict]) -> Path:
-    """Write rows in the format that the path's ending says."""
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    if path.suffix == ".parquet":
-        import pyarrow
-        import pyarrow.parquet
-
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    elif path.suffix == ".csv":
-        with path.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-    elif path.suffix == ".gz":
-        path.write_bytes(gzip.compress(lines.encode(), mtime=0))
-    else:
-        path.write_text(json.dumps(rows) if path.suffix == ".json" else lines, encoding="utf-8")
-    return path
 
 
 def triplets(count: int) -> list[dict]:

@@ -1,8 +1,5 @@
 """The named public sets, and the user's own directories, read by the hub's library from local copies in the hub's layout."""
 
-import csv
-import gzip
-import json
 from itertools import combinations
 from pathlib import Path
 
@@ -10,30 +7,13 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from conftest import write
 from dataset_entries import load_records, read_entry
 from preference_datasets import DATASETS
 from records import EMPTY_TEXT, EQUAL_SCORES, NO_PAIR, OTHER_PROMPT, SAME_ANSWER, SAME_TEXT, DataReport, Turn, prompt_hash
 from utils import UserError
 
 HH_SUBSETS = ("harmless-base", "helpful-base", "helpful-online", "helpful-rejection-sampled")
-
-
-def write(path: Path, rows: list[dict]) -> Path:
-    """Write rows as the path's ending says, in a folder that is made for them."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    if path.suffix == ".parquet":
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    elif path.suffix == ".csv":
-        with path.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-    elif path.suffix == ".gz":
-        path.write_bytes(gzip.compress(lines.encode(), mtime=0))
-    else:
-        path.write_text(lines, encoding="utf-8")
-    return path
 
 
 def read(name: str, directory: Path, split: str = "train", **keys) -> tuple[list, DataReport]:

@@ -1,7 +1,5 @@
 """The loaders against golden records, what is said about faulty ones, and how files are split."""
 
-import csv
-import gzip
 import json
 from collections.abc import Iterator
 from fractions import Fraction
@@ -12,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import preference_datasets
+from conftest import write
 from data_files import DATA_SUFFIXES
 from dataset_entries import load_records, read_entry
 from html_text import html_to_text
@@ -57,26 +56,6 @@ def made(loader, rows: list[dict], report: DataReport | None = None, **options) 
 
 def dialogue(question: str, answer: str) -> str:
     return f"\n\nHuman: {question}\n\nAssistant: {answer}"
-
-
-def write(path: Path, rows: list[dict]) -> Path:
-    """Write rows in the format that the path's ending says."""
-    if path.suffix == ".parquet":
-        import pyarrow
-        import pyarrow.parquet
-
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    elif path.suffix == ".csv":
-        with path.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-    elif path.suffix == ".json":
-        path.write_text(json.dumps(rows))
-    else:
-        content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
-        path.write_bytes(gzip.compress(content, mtime=0) if path.suffix == ".gz" else content)
-    return path
 
 
 def triplets(count: int) -> list[dict]:

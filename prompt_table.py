@@ -162,6 +162,11 @@ class PromptTable(Sequence[TokenizedPrompt]):
         self._starts = [0, *accumulate(len(columns.numbers) for _, columns in self._batches)]
         self._rows = [first_row, *accumulate((int(c.first_response[-1]) for _, c in self._batches), initial=first_row)][1:]
         self._looks = 0
+        self._release()
+
+    def _release(self) -> None:
+        for part in self.parts:
+            part.release()
 
     @classmethod
     def of(cls, prompts: Iterable[TokenizedPrompt], first_row: int = 0) -> "PromptTable":
@@ -187,8 +192,7 @@ class PromptTable(Sequence[TokenizedPrompt]):
         part, columns = self._batches[batch]
         self._looks += 1
         if self._looks % LOOKS_BEFORE_RELEASE == 0:
-            for mapped in self.parts:
-                mapped.release()
+            self._release()
         return columns.prompt(int(index) - self._starts[batch], part.source, self._rows[batch])
 
     @cached_property
@@ -203,6 +207,7 @@ class PromptTable(Sequence[TokenizedPrompt]):
 
     def _gathered(self, column) -> numpy.ndarray:
         values = [column(columns) for _, columns in self._batches]
+        self._release()
         return numpy.concatenate(values).astype(numpy.int32) if values else numpy.zeros(0, numpy.int32)
 
     @property

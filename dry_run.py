@@ -55,7 +55,10 @@ def look(config, tokenizer, loss, data: tuple[Prepared, Prepared], batches_withi
     # Measured afterwards, when what a step imports is there.
     taken = psutil.Process().memory_info().rss if device.type != "cuda" else 0
     print("\nmemory", *lines_of_memory(kinds, pieces, taken, device.type), sep="\n", flush=True)
-    check_memory(sum(kinds.values()) + taken, memory_of(device), device.type)
+    if "sharding" in config.trainer:
+        print("  in one process; the trainer divides this over several, which is not estimated", flush=True)
+    else:
+        check_memory(sum(kinds.values()) + taken, memory_of(device), device.type)
 
 
 # ---- facts of the data --------------------------------------------------------------------------------------------------

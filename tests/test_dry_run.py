@@ -70,6 +70,12 @@ def test_a_model_that_no_machine_holds_is_refused_without_being_built(tmp_path):
     assert done.stderr.startswith("memory: a step would hold ") and "Lower max_tokens_per_microbatch" in done.stderr
 
 
+def test_a_sharded_trainer_is_not_refused_for_what_one_process_would_hold(tmp_path):
+    huge = ("model.from_config.hidden_size=65536", "model.from_config.intermediate_size=262144")
+    done = run(tmp_path, *huge, "model.from_config.num_hidden_layers=4", "trainer=FSDPTrainer")
+    assert done.returncode == 0 and "the trainer divides this over several" in done.stdout
+
+
 def test_duplicates_and_contradictions_are_counted_over_all_prompts():
     # The pair (A, B) stands there twice, and once the other way round; C has another prompt, so its pair is its own.
     facts = facts_of(

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from itertools import islice
+from operator import itemgetter
 
 import numpy
 import torch
@@ -193,13 +194,15 @@ def spread(examples: Sequence[Example], size: int) -> list[list[int]]:
     for place, (prompt, _) in enumerate(examples):
         groups.setdefault(id(prompt), []).append(place)
     weigh = lambda places: sum({key: n for p in places for key, n in tokens_of(examples[p]).items()}.values())  # noqa: E731
-    fair = sum(map(weigh, groups.values())) / size
-    units = [unit for group in groups.values() for unit in ([group] if weigh(group) <= fair else [[p] for p in group])]
+    weighed = [(weigh(group), group) for group in groups.values()]
+    fair = sum(weight for weight, _ in weighed) / size
+    units = [(weight, group) for weight, group in weighed if weight <= fair]
+    units += [(weigh([place]), [place]) for weight, group in weighed if weight > fair for place in group]
     loads, parts = [0] * size, [[] for _ in range(size)]
     # The longest first, each to the rank that has the least.
-    for unit in sorted(units, key=weigh, reverse=True):
+    for weight, unit in sorted(units, key=itemgetter(0), reverse=True):
         lightest = loads.index(min(loads))
-        loads[lightest] += weigh(unit)
+        loads[lightest] += weight
         parts[lightest] += unit
     return [sorted(part) for part in parts]
 
@@ -320,7 +323,7 @@ class BatchIterator:
 
     def examples_of_epoch(self, epoch: int) -> int:
         """How many examples an epoch has; with weights that are no whole numbers it differs from one to the next."""
-        return int(self.prompts.num_examples[self._order(epoch)].sum())
+        return int(self.prompts.num_examples[self.prompts.epoch_visits(self._seed_of(epoch))].sum())
 
     @cached_property
     def total_steps(self) -> int:
@@ -331,10 +334,10 @@ class BatchIterator:
             steps, left, epoch = steps - (-size // self.batch_size), left - size, epoch + 1
         return steps
 
-    @property
+    @cached_property
     def visits_again(self) -> bool:
         """Whether the run sees prompts more than once."""
-        return self.total_examples > int(self.prompts.num_examples[self.prompts_seen().indices].sum())
+        return self.total_examples > int(self.prompts.num_examples[self.prompts_seen.indices].sum())
 
     def state_dict(self) -> dict[str, int]:
         """The position: epoch, examples of it that were handed out, and examples in all."""
@@ -349,6 +352,7 @@ class BatchIterator:
             self.position = position
             yield batch
 
+    @cached_property
     def prompts_seen(self) -> Selection:
         """The prompts that a run from its beginning sees, each once."""
         seen, left, epoch = numpy.zeros(len(self.prompts), bool), self.total_examples, 0
@@ -360,7 +364,10 @@ class BatchIterator:
         return self.prompts.select(numpy.flatnonzero(seen))
 
     def _order(self, epoch: int) -> numpy.ndarray:
-        return self.prompts.epoch_order(f"{self.seed} {epoch}")
+        return self.prompts.epoch_order(self._seed_of(epoch))
+
+    def _seed_of(self, epoch: int) -> str:
+        return f"{self.seed} {epoch}"
 
     def _packed(self, steps) -> Iterator[tuple[list[MicroBatch], dict[str, int]]]:
         for examples, position in steps:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from dataset_entries import GENERAL_KEYS, TEMPLATES, TRUNCATION_MODES, Entry, read_entry
+from dataset_entries import GENERAL_CHOICES, GENERAL_KEYS, Entry, read_entry
 from utils import UserError, nearest
 
 CONFIG_DIR = Path(__file__).parent / "config"
@@ -184,7 +184,7 @@ def _check_choices(config: DictConfig) -> None:
     _require(config.prefix_sharing in ("auto", "on", "off"), "prefix_sharing", config.prefix_sharing, "auto, on or off")
     cached = (None, "live", "cached")
     _require(config.reference_logps in cached, "reference_logps", config.reference_logps, "live, cached or null")
-    for key, known in {"truncation_mode": TRUNCATION_MODES, "template": TEMPLATES, "on_bad_row": ("stop", "skip")}.items():
+    for key, known in GENERAL_CHOICES.items():
         value = config[key]
         _require(value is None or value in known, key, value, f"{', '.join(known)} or null")
     if config.trainer.name not in choices_of("trainer"):

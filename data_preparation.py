@@ -50,14 +50,13 @@ def prepare(
     `first_row` on. Raises UserError for data that cannot be used, and where the disk does not take what is written.
     """
     parts, reports = [], []
+    vocabulary = tokenizer_hash(tokenizer)
     for entry in entries:
-        work = _Preparation(entry, split, tokenizer, settings(entry), directory, cache_dir)
+        work = _Preparation(entry, split, tokenizer, vocabulary, settings(entry), directory, cache_dir)
         with rare_garbage_collection():
-            path, report = work.result()
-        weight = entry.weight if split == "train" else 1.0
-        source = f"{entry.name}, row" if entry.tokenised_file else f"{entry.name}, {split} prompt"
-        if path is not None:
-            parts.append(TablePart.of_file(path, source, weight))
+            part, report = work.result()
+        if part is not None:
+            parts.append(part)
         reports.append(report)
     return Prepared(PromptTable(parts, first_row), reports)
 
@@ -65,17 +64,26 @@ def prepare(
 class _Preparation:
     """One entry and split: the file it is found in, or is written to."""
 
-    def __init__(self, entry: Entry, split: str, tokenizer, settings: TokenSettings, directory: Path, cache_dir: str | None):
+    def __init__(
+        self,
+        entry: Entry,
+        split: str,
+        tokenizer,
+        vocabulary: str,
+        settings: TokenSettings,
+        directory: Path,
+        cache_dir: str | None,
+    ):
         self.entry, self.split, self.tokenizer, self.settings = entry, split, tokenizer, settings
         self.directory, self.cache_dir = directory, cache_dir
         known = entry.fingerprint(split, cache_dir)
         # Where only loading tells what the data is, the name ends with a hash of the records.
         self.content_is_known = known is not None
-        depends_on = [entry.name, known, entry.report().skip_bad_rows, split, tokenizer_hash(tokenizer), asdict(settings)]
+        depends_on = [entry.name, known, entry.report().skip_bad_rows, split, vocabulary, asdict(settings)]
         self.key = xxhash.xxh3_128_hexdigest(json.dumps([*depends_on, _code_hash()], sort_keys=True).encode())
 
-    def result(self) -> tuple[Path | None, DataReport]:
-        """The whole file, None where it has no prompt, and the report. Prepares it if need be."""
+    def result(self) -> tuple[TablePart | None, DataReport]:
+        """The whole file, mapped, None where it has no prompt, and the report. Prepares it if need be."""
         from filelock import FileLock, Timeout
 
         try:
@@ -96,7 +104,7 @@ class _Preparation:
                 "that can be written to, with room for the token ids. Make room, or name another one with local_dirs."
             ) from error
 
-    def _find(self) -> tuple[Path | None, DataReport] | None:
+    def _find(self) -> tuple[TablePart | None, DataReport] | None:
         names = [self.key] if self.content_is_known else sorted(p.stem for p in self.directory.glob(f"{self.key}-*.json"))
         if not self.content_is_known and names:
             digest = xxhash.xxh3_128()
@@ -109,15 +117,16 @@ class _Preparation:
                 return found
         return None
 
-    def _read(self, name: str) -> tuple[Path | None, DataReport] | None:
+    def _read(self, name: str) -> tuple[TablePart | None, DataReport] | None:
         """What lies under a name; None where it is not there, or damaged."""
         path = self.directory / f"{name}.arrow"
         try:
             report = DataReport(**json.loads(path.with_suffix(".json").read_text()))
             if path.exists():
-                if sum(len(columns.numbers) for columns in TablePart.of_file(path, "").batches) != report.num_prompts:
+                part = self._map(path)
+                if sum(len(columns.numbers) for columns in part.batches) != report.num_prompts:
                     raise ValueError("its report counts other prompts")
-                return path, report
+                return part, report
             return (None, report) if report.num_prompts == 0 else None
         except FileNotFoundError:
             return None
@@ -125,7 +134,12 @@ class _Preparation:
             print(f"{self.entry.name}: {path} is damaged and prepared anew: {error}", flush=True)
             return None
 
-    def _make(self) -> tuple[Path | None, DataReport]:
+    def _map(self, path: Path) -> TablePart:
+        """A whole file as a part of the run's table."""
+        what = "row" if self.entry.tokenised_file else f"{self.split} prompt"
+        return TablePart.of_file(path, f"{self.entry.name}, {what}", self.entry.weight if self.split == "train" else 1.0)
+
+    def _make(self) -> tuple[TablePart | None, DataReport]:
         """Write the file beside its place, then rename it."""
         self._sweep()
         report = self.entry.report()
@@ -145,7 +159,7 @@ class _Preparation:
             if report.num_prompts == 0:
                 return None, report
             partial.replace(path)
-            return path, report
+            return self._map(path), report
         finally:
             partial.unlink(missing_ok=True)
             side.unlink(missing_ok=True)

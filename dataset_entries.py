@@ -127,6 +127,8 @@ class Entry:
 
 
 GENERAL_KEYS = ("template", "system_prompt", "truncation_mode", "on_bad_row", "weight")
+# What some of them may say, beside null.
+GENERAL_CHOICES = {"template": TEMPLATES, "truncation_mode": TRUNCATION_MODES, "on_bad_row": ("stop", "skip")}
 
 
 def read_entry(entry, defaults: dict | None = None) -> Entry:
@@ -234,8 +236,7 @@ def _check_options(entry: Entry) -> None:
 
 
 def _check_general(entry: Entry) -> None:
-    choices = {"template": TEMPLATES, "truncation_mode": TRUNCATION_MODES, "on_bad_row": ("stop", "skip")}
-    for key, known in choices.items():
+    for key, known in GENERAL_CHOICES.items():
         value = getattr(entry, key)
         if value is not None and value not in known:
             raise UserError(f"datasets: {entry.name}: {key}: found {value!r}; {nearest(str(value), known)}")

@@ -7,7 +7,6 @@ proved here, on itself, before it is relied on.
 
 import copy
 import json
-import os
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from batches import PackedBatch, TokenBudget, examples_of, pack
 from logprobs import ScoringHead, padded_logps, tree_logps
-from ranks import Ranks
+from ranks import Ranks, local, local_world_size
 from response_trees import RESPONSE_TREES, register
 from tokenization import TokenizedPrompt
 from toy_preferences import toy_records
@@ -306,9 +305,8 @@ def _tokens_that_fit(model: nn.Module, device: torch.device) -> int:
     hidden, layers = config.hidden_size, config.num_hidden_layers
     inner = getattr(config, "intermediate_size", None) or 4 * hidden
     per_token = layers * (16 * hidden + 4 * inner) * model.dtype.itemsize + 3 * 4 * config.vocab_size
-    trained = [weight for weight in model.parameters() if weight.requires_grad]
     # Of a weight that is split over processes, this one has a part.
-    parts = [weight.to_local() if hasattr(weight, "to_local") else weight for weight in trained]
+    parts = [local(weight) for weight in model.parameters() if weight.requires_grad]
     weights = sum(part.numel() * part.element_size() for part in parts)
     # Weights that are not there yet will take of what is free now.
     to_come = weights if model.device != device else 0
@@ -317,7 +315,7 @@ def _tokens_that_fit(model: nn.Module, device: torch.device) -> int:
     else:
         import psutil
 
-        free = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        free = psutil.virtual_memory().available // local_world_size()
     return max(512, int((free - to_come - 3 * weights) / 2 / per_token))
 
 

@@ -3,13 +3,11 @@
 A placement loads the policy and the reference, and says which processes share the data. The rest of a run does not ask.
 """
 
-import os
-
 import torch
 from torch import nn
 
 from models import enable_activation_checkpointing, load_model, place, reference_copy, share_prefixes
-from ranks import ALONE
+from ranks import ALONE, local_world_size
 from utils import UserError, pick_device
 
 
@@ -96,8 +94,3 @@ class TensorParallel(Sharded):
                 f"trainer.tensor_parallel_size: found {size}, expected a divisor of the number of processes, {world_size}."
             )
         return size
-
-
-def local_world_size() -> int:
-    """How many processes of the run are on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", torch.distributed.get_world_size()))

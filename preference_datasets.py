@@ -43,7 +43,7 @@ from records import (
     new_record,
     scored_record,
     split_by_hash,
-)  # fmt: skip
+)
 from row_mapping import FieldMap, NumberedRows, RowError, value_of
 from toy_preferences import toy_records
 from utils import UserError, in_workers, nearest
@@ -201,11 +201,15 @@ def hh_records(rows: NumberedRows, report: DataReport) -> Items:
     return group_rows(FieldMap().rows_of(rows, "hh", report), report, WHOLE_SET)
 
 
-for subset in ("harmless-base", "helpful-base", "helpful-online", "helpful-rejection-sampled"):
-    whole = DATASETS["hh"]
-    DATASETS[f"hh-{subset}"] = Dataset(
-        partial(whole.load, subset=subset), "keep_end", True, partial(whole.fingerprint, subset=subset)
-    )
+HH_FOLDERS = ("harmless-base", "helpful-base", "helpful-online", "helpful-rejection-sampled")
+
+
+def _hh_folder(name: str) -> Dataset:
+    hh = DATASETS["hh"]
+    return Dataset(partial(hh.load, subset=name), "keep_end", True, partial(hh.fingerprint, subset=name))
+
+
+DATASETS |= {f"hh-{name}": _hh_folder(name) for name in HH_FOLDERS}
 
 
 SHP = HubSet("stanfordnlp/SHP", ("history", "human_ref_A", "human_ref_B", "labels", "score_A", "score_B"), test="test")

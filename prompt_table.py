@@ -223,7 +223,12 @@ class PromptTable(Sequence[TokenizedPrompt]):
     # ---- orders -----------------------------------------------------------------------------------------------------------
 
     def epoch_order(self, seed: str) -> numpy.ndarray:
-        """Indices of the prompts that an epoch visits, shuffled by `seed`.
+        """Indices of the prompts that an epoch visits, shuffled by `seed`."""
+        visited = self.epoch_visits(seed)
+        return visited[shuffled(len(visited), seed)]
+
+    def epoch_visits(self, seed: str) -> numpy.ndarray:
+        """Indices of the prompts that an epoch visits, in the table's order.
 
         A part of weight w is visited w times: whole as often as w is a whole number, and a drawn share of it for the rest.
         """
@@ -237,8 +242,7 @@ class PromptTable(Sequence[TokenizedPrompt]):
             drawn = indices[shuffled(size, f"{seed} part {number}")[:rest]] if rest else indices[:0]
             visits += [indices] * whole + [drawn]
             start += size
-        visited = numpy.concatenate(visits) if visits else numpy.zeros(0, numpy.int32)
-        return visited[shuffled(len(visited), seed)]
+        return numpy.concatenate(visits) if visits else numpy.zeros(0, numpy.int32)
 
     def select(self, indices: numpy.ndarray) -> "Selection":
         """Some of the prompts."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 
 @dataclass(frozen=True)
@@ -78,3 +79,18 @@ def in_worker() -> bool:
 def local_rank() -> int:
     """This worker's number on its machine."""
     return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def local_world_size() -> int:
+    """How many processes of the run are on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor that lies over several; any other tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor, from the parts of all processes; each of them has to call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -11,13 +11,12 @@ from pathlib import Path
 import torch
 import xxhash
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from batches import examples_of, pieces_of
 from logprobs import response_logps
 from models import shared_budget, token_budget
 from prompt_table import Selection
-from ranks import ALONE, Ranks
+from ranks import ALONE, Ranks, local
 
 # Examples that are divided among the ranks together.
 EXAMPLES_AT_ONCE = 1024
@@ -30,8 +29,7 @@ def cache_key(model: nn.Module, prompts: Selection, ranks: Ranks = ALONE) -> str
     digest.update(repr(how).encode())
     for name, weight in model.state_dict().items():
         digest.update(name.encode())
-        part = weight.to_local() if isinstance(weight, DTensor) else weight
-        digest.update(part.detach().cpu().contiguous().view(torch.uint8).numpy())
+        digest.update(local(weight).detach().cpu().contiguous().view(torch.uint8).numpy())
     digest.update(prompts.fingerprint.encode())
     parts = ranks.gather(digest.hexdigest())
     return parts[0] if len(parts) == 1 else xxhash.xxh3_128_hexdigest("".join(parts).encode())

@@ -27,8 +27,9 @@ from models import (
     logps_and_gradients,
     random_trees,
     share_prefixes,
-)  # fmt: skip
-from ranks import Ranks
+)
+from ranks import Ranks, local, whole
+from response_trees import RESPONSE_TREES
 from utils import UserError
 
 # ---- the mesh -----------------------------------------------------------------------------------------------------------
@@ -164,7 +165,7 @@ def load_sharded(config, tokenizer, layout: Layout, device: torch.device, ranks:
 
 def reference_beside(policy: nn.Module, config, tokenizer, layout: Layout, device: torch.device) -> nn.Module:
     """A frozen copy of a laid-out policy as it is now, in `reference_dtype`; nothing is sent."""
-    shares = policy.config._attn_implementation == "response_trees"
+    shares = policy.config._attn_implementation == RESPONSE_TREES
     copy = _empty(config, tokenizer, config.model.reference_dtype, shares, layout, device)
     with torch.no_grad():
         for mine, theirs in zip(copy.parameters(), policy.parameters(), strict=True):
@@ -184,16 +185,6 @@ def _empty(config, tokenizer, dtype: str, shares: bool, layout: Layout, device: 
         attend_over_trees(model, scoring_head=layout.mesh["tensor"].size() == 1)
     layout.lay(model)
     return model.to_empty(device="cpu" if isinstance(layout.offload, CPUOffloadPolicy) else device)
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This process's part of a tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor, from the parts of all processes."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 # ---- does it compute the same? --------------------------------------------------------------------------------------------

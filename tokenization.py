@@ -5,10 +5,9 @@
 Files that hold token ids already (`.pt`: pairs with loss masks) are read and written here too.
 """
 
-import hashlib
 import json
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,7 +16,7 @@ from operator import itemgetter
 from pathlib import Path
 
 from prompt_templates import ConversationError, build_template
-from records import SAME_TEXT, DataReport, PreferenceRecord, add_responses, new_record
+from records import SAME_TEXT, DataReport, PreferenceRecord, add_responses, is_held_out, new_record
 from utils import UserError
 
 
@@ -102,8 +101,7 @@ class _Tokenization:
         """The record as text. For SFT its response is the target. None where there is nothing to train on, or a fault."""
         if self.settings.paired:
             used = sorted({index for pair in record.pairs for index in pair})
-            place = {index: position for position, index in enumerate(used)}
-            pairs = [(place[chosen], place[rejected]) for chosen, rejected in record.pairs]
+            pairs = pairs_among(used, record.pairs)
             responses = [record.responses[index] for index in used]
         else:
             pairs, responses = [], [record.sft_target]
@@ -200,6 +198,12 @@ def _bos_of(tokenizer) -> list[int]:
     return [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id else []
 
 
+def pairs_among(kept: Sequence[int], pairs: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The pairs of which both responses are `kept`, by their places among these."""
+    place = {index: position for position, index in enumerate(kept)}
+    return [(place[i], place[j]) for i, j in pairs if i in place and j in place]
+
+
 # ---- lengths ------------------------------------------------------------------------------------------------------------
 
 PROMPT_CUT = "prompts cut"
@@ -242,8 +246,7 @@ def fit(
 def _without_long_responses(prompt: TokenizedPrompt, max_length: int, report: DataReport) -> TokenizedPrompt | None:
     room = max_length - len(prompt.prompt_ids)
     kept = [index for index, response in enumerate(prompt.responses) if len(response) <= room]
-    place = {index: position for position, index in enumerate(kept)}
-    pairs = [(place[i], place[j]) for i, j in prompt.pairs if i in place and j in place]
+    pairs = pairs_among(kept, prompt.pairs)
     survives = bool(pairs) if prompt.pairs else bool(kept)
     dropped = prompt.num_examples - (len(pairs) or len(kept) if survives else 0)
     report.leave_out(f"longer than max_length, {max_length} tokens", dropped)
@@ -274,12 +277,11 @@ def read_tokenised(
     """
     counts = report if split == "train" else DataReport(report.skip_bad_rows)
     for prompt_ids, rows in groupby(_sound_rows(path, vocabulary, counts), key=itemgetter(1)):
-        value = int.from_bytes(hashlib.sha256(repr(prompt_ids).encode()).digest()[:8], "big") / 2**64
         record, first = new_record(), None
         for number, _, chosen, rejected in rows:
             first = first or number
             counts.leave_out(SAME_TEXT, add_responses(record, (chosen, rejected), [(0, 1)]))
-        if not record["pairs"] or (value < held_out_share) != (split == "test"):
+        if not record["pairs"] or is_held_out(repr(prompt_ids), held_out_share) != (split == "test"):
             continue
         responses, pairs = record["responses"], record["pairs"]
         targets = [responses[index] for index in dict.fromkeys(chosen for chosen, _ in pairs)]
@@ -349,7 +351,7 @@ def _split_row(row, vocabulary: int) -> tuple[list[int], list[int], list[int]]:
 def _whole_numbers(value, name: str) -> list[int]:
     try:
         numbers = value.tolist() if hasattr(value, "tolist") else value
-    except (RuntimeError, NotImplementedError):  # what torch raises for a tensor that is sparse, or without content
+    except RuntimeError:  # what torch raises for a tensor that is sparse, or without content
         numbers = None
     # Masks come as true and false, or as 0.0 and 1.0.
     if not isinstance(numbers, list) or not numbers or not all(isinstance(n, int | float) and n % 1 == 0 for n in numbers):

@@ -29,6 +29,7 @@ class Tracker:
     """The sinks of one run. Use as a context manager; `total` is the number of training examples, for the time left."""
 
     def __init__(self, run_dir: Path, total: int | None, min_interval: float = 1.0, wandb_run=None):
+        self.run_dir = run_dir
         self.file = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
         self.min_interval = min_interval
         self.wandb = wandb_run
@@ -75,7 +76,9 @@ class Tracker:
             self.wandb.log(row)
 
     def log_samples(self, samples: list[dict], examples: int) -> None:
-        """Show sampled answers to wandb as a table; the caller keeps them in a file."""
+        """Add sampled answers to `samples.jsonl`, and show them to wandb as a table."""
+        with (self.run_dir / "samples.jsonl").open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
         if self.wandb:
             self.wandb.log_table("samples", samples, examples)
 

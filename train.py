@@ -134,7 +134,7 @@ def train(config: DictConfig, trainer_class, placement, loss, data, run_dir: Pat
     reference = None
     if loss.needs_reference:
         held_out = evaluation_prompts(eval_prompts, config.n_eval_examples, config.seed)
-        read = train_batches.prompts_seen().joined(held_out)
+        read = train_batches.prompts_seen.joined(held_out)
         reference = make_reference(config, placement, policy, read, in_sweep or train_batches.visits_again)
     num_samples = min(len(eval_prompts), config.n_eval_model_samples * placement.samples(config.sample_during_eval))
     sample_prompts = [eval_prompts[k].prompt_ids for k in range(num_samples)]

@@ -5,18 +5,13 @@ asks which loss, data set or trainer it serves.
 """
 
 import inspect
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)  # fmt: skip
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 
 from batches import BatchIterator, MicroBatch, PackedBatch
 from checkpoints import save_checkpoint, save_policy_pt
@@ -168,16 +163,13 @@ class BasicTrainer:
     # ---- evaluation and checkpoints -------------------------------------------------------------------------------------
 
     def evaluate(self) -> None:
-        """Score the held-out examples and answer the sample prompts, into the tracker and `samples.jsonl`."""
+        """Score the held-out examples and answer the sample prompts, into the tracker."""
         if not self.eval_batches:
             return
         self.held_out = evaluate(self.policy, self.reference, self.loss, self.eval_batches, self.ranks)
         self.tracker.log_evaluation(self.held_out.means() | self.counters())
         if self.sample_prompts:
-            samples = self.sample()
-            with (self.run_dir / "samples.jsonl").open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
-            self.tracker.log_samples(samples, self.examples)
+            self.tracker.log_samples(self.sample(), self.examples)
 
     def answers(self) -> list[str]:
         """The policy's answers to the sample prompts."""

@@ -157,7 +157,7 @@ def test_a_run_says_in_advance_how_many_examples_and_which_prompts_it_will_see(
     prompts, pairs, weight, n_epochs, n_examples, seed
 ):
     iterator = BatchIterator(weighted(prompts, pairs, weight), 4, 1, seed, n_epochs, n_examples)
-    told, total = [prompt.source for prompt in iterator.prompts_seen()], iterator.total_examples
+    told, total = [prompt.source for prompt in iterator.prompts_seen], iterator.total_examples
     seen = [source for batch in sources(iterator) for source in batch]
     assert len(seen) == total
     assert sorted(told) == sorted(set(seen))

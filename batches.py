@@ -270,11 +270,12 @@ def _pinned(batch: PackedBatch) -> PackedBatch:
 class MicroBatch:
     """What a step computes at once: the examples that `gradient_accumulation_steps` puts together.
 
-    pieces are this rank's, each within the budget. num_examples counts those of all ranks.
+    pieces are this rank's, each within the budget. num_examples counts those of all ranks; `examples` are these.
     """
 
     pieces: list[PackedBatch]
     num_examples: int
+    examples: Sequence[Example] = ()
 
 
 class BatchIterator:
@@ -311,6 +312,7 @@ class BatchIterator:
         self.seed = seed
         self.n_epochs = n_epochs
         self.n_examples = n_examples
+        self.epoch_sizes: dict[int, int] = {}
         self.position = {"epoch": 0, "examples_in_epoch": 0, "examples": 0}
 
     @cached_property
@@ -323,7 +325,10 @@ class BatchIterator:
 
     def examples_of_epoch(self, epoch: int) -> int:
         """How many examples an epoch has; with weights that are no whole numbers it differs from one to the next."""
-        return int(self.prompts.num_examples[self.prompts.epoch_visits(self._seed_of(epoch))].sum())
+        if epoch not in self.epoch_sizes:
+            visits = self.prompts.epoch_visits(self._seed_of(epoch))
+            self.epoch_sizes[epoch] = int(self.prompts.num_examples[visits].sum())
+        return self.epoch_sizes[epoch]
 
     @cached_property
     def total_steps(self) -> int:
@@ -339,18 +344,38 @@ class BatchIterator:
         """Whether the run sees prompts more than once."""
         return self.total_examples > int(self.prompts.num_examples[self.prompts_seen.indices].sum())
 
-    def state_dict(self) -> dict[str, int]:
-        """The position: epoch, examples of it that were handed out, and examples in all."""
-        return dict(self.position)
+    def state_dict(self) -> dict:
+        """The position (epoch, examples of it that were handed out, examples in all), the budget, and for how many ranks."""
+        return {"position": self.position, "budget": [self.budget.limit, self.budget.comfortable], "ranks": self.ranks.size}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue from a position that `state_dict` gave."""
-        self.position = dict(state)
+    def load_state_dict(self, state: dict) -> None:
+        """Continue from the position in a state that `state_dict` gave, on any number of ranks."""
+        self.position = dict(state["position"])
 
     def __iter__(self) -> Iterator[list[MicroBatch]]:
-        for batch, position in prefetch(self._packed(self._steps(dict(self.position)))):
+        for batch, budget, position in prefetch(self._packed(self._steps(dict(self.position)))):
             self.position = position
-            yield batch
+            # Made ahead, before the pieces were halved?
+            yield batch if budget == self.budget else self._cut_anew(batch)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last step has been handed out."""
+        return self.position["examples"] >= self.total_examples
+
+    @property
+    def at_end_of_epoch(self) -> bool:
+        """Whether the step that was handed out last is the last of its epoch."""
+        return self.position["examples_in_epoch"] == self.examples_of_epoch(self.position["epoch"])
+
+    def halve_pieces(self, batch: Sequence[MicroBatch]) -> list[MicroBatch]:
+        """Cut a step into pieces half as large as its largest, and all later steps too."""
+        largest = max(len(piece.input_ids) for micro_batch in batch for piece in micro_batch.pieces)
+        self.budget = TokenBudget(largest // 2, min(largest // 2, self.budget.comfortable))
+        return self._cut_anew(batch)
+
+    def _cut_anew(self, batch: Sequence[MicroBatch]) -> list[MicroBatch]:
+        return [self._micro_batch(micro_batch.examples) for micro_batch in batch]
 
     @cached_property
     def prompts_seen(self) -> Selection:
@@ -369,13 +394,14 @@ class BatchIterator:
     def _seed_of(self, epoch: int) -> str:
         return f"{self.seed} {epoch}"
 
-    def _packed(self, steps) -> Iterator[tuple[list[MicroBatch], dict[str, int]]]:
+    def _packed(self, steps) -> Iterator[tuple[list[MicroBatch], TokenBudget, dict[str, int]]]:
         for examples, position in steps:
-            parts = cut(examples, self.micro_batch_size)
-            yield [self._micro_batch(part) for part in parts], position
+            budget, parts = self.budget, cut(examples, self.micro_batch_size)
+            yield [self._micro_batch(part) for part in parts], budget, position
 
     def _micro_batch(self, examples: Sequence[Example]) -> MicroBatch:
-        return MicroBatch([_pinned(piece) for piece in pieces_of(examples, self.budget, self.ranks)], len(examples))
+        pieces = [_pinned(piece) for piece in pieces_of(examples, self.budget, self.ranks)]
+        return MicroBatch(pieces, len(examples), examples)
 
     def _steps(self, position: dict[str, int]) -> Iterator[tuple[list[Example], dict[str, int]]]:
         """The examples of each step from `position` on, and the position behind it."""

@@ -1,48 +1,361 @@
-"""Checkpoints: what is on disk, and how it gets there whole.
+"""Checkpoints: what is on disk, how it gets there whole, and how a run goes on from it.
 
-    RUN/step-<examples>/   weights, configuration and tokenizer in Hugging Face format, training_state.pt
+    RUN/step-<examples>/   weights, configuration and tokenizer in Hugging Face format
+        optimizer/         the optimizer's state by the weights' names, each process's part in a file of its own
+        state.json         counters, position in the data, random streams and the like
+        policy.pt          the weights as one file, at the end of a run
+        checksums.json     written last: size and hash of every file
     RUN/LATEST             a link to the newest of them
-    RUN/LATEST/policy.pt   the weights as one file, at the end of a run
 
-A checkpoint is written beside its place and renamed when it is complete.
+A checkpoint is written beside its place, synced, and renamed when it is complete. Every process writes the part that it has,
+and reads the part that it will have: none holds the whole model. Nothing here unpickles.
 """
 
+import base64
+import copy
+import json
 import os
 import shutil
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+import torch.distributed.checkpoint as dcp
+import xxhash
 from torch import Tensor, nn
+from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
+from ranks import ALONE, Ranks, several
 from utils import replace_symlink
 
 PARTIAL = ".partial"
+MARKER = "checksums.json"
+# Most bytes in one file; what is written is in memory a second time while its file is.
+FILE_SIZE = 2 * 2**30
 
 
-def save_checkpoint(
-    run_dir: Path, examples: int, policy: nn.Module, weights: dict[str, Tensor], tokenizer, training_state: dict
-) -> Path:
-    """Write `step-<examples>/` and point LATEST at it. `weights` are all of the policy's, which may hold only a part of them.
+# ---- what a checkpoint holds --------------------------------------------------------------------------------------------
 
-    `training_state` holds tensors and plain values only.
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A run after `examples` training examples. Tensors may be this process's parts of sharded ones, and alive.
+
+    tied: a weight's other name → the name under which `weights` has it. state: plain values, and uint8 tensors.
     """
-    place = run_dir / f"step-{examples}"
-    partial = place.with_name(place.name + PARTIAL)
-    shutil.rmtree(partial, ignore_errors=True)
-    policy.save_pretrained(partial, state_dict=dict(weights))
-    tokenizer.save_pretrained(partial)
-    torch.save(training_state, partial / "training_state.pt")
-    shutil.rmtree(place, ignore_errors=True)
-    os.replace(partial, place)
-    replace_symlink(run_dir / "LATEST", place.name)
-    return place
+
+    examples: int
+    weights: dict[str, Tensor]
+    tied: dict[str, str]
+    optimizer: dict[str, Tensor]
+    state: dict
+
+    @property
+    def num_bytes(self) -> int:
+        """What the tensors of all processes take."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in (*self.weights.values(), *self.optimizer.values()))
+
+    def copied(self) -> "Snapshot":
+        """The same with copies of its tensors, on the CPU: training may go on."""
+        staging = StagingOptions(False, False, False, torch.cuda.is_available())
+        stager = DefaultStager(staging)
+        tensors = stager.stage({"weights": self.weights, "optimizer": self.optimizer})
+        stager.close()
+        return replace(self, **tensors)
 
 
-def save_policy_pt(checkpoint: Path, weights: dict[str, Tensor], step_idx: int, metrics: dict[str, float]) -> None:
+def weights_of(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The weights and kept buffers by their names, each once, and the other names of those that have several."""
+    weights: dict[str, Tensor] = {}
+    tied, names = {}, {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        first = names.setdefault(id(tensor), name)
+        if first == name:
+            weights[name] = tensor.detach()
+        else:
+            tied[name] = first
+    return weights, tied
+
+
+def optimizer_state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], list[dict]]:
+    """The optimizer's tensors as "<weight>.<name>", and its groups as plain values. Makes the state that is not there yet."""
+    state = get_optimizer_state_dict(model, optimizer)
+    return dict(_tensors_of(state["state"])), state["param_groups"]
+
+
+def _tensors_of(by_weight: dict[str, dict]) -> Iterator[tuple[str, Tensor]]:
+    for weight, values in by_weight.items():
+        yield from ((f"{weight}.{name}", value) for name, value in values.items() if isinstance(value, Tensor))
+
+
+# ---- writing --------------------------------------------------------------------------------------------------------------
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of a run, if asked to in the background, one at a time.
+
+    A failure (a full disk) costs that checkpoint and a line, which `say` prints; `failed` tells of the newest one. keep_last
+    and keep_best bound how many are kept, the best by the held-out metric `metric`; None keeps all. about says what the run
+    is made of. All processes of a run have to make one together, and write together. Use as a context manager.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        policy: nn.Module,
+        tokenizer,
+        ranks: Ranks = ALONE,
+        background: bool = False,
+        keep_last: int | None = None,
+        keep_best: int | None = None,
+        metric: str = "loss/eval",
+        about: dict | None = None,
+        say: Callable[[str], None] = print,
+    ):
+        self.run_dir, self.policy, self.tokenizer, self.ranks, self.say = run_dir, policy, tokenizer, ranks, say
+        self.keep_last, self.keep_best, self.metric = keep_last, keep_best, metric
+        self.about = about or {}
+        # Writers talk to each other beside training, which uses its own group at the same time.
+        self.group = torch.distributed.new_group(backend="gloo") if several() else None
+        self.thread = ThreadPoolExecutor(1) if background else None
+        self.under_way: Future | None = None
+        self.failed = False
+
+    def write(self, snapshot: Snapshot, with_policy_pt: bool = False) -> None:
+        """Write a checkpoint; returns, if in the background, when its tensors are copied. Waits for the one before."""
+        self.wait()
+        needed = snapshot.num_bytes * (1 if self.group is None else 2)
+        free = self.ranks.from_main(shutil.disk_usage(self.run_dir).free)
+        if needed > free:
+            self._give_up(snapshot, f"needs {needed / 2**20:,.0f} MiB, and {free / 2**20:,.0f} MiB are free")
+        elif self.thread is None:
+            self._write(snapshot, with_policy_pt)
+        else:
+            self.under_way = self.thread.submit(self._write, snapshot.copied(), with_policy_pt)
+
+    def wait(self) -> None:
+        """Return when nothing is being written any more. Raises what went wrong, unless it was the disk."""
+        if self.under_way is not None:
+            self.under_way.result()
+            self.under_way = None
+
+    def __enter__(self) -> "CheckpointWriter":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        if self.thread is not None:
+            self.thread.shutdown()
+
+    def _write(self, snapshot: Snapshot, with_policy_pt: bool) -> None:
+        place = self.run_dir / f"step-{snapshot.examples}"
+        partial = place.with_name(place.name + PARTIAL)
+        try:
+            if self.ranks.is_main:
+                shutil.rmtree(partial, ignore_errors=True)
+            self._write_tensors(snapshot.weights, partial, whole=True)
+            if snapshot.optimizer:
+                self._write_tensors(snapshot.optimizer, partial / "optimizer", whole=False)
+            if self.ranks.is_main:
+                self._complete(snapshot, partial, with_policy_pt)
+                publish(partial, place)
+                self._remove_old()
+                self.say(f"checkpoint: {place}")
+            self.failed = False
+        except (OSError, CheckpointException) as error:
+            if not isinstance(reason := _cause_of(error), OSError):
+                raise
+            self._give_up(snapshot, str(reason))
+
+    def _write_tensors(self, tensors: dict[str, Tensor], folder: Path, whole: bool) -> None:
+        """Every process its part; if `whole`, then brought together in files that Hugging Face libraries read."""
+        together = self.group is not None
+        form = HuggingFaceStorageWriter(
+            str(folder), file_numbers(tensors), save_distributed=together or not whole, enable_consolidation=together and whole
+        )
+        dcp.save(tensors, storage_writer=form, process_group=self.group, no_dist=not together)
+
+    def _complete(self, snapshot: Snapshot, partial: Path, with_policy_pt: bool) -> None:
+        shutil.rmtree(partial / "sharded", ignore_errors=True)
+        parts = sorted(partial.glob("model-*.safetensors"))
+        if len(parts) == 1:
+            parts[0].rename(partial / "model.safetensors")
+            (partial / "model.safetensors.index.json").unlink()
+        config = copy.deepcopy(self.policy.config)
+        # FSDP has made a class of its own of the model's.
+        config.architectures = [type(self.policy).__name__.removeprefix("FSDP")]
+        config.dtype = self.policy.dtype
+        config.save_pretrained(partial)
+        if self.policy.can_generate():
+            self.policy.generation_config.save_pretrained(partial)
+        self.tokenizer.save_pretrained(partial)
+        (partial / "state.json").write_text(json.dumps(snapshot.state | {"run": self.about}, default=_as_json))
+        if with_policy_pt:
+            write_policy_pt(partial, snapshot)
+
+    def _give_up(self, snapshot: Snapshot, reason: str) -> None:
+        self.failed = True
+        if self.ranks.is_main:
+            shutil.rmtree(self.run_dir / f"step-{snapshot.examples}{PARTIAL}", ignore_errors=True)
+            self.say(f"checkpoint: step-{snapshot.examples} could not be written, the run goes on: {reason}")
+
+    def _remove_old(self) -> None:
+        if self.keep_last is None and self.keep_best is None:
+            return
+        newest_first = checkpoints_of(self.run_dir)
+        kept = set(newest_first[: self.keep_last or 1])
+        if self.keep_best is not None:
+            kept |= set(best_of(newest_first, self.metric)[: self.keep_best])
+        for checkpoint in newest_first:
+            if checkpoint not in kept:
+                # Without its marker first: what a kill leaves of it is no checkpoint.
+                (checkpoint / MARKER).unlink(missing_ok=True)
+                shutil.rmtree(checkpoint, ignore_errors=True)
+
+
+def file_numbers(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """In which of several files each tensor is written, from 1; a file has about FILE_SIZE bytes."""
+    numbers, number, size = {}, 1, 0
+    for name, tensor in tensors.items():
+        added = tensor.numel() * tensor.element_size()
+        if size and size + added > FILE_SIZE:
+            number, size = number + 1, 0
+        numbers[name], size = number, size + added
+    return numbers
+
+
+def write_policy_pt(checkpoint: Path, snapshot: Snapshot) -> None:
     """Write `policy.pt` into a checkpoint: `{"step_idx", "state", "metrics"}`, loadable with `weights_only=True`.
 
-    `step_idx` counts training examples, as in the original code.
+    `step_idx` counts training examples, as in the original code. The weights are those of the checkpoint's files.
     """
-    partial = checkpoint / f"policy.pt{PARTIAL}"
-    torch.save({"step_idx": step_idx, "state": weights, "metrics": metrics}, partial)
-    os.replace(partial, checkpoint / "policy.pt")
+    from safetensors.torch import load_file
+
+    weights = {name: tensor for file in sorted(checkpoint.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+    weights |= {other: weights[name] for other, name in snapshot.tied.items()}
+    archive = {"step_idx": snapshot.examples, "state": weights, "metrics": snapshot.state.get("held_out") or {}}
+    torch.save(archive, checkpoint / "policy.pt")
+
+
+def publish(partial: Path, place: Path) -> None:
+    """Make a complete directory a checkpoint: list its files, bring them to the disk, rename, point LATEST at it."""
+    listed = {}
+    for file in sorted(path for path in partial.rglob("*") if path.is_file()):
+        with file.open("rb+") as opened:
+            os.fsync(opened.fileno())
+        listed[str(file.relative_to(partial))] = {"bytes": file.stat().st_size, "xxh3_128": hash_of(file)}
+    with (partial / MARKER).open("w") as marker:
+        json.dump(listed, marker, indent=1)
+        marker.flush()
+        os.fsync(marker.fileno())
+    _sync_folder(partial)
+    shutil.rmtree(place, ignore_errors=True)
+    os.replace(partial, place)
+    replace_symlink(place.parent / "LATEST", place.name)
+    _sync_folder(place.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def hash_of(file: Path) -> str:
+    """Hash of a file's bytes: 32 hexadecimal digits."""
+    digest = xxhash.xxh3_128()
+    with file.open("rb") as opened:
+        while block := opened.read(2**24):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _cause_of(error: BaseException) -> BaseException:
+    """What stopped a write. The checkpoint library wraps what each process raised, and safetensors what the system said."""
+    if isinstance(error, CheckpointException):
+        causes = [cause for cause, _ in error.failures.values()]
+        return next((cause for cause in causes if isinstance(cause, OSError)), causes[0])
+    return error
+
+
+def _as_json(value):
+    if isinstance(value, Tensor) and value.dtype == torch.uint8:
+        return {"base64": base64.b64encode(value.cpu().numpy().tobytes()).decode()}
+    raise TypeError(f"{type(value).__name__} does not go into a checkpoint's state")
+
+
+def _of_json(value: dict):
+    return torch.tensor(list(base64.b64decode(value["base64"])), dtype=torch.uint8) if value.keys() == {"base64"} else value
+
+
+# ---- what is there ----------------------------------------------------------------------------------------------------------
+
+
+def checkpoints_of(run_dir: Path) -> list[Path]:
+    """The directories of a run's checkpoints, newest first; they may be damaged."""
+    found = [path for path in run_dir.glob("step-*") if path.name.removeprefix("step-").isdigit() and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+
+
+def fault_of(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint's files; None where each is as it was written."""
+    try:
+        listed = json.loads((checkpoint / MARKER).read_text())
+        files = {(checkpoint / name): (facts["bytes"], facts["xxh3_128"]) for name, facts in listed.items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return f"{MARKER} is missing or damaged"
+    if "state.json" not in listed:
+        return f"{MARKER} is damaged"
+    for file, (size, digest) in files.items():
+        if not file.is_file():
+            return f"{file.relative_to(checkpoint)} is missing"
+        if file.stat().st_size != size or hash_of(file) != digest:
+            return f"{file.relative_to(checkpoint)} is not what was written"
+    return None
+
+
+def newest_usable(run_dir: Path, say: Callable[[str], None] = print) -> Path | None:
+    """The newest checkpoint of a run that is whole; says of newer ones what is wrong with them."""
+    for checkpoint in checkpoints_of(run_dir):
+        fault = fault_of(checkpoint)
+        if fault is None:
+            return checkpoint
+        say(f"checkpoint: {checkpoint} is passed over: {fault}")
+    return None
+
+
+def read_state(checkpoint: Path) -> dict:
+    """The `state` of a checkpoint's snapshot."""
+    return json.loads((checkpoint / "state.json").read_text(), object_hook=_of_json)
+
+
+def best_of(checkpoints: list[Path], metric: str) -> list[Path]:
+    """The checkpoints that were evaluated, best first: by the smallest loss, or the largest value of another metric."""
+    values = {checkpoint: (read_state(checkpoint).get("held_out") or {}).get(metric) for checkpoint in checkpoints}
+    known = [checkpoint for checkpoint, value in values.items() if value is not None]
+    return sorted(known, key=lambda checkpoint: values[checkpoint], reverse=not metric.startswith("loss"))
+
+
+# ---- reading ----------------------------------------------------------------------------------------------------------------
+
+
+def load_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Read tensors by their names, in place. Of a sharded one each process reads its own part; all call it together."""
+    dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=not several())
+
+
+def load_optimizer(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer, groups: list[dict]) -> None:
+    """Read an optimizer's state, and take over its groups' plain values."""
+    state = get_optimizer_state_dict(model, optimizer)
+    tensors = dict(_tensors_of(state["state"]))
+    load_tensors(checkpoint / "optimizer", tensors)
+    for name, tensor in tensors.items():
+        weight, _, key = name.rpartition(".")
+        state["state"][weight][key] = tensor
+    state["param_groups"] = groups
+    set_optimizer_state_dict(model, optimizer, state)

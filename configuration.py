@@ -124,19 +124,25 @@ def _is_number(value) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-COUNTS = ("batch_size", "eval_batch_size", "gradient_accumulation_steps", "max_length", "max_prompt_length", "eval_every")
-OPTIONAL_COUNTS = ("n_epochs", "n_examples", "n_eval_examples", "max_tokens_per_microbatch")
+COUNTS = (
+    "batch_size", "eval_batch_size", "gradient_accumulation_steps", "max_length", "max_prompt_length", "eval_every",
+    "max_bad_steps",
+)  # fmt: skip
+OPTIONAL_COUNTS = (
+    "n_epochs", "n_examples", "n_eval_examples", "max_tokens_per_microbatch", "save_every", "keep_last",
+    "keep_best",
+)  # fmt: skip
 COUNTS_FROM_ZERO = ("warmup_steps", "n_eval_model_samples", "seed")
 SWITCHES = (
     "debug", "dry_run", "wandb.enabled", "do_first_eval", "activation_checkpointing", "save_policy_pt",
-    "tf32", "model.trust_remote_code",
+    "tf32", "save_async", "model.trust_remote_code",
 )  # fmt: skip
 
 
 TEXTS = ("exp_name", "wandb.project", "objective")
 OPTIONAL_TEXTS = (
-    "system_prompt", "wandb.entity", "cache_dir", "model.name_or_path", "model.tokenizer_name_or_path", "model.archive",
-    "model.block_name",
+    "resume", "system_prompt", "wandb.entity", "cache_dir", "model.name_or_path", "model.tokenizer_name_or_path",
+    "model.archive", "model.block_name",
 )  # fmt: skip
 
 
@@ -163,6 +169,9 @@ def _check_numbers(config: DictConfig) -> None:
         _require(unlimited or (_is_number(config[key]) and config[key] > 0), key, config[key], "a number above 0")
     interval = config.minimum_log_interval_secs
     _require(_is_number(interval) and interval >= 0, "minimum_log_interval_secs", interval, "a number of seconds from 0")
+    for key in ("max_wall_time", "loss_spike"):
+        limit = config[key]
+        _require(limit is None or (_is_number(limit) and limit > 0), key, limit, "a number above 0 or null")
     share = config.held_out_share
     _require(_is_number(share) and 0 <= share < 1, "held_out_share", share, "a share from 0 to below 1")
     port = config.fsdp_port
@@ -181,6 +190,8 @@ def _check_choices(config: DictConfig) -> None:
         value = OmegaConf.select(config, key)
         if value not in DTYPES and not (value is None and key in ("model.fsdp_policy_mp", "model.autocast_dtype")):
             raise UserError(f"{key}: no dtype {value!r}; {nearest(str(value), DTYPES)}")
+    strategy = config.save_strategy
+    _require(strategy in ("steps", "epoch", "no"), "save_strategy", strategy, "steps, epoch or no")
     _require(config.prefix_sharing in ("auto", "on", "off"), "prefix_sharing", config.prefix_sharing, "auto, on or off")
     cached = (None, "live", "cached")
     _require(config.reference_logps in cached, "reference_logps", config.reference_logps, "live, cached or null")
@@ -260,10 +271,9 @@ def _check_sizes(config: DictConfig) -> None:
     size, pieces = config.batch_size, config.gradient_accumulation_steps
     if size % pieces:
         raise UserError(f"batch_size: found {size}, expected a multiple of gradient_accumulation_steps, which is {pieces}.")
-    if config.eval_every < size:
-        raise UserError(
-            f"eval_every: found {config.eval_every}, expected at least batch_size, which is {size}; both count examples."
-        )
+    for key in ("eval_every", "save_every"):
+        if config[key] is not None and config[key] < size:
+            raise UserError(f"{key}: found {config[key]}, expected at least batch_size, which is {size}; both count examples.")
     if config.max_prompt_length >= config.max_length:
         raise UserError(
             f"max_prompt_length: found {config.max_prompt_length}, expected less than max_length, which is "

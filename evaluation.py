@@ -25,9 +25,10 @@ class HeldOut:
     examples: dict[str, Tensor]
     statistics: dict[str, float | Tensor]
 
-    def means(self) -> dict[str, float | Tensor]:
+    def means(self) -> dict[str, float]:
         """Name → mean over all examples, and the statistics under their own names."""
-        return {name: values.mean().item() for name, values in self.examples.items()} | self.statistics
+        means = {name: values.mean().item() for name, values in self.examples.items()}
+        return means | {name: float(value) for name, value in self.statistics.items()}
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ The launcher watches over its workers. When one dies all are ended within second
 import logging
 import os
 import resource
+import signal
 import socket
 import sys
 import uuid
@@ -13,10 +14,12 @@ from collections.abc import Callable
 from datetime import timedelta
 
 import torch
+from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from ranks import in_worker, local_rank
+from stopping import SIGNALS, STOPPED, StoppedError
 from utils import UserError
 
 # How what the launcher hears of a worker begins where the mistake was the user's.
@@ -28,10 +31,12 @@ def number_of_workers(trainer) -> int:
     return trainer.nproc_per_node or torch.cuda.device_count() or 2
 
 
-def launch(function: Callable, arguments: tuple, workers: int, port: int | None):
+def launch(function: Callable, arguments: tuple, workers: int, port: int | None, patience_minutes: float = 30):
     """Run `function(*arguments)` in so many processes on this machine; returns what the first of them returns.
 
-    function and arguments are pickled. Raises UserError where a worker raised one, and WorkerDiedError for any other end.
+    function and arguments are pickled. A signal of SIGNALS is passed on to the workers, which have `patience_minutes` to end;
+    then, and where they have stopped by themselves, StoppedError is raised. Raises UserError where a worker raised one, and
+    WorkerDiedError for any other end.
     """
     if port is not None:
         _check_port(port)
@@ -50,11 +55,18 @@ def launch(function: Callable, arguments: tuple, workers: int, port: int | None)
         max_restarts=0,
         monitor_interval=0.5,
         start_method="spawn",
+        # Asked to stop, the workers finish a step and write a checkpoint, for which they have as long as they wait for others.
+        shutdown_timeout=int(60 * patience_minutes),
     )
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ",".join(number.name for number in (*SIGNALS, signal.SIGHUP, signal.SIGQUIT))
     try:
         return elastic_launch(config, _in_worker)(function, arguments)[0]
+    except SignalException as received:
+        raise StoppedError(f"stopped by {received.sigval.name}") from None
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
+        if failure.exitcode == STOPPED:
+            raise StoppedError("all processes of the run have stopped") from None
         told = failure.message if isinstance(failure.message, dict) else {"message": failure.message}
         heard = told.get("message", "")
         if heard.startswith(MISTAKE):
@@ -70,7 +82,11 @@ class WorkerDiedError(Exception):
 
 @record
 def _in_worker(function: Callable, arguments: tuple):
-    return function(*arguments)
+    try:
+        return function(*arguments)
+    except StoppedError as stopped:
+        print(stopped, flush=True)
+        sys.exit(STOPPED)
 
 
 def start_group(timeout_minutes: float) -> torch.device:

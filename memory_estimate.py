@@ -103,15 +103,26 @@ def step_memory(config, tokenizer, paired: bool, live_reference: bool, pieces: l
             weight.register_post_accumulate_grad_hook(lambda weight: counter.recount(weight.grad, "gradients"))
         fake = [piece.with_tensors(lambda tensor: tensor.clone()) for piece in pieces]
         step = [MicroBatch([piece], piece.num_examples) for piece in fake]
-        trainer.train_step(step)
+        trainer.backward(step)
+        trainer.scaled_down_gradient()
+        trainer.update_weights()
         for state in trainer.optimizer.state.values():
             for value in state.values():
                 if isinstance(value, Tensor):
                     counter.recount(value, "optimizer")
         # The first step has made the optimizer's state; from the second on it is there when activations are.
         counter.most.clear()
-        trainer.train_step(step)
+        trainer.backward(step)
+        trainer.scaled_down_gradient()
+        trainer.update_weights()
     return dict(counter.most)
+
+
+def _step(trainer: BasicTrainer, micro_batches: list[MicroBatch]) -> None:
+    """The trainer's step without its look at the numbers, of which there are none."""
+    trainer.backward(micro_batches)
+    trainer.scaled_down_gradient()
+    trainer.update_weights()
 
 
 def _model(config, tokenizer, dtype: str) -> nn.Module:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import xxhash
 from torch import Tensor, nn
 
 from batches import PackedBatch, TokenBudget, examples_of, pack
@@ -78,6 +79,15 @@ def _not_loaded(key: str, name: str, error: Exception) -> UserError:
 
 
 # ---- models -------------------------------------------------------------------------------------------------------------
+
+
+def weights_hash(model: nn.Module) -> str:
+    """Hash of a model's weights, or of this process's parts of them; 32 hexadecimal digits."""
+    digest = xxhash.xxh3_128()
+    for name, weight in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(local(weight).detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def reference_copy(policy: nn.Module, model_config) -> nn.Module:

@@ -1,12 +1,13 @@
 """Where a run's weights live, decided once: in one process, or laid over several.
 
 A placement loads the policy and the reference, and says which processes share the data. The rest of a run does not ask.
+`began_with` is the hash of the weights that the policy was loaded with, known to the main process.
 """
 
 import torch
 from torch import nn
 
-from models import enable_activation_checkpointing, load_model, place, reference_copy, share_prefixes
+from models import enable_activation_checkpointing, load_model, place, reference_copy, share_prefixes, weights_hash
 from ranks import ALONE, local_world_size
 from utils import UserError, pick_device
 
@@ -15,6 +16,7 @@ class OneProcess:
     """All weights in this process: on one device, or layer by layer over its GPUs."""
 
     ranks = ALONE
+    began_with: str | None = None
 
     def __init__(self, config, tokenizer):
         self.config, self.tokenizer = config, tokenizer
@@ -23,6 +25,7 @@ class OneProcess:
     def policy(self) -> nn.Module:
         """The model that is trained."""
         policy = place(load_model(self.config.model, self.tokenizer, self.config.cache_dir), self.device)
+        self.began_with = weights_hash(policy)
         share_prefixes(policy, self.config.prefix_sharing)
         if self.config.activation_checkpointing:
             enable_activation_checkpointing(policy)
@@ -43,6 +46,8 @@ class OneProcess:
 class Sharded:
     """Weights laid over all processes of the run, by `trainer.sharding`; joins them."""
 
+    began_with: str | None = None
+
     def __init__(self, config, tokenizer):
         from launching import start_group
         from sharding import Layout, make_mesh, ranks_of
@@ -62,7 +67,8 @@ class Sharded:
         """The model that is trained; this process's part of it."""
         from sharding import load_sharded
 
-        return load_sharded(self.config, self.tokenizer, self.layout, self.device, self.ranks)
+        policy, self.began_with = load_sharded(self.config, self.tokenizer, self.layout, self.device, self.ranks)
+        return policy
 
     def reference(self, policy: nn.Module) -> nn.Module:
         """A frozen copy of the policy as it is now, laid out alike."""

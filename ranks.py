@@ -48,7 +48,7 @@ class Ranks:
 
     def from_main(self, value):
         """The main process's value, on every process of the run."""
-        if not _several():
+        if not several():
             return value
         values = [value]
         torch.distributed.broadcast_object_list(values, 0)
@@ -56,7 +56,7 @@ class Ranks:
 
     def wait(self) -> None:
         """Go on when all processes of the run have come here, those of other groups too."""
-        if _several():
+        if several():
             torch.distributed.barrier()
 
     def share(self, items: Sequence) -> Sequence:
@@ -67,7 +67,8 @@ class Ranks:
 ALONE = Ranks()
 
 
-def _several() -> bool:
+def several() -> bool:
+    """Whether this process has joined others."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from batches import examples_of, pieces_of
 from logprobs import response_logps
-from models import shared_budget, token_budget
+from models import shared_budget, token_budget, weights_hash
 from prompt_table import Selection
-from ranks import ALONE, Ranks, local
+from ranks import ALONE, Ranks
 
 # Examples that are divided among the ranks together.
 EXAMPLES_AT_ONCE = 1024
@@ -24,14 +24,8 @@ EXAMPLES_AT_ONCE = 1024
 
 def cache_key(model: nn.Module, prompts: Selection, ranks: Ranks = ALONE) -> str:
     """Hash of all that the log-probs of `prompts` under `model` depend on; 32 hexadecimal digits, the same on all ranks."""
-    digest = xxhash.xxh3_128()
     how = (type(model).__name__, model.config._attn_implementation, str(model.dtype), torch.__version__, model.device.type)
-    digest.update(repr(how).encode())
-    for name, weight in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(local(weight).detach().cpu().contiguous().view(torch.uint8).numpy())
-    digest.update(prompts.fingerprint.encode())
-    parts = ranks.gather(digest.hexdigest())
+    parts = ranks.gather(xxhash.xxh3_128_hexdigest(repr((how, weights_hash(model), prompts.fingerprint)).encode()))
     return parts[0] if len(parts) == 1 else xxhash.xxh3_128_hexdigest("".join(parts).encode())
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -27,6 +27,7 @@ from models import (
     logps_and_gradients,
     random_trees,
     share_prefixes,
+    weights_hash,
 )
 from ranks import Ranks, local, whole
 from response_trees import RESPONSE_TREES
@@ -143,8 +144,8 @@ def split_layers(model: nn.Module, mesh: DeviceMesh) -> None:
         head.weight = embedding.weight
 
 
-def load_sharded(config, tokenizer, layout: Layout, device: torch.device, ranks: Ranks) -> nn.Module:
-    """The policy of a configuration, laid over the mesh. The main rank reads its weights, once, and sends them.
+def load_sharded(config, tokenizer, layout: Layout, device: torch.device, ranks: Ranks) -> tuple[nn.Module, str | None]:
+    """The policy of a configuration, laid over the mesh. The main rank reads its weights, once, sends them, and hashes them.
 
     Whether it shares prefixes is proved on the main rank; that the laid-out model computes the same, on all. Raises UserError
     where it does not.
@@ -160,7 +161,7 @@ def load_sharded(config, tokenizer, layout: Layout, device: torch.device, ranks:
         torch.distributed.broadcast(sent, 0)
         buffer.copy_(sent)
     _check(model, source, layout, ranks)
-    return model.train()
+    return model.train(), weights_hash(source) if source is not None else None
 
 
 def reference_beside(policy: nn.Module, config, tokenizer, layout: Layout, device: torch.device) -> nn.Module:
@@ -226,7 +227,7 @@ def _difference(logps, gradients, expected, batch: PackedBatch, rounding: float)
     return None
 
 
-# ---- gradients and weights ------------------------------------------------------------------------------------------------
+# ---- gradients ------------------------------------------------------------------------------------------------------------
 
 
 def clip_by_global_norm(parameters, max_norm: float) -> Tensor:
@@ -243,8 +244,3 @@ def clip_by_global_norm(parameters, max_norm: float) -> Tensor:
         for gradient in gradients:
             local(gradient).mul_(scale.to(gradient.device))
     return norm
-
-
-def whole_weights(model: nn.Module) -> dict[str, Tensor]:
-    """All weights on the main rank's CPU; nothing on the others. Every rank has to call it."""
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))

@@ -82,6 +82,16 @@ class Tracker:
         if self.wandb:
             self.wandb.log_table("samples", samples, examples)
 
+    def log_bad_step(self, row: dict) -> None:
+        """Add a step that was not taken to `bad_batches.jsonl`, and say so."""
+        with (self.run_dir / "bad_batches.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        shown = ", ".join(row["pairs"][:3]) + (", ..." if len(row["pairs"]) > 3 else "")
+        self.say(
+            f"warning: the step after {row['counters/examples']} examples was not taken: its {row['not_finite']} is not "
+            f"finite. bad_batches.jsonl names the examples: {shown}"
+        )
+
     def say(self, text: str) -> None:
         """One line on the console, above the progress bar."""
         self.console.say(text)
@@ -107,6 +117,9 @@ class NoTracker:
         """As Tracker's."""
 
     def log_samples(self, samples: list[dict], examples: int) -> None:
+        """As Tracker's."""
+
+    def log_bad_step(self, row: dict) -> None:
         """As Tracker's."""
 
     def flush(self) -> None:
@@ -203,8 +216,10 @@ class WandbRun:
             self.run = None
 
 
-def start_wandb(config: dict, run_dir: Path) -> WandbRun | None:
+def start_wandb(config: dict, run_dir: Path, run_id: str | None = None) -> WandbRun | None:
     """Start wandb for a run whose whole configuration is `config`; None, said in one line, where it cannot start.
+
+    A run that was started under `run_id` before is continued.
 
     Offline without a key (WANDB_API_KEY or a netrc entry) or where its server does not answer; WANDB_MODE decides if set.
     """
@@ -219,6 +234,8 @@ def start_wandb(config: dict, run_dir: Path) -> WandbRun | None:
             "entity": config["wandb"]["entity"],
             "name": config["exp_name"],
             "dir": str(run_dir),
+            "id": run_id,
+            "resume": "allow",
             "config": config,
         }
         settings = wandb.Settings(init_timeout=30, silent=True)

@@ -9,6 +9,8 @@ Heavy libraries are imported once the configuration has been found sound, so tha
 import gc
 import os
 import sys
+import uuid
+from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -21,6 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from configuration import check_config, explain_composition_error, force_open_sections, read_entries
+from stopping import STOPPED, StoppedError
 from utils import UserError, first_existing
 
 
@@ -56,6 +59,9 @@ def main(config: DictConfig) -> float | None:
     except UserError as error:
         # Not raised further: Hydra would add lines of its own to the message.
         sys.exit(_refuse(str(error)))
+    except StoppedError as stopped:
+        print(f"{stopped}; resume=auto or resume=RUN_DIRECTORY goes on from there", flush=True)
+        sys.exit(STOPPED)
     finally:
         remove_empty(run_dir)
         release_memory()
@@ -73,7 +79,9 @@ def start(config: DictConfig, run_dir: Path, in_sweep: bool) -> float | None:
         silence_others()
         return run(config, run_dir, in_sweep)
     settings = OmegaConf.to_container(config, resolve=True)
-    return launch(run_as_worker, (settings, str(run_dir), in_sweep), number_of_workers(config.trainer), config.fsdp_port)
+    arguments = settings, str(run_dir), in_sweep
+    patience = config.trainer.distributed_timeout_minutes
+    return launch(run_as_worker, arguments, number_of_workers(config.trainer), config.fsdp_port, patience)
 
 
 def run_as_worker(settings: dict, run_dir: str, in_sweep: bool) -> float | None:
@@ -116,37 +124,140 @@ def run(config: DictConfig, run_dir: Path, in_sweep: bool = False) -> float | No
 
 
 def train(config: DictConfig, trainer_class, placement, loss, data, run_dir: Path, in_sweep: bool) -> float | None:
-    """Put a run's parts together on a placement, and train."""
-    from batches import evaluation_batches, evaluation_prompts
-    from models import shared_budget, token_budget
-    from tracking import NoTracker, Tracker, start_wandb
+    """Train on a placement, from the beginning or from a checkpoint of the same run."""
+    from checkpoints import CheckpointWriter
+    from resuming import checkpoint_to_continue
+    from stopping import StopRequests
+    from tracking import NoTracker, Tracker
 
-    ranks, tokenizer = placement.ranks, placement.tokenizer
-    run_dir = ranks.from_main(run_dir)
+    ranks = placement.ranks
+    # The main process looks, and all go where it goes.
+    found = checkpoint_to_continue(config.resume, run_dir, config.exp_name) if ranks.is_main else None
+    checkpoint, run_dir = ranks.from_main((found, found.parent if found else run_dir))
+    with ExitStack() as opened:
+        if ranks.is_main:
+            opened.enter_context(used_by_this_run(run_dir))
+        parts = put_together(config, placement, loss, data, checkpoint, in_sweep)
+        total = parts["train_batches"].total_examples
+        if ranks.is_main:
+            about = describe_run(config, placement, data, checkpoint)
+            wandb_run = open_run_dir(config, run_dir, about, checkpoint)
+            tracker = opened.enter_context(Tracker(run_dir, total, config.minimum_log_interval_secs, wandb_run))
+        else:
+            about, tracker = {}, opened.enter_context(NoTracker())
+        writer = None
+        if not config.debug:
+            kept = config.keep_last, config.keep_best, config.objective
+            made = run_dir, parts["policy"], placement.tokenizer, ranks, config.save_async, *kept, about, tracker.say
+            writer = opened.enter_context(CheckpointWriter(*made))
+        stop = opened.enter_context(StopRequests(config.max_wall_time))
+        trainer = trainer_class(config, **parts, tracker=tracker, writer=writer, ranks=ranks, stop=stop)
+        if checkpoint:
+            trainer.continue_from(checkpoint)
+        if trainer.train_batches.finished:
+            tracker.say("resume: that run is complete; a larger n_epochs or n_examples would continue it")
+        else:
+            trainer.train()
+        if writer and writer.failed:
+            raise UserError(
+                f"local_dirs: the last checkpoint of {run_dir} could not be written. Make room, then resume={run_dir}."
+            )
+    print(f"run directory: {run_dir}", flush=True)
+    return trainer.held_out_means[config.objective] if trainer.held_out_means else None
+
+
+def put_together(config: DictConfig, placement, loss, data, checkpoint: Path | None, in_sweep: bool) -> dict:
+    """The parts of a trainer by their names: models as at the run's beginning, and batches."""
+    from batches import evaluation_batches, evaluation_prompts
+
+    ranks = placement.ranks
     train_prompts, eval_prompts = (split.table for split in data)
     policy = placement.policy()
-    if ranks.is_main:
-        OmegaConf.save(config, run_dir / "config.yaml")
-    budget = shared_budget(token_budget(policy, config.max_tokens_per_microbatch), ranks)
+    budget = budget_of(config, policy, ranks, checkpoint)
     train_batches = build_batches(config, train_prompts, budget, ranks)
     eval_sizes = config.eval_batch_size, config.n_eval_examples, config.seed
-    eval_batches = evaluation_batches(eval_prompts, *eval_sizes, budget, ranks)
     reference = None
     if loss.needs_reference:
         held_out = evaluation_prompts(eval_prompts, config.n_eval_examples, config.seed)
         read = train_batches.prompts_seen.joined(held_out)
         reference = make_reference(config, placement, policy, read, in_sweep or train_batches.visits_again)
     num_samples = min(len(eval_prompts), config.n_eval_model_samples * placement.samples(config.sample_during_eval))
-    sample_prompts = [eval_prompts[k].prompt_ids for k in range(num_samples)]
-    wanted = config.wandb.enabled and not config.debug and ranks.is_main
-    wandb_run = start_wandb(OmegaConf.to_container(config, resolve=True), run_dir) if wanted else None
-    tracked = run_dir, train_batches.total_examples, config.minimum_log_interval_secs, wandb_run
-    with Tracker(*tracked) if ranks.is_main else NoTracker() as tracker:
-        parts = policy, reference, loss, tokenizer, train_batches, eval_batches, sample_prompts
-        trainer = trainer_class(config, *parts, tracker, run_dir, ranks)
-        trainer.train()
-    print(f"run directory: {run_dir}", flush=True)
-    return float(trainer.held_out.means()[config.objective]) if trainer.held_out else None
+    return {
+        "policy": policy,
+        "reference": reference,
+        "loss": loss,
+        "tokenizer": placement.tokenizer,
+        "train_batches": train_batches,
+        "eval_batches": evaluation_batches(eval_prompts, *eval_sizes, budget, ranks),
+        "sample_prompts": [eval_prompts[k].prompt_ids for k in range(num_samples)],
+    }
+
+
+def budget_of(config: DictConfig, policy, ranks, checkpoint: Path | None):
+    """How many tokens are computed at once: as before, where a run goes on with as many processes, bit for bit."""
+    from batches import TokenBudget
+    from checkpoints import read_state
+    from models import shared_budget, token_budget
+
+    if checkpoint:
+        before = read_state(checkpoint)["train_batches"]
+        if before["ranks"] == ranks.size and config.max_tokens_per_microbatch is None:
+            return TokenBudget(*before["budget"])
+    return shared_budget(token_budget(policy, config.max_tokens_per_microbatch), ranks)
+
+
+def describe_run(config: DictConfig, placement, data, checkpoint: Path | None) -> dict:
+    """What a run is made of, in plain values, as every checkpoint of it says."""
+    import torch
+    import transformers
+
+    from checkpoints import read_state
+
+    return {
+        "config": OmegaConf.to_container(config, resolve=True),
+        "data": [split.table.fingerprint for split in data],
+        "began_with": placement.began_with,
+        "wandb_id": read_state(checkpoint)["run"]["wandb_id"] if checkpoint else uuid.uuid4().hex,
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
+
+
+def open_run_dir(config: DictConfig, run_dir: Path, about: dict, checkpoint: Path | None):
+    """Make a run's directory ready for its files, as they were at the checkpoint; returns its wandb run, or None.
+
+    Raises UserError where the checkpoint is another run's.
+    """
+    from resuming import check_same_run, cut_back
+    from tracking import start_wandb
+
+    if checkpoint:
+        check_same_run(checkpoint, about)
+        cut_back(checkpoint)
+    OmegaConf.save(config, run_dir / "config.yaml")
+    wanted = config.wandb.enabled and not config.debug
+    return start_wandb(about["config"], run_dir, about["wandb_id"]) if wanted else None
+
+
+@contextmanager
+def used_by_this_run(run_dir: Path):
+    """Inside, no other run may use the directory. Raises UserError where one does, or where nothing can be written."""
+    from filelock import FileLock, Timeout
+
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(run_dir / ".lock", timeout=0)
+        lock.acquire()
+    except Timeout:
+        raise UserError(f"local_run_dir: {run_dir} is in use by another run. Wait for it, stop it, or name another.") from None
+    except OSError as error:
+        raise UserError(
+            f"local_run_dir: {run_dir} cannot be written to: {error.strerror}. Expected a folder of yours; set local_dirs or "
+            "local_run_dir."
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def build_batches(config: DictConfig, prompts, budget, ranks=None):

@@ -5,31 +5,43 @@ asks which loss, data set or trainer it serves.
 """
 
 import inspect
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 
 from batches import BatchIterator, MicroBatch, PackedBatch
-from checkpoints import save_checkpoint, save_policy_pt
+from checkpoints import (
+    CheckpointWriter,
+    Snapshot,
+    load_optimizer,
+    load_tensors,
+    optimizer_state_of,
+    read_state,
+    weights_of,
+)
 from evaluation import HeldOut, evaluate, sample_answers
+from guards import StillWeights, Watch
 from logprobs import response_logps
 from losses import Loss, LossOutput, PairSelection, example_metrics, gap
 from placement import OneProcess, Sharded, TensorParallel
-from ranks import ALONE, Ranks
-from sharding import clip_by_global_norm, whole_weights
+from ranks import ALONE, Ranks, several
+from sharding import clip_by_global_norm
+from stopping import StoppedError, StopRequests
 from tracking import Metrics, Tracker
+from utils import UserError, random_streams, restore_random_streams
 
 
 class BasicTrainer:
     """One process: all weights on one device, or layer by layer over its GPUs.
 
     policy has been placed where it trains. reference gives the log-probs [R] of a batch; None where the loss needs none.
-    sample_prompts are the token ids of the held-out prompts that are answered at each evaluation. held_out is the newest
-    evaluation's result, None before the first.
+    sample_prompts are the token ids of the held-out prompts that are answered at each evaluation. writer writes checkpoints;
+    None for none. stop says why the run is to stop before its end. held_out is the newest evaluation's result, None before the
+    first; held_out_means its means, those of the run so far where it goes on from a checkpoint.
     """
 
     placement = OneProcess
@@ -45,8 +57,9 @@ class BasicTrainer:
         eval_batches: Sequence[PackedBatch],
         sample_prompts: Sequence[list[int]],
         tracker: Tracker,
-        run_dir: Path,
+        writer: CheckpointWriter | None = None,
         ranks: Ranks = ALONE,
+        stop: StopRequests | None = None,
     ):
         self.config = config
         self.ranks = ranks
@@ -59,53 +72,130 @@ class BasicTrainer:
         self.eval_batches = eval_batches
         self.sample_prompts = sample_prompts
         self.tracker = tracker
-        self.run_dir = run_dir
+        self.writer = writer
+        self.stop = stop or StopRequests()
         self.optimizer = build_optimizer(policy, config)
         # Gradients of float16 products would underflow; a step whose scaled gradients overflow is left out.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=computes_in_float16(config))
         warmup = config.warmup_steps + 1
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: min(1.0, (step + 1) / warmup))
+        self.watch = Watch(lambda text: self.tracker.say(text), config.loss_spike)
         self.examples = 0
         self.updates = 0
+        self.bad_steps = 0
+        self.stopping = False
+        self.saved_at: int | None = None
+        self.evaluated_at: int | None = None
         self.held_out: HeldOut | None = None
+        self.held_out_means: dict[str, float] | None = None
         self.reference_answers: list[str] | None = None
 
     # ---- the loop -------------------------------------------------------------------------------------------------------
 
     def train(self) -> None:
-        """Run to the end of the training batches: evaluate and write checkpoints on the way, and both at the end."""
-        interval = self.config.eval_every - self.config.eval_every % self.config.batch_size
+        """Run to the end of the training batches: evaluate and write checkpoints on the way, and both at the end.
+
+        Raises StoppedError, a checkpoint written, where the run is asked to stop, and UserError where too many steps in a row
+        could not be taken.
+        """
+        if self.examples == 0:
+            self.before_first_step()
+        started = time.perf_counter()
+        for batch in self.train_batches:
+            metrics = self.train_step(batch)
+            size = sum(micro_batch.num_examples for micro_batch in batch)
+            now = time.perf_counter()
+            if metrics:
+                metrics |= {"examples_per_second": size / (now - started), **self.counters()}
+                self.watch.see(metrics)
+                self.tracker.log_step(metrics)
+            started = now
+            if not self.train_batches.finished and self.between_steps(size):
+                started = time.perf_counter()
+        self.evaluate()
+        self.save(finished=True)
+
+    def before_first_step(self) -> None:
+        """What is known of the reference while the policy is the same, and the first evaluation."""
         if self.reference is not None:
             # Policy and reference are the same weights now, and the reference's answers will not change.
             self.reference_answers = self.answers()
         if self.config.do_first_eval:
             self.evaluate()
-        next_stop = interval
-        started = time.perf_counter()
-        for batch in self.train_batches:
-            if self.examples >= next_stop:
-                self.evaluate()
-                self.save()
-                next_stop = self.examples + interval
-                started = time.perf_counter()
-            metrics = self.train_step(batch)
-            size = sum(micro_batch.num_examples for micro_batch in batch)
-            now = time.perf_counter()
-            metrics |= {"examples_per_second": size / (now - started), **self.counters()}
-            started = now
-            self.tracker.log_step(metrics)
-        self.evaluate()
-        self.save(with_policy_pt=self.config.save_policy_pt)
+
+    def between_steps(self, size: int) -> bool:
+        """Evaluate, write a checkpoint, or stop, where it is time to; `size` examples were just seen. Whether it was."""
+        evaluate = self.passed(self.config.eval_every, size)
+        strategy = self.config.save_strategy
+        save = (strategy == "steps" and self.passed(self.config.save_every or self.config.eval_every, size)) or (
+            strategy == "epoch" and self.train_batches.at_end_of_epoch
+        )
+        if evaluate:
+            self.evaluate()
+        if save:
+            self.save()
+        if self.stopping:
+            self.save()
+            reason = self.stop.reason or "another process of the run is to stop"
+            raise StoppedError(f"stopped after {self.examples} examples: {reason}")
+        return evaluate or save
+
+    def passed(self, interval: int, size: int) -> bool:
+        """Whether the last `size` examples have gone past a multiple of an interval, rounded down to whole batches."""
+        interval -= interval % self.config.batch_size
+        return self.examples // interval > (self.examples - size) // interval
+
+    # ---- one step -------------------------------------------------------------------------------------------------------
 
     def train_step(self, micro_batches: Sequence[MicroBatch]) -> Metrics:
-        """One optimizer step on one batch, in pieces. Returns the batch's metrics; values may still be on the device.
+        """One optimizer step on one batch, in pieces. Returns the batch's metrics, none where the step was not taken.
 
-        The gradient is that of the mean loss over the whole batch, however it was cut and spread over ranks.
+        The gradient is that of the mean loss over the whole batch, however it was cut and spread over ranks. The step is not
+        taken where a loss or the gradient is not finite.
         """
+        remembered = self.loss.state_dict()
+        num_examples = sum(micro_batch.num_examples for micro_batch in micro_batches)
+        sums, statistics, scored = self.backward_within_memory(micro_batches, remembered)
+        grad_norm = self.scaled_down_gradient()
+        # Added up and read at once, before the weights change: one wait for the device.
+        sums |= {"stop": torch.tensor(float(self.stop.reason is not None), device=self.device) * num_examples}
+        totals = self.ranks.total(torch.stack(list(sums.values())) / num_examples)
+        *values, norm = torch.cat([totals, grad_norm.detach().to(totals).reshape(1)]).tolist()
+        metrics = dict(zip(sums, values, strict=True))
+        self.stopping = metrics.pop("stop") > 0
+        self.examples += num_examples
+        # Where gradients are scaled, the scaler leaves a step out whose gradient has overflown.
+        if math.isfinite(metrics["loss/train"]) and (math.isfinite(norm) or self.scaler.is_enabled()):
+            self.take_step()
+            return metrics | statistics | {"grad_norm": norm}
+        self.leave_out(scored)
+        self.loss.load_state_dict(remembered)
+        return {}
+
+    def backward_within_memory(self, micro_batches: Sequence[MicroBatch], remembered: dict):
+        """`backward`; where memory does not suffice, once more in pieces half as large, as all batches from then on."""
+        try:
+            return self.backward(micro_batches)
+        except torch.OutOfMemoryError:
+            # Other processes would wait for this one's part of what they compute together.
+            if several():
+                raise
+        # Not in the handler: what was raised keeps the tensors of the step.
+        self.optimizer.zero_grad(set_to_none=True)
+        self.loss.load_state_dict(remembered)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        halves = self.train_batches.halve_pieces(micro_batches)
+        self.tracker.say(f"warning: out of memory; pieces have at most {self.train_batches.budget.limit} tokens from now on")
+        return self.backward(halves)
+
+    def backward(self, micro_batches: Sequence[MicroBatch]) -> tuple[dict[str, Tensor], Metrics, list]:
+        """Add up the gradient of a batch; sums over this rank's examples, the loss's statistics, and (losses, sources)."""
         self.policy.train()
         num_examples = sum(micro_batch.num_examples for micro_batch in micro_batches)
         sums: dict[str, Tensor] = {}
         statistics: Metrics = {}
+        scored = []
         pieces_left = sum(len(micro_batch.pieces) for micro_batch in micro_batches)
         for micro_batch in micro_batches:
             for output, policy, piece in self.losses_of(micro_batch):
@@ -117,16 +207,51 @@ class BasicTrainer:
                 for name, values in example_metrics(output, policy, piece.pairs, "train").items():
                     sums[name] = sums.get(name, 0.0) + values.sum() * (not piece.is_filler)
                 statistics = output.statistics
+                scored.append((output.losses.detach(), piece.sources))
+        return sums, statistics, scored
+
+    def scaled_down_gradient(self) -> Tensor:
+        """Bring the gradient to its own scale, and down to `max_grad_norm`; returns its norm before that, a scalar."""
         self.scaler.unscale_(self.optimizer)
-        grad_norm = self.clip_gradient()
+        return self.clip_gradient()
+
+    def update_weights(self) -> None:
+        """Change the weights by the gradient that is there, and forget it."""
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.examples += num_examples
         self.updates += 1
-        totals = self.ranks.total(torch.stack(list(sums.values())) / num_examples)
-        return dict(zip(sums, totals, strict=True)) | statistics | {"grad_norm": grad_norm}
+
+    def take_step(self) -> None:
+        """`update_weights`, after a sound step; warns where the first one with the whole learning rate changes nothing."""
+        still = StillWeights(self.policy) if self.updates == self.config.warmup_steps else None
+        self.update_weights()
+        self.bad_steps = 0
+        if still is not None and still.are_the_same():
+            self.watch.warn(
+                "weights that stay",
+                f"a step with lr {self.config.lr:g} has changed no weight that was looked at: it is too small for weights in "
+                f"{self.policy.dtype}. Raise lr, or set model.policy_dtype=float32 (and model.autocast_dtype=bfloat16).",
+            )
+
+    def leave_out(self, scored: list) -> None:
+        """Forget the gradient of a step that cannot be taken, and name its examples in `bad_batches.jsonl`."""
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.bad_steps += 1
+        pairs = [(source, loss) for losses, sources in scored for source, loss in zip(sources, losses.tolist(), strict=True)]
+        pairs = [pair for rank in self.ranks.gather(pairs) for pair in rank]
+        bad = sorted({source for source, loss in pairs if not math.isfinite(loss)})
+        what = "loss" if bad else "gradient"
+        names = bad or sorted({source for source, _ in pairs})
+        self.tracker.log_bad_step(self.counters() | {"not_finite": what, "pairs": names})
+        if self.bad_steps >= self.config.max_bad_steps:
+            raise UserError(
+                f"max_bad_steps: {self.bad_steps} steps in a row had a loss or gradient that is not finite. The newest "
+                "checkpoint is as it was. bad_batches.jsonl names the examples: look at them, lower lr, or compute in float32 "
+                "or bfloat16."
+            )
 
     def losses_of(self, micro_batch: MicroBatch) -> Iterator[tuple[LossOutput, Tensor, PackedBatch]]:
         """Loss and policy log-probs [R] of each piece; the caller takes each piece's gradient before the next."""
@@ -166,8 +291,12 @@ class BasicTrainer:
         """Score the held-out examples and answer the sample prompts, into the tracker."""
         if not self.eval_batches:
             return
+        if self.evaluated_at == self.examples:
+            return
         self.held_out = evaluate(self.policy, self.reference, self.loss, self.eval_batches, self.ranks)
-        self.tracker.log_evaluation(self.held_out.means() | self.counters())
+        self.held_out_means = self.held_out.means()
+        self.evaluated_at = self.examples
+        self.tracker.log_evaluation(self.held_out_means | self.counters())
         if self.sample_prompts:
             self.tracker.log_samples(self.sample(), self.examples)
 
@@ -186,42 +315,55 @@ class BasicTrainer:
         rows = zip(prompts, *answers.values(), strict=True)
         return [{"examples": self.examples, **dict(zip(["prompt", *answers], row, strict=True))} for row in rows]
 
-    def save(self, with_policy_pt: bool = False) -> None:
-        """Write a checkpoint, with the weights as one file too if asked to; nothing under debug."""
-        if self.config.debug:
+    def save(self, finished: bool = False) -> None:
+        """Write a checkpoint; nothing without a writer. At the end of a run it may hold the weights as one file too."""
+        if self.writer is None or (self.saved_at == self.examples and not finished):
             return
         self.tracker.flush()
-        weights, state = self.weights(), self.state_dict()
-        if self.ranks.is_main:
-            checkpoint = save_checkpoint(self.run_dir, self.examples, self.policy, weights, self.tokenizer, state)
-            if with_policy_pt:
-                save_policy_pt(checkpoint, weights, self.examples, self.held_out.means() if self.held_out else {})
-            self.tracker.say(f"checkpoint: {checkpoint}")
-        self.ranks.wait()
+        self.writer.write(self.snapshot(), with_policy_pt=finished and self.config.save_policy_pt)
+        self.saved_at = self.examples
+        if finished or self.stopping:
+            self.writer.wait()
+            # A process that ends would have its launcher end the main one, which may still be writing.
+            self.ranks.wait()
+
+    def snapshot(self) -> Snapshot:
+        """The run as it is now."""
+        weights, tied = self.weights()
+        # Of an optimizer that has not made a step there is nothing to keep.
+        optimizer, groups = self.optimizer_state() if self.updates else ({}, [])
+        return Snapshot(self.examples, weights, tied, optimizer, self.state_dict() | {"optimizer_groups": groups})
 
     def state_dict(self) -> dict:
-        """What continues this run beside the weights: tensors and plain values only. Whole on the main rank."""
-        whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        """What continues this run beside weights and optimizer: plain values and uint8 tensors."""
         return {
             "examples": self.examples,
             "updates": self.updates,
-            # By the weights' names, so that any trainer on any number of ranks can read it.
-            "optimizer": get_optimizer_state_dict(self.policy, self.optimizer, options=whole),
+            "bad_steps": self.bad_steps,
+            "evaluated_at": self.evaluated_at,
+            "held_out": self.held_out_means,
+            "reference_answers": self.reference_answers,
             "scheduler": self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
             "loss": self.loss.state_dict(),
             "train_batches": self.train_batches.state_dict(),
-            "random": torch.get_rng_state(),
+            "watch": self.watch.state_dict(),
+            "random": self.ranks.gather(random_streams()),
         }
 
-    def load_state_dict(self, state: dict) -> None:
-        """Continue from what `state_dict` gave; the weights are loaded apart, from the same checkpoint."""
-        self.examples, self.updates = state["examples"], state["updates"]
-        whole = StateDictOptions(full_state_dict=True)
-        set_optimizer_state_dict(self.policy, self.optimizer, state["optimizer"], options=whole)
-        for name in ("scheduler", "scaler", "loss", "train_batches"):
+    def continue_from(self, checkpoint: Path) -> None:
+        """Go on from a checkpoint as if the run had never stopped; with as many ranks as then, bit for bit."""
+        load_tensors(checkpoint, self.weights()[0])
+        state = read_state(checkpoint)
+        for name in ("examples", "updates", "bad_steps", "evaluated_at", "reference_answers"):
+            setattr(self, name, state[name])
+        self.held_out_means, self.saved_at = state["held_out"], state["examples"]
+        if self.updates:
+            self.load_optimizer(checkpoint, state["optimizer_groups"])
+        for name in ("scheduler", "scaler", "loss", "train_batches", "watch"):
             getattr(self, name).load_state_dict(state[name])
-        torch.set_rng_state(state["random"])
+        streams = state["random"]
+        restore_random_streams(streams[self.ranks.rank if len(streams) == self.ranks.size else 0])
 
     # ---- where weights live ---------------------------------------------------------------------------------------------
 
@@ -232,9 +374,17 @@ class BasicTrainer:
         """Scale the gradient down to `max_grad_norm`; returns its global norm before that, a scalar."""
         return nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.max_grad_norm)
 
-    def weights(self) -> dict[str, Tensor]:
-        """All weights by their names; on the main rank, and nothing on the others."""
-        return self.policy.state_dict()
+    def weights(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """The weights by their names, each once, alive, and the other names of those that have several."""
+        return weights_of(self.policy)
+
+    def optimizer_state(self) -> tuple[dict[str, Tensor], list[dict]]:
+        """The optimizer's tensors by the weights' names, and its groups."""
+        return optimizer_state_of(self.policy, self.optimizer)
+
+    def load_optimizer(self, checkpoint: Path, groups: list[dict]) -> None:
+        """Read what `optimizer_state` gave back from a checkpoint."""
+        load_optimizer(checkpoint, self.policy, self.optimizer, groups)
 
 
 class FSDPTrainer(BasicTrainer):
@@ -242,8 +392,8 @@ class FSDPTrainer(BasicTrainer):
 
     placement = Sharded
 
-    def __init__(self, config, *parts):
-        super().__init__(config, *parts)
+    def __init__(self, config, *parts, **named_parts):
+        super().__init__(config, *parts, **named_parts)
         # Where gradients are whole on every rank until the step, they are added up once, behind the last piece.
         self.adds_up_once = config.trainer.sharding in ("optimizer", "none")
 
@@ -257,10 +407,6 @@ class FSDPTrainer(BasicTrainer):
     def clip_gradient(self) -> Tensor:
         """Scale the gradient down to `max_grad_norm`; returns its norm over all ranks before that, a scalar."""
         return clip_by_global_norm(self.policy.parameters(), self.config.max_grad_norm)
-
-    def weights(self) -> dict[str, Tensor]:
-        """All weights by their names, gathered on the main rank."""
-        return whole_weights(self.policy)
 
 
 class TensorParallelTrainer(FSDPTrainer):

@@ -77,10 +77,41 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def random_streams() -> dict:
+    """Where the global random streams are, in plain values and uint8 tensors; `restore_random_streams` takes it back."""
+    import numpy
+    import torch
+
+    _, key, position, has_gauss, gauss = numpy.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": [key.tolist(), position, has_gauss, gauss],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
+
+
+def restore_random_streams(streams: dict) -> None:
+    """Put the global random streams where `random_streams` found them."""
+    import numpy
+    import torch
+
+    version, words, gauss = streams["python"]
+    random.setstate((version, tuple(words), gauss))
+    numpy.random.set_state(("MT19937", *streams["numpy"]))
+    torch.set_rng_state(streams["torch"])
+    if streams["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(streams["cuda"])
+
+
 def quiet_libraries() -> None:
     """Keep the bars and hints of other libraries out of a run's own output."""
+    import warnings
+
     import transformers
 
+    # What is said by whoever writes a checkpoint in one process.
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     # The tokenizers' own threads are done before any worker process starts.

@@ -19,7 +19,7 @@ from batches import (
     pack,
     pieces_of,
 )
-from checkpoints import save_checkpoint
+from checkpoints import CheckpointWriter
 from conftest import GOLDEN
 from logprobs import CachedReference, LiveReference
 from losses import build_loss
@@ -66,7 +66,6 @@ def build(models, compose, tokenizer, tmp_path):
             "eval_batches": [],
             "sample_prompts": [],
             "tracker": Tracker(tmp_path, None),
-            "run_dir": tmp_path,
         }
         return BasicTrainer(**(defaults | parts))
 
@@ -104,10 +103,10 @@ def test_eight_steps_follow_the_golden_trajectory(trajectory, sharing, build, to
     size = trajectory["batch_size"] // trajectory["gradient_accumulation_steps"]
     for step in trajectory["steps"]:
         metrics = trainer.train_step(micro_batches([tokenized[loss.paired][row] for row in step["rows"]], size))
-        assert metrics["loss/train"].item() == pytest.approx(step["loss"], rel=1e-4)
-        assert metrics["grad_norm"].item() == pytest.approx(step["grad_norm"], rel=1e-4)
+        assert metrics["loss/train"] == pytest.approx(step["loss"], rel=1e-4)
+        assert metrics["grad_norm"] == pytest.approx(step["grad_norm"], rel=1e-4)
         for name, value in step["metrics"].items():
-            assert metrics[name].item() == pytest.approx(value, rel=1e-3, abs=1e-5), name
+            assert metrics[name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
     norm = math.sqrt(sum(weight.double().square().sum().item() for weight in trainer.policy.parameters()))
     assert norm == pytest.approx(trajectory["final_param_norm"], rel=1e-4)
 
@@ -137,8 +136,8 @@ def test_the_gradient_does_not_depend_on_how_the_batch_is_cut(loss, size, build,
 def test_a_step_on_equal_policy_and_reference_has_margin_0_and_loss_ln_2(build, tokenized):
     trainer = build(build_loss("dpo", beta=0.1), "gpt_neox", policy="")
     metrics = trainer.train_step(micro_batches(tokenized[True][:6], 6))
-    assert metrics["rewards_train/margins"].item() == 0
-    assert metrics["loss/train"].item() == pytest.approx(math.log(2), abs=1e-6)
+    assert metrics["rewards_train/margins"] == 0
+    assert metrics["loss/train"] == pytest.approx(math.log(2), abs=1e-6)
 
 
 def test_beta_dpo_logs_the_beta_in_force_and_its_statistics(build, tokenized):
@@ -245,10 +244,10 @@ def test_a_trainer_continues_from_its_state_bit_for_bit(mode, build, tokenized, 
         first.train_step(batch)
         if first.updates == 5:
             break
-    checkpoint = save_checkpoint(tmp_path, first.examples, first.policy, first.weights(), first.tokenizer, first.state_dict())
-    second = make()
-    second.policy.load_state_dict(AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).state_dict())
-    second.load_state_dict(torch.load(checkpoint / "training_state.pt", weights_only=True))
+    with CheckpointWriter(tmp_path, first.policy, first.tokenizer) as writer:
+        writer.write(first.snapshot())
+    second = make(policy="")
+    second.continue_from(tmp_path / "LATEST")
     for batch in second.train_batches:
         second.train_step(batch)
     assert (second.examples, second.updates) == (whole.examples, whole.updates) == (48, 12)
@@ -276,7 +275,7 @@ def test_a_cached_reference_gives_the_steps_of_a_live_one(build, tokenized, tmp_
 
     def numbers(reference):
         trainer = build(build_loss("dpo"), **({"reference": reference} if reference else {}))
-        return [trainer.train_step(batch)["loss/train"].item() for batch in BatchIterator(table, 8)]
+        return [trainer.train_step(batch)["loss/train"] for batch in BatchIterator(table, 8)]
 
     model = build(build_loss("dpo")).reference.model
     cached = CachedReference(reference_logps_of(model, table.select(numpy.arange(len(table))), tmp_path / "logps.safetensors"))

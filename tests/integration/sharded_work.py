@@ -56,7 +56,7 @@ class World:
 
         def load(name: str):
             one = OmegaConf.merge(config, {"model": {"name_or_path": str(GOLDEN / name)}})
-            return load_sharded(one, self.tokenizer, layout, self.device, ranks)
+            return load_sharded(one, self.tokenizer, layout, self.device, ranks)[0]
 
         reference = LiveReference(load(architecture)) if loss["name"] != "sft" else None
         policy = load(f"{architecture}_policy")

@@ -1,0 +1,118 @@
+"""Which checkpoint a run goes on from, and whether it is the same run.
+
+resume=auto   the newest usable checkpoint of the experiment, of this run directory or of the newest one of its name
+resume=PATH   a run directory's newest usable checkpoint, or a checkpoint
+"""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+from checkpoints import checkpoints_of, fault_of, newest_usable, read_state
+from utils import UserError
+
+# Keys that may differ from those of the run's beginning: how long it runs, what it says and writes, where it computes.
+MAY_DIFFER = (
+    "resume", "exp_name", "local_dirs", "local_run_dir", "cache_dir", "debug", "dry_run", "wandb", "objective", "fsdp_port",
+    "n_epochs", "n_examples", "max_wall_time", "max_bad_steps", "loss_spike", "minimum_log_interval_secs",
+    "do_first_eval", "eval_every", "eval_batch_size", "n_eval_examples", "sample_during_eval", "n_eval_model_samples",
+    "save_strategy", "save_every", "save_async", "keep_last", "keep_best", "save_policy_pt",
+    "trainer.name", "trainer.nproc_per_node", "trainer.sharding", "trainer.tensor_parallel_size", "trainer.cpu_offload",
+    "trainer.distributed_timeout_minutes", "trainer.world_size", "trainer.reduce_dtype", "activation_checkpointing",
+    "max_tokens_per_microbatch", "prefix_sharing", "reference_logps",
+)  # fmt: skip
+
+
+def checkpoint_to_continue(resume: str | None, run_dir: Path, exp_name: str) -> Path | None:
+    """The checkpoint that `resume` means, None for a new run. Runs lie beside `run_dir`.
+
+    Raises UserError for a path that has none that is whole.
+    """
+    if resume is None:
+        return None
+    if resume != "auto":
+        return _given(Path(resume))
+    moment = re.compile(re.escape(exp_name) + r"_\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d-\d{6}")
+    beside = [path for path in run_dir.parent.glob(f"{glob_escaped(exp_name)}_*") if moment.fullmatch(path.name)]
+    for folder in [run_dir, *sorted(beside, reverse=True)]:
+        found = newest_usable(folder)
+        if found is not None:
+            print(f"resume: going on from {found}", flush=True)
+            return found
+    print(f"resume: no checkpoint of {exp_name} yet, a new run begins", flush=True)
+    return None
+
+
+def glob_escaped(name: str) -> str:
+    """A name as a pattern that means nothing but it."""
+    return re.sub(r"([*?\[])", r"[\1]", name)
+
+
+def _given(path: Path) -> Path:
+    path = path.resolve()
+    if checkpoints_of(path):
+        found = newest_usable(path)
+        fault = "none of its checkpoints is whole"
+    else:
+        fault = fault_of(path) if path.is_dir() else "no such directory"
+        found = path if fault is None else None
+    if found is None:
+        raise UserError(f"resume: {path}: {fault}. Expected a run directory or a checkpoint (step-N), or auto.")
+    print(f"resume: going on from {found}", flush=True)
+    return found
+
+
+def check_same_run(checkpoint: Path, about: dict) -> None:
+    """Raise UserError where what a run is made of (`about`) differs from what the checkpoint's run was made of."""
+    then = read_state(checkpoint)["run"]
+    before, now = (_flat(run["config"]) for run in (then, about))
+    changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+    changed = [key for key in changed if not any(key == free or key.startswith(f"{free}.") for free in MAY_DIFFER)]
+    advice = "Start a new run from it with model.archive, or leave it as it was."
+    if changed:
+        listed = "; ".join(f"{key}: was {before.get(key)!r}, is {now.get(key)!r}" for key in changed)
+        raise UserError(f"resume: {checkpoint} belongs to a run that was configured otherwise: {listed}. {advice}")
+    for key, what in (("data", "datasets: the prepared data are"), ("began_with", "model: the weights that it began with are")):
+        if then[key] != about[key]:
+            raise UserError(f"resume: {what} not those of the run that {checkpoint} belongs to. {advice}")
+
+
+def _flat(config: dict, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in config.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def cut_back(checkpoint: Path) -> None:
+    """Make the run's files as they were when the checkpoint was written: rows and checkpoints behind it are not its own.
+
+    Later checkpoints are set aside, not removed.
+    """
+    run_dir, examples = checkpoint.parent, int(checkpoint.name.removeprefix("step-"))
+    for name in ("metrics.jsonl", "samples.jsonl", "bad_batches.jsonl"):
+        if (run_dir / name).exists():
+            _keep_rows(run_dir / name, examples)
+    for later in checkpoints_of(run_dir):
+        if int(later.name.removeprefix("step-")) > examples:
+            aside = later.with_name(f"{later.name}.set-aside")
+            shutil.rmtree(aside, ignore_errors=True)
+            later.rename(aside)
+    for partial in run_dir.glob("step-*.partial"):
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _keep_rows(file: Path, examples: int) -> None:
+    kept = []
+    for line in file.read_text(encoding="utf-8").splitlines(keepends=True):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            # Half a row: the process was killed while it wrote it.
+            continue
+        if row.get("counters/examples", row.get("examples", 0)) <= examples:
+            kept.append(line)
+    partial = file.with_name(f"{file.name}.partial")
+    partial.write_text("".join(kept), encoding="utf-8")
+    partial.replace(file)

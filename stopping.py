@@ -1,0 +1,55 @@
+"""When a run is to stop before its end: a signal, or its time is over.
+
+The first signal asks the run to finish its step, write a checkpoint and leave; a second SIGINT ends it at once.
+"""
+
+import os
+import signal
+import threading
+import time
+
+# What a run that has stopped before its end exits with, its checkpoint written: "try again later" (EX_TEMPFAIL).
+STOPPED = 75
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# A terminal's Ctrl-C reaches a worker twice, from the terminal and from its launcher. Unit: seconds.
+SAME_SIGNAL = 1.0
+
+
+class StoppedError(Exception):
+    """The run has stopped before its end, with a checkpoint to go on from; the message says why."""
+
+
+class StopRequests:
+    """Listens for signals while it is entered. `reason` says why the run is to stop, None while it is to go on.
+
+    max_minutes: how long the run may take; None is for ever.
+    """
+
+    def __init__(self, max_minutes: float | None = None):
+        self.ends_at = time.monotonic() + 60 * (float("inf") if max_minutes is None else max_minutes)
+        self.heard: tuple[str, float] | None = None
+        self.handlers: dict = {}
+
+    def __enter__(self) -> "StopRequests":
+        # Only a process's main thread may listen.
+        if threading.current_thread() is threading.main_thread():
+            self.handlers = {number: signal.signal(number, self._hear) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *exception) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    @property
+    def reason(self) -> str | None:
+        """Why the run is to stop."""
+        if self.heard is not None:
+            return self.heard[0]
+        return "max_wall_time is over" if time.monotonic() >= self.ends_at else None
+
+    def _hear(self, number: int, _frame) -> None:
+        now = time.monotonic()
+        if self.heard is None:
+            self.heard = signal.Signals(number).name, now
+        elif number == signal.SIGINT and now - self.heard[1] > SAME_SIGNAL:
+            os._exit(128 + number)

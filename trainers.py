@@ -21,9 +21,10 @@ from torch.distributed.checkpoint.state_dict import (
 from batches import BatchIterator, MicroBatch, PackedBatch
 from checkpoints import save_checkpoint, save_policy_pt
 from evaluation import HeldOut, evaluate, sample_answers
+from layer_splitting import joined_optimizer_state, joined_weights, split_optimizer_state
 from logprobs import response_logps
 from losses import Loss, LossOutput, PairSelection, example_metrics, gap
-from placement import OneProcess, Sharded, TensorParallel
+from placement import OneProcess, Sharded, SplitLayers, TensorParallel
 from ranks import ALONE, Ranks
 from sharding import clip_by_global_norm, whole_weights
 from tracking import Metrics, Tracker
@@ -209,12 +210,11 @@ class BasicTrainer:
 
     def state_dict(self) -> dict:
         """What continues this run beside the weights: tensors and plain values only. Whole on the main rank."""
-        whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
         return {
             "examples": self.examples,
             "updates": self.updates,
             # By the weights' names, so that any trainer on any number of ranks can read it.
-            "optimizer": get_optimizer_state_dict(self.policy, self.optimizer, options=whole),
+            "optimizer": self.optimizer_state(),
             "scheduler": self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
             "loss": self.loss.state_dict(),
@@ -225,8 +225,7 @@ class BasicTrainer:
     def load_state_dict(self, state: dict) -> None:
         """Continue from what `state_dict` gave; the weights are loaded apart, from the same checkpoint."""
         self.examples, self.updates = state["examples"], state["updates"]
-        whole = StateDictOptions(full_state_dict=True)
-        set_optimizer_state_dict(self.policy, self.optimizer, state["optimizer"], options=whole)
+        self.load_optimizer_state(state["optimizer"])
         for name in ("scheduler", "scaler", "loss", "train_batches"):
             getattr(self, name).load_state_dict(state[name])
         torch.set_rng_state(state["random"])
@@ -243,6 +242,34 @@ class BasicTrainer:
     def weights(self) -> dict[str, Tensor]:
         """All weights by their names; on the main rank, and nothing on the others."""
         return self.policy.state_dict()
+
+    def optimizer_state(self) -> dict:
+        """The optimizer's state by the names of whole weights, on the CPU; on the main rank, and nothing on the others."""
+        return get_optimizer_state_dict(
+            self.policy, self.optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+        )
+
+    def load_optimizer_state(self, state: dict) -> None:
+        """Continue from what `optimizer_state` gave, to any trainer."""
+        set_optimizer_state_dict(self.policy, self.optimizer, state, options=StateDictOptions(full_state_dict=True))
+
+
+class LayerSplittingTrainer(BasicTrainer):
+    """One process, with a part of every layer on each of its devices."""
+
+    placement = SplitLayers
+
+    def weights(self) -> dict[str, Tensor]:
+        """All weights by their names, whole."""
+        return joined_weights(self.policy)
+
+    def optimizer_state(self) -> dict:
+        """The optimizer's state by the names of whole weights, on the CPU."""
+        return joined_optimizer_state(self.policy, super().optimizer_state())
+
+    def load_optimizer_state(self, state: dict) -> None:
+        """Continue from what `optimizer_state` gave, to any trainer."""
+        super().load_optimizer_state(split_optimizer_state(self.policy, state))
 
 
 class FSDPTrainer(BasicTrainer):
@@ -290,5 +317,5 @@ def build_optimizer(policy: nn.Module, config) -> torch.optim.Optimizer:
     return optimizer_class(policy.parameters(), lr=config.lr, **(fused | dict(config.optimizer_kwargs)))
 
 
-# The classes that `trainer.name` may say.
-TRAINERS = {trainer.__name__: trainer for trainer in (BasicTrainer, FSDPTrainer, TensorParallelTrainer)}
+# By name; `trainer.name` may say those that have a file in config/trainer/.
+TRAINERS = {trainer.__name__: trainer for trainer in (BasicTrainer, LayerSplittingTrainer, FSDPTrainer, TensorParallelTrainer)}

@@ -124,10 +124,6 @@ def load_split(config, tokenizer) -> nn.Module:
     devices = devices_of(config.trainer)
     source = load_model(config.model, tokenizer, config.cache_dir)
     share_prefixes(source, _sharing_mode(config.prefix_sharing, devices))
-    head = source.get_output_embeddings()
-    if isinstance(head, ScoringHead):
-        # The shards' heads give parts of logits, which add up; parts of log-probs do not.
-        head.__class__ = nn.Linear
     refusal = f"trainer=TensorParallelTrainer: the package tensor_parallel cannot split {type(source).__name__}:"
     try:
         policy = split_layers(source, devices)
@@ -156,18 +152,23 @@ def split_layers(model: nn.Module, devices: list[torch.device]) -> nn.Module:
     The model itself is left as it was. Raises whatever the package raises.
     """
     splitter, plans, plan_of_any, divided_sum = _package()
-    plan = plans[model.config.model_type](model.config, devices) if model.config.model_type in plans else None
-    plan = plan or plan_of_any(model, devices)
-    plan.state_rules = {
-        pattern: _on_first if isinstance(rule, divided_sum) else rule for pattern, rule in plan.state_rules.items()
+    plan_of = plans.get(model.config.model_type)
+    plan = plan_of(model.config, devices) if plan_of else plan_of_any(model, devices)
+    plan.state_rules = {key: _on_first if isinstance(rule, divided_sum) else rule for key, rule in plan.state_rules.items()}
+    rules = {
+        name: next((rule for pattern, rule in plan.state_rules.items() if pattern.search(name)), None)
+        for name, _ in model.named_parameters()
     }
-    rules = {name: _rule(plan.state_rules, name) for name, _ in model.named_parameters()}
     shards = splitter(model, devices, tensor_parallel_config=plan, distributed=False, sharded=False).module_shards
     first, *others = shards
     first.split_by = {name: rule for name, rule in rules.items() if rule not in (None, _on_first)}
     first.loans = [loan for shard in others for loan in _borrow(shard, first, rules)]
     first.other_shards = nn.ModuleList(others)
     first.devices = devices
+    for module in first.modules():
+        if isinstance(module, ScoringHead):
+            # Parts of logits add up, parts of log-probs do not.
+            module.__class__ = nn.Linear
     first.__class__ = _split_class(type(first))
     return first.train()
 
@@ -175,10 +176,6 @@ def split_layers(model: nn.Module, devices: list[torch.device]) -> nn.Module:
 def _on_first(tensor: Tensor, rank: int) -> Tensor:
     """A weight that is added once, where the package would have each shard add its share."""
     return tensor if rank == 0 else torch.zeros_like(tensor)
-
-
-def _rule(rules: dict, name: str):
-    return next((rule for pattern, rule in rules.items() if pattern.search(name)), None)
 
 
 def _borrow(shard: nn.Module, first: nn.Module, rules: dict) -> list[tuple]:
@@ -315,6 +312,13 @@ def _joined(policy: nn.Module, name: str, parts: list[Tensor]) -> Tensor:
     return policy.split_by[name].undo(parts) if name in policy.split_by and parts[0].dim() else parts[0]
 
 
+def _cut(policy: nn.Module, name: str, whole: Tensor, rank: int) -> Tensor:
+    """A shard's part of a tensor of the shape of the whole weight `name`; the reverse of `_joined`."""
+    part = policy.split_by[name](whole, rank=rank) if name in policy.split_by and whole.dim() else whole
+    # Each shard counts its own steps, and fused optimizers read memory in its order, whatever the strides say.
+    return part.clone(memory_format=torch.contiguous_format)
+
+
 def joined_weights(policy: nn.Module) -> dict[str, Tensor]:
     """All weights of a split model, whole, by the names of the model that was not split. Tied ones are one tensor."""
     parts = _parts(dict(policy.named_parameters()))
@@ -336,13 +340,10 @@ def joined_optimizer_state(policy: nn.Module, state: dict) -> dict:
 def split_optimizer_state(policy: nn.Module, state: dict) -> dict:
     """The state that `joined_optimizer_state` has joined, by the names and shapes of the shards."""
     names = [name for name, _ in policy.named_parameters()]
-    split = {}
-    for whole, parts in _parts({name: name for name in names}).items():
-        rule = policy.split_by.get(whole)
-        for rank, name in enumerate(parts):
-            part = {
-                key: rule(value, rank=rank) if rule and value.dim() else value for key, value in state["state"][whole].items()
-            }
-            split[name] = part
+    split = {
+        name: {key: _cut(policy, whole, value, rank) for key, value in state["state"][whole].items()}
+        for whole, parts in _parts({name: name for name in names}).items()
+        for rank, name in enumerate(parts)
+    }
     [group] = state["param_groups"]
     return {"state": split, "param_groups": [group | {"params": names}]}

@@ -314,7 +314,8 @@ def _tokens_that_fit(model: nn.Module, device: torch.device) -> int:
     hidden, layers = config.hidden_size, config.num_hidden_layers
     inner = getattr(config, "intermediate_size", None) or 4 * hidden
     per_token = layers * (16 * hidden + 4 * inner) * model.dtype.itemsize + 3 * 4 * config.vocab_size
-    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    # The room is that of one device, so what other devices hold does not count.
+    trained = [weight for weight in model.parameters() if weight.requires_grad and weight.device == model.device]
     # Of a weight that is split over processes, this one has a part.
     parts = [weight.to_local() if hasattr(weight, "to_local") else weight for weight in trained]
     weights = sum(part.numel() * part.element_size() for part in parts)

@@ -61,6 +61,7 @@ def build(compose, tokenizer):
         reference = copy.deepcopy(model)
         with torch.no_grad():
             next(reference.parameters()).mul_(0.9)
+        model = copy.deepcopy(model)
         if trainer_class is LayerSplittingTrainer:
             model, reference = split_layers(model, CPUS), split_layers(reference, CPUS)
         parts = LiveReference(reference), build_loss("dpo", beta=0.5), tokenizer, batches, [], [], None, None
@@ -88,7 +89,7 @@ def assert_same_weights(found: dict, expected: dict) -> None:
 @pytest.mark.parametrize(("model_type", "count"), [("gpt2", 8), ("opt", 3), ("bloom", 3)])
 def test_training_on_two_shards_follows_one_process(model_type, count, build):
     model = whole_model(model_type)
-    split, single = build(LayerSplittingTrainer, model), build(BasicTrainer, copy.deepcopy(model))
+    split, single = build(LayerSplittingTrainer, model), build(BasicTrainer, model)
     batches = (steps() * 3)[:count]
     assert len(batches) == count
     for batch in batches:
@@ -121,7 +122,9 @@ def test_gpt2_and_opt_compute_prompts_once_and_bloom_on_padded_rows(model_type):
 
 
 @pytest.mark.parametrize(
-    "classes", [(LayerSplittingTrainer,) * 2, (LayerSplittingTrainer, BasicTrainer)], ids=["split", "whole"]
+    "classes",
+    [(LayerSplittingTrainer,) * 2, (LayerSplittingTrainer, BasicTrainer), (BasicTrainer, LayerSplittingTrainer)],
+    ids=["split", "split, then whole", "whole, then split"],
 )
 def test_a_checkpoint_is_whole_and_continued_exactly(classes, build, tmp_path):
     def make(trainer_class, model):

@@ -216,7 +216,8 @@ def _fault_of_split(policy: nn.Module, source: nn.Module) -> str | None:
     logps, gradients = logps_and_gradients(response_logps, policy, batch.to(policy.device), tried)
     by_part = dict(zip(map(id, tried), gradients, strict=True))
     gradients = [_joined(policy, name, [by_part[id(part)] for part in parts[name]]).cpu() for name in names]
-    return disagreement((logps.cpu(), gradients), expected, batch.response_lengths, ROUNDING[source.dtype])
+    rounding = ROUNDING[source.autocast_dtype or source.dtype]
+    return disagreement((logps.cpu(), gradients), expected, batch.response_lengths, rounding)
 
 
 # ---- running ------------------------------------------------------------------------------------------------------------

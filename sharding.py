@@ -215,7 +215,7 @@ def _check(model: nn.Module, source: nn.Module | None, layout: Layout, ranks: Ra
     model.zero_grad(set_to_none=True)
     fault = None
     if source is not None:
-        rounding = ROUNDING[layout.precision.param_dtype or source.dtype]
+        rounding = ROUNDING[layout.precision.param_dtype or source.autocast_dtype or source.dtype]
         fault = disagreement((logps.detach().cpu(), found), expected, batch.response_lengths, rounding)
     fault = ranks.from_main(fault)
     if fault:

@@ -205,6 +205,13 @@ def test_every_shard_computes_in_the_dtype_of_autocast():
     assert dtypes == {torch.bfloat16} and 0 < error.max() < ROUNDING[torch.bfloat16]
 
 
+def test_what_autocast_rounds_is_not_taken_for_a_wrong_split(compose, tokenizer):
+    small = [f"++model.from_config.{key}={value}" for key, value in SIZES["opt"].items()]
+    settings = "trainer=TensorParallelTrainer", "model.from_config.model_type=opt", "model.autocast_dtype=bfloat16"
+    policy = load_split(compose(*settings, *small), tokenizer)
+    assert policy.autocast_dtype == torch.bfloat16 and policy.dtype == torch.float32
+
+
 def test_an_error_of_one_shard_is_raised_though_the_others_wait_for_it():
     split = split_layers(whole_model("gpt2"), CPUS)
     split.other_shards[0].transformer.h[1].mlp.c_proj.forward = lambda hidden: 1 / 0

@@ -16,7 +16,7 @@ import copy
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +27,6 @@ import xxhash
 from torch import Tensor, nn
 from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from ranks import ALONE, Ranks, several
 from utils import replace_symlink
@@ -54,6 +53,11 @@ class Snapshot:
     optimizer: dict[str, Tensor]
     state: dict
 
+    @classmethod
+    def of(cls, examples: int, named_weights: dict[str, Tensor], optimizer: dict[str, dict], state: dict) -> "Snapshot":
+        """From named weights, of which some may be tied, and an optimizer's state by the weights' names."""
+        return cls(examples, *distinct(named_weights), tensors_of(optimizer), state)
+
     @property
     def num_bytes(self) -> int:
         """What the tensors of all processes take."""
@@ -68,28 +72,18 @@ class Snapshot:
         return replace(self, **tensors)
 
 
-def weights_of(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The weights and kept buffers by their names, each once, and the other names of those that have several."""
-    weights: dict[str, Tensor] = {}
-    tied, names = {}, {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        first = names.setdefault(id(tensor), name)
-        if first == name:
-            weights[name] = tensor.detach()
-        else:
-            tied[name] = first
-    return weights, tied
+def distinct(named: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors by their first names, and those of which names are second names: a tied weight has several."""
+    first_names: dict[int, str] = {}
+    first = {name: first_names.setdefault(id(tensor), name) for name, tensor in named.items()}
+    tied = {name: other for name, other in first.items() if name != other}
+    return {name: tensor.detach() for name, tensor in named.items() if name not in tied}, tied
 
 
-def optimizer_state_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], list[dict]]:
-    """The optimizer's tensors as "<weight>.<name>", and its groups as plain values. Makes the state that is not there yet."""
-    state = get_optimizer_state_dict(model, optimizer)
-    return dict(_tensors_of(state["state"])), state["param_groups"]
-
-
-def _tensors_of(by_weight: dict[str, dict]) -> Iterator[tuple[str, Tensor]]:
-    for weight, values in by_weight.items():
-        yield from ((f"{weight}.{name}", value) for name, value in values.items() if isinstance(value, Tensor))
+def tensors_of(by_weight: dict[str, dict]) -> dict[str, Tensor]:
+    """The tensors of an optimizer's state, as "<weight>.<name>"."""
+    named = ((f"{weight}.{name}", value) for weight, values in by_weight.items() for name, value in values.items())
+    return {name: value for name, value in named if isinstance(value, Tensor)}
 
 
 # ---- writing --------------------------------------------------------------------------------------------------------------
@@ -344,18 +338,15 @@ def best_of(checkpoints: list[Path], metric: str) -> list[Path]:
 # ---- reading ----------------------------------------------------------------------------------------------------------------
 
 
-def load_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Read tensors by their names, in place. Of a sharded one each process reads its own part; all call it together."""
+def read_weights(checkpoint: Path, named_weights: dict[str, Tensor]) -> None:
+    """Read weights in place. Of a sharded one each process reads its own part; all call it together."""
+    _read_tensors(checkpoint, distinct(named_weights)[0])
+
+
+def read_optimizer(checkpoint: Path, by_weight: dict[str, dict]) -> None:
+    """Read the tensors of an optimizer's state in place, by the weights' names; each process its own parts."""
+    _read_tensors(checkpoint / "optimizer", tensors_of(by_weight))
+
+
+def _read_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
     dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=not several())
-
-
-def load_optimizer(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer, groups: list[dict]) -> None:
-    """Read an optimizer's state, and take over its groups' plain values."""
-    state = get_optimizer_state_dict(model, optimizer)
-    tensors = dict(_tensors_of(state["state"]))
-    load_tensors(checkpoint / "optimizer", tensors)
-    for name, tensor in tensors.items():
-        weight, _, key = name.rpartition(".")
-        state["state"][weight][key] = tensor
-    state["param_groups"] = groups
-    set_optimizer_state_dict(model, optimizer, state)

@@ -230,21 +230,29 @@ def _fault_of_tree_forward(model: nn.Module) -> str | None:
     batch = random_trees(model.config.get_text_config().vocab_size).to(model.device)
     training = model.training
     model.eval()
-    expected, expected_gradients = logps_and_gradients(padded_logps, model, batch, weights)
+    expected = logps_and_gradients(padded_logps, model, batch, weights)
     try:
         model.set_attn_implementation(RESPONSE_TREES)
-        found, found_gradients = logps_and_gradients(tree_logps, model, batch, weights)
+        found = logps_and_gradients(tree_logps, model, batch, weights)
     except Exception as error:  # whatever an architecture makes of what it does not know
         return f"its forward raised {type(error).__name__}: {(str(error).splitlines() or [''])[0][:80]}"
     finally:
         model.train(training)
     if not batch.layout.seen:
         return "it does not hand the layout of the responses on to its attention"
-    rounding = ROUNDING[model.dtype]
-    error = ((found - expected).abs() / batch.response_lengths).max().item()
+    return disagreement(found, expected, batch.response_lengths, ROUNDING[model.dtype])
+
+
+def disagreement(found, expected, lengths: Tensor, rounding: float) -> str | None:
+    """What is wrong with log-probs [R] of responses of so many tokens [R], and gradients: two pairs of `logps_and_gradients`.
+
+    None where they agree, to `rounding` a token.
+    """
+    (logps, gradients), (expected_logps, expected_gradients) = found, expected
+    error = ((logps - expected_logps).abs() / lengths).max().item()
     if not error <= rounding:
         return f"its log-probs would be wrong by {error:.1g} a token"
-    for one, other in zip(found_gradients, expected_gradients, strict=True):
+    for one, other in zip(gradients, expected_gradients, strict=True):
         if not (one - other).norm() <= 10 * rounding * other.norm():
             return f"its gradient would be wrong by {((one - other).norm() / other.norm()).item():.1g} of its size"
     return None
@@ -315,8 +323,10 @@ def _tokens_that_fit(model: nn.Module, device: torch.device) -> int:
     hidden, layers = config.hidden_size, config.num_hidden_layers
     inner = getattr(config, "intermediate_size", None) or 4 * hidden
     per_token = layers * (16 * hidden + 4 * inner) * model.dtype.itemsize + 3 * 4 * config.vocab_size
+    # The room is that of one device, so what other devices hold does not count.
+    trained = [weight for weight in model.parameters() if weight.requires_grad and weight.device == model.device]
     # Of a weight that is split over processes, this one has a part.
-    parts = [local(weight) for weight in model.parameters() if weight.requires_grad]
+    parts = [local(weight) for weight in trained]
     weights = sum(part.numel() * part.element_size() for part in parts)
     # Weights that are not there yet will take of what is free now.
     to_come = weights if model.device != device else 0

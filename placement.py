@@ -43,6 +43,23 @@ class OneProcess:
         """Nothing was started."""
 
 
+class SplitLayers(OneProcess):
+    """Every layer split over the devices of this process."""
+
+    def policy(self) -> nn.Module:
+        """The model that is trained."""
+        from layer_splitting import load_split
+
+        policy, self.began_with = load_split(self.config, self.tokenizer)
+        return policy
+
+    def reference(self, policy: nn.Module) -> nn.Module:
+        """A frozen copy of the policy as it is now, split alike."""
+        from layer_splitting import copy_of_split
+
+        return copy_of_split(policy, getattr(torch, self.config.model.reference_dtype))
+
+
 class Sharded:
     """Weights laid over all processes of the run, by `trainer.sharding`; joins them."""
 

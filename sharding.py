@@ -22,6 +22,7 @@ from models import (
     ROUNDING,
     attend_over_trees,
     build_untrained,
+    disagreement,
     enable_activation_checkpointing,
     load_model,
     logps_and_gradients,
@@ -118,21 +119,11 @@ def blocks_of(model: nn.Module, block_name: str | None) -> list[nn.Module]:
 
 
 def split_layers(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Split every layer over the mesh by the model's own plan. Raises UserError where it has none, or the sizes do not fit."""
+    """Split every layer over the mesh by the model's own plan. Raises UserError where the sizes do not fit."""
     from transformers.distributed import DistributedConfig
     from transformers.distributed.tensor_parallel import apply_tensor_parallelism
 
-    if not model.tp_plan:
-        raise UserError(
-            f"trainer=TensorParallelTrainer: transformers has no plan for {type(model).__name__}. Use trainer=FSDPTrainer."
-        )
-    config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    for key, size in (("attention heads", heads), ("intermediate size", getattr(config, "intermediate_size", mesh.size()))):
-        if size % mesh.size():
-            raise UserError(
-                f"trainer.tensor_parallel_size: found {mesh.size()}, which does not divide the model's {size} {key}."
-            )
+    check_divisible(model, mesh.size())
     plan, _, _ = model._resolve_parallel_plans(DistributedConfig(tp_size=mesh.size()))
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head is not None and head.weight is embedding.weight
@@ -142,6 +133,15 @@ def split_layers(model: nn.Module, mesh: DeviceMesh) -> None:
     apply_tensor_parallelism(model, mesh, plan)
     if tied:
         head.weight = embedding.weight
+
+
+def check_divisible(model: nn.Module, parts: int) -> None:
+    """Raise UserError where a model's layers cannot be split into so many equal parts."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    for key, size in (("attention heads", heads), ("intermediate size", getattr(config, "intermediate_size", parts))):
+        if size % parts:
+            raise UserError(f"trainer.tensor_parallel_size: found {parts}, which does not divide the model's {size} {key}.")
 
 
 def load_sharded(config, tokenizer, layout: Layout, device: torch.device, ranks: Ranks) -> tuple[nn.Module, str | None]:
@@ -207,24 +207,13 @@ def _check(model: nn.Module, source: nn.Module | None, layout: Layout, ranks: Ra
     model.zero_grad(set_to_none=True)
     fault = None
     if source is not None:
-        rounding = ROUNDING[layout.precision.param_dtype or source.dtype]
-        fault = _difference(logps.detach().cpu(), found, expected, batch, rounding)
+        rounding = ROUNDING[layout.precision.param_dtype or source.autocast_dtype or source.dtype]
+        fault = disagreement((logps.detach().cpu(), found), expected, batch.response_lengths, rounding)
     fault = ranks.from_main(fault)
     if fault:
         raise UserError(
             f"trainer: {type(model).__name__} does not compute the same when it is split: {fault}. Use another trainer."
         )
-
-
-def _difference(logps, gradients, expected, batch: PackedBatch, rounding: float) -> str | None:
-    error = ((logps - expected[0]).abs() / batch.response_lengths).max().item()
-    if not error <= rounding:
-        return f"log-probs differ by {error:.1g} a token"
-    for one, other in zip(gradients, expected[1], strict=True):
-        error = ((one - other.cpu()).norm() / other.norm()).item()
-        if not error <= 10 * rounding:
-            return f"a gradient differs by {error:.1g} of its size"
-    return None
 
 
 # ---- gradients ------------------------------------------------------------------------------------------------------------

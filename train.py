@@ -74,6 +74,11 @@ def start(config: DictConfig, run_dir: Path, in_sweep: bool) -> float | None:
 
     if config.trainer.name == "BasicTrainer" or config.dry_run:
         return run(config, run_dir, in_sweep)
+    if config.trainer.name == "TensorParallelTrainer":
+        from layer_splitting import splits_in_one_process
+
+        if splits_in_one_process(config):
+            return run(config, run_dir, in_sweep, "LayerSplittingTrainer")
     if in_worker():
         # torchrun has started it, or Slurm.
         silence_others()
@@ -92,10 +97,11 @@ def run_as_worker(settings: dict, run_dir: str, in_sweep: bool) -> float | None:
     return run(OmegaConf.create(settings), Path(run_dir), in_sweep)
 
 
-def run(config: DictConfig, run_dir: Path, in_sweep: bool = False) -> float | None:
+def run(config: DictConfig, run_dir: Path, in_sweep: bool = False, trainer: str | None = None) -> float | None:
     """Train what a checked configuration describes, into `run_dir`. Returns the held-out metric named by `objective`.
 
-    Under a trainer of several processes this is one of them.
+    Under a trainer of several processes this is one of them. `trainer` is the class that `start` has chosen in place of
+    `trainer.name`.
     """
     from dry_run import look
     from losses import build_loss
@@ -115,7 +121,7 @@ def run(config: DictConfig, run_dir: Path, in_sweep: bool = False) -> float | No
     data = prepare_data(config, tokenizer, loss.paired)
     if config.dry_run:
         return look(config, tokenizer, loss, data, partial(build_batches, config, data[0].table))
-    trainer_class = TRAINERS[config.trainer.name]
+    trainer_class = TRAINERS[trainer or config.trainer.name]
     placement = trainer_class.placement(config, tokenizer)
     try:
         return train(config, trainer_class, placement, loss, data, run_dir, in_sweep)

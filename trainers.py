@@ -12,22 +12,16 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from batches import BatchIterator, MicroBatch, PackedBatch
-from checkpoints import (
-    CheckpointWriter,
-    Snapshot,
-    load_optimizer,
-    load_tensors,
-    optimizer_state_of,
-    read_state,
-    weights_of,
-)
+from checkpoints import CheckpointWriter, Snapshot, read_optimizer, read_state, read_weights
 from evaluation import HeldOut, evaluate, sample_answers
 from guards import StillWeights, Watch
+from layer_splitting import joined_optimizer_state, joined_weights, set_joined_weights, split_optimizer_state
 from logprobs import response_logps
 from losses import Loss, LossOutput, PairSelection, example_metrics, gap
-from placement import OneProcess, Sharded, TensorParallel
+from placement import OneProcess, Sharded, SplitLayers, TensorParallel
 from ranks import ALONE, Ranks, several
 from sharding import clip_by_global_norm
 from stopping import StoppedError, StopRequests
@@ -329,10 +323,10 @@ class BasicTrainer:
 
     def snapshot(self) -> Snapshot:
         """The run as it is now."""
-        weights, tied = self.weights()
         # Of an optimizer that has not made a step there is nothing to keep.
-        optimizer, groups = self.optimizer_state() if self.updates else ({}, [])
-        return Snapshot(self.examples, weights, tied, optimizer, self.state_dict() | {"optimizer_groups": groups})
+        optimizer = self.optimizer_state() if self.updates else {"state": {}, "param_groups": []}
+        state = self.state_dict() | {"optimizer_groups": optimizer["param_groups"]}
+        return Snapshot.of(self.examples, self.weights(), optimizer["state"], state)
 
     def state_dict(self) -> dict:
         """What continues this run beside weights and optimizer: plain values and uint8 tensors."""
@@ -353,13 +347,16 @@ class BasicTrainer:
 
     def continue_from(self, checkpoint: Path) -> None:
         """Go on from a checkpoint as if the run had never stopped; with as many ranks as then, bit for bit."""
-        load_tensors(checkpoint, self.weights()[0])
-        state = read_state(checkpoint)
+        weights, state = self.weights(), read_state(checkpoint)
+        read_weights(checkpoint, weights)
+        self.set_weights(weights)
         for name in ("examples", "updates", "bad_steps", "evaluated_at", "reference_answers"):
             setattr(self, name, state[name])
         self.held_out_means, self.saved_at = state["held_out"], state["examples"]
         if self.updates:
-            self.load_optimizer(checkpoint, state["optimizer_groups"])
+            optimizer = self.optimizer_state() | {"param_groups": state["optimizer_groups"]}
+            read_optimizer(checkpoint, optimizer["state"])
+            self.set_optimizer_state(optimizer)
         for name in ("scheduler", "scaler", "loss", "train_batches", "watch"):
             getattr(self, name).load_state_dict(state[name])
         streams = state["random"]
@@ -374,17 +371,42 @@ class BasicTrainer:
         """Scale the gradient down to `max_grad_norm`; returns its global norm before that, a scalar."""
         return nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.max_grad_norm)
 
-    def weights(self) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """The weights by their names, each once, alive, and the other names of those that have several."""
-        return weights_of(self.policy)
+    def weights(self) -> dict[str, Tensor]:
+        """The weights and kept buffers by their names, alive; one tensor may have several names."""
+        return self.policy.state_dict(keep_vars=True)
 
-    def optimizer_state(self) -> tuple[dict[str, Tensor], list[dict]]:
-        """The optimizer's tensors by the weights' names, and its groups."""
-        return optimizer_state_of(self.policy, self.optimizer)
+    def set_weights(self, weights: dict[str, Tensor]) -> None:
+        """Take over new values that were written into what `weights` gave: they are the policy's own."""
 
-    def load_optimizer(self, checkpoint: Path, groups: list[dict]) -> None:
-        """Read what `optimizer_state` gave back from a checkpoint."""
-        load_optimizer(checkpoint, self.policy, self.optimizer, groups)
+    def optimizer_state(self) -> dict:
+        """The optimizer's state by the weights' names, alive; made where it is not there yet."""
+        return get_optimizer_state_dict(self.policy, self.optimizer)
+
+    def set_optimizer_state(self, state: dict) -> None:
+        """Take over new values of what `optimizer_state` gave."""
+        set_optimizer_state_dict(self.policy, self.optimizer, state)
+
+
+class LayerSplittingTrainer(BasicTrainer):
+    """One process, with a part of every layer on each of its devices. To others its weights look whole."""
+
+    placement = SplitLayers
+
+    def weights(self) -> dict[str, Tensor]:
+        """The weights and kept buffers by their names, joined anew; one tensor may have several names."""
+        return joined_weights(self.policy)
+
+    def set_weights(self, weights: dict[str, Tensor]) -> None:
+        """Split new values among the devices."""
+        set_joined_weights(self.policy, weights)
+
+    def optimizer_state(self) -> dict:
+        """The optimizer's state by the names of whole weights, joined anew."""
+        return joined_optimizer_state(self.policy, super().optimizer_state())
+
+    def set_optimizer_state(self, state: dict) -> None:
+        """Split new values among the devices."""
+        super().set_optimizer_state(split_optimizer_state(self.policy, state))
 
 
 class FSDPTrainer(BasicTrainer):
@@ -428,5 +450,5 @@ def build_optimizer(policy: nn.Module, config) -> torch.optim.Optimizer:
     return optimizer_class(policy.parameters(), lr=config.lr, **(fused | dict(config.optimizer_kwargs)))
 
 
-# The classes that `trainer.name` may say.
-TRAINERS = {trainer.__name__: trainer for trainer in (BasicTrainer, FSDPTrainer, TensorParallelTrainer)}
+# By name; `trainer.name` may say those that have a file in config/trainer/.
+TRAINERS = {trainer.__name__: trainer for trainer in (BasicTrainer, LayerSplittingTrainer, FSDPTrainer, TensorParallelTrainer)}

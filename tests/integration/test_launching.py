@@ -53,6 +53,21 @@ def assert_same_run(found: Path, expected: Path) -> None:
     assert states[0]["optimizer"]["state"].keys() == states[1]["optimizer"]["state"].keys()
 
 
+def test_a_model_without_a_plan_is_split_in_one_process_from_which_a_run_goes_on_unsplit(tmp_path):
+    model = "model.from_config.model_type=gpt2", "n_eval_model_samples=2", "sample_during_eval=true", "max_length=128"
+    done = run(tmp_path, "trainer=TensorParallelTrainer", *model, "max_prompt_length=64", "local_run_dir=run")
+    assert done.returncode == 0, done.stderr
+    again = run(tmp_path, *model, "max_prompt_length=64", f"model.archive={tmp_path}/run/LATEST", "local_run_dir=again")
+    assert again.returncode == 0, again.stderr
+    steps, first = metrics(tmp_path / "run"), metrics(tmp_path / "again")[0]
+    assert steps[0]["loss/eval"] == pytest.approx(0.6931472, abs=1e-6)
+    assert first["loss/eval"] == pytest.approx(0.6931472, abs=1e-6)
+    for name in ("logps_eval/chosen", "logps_eval/rejected"):
+        assert first[name] == pytest.approx(steps[-1][name], rel=1e-5), "it starts from the weights that the other ended with"
+        assert first[name] != pytest.approx(steps[0][name], rel=1e-3)
+    assert len((tmp_path / "run" / "samples.jsonl").read_text().splitlines()) == 4
+
+
 @pytest.mark.parametrize("trainer", ["FSDPTrainer", "TensorParallelTrainer"])
 def test_a_run_of_two_processes_is_started_here_and_leaves_what_one_process_leaves(trainer, alone, tmp_path):
     done = run(tmp_path, f"trainer={trainer}", "local_run_dir=run")
@@ -131,10 +146,6 @@ def test_a_port_that_is_taken_is_refused_before_anything_starts(tmp_path):
             "batch_size: found 4, which in 4 micro-batches gives 1 examples to 2 processes. Expected at least 8,",
         ),
         (
-            ("trainer=TensorParallelTrainer", "model.from_config.model_type=gpt2"),
-            "trainer=TensorParallelTrainer: transformers has no plan for GPT2LMHeadModel.",
-        ),
-        (
             ("trainer=TensorParallelTrainer", "trainer.nproc_per_node=3"),
             "trainer.tensor_parallel_size: found 3, which does not divide the model's 4 attention heads.",
         ),
@@ -143,7 +154,7 @@ def test_a_port_that_is_taken_is_refused_before_anything_starts(tmp_path):
             "trainer.tensor_parallel_size: found 3, expected a divisor of the number of processes, 2.",
         ),
     ],
-    ids=["block", "batch", "no plan", "heads", "world"],
+    ids=["block", "batch", "heads", "world"],
 )
 def test_a_mistake_that_only_workers_can_see_is_one_message_and_exit_status_2(overrides, message, tmp_path):
     done = run(tmp_path, *overrides)

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from checkpoints import save_checkpoint, save_policy_pt
+from checkpoints import CheckpointWriter, Snapshot
 from conftest import GOLDEN
 from models import byte_level_tokenizer, check_archive, load_model, load_tokenizer, read_archive, reference_copy
 from utils import UserError
@@ -95,8 +95,9 @@ def checkpoint(tiny, tmp_path):
     """A model with weights of its own, and its checkpoint directory with policy.pt."""
     torch.manual_seed(7)
     model = load_model(tiny(), byte_level_tokenizer())
-    directory = save_checkpoint(tmp_path / "run", 64, model, model.state_dict(), byte_level_tokenizer(), {})
-    save_policy_pt(directory, model.state_dict(), 64, {"loss/eval": 1.0})
+    (tmp_path / "run").mkdir()
+    with CheckpointWriter(tmp_path / "run", model, byte_level_tokenizer()) as writer:
+        writer.write(Snapshot.of(64, model.state_dict(keep_vars=True), {}, {}), with_policy_pt=True)
     return model, tmp_path / "run" / "LATEST"
 
 

@@ -89,10 +89,12 @@ class ScoringHead(nn.Linear):
             return super().forward(hidden)
         size = max(1, LOGITS_BYTES // (4 * self.out_features))
         if len(self.scored_ids) <= size:
-            return self._score(hidden[0], self.scored_ids)[None, :, None]
-        pieces = zip(hidden[0].split(size), self.scored_ids.split(size), strict=True)
-        logps = [checkpoint(self._score, states, ids, use_reentrant=False) for states, ids in pieces]
-        return torch.cat(logps)[None, :, None]
+            logps = [self._score(hidden[0], self.scored_ids)]
+        else:
+            pieces = zip(hidden[0].split(size), self.scored_ids.split(size), strict=True)
+            logps = [checkpoint(self._score, states, ids, use_reentrant=False) for states, ids in pieces]
+        # No view: FSDP hangs a hook on a model's output, which one that is changed in place would lose.
+        return torch.cat([part[:, None] for part in logps])[None].clone()
 
     def _score(self, states: Tensor, ids: Tensor) -> Tensor:
         return logps_of_tokens(F.linear(states, self.weight, self.bias), ids)

@@ -302,8 +302,12 @@ def token_budget(model: nn.Module, limit: int | None = None, device: torch.devic
 
 
 def shared_budget(budget: TokenBudget, ranks: Ranks) -> TokenBudget:
-    """The budget that every rank has room for: all must cut alike."""
-    return TokenBudget(ranks.lowest(budget.limit), ranks.lowest(budget.comfortable))
+    """The budget that every rank has room for: all must cut alike.
+
+    For each piece sharded weights are gathered anew, so that several ranks have few pieces, as large as memory allows.
+    """
+    limit = ranks.lowest(budget.limit)
+    return TokenBudget(limit, budget.comfortable if ranks.size == 1 else limit)
 
 
 def untrained_budget(config, tokenizer, device: torch.device) -> TokenBudget:

@@ -141,6 +141,25 @@ def follow_split_layers(settings: dict, numbers: list[int]) -> dict:
     return results
 
 
+def follow_in_bfloat16(settings: dict, number_of_steps: int) -> dict:
+    """Losses of a run whose weights are gathered and computed with in bfloat16, and of the same in float32 alone."""
+    world = World(settings)
+    losses = {}
+    for loss in ({"name": "sft"}, {"name": "dpo", "beta": 0.1}):
+        changes = {"optimizer": "AdamW", "lr": 2e-4, "warmup_steps": 5}
+        short, ranks = world.sharded("llama", loss, world.mesh("full"), "full", **changes, model={"fsdp_policy_mp": "bfloat16"})
+        exact = world.alone("llama", loss, **changes)
+        examples = list(examples_of(golden_prompts(world.tokenizer, exact.loss.paired)))
+        curves = losses[loss["name"]] = [[], []]
+        for step in range(number_of_steps):
+            part = [examples[(16 * step + k) % len(examples)] for k in range(16)]
+            for trainer, on, curve in ((short, ranks, curves[0]), (exact, ALONE, curves[1])):
+                metrics = trainer.train_step([MicroBatch(pieces_of(part, TokenBudget(10**6, 10**6), on), len(part))])
+                curve.append(metrics["loss/train"])
+    end_group()
+    return losses
+
+
 def evaluate_unevenly(settings: dict, num_rows: int) -> dict:
     """Held-out metrics of some rows, and reference log-probs, over all ranks and alone."""
     world = World(settings)

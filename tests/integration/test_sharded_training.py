@@ -68,6 +68,13 @@ def test_four_ranks_hybrid_tensor_parallel_and_beta_dpo_follow_one_process(setti
         assert results[name]["beta_DPO/beta_used"] <= 1e-6 and results[name]["beta_DPO/kept_fraction"] == 0
 
 
+def test_a_loss_curve_in_bfloat16_is_within_two_percent_of_float32(settings):
+    for name, (short, exact) in launch(sharded_work.follow_in_bfloat16, (settings, 50), 2, None).items():
+        assert len(short) == 50 and min(exact) < 0.9 * exact[0], name
+        assert max(abs(a - b) / b for a, b in zip(short, exact, strict=True)) <= 0.02, name
+        assert short != exact
+
+
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_held_out_rows_are_scored_once_by_any_number_of_ranks(settings, ranks):
     results = launch(sharded_work.evaluate_unevenly, (settings, 101), ranks, None)

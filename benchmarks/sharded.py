@@ -1,0 +1,215 @@
+"""Training over two processes beside one, on the same cores: speed, memory, checkpoints, sampling.
+
+    python benchmarks/sharded.py speed        # pairs a second: two processes of one thread beside one of two threads
+    python benchmarks/sharded.py memory       # peak memory of a process for weights, gradients and optimizer
+    python benchmarks/sharded.py checkpoint   # time and peak memory of saving and loading, per process
+    python benchmarks/sharded.py sampling     # seconds to answer held-out prompts
+
+Prints a JSON object with raw values. The model is a Llama from scratch: 58M parameters, and 500M for memory and checkpoints.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+# Workers import what is pickled by its module's name.
+os.environ["PYTHONPATH"] = f"{ROOT}:{ROOT / 'benchmarks'}"
+
+WIDTHS = {
+    "58M": {"hidden_size": 640, "intermediate_size": 1792, "num_hidden_layers": 12, "num_attention_heads": 10},
+    "500M": {"hidden_size": 1536, "intermediate_size": 4096, "num_hidden_layers": 18, "num_attention_heads": 16},
+}
+
+
+def overrides(size: str, trainer: str) -> list[str]:
+    """The command line of a run with a model of a size."""
+    model = WIDTHS[size] | {"num_key_value_heads": WIDTHS[size]["num_attention_heads"], "tie_word_embeddings": False}
+    return [
+        *(f"++model.from_config.{key}={value}" for key, value in model.items()),
+        f"trainer={trainer}", "wandb.enabled=false", "optimizer=AdamW", "lr=1e-5", "save_async=false",
+        "n_eval_model_samples=4",
+    ]  # fmt: skip
+
+
+def work(what: str, given: list[str]) -> list:
+    """What one process does; returns every process's result."""
+    import torch
+    from hydra import compose, initialize_config_dir
+
+    import train
+    from losses import build_loss
+    from models import load_tokenizer
+    from tracking import NoTracker
+    from trainers import TRAINERS
+    from utils import keep_freed_memory, quiet_libraries
+
+    # Standard output is for the report.
+    sys.stdout = sys.stderr
+    quiet_libraries()
+    keep_freed_memory()
+    with initialize_config_dir(str(ROOT / "config"), version_base="1.3"):
+        config = compose("config", overrides=given)
+    tokenizer = load_tokenizer(config.model)
+    loss = build_loss(**config.loss)
+    data = train.prepare_data(config, tokenizer, loss.paired)
+    trainer_class = TRAINERS[config.trainer.name]
+    placement = trainer_class.placement(config, tokenizer)
+    before = resident_bytes(reset_peak=True)
+    parts = train.put_together(config, placement, loss, data, None, False)
+    trainer = trainer_class(config, **parts, tracker=NoTracker(), ranks=placement.ranks)
+    result = {"parameters": sum(weight.numel() for weight in trainer.policy.parameters()), "threads": torch.get_num_threads()}
+    result |= MEASURES[what](trainer, before)
+    result = placement.ranks.gather(result)
+    placement.end()
+    return result
+
+
+def resident_bytes(reset_peak: bool = False) -> int:
+    """What this process holds in memory now; if asked to, the peak starts from here."""
+    if reset_peak:
+        Path("/proc/self/clear_refs").write_text("5")
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def peak_bytes() -> int:
+    """The most this process has held since the peak was reset."""
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+    return int(line.split()[1]) * 1024
+
+
+def measure_speed(trainer, _before: int) -> dict:
+    """Seconds of each step; the first two warm up."""
+    seconds = []
+    for number, batch in enumerate(trainer.train_batches):
+        started = time.perf_counter()
+        trainer.train_step(batch)
+        seconds.append(time.perf_counter() - started)
+        if number == 5:
+            break
+    return {"seconds": seconds[2:], "pairs": trainer.config.batch_size}
+
+
+def measure_memory(trainer, before: int) -> dict:
+    """Peak memory of some steps on a tiny batch, above what was there before the model."""
+    loaded = peak_bytes() - before
+    resident_bytes(reset_peak=True)
+    for number, batch in enumerate(trainer.train_batches):
+        trainer.train_step(batch)
+        if number == 2:
+            break
+    state = [value for values in trainer.optimizer.state.values() for value in values.values()]
+    held = [*trainer.policy.parameters(), *state]
+    from ranks import local
+
+    return {
+        "peak_while_loading": loaded,
+        "peak_in_steps": peak_bytes() - before,
+        "weights_and_optimizer": sum(local(tensor).numel() * tensor.element_size() for tensor in held),
+    }
+
+
+def measure_checkpoint(trainer, before: int) -> dict:
+    """Seconds and growth of memory of a save that is waited for, of one in the background, and of a load."""
+    from checkpoints import CheckpointWriter
+
+    trainer.train_step(next(iter(trainer.train_batches)))
+    result = {}
+    folder = Path(trainer.ranks.from_main(tempfile.mkdtemp(dir=os.environ.get("CHECKPOINTS"))))
+    for name, background in (("save", False), ("save_async", True)):
+        with CheckpointWriter(folder, trainer.policy, trainer.tokenizer, trainer.ranks, background, keep_last=1) as writer:
+            trainer.ranks.wait()
+            held = resident_bytes(reset_peak=True)
+            started = time.perf_counter()
+            writer.write(trainer.snapshot())
+            stalled = time.perf_counter() - started
+            writer.wait()
+            trainer.ranks.wait()
+            seconds = time.perf_counter() - started
+            result[name] = {"stalled": stalled, "seconds": seconds, "growth": peak_bytes() - held}
+            trainer.examples += 1
+    trainer.ranks.wait()
+    held = resident_bytes(reset_peak=True)
+    started = time.perf_counter()
+    trainer.continue_from(folder / "LATEST")
+    result["load"] = {"seconds": time.perf_counter() - started, "growth": peak_bytes() - held}
+    trainer.ranks.wait()
+    result["held"] = resident_bytes() - before
+    if trainer.ranks.is_main:
+        import shutil
+
+        result["bytes"] = sum(file.stat().st_size for file in (folder / "LATEST").resolve().rglob("*") if file.is_file())
+        shutil.rmtree(folder)
+    return result
+
+
+def measure_sampling(trainer, _before: int) -> dict:
+    """Seconds to answer four prompts."""
+    started = time.perf_counter()
+    answers = trainer.answers()
+    return {"seconds": time.perf_counter() - started, "characters": sum(map(len, answers)), "prompts": len(answers)}
+
+
+MEASURES = {
+    "speed": measure_speed,
+    "memory": measure_memory,
+    "checkpoint": measure_checkpoint,
+    "sampling": measure_sampling,
+}
+
+
+def measure(what: str, processes: int, more: list[str]) -> list:
+    """The results of all processes of one run."""
+    from launching import launch
+
+    size = "500M" if what in ("memory", "checkpoint") else "58M"
+    trainer = "BasicTrainer" if processes == 1 else "FSDPTrainer"
+    return launch(work, (what, [*overrides(size, trainer), *SETTINGS[what], *more]), processes, None)
+
+
+SETTINGS = {
+    "speed": ["loss=dpo", "batch_size=16", "n_epochs=1"],
+    "memory": ["loss=sft", "batch_size=2", "n_examples=16"],
+    "checkpoint": ["loss=sft", "batch_size=2", "n_examples=16"],
+    "sampling": ["loss=sft", "sample_during_eval=true", "n_eval_model_samples=4", "max_length=160"],
+}
+
+
+def main() -> None:
+    """Alternate one process and two, and print what each gave and the ratio."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=MEASURES)
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("overrides", nargs="*", help="of the configuration: trainer.sharding=grad_op")
+    args = parser.parse_args()
+    from measure import hardware, versions
+
+    results = {1: [], 2: []}
+    for _ in range(args.rounds):
+        for processes in results:
+            # A key of the sharded trainers' is none of the one process's.
+            more = [text for text in args.overrides if processes > 1 or not text.startswith("trainer.")]
+            os.environ.pop("OMP_NUM_THREADS", None)
+            results[processes].append(measure(args.what, processes, more))
+    report = {
+        "what": args.what,
+        "overrides": args.overrides,
+        "hardware": hardware(),
+        "versions": versions(),
+        "one": results[1],
+        "two": results[2],
+    }
+    if args.what == "speed":
+        rates = {count: [statistics.median(run[0]["seconds"]) for run in runs] for count, runs in results.items()}
+        report["ratios"] = [one / two for one, two in zip(rates[1], rates[2], strict=True)]
+    print(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    main()

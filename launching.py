@@ -4,6 +4,7 @@ The launcher watches over its workers. When one dies all are ended within second
 """
 
 import logging
+import multiprocessing
 import os
 import resource
 import signal
@@ -11,15 +12,15 @@ import socket
 import sys
 import uuid
 from collections.abc import Callable
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
-from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from ranks import in_worker, local_rank
-from stopping import SIGNALS, STOPPED, StoppedError
+from stopping import ENDED_AT_ONCE, SIGNALS, STOPPED, StoppedError
 from utils import UserError
 
 # How what the launcher hears of a worker begins where the mistake was the user's.
@@ -31,12 +32,11 @@ def number_of_workers(trainer) -> int:
     return trainer.nproc_per_node or torch.cuda.device_count() or 2
 
 
-def launch(function: Callable, arguments: tuple, workers: int, port: int | None, patience_minutes: float = 30):
+def launch(function: Callable, arguments: tuple, workers: int, port: int | None):
     """Run `function(*arguments)` in so many processes on this machine; returns what the first of them returns.
 
-    function and arguments are pickled. A signal of SIGNALS is passed on to the workers, which have `patience_minutes` to end;
-    then, and where they have stopped by themselves, StoppedError is raised. Raises UserError where a worker raised one, and
-    WorkerDiedError for any other end.
+    function and arguments are pickled. Signals of SIGNALS are passed on to the workers, which may take their time. Raises
+    StoppedError where they have stopped, UserError where one of them raised one, and WorkerDiedError for any other end.
     """
     if port is not None:
         _check_port(port)
@@ -55,18 +55,20 @@ def launch(function: Callable, arguments: tuple, workers: int, port: int | None,
         max_restarts=0,
         monitor_interval=0.5,
         start_method="spawn",
-        # Asked to stop, the workers finish a step and write a checkpoint, for which they have as long as they wait for others.
-        shutdown_timeout=int(60 * patience_minutes),
     )
-    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = ",".join(number.name for number in (*SIGNALS, signal.SIGHUP, signal.SIGQUIT))
+    # How long the others have when one has died; then they are killed. Unit: seconds.
+    os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = "10"
+    # The library would give a worker that is asked to stop no longer than that.
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGHUP,SIGQUIT"
     try:
-        return elastic_launch(config, _in_worker)(function, arguments)[0]
-    except SignalException as received:
-        raise StoppedError(f"stopped by {received.sigval.name}") from None
+        with _signals_passed_on() as passed_on:
+            return elastic_launch(config, _in_worker)(function, arguments)[0]
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        if failure.exitcode == STOPPED:
-            raise StoppedError("all processes of the run have stopped") from None
+        if failure.exitcode == ENDED_AT_ONCE:
+            sys.exit(ENDED_AT_ONCE)
+        if failure.exitcode == STOPPED or passed_on:
+            raise StoppedError("all processes of the run have ended") from None
         told = failure.message if isinstance(failure.message, dict) else {"message": failure.message}
         heard = told.get("message", "")
         if heard.startswith(MISTAKE):
@@ -74,6 +76,24 @@ def launch(function: Callable, arguments: tuple, workers: int, port: int | None,
         name = failure.signal_name() if failure.exitcode < 0 else f"exit status {failure.exitcode}"
         trace = told.get("extraInfo", {}).get("py_callstack") or heard
         raise WorkerDiedError(f"rank {rank} of {workers} died ({name}); the others were ended. It said:\n{trace}") from None
+
+
+@contextmanager
+def _signals_passed_on():
+    """Inside, the signals that stop a run go to the workers too; gives a list of those that came."""
+    came: list[int] = []
+
+    def pass_on(number: int, _frame) -> None:
+        came.append(number)
+        for worker in multiprocessing.active_children():
+            os.kill(worker.pid, number)
+
+    usual = {number: signal.signal(number, pass_on) for number in SIGNALS}
+    try:
+        yield came
+    finally:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
 
 
 class WorkerDiedError(Exception):

@@ -10,6 +10,8 @@ import time
 
 # What a run that has stopped before its end exits with, its checkpoint written: "try again later" (EX_TEMPFAIL).
 STOPPED = 75
+# What it exits with where a second SIGINT has ended it at once.
+ENDED_AT_ONCE = 128 + signal.SIGINT
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # A terminal's Ctrl-C reaches a worker twice, from the terminal and from its launcher. Unit: seconds.
 SAME_SIGNAL = 1.0
@@ -52,4 +54,4 @@ class StopRequests:
         if self.heard is None:
             self.heard = signal.Signals(number).name, now
         elif number == signal.SIGINT and now - self.heard[1] > SAME_SIGNAL:
-            os._exit(128 + number)
+            os._exit(ENDED_AT_ONCE)

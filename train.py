@@ -84,9 +84,7 @@ def start(config: DictConfig, run_dir: Path, in_sweep: bool) -> float | None:
         silence_others()
         return run(config, run_dir, in_sweep)
     settings = OmegaConf.to_container(config, resolve=True)
-    arguments = settings, str(run_dir), in_sweep
-    patience = config.trainer.distributed_timeout_minutes
-    return launch(run_as_worker, arguments, number_of_workers(config.trainer), config.fsdp_port, patience)
+    return launch(run_as_worker, (settings, str(run_dir), in_sweep), number_of_workers(config.trainer), config.fsdp_port)
 
 
 def run_as_worker(settings: dict, run_dir: str, in_sweep: bool) -> float | None:

@@ -9,6 +9,7 @@ Heavy libraries are imported once the configuration has been found sound, so tha
 import gc
 import os
 import sys
+from contextlib import suppress
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -21,13 +22,14 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from configuration import check_config, explain_composition_error, force_open_sections, read_entries
-from utils import UserError, first_existing
+from utils import UserError, first_existing, first_to_speak
 
 
 def remove_empty(run_dir: Path) -> None:
     """Remove the directory that Hydra has made for a run which then never began, and its parent if that is empty too."""
     for directory in (run_dir, run_dir.parent):
-        if directory.is_dir() and not any(directory.iterdir()):
+        # Not looked at before: another rank may do the same at this moment. What is not empty stays.
+        with suppress(OSError):
             directory.rmdir()
 
 
@@ -69,7 +71,10 @@ def start(config: DictConfig, run_dir: Path, in_sweep: bool) -> float | None:
     if config.trainer.name == "BasicTrainer" or config.dry_run:
         return run(config, run_dir, in_sweep)
     if in_worker():
-        # torchrun has started it, or Slurm.
+        # torchrun has started it, or Slurm. The directory of the run is the main rank's, which makes it when all have joined:
+        # a worker that is ended before leaves none.
+        with suppress(OSError):
+            run_dir.rmdir()
         silence_others()
         return run(config, run_dir, in_sweep)
     settings = OmegaConf.to_container(config, resolve=True)
@@ -126,6 +131,7 @@ def train(config: DictConfig, trainer_class, placement, loss, data, run_dir: Pat
     train_prompts, eval_prompts = (split.table for split in data)
     policy = placement.policy()
     if ranks.is_main:
+        run_dir.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(config, run_dir / "config.yaml")
     budget = shared_budget(token_budget(policy, config.max_tokens_per_microbatch), ranks)
     train_batches = build_batches(config, train_prompts, budget, ranks)
@@ -241,8 +247,9 @@ def release_memory() -> None:
 
 
 def _refuse(message: str) -> int:
-    """Print what the user got wrong; the exit status for it."""
-    print(message, file=sys.stderr)
+    """Print what the user got wrong, once on each machine; the exit status for it."""
+    if first_to_speak():
+        print(message, file=sys.stderr, flush=True)
     return 2
 
 

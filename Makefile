@@ -1,12 +1,13 @@
 # make demo    train on the embedded model and data, and see what it did
 # make test    everything the tests need, then the tests
 # make bench   this project beside TRL, hours; options in BENCH: make bench BENCH="--work dpo_hh_live --rounds 5"
+# make two-hosts   train over two machines made of Linux namespaces; options in TWO_HOSTS
 # All make .venv at their first call and leave the rest of the machine alone.
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench two-hosts clean
 
 demo: .venv/installed
 	$(BIN)/python scripts/demo.py
@@ -20,6 +21,9 @@ lint: .venv/installed-dev
 
 bench: .venv/installed-bench
 	$(BIN)/python benchmarks/bench.py $(BENCH)
+
+two-hosts: .venv/installed
+	$(BIN)/python scripts/two_hosts.py $(TWO_HOSTS)
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv

@@ -21,7 +21,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from ranks import in_worker, local_rank
 from stopping import ENDED_AT_ONCE, SIGNALS, STOPPED, StoppedError
-from utils import UserError
+from utils import UserError, usable_cores
 
 # How what the launcher hears of a worker begins where the mistake was the user's.
 MISTAKE = "UserError: "
@@ -42,7 +42,7 @@ def launch(function: Callable, arguments: tuple, workers: int, port: int | None)
         _check_port(port)
     raise_file_limit()
     # Each worker has its own share of the cores.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // workers)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // workers)))
     # What went wrong is said once, below; the library would print its own account of it too.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     config = LaunchConfig(

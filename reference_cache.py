@@ -40,11 +40,13 @@ def reference_logps_of(model: nn.Module, prompts: Selection, path: Path, ranks: 
     Read from `path`, which `cache_path` gave, where they have been computed before, else computed and written there; says
     which.
     """
-    if path.exists():
-        logps = _read(path)
-        if logps is not None:
-            print(f"reference: log-probs of {_count(logps)} responses read from {path}", flush=True)
-            return logps
+    # The main rank alone looks: another machine may not see the same file yet, or at all, and all have to do the same.
+    there = ranks.from_main(path.exists())
+    logps = ranks.from_main(_read(path) if there and ranks.is_main else None)
+    if logps is not None:
+        print(f"reference: log-probs of {_count(logps)} responses read from {path}", flush=True)
+        return logps
+    if there:
         print(f"reference: {path} is damaged and computed anew", flush=True)
     logps = compute_logps(model, prompts, ranks)
     if ranks.is_main:

@@ -10,7 +10,7 @@ import gc
 import os
 import sys
 import uuid
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -24,13 +24,14 @@ from omegaconf.errors import OmegaConfBaseException
 
 from configuration import check_config, explain_composition_error, force_open_sections, read_entries
 from stopping import STOPPED, StoppedError
-from utils import UserError, first_existing
+from utils import UserError, first_existing, first_to_speak
 
 
 def remove_empty(run_dir: Path) -> None:
     """Remove the directory that Hydra has made for a run which then never began, and its parent if that is empty too."""
     for directory in (run_dir, run_dir.parent):
-        if directory.is_dir() and not any(directory.iterdir()):
+        # Not looked at before: another rank may do the same at this moment. What is not empty stays.
+        with suppress(OSError):
             directory.rmdir()
 
 
@@ -80,7 +81,10 @@ def start(config: DictConfig, run_dir: Path, in_sweep: bool) -> float | None:
         if splits_in_one_process(config):
             return run(config, run_dir, in_sweep, "LayerSplittingTrainer")
     if in_worker():
-        # torchrun has started it, or Slurm.
+        # torchrun has started it, or Slurm. The directory of the run is the main rank's, which makes it when all have joined:
+        # a worker that is ended before leaves none.
+        with suppress(OSError):
+            run_dir.rmdir()
         silence_others()
         return run(config, run_dir, in_sweep)
     settings = OmegaConf.to_container(config, resolve=True)
@@ -261,6 +265,9 @@ def used_by_this_run(run_dir: Path):
     try:
         yield
     finally:
+        if [path.name for path in run_dir.iterdir()] == [".lock"]:
+            # A run that was refused leaves nothing.
+            (run_dir / ".lock").unlink()
         lock.release()
 
 
@@ -356,8 +363,9 @@ def release_memory() -> None:
 
 
 def _refuse(message: str) -> int:
-    """Print what the user got wrong; the exit status for it."""
-    print(message, file=sys.stderr)
+    """Print what the user got wrong, once on each machine; the exit status for it."""
+    if first_to_speak():
+        print(message, file=sys.stderr, flush=True)
     return 2
 
 

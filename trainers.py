@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.tensor import DTensor
 
 from batches import BatchIterator, MicroBatch, PackedBatch
 from checkpoints import CheckpointWriter, Snapshot, read_optimizer, read_state, read_weights
@@ -446,7 +447,9 @@ def computes_in_float16(config) -> bool:
 def build_optimizer(policy: nn.Module, config) -> torch.optim.Optimizer:
     """The torch optimizer of the configuration, with its fused kernel where it has one."""
     optimizer_class = getattr(torch.optim, config.optimizer)
-    fused = {"fused": True} if "fused" in inspect.signature(optimizer_class).parameters else {}
+    # torch has no fused SGD for weights that lie over several processes.
+    without = optimizer_class is torch.optim.SGD and any(isinstance(weight, DTensor) for weight in policy.parameters())
+    fused = {"fused": True} if "fused" in inspect.signature(optimizer_class).parameters and not without else {}
     return optimizer_class(policy.parameters(), lr=config.lr, **(fused | dict(config.optimizer_kwargs)))
 
 

@@ -28,6 +28,30 @@ def first_existing(folders: Iterable[str]) -> Path:
     return next((path for path in paths if path.is_dir()), paths[-1])
 
 
+def usable_cores() -> int:
+    """How many cores this process may run on."""
+    # macOS does not say; there it is all of them.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def first_to_speak() -> bool:
+    """Whether this process is to say what all workers of its machine would: the first of them that asks; always, if alone.
+
+    Not simply the worker numbered 0: torchrun ends the others as soon as one has ended, whether they have spoken or not.
+    """
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not error_file:
+        return os.environ.get("LOCAL_RANK", "0") == "0"
+    # Each worker's file is in a folder of its own, and all of these in a folder of this machine's.
+    try:
+        (Path(error_file).parent.parent / "spoken").touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError:
+        return True  # better twice than never
+    return True
+
+
 def in_workers(function: Callable, items: Iterable, chunk: int = 256) -> Iterator:
     """`function` of every item, in their order, computed by as many processes as there are cores; on one core, here.
 
@@ -35,7 +59,7 @@ def in_workers(function: Callable, items: Iterable, chunk: int = 256) -> Iterato
     """
     import multiprocessing
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = usable_cores()
     items = iter(items)
     first = list(islice(items, chunk))
     if cores == 1 or len(first) < chunk:

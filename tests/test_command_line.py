@@ -102,6 +102,13 @@ def test_a_mistake_on_the_command_line_is_one_line_and_status_2_before_a_heavy_l
     assert done.stdout == ""
 
 
+@pytest.mark.parametrize(("local_rank", "said"), [("0", 1), ("1", 0)])
+def test_of_the_workers_of_a_launcher_the_first_on_a_machine_says_what_is_wrong(tmp_path, monkeypatch, local_rank, said):
+    for name, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": local_rank}.items():
+        monkeypatch.setenv(name, value)
+    assert assert_refused(run(tmp_path, "loss.betaa=1"), tmp_path).count("loss.betaa: no such key") == said
+
+
 # ---- mistakes in files ----------------------------------------------------------------------------------------------------
 
 

@@ -5,6 +5,7 @@ Every rank also runs the same thing alone, in one process, and the two are compa
 
 import json
 import math
+from pathlib import Path
 
 import torch
 from omegaconf import OmegaConf
@@ -20,7 +21,7 @@ from models import share_prefixes
 from prompt_table import PromptTable
 from ranks import ALONE
 from records import PreferenceRecord
-from reference_cache import compute_logps
+from reference_cache import cache_path, compute_logps, reference_logps_of
 from sharding import Layout, load_sharded, make_mesh, ranks_of, whole
 from tokenization import TokenSettings, tokenize_records
 from trainers import BasicTrainer, FSDPTrainer
@@ -111,6 +112,8 @@ def follow_each_sharding(settings: dict, numbers: list[int]) -> dict:
         for sharding in ("full", "grad_op", "optimizer", "none"):
             results[f"{number} {sharding}"] = follow(world, trajectory, world.mesh(sharding), sharding)
     results["small pieces"] = follow(world, TRAJECTORIES[numbers[0]], world.mesh("full"), "full", budget=40)
+    sgd = TRAJECTORIES[numbers[0]] | {"optimizer": "SGD"}
+    results["SGD"] = follow(world, sgd, world.mesh("full"), "full")
     end_group()
     return results
 
@@ -182,3 +185,17 @@ def evaluate_unevenly(settings: dict, num_rows: int) -> dict:
         "logps": (logps[0] - logps[1]).abs().max().item(),
         "seen": seen,
     }
+
+
+def keep_on_disks_of_their_own(settings: dict, folder: str) -> dict:
+    """Reference log-probs computed and found again where each rank sees other files: how far apart, and who keeps them."""
+    world = World(settings)
+    trainer, ranks = world.sharded("llama", {"name": "dpo", "beta": 0.1}, world.mesh("full"), "full")
+    table = PromptTable.of(golden_prompts(world.tokenizer, True))
+    everything = table.select(torch.arange(len(table)).numpy())
+    path = cache_path(Path(folder) / str(ranks.rank), trainer.policy, everything, ranks)
+    computed, found = (reference_logps_of(trainer.policy, everything, path, ranks) for _ in range(2))
+    apart = ranks.gather((computed - found).abs().max().item())
+    kept = ranks.gather(path.exists())
+    end_group()
+    return {"apart": apart, "kept": kept}

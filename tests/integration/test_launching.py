@@ -88,6 +88,61 @@ def test_under_torchrun_each_process_is_a_worker_and_they_share_one_run_director
     assert_same_run(run_dir, alone)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        # Seen at once by each worker, and seen when they have joined.
+        (("loss.betaa=1",), "loss.betaa: no such key; did you mean loss.beta?"),
+        (
+            ("batch_size=4", "gradient_accumulation_steps=2"),
+            "batch_size: found 4, which in 2 micro-batches gives 2 examples to",
+        ),
+    ],
+    ids=["key", "batch"],
+)
+def test_under_torchrun_a_mistake_is_said_once_on_a_machine_and_each_worker_ends_with_status_2(overrides, message, tmp_path):
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3")
+    done = run(tmp_path, "trainer=FSDPTrainer", *overrides, launcher=torchrun)
+    assert done.returncode != 0
+    assert sum(line.startswith(message) for line in done.stderr.splitlines()) == 1, done.stderr
+    # What torchrun says of each worker that it did not end itself.
+    assert set(re.findall(r"exitcode +: (-?\d+)", done.stderr)) <= {"2", "-15"} and "exitcode  : 2 " in done.stderr
+    # One that torchrun ends while it still reads its command line may leave an empty directory.
+    assert "loss.betaa=1" in overrides or not list(tmp_path.glob("runs/run_*"))
+
+
+# What the cluster's own commands do that the script calls: two nodes here are this machine twice.
+SLURM = {
+    "scontrol": """[[ "$*" == "show hostnames node[7-8]" ]] && printf "localhost\\nnode8\\n" """,
+    "srun": """while [[ $1 == --* ]]; do shift; done
+for node in $(seq 0 $((SLURM_JOB_NUM_NODES - 1))); do
+    SLURM_NODEID=$node SLURM_PROCID=$node SLURM_LOCALID=0 "$@" & pids+=($!)
+done
+for pid in "${pids[@]}"; do wait "$pid" || status=$?; done
+exit "${status:-0}" """,
+}
+
+
+def test_the_slurm_script_starts_one_torchrun_on_each_node_and_they_share_one_run(alone, tmp_path):
+    for name, text in SLURM.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {
+        "PATH": f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_CPUS_PER_TASK": "1", "SLURM_GPUS_ON_NODE": "1",
+    }  # fmt: skip
+    overrides = [*SHORT, f"local_dirs={tmp_path}", f"local_run_dir={tmp_path / 'run'}"]
+    done = subprocess.run(
+        ["bash", "scripts/slurm.sbatch", *overrides],
+        cwd=ROOT, capture_output=True, text=True, check=False, env=os.environ | environment, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("run directory:") == 1
+    assert "FSDPTrainer" in (tmp_path / "run" / "config.yaml").read_text()
+    assert_same_run(tmp_path / "run", alone)
+
+
 def children(pid: int) -> list[int]:
     """The processes below a process."""
     direct = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True, check=False).stdout

@@ -49,7 +49,7 @@ def test_two_ranks_follow_the_golden_trajectories_under_every_sharding(settings)
         number_of("llama", "ipo", "AdamW", 1),
     ]
     results = launch(sharded_work.follow_each_sharding, (settings, numbers), 2, None)
-    assert len(results) == 13
+    assert len(results) == 14
     assert_equal(results, 1e-5)
 
 
@@ -81,3 +81,8 @@ def test_held_out_rows_are_scored_once_by_any_number_of_ranks(settings, ranks):
     assert set(results["rows"]) == {101}
     assert results["worst"] <= 1e-5 and results["logps"] <= 1e-4
     assert results["seen"] == [101, 101]
+
+
+def test_machines_that_do_not_share_a_disk_use_the_log_probs_that_the_main_one_keeps(settings, tmp_path):
+    results = launch(sharded_work.keep_on_disks_of_their_own, (settings, str(tmp_path)), 2, None)
+    assert results == {"apart": [0, 0], "kept": [True, False]}

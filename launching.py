@@ -55,11 +55,11 @@ def launch(function: Callable, arguments: tuple, workers: int, port: int | None)
         max_restarts=0,
         monitor_interval=0.5,
         start_method="spawn",
+        # Those that stop a run are handled here: the library would give its workers no time to write.
+        signals_to_handle="SIGHUP,SIGQUIT",
     )
     # How long the others have when one has died; then they are killed. Unit: seconds.
     os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = "10"
-    # The library would give a worker that is asked to stop no longer than that.
-    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGHUP,SIGQUIT"
     try:
         with _signals_passed_on() as passed_on:
             return elastic_launch(config, _in_worker)(function, arguments)[0]

@@ -113,34 +113,65 @@ def test_under_torchrun_a_mistake_is_said_once_on_a_machine_and_each_worker_ends
 
 # What the cluster's own commands do that the script calls: two nodes here are this machine twice.
 SLURM = {
-    "scontrol": """[[ "$*" == "show hostnames node[7-8]" ]] && printf "localhost\\nnode8\\n" """,
+    "scontrol": """case "$*" in
+    "show hostnames node[7-8]") printf "localhost\\nnode8\\n" ;;
+    "requeue $SLURM_JOB_ID") echo "requeued" ;;
+    *) exit 1 ;;
+esac""",
     "srun": """while [[ $1 == --* ]]; do shift; done
+trap 'kill -USR1 "${pids[@]}"' USR1
 for node in $(seq 0 $((SLURM_JOB_NUM_NODES - 1))); do
     SLURM_NODEID=$node SLURM_PROCID=$node SLURM_LOCALID=0 "$@" & pids+=($!)
 done
-for pid in "${pids[@]}"; do wait "$pid" || status=$?; done
+for pid in "${pids[@]}"; do
+    # A trapped signal ends the wait, not the task.
+    until wait "$pid" || ! kill -0 "$pid" 2>/dev/null; do :; done
+    wait "$pid" || status=$?
+done
 exit "${status:-0}" """,
 }
 
 
-def test_the_slurm_script_starts_one_torchrun_on_each_node_and_they_share_one_run(alone, tmp_path):
+@pytest.fixture
+def slurm(tmp_path) -> dict[str, str]:
+    """The environment of a job on two nodes, with the cluster's commands."""
     for name, text in SLURM.items():
         (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
         (tmp_path / name).chmod(0o755)
-    environment = {
+    return os.environ | {
         "PATH": f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}",
         "SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_JOB_NUM_NODES": "2",
         "SLURM_CPUS_PER_TASK": "1", "SLURM_GPUS_ON_NODE": "1",
     }  # fmt: skip
+
+
+def test_the_slurm_script_starts_one_torchrun_on_each_node_and_they_share_one_run(slurm, alone, tmp_path):
     overrides = [*SHORT, f"local_dirs={tmp_path}", f"local_run_dir={tmp_path / 'run'}"]
     done = subprocess.run(
         ["bash", "scripts/slurm.sbatch", *overrides],
-        cwd=ROOT, capture_output=True, text=True, check=False, env=os.environ | environment, timeout=300,
+        cwd=ROOT, capture_output=True, text=True, check=False, env=slurm, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("run directory:") == 1
     assert "FSDPTrainer" in (tmp_path / "run" / "config.yaml").read_text()
     assert_same_run(tmp_path / "run", alone)
+
+
+def test_a_slurm_job_that_is_warned_writes_a_checkpoint_and_is_put_into_the_queue_again(slurm, tmp_path):
+    endless = ("loss=dpo", "n_epochs=1000", "wandb.enabled=false", "n_eval_examples=16", "minimum_log_interval_secs=0")
+    job = subprocess.Popen(
+        ["bash", "scripts/slurm.sbatch", *endless, f"local_dirs={tmp_path}", f"local_run_dir={tmp_path / 'run'}"],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=slurm,
+    )  # fmt: skip
+    for line in job.stdout:
+        if re.match(r"\d+/\d+ loss", line):
+            break
+    os.kill(job.pid, signal.SIGUSR1)
+    rest = job.stdout.read()
+    assert job.wait(timeout=60) != 0
+    [examples] = re.findall(r"stopped after (\d+) examples: SIGUSR1", rest)
+    assert rest.rstrip().endswith("requeued"), rest
+    assert (tmp_path / "run" / "LATEST").resolve().name == f"step-{examples}"
 
 
 def children(pid: int) -> list[int]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from checkpoints import UNREADABLE, checkpoints_of, fault_of, newest_usable, read_state
-from utils import UserError
+from utils import UserError, first_line
 
 # Keys that may differ from those of the run's beginning: how long it runs, what it says and writes, where it computes.
 MAY_DIFFER = (
@@ -21,7 +21,7 @@ MAY_DIFFER = (
     "do_first_eval", "eval_every", "eval_batch_size", "n_eval_examples", "sample_during_eval", "n_eval_model_samples",
     "save_strategy", "save_every", "save_async", "keep_last", "keep_best", "save_policy_pt",
     "trainer.name", "trainer.nproc_per_node", "trainer.sharding", "trainer.tensor_parallel_size", "trainer.cpu_offload",
-    "trainer.distributed_timeout_minutes", "trainer.world_size", "trainer.reduce_dtype", "activation_checkpointing",
+    "trainer.distributed_timeout_minutes", "trainer.reduce_dtype", "activation_checkpointing",
     "max_tokens_per_microbatch", "prefix_sharing", "reference_logps",
 )  # fmt: skip
 
@@ -81,7 +81,8 @@ def _run_id(value) -> bool:
 
 
 # Shapes: a type, None, or a function that decides; a tuple of shapes, any of which will do; {name: shape}, at least these
-# names, or {...: shape}, any names; [shape], a list of such; [shape, shape], a list of just these.
+# names, and with {...: shape} all others; [shape], a list of such; [shape, shape], a list of just these.
+SETTING = (_number, bool, None, [_number])
 STREAMS = {
     "python": [_count, [_count], (_number, None)],
     "numpy": [[_count], _count, _count, _number],
@@ -95,7 +96,7 @@ STATE = {
     "evaluated_at": (_count, None),
     "held_out": ({...: _number}, None),
     "reference_answers": ([str], None),
-    "scheduler": {"last_epoch": _count, "base_lrs": [_number], "lr_lambdas": [None]},
+    "scheduler": {"last_epoch": _count, "base_lrs": [_number], "lr_lambdas": [None], ...: SETTING},
     "scaler": {...: _number},
     "loss": ({"mean": (_number, None), "deviation": (_number, None), "draws": Tensor}, {...: None}),
     "train_batches": {
@@ -104,7 +105,9 @@ STATE = {
         "ranks": _count,
     },
     "watch": {"newest": {...: [_number]}, "chosen_at_start": (_number, None), "said": [str]},
-    "optimizer_groups": [{"params": [str], "lr": _number}],
+    # Of each process.
+    "random": [STREAMS],
+    "optimizer_groups": [{"params": [str], "lr": _number, ...: SETTING}],
     "run": {"config": dict, "data": [str], "began_with": (str, None), "wandb_id": _run_id},
 }
 
@@ -116,7 +119,8 @@ def misfit(value, shape, name: str) -> str | None:
     if isinstance(shape, dict | list) and type(value) is not type(shape):
         return name
     if isinstance(shape, dict):
-        wanted = dict.fromkeys(value, shape[...]) if ... in shape else shape
+        others = dict.fromkeys(value, shape[...]) if ... in shape else {}
+        wanted = others | {key: each for key, each in shape.items() if key is not ...}
         parts = [(value[key], wanted[key], f"{name}.{key}") for key in wanted if key in value]
         missing = [f"{name}.{key}" for key in wanted if key not in value]
     elif isinstance(shape, list):
@@ -136,10 +140,9 @@ def fault_of_run(checkpoint: Path) -> str | None:
         return fault
     try:
         state = read_state(checkpoint)
-        part = misfit(state, STATE, "state") or misfit(state["random"], [STREAMS], "state.random")
-        part = part or (None if state["random"] else "state.random")
+        part = misfit(state, STATE, "state") or (None if state["random"] else "state.random")
     except UNREADABLE as error:
-        part = str(error)
+        part = first_line(error)
     return part and f"state.json is damaged ({part})"
 
 

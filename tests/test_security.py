@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
 import stat
 import subprocess
@@ -80,6 +81,12 @@ def test_the_one_call_that_could_unpickle_takes_only_tensors_and_plain_values():
     assert {word.arg: ast.unparse(word.value) for word in call.keywords}["weights_only"] == "True"
     words = [word for path in SOURCES for _, node in calls(path) for word in node.keywords]
     assert not [word for word in words if word.arg in ("allow_pickle", "shell") and ast.unparse(word.value) != "False"]
+
+
+def test_every_test_that_the_security_page_names_is_there():
+    named = re.findall(r"`(test_\w+)`", (ROOT / "SECURITY.md").read_text())
+    tests = {name for path in ROOT.glob("tests/test_*.py") for name in re.findall(r"^def (test_\w+)", path.read_text(), re.M)}
+    assert len(named) > 15 and set(named) <= tests
 
 
 # ---- models and tokenizers ------------------------------------------------------------------------------------------------

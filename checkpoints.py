@@ -14,6 +14,7 @@ and reads the part that it will have: none holds the whole model. Nothing here u
 import base64
 import copy
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -296,14 +297,19 @@ def checkpoints_of(run_dir: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
 
 
+# What reading damaged JSON raises, and looking for something in it.
+UNREADABLE = (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError)
+
+
 def fault_of(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint's files; None where each is as it was written."""
     try:
         listed = json.loads((checkpoint / MARKER).read_text())
         files = {(checkpoint / name): (facts["bytes"], facts["xxh3_128"]) for name, facts in listed.items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except UNREADABLE:
         return f"{MARKER} is missing or damaged"
-    if "state.json" not in listed:
+    # Its names are data, and may not lead out of the checkpoint.
+    if "state.json" not in listed or any(Path(name).is_absolute() or ".." in Path(name).parts for name in listed):
         return f"{MARKER} is damaged"
     for file, (size, digest) in files.items():
         if not file.is_file():
@@ -313,8 +319,10 @@ def fault_of(checkpoint: Path) -> str | None:
     return None
 
 
-def newest_usable(run_dir: Path, say: Callable[[str], None] = print) -> Path | None:
-    """The newest checkpoint of a run that is whole; says of newer ones what is wrong with them."""
+def newest_usable(
+    run_dir: Path, say: Callable[[str], None] = print, fault_of: Callable[[Path], str | None] = fault_of
+) -> Path | None:
+    """The newest checkpoint of a run in which `fault_of` finds no fault; says of newer ones what is wrong with them."""
     for checkpoint in checkpoints_of(run_dir):
         fault = fault_of(checkpoint)
         if fault is None:
@@ -324,13 +332,22 @@ def newest_usable(run_dir: Path, say: Callable[[str], None] = print) -> Path | N
 
 
 def read_state(checkpoint: Path) -> dict:
-    """The `state` of a checkpoint's snapshot."""
+    """The `state` of a checkpoint's snapshot. Raises one of UNREADABLE where it is damaged."""
     return json.loads((checkpoint / "state.json").read_text(), object_hook=_of_json)
+
+
+def _held_out(checkpoint: Path, metric: str) -> float | None:
+    try:
+        value = read_state(checkpoint)["held_out"][metric]
+    except UNREADABLE:
+        # Not evaluated, or damaged since.
+        return None
+    return value if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def best_of(checkpoints: list[Path], metric: str) -> list[Path]:
     """The checkpoints that were evaluated, best first: by the smallest loss, or the largest value of another metric."""
-    values = {checkpoint: (read_state(checkpoint).get("held_out") or {}).get(metric) for checkpoint in checkpoints}
+    values = {checkpoint: _held_out(checkpoint, metric) for checkpoint in checkpoints}
     known = [checkpoint for checkpoint, value in values.items() if value is not None]
     return sorted(known, key=lambda checkpoint: values[checkpoint], reverse=not metric.startswith("loss"))
 

@@ -146,6 +146,10 @@ OPTIONAL_TEXTS = (
 )  # fmt: skip
 
 
+# Of exp_name; most systems allow a directory's name 255, and the moment follows it. Unit: bytes.
+LONGEST_NAME = 200
+
+
 def _check_sections(config: DictConfig) -> None:
     for key in (*OPEN_SECTIONS, "wandb"):
         section = OmegaConf.select(config, key)
@@ -154,6 +158,9 @@ def _check_sections(config: DictConfig) -> None:
         value = OmegaConf.select(config, key)
         sound = isinstance(value, str) or (value is None and key in OPTIONAL_TEXTS)
         _require(sound, key, value, "a text" + " or null" * (key in OPTIONAL_TEXTS))
+    name = config.exp_name
+    sound = name.isprintable() and "/" not in name and len(name.encode()) <= LONGEST_NAME
+    _require(sound, "exp_name", name, f"the beginning of a directory's name: at most {LONGEST_NAME} bytes, none of them a /")
 
 
 def _check_numbers(config: DictConfig) -> None:

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from records import DataReport
-from utils import UserError
+from utils import UserError, first_line
 
 DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".csv", ".parquet")
 
@@ -154,6 +154,5 @@ def _read_parquet(path: Path, _report: DataReport) -> Iterator[tuple[int, dict]]
     except Exception as error:  # pyarrow raises half a dozen types for a file that is damaged or not its own
         if isinstance(error, OSError) and error.errno:
             raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         place = f", after row {number}" if number else ""
-        raise UserError(f"datasets: {path}{place}: not Parquet, or damaged: {reason}.") from error
+        raise UserError(f"datasets: {path}{place}: not Parquet, or damaged: {first_line(error)}.") from error

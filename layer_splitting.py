@@ -34,7 +34,7 @@ from models import (
 from ranks import in_worker
 from response_trees import TreeLayout
 from sharding import check_divisible
-from utils import UserError
+from utils import UserError, first_line
 
 # ---- is it for this model? ----------------------------------------------------------------------------------------------
 
@@ -130,7 +130,7 @@ def load_split(config, tokenizer) -> tuple[nn.Module, str]:
         policy = split_layers(source, devices)
         fault = _fault_of_split(policy, source)
     except Exception as error:  # whatever the package makes of an architecture that it does not know
-        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+        reason = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(f"{refusal} {reason}. Use trainer=FSDPTrainer.") from error
     if fault:
         raise UserError(f"{refusal} {fault}. Use trainer=FSDPTrainer.")

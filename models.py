@@ -20,9 +20,10 @@ from ranks import Ranks, local, local_world_size
 from response_trees import RESPONSE_TREES, register
 from tokenization import TokenizedPrompt
 from toy_preferences import toy_records
-from utils import UserError
+from utils import UserError, first_line, load_tensors
 
 BYTE_LEVEL = "byte_level"
+SAFETENSORS_INDEX = "model.safetensors.index.json"
 END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"
 
 
@@ -39,10 +40,8 @@ def load_tokenizer(model_config, cache_dir: str | None = None):
         return byte_level_tokenizer()
     from transformers import AutoTokenizer
 
-    try:
+    with _loading("model.tokenizer_name_or_path", name):
         tokenizer = AutoTokenizer.from_pretrained(name, cache_dir=cache_dir, trust_remote_code=model_config.trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise _not_loaded("model.tokenizer_name_or_path", name, error) from error
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"model.tokenizer_name_or_path: {name} has no end-of-sequence token. Set eos_token in its tokenizer_config.json."
@@ -71,11 +70,17 @@ def byte_level_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT, pad_token=PAD)
 
 
-def _not_loaded(key: str, name: str, error: Exception) -> UserError:
-    return UserError(
-        f"{key}: {name} could not be loaded: {str(error).strip().splitlines()[0]} "
-        "Expected a model id of the hub (and a network, or the model in the hub library's cache) or a local directory."
-    )
+@contextmanager
+def _loading(key: str, name: str):
+    """Inside, what is wrong with a model's files becomes a UserError: they are data, and nothing of them may be executed."""
+    try:
+        yield
+    except Exception as error:  # a dozen types: of networks, and of damaged files in half a dozen formats
+        raise UserError(
+            f"{key}: {name} could not be loaded: {first_line(error)}. Expected a model id of the hub (and a network, or the "
+            "model in the hub library's cache) or a local directory. Code that comes with it runs only with "
+            "model.trust_remote_code=true."
+        ) from error
 
 
 # ---- models -------------------------------------------------------------------------------------------------------------
@@ -107,10 +112,10 @@ def load_model(model_config, tokenizer, cache_dir: str | None = None) -> nn.Modu
         model = model_of_archive(config, read_archive(path), path, dtype, model_config.trust_remote_code)
     elif model_config.name_or_path:
         name = model_config.name_or_path
-        try:
+        with _loading("model.name_or_path", name):
+            for index in (SAFETENSORS_INDEX, "pytorch_model.bin.index.json"):
+                files_of_index(Path(name) / index)
             model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype, cache_dir=cache_dir, **remote)
-        except (OSError, ValueError) as error:
-            raise _not_loaded("model.name_or_path", name, error) from error
     else:
         return build_untrained(model_config, tokenizer, cache_dir)
     return _made_ready(model, model_config)
@@ -140,13 +145,12 @@ def model_configuration(model_config, tokenizer, cache_dir: str | None = None):
 
     values = OmegaConf.to_container(model_config.from_config)
     if model_config.name_or_path:
-        name = model_config.name_or_path
-        try:
-            return AutoConfig.from_pretrained(
-                name, cache_dir=cache_dir, trust_remote_code=model_config.trust_remote_code, **values
-            )
-        except (OSError, ValueError) as error:
-            raise _not_loaded("model.name_or_path", name, error) from error
+        name, trusted = model_config.name_or_path, model_config.trust_remote_code
+        with _loading("model.name_or_path", name):
+            config = AutoConfig.from_pretrained(name, **(values | {"cache_dir": cache_dir, "trust_remote_code": trusted}))
+            if not trusted:
+                _refuse_kernels(config)
+            return config
     tokens = {
         "eos_token_id": tokenizer.eos_token_id,
         "bos_token_id": tokenizer.bos_token_id,
@@ -156,6 +160,14 @@ def model_configuration(model_config, tokenizer, cache_dir: str | None = None):
         return AutoConfig.for_model(**{"vocab_size": len(tokenizer), **tokens, **values})
     except ValueError as error:
         raise UserError(f"model.from_config.model_type: {values.get('model_type')!r} is not known to transformers.") from error
+
+
+def _refuse_kernels(config) -> None:
+    """Raise ValueError where a model's configuration names an attention that transformers would fetch from the hub and run."""
+    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+        attention = getattr(part, "_attn_implementation", None)
+        if isinstance(attention, str) and "/" in attention:
+            raise ValueError(f"its config.json asks for the code of {attention}")
 
 
 def disable_dropout(model: nn.Module) -> None:
@@ -397,9 +409,9 @@ def read_archive(path: Path) -> dict[str, Tensor]:
         with _damage_is_a_user_error(path):
             return {name: tensor for file in _weight_files(path) for name, tensor in load_file(file).items()}
     try:
-        archive = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch.load raises half a dozen types for a file that is not its own
-        raise _no_archive(path, f"it cannot be read as tensors ({str(error).strip().splitlines()[0][:120]})") from error
+        archive = load_tensors(path, mapped=True)
+    except ValueError as error:
+        raise _no_archive(path, f"it cannot be read as tensors ({error})") from error
     if not isinstance(archive, dict) or not isinstance(archive.get("state"), dict):
         raise _no_archive(path, 'it has no dictionary under "state"')
     return archive["state"]
@@ -419,19 +431,32 @@ def archive_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _weight_files(path: Path) -> list[Path]:
-    names = ["model.safetensors"]
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            listed = json.loads(index.read_text())["weight_map"].values()
-        except (ValueError, KeyError, AttributeError) as error:
-            raise _no_archive(path, f"{index.name} is damaged") from error
-        # A name in the index is data: it may not lead out of the directory.
-        names = sorted({Path(name).name for name in listed})
+    try:
+        files = files_of_index(path / SAFETENSORS_INDEX) or [path / "model.safetensors"]
+    except ValueError as error:
+        raise _no_archive(path, str(error)) from error
+    for file in files:
+        if not file.is_file():
+            raise _no_archive(path, f"the directory has no {file.name}")
+    return files
+
+
+def files_of_index(index: Path) -> list[Path]:
+    """The files of weights that an index names, all of them beside it; empty where it is not there.
+
+    Raises ValueError for an index that is damaged, or that leads out of its directory: the names in it are data.
+    """
+    kind = Path(index.name.removesuffix(".index.json")).suffix
+    if not index.is_file():
+        return []
+    try:
+        names = {str(name) for name in json.loads(index.read_text())["weight_map"].values()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{index.name} is damaged") from error
     for name in names:
-        if not (path / name).is_file():
-            raise _no_archive(path, f"the directory has no {name}")
-    return [path / name for name in names]
+        if name != Path(name).name or not name.endswith(kind):
+            raise ValueError(f"{index.name} names {name!r}, and weights are *{kind} files beside it")
+    return [index.with_name(name) for name in sorted(names)]
 
 
 @contextmanager

@@ -46,7 +46,7 @@ from records import (
 )
 from row_mapping import FieldMap, NumberedRows, RowError, value_of
 from toy_preferences import toy_records
-from utils import UserError, in_workers, nearest
+from utils import UserError, first_line, in_workers, nearest
 
 
 @dataclass(frozen=True)
@@ -93,9 +93,9 @@ def load_hub(path: str, subset: str | None, data_dir: str | None, split: str, ca
     try:
         return datasets.load_dataset(path, subset, data_dir=data_dir, split=split, cache_dir=cache_dir)
     except Exception as error:  # a dozen types: of networks, damaged files, scripts, YAML
-        reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
+        reason = first_line(error.__cause__ or error)
         raise UserError(
-            f"datasets: {path} (split {split}) could not be loaded: {reason[0]} Expected a data set of the hub, and a network "
+            f"datasets: {path} (split {split}) could not be loaded: {reason}. Expected a data set of the hub, and a network "
             "or a copy in the hub library's cache; or the path of a local directory with its files ({name: hh, data_dir: ...})."
         ) from error
 

@@ -96,11 +96,12 @@ def _read(path: Path) -> Tensor | None:
 
 def _write(path: Path, logps: Tensor) -> None:
     """Write beside the place and rename: whoever looks finds a whole file or none."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}.partial")
-    save_file({"logps": logps}, partial, metadata={"checksum": _checksum(logps)})
+    # Its own way to write a file would make it the owner's alone, whatever the umask is.
+    partial.write_bytes(save({"logps": logps}, metadata={"checksum": _checksum(logps)}))
     os.replace(partial, path)
 
 

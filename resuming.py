@@ -9,8 +9,10 @@ import re
 import shutil
 from pathlib import Path
 
-from checkpoints import checkpoints_of, fault_of, newest_usable, read_state
-from utils import UserError
+from torch import Tensor
+
+from checkpoints import UNREADABLE, checkpoints_of, fault_of, newest_usable, read_state
+from utils import UserError, first_line
 
 # Keys that may differ from those of the run's beginning: how long it runs, what it says and writes, where it computes.
 MAY_DIFFER = (
@@ -19,7 +21,7 @@ MAY_DIFFER = (
     "do_first_eval", "eval_every", "eval_batch_size", "n_eval_examples", "sample_during_eval", "n_eval_model_samples",
     "save_strategy", "save_every", "save_async", "keep_last", "keep_best", "save_policy_pt",
     "trainer.name", "trainer.nproc_per_node", "trainer.sharding", "trainer.tensor_parallel_size", "trainer.cpu_offload",
-    "trainer.distributed_timeout_minutes", "trainer.world_size", "trainer.reduce_dtype", "activation_checkpointing",
+    "trainer.distributed_timeout_minutes", "trainer.reduce_dtype", "activation_checkpointing",
     "max_tokens_per_microbatch", "prefix_sharing", "reference_logps",
 )  # fmt: skip
 
@@ -34,9 +36,9 @@ def checkpoint_to_continue(resume: str | None, run_dir: Path, exp_name: str) -> 
     if resume != "auto":
         return _given(Path(resume))
     moment = re.compile(re.escape(exp_name) + r"_\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d-\d{6}")
-    beside = [path for path in run_dir.parent.glob(f"{glob_escaped(exp_name)}_*") if moment.fullmatch(path.name)]
+    beside = [path for path in run_dir.parent.glob("*") if moment.fullmatch(path.name)]
     for folder in [run_dir, *sorted(beside, reverse=True)]:
-        found = newest_usable(folder)
+        found = newest_usable(folder, fault_of=fault_of_run)
         if found is not None:
             print(f"resume: going on from {found}", flush=True)
             return found
@@ -44,23 +46,107 @@ def checkpoint_to_continue(resume: str | None, run_dir: Path, exp_name: str) -> 
     return None
 
 
-def glob_escaped(name: str) -> str:
-    """A name as a pattern that means nothing but it."""
-    return re.sub(r"([*?\[])", r"[\1]", name)
-
-
 def _given(path: Path) -> Path:
     path = path.resolve()
     if checkpoints_of(path):
-        found = newest_usable(path)
+        found = newest_usable(path, fault_of=fault_of_run)
         fault = "none of its checkpoints is whole"
     else:
-        fault = fault_of(path) if path.is_dir() else "no such directory"
+        fault = "no such directory" if not path.is_dir() else fault_of_run(path) or fault_of_name(path)
         found = path if fault is None else None
     if found is None:
         raise UserError(f"resume: {path}: {fault}. Expected a run directory or a checkpoint (step-N), or auto.")
     print(f"resume: going on from {found}", flush=True)
     return found
+
+
+def fault_of_name(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint's name, which says how far its run was."""
+    return None if checkpoint in checkpoints_of(checkpoint.parent) else "it is not called step-N any more"
+
+
+# ---- what a run's state.json holds ------------------------------------------------------------------------------------------
+
+
+def _count(value) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _number(value) -> bool:
+    return type(value) in (int, float)
+
+
+def _run_id(value) -> bool:
+    return type(value) is str and re.fullmatch("[0-9a-f]{32}", value) is not None
+
+
+# Shapes: a type, None, or a function that decides; a tuple of shapes, any of which will do; {name: shape}, at least these
+# names, and with {...: shape} all others; [shape], a list of such; [shape, shape], a list of just these.
+SETTING = (_number, bool, None, [_number])
+STREAMS = {
+    "python": [_count, [_count], (_number, None)],
+    "numpy": [[_count], _count, _count, _number],
+    "torch": Tensor,
+    "cuda": (Tensor, None),
+}
+STATE = {
+    "examples": _count,
+    "updates": _count,
+    "bad_steps": _count,
+    "evaluated_at": (_count, None),
+    "held_out": ({...: _number}, None),
+    "reference_answers": ([str], None),
+    "scheduler": {"last_epoch": _count, "base_lrs": [_number], "lr_lambdas": [None], ...: SETTING},
+    "scaler": {...: _number},
+    "loss": ({"mean": (_number, None), "deviation": (_number, None), "draws": Tensor}, {...: None}),
+    "train_batches": {
+        "position": {"epoch": _count, "examples_in_epoch": _count, "examples": _count},
+        "budget": [_count, _count],
+        "ranks": _count,
+    },
+    "watch": {"newest": {...: [_number]}, "chosen_at_start": (_number, None), "said": [str]},
+    # Of each process.
+    "random": [STREAMS],
+    "optimizer_groups": [{"params": [str], "lr": _number, ...: SETTING}],
+    "run": {"config": dict, "data": [str], "began_with": (str, None), "wandb_id": _run_id},
+}
+
+
+def misfit(value, shape, name: str) -> str | None:
+    """The name of the first part of a value that is not of a shape; None where all of it is."""
+    if isinstance(shape, tuple):
+        return None if any(misfit(value, each, name) is None for each in shape) else name
+    if isinstance(shape, dict | list) and type(value) is not type(shape):
+        return name
+    if isinstance(shape, dict):
+        others = dict.fromkeys(value, shape[...]) if ... in shape else {}
+        wanted = others | {key: each for key, each in shape.items() if key is not ...}
+        parts = [(value[key], wanted[key], f"{name}.{key}") for key in wanted if key in value]
+        missing = [f"{name}.{key}" for key in wanted if key not in value]
+    elif isinstance(shape, list):
+        shapes = shape * len(value) if len(shape) == 1 else shape
+        parts = [(item, each, name) for item, each in zip(value, shapes, strict=False)]
+        missing = [] if len(shapes) == len(value) else [name]
+    else:
+        sound = value is None if shape is None else type(value) is shape if isinstance(shape, type) else shape(value)
+        return None if sound else name
+    return next((found for found in (*missing, *(misfit(*part) for part in parts)) if found is not None), None)
+
+
+def fault_of_run(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint from which a run is to go on; None where nothing is."""
+    fault = fault_of(checkpoint)
+    if fault is not None:
+        return fault
+    try:
+        state = read_state(checkpoint)
+        part = misfit(state, STATE, "state") or (None if state["random"] else "state.random")
+    except UNREADABLE as error:
+        part = first_line(error)
+    return part and f"state.json is damaged ({part})"
+
+
+# ---- is it the same run? ----------------------------------------------------------------------------------------------------
 
 
 def check_same_run(checkpoint: Path, about: dict) -> None:
@@ -105,14 +191,16 @@ def cut_back(checkpoint: Path) -> None:
 
 def _keep_rows(file: Path, examples: int) -> None:
     kept = []
-    for line in file.read_text(encoding="utf-8").splitlines(keepends=True):
+    # Bytes: a text may hold what Python takes for the end of a line, and half a row may end within a letter.
+    for line in file.read_bytes().splitlines():
         try:
             row = json.loads(line)
-        except ValueError:
+            is_kept = row.get("counters/examples", row.get("examples", 0)) <= examples
+        except UNREADABLE:
             # Half a row: the process was killed while it wrote it.
             continue
-        if row.get("counters/examples", row.get("examples", 0)) <= examples:
-            kept.append(line)
+        if is_kept:
+            kept.append(line + b"\n")
     partial = file.with_name(f"{file.name}.partial")
-    partial.write_text("".join(kept), encoding="utf-8")
+    partial.write_bytes(b"".join(kept))
     partial.replace(file)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from prompt_templates import ConversationError, build_template
 from records import SAME_TEXT, DataReport, PreferenceRecord, add_responses, is_held_out, new_record
-from utils import UserError
+from utils import UserError, load_tensors
 
 
 @dataclass(frozen=True)
@@ -306,14 +306,11 @@ def _sound_rows(path: Path, vocabulary: int, report: DataReport) -> Iterator[tup
 
 
 def _load_rows(path: Path) -> list:
-    import torch
-
     try:
-        rows = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises half a dozen types for a file that is not its own
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+        rows = load_tensors(path)
+    except ValueError as error:
         raise UserError(
-            f"datasets: {path}: cannot be read as tensors and plain values ({reason}). Nothing else is ever unpickled. "
+            f"datasets: {path}: cannot be read as tensors and plain values ({error}). "
             f"Expected a list of dicts with {', '.join(TOKEN_FIELDS)}."
         ) from error
     if not isinstance(rows, list) or not rows:

@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from utils import first_line
+
 Metrics = dict[str, float | Tensor]
 
 # metrics.jsonl name -> the short form on the console
@@ -212,7 +214,7 @@ class WandbRun:
         try:
             action()
         except Exception as error:  # whatever wandb does, the run goes on
-            print(f"wandb: switched off for the rest of this run: {error}", flush=True)
+            print(f"wandb: switched off for the rest of this run: {_said(error)}", flush=True)
             self.run = None
 
 
@@ -244,12 +246,18 @@ def start_wandb(config: dict, run_dir: Path, run_id: str | None = None) -> Wandb
         except Exception as error:  # no network, a refused key, a server that does not answer
             if mode != "online":
                 raise
-            print(f"wandb: offline, as its server could not be used: {str(error).splitlines()[0]}", flush=True)
+            print(f"wandb: offline, as its server could not be used: {_said(error)}", flush=True)
             run = wandb.init(**arguments, mode="offline", settings=settings)
         return WandbRun(wandb, run)
     except Exception as error:  # whatever wandb does, the run goes on
-        print(f"wandb: not used: {error}", flush=True)
+        print(f"wandb: not used: {_said(error)}", flush=True)
         return None
+
+
+def _said(error: Exception) -> str:
+    """What an error says, in one line and without the key: it may have been refused by quoting it."""
+    text, key = first_line(error), _wandb_key()
+    return text.replace(key, "(the key)") if key else text
 
 
 def _wandb_key() -> str | None:

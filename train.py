@@ -22,7 +22,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from configuration import check_config, explain_composition_error, force_open_sections, read_entries
+from configuration import LONGEST_NAME, check_config, explain_composition_error, force_open_sections, read_entries
 from stopping import STOPPED, StoppedError
 from utils import UserError, first_existing, first_to_speak
 
@@ -38,7 +38,9 @@ def remove_empty(run_dir: Path) -> None:
 def new_run_dir(local_dirs, exp_name: str) -> str:
     """A directory name that no other run has: experiment and moment, below the first of `local_dirs` that exists."""
     moment = datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f")
-    return str(first_existing(folders_of(local_dirs)) / f"{exp_name}_{moment}")
+    # Hydra makes the directory before the configuration is checked; a name that leads elsewhere is refused there.
+    name = str(exp_name).replace("/", "_").encode()[:LONGEST_NAME].decode(errors="ignore")
+    return str(first_existing(folders_of(local_dirs)) / f"{name}_{moment}")
 
 
 def folders_of(local_dirs) -> list[str]:
@@ -108,13 +110,14 @@ def run(config: DictConfig, run_dir: Path, in_sweep: bool = False, trainer: str 
     from dry_run import look
     from losses import build_loss
     from models import check_archive, load_tokenizer
-    from trainers import TRAINERS
+    from trainers import TRAINERS, check_optimizer
     from utils import allow_tf32, keep_freed_memory, quiet_libraries, seed_everything
 
     quiet_libraries()
     keep_freed_memory()
     allow_tf32(config.tf32)
     seed_everything(config.seed)
+    check_optimizer(config)
     loss = build_loss(**config.loss, seed=config.seed)
     tokenizer = load_tokenizer(config.model, config.cache_dir)
     if config.model.archive:

@@ -27,7 +27,7 @@ from ranks import ALONE, Ranks, several
 from sharding import clip_by_global_norm
 from stopping import StoppedError, StopRequests
 from tracking import Metrics, Tracker
-from utils import UserError, random_streams, restore_random_streams
+from utils import UserError, first_line, random_streams, restore_random_streams
 
 
 class BasicTrainer:
@@ -442,6 +442,17 @@ def computes_in_float16(config) -> bool:
     """Whether products are in float16 while the weights are not."""
     sharded = config.trainer.get("param_dtype") or ("param_dtype" in config.trainer and config.model.fsdp_policy_mp)
     return "float16" in (config.model.autocast_dtype, sharded) and config.model.policy_dtype != "float16"
+
+
+def check_optimizer(config) -> None:
+    """Raise UserError for arguments that the configuration's optimizer does not take."""
+    try:
+        build_optimizer(nn.Linear(1, 1), config)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"optimizer_kwargs: torch's {config.optimizer} refuses {dict(config.optimizer_kwargs)}: {first_line(error)}. "
+            "Expected its own arguments, by their names there."
+        ) from error
 
 
 def build_optimizer(policy: nn.Module, config) -> torch.optim.Optimizer:

@@ -3,6 +3,7 @@
 import gc
 import os
 import random
+import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -20,6 +21,31 @@ def nearest(name: str, known: Iterable[str]) -> str:
     by_lower = {key.lower(): key for key in sorted(known)}
     close = get_close_matches(name.lower(), by_lower, n=1, cutoff=0.6)
     return f"did you mean {by_lower[close[0]]}?" if close else f"known are: {', '.join(by_lower.values())}."
+
+
+def first_line(error: BaseException, length: int = 200) -> str:
+    """The first line of what an error says, without what a terminal would obey; its type where it says nothing."""
+    if "Weights only load failed" in str(error):
+        # torch's own first line says how to unpickle it nevertheless.
+        other = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
+        held = other[1][:length] if other else "something else"
+        return f"it holds {held}, and nothing but tensors and plain values is ever unpickled"
+    said = str(error).strip().splitlines() or [type(error).__name__]
+    visible = "".join(letter for letter in re.sub(r"\x1b\[[0-9;]*m", "", said[0]) if letter.isprintable())
+    return visible[:length].rstrip(" .:")
+
+
+def load_tensors(path: Path, mapped: bool = False):
+    """What a `.pt` file holds: tensors and plain values, nothing else is ever unpickled. Raises ValueError, saying why not.
+
+    mapped: leave tensors in the file until they are looked at.
+    """
+    import torch
+
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except Exception as error:  # torch.load raises half a dozen types for a file that is not its own
+        raise ValueError(first_line(error)) from error
 
 
 def first_existing(folders: Iterable[str]) -> Path:

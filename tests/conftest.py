@@ -52,7 +52,7 @@ def tokenizer():
     return AutoTokenizer.from_pretrained(GOLDEN / "tokenizer")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def compose():
     """Compose the project's configuration from overrides, as the command line does."""
     from hydra import compose, initialize_config_dir

@@ -235,3 +235,114 @@ def test_ranks_get_about_as_many_tokens_and_the_pairs_of_a_prompt_stay_together(
     assert together == [[0, 1, 2], [3, 4, 5]]
     # One prompt with many pairs is more than a rank's part, and is divided.
     assert sorted(map(len, spread(some_examples([(10, 6)]), 3))) == [2, 2, 2]
+
+
+# ---- pieces and the run's end ---------------------------------------------------------------------------------------------
+
+
+def examples_in(batch) -> list[list[tuple]]:
+    """The token ids of every example of a step's micro-batches, in the order of their places."""
+    found = []
+    for micro_batch in batch:
+        ids = {}
+        for piece in micro_batch.pieces:
+            trees = [
+                (piece.input_ids[t.start : t.start + t.prompt_length].tolist(), piece.input_ids[start : start + size].tolist())
+                for t in piece.trees
+                for start, size in zip(t.response_starts, t.response_lengths, strict=True)
+            ]
+            for place, pair in zip(piece.places.tolist(), piece.pairs.tolist(), strict=True):
+                ids[place] = tuple(trees[number] for number in pair)
+        found.append([ids[place] for place in sorted(ids)])
+    return found
+
+
+def largest(batch) -> int:
+    return max(len(piece.input_ids) for micro_batch in batch for piece in micro_batch.pieces)
+
+
+@settings(deadline=None)
+@given(
+    lengths=st.lists(st.tuples(st.integers(1, 20), st.integers(1, 4)), min_size=1, max_size=8),
+    size=st.integers(1, 3),
+    pieces=st.integers(1, 2),
+)
+def test_halved_pieces_hold_the_same_examples_and_are_half_as_large_where_they_can_be(lengths, size, pieces):
+    prompts = [
+        TokenizedPrompt([7] * length, [[8, k, 0] for k in range(pairs + 1)], [(0, k + 1) for k in range(pairs)], number=n)
+        for n, (length, pairs) in enumerate(lengths)
+    ]
+    iterator = BatchIterator(PromptTable.of(prompts), 2 * size, pieces if size % pieces == 0 else 1)
+    for batch in iterator:
+        before, most = examples_in(batch), largest(batch)
+        halves = iterator.halve_pieces(batch)
+        assert examples_in(halves) == before
+        assert [part.num_examples for part in halves] == [part.num_examples for part in batch]
+        assert iterator.budget.limit == most // 2 and iterator.budget.comfortable <= most // 2
+        # A pair with its prompt cannot be cut.
+        assert all(len(piece.input_ids) <= most // 2 or len(piece.pairs) == 1 for part in halves for piece in part.pieces)
+
+
+def test_batches_that_were_made_ahead_are_cut_anew_once_pieces_are_halved():
+    # Six prompts of 2 + 2 * 2 tokens a step: one piece of 36 tokens; halved, three prompts each.
+    whole, iterator = list(BatchIterator(table(30), 6)), BatchIterator(table(30), 6)
+    steps = iter(iterator)
+    first = next(steps)
+    assert [len(piece.input_ids) for piece in first[0].pieces] == [36]
+    assert [len(piece.input_ids) for piece in iterator.halve_pieces(first)[0].pieces] == [18, 18]
+    rest = list(steps)
+    assert [[len(piece.input_ids) for piece in batch[0].pieces] for batch in rest] == [[18, 18]] * 4
+    assert [examples_in(batch) for batch in rest] == [examples_in(batch) for batch in whole[1:]]
+    assert iterator.state_dict()["budget"] == [18, 18]
+
+
+def test_pieces_that_are_halved_again_and_again_end_at_single_pairs():
+    iterator = BatchIterator(table(4), 4)
+    [batch] = iterator
+    for _ in range(8):
+        batch = iterator.halve_pieces(batch)
+    assert [len(piece.pairs) for piece in batch[0].pieces] == [1, 1, 1, 1]
+
+
+def test_a_comfortable_size_below_the_half_stays():
+    iterator = BatchIterator(table(4), 4, budget=TokenBudget(1000, 6))
+    [batch] = iterator
+    assert largest(batch) == 6
+    iterator.budget = TokenBudget(24, 2)
+    iterator.halve_pieces(batch)
+    assert iterator.budget == TokenBudget(3, 2)
+
+
+@given(
+    prompts=st.integers(1, 9),
+    pairs=st.integers(1, 3),
+    weight=WEIGHTS,
+    size=st.integers(1, 5),
+    n_epochs=st.none() | st.integers(1, 3),
+    n_examples=st.integers(1, 60),
+)
+def test_a_run_is_finished_at_its_last_step_and_an_epoch_at_its_own(prompts, pairs, weight, size, n_epochs, n_examples):
+    iterator = BatchIterator(weighted(prompts, pairs, weight), size, 1, 0, n_epochs, n_examples)
+    assert not iterator.finished and not iterator.at_end_of_epoch
+    finished, ends, seen, passed = [], 0, 0, 0
+    for batch in iterator:
+        seen += batch[0].num_examples
+        finished.append(iterator.finished)
+        ends += iterator.at_end_of_epoch
+        # Added up from the epochs' own sizes: how many of them have been passed by now.
+        while passed < 70 and seen >= sum(iterator.examples_of_epoch(epoch) for epoch in range(passed + 1)):
+            passed += 1
+        assert ends == passed
+    assert finished == [False] * (len(finished) - 1) + [True]
+    assert seen == iterator.total_examples
+
+
+def test_a_run_that_goes_on_behind_its_end_is_finished_until_it_is_made_longer():
+    iterator = BatchIterator(table(5), 4)
+    assert [iterator.finished for _ in iterator] == [False, True]
+    again = BatchIterator(table(5), 4)
+    again.load_state_dict(iterator.state_dict())
+    assert again.finished and again.at_end_of_epoch and list(again) == []
+    longer = BatchIterator(table(5), 4, n_epochs=2)
+    longer.load_state_dict(iterator.state_dict())
+    assert not longer.finished and len(list(longer)) == 2

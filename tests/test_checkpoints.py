@@ -15,6 +15,7 @@ import checkpoints
 from checkpoints import (
     CheckpointWriter,
     Snapshot,
+    best_of,
     checkpoints_of,
     fault_of,
     file_numbers,
@@ -114,6 +115,12 @@ def test_latest_points_at_the_newest_checkpoint_and_nothing_partial_is_left(tmp_
 def test_the_newest_are_kept_and_the_best_beside_them(tmp_path, written):
     written(10, 20, 30, 40, 50, losses=[0.5, 0.2, 0.4, 0.3, 0.6], keep_last=1, keep_best=2)
     assert [path.name for path in checkpoints_of(tmp_path)] == ["step-50", "step-40", "step-20"]
+
+
+def test_a_checkpoint_that_cannot_be_read_or_was_evaluated_to_no_number_is_not_among_the_best(tmp_path, written):
+    written(10, 20, 30, 40, losses=[0.1, 0.2, float("nan"), 0.3])
+    (tmp_path / "step-10" / "state.json").write_text("damaged")
+    assert [path.name for path in best_of(checkpoints_of(tmp_path), "loss/eval")] == ["step-20", "step-40"]
 
 
 def test_in_the_background_what_is_written_is_the_run_as_it_was_then(tmp_path, tokenizer, monkeypatch):

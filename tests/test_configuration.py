@@ -316,6 +316,8 @@ def test_only_overrides_of_open_sections_are_changed():
 # ---- values that cannot work --------------------------------------------------------------------------------------------
 
 WHOLE = "a whole number from 1"
+# Of no, YAML's word for false, one has to know that it is a text here.
+STRATEGIES = {"never": "'never'", "null": "None", "epochs": "'epochs'", "false": "False"}
 
 
 @pytest.mark.parametrize(
@@ -358,6 +360,7 @@ WHOLE = "a whole number from 1"
             "a multiple of gradient_accumulation_steps, which is 2",
         ),
         ("eval_every=15", "eval_every", "15", "at least batch_size, which is 16"),
+        ("save_every=15", "save_every", "15", "at least batch_size, which is 16"),
         ("max_prompt_length=256", "max_prompt_length", "256", "less than max_length, which is 256"),
         ("max_prompt_length=257", "max_prompt_length", "257", "less than max_length, which is 256"),
         ("n_epochs=null n_examples=null", "n_epochs, n_examples", "both are null", "Set one of them"),
@@ -404,6 +407,29 @@ WHOLE = "a whole number from 1"
         ),
         *((f"{key}=yes", key, "'yes'", "true or false") for key in ("activation_checkpointing", "save_policy_pt")),
         ("model.trust_remote_code=null", "model.trust_remote_code", "None", "true or false"),
+        # Checkpoints, and what ends a run.
+        *((f"save_strategy={value}", "save_strategy", shown, "steps, epoch or no") for value, shown in STRATEGIES.items()),
+        *((f"{key}=0", key, "0", f"{WHOLE} or null") for key in ("save_every", "keep_last", "keep_best")),
+        *((f"{key}=true", key, "True", f"{WHOLE} or null") for key in ("save_every", "keep_last", "keep_best")),
+        ("save_every=1e4", "save_every", "10000.0", f"{WHOLE} or null"),
+        ("keep_last=all", "keep_last", "'all'", f"{WHOLE} or null"),
+        *((f"{key}=1", key, "1", "true or false") for key in ("save_async", "save_policy_pt")),
+        *((f"max_bad_steps={value}", "max_bad_steps", shown, WHOLE) for value, shown in (("0", "0"), ("null", "None"))),
+        *(
+            (f"max_wall_time={value}", "max_wall_time", value, "a number above 0 or null")
+            for value in ("0", "-5", "nan", "inf")
+        ),
+        ("max_wall_time=1h", "max_wall_time", "'1h'", "a number above 0 or null"),
+        *((f"loss_spike={value}", "loss_spike", value, "a number above 0 or null") for value in ("0", "-1", "nan", "inf")),
+        ("loss_spike=true", "loss_spike", "True", "a number above 0 or null"),
+        ("resume=5", "resume", "5", "a text or null"),
+        ("resume=true", "resume", "True", "a text or null"),
+        ("resume=[auto]", "resume", "['auto']", "a text or null"),
+        ("exp_name=a/b", "exp_name", "'a/b'", "a directory's name"),
+        ("exp_name=../x", "exp_name", "'../x'", "a directory's name"),
+        (f"exp_name={'x' * 201}", "exp_name", "'xxx", "at most 200 bytes"),
+        (f"exp_name='{'é' * 101}'", "exp_name", "'ééé", "at most 200 bytes"),
+        ("exp_name='a\x07b'", "exp_name", r"'a\x07b'", "a directory's name"),
         # Names.
         ("optimizer=RMSProp", "optimizer", "'RMSProp'", "did you mean RMSprop?"),
         ("optimizer=zzz", "optimizer", "'zzz'", "known are: Adam, AdamW, RMSprop, SGD"),
@@ -472,6 +498,18 @@ def test_a_value_that_cannot_work_is_refused_with_its_key_what_was_found_and_wha
         "datasets=toy",
         "datasets=[toy,hh,shp,se]",
         "fsdp_port=29500",
+        *(f"save_strategy={strategy}" for strategy in ("steps", "epoch", "no")),
+        "save_every=16",
+        "save_every=null keep_last=1 keep_best=1",
+        "max_wall_time=0.5",
+        "max_wall_time=null loss_spike=null",
+        "loss_spike=1",
+        "max_bad_steps=1",
+        "resume=auto",
+        "resume=runs/that_is_not_there",
+        f"exp_name={'x' * 200}",
+        "exp_name=..",
+        "exp_name='a[b]*?'",
         *(f"optimizer={name}" for name in OPTIMIZERS),
     ],
 )

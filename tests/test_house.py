@@ -60,6 +60,13 @@ def test_run_directories_of_the_same_experiment_differ(tmp_path):
     assert new_run_dir([str(tmp_path / "absent"), str(tmp_path)], "run").startswith(str(tmp_path / "run_"))
 
 
+@pytest.mark.parametrize("name", ["../../x", "/etc/x", "a/b", "..", "x" * 300, "é" * 300, ""])
+def test_a_run_directory_lies_in_its_folder_whatever_the_experiment_is_called(name, tmp_path):
+    path = Path(new_run_dir([str(tmp_path)], name))
+    path.mkdir()
+    assert path.resolve().parent == tmp_path
+
+
 # ---- the README -----------------------------------------------------------------------------------------------------------
 
 

@@ -684,7 +684,9 @@ def test_a_file_that_would_run_code_is_refused_and_runs_none(tmp_path, place):
     assert trace.exists()
     trace.unlink()
     for report in (DataReport(), DataReport(skip_bad_rows=True)):
-        with pytest.raises(UserError, match=r"rows\.pt: cannot be read as tensors .* Nothing else is ever unpickled"):
+        with pytest.raises(
+            UserError, match=r"rows\.pt: cannot be read as tensors .* nothing but tensors and plain values is ever unpickled"
+        ):
             read(path, report=report)
     assert not trace.exists()
 

@@ -109,6 +109,19 @@ def test_wandb_falls_back_to_offline_where_its_server_does_not_answer(tmp_path, 
     assert "wandb: offline, as its server could not be used: no answer" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("mode", ["online", "offline"])
+def test_what_wandb_says_of_a_key_is_printed_without_it(mode, tmp_path, capsys, monkeypatch):
+    def init(**_):
+        raise ValueError("\x1b[31mkey verysecret is malformed")
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init, Settings=lambda **_: None))
+    monkeypatch.setenv("WANDB_API_KEY", "verysecret")
+    monkeypatch.setenv("WANDB_MODE", mode)
+    assert start_wandb(CONFIG, tmp_path) is None
+    out = capsys.readouterr().out
+    assert "wandb: not used: key (the key) is malformed" in out and "verysecret" not in out and "\x1b" not in out
+
+
 @pytest.mark.parametrize("fault", [ImportError("no wandb"), RuntimeError("broken")])
 def test_a_broken_wandb_is_not_used_and_ends_nothing(tmp_path, capsys, monkeypatch, fault):
     def init(**_):

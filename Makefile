@@ -1,12 +1,13 @@
 # make demo    train on the embedded model and data, and see what it did
 # make test    everything the tests need, then the tests
+# make faults  runs killed and stopped at random moments, an hour or two; options in FAULTS: make faults FAULTS="--kills 50"
 # make bench   this project beside TRL, hours; options in BENCH: make bench BENCH="--work dpo_hh_live --rounds 5"
 # All make .venv at their first call and leave the rest of the machine alone.
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint faults bench clean
 
 demo: .venv/installed
 	$(BIN)/python scripts/demo.py
@@ -17,6 +18,9 @@ test: lint
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+faults: .venv/installed-dev
+	$(BIN)/python tests/faults/long.py $(FAULTS)
 
 bench: .venv/installed-bench
 	$(BIN)/python benchmarks/bench.py $(BENCH)

@@ -16,10 +16,12 @@ import copy
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -95,7 +97,8 @@ class CheckpointWriter:
 
     A failure (a full disk) costs that checkpoint and a line, which `say` prints; `failed` tells of the newest one. keep_last
     and keep_best bound how many are kept, the best by the held-out metric `metric`; None keeps all. about says what the run
-    is made of. All processes of a run have to make one together, and write together. Use as a context manager.
+    is made of; patience_minutes how long a process waits for the others, where there are several. All processes of a run have
+    to make one together, and write together. Use as a context manager.
     """
 
     def __init__(
@@ -110,12 +113,14 @@ class CheckpointWriter:
         metric: str = "loss/eval",
         about: dict | None = None,
         say: Callable[[str], None] = print,
+        patience_minutes: float | None = None,
     ):
         self.run_dir, self.policy, self.tokenizer, self.ranks, self.say = run_dir, policy, tokenizer, ranks, say
         self.keep_last, self.keep_best, self.metric = keep_last, keep_best, metric
         self.about = about or {}
         # Writers talk to each other beside training, which uses its own group at the same time.
-        self.group = torch.distributed.new_group(backend="gloo") if several() else None
+        patience = timedelta(minutes=patience_minutes) if patience_minutes else None
+        self.group = torch.distributed.new_group(backend="gloo", timeout=patience) if several() else None
         self.thread = ThreadPoolExecutor(1) if background else None
         self.under_way: Future | None = None
         self.failed = False
@@ -186,7 +191,7 @@ class CheckpointWriter:
         config.save_pretrained(partial)
         if self.policy.can_generate():
             self.policy.generation_config.save_pretrained(partial)
-        self.tokenizer.save_pretrained(partial)
+        save_tokenizer(self.tokenizer, partial)
         (partial / "state.json").write_text(json.dumps(snapshot.state | {"run": self.about}, default=_as_json))
         if with_policy_pt:
             write_policy_pt(partial, snapshot)
@@ -222,6 +227,17 @@ def file_numbers(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     return numbers
 
 
+def save_tokenizer(tokenizer, folder: Path) -> None:
+    """Write a tokenizer's files. Raises OSError where the system does not let it."""
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # the tokenizers library has no other class for what the system says
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+
+
 def write_policy_pt(checkpoint: Path, snapshot: Snapshot) -> None:
     """Write `policy.pt` into a checkpoint: `{"step_idx", "state", "metrics"}`, loadable with `weights_only=True`.
 
@@ -232,7 +248,12 @@ def write_policy_pt(checkpoint: Path, snapshot: Snapshot) -> None:
     weights = {name: tensor for file in sorted(checkpoint.glob("*.safetensors")) for name, tensor in load_file(file).items()}
     weights |= {other: weights[name] for other, name in snapshot.tied.items()}
     archive = {"step_idx": snapshot.examples, "state": weights, "metrics": snapshot.state.get("held_out") or {}}
-    torch.save(archive, checkpoint / "policy.pt")
+    try:
+        with (checkpoint / "policy.pt").open("wb") as file:
+            torch.save(archive, file)
+    except RuntimeError as error:
+        # What the system said is behind what torch makes of a file that ends too early.
+        raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
 
 def publish(partial: Path, place: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from checkpoints import UNREADABLE, checkpoints_of, fault_of, newest_usable, read_state
-from utils import UserError, first_line
+from utils import UserError, first_line, replace_symlink
 
 # Keys that may differ from those of the run's beginning: how long it runs, what it says and writes, where it computes.
 MAY_DIFFER = (
@@ -171,12 +171,12 @@ def _flat(config: dict, prefix: str = "") -> dict:
     return flat
 
 
-def cut_back(checkpoint: Path) -> None:
+def cut_back(run_dir: Path, checkpoint: Path | None) -> None:
     """Make the run's files as they were when the checkpoint was written: rows and checkpoints behind it are not its own.
 
-    Later checkpoints are set aside, not removed.
+    Without a checkpoint the run begins anew, and nothing there is its own. Later checkpoints are set aside, not removed.
     """
-    run_dir, examples = checkpoint.parent, int(checkpoint.name.removeprefix("step-"))
+    examples = int(checkpoint.name.removeprefix("step-")) if checkpoint else -1
     for name in ("metrics.jsonl", "samples.jsonl", "bad_batches.jsonl"):
         if (run_dir / name).exists():
             _keep_rows(run_dir / name, examples)
@@ -187,6 +187,12 @@ def cut_back(checkpoint: Path) -> None:
             later.rename(aside)
     for partial in run_dir.glob("step-*.partial"):
         shutil.rmtree(partial, ignore_errors=True)
+    # A kill may have come before the link was set, and a later checkpoint is gone.
+    for link in run_dir.glob(".LATEST.*"):
+        link.unlink()
+    (run_dir / "LATEST").unlink(missing_ok=True)
+    if checkpoint:
+        replace_symlink(run_dir / "LATEST", checkpoint.name)
 
 
 def _keep_rows(file: Path, examples: int) -> None:

@@ -32,7 +32,10 @@ class Tracker:
 
     def __init__(self, run_dir: Path, total: int | None, min_interval: float = 1.0, wandb_run=None):
         self.run_dir = run_dir
-        self.file = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
+        # Raises where nothing can be written at the start.
+        (run_dir / "metrics.jsonl").touch()
+        # Rows that could not be written yet, by the names of their files.
+        self.unwritten: dict[str, bytes] = {}
         self.min_interval = min_interval
         self.wandb = wandb_run
         self.waiting: list[Metrics] = []
@@ -44,7 +47,6 @@ class Tracker:
 
     def __exit__(self, *exception) -> None:
         self.flush()
-        self.file.close()
         self.console.close()
         if self.wandb:
             self.wandb.finish()
@@ -61,7 +63,7 @@ class Tracker:
             return
         rows = [_numbers(metrics) for metrics in self.waiting]
         self.waiting = []
-        self._write(rows)
+        self._write("metrics.jsonl", rows)
         self.last_line = time.monotonic()
         self.console.step(rows[-1])
         if self.wandb:
@@ -71,7 +73,7 @@ class Tracker:
         """Write an evaluation's metrics to all sinks, at once."""
         self.flush()
         row = _numbers(metrics)
-        self._write([row])
+        self._write("metrics.jsonl", [row])
         shown = ", ".join(f"{name} {row[name]:.4g}" for name in row if name.endswith(("loss/eval", "accuracies", "margins")))
         self.say(f"held out, after {row['counters/examples']:.0f} examples: {shown}")
         if self.wandb:
@@ -79,15 +81,13 @@ class Tracker:
 
     def log_samples(self, samples: list[dict], examples: int) -> None:
         """Add sampled answers to `samples.jsonl`, and show them to wandb as a table."""
-        with (self.run_dir / "samples.jsonl").open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
+        self._write("samples.jsonl", samples)
         if self.wandb:
             self.wandb.log_table("samples", samples, examples)
 
     def log_bad_step(self, row: dict) -> None:
         """Add a step that was not taken to `bad_batches.jsonl`, and say so."""
-        with (self.run_dir / "bad_batches.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        self._write("bad_batches.jsonl", [row])
         shown = ", ".join(row["pairs"][:3]) + (", ..." if len(row["pairs"]) > 3 else "")
         self.say(
             f"warning: the step after {row['counters/examples']} examples was not taken: its {row['not_finite']} is not "
@@ -98,9 +98,18 @@ class Tracker:
         """One line on the console, above the progress bar."""
         self.console.say(text)
 
-    def _write(self, rows: list[dict[str, float]]) -> None:
-        self.file.writelines(json.dumps(row) + "\n" for row in rows)
-        self.file.flush()
+    def _write(self, name: str, rows: list[dict]) -> None:
+        """Add rows to a file. Those for which a full disk has no room are written with the next ones: the run goes on."""
+        late = self.unwritten.pop(name, b"")
+        left = late + "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+        try:
+            with (self.run_dir / name).open("ab", buffering=0) as file:
+                while left:
+                    left = left[file.write(left) :]
+        except OSError as error:
+            self.unwritten[name] = left
+            if not late:
+                self.say(f"warning: {name} cannot be written to, its rows are kept for later: {error.strerror}")
 
 
 class NoTracker:

@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
 from functools import partial
 from pathlib import Path
+from traceback import extract_tb
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -137,6 +138,7 @@ def run(config: DictConfig, run_dir: Path, in_sweep: bool = False, trainer: str 
 def train(config: DictConfig, trainer_class, placement, loss, data, run_dir: Path, in_sweep: bool) -> float | None:
     """Train on a placement, from the beginning or from a checkpoint of the same run."""
     from checkpoints import CheckpointWriter
+    from ranks import in_worker
     from resuming import checkpoint_to_continue
     from stopping import StopRequests
     from tracking import NoTracker, Tracker
@@ -152,15 +154,18 @@ def train(config: DictConfig, trainer_class, placement, loss, data, run_dir: Pat
         total = parts["train_batches"].total_examples
         if ranks.is_main:
             about = describe_run(config, placement, data, checkpoint)
-            wandb_run = open_run_dir(config, run_dir, about, checkpoint)
-            tracker = opened.enter_context(Tracker(run_dir, total, config.minimum_log_interval_secs, wandb_run))
+            with writable(run_dir):
+                wandb_run = open_run_dir(config, run_dir, about, checkpoint)
+                tracker = Tracker(run_dir, total, config.minimum_log_interval_secs, wandb_run)
+            opened.enter_context(tracker)
         else:
             about, tracker = {}, opened.enter_context(NoTracker())
         writer = None
         if not config.debug:
             kept = config.keep_last, config.keep_best, config.objective
             made = run_dir, parts["policy"], placement.tokenizer, ranks, config.save_async, *kept, about, tracker.say
-            writer = opened.enter_context(CheckpointWriter(*made))
+            patience = config.trainer.get("distributed_timeout_minutes")
+            writer = opened.enter_context(CheckpointWriter(*made, patience_minutes=patience))
         stop = opened.enter_context(StopRequests(config.max_wall_time))
         trainer = trainer_class(config, **parts, tracker=tracker, writer=writer, ranks=ranks, stop=stop)
         if checkpoint:
@@ -174,6 +179,9 @@ def train(config: DictConfig, trainer_class, placement, loss, data, run_dir: Pat
                 f"local_dirs: the last checkpoint of {run_dir} could not be written. Make room, then resume={run_dir}."
             )
     print(f"run directory: {run_dir}", flush=True)
+    if stop.heard and in_worker():
+        # Its launcher, which has passed the signal on, takes no result any more: one that returns would wait for it.
+        raise StoppedError("the run was complete when it was asked to stop")
     return trainer.held_out_means[config.objective] if trainer.held_out_means else None
 
 
@@ -243,10 +251,31 @@ def open_run_dir(config: DictConfig, run_dir: Path, about: dict, checkpoint: Pat
 
     if checkpoint:
         check_same_run(checkpoint, about)
-        cut_back(checkpoint)
+    if config.resume:
+        cut_back(run_dir, checkpoint)
     OmegaConf.save(config, run_dir / "config.yaml")
     wanted = config.wandb.enabled and not config.debug
     return start_wandb(about["config"], run_dir, about["wandb_id"]) if wanted else None
+
+
+@contextmanager
+def writable(run_dir: Path):
+    """Inside, what the system does not let be written is the user's mistake: UserError."""
+    try:
+        yield
+    except TimeoutError:
+        # A lock that is held.
+        raise
+    except OSError as error:
+        raise UserError(unwritable(run_dir, error)) from None
+
+
+def unwritable(place, error: OSError) -> str:
+    """What to say of a run directory, or a folder above it, that the system does not let be written."""
+    return (
+        f"local_run_dir: {place} cannot be written to: {error.strerror}. Expected a folder of yours, with room; set local_dirs "
+        "or local_run_dir."
+    )
 
 
 @contextmanager
@@ -254,17 +283,13 @@ def used_by_this_run(run_dir: Path):
     """Inside, no other run may use the directory. Raises UserError where one does, or where nothing can be written."""
     from filelock import FileLock, Timeout
 
+    lock = FileLock(run_dir / ".lock", timeout=0)
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(run_dir / ".lock", timeout=0)
-        lock.acquire()
+        with writable(run_dir):
+            run_dir.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
     except Timeout:
         raise UserError(f"local_run_dir: {run_dir} is in use by another run. Wait for it, stop it, or name another.") from None
-    except OSError as error:
-        raise UserError(
-            f"local_run_dir: {run_dir} cannot be written to: {error.strerror}. Expected a folder of yours; set local_dirs or "
-            "local_run_dir."
-        ) from None
     try:
         yield
     finally:
@@ -381,6 +406,11 @@ def command_line() -> None:
         main()
     except (HydraException, OmegaConfBaseException) as error:
         sys.exit(_refuse(explain_composition_error(error)))
+    except OSError as error:
+        # Hydra makes the run directory before `main` begins.
+        if any(frame.name == "main" and frame.filename == __file__ for frame in extract_tb(error.__traceback__)):
+            raise
+        sys.exit(_refuse(unwritable(error.filename, error)))
     except ValueError as error:
         # What Hydra raises for loss=5.
         if not str(error).startswith("Config group override"):

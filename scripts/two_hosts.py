@@ -21,6 +21,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 
 # A namespace of processes takes all its processes with it when its first one ends, which --kill-child sees to.
 NAMESPACES = ("unshare", "--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
@@ -113,9 +114,9 @@ def compare_metrics(found: Path, expected: Path) -> dict[str, float]:
 
 def compare_weights(found: Path, expected: Path) -> dict[str, float]:
     """The largest difference within each weight of two policy.pt. Raises ValueError where their names are not the same."""
-    import torch
+    from utils import load_tensors
 
-    states = [torch.load(path, weights_only=True)["state"] for path in (found, expected)]
+    states = [load_tensors(path)["state"] for path in (found, expected)]
     if states[0].keys() != states[1].keys():
         raise ValueError(f"{found}: found {sorted(states[0])}, expected {sorted(states[1])}")
     return {

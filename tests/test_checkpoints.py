@@ -188,6 +188,29 @@ def test_a_full_disk_costs_that_checkpoint_and_a_line(tmp_path, tokenizer, monke
     assert newest_usable(tmp_path) == tmp_path / "step-256"
 
 
+FILES = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "state.json", "policy.pt",
+    "checksums.json",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_disk_that_is_full_at_any_of_its_files_costs_a_checkpoint_and_no_more(name, tmp_path, tokenizer, monkeypatch):
+    complete, model, said = CheckpointWriter._complete, golden_model(), []
+
+    def without_room(writer, snapshot, partial, with_policy_pt):
+        # Every write to it fails as on a full disk.
+        (partial / name).symlink_to("/dev/full")
+        complete(writer, snapshot, partial, with_policy_pt)
+
+    monkeypatch.setattr(CheckpointWriter, "_complete", without_room)
+    with CheckpointWriter(tmp_path, model, tokenizer, say=said.append) as writer:
+        writer.write(snapshot(model), with_policy_pt=True)
+        assert writer.failed
+    assert len(said) == 1 and said[0].endswith("the run goes on: [Errno 28] No space left on device")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_bug_while_writing_keeps_its_traceback(tmp_path, tokenizer):
     model = golden_model()
     bad = snapshot(model, 64, number=object())

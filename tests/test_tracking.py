@@ -59,6 +59,26 @@ def test_an_evaluation_is_written_behind_the_steps_before_it(tmp_path):
     assert ["loss/eval" in row for row in rows(tmp_path)] == [False, False, True]
 
 
+def test_rows_for_which_the_disk_has_no_room_are_written_when_it_has(tmp_path, capsys):
+    bad = {"counters/examples": 8, "counters/updates": 2, "not_finite": "loss", "pairs": ["row 3"]}
+    with Tracker(tmp_path, total=16, min_interval=0) as tracker:
+        for name in ("metrics.jsonl", "bad_batches.jsonl"):
+            (tmp_path / name).unlink(missing_ok=True)
+            (tmp_path / name).symlink_to("/dev/full")
+        tracker.log_step(step(4))
+        tracker.log_step(step(8))
+        tracker.log_bad_step(bad)
+        for name in ("metrics.jsonl", "bad_batches.jsonl"):
+            (tmp_path / name).unlink()
+        tracker.log_step(step(12))
+        tracker.log_bad_step(bad)
+    assert [row["counters/examples"] for row in rows(tmp_path)] == [4, 8, 12]
+    assert (tmp_path / "bad_batches.jsonl").read_text() == 2 * (json.dumps(bad) + "\n")
+    out = capsys.readouterr().out
+    for name in ("metrics.jsonl", "bad_batches.jsonl"):
+        assert out.count(f"warning: {name} cannot be written to, its rows are kept for later: No space left on device") == 1
+
+
 class FailingRun:
     """A wandb run whose server is gone."""
 
@@ -120,6 +140,15 @@ def test_what_wandb_says_of_a_key_is_printed_without_it(mode, tmp_path, capsys, 
     assert start_wandb(CONFIG, tmp_path) is None
     out = capsys.readouterr().out
     assert "wandb: not used: key (the key) is malformed" in out and "verysecret" not in out and "\x1b" not in out
+
+
+def test_wandb_without_a_place_for_its_files_ends_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    (tmp_path / "wandb").symlink_to("/dev/full")
+    with Tracker(tmp_path, total=4, wandb_run=start_wandb(CONFIG, tmp_path)) as tracker:
+        tracker.log_step(step(4))
+    assert len(rows(tmp_path)) == 1
+    assert capsys.readouterr().out.count("4/4 loss") == 1
 
 
 @pytest.mark.parametrize("fault", [ImportError("no wandb"), RuntimeError("broken")])

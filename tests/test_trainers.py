@@ -19,7 +19,7 @@ from batches import (
     pack,
     pieces_of,
 )
-from checkpoints import CheckpointWriter
+from checkpoints import CheckpointWriter, newest_usable, read_state
 from conftest import GOLDEN
 from logprobs import CachedReference, LiveReference
 from losses import build_loss
@@ -30,6 +30,7 @@ from reference_cache import reference_logps_of
 from tokenization import TokenizedPrompt, TokenSettings, tokenize_records
 from tracking import Tracker
 from trainers import BasicTrainer
+from utils import UserError
 
 TRAJECTORIES = json.loads((GOLDEN / "trajectories.json").read_text())
 
@@ -296,3 +297,109 @@ def test_optimizers_use_their_fused_kernel_where_they_have_one(build):
     for name, fused in [("AdamW", True), ("Adam", True), ("SGD", True), ("RMSprop", False)]:
         trainer = build(build_loss("sft"), "llama", f"optimizer={name}")
         assert bool(trainer.optimizer.defaults.get("fused")) is fused
+
+
+# ---- what goes wrong in a step ------------------------------------------------------------------------------------------
+
+
+BETA_DPO = {"name": "dpo", "beta": 0.1, "mode_loss": "beta_DPO", "mode_weight": 0.5, "a": 0.6}
+
+
+def rare_token(prompts, row: int) -> int:
+    """A token of one prompt that no other of them has."""
+    tokens = [set(prompt.prompt_ids).union(*prompt.responses) for prompt in prompts]
+    return min(tokens[row].difference(*tokens[:row], *tokens[row + 1 :]))
+
+
+def not_a_number(trainer, token: int):
+    """Make an embedding row of a trainer's model NaN; returns what it was."""
+    weight = trainer.policy.get_input_embeddings().weight
+    usual = weight.detach()[token].clone()
+    with torch.no_grad():
+        weight[token] = math.nan
+    return usual
+
+
+@pytest.mark.parametrize("loss", [{"name": "dpo"}, BETA_DPO], ids=["DPO", "beta-DPO"])
+def test_a_step_with_a_loss_that_is_not_finite_is_as_if_it_had_never_been(loss, build, tokenized, tmp_path, capsys):
+    prompts = tokenized[True][:12]
+    disturbed, straight = (build(build_loss(**loss), "llama", "lr=1e-2", "optimizer=AdamW", "batch_size=4") for _ in range(2))
+    steps = [micro_batches(prompts[start : start + 4], 4) for start in (0, 4, 8)]
+    for trainer in (disturbed, straight):
+        trainer.train_step(steps[0])
+    token = rare_token(prompts[4:8], 1)
+    usual, others = not_a_number(disturbed, token), torch.arange(len(disturbed.policy.get_input_embeddings().weight)) != token
+    assert disturbed.train_step(steps[1]) == {}
+    [row] = [json.loads(line) for line in (tmp_path / "bad_batches.jsonl").read_text().splitlines()]
+    assert (row["not_finite"], row["counters/examples"], row["counters/updates"]) == ("loss", 8, 1)
+    assert [name for name in row["pairs"] if "row 5" in name] and "not taken: its loss is not finite" in capsys.readouterr().out
+    embedding = disturbed.policy.get_input_embeddings().weight
+    assert torch.equal(embedding[others], straight.policy.get_input_embeddings().weight[others])
+    with torch.no_grad():
+        embedding[token] = usual
+    torch.testing.assert_close(disturbed.loss.state_dict(), straight.loss.state_dict(), rtol=0, atol=0)
+    found, expected = (trainer.train_step(steps[2]) for trainer in (disturbed, straight))
+    assert found == expected
+    for name, weight in straight.policy.state_dict().items():
+        assert torch.equal(disturbed.policy.state_dict()[name], weight), name
+
+
+def test_too_many_bad_steps_in_a_row_end_the_run_with_one_message_and_the_last_checkpoint_is_good(build, tokenized, tmp_path):
+    overrides = "batch_size=4", "save_every=4", "max_bad_steps=3", "eval_every=4", "lr=1e-2"
+    batches = BatchIterator(PromptTable.of(tokenized[True]), 4)
+    trainer = build(build_loss("dpo"), "llama", *overrides, train_batches=batches)
+    step, taken = trainer.train_step, []
+
+    def worse_and_worse(batch):
+        # Two bad steps, a good one, and then bad ones only.
+        number = len(taken)
+        usual = not_a_number(trainer, slice(None)) if number in (1, 2) or number > 3 else None
+        before = [weight.clone() for weight in trainer.policy.parameters()]
+        try:
+            taken.append(step(batch))
+        finally:
+            if usual is not None:
+                torch.testing.assert_close(list(trainer.policy.parameters()), before, rtol=0, atol=0, equal_nan=True)
+                with torch.no_grad():
+                    trainer.policy.get_input_embeddings().weight.copy_(usual)
+        return taken[-1]
+
+    trainer.train_step = worse_and_worse
+    told = pytest.raises(UserError, match="max_bad_steps: 3 steps in a row .* bad_batches.jsonl names the examples")
+    with CheckpointWriter(tmp_path, trainer.policy, trainer.tokenizer) as trainer.writer, told:
+        trainer.train()
+    assert [bool(metrics) for metrics in taken] == [True, False, False, True, False, False]
+    assert len((tmp_path / "bad_batches.jsonl").read_text().splitlines()) == 5
+    newest = newest_usable(tmp_path)
+    assert read_state(newest)["updates"] == 2
+    saved = AutoModelForCausalLM.from_pretrained(newest, dtype=torch.float32).state_dict()
+    assert all(torch.equal(saved[name], weight) for name, weight in trainer.policy.state_dict().items())
+
+
+@pytest.mark.parametrize("loss", [{"name": "dpo"}, BETA_DPO], ids=["DPO", "beta-DPO"])
+def test_a_step_that_does_not_fit_into_memory_is_computed_in_halves_with_the_same_gradient(loss, build, tokenized, capsys):
+    table = PromptTable.of(tokenized[True][:8])
+
+    def step(most_tokens: float):
+        trainer = build(build_loss(**loss), "llama", *SGD, train_batches=BatchIterator(table, 8))
+        usual = trainer.logps
+
+        def logps(piece):
+            if len(piece.input_ids) > most_tokens:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return usual(piece)
+
+        trainer.logps = logps
+        [batch] = trainer.train_batches
+        largest = max(len(piece.input_ids) for micro_batch in batch for piece in micro_batch.pieces)
+        return largest, *gradient_after_one_step(trainer, batch), trainer.loss.state_dict()
+
+    tokens, whole, expected, state = step(math.inf)
+    capsys.readouterr()
+    _, pieces, found, state_of_pieces = step(tokens - 1)
+    out = capsys.readouterr().out
+    assert out == f"warning: out of memory; pieces have at most {tokens // 2} tokens from now on\n"
+    torch.testing.assert_close(pieces, whole, rtol=1e-4, atol=1e-5 * whole.abs().max().item())
+    for name in expected:
+        assert float(found[name]) == pytest.approx(float(expected[name]), rel=1e-5, abs=1e-6), name
+    torch.testing.assert_close(state_of_pieces, state)

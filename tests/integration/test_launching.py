@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -172,42 +171,6 @@ def test_a_slurm_job_that_is_warned_writes_a_checkpoint_and_is_put_into_the_queu
     [examples] = re.findall(r"stopped after (\d+) examples: SIGUSR1", rest)
     assert rest.rstrip().endswith("requeued"), rest
     assert (tmp_path / "run" / "LATEST").resolve().name == f"step-{examples}"
-
-
-def children(pid: int) -> list[int]:
-    """The processes below a process."""
-    direct = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True, check=False).stdout
-    return [below for child in map(int, direct.split()) for below in (child, *children(child))]
-
-
-def command_of(pid: int) -> str:
-    return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
-
-
-def test_a_killed_rank_ends_the_run_soon_with_its_number_and_leaves_no_process_behind(tmp_path):
-    endless = ("loss=dpo", "n_epochs=1000", "wandb.enabled=false", "sample_during_eval=false", "debug=true")
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), *endless, "trainer=FSDPTrainer", "local_run_dir=run"],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    for line in process.stdout:
-        if re.match(r"\d+/\d+ loss", line):
-            break
-    workers = [pid for pid in children(process.pid) if "spawn_main" in command_of(pid)]
-    assert len(workers) == 2
-    os.kill(workers[1], signal.SIGKILL)
-    started = time.monotonic()
-    rest = process.stdout.read()
-    assert process.wait(timeout=60) == 1
-    assert time.monotonic() - started < 15
-    assert re.search(r"rank [01] of 2 died \(SIGKILL\); the others were ended", rest), rest
-    deadline = time.monotonic() + 10
-    while alive := [pid for pid in workers if Path(f"/proc/{pid}").exists() and "spawn_main" in command_of(pid)]:
-        assert time.monotonic() < deadline, alive
 
 
 def test_a_port_that_is_taken_is_refused_before_anything_starts(tmp_path):

@@ -138,7 +138,6 @@ def run(config: DictConfig, run_dir: Path, in_sweep: bool = False, trainer: str 
 def train(config: DictConfig, trainer_class, placement, loss, data, run_dir: Path, in_sweep: bool) -> float | None:
     """Train on a placement, from the beginning or from a checkpoint of the same run."""
     from checkpoints import CheckpointWriter
-    from ranks import in_worker
     from resuming import checkpoint_to_continue
     from stopping import StopRequests
     from tracking import NoTracker, Tracker
@@ -179,9 +178,6 @@ def train(config: DictConfig, trainer_class, placement, loss, data, run_dir: Pat
                 f"local_dirs: the last checkpoint of {run_dir} could not be written. Make room, then resume={run_dir}."
             )
     print(f"run directory: {run_dir}", flush=True)
-    if stop.heard and in_worker():
-        # Its launcher, which has passed the signal on, takes no result any more: one that returns would wait for it.
-        raise StoppedError("the run was complete when it was asked to stop")
     return trainer.held_out_means[config.objective] if trainer.held_out_means else None
 
 

@@ -20,7 +20,14 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from configuration import check_config, explain_composition_error, force_open_sections, read_entries
+from configuration import (
+    caches_reference,
+    check_config,
+    explain_composition_error,
+    force_open_sections,
+    is_sharded,
+    read_entries,
+)  # fmt: skip
 from utils import UserError, first_existing
 
 
@@ -66,7 +73,7 @@ def start(config: DictConfig, run_dir: Path, in_sweep: bool) -> float | None:
     from launching import launch, number_of_workers, silence_others
     from ranks import in_worker
 
-    if config.trainer.name == "BasicTrainer" or config.dry_run:
+    if config.dry_run or not is_sharded(config):
         return run(config, run_dir, in_sweep)
     if in_worker():
         # torchrun has started it, or Slurm.
@@ -177,9 +184,8 @@ def make_reference(config: DictConfig, placement, policy, prompts, read_again: b
     other_dtype = config.model.reference_dtype != config.model.policy_dtype
     model = placement.reference(policy) if other_dtype else policy
     ranks = placement.ranks
-    by_choice = config.reference_logps is None
-    cached = config.reference_logps == "cached" or (by_choice and read_again)
-    if cached or (by_choice and ranks.from_main(directory.is_dir())):
+    cached = caches_reference(config, read_again)
+    if cached or (config.reference_logps is None and ranks.from_main(directory.is_dir())):
         path = cache_path(directory, model, prompts, ranks)
         if cached or ranks.from_main(path.exists()):
             return CachedReference(reference_logps_of(model, prompts, path, ranks))

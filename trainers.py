@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from batches import BatchIterator, MicroBatch, PackedBatch
 from checkpoints import save_checkpoint, save_policy_pt
+from configuration import sharded_dtype
 from evaluation import HeldOut, evaluate, sample_answers
 from logprobs import response_logps
 from losses import Loss, LossOutput, PairSelection, example_metrics, gap
@@ -279,8 +280,7 @@ class TensorParallelTrainer(FSDPTrainer):
 
 def computes_in_float16(config) -> bool:
     """Whether products are in float16 while the weights are not."""
-    sharded = config.trainer.get("param_dtype") or ("param_dtype" in config.trainer and config.model.fsdp_policy_mp)
-    return "float16" in (config.model.autocast_dtype, sharded) and config.model.policy_dtype != "float16"
+    return "float16" in (config.model.autocast_dtype, sharded_dtype(config)) and config.model.policy_dtype != "float16"
 
 
 def build_optimizer(policy: nn.Module, config) -> torch.optim.Optimizer:

@@ -13,7 +13,7 @@ from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -83,6 +83,9 @@ class StorageCounter(TorchDispatchMode):
         if any(issubclass(type_, DTensor) for type_ in types):
             # What it does with this process's part comes by on its own.
             return NotImplemented
+        if func is torch.ops._c10d_functional.wait_tensor.default and isinstance(args[0], FakeTensor):
+            # As a real one is: waited for, and no copy of it.
+            return args[0]
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
         for tensor in tree_iter(output):

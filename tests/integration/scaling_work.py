@@ -4,14 +4,16 @@ import torch
 from omegaconf import OmegaConf
 
 from batches import BatchIterator, examples_of, pack
+from launching import end_group, start_group
 from logprobs import LiveReference
 from losses import build_loss
 from memory_estimate import StorageCounter, most_held
 from models import load_tokenizer
 from prompt_table import PromptTable
 from ranks import Ranks
+from response_trees import forget_masks
 from scaling import Traffic, attributed
-from sharding import local
+from sharding import load_sharded, local, reference_beside
 from tokenization import TokenizedPrompt
 from trainers import TRAINERS
 
@@ -29,30 +31,33 @@ def pieces_and_step(ranks: Ranks) -> tuple:
 
 def real_steps(settings: list[dict]) -> list[dict]:
     """`real_step` under one configuration after the other."""
-    return [real_step(one) for one in settings]
+    device = start_group(5)
+    results = [real_step(OmegaConf.create(one), device) for one in settings]
+    end_group()
+    return results
 
 
-def real_step(settings: dict) -> dict:
+def real_step(config, device: torch.device) -> dict:
     """Memory and traffic of a real step, as the counters see them and (held) as the objects' own storages are."""
-    config = OmegaConf.create(settings)
     trainer_class = TRAINERS[config.trainer.name]
     tokenizer = load_tokenizer(config.model)
-    placement = trainer_class.placement(config, tokenizer)
+    ranks, layout = trainer_class.placement.lay_out(config, device.type, config.trainer.nproc_per_node)
     with StorageCounter(len(tokenizer)) as counter:
-        policy = placement.policy()
+        policy = load_sharded(config, tokenizer, layout, device, ranks)
         counter.kind = "reference"
-        reference = LiveReference(placement.reference(policy))
+        reference = LiveReference(reference_beside(policy, config, tokenizer, layout, device))
         counter.kind = "activations"
-        parts = policy, reference, build_loss("dpo", beta=0.1), tokenizer, None, [], [], None, None, placement.ranks
+        # Those that the model was proved with are not a step's.
+        forget_masks()
+        parts = policy, reference, build_loss("dpo", beta=0.1), tokenizer, None, [], [], None, None, ranks
         trainer = trainer_class(config, *parts)
-        pieces, step = pieces_and_step(placement.ranks)
+        pieces, step = pieces_and_step(ranks)
         held: dict[str, int] = {}
         trainer.optimizer.register_step_pre_hook(lambda *_: held.update(held_by(trainer)))
         memory = most_held(trainer, counter, pieces)
     with Traffic() as traffic:
         trainer.reference = attributed(reference, traffic)
         trainer.train_step(step)
-    placement.end()
     return {"memory": memory, "held": held, "sent": dict(traffic.sent), "calls": dict(traffic.calls)}
 
 

@@ -12,6 +12,7 @@ from models import load_tokenizer
 from scaling import fake_processes, laid_out, step_costs
 
 ROOT = Path(__file__).parent.parent.parent
+FSDP = "trainer=FSDPTrainer"
 
 
 @pytest.fixture(autouse=True)
@@ -20,26 +21,38 @@ def workers_find_the_modules(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests'}:{ROOT / 'tests' / 'integration'}")
 
 
-@pytest.mark.parametrize(
-    ("size", "overrides"),
-    [
-        (2, ("trainer=FSDPTrainer", "trainer.sharding=full", "trainer.param_dtype=bfloat16")),
-        (2, ("trainer=FSDPTrainer", "trainer.sharding=optimizer")),
-        (2, ("trainer=TensorParallelTrainer",)),
-        (3, ("trainer=FSDPTrainer", "trainer.sharding=grad_op")),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, tuple) else str(value),
-)
-def test_a_step_of_real_processes_holds_and_sends_what_was_found_without_them(compose, size, overrides):
-    config = compose("loss=dpo", "optimizer=AdamW", f"trainer.nproc_per_node={size}", *overrides)
-    real = launch(scaling_work.real_step, (OmegaConf.to_container(config, resolve=True),), size, None)
-    tokenizer = load_tokenizer(config.model)
+def costs_without_them(config):
+    """The same step of rank 0, found alone."""
+    tokenizer, size = load_tokenizer(config.model), config.trainer.nproc_per_node
     with fake_processes(size):
         ranks, layout = laid_out(config)
-        costs = step_costs(
-            config, tokenizer, build_loss("dpo"), True, *scaling_work.pieces_and_step(ranks), ranks=ranks, layout=layout
-        )
-    assert dict(costs.traffic.sent) == real["sent"] and dict(costs.traffic.calls) == real["calls"]
-    assert sum(costs.memory.values()) == pytest.approx(sum(real["memory"].values()), rel=0.01)
-    for kind in ("parameters", "optimizer"):
-        assert costs.memory[kind] == pytest.approx(real["held"][kind], rel=0.01)
+        work = scaling_work.pieces_and_step(ranks)
+        return step_costs(config, tokenizer, build_loss("dpo"), True, *work, ranks=ranks, layout=layout)
+
+
+@pytest.mark.parametrize(
+    ("size", "cases"),
+    [
+        (
+            2,
+            [
+                (FSDP, "trainer.sharding=full", "trainer.param_dtype=bfloat16"),
+                (FSDP, "trainer.sharding=optimizer"),
+                (FSDP, "trainer.sharding=none", "activation_checkpointing=true"),
+                ("trainer=TensorParallelTrainer",),
+            ],
+        ),
+        (4, [(FSDP, "trainer.sharding=grad_op"), ("trainer=TensorParallelTrainer", "trainer.tensor_parallel_size=2")]),
+    ],
+    ids=["two ranks", "four ranks"],
+)
+def test_a_step_of_real_processes_holds_and_sends_what_was_found_without_them(compose, size, cases):
+    configs = [compose("loss=dpo", "optimizer=AdamW", f"trainer.nproc_per_node={size}", *case) for case in cases]
+    settings = [OmegaConf.to_container(config, resolve=True) for config in configs]
+    for case, config, real in zip(cases, configs, launch(scaling_work.real_steps, (settings,), size, None), strict=True):
+        costs = costs_without_them(config)
+        assert dict(costs.traffic.sent) == real["sent"], case
+        assert dict(costs.traffic.calls) == real["calls"], case
+        assert sum(costs.memory.values()) == pytest.approx(sum(real["memory"].values()), rel=0.01), case
+        for kind in ("parameters", "optimizer"):
+            assert costs.memory[kind] == pytest.approx(real["held"][kind], rel=0.01), case

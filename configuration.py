@@ -196,7 +196,7 @@ def _check_choices(config: DictConfig) -> None:
 
 def is_sharded(config: DictConfig) -> bool:
     """Whether the trainer lays weights over several processes."""
-    return "sharding" in config.trainer
+    return config.trainer.name != "BasicTrainer"
 
 
 def sharded_dtype(config: DictConfig) -> str | None:

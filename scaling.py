@@ -152,10 +152,10 @@ class Traffic(TorchDispatchMode):
         tensors, group = args[collective.tensor], args[collective.group]
         ranks = group_size(group)
         for tensor in tensors if isinstance(tensors, list | tuple) else [tensors]:
-            others = tensor.numel() * tensor.element_size() * (ranks - 1)
+            whole = tensor.numel() * tensor.element_size() * (ranks if collective.of_part else 1)
             message = Message(self.model, collective.name, tensor.dtype, ranks)
             self.calls[message] += ranks > 1
-            self.sent[message] += collective.rounds * (others if collective.of_part else others // ranks)
+            self.sent[message] += collective.rounds * whole * (ranks - 1) // ranks
 
 
 def group_size(group) -> int:

@@ -139,8 +139,8 @@ def test_split_layers_add_up_activations_over_the_ranks_that_share_them(tiny):
     # Four of eight ranks differ in their data; each has a quarter of a half of what can be split.
     assert found.memory["parameters"] == pytest.approx(part(8), rel=0.02)
     # Sums over the ranks that share a layer, of 128 numbers a token: behind the embeddings once; in a block two forward, and
-    # the gradients of what went into q, k, v, gate and up backward; and those of what went into the head, at scored tokens. Over
-    # two ranks an all-reduce sends what it adds up. The rest are single numbers.
+    # backward the gradients of what went into q, k, v, gate and up; and those of what went into the head, at scored tokens.
+    # Over two ranks an all-reduce sends what it adds up. The rest are single numbers.
     tokens, scored = 58 + 28 + 38, 28 + 38
     sums = 128 * 4 * ((1 + LAYERS * (2 + 5)) * tokens + scored)
     assert sent(found.traffic)["policy", "all-reduce", 2] == pytest.approx(sums, abs=200)

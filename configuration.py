@@ -208,8 +208,23 @@ def _check_choices(config: DictConfig) -> None:
     if config.trainer.name not in choices_of("trainer"):
         hint = nearest(str(config.trainer.name), choices_of("trainer"))
         raise UserError(f"trainer.name: no trainer {config.trainer.name!r}; {hint}")
-    if config.trainer.name != "BasicTrainer":
+    if is_sharded(config):
         _check_sharded_trainer(config.trainer)
+
+
+def is_sharded(config: DictConfig) -> bool:
+    """Whether the trainer lays weights over several processes."""
+    return config.trainer.name != "BasicTrainer"
+
+
+def sharded_dtype(config: DictConfig) -> str | None:
+    """The dtype that a sharded trainer gathers weights in and computes in; None is the weights' own."""
+    return (config.trainer.param_dtype or config.model.fsdp_policy_mp) if is_sharded(config) else None
+
+
+def caches_reference(config: DictConfig, read_again: bool) -> bool:
+    """Whether the reference's log-probs are computed before training: if asked for, or left open and read more than once."""
+    return config.reference_logps == "cached" or (config.reference_logps is None and read_again)
 
 
 def _check_sharded_trainer(trainer: DictConfig) -> None:
@@ -219,12 +234,31 @@ def _check_sharded_trainer(trainer: DictConfig) -> None:
     for key in ("param_dtype", "reduce_dtype", "output_dtype"):
         if trainer[key] is not None and trainer[key] not in DTYPES:
             raise UserError(f"trainer.{key}: no dtype {trainer[key]!r}; {nearest(str(trainer[key]), DTYPES)}")
-    for key in ("nproc_per_node", "tensor_parallel_size"):
+    for key in ("nproc_per_node", "tensor_parallel_size", "world_size"):
         value = trainer.get(key)
         _require(value is None or (type(value) is int and value > 0), f"trainer.{key}", value, "a whole number from 1 or null")
     minutes = trainer.distributed_timeout_minutes
     _require(_is_number(minutes) and minutes > 0, "trainer.distributed_timeout_minutes", minutes, "a number above 0")
     _require(isinstance(trainer.cpu_offload, bool), "trainer.cpu_offload", trainer.cpu_offload, "true or false")
+    memory = trainer.device_memory
+    _require(memory is None or (_is_number(memory) and memory > 0), "trainer.device_memory", memory, "a number above 0 or null")
+    if trainer.world_size is not None:
+        _check_world_size(trainer)
+
+
+def _check_world_size(trainer: DictConfig) -> None:
+    size = trainer.world_size
+    if trainer.sharding == "hybrid" and trainer.nproc_per_node is None:
+        raise UserError(
+            "trainer.nproc_per_node: not given. Expected the processes of each machine: with trainer.sharding=hybrid they "
+            "share the weights, and trainer.world_size does not say how many they are."
+        )
+    divisors = {"tensor_parallel_size": trainer.get("tensor_parallel_size")}
+    if trainer.sharding == "hybrid":
+        divisors["nproc_per_node"] = trainer.nproc_per_node
+    for key, divisor in divisors.items():
+        if divisor and size % divisor:
+            raise UserError(f"trainer.world_size: found {size}, expected a multiple of trainer.{key}, which is {divisor}.")
 
 
 # The metrics of an evaluation, which a sweep may optimise; the first two are all that SFT has.

@@ -16,23 +16,33 @@ import psutil
 import torch
 import xxhash
 
-from batches import BatchIterator, PackedBatch, TokenBudget, examples_of, pieces_of
-from configuration import read_entries
+from batches import UNLIMITED, BatchIterator, MicroBatch, PackedBatch, TokenBudget, examples_of, pieces_of
+from configuration import caches_reference, is_sharded, read_entries
 from data_preparation import Prepared
 from memory_estimate import step_memory
 from models import untrained_budget
 from prompt_table import PromptTable
+from ranks import Ranks
 from records import DataReport
+from scaling import (
+    GIB,
+    budget_of,
+    fake_processes,
+    in_device_memory,
+    laid_out,
+    lines_of_traffic,
+    step_costs,
+    world_size,
+)  # fmt: skip
 from tokenization import TokenizedPrompt
 from utils import UserError, pick_device
 
-GIB = 2**30
 # Steps whose batches are made to see how long they are.
 STEPS_LOOKED_AT = 100
 
 
 def look(config, tokenizer, loss, data: tuple[Prepared, Prepared], batches_within: Callable) -> None:
-    """Print what a run would do. `batches_within` gives the run's BatchIterator for a TokenBudget.
+    """Print what a run would do. `batches_within` gives the run's BatchIterator for a TokenBudget and `Ranks`.
 
     Raises UserError where the run could not work.
     """
@@ -44,21 +54,53 @@ def look(config, tokenizer, loss, data: tuple[Prepared, Prepared], batches_withi
     print(f"\nprompts that are in both: {len(both):,}", "\nexamples", sep="\n")
     train = data[0].table
     print(*lines_of_examples([train[k] for k in range(min(3, len(train)))], tokenizer, wants_colour()), sep="\n")
+    look_at_steps = look_at_ranks if is_sharded(config) else look_at_one_process
+    look_at_steps(config, tokenizer, loss, facts[0], batches_within)
+
+
+def look_at_one_process(config, tokenizer, loss, facts: "Facts", batches_within: Callable) -> None:
+    """Print steps and memory of a run in this process alone. Raises UserError where there is too little memory."""
     device = pick_device()
     budget = untrained_budget(config, tokenizer, device)
     batches = batches_within(budget)
-    print("\nsteps", *lines_of_steps(batches, facts[0]), sep="\n")
-    by_choice = config.reference_logps is None and batches.visits_again
-    live = loss.needs_reference and not by_choice and config.reference_logps != "cached"
-    pieces = largest_pieces(batches, budget)
-    kinds = step_memory(config, tokenizer, loss.paired, live, pieces)
-    # Measured afterwards, when what a step imports is there.
-    taken = psutil.Process().memory_info().rss if device.type != "cuda" else 0
+    print("\nsteps", *lines_of_steps(batches, facts), sep="\n")
+    live = loss.needs_reference and not caches_reference(config, batches.visits_again)
+    pieces, _ = largest_pieces(batches, budget)
+    kinds = step_memory(config, tokenizer, loss, live, pieces)
+    taken = memory_taken(device)
     print("\nmemory", *lines_of_memory(kinds, pieces, taken, device.type), sep="\n", flush=True)
-    if "sharding" in config.trainer:
-        print("  in one process; the trainer divides this over several, which is not estimated", flush=True)
-    else:
-        check_memory(sum(kinds.values()) + taken, memory_of(device), device.type)
+    check_memory(sum(kinds.values()) + taken, memory_of(device), device.type)
+
+
+def look_at_ranks(config, tokenizer, loss, facts: "Facts", batches_within: Callable) -> None:
+    """Print steps, memory and communication of one of the processes of a sharded run.
+
+    Raises UserError where batches are too small for so many, or where a device has too little memory, if that is known.
+    """
+    trainer, size = config.trainer, world_size(config.trainer)
+    device = pick_device()
+    with fake_processes(size):
+        ranks, layout = laid_out(config)
+        budget = budget_of(config, tokenizer, layout)
+        batches = batches_within(budget, ranks)
+        live = loss.needs_reference and not caches_reference(config, batches.visits_again)
+        pieces, step = largest_pieces(batches, budget)
+        costs = step_costs(config, tokenizer, loss, live, pieces, step, ranks, layout)
+    number = sum(len(micro_batch.pieces) for micro_batch in step)
+    print("\nsteps", *lines_of_steps(batches, facts), *lines_of_rank(step, size, ranks, budget), sep="\n")
+    here = trainer.world_size is None and trainer.device_memory is None
+    taken = memory_taken(device) if here else 0
+    where = f"rank 0 of {size:,}" + (f" on {device.type}" if here else "")
+    print("\nmemory", *lines_of_memory(costs.memory, pieces, taken, where), sep="\n")
+    if trainer.cpu_offload:
+        print("  parameters, reference, gradients and optimizer are in the machine's memory (trainer.cpu_offload)")
+    print("\ncommunication", *lines_of_traffic(costs.traffic, number), sep="\n", flush=True)
+    if trainer.device_memory:
+        check_memory(in_device_memory(config, costs.memory), int(trainer.device_memory * GIB), "each device")
+    elif here and device.type == "cuda":
+        check_memory(in_device_memory(config, costs.memory), memory_of(device) // torch.cuda.device_count(), "each GPU")
+    elif here:
+        check_memory((sum(costs.memory.values()) + taken) * size, memory_of(device), f"{size} processes of this machine")
 
 
 # ---- facts of the data --------------------------------------------------------------------------------------------------
@@ -124,9 +166,7 @@ def lines_of_data(names: Sequence[str], reports: Sequence[DataReport], facts: Fa
     for name, report in zip(names, reports, strict=True):
         rows = f"{report.rows_read:,} rows read, " if report.rows_read else ""
         lines.append(f"  {name}: {rows}{report.num_prompts:,} prompts kept")
-        lines += [f"    {count:,} left out: {reason}" for reason, count in report.left_out.items()]
-        lines += [f"    {count:,} {what}" for what, count in report.changed.items()]
-        lines += [f"    {report.num_bad_rows:,} bad rows skipped"] * bool(report.num_bad_rows)
+        lines += [f"    {count:,} {what}" for count, what in report.counts()]
         lines += [f"    {message}" for message in report.bad_rows]
     what = "pairs" if paired else "examples"
     lines.append(
@@ -210,19 +250,41 @@ def lines_of_steps(batches: BatchIterator, facts: Facts) -> list[str]:
     ]
 
 
-def largest_pieces(batches: BatchIterator, budget: TokenBudget) -> list[PackedBatch]:
+def lines_of_rank(step: Sequence[MicroBatch], processes: int, ranks: Ranks, budget: TokenBudget) -> list[str]:
+    """What one rank of several computes of a step."""
+    pieces = [piece for micro_batch in step for piece in micro_batch.pieces]
+    examples = sum(piece.num_examples for piece in pieces if not piece.is_filler)
+    tokens = sum(len(piece.input_ids) for piece in pieces)
+    lines = [
+        f"  {processes:,} processes, {ranks.size:,} of which differ in their data",
+        f"  rank 0 in the largest of the first {STEPS_LOOKED_AT} steps: {tokens:,} tokens in {len(pieces):,} pieces; examples: "
+        f"{examples:,}",
+    ]
+    assumed = "  a micro-batch is taken to be computed at once; trainer.device_memory or max_tokens_per_microbatch say when not"
+    return [*lines, assumed] if budget == UNLIMITED else lines
+
+
+def largest_pieces(batches: BatchIterator, budget: TokenBudget) -> tuple[list[PackedBatch], list[MicroBatch]]:
     """Two pieces that a step computes one after the other, as large as they come; one where steps have one piece only.
 
-    Looked at are the first steps, and the longest prompt of all.
+    Also the step in which this rank has most tokens. Looked at are the first steps, and for pieces the longest prompt of all.
     """
     longest = batches.prompts.select(numpy.array([int(batches.prompts.num_tokens.argmax())]))
     pieces = pieces_of(list(examples_of(longest)), budget)
-    several = False
+    several, most, largest = False, 0, []
     for step in islice(batches, STEPS_LOOKED_AT):
         found = [piece for micro_batch in step for piece in micro_batch.pieces]
         several |= len(found) > 1
+        tokens = sum(len(piece.input_ids) for piece in found)
+        if tokens > most:
+            most, largest = tokens, step
         pieces = sorted([*pieces, *found], key=lambda piece: len(piece.input_ids))[-2:]
-    return pieces if several else pieces[-1:]
+    return (pieces if several else pieces[-1:]), largest
+
+
+def memory_taken(device: torch.device) -> int:
+    """What libraries and data take of a device's memory, in bytes; to be asked when what a step imports is there."""
+    return psutil.Process().memory_info().rss if device.type != "cuda" else 0
 
 
 def lines_of_memory(kinds: dict[str, int], pieces: Sequence[PackedBatch], taken: int, device: str) -> list[str]:

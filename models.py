@@ -121,15 +121,16 @@ def load_model(model_config, tokenizer, cache_dir: str | None = None) -> nn.Modu
     return _made_ready(model, model_config)
 
 
-def build_untrained(model_config, tokenizer, cache_dir: str | None = None) -> nn.Module:
-    """The model of a `model` configuration with weights that were never trained: what it is like, without reading any."""
+def build_untrained(model_config, tokenizer, cache_dir: str | None = None, dtype: str | None = None) -> nn.Module:
+    """The model of a `model` configuration with weights that were never trained: what it is like, without reading any.
+
+    dtype is a name such as bfloat16; None is `policy_dtype`.
+    """
     from transformers import AutoModelForCausalLM
 
-    dtype = getattr(torch, model_config.policy_dtype)
     config = model_configuration(model_config, tokenizer, cache_dir)
-    return _made_ready(
-        AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=model_config.trust_remote_code), model_config
-    )
+    options = {"dtype": getattr(torch, dtype or model_config.policy_dtype), "trust_remote_code": model_config.trust_remote_code}
+    return _made_ready(AutoModelForCausalLM.from_config(config, **options), model_config)
 
 
 def _made_ready(model: nn.Module, model_config) -> nn.Module:
@@ -299,17 +300,19 @@ def random_trees(vocabulary: int) -> PackedBatch:
 # ---- memory -------------------------------------------------------------------------------------------------------------
 
 
-def token_budget(model: nn.Module, limit: int | None = None, device: torch.device | None = None) -> TokenBudget:
-    """How many packed tokens to compute at once: up to `limit`, or as many as the memory that is free now holds.
+def token_budget(
+    model: nn.Module, limit: int | None = None, device: torch.device | None = None, free: int | None = None
+) -> TokenBudget:
+    """How many packed tokens to compute at once: up to `limit`, or as many as the free memory holds.
 
-    device is the model's own, or where it will be. A GPU gets faster with every token. A CPU does not beyond a thousand or
-    so: pieces of at most 1,536 were as fast as pieces of any size (58M Llama, two cores, 1,442 tokens a step), with 0.82 of
-    the peak memory.
+    device is the model's own, or where it will be; `free` its free bytes, None for what is free here and now. A GPU gets faster
+    with every token. A CPU does not beyond a thousand or so: pieces of at most 1,536 were as fast as pieces of any size (58M
+    Llama, two cores, 1,442 tokens a step), with 0.82 of the peak memory.
     """
     if limit is not None:
         return TokenBudget(limit, limit)
     device = device or model.device
-    limit = _tokens_that_fit(model, device)
+    limit = _tokens_that_fit(model, device, free)
     return TokenBudget(limit, limit if device.type != "cpu" else min(limit, 1536))
 
 
@@ -329,7 +332,7 @@ def untrained_budget(config, tokenizer, device: torch.device) -> TokenBudget:
     return token_budget(model, config.max_tokens_per_microbatch, device)
 
 
-def _tokens_that_fit(model: nn.Module, device: torch.device) -> int:
+def _tokens_that_fit(model: nn.Module, device: torch.device, free: int | None) -> int:
     """How many packed tokens one forward and backward may hold; at least 512.
 
     An estimate on the safe side: half of what is left beside gradients and two optimizer states, over the activations of a
@@ -346,13 +349,18 @@ def _tokens_that_fit(model: nn.Module, device: torch.device) -> int:
     weights = sum(part.numel() * part.element_size() for part in parts)
     # Weights that are not there yet will take of what is free now.
     to_come = weights if model.device != device else 0
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    else:
-        import psutil
-
-        free = psutil.virtual_memory().available // local_world_size()
+    if free is None:
+        free = free_memory(device) // (1 if device.type == "cuda" else local_world_size())
     return max(512, int((free - to_come - 3 * weights) / 2 / per_token))
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free now on a GPU, or in the machine."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    import psutil
+
+    return psutil.virtual_memory().available
 
 
 # ---- archives -----------------------------------------------------------------------------------------------------------

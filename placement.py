@@ -67,16 +67,23 @@ class Sharded:
 
     def __init__(self, config, tokenizer):
         from launching import start_group
-        from sharding import Layout, make_mesh, ranks_of
 
         self.config, self.tokenizer = config, tokenizer
         self.device = start_group(config.trainer.distributed_timeout_minutes)
-        world, local_size = torch.distributed.get_world_size(), local_world_size()
-        mesh = make_mesh(self.device.type, world, local_size, config.trainer.sharding, self.tensor_parallel_size(world))
-        self.ranks = ranks_of(mesh)
-        self.layout = Layout.of(config, mesh)
+        self.ranks, self.layout = self.lay_out(config, self.device.type, local_world_size())
 
-    def tensor_parallel_size(self, world_size: int) -> int:
+    @classmethod
+    def lay_out(cls, config, device_type: str, local_size: int) -> tuple:
+        """The `Ranks` that share the data and the `Layout` of weights, over joined processes, `local_size` on each machine."""
+        from sharding import Layout, make_mesh, ranks_of
+
+        world = torch.distributed.get_world_size()
+        size = cls.tensor_parallel_size(config, world)
+        mesh = make_mesh(device_type, world, local_size, config.trainer.sharding, size)
+        return ranks_of(mesh), Layout.of(config, mesh)
+
+    @staticmethod
+    def tensor_parallel_size(config, world_size: int) -> int:
         """Over how many processes each layer is split."""
         return 1
 
@@ -109,9 +116,10 @@ class Sharded:
 class TensorParallel(Sharded):
     """Every layer split over `trainer.tensor_parallel_size` processes; what is left of the world shards."""
 
-    def tensor_parallel_size(self, world_size: int) -> int:
+    @staticmethod
+    def tensor_parallel_size(config, world_size: int) -> int:
         """Over how many processes each layer is split. Raises UserError for a number that the world is no multiple of."""
-        size = self.config.trainer.tensor_parallel_size or world_size
+        size = config.trainer.tensor_parallel_size or world_size
         if world_size % size:
             raise UserError(
                 f"trainer.tensor_parallel_size: found {size}, expected a divisor of the number of processes, {world_size}."

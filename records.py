@@ -89,11 +89,16 @@ class DataReport:
         """Plain values, for JSON; `DataReport(**...)` reads them back."""
         return asdict(self)
 
+    def counts(self) -> Iterator[tuple[int, str]]:
+        """Everything that was left out, changed or skipped: how many, and what."""
+        yield from ((count, f"left out: {reason}") for reason, count in self.left_out.items())
+        yield from ((count, what) for what, count in self.changed.items())
+        if self.num_bad_rows:
+            yield self.num_bad_rows, "bad rows skipped"
+
     def lines(self) -> list[str]:
         """What is said about it: a line of counts, if there is anything to say, and the first bad rows."""
-        counts = [f"{count} left out: {reason}" for reason, count in self.left_out.items()]
-        counts += [f"{count} {what}" for what, count in self.changed.items()]
-        counts += [f"{self.num_bad_rows} bad rows skipped"] if self.num_bad_rows else []
+        counts = [f"{count} {what}" for count, what in self.counts()]
         return ["; ".join(counts)] * bool(counts) + [f"  {message}" for message in self.bad_rows]
 
 

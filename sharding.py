@@ -17,6 +17,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from torch.distributed.tensor import DTensor
 
 from batches import PackedBatch
+from configuration import sharded_dtype
 from logprobs import response_logps
 from models import (
     ROUNDING,
@@ -74,7 +75,7 @@ class Layout:
         """What a configuration asks for."""
         trainer = config.trainer
         dtypes = {
-            "param_dtype": trainer.param_dtype or config.model.fsdp_policy_mp,
+            "param_dtype": sharded_dtype(config),
             "reduce_dtype": trainer.reduce_dtype,
             "output_dtype": trainer.output_dtype,
         }
@@ -152,7 +153,7 @@ def load_sharded(config, tokenizer, layout: Layout, device: torch.device, ranks:
     """
     source = load_model(config.model, tokenizer, config.cache_dir) if ranks.is_main else None
     shares = ranks.from_main(share_prefixes(source, config.prefix_sharing) if ranks.is_main else None)
-    model = _empty(config, tokenizer, config.model.policy_dtype, shares, layout, device)
+    model = empty_model(config, tokenizer, config.model.policy_dtype, shares, layout, device)
     state = source.state_dict() if ranks.is_main else {}
     set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
     buffers = dict(source.named_buffers()) if ranks.is_main else {}
@@ -167,7 +168,7 @@ def load_sharded(config, tokenizer, layout: Layout, device: torch.device, ranks:
 def reference_beside(policy: nn.Module, config, tokenizer, layout: Layout, device: torch.device) -> nn.Module:
     """A frozen copy of a laid-out policy as it is now, in `reference_dtype`; nothing is sent."""
     shares = policy.config._attn_implementation == RESPONSE_TREES
-    copy = _empty(config, tokenizer, config.model.reference_dtype, shares, layout, device)
+    copy = empty_model(config, tokenizer, config.model.reference_dtype, shares, layout, device)
     with torch.no_grad():
         for mine, theirs in zip(copy.parameters(), policy.parameters(), strict=True):
             local(mine).copy_(local(theirs))
@@ -176,11 +177,13 @@ def reference_beside(policy: nn.Module, config, tokenizer, layout: Layout, devic
     return copy.eval().requires_grad_(False)
 
 
-def _empty(config, tokenizer, dtype: str, shares: bool, layout: Layout, device: torch.device) -> nn.Module:
-    from omegaconf import OmegaConf
+def empty_model(config, tokenizer, dtype: str, shares: bool, layout: Layout, device: torch.device) -> nn.Module:
+    """The model of a configuration laid over the mesh, with memory for this process's part of the weights but no values.
 
+    dtype is a name such as bfloat16; shares says whether the model attends over response trees.
+    """
     with torch.device("meta"):
-        model = build_untrained(OmegaConf.merge(config.model, {"policy_dtype": dtype}), tokenizer, config.cache_dir)
+        model = build_untrained(config.model, tokenizer, config.cache_dir, dtype)
     if shares:
         # A head that is split over processes gives logits, which its plan gathers.
         attend_over_trees(model, scoring_head=layout.mesh["tensor"].size() == 1)

@@ -23,7 +23,15 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from configuration import LONGEST_NAME, check_config, explain_composition_error, force_open_sections, read_entries
+from configuration import (
+    LONGEST_NAME,
+    caches_reference,
+    check_config,
+    explain_composition_error,
+    force_open_sections,
+    is_sharded,
+    read_entries,
+)
 from stopping import STOPPED, StoppedError
 from utils import UserError, first_existing, first_to_speak
 
@@ -76,7 +84,7 @@ def start(config: DictConfig, run_dir: Path, in_sweep: bool) -> float | None:
     from launching import launch, number_of_workers, silence_others
     from ranks import in_worker
 
-    if config.trainer.name == "BasicTrainer" or config.dry_run:
+    if config.dry_run or not is_sharded(config):
         return run(config, run_dir, in_sweep)
     if config.trainer.name == "TensorParallelTrainer":
         from layer_splitting import splits_in_one_process
@@ -323,9 +331,8 @@ def make_reference(config: DictConfig, placement, policy, prompts, read_again: b
     other_dtype = config.model.reference_dtype != config.model.policy_dtype
     model = placement.reference(policy) if other_dtype else policy
     ranks = placement.ranks
-    by_choice = config.reference_logps is None
-    cached = config.reference_logps == "cached" or (by_choice and read_again)
-    if cached or (by_choice and ranks.from_main(directory.is_dir())):
+    cached = caches_reference(config, read_again)
+    if cached or (config.reference_logps is None and ranks.from_main(directory.is_dir())):
         path = cache_path(directory, model, prompts, ranks)
         if cached or ranks.from_main(path.exists()):
             return CachedReference(reference_logps_of(model, prompts, path, ranks))

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from batches import BatchIterator, MicroBatch, PackedBatch
 from checkpoints import CheckpointWriter, Snapshot, read_optimizer, read_state, read_weights
+from configuration import sharded_dtype
 from evaluation import HeldOut, evaluate, sample_answers
 from guards import StillWeights, Watch
 from layer_splitting import joined_optimizer_state, joined_weights, set_joined_weights, split_optimizer_state
@@ -152,12 +153,10 @@ class BasicTrainer:
         num_examples = sum(micro_batch.num_examples for micro_batch in micro_batches)
         sums, statistics, scored = self.backward_within_memory(micro_batches, remembered)
         grad_norm = self.scaled_down_gradient()
-        # Added up and read at once, before the weights change: one wait for the device.
-        sums |= {"stop": torch.tensor(float(self.stop.reason is not None), device=self.device) * num_examples}
-        totals = self.ranks.total(torch.stack(list(sums.values())) / num_examples)
-        *values, norm = torch.cat([totals, grad_norm.detach().to(totals).reshape(1)]).tolist()
+        # Read at once, before the weights change: one wait for the device.
+        *values, stop, norm = self.added_up(sums, grad_norm, num_examples).tolist()
         metrics = dict(zip(sums, values, strict=True))
-        self.stopping = metrics.pop("stop") > 0
+        self.stopping = stop > 0
         self.examples += num_examples
         # Where gradients are scaled, the scaler leaves a step out whose gradient has overflown.
         if math.isfinite(metrics["loss/train"]) and (math.isfinite(norm) or self.scaler.is_enabled()):
@@ -204,6 +203,12 @@ class BasicTrainer:
                 statistics = output.statistics
                 scored.append((output.losses.detach(), piece.sources))
         return sums, statistics, scored
+
+    def added_up(self, sums: dict[str, Tensor], grad_norm: Tensor, num_examples: int) -> Tensor:
+        """A step's numbers over all ranks: the means of `sums`, whether any rank is to stop (above 0), the gradient's norm."""
+        stop = torch.full((), float(self.stop.reason is not None), device=self.device)
+        totals = self.ranks.total(torch.stack([*(value / num_examples for value in sums.values()), stop]))
+        return torch.cat([totals, grad_norm.detach().to(totals).reshape(1)])
 
     def scaled_down_gradient(self) -> Tensor:
         """Bring the gradient to its own scale, and down to `max_grad_norm`; returns its norm before that, a scalar."""
@@ -440,8 +445,7 @@ class TensorParallelTrainer(FSDPTrainer):
 
 def computes_in_float16(config) -> bool:
     """Whether products are in float16 while the weights are not."""
-    sharded = config.trainer.get("param_dtype") or ("param_dtype" in config.trainer and config.model.fsdp_policy_mp)
-    return "float16" in (config.model.autocast_dtype, sharded) and config.model.policy_dtype != "float16"
+    return "float16" in (config.model.autocast_dtype, sharded_dtype(config)) and config.model.policy_dtype != "float16"
 
 
 def check_optimizer(config) -> None:

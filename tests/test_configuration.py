@@ -392,6 +392,26 @@ STRATEGIES = {"never": "'never'", "null": "None", "epochs": "'epochs'", "false":
         ("trainer=FSDPTrainer trainer.sharding=ful", "trainer.sharding", "'ful'", "did you mean full?"),
         ("trainer=FSDPTrainer trainer.param_dtype=half", "trainer.param_dtype", "'half'", "no dtype"),
         ("trainer=FSDPTrainer trainer.nproc_per_node=0", "trainer.nproc_per_node", "0", "a whole number from 1 or null"),
+        ("trainer=FSDPTrainer trainer.world_size=0", "trainer.world_size", "0", "a whole number from 1 or null"),
+        ("trainer=FSDPTrainer trainer.device_memory=0", "trainer.device_memory", "0", "a number above 0 or null"),
+        (
+            "trainer=FSDPTrainer trainer.sharding=hybrid trainer.world_size=8",
+            "trainer.nproc_per_node",
+            "not given",
+            "the processes of each machine",
+        ),
+        (
+            "trainer=FSDPTrainer trainer.sharding=hybrid trainer.world_size=12 trainer.nproc_per_node=8",
+            "trainer.world_size",
+            "12",
+            "a multiple of trainer.nproc_per_node, which is 8",
+        ),
+        (
+            "trainer=TensorParallelTrainer trainer.world_size=12 trainer.tensor_parallel_size=8",
+            "trainer.world_size",
+            "12",
+            "a multiple of trainer.tensor_parallel_size, which is 8",
+        ),
         (
             "trainer=FSDPTrainer trainer.distributed_timeout_minutes=0",
             "trainer.distributed_timeout_minutes",

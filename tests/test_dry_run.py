@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -70,10 +71,32 @@ def test_a_model_that_no_machine_holds_is_refused_without_being_built(tmp_path):
     assert done.stderr.startswith("memory: a step would hold ") and "Lower max_tokens_per_microbatch" in done.stderr
 
 
-def test_a_sharded_trainer_is_not_refused_for_what_one_process_would_hold(tmp_path):
-    huge = ("model.from_config.hidden_size=65536", "model.from_config.intermediate_size=262144")
-    done = run(tmp_path, *huge, "model.from_config.num_hidden_layers=4", "trainer=FSDPTrainer")
-    assert done.returncode == 0 and "the trainer divides this over several" in done.stdout
+HUGE = ("model.from_config.hidden_size=65536", "model.from_config.intermediate_size=262144")
+
+
+def test_one_of_many_processes_is_looked_at_whatever_this_machine_has(tmp_path):
+    # 4 layers of 4 x 65536^2 + 3 x 65536 x 262144 and embeddings are 275 billion weights: 1 TB, 2 GB on each of 512.
+    done = run(tmp_path, *HUGE, "trainer=FSDPTrainer", "trainer.world_size=512", "batch_size=512")
+    assert done.returncode == 0, done.stderr
+    shown = done.stdout.split("\nsteps\n")[1]
+    assert "512 processes, 512 of which differ in their data" in shown and "on rank 0 of 512, when most is held" in shown
+    assert re.search(r"parameters +2\.0\d\d GB", shown) and re.search(r"policy +all-gather +float32 +over +512 ranks", shown)
+    # Nothing says how much memory there is, so a micro-batch is not cut.
+    assert "trainer.device_memory or max_tokens_per_microbatch say when not" in shown
+
+
+@pytest.mark.parametrize(
+    ("overrides", "heard"),
+    [
+        (("trainer=FSDPTrainer", "trainer.world_size=64", "batch_size=32"), "batch_size: found 32, which in 1 micro-batches"),
+        (("trainer=FSDPTrainer", "trainer.world_size=8", "trainer.device_memory=0.001"), "memory: a step would hold 0.0"),
+        (("trainer=FSDPTrainer", *HUGE), r"on 2 processes of this machine"),
+    ],
+    ids=["batch", "device memory", "this machine"],
+)
+def test_processes_that_could_not_train_are_refused(tmp_path, overrides, heard):
+    done = run(tmp_path, *overrides)
+    assert done.returncode == 2 and heard in done.stderr
 
 
 def test_duplicates_and_contradictions_are_counted_over_all_prompts():
@@ -137,10 +160,11 @@ def test_steps_and_what_sharing_saves_are_those_of_the_run():
 
 def test_the_largest_pieces_are_found_and_two_where_a_step_has_several():
     prompts = table(*(TokenizedPrompt([1] * (2 + n), [A, B], [(0, 1)]) for n in range(10)))
-    [whole] = largest_pieces(BatchIterator(prompts, 10), UNLIMITED)
+    [whole], step = largest_pieces(BatchIterator(prompts, 10), UNLIMITED)
+    assert step[0].pieces[0].input_ids.equal(whole.input_ids)
     assert len(whole.input_ids) == sum(2 + n + 5 for n in range(10))
     budget = TokenBudget(20, 20)
-    pieces = largest_pieces(BatchIterator(prompts, 10, budget=budget), budget)
+    pieces, _ = largest_pieces(BatchIterator(prompts, 10, budget=budget), budget)
     assert len(pieces) == 2 and all(len(piece.input_ids) <= 20 for piece in pieces)
 
 

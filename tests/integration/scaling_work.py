@@ -1,0 +1,73 @@
+"""What the processes of `test_real_scaling.py` do: a real step of a sharded trainer, with everything held and sent counted."""
+
+import torch
+from omegaconf import OmegaConf
+
+from batches import BatchIterator, examples_of, pack
+from launching import end_group, start_group
+from logprobs import LiveReference
+from losses import build_loss
+from memory_estimate import StorageCounter, most_held
+from models import load_tokenizer
+from prompt_table import PromptTable
+from ranks import Ranks
+from response_trees import forget_masks
+from scaling import Traffic, attributed
+from sharding import load_sharded, local, reference_beside
+from tokenization import TokenizedPrompt
+from trainers import TRAINERS
+
+
+def prompts(count: int = 8) -> list[TokenizedPrompt]:
+    """Pairs of 120 to 127 tokens."""
+    return [TokenizedPrompt([2] * (50 + n), [[3] * 30, [4] * 40], [(0, 1)]) for n in range(count)]
+
+
+def pieces_and_step(ranks: Ranks) -> tuple:
+    """Two pieces, and this rank's part of a step of eight pairs."""
+    step = next(iter(BatchIterator(PromptTable.of(prompts()), 8, 2, ranks=ranks)))
+    return [pack(list(examples_of(prompts(2))))] * 2, step
+
+
+def real_steps(settings: list[dict]) -> list[dict]:
+    """`real_step` under one configuration after the other."""
+    device = start_group(5)
+    results = [real_step(OmegaConf.create(one), device) for one in settings]
+    end_group()
+    return results
+
+
+def real_step(config, device: torch.device) -> dict:
+    """Memory and traffic of a real step, as the counters see them and (held) as the objects' own storages are."""
+    trainer_class = TRAINERS[config.trainer.name]
+    tokenizer = load_tokenizer(config.model)
+    ranks, layout = trainer_class.placement.lay_out(config, device.type, config.trainer.nproc_per_node)
+    with StorageCounter(len(tokenizer)) as counter:
+        policy = load_sharded(config, tokenizer, layout, device, ranks)
+        counter.kind = "reference"
+        reference = LiveReference(reference_beside(policy, config, tokenizer, layout, device))
+        counter.kind = "activations"
+        # Those that the model was proved with are not a step's.
+        forget_masks()
+        parts = policy, reference, build_loss("dpo", beta=0.1), tokenizer, None, [], [], None, None, ranks
+        trainer = trainer_class(config, *parts)
+        pieces, step = pieces_and_step(ranks)
+        held: dict[str, int] = {}
+        trainer.optimizer.register_step_pre_hook(lambda *_: held.update(held_by(trainer)))
+        memory = most_held(trainer, counter, pieces)
+    with Traffic() as traffic:
+        trainer.reference = attributed(reference, traffic)
+        trainer.train_step(step)
+    return {"memory": memory, "held": held, "sent": dict(traffic.sent), "calls": dict(traffic.calls)}
+
+
+def held_by(trainer) -> dict[str, int]:
+    """Bytes of the storages of weights, gradients and optimizer state."""
+    weights = list(trainer.policy.parameters())
+    states = [value for state in trainer.optimizer.state.values() for value in state.values()]
+    tensors = {"parameters": weights, "gradients": [weight.grad for weight in weights], "optimizer": states}
+    return {
+        kind: sum({local(t).untyped_storage().data_ptr(): local(t).untyped_storage().nbytes() for t in found}.values())
+        for kind, found in tensors.items()
+        if all(isinstance(t, torch.Tensor) for t in found)
+    }

@@ -1,0 +1,58 @@
+"""What is found for processes that are not there is what the same number of real ones hold and send."""
+
+from pathlib import Path
+
+import pytest
+import scaling_work
+from omegaconf import OmegaConf
+
+from launching import launch
+from losses import build_loss
+from models import load_tokenizer
+from scaling import fake_processes, laid_out, step_costs
+
+ROOT = Path(__file__).parent.parent.parent
+FSDP = "trainer=FSDPTrainer"
+
+
+@pytest.fixture(autouse=True)
+def workers_find_the_modules(monkeypatch):
+    """Spawned processes import what is pickled by its module's name."""
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests'}:{ROOT / 'tests' / 'integration'}")
+
+
+def costs_without_them(config):
+    """The same step of rank 0, found alone."""
+    tokenizer, size = load_tokenizer(config.model), config.trainer.nproc_per_node
+    with fake_processes(size):
+        ranks, layout = laid_out(config)
+        work = scaling_work.pieces_and_step(ranks)
+        return step_costs(config, tokenizer, build_loss("dpo"), True, *work, ranks=ranks, layout=layout)
+
+
+@pytest.mark.parametrize(
+    ("size", "cases"),
+    [
+        (
+            2,
+            [
+                (FSDP, "trainer.sharding=full", "trainer.param_dtype=bfloat16"),
+                (FSDP, "trainer.sharding=optimizer"),
+                (FSDP, "trainer.sharding=none", "activation_checkpointing=true"),
+                ("trainer=TensorParallelTrainer",),
+            ],
+        ),
+        (4, [(FSDP, "trainer.sharding=grad_op"), ("trainer=TensorParallelTrainer", "trainer.tensor_parallel_size=2")]),
+    ],
+    ids=["two ranks", "four ranks"],
+)
+def test_a_step_of_real_processes_holds_and_sends_what_was_found_without_them(compose, size, cases):
+    configs = [compose("loss=dpo", "optimizer=AdamW", f"trainer.nproc_per_node={size}", *case) for case in cases]
+    settings = [OmegaConf.to_container(config, resolve=True) for config in configs]
+    for case, config, real in zip(cases, configs, launch(scaling_work.real_steps, (settings,), size, None), strict=True):
+        costs = costs_without_them(config)
+        assert dict(costs.traffic.sent) == real["sent"], case
+        assert dict(costs.traffic.calls) == real["calls"], case
+        assert sum(costs.memory.values()) == pytest.approx(sum(real["memory"].values()), rel=0.01), case
+        for kind in ("parameters", "optimizer"):
+            assert costs.memory[kind] == pytest.approx(real["held"][kind], rel=0.01), case

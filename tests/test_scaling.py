@@ -21,8 +21,8 @@ BLOCK = 4 * 128 * 128 + 3 * 128 * 384 + 2 * 128
 VOCABULARY = 620
 ROOT = VOCABULARY * 128 + 128
 WEIGHTS = LAYERS * 9 + 2
-# Seven metrics, 4 bytes each, added up over eight ranks.
-METRICS = 2 * 7 * 4 * 7 // 8
+# Seven metrics and whether to stop, 4 bytes each, added up over eight ranks.
+METRICS = 2 * 8 * 4 * 7 // 8
 
 
 def part(ranks: int) -> int:

@@ -19,7 +19,7 @@ import torch
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from ranks import in_worker, local_rank
+from ranks import in_worker, local_rank, local_world_size
 from stopping import ENDED_AT_ONCE, SIGNALS, STOPPED, StoppedError
 from utils import UserError, usable_cores
 
@@ -115,9 +115,18 @@ def start_group(timeout_minutes: float) -> torch.device:
     device = torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    timeout = timedelta(minutes=timeout_minutes)
+    store, rank, size = next(torch.distributed.rendezvous("env://", timeout=timeout))
+    if local_world_size() == size:
+        # Workers that torchrun has started again find the store of those before them, with addresses at which nobody is any
+        # more. Over several machines each counts its own restarts; there the README has an environment variable.
+        store = torch.distributed.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     torch.distributed.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
-        timeout=timedelta(minutes=timeout_minutes),
+        store=store,
+        rank=rank,
+        world_size=size,
+        timeout=timeout,
         device_id=device if device.type == "cuda" else None,
     )
     return device

@@ -201,9 +201,9 @@ def prove() -> bool:
             trains_alike(1, "full"),
             trains_alike(2, "hybrid"),
             # The kernel closes the connections of processes that are killed, which the others see at once.
-            ends("all of host 1 is killed", Machine.power_off, 15),
+            ends("all of host 1 is killed", Machine.power_off, SILENCE - 1),
             # Nothing says that host 1 is gone; the time-out of the process group does.
-            ends("the cable of host 1 is pulled", Machine.pull_cable, SILENCE + 15),
+            ends("the cable of host 1 is pulled", Machine.pull_cable, SILENCE + 45),
         ]
     )
 

@@ -7,13 +7,15 @@ import signal
 import time
 from pathlib import Path
 
-from processes import EVERY, PATIENCE, RESUMED, STEP, Run, assert_undisturbed, assert_whole, checkpoints_of
+from processes import EVERY, PATIENCE, RESUMED, STEP, Run, assert_undisturbed, assert_whole, checkpoints_of, rows_of
 
 from stopping import STOPPED
 
 SIGNALS = {"SIGTERM": signal.SIGTERM, "SIGUSR1": signal.SIGUSR1, "SIGINT": signal.SIGINT}
 KILLS = ("kill while writing", "kill")
-RANK_FAULTS = ("kill a rank", "stop a rank", "kill the launcher")
+BATCH = 16
+RANK_FAULTS = ["kill a rank", "stop a rank", "kill the launcher"]
+AT_THE_END = "SIGTERM at the end"
 
 
 class Campaign:
@@ -73,6 +75,12 @@ class Campaign:
             if not run.until_writing():
                 return False
             time.sleep(self.draw.uniform(0, 0.06))
+        elif fault == AT_THE_END:
+            total = rows_of(self.expected)[-1]["counters/examples"]
+            if not run.until(f"^{total - BATCH}/{total} loss"):
+                return False
+            run.process.send_signal(signal.SIGTERM)
+            return True
         elif fault in RANK_FAULTS:
             return self._strike_one_process(run, fault)
         else:
@@ -116,12 +124,16 @@ class Campaign:
         if fault in ("kill a rank", "stop a rank"):
             assert status == 1 and re.search(r"rank [01] of 2 died \(.*\); the others were ended", run.output), run.output
             return seen, None
-        if fault not in SIGNALS:
+        if fault == AT_THE_END and kept == rows_of(self.expected)[-1]["counters/examples"]:
+            # It was past the last step in which it could have stopped, and is complete.
+            assert status == 0, run.output
+            return seen, kept
+        if fault not in (*SIGNALS, AT_THE_END):
             assert status == -signal.SIGKILL, run.output
             return seen, None
         assert status == STOPPED, run.output
         # Of several processes each may say why; one is enough.
-        stopped = re.search(rf"stopped after (\d+) examples: ({fault}|another process)", run.output)
+        stopped = re.search(rf"stopped after (\d+) examples: ({fault.split()[0]}|another process)", run.output)
         assert stopped and kept == int(stopped[1]) == seen, run.output
         return seen, kept
 

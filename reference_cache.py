@@ -11,11 +11,10 @@ from pathlib import Path
 import torch
 import xxhash
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from batches import examples_of, pieces_of
 from logprobs import response_logps
-from models import shared_budget, token_budget
+from models import shared_budget, token_budget, weights_hash
 from prompt_table import Selection
 from ranks import ALONE, Ranks
 
@@ -25,15 +24,8 @@ EXAMPLES_AT_ONCE = 1024
 
 def cache_key(model: nn.Module, prompts: Selection, ranks: Ranks = ALONE) -> str:
     """Hash of all that the log-probs of `prompts` under `model` depend on; 32 hexadecimal digits, the same on all ranks."""
-    digest = xxhash.xxh3_128()
     how = (type(model).__name__, model.config._attn_implementation, str(model.dtype), torch.__version__, model.device.type)
-    digest.update(repr(how).encode())
-    for name, weight in model.state_dict().items():
-        digest.update(name.encode())
-        part = weight.to_local() if isinstance(weight, DTensor) else weight
-        digest.update(part.detach().cpu().contiguous().view(torch.uint8).numpy())
-    digest.update(prompts.fingerprint.encode())
-    parts = ranks.gather(digest.hexdigest())
+    parts = ranks.gather(xxhash.xxh3_128_hexdigest(repr((how, weights_hash(model), prompts.fingerprint)).encode()))
     return parts[0] if len(parts) == 1 else xxhash.xxh3_128_hexdigest("".join(parts).encode())
 
 
@@ -48,11 +40,13 @@ def reference_logps_of(model: nn.Module, prompts: Selection, path: Path, ranks: 
     Read from `path`, which `cache_path` gave, where they have been computed before, else computed and written there; says
     which.
     """
-    if path.exists():
-        logps = _read(path)
-        if logps is not None:
-            print(f"reference: log-probs of {_count(logps)} responses read from {path}", flush=True)
-            return logps
+    # The main rank alone looks: another machine may not see the same file yet, or at all, and all have to do the same.
+    there = ranks.from_main(path.exists())
+    logps = ranks.from_main(_read(path) if there and ranks.is_main else None)
+    if logps is not None:
+        print(f"reference: log-probs of {_count(logps)} responses read from {path}", flush=True)
+        return logps
+    if there:
         print(f"reference: {path} is damaged and computed anew", flush=True)
     logps = compute_logps(model, prompts, ranks)
     if ranks.is_main:
@@ -102,11 +96,12 @@ def _read(path: Path) -> Tensor | None:
 
 def _write(path: Path, logps: Tensor) -> None:
     """Write beside the place and rename: whoever looks finds a whole file or none."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}.partial")
-    save_file({"logps": logps}, partial, metadata={"checksum": _checksum(logps)})
+    # Its own way to write a file would make it the owner's alone, whatever the umask is.
+    partial.write_bytes(save({"logps": logps}, metadata={"checksum": _checksum(logps)}))
     os.replace(partial, path)
 
 

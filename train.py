@@ -297,9 +297,8 @@ def used_by_this_run(run_dir: Path):
     try:
         yield
     finally:
-        if [path.name for path in run_dir.iterdir()] == [".lock"]:
-            # A run that was refused leaves nothing.
-            (run_dir / ".lock").unlink()
+        # Before it is released: who comes now finds no lock, or one that is held.
+        (run_dir / ".lock").unlink(missing_ok=True)
         lock.release()
 
 

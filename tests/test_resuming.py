@@ -276,7 +276,7 @@ def test_rows_and_checkpoints_behind_the_checkpoint_are_taken_away_or_set_aside(
     (run_dir / "step-16.partial").mkdir()
     (run_dir / "bad_batches.jsonl").write_text('{"counters/examples": 8}\n{"counters/examples": 9}\n')
     before = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    cut_back(run_dir / "step-8")
+    cut_back(run_dir, run_dir / "step-8")
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert rows == [row for row in before if row["counters/examples"] <= 8] and len(rows) < len(before)
     samples = [json.loads(line) for line in (run_dir / "samples.jsonl").read_text().splitlines()]
@@ -309,7 +309,7 @@ def test_half_a_row_is_taken_away_and_whole_ones_stay_as_they_are(end, tmp_path)
     (tmp_path / "step-8").mkdir()
     row = json.dumps(KEPT, ensure_ascii=False).encode() + b"\n"
     (tmp_path / "samples.jsonl").write_bytes(row + end)
-    cut_back(tmp_path / "step-8")
+    cut_back(tmp_path, tmp_path / "step-8")
     assert (tmp_path / "samples.jsonl").read_bytes() == row
     assert [path.name for path in tmp_path.iterdir() if path.name != "step-8"] == ["samples.jsonl"]
 
@@ -317,5 +317,5 @@ def test_half_a_row_is_taken_away_and_whole_ones_stay_as_they_are(end, tmp_path)
 def test_a_whole_row_without_its_line_end_gets_one(tmp_path):
     (tmp_path / "step-8").mkdir()
     (tmp_path / "metrics.jsonl").write_text('{"counters/examples": 4}\n{"counters/examples": 8}')
-    cut_back(tmp_path / "step-8")
+    cut_back(tmp_path, tmp_path / "step-8")
     assert (tmp_path / "metrics.jsonl").read_text() == '{"counters/examples": 4}\n{"counters/examples": 8}\n'

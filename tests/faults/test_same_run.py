@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 from functools import partial
 
 import pytest
@@ -11,7 +12,6 @@ from processes import (
     STEP,
     Run,
     assert_same_weights,
-    assert_undisturbed,
     assert_whole,
     rows_of,
     train_here,
@@ -20,6 +20,7 @@ from processes import (
 from safetensors.torch import load_file, save_file
 
 from checkpoints import checkpoints_of
+from stopping import STOPPED
 from utils import UserError
 
 
@@ -114,14 +115,15 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew_without_i
     assert_whole(tmp_path / "run")
 
 
-def test_the_second_run_on_a_directory_is_refused_and_the_first_goes_on(tmp_path, tmp_path_factory):
-    first = Run(tmp_path, "loss=dpo")
+def test_the_second_run_on_a_directory_is_refused_and_the_first_goes_on(tmp_path):
+    first = Run(tmp_path, "loss=dpo", "n_examples=1000000", "n_epochs=null")
     assert first.until(STEP)
     second = Run(tmp_path, "loss=dpo")
     assert second.wait() == 2
     assert second.lines[-1].startswith(f"local_run_dir: {tmp_path}/run is in use by another run. Wait for it")
-    assert first.wait() == 0, first.output
-    assert_undisturbed(first.dir, undisturbed(tmp_path_factory, "DPO", "loss=dpo"))
+    assert first.until(STEP)
+    first.process.send_signal(signal.SIGTERM)
+    assert first.wait() == STOPPED, first.output
 
 
 def test_one_process_two_and_one_again_go_on_with_the_same_data_and_curve(compose, tmp_path, tmp_path_factory):

@@ -43,7 +43,7 @@ def real_step(config, device: torch.device) -> dict:
     tokenizer = load_tokenizer(config.model)
     ranks, layout = trainer_class.placement.lay_out(config, device.type, config.trainer.nproc_per_node)
     with StorageCounter(len(tokenizer)) as counter:
-        policy = load_sharded(config, tokenizer, layout, device, ranks)
+        policy, _ = load_sharded(config, tokenizer, layout, device, ranks)
         counter.kind = "reference"
         reference = LiveReference(reference_beside(policy, config, tokenizer, layout, device))
         counter.kind = "activations"

@@ -53,7 +53,7 @@ def build(job: dict, work: Work, prompts: PromptTable):
     policy = placement.policy()
     batches = _iterator(prompts, work, token_budget(policy, config.max_tokens_per_microbatch))
     reference = make_reference(config, placement, policy, batches.prompts_seen, False) if loss.needs_reference else None
-    return trainer_class(config, policy, reference, loss, tokenizer, batches, [], [], None, Path(job["output_dir"]))
+    return trainer_class(config, policy, reference, loss, tokenizer, batches, [], [], None)
 
 
 def _config(job: dict, work: Work):

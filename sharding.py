@@ -25,15 +25,16 @@ from models import (
     build_untrained,
     disagreement,
     enable_activation_checkpointing,
+    free_memory,
     load_model,
     logps_and_gradients,
     random_trees,
     share_prefixes,
     weights_hash,
 )
-from ranks import Ranks, local, whole
+from ranks import Ranks, local, local_world_size, whole
 from response_trees import RESPONSE_TREES
-from utils import UserError
+from utils import UserError, settle_memory
 
 # ---- the mesh -----------------------------------------------------------------------------------------------------------
 
@@ -151,6 +152,7 @@ def load_sharded(config, tokenizer, layout: Layout, device: torch.device, ranks:
     Whether it shares prefixes is proved on the main rank; that the laid-out model computes the same, on all. Raises UserError
     where it does not.
     """
+    settle_memory(keep_freed=has_plenty_of_memory(config, tokenizer))
     source = load_model(config.model, tokenizer, config.cache_dir) if ranks.is_main else None
     shares = ranks.from_main(share_prefixes(source, config.prefix_sharing) if ranks.is_main else None)
     model = empty_model(config, tokenizer, config.model.policy_dtype, shares, layout, device)
@@ -163,6 +165,14 @@ def load_sharded(config, tokenizer, layout: Layout, device: torch.device, ranks:
         buffer.copy_(sent)
     _check(model, source, layout, ranks)
     return model.train(), weights_hash(source) if source is not None else None
+
+
+def has_plenty_of_memory(config, tokenizer) -> bool:
+    """Whether each process of this machine has room for the whole model, its gradients and two optimizer states, twice."""
+    with torch.device("meta"):
+        model = build_untrained(config.model, tokenizer, config.cache_dir)
+    weights = sum(weight.numel() * weight.element_size() for weight in model.parameters())
+    return 2 * 4 * weights * local_world_size() <= free_memory(torch.device("cpu"))
 
 
 def reference_beside(policy: nn.Module, config, tokenizer, layout: Layout, device: torch.device) -> nn.Module:

@@ -120,10 +120,10 @@ def run(config: DictConfig, run_dir: Path, in_sweep: bool = False, trainer: str 
     from losses import build_loss
     from models import check_archive, load_tokenizer
     from trainers import TRAINERS, check_optimizer
-    from utils import allow_tf32, keep_freed_memory, quiet_libraries, seed_everything
+    from utils import allow_tf32, quiet_libraries, seed_everything, settle_memory
 
     quiet_libraries()
-    keep_freed_memory()
+    settle_memory(keep_freed=not is_sharded(config))
     allow_tf32(config.tf32)
     seed_everything(config.seed)
     check_optimizer(config)

@@ -6,8 +6,8 @@ of that one is switched on in its place.
 """
 
 import json
+import math
 import re
-from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -50,13 +50,16 @@ def settings_of(model_config):
     )
 
 
-def add_adapter(model: nn.Module, model_config, starting: bool = False) -> None:
+def add_adapter(model: nn.Module, model_config) -> None:
     """Freeze a model and put an adapter of a `model` configuration into it; fresh, it changes nothing that the model says.
 
-    Its weights are float32, whatever the model's are. starting: a second, frozen one beside it, to be filled with what
-    training starts from. Raises UserError for layers that the model does not have.
+    Its weights are float32, whatever the model's are. Where training starts from an adapter, a frozen one comes beside it.
+    Raises UserError for layers that the model does not have.
     """
     model.requires_grad_(False)
+    starting = is_adapter(model_config.archive)
+    archive = base_archive(model_config)
+    base = str(archive.resolve()) if archive else model_config.name_or_path
     linear = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)})
     for name in (TRAINED, STARTING)[: 1 + starting]:
         settings = settings_of(model_config)
@@ -64,6 +67,7 @@ def add_adapter(model: nn.Module, model_config, starting: bool = False) -> None:
             settings.lora_dropout = 0.0
         try:
             model.add_adapter(settings, name)
+            settings.base_model_name_or_path = base
         except ValueError as error:
             asked = model_config.lora.target_modules
             raise UserError(
@@ -87,11 +91,10 @@ def kept_weights(named_weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return adapter_weights(named_weights) or named_weights
 
 
-def began_as(named_weights: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Names and weights of a model without what the adapter that is trained has added to it."""
-    for name, weight in named_weights.items():
-        if f".{TRAINED}." not in name:
-            yield name.replace(".base_layer.", "."), weight
+def began_as(named_weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The named weights that a model began with: those under its adapters, and those of the adapter it started from, if any."""
+    under = {name.replace(".base_layer.", "."): weight for name, weight in named_weights.items() if ".lora_" not in name}
+    return under, adapter_weights(named_weights, STARTING)
 
 
 @contextmanager
@@ -116,66 +119,107 @@ def as_it_began(model: nn.Module):
 # ---- adapters on disk ---------------------------------------------------------------------------------------------------
 
 
-def is_adapter(path: Path) -> bool:
-    """Whether a directory holds an adapter in place of a whole model."""
-    return (path / SETTINGS_FILE).is_file()
+def is_adapter(archive: str | None) -> bool:
+    """Whether `model.archive` is a directory that holds an adapter in place of a whole model."""
+    return archive is not None and (Path(archive) / SETTINGS_FILE).is_file()
 
 
-def read_settings(path: Path) -> dict:
-    """An adapter's settings as its directory has them. Raises UserError where they are damaged."""
-    try:
-        settings = json.loads((path / SETTINGS_FILE).read_text())
-        return {"r": settings["r"], "alpha": settings["lora_alpha"], "target_modules": settings["target_modules"]}
-    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-        raise UserError(f"model.archive: {path}: its {SETTINGS_FILE} is damaged. Expected a checkpoint of a run.") from error
+def save_settings(model: nn.Module, folder: Path) -> None:
+    """Write the settings of the adapter that is trained, as peft reads them."""
+    model.peft_config[TRAINED].save_pretrained(folder)
 
 
-def read_adapter(path: Path, model: nn.Module) -> None:
-    """Fill a model's adapters with those of a directory, the trained one and the frozen one alike.
+def base_archive(model_config) -> Path | None:
+    """The archive with the weights under the adapter, or with all; None where they are not an archive's.
 
-    Raises UserError where it does not fit.
+    Raises UserError where `model.archive` is an adapter, and not one of the configured model.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        found = load_file(path / WEIGHTS_FILE)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"model.archive: {path}: its {WEIGHTS_FILE} cannot be read: {first_line(error)}.") from error
-    for name in model.peft_config:
-        expected = adapter_weights(dict(model.named_parameters()), name)
-        shapes = {key: list(weight.shape) for key, weight in expected.items()}
-        if shapes != {key: list(weight.shape) for key, weight in found.items()}:
-            differing = sorted(shapes.keys() ^ found.keys()) or ["their shapes"]
-            raise UserError(
-                f"model.archive: {path}: this adapter does not fit {type(model).__name__} as configured; they differ in "
-                f"{', '.join(differing[:3])}. Give the model and model.lora of the run that it comes from."
-            )
-        with torch.no_grad():
-            for key, weight in expected.items():
-                weight.copy_(found[key])
+    archive = model_config.archive
+    if not is_adapter(archive):
+        return archive and Path(archive)
+    settings = _checked_settings(archive, model_config)
+    base, configured = settings.get("base_model_name_or_path"), model_config.name_or_path
+    if base == configured:
+        return None
+    if base is None or not Path(base).exists():
+        raise UserError(
+            f"model.archive: the adapter {archive} was trained on {base or 'a model from scratch'}, and model.name_or_path is "
+            f"{configured}. Give the model that it was trained on."
+        )
+    return Path(base)
 
 
-def check_settings(path: Path, model_config) -> None:
-    """Raise UserError where an adapter's directory and the `model` configuration that is to train it on do not agree."""
+def _checked_settings(archive: str, model_config) -> dict:
+    """peft's settings of an adapter. Raises UserError where they are damaged, or are not the configured ones."""
     if model_config.lora.r is None:
         raise UserError(
-            f"model.archive: {path} is an adapter, and model.lora.r is not given. Add +adapter=lora (or qlora) to train it on, "
-            "or make a whole model of it: python scripts/export.py CHECKPOINT --merge --to DIRECTORY"
+            f"model.archive: {archive} is an adapter, and model.lora.r is not given. Add +adapter=lora (or qlora) to train it "
+            "on, or make a whole model of it first: python scripts/export.py CHECKPOINT --merge --to DIRECTORY"
         )
-    before, asked = read_settings(path), model_config.lora
-    for key in ("r", "alpha"):
-        if before[key] != asked[key]:
+    try:
+        settings = json.loads((Path(archive) / SETTINGS_FILE).read_text())
+        before = {"r": settings["r"], "alpha": settings["lora_alpha"]}
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise UserError(f"model.archive: {archive}: its {SETTINGS_FILE} is damaged. Expected a checkpoint of a run.") from error
+    for key, value in before.items():
+        if value != model_config.lora[key]:
             raise UserError(
-                f"model.lora.{key}: found {asked[key]}, but the adapter {path} was trained with {before[key]}. Give it the same."
+                f"model.lora.{key}: found {model_config.lora[key]}, but the adapter {archive} was trained with {value}. Give "
+                "it the same."
             )
+    return settings
+
+
+def check_base(archive: str, began_with: str) -> None:
+    """Raise UserError where an adapter was trained on other weights than those loaded, whose hash begins `began_with`.
+
+    Of an adapter that no run of this project has written, nothing is known.
+    """
+    try:
+        run = json.loads((Path(archive) / "state.json").read_text())["run"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return
+    if run["began_with"][:32] != began_with[:32]:
+        raise UserError(
+            f"model.archive: the adapter {archive} was trained on other weights than those of the model as configured. Give "
+            "the model, dtype and quantization of its run, and the same seed for a model from scratch."
+        )
+
+
+def check_fit(archive: str, model: nn.Module) -> None:
+    """Raise UserError where an adapter's weights are not those that a model has a place for."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(Path(archive) / WEIGHTS_FILE, framework="pt") as file:
+            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  not a dict
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"model.archive: {archive}: its {WEIGHTS_FILE} cannot be read: {first_line(error)}.") from error
+    expected = {name: tuple(weight.shape) for name, weight in adapter_weights(dict(model.named_parameters())).items()}
+    differing = [name for name in sorted(found.keys() | expected.keys()) if found.get(name) != expected.get(name)]
+    if differing:
+        raise UserError(
+            f"model.archive: the adapter {archive} does not fit {type(model).__name__} as configured; {len(differing)} tensors "
+            f"differ, as {differing[0]}. Give the model and model.lora of its run."
+        )
+
+
+@torch.no_grad()
+def read_adapter(archive: str, model: nn.Module) -> None:
+    """Fill a model's adapters with that of an archive: the one that is trained, and the frozen one beside it."""
+    from safetensors.torch import load_file
+
+    found = load_file(Path(archive) / WEIGHTS_FILE)
+    for adapter in (TRAINED, STARTING):
+        for name, weight in adapter_weights(dict(model.named_parameters()), adapter).items():
+            weight.copy_(found[name])
 
 
 # ---- few bits -------------------------------------------------------------------------------------------------------------
 
 
 def quantise(model: nn.Module, model_config) -> None:
-    """Turn a model's linear layers, but for its head, into four bits (nf4) or eight (int8), frozen; on the CPU.
+    """Turn a model's linear layers, but for its head, into four bits (nf4) or eight (int8), frozen; on the CPU or meta.
 
     Four bits are NormalFloat4 in blocks of 64, whose scales are quantised again with `double_quantization` (Dettmers et al.
     2023, section 3). Raises UserError where bitsandbytes is not installed.
@@ -186,6 +230,8 @@ def quantise(model: nn.Module, model_config) -> None:
         raise UserError(f"model.quantization: it needs the package bitsandbytes. {INSTALL}") from error
     head = model.get_output_embeddings()
     make = _in_four_bits if model_config.quantization == "nf4" else _in_eight_bits
+    if head.weight.is_meta:
+        make = _without_numbers
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):
             if isinstance(layer, nn.Linear) and layer is not head:
@@ -196,10 +242,44 @@ def quantise(model: nn.Module, model_config) -> None:
     model.requires_grad_(False)
 
 
+class _Product(torch.autograd.Function):
+    """x [..., in] times weights that are made whole for the moment, with whose numbers nothing is done."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, width: int) -> Tensor:
+        ctx.shape = (width, x.shape[-1])
+        return x @ x.new_empty(ctx.shape).T
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        return gradient @ gradient.new_empty(ctx.shape), None, None
+
+
+class ShapeOfFewBits(nn.Linear):
+    """What a layer of few bits is to those who look at sizes alone: bitsandbytes has none without numbers."""
+
+    def __init__(self, layer: nn.Linear, bits: float):
+        super().__init__(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+        size = math.ceil(layer.weight.numel() * bits / 8)
+        self.weight = nn.Parameter(torch.empty(size, dtype=torch.uint8, device="meta"), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] to [..., out], without a meaning."""
+        return _Product.apply(x, self.weight, self.out_features)
+
+
+def _without_numbers(layers, layer: nn.Linear, model_config) -> nn.Module:
+    # Beside the weights lie scales: of blocks of 64 weights in float32, or in eight bits, or one for each row.
+    scales = 0 if model_config.quantization == "int8" else 8 / 64 if model_config.double_quantization else 32 / 64
+    return ShapeOfFewBits(layer, (8 if model_config.quantization == "int8" else 4) + scales)
+
+
 def _in_four_bits(layers, layer: nn.Linear, model_config) -> nn.Module:
     dtype = getattr(torch, model_config.quantized_compute_dtype or model_config.policy_dtype)
     options = {"compress_statistics": model_config.double_quantization, "quant_type": "nf4"}
     small = layers.Linear4bit(layer.in_features, layer.out_features, layer.bias is not None, compute_dtype=dtype, **options)
+    # Its kernel for evaluation on some CPUs rounds to bfloat16, and packs the weights anew.
+    small.support_avx512bf16_for_cpu = False
     small.weight = layers.Params4bit(layer.weight.data, requires_grad=False, module=small, **options)
     return small
 

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
+from adapters import WEIGHTS_FILE, has_adapter, save_settings
 from ranks import ALONE, Ranks, several
 from utils import replace_symlink
 
@@ -173,8 +174,10 @@ class CheckpointWriter:
     def _write_tensors(self, tensors: dict[str, Tensor], folder: Path, whole: bool) -> None:
         """Every process its part; if `whole`, then brought together in files that Hugging Face libraries read."""
         together = self.group is not None
+        # peft reads one file.
+        numbers = dict.fromkeys(tensors, 1) if has_adapter(self.policy) else file_numbers(tensors)
         form = HuggingFaceStorageWriter(
-            str(folder), file_numbers(tensors), save_distributed=together or not whole, enable_consolidation=together and whole
+            str(folder), numbers, save_distributed=together or not whole, enable_consolidation=together and whole
         )
         dcp.save(tensors, storage_writer=form, process_group=self.group, no_dist=not together)
 
@@ -182,18 +185,15 @@ class CheckpointWriter:
         shutil.rmtree(partial / "sharded", ignore_errors=True)
         parts = sorted(partial.glob("model-*.safetensors"))
         if len(parts) == 1:
-            parts[0].rename(partial / "model.safetensors")
+            parts[0].rename(partial / (WEIGHTS_FILE if has_adapter(self.policy) else "model.safetensors"))
             (partial / "model.safetensors.index.json").unlink()
-        config = copy.deepcopy(self.policy.config)
-        # FSDP has made a class of its own of the model's.
-        config.architectures = [type(self.policy).__name__.removeprefix("FSDP")]
-        config.dtype = self.policy.dtype
-        config.save_pretrained(partial)
-        if self.policy.can_generate():
-            self.policy.generation_config.save_pretrained(partial)
+        if has_adapter(self.policy):
+            save_settings(self.policy, partial)
+        else:
+            save_configuration(self.policy, partial)
         save_tokenizer(self.tokenizer, partial)
         (partial / "state.json").write_text(json.dumps(snapshot.state | {"run": self.about}, default=_as_json))
-        if with_policy_pt:
+        if with_policy_pt and not has_adapter(self.policy):
             write_policy_pt(partial, snapshot)
 
     def _give_up(self, snapshot: Snapshot, reason: str) -> None:
@@ -214,6 +214,17 @@ class CheckpointWriter:
                 # Without its marker first: what a kill leaves of it is no checkpoint.
                 (checkpoint / MARKER).unlink(missing_ok=True)
                 shutil.rmtree(checkpoint, ignore_errors=True)
+
+
+def save_configuration(policy: nn.Module, folder: Path) -> None:
+    """Write the configuration of a model, and how it generates."""
+    config = copy.deepcopy(policy.config)
+    # FSDP has made a class of its own of the model's.
+    config.architectures = [type(policy).__name__.removeprefix("FSDP")]
+    config.dtype = policy.dtype
+    config.save_pretrained(folder)
+    if policy.can_generate():
+        policy.generation_config.save_pretrained(folder)
 
 
 def file_numbers(tensors: Mapping[str, Tensor]) -> dict[str, int]:

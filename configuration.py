@@ -8,7 +8,7 @@ import re
 from functools import cache
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from dataset_entries import GENERAL_CHOICES, GENERAL_KEYS, Entry, read_entry
 from utils import UserError, nearest
@@ -135,7 +135,7 @@ OPTIONAL_COUNTS = (
 COUNTS_FROM_ZERO = ("warmup_steps", "n_eval_model_samples", "seed")
 SWITCHES = (
     "debug", "dry_run", "wandb.enabled", "do_first_eval", "activation_checkpointing", "save_policy_pt",
-    "tf32", "save_async", "model.trust_remote_code",
+    "tf32", "save_async", "model.trust_remote_code", "model.double_quantization",
 )  # fmt: skip
 
 
@@ -193,9 +193,10 @@ def _check_numbers(config: DictConfig) -> None:
 def _check_choices(config: DictConfig) -> None:
     if config.optimizer not in OPTIMIZERS:
         raise UserError(f"optimizer: no optimizer {config.optimizer!r}; {nearest(str(config.optimizer), OPTIMIZERS)}")
-    for key in ("model.policy_dtype", "model.reference_dtype", "model.fsdp_policy_mp", "model.autocast_dtype"):
+    optional = ("model.fsdp_policy_mp", "model.autocast_dtype", "model.quantized_compute_dtype")
+    for key in ("model.policy_dtype", "model.reference_dtype", *optional):
         value = OmegaConf.select(config, key)
-        if value not in DTYPES and not (value is None and key in ("model.fsdp_policy_mp", "model.autocast_dtype")):
+        if value not in DTYPES and not (value is None and key in optional):
             raise UserError(f"{key}: no dtype {value!r}; {nearest(str(value), DTYPES)}")
     strategy = config.save_strategy
     _require(strategy in ("steps", "epoch", "no"), "save_strategy", strategy, "steps, epoch or no")
@@ -210,6 +211,36 @@ def _check_choices(config: DictConfig) -> None:
         raise UserError(f"trainer.name: no trainer {config.trainer.name!r}; {hint}")
     if is_sharded(config):
         _check_sharded_trainer(config.trainer)
+    _check_adapter(config)
+
+
+def _check_adapter(config: DictConfig) -> None:
+    model, lora = config.model, config.model.lora
+    _require(lora.r is None or (type(lora.r) is int and lora.r > 0), "model.lora.r", lora.r, "a whole number from 1 or null")
+    _require(_is_number(lora.alpha) and lora.alpha > 0, "model.lora.alpha", lora.alpha, "a number above 0")
+    share = lora.dropout
+    _require(_is_number(share) and 0 <= share < 1, "model.lora.dropout", share, "a share from 0 to below 1")
+    bits, targets = model.quantization, lora.target_modules
+    names = [targets] if isinstance(targets, str) else targets or []
+    listed = isinstance(names, ListConfig | list) and all(isinstance(name, str) for name in names) and targets != []
+    _require(listed, "model.lora.target_modules", targets, "names of layers, as in [q_proj,v_proj], or null")
+    _require(bits in (None, "nf4", "int8"), "model.quantization", bits, "nf4, int8 or null")
+    if bits and lora.r is None:
+        raise UserError("model.quantization: weights of few bits cannot be trained themselves. Add +adapter=lora.")
+    if bits and is_sharded(config):
+        raise UserError(
+            f"model.quantization: {config.trainer.name} cannot lay weights of few bits over processes: PyTorch's fully_shard "
+            "splits a weight into rows, and these have none. Use trainer=BasicTrainer, or leave model.quantization null."
+        )
+    if lora.r is not None and config.trainer.name == "TensorParallelTrainer":
+        raise UserError(
+            "model.lora.r: TensorParallelTrainer splits the layers that an adapter changes. Use FSDPTrainer or BasicTrainer."
+        )
+    if lora.r is not None and model.reference_dtype != model.policy_dtype:
+        raise UserError(
+            f"model.reference_dtype: found {model.reference_dtype}, expected policy_dtype, {model.policy_dtype}: with an "
+            "adapter the reference is the same weights."
+        )
 
 
 def is_sharded(config: DictConfig) -> bool:

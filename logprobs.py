@@ -6,6 +6,7 @@ position on.
 """
 
 import inspect
+from contextlib import nullcontext
 from functools import cache
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
+from adapters import as_it_began, has_adapter
 from batches import PackedBatch
 from response_trees import RESPONSE_TREES
 
@@ -150,15 +152,17 @@ def _padded_rows(batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class LiveReference:
-    """A frozen model that scores each batch when it is asked."""
+    """A frozen model that scores each batch when it is asked, or the policy as it began: see `adapters.py`."""
 
     def __init__(self, model: nn.Module):
-        self.model = model.eval().requires_grad_(False)
+        self.model = model
+        self.as_reference = as_it_began if has_adapter(model) else nullcontext
 
     @torch.no_grad()
     def __call__(self, batch: PackedBatch) -> Tensor:
         """Log-prob of each response of a batch: [R] float32."""
-        return response_logps(self.model, batch)
+        with self.as_reference(self.model):
+            return response_logps(self.model, batch)
 
 
 class CachedReference:

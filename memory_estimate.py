@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from adapters import has_adapter
 from batches import MicroBatch, PackedBatch
 from logprobs import LiveReference
 from losses import DPOLoss, Loss, PairSelection, SFTLoss
@@ -169,7 +170,8 @@ def fake_trainer(
     counter.kind = "reference"
     reference = None
     if live_reference:
-        reference = LiveReference(_model(config, tokenizer, config.model.reference_dtype, layout))
+        shared = has_adapter(policy)
+        reference = LiveReference(policy if shared else _model(config, tokenizer, config.model.reference_dtype, layout))
     elif loss.needs_reference:
         reference = lambda piece: torch.zeros(len(piece.response_lengths))  # noqa: E731
     counter.kind = "activations"
@@ -188,7 +190,10 @@ def _model(config, tokenizer, dtype: str, layout: Layout | None) -> nn.Module:
         with unset_fake_temporarily():
             model = empty_model(config, tokenizer, dtype, shares, layout, torch.device("meta"))
         return model.to_empty(device="cpu")
-    model = build_untrained(config.model, tokenizer, config.cache_dir, dtype)
+    # Adapters are put into real models.
+    with unset_fake_temporarily(), torch.device("meta"):
+        model = build_untrained(config.model, tokenizer, config.cache_dir, dtype)
+    model.to_empty(device="cpu")
     if shares:
         attend_over_trees(model)
     if config.activation_checkpointing:
@@ -244,7 +249,7 @@ def most_held(trainer: BasicTrainer, counter: StorageCounter, pieces: Sequence[P
             if isinstance(value, Tensor):
                 counter.recount(local(value), "optimizer")
     name_weights(counter, trainer.policy, "parameters")
-    if isinstance(trainer.reference, LiveReference):
+    if isinstance(trainer.reference, LiveReference) and trainer.reference.model is not trainer.policy:
         name_weights(counter, trainer.reference.model, "reference")
     # The first step has made the optimizer's state; from the second on it is there when activations are.
     counter.restart()

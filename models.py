@@ -14,6 +14,18 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
+from adapters import (
+    add_adapter,
+    base_archive,
+    began_as,
+    check_base,
+    check_fit,
+    is_adapter,
+    merge,
+    quantise,
+    read_adapter,
+    restore_bits,
+)
 from batches import PackedBatch, TokenBudget, examples_of, pack
 from logprobs import ScoringHead, padded_logps, tree_logps
 from ranks import Ranks, local, local_world_size
@@ -87,11 +99,19 @@ def _loading(key: str, name: str):
 
 
 def weights_hash(model: nn.Module) -> str:
-    """Hash of a model's weights, or of this process's parts of them; 32 hexadecimal digits."""
+    """Hash of the weights that a model began with, or of this process's parts of them; 32 hexadecimal digits.
+
+    Where an adapter is trained, these are the frozen weights, and 32 digits more are of the adapter that it started from, if
+    there is one. Else they are the weights as they are now.
+    """
+    return "".join(_hash_of(part) for part in began_as(model.state_dict()) if part)
+
+
+def _hash_of(tensors: dict[str, Tensor]) -> str:
     digest = xxhash.xxh3_128()
-    for name, weight in model.state_dict().items():
+    for name, tensor in tensors.items():
         digest.update(name.encode())
-        digest.update(local(weight).detach().cpu().contiguous().view(torch.uint8).numpy())
+        digest.update(local(tensor).detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
@@ -107,9 +127,8 @@ def load_model(model_config, tokenizer, cache_dir: str | None = None) -> nn.Modu
     dtype = getattr(torch, model_config.policy_dtype)
     config = model_configuration(model_config, tokenizer, cache_dir)
     remote = {"trust_remote_code": model_config.trust_remote_code}
-    if model_config.archive:
-        path = Path(model_config.archive)
-        model = model_of_archive(config, read_archive(path), path, dtype, model_config.trust_remote_code)
+    if archive := base_archive(model_config):
+        model = model_of_archive(config, read_archive(archive), archive, dtype, model_config.trust_remote_code)
     elif model_config.name_or_path:
         name = model_config.name_or_path
         with _loading("model.name_or_path", name):
@@ -117,8 +136,24 @@ def load_model(model_config, tokenizer, cache_dir: str | None = None) -> nn.Modu
                 files_of_index(Path(name) / index)
             model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype, cache_dir=cache_dir, **remote)
     else:
-        return build_untrained(model_config, tokenizer, cache_dir)
-    return _made_ready(model, model_config)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, **remote)
+    model = _made_ready(model, model_config)
+    if is_adapter(model_config.archive):
+        check_base(model_config.archive, weights_hash(model))
+        read_adapter(model_config.archive, model)
+    return model
+
+
+def load_merged(checkpoint: Path, run_config) -> nn.Module:
+    """A whole model on the CPU: the frozen weights of a run and the adapter of its checkpoint, added up."""
+    from omegaconf import OmegaConf
+
+    config = OmegaConf.merge(run_config, {"model": {"archive": str(checkpoint)}})
+    model = load_model(config.model, load_tokenizer(config.model, config.cache_dir), config.cache_dir)
+    if config.model.quantization:
+        restore_bits(model, getattr(torch, config.model.policy_dtype))
+    merge(model)
+    return model
 
 
 def build_untrained(model_config, tokenizer, cache_dir: str | None = None, dtype: str | None = None) -> nn.Module:
@@ -136,6 +171,10 @@ def build_untrained(model_config, tokenizer, cache_dir: str | None = None, dtype
 def _made_ready(model: nn.Module, model_config) -> nn.Module:
     disable_dropout(model)
     model.autocast_dtype = model_config.autocast_dtype and getattr(torch, model_config.autocast_dtype)
+    if model_config.quantization:
+        quantise(model, model_config)
+    if model_config.lora.r is not None:
+        add_adapter(model, model_config)
     return model.train()
 
 
@@ -366,12 +405,18 @@ def free_memory(device: torch.device) -> int:
 # ---- archives -----------------------------------------------------------------------------------------------------------
 
 
-def check_archive(model_config, tokenizer, cache_dir: str | None = None) -> None:
-    """Raise UserError where the archive does not fit the model, before either takes memory or time."""
-    config = model_configuration(model_config, tokenizer, cache_dir)
-    path = Path(model_config.archive)
-    shapes = {name: torch.empty(shape, device="meta") for name, shape in archive_shapes(path).items()}
-    model_of_archive(config, shapes, path, torch.float32, model_config.trust_remote_code, device_map={"": "meta"})
+def check_model(model_config, tokenizer, cache_dir: str | None = None) -> None:
+    """Raise UserError where archive or adapter do not fit the model, before either takes memory or time."""
+    path = base_archive(model_config)
+    if path:
+        config = model_configuration(model_config, tokenizer, cache_dir)
+        shapes = {name: torch.empty(shape, device="meta") for name, shape in archive_shapes(path).items()}
+        model_of_archive(config, shapes, path, torch.float32, model_config.trust_remote_code, device_map={"": "meta"})
+    if model_config.lora.r is not None:
+        with torch.device("meta"):
+            model = build_untrained(model_config, tokenizer, cache_dir)
+        if is_adapter(model_config.archive):
+            check_fit(model_config.archive, model)
 
 
 def model_of_archive(

@@ -118,7 +118,7 @@ def run(config: DictConfig, run_dir: Path, in_sweep: bool = False, trainer: str 
     """
     from dry_run import look
     from losses import build_loss
-    from models import check_archive, load_tokenizer
+    from models import check_model, load_tokenizer
     from trainers import TRAINERS, check_optimizer
     from utils import allow_tf32, quiet_libraries, seed_everything, settle_memory
 
@@ -129,8 +129,7 @@ def run(config: DictConfig, run_dir: Path, in_sweep: bool = False, trainer: str 
     check_optimizer(config)
     loss = build_loss(**config.loss, seed=config.seed)
     tokenizer = load_tokenizer(config.model, config.cache_dir)
-    if config.model.archive:
-        check_archive(config.model, tokenizer, config.cache_dir)
+    check_model(config.model, tokenizer, config.cache_dir)
     # Before the processes join: those that do not prepare it wait for it without a time-out.
     data = prepare_data(config, tokenizer, loss.paired)
     if config.dry_run:
@@ -323,19 +322,21 @@ def make_reference(config: DictConfig, placement, policy, prompts, read_again: b
     Computed before, by its own choice, where they are read more than once: in several epochs or the jobs of a sweep
     (`read_again`), or because an earlier run has left them.
     """
+    from adapters import has_adapter
     from logprobs import CachedReference, LiveReference
     from reference_cache import cache_path, reference_logps_of
 
     directory = first_existing(folders_of(config.local_dirs)) / "reference_logps"
-    other_dtype = config.model.reference_dtype != config.model.policy_dtype
-    model = placement.reference(policy) if other_dtype else policy
+    # In the policy's dtype it says now what a copy of it would say.
+    is_copy = config.model.reference_dtype == config.model.policy_dtype and not has_adapter(policy)
+    reference = LiveReference(policy) if is_copy else placement.reference(policy)
     ranks = placement.ranks
     cached = caches_reference(config, read_again)
     if cached or (config.reference_logps is None and ranks.from_main(directory.is_dir())):
-        path = cache_path(directory, model, prompts, ranks)
+        path = cache_path(directory, reference.model, prompts, ranks)
         if cached or ranks.from_main(path.exists()):
-            return CachedReference(reference_logps_of(model, prompts, path, ranks))
-    return LiveReference(model if other_dtype else placement.reference(policy))
+            return CachedReference(reference_logps_of(reference, prompts, path, ranks))
+    return placement.reference(policy) if is_copy else reference
 
 
 def prepare_data(config: DictConfig, tokenizer, paired: bool) -> tuple:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.tensor import DTensor
 
+from adapters import kept_weights
 from batches import BatchIterator, MicroBatch, PackedBatch
 from checkpoints import CheckpointWriter, Snapshot, read_optimizer, read_state, read_weights
 from configuration import sharded_dtype
@@ -378,8 +379,8 @@ class BasicTrainer:
         return nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.max_grad_norm)
 
     def weights(self) -> dict[str, Tensor]:
-        """The weights and kept buffers by their names, alive; one tensor may have several names."""
-        return self.policy.state_dict(keep_vars=True)
+        """The weights and kept buffers by their names, alive, or the adapter's; one tensor may have several names."""
+        return kept_weights(self.policy.state_dict(keep_vars=True))
 
     def set_weights(self, weights: dict[str, Tensor]) -> None:
         """Take over new values that were written into what `weights` gave: they are the policy's own."""
@@ -465,7 +466,8 @@ def build_optimizer(policy: nn.Module, config) -> torch.optim.Optimizer:
     # torch has no fused SGD for weights that lie over several processes.
     without = optimizer_class is torch.optim.SGD and any(isinstance(weight, DTensor) for weight in policy.parameters())
     fused = {"fused": True} if "fused" in inspect.signature(optimizer_class).parameters and not without else {}
-    return optimizer_class(policy.parameters(), lr=config.lr, **(fused | dict(config.optimizer_kwargs)))
+    trained = [weight for weight in policy.parameters() if weight.requires_grad]
+    return optimizer_class(trained, lr=config.lr, **(fused | dict(config.optimizer_kwargs)))
 
 
 # By name; `trainer.name` may say those that have a file in config/trainer/.

@@ -156,14 +156,19 @@ def restore_random_streams(streams: dict) -> None:
 
 def quiet_libraries() -> None:
     """Keep the bars and hints of other libraries out of a run's own output."""
+    import logging
     import warnings
 
     import transformers
 
     # What is said by whoever writes a checkpoint in one process.
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+    # A second adapter lies beside the first on purpose.
+    warnings.filterwarnings("ignore", message="Already found a `peft_config`")
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
+    # Its hints are about kernels for other machines and what each layer casts.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # The tokenizers' own threads are done before any worker process starts.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 

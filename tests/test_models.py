@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from checkpoints import CheckpointWriter, Snapshot
 from conftest import GOLDEN
-from models import byte_level_tokenizer, check_archive, load_model, load_tokenizer, read_archive, reference_copy
+from models import byte_level_tokenizer, check_model, load_model, load_tokenizer, read_archive, reference_copy
 from utils import UserError
 
 
@@ -105,7 +105,7 @@ def checkpoint(tiny, tmp_path):
 def test_an_archive_of_either_kind_gives_policy_and_reference_its_weights(checkpoint, tiny, file):
     model, latest = checkpoint
     config = tiny(f"model.archive={latest / file}")
-    check_archive(config, byte_level_tokenizer())
+    check_model(config, byte_level_tokenizer())
     policy, reference = policy_and_reference(config)
     assert same_weights(policy, model) and same_weights(reference, model)
 
@@ -135,11 +135,11 @@ def test_buffers_of_old_checkpoints_are_passed_over(compose, tmp_path):
 def test_an_archive_of_another_architecture_is_refused_with_the_tensors_that_differ(checkpoint, tiny):
     config = tiny(f"model.archive={checkpoint[1]}", "model.from_config.hidden_size=64")
     with pytest.raises(UserError, match=r"embed_tokens.weight is \[\d+, 128\], expected \[\d+, 64\]"):
-        check_archive(config, byte_level_tokenizer())
+        check_model(config, byte_level_tokenizer())
     with pytest.raises(UserError, match="layers.2.* is missing"):
-        check_archive(tiny(f"model.archive={checkpoint[1]}", "model.from_config.num_hidden_layers=3"), byte_level_tokenizer())
+        check_model(tiny(f"model.archive={checkpoint[1]}", "model.from_config.num_hidden_layers=3"), byte_level_tokenizer())
     with pytest.raises(UserError, match="layers.1.* is not part of the model"):
-        check_archive(tiny(f"model.archive={checkpoint[1]}", "model.from_config.num_hidden_layers=1"), byte_level_tokenizer())
+        check_model(tiny(f"model.archive={checkpoint[1]}", "model.from_config.num_hidden_layers=1"), byte_level_tokenizer())
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "model.safetensors.index.json"])

@@ -278,8 +278,8 @@ def test_a_cached_reference_gives_the_steps_of_a_live_one(build, tokenized, tmp_
         trainer = build(build_loss("dpo"), **({"reference": reference} if reference else {}))
         return [trainer.train_step(batch)["loss/train"] for batch in BatchIterator(table, 8)]
 
-    model = build(build_loss("dpo")).reference.model
-    cached = CachedReference(reference_logps_of(model, table.select(numpy.arange(len(table))), tmp_path / "logps.safetensors"))
+    live = build(build_loss("dpo")).reference
+    cached = CachedReference(reference_logps_of(live, table.select(numpy.arange(len(table))), tmp_path / "logps.safetensors"))
     assert numbers(cached) == pytest.approx(numbers(None), abs=1e-5)
 
 

@@ -247,11 +247,13 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, width: int) -> Tensor:
+        """[..., in] to [..., width]; keeps nothing for the backward pass."""
         ctx.shape = (width, x.shape[-1])
         return x @ x.new_empty(ctx.shape).T
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
+        """The gradient of x."""
         return gradient @ gradient.new_empty(ctx.shape), None, None
 
 

@@ -194,6 +194,7 @@ def _model(config, tokenizer, dtype: str, layout: Layout | None) -> nn.Module:
     with unset_fake_temporarily(), torch.device("meta"):
         model = build_untrained(config.model, tokenizer, config.cache_dir, dtype)
     model.to_empty(device="cpu")
+    model.tie_weights()
     if shares:
         attend_over_trees(model)
     if config.activation_checkpointing:

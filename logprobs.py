@@ -11,10 +11,12 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from batches import PackedBatch
+from ranks import local
 from response_trees import RESPONSE_TREES
 
 # Float32 logits that are held at once.
@@ -150,7 +152,7 @@ def _padded_rows(batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class LiveReference:
-    """A frozen model that scores each batch when it is asked."""
+    """A frozen model that scores each batch when it is asked. It changes only where it is told to follow the policy."""
 
     def __init__(self, model: nn.Module):
         self.model = model.eval().requires_grad_(False)
@@ -159,6 +161,17 @@ class LiveReference:
     def __call__(self, batch: PackedBatch) -> Tensor:
         """Log-prob of each response of a batch: [R] float32."""
         return response_logps(self.model, batch)
+
+    @torch.no_grad()
+    def move_towards(self, policy: nn.Module, share: float) -> None:
+        """Move each weight by `share` of its way to the policy's, in place; of a sharded one each process its own part."""
+        for module in (*self.model.modules(), *policy.modules()):
+            if isinstance(module, FSDPModule):
+                # Weights that stayed gathered after a forward would be copies of what they were.
+                module.reshard()
+        for mine, theirs in zip(self.model.parameters(), policy.parameters(), strict=True):
+            mine = local(mine)
+            mine.lerp_(local(theirs).to(mine), share)
 
 
 class CachedReference:

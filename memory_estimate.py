@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_iter
 
 from batches import MicroBatch, PackedBatch
 from logprobs import LiveReference
-from losses import DPOLoss, Loss, PairSelection, SFTLoss
+from losses import DPOLoss, Loss, PairSelection
 from models import attend_over_trees, build_untrained, enable_activation_checkpointing
 from ranks import ALONE, Ranks
 from response_trees import forget_masks
@@ -196,21 +196,19 @@ def _model(config, tokenizer, dtype: str, layout: Layout | None) -> nn.Module:
     return model
 
 
-class _Selecting(DPOLoss):
+class _Surveying(DPOLoss):
     """Sees all pairs of a micro-batch before any is trained on, as beta-DPO does."""
 
-    selects_pairs = True
+    surveys = True
 
-    def select(self, gaps: Tensor) -> PairSelection:
+    def survey(self, log_ratios: Tensor) -> PairSelection:
         """Every pair."""
-        return PairSelection(torch.ones_like(gaps), torch.ones(()), {})
+        return PairSelection(log_ratios.new_ones(len(log_ratios)), torch.ones(()), {})
 
 
 def _without_numbers(loss: Loss) -> Loss:
-    """A loss that computes as much without looking at numbers: it makes no difference otherwise which one it is."""
-    if not loss.paired:
-        return SFTLoss()
-    return _Selecting(0.1) if loss.selects_pairs else DPOLoss(0.1)
+    """A loss that computes as much without looking at numbers, which those do that survey a micro-batch."""
+    return _Surveying(0.1) if loss.surveys else loss
 
 
 def faked(step: Sequence[MicroBatch]) -> list[MicroBatch]:

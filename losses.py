@@ -301,7 +301,7 @@ class IPOLoss(Loss):
     length_normalised: bool = False
 
     def __call__(self, policy, reference, pairs, lengths, survey=None) -> LossOutput:
-        scale = 1 / lengths if self.length_normalised else torch.ones_like(policy)
+        scale = 1 / lengths.to(policy.dtype) if self.length_normalised else torch.ones_like(policy)
         losses = ipo_loss(gap(policy * scale, pairs), gap(reference * scale, pairs), self.beta)
         return LossOutput(losses, *_rewards(policy, reference, pairs, self.beta))
 

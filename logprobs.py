@@ -11,12 +11,11 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from batches import PackedBatch
-from ranks import local
+from ranks import let_go_of_gathered, local
 from response_trees import RESPONSE_TREES
 
 # Float32 logits that are held at once.
@@ -165,10 +164,8 @@ class LiveReference:
     @torch.no_grad()
     def move_towards(self, policy: nn.Module, share: float) -> None:
         """Move each weight by `share` of its way to the policy's, in place; of a sharded one each process its own part."""
-        for module in (*self.model.modules(), *policy.modules()):
-            if isinstance(module, FSDPModule):
-                # Weights that stayed gathered after a forward would be copies of what they were.
-                module.reshard()
+        for model in (self.model, policy):
+            let_go_of_gathered(model)
         for mine, theirs in zip(self.model.parameters(), policy.parameters(), strict=True):
             mine = local(mine)
             mine.lerp_(local(theirs).to(mine), share)

@@ -14,7 +14,6 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -23,7 +22,7 @@ from batches import MicroBatch, PackedBatch
 from logprobs import LiveReference
 from losses import DPOLoss, Loss, PairSelection
 from models import attend_over_trees, build_untrained, enable_activation_checkpointing
-from ranks import ALONE, Ranks
+from ranks import ALONE, Ranks, let_go_of_gathered
 from response_trees import forget_masks
 from sharding import Layout, empty_model, local
 from trainers import TRAINERS, BasicTrainer
@@ -254,8 +253,6 @@ def name_weights(counter: StorageCounter, model: nn.Module, kind: str) -> None:
     """Count a model's weights as `kind` after a step, and those that stay gathered as such."""
     for weight in model.parameters():
         counter.recount(local(weight), "gathered weights")
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    let_go_of_gathered(model)
     for weight in model.parameters():
         counter.recount(local(weight), kind)

@@ -24,7 +24,7 @@ from layer_splitting import joined_optimizer_state, joined_weights, set_joined_w
 from logprobs import response_logps
 from losses import Loss, LossOutput, Survey, example_metrics
 from placement import OneProcess, Sharded, SplitLayers, TensorParallel
-from ranks import ALONE, Ranks, several
+from ranks import ALONE, Ranks, let_go_of_gathered, several
 from sharding import clip_by_global_norm
 from stopping import StoppedError, StopRequests
 from tracking import Metrics, Tracker
@@ -465,6 +465,11 @@ class FSDPTrainer(BasicTrainer):
     def clip_gradient(self) -> Tensor:
         """Scale the gradient down to `max_grad_norm`; returns its norm over all ranks before that, a scalar."""
         return clip_by_global_norm(self.policy.parameters(), self.config.max_grad_norm)
+
+    def optimizer_state(self) -> dict:
+        """The optimizer's state by the weights' names, alive; made where it is not there yet."""
+        let_go_of_gathered(self.policy)
+        return super().optimizer_state()
 
 
 class TensorParallelTrainer(FSDPTrainer):

@@ -2,6 +2,7 @@
 
     RUN/step-<examples>/   weights, configuration and tokenizer in Hugging Face format
         optimizer/         the optimizer's state by the weights' names, each process's part in a file of its own
+        reference/         the reference's weights, where it follows the policy, likewise
         state.json         counters, position in the data, random streams and the like
         policy.pt          the weights as one file, at the end of a run
         checksums.json     written last: size and hash of every file
@@ -48,7 +49,8 @@ FILE_SIZE = 2 * 2**30
 class Snapshot:
     """A run after `examples` training examples. Tensors may be this process's parts of sharded ones, and alive.
 
-    tied: a weight's other name → the name under which `weights` has it. state: plain values, and uint8 tensors.
+    tied: a weight's other name → the name under which `weights` has it. state: plain values, and uint8 tensors. reference:
+    the weights of a reference that follows the policy; none of one that stays what it was.
     """
 
     examples: int
@@ -56,22 +58,32 @@ class Snapshot:
     tied: dict[str, str]
     optimizer: dict[str, Tensor]
     state: dict
+    reference: dict[str, Tensor]
 
     @classmethod
-    def of(cls, examples: int, named_weights: dict[str, Tensor], optimizer: dict[str, dict], state: dict) -> "Snapshot":
+    def of(
+        cls,
+        examples: int,
+        named_weights: dict[str, Tensor],
+        optimizer: dict[str, dict],
+        state: dict,
+        named_reference: dict[str, Tensor] | None = None,
+    ) -> "Snapshot":
         """From named weights, of which some may be tied, and an optimizer's state by the weights' names."""
-        return cls(examples, *distinct(named_weights), tensors_of(optimizer), state)
+        reference, _ = distinct(named_reference or {})
+        return cls(examples, *distinct(named_weights), tensors_of(optimizer), state, reference)
 
     @property
     def num_bytes(self) -> int:
         """What the tensors of all processes take."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in (*self.weights.values(), *self.optimizer.values()))
+        tensors = (*self.weights.values(), *self.optimizer.values(), *self.reference.values())
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def copied(self) -> "Snapshot":
         """The same with copies of its tensors, on the CPU: training may go on."""
         staging = StagingOptions(False, False, False, torch.cuda.is_available())
         stager = DefaultStager(staging)
-        tensors = stager.stage({"weights": self.weights, "optimizer": self.optimizer})
+        tensors = stager.stage({"weights": self.weights, "optimizer": self.optimizer, "reference": self.reference})
         stager.close()
         return replace(self, **tensors)
 
@@ -158,8 +170,9 @@ class CheckpointWriter:
             if self.ranks.is_main:
                 shutil.rmtree(partial, ignore_errors=True)
             self._write_tensors(snapshot.weights, partial, whole=True)
-            if snapshot.optimizer:
-                self._write_tensors(snapshot.optimizer, partial / "optimizer", whole=False)
+            for part in ("optimizer", "reference"):
+                if tensors := getattr(snapshot, part):
+                    self._write_tensors(tensors, partial / part, whole=False)
             if self.ranks.is_main:
                 self._complete(snapshot, partial, with_policy_pt)
                 publish(partial, place)
@@ -395,6 +408,11 @@ def read_weights(checkpoint: Path, named_weights: dict[str, Tensor]) -> None:
 def read_optimizer(checkpoint: Path, by_weight: dict[str, dict]) -> None:
     """Read the tensors of an optimizer's state in place, by the weights' names; each process its own parts."""
     _read_tensors(checkpoint / "optimizer", tensors_of(by_weight))
+
+
+def read_reference(checkpoint: Path, named_weights: dict[str, Tensor]) -> None:
+    """Read the weights of a reference that follows the policy in place; each process its own parts."""
+    _read_tensors(checkpoint / "reference", distinct(named_weights)[0])
 
 
 def _read_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:

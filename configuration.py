@@ -236,6 +236,11 @@ def _check_adapter(config: DictConfig) -> None:
         raise UserError(
             "model.lora.r: TensorParallelTrainer splits the layers that an adapter changes. Use FSDPTrainer or BasicTrainer."
         )
+    if lora.r is not None and moves_reference(config):
+        raise UserError(
+            f"model.lora.r: loss={config.loss.name} moves the reference, which with an adapter has no weights of its own. Train all "
+            "weights, or use another loss."
+        )
     if lora.r is not None and model.reference_dtype != model.policy_dtype:
         raise UserError(
             f"model.reference_dtype: found {model.reference_dtype}, expected policy_dtype, {model.policy_dtype}: with an "
@@ -254,8 +259,11 @@ def sharded_dtype(config: DictConfig) -> str | None:
 
 
 def caches_reference(config: DictConfig, read_again: bool) -> bool:
-    """Whether the reference's log-probs are computed before training: if asked for, or left open and read more than once."""
-    return config.reference_logps == "cached" or (config.reference_logps is None and read_again)
+    """Whether the reference's log-probs are computed before training: if asked for, or left open and read more than once.
+
+    Never where the reference follows the policy.
+    """
+    return config.reference_logps == "cached" or (config.reference_logps is None and read_again and not moves_reference(config))
 
 
 def _check_sharded_trainer(trainer: DictConfig) -> None:
@@ -299,32 +307,70 @@ OBJECTIVES = (
 )  # fmt: skip
 
 
+# The losses whose examples are single responses, so that there is nothing to compare.
+WITHOUT_PAIRS = ("sft",)
+MODES = ("DPO", "beta_DPO")
+
+
+def _is_switch(value) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_share(value, below: float) -> bool:
+    return _is_number(value) and 0 <= value < below
+
+
+# What each key of the files in config/loss/ may be, and how to say so.
+LOSS_VALUES = {
+    "beta": (lambda value: _is_number(value) and value > 0, "a number above 0: at 0 the loss never changes"),
+    "label_smoothing": (lambda value: _is_share(value, 0.5), "a share from 0 to below 0.5"),
+    "reference_free": (_is_switch, "true or false"),
+    "length_normalised": (_is_switch, "true or false"),
+    "mode_weight": (lambda value: _is_share(value, 1), "a share from 0 to below 1"),
+    "a": (lambda value: _is_number(value) and value >= 0, "a number from 0"),
+    "alpha": (lambda value: _is_number(value) and value >= 0, "a number from 0"),
+    "penalty": (lambda value: _is_number(value) and value >= 0, "a number from 0"),
+    "gamma": (lambda value: _is_number(value) and value >= 0, "a number from 0"),
+    "reference_update_every": (lambda value: type(value) is int and value > 0, "a whole number from 1"),
+    "reference_update_share": (lambda value: _is_number(value) and 0 < value <= 1, "a share above 0 to 1"),
+}
+
+
+@cache
+def loss_keys() -> dict[str, frozenset[str]]:
+    """The losses that `loss.name` may say, and the other keys that each has in its file."""
+    files = [OmegaConf.load(CONFIG_DIR / "loss" / f"{choice}.yaml") for choice in choices_of("loss")]
+    return {file.name: frozenset(file) - {"name"} for file in files if "name" in file}
+
+
+def moves_reference(config: DictConfig) -> bool:
+    """Whether the reference follows the policy, so that its log-probs cannot be known before."""
+    return "reference_update_every" in config.loss
+
+
 def _check_loss(config: DictConfig) -> None:
-    loss = config.loss
-    names = {"sft", "dpo", "ipo"}
-    if loss.name not in names:
-        raise UserError(f"loss.name: no loss {loss.name!r}; {nearest(str(loss.name), names)}")
-    objectives = OBJECTIVES[:2] if loss.name == "sft" else OBJECTIVES
+    loss, known = config.loss, loss_keys()
+    if loss.name not in known:
+        raise UserError(f"loss.name: no loss {loss.name!r}; {nearest(str(loss.name), known)}")
+    if set(loss) - {"name"} != known[loss.name]:
+        raise UserError(f"loss.name: found {loss.name!r} beside the keys of another loss. Choose it by loss={loss.name}.")
+    objectives = OBJECTIVES[:2] if loss.name in WITHOUT_PAIRS else OBJECTIVES
     if config.objective not in objectives:
         raise UserError(
             f"objective: loss={loss.name} has no metric {config.objective!r}; {nearest(config.objective, objectives)}"
         )
-    if loss.name == "sft":
-        return
-    _require(_is_number(loss.beta) and loss.beta > 0, "loss.beta", loss.beta, "a number above 0: at 0 the loss never changes")
-    if loss.name == "ipo":
-        _require(isinstance(loss.length_normalised, bool), "loss.length_normalised", loss.length_normalised, "true or false")
-        return
-    smoothing = loss.label_smoothing
-    _require(_is_number(smoothing) and 0 <= smoothing < 0.5, "loss.label_smoothing", smoothing, "a share from 0 to below 0.5")
-    _require(isinstance(loss.reference_free, bool), "loss.reference_free", loss.reference_free, "true or false")
-    if loss.mode_loss not in ("DPO", "beta_DPO"):
-        raise UserError(f"loss.mode_loss: no mode {loss.mode_loss!r}; {nearest(str(loss.mode_loss), ('DPO', 'beta_DPO'))}")
-    _require(_is_number(loss.a) and loss.a >= 0, "loss.a", loss.a, "a number from 0")
-    ratio = loss.mode_weight
-    _require(_is_number(ratio) and 0 <= ratio < 1, "loss.mode_weight", ratio, "a share from 0 to below 1")
-    if loss.mode_loss == "beta_DPO":
+    for key in sorted(known[loss.name] - {"mode_loss"}):
+        sound, expected = LOSS_VALUES[key]
+        _require(sound(loss[key]), f"loss.{key}", loss[key], expected)
+    if "mode_loss" in loss and loss.mode_loss not in MODES:
+        raise UserError(f"loss.mode_loss: no mode {loss.mode_loss!r}; {nearest(str(loss.mode_loss), MODES)}")
+    if "mode_loss" in loss and loss.mode_loss == "beta_DPO":
         _check_beta_dpo(config)
+    if moves_reference(config) and config.reference_logps == "cached":
+        raise UserError(
+            f"reference_logps: found cached, but the reference of loss={loss.name} follows the policy, and its log-probs with "
+            "it. Set it to live or null."
+        )
 
 
 def _check_beta_dpo(config: DictConfig) -> None:

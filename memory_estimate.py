@@ -14,7 +14,6 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -22,9 +21,9 @@ from torch.utils._pytree import tree_iter
 from adapters import has_adapter
 from batches import MicroBatch, PackedBatch
 from logprobs import LiveReference
-from losses import DPOLoss, Loss, PairSelection, SFTLoss
+from losses import DPOLoss, Loss, PairSelection
 from models import attend_over_trees, build_untrained, enable_activation_checkpointing
-from ranks import ALONE, Ranks
+from ranks import ALONE, Ranks, let_go_of_gathered
 from response_trees import forget_masks
 from sharding import Layout, empty_model, local
 from trainers import TRAINERS, BasicTrainer
@@ -202,21 +201,19 @@ def _model(config, tokenizer, dtype: str, layout: Layout | None) -> nn.Module:
     return model
 
 
-class _Selecting(DPOLoss):
+class _Surveying(DPOLoss):
     """Sees all pairs of a micro-batch before any is trained on, as beta-DPO does."""
 
-    selects_pairs = True
+    surveys = True
 
-    def select(self, gaps: Tensor) -> PairSelection:
+    def survey(self, log_ratios: Tensor) -> PairSelection:
         """Every pair."""
-        return PairSelection(torch.ones_like(gaps), torch.ones(()), {})
+        return PairSelection(log_ratios.new_ones(len(log_ratios)), torch.ones(()), {})
 
 
 def _without_numbers(loss: Loss) -> Loss:
-    """A loss that computes as much without looking at numbers: it makes no difference otherwise which one it is."""
-    if not loss.paired:
-        return SFTLoss()
-    return _Selecting(0.1) if loss.selects_pairs else DPOLoss(0.1)
+    """A loss that computes as much without looking at numbers, which those do that survey a micro-batch."""
+    return _Surveying(0.1) if loss.surveys else loss
 
 
 def faked(step: Sequence[MicroBatch]) -> list[MicroBatch]:
@@ -262,8 +259,6 @@ def name_weights(counter: StorageCounter, model: nn.Module, kind: str) -> None:
     """Count a model's weights as `kind` after a step, and those that stay gathered as such."""
     for weight in model.parameters():
         counter.recount(local(weight), "gathered weights")
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    let_go_of_gathered(model)
     for weight in model.parameters():
         counter.recount(local(weight), kind)

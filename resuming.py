@@ -98,7 +98,11 @@ STATE = {
     "reference_answers": ([str], None),
     "scheduler": {"last_epoch": _count, "base_lrs": [_number], "lr_lambdas": [None], ...: SETTING},
     "scaler": {...: _number},
-    "loss": ({"mean": (_number, None), "deviation": (_number, None), "draws": Tensor}, {...: None}),
+    "loss": (
+        {"mean": (_number, None), "deviation": (_number, None), "draws": Tensor},
+        {"shift": (_number, None)},
+        {...: None},
+    ),
     "train_batches": {
         "position": {"epoch": _count, "examples_in_epoch": _count, "examples": _count},
         "budget": [_count, _count],

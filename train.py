@@ -30,6 +30,7 @@ from configuration import (
     explain_composition_error,
     force_open_sections,
     is_sharded,
+    moves_reference,
     read_entries,
 )
 from stopping import STOPPED, StoppedError
@@ -320,7 +321,7 @@ def make_reference(config: DictConfig, placement, policy, prompts, read_again: b
     """The reference: a frozen copy of the policy that scores each batch, or its log-probs of `prompts` computed before.
 
     Computed before, by its own choice, where they are read more than once: in several epochs or the jobs of a sweep
-    (`read_again`), or because an earlier run has left them.
+    (`read_again`), or because an earlier run has left them; never where the reference follows the policy.
     """
     from adapters import has_adapter
     from logprobs import CachedReference, LiveReference
@@ -332,7 +333,8 @@ def make_reference(config: DictConfig, placement, policy, prompts, read_again: b
     reference = LiveReference(policy) if is_copy else placement.reference(policy)
     ranks = placement.ranks
     cached = caches_reference(config, read_again)
-    if cached or (config.reference_logps is None and ranks.from_main(directory.is_dir())):
+    may_be_there = config.reference_logps is None and not moves_reference(config)
+    if cached or (may_be_there and ranks.from_main(directory.is_dir())):
         path = cache_path(directory, reference.model, prompts, ranks)
         if cached or ranks.from_main(path.exists()):
             return CachedReference(reference_logps_of(reference, prompts, path, ranks))

@@ -17,15 +17,15 @@ from torch.distributed.tensor import DTensor
 
 from adapters import kept_weights
 from batches import BatchIterator, MicroBatch, PackedBatch
-from checkpoints import CheckpointWriter, Snapshot, read_optimizer, read_state, read_weights
+from checkpoints import CheckpointWriter, Snapshot, read_optimizer, read_reference, read_state, read_weights
 from configuration import sharded_dtype
 from evaluation import HeldOut, evaluate, sample_answers
 from guards import StillWeights, Watch
 from layer_splitting import joined_optimizer_state, joined_weights, set_joined_weights, split_optimizer_state
 from logprobs import response_logps
-from losses import Loss, LossOutput, PairSelection, example_metrics, gap
+from losses import Loss, LossOutput, Survey, example_metrics
 from placement import OneProcess, Sharded, SplitLayers, TensorParallel
-from ranks import ALONE, Ranks, several
+from ranks import ALONE, Ranks, let_go_of_gathered, several
 from sharding import clip_by_global_norm
 from stopping import StoppedError, StopRequests
 from tracking import Metrics, Tracker
@@ -228,6 +228,7 @@ class BasicTrainer:
         """`update_weights`, after a sound step; warns where the first one with the whole learning rate changes nothing."""
         still = StillWeights(self.policy) if self.updates == self.config.warmup_steps else None
         self.update_weights()
+        self.move_reference()
         self.bad_steps = 0
         if still is not None and still.are_the_same():
             self.watch.warn(
@@ -235,6 +236,14 @@ class BasicTrainer:
                 f"a step with lr {self.config.lr:g} has changed no weight that was looked at: it is too small for weights in "
                 f"{self.policy.dtype}. Raise lr, or set model.policy_dtype=float32 (and model.autocast_dtype=bfloat16).",
             )
+
+    def move_reference(self) -> None:
+        """Let the reference follow the policy, where the loss wants it and it is time to."""
+        update = self.loss.reference_update
+        if update is not None and self.updates % update.every == 0:
+            self.reference.move_towards(self.policy, update.share)
+            # It would answer otherwise now.
+            self.reference_answers = None
 
     def leave_out(self, scored: list) -> None:
         """Forget the gradient of a step that cannot be taken, and name its examples in `bad_batches.jsonl`."""
@@ -258,25 +267,25 @@ class BasicTrainer:
         """Loss and policy log-probs [R] of each piece; the caller takes each piece's gradient before the next."""
         pieces = [piece.to(self.device) for piece in micro_batch.pieces]
         references = [None if self.reference is None else self.reference(piece) for piece in pieces]
-        selection = None
-        if self.loss.selects_pairs and len(pieces) > 1:
-            # What is kept depends on all pieces, and only one of them fits into memory with its gradient.
+        survey = None
+        if self.loss.surveys and len(pieces) > 1:
+            # What is found depends on all pieces, and only one of them fits into memory with its gradient.
             with torch.no_grad():
-                selection = self.select(micro_batch, pieces, [self.logps(piece) for piece in pieces], references)
+                survey = self.survey(micro_batch, pieces, [self.logps(piece) for piece in pieces], references)
         for piece, reference in zip(pieces, references, strict=True):
             policy = self.logps(piece)
-            if self.loss.selects_pairs and selection is None:
-                selection = self.select(micro_batch, pieces, [policy.detach()], references)
-            chosen = None if selection is None else selection.at(piece.places)
-            yield self.loss(policy, reference, piece.pairs, piece.response_lengths, chosen), policy, piece
+            if self.loss.surveys and survey is None:
+                survey = self.survey(micro_batch, pieces, [policy.detach()], references)
+            found = None if survey is None else survey.at(piece.places)
+            yield self.loss(policy, reference, piece.pairs, piece.response_lengths, found), policy, piece
 
-    def select(self, micro_batch: MicroBatch, pieces, policies, references) -> PairSelection:
-        """The loss's selection among all pairs of a micro-batch on all ranks, from log-probs [R] of this rank's pieces."""
-        gaps = torch.zeros(micro_batch.num_examples, device=self.device)
+    def survey(self, micro_batch: MicroBatch, pieces, policies, references) -> Survey:
+        """The loss's survey of all pairs of a micro-batch on all ranks, from log-probs [R] of this rank's pieces."""
+        log_ratios = torch.zeros(micro_batch.num_examples, 2, device=self.device)
         for piece, policy, reference in zip(pieces, policies, references, strict=True):
             if not piece.is_filler:
-                gaps[piece.places] = gap(policy - reference, piece.pairs)
-        return self.loss.select(self.ranks.total(gaps))
+                log_ratios[piece.places] = (policy - reference)[piece.pairs]
+        return self.loss.survey(self.ranks.total(log_ratios))
 
     def logps(self, batch: PackedBatch) -> Tensor:
         """The policy's log-probs [R] of a batch."""
@@ -301,12 +310,15 @@ class BasicTrainer:
         if self.sample_prompts:
             self.tracker.log_samples(self.sample(), self.examples)
 
-    def answers(self) -> list[str]:
-        """The policy's answers to the sample prompts."""
-        return sample_answers(self.policy, self.tokenizer, self.sample_prompts, self.config.max_length, self.config.seed)
+    def answers(self, model: nn.Module | None = None) -> list[str]:
+        """A model's answers to the sample prompts; the policy's, unless another is given."""
+        model = self.policy if model is None else model
+        return sample_answers(model, self.tokenizer, self.sample_prompts, self.config.max_length, self.config.seed)
 
     def sample(self) -> list[dict]:
         """Answers of the policy, and of the reference where there is one, to the sample prompts."""
+        if self.reference_answers is None and self.loss.reference_update is not None:
+            self.reference_answers = self.answers(self.reference.model)
         known = self.reference_answers
         # Before the first step the reference's answers are the policy's: they need not be sampled twice.
         answers = {"policy": self.answers() if known is None or self.updates else known}
@@ -333,7 +345,7 @@ class BasicTrainer:
         # Of an optimizer that has not made a step there is nothing to keep.
         optimizer = self.optimizer_state() if self.updates else {"state": {}, "param_groups": []}
         state = self.state_dict() | {"optimizer_groups": optimizer["param_groups"]}
-        return Snapshot.of(self.examples, self.weights(), optimizer["state"], state)
+        return Snapshot.of(self.examples, self.weights(), optimizer["state"], state, self.moved_reference())
 
     def state_dict(self) -> dict:
         """What continues this run beside weights and optimizer: plain values and uint8 tensors."""
@@ -357,6 +369,9 @@ class BasicTrainer:
         weights, state = self.weights(), read_state(checkpoint)
         read_weights(checkpoint, weights)
         self.set_weights(weights)
+        if reference := self.moved_reference():
+            read_reference(checkpoint, reference)
+            self.set_moved_reference(reference)
         for name in ("examples", "updates", "bad_steps", "evaluated_at", "reference_answers"):
             setattr(self, name, state[name])
         self.held_out_means, self.saved_at = state["held_out"], state["examples"]
@@ -385,6 +400,13 @@ class BasicTrainer:
     def set_weights(self, weights: dict[str, Tensor]) -> None:
         """Take over new values that were written into what `weights` gave: they are the policy's own."""
 
+    def moved_reference(self) -> dict[str, Tensor]:
+        """The weights of a reference that follows the policy, as `weights` gives the policy's; none of one that stays."""
+        return {} if self.loss.reference_update is None else self.reference.model.state_dict(keep_vars=True)
+
+    def set_moved_reference(self, weights: dict[str, Tensor]) -> None:
+        """Take over new values that were written into what `moved_reference` gave: they are the reference's own."""
+
     def optimizer_state(self) -> dict:
         """The optimizer's state by the weights' names, alive; made where it is not there yet."""
         return get_optimizer_state_dict(self.policy, self.optimizer)
@@ -406,6 +428,14 @@ class LayerSplittingTrainer(BasicTrainer):
     def set_weights(self, weights: dict[str, Tensor]) -> None:
         """Split new values among the devices."""
         set_joined_weights(self.policy, weights)
+
+    def moved_reference(self) -> dict[str, Tensor]:
+        """The weights of a reference that follows the policy, joined anew; none of one that stays."""
+        return {} if self.loss.reference_update is None else joined_weights(self.reference.model)
+
+    def set_moved_reference(self, weights: dict[str, Tensor]) -> None:
+        """Split new values among the devices."""
+        set_joined_weights(self.reference.model, weights)
 
     def optimizer_state(self) -> dict:
         """The optimizer's state by the names of whole weights, joined anew."""
@@ -436,6 +466,11 @@ class FSDPTrainer(BasicTrainer):
     def clip_gradient(self) -> Tensor:
         """Scale the gradient down to `max_grad_norm`; returns its norm over all ranks before that, a scalar."""
         return clip_by_global_norm(self.policy.parameters(), self.config.max_grad_norm)
+
+    def optimizer_state(self) -> dict:
+        """The optimizer's state by the weights' names, alive; made where it is not there yet."""
+        let_go_of_gathered(self.policy)
+        return super().optimizer_state()
 
 
 class TensorParallelTrainer(FSDPTrainer):

@@ -18,13 +18,14 @@ from torch.distributed.tensor import DTensor
 from batches import BatchIterator, MicroBatch, PackedBatch
 from checkpoints import CheckpointWriter, Snapshot, read_optimizer, read_state, read_weights
 from configuration import sharded_dtype
-from evaluation import HeldOut, evaluate, sample_answers
+from evaluation import HeldOut, evaluate
 from guards import StillWeights, Watch
 from layer_splitting import joined_optimizer_state, joined_weights, set_joined_weights, split_optimizer_state
 from logprobs import response_logps
 from losses import Loss, LossOutput, PairSelection, example_metrics, gap
 from placement import OneProcess, Sharded, SplitLayers, TensorParallel
 from ranks import ALONE, Ranks, several
+from sampling import sample_answers
 from sharding import clip_by_global_norm
 from stopping import StoppedError, StopRequests
 from tracking import Metrics, Tracker
@@ -302,7 +303,8 @@ class BasicTrainer:
 
     def answers(self) -> list[str]:
         """The policy's answers to the sample prompts."""
-        return sample_answers(self.policy, self.tokenizer, self.sample_prompts, self.config.max_length, self.config.seed)
+        wanted = self.sample_prompts, self.config.max_length, self.config.seed
+        return sample_answers(self.policy, self.tokenizer, *wanted, self.ranks)
 
     def sample(self) -> list[dict]:
         """Answers of the policy, and of the reference where there is one, to the sample prompts."""
@@ -353,9 +355,8 @@ class BasicTrainer:
 
     def continue_from(self, checkpoint: Path) -> None:
         """Go on from a checkpoint as if the run had never stopped; with as many ranks as then, bit for bit."""
-        weights, state = self.weights(), read_state(checkpoint)
-        read_weights(checkpoint, weights)
-        self.set_weights(weights)
+        self.take_weights(checkpoint)
+        state = read_state(checkpoint)
         for name in ("examples", "updates", "bad_steps", "evaluated_at", "reference_answers"):
             setattr(self, name, state[name])
         self.held_out_means, self.saved_at = state["held_out"], state["examples"]
@@ -367,6 +368,12 @@ class BasicTrainer:
             getattr(self, name).load_state_dict(state[name])
         streams = state["random"]
         restore_random_streams(streams[self.ranks.rank if len(streams) == self.ranks.size else 0])
+
+    def take_weights(self, checkpoint: Path) -> None:
+        """Take over the weights of a checkpoint, and nothing else of it."""
+        weights = self.weights()
+        read_weights(checkpoint, weights)
+        self.set_weights(weights)
 
     # ---- where weights live ---------------------------------------------------------------------------------------------
 

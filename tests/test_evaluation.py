@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from batches import evaluation_batches
 from conftest import GOLDEN
-from evaluation import evaluate, mean_interval, sample_answers, share_interval
+from evaluation import evaluate, mean_interval, share_interval
 from logprobs import LiveReference
 from losses import build_loss
 from prompt_table import PromptTable

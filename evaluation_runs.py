@@ -15,7 +15,7 @@ from torch import nn
 
 from batches import BatchIterator, evaluation_batches, evaluation_prompts
 from checkpoints import UNREADABLE, checkpoints_of, read_state
-from configuration import CONFIG_DIR, GROUPS, OPEN_SECTIONS, choices_of, known_keys, task_names
+from configuration import CONFIG_DIR, GROUPS, OPEN_SECTIONS, explain_composition_error, known_keys, task_names
 from evaluation import HeldOut
 from held_out_report import ExampleFacts, kl_estimate, lines_of, summary
 from judges import build_judge
@@ -180,22 +180,29 @@ def config_of_run(path: Path, overrides: list[str]) -> DictConfig:
         config = OmegaConf.create({group: then[group] for group in GROUPS} | then)
     except UNREADABLE as error:
         why = (
-            "no such directory"
-            if not path.is_dir()
-            else f"no checkpoint with a state.json that can be read ({first_line(error)})"
+            f"no checkpoint with a state.json that can be read ({first_line(error)})" if path.is_dir() else "no such directory"
         )
         raise UserError(f"{path}: {why}. Expected a run directory, or a checkpoint in it (step-N, LATEST).") from error
-    base = OmegaConf.load(CONFIG_DIR / "config.yaml")
-    files = {"model": "base_model", "loss": config.loss.get("name"), "trainer": config.trainer.get("name")}
-    for group, name in files.items():
-        base[group] = OmegaConf.load(CONFIG_DIR / group / f"{name}.yaml")
-    for name in ("defaults", "hydra", "local_run_dir"):
-        base.pop(name)
-    config = OmegaConf.merge(base, config)
-    # What an evaluation has of its own.
-    config = OmegaConf.merge(config, {"eval_only": True, "dry_run": False, "resume": str(path), "evaluation": base.evaluation})
+    base = composed("model=blank_model", f"loss={config.loss.get('name')}", f"trainer={config.trainer.get('name')}")
+    # Nothing of these is the run's own.
+    fixed = {"eval_only": True, "dry_run": False, "resume": str(path), "evaluation": base.evaluation}
+    config = OmegaConf.merge(base, config, fixed)
     for text in overrides:
         config = overridden(config, text)
+    return config
+
+
+def composed(*overrides: str) -> DictConfig:
+    """The configuration that overrides compose to. Raises UserError where one names what does not exist."""
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
+
+    try:
+        with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+            config = compose("config", overrides=list(overrides))
+    except HydraException as error:
+        raise UserError(explain_composition_error(error)) from error
+    OmegaConf.set_struct(config, False)
     return config
 
 
@@ -205,10 +212,8 @@ def overridden(config: DictConfig, text: str) -> DictConfig:
     if not equals:
         raise UserError(f"{text}: expected key=value.")
     if key in GROUPS:
-        if value not in choices_of(key):
-            raise UserError(f"{text}: there is no such {key}; {nearest(value, choices_of(key))}")
-        # A new group in place of the old one, whose keys may be others.
-        return OmegaConf.create({**config, key: OmegaConf.load(CONFIG_DIR / key / f"{value}.yaml")})
+        # In place of the old group, whose keys may be others.
+        return OmegaConf.create({**config, key: composed(text)[key]})
     if key not in known_keys() and not key.startswith(tuple(f"{name}." for name in OPEN_SECTIONS)):
         raise UserError(f"{key}: no such key; {nearest(key, known_keys())}")
     try:

@@ -144,7 +144,7 @@ class ChatJudge(Judge):
         if find_spec("tenacity") is None:
             raise UserError(f"evaluation.judge: {kind} needs a library. Run: {EVALUATION_REQUIREMENTS}")
         self.template = Template((CONFIG_DIR / "judge_prompt.txt").read_text())
-        super().__init__(f"{kind}:{model} {xxhash.xxh3_64_hexdigest(self.template.template)}")
+        super().__init__(f"{kind}:{model} {xxhash.xxh3_64_hexdigest(self.template.template.encode())}")
         base = (settings.judge_url or self.usual_url).rstrip("/")
         self.model, self.url = model, base if base.endswith(self.path) else f"{base}{self.path}"
         self.timeout, self.attempts, self.first_pause = settings.judge_timeout, settings.judge_attempts, settings.judge_pause
@@ -177,7 +177,7 @@ class ChatJudge(Judge):
             reraise=True,
         )
         # The code is no secret, but no answer can hold the hash of itself and of the answer beside it.
-        code = xxhash.xxh3_128_hexdigest(json.dumps([prompt, first, second]))[:10]
+        code = xxhash.xxh3_128_hexdigest(json.dumps([prompt, first, second]).encode())[:10]
         message = self.template.substitute(code=code, prompt=prompt, first=first, second=second)
         return attempts(self.ask, message, code)
 

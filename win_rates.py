@@ -53,7 +53,7 @@ class Judgements:
     @staticmethod
     def key(judge: Judge, question: tuple[str, str, str]) -> str:
         """Stands for a judge and what it is asked."""
-        return xxhash.xxh3_128_hexdigest(json.dumps([judge.identity, *question]))
+        return xxhash.xxh3_128_hexdigest(json.dumps([judge.identity, *question]).encode())
 
     def add(self, judge: Judge, question: tuple[str, str, str], verdict: str) -> None:
         """Keep a verdict."""

@@ -208,7 +208,7 @@ def composed(*overrides: str) -> DictConfig:
 
 def overridden(config: DictConfig, text: str) -> DictConfig:
     """A configuration with "key=value"; a group's name stands for all of the group. Raises UserError for an unknown key."""
-    key, equals, value = text.partition("=")
+    key, equals, _ = text.partition("=")
     if not equals:
         raise UserError(f"{text}: expected key=value.")
     if key in GROUPS:

@@ -22,7 +22,7 @@ def sample_answers(
 ) -> list[str]:
     """`sample_responses` as text, up to the end of the response."""
     responses = sample_responses(model, tokenizer, prompts, max_length, seed, ranks)
-    return tokenizer.batch_decode(responses, skip_special_tokens=True)
+    return [tokenizer.decode(response, skip_special_tokens=True) for response in responses]
 
 
 @torch.no_grad()

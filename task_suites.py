@@ -4,6 +4,7 @@ A suite is a list of (task, examples shown before the question); None leaves tha
 """
 
 from collections.abc import Sequence
+from functools import cache
 from importlib.util import find_spec
 
 from torch import nn
@@ -49,6 +50,14 @@ def check_harness() -> None:
         raise UserError(f"evaluation.tasks: lm-evaluation-harness is not installed. Run: {EVALUATION_REQUIREMENTS}")
 
 
+@cache
+def task_manager(task_path: str | None, with_own: bool):
+    """The harness's index of the tasks of a folder, and of its own ones."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=task_path, include_defaults=with_own)
+
+
 class TaskList:
     """The tasks that names stand for, found before any model is loaded. task_path is a folder of task files, or None.
 
@@ -57,10 +66,11 @@ class TaskList:
 
     def __init__(self, names: Sequence[str], task_path: str | None):
         check_harness()
-        from lm_eval.tasks import TaskManager
-
-        self.manager = TaskManager(include_path=task_path)
         self.tasks = [task for name in names for task in SUITES.get(name, [(name, None)])]
+        # The harness's own thousands of files are read only if need be.
+        self.manager = task_manager(task_path, with_own=False)
+        if not {task for task, _ in self.tasks} <= set(self.manager.all_tasks):
+            self.manager = task_manager(task_path, with_own=True)
         known = set(self.manager.all_tasks)
         for task, _ in self.tasks:
             if task not in known:

@@ -5,6 +5,7 @@ not answer is never a win: it is counted apart and left out, and beyond a share 
 """
 
 import json
+import threading
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, as_completed
@@ -16,6 +17,7 @@ import xxhash
 
 from evaluation import bootstrap_means, interval
 from judges import VERDICTS, Judge, NoJudgementError
+from utils import UserError
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class Judgements:
             except (ValueError, LookupError, TypeError, RecursionError):
                 # Half a line: the process was killed while it wrote it.
                 continue
+        self.writing = threading.Lock()
         self.begin = b"" if content.endswith(b"\n") or not content else b"\n"
 
     @staticmethod
@@ -60,10 +63,14 @@ class Judgements:
         key = self.key(judge, question)
         texts = dict(zip(("prompt", "first", "second"), question, strict=True))
         row = {"key": key, "judge": judge.identity, "verdict": verdict, **texts}
-        with self.path.open("ab", buffering=0) as file:
-            file.write(self.begin + json.dumps(row).encode() + b"\n")
-        self.begin = b""
-        self.known[key] = verdict
+        with self.writing:
+            try:
+                with self.path.open("ab", buffering=0) as file:
+                    file.write(self.begin + json.dumps(row).encode() + b"\n")
+            except OSError as error:
+                raise UserError(f"evaluation.to: {self.path} cannot be written to: {error.strerror}. Make room.") from error
+            self.begin = b""
+            self.known[key] = verdict
 
 
 def ask_all(
@@ -76,11 +83,11 @@ def ask_all(
     asked = {Judgements.key(judge, question): question for each in comparisons for question in each.questions(judge)}
     missing: Counter = Counter()
     with ThreadPoolExecutor(workers) as pool:
-        waiting = {pool.submit(judge.better, *q): q for key, q in asked.items() if key not in judgements.known}
+        waiting = [pool.submit(ask, judge, q, judgements) for key, q in asked.items() if key not in judgements.known]
         try:
             for future in as_completed(waiting):
                 try:
-                    judgements.add(judge, waiting[future], future.result())
+                    future.result()
                 except NoJudgementError as error:
                     missing[error.reason] += 1
                 except CancelledError:
@@ -90,6 +97,11 @@ def ask_all(
         finally:
             stop_asking(judge, waiting)
     return missing
+
+
+def ask(judge: Judge, question: tuple[str, str, str], judgements: Judgements) -> None:
+    """Ask one question; its verdict is kept before whoever asks goes on to another."""
+    judgements.add(judge, question, judge.better(*question))
 
 
 def stop_asking(judge: Judge, waiting: Iterable[Future]) -> None:

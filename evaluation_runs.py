@@ -207,16 +207,21 @@ def composed(*overrides: str) -> DictConfig:
 
 
 def overridden(config: DictConfig, text: str) -> DictConfig:
-    """A configuration with "key=value"; a group's name stands for all of the group. Raises UserError for an unknown key."""
-    key, equals, _ = text.partition("=")
-    if not equals:
-        raise UserError(f"{text}: expected key=value.")
+    """A configuration with "key=value" as on `train.py`'s command line; of a group, all of it. Raises UserError for others."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        [override] = OverridesParser.create().parse_overrides([text])
+    except HydraException as error:
+        raise UserError(f"{text}: {first_line(error)}. Expected key=value, as on train.py's command line.") from error
+    key = override.key_or_group
+    if override.is_sweep_override() or override.is_delete():
+        raise UserError(f"{text}: expected key=value, with one value.")
     if key in GROUPS:
         # In place of the old group, whose keys may be others.
         return OmegaConf.create({**config, key: composed(text)[key]})
     if key not in known_keys() and not key.startswith(tuple(f"{name}." for name in OPEN_SECTIONS)):
         raise UserError(f"{key}: no such key; {nearest(key, known_keys())}")
-    try:
-        return OmegaConf.merge(config, OmegaConf.from_dotlist([text]))
-    except ValueError as error:
-        raise UserError(f"{text}: {first_line(error)}. Expected a value as in YAML.") from error
+    OmegaConf.update(config, key, override.value(), merge=False, force_add=True)
+    return config

@@ -13,6 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from stopping import STOPPED, StoppedError  # noqa: E402
 from train import start  # noqa: E402
 from utils import UserError  # noqa: E402
 
@@ -28,7 +29,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--judge", help="toy, reward_model:NAME, openai:MODEL or ollama:MODEL")
     parser.add_argument("--judge-url", help="server of openai: or ollama:, such as http://localhost:8000/v1")
     parser.add_argument("--against", help="whose answers the policy's are compared with: reference, or a checkpoint directory")
-    parser.add_argument("--tasks", help="suites or tasks of lm-evaluation-harness, with commas between them")
+    parser.add_argument(
+        "--tasks", type=lambda text: text.split(","), help="suites or tasks of lm-evaluation-harness, with commas between them"
+    )
     parser.add_argument("--to", help="file of the results; else results.json in the run directory")
     return parser.parse_intermixed_args()
 
@@ -36,19 +39,22 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     """Evaluate. A mistake of the user's becomes one message and exit status 2."""
     options = arguments()
-    given = {f"evaluation.{name}": getattr(options, name) for name in OPTIONS if getattr(options, name) is not None}
-    if "evaluation.tasks" in given:
-        given["evaluation.tasks"] = f"[{given['evaluation.tasks']}]"
     try:
         from configuration import check_config
         from evaluation_runs import config_of_run
 
-        config = config_of_run(options.run, [*options.overrides, *(f"{key}={value}" for key, value in given.items())])
+        config = config_of_run(options.run, options.overrides)
+        for name in OPTIONS:
+            if getattr(options, name) is not None:
+                config.evaluation[name] = getattr(options, name)
         check_config(config)
         start(config, options.run.resolve(), in_sweep=False)
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
+    except StoppedError as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(STOPPED)
 
 
 if __name__ == "__main__":

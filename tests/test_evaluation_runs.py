@@ -12,6 +12,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from evaluation_runs import check_beginning, config_of_run, write_text
+from test_task_suites import own_task
 from train import start
 from utils import UserError
 
@@ -121,6 +122,13 @@ def test_a_checkpoint_can_be_evaluated_on_other_data_and_under_another_loss(sft,
     assert results["config"]["loss"]["beta"] == 0.3
     # What SFT has learnt moves it away from its beginning.
     assert results["kl"]["per_answer"]["mean"] != 0
+
+
+def test_tasks_are_run_on_the_checkpoints_weights(sft, tmp_path, capsys):
+    wanted = "evaluation.tasks=opposites", f"evaluation.task_path={own_task(tmp_path)}", "n_eval_examples=2"
+    found = evaluate(sft, *wanted, f"evaluation.to={tmp_path / 'results.json'}")["tasks"]["opposites"]
+    assert found["acc"] in (0, pytest.approx(1 / 3), pytest.approx(2 / 3), 1)
+    assert f"opposites: acc {found['acc']:.4g}" in capsys.readouterr().out
 
 
 def test_the_script_evaluates_under_another_trainer_with_the_same_results(beta_dpo, tmp_path):

@@ -29,14 +29,19 @@ metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
 """
 
 
-@pytest.fixture
-def folder(tmp_path) -> Path:
-    """A folder with one task of three questions."""
+def own_task(tmp_path: Path) -> Path:
+    """A folder with one task, `opposites`, of three questions."""
     rows = [dict(zip(("question", "right", "wrong"), row, strict=True)) for row in QUESTIONS]
     data = write(tmp_path / "rows.jsonl", rows)
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "opposites.yaml").write_text(TASK.format(data=data))
     return tmp_path / "tasks"
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A folder with one task of three questions."""
+    return own_task(tmp_path)
 
 
 @pytest.fixture(scope="module")

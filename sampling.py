@@ -34,8 +34,8 @@ def sample_responses(
     `max_length` bounds each prompt plus response, in tokens; a response has at least one. Drawn from the model's own
     distribution: nothing of its generation_config (temperature, penalties) is heeded. What is drawn depends on the seed and
     the prompt alone, not on the prompts beside it nor on their order, but for rounding: where two tokens are as good as
-    equal, another width of the batch may tip the scales, in float32 once in a million tokens. The global random streams are
-    left as they were. Every rank answers all prompts, and together with the others.
+    equal, another width of the batch may tip the scales, next to never in float32, now and then in bfloat16. The global
+    random streams are left as they were. Every rank answers all prompts, and together with the others.
     """
     responses: list[list[int]] = [[]] * len(prompts)
     # Prompts of like length waste little of each other's time.

@@ -445,6 +445,13 @@ def evaluation_batches(
     Their `places` are those among all held-out examples.
     """
     examples = list(islice(examples_of(evaluation_prompts(prompts, n_examples, seed)), n_examples))
+    return batches_of(examples, batch_size, budget, ranks)
+
+
+def batches_of(
+    examples: Sequence[Example], batch_size: int, budget: TokenBudget = UNLIMITED, ranks: Ranks = ALONE
+) -> list[PackedBatch]:
+    """This rank's part of some examples, in batches of at most `batch_size` over all ranks; `places` are among them all."""
     starts = range(0, len(examples), batch_size)
     return [
         replace(piece, places=piece.places + start)

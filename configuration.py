@@ -4,6 +4,7 @@ The YAML files under config/ are the only list of keys there is: a key is known 
 """
 
 import math
+import os
 import re
 from functools import cache
 from pathlib import Path
@@ -100,6 +101,7 @@ def check_config(config: DictConfig, overrides: list[str] = (), choices: dict[st
     _check_sizes(config)
     _check_loss(config)
     _check_paths(config)
+    _check_evaluation(config)
 
 
 def _check_added_and_removed_keys(config: DictConfig, choices: dict[str, str]) -> None:
@@ -126,23 +128,23 @@ def _is_number(value) -> bool:
 
 COUNTS = (
     "batch_size", "eval_batch_size", "gradient_accumulation_steps", "max_length", "max_prompt_length", "eval_every",
-    "max_bad_steps",
+    "max_bad_steps", "evaluation.judge_attempts", "evaluation.judge_workers",
 )  # fmt: skip
 OPTIONAL_COUNTS = (
     "n_epochs", "n_examples", "n_eval_examples", "max_tokens_per_microbatch", "save_every", "keep_last",
-    "keep_best",
+    "keep_best", "evaluation.n_prompts", "evaluation.task_limit",
 )  # fmt: skip
 COUNTS_FROM_ZERO = ("warmup_steps", "n_eval_model_samples", "seed")
 SWITCHES = (
-    "debug", "dry_run", "wandb.enabled", "do_first_eval", "activation_checkpointing", "save_policy_pt",
+    "debug", "dry_run", "eval_only", "wandb.enabled", "do_first_eval", "activation_checkpointing", "save_policy_pt",
     "tf32", "save_async", "model.trust_remote_code", "model.double_quantization",
 )  # fmt: skip
 
 
-TEXTS = ("exp_name", "wandb.project", "objective")
+TEXTS = ("exp_name", "wandb.project", "objective", "evaluation.against")
 OPTIONAL_TEXTS = (
     "resume", "system_prompt", "wandb.entity", "cache_dir", "model.name_or_path", "model.tokenizer_name_or_path",
-    "model.archive", "model.block_name",
+    "model.archive", "model.block_name", "evaluation.to", "evaluation.judge", "evaluation.judge_url", "evaluation.task_path",
 )  # fmt: skip
 
 
@@ -151,7 +153,7 @@ LONGEST_NAME = 200
 
 
 def _check_sections(config: DictConfig) -> None:
-    for key in (*OPEN_SECTIONS, "wandb"):
+    for key in (*OPEN_SECTIONS, "wandb", "evaluation"):
         section = OmegaConf.select(config, key)
         _require(isinstance(section, DictConfig), key, section, "a section: keys with values, or {}")
     for key in (*TEXTS, *OPTIONAL_TEXTS):
@@ -238,8 +240,8 @@ def _check_adapter(config: DictConfig) -> None:
         )
     if lora.r is not None and moves_reference(config):
         raise UserError(
-            f"model.lora.r: loss={config.loss.name} moves the reference, which with an adapter has no weights of its own. Train all "
-            "weights, or use another loss."
+            f"model.lora.r: loss={config.loss.name} moves the reference, which with an adapter has no weights of its own. "
+            "Train all weights, or use another loss."
         )
     if lora.r is not None and model.reference_dtype != model.policy_dtype:
         raise UserError(
@@ -409,6 +411,54 @@ def read_entries(config: DictConfig) -> list[Entry]:
     _require(sound, "datasets", datasets, "at least one data set, as in [hh,shp]")
     defaults = {key: config[key] for key in (*GENERAL_KEYS, "held_out_share") if key in config}
     return [read_entry(entry, defaults) for entry in entries]
+
+
+# Who may judge, and whether a name follows.
+JUDGES = {"toy": False, "reward_model": True, "openai": True, "ollama": True}
+KEY_VARIABLE = "OPENAI_API_KEY"
+# What brings the libraries of judges behind HTTP and of tasks.
+EVALUATION_REQUIREMENTS = "pip install -r requirements-evaluation.txt"
+
+
+def _check_evaluation(config: DictConfig) -> None:
+    wanted = config.evaluation
+    for key in ("judge_timeout", "judge_pause"):
+        _require(_is_number(wanted[key]) and wanted[key] > 0, f"evaluation.{key}", wanted[key], "a number of seconds above 0")
+    share = wanted.max_missing
+    _require(_is_number(share) and 0 <= share < 1, "evaluation.max_missing", share, "a share from 0 to below 1")
+    tasks = task_names(config)
+    sound = all(isinstance(name, str) for name in tasks)
+    _require(sound, "evaluation.tasks", tasks, "names, as in [open_llm,gsm8k]")
+    _check_judge(wanted)
+    for key in ("against", "task_path", "to"):
+        path = wanted[key]
+        looked_at = Path(path).absolute().parent if key == "to" and path else path
+        if path not in (None, "reference") and not Path(looked_at).is_dir():
+            raise UserError(f"evaluation.{key}: {path}: no such directory. Paths are relative to {Path.cwd()}.")
+    if tasks and is_sharded(config):
+        raise UserError(f"evaluation.tasks: {config.trainer.name} has a part of the model only. Set trainer=BasicTrainer.")
+    for key in ("judge", "tasks"):
+        if wanted[key] and not config.eval_only:
+            raise UserError(f"evaluation.{key}: found {wanted[key]!r}, and the run would train. Set eval_only=true too.")
+
+
+def _check_judge(wanted: DictConfig) -> None:
+    if wanted.judge is None:
+        return
+    kind, _, name = wanted.judge.partition(":")
+    if kind not in JUDGES:
+        raise UserError(f"evaluation.judge: no judge {wanted.judge!r}; {nearest(kind, JUDGES)}")
+    _require(bool(name) == JUDGES[kind], "evaluation.judge", wanted.judge, f"{kind}{':NAME' * JUDGES[kind]}")
+    url = wanted.judge_url
+    _require(url is None or re.match("https?://[^/]", url), "evaluation.judge_url", url, "http://... or https://..., or null")
+    if kind == "openai" and url is None and not os.environ.get(KEY_VARIABLE):
+        raise UserError(f"evaluation.judge: openai needs a key in the environment, {KEY_VARIABLE}, or evaluation.judge_url.")
+
+
+def task_names(config: DictConfig) -> list:
+    """`evaluation.tasks` as a list: brackets may be left out for one."""
+    tasks = OmegaConf.to_container(config.evaluation, resolve=True)["tasks"]
+    return tasks if isinstance(tasks, list) else [tasks]
 
 
 def _check_paths(config: DictConfig) -> None:

@@ -189,7 +189,7 @@ def model_configuration(model_config, tokenizer, cache_dir: str | None = None):
         with _loading("model.name_or_path", name):
             config = AutoConfig.from_pretrained(name, **(values | {"cache_dir": cache_dir, "trust_remote_code": trusted}))
             if not trusted:
-                _refuse_kernels(config)
+                refuse_kernels(config)
             return config
     tokens = {
         "eos_token_id": tokenizer.eos_token_id,
@@ -202,7 +202,7 @@ def model_configuration(model_config, tokenizer, cache_dir: str | None = None):
         raise UserError(f"model.from_config.model_type: {values.get('model_type')!r} is not known to transformers.") from error
 
 
-def _refuse_kernels(config) -> None:
+def refuse_kernels(config) -> None:
     """Raise ValueError where a model's configuration names an attention that transformers would fetch from the hub and run."""
     for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
         attention = getattr(part, "_attn_implementation", None)

@@ -22,7 +22,7 @@ MAY_DIFFER = (
     "save_strategy", "save_every", "save_async", "keep_last", "keep_best", "save_policy_pt",
     "trainer.name", "trainer.nproc_per_node", "trainer.sharding", "trainer.tensor_parallel_size", "trainer.cpu_offload",
     "trainer.distributed_timeout_minutes", "trainer.reduce_dtype", "activation_checkpointing",
-    "max_tokens_per_microbatch", "prefix_sharing", "reference_logps",
+    "max_tokens_per_microbatch", "prefix_sharing", "reference_logps", "eval_only", "evaluation",
 )  # fmt: skip
 
 

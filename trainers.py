@@ -19,13 +19,14 @@ from adapters import kept_weights
 from batches import BatchIterator, MicroBatch, PackedBatch
 from checkpoints import CheckpointWriter, Snapshot, read_optimizer, read_reference, read_state, read_weights
 from configuration import sharded_dtype
-from evaluation import HeldOut, evaluate, sample_answers
+from evaluation import HeldOut, evaluate
 from guards import StillWeights, Watch
 from layer_splitting import joined_optimizer_state, joined_weights, set_joined_weights, split_optimizer_state
 from logprobs import response_logps
 from losses import Loss, LossOutput, Survey, example_metrics
 from placement import OneProcess, Sharded, SplitLayers, TensorParallel
 from ranks import ALONE, Ranks, let_go_of_gathered, several
+from sampling import sample_answers
 from sharding import clip_by_global_norm
 from stopping import StoppedError, StopRequests
 from tracking import Metrics, Tracker
@@ -312,8 +313,8 @@ class BasicTrainer:
 
     def answers(self, model: nn.Module | None = None) -> list[str]:
         """A model's answers to the sample prompts; the policy's, unless another is given."""
-        model = self.policy if model is None else model
-        return sample_answers(model, self.tokenizer, self.sample_prompts, self.config.max_length, self.config.seed)
+        wanted = self.sample_prompts, self.config.max_length, self.config.seed
+        return sample_answers(self.policy if model is None else model, self.tokenizer, *wanted, self.ranks)
 
     def sample(self) -> list[dict]:
         """Answers of the policy, and of the reference where there is one, to the sample prompts."""
@@ -366,9 +367,8 @@ class BasicTrainer:
 
     def continue_from(self, checkpoint: Path) -> None:
         """Go on from a checkpoint as if the run had never stopped; with as many ranks as then, bit for bit."""
-        weights, state = self.weights(), read_state(checkpoint)
-        read_weights(checkpoint, weights)
-        self.set_weights(weights)
+        self.take_weights(checkpoint)
+        state = read_state(checkpoint)
         if reference := self.moved_reference():
             read_reference(checkpoint, reference)
             self.set_moved_reference(reference)
@@ -383,6 +383,12 @@ class BasicTrainer:
             getattr(self, name).load_state_dict(state[name])
         streams = state["random"]
         restore_random_streams(streams[self.ranks.rank if len(streams) == self.ranks.size else 0])
+
+    def take_weights(self, checkpoint: Path) -> None:
+        """Take over the weights of a checkpoint, and nothing else of it."""
+        weights = self.weights()
+        read_weights(checkpoint, weights)
+        self.set_weights(weights)
 
     # ---- where weights live ---------------------------------------------------------------------------------------------
 

@@ -49,7 +49,8 @@ def configured(compose):
             f"model.name_or_path={GOLDEN / 'llama'}",
             f"model.tokenizer_name_or_path={GOLDEN / 'tokenizer'}",
         )
-        return compose(*model, *sizes, "loss=dpo", *overrides)
+        loss = [] if any(text.startswith("loss=") for text in overrides) else ["loss=dpo"]
+        return compose(*model, *sizes, *loss, *overrides)
 
     return configured
 
@@ -255,6 +256,7 @@ def test_kept_log_probs_of_the_reference_do_not_depend_on_the_adapter_that_is_tr
         (["model.quantization=nf4"], r"cannot be trained themselves. Add \+adapter=lora"),
         (["+adapter=lora", "model.quantization=int3"], "model.quantization: found 'int3', expected nf4, int8 or null"),
         (["+adapter=qlora", "trainer=FSDPTrainer"], "FSDPTrainer cannot lay weights of few bits over processes"),
+        (["+adapter=lora", "loss=tr_dpo"], "loss=tr_dpo moves the reference"),
         (["+adapter=lora", "trainer=TensorParallelTrainer"], "TensorParallelTrainer splits the layers"),
     ],
 )

@@ -590,3 +590,48 @@ def test_the_objectives_are_the_metrics_of_an_evaluation(loss, compose):
     metrics = example_metrics(built(logps, logps, pairs, torch.ones(2)), logps, pairs, "eval")
     assert set(metrics) == set(OBJECTIVES if built.paired else OBJECTIVES[:2])
     assert json.dumps(OBJECTIVES)  # plain texts, as metrics.jsonl names them
+
+
+# ---- evaluation -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        ("evaluation.judge=toyy", "evaluation.judge: no judge 'toyy'; did you mean toy?"),
+        ("evaluation.judge=toy:x", "evaluation.judge: found 'toy:x', expected toy."),
+        ("evaluation.judge=ollama", "evaluation.judge: found 'ollama', expected ollama:NAME."),
+        ("evaluation.judge=openai:m", "evaluation.judge: openai needs a key in the environment, OPENAI_API_KEY"),
+        ("evaluation.judge=ollama:m evaluation.judge_url=host:1", "evaluation.judge_url: found 'host:1', expected http://"),
+        ("evaluation.judge=ollama:m eval_only=false", "evaluation.judge: found 'ollama:m', and the run would train."),
+        ("evaluation.tasks=[gsm8k] eval_only=false", "evaluation.tasks: found ['gsm8k'], and the run would train."),
+        ("evaluation.tasks=[1]", "evaluation.tasks: found [1], expected names"),
+        ("evaluation.tasks=gsm8k trainer=FSDPTrainer", "evaluation.tasks: FSDPTrainer has a part of the model only."),
+        ("evaluation.against=nowhere", "evaluation.against: nowhere: no such directory."),
+        ("evaluation.against=null", "evaluation.against: found None, expected a text."),
+        ("evaluation.task_path=nowhere", "evaluation.task_path: nowhere: no such directory."),
+        ("evaluation.to=nowhere/results.json", "evaluation.to: nowhere/results.json: no such directory."),
+        ("evaluation.max_missing=1", "evaluation.max_missing: found 1, expected a share from 0 to below 1."),
+        ("evaluation.judge_timeout=0", "evaluation.judge_timeout: found 0, expected a number of seconds above 0."),
+        ("evaluation.judge_pause=-1", "evaluation.judge_pause: found -1, expected a number of seconds above 0."),
+        ("evaluation.judge_attempts=0", "evaluation.judge_attempts: found 0, expected a whole number from 1."),
+        ("evaluation.judge_workers=x", "evaluation.judge_workers: found 'x', expected a whole number from 1."),
+        ("evaluation.n_prompts=0", "evaluation.n_prompts: found 0, expected a whole number from 1 or null."),
+        ("evaluation.task_limit=0.5", "evaluation.task_limit: found 0.5, expected a whole number from 1 or null."),
+        ("eval_only=yess", "eval_only: found 'yess', expected true or false."),
+        ("evaluation.judgge=toy", "evaluation.judgge: no such key; did you mean evaluation.judge?"),
+        ("evaluation=5", "evaluation"),
+    ],
+)
+def test_an_evaluation_that_cannot_be_is_refused(overrides, told, check, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    assert refusal(check, "eval_only=true", *overrides.split()).startswith(told)
+
+
+def test_judges_and_tasks_that_can_be_are_taken(check, monkeypatch, tmp_path):
+    monkeypatch.setenv("OPENAI_API_KEY", "x")
+    for judge in ("toy", "reward_model:some/model", "openai:m", "ollama:llama3.1:8b"):
+        check("eval_only=true", f"evaluation.judge={judge}", f"evaluation.against={tmp_path}")
+    check("eval_only=true", "evaluation.tasks=open_llm")
+    monkeypatch.delenv("OPENAI_API_KEY")
+    check("eval_only=true", "evaluation.judge=openai:m", "evaluation.judge_url=http://localhost:8000/v1")

@@ -1,5 +1,6 @@
 """Held-out metrics: every example once, however it is cut; and intervals that hold what they promise."""
 
+import numpy
 import pytest
 import torch
 from hypothesis import given
@@ -8,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from batches import evaluation_batches
 from conftest import CONFIG_DIR, GOLDEN
-from evaluation import evaluate, mean_interval, sample_answers, share_interval
+from evaluation import bootstrap_means, evaluate, interval, mean_interval, share_interval
 from logprobs import LiveReference
 from losses import build_loss
 from prompt_table import PromptTable
@@ -68,11 +69,20 @@ def test_the_interval_of_a_mean_is_about_two_standard_errors_wide():
     assert high - low == pytest.approx(2 * 1.96 / 20, rel=0.15)
 
 
-def test_prompts_of_different_lengths_are_answered_together_as_alone(models, tokenizer):
-    # Greedy answers would hide a wrong position; the log-probs behind a left-padded prompt must be those of the plain one.
-    policy = models[0]
-    prompts = [[5, 6, 7], [8, 9, 10, 11, 12, 13]]
-    answers = sample_answers(policy, tokenizer, prompts, max_length=12, seed=3)
-    assert len(answers) == 2 and all(isinstance(answer, str) for answer in answers)
-    assert answers == sample_answers(policy, tokenizer, prompts, max_length=12, seed=3)
-    assert sample_answers(policy, tokenizer, [], max_length=12, seed=3) == []
+@given(st.lists(st.floats(-100, 100), min_size=2, max_size=20), st.integers(1, 4))
+def test_the_bootstrap_takes_examples_that_belong_together_as_one(values, copies):
+    alone = bootstrap_means(numpy.array(values)[:, None], draws=50)
+    groups = numpy.repeat(numpy.arange(len(values)), copies)
+    together = bootstrap_means(numpy.repeat(values, copies)[:, None], groups, draws=50)
+    # Copies of an example tell nothing new, and so make nothing more certain.
+    numpy.testing.assert_allclose(together, alone, atol=1e-9)
+
+
+def test_a_bootstrap_mean_counts_every_example_of_a_drawn_group():
+    # Two groups, of 3 ones and of 1 zero: drawn alike they give 1, 0.75 or 0.
+    draws = bootstrap_means(numpy.array([[1.0], [1.0], [1.0], [0.0]]), numpy.array([7, 7, 7, 2]), draws=200)
+    assert set(draws[:, 0]) == {1.0, 0.75, 0.0}
+
+
+def test_bootstrap_values_that_are_no_numbers_are_left_out_of_an_interval():
+    assert interval(numpy.array([1.0, numpy.nan, 1.0])) == (1.0, 1.0)

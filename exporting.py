@@ -113,21 +113,14 @@ def source_of(path: Path) -> Source:
     if fault is None:
         try:
             state = read_state(checkpoint)
-            shape = {
-                "examples": int,
-                "held_out": (dict, None),
-                "run": {"config": {"model": dict, "loss": dict, "trainer": dict}},
-            }
-            fault = misfit(state, shape, "state")
-            fault = fault and f"state.json is damaged ({fault})"
+            part = misfit(state, STATE, "state")
+            fault = part and f"state.json is damaged ({part})"
         except UNREADABLE as error:
             fault = f"state.json is damaged ({first_line(error)})"
     if fault is not None:
         raise UserError(f"{checkpoint}: {fault}. {expected}")
-    examples = state["examples"]
-    return Source(
-        checkpoint, state["run"], examples, state["held_out"] or {}, _rows(checkpoint.parent / "metrics.jsonl", examples)
-    )
+    rows = _rows(checkpoint.parent / "metrics.jsonl", state["examples"])
+    return Source(checkpoint, state["run"], state["examples"], state["held_out"] or {}, rows)
 
 
 def _rows(file: Path, examples: int) -> list[dict]:
@@ -270,18 +263,15 @@ def export(path: Path, wishes: Wishes) -> list[str]:
         if source.is_adapter and not wishes.merge:
             facts = _write_adapter(source, partial, dtype)
         else:
-            facts = _write_whole(source, partial, dtype, wishes, tokenizer)
+            facts = _write_whole(source, partial, dtype, wishes)
         save_tokenizer(tokenizer, partial)
         if modelfile:
             sources = [str(source.checkpoint), source.config["model"].get("tokenizer_name_or_path"), source.base]
             fit_for_ollama(partial, tokenizer, [name for name in sources if name])
             (partial / "Modelfile").write_text(modelfile, encoding="utf-8")
-        facts = replace(facts, name=wishes.push or wishes.to.name, prompt=prompt)
+        facts = replace(facts, name=wishes.push or wishes.to.resolve().name, prompt=prompt)
         (partial / "README.md").write_text(model_card(facts), encoding="utf-8")
-    said = [
-        f"{wishes.to}: {facts.architecture}, {facts.parameters:,} parameters, {facts.dtype}",
-        *map("note: {}".format, notes),
-    ]
+    said = [_summary(wishes.to, facts), *(f"note: {note}" for note in notes)]
     if wishes.ollama:
         command = ["ollama", "create", wishes.ollama, "--quantize", "q4_K_M", "-f", str(wishes.to / "Modelfile")]
         said.append(f"for Ollama: {shlex.join(command)}")
@@ -318,7 +308,7 @@ def serve_as_trained(config: dict, tokenizer, wanted: str | None = None) -> tupl
     return "Once upon a time", []
 
 
-def _write_whole(source: Source, partial: Path, dtype: str, wishes: Wishes, tokenizer) -> CardFacts:
+def _write_whole(source: Source, partial: Path, dtype: str, wishes: Wishes) -> CardFacts:
     model, _ = whole_model(source.checkpoint, dtype, wishes.trust_remote_code)
     architecture = type(model).__name__
     if wishes.ollama:
@@ -350,7 +340,7 @@ def _write_adapter(source: Source, partial: Path, dtype: str) -> CardFacts:
         shapes = [weights.get_slice(name).get_shape() for name in weights.keys()]  # noqa: SIM118  not a dict
     base = json.loads((partial / ADAPTER_FILES[0]).read_text()).get("base_model_name_or_path")
     facts = replace(_facts(source), dtype=dtype, parameters=sum(math.prod(shape) for shape in shapes), adapter=True)
-    return replace(facts, base=source.base or base, architecture=source.base or "model")
+    return replace(facts, base=source.base or base, architecture="adapter")
 
 
 def _facts(source: Source) -> CardFacts:
@@ -367,6 +357,7 @@ def written_beside(place: Path) -> Iterator[Path]:
 
     What the system refuses is a UserError.
     """
+    place = place.resolve()
     partial = place.with_name(place.name + PARTIAL)
     try:
         # Of an export that was killed.
@@ -421,17 +412,23 @@ def convert(archive: Path, name: str, to: Path, dtype: str | None = None) -> lis
         model = models.load_model(model_config, tokenizer)
         parameters = save_weights(model, partial)
         save_tokenizer(tokenizer, partial)
-        step, metrics = held.get("step_idx"), held.get("metrics") or {}
+        step, metrics = held.get("step_idx"), held.get("metrics")
         facts = CardFacts(
-            to.name,
+            to.resolve().name,
             type(model).__name__,
             model_config.policy_dtype,
             parameters,
             config=None,
             base=model_config.name_or_path,
             examples=step if isinstance(step, int) else None,
-            held_out={str(key): value for key, value in metrics.items() if isinstance(value, float | int)},
+            held_out=_numbers(metrics),
             notes=["Converted from a single file of weights. What it was trained on, and how, is not in that file."],
         )
         (partial / "README.md").write_text(model_card(facts), encoding="utf-8")
     return [_summary(to, facts)]
+
+
+def _numbers(metrics) -> dict[str, float]:
+    """What of an archive's metrics is a number."""
+    items = metrics.items() if isinstance(metrics, dict) else ()
+    return {str(name): float(value) for name, value in items if isinstance(value, float | int)}

@@ -130,8 +130,8 @@ def _loss_of(config: dict | None) -> str | None:
 
 
 def _introduction(facts: CardFacts) -> str:
-    kind = "An adapter for" if facts.adapter else "A"
-    text = f"{kind} {facts.architecture} with {facts.parameters:,} {'trained ' * facts.adapter}parameters in {facts.dtype}"
+    kind = "An adapter" if facts.adapter else f"A {facts.architecture}"
+    text = f"{kind} with {facts.parameters:,} parameters in {facts.dtype}"
     if facts.quantized:
         text += f", its linear layers quantized ({facts.quantized})"
     loss = _loss_of(facts.config)

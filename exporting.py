@@ -25,7 +25,7 @@ import models
 from checkpoints import MARKER, PARTIAL, UNREADABLE, checkpoints_of, fault_of, read_state, save_tokenizer
 from configuration import CONFIG_DIR, choices_of
 from model_card import CardFacts, model_card
-from modelfile import check_architecture, fit_for_ollama, modelfile_of
+from modelfile import check_architecture, fit_for_ollama, modelfile_of, tokenizer_model
 from prompt_templates import build_template
 from records import Turn
 from resuming import misfit
@@ -194,6 +194,12 @@ def tokenizer_of(source: Source, trust_remote_code: bool = False):
     return models.load_tokenizer(OmegaConf.create(values))
 
 
+def _places_of_tokenizer(source: Source) -> list[str]:
+    """Where files of a tokenizer may be: directories and hub ids."""
+    places = [str(source.checkpoint), source.config["model"].get("tokenizer_name_or_path"), source.base]
+    return [place for place in places if place and place != models.BYTE_LEVEL]
+
+
 def _stored(source: Source) -> dict:
     """The model's configuration as it lies in a checkpoint; empty in an adapter's."""
     try:
@@ -250,12 +256,13 @@ def export(path: Path, wishes: Wishes) -> list[str]:
     check_wishes(wishes, source.is_adapter)
     tokenizer = tokenizer_of(source, wishes.trust_remote_code)
     prompt, notes = serve_as_trained(source.config, tokenizer, wishes.template)
-    modelfile = None
+    modelfile = pieces = None
     if wishes.ollama:
         if architecture := _stored(source).get("architectures"):
             check_architecture(architecture[0])
         modelfile, said = modelfile_of(source.config, tokenizer, wishes.template)
         notes += said
+        pieces = tokenizer_model(tokenizer, _places_of_tokenizer(source))
     if wishes.push:
         hub.reserve(wishes.push, wishes.private)
     dtype = wishes.dtype or _stored(source).get("dtype") or source.config["model"]["policy_dtype"]
@@ -266,9 +273,10 @@ def export(path: Path, wishes: Wishes) -> list[str]:
             facts = _write_whole(source, partial, dtype, wishes)
         save_tokenizer(tokenizer, partial)
         if modelfile:
-            sources = [str(source.checkpoint), source.config["model"].get("tokenizer_name_or_path"), source.base]
-            fit_for_ollama(partial, tokenizer, [name for name in sources if name])
+            fit_for_ollama(partial, tokenizer)
             (partial / "Modelfile").write_text(modelfile, encoding="utf-8")
+        if pieces:
+            (partial / "tokenizer.model").write_bytes(pieces)
         facts = replace(facts, name=wishes.push or wishes.to.resolve().name, prompt=prompt)
         (partial / "README.md").write_text(model_card(facts), encoding="utf-8")
     said = [_summary(wishes.to, facts), *(f"note: {note}" for note in notes)]
@@ -364,6 +372,9 @@ def written_beside(place: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         yield partial
+        # safetensors gives its files to their owner alone; they are to be as open as the others.
+        for file in partial.glob("*.safetensors"):
+            file.chmod((partial / "README.md").stat().st_mode)
         os.replace(partial, place)
     except (OSError, SafetensorError) as error:
         # safetensors has no other class for what the system says.

@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -188,17 +189,24 @@ NOT_SHOWN = (
 
 def settings_changed(config: dict) -> dict[str, tuple[object, object]]:
     """The keys of a run that differ from the defaults in config/: name → (the run's value, the default or None)."""
-    defaults = OmegaConf.to_container(OmegaConf.load(CONFIG_DIR / "config.yaml"))
-    files = {"model": "base_model", "loss": config["loss"]["name"], "trainer": config["trainer"]["name"]}
-    for group, name in files.items():
-        # A name in data forms no path.
-        known = name in ("base_model", *choices_of(group))
-        defaults[group] = OmegaConf.to_container(OmegaConf.load(CONFIG_DIR / group / f"{name}.yaml")) if known else {}
-    before, now = _flat(defaults), _flat(config)
-    # The YAML says it as a reference to another key.
-    before["model.reference_dtype"] = now.get("model.policy_dtype")
+    now = _flat(config)
+    # The YAML says the last as a reference to another key.
+    before = _defaults(config["loss"]["name"], config["trainer"]["name"]) | {
+        "model.reference_dtype": now.get("model.policy_dtype")
+    }
     changed = [key for key in now if now[key] != before.get(key) and not key.startswith(NOT_SHOWN)]
     return {key: (now[key], before.get(key)) for key in sorted(changed)}
+
+
+@cache
+def _defaults(loss: str, trainer: str) -> dict:
+    """The defaults of all keys, by their dotted names, under a loss and a trainer."""
+    values = OmegaConf.to_container(OmegaConf.load(CONFIG_DIR / "config.yaml"))
+    for group, name in {"model": "base_model", "loss": loss, "trainer": trainer}.items():
+        # A name in data forms no path.
+        known = name in ("base_model", *choices_of(group))
+        values[group] = OmegaConf.to_container(OmegaConf.load(CONFIG_DIR / group / f"{name}.yaml")) if known else {}
+    return _flat(values)
 
 
 def _flat(values: dict, prefix: str = "") -> dict:
@@ -215,7 +223,9 @@ def _configuration(config: dict) -> str:
 
 
 def _cell(value) -> str:
-    return "" if value is None else "`" + str(value).replace("`", "'").replace("|", "\\|").replace("\n", "\\n") + "`"
+    """A value as code in a cell of a table, on one line."""
+    shown = "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in str(value))
+    return "" if value is None else "`" + shown.replace("`", "'").replace("|", "\\|") + "`"
 
 
 # ---- numbers ----------------------------------------------------------------------------------------------------------------

@@ -141,10 +141,10 @@ def _notes_on_tokens(tokenizer) -> list[str]:
     ]
 
 
-def fit_for_ollama(directory: Path, tokenizer, sources: list[str]) -> None:
-    """Write into an exported directory what Ollama looks for elsewhere than transformers does; nothing else changes by it.
+def fit_for_ollama(directory: Path, tokenizer) -> None:
+    """Write into an exported directory's files what Ollama looks for elsewhere than transformers does.
 
-    sources are directories or hub ids where a tokenizer.model may be. Raises UserError where one is needed and not found.
+    Nothing else changes by it.
     """
     config = _read(directory / "config.json")
     rope = config.get("rope_parameters") or {}
@@ -159,8 +159,6 @@ def fit_for_ollama(directory: Path, tokenizer, sources: list[str]) -> None:
         # Of a tokenizer without such a token it asks nothing, and its newer engine then puts token 0 before every prompt.
         values["bos_token"] = tokenizer.eos_token
     _write(directory / "tokenizer_config.json", values)
-    if needs_tokenizer_model(tokenizer) and not (directory / "tokenizer.model").exists():
-        (directory / "tokenizer.model").write_bytes(_tokenizer_model(sources))
 
 
 def _read(path: Path) -> dict:
@@ -171,14 +169,20 @@ def _write(path: Path, values: dict) -> None:
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _tokenizer_model(sources: list[str]) -> bytes:
+def tokenizer_model(tokenizer, sources: list[str]) -> bytes | None:
+    """The file tokenizer.model of a SentencePiece vocabulary; None for others, which need none.
+
+    sources are directories or hub ids where it may be. Raises UserError where none of them has it.
+    """
     from huggingface_hub import hf_hub_download
 
+    if not needs_tokenizer_model(tokenizer):
+        return None
     reasons = []
     for source in sources:
         try:
-            local = Path(source) / "tokenizer.model"
-            return (local if Path(source).is_dir() else Path(hf_hub_download(source, "tokenizer.model"))).read_bytes()
+            found = Path(source) / "tokenizer.model" if Path(source).is_dir() else hf_hub_download(source, "tokenizer.model")
+            return Path(found).read_bytes()
         except Exception as error:  # a dozen types: of networks, of names, of files
             reasons.append(f"{source}: {first_line(error)}")
     raise UserError(

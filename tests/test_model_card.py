@@ -89,7 +89,7 @@ def test_no_directory_of_this_machine_and_no_secret_is_in_a_card(config, monkeyp
     run = config(
         "loss=dpo", "datasets=[{path: /home/me/private/mine.csv, test_path: /home/me/test.csv, prompt: q}]",
         "system_prompt=say the-key-of-mine", f"exp_name={TOKEN}", "wandb.entity=my_team", "cache_dir=/home/me/cache",
-        "model.archive=/home/me/runs/sft/LATEST/policy.pt", "optimizer_kwargs.eps=1e-6",
+        "model.archive=/home/me/runs/sft/LATEST/policy.pt", "++optimizer_kwargs.eps=1e-6",
     )  # fmt: skip
     run["datasets"][0]["where"] = {"source": TOKEN}
     text = model_card(facts(run, notes=[f"from {TOKEN}"]))

@@ -9,7 +9,7 @@ from tokenizers.processors import TemplateProcessing
 
 from conftest import GOLDEN
 from go_templates import collated, read_modelfile, render
-from modelfile import ARCHITECTURES, check_architecture, fit_for_ollama, modelfile_of, needs_tokenizer_model
+from modelfile import ARCHITECTURES, check_architecture, fit_for_ollama, modelfile_of, tokenizer_model
 from models import byte_level_tokenizer
 from records import PreferenceRecord, Turn
 from served_prompts import chat_template, format_of_run, turns_of
@@ -41,10 +41,10 @@ MISTRAL = (
     "{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}"
     "{% elif message['role'] == 'assistant' %}{{ ' ' + message['content'] + eos_token }}{% endif %}{% endfor %}"
 )
-# A template that numbers its turns: nothing that stands before each of them could do that.
+# A template that numbers questions: nothing that stands before each of them could do that.
 NUMBERED = (
-    "{% for message in messages %}{{ loop.index | string + message['role'] + message['content'] }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'assistant' }}{% endif %}"
+    "{% for message in messages %}{{ message['role'] + (loop.index | string if message['role'] == 'user' else '') }}"
+    "{{ ': ' + message['content'] }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
 )
 
 
@@ -250,7 +250,7 @@ def test_tokens_are_the_same_once_ollama_is_told_of_the_beginning(case, tmp_path
     tokenizer, _ = CASES[case]
     tokenizer.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text("{}")
-    fit_for_ollama(tmp_path, tokenizer, [])
+    fit_for_ollama(tmp_path, tokenizer)
     told = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert told["add_bos_token"] == (case == "hh behind a beginning") and told["bos_token"]
     read = AutoTokenizer.from_pretrained(tmp_path)
@@ -267,7 +267,7 @@ def test_the_base_of_the_rotations_stands_where_ollama_looks_for_it_and_means_th
     made.save_pretrained(tmp_path)
     tokenizer = tokenizer_of()
     tokenizer.save_pretrained(tmp_path)
-    fit_for_ollama(tmp_path, tokenizer, [])
+    fit_for_ollama(tmp_path, tokenizer)
     written = json.loads((tmp_path / "config.json").read_text())
     assert written["rope_theta"] == 5e5 and written["rope_scaling"]["factor"] == 8.0
     assert AutoConfig.from_pretrained(tmp_path).rope_parameters == made.rope_parameters
@@ -277,17 +277,13 @@ def test_a_sentencepiece_vocabulary_comes_with_its_own_file(tmp_path):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(GOLDEN / "tokenizer")
-    assert not needs_tokenizer_model(tokenizer)
+    assert tokenizer_model(tokenizer, []) is None
     described = json.loads(tokenizer.backend_tokenizer.to_str())
     described["model"]["byte_fallback"] = True
-    (tmp_path / "t").mkdir()
     tokenizer.save_pretrained(tmp_path / "t")
     (tmp_path / "t" / "tokenizer.json").write_text(json.dumps(described))
-    (tmp_path / "t" / "config.json").write_text("{}")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "t")
-    assert needs_tokenizer_model(tokenizer)
-    with pytest.raises(UserError, match="--ollama: this tokenizer is SentencePiece's .* into the checkpoint's"):
-        fit_for_ollama(tmp_path / "t", tokenizer, [str(tmp_path)])
+    with pytest.raises(UserError, match="--ollama: this tokenizer is SentencePiece's,.*Put the base model's into"):
+        tokenizer_model(tokenizer, [str(tmp_path)])
     (tmp_path / "tokenizer.model").write_bytes(b"pieces")
-    fit_for_ollama(tmp_path / "t", tokenizer, [str(GOLDEN), str(tmp_path)])
-    assert (tmp_path / "t" / "tokenizer.model").read_bytes() == b"pieces"
+    assert tokenizer_model(tokenizer, [str(GOLDEN), str(tmp_path)]) == b"pieces"

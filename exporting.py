@@ -24,7 +24,7 @@ import hub
 import models
 from checkpoints import MARKER, PARTIAL, UNREADABLE, checkpoints_of, fault_of, read_state, save_tokenizer
 from configuration import CONFIG_DIR, choices_of
-from model_card import CardFacts, model_card
+from model_card import PLAIN_PROMPT, CardFacts, model_card
 from modelfile import check_architecture, fit_for_ollama, modelfile_of, tokenizer_model
 from prompt_templates import build_template
 from records import Turn
@@ -64,6 +64,7 @@ class Source:
     examples: int
     held_out: dict[str, float]
     rows: list[dict]
+    evaluation: dict
 
     @property
     def config(self) -> dict:
@@ -120,7 +121,8 @@ def source_of(path: Path) -> Source:
     if fault is not None:
         raise UserError(f"{checkpoint}: {fault}. {expected}")
     rows = _rows(checkpoint.parent / "metrics.jsonl", state["examples"])
-    return Source(checkpoint, state["run"], state["examples"], state["held_out"] or {}, rows)
+    evaluation = _evaluation(checkpoint.parent / "results.json", state["examples"])
+    return Source(checkpoint, state["run"], state["examples"], state["held_out"] or {}, rows, evaluation)
 
 
 def _rows(file: Path, examples: int) -> list[dict]:
@@ -134,6 +136,21 @@ def _rows(file: Path, examples: int) -> list[dict]:
         except UNREADABLE:
             continue
     return rows
+
+
+# What an evaluation of a run leaves: how many examples and prompts it is over, and each metric with its interval.
+INTERVAL = dict.fromkeys(("mean", "low", "high"), (float, int, None))
+RESULTS = {"examples_trained": int, "held_out": {"all": {"examples": int, "prompts": int, ...: INTERVAL}}}
+
+
+def _evaluation(file: Path, examples: int) -> dict:
+    """The held-out metrics that an evaluation of a run has left, if it was of the checkpoint after so many examples."""
+    try:
+        results = json.loads(file.read_text(encoding="utf-8"))
+    except UNREADABLE:
+        return {}
+    sound = misfit(results, RESULTS, "results") is None and results["examples_trained"] == examples
+    return results["held_out"]["all"] if sound else {}
 
 
 # ---- checks -----------------------------------------------------------------------------------------------------------------
@@ -210,11 +227,12 @@ def _stored(source: Source) -> dict:
 
 # ---- quantization -----------------------------------------------------------------------------------------------------------
 
-QUANTIZATIONS = ("int8", "int4")
+# int4 is not among them: torchao packs it with kernels of GPUs alone, so that no CPU writes or reads it.
+QUANTIZATIONS = ("int8",)
 
 
 def quantization_of(name: str):
-    """The configuration of transformers for a quantization of linear layers: int8 or int4, weights alone.
+    """The configuration of transformers for a quantization of linear layers: int8, weights alone.
 
     Raises UserError without the package torchao.
     """
@@ -223,13 +241,13 @@ def quantization_of(name: str):
     if name not in QUANTIZATIONS:
         raise UserError(f"--quantize: no format {name!r}; {nearest(name, QUANTIZATIONS)}")
     try:
-        from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig
+        from torchao.quantization import Int8WeightOnlyConfig
     except ImportError as error:
         raise UserError(
             "--quantize: the package torchao is missing, or does not fit this torch. Expected: "
             "pip install -r requirements-export.txt"
         ) from error
-    return TorchAoConfig(Int8WeightOnlyConfig() if name == "int8" else Int4WeightOnlyConfig(group_size=32))
+    return TorchAoConfig(Int8WeightOnlyConfig())
 
 
 def _quantize(directory: Path, name: str, dtype: str) -> None:
@@ -313,7 +331,7 @@ def serve_as_trained(config: dict, tokenizer, wanted: str | None = None) -> tupl
     if name == "chat":
         text, _ = build_template("chat", None, tokenizer)((Turn("user", QUESTION),), [])
         return text.removeprefix(tokenizer.bos_token if bos_of(tokenizer) else ""), []
-    return "Once upon a time", []
+    return PLAIN_PROMPT, []
 
 
 def _write_whole(source: Source, partial: Path, dtype: str, wishes: Wishes) -> CardFacts:
@@ -356,7 +374,8 @@ def _facts(source: Source) -> CardFacts:
     started = source.config["model"].get("archive")
     notes = [f"The run started from weights of an earlier one, `{Path(started).name}`."] if started else []
     known = {"config": source.config, "base": source.base, "examples": source.examples, "held_out": source.held_out}
-    return CardFacts("", "", "", 0, **known, rows=source.rows, versions=versions, notes=notes)
+    known |= {"rows": source.rows, "evaluation": source.evaluation, "versions": versions, "notes": notes}
+    return CardFacts("", "", "", 0, **known)
 
 
 @contextmanager

@@ -31,13 +31,17 @@ LOSSES = {
     "beta_DPO": "beta-DPO ([arXiv 2407.08639](https://arxiv.org/abs/2407.08639))",
 }
 
+# Of a model that continues texts.
+PLAIN_PROMPT = "Once upon a time"
+
 
 @dataclass(frozen=True)
 class CardFacts:
     """What a card is written from.
 
     name is what it is loaded by; config the run's whole configuration, None where it is not known; examples how many it was
-    trained on; held_out metric → mean at that point; rows those of metrics.jsonl up to it. prompt is one in the form of
+    trained on; held_out metric → mean at that point; evaluation metric → {mean, low, high}, and how many "examples" these are
+    over, where there is one; rows those of metrics.jsonl up to it. prompt is one in the form of
     training; notes are sentences about this export. adapter: it holds an adapter, not a whole model.
     """
 
@@ -49,9 +53,10 @@ class CardFacts:
     base: str | None
     examples: int | None = None
     held_out: dict[str, float] = field(default_factory=dict)
+    evaluation: dict = field(default_factory=dict)
     rows: list[dict] = field(default_factory=list)
     versions: dict[str, str] = field(default_factory=dict)
-    prompt: str = "Once upon a time"
+    prompt: str = PLAIN_PROMPT
     notes: list[str] = field(default_factory=list)
     adapter: bool = False
     quantized: str | None = None
@@ -137,11 +142,14 @@ def _introduction(facts: CardFacts) -> str:
         text += f", its linear layers quantized ({facts.quantized})"
     loss = _loss_of(facts.config)
     if loss:
-        text += f", trained by {LOSSES.get(loss, loss)}"
+        values = ", ".join(f"{key} {value}" for key, value in facts.config["loss"].items() if key not in ("name", "mode_loss"))
+        text += f", trained by {LOSSES.get(loss, loss)}" + (f" with {values}" if values else "")
     if facts.examples is not None:
         text += f" on {facts.examples:,} examples"
-    base = None if facts.base is None else _shown_name(facts.base)
-    text += f", starting from `{base}`." if base else "."
+    if facts.base is not None:
+        text += f", starting from `{_shown_name(facts.base)}`."
+    else:
+        text += ", made from scratch." if facts.config is not None else "."
     return "\n\n".join([text, *facts.notes])
 
 
@@ -158,7 +166,9 @@ def _loading(facts: CardFacts) -> str:
     ]
     needed = [package for package, used in (("peft", facts.adapter), ("torchao", facts.quantized)) if used]
     also = f"It needs {needed[0]} beside transformers.\n\n" if needed else ""
-    return "## Use\n\n" + also + "```python\n" + "\n".join(lines) + "\n```\n\nPrompts have to look as they did in training."
+    end = " The chat template writes them so." * (facts.prompt != PLAIN_PROMPT)
+    snippet = "\n".join(lines)
+    return f"## Use\n\n{also}```python\n{snippet}\n```\n\nPrompts have to look as they did in training.{end}"
 
 
 def _data(config: dict) -> str:
@@ -232,6 +242,8 @@ def _cell(value) -> str:
 
 
 def _numbers(facts: CardFacts) -> str:
+    if facts.evaluation:
+        return _intervals(facts.evaluation)
     if not facts.held_out:
         return ""
     limit = facts.config and facts.config.get("n_eval_examples")
@@ -240,6 +252,15 @@ def _numbers(facts: CardFacts) -> str:
     return (
         f"## Held-out numbers\n\nMeans over {number if facts.config else 'the held-out examples'}. The values of single "
         f"examples are not kept with a checkpoint, so that no intervals can be given.\n\n| metric | mean |\n|---|---|\n{table}"
+    )
+
+
+def _intervals(evaluation: dict) -> str:
+    rows = [(name, value) for name, value in evaluation.items() if isinstance(value, dict) and value.get("low") is not None]
+    table = "\n".join(f"| {name} | {value['mean']:.4g} | {value['low']:.4g} to {value['high']:.4g} |" for name, value in rows)
+    return (
+        f"## Held-out numbers\n\nOver {evaluation['examples']:,} examples of {evaluation['prompts']:,} held-out prompts, with "
+        f"bootstrap intervals.\n\n| metric | mean | 95% interval |\n|---|---|---|\n{table}"
     )
 
 

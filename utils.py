@@ -156,10 +156,14 @@ def restore_random_streams(streams: dict) -> None:
 
 def quiet_libraries() -> None:
     """Keep the bars and hints of other libraries out of a run's own output."""
+    import logging
     import warnings
 
     import transformers
 
+    # transformers imports torchao where it is installed, which then says what of it this machine cannot use.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     # What is said by whoever writes a checkpoint in one process.
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
     transformers.utils.logging.disable_progress_bar()

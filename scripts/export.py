@@ -23,7 +23,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--to", type=Path, required=True, help="the directory that is made; it may not exist, or be empty")
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights; else as they are")
     parser.add_argument("--merge", action="store_true", help="make an adapter and its base model one whole model")
-    parser.add_argument("--quantize", metavar="FORMAT", help="weights of linear layers as int8 or int4 (torchao)")
+    parser.add_argument("--quantize", metavar="FORMAT", help="weights of linear layers in fewer bits: int8 (torchao)")
     parser.add_argument("--ollama", metavar="NAME", help="write a Modelfile for `ollama create NAME` beside the weights")
     parser.add_argument("--template", choices=TEMPLATES, help="how prompts were written, where the run does not say it")
     parser.add_argument("--push", metavar="ORGANISATION/NAME", help="upload the directory to the hub")

@@ -24,7 +24,7 @@ from checkpoints import publish
 from exporting import Wishes, export, source_of, whole_model
 from go_templates import read_modelfile
 from hub_stand_in import TOKEN, serving
-from test_tokenize_pairs import done, refused, run
+from test_tokenize_pairs import done, run
 from utils import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -144,16 +144,41 @@ def test_files_are_as_open_as_the_umask_says(folder, tmp_path):
     assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o777 & ~umask
 
 
+def scripts(name: str, monkeypatch):
+    """A module of scripts/."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    return importlib.import_module(name)
+
+
+def called(name: str, arguments: list[str], monkeypatch, capsys) -> tuple[int, str, str]:
+    """Exit status, and what is printed and said of errors, of a script that is called in this process."""
+    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+    capsys.readouterr()
+    try:
+        scripts(name, monkeypatch).main()
+        status = 0
+    except SystemExit as end:
+        status = end.code
+    printed = capsys.readouterr()
+    return status, printed.out, printed.err
+
+
 def test_the_commands_of_the_readme_are_understood(monkeypatch):
     """They differ from those that are run here in their paths and names."""
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     lines = (ROOT / "README.md").read_text().replace("\\\n", " ").splitlines()
     shown = [shlex.split(line) for line in lines if re.match(r"python scripts/(export|convert_policy_pt)\.py", line)]
     assert {command[1] for command in shown} == {"scripts/export.py", "scripts/convert_policy_pt.py"}
     for _, name, *options in shown:
         monkeypatch.setattr(sys, "argv", [name, *options])
-        understood = importlib.import_module(Path(name).stem).arguments()
-        assert understood.to
+        assert scripts(Path(name).stem, monkeypatch).arguments().to == Path("my_model")
+
+
+@pytest.mark.parametrize("name", ["export", "convert_policy_pt"])
+def test_a_mistake_is_one_line_and_status_2(name, tmp_path, monkeypatch, capsys):
+    needed = [] if name == "export" else ["--model", "tiny"]
+    status, out, err = called(name, [tmp_path / "absent", *needed, "--to", tmp_path / "out"], monkeypatch, capsys)
+    assert (status, out) == (2, "") and err.count("\n") == 1
+    assert err.startswith(f"{tmp_path / 'absent'}: no such ")
 
 
 # ---- what cannot be done ----------------------------------------------------------------------------------------------------
@@ -222,7 +247,8 @@ def test_a_place_that_is_taken_is_refused(folder, tmp_path):
 
 
 def test_paths_that_are_no_run_and_checkpoints_that_are_damaged_are_refused(folder, tmp_path):
-    assert "no such directory" in refused(run(folder, "scripts/export.py", "runs/that", "--to", "out"))
+    with pytest.raises(UserError, match="that: no such directory. Expected a run directory"):
+        source_of(tmp_path / "that")
     with pytest.raises(UserError, match="checksums.json is missing or damaged. Expected a run directory"):
         source_of(tmp_path)
     damaged = Path(shutil.copytree(folder / "runs" / "it", tmp_path / "it", symlinks=True))
@@ -239,6 +265,15 @@ def published(checkpoint: Path) -> Path:
     place = checkpoint.with_name("step-16")
     publish(checkpoint, place)
     return place
+
+
+@pytest.mark.parametrize("trained", [16, 32])
+def test_an_evaluation_of_this_checkpoint_is_in_its_card_and_one_of_another_is_not(trained, folder, tmp_path):
+    copy = Path(shutil.copytree(folder / "runs" / "it", tmp_path / "it", symlinks=True))
+    numbers = {"examples": 8, "prompts": 6, "loss/eval": {"mean": 0.6, "low": 0.5, "high": 0.7}}
+    (copy / "results.json").write_text(json.dumps({"examples_trained": trained, "held_out": {"all": numbers}}))
+    export(copy, wishes(tmp_path))
+    assert ("| loss/eval | 0.6 | 0.5 to 0.7 |" in (tmp_path / "out" / "README.md").read_text()) == (trained == 32)
 
 
 def forged(folder: Path, tmp_path: Path, change) -> Path:
@@ -364,14 +399,16 @@ def shortened(model):
 # ---- the original code's archives -------------------------------------------------------------------------------------------
 
 
-def test_an_original_policy_pt_becomes_a_directory_that_loads(tmp_path, compose):
+def test_an_original_policy_pt_becomes_a_directory_that_loads(tmp_path, compose, monkeypatch, capsys):
     torch.manual_seed(0)
     config = compose("model=tiny").model
     model = models.load_model(config, models.load_tokenizer(config))
     archive = {"step_idx": 159_744, "state": model.state_dict(), "metrics": {"loss/eval": 0.58, "rewards": [1.0]}}
     torch.save(archive, tmp_path / "policy.pt")
     command = ["policy.pt", "--model", "tiny", "--to", "out", "--dtype", "bfloat16"]
-    [line] = done(run(tmp_path, "scripts/convert_policy_pt.py", *command))
+    monkeypatch.chdir(tmp_path)
+    status, line, _ = called("convert_policy_pt", command, monkeypatch, capsys)
+    assert status == 0
     assert line.startswith("out: LlamaForCausalLM, ")
     assert torch.equal(logps(tmp_path / "out", torch.bfloat16), logps_of(shortened(model)))
     card = (tmp_path / "out" / "README.md").read_text()

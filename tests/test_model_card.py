@@ -110,6 +110,16 @@ def test_held_out_numbers_are_means_over_so_many_examples_and_say_what_is_missin
     assert "64 held-out examples" in text and "no intervals" in text
 
 
+def test_an_evaluations_numbers_come_with_their_intervals(config):
+    evaluation = {
+        "examples": 1200, "prompts": 900, "loss/eval": {"mean": 0.5, "low": 0.45, "high": 0.55},
+        "rewards_eval/margins": {"mean": 1.0, "low": None, "high": None},
+    }  # fmt: skip
+    text = model_card(facts(config(), held_out={"loss/eval": 0.5}, evaluation=evaluation))
+    assert "| loss/eval | 0.5 | 0.45 to 0.55 |" in text and "1,200 examples of 900 held-out prompts" in text
+    assert "no intervals" not in text and "| rewards_eval/margins" not in text
+
+
 def test_the_curves_are_means_of_steps_and_the_newest_evaluation():
     rows = [{"loss/eval": 0.7, "counters/examples": 0}]
     rows += [{"loss/train": float(number), "counters/examples": 10 * number} for number in range(1, 25)]

@@ -34,7 +34,7 @@ two-hosts: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-.venv/installed-dev: requirements-dev.txt requirements-tensor-parallel.txt requirements-evaluation.txt .venv/installed
+.venv/installed-dev: $(wildcard requirements*.txt) .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 

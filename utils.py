@@ -161,6 +161,9 @@ def quiet_libraries() -> None:
 
     import transformers
 
+    # transformers imports torchao where it is installed, which then says what of it this machine cannot use.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     # What is said by whoever writes a checkpoint in one process.
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
     # A second adapter lies beside the first on purpose.

@@ -149,6 +149,21 @@ def base_archive(model_config) -> Path | None:
     return Path(base)
 
 
+def settings_in(archive: str) -> dict:
+    """The `model.lora` of an adapter's directory. Raises UserError where it is damaged."""
+    settings = _read_settings(archive)
+    return {"r": settings["r"], "alpha": settings["lora_alpha"], "target_modules": settings["target_modules"]}
+
+
+def _read_settings(archive: str) -> dict:
+    try:
+        settings = json.loads((Path(archive) / SETTINGS_FILE).read_text())
+        _ = settings["r"], settings["lora_alpha"], settings["target_modules"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise UserError(f"model.archive: {archive}: its {SETTINGS_FILE} is damaged. Expected a checkpoint of a run.") from error
+    return settings
+
+
 def _checked_settings(archive: str, model_config) -> dict:
     """peft's settings of an adapter. Raises UserError where they are damaged, or are not the configured ones."""
     if model_config.lora.r is None:
@@ -156,12 +171,8 @@ def _checked_settings(archive: str, model_config) -> dict:
             f"model.archive: {archive} is an adapter, and model.lora.r is not given. Add +adapter=lora (or qlora) to train it "
             "on, or make a whole model of it first: python scripts/export.py CHECKPOINT --merge --to DIRECTORY"
         )
-    try:
-        settings = json.loads((Path(archive) / SETTINGS_FILE).read_text())
-        before = {"r": settings["r"], "alpha": settings["lora_alpha"]}
-    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-        raise UserError(f"model.archive: {archive}: its {SETTINGS_FILE} is damaged. Expected a checkpoint of a run.") from error
-    for key, value in before.items():
+    settings = _read_settings(archive)
+    for key, value in {"r": settings["r"], "alpha": settings["lora_alpha"]}.items():
         if value != model_config.lora[key]:
             raise UserError(
                 f"model.lora.{key}: found {model_config.lora[key]}, but the adapter {archive} was trained with {value}. Give "
@@ -179,7 +190,7 @@ def check_base(archive: str, began_with: str) -> None:
         run = json.loads((Path(archive) / "state.json").read_text())["run"]
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return
-    if run["began_with"][:32] != began_with[:32]:
+    if run["began_with"] is not None and run["began_with"][:32] != began_with[:32]:
         raise UserError(
             f"model.archive: the adapter {archive} was trained on other weights than those of the model as configured. Give "
             "the model, dtype and quantization of its run, and the same seed for a model from scratch."

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 
 import hub
 import models
+from adapters import SETTINGS_FILE, WEIGHTS_FILE, is_adapter
 from checkpoints import MARKER, PARTIAL, UNREADABLE, checkpoints_of, fault_of, read_state, save_tokenizer
 from configuration import CONFIG_DIR, choices_of
 from model_card import PLAIN_PROMPT, CardFacts, model_card
@@ -33,7 +34,6 @@ from served_prompts import chat_template, format_of_run, turns_of
 from tokenization import bos_of
 from utils import UserError, first_line, load_tensors, nearest
 
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 SHARD_SIZE = "5GB"
 
 
@@ -74,17 +74,12 @@ class Source:
     @property
     def is_adapter(self) -> bool:
         """Whether it holds an adapter, and not whole weights."""
-        return is_adapter(self.checkpoint)
+        return is_adapter(str(self.checkpoint))
 
     @property
     def base(self) -> str | None:
         """What the run's weights came from, as its configuration names it; None for a model made from scratch."""
         return self.config["model"].get("name_or_path")
-
-
-def is_adapter(checkpoint: Path) -> bool:
-    """Whether a checkpoint holds an adapter, and not whole weights."""
-    return (checkpoint / ADAPTER_FILES[0]).is_file()
 
 
 # What an export reads of a checkpoint's state.
@@ -189,18 +184,18 @@ def _check_place(place: Path) -> None:
 # ---- the model --------------------------------------------------------------------------------------------------------------
 
 
-def whole_model(checkpoint: Path, dtype: str, trust_remote_code: bool = False):
-    """The model and the tokenizer of a checkpoint, whole: the one place that knows how an adapter becomes one.
+def whole_model(source: Source, dtype: str, trust_remote_code: bool = False):
+    """The model of a checkpoint, whole: the one place that knows how an adapter becomes one.
 
     dtype is a name such as bfloat16. Raises UserError where its files cannot be read.
     """
-    if is_adapter(checkpoint):
-        model, tokenizer = models.load_merged(checkpoint)
-        return model.to(getattr(torch, dtype)), tokenizer
-    values = {"name_or_path": str(checkpoint), "policy_dtype": dtype, "trust_remote_code": trust_remote_code, "from_config": {}}
-    model_config = OmegaConf.create(values | dict.fromkeys(("tokenizer_name_or_path", "archive", "autocast_dtype")))
-    tokenizer = models.load_tokenizer(model_config)
-    return models.load_model(model_config, tokenizer), tokenizer
+    defaults = OmegaConf.load(CONFIG_DIR / "model" / "base_model.yaml")
+    tokenizer, trusted = tokenizer_of(source, trust_remote_code), {"trust_remote_code": trust_remote_code}
+    if source.is_adapter:
+        config = OmegaConf.merge(defaults, source.config["model"], trusted)
+        return models.load_merged(source.checkpoint, config, tokenizer).to(getattr(torch, dtype))
+    config = OmegaConf.merge(defaults, trusted, {"name_or_path": str(source.checkpoint), "policy_dtype": dtype})
+    return models.load_model(config, tokenizer)
 
 
 def tokenizer_of(source: Source, trust_remote_code: bool = False):
@@ -335,7 +330,7 @@ def serve_as_trained(config: dict, tokenizer, wanted: str | None = None) -> tupl
 
 
 def _write_whole(source: Source, partial: Path, dtype: str, wishes: Wishes) -> CardFacts:
-    model, _ = whole_model(source.checkpoint, dtype, wishes.trust_remote_code)
+    model = whole_model(source, dtype, wishes.trust_remote_code)
     architecture = type(model).__name__
     if wishes.ollama:
         check_architecture(architecture)
@@ -360,11 +355,11 @@ def save_weights(model, directory: Path) -> int:
 def _write_adapter(source: Source, partial: Path, dtype: str) -> CardFacts:
     from safetensors import safe_open
 
-    for name in ADAPTER_FILES:
+    for name in (SETTINGS_FILE, WEIGHTS_FILE):
         shutil.copyfile(source.checkpoint / name, partial / name)
-    with safe_open(partial / ADAPTER_FILES[1], framework="pt") as weights:
+    with safe_open(partial / WEIGHTS_FILE, framework="pt") as weights:
         shapes = [weights.get_slice(name).get_shape() for name in weights.keys()]  # noqa: SIM118  not a dict
-    base = json.loads((partial / ADAPTER_FILES[0]).read_text()).get("base_model_name_or_path")
+    base = json.loads((partial / SETTINGS_FILE).read_text()).get("base_model_name_or_path")
     facts = replace(_facts(source), dtype=dtype, parameters=sum(math.prod(shape) for shape in shapes), adapter=True)
     return replace(facts, base=source.base or base, architecture="adapter")
 
@@ -436,7 +431,7 @@ def convert(archive: Path, name: str, to: Path, dtype: str | None = None) -> lis
     model_config = model_config_of(name, archive)
     model_config.policy_dtype = dtype or model_config.policy_dtype
     tokenizer = models.load_tokenizer(model_config)
-    models.check_archive(model_config, tokenizer)
+    models.check_model(model_config, tokenizer)
     held = load_tensors(archive, mapped=True)
     with written_beside(to) as partial:
         model = models.load_model(model_config, tokenizer)

@@ -25,6 +25,7 @@ from adapters import (
     quantise,
     read_adapter,
     restore_bits,
+    settings_in,
 )
 from batches import PackedBatch, TokenBudget, examples_of, pack
 from logprobs import ScoringHead, padded_logps, tree_logps
@@ -144,14 +145,15 @@ def load_model(model_config, tokenizer, cache_dir: str | None = None) -> nn.Modu
     return model
 
 
-def load_merged(checkpoint: Path, run_config) -> nn.Module:
-    """A whole model on the CPU: the frozen weights of a run and the adapter of its checkpoint, added up."""
+def load_merged(checkpoint: Path, model_config, tokenizer, cache_dir: str | None = None) -> nn.Module:
+    """A whole model on the CPU: the frozen weights of a run's `model` configuration with the adapter of a checkpoint."""
     from omegaconf import OmegaConf
 
-    config = OmegaConf.merge(run_config, {"model": {"archive": str(checkpoint)}})
-    model = load_model(config.model, load_tokenizer(config.model, config.cache_dir), config.cache_dir)
-    if config.model.quantization:
-        restore_bits(model, getattr(torch, config.model.policy_dtype))
+    its_own = {"archive": str(checkpoint), "lora": settings_in(str(checkpoint))}
+    config = OmegaConf.merge(model_config, its_own)
+    model = load_model(config, tokenizer, cache_dir)
+    if config.quantization:
+        restore_bits(model, getattr(torch, config.policy_dtype))
     merge(model)
     return model
 

@@ -182,7 +182,7 @@ def test_a_checkpoint_holds_the_adapter_alone_and_loads_with_from_pretrained(con
 def test_merged_weights_say_what_the_adapter_said(configured, tokenizer, tmp_path, overrides):
     config = configured(*overrides)
     checkpoint = finished(config, tokenizer, tmp_path / "run")
-    merged = load_merged(checkpoint, OmegaConf.create(read_state(checkpoint)["run"]["config"])).eval()
+    merged = load_merged(checkpoint, OmegaConf.create(read_state(checkpoint)["run"]["config"]).model, tokenizer).eval()
     trained = trainer_of(config, tokenizer)
     trained.continue_from(checkpoint)
     assert not [name for name, _ in merged.named_parameters() if "lora" in name or "base_layer" in name]

@@ -226,6 +226,15 @@ def read_adapter(archive: str, model: nn.Module) -> None:
             weight.copy_(found[name])
 
 
+def import_bitsandbytes(key: str):
+    """The package bitsandbytes. Raises UserError where it is not installed, for a configuration's key that needs it."""
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise UserError(f"{key}: it needs the package bitsandbytes. {INSTALL}") from error
+    return bitsandbytes
+
+
 # ---- few bits -------------------------------------------------------------------------------------------------------------
 
 
@@ -233,12 +242,9 @@ def quantise(model: nn.Module, model_config) -> None:
     """Turn a model's linear layers, but for its head, into four bits (nf4) or eight (int8), frozen; on the CPU or meta.
 
     Four bits are NormalFloat4 in blocks of 64, whose scales are quantised again with `double_quantization` (Dettmers et al.
-    2023, section 3). Raises UserError where bitsandbytes is not installed.
+    2023, section 3). Raises UserError where bitsandbytes is not installed, or the model has no such layers.
     """
-    try:
-        import bitsandbytes
-    except ImportError as error:
-        raise UserError(f"model.quantization: it needs the package bitsandbytes. {INSTALL}") from error
+    bitsandbytes = import_bitsandbytes("model.quantization")
     head = model.get_output_embeddings()
     make = _in_four_bits if model_config.quantization == "nf4" else _in_eight_bits
     if head.weight.is_meta:

@@ -71,7 +71,7 @@ class Snapshot:
     ) -> "Snapshot":
         """From named weights, of which some may be tied, and an optimizer's state by the weights' names."""
         reference, _ = distinct(named_reference or {})
-        return cls(examples, *distinct(named_weights), tensors_of(optimizer), state, reference)
+        return cls(examples, *distinct(named_weights), distinct(tensors_of(optimizer))[0], state, reference)
 
     @property
     def num_bytes(self) -> int:
@@ -100,6 +100,15 @@ def tensors_of(by_weight: dict[str, dict]) -> dict[str, Tensor]:
     """The tensors of an optimizer's state, as "<weight>.<name>"."""
     named = ((f"{weight}.{name}", value) for weight, values in by_weight.items() for name, value in values.items())
     return {name: value for name, value in named if isinstance(value, Tensor)}
+
+
+def numbers_of(by_weight: dict[str, dict]) -> dict[str, dict]:
+    """What is no tensor in an optimizer's state, such as a count of steps, by the weights' names."""
+    numbers = {
+        weight: {name: value for name, value in values.items() if not isinstance(value, Tensor)}
+        for weight, values in by_weight.items()
+    }
+    return {weight: values for weight, values in numbers.items() if values}
 
 
 # ---- writing --------------------------------------------------------------------------------------------------------------
@@ -394,7 +403,12 @@ def best_of(checkpoints: list[Path], metric: str) -> list[Path]:
     """The checkpoints that were evaluated, best first: by the smallest loss, or the largest value of another metric."""
     values = {checkpoint: _held_out(checkpoint, metric) for checkpoint in checkpoints}
     known = [checkpoint for checkpoint, value in values.items() if value is not None]
-    return sorted(known, key=lambda checkpoint: values[checkpoint], reverse=not metric.startswith("loss"))
+    return sorted(known, key=lambda checkpoint: values[checkpoint], reverse=not smaller_is_better(metric))
+
+
+def smaller_is_better(metric: str) -> bool:
+    """Whether a held-out metric is to be small; all but losses are to be large."""
+    return metric.startswith("loss")
 
 
 # ---- reading ----------------------------------------------------------------------------------------------------------------
@@ -407,7 +421,7 @@ def read_weights(checkpoint: Path, named_weights: dict[str, Tensor]) -> None:
 
 def read_optimizer(checkpoint: Path, by_weight: dict[str, dict]) -> None:
     """Read the tensors of an optimizer's state in place, by the weights' names; each process its own parts."""
-    _read_tensors(checkpoint / "optimizer", tensors_of(by_weight))
+    _read_tensors(checkpoint / "optimizer", distinct(tensors_of(by_weight))[0])
 
 
 def read_reference(checkpoint: Path, named_weights: dict[str, Tensor]) -> None:

@@ -18,7 +18,9 @@ CONFIG_DIR = Path(__file__).parent / "config"
 GROUPS = ("model", "loss", "trainer")
 # Sections whose keys are another library's, and so not listed in our files.
 OPEN_SECTIONS = ("model.from_config", "optimizer_kwargs")
-OPTIMIZERS = ("RMSprop", "AdamW", "Adam", "SGD")
+BITSANDBYTES_OPTIMIZERS = ("AdamW8bit", "RMSprop8bit", "Lion8bit", "PagedAdamW", "PagedAdamW8bit")
+OPTIMIZERS = ("RMSprop", "AdamW", "Adam", "SGD", *BITSANDBYTES_OPTIMIZERS)
+SCHEDULES = ("constant", "linear", "cosine", "inverse_sqrt")
 # How FSDPTrainer lays weights out: ZeRO stage 3, 2, 1; replicas; stage 3 within a machine and replicas across.
 SHARDINGS = ("full", "grad_op", "optimizer", "none", "hybrid")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -98,8 +100,11 @@ def check_config(config: DictConfig, overrides: list[str] = (), choices: dict[st
     _check_sections(config)
     _check_numbers(config)
     _check_choices(config)
-    _check_sizes(config)
     _check_loss(config)
+    if config.per_device_batch_size is None:
+        check_sizes(config)
+    elif any(text.startswith("batch_size=") for text in overrides):
+        raise UserError("per_device_batch_size: given beside batch_size, which follows from it. Expected one of them.")
     _check_paths(config)
     _check_evaluation(config)
 
@@ -132,7 +137,8 @@ COUNTS = (
 )  # fmt: skip
 OPTIONAL_COUNTS = (
     "n_epochs", "n_examples", "n_eval_examples", "max_tokens_per_microbatch", "save_every", "keep_last",
-    "keep_best", "evaluation.n_prompts", "evaluation.task_limit",
+    "keep_best", "evaluation.n_prompts", "evaluation.task_limit", "n_steps", "early_stopping_patience",
+    "per_device_batch_size",
 )  # fmt: skip
 COUNTS_FROM_ZERO = ("warmup_steps", "n_eval_model_samples", "seed")
 SWITCHES = (
@@ -181,8 +187,12 @@ def _check_numbers(config: DictConfig) -> None:
     for key in ("max_wall_time", "loss_spike"):
         limit = config[key]
         _require(limit is None or (_is_number(limit) and limit > 0), key, limit, "a number above 0 or null")
-    share = config.held_out_share
-    _require(_is_number(share) and 0 <= share < 1, "held_out_share", share, "a share from 0 to below 1")
+    for key in ("held_out_share", "final_lr_share", "warmup_share"):
+        share, may_be_null = config[key], key == "warmup_share"
+        sound = (_is_number(share) and 0 <= share < 1) or (share is None and may_be_null)
+        _require(sound, key, share, "a share from 0 to below 1" + " or null" * may_be_null)
+    decay = config.weight_decay
+    _require(decay is None or (_is_number(decay) and decay >= 0), "weight_decay", decay, "a number from 0 or null")
     port = config.fsdp_port
     _require(port is None or (type(port) is int and 0 < port < 2**16), "fsdp_port", port, "a port from 1 to 65535, or null")
     sample = config.sample_during_eval
@@ -195,6 +205,14 @@ def _check_numbers(config: DictConfig) -> None:
 def _check_choices(config: DictConfig) -> None:
     if config.optimizer not in OPTIMIZERS:
         raise UserError(f"optimizer: no optimizer {config.optimizer!r}; {nearest(str(config.optimizer), OPTIMIZERS)}")
+    if config.optimizer in BITSANDBYTES_OPTIMIZERS and is_sharded(config):
+        raise UserError(
+            f"optimizer: found {config.optimizer}, whose kernels do not know weights that lie over several processes. Use "
+            "trainer=BasicTrainer, or AdamW, whose states the processes share."
+        )
+    if config.weight_decay is not None and "weight_decay" in config.optimizer_kwargs:
+        raise UserError("weight_decay: given here and in optimizer_kwargs, which decays all weights. Expected one of them.")
+    _require(config.lr_schedule in SCHEDULES, "lr_schedule", config.lr_schedule, ", ".join(SCHEDULES))
     optional = ("model.fsdp_policy_mp", "model.autocast_dtype", "model.quantized_compute_dtype")
     for key in ("model.policy_dtype", "model.reference_dtype", *optional):
         value = OmegaConf.select(config, key)
@@ -367,7 +385,9 @@ def _check_loss(config: DictConfig) -> None:
     if "mode_loss" in loss and loss.mode_loss not in MODES:
         raise UserError(f"loss.mode_loss: no mode {loss.mode_loss!r}; {nearest(str(loss.mode_loss), MODES)}")
     if "mode_loss" in loss and loss.mode_loss == "beta_DPO":
-        _check_beta_dpo(config)
+        reference_free = loss.reference_free
+        expected = "false: beta_DPO measures its margins against the reference"
+        _require(not reference_free, "loss.reference_free", reference_free, expected)
     if moves_reference(config) and config.reference_logps == "cached":
         raise UserError(
             f"reference_logps: found cached, but the reference of loss={loss.name} follows the policy, and its log-probs with "
@@ -375,9 +395,8 @@ def _check_loss(config: DictConfig) -> None:
         )
 
 
-def _check_beta_dpo(config: DictConfig) -> None:
+def _check_kept_pairs(config: DictConfig) -> None:
     loss = config.loss
-    _require(not loss.reference_free, "loss.reference_free", True, "false: beta_DPO measures its margins against the reference")
     ratio, size = loss.mode_weight, config.batch_size // config.gradient_accumulation_steps
     if int(size * (1 - ratio)) == 0:
         raise UserError(
@@ -387,7 +406,8 @@ def _check_beta_dpo(config: DictConfig) -> None:
         )
 
 
-def _check_sizes(config: DictConfig) -> None:
+def check_sizes(config: DictConfig) -> None:
+    """Raise UserError where batch_size, the intervals and the lengths do not fit each other."""
     size, pieces = config.batch_size, config.gradient_accumulation_steps
     if size % pieces:
         raise UserError(f"batch_size: found {size}, expected a multiple of gradient_accumulation_steps, which is {pieces}.")
@@ -399,8 +419,10 @@ def _check_sizes(config: DictConfig) -> None:
             f"max_prompt_length: found {config.max_prompt_length}, expected less than max_length, which is "
             f"{config.max_length}: a response needs room behind its prompt."
         )
-    if config.n_epochs is None and config.n_examples is None:
-        raise UserError("n_epochs, n_examples: both are null, so the run would never end. Set one of them.")
+    if config.loss.get("mode_loss") == "beta_DPO":
+        _check_kept_pairs(config)
+    if config.n_epochs is None and config.n_examples is None and config.n_steps is None:
+        raise UserError("n_epochs, n_examples, n_steps: all are null, so the run would never end. Set one of them.")
 
 
 def read_entries(config: DictConfig) -> list[Entry]:

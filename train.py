@@ -27,6 +27,7 @@ from configuration import (
     LONGEST_NAME,
     caches_reference,
     check_config,
+    check_sizes,
     explain_composition_error,
     force_open_sections,
     is_sharded,
@@ -86,6 +87,7 @@ def start(config: DictConfig, run_dir: Path, in_sweep: bool) -> float | None:
     from launching import launch, number_of_workers, silence_others
     from ranks import in_worker
 
+    settle_batch_size(config)
     if config.dry_run or not is_sharded(config):
         return run(config, run_dir, in_sweep)
     if config.trainer.name == "TensorParallelTrainer":
@@ -102,6 +104,16 @@ def start(config: DictConfig, run_dir: Path, in_sweep: bool) -> float | None:
         return run(config, run_dir, in_sweep)
     settings = OmegaConf.to_container(config, resolve=True)
     return launch(run_as_worker, (settings, str(run_dir), in_sweep), number_of_workers(config.trainer), config.fsdp_port)
+
+
+def settle_batch_size(config: DictConfig) -> None:
+    """Set `batch_size` from `per_device_batch_size`, where that is given. Raises UserError where it does not fit."""
+    from launching import number_of_data_ranks
+
+    if config.per_device_batch_size is not None:
+        per_step = config.per_device_batch_size * config.gradient_accumulation_steps
+        config.batch_size = per_step * number_of_data_ranks(config)
+        check_sizes(config)
 
 
 def run_as_worker(settings: dict, run_dir: str, in_sweep: bool) -> float | None:
@@ -121,8 +133,9 @@ def run(config: DictConfig, run_dir: Path, in_sweep: bool = False, trainer: str 
     from dry_run import look
     from losses import build_loss
     from models import check_model, load_tokenizer
+    from optimization import check_optimizer
     from task_suites import check_harness
-    from trainers import TRAINERS, check_optimizer
+    from trainers import TRAINERS
     from utils import allow_tf32, quiet_libraries, seed_everything, settle_memory
 
     quiet_libraries()
@@ -184,8 +197,8 @@ def train(config: DictConfig, trainer_class, placement, loss, data, run_dir: Pat
         trainer = trainer_class(config, **parts, tracker=tracker, writer=writer, ranks=ranks, stop=stop)
         if checkpoint:
             trainer.continue_from(checkpoint)
-        if trainer.train_batches.finished:
-            tracker.say("resume: that run is complete; a larger n_epochs or n_examples would continue it")
+        if trainer.finished:
+            tracker.say("resume: that run is complete; a larger n_epochs, n_examples or n_steps would continue it")
         else:
             trainer.train()
         if writer and writer.failed:
@@ -348,7 +361,7 @@ def build_batches(config: DictConfig, prompts, budget, ranks=None):
             f"batch_size: found {size}, which in {pieces} micro-batches gives {size // pieces} examples to {ranks.size} "
             f"processes. Expected at least {pieces * ranks.size}, or fewer processes or gradient_accumulation_steps."
         )
-    return BatchIterator(prompts, size, pieces, config.seed, config.n_epochs, config.n_examples, budget, ranks)
+    return BatchIterator(prompts, size, pieces, config.seed, config.n_epochs, config.n_examples, budget, ranks, config.n_steps)
 
 
 def make_reference(config: DictConfig, placement, policy, prompts, read_again: bool):

@@ -4,7 +4,6 @@ A trainer is handed everything ready: models, loss, batches, tracker. It reads n
 asks which loss, data set or trainer it serves.
 """
 
-import inspect
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,24 +12,33 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
-from torch.distributed.tensor import DTensor
 
 from adapters import kept_weights
 from batches import BatchIterator, MicroBatch, PackedBatch
-from checkpoints import CheckpointWriter, Snapshot, read_optimizer, read_reference, read_state, read_weights
+from checkpoints import (
+    CheckpointWriter,
+    Snapshot,
+    numbers_of,
+    read_optimizer,
+    read_reference,
+    read_state,
+    read_weights,
+    smaller_is_better,
+)
 from configuration import sharded_dtype
 from evaluation import HeldOut, evaluate
 from guards import StillWeights, Watch
 from layer_splitting import joined_optimizer_state, joined_weights, set_joined_weights, split_optimizer_state
 from logprobs import response_logps
 from losses import Loss, LossOutput, Survey, example_metrics
+from optimization import build_optimizer, flat_state, schedule, warmup_steps
 from placement import OneProcess, Sharded, SplitLayers, TensorParallel
 from ranks import ALONE, Ranks, let_go_of_gathered, several
 from sampling import sample_answers
 from sharding import clip_by_global_norm
 from stopping import StoppedError, StopRequests
 from tracking import Metrics, Tracker
-from utils import UserError, first_line, random_streams, restore_random_streams
+from utils import UserError, random_streams, restore_random_streams
 
 
 class BasicTrainer:
@@ -75,8 +83,9 @@ class BasicTrainer:
         self.optimizer = build_optimizer(policy, config)
         # Gradients of float16 products would underflow; a step whose scaled gradients overflow is left out.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=computes_in_float16(config))
-        warmup = config.warmup_steps + 1
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: min(1.0, (step + 1) / warmup))
+        total = train_batches.total_steps if train_batches is not None else 0
+        self.first_full_step = warmup_steps(config, total)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, schedule(config, total))
         self.watch = Watch(lambda text: self.tracker.say(text), config.loss_spike)
         self.examples = 0
         self.updates = 0
@@ -86,6 +95,8 @@ class BasicTrainer:
         self.evaluated_at: int | None = None
         self.held_out: HeldOut | None = None
         self.held_out_means: dict[str, float] | None = None
+        self.best: float | None = None
+        self.evaluations_since_best = 0
         self.reference_answers: list[str] | None = None
 
     # ---- the loop -------------------------------------------------------------------------------------------------------
@@ -110,8 +121,16 @@ class BasicTrainer:
             started = now
             if not self.train_batches.finished and self.between_steps(size):
                 started = time.perf_counter()
+            if self.finished:
+                break
         self.evaluate()
         self.save(finished=True)
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is no step left to take, or `objective` has not become better for long enough."""
+        patience = self.config.early_stopping_patience
+        return self.train_batches.finished or (patience is not None and self.evaluations_since_best >= patience)
 
     def before_first_step(self) -> None:
         """What is known of the reference while the policy is the same, and the first evaluation."""
@@ -227,7 +246,7 @@ class BasicTrainer:
 
     def take_step(self) -> None:
         """`update_weights`, after a sound step; warns where the first one with the whole learning rate changes nothing."""
-        still = StillWeights(self.policy) if self.updates == self.config.warmup_steps else None
+        still = StillWeights(self.policy) if self.updates == self.first_full_step else None
         self.update_weights()
         self.move_reference()
         self.bad_steps = 0
@@ -307,9 +326,23 @@ class BasicTrainer:
         self.held_out = evaluate(self.policy, self.reference, self.loss, self.eval_batches, self.ranks)
         self.held_out_means = self.held_out.means()
         self.evaluated_at = self.examples
+        self.compare_with_best()
         self.tracker.log_evaluation(self.held_out_means | self.counters())
         if self.sample_prompts:
             self.tracker.log_samples(self.sample(), self.examples)
+
+    def compare_with_best(self) -> None:
+        """Count the evaluations since `objective` was at its best; say so where the run ends for it."""
+        objective = self.config.objective
+        value = self.held_out_means[objective]
+        if self.best is None or (value < self.best if smaller_is_better(objective) else value > self.best):
+            self.best, self.evaluations_since_best = value, 0
+            return
+        self.evaluations_since_best += 1
+        if self.evaluations_since_best == self.config.early_stopping_patience and not self.train_batches.finished:
+            self.tracker.say(
+                f"early stopping: {objective} was not better than {self.best:.4g} in {self.evaluations_since_best} evaluations"
+            )
 
     def answers(self, model: nn.Module | None = None) -> list[str]:
         """A model's answers to the sample prompts; the policy's, unless another is given."""
@@ -345,7 +378,8 @@ class BasicTrainer:
         """The run as it is now."""
         # Of an optimizer that has not made a step there is nothing to keep.
         optimizer = self.optimizer_state() if self.updates else {"state": {}, "param_groups": []}
-        state = self.state_dict() | {"optimizer_groups": optimizer["param_groups"]}
+        numbers = numbers_of(optimizer["state"])
+        state = self.state_dict() | {"optimizer_groups": optimizer["param_groups"], "optimizer_numbers": numbers}
         return Snapshot.of(self.examples, self.weights(), optimizer["state"], state, self.moved_reference())
 
     def state_dict(self) -> dict:
@@ -356,6 +390,8 @@ class BasicTrainer:
             "bad_steps": self.bad_steps,
             "evaluated_at": self.evaluated_at,
             "held_out": self.held_out_means,
+            "best": self.best,
+            "evaluations_since_best": self.evaluations_since_best,
             "reference_answers": self.reference_answers,
             "scheduler": self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -372,12 +408,15 @@ class BasicTrainer:
         if reference := self.moved_reference():
             read_reference(checkpoint, reference)
             self.set_moved_reference(reference)
-        for name in ("examples", "updates", "bad_steps", "evaluated_at", "reference_answers"):
+        plain = "examples", "updates", "bad_steps", "evaluated_at", "reference_answers", "best", "evaluations_since_best"
+        for name in plain:
             setattr(self, name, state[name])
         self.held_out_means, self.saved_at = state["held_out"], state["examples"]
         if self.updates:
             optimizer = self.optimizer_state() | {"param_groups": state["optimizer_groups"]}
             read_optimizer(checkpoint, optimizer["state"])
+            for name, values in state["optimizer_numbers"].items():
+                optimizer["state"][name] |= values
             self.set_optimizer_state(optimizer)
         for name in ("scheduler", "scaler", "loss", "train_batches", "watch"):
             getattr(self, name).load_state_dict(state[name])
@@ -415,7 +454,7 @@ class BasicTrainer:
 
     def optimizer_state(self) -> dict:
         """The optimizer's state by the weights' names, alive; made where it is not there yet."""
-        return get_optimizer_state_dict(self.policy, self.optimizer)
+        return flat_state(get_optimizer_state_dict(self.policy, self.optimizer))
 
     def set_optimizer_state(self, state: dict) -> None:
         """Take over new values of what `optimizer_state` gave."""
@@ -488,27 +527,6 @@ class TensorParallelTrainer(FSDPTrainer):
 def computes_in_float16(config) -> bool:
     """Whether products are in float16 while the weights are not."""
     return "float16" in (config.model.autocast_dtype, sharded_dtype(config)) and config.model.policy_dtype != "float16"
-
-
-def check_optimizer(config) -> None:
-    """Raise UserError for arguments that the configuration's optimizer does not take."""
-    try:
-        build_optimizer(nn.Linear(1, 1), config)
-    except (TypeError, ValueError, AttributeError) as error:
-        raise UserError(
-            f"optimizer_kwargs: torch's {config.optimizer} refuses {dict(config.optimizer_kwargs)}: {first_line(error)}. "
-            "Expected its own arguments, by their names there."
-        ) from error
-
-
-def build_optimizer(policy: nn.Module, config) -> torch.optim.Optimizer:
-    """The torch optimizer of the configuration, with its fused kernel where it has one."""
-    optimizer_class = getattr(torch.optim, config.optimizer)
-    # torch has no fused SGD for weights that lie over several processes.
-    without = optimizer_class is torch.optim.SGD and any(isinstance(weight, DTensor) for weight in policy.parameters())
-    fused = {"fused": True} if "fused" in inspect.signature(optimizer_class).parameters and not without else {}
-    trained = [weight for weight in policy.parameters() if weight.requires_grad]
-    return optimizer_class(trained, lr=config.lr, **(fused | dict(config.optimizer_kwargs)))
 
 
 # By name; `trainer.name` may say those that have a file in config/trainer/.

@@ -23,6 +23,7 @@ OPTIMIZERS = ("RMSprop", "AdamW", "Adam", "SGD", *BITSANDBYTES_OPTIMIZERS)
 SCHEDULES = ("constant", "linear", "cosine", "inverse_sqrt")
 # How FSDPTrainer lays weights out: ZeRO stage 3, 2, 1; replicas; stage 3 within a machine and replicas across.
 SHARDINGS = ("full", "grad_op", "optimizer", "none", "hybrid")
+ATTENTIONS = ("auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -142,8 +143,8 @@ OPTIONAL_COUNTS = (
 )  # fmt: skip
 COUNTS_FROM_ZERO = ("warmup_steps", "n_eval_model_samples", "seed")
 SWITCHES = (
-    "debug", "dry_run", "eval_only", "wandb.enabled", "do_first_eval", "activation_checkpointing", "save_policy_pt",
-    "tf32", "save_async", "model.trust_remote_code", "model.double_quantization",
+    "debug", "dry_run", "eval_only", "wandb.enabled", "do_first_eval", "activation_checkpointing", "save_policy_pt", "compile",
+    "tf32", "save_async", "model.trust_remote_code", "model.double_quantization", "model.liger_kernels",
 )  # fmt: skip
 
 
@@ -218,6 +219,10 @@ def _check_choices(config: DictConfig) -> None:
         value = OmegaConf.select(config, key)
         if value not in DTYPES and not (value is None and key in optional):
             raise UserError(f"{key}: no dtype {value!r}; {nearest(str(value), DTYPES)}")
+    if config.compile and config.trainer.name == "TensorParallelTrainer":
+        raise UserError("compile: TensorParallelTrainer splits what would be compiled. Use FSDPTrainer or BasicTrainer.")
+    attention = config.model.attn_implementation
+    _require(attention in ATTENTIONS, "model.attn_implementation", attention, ", ".join(ATTENTIONS))
     strategy = config.save_strategy
     _require(strategy in ("steps", "epoch", "no"), "save_strategy", strategy, "steps, epoch or no")
     _require(config.prefix_sharing in ("auto", "on", "off"), "prefix_sharing", config.prefix_sharing, "auto, on or off")

@@ -176,6 +176,10 @@ def fake_trainer(
     counter.kind = "activations"
     parts = policy, reference, _without_numbers(loss), tokenizer, None, [], [], None, None, ranks
     trainer = TRAINERS[config.trainer.name](config, *parts)
+    if hasattr(trainer.optimizer, "fill_qmap"):
+        # What eight bits stand for is computed by numbers.
+        with unset_fake_temporarily():
+            trainer.optimizer.fill_qmap()
     # It would look at whether gradients are finite.
     trainer.scaler = torch.amp.GradScaler("cpu", enabled=False)
     return trainer

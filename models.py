@@ -173,6 +173,9 @@ def build_untrained(model_config, tokenizer, cache_dir: str | None = None, dtype
 def _made_ready(model: nn.Module, model_config) -> nn.Module:
     disable_dropout(model)
     model.autocast_dtype = model_config.autocast_dtype and getattr(torch, model_config.autocast_dtype)
+    choose_attention(model, model_config.attn_implementation)
+    if model_config.liger_kernels and not next(model.parameters()).is_meta:
+        use_liger_kernels(model)
     if model_config.quantization:
         quantise(model, model_config)
     if model_config.lora.r is not None:
@@ -220,6 +223,49 @@ def disable_dropout(model: nn.Module) -> None:
         for name, value in vars(module).items():
             if "drop" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
+
+
+def choose_attention(model: nn.Module, name: str) -> None:
+    """Give a model the attention of a name; auto is the newest flash attention there is for its dtype, or what the model has.
+
+    Raises UserError where it cannot be had.
+    """
+    from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
+
+    if name == "auto":
+        short = model.dtype in (torch.float16, torch.bfloat16)
+        there = {"flash_attention_3": is_flash_attn_3_available, "flash_attention_2": is_flash_attn_2_available}
+        name = next((name for name, is_there in there.items() if short and torch.cuda.is_available() and is_there()), None)
+        if name is None or not model._supports_flash_attn:
+            return
+    try:
+        model.set_attn_implementation(name)
+    except (ImportError, ValueError) as error:
+        raise UserError(
+            f"model.attn_implementation: {type(model).__name__} cannot have {name} here: {first_line(error)}. Use auto, or install "
+            "what it needs."
+        ) from error
+
+
+def use_liger_kernels(model: nn.Module) -> None:
+    """Put Liger's kernels in place of a model's norms, rotary embeddings and MLPs. Raises UserError where that cannot be."""
+    if not torch.cuda.is_available():
+        raise UserError("model.liger_kernels: they are for GPUs, and there is none here. Set it to false.")
+    try:
+        from liger_kernel.transformers import _apply_liger_kernel_to_instance
+    except ImportError as error:
+        raise UserError("model.liger_kernels: install the package: pip install -r requirements-gpu.txt") from error
+    # The losses of its own would take the head's place, which scores responses here.
+    _apply_liger_kernel_to_instance(model, cross_entropy=False, fused_linear_cross_entropy=False)
+
+
+def compile_between_attentions(model: nn.Module) -> None:
+    """Compile the children of each block but for its attention, whose work has another shape in every batch."""
+    blocks = [item for module in model.modules() if isinstance(module, nn.ModuleList) for item in module]
+    for block in blocks:
+        for name, child in block.named_children():
+            if "att" not in name:
+                child.compile(dynamic=True)
 
 
 def enable_activation_checkpointing(model: nn.Module) -> None:

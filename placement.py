@@ -9,7 +9,15 @@ from torch import nn
 
 from adapters import has_adapter
 from logprobs import LiveReference
-from models import enable_activation_checkpointing, load_model, place, reference_copy, share_prefixes, weights_hash
+from models import (
+    compile_between_attentions,
+    enable_activation_checkpointing,
+    load_model,
+    place,
+    reference_copy,
+    share_prefixes,
+    weights_hash,
+)
 from ranks import ALONE, local_world_size
 from utils import UserError, pick_device
 
@@ -31,13 +39,19 @@ class OneProcess:
         share_prefixes(policy, self.config.prefix_sharing)
         if self.config.activation_checkpointing:
             enable_activation_checkpointing(policy)
-        return policy
+        return self.compiled(policy)
+
+    def compiled(self, model: nn.Module) -> nn.Module:
+        """A model, compiled where that is asked for: policy and reference alike, so that they say the same."""
+        if self.config.compile:
+            compile_between_attentions(model)
+        return model
 
     def reference(self, policy: nn.Module) -> LiveReference:
         """The policy as it is now, which does not change: a frozen copy, or itself without what an adapter will add."""
         if has_adapter(policy):
             return LiveReference(policy)
-        return LiveReference(place(reference_copy(policy, self.config.model), policy.device))
+        return LiveReference(self.compiled(place(reference_copy(policy, self.config.model), policy.device)))
 
     def samples(self, wanted: bool | None) -> bool:
         """Whether to sample at evaluations, where `sample_during_eval` is `wanted`."""

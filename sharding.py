@@ -23,6 +23,7 @@ from models import (
     ROUNDING,
     attend_over_trees,
     build_untrained,
+    compile_between_attentions,
     disagreement,
     enable_activation_checkpointing,
     free_memory,
@@ -70,6 +71,7 @@ class Layout:
     offload: OffloadPolicy
     block_name: str | None
     checkpoint_activations: bool
+    compiles: bool
 
     @classmethod
     def of(cls, config, mesh: DeviceMesh) -> "Layout":
@@ -82,7 +84,8 @@ class Layout:
         }
         precision = MixedPrecisionPolicy(**{name: name_ and getattr(torch, name_) for name, name_ in dtypes.items()})
         offload = CPUOffloadPolicy() if trainer.cpu_offload else OffloadPolicy()
-        return cls(mesh, trainer.sharding, precision, offload, config.model.block_name, config.activation_checkpointing)
+        switches = config.activation_checkpointing, config.compile
+        return cls(mesh, trainer.sharding, precision, offload, config.model.block_name, *switches)
 
     def lay(self, model: nn.Module) -> None:
         """Split an empty model's weights over the mesh."""
@@ -90,6 +93,8 @@ class Layout:
             split_layers(model, self.mesh["tensor"])
         if self.checkpoint_activations:
             enable_activation_checkpointing(model)
+        if self.compiles:
+            compile_between_attentions(model)
         data = self.mesh["replicate", "shard"] if self.mesh["replicate"].size() > 1 else self.mesh["shard"]
         options = {
             "mesh": data,

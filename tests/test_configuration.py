@@ -390,7 +390,7 @@ STRATEGIES = {"never": "'never'", "null": "None", "epochs": "'epochs'", "false":
         ("save_every=15", "save_every", "15", "at least batch_size, which is 16"),
         ("max_prompt_length=256", "max_prompt_length", "256", "less than max_length, which is 256"),
         ("max_prompt_length=257", "max_prompt_length", "257", "less than max_length, which is 256"),
-        ("n_epochs=null n_examples=null", "n_epochs, n_examples", "both are null", "Set one of them"),
+        ("n_epochs=null n_examples=null", "n_epochs, n_examples, n_steps", "all are null", "Set one of them"),
         # Numbers.
         *((f"{key}=0", key, "0", WHOLE) for key in ("batch_size", "eval_batch_size", "gradient_accumulation_steps")),
         *((f"{key}=0", key, "0", WHOLE) for key in ("max_length", "max_prompt_length", "eval_every")),

@@ -9,7 +9,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from checkpoints import CheckpointWriter, Snapshot
 from conftest import GOLDEN
-from models import byte_level_tokenizer, check_model, load_model, load_tokenizer, read_archive, reference_copy
+from logprobs import response_logps
+from models import (
+    byte_level_tokenizer,
+    check_model,
+    compile_between_attentions,
+    load_model,
+    load_tokenizer,
+    logps_and_gradients,
+    random_trees,
+    read_archive,
+    reference_copy,
+    share_prefixes,
+)
 from utils import UserError
 
 
@@ -182,3 +194,40 @@ def test_a_file_that_is_no_archive_is_refused(tmp_path, content):
     path.write_bytes(content) if content is not None else torch.save({"weights": 1}, path)
     with pytest.raises(UserError, match="Expected a checkpoint directory"):
         read_archive(path)
+
+
+# ---- kernels ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["eager", "sdpa"])
+def test_a_model_has_the_attention_that_it_is_given(tiny, name):
+    assert load_model(tiny(f"model.attn_implementation={name}"), byte_level_tokenizer()).config._attn_implementation == name
+
+
+def test_the_best_attention_is_the_models_own_where_no_other_is_installed(tiny):
+    assert load_model(tiny(), byte_level_tokenizer()).config._attn_implementation == "sdpa"
+
+
+def test_attention_that_cannot_be_had_is_refused(tiny):
+    with pytest.raises(UserError, match="model.attn_implementation: LlamaForCausalLM cannot have flash_attention_3 here"):
+        load_model(tiny("model.attn_implementation=flash_attention_3"), byte_level_tokenizer())
+
+
+def test_kernels_for_gpus_are_refused_where_there_is_none(tiny, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="model.liger_kernels: they are for GPUs"):
+        load_model(tiny("model.liger_kernels=true"), byte_level_tokenizer())
+
+
+def test_a_compiled_model_says_what_it_said(tiny):
+    model = load_model(tiny("model.from_config.num_hidden_layers=1"), byte_level_tokenizer())
+    share_prefixes(model, "on")
+    batch = random_trees(512)
+    weights = [model.model.layers[0].mlp.up_proj.weight]
+    logps, gradients = logps_and_gradients(response_logps, model, batch, weights)
+    compile_between_attentions(model)
+    again, compiled = logps_and_gradients(response_logps, model, batch, weights)
+    assert model.model.layers[0].mlp._compiled_call_impl is not None
+    assert model.model.layers[0].self_attn._compiled_call_impl is None
+    torch.testing.assert_close(again, logps, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(compiled, gradients, rtol=1e-4, atol=1e-4)

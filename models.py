@@ -242,8 +242,8 @@ def choose_attention(model: nn.Module, name: str) -> None:
         model.set_attn_implementation(name)
     except (ImportError, ValueError) as error:
         raise UserError(
-            f"model.attn_implementation: {type(model).__name__} cannot have {name} here: {first_line(error)}. Use auto, or install "
-            "what it needs."
+            f"model.attn_implementation: {type(model).__name__} cannot have {name} here: {first_line(error)}. Use auto, or "
+            "install what it needs."
         ) from error
 
 

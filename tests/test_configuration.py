@@ -479,8 +479,8 @@ STRATEGIES = {"never": "'never'", "null": "None", "epochs": "'epochs'", "false":
         ("exp_name='a\x07b'", "exp_name", r"'a\x07b'", "a directory's name"),
         # Names.
         ("optimizer=RMSProp", "optimizer", "'RMSProp'", "did you mean RMSprop?"),
-        ("optimizer=zzz", "optimizer", "'zzz'", "known are: Adam, AdamW, RMSprop, SGD"),
-        ("optimizer=null", "optimizer", "None", "known are: Adam, AdamW, RMSprop, SGD"),
+        ("optimizer=zzz", "optimizer", "'zzz'", "known are: Adam, AdamW, AdamW8bit, Lion8bit"),
+        ("optimizer=null", "optimizer", "None", "known are: Adam, AdamW, AdamW8bit, Lion8bit"),
         ("model.policy_dtype=bfloat61", "model.policy_dtype", "'bfloat61'", "did you mean bfloat16?"),
         ("model.reference_dtype=int8", "model.reference_dtype", "'int8'", "bfloat16"),
         ("model.fsdp_policy_mp=bf16", "model.fsdp_policy_mp", "'bf16'", "bfloat16"),

@@ -1,0 +1,140 @@
+"""What each option that saves memory or time does to a training step, on a Llama of 62M parameters in float32.
+
+    python benchmarks/memory_options.py --rounds 2
+
+DPO with a live reference on the embedded data, its micro-batches in pieces of at most 512 tokens; every setting in a process of
+its own, in turn. Prints a JSON object with raw values, and writes it to benchmarks/results/.
+"""
+
+import argparse
+import contextlib
+import datetime
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+MODEL = (
+    "model=blank_model", "model.tokenizer_name_or_path=byte_level",
+    "++model.from_config={model_type: llama, hidden_size: 640, intermediate_size: 1792, num_hidden_layers: 12, "
+    "num_attention_heads: 10, num_key_value_heads: 10, max_position_embeddings: 512}",
+)  # fmt: skip
+RUN = (
+    "loss=dpo", "batch_size=16", "lr=1e-6", "warmup_steps=0", "max_tokens_per_microbatch=512", "wandb.enabled=false",
+    "reference_logps=live", "prefix_sharing=on",
+)  # fmt: skip
+SETTINGS = {
+    "all weights, RMSprop": [],
+    "all weights, AdamW": ["optimizer=AdamW"],
+    "all weights, AdamW8bit": ["optimizer=AdamW8bit"],
+    "all weights, RMSprop, activation checkpointing": ["activation_checkpointing=true"],
+    "all weights, RMSprop, compiled": ["compile=true"],
+    "LoRA, RMSprop": ["+adapter=lora"],
+    "QLoRA, RMSprop": ["+adapter=qlora"],
+    "QLoRA, RMSprop, activation checkpointing": ["+adapter=qlora", "activation_checkpointing=true"],
+}
+STEPS = 4
+
+
+def status(name: str) -> int:
+    """A figure of this process's memory, in bytes."""
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{name}:")]
+    return int(line.split()[1]) * 1024
+
+
+def one(overrides: list[str]) -> dict:
+    """Steps with a setting, in this process: seconds of each, and the most memory that they hold beyond what was before."""
+    from hydra import compose, initialize_config_dir
+
+    import train
+    from losses import build_loss
+    from models import load_tokenizer
+    from tracking import NoTracker
+    from trainers import BasicTrainer
+    from utils import quiet_libraries, seed_everything, settle_memory
+
+    with initialize_config_dir(str(ROOT / "config"), version_base="1.3"):
+        config = compose("config", overrides=[*MODEL, *RUN, *overrides])
+    quiet_libraries()
+    # Whatever is freed leaves the process, so that its peak is what was held.
+    settle_memory(keep_freed=False)
+    seed_everything(0)
+    tokenizer, loss = load_tokenizer(config.model), build_loss(**config.loss)
+    data = train.prepare_data(config, tokenizer, loss.paired)
+    placement = BasicTrainer.placement(config, tokenizer)
+    import_libraries(config)
+    before = status("VmRSS")
+    parts = train.put_together(config, placement, loss, data, None, False)
+    trainer = BasicTrainer(config, **parts, tracker=NoTracker())
+    held = status("VmRSS") - before
+    # Loading takes whole weights for a moment, whatever is trained.
+    Path("/proc/self/clear_refs").write_text("5")
+    seconds = []
+    for batch in trainer.train_batches:
+        started = time.perf_counter()
+        metrics = trainer.train_step(batch)
+        seconds.append(time.perf_counter() - started)
+        if len(seconds) == STEPS:
+            break
+    trained = sum(weight.numel() for weight in trainer.policy.parameters() if weight.requires_grad)
+    return {
+        "held_before_steps": held,
+        "peak_in_steps": status("VmHWM") - before,
+        "seconds": seconds,
+        "trained": trained,
+        "loss": metrics["loss/train"],
+    }
+
+
+def import_libraries(config) -> None:
+    """Have the libraries in memory that a setting needs: they are not what is measured."""
+
+    if config.model.lora.r is not None:
+        import peft  # noqa: F401
+    if config.model.quantization or config.optimizer.endswith("8bit"):
+        import bitsandbytes  # noqa: F401
+
+
+def main() -> None:
+    """Measure, print and keep."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one is not None:
+        with contextlib.redirect_stdout(sys.stderr):
+            found = one(SETTINGS[args.one])
+        print(json.dumps(found))
+        return
+    from measure import hardware, versions
+
+    runs: dict[str, list[dict]] = {name: [] for name in SETTINGS}
+    for _ in range(args.rounds):
+        for name, listed in runs.items():
+            done = subprocess.run([sys.executable, __file__, "--one", name], check=True, stdout=subprocess.PIPE, text=True)
+            listed.append(json.loads(done.stdout.splitlines()[-1]))
+    whole = runs["all weights, RMSprop"]
+    summary = {
+        name: {
+            "peak MiB": [round(run["peak_in_steps"] / 2**20) for run in listed],
+            "peak / all weights": [
+                run["peak_in_steps"] / other["peak_in_steps"] for run, other in zip(listed, whole, strict=True)
+            ],
+            "seconds of a step": [round(statistics.median(run["seconds"][1:]), 2) for run in listed],
+        }
+        for name, listed in runs.items()
+    }
+    facts = {"command": sys.argv, "hardware": hardware(), "versions": versions(), "load_average": os.getloadavg()}
+    path = ROOT / "benchmarks" / "results" / f"{datetime.date.today()}_memory_options_cpu.json"
+    path.write_text(json.dumps(facts | {"summary": summary, "runs": runs}, indent=1) + "\n")
+    print(json.dumps(summary, indent=1), path, sep="\n")
+
+
+if __name__ == "__main__":
+    main()

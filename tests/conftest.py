@@ -52,6 +52,17 @@ def tokenizer():
     return AutoTokenizer.from_pretrained(GOLDEN / "tokenizer")
 
 
+@pytest.fixture
+def forked_workers(monkeypatch):
+    """`launch` forks its workers, which then need not import what all of them import. Runs of the command line spawn theirs."""
+    import forked
+    import launching
+
+    forked.start_server()
+    config = launching.LaunchConfig
+    monkeypatch.setattr(launching, "LaunchConfig", lambda **given: config(**given | {"start_method": "forkserver"}))
+
+
 @pytest.fixture(scope="session")
 def compose():
     """Compose the project's configuration from overrides, as the command line does."""

@@ -186,7 +186,10 @@ def evaluate_unevenly(settings: dict, num_rows: int) -> dict:
     found = evaluate(trainer.policy, trainer.reference, trainer.loss, evaluation_batches(table, *sizes, ranks), ranks)
     expected = evaluate(single.policy, single.reference, single.loss, evaluation_batches(table, *sizes))
     everything = table.select(torch.arange(len(table)).numpy())
-    logps = [compute_logps(trainer.policy, everything, ranks), compute_logps(single.policy, everything)]
+    logps = [
+        compute_logps(LiveReference(trainer.policy), everything, ranks),
+        compute_logps(LiveReference(single.policy), everything),
+    ]
     epoch = [BatchIterator(table, 8, ranks=each) for each in (ranks, ALONE)]
     seen = [sum(micro.num_examples for step in steps for micro in step) for steps in epoch]
     end_group()
@@ -205,7 +208,7 @@ def keep_on_disks_of_their_own(settings: dict, folder: str) -> dict:
     table = PromptTable.of(golden_prompts(world.tokenizer, True))
     everything = table.select(torch.arange(len(table)).numpy())
     path = cache_path(Path(folder) / str(ranks.rank), trainer.policy, everything, ranks)
-    computed, found = (reference_logps_of(trainer.policy, everything, path, ranks) for _ in range(2))
+    computed, found = (reference_logps_of(LiveReference(trainer.policy), everything, path, ranks) for _ in range(2))
     apart = ranks.gather((computed - found).abs().max().item())
     kept = ranks.gather(path.exists())
     end_group()

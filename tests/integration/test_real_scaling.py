@@ -1,7 +1,5 @@
 """What is found for processes that are not there is what the same number of real ones hold and send."""
 
-from pathlib import Path
-
 import pytest
 import scaling_work
 from omegaconf import OmegaConf
@@ -11,14 +9,8 @@ from losses import build_loss
 from models import load_tokenizer
 from scaling import fake_processes, laid_out, step_costs
 
-ROOT = Path(__file__).parent.parent.parent
+pytestmark = pytest.mark.usefixtures("forked_workers")
 FSDP = "trainer=FSDPTrainer"
-
-
-@pytest.fixture(autouse=True)
-def workers_find_the_modules(monkeypatch):
-    """Spawned processes import what is pickled by its module's name."""
-    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests'}:{ROOT / 'tests' / 'integration'}")
 
 
 def costs_without_them(config):

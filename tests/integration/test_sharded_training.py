@@ -1,21 +1,13 @@
 """Sharded trainers on real processes: the same numbers as one process, and what happens when something goes wrong."""
 
-from pathlib import Path
-
 import pytest
 import sharded_work
 from omegaconf import OmegaConf
 
 from launching import launch
 
-ROOT = Path(__file__).parent.parent.parent
+pytestmark = pytest.mark.usefixtures("forked_workers")
 TRAJECTORIES = sharded_work.TRAJECTORIES
-
-
-@pytest.fixture(autouse=True)
-def workers_find_the_modules(monkeypatch):
-    """Spawned processes import what is pickled by its module's name."""
-    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests'}:{ROOT / 'tests' / 'integration'}")
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from transformers import AutoModelForCausalLM
 
+import forked
 from batches import examples_of, pack
 from conftest import GOLDEN
 from logprobs import padded_logps, response_logps
@@ -81,7 +82,8 @@ def start_group(rank: int, folder: str) -> None:
 
 @pytest.mark.parametrize("worker", [fsdp_worker, tensor_parallel_worker], ids=["FSDP2", "tensor parallel"])
 def test_a_model_sharded_over_two_processes_gives_the_numbers_of_one(worker, tmp_path):
-    mp.spawn(worker, args=(str(tmp_path),), nprocs=2)
+    forked.start_server()
+    mp.start_processes(worker, args=(str(tmp_path),), nprocs=2, start_method="forkserver")
 
 
 def test_an_adapted_model_shares_prompts_and_trains_its_adapter_only():

@@ -1,0 +1,116 @@
+"""Programs of this project as processes of their own, forked from one that has imported the heavy libraries already.
+
+Most of what a short run costs is the import of torch and transformers. Here one process imports them once, and every program is
+a fork of it: with its own arguments, folder, environment, output and exit status, and in a session of its own, so that it can
+be signalled and killed as any other. What a start from nothing does is for tests that start `sys.executable`.
+"""
+
+import atexit
+import multiprocessing
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from multiprocessing.forkserver import ensure_running, set_forkserver_preload
+from multiprocessing.reduction import DupFd
+from pathlib import Path
+from tempfile import TemporaryFile
+from unittest import mock
+
+ROOT = Path(__file__).parent.parent
+FORKS = multiprocessing.get_context("forkserver")
+
+
+def start_server() -> None:
+    """Start the process that programs are forked from, once; it ends with this one."""
+    set_forkserver_preload(["preloaded"])
+    with mock.patch.dict(os.environ, PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'tests'}"):
+        ensure_running()
+
+
+@atexit.register
+def leave_none() -> None:
+    """End what a test has started and not seen to its end: this process would wait for it."""
+    for process in multiprocessing.active_children():
+        process.kill()
+
+
+class Program:
+    """A Python file with arguments, running in a folder; used like a `subprocess.Popen`.
+
+    stdout, stderr: file descriptors. environment: None is this process's own.
+    """
+
+    def __init__(self, command: list[str], folder: Path, stdout: int, stderr: int, environment: dict | None = None):
+        start_server()
+        self.command = [str(text) for text in command]
+        become = self.command, str(folder), dict(os.environ if environment is None else environment), Output(stdout, stderr)
+        self.process = FORKS.Process(target=_become, args=become)
+        self.process.start()
+        self.pid = self.process.pid
+
+    def poll(self) -> int | None:
+        """The exit status, negative for a signal; None while the process lives."""
+        return self.process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """The exit status, when the process has ended. Raises TimeoutExpired where it has not after so many seconds."""
+        self.process.join(timeout)
+        if self.process.exitcode is None:
+            raise subprocess.TimeoutExpired(self.command, timeout)
+        return self.process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        """Signal the process, unless it has ended."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """Kill the process and those that it has started in its session."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+
+
+class Output:
+    """Two file descriptors that a process is given on its way."""
+
+    def __init__(self, stdout: int, stderr: int):
+        self.descriptors = stdout, stderr
+
+    def __getstate__(self) -> list:
+        return [DupFd(descriptor) for descriptor in self.descriptors]
+
+    def __setstate__(self, sent: list) -> None:
+        self.descriptors = [descriptor.detach() for descriptor in sent]
+
+
+def _become(command: list[str], folder: str, environment: dict[str, str], output: Output) -> None:
+    """In the new process: be `python COMMAND` in a folder."""
+    os.setsid()
+    for own, given in zip((1, 2), output.descriptors, strict=True):
+        os.dup2(given, own)
+        os.close(given)
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    # As the interpreter finds the zone at its start.
+    time.tzset()
+    sys.argv = command
+    sys.path.insert(0, str(Path(command[0]).parent))
+    runpy.run_path(command[0], run_name="__main__")
+
+
+def run(command: list[str], folder: Path, environment: dict | None = None, timeout: float = 300) -> subprocess.CompletedProcess:
+    """Run a Python file with arguments in a folder to its end; as `subprocess.run` with its output captured as text."""
+    with TemporaryFile("w+") as out, TemporaryFile("w+") as err:
+        program = Program(command, folder, out.fileno(), err.fileno(), environment)
+        try:
+            status = program.wait(timeout)
+        finally:
+            if program.poll() is None:
+                program.kill()
+        said = [file.read() for file in (out, err) if not file.seek(0)]
+    return subprocess.CompletedProcess(program.command, status, *said)

@@ -1,0 +1,18 @@
+"""What programs that are forked find imported. Nothing here starts a thread or draws a number."""
+
+from utils import quiet_libraries
+
+# First: it also hides what libraries say of this machine while they are imported.
+quiet_libraries()
+
+import pandas  # noqa: E402, F401
+import pyarrow.dataset  # noqa: E402, F401
+import transformers.generation.utils  # noqa: E402
+import transformers.models.llama.modeling_llama  # noqa: E402, F401
+
+import dry_run  # noqa: E402, F401
+import evaluation_runs  # noqa: E402, F401
+import launching  # noqa: E402, F401
+import reference_cache  # noqa: E402, F401
+import resuming  # noqa: E402, F401
+import train  # noqa: E402, F401

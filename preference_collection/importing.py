@@ -63,7 +63,7 @@ def import_into(store: Store, path: Path, skip_bad_rows: bool = False) -> Import
     """
     report = DataReport(skip_bad_rows=True)
     found = Import()
-    for number, row in _rows(path, report):
+    for number, row in _read(path, report):
         try:
             _take(row, found)
         except RowError as fault:
@@ -90,7 +90,7 @@ def _add(store: Store, found: Import) -> Import:
 # ---- reading ----------------------------------------------------------------------------------------------------------------
 
 
-def _rows(path: Path, report: DataReport) -> Iterator[tuple[int, dict]]:
+def _read(path: Path, report: DataReport) -> Iterator[tuple[int, dict]]:
     if not path.exists():
         raise UserError(f"import: {path}: no such file. Expected CSV, JSON lines, Parquet, or a store of the older layout.")
     if not is_data_file(path.name):

@@ -43,8 +43,9 @@ def load_settings(overrides: Sequence[str] = ()) -> DictConfig:
         except OmegaConfBaseException as error:
             raise UserError(f"{text!r}: {first_line(error)}. Expected KEY=VALUE.") from error
     for key in known:
-        if fault := _fault(key, OmegaConf.select(settings, key)):
-            raise UserError(f"{key}: found {OmegaConf.select(settings, key)!r}, expected {fault}.")
+        value = OmegaConf.select(settings, key)
+        if fault := _fault(key, value):
+            raise UserError(f"{key}: found {'nothing' if value is None else repr(value)}, expected {fault}.")
     return settings
 
 

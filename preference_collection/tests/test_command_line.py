@@ -1,12 +1,12 @@
 """The command line: a mistake is one message and exit status 2, before anything is touched."""
 
 import json
+import subprocess
 import sys
 
 import pytest
 
 from preference_collection.__main__ import main
-from preference_collection.store import Judgement, open_store
 
 
 def told(capsys, *line: str) -> str:
@@ -43,41 +43,7 @@ def test_a_mistake_is_one_line(tmp_path, capsys):
     assert "COLLECT_PASSWORD" in refused(capsys, "serve", "address=0.0.0.0")
 
 
-def test_pairs_are_scored_by_a_checkpoint(tmp_path, capsys):
-    """A checkpoint that the framework's own tiny model would leave; the log-probs are those of transformers' own loss."""
-    import torch
-
-    from preference_collection.checkpoint_source import load_checkpoint
-    from preference_collection.tests.conftest import a_pair, a_problem, tiny_checkpoint
-
-    checkpoint = tiny_checkpoint(tmp_path / "run" / "LATEST")
-    address = str(tmp_path / "collection.duckdb")
-    store = open_store(address)
-    store.add_problems([a_problem()])
-    pair = a_pair()
-    store.add_pairs([pair])
-    store.judge(Judgement("j", pair.id, "first", "tie", "ada"))
-    store.close()
-    assert "1 pairs scored" in told(capsys, "score", str(checkpoint), f"store={address}")
-    store = open_store(address)
-    from preference_collection.store import Query
-
-    [row] = store.browse(Query(order="uncertain"))[0]
-    store.close()
-    loaded = load_checkpoint(str(checkpoint))
-    logps = []
-    for text in ("one", "two"):
-        prompt = loaded.tokenizer(f"\n\nHuman: {pair.first.prompt}\n\nAssistant:").input_ids
-        response = [*loaded.tokenizer(f" {text}", add_special_tokens=False).input_ids, loaded.tokenizer.eos_token_id]
-        labels = torch.tensor([[-100] * len(prompt) + response])
-        loss = loaded.model(input_ids=torch.tensor([prompt + response]), labels=labels).loss.item()
-        logps.append(-loss * len(response))
-    assert row.margin == pytest.approx(logps[0] - logps[1], abs=1e-4)
-
-
 def test_the_modules_need_neither_torch_nor_the_page(tmp_path):
-    import subprocess
-
     script = "import sys, preference_collection.__main__, preference_collection.generation, preference_collection.export\n"
-    script += "sys.exit(' '.join({'torch', 'transformers', 'streamlit'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", script], capture_output=True, check=False).stderr == b""
+    script += "print({'torch', 'transformers', 'streamlit'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, check=True).stdout == b"set()\n"

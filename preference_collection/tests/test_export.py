@@ -2,6 +2,7 @@
 
 import json
 from contextlib import closing
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 
@@ -11,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dataset_entries import load_records, read_entry
-from preference_collection.export import CARD, export_dataset, export_records, push
+from preference_collection.export import CARD, FILES, export_dataset, export_records, push
 from preference_collection.store import Judgement, new_id, open_store
 from preference_collection.tests.conftest import a_pair, a_problem
+from preference_datasets import leetcode_records, load_hub
 from records import DataReport, Turn, fault_of_item
 from utils import UserError
 
@@ -53,23 +55,23 @@ def test_the_loader_of_lc_reads_what_was_picked_and_nothing_else(store, tmp_path
 
 def test_each_judgement_is_a_row_with_the_votes_on_its_pair(store, tmp_path):
     export_dataset(judged_store(store), tmp_path / "out")
-    rows = pyarrow.parquet.read_table(tmp_path / "out" / "preferences").to_pylist()
+    rows = pyarrow.parquet.read_table(tmp_path / "out" / "data").to_pylist()
     assert [(row["id"], row["preference"], row["votes_version1"], row["votes_version2"]) for row in rows] == [
         ("a", 0, 2, 0), ("a", 0, 2, 0), ("b", 1, 1, 1), ("b", 0, 1, 1),
     ]  # fmt: skip
     first = rows[0]
     assert (first["labeller"], first["seconds"], first["shown_left"], first["reasons"]) == ("labeller 1", 2.5, 1, ["faster"])
     assert "ada" not in (tmp_path / "out" / CARD).read_text() and first["comment"] == 'said "so"'
-    [tie] = pyarrow.parquet.read_table(tmp_path / "out" / "ties").to_pylist()
+    [tie] = pyarrow.parquet.read_table(tmp_path / "out" / "apart" / "ties.parquet").to_pylist()
     assert (tie["id"], tie["preference"], tie["votes_tie"], tie["votes_skip"]) == ("c", None, 1, 1)
     export_dataset(store, tmp_path / "out", names=True)
-    assert pyarrow.parquet.read_table(tmp_path / "out" / "skips").to_pylist()[0]["labeller"] == "bob"
+    assert pyarrow.parquet.read_table(tmp_path / "out" / "apart" / "skips.parquet").to_pylist()[0]["labeller"] == "bob"
 
 
 def test_what_was_taken_back_is_not_exported(store, tmp_path):
     judged_store(store).undo("bob")
     assert export_dataset(store, tmp_path / "out") == {"preferences": 4, "ties": 1, "skips": 0}
-    assert not (tmp_path / "out" / "skips").exists()
+    assert not (tmp_path / "out" / "apart" / "skips.parquet").exists()
 
 
 @pytest.mark.parametrize("name", ["picked.jsonl", "picked.parquet"])
@@ -96,22 +98,38 @@ def test_a_file_of_records_is_read_by_its_path_and_has_the_shape_of_records(stor
     assert apart == {name.replace(".", ".ties."), name.replace(".", ".skips.")}
 
 
+def test_an_export_that_is_written_again_is_read_anew(store, tmp_path):
+    export_dataset(judged_store(store), tmp_path / "out")
+    before = lc_records(tmp_path / "out")
+    load_hub.cache_clear()
+    store.undo("bob")
+    store.undo("bob")
+    export_dataset(store, tmp_path / "out")
+    found = lc_records(tmp_path / "out")
+    assert found[Turn("user", "Add two numbers (b)."),] == [("b two", "b one")]
+    assert len(before[Turn("user", "Add two numbers (b)."),]) == 2
+
+
 SOLUTION = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(str.strip)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(SOLUTION, SOLUTION, SOLUTION)
 def test_any_text_arrives_at_the_loader_as_it_was_written(tmp_path_factory, description, one, other):
-    directory = tmp_path_factory.mktemp("texts")
+    """Read as the loader's own library reads it, and given to what the loader makes of rows."""
+    directory = tmp_path_factory.mktemp("texts") / "out"
     with closing(open_store(":memory:")) as store:
-        store.add_problems([a_problem(description=description)])
-        pair = a_pair("sum", (one, other))
-        object.__setattr__(pair.first, "prompt", description)
-        store.add_pairs([pair])
+        store.add_problems([a_problem()])
+        pair = a_pair(texts=(one, other))
+        store.add_pairs([replace(pair, first=replace(pair.first, prompt=description))])
         store.judge(Judgement(new_id(), pair.id, "first", "second", "ada"))
-        export_dataset(store, directory / "out")
-    expected = [(other.strip(), one.strip())] if one.strip() != other.strip() else []
-    assert [pair for pairs in lc_records(directory / "out").values() for pair in pairs] == expected
+        export_dataset(store, directory)
+    rows = pyarrow.parquet.read_table(directory / "data").to_pylist()
+    found = [
+        (prompt, record["responses"], record["pairs"]) for prompt, record in leetcode_records(enumerate(rows), DataReport())
+    ]
+    one, other = one.strip(), other.strip()
+    assert found == ([((Turn("user", description.strip()),), [one, other], [(1, 0)])] if one != other else [])
 
 
 # ---- refusals ---------------------------------------------------------------------------------------------------------------
@@ -142,15 +160,18 @@ class Hub(BaseHTTPRequestHandler):
     """The part of the hub's interface by which a small data set is made and written: create, preupload, commit."""
 
     seen: list
+    there = ("README.md", "apart/old.parquet")
     allow = True
+    url = ""
 
     def log_message(self, *_):
         pass
 
     def do_GET(self):
-        self.answer(
-            {"id": "ada/picks", "sha": "0" * 40, "siblings": [], "tags": [], "private": True, "downloads": 0, "likes": 0}
-        )
+        if not self.allow:
+            self.answer({"error": "Invalid username or password."}, 401)
+        else:
+            self.answer([{"type": "file", "path": name, "size": 1, "oid": "0" * 40} for name in self.there])
 
     def do_POST(self):
         length = self.headers["Content-Length"]
@@ -159,14 +180,16 @@ class Hub(BaseHTTPRequestHandler):
         if not self.allow:
             self.answer({"error": "Invalid username or password."}, 401)
         elif self.path.endswith("/repos/create"):
-            self.answer({"url": "http://hub/datasets/ada/picks", "name": "ada/picks"})
+            self.answer({"url": f"{self.url}/datasets/ada/picks", "name": "ada/picks"})
         elif "/preupload/" in self.path:
             files = [
                 {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in json.loads(body)["files"]
             ]
             self.answer({"files": files})
         elif "/commit/" in self.path:
-            self.answer({"commitUrl": "http://hub/c", "commitOid": "1" * 40, "success": True})
+            self.answer(
+                {"commitUrl": f"{self.url}/datasets/ada/picks/commit/{'1' * 40}", "commitOid": "1" * 40, "success": True}
+            )
         else:
             self.answer({"shouldIgnore": False})
 
@@ -187,7 +210,7 @@ def hub(monkeypatch):
     thread.start()
     from huggingface_hub import HfApi, constants
 
-    url = f"http://127.0.0.1:{server.server_address[1]}"
+    handler.url = url = f"http://127.0.0.1:{server.server_address[1]}"
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", url)
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
@@ -202,10 +225,10 @@ def test_an_export_is_pushed_as_a_private_data_set_with_its_card(store, tmp_path
     export_dataset(judged_store(store), tmp_path / "out")
     assert push(tmp_path / "out", "ada/picks").endswith("/datasets/ada/picks")
     created = json.loads(hub.seen[0][2])
-    assert (created["name"], created["type"], created["private"]) == ("picks", "dataset", True)
+    assert (created["name"], created["type"], created["visibility"]) == ("picks", "dataset", "private")
     [commit] = [body for path, _, body in hub.seen if "/commit/" in path]
     files = {line["value"]["path"] for line in map(json.loads, commit.splitlines()) if line["key"] == "file"}
-    assert files == {CARD, *(f"{kind}/train-00000-of-00001.parquet" for kind in ("preferences", "ties", "skips"))}
+    assert files == {CARD, *FILES.values()}
 
 
 def test_a_hub_that_refuses_is_one_message(store, tmp_path, hub):

@@ -114,7 +114,7 @@ def test_the_defaults_make_sense_and_overrides_take_their_place():
     [
         ("stor=x", "'stor=x' is no override of a setting; did you mean store?"),
         ("store", "'store' is no override of a setting"),
-        ("store=", "store: found '', expected a text."),
+        ("store=", "store: found nothing, expected a text."),
         ("port=99999", "port: found 99999, expected a whole number from 1 to 65535."),
         ("temperature=hot", "temperature: found 'hot', expected a number from 0 to 10."),
         ("samples=1", "samples: found 1, expected true or false."),

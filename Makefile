@@ -5,7 +5,7 @@
 # make two-hosts   train over two machines made of Linux namespaces; options in TWO_HOSTS
 # make collect   the labelling app, on sample problems; settings in COLLECT: make collect COLLECT="store=my.duckdb port=8502"
 # make collect-train   train on what was collected; keys in COLLECT: make collect-train COLLECT="model=pythia28 collect.store=my.duckdb"
-# make collect-test    all tests of the labelling app, with a browser; needs Chromium and its driver
+# make collect-test    all tests of the labelling app, in Chromium too (Debian: apt install chromium chromium-driver)
 # All make .venv at their first call and leave the rest of the machine alone.
 
 PYTHON ?= python3
@@ -40,7 +40,7 @@ collect-train: .venv/installed .venv/installed-collect
 
 collect-test: .venv/installed-dev .venv/installed-collect
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r preference_collection/requirements-test.txt
-	$(BIN)/python -m pytest -n 0 preference_collection/tests preference_collection/tests_whole
+	SCREENSHOTS=runs/collect_screenshots $(BIN)/python -m pytest -n 0 preference_collection/tests preference_collection/tests_whole
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv

@@ -1,5 +1,6 @@
 """The page, started by `python -m preference_collection serve`: who is there, and what they see."""
 
+import atexit
 import hmac
 import json
 import os
@@ -28,6 +29,7 @@ def shared() -> views.Shared:
     """What all labellers share: one store, one way to run tests, the sources of solutions."""
     settings = load_settings(json.loads(os.environ.get(OVERRIDES, "[]")))
     store = open_store(settings.store, settings.read_only)
+    atexit.register(store.close)
     if settings.samples and not store.read_only and not store.progress().problems:
         import_into(store, SAMPLES)
     runner = TestRunner(open_sandbox(limits_of(settings)), store, settings.run_unisolated)

@@ -19,6 +19,7 @@ from utils import UserError, first_line
 
 # One model at a time computes: the global random stream is one, and so is the machine.
 COMPUTING = threading.Lock()
+LOADING = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -29,15 +30,17 @@ class CheckpointSource:
 
     def models(self) -> list[str]:
         """Their paths, the newest first."""
-        found = {path.resolve() for folder in self.folders for form in ("*/LATEST", "*/*/LATEST") for path in folder.glob(form)}
+        forms = ("*/LATEST", "*/*/LATEST")
+        found = {path.absolute() for folder in self.folders for form in forms for path in folder.glob(form)}
         whole = [path for path in found if (path / "config.json").is_file()]
         return [str(path) for path in sorted(whole, key=lambda path: path.stat().st_mtime, reverse=True)]
 
     def stream(self, request, stop) -> Iterator[str]:
         """The reply, in pieces."""
-        from transformers import TextIteratorStreamer
-
-        loaded = load_checkpoint(request.model)
+        # Two replies are asked for at once: one loads the model, and the libraries, which do not stand being imported twice.
+        with LOADING:
+            loaded = load_checkpoint(_now_at(request.model))
+            from transformers import TextIteratorStreamer
         streamer = TextIteratorStreamer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True)
         failures = []
         thread = threading.Thread(target=_generate, args=(loaded, request, stop, streamer, failures), daemon=True)
@@ -88,6 +91,11 @@ def load_checkpoint(path: str) -> Loaded:
     return Loaded(model.to(device), tokenizer, template)
 
 
+def _now_at(path: str) -> str:
+    """What LATEST is at the moment; a run that goes on makes another of it."""
+    return str(Path(path).resolve()) if Path(path).exists() else path
+
+
 @contextmanager
 def _drawing(seed: int):
     """Draw from a stream of its own, and leave the global one as it was."""
@@ -120,7 +128,7 @@ def margins(path: str, pairs: Iterable) -> Iterator[tuple[str, float]]:
     """By how many nats a checkpoint prefers the first solution of each pair: (pair's id, log p(first) - log p(second))."""
     import torch
 
-    loaded = load_checkpoint(path)
+    loaded = load_checkpoint(_now_at(path))
 
     def logp(generation) -> float:
         prompt, response = loaded.prompt_ids(generation.prompt), loaded.response_ids(generation.prompt, generation.text)

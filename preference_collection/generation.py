@@ -25,6 +25,9 @@ from preference_collection.replies import extract_code
 from preference_collection.store import Generation, Pair, Problem, new_id
 from utils import UserError, first_line
 
+# What stands before a command that can be copied.
+PULL = " Fetch it with: "
+
 # How long a server may take to answer the door. Unit: seconds.
 CONNECT_SECONDS = 5.0
 
@@ -244,7 +247,7 @@ class OllamaSource:
                     yield client
                 except ollama.ResponseError as error:
                     if error.status_code == 404 and model:
-                        raise UserError(f"Ollama has no model {model!r}. Fetch it with: ollama pull {model}") from error
+                        raise UserError(f"Ollama has no model {model!r}.{PULL}ollama pull {model}") from error
                     raise UserError(f"Ollama at {url} says: {first_line(error)}.") from error
 
 

@@ -183,7 +183,7 @@ def attempts(secret, folder, port, process):
         "network": refused(lambda: socket.create_connection(("127.0.0.1", port), 2)),
         "files": refused(lambda: open(secret)) and refused(lambda: open(os.path.join(folder, "written"), "w")),
         "processes": refused(lambda: os.kill(process, 0)),
-        "forks": refused(os.fork),
+        "forks": refused(lambda: os.fork() or os._exit(0)),
     }
 """
 

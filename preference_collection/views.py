@@ -10,7 +10,7 @@ import streamlit as st
 from omegaconf import DictConfig
 
 from preference_collection.export import export_dataset
-from preference_collection.generation import Source, Writing, as_pair, write_again, write_pair
+from preference_collection.generation import PULL, Source, Writing, as_pair, write_again, write_pair
 from preference_collection.replies import extract_code
 from preference_collection.running import TestRun, TestRunner
 from preference_collection.store import (
@@ -47,7 +47,15 @@ page.defaultView.collectKeys = (event) => {
 page.addEventListener("keydown", page.defaultView.collectKeys);
 </script>"""
 
-BADGES = {"passed": ("green", "✓"), "failed": ("red", "✗"), "error": ("orange", "!"), "timed out": ("violet", "⧗")}
+# Two solutions beside a problem want the whole width.
+STYLE = "<style>[data-testid=stMainBlockContainer] {padding: 2.5rem 1.5rem 3rem}</style>"
+
+BADGES = {
+    "passed": ("green", "✓"),
+    "failed": ("red", "✗"),
+    "error": ("orange", "!"),
+    "timed out": ("violet", ":material/timer:"),
+}
 
 
 @dataclass(frozen=True)
@@ -63,6 +71,7 @@ class Shared:
 def page(shared: Shared, labeller: str) -> None:
     """The page of somebody who has come in."""
     state = st.session_state
+    st.html(STYLE)
     query = sidebar(shared, labeller)
     problem = shared.store.problem(state.problem) if state.get("problem") else None
     if problem is None:
@@ -171,7 +180,7 @@ def show_list(store: Store, query: Query) -> None:
 
 def label_of(row) -> str:
     """A problem in the list."""
-    marks = "✓ " * row.mine + "≠ " * row.disagreement + "· " * (row.pair is None)
+    marks = "✓ " * row.mine + "≠ " * row.disagreement
     margin = "" if row.margin is None else f" ({row.margin:+.1f})"
     title = row.title.replace("[", "\\[").replace("$", "\\$").replace("`", "\\`").replace("*", "\\*").replace(":", "\\:")
     return f"{marks}{title}{margin}"
@@ -260,7 +269,8 @@ def show_sides(problem: Problem, sides: tuple, runs: list[TestRun | None], with_
                 fault = extract_code(generation.text, problem.function_name).fault
                 if fault:
                     st.warning(f"This reply {fault}.")
-                st.code(shown_code(generation), language="python" if generation.code else None, line_numbers=True)
+                kind = "python" if generation.code else None
+                st.code(shown_code(generation), language=kind, line_numbers=True, wrap_lines=True)
             if generation.code and generation.code != generation.text.strip():
                 with st.expander("The whole reply"):
                     st.code(generation.text, language="markdown", wrap_lines=True)
@@ -376,7 +386,10 @@ def show_writing(shared: Shared, writing: Writing, fault: str | None) -> None:
     """One reply on its way."""
     quiet = writing.quiet_seconds()
     if writing.state == "failed":
-        st.error(writing.message)
+        said, _, command = writing.message.partition(PULL)
+        st.error(said + PULL.rstrip() if command else said)
+        if command:
+            st.code(command, language="bash")
     elif writing.over and fault:
         st.warning(f"Unusable: the reply {fault}.")
     elif quiet > shared.settings.slow_seconds:

@@ -1,6 +1,6 @@
 """From picks to a model that writes the next solutions: export, SFT, DPO, in one directory below runs/.
 
-python scripts/collect_train.py [--exported] [KEY=VALUE ...]      # make collect-train
+python scripts/collect_train.py [--exported] [--directory DIRECTORY] [KEY=VALUE ...]      # make collect-train
 
 Keys of config/config.yaml go to both trainings: model=..., lr=..., trainer=...; `collect.KEY=VALUE` is a setting of the app,
 such as collect.store=my.duckdb. What comes out is offered by the app under "checkpoints". While the app runs the store is its
@@ -53,11 +53,12 @@ def main() -> None:
     """Export, train, and say where the result is. A mistake of the user's is one message, and exit status 2."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--exported", action="store_true", help="train on what the page has exported")
+    parser.add_argument("--directory", type=Path, help="where to train; else a new directory below runs/")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     options = parser.parse_args()
     own = [text.removeprefix(SETTING) for text in options.overrides if text.startswith(SETTING)]
     overrides = [text for text in options.overrides if not text.startswith(SETTING)]
-    directory = ROOT / "runs" / f"collect_{datetime.now():%Y-%m-%d_%H-%M-%S-%f}"
+    directory = (options.directory or ROOT / "runs" / f"collect_{datetime.now():%Y-%m-%d_%H-%M-%S-%f}").absolute()
     try:
         data = data_of(load_settings(own), options.exported, directory / "data")
     except UserError as error:

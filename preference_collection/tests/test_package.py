@@ -15,7 +15,7 @@ ROOT = PACKAGE.parent
 MODULES = sorted(PACKAGE.glob("*.py"))
 # In the order of CONTRIBUTING.md's table.
 TABLE = (ROOT / "CONTRIBUTING.md").read_text().split("## The labelling app")[1].split("## How we write")[0]
-ORDER = re.findall(r"`(\w+)\.py`", "".join(line for line in TABLE.splitlines() if line.startswith("|")))
+ORDER = re.findall(r"^\| `preference_collection/(\w+)\.py`", TABLE, flags=re.MULTILINE)
 SHAPE = {"records", "data_files", "prompt_templates", "utils"}
 
 

@@ -43,7 +43,12 @@ def arguments(line: Sequence[str] | None) -> argparse.Namespace:
     score.add_argument("checkpoint")
     for command in (serve, take, out, up, score):
         command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings of config/collect.yaml")
-    return parser.parse_args(line)
+    # Settings may stand behind options too, which the library takes for one or the other.
+    options, rest = parser.parse_known_args(line)
+    if wrong := [text for text in rest if text.startswith("-") or "=" not in text]:
+        parser.error(f"unrecognised: {' '.join(wrong)}")
+    options.overrides += rest
+    return options
 
 
 def serve(options: argparse.Namespace, settings) -> None:

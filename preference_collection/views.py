@@ -48,7 +48,10 @@ page.addEventListener("keydown", page.defaultView.collectKeys);
 </script>"""
 
 # Two solutions beside a problem want the whole width.
-STYLE = "<style>[data-testid=stMainBlockContainer] {padding: 2.5rem 1.5rem 3rem}</style>"
+STYLE = """<style>
+[data-testid=stMainBlockContainer] {padding: 2.5rem 1.5rem 3rem}
+[class*=st-key-side_] pre code {font-size: 0.8rem}
+</style>"""
 
 BADGES = {
     "passed": ("green", "✓"),
@@ -90,7 +93,12 @@ def page(shared: Shared, labeller: str) -> None:
         else:
             st.info("Nobody has asked a model about this problem yet.")
         ask_for_solutions(shared, problem, bool(writings))
-        show_undo(shared, labeller)
+        back, on, _ = st.columns([1.4, 1, 2.6])
+        with back:
+            show_undo(shared, labeller)
+        if on.button("n · next", key="next", width="stretch", help="the next problem that you have not judged"):
+            open_next(shared.store, query, problem.id)
+            st.rerun()
     keys()
 
 
@@ -324,7 +332,7 @@ def show_judging(shared: Shared, labeller: str, query: Query, problem: Problem, 
 def show_undo(shared: Shared, labeller: str) -> None:
     """Take back the last judgement, and show its problem."""
     last = shared.store.last_judgement(labeller)
-    if st.button("u · undo my last judgement", key="undo", disabled=last is None or shared.store.read_only):
+    if st.button("u · undo my last", key="undo", width="stretch", disabled=last is None or shared.store.read_only):
         undone = shared.store.undo(labeller)
         if undone:
             open_problem(undone[1])

@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--exported", action="store_true", help="train on what the page has exported")
     parser.add_argument("--directory", type=Path, help="where to train; else a new directory below runs/")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     own = [text.removeprefix(SETTING) for text in options.overrides if text.startswith(SETTING)]
     overrides = [text for text in options.overrides if not text.startswith(SETTING)]
     directory = (options.directory or ROOT / "runs" / f"collect_{datetime.now():%Y-%m-%d_%H-%M-%S-%f}").absolute()

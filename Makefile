@@ -47,7 +47,7 @@ collect-test: .venv/installed-dev .venv/installed-collect
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-.venv/installed-dev: requirements-dev.txt requirements-tensor-parallel.txt .venv/installed
+.venv/installed-dev: $(wildcard requirements*.txt) .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 

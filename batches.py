@@ -286,8 +286,8 @@ class BatchIterator:
 
     An epoch visits every prompt once (those of a weighted data set as often as its weight says), in an order that depends on
     `seed` and the epoch alone; the pairs of a prompt stay side by side. The last batch of an epoch has what is left. With
-    `n_examples` the run ends after exactly so many examples, with `n_epochs` after so many passes, with both after whichever
-    comes first.
+    `n_examples` the run ends after exactly so many examples, with `n_epochs` after so many passes, with `n_steps` after so many
+    steps, with several after whichever comes first.
 
     `state_dict` gives the position behind the last step that was handed out, not behind those made ahead; iterating after
     `load_state_dict` continues with the step that follows it.
@@ -303,6 +303,7 @@ class BatchIterator:
         n_examples: int | None = None,
         budget: TokenBudget = UNLIMITED,
         ranks: Ranks = ALONE,
+        n_steps: int | None = None,
     ):
         self.prompts = prompts
         self.ranks = ranks
@@ -312,6 +313,7 @@ class BatchIterator:
         self.seed = seed
         self.n_epochs = n_epochs
         self.n_examples = n_examples
+        self.n_steps = n_steps
         self.epoch_sizes: dict[int, int] = {}
         self.position = {"epoch": 0, "examples_in_epoch": 0, "examples": 0}
 
@@ -321,7 +323,16 @@ class BatchIterator:
         limits = [] if self.n_examples is None else [self.n_examples]
         if self.n_epochs is not None:
             limits.append(sum(self.examples_of_epoch(epoch) for epoch in range(self.n_epochs)))
+        if self.n_steps is not None:
+            limits.append(self._examples_of_steps(self.n_steps))
         return min(limits, default=None)
+
+    def _examples_of_steps(self, left: int) -> int:
+        examples, epoch = 0, 0
+        while left > 0:
+            size = self.examples_of_epoch(epoch)
+            examples, left, epoch = examples + min(size, left * self.batch_size), left - -(-size // self.batch_size), epoch + 1
+        return examples
 
     def examples_of_epoch(self, epoch: int) -> int:
         """How many examples an epoch has; with weights that are no whole numbers it differs from one to the next."""
@@ -421,7 +432,8 @@ class BatchIterator:
             epoch, in_epoch = epoch + 1, 0
 
     def _size_after(self, examples: int) -> int:
-        return self.batch_size if self.n_examples is None else min(self.batch_size, self.n_examples - examples)
+        total = self.total_examples
+        return self.batch_size if total is None else min(self.batch_size, total - examples)
 
 
 def evaluation_prompts(prompts: PromptTable, n_examples: int | None, seed: int) -> Selection:
@@ -445,6 +457,13 @@ def evaluation_batches(
     Their `places` are those among all held-out examples.
     """
     examples = list(islice(examples_of(evaluation_prompts(prompts, n_examples, seed)), n_examples))
+    return batches_of(examples, batch_size, budget, ranks)
+
+
+def batches_of(
+    examples: Sequence[Example], batch_size: int, budget: TokenBudget = UNLIMITED, ranks: Ranks = ALONE
+) -> list[PackedBatch]:
+    """This rank's part of some examples, in batches of at most `batch_size` over all ranks; `places` are among them all."""
     starts = range(0, len(examples), batch_size)
     return [
         replace(piece, places=piece.places + start)

@@ -2,6 +2,7 @@
 
     RUN/step-<examples>/   weights, configuration and tokenizer in Hugging Face format
         optimizer/         the optimizer's state by the weights' names, each process's part in a file of its own
+        reference/         the reference's weights, where it follows the policy, likewise
         state.json         counters, position in the data, random streams and the like
         policy.pt          the weights as one file, at the end of a run
         checksums.json     written last: size and hash of every file
@@ -31,6 +32,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
+from adapters import WEIGHTS_FILE, has_adapter, save_settings
 from ranks import ALONE, Ranks, several
 from utils import replace_symlink
 
@@ -47,7 +49,8 @@ FILE_SIZE = 2 * 2**30
 class Snapshot:
     """A run after `examples` training examples. Tensors may be this process's parts of sharded ones, and alive.
 
-    tied: a weight's other name → the name under which `weights` has it. state: plain values, and uint8 tensors.
+    tied: a weight's other name → the name under which `weights` has it. state: plain values, and uint8 tensors. reference:
+    the weights of a reference that follows the policy; none of one that stays what it was.
     """
 
     examples: int
@@ -55,22 +58,32 @@ class Snapshot:
     tied: dict[str, str]
     optimizer: dict[str, Tensor]
     state: dict
+    reference: dict[str, Tensor]
 
     @classmethod
-    def of(cls, examples: int, named_weights: dict[str, Tensor], optimizer: dict[str, dict], state: dict) -> "Snapshot":
+    def of(
+        cls,
+        examples: int,
+        named_weights: dict[str, Tensor],
+        optimizer: dict[str, dict],
+        state: dict,
+        named_reference: dict[str, Tensor] | None = None,
+    ) -> "Snapshot":
         """From named weights, of which some may be tied, and an optimizer's state by the weights' names."""
-        return cls(examples, *distinct(named_weights), tensors_of(optimizer), state)
+        reference, _ = distinct(named_reference or {})
+        return cls(examples, *distinct(named_weights), distinct(tensors_of(optimizer))[0], state, reference)
 
     @property
     def num_bytes(self) -> int:
         """What the tensors of all processes take."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in (*self.weights.values(), *self.optimizer.values()))
+        tensors = (*self.weights.values(), *self.optimizer.values(), *self.reference.values())
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def copied(self) -> "Snapshot":
         """The same with copies of its tensors, on the CPU: training may go on."""
         staging = StagingOptions(False, False, False, torch.cuda.is_available())
         stager = DefaultStager(staging)
-        tensors = stager.stage({"weights": self.weights, "optimizer": self.optimizer})
+        tensors = stager.stage({"weights": self.weights, "optimizer": self.optimizer, "reference": self.reference})
         stager.close()
         return replace(self, **tensors)
 
@@ -87,6 +100,15 @@ def tensors_of(by_weight: dict[str, dict]) -> dict[str, Tensor]:
     """The tensors of an optimizer's state, as "<weight>.<name>"."""
     named = ((f"{weight}.{name}", value) for weight, values in by_weight.items() for name, value in values.items())
     return {name: value for name, value in named if isinstance(value, Tensor)}
+
+
+def numbers_of(by_weight: dict[str, dict]) -> dict[str, dict]:
+    """What is no tensor in an optimizer's state, such as a count of steps, by the weights' names."""
+    numbers = {
+        weight: {name: value for name, value in values.items() if not isinstance(value, Tensor)}
+        for weight, values in by_weight.items()
+    }
+    return {weight: values for weight, values in numbers.items() if values}
 
 
 # ---- writing --------------------------------------------------------------------------------------------------------------
@@ -157,8 +179,9 @@ class CheckpointWriter:
             if self.ranks.is_main:
                 shutil.rmtree(partial, ignore_errors=True)
             self._write_tensors(snapshot.weights, partial, whole=True)
-            if snapshot.optimizer:
-                self._write_tensors(snapshot.optimizer, partial / "optimizer", whole=False)
+            for part in ("optimizer", "reference"):
+                if tensors := getattr(snapshot, part):
+                    self._write_tensors(tensors, partial / part, whole=False)
             if self.ranks.is_main:
                 self._complete(snapshot, partial, with_policy_pt)
                 publish(partial, place)
@@ -173,8 +196,10 @@ class CheckpointWriter:
     def _write_tensors(self, tensors: dict[str, Tensor], folder: Path, whole: bool) -> None:
         """Every process its part; if `whole`, then brought together in files that Hugging Face libraries read."""
         together = self.group is not None
+        # peft reads one file.
+        numbers = dict.fromkeys(tensors, 1) if has_adapter(self.policy) else file_numbers(tensors)
         form = HuggingFaceStorageWriter(
-            str(folder), file_numbers(tensors), save_distributed=together or not whole, enable_consolidation=together and whole
+            str(folder), numbers, save_distributed=together or not whole, enable_consolidation=together and whole
         )
         dcp.save(tensors, storage_writer=form, process_group=self.group, no_dist=not together)
 
@@ -182,18 +207,15 @@ class CheckpointWriter:
         shutil.rmtree(partial / "sharded", ignore_errors=True)
         parts = sorted(partial.glob("model-*.safetensors"))
         if len(parts) == 1:
-            parts[0].rename(partial / "model.safetensors")
+            parts[0].rename(partial / (WEIGHTS_FILE if has_adapter(self.policy) else "model.safetensors"))
             (partial / "model.safetensors.index.json").unlink()
-        config = copy.deepcopy(self.policy.config)
-        # FSDP has made a class of its own of the model's.
-        config.architectures = [type(self.policy).__name__.removeprefix("FSDP")]
-        config.dtype = self.policy.dtype
-        config.save_pretrained(partial)
-        if self.policy.can_generate():
-            self.policy.generation_config.save_pretrained(partial)
+        if has_adapter(self.policy):
+            save_settings(self.policy, partial)
+        else:
+            save_configuration(self.policy, partial)
         save_tokenizer(self.tokenizer, partial)
         (partial / "state.json").write_text(json.dumps(snapshot.state | {"run": self.about}, default=_as_json))
-        if with_policy_pt:
+        if with_policy_pt and not has_adapter(self.policy):
             write_policy_pt(partial, snapshot)
 
     def _give_up(self, snapshot: Snapshot, reason: str) -> None:
@@ -214,6 +236,17 @@ class CheckpointWriter:
                 # Without its marker first: what a kill leaves of it is no checkpoint.
                 (checkpoint / MARKER).unlink(missing_ok=True)
                 shutil.rmtree(checkpoint, ignore_errors=True)
+
+
+def save_configuration(policy: nn.Module, folder: Path) -> None:
+    """Write the configuration of a model, and how it generates."""
+    config = copy.deepcopy(policy.config)
+    # FSDP has made a class of its own of the model's.
+    config.architectures = [type(policy).__name__.removeprefix("FSDP")]
+    config.dtype = policy.dtype
+    config.save_pretrained(folder)
+    if policy.can_generate():
+        policy.generation_config.save_pretrained(folder)
 
 
 def file_numbers(tensors: Mapping[str, Tensor]) -> dict[str, int]:
@@ -370,7 +403,12 @@ def best_of(checkpoints: list[Path], metric: str) -> list[Path]:
     """The checkpoints that were evaluated, best first: by the smallest loss, or the largest value of another metric."""
     values = {checkpoint: _held_out(checkpoint, metric) for checkpoint in checkpoints}
     known = [checkpoint for checkpoint, value in values.items() if value is not None]
-    return sorted(known, key=lambda checkpoint: values[checkpoint], reverse=not metric.startswith("loss"))
+    return sorted(known, key=lambda checkpoint: values[checkpoint], reverse=not smaller_is_better(metric))
+
+
+def smaller_is_better(metric: str) -> bool:
+    """Whether a held-out metric is to be small; all but losses are to be large."""
+    return metric.startswith("loss")
 
 
 # ---- reading ----------------------------------------------------------------------------------------------------------------
@@ -383,7 +421,12 @@ def read_weights(checkpoint: Path, named_weights: dict[str, Tensor]) -> None:
 
 def read_optimizer(checkpoint: Path, by_weight: dict[str, dict]) -> None:
     """Read the tensors of an optimizer's state in place, by the weights' names; each process its own parts."""
-    _read_tensors(checkpoint / "optimizer", tensors_of(by_weight))
+    _read_tensors(checkpoint / "optimizer", distinct(tensors_of(by_weight))[0])
+
+
+def read_reference(checkpoint: Path, named_weights: dict[str, Tensor]) -> None:
+    """Read the weights of a reference that follows the policy in place; each process its own parts."""
+    _read_tensors(checkpoint / "reference", distinct(named_weights)[0])
 
 
 def _read_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:

@@ -4,11 +4,12 @@ The YAML files under config/ are the only list of keys there is: a key is known 
 """
 
 import math
+import os
 import re
 from functools import cache
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from dataset_entries import GENERAL_CHOICES, GENERAL_KEYS, Entry, read_entry
 from utils import UserError, nearest
@@ -17,9 +18,12 @@ CONFIG_DIR = Path(__file__).parent / "config"
 GROUPS = ("model", "loss", "trainer")
 # Sections whose keys are another library's, and so not listed in our files.
 OPEN_SECTIONS = ("model.from_config", "optimizer_kwargs")
-OPTIMIZERS = ("RMSprop", "AdamW", "Adam", "SGD")
+BITSANDBYTES_OPTIMIZERS = ("AdamW8bit", "RMSprop8bit", "Lion8bit", "PagedAdamW", "PagedAdamW8bit")
+OPTIMIZERS = ("RMSprop", "AdamW", "Adam", "SGD", *BITSANDBYTES_OPTIMIZERS)
+SCHEDULES = ("constant", "linear", "cosine", "inverse_sqrt")
 # How FSDPTrainer lays weights out: ZeRO stage 3, 2, 1; replicas; stage 3 within a machine and replicas across.
 SHARDINGS = ("full", "grad_op", "optimizer", "none", "hybrid")
+ATTENTIONS = ("auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -97,9 +101,13 @@ def check_config(config: DictConfig, overrides: list[str] = (), choices: dict[st
     _check_sections(config)
     _check_numbers(config)
     _check_choices(config)
-    _check_sizes(config)
     _check_loss(config)
+    if config.per_device_batch_size is None:
+        check_sizes(config)
+    elif any(text.startswith("batch_size=") for text in overrides):
+        raise UserError("per_device_batch_size: given beside batch_size, which follows from it. Expected one of them.")
     _check_paths(config)
+    _check_evaluation(config)
 
 
 def _check_added_and_removed_keys(config: DictConfig, choices: dict[str, str]) -> None:
@@ -126,23 +134,24 @@ def _is_number(value) -> bool:
 
 COUNTS = (
     "batch_size", "eval_batch_size", "gradient_accumulation_steps", "max_length", "max_prompt_length", "eval_every",
-    "max_bad_steps",
+    "max_bad_steps", "evaluation.judge_attempts", "evaluation.judge_workers",
 )  # fmt: skip
 OPTIONAL_COUNTS = (
     "n_epochs", "n_examples", "n_eval_examples", "max_tokens_per_microbatch", "save_every", "keep_last",
-    "keep_best",
+    "keep_best", "evaluation.n_prompts", "evaluation.task_limit", "n_steps", "early_stopping_patience",
+    "per_device_batch_size",
 )  # fmt: skip
 COUNTS_FROM_ZERO = ("warmup_steps", "n_eval_model_samples", "seed")
 SWITCHES = (
-    "debug", "dry_run", "wandb.enabled", "do_first_eval", "activation_checkpointing", "save_policy_pt",
-    "tf32", "save_async", "model.trust_remote_code",
+    "debug", "dry_run", "eval_only", "wandb.enabled", "do_first_eval", "activation_checkpointing", "save_policy_pt", "compile",
+    "tf32", "save_async", "model.trust_remote_code", "model.double_quantization", "model.liger_kernels",
 )  # fmt: skip
 
 
-TEXTS = ("exp_name", "wandb.project", "objective")
+TEXTS = ("exp_name", "wandb.project", "objective", "evaluation.against")
 OPTIONAL_TEXTS = (
     "resume", "system_prompt", "wandb.entity", "cache_dir", "model.name_or_path", "model.tokenizer_name_or_path",
-    "model.archive", "model.block_name",
+    "model.archive", "model.block_name", "evaluation.to", "evaluation.judge", "evaluation.judge_url", "evaluation.task_path",
 )  # fmt: skip
 
 
@@ -151,7 +160,7 @@ LONGEST_NAME = 200
 
 
 def _check_sections(config: DictConfig) -> None:
-    for key in (*OPEN_SECTIONS, "wandb"):
+    for key in (*OPEN_SECTIONS, "wandb", "evaluation"):
         section = OmegaConf.select(config, key)
         _require(isinstance(section, DictConfig), key, section, "a section: keys with values, or {}")
     for key in (*TEXTS, *OPTIONAL_TEXTS):
@@ -179,8 +188,12 @@ def _check_numbers(config: DictConfig) -> None:
     for key in ("max_wall_time", "loss_spike"):
         limit = config[key]
         _require(limit is None or (_is_number(limit) and limit > 0), key, limit, "a number above 0 or null")
-    share = config.held_out_share
-    _require(_is_number(share) and 0 <= share < 1, "held_out_share", share, "a share from 0 to below 1")
+    for key in ("held_out_share", "final_lr_share", "warmup_share"):
+        share, may_be_null = config[key], key == "warmup_share"
+        sound = (_is_number(share) and 0 <= share < 1) or (share is None and may_be_null)
+        _require(sound, key, share, "a share from 0 to below 1" + " or null" * may_be_null)
+    decay = config.weight_decay
+    _require(decay is None or (_is_number(decay) and decay >= 0), "weight_decay", decay, "a number from 0 or null")
     port = config.fsdp_port
     _require(port is None or (type(port) is int and 0 < port < 2**16), "fsdp_port", port, "a port from 1 to 65535, or null")
     sample = config.sample_during_eval
@@ -193,10 +206,23 @@ def _check_numbers(config: DictConfig) -> None:
 def _check_choices(config: DictConfig) -> None:
     if config.optimizer not in OPTIMIZERS:
         raise UserError(f"optimizer: no optimizer {config.optimizer!r}; {nearest(str(config.optimizer), OPTIMIZERS)}")
-    for key in ("model.policy_dtype", "model.reference_dtype", "model.fsdp_policy_mp", "model.autocast_dtype"):
+    if config.optimizer in BITSANDBYTES_OPTIMIZERS and is_sharded(config):
+        raise UserError(
+            f"optimizer: found {config.optimizer}, whose kernels do not know weights that lie over several processes. Use "
+            "trainer=BasicTrainer, or AdamW, whose states the processes share."
+        )
+    if config.weight_decay is not None and "weight_decay" in config.optimizer_kwargs:
+        raise UserError("weight_decay: given here and in optimizer_kwargs, which decays all weights. Expected one of them.")
+    _require(config.lr_schedule in SCHEDULES, "lr_schedule", config.lr_schedule, ", ".join(SCHEDULES))
+    optional = ("model.fsdp_policy_mp", "model.autocast_dtype", "model.quantized_compute_dtype")
+    for key in ("model.policy_dtype", "model.reference_dtype", *optional):
         value = OmegaConf.select(config, key)
-        if value not in DTYPES and not (value is None and key in ("model.fsdp_policy_mp", "model.autocast_dtype")):
+        if value not in DTYPES and not (value is None and key in optional):
             raise UserError(f"{key}: no dtype {value!r}; {nearest(str(value), DTYPES)}")
+    if config.compile and config.trainer.name == "TensorParallelTrainer":
+        raise UserError("compile: TensorParallelTrainer splits what would be compiled. Use FSDPTrainer or BasicTrainer.")
+    attention = config.model.attn_implementation
+    _require(attention in ATTENTIONS, "model.attn_implementation", attention, ", ".join(ATTENTIONS))
     strategy = config.save_strategy
     _require(strategy in ("steps", "epoch", "no"), "save_strategy", strategy, "steps, epoch or no")
     _require(config.prefix_sharing in ("auto", "on", "off"), "prefix_sharing", config.prefix_sharing, "auto, on or off")
@@ -210,6 +236,41 @@ def _check_choices(config: DictConfig) -> None:
         raise UserError(f"trainer.name: no trainer {config.trainer.name!r}; {hint}")
     if is_sharded(config):
         _check_sharded_trainer(config.trainer)
+    _check_adapter(config)
+
+
+def _check_adapter(config: DictConfig) -> None:
+    model, lora = config.model, config.model.lora
+    _require(lora.r is None or (type(lora.r) is int and lora.r > 0), "model.lora.r", lora.r, "a whole number from 1 or null")
+    _require(_is_number(lora.alpha) and lora.alpha > 0, "model.lora.alpha", lora.alpha, "a number above 0")
+    share = lora.dropout
+    _require(_is_number(share) and 0 <= share < 1, "model.lora.dropout", share, "a share from 0 to below 1")
+    bits, targets = model.quantization, lora.target_modules
+    names = [targets] if isinstance(targets, str) else targets or []
+    listed = isinstance(names, ListConfig | list) and all(isinstance(name, str) for name in names) and targets != []
+    _require(listed, "model.lora.target_modules", targets, "names of layers, as in [q_proj,v_proj], or null")
+    _require(bits in (None, "nf4", "int8"), "model.quantization", bits, "nf4, int8 or null")
+    if bits and lora.r is None:
+        raise UserError("model.quantization: weights of few bits cannot be trained themselves. Add +adapter=lora.")
+    if bits and is_sharded(config):
+        raise UserError(
+            f"model.quantization: {config.trainer.name} cannot lay weights of few bits over processes: PyTorch's fully_shard "
+            "splits a weight into rows, and these have none. Use trainer=BasicTrainer, or leave model.quantization null."
+        )
+    if lora.r is not None and config.trainer.name == "TensorParallelTrainer":
+        raise UserError(
+            "model.lora.r: TensorParallelTrainer splits the layers that an adapter changes. Use FSDPTrainer or BasicTrainer."
+        )
+    if lora.r is not None and moves_reference(config):
+        raise UserError(
+            f"model.lora.r: loss={config.loss.name} moves the reference, which with an adapter has no weights of its own. "
+            "Train all weights, or use another loss."
+        )
+    if lora.r is not None and model.reference_dtype != model.policy_dtype:
+        raise UserError(
+            f"model.reference_dtype: found {model.reference_dtype}, expected policy_dtype, {model.policy_dtype}: with an "
+            "adapter the reference is the same weights."
+        )
 
 
 def is_sharded(config: DictConfig) -> bool:
@@ -223,8 +284,11 @@ def sharded_dtype(config: DictConfig) -> str | None:
 
 
 def caches_reference(config: DictConfig, read_again: bool) -> bool:
-    """Whether the reference's log-probs are computed before training: if asked for, or left open and read more than once."""
-    return config.reference_logps == "cached" or (config.reference_logps is None and read_again)
+    """Whether the reference's log-probs are computed before training: if asked for, or left open and read more than once.
+
+    Never where the reference follows the policy.
+    """
+    return config.reference_logps == "cached" or (config.reference_logps is None and read_again and not moves_reference(config))
 
 
 def _check_sharded_trainer(trainer: DictConfig) -> None:
@@ -268,37 +332,76 @@ OBJECTIVES = (
 )  # fmt: skip
 
 
+# The losses whose examples are single responses, so that there is nothing to compare.
+WITHOUT_PAIRS = ("sft",)
+MODES = ("DPO", "beta_DPO")
+
+
+def _is_switch(value) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_share(value, below: float) -> bool:
+    return _is_number(value) and 0 <= value < below
+
+
+# What each key of the files in config/loss/ may be, and how to say so.
+LOSS_VALUES = {
+    "beta": (lambda value: _is_number(value) and value > 0, "a number above 0: at 0 the loss never changes"),
+    "label_smoothing": (lambda value: _is_share(value, 0.5), "a share from 0 to below 0.5"),
+    "reference_free": (_is_switch, "true or false"),
+    "length_normalised": (_is_switch, "true or false"),
+    "mode_weight": (lambda value: _is_share(value, 1), "a share from 0 to below 1"),
+    "a": (lambda value: _is_number(value) and value >= 0, "a number from 0"),
+    "alpha": (lambda value: _is_number(value) and value >= 0, "a number from 0"),
+    "penalty": (lambda value: _is_number(value) and value >= 0, "a number from 0"),
+    "gamma": (lambda value: _is_number(value) and value >= 0, "a number from 0"),
+    "reference_update_every": (lambda value: type(value) is int and value > 0, "a whole number from 1"),
+    "reference_update_share": (lambda value: _is_number(value) and 0 < value <= 1, "a share above 0 to 1"),
+}
+
+
+@cache
+def loss_keys() -> dict[str, frozenset[str]]:
+    """The losses that `loss.name` may say, and the other keys that each has in its file."""
+    files = [OmegaConf.load(CONFIG_DIR / "loss" / f"{choice}.yaml") for choice in choices_of("loss")]
+    return {file.name: frozenset(file) - {"name"} for file in files if "name" in file}
+
+
+def moves_reference(config: DictConfig) -> bool:
+    """Whether the reference follows the policy, so that its log-probs cannot be known before."""
+    return "reference_update_every" in config.loss
+
+
 def _check_loss(config: DictConfig) -> None:
-    loss = config.loss
-    names = {"sft", "dpo", "ipo"}
-    if loss.name not in names:
-        raise UserError(f"loss.name: no loss {loss.name!r}; {nearest(str(loss.name), names)}")
-    objectives = OBJECTIVES[:2] if loss.name == "sft" else OBJECTIVES
+    loss, known = config.loss, loss_keys()
+    if loss.name not in known:
+        raise UserError(f"loss.name: no loss {loss.name!r}; {nearest(str(loss.name), known)}")
+    if set(loss) - {"name"} != known[loss.name]:
+        raise UserError(f"loss.name: found {loss.name!r} beside the keys of another loss. Choose it by loss={loss.name}.")
+    objectives = OBJECTIVES[:2] if loss.name in WITHOUT_PAIRS else OBJECTIVES
     if config.objective not in objectives:
         raise UserError(
             f"objective: loss={loss.name} has no metric {config.objective!r}; {nearest(config.objective, objectives)}"
         )
-    if loss.name == "sft":
-        return
-    _require(_is_number(loss.beta) and loss.beta > 0, "loss.beta", loss.beta, "a number above 0: at 0 the loss never changes")
-    if loss.name == "ipo":
-        _require(isinstance(loss.length_normalised, bool), "loss.length_normalised", loss.length_normalised, "true or false")
-        return
-    smoothing = loss.label_smoothing
-    _require(_is_number(smoothing) and 0 <= smoothing < 0.5, "loss.label_smoothing", smoothing, "a share from 0 to below 0.5")
-    _require(isinstance(loss.reference_free, bool), "loss.reference_free", loss.reference_free, "true or false")
-    if loss.mode_loss not in ("DPO", "beta_DPO"):
-        raise UserError(f"loss.mode_loss: no mode {loss.mode_loss!r}; {nearest(str(loss.mode_loss), ('DPO', 'beta_DPO'))}")
-    _require(_is_number(loss.a) and loss.a >= 0, "loss.a", loss.a, "a number from 0")
-    ratio = loss.mode_weight
-    _require(_is_number(ratio) and 0 <= ratio < 1, "loss.mode_weight", ratio, "a share from 0 to below 1")
-    if loss.mode_loss == "beta_DPO":
-        _check_beta_dpo(config)
+    for key in sorted(known[loss.name] - {"mode_loss"}):
+        sound, expected = LOSS_VALUES[key]
+        _require(sound(loss[key]), f"loss.{key}", loss[key], expected)
+    if "mode_loss" in loss and loss.mode_loss not in MODES:
+        raise UserError(f"loss.mode_loss: no mode {loss.mode_loss!r}; {nearest(str(loss.mode_loss), MODES)}")
+    if "mode_loss" in loss and loss.mode_loss == "beta_DPO":
+        reference_free = loss.reference_free
+        expected = "false: beta_DPO measures its margins against the reference"
+        _require(not reference_free, "loss.reference_free", reference_free, expected)
+    if moves_reference(config) and config.reference_logps == "cached":
+        raise UserError(
+            f"reference_logps: found cached, but the reference of loss={loss.name} follows the policy, and its log-probs with "
+            "it. Set it to live or null."
+        )
 
 
-def _check_beta_dpo(config: DictConfig) -> None:
+def _check_kept_pairs(config: DictConfig) -> None:
     loss = config.loss
-    _require(not loss.reference_free, "loss.reference_free", True, "false: beta_DPO measures its margins against the reference")
     ratio, size = loss.mode_weight, config.batch_size // config.gradient_accumulation_steps
     if int(size * (1 - ratio)) == 0:
         raise UserError(
@@ -308,7 +411,8 @@ def _check_beta_dpo(config: DictConfig) -> None:
         )
 
 
-def _check_sizes(config: DictConfig) -> None:
+def check_sizes(config: DictConfig) -> None:
+    """Raise UserError where batch_size, the intervals and the lengths do not fit each other."""
     size, pieces = config.batch_size, config.gradient_accumulation_steps
     if size % pieces:
         raise UserError(f"batch_size: found {size}, expected a multiple of gradient_accumulation_steps, which is {pieces}.")
@@ -320,8 +424,10 @@ def _check_sizes(config: DictConfig) -> None:
             f"max_prompt_length: found {config.max_prompt_length}, expected less than max_length, which is "
             f"{config.max_length}: a response needs room behind its prompt."
         )
-    if config.n_epochs is None and config.n_examples is None:
-        raise UserError("n_epochs, n_examples: both are null, so the run would never end. Set one of them.")
+    if config.loss.get("mode_loss") == "beta_DPO":
+        _check_kept_pairs(config)
+    if config.n_epochs is None and config.n_examples is None and config.n_steps is None:
+        raise UserError("n_epochs, n_examples, n_steps: all are null, so the run would never end. Set one of them.")
 
 
 def read_entries(config: DictConfig) -> list[Entry]:
@@ -332,6 +438,54 @@ def read_entries(config: DictConfig) -> list[Entry]:
     _require(sound, "datasets", datasets, "at least one data set, as in [hh,shp]")
     defaults = {key: config[key] for key in (*GENERAL_KEYS, "held_out_share") if key in config}
     return [read_entry(entry, defaults) for entry in entries]
+
+
+# Who may judge, and whether a name follows.
+JUDGES = {"toy": False, "reward_model": True, "openai": True, "ollama": True}
+KEY_VARIABLE = "OPENAI_API_KEY"
+# What brings the libraries of judges behind HTTP and of tasks.
+EVALUATION_REQUIREMENTS = "pip install -r requirements-evaluation.txt"
+
+
+def _check_evaluation(config: DictConfig) -> None:
+    wanted = config.evaluation
+    for key in ("judge_timeout", "judge_pause"):
+        _require(_is_number(wanted[key]) and wanted[key] > 0, f"evaluation.{key}", wanted[key], "a number of seconds above 0")
+    share = wanted.max_missing
+    _require(_is_number(share) and 0 <= share < 1, "evaluation.max_missing", share, "a share from 0 to below 1")
+    tasks = task_names(config)
+    sound = all(isinstance(name, str) for name in tasks)
+    _require(sound, "evaluation.tasks", tasks, "names, as in [open_llm,gsm8k]")
+    _check_judge(wanted)
+    for key in ("against", "task_path", "to"):
+        path = wanted[key]
+        looked_at = Path(path).absolute().parent if key == "to" and path else path
+        if path not in (None, "reference") and not Path(looked_at).is_dir():
+            raise UserError(f"evaluation.{key}: {path}: no such directory. Paths are relative to {Path.cwd()}.")
+    if tasks and is_sharded(config):
+        raise UserError(f"evaluation.tasks: {config.trainer.name} has a part of the model only. Set trainer=BasicTrainer.")
+    for key in ("judge", "tasks"):
+        if wanted[key] and not config.eval_only:
+            raise UserError(f"evaluation.{key}: found {wanted[key]!r}, and the run would train. Set eval_only=true too.")
+
+
+def _check_judge(wanted: DictConfig) -> None:
+    if wanted.judge is None:
+        return
+    kind, _, name = wanted.judge.partition(":")
+    if kind not in JUDGES:
+        raise UserError(f"evaluation.judge: no judge {wanted.judge!r}; {nearest(kind, JUDGES)}")
+    _require(bool(name) == JUDGES[kind], "evaluation.judge", wanted.judge, f"{kind}{':NAME' * JUDGES[kind]}")
+    url = wanted.judge_url
+    _require(url is None or re.match("https?://[^/]", url), "evaluation.judge_url", url, "http://... or https://..., or null")
+    if kind == "openai" and url is None and not os.environ.get(KEY_VARIABLE):
+        raise UserError(f"evaluation.judge: openai needs a key in the environment, {KEY_VARIABLE}, or evaluation.judge_url.")
+
+
+def task_names(config: DictConfig) -> list:
+    """`evaluation.tasks` as a list: brackets may be left out for one."""
+    tasks = OmegaConf.to_container(config.evaluation, resolve=True)["tasks"]
+    return tasks if isinstance(tasks, list) else [tasks]
 
 
 def _check_paths(config: DictConfig) -> None:

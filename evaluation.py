@@ -1,6 +1,6 @@
-"""Held-out metrics and samples. Reads policy, reference and loss; changes none of them, nor any random stream.
+"""Held-out metrics and their intervals. Reads policy, reference and loss; changes none of them, nor any random stream.
 
-Shapes: R responses and P pairs over the whole held-out set; E examples (P, or R for SFT).
+Shapes: R responses and P pairs over the whole held-out set; E examples (P, or R for SFT); G groups of examples.
 """
 
 import math
@@ -31,7 +31,21 @@ class HeldOut:
         return means | {name: float(value) for name, value in self.statistics.items()}
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Scores:
+    """Log-probs of all responses of some batches over all ranks, float64 on the CPU, and which examples they belong to.
+
+    policy, reference: [R]; the latter None where there is none. pairs: [P, 2]; empty for SFT. lengths: [R], tokens. order: [E],
+    where the example of each place is among pairs (SFT: responses).
+    """
+
+    policy: Tensor
+    reference: Tensor | None
+    pairs: Tensor
+    lengths: Tensor
+    order: Tensor
+
+
 def evaluate(
     policy: nn.Module,
     reference: Callable[[PackedBatch], Tensor] | None,
@@ -44,6 +58,22 @@ def evaluate(
     `reference` gives the log-probs [R] of a batch; None where the loss needs none. `batches` are this rank's; every rank gets
     the result for all. Raises ValueError where there is no example.
     """
+    scores = score(policy, reference, batches, ranks)
+    pick = slice(None) if loss.paired else scores.order
+    pairs = scores.pairs[scores.order] if loss.paired else scores.pairs
+    known = scores.policy[pick]
+    output = loss(known, scores.reference, pairs, scores.lengths[pick])
+    return HeldOut(example_metrics(output, known, pairs, "eval"), output.statistics)
+
+
+@torch.no_grad()
+def score(
+    policy: nn.Module,
+    reference: Callable[[PackedBatch], Tensor] | None,
+    batches: Sequence[PackedBatch],
+    ranks: Ranks = ALONE,
+) -> Scores:
+    """Log-probs of every response of this rank's batches; every rank gets those of all. As `evaluate`."""
     if not batches:
         raise ValueError("no held-out example to evaluate")
     device = next(policy.parameters()).device
@@ -56,15 +86,13 @@ def evaluate(
             scored.append((logps, known, batch.pairs.cpu(), batch.response_lengths.cpu(), batch.places.cpu()))
     parts = [part for rank in ranks.gather(scored) for part in rank]
     starts = list(accumulate((len(lengths) for _, _, _, lengths, _ in parts), initial=0))
-    order = torch.cat([places for *_, places in parts]).argsort()
-    pairs = torch.cat([pairs + start for (_, _, pairs, _, _), start in zip(parts, starts, strict=False)])
-    pick = slice(None) if loss.paired else order
-    all_policy = torch.cat([logps for logps, *_ in parts])[pick]
-    all_reference = None if reference is None else torch.cat([known for _, known, *_ in parts])
-    lengths = torch.cat([lengths for _, _, _, lengths, _ in parts])[pick]
-    pairs = pairs[order] if loss.paired else pairs
-    output = loss(all_policy, all_reference, pairs, lengths)
-    return HeldOut(example_metrics(output, all_policy, pairs, "eval"), output.statistics)
+    return Scores(
+        policy=torch.cat([logps for logps, *_ in parts]),
+        reference=None if reference is None else torch.cat([known for _, known, *_ in parts]),
+        pairs=torch.cat([pairs + start for (_, _, pairs, _, _), start in zip(parts, starts, strict=False)]),
+        lengths=torch.cat([lengths for _, _, _, lengths, _ in parts]),
+        order=torch.cat([places for *_, places in parts]).argsort(),
+    )
 
 
 # ---- intervals ----------------------------------------------------------------------------------------------------------
@@ -80,43 +108,31 @@ def share_interval(values: Tensor) -> tuple[float, float]:
 
 def mean_interval(values: Tensor, draws: int = 1000) -> tuple[float, float]:
     """95% interval of the mean of values [E]: percentiles of `draws` bootstrap means, the same at every call."""
-    values = values.double().numpy()
-    rows = numpy.random.default_rng(0).integers(0, len(values), (draws, len(values)))
-    low, high = numpy.percentile(values[rows].mean(1), [2.5, 97.5])
-    return float(low), float(high)
+    return interval(bootstrap_means(values.double().numpy()[:, None], draws=draws)[:, 0])
 
 
-# ---- samples ------------------------------------------------------------------------------------------------------------
+def with_interval(mean: float, low: float | None, high: float | None) -> str:
+    """A mean and its interval, if there is one, three significant digits each."""
+    return f"{mean:.3g}" if low is None else f"{mean:.3g} [{low:.3g}, {high:.3g}]"
 
 
-@torch.no_grad()
-def sample_answers(model: nn.Module, tokenizer, prompts: Sequence[list[int]], max_length: int, seed: int) -> list[str]:
-    """One sampled answer to each prompt (token ids), as text up to the end of the response.
+def bootstrap_means(columns: numpy.ndarray, groups: numpy.ndarray | None = None, draws: int = 1000) -> numpy.ndarray:
+    """Means of columns [E, K] over `draws` samples of the examples, drawn with replacement: [draws, K], the same at every call.
 
-    `max_length` bounds prompt plus answer, in tokens. The same seed gives the same answers; the global random streams are
-    left as they were.
+    groups [E] says which examples belong together, such as the pairs of a prompt: they are drawn together, since they are not
+    independent. None: each by itself. A mean is over the examples of the groups that are drawn, however large these are.
     """
-    if not prompts:
-        return []
-    device = next(model.parameters()).device
-    width = max(map(len, prompts))
-    ids = torch.full((len(prompts), width), tokenizer.pad_token_id)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.tensor(prompt)
-        mask[row, width - len(prompt) :] = 1
-    training = model.training
-    model.eval()
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        output = model.generate(
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
-            max_new_tokens=max(1, max_length - width),
-            do_sample=True,
-            top_k=0,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
-    model.train(training)
-    return tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
+    number = numpy.arange(len(columns)) if groups is None else numpy.unique(groups, return_inverse=True)[1]
+    sums = numpy.zeros((number.max() + 1, columns.shape[1] + 1))
+    numpy.add.at(sums, number, numpy.column_stack([columns, numpy.ones(len(columns))]))
+    draw = numpy.random.default_rng(0)
+    # A few draws at a time: all of them at once would not fit into memory for hundreds of thousands of examples.
+    rows = (sums[draw.integers(0, len(sums), len(sums))].sum(0) for _ in range(draws))
+    totals = numpy.stack(list(rows))
+    return totals[:, :-1] / totals[:, -1:]
+
+
+def interval(draws: numpy.ndarray) -> tuple[float, float]:
+    """95% interval from bootstrap values [draws], those that are no numbers left out."""
+    low, high = numpy.nanpercentile(draws, [2.5, 97.5])
+    return float(low), float(high)

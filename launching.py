@@ -19,6 +19,7 @@ import torch
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from configuration import is_sharded
 from ranks import in_worker, local_rank, local_world_size
 from stopping import ENDED_AT_ONCE, SIGNALS, STOPPED, StoppedError
 from utils import UserError, usable_cores
@@ -30,6 +31,18 @@ MISTAKE = "UserError: "
 def number_of_workers(trainer) -> int:
     """Processes on this machine: `trainer.nproc_per_node`, else one for each GPU, else two."""
     return trainer.nproc_per_node or torch.cuda.device_count() or 2
+
+
+def number_of_data_ranks(config) -> int:
+    """How many processes of a run train on different data."""
+    trainer = config.trainer
+    if not is_sharded(config):
+        return 1
+    world = trainer.world_size if config.dry_run else None
+    world = world or (int(os.environ["WORLD_SIZE"]) if in_worker() else number_of_workers(trainer))
+    # None under a trainer that splits layers is over all of them.
+    together = (trainer.tensor_parallel_size or world) if "tensor_parallel_size" in trainer else 1
+    return max(1, world // together)
 
 
 def launch(function: Callable, arguments: tuple, workers: int, port: int | None):

@@ -6,6 +6,7 @@ position on.
 """
 
 import inspect
+from contextlib import nullcontext
 from functools import cache
 
 import torch
@@ -14,7 +15,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
+from adapters import as_it_began, has_adapter
 from batches import PackedBatch
+from ranks import let_go_of_gathered, local
 from response_trees import RESPONSE_TREES
 
 # Float32 logits that are held at once.
@@ -150,15 +153,29 @@ def _padded_rows(batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class LiveReference:
-    """A frozen model that scores each batch when it is asked."""
+    """A frozen model that scores each batch when it is asked, or a policy with an adapter as it began.
+
+    A model of its own changes only where it is told to follow the policy.
+    """
 
     def __init__(self, model: nn.Module):
-        self.model = model.eval().requires_grad_(False)
+        self.model = model
+        self.as_reference = as_it_began if has_adapter(model) else nullcontext
 
     @torch.no_grad()
     def __call__(self, batch: PackedBatch) -> Tensor:
         """Log-prob of each response of a batch: [R] float32."""
-        return response_logps(self.model, batch)
+        with self.as_reference(self.model):
+            return response_logps(self.model, batch)
+
+    @torch.no_grad()
+    def move_towards(self, policy: nn.Module, share: float) -> None:
+        """Move each weight by `share` of its way to the policy's, in place; of a sharded one each process its own part."""
+        for model in (self.model, policy):
+            let_go_of_gathered(model)
+        for mine, theirs in zip(self.model.parameters(), policy.parameters(), strict=True):
+            mine = local(mine)
+            mine.lerp_(local(theirs).to(mine), share)
 
 
 class CachedReference:

@@ -5,14 +5,16 @@ a response's probability given its prompt, summed over the response's tokens; un
 
 `build_loss` decides once which objective a run has. What it returns is called as
 
-    loss(policy, reference, pairs, lengths, selection) -> LossOutput
+    loss(policy, reference, pairs, lengths, survey) -> LossOutput
 
 with `policy` and `reference` of shape [R], `pairs` of shape [P, 2] (indices of the preferred and the dispreferred
 response) and `lengths` of shape [R] (tokens of each response). The mean of `LossOutput.losses` is the loss of the examples
 it was given, so that the trainer may add up pieces of a batch without asking which objective it serves.
 """
 
+import inspect
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -34,8 +36,16 @@ class LossOutput:
     statistics: dict[str, float | Tensor] = field(default_factory=dict)
 
 
+class Survey(ABC):
+    """What an objective has found by looking at all pairs of a micro-batch, before any of their losses."""
+
+    @abstractmethod
+    def at(self, places: Tensor) -> "Survey":
+        """What of it concerns the micro-batch's pairs at `places` [E]."""
+
+
 @dataclass(frozen=True)
-class PairSelection:
+class PairSelection(Survey):
     """How much each pair of a micro-batch counts, and with which beta.
 
     weights: [P], 0 for a pair that is left out; their mean is 1, so that the mean of weighted losses over the micro-batch is
@@ -51,6 +61,25 @@ class PairSelection:
         return PairSelection(self.weights[places], self.beta, self.statistics)
 
 
+@dataclass(frozen=True)
+class RewardShift(Survey):
+    """The reward that a micro-batch's rewards are compared with, the same for all its pairs. Unit: nats."""
+
+    value: float
+
+    def at(self, places: Tensor) -> "RewardShift":
+        """The same."""
+        return self
+
+
+@dataclass(frozen=True)
+class ReferenceUpdate:
+    """A reference that follows the policy: after every `every` optimizer steps by `share` of the way, above 0 to 1."""
+
+    every: int
+    share: float
+
+
 class Loss(ABC):
     """What the trainer knows of an objective; the base of all of them."""
 
@@ -58,17 +87,22 @@ class Loss(ABC):
     paired = True
     # Whether it reads the reference's log-probs.
     needs_reference = True
-    # Whether `select` has to see a whole micro-batch before any of its losses.
-    selects_pairs = False
+    # Whether `survey` has to see a whole micro-batch before any of its losses.
+    surveys = False
+    # How the reference follows the policy; None is a reference that stays what it was.
+    reference_update: ReferenceUpdate | None = None
 
     @abstractmethod
     def __call__(
-        self, policy: Tensor, reference: Tensor | None, pairs: Tensor, lengths: Tensor, selection: PairSelection | None = None
+        self, policy: Tensor, reference: Tensor | None, pairs: Tensor, lengths: Tensor, survey: Survey | None = None
     ) -> LossOutput:
-        """The loss of each example; shapes in the module's docstring. Without a selection every pair counts equally."""
+        """The loss of each example; shapes in the module's docstring. Without a survey, at an evaluation, no state changes."""
 
-    def select(self, gaps: Tensor) -> PairSelection | None:
-        """Before a training micro-batch: look at the gaps [P] of all its pairs, on all ranks. None keeps every pair."""
+    def survey(self, log_ratios: Tensor) -> Survey | None:
+        """Before a training micro-batch: look at all its pairs, on all ranks.
+
+        log_ratios: [P, 2], of each pair's chosen and rejected response the policy's log-prob minus the reference's.
+        """
         return None
 
     def state_dict(self) -> dict:
@@ -100,11 +134,76 @@ def ipo_loss(policy_gap: Tensor, reference_gap: Tensor, beta: float) -> Tensor:
     return (policy_gap - reference_gap - 1 / (2 * beta)) ** 2
 
 
+def hinge_loss(policy_gap: Tensor, reference_gap: Tensor, beta: float) -> Tensor:
+    """The hinge of SLiC-HF (Zhao et al. 2023, section 2) per pair, [P], measured from the reference as in RSO.
+
+    A pair whose margin has reached 1 / beta nats teaches nothing any more. Gaps as in `dpo_loss`.
+    """
+    return F.relu(1 - beta * (policy_gap - reference_gap))
+
+
+def robust_dpo_loss(policy_gap: Tensor, reference_gap: Tensor, beta: float, label_smoothing: float) -> Tensor:
+    """Robust DPO per pair, [P]: the unbiased loss of Chowdhury et al. 2024, section 3.1. Gaps as in `dpo_loss`.
+
+    `label_smoothing`, below 0.5, is the probability that a label is wrong. Over labels wrong that often the mean is the DPO
+    loss of the right ones; a single pair's may be negative.
+    """
+    right, wrong = dpo_loss(policy_gap, reference_gap, beta), dpo_loss(-policy_gap, -reference_gap, beta)
+    return ((1 - label_smoothing) * right - label_smoothing * wrong) / (1 - 2 * label_smoothing)
+
+
+def rpo_loss(policy_gap: Tensor, reference_gap: Tensor, chosen_per_token: Tensor, beta: float, alpha: float) -> Tensor:
+    """RPO per pair, [P]: DPO and `alpha` times the chosen response's negative log-likelihood (Pang et al. 2024, equation 1).
+
+    chosen_per_token: [P], the policy's log-prob of the chosen response over its number of tokens, the paper's normalisation.
+    TRL's divides by the tokens of a whole batch instead; both agree on a batch of one pair. Gaps as in `dpo_loss`.
+    """
+    return dpo_loss(policy_gap, reference_gap, beta) - alpha * chosen_per_token
+
+
+def dpop_loss(chosen_ratio: Tensor, rejected_ratio: Tensor, beta: float, penalty: float) -> Tensor:
+    """DPO-positive per pair, [P] (Pal et al. 2024, L_DPOP), whose lambda is `penalty`.
+
+    Ratios [P] are the policy's log-prob minus the reference's. A chosen response that has become less likely than it was under
+    the reference lowers the margin by `penalty` times as much.
+    """
+    return -F.logsigmoid(beta * (chosen_ratio - rejected_ratio - penalty * F.relu(-chosen_ratio)))
+
+
+def simpo_loss(chosen_per_token: Tensor, rejected_per_token: Tensor, beta: float, gamma: float) -> Tensor:
+    """SimPO per pair, [P]: equation 6 of Meng et al. 2024. Log-probs [P] are means over a response's tokens."""
+    return -F.logsigmoid(beta * (chosen_per_token - rejected_per_token) - gamma)
+
+
+def orpo_loss(chosen_per_token: Tensor, rejected_per_token: Tensor, beta: float) -> Tensor:
+    """ORPO per pair, [P]: equations 6 and 7 of Hong et al. 2024, whose lambda is `beta`.
+
+    Log-probs [P] are means over a response's tokens. The likelihood term takes the response alone; TRL's takes the prompt too.
+    """
+    return -chosen_per_token - beta * F.logsigmoid(log_odds(chosen_per_token) - log_odds(rejected_per_token))
+
+
+def log_odds(logps: Tensor) -> Tensor:
+    """log p - log(1 - p) of probabilities given by their logarithms; one that rounds to 1 is taken as the next below it."""
+    logps = logps.clamp(max=-torch.finfo(logps.dtype).eps)
+    return logps - torch.log(-torch.expm1(logps))
+
+
+def bco_loss(chosen_rewards: Tensor, rejected_rewards: Tensor, shift: float) -> Tensor:
+    """BCO per pair, [P] (Jung et al. 2024, section 4): good and bad responses told apart by their rewards [P] minus `shift`."""
+    return -F.logsigmoid(chosen_rewards - shift) - F.logsigmoid(shift - rejected_rewards)
+
+
 # ---- beta-DPO (Wu et al. 2024) ------------------------------------------------------------------------------------------
 
 MOMENTUM = 0.9
 LOWEST_BETA = 1e-3
 LOWEST_DEVIATION = 1e-6
+
+
+def running_mean(before: float | None, newest: float) -> float:
+    """A running mean after one more value, with momentum 0.9; the first one is taken as it is."""
+    return newest if before is None else MOMENTUM * before + (1 - MOMENTUM) * newest
 
 
 @dataclass
@@ -115,16 +214,14 @@ class GapStatistics:
     deviation: float | None = None
 
     def update(self, gaps: Tensor) -> None:
-        """Take in a training micro-batch's gaps [P], P > 0, with momentum 0.9; the first one is taken as it is.
+        """Take in a training micro-batch's gaps [P], P > 0.
 
         The deviation is the sample's (divided by P - 1). One pair has none: it leaves the deviation as it was.
         """
         gaps = gaps.detach().double()
-        mean = gaps.mean().item()
-        self.mean = mean if self.mean is None else MOMENTUM * self.mean + (1 - MOMENTUM) * mean
+        self.mean = running_mean(self.mean, gaps.mean().item())
         if len(gaps) > 1:
-            deviation = gaps.std().item()
-            self.deviation = deviation if self.deviation is None else MOMENTUM * self.deviation + (1 - MOMENTUM) * deviation
+            self.deviation = running_mean(self.deviation, gaps.std().item())
 
 
 def log_sampling_weights(gaps: Tensor, mean: float, deviation: float) -> Tensor:
@@ -163,30 +260,35 @@ class SFTLoss(Loss):
     paired = False
     needs_reference = False
 
-    def __call__(self, policy, reference, pairs, lengths, selection=None) -> LossOutput:
+    def __call__(self, policy, reference, pairs, lengths, survey=None) -> LossOutput:
         return LossOutput(-policy)
 
 
 def gap(logps: Tensor, pairs: Tensor) -> Tensor:
     """Chosen minus rejected, [P], of log-probs [R]."""
-    return logps[pairs[:, 0]] - logps[pairs[:, 1]]
+    chosen, rejected = sides(logps, pairs)
+    return chosen - rejected
+
+
+def sides(values: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor]:
+    """Of values [R] those of the chosen and those of the rejected responses, each [P]."""
+    return values[pairs[:, 0]], values[pairs[:, 1]]
 
 
 def _rewards(policy: Tensor, reference: Tensor, pairs: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     """Implicit rewards of the chosen and of the rejected responses, each [P]: beta times policy minus reference."""
-    rewards = beta * (policy - reference).detach()
-    return rewards[pairs[:, 0]], rewards[pairs[:, 1]]
+    return sides(beta * (policy - reference).detach(), pairs)
 
 
 @dataclass
 class DPOLoss(Loss):
     """`dpo_loss` of every pair."""
 
-    beta: float
+    beta: float = 0.1
     label_smoothing: float = 0.0
     reference_free: bool = False
 
-    def __call__(self, policy, reference, pairs, lengths, selection=None) -> LossOutput:
+    def __call__(self, policy, reference, pairs, lengths, survey=None) -> LossOutput:
         losses = dpo_loss(gap(policy, pairs), gap(reference, pairs), self.beta, self.label_smoothing, self.reference_free)
         return LossOutput(losses, *_rewards(policy, reference, pairs, self.beta))
 
@@ -195,11 +297,11 @@ class DPOLoss(Loss):
 class IPOLoss(Loss):
     """`ipo_loss` of every pair, of summed log-probs or of log-probs per token."""
 
-    beta: float
+    beta: float = 0.1
     length_normalised: bool = False
 
-    def __call__(self, policy, reference, pairs, lengths, selection=None) -> LossOutput:
-        scale = 1 / lengths if self.length_normalised else torch.ones_like(policy)
+    def __call__(self, policy, reference, pairs, lengths, survey=None) -> LossOutput:
+        scale = 1 / lengths.to(policy.dtype) if self.length_normalised else torch.ones_like(policy)
         losses = ipo_loss(gap(policy * scale, pairs), gap(reference * scale, pairs), self.beta)
         return LossOutput(losses, *_rewards(policy, reference, pairs, self.beta))
 
@@ -220,10 +322,11 @@ class BetaDPOLoss(Loss):
     label_smoothing: float = 0.0
     statistics: GapStatistics = field(default_factory=GapStatistics)
 
-    selects_pairs = True
+    surveys = True
 
-    def select(self, gaps: Tensor) -> PairSelection:
-        """Update the running statistics with a training micro-batch's gaps [P], then draw its pairs and set its beta."""
+    def survey(self, log_ratios: Tensor) -> PairSelection:
+        """Update the running statistics with a training micro-batch's gaps, then draw its pairs and set its beta."""
+        gaps = log_ratios[:, 0] - log_ratios[:, 1]
         self.statistics.update(gaps)
         log_weights = log_sampling_weights(gaps, self.statistics.mean, self.statistics.deviation or 0.0)
         drawn = draw_without_replacement(log_weights, number_kept(len(gaps), self.filtering_ratio), self.generator)
@@ -231,9 +334,9 @@ class BetaDPOLoss(Loss):
         beta = adapted_beta(self.beta, self.scaling_factor, gaps[drawn].mean(), self.statistics.mean)
         return PairSelection(weights, beta, self._logged(beta, len(drawn) / len(gaps)))
 
-    def __call__(self, policy, reference, pairs, lengths, selection=None) -> LossOutput:
+    def __call__(self, policy, reference, pairs, lengths, survey=None) -> LossOutput:
         policy_gap, reference_gap = gap(policy, pairs), gap(reference, pairs)
-        selection = selection or self._select_all((policy_gap - reference_gap).detach())
+        selection = survey or self._select_all((policy_gap - reference_gap).detach())
         losses = selection.weights * dpo_loss(policy_gap, reference_gap, selection.beta, self.label_smoothing)
         return LossOutput(losses, *_rewards(policy, reference, pairs, self.beta), selection.statistics)
 
@@ -262,30 +365,191 @@ class BetaDPOLoss(Loss):
         }
 
 
-def build_loss(
-    name: str,
+@dataclass
+class TRDPOLoss(DPOLoss):
+    """DPO whose reference follows the policy (TR-DPO, Gorbatovski et al. 2024, section 3); a share of 1 is the hard update."""
+
+    reference_update_every: int = field(kw_only=True)
+    reference_update_share: float = field(kw_only=True)
+
+    @property
+    def reference_update(self) -> ReferenceUpdate:
+        """When the trainer moves the reference, and how far."""
+        return ReferenceUpdate(self.reference_update_every, self.reference_update_share)
+
+
+@dataclass
+class LengthNormalisedDPOLoss(Loss):
+    """`dpo_loss` of log-probs per token (Lambert et al. 2024, Tülu 3, section 5).
+
+    Rewards are per token too, so that their accuracy is that of the loss; TRL logs summed ones.
+    """
+
+    beta: float
+
+    def __call__(self, policy, reference, pairs, lengths, survey=None) -> LossOutput:
+        policy, reference = policy / lengths, reference / lengths
+        losses = dpo_loss(gap(policy, pairs), gap(reference, pairs), self.beta)
+        return LossOutput(losses, *_rewards(policy, reference, pairs, self.beta))
+
+
+@dataclass
+class HingeLoss(Loss):
+    """`hinge_loss` of every pair."""
+
+    beta: float
+
+    def __call__(self, policy, reference, pairs, lengths, survey=None) -> LossOutput:
+        losses = hinge_loss(gap(policy, pairs), gap(reference, pairs), self.beta)
+        return LossOutput(losses, *_rewards(policy, reference, pairs, self.beta))
+
+
+@dataclass
+class RobustDPOLoss(Loss):
+    """`robust_dpo_loss` of every pair."""
+
+    beta: float
+    label_smoothing: float
+
+    def __call__(self, policy, reference, pairs, lengths, survey=None) -> LossOutput:
+        losses = robust_dpo_loss(gap(policy, pairs), gap(reference, pairs), self.beta, self.label_smoothing)
+        return LossOutput(losses, *_rewards(policy, reference, pairs, self.beta))
+
+
+@dataclass
+class RPOLoss(Loss):
+    """`rpo_loss` of every pair. Rewards are those of its DPO part."""
+
+    beta: float
+    alpha: float
+
+    def __call__(self, policy, reference, pairs, lengths, survey=None) -> LossOutput:
+        chosen_per_token = (policy / lengths)[pairs[:, 0]]
+        losses = rpo_loss(gap(policy, pairs), gap(reference, pairs), chosen_per_token, self.beta, self.alpha)
+        return LossOutput(losses, *_rewards(policy, reference, pairs, self.beta))
+
+
+@dataclass
+class DPOPLoss(Loss):
+    """`dpop_loss` of every pair. Rewards are DPO's, without the penalty."""
+
+    beta: float
+    penalty: float
+
+    def __call__(self, policy, reference, pairs, lengths, survey=None) -> LossOutput:
+        losses = dpop_loss(*sides(policy - reference, pairs), self.beta, self.penalty)
+        return LossOutput(losses, *_rewards(policy, reference, pairs, self.beta))
+
+
+@dataclass
+class SimPOLoss(Loss):
+    """`simpo_loss` of every pair. A reward is beta times a response's log-prob per token, as in TRL."""
+
+    beta: float
+    gamma: float
+
+    needs_reference = False
+
+    def __call__(self, policy, reference, pairs, lengths, survey=None) -> LossOutput:
+        chosen, rejected = sides(policy / lengths, pairs)
+        losses = simpo_loss(chosen, rejected, self.beta, self.gamma)
+        return LossOutput(losses, self.beta * chosen.detach(), self.beta * rejected.detach())
+
+
+@dataclass
+class ORPOLoss(Loss):
+    """`orpo_loss` of every pair. A reward is beta times a response's log-prob per token, as in TRL."""
+
+    beta: float
+
+    needs_reference = False
+
+    def __call__(self, policy, reference, pairs, lengths, survey=None) -> LossOutput:
+        chosen, rejected = sides(policy / lengths, pairs)
+        losses = orpo_loss(chosen, rejected, self.beta)
+        return LossOutput(losses, self.beta * chosen.detach(), self.beta * rejected.detach())
+
+
+@dataclass
+class BCOLoss(Loss):
+    """`bco_loss` of every pair. The shift is a running mean of all rewards, chosen and rejected alike, over micro-batches.
+
+    It belongs to training: evaluation reads it, and changes nothing; before the first micro-batch it takes its own mean.
+    """
+
+    beta: float
+    shift: float | None = field(default=None, init=False)
+
+    surveys = True
+
+    def survey(self, log_ratios: Tensor) -> RewardShift:
+        """Take a training micro-batch's rewards into the running mean, and compare them with it."""
+        self.shift = running_mean(self.shift, self.beta * log_ratios.double().mean().item())
+        return RewardShift(self.shift)
+
+    def __call__(self, policy, reference, pairs, lengths, survey=None) -> LossOutput:
+        chosen, rejected = sides(self.beta * (policy - reference), pairs)
+        shift = survey.value if survey else self.shift
+        if shift is None:
+            shift = ((chosen + rejected) / 2).mean().item()
+        return LossOutput(bco_loss(chosen, rejected, shift), chosen.detach(), rejected.detach(), {"bco/reward_shift": shift})
+
+    def state_dict(self) -> dict:
+        """The running mean."""
+        return {"shift": self.shift}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Continue the running mean."""
+        self.shift = state["shift"]
+
+
+# ---- by name --------------------------------------------------------------------------------------------------------------
+
+
+def dpo_of_mode(
     beta: float = 0.1,
     label_smoothing: float = 0.0,
     reference_free: bool = False,
     mode_loss: str = "DPO",
     mode_weight: float = 0.0,
     a: float = 0.0,
-    length_normalised: bool = False,
     seed: int = 0,
 ) -> Loss:
-    """The objective of a `config/loss/` file; the arguments are that file's keys. `seed` starts beta-DPO's draws.
+    """DPO or beta-DPO, from the keys of `config/loss/dpo.yaml`; `seed` starts beta-DPO's draws. Raises ValueError."""
+    if mode_loss == "DPO":
+        return DPOLoss(beta, label_smoothing, reference_free)
+    if mode_loss == "beta_DPO":
+        return BetaDPOLoss(beta, mode_weight, a, torch.Generator().manual_seed(seed), label_smoothing)
+    raise ValueError(f"no mode_loss {mode_loss!r}")
+
+
+# What `loss.name` may say, and what makes an objective of the other keys of its file in config/loss/.
+LOSSES: dict[str, Callable[..., Loss]] = {
+    "sft": SFTLoss,
+    "dpo": dpo_of_mode,
+    "ipo": IPOLoss,
+    "hinge": HingeLoss,
+    "robust": RobustDPOLoss,
+    "rpo": RPOLoss,
+    "dpop": DPOPLoss,
+    "dpo_norm": LengthNormalisedDPOLoss,
+    "bco": BCOLoss,
+    "simpo": SimPOLoss,
+    "orpo": ORPOLoss,
+    "tr_dpo": TRDPOLoss,
+}
+
+
+def build_loss(name: str, seed: int = 0, **keys) -> Loss:
+    """The objective of a `config/loss/` file, from that file's keys. `seed` starts what it draws.
 
     Raises ValueError for a name or mode that does not exist.
     """
-    if name == "sft":
-        return SFTLoss()
-    if name == "ipo":
-        return IPOLoss(beta, length_normalised)
-    if name == "dpo" and mode_loss == "DPO":
-        return DPOLoss(beta, label_smoothing, reference_free)
-    if name == "dpo" and mode_loss == "beta_DPO":
-        return BetaDPOLoss(beta, mode_weight, a, torch.Generator().manual_seed(seed), label_smoothing)
-    raise ValueError(f"no loss {name!r} with mode_loss {mode_loss!r}")
+    if name not in LOSSES:
+        raise ValueError(f"no loss {name!r}; known are {', '.join(LOSSES)}")
+    make = LOSSES[name]
+    drawn = {"seed": seed} if "seed" in inspect.signature(make).parameters else {}
+    return make(**keys, **drawn)
 
 
 # ---- numbers to log -----------------------------------------------------------------------------------------------------

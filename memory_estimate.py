@@ -14,16 +14,16 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from adapters import has_adapter
 from batches import MicroBatch, PackedBatch
 from logprobs import LiveReference
-from losses import DPOLoss, Loss, PairSelection, SFTLoss
+from losses import DPOLoss, Loss, PairSelection
 from models import attend_over_trees, build_untrained, enable_activation_checkpointing
-from ranks import ALONE, Ranks
+from ranks import ALONE, Ranks, let_go_of_gathered
 from response_trees import forget_masks
 from sharding import Layout, empty_model, local
 from trainers import TRAINERS, BasicTrainer
@@ -169,12 +169,17 @@ def fake_trainer(
     counter.kind = "reference"
     reference = None
     if live_reference:
-        reference = LiveReference(_model(config, tokenizer, config.model.reference_dtype, layout))
+        shared = has_adapter(policy)
+        reference = LiveReference(policy if shared else _model(config, tokenizer, config.model.reference_dtype, layout))
     elif loss.needs_reference:
         reference = lambda piece: torch.zeros(len(piece.response_lengths))  # noqa: E731
     counter.kind = "activations"
     parts = policy, reference, _without_numbers(loss), tokenizer, None, [], [], None, None, ranks
     trainer = TRAINERS[config.trainer.name](config, *parts)
+    if hasattr(trainer.optimizer, "fill_qmap"):
+        # What eight bits stand for is computed by numbers.
+        with unset_fake_temporarily():
+            trainer.optimizer.fill_qmap()
     # It would look at whether gradients are finite.
     trainer.scaler = torch.amp.GradScaler("cpu", enabled=False)
     return trainer
@@ -188,7 +193,11 @@ def _model(config, tokenizer, dtype: str, layout: Layout | None) -> nn.Module:
         with unset_fake_temporarily():
             model = empty_model(config, tokenizer, dtype, shares, layout, torch.device("meta"))
         return model.to_empty(device="cpu")
-    model = build_untrained(config.model, tokenizer, config.cache_dir, dtype)
+    # Adapters are put into real models.
+    with unset_fake_temporarily(), torch.device("meta"):
+        model = build_untrained(config.model, tokenizer, config.cache_dir, dtype)
+    model.to_empty(device="cpu")
+    model.tie_weights()
     if shares:
         attend_over_trees(model)
     if config.activation_checkpointing:
@@ -196,21 +205,19 @@ def _model(config, tokenizer, dtype: str, layout: Layout | None) -> nn.Module:
     return model
 
 
-class _Selecting(DPOLoss):
+class _Surveying(DPOLoss):
     """Sees all pairs of a micro-batch before any is trained on, as beta-DPO does."""
 
-    selects_pairs = True
+    surveys = True
 
-    def select(self, gaps: Tensor) -> PairSelection:
+    def survey(self, log_ratios: Tensor) -> PairSelection:
         """Every pair."""
-        return PairSelection(torch.ones_like(gaps), torch.ones(()), {})
+        return PairSelection(log_ratios.new_ones(len(log_ratios)), torch.ones(()), {})
 
 
 def _without_numbers(loss: Loss) -> Loss:
-    """A loss that computes as much without looking at numbers: it makes no difference otherwise which one it is."""
-    if not loss.paired:
-        return SFTLoss()
-    return _Selecting(0.1) if loss.selects_pairs else DPOLoss(0.1)
+    """A loss that computes as much without looking at numbers, which those do that survey a micro-batch."""
+    return _Surveying(0.1) if loss.surveys else loss
 
 
 def faked(step: Sequence[MicroBatch]) -> list[MicroBatch]:
@@ -244,7 +251,7 @@ def most_held(trainer: BasicTrainer, counter: StorageCounter, pieces: Sequence[P
             if isinstance(value, Tensor):
                 counter.recount(local(value), "optimizer")
     name_weights(counter, trainer.policy, "parameters")
-    if isinstance(trainer.reference, LiveReference):
+    if isinstance(trainer.reference, LiveReference) and trainer.reference.model is not trainer.policy:
         name_weights(counter, trainer.reference.model, "reference")
     # The first step has made the optimizer's state; from the second on it is there when activations are.
     counter.restart()
@@ -256,8 +263,6 @@ def name_weights(counter: StorageCounter, model: nn.Module, kind: str) -> None:
     """Count a model's weights as `kind` after a step, and those that stay gathered as such."""
     for weight in model.parameters():
         counter.recount(local(weight), "gathered weights")
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    let_go_of_gathered(model)
     for weight in model.parameters():
         counter.recount(local(weight), kind)

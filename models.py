@@ -14,6 +14,19 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
+from adapters import (
+    add_adapter,
+    base_archive,
+    began_as,
+    check_base,
+    check_fit,
+    is_adapter,
+    merge,
+    quantise,
+    read_adapter,
+    restore_bits,
+    settings_in,
+)
 from batches import PackedBatch, TokenBudget, examples_of, pack
 from logprobs import ScoringHead, padded_logps, tree_logps
 from ranks import Ranks, local, local_world_size
@@ -87,11 +100,19 @@ def _loading(key: str, name: str):
 
 
 def weights_hash(model: nn.Module) -> str:
-    """Hash of a model's weights, or of this process's parts of them; 32 hexadecimal digits."""
+    """Hash of the weights that a model began with, or of this process's parts of them; 32 hexadecimal digits.
+
+    Where an adapter is trained, these are the frozen weights, and 32 digits more are of the adapter that it started from, if
+    there is one. Else they are the weights as they are now.
+    """
+    return "".join(_hash_of(part) for part in began_as(model.state_dict()) if part)
+
+
+def _hash_of(tensors: dict[str, Tensor]) -> str:
     digest = xxhash.xxh3_128()
-    for name, weight in model.state_dict().items():
+    for name, tensor in tensors.items():
         digest.update(name.encode())
-        digest.update(local(weight).detach().cpu().contiguous().view(torch.uint8).numpy())
+        digest.update(local(tensor).detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
@@ -107,9 +128,8 @@ def load_model(model_config, tokenizer, cache_dir: str | None = None) -> nn.Modu
     dtype = getattr(torch, model_config.policy_dtype)
     config = model_configuration(model_config, tokenizer, cache_dir)
     remote = {"trust_remote_code": model_config.trust_remote_code}
-    if model_config.archive:
-        path = Path(model_config.archive)
-        model = model_of_archive(config, read_archive(path), path, dtype, model_config.trust_remote_code)
+    if archive := base_archive(model_config):
+        model = model_of_archive(config, read_archive(archive), archive, dtype, model_config.trust_remote_code)
     elif model_config.name_or_path:
         name = model_config.name_or_path
         with _loading("model.name_or_path", name):
@@ -117,8 +137,25 @@ def load_model(model_config, tokenizer, cache_dir: str | None = None) -> nn.Modu
                 files_of_index(Path(name) / index)
             model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype, cache_dir=cache_dir, **remote)
     else:
-        return build_untrained(model_config, tokenizer, cache_dir)
-    return _made_ready(model, model_config)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, **remote)
+    model = _made_ready(model, model_config)
+    if is_adapter(model_config.archive):
+        check_base(model_config.archive, weights_hash(model))
+        read_adapter(model_config.archive, model)
+    return model
+
+
+def load_merged(checkpoint: Path, model_config, tokenizer, cache_dir: str | None = None) -> nn.Module:
+    """A whole model on the CPU: the frozen weights of a run's `model` configuration with the adapter of a checkpoint."""
+    from omegaconf import OmegaConf
+
+    its_own = {"archive": str(checkpoint), "lora": settings_in(str(checkpoint))}
+    config = OmegaConf.merge(model_config, its_own)
+    model = load_model(config, tokenizer, cache_dir)
+    if config.quantization:
+        restore_bits(model, getattr(torch, config.policy_dtype))
+    merge(model)
+    return model
 
 
 def build_untrained(model_config, tokenizer, cache_dir: str | None = None, dtype: str | None = None) -> nn.Module:
@@ -136,6 +173,13 @@ def build_untrained(model_config, tokenizer, cache_dir: str | None = None, dtype
 def _made_ready(model: nn.Module, model_config) -> nn.Module:
     disable_dropout(model)
     model.autocast_dtype = model_config.autocast_dtype and getattr(torch, model_config.autocast_dtype)
+    choose_attention(model, model_config.attn_implementation)
+    if model_config.liger_kernels and not next(model.parameters()).is_meta:
+        use_liger_kernels(model)
+    if model_config.quantization:
+        quantise(model, model_config)
+    if model_config.lora.r is not None:
+        add_adapter(model, model_config)
     return model.train()
 
 
@@ -150,7 +194,7 @@ def model_configuration(model_config, tokenizer, cache_dir: str | None = None):
         with _loading("model.name_or_path", name):
             config = AutoConfig.from_pretrained(name, **(values | {"cache_dir": cache_dir, "trust_remote_code": trusted}))
             if not trusted:
-                _refuse_kernels(config)
+                refuse_kernels(config)
             return config
     tokens = {
         "eos_token_id": tokenizer.eos_token_id,
@@ -163,7 +207,7 @@ def model_configuration(model_config, tokenizer, cache_dir: str | None = None):
         raise UserError(f"model.from_config.model_type: {values.get('model_type')!r} is not known to transformers.") from error
 
 
-def _refuse_kernels(config) -> None:
+def refuse_kernels(config) -> None:
     """Raise ValueError where a model's configuration names an attention that transformers would fetch from the hub and run."""
     for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
         attention = getattr(part, "_attn_implementation", None)
@@ -179,6 +223,49 @@ def disable_dropout(model: nn.Module) -> None:
         for name, value in vars(module).items():
             if "drop" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
+
+
+def choose_attention(model: nn.Module, name: str) -> None:
+    """Give a model the attention of a name; auto is the newest flash attention there is for its dtype, or what the model has.
+
+    Raises UserError where it cannot be had.
+    """
+    from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
+
+    if name == "auto":
+        short = model.dtype in (torch.float16, torch.bfloat16)
+        there = {"flash_attention_3": is_flash_attn_3_available, "flash_attention_2": is_flash_attn_2_available}
+        name = next((name for name, is_there in there.items() if short and torch.cuda.is_available() and is_there()), None)
+        if name is None or not model._supports_flash_attn:
+            return
+    try:
+        model.set_attn_implementation(name)
+    except (ImportError, ValueError) as error:
+        raise UserError(
+            f"model.attn_implementation: {type(model).__name__} cannot have {name} here: {first_line(error)}. Use auto, or install "
+            "what it needs."
+        ) from error
+
+
+def use_liger_kernels(model: nn.Module) -> None:
+    """Put Liger's kernels in place of a model's norms, rotary embeddings and MLPs. Raises UserError where that cannot be."""
+    if not torch.cuda.is_available():
+        raise UserError("model.liger_kernels: they are for GPUs, and there is none here. Set it to false.")
+    try:
+        from liger_kernel.transformers import _apply_liger_kernel_to_instance
+    except ImportError as error:
+        raise UserError("model.liger_kernels: install the package: pip install -r requirements-gpu.txt") from error
+    # The losses of its own would take the head's place, which scores responses here.
+    _apply_liger_kernel_to_instance(model, cross_entropy=False, fused_linear_cross_entropy=False)
+
+
+def compile_between_attentions(model: nn.Module) -> None:
+    """Compile the children of each block but for its attention, whose work has another shape in every batch."""
+    blocks = [item for module in model.modules() if isinstance(module, nn.ModuleList) for item in module]
+    for block in blocks:
+        for name, child in block.named_children():
+            if "att" not in name:
+                child.compile(dynamic=True)
 
 
 def enable_activation_checkpointing(model: nn.Module) -> None:
@@ -366,12 +453,18 @@ def free_memory(device: torch.device) -> int:
 # ---- archives -----------------------------------------------------------------------------------------------------------
 
 
-def check_archive(model_config, tokenizer, cache_dir: str | None = None) -> None:
-    """Raise UserError where the archive does not fit the model, before either takes memory or time."""
-    config = model_configuration(model_config, tokenizer, cache_dir)
-    path = Path(model_config.archive)
-    shapes = {name: torch.empty(shape, device="meta") for name, shape in archive_shapes(path).items()}
-    model_of_archive(config, shapes, path, torch.float32, model_config.trust_remote_code, device_map={"": "meta"})
+def check_model(model_config, tokenizer, cache_dir: str | None = None) -> None:
+    """Raise UserError where archive or adapter do not fit the model, before either takes memory or time."""
+    path = base_archive(model_config)
+    if path:
+        config = model_configuration(model_config, tokenizer, cache_dir)
+        shapes = {name: torch.empty(shape, device="meta") for name, shape in archive_shapes(path).items()}
+        model_of_archive(config, shapes, path, torch.float32, model_config.trust_remote_code, device_map={"": "meta"})
+    if model_config.lora.r is not None:
+        with torch.device("meta"):
+            model = build_untrained(model_config, tokenizer, cache_dir)
+        if is_adapter(model_config.archive):
+            check_fit(model_config.archive, model)
 
 
 def model_of_archive(

@@ -7,7 +7,17 @@ A placement loads the policy and the reference, and says which processes share t
 import torch
 from torch import nn
 
-from models import enable_activation_checkpointing, load_model, place, reference_copy, share_prefixes, weights_hash
+from adapters import has_adapter
+from logprobs import LiveReference
+from models import (
+    compile_between_attentions,
+    enable_activation_checkpointing,
+    load_model,
+    place,
+    reference_copy,
+    share_prefixes,
+    weights_hash,
+)
 from ranks import ALONE, local_world_size
 from utils import UserError, pick_device
 
@@ -29,11 +39,19 @@ class OneProcess:
         share_prefixes(policy, self.config.prefix_sharing)
         if self.config.activation_checkpointing:
             enable_activation_checkpointing(policy)
-        return policy
+        return self.compiled(policy)
 
-    def reference(self, policy: nn.Module) -> nn.Module:
-        """A frozen copy of the policy as it is now."""
-        return place(reference_copy(policy, self.config.model), policy.device)
+    def compiled(self, model: nn.Module) -> nn.Module:
+        """A model, compiled where that is asked for: policy and reference alike, so that they say the same."""
+        if self.config.compile:
+            compile_between_attentions(model)
+        return model
+
+    def reference(self, policy: nn.Module) -> LiveReference:
+        """The policy as it is now, which does not change: a frozen copy, or itself without what an adapter will add."""
+        if has_adapter(policy):
+            return LiveReference(policy)
+        return LiveReference(self.compiled(place(reference_copy(policy, self.config.model), policy.device)))
 
     def samples(self, wanted: bool | None) -> bool:
         """Whether to sample at evaluations, where `sample_during_eval` is `wanted`."""
@@ -53,11 +71,11 @@ class SplitLayers(OneProcess):
         policy, self.began_with = load_split(self.config, self.tokenizer)
         return policy
 
-    def reference(self, policy: nn.Module) -> nn.Module:
+    def reference(self, policy: nn.Module) -> LiveReference:
         """A frozen copy of the policy as it is now, split alike."""
         from layer_splitting import copy_of_split
 
-        return copy_of_split(policy, getattr(torch, self.config.model.reference_dtype))
+        return LiveReference(copy_of_split(policy, getattr(torch, self.config.model.reference_dtype)))
 
 
 class Sharded:
@@ -94,11 +112,13 @@ class Sharded:
         policy, self.began_with = load_sharded(self.config, self.tokenizer, self.layout, self.device, self.ranks)
         return policy
 
-    def reference(self, policy: nn.Module) -> nn.Module:
-        """A frozen copy of the policy as it is now, laid out alike."""
+    def reference(self, policy: nn.Module) -> LiveReference:
+        """The policy as it is now, which does not change: a frozen copy laid out alike, or itself without its adapter."""
         from sharding import reference_beside
 
-        return reference_beside(policy, self.config, self.tokenizer, self.layout, self.device)
+        if has_adapter(policy):
+            return LiveReference(policy)
+        return LiveReference(reference_beside(policy, self.config, self.tokenizer, self.layout, self.device))
 
     def samples(self, wanted: bool | None) -> bool:
         """Whether to sample at evaluations: only where that is asked for, since every token gathers all weights again."""

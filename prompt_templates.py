@@ -7,6 +7,8 @@ one, exactly one end-of-sequence token behind each response.
 
 import re
 from collections.abc import Callable
+from contextlib import suppress
+from itertools import takewhile
 
 from records import Prompt, Turn
 from utils import UserError
@@ -72,6 +74,21 @@ def build_template(name: str | None, system_prompt: str | None, tokenizer) -> Te
         return render(turns, responses, tokenizer)
 
     return template
+
+
+def user_markers(tokenizer) -> list[str]:
+    """What stands before each turn of the user's in texts of the templates, the tokenizer's own chat template among them."""
+    markers = [HUMAN, "<|im_start|>user"]
+    if tokenizer.chat_template:
+        texts = "first question", "an answer", "second question"
+        roles = "user", "assistant", "user"
+        with suppress(ConversationError):
+            whole = _rendered(tokenizer, [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)])
+            before, between = whole.split(texts[0])[0], whole.split(texts[2])[0]
+            alike = takewhile(lambda letters: letters[0] == letters[1], zip(reversed(before), reversed(between), strict=False))
+            marker = "".join(letter for letter, _ in alike)[::-1].strip()
+            markers += [marker] * bool(marker)
+    return markers
 
 
 def _conversation(prompt: Prompt, responses: list[str]) -> tuple[tuple[Turn, ...], list[str]]:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 
@@ -95,3 +96,13 @@ def local(tensor: Tensor) -> Tensor:
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor, from the parts of all processes; each of them has to call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def let_go_of_gathered(model: nn.Module) -> None:
+    """Leave each process its part of a sharded model's weights: those that stayed gathered after a forward are copies.
+
+    Until then `parameters` gives the copies, which no optimizer knows, and which stay what they are when the parts change.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

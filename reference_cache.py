@@ -13,7 +13,7 @@ import xxhash
 from torch import Tensor, nn
 
 from batches import examples_of, pieces_of
-from logprobs import response_logps
+from logprobs import LiveReference
 from models import shared_budget, token_budget, weights_hash
 from prompt_table import Selection
 from ranks import ALONE, Ranks
@@ -23,7 +23,10 @@ EXAMPLES_AT_ONCE = 1024
 
 
 def cache_key(model: nn.Module, prompts: Selection, ranks: Ranks = ALONE) -> str:
-    """Hash of all that the log-probs of `prompts` under `model` depend on; 32 hexadecimal digits, the same on all ranks."""
+    """Hash of all that the log-probs of `prompts` under `model`, as it began, depend on: 32 hexadecimal digits.
+
+    It is the same on all ranks.
+    """
     how = (type(model).__name__, model.config._attn_implementation, str(model.dtype), torch.__version__, model.device.type)
     parts = ranks.gather(xxhash.xxh3_128_hexdigest(repr((how, weights_hash(model), prompts.fingerprint)).encode()))
     return parts[0] if len(parts) == 1 else xxhash.xxh3_128_hexdigest("".join(parts).encode())
@@ -34,8 +37,8 @@ def cache_path(directory: Path, model: nn.Module, prompts: Selection, ranks: Ran
     return directory / f"{cache_key(model, prompts, ranks)}.safetensors"
 
 
-def reference_logps_of(model: nn.Module, prompts: Selection, path: Path, ranks: Ranks = ALONE) -> Tensor:
-    """The log-prob of every response of the table under `model`: [R] float32, NaN in rows of no prompt in `prompts`.
+def reference_logps_of(reference: LiveReference, prompts: Selection, path: Path, ranks: Ranks = ALONE) -> Tensor:
+    """The log-prob of every response of the table under a reference: [R] float32, NaN in rows of no prompt in `prompts`.
 
     Read from `path`, which `cache_path` gave, where they have been computed before, else computed and written there; says
     which.
@@ -48,7 +51,7 @@ def reference_logps_of(model: nn.Module, prompts: Selection, path: Path, ranks: 
         return logps
     if there:
         print(f"reference: {path} is damaged and computed anew", flush=True)
-    logps = compute_logps(model, prompts, ranks)
+    logps = compute_logps(reference, prompts, ranks)
     if ranks.is_main:
         _write(path, logps)
         print(f"reference: log-probs of {_count(logps)} responses computed once, kept in {path}", flush=True)
@@ -60,20 +63,21 @@ def _count(logps: Tensor) -> int:
 
 
 @torch.no_grad()
-def compute_logps(model: nn.Module, prompts: Selection, ranks: Ranks = ALONE) -> Tensor:
+def compute_logps(reference: LiveReference, prompts: Selection, ranks: Ranks = ALONE) -> Tensor:
     """One pass over `prompts`, long ones together with long ones: [R] float32 on the CPU, for all rows of their table.
 
     Each rank computes a part; all get the whole.
     """
     table = prompts.table
     logps = torch.full((table.first_row + table.num_responses,), torch.nan)
+    model = reference.model
     budget = shared_budget(token_budget(model), ranks)
     training = model.training
     model.eval()
     examples = examples_of(prompts.by_length())
     while part := list(islice(examples, EXAMPLES_AT_ONCE)):
         for batch in pieces_of(part, budget, ranks):
-            logps[batch.response_rows] = response_logps(model, batch.to(model.device)).cpu()
+            logps[batch.response_rows] = reference(batch.to(model.device)).cpu()
     model.train(training)
     if ranks.size == 1:
         return logps

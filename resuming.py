@@ -17,12 +17,13 @@ from utils import UserError, first_line, replace_symlink
 # Keys that may differ from those of the run's beginning: how long it runs, what it says and writes, where it computes.
 MAY_DIFFER = (
     "resume", "exp_name", "local_dirs", "local_run_dir", "cache_dir", "debug", "dry_run", "wandb", "objective", "fsdp_port",
-    "n_epochs", "n_examples", "max_wall_time", "max_bad_steps", "loss_spike", "minimum_log_interval_secs",
+    "n_epochs", "n_examples", "n_steps", "early_stopping_patience", "max_wall_time", "max_bad_steps", "loss_spike",
+    "minimum_log_interval_secs",
     "do_first_eval", "eval_every", "eval_batch_size", "n_eval_examples", "sample_during_eval", "n_eval_model_samples",
     "save_strategy", "save_every", "save_async", "keep_last", "keep_best", "save_policy_pt",
     "trainer.name", "trainer.nproc_per_node", "trainer.sharding", "trainer.tensor_parallel_size", "trainer.cpu_offload",
     "trainer.distributed_timeout_minutes", "trainer.reduce_dtype", "activation_checkpointing",
-    "max_tokens_per_microbatch", "prefix_sharing", "reference_logps",
+    "max_tokens_per_microbatch", "prefix_sharing", "reference_logps", "eval_only", "evaluation",
 )  # fmt: skip
 
 
@@ -95,10 +96,16 @@ STATE = {
     "bad_steps": _count,
     "evaluated_at": (_count, None),
     "held_out": ({...: _number}, None),
+    "best": (_number, None),
+    "evaluations_since_best": _count,
     "reference_answers": ([str], None),
     "scheduler": {"last_epoch": _count, "base_lrs": [_number], "lr_lambdas": [None], ...: SETTING},
     "scaler": {...: _number},
-    "loss": ({"mean": (_number, None), "deviation": (_number, None), "draws": Tensor}, {...: None}),
+    "loss": (
+        {"mean": (_number, None), "deviation": (_number, None), "draws": Tensor},
+        {"shift": (_number, None)},
+        {...: None},
+    ),
     "train_batches": {
         "position": {"epoch": _count, "examples_in_epoch": _count, "examples": _count},
         "budget": [_count, _count],
@@ -107,6 +114,7 @@ STATE = {
     "watch": {"newest": {...: [_number]}, "chosen_at_start": (_number, None), "said": [str]},
     # Of each process.
     "random": [STREAMS],
+    "optimizer_numbers": {...: {...: (_number, bool, None)}},
     "optimizer_groups": [{"params": [str], "lr": _number, ...: SETTING}],
     "run": {"config": dict, "data": [str], "began_with": (str, None), "wandb_id": _run_id},
 }

@@ -23,17 +23,19 @@ from models import (
     ROUNDING,
     attend_over_trees,
     build_untrained,
+    compile_between_attentions,
     disagreement,
     enable_activation_checkpointing,
+    free_memory,
     load_model,
     logps_and_gradients,
     random_trees,
     share_prefixes,
     weights_hash,
 )
-from ranks import Ranks, local, whole
+from ranks import Ranks, local, local_world_size, whole
 from response_trees import RESPONSE_TREES
-from utils import UserError
+from utils import UserError, settle_memory
 
 # ---- the mesh -----------------------------------------------------------------------------------------------------------
 
@@ -69,6 +71,7 @@ class Layout:
     offload: OffloadPolicy
     block_name: str | None
     checkpoint_activations: bool
+    compiles: bool
 
     @classmethod
     def of(cls, config, mesh: DeviceMesh) -> "Layout":
@@ -81,7 +84,8 @@ class Layout:
         }
         precision = MixedPrecisionPolicy(**{name: name_ and getattr(torch, name_) for name, name_ in dtypes.items()})
         offload = CPUOffloadPolicy() if trainer.cpu_offload else OffloadPolicy()
-        return cls(mesh, trainer.sharding, precision, offload, config.model.block_name, config.activation_checkpointing)
+        switches = config.activation_checkpointing, config.compile
+        return cls(mesh, trainer.sharding, precision, offload, config.model.block_name, *switches)
 
     def lay(self, model: nn.Module) -> None:
         """Split an empty model's weights over the mesh."""
@@ -89,6 +93,8 @@ class Layout:
             split_layers(model, self.mesh["tensor"])
         if self.checkpoint_activations:
             enable_activation_checkpointing(model)
+        if self.compiles:
+            compile_between_attentions(model)
         data = self.mesh["replicate", "shard"] if self.mesh["replicate"].size() > 1 else self.mesh["shard"]
         options = {
             "mesh": data,
@@ -151,6 +157,7 @@ def load_sharded(config, tokenizer, layout: Layout, device: torch.device, ranks:
     Whether it shares prefixes is proved on the main rank; that the laid-out model computes the same, on all. Raises UserError
     where it does not.
     """
+    settle_memory(keep_freed=has_plenty_of_memory(config, tokenizer))
     source = load_model(config.model, tokenizer, config.cache_dir) if ranks.is_main else None
     shares = ranks.from_main(share_prefixes(source, config.prefix_sharing) if ranks.is_main else None)
     model = empty_model(config, tokenizer, config.model.policy_dtype, shares, layout, device)
@@ -163,6 +170,14 @@ def load_sharded(config, tokenizer, layout: Layout, device: torch.device, ranks:
         buffer.copy_(sent)
     _check(model, source, layout, ranks)
     return model.train(), weights_hash(source) if source is not None else None
+
+
+def has_plenty_of_memory(config, tokenizer) -> bool:
+    """Whether each process of this machine has room for the whole model, its gradients and two optimizer states, twice."""
+    with torch.device("meta"):
+        model = build_untrained(config.model, tokenizer, config.cache_dir)
+    weights = sum(weight.numel() * weight.element_size() for weight in model.parameters())
+    return 2 * 4 * weights * local_world_size() <= free_memory(torch.device("cpu"))
 
 
 def reference_beside(policy: nn.Module, config, tokenizer, layout: Layout, device: torch.device) -> nn.Module:
@@ -197,7 +212,7 @@ def empty_model(config, tokenizer, dtype: str, shares: bool, layout: Layout, dev
 def _check(model: nn.Module, source: nn.Module | None, layout: Layout, ranks: Ranks) -> None:
     """Compare a small batch with the model that was not split: log-probs, and the gradients of the first and last weight."""
     batch: PackedBatch = random_trees(model.config.get_text_config().vocab_size)
-    names = [name for name, _ in model.named_parameters()]
+    names = [name for name, weight in model.named_parameters() if weight.requires_grad]
     names = [names[0], names[-1]]
     expected = None
     if source is not None:

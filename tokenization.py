@@ -93,7 +93,7 @@ class _Tokenization:
         self.report = report
         self.template = build_template(settings.template, settings.system_prompt, tokenizer)
         self.encode_prompts, self.encode_responses = _encoders(tokenizer)
-        self.bos = _bos_of(tokenizer)
+        self.bos = bos_of(tokenizer)
         # Kept here: a tokenizer looks its special tokens up anew each time.
         self.eos_token, self.eos_id = tokenizer.eos_token, tokenizer.eos_token_id
 
@@ -192,7 +192,7 @@ def _without_first_blank(part):
     return {key: NOTHING_BEFORE[key] if key in NOTHING_BEFORE else _without_first_blank(part[key]) for key in part}
 
 
-def _bos_of(tokenizer) -> list[int]:
+def bos_of(tokenizer) -> list[int]:
     """The beginning-of-sequence token as a list, where the tokenizer itself begins a text with it; else empty."""
     ids = tokenizer("a").input_ids
     return [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id else []

@@ -27,10 +27,13 @@ from configuration import (
     LONGEST_NAME,
     caches_reference,
     check_config,
+    check_sizes,
     explain_composition_error,
     force_open_sections,
     is_sharded,
+    moves_reference,
     read_entries,
+    task_names,
 )
 from stopping import STOPPED, StoppedError
 from utils import UserError, first_existing, first_to_speak
@@ -84,6 +87,7 @@ def start(config: DictConfig, run_dir: Path, in_sweep: bool) -> float | None:
     from launching import launch, number_of_workers, silence_others
     from ranks import in_worker
 
+    settle_batch_size(config)
     if config.dry_run or not is_sharded(config):
         return run(config, run_dir, in_sweep)
     if config.trainer.name == "TensorParallelTrainer":
@@ -102,6 +106,16 @@ def start(config: DictConfig, run_dir: Path, in_sweep: bool) -> float | None:
     return launch(run_as_worker, (settings, str(run_dir), in_sweep), number_of_workers(config.trainer), config.fsdp_port)
 
 
+def settle_batch_size(config: DictConfig) -> None:
+    """Set `batch_size` from `per_device_batch_size`, where that is given. Raises UserError where it does not fit."""
+    from launching import number_of_data_ranks
+
+    if config.per_device_batch_size is not None:
+        per_step = config.per_device_batch_size * config.gradient_accumulation_steps
+        config.batch_size = per_step * number_of_data_ranks(config)
+        check_sizes(config)
+
+
 def run_as_worker(settings: dict, run_dir: str, in_sweep: bool) -> float | None:
     """`run` in a process that `start` has started."""
     from launching import silence_others
@@ -118,26 +132,32 @@ def run(config: DictConfig, run_dir: Path, in_sweep: bool = False, trainer: str 
     """
     from dry_run import look
     from losses import build_loss
-    from models import check_archive, load_tokenizer
-    from trainers import TRAINERS, check_optimizer
-    from utils import allow_tf32, keep_freed_memory, quiet_libraries, seed_everything
+    from models import check_model, load_tokenizer
+    from optimization import check_optimizer
+    from task_suites import check_harness
+    from trainers import TRAINERS
+    from utils import allow_tf32, quiet_libraries, seed_everything, settle_memory
 
     quiet_libraries()
-    keep_freed_memory()
+    settle_memory(keep_freed=not is_sharded(config))
     allow_tf32(config.tf32)
     seed_everything(config.seed)
     check_optimizer(config)
+    if config.eval_only and task_names(config):
+        check_harness()
     loss = build_loss(**config.loss, seed=config.seed)
     tokenizer = load_tokenizer(config.model, config.cache_dir)
-    if config.model.archive:
-        check_archive(config.model, tokenizer, config.cache_dir)
+    check_model(config.model, tokenizer, config.cache_dir)
     # Before the processes join: those that do not prepare it wait for it without a time-out.
-    data = prepare_data(config, tokenizer, loss.paired)
+    splits = ("test",) if config.eval_only and not config.dry_run else ("train", "test")
+    data = prepare_data(config, tokenizer, loss.paired, splits)
     if config.dry_run:
         return look(config, tokenizer, loss, data, partial(build_batches, config, data[0].table))
     trainer_class = TRAINERS[trainer or config.trainer.name]
     placement = trainer_class.placement(config, tokenizer)
     try:
+        if config.eval_only:
+            return evaluate(config, trainer_class, placement, loss, data, run_dir)
         return train(config, trainer_class, placement, loss, data, run_dir, in_sweep)
     finally:
         placement.end()
@@ -177,8 +197,8 @@ def train(config: DictConfig, trainer_class, placement, loss, data, run_dir: Pat
         trainer = trainer_class(config, **parts, tracker=tracker, writer=writer, ranks=ranks, stop=stop)
         if checkpoint:
             trainer.continue_from(checkpoint)
-        if trainer.train_batches.finished:
-            tracker.say("resume: that run is complete; a larger n_epochs or n_examples would continue it")
+        if trainer.finished:
+            tracker.say("resume: that run is complete; a larger n_epochs, n_examples or n_steps would continue it")
         else:
             trainer.train()
         if writer and writer.failed:
@@ -187,6 +207,33 @@ def train(config: DictConfig, trainer_class, placement, loss, data, run_dir: Pat
             )
     print(f"run directory: {run_dir}", flush=True)
     return trainer.held_out_means[config.objective] if trainer.held_out_means else None
+
+
+def evaluate(config: DictConfig, trainer_class, placement, loss, data: tuple, run_dir: Path) -> float | None:
+    """Evaluate on a placement, and train nothing: the model as configured in a run directory of its own, or a run's checkpoint.
+
+    Of another run's directory everything stays as it is but for the results. data: the held-out split.
+    """
+    from evaluation_runs import EvaluationRun
+    from resuming import checkpoint_to_continue
+    from tracking import NoTracker, Tracker
+
+    ranks = placement.ranks
+    found = checkpoint_to_continue(config.resume, run_dir, config.exp_name) if ranks.is_main else None
+    checkpoint = ranks.from_main(found)
+    if config.resume and checkpoint is None:
+        raise UserError(f"resume: {config.resume} has found no checkpoint of {config.exp_name}. Expected one to evaluate.")
+    with ExitStack() as opened:
+        tracker = NoTracker()
+        if checkpoint is None and ranks.is_main:
+            opened.enter_context(used_by_this_run(run_dir))
+            about = describe_run(config, placement, data, None)
+            with writable(run_dir):
+                tracker = Tracker(run_dir, None, wandb_run=open_run_dir(config, run_dir, about, None))
+        opened.enter_context(tracker)
+        run = EvaluationRun(config, trainer_class, placement, loss, data[0].table, checkpoint, tracker)
+        run.evaluate(checkpoint.parent if checkpoint else run_dir)
+    return run.trainer.held_out_means[config.objective]
 
 
 def put_together(config: DictConfig, placement, loss, data, checkpoint: Path | None, in_sweep: bool) -> dict:
@@ -314,62 +361,66 @@ def build_batches(config: DictConfig, prompts, budget, ranks=None):
             f"batch_size: found {size}, which in {pieces} micro-batches gives {size // pieces} examples to {ranks.size} "
             f"processes. Expected at least {pieces * ranks.size}, or fewer processes or gradient_accumulation_steps."
         )
-    return BatchIterator(prompts, size, pieces, config.seed, config.n_epochs, config.n_examples, budget, ranks)
+    return BatchIterator(prompts, size, pieces, config.seed, config.n_epochs, config.n_examples, budget, ranks, config.n_steps)
 
 
 def make_reference(config: DictConfig, placement, policy, prompts, read_again: bool):
     """The reference: a frozen copy of the policy that scores each batch, or its log-probs of `prompts` computed before.
 
     Computed before, by its own choice, where they are read more than once: in several epochs or the jobs of a sweep
-    (`read_again`), or because an earlier run has left them.
+    (`read_again`), or because an earlier run has left them; never where the reference follows the policy.
     """
+    from adapters import has_adapter
     from logprobs import CachedReference, LiveReference
     from reference_cache import cache_path, reference_logps_of
 
     directory = first_existing(folders_of(config.local_dirs)) / "reference_logps"
-    other_dtype = config.model.reference_dtype != config.model.policy_dtype
-    model = placement.reference(policy) if other_dtype else policy
+    # In the policy's dtype it says now what a copy of it would say.
+    is_copy = config.model.reference_dtype == config.model.policy_dtype and not has_adapter(policy)
+    reference = LiveReference(policy) if is_copy else placement.reference(policy)
     ranks = placement.ranks
     cached = caches_reference(config, read_again)
-    if cached or (config.reference_logps is None and ranks.from_main(directory.is_dir())):
-        path = cache_path(directory, model, prompts, ranks)
+    may_be_there = config.reference_logps is None and not moves_reference(config)
+    if cached or (may_be_there and ranks.from_main(directory.is_dir())):
+        path = cache_path(directory, reference.model, prompts, ranks)
         if cached or ranks.from_main(path.exists()):
-            return CachedReference(reference_logps_of(model, prompts, path, ranks))
-    return LiveReference(model if other_dtype else placement.reference(policy))
+            return CachedReference(reference_logps_of(reference, prompts, path, ranks))
+    return placement.reference(policy) if is_copy else reference
 
 
-def prepare_data(config: DictConfig, tokenizer, paired: bool) -> tuple:
-    """The tokenised prompts of both splits, and a line or more that says what they hold: two `Prepared`s.
+def prepare_data(config: DictConfig, tokenizer, paired: bool, names: tuple[str, ...] = ("train", "test")) -> tuple:
+    """The tokenised prompts of the named splits, and a line or more that says what they hold: a `Prepared` for each.
 
-    Responses of the held-out split are numbered behind those of the training split. Raises UserError where the training split
-    has no example.
+    Responses of the held-out split are numbered behind those of the training split. Raises UserError where the first of the
+    splits has no example.
     """
     from data_preparation import prepare
 
     entries = read_entries(config)
     directory = first_existing(folders_of(config.local_dirs)) / "prepared_data"
     splits: list = []
-    for split in ("train", "test"):
+    for split in names:
         first_row = sum(data.table.num_responses for data in splits)
         data = prepare(entries, split, tokenizer, token_settings(config, paired), directory, config.cache_dir, first_row)
         splits.append(data)
-        say_what_is_there(data, entries, split, "pairs" if paired else "responses")
+        say_what_is_there(data, entries, split, "pairs" if paired else "responses", needed=split == names[0])
     return tuple(splits)
 
 
-def say_what_is_there(prepared, entries: list, split: str, what: str) -> None:
+def say_what_is_there(prepared, entries: list, split: str, what: str, needed: bool) -> None:
     """Print what one split holds, and of each data set what was left out or changed.
 
-    Raises UserError where the training split has no example.
+    Raises UserError where a split that is needed has no example.
     """
     examples = int(prepared.table.num_examples.sum())
     lines = [
         f"  {entry.name}: {line}" for entry, report in zip(entries, prepared.reports, strict=True) for line in report.lines()
     ]
-    if not examples and split == "train":
+    if not examples and needed:
         names = ", ".join(entry.name for entry in entries)
         found = "; ".join(line.strip() for line in lines) or "the data is empty"
-        raise UserError(f"datasets: {names}: no training example is left ({found}). Expected at least one.")
+        kind = {"train": "training", "test": "held-out"}[split]
+        raise UserError(f"datasets: {names}: no {kind} example is left ({found}). Expected at least one.")
     print(f"{split}: {len(prepared.table)} prompts, {examples} {what}", *lines, sep="\n", flush=True)
 
 

@@ -4,7 +4,6 @@ A trainer is handed everything ready: models, loss, batches, tracker. It reads n
 asks which loss, data set or trainer it serves.
 """
 
-import inspect
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,22 +12,33 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
-from torch.distributed.tensor import DTensor
 
+from adapters import kept_weights
 from batches import BatchIterator, MicroBatch, PackedBatch
-from checkpoints import CheckpointWriter, Snapshot, read_optimizer, read_state, read_weights
+from checkpoints import (
+    CheckpointWriter,
+    Snapshot,
+    numbers_of,
+    read_optimizer,
+    read_reference,
+    read_state,
+    read_weights,
+    smaller_is_better,
+)
 from configuration import sharded_dtype
-from evaluation import HeldOut, evaluate, sample_answers
+from evaluation import HeldOut, evaluate
 from guards import StillWeights, Watch
 from layer_splitting import joined_optimizer_state, joined_weights, set_joined_weights, split_optimizer_state
 from logprobs import response_logps
-from losses import Loss, LossOutput, PairSelection, example_metrics, gap
+from losses import Loss, LossOutput, Survey, example_metrics
+from optimization import build_optimizer, flat_state, schedule, warmup_steps
 from placement import OneProcess, Sharded, SplitLayers, TensorParallel
-from ranks import ALONE, Ranks, several
+from ranks import ALONE, Ranks, let_go_of_gathered, several
+from sampling import sample_answers
 from sharding import clip_by_global_norm
 from stopping import StoppedError, StopRequests
 from tracking import Metrics, Tracker
-from utils import UserError, first_line, random_streams, restore_random_streams
+from utils import UserError, random_streams, restore_random_streams
 
 
 class BasicTrainer:
@@ -73,8 +83,9 @@ class BasicTrainer:
         self.optimizer = build_optimizer(policy, config)
         # Gradients of float16 products would underflow; a step whose scaled gradients overflow is left out.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=computes_in_float16(config))
-        warmup = config.warmup_steps + 1
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: min(1.0, (step + 1) / warmup))
+        total = train_batches.total_steps if train_batches is not None else 0
+        self.first_full_step = warmup_steps(config, total)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, schedule(config, total))
         self.watch = Watch(lambda text: self.tracker.say(text), config.loss_spike)
         self.examples = 0
         self.updates = 0
@@ -84,6 +95,8 @@ class BasicTrainer:
         self.evaluated_at: int | None = None
         self.held_out: HeldOut | None = None
         self.held_out_means: dict[str, float] | None = None
+        self.best: float | None = None
+        self.evaluations_since_best = 0
         self.reference_answers: list[str] | None = None
 
     # ---- the loop -------------------------------------------------------------------------------------------------------
@@ -108,8 +121,16 @@ class BasicTrainer:
             started = now
             if not self.train_batches.finished and self.between_steps(size):
                 started = time.perf_counter()
+            if self.finished:
+                break
         self.evaluate()
         self.save(finished=True)
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is no step left to take, or `objective` has not become better for long enough."""
+        patience = self.config.early_stopping_patience
+        return self.train_batches.finished or (patience is not None and self.evaluations_since_best >= patience)
 
     def before_first_step(self) -> None:
         """What is known of the reference while the policy is the same, and the first evaluation."""
@@ -225,8 +246,9 @@ class BasicTrainer:
 
     def take_step(self) -> None:
         """`update_weights`, after a sound step; warns where the first one with the whole learning rate changes nothing."""
-        still = StillWeights(self.policy) if self.updates == self.config.warmup_steps else None
+        still = StillWeights(self.policy) if self.updates == self.first_full_step else None
         self.update_weights()
+        self.move_reference()
         self.bad_steps = 0
         if still is not None and still.are_the_same():
             self.watch.warn(
@@ -234,6 +256,14 @@ class BasicTrainer:
                 f"a step with lr {self.config.lr:g} has changed no weight that was looked at: it is too small for weights in "
                 f"{self.policy.dtype}. Raise lr, or set model.policy_dtype=float32 (and model.autocast_dtype=bfloat16).",
             )
+
+    def move_reference(self) -> None:
+        """Let the reference follow the policy, where the loss wants it and it is time to."""
+        update = self.loss.reference_update
+        if update is not None and self.updates % update.every == 0:
+            self.reference.move_towards(self.policy, update.share)
+            # It would answer otherwise now.
+            self.reference_answers = None
 
     def leave_out(self, scored: list) -> None:
         """Forget the gradient of a step that cannot be taken, and name its examples in `bad_batches.jsonl`."""
@@ -257,25 +287,25 @@ class BasicTrainer:
         """Loss and policy log-probs [R] of each piece; the caller takes each piece's gradient before the next."""
         pieces = [piece.to(self.device) for piece in micro_batch.pieces]
         references = [None if self.reference is None else self.reference(piece) for piece in pieces]
-        selection = None
-        if self.loss.selects_pairs and len(pieces) > 1:
-            # What is kept depends on all pieces, and only one of them fits into memory with its gradient.
+        survey = None
+        if self.loss.surveys and len(pieces) > 1:
+            # What is found depends on all pieces, and only one of them fits into memory with its gradient.
             with torch.no_grad():
-                selection = self.select(micro_batch, pieces, [self.logps(piece) for piece in pieces], references)
+                survey = self.survey(micro_batch, pieces, [self.logps(piece) for piece in pieces], references)
         for piece, reference in zip(pieces, references, strict=True):
             policy = self.logps(piece)
-            if self.loss.selects_pairs and selection is None:
-                selection = self.select(micro_batch, pieces, [policy.detach()], references)
-            chosen = None if selection is None else selection.at(piece.places)
-            yield self.loss(policy, reference, piece.pairs, piece.response_lengths, chosen), policy, piece
+            if self.loss.surveys and survey is None:
+                survey = self.survey(micro_batch, pieces, [policy.detach()], references)
+            found = None if survey is None else survey.at(piece.places)
+            yield self.loss(policy, reference, piece.pairs, piece.response_lengths, found), policy, piece
 
-    def select(self, micro_batch: MicroBatch, pieces, policies, references) -> PairSelection:
-        """The loss's selection among all pairs of a micro-batch on all ranks, from log-probs [R] of this rank's pieces."""
-        gaps = torch.zeros(micro_batch.num_examples, device=self.device)
+    def survey(self, micro_batch: MicroBatch, pieces, policies, references) -> Survey:
+        """The loss's survey of all pairs of a micro-batch on all ranks, from log-probs [R] of this rank's pieces."""
+        log_ratios = torch.zeros(micro_batch.num_examples, 2, device=self.device)
         for piece, policy, reference in zip(pieces, policies, references, strict=True):
             if not piece.is_filler:
-                gaps[piece.places] = gap(policy - reference, piece.pairs)
-        return self.loss.select(self.ranks.total(gaps))
+                log_ratios[piece.places] = (policy - reference)[piece.pairs]
+        return self.loss.survey(self.ranks.total(log_ratios))
 
     def logps(self, batch: PackedBatch) -> Tensor:
         """The policy's log-probs [R] of a batch."""
@@ -296,16 +326,33 @@ class BasicTrainer:
         self.held_out = evaluate(self.policy, self.reference, self.loss, self.eval_batches, self.ranks)
         self.held_out_means = self.held_out.means()
         self.evaluated_at = self.examples
+        self.compare_with_best()
         self.tracker.log_evaluation(self.held_out_means | self.counters())
         if self.sample_prompts:
             self.tracker.log_samples(self.sample(), self.examples)
 
-    def answers(self) -> list[str]:
-        """The policy's answers to the sample prompts."""
-        return sample_answers(self.policy, self.tokenizer, self.sample_prompts, self.config.max_length, self.config.seed)
+    def compare_with_best(self) -> None:
+        """Count the evaluations since `objective` was at its best; say so where the run ends for it."""
+        objective = self.config.objective
+        value = self.held_out_means[objective]
+        if self.best is None or (value < self.best if smaller_is_better(objective) else value > self.best):
+            self.best, self.evaluations_since_best = value, 0
+            return
+        self.evaluations_since_best += 1
+        if self.evaluations_since_best == self.config.early_stopping_patience and not self.train_batches.finished:
+            self.tracker.say(
+                f"early stopping: {objective} was not better than {self.best:.4g} in {self.evaluations_since_best} evaluations"
+            )
+
+    def answers(self, model: nn.Module | None = None) -> list[str]:
+        """A model's answers to the sample prompts; the policy's, unless another is given."""
+        wanted = self.sample_prompts, self.config.max_length, self.config.seed
+        return sample_answers(self.policy if model is None else model, self.tokenizer, *wanted, self.ranks)
 
     def sample(self) -> list[dict]:
         """Answers of the policy, and of the reference where there is one, to the sample prompts."""
+        if self.reference_answers is None and self.loss.reference_update is not None:
+            self.reference_answers = self.answers(self.reference.model)
         known = self.reference_answers
         # Before the first step the reference's answers are the policy's: they need not be sampled twice.
         answers = {"policy": self.answers() if known is None or self.updates else known}
@@ -331,8 +378,9 @@ class BasicTrainer:
         """The run as it is now."""
         # Of an optimizer that has not made a step there is nothing to keep.
         optimizer = self.optimizer_state() if self.updates else {"state": {}, "param_groups": []}
-        state = self.state_dict() | {"optimizer_groups": optimizer["param_groups"]}
-        return Snapshot.of(self.examples, self.weights(), optimizer["state"], state)
+        numbers = numbers_of(optimizer["state"])
+        state = self.state_dict() | {"optimizer_groups": optimizer["param_groups"], "optimizer_numbers": numbers}
+        return Snapshot.of(self.examples, self.weights(), optimizer["state"], state, self.moved_reference())
 
     def state_dict(self) -> dict:
         """What continues this run beside weights and optimizer: plain values and uint8 tensors."""
@@ -342,6 +390,8 @@ class BasicTrainer:
             "bad_steps": self.bad_steps,
             "evaluated_at": self.evaluated_at,
             "held_out": self.held_out_means,
+            "best": self.best,
+            "evaluations_since_best": self.evaluations_since_best,
             "reference_answers": self.reference_answers,
             "scheduler": self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -353,20 +403,31 @@ class BasicTrainer:
 
     def continue_from(self, checkpoint: Path) -> None:
         """Go on from a checkpoint as if the run had never stopped; with as many ranks as then, bit for bit."""
-        weights, state = self.weights(), read_state(checkpoint)
-        read_weights(checkpoint, weights)
-        self.set_weights(weights)
-        for name in ("examples", "updates", "bad_steps", "evaluated_at", "reference_answers"):
+        self.take_weights(checkpoint)
+        state = read_state(checkpoint)
+        if reference := self.moved_reference():
+            read_reference(checkpoint, reference)
+            self.set_moved_reference(reference)
+        plain = "examples", "updates", "bad_steps", "evaluated_at", "reference_answers", "best", "evaluations_since_best"
+        for name in plain:
             setattr(self, name, state[name])
         self.held_out_means, self.saved_at = state["held_out"], state["examples"]
         if self.updates:
             optimizer = self.optimizer_state() | {"param_groups": state["optimizer_groups"]}
             read_optimizer(checkpoint, optimizer["state"])
+            for name, values in state["optimizer_numbers"].items():
+                optimizer["state"][name] |= values
             self.set_optimizer_state(optimizer)
         for name in ("scheduler", "scaler", "loss", "train_batches", "watch"):
             getattr(self, name).load_state_dict(state[name])
         streams = state["random"]
         restore_random_streams(streams[self.ranks.rank if len(streams) == self.ranks.size else 0])
+
+    def take_weights(self, checkpoint: Path) -> None:
+        """Take over the weights of a checkpoint, and nothing else of it."""
+        weights = self.weights()
+        read_weights(checkpoint, weights)
+        self.set_weights(weights)
 
     # ---- where weights live ---------------------------------------------------------------------------------------------
 
@@ -378,15 +439,22 @@ class BasicTrainer:
         return nn.utils.clip_grad_norm_(self.policy.parameters(), self.config.max_grad_norm)
 
     def weights(self) -> dict[str, Tensor]:
-        """The weights and kept buffers by their names, alive; one tensor may have several names."""
-        return self.policy.state_dict(keep_vars=True)
+        """The weights and kept buffers by their names, alive, or the adapter's; one tensor may have several names."""
+        return kept_weights(self.policy.state_dict(keep_vars=True))
 
     def set_weights(self, weights: dict[str, Tensor]) -> None:
         """Take over new values that were written into what `weights` gave: they are the policy's own."""
 
+    def moved_reference(self) -> dict[str, Tensor]:
+        """The weights of a reference that follows the policy, as `weights` gives the policy's; none of one that stays."""
+        return {} if self.loss.reference_update is None else self.reference.model.state_dict(keep_vars=True)
+
+    def set_moved_reference(self, weights: dict[str, Tensor]) -> None:
+        """Take over new values that were written into what `moved_reference` gave: they are the reference's own."""
+
     def optimizer_state(self) -> dict:
         """The optimizer's state by the weights' names, alive; made where it is not there yet."""
-        return get_optimizer_state_dict(self.policy, self.optimizer)
+        return flat_state(get_optimizer_state_dict(self.policy, self.optimizer))
 
     def set_optimizer_state(self, state: dict) -> None:
         """Take over new values of what `optimizer_state` gave."""
@@ -405,6 +473,14 @@ class LayerSplittingTrainer(BasicTrainer):
     def set_weights(self, weights: dict[str, Tensor]) -> None:
         """Split new values among the devices."""
         set_joined_weights(self.policy, weights)
+
+    def moved_reference(self) -> dict[str, Tensor]:
+        """The weights of a reference that follows the policy, joined anew; none of one that stays."""
+        return {} if self.loss.reference_update is None else joined_weights(self.reference.model)
+
+    def set_moved_reference(self, weights: dict[str, Tensor]) -> None:
+        """Split new values among the devices."""
+        set_joined_weights(self.reference.model, weights)
 
     def optimizer_state(self) -> dict:
         """The optimizer's state by the names of whole weights, joined anew."""
@@ -436,6 +512,11 @@ class FSDPTrainer(BasicTrainer):
         """Scale the gradient down to `max_grad_norm`; returns its norm over all ranks before that, a scalar."""
         return clip_by_global_norm(self.policy.parameters(), self.config.max_grad_norm)
 
+    def optimizer_state(self) -> dict:
+        """The optimizer's state by the weights' names, alive; made where it is not there yet."""
+        let_go_of_gathered(self.policy)
+        return super().optimizer_state()
+
 
 class TensorParallelTrainer(FSDPTrainer):
     """Several processes, each with a part of every layer; processes beyond `trainer.tensor_parallel_size` shard weights."""
@@ -446,26 +527,6 @@ class TensorParallelTrainer(FSDPTrainer):
 def computes_in_float16(config) -> bool:
     """Whether products are in float16 while the weights are not."""
     return "float16" in (config.model.autocast_dtype, sharded_dtype(config)) and config.model.policy_dtype != "float16"
-
-
-def check_optimizer(config) -> None:
-    """Raise UserError for arguments that the configuration's optimizer does not take."""
-    try:
-        build_optimizer(nn.Linear(1, 1), config)
-    except (TypeError, ValueError, AttributeError) as error:
-        raise UserError(
-            f"optimizer_kwargs: torch's {config.optimizer} refuses {dict(config.optimizer_kwargs)}: {first_line(error)}. "
-            "Expected its own arguments, by their names there."
-        ) from error
-
-
-def build_optimizer(policy: nn.Module, config) -> torch.optim.Optimizer:
-    """The torch optimizer of the configuration, with its fused kernel where it has one."""
-    optimizer_class = getattr(torch.optim, config.optimizer)
-    # torch has no fused SGD for weights that lie over several processes.
-    without = optimizer_class is torch.optim.SGD and any(isinstance(weight, DTensor) for weight in policy.parameters())
-    fused = {"fused": True} if "fused" in inspect.signature(optimizer_class).parameters and not without else {}
-    return optimizer_class(policy.parameters(), lr=config.lr, **(fused | dict(config.optimizer_kwargs)))
 
 
 # By name; `trainer.name` may say those that have a file in config/trainer/.

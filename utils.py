@@ -156,22 +156,31 @@ def restore_random_streams(streams: dict) -> None:
 
 def quiet_libraries() -> None:
     """Keep the bars and hints of other libraries out of a run's own output."""
+    import logging
     import warnings
 
     import transformers
 
+    # transformers imports torchao where it is installed, which then says what of it this machine cannot use.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     # What is said by whoever writes a checkpoint in one process.
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+    # A second adapter lies beside the first on purpose.
+    warnings.filterwarnings("ignore", message="Already found a `peft_config`")
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
+    # Its hints are about kernels for other machines and what each layer casts.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # The tokenizers' own threads are done before any worker process starts.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 
-def keep_freed_memory() -> None:
-    """Let glibc keep the large blocks it is given back: the next step asks for the same ones.
+def settle_memory(keep_freed: bool) -> None:
+    """Let glibc keep the large blocks it is given back, for the next step asks for the same ones; or have it return all.
 
-    Returned to the system, they would come back as fresh pages, and the faults of touching them took 4% of a CPU step.
+    Returned to the system, they would come back as fresh pages, and the faults of touching them took 4% of a CPU step of one
+    process, and 40% where weights are gathered. There what is kept falls into pieces, and a process held twice what it needed.
     Elsewhere than on Linux with glibc nothing is changed.
     """
     import ctypes
@@ -180,8 +189,8 @@ def keep_freed_memory() -> None:
     mallopt = getattr(ctypes.CDLL(ctypes.util.find_library("c") or None), "mallopt", None)
     if mallopt is not None:
         trim_threshold, mmap_threshold = -1, -3
-        mallopt(mmap_threshold, 2**30)
-        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(mmap_threshold, 2**30 if keep_freed else 2**18)
+        mallopt(trim_threshold, 2**31 - 1 if keep_freed else 2**18)
 
 
 def allow_tf32(allow: bool) -> None:

@@ -237,10 +237,10 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=1_000_000)
     parser.add_argument("--folder", default=None)
     args = parser.parse_args()
-    from utils import keep_freed_memory, quiet_libraries
+    from utils import quiet_libraries, settle_memory
 
     quiet_libraries()
-    keep_freed_memory()
+    settle_memory(keep_freed=True)
     if args.work == "first_batch":
         print(first_batch(args.paths, args.folder, args.tokenizer))
         return

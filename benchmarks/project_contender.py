@@ -40,10 +40,10 @@ def build(job: dict, work: Work, prompts: PromptTable):
     from models import load_tokenizer, token_budget
     from train import make_reference
     from trainers import TRAINERS
-    from utils import keep_freed_memory, quiet_libraries, seed_everything
+    from utils import quiet_libraries, seed_everything, settle_memory
 
     quiet_libraries()
-    keep_freed_memory()
+    settle_memory(keep_freed=True)
     config = _config(job, work)
     seed_everything(config.seed)
     loss = build_loss(**config.loss, seed=config.seed)

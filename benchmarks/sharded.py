@@ -44,18 +44,19 @@ def work(what: str, given: list[str]) -> list:
     from hydra import compose, initialize_config_dir
 
     import train
+    from configuration import is_sharded
     from losses import build_loss
     from models import load_tokenizer
     from tracking import NoTracker
     from trainers import TRAINERS
-    from utils import keep_freed_memory, quiet_libraries
+    from utils import quiet_libraries, settle_memory
 
     # Standard output is for the report.
     sys.stdout = sys.stderr
     quiet_libraries()
-    keep_freed_memory()
     with initialize_config_dir(str(ROOT / "config"), version_base="1.3"):
         config = compose("config", overrides=given)
+    settle_memory(keep_freed=not is_sharded(config))
     tokenizer = load_tokenizer(config.model)
     loss = build_loss(**config.loss)
     data = train.prepare_data(config, tokenizer, loss.paired)
@@ -187,7 +188,7 @@ def main() -> None:
     parser.add_argument("what", choices=MEASURES)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("overrides", nargs="*", help="of the configuration: trainer.sharding=grad_op")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     from measure import hardware, versions
 
     results = {1: [], 2: []}

@@ -208,7 +208,8 @@ Train on it with `python train.py loss=dpo 'datasets=[{{name: lc, data_dir: DIRE
 def push(directory: Path, repository: str, private: bool = True) -> str:
     """Put an exported directory on the hub, as a data set that is made where it is not there. Returns its address.
 
-    The token is the hub library's: HF_TOKEN, or what `hf auth login` has kept. Raises UserError where the hub refuses.
+    The token is the hub library's: HF_TOKEN, or what `hf auth login` has kept. Nothing goes into
+    a data set that everybody sees unless private is False. Raises UserError for that, and where the hub refuses.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -218,6 +219,8 @@ def push(directory: Path, repository: str, private: bool = True) -> str:
     api = HfApi()
     try:
         api.create_repo(repository, repo_type="dataset", private=private, exist_ok=True)
+        if private and not api.repo_info(repository, repo_type="dataset").private:
+            raise UserError(f"push: {repository} is there for everybody to see. Push with --public, or under another name.")
         api.upload_folder(
             folder_path=directory, repo_id=repository, repo_type="dataset", commit_message="Preferences, exported",
             delete_patterns=["*.parquet"],

@@ -240,7 +240,8 @@ class OllamaSource:
     @contextmanager
     def _client(self, stop: Stop, model: str = ""):
         timeout = httpx.Timeout(self.silence_seconds, connect=CONNECT_SECONDS)
-        with ollama.Client(self.host, timeout=timeout, transport=Severable(stop)) as client:
+        # A prompt goes to the server that was named, and not where that redirects to.
+        with ollama.Client(self.host, timeout=timeout, transport=Severable(stop), follow_redirects=False) as client:
             url = self.host or os.environ.get("OLLAMA_HOST") or "127.0.0.1:11434"
             with _faults_of_a_server("Ollama", url, self.silence_seconds, stop):
                 try:
@@ -276,7 +277,7 @@ class OpenAISource:
             "temperature": request.temperature, "seed": request.seed, "max_tokens": request.max_tokens,
         }  # fmt: skip
         with self._client(stop) as client, client.stream("POST", "chat/completions", json=body) as answer:
-            if answer.is_error:
+            if not answer.is_success:
                 answer.read()
             _complain(answer, request.model)
             for line in answer.iter_lines():
@@ -305,7 +306,7 @@ def _pieces(event: dict) -> Iterator[str]:
 
 def _complain(answer: httpx.Response, model: str) -> None:
     """Raise UserError for an answer that is none."""
-    if answer.is_error:
+    if not answer.is_success:
         with suppress(ValueError):
             raise UserError(f"The server says: {_said(answer.json())} (status {answer.status_code}, model {model!r}).")
         raise UserError(f"The server answers with status {answer.status_code} (model {model!r}).")

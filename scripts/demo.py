@@ -98,8 +98,9 @@ def describe(model, reference, tokenizer, config) -> dict:
     import torch
 
     from batches import evaluation_batches
-    from evaluation import evaluate, mean_interval, sample_answers, share_interval
+    from evaluation import evaluate, mean_interval, share_interval, with_interval
     from losses import build_loss
+    from sampling import sample_answers
     from toy_preferences import answer_kind
 
     pairs, targets = (held_out_prompts(tokenizer, config, paired) for paired in (True, False))
@@ -117,11 +118,6 @@ def describe(model, reference, tokenizer, config) -> dict:
     means = {name: values.mean().item() for name, (values, _) in rows.items()}
     table = {name: with_interval(means[name], *interval(values)) for name, (values, interval) in rows.items()}
     return {"means": means, "table": table, "answers": answers}
-
-
-def with_interval(mean: float, low: float, high: float) -> str:
-    """A mean and its interval, three significant digits each."""
-    return f"{mean:.3g} [{low:.3g}, {high:.3g}]"
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import json
 import re
-from itertools import product
+from itertools import cycle, product
 from pathlib import Path
 
 import hydra
@@ -18,6 +18,8 @@ from configuration import (
     GROUPS,
     OBJECTIVES,
     OPTIMIZERS,
+    WITHOUT_PAIRS,
+    caches_reference,
     check_config,
     choices_of,
     explain_composition_error,
@@ -143,8 +145,11 @@ def test_only_the_tiny_model_changes_what_belongs_to_training(compose):
 
 
 @pytest.mark.parametrize("loss", choices_of("loss"))
-def test_every_model_and_trainer_composes_with_every_loss(compose, loss):
-    for model, trainer in product(choices_of("model"), choices_of("trainer")):
+def test_every_loss_composes_with_every_model_and_with_every_trainer(compose, loss):
+    # Any two of the three are seen together; dpo sees all of them.
+    combinations = product(choices_of("model"), choices_of("trainer"))
+    combinations = combinations if loss == "dpo" else zip(choices_of("model"), cycle(choices_of("trainer")), strict=False)
+    for model, trainer in combinations:
         config = compose(f"model={model}", f"loss={loss}", f"trainer={trainer}")
         assert config.trainer.name == trainer
         assert config.loss.name == ("dpo" if loss == "beta_DPO" else loss)
@@ -154,6 +159,12 @@ def test_every_model_and_trainer_composes_with_every_loss(compose, loss):
 @pytest.mark.parametrize("loss", choices_of("loss"))
 def test_the_default_of_every_loss_is_sound(check, loss):
     check(f"loss={loss}")
+
+
+@pytest.mark.parametrize(("loss", "wanted"), [("dpo", "null"), ("dpo", "cached"), ("tr_dpo", "null"), ("tr_dpo", "live")])
+def test_log_probs_that_are_read_again_are_computed_before_training_unless_the_reference_moves(compose, loss, wanted):
+    config = compose(f"loss={loss}", f"reference_logps={wanted}")
+    assert caches_reference(config, read_again=True) is (loss == "dpo")
 
 
 def test_the_reference_takes_the_policys_dtype_unless_it_is_given_another(compose):
@@ -191,7 +202,9 @@ def test_the_presets_that_people_know_are_there():
     assert set(choices_of("model")) == {
         *("gpt2-large", "gpt2-xl", "gptj", "pythia28", "pythia69", "llama7b", "codellama7b", "blank_model", "tiny"),
     }
-    assert choices_of("loss") == ["beta_DPO", "dpo", "ipo", "sft"]
+    assert choices_of("loss") == [
+        *("bco", "beta_DPO", "dpo", "dpo_norm", "dpop", "hinge", "ipo", "orpo", "robust", "rpo", "sft", "simpo", "tr_dpo"),
+    ]
     assert choices_of("trainer") == ["BasicTrainer", "FSDPTrainer", "TensorParallelTrainer"]
 
 
@@ -218,13 +231,13 @@ def keys_with_comments(file: Path) -> dict[str, bool]:
 
 @pytest.mark.parametrize("file", sorted(CONFIG_DIR.rglob("*.yaml")), ids=lambda file: f"{file.parent.name}/{file.name}")
 def test_every_key_has_a_comment_above_it_where_its_default_is_set(file):
-    base = {"model": "model/base_model.yaml", "loss": "loss/dpo.yaml"}.get(file.parent.name)
+    base = {"model": "model/base_model.yaml", "adapter": "model/base_model.yaml", "loss": "loss/dpo.yaml"}.get(file.parent.name)
     explained_elsewhere = {} if base is None or file == CONFIG_DIR / base else keys_with_comments(CONFIG_DIR / base)
     if file.name == "tiny.yaml":
         explained_elsewhere = {f"model.{key}": sound for key, sound in explained_elsewhere.items()}
         explained_elsewhere |= keys_with_comments(CONFIG_DIR / "config.yaml")
-    if file.name in ("sft.yaml", "ipo.yaml"):
-        explained_elsewhere = {}  # they do not build on dpo.yaml
+    if file.parent.name == "loss" and "defaults: [dpo]" not in file.read_text():
+        explained_elsewhere = {}
     for key, commented in keys_with_comments(file).items():
         if not key.startswith("model.from_config."):
             assert commented or explained_elsewhere.get(key), key
@@ -248,7 +261,7 @@ def test_every_choice_of_the_defaults_list_has_a_comment_above_it():
 @pytest.mark.parametrize("file", sorted(CONFIG_DIR.rglob("*.yaml")), ids=lambda file: f"{file.parent.name}/{file.name}")
 def test_every_file_begins_with_a_line_that_says_what_it_is(file):
     lines = file.read_text().splitlines()
-    assert re.match(r"# \w", lines[0].replace("# @package _global_", lines[1]))
+    assert re.match(r"# \w", lines[lines[0].startswith("# @package")])
 
 
 def test_the_known_keys_are_dotted_names_of_ours_and_none_of_hydras():
@@ -272,8 +285,10 @@ def test_the_known_keys_are_dotted_names_of_ours_and_none_of_hydras():
         ("loss=dppo", "loss=dppo: there is no such loss; did you mean dpo?"),
         ("model=pythia82", "model=pythia82: there is no such model; did you mean pythia28?"),
         ("trainer=FSDPTrainr", "trainer=FSDPTrainr: there is no such trainer; did you mean FSDPTrainer?"),
-        ("loss.beta=0.1", "loss.beta: this loss has no such key. It belongs to loss=dpo, ipo."),
-        ("+loss.beta=0.1", "loss.beta: this loss has no such key. It belongs to loss=dpo, ipo."),
+        ("loss.a=0.1", "loss.a: this loss has no such key. It belongs to loss=dpo."),
+        ("loss=orpo loss.gamma=0.1", "loss.gamma: this loss has no such key. It belongs to loss=simpo."),
+        ("+loss.gamma=0.1", "loss.gamma: this loss has no such key. It belongs to loss=simpo."),
+        ("loss.label_smoothing=0.1", "loss.label_smoothing: this loss has no such key. It belongs to loss=dpo, robust."),
         ("loss=ipo loss.mode_loss=DPO", "loss.mode_loss: this loss has no such key. It belongs to loss=beta_DPO, dpo."),
     ],
 )
@@ -337,6 +352,18 @@ STRATEGIES = {"never": "'never'", "null": "None", "epochs": "'epochs'", "false":
         ("loss=dpo loss.label_smoothing=-0.1", "loss.label_smoothing", "-0.1", "a share from 0 to below 0.5"),
         ("loss=dpo loss.reference_free=0", "loss.reference_free", "0", "true or false"),
         ("loss=dpo loss.name=dpoo", "loss.name", "'dpoo'", "dpo"),
+        ("loss=dpo loss.name=hinge", "loss.name", "'hinge'", "Choose it by loss=hinge"),
+        ("loss=hinge loss.beta=0", "loss.beta", "0", "a number above 0"),
+        ("loss=robust loss.label_smoothing=0.5", "loss.label_smoothing", "0.5", "a share from 0 to below 0.5"),
+        ("loss=rpo loss.alpha=-1", "loss.alpha", "-1", "a number from 0"),
+        ("loss=dpop loss.penalty=nan", "loss.penalty", "nan", "a number from 0"),
+        ("loss=simpo loss.gamma=-0.5", "loss.gamma", "-0.5", "a number from 0"),
+        ("loss=simpo objective=loss/train", "objective", "'loss/train'", "loss/eval"),
+        ("loss=tr_dpo loss.reference_update_every=0", "loss.reference_update_every", "0", "a whole number from 1"),
+        ("loss=tr_dpo loss.reference_update_every=1.5", "loss.reference_update_every", "1.5", "a whole number from 1"),
+        ("loss=tr_dpo loss.reference_update_share=0", "loss.reference_update_share", "0", "a share above 0 to 1"),
+        ("loss=tr_dpo loss.reference_update_share=1.1", "loss.reference_update_share", "1.1", "a share above 0 to 1"),
+        ("loss=tr_dpo reference_logps=cached", "reference_logps", "cached", "follows the policy"),
         ("loss=dpo loss.mode_loss=beta_dpoo", "loss.mode_loss", "'beta_dpoo'", "beta_DPO"),
         ("loss=dpo loss.mode_loss=null", "loss.mode_loss", "None", "beta_DPO"),
         ("loss=dpo loss.mode_weight=half", "loss.mode_weight", "'half'", "a share from 0 to below 1"),
@@ -363,7 +390,7 @@ STRATEGIES = {"never": "'never'", "null": "None", "epochs": "'epochs'", "false":
         ("save_every=15", "save_every", "15", "at least batch_size, which is 16"),
         ("max_prompt_length=256", "max_prompt_length", "256", "less than max_length, which is 256"),
         ("max_prompt_length=257", "max_prompt_length", "257", "less than max_length, which is 256"),
-        ("n_epochs=null n_examples=null", "n_epochs, n_examples", "both are null", "Set one of them"),
+        ("n_epochs=null n_examples=null", "n_epochs, n_examples, n_steps", "all are null", "Set one of them"),
         # Numbers.
         *((f"{key}=0", key, "0", WHOLE) for key in ("batch_size", "eval_batch_size", "gradient_accumulation_steps")),
         *((f"{key}=0", key, "0", WHOLE) for key in ("max_length", "max_prompt_length", "eval_every")),
@@ -510,6 +537,11 @@ def test_a_value_that_cannot_work_is_refused_with_its_key_what_was_found_and_wha
         "loss=dpo loss.label_smoothing=0.49",
         "loss=dpo loss.reference_free=true",
         "loss=beta_DPO loss.mode_weight=0 loss.a=0",
+        "loss=robust loss.label_smoothing=0",
+        "loss=rpo loss.alpha=0",
+        "loss=dpop loss.penalty=0",
+        "loss=simpo loss.gamma=0 objective=rewards_eval/margins",
+        "loss=tr_dpo loss.reference_update_every=1 loss.reference_update_share=1 reference_logps=live",
         # 1 of 2 pairs is kept.
         "loss=beta_DPO loss.mode_weight=0.5 batch_size=4 gradient_accumulation_steps=2",
         "loss=dpo objective=rewards_eval/accuracies",
@@ -546,13 +578,60 @@ def test_a_file_of_data_or_loaders_and_an_archive_are_accepted_where_they_exist(
     check(f"datasets=[{tmp_path}/rows.jsonl,'{tmp_path}/own.py:mine']", f"model.archive={tmp_path}/policy.pt")
 
 
-@pytest.mark.parametrize(("loss", "count"), [("sft", 2), ("dpo", 7)])
-def test_the_objectives_are_the_metrics_of_an_evaluation(loss, count):
+@pytest.mark.parametrize("loss", choices_of("loss"))
+def test_the_objectives_are_the_metrics_of_an_evaluation(loss, compose):
     import torch
 
     from losses import build_loss, example_metrics
 
-    logps, pairs = torch.zeros(2), torch.tensor([[0, 1]]) if loss == "dpo" else torch.zeros(0, 2, dtype=torch.int64)
-    metrics = example_metrics(build_loss(loss)(logps, logps, pairs, torch.ones(2)), logps, pairs, "eval")
-    assert set(metrics) == set(OBJECTIVES[:count])
+    built = build_loss(**compose(f"loss={loss}").loss)
+    assert built.paired is (loss not in WITHOUT_PAIRS)
+    logps, pairs = torch.full((2,), -1.0), torch.tensor([[0, 1]]) if built.paired else torch.zeros(0, 2, dtype=torch.int64)
+    metrics = example_metrics(built(logps, logps, pairs, torch.ones(2)), logps, pairs, "eval")
+    assert set(metrics) == set(OBJECTIVES if built.paired else OBJECTIVES[:2])
     assert json.dumps(OBJECTIVES)  # plain texts, as metrics.jsonl names them
+
+
+# ---- evaluation -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        ("evaluation.judge=toyy", "evaluation.judge: no judge 'toyy'; did you mean toy?"),
+        ("evaluation.judge=toy:x", "evaluation.judge: found 'toy:x', expected toy."),
+        ("evaluation.judge=ollama", "evaluation.judge: found 'ollama', expected ollama:NAME."),
+        ("evaluation.judge=openai:m", "evaluation.judge: openai needs a key in the environment, OPENAI_API_KEY"),
+        ("evaluation.judge=ollama:m evaluation.judge_url=host:1", "evaluation.judge_url: found 'host:1', expected http://"),
+        ("evaluation.judge=ollama:m eval_only=false", "evaluation.judge: found 'ollama:m', and the run would train."),
+        ("evaluation.tasks=[gsm8k] eval_only=false", "evaluation.tasks: found ['gsm8k'], and the run would train."),
+        ("evaluation.tasks=[1]", "evaluation.tasks: found [1], expected names"),
+        ("evaluation.tasks=gsm8k trainer=FSDPTrainer", "evaluation.tasks: FSDPTrainer has a part of the model only."),
+        ("evaluation.against=nowhere", "evaluation.against: nowhere: no such directory."),
+        ("evaluation.against=null", "evaluation.against: found None, expected a text."),
+        ("evaluation.task_path=nowhere", "evaluation.task_path: nowhere: no such directory."),
+        ("evaluation.to=nowhere/results.json", "evaluation.to: nowhere/results.json: no such directory."),
+        ("evaluation.max_missing=1", "evaluation.max_missing: found 1, expected a share from 0 to below 1."),
+        ("evaluation.judge_timeout=0", "evaluation.judge_timeout: found 0, expected a number of seconds above 0."),
+        ("evaluation.judge_pause=-1", "evaluation.judge_pause: found -1, expected a number of seconds above 0."),
+        ("evaluation.judge_attempts=0", "evaluation.judge_attempts: found 0, expected a whole number from 1."),
+        ("evaluation.judge_workers=x", "evaluation.judge_workers: found 'x', expected a whole number from 1."),
+        ("evaluation.n_prompts=0", "evaluation.n_prompts: found 0, expected a whole number from 1 or null."),
+        ("evaluation.task_limit=0.5", "evaluation.task_limit: found 0.5, expected a whole number from 1 or null."),
+        ("eval_only=yess", "eval_only: found 'yess', expected true or false."),
+        ("evaluation.judgge=toy", "evaluation.judgge: no such key; did you mean evaluation.judge?"),
+        ("evaluation=5", "evaluation"),
+    ],
+)
+def test_an_evaluation_that_cannot_be_is_refused(overrides, told, check, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    assert refusal(check, "eval_only=true", *overrides.split()).startswith(told)
+
+
+def test_judges_and_tasks_that_can_be_are_taken(check, monkeypatch, tmp_path):
+    monkeypatch.setenv("OPENAI_API_KEY", "x")
+    for judge in ("toy", "reward_model:some/model", "openai:m", "ollama:llama3.1:8b"):
+        check("eval_only=true", f"evaluation.judge={judge}", f"evaluation.against={tmp_path}")
+    check("eval_only=true", "evaluation.tasks=open_llm")
+    monkeypatch.delenv("OPENAI_API_KEY")
+    check("eval_only=true", "evaluation.judge=openai:m", "evaluation.judge_url=http://localhost:8000/v1")

@@ -1,5 +1,6 @@
 """Held-out metrics: every example once, however it is cut; and intervals that hold what they promise."""
 
+import numpy
 import pytest
 import torch
 from hypothesis import given
@@ -7,8 +8,8 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from batches import evaluation_batches
-from conftest import GOLDEN
-from evaluation import evaluate, mean_interval, sample_answers, share_interval
+from conftest import CONFIG_DIR, GOLDEN
+from evaluation import bootstrap_means, evaluate, interval, mean_interval, share_interval
 from logprobs import LiveReference
 from losses import build_loss
 from prompt_table import PromptTable
@@ -27,11 +28,13 @@ def models():
 PROMPTS = PromptTable.of(TokenizedPrompt([5 + n, 6, 7], [[10 + n, 11, 0], [12 + n, 0]], [(0, 1)]) for n in range(11))
 
 
-@pytest.mark.parametrize("loss", [{}, {"mode_loss": "beta_DPO", "mode_weight": 0.5, "a": 0.6}], ids=["dpo", "beta_DPO"])
-def test_held_out_metrics_do_not_depend_on_the_batch_size(loss, models):
-    built = build_loss("dpo", **loss)
-    built.select(torch.tensor([0.5, -0.5, 1.0]))
-    results = [evaluate(*models, built, evaluation_batches(PROMPTS, size, None, seed=0)) for size in (1, 4, 11)]
+@pytest.mark.parametrize("loss", sorted(path.stem for path in (CONFIG_DIR / "loss").glob("*.yaml") if path.stem != "sft"))
+def test_held_out_metrics_do_not_depend_on_the_batch_size(loss, models, compose):
+    built = build_loss(**compose(f"loss={loss}").loss)
+    built.survey(torch.tensor([[0.5, 0.0], [-0.5, 0.0], [1.0, 0.0]]))
+    policy, reference = models
+    reference = reference if built.needs_reference else None
+    results = [evaluate(policy, reference, built, evaluation_batches(PROMPTS, size, None, seed=0)) for size in (1, 4, 11)]
     for result in results[1:]:
         assert len(result.examples["loss/eval"]) == 11
         for name, value in results[0].means().items():
@@ -66,11 +69,20 @@ def test_the_interval_of_a_mean_is_about_two_standard_errors_wide():
     assert high - low == pytest.approx(2 * 1.96 / 20, rel=0.15)
 
 
-def test_prompts_of_different_lengths_are_answered_together_as_alone(models, tokenizer):
-    # Greedy answers would hide a wrong position; the log-probs behind a left-padded prompt must be those of the plain one.
-    policy = models[0]
-    prompts = [[5, 6, 7], [8, 9, 10, 11, 12, 13]]
-    answers = sample_answers(policy, tokenizer, prompts, max_length=12, seed=3)
-    assert len(answers) == 2 and all(isinstance(answer, str) for answer in answers)
-    assert answers == sample_answers(policy, tokenizer, prompts, max_length=12, seed=3)
-    assert sample_answers(policy, tokenizer, [], max_length=12, seed=3) == []
+@given(st.lists(st.floats(-100, 100), min_size=2, max_size=20), st.integers(1, 4))
+def test_the_bootstrap_takes_examples_that_belong_together_as_one(values, copies):
+    alone = bootstrap_means(numpy.array(values)[:, None], draws=50)
+    groups = numpy.repeat(numpy.arange(len(values)), copies)
+    together = bootstrap_means(numpy.repeat(values, copies)[:, None], groups, draws=50)
+    # Copies of an example tell nothing new, and so make nothing more certain.
+    numpy.testing.assert_allclose(together, alone, atol=1e-9)
+
+
+def test_a_bootstrap_mean_counts_every_example_of_a_drawn_group():
+    # Two groups, of 3 ones and of 1 zero: drawn alike they give 1, 0.75 or 0.
+    draws = bootstrap_means(numpy.array([[1.0], [1.0], [1.0], [0.0]]), numpy.array([7, 7, 7, 2]), draws=200)
+    assert set(draws[:, 0]) == {1.0, 0.75, 0.0}
+
+
+def test_bootstrap_values_that_are_no_numbers_are_left_out_of_an_interval():
+    assert interval(numpy.array([1.0, numpy.nan, 1.0])) == (1.0, 1.0)

@@ -1,6 +1,7 @@
 """The house itself: modules import downwards, functions fit on a screen, options have readers, the README's commands work."""
 
 import ast
+import inspect
 import re
 import shlex
 from pathlib import Path
@@ -8,7 +9,8 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from configuration import check_config, force_open_sections, known_keys
+from configuration import check_config, force_open_sections, known_keys, loss_keys
+from losses import LOSSES
 from train import new_run_dir
 
 ROOT = Path(__file__).parent.parent
@@ -50,9 +52,10 @@ def test_every_option_has_a_reader():
     for key in known_keys() - by_loss:
         name = key.rsplit(".", 1)[-1]
         assert re.search(rf"\.{name}\b|\[\"{name}\"\]", code), f"nothing reads {key}"
-    signature = re.search(r"def build_loss\((.*?)\)", code, flags=re.DOTALL)[1]
-    for key in by_loss:
-        assert re.search(rf"\b{key.removeprefix('loss.')}:", signature), f"nothing reads {key}"
+    assert loss_keys().keys() == LOSSES.keys()
+    for name, keys in loss_keys().items():
+        assert keys <= inspect.signature(LOSSES[name]).parameters.keys(), f"loss={name} has a key that nothing reads"
+    assert by_loss == {"loss.name"} | {f"loss.{key}" for keys in loss_keys().values() for key in keys}
 
 
 def test_run_directories_of_the_same_experiment_differ(tmp_path):
@@ -119,6 +122,17 @@ def test_the_readmes_own_data_is_read(tmp_path, monkeypatch):
     assert sorted(record.responses[0] for record in rows) == [" Blue.", "An oak.", "Blue."]
     [first, _] = load_records(read_entry("my_data.py:colours"), "train")
     assert first.pairs == [(0, 1), (0, 2)]
+
+
+def test_the_losses_of_the_readme_and_their_keys_are_all_there_are():
+    table = README.split("| `loss=` |")[1].split("\n\n")[0].splitlines()[2:]
+    rows = [re.findall(r"`(\w+)`", f"{row.split('|')[1]} {row.split('|')[3]}") for row in table]
+    assert [name for name, *_ in rows] == ["sft", "dpo", "beta_DPO", *(name for name in LOSSES if name not in ("sft", "dpo"))]
+    for name, *keys in rows:
+        if name not in ("dpo", "beta_DPO"):
+            assert set(keys) == loss_keys()[name], name
+    both = {key for name, *keys in rows if name in ("dpo", "beta_DPO") for key in keys}
+    assert both - {"dpo", "beta_DPO"} == loss_keys()["dpo"]
 
 
 def test_the_presets_the_readme_names_are_all_there_are():

@@ -103,6 +103,18 @@ def test_training_on_two_shards_follows_one_process(model_type, count, build):
     assert all(not torch.equal(moved[name], weight) for name, weight in model.named_parameters())
 
 
+def test_a_reference_that_follows_the_policy_does_so_in_shards_too(build):
+    model = whole_model("gpt2")
+    split, single = build(LayerSplittingTrainer, model), build(BasicTrainer, model)
+    for trainer in (split, single):
+        trainer.loss = build_loss("tr_dpo", beta=0.5, reference_update_every=1, reference_update_share=0.5)
+        trainer.train_step(steps()[0])
+    moved = split.moved_reference()
+    assert_same_weights(moved, single.moved_reference())
+    split.set_moved_reference({name: weight.clone().zero_() for name, weight in moved.items()})
+    assert not any(weight.any() for weight in split.moved_reference().values())
+
+
 def test_each_shard_holds_half_of_every_large_weight_and_no_number_is_trained_twice():
     model = whole_model("gpt2")
     split = split_layers(model, CPUS)

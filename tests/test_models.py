@@ -9,7 +9,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from checkpoints import CheckpointWriter, Snapshot
 from conftest import GOLDEN
-from models import byte_level_tokenizer, check_archive, load_model, load_tokenizer, read_archive, reference_copy
+from logprobs import response_logps
+from models import (
+    byte_level_tokenizer,
+    check_model,
+    compile_between_attentions,
+    load_model,
+    load_tokenizer,
+    logps_and_gradients,
+    random_trees,
+    read_archive,
+    reference_copy,
+    share_prefixes,
+)
 from utils import UserError
 
 
@@ -105,7 +117,7 @@ def checkpoint(tiny, tmp_path):
 def test_an_archive_of_either_kind_gives_policy_and_reference_its_weights(checkpoint, tiny, file):
     model, latest = checkpoint
     config = tiny(f"model.archive={latest / file}")
-    check_archive(config, byte_level_tokenizer())
+    check_model(config, byte_level_tokenizer())
     policy, reference = policy_and_reference(config)
     assert same_weights(policy, model) and same_weights(reference, model)
 
@@ -135,11 +147,11 @@ def test_buffers_of_old_checkpoints_are_passed_over(compose, tmp_path):
 def test_an_archive_of_another_architecture_is_refused_with_the_tensors_that_differ(checkpoint, tiny):
     config = tiny(f"model.archive={checkpoint[1]}", "model.from_config.hidden_size=64")
     with pytest.raises(UserError, match=r"embed_tokens.weight is \[\d+, 128\], expected \[\d+, 64\]"):
-        check_archive(config, byte_level_tokenizer())
+        check_model(config, byte_level_tokenizer())
     with pytest.raises(UserError, match="layers.2.* is missing"):
-        check_archive(tiny(f"model.archive={checkpoint[1]}", "model.from_config.num_hidden_layers=3"), byte_level_tokenizer())
+        check_model(tiny(f"model.archive={checkpoint[1]}", "model.from_config.num_hidden_layers=3"), byte_level_tokenizer())
     with pytest.raises(UserError, match="layers.1.* is not part of the model"):
-        check_archive(tiny(f"model.archive={checkpoint[1]}", "model.from_config.num_hidden_layers=1"), byte_level_tokenizer())
+        check_model(tiny(f"model.archive={checkpoint[1]}", "model.from_config.num_hidden_layers=1"), byte_level_tokenizer())
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "model.safetensors.index.json"])
@@ -182,3 +194,40 @@ def test_a_file_that_is_no_archive_is_refused(tmp_path, content):
     path.write_bytes(content) if content is not None else torch.save({"weights": 1}, path)
     with pytest.raises(UserError, match="Expected a checkpoint directory"):
         read_archive(path)
+
+
+# ---- kernels ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["eager", "sdpa"])
+def test_a_model_has_the_attention_that_it_is_given(tiny, name):
+    assert load_model(tiny(f"model.attn_implementation={name}"), byte_level_tokenizer()).config._attn_implementation == name
+
+
+def test_the_best_attention_is_the_models_own_where_no_other_is_installed(tiny):
+    assert load_model(tiny(), byte_level_tokenizer()).config._attn_implementation == "sdpa"
+
+
+def test_attention_that_cannot_be_had_is_refused(tiny):
+    with pytest.raises(UserError, match="model.attn_implementation: LlamaForCausalLM cannot have flash_attention_3 here"):
+        load_model(tiny("model.attn_implementation=flash_attention_3"), byte_level_tokenizer())
+
+
+def test_kernels_for_gpus_are_refused_where_there_is_none(tiny, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="model.liger_kernels: they are for GPUs"):
+        load_model(tiny("model.liger_kernels=true"), byte_level_tokenizer())
+
+
+def test_a_compiled_model_says_what_it_said(tiny):
+    model = load_model(tiny("model.from_config.num_hidden_layers=1"), byte_level_tokenizer())
+    share_prefixes(model, "on")
+    batch = random_trees(512)
+    weights = [model.model.layers[0].mlp.up_proj.weight]
+    logps, gradients = logps_and_gradients(response_logps, model, batch, weights)
+    compile_between_attentions(model)
+    again, compiled = logps_and_gradients(response_logps, model, batch, weights)
+    assert model.model.layers[0].mlp._compiled_call_impl is not None
+    assert model.model.layers[0].self_attn._compiled_call_impl is None
+    torch.testing.assert_close(again, logps, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(compiled, gradients, rtol=1e-4, atol=1e-4)

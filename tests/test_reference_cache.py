@@ -33,7 +33,7 @@ PROMPTS = whole(TABLE)
 
 def logps_in(directory, model, prompts):
     """The log-probs as a run gets them that keeps them in `directory`."""
-    return reference_logps_of(model, prompts, cache_path(directory, model, prompts))
+    return reference_logps_of(LiveReference(model), prompts, cache_path(directory, model, prompts))
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from conftest import GOLDEN
 from logprobs import LiveReference
 from losses import build_loss
 from prompt_table import PromptTable
-from resuming import MAY_DIFFER, check_same_run, checkpoint_to_continue, cut_back, fault_of_run
+from resuming import MAY_DIFFER, STATE, check_same_run, checkpoint_to_continue, cut_back, fault_of_run, misfit
 from tokenization import TokenizedPrompt
 from tracking import Tracker
 from trainers import BasicTrainer
@@ -60,6 +60,18 @@ def forge(checkpoint: Path, content: str) -> None:
     listed = json.loads((checkpoint / "checksums.json").read_text())
     listed["state.json"] = {"bytes": len(content.encode()), "xxh3_128": xxhash.xxh3_128_hexdigest(content.encode())}
     (checkpoint / "checksums.json").write_text(json.dumps(listed))
+
+
+@pytest.mark.parametrize(
+    "state", [{"shift": 0.5}, {"shift": None}, {}, {"mean": None, "deviation": 0.5, "draws": torch.zeros(1)}]
+)
+def test_what_a_loss_remembers_is_of_the_shape_that_a_checkpoint_may_have(state):
+    assert misfit(state, STATE["loss"], "loss") is None
+
+
+@pytest.mark.parametrize("state", [{"shift": "0.5"}, {"shift": [0.5]}, {"mean": 0.5}, [], None])
+def test_what_no_loss_remembers_is_damage(state):
+    assert misfit(state, STATE["loss"], "loss") == "loss"
 
 
 # ---- the checkpoint that `resume` means -----------------------------------------------------------------------------------

@@ -19,7 +19,8 @@ from batches import (
     pack,
     pieces_of,
 )
-from checkpoints import CheckpointWriter, newest_usable, read_state
+from checkpoints import CheckpointWriter, fault_of, newest_usable, read_reference, read_state
+from configuration import choices_of
 from conftest import GOLDEN
 from logprobs import CachedReference, LiveReference
 from losses import build_loss
@@ -122,7 +123,14 @@ def gradient_after_one_step(trainer, batch) -> tuple[torch.Tensor, dict]:
 SGD = ("optimizer=SGD", "lr=1.0", "warmup_steps=0", "max_grad_norm=1e9")
 
 
-@pytest.mark.parametrize("loss", [{"name": "sft"}, {"name": "dpo"}, {"name": "ipo"}], ids=lambda loss: loss["name"])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        *({"name": "sft"}, {"name": "dpo"}, {"name": "ipo"}),
+        *({"name": "rpo", "beta": 0.1, "alpha": 1.0}, {"name": "simpo", "beta": 2.0, "gamma": 1.0}),
+    ],
+    ids=lambda loss: loss["name"],
+)
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_the_gradient_does_not_depend_on_how_the_batch_is_cut(loss, size, build, tokenized):
     built = build_loss(**loss)
@@ -231,11 +239,32 @@ def test_one_prompt_with_several_pairs_counts_each_pair(build):
     torch.testing.assert_close(metrics["grad_norm"], expected["grad_norm"])
 
 
-@pytest.mark.parametrize("mode", ["DPO", "beta_DPO"])
-def test_a_trainer_continues_from_its_state_bit_for_bit(mode, build, tokenized, tmp_path):
+# What the defaults would leave out of a few steps.
+LOSS_CHANGES = {"beta_DPO": ["loss.mode_weight=0.25"], "tr_dpo": ["loss.reference_update_every=2"]}
+
+
+@pytest.fixture
+def loss_of(compose):
+    """Build the loss of a file in config/loss/, with values that make a difference in a few steps: `loss_of("tr_dpo")`."""
+    return lambda name: build_loss(**compose(f"loss={name}", *LOSS_CHANGES.get(name, [])).loss)
+
+
+@pytest.mark.parametrize("name", choices_of("loss"))
+def test_every_loss_falls_and_its_margin_grows_over_steps_on_the_same_examples(name, build, loss_of, tokenized):
+    trainer = build(loss_of(name), "llama", "lr=1e-3", "optimizer=AdamW", "warmup_steps=0", policy="")
+    batch = micro_batches(tokenized[trainer.loss.paired][:8], 8)
+    steps = [trainer.train_step(batch) for _ in range(6)]
+    if name not in ("beta_DPO", "tr_dpo"):
+        # Of these the measure changes on the way.
+        assert steps[-1]["loss/train"] < steps[0]["loss/train"]
+    assert not trainer.loss.paired or steps[-1]["rewards_train/margins"] > steps[0]["rewards_train/margins"]
+
+
+@pytest.mark.parametrize("name", choices_of("loss"))
+def test_a_trainer_continues_from_its_state_bit_for_bit(name, build, loss_of, tokenized, tmp_path):
     def make(**parts):
-        loss = build_loss("dpo", mode_loss=mode, mode_weight=0.25, a=0.6)
-        train_batches = BatchIterator(PromptTable.of(tokenized[True]), 4, n_epochs=1)
+        loss = loss_of(name)
+        train_batches = BatchIterator(PromptTable.of(tokenized[loss.paired][:28]), 4, n_epochs=1)
         return build(loss, "gpt_neox", "lr=1e-3", "optimizer=AdamW", train_batches=train_batches, **parts)
 
     whole, first = make(), make()
@@ -243,7 +272,7 @@ def test_a_trainer_continues_from_its_state_bit_for_bit(mode, build, tokenized, 
         whole.train_step(batch)
     for batch in first.train_batches:
         first.train_step(batch)
-        if first.updates == 5:
+        if first.updates == 3:
             break
     with CheckpointWriter(tmp_path, first.policy, first.tokenizer) as writer:
         writer.write(first.snapshot())
@@ -251,15 +280,66 @@ def test_a_trainer_continues_from_its_state_bit_for_bit(mode, build, tokenized, 
     second.continue_from(tmp_path / "LATEST")
     for batch in second.train_batches:
         second.train_step(batch)
-    assert (second.examples, second.updates) == (whole.examples, whole.updates) == (48, 12)
-    for name, weight in whole.policy.state_dict().items():
-        assert torch.equal(second.policy.state_dict()[name], weight), name
+    assert (second.examples, second.updates) == (whole.examples, whole.updates) == (28, 7)
+    for weight_name, weight in whole.policy.state_dict().items():
+        assert torch.equal(second.policy.state_dict()[weight_name], weight), weight_name
+    # Of the reference only what has moved is part of a checkpoint.
+    assert (tmp_path / "LATEST" / "reference").is_dir() is (name == "tr_dpo")
+    for weight_name, weight in whole.moved_reference().items():
+        assert torch.equal(second.moved_reference()[weight_name], weight), weight_name
 
 
+def test_a_reference_moves_by_its_share_of_the_way_to_the_policy_after_so_many_steps(build, tokenized):
+    loss = build_loss("tr_dpo", beta=0.1, reference_update_every=2, reference_update_share=0.25)
+    trainer = build(loss, "llama", "lr=1e-2", "optimizer=AdamW", "warmup_steps=0")
+    before = copy.deepcopy(trainer.reference.model.state_dict())
+    for start in (0, 4):
+        assert all(torch.equal(weight, before[name]) for name, weight in trainer.moved_reference().items())
+        trainer.train_step(micro_batches(tokenized[True][start : start + 4], 4))
+    policy = trainer.policy.state_dict()
+    for name, weight in trainer.moved_reference().items():
+        torch.testing.assert_close(weight.detach(), 0.75 * before[name] + 0.25 * policy[name], rtol=1e-5, atol=1e-7)
+
+
+def test_a_reference_that_moves_all_the_way_is_a_copy_and_the_margin_begins_at_0_again(build, tokenized):
+    loss = build_loss("tr_dpo", beta=0.1, reference_update_every=2, reference_update_share=1.0)
+    trainer = build(loss, "llama", "lr=1e-2", "optimizer=AdamW", "warmup_steps=0")
+    steps = [trainer.train_step(micro_batches(tokenized[True][:4], 4)) for _ in range(3)]
+    assert steps[1]["rewards_train/margins"] != 0 == steps[2]["rewards_train/margins"]
+    assert not any(weight.requires_grad for weight in trainer.reference.model.parameters())
+
+
+def test_a_reference_that_has_moved_answers_the_sample_prompts_anew(build, tokenized):
+    loss = build_loss("tr_dpo", beta=0.1, reference_update_every=1, reference_update_share=1.0)
+    prompts = [prompt.prompt_ids for prompt in tokenized[True][:3]]
+    trainer = build(loss, "llama", "max_length=40", "lr=1e-2", "warmup_steps=0", sample_prompts=prompts)
+    trainer.reference_answers = ["what it said at the beginning"] * 3
+    trainer.train_step(micro_batches(tokenized[True][:4], 4))
+    # It is a copy of the policy now.
+    assert all(row["reference"] == row["policy"] for row in trainer.sample())
+
+
+def test_a_moved_reference_lies_beside_weights_that_load_with_plain_transformers(build, loss_of, tokenized, tmp_path):
+    trainer = build(loss_of("tr_dpo"), "llama", "lr=1e-2", "optimizer=AdamW", "warmup_steps=0")
+    for _ in range(3):
+        trainer.train_step(micro_batches(tokenized[True][:4], 4))
+    with CheckpointWriter(tmp_path, trainer.policy, trainer.tokenizer, background=True) as writer:
+        writer.write(trainer.snapshot())
+    policy, reference = trainer.policy.state_dict(), trainer.reference.model.state_dict()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "LATEST", dtype=torch.float32).state_dict()
+    assert all(torch.equal(loaded[name], weight) for name, weight in policy.items())
+    kept = {name: torch.empty_like(weight) for name, weight in reference.items()}
+    read_reference(tmp_path / "LATEST", kept)
+    assert all(torch.equal(kept[name], weight) for name, weight in reference.items())
+    assert any(not torch.equal(kept[name], weight) for name, weight in policy.items())
+    assert fault_of(tmp_path / "LATEST") is None
+
+
+@pytest.mark.parametrize("name", ["beta_DPO", "bco"])
 @pytest.mark.parametrize("budget", [30, 60, 100])
-def test_beta_dpo_keeps_the_same_pairs_and_beta_when_memory_cuts_its_micro_batch(budget, build, tokenized):
+def test_what_a_loss_finds_in_a_micro_batch_is_the_same_when_memory_cuts_it(name, budget, build, loss_of, tokenized):
     def step(max_tokens):
-        loss = build_loss("dpo", beta=0.1, mode_loss="beta_DPO", mode_weight=0.5, a=0.6)
+        loss = loss_of(name)
         pieces = pieces_of(list(examples_of(tokenized[True][:8])), TokenBudget(max_tokens, max_tokens))
         gradient, metrics = gradient_after_one_step(build(loss, "llama", *SGD), [MicroBatch(pieces, 8)])
         return len(pieces), gradient, metrics
@@ -278,8 +358,8 @@ def test_a_cached_reference_gives_the_steps_of_a_live_one(build, tokenized, tmp_
         trainer = build(build_loss("dpo"), **({"reference": reference} if reference else {}))
         return [trainer.train_step(batch)["loss/train"] for batch in BatchIterator(table, 8)]
 
-    model = build(build_loss("dpo")).reference.model
-    cached = CachedReference(reference_logps_of(model, table.select(numpy.arange(len(table))), tmp_path / "logps.safetensors"))
+    live = build(build_loss("dpo")).reference
+    cached = CachedReference(reference_logps_of(live, table.select(numpy.arange(len(table))), tmp_path / "logps.safetensors"))
     assert numbers(cached) == pytest.approx(numbers(None), abs=1e-5)
 
 

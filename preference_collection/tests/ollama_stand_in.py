@@ -93,6 +93,12 @@ class Handler(BaseHTTPRequestHandler):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.stand_in.requests.append({**request, "authorization": self.headers.get("Authorization")})
         openai = self.path == "/v1/chat/completions"
+        if self.stand_in.status != 200:
+            self.send_response(self.stand_in.status)
+            self.send_header("Location", f"{self.stand_in.url}/elsewhere")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
         if request["model"] not in self.stand_in.replies:
             message = f"model '{request['model']}' not found"
             self.answer(404, {"error": {"message": message, "code": 404}} if openai else {"error": message})

@@ -161,7 +161,7 @@ class Hub(BaseHTTPRequestHandler):
 
     seen: list
     there = ("README.md", "apart/old.parquet")
-    allow = True
+    allow = private = True
     url = ""
 
     def log_message(self, *_):
@@ -170,6 +170,8 @@ class Hub(BaseHTTPRequestHandler):
     def do_GET(self):
         if not self.allow:
             self.answer({"error": "Invalid username or password."}, 401)
+        elif self.path.endswith("/datasets/ada/picks"):
+            self.answer({"id": "ada/picks", "private": self.private})
         else:
             self.answer([{"type": "file", "path": name, "size": 1, "oid": "0" * 40} for name in self.there])
 
@@ -229,6 +231,16 @@ def test_an_export_is_pushed_as_a_private_data_set_with_its_card(store, tmp_path
     [commit] = [body for path, _, body in hub.seen if "/commit/" in path]
     files = {line["value"]["path"] for line in map(json.loads, commit.splitlines()) if line["key"] == "file"}
     assert files == {CARD, *FILES.values()}
+
+
+def test_nothing_goes_into_a_data_set_that_everybody_sees_unless_that_is_asked_for(store, tmp_path, hub):
+    export_dataset(judged_store(store), tmp_path / "out")
+    hub.private = False
+    with pytest.raises(UserError, match="push: ada/picks is there for everybody to see"):
+        push(tmp_path / "out", "ada/picks")
+    assert not [path for path, _, _ in hub.seen if "/commit/" in path]
+    push(tmp_path / "out", "ada/picks", private=False)
+    assert [path for path, _, _ in hub.seen if "/commit/" in path]
 
 
 def test_a_hub_that_refuses_is_one_message(store, tmp_path, hub):

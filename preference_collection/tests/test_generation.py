@@ -149,6 +149,16 @@ def test_a_server_that_fails_or_speaks_otherwise_is_one_message(server, source):
         server.status = 200
 
 
+def test_a_prompt_does_not_go_where_a_server_redirects_to(server, source):
+    server.status = 307
+    try:
+        before = len(server.requests)
+        assert written(source).state == "failed"
+        assert len(server.requests) == before + 1
+    finally:
+        server.status = 200
+
+
 def test_the_key_of_a_server_comes_from_the_environment(server, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     written(OpenAISource(f"{server.url}/v1", 20))

@@ -95,6 +95,10 @@ def follow(world: World, trajectory: dict, mesh, sharding: str, loss: dict | Non
         for name, value in expected.items():
             scale = abs(float(value)) if name in ("loss/train", "grad_norm") else max(1.0, abs(float(value)))
             worst[name] = max(worst.get(name, 0.0), abs(float(found[name]) - float(value)) / scale)
+    # A forward that nothing follows, as at an evaluation, may leave weights gathered.
+    with torch.no_grad():
+        trainer.logps(pieces_of(parts[0], limit, ranks)[0])
+    assert trainer.optimizer_state()["state"].keys() == single.optimizer_state()["state"].keys()
     weights = dict(trainer.policy.named_parameters())
     pairs = [(whole(weights[name]).detach(), weight.detach()) for name, weight in single.policy.named_parameters()]
     apart, size = (
@@ -103,8 +107,12 @@ def follow(world: World, trajectory: dict, mesh, sharding: str, loss: dict | Non
     return worst | {"weights": apart / size}
 
 
+TR_DPO = {"name": "tr_dpo", "beta": 0.1, "reference_update_every": 3, "reference_update_share": 0.6}
+BCO = {"name": "bco", "beta": 0.1}
+
+
 def follow_each_sharding(settings: dict, numbers: list[int]) -> dict:
-    """Trajectories under every sharding that two processes can have; also one cut into small pieces."""
+    """Trajectories under every sharding that two processes can have; small pieces; a reference that moves."""
     world = World(settings)
     results = {}
     for number in numbers:
@@ -112,6 +120,9 @@ def follow_each_sharding(settings: dict, numbers: list[int]) -> dict:
         for sharding in ("full", "grad_op", "optimizer", "none"):
             results[f"{number} {sharding}"] = follow(world, trajectory, world.mesh(sharding), sharding)
     results["small pieces"] = follow(world, TRAJECTORIES[numbers[0]], world.mesh("full"), "full", budget=40)
+    for sharding in ("full", "grad_op"):
+        results[f"TR-DPO {sharding}"] = follow(world, TRAJECTORIES[numbers[0]], world.mesh(sharding), sharding, TR_DPO)
+    results["BCO, small pieces"] = follow(world, TRAJECTORIES[numbers[0]], world.mesh("full"), "full", BCO, budget=40)
     sgd = TRAJECTORIES[numbers[0]] | {"optimizer": "SGD"}
     results["SGD"] = follow(world, sgd, world.mesh("full"), "full")
     end_group()

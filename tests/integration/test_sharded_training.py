@@ -49,7 +49,7 @@ def test_two_ranks_follow_the_golden_trajectories_under_every_sharding(settings)
         number_of("llama", "ipo", "AdamW", 1),
     ]
     results = launch(sharded_work.follow_each_sharding, (settings, numbers), 2, None)
-    assert len(results) == 14
+    assert len(results) == 17
     assert_equal(results, 1e-5)
 
 

@@ -1,0 +1,341 @@
+"""Small parts that are trained in place of all weights (LoRA), and frozen weights in four or eight bits under them (QLoRA).
+
+An adapter lies inside the model that it changes, so that whatever serves a model serves this one. While it is switched off,
+the model is the one that it began as: the reference then costs nothing. Where training starts from an adapter, a frozen copy
+of that one is switched on in its place.
+"""
+
+import json
+import math
+import re
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from utils import UserError, first_line
+
+# Names of the adapter that is trained, and of the frozen one that training starts from.
+TRAINED, STARTING = "default", "starting"
+WEIGHTS_FILE, SETTINGS_FILE = "adapter_model.safetensors", "adapter_config.json"
+# Dotted names in peft's files begin so.
+PREFIX = "base_model.model."
+INSTALL = "Install what adapters need: pip install -r requirements-lora.txt"
+
+
+# ---- adapters -----------------------------------------------------------------------------------------------------------
+
+
+def has_adapter(model: nn.Module) -> bool:
+    """Whether a small part of the model is trained in place of its weights."""
+    return hasattr(model, "peft_config")
+
+
+def settings_of(model_config):
+    """peft's LoraConfig of a `model` configuration. Raises UserError where peft is not installed."""
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise UserError(f"model.lora.r: an adapter needs the package peft. {INSTALL}") from error
+    lora = model_config.lora
+    targets = lora.target_modules
+    return LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        # The head is none of them: it is shared with the embedding in many models.
+        target_modules="all-linear" if targets is None else targets if isinstance(targets, str) else list(targets),
+        task_type="CAUSAL_LM",
+    )
+
+
+def add_adapter(model: nn.Module, model_config) -> None:
+    """Freeze a model and put an adapter of a `model` configuration into it; fresh, it changes nothing that the model says.
+
+    Its weights are float32, whatever the model's are. Where training starts from an adapter, a frozen one comes beside it.
+    Raises UserError for layers that the model does not have.
+    """
+    model.requires_grad_(False)
+    starting = is_adapter(model_config.archive)
+    archive = base_archive(model_config)
+    base = str(archive.resolve()) if archive else model_config.name_or_path
+    linear = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)})
+    for name in (TRAINED, STARTING)[: 1 + starting]:
+        settings = settings_of(model_config)
+        if name == STARTING:
+            settings.lora_dropout = 0.0
+        try:
+            model.add_adapter(settings, name)
+            settings.base_model_name_or_path = base
+        except ValueError as error:
+            asked = model_config.lora.target_modules
+            raise UserError(
+                f"model.lora.target_modules: found {asked}: {first_line(error)}. Linear layers of {type(model).__name__}: "
+                f"{', '.join(linear)}."
+            ) from error
+    model.set_adapter(TRAINED)
+    for name, weight in model.named_parameters():
+        if ".lora_" in name:
+            weight.data = weight.data.float()
+
+
+def adapter_weights(named_weights: dict[str, Tensor], adapter: str = TRAINED) -> dict[str, Tensor]:
+    """Those of a model's named weights that belong to an adapter, alive, by their names in peft's files."""
+    part = re.compile(rf"(\.lora_\w+)\.{adapter}(?=\.|$)")
+    return {PREFIX + part.sub(r"\1", name): weight for name, weight in named_weights.items() if part.search(name)}
+
+
+def kept_weights(named_weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What a checkpoint holds of a model's named weights: the adapter that is trained, or all where there is none."""
+    return adapter_weights(named_weights) or named_weights
+
+
+def began_as(named_weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The named weights that a model began with: those under its adapters, and those of the adapter it started from, if any."""
+    under = {name.replace(".base_layer.", "."): weight for name, weight in named_weights.items() if ".lora_" not in name}
+    return under, adapter_weights(named_weights, STARTING)
+
+
+@contextmanager
+def as_it_began(model: nn.Module):
+    """Inside, a model computes as it did before its adapter was trained."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    starting = STARTING in model.peft_config
+    # peft's own switches also change which weights are trained, and a graph may be waiting for its backward pass.
+    for layer in layers:
+        layer._disable_adapters = not starting
+        layer._active_adapter = [STARTING] if starting else layer._active_adapter
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
+            layer._active_adapter = [TRAINED]
+
+
+# ---- adapters on disk ---------------------------------------------------------------------------------------------------
+
+
+def is_adapter(archive: str | None) -> bool:
+    """Whether `model.archive` is a directory that holds an adapter in place of a whole model."""
+    return archive is not None and (Path(archive) / SETTINGS_FILE).is_file()
+
+
+def save_settings(model: nn.Module, folder: Path) -> None:
+    """Write the settings of the adapter that is trained, as peft reads them."""
+    model.peft_config[TRAINED].save_pretrained(folder)
+
+
+def base_archive(model_config) -> Path | None:
+    """The archive with the weights under the adapter, or with all; None where they are not an archive's.
+
+    Raises UserError where `model.archive` is an adapter, and not one of the configured model.
+    """
+    archive = model_config.archive
+    if not is_adapter(archive):
+        return archive and Path(archive)
+    settings = _checked_settings(archive, model_config)
+    base, configured = settings.get("base_model_name_or_path"), model_config.name_or_path
+    if base == configured:
+        return None
+    if base is None or not Path(base).exists():
+        raise UserError(
+            f"model.archive: the adapter {archive} was trained on {base or 'a model from scratch'}, and model.name_or_path is "
+            f"{configured}. Give the model that it was trained on."
+        )
+    return Path(base)
+
+
+def settings_in(archive: str) -> dict:
+    """The `model.lora` of an adapter's directory. Raises UserError where it is damaged."""
+    settings = _read_settings(archive)
+    return {"r": settings["r"], "alpha": settings["lora_alpha"], "target_modules": settings["target_modules"]}
+
+
+def _read_settings(archive: str) -> dict:
+    try:
+        settings = json.loads((Path(archive) / SETTINGS_FILE).read_text())
+        _ = settings["r"], settings["lora_alpha"], settings["target_modules"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise UserError(f"model.archive: {archive}: its {SETTINGS_FILE} is damaged. Expected a checkpoint of a run.") from error
+    return settings
+
+
+def _checked_settings(archive: str, model_config) -> dict:
+    """peft's settings of an adapter. Raises UserError where they are damaged, or are not the configured ones."""
+    if model_config.lora.r is None:
+        raise UserError(
+            f"model.archive: {archive} is an adapter, and model.lora.r is not given. Add +adapter=lora (or qlora) to train it "
+            "on, or make a whole model of it first: python scripts/export.py CHECKPOINT --merge --to DIRECTORY"
+        )
+    settings = _read_settings(archive)
+    for key, value in {"r": settings["r"], "alpha": settings["lora_alpha"]}.items():
+        if value != model_config.lora[key]:
+            raise UserError(
+                f"model.lora.{key}: found {model_config.lora[key]}, but the adapter {archive} was trained with {value}. Give "
+                "it the same."
+            )
+    return settings
+
+
+def check_base(archive: str, began_with: str) -> None:
+    """Raise UserError where an adapter was trained on other weights than those loaded, whose hash begins `began_with`.
+
+    Of an adapter that no run of this project has written, nothing is known.
+    """
+    try:
+        run = json.loads((Path(archive) / "state.json").read_text())["run"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return
+    if run["began_with"] is not None and run["began_with"][:32] != began_with[:32]:
+        raise UserError(
+            f"model.archive: the adapter {archive} was trained on other weights than those of the model as configured. Give "
+            "the model, dtype and quantization of its run, and the same seed for a model from scratch."
+        )
+
+
+def check_fit(archive: str, model: nn.Module) -> None:
+    """Raise UserError where an adapter's weights are not those that a model has a place for."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(Path(archive) / WEIGHTS_FILE, framework="pt") as file:
+            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  not a dict
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"model.archive: {archive}: its {WEIGHTS_FILE} cannot be read: {first_line(error)}.") from error
+    expected = {name: tuple(weight.shape) for name, weight in adapter_weights(dict(model.named_parameters())).items()}
+    differing = [name for name in sorted(found.keys() | expected.keys()) if found.get(name) != expected.get(name)]
+    if differing:
+        raise UserError(
+            f"model.archive: the adapter {archive} does not fit {type(model).__name__} as configured; {len(differing)} tensors "
+            f"differ, as {differing[0]}. Give the model and model.lora of its run."
+        )
+
+
+@torch.no_grad()
+def read_adapter(archive: str, model: nn.Module) -> None:
+    """Fill a model's adapters with that of an archive: the one that is trained, and the frozen one beside it."""
+    from safetensors.torch import load_file
+
+    found = load_file(Path(archive) / WEIGHTS_FILE)
+    for adapter in (TRAINED, STARTING):
+        for name, weight in adapter_weights(dict(model.named_parameters()), adapter).items():
+            weight.copy_(found[name])
+
+
+def import_bitsandbytes(key: str):
+    """The package bitsandbytes. Raises UserError where it is not installed, for a configuration's key that needs it."""
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise UserError(f"{key}: it needs the package bitsandbytes. {INSTALL}") from error
+    return bitsandbytes
+
+
+# ---- few bits -------------------------------------------------------------------------------------------------------------
+
+
+def quantise(model: nn.Module, model_config) -> None:
+    """Turn a model's linear layers, but for its head, into four bits (nf4) or eight (int8), frozen; on the CPU or meta.
+
+    Four bits are NormalFloat4 in blocks of 64, whose scales are quantised again with `double_quantization` (Dettmers et al.
+    2023, section 3). Raises UserError where bitsandbytes is not installed, or the model has no such layers.
+    """
+    bitsandbytes = import_bitsandbytes("model.quantization")
+    head = model.get_output_embeddings()
+    make = _in_four_bits if model_config.quantization == "nf4" else _in_eight_bits
+    if head.weight.is_meta:
+        make = _without_numbers
+    for parent in list(model.modules()):
+        for name, layer in list(parent.named_children()):
+            if isinstance(layer, nn.Linear) and layer is not head:
+                small = make(bitsandbytes.nn, layer, model_config)
+                small.bias = layer.bias
+                # Moved, it is quantised.
+                setattr(parent, name, small.to(layer.weight.device))
+    model.requires_grad_(False)
+
+
+class _Product(torch.autograd.Function):
+    """x [..., in] times weights that are made whole for the moment, with whose numbers nothing is done."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, width: int) -> Tensor:
+        """[..., in] to [..., width]; keeps nothing for the backward pass."""
+        ctx.shape = (width, x.shape[-1])
+        return x @ x.new_empty(ctx.shape).T
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        """The gradient of x."""
+        return gradient @ gradient.new_empty(ctx.shape), None, None
+
+
+class ShapeOfFewBits(nn.Linear):
+    """What a layer of few bits is to those who look at sizes alone: bitsandbytes has none without numbers."""
+
+    def __init__(self, layer: nn.Linear, bits: float):
+        super().__init__(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+        size = math.ceil(layer.weight.numel() * bits / 8)
+        self.weight = nn.Parameter(torch.empty(size, dtype=torch.uint8, device="meta"), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] to [..., out], without a meaning."""
+        return _Product.apply(x, self.weight, self.out_features)
+
+
+def _without_numbers(layers, layer: nn.Linear, model_config) -> nn.Module:
+    # Beside the weights lie scales: of blocks of 64 weights in float32, or in eight bits, or one for each row.
+    scales = 0 if model_config.quantization == "int8" else 8 / 64 if model_config.double_quantization else 32 / 64
+    return ShapeOfFewBits(layer, (8 if model_config.quantization == "int8" else 4) + scales)
+
+
+def _in_four_bits(layers, layer: nn.Linear, model_config) -> nn.Module:
+    dtype = getattr(torch, model_config.quantized_compute_dtype or model_config.policy_dtype)
+    options = {"compress_statistics": model_config.double_quantization, "quant_type": "nf4"}
+    small = layers.Linear4bit(layer.in_features, layer.out_features, layer.bias is not None, compute_dtype=dtype, **options)
+    # Its kernel for evaluation on some CPUs rounds to bfloat16, and packs the weights anew.
+    small.support_avx512bf16_for_cpu = False
+    small.weight = layers.Params4bit(layer.weight.data, requires_grad=False, module=small, **options)
+    return small
+
+
+def _in_eight_bits(layers, layer: nn.Linear, model_config) -> nn.Module:
+    small = layers.Linear8bitLt(layer.in_features, layer.out_features, layer.bias is not None, has_fp16_weights=False)
+    small.weight = layers.Int8Params(layer.weight.data, requires_grad=False, has_fp16_weights=False)
+    return small
+
+
+def restore_bits(model: nn.Module, dtype: torch.dtype) -> None:
+    """Turn layers of few bits into usual ones that hold the same numbers."""
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+
+    for parent in list(model.modules()):
+        for name, layer in list(parent.named_children()):
+            if isinstance(layer, Linear4bit):
+                weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+            elif isinstance(layer, Linear8bitLt):
+                weight = layer.weight.data.float() * (layer.weight.SCB / 127).unsqueeze(1)
+            else:
+                continue
+            whole = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+            whole.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+            whole.bias = layer.bias
+            setattr(parent, name, whole)
+
+
+def merge(model: nn.Module) -> None:
+    """Add the adapter that is trained to the weights under it, in their dtype, and take it out."""
+    from peft.tuners.lora import Linear
+
+    for parent in list(model.modules()):
+        for name, layer in list(parent.named_children()):
+            if isinstance(layer, Linear):
+                layer.merge(adapter_names=[TRAINED])
+                setattr(parent, name, layer.get_base_layer())
+    del model.peft_config
+    model._hf_peft_config_loaded = False

@@ -1,0 +1,67 @@
+"""Tokens a second of sampled answers: this project's sampling, and one padded batch of all prompts as it was before.
+
+python benchmarks/sampling.py [CHECKPOINT] [--prompts 384] [--rounds 3]
+
+Without a checkpoint the model is the embedded one with weights that were never trained: every answer is as long as it may be.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from measure import hardware, versions
+
+from evaluation_runs import composed
+from models import load_model, load_tokenizer, place, share_prefixes
+from sampling import sample_responses
+from toy_preferences import toy_records
+from utils import pick_device, quiet_libraries, seed_everything
+
+
+def all_in_one_batch(model, tokenizer, prompts: list[list[int]], max_length: int, seed: int) -> list[list[int]]:
+    """What was done before: every prompt padded to the longest, one global random stream, the room of the longest for all."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    torch.manual_seed(seed)
+    ends = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    how = {"max_new_tokens": max_length - width, "do_sample": True, "top_k": 0}
+    output = model.generate(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), **how, **ends)
+    rows = output[:, width:].tolist()
+    return [row[: row.index(tokenizer.eos_token_id) + 1] if tokenizer.eos_token_id in row else row for row in rows]
+
+
+def main() -> None:
+    """Time both by turns, and print the medians."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", nargs="?", help="weights of the embedded model")
+    parser.add_argument("--prompts", type=int, default=384)
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    quiet_libraries()
+    config = composed(*[f"model.archive={options.checkpoint}"] * bool(options.checkpoint))
+    seed_everything(config.seed)
+    tokenizer = load_tokenizer(config.model)
+    model = place(load_model(config.model, tokenizer), pick_device()).eval()
+    share_prefixes(model, config.prefix_sharing)
+    prompts = [tokenizer(text).input_ids for text in toy_records("test")][: options.prompts]
+    rates: dict[str, list[float]] = {"before": [], "now": []}
+    for _ in range(options.rounds):
+        for name, sample in (("before", all_in_one_batch), ("now", sample_responses)):
+            started = time.perf_counter()
+            responses = sample(model, tokenizer, prompts, config.max_length, config.seed)
+            rates[name].append(sum(map(len, responses)) / (time.perf_counter() - started))
+    medians = {name: round(statistics.median(found)) for name, found in rates.items()}
+    print(json.dumps({"tokens_per_second": medians, "rounds": rates, "prompts": len(prompts), **hardware(), **versions()}))
+
+
+if __name__ == "__main__":
+    with torch.no_grad():
+        main()

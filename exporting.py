@@ -1,0 +1,459 @@
+"""A run's model as a directory from which it is served: whole or an adapter, quantized, with a card, for Ollama, on the hub.
+
+A directory is written beside its place and renamed when it is complete. What can be refused early is refused before weights are
+read.
+"""
+
+import errno
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from omegaconf import OmegaConf
+from safetensors import SafetensorError
+
+import hub
+import models
+from adapters import SETTINGS_FILE, WEIGHTS_FILE, is_adapter
+from checkpoints import MARKER, PARTIAL, UNREADABLE, checkpoints_of, fault_of, read_state, save_tokenizer
+from configuration import CONFIG_DIR, choices_of
+from model_card import PLAIN_PROMPT, CardFacts, model_card
+from modelfile import check_architecture, fit_for_ollama, modelfile_of, tokenizer_model
+from prompt_templates import build_template
+from records import Turn
+from resuming import misfit
+from served_prompts import chat_template, format_of_run, turns_of
+from tokenization import bos_of
+from utils import UserError, first_line, load_tensors, nearest
+
+SHARD_SIZE = "5GB"
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What an export is to be, as the command line says it. `to` is the directory that is made."""
+
+    to: Path
+    dtype: str | None = None
+    merge: bool = False
+    quantize: str | None = None
+    ollama: str | None = None
+    template: str | None = None
+    push: str | None = None
+    private: bool = False
+    trust_remote_code: bool = False
+
+
+# ---- what is exported -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint that is whole, what its run was, and its rows of metrics.jsonl."""
+
+    checkpoint: Path
+    run: dict
+    examples: int
+    held_out: dict[str, float]
+    rows: list[dict]
+    evaluation: dict
+
+    @property
+    def config(self) -> dict:
+        """The run's whole configuration."""
+        return self.run["config"]
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether it holds an adapter, and not whole weights."""
+        return is_adapter(str(self.checkpoint))
+
+    @property
+    def base(self) -> str | None:
+        """What the run's weights came from, as its configuration names it; None for a model made from scratch."""
+        return self.config["model"].get("name_or_path")
+
+
+# What an export reads of a checkpoint's state.
+CONFIG = {
+    "model": {"name_or_path": (str, None), "policy_dtype": str},
+    "loss": {"name": str},
+    "trainer": {"name": str},
+    "datasets": ([(str, dict)], str, dict),
+    "template": (str, None),
+    "system_prompt": (str, None),
+}
+STATE = {"examples": int, "held_out": ({...: (float, int)}, None), "run": {"config": CONFIG}}
+
+
+def source_of(path: Path) -> Source:
+    """The checkpoint that a path means: itself, or the LATEST of a run directory.
+
+    Raises UserError for a path that is neither, and for a checkpoint that is damaged.
+    """
+    expected = "Expected a run directory, or a checkpoint (step-N) in one."
+    if not path.is_dir():
+        raise UserError(f"{path}: no such directory. {expected}")
+    if not (path / MARKER).exists() and checkpoints_of(path):
+        path = path / "LATEST" if (path / "LATEST").is_dir() else checkpoints_of(path)[0]
+    checkpoint = path.resolve()
+    fault = fault_of(checkpoint)
+    if fault is None:
+        try:
+            state = read_state(checkpoint)
+            part = misfit(state, STATE, "state")
+            fault = part and f"state.json is damaged ({part})"
+        except UNREADABLE as error:
+            fault = f"state.json is damaged ({first_line(error)})"
+    if fault is not None:
+        raise UserError(f"{checkpoint}: {fault}. {expected}")
+    rows = _rows(checkpoint.parent / "metrics.jsonl", state["examples"])
+    evaluation = _evaluation(checkpoint.parent / "results.json", state["examples"])
+    return Source(checkpoint, state["run"], state["examples"], state["held_out"] or {}, rows, evaluation)
+
+
+def _rows(file: Path, examples: int) -> list[dict]:
+    """The rows of a metrics.jsonl up to so many examples; those that cannot be read are left out."""
+    rows = []
+    for line in file.read_bytes().splitlines() if file.is_file() else ():
+        try:
+            row = json.loads(line)
+            if row["counters/examples"] <= examples:
+                rows.append(row)
+        except UNREADABLE:
+            continue
+    return rows
+
+
+# What an evaluation of a run leaves: how many examples and prompts it is over, and each metric with its interval.
+INTERVAL = dict.fromkeys(("mean", "low", "high"), (float, int, None))
+RESULTS = {"examples_trained": int, "held_out": {"all": {"examples": int, "prompts": int, ...: INTERVAL}}}
+
+
+def _evaluation(file: Path, examples: int) -> dict:
+    """The held-out metrics that an evaluation of a run has left, if it was of the checkpoint after so many examples."""
+    try:
+        results = json.loads(file.read_text(encoding="utf-8"))
+    except UNREADABLE:
+        return {}
+    sound = misfit(results, RESULTS, "results") is None and results["examples_trained"] == examples
+    return results["held_out"]["all"] if sound else {}
+
+
+# ---- checks -----------------------------------------------------------------------------------------------------------------
+
+OLLAMA_NAME = re.compile(r"[A-Za-z0-9_][\w.-]*(/[\w.-]+)*(:[\w.-]+)?")
+
+
+def check_wishes(wishes: Wishes, adapter: bool) -> None:
+    """Raise UserError for wishes that contradict each other, or that this model or this machine cannot fulfil."""
+    stays_adapter = adapter and not wishes.merge
+    if wishes.merge and not adapter:
+        raise UserError("--merge: this checkpoint holds a whole model and no adapter. Leave it out.")
+    for key, wanted in (("--dtype", wishes.dtype), ("--quantize", wishes.quantize), ("--ollama", wishes.ollama)):
+        if wanted and stays_adapter:
+            raise UserError(f"{key}: this checkpoint holds an adapter. Add --merge, which makes it a whole model.")
+    if wishes.quantize and wishes.ollama:
+        raise UserError("--quantize: Ollama quantizes by itself, from whole weights. Leave one of --quantize and --ollama out.")
+    if wishes.private and not wishes.push:
+        raise UserError("--private: nothing is pushed. Expected --push ORGANISATION/NAME beside it.")
+    if wishes.ollama and not OLLAMA_NAME.fullmatch(wishes.ollama):
+        raise UserError(f"--ollama: found {wishes.ollama!r}, expected a name as in my-model, or NAMESPACE/MODEL:TAG.")
+    if wishes.quantize:
+        quantization_of(wishes.quantize)
+    _check_place(wishes.to)
+
+
+def _check_place(place: Path) -> None:
+    if place.is_symlink() or (place.exists() and not place.is_dir()):
+        raise UserError(f"--to: {place} is no directory. Expected the name of one that is to be made.")
+    if place.is_dir() and any(place.iterdir()):
+        raise UserError(f"--to: {place} is not empty. Expected a new directory, or an empty one.")
+    if not place.absolute().parent.is_dir():
+        raise UserError(f"--to: {place.absolute().parent} is no directory. Make it first.")
+
+
+# ---- the model --------------------------------------------------------------------------------------------------------------
+
+
+def whole_model(source: Source, dtype: str, trust_remote_code: bool = False):
+    """The model of a checkpoint, whole: the one place that knows how an adapter becomes one.
+
+    dtype is a name such as bfloat16. Raises UserError where its files cannot be read.
+    """
+    defaults = OmegaConf.load(CONFIG_DIR / "model" / "base_model.yaml")
+    tokenizer, trusted = tokenizer_of(source, trust_remote_code), {"trust_remote_code": trust_remote_code}
+    if source.is_adapter:
+        config = OmegaConf.merge(defaults, source.config["model"], trusted)
+        return models.load_merged(source.checkpoint, config, tokenizer).to(getattr(torch, dtype))
+    config = OmegaConf.merge(defaults, trusted, {"name_or_path": str(source.checkpoint), "policy_dtype": dtype})
+    return models.load_model(config, tokenizer)
+
+
+def tokenizer_of(source: Source, trust_remote_code: bool = False):
+    """The tokenizer of a checkpoint: the one that lies in it, else the run's."""
+    values = dict(source.config["model"]) | {"trust_remote_code": trust_remote_code}
+    if (source.checkpoint / "tokenizer_config.json").is_file():
+        values["tokenizer_name_or_path"] = str(source.checkpoint)
+    return models.load_tokenizer(OmegaConf.create(values))
+
+
+def _places_of_tokenizer(source: Source) -> list[str]:
+    """Where files of a tokenizer may be: directories and hub ids."""
+    places = [str(source.checkpoint), source.config["model"].get("tokenizer_name_or_path"), source.base]
+    return [place for place in places if place and place != models.BYTE_LEVEL]
+
+
+def _stored(source: Source) -> dict:
+    """The model's configuration as it lies in a checkpoint; empty in an adapter's."""
+    try:
+        return json.loads((source.checkpoint / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+
+
+# ---- quantization -----------------------------------------------------------------------------------------------------------
+
+# int4 is not among them: torchao packs it with kernels of GPUs alone, so that no CPU writes or reads it.
+QUANTIZATIONS = ("int8",)
+
+
+def quantization_of(name: str):
+    """The configuration of transformers for a quantization of linear layers: int8, weights alone.
+
+    Raises UserError without the package torchao.
+    """
+    from transformers import TorchAoConfig
+
+    if name not in QUANTIZATIONS:
+        raise UserError(f"--quantize: no format {name!r}; {nearest(name, QUANTIZATIONS)}")
+    try:
+        from torchao.quantization import Int8WeightOnlyConfig
+    except ImportError as error:
+        raise UserError(
+            "--quantize: the package torchao is missing, or does not fit this torch. Expected: "
+            "pip install -r requirements-export.txt"
+        ) from error
+    return TorchAoConfig(Int8WeightOnlyConfig())
+
+
+def _quantize(directory: Path, name: str, dtype: str) -> None:
+    """Put quantized weights in the place of a directory's."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=getattr(torch, dtype), quantization_config=quantization_of(name)
+    )
+    for file in directory.glob("model*.safetensors*"):
+        file.unlink()
+    model.save_pretrained(directory, max_shard_size=SHARD_SIZE)
+
+
+# ---- writing ----------------------------------------------------------------------------------------------------------------
+
+
+def export(path: Path, wishes: Wishes) -> list[str]:
+    """Export the model of a run directory or checkpoint as `wishes` say; returns what there is to be said of it.
+
+    Raises UserError for what cannot be done; then there is no directory.
+    """
+    source = source_of(path)
+    check_wishes(wishes, source.is_adapter)
+    tokenizer = tokenizer_of(source, wishes.trust_remote_code)
+    prompt, notes = serve_as_trained(source.config, tokenizer, wishes.template)
+    modelfile = pieces = None
+    if wishes.ollama:
+        if architecture := _stored(source).get("architectures"):
+            check_architecture(architecture[0])
+        modelfile, said = modelfile_of(source.config, tokenizer, wishes.template)
+        notes += said
+        pieces = tokenizer_model(tokenizer, _places_of_tokenizer(source))
+    if wishes.push:
+        hub.reserve(wishes.push, wishes.private)
+    dtype = wishes.dtype or _stored(source).get("dtype") or source.config["model"]["policy_dtype"]
+    with written_beside(wishes.to) as partial:
+        if source.is_adapter and not wishes.merge:
+            facts = _write_adapter(source, partial, dtype)
+        else:
+            facts = _write_whole(source, partial, dtype, wishes)
+        save_tokenizer(tokenizer, partial)
+        if modelfile:
+            fit_for_ollama(partial, tokenizer)
+            (partial / "Modelfile").write_text(modelfile, encoding="utf-8")
+        if pieces:
+            (partial / "tokenizer.model").write_bytes(pieces)
+        facts = replace(facts, name=wishes.push or wishes.to.resolve().name, prompt=prompt)
+        (partial / "README.md").write_text(model_card(facts), encoding="utf-8")
+    said = [_summary(wishes.to, facts), *(f"note: {note}" for note in notes)]
+    if wishes.ollama:
+        command = ["ollama", "create", wishes.ollama, "--quantize", "q4_K_M", "-f", str(wishes.to / "Modelfile")]
+        said.append(f"for Ollama: {shlex.join(command)}")
+    if wishes.push:
+        said.append(f"on the hub: {hub.upload(wishes.to, wishes.push)}")
+    return said
+
+
+def _summary(place: Path, facts: CardFacts) -> str:
+    return f"{place}: {facts.architecture}, {facts.parameters:,} parameters, {facts.dtype}"
+
+
+QUESTION = "What is the capital of France?"
+
+
+def serve_as_trained(config: dict, tokenizer, wanted: str | None = None) -> tuple[str, list[str]]:
+    """Let the tokenizer's chat template write prompts as training did; returns an example of one, and notes.
+
+    Where the run's prompts are no conversations, or nobody knows, the tokenizer stays as it is.
+    """
+    try:
+        name, _ = format_of_run(config, wanted)
+    except UserError:
+        name = None
+    if name in ("hh", "chatml"):
+        turns = turns_of(name, tokenizer)
+        template = chat_template(turns, bool(bos_of(tokenizer)))
+        notes = [f"the tokenizer's own chat template is replaced by {name}, as in training"] if tokenizer.chat_template else []
+        tokenizer.chat_template = template
+        return turns.text([Turn("user", QUESTION)]), notes
+    if name == "chat":
+        text, _ = build_template("chat", None, tokenizer)((Turn("user", QUESTION),), [])
+        return text.removeprefix(tokenizer.bos_token if bos_of(tokenizer) else ""), []
+    return PLAIN_PROMPT, []
+
+
+def _write_whole(source: Source, partial: Path, dtype: str, wishes: Wishes) -> CardFacts:
+    model = whole_model(source, dtype, wishes.trust_remote_code)
+    architecture = type(model).__name__
+    if wishes.ollama:
+        check_architecture(architecture)
+    parameters = save_weights(model, partial)
+    del model
+    if wishes.quantize:
+        _quantize(partial, wishes.quantize, dtype)
+    return replace(_facts(source), architecture=architecture, dtype=dtype, parameters=parameters, quantized=wishes.quantize)
+
+
+def save_weights(model, directory: Path) -> int:
+    """Write a model's weights and configurations; returns how many parameters it has. Raises OSError where there is no room."""
+    parameters = list(model.parameters())
+    needed = sum(weight.numel() * weight.element_size() for weight in parameters)
+    free = shutil.disk_usage(directory).free
+    if needed > free:
+        raise OSError(errno.ENOSPC, f"{needed / 2**20:,.0f} MiB are needed, and {free / 2**20:,.0f} MiB are free")
+    model.save_pretrained(directory, max_shard_size=SHARD_SIZE)
+    return sum(weight.numel() for weight in parameters)
+
+
+def _write_adapter(source: Source, partial: Path, dtype: str) -> CardFacts:
+    from safetensors import safe_open
+
+    for name in (SETTINGS_FILE, WEIGHTS_FILE):
+        shutil.copyfile(source.checkpoint / name, partial / name)
+    with safe_open(partial / WEIGHTS_FILE, framework="pt") as weights:
+        shapes = [weights.get_slice(name).get_shape() for name in weights.keys()]  # noqa: SIM118  not a dict
+    base = json.loads((partial / SETTINGS_FILE).read_text()).get("base_model_name_or_path")
+    facts = replace(_facts(source), dtype=dtype, parameters=sum(math.prod(shape) for shape in shapes), adapter=True)
+    return replace(facts, base=source.base or base, architecture="adapter")
+
+
+def _facts(source: Source) -> CardFacts:
+    versions = {name: version for name, version in (source.run.get("versions") or {}).items() if isinstance(version, str)}
+    started = source.config["model"].get("archive")
+    notes = [f"The run started from weights of an earlier one, `{Path(started).name}`."] if started else []
+    known = {"config": source.config, "base": source.base, "examples": source.examples, "held_out": source.held_out}
+    known |= {"rows": source.rows, "evaluation": source.evaluation, "versions": versions, "notes": notes}
+    return CardFacts("", "", "", 0, **known)
+
+
+@contextmanager
+def written_beside(place: Path) -> Iterator[Path]:
+    """Inside, a directory beside `place`, which becomes it at the end; where anything goes wrong, nothing is left.
+
+    What the system refuses is a UserError.
+    """
+    place = place.resolve()
+    partial = place.with_name(place.name + PARTIAL)
+    try:
+        # Of an export that was killed.
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        yield partial
+        # safetensors gives its files to their owner alone; they are to be as open as the others.
+        for file in partial.glob("*.safetensors"):
+            file.chmod((partial / "README.md").stat().st_mode)
+        os.replace(partial, place)
+    except (OSError, SafetensorError) as error:
+        # safetensors has no other class for what the system says.
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if isinstance(error, SafetensorError) and number is None:
+            raise
+        reason = os.strerror(int(number[1])) if number else error.strerror or str(error)
+        raise UserError(f"--to: {place} cannot be written: {reason}. Expected a place of yours, with room.") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+# ---- the original code's archives -------------------------------------------------------------------------------------------
+
+
+def model_config_of(name: str, archive: Path):
+    """The `model` configuration of a preset's name or of a model's path or hub id, with the archive's weights in it."""
+    from hydra import compose, initialize_config_dir
+
+    presets = choices_of("model")
+    if name not in presets and "/" not in name and not Path(name).is_dir():
+        raise UserError(f"--model: no preset {name!r}, and no directory; {nearest(name, presets)}")
+    chosen = [f"model={name}"] if name in presets else ["model=blank_model"]
+    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        model_config = compose("config", overrides=chosen).model
+    if name not in presets:
+        model_config.name_or_path = name
+    model_config.archive = str(archive)
+    return model_config
+
+
+def convert(archive: Path, name: str, to: Path, dtype: str | None = None) -> list[str]:
+    """Export the weights of a policy.pt, the original code's or this one's, as a directory; returns what is to be said of it.
+
+    name is a preset of config/model/, or a model's path or hub id, that says what the weights belong to. Raises UserError.
+    """
+    _check_place(to)
+    if not archive.is_file():
+        raise UserError(f"{archive}: no such file. Expected a policy.pt.")
+    model_config = model_config_of(name, archive)
+    model_config.policy_dtype = dtype or model_config.policy_dtype
+    tokenizer = models.load_tokenizer(model_config)
+    models.check_model(model_config, tokenizer)
+    held = load_tensors(archive, mapped=True)
+    with written_beside(to) as partial:
+        model = models.load_model(model_config, tokenizer)
+        parameters = save_weights(model, partial)
+        save_tokenizer(tokenizer, partial)
+        step, metrics = held.get("step_idx"), held.get("metrics")
+        facts = CardFacts(
+            to.resolve().name,
+            type(model).__name__,
+            model_config.policy_dtype,
+            parameters,
+            config=None,
+            base=model_config.name_or_path,
+            examples=step if isinstance(step, int) else None,
+            held_out=_numbers(metrics),
+            notes=["Converted from a single file of weights. What it was trained on, and how, is not in that file."],
+        )
+        (partial / "README.md").write_text(model_card(facts), encoding="utf-8")
+    return [_summary(to, facts)]
+
+
+def _numbers(metrics) -> dict[str, float]:
+    """What of an archive's metrics is a number."""
+    items = metrics.items() if isinstance(metrics, dict) else ()
+    return {str(name): float(value) for name, value in items if isinstance(value, float | int)}

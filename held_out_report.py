@@ -1,0 +1,198 @@
+"""What held-out scores say of a checkpoint: overall and in parts, whether its reward likes length, how far it has gone.
+
+Shapes: E examples (pairs; responses for SFT). Every number has a 95% bootstrap interval over prompts: the pairs of one prompt
+are not independent.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy
+import torch
+
+from batches import TokenBudget, batches_of, examples_of
+from evaluation import HeldOut, bootstrap_means, interval, score, share_interval, with_interval
+from prompt_table import Selection
+from prompt_templates import user_markers
+from ranks import ALONE, Ranks
+from tokenization import TokenizedPrompt
+
+LOSS, ACCURACY, MARGIN = "loss/eval", "rewards_eval/accuracies", "rewards_eval/margins"
+# What a table shows of each part, with its heading.
+COLUMNS = {LOSS: "loss", ACCURACY: "accuracy", MARGIN: "margin"}
+LENGTH_BOUNDS = (32, 64, 128, 256, 512, 1024)
+
+
+@dataclass(frozen=True)
+class ExampleFacts:
+    """What is known of each held-out example, in the order of its metrics: lists and arrays of [E].
+
+    Lengths are tokens: of the prompt, of the preferred response (SFT: the response), and of the other one, which SFT has none
+    of. turns counts what the user says in the prompt; prompts numbers the prompts.
+    """
+
+    data_sets: list[str]
+    prompts: numpy.ndarray
+    prompt_lengths: numpy.ndarray
+    response_lengths: numpy.ndarray
+    other_lengths: numpy.ndarray | None
+    turns: numpy.ndarray
+
+    @classmethod
+    def of(cls, prompts: Selection, n_examples: int | None, tokenizer) -> "ExampleFacts":
+        """The facts of the first `n_examples` examples (None: all) of some prompts."""
+        markers, rows, number = user_markers(tokenizer), [], -1
+        last = None
+        for prompt, pair in islice(examples_of(prompts), n_examples):
+            if prompt is not last:
+                text, number, last = tokenizer.decode(prompt.prompt_ids), number + 1, prompt
+                turns = max(1, *(text.count(marker) for marker in markers))
+            lengths = [len(prompt.responses[index]) for index in pair or (0, 0)]
+            # A source is "NAME, test prompt 5".
+            rows.append((prompt.source.rsplit(", ", 1)[0], number, len(prompt.prompt_ids), *lengths, turns, pair is not None))
+        names, *numbers, paired = zip(*rows, strict=True)
+        prompts_of, prompt_lengths, responses, others, turns_of = map(numpy.array, numbers)
+        return cls(list(names), prompts_of, prompt_lengths, responses, others if all(paired) else None, turns_of)
+
+    def parts(self) -> dict[str, dict[str, numpy.ndarray]]:
+        """Ways to divide the examples: name of the way → name of the part → which examples, [E] bool."""
+        names = numpy.array(self.data_sets)
+        return {
+            "data set": {name: names == name for name in dict.fromkeys(self.data_sets)},
+            "prompt tokens": _by_length(self.prompt_lengths),
+            "response tokens": _by_length(self.response_lengths),
+            "turns of the user": {str(turns): self.turns == turns for turns in numpy.unique(self.turns)},
+        }
+
+
+def _by_length(lengths: numpy.ndarray) -> dict[str, numpy.ndarray]:
+    number = numpy.searchsorted(LENGTH_BOUNDS, lengths)
+    lows = (1, *(bound + 1 for bound in LENGTH_BOUNDS))
+    names = [f"{low}-{high}" for low, high in zip(lows, LENGTH_BOUNDS, strict=False)] + [f"{lows[-1]}-"]
+    return {names[k]: number == k for k in numpy.unique(number)}
+
+
+# ---- the numbers ----------------------------------------------------------------------------------------------------------
+
+
+def summary(held_out: HeldOut, facts: ExampleFacts) -> dict:
+    """Loss, accuracy and margin of all examples and of each part of them, and for pairs `length_bias`; plain values."""
+    names = [name for name in COLUMNS if name in held_out.examples]
+    values = numpy.column_stack([held_out.examples[name].double().numpy() for name in names])
+    result = {"all": part(names, values, facts.prompts)}
+    for way, parts in facts.parts().items():
+        result[way] = {name: part(names, values[chosen], facts.prompts[chosen]) for name, chosen in parts.items()}
+    if facts.other_lengths is not None:
+        result["length_bias"] = length_bias(held_out, facts)
+    return result
+
+
+def part(names: Sequence[str], values: numpy.ndarray, prompts: numpy.ndarray) -> dict:
+    """How many examples and prompts, and each named column's mean [E, K] with its interval; null where there is one prompt."""
+    draws = bootstrap_means(values, prompts)
+    number = len(numpy.unique(prompts))
+    means = {name: _estimate(values[:, k].mean(), draws[:, k], number) for k, name in enumerate(names)}
+    if ACCURACY in means and number > 1 and means[ACCURACY]["mean"] in (0, 1):
+        # Of values that are all the same, a bootstrap knows nothing else.
+        low, high = share_interval(torch.full((number,), means[ACCURACY]["mean"]))
+        means[ACCURACY] |= {"low": low, "high": high}
+    return {"examples": len(values), "prompts": number, **means}
+
+
+def _estimate(mean: float, draws: numpy.ndarray, prompts: int) -> dict:
+    sound = prompts > 1 and numpy.isfinite(draws).any() and numpy.isfinite(mean)
+    low, high = interval(draws) if sound else (None, None)
+    return {"mean": float(mean) if numpy.isfinite(mean) else None, "low": low, "high": high}
+
+
+def length_bias(held_out: HeldOut, facts: ExampleFacts) -> dict:
+    """Whether the implicit reward follows the length of a response, in tokens.
+
+    correlation: Pearson's, of reward and length over the responses of all pairs; null where either never varies. Of the pairs
+    whose lengths differ, the shares in which the longer response has the larger reward (an equal one counts a half), and in
+    which it is the preferred one by its label.
+    """
+    rewards = [held_out.examples[f"rewards_eval/{which}"].double().numpy() for which in ("chosen", "rejected")]
+    lengths = [facts.response_lengths, facts.other_lengths]
+    reward, length = (numpy.concatenate(both) - numpy.concatenate(both).mean() for both in (rewards, lengths))
+    moments = numpy.column_stack([reward, length, reward * length, reward**2, length**2])
+    draws = bootstrap_means(moments, numpy.concatenate([facts.prompts, facts.prompts]))
+    number = len(numpy.unique(facts.prompts))
+    result = {"correlation": _estimate(_correlation(moments.mean(0)[None])[0], _correlation(draws), number)}
+    longer = numpy.sign(lengths[0] - lengths[1])
+    differ = longer != 0
+    if differ.any():
+        by_reward = (1 + longer * numpy.sign(rewards[0] - rewards[1])) / 2
+        shares = part(["by_reward", "by_label"], numpy.column_stack([by_reward, longer > 0])[differ], facts.prompts[differ])
+        result["longer_preferred"] = shares
+    return result
+
+
+def _correlation(means: numpy.ndarray) -> numpy.ndarray:
+    """Pearson's correlation [N] of x and y from the means [N, 5] of x, y, xy, x^2 and y^2."""
+    x, y, xy, xx, yy = means.T
+    with numpy.errstate(divide="ignore", invalid="ignore"):
+        found = (xy - x * y) / numpy.sqrt((xx - x * x).clip(0) * (yy - y * y).clip(0))
+    return numpy.where(numpy.isfinite(found), found.clip(-1, 1), numpy.nan)
+
+
+def kl_estimate(
+    policy, reference, prompts: Sequence[list[int]], responses: Sequence[list[int]], batch_size: int, budget: TokenBudget,
+    ranks: Ranks = ALONE,
+) -> tuple[dict, list[float]]:  # fmt: skip
+    """KL(policy || reference) from responses that were sampled of the policy: the mean log-ratio, an unbiased estimate.
+
+    prompts and responses are token ids; a response that was cut counts as far as it goes. Returns the estimate for an answer
+    and for a token (all log-ratios over all tokens), in nats, and each answer's log-ratio.
+    """
+    sampled = [TokenizedPrompt(prompt, [response], []) for prompt, response in zip(prompts, responses, strict=True)]
+    scores = score(policy, reference, batches_of(list(examples_of(sampled)), batch_size, budget, ranks), ranks)
+    ratios = (scores.policy - scores.reference)[scores.order].numpy()
+    columns = numpy.column_stack([ratios, [len(response) for response in responses]])
+    draws = bootstrap_means(columns)
+    per_token = _estimate(ratios.sum() / columns[:, 1].sum(), draws[:, 0] / draws[:, 1], len(ratios))
+    per_answer = _estimate(ratios.mean(), draws[:, 0], len(ratios))
+    counts = {"answers": len(ratios), "tokens": int(columns[:, 1].sum())}
+    return counts | {"per_answer": per_answer, "per_token": per_token}, ratios.tolist()
+
+
+# ---- the table ------------------------------------------------------------------------------------------------------------
+
+
+def shown(estimate: dict) -> str:
+    """An estimate as the table has it."""
+    return "-" if estimate["mean"] is None else with_interval(*estimate.values())
+
+
+def lines_of(results: dict) -> list[str]:
+    """The results of an evaluation as lines for the console; [95% interval]."""
+    held_out, lines = results["held_out"], []
+    names = [name for name in COLUMNS if name in held_out["all"]]
+    rows = {"all": held_out["all"]}
+    rows |= {f"{way} {name}": row for way, rows_of in held_out.items() if way not in ("all", "length_bias")
+             for name, row in rows_of.items()}  # fmt: skip
+    width = max(len(name) for name in rows) + 2
+    lines.append(f"{'held out':{width}}{'examples':>9}" + "".join(f"{COLUMNS[name]:>28}" for name in names))
+    for title, row in rows.items():
+        lines.append(f"{title:{width}}{row['examples']:>9,}" + "".join(f"{shown(row[name]):>28}" for name in names))
+    if bias := held_out.get("length_bias"):
+        lines.append(f"reward and length of a response: correlation {shown(bias['correlation'])}")
+        if shares := bias.get("longer_preferred"):
+            by_reward, by_label = shown(shares["by_reward"]), shown(shares["by_label"])
+            lines.append(f"share of pairs whose longer response is preferred: by reward {by_reward}, by label {by_label}")
+    if kl := results.get("kl"):
+        answers = f"{shown(kl['per_answer'])} nats an answer, {shown(kl['per_token'])} a token"
+        lines.append(f"KL to the reference, from {kl['answers']:,} sampled answers: {answers}")
+    if "win_rate" in results:
+        lines.append(line_of_win_rate(results["win_rate"]))
+    for name, task in results.get("tasks", {}).items():
+        lines.append(f"{name}: " + ", ".join(f"{metric} {value:.4g}" for metric, value in task.items() if value is not None))
+    return lines
+
+
+def line_of_win_rate(found: dict) -> str:
+    """What a judge has said of all comparisons."""
+    answered = f"{found['wins']:,} won, {found['ties']:,} tied, {found['losses']:,} lost, {found['unanswered']:,} not judged"
+    rate = "refused, too many are missing" if found["rate"] is None else shown(found["rate"])
+    return f"win rate against {found['against']} under {found['judge']}: {rate} ({answered})"

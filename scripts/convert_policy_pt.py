@@ -1,0 +1,43 @@
+"""The weights of a policy.pt, such as the original DPO code writes, as a directory that AutoModelForCausalLM loads.
+
+python scripts/convert_policy_pt.py POLICY_PT --model PRESET_OR_PATH --to DIRECTORY [--dtype bfloat16]
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from configuration import DTYPES  # noqa: E402
+from utils import UserError  # noqa: E402
+
+
+def arguments() -> argparse.Namespace:
+    """The command line, understood."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("archive", type=Path, metavar="POLICY_PT", help='the file, with its weights under "state"')
+    parser.add_argument("--model", required=True, help="what the weights belong to: a preset (pythia28), a path or a hub id")
+    parser.add_argument("--to", type=Path, required=True, help="the directory that is made; it may not exist, or be empty")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the weights; else float32")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Convert an archive. A mistake of the user's becomes one message and exit status 2."""
+    options = arguments()
+    from exporting import convert
+    from utils import quiet_libraries
+
+    quiet_libraries()
+    try:
+        said = convert(options.archive, options.model, options.to, options.dtype)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    print(*said, sep="\n")
+
+
+if __name__ == "__main__":
+    main()

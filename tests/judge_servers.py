@@ -1,0 +1,117 @@
+"""Stand-ins for servers of language models: they listen on a port and speak OpenAI's protocol and Ollama's."""
+
+import json
+import re
+import threading
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+# What a model is told of a question, as it reads it in its prompt: (code, prompt, answer A, answer B).
+Question = tuple[str, str, str, str]
+
+
+@dataclass
+class Reply:
+    """What a server does with a request: a status and a body, or nothing at all until the test is over."""
+
+    text: str = ""
+    status: int = 200
+    headers: dict[str, str] = field(default_factory=dict)
+    hangs: bool = False
+    drops: bool = False
+
+
+def verdict(question: Question, better: str) -> Reply:
+    """What a model says that judges as it was told."""
+    return Reply(f"Both answer.\nOne is shorter.\n{json.dumps({'code': question[0], 'better': better})}")
+
+
+def shorter_wins(question: Question) -> Reply:
+    """A judge who likes short answers, whichever stands first."""
+    first, second = len(question[2]), len(question[3])
+    return verdict(question, "tie" if first == second else "A" if first < second else "B")
+
+
+def read_question(message: str) -> Question:
+    """What the prompt of the judge says."""
+    code = re.search(r"<request (\w+)>", message)[1]
+    parts = [
+        re.search(f"<{name} {code}>\n(.*?)\n</{name} {code}>", message, flags=re.DOTALL)[1]
+        for name in ("request", "answer A", "answer B")
+    ]
+    return code, *parts
+
+
+class Server:
+    """A running stand-in. `answer` makes a Reply of a question; questions, keys and bodies are those that came, in order."""
+
+    def __init__(self, answer: Callable[[Question], Reply]):
+        self.answer = answer
+        self.questions: list[Question] = []
+        self.bodies: list[dict] = []
+        self.keys: list[str | None] = []
+        self.over = threading.Event()
+        self.writing = threading.Lock()
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), self.handler())
+        self.url = f"http://127.0.0.1:{self.http.server_port}"
+
+    def handler(self) -> type:
+        """The class that answers requests."""
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                question = read_question(body["messages"][-1]["content"])
+                with server.writing:
+                    server.bodies.append(body)
+                    server.questions.append(question)
+                    server.keys.append(self.headers["Authorization"])
+                    reply = server.answer(question)
+                if reply.hangs:
+                    server.over.wait()
+                if reply.hangs or reply.drops:
+                    self.close_connection = True
+                    return
+                content = json.dumps(server.wrapped(self.path, reply.text)).encode()
+                self.send_response(reply.status)
+                for name, value in {"Content-Length": str(len(content)), **reply.headers}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(content)
+
+            def log_message(self, *_):
+                pass
+
+        return Handler
+
+    @staticmethod
+    def wrapped(path: str, text: str) -> dict:
+        """A model's text as each protocol wraps it."""
+        message = {"role": "assistant", "content": text}
+        if path == "/v1/chat/completions":
+            return {
+                "id": "x",
+                "object": "chat.completion",
+                "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
+            }
+        if path == "/api/chat":
+            return {"model": "m", "created_at": "2026-01-01T00:00:00Z", "message": message, "done": True}
+        raise AssertionError(f"nobody asks for {path}")
+
+
+@contextmanager
+def serving(answer: Callable[[Question], Reply]):
+    """A running Server, ended behind it."""
+    server = Server(answer)
+    thread = threading.Thread(target=server.http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.over.set()
+        server.http.shutdown()
+        server.http.server_close()
+        thread.join()

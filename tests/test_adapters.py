@@ -1,0 +1,306 @@
+"""Adapters: what they change and what they leave, few bits under them, checkpoints that hold them alone."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from adapters import as_it_began
+from batches import BatchIterator, evaluation_batches
+from checkpoints import CheckpointWriter, read_state
+from configuration import check_config
+from conftest import GOLDEN
+from logprobs import response_logps
+from losses import build_loss
+from models import check_model, load_merged, load_model, random_trees, share_prefixes, weights_hash
+from placement import OneProcess
+from prompt_table import PromptTable
+from ranks import ALONE
+from reference_cache import cache_key
+from tokenization import TokenizedPrompt
+from tracking import NoTracker, Tracker
+from trainers import BasicTrainer
+from utils import UserError, seed_everything
+
+KINDS = {
+    "lora": ["+adapter=lora"],
+    "lora with dropout": ["+adapter=lora", "model.lora.dropout=0.1"],
+    "qlora": ["+adapter=qlora"],
+    "qlora, single quantisation": ["+adapter=qlora", "model.double_quantization=false"],
+}
+PROMPTS = [TokenizedPrompt([5 + n, 6, 7], [[10 + n, 11, 0], [12 + n, 0]], [(0, 1)]) for n in range(12)]
+BATCH = random_trees(378)
+
+
+@pytest.fixture
+def configured(compose):
+    """A configuration of the golden Llama with further overrides."""
+
+    def configured(*overrides):
+        sizes = "batch_size=4", "eval_every=4", "warmup_steps=0", "max_length=32", "lr=1e-2", "optimizer=AdamW"
+        model = (
+            "model=blank_model",
+            f"model.name_or_path={GOLDEN / 'llama'}",
+            f"model.tokenizer_name_or_path={GOLDEN / 'tokenizer'}",
+        )
+        loss = [] if any(text.startswith("loss=") for text in overrides) else ["loss=dpo"]
+        return compose(*model, *sizes, *loss, *overrides)
+
+    return configured
+
+
+def model_of(config, tokenizer) -> nn.Module:
+    seed_everything(config.seed)
+    return load_model(config.model, tokenizer)
+
+
+def trainer_of(config, tokenizer, run_dir=None, n_examples=12) -> BasicTrainer:
+    """A trainer as the command line would put it together; with a directory it writes checkpoints."""
+    seed_everything(config.seed)
+    placement = OneProcess(config, tokenizer)
+    policy = placement.policy()
+    table = PromptTable.of(PROMPTS)
+    batches = BatchIterator(table, 4, n_examples=n_examples), evaluation_batches(table, 4, 4, seed=0)
+    about = {"config": OmegaConf.to_container(config, resolve=True), "data": ["a"], "began_with": placement.began_with}
+    writer = run_dir and CheckpointWriter(run_dir, policy, tokenizer, about=about | {"wandb_id": "0" * 32})
+    tracker = Tracker(run_dir, n_examples) if run_dir else NoTracker()
+    loss = build_loss(**config.loss)
+    return BasicTrainer(config, policy, placement.reference(policy), loss, tokenizer, *batches, [], tracker, writer)
+
+
+def finished(config, tokenizer, run_dir) -> Path:
+    """The last checkpoint of a run in a directory."""
+    run_dir.mkdir()
+    trainer_of(config, tokenizer, run_dir).train()
+    return run_dir / "LATEST"
+
+
+# ---- what an adapter changes --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_fresh_adapter_changes_nothing_and_the_step_0_loss_is_ln_2(configured, tokenizer, kind):
+    trainer = trainer_of(configured(*KINDS[kind]), tokenizer)
+    metrics = trainer.train_step(next(iter(trainer.train_batches)))
+    assert metrics["rewards_train/margins"] == 0.0
+    assert metrics["loss/train"] == pytest.approx(math.log(2), abs=1e-7)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_the_adapter_is_trained(configured, tokenizer, kind):
+    trainer = trainer_of(configured(*KINDS[kind]), tokenizer)
+    before = {name: weight.detach().clone() for name, weight in trainer.policy.named_parameters()}
+    trainer.train()
+    changed = {name for name, weight in trainer.policy.named_parameters() if not torch.equal(weight, before[name])}
+    assert changed == {name for name in before if ".lora_" in name}
+    assert sum(len(group["params"]) for group in trainer.optimizer.param_groups) == len(changed)
+
+
+def test_with_the_adapter_off_a_trained_model_is_the_one_it_began_as_bit_for_bit(configured, tokenizer):
+    whole = model_of(configured(), tokenizer)
+    share_prefixes(whole, "on")
+    trainer = trainer_of(configured("+adapter=lora"), tokenizer)
+    trainer.train()
+    with torch.no_grad():
+        began = response_logps(whole, BATCH)
+        assert torch.equal(trainer.reference(BATCH), began)
+        assert not torch.equal(response_logps(trainer.policy, BATCH), began)
+
+
+def test_the_reference_of_a_quantised_run_has_no_weights_of_its_own(configured, tokenizer):
+    trainer = trainer_of(configured("+adapter=qlora"), tokenizer)
+    assert trainer.reference.model is trainer.policy
+    few = [weight for weight in trainer.policy.parameters() if weight.dtype == torch.uint8]
+    # Seven matrices in each of the two blocks, at half a byte a weight.
+    assert len(few) == 14
+    config = trainer.policy.config
+    hidden, key_width = config.hidden_size, config.num_key_value_heads * config.head_dim
+    matrices = 2 * hidden**2 + 2 * hidden * key_width + 3 * hidden * config.intermediate_size
+    assert sum(weight.numel() for weight in few) == 2 * matrices / 2
+
+
+def test_adapters_share_prompts_between_responses(configured, tokenizer):
+    for overrides in KINDS.values():
+        assert share_prefixes(model_of(configured(*overrides), tokenizer), "on")
+
+
+def test_activation_checkpointing_gives_the_same_step(configured, tokenizer):
+    losses = []
+    for overrides in ([], ["activation_checkpointing=true"]):
+        trainer = trainer_of(configured("+adapter=qlora", *overrides), tokenizer)
+        trainer.train()
+        losses.append({name: weight for name, weight in trainer.weights().items()})
+    for name, weight in losses[0].items():
+        torch.testing.assert_close(weight, losses[1][name], rtol=1e-5, atol=1e-7)
+
+
+def test_eight_bits_train_too(configured, tokenizer):
+    trainer = trainer_of(configured("+adapter=lora", "model.quantization=int8"), tokenizer, n_examples=4)
+    metrics = trainer.train_step(next(iter(trainer.train_batches)))
+    assert metrics["rewards_train/margins"] == 0.0
+    assert metrics["grad_norm"] > 0
+
+
+# ---- on disk ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["lora with dropout", "qlora"])
+def test_a_resumed_run_ends_bit_for_bit_as_one_that_never_stopped(configured, tokenizer, tmp_path, kind):
+    config = configured(*KINDS[kind])
+    finished(config, tokenizer, tmp_path / "run")
+    resumed = trainer_of(config, tokenizer)
+    resumed.continue_from(tmp_path / "run" / "step-4")
+    resumed.train()
+    whole = trainer_of(config, tokenizer)
+    whole.train()
+    assert whole.weights().keys() == resumed.weights().keys()
+    for name, weight in whole.weights().items():
+        assert torch.equal(weight, resumed.weights()[name]), name
+
+
+def test_a_checkpoint_holds_the_adapter_alone_and_loads_with_from_pretrained(configured, tokenizer, tmp_path):
+    config = configured("+adapter=lora")
+    checkpoint = finished(config, tokenizer, tmp_path / "run")
+    assert not (checkpoint / "model.safetensors").exists()
+    assert not (checkpoint / "policy.pt").exists()
+    assert json.loads((checkpoint / "adapter_config.json").read_text())["base_model_name_or_path"] == str(GOLDEN / "llama")
+    found = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    trained = trainer_of(config, tokenizer)
+    trained.continue_from(checkpoint)
+    for text in ("a b", "what is it"):
+        ids = torch.tensor([tokenizer(text).input_ids])
+        torch.testing.assert_close(found(ids).logits, trained.policy.eval()(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("overrides", [["+adapter=lora"], ["+adapter=qlora"]])
+def test_merged_weights_say_what_the_adapter_said(configured, tokenizer, tmp_path, overrides):
+    config = configured(*overrides)
+    checkpoint = finished(config, tokenizer, tmp_path / "run")
+    merged = load_merged(checkpoint, OmegaConf.create(read_state(checkpoint)["run"]["config"]).model, tokenizer).eval()
+    trained = trainer_of(config, tokenizer)
+    trained.continue_from(checkpoint)
+    assert not [name for name, _ in merged.named_parameters() if "lora" in name or "base_layer" in name]
+    with torch.no_grad():
+        torch.testing.assert_close(response_logps(merged, BATCH), response_logps(trained.policy, BATCH), rtol=1e-5, atol=1e-4)
+    merged.save_pretrained(tmp_path / "whole")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "whole", dtype=torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), merged.state_dict().values(), strict=True))
+
+
+def test_training_on_from_an_adapter_keeps_that_adapter_as_the_reference(configured, tokenizer, tmp_path):
+    config = configured("+adapter=lora")
+    first = finished(config, tokenizer, tmp_path / "first")
+    on = trainer_of(configured("+adapter=lora", f"model.archive={first}"), tokenizer)
+    trained = trainer_of(config, tokenizer)
+    trained.continue_from(first)
+    with torch.no_grad():
+        expected = response_logps(trained.policy, BATCH)
+        assert torch.equal(response_logps(on.policy, BATCH), expected)
+    on.train()
+    with torch.no_grad():
+        assert torch.equal(on.reference(BATCH), expected)
+        assert not torch.equal(response_logps(on.policy, BATCH), expected)
+
+
+def test_an_adapter_of_an_adapter_of_an_adapter_finds_its_weights(configured, tokenizer, tmp_path):
+    archive, overrides = None, []
+    for number in range(3):
+        archive = finished(configured("+adapter=lora", *overrides), tokenizer, tmp_path / str(number))
+        overrides = [f"model.archive={archive}"]
+    check_model(configured("+adapter=lora", *overrides).model, tokenizer)
+
+
+def test_an_adapter_on_a_trained_model_finds_it_again(configured, tokenizer, tmp_path):
+    whole = finished(configured(), tokenizer, tmp_path / "whole")
+    adapter = finished(configured("+adapter=lora", f"model.archive={whole}"), tokenizer, tmp_path / "adapter")
+    config = configured("+adapter=lora", f"model.archive={adapter}")
+    with as_it_began(model := model_of(config, tokenizer)):
+        pass
+    assert json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"] == str(whole.resolve())
+    began = dict(model_of(configured(f"model.archive={whole}"), tokenizer).named_parameters())
+    for name, weight in model.named_parameters():
+        if ".lora_" not in name:
+            assert torch.equal(weight, began[name.replace(".base_layer.", ".")])
+
+
+# ---- the reference's log-probs, kept --------------------------------------------------------------------------------------
+
+
+def test_kept_log_probs_of_the_reference_do_not_depend_on_the_adapter_that_is_trained(configured, tokenizer):
+    prompts = PromptTable.of(PROMPTS).select(torch.arange(4).numpy())
+    keys = set()
+    for overrides in (["seed=0"], ["seed=1"], ["model.lora.r=3"]):
+        model = model_of(configured("+adapter=lora", *overrides), tokenizer)
+        keys.add(cache_key(model, prompts, ALONE))
+    assert len(keys) == 1
+    assert weights_hash(model) == weights_hash(model_of(configured(), tokenizer))
+
+
+# ---- what is refused ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.lora.r=0"], "model.lora.r: found 0, expected a whole number from 1 or null"),
+        (["+adapter=lora", "model.lora.alpha=0"], "model.lora.alpha"),
+        (["+adapter=lora", "model.lora.dropout=1"], "model.lora.dropout"),
+        (["+adapter=lora", "model.lora.target_modules=[]"], "model.lora.target_modules"),
+        (["+adapter=lora", "model.reference_dtype=bfloat16"], "the reference is the same weights"),
+        (["model.quantization=nf4"], r"cannot be trained themselves. Add \+adapter=lora"),
+        (["+adapter=lora", "model.quantization=int3"], "model.quantization: found 'int3', expected nf4, int8 or null"),
+        (["+adapter=qlora", "trainer=FSDPTrainer"], "FSDPTrainer cannot lay weights of few bits over processes"),
+        (["+adapter=lora", "loss=tr_dpo"], "loss=tr_dpo moves the reference"),
+        (["+adapter=lora", "trainer=TensorParallelTrainer"], "TensorParallelTrainer splits the layers"),
+    ],
+)
+def test_what_cannot_work_is_refused_with_the_key(configured, overrides, message):
+    with pytest.raises(UserError, match=message):
+        check_config(configured(*overrides))
+
+
+def test_layers_that_a_model_has_not_got_are_refused_with_those_it_has(configured, tokenizer):
+    config = configured("+adapter=lora", "model.lora.target_modules=[query]")
+    with pytest.raises(UserError, match="model.lora.target_modules: found .*query.*down_proj, gate_proj, k_proj"):
+        check_model(config.model, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([], "is an adapter, and model.lora.r is not given"),
+        (["+adapter=lora", "model.lora.r=4"], "model.lora.r: found 4, but the adapter .* was trained with 16"),
+        (
+            ["+adapter=lora", "model.lora.target_modules=[q_proj]"],
+            "does not fit Llama.* as configured; 24 tensors differ",
+        ),
+        (["+adapter=lora", f"model.name_or_path={GOLDEN / 'gpt_neox'}"], "was trained on .*llama, and model.name_or_path is"),
+        (["+adapter=qlora"], "was trained on other weights than those of the model as configured"),
+    ],
+)
+def test_an_adapter_that_does_not_belong_to_the_model_is_refused(configured, tokenizer, tmp_path, overrides, message):
+    checkpoint = finished(configured("+adapter=lora"), tokenizer, tmp_path / "run")
+    if overrides and "gpt_neox" in overrides[-1]:
+        settings = json.loads((checkpoint / "adapter_config.json").read_text())
+        settings["base_model_name_or_path"] = "org/llama"
+        (checkpoint / "adapter_config.json").write_text(json.dumps(settings))
+        message = "was trained on org/llama, and model.name_or_path is"
+    config = configured(*overrides, f"model.archive={checkpoint}")
+    with pytest.raises(UserError, match=message):
+        check_model(config.model, tokenizer)
+        load_model(config.model, tokenizer)
+
+
+@pytest.mark.parametrize("damage", ["{", "{}", "[]"])
+def test_damaged_settings_of_an_adapter_are_an_error_of_the_users(configured, tokenizer, tmp_path, damage):
+    checkpoint = finished(configured("+adapter=lora"), tokenizer, tmp_path / "run").resolve()
+    (checkpoint / "adapter_config.json").write_text(damage)
+    with pytest.raises(UserError, match=r"its adapter_config.json is damaged"):
+        check_model(configured("+adapter=lora", f"model.archive={checkpoint}").model, tokenizer)
+    shutil.rmtree(checkpoint)

@@ -3,12 +3,15 @@
 # make faults  runs killed and stopped at random moments, an hour or two; options in FAULTS: make faults FAULTS="--kills 50"
 # make bench   this project beside TRL, hours; options in BENCH: make bench BENCH="--work dpo_hh_live --rounds 5"
 # make two-hosts   train over two machines made of Linux namespaces; options in TWO_HOSTS
+# make collect   the labelling app, on sample problems; settings in COLLECT: make collect COLLECT="store=my.duckdb port=8502"
+# make collect-train   train on what was collected; keys in COLLECT: make collect-train COLLECT="model=pythia28 collect.store=my.duckdb"
+# make collect-test    all tests of the labelling app, in Chromium too (Debian: apt install chromium chromium-driver)
 # All make .venv at their first call and leave the rest of the machine alone.
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint faults bench two-hosts clean
+.PHONY: demo test lint faults bench two-hosts collect collect-train collect-test clean
 
 demo: .venv/installed
 	$(BIN)/python scripts/demo.py
@@ -29,6 +32,16 @@ bench: .venv/installed-bench
 two-hosts: .venv/installed
 	$(BIN)/python scripts/two_hosts.py $(TWO_HOSTS)
 
+collect: .venv/installed-collect
+	$(BIN)/python -m preference_collection serve $(COLLECT)
+
+collect-train: .venv/installed .venv/installed-collect
+	$(BIN)/python scripts/collect_train.py $(COLLECT)
+
+collect-test: .venv/installed-dev .venv/installed-collect
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r preference_collection/requirements-test.txt
+	SCREENSHOTS=runs/collect_screenshots $(BIN)/python -m pytest -n 0 preference_collection/tests preference_collection/tests_whole
+
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
@@ -36,6 +49,11 @@ two-hosts: .venv/installed
 
 .venv/installed-dev: $(wildcard requirements*.txt) .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+.venv/installed-collect: preference_collection/requirements.txt
+	test -d .venv || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r preference_collection/requirements.txt
 	touch $@
 
 .venv/installed-bench: benchmarks/requirements.txt .venv/installed

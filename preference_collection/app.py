@@ -1,0 +1,75 @@
+"""The page, started by `python -m preference_collection serve`: who is there, and what they see."""
+
+import atexit
+import hmac
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+import streamlit as st  # noqa: E402
+
+from preference_collection import views  # noqa: E402
+from preference_collection.generation import sources_of  # noqa: E402
+from preference_collection.importing import SAMPLES, import_into  # noqa: E402
+from preference_collection.running import TestRunner  # noqa: E402
+from preference_collection.sandbox import open_sandbox  # noqa: E402
+from preference_collection.settings import OVERRIDES, PASSWORD, limits_of, load_settings  # noqa: E402
+from preference_collection.store import open_store  # noqa: E402
+from utils import UserError  # noqa: E402
+
+
+@st.cache_resource(show_spinner="Opening the store, and trying what this machine can hold back")
+def shared() -> views.Shared:
+    """What all labellers share: one store, one way to run tests, the sources of solutions."""
+    settings = load_settings(json.loads(os.environ.get(OVERRIDES, "[]")))
+    store = open_store(settings.store, settings.read_only)
+    atexit.register(store.close)
+    if settings.samples and not store.read_only and not store.progress().problems:
+        import_into(store, SAMPLES)
+    runner = TestRunner(open_sandbox(limits_of(settings)), store, settings.run_unisolated)
+    return views.Shared(settings, store, runner, sources_of(settings))
+
+
+def entered() -> bool:
+    """Whether somebody has come in, with a name and, where one is set, the password; asks for them otherwise."""
+    if "labeller" in st.session_state:
+        return True
+    password = os.environ.get(PASSWORD, "")
+    st.title("Which solution is better?")
+    with st.form("enter", width=420):
+        name = st.text_input("Your name", max_chars=60, help="Your picks are kept under it.")
+        given = st.text_input("Password", type="password") if password else ""
+        pressed = st.form_submit_button("Begin", type="primary")
+    if pressed:
+        # Compared in the same time whatever is given, and never faster than one in a second.
+        right = hmac.compare_digest(given.encode(), password.encode())
+        if password and not right:
+            time.sleep(1)
+        if not name.strip():
+            st.error("A name is needed.")
+        elif not right:
+            st.error("That is not the password.")
+        else:
+            st.session_state.labeller = name.strip()
+            st.rerun()
+    return False
+
+
+def main() -> None:
+    """The page, once."""
+    st.set_page_config("Which solution is better?", layout="wide", initial_sidebar_state="expanded")
+    if not entered():
+        return
+    try:
+        views.page(shared(), st.session_state.labeller)
+    except UserError as error:
+        st.error(str(error))
+
+
+main()

@@ -1,0 +1,142 @@
+"""Checkpoints of this framework as a source of solutions, so that what was trained on judgements can be judged next.
+
+A prompt becomes text as it did in training, by the template that the run's own config.yaml names. torch and transformers are
+imported when a checkpoint is used: the app runs without them.
+"""
+
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from prompt_templates import build_template
+from records import Turn
+from utils import UserError, first_line
+
+# One model at a time computes: the global random stream is one, and so is the machine.
+COMPUTING = threading.Lock()
+LOADING = threading.Lock()
+
+
+@dataclass(frozen=True)
+class CheckpointSource:
+    """The checkpoints of the runs in some folders: */LATEST, and those of several runs together, */*/LATEST."""
+
+    folders: tuple[Path, ...]
+
+    def models(self) -> list[str]:
+        """Their paths, the newest first."""
+        forms = ("*/LATEST", "*/*/LATEST")
+        found = {path.absolute() for folder in self.folders for form in forms for path in folder.glob(form)}
+        whole = [path for path in found if (path / "config.json").is_file()]
+        return [str(path) for path in sorted(whole, key=lambda path: path.stat().st_mtime, reverse=True)]
+
+    def stream(self, request, stop) -> Iterator[str]:
+        """The reply, in pieces."""
+        # Two replies are asked for at once: one loads the model, and the libraries, which do not stand being imported twice.
+        with LOADING:
+            loaded = load_checkpoint(_now_at(request.model))
+            from transformers import TextIteratorStreamer
+        streamer = TextIteratorStreamer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        failures = []
+        thread = threading.Thread(target=_generate, args=(loaded, request, stop, streamer, failures), daemon=True)
+        thread.start()
+        yield from streamer
+        thread.join()
+        if failures:
+            raise UserError(f"{request.model}: {first_line(failures[0])}.") from failures[0]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A checkpoint in memory. template is that of its training."""
+
+    model: object
+    tokenizer: object
+    template: object
+
+    def prompt_ids(self, prompt: str) -> list[int]:
+        """A prompt as the token ids that the model was trained on."""
+        text, _ = self.template((Turn("user", prompt),), [])
+        ids = self.tokenizer(text).input_ids
+        return ids[:-1] if ids[-1] == self.tokenizer.eos_token_id else ids
+
+    def response_ids(self, prompt: str, response: str) -> list[int]:
+        """A response as the token ids that it is trained on, with the end-of-sequence token."""
+        _, [text] = self.template((Turn("user", prompt),), [response])
+        return [*self.tokenizer(text, add_special_tokens=False).input_ids, self.tokenizer.eos_token_id]
+
+
+@lru_cache(maxsize=1)
+def load_checkpoint(path: str) -> Loaded:
+    """Load a checkpoint; the last one stays in memory. Raises UserError where that is not possible."""
+    try:
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+    except ImportError as error:
+        raise UserError(f"checkpoints: {first_line(error)}. Install: pip install -r requirements.txt") from error
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval()
+    except (OSError, ValueError) as error:
+        raise UserError(f"checkpoints: {path} cannot be loaded: {first_line(error)}.") from error
+    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    run = Path(path).parent / "config.yaml"
+    config = OmegaConf.load(run) if run.is_file() else {}
+    template = build_template(config.get("template"), config.get("system_prompt"), tokenizer)
+    return Loaded(model.to(device), tokenizer, template)
+
+
+def _now_at(path: str) -> str:
+    """What LATEST is at the moment; a run that goes on makes another of it."""
+    return str(Path(path).resolve()) if Path(path).exists() else path
+
+
+@contextmanager
+def _drawing(seed: int):
+    """Draw from a stream of its own, and leave the global one as it was."""
+    import torch
+
+    with COMPUTING, torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(seed)
+        yield
+
+
+def _generate(loaded: Loaded, request, stop, streamer, failures: list) -> None:
+    import torch
+    from transformers import StoppingCriteriaList
+
+    try:
+        with _drawing(request.seed):
+            ids = torch.tensor([loaded.prompt_ids(request.prompt)], device=loaded.model.device)
+            loaded.model.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), streamer=streamer, max_new_tokens=request.max_tokens,
+                do_sample=request.temperature > 0, temperature=request.temperature or None, top_k=0,
+                pad_token_id=loaded.tokenizer.pad_token_id, eos_token_id=loaded.tokenizer.eos_token_id,
+                stopping_criteria=StoppingCriteriaList([lambda ids, _: torch.full((len(ids),), stop.asked, device=ids.device)]),
+            )  # fmt: skip
+    except Exception as error:  # whatever it is, the thread that waits has to hear of it
+        failures.append(error)
+        streamer.end()
+
+
+def margins(path: str, pairs: Iterable) -> Iterator[tuple[str, float]]:
+    """By how many nats a checkpoint prefers the first solution of each pair: (pair's id, log p(first) - log p(second))."""
+    import torch
+
+    loaded = load_checkpoint(_now_at(path))
+
+    def logp(generation) -> float:
+        prompt, response = loaded.prompt_ids(generation.prompt), loaded.response_ids(generation.prompt, generation.text)
+        ids = torch.tensor([prompt + response], device=loaded.model.device)
+        # Position i holds what the model expects at i + 1.
+        logits = loaded.model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float()
+        return logits.log_softmax(-1).gather(1, ids[0, len(prompt) :, None]).sum().item()
+
+    for pair in pairs:
+        with COMPUTING, torch.no_grad():
+            yield pair.id, logp(pair.first) - logp(pair.second)

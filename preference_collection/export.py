@@ -1,0 +1,234 @@
+"""Judgements as training data: a data set that `lc` reads, or a file of records; and both on the hub.
+
+There is one row for each judgement that stands. Rows that prefer a solution are what is trained on; ties and skips lie apart.
+Every row says how many have chosen what on its pair. Labellers are numbered unless their names are asked for.
+"""
+
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+
+from preference_collection.store import Agreement, Store
+from records import fault_of_item
+from utils import UserError, first_line
+
+# What is trained on, and what lies apart: by choice.
+KINDS = {"first": "preferences", "second": "preferences", "tie": "ties", "skip": "skips"}
+
+# The hub's library takes the first for the data by its name, and leaves the others alone. The card does not say so: where one
+# names the files, what was read is kept by the directory's name, and an earlier export would be found in place of this one.
+FILES = {"preferences": "data/train-00000-of-00001.parquet", "ties": "apart/ties.parquet", "skips": "apart/skips.parquet"}
+
+TEXT, COUNT = pyarrow.string(), pyarrow.int64()
+# The first six are those of the public set that `lc` names.
+LC_SCHEMA = pyarrow.schema(
+    {
+        "id": TEXT, "difficulty": TEXT, "title": TEXT, "description": TEXT, "version1": TEXT, "version2": TEXT,
+        "preference": COUNT, "model1": TEXT, "model2": TEXT, "votes_version1": COUNT, "votes_version2": COUNT,
+        "votes_tie": COUNT, "votes_skip": COUNT, "labeller": TEXT, "seconds": pyarrow.float64(), "shown_left": COUNT,
+        "reasons": pyarrow.list_(TEXT), "comment": TEXT, "judged": TEXT, "judgement": TEXT,
+    }
+)  # fmt: skip
+OF_THE_RECORD = ("description", "version1", "version2", "preference")
+RECORD_SCHEMA = pyarrow.schema(
+    [
+        ("prompt", TEXT), ("responses", pyarrow.list_(TEXT)), ("pairs", pyarrow.list_(pyarrow.list_(COUNT))),
+        ("sft_target", TEXT), ("chosen", TEXT), ("rejected", TEXT),
+        *[LC_SCHEMA.field(name) for name in LC_SCHEMA.names if name not in OF_THE_RECORD],
+    ]
+)  # fmt: skip
+
+# A directory with this file was written by `export_dataset`, and may be written again.
+CARD = "README.md"
+CARD_MARK = "<!-- written by preference_collection -->"
+
+
+def lc_rows(store: Store, names: bool = False) -> Iterator[tuple[str, dict]]:
+    """(kind, row) of every judgement that stands, in LC_SCHEMA. preference is 0, 1 or, for ties and skips, None."""
+    numbers: dict[str, int] = {}
+    for row in store.judgements():
+        id, _, left, choice, labeller, seconds, reasons, comment, at, problem, title, difficulty, prompt, *rest = row
+        one, two, model_one, model_two, *votes = rest
+        number = numbers.setdefault(labeller, len(numbers) + 1)
+        yield KINDS[choice], {
+            "id": problem, "difficulty": difficulty, "title": title, "description": prompt, "version1": one, "version2": two,
+            "preference": {"first": 0, "second": 1}.get(choice), "model1": model_one, "model2": model_two,
+            **dict(zip(("votes_version1", "votes_version2", "votes_tie", "votes_skip"), votes, strict=True)),
+            "labeller": labeller if names else f"labeller {number}", "seconds": seconds,
+            "shown_left": {"first": 0, "second": 1}[left], "reasons": reasons or [], "comment": comment or "",
+            "judged": at.isoformat(timespec="seconds"), "judgement": id,
+        }  # fmt: skip
+
+
+def record_row(row: dict) -> dict:
+    """A row of LC_SCHEMA as a record of `records.py`, with the chosen and the rejected text, where one is, beside it."""
+    texts = [row["version1"].strip(), row["version2"].strip()]
+    best = row["preference"]
+    decided = best is not None
+    record = {"responses": texts, "pairs": [(best, 1 - best)] if decided else [], "sft_target": texts[best or 0]}
+    if decided and (fault := fault_of_item((row["description"], record))):
+        raise UserError(f"export: judgement {row['judgement']} of problem {row['id']!r}: {fault}. Take it back.")
+    said = {"prompt": row["description"], **record}
+    said |= {"chosen": texts[best] if decided else None, "rejected": texts[1 - best] if decided else None}
+    return {name: said[name] if name in said else row[name] for name in RECORD_SCHEMA.names}
+
+
+# ---- writing ----------------------------------------------------------------------------------------------------------------
+
+
+def export_records(store: Store, path: Path, names: bool = False) -> Counter:
+    """Write records into a file, .jsonl or .parquet; ties and skips into files beside it, where there are any.
+
+    Returns how many there are of each kind. Raises UserError for another ending, where nothing is preferred yet, and where
+    the file cannot be written.
+    """
+    if path.suffix not in (".jsonl", ".parquet"):
+        raise UserError(f"export: {path}: expected a name that ends in .jsonl or .parquet, or a directory.")
+    rows: dict[str, list[dict]] = {kind: [] for kind in KINDS.values()}
+    for kind, row in lc_rows(store, names):
+        rows[kind].append(record_row(row))
+    counts = _counts(rows)
+    for kind, some in rows.items():
+        target = path if kind == "preferences" else path.with_name(f"{path.stem}.{kind}{path.suffix}")
+        if some:
+            _write_file(target, some)
+        else:
+            target.unlink(missing_ok=True)
+    return counts
+
+
+def _counts(rows: dict[str, list]) -> Counter:
+    counts = Counter({kind: len(some) for kind, some in rows.items()})
+    if not counts["preferences"]:
+        raise UserError(
+            f"export: nobody has preferred a solution yet ({counts['ties']} ties, {counts['skips']} skips). Expected at least "
+            "one judgement to train on."
+        )
+    return counts
+
+
+def _write_file(path: Path, rows: list[dict]) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".parquet":
+            schema = RECORD_SCHEMA if "prompt" in rows[0] else LC_SCHEMA
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema), partial)
+        else:
+            partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        raise UserError(f"export: {path} cannot be written: {error.strerror or first_line(error)}.") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def export_dataset(store: Store, directory: Path, names: bool = False) -> Counter:
+    """Write a data set in the hub's layout: `datasets=[{name: lc, data_dir: DIRECTORY}]` trains on it.
+
+    Returns how many judgements there are of each kind. Raises UserError where nothing is preferred yet, and for a directory
+    that holds something else.
+    """
+    if directory.exists() and not _is_own(directory):
+        raise UserError(f"export: {directory} holds something else. Expected a new or empty directory, or an earlier export.")
+    rows: dict[str, list[dict]] = {kind: [] for kind in KINDS.values()}
+    for kind, row in lc_rows(store, names):
+        rows[kind].append(row)
+    counts = _counts(rows)
+    fresh = directory.with_name(f".{directory.name}.partial")
+    shutil.rmtree(fresh, ignore_errors=True)
+    for kind, some in rows.items():
+        if some:
+            _write_file(fresh / FILES[kind], some)
+    (fresh / CARD).write_text(data_card(counts, store.agreement()), encoding="utf-8")
+    if directory.exists():
+        shutil.rmtree(directory)
+    fresh.rename(directory)
+    return counts
+
+
+def _is_own(directory: Path) -> bool:
+    card = directory / CARD
+    empty = directory.is_dir() and not any(directory.iterdir())
+    return empty or (card.is_file() and CARD_MARK in card.read_text(encoding="utf-8", errors="replace"))
+
+
+def data_card(counts: Counter, agreement: Agreement) -> str:
+    """The data card, which says what is there and what the fields mean."""
+    alpha = "not defined" if agreement.alpha is None else f"{agreement.alpha:.2f}"
+    agreed = "No pair was judged by several labellers."
+    if agreement.comparisons:
+        agreed = f"Two labellers of the same pair agreed {agreement.agreed} of {agreement.comparisons} times (alpha: {alpha})."
+    return f"""---
+pretty_name: Preferences on code
+language:
+- code
+- en
+tags:
+- preference
+- dpo
+- code
+task_categories:
+- text-generation
+---
+{CARD_MARK}
+# Preferences on code
+
+People compared two solutions of a programming problem, both written by models, with the results of their tests beside them.
+
+- {counts["preferences"]} preferences in `data`, one row for each judgement.
+- {counts["ties"]} ties and {counts["skips"]} skips in `apart`.
+- {agreed} Alpha is Krippendorff's, 1 for agreement and 0 for chance.
+- Written {datetime.now():%Y-%m-%d}.
+
+| field | meaning |
+|---|---|
+| `id`, `title`, `difficulty` | of the problem |
+| `description` | the prompt, as the models were given it |
+| `version1`, `version2` | their replies; `model1`, `model2`: who wrote them |
+| `preference` | 0: version1 is better, 1: version2; nothing in ties and skips |
+| `votes_version1`, `votes_version2`, `votes_tie`, `votes_skip` | how many labellers chose what on this pair |
+| `labeller`, `seconds`, `shown_left` | who judged (a number), how long it took, which version was on the left (0: version1) |
+| `reasons`, `comment`, `judged`, `judgement` | what they added, when, and the judgement's id |
+
+Train on it with `python train.py loss=dpo 'datasets=[{{name: lc, data_dir: DIRECTORY}}]'`.
+"""
+
+
+# ---- the hub ----------------------------------------------------------------------------------------------------------------
+
+
+def push(directory: Path, repository: str, private: bool = True) -> str:
+    """Put an exported directory on the hub, as a data set that is made where it is not there. Returns its address.
+
+    The token is the hub library's: HF_TOKEN, or what `hf auth login` has kept. Nothing goes into
+    a data set that everybody sees unless private is False. Raises UserError for that, and where the hub refuses.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    if not (directory / CARD).is_file() or not _is_own(directory):
+        raise UserError(f"push: {directory} is no export. Make one: python -m preference_collection export DIRECTORY")
+    api = HfApi()
+    try:
+        api.create_repo(repository, repo_type="dataset", private=private, exist_ok=True)
+        if private and not api.repo_info(repository, repo_type="dataset").private:
+            raise UserError(f"push: {repository} is there for everybody to see. Push with --public, or under another name.")
+        api.upload_folder(
+            folder_path=directory, repo_id=repository, repo_type="dataset", commit_message="Preferences, exported",
+            delete_patterns=["*.parquet"],
+        )  # fmt: skip
+    except HFValidationError as error:
+        raise UserError(f"push: {repository!r} is no name of a data set: {first_line(error)}. Expected USER/NAME.") from error
+    except (HfHubHTTPError, OSError) as error:
+        raise UserError(
+            f"push: the hub refuses {repository}: {first_line(error)}. Expected a token that may write there (HF_TOKEN)."
+        ) from error
+    return f"{api.endpoint}/datasets/{repository}"

@@ -1,0 +1,350 @@
+"""Unit tests of code that a model wrote, run as what they are: somebody else's code.
+
+Each test is a process of its own: without network, seeing neither files nor processes of the machine but an interpreter and an
+empty /tmp, unable to start another process, with bounds on processor time, time, memory, files and output. What it returns is
+compared out here; what is expected never goes in. Whether a machine can hold code back like this is not guessed but tried, when
+the app starts, and without it nothing is run unless that is asked for.
+"""
+
+import json
+import math
+import os
+import selectors
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+CHILD = (Path(__file__).parent / "sandbox_child.py").read_text()
+JAIL = (Path(__file__).parent / "jail.sh").read_text()
+
+COMPARISONS = ("equal", "unordered", "close")
+
+# Where an interpreter and its libraries lie, beside its own directory; what is not there is left out.
+SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib64", "/etc/ld.so.cache")
+NOBODY = "65534"
+NAMESPACES = ("--mount", "--net", "--pid", "--ipc", "--uts", "--fork", "--kill-child")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one test may use."""
+
+    cpu_seconds: int
+    wall_seconds: float
+    memory_mb: int
+    files_mb: int
+    output_kb: int
+
+    def of_process(self) -> dict[str, int]:
+        """By the names of setrlimit. No process or thread can be started beside the one there is."""
+        return {
+            "RLIMIT_CPU": self.cpu_seconds,
+            "RLIMIT_AS": self.memory_mb * 2**20,
+            "RLIMIT_FSIZE": self.files_mb * 2**20,
+            "RLIMIT_NOFILE": 64,
+            "RLIMIT_CORE": 0,
+            "RLIMIT_NPROC": 0,
+        }
+
+
+@dataclass(frozen=True)
+class Isolation:
+    """From what the code was seen to be held back, tried on this machine."""
+
+    how: str
+    network: bool
+    files: bool
+    processes: bool
+    forks: bool
+
+    @property
+    def enough(self) -> bool:
+        """Whether code that nobody has read may run."""
+        return self.network and self.files and self.processes and self.forks
+
+    def line(self) -> str:
+        """What is said about it."""
+        parts = {"network": self.network, "files": self.files, "other processes": self.processes, "new processes": self.forks}
+        held, open_to = ([name for name, value in parts.items() if value is state] for state in (True, False))
+        said = f"Tests run by {self.how}"
+        if held:
+            said += f", without access to {', '.join(held)}"
+        return f"{said}; NOT held back from {', '.join(open_to)}." if open_to else f"{said}."
+
+
+@dataclass(frozen=True)
+class TestResult:
+    """What became of one test: status is passed, failed, error or timed out. Values are JSON, cut to what one can read."""
+
+    __test__ = False  # no test of pytest's
+
+    status: str
+    call: str
+    expected: str
+    got: str = ""
+    message: str = ""
+
+    def as_dict(self) -> dict:
+        """Plain values, for the store."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Sandbox:
+    """A way to run code. wrap makes a command line one that runs held back, with so many megabytes of files."""
+
+    limits: Limits
+    wrap: Callable[[list[str], int], list[str]]
+    isolation: Isolation
+
+    def run(self, code: str, function_name: str, tests: tuple[dict, ...]) -> Iterator[TestResult]:
+        """The results of tests, one by one as they are there. Ends the process of the one under way if it is closed."""
+        for test in tests:
+            shown = f"{function_name}({', '.join(shorten(arg) for arg in test['args'])})", shorten(test["expected"])
+            ended = _call(self.wrap, self.limits, lambda _, args=test["args"]: (code, function_name, args))
+            yield _result(ended, test, *shown, self.limits)
+
+
+def open_sandbox(limits: Limits) -> Sandbox:
+    """The way to run code that holds it back most, of those that this machine offers. Each is tried, the best first."""
+    tried = []
+    for how, wrap in _ways().items():
+        sandbox = Sandbox(limits, wrap, _prove(how, wrap, limits))
+        if sandbox.isolation.enough:
+            return sandbox
+        tried.append(sandbox)
+    return max(tried, key=lambda sandbox: sum(value is True for value in asdict(sandbox.isolation).values()))
+
+
+# ---- ways to hold code back ----------------------------------------------------------------------------------------------
+
+
+def _ways() -> dict[str, Callable[[list[str], int], list[str]]]:
+    """What to try, by name, the best first."""
+    ways = {}
+    tools = {name: shutil.which(name, path=PATH) for name in ("bwrap", "unshare", "setpriv")}
+    # As root it would leave the code root outside, whom limits on processes do not hold.
+    if tools["bwrap"] and os.geteuid() != 0:
+        ways["bubblewrap"] = _bubblewrap
+    if tools["unshare"] and tools["setpriv"]:
+        ways["Linux namespaces"] = _namespaces
+    return {**ways, "limits alone": lambda command, _: command}
+
+
+PATH = "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"
+
+
+def _interpreter() -> Path:
+    """The interpreter itself, not a virtual environment's link to it."""
+    return Path(getattr(sys, "_base_executable", sys.executable)).resolve()
+
+
+def _visible() -> list[str]:
+    """The directories that the code may see."""
+    own = str(Path(sys.base_prefix).resolve())
+    return [*[path for path in SYSTEM if os.path.lexists(path)], *[own] * (not own.startswith("/usr"))]
+
+
+def _bubblewrap(command: list[str], files_mb: int) -> list[str]:
+    line = ["bwrap", "--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL"]
+    for path in map(Path, _visible()):
+        line += ["--symlink", str(path.readlink()), str(path)] if path.is_symlink() else ["--ro-bind", str(path), str(path)]
+    return [*line, "--size", str(files_mb * 2**20), "--tmpfs", "/tmp", "--chdir", "/tmp", "--", *command]
+
+
+def _namespaces(command: list[str], files_mb: int) -> list[str]:
+    """By `unshare` and `jail.sh`. Root becomes nobody in the end; others are root of a namespace of users alone."""
+    root = os.geteuid() == 0
+    own = [] if root else ["--user", "--map-root-user"]
+    jail = ["sh", "-c", JAIL, "sh", str(files_mb), NOBODY if root else "-", *_visible(), "--", *command]
+    # The tests end with the app, however that ends.
+    return ["setpriv", "--pdeathsig", "KILL", "unshare", *own, *NAMESPACES, *jail]
+
+
+# What is tried: to reach what this process has made for it. Refused is what raises OSError.
+ATTEMPTS = """
+def attempts(secret, folder, port, process):
+    import os, socket
+    def refused(action):
+        try:
+            action()
+        except OSError:
+            return True
+        return False
+    return {
+        "network": refused(lambda: socket.create_connection(("127.0.0.1", port), 2)),
+        "files": refused(lambda: open(secret)) and refused(lambda: open(os.path.join(folder, "written"), "w")),
+        "processes": refused(lambda: os.kill(process, 0)),
+        "forks": refused(lambda: os.fork() or os._exit(0)),
+    }
+"""
+
+
+def _prove(how: str, wrap: Callable, limits: Limits) -> Isolation:
+    """Try what the code must not be able to do."""
+    with TemporaryDirectory(dir=Path.home() if os.access(Path.home(), os.W_OK) else None) as folder, socket.socket() as server:
+        secret = Path(folder) / "secret"
+        secret.touch()
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        arguments = [str(secret), folder, server.getsockname()[1]]
+        ended = _call(wrap, limits, lambda process: (ATTEMPTS, "attempts", [*arguments, process]))
+    value = (ended.answer or {}).get("value")
+    names = ("network", "files", "processes", "forks")
+    if not isinstance(value, dict):
+        return Isolation(f"{how} (which failed: {ended.reason})", False, False, False, False)
+    return Isolation(how, *(value.get(name) is True for name in names))
+
+
+# ---- one call ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a call ended: with an answer, or for a reason. late says that time was the reason."""
+
+    answer: dict | None
+    reason: str = ""
+    late: bool = False
+
+
+def _call(wrap: Callable, limits: Limits, work_of: Callable[[int], tuple[str, str, list]]) -> Ended:
+    """Run one call: (code, name, args) by the id of the process that waits for them."""
+    command = wrap([str(_interpreter()), "-I", "-S", "-B", "-c", CHILD], limits.files_mb)
+    with TemporaryDirectory() as folder:
+        process = subprocess.Popen(
+            command, cwd=folder, env={"PATH": PATH, "LANG": "C.UTF-8"}, start_new_session=True, bufsize=0,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        try:
+            code, name, args = work_of(process.pid)
+            work = {"code": code, "name": name, "args": args, "limits": limits.of_process()}
+            started = time.monotonic()
+            said, over = _exchange(process, json.dumps(work).encode(), started + limits.wall_seconds, limits.output_kb * 1024)
+        finally:
+            _end(process)
+        return _ended(said, over, process.returncode, time.monotonic() - started, limits)
+
+
+def _exchange(process: subprocess.Popen, work: bytes, deadline: float, most: int) -> tuple[dict[str, bytes], str]:
+    """Write the work, read what comes; returns that by stream, and why it was cut off: "time", "output" or ""."""
+    said = {"stdout": b"", "stderr": b""}
+    with selectors.DefaultSelector() as selector:
+        for name, stream in (("stdin", process.stdin), ("stdout", process.stdout), ("stderr", process.stderr)):
+            os.set_blocking(stream.fileno(), False)
+            selector.register(stream, selectors.EVENT_WRITE if name == "stdin" else selectors.EVENT_READ, name)
+        while selector.get_map():
+            ready = selector.select(max(0.0, deadline - time.monotonic()))
+            if time.monotonic() >= deadline:
+                return said, "time"
+            for key, _ in ready:
+                if key.data == "stdin":
+                    work = _write_some(key.fileobj, work)
+                    open_still = bool(work)
+                else:
+                    data = os.read(key.fd, 65536)
+                    said[key.data] += data
+                    open_still = bool(data)
+                    if len(said[key.data]) > most:
+                        return said, "output"
+                if not open_still:
+                    selector.unregister(key.fileobj)
+                    key.fileobj.close()
+    return said, ""
+
+
+def _write_some(stream, work: bytes) -> bytes:
+    """What is left of the work when as much is written as the pipe takes; nothing where nobody reads any longer."""
+    try:
+        return work[os.write(stream.fileno(), work[:65536]) :]
+    except BrokenPipeError:
+        return b""
+
+
+def _end(process: subprocess.Popen) -> None:
+    """End the process with all that belongs to it, and take it off the kernel's list."""
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    for stream in (process.stdin, process.stdout, process.stderr):
+        stream.close()
+
+
+def _ended(said: dict[str, bytes], over: str, status: int, seconds: float, limits: Limits) -> Ended:
+    if over == "time":
+        return Ended(None, f"no answer in {limits.wall_seconds:g} s", late=True)
+    if over == "output":
+        return Ended(None, f"it wrote more than {limits.output_kb} kB")
+    with suppress(ValueError, RecursionError):
+        answer = json.loads(said["stdout"])
+        if isinstance(answer, dict) and ("value" in answer or isinstance(answer.get("error"), str)):
+            return Ended(answer)
+    # The kernel kills what has used up its processor time; how that is told depends on the tools around it.
+    if status != 0 and seconds >= limits.cpu_seconds:
+        return Ended(None, f"more than {limits.cpu_seconds} s of processor time", late=True)
+    last = said["stderr"].decode(errors="replace").strip().splitlines()[-1:]
+    return Ended(None, f"it ended without an answer (status {status}){': ' if last else ''}{''.join(last)[:200]}")
+
+
+# ---- results -------------------------------------------------------------------------------------------------------------
+
+
+def _result(ended: Ended, test: dict, call: str, expected: str, limits: Limits) -> TestResult:
+    if ended.late:
+        return TestResult("timed out", call, expected, message=ended.reason)
+    if ended.answer is None:
+        return TestResult("error", call, expected, message=ended.reason)
+    if "error" in ended.answer:
+        line = ended.answer.get("line")
+        place = f" (line {line})" if isinstance(line, int) else ""
+        return TestResult("error", call, expected, message=printable(ended.answer["error"][:300]) + place)
+    value = ended.answer["value"]
+    status = "passed" if same(value, test["expected"], test.get("compare", "equal")) else "failed"
+    return TestResult(status, call, expected, shorten(value))
+
+
+def same(got, expected, compare: str = "equal") -> bool:
+    """Whether a value is the expected one; both are of JSON. "unordered" leaves the order of a list aside, "close" rounding."""
+    if compare == "unordered" and isinstance(got, list) and isinstance(expected, list):
+        got, expected = (sorted(value, key=_as_json) for value in (got, expected))
+    if isinstance(expected, bool) or isinstance(got, bool):
+        return got is expected
+    if isinstance(expected, list):
+        return isinstance(got, list) and len(got) == len(expected) and all(map(same, got, expected, [compare] * len(got)))
+    if isinstance(expected, dict):
+        return isinstance(got, dict) and got.keys() == expected.keys() and all(
+            same(got[key], expected[key], compare) for key in expected
+        )  # fmt: skip
+    if compare == "close" and isinstance(got, int | float) and isinstance(expected, int | float):
+        return math.isclose(got, expected, rel_tol=1e-6, abs_tol=1e-9)
+    return got == expected
+
+
+def _as_json(value) -> str:
+    """A value as JSON, to sort by. Values too deep for that are all the same."""
+    try:
+        return json.dumps(value, sort_keys=True)
+    except RecursionError:
+        return ""
+
+
+def shorten(value, length: int = 200) -> str:
+    """A value as JSON, cut to what one can read."""
+    try:
+        said = json.dumps(value, ensure_ascii=False)
+    except RecursionError:
+        said = "a value nested too deep to show"
+    return printable(said if len(said) <= length else said[: length - 3] + "...")
+
+
+def printable(text: str) -> str:
+    """A text in which halves of surrogate pairs, which no store and no page takes, are replaced."""
+    return text.encode("utf-8", "replace").decode()

@@ -1,0 +1,85 @@
+"""What runs in the sandbox, in a process of its own: one call of a function that a model wrote.
+
+Reads {code, name, args, limits} from stdin, and writes {"value": ...} or {"error": ..., "line": ...} to stdout. It knows what
+goes in and not what is to come out: code that would write its own result has to solve the problem first. Nothing but the
+standard library is there, and nothing here is needed to hold the code back: that is the kernel's part.
+"""
+
+import json
+import os
+import resource
+import sys
+import traceback
+
+
+def main():
+    """Run one call, with limits that cannot be raised again."""
+    work = json.loads(sys.stdin.buffer.read())
+    # What the code prints goes where it does not mix with the answer.
+    answer_to = os.dup(1)
+    os.dup2(2, 1)
+    for name, value in work["limits"].items():
+        resource.setrlimit(getattr(resource, name), (value, value))
+    try:
+        answer = {"value": plain(call(work["code"], work["name"], work["args"]))}
+    except MemoryError:
+        answer = {"error": "MemoryError: more memory than it may have"}
+    except BaseException as error:
+        answer = fault(error)
+    try:
+        data = json.dumps(answer).encode()
+    except (RecursionError, MemoryError, ValueError) as error:
+        data = json.dumps(fault(error)).encode()
+    while data:
+        data = data[os.write(answer_to, data) :]
+    # Not a clean end: what the code left for it does not run.
+    sys.stdout.flush()
+    os._exit(0)
+
+
+def call(code, name, args):
+    """Define what the code defines, and call its function."""
+    scope = {"__name__": "solution"}
+    exec(compile(code, "solution.py", "exec"), scope)
+    return find(scope, name)(*args)
+
+
+def find(scope, name):
+    """The function of a name: a module's, or a method of one of its classes, of which an object is made."""
+    wanted = name.replace("_", "").lower()
+    classes = [value for value in scope.values() if isinstance(value, type) and value.__module__ == "solution"]
+    for named in (lambda key: key == name, lambda key: key.replace("_", "").lower() == wanted):
+        for key, value in scope.items():
+            if named(key) and callable(value):
+                return value
+        for owner in classes:
+            for key in vars(owner):
+                if named(key):
+                    return getattr(owner(), key)
+    raise NameError(f"there is no function {name}")
+
+
+def plain(value):
+    """A value as JSON has it. Raises TypeError for one that cannot be compared."""
+    if isinstance(value, (set, frozenset)):
+        value = sorted(value, key=repr)
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(f"it returned a {type(value).__name__}, which cannot be compared")
+
+
+def fault(error):
+    """An error as the answer, with the last line of the solution in which it was."""
+    try:
+        said = f"{type(error).__name__}: {error}"[:300]
+    except BaseException:
+        said = type(error).__name__[:300]
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == "solution.py"]
+    return {"error": said, "line": lines[-1] if lines else getattr(error, "lineno", None)}
+
+
+main()

@@ -1,0 +1,128 @@
+"""How a store is opened, and what is in it: its schema by version, and what to say of a file that is none.
+
+A store is a DuckDB file, or a database of MotherDuck (`md:NAME`, or a share, `md:_share/NAME/ID`, for reading).
+"""
+
+import os
+import re
+from datetime import UTC, datetime
+from pathlib import Path
+
+import duckdb
+
+from utils import UserError, first_line
+
+TOKENS = ("motherduck_token", "MOTHERDUCK_TOKEN")
+
+# A share of MotherDuck, which its owner alone can write: md:_share/NAME/ID.
+SHARE = re.compile(r"md:_share/[\w.-]+/[\w-]+")
+
+# Each entry brings a store from the version before to its own, which is its place in this list, counted from 1. Entries are
+# added, never changed: stores of every version are out there. There are no keys and indexes: the one writer sees to that, and
+# a scan of a column takes a millisecond.
+MIGRATIONS = (
+    (
+        """CREATE TABLE problems (
+            number BIGINT NOT NULL, id VARCHAR NOT NULL, title VARCHAR NOT NULL, difficulty VARCHAR NOT NULL,
+            description VARCHAR NOT NULL, function_name VARCHAR NOT NULL, tests VARCHAR NOT NULL, added TIMESTAMP NOT NULL)""",
+        """CREATE TABLE generations (
+            id VARCHAR NOT NULL, problem VARCHAR NOT NULL, model VARCHAR NOT NULL, prompt VARCHAR NOT NULL,
+            parameters VARCHAR NOT NULL, text VARCHAR NOT NULL, code VARCHAR, made TIMESTAMP NOT NULL)""",
+        """CREATE TABLE pairs (
+            number BIGINT NOT NULL, id VARCHAR NOT NULL, problem VARCHAR NOT NULL, first VARCHAR NOT NULL,
+            second VARCHAR NOT NULL, made TIMESTAMP NOT NULL)""",
+        """CREATE TABLE preferences (
+            number BIGINT NOT NULL, id VARCHAR NOT NULL, pair VARCHAR NOT NULL, shown_left VARCHAR, choice VARCHAR,
+            labeller VARCHAR NOT NULL, seconds DOUBLE, reasons VARCHAR[], comment VARCHAR, moment TIMESTAMP NOT NULL,
+            undoes VARCHAR)""",
+        # The last word of each labeller on each pair, of those that were not taken back.
+        """CREATE VIEW standing AS
+            SELECT * EXCLUDE (undoes) FROM preferences
+            WHERE undoes IS NULL AND id NOT IN (SELECT undoes FROM preferences WHERE undoes IS NOT NULL)
+            QUALIFY row_number() OVER (PARTITION BY pair, labeller ORDER BY number DESC) = 1""",
+    ),
+    (
+        "CREATE TABLE test_runs (generation VARCHAR NOT NULL, results VARCHAR NOT NULL, moment TIMESTAMP NOT NULL)",
+        """CREATE TABLE scores (
+            pair VARCHAR NOT NULL, model VARCHAR NOT NULL, margin DOUBLE NOT NULL, moment TIMESTAMP NOT NULL)""",
+    ),
+)
+
+
+def now() -> datetime:
+    """The moment, in UTC, as DuckDB's TIMESTAMP takes it."""
+    return datetime.now(UTC).replace(tzinfo=None)
+
+
+def open_database(address: str, read_only: bool = False) -> tuple[duckdb.DuckDBPyConnection, bool]:
+    """Connect to a store, made or brought to this version where that is needed. Returns also whether it can only be read.
+
+    Raises UserError, with what was found, where it cannot be opened.
+    """
+    connection = connect(address, read_only)
+    try:
+        rights = "SELECT readonly FROM duckdb_databases() WHERE database_name = current_database()"
+        read_only = read_only or connection.execute(rights).fetchone()[0]
+        _migrate(address, connection, read_only)
+    except BaseException:
+        connection.close()
+        raise
+    return connection, read_only
+
+
+def connect(address: str, read_only: bool) -> duckdb.DuckDBPyConnection:
+    """Connect to what may be a store. MotherDuck's token comes from the environment. Raises UserError where that fails."""
+    remote = address.startswith("md:")
+    if remote and not any(os.environ.get(name) for name in TOKENS):
+        raise UserError(f"store: {address} is MotherDuck's, and {TOKENS[0]} is not set. Set it to your token.")
+    file = None if remote or address == ":memory:" else Path(address).expanduser()
+    if file and not file.exists():
+        if read_only:
+            raise UserError(f"store: {address}: no such file. Expected a store to read.")
+        file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        if not SHARE.fullmatch(address):
+            return duckdb.connect(str(file or address), read_only=read_only and not remote)
+        connection = duckdb.connect("md:")
+        connection.execute("ATTACH ? AS shared", [address])
+        connection.execute("USE shared")
+        return connection
+    except (duckdb.Error, OSError) as error:
+        raise _refusal(address, error) from error
+
+
+def _refusal(address: str, error: Exception) -> UserError:
+    said = first_line(error, 400)
+    if "onflicting lock" in said or "already open" in said:
+        return UserError(f"store: {address} is open in another process. One server holds a store; close the other. {said}.")
+    if "not a valid DuckDB" in said:
+        return UserError(f"store: {address} is no DuckDB file. Expected a store of this app, or a name that is free.")
+    return UserError(f"store: {address} cannot be opened: {said}. Expected a DuckDB file or an address of MotherDuck.")
+
+
+def _migrate(address: str, connection: duckdb.DuckDBPyConnection, read_only: bool) -> None:
+    tables = "SELECT table_name FROM information_schema.tables WHERE table_catalog = current_database()"
+    found = {name for (name,) in connection.execute(tables).fetchall()}
+    if found and "schema_versions" not in found:
+        raise UserError(
+            f"store: {address} holds other tables ({', '.join(sorted(found)[:5])}). Expected a store of this app; one of the "
+            f"older layout is read by: python -m preference_collection import {address}"
+        )
+    version = connection.execute("SELECT max(version) FROM schema_versions").fetchone()[0] if found else 0
+    if version > len(MIGRATIONS):
+        raise UserError(
+            f"store: {address} has schema {version}, which a newer app has written; this one knows {len(MIGRATIONS)}. "
+            "Update this app."
+        )
+    if version < len(MIGRATIONS) and read_only:
+        raise UserError(f"store: {address} has schema {version}, reading needs {len(MIGRATIONS)}. Open it once for writing.")
+    if version == len(MIGRATIONS):
+        return
+    connection.begin()
+    if not found:
+        connection.execute("CREATE TABLE schema_versions (version INTEGER NOT NULL, moment TIMESTAMP NOT NULL)")
+    for number, statements in enumerate(MIGRATIONS[version:], start=version + 1):
+        for statement in statements:
+            connection.execute(statement)
+        connection.execute("INSERT INTO schema_versions VALUES (?, ?)", [number, now()])
+    connection.commit()

@@ -1,0 +1,90 @@
+"""What the app is told: the defaults of config/collect.yaml, and overrides like those of the command line, checked."""
+
+from collections.abc import Sequence
+from ipaddress import ip_address
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from preference_collection.sandbox import Limits
+from utils import UserError, first_line, nearest
+
+DEFAULTS = Path(__file__).parent.parent / "config" / "collect.yaml"
+
+# The environment variable with the password of all labellers, and that of the overrides of a page that `serve` starts.
+PASSWORD = "COLLECT_PASSWORD"
+OVERRIDES = "COLLECT_OVERRIDES"
+
+TRUTHS = ("read_only", "samples", "run_unisolated")
+# Numbers: the least, the most, and whether they are whole.
+NUMBERS = {
+    "port": (1, 65535, True), "temperature": (0, 10, False), "max_tokens": (1, 10**6, True), "slow_seconds": (0, 10**6, False),
+    "silence_seconds": (1, 10**6, False), "limits.cpu_seconds": (1, 3600, True), "limits.wall_seconds": (0.1, 3600, False),
+    "limits.memory_mb": (64, 2**20, True), "limits.files_mb": (1, 2**20, True), "limits.output_kb": (1, 2**20, True),
+}  # fmt: skip
+TEXTS = ("store", "export", "address")
+LISTS = ("checkpoints", "reasons")
+
+
+def load_settings(overrides: Sequence[str] = ()) -> DictConfig:
+    """The settings, by overrides such as `store=my.duckdb` or `limits.memory_mb=256`.
+
+    Raises UserError for a key that does not exist, and for a value that makes no sense.
+    """
+    settings = OmegaConf.load(DEFAULTS)
+    known = [key for key in _keys(settings)]
+    for text in overrides:
+        key = text.partition("=")[0]
+        if "=" not in text or key not in known:
+            raise UserError(f"{text!r} is no override of a setting; {nearest(key, known)} Expected KEY=VALUE.")
+        try:
+            settings.merge_with_dotlist([text])
+        except OmegaConfBaseException as error:
+            raise UserError(f"{text!r}: {first_line(error)}. Expected KEY=VALUE.") from error
+    for key in known:
+        value = OmegaConf.select(settings, key)
+        if fault := _fault(key, value):
+            raise UserError(f"{key}: found {'nothing' if value is None else repr(value)}, expected {fault}.")
+    return settings
+
+
+def limits_of(settings: DictConfig) -> Limits:
+    """What one test may use."""
+    return Limits(**settings.limits)
+
+
+def check_access(settings: DictConfig, password: str | None) -> None:
+    """Raise UserError where others could reach the page and it has no password."""
+    address = settings.address
+    try:
+        own = address == "localhost" or ip_address(address).is_loopback
+    except ValueError:
+        own = False
+    if not own and not password:
+        raise UserError(f"address: {address} lets other machines in, and {PASSWORD} is not set. Set it to a password.")
+
+
+def _keys(settings: DictConfig, prefix: str = ""):
+    for key, value in settings.items():
+        if isinstance(value, DictConfig):
+            yield from _keys(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+def _fault(key: str, value) -> str | None:
+    """What was expected of the value of a key, where it is not that."""
+    if key in TRUTHS:
+        return None if isinstance(value, bool) else "true or false"
+    if key in NUMBERS:
+        least, most, whole = NUMBERS[key]
+        kinds = int if whole else (int, float)
+        fits = isinstance(value, kinds) and not isinstance(value, bool) and least <= value <= most
+        return None if fits else f"a {'whole ' * whole}number from {least} to {most}"
+    if key in LISTS:
+        fits = OmegaConf.is_list(value) and all(isinstance(item, str) and item for item in value)
+        return None if fits else "a list of texts"
+    if value is None and key not in TEXTS:
+        return None
+    return None if isinstance(value, str) and value.strip() else "a text"

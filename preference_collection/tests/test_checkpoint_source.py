@@ -1,0 +1,88 @@
+"""What the framework trained writes the next solutions, and says of which pairs it is unsure."""
+
+import os
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+import torch
+
+from preference_collection.__main__ import main
+from preference_collection.checkpoint_source import CheckpointSource, load_checkpoint, margins
+from preference_collection.generation import Request, Writing
+from preference_collection.store import Query, open_store
+from preference_collection.tests.conftest import a_pair, a_problem, tiny_checkpoint
+from utils import UserError
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("runs") / "run" / "LATEST")
+
+
+def written(model: Path, seed: int = 1, temperature: float = 1.0) -> Writing:
+    request = Request(str(model), "Add two numbers.", temperature, seed, max_tokens=12)
+    return Writing(CheckpointSource(()), request).start().wait(60)
+
+
+def test_the_newest_checkpoints_are_offered_first_and_half_ones_never(tmp_path):
+    for age, name in enumerate(("old", "collect/dpo", "half", "new")):
+        latest = tmp_path / name / "LATEST"
+        latest.mkdir(parents=True)
+        if name != "half":
+            (latest / "config.json").touch()
+        os.utime(latest, (age, age))
+    found = CheckpointSource((tmp_path, tmp_path / "absent")).models()
+    assert found == [str(tmp_path / name / "LATEST") for name in ("new", "collect/dpo", "old")]
+
+
+def test_a_checkpoint_writes_the_same_for_the_same_seed_and_leaves_the_random_stream_alone(checkpoint):
+    before = torch.get_rng_state()
+    one, same, other = (written(checkpoint, seed) for seed in (1, 1, 2))
+    assert one.state == "done" and one.text == same.text != other.text
+    assert torch.equal(before, torch.get_rng_state())
+    assert written(checkpoint, 1, 0.0).text == written(checkpoint, 2, 0.0).text
+
+
+def test_a_checkpoint_reads_its_prompt_as_in_training(checkpoint):
+    loaded = load_checkpoint(str(checkpoint))
+    ids = loaded.prompt_ids("Add.")
+    assert loaded.tokenizer.decode(ids, skip_special_tokens=True) == "\n\nHuman: Add.\n\nAssistant:"
+    assert ids.count(loaded.tokenizer.eos_token_id) == 0 or loaded.tokenizer.bos_token_id == loaded.tokenizer.eos_token_id
+    assert loaded.response_ids("Add.", "x")[-1] == loaded.tokenizer.eos_token_id
+    (checkpoint.parent / "config.yaml").write_text("template: chatml\nsystem_prompt: Be brief.\n")
+    load_checkpoint.cache_clear()
+    text = load_checkpoint(str(checkpoint)).tokenizer.decode(load_checkpoint(str(checkpoint)).prompt_ids("Add."))
+    (checkpoint.parent / "config.yaml").unlink()
+    load_checkpoint.cache_clear()
+    assert "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nAdd.<|im_end|>" in text
+
+
+def test_a_checkpoint_that_is_none_is_one_message(tmp_path):
+    (tmp_path / "LATEST").mkdir()
+    writing = written(tmp_path / "LATEST")
+    assert writing.state == "failed" and writing.message.startswith(f"checkpoints: {tmp_path / 'LATEST'} cannot be loaded")
+    with pytest.raises(UserError):
+        next(margins(str(tmp_path / "LATEST"), []))
+
+
+def test_pairs_are_scored_by_their_log_probs(checkpoint, tmp_path, capsys):
+    """The log-probs are those of transformers' own loss, which is a mean over the response."""
+    address = str(tmp_path / "collection.duckdb")
+    pair = a_pair()
+    with closing(open_store(address)) as store:
+        store.add_problems([a_problem()])
+        store.add_pairs([pair])
+    main(["score", str(checkpoint), f"store={address}"])
+    assert "1 pairs scored" in capsys.readouterr().out
+    with closing(open_store(address)) as store:
+        [row] = store.browse(Query(order="uncertain"))[0]
+    loaded = load_checkpoint(str(checkpoint))
+    logps = []
+    for text in ("one", "two"):
+        prompt = loaded.tokenizer(f"\n\nHuman: {pair.first.prompt}\n\nAssistant:").input_ids
+        response = [*loaded.tokenizer(f" {text}", add_special_tokens=False).input_ids, loaded.tokenizer.eos_token_id]
+        labels = torch.tensor([[-100] * len(prompt) + response])
+        loss = loaded.model(input_ids=torch.tensor([prompt + response]), labels=labels).loss.item()
+        logps.append(-loss * len(response))
+    assert row.margin == pytest.approx(logps[0] - logps[1], abs=1e-4)

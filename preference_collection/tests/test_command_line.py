@@ -1,0 +1,50 @@
+"""The command line: a mistake is one message and exit status 2, before anything is touched."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from preference_collection.__main__ import main
+
+
+def told(capsys, *line: str) -> str:
+    main(line)
+    return capsys.readouterr().out.strip()
+
+
+def refused(capsys, *line: str) -> str:
+    with pytest.raises(SystemExit) as ended:
+        main(line)
+    assert ended.value.code == 2
+    return capsys.readouterr().err.strip()
+
+
+def test_from_rows_to_a_data_set(tmp_path, capsys):
+    rows = tmp_path / "rows.jsonl"
+    row = {"id": 1, "description": "Say 1.", "version1": "a", "version2": "b", "preference": 1}
+    rows.write_text(json.dumps(row) + "\n")
+    store = f"store={tmp_path / 'collection.duckdb'}"
+    assert told(capsys, "import", str(rows), store).endswith("1 problems added, 1 new pairs, 1 judgements")
+    assert told(capsys, "export", str(tmp_path / "out"), store).endswith("out: 1 preferences, 0 ties, 0 skips")
+    assert told(capsys, "export", str(tmp_path / "out.jsonl"), "--names", store).endswith("1 preferences, 0 ties, 0 skips")
+    [record] = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert (record["chosen"], record["rejected"], record["labeller"]) == ("b", "a", "imported")
+
+
+def test_a_mistake_is_one_line(tmp_path, capsys):
+    assert refused(capsys, "export", "out", f"store={tmp_path / 'x'}") == (
+        f"store: {tmp_path / 'x'}: no such file. Expected a store to read."
+    )
+    assert refused(capsys, "export", "out", "stroe=x").startswith("'stroe=x' is no override of a setting; did you mean store?")
+    assert refused(capsys, "import", str(tmp_path / "y"), f"store={tmp_path / 'x'}").startswith(f"import: {tmp_path / 'y'}")
+    assert refused(capsys, "push", str(tmp_path), "a/b").startswith(f"push: {tmp_path} is no export.")
+    assert refused(capsys, "export", "out", "--namse").endswith("unrecognised: --namse")
+    assert "COLLECT_PASSWORD" in refused(capsys, "serve", "address=0.0.0.0")
+
+
+def test_the_modules_need_neither_torch_nor_the_page(tmp_path):
+    script = "import sys, preference_collection.__main__, preference_collection.generation, preference_collection.export\n"
+    script += "print({'torch', 'transformers', 'streamlit'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, check=True).stdout == b"set()\n"

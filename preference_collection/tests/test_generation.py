@@ -1,0 +1,173 @@
+"""Solutions come as they are written, can be stopped, and what goes wrong on the way is said in a line."""
+
+import socket
+import threading
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from preference_collection.generation import OllamaSource, OpenAISource, Request, Writing, as_pair, prompt_of, write_pair
+from preference_collection.tests.conftest import a_problem
+from preference_collection.tests.ollama_stand_in import Broken, Silence, ollama_stand_in
+from utils import UserError
+
+CODE = "def add(a, b):\n    return a + b"
+WORDS = ["Here:\n```py", "thon\n", CODE, "\n```", " é…"]
+REPLIES = {
+    "good": lambda _: WORDS,
+    "seeded": lambda request: [f"```python\n{CODE}  # {request['options']['seed']}\n```"],
+    "slow": lambda _: ["def ", Silence(), "add"],
+    "broken": lambda _: ["def ", Broken("out of memory")],
+    "silent": lambda _: [Silence()],
+    "empty": lambda _: [],
+}
+
+
+@pytest.fixture(scope="module")
+def server():
+    with ollama_stand_in(REPLIES) as stand_in:
+        yield stand_in
+
+
+@pytest.fixture(params=["ollama", "openai"])
+def source(request, server):
+    """Both kinds of servers, which have to look the same to the page."""
+    seconds = 20.0
+    return OllamaSource(server.url, seconds) if request.param == "ollama" else OpenAISource(f"{server.url}/v1", seconds)
+
+
+def asked(model: str = "good", **changed) -> Request:
+    values = {"prompt": "Add two numbers.", "temperature": 0.5, "seed": 11, "max_tokens": 99}
+    return Request(model, **{**values, **changed})
+
+
+def written(source, model: str = "good", **changed) -> Writing:
+    return Writing(source, asked(model, **changed)).start().wait(30)
+
+
+def test_the_models_are_those_that_are_there(source):
+    assert source.models() == sorted(REPLIES)
+
+
+def test_a_reply_comes_in_pieces_and_is_whole_at_the_end(source):
+    writing = written(source)
+    assert (writing.state, writing.text) == ("done", "".join(WORDS))
+    assert written(source, "empty").state == "done"
+
+
+def test_temperature_seed_and_length_are_asked_for_and_kept(server):
+    OLLAMA = {"temperature": 0.5, "seed": 11, "num_predict": 99}  # noqa: N806  as documented
+    written(OllamaSource(server.url, 20))
+    request = server.requests[-1]
+    assert request["options"] == OLLAMA and request["stream"] is True
+    assert request["messages"] == [{"role": "user", "content": "Add two numbers."}]
+    written(OpenAISource(f"{server.url}/v1", 20))
+    request = server.requests[-1]
+    assert (request["temperature"], request["seed"], request["max_tokens"]) == (0.5, 11, 99)
+
+
+def test_the_two_solutions_of_a_pair_have_seeds_of_their_own_and_the_same_prompt(server):
+    problem = a_problem()
+    writings = write_pair(OllamaSource(server.url, 20), "seeded", problem, 0.8, 64)
+    pair = as_pair(problem, tuple(writing.wait(30) for writing in writings))
+    seeds = [generation.parameters["seed"] for generation in (pair.first, pair.second)]
+    assert seeds[0] != seeds[1]
+    for generation, seed in zip((pair.first, pair.second), seeds, strict=True):
+        assert generation.code == f"{CODE}  # {seed}"
+        assert generation.parameters == {"temperature": 0.8, "seed": seed, "max_tokens": 64}
+        assert generation.prompt == prompt_of(problem) and "`add`" in generation.prompt
+
+
+def test_a_stopped_reply_ends_at_once_and_the_server_hears_of_it(source, server):
+    server.left.clear()
+    writing = Writing(source, asked("slow")).start()
+    while writing.text != "def ":
+        threading.Event().wait(0.005)
+    writing.cancel()
+    assert writing.over and writing.wait(10).state == "stopped" and writing.text == "def "
+    assert not writing._thread.is_alive()
+    assert server.left.wait(10)
+
+
+def test_a_reply_that_is_stopped_before_its_first_word_ends_too(source):
+    writing = Writing(source, asked("silent")).start()
+    writing.cancel()
+    assert not writing.wait(10)._thread.is_alive()
+    assert (writing.state, writing.message) == ("stopped", "")
+
+
+def test_how_long_nothing_has_come_is_known(source, server):
+    writing = Writing(source, asked("silent")).start()
+    while writing.quiet_seconds() < 0.02:
+        threading.Event().wait(0.01)
+    assert writing.state == "waiting"
+    writing.cancel()
+    assert writing.quiet_seconds() == 0
+
+
+def failed(source, model: str = "good") -> str:
+    writing = written(source, model)
+    assert writing.state == "failed"
+    return writing.message
+
+
+def test_a_missing_model_comes_with_the_line_that_fetches_it(server):
+    message = failed(OllamaSource(server.url, 20), "qwen9:1b")
+    assert message == "Ollama has no model 'qwen9:1b'. Fetch it with: ollama pull qwen9:1b"
+    message = failed(OpenAISource(f"{server.url}/v1", 20), "qwen9:1b")
+    assert message == "The server says: model 'qwen9:1b' not found (status 404, model 'qwen9:1b')."
+
+
+def test_an_error_in_the_middle_of_a_reply_is_said_and_what_came_stays(source):
+    writing = written(source, "broken")
+    assert (writing.state, writing.text) == ("failed", "def ")
+    assert "says: out of memory" in writing.message
+
+
+def test_a_server_that_is_silent_too_long_is_given_up(server):
+    assert "sent nothing for 0.2 s" in failed(OllamaSource(server.url, 0.2), "silent")
+    assert "sent nothing for 0.2 s" in failed(OpenAISource(f"{server.url}/v1", 0.2), "silent")
+
+
+def test_a_server_that_is_not_there_is_said_to_be_out_of_reach():
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        url = f"http://127.0.0.1:{free.getsockname()[1]}"
+    for source, name in ((OllamaSource(url, 5), "Ollama"), (OpenAISource(url, 5), "The server")):
+        with pytest.raises(UserError) as caught:
+            source.models()
+        assert str(caught.value) == f"{name} at {url} cannot be reached. Start it, or say where it is."
+        assert "cannot be reached" in failed(source)
+
+
+def test_a_server_that_fails_or_speaks_otherwise_is_one_message(server, source):
+    server.status = 500
+    try:
+        with pytest.raises(UserError, match="the stand-in was told to fail"):
+            source.models()
+    finally:
+        server.status = 200
+
+
+def test_a_prompt_does_not_go_where_a_server_redirects_to(server, source):
+    server.status = 307
+    try:
+        before = len(server.requests)
+        assert written(source).state == "failed"
+        assert len(server.requests) == before + 1
+    finally:
+        server.status = 200
+
+
+def test_the_key_of_a_server_comes_from_the_environment(server, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    written(OpenAISource(f"{server.url}/v1", 20))
+    assert server.requests[-1]["authorization"] == "Bearer secret"
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.text(max_size=10), max_size=4))
+def test_any_text_comes_as_the_server_sends_it(server, pieces):
+    server.replies["any"] = lambda _: pieces
+    assert written(OllamaSource(server.url, 20), "any").text == "".join(pieces).encode("utf-8", "replace").decode()
+    del server.replies["any"]

@@ -1,0 +1,145 @@
+"""The house of the app: what it imports, how long its functions are, that its statements are constants, its settings."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from preference_collection.settings import DEFAULTS, NUMBERS, check_access, limits_of, load_settings
+from utils import UserError
+
+PACKAGE = Path(__file__).parent.parent
+ROOT = PACKAGE.parent
+MODULES = sorted(PACKAGE.glob("*.py"))
+# In the order of CONTRIBUTING.md's table.
+TABLE = (ROOT / "CONTRIBUTING.md").read_text().split("## The labelling app")[1].split("## How we write")[0]
+ORDER = re.findall(r"^\| `preference_collection/(\w+)\.py`", TABLE, flags=re.MULTILINE)
+SHAPE = {"records", "data_files", "prompt_templates", "utils"}
+
+
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+def imported_by(path: Path) -> set[str]:
+    nodes = list(ast.walk(tree_of(path)))
+    found = {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    return found | {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+
+
+def test_the_list_of_modules_is_complete():
+    assert sorted(ORDER) == sorted(path.stem for path in MODULES if path.stem != "__init__")
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+def test_of_the_root_it_imports_the_shape_of_data_alone_and_of_itself_what_is_above(path):
+    of_root = {name for name in imported_by(path) if (ROOT / f"{name}.py").is_file()}
+    assert of_root <= SHAPE
+    own = {
+        name.removeprefix("preference_collection.") for name in imported_by(path) if name.startswith("preference_collection.")
+    }
+    assert own <= set(ORDER[: ORDER.index(path.stem)] if path.stem in ORDER else ())
+
+
+def test_the_root_imports_nothing_of_it():
+    for path in ROOT.glob("*.py"):
+        assert not any(name and name.startswith("preference_collection") for name in imported_by(path)), path.name
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+def test_functions_fit_on_a_screen_and_public_ones_say_what_they_do(path):
+    nodes = list(ast.walk(tree_of(path)))
+    inner = {id(node) for outer in nodes if isinstance(outer, ast.FunctionDef) for node in ast.walk(outer) if node is not outer}
+    for node in nodes:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            assert node.name.startswith("_") or id(node) in inner or ast.get_docstring(node), node.name
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < 60, node.name
+
+
+def test_statements_are_constants():
+    """What `execute` and its like are given is a text of the program's own: a constant, or the name of one."""
+    constants = set()
+    for path in MODULES:
+        for node in tree_of(path).body:
+            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+                constants.add(node.targets[0].id)
+    for path in MODULES:
+        for function in (node for node in ast.walk(tree_of(path)) if isinstance(node, ast.FunctionDef)):
+            named = [n for n in ast.walk(function) if isinstance(n, ast.Assign) and isinstance(n.targets[0], ast.Name)]
+            local = {node.targets[0].id for node in named if isinstance(node.value, ast.Constant)}
+            for call in (node for node in ast.walk(function) if isinstance(node, ast.Call)):
+                name = ast.unparse(call.func).rsplit(".", 1)[-1]
+                if name in ("execute", "executemany", "_rows", "_row", "_insert", "sql", "query"):
+                    said = call.args[1 if name == "_insert" else 0]
+                    fine = isinstance(said, ast.Constant) or (isinstance(said, ast.Name) and said.id in constants | local)
+                    # The one who hands a statement on, and the migrations, which are constants in a constant.
+                    assert fine or ast.unparse(said) == "statement", f"{path.name}: {ast.unparse(call)}"
+    # The constants are put together of constants alone.
+    for node in tree_of(PACKAGE / "store.py").body:
+        if isinstance(node, ast.Assign):
+            values = [value.value for value in ast.walk(node.value) if isinstance(value, ast.FormattedValue)]
+            assert all(isinstance(value, ast.Name) and value.id in constants for value in values)
+
+
+# ---- settings ---------------------------------------------------------------------------------------------------------------
+
+
+def leaves(config, prefix=""):
+    for key, value in config.items():
+        yield from leaves(value, f"{prefix}{key}.") if OmegaConf.is_dict(value) else [f"{prefix}{key}"]
+
+
+def test_every_setting_has_a_comment_and_a_reader():
+    lines = DEFAULTS.read_text().splitlines()
+    code = "".join(path.read_text() for path in MODULES)
+    for number, line in enumerate(lines):
+        if match := re.match(r"( *)(\w+):", line):
+            above = lines[number - 1].strip()
+            assert above.startswith("#") or above.startswith("address:"), line
+            name = match[2]
+            assert re.search(rf"settings\.{name}\b|config\.{name}\b|limits\.{name}\b|self\.{name}\b", code), name
+
+
+def test_the_defaults_make_sense_and_overrides_take_their_place():
+    settings = load_settings(["store=md:mine", "limits.memory_mb=64", "reasons=[good]", "ollama_host=null"])
+    assert (settings.store, settings.port, list(settings.reasons)) == ("md:mine", 8501, ["good"])
+    assert limits_of(settings).of_process()["RLIMIT_AS"] == 64 * 2**20
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("stor=x", "'stor=x' is no override of a setting; did you mean store?"),
+        ("store", "'store' is no override of a setting"),
+        ("store=", "store: found nothing, expected a text."),
+        ("port=99999", "port: found 99999, expected a whole number from 1 to 65535."),
+        ("temperature=hot", "temperature: found 'hot', expected a number from 0 to 10."),
+        ("samples=1", "samples: found 1, expected true or false."),
+        ("checkpoints=runs", "checkpoints: found 'runs', expected a list of texts."),
+        ("limits=3", "'limits=3' is no override of a setting"),
+    ],
+)
+def test_a_setting_that_makes_no_sense_is_one_message(override, said):
+    with pytest.raises(UserError) as caught:
+        load_settings([override])
+    assert str(caught.value).startswith(said)
+
+
+@pytest.mark.parametrize("key", NUMBERS)
+def test_every_number_has_bounds(key):
+    least, most, _ = NUMBERS[key]
+    for value in (least - 1, most + 1, "null", "true"):
+        with pytest.raises(UserError, match=f"{key}: found"):
+            load_settings([f"{key}={value}"])
+
+
+def test_other_machines_are_let_in_only_with_a_password():
+    for own in ("localhost", "127.0.0.1", "::1"):
+        check_access(load_settings([f"address='{own}'"]), None)
+    for other in ("0.0.0.0", "my.host"):
+        with pytest.raises(UserError, match="COLLECT_PASSWORD is not set"):
+            check_access(load_settings([f"address={other}"]), None)
+        check_access(load_settings([f"address={other}"]), "secret")

@@ -1,0 +1,428 @@
+"""What a labeller sees: a problem beside two solutions, their tests, and the keys by which one is picked."""
+
+import difflib
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import streamlit as st
+from omegaconf import DictConfig
+
+from preference_collection.export import export_dataset
+from preference_collection.generation import PULL, Source, Writing, as_pair, write_again, write_pair
+from preference_collection.replies import extract_code
+from preference_collection.running import TestRun, TestRunner
+from preference_collection.store import (
+    FILTERS,
+    ORDERS,
+    Generation,
+    Judgement,
+    Pair,
+    Problem,
+    Query,
+    Store,
+    new_id,
+    side_shown_left,
+)
+from utils import UserError
+
+PAGE_SIZE = 15
+POLL_SECONDS = 0.4
+
+# A key clicks the button whose container has this class. Not where somebody writes, and not with Ctrl and the like.
+KEYS = {"1": "left", "2": "right", "=": "tie", "s": "skip", "u": "undo", "g": "ask", "n": "next"}
+KEY_SCRIPT = """<script>
+const keys = %s;
+const page = window.parent === window ? document : window.parent.document;
+page.defaultView.collectKeys && page.removeEventListener("keydown", page.defaultView.collectKeys);
+page.defaultView.collectKeys = (event) => {
+    const at = event.target;
+    const writes = at.isContentEditable || at.tagName === "TEXTAREA" || at.tagName === "SELECT" ||
+        (at.tagName === "INPUT" && !["checkbox", "radio", "range"].includes(at.type));
+    if (writes || event.ctrlKey || event.metaKey || event.altKey || event.repeat || !(event.key in keys)) return;
+    const button = page.querySelector(".st-key-" + keys[event.key] + " button");
+    if (button && !button.disabled) { event.preventDefault(); button.click(); }
+};
+page.addEventListener("keydown", page.defaultView.collectKeys);
+</script>"""
+
+# Two solutions beside a problem want the whole width.
+STYLE = """<style>
+[data-testid=stMainBlockContainer] {padding: 2.5rem 1.5rem 3rem}
+[class*=st-key-side_] pre code {font-size: 0.8rem}
+</style>"""
+
+BADGES = {
+    "passed": ("green", "✓"),
+    "failed": ("red", "✗"),
+    "error": ("orange", "!"),
+    "timed out": ("violet", ":material/timer:"),
+}
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What all labellers share."""
+
+    settings: DictConfig
+    store: Store
+    runner: TestRunner
+    sources: dict[str, Source]
+
+
+def page(shared: Shared, labeller: str) -> None:
+    """The page of somebody who has come in."""
+    state = st.session_state
+    st.html(STYLE)
+    query = sidebar(shared, labeller)
+    problem = shared.store.problem(state.problem) if state.get("problem") else None
+    if problem is None:
+        st.info("No problem fits the filters on the left. Choose others, or import problems.")
+        return
+    text, solutions = st.columns([1, 2.6], gap="medium")
+    with text:
+        show_problem(problem)
+    with solutions:
+        writings = state.get("writings", {}).get(problem.id)
+        pairs = shared.store.pairs_of(problem.id)
+        if writings:
+            show_writings(shared, problem, writings)
+        elif pairs:
+            show_pair(shared, labeller, query, problem, pairs)
+        else:
+            st.info("Nobody has asked a model about this problem yet.")
+        ask_for_solutions(shared, problem, bool(writings))
+        back, on, _ = st.columns([1.4, 1, 2.6])
+        with back:
+            show_undo(shared, labeller)
+        if on.button("n · next", key="next", width="stretch", help="the next problem that you have not judged"):
+            open_next(shared.store, query, problem.id)
+            st.rerun()
+    keys()
+
+
+def keys() -> None:
+    """Let keys press buttons."""
+    st.html(KEY_SCRIPT % json.dumps(KEYS), unsafe_allow_javascript=True)
+
+
+# ---- the list of problems ---------------------------------------------------------------------------------------------------
+
+
+def sidebar(shared: Shared, labeller: str) -> Query:
+    """Progress, filters and the list; sets `problem` in the state. Returns the filters."""
+    with st.sidebar:
+        st.caption(f"You are **{labeller}**.")
+        show_progress(shared.store, labeller)
+        only = st.segmented_control("Show", FILTERS, default="all", key="only", required=True)
+        order = st.selectbox("Order", ORDERS, key="order", help="uncertain: what the last scored policy is least sure of first")
+        difficulty = st.selectbox("Difficulty", ["", *shared.store.difficulties()], format_func=lambda name: name or "any")
+        search = st.text_input("Title", placeholder="part of a title")
+        query = Query(labeller, only or "all", order, difficulty, search)
+        show_list(shared.store, query)
+        show_export(shared)
+        st.caption(shared.runner.sandbox.isolation.line())
+        if not shared.runner.enabled:
+            st.warning("Tests are not run: this machine cannot hold code back. `run_unisolated=true` runs them nevertheless.")
+    return query
+
+
+def show_export(shared: Shared) -> None:
+    """Write what was picked as a data set, where the settings say."""
+    with st.expander("Export"):
+        target = Path(shared.settings.export).absolute()
+        st.caption(f"As a data set for training, into `{target}`.")
+        if st.button("Export", key="export"):
+            try:
+                counts = export_dataset(shared.store, target)
+            except UserError as error:
+                st.error(str(error))
+            else:
+                st.success(f"{', '.join(f'{count} {kind}' for kind, count in counts.items())}. Train on it:")
+                st.code(
+                    f"python train.py loss=dpo 'datasets=[{{name: lc, data_dir: {target}}}]'", language="bash", wrap_lines=True
+                )
+
+
+def show_progress(store: Store, labeller: str) -> None:
+    """How far it has come, and how far labellers agree."""
+    progress, agreement = store.progress(labeller), store.agreement()
+    st.progress(progress.judged_pairs / max(1, progress.pairs), f"{progress.judged_pairs} of {progress.pairs} pairs judged")
+    line = f"{progress.mine} judgements are yours, of {progress.judgements} by {progress.labellers}."
+    if agreement.comparisons:
+        share = agreement.agreed / agreement.comparisons
+        alpha = "" if agreement.alpha is None else f", alpha {agreement.alpha:.2f}"
+        line += f" On {agreement.pairs} pairs of several: agreement {share:.0%}{alpha}."
+    st.caption(line)
+
+
+def show_list(store: Store, query: Query) -> None:
+    """A page of the list of problems; the one that is chosen stays, also where it no longer fits the filters."""
+    state = st.session_state
+    if state.get("listed") != query:
+        state.listed, state.start = query, 0
+    rows, total = store.browse(query, state.start, PAGE_SIZE)
+    if not rows and state.start:
+        state.start = 0
+        rows, total = store.browse(query, 0, PAGE_SIZE)
+    if rows and not state.get("problem"):
+        state.problem = rows[0].id
+    shown = {row.id: row for row in rows}
+    # The list is drawn anew for each page and choice, so that it always shows the problem that is open.
+    at = list(shown).index(state.problem) if state.get("problem") in shown else None
+    chosen = st.radio(
+        "Problems", list(shown), index=at, key=f"list {query} {state.start} {state.get('problem')}",
+        format_func=lambda id: label_of(shown[id]), label_visibility="collapsed",
+    )  # fmt: skip
+    if chosen and chosen != state.problem:
+        open_problem(chosen)
+        st.rerun()
+    before, place, after = st.columns([1, 2, 1])
+    if before.button("←", key="page_before", disabled=not state.start, help="page before"):
+        turn_page(-PAGE_SIZE)
+    place.caption(f"{min(state.start + 1, total)} to {state.start + len(rows)} of {total}")
+    if after.button("→", key="page_after", disabled=state.start + PAGE_SIZE >= total, help="page after"):
+        turn_page(PAGE_SIZE)
+
+
+def label_of(row) -> str:
+    """A problem in the list."""
+    marks = "✓ " * row.mine + "≠ " * row.disagreement
+    margin = "" if row.margin is None else f" ({row.margin:+.1f})"
+    title = row.title.replace("[", "\\[").replace("$", "\\$").replace("`", "\\`").replace("*", "\\*").replace(":", "\\:")
+    return f"{marks}{title}{margin}"
+
+
+def turn_page(by: int) -> None:
+    """Show another page of the list."""
+    st.session_state.start += by
+    st.rerun()
+
+
+def open_problem(problem: str) -> None:
+    """Show another problem from now on."""
+    st.session_state.problem = problem
+    st.session_state.pop("shown", None)
+
+
+def open_next(store: Store, query: Query, after: str) -> None:
+    """Show the next problem of the list that this labeller has not judged: behind this one, else from the beginning."""
+    rows, _ = store.browse(Query(query.labeller, "unlabelled", query.order, query.difficulty, query.search), 0, 2)
+    others = [row.id for row in rows if row.id != after]
+    if others:
+        open_problem(others[0])
+
+
+# ---- the problem and its pair -----------------------------------------------------------------------------------------------
+
+
+def show_problem(problem: Problem) -> None:
+    """Title and text. Markdown is rendered; HTML is not."""
+    st.subheader(problem.title, anchor=False)
+    if problem.difficulty:
+        st.badge(problem.difficulty, color={"easy": "green", "medium": "orange", "hard": "red"}.get(problem.difficulty, "gray"))
+    st.markdown(problem.description)
+    if problem.tests:
+        with st.expander(f"{len(problem.tests)} tests"):
+            lines = [f"{problem.function_name}{tuple(test['args'])!r} → {test['expected']!r}" for test in problem.tests]
+            st.code("\n".join(lines).replace(",)", ")"), language="python", wrap_lines=True)
+
+
+def show_pair(shared: Shared, labeller: str, query: Query, problem: Problem, pairs: list[Pair]) -> None:
+    """Two solutions, their tests, and the buttons that judge them."""
+    state = st.session_state
+    pair = pairs[0]
+    if len(pairs) > 1:
+        names = {p.id: f"pair {len(pairs) - index}" for index, p in enumerate(pairs)}
+        id = st.segmented_control(
+            "Pairs", list(names), default=pair.id, format_func=names.get, key=f"pairs {problem.id} {pair.id}"
+        )
+        pair = next((p for p in pairs if p.id == id), pair)
+    if state.get("shown", (None,))[0] != pair.id:
+        state.shown = (pair.id, time.monotonic())
+    left = side_shown_left(labeller, pair.id)
+    sides = (pair.first, pair.second) if left == "first" else (pair.second, pair.first)
+    view = st.segmented_control("View", ["side by side", "difference"], default="side by side", key="view", required=True)
+    if view == "difference":
+        show_difference(*sides)
+    runs = [shared.runner.run_of(generation, problem) for generation in sides]
+    polled = any(run and not run.over for run in runs)
+    show = st.fragment(show_sides, run_every=POLL_SECONDS if polled else None)
+    show(problem, sides, runs, view != "difference", polled)
+    show_judging(shared, labeller, query, problem, pair, left)
+
+
+def show_difference(left: Generation, right: Generation) -> None:
+    """What is to be changed of the left one to make the right one of it."""
+    lines = difflib.unified_diff(
+        shown_code(left).splitlines(), shown_code(right).splitlines(), "left", "right", lineterm="", n=99
+    )
+    st.code("\n".join(lines) or "There is no difference.", language="diff", wrap_lines=True)
+
+
+def shown_code(generation: Generation) -> str:
+    """The code, or the whole reply where it holds none."""
+    return generation.code or generation.text
+
+
+def show_sides(problem: Problem, sides: tuple, runs: list[TestRun | None], with_code: bool, polled: bool) -> None:
+    """Both solutions with their tests; tests that run are shown as they end, and then the page is still."""
+    if polled and all(run is None or run.over for run in runs):
+        st.rerun()
+    for column, name, generation, run in zip(st.columns(2), ("Left", "Right"), sides, runs, strict=True):
+        with column, st.container(key=f"side_{name.lower()}"):
+            show_tests(name, run)
+            if with_code:
+                fault = extract_code(generation.text, problem.function_name).fault
+                if fault:
+                    st.warning(f"This reply {fault}.")
+                kind = "python" if generation.code else None
+                st.code(shown_code(generation), language=kind, line_numbers=True, wrap_lines=True)
+            if generation.code and generation.code != generation.text.strip():
+                with st.expander("The whole reply"):
+                    st.code(generation.text, language="markdown", wrap_lines=True)
+
+
+def show_tests(name: str, run: TestRun | None) -> None:
+    """A badge for each test, and what went wrong."""
+    if run is None:
+        st.markdown(f"**{name}** — no tests run")
+        return
+    badges = " ".join(f":{BADGES[r['status']][0]}-badge[{BADGES[r['status']][1]} {n}]" for n, r in enumerate(run.results, 1))
+    waiting = " ".join(f":gray-badge[… {n}]" for n in range(len(run.results) + 1, run.total + 1)) if not run.over else ""
+    st.markdown(f"**{name}** — {run.passed} of {run.total} passed {badges} {waiting}")
+    wrong = [result for result in run.results if result["status"] != "passed"]
+    if wrong:
+        with st.expander("What went wrong"):
+            st.code("\n".join(map(line_of, wrong)), language=None, wrap_lines=True)
+
+
+def line_of(result: dict) -> str:
+    """What went wrong in a test."""
+    return f"{result['call']}\n    {result['status']}: " + (
+        result["message"] or f"got {result['got']}, expected {result['expected']}"
+    )
+
+
+def show_judging(shared: Shared, labeller: str, query: Query, problem: Problem, pair: Pair, left: str) -> None:
+    """The buttons, with what may be added to a choice."""
+    standing = {said.labeller: said for said in shared.store.standing(pair.id)}
+    own = standing.get(labeller)
+    if own:
+        sides = {"first": "left" if left == "first" else "right", "second": "right" if left == "first" else "left"}
+        st.caption(f"You have said: {sides.get(own.choice, own.choice)}. Another choice takes its place.")
+    reasons = st.pills("Why (optional)", list(shared.settings.reasons), selection_mode="multi", key=f"reasons {pair.id}")
+    comment = st.text_input("Comment (optional)", key=f"comment {pair.id}", max_chars=2000)
+    other = "second" if left == "first" else "first"
+    choices = {"left": ("1 · left is better", left), "tie": ("= · tie", "tie"), "skip": ("s · skip", "skip"),
+               "right": ("2 · right is better", other)}  # fmt: skip
+    for column, (key, (label, choice)) in zip(st.columns([3, 1.4, 1.4, 3]), choices.items(), strict=True):
+        kind = "primary" if key in ("left", "right") else "secondary"
+        if column.button(label, key=key, type=kind, width="stretch", disabled=shared.store.read_only):
+            seconds = time.monotonic() - st.session_state.shown[1]
+            shared.store.judge(
+                Judgement(new_id(), pair.id, left, choice, labeller, round(seconds, 2), tuple(reasons or ()), comment)
+            )
+            st.toast(f"Kept: {label.partition('· ')[2]}. Press u to undo.")
+            open_next(shared.store, query, problem.id)
+            st.rerun()
+
+
+def show_undo(shared: Shared, labeller: str) -> None:
+    """Take back the last judgement, and show its problem."""
+    last = shared.store.last_judgement(labeller)
+    if st.button("u · undo my last", key="undo", width="stretch", disabled=last is None or shared.store.read_only):
+        undone = shared.store.undo(labeller)
+        if undone:
+            open_problem(undone[1])
+            st.toast("Taken back.")
+        st.rerun()
+
+
+# ---- asking a model ---------------------------------------------------------------------------------------------------------
+
+
+def ask_for_solutions(shared: Shared, problem: Problem, busy: bool) -> None:
+    """Choose a model, and ask it for two solutions."""
+    state = st.session_state
+    with st.expander("Ask a model for two solutions", expanded=True):
+        where, which, chance, go = st.columns([1.2, 2, 1.4, 1.4], vertical_alignment="bottom")
+        name = where.selectbox("Source", list(shared.sources), key="source")
+        source = shared.sources[name]
+        try:
+            models = source.models()
+        except UserError as error:
+            st.error(str(error))
+            models = []
+        if not models and name == "Ollama":
+            st.caption("No model is installed. Fetch one: `ollama pull qwen2.5-coder:1.5b`")
+        model = which.selectbox("Model", models, key=f"model {name}", accept_new_options=True, placeholder="its name")
+        temperature = chance.slider("Temperature", 0.0, 2.0, float(shared.settings.temperature), 0.1, key="temperature")
+        if go.button("g · ask", key="ask", disabled=busy or not model or shared.store.read_only, width="stretch"):
+            writings = write_pair(source, model, problem, temperature, shared.settings.max_tokens)
+            state.setdefault("writings", {})[problem.id] = list(writings)
+            st.rerun()
+
+
+@st.fragment(run_every=POLL_SECONDS)
+def show_writings(shared: Shared, problem: Problem, writings: list[Writing]) -> None:
+    """Both replies as they come; kept when both are there and usable."""
+    faults = [fault_of(writing, problem) for writing in writings]
+    if all(writing.over for writing in writings) and not any(faults):
+        keep(shared, problem, writings)
+    for number, (column, writing) in enumerate(zip(st.columns(2), writings, strict=True)):
+        with column, st.container(key=f"writing_{number}"):
+            show_writing(shared, writing, faults[number])
+            if writing.over and faults[number] and st.button("Ask again", key=f"again_{number}"):
+                writings[number] = write_again(writing)
+                st.rerun(scope="fragment")
+    buttons = st.columns(3)
+    if not all(writing.over for writing in writings):
+        if buttons[0].button("Stop", key="stop"):
+            for writing in writings:
+                writing.cancel()
+            st.rerun(scope="fragment")
+        return
+    if all(writing.text for writing in writings) and buttons[0].button("Keep them as they are", key="keep"):
+        keep(shared, problem, writings)
+    if buttons[1].button("Put them away", key="discard"):
+        forget(problem)
+
+
+def show_writing(shared: Shared, writing: Writing, fault: str | None) -> None:
+    """One reply on its way."""
+    quiet = writing.quiet_seconds()
+    if writing.state == "failed":
+        said, _, command = writing.message.partition(PULL)
+        st.error(said + PULL.rstrip() if command else said)
+        if command:
+            st.code(command, language="bash")
+    elif writing.over and fault:
+        st.warning(f"Unusable: the reply {fault}.")
+    elif quiet > shared.settings.slow_seconds:
+        st.warning(f"Nothing for {quiet:.0f} s. The model may still be loading; `Stop` gives up.")
+    else:
+        st.caption(f"{writing.request.model}: {writing.state}, {len(writing.text)} characters, seed {writing.request.seed}")
+    st.code(writing.text or " ", language="markdown", wrap_lines=True)
+
+
+def fault_of(writing: Writing, problem: Problem) -> str | None:
+    """What is wrong with a reply that is over, as the end of a sentence, or None."""
+    if not writing.over:
+        return None
+    if writing.state != "done":
+        return "was stopped" if writing.state == "stopped" else "failed"
+    return extract_code(writing.text, problem.function_name).fault
+
+
+def keep(shared: Shared, problem: Problem, writings: list[Writing]) -> None:
+    """Put two replies into the store, and show them as a pair."""
+    shared.store.add_pairs([as_pair(problem, tuple(writings))])
+    forget(problem)
+
+
+def forget(problem: Problem) -> None:
+    """Show the newest pair again, or none."""
+    st.session_state.writings.pop(problem.id, None)
+    st.rerun()

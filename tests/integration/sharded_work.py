@@ -17,7 +17,7 @@ from evaluation import evaluate
 from launching import end_group, start_group
 from logprobs import LiveReference
 from losses import build_loss
-from models import share_prefixes
+from models import load_model, share_prefixes, weights_hash
 from prompt_table import PromptTable
 from ranks import ALONE
 from records import PreferenceRecord
@@ -25,6 +25,7 @@ from reference_cache import cache_path, compute_logps, reference_logps_of
 from sharding import Layout, load_sharded, make_mesh, ranks_of, whole
 from tokenization import TokenSettings, tokenize_records
 from trainers import BasicTrainer, FSDPTrainer
+from utils import seed_everything
 
 TRAJECTORIES = json.loads((GOLDEN / "trajectories.json").read_text())
 
@@ -172,6 +173,42 @@ def follow_in_bfloat16(settings: dict, number_of_steps: int) -> dict:
                 curve.append(metrics["loss/train"])
     end_group()
     return losses
+
+
+def follow_adapter(settings: dict) -> dict:
+    """Steps of an adapter over two processes and alone: the largest differences of numbers and of the adapter's weights."""
+    world = World(settings)
+    examples = list(examples_of(golden_prompts(world.tokenizer, True)))
+    results = {}
+    for sharding in ("full", "none"):
+        model = {"name_or_path": str(GOLDEN / "llama"), "lora": {"r": 4}}
+        changes = {"optimizer": "AdamW", "lr": 1e-3, "warmup_steps": 0, "model": model, "trainer": {"sharding": sharding}}
+        config = OmegaConf.merge(world.config, changes)
+        layout, ranks = Layout.of(config, world.mesh(sharding)), ranks_of(world.mesh(sharding))
+        seed_everything(0)
+        policy, began_with = load_sharded(config, world.tokenizer, layout, world.device, ranks)
+        seed_everything(0)
+        own = load_model(config.model, world.tokenizer)
+        share_prefixes(own, "on")
+        assert began_with in (None, weights_hash(own))
+        parts = build_loss("dpo"), world.tokenizer, None, [], [], None, None
+        sharded = FSDPTrainer(config, policy, LiveReference(policy), *parts, ranks)
+        single = BasicTrainer(config, own, LiveReference(own), *parts)
+        worst = 0.0
+        for step in range(4):
+            part = examples[8 * step : 8 * step + 8]
+            found, expected = (
+                trainer.train_step([MicroBatch(pieces_of(part, TokenBudget(10**6, 10**6), on), 8)])
+                for trainer, on in ((sharded, ranks), (single, ALONE))
+            )
+            assert step or found["rewards_train/margins"] == expected["rewards_train/margins"] == 0
+            worst = max(worst, *(abs(found[name] / expected[name] - 1) for name in ("loss/train", "grad_norm")))
+        kept = single.weights()
+        apart = [(whole(weight).detach() - kept[name].detach()).norm() for name, weight in sharded.weights().items()]
+        assert len(apart) == len(kept)
+        results[sharding] = {"numbers": worst, "weights": (sum(apart) / sum(weight.norm() for weight in kept.values())).item()}
+    end_group()
+    return results
 
 
 def evaluate_unevenly(settings: dict, num_rows: int) -> dict:

@@ -60,6 +60,11 @@ def test_four_ranks_hybrid_tensor_parallel_and_beta_dpo_follow_one_process(setti
         assert results[name]["beta_DPO/beta_used"] <= 1e-6 and results[name]["beta_DPO/kept_fraction"] == 0
 
 
+def test_an_adapter_over_two_ranks_is_trained_as_on_one(settings):
+    for sharding, worst in launch(sharded_work.follow_adapter, (settings,), 2, None).items():
+        assert worst["numbers"] <= 1e-5 and worst["weights"] <= 1e-5, f"{sharding}: {worst}"
+
+
 def test_a_loss_curve_in_bfloat16_is_within_two_percent_of_float32(settings):
     for name, (short, exact) in launch(sharded_work.follow_in_bfloat16, (settings, 50), 2, None).items():
         assert len(short) == 50 and min(exact) < 0.9 * exact[0], name

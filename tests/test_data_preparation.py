@@ -631,6 +631,8 @@ def in_a_process(function: str, folder: Path, name: str = "process") -> Process:
 
 def prepare_and_stop_half_way() -> None:
     """In a process of its own: prepare rows.jsonl; half-way, say so and wait until the folder has a file called go."""
+    # Who starts the tests in the background of a shell has it ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     prompt_table.PROMPTS_A_BATCH = 2
     middle = len(Path("rows.jsonl").read_text().splitlines()) // 2
 

@@ -10,12 +10,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from batches import BatchIterator, MicroBatch, evaluation_batches, examples_of, pack
 from checkpoints import CheckpointWriter
-from evaluation import evaluate, sample_answers
+from evaluation import evaluate
 from layer_splitting import copy_of_split, load_split, split_layers, splits_in_one_process
 from logprobs import LiveReference, response_logps
 from losses import build_loss
 from models import ROUNDING, disable_dropout, random_trees, share_prefixes
 from prompt_table import PromptTable
+from sampling import sample_answers
 from tokenization import TokenizedPrompt
 from trainers import BasicTrainer, LayerSplittingTrainer
 from utils import UserError

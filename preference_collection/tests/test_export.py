@@ -172,6 +172,8 @@ class Hub(BaseHTTPRequestHandler):
             self.answer({"error": "Invalid username or password."}, 401)
         elif self.path.endswith("/datasets/ada/picks"):
             self.answer({"id": "ada/picks", "private": self.private})
+        elif "/tree/" not in self.path:
+            self.answer({"error": "Not Found"}, 404)
         else:
             self.answer([{"type": "file", "path": name, "size": 1, "oid": "0" * 40} for name in self.there])
 

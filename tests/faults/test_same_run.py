@@ -83,7 +83,7 @@ def test_a_longer_run_and_one_from_an_older_checkpoint_are_the_run_that_was_neve
     begun("n_examples=128", "resume=null", name="straight")
     before = rows_of(tmp_path / "run")
     begun("n_examples=64")
-    assert "resume: that run is complete; a larger n_epochs or n_examples would continue it" in capfd.readouterr().out
+    assert "resume: that run is complete; a larger n_epochs, n_examples or n_steps would continue it" in capfd.readouterr().out
     assert rows_of(tmp_path / "run") == before
     begun("n_examples=128")
     # In between it was evaluated at its end, where the longer run is evaluated as well.

@@ -137,7 +137,7 @@ OPTIONAL_COUNTS = (
 COUNTS_FROM_ZERO = ("warmup_steps", "n_eval_model_samples", "seed")
 SWITCHES = (
     "debug", "dry_run", "eval_only", "wandb.enabled", "do_first_eval", "activation_checkpointing", "save_policy_pt",
-    "tf32", "save_async", "model.trust_remote_code", "model.double_quantization",
+    "tf32", "save_async", "ledger", "model.trust_remote_code", "model.double_quantization",
 )  # fmt: skip
 
 

@@ -34,7 +34,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from adapters import WEIGHTS_FILE, has_adapter, save_settings
 from ranks import ALONE, Ranks, several
-from utils import replace_symlink
+from utils import UNREADABLE, replace_symlink
 
 PARTIAL = ".partial"
 MARKER = "checksums.json"
@@ -349,10 +349,6 @@ def checkpoints_of(run_dir: Path) -> list[Path]:
     """The directories of a run's checkpoints, newest first; they may be damaged."""
     found = [path for path in run_dir.glob("step-*") if path.name.removeprefix("step-").isdigit() and path.is_dir()]
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
-
-
-# What reading damaged JSON raises, and looking for something in it.
-UNREADABLE = (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError)
 
 
 def fault_of(checkpoint: Path) -> str | None:

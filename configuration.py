@@ -144,7 +144,7 @@ OPTIONAL_COUNTS = (
 COUNTS_FROM_ZERO = ("warmup_steps", "n_eval_model_samples", "seed")
 SWITCHES = (
     "debug", "dry_run", "eval_only", "wandb.enabled", "do_first_eval", "activation_checkpointing", "save_policy_pt", "compile",
-    "tf32", "save_async", "model.trust_remote_code", "model.double_quantization", "model.liger_kernels",
+    "tf32", "save_async", "ledger", "model.trust_remote_code", "model.double_quantization", "model.liger_kernels",
 )  # fmt: skip
 
 

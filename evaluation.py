@@ -20,10 +20,14 @@ from ranks import ALONE, Ranks
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Every example's metrics, name → [E] float64 on the CPU, and the loss's own statistics."""
+    """Every example's metrics, name → [E] float64 on the CPU, and the loss's own statistics.
+
+    sources: [E], the names of the prompts that the examples are of.
+    """
 
     examples: dict[str, Tensor]
     statistics: dict[str, float | Tensor]
+    sources: Sequence[str]
 
     def means(self) -> dict[str, float]:
         """Name → mean over all examples, and the statistics under their own names."""
@@ -36,7 +40,7 @@ class Scores:
     """Log-probs of all responses of some batches over all ranks, float64 on the CPU, and which examples they belong to.
 
     policy, reference: [R]; the latter None where there is none. pairs: [P, 2]; empty for SFT. lengths: [R], tokens. order: [E],
-    where the example of each place is among pairs (SFT: responses).
+    where the example of each place is among pairs (SFT: responses). sources: [E], the names of the prompts, by place.
     """
 
     policy: Tensor
@@ -44,6 +48,7 @@ class Scores:
     pairs: Tensor
     lengths: Tensor
     order: Tensor
+    sources: Sequence[str]
 
 
 def evaluate(
@@ -63,7 +68,7 @@ def evaluate(
     pairs = scores.pairs[scores.order] if loss.paired else scores.pairs
     known = scores.policy[pick]
     output = loss(known, scores.reference, pairs, scores.lengths[pick])
-    return HeldOut(example_metrics(output, known, pairs, "eval"), output.statistics)
+    return HeldOut(example_metrics(output, known, pairs, "eval"), output.statistics, scores.sources)
 
 
 @torch.no_grad()
@@ -83,15 +88,19 @@ def score(
         logps = response_logps(policy, on_device).double().cpu()
         known = None if reference is None else reference(on_device).double().cpu()
         if not batch.is_filler:
-            scored.append((logps, known, batch.pairs.cpu(), batch.response_lengths.cpu(), batch.places.cpu()))
-    parts = [part for rank in ranks.gather(scored) for part in rank]
-    starts = list(accumulate((len(lengths) for _, _, _, lengths, _ in parts), initial=0))
+            facts = batch.pairs.cpu(), batch.response_lengths.cpu(), batch.places.cpu(), batch.sources
+            scored.append((logps, known, *facts))
+    logps, knowns, pairs, lengths, places, sources = zip(*(part for rank in ranks.gather(scored) for part in rank), strict=True)
+    starts = accumulate(map(len, lengths), initial=0)
+    order = torch.cat(places).argsort()
+    names = [name for batch in sources for name in batch]
     return Scores(
-        policy=torch.cat([logps for logps, *_ in parts]),
-        reference=None if reference is None else torch.cat([known for _, known, *_ in parts]),
-        pairs=torch.cat([pairs + start for (_, _, pairs, _, _), start in zip(parts, starts, strict=False)]),
-        lengths=torch.cat([lengths for _, _, _, lengths, _ in parts]),
-        order=torch.cat([places for *_, places in parts]).argsort(),
+        policy=torch.cat(logps),
+        reference=None if reference is None else torch.cat(knowns),
+        pairs=torch.cat([numbers + start for numbers, start in zip(pairs, starts, strict=False)]),
+        lengths=torch.cat(lengths),
+        order=order,
+        sources=[names[place] for place in order.tolist()],
     )
 
 
@@ -109,11 +118,6 @@ def share_interval(values: Tensor) -> tuple[float, float]:
 def mean_interval(values: Tensor, draws: int = 1000) -> tuple[float, float]:
     """95% interval of the mean of values [E]: percentiles of `draws` bootstrap means, the same at every call."""
     return interval(bootstrap_means(values.double().numpy()[:, None], draws=draws)[:, 0])
-
-
-def with_interval(mean: float, low: float | None, high: float | None) -> str:
-    """A mean and its interval, if there is one, three significant digits each."""
-    return f"{mean:.3g}" if low is None else f"{mean:.3g} [{low:.3g}, {high:.3g}]"
 
 
 def bootstrap_means(columns: numpy.ndarray, groups: numpy.ndarray | None = None, draws: int = 1000) -> numpy.ndarray:

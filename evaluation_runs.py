@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from batches import BatchIterator, evaluation_batches, evaluation_prompts
-from checkpoints import UNREADABLE, checkpoints_of, read_state
+from checkpoints import checkpoints_of, read_state
 from configuration import CONFIG_DIR, GROUPS, OPEN_SECTIONS, explain_composition_error, known_keys, task_names
 from evaluation import HeldOut
 from held_out_report import ExampleFacts, kl_estimate, lines_of, summary
@@ -23,7 +23,7 @@ from models import shared_budget, token_budget
 from prompt_table import PromptTable
 from sampling import sample_responses
 from task_suites import TaskList
-from utils import UserError, first_line, nearest
+from utils import UNREADABLE, UserError, first_line, nearest
 from win_rates import Comparison, win_rate
 
 

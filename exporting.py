@@ -23,16 +23,16 @@ from safetensors import SafetensorError
 import hub
 import models
 from adapters import SETTINGS_FILE, WEIGHTS_FILE, is_adapter
-from checkpoints import MARKER, PARTIAL, UNREADABLE, checkpoints_of, fault_of, read_state, save_tokenizer
+from checkpoints import MARKER, PARTIAL, checkpoints_of, fault_of, read_state, save_tokenizer
 from configuration import CONFIG_DIR, choices_of
 from model_card import PLAIN_PROMPT, CardFacts, model_card
 from modelfile import check_architecture, fit_for_ollama, modelfile_of, tokenizer_model
 from prompt_templates import build_template
 from records import Turn
-from resuming import misfit
+from run_files import METRICS, RESULTS_FILE, metric_rows, results_of
 from served_prompts import chat_template, format_of_run, turns_of
 from tokenization import bos_of
-from utils import UserError, first_line, load_tensors, nearest
+from utils import UNREADABLE, UserError, first_line, load_tensors, misfit, nearest
 
 SHARD_SIZE = "5GB"
 
@@ -115,37 +115,11 @@ def source_of(path: Path) -> Source:
             fault = f"state.json is damaged ({first_line(error)})"
     if fault is not None:
         raise UserError(f"{checkpoint}: {fault}. {expected}")
-    rows = _rows(checkpoint.parent / "metrics.jsonl", state["examples"])
-    evaluation = _evaluation(checkpoint.parent / "results.json", state["examples"])
+    rows = metric_rows(checkpoint.parent / METRICS, state["examples"])
+    results = results_of(checkpoint.parent / RESULTS_FILE)
+    # One of another checkpoint says nothing of this one.
+    evaluation = results["held_out"]["all"] if results.get("examples_trained") == state["examples"] else {}
     return Source(checkpoint, state["run"], state["examples"], state["held_out"] or {}, rows, evaluation)
-
-
-def _rows(file: Path, examples: int) -> list[dict]:
-    """The rows of a metrics.jsonl up to so many examples; those that cannot be read are left out."""
-    rows = []
-    for line in file.read_bytes().splitlines() if file.is_file() else ():
-        try:
-            row = json.loads(line)
-            if row["counters/examples"] <= examples:
-                rows.append(row)
-        except UNREADABLE:
-            continue
-    return rows
-
-
-# What an evaluation of a run leaves: how many examples and prompts it is over, and each metric with its interval.
-INTERVAL = dict.fromkeys(("mean", "low", "high"), (float, int, None))
-RESULTS = {"examples_trained": int, "held_out": {"all": {"examples": int, "prompts": int, ...: INTERVAL}}}
-
-
-def _evaluation(file: Path, examples: int) -> dict:
-    """The held-out metrics that an evaluation of a run has left, if it was of the checkpoint after so many examples."""
-    try:
-        results = json.loads(file.read_text(encoding="utf-8"))
-    except UNREADABLE:
-        return {}
-    sound = misfit(results, RESULTS, "results") is None and results["examples_trained"] == examples
-    return results["held_out"]["all"] if sound else {}
 
 
 # ---- checks -----------------------------------------------------------------------------------------------------------------

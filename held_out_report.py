@@ -12,11 +12,12 @@ import numpy
 import torch
 
 from batches import TokenBudget, batches_of, examples_of
-from evaluation import HeldOut, bootstrap_means, interval, score, share_interval, with_interval
+from evaluation import HeldOut, bootstrap_means, interval, score, share_interval
 from prompt_table import Selection
 from prompt_templates import user_markers
 from ranks import ALONE, Ranks
 from tokenization import TokenizedPrompt
+from utils import with_interval
 
 LOSS, ACCURACY, MARGIN = "loss/eval", "rewards_eval/accuracies", "rewards_eval/margins"
 # What a table shows of each part, with its heading.
@@ -98,6 +99,15 @@ def part(names: Sequence[str], values: numpy.ndarray, prompts: numpy.ndarray) ->
         low, high = share_interval(torch.full((number,), means[ACCURACY]["mean"]))
         means[ACCURACY] |= {"low": low, "high": high}
     return {"examples": len(values), "prompts": number, **means}
+
+
+def intervals_of(held_out: HeldOut) -> dict[str, float]:
+    """The bounds of the 95% intervals of loss, accuracy and margin, NAME/low and NAME/high; none of a single prompt."""
+    names = [name for name in COLUMNS if name in held_out.examples]
+    values = numpy.column_stack([held_out.examples[name].double().numpy() for name in names])
+    found = part(names, values, numpy.asarray(held_out.sources))
+    bounds = {f"{name}/{end}": found[name][end] for name in names for end in ("low", "high")}
+    return {name: bound for name, bound in bounds.items() if bound is not None}
 
 
 def _estimate(mean: float, draws: numpy.ndarray, prompts: int) -> dict:

@@ -13,11 +13,13 @@ from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
+from markupsafe import escape
 from omegaconf import OmegaConf
 
 from configuration import CONFIG_DIR, choices_of
 from data_files import is_data_file
 from preference_datasets import HH, LEETCODE, NECTAR, ORCA, SHP, STACK_EXCHANGE, TOKENISED_SUFFIX, ULTRAFEEDBACK
+from utils import dotted
 
 # Where the named sets lie on the hub.
 HUB_SETS = {
@@ -199,7 +201,7 @@ NOT_SHOWN = (
 
 def settings_changed(config: dict) -> dict[str, tuple[object, object]]:
     """The keys of a run that differ from the defaults in config/: name → (the run's value, the default or None)."""
-    now = _flat(config)
+    now = dotted(config)
     # The YAML says the last as a reference to another key.
     before = _defaults(config["loss"]["name"], config["trainer"]["name"]) | {
         "model.reference_dtype": now.get("model.policy_dtype")
@@ -216,14 +218,7 @@ def _defaults(loss: str, trainer: str) -> dict:
         # A name in data forms no path.
         known = name in ("base_model", *choices_of(group))
         values[group] = OmegaConf.to_container(OmegaConf.load(CONFIG_DIR / group / f"{name}.yaml")) if known else {}
-    return _flat(values)
-
-
-def _flat(values: dict, prefix: str = "") -> dict:
-    flat: dict = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
+    return dotted(values)
 
 
 def _configuration(config: dict) -> str:
@@ -309,6 +304,8 @@ def without_secrets(text: str) -> str:
     secrets = {
         value for name, value in os.environ.items() if SECRET_NAMES.search(name) and len(value) >= 8 and not value.isdigit()
     }
+    # As they are, and as a page has them.
+    secrets |= {str(escape(value)) for value in secrets}
     for value in sorted(secrets, key=len, reverse=True):
         text = text.replace(value, "(a secret)")
     return SECRET_LOOKS.sub("(a secret)", text)

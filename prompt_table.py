@@ -220,6 +220,12 @@ class PromptTable(Sequence[TokenizedPrompt]):
         """Stands for all token ids, pairs and response numbers."""
         return xxhash.xxh3_128_hexdigest(repr(([part.fingerprint for part in self.parts], self.first_row)).encode())
 
+    def place_of_response(self, row: int) -> int:
+        """The index of the prompt that the response of this number belongs to."""
+        batch = bisect_right(self._rows, row) - 1
+        first = self._batches[batch][1].first_response
+        return self._starts[batch] + int(numpy.searchsorted(first, row - self._rows[batch], side="right")) - 1
+
     # ---- orders -----------------------------------------------------------------------------------------------------------
 
     def epoch_order(self, seed: str) -> numpy.ndarray:

@@ -11,8 +11,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from checkpoints import UNREADABLE, checkpoints_of, fault_of, newest_usable, read_state
-from utils import UserError, first_line, replace_symlink
+from checkpoints import checkpoints_of, fault_of, newest_usable, read_state
+from ledger import cut_back_ledger
+from run_files import BAD_STEPS, METRICS, SAMPLES
+from utils import UNREADABLE, UserError, dotted, first_line, misfit, replace_symlink
 
 # Keys that may differ from those of the run's beginning: how long it runs, what it says and writes, where it computes.
 MAY_DIFFER = (
@@ -23,7 +25,7 @@ MAY_DIFFER = (
     "save_strategy", "save_every", "save_async", "keep_last", "keep_best", "save_policy_pt",
     "trainer.name", "trainer.nproc_per_node", "trainer.sharding", "trainer.tensor_parallel_size", "trainer.cpu_offload",
     "trainer.distributed_timeout_minutes", "trainer.reduce_dtype", "activation_checkpointing",
-    "max_tokens_per_microbatch", "prefix_sharing", "reference_logps", "eval_only", "evaluation",
+    "max_tokens_per_microbatch", "prefix_sharing", "reference_logps", "eval_only", "evaluation", "ledger",
 )  # fmt: skip
 
 
@@ -81,8 +83,7 @@ def _run_id(value) -> bool:
     return type(value) is str and re.fullmatch("[0-9a-f]{32}", value) is not None
 
 
-# Shapes: a type, None, or a function that decides; a tuple of shapes, any of which will do; {name: shape}, at least these
-# names, and with {...: shape} all others; [shape], a list of such; [shape, shape], a list of just these.
+# The shapes of `misfit`.
 SETTING = (_number, bool, None, [_number])
 STREAMS = {
     "python": [_count, [_count], (_number, None)],
@@ -120,27 +121,6 @@ STATE = {
 }
 
 
-def misfit(value, shape, name: str) -> str | None:
-    """The name of the first part of a value that is not of a shape; None where all of it is."""
-    if isinstance(shape, tuple):
-        return None if any(misfit(value, each, name) is None for each in shape) else name
-    if isinstance(shape, dict | list) and type(value) is not type(shape):
-        return name
-    if isinstance(shape, dict):
-        others = dict.fromkeys(value, shape[...]) if ... in shape else {}
-        wanted = others | {key: each for key, each in shape.items() if key is not ...}
-        parts = [(value[key], wanted[key], f"{name}.{key}") for key in wanted if key in value]
-        missing = [f"{name}.{key}" for key in wanted if key not in value]
-    elif isinstance(shape, list):
-        shapes = shape * len(value) if len(shape) == 1 else shape
-        parts = [(item, each, name) for item, each in zip(value, shapes, strict=False)]
-        missing = [] if len(shapes) == len(value) else [name]
-    else:
-        sound = value is None if shape is None else type(value) is shape if isinstance(shape, type) else shape(value)
-        return None if sound else name
-    return next((found for found in (*missing, *(misfit(*part) for part in parts)) if found is not None), None)
-
-
 def fault_of_run(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint from which a run is to go on; None where nothing is."""
     fault = fault_of(checkpoint)
@@ -160,7 +140,7 @@ def fault_of_run(checkpoint: Path) -> str | None:
 def check_same_run(checkpoint: Path, about: dict) -> None:
     """Raise UserError where what a run is made of (`about`) differs from what the checkpoint's run was made of."""
     then = read_state(checkpoint)["run"]
-    before, now = (_flat(run["config"]) for run in (then, about))
+    before, now = (dotted(run["config"]) for run in (then, about))
     changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
     changed = [key for key in changed if not any(key == free or key.startswith(f"{free}.") for free in MAY_DIFFER)]
     advice = "Start a new run from it with model.archive, or leave it as it was."
@@ -172,22 +152,16 @@ def check_same_run(checkpoint: Path, about: dict) -> None:
             raise UserError(f"resume: {what} not those of the run that {checkpoint} belongs to. {advice}")
 
 
-def _flat(config: dict, prefix: str = "") -> dict:
-    flat = {}
-    for key, value in config.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
-
-
 def cut_back(run_dir: Path, checkpoint: Path | None) -> None:
     """Make the run's files as they were when the checkpoint was written: rows and checkpoints behind it are not its own.
 
     Without a checkpoint the run begins anew, and nothing there is its own. Later checkpoints are set aside, not removed.
     """
     examples = int(checkpoint.name.removeprefix("step-")) if checkpoint else -1
-    for name in ("metrics.jsonl", "samples.jsonl", "bad_batches.jsonl"):
+    for name in (METRICS, SAMPLES, BAD_STEPS):
         if (run_dir / name).exists():
             _keep_rows(run_dir / name, examples)
+    cut_back_ledger(run_dir, examples)
     for later in checkpoints_of(run_dir):
         if int(later.name.removeprefix("step-")) > examples:
             aside = later.with_name(f"{later.name}.set-aside")

@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -28,10 +29,23 @@ SHORT_NAMES = {
 
 
 class Tracker:
-    """The sinks of one run. Use as a context manager; `total` is the number of training examples, for the time left."""
+    """The sinks of one run. Use as a context manager; `total` is the number of training examples, for the time left.
 
-    def __init__(self, run_dir: Path, total: int | None, min_interval: float = 1.0, wandb_run=None):
+    write_report makes a page of what the run directory holds; None for none.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        total: int | None,
+        min_interval: float = 1.0,
+        wandb_run=None,
+        write_report: Callable[[], None] | None = None,
+    ):
         self.run_dir = run_dir
+        self.write_report = write_report
+        # Whether something has happened that the report does not know.
+        self.report_is_old = True
         # Raises where nothing can be written at the start.
         (run_dir / "metrics.jsonl").touch()
         # Rows that could not be written yet, by the names of their files.
@@ -47,6 +61,8 @@ class Tracker:
 
     def __exit__(self, *exception) -> None:
         self.flush()
+        if self.report_is_old:
+            self.report()
         self.console.close()
         if self.wandb:
             self.wandb.finish()
@@ -54,6 +70,7 @@ class Tracker:
     def log_step(self, metrics: Metrics) -> None:
         """Take a training step's metrics; they are written when `min_interval` seconds have passed since the last line."""
         self.waiting.append(metrics)
+        self.report_is_old = True
         if time.monotonic() - self.last_line >= self.min_interval:
             self.flush()
 
@@ -94,6 +111,19 @@ class Tracker:
             f"finite. bad_batches.jsonl names the examples: {shown}"
         )
 
+    def report(self) -> None:
+        """Bring the run's report up to date, if it has one."""
+        if self.write_report is None:
+            return
+        self.flush()
+        self.report_is_old = False
+        try:
+            self.write_report()
+        except Exception as error:  # whatever is wrong with a page, the run goes on
+            self.write_report = None
+            again = f"python scripts/report.py {self.run_dir} tries it again"
+            self.say(f"warning: report.html could not be written, and is left as it is: {first_line(error)}. {again}")
+
     def say(self, text: str) -> None:
         """One line on the console, above the progress bar."""
         self.console.say(text)
@@ -131,6 +161,9 @@ class NoTracker:
         """As Tracker's."""
 
     def log_bad_step(self, row: dict) -> None:
+        """As Tracker's."""
+
+    def report(self) -> None:
         """As Tracker's."""
 
     def flush(self) -> None:

@@ -166,6 +166,7 @@ def run(config: DictConfig, run_dir: Path, in_sweep: bool = False, trainer: str 
 def train(config: DictConfig, trainer_class, placement, loss, data, run_dir: Path, in_sweep: bool) -> float | None:
     """Train on a placement, from the beginning or from a checkpoint of the same run."""
     from checkpoints import CheckpointWriter
+    from ledger import Ledger
     from resuming import checkpoint_to_continue
     from stopping import StopRequests
     from tracking import NoTracker, Tracker
@@ -181,9 +182,11 @@ def train(config: DictConfig, trainer_class, placement, loss, data, run_dir: Pat
         total = parts["train_batches"].total_examples
         if ranks.is_main:
             about = describe_run(config, placement, data, checkpoint)
+            report = reporter(config, run_dir, loss, placement.tokenizer, data)
             with writable(run_dir):
                 wandb_run = open_run_dir(config, run_dir, about, checkpoint)
-                tracker = Tracker(run_dir, total, config.minimum_log_interval_secs, wandb_run)
+                tracker = Tracker(run_dir, total, config.minimum_log_interval_secs, wandb_run, report)
+                describe_start(config, run_dir, data, total, placement.device)
             opened.enter_context(tracker)
         else:
             about, tracker = {}, opened.enter_context(NoTracker())
@@ -194,7 +197,8 @@ def train(config: DictConfig, trainer_class, placement, loss, data, run_dir: Pat
             patience = config.trainer.get("distributed_timeout_minutes")
             writer = opened.enter_context(CheckpointWriter(*made, patience_minutes=patience))
         stop = opened.enter_context(StopRequests(config.max_wall_time))
-        trainer = trainer_class(config, **parts, tracker=tracker, writer=writer, ranks=ranks, stop=stop)
+        ledger = Ledger(run_dir, ranks, tracker.say) if config.ledger and loss.paired else None
+        trainer = trainer_class(config, **parts, tracker=tracker, writer=writer, ranks=ranks, stop=stop, ledger=ledger)
         if checkpoint:
             trainer.continue_from(checkpoint)
         if trainer.finished:
@@ -290,6 +294,30 @@ def describe_run(config: DictConfig, placement, data, checkpoint: Path | None) -
         "wandb_id": read_state(checkpoint)["run"]["wandb_id"] if checkpoint else uuid.uuid4().hex,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
+
+
+def describe_start(config: DictConfig, run_dir: Path, data, total: int | None, device) -> None:
+    """Leave in a run's directory what its report says of data, machine and code, as they are at this start."""
+    from run_files import write_about
+
+    names = [entry.name for entry in read_entries(config)]
+    reports = {name: zip(names, split.reports, strict=True) for name, split in zip(("train", "held out"), data, strict=True)}
+    write_about(run_dir, reports, total, device)
+
+
+def reporter(config: DictConfig, run_dir: Path, loss, tokenizer, data):
+    """A function that writes a run's report.html, and before it, if there is a ledger, flagged_pairs.jsonl."""
+    from flagged_pairs import PairFinder
+    from run_report import write_report
+
+    finder = PairFinder(run_dir, data[0].table, tokenizer) if config.ledger and loss.paired else None
+
+    def write() -> None:
+        if finder is not None:
+            finder.write()
+        write_report(run_dir)
+
+    return write
 
 
 def open_run_dir(config: DictConfig, run_dir: Path, about: dict, checkpoint: Path | None):

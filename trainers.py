@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,9 @@ from checkpoints import (
 from configuration import sharded_dtype
 from evaluation import HeldOut, evaluate
 from guards import StillWeights, Watch
+from held_out_report import intervals_of
 from layer_splitting import joined_optimizer_state, joined_weights, set_joined_weights, split_optimizer_state
+from ledger import Ledger
 from logprobs import response_logps
 from losses import Loss, LossOutput, Survey, example_metrics
 from optimization import build_optimizer, flat_state, schedule, warmup_steps
@@ -38,7 +41,29 @@ from sampling import sample_answers
 from sharding import clip_by_global_norm
 from stopping import StoppedError, StopRequests
 from tracking import Metrics, Tracker
-from utils import UserError, random_streams, restore_random_streams
+from utils import UserError, memory_held, random_streams, restore_random_streams
+
+
+class Scored(NamedTuple):
+    """What a step found out about this rank's examples of one piece, E of them, without gradient.
+
+    losses: [E]. pairs: [E, 2] int64, the places of their responses among all of the run's data, and margins: [E], of rewards;
+    None for SFT. is_filler: they count for nothing.
+    """
+
+    losses: Tensor
+    sources: tuple[str, ...]
+    pairs: Tensor | None
+    margins: Tensor | None
+    is_filler: bool
+
+    @classmethod
+    def of(cls, piece: PackedBatch, output: LossOutput) -> "Scored":
+        """From a piece and its losses."""
+        paired = output.chosen_rewards is not None
+        margins = output.chosen_rewards - output.rejected_rewards if paired else None
+        pairs = piece.response_rows[piece.pairs] if paired else None
+        return cls(output.losses.detach(), piece.sources, pairs, margins, piece.is_filler)
 
 
 class BasicTrainer:
@@ -46,8 +71,9 @@ class BasicTrainer:
 
     policy has been placed where it trains. reference gives the log-probs [R] of a batch; None where the loss needs none.
     sample_prompts are the token ids of the held-out prompts that are answered at each evaluation. writer writes checkpoints;
-    None for none. stop says why the run is to stop before its end. held_out is the newest evaluation's result, None before the
-    first; held_out_means its means, those of the run so far where it goes on from a checkpoint.
+    None for none. stop says why the run is to stop before its end. ledger keeps the margins of pairs; None for none. held_out
+    is the newest evaluation's result, None before the first; held_out_means its means, those of the run so far where it goes
+    on from a checkpoint.
     """
 
     placement = OneProcess
@@ -66,6 +92,7 @@ class BasicTrainer:
         writer: CheckpointWriter | None = None,
         ranks: Ranks = ALONE,
         stop: StopRequests | None = None,
+        ledger: Ledger | None = None,
     ):
         self.config = config
         self.ranks = ranks
@@ -80,6 +107,7 @@ class BasicTrainer:
         self.tracker = tracker
         self.writer = writer
         self.stop = stop or StopRequests()
+        self.ledger = ledger
         self.optimizer = build_optimizer(policy, config)
         # Gradients of float16 products would underflow; a step whose scaled gradients overflow is left out.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=computes_in_float16(config))
@@ -115,7 +143,8 @@ class BasicTrainer:
             size = sum(micro_batch.num_examples for micro_batch in batch)
             now = time.perf_counter()
             if metrics:
-                metrics |= {"examples_per_second": size / (now - started), **self.counters()}
+                metrics |= {"examples_per_second": size / (now - started), "memory_gib": memory_held(self.device)}
+                metrics |= self.counters()
                 self.watch.see(metrics)
                 self.tracker.log_step(metrics)
             started = now
@@ -182,6 +211,8 @@ class BasicTrainer:
         # Where gradients are scaled, the scaler leaves a step out whose gradient has overflown.
         if math.isfinite(metrics["loss/train"]) and (math.isfinite(norm) or self.scaler.is_enabled()):
             self.take_step()
+            if self.ledger is not None:
+                self.ledger.see(self.examples, [(part.pairs, part.margins) for part in scored if not part.is_filler])
             return metrics | statistics | {"grad_norm": norm}
         self.leave_out(scored)
         self.loss.load_state_dict(remembered)
@@ -204,8 +235,8 @@ class BasicTrainer:
         self.tracker.say(f"warning: out of memory; pieces have at most {self.train_batches.budget.limit} tokens from now on")
         return self.backward(halves)
 
-    def backward(self, micro_batches: Sequence[MicroBatch]) -> tuple[dict[str, Tensor], Metrics, list]:
-        """Add up the gradient of a batch; sums over this rank's examples, the loss's statistics, and (losses, sources)."""
+    def backward(self, micro_batches: Sequence[MicroBatch]) -> tuple[dict[str, Tensor], Metrics, list[Scored]]:
+        """Add up the gradient of a batch; sums over this rank's examples, the loss's statistics, and each piece `Scored`."""
         self.policy.train()
         num_examples = sum(micro_batch.num_examples for micro_batch in micro_batches)
         sums: dict[str, Tensor] = {}
@@ -222,7 +253,7 @@ class BasicTrainer:
                 for name, values in example_metrics(output, policy, piece.pairs, "train").items():
                     sums[name] = sums.get(name, 0.0) + values.sum() * (not piece.is_filler)
                 statistics = output.statistics
-                scored.append((output.losses.detach(), piece.sources))
+                scored.append(Scored.of(piece, output))
         return sums, statistics, scored
 
     def added_up(self, sums: dict[str, Tensor], grad_norm: Tensor, num_examples: int) -> Tensor:
@@ -265,12 +296,12 @@ class BasicTrainer:
             # It would answer otherwise now.
             self.reference_answers = None
 
-    def leave_out(self, scored: list) -> None:
+    def leave_out(self, scored: list[Scored]) -> None:
         """Forget the gradient of a step that cannot be taken, and name its examples in `bad_batches.jsonl`."""
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.bad_steps += 1
-        pairs = [(source, loss) for losses, sources in scored for source, loss in zip(sources, losses.tolist(), strict=True)]
+        pairs = [pair for part in scored for pair in zip(part.sources, part.losses.tolist(), strict=True)]
         pairs = [pair for rank in self.ranks.gather(pairs) for pair in rank]
         bad = sorted({source for source, loss in pairs if not math.isfinite(loss)})
         what = "loss" if bad else "gradient"
@@ -327,9 +358,12 @@ class BasicTrainer:
         self.held_out_means = self.held_out.means()
         self.evaluated_at = self.examples
         self.compare_with_best()
-        self.tracker.log_evaluation(self.held_out_means | self.counters())
+        self.tracker.log_evaluation(self.held_out_means | intervals_of(self.held_out) | self.counters())
         if self.sample_prompts:
             self.tracker.log_samples(self.sample(), self.examples)
+        if self.ledger is not None:
+            self.ledger.write()
+        self.tracker.report()
 
     def compare_with_best(self) -> None:
         """Count the evaluations since `objective` was at its best; say so where the run ends for it."""
@@ -364,6 +398,8 @@ class BasicTrainer:
 
     def save(self, finished: bool = False) -> None:
         """Write a checkpoint; nothing without a writer. At the end of a run it may hold the weights as one file too."""
+        if self.ledger is not None:
+            self.ledger.write()
         if self.writer is None or (self.saved_at == self.examples and not finished):
             return
         self.tracker.flush()

@@ -98,10 +98,11 @@ def describe(model, reference, tokenizer, config) -> dict:
     import torch
 
     from batches import evaluation_batches
-    from evaluation import evaluate, mean_interval, share_interval, with_interval
+    from evaluation import evaluate, mean_interval, share_interval
     from losses import build_loss
     from sampling import sample_answers
     from toy_preferences import answer_kind
+    from utils import with_interval
 
     pairs, targets = (held_out_prompts(tokenizer, config, paired) for paired in (True, False))
     dpo = evaluate(model, reference, build_loss("dpo", beta=BETA), evaluation_batches(pairs, 64, None, config.seed)).examples

@@ -72,7 +72,8 @@ def test_an_evaluation_says_of_a_run_what_the_run_said_at_its_end(beta_dpo):
     assert results["examples_trained"] == 16 and results["checkpoint"].endswith("step-16")
     # Of the run's own files none has changed.
     assert {path.name: path.read_bytes() for path in beta_dpo.iterdir() if path.name in before} == before
-    assert {path.name for path in beta_dpo.iterdir()} - before.keys() == {"results.json", "answers.jsonl", "step-16", "LATEST"}
+    new = {"results.json", "answers.jsonl", "step-16", "LATEST", "ledger"}
+    assert {path.name for path in beta_dpo.iterdir()} - before.keys() == new
 
 
 def test_the_model_as_configured_is_scored_and_sampled_and_no_checkpoint_is_written(run_of, beta_dpo):

@@ -39,7 +39,7 @@ def scored(chosen: list[float], rejected: list[float]) -> HeldOut:
     one, other = torch.tensor(chosen).double(), torch.tensor(rejected).double()
     ties = torch.where(one == other, 0.5, (one > other).double())
     named = {"loss/eval": -one, "rewards_eval/accuracies": ties, "rewards_eval/margins": one - other}
-    return HeldOut(named | {"rewards_eval/chosen": one, "rewards_eval/rejected": other}, {})
+    return HeldOut(named | {"rewards_eval/chosen": one, "rewards_eval/rejected": other}, {}, [])
 
 
 def test_each_way_to_divide_the_examples_has_every_example_in_one_part():
@@ -81,7 +81,7 @@ def test_an_accuracy_of_1_is_not_certain():
 
 
 def test_sft_has_a_loss_and_nothing_of_pairs():
-    held_out = HeldOut({"loss/eval": torch.tensor([1.0, 3.0]), "logps_eval/chosen": torch.tensor([-1.0, -3.0])}, {})
+    held_out = HeldOut({"loss/eval": torch.tensor([1.0, 3.0]), "logps_eval/chosen": torch.tensor([-1.0, -3.0])}, {}, [])
     result = summary(held_out, facts([0, 1], [5, 6]))
     assert result["all"]["loss/eval"]["mean"] == 2
     assert "length_bias" not in result and "rewards_eval/margins" not in result["all"]

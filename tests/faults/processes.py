@@ -12,12 +12,15 @@ import time
 import uuid
 from pathlib import Path
 
+import numpy
 import torch
 from filelock import FileLock
 from safetensors.torch import load_file
 
 import train
 from checkpoints import checkpoints_of, fault_of
+from ledger import read_ledger
+from run_files import MEASURED
 
 ROOT = Path(__file__).parent.parent.parent
 # Twenty steps, a checkpoint behind every second of them, a line for each step.
@@ -138,18 +141,25 @@ def train_here(compose, folder: Path, *overrides: str, name: str = "run"):
 def rows_of(run_dir: Path) -> list[dict]:
     """metrics.jsonl without what a clock says."""
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if name != "examples_per_second"} for row in rows]
+    return [{name: value for name, value in row.items() if name not in MEASURED} for row in rows]
 
 
 def assert_undisturbed(found: Path, expected: Path) -> None:
     """A run's numbers, files and weights are those of another, bit for bit, in every checkpoint that both have."""
     assert rows_of(found) == rows_of(expected)
+    assert_same_ledger(found, expected)
     assert (found / "LATEST").resolve().name == (expected / "LATEST").resolve().name
     # A stop has written checkpoints in between.
     assert {path.name for path in expected.iterdir()} <= {path.name for path in found.iterdir()}
     assert all(re.fullmatch(r"step-\d+", path.name) for path in found.iterdir() if not (expected / path.name).exists())
     for checkpoint in checkpoints_of(expected):
         assert_same_weights(found / checkpoint.name, checkpoint)
+
+
+def assert_same_ledger(found: Path, expected: Path) -> None:
+    """Two runs have seen the same pairs in the same steps, with the same margins."""
+    ledgers = [read_ledger(run_dir).columns() for run_dir in (found, expected)]
+    assert all(numpy.array_equal(column, ledgers[1][name]) for name, column in ledgers[0].items())
 
 
 def assert_same_weights(found: Path, expected: Path) -> None:

@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from ledger import read_ledger
+from run_files import MEASURED
+
 ROOT = Path(__file__).parent.parent.parent
 SHORT = (
     "loss=dpo", "n_examples=32", "n_eval_examples=16", "wandb.enabled=false", "sample_during_eval=false",
@@ -42,8 +45,11 @@ def assert_same_run(found: Path, expected: Path) -> None:
     assert {path.name for path in found.iterdir()} == {path.name for path in expected.iterdir()}
     for one, other in zip(metrics(found), metrics(expected), strict=True):
         assert one.keys() == other.keys()
-        for name in one.keys() - {"examples_per_second"}:
+        for name in one.keys() - set(MEASURED):
             assert one[name] == pytest.approx(other[name], rel=1e-4, abs=1e-5), name
+    one, other = (read_ledger(path) for path in (found, expected))
+    assert [one.examples.tolist(), one.preferred.tolist()] == [other.examples.tolist(), other.preferred.tolist()]
+    assert one.margins.tolist() == pytest.approx(other.margins.tolist(), rel=1e-3, abs=1e-5)
     files = [torch.load(path / "LATEST" / "policy.pt", weights_only=True)["state"] for path in (found, expected)]
     assert files[0].keys() == files[1].keys()
     for name, weight in files[0].items():

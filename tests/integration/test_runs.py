@@ -12,6 +12,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from run_files import MEASURED
+
 ROOT = Path(__file__).parent.parent.parent
 GOLDEN = ROOT / "tests" / "golden"
 
@@ -37,7 +39,8 @@ def test_the_default_run_leaves_what_the_readme_says(tmp_path):
     )
     [run_dir] = [path for path in (tmp_path / "runs").iterdir() if path.name != "prepared_data"]
     names = {path.name for path in run_dir.iterdir()}
-    assert names == {"config.yaml", "metrics.jsonl", "samples.jsonl", "step-16", "step-24", "LATEST", "wandb"}
+    written = {"config.yaml", "about.json", "metrics.jsonl", "samples.jsonl", "report.html"}
+    assert names == {*written, "step-16", "step-24", "LATEST", "wandb"}
     assert (run_dir / "LATEST").resolve() == run_dir / "step-24"
     assert (run_dir / "LATEST" / "policy.pt").is_file()
     assert out.count("wandb: offline") == 1 and f"run directory: {run_dir}" in out
@@ -53,7 +56,7 @@ def test_the_default_run_leaves_what_the_readme_says(tmp_path):
 def test_two_runs_of_the_same_seed_have_the_same_numbers(tmp_path):
     for name in ("a", "b"):
         train(tmp_path, "loss=beta_DPO", f"local_run_dir={tmp_path / name}", *SHORT)
-    rows = [[{k: v for k, v in row.items() if k != "examples_per_second"} for row in metrics(tmp_path / name)] for name in "ab"]
+    rows = [[{k: v for k, v in row.items() if k not in MEASURED} for row in metrics(tmp_path / name)] for name in "ab"]
     assert rows[0] == rows[1]
 
 

@@ -1,0 +1,269 @@
+"""Curves as pictures for a page in one file: SVG, with labels in HTML around it, to be read without a script too.
+
+However long a run was, a line has at most BUCKETS places: the mean of each, and from where to where its values went. Shapes: N
+points of a line.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy
+from markupsafe import Markup, escape
+
+BUCKETS = 120
+# Rows of the table under a chart.
+TABLE_ROWS = 12
+# Points up to which each shows its own interval as a bar.
+BARS = 30
+# Colours and dashes of the lines, which page.css has; more lines than both begin again.
+STYLES = 24
+
+
+@dataclass(frozen=True)
+class Line:
+    """A named line of N points, x rising; all are [N] float64 and finite, low and high may be missing.
+
+    low, high: between which values a point stands for, such as an interval. labels: [N], if points have names of their own,
+    which are then not joined. style: which colour and dashes; is_sparse: each point is marked.
+    """
+
+    name: str
+    x: numpy.ndarray
+    y: numpy.ndarray
+    low: numpy.ndarray | None = None
+    high: numpy.ndarray | None = None
+    labels: tuple[str, ...] = ()
+    style: int = 0
+    is_sparse: bool = False
+
+
+def line_of(rows: Iterable[dict], name: str, label: str, style: int = 0, is_sparse: bool = False) -> Line | None:
+    """The line of a metric over examples, from rows of metrics.jsonl; None where none of them has a finite value of it.
+
+    Intervals are those that the rows have under NAME/low and NAME/high, where all have one.
+    """
+    names = "counters/examples", name, f"{name}/low", f"{name}/high"
+    points = [tuple(map(row.get, names)) for row in rows if name in row]
+    points = [point for point in points if all(map(_is_finite, point[:2]))]
+    if not points:
+        return None
+    x, y, low, high = zip(*points, strict=True)
+    has_interval = all(map(_is_finite, low + high))
+    bounds = [numpy.array(bound, float) for bound in (low, high)] if has_interval else [None, None]
+    return Line(label, numpy.array(x, float), numpy.array(y, float), *bounds, style=style, is_sparse=is_sparse)
+
+
+def _is_finite(value) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def bucketed(line: Line, buckets: int = BUCKETS, limits: tuple[float, float] | None = None) -> Line:
+    """A line of at most so many places, each as wide as the others between the limits of x: means of x, y, low and high.
+
+    Without low and high these are the least and the largest value of each place. A line with fewer points stays as it is.
+    """
+    if len(line.x) <= buckets and limits is None:
+        return line
+    first, last = limits or (line.x[0], line.x[-1])
+    place = numpy.minimum((line.x - first) / max(last - first, 1e-300) * buckets, buckets - 1).astype(int)
+    numbers, starts, counts = numpy.unique(place, return_index=True, return_counts=True)
+    mean = lambda values: numpy.add.reduceat(values, starts) / counts  # noqa: E731
+    if line.low is None:
+        low, high = (extreme.reduceat(line.y, starts) for extreme in (numpy.minimum, numpy.maximum))
+    else:
+        low, high = mean(line.low), mean(line.high)
+    assert len(numbers) <= buckets
+    return replace(line, x=mean(line.x), y=mean(line.y), low=low, high=high)
+
+
+def ticks(low: float, high: float, about: int = 4) -> list[float]:
+    """Round numbers from low to high, about so many."""
+    step = 10 ** math.floor(math.log10(max(high - low, 1e-300) / about))
+    step = next((step * factor for factor in (1, 2, 5, 10) if (high - low) / (step * factor) <= about), step * 10)
+    number = math.ceil(low / step - 1e-9)
+    found = []
+    while number * step <= high + 1e-9 * step and len(found) < 4 * about:
+        found.append(number * step)
+        number += 1
+    return found
+
+
+def shown(value: float) -> str:
+    """A number as a label has it: 12,800, 0.693, 1.2e-07."""
+    if value != 0 and not 1e-4 <= abs(value) < 1e7:
+        return f"{value:.3g}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+# ---- the picture ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What a chart shows: x from left to right, y from bottom to top. In the picture both go from 0 to 1000."""
+
+    left: float
+    right: float
+    bottom: float
+    top: float
+
+    @classmethod
+    def around(cls, lines: Sequence[Line]) -> "Frame":
+        """All points, with some room; of long lines the means, so that one value far away does not press the others flat."""
+        x = numpy.concatenate([line.x for line in lines])
+        bounds = [bound for line in lines if len(line.x) <= BARS for bound in (line.low, line.high) if bound is not None]
+        y = numpy.concatenate([*(line.y for line in lines), *bounds])
+        return cls(*_with_room(x.min(), x.max(), 0.02), *_with_room(y.min(), y.max(), 0.06))
+
+    def places(self, x: numpy.ndarray, y: numpy.ndarray) -> list[str]:
+        """Points in the picture, as "x,y"."""
+        across = 1000 * (x - self.left) / (self.right - self.left)
+        # What lies far outside is cut there, and its number must not be too large for a browser.
+        down = (1000 * (self.top - y) / (self.top - self.bottom)).clip(-1e4, 1e4)
+        return [f"{a:.1f},{b:.1f}" for a, b in zip(across.tolist(), down.tolist(), strict=True)]
+
+
+def _with_room(low: float, high: float, share: float) -> tuple[float, float]:
+    room = (high - low) * share or max(abs(high) * 0.1, 1e-9)
+    return float(low - room), float(high + room)
+
+
+def chart(title: str, lines: Sequence[Line | None], note: str = "", x_name: str = "examples") -> Markup:
+    """A figure with its legend, values under the pointer and a table; nothing where no line has a point."""
+    whole = [line for line in lines if line is not None]
+    if not whole:
+        return Markup()
+    drawn = [bucketed(line) for line in whole]
+    frame = Frame.around(drawn)
+    parts = [
+        Markup('<figure class="chart"><figcaption><strong>{}</strong>{}</figcaption>').format(title, _note(note)),
+        Markup('<ul class="legend">{}</ul>').format(Markup().join(map(_legend, drawn))),
+        _plot(title, drawn, frame, x_name),
+        Markup('<p class="readout" aria-live="polite">&nbsp;</p>'),
+        _table(whole, x_name),
+        Markup('<script type="application/json">{}</script></figure>').format(Markup(_data(drawn, frame, x_name))),
+    ]
+    return Markup("\n").join(parts)
+
+
+def _note(note: str) -> Markup:
+    return Markup(" <span>{}</span>").format(note) if note else Markup()
+
+
+def _legend(line: Line) -> Markup:
+    sample = Markup('<svg viewBox="0 0 30 10" aria-hidden="true"><path d="M1 5H29"/></svg>')
+    return Markup('<li class="s{}">{}{}</li>').format(line.style % STYLES, sample, line.name)
+
+
+def _plot(title: str, lines: Sequence[Line], frame: Frame, x_name: str) -> Markup:
+    described = "; ".join(f"{line.name}: {shown(line.y[0])} to {shown(line.y[-1])}" for line in lines)
+    across = [(_share(x, frame.left, frame.right), shown(x)) for x in ticks(frame.left, frame.right)]
+    up = [(_share(y, frame.bottom, frame.top), shown(y)) for y in ticks(frame.bottom, frame.top)]
+    labels = [Markup('<span class="x" style="left:{}%">{}</span>').format(*place) for place in across]
+    labels += [Markup('<span class="y" style="bottom:{}%">{}</span>').format(*place) for place in up]
+    grid = " ".join(f"M0 {1000 - 10 * float(share):.1f}H1000" for share, _ in up)
+    svg = Markup(
+        '<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" role="img" aria-label="{}"><path class="grid" d="{}"/>{}</svg>'
+    ).format(f"{title}. {described}", grid, Markup().join(_drawn(line, frame) for line in lines))
+    names = Markup().join(_point_names(line, frame) for line in lines)
+    return Markup(
+        '<div class="plot" tabindex="0" role="group" aria-label="{}: arrow keys read its values">{}{}{}<i class="cursor"></i>'
+        '</div><p class="axis">{}</p>'
+    ).format(title, svg, Markup().join(labels), names, x_name)
+
+
+def _share(value: float, low: float, high: float) -> str:
+    return f"{100 * (value - low) / (high - low):.2f}"
+
+
+def _drawn(line: Line, frame: Frame) -> Markup:
+    """A line, the band or bars around it, and its points where they are marked."""
+    places = frame.places(line.x, line.y)
+    parts = []
+    if line.low is not None:
+        below, above = (frame.places(line.x, bound) for bound in (line.low, line.high))
+        if len(places) <= BARS:
+            bars = " ".join(f"M{one}L{other}" for one, other in zip(below, above, strict=True))
+            parts.append(Markup('<path class="bar" d="{}"/>').format(bars))
+        else:
+            parts.append(Markup('<polygon class="band" points="{}"/>').format(" ".join(below + above[::-1])))
+    if not line.labels:
+        parts.append(Markup('<polyline points="{}"/>').format(" ".join(places)))
+    if line.is_sparse or line.labels or len(places) == 1:
+        parts.append(Markup('<path class="dots" d="{}"/>').format(" ".join(f"M{place}h0" for place in places)))
+    return Markup('<g class="s{}">{}</g>').format(line.style % STYLES, Markup().join(parts))
+
+
+def _point_names(line: Line, frame: Frame) -> Markup:
+    names = zip(line.labels, line.x, line.y, strict=True) if line.labels else ()
+    return Markup().join(
+        Markup('<span class="name" style="left:{}%;bottom:{}%">{}</span>').format(
+            _share(x, frame.left, frame.right), _share(y, frame.bottom, frame.top), name
+        )
+        for name, x, y in names
+    )
+
+
+def _table(lines: Sequence[Line], x_name: str) -> Markup:
+    """The values in a few rows, for those who do not see the picture; of long lines the means of as many parts."""
+    limits = min(line.x[0] for line in lines), max(line.x[-1] for line in lines)
+    named = any(line.labels for line in lines)
+    few = list(lines) if named else [_thinned(line, limits) for line in lines]
+    cells: dict[float, list[str]] = {}
+    for number, line in enumerate(few):
+        for k, (x, y) in enumerate(zip(line.x.tolist(), line.y.tolist(), strict=True)):
+            interval = f" [{shown(line.low[k])}, {shown(line.high[k])}]" if line.low is not None else ""
+            name = f"{line.labels[k]}: " if line.labels else ""
+            cells.setdefault(x, [""] * len(few))[number] = f"{name}{shown(y)}{interval}"
+    head = Markup().join(Markup("<th>{}</th>").format(line.name) for line in few)
+    rows = Markup().join(
+        Markup("<tr><th>{}</th>{}</tr>").format(shown(x), Markup().join(Markup("<td>{}</td>").format(cell) for cell in row))
+        for x, row in sorted(cells.items())
+    )
+    table = Markup("<table><thead><tr><th>{}</th>{}</tr></thead><tbody>{}</tbody></table>").format(x_name, head, rows)
+    return Markup('<details><summary>values</summary><div class="wide" tabindex="0">{}</div></details>').format(table)
+
+
+def _thinned(line: Line, limits: tuple[float, float]) -> Line:
+    """A line at few places, the same ones for all lines of a chart; of points that are marked, some of them as they are."""
+    if line.is_sparse:
+        kept = numpy.unique(numpy.linspace(0, len(line.x) - 1, TABLE_ROWS).round().astype(int))
+        bounds = [None if bound is None else bound[kept] for bound in (line.low, line.high)]
+        return replace(line, x=line.x[kept], y=line.y[kept], low=bounds[0], high=bounds[1])
+    # From where to where the values went is for the picture.
+    return replace(bucketed(line, TABLE_ROWS, limits), low=None, high=None)
+
+
+def _data(lines: Sequence[Line], frame: Frame, x_name: str) -> str:
+    """What the page's script reads, in JSON that cannot end the element that it stands in."""
+    listed = [
+        {"name": line.name, "labels": line.labels}
+        | {name: _short(values) for name in ("x", "y", "low", "high") if (values := getattr(line, name)) is not None}
+        for line in lines
+    ]
+    return json_in_html({"x": x_name, "frame": [frame.left, frame.right], "lines": listed})
+
+
+def json_in_html(value) -> str:
+    """A value as JSON that may stand in an element of a page."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _short(values: numpy.ndarray) -> list[float]:
+    return [float(f"{value:.5g}") if abs(value) < 1e5 else round(value, 1) for value in values.tolist()]
+
+
+def words_marked(text: str, other: str) -> Markup:
+    """A text in which the words that another text does not have at that place are marked as inserted."""
+    import re
+    from difflib import SequenceMatcher
+
+    one, two = (re.findall(r"\s+|\S+", each) for each in (other, text))
+    parts = []
+    for change, _, _, start, end in SequenceMatcher(None, one, two, autojunk=False).get_opcodes():
+        words = escape("".join(two[start:end]))
+        parts.append(Markup("<ins>{}</ins>").format(words) if change != "equal" and words.strip() else words)
+    return Markup().join(parts)

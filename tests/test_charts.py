@@ -1,0 +1,124 @@
+"""Charts keep what a line says however long it is, and are markup whatever its name is."""
+
+import json
+import math
+
+import numpy
+import pytest
+from bs4 import BeautifulSoup
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from charts import BUCKETS, Line, bucketed, chart, json_in_html, line_of, shown, ticks, words_marked
+
+
+def line(values, name: str = "loss", **more) -> Line:
+    return Line(name, numpy.arange(len(values), dtype=float), numpy.array(values, float), **more)
+
+
+def test_a_long_line_has_the_mean_and_the_range_of_each_part():
+    # 4 values fall into each of 2 parts: 0, 1, 2, 3 and 10, 11, 12, 13.
+    found = bucketed(line([0, 1, 2, 3, 10, 11, 12, 13]), buckets=2)
+    assert found.x.tolist() == [1.5, 5.5]
+    assert (found.low.tolist(), found.y.tolist(), found.high.tolist()) == ([0, 10], [1.5, 11.5], [3, 13])
+
+
+def test_the_interval_of_a_part_is_the_mean_of_its_points_intervals():
+    values = numpy.array([0.0, 2.0, 4.0, 6.0])
+    found = bucketed(line(values, low=values - 1, high=values + 3), buckets=2)
+    assert (found.low.tolist(), found.high.tolist()) == ([0.0, 4.0], [4.0, 8.0])
+
+
+def test_a_short_line_stays_as_it_is():
+    short = line(range(BUCKETS))
+    assert bucketed(short) is short
+
+
+FINITE = st.floats(-1e300, 1e300)
+
+
+@given(st.lists(FINITE, min_size=1, max_size=200), st.integers(1, 20))
+def test_no_part_is_empty_and_no_extreme_is_lost(values, buckets):
+    found = bucketed(line(values), buckets)
+    assert 1 <= len(found.x) <= max(buckets, 1) or len(values) <= buckets
+    if found.low is not None:
+        assert found.low.min() == min(values) and found.high.max() == max(values)
+        assert (numpy.diff(found.x) > 0).all()
+
+
+@given(FINITE, FINITE)
+def test_ticks_are_few_and_lie_within(low, high):
+    low, high = sorted((low, high))
+    assume(high - low > 1e-6 * max(abs(low), abs(high)) and high - low > 1e-290)
+    found = ticks(low, high)
+    assert 1 <= len(found) <= 16
+    assert all(low - 1e-6 * (high - low) <= tick <= high + 1e-6 * (high - low) for tick in found)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0"), (0.69314, "0.6931"), (12800, "12,800"), (-1500.4, "-1,500"), (1.234e-7, "1.23e-07"), (2.5e8, "2.5e+08")],
+)
+def test_numbers_are_short(value, text):
+    assert shown(value) == text
+
+
+def test_a_metrics_line_has_its_finite_values_and_their_intervals():
+    rows = [
+        {"counters/examples": 4, "loss/eval": 0.5, "loss/eval/low": 0.4, "loss/eval/high": 0.7},
+        {"counters/examples": 6, "other": 1.0},
+        {"counters/examples": 8, "loss/eval": math.nan},
+        {"counters/examples": 12, "loss/eval": 0.25, "loss/eval/low": 0.2, "loss/eval/high": 0.3},
+    ]
+    found = line_of(rows, "loss/eval", "held out")
+    assert (found.x.tolist(), found.y.tolist(), found.low.tolist()) == ([4, 12], [0.5, 0.25], [0.4, 0.2])
+    assert line_of(rows[1:], "loss/eval", "held out").high.tolist() == [0.3]
+    assert line_of([*rows, {"counters/examples": 16, "loss/eval": 1.0}], "loss/eval", "held out").low is None
+    assert line_of(rows, "absent", "absent") is None
+
+
+def test_nothing_is_drawn_of_nothing():
+    assert chart("Loss", [None]) == ""
+
+
+NAMES = st.text(max_size=20) | st.sampled_from(
+    ["</script><script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "a & b"]
+)
+
+
+@given(NAMES, NAMES, st.lists(FINITE, min_size=1, max_size=300))
+def test_a_chart_is_markup_whatever_its_names_are_and_its_data_are_json(title, name, values):
+    page = BeautifulSoup(chart(title, [line(values, name=name)]), "html.parser")
+    assert len(page.find_all("script")) == 1 and page.find("img") is None
+    data = json.loads(page.script.string)
+    assert data["lines"][0]["name"] == name
+    assert len(data["lines"][0]["x"]) == min(len(values), BUCKETS) or len(data["lines"][0]["x"]) <= BUCKETS
+    assert len(page.find_all("polyline")) == 1
+    for point in page.polyline["points"].split():
+        x, y = map(float, point.split(","))
+        assert -1 <= x <= 1001 and math.isfinite(y)
+
+
+def test_json_cannot_end_the_element_that_it_stands_in():
+    assert "<" not in json_in_html({"a": "</script>"}) and json.loads(json_in_html("</script>&")) == "</script>&"
+
+
+def test_the_table_says_what_the_picture_shows():
+    page = BeautifulSoup(chart("Loss", [line([0.5, 0.25], name="held out", is_sparse=True)]), "html.parser")
+    assert [[cell.text for cell in row.find_all(["th", "td"])] for row in page.find_all("tr")] == [
+        ["examples", "held out"],
+        ["0", "0.5"],
+        ["1", "0.25"],
+    ]
+
+
+def test_words_that_the_other_text_does_not_have_there_are_marked():
+    marked = words_marked("Of course! Start <small> today.", "Of course! Start now.")
+    assert str(marked) == "Of course! Start <ins>&lt;small&gt; today.</ins>"
+
+
+@given(st.text(max_size=30), st.text(max_size=30))
+def test_a_marked_text_is_the_text(text, other):
+    # NUL and carriage returns are not kept by a parser of HTML.
+    assume(not {"\0", "\r"} & set(text))
+    assert BeautifulSoup(f"<p>{words_marked(text, other)}</p>", "html.parser").text == text

@@ -12,7 +12,7 @@ import runpy
 import signal
 import subprocess
 import sys
-import time
+from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.forkserver import ensure_running, set_forkserver_preload
 from multiprocessing.reduction import DupFd
@@ -41,13 +41,23 @@ def leave_none() -> None:
 class Program:
     """A Python file with arguments, running in a folder; used like a `subprocess.Popen`.
 
-    stdout, stderr: file descriptors. environment: None is this process's own.
+    stdout, stderr: file descriptors. environment: None is this process's own; what a library reads of it while it is imported
+    is as it was when the server was started. first: what the process does before anything else, such as `partial(os.umask, 0)`.
     """
 
-    def __init__(self, command: list[str], folder: Path, stdout: int, stderr: int, environment: dict | None = None):
+    def __init__(
+        self,
+        command: list,
+        folder: Path,
+        stdout: int,
+        stderr: int,
+        environment: dict[str, str] | None = None,
+        first: Callable[[], object] | None = None,
+    ):
         start_server()
         self.command = [str(text) for text in command]
-        become = self.command, str(folder), dict(os.environ if environment is None else environment), Output(stdout, stderr)
+        environment = dict(os.environ if environment is None else environment)
+        become = self.command, str(folder), environment, Output(stdout, stderr), first
         self.process = FORKS.Process(target=_become, args=become)
         self.process.start()
         self.pid = self.process.pid
@@ -87,7 +97,7 @@ class Output:
         self.descriptors = [descriptor.detach() for descriptor in sent]
 
 
-def _become(command: list[str], folder: str, environment: dict[str, str], output: Output) -> None:
+def _become(command: list[str], folder: str, environment: dict[str, str], output: Output, first: Callable | None) -> None:
     """In the new process: be `python COMMAND` in a folder."""
     os.setsid()
     for own, given in zip((1, 2), output.descriptors, strict=True):
@@ -96,19 +106,22 @@ def _become(command: list[str], folder: str, environment: dict[str, str], output
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
-    # As the interpreter finds the zone at its start.
-    time.tzset()
     sys.argv = command
     sys.path.insert(0, str(Path(command[0]).parent))
+    if first:
+        first()
     runpy.run_path(command[0], run_name="__main__")
 
 
-def run(command: list[str], folder: Path, environment: dict | None = None, timeout: float = 300) -> subprocess.CompletedProcess:
-    """Run a Python file with arguments in a folder to its end; as `subprocess.run` with its output captured as text."""
+def run(command: list, folder: Path, environment: dict[str, str] | None = None, first: Callable | None = None):
+    """Run a Python file with arguments in a folder to its end: a CompletedProcess with what it has said as texts.
+
+    environment, first: as of Program. Raises TimeoutExpired after five minutes.
+    """
     with TemporaryFile("w+") as out, TemporaryFile("w+") as err:
-        program = Program(command, folder, out.fileno(), err.fileno(), environment)
+        program = Program(command, folder, out.fileno(), err.fileno(), environment, first)
         try:
-            status = program.wait(timeout)
+            status = program.wait(300)
         finally:
             if program.poll() is None:
                 program.kill()

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+import forked
+
 ROOT = Path(__file__).parent.parent
 TRAIN = ROOT / "train.py"
 # Each takes seconds to import, and none is needed to see that a command line is wrong.
@@ -16,9 +18,11 @@ HEAVY = ("torch", "transformers", "datasets", "wandb", "pyarrow", "pandas")
 
 def run(folder: Path, *arguments: str, forbidden: Path | None = None) -> subprocess.CompletedProcess:
     """`python train.py` with `arguments` in `folder`; modules of the folder `forbidden` hide the installed ones."""
-    environment = os.environ | {"WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(forbidden or "")}
+    if forbidden is None:
+        return forked.run([TRAIN, *arguments], folder)
+    environment = os.environ | {"WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(forbidden)}
     return subprocess.run(
-        [sys.executable, str(TRAIN), *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, str(TRAIN), *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
     )
 
 

@@ -11,6 +11,7 @@ import sys
 import time
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -20,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import data_preparation
+import forked
 import prompt_table
 from data_preparation import prepare, tokenizer_hash
 from dataset_entries import Entry, read_entry
@@ -527,11 +529,8 @@ def test_a_file_where_the_folder_should_be_is_one_message_that_names_it(folder):
 
 def run_train(folder: Path, *overrides: str, file_size: int | None = None) -> subprocess.CompletedProcess:
     """`python train.py` in a folder; no file that it writes can be larger than `file_size`."""
-    limit = "import os, resource, sys; size = int(sys.argv[1]); resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)); "
-    start = ["-c", f"{limit}os.execv(sys.executable, [sys.executable, *sys.argv[2:]])", str(file_size)] if file_size else []
-    command = [sys.executable, *start, str(ROOT / "train.py"), *overrides, "wandb.enabled=false"]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    first = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (file_size, file_size)) if file_size else None
+    return forked.run([ROOT / "train.py", *overrides, "wandb.enabled=false"], folder, first=first)
 
 
 def test_a_full_disk_ends_a_run_with_one_message_that_names_the_folder_and_leaves_nothing_half_written(folder):

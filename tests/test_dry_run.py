@@ -4,12 +4,12 @@ import json
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy
 import pytest
 
+import forked
 from batches import UNLIMITED, BatchIterator, TokenBudget
 from dry_run import check_memory, facts_of, histogram, largest_pieces, lines_of_data, lines_of_steps, tokens_shown
 from prompt_table import PromptTable
@@ -21,9 +21,8 @@ ROOT = Path(__file__).parent.parent
 
 
 def run(cwd: Path, *overrides: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "train.py"), "dry_run=true", *overrides]
     environment = {key: value for key, value in os.environ.items() if key != "FORCE_COLOR"}
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False, env=environment)
+    return forked.run([ROOT / "train.py", "dry_run=true", *overrides], cwd, environment)
 
 
 def table(*prompts: TokenizedPrompt) -> PromptTable:

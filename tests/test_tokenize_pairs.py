@@ -2,15 +2,16 @@
 
 import json
 import math
-import os
+import resource
 import subprocess
-import sys
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 
+import forked
 from models import byte_level_tokenizer
 from tokenization import TOKEN_FIELDS
 
@@ -19,11 +20,8 @@ ROOT = Path(__file__).parent.parent
 
 def run(folder: Path, script: str, *arguments: str, file_size: int | None = None) -> subprocess.CompletedProcess:
     """A script of the project as a user would run it; no file that it writes can be larger than `file_size`."""
-    limit = "import os, resource, sys; size = int(sys.argv[1]); resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)); "
-    start = ["-c", f"{limit}os.execv(sys.executable, [sys.executable, *sys.argv[2:]])", str(file_size)] if file_size else []
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, *start, str(ROOT / script), *arguments]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    first = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (file_size, file_size)) if file_size else None
+    return forked.run([ROOT / script, *arguments], folder, first=first)
 
 
 def tokenize(folder: Path, *arguments: str, **options) -> subprocess.CompletedProcess:

@@ -4,14 +4,13 @@ import json
 import math
 import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import forked
 from run_files import MEASURED
 
 ROOT = Path(__file__).parent.parent.parent
@@ -20,8 +19,7 @@ GOLDEN = ROOT / "tests" / "golden"
 
 def train(cwd: Path, *overrides: str, **environment: str) -> str:
     """Run the command line in `cwd` and return what it printed."""
-    command = [sys.executable, str(ROOT / "train.py"), *overrides]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False, env={**os.environ, **environment})
+    done = forked.run([ROOT / "train.py", *overrides], cwd, {**os.environ, **environment})
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -53,10 +51,23 @@ def test_the_default_run_leaves_what_the_readme_says(tmp_path):
     assert model(ids).logits.isfinite().all()
 
 
-def test_two_runs_of_the_same_seed_have_the_same_numbers(tmp_path):
-    for name in ("a", "b"):
-        train(tmp_path, "loss=beta_DPO", f"local_run_dir={tmp_path / name}", *SHORT)
-    rows = [[{k: v for k, v in row.items() if k not in MEASURED} for row in metrics(tmp_path / name)] for name in "ab"]
+@pytest.fixture(scope="module")
+def beta_dpo(tmp_path_factory) -> Path:
+    """The directory of a run of beta-DPO."""
+    run_dir = tmp_path_factory.mktemp("beta_dpo") / "run"
+    train(run_dir.parent, "loss=beta_DPO", f"local_run_dir={run_dir}", *SHORT)
+    return run_dir
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [["loss=beta_DPO"], ["loss=dpo", "loss.mode_loss=beta_DPO", "loss.mode_weight=0.2", "loss.a=0.6", "loss.beta=0.1"]],
+    ids=["the same", "as a mode of DPO"],
+)
+def test_two_runs_of_the_same_seed_have_the_same_numbers_and_so_have_both_spellings_of_beta_dpo(spelling, beta_dpo, tmp_path):
+    train(tmp_path, *spelling, f"local_run_dir={tmp_path / 'run'}", *SHORT)
+    runs = beta_dpo, tmp_path / "run"
+    rows = [[{k: v for k, v in row.items() if k not in MEASURED} for row in metrics(run)] for run in runs]
     assert rows[0] == rows[1]
 
 
@@ -108,14 +119,6 @@ def test_sft_dpo_and_beta_dpo_continue_from_each_other_on_dialogues(dialogues, t
     assert {"beta_DPO/beta_used", "beta_DPO/gap_mean", "beta_DPO/gap_std", "beta_DPO/kept_fraction"} <= steps[0].keys()
 
 
-def test_both_spellings_of_beta_dpo_are_the_same_run(tmp_path):
-    spellings = {"a": ["loss=dpo", "loss.mode_loss=beta_DPO", "loss.mode_weight=0.2", "loss.a=0.6"], "b": ["loss=beta_DPO"]}
-    for name, overrides in spellings.items():
-        train(tmp_path, *overrides, "loss.beta=0.1", f"local_run_dir={tmp_path / name}", "sample_during_eval=false", *SHORT)
-    losses = [[row.get("loss/train") for row in metrics(tmp_path / name)] for name in spellings]
-    assert losses[0] == losses[1]
-
-
 def test_a_sweep_gives_each_job_a_directory_and_the_numbers_of_a_run_of_its_own(tmp_path):
     common = ["loss=dpo", "sample_during_eval=false", *SHORT]
     out = train(tmp_path, "-m", *common, "loss.beta=0.05,0.1,0.5")
@@ -131,9 +134,10 @@ def test_a_sweep_gives_each_job_a_directory_and_the_numbers_of_a_run_of_its_own(
 
 
 def test_two_sweeps_of_the_same_second_do_not_share_a_directory(tmp_path):
-    command = [sys.executable, str(ROOT / "train.py"), "-m", "loss=dpo", "loss.beta=0.1", "sample_during_eval=false", *SHORT]
-    sweeps = [subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL) for _ in range(2)]
-    assert [sweep.wait() for sweep in sweeps] == [0, 0]
+    command = [ROOT / "train.py", "-m", "loss=dpo", "loss.beta=0.1", "sample_during_eval=false", *SHORT]
+    with (tmp_path / "said").open("w") as said:
+        sweeps = [forked.Program(command, tmp_path, said.fileno(), said.fileno()) for _ in range(2)]
+    assert [sweep.wait(300) for sweep in sweeps] == [0, 0], (tmp_path / "said").read_text()
     assert len(list((tmp_path / "multirun").glob("*/*/0/LATEST"))) == 2
 
 

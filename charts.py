@@ -261,9 +261,12 @@ def words_marked(text: str, other: str) -> Markup:
     import re
     from difflib import SequenceMatcher
 
-    one, two = (re.findall(r"\s+|\S+", each) for each in (other, text))
+    if text == other:
+        return escape(text)
+    # A word with the blanks behind it: blanks of their own would match everywhere, which takes minutes to sort out.
+    one, two = (re.findall(r"^\s+|\S+\s*", each) for each in (other, text))
     parts = []
-    for change, _, _, start, end in SequenceMatcher(None, one, two, autojunk=False).get_opcodes():
+    for change, _, _, start, end in SequenceMatcher(None, one, two).get_opcodes():
         words = escape("".join(two[start:end]))
         parts.append(Markup("<ins>{}</ins>").format(words) if change != "equal" and words.strip() else words)
     return Markup().join(parts)

@@ -100,11 +100,11 @@ def test_it_asks_nobody_for_anything_and_runs_nothing_but_its_own_script(run_dir
 
 
 def test_no_secret_of_the_environment_is_in_it(run_dir, monkeypatch):
-    monkeypatch.setenv("MY_API_KEY", 'very"secret&key')
-    samples = [{"examples": 0, "prompt": 'it is very"secret&key.', "policy": "Yes."}]
+    monkeypatch.setenv("MY_API_KEY", 'Zq7"secret&key')
+    samples = [{"examples": 0, "prompt": 'it is Zq7"secret&key.', "policy": "Yes."}]
     write_rows(run_dir / "samples.jsonl", samples)
     page = report_page(run_dir)
-    assert "very" not in BeautifulSoup(page, "html.parser").main.get_text() and "(a secret)" in page
+    assert "Zq7" not in BeautifulSoup(page, "html.parser").main.get_text() and "(a secret)" in page
 
 
 def test_a_run_of_100_000_steps_has_a_report_below_2_mb(run_dir):
@@ -139,7 +139,7 @@ JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st
                     ]), each, max_size=4), max_leaves=8)  # fmt: skip
 
 
-@given(st.dictionaries(st.sampled_from(FILES), st.binary(max_size=20) | st.lists(JSON, max_size=3).map(
+@given(contents=st.dictionaries(st.sampled_from(FILES), st.binary(max_size=20) | st.lists(JSON, max_size=3).map(
     lambda rows: "\n".join(map(json.dumps, rows)).encode())))  # fmt: skip
 def test_whatever_a_kill_or_an_editor_has_left_there_is_a_page(contents, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")

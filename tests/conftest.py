@@ -7,11 +7,16 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # The models here are so small that a second thread costs more than it brings, above all beside another process.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# How long an example takes says how busy the machine is, and nothing of the code.
+settings.register_profile("here", deadline=None)
+settings.load_profile("here")
 
 GOLDEN = Path(__file__).parent / "golden"
 CONFIG_DIR = Path(__file__).parent.parent / "config"

@@ -17,16 +17,18 @@ BUCKETS = 120
 TABLE_ROWS = 12
 # Points up to which each shows its own interval as a bar.
 BARS = 30
-# Colours and dashes of the lines, which page.css has; more lines than both begin again.
+# Colours, dashes and marks of the lines, which page.css has; more lines than these begin again.
 STYLES = 24
+# The narrowest plot there is, on a phone, and what a letter of a point's name takes of it. Unit: pixels.
+PLOT, LETTER = (280, 170), (6.8, 14)
 
 
 @dataclass(frozen=True)
 class Line:
-    """A named line of N points, x rising; all are [N] float64 and finite, low and high may be missing.
+    """A named line of N points, x rising unless they are few; all are [N] float64 and finite, low and high may be missing.
 
-    low, high: between which values a point stands for, such as an interval. labels: [N], if points have names of their own,
-    which are then not joined. style: which colour and dashes; is_sparse: each point is marked.
+    low, high: between which values a point stands for, such as an interval. labels: [N], if points have names of their own
+    ("" for none), which are then not joined. style: which colour, dashes and mark; is_sparse: each point is marked.
     """
 
     name: str
@@ -90,6 +92,14 @@ def ticks(low: float, high: float, about: int = 4) -> list[float]:
     return found
 
 
+def tick_label(value: float) -> str:
+    """A round number beside an axis, as short as it can be: 0.5, 500, 20k, 6.4M."""
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= max(size, 1e4) and abs(value) < 1e13:
+            return f"{value / size:.6g}{letter}"
+    return shown(value)
+
+
 def shown(value: float) -> str:
     """A number as a label has it: 12,800, 0.693, 1.2e-07."""
     if value != 0 and not 1e-4 <= abs(value) < 1e7:
@@ -141,8 +151,7 @@ def chart(title: str, lines: Sequence[Line | None], note: str = "", x_name: str 
         Markup('<figure class="chart"><figcaption><strong>{}</strong>{}</figcaption>').format(title, _note(note)),
         Markup('<ul class="legend">{}</ul>').format(Markup().join(map(_legend, drawn))),
         _plot(title, drawn, frame, x_name),
-        Markup('<p class="readout" aria-live="polite">&nbsp;</p>'),
-        _table(whole, x_name),
+        _table(title, whole, x_name),
         Markup('<script type="application/json">{}</script></figure>').format(Markup(_data(drawn, frame, x_name))),
     ]
     return Markup("\n").join(parts)
@@ -153,25 +162,32 @@ def _note(note: str) -> Markup:
 
 
 def _legend(line: Line) -> Markup:
-    sample = Markup('<svg viewBox="0 0 30 10" aria-hidden="true"><path d="M1 5H29"/></svg>')
+    stroke = Markup() if line.labels else Markup('<line x1="1" y1="5" x2="29" y2="5"/>')
+    dot = _dots(["15,5"]) if line.is_sparse or line.labels else Markup()
+    sample = Markup('<svg viewBox="0 0 30 10" aria-hidden="true">{}{}</svg>').format(stroke, dot)
     return Markup('<li class="s{}">{}{}</li>').format(line.style % STYLES, sample, line.name)
+
+
+def _dots(places: Iterable[str]) -> Markup:
+    """A mark at each place: what page.css makes a circle, a square, or one of these with a hole."""
+    at = " ".join(f"M{place}h0" for place in places)
+    return Markup('<path class="dots" d="{}"/><path class="holes" d="{}"/>').format(at, at)
 
 
 def _plot(title: str, lines: Sequence[Line], frame: Frame, x_name: str) -> Markup:
     described = "; ".join(f"{line.name}: {shown(line.y[0])} to {shown(line.y[-1])}" for line in lines)
-    across = [(_share(x, frame.left, frame.right), shown(x)) for x in ticks(frame.left, frame.right)]
-    up = [(_share(y, frame.bottom, frame.top), shown(y)) for y in ticks(frame.bottom, frame.top)]
+    across = [(_share(x, frame.left, frame.right), tick_label(x)) for x in ticks(frame.left, frame.right)]
+    up = [(_share(y, frame.bottom, frame.top), tick_label(y)) for y in ticks(frame.bottom, frame.top)]
     labels = [Markup('<span class="x" style="left:{}%">{}</span>').format(*place) for place in across]
     labels += [Markup('<span class="y" style="bottom:{}%">{}</span>').format(*place) for place in up]
     grid = " ".join(f"M0 {1000 - 10 * float(share):.1f}H1000" for share, _ in up)
     svg = Markup(
         '<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" role="img" aria-label="{}"><path class="grid" d="{}"/>{}</svg>'
     ).format(f"{title}. {described}", grid, Markup().join(_drawn(line, frame) for line in lines))
-    names = Markup().join(_point_names(line, frame) for line in lines)
     return Markup(
         '<div class="plot" tabindex="0" role="group" aria-label="{}: arrow keys read its values">{}{}{}<i class="cursor"></i>'
-        '</div><p class="axis">{}</p>'
-    ).format(title, svg, Markup().join(labels), names, x_name)
+        '<div class="readout" aria-live="polite"></div></div><p class="axis">{}</p>'
+    ).format(title, svg, Markup().join(labels), _point_names(lines, frame), x_name)
 
 
 def _share(value: float, low: float, high: float) -> str:
@@ -192,21 +208,42 @@ def _drawn(line: Line, frame: Frame) -> Markup:
     if not line.labels:
         parts.append(Markup('<polyline points="{}"/>').format(" ".join(places)))
     if line.is_sparse or line.labels or len(places) == 1:
-        parts.append(Markup('<path class="dots" d="{}"/>').format(" ".join(f"M{place}h0" for place in places)))
+        parts.append(_dots(places))
     return Markup('<g class="s{}">{}</g>').format(line.style % STYLES, Markup().join(parts))
 
 
-def _point_names(line: Line, frame: Frame) -> Markup:
-    names = zip(line.labels, line.x, line.y, strict=True) if line.labels else ()
-    return Markup().join(
-        Markup('<span class="name" style="left:{}%;bottom:{}%">{}</span>').format(
-            _share(x, frame.left, frame.right), _share(y, frame.bottom, frame.top), name
-        )
-        for name, x, y in names
+def _point_names(lines: Sequence[Line], frame: Frame) -> Markup:
+    """Names beside their points, of those that have room on the narrowest plot; the others are in the legend and the table."""
+    width, height = PLOT
+    points = [(line, k, *_pixels(line.x[k], line.y[k], frame)) for line in lines for k in range(len(line.labels))]
+    taken = [(x - 5, x + 5, y - 5, y + 5) for _, _, x, y in points]
+    found = []
+    for line, k, x, y in points:
+        half, high = len(line.labels[k]) * LETTER[0] / 2, LETTER[1]
+        middle = min(max(x, half), width - half)
+        for side, bottom in {"above": y + 6, "below": y - 6 - high}.items():
+            box = middle - half, middle + half, bottom, bottom + high
+            is_free = not any(box[0] < b and a < box[1] and box[2] < d and c < box[3] for a, b, c, d in taken)
+            if line.labels[k] and is_free and 2 * half < width and bottom >= 0 and box[3] <= height:
+                taken.append(box)
+                place = Markup(
+                    '<span class="name {}" style="left:clamp({:.0f}px,{:.2f}%,100% - {:.0f}px);bottom:{:.2f}%">{}</span>'
+                )
+                found.append(place.format(side, half, 100 * x / width, half, 100 * y / height, line.labels[k]))
+                break
+    return Markup().join(found)
+
+
+def _pixels(x: float, y: float, frame: Frame) -> tuple[float, float]:
+    """A point's place on the narrowest plot, from its lower left corner."""
+    width, height = PLOT
+    return (
+        width * (x - frame.left) / (frame.right - frame.left),
+        height * (y - frame.bottom) / (frame.top - frame.bottom),
     )
 
 
-def _table(lines: Sequence[Line], x_name: str) -> Markup:
+def _table(title: str, lines: Sequence[Line], x_name: str) -> Markup:
     """The values in a few rows, for those who do not see the picture; of long lines the means of as many parts."""
     limits = min(line.x[0] for line in lines), max(line.x[-1] for line in lines)
     named = any(line.labels for line in lines)
@@ -215,7 +252,7 @@ def _table(lines: Sequence[Line], x_name: str) -> Markup:
     for number, line in enumerate(few):
         for k, (x, y) in enumerate(zip(line.x.tolist(), line.y.tolist(), strict=True)):
             interval = f" [{shown(line.low[k])}, {shown(line.high[k])}]" if line.low is not None else ""
-            name = f"{line.labels[k]}: " if line.labels else ""
+            name = f"{line.labels[k]}: " if line.labels and line.labels[k] else ""
             cells.setdefault(x, [""] * len(few))[number] = f"{name}{shown(y)}{interval}"
     head = Markup().join(Markup("<th>{}</th>").format(line.name) for line in few)
     rows = Markup().join(
@@ -223,7 +260,10 @@ def _table(lines: Sequence[Line], x_name: str) -> Markup:
         for x, row in sorted(cells.items())
     )
     table = Markup("<table><thead><tr><th>{}</th>{}</tr></thead><tbody>{}</tbody></table>").format(x_name, head, rows)
-    return Markup('<details><summary>values</summary><div class="wide" tabindex="0">{}</div></details>').format(table)
+    return Markup(
+        '<details><summary>values</summary><div class="wide" tabindex="0" role="region" aria-label="values of {}">{}</div>'
+        "</details>"
+    ).format(title, table)
 
 
 def _thinned(line: Line, limits: tuple[float, float]) -> Line:
@@ -239,11 +279,12 @@ def _thinned(line: Line, limits: tuple[float, float]) -> Line:
 def _data(lines: Sequence[Line], frame: Frame, x_name: str) -> str:
     """What the page's script reads, in JSON that cannot end the element that it stands in."""
     listed = [
-        {"name": line.name, "labels": line.labels}
+        {"name": line.name, "labels": line.labels, "style": line.style % STYLES}
         | {name: _short(values) for name in ("x", "y", "low", "high") if (values := getattr(line, name)) is not None}
         for line in lines
     ]
-    return json_in_html({"x": x_name, "frame": [frame.left, frame.right], "lines": listed})
+    bounds = [frame.left, frame.right, frame.bottom, frame.top]
+    return json_in_html({"x": x_name, "frame": bounds, "lines": listed})
 
 
 def json_in_html(value) -> str:

@@ -6,6 +6,7 @@ Everything in it is read from the run directory (`run_files.py`), so that it can
 """
 
 import math
+import statistics
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,6 +100,7 @@ def report_page(run_dir: Path) -> str:
         directory=run_dir.name,
         progress=progress(rows, about),
         observations=[*observations(steps, evaluations, config), *observed_bad_steps(bad_steps)],
+        numbers=headline(steps, evaluations),
         charts=charts_of(steps, evaluations),
         held_out=held_out_table(evaluations),
         results=lines_of_results(results_of(run_dir / RESULTS_FILE)),
@@ -110,6 +112,28 @@ def report_page(run_dir: Path) -> str:
         changed=changed_settings(config),
         facts=facts_of_start(about),
     )
+
+
+# ---- at the head ------------------------------------------------------------------------------------------------------------
+
+# Held-out metrics at the head of the page, and their names there.
+HEADLINE = {"loss/eval": "held-out loss", "rewards_eval/accuracies": "reward accuracy", "rewards_eval/margins": "reward margin"}
+
+
+def headline(steps: list[dict], evaluations: list[dict]) -> list[dict]:
+    """What one wants to know first: name, value, and more where there is more to say of it."""
+    newest, found = evaluations[-1] if evaluations else {}, []
+    for name, title in HEADLINE.items():
+        if isinstance(newest.get(name), int | float):
+            value, _, interval = _estimate(newest, name).partition(" ")
+            more = f"95% interval {interval}" if interval else ""
+            found.append({"name": title, "value": value, "more": more})
+    speeds, memory = _values(steps, "examples_per_second"), _values(steps, "memory_gib")
+    if speeds:
+        found.append({"name": "examples a second", "value": shown(statistics.median(speeds)), "more": "median of all steps"})
+    if memory:
+        found.append({"name": "memory", "value": f"{max(memory):.3g} GiB", "more": "most in any step"})
+    return found
 
 
 # ---- curves -----------------------------------------------------------------------------------------------------------------
@@ -139,11 +163,14 @@ def metric_line(steps: list[dict], evaluations: list[dict], name: str, label: st
 
 # How far log-probs fall before it is said. Unit: nats.
 FALLEN = 10.0
+# What says more of each.
+GUIDE = "docs/reading-the-curves.md"
 
 
 def observations(steps: list[dict], evaluations: list[dict], config: dict) -> list[str]:
     """What the numbers of a run give reason to say, in plain words."""
-    return [text for look in (_fallen, _held_out, _overfitted, _clipped) for text in look(steps, evaluations, config)]
+    looks = _fallen, _held_out, _overfitted, _clipped
+    return [f"{text} See {GUIDE}." for look in looks for text in look(steps, evaluations, config)]
 
 
 def _values(rows: Iterable[dict], name: str) -> list[float]:

@@ -9,7 +9,7 @@ from bs4 import BeautifulSoup
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from charts import BUCKETS, Line, bucketed, chart, json_in_html, line_of, shown, ticks, words_marked
+from charts import BUCKETS, Line, bucketed, chart, json_in_html, line_of, shown, tick_label, ticks, words_marked
 
 
 def line(values, name: str = "loss", **more) -> Line:
@@ -61,6 +61,14 @@ def test_ticks_are_few_and_lie_within(low, high):
 )
 def test_numbers_are_short(value, text):
     assert shown(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0"), (0.25, "0.25"), (5000, "5,000"), (20000, "20k"), (6.4e6, "6.4M"), (-15000, "-15k"), (2e15, "2e+15")],
+)
+def test_labels_of_axes_are_shorter_still(value, text):
+    assert tick_label(value) == text
 
 
 def test_a_metrics_line_has_its_finite_values_and_their_intervals():

@@ -15,7 +15,7 @@ from markupsafe import Markup, escape
 BUCKETS = 120
 # Rows of the table under a chart.
 TABLE_ROWS = 12
-# Points up to which each shows its own interval as a bar.
+# Points up to which each shows its own interval as a bar, and its mark.
 BARS = 30
 # Colours, dashes and marks of the lines, which page.css has; more lines than these begin again.
 STYLES = 24
@@ -41,34 +41,47 @@ class Line:
     is_sparse: bool = False
 
 
-def line_of(rows: Iterable[dict], name: str, label: str, style: int = 0, is_sparse: bool = False) -> Line | None:
+def line_of(rows: Sequence[dict], name: str, label: str, style: int = 0, is_sparse: bool = False) -> Line | None:
     """The line of a metric over examples, from rows of metrics.jsonl; None where none of them has a finite value of it.
 
     Intervals are those that the rows have under NAME/low and NAME/high, where all have one.
     """
-    names = "counters/examples", name, f"{name}/low", f"{name}/high"
-    points = [tuple(map(row.get, names)) for row in rows if name in row]
-    points = [point for point in points if all(map(_is_finite, point[:2]))]
-    if not points:
+    x, y = column(rows, "counters/examples"), column(rows, name)
+    there = ~numpy.isnan(x + y)
+    if not there.any():
         return None
-    x, y, low, high = zip(*points, strict=True)
-    has_interval = all(map(_is_finite, low + high))
-    bounds = [numpy.array(bound, float) for bound in (low, high)] if has_interval else [None, None]
-    return Line(label, numpy.array(x, float), numpy.array(y, float), *bounds, style=style, is_sparse=is_sparse)
+    bounds = [None, None]
+    # Most metrics have no intervals, and looking for them in every row takes as long as the rest.
+    if f"{name}/low" in rows[int(there.argmax())]:
+        found = [column(rows, f"{name}/{bound}")[there] for bound in ("low", "high")]
+        bounds = bounds if numpy.isnan(found).any() else found
+    return Line(label, x[there], y[there], *bounds, style=style, is_sparse=is_sparse)
 
 
-def _is_finite(value) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+def column(rows: Sequence[dict], name: str) -> numpy.ndarray:
+    """What N rows of metrics.jsonl have under a name: [N] float64, NaN for what is no finite number."""
+    values = [row.get(name) for row in rows]
+    if set(map(type, values)) != {float}:
+        values = list(map(_number, values))
+    found = numpy.array(values, float)
+    return numpy.where(numpy.isfinite(found), found, math.nan)
 
 
-def bucketed(line: Line, buckets: int = BUCKETS, limits: tuple[float, float] | None = None) -> Line:
-    """A line of at most so many places, each as wide as the others between the limits of x: means of x, y, low and high.
+def _number(value) -> float:
+    try:
+        return float(value) if isinstance(value, int | float) else math.nan
+    except OverflowError:
+        return math.nan
+
+
+def bucketed(line: Line, buckets: int = BUCKETS) -> Line:
+    """A line of at most so many places, each as wide as the others: means of x, y, low and high.
 
     Without low and high these are the least and the largest value of each place. A line with fewer points stays as it is.
     """
-    if len(line.x) <= buckets and limits is None:
+    if len(line.x) <= buckets:
         return line
-    first, last = limits or (line.x[0], line.x[-1])
+    first, last = line.x[0], line.x[-1]
     place = numpy.minimum((line.x - first) / max(last - first, 1e-300) * buckets, buckets - 1).astype(int)
     numbers, starts, counts = numpy.unique(place, return_index=True, return_counts=True)
     mean = lambda values: numpy.add.reduceat(values, starts) / counts  # noqa: E731
@@ -163,7 +176,7 @@ def _note(note: str) -> Markup:
 
 def _legend(line: Line) -> Markup:
     stroke = Markup() if line.labels else Markup('<line x1="1" y1="5" x2="29" y2="5"/>')
-    dot = _dots(["15,5"]) if line.is_sparse or line.labels else Markup()
+    dot = _dots(["15,5"]) if _is_marked(line) else Markup()
     sample = Markup('<svg viewBox="0 0 30 10" aria-hidden="true">{}{}</svg>').format(stroke, dot)
     return Markup('<li class="s{}">{}{}</li>').format(line.style % STYLES, sample, line.name)
 
@@ -207,9 +220,14 @@ def _drawn(line: Line, frame: Frame) -> Markup:
             parts.append(Markup('<polygon class="band" points="{}"/>').format(" ".join(below + above[::-1])))
     if not line.labels:
         parts.append(Markup('<polyline points="{}"/>').format(" ".join(places)))
-    if line.is_sparse or line.labels or len(places) == 1:
+    if _is_marked(line):
         parts.append(_dots(places))
     return Markup('<g class="s{}">{}</g>').format(line.style % STYLES, Markup().join(parts))
+
+
+def _is_marked(line: Line) -> bool:
+    """Whether each point has a mark: where there are many, they would hide the line."""
+    return bool(line.labels) or len(line.x) == 1 or (line.is_sparse and len(line.x) <= BARS)
 
 
 def _point_names(lines: Sequence[Line], frame: Frame) -> Markup:
@@ -244,17 +262,14 @@ def _pixels(x: float, y: float, frame: Frame) -> tuple[float, float]:
 
 
 def _table(title: str, lines: Sequence[Line], x_name: str) -> Markup:
-    """The values in a few rows, for those who do not see the picture; of long lines the means of as many parts."""
-    limits = min(line.x[0] for line in lines), max(line.x[-1] for line in lines)
-    named = any(line.labels for line in lines)
-    few = list(lines) if named else [_thinned(line, limits) for line in lines]
+    """The values in a few rows, for those who do not see the picture; of long lines the means of what is nearest to each."""
     cells: dict[float, list[str]] = {}
-    for number, line in enumerate(few):
+    for number, line in enumerate(_thinned(lines)):
         for k, (x, y) in enumerate(zip(line.x.tolist(), line.y.tolist(), strict=True)):
             interval = f" [{shown(line.low[k])}, {shown(line.high[k])}]" if line.low is not None else ""
             name = f"{line.labels[k]}: " if line.labels and line.labels[k] else ""
-            cells.setdefault(x, [""] * len(few))[number] = f"{name}{shown(y)}{interval}"
-    head = Markup().join(Markup("<th>{}</th>").format(line.name) for line in few)
+            cells.setdefault(x, [""] * len(lines))[number] = f"{name}{shown(y)}{interval}"
+    head = Markup().join(Markup("<th>{}</th>").format(line.name) for line in lines)
     rows = Markup().join(
         Markup("<tr><th>{}</th>{}</tr>").format(shown(x), Markup().join(Markup("<td>{}</td>").format(cell) for cell in row))
         for x, row in sorted(cells.items())
@@ -266,14 +281,29 @@ def _table(title: str, lines: Sequence[Line], x_name: str) -> Markup:
     ).format(title, table)
 
 
-def _thinned(line: Line, limits: tuple[float, float]) -> Line:
-    """A line at few places, the same ones for all lines of a chart; of points that are marked, some of them as they are."""
-    if line.is_sparse:
-        kept = numpy.unique(numpy.linspace(0, len(line.x) - 1, TABLE_ROWS).round().astype(int))
-        bounds = [None if bound is None else bound[kept] for bound in (line.low, line.high)]
-        return replace(line, x=line.x[kept], y=line.y[kept], low=bounds[0], high=bounds[1])
-    # From where to where the values went is for the picture.
-    return replace(bucketed(line, TABLE_ROWS, limits), low=None, high=None)
+def _thinned(lines: Sequence[Line]) -> list[Line]:
+    """Lines at few places: of those whose points are marked some points as they are, of the others the means around these."""
+    if any(line.labels for line in lines):
+        return list(lines)
+    marked = [_some_points(line) if line.is_sparse else None for line in lines]
+    x = [line.x for line in marked if line is not None]
+    first, last = min(line.x[0] for line in lines), max(line.x[-1] for line in lines)
+    places = numpy.unique(numpy.concatenate(x)) if x else numpy.unique(numpy.linspace(first, last, TABLE_ROWS))
+    return [_means_around(places, line) if few is None else few for few, line in zip(marked, lines, strict=True)]
+
+
+def _some_points(line: Line) -> Line:
+    kept = numpy.unique(numpy.linspace(0, len(line.x) - 1, TABLE_ROWS).round().astype(int))
+    bounds = [None if bound is None else bound[kept] for bound in (line.low, line.high)]
+    return replace(line, x=line.x[kept], y=line.y[kept], low=bounds[0], high=bounds[1])
+
+
+def _means_around(places: numpy.ndarray, line: Line) -> Line:
+    """A line at some places, rising: at each the mean of those points to which no other place is nearer."""
+    numbers, starts, counts = numpy.unique(
+        numpy.searchsorted((places[1:] + places[:-1]) / 2, line.x), return_index=True, return_counts=True
+    )
+    return replace(line, x=places[numbers], y=numpy.add.reduceat(line.y, starts) / counts, low=None, high=None)
 
 
 def _data(lines: Sequence[Line], frame: Frame, x_name: str) -> str:

@@ -5,13 +5,14 @@ Everything in it is read from the run directory (`run_files.py`), so that it can
     metrics.jsonl, samples.jsonl, about.json, ... -> charts, tables, observations -> report.html
 """
 
-import math
 import statistics
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from charts import Line, chart, line_of, shown, words_marked
+import numpy
+
+from charts import Line, chart, column, line_of, shown, words_marked
 from flagged_pairs import KINDS, flagged_rows
 from model_card import entries_of, settings_changed
 from pages import page, write_page
@@ -126,13 +127,13 @@ def headline(steps: list[dict], evaluations: list[dict]) -> list[dict]:
     for name, title in HEADLINE.items():
         if isinstance(newest.get(name), int | float):
             value, _, interval = _estimate(newest, name).partition(" ")
-            more = f"95% interval {interval}" if interval else ""
+            more = f"95%: {interval}" if interval else ""
             found.append({"name": title, "value": value, "more": more})
     speeds, memory = _values(steps, "examples_per_second"), _values(steps, "memory_gib")
     if speeds:
-        found.append({"name": "examples a second", "value": shown(statistics.median(speeds)), "more": "median of all steps"})
+        found.append({"name": "examples a second", "value": shown(statistics.median(speeds)), "more": "median"})
     if memory:
-        found.append({"name": "memory", "value": f"{max(memory):.3g} GiB", "more": "most in any step"})
+        found.append({"name": "memory", "value": f"{max(memory):.3g} GiB", "more": "at most"})
     return found
 
 
@@ -173,8 +174,9 @@ def observations(steps: list[dict], evaluations: list[dict], config: dict) -> li
     return [f"{text} See {GUIDE}." for look in looks for text in look(steps, evaluations, config)]
 
 
-def _values(rows: Iterable[dict], name: str) -> list[float]:
-    return [row[name] for row in rows if isinstance(row.get(name), int | float) and math.isfinite(row[name])]
+def _values(rows: Sequence[dict], name: str) -> list[float]:
+    values = column(rows, name)
+    return values[~numpy.isnan(values)].tolist()
 
 
 def _change(values: list[float]) -> float:

@@ -9,7 +9,7 @@ from bs4 import BeautifulSoup
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from charts import BUCKETS, Line, bucketed, chart, json_in_html, line_of, shown, tick_label, ticks, words_marked
+from charts import BUCKETS, Line, bucketed, chart, column, json_in_html, line_of, shown, tick_label, ticks, words_marked
 
 
 def line(values, name: str = "loss", **more) -> Line:
@@ -83,6 +83,21 @@ def test_a_metrics_line_has_its_finite_values_and_their_intervals():
     assert line_of(rows[1:], "loss/eval", "held out").high.tolist() == [0.3]
     assert line_of([*rows, {"counters/examples": 16, "loss/eval": 1.0}], "loss/eval", "held out").low is None
     assert line_of(rows, "absent", "absent") is None
+
+
+VALUES = (
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text("1e", max_size=2) | st.lists(st.integers(), max_size=2)
+)
+
+
+@given(st.lists(VALUES) | st.lists(st.floats()))
+def test_a_column_has_every_finite_number_at_its_place_and_nothing_else(values):
+    found = column([{"a": value} for value in values], "a").tolist()
+    assert len(found) == len(values)
+    assert math.isnan(column([{"a": 10**400}], "a")[0]) and math.isnan(column([{}], "a")[0])
+    for value, number in zip(values, found, strict=False):
+        is_number = isinstance(value, int | float) and abs(value) < math.inf
+        assert number == float(value) if is_number else math.isnan(number)
 
 
 def test_nothing_is_drawn_of_nothing():

@@ -72,8 +72,8 @@ def test_everything_that_a_run_has_left_is_in_its_report(run_dir):
     assert "80 of 80 examples, 20 updates" in text
     assert "rewards_eval/accuracies 0.75 [0.6, 0.9] 0.75 [0.6, 0.9]" in text
     assert [number.get_text(" ") for number in page.find("dl").find_all("div")] == [
-        "held-out loss 0.4", "reward accuracy 0.75 95% interval [0.6, 0.9]", "examples a second 8 median of all steps",
-        "memory 1.5 GiB most in any step",
+        "held-out loss 0.4", "reward accuracy 0.75 95%: [0.6, 0.9]", "examples a second 8 median",
+        "memory 1.5 GiB at most",
     ]  # fmt: skip
     assert "toy train 100 90 10 left out: a text is empty" in text
     assert "loss.beta 0.3 0.1" in text

@@ -134,10 +134,14 @@ class Frame:
 
     @classmethod
     def around(cls, lines: Sequence[Line]) -> "Frame":
-        """All points, with some room; of long lines the means, so that one value far away does not press the others flat."""
-        x = numpy.concatenate([line.x for line in lines])
+        """All points of lines, with some room; of long ones all means and 9 of 10 values, so that one far away does not press
+        the others flat, and what hardly moves is not drawn as if it did.
+        """
+        drawn = [bucketed(line) for line in lines]
+        x = numpy.concatenate([line.x for line in drawn])
         bounds = [bound for line in lines if len(line.x) <= BARS for bound in (line.low, line.high) if bound is not None]
-        y = numpy.concatenate([*(line.y for line in lines), *bounds])
+        usual = [numpy.quantile(line.y, [0.05, 0.95]) for line in lines]
+        y = numpy.concatenate([*(line.y for line in drawn), *bounds, *usual])
         return cls(*_with_room(x.min(), x.max(), 0.02), *_with_room(y.min(), y.max(), 0.06))
 
     def places(self, x: numpy.ndarray, y: numpy.ndarray) -> list[str]:
@@ -149,7 +153,9 @@ class Frame:
 
 
 def _with_room(low: float, high: float, share: float) -> tuple[float, float]:
-    room = (high - low) * share or max(abs(high) * 0.1, 1e-9)
+    size = max(abs(low), abs(high))
+    # A mean of equal values is not always equal to them.
+    room = (high - low) * share if high - low > 1e-9 * size else max(size * 0.1, 1e-9)
     return float(low - room), float(high + room)
 
 
@@ -158,8 +164,7 @@ def chart(title: str, lines: Sequence[Line | None], note: str = "", x_name: str 
     whole = [line for line in lines if line is not None]
     if not whole:
         return Markup()
-    drawn = [bucketed(line) for line in whole]
-    frame = Frame.around(drawn)
+    drawn, frame = [bucketed(line) for line in whole], Frame.around(whole)
     parts = [
         Markup('<figure class="chart"><figcaption><strong>{}</strong>{}</figcaption>').format(title, _note(note)),
         Markup('<ul class="legend">{}</ul>').format(Markup().join(map(_legend, drawn))),

@@ -65,6 +65,10 @@ CHARTS = (
     ("Gradient norm", "before it is scaled down to max_grad_norm", {"grad_norm": "norm"}),
     ("Beta in force", "of each micro-batch", {"beta_DPO/beta_used": "beta"}),
     ("Share of pairs kept", "by the filter of beta-DPO", {"beta_DPO/kept_fraction": "share"}),
+    (
+        "Gaps of pairs", "margins by which beta-DPO filters and moves beta, over the run so far",
+        {"beta_DPO/gap_mean": "mean", "beta_DPO/gap_std": "deviation"},
+    ),
     ("Throughput", "examples a second", {"examples_per_second": "examples/s"}),
     ("Memory", "GiB of the main process; on a GPU the most so far", {"memory_gib": "GiB"}),
 )  # fmt: skip

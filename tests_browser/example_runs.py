@@ -10,9 +10,16 @@ from omegaconf import OmegaConf
 
 ROOT = Path(__file__).parent.parent
 # The embedded model learns the embedded data in a minute, with a curve that has some steps.
-COMMON = ("wandb.enabled=false", "save_policy_pt=false", "save_async=false", "warmup_steps=10", "minimum_log_interval_secs=30")
-DPO = ("batch_size=8", "optimizer=SGD", "lr=0.01", "n_examples=1536", "eval_every=256", "n_eval_model_samples=6")
-SWEEP = ("batch_size=8", "optimizer=SGD", "lr=0.01", "n_examples=512", "eval_every=128", "sample_during_eval=false")
+COMMON = (
+    "n_eval_examples=128",
+    "wandb.enabled=false",
+    "save_policy_pt=false",
+    "save_async=false",
+    "warmup_steps=10",
+    "minimum_log_interval_secs=30",
+)
+DPO = ("batch_size=8", "optimizer=SGD", "lr=0.01", "n_examples=1024", "eval_every=256", "n_eval_model_samples=6")
+SWEEP = ("batch_size=8", "optimizer=SGD", "lr=0.01", "n_examples=320", "eval_every=80", "sample_during_eval=false")
 
 
 def train(*overrides: str) -> None:
@@ -27,7 +34,7 @@ def short_runs(folder: Path) -> dict[str, Path]:
     found = {name: folder / name for name in ("sft", "dpo", "beta_dpo", "sweep")}
     sft, dpo = f"local_run_dir={found['sft']}", f"local_run_dir={found['dpo']}"
     start = f"model.archive={found['sft'] / 'LATEST'}"
-    train("loss=sft", "exp_name=toy_sft", sft, "batch_size=16", "eval_every=256", "n_eval_model_samples=6")
+    train("loss=sft", "exp_name=toy_sft", sft, "batch_size=16", "n_examples=1024", "eval_every=256", "n_eval_model_samples=6")
     train("loss=dpo", "loss.beta=0.05", "exp_name=toy_dpo", dpo, start, *DPO)
     train("loss=beta_DPO", "exp_name=toy_beta_dpo", f"local_run_dir={found['beta_dpo']}", start, *DPO)
     sweep = f"hydra.sweep.dir={found['sweep']}"

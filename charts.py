@@ -272,7 +272,7 @@ def _table(title: str, lines: Sequence[Line], x_name: str) -> Markup:
     for number, line in enumerate(_thinned(lines)):
         for k, (x, y) in enumerate(zip(line.x.tolist(), line.y.tolist(), strict=True)):
             interval = f" [{shown(line.low[k])}, {shown(line.high[k])}]" if line.low is not None else ""
-            name = f"{line.labels[k]}: " if line.labels and line.labels[k] else ""
+            name = f"{line.labels[k]}: " if line.labels and line.labels[k] not in ("", line.name) else ""
             cells.setdefault(x, [""] * len(lines))[number] = f"{name}{shown(y)}{interval}"
     head = Markup().join(Markup("<th>{}</th>").format(line.name) for line in lines)
     rows = Markup().join(

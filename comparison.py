@@ -217,7 +217,8 @@ def cell(runs: Sequence[Run], name: str) -> str:
 
 def curves(groups: Sequence[Group], name: str, title: str):
     """A metric's curves of all groups, overlaid."""
-    return chart(title, [group.line(name, group.name, style) for style, group in enumerate(groups)])
+    lines = [group.line(name, group.name, style) for style, group in enumerate(groups)]
+    return chart(f"{title[0].upper()}{title[1:]}", lines)
 
 
 def frontiers(groups: Sequence[Group]) -> Iterator:

@@ -352,10 +352,10 @@ def _some(rows: list[dict]) -> list[dict]:
 
 
 def _moment(row: dict) -> dict:
-    policy, reference = shortened(row["policy"]), row.get("reference")
+    policy, reference = shortened(row["policy"].strip()), row.get("reference")
     if not isinstance(reference, str):
         return {"examples": row["examples"], "policy": policy, "reference": None}
-    reference = shortened(reference)
+    reference = shortened(reference.strip())
     marked = {"policy": words_marked(policy, reference), "reference": words_marked(reference, policy)}
     return {"examples": row["examples"], **marked}
 

@@ -73,8 +73,8 @@ def test_curves_are_overlaid_and_those_of_seeds_are_their_mean_and_range(sweep):
     assert (line.x.tolist(), line.low.tolist(), line.high.tolist()) == ([0, 8], [0.5, 0.6], [0.5, 0.7])
     assert numpy.allclose(line.y, [0.5, 0.65])
     figures = {figure.strong.text: figure for figure in parsed(sweep).find_all("figure")}
-    assert {"held-out loss", "reward accuracy", "training loss", "gradient norm"} <= figures.keys()
-    assert [item.text for item in figures["training loss"].find_all("li")] == ["beta=0.05", "beta=0.5"]
+    assert {"Held-out loss", "Reward accuracy", "Training loss", "Gradient norm"} <= figures.keys()
+    assert [item.text for item in figures["Training loss"].find_all("li")] == ["beta=0.05", "beta=0.5"]
 
 
 def test_the_frontier_has_a_point_for_each_run_and_a_line_through_the_means_in_the_order_of_beta(sweep):

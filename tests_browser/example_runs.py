@@ -30,15 +30,22 @@ def train(*overrides: str) -> None:
 
 
 def short_runs(folder: Path) -> dict[str, Path]:
-    """SFT, DPO, beta-DPO, and DPO with three betas and two seeds: their directories, and that of the sweep."""
+    """SFT, DPO, beta-DPO, and DPO with three betas and two seeds: their directories, and that of the sweep.
+
+    What lies in the folder already is taken as it is.
+    """
     found = {name: folder / name for name in ("sft", "dpo", "beta_dpo", "sweep")}
-    sft, dpo = f"local_run_dir={found['sft']}", f"local_run_dir={found['dpo']}"
     start = f"model.archive={found['sft'] / 'LATEST'}"
-    train("loss=sft", "exp_name=toy_sft", sft, "batch_size=16", "n_examples=1024", "eval_every=256", "n_eval_model_samples=6")
-    train("loss=dpo", "loss.beta=0.05", "exp_name=toy_dpo", dpo, start, *DPO)
-    train("loss=beta_DPO", "exp_name=toy_beta_dpo", f"local_run_dir={found['beta_dpo']}", start, *DPO)
-    sweep = f"hydra.sweep.dir={found['sweep']}"
-    train("-m", "loss=dpo", "loss.beta=0.05,0.1,0.5", "seed=0,1", "exp_name=toy_sweep", sweep, start, *SWEEP)
+    commands = {
+        "sft": ["loss=sft", "batch_size=16", "n_examples=1024", "eval_every=256", "n_eval_model_samples=6"],
+        "dpo": ["loss=dpo", "loss.beta=0.05", start, *DPO],
+        "beta_dpo": ["loss=beta_DPO", start, *DPO],
+        "sweep": ["-m", "loss=dpo", "loss.beta=0.05,0.1,0.5", "seed=0,1", start, *SWEEP],
+    }
+    for name, command in commands.items():
+        place = "hydra.sweep.dir" if name == "sweep" else "local_run_dir"
+        if not found[name].exists():
+            train(*command, f"exp_name=toy_{name}", f"{place}={found[name]}")
     return found
 
 
@@ -47,7 +54,7 @@ def short_runs(folder: Path) -> dict[str, Path]:
 
 def long_run(run_dir: Path, steps: int = 100_000, batch_size: int = 64, seed: int = 0) -> Path:
     """Write what a beta-DPO run of so many steps leaves behind, in numbers that are made up; returns its directory."""
-    run_dir.mkdir(parents=True)
+    run_dir.mkdir(parents=True, exist_ok=True)
     draw = numpy.random.default_rng(seed)
     columns = _training(numpy.arange(1, steps + 1) / steps, draw)
     columns["counters/examples"] = numpy.arange(1, steps + 1) * batch_size

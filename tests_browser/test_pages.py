@@ -1,6 +1,7 @@
 """report.html and comparison.html in Chromium: on a phone, a desk and a wide screen, light and dark, by keyboard, on paper.
 
-What a person has to judge, pictures of every page, goes to SCREENSHOTS, or nowhere where that is not set.
+What a person has to judge, pictures of every page, goes to SCREENSHOTS, or nowhere where that is not set. RUNS is a folder in
+which the runs are kept for the next time.
 """
 
 import os
@@ -25,12 +26,12 @@ WRITTEN, DRAWN = 4.5, 3.0
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory) -> dict[str, Path]:
     """The pages by their names."""
-    folder = tmp_path_factory.mktemp("runs")
+    folder = Path(os.environ.get("RUNS") or tmp_path_factory.mktemp("runs"))
     runs = short_runs(folder)
-    found = {name: run / "report.html" for name, run in runs.items() if name != "sweep"}
-    found["comparison"] = runs["sweep"] / "comparison.html"
+    found = {name: write_report(run) for name, run in runs.items() if name != "sweep"}
+    found["comparison"], _ = write_comparison([runs["sweep"]], runs["sweep"])
     found["long"] = write_report(long_run(folder / "long"))
-    (folder / "begun").mkdir()
+    (folder / "begun").mkdir(exist_ok=True)
     (folder / "begun" / "metrics.jsonl").touch()
     found["begun"] = write_report(folder / "begun")
     return found

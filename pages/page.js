@@ -29,7 +29,7 @@ for (const figure of document.querySelectorAll("figure.chart")) {
 
   function row([line, k]) {
     const found = element("div", `s${line.style}`, "");
-    const range = line.low ? ` (${words(line.low[k])} to ${words(line.high[k])})` : "";
+    const range = line.low && line.low[k] < line.high[k] ? ` (${words(line.low[k])} to ${words(line.high[k])})` : "";
     found.append(element("i", "", ""), `${line.name} `, element("b", "", words(line.y[k])), range);
     return found;
   }
@@ -55,7 +55,9 @@ for (const figure of document.querySelectorAll("figure.chart")) {
     plot.append(...rows.map(mark));
     cursor.style.display = "block";
     cursor.style.left = `${100 * across(x)}%`;
-    // Beside the line where there is room, and never outside the plot.
+    // Beside the line where there is room, never outside the plot, and away from the values.
+    const high = rows.reduce((sum, [line, k]) => sum + up(line.y[k]), 0) / rows.length > 0.5;
+    readout.classList.toggle("low", high);
     const [at, wide, room] = [across(x) * plot.clientWidth, readout.offsetWidth, plot.clientWidth];
     readout.style.left = `${Math.max(0, at + wide + 12 < room ? at + 12 : Math.min(at - wide - 12, room - wide))}px`;
   }

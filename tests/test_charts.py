@@ -9,7 +9,21 @@ from bs4 import BeautifulSoup
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from charts import BUCKETS, Line, bucketed, chart, column, json_in_html, line_of, shown, tick_label, ticks, words_marked
+from charts import (
+    BARS,
+    BUCKETS,
+    Frame,
+    Line,
+    bucketed,
+    chart,
+    column,
+    json_in_html,
+    line_of,
+    shown,
+    tick_label,
+    ticks,
+    words_marked,
+)
 
 
 def line(values, name: str = "loss", **more) -> Line:
@@ -133,6 +147,30 @@ def test_the_table_says_what_the_picture_shows():
         ["0", "0.5"],
         ["1", "0.25"],
     ]
+
+
+def test_beside_points_that_are_marked_the_table_has_the_means_around_them():
+    marked = Line("held out", numpy.array([1.0, 5.0]), numpy.array([0.5, 0.25]), is_sparse=True)
+    # 0 to 3 are nearer to 1, or as near as to 5.
+    page = BeautifulSoup(chart("Loss", [line([0, 1, 2, 3, 4, 5, 9]), marked]), "html.parser")
+    rows = [[cell.text for cell in row.find_all(["th", "td"])] for row in page.find_all("tr")]
+    assert rows[1:] == [["1", "1.5", "0.5"], ["5", "6", "0.25"]]
+
+
+def test_a_level_line_is_level_however_its_means_are_rounded():
+    page = BeautifulSoup(chart("Share", [line([0.8] * 100_003)]), "html.parser")
+    assert {point.split(",")[1] for point in page.polyline["points"].split()} == {"500.0"}
+
+
+def test_a_long_line_is_not_drawn_larger_than_its_values_vary():
+    frame = Frame.around([line([0, 10] * 5000)])
+    assert frame.bottom <= 0 and frame.top >= 10, "its means are all 5"
+
+
+@pytest.mark.parametrize(("points", "marks"), [(BARS, 1), (BARS + 1, 0)])
+def test_only_a_few_points_are_marked(points, marks):
+    page = BeautifulSoup(chart("Loss", [line(range(points), is_sparse=True)]), "html.parser")
+    assert len(page.select(".plot .dots")) == marks
 
 
 def test_words_that_the_other_text_does_not_have_there_are_marked():

@@ -89,9 +89,11 @@ def test_a_page_is_readable_at_every_width_and_asks_nobody_for_anything(browser,
             show(browser, width, colours)
             times = open_page(browser, pages[name])
             print(f"{name} {width} {colours}: loaded after {times['loaded']:.2f} s, seen after {times['seen']:.2f} s")
+            if picture := kept(f"{name}-{width}-{colours}.png"):
+                photograph(browser, picture.with_stem(f"{picture.stem}-top"), whole=False)
             for details in browser.find_elements(By.CSS_SELECTOR, ".chart:first-child details, details.printed"):
                 browser.execute_script("arguments[0].open = true", details)
-            if picture := kept(f"{name}-{width}-{colours}.png"):
+            if picture:
                 photograph(browser, picture)
             assert browser.execute_script("return document.documentElement.scrollWidth - window.innerWidth") <= 0
             assert browser.execute_script(UNREADABLE) == []

@@ -19,8 +19,8 @@ COMMON = (
     "warmup_steps=10",
     "minimum_log_interval_secs=30",
 )
-# Steps that are too large for a model this small: preferred responses become unlikely too, which the report then says.
-DPO = ("batch_size=8", "optimizer=AdamW", "lr=3e-4", "n_examples=640", "eval_every=128", "n_eval_model_samples=6")
+# Beta is small for a model this small: preferred responses become unlikely too, which the report then says.
+DPO = ("batch_size=8", "optimizer=AdamW", "lr=5e-5", "n_examples=640", "eval_every=64", "n_eval_model_samples=6")
 SWEEP = ("batch_size=8", "optimizer=SGD", "lr=0.01", "n_examples=320", "eval_every=80", "sample_during_eval=false")
 
 

@@ -195,7 +195,7 @@ def _dots(places: Iterable[str]) -> Markup:
 def _plot(title: str, lines: Sequence[Line], frame: Frame, x_name: str) -> Markup:
     described = "; ".join(f"{line.name}: {shown(line.y[0])} to {shown(line.y[-1])}" for line in lines)
     across = [(_share(x, frame.left, frame.right), tick_label(x)) for x in ticks(frame.left, frame.right)]
-    up = [(_share(y, frame.bottom, frame.top), tick_label(y)) for y in ticks(frame.bottom, frame.top)]
+    up = [(_share(y, frame.bottom, frame.top), tick_label(y)) for y in ticks(frame.bottom, frame.top, about=5)]
     labels = [Markup('<span class="x" style="left:{}%">{}</span>').format(*place) for place in across]
     labels += [Markup('<span class="y" style="bottom:{}%">{}</span>').format(*place) for place in up]
     grid = " ".join(f"M0 {1000 - 10 * float(share):.1f}H1000" for share, _ in up)

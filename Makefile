@@ -45,7 +45,7 @@ collect-test: .venv/installed-dev .venv/installed-collect
 
 pages-test: .venv/installed-dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r preference_collection/requirements-test.txt
-	SCREENSHOTS=runs/page_screenshots $(BIN)/python -m pytest -n 0 -s tests_browser
+	SCREENSHOTS=runs/page_screenshots $(BIN)/python -m pytest -n 0 -s --timeout=1800 tests_browser
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv

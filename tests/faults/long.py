@@ -49,7 +49,7 @@ def main() -> int:
     parser.add_argument("--kills", default="200", help="kills in all")
     parser.add_argument("--stops", default="50", help="signals in all")
     parser.add_argument("--minutes", default="inf", help="each kind of run begins no other after so long")
-    parser.add_argument("--only", default="", help="part of the names of the tests to run, such as 'two ranks'")
+    parser.add_argument("--only", default="", help="which tests, as pytest's -k has it: 'two and ranks'")
     args = parser.parse_args()
     os.environ |= {"FAULT_KILLS": args.kills, "FAULT_STOPS": args.stops, "FAULT_MINUTES": args.minutes}
     report = Report()

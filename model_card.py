@@ -144,8 +144,13 @@ def _introduction(facts: CardFacts) -> str:
         text += f", its linear layers quantized ({facts.quantized})"
     loss = _loss_of(facts.config)
     if loss:
-        values = ", ".join(f"{key} {value}" for key, value in facts.config["loss"].items() if key not in ("name", "mode_loss"))
-        text += f", trained by {LOSSES.get(loss, loss)}" + (f" with {values}" if values else "")
+        keys = facts.config["loss"]
+        # Of a loss of the user's own: its name, and not where on this machine its file lies.
+        own = Path(str(keys.get("function", ""))).name
+        shown = keys if not own else keys.get("options") or {}
+        values = ", ".join(f"{key} {value}" for key, value in shown.items() if key not in ("name", "mode_loss"))
+        text += f", trained by {LOSSES.get(loss, loss) if not own else f'a loss of its own, `{own}`,'}"
+        text += f" with {values}" if values else ""
     if facts.examples is not None:
         text += f" on {facts.examples:,} examples"
     if facts.base is not None:
@@ -222,7 +227,10 @@ def _defaults(loss: str, trainer: str) -> dict:
 
 
 def _configuration(config: dict) -> str:
-    rows = [f"| `{key}` | {_cell(value)} | {_cell(usual)} |" for key, (value, usual) in settings_changed(config).items()]
+    changed = settings_changed(config)
+    # Where a file lies on this machine.
+    changed.pop("loss.function", None)
+    rows = [f"| `{key}` | {_cell(value)} | {_cell(usual)} |" for key, (value, usual) in changed.items()]
     head = "## Configuration\n\nWhat differs from the defaults:\n\n| key | value | default |\n|---|---|---|\n"
     return head + "\n".join(rows) if rows else ""
 

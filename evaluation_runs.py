@@ -204,8 +204,8 @@ def _refuse_code(config: DictConfig, overrides: list[str], path: Path) -> None:
     for key, code in named.items():
         if code is not None and not given & {key, key.partition(".")[0]}:
             raise UserError(
-                f"{key}: the run of {path} says {code}, by which code would be executed that you have not named. Where you trust "
-                f"it, say so too: {key}={code}."
+                f"{key}: the run of {path} says {code}, by which code would be executed that you have not named. Where you "
+                f"trust it, say so too: {key}={code}."
             )
 
 

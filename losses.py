@@ -527,11 +527,8 @@ def own_loss(function: str, options: dict, seed: int = 0) -> Loss:
             raise UserError(f"loss.options.{key}: {name} has no such option; {nearest(str(key), parameters)}")
     drawn = {"seed": seed} if "seed" in parameters and "seed" not in options else {}
     for key, each in parameters.items():
-        if (
-            each.default is each.empty
-            and each.kind not in (each.VAR_KEYWORD, each.VAR_POSITIONAL)
-            and key not in (*options, *drawn)
-        ):
+        needed = each.default is each.empty and each.kind not in (each.VAR_KEYWORD, each.VAR_POSITIONAL)
+        if needed and key not in options and key not in drawn:
             raise UserError(f"loss.options.{key}: not given, and {name} has no default for it.")
     try:
         loss = made[name](**options, **drawn)

@@ -16,8 +16,8 @@ CONFIG, PAGE = ROOT / "config", ROOT / "docs" / "key-reference.md"
 HEAD = """# Every key
 
 Made from the comments in `config/` by `python scripts/key_reference.py`; change it there. A key is set on the command line
-(`lr=1e-6 loss.beta=0.3`), where unknown ones are refused with the nearest that there is; `python train.py --cfg job` shows what a
-command line composes to. `null` means that nothing is given.
+(`lr=1e-6 loss.beta=0.3`), where unknown ones are refused with the nearest that there is; `python train.py --cfg job` shows what
+a command line composes to. `null` means that nothing is given.
 
 """
 # Groups whose files hold keys, and what is said of them; of the others, presets, a line each.

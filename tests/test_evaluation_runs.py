@@ -2,8 +2,6 @@
 
 import importlib.util
 import json
-import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +9,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+import shown
 from evaluation_runs import check_beginning, config_of_run, write_text
 from test_task_suites import own_task
 from train import start
@@ -150,11 +149,11 @@ def test_the_command_lines_of_the_readme_are_understood(sft, monkeypatch):
     script = importlib.util.spec_from_file_location("evaluate_script", ROOT / "scripts" / "evaluate.py")
     module = importlib.util.module_from_spec(script)
     script.loader.exec_module(module)
-    lines = re.findall(r"^python scripts/evaluate.py (.*)$", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
+    lines = [words[2:] for _, words in shown.commands(r"python scripts/evaluate\.py", ["README.md"])]
     assert len(lines) == 3
     parsed = []
     for line in lines:
-        monkeypatch.setattr(sys, "argv", ["evaluate.py", *shlex.split(line)])
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *line])
         parsed.append(module.arguments())
         config_of_run(sft, parsed[-1].overrides)
     assert [options.judge for options in parsed] == [None, "ollama:llama3.1", None]

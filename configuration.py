@@ -74,7 +74,7 @@ def explain_composition_error(error: Exception) -> str:
 def _unknown_key(key: str) -> str:
     if key in known_keys():
         group, name = key.split(".", 1)
-        owners = [choice for choice in choices_of(group) if name in OmegaConf.load(CONFIG_DIR / group / f"{choice}.yaml")]
+        owners = [choice for choice in choices_of(group) if name in set(OmegaConf.load(CONFIG_DIR / group / f"{choice}.yaml"))]
         return f"{key}: this {group} has no such key. It belongs to {group}={', '.join(owners)}."
     return f"{key}: no such key; {nearest(key, known_keys())}"
 

@@ -520,6 +520,8 @@ def own_loss(function: str, options: dict, seed: int = 0) -> Loss:
     made = vars(run_file(Path(file).absolute(), "loss"))
     if name not in made:
         raise UserError(f"loss.function: {file} has no {name!r}; {nearest(name, _makers(made))}")
+    if not callable(made[name]):
+        raise UserError(f"loss.function: {file}: {name!r} cannot be called. Expected a class or a function that makes a Loss.")
     parameters = inspect.signature(made[name]).parameters
     takes_any = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
     for key in options:

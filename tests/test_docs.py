@@ -100,7 +100,7 @@ def test_what_is_run_in_one_line_runs(tmp_path):
 # ---- a clean clone ----------------------------------------------------------------------------------------------------------
 
 INSTALLING = ("python3 -m venv", ". .venv/bin/activate", "pip install")
-# What needs weights or data of the hub is composed in test_house.py, what is of a run of the reader's is understood; neither is run.
+# What needs weights or data of the hub is composed in test_house.py, and what is of a run of the reader's is understood above.
 NOT_HERE = ("model=pythia28", "Intel/orca_dpo_pairs", "_DATE")
 # Put behind what is shown.
 SHORTENED = {

@@ -160,6 +160,28 @@ def test_the_command_lines_of_the_readme_are_understood(sft, monkeypatch):
     assert parsed[2].tasks == ["open_llm"] and len(parsed[2].overrides) == 2
 
 
+@pytest.mark.parametrize(
+    ("changed", "told", "trusted"),
+    [
+        ({"datasets": ["toy", {"name": "evil.py:x"}]}, "datasets: ", "datasets=toy"),
+        ({"loss": {"name": "own", "function": "evil.py:x", "options": {}}}, "loss.function: ", "loss=sft"),
+        ({"loss": {"name": "own", "function": "evil.py:x", "options": {}}}, "loss.function: ", "loss.function=evil.py:x"),
+        ({"model": {"trust_remote_code": True}}, "model.trust_remote_code: ", "model.trust_remote_code=true"),
+    ],
+)
+def test_code_that_a_runs_configuration_names_is_run_only_where_it_is_asked_for(changed, told, trusted, sft, tmp_path):
+    checkpoint = tmp_path / "step-16"
+    checkpoint.mkdir()
+    state = json.loads((sft / "LATEST" / "state.json").read_text())
+    config = state["run"]["config"]
+    state["run"]["config"] = config | {key: config[key] | value if key == "model" else value for key, value in changed.items()}
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    with pytest.raises(UserError, match="by which code would be executed that you have not named") as refused:
+        config_of_run(checkpoint, ["n_eval_examples=3"])
+    assert str(refused.value).startswith(told)
+    config_of_run(checkpoint, [trusted])
+
+
 # ---- mistakes -------------------------------------------------------------------------------------------------------------
 
 

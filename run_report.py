@@ -251,7 +251,7 @@ def data_of(about: dict) -> list[dict]:
     """Of each split and data set, what was read and what was left out."""
     found = []
     for split, reports in about.get("data", {}).items() if isinstance(about.get("data"), dict) else ():
-        for report in reports:
+        for report in reports if isinstance(reports, list) else ():
             try:
                 values = DataReport(**{key: value for key, value in report.items() if key != "name"})
                 counts = [f"{count:,} {what}" for count, what in values.counts()]
@@ -272,10 +272,10 @@ def changed_settings(config: dict) -> dict:
 
 def facts_of_start(about: dict) -> dict[str, str]:
     """When and on what the run was started, in words."""
-    facts = {"started": about.get("started")}
-    for part in ("machine", "versions"):
-        facts |= about.get(part) or {}
-    code = about.get("code") or {}
+    machine, versions, code = (
+        part if isinstance(part, dict) else {} for part in map(about.get, ("machine", "versions", "code"))
+    )
+    facts = {"started": about.get("started"), **machine, **versions}
     if "commit" in code:
         changed = code.get("changed_files")
         facts["code"] = f"commit {code['commit']}" + (f", {changed} files changed" if changed else "")

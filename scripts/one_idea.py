@@ -18,12 +18,12 @@ WIDTH, HEIGHT, TOKEN, BAR, LEFT, RIGHT = 960, 430, 15, 22, 40, 520
 
 # Its own ground in both, so that it is legible on any page.
 STYLE = """
-.ground{fill:#fbfbf8} .prompt{fill:#8a94a6} .r0{fill:#1f77b4} .r1{fill:#c25b12} .r2{fill:#3b8f4a}
+.ground{fill:#fbfbf8} .prompt{fill:#667089} .r0{fill:#1f77b4} .r1{fill:#b5520f} .r2{fill:#2f7d3e}
 .padding{fill:none;stroke:#b9b9b2;stroke-dasharray:3 3} .line{fill:none;stroke:#6b7280;stroke-width:1.5}
 text{fill:#22262e;font:14px system-ui,sans-serif} .title{font-weight:600;font-size:16px} .small{font-size:12px;fill:#5b6270}
 .on{fill:#fff;font-size:12px}
-@media (prefers-color-scheme:dark){.ground{fill:#1c1f26} .prompt{fill:#6d7789} .r0{fill:#3a8ccb} .r1{fill:#d0702c}
-.r2{fill:#4b9c5a} .padding{stroke:#565d6b} .line{stroke:#9aa2b1} text{fill:#e8eaee} .small{fill:#a9b0bd} .on{fill:#fff}}
+@media (prefers-color-scheme:dark){.ground{fill:#1c1f26} .prompt{fill:#626c80} .r0{fill:#2f7ab5} .r1{fill:#b95d1e}
+.r2{fill:#3a8449} .padding{stroke:#565d6b} .line{stroke:#9aa2b1} text{fill:#e8eaee} .small{fill:#a9b0bd} .on{fill:#fff}}
 """
 
 
@@ -71,7 +71,7 @@ def as_tree() -> tuple[list[str], int]:
         parts.append(bar(begin, y, tokens, f"r{number}", NAMES[number]))
     parts.append(said(RIGHT, 252, "log-probs, one for each response:"))
     for number, name in enumerate(NAMES):
-        parts.append(bar(RIGHT + 235 + number * 38, 236, 2, f"r{number}", name))
+        parts.append(bar(RIGHT + 248 + number * 38, 236, 2, f"r{number}", name))
     parts.append(said(RIGHT, 292, "pairs (preferred, other), which the loss looks up there:"))
     for number, (preferred, other) in enumerate(PAIRS):
         x = RIGHT + number * 120

@@ -6,8 +6,6 @@ from preference_collection.store import Judgement, Query, new_id
 from preference_collection.tests.conftest import a_pair, a_problem
 from preference_collection.tests.test_store import judge_at_once
 
-pytest_plugins = ["preference_collection.tests.conftest"]
-
 # At the server, for a page of the list. Unit: seconds.
 PAGE_CHANGE = 0.3
 

@@ -92,7 +92,8 @@ def metadata(facts: CardFacts) -> str:
         "pipeline_tag": "text-generation",
         "base_model": base,
         "datasets": sorted(set(hub_sets(facts.config))) or None,
-        "tags": [*([loss.lower().replace("_", "-")] if loss else []), *(["lora"] if facts.adapter else [])] or None,
+        "tags": [*([loss.lower().replace("_", "-")] if loss not in (None, "own") else []), *(["lora"] if facts.adapter else [])]
+        or None,
     }
     if base:
         values["base_model_relation"] = "adapter" if facts.adapter else "quantized" if facts.quantized else "finetune"

@@ -161,6 +161,11 @@ def follow_page(page: str, clone: Path) -> dict[str, str]:
     return printed
 
 
+def test_what_is_followed_is_the_clones_own_code(clone):
+    (clone / "where.py").write_text("import losses, train, utils\nprint(losses.__file__, train.__file__, utils.__file__)\n")
+    assert follow(["python", "where.py"], clone).split() == [f"{clone}/{name}.py" for name in ("losses", "train", "utils")]
+
+
 def test_quick_start_can_be_followed(clone):
     printed = follow_page("docs/quick-start.md", clone)
     preferred = next(text for line, text in printed.items() if "loss=dpo" in line)

@@ -86,14 +86,14 @@ def metadata(facts: CardFacts) -> str:
     from huggingface_hub import ModelCardData
 
     loss = _loss_of(facts.config)
+    method = [loss.lower().replace("_", "-")] if loss not in (None, "own") else []
     base = facts.base if facts.base and is_hub_id(facts.base) else None
     values = {
         "library_name": "peft" if facts.adapter else "transformers",
         "pipeline_tag": "text-generation",
         "base_model": base,
         "datasets": sorted(set(hub_sets(facts.config))) or None,
-        "tags": [*([loss.lower().replace("_", "-")] if loss not in (None, "own") else []), *(["lora"] if facts.adapter else [])]
-        or None,
+        "tags": [*method, *(["lora"] if facts.adapter else [])] or None,
     }
     if base:
         values["base_model_relation"] = "adapter" if facts.adapter else "quantized" if facts.quantized else "finetune"

@@ -165,11 +165,7 @@ def _fallen(steps, evaluations, config) -> Iterator[str]:
         yield (
             f"The log-prob of preferred responses fell by {-_change(chosen):.0f} nats while the margin grew by "
             f"{_change(margins):.3g}. The loss only asks that it falls less than the other's; "
-            + (
-                f"with beta {beta} that is usual (docs/reading-the-curves.md). "
-                if isinstance(beta, float) and beta <= 0.1
-                else ""
-            )
+            + (usual if isinstance(beta, float) and beta <= 0.1 else "")
             + "Look at the samples: if they are still sound, so is the run."
         )
 

@@ -161,11 +161,10 @@ def _fallen(steps, evaluations, config) -> Iterator[str]:
     chosen, margins = _values(rows, f"logps_{split}/chosen"), _values(rows, f"rewards_{split}/margins")
     if len(margins) > 1 and _change(chosen) < -FALLEN and _change(margins) > 0:
         beta = (config.get("loss") or {}).get("beta")
-        usual = f"with beta {beta} that is usual (docs/reading-the-curves.md). "
         yield (
             f"The log-prob of preferred responses fell by {-_change(chosen):.0f} nats while the margin grew by "
             f"{_change(margins):.3g}. The loss only asks that it falls less than the other's; "
-            + (usual if isinstance(beta, float) and beta <= 0.1 else "")
+            + (f"with beta {beta} that is usual. " if isinstance(beta, float) and beta <= 0.1 else "")
             + "Look at the samples: if they are still sound, so is the run."
         )
 

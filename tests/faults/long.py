@@ -55,9 +55,8 @@ def main() -> int:
     report = Report()
     status = pytest.main([str(ROOT / "tests" / "faults"), "--timeout=0", "-k", args.only], plugins=[report])
     facts = {"command": sys.argv, "hardware": hardware(), "versions": versions(), **report.summary(), "all": report.tests}
-    path = (
-        ROOT / "tests" / "faults" / "results" / f"{datetime.date.today()}{args.only and '_'}{args.only.replace(' ', '_')}.json"
-    )
+    name = "_".join([str(datetime.date.today()), *args.only.split()])
+    path = ROOT / "tests" / "faults" / "results" / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(facts, indent=1) + "\n")
     print(json.dumps(report.summary(), indent=1), path, sep="\n")

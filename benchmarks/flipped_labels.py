@@ -1,0 +1,96 @@
+"""How many labels that were turned round on purpose a run's ledger finds: DPO on the embedded data, of which 5% are turned.
+
+    python benchmarks/flipped_labels.py --seeds 3
+
+Prints recall and precision of flagged_pairs.jsonl over pairs, and writes them with the counts to benchmarks/results/. This file
+is the loader of the turned data too.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from preference_datasets import register  # noqa: E402
+from toy_preferences import answer_kind, toy_records  # noqa: E402
+
+SHARE = 0.05
+SEED = "SEED_OF_FLIPPED_LABELS"
+# As `make demo` trains, from the model that SFT has made.
+SFT = ("loss=sft",)
+DPO = ("loss=dpo", "loss.beta=0.5", "n_epochs=1", "optimizer=SGD", "lr=0.01", "datasets=[benchmarks/flipped_labels.py:flipped]")
+
+
+@register("flipped")
+def get_flipped(split: str, silent: bool = False, cache_dir: str | None = None) -> dict:
+    """The toy data, of whose training pairs a share is the wrong way round."""
+    draw = random.Random(os.environ.get(SEED, "0"))
+    records = toy_records(split)
+    for record in records.values() if split == "train" else ():
+        record["pairs"] = [pair[::-1] if draw.random() < SHARE else pair for pair in record["pairs"]]
+    return records
+
+
+def train(run_dir: Path, *overrides: str, **environment: str) -> None:
+    """One run; what it says is shown where it fails."""
+    command = [
+        sys.executable,
+        "train.py",
+        *overrides,
+        "wandb.enabled=false",
+        "sample_during_eval=false",
+        f"local_run_dir={run_dir}",
+    ]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(done.stdout + done.stderr)
+
+
+def found_by(run_dir: Path, seed: str) -> dict:
+    """Counts of one run: pairs turned round, flagged, and both; each pair once, whatever it is flagged for."""
+    os.environ[SEED] = seed
+    turned = sum(
+        answer_kind(record["responses"][better]) != "preferred"
+        for record in get_flipped("train").values()
+        for better, _ in record["pairs"]
+    )
+    rows = [json.loads(line) for line in (run_dir / "flagged_pairs.jsonl").read_text().splitlines()]
+    kinds: dict[tuple, set] = {}
+    for row in rows:
+        kinds.setdefault((row["prompt"], row["preferred"], row["other"]), set()).add(row["kind"])
+    right = [pair for pair in kinds if answer_kind(pair[1]) != "preferred"]
+    both = {"recall": len(right) / turned, "precision": len(right) / max(1, len(kinds))}
+    return {"seed": seed, "turned": turned, "flagged": len(kinds), "turned and flagged": len(right), **both}
+
+
+def main() -> None:
+    """Train once for each seed, and report."""
+    from measure import hardware, versions
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3, help="different sets of turned labels")
+    seeds = [str(seed) for seed in range(parser.parse_args().seeds)]
+    with tempfile.TemporaryDirectory() as folder:
+        train(sft := Path(folder) / "sft", *SFT)
+        runs = []
+        for seed in seeds:
+            train(Path(folder) / seed, *DPO, f"model.archive={sft}/LATEST", **{SEED: seed})
+            runs.append(found_by(Path(folder) / seed, seed))
+    means = {name: statistics.median(run[name] for run in runs) for name in ("recall", "precision")}
+    facts = {"command": sys.argv, "hardware": hardware(), "versions": versions(), "medians": means, "runs": runs}
+    path = ROOT / "benchmarks" / "results" / f"{datetime.date.today()}_flipped_labels_cpu.json"
+    path.write_text(json.dumps(facts, indent=1) + "\n")
+    print(json.dumps(facts, indent=1), path, sep="\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -9,6 +9,7 @@ machine or many.
 import inspect
 import json
 import math
+import warnings
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -55,20 +56,25 @@ class Pruning:
 
         Where it ends, its directory says so from now on.
         """
-        import optuna
-
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        trial, states = optuna.trial.create_trial, optuna.trial.TrialState
-        study = optuna.create_study(direction="minimize" if smaller_is_better(self.objective) else "maximize")
-        for others in self.ended_jobs():
-            study.add_trial(trial(state=states.COMPLETE, value=others[max(others)], intermediate_values=others))
         own = self.values_in(self.run_dir) | {self.step(examples): value}
-        newest = trial(state=states.RUNNING, intermediate_values=own)
-        if not self.pruner.prune(study, newest):
+        if not self._is_behind(own):
             return None
         said = {"examples": examples, "objective": self.objective, "value": value}
         (self.run_dir / PRUNED).write_text(json.dumps(said) + "\n", encoding="utf-8")
         return f"{self.objective} is {value:.4g} after {examples} examples, and {type(self.pruner).__name__} gives it up"
+
+    def _is_behind(self, own: dict[int, float]) -> bool:
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        trial, states = optuna.trial.create_trial, optuna.trial.TrialState
+        with warnings.catch_warnings():
+            # It calls what has not changed since experimental.
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            study = optuna.create_study(direction="minimize" if smaller_is_better(self.objective) else "maximize")
+            for others in self.ended_jobs():
+                study.add_trial(trial(state=states.COMPLETE, value=others[max(others)], intermediate_values=others))
+            return self.pruner.prune(study, trial(state=states.RUNNING, intermediate_values=own))
 
     def ended_jobs(self) -> list[dict[int, float]]:
         """Of each other job of the sweep that has come to its own end: its objective by the examples it was found at."""

@@ -1,0 +1,185 @@
+"""Sweeps: jobs that run once however often a sweep is begun, that fail alone, share what they can, and end early."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+import forked
+from conftest import write
+from run_files import JOB
+
+ROOT = Path(__file__).parent.parent
+# Runs of a second or two.
+SMALL = (
+    "loss=dpo", "wandb.enabled=false", "sample_during_eval=false", "n_eval_examples=16", "save_policy_pt=false", "ledger=false",
+    "model.from_config.hidden_size=32", "model.from_config.intermediate_size=64", "model.from_config.num_hidden_layers=1",
+)  # fmt: skip
+BRIEF = (*SMALL, "n_examples=32", "save_strategy=no")
+
+
+def sweep(folder: Path, *overrides: str, **environment: str) -> subprocess.CompletedProcess:
+    """`python train.py -m` in a folder, to its end."""
+    return forked.run([ROOT / "train.py", "-m", *overrides], folder, {**os.environ, **environment})
+
+
+def jobs(directory: Path) -> dict[str, dict]:
+    """What each job's job.json says, by the job's directory."""
+    return {path.parent.name: json.loads(path.read_text()) for path in sorted(directory.glob(f"*/{JOB}"))}
+
+
+def counters(run_dir: Path, metric: str) -> list[int]:
+    """After how many examples a run has logged a metric, in the order of its rows."""
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [row["counters/examples"] for row in rows if metric in row]
+
+
+# ---- what is run, and what is not ---------------------------------------------------------------------------------------
+
+
+def rows_of(number: int) -> list[dict]:
+    return [{"prompt": f"{n}?", "chosen": f" {n * number}", "rejected": f" {n + number} and more"} for n in range(40)]
+
+
+def test_of_a_sweep_with_a_failed_job_that_is_killed_the_next_start_runs_what_is_missing_and_nothing_twice(tmp_path):
+    for number in range(6):
+        write(tmp_path / f"{number}.jsonl", rows_of(number) if number != 2 else [{"prompt": "a row without answers"}])
+    steps = ("n_epochs=null", "n_examples=160", "save_every=64", "eval_every=64", "held_out_share=0.3")
+    line = (*SMALL, *steps, "datasets=0.jsonl,1.jsonl,2.jsonl,3.jsonl,4.jsonl,5.jsonl", "sweep_dir=sweep")
+    with (tmp_path / "said").open("w") as said:
+        first = forked.Program([ROOT / "train.py", "-m", *line], tmp_path, said.fileno(), said.fileno())
+    while not list((tmp_path / "sweep" / "3").glob("step-*[0-9]")):
+        assert first.poll() is None, (tmp_path / "said").read_text()
+        time.sleep(0.01)
+    first.kill()
+    first.wait(60)
+    found = jobs(tmp_path / "sweep")
+    assert [job["state"] for job in found.values()] == ["complete", "complete", "failed", "running"]
+    assert "datasets: 2.jsonl, row 1: no field" in found["2"]["error"]
+    (complete,) = {(tmp_path / "sweep" / name / "metrics.jsonl").stat().st_mtime_ns for name in "1"}
+
+    write(tmp_path / "2.jsonl", rows_of(2))
+    again = sweep(tmp_path, *line)
+    assert again.returncode == 0, again.stderr
+    found = jobs(tmp_path / "sweep")
+    assert [job["state"] for job in found.values()] == ["complete"] * 6
+    assert [job["starts"] for job in found.values()] == [1, 1, 2, 2, 1, 1]
+    assert (tmp_path / "sweep" / "1" / "metrics.jsonl").stat().st_mtime_ns == complete
+    assert "resume: going on from" in again.stdout, "the job that was killed goes on from its checkpoint"
+    for metric in ("loss/train", "loss/eval"):
+        undisturbed = counters(tmp_path / "sweep" / "0", metric)
+        assert len(undisturbed) == len(set(undisturbed)) > 2
+        for name in "12345":
+            assert counters(tmp_path / "sweep" / name, metric) == undisturbed, f"each step of job {name} is there, and once"
+    table = list(csv.DictReader((tmp_path / "sweep" / "comparison.csv").open()))
+    assert [(row["run"], row["datasets"]) for row in table] == [(str(n), f"{n}.jsonl") for n in range(6)]
+
+    third = sweep(tmp_path, *line)
+    assert (third.returncode, third.stdout.count("is complete already")) == (0, 6)
+    assert [job["starts"] for job in jobs(tmp_path / "sweep").values()] == [1, 1, 2, 2, 1, 1]
+
+
+def with_a_bug_at_seed_1() -> None:
+    """For a process: `train` divides by zero in jobs of that seed."""
+    import train
+
+    usual = train.settle_batch_size
+    train.settle_batch_size = lambda config: usual(config) if config.seed != 1 else 1 / 0
+
+
+def test_a_failed_job_leaves_the_others_running_and_is_named_at_the_end_with_what_was_its_own(tmp_path):
+    command = [ROOT / "train.py", "-m", *BRIEF, "seed=0,1", "loss.beta=-1,0.1", "sweep_dir=sweep"]
+    done = forked.run(command, tmp_path, first=with_a_bug_at_seed_1)
+    assert done.returncode == 1, "a bug is among what went wrong"
+    assert [job["state"] for job in jobs(tmp_path / "sweep").values()] == ["failed", "complete", "failed", "failed"]
+    told = done.stderr[done.stderr.index("sweep: 1 of 4 jobs are complete") :].splitlines()
+    assert told[1].startswith("  0 (seed=0 loss.beta=-1): failed: loss.beta: found -1, expected a number above 0")
+    assert told[2].startswith("  2 (seed=1 loss.beta=-1): failed: loss.beta: found -1")
+    assert told[3] == "  3 (seed=1 loss.beta=0.1): failed: ZeroDivisionError: division by zero"
+    assert told[4] == f"The same command line with sweep_dir={tmp_path / 'sweep'} runs what is missing."
+    assert "else 1 / 0" in done.stderr, "a bug keeps its traceback"
+    assert len(list(csv.DictReader((tmp_path / "sweep" / "comparison.csv").open()))) == 1
+
+
+def test_a_sweep_whose_jobs_are_all_refused_ends_with_the_status_of_a_mistake(tmp_path):
+    done = sweep(tmp_path, *BRIEF, "lr=-1", "loss.beta=0.1,0.2")
+    assert (done.returncode, done.stderr.count("lr: found -1")) == (2, 4), "each when it happens, and at the end"
+    assert "Traceback" not in done.stderr
+
+
+def test_a_signal_ends_the_sweep_and_not_the_job_alone(tmp_path):
+    line = (*SMALL, "n_epochs=null", "n_examples=16000", "loss.beta=0.1,0.2", "sweep_dir=sweep")
+    with (tmp_path / "said").open("w") as said:
+        program = forked.Program([ROOT / "train.py", "-m", *line], tmp_path, said.fileno(), said.fileno())
+    metrics = tmp_path / "sweep" / "0" / "metrics.jsonl"
+    while not (metrics.exists() and "loss/train" in metrics.read_text()):
+        assert program.poll() is None, (tmp_path / "said").read_text()
+        time.sleep(0.02)
+    program.send_signal(signal.SIGTERM)
+    assert program.wait(120) == 75
+    assert {name: job["state"] for name, job in jobs(tmp_path / "sweep").items()} == {"0": "stopped"}
+    assert list((tmp_path / "sweep" / "0").glob("step-*")), "with a checkpoint to go on from"
+    assert "runs what is missing" in (tmp_path / "said").read_text()
+
+
+# ---- launchers ----------------------------------------------------------------------------------------------------------
+
+
+def test_jobs_of_joblib_run_together_on_gpus_of_their_own_and_share_data_and_reference(tmp_path):
+    line = (*BRIEF, "+experiment=sweep_joblib", "loss.beta=0.1,0.2", "sweep_dir=sweep")
+    # From nothing: joblib's processes cannot be started by one that was forked as those of `forked` are.
+    command = [sys.executable, ROOT / "train.py", "-m", *line]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "5,7", "TMPDIR": str(tmp_path)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = jobs(tmp_path / "sweep")
+    assert [job["state"] for job in found.values()] == ["complete", "complete"]
+    assert sorted(job["gpus"] for job in found.values()) == [["5"], ["7"]]
+    counts = done.stdout.count("computed once"), done.stdout.count("responses read from")
+    assert counts == (1, 1), "one job computed the reference's log-probs, the other waited for them"
+    assert len(list((tmp_path / "runs" / "prepared_data").glob("*.arrow"))) == 2
+    table = list(csv.DictReader((tmp_path / "sweep" / "comparison.csv").open()))
+    assert [row["loss.beta"] for row in table] == ["0.1", "0.2"]
+
+
+def test_submitit_runs_each_job_in_a_process_of_its_own_and_what_is_complete_is_not_sent_again(tmp_path):
+    line = (*BRIEF, "hydra/launcher=submitit_local", "sweep_dir=sweep")
+    done = sweep(tmp_path, *line, "loss.beta=0.1,-1")
+    assert done.returncode == 2, done.stderr
+    assert "  1 (loss.beta=-1): failed: loss.beta: found -1" in done.stderr
+    assert [job["state"] for job in jobs(tmp_path / "sweep").values()] == ["complete", "failed"]
+
+
+# ---- searches -----------------------------------------------------------------------------------------------------------
+
+
+def test_an_interrupted_search_of_optuna_goes_on_as_if_it_had_not_been_and_bad_runs_end_early(tmp_path):
+    line = (
+        *SMALL, "+experiment=sweep_optuna", "lr=tag(log, interval(1e-6, 1e-2))", "loss.beta=0.1", "objective=loss/eval",
+        "hydra.sweeper.direction=minimize", "pruner_kwargs.n_startup_trials=1", "n_examples=64", "eval_every=32",
+    )  # fmt: skip
+    for n_trials in (2, 4):
+        done = sweep(tmp_path, *line, f"hydra.sweeper.n_trials={n_trials}", "sweep_dir=interrupted")
+        assert done.returncode == 0, done.stderr
+    whole = sweep(tmp_path, *line, "hydra.sweeper.n_trials=4", "sweep_dir=whole")
+    assert whole.returncode == 0, whole.stderr
+    two = jobs(tmp_path / "interrupted"), jobs(tmp_path / "whole")
+    asked, came_to = ([[job[key] for job in found.values()] for found in two] for key in ("overrides", "objective"))
+    assert [text[:-1] for text in asked[0]] == [text[:-1] for text in asked[1]]
+    assert came_to[0] == came_to[1]
+    assert [job["starts"] for job in two[0].values()] == [1, 1, 1, 1]
+    ends = [job["state"] for job in two[0].values()]
+    assert ends[0] == "complete" and "pruned" in ends
+    pruned = tmp_path / "interrupted" / str(ends.index("pruned"))
+    assert counters(pruned, "loss/train")[-1] == 32
+    worst = max(job["objective"] for job in two[0].values() if job["state"] == "complete")
+    assert two[0][pruned.name]["counts_as"] >= worst, "half a run is no better than any whole one"
+    assert "examples, 2 updates, pruned" in (tmp_path / "interrupted" / "comparison.html").read_text()
+    best = OmegaConf.load(tmp_path / "interrupted" / "optimization_results.yaml").best_value
+    assert best == min(job["objective"] for job in two[0].values() if job["state"] == "complete")

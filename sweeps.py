@@ -20,6 +20,7 @@ import time
 import traceback
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import count
@@ -60,8 +61,9 @@ class Sweep(Callback):
         folder = Path(config.hydra.sweep.dir).absolute()
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / STOP).unlink(missing_ok=True)
-            _write_json(folder / START, {"start": uuid.uuid4().hex})
+            if Sweep.begun is None:
+                (folder / STOP).unlink(missing_ok=True)
+                _write_json(folder / START, {"start": uuid.uuid4().hex})
         except OSError as error:
             fault = f"sweep_dir: {folder} cannot be written to: {error.strerror}. Expected a folder of yours, with room."
             print(fault, file=sys.stderr, flush=True)
@@ -120,9 +122,7 @@ def conclude() -> int:
     folder = Sweep.begun
     if folder is None:
         return 0
-    start = json_object(folder / START).get("start")
-    jobs = [Job(folder / name, json_object(folder / name / JOB)) for name in json_object(folder / JOBS).values()]
-    jobs = [job for job in jobs if job.said.get("start") == start]
+    jobs = _jobs_of_this_start(folder)
     missing = [job for job in jobs if job.state not in OVER]
     if not missing:
         return 0
@@ -130,7 +130,7 @@ def conclude() -> int:
     lines = [f"sweep: {len(jobs) - len(missing)} of {len(jobs)} jobs are complete"]
     for job in missing:
         own = " ".join(text for text in job.overrides if text not in of_all)
-        said = job.said.get("error") or "the process that ran it has ended"
+        said = job.said.get("error") or ("its process goes on" if _is_held(job.directory) else "its process has ended")
         lines.append(f"  {job.directory.name}{f' ({own})' * bool(own)}: {job.state}: {said}")
     lines.append(f"The same command line with sweep_dir={folder} runs what is missing.")
     print(*lines, sep="\n", file=sys.stderr, flush=True)
@@ -139,11 +139,17 @@ def conclude() -> int:
     return 2 if all(job.said.get("mistake") for job in missing) else 1
 
 
-@contextmanager
-def concluded() -> Iterator[None]:
-    """Inside, a sweep may run. Behind it `conclude` speaks; it ends the process where something is missing."""
+def _jobs_of_this_start(folder: Path) -> list["Job"]:
+    """The jobs that the newest start of a sweep has come to."""
+    start = json_object(folder / START).get("start")
+    jobs = [Job(folder / name, json_object(folder / name / JOB)) for name in json_object(folder / JOBS).values()]
+    return [job for job in jobs if job.said.get("start") == start]
+
+
+def run_through(main: Callable[[], object]) -> None:
+    """Run `main`, which may be a sweep; behind it `conclude` speaks, and ends the process where something is missing."""
     try:
-        yield
+        _run_past_deaths(main)
     except BaseException as error:
         status = conclude()
         if status and isinstance(error, ValueError) and str(error).startswith("No trials are completed"):
@@ -152,6 +158,27 @@ def concluded() -> Iterator[None]:
         raise
     if status := conclude():
         sys.exit(status)
+
+
+def _run_past_deaths(main: Callable[[], object]) -> None:
+    """Run `main`, and again where a process of joblib's has died, which takes all its others with it.
+
+    A job that has twice been under way then, or once and alone, is taken for the one that kills its process.
+    """
+    while True:
+        try:
+            main()
+            return
+        except BrokenProcessPool as broken:
+            under_way = [job for job in _jobs_of_this_start(Sweep.begun) if job.state == "running"]
+            if not under_way:
+                raise
+            for job in under_way:
+                deaths = job.said.get("deaths", 0) + 1
+                news = {"state": "failed", "error": first_line(broken)} if deaths > 1 or len(under_way) == 1 else {}
+                job.say(deaths=deaths, **news)
+            print("sweep: a process has died; what is missing is begun again", file=sys.stderr, flush=True)
+            sys.argv.append(f"sweep_dir={Sweep.begun}")
 
 
 # ---- a job --------------------------------------------------------------------------------------------------------------
@@ -206,6 +233,9 @@ def run_job(run: Callable, config: DictConfig, given: Path, overrides: list[str]
             print(f"sweep: {directory} is {job.state} already", flush=True)
             job.say(start=start)
             return job.result
+        if job.state == "failed" and job.said["start"] == start:
+            # The sweep goes on behind the death of a process.
+            return None
         if (sweep / STOP).exists():
             job.say(start=start, state="stopped", error="not begun, since the sweep was stopped")
             return None
@@ -302,6 +332,15 @@ def identity_of(config: DictConfig) -> str:
         section, _, name = key.rpartition(".")
         (values.get(section, {}) if section else values).pop(name, None)
     return xxhash.xxh3_128_hexdigest(json.dumps(values, sort_keys=True, default=str).encode())
+
+
+def _is_held(directory: Path) -> bool:
+    """Whether a process runs the job."""
+    try:
+        FileLock(directory / f".{JOB}.lock").acquire(timeout=0).lock.release()
+    except Timeout:
+        return True
+    return False
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import uuid
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from traceback import extract_tb
 
@@ -509,8 +510,7 @@ def command_line() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     sys.argv[1:] = force_open_sections(sys.argv[1:])
     try:
-        with sweeps.concluded():
-            main()
+        sweeps.run_through(main)
     except (HydraException, OmegaConfBaseException) as error:
         sys.exit(_refuse(explain_composition_error(error)))
     except OSError as error:
@@ -526,7 +526,5 @@ def command_line() -> None:
 
 
 if __name__ == "__main__":
-    # As a module of its own, which the processes of a sweep's jobs import too.
-    import train
-
-    train.command_line()
+    # As a module, under the name by which the processes of a sweep's jobs find its functions.
+    import_module(Path(__file__).stem).command_line()

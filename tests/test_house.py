@@ -7,10 +7,10 @@ import shlex
 from pathlib import Path
 
 import pytest
-from hydra import initialize_config_dir
-from omegaconf import OmegaConf
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf, open_dict
 
-from configuration import GROUPS, check_config, force_open_sections, known_keys, loss_keys
+from configuration import check_config, force_open_sections, known_keys, loss_keys
 from losses import LOSSES
 from train import new_run_dir
 
@@ -88,7 +88,7 @@ def test_the_readme_shows_commands():
 
 
 @pytest.mark.parametrize("arguments", readme_commands(), ids=lambda arguments: " ".join(arguments)[:60] or "default")
-def test_every_command_of_the_readme_composes_and_makes_sense(arguments, compose, tmp_path, monkeypatch):
+def test_every_command_of_the_readme_composes_and_makes_sense(arguments, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(ROOT))
     (tmp_path / "my_preferences.jsonl").write_text(re.search(r"```json\n(.*?)```", README, flags=re.DOTALL)[1])
@@ -100,11 +100,13 @@ def test_every_command_of_the_readme_composes_and_makes_sense(arguments, compose
         (tmp_path / Path(archive.split("=", 1)[1]).parent).mkdir(parents=True)
         (tmp_path / archive.split("=", 1)[1]).touch()
     for value in sweep_values(overrides):
-        config = compose(*value)
         # As on the command line, where a leading + has the files composed a second time.
         with initialize_config_dir(str(ROOT / "config"), version_base="1.3"):
-            chosen = dict(text.split("=", 1) for text in value)
-            check_config(config, value, {group: chosen[group] for group in GROUPS if group in chosen})
+            config = compose("config", overrides=value, return_hydra_config=True)
+            choices = dict(config.hydra.runtime.choices)
+            with open_dict(config):
+                config.pop("hydra")
+            check_config(config, value, choices)
 
 
 def sweep_values(overrides: list[str]) -> list[list[str]]:
@@ -144,3 +146,9 @@ def test_the_presets_the_readme_names_are_all_there_are():
     named = set(re.findall(r"`([\w-]+)`", README.split("- `model=`:")[1].split("- `model.archive`")[0]))
     assert {path.stem for path in (ROOT / "config" / "model").glob("*.yaml")} - {"base_model"} <= named
     assert OmegaConf.load(ROOT / "config" / "config.yaml").defaults[1].model == "tiny"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "config" / "experiment").glob("*.yaml")), ids=lambda path: path.stem)
+def test_each_example_of_an_experiment_says_how_it_is_called_and_is_named_in_the_readme(path):
+    assert f"python train.py -m +experiment={path.stem}" in path.read_text()
+    assert f"python train.py -m +experiment={path.stem}" in README

@@ -9,11 +9,16 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 from omegaconf import OmegaConf
 
 import forked
+import sweeps
+from configuration import check_config
 from conftest import write
+from pruning import Pruning, build_pruner
 from run_files import JOB
+from utils import UserError
 
 ROOT = Path(__file__).parent.parent
 # Runs of a second or two.
@@ -183,3 +188,131 @@ def test_an_interrupted_search_of_optuna_goes_on_as_if_it_had_not_been_and_bad_r
     assert "examples, 2 updates, pruned" in (tmp_path / "interrupted" / "comparison.html").read_text()
     best = OmegaConf.load(tmp_path / "interrupted" / "optimization_results.yaml").best_value
     assert best == min(job["objective"] for job in two[0].values() if job["state"] == "complete")
+
+
+@pytest.fixture
+def pruning(tmp_path, compose):
+    """A function: pruning as a run asks for it, beside complete jobs with these objectives at 0, about 32 and 64 examples."""
+
+    def made(*others: tuple[float, float, float]) -> Pruning:
+        for number, values in enumerate(others):
+            folder = tmp_path / str(number)
+            rows = [{"counters/examples": at, "loss/eval": value} for at, value in zip((0, 30, 60), values, strict=True)]
+            write(folder / "metrics.jsonl", rows)
+            (folder / JOB).write_text(json.dumps({"state": "complete"}))
+        (tmp_path / "own").mkdir()
+        given = "pruner=MedianPruner", "++pruner_kwargs.n_startup_trials=2", "++pruner_kwargs.n_warmup_steps=32"
+        pruner = build_pruner(compose(*given))
+        return Pruning(tmp_path, tmp_path / "own", "loss/eval", 32, pruner)
+
+    return made
+
+
+def test_a_run_behind_the_median_of_complete_jobs_ends_and_says_so_and_one_before_it_goes_on(pruning, tmp_path):
+    judge = pruning((0.7, 0.5, 0.2), (0.7, 0.6, 0.3), (0.7, 0.4, 0.4))
+    assert judge.verdict(32, 0.49) is None
+    assert not (tmp_path / "own" / "pruned.json").exists()
+    # The median at 32 examples is 0.5; another batch size has it after 30.
+    assert judge.verdict(32, 0.51) == "loss/eval is 0.51 after 32 examples, and MedianPruner gives it up"
+    assert json.loads((tmp_path / "own" / "pruned.json").read_text()) == {
+        "examples": 32, "objective": "loss/eval", "value": 0.51,
+    }  # fmt: skip
+
+
+def test_nobody_is_judged_before_enough_jobs_are_complete(pruning, tmp_path):
+    judge = pruning((0.7, 0.5, 0.2), (0.7, 0.6, 0.3))
+    (tmp_path / "1" / JOB).write_text(json.dumps({"state": "running"}))
+    assert judge.verdict(32, 5.0) is None
+
+
+def test_accuracies_are_to_be_large(pruning, tmp_path):
+    judge = pruning((0.7, 0.5, 0.2), (0.7, 0.6, 0.3))
+    judge.objective = "rewards_eval/accuracies"
+    for number in "01":
+        write(tmp_path / number / "metrics.jsonl", [{"counters/examples": 32, "rewards_eval/accuracies": 0.8}])
+    assert judge.verdict(32, 0.9) is None
+    assert judge.verdict(32, 0.7) is not None
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ("n_startup=2", "pruner_kwargs.n_startup: MedianPruner takes no such argument; did you mean n_startup_trials?"),
+        ("n_startup_trials=-2", "pruner_kwargs: MedianPruner does not take {'n_startup_trials': -2}: "),
+    ],
+)
+def test_arguments_that_a_pruner_does_not_take_are_refused(compose, given, told):
+    with pytest.raises(UserError) as refused:
+        build_pruner(compose("pruner=MedianPruner", f"++pruner_kwargs.{given}"))
+    assert str(refused.value).startswith(told)
+
+
+def test_a_pruner_without_a_sweep_is_refused(tmp_path):
+    done = forked.run([ROOT / "train.py", "pruner=MedianPruner"], tmp_path)
+    assert (done.returncode, done.stderr) == (
+        2, "pruner: found one, and this run has no others to be compared with. Add -m, or pruner=null.\n",
+    )  # fmt: skip
+
+
+# ---- directories and GPUs -----------------------------------------------------------------------------------------------
+
+
+def test_a_job_is_known_by_its_configuration_whatever_its_number_is_and_takes_nobodys_directory(tmp_path, compose):
+    def claimed(number: int, *overrides: str) -> str:
+        (tmp_path / str(number)).mkdir(exist_ok=True)
+        return sweeps.claim(tmp_path, tmp_path / str(number), compose(*overrides), list(overrides)).name
+
+    assert [claimed(number, f"seed={number}") for number in range(3)] == ["0", "1", "2"]
+    assert claimed(0, "seed=2") == "2"
+    assert claimed(1, "seed=7") == "3", "a new job with an old number"
+    assert claimed(2, "seed=7", "max_wall_time=5", "cache_dir=elsewhere", "resume=auto") == "3", "not what makes a job another"
+    assert claimed(4, "n_steps=7", "seed=7") == "4"
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["0", "1", "2", "3", "4"]
+
+
+def test_a_job_does_not_take_the_directory_of_a_run_that_no_sweep_knows(tmp_path, compose):
+    write(tmp_path / "0" / "metrics.jsonl", [{"counters/examples": 1}])
+    assert sweeps.claim(tmp_path, tmp_path / "0", compose(), []).name == "1"
+
+
+def test_two_processes_have_no_gpu_in_common_and_a_third_waits_until_one_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(sweeps, "_held", [])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,3,GPU-a")
+    took = [sweeps._free_gpus(sweeps.visible_gpus(), number, tmp_path) for number in (2, 2, 1, 1)]
+    assert took == [["0", "3"], None, ["GPU-a"], None]
+    for lock in sweeps._held:
+        # As the system does at the end of the processes that had them.
+        lock.release()
+    assert sweeps._free_gpus(sweeps.visible_gpus(), 3, tmp_path) == ["0", "3", "GPU-a"]
+
+
+def test_a_process_sees_the_gpus_it_has_taken_and_keeps_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(sweeps, "_held", [])
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
+    assert sweeps.jobs_at_once(1) == 3 and sweeps.jobs_at_once(2) == 1 and sweeps.jobs_at_once(None) == 3
+    sweeps.take_gpus(2, tmp_path)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "4,5"
+    sweeps.take_gpus(2, tmp_path)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "4,5"
+    monkeypatch.setattr(sweeps, "_held", [])
+    with pytest.raises(UserError, match="gpus_per_job: found 3, and this machine has 2 GPUs"):
+        sweeps.take_gpus(3, tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    sweeps.take_gpus(3, tmp_path)
+    assert sweeps.jobs_at_once(3) == 1 and os.environ["CUDA_VISIBLE_DEVICES"] == "", "a machine without GPUs"
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("pruner=MedianPrune", "pruner: no pruner 'MedianPrune'; did you mean MedianPruner?"),
+        ("pruner=HyperbandPruner", "pruner: no pruner 'HyperbandPruner'; "),
+        ("pruner_kwargs=3", "pruner_kwargs: found 3, expected a section"),
+        ("gpus_per_job=0", "gpus_per_job: found 0, expected a whole number from 1 or null"),
+        ("sweep_dir=3", "sweep_dir: found 3, expected a text or null"),
+    ],
+)
+def test_a_key_of_sweeps_that_makes_no_sense_is_refused(compose, override, told):
+    with pytest.raises(UserError) as refused:
+        check_config(compose(override))
+    assert str(refused.value).startswith(told)

@@ -16,6 +16,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 import uuid
@@ -57,17 +58,16 @@ class Sweep(Callback):
     begun: Path | None = None
 
     def on_multirun_start(self, config: DictConfig, **_) -> None:
-        """Make the directory ready. Ends the process with status 2 where it cannot be."""
+        """Make the directory ready. Ends the process with status 2 where it cannot be, or the search goes the wrong way."""
         folder = Path(config.hydra.sweep.dir).absolute()
+        _check_direction(config)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if Sweep.begun is None:
                 (folder / STOP).unlink(missing_ok=True)
                 _write_json(folder / START, {"start": uuid.uuid4().hex})
         except OSError as error:
-            fault = f"sweep_dir: {folder} cannot be written to: {error.strerror}. Expected a folder of yours, with room."
-            print(fault, file=sys.stderr, flush=True)
-            sys.exit(2)
+            _refuse(f"sweep_dir: {folder} cannot be written to: {error.strerror}. Expected a folder of yours, with room.")
         # Of processes that the launcher starts, which may have another directory.
         root = str(Path(__file__).parent)
         paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
@@ -86,6 +86,25 @@ class Sweep(Callback):
             print(f"comparison: {error}", flush=True)
         else:
             print(f"comparison: {page}", flush=True)
+
+
+def _refuse(fault: str) -> None:
+    # Hydra makes a warning of what a callback raises, and goes on.
+    print(fault, file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def _check_direction(config: DictConfig) -> None:
+    """Refuse a search for the worst run: Optuna's sweeper does not know the objective, and minimizes unless told otherwise."""
+    direction = OmegaConf.select(config, "hydra.sweeper.direction")
+    # A name, or a member of Optuna's enumeration; lists are for functions of several values.
+    found = getattr(direction, "name", direction)
+    if isinstance(found, str):
+        from checkpoints import smaller_is_better
+
+        wanted = "minimize" if smaller_is_better(str(config.objective)) else "maximize"
+        if found != wanted:
+            _refuse(f"hydra.sweeper.direction: found {found}, expected {wanted}: objective is {config.objective}.")
 
 
 def _pass_signals_on(launcher: str, folder: Path) -> None:
@@ -170,7 +189,8 @@ def _run_past_deaths(main: Callable[[], object]) -> None:
             main()
             return
         except BrokenProcessPool as broken:
-            under_way = [job for job in _jobs_of_this_start(Sweep.begun) if job.state == "running"]
+            in_sweep = Sweep.begun is not None and not (Sweep.begun / STOP).exists()
+            under_way = [job for job in _jobs_of_this_start(Sweep.begun) if job.state == "running"] if in_sweep else []
             if not under_way:
                 raise
             for job in under_way:
@@ -239,9 +259,10 @@ def run_job(run: Callable, config: DictConfig, given: Path, overrides: list[str]
         if (sweep / STOP).exists():
             job.say(start=start, state="stopped", error="not begun, since the sweep was stopped")
             return None
-        if job.state != "new" and config.resume is None:
+        if job.state != "new" and config.resume is None and not config.eval_only:
             config.resume = "auto"
-        job.say(start=start, state="running", starts=job.said.get("starts", 0) + 1, error=None)
+        deaths = job.said.get("deaths", 0) if job.said.get("start") == start else 0
+        job.say(start=start, state="running", starts=job.said.get("starts", 0) + 1, deaths=deaths, error=None)
         return _run(run, config, job, sweep)
 
 
@@ -254,11 +275,13 @@ def _run(run: Callable, config: DictConfig, job: Job, sweep: Path) -> float | No
         job.say(state="stopped", error=str(stopped))
         if in_sweep_process:
             raise
-        (sweep / STOP).touch()
+        if os.environ.get("SUBMITIT_EXECUTOR") != "slurm":
+            # Slurm's jobs are stopped one by one.
+            (sweep / STOP).touch()
         return None
     except UserError as error:
         print(error, file=sys.stderr, flush=True)
-        job.say(state="failed", error=str(error).splitlines()[0], mistake=True)
+        job.say(state="failed", error=first_line(error, 500), mistake=True)
         return None
     except Exception as error:
         traceback.print_exc()
@@ -289,7 +312,9 @@ def _signals_end_the_job(in_sweep_process: bool) -> Iterator[None]:
     def end(number: int, _frame) -> None:
         raise StoppedError(f"stopped before its first step or behind its last: {signal.Signals(number).name}")
 
-    usual = {} if in_sweep_process else {number: signal.signal(number, end) for number in SIGNALS}
+    # Only a process's main thread may listen.
+    listens = not in_sweep_process and threading.current_thread() is threading.main_thread()
+    usual = {number: signal.signal(number, end) for number in SIGNALS} if listens else {}
     try:
         yield
     finally:

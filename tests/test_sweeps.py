@@ -190,6 +190,13 @@ def test_an_interrupted_search_of_optuna_goes_on_as_if_it_had_not_been_and_bad_r
     assert best == min(job["objective"] for job in two[0].values() if job["state"] == "complete")
 
 
+def test_a_search_for_the_worst_run_is_refused(tmp_path):
+    done = sweep(tmp_path, *BRIEF, "+experiment=sweep_optuna", "hydra.sweeper.direction=minimize")
+    told = "hydra.sweeper.direction: found minimize, expected maximize: objective is rewards_eval/accuracies.\n"
+    assert (done.returncode, done.stderr) == (2, told)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.fixture
 def pruning(tmp_path, compose):
     """A function: pruning as a run asks for it, beside complete jobs with these objectives at 0, about 32 and 64 examples."""

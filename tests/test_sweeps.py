@@ -6,9 +6,11 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from omegaconf import OmegaConf
 
@@ -159,6 +161,64 @@ def test_submitit_runs_each_job_in_a_process_of_its_own_and_what_is_complete_is_
     assert done.returncode == 2, done.stderr
     assert "  1 (loss.beta=-1): failed: loss.beta: found -1" in done.stderr
     assert [job["state"] for job in jobs(tmp_path / "sweep").values()] == ["complete", "failed"]
+
+
+# What Slurm does with a job array of one job, in the background of this machine. $0 is in the folder that keeps the script.
+SLURM = {
+    "sbatch": """
+        cp "${@: -1}" "$(dirname "$0")/script"
+        echo "Submitted batch job 7"
+        "$(dirname "$0")/begin"
+    """,
+    "begin": """
+        export SLURM_JOB_ID=7 SLURM_NTASKS=1 SLURM_JOB_NUM_NODES=1 SLURM_NODEID=0 SLURM_PROCID=0 SLURM_LOCALID=0
+        export SLURM_JOB_NODELIST=here
+        setsid bash "$(dirname "$0")/script" > /dev/null 2>&1 &
+    """,
+    "srun": """
+        while [[ "$1" == --* ]]; do
+            [[ "$1" == --unbuffered ]] && shift 1 || shift 2
+        done
+        exec "$@"
+    """,
+    "sacct": """
+        echo "JobID|State|NodeList"
+        echo "7|RUNNING|here"
+    """,
+    "scontrol": """
+        (while ! rm "$(dirname "$0")/ended" 2> /dev/null; do sleep 0.1; done; "$(dirname "$0")/begin") > /dev/null 2>&1 &
+    """,
+}
+
+
+def test_a_job_of_slurm_that_is_out_of_time_is_queued_again_and_goes_on_from_its_checkpoint(tmp_path):
+    slurm = tmp_path / "slurm"
+    slurm.mkdir()
+    for name, lines in SLURM.items():
+        (slurm / name).write_text(f"#!/bin/bash\n{textwrap.dedent(lines)}")
+        (slurm / name).chmod(0o755)
+    steps = ("n_epochs=null", "n_examples=1600", "save_every=160", "n_eval_examples=4", "loss.beta=0.1", "sweep_dir=sweep")
+    line = (*SMALL, "+experiment=sweep_slurm", "hydra.launcher.partition=gpu", *steps)
+    environment = os.environ | {"PATH": f"{slurm}:{os.environ['PATH']}"}
+    with (tmp_path / "said").open("w") as said:
+        program = forked.Program([ROOT / "train.py", "-m", *line], tmp_path, said.fileno(), said.fileno(), environment)
+    while not list((tmp_path / "sweep" / "0").glob("step-*[0-9]")):
+        assert program.poll() is None, (tmp_path / "said").read_text()
+        time.sleep(0.05)
+    # As `#SBATCH --signal` has it, some time before the end.
+    [job] = [each for each in psutil.process_iter(["cmdline"]) if is_a_job(each.info["cmdline"], tmp_path)]
+    job.send_signal(signal.SIGUSR2)
+    job.wait(60)
+    (slurm / "ended").touch()
+    assert program.wait(120) == 0, (tmp_path / "said").read_text()
+    [said] = jobs(tmp_path / "sweep").values()
+    assert (said["state"], said["starts"]) == ("complete", 2)
+    assert counters(tmp_path / "sweep" / "0", "loss/train") == list(range(16, 1601, 16)), "each step is there, and once"
+
+
+def is_a_job(command: list[str] | None, folder: Path) -> bool:
+    """Whether a process is one that submitit has sent off for a sweep in this folder."""
+    return "submitit.core._submit" in (command or []) and any(text.startswith(str(folder)) for text in command)
 
 
 # ---- searches -----------------------------------------------------------------------------------------------------------

@@ -6,12 +6,13 @@
 # make collect   the labelling app, on sample problems; settings in COLLECT: make collect COLLECT="store=my.duckdb port=8502"
 # make collect-train   train on what was collected; keys in COLLECT: make collect-train COLLECT="model=pythia28 collect.store=my.duckdb"
 # make collect-test    all tests of the labelling app, in Chromium too (Debian: apt install chromium chromium-driver)
+# make pages-test      report.html and comparison.html of real runs in Chromium; pictures of them go to runs/page_screenshots
 # All make .venv at their first call and leave the rest of the machine alone.
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint faults bench two-hosts collect collect-train collect-test clean
+.PHONY: demo test lint faults bench two-hosts collect collect-train collect-test pages-test clean
 
 demo: .venv/installed
 	$(BIN)/python scripts/demo.py
@@ -41,6 +42,10 @@ collect-train: .venv/installed .venv/installed-collect
 collect-test: .venv/installed-dev .venv/installed-collect
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r preference_collection/requirements-test.txt
 	SCREENSHOTS=runs/collect_screenshots $(BIN)/python -m pytest -n 0 preference_collection/tests preference_collection/tests_whole
+
+pages-test: .venv/installed-dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r preference_collection/requirements-test.txt
+	SCREENSHOTS=runs/page_screenshots $(BIN)/python -m pytest -n 0 -s --timeout=1800 tests_browser
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv

@@ -8,7 +8,7 @@ Runs that differ in nothing but their seed are one group, with their mean and sp
 import csv
 import io
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -221,26 +221,41 @@ def cell(runs: Sequence[Run], name: str) -> str:
 
 def curves(groups: Sequence[Group], name: str, title: str):
     """A metric's curves of all groups, overlaid."""
-    return chart(title, [group.line(name, group.name, style) for style, group in enumerate(groups)])
+    lines = [group.line(name, group.name, style) for style, group in enumerate(groups)]
+    return chart(f"{title[0].upper()}{title[1:]}", lines)
 
 
-def frontiers(groups: Iterable[Group]) -> Iterator:
+def frontiers(groups: Sequence[Group]) -> Iterator:
     """Reward accuracy against the distance from the reference, one point a run; a picture for each measure of distance."""
-    points = [
-        (run.distance, run.newest[ACCURACY], style, group.name)
-        for style, group in enumerate(groups)
-        for run in group.runs
-        if run.distance is not None and isinstance(run.newest.get(ACCURACY), int | float)
-    ]
     for measure in (KL, FALL):
-        lines = [
-            Line(name, numpy.array([distance[1]]), numpy.array([accuracy]), labels=(name,), style=style)
-            for distance, accuracy, style, name in points
-            if distance[0] == measure
-        ]
-        yield chart(
-            "Reward accuracy and distance", lines, note="held out; to the upper left is better", x_name=f"{measure}, nats"
-        )
+        found = [(group, line) for style, group in enumerate(groups) if (line := placed(group, measure, style))]
+        lines = [line for _, line in found]
+        note = "held out; to the upper left is better"
+        yield chart("Reward accuracy and distance", [frontier(found), *lines], note, x_name=f"{measure}, nats")
+
+
+def frontier(placed_groups: Sequence[tuple[Group, Line]]) -> Line | None:
+    """The line through the groups' means in the order of the one number that sets them apart, such as beta; else None."""
+    keys = {key for group, _ in placed_groups for key in group.settings}
+    numbers = [value for group, _ in placed_groups for value in group.settings.values()]
+    if len(numbers) < 2 or len(keys) != 1 or not all(isinstance(value, int | float) for value in numbers):
+        return None
+    [key] = keys
+    means = numpy.array([(line.x.mean(), line.y.mean()) for _, line in placed_groups])
+    return Line(f"means, by {key.removeprefix('loss.')}", *means.T, style=len(placed_groups))
+
+
+def placed(group: Group, measure: str, style: int) -> Line | None:
+    """Where a group's runs stand by one measure of distance, the first of them with the group's name; None for nowhere."""
+    points = sorted(
+        (run.distance[1], run.newest[ACCURACY])
+        for run in group.runs
+        if run.distance is not None and run.distance[0] == measure and isinstance(run.newest.get(ACCURACY), int | float)
+    )
+    if not points:
+        return None
+    x, y = numpy.array(points, float).T
+    return Line(group.name, x, y, labels=(group.name, *[""] * (len(points) - 1)), style=style)
 
 
 # ---- the files --------------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import math
 import os
 import re
 from functools import cache
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -110,6 +111,7 @@ def check_config(config: DictConfig, overrides: list[str] = (), choices: dict[st
         raise UserError("per_device_batch_size: given beside batch_size, which follows from it. Expected one of them.")
     _check_paths(config)
     _check_evaluation(config)
+    _check_tracking(config)
 
 
 def _check_added_and_removed_keys(config: DictConfig, choices: dict[str, str]) -> None:
@@ -490,6 +492,33 @@ def task_names(config: DictConfig) -> list:
     """`evaluation.tasks` as a list: brackets may be left out for one."""
     tasks = OmegaConf.to_container(config.evaluation, resolve=True)["tasks"]
     return tasks if isinstance(tasks, list) else [tasks]
+
+
+# Where numbers may go; of a run's own files there is no doing without.
+TRACKING = ("jsonl", "wandb", "tensorboard")
+
+
+def dashboard_names(config: DictConfig) -> list[str]:
+    """Those of `tracking` that a run's numbers go to beside its own files; brackets may be left out for one."""
+    names = OmegaConf.to_container(config, resolve=True)["tracking"]
+    switched_off = {"jsonl"} if config.wandb.enabled else {"jsonl", "wandb"}
+    return [name for name in ([names] if isinstance(names, str) else names) if name not in switched_off and not config.debug]
+
+
+def _check_tracking(config: DictConfig) -> None:
+    names = OmegaConf.to_container(config, resolve=True)["tracking"]
+    listed = [names] if isinstance(names, str) else names
+    sound = isinstance(listed, list) and all(isinstance(name, str) for name in listed) and len(set(listed)) == len(listed)
+    _require(sound, "tracking", names, "names, each once, as in [jsonl,wandb]")
+    for name in listed:
+        if name not in TRACKING:
+            raise UserError(f"tracking: nothing is called {name!r}; {nearest(name, TRACKING)}")
+    if "tensorboard" in listed:
+        try:
+            distribution("tensorboard")
+        except PackageNotFoundError:
+            remedy = "Run `pip install -r requirements-tensorboard.txt`."
+            raise UserError(f"tracking: tensorboard is not installed. {remedy}") from None
 
 
 def _check_paths(config: DictConfig) -> None:

@@ -20,7 +20,7 @@ from utils import UNREADABLE, UserError, dotted, first_line, misfit, replace_sym
 MAY_DIFFER = (
     "resume", "exp_name", "local_dirs", "local_run_dir", "cache_dir", "debug", "dry_run", "wandb", "objective", "fsdp_port",
     "n_epochs", "n_examples", "n_steps", "early_stopping_patience", "max_wall_time", "max_bad_steps", "loss_spike",
-    "minimum_log_interval_secs",
+    "minimum_log_interval_secs", "tracking",
     "do_first_eval", "eval_every", "eval_batch_size", "n_eval_examples", "sample_during_eval", "n_eval_model_samples",
     "save_strategy", "save_every", "save_async", "keep_last", "keep_best", "save_policy_pt",
     "trainer.name", "trainer.nproc_per_node", "trainer.sharding", "trainer.tensor_parallel_size", "trainer.cpu_offload",

@@ -15,7 +15,7 @@ from pathlib import Path
 from records import DataReport
 from utils import UNREADABLE, misfit, usable_cores
 
-METRICS, SAMPLES, BAD_STEPS = "metrics.jsonl", "samples.jsonl", "bad_batches.jsonl"
+METRICS, SAMPLES, BAD_STEPS, EVENTS = "metrics.jsonl", "samples.jsonl", "bad_batches.jsonl", "events.jsonl"
 RESULTS_FILE, ABOUT, FLAGGED = "results.json", "about.json", "flagged_pairs.jsonl"
 # Of a sweep's jobs: what became of the job; that it ended before its time, since others did better.
 JOB, PRUNED = "job.json", "pruned.json"

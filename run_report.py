@@ -5,12 +5,14 @@ Everything in it is read from the run directory (`run_files.py`), so that it can
     metrics.jsonl, samples.jsonl, about.json, ... -> charts, tables, observations -> report.html
 """
 
-import math
-from collections.abc import Iterable, Iterator
+import statistics
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from charts import Line, chart, line_of, shown, words_marked
+import numpy
+
+from charts import Line, chart, column, line_of, shown, words_marked
 from flagged_pairs import KINDS, flagged_rows
 from model_card import entries_of, settings_changed
 from pages import page, write_page
@@ -63,6 +65,10 @@ CHARTS = (
     ("Gradient norm", "before it is scaled down to max_grad_norm", {"grad_norm": "norm"}),
     ("Beta in force", "of each micro-batch", {"beta_DPO/beta_used": "beta"}),
     ("Share of pairs kept", "by the filter of beta-DPO", {"beta_DPO/kept_fraction": "share"}),
+    (
+        "Gaps of pairs", "margins by which beta-DPO filters and moves beta, over the run so far",
+        {"beta_DPO/gap_mean": "mean", "beta_DPO/gap_std": "deviation"},
+    ),
     ("Throughput", "examples a second", {"examples_per_second": "examples/s"}),
     ("Memory", "GiB of the main process; on a GPU the most so far", {"memory_gib": "GiB"}),
 )  # fmt: skip
@@ -99,6 +105,7 @@ def report_page(run_dir: Path) -> str:
         directory=run_dir.name,
         progress=progress(rows, about),
         observations=[*observations(steps, evaluations, config), *observed_bad_steps(bad_steps)],
+        numbers=headline(steps, evaluations),
         charts=charts_of(steps, evaluations),
         held_out=held_out_table(evaluations),
         results=lines_of_results(results_of(run_dir / RESULTS_FILE)),
@@ -110,6 +117,28 @@ def report_page(run_dir: Path) -> str:
         changed=changed_settings(config),
         facts=facts_of_start(about),
     )
+
+
+# ---- at the head ------------------------------------------------------------------------------------------------------------
+
+# Held-out metrics at the head of the page, and their names there.
+HEADLINE = {"loss/eval": "held-out loss", "rewards_eval/accuracies": "reward accuracy", "rewards_eval/margins": "reward margin"}
+
+
+def headline(steps: list[dict], evaluations: list[dict]) -> list[dict]:
+    """What one wants to know first: name, value, and more where there is more to say of it."""
+    newest, found = evaluations[-1] if evaluations else {}, []
+    for name, title in HEADLINE.items():
+        if isinstance(newest.get(name), int | float):
+            value, _, interval = _estimate(newest, name).partition(" ")
+            more = f"95%: {interval}" if interval else ""
+            found.append({"name": title, "value": value, "more": more})
+    speeds, memory = _values(steps, "examples_per_second"), _values(steps, "memory_gib")
+    if speeds:
+        found.append({"name": "examples a second", "value": shown(statistics.median(speeds)), "more": "median"})
+    if memory:
+        found.append({"name": "memory", "value": f"{max(memory):.3g} GiB", "more": "at most"})
+    return found
 
 
 # ---- curves -----------------------------------------------------------------------------------------------------------------
@@ -139,15 +168,19 @@ def metric_line(steps: list[dict], evaluations: list[dict], name: str, label: st
 
 # How far log-probs fall before it is said. Unit: nats.
 FALLEN = 10.0
+# What says more of each.
+GUIDE = "docs/reading-the-curves.md"
 
 
 def observations(steps: list[dict], evaluations: list[dict], config: dict) -> list[str]:
     """What the numbers of a run give reason to say, in plain words."""
-    return [text for look in (_fallen, _held_out, _overfitted, _clipped) for text in look(steps, evaluations, config)]
+    looks = _fallen, _held_out, _overfitted, _clipped
+    return [f"{text} See {GUIDE}." for look in looks for text in look(steps, evaluations, config)]
 
 
-def _values(rows: Iterable[dict], name: str) -> list[float]:
-    return [row[name] for row in rows if isinstance(row.get(name), int | float) and math.isfinite(row[name])]
+def _values(rows: Sequence[dict], name: str) -> list[float]:
+    values = column(rows, name)
+    return values[~numpy.isnan(values)].tolist()
 
 
 def _change(values: list[float]) -> float:
@@ -251,7 +284,7 @@ def data_of(about: dict) -> list[dict]:
     """Of each split and data set, what was read and what was left out."""
     found = []
     for split, reports in about.get("data", {}).items() if isinstance(about.get("data"), dict) else ():
-        for report in reports:
+        for report in reports if isinstance(reports, list) else ():
             try:
                 values = DataReport(**{key: value for key, value in report.items() if key != "name"})
                 counts = [f"{count:,} {what}" for count, what in values.counts()]
@@ -272,10 +305,10 @@ def changed_settings(config: dict) -> dict:
 
 def facts_of_start(about: dict) -> dict[str, str]:
     """When and on what the run was started, in words."""
-    facts = {"started": about.get("started")}
-    for part in ("machine", "versions"):
-        facts |= about.get(part) or {}
-    code = about.get("code") or {}
+    machine, versions, code = (
+        part if isinstance(part, dict) else {} for part in map(about.get, ("machine", "versions", "code"))
+    )
+    facts = {"started": about.get("started"), **machine, **versions}
     if "commit" in code:
         changed = code.get("changed_files")
         facts["code"] = f"commit {code['commit']}" + (f", {changed} files changed" if changed else "")
@@ -319,10 +352,10 @@ def _some(rows: list[dict]) -> list[dict]:
 
 
 def _moment(row: dict) -> dict:
-    policy, reference = shortened(row["policy"]), row.get("reference")
+    policy, reference = shortened(row["policy"].strip()), row.get("reference")
     if not isinstance(reference, str):
         return {"examples": row["examples"], "policy": policy, "reference": None}
-    reference = shortened(reference)
+    reference = shortened(reference.strip())
     marked = {"policy": words_marked(policy, reference), "reference": words_marked(reference, policy)}
     return {"examples": row["examples"], **marked}
 

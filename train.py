@@ -31,6 +31,7 @@ from configuration import (
     caches_reference,
     check_config,
     check_sizes,
+    dashboard_names,
     explain_composition_error,
     force_open_sections,
     is_sharded,
@@ -193,7 +194,7 @@ def train(config: DictConfig, trainer_class, placement, loss, data, run_dir: Pat
     from pruning import Pruning
     from resuming import checkpoint_to_continue
     from stopping import StopRequests
-    from tracking import NoTracker, Tracker
+    from tracking import NoTracker
 
     ranks = placement.ranks
     # The main process looks, and all go where it goes.
@@ -207,9 +208,8 @@ def train(config: DictConfig, trainer_class, placement, loss, data, run_dir: Pat
         if ranks.is_main:
             about = describe_run(config, placement, data, checkpoint)
             report = reporter(config, run_dir, loss, placement.tokenizer, data)
+            tracker = open_run_dir(config, run_dir, about, checkpoint, total, report)
             with writable(run_dir):
-                wandb_run = open_run_dir(config, run_dir, about, checkpoint)
-                tracker = Tracker(run_dir, total, config.minimum_log_interval_secs, wandb_run, report)
                 describe_start(config, run_dir, data, total, placement.device)
             opened.enter_context(tracker)
         else:
@@ -246,7 +246,7 @@ def evaluate(config: DictConfig, trainer_class, placement, loss, data: tuple, ru
     """
     from evaluation_runs import EvaluationRun
     from resuming import checkpoint_to_continue
-    from tracking import NoTracker, Tracker
+    from tracking import NoTracker
 
     ranks = placement.ranks
     found = checkpoint_to_continue(config.resume, run_dir, config.exp_name) if ranks.is_main else None
@@ -258,8 +258,7 @@ def evaluate(config: DictConfig, trainer_class, placement, loss, data: tuple, ru
         if checkpoint is None and ranks.is_main:
             opened.enter_context(used_by_this_run(run_dir))
             about = describe_run(config, placement, data, None)
-            with writable(run_dir):
-                tracker = Tracker(run_dir, None, wandb_run=open_run_dir(config, run_dir, about, None))
+            tracker = open_run_dir(config, run_dir, about, None)
         opened.enter_context(tracker)
         run = EvaluationRun(config, trainer_class, placement, loss, data[0].table, checkpoint, tracker)
         run.evaluate(checkpoint.parent if checkpoint else run_dir)
@@ -332,35 +331,42 @@ def describe_start(config: DictConfig, run_dir: Path, data, total: int | None, d
 
 
 def reporter(config: DictConfig, run_dir: Path, loss, tokenizer, data):
-    """A function that writes a run's report.html, and before it, if there is a ledger, flagged_pairs.jsonl."""
+    """A function that writes a run's report.html and returns its path; before it, if there is a ledger, flagged_pairs.jsonl."""
     from flagged_pairs import PairFinder
     from run_report import write_report
 
     finder = PairFinder(run_dir, data[0].table, tokenizer) if config.ledger and loss.paired else None
 
-    def write() -> None:
+    def write() -> Path:
         if finder is not None:
             finder.write()
-        write_report(run_dir)
+        return write_report(run_dir)
 
     return write
 
 
-def open_run_dir(config: DictConfig, run_dir: Path, about: dict, checkpoint: Path | None):
-    """Make a run's directory ready for its files, as they were at the checkpoint; returns its wandb run, or None.
+def open_run_dir(
+    config: DictConfig, run_dir: Path, about: dict, checkpoint: Path | None, total: int | None = None, report=None
+):
+    """Make a run's directory ready for its files, as they were at the checkpoint; returns its tracker.
 
-    Raises UserError where the checkpoint is another run's.
+    total, report: the number of training examples, and what writes the run's page; None where there is none. Raises UserError
+    where the checkpoint is another run's.
     """
+    from checkpoints import read_state
+    from dashboards import start_dashboards
     from resuming import check_same_run, cut_back
-    from tracking import start_wandb
+    from tracking import Tracker
 
-    if checkpoint:
-        check_same_run(checkpoint, about)
-    if config.resume:
-        cut_back(run_dir, checkpoint)
-    OmegaConf.save(config, run_dir / "config.yaml")
-    wanted = config.wandb.enabled and not config.debug
-    return start_wandb(about["config"], run_dir, about["wandb_id"]) if wanted else None
+    seen = read_state(checkpoint)["examples"] if checkpoint else 0
+    with writable(run_dir):
+        if checkpoint:
+            check_same_run(checkpoint, about)
+        if config.resume:
+            cut_back(run_dir, checkpoint)
+        OmegaConf.save(config, run_dir / "config.yaml")
+        dashboards = start_dashboards(dashboard_names(config), about["config"], run_dir, about["wandb_id"], seen)
+        return Tracker(run_dir, total, config.minimum_log_interval_secs, dashboards, report, seen)
 
 
 @contextmanager

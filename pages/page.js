@@ -1,47 +1,92 @@
 "use strict";
 // The values of each chart, under the pointer or where the arrow keys have gone.
 const words = (value) => value.toLocaleString("en", { maximumSignificantDigits: 5 });
+const element = (name, className, text) => Object.assign(document.createElement(name), { className, textContent: text });
+const nearest = (values, wanted) =>
+  values.reduce((best, each, k) => (Math.abs(each - wanted) < Math.abs(values[best] - wanted) ? k : best), 0);
+
 for (const figure of document.querySelectorAll("figure.chart")) {
-  const data = JSON.parse(figure.querySelector("script").textContent);
+  const { x: xName, frame: [left, right, bottom, top], lines } = JSON.parse(figure.querySelector("script").textContent);
   const plot = figure.querySelector(".plot");
   const cursor = figure.querySelector(".cursor");
   const readout = figure.querySelector(".readout");
-  const [left, right] = data.frame;
-  const places = [...new Set(data.lines.flatMap((line) => line.x))].sort((a, b) => a - b);
+  const across = (x) => (x - left) / (right - left);
+  const up = (y) => (y - bottom) / (top - bottom);
+  const points = lines.some((line) => line.labels.length);
+  // Where something can be read: at each x, of all lines there; of points, at each of them.
+  const places = points
+    ? lines.flatMap((line) => line.x.map((x, k) => ({ x, rows: [[line, k]] }))).sort((a, b) => a.x - b.x)
+    : [...new Set(lines.flatMap((line) => line.x))].sort((a, b) => a - b).map((x) => ({ x, rows: rowsAt(x) }));
   let place = -1;
-  const said = (line, x) => {
-    let best = 0;
-    line.x.forEach((each, k) => { if (Math.abs(each - x) < Math.abs(line.x[best] - x)) best = k; });
-    const range = line.low ? ` (${words(line.low[best])} to ${words(line.high[best])})` : "";
-    const label = line.labels.length ? ` ${line.labels[best]}` : "";
-    return `${line.name}${label} ${words(line.y[best])}${range}`;
-  };
-  const show = (number) => {
+
+  // A line that begins later or has ended has nothing to say; one that is measured now and then says its nearest value.
+  function rowsAt(x) {
+    const near = (right - left) / 100;
+    return lines
+      .filter((line) => x >= line.x[0] - near && x <= line.x[line.x.length - 1] + near)
+      .map((line) => [line, nearest(line.x, x)]);
+  }
+
+  function row([line, k]) {
+    const found = element("div", `s${line.style}`, "");
+    const range = line.low && line.low[k] < line.high[k] ? ` (${words(line.low[k])} to ${words(line.high[k])})` : "";
+    found.append(element("i", "", ""), `${line.name} `, element("b", "", words(line.y[k])), range);
+    return found;
+  }
+
+  function mark([line, k]) {
+    const found = element("i", `mark s${line.style}`, "");
+    found.style.left = `${100 * across(line.x[k])}%`;
+    found.style.bottom = `${100 * up(line.y[k])}%`;
+    return found;
+  }
+
+  function hide() {
+    readout.replaceChildren();
+    cursor.style.display = "none";
+    for (const each of plot.querySelectorAll(".mark")) each.remove();
+  }
+
+  function show(number) {
+    hide();
     place = Math.max(0, Math.min(places.length - 1, number));
-    const x = places[place];
-    // A line that begins later or has ended has nothing to say; one that is measured now and then says its nearest value.
-    const there = data.lines.filter((line) => x >= line.x[0] && x <= line.x[line.x.length - 1]);
-    readout.textContent = `${data.x} ${words(x)}: ${there.map((line) => said(line, x)).join(", ")}`;
-    cursor.style.left = `${(100 * (x - left)) / (right - left)}%`;
+    const { x, rows } = places[place];
+    readout.append(element("div", "", `${xName} ${words(x)}`), ...rows.map(row));
+    plot.append(...rows.map(mark));
     cursor.style.display = "block";
-  };
-  plot.addEventListener("pointermove", (event) => {
+    cursor.style.left = `${100 * across(x)}%`;
+    // Beside the line where there is room, never outside the plot, and away from the values.
+    const high = rows.reduce((sum, [line, k]) => sum + up(line.y[k]), 0) / rows.length > 0.5;
+    readout.classList.toggle("low", high);
+    const [at, wide, room] = [across(x) * plot.clientWidth, readout.offsetWidth, plot.clientWidth];
+    readout.style.left = `${Math.max(0, at + wide + 12 < room ? at + 12 : Math.min(at - wide - 12, room - wide))}px`;
+  }
+
+  function follow(event) {
     const box = plot.getBoundingClientRect();
     const x = left + ((event.clientX - box.left) / box.width) * (right - left);
-    let best = 0;
-    places.forEach((each, k) => { if (Math.abs(each - x) < Math.abs(places[best] - x)) best = k; });
-    show(best);
+    const far = ({ x: each, rows: [[line, k]] }) =>
+      Math.hypot((across(each) - across(x)) * box.width, box.bottom - up(line.y[k]) * box.height - event.clientY);
+    show(points ? nearest(places.map(far), 0) : nearest(places.map((each) => each.x), x));
+  }
+
+  plot.addEventListener("pointermove", follow);
+  plot.addEventListener("pointerdown", (event) => {
+    plot.focus();
+    follow(event);
   });
-  plot.addEventListener("pointerdown", () => plot.focus());
-  plot.addEventListener("focus", () => { if (place < 0) show(places.length - 1); });
+  plot.addEventListener("pointerleave", () => document.activeElement === plot || hide());
+  plot.addEventListener("focus", () => show(place < 0 ? places.length - 1 : place));
+  plot.addEventListener("blur", hide);
   plot.addEventListener("keydown", (event) => {
     const moves = { ArrowLeft: place - 1, ArrowRight: place + 1, Home: 0, End: places.length - 1 };
-    if (event.key in moves) {
-      event.preventDefault();
-      show(moves[event.key]);
-    }
+    if (event.key === "Escape") hide();
+    if (!(event.key in moves)) return;
+    event.preventDefault();
+    show(moves[event.key]);
   });
 }
+// On paper nothing can be opened.
 window.addEventListener("beforeprint", () => {
   for (const details of document.querySelectorAll("details.printed")) details.open = true;
 });

@@ -4,11 +4,13 @@ A prompt becomes text as it did in training, by the template that the run's own 
 imported when a checkpoint is used: the app runs without them.
 """
 
+import json
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -20,6 +22,8 @@ from utils import UserError, first_line
 # One model at a time computes: the global random stream is one, and so is the machine.
 COMPUTING = threading.Lock()
 LOADING = threading.Lock()
+# peft's settings in a checkpoint of an adapter, which transformers puts onto the model that they name.
+ADAPTER = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ class CheckpointSource:
         """Their paths, the newest first."""
         forms = ("*/LATEST", "*/*/LATEST")
         found = {path.absolute() for folder in self.folders for form in forms for path in folder.glob(form)}
-        whole = [path for path in found if (path / "config.json").is_file()]
+        whole = [path for path in found if (path / "config.json").is_file() or is_adapter_of_another(path)]
         return [str(path) for path in sorted(whole, key=lambda path: path.stat().st_mtime, reverse=True)]
 
     def stream(self, request, stop) -> Iterator[str]:
@@ -49,6 +53,14 @@ class CheckpointSource:
         thread.join()
         if failures:
             raise UserError(f"{request.model}: {first_line(failures[0])}.") from failures[0]
+
+
+def is_adapter_of_another(checkpoint: Path) -> bool:
+    """Whether a checkpoint is an adapter that says on which model; one of a model made from scratch does not."""
+    try:
+        return isinstance(json.loads((checkpoint / ADAPTER).read_text())["base_model_name_or_path"], str)
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
 
 
 @dataclass(frozen=True)
@@ -81,9 +93,13 @@ def load_checkpoint(path: str) -> Loaded:
         raise UserError(f"checkpoints: {first_line(error)}. Install: pip install -r requirements.txt") from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
+        if (Path(path) / ADAPTER).is_file() and find_spec("peft") is None:
+            raise ImportError("peft")
         model = AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval()
     except (OSError, ValueError) as error:
         raise UserError(f"checkpoints: {path} cannot be loaded: {first_line(error)}.") from error
+    except ImportError as error:
+        raise UserError(f"checkpoints: {path} is an adapter. Install: pip install -r requirements-lora.txt") from error
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     run = Path(path).parent / "config.yaml"
     config = OmegaConf.load(run) if run.is_file() else {}

@@ -84,6 +84,14 @@ class Program:
             os.killpg(self.pid, signal.SIGKILL)
 
 
+def fork_workers() -> None:
+    """For `first` of a Program: the workers that it starts are forks of it, in its session, and import nothing anew."""
+    import launching
+
+    config = launching.LaunchConfig
+    launching.LaunchConfig = lambda **given: config(**given | {"start_method": "fork"})
+
+
 class Output:
     """Two file descriptors that a process is given on its way."""
 

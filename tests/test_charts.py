@@ -9,7 +9,21 @@ from bs4 import BeautifulSoup
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from charts import BUCKETS, Line, bucketed, chart, json_in_html, line_of, shown, ticks, words_marked
+from charts import (
+    BARS,
+    BUCKETS,
+    Frame,
+    Line,
+    bucketed,
+    chart,
+    column,
+    json_in_html,
+    line_of,
+    shown,
+    tick_label,
+    ticks,
+    words_marked,
+)
 
 
 def line(values, name: str = "loss", **more) -> Line:
@@ -63,6 +77,14 @@ def test_numbers_are_short(value, text):
     assert shown(value) == text
 
 
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0"), (0.25, "0.25"), (5000, "5,000"), (20000, "20k"), (6.4e6, "6.4M"), (-15000, "-15k"), (2e15, "2e+15")],
+)
+def test_labels_of_axes_are_shorter_still(value, text):
+    assert tick_label(value) == text
+
+
 def test_a_metrics_line_has_its_finite_values_and_their_intervals():
     rows = [
         {"counters/examples": 4, "loss/eval": 0.5, "loss/eval/low": 0.4, "loss/eval/high": 0.7},
@@ -75,6 +97,21 @@ def test_a_metrics_line_has_its_finite_values_and_their_intervals():
     assert line_of(rows[1:], "loss/eval", "held out").high.tolist() == [0.3]
     assert line_of([*rows, {"counters/examples": 16, "loss/eval": 1.0}], "loss/eval", "held out").low is None
     assert line_of(rows, "absent", "absent") is None
+
+
+VALUES = (
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text("1e", max_size=2) | st.lists(st.integers(), max_size=2)
+)
+
+
+@given(st.lists(VALUES) | st.lists(st.floats()))
+def test_a_column_has_every_finite_number_at_its_place_and_nothing_else(values):
+    found = column([{"a": value} for value in values], "a").tolist()
+    assert len(found) == len(values)
+    assert math.isnan(column([{"a": 10**400}], "a")[0]) and math.isnan(column([{}], "a")[0])
+    for value, number in zip(values, found, strict=False):
+        is_number = isinstance(value, int | float) and abs(value) < math.inf
+        assert number == float(value) if is_number else math.isnan(number)
 
 
 def test_nothing_is_drawn_of_nothing():
@@ -110,6 +147,30 @@ def test_the_table_says_what_the_picture_shows():
         ["0", "0.5"],
         ["1", "0.25"],
     ]
+
+
+def test_beside_points_that_are_marked_the_table_has_the_means_around_them():
+    marked = Line("held out", numpy.array([1.0, 5.0]), numpy.array([0.5, 0.25]), is_sparse=True)
+    # 0 to 3 are nearer to 1, or as near as to 5.
+    page = BeautifulSoup(chart("Loss", [line([0, 1, 2, 3, 4, 5, 9]), marked]), "html.parser")
+    rows = [[cell.text for cell in row.find_all(["th", "td"])] for row in page.find_all("tr")]
+    assert rows[1:] == [["1", "1.5", "0.5"], ["5", "6", "0.25"]]
+
+
+def test_a_level_line_is_level_however_its_means_are_rounded():
+    page = BeautifulSoup(chart("Share", [line([0.8] * 100_003)]), "html.parser")
+    assert {point.split(",")[1] for point in page.polyline["points"].split()} == {"500.0"}
+
+
+def test_a_long_line_is_not_drawn_larger_than_its_values_vary():
+    frame = Frame.around([line([0, 10] * 5000)])
+    assert frame.bottom <= 0 and frame.top >= 10, "its means are all 5"
+
+
+@pytest.mark.parametrize(("points", "marks"), [(BARS, 1), (BARS + 1, 0)])
+def test_only_a_few_points_are_marked(points, marks):
+    page = BeautifulSoup(chart("Loss", [line(range(points), is_sparse=True)]), "html.parser")
+    assert len(page.select(".plot .dots")) == marks
 
 
 def test_words_that_the_other_text_does_not_have_there_are_marked():

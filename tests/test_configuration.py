@@ -2,6 +2,7 @@
 
 import json
 import re
+from importlib.metadata import distribution
 from itertools import cycle, product
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from configuration import (
     caches_reference,
     check_config,
     choices_of,
+    dashboard_names,
     explain_composition_error,
     force_open_sections,
     known_keys,
@@ -490,6 +492,10 @@ STRATEGIES = {"never": "'never'", "null": "None", "epochs": "'epochs'", "false":
         ("objective=loss/evel", "objective", "'loss/evel'", "did you mean loss/eval?"),
         ("objective=rewards_eval/margins", "objective", "'rewards_eval/margins'", "loss/eval"),
         ("objective=4", "objective", "4", "a text"),
+        # Where numbers go.
+        ("tracking=[jsonl,wanbd]", "tracking", "'wanbd'", "did you mean wandb?"),
+        ("tracking=[wandb,wandb]", "tracking", "['wandb', 'wandb']", "names, each once"),
+        ("tracking=null", "tracking", "None", "names, each once"),
         # Sections and texts.
         ("wandb=3", "wandb", "3", "a section"),
         ("optimizer_kwargs=null", "optimizer_kwargs", "None", "a section"),
@@ -550,6 +556,8 @@ def test_a_value_that_cannot_work_is_refused_with_its_key_what_was_found_and_wha
         "datasets=toy",
         "datasets=[toy,hh,shp,se]",
         "fsdp_port=29500",
+        "tracking=[]",
+        "tracking=tensorboard",
         *(f"save_strategy={strategy}" for strategy in ("steps", "epoch", "no")),
         "save_every=16",
         "save_every=null keep_last=1 keep_best=1",
@@ -635,3 +643,22 @@ def test_judges_and_tasks_that_can_be_are_taken(check, monkeypatch, tmp_path):
     check("eval_only=true", "evaluation.tasks=open_llm")
     monkeypatch.delenv("OPENAI_API_KEY")
     check("eval_only=true", "evaluation.judge=openai:m", "evaluation.judge_url=http://localhost:8000/v1")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ("", ["wandb"]),
+        ("wandb.enabled=false", []),
+        ("tracking=[jsonl,wandb,tensorboard]", ["wandb", "tensorboard"]),
+        ("tracking=tensorboard", ["tensorboard"]),
+        ("tracking=[wandb,tensorboard] debug=true", []),
+    ],
+)
+def test_numbers_go_where_tracking_says_and_to_wandb_only_if_it_is_enabled(compose, overrides, expected):
+    assert dashboard_names(compose(*overrides.split())) == expected
+
+
+def test_tensorboard_that_is_not_installed_is_asked_for_before_anything_begins(check, monkeypatch):
+    monkeypatch.setattr("configuration.distribution", lambda name: distribution(f"no-{name}"))
+    assert refusal(check, "tracking=tensorboard").endswith("Run `pip install -r requirements-tensorboard.txt`.")

@@ -4,13 +4,13 @@ import importlib.util
 import json
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
 
+import forked
 from evaluation_runs import check_beginning, config_of_run, write_text
 from test_task_suites import own_task
 from train import start
@@ -79,7 +79,7 @@ def test_an_evaluation_says_of_a_run_what_the_run_said_at_its_end(beta_dpo):
 def test_the_model_as_configured_is_scored_and_sampled_and_no_checkpoint_is_written(run_of, beta_dpo):
     found = run_of("alone", "eval_only=true", "loss=dpo", f"model.archive={beta_dpo / 'LATEST'}")
     names = {path.name for path in found.iterdir()}
-    assert names == {"config.yaml", "metrics.jsonl", "samples.jsonl", "results.json", "answers.jsonl"}
+    assert names == {"config.yaml", "metrics.jsonl", "samples.jsonl", "events.jsonl", "results.json", "answers.jsonl"}
     [row] = rows(found / "metrics.jsonl")
     # Policy and reference are the same weights.
     assert row["loss/eval"] == pytest.approx(0.6931472, abs=1e-6) and row["counters/updates"] == 0
@@ -134,9 +134,9 @@ def test_tasks_are_run_on_the_checkpoints_weights(sft, tmp_path, capsys):
 
 def test_the_script_evaluates_under_another_trainer_with_the_same_results(beta_dpo, tmp_path):
     alone = evaluate(beta_dpo, f"evaluation.to={tmp_path / 'alone.json'}", "evaluation.n_prompts=4")
-    command = [sys.executable, str(ROOT / "scripts" / "evaluate.py"), str(beta_dpo), "trainer=FSDPTrainer", "--judge", "toy"]
-    options = ["evaluation.n_prompts=4", "--to", str(tmp_path / "sharded.json")]
-    done = subprocess.run([*command, *options], cwd=tmp_path, capture_output=True, text=True, check=False)
+    command = [ROOT / "scripts" / "evaluate.py", beta_dpo, "trainer=FSDPTrainer", "--judge", "toy"]
+    options = ["evaluation.n_prompts=4", "--to", tmp_path / "sharded.json"]
+    done = forked.run([*command, *options], tmp_path, first=forked.fork_workers)
     assert done.returncode == 0, done.stderr
     sharded = json.loads((tmp_path / "sharded.json").read_text())
     assert sharded["config"]["trainer"]["name"] == "FSDPTrainer" and sharded["win_rate"]["comparisons"] == 4
@@ -165,8 +165,7 @@ def test_the_command_lines_of_the_readme_are_understood(sft, monkeypatch):
 
 
 def test_a_mistake_is_one_message_and_status_2(tmp_path):
-    command = [sys.executable, str(ROOT / "scripts" / "evaluate.py"), str(tmp_path)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = forked.run([ROOT / "scripts" / "evaluate.py", tmp_path], tmp_path)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith(f"{tmp_path}: no checkpoint with a state.json that can be read")
     assert "Traceback" not in done.stderr

@@ -1,13 +1,15 @@
-"""Metrics reach metrics.jsonl whatever happens to the console and to wandb."""
+"""Metrics and events reach the run directory whatever happens to the console and to the disk."""
 
 import json
 import sys
-import types
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 
 import pytest
 import torch
 
-from tracking import Tracker, WandbRun, start_wandb
+from run_files import json_lines
+from tracking import Tracker
 
 
 def step(examples: int) -> dict:
@@ -79,83 +81,36 @@ def test_rows_for_which_the_disk_has_no_room_are_written_when_it_has(tmp_path, c
         assert out.count(f"warning: {name} cannot be written to, its rows are kept for later: No space left on device") == 1
 
 
-class FailingRun:
-    """A wandb run whose server is gone."""
-
-    def log(self, row):
-        raise OSError("no route to host")
-
-    finish = log
+def events(run_dir) -> list[tuple[int, str]]:
+    return [(row["examples"], row["text"]) for row in json_lines(run_dir / "events.jsonl")]
 
 
-def test_wandb_that_fails_is_left_alone_after_one_line(tmp_path, capsys):
-    with Tracker(tmp_path, total=8, min_interval=0, wandb_run=WandbRun(types.SimpleNamespace(), FailingRun())) as tracker:
+def test_what_happens_beside_steps_is_kept_with_its_moment_from_beginning_to_end(tmp_path):
+    with Tracker(tmp_path, total=8, min_interval=3600) as tracker:
         tracker.log_step(step(4))
+        tracker.log_evaluation({"loss/eval": 0.25, "counters/examples": 4, "counters/updates": 1})
         tracker.log_step(step(8))
-        tracker.log_samples([{"prompt": "a", "policy": "b"}], 8)
-    assert len(rows(tmp_path)) == 2
-    assert capsys.readouterr().out.count("wandb: switched off") == 1
+        tracker.say("checkpoint: step-8")
+    with pytest.raises(ZeroDivisionError), Tracker(tmp_path, total=16, examples=8):
+        raise ZeroDivisionError("a bug")
+    held_out = "held out, after 4 examples: loss/eval 0.25"
+    expected = [(0, "begins"), (4, held_out), (8, "checkpoint: step-8"), (8, "ends"), (8, "goes on"), (8, "ends: a bug")]
+    assert events(tmp_path) == expected
+    moments = [datetime.fromisoformat(row["time"]) for row in json_lines(tmp_path / "events.jsonl")]
+    assert moments == sorted(moments) and all(moment.tzinfo for moment in moments)
 
 
-CONFIG = {"wandb": {"project": "test", "entity": None}, "exp_name": "run"}
+def test_events_for_which_the_disk_has_no_room_are_kept_for_later_like_all_rows(tmp_path, capsys):
+    (tmp_path / "events.jsonl").symlink_to("/dev/full")
+    with Tracker(tmp_path, total=8) as tracker:
+        tracker.say("one")
+        (tmp_path / "events.jsonl").unlink()
+        tracker.say("other")
+    assert [text for _, text in events(tmp_path) if not text.startswith("warning")] == ["begins", "one", "other", "ends"]
+    assert capsys.readouterr().out.count("warning: events.jsonl cannot be written to") == 1
 
 
-def test_without_a_key_wandb_writes_offline_and_says_so(tmp_path, capsys, monkeypatch):
-    for name in ("WANDB_MODE", "WANDB_API_KEY"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
-    monkeypatch.setenv("HOME", str(tmp_path))
-    with Tracker(tmp_path, total=4, wandb_run=start_wandb(CONFIG, tmp_path)) as tracker:
-        tracker.log_step(step(4))
-        tracker.log_samples([{"prompt": "a", "policy": "b"}], 4)
-    assert capsys.readouterr().out.count("wandb: offline") == 1
-    assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
-
-
-def test_wandb_falls_back_to_offline_where_its_server_does_not_answer(tmp_path, capsys, monkeypatch):
-    modes = []
-
-    def init(mode, **_):
-        modes.append(mode)
-        if mode == "online":
-            raise TimeoutError("no answer")
-        return types.SimpleNamespace(log=lambda row: None, finish=lambda: None)
-
-    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init, Settings=lambda **_: None))
-    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
-    monkeypatch.delenv("WANDB_MODE", raising=False)
-    assert start_wandb(CONFIG, tmp_path) is not None
-    assert modes == ["online", "offline"]
-    assert "wandb: offline, as its server could not be used: no answer" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("mode", ["online", "offline"])
-def test_what_wandb_says_of_a_key_is_printed_without_it(mode, tmp_path, capsys, monkeypatch):
-    def init(**_):
-        raise ValueError("\x1b[31mkey verysecret is malformed")
-
-    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init, Settings=lambda **_: None))
-    monkeypatch.setenv("WANDB_API_KEY", "verysecret")
-    monkeypatch.setenv("WANDB_MODE", mode)
-    assert start_wandb(CONFIG, tmp_path) is None
-    out = capsys.readouterr().out
-    assert "wandb: not used: key (the key) is malformed" in out and "verysecret" not in out and "\x1b" not in out
-
-
-def test_wandb_without_a_place_for_its_files_ends_nothing(tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    (tmp_path / "wandb").symlink_to("/dev/full")
-    with Tracker(tmp_path, total=4, wandb_run=start_wandb(CONFIG, tmp_path)) as tracker:
-        tracker.log_step(step(4))
-    assert len(rows(tmp_path)) == 1
-    assert capsys.readouterr().out.count("4/4 loss") == 1
-
-
-@pytest.mark.parametrize("fault", [ImportError("no wandb"), RuntimeError("broken")])
-def test_a_broken_wandb_is_not_used_and_ends_nothing(tmp_path, capsys, monkeypatch, fault):
-    def init(**_):
-        raise fault
-
-    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init, Settings=lambda **_: None))
-    assert start_wandb(CONFIG, tmp_path) is None
-    assert "wandb: not used" in capsys.readouterr().out
+def test_lines_from_several_threads_are_all_kept_whole(tmp_path):
+    with Tracker(tmp_path, total=8) as tracker, ThreadPoolExecutor(8) as threads:
+        list(threads.map(tracker.say, map(str, range(200))))
+    assert sorted(text for _, text in events(tmp_path)) == sorted([*map(str, range(200)), "begins", "ends"])

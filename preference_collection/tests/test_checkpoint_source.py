@@ -58,6 +58,28 @@ def test_a_checkpoint_reads_its_prompt_as_in_training(checkpoint):
     assert "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nAdd.<|im_end|>" in text
 
 
+def test_an_adapter_is_offered_and_writes_with_the_model_that_it_names(checkpoint, tmp_path, monkeypatch):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    adapter = tmp_path / "runs" / "lora" / "LATEST"
+    settings = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(checkpoint), settings)
+    model.save_pretrained(adapter)
+    AutoTokenizer.from_pretrained(checkpoint).save_pretrained(adapter)
+    assert CheckpointSource((tmp_path / "runs",)).models() == [str(adapter)]
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        torch.testing.assert_close(load_checkpoint(str(adapter)).model(ids).logits, model.eval()(ids).logits)
+    assert written(adapter).state == "done"
+    (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": null}')
+    assert CheckpointSource((tmp_path / "runs",)).models() == [], "its model was made from scratch, and is nowhere"
+    load_checkpoint.cache_clear()
+    monkeypatch.setattr("preference_collection.checkpoint_source.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"is an adapter. Install: pip install -r requirements-lora.txt"):
+        load_checkpoint(str(adapter))
+
+
 def test_a_checkpoint_that_is_none_is_one_message(tmp_path):
     (tmp_path / "LATEST").mkdir()
     writing = written(tmp_path / "LATEST")

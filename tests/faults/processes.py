@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 import train
 from checkpoints import checkpoints_of, fault_of
+from forked import Program, fork_workers
 from ledger import read_ledger
 from run_files import MEASURED
 
@@ -43,24 +44,28 @@ class Run:
         self.folder, self.dir = folder, folder / "run"
         mark = uuid.uuid4().hex
         self.mark = mark.encode()
-        self.process = subprocess.Popen(
-            [sys.executable, *launcher, str(ROOT / "train.py"), *COMMON, *overrides],
-            cwd=folder,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DISTURBED_RUN": mark},
-            start_new_session=True,
-        )
+        command = [str(ROOT / "train.py"), *COMMON, *overrides]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DISTURBED_RUN": mark}
+        reading, writing = os.pipe()
+        self.said = open(reading, encoding="utf-8")  # noqa: SIM115, PTH123  until all is read
+        if launcher:
+            command = [sys.executable, *launcher, *command]
+            output = {"stdout": writing, "stderr": writing}
+            self.process = subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True, **output)
+        else:
+            first = None if os.environ.get("FAULT_KILLS") else fork_workers
+            self.process = Program(command, folder, writing, writing, environment, first)
+        os.close(writing)
         self.lines: list[str] = []
         self.unseen: queue.Queue[str | None] = queue.Queue()
         self.reader = threading.Thread(target=self._read, daemon=True)
         self.reader.start()
 
     def _read(self) -> None:
-        for line in self.process.stdout:
-            self.lines.append(line)
-            self.unseen.put(line)
+        with self.said:
+            for line in self.said:
+                self.lines.append(line)
+                self.unseen.put(line)
         self.unseen.put(None)
 
     def until(self, pattern: str) -> re.Match | None:
@@ -95,17 +100,26 @@ class Run:
 
     def processes(self) -> list[int]:
         """Those of the run that live, its launcher among them. One that is dead and not yet waited for is none."""
-        # A dead process has no environment any more. Workers of torchrun are in sessions of their own.
-        return sorted(int(place.name) for place in Path("/proc").glob("[0-9]*") if self.mark in _read(place / "environ"))
+        # A dead process has no environment any more. Workers of torchrun are in sessions of their own; of a fork /proc does not
+        # show the mark.
+        return sorted(int(place.name) for place in Path("/proc").glob("[0-9]*") if self._is_mine(place))
+
+    def _is_mine(self, place: Path) -> bool:
+        # Behind the name, which may hold anything: state, parent, group, session.
+        state, _, _, session, *_ = _read(place / "stat").rpartition(b")")[2].split() or [b"Z", 0, 0, 0]
+        return self.mark in _read(place / "environ") or (int(session) == self.process.pid and state != b"Z")
 
     def workers(self) -> list[int]:
         """The process ids of the ranks, in their order."""
-        by_rank = {_read(pid / "environ").partition(b"\0RANK=")[2][:1]: pid for pid in self._places()}
-        spawned = [int(pid.name) for pid in self._places() if b"spawn_main" in _read(pid / "cmdline")]
-        return spawned or [int(by_rank[rank].name) for rank in sorted(by_rank) if rank]
+        places = [Path(f"/proc/{pid}") for pid in self.processes()]
+        by_rank = {_read(place / "environ").partition(b"\0RANK=")[2][:1]: place for place in places}
+        ranked = [int(by_rank[rank].name) for rank in sorted(by_rank) if rank]
+        # Those that train.py has started have it in no environment that /proc shows.
+        return ranked or [int(place.name) for place in places if self._is_worker(place)]
 
-    def _places(self) -> list[Path]:
-        return [Path(f"/proc/{pid}") for pid in self.processes()]
+    def _is_worker(self, place: Path) -> bool:
+        is_child = f"PPid:\t{self.process.pid}\n".encode() in _read(place / "status")
+        return is_child and b"resource_tracker" not in _read(place / "cmdline")
 
     def see_all_gone(self, seconds: float) -> None:
         """Fail where a process of the run lives on after so long."""

@@ -1,0 +1,127 @@
+"""What it costs to keep and to show a run's numbers: the pages of 100,000 logged steps, and the share of tracking in a step.
+
+    python benchmarks/tracking.py --rounds 5
+
+Prints a JSON object, and writes it with the raw values to benchmarks/results/. Needs Chromium, its driver, and
+preference_collection/requirements-test.txt.
+"""
+
+import argparse
+import contextlib
+import datetime
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+# The embedded model, the smallest there is, on the embedded pairs: of any larger step tracking is a smaller share.
+RUN = (
+    "loss=dpo", "batch_size=8", "n_examples=1536", "n_epochs=null", "optimizer=SGD", "lr=0.01", "warmup_steps=0",
+    "eval_every=512", "sample_during_eval=false", "wandb.enabled=false", "save_policy_pt=false", "save_strategy=no",
+)  # fmt: skip
+# What is called in each step, and what at evaluations alone.
+IN_STEPS, AT_EVALUATIONS = ("memory_held", "see", "log_step"), ("report", "log_evaluation", "write")
+
+
+def pages(rounds: int, folder: Path) -> dict:
+    """Seconds to write and to open the report of 100,000 steps, and its size."""
+    from run_report import write_report
+    from tests_browser.browser import chromium, open_page, show
+    from tests_browser.example_runs import long_run
+
+    run_dir = long_run(folder / "long")
+    written, computed, opened = [], [], []
+    for _ in range(rounds):
+        started, computing = time.perf_counter(), time.process_time()
+        path = write_report(run_dir)
+        written.append(time.perf_counter() - started)
+        computed.append(time.process_time() - computing)
+    with chromium() as browser:
+        for _ in range(rounds):
+            show(browser, 1280)
+            opened.append(open_page(browser, path))
+    size = {name: (run_dir / name).stat().st_size for name in ("metrics.jsonl", "samples.jsonl", "report.html")}
+    return {"seconds to write": written, "processor seconds to write": computed, "seconds to open": opened, "bytes": size}
+
+
+def clocked(owner, name: str, seconds: list[float]) -> None:
+    """Have a method note how long each call takes."""
+    usual = getattr(owner, name)
+
+    def method(*args, **kwargs):
+        started = time.perf_counter()
+        try:
+            return usual(*args, **kwargs)
+        finally:
+            seconds.append(time.perf_counter() - started)
+
+    setattr(owner, name, method)
+
+
+def training(folder: Path) -> dict[str, list[float]]:
+    """Train, with clocks at each step and at all that takes and keeps its numbers: seconds of each call."""
+    from hydra import compose, initialize_config_dir
+
+    import train
+    import trainers
+    from ledger import Ledger
+    from tracking import Tracker
+
+    clocks: dict[str, list[float]] = {name: [] for name in ("train_step", *IN_STEPS, *AT_EVALUATIONS)}
+    for owner, names in {
+        trainers.BasicTrainer: ["train_step"],
+        trainers: ["memory_held"],
+        Tracker: ["log_step", "report", "log_evaluation"],
+        Ledger: ["see", "write"],
+    }.items():
+        for name in names:
+            clocked(owner, name, clocks[name])
+    with initialize_config_dir(str(ROOT / "config"), version_base="1.3"):
+        config = compose("config", overrides=[*RUN, f"local_run_dir={folder / 'run'}"])
+    with contextlib.redirect_stdout(sys.stderr):
+        train.run(config, folder / "run")
+    return clocks
+
+
+def summary(long: dict, clocks: dict[str, list[float]]) -> dict:
+    """Medians of the pages, and shares of the steps' time."""
+    opened = {name: statistics.median(each[name] for each in long["seconds to open"]) for name in ("loaded", "seen")}
+    # The ledger sees within a step; the others come behind it.
+    steps = sum(clocks["train_step"]) + sum(clocks["memory_held"]) + sum(clocks["log_step"])
+    return {
+        "100,000 steps: seconds to write report.html": statistics.median(long["seconds to write"]),
+        "100,000 steps: processor seconds of that": statistics.median(long["processor seconds to write"]),
+        "100,000 steps: seconds until it is loaded, and until it is seen": opened,
+        "100,000 steps: bytes of report.html": long["bytes"]["report.html"],
+        "seconds of a step, median": statistics.median(clocks["train_step"]),
+        "tracking / step": sum(sum(clocks[name]) for name in IN_STEPS) / steps,
+        "tracking and the ledger's files / step": sum(sum(clocks[name]) for name in (*IN_STEPS, "write")) / steps,
+        "seconds of a report at an evaluation": clocks["report"],
+    }
+
+
+def main() -> None:
+    """Measure, print and keep."""
+    from measure import hardware, versions
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    load = os.getloadavg()
+    with tempfile.TemporaryDirectory() as folder:
+        long, clocks = pages(args.rounds, Path(folder)), training(Path(folder))
+    facts = {"command": sys.argv, "hardware": hardware(), "versions": versions(), "load_average": load}
+    facts |= {"summary": summary(long, clocks), "pages": long, "seconds": clocks}
+    path = ROOT / "benchmarks" / "results" / f"{datetime.date.today()}_tracking_cpu.json"
+    path.write_text(json.dumps(facts, indent=1) + "\n")
+    print(json.dumps(facts["summary"], indent=1), path, sep="\n")
+
+
+if __name__ == "__main__":
+    main()

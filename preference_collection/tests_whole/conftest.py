@@ -1,0 +1,3 @@
+"""What these tests share with the quick ones."""
+
+from preference_collection.tests.conftest import store  # noqa: F401

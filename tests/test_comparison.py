@@ -1,0 +1,148 @@
+"""comparison.html and comparison.csv: seeds are grouped, what sets runs apart is named, and every run has its place."""
+
+import csv
+import json
+import re
+from pathlib import Path
+
+import numpy
+import pytest
+from bs4 import BeautifulSoup
+from omegaconf import OmegaConf
+
+from comparison import FALL, KL, comparison_page, csv_of, find_runs, grouped, read_runs, write_comparison
+from utils import UserError
+
+
+def evaluation(examples: int, accuracy: float, **more) -> dict:
+    row = {"counters/examples": examples, "counters/updates": examples // 4, "loss/eval": 0.5}
+    row |= {"rewards_eval/accuracies": accuracy, "rewards_eval/chosen": -1.0, "rewards_eval/rejected": -3.0}
+    return row | {"rewards_eval/accuracies/low": accuracy - 0.1, "rewards_eval/accuracies/high": accuracy + 0.1} | more
+
+
+def write_run(folder: Path, rows: list[dict], beta: float = 0.1, seed: int = 0, **config) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = {"seed": seed, "exp_name": folder.name, "loss": {"name": "dpo", "beta": beta}, **config}
+    OmegaConf.save(config, folder / "config.yaml")
+    return folder
+
+
+@pytest.fixture
+def sweep(tmp_path) -> Path:
+    """Two betas with two seeds each; accuracies 0.6 and 0.7, 0.8 and 0.8."""
+    for number, (beta, seed, accuracy) in enumerate([(0.5, 0, 0.8), (0.05, 0, 0.6), (0.5, 1, 0.8), (0.05, 1, 0.7)]):
+        steps = [{"counters/examples": n, "loss/train": 0.6, "grad_norm": 1.0 + seed} for n in (4, 8)]
+        rows = [evaluation(0, 0.5), *steps, evaluation(8, accuracy)]
+        write_run(tmp_path / str(number), rows, beta, seed)
+    return tmp_path
+
+
+def runs_of(folder: Path) -> list:
+    return read_runs(find_runs([folder]))
+
+
+def parsed(folder: Path) -> BeautifulSoup:
+    return BeautifulSoup(comparison_page(runs_of(folder)), "html.parser")
+
+
+def test_runs_that_differ_in_their_seed_alone_are_one_group_in_the_order_of_what_sets_the_groups_apart(sweep):
+    groups = grouped(runs_of(sweep))
+    assert [group.name for group in groups] == ["beta=0.05", "beta=0.5"]
+    assert [[run.name for run in group.runs] for group in groups] == [["1", "3"], ["0", "2"]]
+
+
+def test_the_table_has_the_mean_and_the_standard_deviation_over_seeds(sweep):
+    page = parsed(sweep)
+    rows = [[cell.get_text(" ") for cell in row.find_all(["th", "td"])] for row in page.find("table").find_all("tr")]
+    assert rows[0] == ["loss.beta", "held-out loss", "reward accuracy", "runs"]
+    # 0.6 and 0.7: the mean is 0.65, the deviation of each from it 0.05, and sqrt(2 * 0.05^2 / (2 - 1)) = 0.071.
+    assert rows[1][:3] == ["0.05", "0.5 ± 0", "0.65 ± 0.071"]
+    assert "1 (seed 0): 8 examples" in rows[1][3] and "3 (seed 1)" in rows[1][3]
+    assert "They differ in loss.beta." in page.get_text()
+
+
+def test_a_run_that_is_alone_in_its_group_has_its_own_interval(tmp_path):
+    write_run(tmp_path / "a", [evaluation(8, 0.6)], beta=0.1)
+    write_run(tmp_path / "b", [evaluation(8, 0.7)], beta=0.2)
+    assert "0.6 [0.5, 0.7]" in parsed(tmp_path).get_text()
+
+
+def test_curves_are_overlaid_and_those_of_seeds_are_their_mean_and_range(sweep):
+    line = grouped(runs_of(sweep))[0].line("rewards_eval/accuracies", "beta=0.05", 0)
+    assert (line.x.tolist(), line.low.tolist(), line.high.tolist()) == ([0, 8], [0.5, 0.6], [0.5, 0.7])
+    assert numpy.allclose(line.y, [0.5, 0.65])
+    figures = {figure.strong.text: figure for figure in parsed(sweep).find_all("figure")}
+    assert {"Held-out loss", "Reward accuracy", "Training loss", "Gradient norm"} <= figures.keys()
+    assert [item.text for item in figures["Training loss"].find_all("li")] == ["beta=0.05", "beta=0.5"]
+
+
+def test_the_frontier_has_a_point_for_each_run_and_a_line_through_the_means_in_the_order_of_beta(sweep):
+    [figure] = [figure for figure in parsed(sweep).find_all("figure") if "distance" in figure.strong.text]
+    lines = {line["name"]: line for line in json.loads(figure.script.string)["lines"]}
+    # Rewards of -1 and -3 with beta 0.5 are log-ratios of -2 and -6, with 0.05 of -20 and -60: the mean fall is 4, and 40.
+    assert (lines["beta=0.5"]["x"], lines["beta=0.5"]["y"]) == ([4, 4], [0.8, 0.8])
+    assert (lines["beta=0.05"]["x"], lines["beta=0.05"]["y"]) == ([40, 40], [0.6, 0.7])
+    assert (lines["means, by beta"]["x"], lines["means, by beta"]["y"]) == ([40, 4], [0.65, 0.8])
+    assert sorted(name.text for name in figure.find_all("span", class_="name")) == ["beta=0.05", "beta=0.5"]
+    assert FALL in figure.find(class_="axis").text
+
+
+def test_a_run_whose_kl_has_been_estimated_is_placed_by_it(sweep):
+    interval = {"mean": 0.5, "low": 0.4, "high": 0.6}
+    results = {"examples_trained": 8, "held_out": {"all": {"examples": 4, "prompts": 4, "loss/eval": interval}}}
+    (sweep / "0" / "results.json").write_text(json.dumps(results | {"kl": {"per_answer": {"mean": 1.5}}}))
+    distances = [run.distance for run in runs_of(sweep)]
+    assert distances[0] == (KL, 1.5) and distances[1] == (FALL, 40.0)
+    axes = [figure.find(class_="axis").text for figure in parsed(sweep).find_all("figure")]
+    assert axes[:2] == [f"{KL}, nats", f"{FALL}, nats"]
+
+
+def test_runs_that_differ_in_words_have_no_line_through_their_means(tmp_path):
+    for name in ("AdamW", "SGD"):
+        write_run(tmp_path / name, [evaluation(8, 0.6)], optimizer=name)
+    [figure] = [figure for figure in parsed(tmp_path).find_all("figure") if "distance" in figure.strong.text]
+    assert [line["name"] for line in json.loads(figure.script.string)["lines"]] == ["optimizer=AdamW", "optimizer=SGD"]
+
+
+def test_points_that_share_a_place_do_not_write_over_one_another(tmp_path):
+    for name in "abcdefgh":
+        write_run(tmp_path / name, [evaluation(8, 0.6)], optimizer=name)
+    [figure] = [figure for figure in parsed(tmp_path).find_all("figure") if "distance" in figure.strong.text]
+    names = figure.find_all("span", class_="name")
+    assert len(names) == len({re.search("bottom:(.*)%", name["style"])[1] + name["class"][1] for name in names}) <= 2
+    assert len(figure.find_all("li")) == 8, "the legend has them all"
+
+
+def test_the_csv_has_a_row_for_each_run(sweep):
+    rows = list(csv.DictReader(csv_of(runs_of(sweep)).splitlines()))
+    assert [(row["run"], row["seed"], row["loss.beta"], row["rewards_eval/accuracies"]) for row in rows] == [
+        ("0", "0", "0.5", "0.8"), ("1", "0", "0.05", "0.6"), ("2", "1", "0.5", "0.8"), ("3", "1", "0.05", "0.7"),
+    ]  # fmt: skip
+    assert (rows[0]["distance"], rows[0]["distance_measure"]) == ("4.0", FALL)
+
+
+def test_the_jobs_of_a_sweep_come_in_their_order(tmp_path):
+    for number in (10, 2, 1):
+        write_run(tmp_path / str(number), [])
+    assert [path.name for path in find_runs([tmp_path])] == ["1", "2", "10"]
+
+
+def test_runs_that_have_not_logged_anything_are_compared_too(tmp_path):
+    for name in "ab":
+        write_run(tmp_path / name, [])
+    text = parsed(tmp_path).get_text()
+    assert "2 runs compared" in text and "Nothing has been logged yet." in text and "no step yet" in text
+
+
+def test_a_folder_without_a_run_is_one_message(tmp_path):
+    with pytest.raises(UserError, match=r"no metrics.jsonl in it or below it. Expected run directories"):
+        find_runs([tmp_path])
+
+
+def test_both_files_lie_where_they_are_asked_for(sweep, tmp_path):
+    page, table = write_comparison([sweep], tmp_path / "there")
+    assert page.read_text().startswith("<!doctype html>") and table.read_text().startswith("run,seed,loss.beta")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be written to"):
+        write_comparison([sweep], tmp_path / "file")

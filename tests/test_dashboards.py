@@ -1,0 +1,205 @@
+"""Dashboards get what metrics.jsonl gets, under the same names, and end nothing when they fail."""
+
+import json
+import struct
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from dashboards import Guarded, start_dashboards, start_wandb
+from run_files import json_lines
+from tracking import Tracker
+
+CONFIG = {"wandb": {"project": "test", "entity": None}, "exp_name": "run", "lr": 0.5}
+ID = "0123456789abcdef" * 2
+
+
+def step(examples: int) -> dict:
+    return {"loss/train": 0.5, "examples_per_second": 8.0, "counters/examples": examples, "counters/updates": examples // 4}
+
+
+SAMPLES = [{"prompt": "a\n# b", "policy": "c", "reference": "d"}]
+EVALUATION = {"loss/eval": 0.25, "loss/eval/low": 0.125, "loss/eval/high": 0.5, "counters/examples": 8, "counters/updates": 2}
+
+
+def tracked(run_dir: Path, names: list[str]) -> None:
+    """A short run with a page, under some dashboards."""
+
+    def write_page() -> Path:
+        (run_dir / "report.html").write_text("<p>what happened</p>")
+        return run_dir / "report.html"
+
+    with Tracker(run_dir, 8, 0, start_dashboards(names, CONFIG, run_dir, ID, 0), write_page) as tracker:
+        tracker.log_step(step(4))
+        tracker.log_samples(SAMPLES, 4)
+        tracker.log_step(step(8))
+        tracker.log_evaluation(EVALUATION)
+
+
+class Failing:
+    """A dashboard whose server is gone."""
+
+    def log(self, row):
+        raise OSError("no route to host")
+
+    finish = log
+
+
+def test_a_dashboard_that_fails_is_left_alone_after_one_line(tmp_path, capsys):
+    with Tracker(tmp_path, total=8, min_interval=0, dashboards=[Guarded("wandb", Failing())]) as tracker:
+        tracker.log_step(step(4))
+        tracker.log_step(step(8))
+        tracker.log_samples(SAMPLES, 8)
+    assert len(list(json_lines(tmp_path / "metrics.jsonl"))) == 2
+    assert capsys.readouterr().out.count("wandb: switched off for the rest of this run: no route to host") == 1
+
+
+# ---- wandb --------------------------------------------------------------------------------------------------------------
+
+
+def wandb_records(run_dir: Path) -> list:
+    """What an offline run has left for `wandb sync`: records in LevelDB's log format behind a header of seven bytes."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    (file,) = run_dir.glob("wandb/offline-run-*/*.wandb")
+    data, place, parts, found = file.read_bytes(), 7, b"", []
+    while place + 7 <= len(data):
+        if (left := 2**15 - place % 2**15) < 7:
+            place += left
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, place)
+        parts += data[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            found.append(Record.FromString(parts))
+            parts = b""
+    return found
+
+
+def test_an_offline_wandb_run_has_configuration_metrics_tables_summary_and_report(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path))
+    tracked(tmp_path, ["wandb"])
+    records = wandb_records(tmp_path)
+    (run,) = (record.run for record in records if record.WhichOneof("record_type") == "run")
+    assert (run.run_id, run.project, run.display_name) == (ID, "test", "run")
+    assert {item.key: item.value_json for item in run.config.update}["lr"] == "0.5"
+    logged = [
+        {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
+        for record in records
+        if record.WhichOneof("record_type") == "history"
+    ]
+    for row in (step(4), step(8), EVALUATION):
+        assert any(row.items() <= found.items() for found in logged), row
+    summary = {}
+    for record in records:
+        summary |= {"/".join(item.nested_key) or item.key: item.value_json for item in record.summary.update}
+    assert {name: json.loads(summary[name]) for name in EVALUATION} == EVALUATION
+    (table,) = tmp_path.glob("wandb/offline-run-*/files/media/table/samples_*.table.json")
+    assert json.loads(table.read_text())["data"] == [list(SAMPLES[0].values())]
+    artifacts = {record.artifact.type: record.artifact for record in records if record.HasField("artifact")}
+    (entry,) = artifacts["report"].manifest.contents
+    assert entry.path == "report.html" and Path(entry.local_path).read_text() == "<p>what happened</p>"
+
+
+def test_without_a_key_wandb_writes_offline_and_says_so(tmp_path, capsys, monkeypatch):
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with Tracker(tmp_path, total=4, dashboards=start_dashboards(["wandb"], CONFIG, tmp_path, ID, 0)) as tracker:
+        tracker.log_step(step(4))
+        tracker.log_samples(SAMPLES, 4)
+    assert capsys.readouterr().out.count("wandb: offline") == 1
+    assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_wandb_falls_back_to_offline_where_its_server_does_not_answer(tmp_path, capsys, monkeypatch):
+    modes = []
+
+    def init(mode, **_):
+        modes.append(mode)
+        if mode == "online":
+            raise TimeoutError("no answer")
+        return types.SimpleNamespace(define_metric=lambda *_, **__: None)
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init, Settings=lambda **_: None))
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    assert start_wandb(CONFIG, tmp_path) is not None
+    assert modes == ["online", "offline"]
+    assert "wandb: offline, as its server could not be used: no answer" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("mode", ["online", "offline"])
+def test_what_wandb_says_of_a_key_is_printed_without_it(mode, tmp_path, capsys, monkeypatch):
+    def init(**_):
+        raise ValueError("\x1b[31mkey verysecret is malformed")
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init, Settings=lambda **_: None))
+    monkeypatch.setenv("WANDB_API_KEY", "verysecret")
+    monkeypatch.setenv("WANDB_MODE", mode)
+    assert start_wandb(CONFIG, tmp_path) is None
+    out = capsys.readouterr().out
+    assert "wandb: not used: key (the key) is malformed" in out and "verysecret" not in out and "\x1b" not in out
+
+
+def test_wandb_without_a_place_for_its_files_ends_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    (tmp_path / "wandb").symlink_to("/dev/full")
+    with Tracker(tmp_path, total=4, dashboards=start_dashboards(["wandb"], CONFIG, tmp_path, ID, 0)) as tracker:
+        tracker.log_step(step(4))
+    assert len(list(json_lines(tmp_path / "metrics.jsonl"))) == 1
+    assert capsys.readouterr().out.count("4/4 loss") == 1
+
+
+@pytest.mark.parametrize("fault", [ImportError("no wandb"), RuntimeError("broken")])
+def test_a_broken_wandb_is_not_used_and_ends_nothing(tmp_path, capsys, monkeypatch, fault):
+    def init(**_):
+        raise fault
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init, Settings=lambda **_: None))
+    assert start_wandb(CONFIG, tmp_path) is None
+    assert "wandb: not used" in capsys.readouterr().out
+
+
+# ---- TensorBoard --------------------------------------------------------------------------------------------------------
+
+
+def read_tensorboard(run_dir: Path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"tensors": 0, "scalars": 0})
+    found.Reload()
+    return found
+
+
+def test_tensorboard_has_every_metric_under_its_name_at_its_examples_and_the_samples_as_they_are(tmp_path):
+    tracked(tmp_path, ["tensorboard"])
+    found = read_tensorboard(tmp_path)
+    names = {*step(4), *EVALUATION} - {"counters/examples"}
+    assert set(found.Tags()["scalars"]) == names
+    assert [(event.step, event.value) for event in found.Scalars("loss/train")] == [(4, 0.5), (8, 0.5)]
+    assert [(event.step, event.value) for event in found.Scalars("loss/eval/high")] == [(8, 0.5)]
+    (sample,) = found.Tensors("samples/0/text_summary")
+    text = sample.tensor_proto.string_val[0].decode()
+    assert sample.step == 4 and "**prompt**\n\n    a\n    # b\n\n**policy**\n\n    c" in text
+    (config,) = found.Tensors("config/text_summary")
+    assert "    lr: 0.5\n" in config.tensor_proto.string_val[0].decode()
+
+
+def test_tensorboard_forgets_what_came_behind_the_checkpoint_that_a_run_goes_on_from(tmp_path):
+    tracked(tmp_path, ["tensorboard"])
+    (dashboard,) = start_dashboards(["tensorboard"], CONFIG, tmp_path, ID, 4)
+    with Tracker(tmp_path, 8, 0, [dashboard], examples=4) as tracker:
+        tracker.log_step(step(12))
+    assert [event.step for event in read_tensorboard(tmp_path).Scalars("loss/train")] == [4, 12]
+
+
+def test_tensorboard_without_a_place_for_its_files_ends_nothing(tmp_path, capsys):
+    (tmp_path / "tensorboard").write_text("a file")
+    with Tracker(tmp_path, 4, dashboards=start_dashboards(["tensorboard"], CONFIG, tmp_path, ID, 0)) as tracker:
+        tracker.log_step(step(4))
+    assert capsys.readouterr().out.count("tensorboard: not used") == 1

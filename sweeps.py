@@ -41,8 +41,8 @@ from utils import UserError, first_line
 START, JOBS, STOP = "sweep.json", "jobs.json", ".stop"
 # Keys in which a job may differ from what it was at an earlier start of its sweep: where it computes and what it says.
 OF_THE_START = (
-    "local_dirs", "local_run_dir", "sweep_dir", "cache_dir", "fsdp_port", "wandb", "minimum_log_interval_secs", "max_wall_time",
-    "gpus_per_job", "trainer.nproc_per_node", "trainer.distributed_timeout_minutes",
+    "local_dirs", "local_run_dir", "sweep_dir", "cache_dir", "fsdp_port", "wandb", "tracking", "minimum_log_interval_secs",
+    "max_wall_time", "gpus_per_job", "trainer.nproc_per_node", "trainer.distributed_timeout_minutes",
 )  # fmt: skip
 # States of a job that is not run again.
 OVER = ("complete", "pruned")

@@ -13,7 +13,6 @@ import uuid
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from traceback import extract_tb
 
@@ -65,6 +64,7 @@ def folders_of(local_dirs) -> list[str]:
 
 
 OmegaConf.register_new_resolver("new_run_dir", new_run_dir, use_cache=True, replace=True)
+OmegaConf.register_new_resolver("either", lambda wanted, otherwise: wanted or otherwise, replace=True)
 OmegaConf.register_new_resolver("jobs_at_once", sweeps.jobs_at_once, replace=True)
 
 
@@ -533,4 +533,6 @@ def command_line() -> None:
 
 if __name__ == "__main__":
     # As a module, under the name by which the processes of a sweep's jobs find its functions.
-    import_module(Path(__file__).stem).command_line()
+    from train import command_line as run_command_line
+
+    run_command_line()

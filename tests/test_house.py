@@ -29,7 +29,8 @@ def test_a_module_imports_only_modules_above_it(module):
     tree = ast.parse((ROOT / f"{module}.py").read_text())
     imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     imported |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    assert imported & set(MODULES) <= set(MODULES[: MODULES.index(module)])
+    # A program may import itself, so that other processes find its functions.
+    assert imported & set(MODULES) - {module} <= set(MODULES[: MODULES.index(module)])
 
 
 @pytest.mark.parametrize("path", [*ROOT.glob("*.py"), *ROOT.glob("scripts/*.py")], ids=lambda path: path.name)

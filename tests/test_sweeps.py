@@ -139,19 +139,20 @@ def test_a_signal_ends_the_sweep_and_not_the_job_alone(tmp_path):
 
 
 def test_jobs_of_joblib_run_together_on_gpus_of_their_own_and_share_data_and_reference(tmp_path):
-    line = (*BRIEF, "+experiment=sweep_joblib", "loss.beta=0.1,0.2", "sweep_dir=sweep")
+    line = (*BRIEF, "+experiment=sweep_joblib", "loss.beta=0.1,0.2")
     # From nothing: joblib's processes cannot be started by one that was forked as those of `forked` are.
     command = [sys.executable, ROOT / "train.py", "-m", *line]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "5,7", "TMPDIR": str(tmp_path)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    found = jobs(tmp_path / "sweep")
+    [directory] = tmp_path.glob("multirun/*/*")
+    found = jobs(directory)
     assert [job["state"] for job in found.values()] == ["complete", "complete"]
     assert sorted(job["gpus"] for job in found.values()) == [["5"], ["7"]]
     counts = done.stdout.count("computed once"), done.stdout.count("responses read from")
     assert counts == (1, 1), "one job computed the reference's log-probs, the other waited for them"
     assert len(list((tmp_path / "runs" / "prepared_data").glob("*.arrow"))) == 2
-    table = list(csv.DictReader((tmp_path / "sweep" / "comparison.csv").open()))
+    table = list(csv.DictReader((directory / "comparison.csv").open()))
     assert [row["loss.beta"] for row in table] == ["0.1", "0.2"]
 
 

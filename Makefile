@@ -3,6 +3,7 @@
 # make faults  runs killed and stopped at random moments, an hour or two; options in FAULTS: make faults FAULTS="--kills 50"
 # make bench   this project beside TRL, hours; options in BENCH: make bench BENCH="--work dpo_hh_live --rounds 5"
 # make two-hosts   train over two machines made of Linux namespaces; options in TWO_HOSTS
+# make docs    the pages of docs/ as a site, in site/
 # make collect   the labelling app, on sample problems; settings in COLLECT: make collect COLLECT="store=my.duckdb port=8502"
 # make collect-train   train on what was collected; keys in COLLECT: make collect-train COLLECT="model=pythia28 collect.store=my.duckdb"
 # make collect-test    all tests of the labelling app, in Chromium too (Debian: apt install chromium chromium-driver)
@@ -12,7 +13,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint faults bench two-hosts collect collect-train collect-test pages-test clean
+.PHONY: demo test lint faults bench two-hosts docs collect collect-train collect-test pages-test clean
 
 demo: .venv/installed
 	$(BIN)/python scripts/demo.py
@@ -32,6 +33,11 @@ bench: .venv/installed-bench
 
 two-hosts: .venv/installed
 	$(BIN)/python scripts/two_hosts.py $(TWO_HOSTS)
+
+docs: .venv/installed-docs
+	$(BIN)/python scripts/key_reference.py --check
+	$(BIN)/python scripts/one_idea.py --check
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 collect: .venv/installed-collect
 	$(BIN)/python -m preference_collection serve $(COLLECT)
@@ -59,6 +65,11 @@ pages-test: .venv/installed-dev
 .venv/installed-collect: preference_collection/requirements.txt
 	test -d .venv || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r preference_collection/requirements.txt
+	touch $@
+
+.venv/installed-docs: requirements-docs.txt
+	test -d .venv || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-docs.txt
 	touch $@
 
 .venv/installed-bench: benchmarks/requirements.txt .venv/installed

@@ -17,8 +17,8 @@ from utils import UserError, nearest
 
 CONFIG_DIR = Path(__file__).parent / "config"
 GROUPS = ("model", "loss", "trainer")
-# Sections whose keys are another library's, and so not listed in our files.
-OPEN_SECTIONS = ("model.from_config", "optimizer_kwargs", "pruner_kwargs")
+# Sections whose keys are another library's or the user's, and so not listed in our files.
+OPEN_SECTIONS = ("model.from_config", "optimizer_kwargs", "loss.options", "pruner_kwargs")
 BITSANDBYTES_OPTIMIZERS = ("AdamW8bit", "RMSprop8bit", "Lion8bit", "PagedAdamW", "PagedAdamW8bit")
 OPTIMIZERS = ("RMSprop", "AdamW", "Adam", "SGD", *BITSANDBYTES_OPTIMIZERS)
 # Of Optuna's those that judge by the values of runs alone.
@@ -77,7 +77,7 @@ def explain_composition_error(error: Exception) -> str:
 def _unknown_key(key: str) -> str:
     if key in known_keys():
         group, name = key.split(".", 1)
-        owners = [choice for choice in choices_of(group) if name in OmegaConf.load(CONFIG_DIR / group / f"{choice}.yaml")]
+        owners = [choice for choice in choices_of(group) if name in set(OmegaConf.load(CONFIG_DIR / group / f"{choice}.yaml"))]
         return f"{key}: this {group} has no such key. It belongs to {group}={', '.join(owners)}."
     return f"{key}: no such key; {nearest(key, known_keys())}"
 
@@ -164,7 +164,7 @@ LONGEST_NAME = 200
 
 
 def _check_sections(config: DictConfig) -> None:
-    for key in (*OPEN_SECTIONS, "wandb", "evaluation"):
+    for key in ("model.from_config", "optimizer_kwargs", "wandb", "evaluation"):
         section = OmegaConf.select(config, key)
         _require(isinstance(section, DictConfig), key, section, "a section: keys with values, or {}")
     for key in (*TEXTS, *OPTIONAL_TEXTS):
@@ -364,6 +364,8 @@ LOSS_VALUES = {
     "gamma": (lambda value: _is_number(value) and value >= 0, "a number from 0"),
     "reference_update_every": (lambda value: type(value) is int and value > 0, "a whole number from 1"),
     "reference_update_share": (lambda value: _is_number(value) and 0 < value <= 1, "a share above 0 to 1"),
+    "function": (lambda value: isinstance(value, str) and re.search(r"\.py:\w+$", value), "FILE.py:NAME"),
+    "options": (lambda value: isinstance(value, DictConfig), "a section: keys with values, or {}"),
 }
 
 
@@ -383,16 +385,17 @@ def _check_loss(config: DictConfig) -> None:
     loss, known = config.loss, loss_keys()
     if loss.name not in known:
         raise UserError(f"loss.name: no loss {loss.name!r}; {nearest(str(loss.name), known)}")
+    if "options" in set(loss) - known[loss.name]:
+        raise UserError(_unknown_key("loss.options"))
     if set(loss) - {"name"} != known[loss.name]:
         raise UserError(f"loss.name: found {loss.name!r} beside the keys of another loss. Choose it by loss={loss.name}.")
-    objectives = OBJECTIVES[:2] if loss.name in WITHOUT_PAIRS else OBJECTIVES
-    if config.objective not in objectives:
-        raise UserError(
-            f"objective: loss={loss.name} has no metric {config.objective!r}; {nearest(config.objective, objectives)}"
-        )
+    check_objective(config, loss.name not in WITHOUT_PAIRS)
     for key in sorted(known[loss.name] - {"mode_loss"}):
         sound, expected = LOSS_VALUES[key]
         _require(sound(loss[key]), f"loss.{key}", loss[key], expected)
+    if "function" in loss and not Path(loss.function.rpartition(":")[0]).is_file():
+        file = loss.function.rpartition(":")[0]
+        raise UserError(f"loss.function: {file}: no such file. Expected FILE.py:NAME; paths are relative to {Path.cwd()}.")
     if "mode_loss" in loss and loss.mode_loss not in MODES:
         raise UserError(f"loss.mode_loss: no mode {loss.mode_loss!r}; {nearest(str(loss.mode_loss), MODES)}")
     if "mode_loss" in loss and loss.mode_loss == "beta_DPO":
@@ -403,6 +406,15 @@ def _check_loss(config: DictConfig) -> None:
         raise UserError(
             f"reference_logps: found cached, but the reference of loss={loss.name} follows the policy, and its log-probs with "
             "it. Set it to live or null."
+        )
+
+
+def check_objective(config: DictConfig, paired: bool) -> None:
+    """Raise UserError where `objective` is no metric of an evaluation of pairs, or of single responses."""
+    known = OBJECTIVES if paired else OBJECTIVES[:2]
+    if config.objective not in known:
+        raise UserError(
+            f"objective: loss={config.loss.name} has no metric {config.objective!r}; {nearest(config.objective, known)}"
         )
 
 

@@ -198,11 +198,11 @@ def start_tensorboard(config: dict, run_dir: Path, examples: int) -> TensorBoard
     What earlier files say of steps behind `examples`, where the run goes on, is no longer shown.
     """
     try:
-        import yaml
+        from omegaconf import OmegaConf
         from torch.utils.tensorboard import SummaryWriter
 
         writer = SummaryWriter(str(run_dir / TENSORBOARD), purge_step=examples + 1 if examples else None)
-        text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+        text = OmegaConf.to_yaml(OmegaConf.create(config))
         writer.add_text("config", "".join(f"    {line}\n" for line in text.splitlines()), examples)
         return TensorBoardRun(writer)
     except Exception as error:  # a disk without room, or libraries that do not fit each other: the run goes on

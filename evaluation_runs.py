@@ -188,7 +188,31 @@ def config_of_run(path: Path, overrides: list[str]) -> DictConfig:
     config = OmegaConf.merge(base, config, fixed)
     for text in overrides:
         config = overridden(config, text)
+    _refuse_code(config, overrides, path)
     return config
+
+
+def _refuse_code(config: DictConfig, overrides: list[str], path: Path) -> None:
+    """Raise UserError where a run's own configuration, which may be anybody's, would have code executed."""
+    run = OmegaConf.to_container(config)
+    named = {
+        "loss.function": run["loss"].get("function"),
+        "datasets": next((text for text in _texts(run["datasets"]) if ".py:" in text), None),
+        "model.trust_remote_code": "true" if run["model"].get("trust_remote_code") else None,
+    }
+    given = {text.lstrip("+").partition("=")[0] for text in overrides}
+    for key, code in named.items():
+        if code is not None and not given & {key, key.partition(".")[0]}:
+            raise UserError(
+                f"{key}: the run of {path} says {code}, by which code would be executed that you have not named. Where you "
+                f"trust it, say so too: {key}={code}."
+            )
+
+
+def _texts(value) -> list[str]:
+    """All texts in lists and dicts."""
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
+    return [value] if isinstance(value, str) else [text for each in inside for text in _texts(each)]
 
 
 def composed(*overrides: str) -> DictConfig:

@@ -115,8 +115,14 @@ class WorkerDiedError(Exception):
 
 @record
 def _in_worker(function: Callable, arguments: tuple):
+    launcher = os.getppid()
     try:
-        return function(*arguments)
+        value = function(*arguments)
+        if os.getppid() != launcher:
+            # The signal that told of its death came too late to stop the run; nobody waits for the value, and the library
+            # would wait for somebody who does.
+            sys.exit(STOPPED)
+        return value
     except StoppedError as stopped:
         print(stopped, flush=True)
         sys.exit(STOPPED)

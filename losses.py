@@ -12,14 +12,18 @@ response) and `lengths` of shape [R] (tokens of each response). The mean of `Los
 it was given, so that the trainer may add up pieces of a batch without asking which objective it serves.
 """
 
+import copy
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from utils import UserError, nearest, run_file
 
 
 @dataclass(frozen=True)
@@ -503,6 +507,70 @@ class BCOLoss(Loss):
         self.shift = state["shift"]
 
 
+# ---- of the user's own ----------------------------------------------------------------------------------------------------
+
+
+def own_loss(function: str, options: dict, seed: int = 0) -> Loss:
+    """What NAME of `function`, which is FILE.py:NAME, makes of `options`: a `Loss`. `seed` is given to it if it asks for one.
+
+    It is tried on numbers of no meaning. Raises UserError for a file, name or options that are not there, and for what is no
+    loss; what the file itself raises is raised on.
+    """
+    file, _, name = function.rpartition(":")
+    made = vars(run_file(Path(file).absolute(), "loss"))
+    if name not in made:
+        raise UserError(f"loss.function: {file} has no {name!r}; {nearest(name, _makers(made))}")
+    if not callable(made[name]):
+        raise UserError(f"loss.function: {file}: {name!r} cannot be called. Expected a class or a function that makes a Loss.")
+    parameters = inspect.signature(made[name]).parameters
+    takes_any = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+    for key in options:
+        if key not in parameters and not takes_any:
+            raise UserError(f"loss.options.{key}: {name} has no such option; {nearest(str(key), parameters)}")
+    drawn = {"seed": seed} if "seed" in parameters and "seed" not in options else {}
+    for key, each in parameters.items():
+        needed = each.default is each.empty and each.kind not in (each.VAR_KEYWORD, each.VAR_POSITIONAL)
+        if needed and key not in options and key not in drawn:
+            raise UserError(f"loss.options.{key}: not given, and {name} has no default for it.")
+    try:
+        loss = made[name](**options, **drawn)
+    except ValueError as error:
+        raise UserError(f"loss.options: {name} refuses them: {error}") from error
+    fault = _fault_of(loss)
+    if fault:
+        raise UserError(f"loss.function: {function} {fault}. Expected a Loss, as the classes in losses.py are.")
+    return loss
+
+
+def _makers(made: dict) -> list[str]:
+    """Of a module's names those that may make a loss: classes and functions of its own."""
+    return [name for name, value in made.items() if getattr(value, "__module__", None) == made["__name__"]]
+
+
+def _fault_of(loss) -> str | None:
+    """What a loss of the user's does that the trainer cannot use, seen on three responses with two pairs; None if nothing."""
+    if not isinstance(loss, Loss):
+        return f"makes {type(loss).__name__}"
+    if loss.reference_update is not None:
+        return "moves the reference, which only loss=tr_dpo can"
+    policy = torch.tensor([-3.0, -4.0, -5.0], requires_grad=True)
+    reference = torch.tensor([-3.5, -4.0, -4.5]) if loss.needs_reference else None
+    pairs = torch.tensor([[0, 1], [0, 2]] if loss.paired else []).reshape(-1, 2)
+    # A copy: what it remembers is to come from the data.
+    output = copy.deepcopy(loss)(policy, reference, pairs, torch.tensor([2, 3, 4]))
+    if not isinstance(output, LossOutput):
+        return f"gives {type(output).__name__} when it is called, not a LossOutput"
+    wanted = (2,) if loss.paired else (3,)
+    if tuple(output.losses.shape) != wanted or not output.losses.requires_grad:
+        what = "pairs" if loss.paired else "responses"
+        return f"gives losses of shape {list(output.losses.shape)} for {wanted[0]} {what}, expected one with gradient for each"
+    rewards = output.chosen_rewards, output.rejected_rewards
+    for each in rewards if loss.paired else ():
+        if each is None or tuple(each.shape) != wanted or each.requires_grad:
+            return "gives no chosen_rewards and rejected_rewards with one value a pair, without gradient"
+    return None
+
+
 # ---- by name --------------------------------------------------------------------------------------------------------------
 
 
@@ -537,13 +605,14 @@ LOSSES: dict[str, Callable[..., Loss]] = {
     "simpo": SimPOLoss,
     "orpo": ORPOLoss,
     "tr_dpo": TRDPOLoss,
+    "own": own_loss,
 }
 
 
 def build_loss(name: str, seed: int = 0, **keys) -> Loss:
     """The objective of a `config/loss/` file, from that file's keys. `seed` starts what it draws.
 
-    Raises ValueError for a name or mode that does not exist.
+    Raises ValueError for a name or mode that does not exist, and for a loss of the user's own what `own_loss` raises.
     """
     if name not in LOSSES:
         raise ValueError(f"no loss {name!r}; known are {', '.join(LOSSES)}")

@@ -86,13 +86,14 @@ def metadata(facts: CardFacts) -> str:
     from huggingface_hub import ModelCardData
 
     loss = _loss_of(facts.config)
+    method = [loss.lower().replace("_", "-")] if loss not in (None, "own") else []
     base = facts.base if facts.base and is_hub_id(facts.base) else None
     values = {
         "library_name": "peft" if facts.adapter else "transformers",
         "pipeline_tag": "text-generation",
         "base_model": base,
         "datasets": sorted(set(hub_sets(facts.config))) or None,
-        "tags": [*([loss.lower().replace("_", "-")] if loss else []), *(["lora"] if facts.adapter else [])] or None,
+        "tags": [*method, *(["lora"] if facts.adapter else [])] or None,
     }
     if base:
         values["base_model_relation"] = "adapter" if facts.adapter else "quantized" if facts.quantized else "finetune"
@@ -144,8 +145,13 @@ def _introduction(facts: CardFacts) -> str:
         text += f", its linear layers quantized ({facts.quantized})"
     loss = _loss_of(facts.config)
     if loss:
-        values = ", ".join(f"{key} {value}" for key, value in facts.config["loss"].items() if key not in ("name", "mode_loss"))
-        text += f", trained by {LOSSES.get(loss, loss)}" + (f" with {values}" if values else "")
+        keys = facts.config["loss"]
+        # Of a loss of the user's own: its name, and not where on this machine its file lies.
+        own = Path(str(keys.get("function", ""))).name
+        shown = keys if not own else keys.get("options") or {}
+        values = ", ".join(f"{key} {value}" for key, value in shown.items() if key not in ("name", "mode_loss"))
+        text += f", trained by {LOSSES.get(loss, loss) if not own else f'a loss of its own, `{own}`,'}"
+        text += f" with {values}" if values else ""
     if facts.examples is not None:
         text += f" on {facts.examples:,} examples"
     if facts.base is not None:
@@ -223,7 +229,10 @@ def _defaults(loss: str, trainer: str) -> dict:
 
 
 def _configuration(config: dict) -> str:
-    rows = [f"| `{key}` | {_cell(value)} | {_cell(usual)} |" for key, (value, usual) in settings_changed(config).items()]
+    changed = settings_changed(config)
+    # Where a file lies on this machine.
+    changed.pop("loss.function", None)
+    rows = [f"| `{key}` | {_cell(value)} | {_cell(usual)} |" for key, (value, usual) in changed.items()]
     head = "## Configuration\n\nWhat differs from the defaults:\n\n| key | value | default |\n|---|---|---|\n"
     return head + "\n".join(rows) if rows else ""
 

@@ -15,8 +15,6 @@ Further keyword parameters of a loader are keys that its entry may have: `datase
 names can be checked before anything is loaded.
 """
 
-import hashlib
-import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Iterator
@@ -46,7 +44,7 @@ from records import (
 )
 from row_mapping import FieldMap, NumberedRows, RowError, value_of
 from toy_preferences import toy_records
-from utils import UserError, first_line, in_workers, nearest
+from utils import UserError, first_line, in_workers, nearest, run_file
 
 
 @dataclass(frozen=True)
@@ -360,11 +358,8 @@ def find_dataset(name: str) -> Dataset:
 def _run_user_file(path: Path) -> dict[str, Dataset]:
     """Run a Python file, once. Returns what it registers, apart from the registry: two files may use the same name."""
     known = dict(DATASETS)
-    # A name of its own, so that a file called utils.py hides no module; dataclasses look their module up in sys.modules.
-    spec = importlib.util.spec_from_file_location(f"user_data_{hashlib.sha256(str(path).encode()).hexdigest()[:16]}", path)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
+        run_file(path, "data")
         return {name: dataset for name, dataset in DATASETS.items() if known.get(name) is not dataset}
     finally:
         DATASETS.clear()

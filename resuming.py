@@ -106,6 +106,8 @@ STATE = {
     "loss": (
         {"mean": (_number, None), "deviation": (_number, None), "draws": Tensor},
         {"shift": (_number, None)},
+        # Of a loss of the user's.
+        {"own": dict},
         {...: None},
     ),
     "train_batches": {

@@ -20,6 +20,7 @@ from records import DataReport
 from run_files import (
     ABOUT,
     BAD_STEPS,
+    EVENTS,
     METRICS,
     RESULTS_FILE,
     SAMPLES,
@@ -35,7 +36,9 @@ from utils import UNREADABLE, UserError, with_interval
 
 REPORT = "report.html"
 # What is shown of long things: prompts with samples and the moments of each, pairs of each kind, letters of a text.
-PROMPTS_SHOWN, MOMENTS_SHOWN, PAIRS_SHOWN, LETTERS_SHOWN = 16, 4, 20, 1200
+PROMPTS_SHOWN, MOMENTS_SHOWN, PAIRS_SHOWN, LETTERS_SHOWN, EVENTS_SHOWN = 16, 4, 20, 1200, 200
+# The shape of a row of events.jsonl.
+EVENT = {"time": str, "examples": int, "text": str}
 
 # Charts: title, what it says, and the metrics in it with their names there.
 CHARTS = (
@@ -112,6 +115,7 @@ def report_page(run_dir: Path) -> str:
         samples=samples_of(json_lines(run_dir / SAMPLES)),
         pairs=pairs_of(flagged_rows(run_dir)),
         kinds=KINDS,
+        events=events_of(json_lines(run_dir / EVENTS)),
         data=data_of(about),
         data_sets=[str(entry.get("name") or entry.get("path")) for entry in entries_of(config)] if "datasets" in config else [],
         changed=changed_settings(config),
@@ -278,6 +282,24 @@ def lines_of_results(results: dict) -> list[str]:
         return [f"after {results['examples_trained']:,} examples", *lines_of(results)]
     except UNREADABLE:
         return []
+
+
+@dataclass(frozen=True)
+class Events:
+    """What happened beside steps, the newest last; left_out counts older ones that are not shown."""
+
+    shown: list[dict]
+    left_out: int
+
+
+def events_of(rows: Iterable[dict]) -> Events:
+    """The newest of a run's events: moment, examples and text of each, and whether it is a warning."""
+    found = [row for row in rows if all(isinstance(row.get(name), kind) for name, kind in EVENT.items())]
+    shown = [
+        row | {"moment": row["time"][:19].replace("T", " "), "warns": row["text"].startswith("warning")}
+        for row in found[-EVENTS_SHOWN:]
+    ]
+    return Events(shown, len(found) - len(shown))
 
 
 def data_of(about: dict) -> list[dict]:

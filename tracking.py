@@ -51,8 +51,6 @@ class Tracker:
         self.run_dir = run_dir
         self.dashboards, self.write_report, self.examples = dashboards, write_report, examples
         self.page: Path | None = None
-        # Whether something has happened that the report does not know.
-        self.report_is_old = True
         # Raises where nothing can be written at the start.
         (run_dir / METRICS).touch()
         # Rows that could not be written yet, by the names of their files. A checkpoint's line comes from another thread.
@@ -70,8 +68,7 @@ class Tracker:
     def __exit__(self, kind, error, trace) -> None:
         self.flush()
         self._keep_event("ends" if error is None else f"ends: {first_line(error)}")
-        if self.report_is_old:
-            self.report()
+        self.report()
         self.console.close()
         for dashboard in self.dashboards:
             if self.page:
@@ -82,7 +79,6 @@ class Tracker:
         """Take a training step's metrics; they are written when `min_interval` seconds have passed since the last line."""
         self.waiting.append(metrics)
         self.examples = metrics["counters/examples"]
-        self.report_is_old = True
         if time.monotonic() - self.last_line >= self.min_interval:
             self.flush()
 
@@ -129,7 +125,6 @@ class Tracker:
         if self.write_report is None:
             return
         self.flush()
-        self.report_is_old = False
         try:
             self.page = self.write_report()
         except Exception as error:  # whatever is wrong with a page, the run goes on

@@ -29,6 +29,7 @@ from configuration import (
     LONGEST_NAME,
     caches_reference,
     check_config,
+    check_objective,
     check_sizes,
     dashboard_names,
     explain_composition_error,
@@ -169,7 +170,8 @@ def run(config: DictConfig, run_dir: Path, in_sweep: bool = False, trainer: str 
     pruner = build_pruner(config) if config.pruner else None
     if config.eval_only and task_names(config):
         check_harness()
-    loss = build_loss(**config.loss, seed=config.seed)
+    loss = build_loss(**OmegaConf.to_container(config.loss, resolve=True), seed=config.seed)
+    check_objective(config, loss.paired)
     tokenizer = load_tokenizer(config.model, config.cache_dir)
     check_model(config.model, tokenizer, config.cache_dir)
     # Before the processes join: those that do not prepare it wait for it without a time-out.

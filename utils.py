@@ -4,6 +4,7 @@ import gc
 import os
 import random
 import re
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -70,6 +71,21 @@ def misfit(value, shape, name: str) -> str | None:
         sound = value is None if shape is None else type(value) is shape if isinstance(shape, type) else shape(value)
         return None if sound else name
     return next((found for found in (*missing, *(misfit(*part) for part in parts)) if found is not None), None)
+
+
+def run_file(path: Path, kind: str):
+    """Run a Python file of the user's, and return its module. `kind` is what is looked for in it: a file may be run for two.
+
+    What the file raises is raised on.
+    """
+    import hashlib
+    import importlib.util
+
+    # A name of its own, so that a file called utils.py hides no module; dataclasses look their module up in sys.modules.
+    spec = importlib.util.spec_from_file_location(f"user_{kind}_{hashlib.sha256(str(path).encode()).hexdigest()[:16]}", path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def load_tensors(path: Path, mapped: bool = False):

@@ -22,6 +22,7 @@ from configuration import (
     WITHOUT_PAIRS,
     caches_reference,
     check_config,
+    check_objective,
     choices_of,
     dashboard_names,
     explain_composition_error,
@@ -31,6 +32,9 @@ from configuration import (
 from utils import UserError
 
 # The part of the recipes that several command lines below share.
+# The losses that are whole without a file of the user's.
+OURS = [loss for loss in choices_of("loss") if loss != "own"]
+
 RECIPE = (
     "gradient_accumulation_steps=2 batch_size=64 eval_batch_size=32 trainer=FSDPTrainer sample_during_eval=false "
     "model.fsdp_policy_mp=bfloat16"
@@ -158,7 +162,7 @@ def test_every_loss_composes_with_every_model_and_with_every_trainer(compose, lo
         assert model == "blank_model" or config.model.name_or_path or config.model.from_config.model_type
 
 
-@pytest.mark.parametrize("loss", choices_of("loss"))
+@pytest.mark.parametrize("loss", OURS)
 def test_the_default_of_every_loss_is_sound(check, loss):
     check(f"loss={loss}")
 
@@ -205,7 +209,8 @@ def test_the_presets_that_people_know_are_there():
         *("gpt2-large", "gpt2-xl", "gptj", "pythia28", "pythia69", "llama7b", "codellama7b", "blank_model", "tiny"),
     }
     assert choices_of("loss") == [
-        *("bco", "beta_DPO", "dpo", "dpo_norm", "dpop", "hinge", "ipo", "orpo", "robust", "rpo", "sft", "simpo", "tr_dpo"),
+        *("bco", "beta_DPO", "dpo", "dpo_norm", "dpop", "hinge", "ipo", "orpo", "own", "robust", "rpo", "sft", "simpo"),
+        "tr_dpo",
     ]
     assert choices_of("trainer") == ["BasicTrainer", "FSDPTrainer", "TensorParallelTrainer"]
 
@@ -586,7 +591,7 @@ def test_a_file_of_data_or_loaders_and_an_archive_are_accepted_where_they_exist(
     check(f"datasets=[{tmp_path}/rows.jsonl,'{tmp_path}/own.py:mine']", f"model.archive={tmp_path}/policy.pt")
 
 
-@pytest.mark.parametrize("loss", choices_of("loss"))
+@pytest.mark.parametrize("loss", OURS)
 def test_the_objectives_are_the_metrics_of_an_evaluation(loss, compose):
     import torch
 
@@ -598,6 +603,37 @@ def test_the_objectives_are_the_metrics_of_an_evaluation(loss, compose):
     metrics = example_metrics(built(logps, logps, pairs, torch.ones(2)), logps, pairs, "eval")
     assert set(metrics) == set(OBJECTIVES if built.paired else OBJECTIVES[:2])
     assert json.dumps(OBJECTIVES)  # plain texts, as metrics.jsonl names them
+
+
+def test_a_loss_of_ones_own_takes_any_option_without_a_plus(check, tmp_path):
+    (tmp_path / "own.py").touch()
+    overrides = ["loss=own", f"loss.function={tmp_path}/own.py:mine", "loss.options.margin=2"]
+    assert force_open_sections(overrides)[-1] == "++loss.options.margin=2"
+    check(*force_open_sections(overrides))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        ("loss=own", "loss.function: not given. Expected a value on the command line: loss.function=..."),
+        ("loss=own loss.function=own.py", "loss.function: found 'own.py', expected FILE.py:NAME."),
+        ("loss=own loss.function=nowhere.py:mine", "loss.function: nowhere.py: no such file. Expected FILE.py:NAME;"),
+        ("loss=own loss.function=nowhere.py:mine loss.options=3", "loss.options: found 3, expected a section"),
+        ("loss=own loss.fucntion=own.py:mine", "loss.fucntion: no such key; did you mean loss.function?"),
+        ("loss=dpo loss.options.beta=3", "loss.options: this loss has no such key. It belongs to loss=own."),
+        ("loss=dpo loss.function=own.py:mine", "loss.function: this loss has no such key. It belongs to loss=own."),
+    ],
+)
+def test_a_loss_of_ones_own_that_cannot_be_is_refused(overrides, told, check):
+    assert refusal(check, *force_open_sections(overrides.split())).startswith(told)
+
+
+@pytest.mark.parametrize(("paired", "objective"), [(True, "rewards_eval/accuracies"), (False, "logps_eval/chosen")])
+def test_the_objective_is_a_metric_of_what_a_loss_compares(paired, objective, compose):
+    check_objective(compose(f"objective={objective}"), paired)
+    if not paired:
+        with pytest.raises(UserError, match="objective: loss=sft has no metric 'rewards_eval/margins'"):
+            check_objective(compose("objective=rewards_eval/margins"), paired)
 
 
 # ---- evaluation -----------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import json
 import struct
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -82,7 +83,11 @@ def test_an_offline_wandb_run_has_configuration_metrics_tables_summary_and_repor
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path))
     tracked(tmp_path, ["wandb"])
-    records = wandb_records(tmp_path)
+    # wandb's own process writes, and may be behind.
+    deadline, records = time.monotonic() + 60, []
+    while not any(record.HasField("exit") for record in records):
+        assert time.monotonic() < deadline
+        records = wandb_records(tmp_path)
     (run,) = (record.run for record in records if record.WhichOneof("record_type") == "run")
     assert (run.run_id, run.project, run.display_name) == (ID, "test", "run")
     assert {item.key: item.value_json for item in run.config.update}["lr"] == "0.5"

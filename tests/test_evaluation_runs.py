@@ -2,8 +2,6 @@
 
 import importlib.util
 import json
-import re
-import shlex
 import sys
 from pathlib import Path
 
@@ -11,6 +9,7 @@ import pytest
 from omegaconf import OmegaConf
 
 import forked
+import shown
 from evaluation_runs import check_beginning, config_of_run, write_text
 from test_task_suites import own_task
 from train import start
@@ -150,15 +149,37 @@ def test_the_command_lines_of_the_readme_are_understood(sft, monkeypatch):
     script = importlib.util.spec_from_file_location("evaluate_script", ROOT / "scripts" / "evaluate.py")
     module = importlib.util.module_from_spec(script)
     script.loader.exec_module(module)
-    lines = re.findall(r"^python scripts/evaluate.py (.*)$", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
+    lines = [words[2:] for _, words in shown.commands(r"python scripts/evaluate\.py", ["README.md"])]
     assert len(lines) == 3
     parsed = []
     for line in lines:
-        monkeypatch.setattr(sys, "argv", ["evaluate.py", *shlex.split(line)])
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *line])
         parsed.append(module.arguments())
         config_of_run(sft, parsed[-1].overrides)
     assert [options.judge for options in parsed] == [None, "ollama:llama3.1", None]
     assert parsed[2].tasks == ["open_llm"] and len(parsed[2].overrides) == 2
+
+
+@pytest.mark.parametrize(
+    ("changed", "told", "trusted"),
+    [
+        ({"datasets": ["toy", {"name": "evil.py:x"}]}, "datasets: ", "datasets=toy"),
+        ({"loss": {"name": "own", "function": "evil.py:x", "options": {}}}, "loss.function: ", "loss=sft"),
+        ({"loss": {"name": "own", "function": "evil.py:x", "options": {}}}, "loss.function: ", "loss.function=evil.py:x"),
+        ({"model": {"trust_remote_code": True}}, "model.trust_remote_code: ", "model.trust_remote_code=true"),
+    ],
+)
+def test_code_that_a_runs_configuration_names_is_run_only_where_it_is_asked_for(changed, told, trusted, sft, tmp_path):
+    checkpoint = tmp_path / "step-16"
+    checkpoint.mkdir()
+    state = json.loads((sft / "LATEST" / "state.json").read_text())
+    config = state["run"]["config"]
+    state["run"]["config"] = config | {key: config[key] | value if key == "model" else value for key, value in changed.items()}
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    with pytest.raises(UserError, match="by which code would be executed that you have not named") as refused:
+        config_of_run(checkpoint, ["n_eval_examples=3"])
+    assert str(refused.value).startswith(told)
+    config_of_run(checkpoint, [trusted])
 
 
 # ---- mistakes -------------------------------------------------------------------------------------------------------------

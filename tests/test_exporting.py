@@ -5,7 +5,6 @@ import json
 import os
 import re
 import resource
-import shlex
 import shutil
 import stat
 import subprocess
@@ -20,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import exporting
 import models
+import shown
 from checkpoints import publish
 from exporting import Wishes, export, source_of, whole_model
 from go_templates import read_modelfile
@@ -165,10 +165,9 @@ def called(name: str, arguments: list[str], monkeypatch, capsys) -> tuple[int, s
 
 def test_the_commands_of_the_readme_are_understood(monkeypatch):
     """They differ from those that are run here in their paths and names."""
-    lines = (ROOT / "README.md").read_text().replace("\\\n", " ").splitlines()
-    shown = [shlex.split(line) for line in lines if re.match(r"python scripts/(export|convert_policy_pt)\.py", line)]
-    assert {command[1] for command in shown} == {"scripts/export.py", "scripts/convert_policy_pt.py"}
-    for _, name, *options in shown:
+    lines = [words for _, words in shown.commands(r"python scripts/(export|convert_policy_pt)\.py")]
+    assert {command[1] for command in lines} == {"scripts/export.py", "scripts/convert_policy_pt.py"}
+    for _, name, *options in lines:
         monkeypatch.setattr(sys, "argv", [name, *options])
         assert scripts(Path(name).stem, monkeypatch).arguments().to == Path("my_model")
 

@@ -3,13 +3,13 @@
 import ast
 import inspect
 import re
-import shlex
 from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf, open_dict
 
+import shown
 from configuration import check_config, force_open_sections, known_keys, loss_keys
 from losses import LOSSES
 from train import new_run_dir
@@ -75,27 +75,24 @@ def test_a_run_directory_lies_in_its_folder_whatever_the_experiment_is_called(na
 # ---- the README -----------------------------------------------------------------------------------------------------------
 
 
-def readme_commands() -> list[list[str]]:
-    """The overrides of every `python train.py` line of the README."""
-    blocks = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [
-        shlex.split(line.split("train.py", 1)[1], comments=True) for line in lines if re.match(r"python (-u )?train\.py", line)
-    ]
+TRAININGS = shown.commands(shown.TRAINING)
 
 
-def test_the_readme_shows_commands():
-    assert len(readme_commands()) >= 8
+def test_the_readme_and_the_docs_show_commands():
+    assert len([page for page, _ in TRAININGS if page == "README.md"]) >= 8
+    assert len({page for page, _ in TRAININGS}) >= 8
 
 
-@pytest.mark.parametrize("arguments", readme_commands(), ids=lambda arguments: " ".join(arguments)[:60] or "default")
-def test_every_command_of_the_readme_composes_and_makes_sense(arguments, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("page", "words"), TRAININGS, ids=[f"{page} {' '.join(words)[:60]}" for page, words in TRAININGS])
+def test_every_command_that_is_shown_composes_and_makes_sense(page, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(ROOT))
-    (tmp_path / "my_preferences.jsonl").write_text(re.search(r"```json\n(.*?)```", README, flags=re.DOTALL)[1])
-    (tmp_path / "my_data.py").write_text(re.search(r"```python\n(.*?)```", README, flags=re.DOTALL)[1])
-    (tmp_path / "my_answers.csv").write_text("question,good,bad,rating\nA?,yes,no,4\nB?,yes,no,2\n")
-    overrides = [text for text in force_open_sections(arguments) if "=" in text and "sweeper" not in text]
+    shown.write_files(page, tmp_path)
+    (tmp_path / "long.jsonl").touch()
+    if page == "README.md":
+        (tmp_path / "my_answers.csv").write_text("question,good,bad,rating\nA?,yes,no,4\nB?,yes,no,2\n")
+    arguments = force_open_sections(shown.training_arguments(words))
+    overrides = [text for text in arguments if "=" in text and "sweeper" not in text]
     archive = next((text for text in overrides if text.startswith("model.archive=")), None)
     if archive:
         (tmp_path / Path(archive.split("=", 1)[1]).parent).mkdir(parents=True)
@@ -124,8 +121,7 @@ def test_the_readmes_own_data_is_read(tmp_path, monkeypatch):
     from dataset_entries import load_records, read_entry
 
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "my_preferences.jsonl").write_text(re.search(r"```json\n(.*?)```", README, flags=re.DOTALL)[1])
-    (tmp_path / "my_data.py").write_text(re.search(r"```python\n(.*?)```", README, flags=re.DOTALL)[1])
+    shown.write_files("README.md", tmp_path)
     rows = [record for split in ("train", "test") for record in load_records(read_entry("my_preferences.jsonl"), split)]
     assert sorted(record.responses[0] for record in rows) == [" Blue.", "An oak.", "Blue."]
     [first, _] = load_records(read_entry("my_data.py:colours"), "train")

@@ -13,6 +13,7 @@ from losses import (
     LOSSES,
     BetaDPOLoss,
     GapStatistics,
+    HingeLoss,
     Loss,
     PairSelection,
     ReferenceUpdate,
@@ -35,6 +36,7 @@ from losses import (
     rpo_loss,
     simpo_loss,
 )
+from utils import UserError
 
 LOGPS = ("policy_chosen", "policy_rejected", "reference_chosen", "reference_rejected")
 
@@ -251,7 +253,7 @@ def test_at_their_neutral_settings_they_are_dpo(logps, beta):
     torch.testing.assert_close(simpo_loss(chosen, rejected, beta, 0.0), dpo_loss(gaps[0], f64(0), beta))
 
 
-@pytest.mark.parametrize("name", sorted(LOSSES.keys() - {"sft", "ipo"}))
+@pytest.mark.parametrize("name", sorted(LOSSES.keys() - {"sft", "ipo", "own"}))
 @given(logps=LOGPS_OF_A_PAIR, lengths=st.tuples(st.integers(1, 50), st.integers(1, 50)))
 def test_no_gradient_makes_a_chosen_response_less_likely_or_a_rejected_one_more(name, logps, lengths):
     policy, reference = f64(*logps[:2]).requires_grad_(), f64(*logps[2:])
@@ -398,3 +400,117 @@ def test_any_gaps_give_a_finite_beta_and_the_asked_number_of_pairs(gaps, ratio, 
         assert math.isfinite(selection.beta) and selection.beta >= 0.99e-3
         assert (selection.weights > 0).sum() == max(1, int(len(gaps) * (1 - ratio)))
         assert selection.weights.mean().item() == pytest.approx(1, rel=1e-5)
+
+
+# ---- of the user's own ----------------------------------------------------------------------------------------------------
+
+OWN = """
+from dataclasses import dataclass
+
+import torch
+
+from losses import HingeLoss, Loss, LossOutput, ReferenceUpdate, gap, sides
+
+
+@dataclass
+class Scaled(Loss):
+    scale: float
+    beta: float = 0.5
+    seed: int = 1
+
+    def __post_init__(self):
+        if self.scale == 0:
+            raise ValueError("a scale of 0 teaches nothing")
+
+    def __call__(self, policy, reference, pairs, lengths, survey=None):
+        rewards = sides(self.beta * (policy - reference).detach(), pairs)
+        return LossOutput(-self.scale * gap(policy - reference, pairs), *rewards)
+
+
+class Likelihood(Loss):
+    paired, needs_reference = False, False
+
+    def __call__(self, policy, reference, pairs, lengths, survey=None):
+        return LossOutput(-policy / lengths)
+
+
+class Moving(HingeLoss):
+    reference_update = ReferenceUpdate(1, 0.5)
+
+
+class Summed(HingeLoss):
+    def __call__(self, *given):
+        return LossOutput(super().__call__(*given).losses.sum())
+
+
+class Numbers(HingeLoss):
+    def __call__(self, *given):
+        return super().__call__(*given).losses
+
+
+class WithoutRewards(HingeLoss):
+    def __call__(self, *given):
+        return LossOutput(super().__call__(*given).losses)
+
+
+def hinge(beta):
+    return HingeLoss(beta)
+
+
+def any_options(**options):
+    return HingeLoss(sum(options.values()))
+
+
+def nothing():
+    return None
+"""
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    """`own(NAME, option=value)` is the loss that NAME of a user's file makes."""
+    file = tmp_path_factory.mktemp("own") / "losses.py"
+    file.write_text(OWN)
+    return lambda name, seed=7, **options: build_loss("own", seed, function=f"{file}:{name}", options=options)
+
+
+def test_a_loss_of_a_users_file_is_used_as_any_other(own):
+    policy, reference = f64(-3.0, -5.0), f64(-4.0, -4.0)
+    output = own("Scaled", scale=2.0)(policy, reference, torch.tensor([[0, 1]]), torch.tensor([1, 1]))
+    # Minus twice the margin of 1 - (-1) nats; rewards are half the ratios.
+    assert output.losses.tolist() == [-4.0]
+    assert (output.chosen_rewards.tolist(), output.rejected_rewards.tolist()) == ([0.5], [-0.5])
+    assert own("hinge", beta=0.25) == HingeLoss(0.25)
+    assert own("any_options", x=0.5, y=0.25) == HingeLoss(0.75)
+    assert not own("Likelihood").paired
+
+
+def test_a_loss_of_ones_own_is_given_the_runs_seed_where_it_asks_for_one(own):
+    assert own("Scaled", scale=1.0).seed == 7
+    assert own("Scaled", scale=1.0, seed=3).seed == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "told"),
+    [
+        ("Scalled", {}, r"loss\.function: .*losses\.py has no 'Scalled'; did you mean Scaled\?"),
+        ("Scaled", {"scael": 1}, r"loss\.options\.scael: Scaled has no such option; did you mean scale\?"),
+        ("Scaled", {}, r"loss\.options\.scale: not given, and Scaled has no default for it\."),
+        ("Scaled", {"scale": 0}, r"loss\.options: Scaled refuses them: a scale of 0 teaches nothing"),
+        ("nothing", {}, r"makes NoneType\. Expected a Loss"),
+        ("torch", {}, r"loss\.function: .*'torch' cannot be called\. Expected a class or a function"),
+        ("Moving", {"beta": 1}, r"moves the reference, which only loss=tr_dpo can"),
+        ("Numbers", {"beta": 1}, r"gives Tensor when it is called, not a LossOutput"),
+        ("Summed", {"beta": 1}, r"gives losses of shape \[\] for 2 pairs, expected one with gradient for each"),
+        ("WithoutRewards", {"beta": 1}, r"gives no chosen_rewards and rejected_rewards with one value a pair"),
+    ],
+)
+def test_what_is_no_loss_or_is_given_what_it_does_not_take_is_refused_before_any_data(own, name, options, told):
+    with pytest.raises(UserError, match=told):
+        own(name, **options)
+
+
+def test_a_bug_in_a_users_file_keeps_its_traceback(tmp_path):
+    (tmp_path / "own.py").write_text("1 / 0")
+    with pytest.raises(ZeroDivisionError):
+        build_loss("own", function=f"{tmp_path}/own.py:x", options={})

@@ -104,6 +104,14 @@ def test_a_text_without_secrets_stays_as_it_is(text):
     assert without_secrets(text) == text
 
 
+def test_a_loss_of_the_users_own_is_named_without_where_it_lies(config):
+    run = config("loss=own", "loss.function=/home/me/my_losses.py:CappedDPO", "++loss.options.cap=10")
+    card = model_card(facts(run))
+    assert "trained by a loss of its own, `my_losses.py:CappedDPO`, with cap 10" in card
+    assert "/home/me" not in card and "| `loss.options.cap` | `10` |" in card
+    assert "own" not in (ModelCard(card).data.tags or [])
+
+
 def test_held_out_numbers_are_means_over_so_many_examples_and_say_what_is_missing(config):
     text = model_card(facts(config("n_eval_examples=64"), held_out={"loss/eval": 0.51234, "rewards_eval/accuracies": 0.75}))
     assert "| loss/eval | 0.5123 |" in text and "| rewards_eval/accuracies | 0.75 |" in text

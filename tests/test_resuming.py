@@ -63,13 +63,20 @@ def forge(checkpoint: Path, content: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "state", [{"shift": 0.5}, {"shift": None}, {}, {"mean": None, "deviation": 0.5, "draws": torch.zeros(1)}]
+    "state",
+    [
+        {"shift": 0.5},
+        {"shift": None},
+        {},
+        {"own": {"mean": 0.5, "seen": 3}},
+        {"mean": None, "deviation": 0.5, "draws": torch.zeros(1)},
+    ],
 )
 def test_what_a_loss_remembers_is_of_the_shape_that_a_checkpoint_may_have(state):
     assert misfit(state, STATE["loss"], "loss") is None
 
 
-@pytest.mark.parametrize("state", [{"shift": "0.5"}, {"shift": [0.5]}, {"mean": 0.5}, [], None])
+@pytest.mark.parametrize("state", [{"shift": "0.5"}, {"shift": [0.5]}, {"own": 3}, {"mean": 0.5}, [], None])
 def test_what_no_loss_remembers_is_damage(state):
     assert misfit(state, STATE["loss"], "loss") == "loss"
 

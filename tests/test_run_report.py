@@ -50,6 +50,9 @@ def run_dir(compose, tmp_path) -> Path:
     write_rows(tmp_path / "samples.jsonl", samples)
     pair = {"kind": "forgotten", "source": "toy, train prompt 5", "prompt": HOSTILE, "preferred": "good", "other": "bad"}
     write_rows(tmp_path / "flagged_pairs.jsonl", [pair | {"margins": [0.5, -0.25], "wrong_label_probability": 0.9}])
+    moments = [("begins", 0), (f"warning: {HOSTILE}", 40), ("ends", 80)]
+    rows = [{"time": f"2026-11-21T12:00:{n // 2:02}+01:00", "examples": n, "text": text} for text, n in moments]
+    write_rows(tmp_path / "events.jsonl", rows)
     write_rows(tmp_path / "bad_batches.jsonl", [{"counters/examples": 8, "pairs": ["row 3"]}])
     report = DataReport(rows_read=100, num_prompts=90, left_out={"a text is empty": 10})
     write_about(tmp_path, {"train": [("toy", report)]}, 80, torch.device("cpu"))
@@ -64,8 +67,8 @@ def test_everything_that_a_run_has_left_is_in_its_report(run_dir):
     page = parsed(run_dir)
     text = " ".join(page.get_text(" ").split())
     assert [heading.text for heading in page.find_all("h2")] == [
-        "Worth a look", "Curves", "Held out", "Samples", "Training pairs to look at", "Data", "Configuration",
-        "Machine and versions",
+        "Worth a look", "Curves", "Held out", "Samples", "Training pairs to look at", "What happened", "Data",
+        "Configuration", "Machine and versions",
     ]  # fmt: skip
     charts = [figure.strong.text for figure in page.find_all("figure")]
     assert charts == ["Loss", "Reward accuracy", "Reward margin", "Gradient norm", "Throughput", "Memory"]
@@ -77,6 +80,8 @@ def test_everything_that_a_run_has_left_is_in_its_report(run_dir):
     ]  # fmt: skip
     assert "toy train 100 90 10 left out: a text is empty" in text
     assert "loss.beta 0.3 0.1" in text
+    assert "2026-11-21 12:00:00 0 begins 2026-11-21 12:00:20 40 warning: " in text
+    assert [row.find(class_="said").text.startswith("warning: ") for row in page.find_all("tr", class_="warning")] == [True]
     assert "toy, train prompt 5 margins 0.5, -0.25 wrong label 90%" in text
     assert "1 step was not taken" in text
     assert "torch" in text and "CPU cores" in text
@@ -132,6 +137,7 @@ FILES = (
     "metrics.jsonl",
     "samples.jsonl",
     "about.json",
+    "events.jsonl",
     "flagged_pairs.jsonl",
     "bad_batches.jsonl",
     "results.json",
@@ -139,7 +145,8 @@ FILES = (
 JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
                     lambda each: st.lists(each, max_size=3) | st.dictionaries(st.sampled_from([
                         "counters/examples", "loss/train", "loss/eval", "loss/eval/low", "prompt", "policy", "reference",
-                        "examples", "kind", "margins", "data", "machine", "code", "commit", "train", "name", "loss", "trainer",
+                        "examples", "time", "text",
+                        "kind", "margins", "data", "machine", "code", "commit", "train", "name", "loss", "trainer",
                         "held_out", "all", "mean", "datasets",
                     ]), each, max_size=4), max_leaves=8)  # fmt: skip
 
@@ -196,7 +203,7 @@ def test_a_gradient_that_is_mostly_scaled_down_is_said():
 # ---- when it is written -----------------------------------------------------------------------------------------------------
 
 
-def test_a_tracker_has_the_report_written_when_asked_and_at_the_end_if_it_is_old(tmp_path):
+def test_a_tracker_has_the_report_written_when_asked_and_at_the_end(tmp_path):
     written = []
     with Tracker(
         tmp_path, None, write_report=lambda: written.append((tmp_path / "metrics.jsonl").read_text().count("\n"))
@@ -210,7 +217,7 @@ def test_a_tracker_has_the_report_written_when_asked_and_at_the_end_if_it_is_old
     assert written == [2, 3]
     with Tracker(tmp_path, None, write_report=lambda: written.append("again")) as t:
         t.report()
-    assert written == [2, 3, "again"]
+    assert written == [2, 3, "again", "again"]
 
 
 def test_a_report_that_cannot_be_written_is_said_once_and_ends_nothing(tmp_path, capsys):

@@ -40,7 +40,7 @@ RISKY = {
 # Where each of them stands, and that is all there is. Objects go only between the processes of one run.
 KNOWN = {
     "torch.load": ["utils.py"],
-    "spec.loader.exec_module": ["preference_datasets.py"],
+    "spec.loader.exec_module": ["utils.py"],
     "torch.distributed.all_gather_object": ["ranks.py"],
     "torch.distributed.broadcast_object_list": ["ranks.py"],
     # Kernels of a module that is there.

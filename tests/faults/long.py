@@ -49,12 +49,14 @@ def main() -> int:
     parser.add_argument("--kills", default="200", help="kills in all")
     parser.add_argument("--stops", default="50", help="signals in all")
     parser.add_argument("--minutes", default="inf", help="each kind of run begins no other after so long")
+    parser.add_argument("--only", default="", help="which tests, as pytest's -k has it: 'two and ranks'")
     args = parser.parse_args()
     os.environ |= {"FAULT_KILLS": args.kills, "FAULT_STOPS": args.stops, "FAULT_MINUTES": args.minutes}
     report = Report()
-    status = pytest.main([str(ROOT / "tests" / "faults"), "--timeout=0"], plugins=[report])
+    status = pytest.main([str(ROOT / "tests" / "faults"), "--timeout=0", "-k", args.only], plugins=[report])
     facts = {"command": sys.argv, "hardware": hardware(), "versions": versions(), **report.summary(), "all": report.tests}
-    path = ROOT / "tests" / "faults" / "results" / f"{datetime.date.today()}.json"
+    name = "_".join([str(datetime.date.today()), *args.only.split()])
+    path = ROOT / "tests" / "faults" / "results" / f"{name}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(facts, indent=1) + "\n")
     print(json.dumps(report.summary(), indent=1), path, sep="\n")

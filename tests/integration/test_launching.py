@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -194,6 +195,24 @@ def test_a_slurm_job_that_is_warned_writes_a_checkpoint_and_is_put_into_the_queu
     [examples] = re.findall(r"stopped after (\d+) examples: SIGUSR1", rest)
     assert rest.rstrip().endswith("requeued"), rest
     assert (tmp_path / "run" / "LATEST").resolve().name == f"step-{examples}"
+
+
+def test_no_worker_waits_for_a_launcher_that_has_died_while_the_run_came_to_its_end(tmp_path):
+    with (tmp_path / "said").open("w") as said:
+        command = [ROOT / "tests" / "integration" / "outliving_work.py", tmp_path]
+        program = forked.Program(command, tmp_path, said.fileno(), said.fileno(), first=forked.fork_workers)
+    workers = wait_for(lambda: [path for path in tmp_path.glob("[0-9]*")], lambda found: len(found) == 2)
+    os.kill(program.pid, signal.SIGKILL)
+    wait_for(lambda: [path for path in workers if Path("/proc", path.name).exists()], lambda alive: not alive)
+
+
+def wait_for(look, is_there, seconds: float = 60):
+    """What `look` gives, when it is what was waited for; fails after so long."""
+    deadline = time.monotonic() + seconds
+    while not is_there(found := look()):
+        assert time.monotonic() < deadline, found
+        time.sleep(0.05)
+    return found
 
 
 def test_a_port_that_is_taken_is_refused_before_anything_starts(tmp_path):

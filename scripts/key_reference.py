@@ -1,0 +1,169 @@
+"""docs/key-reference.md: every key of config/, with its default and the comment above it.
+
+python scripts/key_reference.py [--check]
+
+--check writes nothing, and exits with status 1 where the page is not what config/ says.
+"""
+
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG, PAGE = ROOT / "config", ROOT / "docs" / "key-reference.md"
+
+HEAD = """# Every key
+
+Made from the comments in `config/` by `python scripts/key_reference.py`; change it there. A key is set on the command line
+(`lr=1e-6 loss.beta=0.3`), where unknown ones are refused with the nearest that there is; `python train.py --cfg job` shows what
+a command line composes to. `null` means that nothing is given.
+
+"""
+# Groups whose files hold keys, and what is said of them; of the others, presets, a line each.
+GROUPS = {
+    "model": "Every preset has these keys. `model=blank_model` leaves them all to you.",
+    "loss": "`loss=NAME` chooses the file; its keys are those listed under it.",
+    "trainer": "`trainer=NAME` chooses the file. `BasicTrainer` has no keys of its own.",
+}
+PRESETS = {"model": "base_model", "adapter": None, "experiment": None}
+
+
+@dataclass(frozen=True)
+class Key:
+    """A key of a file: its dotted name, its default as the file writes it, and the lines of its comment."""
+
+    name: str
+    default: str
+    comment: tuple[str, ...]
+
+    @property
+    def row(self) -> str:
+        """Its row of the table."""
+        text, unit = explained(self.comment)
+        return f"| `{self.name}` | {code(self.default)} | {text.strip()} | {unit} |"
+
+
+def keys_of(file: Path, prefix: str = "") -> list[Key]:
+    """The keys of a YAML file, in its order; those of sections by dotted names. What a list holds belongs to its key."""
+    found: list[Key] = []
+    comment: list[str] = []
+    above: list[tuple[int, str]] = []
+    for line in file.read_text().splitlines():
+        indent, text = len(line) - len(line.lstrip()), line.strip()
+        if text.startswith("#"):
+            comment.append(text.removeprefix("#").removeprefix(" "))
+        elif match := re.match(r"([\w-]+):\s*(.*)$", text):
+            above = [each for each in above if each[0] < indent]
+            found.append(Key(prefix + "".join(f"{name}." for _, name in above) + match[1], match[2], tuple(comment)))
+            above.append((indent, match[1]))
+            comment = []
+        elif text.startswith("- ") and found:
+            found[-1] = Key(found[-1].name, f"{found[-1].default} {text}".strip(), found[-1].comment)
+            comment = []
+        else:
+            # An empty line: what stood above is of the file.
+            comment = []
+    return [key for key in found if not key.name.startswith((f"{prefix}defaults", f"{prefix}hydra"))]
+
+
+def explained(comment: tuple[str, ...]) -> tuple[str, str]:
+    """A comment as the text of a cell, and its unit. Lines that are set in stay lines."""
+    text = ""
+    for before, line in zip(("", *comment), comment, strict=False):
+        is_set_in = line.startswith(" ")
+        # What stands in columns there: a name, and what it is.
+        words = re.sub(r"([^\s:]):?\s{2,}(\S)", r"\1: \2", line.strip())
+        text += ("<br>" if is_set_in or before.startswith(" ") else " ") + escaped(words)
+    unit = re.search(r" Unit: ([^.;]*)\.$", text)
+    return (text[: unit.start()], unit[1]) if unit else (text, "")
+
+
+def escaped(text: str) -> str:
+    """Text that Markdown leaves as it is, in a table."""
+    return re.sub(r"([\\`*_|\[\]<>])", r"\\\1", text).replace("\\<", "&lt;").replace("\\>", "&gt;")
+
+
+def code(text: str) -> str:
+    """A value as code in a cell of a table."""
+    return f"`{text}`".replace("|", "\\|") if text else ""
+
+
+def table(keys: list[Key]) -> str:
+    """The table of some keys; sections, which have no default of their own, are rows too where a comment says something."""
+    shown = [key.row for key in keys if key.default or key.comment]
+    return "\n".join(["| key | default | what it is | unit |", "|---|---|---|---|", *shown]) + "\n"
+
+
+def headline(file: Path) -> str:
+    """What a file is, by its first line of comment."""
+    lines = [line for line in file.read_text().splitlines() if not line.startswith("# @package")]
+    return escaped(" ".join(_first_comment(lines)))
+
+
+def _first_comment(lines: list[str]) -> list[str]:
+    end = next((number for number, line in enumerate(lines) if not line.startswith("#")), len(lines))
+    return [line.removeprefix("#").strip() for line in lines[:end]]
+
+
+def choices() -> str:
+    """The groups that a run is composed from, as config.yaml's defaults name them."""
+    rows, comment = [], []
+    for line in (CONFIG / "config.yaml").read_text().split("defaults:")[1].splitlines()[1:]:
+        text = line.strip()
+        if not line.startswith(" "):
+            break
+        if text.startswith("#"):
+            comment.append(text.removeprefix("# "))
+        elif match := re.match(r"- (\w+): (\w+)$", text):
+            rows.append(Key(match[1], match[2], tuple(comment)).row)
+            comment = []
+    return "\n".join(["| group | default | what it is | unit |", "|---|---|---|---|", *rows]) + "\n"
+
+
+def of_group(group: str, said: str) -> list[str]:
+    """The section of a group whose files hold keys."""
+    parts = [f"## {group}", said]
+    base = PRESETS.get(group)
+    for file in [CONFIG / group / f"{base}.yaml"] if base else sorted((CONFIG / group).glob("*.yaml")):
+        keys = keys_of(file, f"{group}.")
+        parts += [*([] if base else [f"### {group}={file.stem}", headline(file)]), table(keys)]
+    return [*parts, *presets(group)] if base else parts
+
+
+def presets(group: str) -> list[str]:
+    """A line for each preset of a group, with what it changes; nothing where there is none."""
+    files = sorted(file for file in (CONFIG / group).glob("*.yaml") if file.stem != PRESETS[group])
+    rows = [f"| `{file.stem}` | {headline(file)} | {changes(file)} |" for file in files]
+    return ["\n".join(["| preset | what it is | what it sets |", "|---|---|---|", *rows]) + "\n"] if rows else []
+
+
+def changes(file: Path) -> str:
+    """What a preset sets, as code."""
+    keys = [key for key in keys_of(file) if key.default]
+    return ", ".join(code(f"{key.name}={key.default}") for key in keys)
+
+
+def page() -> str:
+    """The whole page."""
+    parts = ["## Groups", choices(), "## Of the run", table(keys_of(CONFIG / "config.yaml"))]
+    for group, said in GROUPS.items():
+        parts += of_group(group, said)
+    for group in PRESETS.keys() - GROUPS.keys():
+        found = presets(group) if (CONFIG / group).is_dir() else []
+        parts += [f"## +{group}", f"Added by `+{group}=NAME`.", *found] if found else []
+    parts += ["## The labelling app", headline(CONFIG / "collect.yaml"), table(keys_of(CONFIG / "collect.yaml"))]
+    return HEAD + "\n\n".join(part.strip("\n") for part in parts) + "\n"
+
+
+def main() -> None:
+    """Write the page, or look whether it is as config/ says."""
+    made = page()
+    if "--check" not in sys.argv[1:]:
+        PAGE.write_text(made)
+    elif not PAGE.is_file() or PAGE.read_text() != made:
+        sys.exit("docs/key-reference.md is not what config/ says: run python scripts/key_reference.py")
+
+
+if __name__ == "__main__":
+    main()

@@ -164,7 +164,7 @@ LONGEST_NAME = 200
 
 
 def _check_sections(config: DictConfig) -> None:
-    for key in ("model.from_config", "optimizer_kwargs", "wandb", "evaluation"):
+    for key in ("model.from_config", "optimizer_kwargs", "pruner_kwargs", "wandb", "evaluation"):
         section = OmegaConf.select(config, key)
         _require(isinstance(section, DictConfig), key, section, "a section: keys with values, or {}")
     for key in (*TEXTS, *OPTIONAL_TEXTS):

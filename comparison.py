@@ -19,7 +19,9 @@ from model_card import NOT_SHOWN, without_secrets
 from pages import page, write_page
 from run_files import (
     ABOUT,
+    JOB,
     METRICS,
+    PRUNED,
     RESULTS_FILE,
     config_in,
     json_object,
@@ -65,6 +67,8 @@ class Run:
         """What lies in a run directory."""
         rows = metric_rows(run_dir / METRICS)
         said = progress(rows, json_object(run_dir / ABOUT))
+        state = "pruned" if (run_dir / PRUNED).exists() else json_object(run_dir / JOB).get("state")
+        said += f", {state}" if state in ("pruned", "failed", "stopped") else ""
         return cls(name, dotted(config_in(run_dir)), *split_rows(rows), said, results_of(run_dir / RESULTS_FILE))
 
     @property

@@ -18,9 +18,11 @@ from utils import UserError, nearest
 CONFIG_DIR = Path(__file__).parent / "config"
 GROUPS = ("model", "loss", "trainer")
 # Sections whose keys are another library's or the user's, and so not listed in our files.
-OPEN_SECTIONS = ("model.from_config", "optimizer_kwargs", "loss.options")
+OPEN_SECTIONS = ("model.from_config", "optimizer_kwargs", "loss.options", "pruner_kwargs")
 BITSANDBYTES_OPTIMIZERS = ("AdamW8bit", "RMSprop8bit", "Lion8bit", "PagedAdamW", "PagedAdamW8bit")
 OPTIMIZERS = ("RMSprop", "AdamW", "Adam", "SGD", *BITSANDBYTES_OPTIMIZERS)
+# Of Optuna's those that judge by the values of runs alone.
+PRUNERS = ("MedianPruner", "PercentilePruner", "ThresholdPruner")
 SCHEDULES = ("constant", "linear", "cosine", "inverse_sqrt")
 # How FSDPTrainer lays weights out: ZeRO stage 3, 2, 1; replicas; stage 3 within a machine and replicas across.
 SHARDINGS = ("full", "grad_op", "optimizer", "none", "hybrid")
@@ -141,7 +143,7 @@ COUNTS = (
 OPTIONAL_COUNTS = (
     "n_epochs", "n_examples", "n_eval_examples", "max_tokens_per_microbatch", "save_every", "keep_last",
     "keep_best", "evaluation.n_prompts", "evaluation.task_limit", "n_steps", "early_stopping_patience",
-    "per_device_batch_size",
+    "per_device_batch_size", "gpus_per_job",
 )  # fmt: skip
 COUNTS_FROM_ZERO = ("warmup_steps", "n_eval_model_samples", "seed")
 SWITCHES = (
@@ -152,7 +154,7 @@ SWITCHES = (
 
 TEXTS = ("exp_name", "wandb.project", "objective", "evaluation.against")
 OPTIONAL_TEXTS = (
-    "resume", "system_prompt", "wandb.entity", "cache_dir", "model.name_or_path", "model.tokenizer_name_or_path",
+    "resume", "sweep_dir", "system_prompt", "wandb.entity", "cache_dir", "model.name_or_path", "model.tokenizer_name_or_path",
     "model.archive", "model.block_name", "evaluation.to", "evaluation.judge", "evaluation.judge_url", "evaluation.task_path",
 )  # fmt: skip
 
@@ -162,7 +164,7 @@ LONGEST_NAME = 200
 
 
 def _check_sections(config: DictConfig) -> None:
-    for key in ("model.from_config", "optimizer_kwargs", "wandb", "evaluation"):
+    for key in ("model.from_config", "optimizer_kwargs", "pruner_kwargs", "wandb", "evaluation"):
         section = OmegaConf.select(config, key)
         _require(isinstance(section, DictConfig), key, section, "a section: keys with values, or {}")
     for key in (*TEXTS, *OPTIONAL_TEXTS):
@@ -215,6 +217,8 @@ def _check_choices(config: DictConfig) -> None:
         )
     if config.weight_decay is not None and "weight_decay" in config.optimizer_kwargs:
         raise UserError("weight_decay: given here and in optimizer_kwargs, which decays all weights. Expected one of them.")
+    if config.pruner is not None and config.pruner not in PRUNERS:
+        raise UserError(f"pruner: no pruner {config.pruner!r}; {nearest(str(config.pruner), PRUNERS)}")
     _require(config.lr_schedule in SCHEDULES, "lr_schedule", config.lr_schedule, ", ".join(SCHEDULES))
     optional = ("model.fsdp_policy_mp", "model.autocast_dtype", "model.quantized_compute_dtype")
     for key in ("model.policy_dtype", "model.reference_dtype", *optional):

@@ -20,9 +20,9 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, r
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from configuration import is_sharded
-from ranks import in_worker, local_rank, local_world_size
+from ranks import local_rank, local_world_size
 from stopping import ENDED_AT_ONCE, SIGNALS, STOPPED, StoppedError
-from utils import UserError, usable_cores
+from utils import UserError, in_worker, usable_cores
 
 # How what the launcher hears of a worker begins where the mistake was the user's.
 MISTAKE = "UserError: "

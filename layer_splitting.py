@@ -31,10 +31,9 @@ from models import (
     share_prefixes,
     weights_hash,
 )  # fmt: skip
-from ranks import in_worker
 from response_trees import TreeLayout
 from sharding import check_divisible
-from utils import UserError, first_line
+from utils import UserError, first_line, in_worker
 
 # ---- is it for this model? ----------------------------------------------------------------------------------------------
 

@@ -202,6 +202,7 @@ NOT_SHOWN = (
     "hydra", "datasets", "exp_name", "local_dirs", "local_run_dir", "cache_dir", "wandb", "resume", "fsdp_port", "debug",
     "dry_run", "model.archive", "model.name_or_path", "model.tokenizer_name_or_path", "save_", "keep_", "max_wall_time",
     "minimum_log_interval_secs", "trainer.nproc_per_node", "trainer.device_memory", "trainer.world_size",
+    "sweep_dir", "pruner", "gpus_per_job",
 )  # fmt: skip
 
 

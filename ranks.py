@@ -73,11 +73,6 @@ def several() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
-def in_worker() -> bool:
-    """Whether this process is one of several that a launcher has started."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
-
-
 def local_rank() -> int:
     """This worker's number on its machine."""
     return int(os.environ.get("LOCAL_RANK", 0))

@@ -1,15 +1,19 @@
 """The reference's log-probs of a run's data: computed in one pass, kept on disk, and found again by what they depend on.
 
 A file's name is a hash of the reference's weights, of its dtype and way of computing, and of the tokenised data. Runs that
-agree in all of these share it: later runs, and the jobs of a sweep. A file that is damaged is computed anew.
+agree in all of these share it: later runs, and the jobs of a sweep, of which one computes it while the others wait. A file that
+is damaged is computed anew.
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
 import torch
 import xxhash
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
 from batches import examples_of, pieces_of
@@ -43,19 +47,58 @@ def reference_logps_of(reference: LiveReference, prompts: Selection, path: Path,
     Read from `path`, which `cache_path` gave, where they have been computed before, else computed and written there; says
     which.
     """
+    logps = _found(path, ranks)
+    if logps is None:
+        with _alone(path, ranks):
+            # Jobs of a sweep come here at the same time: the first one computes, and the others find what it has left.
+            logps = _found(path, ranks)
+            if logps is None:
+                return _made(reference, prompts, path, ranks)
+    print(f"reference: log-probs of {_count(logps)} responses read from {path}", flush=True)
+    return logps
+
+
+def _found(path: Path, ranks: Ranks) -> Tensor | None:
+    """What was computed before, on all ranks; None where it was not, or the file is damaged."""
     # The main rank alone looks: another machine may not see the same file yet, or at all, and all have to do the same.
-    there = ranks.from_main(path.exists())
-    logps = ranks.from_main(_read(path) if there and ranks.is_main else None)
-    if logps is not None:
-        print(f"reference: log-probs of {_count(logps)} responses read from {path}", flush=True)
-        return logps
-    if there:
+    return ranks.from_main(_read(path) if ranks.is_main and path.exists() else None)
+
+
+def _made(reference: LiveReference, prompts: Selection, path: Path, ranks: Ranks) -> Tensor:
+    if ranks.is_main and path.exists():
         print(f"reference: {path} is damaged and computed anew", flush=True)
     logps = compute_logps(reference, prompts, ranks)
     if ranks.is_main:
         _write(path, logps)
         print(f"reference: log-probs of {_count(logps)} responses computed once, kept in {path}", flush=True)
     return logps
+
+
+@contextmanager
+def _alone(path: Path, ranks: Ranks) -> Iterator[None]:
+    """Inside, no other run computes what is to lie under `path`; waits for one that does."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path.with_suffix(".lock"))
+    waits = False
+    # In short turns: the other ranks of this run wait for the main one's word, and not for ever.
+    while not ranks.from_main(ranks.is_main and _acquired(lock, 10.0 if waits else 0.0)):
+        if not waits:
+            print("reference: waiting for the run that computes its log-probs", flush=True)
+        waits = True
+    try:
+        yield
+    finally:
+        if ranks.is_main:
+            lock.release()
+
+
+def _acquired(lock: FileLock, patience: float) -> bool:
+    """Whether a lock could be had in so many seconds."""
+    try:
+        lock.acquire(timeout=patience)
+    except Timeout:
+        return False
+    return True
 
 
 def _count(logps: Tensor) -> int:

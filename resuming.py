@@ -13,7 +13,7 @@ from torch import Tensor
 
 from checkpoints import checkpoints_of, fault_of, newest_usable, read_state
 from ledger import cut_back_ledger
-from run_files import BAD_STEPS, METRICS, SAMPLES
+from run_files import BAD_STEPS, METRICS, PRUNED, SAMPLES
 from utils import UNREADABLE, UserError, dotted, first_line, misfit, replace_symlink
 
 # Keys that may differ from those of the run's beginning: how long it runs, what it says and writes, where it computes.
@@ -26,6 +26,7 @@ MAY_DIFFER = (
     "trainer.name", "trainer.nproc_per_node", "trainer.sharding", "trainer.tensor_parallel_size", "trainer.cpu_offload",
     "trainer.distributed_timeout_minutes", "trainer.reduce_dtype", "activation_checkpointing",
     "max_tokens_per_microbatch", "prefix_sharing", "reference_logps", "eval_only", "evaluation", "ledger",
+    "sweep_dir", "pruner", "pruner_kwargs", "gpus_per_job",
 )  # fmt: skip
 
 
@@ -164,6 +165,7 @@ def cut_back(run_dir: Path, checkpoint: Path | None) -> None:
         if (run_dir / name).exists():
             _keep_rows(run_dir / name, examples)
     cut_back_ledger(run_dir, examples)
+    (run_dir / PRUNED).unlink(missing_ok=True)
     for later in checkpoints_of(run_dir):
         if int(later.name.removeprefix("step-")) > examples:
             aside = later.with_name(f"{later.name}.set-aside")

@@ -17,6 +17,8 @@ from utils import UNREADABLE, misfit, usable_cores
 
 METRICS, SAMPLES, BAD_STEPS, EVENTS = "metrics.jsonl", "samples.jsonl", "bad_batches.jsonl", "events.jsonl"
 RESULTS_FILE, ABOUT, FLAGGED = "results.json", "about.json", "flagged_pairs.jsonl"
+# Of a sweep's jobs: what became of the job; that it ended before its time, since others did better.
+JOB, PRUNED = "job.json", "pruned.json"
 # What a clock or the machine says of a step: it differs between runs that are the same.
 MEASURED = ("examples_per_second", "memory_gib")
 # Libraries that numbers may depend on.

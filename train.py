@@ -23,7 +23,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+import sweeps
 from configuration import (
+    CONFIG_DIR,
     LONGEST_NAME,
     caches_reference,
     check_config,
@@ -38,7 +40,7 @@ from configuration import (
     task_names,
 )
 from stopping import STOPPED, StoppedError
-from utils import UserError, first_existing, first_to_speak
+from utils import UserError, first_existing, first_to_speak, in_worker
 
 
 def remove_empty(run_dir: Path) -> None:
@@ -63,31 +65,50 @@ def folders_of(local_dirs) -> list[str]:
 
 
 OmegaConf.register_new_resolver("new_run_dir", new_run_dir, use_cache=True, replace=True)
+OmegaConf.register_new_resolver("either", lambda wanted, otherwise: wanted or otherwise, replace=True)
+OmegaConf.register_new_resolver("jobs_at_once", sweeps.jobs_at_once, replace=True)
 
 
-@hydra.main(version_base="1.3", config_path="config", config_name="config")
+@hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="config")
 def main(config: DictConfig) -> float | None:
     """One run, or one job of a sweep. Returns its `objective`, for a sweeper to make small or large."""
-    run_dir = Path(HydraConfig.get().runtime.output_dir)
+    composed = HydraConfig.get()
+    run_dir, overrides = Path(composed.runtime.output_dir), list(composed.overrides.task)
+    in_sweep = composed.mode == RunMode.MULTIRUN
+    checked_start = partial(check_and_start, overrides=overrides, choices=dict(composed.runtime.choices), in_sweep=in_sweep)
+    config.sweep_dir = str(Path(composed.sweep.dir).absolute()) if in_sweep else None
     try:
-        check_config(config, list(HydraConfig.get().overrides.task), dict(HydraConfig.get().runtime.choices))
-        config.local_run_dir = str(run_dir)
-        return start(config, run_dir, in_sweep=HydraConfig.get().mode == RunMode.MULTIRUN)
+        # Workers that torchrun has started go through the jobs together; what becomes of one becomes of all.
+        if in_sweep and not config.dry_run and not in_worker():
+            return sweeps.run_job(checked_start, config, run_dir, overrides)
+        return checked_start(config, run_dir)
     except UserError as error:
         # Not raised further: Hydra would add lines of its own to the message.
         sys.exit(_refuse(str(error)))
     except StoppedError as stopped:
-        print(f"{stopped}; resume=auto or resume=RUN_DIRECTORY goes on from there", flush=True)
+        advice = "" if in_sweep else "; resume=auto or resume=RUN_DIRECTORY goes on from there"
+        print(f"{stopped}{advice}", flush=True)
         sys.exit(STOPPED)
     finally:
         remove_empty(run_dir)
         release_memory()
 
 
+def check_and_start(
+    config: DictConfig, run_dir: Path, overrides: list[str], choices: dict[str, str], in_sweep: bool
+) -> float | None:
+    """`start`, once the configuration has been found sound. overrides and choices are Hydra's. Raises UserError."""
+    check_config(config, overrides, choices)
+    if config.pruner and not in_sweep:
+        raise UserError("pruner: found one, and this run has no others to be compared with. Add -m, or pruner=null.")
+    config.local_run_dir = str(run_dir)
+    sweeps.take_gpus(config.gpus_per_job)
+    return start(config, run_dir, in_sweep)
+
+
 def start(config: DictConfig, run_dir: Path, in_sweep: bool) -> float | None:
     """Run in this process, or in several that are started here where the trainer wants them."""
     from launching import launch, number_of_workers, silence_others
-    from ranks import in_worker
 
     settle_batch_size(config)
     if config.dry_run or not is_sharded(config):
@@ -136,6 +157,7 @@ def run(config: DictConfig, run_dir: Path, in_sweep: bool = False, trainer: str 
     from losses import build_loss
     from models import check_model, load_tokenizer
     from optimization import check_optimizer
+    from pruning import build_pruner
     from task_suites import check_harness
     from trainers import TRAINERS
     from utils import allow_tf32, quiet_libraries, seed_everything, settle_memory
@@ -145,6 +167,7 @@ def run(config: DictConfig, run_dir: Path, in_sweep: bool = False, trainer: str 
     allow_tf32(config.tf32)
     seed_everything(config.seed)
     check_optimizer(config)
+    pruner = build_pruner(config) if config.pruner else None
     if config.eval_only and task_names(config):
         check_harness()
     loss = build_loss(**OmegaConf.to_container(config.loss, resolve=True), seed=config.seed)
@@ -161,15 +184,16 @@ def run(config: DictConfig, run_dir: Path, in_sweep: bool = False, trainer: str 
     try:
         if config.eval_only:
             return evaluate(config, trainer_class, placement, loss, data, run_dir)
-        return train(config, trainer_class, placement, loss, data, run_dir, in_sweep)
+        return train(config, trainer_class, placement, loss, data, run_dir, in_sweep, pruner)
     finally:
         placement.end()
 
 
-def train(config: DictConfig, trainer_class, placement, loss, data, run_dir: Path, in_sweep: bool) -> float | None:
-    """Train on a placement, from the beginning or from a checkpoint of the same run."""
+def train(config: DictConfig, trainer_class, placement, loss, data, run_dir: Path, in_sweep: bool, pruner=None) -> float | None:
+    """Train on a placement, from the beginning or from a checkpoint of the same run. pruner: Optuna's, None in most runs."""
     from checkpoints import CheckpointWriter
     from ledger import Ledger
+    from pruning import Pruning
     from resuming import checkpoint_to_continue
     from stopping import StopRequests
     from tracking import NoTracker
@@ -200,7 +224,9 @@ def train(config: DictConfig, trainer_class, placement, loss, data, run_dir: Pat
             writer = opened.enter_context(CheckpointWriter(*made, patience_minutes=patience))
         stop = opened.enter_context(StopRequests(config.max_wall_time))
         ledger = Ledger(run_dir, ranks, tracker.say) if config.ledger and loss.paired else None
-        trainer = trainer_class(config, **parts, tracker=tracker, writer=writer, ranks=ranks, stop=stop, ledger=ledger)
+        pruning = Pruning(Path(config.sweep_dir), run_dir, config.objective, config.eval_every, pruner) if pruner else None
+        followed = {"tracker": tracker, "writer": writer, "stop": stop, "ledger": ledger, "pruning": pruning}
+        trainer = trainer_class(config, **parts, **followed, ranks=ranks)
         if checkpoint:
             trainer.continue_from(checkpoint)
         if trainer.finished:
@@ -492,7 +518,7 @@ def command_line() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     sys.argv[1:] = force_open_sections(sys.argv[1:])
     try:
-        main()
+        sweeps.run_through(main)
     except (HydraException, OmegaConfBaseException) as error:
         sys.exit(_refuse(explain_composition_error(error)))
     except OSError as error:
@@ -508,4 +534,7 @@ def command_line() -> None:
 
 
 if __name__ == "__main__":
-    command_line()
+    # As a module, under the name by which the processes of a sweep's jobs find its functions.
+    from train import command_line as run_command_line
+
+    run_command_line()

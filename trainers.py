@@ -36,6 +36,7 @@ from logprobs import response_logps
 from losses import Loss, LossOutput, Survey, example_metrics
 from optimization import build_optimizer, flat_state, schedule, warmup_steps
 from placement import OneProcess, Sharded, SplitLayers, TensorParallel
+from pruning import Pruning
 from ranks import ALONE, Ranks, let_go_of_gathered, several
 from sampling import sample_answers
 from sharding import clip_by_global_norm
@@ -71,9 +72,10 @@ class BasicTrainer:
 
     policy has been placed where it trains. reference gives the log-probs [R] of a batch; None where the loss needs none.
     sample_prompts are the token ids of the held-out prompts that are answered at each evaluation. writer writes checkpoints;
-    None for none. stop says why the run is to stop before its end. ledger keeps the margins of pairs; None for none. held_out
-    is the newest evaluation's result, None before the first; held_out_means its means, those of the run so far where it goes
-    on from a checkpoint.
+    None for none. stop says why the run is to stop before its end. ledger keeps the margins of pairs; None for none. pruning
+    says whether other jobs of the sweep do so much better that this one ends; None where there is no sweep, or none is to.
+    held_out is the newest evaluation's result, None before the first; held_out_means its means, those of the run so far where
+    it goes on from a checkpoint.
     """
 
     placement = OneProcess
@@ -93,6 +95,7 @@ class BasicTrainer:
         ranks: Ranks = ALONE,
         stop: StopRequests | None = None,
         ledger: Ledger | None = None,
+        pruning: Pruning | None = None,
     ):
         self.config = config
         self.ranks = ranks
@@ -108,6 +111,8 @@ class BasicTrainer:
         self.writer = writer
         self.stop = stop or StopRequests()
         self.ledger = ledger
+        self.pruning = pruning
+        self.pruned = False
         self.optimizer = build_optimizer(policy, config)
         # Gradients of float16 products would underflow; a step whose scaled gradients overflow is left out.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=computes_in_float16(config))
@@ -157,9 +162,10 @@ class BasicTrainer:
 
     @property
     def finished(self) -> bool:
-        """Whether there is no step left to take, or `objective` has not become better for long enough."""
+        """Whether no step is left to take, `objective` has not become better for long enough, or the run was pruned."""
         patience = self.config.early_stopping_patience
-        return self.train_batches.finished or (patience is not None and self.evaluations_since_best >= patience)
+        not_better = patience is not None and self.evaluations_since_best >= patience
+        return self.train_batches.finished or not_better or self.pruned
 
     def before_first_step(self) -> None:
         """What is known of the reference while the policy is the same, and the first evaluation."""
@@ -363,6 +369,7 @@ class BasicTrainer:
             self.tracker.log_samples(self.sample(), self.examples)
         if self.ledger is not None:
             self.ledger.write()
+        self.prune()
         self.tracker.report()
 
     def compare_with_best(self) -> None:
@@ -377,6 +384,16 @@ class BasicTrainer:
             self.tracker.say(
                 f"early stopping: {objective} was not better than {self.best:.4g} in {self.evaluations_since_best} evaluations"
             )
+
+    def prune(self) -> None:
+        """End the run here, and say so, where other jobs of the sweep do much better; not before its first step."""
+        if self.pruning is None or self.finished or not self.examples:
+            return
+        judged = self.pruning.verdict(self.examples, self.held_out_means[self.config.objective]) if self.ranks.is_main else None
+        verdict = self.ranks.from_main(judged)
+        self.pruned = verdict is not None
+        if self.pruned:
+            self.tracker.say(f"pruned: {verdict}")
 
     def answers(self, model: nn.Module | None = None) -> list[str]:
         """A model's answers to the sample prompts; the policy's, unless another is given."""

@@ -113,6 +113,11 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def in_worker() -> bool:
+    """Whether this process is one of several that a launcher has started."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
 def first_to_speak() -> bool:
     """Whether this process is to say what all workers of its machine would: the first of them that asks; always, if alone.
 

@@ -1,6 +1,7 @@
 """The reference's log-probs are computed once, found again by all they depend on, and never trusted when damaged."""
 
 import copy
+from threading import Event, Thread
 
 import numpy
 import pytest
@@ -110,3 +111,24 @@ def test_held_out_responses_are_numbered_behind_those_that_are_trained_on(model,
 
 def test_rows_that_no_prompt_has_are_not_a_number(model, tmp_path):
     assert logps_in(tmp_path, model, TABLE.select(numpy.arange(1, 9))).isnan().tolist() == [True] * 3 + [False] * 24
+
+
+def test_of_two_runs_that_come_at_the_same_time_one_computes_and_the_other_waits_and_reads(
+    model, tmp_path, monkeypatch, capsys
+):
+    waits, found, usual = Event(), [], reference_cache.compute_logps
+    second = Thread(target=lambda: found.append(logps_in(tmp_path, model, PROMPTS)))
+    acquired = reference_cache._acquired
+    monkeypatch.setattr(reference_cache, "_acquired", lambda *args: acquired(*args) or waits.set())
+
+    def compute(*args):
+        second.start()
+        assert waits.wait(60), "the second run comes while the first computes"
+        return usual(*args)
+
+    monkeypatch.setattr(reference_cache, "compute_logps", compute)
+    found.append(logps_in(tmp_path, model, PROMPTS))
+    second.join(60)
+    assert torch.equal(*found)
+    out = capsys.readouterr().out
+    assert [out.count(text) for text in ("computed once", "waiting for the run", "responses read from")] == [1, 1, 1]

@@ -178,6 +178,9 @@ class CheckpointWriter:
         try:
             if self.ranks.is_main:
                 shutil.rmtree(partial, ignore_errors=True)
+            if self.group is not None:
+                # Those who are ahead would begin in a folder that is then removed.
+                torch.distributed.barrier(group=self.group)
             self._write_tensors(snapshot.weights, partial, whole=True)
             for part in ("optimizer", "reference"):
                 if tensors := getattr(snapshot, part):

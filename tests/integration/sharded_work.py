@@ -5,13 +5,17 @@ Every rank also runs the same thing alone, in one process, and the two are compa
 
 import json
 import math
+import shutil
+import time
 from pathlib import Path
+from unittest import mock
 
 import torch
 from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from batches import BatchIterator, MicroBatch, TokenBudget, evaluation_batches, examples_of, pieces_of
+from checkpoints import CheckpointWriter, Snapshot
 from conftest import GOLDEN
 from evaluation import evaluate
 from launching import end_group, start_group
@@ -236,6 +240,27 @@ def evaluate_unevenly(settings: dict, num_rows: int) -> dict:
         "logps": (logps[0] - logps[1]).abs().max().item(),
         "seen": seen,
     }
+
+
+def write_into_a_folder_that_is_cleared_late(settings: dict, folder: str) -> list[str]:
+    """What the main rank removes when it is slow to remove what an earlier run has left of a checkpoint, and what is then said."""
+    world = World(settings)
+    trainer, ranks = world.sharded("llama", {"name": "sft"}, world.mesh("full"), "full")
+    partial = Path(folder) / "step-0.partial"
+    said: list[str] = []
+    with CheckpointWriter(Path(folder), trainer.policy, world.tokenizer, ranks, say=said.append, patience_minutes=1) as writer:
+        remove = shutil.rmtree
+
+        def late(path, **how) -> None:
+            if Path(path) == partial:
+                time.sleep(1)
+                said.extend(found.name for found in partial.iterdir())
+            remove(path, **how)
+
+        with mock.patch("checkpoints.shutil.rmtree", late):
+            writer.write(Snapshot.of(0, trainer.weights(), {}, {}))
+    end_group()
+    return said
 
 
 def keep_on_disks_of_their_own(settings: dict, folder: str) -> dict:

@@ -80,6 +80,12 @@ def test_held_out_rows_are_scored_once_by_any_number_of_ranks(settings, ranks):
     assert results["seen"] == [101, 101]
 
 
+def test_no_rank_writes_into_a_folder_that_the_main_one_is_still_removing(settings, tmp_path):
+    (tmp_path / "step-0.partial" / "left").mkdir(parents=True)
+    said = launch(sharded_work.write_into_a_folder_that_is_cleared_late, (settings, str(tmp_path)), 2, None)
+    assert said == ["left", f"checkpoint: {tmp_path / 'step-0'}"]
+
+
 def test_machines_that_do_not_share_a_disk_use_the_log_probs_that_the_main_one_keeps(settings, tmp_path):
     results = launch(sharded_work.keep_on_disks_of_their_own, (settings, str(tmp_path)), 2, None)
     assert results == {"apart": [0, 0], "kept": [True, False]}

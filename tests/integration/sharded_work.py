@@ -243,7 +243,7 @@ def evaluate_unevenly(settings: dict, num_rows: int) -> dict:
 
 
 def write_into_a_folder_that_is_cleared_late(settings: dict, folder: str) -> list[str]:
-    """What the main rank removes when it is slow to remove what an earlier run has left of a checkpoint, and what is then said."""
+    """What the main rank removes when it is slow to remove the remains of a checkpoint, and what is then said."""
     world = World(settings)
     trainer, ranks = world.sharded("llama", {"name": "sft"}, world.mesh("full"), "full")
     partial = Path(folder) / "step-0.partial"

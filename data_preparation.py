@@ -18,7 +18,7 @@ from dataset_entries import Entry, load_records
 from prompt_table import PromptTable, TablePart, write_columns
 from records import DataReport, PreferenceRecord
 from tokenization import TokenizedPrompt, TokenSettings, read_tokenised, tokenize_records
-from utils import UserError, rare_garbage_collection
+from utils import UserError, locked, rare_garbage_collection
 
 # The code that decides what token ids come of a text; another version of it is another file.
 SHAPING_MODULES = (
@@ -84,20 +84,11 @@ class _Preparation:
 
     def result(self) -> tuple[TablePart | None, DataReport]:
         """The whole file, mapped, None where it has no prompt, and the report. Prepares it if need be."""
-        from filelock import FileLock, Timeout
-
+        waiting = f"{self.entry.name}: waiting for the process that prepares it"
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.directory / f"{self.key}.lock")
-            try:
-                lock.acquire(timeout=0)
-            except Timeout:
-                print(f"{self.entry.name}: waiting for the process that prepares it", flush=True)
-                lock.acquire()
-            try:
+            with locked(self.directory / f"{self.key}.lock", waiting):
                 return self._find() or self._make()
-            finally:
-                lock.release()
         except OSError as error:
             raise UserError(
                 f"local_dirs: prepared data cannot be kept in {self.directory}: {error.strerror or error}. Expected a folder "

@@ -30,8 +30,13 @@ LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "numpy", "peft")
 
 def json_lines(file: Path) -> Iterator[dict]:
     """The rows of a file of JSON objects; lines that are none are passed over, and there may be no file."""
+    return rows_in(file.read_bytes() if file.is_file() else b"")
+
+
+def rows_in(lines: bytes) -> Iterator[dict]:
+    """The JSON objects among some lines."""
     # Bytes: a text may hold what Python takes for the end of a line, and half a row may end within a letter.
-    for line in file.read_bytes().split(b"\n") if file.is_file() else ():
+    for line in lines.split(b"\n"):
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):

@@ -36,7 +36,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from run_files import JOB, METRICS, PRUNED, json_object
 from stopping import ENDED_AT_ONCE, SAME_SIGNAL, SIGNALS, STOPPED, StoppedError
-from utils import UserError, first_line
+from utils import UserError, first_line, locked
 
 START, JOBS, STOP = "sweep.json", "jobs.json", ".stop"
 # Keys in which a job may differ from what it was at an earlier start of its sweep: where it computes and what it says.
@@ -246,7 +246,7 @@ def run_job(run: Callable, config: DictConfig, given: Path, overrides: list[str]
     """
     sweep = Path(config.sweep_dir)
     directory = claim(sweep, given, config, overrides)
-    with _alone(directory):
+    with locked(directory / f".{JOB}.lock", f"sweep: waiting for the process that runs {directory}"):
         job = Job(directory, json_object(directory / JOB))
         start = json_object(sweep / START).get("start")
         if job.state in OVER:
@@ -366,21 +366,6 @@ def _is_held(directory: Path) -> bool:
     except Timeout:
         return True
     return False
-
-
-@contextmanager
-def _alone(directory: Path) -> Iterator[None]:
-    """Inside, no other process runs the same job; waits for one that does, of an earlier start perhaps."""
-    lock = FileLock(directory / f".{JOB}.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        print(f"sweep: waiting for the process that runs {directory}", flush=True)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _write_json(file: Path, values: dict) -> None:

@@ -3,7 +3,6 @@
 metrics.jsonl, events.jsonl, as they grow -> Watched -> a screen, drawn again when something has come
 """
 
-import json
 import time
 from collections.abc import Iterator
 from datetime import datetime
@@ -16,7 +15,7 @@ from rich.live import Live
 from rich.text import Text
 
 from charts import bucketed
-from run_files import ABOUT, EVENTS, METRICS, config_in, json_object, progress, split_rows
+from run_files import ABOUT, EVENTS, METRICS, config_in, json_object, progress, rows_in, split_rows
 from run_report import CHARTS, metric_line
 from utils import UserError
 
@@ -49,17 +48,7 @@ class GrowingFile:
             # The last line may be half written.
             whole = file.read().rpartition(b"\n")[0]
         self.read_to += len(whole) + 1 if whole else 0
-        return list(_objects(whole)), begun_anew
-
-
-def _objects(lines: bytes) -> Iterator[dict]:
-    for line in lines.split(b"\n"):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(row, dict):
-            yield row
+        return list(rows_in(whole)), begun_anew
 
 
 class Watched:

@@ -44,6 +44,23 @@ def dotted(values: dict, prefix: str = "") -> dict:
     return flat
 
 
+@contextmanager
+def locked(path: Path, waiting: str) -> Iterator[None]:
+    """Inside, no other process holds the lock at `path`; says `waiting` where one does, and waits for it."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(waiting, flush=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 # What reading damaged JSON raises, and looking for something in it.
 UNREADABLE = (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError)
 

@@ -42,24 +42,10 @@ def settings(folder: Path, *overrides: str) -> list[str]:
 # ---- one run in this process, with a clock at the places of interest ---------------------------------------------------
 
 
-def clocked(owner, name: str, seconds: list[float]) -> None:
-    """Have a method note how long each call takes."""
-    usual = getattr(owner, name)
-
-    def method(*args, **kwargs):
-        started = time.perf_counter()
-        try:
-            return usual(*args, **kwargs)
-        finally:
-            seconds.append(time.perf_counter() - started)
-
-    setattr(owner, name, method)
-
-
 def one_run(mode: str, folder: Path) -> dict:
     """Train, and write all but the last checkpoint on the way: seconds of each call, and the peak of memory."""
     from hydra import compose, initialize_config_dir
-    from measure import peak_bytes
+    from measure import clocked, peak_bytes
 
     import train
     from checkpoints import CheckpointWriter

@@ -35,6 +35,20 @@ class Clock:
             torch.cuda.synchronize()
 
 
+def clocked(owner, name: str, seconds: list[float]) -> None:
+    """Have a method note how long each call takes."""
+    usual = getattr(owner, name)
+
+    def method(*args, **kwargs):
+        started = time.perf_counter()
+        try:
+            return usual(*args, **kwargs)
+        finally:
+            seconds.append(time.perf_counter() - started)
+
+    setattr(owner, name, method)
+
+
 def peak_bytes() -> dict[str, int]:
     """The most memory that this process has held so far: its own, and the GPU's where there is one."""
     # Kilobytes on Linux, bytes on a Mac.

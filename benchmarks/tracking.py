@@ -50,23 +50,10 @@ def pages(rounds: int, folder: Path) -> dict:
     return {"seconds to write": written, "processor seconds to write": computed, "seconds to open": opened, "bytes": size}
 
 
-def clocked(owner, name: str, seconds: list[float]) -> None:
-    """Have a method note how long each call takes."""
-    usual = getattr(owner, name)
-
-    def method(*args, **kwargs):
-        started = time.perf_counter()
-        try:
-            return usual(*args, **kwargs)
-        finally:
-            seconds.append(time.perf_counter() - started)
-
-    setattr(owner, name, method)
-
-
 def training(folder: Path) -> dict[str, list[float]]:
     """Train, with clocks at each step and at all that takes and keeps its numbers: seconds of each call."""
     from hydra import compose, initialize_config_dir
+    from measure import clocked
 
     import train
     import trainers

@@ -1,6 +1,7 @@
 """Pairs that a ledger speaks against are named, and no others; with their texts, in a form to be judged anew."""
 
 import json
+from contextlib import closing
 
 import numpy
 import pytest
@@ -29,6 +30,8 @@ from flagged_pairs import (
 from ledger import Ledger, Sightings
 from logprobs import LiveReference
 from losses import build_loss
+from preference_collection.importing import import_into
+from preference_collection.store import open_store
 from prompt_table import PromptTable
 from tokenization import TokenizedPrompt
 from tracking import Tracker
@@ -198,6 +201,8 @@ def test_the_labelling_app_gets_each_pair_of_texts_once_and_without_its_label(ru
     assert (of_a["version1"], of_a["version2"], of_a["preference"]) == ("the cat", "the rain", None)
     assert of_a["labelled"] == 0 and {"stays wrong", "forgotten", "mislabelled"} == set(of_a["flagged"].split(", "))
     assert next(row for row in rows if row["description"] == "Human: name d")["flagged"] == "contradicted"
+    with closing(open_store(str(tmp_path / "store.duckdb"))) as store:
+        assert import_into(store, tmp_path / "flagged.jsonl").line() == "2 problems added, 2 new pairs"
 
 
 TEXTS = st.text(max_size=3)

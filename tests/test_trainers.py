@@ -7,6 +7,7 @@ import math
 import numpy
 import pytest
 import torch
+from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM
 
 from batches import (
@@ -28,6 +29,7 @@ from models import share_prefixes
 from prompt_table import PromptTable
 from records import PreferenceRecord
 from reference_cache import reference_logps_of
+from shown import write_files
 from tokenization import TokenizedPrompt, TokenSettings, tokenize_records
 from tracking import Tracker
 from trainers import BasicTrainer
@@ -244,9 +246,19 @@ LOSS_CHANGES = {"beta_DPO": ["loss.mode_weight=0.25"], "tr_dpo": ["loss.referenc
 
 
 @pytest.fixture
-def loss_of(compose):
-    """Build the loss of a file in config/loss/, with values that make a difference in a few steps: `loss_of("tr_dpo")`."""
-    return lambda name: build_loss(**compose(f"loss={name}", *LOSS_CHANGES.get(name, [])).loss)
+def loss_of(compose, tmp_path):
+    """Build the loss of a file in config/loss/, with values that make a difference in a few steps: `loss_of("tr_dpo")`.
+
+    `own` is the one that docs/your-own-loss.md shows.
+    """
+    write_files("docs/your-own-loss.md", tmp_path)
+    changes = LOSS_CHANGES | {"own": [f"loss.function={tmp_path}/my_losses.py:CappedDPO"]}
+
+    def build(name: str):
+        loss = compose(f"loss={name}", *changes.get(name, [])).loss
+        return build_loss(**OmegaConf.to_container(loss, resolve=True))
+
+    return build
 
 
 @pytest.mark.parametrize("name", choices_of("loss"))

@@ -226,7 +226,8 @@ def test_a_port_that_is_taken_is_refused_before_anything_starts(tmp_path):
 
 
 def test_a_mistake_that_only_workers_can_see_is_one_message_and_exit_status_2(tmp_path):
-    done = run(tmp_path, "trainer=FSDPTrainer", "batch_size=4", "gradient_accumulation_steps=4")
+    command = [ROOT / "train.py", *SHORT, "trainer=FSDPTrainer", "batch_size=4", "gradient_accumulation_steps=4"]
+    done = forked.run(command, tmp_path, first=forked.fork_workers)
     assert done.returncode == 2, done.stderr
     message = "batch_size: found 4, which in 4 micro-batches gives 1 examples to 2 processes. Expected at least 8,"
     assert any(line.startswith(message) for line in done.stderr.splitlines()), done.stderr

@@ -14,7 +14,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from charts import bucketed
+from charts import bucketed, tick_label, ticks
 from run_files import ABOUT, EVENTS, METRICS, config_in, json_object, progress, rows_in, split_rows
 from run_report import CHARTS, metric_line
 from utils import UserError
@@ -139,6 +139,7 @@ def charts_of(rows: list[dict], width: int, height: int) -> Columns | Text:
 def drawn(title: str, lines: list, width: int, height: int) -> Text:
     """A chart in characters: a plot of so many columns and lines, in a frame with labels."""
     thinned = [bucketed(line, 2 * width) for line in lines]
+    (left, right), (low, high) = (_limits([getattr(line, axis) for line in thinned]) for axis in "xy")
     picture = uniplot.plot_to_string(
         xs=[line.x for line in thinned],
         ys=[line.y for line in thinned],
@@ -149,11 +150,30 @@ def drawn(title: str, lines: list, width: int, height: int) -> Text:
         legend_placement="vertical" if len(thinned) > 2 else "auto",
         width=width,
         height=height,
-        line_length_hard_cap=width + FRAME_WIDTH,
-        y_gridlines=[],
+        x_min=left,
+        x_max=right,
+        y_min=low,
+        y_max=high,
         x_gridlines=[],
+        y_gridlines=[],
+        # It writes 0.5 as 0 where there is room for few.
+        x_labels=False,
+        y_labels=False,
     )
-    return Text.from_ansi(picture, no_wrap=True)
+    rows = picture.splitlines()
+    # Title and upper edge are above the plot's first row.
+    for value in ticks(low, high, max(4, height // 2)):
+        rows[2 + min(height - 1, int((high - value) / (high - low) * height))] += f" {tick_label(value)}"
+    ends = f"{left:,.0f}", f"{right:,.0f}"
+    rows.insert(3 + height, f" {ends[0]}".ljust(width + 2 - len(ends[1])) + ends[1])
+    return Text.from_ansi("\n".join(rows), no_wrap=True)
+
+
+def _limits(values: list) -> tuple[float, float]:
+    """The least and the largest of some arrays' values; a little apart where they are the same."""
+    least, largest = min(map(min, values)), max(map(max, values))
+    apart = 0.1 * abs(least) or 1.0
+    return (least, largest) if largest > least else (least - apart, largest + apart)
 
 
 def watch(run_dir: Path, every: float, once: bool = False, console: Console | None = None) -> None:

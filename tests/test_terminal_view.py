@@ -65,6 +65,18 @@ def test_a_run_is_shown_with_how_far_it_is_its_curves_and_what_happened(run_dir)
     assert "Reward margin" not in text, "there is no number of it"
 
 
+def test_the_numbers_beside_a_chart_stand_at_their_rows(tmp_path):
+    add(tmp_path / "metrics.jsonl", *(step(n, **{"loss/train": n / 100}) for n in range(30, 70)))
+    rows = shown(tmp_path, 60, 20).splitlines()
+    plot = [row for row in rows if row.startswith("│")]
+    labels = {k: float(row.rpartition("│")[2]) for k, row in enumerate(plot) if row.rpartition("│")[2].strip()}
+    assert len(labels) >= 3
+    for k, value in labels.items():
+        # From 0.69 in the upper edge of the first row to 0.3 in the lower edge of the last.
+        assert abs(0.69 - (k + 0.5) * 0.39 / len(plot) - value) <= 0.39 / len(plot)
+    assert rows[rows.index(plot[-1]) + 2].split() == ["30", "69"]
+
+
 def test_a_run_that_has_logged_nothing_says_so(tmp_path):
     (tmp_path / "metrics.jsonl").touch()
     assert "no step yet" in shown(tmp_path) and "No step has been logged yet." in shown(tmp_path)

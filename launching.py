@@ -10,6 +10,8 @@ import resource
 import signal
 import socket
 import sys
+import threading
+import time
 import uuid
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -118,14 +120,22 @@ def _in_worker(function: Callable, arguments: tuple):
     launcher = os.getppid()
     try:
         value = function(*arguments)
-        if os.getppid() != launcher:
-            # The signal that told of its death came too late to stop the run; nobody waits for the value, and the library
-            # would wait for somebody who does.
-            sys.exit(STOPPED)
+        for number in SIGNALS:
+            # Too late for this run.
+            signal.signal(number, signal.SIG_IGN)
+        # The library waits until the launcher has read the value: for ever, if it is dead.
+        threading.Thread(target=_leave_behind, args=(launcher,), daemon=True).start()
         return value
     except StoppedError as stopped:
         print(stopped, flush=True)
         sys.exit(STOPPED)
+
+
+def _leave_behind(launcher: int) -> None:
+    """End this process when its launcher has ended."""
+    while os.getppid() == launcher:
+        time.sleep(0.2)
+    os._exit(STOPPED)
 
 
 def start_group(timeout_minutes: float) -> torch.device:

@@ -207,6 +207,8 @@ def train(config: DictConfig, trainer_class, placement, loss, data, run_dir: Pat
             opened.enter_context(used_by_this_run(run_dir))
         parts = put_together(config, placement, loss, data, checkpoint, in_sweep)
         total = parts["train_batches"].total_examples
+        # Until all that follows is closed: a signal that comes too late to stop the run disturbs its last lines no more.
+        stop = opened.enter_context(StopRequests(config.max_wall_time))
         if ranks.is_main:
             about = describe_run(config, placement, data, checkpoint)
             report = reporter(config, run_dir, loss, placement.tokenizer, data)
@@ -222,7 +224,6 @@ def train(config: DictConfig, trainer_class, placement, loss, data, run_dir: Pat
             made = run_dir, parts["policy"], placement.tokenizer, ranks, config.save_async, *kept, about, tracker.say
             patience = config.trainer.get("distributed_timeout_minutes")
             writer = opened.enter_context(CheckpointWriter(*made, patience_minutes=patience))
-        stop = opened.enter_context(StopRequests(config.max_wall_time))
         ledger = Ledger(run_dir, ranks, tracker.say) if config.ledger and loss.paired else None
         pruning = Pruning(Path(config.sweep_dir), run_dir, config.objective, config.eval_every, pruner) if pruner else None
         followed = {"tracker": tracker, "writer": writer, "stop": stop, "ledger": ledger, "pruning": pruning}

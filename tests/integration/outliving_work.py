@@ -1,6 +1,6 @@
-"""A program of two workers that hear of their launcher's death as a run does, and come to their end all the same.
+"""A program of two workers that hear a signal as a run does, and come to their end all the same.
 
-outliving_work.py FOLDER    each worker leaves a file there, under the number of its process
+outliving_work.py FOLDER    each worker leaves a file there, under the number of its process; the first returns what it heard
 """
 
 import os
@@ -12,13 +12,14 @@ from launching import launch
 from stopping import StopRequests
 
 
-def outlive(folder: str) -> None:
-    """Return when a signal has come."""
+def outlive(folder: str) -> str:
+    """Return the name of a signal when one has come."""
     with StopRequests() as stop:
         (Path(folder) / str(os.getpid())).touch()
         while stop.reason is None:
             time.sleep(0.01)
+    return stop.reason
 
 
 if __name__ == "__main__":
-    launch(outlive, (sys.argv[1],), 2, None)
+    print(launch(outlive, (sys.argv[1],), 2, None))

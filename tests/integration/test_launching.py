@@ -206,6 +206,16 @@ def test_no_worker_waits_for_a_launcher_that_has_died_while_the_run_came_to_its_
     wait_for(lambda: [path for path in workers if Path("/proc", path.name).exists()], lambda alive: not alive)
 
 
+def test_a_run_that_a_signal_reaches_too_late_to_stop_it_ends_as_complete(tmp_path):
+    with (tmp_path / "said").open("w") as said:
+        command = [ROOT / "tests" / "integration" / "outliving_work.py", tmp_path]
+        program = forked.Program(command, tmp_path, said.fileno(), said.fileno(), first=forked.fork_workers)
+    wait_for(lambda: [path for path in tmp_path.glob("[0-9]*")], lambda found: len(found) == 2)
+    program.send_signal(signal.SIGTERM)
+    assert program.wait(60) == 0
+    assert (tmp_path / "said").read_text() == "SIGTERM\n"
+
+
 def wait_for(look, is_there, seconds: float = 60):
     """What `look` gives, when it is what was waited for; fails after so long."""
     deadline = time.monotonic() + seconds

@@ -13,6 +13,8 @@ import numpy
 from markupsafe import Markup, escape
 
 BUCKETS = 120
+# Beyond this the distance of two numbers may be none.
+LARGEST = 1e150
 # Rows of the table under a chart.
 TABLE_ROWS = 12
 # Points up to which each shows its own interval as a bar, and its mark.
@@ -59,12 +61,12 @@ def line_of(rows: Sequence[dict], name: str, label: str, style: int = 0, is_spar
 
 
 def column(rows: Sequence[dict], name: str) -> numpy.ndarray:
-    """What N rows of metrics.jsonl have under a name: [N] float64, NaN for what is no finite number."""
+    """What N rows of metrics.jsonl have under a name: [N] float64, NaN for what is no number that can be drawn."""
     values = [row.get(name) for row in rows]
     if set(map(type, values)) != {float}:
         values = list(map(_number, values))
     found = numpy.array(values, float)
-    return numpy.where(numpy.isfinite(found), found, math.nan)
+    return numpy.where(numpy.abs(found) < LARGEST, found, math.nan)
 
 
 def _number(value) -> float:

@@ -149,7 +149,7 @@ def page() -> str:
     parts = ["## Groups", choices(), "## Of the run", table(keys_of(CONFIG / "config.yaml"))]
     for group, said in GROUPS.items():
         parts += of_group(group, said)
-    for group in PRESETS.keys() - GROUPS.keys():
+    for group in sorted(PRESETS.keys() - GROUPS.keys()):
         found = presets(group) if (CONFIG / group).is_dir() else []
         parts += [f"## +{group}", f"Added by `+{group}=NAME`.", *found] if found else []
     parts += ["## The labelling app", headline(CONFIG / "collect.yaml"), table(keys_of(CONFIG / "collect.yaml"))]

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
@@ -119,6 +119,12 @@ names = st.sampled_from(["loss/train", "loss/eval", "counters/examples", "exampl
 
 
 @settings(max_examples=60, deadline=None)
+@example(metrics=[{"counters/examples": 2.0**53 + 4, "loss/train": 1}], events=[], about={})
+@example(
+    metrics=[{"counters/examples": n, "loss/train": value} for n, value in enumerate((1.7e308, -1.7e308, 1e-320))],
+    events=[],
+    about={},
+)
 @given(
     metrics=st.lists(st.dictionaries(names, json_values, max_size=5), max_size=5),
     events=st.lists(st.dictionaries(names, json_values, max_size=3), max_size=3),

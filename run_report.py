@@ -115,7 +115,7 @@ def report_page(run_dir: Path) -> str:
         samples=samples_of(json_lines(run_dir / SAMPLES)),
         pairs=pairs_of(flagged_rows(run_dir)),
         kinds=KINDS,
-        events=events_of(json_lines(run_dir / EVENTS)),
+        events=events_of(json_lines(run_dir / EVENTS), run_dir),
         data=data_of(about),
         data_sets=[str(entry.get("name") or entry.get("path")) for entry in entries_of(config)] if "datasets" in config else [],
         changed=changed_settings(config),
@@ -292,11 +292,16 @@ class Events:
     left_out: int
 
 
-def events_of(rows: Iterable[dict]) -> Events:
-    """The newest of a run's events: moment, examples and text of each, and whether it is a warning."""
+def events_of(rows: Iterable[dict], run_dir: Path) -> Events:
+    """The newest of a run's events: moment, examples and text of each, paths in its directory made short; is it a warning?"""
     found = [row for row in rows if all(isinstance(row.get(name), kind) for name, kind in EVENT.items())]
     shown = [
-        row | {"moment": row["time"][:19].replace("T", " "), "warns": row["text"].startswith("warning")}
+        {
+            "moment": row["time"][:19].replace("T", " "),
+            "examples": row["examples"],
+            "text": row["text"].replace(f"{run_dir}/", ""),
+            "warns": row["text"].startswith("warning"),
+        }
         for row in found[-EVENTS_SHOWN:]
     ]
     return Events(shown, len(found) - len(shown))

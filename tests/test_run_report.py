@@ -50,7 +50,7 @@ def run_dir(compose, tmp_path) -> Path:
     write_rows(tmp_path / "samples.jsonl", samples)
     pair = {"kind": "forgotten", "source": "toy, train prompt 5", "prompt": HOSTILE, "preferred": "good", "other": "bad"}
     write_rows(tmp_path / "flagged_pairs.jsonl", [pair | {"margins": [0.5, -0.25], "wrong_label_probability": 0.9}])
-    moments = [("begins", 0), (f"warning: {HOSTILE}", 40), ("ends", 80)]
+    moments = [("begins", 0), (f"warning: {HOSTILE}", 40), (f"checkpoint: {tmp_path}/step-80", 80)]
     rows = [{"time": f"2026-11-21T12:00:{n // 2:02}+01:00", "examples": n, "text": text} for text, n in moments]
     write_rows(tmp_path / "events.jsonl", rows)
     write_rows(tmp_path / "bad_batches.jsonl", [{"counters/examples": 8, "pairs": ["row 3"]}])
@@ -81,6 +81,7 @@ def test_everything_that_a_run_has_left_is_in_its_report(run_dir):
     assert "toy train 100 90 10 left out: a text is empty" in text
     assert "loss.beta 0.3 0.1" in text
     assert "2026-11-21 12:00:00 0 begins 2026-11-21 12:00:20 40 warning: " in text
+    assert "80 checkpoint: step-80" in text
     assert [row.find(class_="said").text.startswith("warning: ") for row in page.find_all("tr", class_="warning")] == [True]
     assert "toy, train prompt 5 margins 0.5, -0.25 wrong label 90%" in text
     assert "1 step was not taken" in text

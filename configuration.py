@@ -448,12 +448,17 @@ def check_sizes(config: DictConfig) -> None:
         raise UserError("n_epochs, n_examples, n_steps: all are null, so the run would never end. Set one of them.")
 
 
+def _listed(value):
+    """A key's value in plain types, one text or dict as a list of it: brackets may be left out for one. May be no list."""
+    plain = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+    return [plain] if isinstance(plain, str | dict) else plain
+
+
 def read_entries(config: DictConfig) -> list[Entry]:
     """The entries of `datasets`, understood; brackets may be left out for one. Raises UserError."""
-    datasets = OmegaConf.to_container(config, resolve=True)["datasets"]
-    entries = [datasets] if isinstance(datasets, str | dict) else datasets
+    entries = _listed(config.datasets)
     sound = isinstance(entries, list) and bool(entries)
-    _require(sound, "datasets", datasets, "at least one data set, as in [hh,shp]")
+    _require(sound, "datasets", entries, "at least one data set, as in [hh,shp]")
     defaults = {key: config[key] for key in (*GENERAL_KEYS, "held_out_share") if key in config}
     return [read_entry(entry, defaults) for entry in entries]
 
@@ -512,20 +517,18 @@ TRACKING = ("jsonl", "wandb", "tensorboard")
 
 def dashboard_names(config: DictConfig) -> list[str]:
     """Those of `tracking` that a run's numbers go to beside its own files; brackets may be left out for one."""
-    names = OmegaConf.to_container(config, resolve=True)["tracking"]
     switched_off = {"jsonl"} if config.wandb.enabled else {"jsonl", "wandb"}
-    return [name for name in ([names] if isinstance(names, str) else names) if name not in switched_off and not config.debug]
+    return [] if config.debug else [name for name in _listed(config.tracking) if name not in switched_off]
 
 
 def _check_tracking(config: DictConfig) -> None:
-    names = OmegaConf.to_container(config, resolve=True)["tracking"]
-    listed = [names] if isinstance(names, str) else names
-    sound = isinstance(listed, list) and all(isinstance(name, str) for name in listed) and len(set(listed)) == len(listed)
+    names = _listed(config.tracking)
+    sound = isinstance(names, list) and all(isinstance(name, str) for name in names) and len(set(names)) == len(names)
     _require(sound, "tracking", names, "names, each once, as in [jsonl,wandb]")
-    for name in listed:
+    for name in names:
         if name not in TRACKING:
             raise UserError(f"tracking: nothing is called {name!r}; {nearest(name, TRACKING)}")
-    if "tensorboard" in listed:
+    if "tensorboard" in names:
         try:
             distribution("tensorboard")
         except PackageNotFoundError:

@@ -74,7 +74,7 @@ def start_dashboards(names: list[str], config: dict, run_dir: Path, run_id: str,
         "wandb": lambda: start_wandb(config, run_dir, run_id),
         "tensorboard": lambda: start_tensorboard(config, run_dir, examples),
     }
-    started = ((name, starts[name]()) for name in names if name in starts)
+    started = ((name, starts[name]()) for name in names)
     return [Guarded(name, dashboard) for name, dashboard in started if dashboard is not None]
 
 

@@ -47,8 +47,13 @@ def rows_in(lines: bytes) -> Iterator[dict]:
 
 def metric_rows(file: Path, examples: float = inf) -> list[dict]:
     """The rows of a metrics.jsonl up to so many examples."""
-    rows = ((row.get("counters/examples"), row) for row in json_lines(file))
-    return [row for at, row in rows if isinstance(at, int | float) and at <= examples]
+    return counted(json_lines(file), examples)
+
+
+def counted(rows: Iterable[dict], examples: float = inf) -> list[dict]:
+    """Those rows that say after how many examples they are, up to so many."""
+    found = ((row.get("counters/examples"), row) for row in rows)
+    return [row for at, row in found if isinstance(at, int | float) and at <= examples]
 
 
 def split_rows(rows: Iterable[dict]) -> tuple[list[dict], list[dict]]:

@@ -15,7 +15,7 @@ from rich.live import Live
 from rich.text import Text
 
 from charts import bucketed, tick_label, ticks
-from run_files import ABOUT, EVENTS, METRICS, config_in, json_object, progress, rows_in, split_rows
+from run_files import ABOUT, EVENTS, METRICS, config_in, counted, json_object, progress, rows_in, split_rows
 from run_report import CHARTS, metric_line
 from utils import UserError
 
@@ -68,9 +68,7 @@ class Watched:
             rows, begun_anew = file.added()
             if begun_anew:
                 self.rows[name] = []
-            if name == METRICS:
-                rows = [row for row in rows if isinstance(row.get("counters/examples"), int | float)]
-            self.rows[name] += rows
+            self.rows[name] += counted(rows) if name == METRICS else rows
             changed |= bool(rows) or begun_anew
         return changed
 

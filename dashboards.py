@@ -100,7 +100,8 @@ class WandbRun:
     def log_page(self, path: Path) -> None:
         """As Dashboard's."""
         artifact = self.wandb.Artifact(f"report-{self.run.id}", type="report")
-        artifact.add_file(str(path), policy="immutable")
+        # A copy: the report may be made anew before an offline run is sent.
+        artifact.add_file(str(path))
         self.run.log_artifact(artifact)
 
     def finish(self) -> None:

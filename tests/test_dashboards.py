@@ -106,6 +106,7 @@ def test_an_offline_wandb_run_has_configuration_metrics_tables_summary_and_repor
     assert json.loads(table.read_text())["data"] == [list(SAMPLES[0].values())]
     artifacts = {record.artifact.type: record.artifact for record in records if record.HasField("artifact")}
     (entry,) = artifacts["report"].manifest.contents
+    (tmp_path / "report.html").write_text("<p>made anew</p>")
     assert entry.path == "report.html" and Path(entry.local_path).read_text() == "<p>what happened</p>"
 
 

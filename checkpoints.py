@@ -429,4 +429,7 @@ def read_reference(checkpoint: Path, named_weights: dict[str, Tensor]) -> None:
 
 
 def _read_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
+    if not tensors:
+        # Nothing was written then: plain SGD keeps no state.
+        return
     dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=not several())

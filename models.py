@@ -216,13 +216,23 @@ def refuse_kernels(config) -> None:
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout of `model` to 0: modules, and probabilities that attention reads as a number."""
+    """Set every dropout of `model` to 0: modules, and probabilities that attention reads as a number.
+
+    Experts and routers that add noise in training (Mixtral's, Phi's) compute as they do in evaluation.
+    """
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         for name, value in vars(module).items():
             if "drop" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
+        # Not set to 0: Phi's routers draw experts in training whatever it is, and read it as a threshold in evaluation.
+        if any("jitter" in name and isinstance(value, float) for name, value in vars(module).items()):
+            module.register_forward_pre_hook(_as_in_evaluation)
+
+
+def _as_in_evaluation(module: nn.Module, _inputs) -> None:
+    module.training = False
 
 
 def choose_attention(model: nn.Module, name: str) -> None:

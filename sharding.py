@@ -111,18 +111,26 @@ class Layout:
 def blocks_of(model: nn.Module, block_name: str | None) -> list[nn.Module]:
     """The transformer blocks: modules of the class `block_name`, or of the classes that the model itself names.
 
-    Raises UserError, with the names there are, where none is found.
+    A model that names none has its blocks in a list, whose items are all of one class. Raises UserError, with the names there
+    are, where none is found.
     """
-    names = {block_name} if block_name else set(model._no_split_modules or ())
-    blocks = [module for module in model.modules() if type(module).__name__ in names]
+    listed = Counter(type(item).__name__ for stack in _outermost(model, nn.ModuleList) for item in stack)
+    names = {block_name} if block_name else set(model._no_split_modules or ()) or set(listed if len(listed) == 1 else ())
+    classes = tuple({type(module) for module in model.modules() if type(module).__name__ in names})
+    blocks = _outermost(model, classes)
     if not blocks:
-        listed = Counter(
-            type(item).__name__ for module in model.modules() if isinstance(module, nn.ModuleList) for item in module
-        )
         candidates = ", ".join(f"{name} ({count})" for name, count in listed.items()) or "none"
         found = f"found {block_name!r}" if block_name else "not given, and the model does not say"
         raise UserError(f"model.block_name: {found}. Expected the class of a block of {type(model).__name__}: {candidates}.")
     return blocks
+
+
+def _outermost(model: nn.Module, classes: type | tuple[type, ...]) -> list[nn.Module]:
+    """The modules of some classes that do not lie within another of them: weights are laid out once."""
+    found = []
+    for child in model.children():
+        found += [child] if isinstance(child, classes) else _outermost(child, classes)
+    return found
 
 
 def split_layers(model: nn.Module, mesh: DeviceMesh) -> None:

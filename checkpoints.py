@@ -33,7 +33,7 @@ from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorage
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from adapters import WEIGHTS_FILE, has_adapter, save_settings
-from ranks import ALONE, Ranks, several
+from ranks import ALONE, Ranks, local, several
 from utils import UNREADABLE, replace_symlink
 
 PARTIAL = ".partial"
@@ -208,6 +208,8 @@ class CheckpointWriter:
 
     def _complete(self, snapshot: Snapshot, partial: Path, with_policy_pt: bool) -> None:
         shutil.rmtree(partial / "sharded", ignore_errors=True)
+        if self.group is not None:
+            write_scalars(partial, snapshot.weights)
         parts = sorted(partial.glob("model-*.safetensors"))
         if len(parts) == 1:
             parts[0].rename(partial / (WEIGHTS_FILE if has_adapter(self.policy) else "model.safetensors"))
@@ -250,6 +252,21 @@ def save_configuration(policy: nn.Module, folder: Path) -> None:
     config.save_pretrained(folder)
     if policy.can_generate():
         policy.generation_config.save_pretrained(folder)
+
+
+def write_scalars(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors without dimensions into the files of a folder that have places for them.
+
+    torch leaves such places at 0 where it brings the parts of all processes together.
+    """
+    scalars = {name: local(tensor).detach() for name, tensor in tensors.items() if tensor.dim() == 0}
+    for file in sorted(folder.glob("*.safetensors")) if scalars else ():
+        with file.open("rb+") as opened:
+            size = int.from_bytes(opened.read(8), "little")
+            header = json.loads(opened.read(size))
+            for name in scalars.keys() & header.keys():
+                opened.seek(8 + size + header[name]["data_offsets"][0])
+                opened.write(scalars[name].cpu().reshape(1).view(torch.uint8).numpy().tobytes())
 
 
 def file_numbers(tensors: Mapping[str, Tensor]) -> dict[str, int]:

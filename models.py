@@ -438,6 +438,8 @@ def _tokens_that_fit(model: nn.Module, device: torch.device, free: int | None) -
     config = model.config.get_text_config()
     hidden, layers = config.hidden_size, config.num_hidden_layers
     inner = getattr(config, "intermediate_size", None) or 4 * hidden
+    # Some have a width for each layer.
+    inner = max(inner) if isinstance(inner, list | tuple) else inner
     per_token = layers * (16 * hidden + 4 * inner) * model.dtype.itemsize + 3 * 4 * config.vocab_size
     # The room is that of one device, so what other devices hold does not count.
     trained = [weight for weight in model.parameters() if weight.requires_grad and weight.device == model.device]

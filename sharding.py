@@ -102,9 +102,9 @@ class Layout:
             "mp_policy": self.precision,
             "offload_policy": self.offload,
         }
-        for block in blocks_of(model, self.block_name):
+        for block in without_shared(blocks_of(model, self.block_name)):
             fully_shard(block, **options)
-        # What is left, embeddings and head, is one group: tied weights stay together.
+        # What is left, embeddings, head and what several blocks share, is one group: tied weights stay together.
         fully_shard(model, **options)
 
 
@@ -123,6 +123,18 @@ def blocks_of(model: nn.Module, block_name: str | None) -> list[nn.Module]:
         found = f"found {block_name!r}" if block_name else "not given, and the model does not say"
         raise UserError(f"model.block_name: {found}. Expected the class of a block of {type(model).__name__}: {candidates}.")
     return blocks
+
+
+def without_shared(blocks: list[nn.Module]) -> list[nn.Module]:
+    """The blocks; in place of one with weights that are another's too (Zamba's attention) those of its parts that have none."""
+    owners = Counter(weight for block in blocks for weight in set(block.parameters()))
+
+    def parts_of(module: nn.Module) -> list[nn.Module]:
+        if all(owners[weight] == 1 for weight in module.parameters()) and not isinstance(module, nn.ModuleList):
+            return [module]
+        return [part for child in module.children() if any(True for _ in child.parameters()) for part in parts_of(child)]
+
+    return [part for block in blocks for part in parts_of(block)]
 
 
 def _outermost(model: nn.Module, classes: type | tuple[type, ...]) -> list[nn.Module]:
@@ -154,7 +166,10 @@ def check_divisible(model: nn.Module, parts: int) -> None:
     """Raise UserError where a model's layers cannot be split into so many equal parts."""
     config = model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    for key, size in (("attention heads", heads), ("intermediate size", getattr(config, "intermediate_size", parts))):
+    inner = getattr(config, "intermediate_size", parts)
+    # Some have a width for each layer.
+    widths = inner if isinstance(inner, list | tuple) else [inner]
+    for key, size in (("attention heads", heads), *(("intermediate size", width) for width in widths)):
         if size % parts:
             raise UserError(f"trainer.tensor_parallel_size: found {parts}, which does not divide the model's {size} {key}.")
 

@@ -168,7 +168,7 @@ class Architecture:
     @cached_property
     def lora_run(self) -> Run:
         """Two steps of DPO of an adapter, as `+adapter=lora` has it."""
-        return self.run("lora", "loss=dpo", "+adapter=lora", "n_steps=2", "optimizer=AdamW", "lr=1e-2")
+        return self.run("lora", *DPO, "+adapter=lora", "optimizer=AdamW", "lr=1e-2")
 
     def require_plain(self, run: Run, paired: bool = True, adapter: bool = False) -> None:
         """What a run logged before and after training is what plain transformers, and peft, say of model and checkpoint."""

@@ -263,7 +263,10 @@ def make(name: str, folder: Path) -> None:
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for weight in model.parameters():
-            if weight.dim() > 1 and 0 < (spread := weight.std().item()) < SPREAD:
+            if weight.dim() == 1:
+                # Biases begin at 0, and scales at 1.
+                weight.add_(0.05 * torch.randn_like(weight))
+            elif 0 < (spread := weight.std().item()) < SPREAD:
                 weight.mul_(SPREAD / spread)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

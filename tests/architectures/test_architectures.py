@@ -57,13 +57,12 @@ def test_two_processes_train_an_architecture_of_each_kind_as_one_does(tmp_path):
 def test_a_run_of_two_processes_that_die_is_told_and_those_behind_it_are_followed(monkeypatch, tmp_path):
     def launch(function, arguments, workers, port):
         wanted, folder = arguments
-        number = wanted[0][0]
-        if number == 1:
-            raise sharded.WorkerDiedError("rank 1 of 2 died (SIGKILL)")
-        for rank in range(workers):
-            (Path(folder) / f"{number}.{rank}").write_text(
-                json.dumps([rank, "ended" if number == 0 else f"refused: by {rank}"])
-            )
+        for number, _, _ in wanted:
+            if number == 1:
+                raise sharded.WorkerDiedError("rank 1 of 2 died (SIGKILL)")
+            for rank in range(workers):
+                said = "ended" if number == 0 else f"refused: by {rank}"
+                (Path(folder) / f"{number}.{rank}").write_text(json.dumps([rank, said]))
 
     monkeypatch.setattr(sharded, "launch", launch)
     ends = sharded.runs([({}, tmp_path)] * 3)

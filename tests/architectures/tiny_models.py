@@ -44,12 +44,12 @@ OLD = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512}
 TINY: dict[str, dict] = {
     # Llama and its kin.
     "llama": DENSE,
-    "llama, tied": DENSE | {"model_type": "llama", "tie_word_embeddings": True},
+    "llama-tied": DENSE | {"model_type": "llama", "tie_word_embeddings": True},
     "mistral": HEAD | {"sliding_window": WINDOW},
     "ministral": HEAD | WINDOWED,
     "ministral3": HEAD,
     "qwen2": DENSE,
-    "qwen2, tied": DENSE | {"model_type": "qwen2", "tie_word_embeddings": True},
+    "qwen2-tied": DENSE | {"model_type": "qwen2", "tie_word_embeddings": True},
     "qwen3": HEAD,
     "gemma": HEAD,
     "gemma2": HEAD | WINDOWED | {"query_pre_attn_scalar": 8},
@@ -116,7 +116,7 @@ TINY: dict[str, dict] = {
     "biogpt": DENSE,
     "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},
     "falcon": DENSE | {"alibi": False},
-    "falcon, alibi": DENSE | {"model_type": "falcon", "alibi": True},
+    "falcon-alibi": DENSE | {"model_type": "falcon", "alibi": True},
     "mpt": {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 512},
     "openai-gpt": OLD,
     "ctrl": OLD | {"dff": 64},

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import checks
 import pytest
-import sharded
+import two_processes
 from tiny_models import DENSE, TINY, make
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -59,13 +59,13 @@ def test_a_run_of_two_processes_that_die_is_told_and_those_behind_it_are_followe
         wanted, folder = arguments
         for number, _, _ in wanted:
             if number == 1:
-                raise sharded.WorkerDiedError("rank 1 of 2 died (SIGKILL)")
+                raise two_processes.WorkerDiedError("rank 1 of 2 died (SIGKILL)")
             for rank in range(workers):
                 said = "ended" if number == 0 else f"refused: by {rank}"
                 (Path(folder) / f"{number}.{rank}").write_text(json.dumps([rank, said]))
 
-    monkeypatch.setattr(sharded, "launch", launch)
-    ends = sharded.runs([({}, tmp_path)] * 3)
+    monkeypatch.setattr(two_processes, "launch", launch)
+    ends = two_processes.runs([({}, tmp_path)] * 3)
     assert ends == ["ended", "TRACEBACK: rank 1 of 2 died (SIGKILL)", "refused: by 0"]
 
 

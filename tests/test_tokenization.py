@@ -19,8 +19,10 @@ from prompt_templates import build_template
 from records import SAME_TEXT, DataReport, PreferenceRecord, Turn
 from tokenization import (
     NO_END,
+    NOTHING_LEFT,
     PROMPT_CUT,
     RESPONSE_CUT,
+    SAME_IDS,
     TOKEN_FIELDS,
     TokenizedPrompt,
     TokenSettings,
@@ -175,10 +177,12 @@ def test_decoding_prompt_and_response_gives_the_rendered_text_between_one_bos_an
     # A prompt needs one token where nothing is put before it.
     assume(prompt or template not in (None, "raw") or adds_bos(tokenizer))
     pairs = [(0, index) for index in range(1, len(responses))]
+    text, endings = build_template(template, None, tokenizer)(prompt, responses)
+    # Pairs of the same token ids are left out.
+    assume(len(set(endings)) == len(endings))
     [found] = tokenized([record(prompt, responses, pairs)], tokenizer, template=template)
     if adds_bos(tokenizer):
         assert found.prompt_ids[0] == tokenizer.bos_token_id and found.prompt_ids.count(tokenizer.bos_token_id) == 1
-    text, endings = build_template(template, None, tokenizer)(prompt, responses)
     for response, ending in zip(found.responses, endings, strict=True):
         assert response.count(tokenizer.eos_token_id) == 1 and response[-1] == tokenizer.eos_token_id
         assert not adds_bos(tokenizer) or tokenizer.bos_token_id not in response
@@ -194,7 +198,7 @@ def test_a_conversation_is_decoded_to_what_the_chat_template_writes_of_it_with_o
     tokenizer = make()
     roles = itertools.cycle(["user", "assistant"])
     prompt = tuple(Turn(role, text) for role, text in zip(roles, turns[:3], strict=False))
-    assume(answer != turns[3])
+    assume(answer.strip() != turns[3].strip())
     [found] = tokenized([record(prompt, [answer, turns[3]])], tokenizer, template="chat")
     messages = [turn._asdict() for turn in (*prompt, Turn("assistant", answer))]
     whole = tokenizer.apply_chat_template(messages, tokenize=False)
@@ -432,7 +436,13 @@ def test_whatever_is_cut_fits_keeps_a_token_of_every_response_and_is_counted(mak
         end = whole.prompt_ids[len(bos) :][len(whole.prompt_ids) - most :]
         expected = {"keep_end": bos + end, "keep_start": whole.prompt_ids[:most]}
         assert kept.prompt_ids in (whole.prompt_ids, expected.get(mode))
-    assert mode == "drop" or left == 0
+        assert all(kept.responses[i] != kept.responses[j] for i, j in kept.pairs)
+    bos = whole.prompt_ids[: adds_bos(tokenizer)]
+    reasons = {SAME_IDS, f"longer than max_length, {most + room} tokens" if mode == "drop" else NOTHING_LEFT}
+    assert report.left_out.keys() <= reasons
+    # A prompt of which the beginning of the sequence alone would be left, and it had more.
+    if NOTHING_LEFT in report.left_out:
+        assert most == len(bos) == 1 < len(whole.prompt_ids)
 
 
 # ---- files of token ids ---------------------------------------------------------------------------------------------------

@@ -299,16 +299,18 @@ def _kept(part: TablePart, kept: numpy.ndarray, directory: Path) -> TablePart:
 
 @dataclass(frozen=True)
 class Overlap:
-    """Held-out prompts that are trained on too: how many of how many, and the names of one in both splits."""
+    """Held-out prompts that are trained on too: how many of how many, and one as it is called in either split."""
 
     count: int
     held_out: int
-    example: tuple[str, str]
+    example: TokenizedPrompt
+    trained: str
 
-    def line(self) -> str:
+    def line(self, tokenizer) -> str:
         """What is said about it."""
-        there, here = self.example
-        return f"held-out prompts that are trained on too: {self.count:,} of {self.held_out:,}; {there} is {here}"
+        text = shortened(tokenizer.decode(self.example.prompt_ids))
+        both = f"{self.example.source} = {self.trained}"
+        return f"held-out prompts that are trained on too: {self.count:,} of {self.held_out:,}, as {text!r} ({both})"
 
 
 def overlap(train: PromptTable, held_out: PromptTable) -> Overlap | None:
@@ -318,7 +320,12 @@ def overlap(train: PromptTable, held_out: PromptTable) -> Overlap | None:
     if not len(both):
         return None
     place = int(numpy.flatnonzero(trained == hashes[both[0]])[0])
-    return Overlap(len(both), len(hashes), (held_out[int(both[0])].source, train[place].source))
+    return Overlap(len(both), len(hashes), held_out[int(both[0])], train[place].source)
+
+
+def shortened(text: str, most: int = 60) -> str:
+    """The end of a long text: its beginning may be that of all."""
+    return text if len(text) <= most else f"...{text[-most:]}"
 
 
 def same_ids(table: PromptTable) -> int:

@@ -255,6 +255,10 @@ def shaped(prompt: TokenizedPrompt, settings: TokenSettings, always_kept: int, r
     fitted = fit(prompt, *lengths, report, always_kept)
     if fitted is None or settings.version == 1:
         return fitted
+    ids = fitted.prompt_ids
+    if always_kept and settings.truncation_mode == "keep_end" and len(ids) < len(prompt.prompt_ids) and ids[1:2] == ids[:1]:
+        # A template may write one before each question, and the end that is kept begins with such.
+        fitted = replace(fitted, prompt_ids=ids[1:])
     left = None
     if always_kept and len(fitted.prompt_ids) <= always_kept < len(prompt.prompt_ids):
         report.leave_out(NOTHING_LEFT, fitted.num_examples)

@@ -507,7 +507,7 @@ def prepare_data(
         train_split, held_out = splits
         splits[1] = held_out.numbered_from(train_split.table.num_responses)
         if found := overlap(train_split.table, held_out.table):
-            print(found.line(), flush=True)
+            print(found.line(tokenizer), flush=True)
     return tuple(splits)
 
 

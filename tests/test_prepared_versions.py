@@ -54,7 +54,8 @@ ROWS = {
         for n in range(40)
     ],
     "scored": [
-        {"prompt": f"What is {n}?", "answers": [{"text": f"{n} {k}", "score": k % 3} for k in range(n % 4 + 2)]} for n in range(12)
+        {"prompt": f"What is {n}?", "answers": [{"text": f"{n} {k}", "score": k % 3} for k in range(n % 4 + 2)]}
+        for n in range(12)
     ],
     "targets": [{"prompt": f"Say {n}.\n", "completion": f"{n}" * (n % 9 + 1)} for n in range(30)],
 }
@@ -111,7 +112,8 @@ def outcome(case: str, tokenizer, directory: Path, version: int) -> dict:
     given, settings = CASES[case]
     entry = read_entry(given)
     splits = [
-        prepare([entry], split, tokenizer, lambda _: replace(settings, version=version), directory) for split in ("train", "test")
+        prepare([entry], split, tokenizer, lambda _: replace(settings, version=version), directory)
+        for split in ("train", "test")
     ]
     found = {"content": [split.table.fingerprint for split in splits]}
     # What torch makes of token ids may differ from version to version.

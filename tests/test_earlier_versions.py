@@ -4,9 +4,10 @@ import json
 import shutil
 from pathlib import Path
 
-import forked
 import pytest
 from safetensors.torch import load_file
+
+import forked
 
 ROOT = Path(__file__).parent.parent
 BEGUN = Path(__file__).parent / "golden" / "run_of_version_0_1"

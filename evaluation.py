@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from batches import PackedBatch
 from logprobs import response_logps
 from losses import Loss, example_metrics
+from model_state import compute_device
 from ranks import ALONE, Ranks
 
 
@@ -81,7 +82,7 @@ def score(
     """Log-probs of every response of this rank's batches; every rank gets those of all. As `evaluate`."""
     if not batches:
         raise ValueError("no held-out example to evaluate")
-    device = next(policy.parameters()).device
+    device = compute_device(policy)
     scored = []
     for batch in batches:
         on_device = batch.to(device)

@@ -120,7 +120,7 @@ def compute_logps(reference: LiveReference, prompts: Selection, ranks: Ranks = A
     examples = examples_of(prompts.by_length())
     while part := list(islice(examples, EXAMPLES_AT_ONCE)):
         for batch in pieces_of(part, budget, ranks):
-            logps[batch.response_rows] = reference(batch.to(model.device)).cpu()
+            logps[batch.response_rows] = reference(batch.to(compute_device(model))).cpu()
     model.train(training)
     if ranks.size == 1:
         return logps

@@ -46,6 +46,13 @@ class TreeLayout:
         self.device = device
         self.seen = False
         self._block_masks: dict[int | None, object] = {}
+        self._elsewhere: dict[torch.device, TreeLayout] = {}
+
+    def on(self, device: torch.device) -> "TreeLayout":
+        """The layout with its tensors on a device: layers of one model may lie on several, and hooks move tensors only."""
+        if device == self.device:
+            return self
+        return self._elsewhere.setdefault(device, TreeLayout(self.trees, device))
 
     @cached_property
     def branch_lengths(self) -> list[int]:
@@ -133,7 +140,8 @@ def tree_attention_forward(
         return _plain_attention(module, query, key, value, attention_mask, scaling, softcap, **kwargs)
     response_trees.seen = True
     attend = _flex_attention if query.is_cuda else _attention_by_branches
-    return attend(query, key, value, response_trees, scaling, sliding_window, softcap).transpose(1, 2).contiguous(), None
+    layout = response_trees.on(query.device)
+    return attend(query, key, value, layout, scaling, sliding_window, softcap).transpose(1, 2).contiguous(), None
 
 
 def _plain_attention(module, query, key, value, attention_mask, scaling, softcap, **kwargs) -> tuple[Tensor, None]:

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from batches import PackedBatch
 from configuration import sharded_dtype
 from logprobs import response_logps
+from model_state import compute_device, take_buffers
 from models import (
     ROUNDING,
     attend_over_trees,
@@ -161,15 +162,27 @@ def load_sharded(config, tokenizer, layout: Layout, device: torch.device, ranks:
     source = load_model(config.model, tokenizer, config.cache_dir) if ranks.is_main else None
     shares = ranks.from_main(share_prefixes(source, config.prefix_sharing) if ranks.is_main else None)
     model = empty_model(config, tokenizer, config.model.policy_dtype, shares, layout, device)
+    # Offloaded weights are brought to the device for each forward.
+    model.compute_device = device
     state = source.state_dict() if ranks.is_main else {}
     set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
-    buffers = dict(source.named_buffers()) if ranks.is_main else {}
-    for name, buffer in model.named_buffers():
-        sent = buffers[name].to(device, buffer.dtype) if ranks.is_main else torch.empty_like(buffer, device=device)
-        torch.distributed.broadcast(sent, 0)
-        buffer.copy_(sent)
+    send_buffers(source, model, device, ranks)
     _check(model, source, layout, ranks)
     return model.train(), weights_hash(source) if source is not None else None
+
+
+def send_buffers(source: nn.Module | None, model: nn.Module, device: torch.device, ranks: Ranks) -> None:
+    """Give a laid-out model the buffers that the main rank's source has, in their dtypes, on the device that computes.
+
+    A model that was built without numbers may have made them in the dtype of its weights, which rounds them.
+    """
+    buffers = dict(source.named_buffers()) if source is not None else {}
+    known = ranks.from_main({name: (buffer.shape, buffer.dtype) for name, buffer in buffers.items()})
+    for name, (shape, dtype) in known.items():
+        sent = buffers[name].to(device) if source is not None else torch.empty(shape, dtype=dtype, device=device)
+        buffers[name] = sent.contiguous()
+        torch.distributed.broadcast(buffers[name], 0)
+    take_buffers(model, {name: buffers[name] for name in known})
 
 
 def has_plenty_of_memory(config, tokenizer) -> bool:
@@ -184,11 +197,11 @@ def reference_beside(policy: nn.Module, config, tokenizer, layout: Layout, devic
     """A frozen copy of a laid-out policy as it is now, in `reference_dtype`; nothing is sent."""
     shares = policy.config._attn_implementation == RESPONSE_TREES
     copy = empty_model(config, tokenizer, config.model.reference_dtype, shares, layout, device)
+    copy.compute_device = device
     with torch.no_grad():
         for mine, theirs in zip(copy.parameters(), policy.parameters(), strict=True):
             local(mine).copy_(local(theirs))
-        for mine, theirs in zip(copy.buffers(), policy.buffers(), strict=True):
-            mine.copy_(theirs)
+    take_buffers(copy, {name: buffer.clone() for name, buffer in policy.named_buffers()})
     return copy.eval().requires_grad_(False)
 
 
@@ -218,7 +231,7 @@ def _check(model: nn.Module, source: nn.Module | None, layout: Layout, ranks: Ra
     if source is not None:
         weights = dict(source.named_parameters())
         expected = logps_and_gradients(response_logps, source, batch, [weights[name] for name in names])
-    logps = response_logps(model, batch.to(next(model.parameters()).device))
+    logps = response_logps(model, batch.to(compute_device(model)))
     logps.sum().backward()
     weights = dict(model.named_parameters())
     found = [whole(weights[name].grad).float().cpu() for name in names]

@@ -34,6 +34,7 @@ from layer_splitting import joined_optimizer_state, joined_weights, set_joined_w
 from ledger import Ledger
 from logprobs import response_logps
 from losses import Loss, LossOutput, Survey, example_metrics
+from model_state import compute_device
 from optimization import build_optimizer, flat_state, schedule, warmup_steps
 from placement import OneProcess, Sharded, SplitLayers, TensorParallel
 from pruning import Pruning
@@ -100,7 +101,7 @@ class BasicTrainer:
         self.config = config
         self.ranks = ranks
         self.policy = policy
-        self.device = next(policy.parameters()).device
+        self.device = compute_device(policy)
         self.reference = reference
         self.loss = loss
         self.tokenizer = tokenizer

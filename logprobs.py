@@ -187,12 +187,20 @@ class LiveReference:
 
 
 class CachedReference:
-    """The reference's log-probs of all responses of the run's data, computed before: [rows] float32."""
+    """The reference's log-probs of all responses of the run's data, computed before: [rows] float32.
 
-    def __init__(self, logps: Tensor):
+    The last bits of a log-prob depend on what is computed beside it. `of_pieces` has the values of those pieces in which a
+    response was computed that another one holds too, and gave other bits there: by the rows of their responses.
+    """
+
+    def __init__(self, logps: Tensor, of_pieces: dict[tuple[int, ...], Tensor] | None = None):
         self.logps = logps
+        self.of_pieces = of_pieces or {}
 
     def __call__(self, batch: PackedBatch) -> Tensor:
         """Log-prob of each response of a batch: [R] float32, on the batch's device."""
-        self.logps = self.logps.to(batch.response_rows.device)
-        return self.logps[batch.response_rows]
+        rows = batch.response_rows
+        if self.of_pieces and (own := self.of_pieces.get(tuple(rows.tolist()))) is not None:
+            return own.to(rows.device)
+        self.logps = self.logps.to(rows.device)
+        return self.logps[rows]

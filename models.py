@@ -299,8 +299,8 @@ def place(model: nn.Module, device: torch.device) -> nn.Module:
     device_map = infer_auto_device_map(model, max_memory=memory, no_split_module_classes=blocks)
     if elsewhere := {"cpu", "disk"} & set(device_map.values()):
         raise UserError(
-            f"trainer: {type(model).__name__} does not fit into the memory of {torch.cuda.device_count()} GPUs: layers would be "
-            f"left on {' and '.join(sorted(elsewhere))}, where they cannot be trained. Use trainer=FSDPTrainer with "
+            f"trainer: {type(model).__name__} does not fit into the memory of {torch.cuda.device_count()} GPUs: layers would "
+            f"be left on {' and '.join(sorted(elsewhere))}, where they cannot be trained. Use trainer=FSDPTrainer with "
             "trainer.cpu_offload=true, an adapter, or a smaller model."
         )
     return dispatched(model, device_map)

@@ -22,18 +22,15 @@ from torch import Tensor, nn
 from logprobs import ScoringHead, response_logps
 from model_state import compute_device, dtype_of_copy
 from models import (
-    ROUNDING,
     build_untrained,
-    disagreement,
     load_model,
     load_tokenizer,
-    logps_and_gradients,
-    random_trees,
     share_prefixes,
     weights_hash,
 )  # fmt: skip
 from response_trees import TreeLayout
 from sharding import check_divisible
+from sharing_proof import ROUNDING, disagreement, exact_arithmetic, logps_and_gradients, random_trees
 from utils import UserError, first_line, in_worker
 
 # ---- is it for this model? ----------------------------------------------------------------------------------------------
@@ -214,6 +211,7 @@ def copy_of_split(policy: nn.Module, dtype: torch.dtype) -> nn.Module:
     return twin
 
 
+@exact_arithmetic()
 def _fault_of_split(policy: nn.Module, source: nn.Module) -> str | None:
     """Compare a small batch with the model that was not split: log-probs, and the gradients of the first and last weight."""
     batch = random_trees(source.config.get_text_config().vocab_size)

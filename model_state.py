@@ -98,3 +98,12 @@ def _take_numbers(module: nn.Module, other: nn.Module) -> None:
             vars(other)[name] = here.detach().clone()
         elif isinstance(value, float) and isinstance(here, float):
             vars(other)[name] = here
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free now on a GPU, or in the machine."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    import psutil
+
+    return psutil.virtual_memory().available

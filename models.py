@@ -27,12 +27,12 @@ from adapters import (
     restore_bits,
     settings_in,
 )
-from batches import PackedBatch, TokenBudget, examples_of, pack
-from logprobs import ScoringHead, padded_logps, tree_logps
-from model_state import compute_device, frozen_copy, several_devices
+from batches import TokenBudget
+from logprobs import ScoringHead
+from model_state import compute_device, free_memory, frozen_copy, several_devices
 from ranks import Ranks, local, local_world_size
 from response_trees import RESPONSE_TREES, register
-from tokenization import TokenizedPrompt
+from sharing_proof import fault_of_sharing
 from toy_preferences import toy_records
 from utils import UserError, first_line, load_tensors
 
@@ -317,9 +317,6 @@ def dispatched(model: nn.Module, device_map: dict) -> nn.Module:
 
 # ---- prefix sharing -----------------------------------------------------------------------------------------------------
 
-# By how much a log-prob may differ between the two ways to compute it, per token; unit: nats.
-ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 3e-3}
-
 
 def share_prefixes(model: nn.Module, mode: str) -> bool:
     """Let `model` compute each prompt once for all its responses, if it proves that it can. Returns whether it does.
@@ -329,18 +326,18 @@ def share_prefixes(model: nn.Module, mode: str) -> bool:
     if mode == "off":
         return False
     register()
-    usual = model.config._attn_implementation
     head = model.get_output_embeddings()
     if type(head) is nn.Linear:
         head.__class__ = ScoringHead
         if _fault_of_tree_forward(model) is None:
+            model.set_attn_implementation(RESPONSE_TREES)
             return True
         # A model may change its logits behind the head, by a soft-cap say.
         head.__class__ = nn.Linear
     fault = _fault_of_tree_forward(model)
     if fault is None:
+        model.set_attn_implementation(RESPONSE_TREES)
         return True
-    model.set_attn_implementation(usual)
     if mode == "on":
         raise UserError(f"prefix_sharing: found on, but {type(model).__name__} cannot: {fault}. Set it to auto or off.")
     print(f"prefix sharing: off, padded rows instead: {type(model).__name__} cannot: {fault}", flush=True)
@@ -348,42 +345,13 @@ def share_prefixes(model: nn.Module, mode: str) -> bool:
 
 
 def _fault_of_tree_forward(model: nn.Module) -> str | None:
-    """Compare a small batch of trees with padded rows: log-probs, and their gradients in two weights. None where they agree.
-
-    Leaves the model with the attention that it has tried.
-    """
-    trained = [weight for weight in model.parameters() if weight.requires_grad]
-    # The first and the last: of a fresh LoRA adapter, one of them has no gradient yet.
-    weights = [*trained[:1], *trained[1:][-1:]]
-    batch = random_trees(model.config.get_text_config().vocab_size).to(compute_device(model))
-    training = model.training
-    model.eval()
-    expected = logps_and_gradients(padded_logps, model, batch, weights)
-    try:
-        model.set_attn_implementation(RESPONSE_TREES)
-        found = logps_and_gradients(tree_logps, model, batch, weights)
-    except Exception as error:  # whatever an architecture makes of what it does not know
-        return f"its forward raised {type(error).__name__}: {(str(error).splitlines() or [''])[0][:80]}"
-    finally:
-        model.train(training)
-    if not batch.layout.seen:
-        return "it does not hand the layout of the responses on to its attention"
-    return disagreement(found, expected, batch.response_lengths, ROUNDING[model.dtype])
+    """Why a model cannot share prefixes with the head that it has now; None where it can."""
+    return fault_of_sharing(model)
 
 
-def disagreement(found, expected, lengths: Tensor, rounding: float) -> str | None:
-    """What is wrong with log-probs [R] of responses of so many tokens [R], and gradients: two pairs of `logps_and_gradients`.
-
-    None where they agree, to `rounding` a token.
-    """
-    (logps, gradients), (expected_logps, expected_gradients) = found, expected
-    error = ((logps - expected_logps).abs() / lengths).max().item()
-    if not error <= rounding:
-        return f"its log-probs would be wrong by {error:.1g} a token"
-    for one, other in zip(gradients, expected_gradients, strict=True):
-        if not (one - other).norm() <= 10 * rounding * other.norm():
-            return f"its gradient would be wrong by {((one - other).norm() / other.norm()).item():.1g} of its size"
-    return None
+def scores_in_head(model: nn.Module) -> bool:
+    """Whether a model's head gives log-probs of chosen tokens, so that logits are there in pieces only."""
+    return isinstance(model.get_output_embeddings(), ScoringHead)
 
 
 def attend_over_trees(model: nn.Module, scoring_head: bool = True) -> None:
@@ -393,23 +361,6 @@ def attend_over_trees(model: nn.Module, scoring_head: bool = True) -> None:
     if scoring_head and type(head) is nn.Linear:
         head.__class__ = ScoringHead
     model.set_attn_implementation(RESPONSE_TREES)
-
-
-def logps_and_gradients(compute, model: nn.Module, batch: PackedBatch, weights: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """The log-probs [R] of a batch under `compute(model, batch)`, and the gradients of their sum in some weights."""
-    with torch.set_grad_enabled(bool(weights)):
-        logps = compute(model, batch)
-        gradients = torch.autograd.grad(logps.sum(), weights) if weights else ()
-    return logps.detach(), [gradient.float() for gradient in gradients]
-
-
-def random_trees(vocabulary: int) -> PackedBatch:
-    """Trees whose later responses lie far from their prompt, so that whoever counts packed positions errs by much."""
-    draw = torch.Generator().manual_seed(0)
-    tokens = lambda count: torch.randint(0, vocabulary, (count,), generator=draw).tolist()  # noqa: E731
-    shapes = [(12, (5, 24, 1, 30)), (1, (3, 2)), (20, (7,))]
-    prompts = [TokenizedPrompt(tokens(p), [tokens(r) for r in rs], [(0, k) for k in range(1, len(rs))]) for p, rs in shapes]
-    return pack(list(examples_of(prompts)))
 
 
 # ---- memory -------------------------------------------------------------------------------------------------------------
@@ -477,15 +428,6 @@ def _tokens_that_fit(model: nn.Module, device: torch.device, free: int | None, m
     if free is None:
         free = free_memory(device) // (1 if device.type == "cuda" else local_world_size())
     return max(512, int((free - to_come - 3 * weights) / 2 / per_token))
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that are free now on a GPU, or in the machine."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    import psutil
-
-    return psutil.virtual_memory().available
 
 
 # ---- archives -----------------------------------------------------------------------------------------------------------

@@ -10,8 +10,7 @@ import xxhash
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
-from model_state import compute_device
-from models import free_memory
+from model_state import compute_device, free_memory
 from ranks import ALONE, Ranks, local_world_size
 
 # Prompts that a CPU answers together: more are not faster, and wait longer for the longest answer among them.

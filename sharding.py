@@ -8,6 +8,7 @@ that differ in the first two train on different data.
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,23 +20,20 @@ from torch.distributed.tensor import DTensor
 from batches import PackedBatch
 from configuration import sharded_dtype
 from logprobs import response_logps
-from model_state import compute_device, take_buffers
+from model_state import compute_device, free_memory, take_buffers
 from models import (
-    ROUNDING,
     attend_over_trees,
     build_untrained,
     compile_between_attentions,
-    disagreement,
     enable_activation_checkpointing,
-    free_memory,
     load_model,
-    logps_and_gradients,
-    random_trees,
+    scores_in_head,
     share_prefixes,
     weights_hash,
 )
 from ranks import Ranks, local, local_world_size, whole
 from response_trees import RESPONSE_TREES
+from sharing_proof import ROUNDING, disagreement, exact_arithmetic, logps_and_gradients, random_trees
 from utils import UserError, settle_memory
 
 # ---- the mesh -----------------------------------------------------------------------------------------------------------
@@ -160,8 +158,9 @@ def load_sharded(config, tokenizer, layout: Layout, device: torch.device, ranks:
     """
     settle_memory(keep_freed=has_plenty_of_memory(config, tokenizer))
     source = load_model(config.model, tokenizer, config.cache_dir) if ranks.is_main else None
-    shares = ranks.from_main(share_prefixes(source, config.prefix_sharing) if ranks.is_main else None)
-    model = empty_model(config, tokenizer, config.model.policy_dtype, shares, layout, device)
+    proved = share_prefixes(source, config.prefix_sharing) and Sharing(scores_in_head(source)) if ranks.is_main else None
+    sharing = ranks.from_main(proved) or None
+    model = empty_model(config, tokenizer, config.model.policy_dtype, sharing, layout, device)
     # Offloaded weights are brought to the device for each forward.
     model.compute_device = device
     state = source.state_dict() if ranks.is_main else {}
@@ -195,8 +194,8 @@ def has_plenty_of_memory(config, tokenizer) -> bool:
 
 def reference_beside(policy: nn.Module, config, tokenizer, layout: Layout, device: torch.device) -> nn.Module:
     """A frozen copy of a laid-out policy as it is now, in `reference_dtype`; nothing is sent."""
-    shares = policy.config._attn_implementation == RESPONSE_TREES
-    copy = empty_model(config, tokenizer, config.model.reference_dtype, shares, layout, device)
+    sharing = Sharing(scores_in_head(policy)) if policy.config._attn_implementation == RESPONSE_TREES else None
+    copy = empty_model(config, tokenizer, config.model.reference_dtype, sharing, layout, device)
     copy.compute_device = device
     with torch.no_grad():
         for mine, theirs in zip(copy.parameters(), policy.parameters(), strict=True):
@@ -205,16 +204,22 @@ def reference_beside(policy: nn.Module, config, tokenizer, layout: Layout, devic
     return copy.eval().requires_grad_(False)
 
 
-def empty_model(config, tokenizer, dtype: str, shares: bool, layout: Layout, device: torch.device) -> nn.Module:
+class Sharing(NamedTuple):
+    """How a model shares prefixes: whether its head gives log-probs of chosen tokens, or logits."""
+
+    scores_in_head: bool
+
+
+def empty_model(config, tokenizer, dtype: str, sharing: Sharing | None, layout: Layout, device: torch.device) -> nn.Module:
     """The model of a configuration laid over the mesh, with memory for this process's part of the weights but no values.
 
-    dtype is a name such as bfloat16; shares says whether the model attends over response trees.
+    dtype is a name such as bfloat16; sharing says how the model attends over response trees, None where it does not.
     """
     with torch.device("meta"):
         model = build_untrained(config.model, tokenizer, config.cache_dir, dtype)
-    if shares:
+    if sharing is not None:
         # A head that is split over processes gives logits, which its plan gathers.
-        attend_over_trees(model, scoring_head=layout.mesh["tensor"].size() == 1)
+        attend_over_trees(model, scoring_head=sharing.scores_in_head and layout.mesh["tensor"].size() == 1)
     layout.lay(model)
     return model.to_empty(device="cpu" if isinstance(layout.offload, CPUOffloadPolicy) else device)
 
@@ -222,8 +227,12 @@ def empty_model(config, tokenizer, dtype: str, shares: bool, layout: Layout, dev
 # ---- does it compute the same? --------------------------------------------------------------------------------------------
 
 
+@exact_arithmetic()
 def _check(model: nn.Module, source: nn.Module | None, layout: Layout, ranks: Ranks) -> None:
-    """Compare a small batch with the model that was not split: log-probs, and the gradients of the first and last weight."""
+    """Compare a small batch with the model that was not split: log-probs, and the gradients of the first and last weight.
+
+    The source computes on a CPU; the other may not take shorter products for what splitting does.
+    """
     batch: PackedBatch = random_trees(model.config.get_text_config().vocab_size)
     names = [name for name, weight in model.named_parameters() if weight.requires_grad]
     names = [names[0], names[-1]]

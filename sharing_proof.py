@@ -104,7 +104,8 @@ def _fault(model: nn.Module, how: _Reach, dtype: torch.dtype, by_branches: bool)
         return fault and fault.text
     for name, length in windows_of(model).items():
         if _difference(model, how.short | {name: ENDLESS}, how.longest, dtype, by_branches) is None:
-            return f"that it attends within {length} tokens ({name}) would be lost"
+            kind = "chunks" if "chunk" in name else "a window"
+            return f"attention within {kind} of {length} tokens ({name}) is not part of it"
     return fault.text
 
 

@@ -38,6 +38,7 @@ from configuration import (
     moves_reference,
     read_entries,
     sharded_dtype,
+    two_models_asked_for,
     task_names,
 )
 from stopping import STOPPED, StoppedError
@@ -285,7 +286,10 @@ def put_together(config: DictConfig, placement, loss, data, checkpoint: Path | N
     if loss.needs_reference:
         reads = Reads.of_run(train_batches, eval_prompts, *eval_sizes)
         reference = make_reference(config, placement, policy, reads, in_sweep or train_batches.visits_again)
-        same_start = SameStart(policy, reference) if is_same_model(config) else None
+        if two_models := two_models_asked_for(config):
+            print(two_models, flush=True)
+        else:
+            same_start = SameStart(policy, reference)
     num_samples = min(len(eval_prompts), config.n_eval_model_samples * placement.samples(config.sample_during_eval))
     return {
         "policy": policy,
@@ -438,19 +442,6 @@ def build_batches(config: DictConfig, prompts, budget, ranks=None, first_budget=
         )
     limits = config.n_epochs, config.n_examples
     return BatchIterator(prompts, size, pieces, config.seed, *limits, budget, ranks, config.n_steps, first_budget)
-
-
-def is_same_model(config: DictConfig) -> bool:
-    """Whether policy and reference are one model at the beginning; says so where the user asked for two."""
-    policy, reference = config.model.policy_dtype, config.model.reference_dtype
-    if policy == reference:
-        return True
-    print(
-        f"model.reference_dtype: {reference}, and the policy is {policy}: two models, whose margins are not 0 at the "
-        "beginning; that they start alike is not checked",
-        flush=True,
-    )
-    return False
 
 
 def make_reference(config: DictConfig, placement, policy, reads, read_again: bool):

@@ -18,10 +18,11 @@ from configuration import check_config
 from conftest import GOLDEN
 from logprobs import response_logps
 from losses import build_loss
-from models import check_model, load_merged, load_model, random_trees, share_prefixes, weights_hash
+from models import check_model, load_merged, load_model, share_prefixes, weights_hash
 from placement import OneProcess
 from prompt_table import PromptTable
 from reference_cache import Reads, cache_key
+from sharing_proof import random_trees
 from tokenization import TokenizedPrompt
 from tracking import NoTracker, Tracker
 from trainers import BasicTrainer

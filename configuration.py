@@ -295,8 +295,8 @@ def two_models_asked_for(config: DictConfig) -> str | None:
     if policy == reference:
         return None
     return (
-        f"model.reference_dtype: {reference}, and the policy is {policy}: two models, whose margins are not 0 at the beginning; "
-        "that they start alike is not checked"
+        f"model.reference_dtype: {reference}, and the policy is {policy}: two models, whose margins are not 0 at the "
+        "beginning; that they start alike is not checked"
     )
 
 

@@ -311,7 +311,8 @@ def dispatched(model: nn.Module, device_map: dict) -> nn.Module:
     from accelerate import dispatch_model
 
     main_device = next(iter(device_map.values()))
-    model.compute_device = torch.device(main_device)
+    # By their numbers are GPUs meant.
+    model.compute_device = torch.device("cuda", main_device) if isinstance(main_device, int) else torch.device(main_device)
     return dispatch_model(model, device_map, main_device=main_device)
 
 

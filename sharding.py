@@ -82,7 +82,9 @@ class Layout:
             "output_dtype": trainer.output_dtype,
         }
         precision = MixedPrecisionPolicy(**{name: name_ and getattr(torch, name_) for name, name_ in dtypes.items()})
-        offload = CPUOffloadPolicy() if trainer.cpu_offload else OffloadPolicy()
+        # Page-locked memory is for the way to a GPU, and cannot be had without one.
+        pinned = torch.cuda.is_available()
+        offload = CPUOffloadPolicy(pin_memory=pinned) if trainer.cpu_offload else OffloadPolicy()
         switches = config.activation_checkpointing, config.compile
         return cls(mesh, trainer.sharding, precision, offload, config.model.block_name, *switches)
 

@@ -38,8 +38,8 @@ from configuration import (
     moves_reference,
     read_entries,
     sharded_dtype,
-    two_models_asked_for,
     task_names,
+    two_models_asked_for,
 )
 from stopping import STOPPED, StoppedError
 from utils import UserError, first_existing, first_to_speak, in_worker

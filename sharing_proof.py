@@ -163,16 +163,18 @@ def _differing(found: dict[str, Tensor], expected: dict[str, Tensor]) -> str | N
 @contextmanager
 def exact_arithmetic() -> Iterator[None]:
     """Inside, float32 products are float32 products: no TF32, no shorter sums, no autocast."""
-    matmul, cudnn, precision = torch.backends.cuda.matmul, torch.backends.cudnn, torch.get_float32_matmul_precision()
+    matmul, cudnn, onednn = torch.backends.cuda.matmul, torch.backends.cudnn, torch.backends.mkldnn.matmul
+    precision = torch.get_float32_matmul_precision()
     flags = [
-        (matmul, "allow_tf32"),
         (matmul, "allow_fp16_reduced_precision_reduction"),
         (matmul, "allow_bf16_reduced_precision_reduction"),
         (cudnn, "allow_tf32"),
+        # What the whole precision sets too, and a run that only allows TF32 on CUDA does not.
+        (onednn, "fp32_precision"),
     ]
     before = [getattr(place, name) for place, name in flags]
     torch.set_float32_matmul_precision("highest")
-    for place, name in flags:
+    for place, name in flags[:-1]:
         setattr(place, name, False)
     try:
         with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):

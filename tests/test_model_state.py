@@ -3,13 +3,13 @@
 import pytest
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from batches import examples_of, pack
-from logprobs import response_logps
+from logprobs import ScoringHead, _index, response_logps
 from model_state import compute_device, frozen_copy
-from models import attend_over_trees, disable_dropout, dispatched, share_prefixes, token_budget
+from models import disable_dropout, share_prefixes, token_budget
+from response_trees import tree_attention_forward
 from tokenization import TokenizedPrompt
 
 SIZES = {
@@ -125,20 +125,21 @@ def test_weights_in_the_machines_memory_take_nothing_of_the_devices():
     assert 2 * there < token_budget(model, free=gib).limit
 
 
-@pytest.mark.parametrize("sharing", [True, False])
-def test_layers_on_two_devices_get_what_they_compute_with_on_their_own(sharing, monkeypatch):
-    # Fake tensors have devices without there being any, and refuse to be computed with across two.
-    monkeypatch.setattr("response_trees._flex_attention", None)
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SIZES), dtype=torch.float32)
-        if sharing:
-            attend_over_trees(model)
-        where = {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.layers.0": 0, "model.layers.1": 1, "model.norm": 1}
-        dispatched(model, {**where, "lm_head": 1})
-        batch = batch_of((20, (9, 4))).to(compute_device(model))
-        batch.layout.by_branches = True
-        with torch.no_grad():
-            logps = response_logps(model, batch)
-    assert {str(weight.device) for weight in model.parameters()} == {"cuda:0", "cuda:1"}
-    assert compute_device(model) == logps.device == torch.device("cuda", 0) and len(logps) == 2
+def test_layers_on_another_device_than_the_batch_get_what_they_compute_with_on_their_own():
+    # Hooks move the tensors that a layer is handed, and know nothing of a layout, or of what a head is told.
+    meta, layout = torch.device("meta"), batch_of((20, (9, 4))).layout
+    query = torch.empty(1, 4, 33, 8, device=meta)
+    layer = nn.Module()
+    output, _ = tree_attention_forward(layer, query, query, query, None, response_trees=layout)
+    assert output.device == meta and layout.on(meta).token_trees.device == meta and layout.on(meta) is layout.on(meta)
+    head = nn.Linear(8, 97, device=meta)
+    head.__class__ = ScoringHead
+    head.scored_ids = torch.arange(5)
+    assert head(torch.empty(1, 5, 8, device=meta)).shape == (1, 5, 1)
+
+
+def test_the_last_states_of_a_model_on_several_devices_are_chosen_by_places_that_all_of_them_read():
+    model, places = make("llama", torch.float32), torch.empty(3, dtype=torch.int64)
+    assert _index(model, places) is places
+    model.hf_device_map = {"model": 0, "lm_head": 1}
+    assert _index(model, places).device == torch.device("cpu")

@@ -9,11 +9,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import reference_cache
-from batches import examples_of, pack
+from batches import BatchIterator, TokenBudget, examples_of, pack
 from conftest import GOLDEN
-from logprobs import LiveReference
+from logprobs import LiveReference, ScoringHead
 from models import share_prefixes
 from prompt_table import PromptTable, Selection
+from ranks import ALONE
 from reference_cache import Reads, cache_key, cache_path, cached_reference
 from tokenization import TokenizedPrompt
 
@@ -142,3 +143,64 @@ def test_of_two_runs_that_come_at_the_same_time_one_computes_and_the_other_waits
     assert torch.equal(*found)
     out = capsys.readouterr().out
     assert [out.count(text) for text in ("computed once", "waiting for the run", "responses read from")] == [1, 1, 1]
+
+
+# ---- what the key holds ---------------------------------------------------------------------------------------------------
+
+
+def changed(model, change):
+    """A copy of a model after a change."""
+    other = copy.deepcopy(model)
+    change(other)
+    return other
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: setattr(model.config, "rms_norm_eps", 0.1),
+        lambda model: model.config.rope_parameters.update(rope_theta=1e6),
+        lambda model: model.model.rotary_emb.inv_freq.mul_(2),
+        lambda model: setattr(model, "autocast_dtype", torch.bfloat16),
+        lambda model: model.set_attn_implementation("eager"),
+        lambda model: setattr(model.get_output_embeddings(), "__class__", ScoringHead),
+        lambda model: setattr(model.model.norm, "__class__", type("OtherNorm", (type(model.model.norm),), {})),
+    ],
+    ids=["norm", "rope", "buffer", "autocast", "attention", "head", "kernel"],
+)
+def test_the_key_changes_with_whatever_the_log_probs_depend_on(model, change):
+    assert cache_key(changed(model, change), READ) != cache_key(model, READ)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("_name_or_path", "x"), ("use_cache", False), ("transformers_version", "x"), ("eos_token_id", 1)]
+)
+def test_the_key_does_not_change_with_what_a_model_is_called(model, name, value):
+    assert cache_key(changed(model, lambda other: setattr(other.config, name, value)), READ) == cache_key(model, READ)
+
+
+def test_the_key_changes_with_settings_versions_and_machine(model, monkeypatch):
+    keys = {cache_key(model, READ), cache_key(model, READ, {"compile": True}), cache_key(model, READ, {"compile": False})}
+    monkeypatch.setattr(reference_cache.transformers, "__version__", "99.0")
+    keys.add(cache_key(model, READ))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    keys.add(cache_key(model, READ))
+    assert len(keys) == 5
+
+
+def run(seed: int = 0, size: int = 4, pieces: int = 1, budget: int = 10**6, evaluated: int = 4, epochs: int = 1) -> Reads:
+    """What a run reads with these settings."""
+    held_out = PromptTable.of((prompt_of(n, n) for n in range(20, 23)), first_row=TABLE.num_responses)
+    most = TokenBudget(budget, budget)
+    steps = BatchIterator(TABLE, size, pieces, seed, n_epochs=epochs, budget=most)
+    return Reads.of_run(steps, held_out, evaluated, None, seed, most, ALONE)
+
+
+def test_the_key_changes_with_what_the_pieces_of_a_run_follow_from(model):
+    others = [run(seed=1), run(size=6), run(pieces=2), run(budget=20), run(evaluated=2)]
+    assert len({cache_key(model, reads) for reads in (run(), *others)}) == 6
+
+
+def test_runs_that_cut_alike_share_their_log_probs(model):
+    # More epochs, and more memory than any piece needs.
+    assert cache_key(model, run()) == cache_key(model, run(epochs=3)) == cache_key(model, run(budget=2 * 10**6))

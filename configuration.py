@@ -289,6 +289,17 @@ def sharded_dtype(config: DictConfig) -> str | None:
     return (config.trainer.param_dtype or config.model.fsdp_policy_mp) if is_sharded(config) else None
 
 
+def two_models_asked_for(config: DictConfig) -> str | None:
+    """What to say where policy and reference are not one model at a run's beginning, because the user wants it so."""
+    policy, reference = config.model.policy_dtype, config.model.reference_dtype
+    if policy == reference:
+        return None
+    return (
+        f"model.reference_dtype: {reference}, and the policy is {policy}: two models, whose margins are not 0 at the "
+        "beginning; that they start alike is not checked"
+    )
+
+
 def caches_reference(config: DictConfig, read_again: bool) -> bool:
     """Whether the reference's log-probs are computed before training: if asked for, or left open and read more than once.
 

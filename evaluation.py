@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from batches import PackedBatch
 from logprobs import response_logps
 from losses import Loss, example_metrics
+from model_state import compute_device
 from ranks import ALONE, Ranks
 
 
@@ -57,13 +58,14 @@ def evaluate(
     loss: Loss,
     batches: Sequence[PackedBatch],
     ranks: Ranks = ALONE,
+    see: Callable[[PackedBatch, Tensor, Tensor], None] | None = None,
 ) -> HeldOut:
     """Score every held-out example once. The loss sees all of them together, so that nothing depends on how they are cut.
 
     `reference` gives the log-probs [R] of a batch; None where the loss needs none. `batches` are this rank's; every rank gets
-    the result for all. Raises ValueError where there is no example.
+    the result for all. `see` is shown each batch with the log-probs of both. Raises ValueError where there is no example.
     """
-    scores = score(policy, reference, batches, ranks)
+    scores = score(policy, reference, batches, ranks, see)
     pick = slice(None) if loss.paired else scores.order
     pairs = scores.pairs[scores.order] if loss.paired else scores.pairs
     known = scores.policy[pick]
@@ -77,16 +79,19 @@ def score(
     reference: Callable[[PackedBatch], Tensor] | None,
     batches: Sequence[PackedBatch],
     ranks: Ranks = ALONE,
+    see: Callable[[PackedBatch, Tensor, Tensor], None] | None = None,
 ) -> Scores:
     """Log-probs of every response of this rank's batches; every rank gets those of all. As `evaluate`."""
     if not batches:
         raise ValueError("no held-out example to evaluate")
-    device = next(policy.parameters()).device
+    device = compute_device(policy)
     scored = []
     for batch in batches:
         on_device = batch.to(device)
         logps = response_logps(policy, on_device).double().cpu()
         known = None if reference is None else reference(on_device).double().cpu()
+        if see is not None and known is not None:
+            see(batch, logps, known)
         if not batch.is_filler:
             facts = batch.pairs.cpu(), batch.response_lengths.cpu(), batch.places.cpu(), batch.sources
             scored.append((logps, known, *facts))

@@ -10,7 +10,7 @@ import xxhash
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
-from models import free_memory
+from model_state import compute_device, free_memory
 from ranks import ALONE, Ranks, local_world_size
 
 # Prompts that a CPU answers together: more are not faster, and wait longer for the longest answer among them.
@@ -58,7 +58,7 @@ def sample_responses(
 
 def _respond(model: nn.Module, tokenizer, prompts: Sequence[list[int]], max_length: int, seed: int) -> list[list[int]]:
     """The responses to prompts that are answered together, padded on their left."""
-    device = next(model.parameters()).device
+    device = compute_device(model)
     width = max(map(len, prompts))
     ids = torch.full((len(prompts), width), tokenizer.pad_token_id)
     mask = torch.zeros_like(ids)
@@ -125,7 +125,7 @@ def _rows_at_once(model: nn.Module, max_length: int, ranks: Ranks) -> int:
     config = model.config.get_text_config()
     kept = (2 * config.num_hidden_layers + 8) * config.hidden_size * model.dtype.itemsize
     per_row = max_length * kept + 5 * 4 * config.vocab_size
-    device = next(model.parameters()).device
+    device = compute_device(model)
     free = free_memory(device) // (1 if device.type == "cuda" else local_world_size())
     rows = max(1, free // 2 // per_row)
     return ranks.from_main(ranks.lowest(rows if device.type == "cuda" else min(rows, ROWS_ON_CPU)))

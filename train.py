@@ -37,7 +37,9 @@ from configuration import (
     is_sharded,
     moves_reference,
     read_entries,
+    sharded_dtype,
     task_names,
+    two_models_asked_for,
 )
 from stopping import STOPPED, StoppedError
 from utils import UserError, first_existing, first_to_speak, in_worker
@@ -271,19 +273,24 @@ def evaluate(config: DictConfig, trainer_class, placement, loss, data: tuple, ru
 
 def put_together(config: DictConfig, placement, loss, data, checkpoint: Path | None, in_sweep: bool) -> dict:
     """The parts of a trainer by their names: models as at the run's beginning, and batches."""
-    from batches import evaluation_batches, evaluation_prompts
+    from batches import evaluation_batches
+    from reference_cache import Reads
+    from same_start import SameStart
 
     ranks = placement.ranks
     train_prompts, eval_prompts = (split.table for split in data)
     policy = placement.policy()
-    budget = budget_of(config, policy, ranks, checkpoint)
-    train_batches = build_batches(config, train_prompts, budget, ranks)
-    eval_sizes = config.eval_batch_size, config.n_eval_examples, config.seed
-    reference = None
+    budget, first_budget = budgets_of(config, policy, ranks, checkpoint)
+    train_batches = build_batches(config, train_prompts, budget, ranks, first_budget)
+    eval_sizes = config.eval_batch_size, config.n_eval_examples, config.seed, first_budget, ranks
+    reference = same_start = None
     if loss.needs_reference:
-        held_out = evaluation_prompts(eval_prompts, config.n_eval_examples, config.seed)
-        read = train_batches.prompts_seen.joined(held_out)
-        reference = make_reference(config, placement, policy, read, in_sweep or train_batches.visits_again)
+        reads = Reads.of_run(train_batches, eval_prompts, *eval_sizes)
+        reference = make_reference(config, placement, policy, reads, in_sweep or train_batches.visits_again)
+        if two_models := two_models_asked_for(config):
+            print(two_models, flush=True)
+        else:
+            same_start = SameStart(policy, reference)
     num_samples = min(len(eval_prompts), config.n_eval_model_samples * placement.samples(config.sample_during_eval))
     return {
         "policy": policy,
@@ -291,13 +298,17 @@ def put_together(config: DictConfig, placement, loss, data, checkpoint: Path | N
         "loss": loss,
         "tokenizer": placement.tokenizer,
         "train_batches": train_batches,
-        "eval_batches": evaluation_batches(eval_prompts, *eval_sizes, budget, ranks),
+        "eval_batches": evaluation_batches(eval_prompts, *eval_sizes),
         "sample_prompts": [eval_prompts[k].prompt_ids for k in range(num_samples)],
+        "same_start": same_start,
     }
 
 
-def budget_of(config: DictConfig, policy, ranks, checkpoint: Path | None):
-    """How many tokens are computed at once: as before, where a run goes on with as many processes, bit for bit."""
+def budgets_of(config: DictConfig, policy, ranks, checkpoint: Path | None) -> tuple:
+    """How many tokens are computed at once, from now on and when the run began.
+
+    As before, where a run goes on with as many processes, bit for bit.
+    """
     from batches import TokenBudget
     from checkpoints import read_state
     from models import shared_budget, token_budget
@@ -305,8 +316,10 @@ def budget_of(config: DictConfig, policy, ranks, checkpoint: Path | None):
     if checkpoint:
         before = read_state(checkpoint)["train_batches"]
         if before["ranks"] == ranks.size and config.max_tokens_per_microbatch is None:
-            return TokenBudget(*before["budget"])
-    return shared_budget(token_budget(policy, config.max_tokens_per_microbatch), ranks)
+            budgets = before["budget"], before.get("first_budget", before["budget"])
+            return tuple(TokenBudget(*values) for values in budgets)
+    budget = shared_budget(token_budget(policy, config.max_tokens_per_microbatch), ranks)
+    return budget, budget
 
 
 def data_version(config: DictConfig, run_dir: Path) -> int:
@@ -444,8 +457,11 @@ def used_by_this_run(run_dir: Path):
         lock.release()
 
 
-def build_batches(config: DictConfig, prompts, budget, ranks=None):
-    """The steps of a run over prepared prompts. Raises UserError for batches too small for so many ranks."""
+def build_batches(config: DictConfig, prompts, budget, ranks=None, first_budget=None):
+    """The steps of a run over prepared prompts. Raises UserError for batches too small for so many ranks.
+
+    first_budget: what the run began with, where it has another now.
+    """
     from batches import BatchIterator
     from ranks import ALONE
 
@@ -456,18 +472,19 @@ def build_batches(config: DictConfig, prompts, budget, ranks=None):
             f"batch_size: found {size}, which in {pieces} micro-batches gives {size // pieces} examples to {ranks.size} "
             f"processes. Expected at least {pieces * ranks.size}, or fewer processes or gradient_accumulation_steps."
         )
-    return BatchIterator(prompts, size, pieces, config.seed, config.n_epochs, config.n_examples, budget, ranks, config.n_steps)
+    limits = config.n_epochs, config.n_examples
+    return BatchIterator(prompts, size, pieces, config.seed, *limits, budget, ranks, config.n_steps, first_budget)
 
 
-def make_reference(config: DictConfig, placement, policy, prompts, read_again: bool):
-    """The reference: a frozen copy of the policy that scores each batch, or its log-probs of `prompts` computed before.
+def make_reference(config: DictConfig, placement, policy, reads, read_again: bool):
+    """The reference: a frozen copy of the policy that scores each batch, or its log-probs of what is read, computed before.
 
     Computed before, by its own choice, where they are read more than once: in several epochs or the jobs of a sweep
     (`read_again`), or because an earlier run has left them; never where the reference follows the policy.
     """
     from adapters import has_adapter
-    from logprobs import CachedReference, LiveReference
-    from reference_cache import cache_path, reference_logps_of
+    from logprobs import LiveReference
+    from reference_cache import cache_path, cached_reference
 
     directory = first_existing(folders_of(config.local_dirs)) / "reference_logps"
     # In the policy's dtype it says now what a copy of it would say.
@@ -477,10 +494,20 @@ def make_reference(config: DictConfig, placement, policy, prompts, read_again: b
     cached = caches_reference(config, read_again)
     may_be_there = config.reference_logps is None and not moves_reference(config)
     if cached or (may_be_there and ranks.from_main(directory.is_dir())):
-        path = cache_path(directory, reference.model, prompts, ranks)
+        path = cache_path(directory, reference.model, reads, computing_settings(config), ranks)
         if cached or ranks.from_main(path.exists()):
-            return CachedReference(reference_logps_of(reference, prompts, path, ranks))
+            return cached_reference(reference, reads, path, ranks)
     return placement.reference(policy) if is_copy else reference
+
+
+def computing_settings(config: DictConfig) -> dict:
+    """The keys on which the last bits of a model's log-probs depend, beside those that the model itself shows."""
+    model, trainer = config.model, config.trainer
+    return {
+        "trainer": [trainer.name, trainer.get("tensor_parallel_size")],
+        "dtypes": [sharded_dtype(config), trainer.get("output_dtype"), model.quantized_compute_dtype],
+        "kernels": [config.compile, config.tf32, model.liger_kernels],
+    }
 
 
 def prepare_data(

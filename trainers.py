@@ -34,10 +34,12 @@ from layer_splitting import joined_optimizer_state, joined_weights, set_joined_w
 from ledger import Ledger
 from logprobs import response_logps
 from losses import Loss, LossOutput, Survey, example_metrics
+from model_state import compute_device
 from optimization import build_optimizer, flat_state, schedule, warmup_steps
 from placement import OneProcess, Sharded, SplitLayers, TensorParallel
 from pruning import Pruning
 from ranks import ALONE, Ranks, let_go_of_gathered, several
+from same_start import SameStart
 from sampling import sample_answers
 from sharding import clip_by_global_norm
 from stopping import StoppedError, StopRequests
@@ -74,6 +76,7 @@ class BasicTrainer:
     sample_prompts are the token ids of the held-out prompts that are answered at each evaluation. writer writes checkpoints;
     None for none. stop says why the run is to stop before its end. ledger keeps the margins of pairs; None for none. pruning
     says whether other jobs of the sweep do so much better that this one ends; None where there is no sweep, or none is to.
+    same_start ends a run whose policy and reference are not the same at its beginning; None where they need not be.
     held_out is the newest evaluation's result, None before the first; held_out_means its means, those of the run so far where
     it goes on from a checkpoint.
     """
@@ -96,11 +99,12 @@ class BasicTrainer:
         stop: StopRequests | None = None,
         ledger: Ledger | None = None,
         pruning: Pruning | None = None,
+        same_start: SameStart | None = None,
     ):
         self.config = config
         self.ranks = ranks
         self.policy = policy
-        self.device = next(policy.parameters()).device
+        self.device = compute_device(policy)
         self.reference = reference
         self.loss = loss
         self.tokenizer = tokenizer
@@ -112,6 +116,7 @@ class BasicTrainer:
         self.stop = stop or StopRequests()
         self.ledger = ledger
         self.pruning = pruning
+        self.same_start = same_start
         self.pruned = False
         self.optimizer = build_optimizer(policy, config)
         # Gradients of float16 products would underflow; a step whose scaled gradients overflow is left out.
@@ -138,10 +143,12 @@ class BasicTrainer:
         """Run to the end of the training batches: evaluate and write checkpoints on the way, and both at the end.
 
         Raises StoppedError, a checkpoint written, where the run is asked to stop, and UserError where too many steps in a row
-        could not be taken.
+        could not be taken, or where policy and reference are not the same at the beginning.
         """
         if self.examples == 0:
             self.before_first_step()
+        else:
+            self.same_start = None
         started = time.perf_counter()
         for batch in self.train_batches:
             metrics = self.train_step(batch)
@@ -208,6 +215,8 @@ class BasicTrainer:
         remembered = self.loss.state_dict()
         num_examples = sum(micro_batch.num_examples for micro_batch in micro_batches)
         sums, statistics, scored = self.backward_within_memory(micro_batches, remembered)
+        self.check_start()
+        self.same_start = None
         grad_norm = self.scaled_down_gradient()
         # Read at once, before the weights change: one wait for the device.
         *values, stop, norm = self.added_up(sums, grad_norm, num_examples).tolist()
@@ -224,6 +233,11 @@ class BasicTrainer:
         self.loss.load_state_dict(remembered)
         return {}
 
+    def check_start(self) -> None:
+        """Raise UserError where policy and reference have not been the same until now, though no step was taken."""
+        if self.same_start is not None:
+            self.same_start.check(self.ranks)
+
     def backward_within_memory(self, micro_batches: Sequence[MicroBatch], remembered: dict):
         """`backward`; where memory does not suffice, once more in pieces half as large, as all batches from then on."""
         try:
@@ -235,6 +249,8 @@ class BasicTrainer:
         # Not in the handler: what was raised keeps the tensors of the step.
         self.optimizer.zero_grad(set_to_none=True)
         self.loss.load_state_dict(remembered)
+        # A reference that was computed before saw other pieces, and its last bits may be others.
+        self.same_start = None
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         halves = self.train_batches.halve_pieces(micro_batches)
@@ -331,6 +347,8 @@ class BasicTrainer:
                 survey = self.survey(micro_batch, pieces, [self.logps(piece) for piece in pieces], references)
         for piece, reference in zip(pieces, references, strict=True):
             policy = self.logps(piece)
+            if self.same_start is not None:
+                self.same_start.see(piece, policy, reference)
             if self.loss.surveys and survey is None:
                 survey = self.survey(micro_batch, pieces, [policy.detach()], references)
             found = None if survey is None else survey.at(piece.places)
@@ -360,7 +378,9 @@ class BasicTrainer:
             return
         if self.evaluated_at == self.examples:
             return
-        self.held_out = evaluate(self.policy, self.reference, self.loss, self.eval_batches, self.ranks)
+        see = self.same_start and self.same_start.see
+        self.held_out = evaluate(self.policy, self.reference, self.loss, self.eval_batches, self.ranks, see)
+        self.check_start()
         self.held_out_means = self.held_out.means()
         self.evaluated_at = self.examples
         self.compare_with_best()

@@ -281,7 +281,8 @@ def pick_device():
     import torch
 
     if torch.cuda.is_available():
-        return torch.device("cuda")
+        # With its number, as tensors say where they are.
+        return torch.device("cuda", torch.cuda.current_device())
     if torch.backends.mps.is_available():
         return torch.device("mps")
     return torch.device("cpu")

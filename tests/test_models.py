@@ -16,12 +16,11 @@ from models import (
     compile_between_attentions,
     load_model,
     load_tokenizer,
-    logps_and_gradients,
-    random_trees,
     read_archive,
     reference_copy,
     share_prefixes,
 )
+from sharing_proof import logps_and_gradients, random_trees
 from utils import UserError
 
 

@@ -9,7 +9,6 @@ import copy
 import inspect
 import json
 import math
-import os
 import re
 import warnings
 from collections import defaultdict
@@ -68,7 +67,7 @@ def _settings_of_archive(archive: str):
     """peft's settings in an adapter's directory. Raises UserError for what cannot be trained on or merged here."""
     from peft import LoraConfig
 
-    found = _read_settings(archive)
+    found = settings_of_file(archive)
     try:
         settings = LoraConfig.from_peft_type(**found)
     except (TypeError, ValueError, LookupError, AttributeError) as error:
@@ -138,7 +137,7 @@ def _origin(model_config) -> str | None:
     if archive:
         return str(archive.resolve())
     name = model_config.name_or_path
-    return os.path.abspath(name) if name and Path(name).is_dir() else name
+    return str(Path(name).absolute()) if name and Path(name).is_dir() else name
 
 
 # ---- which layers get one -------------------------------------------------------------------------------------------------
@@ -319,7 +318,7 @@ def base_archive(model_config) -> Path | None:
         return archive and Path(archive)
     settings = _checked_settings(archive, model_config)
     base, configured = settings.get("base_model_name_or_path"), model_config.name_or_path
-    if base == configured or (base and configured and os.path.abspath(base) == os.path.abspath(configured)):
+    if base == configured or (base and configured and Path(base).absolute() == Path(configured).absolute()):
         return None
     kept = kept_base(archive) if base is not None and Path(base).name == BASE_DIR else None
     if kept is not None:
@@ -340,11 +339,12 @@ def kept_base(archive: str | Path) -> Path | None:
 
 def settings_in(archive: str) -> dict:
     """The `model.lora` of an adapter's directory; its layers are those of its file. Raises UserError where it is damaged."""
-    settings = _read_settings(archive)
+    settings = settings_of_file(archive)
     return {"r": settings["r"], "alpha": settings["lora_alpha"], "target_modules": None}
 
 
-def _read_settings(archive: str) -> dict:
+def settings_of_file(archive: str | Path) -> dict:
+    """peft's settings in an adapter's directory, as they lie there. Raises UserError where they are damaged."""
     try:
         settings = json.loads((Path(archive) / SETTINGS_FILE).read_text())
         _ = settings["r"], settings["lora_alpha"], settings["target_modules"]
@@ -360,7 +360,7 @@ def _checked_settings(archive: str, model_config) -> dict:
             f"model.archive: {archive} is an adapter, and model.lora.r is not given. Add +adapter=lora (or qlora) to train it "
             "on, or make a whole model of it first: python scripts/export.py CHECKPOINT --merge --to DIRECTORY"
         )
-    settings = _read_settings(archive)
+    settings = settings_of_file(archive)
     for key, value in {"r": settings["r"], "alpha": settings["lora_alpha"]}.items():
         if value != model_config.lora[key]:
             raise UserError(

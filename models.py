@@ -132,9 +132,9 @@ def load_model(model_config, tokenizer, cache_dir: str | None = None, base_dir: 
     there where it is not yet. Raises UserError where that cannot be.
     """
     model = load_base(model_config, tokenizer, cache_dir, base_dir)
-    if base_dir is not None and model_config.lora.r is not None and not base_dir.is_dir():
-        if _has_no_directory(model.config, model_config, cache_dir):
-            _keep(model, base_dir)
+    missing = base_dir is not None and model_config.lora.r is not None and not base_dir.is_dir()
+    if missing and _has_no_directory(model.config, model_config):
+        _keep(model, tokenizer, base_dir)
     base = str(base_dir.resolve()) if base_dir is not None and base_dir.is_dir() else None
     model = _made_ready(model, model_config, base)
     if is_adapter(model_config.archive):
@@ -162,7 +162,7 @@ def load_base(model_config, tokenizer, cache_dir: str | None = None, base_dir: P
         return AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype, cache_dir=cache_dir, **remote)
 
 
-def _has_no_directory(config, model_config, cache_dir: str | None = None) -> bool:
+def _has_no_directory(config, model_config) -> bool:
     """Whether no directory or hub id gives the model under an adapter to other libraries.
 
     It was made from scratch, lies in a single file, or has another configuration than lies with its weights.
@@ -180,8 +180,8 @@ def _has_no_directory(config, model_config, cache_dir: str | None = None) -> boo
 
 # What of a configuration says nothing of what a model computes, or is said again when it is loaded.
 NOT_COMPUTED = (
-    "_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "auto_map", "eos_token_id", "bos_token_id",
-    "pad_token_id", "use_cache", "_attn_implementation", "attn_implementation",
+    "_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "auto_map", "eos_token_id",
+    "bos_token_id", "pad_token_id", "use_cache", "_attn_implementation", "attn_implementation",
 )  # fmt: skip
 
 
@@ -192,18 +192,19 @@ def config_differences(one, other) -> list[str]:
     return [key for key in keys if mine.get(key) != theirs.get(key)]
 
 
-def _keep(model: nn.Module, base_dir: Path) -> None:
+def _keep(model: nn.Module, tokenizer, base_dir: Path) -> None:
     """Write the model under an adapter. Raises UserError where the system does not let it be written."""
     partial = base_dir.with_name(f"{base_dir.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
         save_model(model, partial)
+        tokenizer.save_pretrained(partial)
         partial.rename(base_dir)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise UserError(
-            f"local_run_dir: {base_dir}, the model under the adapter, cannot be written: {first_line(error)}. Make room, or set "
-            "local_dirs or local_run_dir."
+            f"local_run_dir: {base_dir}, the model under the adapter, cannot be written: {first_line(error)}. Make room, or "
+            "set local_dirs or local_run_dir."
         ) from error
 
 
@@ -229,14 +230,25 @@ def load_with_adapter(checkpoint: Path, model_config, tokenizer, cache_dir: str 
 
     model_config is the run's. A base made from scratch that its run has not kept is made again.
     """
+    return _of_adapter(load_model, checkpoint, model_config, tokenizer, cache_dir)
+
+
+def base_of(checkpoint: Path, model_config, tokenizer, cache_dir: str | None = None) -> nn.Module:
+    """The model under the adapter of a checkpoint, before it was quantised."""
+    return _of_adapter(load_base, checkpoint, model_config, tokenizer, cache_dir)
+
+
+def _of_adapter(load, checkpoint: Path, model_config, tokenizer, cache_dir: str | None) -> nn.Module:
     from omegaconf import OmegaConf
 
+    # Of how the run computed on its machine nothing is needed here, and some of it may not be there.
+    here = {"liger_kernels": False, "attn_implementation": "auto", "autocast_dtype": None}
     its_own = {"archive": str(checkpoint), "lora": settings_in(str(checkpoint))}
-    config = OmegaConf.merge(model_config, its_own)
+    config = OmegaConf.merge(model_config, here, its_own)
     with torch.random.fork_rng(devices=[]):
         if (seed := _seed_of(checkpoint)) is not None:
             torch.manual_seed(seed)
-        return load_model(config, tokenizer, cache_dir, kept_base(checkpoint))
+        return load(config, tokenizer, cache_dir, kept_base(checkpoint))
 
 
 def _seed_of(checkpoint: Path) -> int | None:
@@ -643,7 +655,7 @@ def read_archive(path: Path) -> dict[str, Tensor]:
         from safetensors.torch import load_file
 
         with _damage_is_a_user_error(path):
-            return {name: tensor for file in _weight_files(path) for name, tensor in load_file(file).items()}
+            return {name: tensor for file in files_of_weights(path) for name, tensor in load_file(file).items()}
     try:
         archive = load_tensors(path, mapped=True)
     except ValueError as error:
@@ -660,13 +672,14 @@ def archive_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     from safetensors import safe_open
 
     shapes = {}
-    for file in _weight_files(path):
+    for file in files_of_weights(path):
         with _damage_is_a_user_error(path), safe_open(file, framework="pt") as weights:
             shapes |= {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118  not a dict
     return shapes
 
 
-def _weight_files(path: Path) -> list[Path]:
+def files_of_weights(path: Path) -> list[Path]:
+    """The files of a directory with safetensors weights. Raises UserError where one is missing."""
     try:
         files = files_of_index(path / SAFETENSORS_INDEX) or [path / "model.safetensors"]
     except ValueError as error:

@@ -499,16 +499,20 @@ def _in_eight_bits(layers, layer: nn.Linear, model_config) -> nn.Module:
 
 
 def restore_bits(model: nn.Module, dtype: torch.dtype) -> None:
-    """Turn layers of few bits into usual ones that hold the numbers that these compute with."""
+    """Turn layers of few bits into usual ones that hold the numbers that these compute with, if there are any."""
+    if not any(type(module).__name__ in ("Linear4bit", "Linear8bitLt") for module in model.modules()):
+        return
     from bitsandbytes.functional import dequantize_4bit
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):
             if isinstance(layer, Linear4bit):
-                weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+                weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(layer.compute_dtype)
             elif isinstance(layer, Linear8bitLt):
-                weight = layer.weight.data.float() * (layer.weight.SCB / 127).unsqueeze(1)
+                # Once it has computed, the layer keeps the scales elsewhere.
+                scales = layer.weight.SCB if layer.weight.SCB is not None else layer.state.SCB
+                weight = layer.weight.data.float() * (scales / 127).unsqueeze(1)
             else:
                 continue
             whole = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")

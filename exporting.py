@@ -23,7 +23,7 @@ from torch import Tensor
 
 import hub
 import models
-from adapters import BASE_DIR, SETTINGS_FILE, WEIGHTS_FILE, is_adapter, quantise, settings_of_file
+from adapters import BASE_DIR, SETTINGS_FILE, WEIGHTS_FILE, is_adapter, quantise, restore_bits, settings_of_file
 from checkpoints import MARKER, PARTIAL, checkpoints_of, end_as_trained, fault_of, read_state, save_tokenizer
 from configuration import CONFIG_DIR, DTYPES, choices_of
 from dataset_entries import TEMPLATES
@@ -292,14 +292,16 @@ def export(path: Path, wishes: Wishes) -> list[str]:
     ends = end_tokens(written_as, tokenizer)
     with written_beside(wishes.to) as partial:
         write = _write_adapter if source.is_adapter and not wishes.merge else _write_whole
-        facts, check = write(source, partial, dtype, wishes, tokenizer, ends)
+        with _compared(wishes.to):
+            facts, check = write(source, partial, dtype, wishes, tokenizer, ends)
         save_tokenizer(tokenizer, partial)
         if modelfile:
             fit_for_ollama(partial, tokenizer)
             (partial / "Modelfile").write_text(modelfile, encoding="utf-8")
         if pieces:
             (partial / "tokenizer.model").write_bytes(pieces)
-        notes += _checked(check, wishes.to)
+        with _compared(wishes.to):
+            notes += check()
         facts = replace(facts, name=wishes.push or wishes.to.resolve().name, prompt=prompt)
         (partial / "README.md").write_text(model_card(facts), encoding="utf-8")
     said = [_summary(wishes.to, facts), *(f"note: {note}" for note in notes)]
@@ -320,14 +322,15 @@ def _format_of(source: Source, wanted: str | None) -> str | None:
         return seen if seen in TEMPLATES else None
 
 
-def _checked(check: Callable[[], list[str]], place: Path) -> list[str]:
-    """What a look at a directory that was written has found. Raises UserError where it is another model than the run's."""
+@contextmanager
+def _compared(place: Path) -> Iterator[None]:
+    """Inside, a directory that turns out to be another model than the run's is a UserError."""
     try:
-        return check()
+        yield
     except OtherModelError as error:
         raise UserError(
             f"--to: {place}: what was written is not the run's model: {error}. It is removed; the "
-            "checkpoint stays as it is. Export without --merge or --quantize, or with the versions of libraries that the run had."
+            "checkpoint stays as it is. Export without --merge or --quantize, or with the run's versions of the libraries."
         ) from error
 
 
@@ -366,21 +369,33 @@ def _made_whole(model, source: Source, dtype: str) -> tuple[Tensor | None, list[
         models.merged(model, wanted) if source.is_adapter else models.round_weights(model, wanted)
         return None, ["too little memory to compare log-probs: names, shapes, values and configuration were compared"]
     stored, notes = getattr(torch, _dtype_of(source)), []
+    if source.config["model"].get("quantization") and source.is_adapter:
+        notes += _bits_restored(model, source)
     began = answers_of(in_float32(model))
     if source.is_adapter:
         models.merged(model, torch.float32)
         found = answers_of(model)
-        if source.config["model"].get("quantization") == "int8":
-            # These layers round what they read too, which no merged weight can do.
-            notes.append(f"merged layers do not round their inputs to int8: {per_token(found, began, model):.2g} nats a token")
-        else:
-            compare(found, began, model, tolerance(began, model))
+        compare(found, began, model, tolerance(began, model))
         stored, began = torch.float32, found
     models.round_weights(model, wanted)
     expected = answers_in_float32(model, wanted)
     if wanted != stored and (difference := per_token(expected, began, model)):
         notes.append(f"rounding the weights to {dtype} changes log-probs by up to {difference:.2g} nats a token")
     return expected, notes
+
+
+def _bits_restored(model, source: Source) -> list[str]:
+    """Turn a model's layers of few bits into usual ones, and compare; notes."""
+    config, model.autocast_dtype = source.config["model"], None
+    own = answers_of(model)
+    restore_bits(model, getattr(torch, config["policy_dtype"]))
+    found = answers_of(model)
+    if config["quantization"] == "int8":
+        # These layers round what they read too, which no weight can do.
+        return [f"merged layers no longer round their inputs to int8: up to {per_token(found, own, model):.2g} nats a token"]
+    dtype = getattr(torch, config.get("quantized_compute_dtype") or config["policy_dtype"])
+    compare(found, own, model, tolerance(own, model, dtype))
+    return []
 
 
 def _whole_compared(directory: Path, expected: Tensor, dtype: str, wishes: Wishes) -> list[str]:
@@ -436,6 +451,7 @@ def _with_base(source: Source, partial: Path, wishes: Wishes, tokenizer) -> list
     if lies_elsewhere and Path(base).name != BASE_DIR:
         return []
     model = models.base_of(source.checkpoint, _model_config(source, wishes.trust_remote_code), tokenizer, _cache_dir(source))
+    (partial / BASE_DIR).mkdir()
     save_weights(model, partial / BASE_DIR, tokenizer)
     save_tokenizer(tokenizer, partial / BASE_DIR)
     settings["base_model_name_or_path"] = place = str(wishes.to.resolve() / BASE_DIR)
@@ -481,7 +497,7 @@ def written_beside(place: Path) -> Iterator[Path]:
         partial.mkdir()
         yield partial
         # safetensors gives its files to their owner alone; they are to be as open as the others.
-        for file in partial.glob("*.safetensors"):
+        for file in partial.rglob("*.safetensors"):
             file.chmod((partial / "README.md").stat().st_mode)
         os.replace(partial, place)
     except (OSError, SafetensorError) as error:

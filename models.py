@@ -273,8 +273,7 @@ def load_merged(
 
 def merged(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """A model with its adapter, made whole in place."""
-    if any(type(module).__name__ in ("Linear4bit", "Linear8bitLt") for module in model.modules()):
-        restore_bits(model, torch.float32)
+    restore_bits(model, torch.float32)
     merge(model, dtype)
     round_weights(model, dtype)
     return model

@@ -66,9 +66,6 @@ def in_float32(model: nn.Module) -> nn.Module:
     for weight in model.parameters():
         if weight.is_floating_point():
             weight.data = weight.data.float()
-    for module in model.modules():
-        if hasattr(module, "compute_dtype"):
-            module.compute_dtype = torch.float32
     return model
 
 

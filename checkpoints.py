@@ -120,9 +120,9 @@ class CheckpointWriter:
     A failure (a full disk) costs that checkpoint and a line, which `say` prints; `failed` tells of the newest one. keep_last
     and keep_best bound how many are kept, the best by the held-out metric `metric`; None keeps all. about says what the run
     is made of; patience_minutes how long a process waits for the others, where there are several; end_tokens what training put
-    behind answers beside the tokenizer's end-of-sequence token. `check`, where it is set, is called with the first directory
-    that is complete, before it counts as a checkpoint, and raises what stops the run. All processes of a run have to make one
-    together, and write together. Use as a context manager.
+    behind answers beside the tokenizer's end-of-sequence token. `check`, where it is set, is called with the next directory that
+    is complete, before it counts as a checkpoint, and raises what stops the run; `looked`, on the main process, says whether it
+    was. All processes of a run have to make one together, and write together. Use as a context manager.
     """
 
     def __init__(
@@ -155,7 +155,6 @@ class CheckpointWriter:
     def write(self, snapshot: Snapshot, with_policy_pt: bool = False) -> None:
         """Write a checkpoint; returns, if in the background, when its tensors are copied. Waits for the one before."""
         self.wait()
-        self.looked |= self.check is not None
         needed = snapshot.num_bytes * (1 if self.group is None else 2)
         free = self.ranks.from_main(shutil.disk_usage(self.run_dir).free)
         if needed > free:
@@ -198,6 +197,7 @@ class CheckpointWriter:
                 publish(partial, place)
                 self._remove_old()
                 self.say(f"checkpoint: {place}")
+            self.looked |= self.check is not None
             self.failed, self.check = False, None
         except (OSError, CheckpointException) as error:
             if not isinstance(reason := _cause_of(error), OSError):

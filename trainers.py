@@ -421,7 +421,7 @@ class BasicTrainer:
         if self.writer is None or (self.saved_at == self.examples and not finished):
             return
         self.tracker.flush()
-        if not self.writer.looked:
+        if not self.ranks.from_main(self.writer.looked):
             self.writer.check = checkpoint_check(self.policy, self.config, self.device)
         self.writer.write(self.snapshot(), with_policy_pt=finished and self.config.save_policy_pt)
         self.saved_at = self.examples

@@ -120,9 +120,9 @@ class CheckpointWriter:
     A failure (a full disk) costs that checkpoint and a line, which `say` prints; `failed` tells of the newest one. keep_last
     and keep_best bound how many are kept, the best by the held-out metric `metric`; None keeps all. about says what the run
     is made of; patience_minutes how long a process waits for the others, where there are several; end_tokens what training put
-    behind answers beside the tokenizer's end-of-sequence token. `check`, where it is set, is called with the next directory that
-    is complete, before it counts as a checkpoint, and raises what stops the run; `looked`, on the main process, says whether it
-    was. All processes of a run have to make one together, and write together. Use as a context manager.
+    behind answers beside the tokenizer's end-of-sequence token. `check`, where it is set, is called with the next directory
+    that is complete, before it counts as a checkpoint, and raises what stops the run; `looked`, on the main process, says
+    whether it was. All processes of a run have to make one together, and write together. Use as a context manager.
     """
 
     def __init__(

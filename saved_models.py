@@ -169,7 +169,7 @@ def _check_checkpoint(expected: Tensor, policy: nn.Module, config, device: torch
                 return
             prepare = partial(quantise, model_config=config.model) if config.model.quantization else None
             model = load_plain(directory, dtype, config.model.trust_remote_code, config.cache_dir, prepare=prepare)
-            model.autocast_dtype = policy.autocast_dtype
+            model.autocast_dtype = getattr(policy, "autocast_dtype", None)
             compare(answers_of(model), expected, policy, tolerance(expected, policy, _computes_in(policy, config, device)))
     except OtherModelError as error:
         raise UserError(

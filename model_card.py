@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 from configuration import CONFIG_DIR, choices_of
 from data_files import is_data_file
 from preference_datasets import HH, LEETCODE, NECTAR, ORCA, SHP, STACK_EXCHANGE, TOKENISED_SUFFIX, ULTRAFEEDBACK
+from served_prompts import PLAIN_PROMPT
 from utils import dotted
 
 # Where the named sets lie on the hub.
@@ -32,9 +33,6 @@ LOSSES = {
     "ipo": "identity preference optimisation (IPO, [arXiv 2310.12036](https://arxiv.org/abs/2310.12036))",
     "beta_DPO": "beta-DPO ([arXiv 2407.08639](https://arxiv.org/abs/2407.08639))",
 }
-
-# Of a model that continues texts.
-PLAIN_PROMPT = "Once upon a time"
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,13 @@ proved here, on itself, before it is relied on.
 
 import copy
 import json
+import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import xxhash
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from adapters import (
@@ -21,6 +23,8 @@ from adapters import (
     check_base,
     check_fit,
     is_adapter,
+    kept_base,
+    lines_of_adapter,
     merge,
     quantise,
     read_adapter,
@@ -34,7 +38,7 @@ from ranks import Ranks, local, local_world_size
 from response_trees import RESPONSE_TREES, register
 from sharing_proof import fault_of_sharing
 from toy_preferences import toy_records
-from utils import UserError, first_line, load_tensors
+from utils import UNREADABLE, UserError, first_line, load_tensors
 
 BYTE_LEVEL = "byte_level"
 SAFETENSORS_INDEX = "model.safetensors.index.json"
@@ -125,41 +129,170 @@ def reference_copy(policy: nn.Module, model_config) -> nn.Module:
     return dispatched(reference, policy.hf_device_map) if several_devices(policy) else reference
 
 
-def load_model(model_config, tokenizer, cache_dir: str | None = None) -> nn.Module:
-    """The model of a `model` configuration on the CPU, in `policy_dtype`, without dropout, in training mode."""
-    from transformers import AutoModelForCausalLM
+def load_model(model_config, tokenizer, cache_dir: str | None = None, base_dir: Path | None = None) -> nn.Module:
+    """The model of a `model` configuration on the CPU, in `policy_dtype`, without dropout, in training mode.
 
-    dtype = getattr(torch, model_config.policy_dtype)
-    config = model_configuration(model_config, tokenizer, cache_dir)
-    remote = {"trust_remote_code": model_config.trust_remote_code}
-    if archive := base_archive(model_config):
-        model = model_of_archive(config, read_archive(archive), archive, dtype, model_config.trust_remote_code)
-    elif model_config.name_or_path:
-        name = model_config.name_or_path
-        with _loading("model.name_or_path", name):
-            for index in (SAFETENSORS_INDEX, "pytorch_model.bin.index.json"):
-                files_of_index(Path(name) / index)
-            model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype, cache_dir=cache_dir, **remote)
-    else:
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, **remote)
-    model = _made_ready(model, model_config)
+    base_dir: where a run keeps the model under its adapter, if nobody else keeps it as it is: it is read from there, or written
+    there where it is not yet. Raises UserError where that cannot be.
+    """
+    model = load_base(model_config, tokenizer, cache_dir, base_dir)
+    missing = base_dir is not None and model_config.lora.r is not None and not base_dir.is_dir()
+    if missing and _has_no_directory(model.config, model_config):
+        _keep(model, tokenizer, base_dir)
+    base = str(base_dir.resolve()) if base_dir is not None and base_dir.is_dir() else None
+    model = _made_ready(model, model_config, base)
     if is_adapter(model_config.archive):
         check_base(model_config.archive, weights_hash(model))
         read_adapter(model_config.archive, model)
     return model
 
 
-def load_merged(checkpoint: Path, model_config, tokenizer, cache_dir: str | None = None) -> nn.Module:
-    """A whole model on the CPU: the frozen weights of a run's `model` configuration with the adapter of a checkpoint."""
+def load_base(model_config, tokenizer, cache_dir: str | None = None, base_dir: Path | None = None) -> nn.Module:
+    """The model of a `model` configuration as transformers makes it: with dropout, without an adapter, not quantised."""
+    from transformers import AutoModelForCausalLM
+
+    dtype = getattr(torch, model_config.policy_dtype)
+    config = model_configuration(model_config, tokenizer, cache_dir)
+    remote = {"trust_remote_code": model_config.trust_remote_code}
+    archive = base_dir if base_dir is not None and base_dir.is_dir() else base_archive(model_config)
+    if archive:
+        return model_of_archive(config, read_archive(archive), archive, dtype, model_config.trust_remote_code)
+    if not model_config.name_or_path:
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, **remote)
+    name = model_config.name_or_path
+    with _loading("model.name_or_path", name):
+        for index in (SAFETENSORS_INDEX, "pytorch_model.bin.index.json"):
+            files_of_index(Path(name) / index)
+        return AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype, cache_dir=cache_dir, **remote)
+
+
+def _has_no_directory(config, model_config) -> bool:
+    """Whether no directory or hub id gives the model under an adapter to other libraries.
+
+    It was made from scratch, lies in a single file, or has another configuration than lies with its weights.
+    """
+    archive, changed = base_archive(model_config), bool(len(model_config.from_config))
+    if archive is None:
+        return model_config.name_or_path is None or changed
+    if not (archive / "config.json").is_file():
+        return True
+    from transformers import AutoConfig
+
+    lies_there = AutoConfig.from_pretrained(archive, trust_remote_code=model_config.trust_remote_code)
+    return bool(config_differences(lies_there, config))
+
+
+# What of a configuration says nothing of what a model computes, or is said again when it is loaded.
+NOT_COMPUTED = (
+    "_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "auto_map", "eos_token_id",
+    "bos_token_id", "pad_token_id", "use_cache", "_attn_implementation", "attn_implementation",
+)  # fmt: skip
+
+
+def config_differences(one, other) -> list[str]:
+    """The keys in which two configurations of transformers differ, of those that say what a model computes."""
+    mine, theirs = (json.loads(json.dumps(config.to_dict(), default=str)) for config in (one, other))
+    keys = sorted((mine.keys() | theirs.keys()) - set(NOT_COMPUTED))
+    return [key for key in keys if mine.get(key) != theirs.get(key)]
+
+
+def _keep(model: nn.Module, tokenizer, base_dir: Path) -> None:
+    """Write the model under an adapter. Raises UserError where the system does not let it be written."""
+    partial = base_dir.with_name(f"{base_dir.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        save_model(model, partial)
+        tokenizer.save_pretrained(partial)
+        partial.rename(base_dir)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(
+            f"local_run_dir: {base_dir}, the model under the adapter, cannot be written: {first_line(error)}. Make room, or "
+            "set local_dirs or local_run_dir."
+        ) from error
+
+
+def save_model(model: nn.Module, directory: Path, **options) -> None:
+    """`save_pretrained`; how it generates is written as it is, also where the library would want it otherwise.
+
+    Of sampling settings that its defaults do not use the library makes an error once anything beside them has changed.
+    """
+    generation = model.generation_config if model.can_generate() else None
+    try:
+        if generation is not None:
+            model.generation_config = type(generation)()
+        model.save_pretrained(directory, **options)
+    finally:
+        if generation is not None:
+            model.generation_config = generation
+    if generation is not None:
+        generation.to_json_file(directory / "generation_config.json")
+
+
+def load_with_adapter(checkpoint: Path, model_config, tokenizer, cache_dir: str | None = None) -> nn.Module:
+    """The model of a run with the adapter of a checkpoint in it, on the CPU, as the run computes.
+
+    model_config is the run's. A base made from scratch that its run has not kept is made again.
+    """
+    return _of_adapter(load_model, checkpoint, model_config, tokenizer, cache_dir)
+
+
+def base_of(checkpoint: Path, model_config, tokenizer, cache_dir: str | None = None) -> nn.Module:
+    """The model under the adapter of a checkpoint, before it was quantised."""
+    return _of_adapter(load_base, checkpoint, model_config, tokenizer, cache_dir)
+
+
+def _of_adapter(load, checkpoint: Path, model_config, tokenizer, cache_dir: str | None) -> nn.Module:
     from omegaconf import OmegaConf
 
+    # Of how the run computed on its machine nothing is needed here, and some of it may not be there.
+    here = {"liger_kernels": False, "attn_implementation": "auto", "autocast_dtype": None}
     its_own = {"archive": str(checkpoint), "lora": settings_in(str(checkpoint))}
-    config = OmegaConf.merge(model_config, its_own)
-    model = load_model(config, tokenizer, cache_dir)
-    if config.quantization:
-        restore_bits(model, getattr(torch, config.policy_dtype))
-    merge(model)
+    config = OmegaConf.merge(model_config, here, its_own)
+    with torch.random.fork_rng(devices=[]):
+        if (seed := _seed_of(checkpoint)) is not None:
+            torch.manual_seed(seed)
+        return load(config, tokenizer, cache_dir, kept_base(checkpoint))
+
+
+def _seed_of(checkpoint: Path) -> int | None:
+    """The seed of the run of a checkpoint; None where it does not say."""
+    try:
+        seed = json.loads((checkpoint / "state.json").read_text())["run"]["config"]["seed"]
+    except UNREADABLE:
+        return None
+    return seed if isinstance(seed, int) else None
+
+
+def load_merged(
+    checkpoint: Path, model_config, tokenizer, cache_dir: str | None = None, dtype: torch.dtype | None = None
+) -> nn.Module:
+    """A whole model on the CPU: the frozen weights of a run's `model` configuration with the adapter of a checkpoint.
+
+    They are added in float32, and rounded once to `dtype`; None is `policy_dtype`.
+    """
+    model = load_with_adapter(checkpoint, model_config, tokenizer, cache_dir)
+    return merged(model, dtype or getattr(torch, model_config.policy_dtype))
+
+
+def merged(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A model with its adapter, made whole in place."""
+    restore_bits(model, torch.float32)
+    merge(model, dtype)
+    round_weights(model, dtype)
     return model
+
+
+@torch.no_grad()
+def round_weights(model: nn.Module, dtype: torch.dtype) -> None:
+    """Give a model's weights a dtype, in place, but for those that its class keeps in float32. Buffers stay what they are."""
+    # What from_pretrained keeps so, in either of the short dtypes or in float16 alone.
+    kept = set(model._keep_in_fp32_modules_strict or ()) if dtype in (torch.bfloat16, torch.float16) else set()
+    kept |= set(model._keep_in_fp32_modules or ()) if dtype == torch.float16 else set()
+    for name, weight in model.named_parameters():
+        if weight.is_floating_point() and not (weight.dtype == torch.float32 and kept & set(name.split("."))):
+            weight.data = weight.data.to(dtype)
+    model.config.dtype = dtype
 
 
 def build_untrained(model_config, tokenizer, cache_dir: str | None = None, dtype: str | None = None) -> nn.Module:
@@ -174,7 +307,7 @@ def build_untrained(model_config, tokenizer, cache_dir: str | None = None, dtype
     return _made_ready(AutoModelForCausalLM.from_config(config, **options), model_config)
 
 
-def _made_ready(model: nn.Module, model_config) -> nn.Module:
+def _made_ready(model: nn.Module, model_config, base: str | None = None) -> nn.Module:
     disable_dropout(model)
     model.autocast_dtype = model_config.autocast_dtype and getattr(torch, model_config.autocast_dtype)
     choose_attention(model, model_config.attn_implementation)
@@ -183,7 +316,7 @@ def _made_ready(model: nn.Module, model_config) -> nn.Module:
     if model_config.quantization:
         quantise(model, model_config)
     if model_config.lora.r is not None:
-        add_adapter(model, model_config)
+        add_adapter(model, model_config, base)
     return model.train()
 
 
@@ -434,11 +567,15 @@ def _tokens_that_fit(model: nn.Module, device: torch.device, free: int | None, m
 # ---- archives -----------------------------------------------------------------------------------------------------------
 
 
-def check_model(model_config, tokenizer, cache_dir: str | None = None) -> None:
-    """Raise UserError where archive or adapter do not fit the model, before either takes memory or time."""
+def check_model(model_config, tokenizer, cache_dir: str | None = None) -> list[str]:
+    """Raise UserError where archive or adapter do not fit the model, before either takes memory or time.
+
+    Returns what there is to be said of the model: what of it has no effect here, or stays as it is.
+    """
     path = base_archive(model_config)
+    config = model_configuration(model_config, tokenizer, cache_dir)
+    lines = lines_of_configuration(config)
     if path:
-        config = model_configuration(model_config, tokenizer, cache_dir)
         shapes = {name: torch.empty(shape, device="meta") for name, shape in archive_shapes(path).items()}
         model_of_archive(config, shapes, path, torch.float32, model_config.trust_remote_code, device_map={"": "meta"})
     if model_config.lora.r is not None:
@@ -446,6 +583,15 @@ def check_model(model_config, tokenizer, cache_dir: str | None = None) -> None:
             model = build_untrained(model_config, tokenizer, cache_dir)
         if is_adapter(model_config.archive):
             check_fit(model_config.archive, model)
+        lines += lines_of_adapter(model, model_config)
+    return lines
+
+
+def lines_of_configuration(config) -> list[str]:
+    """What of a model's configuration has no effect in training here."""
+    text = config.get_text_config()
+    keys = [key for key in ("router_aux_loss_coef", "aux_loss_alpha") if getattr(text, key, None)]
+    return [f"model: {key} ({getattr(text, key)}) has no effect: the loss alone is trained, routers included" for key in keys]
 
 
 def model_of_archive(
@@ -489,7 +635,7 @@ def read_archive(path: Path) -> dict[str, Tensor]:
         from safetensors.torch import load_file
 
         with _damage_is_a_user_error(path):
-            return {name: tensor for file in _weight_files(path) for name, tensor in load_file(file).items()}
+            return {name: tensor for file in files_of_weights(path) for name, tensor in load_file(file).items()}
     try:
         archive = load_tensors(path, mapped=True)
     except ValueError as error:
@@ -506,13 +652,14 @@ def archive_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     from safetensors import safe_open
 
     shapes = {}
-    for file in _weight_files(path):
+    for file in files_of_weights(path):
         with _damage_is_a_user_error(path), safe_open(file, framework="pt") as weights:
             shapes |= {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118  not a dict
     return shapes
 
 
-def _weight_files(path: Path) -> list[Path]:
+def files_of_weights(path: Path) -> list[Path]:
+    """The files of a directory with safetensors weights. Raises UserError where one is missing."""
     try:
         files = files_of_index(path / SAFETENSORS_INDEX) or [path / "model.safetensors"]
     except ValueError as error:

@@ -8,6 +8,7 @@ that differ in the first two train on different data.
 
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from adapters import has_adapter
 from batches import PackedBatch
 from configuration import sharded_dtype
 from logprobs import response_logps
@@ -152,19 +154,24 @@ def check_divisible(model: nn.Module, parts: int) -> None:
             raise UserError(f"trainer.tensor_parallel_size: found {parts}, which does not divide the model's {size} {key}.")
 
 
-def load_sharded(config, tokenizer, layout: Layout, device: torch.device, ranks: Ranks) -> tuple[nn.Module, str | None]:
+def load_sharded(
+    config, tokenizer, layout: Layout, device: torch.device, ranks: Ranks, base_dir: Path | None = None
+) -> tuple[nn.Module, str | None]:
     """The policy of a configuration, laid over the mesh. The main rank reads its weights, once, sends them, and hashes them.
 
     Whether it shares prefixes is proved on the main rank; that the laid-out model computes the same, on all. Raises UserError
     where it does not.
     """
     settle_memory(keep_freed=has_plenty_of_memory(config, tokenizer))
-    source = load_model(config.model, tokenizer, config.cache_dir) if ranks.is_main else None
+    source = load_model(config.model, tokenizer, config.cache_dir, base_dir) if ranks.is_main else None
     proved = share_prefixes(source, config.prefix_sharing) and Sharing(scores_in_head(source)) if ranks.is_main else None
     sharing = ranks.from_main(proved) or None
     model = empty_model(config, tokenizer, config.model.policy_dtype, sharing, layout, device)
     # Offloaded weights are brought to the device for each forward.
     model.compute_device = device
+    if source is not None and has_adapter(source):
+        # With the place of the model under it.
+        model.peft_config = source.peft_config
     state = source.state_dict() if ranks.is_main else {}
     set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
     send_buffers(source, model, device, ranks)

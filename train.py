@@ -6,8 +6,10 @@
 Heavy libraries are imported once the configuration has been found sound, so that a slip of the hand costs a second.
 """
 
+import copy
 import gc
 import os
+import shutil
 import sys
 import uuid
 from contextlib import ExitStack, contextmanager, suppress
@@ -175,7 +177,8 @@ def run(config: DictConfig, run_dir: Path, in_sweep: bool = False, trainer: str 
     loss = build_loss(**OmegaConf.to_container(config.loss, resolve=True), seed=config.seed)
     check_objective(config, loss.paired)
     tokenizer = load_tokenizer(config.model, config.cache_dir)
-    check_model(config.model, tokenizer, config.cache_dir)
+    for line in check_model(config.model, tokenizer, config.cache_dir):
+        print(line, flush=True)
     # Before the processes join: those that do not prepare it wait for it without a time-out.
     splits = ("test",) if config.eval_only and not config.dry_run else ("train", "test")
     data = prepare_data(config, tokenizer, loss.paired, splits, data_version(config, run_dir))
@@ -193,6 +196,7 @@ def run(config: DictConfig, run_dir: Path, in_sweep: bool = False, trainer: str 
 
 def train(config: DictConfig, trainer_class, placement, loss, data, run_dir: Path, in_sweep: bool, pruner=None) -> float | None:
     """Train on a placement, from the beginning or from a checkpoint of the same run. pruner: Optuna's, None in most runs."""
+    from adapters import BASE_DIR
     from checkpoints import CheckpointWriter
     from ledger import Ledger
     from pruning import Pruning
@@ -208,6 +212,10 @@ def train(config: DictConfig, trainer_class, placement, loss, data, run_dir: Pat
     with ExitStack() as opened:
         if ranks.is_main:
             opened.enter_context(used_by_this_run(run_dir))
+            if checkpoint is None:
+                # Of a run that was here before, and is not gone on with.
+                shutil.rmtree(run_dir / BASE_DIR, ignore_errors=True)
+        placement.base_dir = None if config.debug else run_dir / BASE_DIR
         parts = put_together(config, placement, loss, data, checkpoint, in_sweep)
         total = parts["train_batches"].total_examples
         # Until all that follows is closed: a signal that comes too late to stop the run disturbs its last lines no more.
@@ -224,9 +232,10 @@ def train(config: DictConfig, trainer_class, placement, loss, data, run_dir: Pat
         writer = None
         if not config.debug:
             kept = config.keep_last, config.keep_best, config.objective
-            made = run_dir, parts["policy"], placement.tokenizer, ranks, config.save_async, *kept, about, tracker.say
-            patience = config.trainer.get("distributed_timeout_minutes")
-            writer = opened.enter_context(CheckpointWriter(*made, patience_minutes=patience))
+            saved, ends = served_tokenizer(config, placement.tokenizer, data[0].table)
+            made = run_dir, parts["policy"], saved, ranks, config.save_async, *kept, about, tracker.say
+            more = {"patience_minutes": config.trainer.get("distributed_timeout_minutes"), "end_tokens": ends}
+            writer = opened.enter_context(CheckpointWriter(*made, **more))
         ledger = Ledger(run_dir, ranks, tracker.say) if config.ledger and loss.paired else None
         pruning = Pruning(Path(config.sweep_dir), run_dir, config.objective, config.eval_every, pruner) if pruner else None
         followed = {"tracker": tracker, "writer": writer, "stop": stop, "ledger": ledger, "pruning": pruning}
@@ -250,6 +259,7 @@ def evaluate(config: DictConfig, trainer_class, placement, loss, data: tuple, ru
 
     Of another run's directory everything stays as it is but for the results. data: the held-out split.
     """
+    from adapters import kept_base
     from evaluation_runs import EvaluationRun
     from resuming import checkpoint_to_continue
     from tracking import NoTracker
@@ -257,6 +267,7 @@ def evaluate(config: DictConfig, trainer_class, placement, loss, data: tuple, ru
     ranks = placement.ranks
     found = checkpoint_to_continue(config.resume, run_dir, config.exp_name) if ranks.is_main else None
     checkpoint = ranks.from_main(found)
+    placement.base_dir = kept_base(checkpoint) if checkpoint else None
     if config.resume and checkpoint is None:
         raise UserError(f"resume: {config.resume} has found no checkpoint of {config.exp_name}. Expected one to evaluate.")
     with ExitStack() as opened:
@@ -358,15 +369,30 @@ def describe_run(config: DictConfig, placement, data, checkpoint: Path | None) -
     import transformers
 
     from checkpoints import read_state
+    from served_prompts import format_of_prompts
 
     return {
         "config": OmegaConf.to_container(config, resolve=True),
         "data": [split.fingerprint for split in data],
         "data_version": data[0].version,
         "began_with": placement.began_with,
+        "prompt_format": format_of_prompts(OmegaConf.to_container(config, resolve=True), data[0].table, placement.tokenizer),
         "wandb_id": read_state(checkpoint)["run"]["wandb_id"] if checkpoint else uuid.uuid4().hex,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
+
+
+def served_tokenizer(config: DictConfig, tokenizer, prompts) -> tuple:
+    """The tokenizer that checkpoints hold, whose chat template writes the prompts of training, and the tokens that end answers.
+
+    The run's own stays as it is. prompts are those of the training data.
+    """
+    from served_prompts import end_tokens, format_of_prompts, serve_as_trained
+
+    name = format_of_prompts(OmegaConf.to_container(config, resolve=True), prompts, tokenizer)
+    saved = copy.copy(tokenizer)
+    serve_as_trained(name, saved)
+    return saved, end_tokens(name, saved)
 
 
 def describe_start(config: DictConfig, run_dir: Path, data, total: int | None, device) -> None:

@@ -41,6 +41,7 @@ from pruning import Pruning
 from ranks import ALONE, Ranks, let_go_of_gathered, several
 from same_start import SameStart
 from sampling import sample_answers
+from saved_models import checkpoint_check
 from sharding import clip_by_global_norm
 from stopping import StoppedError, StopRequests
 from tracking import Metrics, Tracker
@@ -440,6 +441,8 @@ class BasicTrainer:
         if self.writer is None or (self.saved_at == self.examples and not finished):
             return
         self.tracker.flush()
+        if not self.ranks.from_main(self.writer.looked):
+            self.writer.check = checkpoint_check(self.policy, self.config, self.device)
         self.writer.write(self.snapshot(), with_policy_pt=finished and self.config.save_policy_pt)
         self.saved_at = self.examples
         if finished or self.stopping:

@@ -220,7 +220,6 @@ def test_too_little_room_is_seen_before_anything_is_written(folder, tmp_path, mo
         ({"ollama": "a b"}, "--ollama: found 'a b', expected a name"),
         ({"ollama": "x", "quantize": "int8"}, "--quantize: Ollama quantizes by itself"),
         ({"quantize": "int9"}, "--quantize: no format 'int9'; did you mean int8?"),
-        ({"ollama": "x", "template": "chat"}, "template: found chat, but this tokenizer has no chat template"),
         ({"push": "me/it"}, "--push: no token for the hub"),
     ],
 )

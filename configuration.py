@@ -28,6 +28,10 @@ SCHEDULES = ("constant", "linear", "cosine", "inverse_sqrt")
 SHARDINGS = ("full", "grad_op", "optimizer", "none", "hybrid")
 ATTENTIONS = ("auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3")
 DTYPES = ("float32", "bfloat16", "float16")
+# Relative distance of neighbouring numbers of a low-precision dtype, at most. A smaller update of a weight may be rounded away.
+SPACINGS = {"bfloat16": 2**-7, "float16": 2**-10}
+# The largest of ordinary weights: matrices of language models have standard deviations of 0.02 to 0.05.
+ORDINARY_WEIGHT = 0.05
 
 
 def force_open_sections(arguments: list[str]) -> list[str]:
@@ -231,6 +235,8 @@ def _check_choices(config: DictConfig) -> None:
     _require(attention in ATTENTIONS, "model.attn_implementation", attention, ", ".join(ATTENTIONS))
     strategy = config.save_strategy
     _require(strategy in ("steps", "epoch", "no"), "save_strategy", strategy, "steps, epoch or no")
+    masters = config.master_weights
+    _require(masters == "auto" or isinstance(masters, bool), "master_weights", masters, "auto, true or false")
     _require(config.prefix_sharing in ("auto", "on", "off"), "prefix_sharing", config.prefix_sharing, "auto, on or off")
     cached = (None, "live", "cached")
     _require(config.reference_logps in cached, "reference_logps", config.reference_logps, "live, cached or null")
@@ -329,6 +335,64 @@ def _check_world_size(trainer: DictConfig) -> None:
     for key, divisor in divisors.items():
         if divisor and size % divisor:
             raise UserError(f"trainer.world_size: found {size}, expected a multiple of trainer.{key}, which is {divisor}.")
+
+
+def trains_low_precision(config: DictConfig) -> bool:
+    """Whether weights in bfloat16 or float16 are trained; adapters are float32 whatever lies under them."""
+    return config.model.policy_dtype in SPACINGS and config.model.lora.r is None
+
+
+def smallest_kept_lr(dtype: str) -> float:
+    """The learning rate from which ordinary weights of a low-precision dtype take every update, of one lr in size."""
+    # Half of the distance is rounded up.
+    return ORDINARY_WEIGHT * SPACINGS[dtype] / 2
+
+
+def keeps_master_weights(config: DictConfig) -> bool:
+    """Whether low-precision weights have float32 master weights in the optimizer, from which they are rounded.
+
+    auto has them where updates would be rounded away. RMSprop, AdamW and the like take steps of about lr; of SGD's nothing is
+    known before.
+    """
+    if config.master_weights != "auto":
+        return config.master_weights and trains_low_precision(config)
+    return trains_low_precision(config) and (
+        config.optimizer == "SGD" or config.lr < smallest_kept_lr(config.model.policy_dtype)
+    )
+
+
+def lines_of_precision(config: DictConfig) -> list[str]:
+    """What is to be said of weights that are trained in low precision: nothing where there are none."""
+    dtype, lines = config.model.policy_dtype, []
+    if config.master_weights is True and not trains_low_precision(config):
+        why = "an adapter's weights are float32" if dtype in SPACINGS else f"model.policy_dtype={dtype}"
+        lines.append(f"master_weights: none are needed: {why}")
+    if trains_low_precision(config):
+        lines.append(f"master_weights: {_chosen_precision(config)}")
+    share = config.loss.get("reference_update_share")
+    if share is not None and share < 0.5 and config.model.reference_dtype in SPACINGS:
+        lines.append(
+            f"loss.reference_update_share: with {share:g} a reference in {config.model.reference_dtype} follows the policy only "
+            f"where they differ by more than {0.5 / share:.2g} times the distance of neighbouring numbers: smaller moves are "
+            "rounded away. A share of 0.5 or more, or model.policy_dtype=float32 with model.autocast_dtype=bfloat16, avoids that"
+        )
+    return lines
+
+
+def _chosen_precision(config: DictConfig) -> str:
+    dtype = config.model.policy_dtype
+    kept = keeps_master_weights(config)
+    what = (
+        f"the optimizer keeps float32 copies of the {dtype} weights" if kept else f"none, {dtype} weights are updated directly"
+    )
+    if config.master_weights != "auto":
+        return what
+    limit = smallest_kept_lr(dtype)
+    if config.optimizer == "SGD":
+        return f"{what}: SGD's updates may be too small for {dtype} (master_weights=false does without, in less memory)"
+    if kept:
+        return f"{what}: updates of lr {config.lr:g} would be rounded away (master_weights=false does without, in less memory)"
+    return f"{what}: updates of lr {config.lr:g} are not rounded away in weights of ordinary size (limit: {limit:.1g})"
 
 
 # The metrics of an evaluation, which a sweep may optimise; the first two are all that SFT has.

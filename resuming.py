@@ -26,7 +26,7 @@ MAY_DIFFER = (
     "trainer.name", "trainer.nproc_per_node", "trainer.sharding", "trainer.tensor_parallel_size", "trainer.cpu_offload",
     "trainer.distributed_timeout_minutes", "trainer.reduce_dtype", "activation_checkpointing",
     "max_tokens_per_microbatch", "prefix_sharing", "reference_logps", "eval_only", "evaluation", "ledger",
-    "sweep_dir", "pruner", "pruner_kwargs", "gpus_per_job",
+    "sweep_dir", "pruner", "pruner_kwargs", "gpus_per_job", "master_weights",
 )  # fmt: skip
 
 
@@ -122,6 +122,8 @@ STATE = {
     "optimizer_groups": [{"params": [str], "lr": _number, ...: SETTING}],
     "run": {"config": dict, "data": [str], "began_with": (str, None), "wandb_id": _run_id},
 }
+# Parts that older versions did not write.
+NEWER_STATE = {"tokens": _count, "master_weights": bool}
 
 
 def fault_of_run(checkpoint: Path) -> str | None:
@@ -131,7 +133,8 @@ def fault_of_run(checkpoint: Path) -> str | None:
         return fault
     try:
         state = read_state(checkpoint)
-        part = misfit(state, STATE, "state") or (None if state["random"] else "state.random")
+        newer = {name: shape for name, shape in NEWER_STATE.items() if name in state}
+        part = misfit(state, STATE | newer, "state") or (None if state["random"] else "state.random")
     except UNREADABLE as error:
         part = first_line(error)
     return part and f"state.json is damaged ({part})"

@@ -20,7 +20,7 @@ RESULTS_FILE, ABOUT, FLAGGED = "results.json", "about.json", "flagged_pairs.json
 # Of a sweep's jobs: what became of the job; that it ended before its time, since others did better.
 JOB, PRUNED = "job.json", "pruned.json"
 # What a clock or the machine says of a step: it differs between runs that are the same.
-MEASURED = ("examples_per_second", "memory_gib")
+MEASURED = ("examples_per_second", "tokens_per_second", "memory_gib", "time")
 # Libraries that numbers may depend on.
 LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "numpy", "peft")
 

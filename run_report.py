@@ -66,6 +66,7 @@ CHARTS = (
         },
     ),
     ("Gradient norm", "before it is scaled down to max_grad_norm", {"grad_norm": "norm"}),
+    ("Learning rate", "of each step", {"lr": "lr"}),
     ("Beta in force", "of each micro-batch", {"beta_DPO/beta_used": "beta"}),
     ("Share of pairs kept", "by the filter of beta-DPO", {"beta_DPO/kept_fraction": "share"}),
     (
@@ -76,7 +77,7 @@ CHARTS = (
     ("Memory", "GiB of the main process; on a GPU the most so far", {"memory_gib": "GiB"}),
 )  # fmt: skip
 # Without a chart of their own.
-NOT_CHARTED = ("counters/",)
+NOT_CHARTED = ("counters/", "epoch", "time", "tokens_per_second")
 
 
 def write_report(run_dir: Path) -> Path:

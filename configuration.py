@@ -361,6 +361,12 @@ def keeps_master_weights(config: DictConfig) -> bool:
     )
 
 
+def times_beside_weights(config: DictConfig) -> int:
+    """How many times the memory of the trained weights gradients and optimizer take, at most."""
+    # A gradient and two states of the weights' dtype; or a gradient of it, and float32 copies with two states.
+    return 1 + 3 * 2 if keeps_master_weights(config) else 1 + 2
+
+
 def lines_of_precision(config: DictConfig) -> list[str]:
     """What is to be said of weights that are trained in low precision: nothing where there are none."""
     dtype, lines = config.model.policy_dtype, []
@@ -372,9 +378,10 @@ def lines_of_precision(config: DictConfig) -> list[str]:
     share = config.loss.get("reference_update_share")
     if share is not None and share < 0.5 and config.model.reference_dtype in SPACINGS:
         lines.append(
-            f"loss.reference_update_share: with {share:g} a reference in {config.model.reference_dtype} follows the policy only "
-            f"where they differ by more than {0.5 / share:.2g} times the distance of neighbouring numbers: smaller moves are "
-            "rounded away. A share of 0.5 or more, or model.policy_dtype=float32 with model.autocast_dtype=bfloat16, avoids that"
+            f"loss.reference_update_share: with {share:g} a reference in {config.model.reference_dtype} follows the policy "
+            f"only where they differ by more than {0.5 / share:.2g} times the distance of neighbouring numbers: smaller moves "
+            "are rounded away. Not so with a share of 0.5 or more, or model.policy_dtype=float32 (and "
+            "model.autocast_dtype=bfloat16)"
         )
     return lines
 
@@ -382,9 +389,8 @@ def lines_of_precision(config: DictConfig) -> list[str]:
 def _chosen_precision(config: DictConfig) -> str:
     dtype = config.model.policy_dtype
     kept = keeps_master_weights(config)
-    what = (
-        f"the optimizer keeps float32 copies of the {dtype} weights" if kept else f"none, {dtype} weights are updated directly"
-    )
+    copies, none = f"the optimizer keeps float32 copies of the {dtype} weights", f"none, {dtype} weights are updated directly"
+    what = copies if kept else none
     if config.master_weights != "auto":
         return what
     limit = smallest_kept_lr(dtype)

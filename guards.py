@@ -4,7 +4,6 @@ import math
 from collections import deque
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor
 
 from ranks import local

@@ -28,6 +28,7 @@ from adapters import (
     settings_in,
 )
 from batches import PackedBatch, TokenBudget, examples_of, pack
+from configuration import times_beside_weights
 from logprobs import ScoringHead, padded_logps, tree_logps
 from ranks import Ranks, local, local_world_size
 from response_trees import RESPONSE_TREES, register
@@ -388,18 +389,23 @@ def random_trees(vocabulary: int) -> PackedBatch:
 
 
 def token_budget(
-    model: nn.Module, limit: int | None = None, device: torch.device | None = None, free: int | None = None
+    model: nn.Module,
+    limit: int | None = None,
+    device: torch.device | None = None,
+    free: int | None = None,
+    beside_weights: int = 3,
 ) -> TokenBudget:
     """How many packed tokens to compute at once: up to `limit`, or as many as the free memory holds.
 
-    device is the model's own, or where it will be; `free` its free bytes, None for what is free here and now. A GPU gets faster
+    device is the model's own, or where it will be; `free` its free bytes, None for what is free here and now; beside_weights:
+    how many times the memory of the trained weights gradients and optimizer take. A GPU gets faster
     with every token. A CPU does not beyond a thousand or so: pieces of at most 1,536 were as fast as pieces of any size (58M
     Llama, two cores, 1,442 tokens a step), with 0.82 of the peak memory.
     """
     if limit is not None:
         return TokenBudget(limit, limit)
     device = device or model.device
-    limit = _tokens_that_fit(model, device, free)
+    limit = _tokens_that_fit(model, device, free, beside_weights)
     return TokenBudget(limit, limit if device.type != "cpu" else min(limit, 1536))
 
 
@@ -416,14 +422,13 @@ def untrained_budget(config, tokenizer, device: torch.device) -> TokenBudget:
     """The budget that a configuration's model will have on a device, found without its weights."""
     with torch.device("meta"):
         model = build_untrained(config.model, tokenizer, config.cache_dir)
-    return token_budget(model, config.max_tokens_per_microbatch, device)
+    return token_budget(model, config.max_tokens_per_microbatch, device, beside_weights=times_beside_weights(config))
 
 
-def _tokens_that_fit(model: nn.Module, device: torch.device, free: int | None) -> int:
+def _tokens_that_fit(model: nn.Module, device: torch.device, free: int | None, beside_weights: int) -> int:
     """How many packed tokens one forward and backward may hold; at least 512.
 
-    An estimate on the safe side: half of what is left beside gradients and two optimizer states, over the activations of a
-    gated transformer block and three copies of the logits for each token.
+    An estimate on the safe side: half of what is left beside gradients and optimizer, over the activations of a gated transformer block and three copies of the logits for each token.
     """
     config = model.config.get_text_config()
     hidden, layers = config.hidden_size, config.num_hidden_layers
@@ -438,7 +443,7 @@ def _tokens_that_fit(model: nn.Module, device: torch.device, free: int | None) -
     to_come = weights if model.device != device else 0
     if free is None:
         free = free_memory(device) // (1 if device.type == "cuda" else local_world_size())
-    return max(512, int((free - to_come - 3 * weights) / 2 / per_token))
+    return max(512, int((free - to_come - beside_weights * weights) / 2 / per_token))
 
 
 def free_memory(device: torch.device) -> int:

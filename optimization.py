@@ -83,7 +83,7 @@ def is_low_precision(weight: Tensor) -> bool:
 
 
 class MasterWeights(torch.optim.Optimizer):
-    """An optimizer whose low-precision weights have float32 copies: `inner` updates the copies, the weights are rounded to them.
+    """An optimizer whose low-precision weights have float32 copies: `inner` updates these, and the weights are rounded to them.
 
     To schedulers, gradient scalers and checkpoints it is an optimizer of the weights themselves; a weight's state has its copy
     beside what `inner` keeps, all of it in float32. The copies are made at the first step, so that a model that is only

@@ -133,7 +133,7 @@ def fault_of_run(checkpoint: Path) -> str | None:
         return fault
     try:
         state = read_state(checkpoint)
-        newer = {name: shape for name, shape in NEWER_STATE.items() if name in state}
+        newer = {name: shape for name, shape in NEWER_STATE.items() if isinstance(state, dict) and name in state}
         part = misfit(state, STATE | newer, "state") or (None if state["random"] else "state.random")
     except UNREADABLE as error:
         part = first_line(error)

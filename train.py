@@ -35,9 +35,11 @@ from configuration import (
     explain_composition_error,
     force_open_sections,
     is_sharded,
+    lines_of_precision,
     moves_reference,
     read_entries,
     task_names,
+    times_beside_weights,
 )
 from stopping import STOPPED, StoppedError
 from utils import UserError, first_existing, first_to_speak, in_worker
@@ -172,6 +174,8 @@ def run(config: DictConfig, run_dir: Path, in_sweep: bool = False, trainer: str 
         check_harness()
     loss = build_loss(**OmegaConf.to_container(config.loss, resolve=True), seed=config.seed)
     check_objective(config, loss.paired)
+    for line in [] if config.eval_only else lines_of_precision(config):
+        print(line, flush=True)
     tokenizer = load_tokenizer(config.model, config.cache_dir)
     check_model(config.model, tokenizer, config.cache_dir)
     # Before the processes join: those that do not prepare it wait for it without a time-out.
@@ -305,7 +309,8 @@ def budget_of(config: DictConfig, policy, ranks, checkpoint: Path | None):
         before = read_state(checkpoint)["train_batches"]
         if before["ranks"] == ranks.size and config.max_tokens_per_microbatch is None:
             return TokenBudget(*before["budget"])
-    return shared_budget(token_budget(policy, config.max_tokens_per_microbatch), ranks)
+    budget = token_budget(policy, config.max_tokens_per_microbatch, beside_weights=times_beside_weights(config))
+    return shared_budget(budget, ranks)
 
 
 def describe_run(config: DictConfig, placement, data, checkpoint: Path | None) -> dict:

@@ -44,7 +44,6 @@ from stopping import StoppedError, StopRequests
 from tracking import Metrics, Tracker
 from utils import UserError, memory_held, random_streams, restore_random_streams
 
-
 # What is said where a run goes on with another choice of master weights than it had.
 WITHOUT_MASTERS = (
     "the run had no float32 master weights, and goes on without them; master_weights=true starts them from its weights"
@@ -287,7 +286,7 @@ class BasicTrainer:
         return sums, statistics, scored
 
     def added_up(self, sums: dict[str, Tensor], grad_norm: Tensor, num_examples: int, tokens: int) -> Tensor:
-        """A step's numbers over all ranks: the means of `sums`, tokens, whether any is to stop (above 0), the gradient's norm."""
+        """A step's numbers over all ranks: means of `sums`, tokens, whether any is to stop (above 0), the gradient's norm."""
         others = torch.tensor([float(tokens), float(self.stop.reason is not None)], device=self.device)
         totals = self.ranks.total(torch.cat([torch.stack([value / num_examples for value in sums.values()]), others]))
         return torch.cat([totals, grad_norm.detach().to(totals).reshape(1)])
@@ -306,7 +305,7 @@ class BasicTrainer:
         self.updates += 1
 
     def looks_at_weights(self) -> bool:
-        """Whether the coming step is one of those that are looked at: the first with the whole learning rate, and some later."""
+        """Whether the coming step is one that is looked at: the first with the whole learning rate, and some later ones."""
         later = self.updates - self.first_full_step
         return later == 0 or (later > 0 and later & (later - 1) == 0 and self.schedule(self.updates) == 1)
 
@@ -326,8 +325,8 @@ class BasicTrainer:
         if dtype != "float32":
             remedy = "Set master_weights=true, which keeps float32 copies of them in the optimizer, or raise lr."
         return (
-            f"a step with lr {self.config.lr:g} has changed {share:.1%} of the weights that were looked at: its updates are too "
-            f"small for weights in {dtype}, and most are rounded away. {remedy}"
+            f"a step with lr {self.config.lr:g} has changed {share:.1%} of the weights that were looked at: its updates are "
+            f"too small for weights in {dtype}, and most are rounded away. {remedy}"
         )
 
     def move_reference(self) -> None:
@@ -508,7 +507,8 @@ class BasicTrainer:
             self.take_optimizer(checkpoint, state)
         for name in ("scheduler", "scaler", "loss", "train_batches", "watch"):
             getattr(self, name).load_state_dict(state[name])
-        self.take_schedule(state["run"]["config"])
+        if config_then := state["run"].get("config"):
+            self.take_schedule(config_then)
         streams = state["random"]
         restore_random_streams(streams[self.ranks.rank if len(streams) == self.ranks.size else 0])
 
@@ -533,16 +533,18 @@ class BasicTrainer:
     def take_schedule(self, config_then: dict) -> None:
         """Let the learning rate go on by this run's schedule, and say so where that is not the one the checkpoint was under."""
         total_then, total = self.train_batches.total_steps_of(config_then), self.train_batches.total_steps
-        before = schedule(self.config, total_then)(self.updates)
-        now = self.schedule(self.updates)
+        schedule_then = schedule(self.config, total_then)
+        before, now = schedule_then(self.updates), self.schedule(self.updates)
         for group, base in zip(self.optimizer.param_groups, self.scheduler.base_lrs, strict=True):
             group["lr"] = base * now
         self.scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
-        if total != total_then and now != before:
+        to_come = range(self.updates, max(total_then, self.updates + 1))
+        if any(schedule_then(step) != self.schedule(step) for step in to_come):
             lr = self.config.lr
             self.tracker.say(
-                f"resume: the run has {total:,} steps now, not {total_then:,}, and lr_schedule={self.config.lr_schedule} is that "
-                f"of {total:,} steps from here on: the next step has lr {lr * now:.3g} (it would have been {lr * before:.3g})"
+                f"resume: the run has {total:,} steps now, not {total_then:,}, and lr_schedule={self.config.lr_schedule} is "
+                f"that of {total:,} steps from here on: lr is {lr * now:.3g} at the next step, where it would have been "
+                f"{lr * before:.3g}"
             )
 
     def take_weights(self, checkpoint: Path) -> None:

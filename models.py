@@ -428,7 +428,8 @@ def untrained_budget(config, tokenizer, device: torch.device) -> TokenBudget:
 def _tokens_that_fit(model: nn.Module, device: torch.device, free: int | None, beside_weights: int) -> int:
     """How many packed tokens one forward and backward may hold; at least 512.
 
-    An estimate on the safe side: half of what is left beside gradients and optimizer, over the activations of a gated transformer block and three copies of the logits for each token.
+    An estimate on the safe side: half of what is left beside gradients and optimizer, over the activations of a gated
+    transformer block and three copies of the logits for each token.
     """
     config = model.config.get_text_config()
     hidden, layers = config.hidden_size, config.num_hidden_layers

@@ -203,7 +203,9 @@ def model_configuration(model_config, tokenizer, cache_dir: str | None = None):
         "pad_token_id": tokenizer.pad_token_id,
     }
     try:
-        return AutoConfig.for_model(**{"vocab_size": len(tokenizer), **tokens, **values})
+        # Ids may have gaps: the largest counts.
+        size = max(len(tokenizer), *(number + 1 for number in tokenizer.get_vocab().values()))
+        return AutoConfig.for_model(**{"vocab_size": size, **tokens, **values})
     except ValueError as error:
         raise UserError(f"model.from_config.model_type: {values.get('model_type')!r} is not known to transformers.") from error
 

@@ -157,6 +157,7 @@ def run(config: DictConfig, run_dir: Path, in_sweep: bool = False, trainer: str 
     """
     from dry_run import look
     from losses import build_loss
+    from model_limits import check_limits, check_rows, limits_of
     from models import check_model, load_tokenizer
     from optimization import check_optimizer
     from pruning import build_pruner
@@ -178,9 +179,12 @@ def run(config: DictConfig, run_dir: Path, in_sweep: bool = False, trainer: str 
         print(line, flush=True)
     tokenizer = load_tokenizer(config.model, config.cache_dir)
     check_model(config.model, tokenizer, config.cache_dir)
+    limits = limits_of(config, tokenizer)
+    check_limits(config, tokenizer, limits)
     # Before the processes join: those that do not prepare it wait for it without a time-out.
     splits = ("test",) if config.eval_only and not config.dry_run else ("train", "test")
     data = prepare_data(config, tokenizer, loss.paired, splits)
+    check_rows(config, tokenizer, limits, [split.table for split in data])
     if config.dry_run:
         return look(config, tokenizer, loss, data, partial(build_batches, config, data[0].table))
     trainer_class = TRAINERS[trainer or config.trainer.name]

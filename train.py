@@ -32,6 +32,7 @@ from configuration import (
     check_objective,
     check_sizes,
     dashboard_names,
+    defer_keys_of_swept_groups,
     explain_composition_error,
     force_open_sections,
     is_sharded,
@@ -526,7 +527,7 @@ def command_line() -> None:
     """Run `main`; a mistake of the user's becomes one message and exit status 2, a bug keeps its traceback."""
     # Hydra would otherwise print errors itself, and exit with status 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    sys.argv[1:] = force_open_sections(sys.argv[1:])
+    sys.argv[1:] = defer_keys_of_swept_groups(force_open_sections(sys.argv[1:]))
     try:
         sweeps.run_through(main)
     except (HydraException, OmegaConfBaseException) as error:

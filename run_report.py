@@ -22,6 +22,7 @@ from run_files import (
     BAD_STEPS,
     EVENTS,
     METRICS,
+    REPORT,
     RESULTS_FILE,
     SAMPLES,
     config_in,
@@ -34,7 +35,6 @@ from run_files import (
 )  # fmt: skip
 from utils import UNREADABLE, UserError, with_interval
 
-REPORT = "report.html"
 # What is shown of long things: prompts with samples and the moments of each, pairs of each kind, letters of a text.
 PROMPTS_SHOWN, MOMENTS_SHOWN, PAIRS_SHOWN, LETTERS_SHOWN, EVENTS_SHOWN = 16, 4, 20, 1200, 200
 # The shape of a row of events.jsonl.

@@ -187,6 +187,7 @@ def run(config: DictConfig, run_dir: Path, in_sweep: bool = False, trainer: str 
     data = prepare_data(config, tokenizer, loss.paired, splits)
     check_rows(config, tokenizer, limits, [split.table for split in data])
     if config.dry_run:
+        say_what_is_set_aside(config, run_dir)
         return look(config, tokenizer, loss, data, partial(build_batches, config, data[0].table))
     trainer_class = TRAINERS[trainer or config.trainer.name]
     placement = trainer_class.placement(config, tokenizer)
@@ -203,7 +204,7 @@ def train(config: DictConfig, trainer_class, placement, loss, data, run_dir: Pat
     from checkpoints import CheckpointWriter
     from ledger import Ledger
     from pruning import Pruning
-    from resuming import checkpoint_to_continue
+    from resuming import check_beginning, checkpoint_to_continue
     from stopping import StopRequests
     from tracking import NoTracker
 
@@ -214,6 +215,8 @@ def train(config: DictConfig, trainer_class, placement, loss, data, run_dir: Pat
     with ExitStack() as opened:
         if ranks.is_main:
             opened.enter_context(used_by_this_run(run_dir))
+            if not config.resume:
+                check_beginning(run_dir, config.model.archive, eval_only=False)
         parts = put_together(config, placement, loss, data, checkpoint, in_sweep)
         total = parts["train_batches"].total_examples
         # Until all that follows is closed: a signal that comes too late to stop the run disturbs its last lines no more.
@@ -257,7 +260,7 @@ def evaluate(config: DictConfig, trainer_class, placement, loss, data: tuple, ru
     Of another run's directory everything stays as it is but for the results. data: the held-out split.
     """
     from evaluation_runs import EvaluationRun
-    from resuming import checkpoint_to_continue
+    from resuming import check_beginning, checkpoint_to_continue
     from tracking import NoTracker
 
     ranks = placement.ranks
@@ -269,6 +272,7 @@ def evaluate(config: DictConfig, trainer_class, placement, loss, data: tuple, ru
         tracker = NoTracker()
         if checkpoint is None and ranks.is_main:
             opened.enter_context(used_by_this_run(run_dir))
+            check_beginning(run_dir, config.model.archive, eval_only=True)
             about = describe_run(config, placement, data, None)
             tracker = open_run_dir(config, run_dir, about, None)
         opened.enter_context(tracker)
@@ -368,18 +372,32 @@ def open_run_dir(
     """
     from checkpoints import read_state
     from dashboards import start_dashboards
-    from resuming import check_same_run, cut_back
+    from resuming import check_same_run, cut_back, set_aside
     from tracking import Tracker
 
     seen = read_state(checkpoint)["examples"] if checkpoint else 0
     with writable(run_dir):
         if checkpoint:
             check_same_run(checkpoint, about)
+        aside = None if config.resume else set_aside(run_dir)
         if config.resume:
             cut_back(run_dir, checkpoint)
         OmegaConf.save(config, run_dir / "config.yaml")
         dashboards = start_dashboards(dashboard_names(config), about["config"], run_dir, about["wandb_id"], seen)
-        return Tracker(run_dir, total, config.minimum_log_interval_secs, dashboards, report, seen)
+        tracker = Tracker(run_dir, total, config.minimum_log_interval_secs, dashboards, report, seen)
+    if aside:
+        tracker.say(f"local_run_dir: {run_dir} held an earlier run, which is now in {aside.name}/")
+    return tracker
+
+
+def say_what_is_set_aside(config: DictConfig, run_dir: Path) -> None:
+    """Of a dry run: print what would become of an earlier run in its directory. Raises UserError where that cannot be."""
+    from resuming import check_beginning, parts_of_a_run
+
+    if config.resume or not parts_of_a_run(run_dir):
+        return
+    check_beginning(run_dir, config.model.archive, config.eval_only)
+    print(f"local_run_dir: {run_dir} holds an earlier run, which a run would set aside in it; resume={run_dir} goes on with it")
 
 
 @contextmanager

@@ -2,6 +2,8 @@
 
 import json
 import math
+import time
+from itertools import pairwise
 
 import pytest
 import torch
@@ -110,6 +112,55 @@ def test_a_trainers_last_step_has_the_final_learning_rate(compose, tokenizer):
         used.append(trainer.optimizer.param_groups[0]["lr"])
         trainer.train_step(batch)
     assert used == pytest.approx([1e-3 * (1 - 0.75 * k / 5) for k in range(6)])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "more", "said"),
+    [
+        # Of three steps cosine's last has lr 0, and so has all behind it; of six the fourth has (1 + cos(3/5 pi)) / 2.
+        (["lr_schedule=cosine"], "n_epochs=2", "is 0.000345 at the next step, where it would have been 0"),
+        (["lr_schedule=linear"], "n_epochs=2", "is 0.0004 at the next step, where it would have been 0"),
+        (["warmup_share=0.9"], "n_epochs=2", "is 0.000667 at the next step, where it would have been 0.001"),
+        (["lr_schedule=constant"], "n_epochs=2", None),
+        (["lr_schedule=inverse_sqrt", "warmup_steps=1"], "n_epochs=2", None),
+    ],
+)
+def test_a_longer_run_goes_on_by_its_own_schedule_and_says_so(compose, tokenizer, tmp_path, overrides, more, said):
+    trainer_of(compose, tokenizer, *overrides, "n_epochs=1", run_dir=tmp_path).train()
+    longer = trainer_of(compose, tokenizer, *overrides, more)
+    longer.continue_from(tmp_path / "LATEST")
+    lines = [line for line in longer.tracker.lines if line.startswith("resume: the run has")]
+    assert len(lines) == (said is not None)
+    if said:
+        assert lines[0].startswith("resume: the run has 6 steps now, not 3, and lr_schedule=") and lines[0].endswith(said)
+    used = []
+    longer.tracker.log_step = lambda metrics: used.append(metrics["lr"])
+    longer.train()
+    factor = schedule(longer.config, 6)
+    assert used == pytest.approx([1e-3 * factor(step) for step in (3, 4, 5)])
+
+
+def test_a_run_that_goes_on_to_the_same_end_says_nothing_of_its_schedule(compose, tokenizer, tmp_path):
+    overrides = "lr_schedule=cosine", "n_epochs=2"
+    trainer_of(compose, tokenizer, *overrides, run_dir=tmp_path).train()
+    again = trainer_of(compose, tokenizer, *overrides, "n_steps=6")
+    again.continue_from(tmp_path / "step-8")
+    assert again.tracker.lines == []
+
+
+def test_every_step_tells_its_learning_rate_epoch_time_and_tokens(compose, tokenizer):
+    trainer = trainer_of(compose, tokenizer, "lr_schedule=linear", "n_epochs=2")
+    rows = []
+    trainer.tracker.log_step = rows.append
+    begun = time.time()
+    trainer.train()
+    assert [row["lr"] for row in rows] == pytest.approx([1e-3 * (1 - k / 5) for k in range(6)])
+    sizes = [row["counters/examples"] for row in rows]
+    assert [row["epoch"] for row in rows] == pytest.approx([size / (sizes[-1] / 2) for size in sizes])
+    assert all(begun <= one["time"] <= other["time"] for one, other in pairwise(rows))
+    # Of ten prompts in two epochs: three tokens, and responses of three and two, each counted once.
+    assert rows[-1]["counters/tokens"] == 2 * 10 * (3 + 3 + 2) == trainer.tokens
+    assert all(row["tokens_per_second"] > 0 for row in rows)
 
 
 # ---- weights that decay ---------------------------------------------------------------------------------------------------

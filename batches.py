@@ -63,6 +63,11 @@ class PackedBatch:
         """Pairs, or for SFT responses."""
         return len(self.pairs) or len(self.response_lengths)
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens, each prompt and response counted once; none of what only fills up."""
+        return 0 if self.is_filler else len(self.input_ids)
+
     @cached_property
     def layout(self) -> TreeLayout:
         """What attention needs to know, made once for all layers and models that see the batch."""
@@ -357,6 +362,19 @@ class BatchIterator:
             size = min(left, self.examples_of_epoch(epoch))
             steps, left, epoch = steps - (-size // self.batch_size), left - size, epoch + 1
         return steps
+
+    def total_steps_of(self, config: dict) -> int:
+        """How many optimizer steps a run over the same data has that a configuration, in plain values, says the end of."""
+        limits = {name: config[name] for name in ("n_epochs", "n_examples", "n_steps")}
+        other = BatchIterator(self.prompts, self.batch_size, seed=self.seed, **limits)
+        other.epoch_sizes = self.epoch_sizes
+        return other.total_steps
+
+    @property
+    def epochs_done(self) -> float:
+        """How many passes over the data the run has made, behind the step that was handed out last."""
+        epoch = self.position["epoch"]
+        return epoch + self.position["examples_in_epoch"] / self.examples_of_epoch(epoch)
 
     @cached_property
     def visits_again(self) -> bool:

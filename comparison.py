@@ -19,6 +19,7 @@ from model_card import NOT_SHOWN, without_secrets
 from pages import page, write_page
 from run_files import (
     ABOUT,
+    ASIDE,
     JOB,
     METRICS,
     PRUNED,
@@ -106,7 +107,10 @@ def find_runs(paths: Sequence[Path]) -> list[Path]:
     """Run directories among some paths and below them, in the order of their names. Raises UserError where there is none."""
     found: dict[Path, None] = {}
     for path in paths:
-        below = sorted((file.parent for file in path.rglob(METRICS)), key=_by_number) if path.is_dir() else []
+        found_here = [file.parent for file in path.rglob(METRICS)] if path.is_dir() else []
+        # What a run has set aside of one before it is looked at only where it is named itself.
+        kept = [each for each in found_here if not any(part.startswith(ASIDE) for part in each.relative_to(path).parts)]
+        below = sorted(kept, key=_by_number)
         if not below:
             raise UserError(f"{path}: no {METRICS} in it or below it. Expected run directories, or a folder of them.")
         found |= dict.fromkeys(each.resolve() for each in below)

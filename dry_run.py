@@ -327,6 +327,6 @@ def check_memory(needed: int, available: int, device: str) -> None:
     if needed > available:
         raise UserError(
             f"memory: a step would hold {needed / GIB:.1f} GB on {device}, which has {available / GIB:.1f} GB. Lower "
-            "max_tokens_per_microbatch or max_length, set activation_checkpointing=true, model.policy_dtype=bfloat16 or "
-            "reference_logps=cached, or choose a smaller model."
+            "max_tokens_per_microbatch or max_length, set activation_checkpointing=true, model.policy_dtype=bfloat16, "
+            "master_weights=false or reference_logps=cached, or choose a smaller model."
         )

@@ -120,7 +120,7 @@ class EvaluationRun:
         """The checkpoint's weights in place of the reference's, and how far it was."""
         trainer, state = self.trainer, read_state(self.checkpoint)
         trainer.take_weights(self.checkpoint)
-        trainer.examples, trainer.updates = state["examples"], state["updates"]
+        trainer.examples, trainer.updates, trainer.tokens = state["examples"], state["updates"], state.get("tokens", 0)
         if state["run"]["config"]["loss"] == OmegaConf.to_container(self.config.loss, resolve=True):
             # beta-DPO's statistics, which evaluations read.
             trainer.loss.load_state_dict(state["loss"])

@@ -361,5 +361,8 @@ def split_optimizer_state(policy: nn.Module, state: dict) -> dict:
         for whole, parts in _parts({name: name for name in names}).items()
         for rank, name in enumerate(parts)
     }
-    [group] = state["param_groups"]
-    return {"state": split, "param_groups": [group | {"params": names}]}
+    groups = [
+        group | {"params": [name for name in names if _original(name) in set(group["params"])]}
+        for group in state["param_groups"]
+    ]
+    return {"state": split, "param_groups": groups}

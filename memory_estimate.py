@@ -176,10 +176,11 @@ def fake_trainer(
     counter.kind = "activations"
     parts = policy, reference, _without_numbers(loss), tokenizer, None, [], [], None, None, ranks
     trainer = TRAINERS[config.trainer.name](config, *parts)
-    if hasattr(trainer.optimizer, "fill_qmap"):
+    inner = trainer.optimizer.inner if trainer.has_masters else trainer.optimizer
+    if hasattr(inner, "fill_qmap"):
         # What eight bits stand for is computed by numbers.
         with unset_fake_temporarily():
-            trainer.optimizer.fill_qmap()
+            inner.fill_qmap()
     # It would look at whether gradients are finite.
     trainer.scaler = torch.amp.GradScaler("cpu", enabled=False)
     return trainer
@@ -231,7 +232,7 @@ def faked(step: Sequence[MicroBatch]) -> list[MicroBatch]:
 def step_without_look(trainer: BasicTrainer, step: Sequence[MicroBatch]) -> None:
     """The trainer's step as if its numbers were sound: fake tensors have none to look at."""
     sums, _, _ = trainer.backward(step)
-    trainer.added_up(sums, trainer.scaled_down_gradient(), sum(part.num_examples for part in step))
+    trainer.added_up(sums, trainer.scaled_down_gradient(), sum(part.num_examples for part in step), 0)
     trainer.update_weights()
 
 
@@ -243,7 +244,14 @@ def most_held(trainer: BasicTrainer, counter: StorageCounter, pieces: Sequence[P
             if weight.grad is not None:
                 counter.recount(local(weight.grad), "gradients")
 
+    def name_copied_gradients(*_) -> None:
+        for master in trainer.optimizer.masters.values():
+            if master.grad is not None:
+                counter.recount(local(master.grad), "gradients")
+
     trainer.optimizer.register_step_pre_hook(name_gradients)
+    if trainer.has_masters:
+        trainer.optimizer.inner.register_step_pre_hook(name_copied_gradients)
     step = faked([MicroBatch([piece], piece.num_examples) for piece in pieces])
     step_without_look(trainer, step)
     for state in trainer.optimizer.state.values():

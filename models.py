@@ -32,6 +32,7 @@ from adapters import (
     settings_in,
 )
 from batches import TokenBudget
+from configuration import times_beside_weights
 from logprobs import ScoringHead
 from model_state import compute_device, free_memory, frozen_copy, several_devices
 from ranks import Ranks, local, local_world_size
@@ -339,7 +340,9 @@ def model_configuration(model_config, tokenizer, cache_dir: str | None = None):
         "pad_token_id": tokenizer.pad_token_id,
     }
     try:
-        return AutoConfig.for_model(**{"vocab_size": len(tokenizer), **tokens, **values})
+        # Ids may have gaps: the largest counts.
+        size = max(len(tokenizer), *(number + 1 for number in tokenizer.get_vocab().values()))
+        return AutoConfig.for_model(**{"vocab_size": size, **tokens, **values})
     except ValueError as error:
         raise UserError(f"model.from_config.model_type: {values.get('model_type')!r} is not known to transformers.") from error
 
@@ -501,11 +504,16 @@ def attend_over_trees(model: nn.Module, scoring_head: bool = True) -> None:
 
 
 def token_budget(
-    model: nn.Module, limit: int | None = None, device: torch.device | None = None, free: int | None = None
+    model: nn.Module,
+    limit: int | None = None,
+    device: torch.device | None = None,
+    free: int | None = None,
+    beside_weights: int = 3,
 ) -> TokenBudget:
     """How many packed tokens to compute at once: up to `limit`, or as many as the free memory holds.
 
-    device is the model's own, or where it will be; `free` its free bytes, None for what is free here and now. A GPU gets faster
+    device is the model's own, or where it will be; `free` its free bytes, None for what is free here and now; beside_weights:
+    how many times the memory of the trained weights gradients and optimizer take. A GPU gets faster
     with every token. A CPU does not beyond a thousand or so: pieces of at most 1,536 were as fast as pieces of any size (58M
     Llama, two cores, 1,442 tokens a step), with 0.82 of the peak memory.
     """
@@ -513,7 +521,7 @@ def token_budget(
         return TokenBudget(limit, limit)
     moves = device is not None and device != compute_device(model)
     device = device or compute_device(model)
-    limit = _two_bits(_tokens_that_fit(model, device, free, moves))
+    limit = _two_bits(_tokens_that_fit(model, device, free, moves, beside_weights))
     return TokenBudget(limit, limit if device.type != "cpu" else min(limit, 1536))
 
 
@@ -530,7 +538,7 @@ def untrained_budget(config, tokenizer, device: torch.device) -> TokenBudget:
     """The budget that a configuration's model will have on a device, found without its weights."""
     with torch.device("meta"):
         model = build_untrained(config.model, tokenizer, config.cache_dir)
-    return token_budget(model, config.max_tokens_per_microbatch, device)
+    return token_budget(model, config.max_tokens_per_microbatch, device, beside_weights=times_beside_weights(config))
 
 
 def _two_bits(number: int) -> int:
@@ -542,11 +550,11 @@ def _two_bits(number: int) -> int:
     return number >> lost << lost
 
 
-def _tokens_that_fit(model: nn.Module, device: torch.device, free: int | None, moves: bool) -> int:
+def _tokens_that_fit(model: nn.Module, device: torch.device, free: int | None, moves: bool, beside_weights: int) -> int:
     """How many packed tokens one forward and backward may hold on a device; at least 512. moves: weights will come to it.
 
-    An estimate on the safe side: half of what is left beside gradients and two optimizer states, over the activations of a
-    gated transformer block and three copies of the logits for each token.
+    An estimate on the safe side: half of what is left beside gradients and optimizer, over the activations of a gated
+    transformer block and three copies of the logits for each token.
     """
     config = model.config.get_text_config()
     hidden, layers = config.hidden_size, config.num_hidden_layers
@@ -561,7 +569,7 @@ def _tokens_that_fit(model: nn.Module, device: torch.device, free: int | None, m
     to_come = weights if moves else 0
     if free is None:
         free = free_memory(device) // (1 if device.type == "cuda" else local_world_size())
-    return max(512, int((free - to_come - 3 * weights) / 2 / per_token))
+    return max(512, int((free - to_come - beside_weights * weights) / 2 / per_token))
 
 
 # ---- archives -----------------------------------------------------------------------------------------------------------

@@ -19,8 +19,11 @@ METRICS, SAMPLES, BAD_STEPS, EVENTS = "metrics.jsonl", "samples.jsonl", "bad_bat
 RESULTS_FILE, ABOUT, FLAGGED = "results.json", "about.json", "flagged_pairs.jsonl"
 # Of a sweep's jobs: what became of the job; that it ended before its time, since others did better.
 JOB, PRUNED = "job.json", "pruned.json"
+CONFIG, REPORT = "config.yaml", "report.html"
+# A folder in a run directory that has all of a run that was there before begins so.
+ASIDE = "set_aside_"
 # What a clock or the machine says of a step: it differs between runs that are the same.
-MEASURED = ("examples_per_second", "memory_gib")
+MEASURED = ("examples_per_second", "tokens_per_second", "memory_gib", "time")
 # Libraries that numbers may depend on.
 LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "numpy", "peft")
 

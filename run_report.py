@@ -22,6 +22,7 @@ from run_files import (
     BAD_STEPS,
     EVENTS,
     METRICS,
+    REPORT,
     RESULTS_FILE,
     SAMPLES,
     config_in,
@@ -34,7 +35,6 @@ from run_files import (
 )  # fmt: skip
 from utils import UNREADABLE, UserError, with_interval
 
-REPORT = "report.html"
 # What is shown of long things: prompts with samples and the moments of each, pairs of each kind, letters of a text.
 PROMPTS_SHOWN, MOMENTS_SHOWN, PAIRS_SHOWN, LETTERS_SHOWN, EVENTS_SHOWN = 16, 4, 20, 1200, 200
 # The shape of a row of events.jsonl.
@@ -66,6 +66,7 @@ CHARTS = (
         },
     ),
     ("Gradient norm", "before it is scaled down to max_grad_norm", {"grad_norm": "norm"}),
+    ("Learning rate", "of each step", {"lr": "lr"}),
     ("Beta in force", "of each micro-batch", {"beta_DPO/beta_used": "beta"}),
     ("Share of pairs kept", "by the filter of beta-DPO", {"beta_DPO/kept_fraction": "share"}),
     (
@@ -76,7 +77,7 @@ CHARTS = (
     ("Memory", "GiB of the main process; on a GPU the most so far", {"memory_gib": "GiB"}),
 )  # fmt: skip
 # Without a chart of their own.
-NOT_CHARTED = ("counters/",)
+NOT_CHARTED = ("counters/", "epoch", "time", "tokens_per_second")
 
 
 def write_report(run_dir: Path) -> Path:

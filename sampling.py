@@ -60,7 +60,10 @@ def _respond(model: nn.Module, tokenizer, prompts: Sequence[list[int]], max_leng
     """The responses to prompts that are answered together, padded on their left."""
     device = compute_device(model)
     width = max(map(len, prompts))
-    ids = torch.full((len(prompts), width), tokenizer.pad_token_id)
+    # Padding is masked, but looked up: an id that the embedding lacks would not be found.
+    known = tokenizer.pad_token_id < model.config.get_text_config().vocab_size
+    padding = tokenizer.pad_token_id if known else tokenizer.eos_token_id
+    ids = torch.full((len(prompts), width), padding)
     mask = torch.zeros_like(ids)
     for row, prompt in enumerate(prompts):
         ids[row, width - len(prompt) :] = torch.tensor(prompt)
@@ -74,7 +77,7 @@ def _respond(model: nn.Module, tokenizer, prompts: Sequence[list[int]], max_leng
         do_sample=False,
         logits_processor=[OwnStreams(prompts, seed)],
         stopping_criteria=[OwnRoom(room.to(device), width)],
-        pad_token_id=tokenizer.pad_token_id,
+        pad_token_id=padding,
         eos_token_id=tokenizer.eos_token_id,
     )
     rows = output[:, width:].tolist()

@@ -79,6 +79,9 @@ class Sweep(Callback):
         """Compare the jobs, into comparison.html and comparison.csv; where that cannot be, it is said."""
         from comparison import write_comparison
 
+        if config.dry_run:
+            # Nothing was run.
+            return
         folder = Path(config.hydra.sweep.dir)
         try:
             page, _ = write_comparison([folder], folder)

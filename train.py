@@ -9,7 +9,6 @@ Heavy libraries are imported once the configuration has been found sound, so tha
 import copy
 import gc
 import os
-import shutil
 import sys
 import uuid
 from contextlib import ExitStack, contextmanager, suppress
@@ -34,13 +33,16 @@ from configuration import (
     check_objective,
     check_sizes,
     dashboard_names,
+    defer_keys_of_swept_groups,
     explain_composition_error,
     force_open_sections,
     is_sharded,
+    lines_of_precision,
     moves_reference,
     read_entries,
     sharded_dtype,
     task_names,
+    times_beside_weights,
     two_models_asked_for,
 )
 from stopping import STOPPED, StoppedError
@@ -159,6 +161,7 @@ def run(config: DictConfig, run_dir: Path, in_sweep: bool = False, trainer: str 
     """
     from dry_run import look
     from losses import build_loss
+    from model_limits import check_limits, check_rows, limits_of
     from models import check_model, load_tokenizer
     from optimization import check_optimizer
     from pruning import build_pruner
@@ -176,13 +179,19 @@ def run(config: DictConfig, run_dir: Path, in_sweep: bool = False, trainer: str 
         check_harness()
     loss = build_loss(**OmegaConf.to_container(config.loss, resolve=True), seed=config.seed)
     check_objective(config, loss.paired)
+    for line in [] if config.eval_only else lines_of_precision(config):
+        print(line, flush=True)
     tokenizer = load_tokenizer(config.model, config.cache_dir)
     for line in check_model(config.model, tokenizer, config.cache_dir):
         print(line, flush=True)
+    limits = limits_of(config, tokenizer)
+    check_limits(config, tokenizer, limits)
     # Before the processes join: those that do not prepare it wait for it without a time-out.
     splits = ("test",) if config.eval_only and not config.dry_run else ("train", "test")
     data = prepare_data(config, tokenizer, loss.paired, splits, data_version(config, run_dir))
+    check_rows(config, tokenizer, limits, [split.table for split in data])
     if config.dry_run:
+        say_what_is_set_aside(config, run_dir)
         return look(config, tokenizer, loss, data, partial(build_batches, config, data[0].table))
     trainer_class = TRAINERS[trainer or config.trainer.name]
     placement = trainer_class.placement(config, tokenizer)
@@ -212,9 +221,8 @@ def train(config: DictConfig, trainer_class, placement, loss, data, run_dir: Pat
     with ExitStack() as opened:
         if ranks.is_main:
             opened.enter_context(used_by_this_run(run_dir))
-            if checkpoint is None:
-                # Of a run that was here before, and is not gone on with.
-                shutil.rmtree(run_dir / BASE_DIR, ignore_errors=True)
+            # Before the model is loaded: what it is made of is read from the run directory, or kept there.
+            aside = begin_in(config, run_dir, checkpoint)
         placement.base_dir = None if config.debug else run_dir / BASE_DIR
         parts = put_together(config, placement, loss, data, checkpoint, in_sweep)
         total = parts["train_batches"].total_examples
@@ -223,7 +231,7 @@ def train(config: DictConfig, trainer_class, placement, loss, data, run_dir: Pat
         if ranks.is_main:
             about = describe_run(config, placement, data, checkpoint)
             report = reporter(config, run_dir, loss, placement.tokenizer, data)
-            tracker = open_run_dir(config, run_dir, about, checkpoint, total, report)
+            tracker = open_run_dir(config, run_dir, about, checkpoint, total, report, aside)
             with writable(run_dir):
                 describe_start(config, run_dir, data, total, placement.device)
             opened.enter_context(tracker)
@@ -274,8 +282,9 @@ def evaluate(config: DictConfig, trainer_class, placement, loss, data: tuple, ru
         tracker = NoTracker()
         if checkpoint is None and ranks.is_main:
             opened.enter_context(used_by_this_run(run_dir))
+            aside = begin_in(config, run_dir, None)
             about = describe_run(config, placement, data, None)
-            tracker = open_run_dir(config, run_dir, about, None)
+            tracker = open_run_dir(config, run_dir, about, None, aside=aside)
         opened.enter_context(tracker)
         run = EvaluationRun(config, trainer_class, placement, loss, data[0].table, checkpoint, tracker)
         run.evaluate(checkpoint.parent if checkpoint else run_dir)
@@ -329,7 +338,8 @@ def budgets_of(config: DictConfig, policy, ranks, checkpoint: Path | None) -> tu
         if before["ranks"] == ranks.size and config.max_tokens_per_microbatch is None:
             budgets = before["budget"], before.get("first_budget", before["budget"])
             return tuple(TokenBudget(*values) for values in budgets)
-    budget = shared_budget(token_budget(policy, config.max_tokens_per_microbatch), ranks)
+    budget = token_budget(policy, config.max_tokens_per_microbatch, beside_weights=times_beside_weights(config))
+    budget = shared_budget(budget, ranks)
     return budget, budget
 
 
@@ -419,13 +429,35 @@ def reporter(config: DictConfig, run_dir: Path, loss, tokenizer, data):
     return write
 
 
+def begin_in(config: DictConfig, run_dir: Path, checkpoint: Path | None) -> Path | None:
+    """Make room for a run that begins in a directory: move an earlier run aside and return where it lies now, or None.
+
+    Raises UserError where the earlier run is needed where it is.
+    """
+    from resuming import check_beginning, forget_base, set_aside
+
+    with writable(run_dir):
+        if config.resume:
+            if checkpoint is None:
+                forget_base(run_dir)
+            return None
+        check_beginning(run_dir, config.model.archive, config.eval_only)
+        return set_aside(run_dir)
+
+
 def open_run_dir(
-    config: DictConfig, run_dir: Path, about: dict, checkpoint: Path | None, total: int | None = None, report=None
+    config: DictConfig,
+    run_dir: Path,
+    about: dict,
+    checkpoint: Path | None,
+    total: int | None = None,
+    report=None,
+    aside: Path | None = None,
 ):
     """Make a run's directory ready for its files, as they were at the checkpoint; returns its tracker.
 
-    total, report: the number of training examples, and what writes the run's page; None where there is none. Raises UserError
-    where the checkpoint is another run's.
+    total, report: the number of training examples, and what writes the run's page; None where there is none. aside: where an
+    earlier run lies that was found in the directory. Raises UserError where the checkpoint is another run's.
     """
     from checkpoints import read_state
     from dashboards import start_dashboards
@@ -440,7 +472,20 @@ def open_run_dir(
             cut_back(run_dir, checkpoint)
         OmegaConf.save(config, run_dir / "config.yaml")
         dashboards = start_dashboards(dashboard_names(config), about["config"], run_dir, about["wandb_id"], seen)
-        return Tracker(run_dir, total, config.minimum_log_interval_secs, dashboards, report, seen)
+        tracker = Tracker(run_dir, total, config.minimum_log_interval_secs, dashboards, report, seen)
+    if aside:
+        tracker.say(f"local_run_dir: {run_dir} held an earlier run, which is now in {aside.name}/")
+    return tracker
+
+
+def say_what_is_set_aside(config: DictConfig, run_dir: Path) -> None:
+    """Of a dry run: print what would become of an earlier run in its directory. Raises UserError where that cannot be."""
+    from resuming import check_beginning, parts_of_a_run
+
+    if config.resume or not parts_of_a_run(run_dir):
+        return
+    check_beginning(run_dir, config.model.archive, config.eval_only)
+    print(f"local_run_dir: {run_dir} holds an earlier run, which a run would set aside in it; resume={run_dir} goes on with it")
 
 
 @contextmanager
@@ -612,7 +657,7 @@ def command_line() -> None:
     """Run `main`; a mistake of the user's becomes one message and exit status 2, a bug keeps its traceback."""
     # Hydra would otherwise print errors itself, and exit with status 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    sys.argv[1:] = force_open_sections(sys.argv[1:])
+    sys.argv[1:] = defer_keys_of_swept_groups(force_open_sections(sys.argv[1:]))
     try:
         sweeps.run_through(main)
     except (HydraException, OmegaConfBaseException) as error:

@@ -90,8 +90,8 @@ def test_everything_that_a_run_has_left_is_in_its_report(run_dir):
 
 
 def test_a_metric_that_no_chart_knows_has_one_of_its_own(run_dir):
-    write_rows(run_dir / "metrics.jsonl", [step(4, lr=1e-3), step(8, lr=2e-3)])
-    assert "lr" in [figure.strong.text for figure in parsed(run_dir).find_all("figure")]
+    write_rows(run_dir / "metrics.jsonl", [step(4, surprise=1e-3), step(8, surprise=2e-3)])
+    assert "surprise" in [figure.strong.text for figure in parsed(run_dir).find_all("figure")]
 
 
 def test_it_asks_nobody_for_anything_and_runs_nothing_but_its_own_script(run_dir):

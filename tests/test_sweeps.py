@@ -120,6 +120,15 @@ def test_a_sweep_whose_jobs_are_all_refused_ends_with_the_status_of_a_mistake(tm
     assert "Traceback" not in done.stderr
 
 
+def test_a_sweep_over_losses_takes_a_key_that_all_of_them_have_and_refuses_one_that_some_lack(tmp_path):
+    line = ("loss=dpo,beta_DPO", "loss.beta=0.5", "dry_run=true")
+    done = sweep(tmp_path, *SMALL[1:], *line)
+    assert done.returncode == 0 and done.stdout.count("steps of 16 examples") == 2, done.stderr
+    refused = sweep(tmp_path, *SMALL[1:], "loss=dpo,sft", *line[1:])
+    assert refused.returncode == 2 and refused.stdout == "", "before the first job"
+    assert refused.stderr.startswith("loss.beta: this loss has no such key. It belongs to loss=bco, beta_DPO, dpo,")
+
+
 def test_a_signal_ends_the_sweep_and_not_the_job_alone(tmp_path):
     line = (*SMALL, "n_epochs=null", "n_examples=16000", "loss.beta=0.1,0.2", "sweep_dir=sweep")
     with (tmp_path / "said").open("w") as said:

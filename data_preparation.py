@@ -8,7 +8,7 @@ long it takes. A file appears under its name when it is whole, never before.
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -22,7 +22,8 @@ from utils import UserError, locked, rare_garbage_collection
 
 # The code that decides what token ids come of a text; another version of it is another file.
 SHAPING_MODULES = (
-    "records", "data_files", "prompt_templates", "row_mapping", "html_text", "preference_datasets", "dataset_entries",
+    "records", "data_files", "prompt_templates", "conversations", "unread_columns", "repeated_prompts",
+    "row_mapping", "html_text", "preference_datasets", "dataset_entries",
     "tokenization", "prompt_table", "data_preparation",
 )  # fmt: skip
 
@@ -57,7 +58,8 @@ def prepare(
             part, report = work.result()
         if part is not None:
             parts.append(part)
-        reports.append(report)
+        # Not kept with the data, which does not depend on settings that have no effect.
+        reports.append(replace(report, notes=[*entry.notes, *report.notes]) if split == "train" else report)
     return Prepared(PromptTable(parts, first_row), reports)
 
 
@@ -180,7 +182,9 @@ class _Preparation:
         try:
             for record in load_records(self.entry, self.split, report, self.cache_dir):
                 if digest is not None:
-                    digest.update(repr((record.prompt, record.responses, record.pairs, record.sft_target)).encode())
+                    several = (record.sft_targets,) if record.sft_targets else ()
+                    content = (record.prompt, record.responses, record.pairs, record.sft_target, *several)
+                    digest.update(repr(content).encode())
                 yield record
         except OSError as error:
             # Of the loader's own files: nothing that another folder for prepared data would mend.

@@ -53,12 +53,14 @@ class Dataset:
 
     truncation_mode is the end of a prompt that matters; skip_bad_rows is for public sets, whose rows are not the user's to
     mend; fingerprint says in advance, as a short text, what the loader will give for a split: None where only loading tells.
+    about_sft is said where loss=sft learns less than all preferred answers, and one might expect them all.
     """
 
     load: Callable[..., Records | Items]
     truncation_mode: str = "keep_start"
     skip_bad_rows: bool = False
     fingerprint: Callable[..., str] | None = None
+    about_sft: str | None = None
 
 
 DATASETS: dict[str, Dataset] = {}
@@ -156,7 +158,7 @@ class HubSet:
         return loaded
 
 
-def hub_set(name: str, hub: HubSet, truncation_mode: str = "keep_start"):
+def hub_set(name: str, hub: HubSet, truncation_mode: str = "keep_start", about_sft: str | None = None):
     """Register a function `(rows, report, *, options)` → items as the loader of a set of the hub."""
 
     def decorator(items_of):
@@ -178,7 +180,7 @@ def hub_set(name: str, hub: HubSet, truncation_mode: str = "keep_start"):
         own = list(inspect.signature(load).parameters.values())[:-1]
         extra = [p for p in inspect.signature(items_of).parameters.values() if p.kind is p.KEYWORD_ONLY]
         load.__signature__ = inspect.Signature([*own, *extra])
-        DATASETS[name] = Dataset(load, truncation_mode, skip_bad_rows=True, fingerprint=fingerprint)
+        DATASETS[name] = Dataset(load, truncation_mode, skip_bad_rows=True, fingerprint=fingerprint, about_sft=about_sft)
         return items_of
 
     return decorator
@@ -193,10 +195,18 @@ WHOLE_SET = sys.maxsize
 HH = HubSet("Anthropic/hh-rlhf", ("chosen", "rejected"), test="test")
 
 
-@hub_set("hh", HH, truncation_mode="keep_end")
+LAST_ROW = "loss=sft learns one answer to each prompt, its last row's, as the original code (a file of the same rows gives all)"
+
+
+@hub_set("hh", HH, truncation_mode="keep_end", about_sft=LAST_ROW)
 def hh_records(rows: NumberedRows, report: DataReport) -> Items:
-    """Anthropic's helpful and harmless dialogues. Subsets: harmless-base, helpful-base, helpful-online, ..."""
-    return group_rows(FieldMap().rows_of(rows, "hh", report), report, WHOLE_SET)
+    """Anthropic's helpful and harmless dialogues. Subsets: harmless-base, helpful-base, helpful-online, ...
+
+    SFT learns one answer to a prompt, its last row's, as in the original code, so that runs compare with it.
+    """
+    for prompt, record in group_rows(FieldMap().rows_of(rows, "hh", report, known=True), report, WHOLE_SET):
+        record.pop("sft_targets", None)
+        yield prompt, record
 
 
 HH_FOLDERS = ("harmless-base", "helpful-base", "helpful-online", "helpful-rejection-sampled")
@@ -204,7 +214,7 @@ HH_FOLDERS = ("harmless-base", "helpful-base", "helpful-online", "helpful-reject
 
 def _hh_folder(name: str) -> Dataset:
     hh = DATASETS["hh"]
-    return Dataset(partial(hh.load, subset=name), "keep_end", True, partial(hh.fingerprint, subset=name))
+    return Dataset(partial(hh.load, subset=name), "keep_end", True, partial(hh.fingerprint, subset=name), LAST_ROW)
 
 
 DATASETS |= {f"hh-{name}": _hh_folder(name) for name in HH_FOLDERS}
@@ -305,7 +315,7 @@ ULTRAFEEDBACK = HubSet(
 @hub_set("ultrafeedback", ULTRAFEEDBACK)
 def ultrafeedback_records(rows: NumberedRows, report: DataReport) -> Items:
     """UltraFeedback, binarized: conversations, the preferred answer scored higher by GPT-4."""
-    return group_rows(FieldMap().rows_of(rows, "ultrafeedback", report), report, WHOLE_SET)
+    return group_rows(FieldMap().rows_of(rows, "ultrafeedback", report, known=True), report, WHOLE_SET)
 
 
 ORCA = HubSet("Intel/orca_dpo_pairs", ("system", "question", "chosen", "rejected"))
@@ -314,7 +324,7 @@ ORCA = HubSet("Intel/orca_dpo_pairs", ("system", "question", "chosen", "rejected
 @hub_set("orca", ORCA)
 def orca_records(rows: NumberedRows, report: DataReport) -> Items:
     """Orca's questions with a system prompt: a larger model's answer against a smaller one's."""
-    return group_rows(FieldMap(prompt="question", system="system").rows_of(rows, "orca", report), report, WHOLE_SET)
+    return group_rows(FieldMap(prompt="question", system="system").rows_of(rows, "orca", report, known=True), report, WHOLE_SET)
 
 
 NECTAR = HubSet("berkeley-nest/Nectar", ("prompt", "answers"))
@@ -324,7 +334,7 @@ NECTAR = HubSet("berkeley-nest/Nectar", ("prompt", "answers"))
 def nectar_records(rows: NumberedRows, report: DataReport) -> Items:
     """Nectar: seven ranked answers to each dialogue, and all 21 pairs between them."""
     fields_of = FieldMap(responses="answers.answer", ranks="answers.rank")
-    mapped = fields_of.rows_of(rows, "nectar", report)
+    mapped = fields_of.rows_of(rows, "nectar", report, known=True)
     return group_rows((row._replace(prompt=_as_turns(row.prompt)) for row in mapped), report)
 
 

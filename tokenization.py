@@ -15,8 +15,8 @@ from itertools import groupby, islice
 from operator import itemgetter
 from pathlib import Path
 
-from prompt_templates import ConversationError, build_template
-from records import SAME_TEXT, DataReport, PreferenceRecord, add_responses, is_held_out, new_record
+from prompt_templates import ConversationError, build_template, opening_of_answers
+from records import SAME_TEXT, DataReport, PreferenceRecord, Prompt, add_responses, is_held_out, new_record
 from utils import UserError, load_tensors
 
 
@@ -73,13 +73,24 @@ def tokenize_records(
     with ThreadPoolExecutor(2) as encoder:
         under_way: deque = deque()
         while chunk := list(islice(records, 1024)):
-            kept = [rendered for record in chunk if (rendered := work.render(record)) is not None]
+            kept = [rendered for record in chunk for rendered in work.render(record)]
             under_way.append((kept, encoder.submit(work.encode, kept)))
             if len(under_way) > 4:
                 yield from work.finish(*under_way.popleft())
         for kept, ids in under_way:
             yield from work.finish(kept, ids)
 
+
+# What is said of records, beside what is left out.
+NO_PAIR_TO_COMPARE = "a prompt without a pair of answers (loss=sft learns single answers)"
+NO_TURNS = (
+    "prompts without system_prompt: they are plain text, which template=null and raw leave as it is (see hh, chatml, chat)"
+)
+OPENING_MOVED = (
+    "the chat template does not begin an answer when asked to (add_generation_prompt): {!r}, which it writes before answers, "
+    "is put at the end of prompts"
+)
+OWN_SYSTEM_TURN = "prompts without system_prompt: they have a system turn of their own"
 
 # A record, the pairs between its texts, and its texts: the prompt, then only those responses that the loss looks at.
 Rendered = tuple[PreferenceRecord, list[tuple[int, int]], list[str]]
@@ -92,31 +103,45 @@ class _Tokenization:
         self.settings = settings
         self.report = report
         self.template = build_template(settings.template, settings.system_prompt, tokenizer)
+        if settings.template == "chat" and (opening := opening_of_answers(tokenizer)):
+            self.report.note(OPENING_MOVED.format(opening))
         self.encode_prompts, self.encode_responses = _encoders(tokenizer)
         self.bos = bos_of(tokenizer)
         # Kept here: a tokenizer looks its special tokens up anew each time.
         self.eos_token, self.eos_id = tokenizer.eos_token, tokenizer.eos_token_id
 
-    def render(self, record: PreferenceRecord) -> Rendered | None:
-        """The record as text. For SFT its response is the target. None where there is nothing to train on, or a fault."""
+    def render(self, record: PreferenceRecord) -> list[Rendered]:
+        """The record as text; for SFT one for each of its targets. Nothing where there is none to train on, or a fault."""
         if self.settings.paired:
             used = sorted({index for pair in record.pairs for index in pair})
-            pairs = pairs_among(used, record.pairs)
-            responses = [record.responses[index] for index in used]
+            wanted = [(pairs_among(used, record.pairs), [record.responses[index] for index in used])] if used else []
+            self.report.leave_out(NO_PAIR_TO_COMPARE, not used)
         else:
-            pairs, responses = [], [record.sft_target]
-        if not responses:
-            return None
+            wanted = [([], [target]) for target in record.targets]
+        found = [self._rendered(record, pairs, responses) for pairs, responses in wanted]
+        return [rendered for rendered in found if rendered is not None]
+
+    def _rendered(self, record: PreferenceRecord, pairs: list[tuple[int, int]], responses: list[str]) -> Rendered | None:
         parts = [record.prompt] if isinstance(record.prompt, str) else [turn[1] for turn in record.prompt]
         if any(self.eos_token in text for text in (*parts, *responses)):
             self._bad(record, self._holds_eos())
             return None
         try:
-            prompt, responses = self.template(record.prompt, responses)
+            prompt, texts = self.template(record.prompt, responses)
         except ConversationError as fault:
             self._bad(record, str(fault))
             return None
-        return record, pairs, [prompt, *responses]
+        if self.settings.system_prompt:
+            self._count_system_prompt(record.prompt)
+        return record, pairs, [prompt, *texts]
+
+    def _count_system_prompt(self, prompt: Prompt) -> None:
+        """Count prompts before which the system prompt does not stand."""
+        if isinstance(prompt, str):
+            if self.settings.template in (None, "raw"):
+                self.report.change(NO_TURNS)
+        elif prompt[0][0] == "system":
+            self.report.change(OWN_SYSTEM_TURN)
 
     def encode(self, kept: list[Rendered]) -> tuple[list[list[int]], list[list[int]]]:
         """Ids of all prompts of a chunk, and of all its responses."""
@@ -284,7 +309,7 @@ def read_tokenised(
         if not record["pairs"] or is_held_out(repr(prompt_ids), held_out_share) != (split == "test"):
             continue
         responses, pairs = record["responses"], record["pairs"]
-        targets = [responses[index] for index in dict.fromkeys(chosen for chosen, _ in pairs)]
+        targets = [responses[index] for index, _ in pairs]
         for used, compared in [(responses, pairs)] if settings.paired else [([target], []) for target in targets]:
             report.change(NO_END, sum(response[-1] != eos_token_id for response in used))
             prompt = TokenizedPrompt(prompt_ids, used, compared, f"{path}, row {first}", first)

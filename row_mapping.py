@@ -112,7 +112,7 @@ class FieldMap:
             return self._row_of_lists(row)
         if self.response is not None:
             response = _answer_text(row, self.response)
-            scores = None if self.score is None else [_number(row, self.score)]
+            scores = None if self.score is None else [_score(row, self.score)]
             return Row(self._prompt_of(row), [response], [], 0, scores)
         return self._row_of_pair(row)
 
@@ -352,6 +352,13 @@ def _number(row: dict, name: str) -> float:
     return _as_number(value_of(row, name), name)
 
 
+def _score(row: dict, name: str) -> float:
+    value = value_of(row, name)
+    if isinstance(value, bool):
+        raise RowError(f"field {name!r} is {value}, expected a number, as 1 and 0.")
+    return _as_number(value, name)
+
+
 def _as_number(value, name: str) -> float:
     try:
         # CSV has texts for numbers.
@@ -359,7 +366,7 @@ def _as_number(value, name: str) -> float:
     except (TypeError, ValueError, OverflowError):
         number = None
     if number is None or number != number:
-        raise RowError(f"field {name!r} is {value!r}, expected a number{', as 1 and 0' * isinstance(value, bool)}.")
+        raise RowError(f"field {name!r} is {value!r}, expected a number.")
     return number
 
 

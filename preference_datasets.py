@@ -4,7 +4,8 @@ A loader is a function `(split, silent=False, cache_dir=None)` registered under 
 
     {"responses": list[str], "pairs": list[tuple[int, int]], "sft_target": str}
 
-where a pair holds the indices of the preferred and of the dispreferred response, or yields `(prompt, record)` one by one
+where a pair holds the indices of the preferred and of the dispreferred response (and `sft_targets`, a list, may name several
+responses for SFT to learn in place of sft_target), or yields `(prompt, record)` one by one
 when the data does not fit in memory. To add one, write the function, here or in a file of your own:
 
     @register("my_data")

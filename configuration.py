@@ -6,6 +6,7 @@ The YAML files under config/ are the only list of keys there is: a key is known 
 import math
 import os
 import re
+from dataclasses import replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -597,7 +598,29 @@ def read_entries(config: DictConfig) -> list[Entry]:
     sound = isinstance(entries, list) and bool(entries)
     _require(sound, "datasets", entries, "at least one data set, as in [hh,shp]")
     defaults = {key: config[key] for key in (*GENERAL_KEYS, "held_out_share") if key in config}
-    return [read_entry(entry, defaults) for entry in entries]
+    read = [read_entry(entry, defaults) for entry in entries]
+    return [replace(entry, notes=(*entry.notes, *_without_effect(config, entry))) for entry in read]
+
+
+def _without_effect(config: DictConfig, entry: Entry) -> list[str]:
+    """Notes on the run's settings that have been changed and say nothing to an entry, and on what its loss does not read."""
+    notes = []
+    if entry.dataset.about_sft and config.loss.name in WITHOUT_PAIRS:
+        notes.append(entry.dataset.about_sft)
+    if _is_changed(config, "max_prompt_length") and (entry.truncation_mode or entry.dataset.truncation_mode) == "drop":
+        notes.append("max_prompt_length has no effect: truncation_mode=drop cuts nothing")
+    if _is_changed(config, "held_out_share") and not entry.holds_out_a_share:
+        notes.append("held_out_share has no effect: the set says itself what is held out")
+    return notes
+
+
+@cache
+def _defaults() -> DictConfig:
+    return OmegaConf.load(CONFIG_DIR / "config.yaml")
+
+
+def _is_changed(config: DictConfig, key: str) -> bool:
+    return key in config and config[key] != _defaults()[key]
 
 
 # Who may judge, and whether a name follows.

@@ -168,7 +168,7 @@ def lines_of_data(names: Sequence[str], reports: Sequence[DataReport], facts: Fa
         rows = f"{report.rows_read:,} rows read, " if report.rows_read else ""
         lines.append(f"  {name}: {rows}{report.num_prompts:,} prompts kept")
         lines += [f"    {count:,} {what}" for count, what in report.counts()]
-        lines += [f"    {message}" for message in report.bad_rows]
+        lines += [f"    {message}" for message in (*report.remarks(), *report.bad_rows)]
     what = "pairs" if paired else "examples"
     lines.append(
         f"  {facts.prompts:,} prompts, {facts.responses:,} responses, {facts.examples:,} {what}, {facts.packed_tokens:,} tokens"

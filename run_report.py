@@ -317,7 +317,7 @@ def data_of(about: dict) -> list[dict]:
                 values = DataReport(**{key: value for key, value in report.items() if key != "name"})
                 counts = [f"{count:,} {what}" for count, what in values.counts()]
                 row = {"split": split, "name": report["name"], "rows": values.rows_read, "prompts": values.num_prompts}
-                found.append(row | {"counts": counts, "bad_rows": values.bad_rows})
+                found.append(row | {"counts": counts + values.remarks(), "bad_rows": values.bad_rows})
             except UNREADABLE:
                 continue
     return found

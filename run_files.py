@@ -71,6 +71,10 @@ def progress(rows: list[dict], about: dict) -> str:
     return f"{done:,.0f}{of} examples, {rows[-1].get('counters/updates', 0):,.0f} updates"
 
 
+# How many prompts an evaluation's held-out numbers are of, in metrics.jsonl.
+HELD_OUT_PROMPTS = "counters/held_out_prompts"
+
+
 # What an evaluation of a run leaves: how many examples and prompts it is over, and each metric with its interval.
 INTERVAL = dict.fromkeys(("mean", "low", "high"), (float, int, None))
 RESULTS = {"examples_trained": int, "held_out": {"all": {"examples": int, "prompts": int, ...: INTERVAL}}}

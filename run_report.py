@@ -21,6 +21,7 @@ from run_files import (
     ABOUT,
     BAD_STEPS,
     EVENTS,
+    HELD_OUT_PROMPTS,
     METRICS,
     RESULTS_FILE,
     SAMPLES,
@@ -32,7 +33,7 @@ from run_files import (
     results_of,
     split_rows,
 )  # fmt: skip
-from utils import UNREADABLE, UserError, with_interval
+from utils import UNREADABLE, UserError, too_few, with_interval
 
 REPORT = "report.html"
 # What is shown of long things: prompts with samples and the moments of each, pairs of each kind, letters of a text.
@@ -42,7 +43,13 @@ EVENT = {"time": str, "examples": int, "text": str}
 
 # Charts: title, what it says, and the metrics in it with their names there.
 CHARTS = (
-    ("Loss", "lower is better", {"loss/train": "training", "loss/eval": "held out"}),
+    (
+        "Loss", "lower is better",
+        {
+            "loss/train": "training", "loss/eval": "held out",
+            "beta_DPO/loss_eval_at_beta_used": "held out, at the beta in force",
+        },
+    ),
     (
         "Reward accuracy", "share of pairs whose preferred response has the larger reward; 0.5 is chance",
         {"rewards_train/accuracies": "training", "rewards_eval/accuracies": "held out"},
@@ -178,7 +185,7 @@ GUIDE = "docs/reading-the-curves.md"
 
 def observations(steps: list[dict], evaluations: list[dict], config: dict) -> list[str]:
     """What the numbers of a run give reason to say, in plain words."""
-    looks = _fallen, _held_out, _overfitted, _clipped
+    looks = _too_few, _fallen, _held_out, _overfitted, _clipped
     return [f"{text} See {GUIDE}." for look in looks for text in look(steps, evaluations, config)]
 
 
@@ -191,6 +198,12 @@ def _change(values: list[float]) -> float:
     """From the mean of the first tenth to that of the last."""
     part = max(1, len(values) // 10)
     return (sum(values[-part:]) - sum(values[:part])) / part
+
+
+def _too_few(steps, evaluations, config) -> Iterator[str]:
+    prompts = evaluations[-1].get(HELD_OUT_PROMPTS) if evaluations else None
+    if isinstance(prompts, int | float) and (few := too_few(prompts, "Held-out numbers")):
+        yield f"{few}."
 
 
 def _fallen(steps, evaluations, config) -> Iterator[str]:

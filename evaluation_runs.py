@@ -17,7 +17,7 @@ from batches import BatchIterator, evaluation_batches, evaluation_prompts
 from checkpoints import checkpoints_of, read_state
 from configuration import CONFIG_DIR, GROUPS, OPEN_SECTIONS, explain_composition_error, known_keys, task_names
 from evaluation import HeldOut
-from held_out_report import ExampleFacts, kl_estimate, lines_of, summary
+from held_out_report import ExampleFacts, kl_estimate, lines_of, summary, warnings_of
 from judges import build_judge
 from models import shared_budget, token_budget
 from prompt_table import PromptTable
@@ -112,7 +112,8 @@ class EvaluationRun:
         if self.tasks is not None:
             options = wanted.task_limit, self.config.eval_batch_size
             results["tasks"] = self.tasks.results(self.trainer.policy, self.tokenizer, *options)
-            write_results(path, results)
+        results["warnings"] = warnings_of(results)
+        write_results(path, results)
         print("", *lines_of(results), f"results: {path}", sep="\n", flush=True)
         return results
 

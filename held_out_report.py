@@ -25,6 +25,8 @@ LOSS, ACCURACY, MARGIN = "loss/eval", "rewards_eval/accuracies", "rewards_eval/m
 COLUMNS = {LOSS: "loss", ACCURACY: "accuracy", MARGIN: "margin"}
 # Which columns are shares: means of numbers from 0 to 1.
 SHARES = (ACCURACY, "by_reward", "by_label")
+# How many reasons of a judge's silence are shown.
+REASONS_SHOWN = 5
 LENGTH_BOUNDS = (32, 64, 128, 256, 512, 1024)
 
 
@@ -222,6 +224,7 @@ def lines_of_win_rate(found: dict) -> list[str]:
     rate = "refused, too many are missing" if found["rate"] is None else shown(found["rate"])
     lines = [f"win rate against {found['against']} under {found['judge']}: {rate} ({answered})"]
     for what, title in (("reasons", "not answered"), ("retried", "asked again")):
-        if counts := found.get(what):
-            lines.append(f"  {title}: " + "; ".join(f"{count:,} x {reason}" for reason, count in counts.items()))
-    return lines
+        lines += [f"  {title}: {count:,} x {reason}" for reason, count in list(found.get(what, {}).items())[:REASONS_SHOWN]]
+        if (more := len(found.get(what, {})) - REASONS_SHOWN) > 0:
+            lines.append(f"  {title}: {more:,} more reasons, in the results file")
+    return [*lines, f"  {found['note']}"] if found.get("note") else lines

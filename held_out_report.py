@@ -182,9 +182,9 @@ def lines_of(results: dict) -> list[str]:
     rows |= {f"{way} {name}": row for way, rows_of in held_out.items() if way not in ("all", "length_bias")
              for name, row in rows_of.items()}  # fmt: skip
     width = max(len(name) for name in rows) + 2
-    lines.append(f"{'held out':{width}}{'examples':>9}" + "".join(f"{COLUMNS[name]:>28}" for name in names))
+    lines.append(f"{'held out':{width}}{'examples':>9}" + "".join(f"{COLUMNS[name]:>32}" for name in names))
     for title, row in rows.items():
-        lines.append(f"{title:{width}}{row['examples']:>9,}" + "".join(f"{shown(row[name]):>28}" for name in names))
+        lines.append(f"{title:{width}}{row['examples']:>9,}" + "".join(f"{shown(row[name]):>32}" for name in names))
     if bias := held_out.get("length_bias"):
         lines.append(f"reward and length of a response: correlation {shown(bias['correlation'])}")
         if shares := bias.get("longer_preferred"):

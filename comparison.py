@@ -19,9 +19,12 @@ from model_card import NOT_SHOWN, without_secrets
 from pages import page, write_page
 from run_files import (
     ABOUT,
+    BETA_USED,
     HELD_OUT_PROMPTS,
     JOB,
+    LOSS_AT_BETA_USED,
     METRICS,
+    OF_THEIR_RUN,
     PRUNED,
     RESULTS_FILE,
     config_in,
@@ -45,12 +48,8 @@ CURVES = {
 }  # fmt: skip
 # Losses whose reward is beta times the log-ratio of policy and reference.
 LOG_RATIO_LOSSES = ("dpo", "ipo", "hinge", "robust", "rpo", "dpop", "bco", "tr_dpo")
-# Losses whose evaluations depend on what their run has seen, as losses.py says of them.
-OF_THEIR_RUN = ("tr_dpo", "bco")
 # Keys of a loss that change what is trained, and not what a held-out loss is of.
 OF_TRAINING = ("loss.mode_loss", "loss.mode_weight", "loss.a", "loss.reference_update_every", "loss.reference_update_share")
-# Of beta-DPO's evaluations; those without the second have their loss at the beta in force.
-BETA_USED, LOSS_AT_BETA_USED = "beta_DPO/beta_used", "beta_DPO/loss_eval_at_beta_used"
 # In which the runs of a group may differ.
 SEED = "seed"
 

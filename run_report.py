@@ -20,9 +20,12 @@ from records import DataReport
 from run_files import (
     ABOUT,
     BAD_STEPS,
+    BETA_USED,
     EVENTS,
     HELD_OUT_PROMPTS,
+    LOSS_AT_BETA_USED,
     METRICS,
+    OF_THEIR_RUN,
     RESULTS_FILE,
     SAMPLES,
     config_in,
@@ -47,7 +50,7 @@ CHARTS = (
         "Loss", "lower is better",
         {
             "loss/train": "training", "loss/eval": "held out",
-            "beta_DPO/loss_eval_at_beta_used": "held out, at the beta in force",
+            LOSS_AT_BETA_USED: "held out, at the beta in force",
         },
     ),
     (
@@ -235,6 +238,11 @@ def _held_out(steps, evaluations, config) -> Iterator[str]:
 
 
 def _overfitted(steps, evaluations, config) -> Iterator[str]:
+    if (config.get("loss") or {}).get("name") in OF_THEIR_RUN:
+        return
+    # Of beta-DPO those of an earlier version are at another beta.
+    comparable = [row for row in evaluations if BETA_USED not in row or LOSS_AT_BETA_USED in row]
+    evaluations = comparable or evaluations
     losses = _values(evaluations, "loss/eval")
     if len(losses) != len(evaluations) or len(losses) < 3:
         return

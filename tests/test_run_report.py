@@ -201,6 +201,15 @@ def test_a_held_out_loss_that_rises_again_is_said_with_where_it_was_lowest():
     assert "lowest" not in said([*rows[:2], rows[2] | {"loss/eval/low": 0.45}])
 
 
+def test_losses_that_are_not_of_one_thing_are_not_said_to_rise():
+    rows = [evaluation(n, **{"loss/eval": loss, "loss/eval/low": loss - 0.05}) for n, loss in ((0, 0.7), (8, 0.5), (16, 0.6))]
+    assert "lowest" not in said(rows, {"loss": {"name": "tr_dpo"}})
+    # The first two are beta-DPO's of an earlier version, at the beta in force.
+    mixed = [row | {"beta_DPO/beta_used": 0.2} for row in rows]
+    mixed[2]["beta_DPO/loss_eval_at_beta_used"] = 0.4
+    assert "lowest" not in said(mixed)
+
+
 def test_a_gradient_that_is_mostly_scaled_down_is_said():
     rows = [step(n, grad_norm=norm) for n, norm in enumerate((5, 5, 5, 1))]
     assert "max_grad_norm=2.0 in 75% of the steps" in said(rows, {"max_grad_norm": 2.0})

@@ -33,6 +33,7 @@ from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorage
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from adapters import WEIGHTS_FILE, has_adapter, save_settings
+from losses import is_at_beta_used
 from ranks import ALONE, Ranks, several
 from utils import UNREADABLE, UserError, replace_symlink
 
@@ -436,7 +437,8 @@ def read_state(checkpoint: Path) -> dict:
 
 def _held_out(checkpoint: Path, metric: str) -> float | None:
     try:
-        value = read_state(checkpoint)["held_out"][metric]
+        held_out = read_state(checkpoint)["held_out"]
+        value = None if metric == "loss/eval" and is_at_beta_used(held_out) else held_out[metric]
     except UNREADABLE:
         # Not evaluated, or damaged since.
         return None

@@ -204,7 +204,7 @@ COUNTS = (
 OPTIONAL_COUNTS = (
     "n_epochs", "n_examples", "n_eval_examples", "max_tokens_per_microbatch", "save_every", "keep_last",
     "keep_best", "evaluation.n_prompts", "evaluation.task_limit", "n_steps", "early_stopping_patience",
-    "per_device_batch_size", "gpus_per_job",
+    "per_device_batch_size", "gpus_per_job", "evaluation.judge_max_tokens",
 )  # fmt: skip
 COUNTS_FROM_ZERO = ("warmup_steps", "n_eval_model_samples", "seed")
 SWITCHES = (

@@ -33,7 +33,7 @@ from held_out_report import intervals_of
 from layer_splitting import joined_optimizer_state, joined_weights, set_joined_weights, split_optimizer_state
 from ledger import Ledger
 from logprobs import response_logps
-from losses import Loss, LossOutput, Survey, example_metrics
+from losses import Loss, LossOutput, Survey, example_metrics, is_at_beta_used
 from model_state import compute_device
 from optimization import MASTER, MasterWeights, build_optimizer, flat_state, schedule, updated, warmup_steps
 from placement import OneProcess, Sharded, SplitLayers, TensorParallel
@@ -45,7 +45,7 @@ from saved_models import checkpoint_check
 from sharding import clip_by_global_norm
 from stopping import StoppedError, StopRequests
 from tracking import Metrics, Tracker
-from utils import UserError, memory_held, random_streams, restore_random_streams
+from utils import UserError, memory_held, random_streams, restore_random_streams, too_few
 
 # What is said where a run goes on with another choice of master weights than it had.
 WITHOUT_MASTERS = (
@@ -417,16 +417,26 @@ class BasicTrainer:
         see = self.same_start and self.same_start.see
         self.held_out = evaluate(self.policy, self.reference, self.loss, self.eval_batches, self.ranks, see)
         self.check_start()
+        warnings = self.doubts() if self.held_out_means is None else []
         self.held_out_means = self.held_out.means()
         self.evaluated_at = self.examples
         self.compare_with_best()
         self.tracker.log_evaluation(self.held_out_means | intervals_of(self.held_out) | self.counters())
+        for text in warnings:
+            self.tracker.say(f"warning: {text}")
         if self.sample_prompts:
             self.tracker.log_samples(self.sample(), self.examples)
         if self.ledger is not None:
             self.ledger.write()
         self.prune()
         self.tracker.report()
+
+    def doubts(self) -> list[str]:
+        """What speaks against deciding anything by this run's evaluations."""
+        few = too_few(len(set(self.held_out.sources)), "held-out numbers")
+        depends = self.loss.evaluation_depends_on
+        said = f"loss/eval depends on {depends}: it does not compare between runs, nor exactly between evaluations of this one"
+        return [text for text in (few, said if depends else None) if text]
 
     def compare_with_best(self) -> None:
         """Count the evaluations since `objective` was at its best; say so where the run ends for it."""
@@ -457,7 +467,10 @@ class BasicTrainer:
         return sample_answers(self.policy if model is None else model, self.tokenizer, *wanted, self.ranks)
 
     def sample(self) -> list[dict]:
-        """Answers of the policy, and of the reference where there is one, to the sample prompts."""
+        """Answers of the policy, and of the reference where there is one, to the sample prompts.
+
+        Both are drawn from the same noise, so that a reader sees what has changed. No rate is taken of them.
+        """
         if self.reference_answers is None and self.loss.reference_update is not None:
             self.reference_answers = self.answers(self.reference.model)
         known = self.reference_answers
@@ -526,6 +539,13 @@ class BasicTrainer:
             setattr(self, name, state[name])
         self.held_out_means, self.saved_at = state["held_out"], state["examples"]
         self.tokens = state.get("tokens", 0)
+        if self.config.objective == "loss/eval" and is_at_beta_used(self.held_out_means):
+            # Losses of now do not compare with those of then.
+            self.best, self.evaluations_since_best = None, 0
+            self.tracker.say(
+                "warning: evaluations before this checkpoint have loss/eval at beta-DPO's beta in force, those from here on at "
+                "loss.beta: the best so far is forgotten, and keep_best begins anew"
+            )
         if self.updates:
             self.take_optimizer(checkpoint, state)
         for name in ("scheduler", "scaler", "loss", "train_batches", "watch"):

@@ -356,16 +356,23 @@ def refuse_kernels(config) -> None:
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout of `model` to 0, and all noise of its routers.
+    """Set every dropout of `model` to 0: modules, and probabilities that attention reads as a number.
 
-    Those are modules, and numbers that attention or a router reads.
+    Experts and routers that add noise in training (Mixtral's, Phi's) compute as they do in evaluation.
     """
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         for name, value in vars(module).items():
-            if ("drop" in name or "jitter" in name) and isinstance(value, float):
+            if "drop" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
+        # Not set to 0: Phi's routers draw experts in training whatever it is, and read it as a threshold in evaluation.
+        if any("jitter" in name and isinstance(value, float) for name, value in vars(module).items()):
+            module.register_forward_pre_hook(_as_in_evaluation)
+
+
+def _as_in_evaluation(module: nn.Module, _inputs) -> None:
+    module.training = False
 
 
 def choose_attention(model: nn.Module, name: str) -> None:
@@ -559,6 +566,8 @@ def _tokens_that_fit(model: nn.Module, device: torch.device, free: int | None, m
     config = model.config.get_text_config()
     hidden, layers = config.hidden_size, config.num_hidden_layers
     inner = getattr(config, "intermediate_size", None) or 4 * hidden
+    # Some have a width for each layer.
+    inner = max(inner) if isinstance(inner, list | tuple) else inner
     per_token = layers * (16 * hidden + 4 * inner) * model.dtype.itemsize + 3 * 4 * config.vocab_size
     # The room is that of one device, so what other devices hold does not count.
     trained = [weight for weight in model.parameters() if weight.requires_grad and (moves or weight.device == device)]

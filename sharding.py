@@ -105,27 +105,47 @@ class Layout:
             "mp_policy": self.precision,
             "offload_policy": self.offload,
         }
-        for block in blocks_of(model, self.block_name):
+        for block in without_shared(blocks_of(model, self.block_name)):
             fully_shard(block, **options)
-        # What is left, embeddings and head, is one group: tied weights stay together.
+        # What is left, embeddings, head and what several blocks share, is one group: tied weights stay together.
         fully_shard(model, **options)
 
 
 def blocks_of(model: nn.Module, block_name: str | None) -> list[nn.Module]:
     """The transformer blocks: modules of the class `block_name`, or of the classes that the model itself names.
 
-    Raises UserError, with the names there are, where none is found.
+    A model that names none has its blocks in a list, whose items are all of one class. Raises UserError, with the names there
+    are, where none is found.
     """
-    names = {block_name} if block_name else set(model._no_split_modules or ())
-    blocks = [module for module in model.modules() if type(module).__name__ in names]
+    listed = Counter(type(item).__name__ for stack in _outermost(model, nn.ModuleList) for item in stack)
+    names = {block_name} if block_name else set(model._no_split_modules or ()) or set(listed if len(listed) == 1 else ())
+    classes = tuple({type(module) for module in model.modules() if type(module).__name__ in names})
+    blocks = _outermost(model, classes)
     if not blocks:
-        listed = Counter(
-            type(item).__name__ for module in model.modules() if isinstance(module, nn.ModuleList) for item in module
-        )
         candidates = ", ".join(f"{name} ({count})" for name, count in listed.items()) or "none"
         found = f"found {block_name!r}" if block_name else "not given, and the model does not say"
         raise UserError(f"model.block_name: {found}. Expected the class of a block of {type(model).__name__}: {candidates}.")
     return blocks
+
+
+def without_shared(blocks: list[nn.Module]) -> list[nn.Module]:
+    """The blocks; in place of one with weights that are another's too (Zamba's attention) those of its parts that have none."""
+    owners = Counter(weight for block in blocks for weight in set(block.parameters()))
+
+    def parts_of(module: nn.Module) -> list[nn.Module]:
+        if all(owners[weight] == 1 for weight in module.parameters()) and not isinstance(module, nn.ModuleList):
+            return [module]
+        return [part for child in module.children() if any(True for _ in child.parameters()) for part in parts_of(child)]
+
+    return [part for block in blocks for part in parts_of(block)]
+
+
+def _outermost(model: nn.Module, classes: type | tuple[type, ...]) -> list[nn.Module]:
+    """The modules of some classes that do not lie within another of them: weights are laid out once."""
+    found = []
+    for child in model.children():
+        found += [child] if isinstance(child, classes) else _outermost(child, classes)
+    return found
 
 
 def split_layers(model: nn.Module, mesh: DeviceMesh) -> None:
@@ -149,7 +169,10 @@ def check_divisible(model: nn.Module, parts: int) -> None:
     """Raise UserError where a model's layers cannot be split into so many equal parts."""
     config = model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    for key, size in (("attention heads", heads), ("intermediate size", getattr(config, "intermediate_size", parts))):
+    inner = getattr(config, "intermediate_size", parts)
+    # Some have a width for each layer.
+    widths = inner if isinstance(inner, list | tuple) else [inner]
+    for key, size in (("attention heads", heads), *(("intermediate size", width) for width in widths)):
         if size % parts:
             raise UserError(f"trainer.tensor_parallel_size: found {parts}, which does not divide the model's {size} {key}.")
 

@@ -383,9 +383,8 @@ class BatchIterator:
 
     def state_dict(self) -> dict:
         """The position (epoch, examples of it that were handed out, examples in all), both budgets, and for how many ranks."""
-        budgets = {"budget": self.budget, "first_budget": self.first_budget}
-        values = {name: [budget.limit, budget.comfortable] for name, budget in budgets.items()}
-        return {"position": self.position, **values, "ranks": self.ranks.size}
+        budgets = [length for budget in (self.budget, self.first_budget) for length in (budget.limit, budget.comfortable)]
+        return {"position": self.position, "budget": budgets, "ranks": self.ranks.size}
 
     def load_state_dict(self, state: dict) -> None:
         """Continue from the position in a state that `state_dict` gave, on any number of ranks."""

@@ -88,7 +88,8 @@ class Reads:
             yield from evaluation_batches(eval_prompts, batch_size, n_examples, seed, budget, ranks)
 
         first = min(train.total_examples, train.examples_of_epoch(0))
-        steps = train.seed, train.batch_size, train.micro_batch_size, first
+        weights = [part.weight for part in train.prompts.parts]
+        steps = train.seed, train.batch_size, train.micro_batch_size, first, weights
         evaluations = seed, batch_size, n_examples
         rest = train.prompts_seen_later
         cut = _effective(budget, prompts, max(train.micro_batch_size, batch_size, EXAMPLES_AT_ONCE if len(rest) else 0))

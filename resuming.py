@@ -152,7 +152,8 @@ STATE = {
     ),
     "train_batches": {
         "position": {"epoch": _count, "examples_in_epoch": _count, "examples": _count},
-        "budget": [_count, _count],
+        # What the run began with stands behind; not in checkpoints of older versions.
+        "budget": ([_count, _count], [_count, _count, _count, _count]),
         "ranks": _count,
     },
     "watch": {"newest": {...: [_number]}, "chosen_at_start": (_number, None), "said": [str]},

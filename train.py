@@ -336,8 +336,8 @@ def budgets_of(config: DictConfig, policy, ranks, checkpoint: Path | None) -> tu
     if checkpoint:
         before = read_state(checkpoint)["train_batches"]
         if before["ranks"] == ranks.size and config.max_tokens_per_microbatch is None:
-            budgets = before["budget"], before.get("first_budget", before["budget"])
-            return tuple(TokenBudget(*values) for values in budgets)
+            now, first = before["budget"][:2], before["budget"][-2:]
+            return TokenBudget(*now), TokenBudget(*first)
     budget = token_budget(policy, config.max_tokens_per_microbatch, beside_weights=times_beside_weights(config))
     budget = shared_budget(budget, ranks)
     return budget, budget

@@ -6,6 +6,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from batches import examples_of, pack
+from launching import backend_of
 from logprobs import ScoringHead, _index, response_logps
 from model_state import compute_device, frozen_copy
 from models import disable_dropout, share_prefixes, token_budget
@@ -143,3 +144,11 @@ def test_the_last_states_of_a_model_on_several_devices_are_chosen_by_places_that
     assert _index(model, places) is places
     model.hf_device_map = {"model": 0, "lm_head": 1}
     assert _index(model, places).device == torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("device", "offloads", "backend"),
+    [("cpu", True, "gloo"), ("cuda", False, "nccl"), ("cuda", True, "cpu:gloo,cuda:nccl")],
+)
+def test_processes_whose_weights_are_in_the_machines_memory_can_speak_of_them(device, offloads, backend):
+    assert backend_of(torch.device(device), offloads) == backend

@@ -1,6 +1,7 @@
 """The reference's log-probs are computed once, found again by all they depend on, and never trusted when damaged."""
 
 import copy
+from dataclasses import replace
 from threading import Event, Thread
 
 import numpy
@@ -9,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import reference_cache
-from batches import BatchIterator, TokenBudget, examples_of, pack
+from batches import UNLIMITED, BatchIterator, TokenBudget, examples_of, pack
 from conftest import GOLDEN
 from logprobs import LiveReference, ScoringHead
 from models import share_prefixes
@@ -199,6 +200,13 @@ def run(seed: int = 0, size: int = 4, pieces: int = 1, budget: int = 10**6, eval
 def test_the_key_changes_with_what_the_pieces_of_a_run_follow_from(model):
     others = [run(seed=1), run(size=6), run(pieces=2), run(budget=20), run(evaluated=2)]
     assert len({cache_key(model, reads) for reads in (run(), *others)}) == 6
+
+
+def test_the_key_changes_with_how_often_an_epoch_visits_a_data_set(model):
+    parts = [replace(PromptTable.of([prompt_of(n, n)]).parts[0], weight=weight) for n, weight in ((0, 1.0), (1, 2.0))]
+    tables = PromptTable(parts), PromptTable([replace(part, weight=3.0 - part.weight) for part in parts])
+    runs = [Reads.of_run(BatchIterator(table, 2), PromptTable.of([], 6), 2, None, 0, UNLIMITED, ALONE) for table in tables]
+    assert cache_key(model, runs[0]) != cache_key(model, runs[1])
 
 
 def test_runs_that_cut_alike_share_their_log_probs(model):

@@ -376,10 +376,10 @@ def check_base(archive: str, began_with: str) -> None:
     Of an adapter that no run of this project has written, nothing is known.
     """
     try:
-        run = json.loads((Path(archive) / "state.json").read_text())["run"]
+        before = json.loads((Path(archive) / "state.json").read_text())["run"]["began_with"]
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return
-    if run["began_with"] is not None and run["began_with"][:32] != began_with[:32]:
+    if before is not None and before[:32] != began_with[:32]:
         raise UserError(
             f"model.archive: the adapter {archive} was trained on other weights than those of the model as configured. Give "
             "the model, dtype and quantization of its run, and the same seed for a model from scratch."

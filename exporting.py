@@ -543,10 +543,16 @@ def convert(archive: Path, name: str, to: Path, dtype: str | None = None) -> lis
     tokenizer = models.load_tokenizer(model_config)
     models.check_model(model_config, tokenizer)
     held = load_tensors(archive, mapped=True)
-    with written_beside(to) as partial:
+    with written_beside(to) as partial, _compared(to):
         model = models.load_model(model_config, tokenizer)
+        compares = fits_in_memory(sum(weight.numel() for weight in model.parameters()))
+        expected = answers_in_float32(model, getattr(torch, model_config.policy_dtype)) if compares else None
         parameters = save_weights(model, partial, tokenizer)
         save_tokenizer(tokenizer, partial)
+        if compares:
+            _whole_compared(partial, expected, model_config.policy_dtype, Wishes(to))
+        else:
+            compare_parts(partial, model)
         step, metrics = held.get("step_idx"), held.get("metrics")
         facts = CardFacts(
             to.resolve().name,

@@ -129,13 +129,12 @@ class Facts:
 
 def facts_of(table: PromptTable) -> Facts:
     """One pass over a table."""
-    prompts, forward, backward = [], [], []
+    forward, backward = [], []
     prompt_lengths, response_lengths, example_lengths = [], [], []
     repeated = 0
-    for prompt in table:
-        key = xxhash.xxh3_64_intdigest(repr(prompt.prompt_ids).encode())
+    hashes = table.prompt_hashes
+    for prompt, key in zip(table, hashes.tolist(), strict=True):
         keys = [xxhash.xxh3_64_intdigest(repr((key, response)).encode()) for response in prompt.responses]
-        prompts.append(key)
         forward += [hash((keys[i], keys[j])) for i, j in prompt.pairs]
         backward += [hash((keys[j], keys[i])) for i, j in prompt.pairs]
         lengths = [len(response) for response in prompt.responses]
@@ -156,7 +155,7 @@ def facts_of(table: PromptTable) -> Facts:
         repeated_tokens=repeated,
         duplicate_pairs=len(pairs) - len(numpy.unique(pairs)),
         contradictory_pairs=len(numpy.intersect1d(pairs, numpy.array(backward, numpy.int64))) // 2,
-        prompt_hashes=numpy.unique(numpy.array(prompts, numpy.uint64)),
+        prompt_hashes=numpy.unique(hashes),
     )
 
 
@@ -201,9 +200,11 @@ def histogram(values: numpy.ndarray, rows: int = 8, width: int = 40) -> list[str
 def lines_of_examples(prompts: Iterable[TokenizedPrompt], tokenizer, colour: bool) -> list[str]:
     """Examples as a model reads them: tokens apart, what is scored in green, or between « and » without colour.
 
-    Special tokens are shown by their names, line ends as ⏎.
+    Special tokens are shown by their names, blanks as ▁, line ends as ⏎.
     """
-    lines = ["  tokens are separated by |; scored ones are " + ("green" if colour else "between « and »")]
+    lines = [
+        f"  tokens are separated by |, blanks are ▁, line ends ⏎; scored ones are {'green' if colour else 'between « and »'}"
+    ]
     for prompt in prompts:
         shown = tokens_shown(prompt.prompt_ids, tokenizer, False, colour)
         lines.append(f"  {prompt.source}\n    prompt    {shown}")
@@ -217,16 +218,28 @@ def lines_of_examples(prompts: Iterable[TokenizedPrompt], tokenizer, colour: boo
 def tokens_shown(ids: Sequence[int], tokenizer, scored: bool, colour: bool) -> str:
     """Tokens one by one."""
     special = set(tokenizer.all_special_ids)
-    texts = [
-        tokenizer.convert_ids_to_tokens(token) if token in special else tokenizer.decode([token]).replace("\n", "⏎")
-        for token in ids
-    ]
+    texts = [tokenizer.convert_ids_to_tokens(token) if token in special else visible_text(token, tokenizer) for token in ids]
     if not colour:
         return f"«{'|'.join(texts)}»" if scored else "|".join(texts)
     start = "\033[32m" if scored else "\033[2m"
     return "|".join(
         f"\033[{'1;7' if token in special else ''}m{start}{text}\033[0m" for token, text in zip(ids, texts, strict=True)
     )
+
+
+# What would not be seen between two tokens, or would break the line.
+VISIBLE = str.maketrans({" ": "▁", "\n": "⏎", "\r": "␍", "\t": "⇥"})
+
+
+def visible_text(token: int, tokenizer) -> str:
+    """A token's text with its blanks, those too that a tokenizer leaves out where it decodes a token alone."""
+    name, text = tokenizer.convert_ids_to_tokens(token), tokenizer.decode([token])
+    if "\ufffd" in text:
+        # A part of a letter's bytes.
+        return name
+    # SentencePiece writes blanks so, and takes the first one for its own.
+    missing = (len(name) - len(name.lstrip("▁"))) - (len(text) - len(text.lstrip(" ")))
+    return (" " * missing + text).translate(VISIBLE)
 
 
 def wants_colour() -> bool:

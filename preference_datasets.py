@@ -11,14 +11,15 @@ when the data does not fit in memory. To add one, write the function, here or in
     def get_my_data(split, silent=False, cache_dir=None): ...
 
 Further keyword parameters of a loader are keys that its entry may have: `datasets=[{name: my_data, language: en}]`; one called
-`report` is given the `DataReport` that counts what is left out. Heavy libraries are imported where they are used, so that
+`report` is given the `DataReport` that counts what is left out, one called `text_of` a function from a prompt to the text that
+the model reads of it, for a split by a hash. Heavy libraries are imported where they are used, so that
 names can be checked before anything is loaded.
 """
 
 import inspect
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from numbers import Real
 from pathlib import Path
@@ -39,6 +40,7 @@ from records import (
     group_rows,
     kind_of,
     new_record,
+    prompt_text,
     scored_record,
     split_by_hash,
 )
@@ -53,12 +55,16 @@ class Dataset:
 
     truncation_mode is the end of a prompt that matters; skip_bad_rows is for public sets, whose rows are not the user's to
     mend; fingerprint says in advance, as a short text, what the loader will give for a split: None where only loading tells.
+    held_out_by_share: a share of its prompts is held out by their hash, and no test split of its own. of_user: the loader is
+    code of the user's, which may change without its data.
     """
 
     load: Callable[..., Records | Items]
     truncation_mode: str = "keep_start"
     skip_bad_rows: bool = False
     fingerprint: Callable[..., str] | None = None
+    held_out_by_share: bool = False
+    of_user: bool = False
 
 
 DATASETS: dict[str, Dataset] = {}
@@ -160,12 +166,21 @@ def hub_set(name: str, hub: HubSet, truncation_mode: str = "keep_start"):
     """Register a function `(rows, report, *, options)` → items as the loader of a set of the hub."""
 
     def decorator(items_of):
-        def load(split, silent=False, cache_dir=None, data_dir=None, report=None, subset: str | None = None, **options):
+        def load(
+            split,
+            silent=False,
+            cache_dir=None,
+            data_dir=None,
+            report=None,
+            text_of=prompt_text,
+            subset: str | None = None,
+            **options,
+        ):
             counts = report if report is not None else DataReport(skip_bad_rows=True)
             loaded = hub.load(split, cache_dir, data_dir, subset)
             items = items_of(hub_rows(loaded, f"{name} ({split})"), counts, **options)
             items = items.items() if isinstance(items, dict) else items
-            yield from items if hub.test else split_by_hash(items, split, hub.held_out_share)
+            yield from items if hub.test else split_by_hash(items, split, hub.held_out_share, text_of)
             if report is None and not silent:
                 for line in counts.lines():
                     print(f"{name} {split}: {line}", flush=True)
@@ -178,7 +193,7 @@ def hub_set(name: str, hub: HubSet, truncation_mode: str = "keep_start"):
         own = list(inspect.signature(load).parameters.values())[:-1]
         extra = [p for p in inspect.signature(items_of).parameters.values() if p.kind is p.KEYWORD_ONLY]
         load.__signature__ = inspect.Signature([*own, *extra])
-        DATASETS[name] = Dataset(load, truncation_mode, skip_bad_rows=True, fingerprint=fingerprint)
+        DATASETS[name] = Dataset(load, truncation_mode, True, fingerprint, held_out_by_share=not hub.test)
         return items_of
 
     return decorator
@@ -204,7 +219,7 @@ HH_FOLDERS = ("harmless-base", "helpful-base", "helpful-online", "helpful-reject
 
 def _hh_folder(name: str) -> Dataset:
     hh = DATASETS["hh"]
-    return Dataset(partial(hh.load, subset=name), "keep_end", True, partial(hh.fingerprint, subset=name))
+    return replace(hh, load=partial(hh.load, subset=name), fingerprint=partial(hh.fingerprint, subset=name))
 
 
 DATASETS |= {f"hh-{name}": _hh_folder(name) for name in HH_FOLDERS}
@@ -374,4 +389,4 @@ def _dataset_of_user_file(file: str, name: str) -> Dataset:
     if name not in registered:
         hint = nearest(name, registered) if registered else "it registers none at all."
         raise UserError(f"datasets: {file} registers no data set {name!r}; {hint}")
-    return registered[name]
+    return replace(registered[name], of_user=True)

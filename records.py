@@ -10,7 +10,7 @@ that does not grow with the data.
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import combinations
 from numbers import Integral
@@ -55,8 +55,8 @@ class DataReport:
     """What was read of one split of a data set, and what became of it. Filled on the way, kept with the prepared data.
 
     left_out counts rows, pairs or examples that are not trained on, by reason; changed counts texts that were cut; num_prompts
-    are left. A row that
-    cannot be used is an error, or with `skip_bad_rows` counted, and the first ten are listed in `bad_rows`.
+    are left. A row that cannot be used is an error, or with `skip_bad_rows` counted, and the first ten are listed in
+    `bad_rows`.
     """
 
     skip_bad_rows: bool = False
@@ -81,9 +81,11 @@ class DataReport:
             self.left_out[reason] = self.left_out.get(reason, 0) + count
 
     def change(self, what: str, count: int = 1) -> None:
-        """Count texts that were changed."""
+        """Count texts that were changed; a negative number takes back what was counted before."""
         if count:
             self.changed[what] = self.changed.get(what, 0) + count
+            if not self.changed[what]:
+                del self.changed[what]
 
     def as_dict(self) -> dict:
         """Plain values, for JSON; `DataReport(**...)` reads them back."""
@@ -281,10 +283,14 @@ def _closed(prompt: Prompt, record: dict, report: DataReport) -> Iterator[tuple[
 # ---- held out -----------------------------------------------------------------------------------------------------------
 
 
+def prompt_text(prompt: Prompt) -> str:
+    """A prompt as one text, whatever template it will be written with."""
+    return prompt if isinstance(prompt, str) else "\0".join(part for turn in prompt for part in turn)
+
+
 def prompt_hash(prompt: Prompt) -> float:
     """A number in [0, 1) that depends on the prompt's text alone: the same on every machine and in every run."""
-    text = prompt if isinstance(prompt, str) else "\0".join(part for turn in prompt for part in turn)
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+    return int.from_bytes(hashlib.sha256(prompt_text(prompt).encode()).digest()[:8], "big") / 2**64
 
 
 def is_held_out(prompt: Prompt, share: float) -> bool:
@@ -292,16 +298,19 @@ def is_held_out(prompt: Prompt, share: float) -> bool:
     return prompt_hash(prompt) < share
 
 
-def split_by_hash(items: Items, split: str, share: float) -> Iterator[tuple[Prompt, dict]]:
+def split_by_hash(
+    items: Items, split: str, share: float, text_of: Callable[[Prompt], str] = prompt_text
+) -> Iterator[tuple[Prompt, dict]]:
     """The items of one split, chosen by a hash of the prompt; "test" has about `share` of all prompts.
 
-    Where none would be held out of two prompts or more, the prompt with the smallest hash is. To know that at the end, its
-    items wait until a smaller one comes.
+    text_of gives the text that is hashed: what the model reads of a prompt, so that a prompt is on the same side in whatever
+    form it is written. Where none would be held out of two prompts or more, the prompt with the smallest hash is. To know that
+    at the end, its items wait until a smaller one comes.
     """
     lowest, waiting, several = 1.0, [], False
     held_out_any = share == 0
     for item in items:
-        value = prompt_hash(item[0])
+        value = prompt_hash(text_of(item[0]))
         held_out_any |= value < share
         if held_out_any:
             released, waiting = waiting, []

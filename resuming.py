@@ -7,6 +7,7 @@ resume=PATH   a run directory's newest usable checkpoint, or a checkpoint
 import json
 import re
 import shutil
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
@@ -54,9 +55,7 @@ def checkpoint_to_continue(resume: str | None, run_dir: Path, exp_name: str) -> 
         return None
     if resume != "auto":
         return _given(Path(resume))
-    moment = re.compile(re.escape(exp_name) + r"_\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d-\d{6}")
-    beside = [path for path in run_dir.parent.glob("*") if moment.fullmatch(path.name)]
-    for folder in [run_dir, *sorted(beside, reverse=True)]:
+    for folder in runs_of(run_dir, exp_name):
         found = newest_usable(folder, fault_of=fault_of_run)
         if found is not None:
             print(f"resume: going on from {found}", flush=True)
@@ -77,6 +76,31 @@ def _given(path: Path) -> Path:
         raise UserError(f"resume: {path}: {fault}. Expected a run directory or a checkpoint (step-N), or auto.")
     print(f"resume: going on from {found}", flush=True)
     return found
+
+
+def version_of_data(resume: str | None, run_dir: Path, exp_name: str) -> int | None:
+    """The version of the rules by which the data of a run that goes on was prepared; None for a new run.
+
+    Every process looks, before any of them has joined others: at what checkpoints say, and not at their weights.
+    """
+    given = Path(resume).resolve() if resume not in (None, "auto") else None
+    checkpoints = [given] if given and not checkpoints_of(given) else []
+    for folder in [given] if given else runs_of(run_dir, exp_name) if resume else []:
+        checkpoints += checkpoints_of(folder)
+    for checkpoint in checkpoints:
+        with suppress(*UNREADABLE):
+            state = read_state(checkpoint)
+            if misfit(state, STATE, "state") is None:
+                # Runs that do not say it are of the first.
+                return state["run"].get("data_version", 1)
+    return None
+
+
+def runs_of(run_dir: Path, exp_name: str) -> list[Path]:
+    """Where resume=auto looks for checkpoints, in this order: a run's directory, then those of its name, newest first."""
+    moment = re.compile(re.escape(exp_name) + r"_\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d-\d{6}")
+    beside = [path for path in run_dir.parent.glob("*") if moment.fullmatch(path.name)]
+    return [run_dir, *sorted(beside, reverse=True)]
 
 
 def fault_of_name(checkpoint: Path) -> str | None:
@@ -168,6 +192,12 @@ def check_same_run(checkpoint: Path, about: dict) -> None:
     if changed:
         listed = "; ".join(f"{key}: was {before.get(key)!r}, is {now.get(key)!r}" for key in changed)
         raise UserError(f"resume: {checkpoint} belongs to a run that was configured otherwise: {listed}. {advice}")
+    was, is_now = (each.get("data_version", 1) for each in (then, about))
+    if was != is_now:
+        raise UserError(
+            f"resume: the data of {checkpoint} was prepared by version {was} of the rules, and that of this start by version "
+            f"{is_now}, of a newer run whose checkpoints are damaged. Expected resume={checkpoint.parent}."
+        )
     for key, what in (("data", "datasets: the prepared data are"), ("began_with", "model: the weights that it began with are")):
         if then[key] != about[key]:
             raise UserError(f"resume: {what} not those of the run that {checkpoint} belongs to. {advice}")

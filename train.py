@@ -184,7 +184,7 @@ def run(config: DictConfig, run_dir: Path, in_sweep: bool = False, trainer: str 
     check_limits(config, tokenizer, limits)
     # Before the processes join: those that do not prepare it wait for it without a time-out.
     splits = ("test",) if config.eval_only and not config.dry_run else ("train", "test")
-    data = prepare_data(config, tokenizer, loss.paired, splits)
+    data = prepare_data(config, tokenizer, loss.paired, splits, data_version(config, run_dir))
     check_rows(config, tokenizer, limits, [split.table for split in data])
     if config.dry_run:
         say_what_is_set_aside(config, run_dir)
@@ -209,6 +209,7 @@ def train(config: DictConfig, trainer_class, placement, loss, data, run_dir: Pat
     from tracking import NoTracker
 
     ranks = placement.ranks
+    check_same_data(data, ranks)
     # The main process looks, and all go where it goes.
     found = checkpoint_to_continue(config.resume, run_dir, config.exp_name) if ranks.is_main else None
     checkpoint, run_dir = ranks.from_main((found, found.parent if found else run_dir))
@@ -322,6 +323,36 @@ def budget_of(config: DictConfig, policy, ranks, checkpoint: Path | None):
     return shared_budget(budget, ranks)
 
 
+def data_version(config: DictConfig, run_dir: Path) -> int:
+    """The version of the rules by which data is prepared: that of the run that goes on, the newest for a new one."""
+    from tokenization import VERSION, VERSIONS
+
+    found = None
+    if config.resume:
+        from resuming import version_of_data
+
+        found = version_of_data(config.resume, run_dir, config.exp_name)
+    if found is not None and found not in VERSIONS:
+        raise UserError(
+            f"resume: the data of that run was prepared by version {found} of the rules, and this code knows those up to "
+            f"{VERSION}. Expected code at least as new as the run's."
+        )
+    if found not in (None, VERSION):
+        print(f"resume: the data stays as the run began, by version {found} of the rules: {VERSIONS[found]}", flush=True)
+    return found or VERSION
+
+
+def check_same_data(data, ranks) -> None:
+    """Raise UserError, on all ranks, where some have prepared other data than others: they would train on a mixture."""
+    found = ranks.gather([split.table.fingerprint for split in data])
+    if any(other != found[0] for other in found):
+        ranks_apart = ", ".join(str(rank) for rank, other in enumerate(found) if other != found[0])
+        raise UserError(
+            f"datasets: ranks {ranks_apart} have prepared other data than rank 0. Expected the same files on all machines, and "
+            "where a run goes on, its directory too."
+        )
+
+
 def describe_run(config: DictConfig, placement, data, checkpoint: Path | None) -> dict:
     """What a run is made of, in plain values, as every checkpoint of it says."""
     import torch
@@ -331,7 +362,8 @@ def describe_run(config: DictConfig, placement, data, checkpoint: Path | None) -
 
     return {
         "config": OmegaConf.to_container(config, resolve=True),
-        "data": [split.table.fingerprint for split in data],
+        "data": [split.fingerprint for split in data],
+        "data_version": data[0].version,
         "began_with": placement.began_with,
         "wandb_id": read_state(checkpoint)["run"]["wandb_id"] if checkpoint else uuid.uuid4().hex,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
@@ -479,22 +511,31 @@ def make_reference(config: DictConfig, placement, policy, prompts, read_again: b
     return placement.reference(policy) if is_copy else reference
 
 
-def prepare_data(config: DictConfig, tokenizer, paired: bool, names: tuple[str, ...] = ("train", "test")) -> tuple:
+def prepare_data(
+    config: DictConfig, tokenizer, paired: bool, names: tuple[str, ...] = ("train", "test"), version: int | None = None
+) -> tuple:
     """The tokenised prompts of the named splits, and a line or more that says what they hold: a `Prepared` for each.
 
-    Responses of the held-out split are numbered behind those of the training split. Raises UserError where the first of the
-    splits has no example.
+    version: `data_version`, None for the newest. Responses of the held-out split are numbered behind those of the training
+    split. Raises UserError where the first of the splits has no example.
     """
-    from data_preparation import prepare
+    from data_preparation import overlap, prepare, same_ids, without_held_out
 
     entries = read_entries(config)
     directory = first_existing(folders_of(config.local_dirs)) / "prepared_data"
-    splits: list = []
-    for split in names:
-        first_row = sum(data.table.num_responses for data in splits)
-        data = prepare(entries, split, tokenizer, token_settings(config, paired), directory, config.cache_dir, first_row)
-        splits.append(data)
+    settings = token_settings(config, paired, version)
+    splits = [prepare(entries, split, tokenizer, settings, directory, config.cache_dir) for split in names]
+    if len(splits) == 2 and splits[0].version > 1:
+        splits[0] = without_held_out(*splits, entries, directory)
+    for split, data in zip(names, splits, strict=True):
         say_what_is_there(data, entries, split, "pairs" if paired else "responses", needed=split == names[0])
+        if data.version == 1 and (count := same_ids(data.table)):
+            print(f"  pairs of equal token ids, which a new run would leave out: {count}", flush=True)
+    if len(splits) == 2:
+        train_split, held_out = splits
+        splits[1] = held_out.numbered_from(train_split.table.num_responses)
+        if found := overlap(train_split.table, held_out.table):
+            print(found.line(tokenizer), flush=True)
     return tuple(splits)
 
 
@@ -515,13 +556,14 @@ def say_what_is_there(prepared, entries: list, split: str, what: str, needed: bo
     print(f"{split}: {len(prepared.table)} prompts, {examples} {what}", *lines, sep="\n", flush=True)
 
 
-def token_settings(config: DictConfig, paired: bool):
+def token_settings(config: DictConfig, paired: bool, version: int | None = None):
     """A function that says of an entry what its token ids depend on: the entry's own wishes, then the configuration's."""
-    from tokenization import TokenSettings
+    from tokenization import VERSION, TokenSettings
 
     def settings(entry) -> TokenSettings:
         mode = entry.truncation_mode or entry.dataset.truncation_mode
-        return TokenSettings(paired, config.max_length, config.max_prompt_length, mode, entry.template, entry.system_prompt)
+        lengths = config.max_length, config.max_prompt_length
+        return TokenSettings(paired, *lengths, mode, entry.template, entry.system_prompt, version or VERSION)
 
     return settings
 

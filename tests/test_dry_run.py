@@ -149,6 +149,20 @@ def test_tokens_are_shown_one_by_one_with_scored_ones_marked(tokenizer):
     assert "\033[32m" in tokens_shown(ids, tokenizer, True, colour=True)
 
 
+def test_blanks_are_seen_those_too_that_sentencepiece_leaves_out_of_a_token_alone(tokenizer):
+    from test_tokenization import gpt2, legacy_llama, llama, unigram
+
+    for make in (llama, legacy_llama, unigram, gpt2):
+        ids = make()("ask the  yes\n\tno ", add_special_tokens=False).input_ids
+        shown = tokens_shown(ids, make(), False, colour=False)
+        assert shown.replace("|", "").removeprefix("▁") == "ask▁the▁▁yes⏎⇥no▁", make
+        assert shown.count("|") == len(ids) - 1
+    # A letter of several tokens: each by its name, none lost.
+    ids = tokenizer("漢", add_special_tokens=False).input_ids
+    shown = tokens_shown(ids, tokenizer, False, colour=False)
+    assert len(ids) > 1 and "\ufffd" not in shown and shown == "|".join(tokenizer.convert_ids_to_tokens(ids))
+
+
 def test_steps_and_what_sharing_saves_are_those_of_the_run():
     prompts = table(*(TokenizedPrompt([1, 2, 3, n], [A, B], [(0, 1)]) for n in range(10)))
     lines = lines_of_steps(BatchIterator(prompts, 4, n_epochs=3), facts_of(prompts))

@@ -33,7 +33,7 @@ from resuming import (
     fault_of_run,
     misfit,
     version_of_data,
-)  # fmt: skip
+)
 from tokenization import VERSION, TokenizedPrompt
 from tracking import Tracker
 from trainers import BasicTrainer

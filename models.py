@@ -253,6 +253,8 @@ def _of_adapter(load, checkpoint: Path, model_config, tokenizer, cache_dir: str 
     with torch.random.fork_rng(devices=[]):
         if (seed := _seed_of(checkpoint)) is not None:
             torch.manual_seed(seed)
+            # A run that kept no base had tried its optimizer on such a layer before it made its model.
+            nn.Linear(1, 1)
         return load(config, tokenizer, cache_dir, kept_base(checkpoint))
 
 

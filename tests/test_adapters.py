@@ -21,6 +21,7 @@ from conftest import GOLDEN
 from logprobs import response_logps
 from losses import build_loss
 from models import check_model, load_merged, load_model, share_prefixes, weights_hash
+from optimization import check_optimizer
 from placement import OneProcess
 from prompt_table import PromptTable
 from reference_cache import Reads, cache_key
@@ -522,7 +523,10 @@ def test_what_other_libraries_would_not_find_elsewhere_is_kept(overrides, kept, 
 
 def test_a_model_from_scratch_that_an_older_run_did_not_keep_is_made_again_from_its_seed(configured, tokenizer, tmp_path):
     config = configured("+adapter=lora", *SCRATCH, "seed=3")
-    trained = with_trained_adapter(model_of(config, tokenizer))
+    # As `run` in train.py does before it makes a model.
+    seed_everything(config.seed)
+    check_optimizer(config)
+    trained = with_trained_adapter(load_model(config.model, tokenizer))
     about = {"config": OmegaConf.to_container(config, resolve=True), "began_with": weights_hash(trained)}
     checkpoint = checkpoint_of(trained, tokenizer, tmp_path, about=about)
     assert json.loads((checkpoint / "adapter_config.json").read_text())["base_model_name_or_path"] is None

@@ -4,6 +4,7 @@
 # make architectures   every check on some 90 tiny architectures; options in ARCHITECTURES: --only llama,gpt2 --checks dpo,lora --write
 # make bench   this project beside TRL, hours; options in BENCH: make bench BENCH="--work dpo_hh_live --rounds 5"
 # make two-hosts   train over two machines made of Linux namespaces; options in TWO_HOSTS
+# make intervals   how often intervals hold the truth: docs/intervals.md, minutes
 # make docs    the pages of docs/ as a site, in site/
 # make collect   the labelling app, on sample problems; settings in COLLECT: make collect COLLECT="store=my.duckdb port=8502"
 # make collect-train   train on what was collected; keys in COLLECT: make collect-train COLLECT="model=pythia28 collect.store=my.duckdb"
@@ -14,7 +15,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint faults architectures bench two-hosts docs collect collect-train collect-test pages-test clean
+.PHONY: demo test lint faults architectures bench two-hosts intervals docs collect collect-train collect-test pages-test clean
 
 demo: .venv/installed
 	$(BIN)/python scripts/demo.py
@@ -37,6 +38,9 @@ bench: .venv/installed-bench
 
 two-hosts: .venv/installed
 	$(BIN)/python scripts/two_hosts.py $(TWO_HOSTS)
+
+intervals: .venv/installed
+	$(BIN)/python scripts/interval_coverage.py
 
 docs: .venv/installed-docs
 	$(BIN)/python scripts/key_reference.py --check

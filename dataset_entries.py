@@ -5,14 +5,14 @@ before anything is loaded; then `load_records` gives its checked records, one by
 """
 
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import ClassVar
 
 from data_files import content_hash, is_data_file, read_rows
 from preference_datasets import DATASETS, TOKENISED_SUFFIX, Dataset, find_dataset, hub_rows, load_hub
-from records import DataReport, Items, PreferenceRecord, fault_of_item, group_rows, kind_of, split_by_hash
+from records import DataReport, Items, PreferenceRecord, Prompt, fault_of_item, group_rows, kind_of, prompt_text, split_by_hash
 from row_mapping import FieldMap, NumberedRows, condition
 from utils import UserError, nearest
 
@@ -23,7 +23,7 @@ from utils import UserError, nearest
 class OwnData:
     """A file, a hub set or a local directory of the user's, read through a map of its fields.
 
-    The held-out split is `test_path`, `test_split`, or a share of the prompts chosen by a hash of their text.
+    The held-out split is `test_path`, `test_split`, or a share of the prompts chosen by a hash of what the model reads of them.
     """
 
     path: str
@@ -37,24 +37,35 @@ class OwnData:
 
     OPTIONS: ClassVar = ("split", "test_split", "test_path", "subset", "data_dir", "held_out_share")
 
-    def load(self, split: str, silent: bool = False, cache_dir: str | None = None, report: DataReport | None = None) -> Items:
+    @property
+    def by_hash(self) -> bool:
+        """Whether both splits come out of the same rows."""
+        return not (self.test_path or self.test_split)
+
+    def load(
+        self,
+        split: str,
+        silent: bool = False,
+        cache_dir: str | None = None,
+        report: DataReport | None = None,
+        text_of: Callable[[Prompt], str] = prompt_text,
+    ) -> Items:
         """A loader. Raises UserError naming file and row, also where no row is usable."""
         report = report if report is not None else DataReport()
-        by_hash = not (self.test_path or self.test_split)
         # Of a set that is split by a hash both splits read all rows: what is left out is counted once.
-        counts = DataReport(report.skip_bad_rows) if by_hash and split == "test" else report
+        counts = DataReport(report.skip_bad_rows) if self.by_hash and split == "test" else report
         place, rows = self._rows(split, cache_dir, counts)
         items = group_rows(self.field_map.rows_of(rows, place, counts), counts)
         items = self._at_least_one(items, place, counts)
-        return split_by_hash(items, split, self.held_out_share) if by_hash else items
+        return split_by_hash(items, split, self.held_out_share, text_of) if self.by_hash else items
 
     def fingerprint(self, split: str, cache_dir: str | None) -> str:
         """What the data of a split depends on."""
         path, hub_split = self._source(split)
         is_file = is_data_file(path) or path.endswith(TOKENISED_SUFFIX)
         source = content_hash(Path(path)) if is_file else self._hub(path, hub_split, cache_dir)._fingerprint
-        by_hash = "" if self.test_path or self.test_split else f"{split} {self.held_out_share}"
-        return f"{source} {by_hash} {self.field_map}"
+        by_hash = f"{split} {self.held_out_share}" if self.by_hash else ""
+        return f"{source} {by_hash} {described(self.field_map)}"
 
     def _source(self, split: str) -> tuple[str, str]:
         held_out = split == "test"
@@ -85,6 +96,21 @@ class OwnData:
             )
 
 
+# Fields of a map that are named in every fingerprint; of those that have come later, the ones that are given.
+ALWAYS_NAMED = (
+    "prompt", "chosen", "rejected", "system", "response", "score", "responses", "scores", "ranks", "implicit_prompt", "where",
+    "top_k",
+)  # fmt: skip
+
+
+def described(field_map: FieldMap) -> str:
+    """A map of fields as text: the same when fields are added that it does not use."""
+    usual = FieldMap()
+    values = {item.name: getattr(field_map, item.name) for item in fields(FieldMap)}
+    more = [name for name, value in values.items() if name not in ALWAYS_NAMED and value != getattr(usual, name)]
+    return f"FieldMap({', '.join(f'{name}={values[name]!r}' for name in (*ALWAYS_NAMED, *more))})"
+
+
 # ---- entries of `datasets` ------------------------------------------------------------------------------------------------
 
 TEMPLATES = ("raw", "hh", "chatml", "chat")
@@ -95,8 +121,8 @@ TRUNCATION_MODES = ("keep_start", "keep_end", "drop")
 class Entry:
     """One entry of `datasets`, understood: where records come from, and what is done with them.
 
-    options are further keyword arguments of the loader. weight says how often an epoch visits each prompt. Values that the
-    entry does not give are the configuration's.
+    options are further keyword arguments of the loader. weight says how often an epoch visits each prompt. notes are about
+    settings that have no effect here. Values that the entry does not give are the configuration's.
     """
 
     name: str
@@ -108,24 +134,37 @@ class Entry:
     truncation_mode: str | None = None
     on_bad_row: str | None = None
     weight: float = 1.0
+    notes: tuple[str, ...] = ()
 
     @property
     def tokenised_file(self) -> Path | None:
         """The path of a file of token ids, which has no texts; None for all others."""
         return Path(self.name) if self.name.endswith(TOKENISED_SUFFIX) else None
 
+    @property
+    def holds_out_a_share(self) -> bool:
+        """Whether `held_out_share` decides what is held out."""
+        own = getattr(self.dataset.load, "__self__", None)
+        return isinstance(own, OwnData) and not (own.test_path or own.test_split)
+
     def report(self) -> DataReport:
         """An empty report that knows what becomes of bad rows."""
         skip = self.dataset.skip_bad_rows if self.on_bad_row is None else self.on_bad_row == "skip"
         return DataReport(skip_bad_rows=skip)
 
-    def fingerprint(self, split: str, cache_dir: str | None) -> str | None:
-        """What the records of a split depend on, if it is known without reading them."""
-        if self.dataset.fingerprint is None:
+    def fingerprint(self, split: str, cache_dir: str | None, trust_user_code: bool = False) -> str | None:
+        """What the records of a split depend on, if it is known without reading them.
+
+        It is not of a loader of the user's, whose code may have changed while its rows have not, or the other way round, but
+        in the first version of prepared data, which looked at the rows alone (`trust_user_code`).
+        """
+        if self.dataset.fingerprint is None or (self.dataset.of_user and not trust_user_code):
             return None
         return f"{self.dataset.fingerprint(split, cache_dir, **self.options)} {self.on_bad_row}"
 
 
+# Parameters that a loader may have, and which are no keys of an entry.
+GIVEN = ("report", "text_of")
 GENERAL_KEYS = ("template", "system_prompt", "truncation_mode", "on_bad_row", "weight")
 # What some of them may say, beside null.
 GENERAL_CHOICES = {"template": TEMPLATES, "truncation_mode": TRUNCATION_MODES, "on_bad_row": ("stop", "skip")}
@@ -149,7 +188,9 @@ def read_entry(entry, defaults: dict | None = None) -> Entry:
         # As with the general keys, null is what is not given.
         rest = {key: value for key, value in rest.items() if value is not None}
         rest = {"held_out_share": defaults.get("held_out_share", 0.05)} | rest
-        understood = Entry(name, _dataset_of_path(name, rest), held_out_share=rest["held_out_share"], **general)
+        notes = (*_tokenised_without_effect(name, general), *_path_without_effect(name, given))
+        dataset = _dataset_of_path(name, rest)
+        understood = Entry(name, dataset, held_out_share=rest["held_out_share"], notes=notes, **general)
     else:
         name = str(given["name"])
         understood = Entry(name, find_dataset(name), rest, **general)
@@ -179,7 +220,32 @@ def _dataset_of_path(path: str, options: dict) -> Dataset:
         if file and (is_data_file(file) or file.endswith(TOKENISED_SUFFIX)) and not Path(file).is_file():
             found = "a directory" if Path(file).is_dir() else "no such file"
             raise UserError(f"datasets: {file}: {found}. Expected a readable file; paths are relative to {Path.cwd()}.")
-    return Dataset(own.load, "keep_end", fingerprint=own.fingerprint)
+    return Dataset(own.load, "keep_end", fingerprint=own.fingerprint, held_out_by_share=own.by_hash and own.held_out_share > 0)
+
+
+def _tokenised_without_effect(path: str, general: dict) -> list[str]:
+    """Notes on settings that shape texts, for a file that has none."""
+    if not path.endswith(TOKENISED_SUFFIX):
+        return []
+    return [f"{key} has no effect: the file holds token ids" for key in ("template", "system_prompt") if key in general]
+
+
+def _path_without_effect(path: str, given: dict) -> list[str]:
+    """Notes on keys of an entry that say nothing, beside what else it says."""
+    keys = {key for key, value in given.items() if value is not None and value is not False}
+    notes = []
+    if is_data_file(path):
+        pointless = sorted(keys & {"split", "subset", "data_dir"}) + ["test_split"] * ("test_split" in keys)
+        notes += [f"{key} has no effect: a file has no splits or subsets" for key in pointless]
+    if "held_out_share" in keys and (owner := keys & {"test_path", "test_split"}):
+        notes.append(f"held_out_share has no effect: {' and '.join(sorted(owner))} says what is held out")
+    if is_data_file(str(given.get("test_path"))) and "test_split" in keys and not is_data_file(path):
+        notes.append("test_split has no effect: test_path is a file")
+    kind = next((key for key in ("responses", "response") if key in keys), None)
+    if kind:
+        others = {"chosen", "rejected", "implicit_prompt"} | ({"response", "score"} if kind == "responses" else set())
+        notes += [f"{key} has no effect: answers are in {kind}" for key in sorted(keys & others)]
+    return notes
 
 
 def _check_field_map(path: str, options: dict) -> None:
@@ -222,7 +288,7 @@ def _check_options(entry: Entry) -> None:
     known = inspect.signature(entry.dataset.load).parameters
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
         return
-    own = [name for name in known if name not in ("split", "silent", "cache_dir", "report")]
+    own = [name for name in known if name not in ("split", "silent", "cache_dir", *GIVEN)]
     for key in entry.options:
         if key not in own:
             raise UserError(f"datasets: {entry.name}: no key {key!r}; {nearest(str(key), [*own, *GENERAL_KEYS])}")
@@ -246,18 +312,27 @@ def _check_general(entry: Entry) -> None:
         raise UserError(f"datasets: {entry.name}: system_prompt: found {entry.system_prompt!r}, expected a text.")
 
 
+# What a loader's record may say; further keys are named as not read.
+RECORD_KEYS = {"responses", "pairs", "sft_target", "sft_targets"}
+
+
 def load_records(
-    entry: Entry, split: str, report: DataReport | None = None, cache_dir: str | None = None
+    entry: Entry,
+    split: str,
+    report: DataReport | None = None,
+    cache_dir: str | None = None,
+    text_of: Callable[[Prompt], str] = prompt_text,
 ) -> Iterator[PreferenceRecord]:
     """Yield every checked `PreferenceRecord` of one split ("train" or "test") of an entry.
 
     Records that are not in the form of the module's docstring go to the report; without one they raise UserError, naming data
-    set and record.
+    set and record. text_of is what decides which prompts are held out, where a share of them is: `split_by_hash`.
     """
     report = report if report is not None else entry.report()
-    options = dict(entry.options)
-    if "report" in inspect.signature(entry.dataset.load).parameters:
-        options["report"] = report
+    given = dict(zip(GIVEN, (report, text_of), strict=True))
+    options = entry.options | {
+        key: given[key] for key in inspect.signature(entry.dataset.load).parameters.keys() & given.keys()
+    }
     items = entry.dataset.load(split, silent=False, cache_dir=cache_dir, **options)
     if not isinstance(items, Iterable):
         raise UserError(
@@ -271,4 +346,7 @@ def load_records(
             continue
         prompt, record = item
         pairs = [(int(chosen), int(rejected)) for chosen, rejected in record["pairs"]]
-        yield PreferenceRecord(prompt, list(record["responses"]), pairs, record["sft_target"], number, source)
+        targets = tuple(record.get("sft_targets", ()))
+        for key in record.keys() - RECORD_KEYS:
+            report.not_read(str(key))
+        yield PreferenceRecord(prompt, list(record["responses"]), pairs, record["sft_target"], number, source, targets)

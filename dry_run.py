@@ -17,7 +17,7 @@ import torch
 import xxhash
 
 from batches import UNLIMITED, BatchIterator, MicroBatch, PackedBatch, TokenBudget, examples_of, pieces_of
-from configuration import caches_reference, is_sharded, read_entries
+from configuration import caches_reference, is_sharded, read_entries, two_models_asked_for
 from data_preparation import Prepared
 from memory_estimate import step_memory
 from models import untrained_budget
@@ -54,6 +54,8 @@ def look(config, tokenizer, loss, data: tuple[Prepared, Prepared], batches_withi
     print(f"\nprompts that are in both: {len(both):,}", "\nexamples", sep="\n")
     train = data[0].table
     print(*lines_of_examples([train[k] for k in range(min(3, len(train)))], tokenizer, wants_colour()), sep="\n")
+    if loss.needs_reference and (two_models := two_models_asked_for(config)):
+        print(f"\n{two_models}")
     look_at_steps = look_at_ranks if is_sharded(config) else look_at_one_process
     look_at_steps(config, tokenizer, loss, facts[0], batches_within)
 
@@ -129,13 +131,12 @@ class Facts:
 
 def facts_of(table: PromptTable) -> Facts:
     """One pass over a table."""
-    prompts, forward, backward = [], [], []
+    forward, backward = [], []
     prompt_lengths, response_lengths, example_lengths = [], [], []
     repeated = 0
-    for prompt in table:
-        key = xxhash.xxh3_64_intdigest(repr(prompt.prompt_ids).encode())
+    hashes = table.prompt_hashes
+    for prompt, key in zip(table, hashes.tolist(), strict=True):
         keys = [xxhash.xxh3_64_intdigest(repr((key, response)).encode()) for response in prompt.responses]
-        prompts.append(key)
         forward += [hash((keys[i], keys[j])) for i, j in prompt.pairs]
         backward += [hash((keys[j], keys[i])) for i, j in prompt.pairs]
         lengths = [len(response) for response in prompt.responses]
@@ -156,7 +157,7 @@ def facts_of(table: PromptTable) -> Facts:
         repeated_tokens=repeated,
         duplicate_pairs=len(pairs) - len(numpy.unique(pairs)),
         contradictory_pairs=len(numpy.intersect1d(pairs, numpy.array(backward, numpy.int64))) // 2,
-        prompt_hashes=numpy.unique(numpy.array(prompts, numpy.uint64)),
+        prompt_hashes=numpy.unique(hashes),
     )
 
 
@@ -167,7 +168,7 @@ def lines_of_data(names: Sequence[str], reports: Sequence[DataReport], facts: Fa
         rows = f"{report.rows_read:,} rows read, " if report.rows_read else ""
         lines.append(f"  {name}: {rows}{report.num_prompts:,} prompts kept")
         lines += [f"    {count:,} {what}" for count, what in report.counts()]
-        lines += [f"    {message}" for message in report.bad_rows]
+        lines += [f"    {message}" for message in (*report.remarks(), *report.bad_rows)]
     what = "pairs" if paired else "examples"
     lines.append(
         f"  {facts.prompts:,} prompts, {facts.responses:,} responses, {facts.examples:,} {what}, {facts.packed_tokens:,} tokens"
@@ -201,9 +202,11 @@ def histogram(values: numpy.ndarray, rows: int = 8, width: int = 40) -> list[str
 def lines_of_examples(prompts: Iterable[TokenizedPrompt], tokenizer, colour: bool) -> list[str]:
     """Examples as a model reads them: tokens apart, what is scored in green, or between « and » without colour.
 
-    Special tokens are shown by their names, line ends as ⏎.
+    Special tokens are shown by their names, blanks as ▁, line ends as ⏎.
     """
-    lines = ["  tokens are separated by |; scored ones are " + ("green" if colour else "between « and »")]
+    lines = [
+        f"  tokens are separated by |, blanks are ▁, line ends ⏎; scored ones are {'green' if colour else 'between « and »'}"
+    ]
     for prompt in prompts:
         shown = tokens_shown(prompt.prompt_ids, tokenizer, False, colour)
         lines.append(f"  {prompt.source}\n    prompt    {shown}")
@@ -217,16 +220,28 @@ def lines_of_examples(prompts: Iterable[TokenizedPrompt], tokenizer, colour: boo
 def tokens_shown(ids: Sequence[int], tokenizer, scored: bool, colour: bool) -> str:
     """Tokens one by one."""
     special = set(tokenizer.all_special_ids)
-    texts = [
-        tokenizer.convert_ids_to_tokens(token) if token in special else tokenizer.decode([token]).replace("\n", "⏎")
-        for token in ids
-    ]
+    texts = [tokenizer.convert_ids_to_tokens(token) if token in special else visible_text(token, tokenizer) for token in ids]
     if not colour:
         return f"«{'|'.join(texts)}»" if scored else "|".join(texts)
     start = "\033[32m" if scored else "\033[2m"
     return "|".join(
         f"\033[{'1;7' if token in special else ''}m{start}{text}\033[0m" for token, text in zip(ids, texts, strict=True)
     )
+
+
+# What would not be seen between two tokens, or would break the line.
+VISIBLE = str.maketrans({" ": "▁", "\n": "⏎", "\r": "␍", "\t": "⇥"})
+
+
+def visible_text(token: int, tokenizer) -> str:
+    """A token's text with its blanks, those too that a tokenizer leaves out where it decodes a token alone."""
+    name, text = tokenizer.convert_ids_to_tokens(token), tokenizer.decode([token])
+    if "\ufffd" in text:
+        # A part of a letter's bytes.
+        return name
+    # SentencePiece writes blanks so, and takes the first one for its own.
+    missing = (len(name) - len(name.lstrip("▁"))) - (len(text) - len(text.lstrip(" ")))
+    return (" " * missing + text).translate(VISIBLE)
 
 
 def wants_colour() -> bool:
@@ -312,6 +327,6 @@ def check_memory(needed: int, available: int, device: str) -> None:
     if needed > available:
         raise UserError(
             f"memory: a step would hold {needed / GIB:.1f} GB on {device}, which has {available / GIB:.1f} GB. Lower "
-            "max_tokens_per_microbatch or max_length, set activation_checkpointing=true, model.policy_dtype=bfloat16 or "
-            "reference_logps=cached, or choose a smaller model."
+            "max_tokens_per_microbatch or max_length, set activation_checkpointing=true, model.policy_dtype=bfloat16, "
+            "master_weights=false or reference_logps=cached, or choose a smaller model."
         )

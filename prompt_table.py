@@ -10,7 +10,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, islice, pairwise
+from itertools import accumulate, chain, islice, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -93,6 +93,20 @@ class Columns(NamedTuple):
         pairs, responses = numpy.diff(self.pair_offsets) // 2, numpy.diff(self.first_response)
         return numpy.where(pairs, pairs, responses).astype(numpy.int32)
 
+    @property
+    def prompt_hashes(self) -> numpy.ndarray:
+        """A hash of each prompt's token ids: [N] uint64."""
+        ids = memoryview(numpy.ascontiguousarray(self.prompt_ids, numpy.int32)).cast("B")
+        cuts = (self.prompt_offsets.astype(numpy.int64) * numpy.dtype(numpy.int32).itemsize).tolist()
+        return numpy.array([xxhash.xxh3_64_intdigest(ids[start:end]) for start, end in pairwise(cuts)], numpy.uint64)
+
+    @property
+    def longest_row(self) -> int:
+        """How many tokens the longest prompt with one of its responses has."""
+        prompts, responses = numpy.diff(self.prompt_offsets), numpy.diff(self.response_offsets)
+        rows = numpy.repeat(prompts, numpy.diff(self.first_response)) + responses
+        return int(rows.max(initial=0))
+
     def prompt(self, k: int, source: str, first_row: int) -> TokenizedPrompt:
         """The k-th prompt; `first_row` is that of the batch's first response."""
         first, last = self.first_response[k], self.first_response[k + 1]
@@ -109,11 +123,30 @@ class Columns(NamedTuple):
         )
 
 
+class ContentHash:
+    """A hash of the token ids and pairs of prompts, however they are cut into batches; of no number, name or file."""
+
+    def __init__(self):
+        self._columns = [xxhash.xxh3_128() for _ in range(7)]
+
+    def update(self, columns: Columns) -> None:
+        """Add a batch."""
+        offsets = columns.prompt_offsets, columns.first_response, columns.response_offsets, columns.pair_offsets
+        ids = columns.prompt_ids, columns.response_ids, columns.pairs
+        parts = [*map(numpy.diff, offsets), *ids]
+        for digest, part in zip(self._columns, parts, strict=True):
+            digest.update(numpy.ascontiguousarray(part, numpy.int32))
+
+    def hexdigest(self) -> str:
+        """32 hexadecimal digits."""
+        return xxhash.xxh3_128_hexdigest("".join(digest.hexdigest() for digest in self._columns).encode())
+
+
 @dataclass(frozen=True)
 class TablePart:
     """The prompts of one data set: `source` begins their names in messages, `weight` says how often an epoch visits each.
 
-    fingerprint stands for all of its content.
+    fingerprint stands for all of its token ids and pairs; name is that of its file, without the ending.
     """
 
     source: str
@@ -121,17 +154,33 @@ class TablePart:
     fingerprint: str
     weight: float = 1.0
     mapped: mmap.mmap | None = None
+    name: str = ""
 
     @classmethod
-    def of_file(cls, path: Path, source: str, weight: float = 1.0) -> "TablePart":
-        """Map a file that `write_columns` wrote. Raises OSError or ValueError (as Arrow does) where it is not whole."""
+    def of_file(cls, path: Path, source: str, weight: float = 1.0, fingerprint: str | None = None) -> "TablePart":
+        """Map a file that `write_columns` wrote. Raises OSError or ValueError (as Arrow does) where it is not whole.
+
+        fingerprint: that of its content where it is known, else it is found here.
+        """
         with path.open("rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         reader = pyarrow.ipc.open_file(pyarrow.py_buffer(mapped))
         if not reader.schema.equals(SCHEMA):
             raise ValueError(f"{path} has other columns")
         batches = [Columns.of_arrow(reader.get_batch(k)) for k in range(reader.num_record_batches)]
-        return cls(source, batches, path.stem, weight, mapped)
+        return cls(source, batches, fingerprint or content_hash(batches), weight, mapped, path.stem)
+
+    @property
+    def num_prompts(self) -> int:
+        """How many prompts it has."""
+        return sum(len(columns.numbers) for columns in self.batches)
+
+    @property
+    def prompt_hashes(self) -> numpy.ndarray:
+        """A hash of each prompt's token ids: [N] uint64. One look at all prompts, none at responses."""
+        found = [columns.prompt_hashes for columns in self.batches]
+        self.release()
+        return numpy.concatenate(found) if found else numpy.zeros(0, numpy.uint64)
 
     def release(self) -> None:
         """Give mapped pages back to the system; the next look reads them again."""
@@ -139,14 +188,39 @@ class TablePart:
             self.mapped.madvise(mmap.MADV_DONTNEED)
 
 
-def write_columns(file, prompts: Iterable[TokenizedPrompt]) -> int:
-    """Write prompts to an open binary file, a batch at a time; returns how many. OSError where the disk does not take them."""
+def content_hash(batches: Iterable[Columns]) -> str:
+    """The `ContentHash` of some batches."""
+    digest = ContentHash()
+    for columns in batches:
+        digest.update(columns)
+    return digest.hexdigest()
+
+
+def write_columns(file, prompts: Iterable[TokenizedPrompt], digest: ContentHash | None = None) -> int:
+    """Write prompts to an open binary file, a batch at a time; returns how many. OSError where the disk does not take them.
+
+    Their content is added to the digest.
+    """
     prompts, count = iter(prompts), 0
     with pyarrow.ipc.new_file(file, SCHEMA) as writer:
         while batch := list(islice(prompts, PROMPTS_A_BATCH)):
-            writer.write_batch(Columns.of(batch).as_arrow())
+            columns = Columns.of(batch)
+            writer.write_batch(columns.as_arrow())
             count += len(batch)
+            if digest is not None:
+                digest.update(columns)
     return count
+
+
+def write_some(file, part: TablePart, kept: numpy.ndarray) -> None:
+    """Write those prompts of a part for which `kept` [N] is true to an open binary file."""
+    start = 0
+    with pyarrow.ipc.new_file(file, SCHEMA) as writer:
+        for columns in part.batches:
+            end = start + len(columns.numbers)
+            writer.write_batch(columns.as_arrow().filter(pyarrow.array(kept[start:end])))
+            start = end
+    part.release()
 
 
 class PromptTable(Sequence[TokenizedPrompt]):
@@ -172,10 +246,7 @@ class PromptTable(Sequence[TokenizedPrompt]):
     def of(cls, prompts: Iterable[TokenizedPrompt], first_row: int = 0) -> "PromptTable":
         """A table in memory, of prompts made elsewhere."""
         columns = Columns.of(prompts)
-        digest = xxhash.xxh3_128()
-        for column in columns:
-            digest.update(column)
-        return cls([TablePart("prompt", [columns], digest.hexdigest())] if len(columns.numbers) else [], first_row)
+        return cls([TablePart("prompt", [columns], content_hash([columns]))] if len(columns.numbers) else [], first_row)
 
     def joined(self, other: "PromptTable") -> "PromptTable":
         """This table's prompts, then another's, whose responses are numbered behind this one's."""
@@ -205,6 +276,25 @@ class PromptTable(Sequence[TokenizedPrompt]):
         """How many tokens each prompt has with all its responses: [N] int32."""
         return self._gathered(lambda c: numpy.diff(c.prompt_offsets) + numpy.diff(c.response_offsets[c.first_response]))
 
+    @property
+    def longest_row(self) -> int:
+        """How many tokens the longest prompt with one of its responses has; 0 where there is none."""
+        longest = [columns.longest_row for _, columns in self._batches]
+        self._release()
+        return max(longest, default=0)
+
+    @property
+    def largest_id(self) -> int:
+        """The largest token id of all; -1 where there is none."""
+        ids = (ids for _, columns in self._batches for ids in (columns.prompt_ids, columns.response_ids))
+        largest = max((int(some.max()) for some in ids if len(some)), default=-1)
+        self._release()
+        return largest
+
+    def source_of(self, token: int) -> str:
+        """The name of the first prompt that has a token id, in itself or in a response."""
+        return next(prompt.source for prompt in self if token in {*prompt.prompt_ids, *chain.from_iterable(prompt.responses)})
+
     def _gathered(self, column) -> numpy.ndarray:
         values = [column(columns) for _, columns in self._batches]
         self._release()
@@ -216,9 +306,19 @@ class PromptTable(Sequence[TokenizedPrompt]):
         return self._rows[-1] - self.first_row
 
     @property
+    def prompt_hashes(self) -> numpy.ndarray:
+        """A hash of each prompt's token ids: [N] uint64."""
+        return numpy.concatenate([numpy.zeros(0, numpy.uint64), *(part.prompt_hashes for part in self.parts)])
+
+    @property
     def fingerprint(self) -> str:
         """Stands for all token ids, pairs and response numbers."""
         return xxhash.xxh3_128_hexdigest(repr(([part.fingerprint for part in self.parts], self.first_row)).encode())
+
+    @property
+    def fingerprint_of_names(self) -> str:
+        """Stands for the names of the files and for response numbers: what runs of the first version of prepared data say."""
+        return xxhash.xxh3_128_hexdigest(repr(([part.name for part in self.parts], self.first_row)).encode())
 
     def place_of_response(self, row: int) -> int:
         """The index of the prompt that the response of this number belongs to."""
@@ -240,7 +340,7 @@ class PromptTable(Sequence[TokenizedPrompt]):
         """
         visits, start = [], 0
         for number, part in enumerate(self.parts):
-            size = sum(len(columns.numbers) for columns in part.batches)
+            size = part.num_prompts
             whole = int(part.weight)
             # At least one prompt of each part, however small its weight.
             rest = max(round((part.weight - whole) * size), int(whole == 0 and size > 0))

@@ -7,7 +7,7 @@ Files that hold token ids already (`.pt`: pairs with loss masks) are read and wr
 
 import json
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,8 +15,8 @@ from itertools import groupby, islice
 from operator import itemgetter
 from pathlib import Path
 
-from prompt_templates import ConversationError, build_template
-from records import SAME_TEXT, DataReport, PreferenceRecord, add_responses, is_held_out, new_record
+from prompt_templates import ConversationError, build_template, opening_of_answers
+from records import SAME_TEXT, DataReport, PreferenceRecord, Prompt, add_responses, is_held_out, new_record, prompt_text
 from utils import UserError, load_tensors
 
 
@@ -42,9 +42,28 @@ class TokenizedPrompt:
         return len(self.pairs) or len(self.responses)
 
 
+# The version of the rules by which rows become token ids, pairs and splits: of all code between a loader and a `PromptTable`.
+# Raise it by hand, and add to VERSIONS what is new, whenever the same rows and settings give other ids, other pairs, another
+# order or another split; for nothing else, since data of an earlier version is prepared anew. tests/test_prepared_versions.py
+# fails where it has been forgotten, and says what to do then.
+VERSION = 2
+VERSIONS = {
+    1: "a prompt is held out by a hash of its own text, whatever the model reads of it; pairs of equal token ids are trained "
+    "on; a beginning of the sequence that only a chat template writes is cut away with a prompt's start; SFT learns one answer "
+    "to a prompt",
+    2: "a prompt is held out by a hash of what the model reads; pairs of equal token ids are left out; a prompt that is cut "
+    "keeps its beginning-of-sequence token; SFT learns the answer of each row; turns of a prompt's field stand before "
+    "conversations, conversations as texts are read, instruction has its input, answers lose a prompt that all begin with, and "
+    "with implicit_prompt have the blank before them; prompts end with what a chat template writes before answers",
+}
+
+
 @dataclass(frozen=True)
 class TokenSettings:
-    """What token ids depend on beside text and tokenizer. Lengths are tokens; paired is for preference losses, else SFT."""
+    """What token ids depend on beside text and tokenizer. Lengths are tokens; paired is for preference losses, else SFT.
+
+    version is one of VERSIONS: the newest, but for a run that began with an earlier one and goes on.
+    """
 
     paired: bool
     max_length: int
@@ -52,6 +71,25 @@ class TokenSettings:
     truncation_mode: str = "keep_start"
     template: str | None = None
     system_prompt: str | None = None
+    version: int = VERSION
+
+
+def text_reader(tokenizer, settings: TokenSettings) -> Callable[[Prompt], str]:
+    """A function from a prompt to the text that a model reads of it, by a hash of which prompts are held out.
+
+    A conversation that the chat template refuses is its own text; it is reported where it is tokenised.
+    """
+    if settings.version == 1:
+        return prompt_text
+    template = build_template(settings.template, settings.system_prompt, tokenizer)
+
+    def text_of(prompt: Prompt) -> str:
+        try:
+            return template(prompt, [])[0]
+        except ConversationError:
+            return prompt_text(prompt)
+
+    return text_of
 
 
 def tokenize_records(
@@ -61,7 +99,7 @@ def tokenize_records(
 
     Prompt and responses are tokenised apart and their ids joined, so that the boundary between them is exact. The prompt
     gets a beginning-of-sequence token where the tokenizer itself would add one; each response gets the end-of-sequence
-    token. Lengths: `fit`.
+    token. Lengths and what is left out: `shaped`.
 
     A text that holds the end-of-sequence token, a prompt without tokens, and a conversation that the tokenizer's chat
     template refuses, go to the report; without one they raise UserError.
@@ -73,13 +111,24 @@ def tokenize_records(
     with ThreadPoolExecutor(2) as encoder:
         under_way: deque = deque()
         while chunk := list(islice(records, 1024)):
-            kept = [rendered for record in chunk if (rendered := work.render(record)) is not None]
+            kept = [rendered for record in chunk for rendered in work.render(record)]
             under_way.append((kept, encoder.submit(work.encode, kept)))
             if len(under_way) > 4:
                 yield from work.finish(*under_way.popleft())
         for kept, ids in under_way:
             yield from work.finish(kept, ids)
 
+
+# What is said of records, beside what is left out.
+NO_PAIR_TO_COMPARE = "a prompt without a pair of answers (loss=sft learns single answers)"
+NO_TURNS = (
+    "prompts without system_prompt: they are plain text, which template=null and raw leave as it is (see hh, chatml, chat)"
+)
+OPENING_MOVED = (
+    "the chat template does not begin an answer when asked to (add_generation_prompt): {!r}, which it writes before answers, "
+    "is put at the end of prompts"
+)
+OWN_SYSTEM_TURN = "prompts without system_prompt: they have a system turn of their own"
 
 # A record, the pairs between its texts, and its texts: the prompt, then only those responses that the loss looks at.
 Rendered = tuple[PreferenceRecord, list[tuple[int, int]], list[str]]
@@ -92,31 +141,46 @@ class _Tokenization:
         self.settings = settings
         self.report = report
         self.template = build_template(settings.template, settings.system_prompt, tokenizer)
+        if settings.template == "chat" and (opening := opening_of_answers(tokenizer)):
+            self.report.note(OPENING_MOVED.format(opening))
         self.encode_prompts, self.encode_responses = _encoders(tokenizer)
         self.bos = bos_of(tokenizer)
         # Kept here: a tokenizer looks its special tokens up anew each time.
-        self.eos_token, self.eos_id = tokenizer.eos_token, tokenizer.eos_token_id
+        self.eos_token, self.eos_id, self.bos_id = tokenizer.eos_token, tokenizer.eos_token_id, tokenizer.bos_token_id
 
-    def render(self, record: PreferenceRecord) -> Rendered | None:
-        """The record as text. For SFT its response is the target. None where there is nothing to train on, or a fault."""
+    def render(self, record: PreferenceRecord) -> list[Rendered]:
+        """The record as text; for SFT one for each of its targets. Nothing where there is none to train on, or a fault."""
         if self.settings.paired:
             used = sorted({index for pair in record.pairs for index in pair})
-            pairs = pairs_among(used, record.pairs)
-            responses = [record.responses[index] for index in used]
+            wanted = [(pairs_among(used, record.pairs), [record.responses[index] for index in used])] if used else []
+            self.report.leave_out(NO_PAIR_TO_COMPARE, not used)
         else:
-            pairs, responses = [], [record.sft_target]
-        if not responses:
-            return None
+            targets = record.targets if self.settings.version > 1 else (record.sft_target,)
+            wanted = [([], [target]) for target in targets]
+        found = [self._rendered(record, pairs, responses) for pairs, responses in wanted]
+        return [rendered for rendered in found if rendered is not None]
+
+    def _rendered(self, record: PreferenceRecord, pairs: list[tuple[int, int]], responses: list[str]) -> Rendered | None:
         parts = [record.prompt] if isinstance(record.prompt, str) else [turn[1] for turn in record.prompt]
         if any(self.eos_token in text for text in (*parts, *responses)):
             self._bad(record, self._holds_eos())
             return None
         try:
-            prompt, responses = self.template(record.prompt, responses)
+            prompt, texts = self.template(record.prompt, responses)
         except ConversationError as fault:
             self._bad(record, str(fault))
             return None
-        return record, pairs, [prompt, *responses]
+        if self.settings.system_prompt:
+            self._count_system_prompt(record.prompt)
+        return record, pairs, [prompt, *texts]
+
+    def _count_system_prompt(self, prompt: Prompt) -> None:
+        """Count prompts before which the system prompt does not stand."""
+        if isinstance(prompt, str):
+            if self.settings.template in (None, "raw"):
+                self.report.change(NO_TURNS)
+        elif prompt[0][0] == "system":
+            self.report.change(OWN_SYSTEM_TURN)
 
     def encode(self, kept: list[Rendered]) -> tuple[list[list[int]], list[list[int]]]:
         """Ids of all prompts of a chunk, and of all its responses."""
@@ -142,10 +206,10 @@ class _Tokenization:
             else:
                 whole = [[*response, self.eos_id] for response in responses]
                 prompt = TokenizedPrompt(prompt_ids, whole, pairs, record.source, record.number)
-                lengths = settings.max_length, settings.max_prompt_length, settings.truncation_mode
-                fitted = fit(prompt, *lengths, self.report, len(self.bos))
-                if fitted is not None:
-                    yield fitted
+                always_kept = len(self.bos) if settings.version == 1 else int(prompt_ids[0] == self.bos_id)
+                left = shaped(prompt, settings, always_kept, self.report)
+                if left is not None:
+                    yield left
 
     def _bad(self, record: PreferenceRecord, fault: str) -> None:
         self.report.bad_row(UserError(f"datasets: {record.source}: {fault}"))
@@ -202,6 +266,65 @@ def pairs_among(kept: Sequence[int], pairs: Iterable[tuple[int, int]]) -> list[t
     """The pairs of which both responses are `kept`, by their places among these."""
     place = {index: position for position, index in enumerate(kept)}
     return [(place[i], place[j]) for i, j in pairs if i in place and j in place]
+
+
+# ---- what is trained on of a prompt -------------------------------------------------------------------------------------
+
+SAME_IDS = "chosen and rejected are the same token ids"
+NOTHING_LEFT = "no token of the prompt is left within max_prompt_length"
+
+
+def shaped(prompt: TokenizedPrompt, settings: TokenSettings, always_kept: int, report: DataReport) -> TokenizedPrompt | None:
+    """What is trained on of a prompt, within the lengths of the settings; None where nothing is. What is left out is counted.
+
+    Left out are pairs of responses that have become the same, by their template or cut, and prompts that are cut down to
+    their beginning of the sequence, `always_kept` tokens.
+    """
+    lengths = settings.max_length, settings.max_prompt_length, settings.truncation_mode
+    fitted = fit(prompt, *lengths, report, always_kept)
+    if fitted is None or settings.version == 1:
+        return fitted
+    ids = fitted.prompt_ids
+    if always_kept and settings.truncation_mode == "keep_end" and len(ids) < len(prompt.prompt_ids) and ids[1:2] == ids[:1]:
+        # A template may write one before each question, and the end that is kept begins with such.
+        fitted = replace(fitted, prompt_ids=ids[1:])
+    left = None
+    if always_kept and len(fitted.prompt_ids) <= always_kept < len(prompt.prompt_ids):
+        report.leave_out(NOTHING_LEFT, fitted.num_examples)
+    else:
+        left = without_same_ids(fitted, report)
+    if left is not fitted:
+        _count_no_cuts_of(prompt, fitted, left, report)
+    return left
+
+
+def _count_no_cuts_of(
+    prompt: TokenizedPrompt, fitted: TokenizedPrompt, left: TokenizedPrompt | None, report: DataReport
+) -> None:
+    """Take back what `fit` has counted of texts that are left out after it: counted is what a model reads."""
+    whole = set(map(tuple, prompt.responses))
+    cut, still_cut = (
+        sum(tuple(response) not in whole for response in (part.responses if part else ())) for part in (fitted, left)
+    )
+    report.change(RESPONSE_CUT, still_cut - cut)
+    report.change(PROMPT_CUT, -int(left is None and fitted.prompt_ids != prompt.prompt_ids))
+
+
+def without_same_ids(prompt: TokenizedPrompt, report: DataReport) -> TokenizedPrompt | None:
+    """The prompt with each response once, without pairs of one and the same: no gradient comes of these, and they say nothing.
+
+    None where no pair is left; for SFT, its responses as they are.
+    """
+    first: dict[tuple[int, ...], int] = {}
+    places = [first.setdefault(tuple(response), index) for index, response in enumerate(prompt.responses)]
+    if not prompt.pairs or len(first) == len(places):
+        return prompt
+    pairs = [(places[i], places[j]) for i, j in prompt.pairs]
+    different = [(i, j) for i, j in pairs if i != j]
+    report.leave_out(SAME_IDS, len(pairs) - len(different))
+    used = sorted({index for pair in different for index in pair})
+    responses = [prompt.responses[index] for index in used]
+    return replace(prompt, responses=responses, pairs=pairs_among(used, different)) if different else None
 
 
 # ---- lengths ------------------------------------------------------------------------------------------------------------
@@ -267,13 +390,14 @@ def read_tokenised(
     eos_token_id: int,
     settings: TokenSettings,
     report: DataReport,
+    bos_token_id: int | None = None,
 ) -> Iterator[TokenizedPrompt]:
     """Yield the prompts of a `.pt` file: a list of dicts with the TOKEN_FIELDS, each a list or 1-D tensor of whole numbers.
 
     A mask is 1 where a token is the response's; what follows the response is padding. Rows of one prompt that stand side by
     side become one; for SFT, one for each of their chosen responses. The held-out share is chosen by a hash of the prompt's
-    ids. Responses that do not end with the end-of-sequence token are counted. Faulty rows go to the report; raises UserError
-    for a file that is none. Nothing is unpickled but tensors and plain values.
+    ids. Responses that do not end with the end-of-sequence token are counted; what is left out: `shaped`. Faulty rows go to
+    the report; raises UserError for a file that is none. Nothing is unpickled but tensors and plain values.
     """
     counts = report if split == "train" else DataReport(report.skip_bad_rows)
     for prompt_ids, rows in groupby(_sound_rows(path, vocabulary, counts), key=itemgetter(1)):
@@ -284,13 +408,15 @@ def read_tokenised(
         if not record["pairs"] or is_held_out(repr(prompt_ids), held_out_share) != (split == "test"):
             continue
         responses, pairs = record["responses"], record["pairs"]
-        targets = [responses[index] for index in dict.fromkeys(chosen for chosen, _ in pairs)]
+        learned = [chosen for chosen, _ in pairs]
+        targets = [responses[index] for index in (learned if settings.version > 1 else dict.fromkeys(learned))]
         for used, compared in [(responses, pairs)] if settings.paired else [([target], []) for target in targets]:
             report.change(NO_END, sum(response[-1] != eos_token_id for response in used))
             prompt = TokenizedPrompt(prompt_ids, used, compared, f"{path}, row {first}", first)
-            fitted = fit(prompt, settings.max_length, settings.max_prompt_length, settings.truncation_mode, report)
-            if fitted is not None:
-                yield fitted
+            always_kept = int(settings.version > 1 and prompt_ids[0] == bos_token_id)
+            left = shaped(prompt, settings, always_kept, report)
+            if left is not None:
+                yield left
 
 
 def _sound_rows(path: Path, vocabulary: int, report: DataReport) -> Iterator[tuple[int, list[int], list[int], list[int]]]:

@@ -66,7 +66,7 @@ def entry_of(options: argparse.Namespace) -> Entry:
 def tokenized(options: argparse.Namespace, entry: Entry) -> list:
     """The tokenised prompts of the splits that are asked for; prints what was left out or changed."""
     from models import load_tokenizer
-    from tokenization import TokenSettings, tokenize_records
+    from tokenization import TokenSettings, text_reader, tokenize_records
     from utils import quiet_libraries
 
     quiet_libraries()
@@ -80,7 +80,8 @@ def tokenized(options: argparse.Namespace, entry: Entry) -> list:
     prompts, lines = [], []
     for split in ("train", "test") if options.split == "all" else (options.split,):
         report = entry.report()
-        prompts += tokenize_records(load_records(entry, split, report), tokenizer, settings, report)
+        records = load_records(entry, split, report, text_of=text_reader(tokenizer, settings))
+        prompts += tokenize_records(records, tokenizer, settings, report)
         lines += report.lines()
     if not prompts:
         found = "; ".join(line.strip() for line in lines) or "it has none"

@@ -23,10 +23,10 @@ from hypothesis import strategies as st
 import data_preparation
 import forked
 import prompt_table
-from data_preparation import prepare, tokenizer_hash
+from data_preparation import HELD_OUT_ELSEWHERE, overlap, prepare, same_ids, tokenizer_hash, without_held_out
 from dataset_entries import Entry, read_entry
 from records import SAME_TEXT, DataReport
-from tokenization import PROMPT_CUT, TokenSettings, tokenize_records, write_tokenised
+from tokenization import PROMPT_CUT, SAME_IDS, TokenSettings, tokenize_records, write_tokenised
 from utils import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -79,6 +79,11 @@ def contents(table) -> list[tuple]:
     return [(prompt.prompt_ids, prompt.responses, prompt.pairs, prompt.number) for prompt in table]
 
 
+def names_of(table) -> list[str]:
+    """The names of a table's files."""
+    return [part.name for part in table.parts]
+
+
 def suffixes(directory: Path) -> list[str]:
     """The endings of what lies in a folder of prepared data, apart from the locks, which are empty."""
     return sorted(path.name.split(".", 1)[1] for path in directory.iterdir() if path.suffix != ".lock")
@@ -110,6 +115,14 @@ def test_a_second_start_reads_the_file_and_asks_the_tokenizer_nothing(folder):
         assert contents(again) == contents(first) and again.fingerprint == first.fingerprint
         assert same_report == report
     assert suffixes(folder / "prepared") == ["arrow", "arrow", "json", "json"]
+
+
+def test_what_was_not_read_is_said_again_of_data_found_again_and_what_has_no_effect_as_the_entry_stands(folder):
+    write(folder / "more.jsonl", [row | {"margin": 1} for row in rows(5)])
+    for keys, notes in (({}, []), ({"split": "train"}, ["split has no effect: a file has no splits or subsets"])):
+        for _ in range(2):
+            _, report, _ = prepared(whole("more.jsonl", **keys), folder / "prepared")
+            assert (report.columns_not_read, report.notes) == ({"margin": 5}, notes)
 
 
 def test_what_is_prepared_is_what_the_tokenizer_says_of_the_records(folder):
@@ -168,6 +181,7 @@ CHANGES = {
     "where": {"entry": whole(where={"prompt": "question 3"})},
     "chosen": {"entry": whole(chosen="rejected", rejected="chosen")},
     "on_bad_row": {"entry": whole(on_bad_row="skip")},
+    "version": {"of": replace(PAIRS, version=1)},
 }
 
 
@@ -176,9 +190,12 @@ def test_whatever_ids_depend_on_is_prepared_anew_when_it_changes_and_the_old_is_
     usual = {"entry": {"path": "rows.jsonl", "held_out_share": 0.1} if change == "split" else whole()}
     first, *_ = prepared(**usual, directory=folder / "prepared")
     changed, _, texts = prepared(**usual | CHANGES[change], directory=folder / "prepared")
-    assert texts > 0 and changed.fingerprint != first.fingerprint
+    assert texts > 0 and names_of(changed) != names_of(first)
+    # The fingerprint is that of the ids: a length that nothing reaches changes none.
+    ids = [[prompt[:3] for prompt in contents(table)] for table in (first, changed)]
+    assert (changed.fingerprint == first.fingerprint) == (ids[0] == ids[1])
     again, _, texts = prepared(**usual, directory=folder / "prepared")
-    assert texts == 0 and again.fingerprint == first.fingerprint
+    assert texts == 0 and (again.fingerprint, names_of(again)) == (first.fingerprint, names_of(first))
 
 
 def test_a_file_whose_content_changes_is_prepared_anew_and_one_that_is_only_touched_is_not(folder):
@@ -202,30 +219,6 @@ def test_a_set_in_two_files_depends_on_the_one_of_its_split(folder):
     write(folder / "test.jsonl", rows(4, "fine"))
     assert prepared(entry, folder / "prepared", "train")[2] == 0
     assert prepared(entry, folder / "prepared", "test")[2] == 12
-
-
-def test_another_version_of_the_code_prepares_anew(folder, monkeypatch):
-    prepared(whole(), folder / "prepared")
-    monkeypatch.setattr(data_preparation, "_code_hash", lambda: "another")
-    assert prepared(whole(), folder / "prepared")[2] > 0
-
-
-def test_every_module_that_shapes_ids_is_part_of_the_version():
-    # What a record passes on its way, as these import each other; the rest only calls them.
-    import ast
-
-    def imported(module: str) -> set[str]:
-        tree = ast.parse((ROOT / f"{module}.py").read_text())
-        names = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-        return {name for name in names if name and (ROOT / f"{name}.py").is_file()}
-
-    reached, waiting = set(), {"data_preparation"}
-    while waiting:
-        module = waiting.pop()
-        reached.add(module)
-        waiting |= imported(module) - reached
-    # Generated data and small helpers are the two that shape no id by themselves: see the next test for the first.
-    assert reached - {"utils", "toy_preferences"} <= set(data_preparation.SHAPING_MODULES)
 
 
 def test_weight_and_first_row_change_no_file(folder):
@@ -501,7 +494,6 @@ def without_rights():
 
 
 def test_a_folder_without_write_permission_is_one_message_that_names_it():
-    data_preparation._code_hash()
     with TemporaryDirectory(dir="/tmp") as name:
         folder = Path(name)
         write(folder / "rows.jsonl", rows(3))
@@ -728,3 +720,186 @@ def test_an_interrupted_preparation_leaves_no_data_and_the_next_start_works(fold
     assert suffixes(folder / "prepared") == ([] if end == signal.SIGINT else ["partial"])
     assert len(prepared(whole(), folder / "prepared")[0]) == 20
     assert suffixes(folder / "prepared") == ["arrow", "json"]
+
+
+# ---- training and held-out prompts together ---------------------------------------------------------------------------------
+
+
+def conversation(number: int, end: str = "") -> dict:
+    answers = {side: [{"role": "assistant", "content": f"{side} {number}"}] for side in ("chosen", "rejected")}
+    return {"prompt": [{"role": "user", "content": f"Is it {number}?{end}"}], **answers}
+
+
+def dialogue(number: int, end: str = "") -> dict:
+    """The same prompt as a text, as the usual template writes it."""
+    return {"prompt": f"\n\nHuman: Is it {number}?{end}\n\nAssistant:", "chosen": " good", "rejected": " bad"}
+
+
+def both_splits(entries: list, directory: Path, of=PAIRS, tokenizer=None):
+    """The tables of both splits as a run has them, and the reports of the training split."""
+    tokenizer, entries = tokenizer or Characters(), [read_entry(entry) for entry in entries]
+    train, held_out = (prepare(entries, split, tokenizer, lambda _: of, directory) for split in ("train", "test"))
+    train = without_held_out(train, held_out, entries, directory)
+    return train.table, held_out.table, train.reports
+
+
+def ids_of(table) -> list[tuple[int, ...]]:
+    return [tuple(prompt.prompt_ids) for prompt in table]
+
+
+def test_a_prompt_is_on_the_same_side_as_a_text_and_as_a_conversation(folder):
+    write(folder / "texts.jsonl", [dialogue(n) for n in range(200)])
+    write(folder / "turns.jsonl", [conversation(n) for n in range(200)])
+    of = replace(PAIRS, max_length=200, max_prompt_length=100)
+    train, held_out, reports = both_splits(["texts.jsonl", "turns.jsonl"], folder / "prepared", of)
+    assert len(train) + len(held_out) == 400 and len(held_out) > 4
+    assert not set(ids_of(train)) & set(ids_of(held_out))
+    # By the hash alone: nothing had to be left out for it.
+    assert [report.left_out for report in reports] == [{}, {}]
+    assert sorted(ids_of(held_out)[: len(held_out) // 2]) == sorted(ids_of(held_out)[len(held_out) // 2 :])
+
+
+def entry_of(draw, folder: Path, place: int) -> dict:
+    """An entry of some prompts in one of four forms, of which any share is held out."""
+    numbers = draw(st.lists(st.integers(0, 12), max_size=9))
+    forms = st.sampled_from([dialogue, conversation, lambda n: dialogue(n, " "), lambda n: conversation(n, " ")])
+    content = [draw(forms)(n) for n in numbers]
+    path = write(folder / f"{place}.jsonl", content or [dialogue(99)])
+    share = draw(st.sampled_from([0.01, 0.2, 0.5]))
+    if not draw(st.booleans()):
+        return {"path": str(path), "held_out_share": share}
+    table, *_ = prepared(read_entry({"path": str(path), "held_out_share": 0}), folder / "prepared")
+    write_tokenised(path.with_suffix(".pt"), table)
+    return {"path": str(path.with_suffix(".pt")), "held_out_share": share}
+
+
+@settings(max_examples=30)
+@given(
+    data=st.data(), lengths=st.sampled_from([(200, 100), (40, 30), (25, 8)]), mode=st.sampled_from(["keep_start", "keep_end"])
+)
+def test_no_held_out_prompt_is_trained_on_whatever_forms_shares_and_cuts_are_mixed(data, lengths, mode):
+    with TemporaryDirectory() as name:
+        of = TokenSettings(True, *lengths, mode)
+        entries = [entry_of(data.draw, Path(name), place) for place in range(data.draw(st.integers(1, 3)))]
+        read = [read_entry(entry) for entry in entries]
+        before = prepare(read, "train", Characters(), lambda _: of, Path(name) / "prepared")
+        train, held_out, reports = both_splits(entries, Path(name) / "prepared", of)
+        assert not set(ids_of(train)) & set(ids_of(held_out))
+        assert overlap(train, held_out) is None
+        # Nothing else is left out, all of it is counted, and the rest keeps its order.
+        assert contents(train) == [c for c in contents(before.table) if tuple(c[0]) not in set(ids_of(held_out))]
+        assert [report.num_prompts for report in reports if report.num_prompts] == [part.num_prompts for part in train.parts]
+        gone = sum(report.left_out.get(HELD_OUT_ELSEWHERE, 0) for report in reports)
+        assert before.table.num_examples.sum() - train.num_examples.sum() == gone
+
+
+def test_of_a_few_prompts_the_one_that_is_held_out_anyway_is_left_out_of_other_sets_and_found_again(folder):
+    write(folder / "few.jsonl", [dialogue(n) for n in range(5)])
+    write(folder / "more.jsonl", [conversation(n) for n in range(20)])
+    of = replace(PAIRS, max_length=200, max_prompt_length=100)
+    entries = [{"path": "few.jsonl", "held_out_share": 1e-9}, {"path": "more.jsonl", "held_out_share": 1e-9, "weight": 2.0}]
+    for _ in range(2):
+        train, held_out, reports = both_splits(entries, folder / "prepared", of)
+        assert (len(train), len(held_out)) == (4 + 18, 2)
+        assert [report.left_out for report in reports] == [{}, {HELD_OUT_ELSEWHERE: 1}]
+        assert [part.weight for part in train.parts] == [1.0, 2.0]
+    # A file that is damaged is written anew.
+    [path] = [folder / "prepared" / f"{train.parts[1].name}.arrow"]
+    path.write_bytes(path.read_bytes()[:-100])
+    assert both_splits(entries, folder / "prepared", of)[0].fingerprint == train.fingerprint
+
+
+def test_what_has_a_test_file_of_its_own_stays_and_what_is_in_both_is_said_with_an_example(folder):
+    write(folder / "train.jsonl", [dialogue(n) for n in range(6)])
+    write(folder / "test.jsonl", [conversation(n) for n in range(4, 9)])
+    of = replace(PAIRS, max_length=200, max_prompt_length=100)
+    train, held_out, reports = both_splits([{"path": "train.jsonl", "test_path": "test.jsonl"}], folder / "prepared", of)
+    assert (len(train), len(held_out), reports[0].left_out) == (6, 5, {})
+    tokenizer = SimpleNamespace(decode=lambda ids: "".join(map(chr, ids)))
+    assert overlap(train, held_out).line(tokenizer) == (
+        "held-out prompts that are trained on too: 2 of 5, as '\\n\\nHuman: Is it 4?\\n\\nAssistant:' "
+        "(train.jsonl, test prompt 1 = train.jsonl, train prompt 5)"
+    )
+
+
+def test_a_run_says_which_held_out_prompts_it_trains_on(folder, compose, capsys):
+    import train
+    from models import byte_level_tokenizer
+
+    write(folder / "test.jsonl", rows(3))
+    config = compose("datasets=[{path: rows.jsonl, test_path: test.jsonl}]", "loss=dpo", f"local_dirs=[{folder}]")
+    splits = train.prepare_data(config, byte_level_tokenizer(), True)
+    assert "held-out prompts that are trained on too: 3 of 3, as 'question 0' (rows.jsonl" in capsys.readouterr().out
+    assert splits[1].table.first_row == splits[0].table.num_responses == 40
+
+
+# ---- what identifies data -------------------------------------------------------------------------------------------------
+
+
+def test_a_comment_in_a_file_of_the_users_is_not_other_data_and_other_records_are(mine):
+    first, *_ = prepared(MINE, mine / "prepared")
+    forget_user_files()
+    (mine / "mine.py").write_text(LOADER.replace("    for row", "    # In the order of the file.\n    for row"))
+    again, _, texts = prepared(MINE, mine / "prepared")
+    assert texts == 0 and again.fingerprint == first.fingerprint
+    forget_user_files()
+    (mine / "mine.py").write_text(LOADER.replace('"b"', '"c"'))
+    assert prepared(MINE, mine / "prepared")[2] == 9
+
+
+def forget_user_files() -> None:
+    """As in a new process."""
+    import preference_datasets
+
+    preference_datasets._run_user_file.cache_clear()
+
+
+HUB_LOADER = """
+from preference_datasets import HubSet, hub_set
+
+@hub_set("mine", HubSet("someone/mine", ("text",), test="test"))
+def mine_records(rows, report):
+    for _, row in rows:
+        yield row["text"], {"responses": ["a", "b"], "pairs": [(0, 1)], "sft_target": "a"}
+"""
+
+
+def test_a_hub_loader_of_the_users_is_known_by_what_it_gives_and_not_by_its_rows_alone(folder):
+    (folder / "hub").mkdir()
+    for split in ("train", "test"):
+        write(folder / "hub" / f"{split}.jsonl", [{"text": f"{split} {n}"} for n in range(3)])
+    (folder / "mine.py").write_text(HUB_LOADER)
+    entry, cache = {"name": MINE, "data_dir": "hub"}, {"cache_dir": str(folder / "cache")}
+    assert prepared(entry, folder / "prepared", **cache)[2] == 9
+    assert prepared(entry, folder / "prepared", **cache)[2] == 0
+    forget_user_files()
+    (folder / "mine.py").write_text(HUB_LOADER.replace('["a", "b"]', '["a", "c"]'))
+    assert prepared(entry, folder / "prepared", **cache)[2] == 9
+
+
+def test_a_map_of_fields_is_named_the_same_when_fields_are_added_that_it_does_not_use(monkeypatch):
+    from dataclasses import make_dataclass
+
+    import dataset_entries
+    from row_mapping import FieldMap
+
+    usual, larger = FieldMap(chosen="good"), make_dataclass("Larger", [("extra", str, "no")], bases=(FieldMap,), frozen=True)
+    known = dataset_entries.described(usual)
+    # As the first version wrote it: its names of files hold this text.
+    assert known == (
+        "FieldMap(prompt='prompt', chosen='good', rejected='rejected', system=None, response=None, score=None, responses=None, "
+        "scores=None, ranks=None, implicit_prompt=False, where={}, top_k=None)"
+    )
+    monkeypatch.setattr(dataset_entries, "FieldMap", larger)
+    assert dataset_entries.described(larger(chosen="good")) == known
+    assert dataset_entries.described(larger(chosen="good", extra="yes")) == f"{known[:-1]}, extra='yes')"
+
+
+def test_pairs_of_the_same_ids_are_trained_on_in_data_of_the_first_version_alone_and_counted(folder):
+    write(
+        folder / "cut.jsonl", [{"prompt": "p" * 40, "chosen": f"{'long' * 20} {n}", "rejected": "long" * 20} for n in range(4)]
+    )
+    old, report, _ = prepared(whole("cut.jsonl"), folder / "prepared", of=replace(PAIRS, version=1))
+    assert (same_ids(old), report.left_out) == (4, {})
+    new, report, _ = prepared(whole("cut.jsonl"), folder / "prepared")
+    assert (len(new), report.left_out) == (0, {SAME_IDS: 4})

@@ -127,6 +127,12 @@ def test_sft_data_is_counted_in_examples():
     lines = lines_of_data(["mine"], [DataReport(rows_read=3, num_prompts=2, left_out={"it is odd": 1})], facts, paired=False)
     assert "  mine: 3 rows read, 2 prompts kept" in lines and "    1 left out: it is odd" in lines
     assert "  2 prompts, 2 responses, 2 examples, 9 tokens" in lines
+    report = DataReport(columns_not_read={"margin": 2, "weight": 1}, notes=["top_k has no effect"], bad_rows=["row 3"])
+    assert lines_of_data(["mine"], [report], facts, paired=False)[1:4] == [
+        "    columns not read: margin, weight",
+        "    top_k has no effect",
+        "    row 3",
+    ]
     assert facts.repeated_tokens == facts.packed_tokens
 
 
@@ -147,6 +153,20 @@ def test_tokens_are_shown_one_by_one_with_scored_ones_marked(tokenizer):
     scored = tokens_shown([*ids, tokenizer.eos_token_id], tokenizer, True, colour=False)
     assert scored == f"«{plain}|{tokenizer.eos_token}»"
     assert "\033[32m" in tokens_shown(ids, tokenizer, True, colour=True)
+
+
+def test_blanks_are_seen_those_too_that_sentencepiece_leaves_out_of_a_token_alone(tokenizer):
+    from test_tokenization import gpt2, legacy_llama, llama, unigram
+
+    for make in (llama, legacy_llama, unigram, gpt2):
+        ids = make()("ask the  yes\n\tno ", add_special_tokens=False).input_ids
+        shown = tokens_shown(ids, make(), False, colour=False)
+        assert shown.replace("|", "").removeprefix("▁") == "ask▁the▁▁yes⏎⇥no▁", make
+        assert shown.count("|") == len(ids) - 1
+    # A letter of several tokens: each by its name, none lost.
+    ids = tokenizer("漢", add_special_tokens=False).input_ids
+    shown = tokens_shown(ids, tokenizer, False, colour=False)
+    assert len(ids) > 1 and "\ufffd" not in shown and shown == "|".join(tokenizer.convert_ids_to_tokens(ids))
 
 
 def test_steps_and_what_sharing_saves_are_those_of_the_run():

@@ -16,13 +16,12 @@ from models import (
     compile_between_attentions,
     load_model,
     load_tokenizer,
-    logps_and_gradients,
-    random_trees,
     read_archive,
     reference_copy,
     share_prefixes,
     token_budget,
 )
+from sharing_proof import logps_and_gradients, random_trees
 from utils import UserError
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}

@@ -237,7 +237,7 @@ def test_the_drawn_share_is_another_in_each_epoch_and_after_enough_of_them_all_w
 
 @settings(deadline=None)
 @given(content=st.lists(any_prompt(), min_size=1, max_size=5), data=st.data())
-def test_a_fingerprint_differs_where_any_id_pair_or_number_differs(content, data):
+def test_a_fingerprint_differs_where_any_id_or_pair_differs(content, data):
     k = data.draw(st.integers(0, len(content) - 1))
     prompt = content[k]
     response = prompt.responses[0]
@@ -247,12 +247,14 @@ def test_a_fingerprint_differs_where_any_id_pair_or_number_differs(content, data
         "response": replace(prompt, responses=[[*response[:-1], response[-1] ^ 1], *prompt.responses[1:]]),
         "longer response": replace(prompt, responses=[[*response, 0], *prompt.responses[1:]]),
         "pairs": replace(prompt, pairs=[*prompt.pairs, (0, 0)]),
-        "number": replace(prompt, number=prompt.number + 1),
     }
     tables = [PromptTable.of([*content[:k], other, *content[k + 1 :]]) for other in (prompt, *changed.values())]
     tables += [PromptTable.of(content, first_row=1), PromptTable.of(content[:-1])]
     assert len({table.fingerprint for table in tables}) == len(tables)
     assert PromptTable.of(content).fingerprint == tables[0].fingerprint
+    # Numbers are for messages.
+    renumbered = [replace(each, number=each.number + 1, source="another") for each in content]
+    assert PromptTable.of(renumbered).fingerprint == tables[0].fingerprint
 
 
 def test_where_one_text_ends_and_the_next_begins_is_part_of_the_fingerprint():
@@ -261,8 +263,12 @@ def test_where_one_text_ends_and_the_next_begins_is_part_of_the_fingerprint():
     assert len({table.fingerprint for table in tables}) == len(ways)
 
 
-def test_the_fingerprint_of_a_table_of_files_is_that_of_their_names_in_order(tmp_path):
+def test_the_fingerprint_of_a_table_of_files_is_that_of_their_contents_in_order(tmp_path, monkeypatch):
     a, b = mapped(tmp_path / "a.arrow", prompts(2)), mapped(tmp_path / "b.arrow", prompts(2, start=5))
+    monkeypatch.setattr(prompt_table, "PROMPTS_A_BATCH", 1)
+    in_small_batches = mapped(tmp_path / "another name.arrow", prompts(2))
+    assert len(in_small_batches.batches) == 2 and in_small_batches.fingerprint == a.fingerprint
+    assert PromptTable.of(prompts(2)).fingerprint == PromptTable([a]).fingerprint
     tables = [PromptTable([a]), PromptTable([b]), PromptTable([a, b]), PromptTable([b, a]), PromptTable([a], first_row=1)]
     assert len({table.fingerprint for table in tables}) == len(tables)
     assert PromptTable([replace(a, source="another name", weight=2.0)]).fingerprint == PromptTable([a]).fingerprint

@@ -5,6 +5,7 @@ import json
 import shutil
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,8 +23,18 @@ from conftest import GOLDEN
 from logprobs import LiveReference
 from losses import build_loss
 from prompt_table import PromptTable
-from resuming import MAY_DIFFER, STATE, check_same_run, checkpoint_to_continue, cut_back, fault_of_run, misfit
-from tokenization import TokenizedPrompt
+from resuming import (
+    MAY_DIFFER,
+    NEWER_STATE,
+    STATE,
+    check_same_run,
+    checkpoint_to_continue,
+    cut_back,
+    fault_of_run,
+    misfit,
+    version_of_data,
+)
+from tokenization import VERSION, TokenizedPrompt
 from tracking import Tracker
 from trainers import BasicTrainer
 from utils import UserError
@@ -198,9 +209,17 @@ def test_a_value_of_another_kind_anywhere_in_state_json_is_a_fault_of_the_checkp
 def test_a_value_missing_from_state_json_is_a_fault_of_the_checkpoint(run_dir):
     checkpoint = run_dir / "step-12"
     state = json.loads((checkpoint / "state.json").read_text())
-    for key in state:
+    for key in state.keys() - NEWER_STATE:
         forge(checkpoint, json.dumps({name: value for name, value in state.items() if name != key}))
         assert fault_of_run(checkpoint) == f"state.json is damaged (state.{key})"
+
+
+def test_a_checkpoint_of_a_version_that_did_not_write_all_of_todays_values_is_sound(run_dir):
+    checkpoint = run_dir / "step-12"
+    state = json.loads((checkpoint / "state.json").read_text())
+    assert state.keys() >= set(NEWER_STATE)
+    forge(checkpoint, json.dumps({name: value for name, value in state.items() if name not in NEWER_STATE}))
+    assert fault_of_run(checkpoint) is None
 
 
 @pytest.mark.parametrize("content", ["", "[]", "null", "{", "[" * 100_000, "9" * 10_000, '{"base64": 5}', '{"base64": "?"}'])
@@ -255,6 +274,56 @@ def test_a_run_that_was_configured_otherwise_is_refused_with_every_key_that_diff
 def test_a_run_on_other_data_or_other_weights_is_refused(key, told, same_run):
     assert same_run(ABOUT, ABOUT) is None
     assert same_run(ABOUT, ABOUT | {key: ["others"]}).startswith(told)
+
+
+def test_a_run_that_says_no_version_of_its_data_began_with_the_first(finished, run_dir, tmp_path, same_run):
+    new = tmp_path / "new"
+    assert version_of_data(None, new, "run") is None
+    assert version_of_data("auto", tmp_path / "elsewhere" / "new", "run") is None
+    for resume in ("auto", str(run_dir), str(run_dir / "step-8"), str(run_dir / "LATEST")):
+        assert version_of_data(resume, run_dir.with_name("new"), "run") == 1
+    assert same_run(ABOUT, ABOUT | {"data_version": 1}) is None
+    assert same_run(ABOUT, ABOUT | {"data_version": 2}).startswith("resume: the data of ")
+
+
+def test_the_version_of_the_data_is_that_of_the_newest_checkpoint_whose_state_is_whole(run_dir):
+    for step, version in (("step-4", 7), ("step-8", 5)):
+        state = json.loads((run_dir / step / "state.json").read_text())
+        state["run"]["data_version"] = version
+        forge(run_dir / step, json.dumps(state))
+    assert version_of_data(str(run_dir), run_dir, "run") == 1
+    forge(run_dir / "step-12", "{")
+    assert version_of_data("auto", run_dir.with_name("new"), "run") == 5
+    assert version_of_data(str(run_dir / "step-4"), run_dir, "run") == 7
+
+
+def test_a_version_of_the_data_that_this_code_does_not_know_is_refused_and_an_old_one_is_said(run_dir, compose, capsys):
+    import train
+
+    config = compose("loss=dpo", f"resume={run_dir}")
+    assert train.data_version(compose("loss=dpo"), run_dir) == VERSION
+    assert train.data_version(config, run_dir) == 1
+    assert "resume: the data stays as the run began, by version 1 of the rules: a prompt is held" in capsys.readouterr().out
+    state = json.loads((run_dir / "step-12" / "state.json").read_text())
+    state["run"]["data_version"] = VERSION + 1
+    forge(run_dir / "step-12", json.dumps(state))
+    with pytest.raises(UserError, match=f"by version {VERSION + 1} of the rules, and this code knows those up to {VERSION}"):
+        train.data_version(config, run_dir)
+
+
+def test_ranks_that_have_prepared_other_data_stop_before_they_train():
+    import train
+
+    class TwoRanks:
+        def gather(self, value):
+            return [value, value if self.alike else ["other"]]
+
+    ranks, data = TwoRanks(), (SimpleNamespace(table=PromptTable([])),)
+    ranks.alike = True
+    train.check_same_data(data, ranks)
+    ranks.alike = False
+    with pytest.raises(UserError, match="datasets: ranks 1 have prepared other data than rank 0"):
+        train.check_same_data(data, ranks)
 
 
 def test_what_is_free_to_differ_are_keys_that_exist_or_sections_of_them():

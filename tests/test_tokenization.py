@@ -3,6 +3,7 @@
 import itertools
 import os
 import pickle
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -19,8 +20,13 @@ from prompt_templates import build_template
 from records import SAME_TEXT, DataReport, PreferenceRecord, Turn
 from tokenization import (
     NO_END,
+    NO_PAIR_TO_COMPARE,
+    NO_TURNS,
+    NOTHING_LEFT,
+    OWN_SYSTEM_TURN,
     PROMPT_CUT,
     RESPONSE_CUT,
+    SAME_IDS,
     TOKEN_FIELDS,
     TokenizedPrompt,
     TokenSettings,
@@ -175,10 +181,12 @@ def test_decoding_prompt_and_response_gives_the_rendered_text_between_one_bos_an
     # A prompt needs one token where nothing is put before it.
     assume(prompt or template not in (None, "raw") or adds_bos(tokenizer))
     pairs = [(0, index) for index in range(1, len(responses))]
+    text, endings = build_template(template, None, tokenizer)(prompt, responses)
+    # Pairs of the same token ids are left out.
+    assume(len(set(endings)) == len(endings))
     [found] = tokenized([record(prompt, responses, pairs)], tokenizer, template=template)
     if adds_bos(tokenizer):
         assert found.prompt_ids[0] == tokenizer.bos_token_id and found.prompt_ids.count(tokenizer.bos_token_id) == 1
-    text, endings = build_template(template, None, tokenizer)(prompt, responses)
     for response, ending in zip(found.responses, endings, strict=True):
         assert response.count(tokenizer.eos_token_id) == 1 and response[-1] == tokenizer.eos_token_id
         assert not adds_bos(tokenizer) or tokenizer.bos_token_id not in response
@@ -194,7 +202,7 @@ def test_a_conversation_is_decoded_to_what_the_chat_template_writes_of_it_with_o
     tokenizer = make()
     roles = itertools.cycle(["user", "assistant"])
     prompt = tuple(Turn(role, text) for role, text in zip(roles, turns[:3], strict=False))
-    assume(answer != turns[3])
+    assume(answer.strip() != turns[3].strip())
     [found] = tokenized([record(prompt, [answer, turns[3]])], tokenizer, template="chat")
     messages = [turn._asdict() for turn in (*prompt, Turn("assistant", answer))]
     whole = tokenizer.apply_chat_template(messages, tokenize=False)
@@ -344,9 +352,44 @@ def test_sft_keeps_the_target_alone(template):
     assert [gpt2().decode(ids) for ids in found.responses] == [response + END_OF_TEXT]
 
 
-def test_a_record_without_pairs_is_for_sft_alone():
+def test_sft_keeps_every_target_of_a_record_each_by_itself():
+    several = replace(record(responses=[" yes", " no", " why"]), sft_targets=(" yes", " why", " yes"))
+    found = tokenized([several, record("the")], gpt2(), paired=False)
+    assert [gpt2().decode(prompt.prompt_ids) for prompt in found] == ["ask"] * 3 + ["the"]
+    texts = [[gpt2().decode(ids) for ids in prompt.responses] for prompt in found]
+    assert texts == [[f"{text}{END_OF_TEXT}"] for text in (" yes", " why", " yes", several.sft_target)]
+    assert {prompt.number for prompt in found} == {1} and not any(prompt.pairs for prompt in found)
+    # A run that began with the first version goes on with the data that it had.
+    [one] = tokenized([several], gpt2(), paired=False, version=1)
+    assert [gpt2().decode(ids) for ids in one.responses] == [f"{several.sft_target}{END_OF_TEXT}"]
+
+
+@pytest.mark.parametrize(("template", "changed"), [(None, {NO_TURNS: 1, OWN_SYSTEM_TURN: 1}), ("hh", {OWN_SYSTEM_TURN: 1})])
+def test_prompts_that_do_without_the_system_prompt_are_counted(template, changed):
+    conversation = (Turn("user", "ask"),)
+    rows = [record("ask"), record(conversation), record((Turn("system", "the"), *conversation))]
+    report = DataReport()
+    tokenized(rows, gpt2(), report, template=template, system_prompt="why")
+    assert report.changed == changed
+    report = DataReport()
+    tokenized(rows, gpt2(), report, template=template)
+    assert report.changed == {}
+
+
+def test_a_chat_template_that_does_not_begin_answers_is_noted():
+    tokenizer = byte_level_tokenizer()
+    tokenizer.chat_template = CHATML.split("{% if add")[0]
+    report = DataReport()
+    [found] = tokenized([record()], tokenizer, report, template="chat")
+    assert tokenizer.decode(found.prompt_ids).endswith("<|im_start|>assistant\n")
+    assert "'<|im_start|>assistant\\n', which it writes before answers, is put at the end of prompts" in report.notes[0]
+
+
+def test_a_record_without_pairs_is_for_sft_alone_and_counted_elsewhere():
     rows = [record(responses=[" yes"], pairs=[])]
-    assert tokenized(rows, gpt2()) == []
+    report = DataReport()
+    assert tokenized(rows, gpt2(), report) == []
+    assert report.left_out == {NO_PAIR_TO_COMPARE: 1}
     assert len(tokenized(rows, gpt2(), paired=False)) == 1
 
 
@@ -432,7 +475,130 @@ def test_whatever_is_cut_fits_keeps_a_token_of_every_response_and_is_counted(mak
         end = whole.prompt_ids[len(bos) :][len(whole.prompt_ids) - most :]
         expected = {"keep_end": bos + end, "keep_start": whole.prompt_ids[:most]}
         assert kept.prompt_ids in (whole.prompt_ids, expected.get(mode))
-    assert mode == "drop" or left == 0
+        assert all(kept.responses[i] != kept.responses[j] for i, j in kept.pairs)
+    bos = whole.prompt_ids[: adds_bos(tokenizer)]
+    reasons = {SAME_IDS, f"longer than max_length, {most + room} tokens" if mode == "drop" else NOTHING_LEFT}
+    assert report.left_out.keys() <= reasons
+    # A prompt of which the beginning of the sequence alone would be left, and it had more.
+    if NOTHING_LEFT in report.left_out:
+        assert most == len(bos) == 1 < len(whole.prompt_ids)
+
+
+# ---- pairs that have become the same, and prompts that have been cut ---------------------------------------------------------
+
+TRIMMED = (
+    "{{ bos_token }}{% for message in messages %}{{ '<' + message['role'] + '>' + message['content'].strip() }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+)
+
+
+@cache
+def trimming():
+    """A byte-level tokenizer whose chat template trims every turn, and alone writes the beginning of the sequence."""
+    tokenizer = byte_level_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "<begin>"})
+    tokenizer.chat_template = TRIMMED
+    return tokenizer
+
+
+@cache
+def one_token_for_both():
+    """The same with one token for beginning and end."""
+    tokenizer = byte_level_tokenizer()
+    tokenizer.bos_token = tokenizer.eos_token
+    tokenizer.chat_template = TRIMMED
+    return tokenizer
+
+
+@cache
+def before_each_question():
+    """The same with a template that writes the beginning before each question."""
+    tokenizer = byte_level_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "<begin>"})
+    tokenizer.chat_template = LLAMA_2
+    return tokenizer
+
+
+def test_pairs_of_the_same_ids_are_left_out_and_counted_with_the_responses_that_only_they_use():
+    report = DataReport()
+    rows = [
+        record("ask", ["yes", "yes ", "no"], [(0, 1), (0, 2), (1, 2)]),
+        # Nothing is left of it.
+        record("ask", ["yes", " yes\n"], [(0, 1), (1, 0)]),
+        record("ask", ["yes", " yes\n", "no", " no"], [(0, 1), (3, 2), (1, 3)]),
+    ]
+    first, last = tokenized(rows, trimming(), report, template="chat")
+    assert [trimming().decode(ids) for ids in first.responses] == ["yes<|endoftext|>", "no<|endoftext|>"]
+    # The same pair twice: the data says it twice.
+    assert (first.pairs, last.pairs, first.responses) == ([(0, 1), (0, 1)], [(0, 1)], last.responses)
+    assert report.left_out == {SAME_IDS: 1 + 2 + 2}
+
+
+def test_for_sft_a_target_stays_whatever_the_other_answers_are():
+    report = DataReport()
+    [found] = tokenized([record("ask", ["yes", "yes\n"])], trimming(), report, paired=False, template="chat")
+    assert (trimming().decode(found.responses[0]), report.left_out) == ("yes<|endoftext|>", {})
+
+
+answers = st.text("ab \n", min_size=1, max_size=8)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    responses=st.lists(answers, min_size=2, max_size=5, unique=True),
+    template=st.sampled_from(["chat", "chatml", None]),
+    mode=st.sampled_from(["keep_start", "keep_end", "drop"]),
+    room=st.integers(1, 12),
+    data=st.data(),
+)
+def test_no_pair_that_is_trained_on_has_the_same_ids_and_the_others_are_counted(responses, template, mode, room, data):
+    index = st.integers(0, len(responses) - 1)
+    pairs = data.draw(st.lists(st.tuples(index, index).filter(lambda pair: pair[0] != pair[1]), min_size=1, max_size=6))
+    lengths = {"max_length": 8 + room, "max_prompt_length": 8, "truncation_mode": mode}
+    report = DataReport()
+    found = tokenized([record("ask it", responses, pairs)], trimming(), report, template=template, **lengths)
+    for prompt in found:
+        assert all(prompt.responses[i] != prompt.responses[j] for i, j in prompt.pairs) and prompt.pairs
+        assert len(set(map(tuple, prompt.responses))) == len(prompt.responses)
+    assert sum(prompt.num_examples for prompt in found) + sum(report.left_out.values()) == len(pairs)
+    if mode != "drop":
+        # Told apart by what is left of their texts.
+        _, endings = build_template(template, None, trimming())("ask it", responses)
+        whole = len(trimming()(build_template(template, None, trimming())("ask it", [])[0]).input_ids)
+        ids = [[*trimming()(ending, add_special_tokens=False).input_ids, trimming().eos_token_id] for ending in endings]
+        used = [ids[k] for pair in pairs for k in pair]
+        if min(whole, 8) + max(map(len, used)) > 8 + room:
+            ids = [response[:room] for response in ids]
+        assert report.left_out.get(SAME_IDS, 0) == sum(ids[i] == ids[j] for i, j in pairs)
+
+
+MAKES_WITH_BOS = [trimming, one_token_for_both, before_each_question, llama, legacy_llama]
+
+
+@pytest.mark.parametrize("make", MAKES_WITH_BOS, ids=name_of)
+@pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
+@pytest.mark.parametrize("most", range(2, 30))
+def test_a_beginning_that_the_chat_template_writes_stays_in_front_of_a_prompt_that_is_cut(make, mode, most):
+    tokenizer = make()
+    turns = (Turn("user", "one"), Turn("assistant", "two"), Turn("user", "three"))
+    [whole] = tokenized([record(turns, ["a", "b"])], tokenizer, template="chat")
+    lengths = {"max_length": most + 2, "max_prompt_length": most, "truncation_mode": mode}
+    found = tokenized([record(turns, ["a", "b"])], tokenizer, template="chat", **lengths)
+    ids, bos = found[0].prompt_ids, tokenizer.bos_token_id
+    assert whole.prompt_ids[0] == ids[0] == bos != ids[1]
+    if len(whole.prompt_ids) > most:
+        kept = whole.prompt_ids[: len(ids)] if mode == "keep_start" else [bos, *whole.prompt_ids[1 - len(ids) :]]
+        assert ids == kept and most - len(ids) in (0, 1)
+        # One shorter only where the end that is kept begins with another one.
+        assert len(ids) == most or (mode == "keep_end" and whole.prompt_ids[1 - most] == bos)
+
+
+def test_a_prompt_that_is_cut_down_to_its_beginning_is_left_out_and_counted():
+    report = DataReport()
+    lengths = {"max_length": 3, "max_prompt_length": 1, "truncation_mode": "keep_end"}
+    assert tokenized([record("ask", ["a", "b"])], trimming(), report, template="chat", **lengths) == []
+    assert (report.left_out, report.changed) == ({NOTHING_LEFT: 1}, {})
 
 
 # ---- files of token ids ---------------------------------------------------------------------------------------------------
@@ -447,6 +613,22 @@ def read(path: Path, split="train", share=0.0, report=None, paired=True, max_len
     settings = TokenSettings(paired, max_length, max_prompt_length)
     report = report if report is not None else DataReport()
     return list(read_tokenised(path, split, share, VOCABULARY, EOS, settings, report))
+
+
+def test_rows_that_are_cut_to_the_same_ids_are_left_out_and_counted(tmp_path):
+    rows = [row(chosen=(7, 7, 7, 7, 2), rejected=(7, 7, 7, 8, 2)), row(prompt=(4,), chosen=(7, 2), rejected=(8, 2))]
+    torch.save(rows, tmp_path / "ids.pt")
+    report = DataReport()
+    [left] = read(tmp_path / "ids.pt", report=report, max_length=5, max_prompt_length=2)
+    assert (left.prompt_ids, report.left_out, report.changed) == ([4], {SAME_IDS: 1}, {})
+    assert len(read(tmp_path / "ids.pt", paired=False, max_length=5, max_prompt_length=2)) == 2
+
+
+def test_a_prompt_of_token_ids_that_is_cut_keeps_the_beginning_that_it_has(tmp_path):
+    torch.save([row(prompt=(1, 5, 6, 7, 8)), row(prompt=(4, 5, 6, 7, 8))], tmp_path / "ids.pt")
+    settings = TokenSettings(True, 6, 3, "keep_end")
+    with_bos, without = read_tokenised(tmp_path / "ids.pt", "train", 0.0, VOCABULARY, EOS, settings, DataReport(), 1)
+    assert (with_bos.prompt_ids, without.prompt_ids) == ([1, 7, 8], [6, 7, 8])
 
 
 def row(prompt=(5, 6), chosen=(7, 2), rejected=(8, 9, 2), padding=0, kind=torch.tensor, mask=int) -> dict:
@@ -515,10 +697,11 @@ def test_rows_of_one_prompt_side_by_side_become_one_and_others_do_not(tmp_path):
     assert (third.prompt_ids, third.number) == ([5, 6], 4)
 
 
-def test_sft_learns_each_preferred_response_of_a_prompt_once(tmp_path):
+def test_sft_learns_the_preferred_response_of_each_row(tmp_path):
     rows = [row(chosen=(7, 2), rejected=(8, 2)), row(chosen=(7, 2), rejected=(9, 2)), row(chosen=(8, 2), rejected=(9, 2))]
     found = read(saved(tmp_path, rows), paired=False)
     assert [(prompt.prompt_ids, prompt.responses, prompt.pairs) for prompt in found] == [
+        ([5, 6], [[7, 2]], []),
         ([5, 6], [[7, 2]], []),
         ([5, 6], [[8, 2]], []),
     ]

@@ -33,7 +33,8 @@ from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorage
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from adapters import WEIGHTS_FILE, has_adapter, save_settings
-from ranks import ALONE, Ranks, several
+from losses import is_at_beta_used
+from ranks import ALONE, Ranks, local, several
 from utils import UNREADABLE, UserError, replace_symlink
 
 PARTIAL = ".partial"
@@ -216,6 +217,8 @@ class CheckpointWriter:
 
     def _complete(self, snapshot: Snapshot, partial: Path, with_policy_pt: bool) -> None:
         shutil.rmtree(partial / "sharded", ignore_errors=True)
+        if self.group is not None:
+            write_scalars(partial, snapshot.weights)
         parts = sorted(partial.glob("model-*.safetensors"))
         if len(parts) == 1:
             parts[0].rename(partial / (WEIGHTS_FILE if has_adapter(self.policy) else "model.safetensors"))
@@ -295,6 +298,21 @@ def end_as_trained(config, generation, tokenizer, end_tokens: Sequence[int] = ()
 
 def _listed(ids: int | list[int] | None) -> list[int]:
     return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+
+
+def write_scalars(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors without dimensions into the files of a folder that have places for them.
+
+    torch leaves such places at 0 where it brings the parts of all processes together.
+    """
+    scalars = {name: local(tensor).detach() for name, tensor in tensors.items() if tensor.dim() == 0}
+    for file in sorted(folder.glob("*.safetensors")) if scalars else ():
+        with file.open("rb+") as opened:
+            size = int.from_bytes(opened.read(8), "little")
+            header = json.loads(opened.read(size))
+            for name in scalars.keys() & header.keys():
+                opened.seek(8 + size + header[name]["data_offsets"][0])
+                opened.write(scalars[name].cpu().reshape(1).view(torch.uint8).numpy().tobytes())
 
 
 def file_numbers(tensors: Mapping[str, Tensor]) -> dict[str, int]:
@@ -436,7 +454,8 @@ def read_state(checkpoint: Path) -> dict:
 
 def _held_out(checkpoint: Path, metric: str) -> float | None:
     try:
-        value = read_state(checkpoint)["held_out"][metric]
+        held_out = read_state(checkpoint)["held_out"]
+        value = None if metric == "loss/eval" and is_at_beta_used(held_out) else held_out[metric]
     except UNREADABLE:
         # Not evaluated, or damaged since.
         return None
@@ -474,4 +493,7 @@ def read_reference(checkpoint: Path, named_weights: dict[str, Tensor]) -> None:
 
 
 def _read_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
+    if not tensors:
+        # Nothing was written then: plain SGD keeps no state.
+        return
     dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=not several())

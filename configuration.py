@@ -6,6 +6,7 @@ The YAML files under config/ are the only list of keys there is: a key is known 
 import math
 import os
 import re
+from dataclasses import replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -28,11 +29,60 @@ SCHEDULES = ("constant", "linear", "cosine", "inverse_sqrt")
 SHARDINGS = ("full", "grad_op", "optimizer", "none", "hybrid")
 ATTENTIONS = ("auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3")
 DTYPES = ("float32", "bfloat16", "float16")
+# Relative distance of neighbouring numbers of a low-precision dtype, at most. A smaller update of a weight may be rounded away.
+SPACINGS = {"bfloat16": 2**-7, "float16": 2**-10}
+# The largest of ordinary weights: matrices of language models have standard deviations of 0.02 to 0.05.
+ORDINARY_WEIGHT = 0.05
 
 
 def force_open_sections(arguments: list[str]) -> list[str]:
     """Command-line arguments in which overrides inside open sections may name new keys without Hydra's leading +."""
     return [f"++{text}" if text.startswith(tuple(f"{name}." for name in OPEN_SECTIONS)) else text for text in arguments]
+
+
+def defer_keys_of_swept_groups(arguments: list[str]) -> list[str]:
+    """Command-line arguments in which a key of a group that is swept over is set in each job, and not before.
+
+    Hydra composes once without what is swept over: with loss=dpo,ipo that is under the default loss, which may not have a key
+    that all of the jobs have. A sweep over the key's one value is the same for the jobs, each of which is checked.
+    """
+    swept = {override.key_or_group for text in arguments if (override := _parsed(text)) and override.is_sweep_override()}
+    swept |= {key for text in arguments for key in _swept_by_experiment(text)}
+    groups = tuple(f"{group}." for group in swept & set(GROUPS))
+    return [_as_sweep(text) if text.startswith(groups) else text for text in arguments] if groups else arguments
+
+
+def _parsed(text: str):
+    """Hydra's override of a command-line argument; None for one that is none."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        return None if text.startswith("-") else OverridesParser.create().parse_overrides([text])[0]
+    except HydraException:
+        return None
+
+
+def _swept_by_experiment(text: str) -> set[str]:
+    """The keys over which the file of an argument such as +experiment=NAME sweeps."""
+    name = text.removeprefix("+experiment=")
+    file = CONFIG_DIR / "experiment" / f"{name}.yaml"
+    if name == text or not file.is_file():
+        return set()
+    return set(OmegaConf.select(OmegaConf.load(file), "hydra.sweeper.params") or ())
+
+
+def _as_sweep(text: str) -> str:
+    """An override with one value as a sweep over just this; others as they are."""
+    override, (key, _, value) = _parsed(text), text.partition("=")
+    # Hydra's choice() does not know null.
+    if override is None or override.is_sweep_override() or override.value() is None:
+        return text
+    deferred = _parsed(f"{key}=choice({value})")
+    if deferred is None or not deferred.is_sweep_override() or deferred.value().list != [override.value()]:
+        # It may mean something else in there.
+        value = "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    return f"{key}=choice({value})"
 
 
 # ---- errors of composition ----------------------------------------------------------------------------------------------
@@ -69,6 +119,10 @@ def explain_composition_error(error: Exception) -> str:
     if match := re.search(r"Could not find '(\w+)/([^']+)'", text):
         group, choice = match.groups()
         return f"{group}={choice}: there is no such {group}; {nearest(choice, choices_of(group))}"
+    if "does not support sweep type" in text and "INTERVAL" in text:
+        return (
+            "interval(...): Hydra's own sweeper goes through values one by one. List them, or search with hydra/sweeper=optuna."
+        )
     if match := re.search(r"Missing mandatory value: ([\w.]+)", text):
         return f"{match[1]}: not given. Expected a value on the command line: {match[1]}=..."
     return "\n".join(part for part in (text, str(error.__cause__ or "")) if part)
@@ -77,9 +131,16 @@ def explain_composition_error(error: Exception) -> str:
 def _unknown_key(key: str) -> str:
     if key in known_keys():
         group, name = key.split(".", 1)
-        owners = [choice for choice in choices_of(group) if name in set(OmegaConf.load(CONFIG_DIR / group / f"{choice}.yaml"))]
+        owners = [choice for choice in choices_of(group) if name in _keys_of_choice(group, choice)]
         return f"{key}: this {group} has no such key. It belongs to {group}={', '.join(owners)}."
     return f"{key}: no such key; {nearest(key, known_keys())}"
+
+
+def _keys_of_choice(group: str, choice: str) -> set[str]:
+    """The keys that group=CHOICE has, those of the files that it builds on among them."""
+    file = OmegaConf.load(CONFIG_DIR / group / f"{choice}.yaml")
+    bases = [base for base in file.get("defaults", ()) if isinstance(base, str) and base != "_self_"]
+    return set(file).union(*(_keys_of_choice(group, base) for base in bases))
 
 
 def choices_of(group: str) -> list[str]:
@@ -143,7 +204,7 @@ COUNTS = (
 OPTIONAL_COUNTS = (
     "n_epochs", "n_examples", "n_eval_examples", "max_tokens_per_microbatch", "save_every", "keep_last",
     "keep_best", "evaluation.n_prompts", "evaluation.task_limit", "n_steps", "early_stopping_patience",
-    "per_device_batch_size", "gpus_per_job",
+    "per_device_batch_size", "gpus_per_job", "evaluation.judge_max_tokens",
 )  # fmt: skip
 COUNTS_FROM_ZERO = ("warmup_steps", "n_eval_model_samples", "seed")
 SWITCHES = (
@@ -231,6 +292,8 @@ def _check_choices(config: DictConfig) -> None:
     _require(attention in ATTENTIONS, "model.attn_implementation", attention, ", ".join(ATTENTIONS))
     strategy = config.save_strategy
     _require(strategy in ("steps", "epoch", "no"), "save_strategy", strategy, "steps, epoch or no")
+    masters = config.master_weights
+    _require(masters == "auto" or isinstance(masters, bool), "master_weights", masters, "auto, true or false")
     _require(config.prefix_sharing in ("auto", "on", "off"), "prefix_sharing", config.prefix_sharing, "auto, on or off")
     cached = (None, "live", "cached")
     _require(config.reference_logps in cached, "reference_logps", config.reference_logps, "live, cached or null")
@@ -289,6 +352,17 @@ def sharded_dtype(config: DictConfig) -> str | None:
     return (config.trainer.param_dtype or config.model.fsdp_policy_mp) if is_sharded(config) else None
 
 
+def two_models_asked_for(config: DictConfig) -> str | None:
+    """What to say where policy and reference are not one model at a run's beginning, because the user wants it so."""
+    policy, reference = config.model.policy_dtype, config.model.reference_dtype
+    if policy == reference:
+        return None
+    return (
+        f"model.reference_dtype: {reference}, and the policy is {policy}: two models, whose margins are not 0 at the "
+        "beginning; that they start alike is not checked"
+    )
+
+
 def caches_reference(config: DictConfig, read_again: bool) -> bool:
     """Whether the reference's log-probs are computed before training: if asked for, or left open and read more than once.
 
@@ -329,6 +403,70 @@ def _check_world_size(trainer: DictConfig) -> None:
     for key, divisor in divisors.items():
         if divisor and size % divisor:
             raise UserError(f"trainer.world_size: found {size}, expected a multiple of trainer.{key}, which is {divisor}.")
+
+
+def trains_low_precision(config: DictConfig) -> bool:
+    """Whether weights in bfloat16 or float16 are trained; adapters are float32 whatever lies under them."""
+    return config.model.policy_dtype in SPACINGS and config.model.lora.r is None
+
+
+def smallest_kept_lr(dtype: str) -> float:
+    """The learning rate from which ordinary weights of a low-precision dtype take every update, of one lr in size."""
+    # Half of the distance is rounded up.
+    return ORDINARY_WEIGHT * SPACINGS[dtype] / 2
+
+
+def keeps_master_weights(config: DictConfig) -> bool:
+    """Whether low-precision weights have float32 master weights in the optimizer, from which they are rounded.
+
+    auto has them where updates would be rounded away. RMSprop, AdamW and the like take steps of about lr; of SGD's nothing is
+    known before.
+    """
+    if config.master_weights != "auto":
+        return config.master_weights and trains_low_precision(config)
+    return trains_low_precision(config) and (
+        config.optimizer == "SGD" or config.lr < smallest_kept_lr(config.model.policy_dtype)
+    )
+
+
+def times_beside_weights(config: DictConfig) -> int:
+    """How many times the memory of the trained weights gradients and optimizer take, at most."""
+    # A gradient and two states of the weights' dtype; or a gradient of it, and float32 copies with two states.
+    return 1 + 3 * 2 if keeps_master_weights(config) else 1 + 2
+
+
+def lines_of_precision(config: DictConfig) -> list[str]:
+    """What is to be said of weights that are trained in low precision: nothing where there are none."""
+    dtype, lines = config.model.policy_dtype, []
+    if config.master_weights is True and not trains_low_precision(config):
+        why = "an adapter's weights are float32" if dtype in SPACINGS else f"model.policy_dtype={dtype}"
+        lines.append(f"master_weights: none are needed: {why}")
+    if trains_low_precision(config):
+        lines.append(f"master_weights: {_chosen_precision(config)}")
+    share = config.loss.get("reference_update_share")
+    if share is not None and share < 0.5 and config.model.reference_dtype in SPACINGS:
+        lines.append(
+            f"loss.reference_update_share: with {share:g} a reference in {config.model.reference_dtype} follows the policy "
+            f"only where they differ by more than {0.5 / share:.2g} times the distance of neighbouring numbers: smaller moves "
+            "are rounded away. Not so with a share of 0.5 or more, or model.policy_dtype=float32 (and "
+            "model.autocast_dtype=bfloat16)"
+        )
+    return lines
+
+
+def _chosen_precision(config: DictConfig) -> str:
+    dtype = config.model.policy_dtype
+    kept = keeps_master_weights(config)
+    copies, none = f"the optimizer keeps float32 copies of the {dtype} weights", f"none, {dtype} weights are updated directly"
+    what = copies if kept else none
+    if config.master_weights != "auto":
+        return what
+    limit = smallest_kept_lr(dtype)
+    if config.optimizer == "SGD":
+        return f"{what}: SGD's updates may be too small for {dtype} (master_weights=false does without, in less memory)"
+    if kept:
+        return f"{what}: updates of lr {config.lr:g} would be rounded away (master_weights=false does without, in less memory)"
+    return f"{what}: updates of lr {config.lr:g} are not rounded away in weights of ordinary size (limit: {limit:.1g})"
 
 
 # The metrics of an evaluation, which a sweep may optimise; the first two are all that SFT has.
@@ -460,7 +598,29 @@ def read_entries(config: DictConfig) -> list[Entry]:
     sound = isinstance(entries, list) and bool(entries)
     _require(sound, "datasets", entries, "at least one data set, as in [hh,shp]")
     defaults = {key: config[key] for key in (*GENERAL_KEYS, "held_out_share") if key in config}
-    return [read_entry(entry, defaults) for entry in entries]
+    read = [read_entry(entry, defaults) for entry in entries]
+    return [replace(entry, notes=(*entry.notes, *_without_effect(config, entry))) for entry in read]
+
+
+def _without_effect(config: DictConfig, entry: Entry) -> list[str]:
+    """Notes on the run's settings that have been changed and say nothing to an entry, and on what its loss does not read."""
+    notes = []
+    if entry.dataset.about_sft and config.loss.name in WITHOUT_PAIRS:
+        notes.append(entry.dataset.about_sft)
+    if _is_changed(config, "max_prompt_length") and (entry.truncation_mode or entry.dataset.truncation_mode) == "drop":
+        notes.append("max_prompt_length has no effect: truncation_mode=drop cuts nothing")
+    if _is_changed(config, "held_out_share") and not entry.holds_out_a_share:
+        notes.append("held_out_share has no effect: the set says itself what is held out")
+    return notes
+
+
+@cache
+def _defaults() -> DictConfig:
+    return OmegaConf.load(CONFIG_DIR / "config.yaml")
+
+
+def _is_changed(config: DictConfig, key: str) -> bool:
+    return key in config and config[key] != _defaults()[key]
 
 
 # Who may judge, and whether a name follows.

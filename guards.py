@@ -2,10 +2,9 @@
 
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ranks import local
 
@@ -13,8 +12,10 @@ from ranks import local
 STEPS = 100
 # How far the mean log-prob of chosen responses may fall below its start before that is said. Unit: nats.
 COLLAPSE = 50.0
-# Weights looked at, and values of each.
-WEIGHTS, VALUES = 8, 1024
+# Values looked at of each weight.
+VALUES = 1024
+# Of the values that a step should change, the share below which it is said that they stay.
+CHANGED = 1 / 3
 
 
 class Watch:
@@ -88,16 +89,30 @@ def _mean(values: deque[float]) -> float:
 
 
 class StillWeights:
-    """Some values of some weights as they are now, to see whether a step changes any of them."""
+    """Some values of all weights as they are now, to see how many of them a step changes.
 
-    def __init__(self, model: nn.Module):
-        trained = [weight for weight in model.parameters() if weight.requires_grad]
-        self.weights = trained[:: max(1, len(trained) // WEIGHTS)]
-        self.values = self._look()
+    updated: what the optimizer is about to change, with its gradients. Looked at are values that float32 arithmetic would
+    change: those that are not 0 and have a gradient, which the embeddings of unused tokens have not. Of matrices alone where
+    there are any: the scales of norms are far from the size of ordinary weights.
+    """
 
-    def _look(self) -> list[Tensor]:
-        return [local(weight.detach()).reshape(-1)[:VALUES].clone() for weight in self.weights]
+    def __init__(self, updated: Sequence[tuple[Tensor, Tensor]]):
+        matrices = [pair for pair in updated if pair[0].ndim > 1]
+        self.seen = [self._begin(local(weight.detach()), local(gradient)) for weight, gradient in matrices or updated]
 
-    def are_the_same(self) -> bool:
-        """Whether none of the values has changed."""
-        return all(torch.equal(one, other) for one, other in zip(self.values, self._look(), strict=True))
+    @staticmethod
+    def _begin(weight: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        values = _sample(weight).clone()
+        return weight, values, (values != 0) & (_sample(gradient).to(values.device) != 0)
+
+    def share_changed(self) -> float | None:
+        """The share of the values that have changed, of those that should have; None where there are none."""
+        expected = sum(int(moves.sum()) for *_, moves in self.seen)
+        changed = sum(int(((_sample(weight) != values) & moves).sum()) for weight, values, moves in self.seen)
+        return changed / expected if expected else None
+
+
+def _sample(tensor: Tensor) -> Tensor:
+    flat = tensor.reshape(-1)
+    # An odd distance comes by all columns of a matrix, whose sizes are even.
+    return flat[:: len(flat) // VALUES | 1]

@@ -25,7 +25,7 @@ from losses import DPOLoss, Loss, PairSelection
 from models import attend_over_trees, build_untrained, enable_activation_checkpointing
 from ranks import ALONE, Ranks, let_go_of_gathered
 from response_trees import forget_masks
-from sharding import Layout, empty_model, local
+from sharding import Layout, Sharing, empty_model, local
 from trainers import TRAINERS, BasicTrainer
 
 # What passes by these operations of FSDP, and is not known as something else, is of the kind.
@@ -176,10 +176,11 @@ def fake_trainer(
     counter.kind = "activations"
     parts = policy, reference, _without_numbers(loss), tokenizer, None, [], [], None, None, ranks
     trainer = TRAINERS[config.trainer.name](config, *parts)
-    if hasattr(trainer.optimizer, "fill_qmap"):
+    inner = trainer.optimizer.inner if trainer.has_masters else trainer.optimizer
+    if hasattr(inner, "fill_qmap"):
         # What eight bits stand for is computed by numbers.
         with unset_fake_temporarily():
-            trainer.optimizer.fill_qmap()
+            inner.fill_qmap()
     # It would look at whether gradients are finite.
     trainer.scaler = torch.amp.GradScaler("cpu", enabled=False)
     return trainer
@@ -187,18 +188,18 @@ def fake_trainer(
 
 def _model(config, tokenizer, dtype: str, layout: Layout | None) -> nn.Module:
     """The model of a configuration; it attends over response trees without the proof, for which it has no numbers."""
-    shares = config.prefix_sharing != "off"
+    sharing = Sharing(scores_in_head=True) if config.prefix_sharing != "off" else None
     if layout is not None:
         # A mesh looks for its place among the ranks, and that must be a number.
         with unset_fake_temporarily():
-            model = empty_model(config, tokenizer, dtype, shares, layout, torch.device("meta"))
+            model = empty_model(config, tokenizer, dtype, sharing, layout, torch.device("meta"))
         return model.to_empty(device="cpu")
     # Adapters are put into real models.
     with unset_fake_temporarily(), torch.device("meta"):
         model = build_untrained(config.model, tokenizer, config.cache_dir, dtype)
     model.to_empty(device="cpu")
     model.tie_weights()
-    if shares:
+    if sharing is not None:
         attend_over_trees(model)
     if config.activation_checkpointing:
         enable_activation_checkpointing(model)
@@ -231,7 +232,7 @@ def faked(step: Sequence[MicroBatch]) -> list[MicroBatch]:
 def step_without_look(trainer: BasicTrainer, step: Sequence[MicroBatch]) -> None:
     """The trainer's step as if its numbers were sound: fake tensors have none to look at."""
     sums, _, _ = trainer.backward(step)
-    trainer.added_up(sums, trainer.scaled_down_gradient(), sum(part.num_examples for part in step))
+    trainer.added_up(sums, trainer.scaled_down_gradient(), sum(part.num_examples for part in step), 0)
     trainer.update_weights()
 
 
@@ -243,7 +244,14 @@ def most_held(trainer: BasicTrainer, counter: StorageCounter, pieces: Sequence[P
             if weight.grad is not None:
                 counter.recount(local(weight.grad), "gradients")
 
+    def name_copied_gradients(*_) -> None:
+        for master in trainer.optimizer.masters.values():
+            if master.grad is not None:
+                counter.recount(local(master.grad), "gradients")
+
     trainer.optimizer.register_step_pre_hook(name_gradients)
+    if trainer.has_masters:
+        trainer.optimizer.inner.register_step_pre_hook(name_copied_gradients)
     step = faked([MicroBatch([piece], piece.num_examples) for piece in pieces])
     step_without_look(trainer, step)
     for state in trainer.optimizer.state.values():

@@ -31,11 +31,13 @@ from adapters import (
     restore_bits,
     settings_in,
 )
-from batches import PackedBatch, TokenBudget, examples_of, pack
-from logprobs import ScoringHead, padded_logps, tree_logps
+from batches import TokenBudget
+from configuration import times_beside_weights
+from logprobs import ScoringHead
+from model_state import compute_device, free_memory, frozen_copy, several_devices
 from ranks import Ranks, local, local_world_size
 from response_trees import RESPONSE_TREES, register
-from tokenization import TokenizedPrompt
+from sharing_proof import fault_of_sharing
 from toy_preferences import toy_records
 from utils import UNREADABLE, UserError, first_line, load_tensors
 
@@ -121,8 +123,11 @@ def _hash_of(tensors: dict[str, Tensor]) -> str:
 
 
 def reference_copy(policy: nn.Module, model_config) -> nn.Module:
-    """A frozen copy of the policy as it is now, in `reference_dtype`."""
-    return copy.deepcopy(policy).to(getattr(torch, model_config.reference_dtype)).eval().requires_grad_(False)
+    """A frozen copy of the policy as it is now, on the same devices; its parameters are in `reference_dtype`."""
+    reference = frozen_copy(policy, getattr(torch, model_config.reference_dtype))
+    if getattr(policy, "has_liger_kernels", False):
+        use_liger_kernels(reference)
+    return dispatched(reference, policy.hf_device_map) if several_devices(policy) else reference
 
 
 def load_model(model_config, tokenizer, cache_dir: str | None = None, base_dir: Path | None = None) -> nn.Module:
@@ -337,7 +342,9 @@ def model_configuration(model_config, tokenizer, cache_dir: str | None = None):
         "pad_token_id": tokenizer.pad_token_id,
     }
     try:
-        return AutoConfig.for_model(**{"vocab_size": len(tokenizer), **tokens, **values})
+        # Ids may have gaps: the largest counts.
+        size = max(len(tokenizer), *(number + 1 for number in tokenizer.get_vocab().values()))
+        return AutoConfig.for_model(**{"vocab_size": size, **tokens, **values})
     except ValueError as error:
         raise UserError(f"model.from_config.model_type: {values.get('model_type')!r} is not known to transformers.") from error
 
@@ -351,13 +358,23 @@ def refuse_kernels(config) -> None:
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout of `model` to 0: modules, and probabilities that attention reads as a number."""
+    """Set every dropout of `model` to 0: modules, and probabilities that attention reads as a number.
+
+    Experts and routers that add noise in training (Mixtral's, Phi's) compute as they do in evaluation.
+    """
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         for name, value in vars(module).items():
             if "drop" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
+        # Not set to 0: Phi's routers draw experts in training whatever it is, and read it as a threshold in evaluation.
+        if any("jitter" in name and isinstance(value, float) for name, value in vars(module).items()):
+            module.register_forward_pre_hook(_as_in_evaluation)
+
+
+def _as_in_evaluation(module: nn.Module, _inputs) -> None:
+    module.training = False
 
 
 def choose_attention(model: nn.Module, name: str) -> None:
@@ -392,6 +409,7 @@ def use_liger_kernels(model: nn.Module) -> None:
         raise UserError("model.liger_kernels: install the package: pip install -r requirements-gpu.txt") from error
     # The losses of its own would take the head's place, which scores responses here.
     _apply_liger_kernel_to_instance(model, cross_entropy=False, fused_linear_cross_entropy=False)
+    model.has_liger_kernels = True
 
 
 def compile_between_attentions(model: nn.Module) -> None:
@@ -411,21 +429,39 @@ def enable_activation_checkpointing(model: nn.Module) -> None:
 
 
 def place(model: nn.Module, device: torch.device) -> nn.Module:
-    """Put `model` on the device; where there are several GPUs, its layers over them in order."""
+    """Put `model` on the device; where there are several GPUs, its layers over them in order.
+
+    Raises UserError where their memory does not hold it.
+    """
+    model.compute_device = device
     if device.type != "cuda" or torch.cuda.device_count() == 1:
         return model.to(device)
-    from accelerate import dispatch_model, infer_auto_device_map
+    from accelerate import infer_auto_device_map
     from accelerate.utils import get_balanced_memory
 
     blocks = list(model._no_split_modules or [])
     memory = get_balanced_memory(model, no_split_module_classes=blocks)
-    return dispatch_model(model, infer_auto_device_map(model, max_memory=memory, no_split_module_classes=blocks))
+    device_map = infer_auto_device_map(model, max_memory=memory, no_split_module_classes=blocks)
+    if elsewhere := {"cpu", "disk"} & set(device_map.values()):
+        raise UserError(
+            f"trainer: {type(model).__name__} does not fit into the memory of {torch.cuda.device_count()} GPUs: layers would "
+            f"be left on {' and '.join(sorted(elsewhere))}, where they cannot be trained. Use trainer=FSDPTrainer with "
+            "trainer.cpu_offload=true, an adapter, or a smaller model."
+        )
+    return dispatched(model, device_map)
+
+
+def dispatched(model: nn.Module, device_map: dict) -> nn.Module:
+    """A model with its modules on the devices of a map, which hands their inputs on from one to the next."""
+    from accelerate import dispatch_model
+
+    main_device = next(iter(device_map.values()))
+    # By their numbers are GPUs meant.
+    model.compute_device = torch.device("cuda", main_device) if isinstance(main_device, int) else torch.device(main_device)
+    return dispatch_model(model, device_map, main_device=main_device)
 
 
 # ---- prefix sharing -----------------------------------------------------------------------------------------------------
-
-# By how much a log-prob may differ between the two ways to compute it, per token; unit: nats.
-ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 3e-3}
 
 
 def share_prefixes(model: nn.Module, mode: str) -> bool:
@@ -436,18 +472,18 @@ def share_prefixes(model: nn.Module, mode: str) -> bool:
     if mode == "off":
         return False
     register()
-    usual = model.config._attn_implementation
     head = model.get_output_embeddings()
     if type(head) is nn.Linear:
         head.__class__ = ScoringHead
         if _fault_of_tree_forward(model) is None:
+            model.set_attn_implementation(RESPONSE_TREES)
             return True
         # A model may change its logits behind the head, by a soft-cap say.
         head.__class__ = nn.Linear
     fault = _fault_of_tree_forward(model)
     if fault is None:
+        model.set_attn_implementation(RESPONSE_TREES)
         return True
-    model.set_attn_implementation(usual)
     if mode == "on":
         raise UserError(f"prefix_sharing: found on, but {type(model).__name__} cannot: {fault}. Set it to auto or off.")
     print(f"prefix sharing: off, padded rows instead: {type(model).__name__} cannot: {fault}", flush=True)
@@ -455,42 +491,13 @@ def share_prefixes(model: nn.Module, mode: str) -> bool:
 
 
 def _fault_of_tree_forward(model: nn.Module) -> str | None:
-    """Compare a small batch of trees with padded rows: log-probs, and their gradients in two weights. None where they agree.
-
-    Leaves the model with the attention that it has tried.
-    """
-    trained = [weight for weight in model.parameters() if weight.requires_grad]
-    # The first and the last: of a fresh LoRA adapter, one of them has no gradient yet.
-    weights = [*trained[:1], *trained[1:][-1:]]
-    batch = random_trees(model.config.get_text_config().vocab_size).to(model.device)
-    training = model.training
-    model.eval()
-    expected = logps_and_gradients(padded_logps, model, batch, weights)
-    try:
-        model.set_attn_implementation(RESPONSE_TREES)
-        found = logps_and_gradients(tree_logps, model, batch, weights)
-    except Exception as error:  # whatever an architecture makes of what it does not know
-        return f"its forward raised {type(error).__name__}: {(str(error).splitlines() or [''])[0][:80]}"
-    finally:
-        model.train(training)
-    if not batch.layout.seen:
-        return "it does not hand the layout of the responses on to its attention"
-    return disagreement(found, expected, batch.response_lengths, ROUNDING[model.dtype])
+    """Why a model cannot share prefixes with the head that it has now; None where it can."""
+    return fault_of_sharing(model)
 
 
-def disagreement(found, expected, lengths: Tensor, rounding: float) -> str | None:
-    """What is wrong with log-probs [R] of responses of so many tokens [R], and gradients: two pairs of `logps_and_gradients`.
-
-    None where they agree, to `rounding` a token.
-    """
-    (logps, gradients), (expected_logps, expected_gradients) = found, expected
-    error = ((logps - expected_logps).abs() / lengths).max().item()
-    if not error <= rounding:
-        return f"its log-probs would be wrong by {error:.1g} a token"
-    for one, other in zip(gradients, expected_gradients, strict=True):
-        if not (one - other).norm() <= 10 * rounding * other.norm():
-            return f"its gradient would be wrong by {((one - other).norm() / other.norm()).item():.1g} of its size"
-    return None
+def scores_in_head(model: nn.Module) -> bool:
+    """Whether a model's head gives log-probs of chosen tokens, so that logits are there in pieces only."""
+    return isinstance(model.get_output_embeddings(), ScoringHead)
 
 
 def attend_over_trees(model: nn.Module, scoring_head: bool = True) -> None:
@@ -502,39 +509,28 @@ def attend_over_trees(model: nn.Module, scoring_head: bool = True) -> None:
     model.set_attn_implementation(RESPONSE_TREES)
 
 
-def logps_and_gradients(compute, model: nn.Module, batch: PackedBatch, weights: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """The log-probs [R] of a batch under `compute(model, batch)`, and the gradients of their sum in some weights."""
-    with torch.set_grad_enabled(bool(weights)):
-        logps = compute(model, batch)
-        gradients = torch.autograd.grad(logps.sum(), weights) if weights else ()
-    return logps.detach(), [gradient.float() for gradient in gradients]
-
-
-def random_trees(vocabulary: int) -> PackedBatch:
-    """Trees whose later responses lie far from their prompt, so that whoever counts packed positions errs by much."""
-    draw = torch.Generator().manual_seed(0)
-    tokens = lambda count: torch.randint(0, vocabulary, (count,), generator=draw).tolist()  # noqa: E731
-    shapes = [(12, (5, 24, 1, 30)), (1, (3, 2)), (20, (7,))]
-    prompts = [TokenizedPrompt(tokens(p), [tokens(r) for r in rs], [(0, k) for k in range(1, len(rs))]) for p, rs in shapes]
-    return pack(list(examples_of(prompts)))
-
-
 # ---- memory -------------------------------------------------------------------------------------------------------------
 
 
 def token_budget(
-    model: nn.Module, limit: int | None = None, device: torch.device | None = None, free: int | None = None
+    model: nn.Module,
+    limit: int | None = None,
+    device: torch.device | None = None,
+    free: int | None = None,
+    beside_weights: int = 3,
 ) -> TokenBudget:
     """How many packed tokens to compute at once: up to `limit`, or as many as the free memory holds.
 
-    device is the model's own, or where it will be; `free` its free bytes, None for what is free here and now. A GPU gets faster
+    device is the model's own, or where it will be; `free` its free bytes, None for what is free here and now; beside_weights:
+    how many times the memory of the trained weights gradients and optimizer take. A GPU gets faster
     with every token. A CPU does not beyond a thousand or so: pieces of at most 1,536 were as fast as pieces of any size (58M
     Llama, two cores, 1,442 tokens a step), with 0.82 of the peak memory.
     """
     if limit is not None:
         return TokenBudget(limit, limit)
-    device = device or model.device
-    limit = _tokens_that_fit(model, device, free)
+    moves = device is not None and device != compute_device(model)
+    device = device or compute_device(model)
+    limit = _two_bits(_tokens_that_fit(model, device, free, moves, beside_weights))
     return TokenBudget(limit, limit if device.type != "cpu" else min(limit, 1536))
 
 
@@ -551,38 +547,40 @@ def untrained_budget(config, tokenizer, device: torch.device) -> TokenBudget:
     """The budget that a configuration's model will have on a device, found without its weights."""
     with torch.device("meta"):
         model = build_untrained(config.model, tokenizer, config.cache_dir)
-    return token_budget(model, config.max_tokens_per_microbatch, device)
+    return token_budget(model, config.max_tokens_per_microbatch, device, beside_weights=times_beside_weights(config))
 
 
-def _tokens_that_fit(model: nn.Module, device: torch.device, free: int | None) -> int:
-    """How many packed tokens one forward and backward may hold; at least 512.
+def _two_bits(number: int) -> int:
+    """A number rounded down to its first two binary digits, so that it is the same where free memory is nearly the same.
 
-    An estimate on the safe side: half of what is left beside gradients and two optimizer states, over the activations of a
-    gated transformer block and three copies of the logits for each token.
+    How a run's examples are packed depends on it, and the last bits of their log-probs depend on that.
+    """
+    lost = max(0, number.bit_length() - 2)
+    return number >> lost << lost
+
+
+def _tokens_that_fit(model: nn.Module, device: torch.device, free: int | None, moves: bool, beside_weights: int) -> int:
+    """How many packed tokens one forward and backward may hold on a device; at least 512. moves: weights will come to it.
+
+    An estimate on the safe side: half of what is left beside gradients and optimizer, over the activations of a gated
+    transformer block and three copies of the logits for each token.
     """
     config = model.config.get_text_config()
     hidden, layers = config.hidden_size, config.num_hidden_layers
     inner = getattr(config, "intermediate_size", None) or 4 * hidden
+    # Some have a width for each layer.
+    inner = max(inner) if isinstance(inner, list | tuple) else inner
     per_token = layers * (16 * hidden + 4 * inner) * model.dtype.itemsize + 3 * 4 * config.vocab_size
     # The room is that of one device, so what other devices hold does not count.
-    trained = [weight for weight in model.parameters() if weight.requires_grad and weight.device == model.device]
+    trained = [weight for weight in model.parameters() if weight.requires_grad and (moves or weight.device == device)]
     # Of a weight that is split over processes, this one has a part.
     parts = [local(weight) for weight in trained]
     weights = sum(part.numel() * part.element_size() for part in parts)
     # Weights that are not there yet will take of what is free now.
-    to_come = weights if model.device != device else 0
+    to_come = weights if moves else 0
     if free is None:
         free = free_memory(device) // (1 if device.type == "cuda" else local_world_size())
-    return max(512, int((free - to_come - 3 * weights) / 2 / per_token))
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that are free now on a GPU, or in the machine."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    import psutil
-
-    return psutil.virtual_memory().available
+    return max(512, int((free - to_come - beside_weights * weights) / 2 / per_token))
 
 
 # ---- archives -----------------------------------------------------------------------------------------------------------

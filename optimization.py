@@ -1,16 +1,20 @@
-"""How weights change: the optimizer, which weights decay, and the learning rate over the steps of a run."""
+"""How weights change: the optimizer, which weights decay, float32 master weights, and the learning rate over a run's steps."""
 
 import inspect
 import math
 from collections.abc import Callable
+from itertools import chain
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from adapters import import_bitsandbytes
-from configuration import BITSANDBYTES_OPTIMIZERS
+from configuration import BITSANDBYTES_OPTIMIZERS, keeps_master_weights
 from utils import UserError, first_line
+
+# A master weight's name in the optimizer's state.
+MASTER = "master"
 
 
 def check_optimizer(config) -> None:
@@ -24,8 +28,19 @@ def check_optimizer(config) -> None:
         ) from error
 
 
-def build_optimizer(policy: nn.Module, config) -> torch.optim.Optimizer:
-    """The optimizer of the configuration over the weights that are trained, with its fused kernel where it has one."""
+def build_optimizer(policy: nn.Module, config, masters: bool | None = None) -> torch.optim.Optimizer:
+    """The optimizer of the configuration over the weights that are trained, with its fused kernel where it has one.
+
+    masters: whether low-precision weights have float32 master weights; None decides as the configuration says.
+    """
+    optimizer = _plain_optimizer(policy, config)
+    if masters is None:
+        masters = keeps_master_weights(config)
+    low_precision = any(weight.requires_grad and is_low_precision(weight) for weight in policy.parameters())
+    return MasterWeights(optimizer) if masters and low_precision else optimizer
+
+
+def _plain_optimizer(policy: nn.Module, config) -> torch.optim.Optimizer:
     arguments = {"lr": config.lr, **config.optimizer_kwargs}
     groups = _decaying(policy, config.weight_decay)
     if config.optimizer in BITSANDBYTES_OPTIMIZERS:
@@ -57,6 +72,97 @@ def _decaying(policy: nn.Module, weight_decay: float | None) -> list:
         {"params": [weight for weight in trained if weight.ndim <= 1], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
+
+
+# ---- float32 master weights -------------------------------------------------------------------------------------------------
+
+
+def is_low_precision(weight: Tensor) -> bool:
+    """Whether a weight is in bfloat16 or float16, which round small updates away."""
+    return weight.dtype in (torch.bfloat16, torch.float16)
+
+
+class MasterWeights(torch.optim.Optimizer):
+    """An optimizer whose low-precision weights have float32 copies: `inner` updates these, and the weights are rounded to them.
+
+    To schedulers, gradient scalers and checkpoints it is an optimizer of the weights themselves; a weight's state has its copy
+    beside what `inner` keeps, all of it in float32. The copies are made at the first step, so that a model that is only
+    evaluated has none. Copies of sharded weights are sharded alike.
+    """
+
+    def __init__(self, inner: torch.optim.Optimizer):
+        super().__init__([dict(group) for group in inner.param_groups], dict(inner.defaults))
+        self.inner = inner
+        self.masters: dict[Tensor, Tensor] = {}
+
+    def make_masters(self) -> None:
+        """Copy the weights as they are now, once."""
+        if self.masters:
+            return
+        for mine, inner in zip(self.param_groups, self.inner.param_groups, strict=True):
+            for weight in mine["params"]:
+                self.masters[weight] = nn.Parameter(weight.detach().float()) if is_low_precision(weight) else weight
+            inner["params"] = [self.masters[weight] for weight in mine["params"]]
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """Update the master weights by the gradients of the weights, which are gone then, and round the weights to them."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.make_masters()
+        copied = [(weight, master) for weight, master in self.masters.items() if master is not weight]
+        for weight, master in copied:
+            # One by one, so that not all gradients are there twice.
+            master.grad = None if weight.grad is None else weight.grad.float()
+            weight.grad = None
+        self._hand_options_on()
+        self.inner.step()
+        for weight, master in copied:
+            if master.grad is not None:
+                weight.copy_(master)
+                master.grad = None
+        self._collect_state()
+        return loss
+
+    def _hand_options_on(self) -> None:
+        """Give `inner` the learning rate and what else schedulers change."""
+        for mine, inner in zip(self.param_groups, self.inner.param_groups, strict=True):
+            inner |= {name: value for name, value in mine.items() if name != "params"}
+
+    def _collect_state(self) -> None:
+        for weight, master in self.masters.items():
+            kept = self.inner.state.get(master, {})
+            self.state[weight] = dict(kept) if master is weight else {**kept, MASTER: master.detach()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Take over what `state_dict` gave. Weights without a master weight in it keep the one that they have."""
+        self.make_masters()
+        saved = list(chain.from_iterable(group["params"] for group in state_dict["param_groups"]))
+        weights = chain.from_iterable(group["params"] for group in self.param_groups)
+        for name, weight in zip(saved, weights, strict=True):
+            values = state_dict["state"].get(name, {})
+            if MASTER in values and self.masters[weight] is not weight:
+                self.masters[weight].copy_(values[MASTER])
+        state = {
+            name: {key: value for key, value in values.items() if key != MASTER} for name, values in state_dict["state"].items()
+        }
+        self.inner.load_state_dict({"state": state, "param_groups": state_dict["param_groups"]})
+        for mine, inner in zip(self.param_groups, self.inner.param_groups, strict=True):
+            mine |= {name: value for name, value in inner.items() if name != "params"}
+        self._collect_state()
+
+
+def updated(optimizer: torch.optim.Optimizer) -> list[tuple[Tensor, Tensor]]:
+    """What an optimizer is about to change, and its gradients: master weights where it has them, else the weights."""
+    masters = {}
+    if isinstance(optimizer, MasterWeights):
+        optimizer.make_masters()
+        masters = optimizer.masters
+    weights = chain.from_iterable(group["params"] for group in optimizer.param_groups)
+    return [(masters.get(weight, weight), weight.grad) for weight in weights if weight.grad is not None]
 
 
 # ---- the learning rate ----------------------------------------------------------------------------------------------------

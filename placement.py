@@ -92,7 +92,7 @@ class Sharded:
         from launching import start_group
 
         self.config, self.tokenizer = config, tokenizer
-        self.device = start_group(config.trainer.distributed_timeout_minutes)
+        self.device = start_group(config.trainer.distributed_timeout_minutes, config.trainer.cpu_offload)
         self.ranks, self.layout = self.lay_out(config, self.device.type, local_world_size())
 
     @classmethod

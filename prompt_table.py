@@ -10,7 +10,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, islice, pairwise
+from itertools import accumulate, chain, islice, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -99,6 +99,13 @@ class Columns(NamedTuple):
         ids = memoryview(numpy.ascontiguousarray(self.prompt_ids, numpy.int32)).cast("B")
         cuts = (self.prompt_offsets.astype(numpy.int64) * numpy.dtype(numpy.int32).itemsize).tolist()
         return numpy.array([xxhash.xxh3_64_intdigest(ids[start:end]) for start, end in pairwise(cuts)], numpy.uint64)
+
+    @property
+    def longest_row(self) -> int:
+        """How many tokens the longest prompt with one of its responses has."""
+        prompts, responses = numpy.diff(self.prompt_offsets), numpy.diff(self.response_offsets)
+        rows = numpy.repeat(prompts, numpy.diff(self.first_response)) + responses
+        return int(rows.max(initial=0))
 
     def prompt(self, k: int, source: str, first_row: int) -> TokenizedPrompt:
         """The k-th prompt; `first_row` is that of the batch's first response."""
@@ -268,6 +275,25 @@ class PromptTable(Sequence[TokenizedPrompt]):
     def num_tokens(self) -> numpy.ndarray:
         """How many tokens each prompt has with all its responses: [N] int32."""
         return self._gathered(lambda c: numpy.diff(c.prompt_offsets) + numpy.diff(c.response_offsets[c.first_response]))
+
+    @property
+    def longest_row(self) -> int:
+        """How many tokens the longest prompt with one of its responses has; 0 where there is none."""
+        longest = [columns.longest_row for _, columns in self._batches]
+        self._release()
+        return max(longest, default=0)
+
+    @property
+    def largest_id(self) -> int:
+        """The largest token id of all; -1 where there is none."""
+        ids = (ids for _, columns in self._batches for ids in (columns.prompt_ids, columns.response_ids))
+        largest = max((int(some.max()) for some in ids if len(some)), default=-1)
+        self._release()
+        return largest
+
+    def source_of(self, token: int) -> str:
+        """The name of the first prompt that has a token id, in itself or in a response."""
+        return next(prompt.source for prompt in self if token in {*prompt.prompt_ids, *chain.from_iterable(prompt.responses)})
 
     def _gathered(self, column) -> numpy.ndarray:
         values = [column(columns) for _, columns in self._batches]

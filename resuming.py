@@ -8,13 +8,29 @@ import json
 import re
 import shutil
 from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 
 from torch import Tensor
 
+from adapters import BASE_DIR
 from checkpoints import checkpoints_of, fault_of, newest_usable, read_state
+from dashboards import TENSORBOARD
+from ledger import FOLDER as LEDGER
 from ledger import cut_back_ledger
-from run_files import BAD_STEPS, METRICS, PRUNED, SAMPLES
+from run_files import (
+    ABOUT,
+    ASIDE,
+    BAD_STEPS,
+    CONFIG,
+    EVENTS,
+    FLAGGED,
+    METRICS,
+    PRUNED,
+    REPORT,
+    RESULTS_FILE,
+    SAMPLES,
+)  # fmt: skip
 from utils import UNREADABLE, UserError, dotted, first_line, misfit, replace_symlink
 
 # Keys that may differ from those of the run's beginning: how long it runs, what it says and writes, where it computes.
@@ -27,7 +43,7 @@ MAY_DIFFER = (
     "trainer.name", "trainer.nproc_per_node", "trainer.sharding", "trainer.tensor_parallel_size", "trainer.cpu_offload",
     "trainer.distributed_timeout_minutes", "trainer.reduce_dtype", "activation_checkpointing",
     "max_tokens_per_microbatch", "prefix_sharing", "reference_logps", "eval_only", "evaluation", "ledger",
-    "sweep_dir", "pruner", "pruner_kwargs", "gpus_per_job",
+    "sweep_dir", "pruner", "pruner_kwargs", "gpus_per_job", "master_weights",
 )  # fmt: skip
 
 
@@ -136,7 +152,8 @@ STATE = {
     ),
     "train_batches": {
         "position": {"epoch": _count, "examples_in_epoch": _count, "examples": _count},
-        "budget": [_count, _count],
+        # What the run began with stands behind; not in checkpoints of older versions.
+        "budget": ([_count, _count], [_count, _count, _count, _count]),
         "ranks": _count,
     },
     "watch": {"newest": {...: [_number]}, "chosen_at_start": (_number, None), "said": [str]},
@@ -146,6 +163,8 @@ STATE = {
     "optimizer_groups": [{"params": [str], "lr": _number, ...: SETTING}],
     "run": {"config": dict, "data": [str], "began_with": (str, None), "wandb_id": _run_id},
 }
+# Parts that older versions did not write.
+NEWER_STATE = {"tokens": _count, "master_weights": bool}
 
 
 def fault_of_run(checkpoint: Path) -> str | None:
@@ -155,7 +174,8 @@ def fault_of_run(checkpoint: Path) -> str | None:
         return fault
     try:
         state = read_state(checkpoint)
-        part = misfit(state, STATE, "state") or (None if state["random"] else "state.random")
+        newer = {name: shape for name, shape in NEWER_STATE.items() if isinstance(state, dict) and name in state}
+        part = misfit(state, STATE | newer, "state") or (None if state["random"] else "state.random")
     except UNREADABLE as error:
         part = first_line(error)
     return part and f"state.json is damaged ({part})"
@@ -183,6 +203,55 @@ def check_same_run(checkpoint: Path, about: dict) -> None:
     for key, what in (("data", "datasets: the prepared data are"), ("began_with", "model: the weights that it began with are")):
         if then[key] != about[key]:
             raise UserError(f"resume: {what} not those of the run that {checkpoint} belongs to. {advice}")
+
+
+# ---- what lies in a run's directory ---------------------------------------------------------------------------------------
+
+OF_A_RUN = (
+    METRICS, SAMPLES, BAD_STEPS, EVENTS, RESULTS_FILE, ABOUT, FLAGGED, PRUNED, CONFIG, REPORT, "answers.jsonl",
+    "judgements.jsonl", "LATEST", LEDGER, TENSORBOARD, "wandb", BASE_DIR, "step-*",
+)  # fmt: skip
+
+
+def parts_of_a_run(run_dir: Path) -> list[Path]:
+    """What a run has left in its directory; nothing of what is somebody else's."""
+    parts = sorted(path for pattern in OF_A_RUN for path in run_dir.glob(pattern))
+    # A folder of that name alone is not a run's.
+    return [] if [path.name for path in parts] == [BASE_DIR] else parts
+
+
+def forget_base(run_dir: Path) -> None:
+    """Remove the model under an adapter that a run without a checkpoint has left: it begins anew, from its configuration."""
+    if (run_dir / BASE_DIR / "config.json").is_file():
+        shutil.rmtree(run_dir / BASE_DIR)
+
+
+def check_beginning(run_dir: Path, archive: str | None, eval_only: bool) -> None:
+    """Raise UserError where a run that begins anew cannot set aside what an earlier one has left in its directory."""
+    if not parts_of_a_run(run_dir):
+        return
+    elsewhere = "Name another local_run_dir"
+    if eval_only and checkpoints_of(run_dir):
+        raise UserError(
+            f"local_run_dir: {run_dir} holds a run with checkpoints, and eval_only=true would evaluate the model as "
+            f"configured, not it. {elsewhere}, or evaluate the run with resume={run_dir}."
+        )
+    if archive and Path(archive).resolve().is_relative_to(run_dir.resolve()):
+        raise UserError(
+            f"local_run_dir: {run_dir} holds the run of model.archive, which a new run there would set aside. {elsewhere}."
+        )
+
+
+def set_aside(run_dir: Path) -> Path | None:
+    """Move what an earlier run has left in a directory into a folder there, whole; returns it, None where there is nothing."""
+    parts = parts_of_a_run(run_dir)
+    if not parts:
+        return None
+    place = run_dir / f"{ASIDE}{datetime.now():%Y-%m-%d_%H-%M-%S-%f}"
+    place.mkdir()
+    for part in parts:
+        part.rename(place / part.name)
+    return place
 
 
 def cut_back(run_dir: Path, checkpoint: Path | None) -> None:

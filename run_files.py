@@ -19,8 +19,11 @@ METRICS, SAMPLES, BAD_STEPS, EVENTS = "metrics.jsonl", "samples.jsonl", "bad_bat
 RESULTS_FILE, ABOUT, FLAGGED = "results.json", "about.json", "flagged_pairs.jsonl"
 # Of a sweep's jobs: what became of the job; that it ended before its time, since others did better.
 JOB, PRUNED = "job.json", "pruned.json"
+CONFIG, REPORT = "config.yaml", "report.html"
+# A folder in a run directory that has all of a run that was there before begins so.
+ASIDE = "set_aside_"
 # What a clock or the machine says of a step: it differs between runs that are the same.
-MEASURED = ("examples_per_second", "memory_gib")
+MEASURED = ("examples_per_second", "tokens_per_second", "memory_gib", "time")
 # Libraries that numbers may depend on.
 LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "numpy", "peft")
 
@@ -69,6 +72,14 @@ def progress(rows: list[dict], about: dict) -> str:
     done, total = rows[-1]["counters/examples"], about.get("examples")
     of = f" of {total:,}" if isinstance(total, int) else ""
     return f"{done:,.0f}{of} examples, {rows[-1].get('counters/updates', 0):,.0f} updates"
+
+
+# Losses whose evaluations depend on what their run has seen, as losses.py says of them.
+OF_THEIR_RUN = ("tr_dpo", "bco")
+# Of beta-DPO's evaluations; those without the second, of an earlier version, have their loss at the beta in force.
+BETA_USED, LOSS_AT_BETA_USED = "beta_DPO/beta_used", "beta_DPO/loss_eval_at_beta_used"
+# How many prompts an evaluation's held-out numbers are of, in metrics.jsonl.
+HELD_OUT_PROMPTS = "counters/held_out_prompts"
 
 
 # What an evaluation of a run leaves: how many examples and prompts it is over, and each metric with its interval.

@@ -18,17 +18,16 @@ from adapters import WEIGHTS_FILE, check_fit, is_adapter, kept_weights, quantise
 from batches import PackedBatch
 from configuration import sharded_dtype
 from logprobs import response_logps
+from model_state import free_memory
 from models import (
-    ROUNDING,
     archive_shapes,
     config_differences,
     files_of_weights,
-    free_memory,
     model_of_archive,
-    random_trees,
     round_weights,
 )
 from ranks import let_go_of_gathered
+from sharing_proof import ROUNDING, random_trees
 from utils import UserError, first_line
 
 # By how much a token's log-prob may differ between two ways to compute in float32, of its own size or of 1 nat if that is more.

@@ -28,22 +28,31 @@ from checkpoints import (
 )
 from configuration import sharded_dtype
 from evaluation import HeldOut, evaluate
-from guards import StillWeights, Watch
+from guards import CHANGED, StillWeights, Watch
 from held_out_report import intervals_of
 from layer_splitting import joined_optimizer_state, joined_weights, set_joined_weights, split_optimizer_state
 from ledger import Ledger
 from logprobs import response_logps
-from losses import Loss, LossOutput, Survey, example_metrics
-from optimization import build_optimizer, flat_state, schedule, warmup_steps
+from losses import Loss, LossOutput, Survey, example_metrics, is_at_beta_used
+from model_state import compute_device
+from optimization import MASTER, MasterWeights, build_optimizer, flat_state, schedule, updated, warmup_steps
 from placement import OneProcess, Sharded, SplitLayers, TensorParallel
 from pruning import Pruning
 from ranks import ALONE, Ranks, let_go_of_gathered, several
+from same_start import SameStart
 from sampling import sample_answers
 from saved_models import checkpoint_check
 from sharding import clip_by_global_norm
 from stopping import StoppedError, StopRequests
 from tracking import Metrics, Tracker
-from utils import UserError, memory_held, random_streams, restore_random_streams
+from utils import UserError, memory_held, random_streams, restore_random_streams, too_few
+
+# What is said where a run goes on with another choice of master weights than it had.
+WITHOUT_MASTERS = (
+    "the run had no float32 master weights, and goes on without them; master_weights=true starts them from its weights"
+)
+MASTERS_BEGIN = "the run had no float32 master weights; they start from its weights"
+MASTERS_DROPPED = "the run's float32 master weights are dropped (master_weights=false); it goes on from its rounded weights"
 
 
 class Scored(NamedTuple):
@@ -75,6 +84,7 @@ class BasicTrainer:
     sample_prompts are the token ids of the held-out prompts that are answered at each evaluation. writer writes checkpoints;
     None for none. stop says why the run is to stop before its end. ledger keeps the margins of pairs; None for none. pruning
     says whether other jobs of the sweep do so much better that this one ends; None where there is no sweep, or none is to.
+    same_start ends a run whose policy and reference are not the same at its beginning; None where they need not be.
     held_out is the newest evaluation's result, None before the first; held_out_means its means, those of the run so far where
     it goes on from a checkpoint.
     """
@@ -97,11 +107,12 @@ class BasicTrainer:
         stop: StopRequests | None = None,
         ledger: Ledger | None = None,
         pruning: Pruning | None = None,
+        same_start: SameStart | None = None,
     ):
         self.config = config
         self.ranks = ranks
         self.policy = policy
-        self.device = next(policy.parameters()).device
+        self.device = compute_device(policy)
         self.reference = reference
         self.loss = loss
         self.tokenizer = tokenizer
@@ -113,16 +124,19 @@ class BasicTrainer:
         self.stop = stop or StopRequests()
         self.ledger = ledger
         self.pruning = pruning
+        self.same_start = same_start
         self.pruned = False
-        self.optimizer = build_optimizer(policy, config)
         # Gradients of float16 products would underflow; a step whose scaled gradients overflow is left out.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=computes_in_float16(config))
         total = train_batches.total_steps if train_batches is not None else 0
-        self.first_full_step = warmup_steps(config, total)
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, schedule(config, total))
+        self.schedule = schedule(config, total)
+        # The last one, where the learning rate rises through all of a run.
+        self.first_full_step = min(warmup_steps(config, total), max(0, total - 1))
+        self.prepare_optimizer()
         self.watch = Watch(lambda text: self.tracker.say(text), config.loss_spike)
         self.examples = 0
         self.updates = 0
+        self.tokens = 0
         self.bad_steps = 0
         self.stopping = False
         self.saved_at: int | None = None
@@ -133,24 +147,38 @@ class BasicTrainer:
         self.evaluations_since_best = 0
         self.reference_answers: list[str] | None = None
 
+    def prepare_optimizer(self, masters: bool | None = None) -> None:
+        """Make the optimizer and its schedule anew. masters: with float32 master weights; None is as configured."""
+        self.optimizer = build_optimizer(self.policy, self.config, masters)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self.schedule)
+
+    @property
+    def has_masters(self) -> bool:
+        """Whether the optimizer keeps float32 master weights."""
+        return isinstance(self.optimizer, MasterWeights)
+
     # ---- the loop -------------------------------------------------------------------------------------------------------
 
     def train(self) -> None:
         """Run to the end of the training batches: evaluate and write checkpoints on the way, and both at the end.
 
         Raises StoppedError, a checkpoint written, where the run is asked to stop, and UserError where too many steps in a row
-        could not be taken.
+        could not be taken, or where policy and reference are not the same at the beginning.
         """
         if self.examples == 0:
             self.before_first_step()
+        else:
+            self.same_start = None
         started = time.perf_counter()
         for batch in self.train_batches:
+            lr, tokens = self.optimizer.param_groups[0]["lr"], self.tokens
             metrics = self.train_step(batch)
             size = sum(micro_batch.num_examples for micro_batch in batch)
             now = time.perf_counter()
             if metrics:
+                metrics |= {"lr": lr, "epoch": self.train_batches.epochs_done, "time": time.time()}
                 metrics |= {"examples_per_second": size / (now - started), "memory_gib": memory_held(self.device)}
-                metrics |= self.counters()
+                metrics |= {"tokens_per_second": (self.tokens - tokens) / (now - started)} | self.counters()
                 self.watch.see(metrics)
                 self.tracker.log_step(metrics)
             started = now
@@ -209,21 +237,30 @@ class BasicTrainer:
         remembered = self.loss.state_dict()
         num_examples = sum(micro_batch.num_examples for micro_batch in micro_batches)
         sums, statistics, scored = self.backward_within_memory(micro_batches, remembered)
+        self.check_start()
+        self.same_start = None
         grad_norm = self.scaled_down_gradient()
         # Read at once, before the weights change: one wait for the device.
-        *values, stop, norm = self.added_up(sums, grad_norm, num_examples).tolist()
+        tokens = sum(piece.num_tokens for micro_batch in micro_batches for piece in micro_batch.pieces)
+        *values, tokens, stop, norm = self.added_up(sums, grad_norm, num_examples, tokens).tolist()
         metrics = dict(zip(sums, values, strict=True))
         self.stopping = stop > 0
         self.examples += num_examples
+        self.tokens += int(tokens)
         # Where gradients are scaled, the scaler leaves a step out whose gradient has overflown.
         if math.isfinite(metrics["loss/train"]) and (math.isfinite(norm) or self.scaler.is_enabled()):
-            self.take_step()
+            self.take_step(is_sound=math.isfinite(norm))
             if self.ledger is not None:
                 self.ledger.see(self.examples, [(part.pairs, part.margins) for part in scored if not part.is_filler])
             return metrics | statistics | {"grad_norm": norm}
         self.leave_out(scored)
         self.loss.load_state_dict(remembered)
         return {}
+
+    def check_start(self) -> None:
+        """Raise UserError where policy and reference have not been the same until now, though no step was taken."""
+        if self.same_start is not None:
+            self.same_start.check(self.ranks)
 
     def backward_within_memory(self, micro_batches: Sequence[MicroBatch], remembered: dict):
         """`backward`; where memory does not suffice, once more in pieces half as large, as all batches from then on."""
@@ -236,6 +273,8 @@ class BasicTrainer:
         # Not in the handler: what was raised keeps the tensors of the step.
         self.optimizer.zero_grad(set_to_none=True)
         self.loss.load_state_dict(remembered)
+        # A reference that was computed before saw other pieces, and its last bits may be others.
+        self.same_start = None
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         halves = self.train_batches.halve_pieces(micro_batches)
@@ -263,10 +302,10 @@ class BasicTrainer:
                 scored.append(Scored.of(piece, output))
         return sums, statistics, scored
 
-    def added_up(self, sums: dict[str, Tensor], grad_norm: Tensor, num_examples: int) -> Tensor:
-        """A step's numbers over all ranks: the means of `sums`, whether any rank is to stop (above 0), the gradient's norm."""
-        stop = torch.full((), float(self.stop.reason is not None), device=self.device)
-        totals = self.ranks.total(torch.stack([*(value / num_examples for value in sums.values()), stop]))
+    def added_up(self, sums: dict[str, Tensor], grad_norm: Tensor, num_examples: int, tokens: int) -> Tensor:
+        """A step's numbers over all ranks: means of `sums`, tokens, whether any is to stop (above 0), the gradient's norm."""
+        others = torch.tensor([float(tokens), float(self.stop.reason is not None)], device=self.device)
+        totals = self.ranks.total(torch.cat([torch.stack([value / num_examples for value in sums.values()]), others]))
         return torch.cat([totals, grad_norm.detach().to(totals).reshape(1)])
 
     def scaled_down_gradient(self) -> Tensor:
@@ -282,18 +321,30 @@ class BasicTrainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.updates += 1
 
-    def take_step(self) -> None:
-        """`update_weights`, after a sound step; warns where the first one with the whole learning rate changes nothing."""
-        still = StillWeights(self.policy) if self.updates == self.first_full_step else None
+    def looks_at_weights(self) -> bool:
+        """Whether the coming step is one that is looked at: the first with the whole learning rate, and some later ones."""
+        later = self.updates - self.first_full_step
+        return later == 0 or (later > 0 and later & (later - 1) == 0 and self.schedule(self.updates) == 1)
+
+    def take_step(self, is_sound: bool = True) -> None:
+        """`update_weights`; warns where a sound step with the whole learning rate leaves most weights as they are."""
+        still = StillWeights(updated(self.optimizer)) if is_sound and self.looks_at_weights() else None
         self.update_weights()
         self.move_reference()
         self.bad_steps = 0
-        if still is not None and still.are_the_same():
-            self.watch.warn(
-                "weights that stay",
-                f"a step with lr {self.config.lr:g} has changed no weight that was looked at: it is too small for weights in "
-                f"{self.policy.dtype}. Raise lr, or set model.policy_dtype=float32 (and model.autocast_dtype=bfloat16).",
-            )
+        share = None if still is None else still.share_changed()
+        if share is not None and share < CHANGED:
+            self.watch.warn("weights that stay", self._stay(share))
+
+    def _stay(self, share: float) -> str:
+        dtype = "float32" if self.has_masters else str(self.policy.dtype).removeprefix("torch.")
+        remedy = "Raise lr."
+        if dtype != "float32":
+            remedy = "Set master_weights=true, which keeps float32 copies of them in the optimizer, or raise lr."
+        return (
+            f"a step with lr {self.config.lr:g} has changed {share:.1%} of the weights that were looked at: its updates are "
+            f"too small for weights in {dtype}, and most are rounded away. {remedy}"
+        )
 
     def move_reference(self) -> None:
         """Let the reference follow the policy, where the loss wants it and it is time to."""
@@ -332,6 +383,8 @@ class BasicTrainer:
                 survey = self.survey(micro_batch, pieces, [self.logps(piece) for piece in pieces], references)
         for piece, reference in zip(pieces, references, strict=True):
             policy = self.logps(piece)
+            if self.same_start is not None:
+                self.same_start.see(piece, policy, reference)
             if self.loss.surveys and survey is None:
                 survey = self.survey(micro_batch, pieces, [policy.detach()], references)
             found = None if survey is None else survey.at(piece.places)
@@ -351,7 +404,7 @@ class BasicTrainer:
 
     def counters(self) -> Metrics:
         """How far the run is."""
-        return {"counters/examples": self.examples, "counters/updates": self.updates}
+        return {"counters/examples": self.examples, "counters/updates": self.updates, "counters/tokens": self.tokens}
 
     # ---- evaluation and checkpoints -------------------------------------------------------------------------------------
 
@@ -361,17 +414,29 @@ class BasicTrainer:
             return
         if self.evaluated_at == self.examples:
             return
-        self.held_out = evaluate(self.policy, self.reference, self.loss, self.eval_batches, self.ranks)
+        see = self.same_start and self.same_start.see
+        self.held_out = evaluate(self.policy, self.reference, self.loss, self.eval_batches, self.ranks, see)
+        self.check_start()
+        warnings = self.doubts() if self.held_out_means is None else []
         self.held_out_means = self.held_out.means()
         self.evaluated_at = self.examples
         self.compare_with_best()
         self.tracker.log_evaluation(self.held_out_means | intervals_of(self.held_out) | self.counters())
+        for text in warnings:
+            self.tracker.say(f"warning: {text}")
         if self.sample_prompts:
             self.tracker.log_samples(self.sample(), self.examples)
         if self.ledger is not None:
             self.ledger.write()
         self.prune()
         self.tracker.report()
+
+    def doubts(self) -> list[str]:
+        """What speaks against deciding anything by this run's evaluations."""
+        few = too_few(len(set(self.held_out.sources)), "held-out numbers")
+        depends = self.loss.evaluation_depends_on
+        said = f"loss/eval depends on {depends}: it does not compare between runs, nor exactly between evaluations of this one"
+        return [text for text in (few, said if depends else None) if text]
 
     def compare_with_best(self) -> None:
         """Count the evaluations since `objective` was at its best; say so where the run ends for it."""
@@ -402,7 +467,10 @@ class BasicTrainer:
         return sample_answers(self.policy if model is None else model, self.tokenizer, *wanted, self.ranks)
 
     def sample(self) -> list[dict]:
-        """Answers of the policy, and of the reference where there is one, to the sample prompts."""
+        """Answers of the policy, and of the reference where there is one, to the sample prompts.
+
+        Both are drawn from the same noise, so that a reader sees what has changed. No rate is taken of them.
+        """
         if self.reference_answers is None and self.loss.reference_update is not None:
             self.reference_answers = self.answers(self.reference.model)
         known = self.reference_answers
@@ -443,6 +511,8 @@ class BasicTrainer:
         return {
             "examples": self.examples,
             "updates": self.updates,
+            "tokens": self.tokens,
+            "master_weights": self.has_masters,
             "bad_steps": self.bad_steps,
             "evaluated_at": self.evaluated_at,
             "held_out": self.held_out_means,
@@ -468,16 +538,57 @@ class BasicTrainer:
         for name in plain:
             setattr(self, name, state[name])
         self.held_out_means, self.saved_at = state["held_out"], state["examples"]
+        self.tokens = state.get("tokens", 0)
+        if self.config.objective == "loss/eval" and is_at_beta_used(self.held_out_means):
+            # Losses of now do not compare with those of then.
+            self.best, self.evaluations_since_best = None, 0
+            self.tracker.say(
+                "warning: evaluations before this checkpoint have loss/eval at beta-DPO's beta in force, those from here on at "
+                "loss.beta: the best so far is forgotten, and keep_best begins anew"
+            )
         if self.updates:
-            optimizer = self.optimizer_state() | {"param_groups": state["optimizer_groups"]}
-            read_optimizer(checkpoint, optimizer["state"])
-            for name, values in state["optimizer_numbers"].items():
-                optimizer["state"][name] |= values
-            self.set_optimizer_state(optimizer)
+            self.take_optimizer(checkpoint, state)
         for name in ("scheduler", "scaler", "loss", "train_batches", "watch"):
             getattr(self, name).load_state_dict(state[name])
+        if config_then := state["run"].get("config"):
+            self.take_schedule(config_then)
         streams = state["random"]
         restore_random_streams(streams[self.ranks.rank if len(streams) == self.ranks.size else 0])
+
+    def take_optimizer(self, checkpoint: Path, state: dict) -> None:
+        """Take over the optimizer's state of a checkpoint, and its master weights where it has some and they are wanted."""
+        kept = state.get("master_weights", False)
+        if self.config.master_weights == "auto" and kept != self.has_masters:
+            self.prepare_optimizer(masters=kept)
+            if not kept:
+                self.tracker.say(f"resume: {WITHOUT_MASTERS}")
+        elif kept != self.has_masters:
+            self.tracker.say(f"resume: {MASTERS_DROPPED if kept else MASTERS_BEGIN}")
+        optimizer = self.optimizer_state() | {"param_groups": state["optimizer_groups"]}
+        read = optimizer["state"]
+        if not kept:
+            read = {name: {key: value for key, value in values.items() if key != MASTER} for name, values in read.items()}
+        read_optimizer(checkpoint, read)
+        for name, values in state["optimizer_numbers"].items():
+            optimizer["state"][name] |= values
+        self.set_optimizer_state(optimizer)
+
+    def take_schedule(self, config_then: dict) -> None:
+        """Let the learning rate go on by this run's schedule, and say so where that is not the one the checkpoint was under."""
+        total_then, total = self.train_batches.total_steps_of(config_then), self.train_batches.total_steps
+        schedule_then = schedule(self.config, total_then)
+        before, now = schedule_then(self.updates), self.schedule(self.updates)
+        for group, base in zip(self.optimizer.param_groups, self.scheduler.base_lrs, strict=True):
+            group["lr"] = base * now
+        self.scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+        to_come = range(self.updates, max(total_then, self.updates + 1))
+        if any(schedule_then(step) != self.schedule(step) for step in to_come):
+            lr = self.config.lr
+            self.tracker.say(
+                f"resume: the run has {total:,} steps now, not {total_then:,}, and lr_schedule={self.config.lr_schedule} is "
+                f"that of {total:,} steps from here on: lr is {lr * now:.3g} at the next step, where it would have been "
+                f"{lr * before:.3g}"
+            )
 
     def take_weights(self, checkpoint: Path) -> None:
         """Take over the weights of a checkpoint, and nothing else of it."""

@@ -20,12 +20,12 @@ from configuration import check_config
 from conftest import GOLDEN
 from logprobs import response_logps
 from losses import build_loss
-from models import check_model, load_merged, load_model, random_trees, share_prefixes, weights_hash
+from models import check_model, load_merged, load_model, share_prefixes, weights_hash
 from optimization import check_optimizer
 from placement import OneProcess
 from prompt_table import PromptTable
-from ranks import ALONE
-from reference_cache import cache_key
+from reference_cache import Reads, cache_key
+from sharing_proof import random_trees
 from tokenization import TokenizedPrompt
 from tracking import NoTracker, Tracker
 from trainers import BasicTrainer
@@ -237,10 +237,11 @@ def test_an_adapter_on_a_trained_model_finds_it_again(configured, tokenizer, tmp
 
 def test_kept_log_probs_of_the_reference_do_not_depend_on_the_adapter_that_is_trained(configured, tokenizer):
     prompts = PromptTable.of(PROMPTS).select(torch.arange(4).numpy())
+    reads = Reads(prompts, prompts)
     keys = set()
     for overrides in (["seed=0"], ["seed=1"], ["model.lora.r=3"]):
         model = model_of(configured("+adapter=lora", *overrides), tokenizer)
-        keys.add(cache_key(model, prompts, ALONE))
+        keys.add(cache_key(model, reads))
     assert len(keys) == 1
     assert weights_hash(model) == weights_hash(model_of(configured(), tokenizer))
 

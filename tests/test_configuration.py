@@ -14,6 +14,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+import configuration
 from configuration import (
     CONFIG_DIR,
     GROUPS,
@@ -25,10 +26,13 @@ from configuration import (
     check_objective,
     choices_of,
     dashboard_names,
+    defer_keys_of_swept_groups,
     explain_composition_error,
     force_open_sections,
     known_keys,
+    read_entries,
 )
+from preference_datasets import LAST_ROW
 from utils import UserError
 
 # The part of the recipes that several command lines below share.
@@ -292,10 +296,13 @@ def test_the_known_keys_are_dotted_names_of_ours_and_none_of_hydras():
         ("loss=dppo", "loss=dppo: there is no such loss; did you mean dpo?"),
         ("model=pythia82", "model=pythia82: there is no such model; did you mean pythia28?"),
         ("trainer=FSDPTrainr", "trainer=FSDPTrainr: there is no such trainer; did you mean FSDPTrainer?"),
-        ("loss.a=0.1", "loss.a: this loss has no such key. It belongs to loss=dpo."),
+        ("loss.a=0.1", "loss.a: this loss has no such key. It belongs to loss=beta_DPO, dpo."),
         ("loss=orpo loss.gamma=0.1", "loss.gamma: this loss has no such key. It belongs to loss=simpo."),
         ("+loss.gamma=0.1", "loss.gamma: this loss has no such key. It belongs to loss=simpo."),
-        ("loss.label_smoothing=0.1", "loss.label_smoothing: this loss has no such key. It belongs to loss=dpo, robust."),
+        (
+            "loss.label_smoothing=0.1",
+            "loss.label_smoothing: this loss has no such key. It belongs to loss=beta_DPO, dpo, robust.",
+        ),
         ("loss=ipo loss.mode_loss=DPO", "loss.mode_loss: this loss has no such key. It belongs to loss=beta_DPO, dpo."),
     ],
 )
@@ -698,3 +705,83 @@ def test_numbers_go_where_tracking_says_and_to_wandb_only_if_it_is_enabled(compo
 def test_tensorboard_that_is_not_installed_is_asked_for_before_anything_begins(check, monkeypatch):
     monkeypatch.setattr("configuration.distribution", lambda name: distribution(f"no-{name}"))
     assert refusal(check, "tracking=tensorboard").endswith("Run `pip install -r requirements-tensorboard.txt`.")
+
+
+# ---- sweeps over groups ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "deferred"),
+    [
+        (["-m", "loss=dpo,beta_DPO", "loss.beta=0.5", "seed=0"], {"loss.beta=0.5": "loss.beta=choice(0.5)"}),
+        (["loss=choice(dpo,ipo)", "loss.beta=0.5"], {"loss.beta=0.5": "loss.beta=choice(0.5)"}),
+        (["loss=glob(*dpo*)", "loss.beta=0.5"], {"loss.beta=0.5": "loss.beta=choice(0.5)"}),
+        (["trainer=FSDPTrainer,TensorParallelTrainer", "trainer.sharding=grad_op"], {1: "trainer.sharding=choice(grad_op)"}),
+        (["model=tiny,blank_model", "model.archive=runs/a b"], {1: "model.archive=choice(runs/a b)"}),
+        (["model=tiny,blank_model", "model.archive='runs/x=1'"], {1: "model.archive=choice('runs/x=1')"}),
+        (["loss=dpo,ipo", "loss.beta="], {1: "loss.beta=choice('')"}),
+        (["model=tiny,blank_model", "model.lora.target_modules=[a,b]"], {1: "model.lora.target_modules=choice([a,b])"}),
+        (["loss=dpo,own", "loss.function=mine.py:it"], {1: "loss.function=choice(mine.py:it)"}),
+        # What is swept over already, other groups' keys, and what has a sign before it.
+        (["loss=dpo,ipo", "loss.beta=0.1,0.5", "loss.a=interval(0,1)", "model.archive=x", "lr=1"], {}),
+        (["loss=dpo,own", "++loss.options.margin=2", "~loss.beta", "+loss.c=1"], {}),
+        (["loss=dpo", "loss.beta=0.5", "lr_schedule=linear,cosine", "+adapter=lora,qlora", "model.lora.r=4"], {}),
+        # Hydra's choice() does not know null.
+        (["trainer=FSDPTrainer,TensorParallelTrainer", "trainer.world_size=null"], {}),
+        (["--cfg", "job", "loss=[dpo", "loss.beta=0.5"], {}),
+    ],
+)
+def test_a_key_of_a_swept_group_is_left_to_each_job(arguments, deferred):
+    expected = [deferred.get(text, deferred.get(place, text)) for place, text in enumerate(arguments)]
+    found = defer_keys_of_swept_groups(arguments)
+    assert found == expected
+    parser = OverridesParser.create()
+    for text, changed in zip(arguments, found, strict=True):
+        if changed != text:
+            [value] = parser.parse_overrides([changed])[0].sweep_iterator()
+            assert value == parser.parse_overrides([text])[0].value()
+
+
+def test_a_group_that_an_experiments_file_sweeps_over_counts_too(tmp_path, monkeypatch):
+    file = tmp_path / "experiment" / "mine.yaml"
+    file.parent.mkdir()
+    file.write_text("hydra: {mode: MULTIRUN, sweeper: {params: {loss: 'dpo,ipo'}}}")
+    monkeypatch.setattr(configuration, "CONFIG_DIR", tmp_path)
+    arguments = ["+experiment=mine", "loss.beta=0.5"]
+    assert defer_keys_of_swept_groups(arguments) == ["+experiment=mine", "loss.beta=choice(0.5)"]
+    assert defer_keys_of_swept_groups(["+experiment=none", *arguments[1:]]) == ["+experiment=none", "loss.beta=0.5"]
+
+
+def test_a_key_is_said_to_belong_to_those_that_have_it_from_another_file_too():
+    said = explain_composition_error(ValueError("Could not override 'loss.label_smoothing'."))
+    assert "beta_DPO" in said and "dpo" in said and "sft" not in said.partition("belongs")[2]
+
+
+# ---- what has no effect -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "notes"),
+    [
+        ("datasets=[toy]", []),
+        ("datasets=[toy] held_out_share=0.2", ["held_out_share has no effect: the set says itself what is held out"]),
+        (
+            "datasets=[toy] truncation_mode=drop max_prompt_length=100",
+            ["max_prompt_length has no effect: truncation_mode=drop cuts nothing"],
+        ),
+        ("datasets=[toy] truncation_mode=keep_end max_prompt_length=100", []),
+        ("datasets=[hh] loss=dpo", []),
+        ("datasets=[hh-helpful-base] loss=sft", [LAST_ROW]),
+    ],
+)
+def test_settings_of_the_run_that_say_nothing_to_an_entry_are_noted(compose, line, notes):
+    [entry] = read_entries(compose(*line.split()))
+    assert list(entry.notes) == notes
+
+
+def test_a_share_that_is_held_out_of_a_file_has_an_effect(compose, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("{}")
+    for keys, count in (("", 0), (f", test_path: {path}", 1)):
+        [entry] = read_entries(compose(f"datasets=[{{path: {path}{keys}}}]", "held_out_share=0.2"))
+        assert len(entry.notes) == count

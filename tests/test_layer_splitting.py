@@ -14,9 +14,10 @@ from evaluation import evaluate
 from layer_splitting import copy_of_split, load_split, split_layers, splits_in_one_process
 from logprobs import LiveReference, response_logps
 from losses import build_loss
-from models import ROUNDING, disable_dropout, random_trees, share_prefixes
+from models import disable_dropout, share_prefixes
 from prompt_table import PromptTable
 from sampling import sample_answers
+from sharing_proof import ROUNDING, random_trees
 from tokenization import TokenizedPrompt
 from trainers import BasicTrainer, LayerSplittingTrainer
 from utils import UserError
@@ -166,6 +167,32 @@ def test_a_checkpoint_is_whole_and_continued_exactly(classes, build, tmp_path):
     if classes[0] is classes[1]:
         assert all(torch.equal(second.weights()[name], weight) for name, weight in whole.weights().items())
     assert_same_weights(second.weights(), whole.weights())
+
+
+def test_master_weights_are_joined_in_a_checkpoint_and_split_again(build, tmp_path):
+    def make(trainer_class):
+        batches = BatchIterator(PromptTable.of(prompts()), 6, n_epochs=1)
+        settings = "model.policy_dtype=bfloat16", "lr=1e-5", "weight_decay=0.1"
+        return build(trainer_class, whole_model("gpt2").bfloat16(), *settings, batches=batches)
+
+    first, single = make(LayerSplittingTrainer), make(BasicTrainer)
+    for trainer in (first, single):
+        for batch in trainer.train_batches:
+            trainer.train_step(batch)
+            if trainer.updates == 3:
+                break
+    with CheckpointWriter(tmp_path, first.policy, first.tokenizer) as writer:
+        writer.write(first.snapshot())
+    expected = {name: state["master"] for name, state in single.optimizer_state()["state"].items()}
+    found = {name: state["master"] for name, state in first.optimizer_state()["state"].items()}
+    assert {str(master.dtype) for master in found.values()} == {"torch.float32"}
+    assert_same_weights(found, expected)
+    for trainer_class in (LayerSplittingTrainer, BasicTrainer):
+        second = make(trainer_class)
+        second.continue_from(tmp_path / "LATEST")
+        again = {name: state["master"] for name, state in second.optimizer_state()["state"].items()}
+        assert again.keys() == found.keys() and all(torch.equal(again[name], master) for name, master in found.items())
+        assert all(torch.equal(second.weights()[name], weight) for name, weight in first.weights().items())
 
 
 def test_held_out_metrics_and_sampled_answers_are_those_of_one_process(build, tokenizer):

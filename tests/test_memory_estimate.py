@@ -101,6 +101,20 @@ def test_a_kind_that_is_found_out_later_holds_from_the_beginning():
     assert counter.most() == {"gradients": 10}
 
 
+def test_master_weights_and_the_state_beside_them_are_counted(compose):
+    def kinds(*overrides):
+        config = compose("loss=sft", "optimizer=AdamW", "lr=1e-5", "model.policy_dtype=bfloat16", *overrides)
+        tokenizer = load_tokenizer(config.model)
+        return weight_bytes(config, tokenizer) / 2, step_memory(config, tokenizer, build_loss("sft"), False, [piece()])
+
+    weights, without = kinds("master_weights=false")
+    _, kept = kinds()
+    assert without["parameters"] == kept["parameters"] == pytest.approx(weights, rel=0.01)
+    # Of two bytes each: two states; in float32 these take twice as much, and so does the copy.
+    assert without["optimizer"] == pytest.approx(2 * weights, rel=0.01)
+    assert kept["optimizer"] == pytest.approx(2 * 2 * weights + 2 * weights, rel=0.01)
+
+
 def test_float16_needs_no_numbers(compose):
     config = compose("loss=sft", "model.autocast_dtype=float16")
     assert step_memory(config, load_tokenizer(config.model), build_loss("sft"), False, [piece()])["activations"] > 0

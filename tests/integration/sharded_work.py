@@ -25,7 +25,7 @@ from models import load_model, share_prefixes, weights_hash
 from prompt_table import PromptTable
 from ranks import ALONE
 from records import PreferenceRecord
-from reference_cache import cache_path, compute_logps, reference_logps_of
+from reference_cache import Reads, cache_path, cached_reference, compute_logps
 from sharding import Layout, load_sharded, make_mesh, ranks_of, whole
 from tokenization import TokenSettings, tokenize_records
 from trainers import BasicTrainer, FSDPTrainer
@@ -215,6 +215,50 @@ def follow_adapter(settings: dict) -> dict:
     return results
 
 
+def train_with_masters(settings: dict, folder: str) -> dict:
+    """Four steps of bfloat16 weights with master weights, sharded and split, and the same steps alone in float32.
+
+    For each layout: the cosine of the two updates, and whether a trainer that goes on from the second step ends alike.
+    """
+    world = World(settings)
+    loss, low = {"name": "dpo", "beta": 0.1}, {"model": {"policy_dtype": "bfloat16", "reference_dtype": "bfloat16"}}
+    changes = {"optimizer": "AdamW", "lr": 5e-7, "warmup_steps": 0, "batch_size": 8}
+    table = PromptTable.of(golden_prompts(world.tokenizer, True))
+    results = {}
+    for name, sharding, size in (("full", "full", 1), ("optimizer", "optimizer", 1), ("tensor", "full", 2)):
+        mesh, run_dir = world.mesh(sharding, size), Path(folder) / name
+        made = [world.sharded("llama", loss, mesh, sharding, **changes, **low) for _ in range(2)]
+        (first, ranks), (second, _), single = *made, world.alone("llama", loss, **changes)
+        for trainer, on in ((first, ranks), (second, ranks), (single, ALONE)):
+            trainer.train_batches = BatchIterator(table, 8, n_epochs=None, n_steps=4, ranks=on)
+        before = torch.cat([weight.detach().flatten() for weight in single.policy.parameters()])
+        for step in first.train_batches:
+            first.train_step(step)
+            if first.updates == 2:
+                if ranks.is_main:
+                    run_dir.mkdir(exist_ok=True)
+                ranks.wait()
+                with CheckpointWriter(run_dir, first.policy, world.tokenizer, ranks, patience_minutes=1) as writer:
+                    writer.write(first.snapshot())
+        for step in single.train_batches:
+            single.train_step(step)
+        second.continue_from(run_dir / "step-16")
+        for step in second.train_batches:
+            second.train_step(step)
+        masters = [[state["master"] for state in each.optimizer_state()["state"].values()] for each in (first, second)]
+        wholes = torch.cat([whole(master).flatten() for master in masters[0]])
+        exact = torch.cat([weight.detach().flatten() for weight in single.policy.parameters()])
+        results[name] = {
+            # The first updates of AdamW are lr, whatever the gradient, and bfloat16 rounds the starting weights: off that.
+            "cosine": torch.cosine_similarity(wholes - before.bfloat16().float(), exact - before, 0).item(),
+            "again": all(torch.equal(whole(one), whole(other)) for one, other in zip(*masters, strict=True)),
+            "sharded": [master.to_local().numel() / master.numel() for master in masters[0][:1]],
+            "dtypes": [str(master.dtype) for master in masters[0][:1]],
+        }
+    end_group()
+    return results
+
+
 def evaluate_unevenly(settings: dict, num_rows: int) -> dict:
     """Held-out metrics of some rows, and reference log-probs, over all ranks and alone."""
     world = World(settings)
@@ -228,8 +272,8 @@ def evaluate_unevenly(settings: dict, num_rows: int) -> dict:
     expected = evaluate(single.policy, single.reference, single.loss, evaluation_batches(table, *sizes))
     everything = table.select(torch.arange(len(table)).numpy())
     logps = [
-        compute_logps(LiveReference(trainer.policy), everything, ranks),
-        compute_logps(LiveReference(single.policy), everything),
+        compute_logps(LiveReference(trainer.policy), Reads(everything, everything), ranks).logps,
+        compute_logps(LiveReference(single.policy), Reads(everything, everything)).logps,
     ]
     epoch = [BatchIterator(table, 8, ranks=each) for each in (ranks, ALONE)]
     seen = [sum(micro.num_examples for step in steps for micro in step) for steps in epoch]
@@ -269,8 +313,9 @@ def keep_on_disks_of_their_own(settings: dict, folder: str) -> dict:
     trainer, ranks = world.sharded("llama", {"name": "dpo", "beta": 0.1}, world.mesh("full"), "full")
     table = PromptTable.of(golden_prompts(world.tokenizer, True))
     everything = table.select(torch.arange(len(table)).numpy())
-    path = cache_path(Path(folder) / str(ranks.rank), trainer.policy, everything, ranks)
-    computed, found = (reference_logps_of(LiveReference(trainer.policy), everything, path, ranks) for _ in range(2))
+    reads = Reads(everything, everything)
+    path = cache_path(Path(folder) / str(ranks.rank), trainer.policy, reads, None, ranks)
+    computed, found = (cached_reference(LiveReference(trainer.policy), reads, path, ranks).logps for _ in range(2))
     apart = ranks.gather((computed - found).abs().max().item())
     kept = ranks.gather(path.exists())
     end_group()

@@ -11,6 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import forked
+from comparison import find_runs
+from ledger import read_ledger
 from run_files import MEASURED
 
 ROOT = Path(__file__).parent.parent.parent
@@ -69,6 +71,47 @@ def test_two_runs_of_the_same_seed_have_the_same_numbers_and_so_have_both_spelli
     runs = beta_dpo, tmp_path / "run"
     rows = [[{k: v for k, v in row.items() if k not in MEASURED} for row in metrics(run)] for run in runs]
     assert rows[0] == rows[1]
+
+
+SMALL = (
+    "loss=dpo", "n_examples=16", "n_eval_examples=16", "wandb.enabled=false", "tracking=[jsonl,tensorboard]", "eval_every=16",
+    "n_eval_model_samples=1", "model.from_config.hidden_size=32", "model.from_config.intermediate_size=64",
+)  # fmt: skip
+
+
+def test_a_run_in_the_directory_of_another_sets_that_one_aside_whole(tmp_path):
+    run_dir, line = tmp_path / "run", (*SMALL, "local_run_dir=run")
+    train(tmp_path, *line)
+    (run_dir / "notes.txt").write_text("mine")
+    before = {path.name: path.stat().st_mtime_ns for path in run_dir.iterdir()}
+    assert {"metrics.jsonl", "samples.jsonl", "events.jsonl", "ledger", "tensorboard", "step-16", "LATEST"} <= before.keys()
+    said = train(tmp_path, *line, "dry_run=true")
+    assert f"local_run_dir: {run_dir} holds an earlier run, which a run would set aside in it" in said
+    assert {path.name: path.stat().st_mtime_ns for path in run_dir.iterdir()} == before
+
+    for more, told in (
+        (["eval_only=true"], "holds a run with checkpoints, and eval_only=true would evaluate the model as configured"),
+        (["model.archive=run/LATEST"], "holds the run of model.archive, which a new run there would set aside"),
+    ):
+        refused = forked.run([ROOT / "train.py", *line, *more], tmp_path, os.environ)
+        assert refused.returncode == 2 and told in refused.stderr, refused.stderr
+    assert {path.name for path in run_dir.iterdir()} == set(before)
+
+    said = train(tmp_path, *line, "n_examples=32", "lr=2e-3")
+    [aside] = run_dir.glob("set_aside_*")
+    assert f"local_run_dir: {run_dir} held an earlier run, which is now in {aside.name}/" in said
+    assert {path.name for path in aside.iterdir()} == set(before) - {"notes.txt"}
+    assert (run_dir / "notes.txt").exists() and not (run_dir / "step-16" / "notes.txt").exists()
+    assert [row["counters/examples"] for row in metrics(aside) if "loss/train" in row] == [16]
+    assert [row["counters/examples"] for row in metrics(run_dir) if "loss/train" in row] == [16, 32]
+    assert sorted(set(read_ledger(run_dir).examples.tolist())) == [16, 32]
+    assert [row["lr"] for row in metrics(run_dir) if "lr" in row] == pytest.approx([2e-4 * 10 / 11, 4e-4 * 10 / 11])
+    begins = [json.loads(line)["text"] for line in (run_dir / "events.jsonl").read_text().splitlines()].count("begins")
+    assert begins == 1 and len(list((run_dir / "tensorboard").iterdir())) == 1
+    # Both are runs: the old one goes on where it is, and a comparison of the new one does not count it.
+    assert find_runs([run_dir]) == [run_dir] and find_runs([aside]) == [aside]
+    train(tmp_path, *SMALL, "n_examples=32", f"local_run_dir={aside}", f"resume={aside}")
+    assert [row["counters/examples"] for row in metrics(aside) if "loss/train" in row] == [16, 32]
 
 
 @pytest.fixture(scope="module")

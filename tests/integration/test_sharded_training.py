@@ -72,6 +72,13 @@ def test_a_loss_curve_in_bfloat16_is_within_two_percent_of_float32(settings):
         assert short != exact
 
 
+def test_master_weights_are_sharded_with_their_weights_and_go_on_exactly(settings, tmp_path):
+    results = launch(sharded_work.train_with_masters, (settings, str(tmp_path)), 2, None)
+    for name, found in results.items():
+        assert found["cosine"] > 0.99 and found["again"], f"{name}: {found}"
+        assert found["dtypes"] == ["torch.float32"] and found["sharded"] == [0.5], f"{name}: {found}"
+
+
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_held_out_rows_are_scored_once_by_any_number_of_ranks(settings, ranks):
     results = launch(sharded_work.evaluate_unevenly, (settings, 101), ranks, None)

@@ -1,8 +1,10 @@
 # make demo    train on the embedded model and data, and see what it did
 # make test    everything the tests need, then the tests
 # make faults  runs killed and stopped at random moments, an hour or two; options in FAULTS: make faults FAULTS="--kills 50"
+# make architectures   every check on some 90 tiny architectures; options in ARCHITECTURES: --only llama,gpt2 --checks dpo,lora --write
 # make bench   this project beside TRL, hours; options in BENCH: make bench BENCH="--work dpo_hh_live --rounds 5"
 # make two-hosts   train over two machines made of Linux namespaces; options in TWO_HOSTS
+# make intervals   how often intervals hold the truth: docs/intervals.md, minutes
 # make docs    the pages of docs/ as a site, in site/
 # make collect   the labelling app, on sample problems; settings in COLLECT: make collect COLLECT="store=my.duckdb port=8502"
 # make collect-train   train on what was collected; keys in COLLECT: make collect-train COLLECT="model=pythia28 collect.store=my.duckdb"
@@ -13,7 +15,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint faults bench two-hosts docs collect collect-train collect-test pages-test clean
+.PHONY: demo test lint faults architectures bench two-hosts intervals docs collect collect-train collect-test pages-test clean
 
 demo: .venv/installed
 	$(BIN)/python scripts/demo.py
@@ -28,15 +30,22 @@ lint: .venv/installed-dev
 faults: .venv/installed-dev
 	$(BIN)/python tests/faults/long.py $(FAULTS)
 
+architectures: .venv/installed-dev
+	$(BIN)/python tests/architectures/sweep.py $(ARCHITECTURES)
+
 bench: .venv/installed-bench
 	$(BIN)/python benchmarks/bench.py $(BENCH)
 
 two-hosts: .venv/installed
 	$(BIN)/python scripts/two_hosts.py $(TWO_HOSTS)
 
+intervals: .venv/installed
+	$(BIN)/python scripts/interval_coverage.py
+
 docs: .venv/installed-docs
 	$(BIN)/python scripts/key_reference.py --check
 	$(BIN)/python scripts/one_idea.py --check
+	$(BIN)/python scripts/architectures_page.py --check
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 collect: .venv/installed-collect

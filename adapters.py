@@ -5,9 +5,13 @@ the model is the one that it began as: the reference then costs nothing. Where t
 of that one is switched on in its place.
 """
 
+import copy
+import inspect
 import json
 import math
 import re
+import warnings
+from collections import defaultdict
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,6 +25,8 @@ TRAINED, STARTING = "default", "starting"
 WEIGHTS_FILE, SETTINGS_FILE = "adapter_model.safetensors", "adapter_config.json"
 # Dotted names in peft's files begin so.
 PREFIX = "base_model.model."
+# In a run directory, or an export: the model under an adapter, where nobody else keeps it as it was.
+BASE_DIR = "base"
 INSTALL = "Install what adapters need: pip install -r requirements-lora.txt"
 
 
@@ -32,52 +38,225 @@ def has_adapter(model: nn.Module) -> bool:
     return hasattr(model, "peft_config")
 
 
-def settings_of(model_config):
-    """peft's LoraConfig of a `model` configuration. Raises UserError where peft is not installed."""
+def settings_of(model_config, model: nn.Module):
+    """peft's LoraConfig of a `model` configuration for a model: all of the adapter's own, where training starts from one.
+
+    Raises UserError where peft is not installed.
+    """
     try:
         from peft import LoraConfig
     except ImportError as error:
         raise UserError(f"model.lora.r: an adapter needs the package peft. {INSTALL}") from error
-    lora = model_config.lora
+    lora, archive = model_config.lora, model_config.archive
     targets = lora.target_modules
-    return LoraConfig(
-        r=lora.r,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        # The head is none of them: it is shared with the embedding in many models.
-        target_modules="all-linear" if targets is None else targets if isinstance(targets, str) else list(targets),
-        task_type="CAUSAL_LM",
-    )
+    targets = targets if targets is None or isinstance(targets, str) else list(targets)
+    if is_adapter(archive):
+        settings = _settings_of_archive(archive)
+        settings.target_modules = settings.target_modules if targets is None else targets
+        settings.lora_dropout = lora.dropout
+        return settings
+    settings = LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, task_type="CAUSAL_LM")
+    # The head is none of them: it is shared with the embedding in many models.
+    settings.target_modules = "all-linear" if targets is None else targets
+    if targets is None:
+        settings.exclude_modules = _shortened(unfit_layers(model), model) or None
+    return settings
 
 
-def add_adapter(model: nn.Module, model_config) -> None:
+def _settings_of_archive(archive: str):
+    """peft's settings in an adapter's directory. Raises UserError for what cannot be trained on or merged here."""
+    from peft import LoraConfig
+
+    found = settings_of_file(archive)
+    try:
+        settings = LoraConfig.from_peft_type(**found)
+    except (TypeError, ValueError, LookupError, AttributeError) as error:
+        raise UserError(f"model.archive: {archive}: its {SETTINGS_FILE} is damaged: {first_line(error)}.") from error
+    foreign = [
+        (settings.peft_type != "LORA", f"peft_type {settings.peft_type}"),
+        (settings.modules_to_save, "modules_to_save"),
+        (settings.bias != "none", f"bias {settings.bias!r}"),
+        (settings.layer_replication, "layer_replication"),
+        (not isinstance(settings.init_lora_weights, bool) and settings.init_lora_weights not in ("gaussian", "orthogonal"),
+         f"init_lora_weights {settings.init_lora_weights!r}, which changes the weights under it"),
+    ]  # fmt: skip
+    for is_foreign, what in foreign:
+        if is_foreign:
+            raise UserError(f"model.archive: {archive}: an adapter with {what} is not supported. Expected plain LoRA.")
+    settings.inference_mode = False
+    return settings
+
+
+def add_adapter(model: nn.Module, model_config, base: str | None = None) -> None:
     """Freeze a model and put an adapter of a `model` configuration into it; fresh, it changes nothing that the model says.
 
     Its weights are float32, whatever the model's are. Where training starts from an adapter, a frozen one comes beside it.
-    Raises UserError for layers that the model does not have.
+    base: where the model under it lies; None is where it came from. Raises UserError for layers that the model does not have,
+    or on which an adapter could do nothing.
     """
     model.requires_grad_(False)
     starting = is_adapter(model_config.archive)
-    archive = base_archive(model_config)
-    base = str(archive.resolve()) if archive else model_config.name_or_path
-    linear = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)})
+    base = base or _origin(model_config)
+    unfit = unfit_layers(model)
+    settings = settings_of(model_config, model)
     for name in (TRAINED, STARTING)[: 1 + starting]:
-        settings = settings_of(model_config)
+        own = copy.deepcopy(settings)
         if name == STARTING:
-            settings.lora_dropout = 0.0
+            own.lora_dropout = 0.0
         try:
-            model.add_adapter(settings, name)
-            settings.base_model_name_or_path = base
+            with warnings.catch_warnings():
+                # That a head stays tied to an adapted embedding, and that Conv1D is transposed, is heeded here.
+                warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
+                warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
+                # peft looks for its own patterns of fused experts among modules alone.
+                warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match")
+                model.add_adapter(own, name)
+            own.base_model_name_or_path = base
         except ValueError as error:
-            asked = model_config.lora.target_modules
-            raise UserError(
-                f"model.lora.target_modules: found {asked}: {first_line(error)}. Linear layers of {type(model).__name__}: "
-                f"{', '.join(linear)}."
-            ) from error
+            raise UserError(_no_such_layers(model, model_config, first_line(error))) from error
+    useless = sorted({unfit[name] for name in unfit.keys() & _adapted(model)})
+    if useless:
+        raise UserError(_no_such_layers(model, model_config, "; ".join(useless)))
     model.set_adapter(TRAINED)
     for name, weight in model.named_parameters():
         if ".lora_" in name:
             weight.data = weight.data.float()
+
+
+def _no_such_layers(model: nn.Module, model_config, reason: str) -> str:
+    linear = sorted({name.rpartition(".")[2] for name in linear_layers(model)})
+    return (
+        f"model.lora.target_modules: found {model_config.lora.target_modules}: {reason}. Linear layers of "
+        f"{type(model).__name__}: {', '.join(linear)}."
+    )
+
+
+def _origin(model_config) -> str | None:
+    """Where the weights under an adapter come from: an absolute path, a hub id, or None for a model made from scratch."""
+    archive = base_archive(model_config)
+    if archive:
+        return str(archive.resolve())
+    name = model_config.name_or_path
+    return str(Path(name).absolute()) if name and Path(name).is_dir() else name
+
+
+# ---- which layers get one -------------------------------------------------------------------------------------------------
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The linear layers of a model but for its head, by name; transformers' Conv1D is one too. Those under adapters too."""
+    from transformers.pytorch_utils import Conv1D
+
+    head = model.get_output_embeddings()
+    return {
+        name.removesuffix(".base_layer"): module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not head and ".lora_" not in name
+    }
+
+
+def unfit_layers(model: nn.Module) -> dict[str, str]:
+    """The linear layers on which an adapter could do nothing, or would break the model: name → why."""
+    reasons = {}
+    for name, layer in linear_layers(model).items():
+        parent, _, leaf = name.rpartition(".")
+        parent_class = type(model.get_submodule(parent))
+        if _refused_by_peft(model, leaf):
+            reasons[name] = f"peft refuses {leaf} for {model.config.model_type}"
+        elif _is_read_past(parent_class, leaf):
+            reasons[name] = f"{parent_class.__name__} reads the weight of {leaf} itself, past an adapter"
+        elif not _gives_a_tensor(layer):
+            reasons[name] = f"{leaf} gives more than one tensor ({type(layer).__name__})"
+    return reasons
+
+
+def _refused_by_peft(model: nn.Module, leaf: str) -> bool:
+    from peft import LoraConfig
+    from peft.tuners.lora import LoraModel
+
+    check = getattr(LoraModel, "_check_target_module_compatiblity", None)
+    try:
+        if check is not None:
+            check(None, LoraConfig(), model, leaf)
+    except ValueError:
+        return True
+    return False
+
+
+def _is_read_past(parent: type, leaf: str) -> bool:
+    """Whether the code of a module multiplies by a layer's weight in place of calling the layer."""
+    try:
+        code = inspect.getsource(parent)
+    except (OSError, TypeError):
+        return False
+    return re.search(rf"self\.{leaf}\.weight @|@ self\.{leaf}\.weight", code) is not None
+
+
+def _gives_a_tensor(layer: nn.Module) -> bool:
+    """Whether a linear layer's output is a tensor, of a class that has a forward of its own; of few bits it always is."""
+    if type(layer).forward is nn.Linear.forward or not layer.weight.is_floating_point() or not hasattr(layer, "in_features"):
+        return True
+    with torch.no_grad():
+        return isinstance(layer(layer.weight.new_zeros(2, layer.in_features)), Tensor)
+
+
+def _shortened(names, model: nn.Module) -> list[str]:
+    """Names of layers by their last parts, where all layers with that last part are meant."""
+    by_leaf = defaultdict(set)
+    for name in linear_layers(model):
+        by_leaf[name.rpartition(".")[2]].add(name)
+    leaves = {leaf for leaf, all_of_it in by_leaf.items() if all_of_it <= set(names)}
+    return sorted(leaves | {name for name in names if name.rpartition(".")[2] not in leaves})
+
+
+def _adapted(model: nn.Module) -> set[str]:
+    """The names of the modules that have an adapter."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return {name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+
+
+def lines_of_adapter(model: nn.Module, model_config) -> list[str]:
+    """What an adapter leaves frozen that its configuration seems to mean, in lines for the user."""
+    adapted, lines = _adapted(model), []
+    if model_config.lora.target_modules is None and not is_adapter(model_config.archive):
+        reasons = unfit_layers(model)
+        left = [name for name in linear_layers(model) if name not in adapted]
+        lines += sorted({f"adapter: none on some layers: {reasons[name]}" for name in left if name in reasons})
+        passed = sorted({_place(name) for name in left if name not in reasons})
+        if passed:
+            lines.append(
+                f"adapter: none on {', '.join(passed)}: of {model.config.model_type} peft takes the routed experts alone"
+            )
+    frozen = sorted({_place(name) for name in _stacked_experts(model) if not _under(name, adapted)})
+    if frozen:
+        lines.append(f"adapter: the routed experts of {type(model).__name__} stay frozen ({', '.join(frozen)})")
+    return lines
+
+
+def _stacked_experts(model: nn.Module) -> list[str]:
+    """The names of modules that hold all experts of a layer in one tensor."""
+    config = model.config.get_text_config()
+    keys = "num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"
+    counts = {getattr(config, key, None) for key in keys} - {None}
+    return [
+        name
+        for name, module in model.named_modules()
+        if any(weight.dim() == 3 and len(weight) in counts for weight in module.parameters(recurse=False))
+        and not isinstance(module, nn.Conv1d)
+    ]
+
+
+def _under(name: str, adapted: set[str]) -> bool:
+    return name in adapted or name.removesuffix(".base_layer") in adapted
+
+
+def _place(name: str) -> str:
+    """A module's name for all layers of the model."""
+    return re.sub(r"\.\d+\.", ".*.", name)
+
+
+# ---- weights of adapters ---------------------------------------------------------------------------------------------------
 
 
 def adapter_weights(named_weights: dict[str, Tensor], adapter: str = TRAINED) -> dict[str, Tensor]:
@@ -139,8 +318,11 @@ def base_archive(model_config) -> Path | None:
         return archive and Path(archive)
     settings = _checked_settings(archive, model_config)
     base, configured = settings.get("base_model_name_or_path"), model_config.name_or_path
-    if base == configured:
+    if base == configured or (base and configured and Path(base).absolute() == Path(configured).absolute()):
         return None
+    kept = kept_base(archive) if base is not None and Path(base).name == BASE_DIR else None
+    if kept is not None:
+        return kept
     if base is None or not Path(base).exists():
         raise UserError(
             f"model.archive: the adapter {archive} was trained on {base or 'a model from scratch'}, and model.name_or_path is "
@@ -149,13 +331,20 @@ def base_archive(model_config) -> Path | None:
     return Path(base)
 
 
+def kept_base(archive: str | Path) -> Path | None:
+    """The model under an adapter that its run, or its export, has kept beside it: it may have been moved with it."""
+    place = Path(archive).resolve()
+    return next((found for found in (place / BASE_DIR, place.parent / BASE_DIR) if (found / "config.json").is_file()), None)
+
+
 def settings_in(archive: str) -> dict:
-    """The `model.lora` of an adapter's directory. Raises UserError where it is damaged."""
-    settings = _read_settings(archive)
-    return {"r": settings["r"], "alpha": settings["lora_alpha"], "target_modules": settings["target_modules"]}
+    """The `model.lora` of an adapter's directory; its layers are those of its file. Raises UserError where it is damaged."""
+    settings = settings_of_file(archive)
+    return {"r": settings["r"], "alpha": settings["lora_alpha"], "target_modules": None}
 
 
-def _read_settings(archive: str) -> dict:
+def settings_of_file(archive: str | Path) -> dict:
+    """peft's settings in an adapter's directory, as they lie there. Raises UserError where they are damaged."""
     try:
         settings = json.loads((Path(archive) / SETTINGS_FILE).read_text())
         _ = settings["r"], settings["lora_alpha"], settings["target_modules"]
@@ -171,7 +360,7 @@ def _checked_settings(archive: str, model_config) -> dict:
             f"model.archive: {archive} is an adapter, and model.lora.r is not given. Add +adapter=lora (or qlora) to train it "
             "on, or make a whole model of it first: python scripts/export.py CHECKPOINT --merge --to DIRECTORY"
         )
-    settings = _read_settings(archive)
+    settings = settings_of_file(archive)
     for key, value in {"r": settings["r"], "alpha": settings["lora_alpha"]}.items():
         if value != model_config.lora[key]:
             raise UserError(
@@ -187,10 +376,10 @@ def check_base(archive: str, began_with: str) -> None:
     Of an adapter that no run of this project has written, nothing is known.
     """
     try:
-        run = json.loads((Path(archive) / "state.json").read_text())["run"]
+        before = json.loads((Path(archive) / "state.json").read_text())["run"]["began_with"]
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return
-    if run["began_with"] is not None and run["began_with"][:32] != began_with[:32]:
+    if before is not None and before[:32] != began_with[:32]:
         raise UserError(
             f"model.archive: the adapter {archive} was trained on other weights than those of the model as configured. Give "
             "the model, dtype and quantization of its run, and the same seed for a model from scratch."
@@ -310,16 +499,20 @@ def _in_eight_bits(layers, layer: nn.Linear, model_config) -> nn.Module:
 
 
 def restore_bits(model: nn.Module, dtype: torch.dtype) -> None:
-    """Turn layers of few bits into usual ones that hold the same numbers."""
+    """Turn layers of few bits into usual ones that hold the numbers that these compute with, if there are any."""
+    if not any(type(module).__name__ in ("Linear4bit", "Linear8bitLt") for module in model.modules()):
+        return
     from bitsandbytes.functional import dequantize_4bit
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):
             if isinstance(layer, Linear4bit):
-                weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+                weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(layer.compute_dtype)
             elif isinstance(layer, Linear8bitLt):
-                weight = layer.weight.data.float() * (layer.weight.SCB / 127).unsqueeze(1)
+                # Once it has computed, the layer keeps the scales elsewhere.
+                scales = layer.weight.SCB if layer.weight.SCB is not None else layer.state.SCB
+                weight = layer.weight.data.float() * (scales / 127).unsqueeze(1)
             else:
                 continue
             whole = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
@@ -328,14 +521,48 @@ def restore_bits(model: nn.Module, dtype: torch.dtype) -> None:
             setattr(parent, name, whole)
 
 
-def merge(model: nn.Module) -> None:
-    """Add the adapter that is trained to the weights under it, in their dtype, and take it out."""
-    from peft.tuners.lora import Linear
+@torch.no_grad()
+def merge(model: nn.Module, dtype: torch.dtype) -> None:
+    """Add the adapter that is trained to the weights under it, in float32, rounded once to a dtype, and take it out.
 
-    for parent in list(model.modules()):
-        for name, layer in list(parent.named_children()):
-            if isinstance(layer, Linear):
-                layer.merge(adapter_names=[TRAINED])
-                setattr(parent, name, layer.get_base_layer())
+    Layers without an adapter stay as they are. A head that is tied to an adapted embedding, or the reverse, becomes a weight of
+    its own: training has changed one of the two.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    _untie(model)
+    adapted = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    for name, layer in adapted.items():
+        parent, _, leaf = name.rpartition(".")
+        if parent in adapted or leaf == "base_layer":
+            # Of the layer around it, which merges both.
+            continue
+        base = layer.get_base_layer()
+        for weight in base.parameters(recurse=False):
+            weight.data = weight.data.float()
+        if hasattr(layer, "unload_and_optionally_merge_module"):
+            base = layer.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=[TRAINED])
+        else:
+            layer.merge(adapter_names=[TRAINED])
+        setattr(model.get_submodule(parent), leaf, base)
+        for weight in base.parameters(recurse=False):
+            weight.data = weight.data.to(dtype)
+    left = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    if left:
+        raise RuntimeError(f"{left[0]} could not be merged")
     del model.peft_config
     model._hf_peft_config_loaded = False
+
+
+def _untie(model: nn.Module) -> None:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None or not any(isinstance(layer, BaseTunerLayer) for layer in (head, embedding)):
+        return
+    head = head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
+    embedding = embedding.get_base_layer() if isinstance(embedding, BaseTunerLayer) else embedding
+    if head.weight is embedding.weight:
+        head.weight = nn.Parameter(head.weight.data.clone(), requires_grad=False)
+        for config in (model.config, model.config.get_text_config()):
+            config.tie_word_embeddings = False

@@ -283,6 +283,10 @@ class MicroBatch:
     examples: Sequence[Example] = ()
 
 
+# The position of a run that has not taken a step.
+BEGINNING = {"epoch": 0, "examples_in_epoch": 0, "examples": 0}
+
+
 class BatchIterator:
     """The optimizer steps of a run: each a list of micro-batches, `batch_size` examples together.
 
@@ -293,6 +297,8 @@ class BatchIterator:
     `seed` and the epoch alone; the pairs of a prompt stay side by side. The last batch of an epoch has what is left. With
     `n_examples` the run ends after exactly so many examples, with `n_epochs` after so many passes, with `n_steps` after so many
     steps, with several after whichever comes first.
+
+    The budget may become smaller on the way; `first_budget` is what the run began with.
 
     `state_dict` gives the position behind the last step that was handed out, not behind those made ahead; iterating after
     `load_state_dict` continues with the step that follows it.
@@ -309,10 +315,12 @@ class BatchIterator:
         budget: TokenBudget = UNLIMITED,
         ranks: Ranks = ALONE,
         n_steps: int | None = None,
+        first_budget: TokenBudget | None = None,
     ):
         self.prompts = prompts
         self.ranks = ranks
         self.budget = budget
+        self.first_budget = first_budget or budget
         self.batch_size = batch_size
         self.micro_batch_size = batch_size // num_micro_batches
         self.seed = seed
@@ -320,7 +328,7 @@ class BatchIterator:
         self.n_examples = n_examples
         self.n_steps = n_steps
         self.epoch_sizes: dict[int, int] = {}
-        self.position = {"epoch": 0, "examples_in_epoch": 0, "examples": 0}
+        self.position = dict(BEGINNING)
 
     @cached_property
     def total_examples(self) -> int | None:
@@ -374,8 +382,9 @@ class BatchIterator:
         return self.total_examples > int(self.prompts.num_examples[self.prompts_seen.indices].sum())
 
     def state_dict(self) -> dict:
-        """The position (epoch, examples of it that were handed out, examples in all), the budget, and for how many ranks."""
-        return {"position": self.position, "budget": [self.budget.limit, self.budget.comfortable], "ranks": self.ranks.size}
+        """The position (epoch, examples of it that were handed out, examples in all), both budgets, and for how many ranks."""
+        budgets = [length for budget in (self.budget, self.first_budget) for length in (budget.limit, budget.comfortable)]
+        return {"position": self.position, "budget": budgets, "ranks": self.ranks.size}
 
     def load_state_dict(self, state: dict) -> None:
         """Continue from the position in a state that `state_dict` gave, on any number of ranks."""
@@ -409,13 +418,30 @@ class BatchIterator:
     @cached_property
     def prompts_seen(self) -> Selection:
         """The prompts that a run from its beginning sees, each once."""
+        return self.prompts.select(numpy.flatnonzero(self._seen()))
+
+    @cached_property
+    def prompts_seen_later(self) -> Selection:
+        """Those of them that its first epoch does not see, as it may be where data sets have weights."""
+        return self.prompts.select(numpy.flatnonzero(self._seen() & ~self._seen(epochs=1)))
+
+    def _seen(self, epochs: int | None = None) -> numpy.ndarray:
+        """Whether each prompt is seen, in so many epochs at most: [N] bool."""
         seen, left, epoch = numpy.zeros(len(self.prompts), bool), self.total_examples, 0
-        while left > 0 and not seen.all():
+        while left > 0 and epoch != epochs and not seen.all():
             order = self._order(epoch)
             examples = numpy.cumsum(self.prompts.num_examples[order])
             seen[order[: numpy.searchsorted(examples, left) + 1]] = True
             left, epoch = left - int(examples[-1]), epoch + 1
-        return self.prompts.select(numpy.flatnonzero(seen))
+        return seen
+
+    def first_epoch(self) -> Iterator[PackedBatch]:
+        """This rank's pieces of all micro-batches of the first epoch, as the run computes them when it begins."""
+        for examples, position in self._steps(dict(BEGINNING)):
+            if position["epoch"] > 0:
+                return
+            for part in cut(examples, self.micro_batch_size):
+                yield from pieces_of(part, self.first_budget, self.ranks)
 
     def _order(self, epoch: int) -> numpy.ndarray:
         return self.prompts.epoch_order(self._seed_of(epoch))

@@ -19,7 +19,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -33,8 +33,9 @@ from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorage
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from adapters import WEIGHTS_FILE, has_adapter, save_settings
-from ranks import ALONE, Ranks, several
-from utils import UNREADABLE, replace_symlink
+from losses import is_at_beta_used
+from ranks import ALONE, Ranks, local, several
+from utils import UNREADABLE, UserError, replace_symlink
 
 PARTIAL = ".partial"
 MARKER = "checksums.json"
@@ -119,8 +120,10 @@ class CheckpointWriter:
 
     A failure (a full disk) costs that checkpoint and a line, which `say` prints; `failed` tells of the newest one. keep_last
     and keep_best bound how many are kept, the best by the held-out metric `metric`; None keeps all. about says what the run
-    is made of; patience_minutes how long a process waits for the others, where there are several. All processes of a run have
-    to make one together, and write together. Use as a context manager.
+    is made of; patience_minutes how long a process waits for the others, where there are several; end_tokens what training put
+    behind answers beside the tokenizer's end-of-sequence token. `check`, where it is set, is called with the next directory
+    that is complete, before it counts as a checkpoint, and raises what stops the run; `looked`, on the main process, says
+    whether it was. All processes of a run have to make one together, and write together. Use as a context manager.
     """
 
     def __init__(
@@ -136,10 +139,13 @@ class CheckpointWriter:
         about: dict | None = None,
         say: Callable[[str], None] = print,
         patience_minutes: float | None = None,
+        end_tokens: Sequence[int] = (),
     ):
         self.run_dir, self.policy, self.tokenizer, self.ranks, self.say = run_dir, policy, tokenizer, ranks, say
         self.keep_last, self.keep_best, self.metric = keep_last, keep_best, metric
-        self.about = about or {}
+        self.about, self.end_tokens = about or {}, tuple(end_tokens)
+        self.check: Callable[[Path], None] | None = None
+        self.looked = False
         # Writers talk to each other beside training, which uses its own group at the same time.
         patience = timedelta(minutes=patience_minutes) if patience_minutes else None
         self.group = torch.distributed.new_group(backend="gloo", timeout=patience) if several() else None
@@ -154,7 +160,8 @@ class CheckpointWriter:
         free = self.ranks.from_main(shutil.disk_usage(self.run_dir).free)
         if needed > free:
             self._give_up(snapshot, f"needs {needed / 2**20:,.0f} MiB, and {free / 2**20:,.0f} MiB are free")
-        elif self.thread is None:
+        elif self.thread is None or self.check is not None:
+            # What is looked at is compared with the run's model as it is now.
             self._write(snapshot, with_policy_pt)
         else:
             self.under_way = self.thread.submit(self._write, snapshot.copied(), with_policy_pt)
@@ -187,10 +194,12 @@ class CheckpointWriter:
                     self._write_tensors(tensors, partial / part, whole=False)
             if self.ranks.is_main:
                 self._complete(snapshot, partial, with_policy_pt)
+                self._check(partial)
                 publish(partial, place)
                 self._remove_old()
                 self.say(f"checkpoint: {place}")
-            self.failed = False
+            self.looked |= self.check is not None
+            self.failed, self.check = False, None
         except (OSError, CheckpointException) as error:
             if not isinstance(reason := _cause_of(error), OSError):
                 raise
@@ -208,18 +217,27 @@ class CheckpointWriter:
 
     def _complete(self, snapshot: Snapshot, partial: Path, with_policy_pt: bool) -> None:
         shutil.rmtree(partial / "sharded", ignore_errors=True)
+        if self.group is not None:
+            write_scalars(partial, snapshot.weights)
         parts = sorted(partial.glob("model-*.safetensors"))
         if len(parts) == 1:
             parts[0].rename(partial / (WEIGHTS_FILE if has_adapter(self.policy) else "model.safetensors"))
             (partial / "model.safetensors.index.json").unlink()
         if has_adapter(self.policy):
             save_settings(self.policy, partial)
-        else:
-            save_configuration(self.policy, partial)
+        save_configuration(self.policy, partial, self.tokenizer, self.end_tokens)
         save_tokenizer(self.tokenizer, partial)
         (partial / "state.json").write_text(json.dumps(snapshot.state | {"run": self.about}, default=_as_json))
         if with_policy_pt and not has_adapter(self.policy):
             write_policy_pt(partial, snapshot)
+
+    def _check(self, partial: Path) -> None:
+        if self.check is not None:
+            try:
+                self.check(partial)
+            except UserError:
+                shutil.rmtree(partial, ignore_errors=True)
+                raise
 
     def _give_up(self, snapshot: Snapshot, reason: str) -> None:
         self.failed = True
@@ -241,15 +259,60 @@ class CheckpointWriter:
                 shutil.rmtree(checkpoint, ignore_errors=True)
 
 
-def save_configuration(policy: nn.Module, folder: Path) -> None:
-    """Write the configuration of a model, and how it generates."""
+def save_configuration(policy: nn.Module, folder: Path, tokenizer, end_tokens: Sequence[int] = ()) -> None:
+    """Write the configuration of a model, and how it generates: its answers end where those of training do.
+
+    Of a model with an adapter the first is the base's own.
+    """
     config = copy.deepcopy(policy.config)
-    # FSDP has made a class of its own of the model's.
-    config.architectures = [type(policy).__name__.removeprefix("FSDP")]
-    config.dtype = policy.dtype
-    config.save_pretrained(folder)
-    if policy.can_generate():
-        policy.generation_config.save_pretrained(folder)
+    generation = copy.deepcopy(policy.generation_config) if policy.can_generate() else None
+    end_as_trained(config, generation, tokenizer, end_tokens)
+    if not has_adapter(policy):
+        # FSDP has made a class of its own of the model's.
+        config.architectures = [type(policy).__name__.removeprefix("FSDP")]
+        config.dtype = policy.dtype
+        config.save_pretrained(folder)
+    if generation is not None:
+        # Not save_pretrained, which refuses sampling settings that greedy decoding would not read.
+        generation.to_json_file(folder / "generation_config.json")
+
+
+def end_as_trained(config, generation, tokenizer, end_tokens: Sequence[int] = ()) -> None:
+    """Let configurations name the tokens that end an answer: the tokenizer's, `end_tokens`, and those they name already.
+
+    generation is None for a model that does not generate. A padding token is named where there was none, for generation alone:
+    in a model's configuration it would keep that token's embedding from being trained.
+    """
+    wanted = [tokenizer.eos_token_id, *end_tokens]
+    text = config.get_text_config()
+    named = _listed(text.eos_token_id if generation is None else generation.eos_token_id)
+    if not set(wanted) <= set(named):
+        named = list(dict.fromkeys([*wanted, *named]))
+    if tokenizer.eos_token_id not in _listed(text.eos_token_id):
+        text.eos_token_id = tokenizer.eos_token_id
+    if generation is not None:
+        generation.eos_token_id = named if len(named) > 1 else named[0]
+        if generation.pad_token_id is None:
+            generation.pad_token_id = tokenizer.pad_token_id
+
+
+def _listed(ids: int | list[int] | None) -> list[int]:
+    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+
+
+def write_scalars(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors without dimensions into the files of a folder that have places for them.
+
+    torch leaves such places at 0 where it brings the parts of all processes together.
+    """
+    scalars = {name: local(tensor).detach() for name, tensor in tensors.items() if tensor.dim() == 0}
+    for file in sorted(folder.glob("*.safetensors")) if scalars else ():
+        with file.open("rb+") as opened:
+            size = int.from_bytes(opened.read(8), "little")
+            header = json.loads(opened.read(size))
+            for name in scalars.keys() & header.keys():
+                opened.seek(8 + size + header[name]["data_offsets"][0])
+                opened.write(scalars[name].cpu().reshape(1).view(torch.uint8).numpy().tobytes())
 
 
 def file_numbers(tensors: Mapping[str, Tensor]) -> dict[str, int]:
@@ -391,7 +454,8 @@ def read_state(checkpoint: Path) -> dict:
 
 def _held_out(checkpoint: Path, metric: str) -> float | None:
     try:
-        value = read_state(checkpoint)["held_out"][metric]
+        held_out = read_state(checkpoint)["held_out"]
+        value = None if metric == "loss/eval" and is_at_beta_used(held_out) else held_out[metric]
     except UNREADABLE:
         # Not evaluated, or damaged since.
         return None
@@ -429,4 +493,7 @@ def read_reference(checkpoint: Path, named_weights: dict[str, Tensor]) -> None:
 
 
 def _read_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
+    if not tensors:
+        # Nothing was written then: plain SGD keeps no state.
+        return
     dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=not several())

@@ -20,8 +20,12 @@ from pages import page, write_page
 from run_files import (
     ABOUT,
     ASIDE,
+    BETA_USED,
+    HELD_OUT_PROMPTS,
     JOB,
+    LOSS_AT_BETA_USED,
     METRICS,
+    OF_THEIR_RUN,
     PRUNED,
     RESULTS_FILE,
     config_in,
@@ -31,7 +35,7 @@ from run_files import (
     results_of,
     split_rows,
 )  # fmt: skip
-from utils import UserError, dotted, with_interval
+from utils import UserError, dotted, too_few, with_interval
 
 PAGE, TABLE = "comparison.html", "comparison.csv"
 ACCURACY = "rewards_eval/accuracies"
@@ -45,6 +49,8 @@ CURVES = {
 }  # fmt: skip
 # Losses whose reward is beta times the log-ratio of policy and reference.
 LOG_RATIO_LOSSES = ("dpo", "ipo", "hinge", "robust", "rpo", "dpop", "bco", "tr_dpo")
+# Keys of a loss that change what is trained, and not what a held-out loss is of.
+OF_TRAINING = ("loss.mode_loss", "loss.mode_weight", "loss.a", "loss.reference_update_every", "loss.reference_update_share")
 # In which the runs of a group may differ.
 SEED = "seed"
 
@@ -193,11 +199,33 @@ def comparison_page(runs: Sequence[Run]) -> str:
         "comparison.html",
         number=len(runs),
         keys=differing_keys(runs),
+        warnings=doubts(runs),
         columns=[title for name, title in COLUMNS.items() if any(name in run.newest for run in runs)],
         rows=[row_of(group) for group in groups],
         frontiers=[picture for picture in frontiers(groups) if picture],
         charts=[picture for name, title in CURVES.items() if (picture := curves(groups, name, title))],
     )
+
+
+def doubts(runs: Sequence[Run]) -> list[str]:
+    """Which columns do not compare between the runs, and why."""
+    if len(runs) < 2:
+        return []
+    found = []
+    keys = [key for key in differing_keys(runs) if key.startswith("loss.") and key not in OF_TRAINING]
+    if keys:
+        found.append(
+            f"Held-out losses do not compare: they are of other formulas where {', '.join(keys)} differ. Accuracies do."
+        )
+    if "loss.beta" in keys:
+        found.append("Reward margins have beta in them: margin / beta compares.")
+    own = sorted({run.config.get("loss.name") for run in runs} & {*OF_THEIR_RUN})
+    if own:
+        found.append(f"Held-out losses of {', '.join(own)} depend on what their run has seen, and do not compare.")
+    old = [run.name for run in runs if BETA_USED in run.newest and LOSS_AT_BETA_USED not in run.newest]
+    if old:
+        found.append(f"Of an earlier version, with the held-out loss at beta-DPO's beta in force: {', '.join(old)}.")
+    return found
 
 
 def row_of(group: Group) -> dict:
@@ -218,9 +246,12 @@ def cell(runs: Sequence[Run], name: str) -> str:
     if len(rows) == 1:
         [row] = rows
         bounds = row.get(f"{name}/low"), row.get(f"{name}/high")
-        return with_interval(row[name], *bounds) if None not in bounds else shown(row[name])
-    values = [row[name] for row in rows]
-    return f"{statistics.fmean(values):.3g} ± {statistics.stdev(values):.2g}"
+        found = with_interval(row[name], *bounds) if None not in bounds else shown(row[name])
+    else:
+        values = [row[name] for row in rows]
+        found = f"{statistics.fmean(values):.3g} ± {statistics.stdev(values):.2g}"
+    prompts = [row[HELD_OUT_PROMPTS] for row in rows if isinstance(row.get(HELD_OUT_PROMPTS), int | float)]
+    return f"{found} ({min(prompts):.0f} prompts: too few)" if prompts and too_few(min(prompts), name) else found
 
 
 def curves(groups: Sequence[Group], name: str, title: str):

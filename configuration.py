@@ -6,6 +6,7 @@ The YAML files under config/ are the only list of keys there is: a key is known 
 import math
 import os
 import re
+from dataclasses import replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -203,7 +204,7 @@ COUNTS = (
 OPTIONAL_COUNTS = (
     "n_epochs", "n_examples", "n_eval_examples", "max_tokens_per_microbatch", "save_every", "keep_last",
     "keep_best", "evaluation.n_prompts", "evaluation.task_limit", "n_steps", "early_stopping_patience",
-    "per_device_batch_size", "gpus_per_job",
+    "per_device_batch_size", "gpus_per_job", "evaluation.judge_max_tokens",
 )  # fmt: skip
 COUNTS_FROM_ZERO = ("warmup_steps", "n_eval_model_samples", "seed")
 SWITCHES = (
@@ -349,6 +350,17 @@ def is_sharded(config: DictConfig) -> bool:
 def sharded_dtype(config: DictConfig) -> str | None:
     """The dtype that a sharded trainer gathers weights in and computes in; None is the weights' own."""
     return (config.trainer.param_dtype or config.model.fsdp_policy_mp) if is_sharded(config) else None
+
+
+def two_models_asked_for(config: DictConfig) -> str | None:
+    """What to say where policy and reference are not one model at a run's beginning, because the user wants it so."""
+    policy, reference = config.model.policy_dtype, config.model.reference_dtype
+    if policy == reference:
+        return None
+    return (
+        f"model.reference_dtype: {reference}, and the policy is {policy}: two models, whose margins are not 0 at the "
+        "beginning; that they start alike is not checked"
+    )
 
 
 def caches_reference(config: DictConfig, read_again: bool) -> bool:
@@ -586,7 +598,29 @@ def read_entries(config: DictConfig) -> list[Entry]:
     sound = isinstance(entries, list) and bool(entries)
     _require(sound, "datasets", entries, "at least one data set, as in [hh,shp]")
     defaults = {key: config[key] for key in (*GENERAL_KEYS, "held_out_share") if key in config}
-    return [read_entry(entry, defaults) for entry in entries]
+    read = [read_entry(entry, defaults) for entry in entries]
+    return [replace(entry, notes=(*entry.notes, *_without_effect(config, entry))) for entry in read]
+
+
+def _without_effect(config: DictConfig, entry: Entry) -> list[str]:
+    """Notes on the run's settings that have been changed and say nothing to an entry, and on what its loss does not read."""
+    notes = []
+    if entry.dataset.about_sft and config.loss.name in WITHOUT_PAIRS:
+        notes.append(entry.dataset.about_sft)
+    if _is_changed(config, "max_prompt_length") and (entry.truncation_mode or entry.dataset.truncation_mode) == "drop":
+        notes.append("max_prompt_length has no effect: truncation_mode=drop cuts nothing")
+    if _is_changed(config, "held_out_share") and not entry.holds_out_a_share:
+        notes.append("held_out_share has no effect: the set says itself what is held out")
+    return notes
+
+
+@cache
+def _defaults() -> DictConfig:
+    return OmegaConf.load(CONFIG_DIR / "config.yaml")
+
+
+def _is_changed(config: DictConfig, key: str) -> bool:
+    return key in config and config[key] != _defaults()[key]
 
 
 # Who may judge, and whether a name follows.

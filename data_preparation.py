@@ -64,7 +64,8 @@ def prepare(
             part, report = work.result()
         if part is not None:
             parts.append(part)
-        reports.append(report)
+        # Not kept with the data, which does not depend on settings that have no effect.
+        reports.append(replace(report, notes=[*entry.notes, *report.notes]) if split == "train" else report)
     return Prepared(PromptTable(parts, first_row), reports, version)
 
 
@@ -199,7 +200,9 @@ class _Preparation:
             text_of = text_reader(self.tokenizer, self.settings)
             for record in load_records(self.entry, self.split, report, self.cache_dir, text_of):
                 if digest is not None:
-                    digest.update(repr((record.prompt, record.responses, record.pairs, record.sft_target)).encode())
+                    several = (record.sft_targets,) if record.sft_targets else ()
+                    content = (record.prompt, record.responses, record.pairs, record.sft_target, *several)
+                    digest.update(repr(content).encode())
                 yield record
         except OSError as error:
             # Of the loader's own files: nothing that another folder for prepared data would mend.

@@ -121,8 +121,8 @@ TRUNCATION_MODES = ("keep_start", "keep_end", "drop")
 class Entry:
     """One entry of `datasets`, understood: where records come from, and what is done with them.
 
-    options are further keyword arguments of the loader. weight says how often an epoch visits each prompt. Values that the
-    entry does not give are the configuration's.
+    options are further keyword arguments of the loader. weight says how often an epoch visits each prompt. notes are about
+    settings that have no effect here. Values that the entry does not give are the configuration's.
     """
 
     name: str
@@ -134,11 +134,18 @@ class Entry:
     truncation_mode: str | None = None
     on_bad_row: str | None = None
     weight: float = 1.0
+    notes: tuple[str, ...] = ()
 
     @property
     def tokenised_file(self) -> Path | None:
         """The path of a file of token ids, which has no texts; None for all others."""
         return Path(self.name) if self.name.endswith(TOKENISED_SUFFIX) else None
+
+    @property
+    def holds_out_a_share(self) -> bool:
+        """Whether `held_out_share` decides what is held out."""
+        own = getattr(self.dataset.load, "__self__", None)
+        return isinstance(own, OwnData) and not (own.test_path or own.test_split)
 
     def report(self) -> DataReport:
         """An empty report that knows what becomes of bad rows."""
@@ -181,7 +188,9 @@ def read_entry(entry, defaults: dict | None = None) -> Entry:
         # As with the general keys, null is what is not given.
         rest = {key: value for key, value in rest.items() if value is not None}
         rest = {"held_out_share": defaults.get("held_out_share", 0.05)} | rest
-        understood = Entry(name, _dataset_of_path(name, rest), held_out_share=rest["held_out_share"], **general)
+        notes = (*_tokenised_without_effect(name, general), *_path_without_effect(name, given))
+        dataset = _dataset_of_path(name, rest)
+        understood = Entry(name, dataset, held_out_share=rest["held_out_share"], notes=notes, **general)
     else:
         name = str(given["name"])
         understood = Entry(name, find_dataset(name), rest, **general)
@@ -212,6 +221,31 @@ def _dataset_of_path(path: str, options: dict) -> Dataset:
             found = "a directory" if Path(file).is_dir() else "no such file"
             raise UserError(f"datasets: {file}: {found}. Expected a readable file; paths are relative to {Path.cwd()}.")
     return Dataset(own.load, "keep_end", fingerprint=own.fingerprint, held_out_by_share=own.by_hash and own.held_out_share > 0)
+
+
+def _tokenised_without_effect(path: str, general: dict) -> list[str]:
+    """Notes on settings that shape texts, for a file that has none."""
+    if not path.endswith(TOKENISED_SUFFIX):
+        return []
+    return [f"{key} has no effect: the file holds token ids" for key in ("template", "system_prompt") if key in general]
+
+
+def _path_without_effect(path: str, given: dict) -> list[str]:
+    """Notes on keys of an entry that say nothing, beside what else it says."""
+    keys = {key for key, value in given.items() if value is not None and value is not False}
+    notes = []
+    if is_data_file(path):
+        pointless = sorted(keys & {"split", "subset", "data_dir"}) + ["test_split"] * ("test_split" in keys)
+        notes += [f"{key} has no effect: a file has no splits or subsets" for key in pointless]
+    if "held_out_share" in keys and (owner := keys & {"test_path", "test_split"}):
+        notes.append(f"held_out_share has no effect: {' and '.join(sorted(owner))} says what is held out")
+    if is_data_file(str(given.get("test_path"))) and "test_split" in keys and not is_data_file(path):
+        notes.append("test_split has no effect: test_path is a file")
+    kind = next((key for key in ("responses", "response") if key in keys), None)
+    if kind:
+        others = {"chosen", "rejected", "implicit_prompt"} | ({"response", "score"} if kind == "responses" else set())
+        notes += [f"{key} has no effect: answers are in {kind}" for key in sorted(keys & others)]
+    return notes
 
 
 def _check_field_map(path: str, options: dict) -> None:
@@ -278,6 +312,10 @@ def _check_general(entry: Entry) -> None:
         raise UserError(f"datasets: {entry.name}: system_prompt: found {entry.system_prompt!r}, expected a text.")
 
 
+# What a loader's record may say; further keys are named as not read.
+RECORD_KEYS = {"responses", "pairs", "sft_target", "sft_targets"}
+
+
 def load_records(
     entry: Entry,
     split: str,
@@ -308,4 +346,7 @@ def load_records(
             continue
         prompt, record = item
         pairs = [(int(chosen), int(rejected)) for chosen, rejected in record["pairs"]]
-        yield PreferenceRecord(prompt, list(record["responses"]), pairs, record["sft_target"], number, source)
+        targets = tuple(record.get("sft_targets", ()))
+        for key in record.keys() - RECORD_KEYS:
+            report.not_read(str(key))
+        yield PreferenceRecord(prompt, list(record["responses"]), pairs, record["sft_target"], number, source, targets)

@@ -17,7 +17,7 @@ import torch
 import xxhash
 
 from batches import UNLIMITED, BatchIterator, MicroBatch, PackedBatch, TokenBudget, examples_of, pieces_of
-from configuration import caches_reference, is_sharded, read_entries
+from configuration import caches_reference, is_sharded, read_entries, two_models_asked_for
 from data_preparation import Prepared
 from memory_estimate import step_memory
 from models import untrained_budget
@@ -54,6 +54,8 @@ def look(config, tokenizer, loss, data: tuple[Prepared, Prepared], batches_withi
     print(f"\nprompts that are in both: {len(both):,}", "\nexamples", sep="\n")
     train = data[0].table
     print(*lines_of_examples([train[k] for k in range(min(3, len(train)))], tokenizer, wants_colour()), sep="\n")
+    if loss.needs_reference and (two_models := two_models_asked_for(config)):
+        print(f"\n{two_models}")
     look_at_steps = look_at_ranks if is_sharded(config) else look_at_one_process
     look_at_steps(config, tokenizer, loss, facts[0], batches_within)
 
@@ -166,7 +168,7 @@ def lines_of_data(names: Sequence[str], reports: Sequence[DataReport], facts: Fa
         rows = f"{report.rows_read:,} rows read, " if report.rows_read else ""
         lines.append(f"  {name}: {rows}{report.num_prompts:,} prompts kept")
         lines += [f"    {count:,} {what}" for count, what in report.counts()]
-        lines += [f"    {message}" for message in report.bad_rows]
+        lines += [f"    {message}" for message in (*report.remarks(), *report.bad_rows)]
     what = "pairs" if paired else "examples"
     lines.append(
         f"  {facts.prompts:,} prompts, {facts.responses:,} responses, {facts.examples:,} {what}, {facts.packed_tokens:,} tokens"

@@ -1,20 +1,19 @@
-"""Held-out metrics and their intervals. Reads policy, reference and loss; changes none of them, nor any random stream.
+"""Held-out metrics. Reads policy, reference and loss; changes none of them, nor any random stream.
 
 Shapes: R responses and P pairs over the whole held-out set; E examples (P, or R for SFT); G groups of examples.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-import numpy
 import torch
 from torch import Tensor, nn
 
 from batches import PackedBatch
 from logprobs import response_logps
 from losses import Loss, example_metrics
+from model_state import compute_device
 from ranks import ALONE, Ranks
 
 
@@ -57,13 +56,14 @@ def evaluate(
     loss: Loss,
     batches: Sequence[PackedBatch],
     ranks: Ranks = ALONE,
+    see: Callable[[PackedBatch, Tensor, Tensor], None] | None = None,
 ) -> HeldOut:
     """Score every held-out example once. The loss sees all of them together, so that nothing depends on how they are cut.
 
     `reference` gives the log-probs [R] of a batch; None where the loss needs none. `batches` are this rank's; every rank gets
-    the result for all. Raises ValueError where there is no example.
+    the result for all. `see` is shown each batch with the log-probs of both. Raises ValueError where there is no example.
     """
-    scores = score(policy, reference, batches, ranks)
+    scores = score(policy, reference, batches, ranks, see)
     pick = slice(None) if loss.paired else scores.order
     pairs = scores.pairs[scores.order] if loss.paired else scores.pairs
     known = scores.policy[pick]
@@ -77,16 +77,19 @@ def score(
     reference: Callable[[PackedBatch], Tensor] | None,
     batches: Sequence[PackedBatch],
     ranks: Ranks = ALONE,
+    see: Callable[[PackedBatch, Tensor, Tensor], None] | None = None,
 ) -> Scores:
     """Log-probs of every response of this rank's batches; every rank gets those of all. As `evaluate`."""
     if not batches:
         raise ValueError("no held-out example to evaluate")
-    device = next(policy.parameters()).device
+    device = compute_device(policy)
     scored = []
     for batch in batches:
         on_device = batch.to(device)
         logps = response_logps(policy, on_device).double().cpu()
         known = None if reference is None else reference(on_device).double().cpu()
+        if see is not None and known is not None:
+            see(batch, logps, known)
         if not batch.is_filler:
             facts = batch.pairs.cpu(), batch.response_lengths.cpu(), batch.places.cpu(), batch.sources
             scored.append((logps, known, *facts))
@@ -102,41 +105,3 @@ def score(
         order=order,
         sources=[names[place] for place in order.tolist()],
     )
-
-
-# ---- intervals ----------------------------------------------------------------------------------------------------------
-
-
-def share_interval(values: Tensor) -> tuple[float, float]:
-    """95% interval of a share, from values [E] between 0 and 1: Wilson's, which is not empty at 0 and at 1."""
-    n, share, z = len(values), values.double().mean().item(), 1.959964
-    centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
-    half = z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
-    return centre - half, centre + half
-
-
-def mean_interval(values: Tensor, draws: int = 1000) -> tuple[float, float]:
-    """95% interval of the mean of values [E]: percentiles of `draws` bootstrap means, the same at every call."""
-    return interval(bootstrap_means(values.double().numpy()[:, None], draws=draws)[:, 0])
-
-
-def bootstrap_means(columns: numpy.ndarray, groups: numpy.ndarray | None = None, draws: int = 1000) -> numpy.ndarray:
-    """Means of columns [E, K] over `draws` samples of the examples, drawn with replacement: [draws, K], the same at every call.
-
-    groups [E] says which examples belong together, such as the pairs of a prompt: they are drawn together, since they are not
-    independent. None: each by itself. A mean is over the examples of the groups that are drawn, however large these are.
-    """
-    number = numpy.arange(len(columns)) if groups is None else numpy.unique(groups, return_inverse=True)[1]
-    sums = numpy.zeros((number.max() + 1, columns.shape[1] + 1))
-    numpy.add.at(sums, number, numpy.column_stack([columns, numpy.ones(len(columns))]))
-    draw = numpy.random.default_rng(0)
-    # A few draws at a time: all of them at once would not fit into memory for hundreds of thousands of examples.
-    rows = (sums[draw.integers(0, len(sums), len(sums))].sum(0) for _ in range(draws))
-    totals = numpy.stack(list(rows))
-    return totals[:, :-1] / totals[:, -1:]
-
-
-def interval(draws: numpy.ndarray) -> tuple[float, float]:
-    """95% interval from bootstrap values [draws], those that are no numbers left out."""
-    low, high = numpy.nanpercentile(draws, [2.5, 97.5])
-    return float(low), float(high)

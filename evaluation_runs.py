@@ -17,11 +17,11 @@ from batches import BatchIterator, evaluation_batches, evaluation_prompts
 from checkpoints import checkpoints_of, read_state
 from configuration import CONFIG_DIR, GROUPS, OPEN_SECTIONS, explain_composition_error, known_keys, task_names
 from evaluation import HeldOut
-from held_out_report import ExampleFacts, kl_estimate, lines_of, summary
+from held_out_report import ExampleFacts, kl_estimate, lines_of, summary, warnings_of
 from judges import build_judge
 from models import shared_budget, token_budget
 from prompt_table import PromptTable
-from sampling import sample_responses
+from sampling import OTHER, POLICY, sample_responses
 from task_suites import TaskList
 from utils import UNREADABLE, UserError, first_line, nearest
 from win_rates import Comparison, win_rate
@@ -72,7 +72,7 @@ class EvaluationRun:
         other = None
         if wanted.judge and wanted.against == "reference":
             # The policy's weights are still those that the reference has.
-            other = self.answers(trainer.policy)
+            other = self.answers(trainer.policy, OTHER)
         if self.checkpoint is not None:
             self.take_checkpoint()
         trainer.evaluate()
@@ -84,7 +84,7 @@ class EvaluationRun:
             results["kl"], ratios = kl_estimate(trainer.policy, trainer.reference, *parts)
         if wanted.judge and other is None:
             trainer.reference = None
-            other = self.answers(self.model_of(wanted.against))
+            other = self.answers(self.model_of(wanted.against), OTHER)
         if not self.ranks.is_main:
             return {}
         path = Path(wanted.to) if wanted.to else directory / "results.json"
@@ -112,7 +112,8 @@ class EvaluationRun:
         if self.tasks is not None:
             options = wanted.task_limit, self.config.eval_batch_size
             results["tasks"] = self.tasks.results(self.trainer.policy, self.tokenizer, *options)
-            write_results(path, results)
+        results["warnings"] = warnings_of(results)
+        write_results(path, results)
         print("", *lines_of(results), f"results: {path}", sep="\n", flush=True)
         return results
 
@@ -125,9 +126,10 @@ class EvaluationRun:
             # beta-DPO's statistics, which evaluations read.
             trainer.loss.load_state_dict(state["loss"])
 
-    def answers(self, model: nn.Module) -> list[list[int]]:
-        """Token ids of a model's sampled answers to the prompts that are asked."""
-        return sample_responses(model, self.tokenizer, self.asked, self.config.max_length, self.config.seed, self.ranks)
+    def answers(self, model: nn.Module, stream: str = POLICY) -> list[list[int]]:
+        """Token ids of a model's sampled answers to the prompts that are asked, drawn from a stream of noise."""
+        sizes = self.config.max_length, self.config.seed
+        return sample_responses(model, self.tokenizer, self.asked, *sizes, self.ranks, stream)
 
     def model_of(self, archive: str) -> nn.Module:
         """The model of another checkpoint directory, placed as the policy is."""

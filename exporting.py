@@ -11,7 +11,7 @@ import os
 import re
 import shlex
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,19 +19,30 @@ from pathlib import Path
 import torch
 from omegaconf import OmegaConf
 from safetensors import SafetensorError
+from torch import Tensor
 
 import hub
 import models
-from adapters import SETTINGS_FILE, WEIGHTS_FILE, is_adapter
-from checkpoints import MARKER, PARTIAL, checkpoints_of, fault_of, read_state, save_tokenizer
-from configuration import CONFIG_DIR, choices_of
-from model_card import PLAIN_PROMPT, CardFacts, model_card
+from adapters import BASE_DIR, SETTINGS_FILE, WEIGHTS_FILE, is_adapter, quantise, restore_bits, settings_of_file
+from checkpoints import MARKER, PARTIAL, checkpoints_of, end_as_trained, fault_of, read_state, save_tokenizer
+from configuration import CONFIG_DIR, DTYPES, choices_of
+from dataset_entries import TEMPLATES
+from model_card import CardFacts, model_card
 from modelfile import check_architecture, fit_for_ollama, modelfile_of, tokenizer_model
-from prompt_templates import build_template
-from records import Turn
 from run_files import METRICS, RESULTS_FILE, metric_rows, results_of
-from served_prompts import chat_template, format_of_run, turns_of
-from tokenization import bos_of
+from saved_models import (
+    OtherModelError,
+    answers_in_float32,
+    answers_of,
+    compare,
+    compare_parts,
+    fits_in_memory,
+    in_float32,
+    load_plain,
+    per_token,
+    tolerance,
+)
+from served_prompts import end_tokens, format_of_run, serve_as_trained
 from utils import UNREADABLE, UserError, first_line, load_tensors, misfit, nearest
 
 SHARD_SIZE = "5GB"
@@ -159,17 +170,41 @@ def _check_place(place: Path) -> None:
 
 
 def whole_model(source: Source, dtype: str, trust_remote_code: bool = False):
-    """The model of a checkpoint, whole: the one place that knows how an adapter becomes one.
-
-    dtype is a name such as bfloat16. Raises UserError where its files cannot be read.
-    """
-    defaults = OmegaConf.load(CONFIG_DIR / "model" / "base_model.yaml")
-    tokenizer, trusted = tokenizer_of(source, trust_remote_code), {"trust_remote_code": trust_remote_code}
+    """The model of a checkpoint, whole. dtype is a name such as bfloat16. Raises UserError where its files cannot be read."""
+    tokenizer = tokenizer_of(source, trust_remote_code)
+    config = _model_config(source, trust_remote_code)
     if source.is_adapter:
-        config = OmegaConf.merge(defaults, source.config["model"], trusted)
-        return models.load_merged(source.checkpoint, config, tokenizer).to(getattr(torch, dtype))
-    config = OmegaConf.merge(defaults, trusted, {"name_or_path": str(source.checkpoint), "policy_dtype": dtype})
-    return models.load_model(config, tokenizer)
+        return models.load_merged(source.checkpoint, config, tokenizer, _cache_dir(source), getattr(torch, dtype))
+    config.policy_dtype = dtype
+    return models.load_model(config, tokenizer, _cache_dir(source))
+
+
+def own_model(source: Source, trust_remote_code: bool = False):
+    """The model of a checkpoint as its run has it, its adapter in it."""
+    tokenizer, config = tokenizer_of(source, trust_remote_code), _model_config(source, trust_remote_code)
+    if source.is_adapter:
+        return models.load_with_adapter(source.checkpoint, config, tokenizer, _cache_dir(source))
+    return models.load_model(config, tokenizer, _cache_dir(source))
+
+
+def _model_config(source: Source, trust_remote_code: bool):
+    """The `model` configuration that loads a checkpoint, in the dtype that its weights have."""
+    defaults = OmegaConf.load(CONFIG_DIR / "model" / "base_model.yaml")
+    trusted = {"trust_remote_code": trust_remote_code}
+    if source.is_adapter:
+        return OmegaConf.merge(defaults, source.config["model"], trusted)
+    return OmegaConf.merge(defaults, trusted, {"name_or_path": str(source.checkpoint), "policy_dtype": _dtype_of(source)})
+
+
+def _dtype_of(source: Source) -> str:
+    """The dtype of a checkpoint's weights, of an adapter's base."""
+    stored = _stored(source).get("dtype")
+    return stored if stored in DTYPES else source.config["model"]["policy_dtype"]
+
+
+def _cache_dir(source: Source) -> str | None:
+    found = source.config.get("cache_dir")
+    return found if isinstance(found, str) else None
 
 
 def tokenizer_of(source: Source, trust_remote_code: bool = False):
@@ -242,28 +277,31 @@ def export(path: Path, wishes: Wishes) -> list[str]:
     source = source_of(path)
     check_wishes(wishes, source.is_adapter)
     tokenizer = tokenizer_of(source, wishes.trust_remote_code)
-    prompt, notes = serve_as_trained(source.config, tokenizer, wishes.template)
+    written_as = _format_of(source, wishes.template)
+    prompt, notes = serve_as_trained(written_as, tokenizer)
     modelfile = pieces = None
     if wishes.ollama:
         if architecture := _stored(source).get("architectures"):
             check_architecture(architecture[0])
-        modelfile, said = modelfile_of(source.config, tokenizer, wishes.template)
+        modelfile, said = modelfile_of(source.config, tokenizer, wishes.template or written_as)
         notes += said
         pieces = tokenizer_model(tokenizer, _places_of_tokenizer(source))
     if wishes.push:
         hub.reserve(wishes.push, wishes.private)
-    dtype = wishes.dtype or _stored(source).get("dtype") or source.config["model"]["policy_dtype"]
+    dtype = wishes.dtype or _dtype_of(source)
+    ends = end_tokens(written_as, tokenizer)
     with written_beside(wishes.to) as partial:
-        if source.is_adapter and not wishes.merge:
-            facts = _write_adapter(source, partial, dtype)
-        else:
-            facts = _write_whole(source, partial, dtype, wishes)
+        write = _write_adapter if source.is_adapter and not wishes.merge else _write_whole
+        with _compared(wishes.to):
+            facts, check = write(source, partial, dtype, wishes, tokenizer, ends)
         save_tokenizer(tokenizer, partial)
         if modelfile:
             fit_for_ollama(partial, tokenizer)
             (partial / "Modelfile").write_text(modelfile, encoding="utf-8")
         if pieces:
             (partial / "tokenizer.model").write_bytes(pieces)
+        with _compared(wishes.to):
+            notes += check()
         facts = replace(facts, name=wishes.push or wishes.to.resolve().name, prompt=prompt)
         (partial / "README.md").write_text(model_card(facts), encoding="utf-8")
     said = [_summary(wishes.to, facts), *(f"note: {note}" for note in notes)]
@@ -275,67 +313,165 @@ def export(path: Path, wishes: Wishes) -> list[str]:
     return said
 
 
+def _format_of(source: Source, wanted: str | None) -> str | None:
+    """How the run's prompts are written, as its configuration says, or else as its first checkpoint found them to be."""
+    seen = source.run.get("prompt_format")
+    try:
+        return format_of_run(source.config, wanted)[0]
+    except UserError:
+        return seen if seen in TEMPLATES else None
+
+
+@contextmanager
+def _compared(place: Path) -> Iterator[None]:
+    """Inside, a directory that turns out to be another model than the run's is a UserError."""
+    try:
+        yield
+    except OtherModelError as error:
+        raise UserError(
+            f"--to: {place}: what was written is not the run's model: {error}. It is removed; the "
+            "checkpoint stays as it is. Export without --merge or --quantize, or with the run's versions of the libraries."
+        ) from error
+
+
 def _summary(place: Path, facts: CardFacts) -> str:
     return f"{place}: {facts.architecture}, {facts.parameters:,} parameters, {facts.dtype}"
 
 
-QUESTION = "What is the capital of France?"
+# What looks at a directory when all of it is written; its lines are said. Raises OtherModelError.
+Check = Callable[[], list[str]]
 
 
-def serve_as_trained(config: dict, tokenizer, wanted: str | None = None) -> tuple[str, list[str]]:
-    """Let the tokenizer's chat template write prompts as training did; returns an example of one, and notes.
-
-    Where the run's prompts are no conversations, or nobody knows, the tokenizer stays as it is.
-    """
-    try:
-        name, _ = format_of_run(config, wanted)
-    except UserError:
-        name = None
-    if name in ("hh", "chatml"):
-        turns = turns_of(name, tokenizer)
-        template = chat_template(turns, bool(bos_of(tokenizer)))
-        notes = [f"the tokenizer's own chat template is replaced by {name}, as in training"] if tokenizer.chat_template else []
-        tokenizer.chat_template = template
-        return turns.text([Turn("user", QUESTION)]), notes
-    if name == "chat":
-        text, _ = build_template("chat", None, tokenizer)((Turn("user", QUESTION),), [])
-        return text.removeprefix(tokenizer.bos_token if bos_of(tokenizer) else ""), []
-    return PLAIN_PROMPT, []
-
-
-def _write_whole(source: Source, partial: Path, dtype: str, wishes: Wishes) -> CardFacts:
-    model = whole_model(source, dtype, wishes.trust_remote_code)
+def _write_whole(source: Source, partial: Path, dtype: str, wishes: Wishes, tokenizer, ends) -> tuple[CardFacts, Check]:
+    model = own_model(source, wishes.trust_remote_code)
     architecture = type(model).__name__
     if wishes.ollama:
         check_architecture(architecture)
-    parameters = save_weights(model, partial)
-    del model
+    expected, notes = _made_whole(model, source, dtype)
+    parameters = save_weights(model, partial, tokenizer, ends)
     if wishes.quantize:
         _quantize(partial, wishes.quantize, dtype)
-    return replace(_facts(source), architecture=architecture, dtype=dtype, parameters=parameters, quantized=wishes.quantize)
+    facts = replace(_facts(source), architecture=architecture, dtype=dtype, parameters=parameters, quantized=wishes.quantize)
+    if expected is None:
+        # Compared at once: later there is nothing to compare with.
+        compare_parts(partial, model, wishes.trust_remote_code)
+        return facts, lambda: notes
+    return facts, lambda: notes + _whole_compared(partial, expected, dtype, wishes)
 
 
-def save_weights(model, directory: Path) -> int:
-    """Write a model's weights and configurations; returns how many parameters it has. Raises OSError where there is no room."""
+def _made_whole(model, source: Source, dtype: str) -> tuple[Tensor | None, list[str]]:
+    """Merge a model's adapter and give its weights a dtype, in place; what it then says in float32, and notes.
+
+    None for what it says where memory does not suffice for float32.
+    """
+    wanted = getattr(torch, dtype)
+    if not fits_in_memory(sum(weight.numel() for weight in model.parameters())):
+        models.merged(model, wanted) if source.is_adapter else models.round_weights(model, wanted)
+        return None, ["too little memory to compare log-probs: names, shapes, values and configuration were compared"]
+    stored, notes = getattr(torch, _dtype_of(source)), []
+    if source.config["model"].get("quantization") and source.is_adapter:
+        notes += _bits_restored(model, source)
+    began = answers_of(in_float32(model))
+    if source.is_adapter:
+        models.merged(model, torch.float32)
+        found = answers_of(model)
+        compare(found, began, model, tolerance(began, model))
+        stored, began = torch.float32, found
+    models.round_weights(model, wanted)
+    expected = answers_in_float32(model, wanted)
+    if wanted != stored and (difference := per_token(expected, began, model)):
+        notes.append(f"rounding the weights to {dtype} changes log-probs by up to {difference:.2g} nats a token")
+    return expected, notes
+
+
+def _bits_restored(model, source: Source) -> list[str]:
+    """Turn a model's layers of few bits into usual ones, and compare; notes."""
+    config, model.autocast_dtype = source.config["model"], None
+    own = answers_of(model)
+    restore_bits(model, getattr(torch, config["policy_dtype"]))
+    found = answers_of(model)
+    if config["quantization"] == "int8":
+        # These layers round what they read too, which no weight can do.
+        return [f"merged layers no longer round their inputs to int8: up to {per_token(found, own, model):.2g} nats a token"]
+    dtype = getattr(torch, config.get("quantized_compute_dtype") or config["policy_dtype"])
+    compare(found, own, model, tolerance(own, model, dtype))
+    return []
+
+
+def _whole_compared(directory: Path, expected: Tensor, dtype: str, wishes: Wishes) -> list[str]:
+    """Compare a directory, loaded as others load it, with what the model said before."""
+    model = load_plain(directory, getattr(torch, dtype), wishes.trust_remote_code)
+    if wishes.quantize:
+        return [
+            f"{wishes.quantize} changes log-probs by up to {per_token(answers_of(model), expected, model):.2g} nats a token"
+        ]
+    compare(answers_of(in_float32(model)), expected, model, tolerance(expected, model))
+    return []
+
+
+def save_weights(model, directory: Path, tokenizer, ends=()) -> int:
+    """Write a model's weights and configurations; returns how many parameters it has. Raises OSError where there is no room.
+
+    ends: tokens that end an answer, beside the tokenizer's.
+    """
     parameters = list(model.parameters())
     needed = sum(weight.numel() * weight.element_size() for weight in parameters)
     free = shutil.disk_usage(directory).free
     if needed > free:
         raise OSError(errno.ENOSPC, f"{needed / 2**20:,.0f} MiB are needed, and {free / 2**20:,.0f} MiB are free")
-    model.save_pretrained(directory, max_shard_size=SHARD_SIZE)
+    end_as_trained(model.config, model.generation_config if model.can_generate() else None, tokenizer, ends)
+    models.save_model(model, directory, max_shard_size=SHARD_SIZE)
     return sum(weight.numel() for weight in parameters)
 
 
-def _write_adapter(source: Source, partial: Path, dtype: str) -> CardFacts:
+def _write_adapter(source: Source, partial: Path, dtype: str, wishes: Wishes, tokenizer, ends) -> tuple[CardFacts, Check]:
     from safetensors import safe_open
 
     for name in (SETTINGS_FILE, WEIGHTS_FILE):
         shutil.copyfile(source.checkpoint / name, partial / name)
+    if (source.checkpoint / GENERATION).is_file():
+        shutil.copyfile(source.checkpoint / GENERATION, partial / GENERATION)
     with safe_open(partial / WEIGHTS_FILE, framework="pt") as weights:
         shapes = [weights.get_slice(name).get_shape() for name in weights.keys()]  # noqa: SIM118  not a dict
-    base = json.loads((partial / SETTINGS_FILE).read_text()).get("base_model_name_or_path")
+    base = settings_of_file(partial).get("base_model_name_or_path")
     facts = replace(_facts(source), dtype=dtype, parameters=sum(math.prod(shape) for shape in shapes), adapter=True)
-    return replace(facts, base=source.base or base, architecture="adapter")
+    facts = replace(facts, base=source.base or base, architecture="adapter")
+    notes = _with_base(source, partial, wishes, tokenizer)
+    return facts, lambda: notes + _adapter_compared(source, partial, dtype, wishes)
+
+
+GENERATION = "generation_config.json"
+
+
+def _with_base(source: Source, partial: Path, wishes: Wishes, tokenizer) -> list[str]:
+    """Put the model under an adapter beside it where nobody but its run has it, and name its place; notes."""
+    settings = settings_of_file(partial)
+    base = settings.get("base_model_name_or_path")
+    lies_elsewhere = base is not None and (not Path(base).is_absolute() or (Path(base) / "config.json").is_file())
+    if lies_elsewhere and Path(base).name != BASE_DIR:
+        return []
+    model = models.base_of(source.checkpoint, _model_config(source, wishes.trust_remote_code), tokenizer, _cache_dir(source))
+    (partial / BASE_DIR).mkdir()
+    save_weights(model, partial / BASE_DIR, tokenizer)
+    save_tokenizer(tokenizer, partial / BASE_DIR)
+    settings["base_model_name_or_path"] = place = str(wishes.to.resolve() / BASE_DIR)
+    (partial / SETTINGS_FILE).write_text(json.dumps(settings, indent=2), encoding="utf-8")
+    return [f"the model under the adapter is in {BASE_DIR}/; {SETTINGS_FILE} names {place}: change it there where it is moved"]
+
+
+def _adapter_compared(source: Source, directory: Path, dtype: str, wishes: Wishes) -> list[str]:
+    """Compare an adapter, loaded as others load it, with the run's model."""
+    config = _model_config(source, wishes.trust_remote_code)
+    own = own_model(source, wishes.trust_remote_code)
+    if not fits_in_memory(2 * sum(weight.numel() for weight in own.parameters())):
+        return ["too little memory to compare log-probs with the run's"]
+    expected = answers_of(in_float32(own))
+    del own
+    prepare = (lambda model: quantise(model, config)) if config.quantization else None
+    base = directory / BASE_DIR if (directory / BASE_DIR).is_dir() else None
+    model = load_plain(directory, getattr(torch, dtype), wishes.trust_remote_code, _cache_dir(source), base, prepare)
+    compare(answers_of(in_float32(model)), expected, model, tolerance(expected, model))
+    return []
 
 
 def _facts(source: Source) -> CardFacts:
@@ -361,7 +497,7 @@ def written_beside(place: Path) -> Iterator[Path]:
         partial.mkdir()
         yield partial
         # safetensors gives its files to their owner alone; they are to be as open as the others.
-        for file in partial.glob("*.safetensors"):
+        for file in partial.rglob("*.safetensors"):
             file.chmod((partial / "README.md").stat().st_mode)
         os.replace(partial, place)
     except (OSError, SafetensorError) as error:
@@ -407,10 +543,16 @@ def convert(archive: Path, name: str, to: Path, dtype: str | None = None) -> lis
     tokenizer = models.load_tokenizer(model_config)
     models.check_model(model_config, tokenizer)
     held = load_tensors(archive, mapped=True)
-    with written_beside(to) as partial:
+    with written_beside(to) as partial, _compared(to):
         model = models.load_model(model_config, tokenizer)
-        parameters = save_weights(model, partial)
+        compares = fits_in_memory(sum(weight.numel() for weight in model.parameters()))
+        expected = answers_in_float32(model, getattr(torch, model_config.policy_dtype)) if compares else None
+        parameters = save_weights(model, partial, tokenizer)
         save_tokenizer(tokenizer, partial)
+        if compares:
+            _whole_compared(partial, expected, model_config.policy_dtype, Wishes(to))
+        else:
+            compare_parts(partial, model)
         step, metrics = held.get("step_idx"), held.get("metrics")
         facts = CardFacts(
             to.resolve().name,

@@ -1,7 +1,7 @@
 """What held-out scores say of a checkpoint: overall and in parts, whether its reward likes length, how far it has gone.
 
-Shapes: E examples (pairs; responses for SFT). Every number has a 95% bootstrap interval over prompts: the pairs of one prompt
-are not independent.
+Shapes: E examples (pairs; responses for SFT). Every number has a 95% interval over prompts, as intervals.py has them: the pairs
+of one prompt are not independent.
 """
 
 from collections.abc import Sequence
@@ -9,19 +9,24 @@ from dataclasses import dataclass
 from itertools import islice
 
 import numpy
-import torch
 
 from batches import TokenBudget, batches_of, examples_of
-from evaluation import HeldOut, bootstrap_means, interval, score, share_interval
+from evaluation import HeldOut, score
+from intervals import Bounds, correlation, mean_interval, share_interval
 from prompt_table import Selection
 from prompt_templates import user_markers
 from ranks import ALONE, Ranks
+from run_files import HELD_OUT_PROMPTS
 from tokenization import TokenizedPrompt
-from utils import with_interval
+from utils import FEWEST_PROMPTS, too_few, with_interval
 
 LOSS, ACCURACY, MARGIN = "loss/eval", "rewards_eval/accuracies", "rewards_eval/margins"
 # What a table shows of each part, with its heading.
 COLUMNS = {LOSS: "loss", ACCURACY: "accuracy", MARGIN: "margin"}
+# Which columns are shares: means of numbers from 0 to 1.
+SHARES = (ACCURACY, "by_reward", "by_label")
+# How many reasons of a judge's silence are shown.
+REASONS_SHOWN = 5
 LENGTH_BOUNDS = (32, 64, 128, 256, 512, 1024)
 
 
@@ -91,29 +96,35 @@ def summary(held_out: HeldOut, facts: ExampleFacts) -> dict:
 
 def part(names: Sequence[str], values: numpy.ndarray, prompts: numpy.ndarray) -> dict:
     """How many examples and prompts, and each named column's mean [E, K] with its interval; null where there is one prompt."""
-    draws = bootstrap_means(values, prompts)
     number = len(numpy.unique(prompts))
-    means = {name: _estimate(values[:, k].mean(), draws[:, k], number) for k, name in enumerate(names)}
-    if ACCURACY in means and number > 1 and means[ACCURACY]["mean"] in (0, 1):
-        # Of values that are all the same, a bootstrap knows nothing else.
-        low, high = share_interval(torch.full((number,), means[ACCURACY]["mean"]))
-        means[ACCURACY] |= {"low": low, "high": high}
+    columns = {name: values[:, k] for k, name in enumerate(names)}
+    bounds = {name: _interval(name, column, prompts) if number > 1 else None for name, column in columns.items()}
+    means = {name: _estimate(column.mean(), bounds[name]) for name, column in columns.items()}
     return {"examples": len(values), "prompts": number, **means}
 
 
+def _interval(name: str, column: numpy.ndarray, prompts: numpy.ndarray) -> Bounds | None:
+    if not numpy.isfinite(column).all():
+        return None
+    return share_interval(column, prompts) if name in SHARES else mean_interval(column, prompts)
+
+
 def intervals_of(held_out: HeldOut) -> dict[str, float]:
-    """The bounds of the 95% intervals of loss, accuracy and margin, NAME/low and NAME/high; none of a single prompt."""
+    """The bounds of the 95% intervals of loss, accuracy and margin, NAME/low and NAME/high, and how many prompts there are.
+
+    A single prompt has no intervals.
+    """
     names = [name for name in COLUMNS if name in held_out.examples]
     values = numpy.column_stack([held_out.examples[name].double().numpy() for name in names])
     found = part(names, values, numpy.asarray(held_out.sources))
     bounds = {f"{name}/{end}": found[name][end] for name in names for end in ("low", "high")}
-    return {name: bound for name, bound in bounds.items() if bound is not None}
+    return {name: bound for name, bound in bounds.items() if bound is not None} | {HELD_OUT_PROMPTS: found["prompts"]}
 
 
-def _estimate(mean: float, draws: numpy.ndarray, prompts: int) -> dict:
-    sound = prompts > 1 and numpy.isfinite(draws).any() and numpy.isfinite(mean)
-    low, high = interval(draws) if sound else (None, None)
-    return {"mean": float(mean) if numpy.isfinite(mean) else None, "low": low, "high": high}
+def _estimate(mean: float | None, bounds: Bounds | None) -> dict:
+    known = mean is not None and numpy.isfinite(mean)
+    low, high = bounds if known and bounds is not None else (None, None)
+    return {"mean": float(mean) if known else None, "low": low, "high": high}
 
 
 def length_bias(held_out: HeldOut, facts: ExampleFacts) -> dict:
@@ -125,11 +136,8 @@ def length_bias(held_out: HeldOut, facts: ExampleFacts) -> dict:
     """
     rewards = [held_out.examples[f"rewards_eval/{which}"].double().numpy() for which in ("chosen", "rejected")]
     lengths = [facts.response_lengths, facts.other_lengths]
-    reward, length = (numpy.concatenate(both) - numpy.concatenate(both).mean() for both in (rewards, lengths))
-    moments = numpy.column_stack([reward, length, reward * length, reward**2, length**2])
-    draws = bootstrap_means(moments, numpy.concatenate([facts.prompts, facts.prompts]))
-    number = len(numpy.unique(facts.prompts))
-    result = {"correlation": _estimate(_correlation(moments.mean(0)[None])[0], _correlation(draws), number)}
+    both = map(numpy.concatenate, (rewards, lengths, [facts.prompts, facts.prompts]))
+    result = {"correlation": _estimate(*correlation(*both))}
     longer = numpy.sign(lengths[0] - lengths[1])
     differ = longer != 0
     if differ.any():
@@ -137,14 +145,6 @@ def length_bias(held_out: HeldOut, facts: ExampleFacts) -> dict:
         shares = part(["by_reward", "by_label"], numpy.column_stack([by_reward, longer > 0])[differ], facts.prompts[differ])
         result["longer_preferred"] = shares
     return result
-
-
-def _correlation(means: numpy.ndarray) -> numpy.ndarray:
-    """Pearson's correlation [N] of x and y from the means [N, 5] of x, y, xy, x^2 and y^2."""
-    x, y, xy, xx, yy = means.T
-    with numpy.errstate(divide="ignore", invalid="ignore"):
-        found = (xy - x * y) / numpy.sqrt((xx - x * x).clip(0) * (yy - y * y).clip(0))
-    return numpy.where(numpy.isfinite(found), found.clip(-1, 1), numpy.nan)
 
 
 def kl_estimate(
@@ -159,11 +159,10 @@ def kl_estimate(
     sampled = [TokenizedPrompt(prompt, [response], []) for prompt, response in zip(prompts, responses, strict=True)]
     scores = score(policy, reference, batches_of(list(examples_of(sampled)), batch_size, budget, ranks), ranks)
     ratios = (scores.policy - scores.reference)[scores.order].numpy()
-    columns = numpy.column_stack([ratios, [len(response) for response in responses]])
-    draws = bootstrap_means(columns)
-    per_token = _estimate(ratios.sum() / columns[:, 1].sum(), draws[:, 0] / draws[:, 1], len(ratios))
-    per_answer = _estimate(ratios.mean(), draws[:, 0], len(ratios))
-    counts = {"answers": len(ratios), "tokens": int(columns[:, 1].sum())}
+    tokens = numpy.array([len(response) for response in responses])
+    per_answer = _estimate(ratios.mean(), mean_interval(ratios))
+    per_token = _estimate(ratios.sum() / tokens.sum(), mean_interval(ratios, sizes=tokens))
+    counts = {"answers": len(ratios), "tokens": int(tokens.sum())}
     return counts | {"per_answer": per_answer, "per_token": per_token}, ratios.tolist()
 
 
@@ -183,9 +182,9 @@ def lines_of(results: dict) -> list[str]:
     rows |= {f"{way} {name}": row for way, rows_of in held_out.items() if way not in ("all", "length_bias")
              for name, row in rows_of.items()}  # fmt: skip
     width = max(len(name) for name in rows) + 2
-    lines.append(f"{'held out':{width}}{'examples':>9}" + "".join(f"{COLUMNS[name]:>28}" for name in names))
+    lines.append(f"{'held out':{width}}{'examples':>9}" + "".join(f"{COLUMNS[name]:>32}" for name in names))
     for title, row in rows.items():
-        lines.append(f"{title:{width}}{row['examples']:>9,}" + "".join(f"{shown(row[name]):>28}" for name in names))
+        lines.append(f"{title:{width}}{row['examples']:>9,}" + "".join(f"{shown(row[name]):>32}" for name in names))
     if bias := held_out.get("length_bias"):
         lines.append(f"reward and length of a response: correlation {shown(bias['correlation'])}")
         if shares := bias.get("longer_preferred"):
@@ -195,14 +194,37 @@ def lines_of(results: dict) -> list[str]:
         answers = f"{shown(kl['per_answer'])} nats an answer, {shown(kl['per_token'])} a token"
         lines.append(f"KL to the reference, from {kl['answers']:,} sampled answers: {answers}")
     if "win_rate" in results:
-        lines.append(line_of_win_rate(results["win_rate"]))
+        lines += lines_of_win_rate(results["win_rate"])
     for name, task in results.get("tasks", {}).items():
         lines.append(f"{name}: " + ", ".join(f"{metric} {value:.4g}" for metric, value in task.items() if value is not None))
-    return lines
+    return lines + warnings_of(results)
 
 
-def line_of_win_rate(found: dict) -> str:
-    """What a judge has said of all comparisons."""
+def warnings_of(results: dict) -> list[str]:
+    """Which of an evaluation's numbers are of too few prompts to decide anything by."""
+    held_out = results["held_out"]
+    found = {"held-out numbers": held_out["all"]["prompts"]}
+    if "kl" in results:
+        found["KL to the reference"] = results["kl"]["answers"]
+    if "win_rate" in results:
+        found["win rate"] = results["win_rate"]["comparisons"] - results["win_rate"]["unanswered"]
+    said = [text for what, prompts in found.items() if (text := too_few(prompts, what))]
+    rows = {f"{way} {name}": row for way, rows in held_out.items() if way not in ("all", "length_bias")
+            for name, row in rows.items()}  # fmt: skip
+    rows["pairs whose responses differ in length"] = held_out.get("length_bias", {}).get("longer_preferred", held_out["all"])
+    few = [name for name, row in rows.items() if row["prompts"] < FEWEST_PROMPTS <= held_out["all"]["prompts"]]
+    if few:
+        said.append(f"parts of fewer than {FEWEST_PROMPTS} prompts, too few to decide anything by: {', '.join(few)}")
+    return [f"warning: {text}" for text in said]
+
+
+def lines_of_win_rate(found: dict) -> list[str]:
+    """What a judge has said of all comparisons, and why it has not said more."""
     answered = f"{found['wins']:,} won, {found['ties']:,} tied, {found['losses']:,} lost, {found['unanswered']:,} not judged"
     rate = "refused, too many are missing" if found["rate"] is None else shown(found["rate"])
-    return f"win rate against {found['against']} under {found['judge']}: {rate} ({answered})"
+    lines = [f"win rate against {found['against']} under {found['judge']}: {rate} ({answered})"]
+    for what, title in (("reasons", "not answered"), ("retried", "asked again")):
+        lines += [f"  {title}: {count:,} x {reason}" for reason, count in list(found.get(what, {}).items())[:REASONS_SHOWN]]
+        if (more := len(found.get(what, {})) - REASONS_SHOWN) > 0:
+            lines.append(f"  {title}: {more:,} more reasons, in the results file")
+    return [*lines, f"  {found['note']}"] if found.get("note") else lines

@@ -138,8 +138,18 @@ def _leave_behind(launcher: int) -> None:
     os._exit(STOPPED)
 
 
-def start_group(timeout_minutes: float) -> torch.device:
-    """Join the other processes, whose number and place the environment says; returns this one's device."""
+def backend_of(device: torch.device, offloads: bool) -> str:
+    """What processes speak by: on GPUs NCCL, and Gloo beside it where weights and gradients are in the machine's memory."""
+    if device.type != "cuda":
+        return "gloo"
+    return "cpu:gloo,cuda:nccl" if offloads else "nccl"
+
+
+def start_group(timeout_minutes: float, offloads: bool = False) -> torch.device:
+    """Join the other processes, whose number and place the environment says; returns this one's device.
+
+    offloads: whether weights are kept in the machine's memory.
+    """
     raise_file_limit()
     device = torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
@@ -151,7 +161,7 @@ def start_group(timeout_minutes: float) -> torch.device:
         # more. Over several machines each counts its own restarts; there the README has an environment variable.
         store = torch.distributed.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     torch.distributed.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
+        backend_of(device, offloads),
         store=store,
         rank=rank,
         world_size=size,

@@ -20,19 +20,17 @@ import torch
 from torch import Tensor, nn
 
 from logprobs import ScoringHead, response_logps
+from model_state import compute_device, dtype_of_copy
 from models import (
-    ROUNDING,
     build_untrained,
-    disagreement,
     load_model,
     load_tokenizer,
-    logps_and_gradients,
-    random_trees,
     share_prefixes,
     weights_hash,
 )  # fmt: skip
 from response_trees import TreeLayout
 from sharding import check_divisible
+from sharing_proof import ROUNDING, disagreement, exact_arithmetic, logps_and_gradients, random_trees
 from utils import UserError, first_line, in_worker
 
 # ---- is it for this model? ----------------------------------------------------------------------------------------------
@@ -165,6 +163,7 @@ def split_layers(model: nn.Module, devices: list[torch.device]) -> nn.Module:
     first.loans = [loan for shard in others for loan in _borrow(shard, first, rules)]
     first.other_shards = nn.ModuleList(others)
     first.devices = devices
+    first.compute_device = devices[0]
     for module in first.modules():
         if isinstance(module, ScoringHead):
             # Parts of logits add up, parts of log-probs do not.
@@ -198,13 +197,21 @@ def _borrow(shard: nn.Module, first: nn.Module, rules: dict) -> list[tuple]:
 
 
 def copy_of_split(policy: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A frozen copy of a split model as it is now, on the same devices."""
+    """A frozen copy of a split model as it is now, on the same devices; its weights are in `dtype`, its buffers as they are."""
     # What shards add up and gather with holds locks; one model runs at a time, so they share it.
     rules = [(*m.input_actions.values(), *m.output_actions.values()) for m in policy.modules() if hasattr(m, "output_actions")]
     shared = {id(rule): rule for some in rules for rule in some}
-    return copy.deepcopy(policy, shared).to(dtype).eval().requires_grad_(False)
+    twin = copy.deepcopy(policy, shared).eval().requires_grad_(False)
+    weights = dict(twin.named_parameters())
+    # Where a weight is added on the first shard, the others keep zeros in a buffer.
+    names = set(map(_original, weights))
+    zeros = {name: buffer for name, buffer in twin.named_buffers() if _original(name) in names}
+    for value in (*weights.values(), *zeros.values()):
+        value.data = value.data.to(dtype_of_copy(policy, value, dtype))
+    return twin
 
 
+@exact_arithmetic()
 def _fault_of_split(policy: nn.Module, source: nn.Module) -> str | None:
     """Compare a small batch with the model that was not split: log-probs, and the gradients of the first and last weight."""
     batch = random_trees(source.config.get_text_config().vocab_size)
@@ -213,7 +220,7 @@ def _fault_of_split(policy: nn.Module, source: nn.Module) -> str | None:
     expected = logps_and_gradients(response_logps, source, batch, [weights[name] for name in names])
     parts = _parts(dict(policy.named_parameters()))
     tried = [part for name in names for part in parts[name]]
-    logps, gradients = logps_and_gradients(response_logps, policy, batch.to(policy.device), tried)
+    logps, gradients = logps_and_gradients(response_logps, policy, batch.to(compute_device(policy)), tried)
     by_part = dict(zip(map(id, tried), gradients, strict=True))
     gradients = [_joined(policy, name, [by_part[id(part)] for part in parts[name]]).cpu() for name in names]
     rounding = ROUNDING[source.autocast_dtype or source.dtype]

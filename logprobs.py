@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from adapters import as_it_began, has_adapter
 from batches import PackedBatch
+from model_state import several_devices
 from ranks import let_go_of_gathered, local
 from response_trees import RESPONSE_TREES
 
@@ -61,9 +62,14 @@ def _packed_forward(model: nn.Module, batch: PackedBatch) -> Tensor:
         # Four dimensions: transformers then builds no mask of its own. Attention reads the layout in its place.
         attention_mask=batch.input_ids.new_zeros((1, 1, 1, 1)),
         response_trees=batch.layout,
-        logits_to_keep=batch.predicted_at,
+        logits_to_keep=_index(model, batch.predicted_at),
         use_cache=False,
     ).logits[0]
+
+
+def _index(model: nn.Module, places: Tensor) -> Tensor:
+    """Places as the model indexes its last states by them, which are on another device than its inputs if it has several."""
+    return places.cpu() if several_devices(model) else places
 
 
 def _wide(token_logps: Tensor) -> Tensor:
@@ -91,10 +97,12 @@ class ScoringHead(nn.Linear):
         if self.scored_ids is None:
             return super().forward(hidden)
         size = max(1, LOGITS_BYTES // (4 * self.out_features))
-        if len(self.scored_ids) <= size:
-            logps = [self._score(hidden[0], self.scored_ids)]
+        # The head of a model over several devices is not where its inputs are.
+        ids = self.scored_ids.to(hidden.device)
+        if len(ids) <= size:
+            logps = [self._score(hidden[0], ids)]
         else:
-            pieces = zip(hidden[0].split(size), self.scored_ids.split(size), strict=True)
+            pieces = zip(hidden[0].split(size), ids.split(size), strict=True)
             logps = [checkpoint(self._score, states, ids, use_reentrant=False) for states, ids in pieces]
         # No view: FSDP hangs a hook on a model's output, which one that is changed in place would lose.
         return torch.cat([part[:, None] for part in logps])[None].clone()
@@ -120,7 +128,7 @@ def _logits_at(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, posi
     """Logits [R, len(positions), V] at the given positions of every row; the head runs only there where the model can."""
     arguments = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
     if _keeps_chosen_logits(type(model)):
-        return model(**arguments, logits_to_keep=positions).logits
+        return model(**arguments, logits_to_keep=_index(model, positions)).logits
     return model(**arguments).logits[:, positions]
 
 
@@ -179,12 +187,20 @@ class LiveReference:
 
 
 class CachedReference:
-    """The reference's log-probs of all responses of the run's data, computed before: [rows] float32."""
+    """The reference's log-probs of all responses of the run's data, computed before: [rows] float32.
 
-    def __init__(self, logps: Tensor):
+    The last bits of a log-prob depend on what is computed beside it. `of_pieces` has the values of those pieces in which a
+    response was computed that another one holds too, and gave other bits there: by the rows of their responses.
+    """
+
+    def __init__(self, logps: Tensor, of_pieces: dict[tuple[int, ...], Tensor] | None = None):
         self.logps = logps
+        self.of_pieces = of_pieces or {}
 
     def __call__(self, batch: PackedBatch) -> Tensor:
         """Log-prob of each response of a batch: [R] float32, on the batch's device."""
-        self.logps = self.logps.to(batch.response_rows.device)
-        return self.logps[batch.response_rows]
+        rows = batch.response_rows
+        if self.of_pieces and (own := self.of_pieces.get(tuple(rows.tolist()))) is not None:
+            return own.to(rows.device)
+        self.logps = self.logps.to(rows.device)
+        return self.logps[rows]

@@ -93,6 +93,9 @@ class Loss(ABC):
     needs_reference = True
     # Whether `survey` has to see a whole micro-batch before any of its losses.
     surveys = False
+    # What of a run, beside its policy, the loss of an evaluation depends on, so that losses of different runs, and of different
+    # evaluations of one, are not of the same thing; None where they are.
+    evaluation_depends_on: str | None = None
     # How the reference follows the policy; None is a reference that stays what it was.
     reference_update: ReferenceUpdate | None = None
 
@@ -203,6 +206,13 @@ def bco_loss(chosen_rewards: Tensor, rejected_rewards: Tensor, shift: float) -> 
 MOMENTUM = 0.9
 LOWEST_BETA = 1e-3
 LOWEST_DEVIATION = 1e-6
+# The metric of an evaluation's mean loss at the beta that training would take for the held-out pairs.
+LOSS_AT_BETA_USED = "beta_DPO/loss_eval_at_beta_used"
+
+
+def is_at_beta_used(held_out: dict[str, float] | None) -> bool:
+    """Whether an evaluation's metrics are of an earlier version, whose loss/eval of beta-DPO was at the beta in force."""
+    return bool(held_out) and "beta_DPO/beta_used" in held_out and LOSS_AT_BETA_USED not in held_out
 
 
 def running_mean(before: float | None, newest: float) -> float:
@@ -314,9 +324,12 @@ class IPOLoss(Loss):
 class BetaDPOLoss(Loss):
     """DPO on a drawn part of each training micro-batch, with a beta that follows the part's mean gap.
 
-    The gap is policy minus reference, chosen minus rejected, in nats. `statistics` belongs to training: evaluation reads
-    the running mean to set beta from its own mean gap, filters nothing, and changes nothing. Rewards are those of the base
-    beta, so that runs compare.
+    The gap is policy minus reference, chosen minus rejected, in nats. `statistics` belongs to training: evaluation filters
+    nothing and changes nothing. Its losses and all rewards are those of the base beta, so that runs and evaluations compare;
+    the mean loss at the beta that training would take for the held-out pairs, `LOSS_AT_BETA_USED`, stands beside.
+
+    A training loss is the mean over the kept pairs, which is what is minimised. The authors' code minimises the same and logs
+    the mean over all pairs at the beta in force, those that it leaves out included.
     """
 
     beta: float
@@ -339,10 +352,12 @@ class BetaDPOLoss(Loss):
         return PairSelection(weights, beta, self._logged(beta, len(drawn) / len(gaps)))
 
     def __call__(self, policy, reference, pairs, lengths, survey=None) -> LossOutput:
-        policy_gap, reference_gap = gap(policy, pairs), gap(reference, pairs)
-        selection = survey or self._select_all((policy_gap - reference_gap).detach())
-        losses = selection.weights * dpo_loss(policy_gap, reference_gap, selection.beta, self.label_smoothing)
-        return LossOutput(losses, *_rewards(policy, reference, pairs, self.beta), selection.statistics)
+        gaps, rewards = (gap(policy, pairs), gap(reference, pairs)), _rewards(policy, reference, pairs, self.beta)
+        if survey is None:
+            losses = dpo_loss(*gaps, self.beta, self.label_smoothing)
+            return LossOutput(losses, *rewards, self._of_evaluation(*(each.detach() for each in gaps)))
+        losses = survey.weights * dpo_loss(*gaps, survey.beta, self.label_smoothing)
+        return LossOutput(losses, *rewards, survey.statistics)
 
     def state_dict(self) -> dict:
         """The running statistics and the position of the draws."""
@@ -353,12 +368,13 @@ class BetaDPOLoss(Loss):
         self.statistics = GapStatistics(state["mean"], state["deviation"])
         self.generator.set_state(state["draws"])
 
-    def _select_all(self, gaps: Tensor) -> PairSelection:
-        """Evaluation's selection: every pair, beta from their mean gap against the running mean of training."""
-        mean = gaps.mean()
+    def _of_evaluation(self, policy_gap: Tensor, reference_gap: Tensor) -> dict[str, float | Tensor]:
+        """What is logged of an evaluation: beta from its mean gap against training's running mean, and the loss at it."""
+        mean = (policy_gap - reference_gap).mean()
         running_mean = mean.item() if self.statistics.mean is None else self.statistics.mean
         beta = adapted_beta(self.beta, self.scaling_factor, mean, running_mean)
-        return PairSelection(torch.ones_like(gaps), beta, self._logged(beta, 1.0))
+        adapted = dpo_loss(policy_gap, reference_gap, beta, self.label_smoothing).mean()
+        return self._logged(beta, 1.0) | {LOSS_AT_BETA_USED: adapted}
 
     def _logged(self, beta: Tensor, kept_fraction: float) -> dict[str, float | Tensor]:
         return {
@@ -372,6 +388,8 @@ class BetaDPOLoss(Loss):
 @dataclass
 class TRDPOLoss(DPOLoss):
     """DPO whose reference follows the policy (TR-DPO, Gorbatovski et al. 2024, section 3); a share of 1 is the hard update."""
+
+    evaluation_depends_on = "a reference that follows the policy"
 
     reference_update_every: int = field(kw_only=True)
     reference_update_share: float = field(kw_only=True)
@@ -485,6 +503,7 @@ class BCOLoss(Loss):
     shift: float | None = field(default=None, init=False)
 
     surveys = True
+    evaluation_depends_on = "a running mean of training's rewards"
 
     def survey(self, log_ratios: Tensor) -> RewardShift:
         """Take a training micro-batch's rewards into the running mean, and compare them with it."""

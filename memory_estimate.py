@@ -25,7 +25,7 @@ from losses import DPOLoss, Loss, PairSelection
 from models import attend_over_trees, build_untrained, enable_activation_checkpointing
 from ranks import ALONE, Ranks, let_go_of_gathered
 from response_trees import forget_masks
-from sharding import Layout, empty_model, local
+from sharding import Layout, Sharing, empty_model, local
 from trainers import TRAINERS, BasicTrainer
 
 # What passes by these operations of FSDP, and is not known as something else, is of the kind.
@@ -188,18 +188,18 @@ def fake_trainer(
 
 def _model(config, tokenizer, dtype: str, layout: Layout | None) -> nn.Module:
     """The model of a configuration; it attends over response trees without the proof, for which it has no numbers."""
-    shares = config.prefix_sharing != "off"
+    sharing = Sharing(scores_in_head=True) if config.prefix_sharing != "off" else None
     if layout is not None:
         # A mesh looks for its place among the ranks, and that must be a number.
         with unset_fake_temporarily():
-            model = empty_model(config, tokenizer, dtype, shares, layout, torch.device("meta"))
+            model = empty_model(config, tokenizer, dtype, sharing, layout, torch.device("meta"))
         return model.to_empty(device="cpu")
     # Adapters are put into real models.
     with unset_fake_temporarily(), torch.device("meta"):
         model = build_untrained(config.model, tokenizer, config.cache_dir, dtype)
     model.to_empty(device="cpu")
     model.tie_weights()
-    if shares:
+    if sharing is not None:
         attend_over_trees(model)
     if config.activation_checkpointing:
         enable_activation_checkpointing(model)

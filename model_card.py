@@ -19,7 +19,8 @@ from omegaconf import OmegaConf
 from configuration import CONFIG_DIR, choices_of
 from data_files import is_data_file
 from preference_datasets import HH, LEETCODE, NECTAR, ORCA, SHP, STACK_EXCHANGE, TOKENISED_SUFFIX, ULTRAFEEDBACK
-from utils import dotted
+from served_prompts import PLAIN_PROMPT
+from utils import dotted, too_few
 
 # Where the named sets lie on the hub.
 HUB_SETS = {
@@ -32,9 +33,6 @@ LOSSES = {
     "ipo": "identity preference optimisation (IPO, [arXiv 2310.12036](https://arxiv.org/abs/2310.12036))",
     "beta_DPO": "beta-DPO ([arXiv 2407.08639](https://arxiv.org/abs/2407.08639))",
 }
-
-# Of a model that continues texts.
-PLAIN_PROMPT = "Once upon a time"
 
 
 @dataclass(frozen=True)
@@ -261,11 +259,12 @@ def _numbers(facts: CardFacts) -> str:
 
 
 def _intervals(evaluation: dict) -> str:
+    few = f" {text}." if (text := too_few(evaluation["prompts"], "Held-out numbers")) else ""
     rows = [(name, value) for name, value in evaluation.items() if isinstance(value, dict) and value.get("low") is not None]
     table = "\n".join(f"| {name} | {value['mean']:.4g} | {value['low']:.4g} to {value['high']:.4g} |" for name, value in rows)
     return (
         f"## Held-out numbers\n\nOver {evaluation['examples']:,} examples of {evaluation['prompts']:,} held-out prompts, with "
-        f"bootstrap intervals.\n\n| metric | mean | 95% interval |\n|---|---|---|\n{table}"
+        f"95% intervals over prompts.{few}\n\n| metric | mean | 95% interval |\n|---|---|---|\n{table}"
     )
 
 

@@ -7,11 +7,13 @@ proved here, on itself, before it is relied on.
 
 import copy
 import json
+import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import xxhash
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from adapters import (
@@ -21,20 +23,23 @@ from adapters import (
     check_base,
     check_fit,
     is_adapter,
+    kept_base,
+    lines_of_adapter,
     merge,
     quantise,
     read_adapter,
     restore_bits,
     settings_in,
 )
-from batches import PackedBatch, TokenBudget, examples_of, pack
+from batches import TokenBudget
 from configuration import times_beside_weights
-from logprobs import ScoringHead, padded_logps, tree_logps
+from logprobs import ScoringHead
+from model_state import compute_device, free_memory, frozen_copy, several_devices
 from ranks import Ranks, local, local_world_size
 from response_trees import RESPONSE_TREES, register
-from tokenization import TokenizedPrompt
+from sharing_proof import fault_of_sharing
 from toy_preferences import toy_records
-from utils import UserError, first_line, load_tensors
+from utils import UNREADABLE, UserError, first_line, load_tensors
 
 BYTE_LEVEL = "byte_level"
 SAFETENSORS_INDEX = "model.safetensors.index.json"
@@ -118,45 +123,179 @@ def _hash_of(tensors: dict[str, Tensor]) -> str:
 
 
 def reference_copy(policy: nn.Module, model_config) -> nn.Module:
-    """A frozen copy of the policy as it is now, in `reference_dtype`."""
-    return copy.deepcopy(policy).to(getattr(torch, model_config.reference_dtype)).eval().requires_grad_(False)
+    """A frozen copy of the policy as it is now, on the same devices; its parameters are in `reference_dtype`."""
+    reference = frozen_copy(policy, getattr(torch, model_config.reference_dtype))
+    if getattr(policy, "has_liger_kernels", False):
+        use_liger_kernels(reference)
+    return dispatched(reference, policy.hf_device_map) if several_devices(policy) else reference
 
 
-def load_model(model_config, tokenizer, cache_dir: str | None = None) -> nn.Module:
-    """The model of a `model` configuration on the CPU, in `policy_dtype`, without dropout, in training mode."""
-    from transformers import AutoModelForCausalLM
+def load_model(model_config, tokenizer, cache_dir: str | None = None, base_dir: Path | None = None) -> nn.Module:
+    """The model of a `model` configuration on the CPU, in `policy_dtype`, without dropout, in training mode.
 
-    dtype = getattr(torch, model_config.policy_dtype)
-    config = model_configuration(model_config, tokenizer, cache_dir)
-    remote = {"trust_remote_code": model_config.trust_remote_code}
-    if archive := base_archive(model_config):
-        model = model_of_archive(config, read_archive(archive), archive, dtype, model_config.trust_remote_code)
-    elif model_config.name_or_path:
-        name = model_config.name_or_path
-        with _loading("model.name_or_path", name):
-            for index in (SAFETENSORS_INDEX, "pytorch_model.bin.index.json"):
-                files_of_index(Path(name) / index)
-            model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype, cache_dir=cache_dir, **remote)
-    else:
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, **remote)
-    model = _made_ready(model, model_config)
+    base_dir: where a run keeps the model under its adapter, if nobody else keeps it as it is: it is read from there, or written
+    there where it is not yet. Raises UserError where that cannot be.
+    """
+    model = load_base(model_config, tokenizer, cache_dir, base_dir)
+    missing = base_dir is not None and model_config.lora.r is not None and not base_dir.is_dir()
+    if missing and _has_no_directory(model.config, model_config):
+        _keep(model, tokenizer, base_dir)
+    base = str(base_dir.resolve()) if base_dir is not None and base_dir.is_dir() else None
+    model = _made_ready(model, model_config, base)
     if is_adapter(model_config.archive):
         check_base(model_config.archive, weights_hash(model))
         read_adapter(model_config.archive, model)
     return model
 
 
-def load_merged(checkpoint: Path, model_config, tokenizer, cache_dir: str | None = None) -> nn.Module:
-    """A whole model on the CPU: the frozen weights of a run's `model` configuration with the adapter of a checkpoint."""
+def load_base(model_config, tokenizer, cache_dir: str | None = None, base_dir: Path | None = None) -> nn.Module:
+    """The model of a `model` configuration as transformers makes it: with dropout, without an adapter, not quantised."""
+    from transformers import AutoModelForCausalLM
+
+    dtype = getattr(torch, model_config.policy_dtype)
+    config = model_configuration(model_config, tokenizer, cache_dir)
+    remote = {"trust_remote_code": model_config.trust_remote_code}
+    archive = base_dir if base_dir is not None and base_dir.is_dir() else base_archive(model_config)
+    if archive:
+        return model_of_archive(config, read_archive(archive), archive, dtype, model_config.trust_remote_code)
+    if not model_config.name_or_path:
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, **remote)
+    name = model_config.name_or_path
+    with _loading("model.name_or_path", name):
+        for index in (SAFETENSORS_INDEX, "pytorch_model.bin.index.json"):
+            files_of_index(Path(name) / index)
+        return AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype, cache_dir=cache_dir, **remote)
+
+
+def _has_no_directory(config, model_config) -> bool:
+    """Whether no directory or hub id gives the model under an adapter to other libraries.
+
+    It was made from scratch, lies in a single file, or has another configuration than lies with its weights.
+    """
+    archive, changed = base_archive(model_config), bool(len(model_config.from_config))
+    if archive is None:
+        return model_config.name_or_path is None or changed
+    if not (archive / "config.json").is_file():
+        return True
+    from transformers import AutoConfig
+
+    lies_there = AutoConfig.from_pretrained(archive, trust_remote_code=model_config.trust_remote_code)
+    return bool(config_differences(lies_there, config))
+
+
+# What of a configuration says nothing of what a model computes, or is said again when it is loaded.
+NOT_COMPUTED = (
+    "_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "auto_map", "eos_token_id",
+    "bos_token_id", "pad_token_id", "use_cache", "_attn_implementation", "attn_implementation",
+)  # fmt: skip
+
+
+def config_differences(one, other) -> list[str]:
+    """The keys in which two configurations of transformers differ, of those that say what a model computes."""
+    mine, theirs = (json.loads(json.dumps(config.to_dict(), default=str)) for config in (one, other))
+    keys = sorted((mine.keys() | theirs.keys()) - set(NOT_COMPUTED))
+    return [key for key in keys if mine.get(key) != theirs.get(key)]
+
+
+def _keep(model: nn.Module, tokenizer, base_dir: Path) -> None:
+    """Write the model under an adapter. Raises UserError where the system does not let it be written."""
+    partial = base_dir.with_name(f"{base_dir.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        save_model(model, partial)
+        tokenizer.save_pretrained(partial)
+        partial.rename(base_dir)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(
+            f"local_run_dir: {base_dir}, the model under the adapter, cannot be written: {first_line(error)}. Make room, or "
+            "set local_dirs or local_run_dir."
+        ) from error
+
+
+def save_model(model: nn.Module, directory: Path, **options) -> None:
+    """`save_pretrained`; how it generates is written as it is, also where the library would want it otherwise.
+
+    Of sampling settings that its defaults do not use the library makes an error once anything beside them has changed.
+    """
+    generation = model.generation_config if model.can_generate() else None
+    try:
+        if generation is not None:
+            model.generation_config = type(generation)()
+        model.save_pretrained(directory, **options)
+    finally:
+        if generation is not None:
+            model.generation_config = generation
+    if generation is not None:
+        generation.to_json_file(directory / "generation_config.json")
+
+
+def load_with_adapter(checkpoint: Path, model_config, tokenizer, cache_dir: str | None = None) -> nn.Module:
+    """The model of a run with the adapter of a checkpoint in it, on the CPU, as the run computes.
+
+    model_config is the run's. A base made from scratch that its run has not kept is made again.
+    """
+    return _of_adapter(load_model, checkpoint, model_config, tokenizer, cache_dir)
+
+
+def base_of(checkpoint: Path, model_config, tokenizer, cache_dir: str | None = None) -> nn.Module:
+    """The model under the adapter of a checkpoint, before it was quantised."""
+    return _of_adapter(load_base, checkpoint, model_config, tokenizer, cache_dir)
+
+
+def _of_adapter(load, checkpoint: Path, model_config, tokenizer, cache_dir: str | None) -> nn.Module:
     from omegaconf import OmegaConf
 
+    # Of how the run computed on its machine nothing is needed here, and some of it may not be there.
+    here = {"liger_kernels": False, "attn_implementation": "auto", "autocast_dtype": None}
     its_own = {"archive": str(checkpoint), "lora": settings_in(str(checkpoint))}
-    config = OmegaConf.merge(model_config, its_own)
-    model = load_model(config, tokenizer, cache_dir)
-    if config.quantization:
-        restore_bits(model, getattr(torch, config.policy_dtype))
-    merge(model)
+    config = OmegaConf.merge(model_config, here, its_own)
+    with torch.random.fork_rng(devices=[]):
+        if (seed := _seed_of(checkpoint)) is not None:
+            torch.manual_seed(seed)
+            # A run that kept no base had tried its optimizer on such a layer before it made its model.
+            nn.Linear(1, 1)
+        return load(config, tokenizer, cache_dir, kept_base(checkpoint))
+
+
+def _seed_of(checkpoint: Path) -> int | None:
+    """The seed of the run of a checkpoint; None where it does not say."""
+    try:
+        seed = json.loads((checkpoint / "state.json").read_text())["run"]["config"]["seed"]
+    except UNREADABLE:
+        return None
+    return seed if isinstance(seed, int) else None
+
+
+def load_merged(
+    checkpoint: Path, model_config, tokenizer, cache_dir: str | None = None, dtype: torch.dtype | None = None
+) -> nn.Module:
+    """A whole model on the CPU: the frozen weights of a run's `model` configuration with the adapter of a checkpoint.
+
+    They are added in float32, and rounded once to `dtype`; None is `policy_dtype`.
+    """
+    model = load_with_adapter(checkpoint, model_config, tokenizer, cache_dir)
+    return merged(model, dtype or getattr(torch, model_config.policy_dtype))
+
+
+def merged(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A model with its adapter, made whole in place."""
+    restore_bits(model, torch.float32)
+    merge(model, dtype)
+    round_weights(model, dtype)
     return model
+
+
+@torch.no_grad()
+def round_weights(model: nn.Module, dtype: torch.dtype) -> None:
+    """Give a model's weights a dtype, in place, but for those that its class keeps in float32. Buffers stay what they are."""
+    # What from_pretrained keeps so, in either of the short dtypes or in float16 alone.
+    kept = set(model._keep_in_fp32_modules_strict or ()) if dtype in (torch.bfloat16, torch.float16) else set()
+    kept |= set(model._keep_in_fp32_modules or ()) if dtype == torch.float16 else set()
+    for name, weight in model.named_parameters():
+        if weight.is_floating_point() and not (weight.dtype == torch.float32 and kept & set(name.split("."))):
+            weight.data = weight.data.to(dtype)
+    model.config.dtype = dtype
 
 
 def build_untrained(model_config, tokenizer, cache_dir: str | None = None, dtype: str | None = None) -> nn.Module:
@@ -171,7 +310,7 @@ def build_untrained(model_config, tokenizer, cache_dir: str | None = None, dtype
     return _made_ready(AutoModelForCausalLM.from_config(config, **options), model_config)
 
 
-def _made_ready(model: nn.Module, model_config) -> nn.Module:
+def _made_ready(model: nn.Module, model_config, base: str | None = None) -> nn.Module:
     disable_dropout(model)
     model.autocast_dtype = model_config.autocast_dtype and getattr(torch, model_config.autocast_dtype)
     choose_attention(model, model_config.attn_implementation)
@@ -180,7 +319,7 @@ def _made_ready(model: nn.Module, model_config) -> nn.Module:
     if model_config.quantization:
         quantise(model, model_config)
     if model_config.lora.r is not None:
-        add_adapter(model, model_config)
+        add_adapter(model, model_config, base)
     return model.train()
 
 
@@ -219,13 +358,23 @@ def refuse_kernels(config) -> None:
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout of `model` to 0: modules, and probabilities that attention reads as a number."""
+    """Set every dropout of `model` to 0: modules, and probabilities that attention reads as a number.
+
+    Experts and routers that add noise in training (Mixtral's, Phi's) compute as they do in evaluation.
+    """
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         for name, value in vars(module).items():
             if "drop" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
+        # Not set to 0: Phi's routers draw experts in training whatever it is, and read it as a threshold in evaluation.
+        if any("jitter" in name and isinstance(value, float) for name, value in vars(module).items()):
+            module.register_forward_pre_hook(_as_in_evaluation)
+
+
+def _as_in_evaluation(module: nn.Module, _inputs) -> None:
+    module.training = False
 
 
 def choose_attention(model: nn.Module, name: str) -> None:
@@ -260,6 +409,7 @@ def use_liger_kernels(model: nn.Module) -> None:
         raise UserError("model.liger_kernels: install the package: pip install -r requirements-gpu.txt") from error
     # The losses of its own would take the head's place, which scores responses here.
     _apply_liger_kernel_to_instance(model, cross_entropy=False, fused_linear_cross_entropy=False)
+    model.has_liger_kernels = True
 
 
 def compile_between_attentions(model: nn.Module) -> None:
@@ -279,21 +429,39 @@ def enable_activation_checkpointing(model: nn.Module) -> None:
 
 
 def place(model: nn.Module, device: torch.device) -> nn.Module:
-    """Put `model` on the device; where there are several GPUs, its layers over them in order."""
+    """Put `model` on the device; where there are several GPUs, its layers over them in order.
+
+    Raises UserError where their memory does not hold it.
+    """
+    model.compute_device = device
     if device.type != "cuda" or torch.cuda.device_count() == 1:
         return model.to(device)
-    from accelerate import dispatch_model, infer_auto_device_map
+    from accelerate import infer_auto_device_map
     from accelerate.utils import get_balanced_memory
 
     blocks = list(model._no_split_modules or [])
     memory = get_balanced_memory(model, no_split_module_classes=blocks)
-    return dispatch_model(model, infer_auto_device_map(model, max_memory=memory, no_split_module_classes=blocks))
+    device_map = infer_auto_device_map(model, max_memory=memory, no_split_module_classes=blocks)
+    if elsewhere := {"cpu", "disk"} & set(device_map.values()):
+        raise UserError(
+            f"trainer: {type(model).__name__} does not fit into the memory of {torch.cuda.device_count()} GPUs: layers would "
+            f"be left on {' and '.join(sorted(elsewhere))}, where they cannot be trained. Use trainer=FSDPTrainer with "
+            "trainer.cpu_offload=true, an adapter, or a smaller model."
+        )
+    return dispatched(model, device_map)
+
+
+def dispatched(model: nn.Module, device_map: dict) -> nn.Module:
+    """A model with its modules on the devices of a map, which hands their inputs on from one to the next."""
+    from accelerate import dispatch_model
+
+    main_device = next(iter(device_map.values()))
+    # By their numbers are GPUs meant.
+    model.compute_device = torch.device("cuda", main_device) if isinstance(main_device, int) else torch.device(main_device)
+    return dispatch_model(model, device_map, main_device=main_device)
 
 
 # ---- prefix sharing -----------------------------------------------------------------------------------------------------
-
-# By how much a log-prob may differ between the two ways to compute it, per token; unit: nats.
-ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 3e-3}
 
 
 def share_prefixes(model: nn.Module, mode: str) -> bool:
@@ -304,18 +472,18 @@ def share_prefixes(model: nn.Module, mode: str) -> bool:
     if mode == "off":
         return False
     register()
-    usual = model.config._attn_implementation
     head = model.get_output_embeddings()
     if type(head) is nn.Linear:
         head.__class__ = ScoringHead
         if _fault_of_tree_forward(model) is None:
+            model.set_attn_implementation(RESPONSE_TREES)
             return True
         # A model may change its logits behind the head, by a soft-cap say.
         head.__class__ = nn.Linear
     fault = _fault_of_tree_forward(model)
     if fault is None:
+        model.set_attn_implementation(RESPONSE_TREES)
         return True
-    model.set_attn_implementation(usual)
     if mode == "on":
         raise UserError(f"prefix_sharing: found on, but {type(model).__name__} cannot: {fault}. Set it to auto or off.")
     print(f"prefix sharing: off, padded rows instead: {type(model).__name__} cannot: {fault}", flush=True)
@@ -323,42 +491,13 @@ def share_prefixes(model: nn.Module, mode: str) -> bool:
 
 
 def _fault_of_tree_forward(model: nn.Module) -> str | None:
-    """Compare a small batch of trees with padded rows: log-probs, and their gradients in two weights. None where they agree.
-
-    Leaves the model with the attention that it has tried.
-    """
-    trained = [weight for weight in model.parameters() if weight.requires_grad]
-    # The first and the last: of a fresh LoRA adapter, one of them has no gradient yet.
-    weights = [*trained[:1], *trained[1:][-1:]]
-    batch = random_trees(model.config.get_text_config().vocab_size).to(model.device)
-    training = model.training
-    model.eval()
-    expected = logps_and_gradients(padded_logps, model, batch, weights)
-    try:
-        model.set_attn_implementation(RESPONSE_TREES)
-        found = logps_and_gradients(tree_logps, model, batch, weights)
-    except Exception as error:  # whatever an architecture makes of what it does not know
-        return f"its forward raised {type(error).__name__}: {(str(error).splitlines() or [''])[0][:80]}"
-    finally:
-        model.train(training)
-    if not batch.layout.seen:
-        return "it does not hand the layout of the responses on to its attention"
-    return disagreement(found, expected, batch.response_lengths, ROUNDING[model.dtype])
+    """Why a model cannot share prefixes with the head that it has now; None where it can."""
+    return fault_of_sharing(model)
 
 
-def disagreement(found, expected, lengths: Tensor, rounding: float) -> str | None:
-    """What is wrong with log-probs [R] of responses of so many tokens [R], and gradients: two pairs of `logps_and_gradients`.
-
-    None where they agree, to `rounding` a token.
-    """
-    (logps, gradients), (expected_logps, expected_gradients) = found, expected
-    error = ((logps - expected_logps).abs() / lengths).max().item()
-    if not error <= rounding:
-        return f"its log-probs would be wrong by {error:.1g} a token"
-    for one, other in zip(gradients, expected_gradients, strict=True):
-        if not (one - other).norm() <= 10 * rounding * other.norm():
-            return f"its gradient would be wrong by {((one - other).norm() / other.norm()).item():.1g} of its size"
-    return None
+def scores_in_head(model: nn.Module) -> bool:
+    """Whether a model's head gives log-probs of chosen tokens, so that logits are there in pieces only."""
+    return isinstance(model.get_output_embeddings(), ScoringHead)
 
 
 def attend_over_trees(model: nn.Module, scoring_head: bool = True) -> None:
@@ -368,23 +507,6 @@ def attend_over_trees(model: nn.Module, scoring_head: bool = True) -> None:
     if scoring_head and type(head) is nn.Linear:
         head.__class__ = ScoringHead
     model.set_attn_implementation(RESPONSE_TREES)
-
-
-def logps_and_gradients(compute, model: nn.Module, batch: PackedBatch, weights: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """The log-probs [R] of a batch under `compute(model, batch)`, and the gradients of their sum in some weights."""
-    with torch.set_grad_enabled(bool(weights)):
-        logps = compute(model, batch)
-        gradients = torch.autograd.grad(logps.sum(), weights) if weights else ()
-    return logps.detach(), [gradient.float() for gradient in gradients]
-
-
-def random_trees(vocabulary: int) -> PackedBatch:
-    """Trees whose later responses lie far from their prompt, so that whoever counts packed positions errs by much."""
-    draw = torch.Generator().manual_seed(0)
-    tokens = lambda count: torch.randint(0, vocabulary, (count,), generator=draw).tolist()  # noqa: E731
-    shapes = [(12, (5, 24, 1, 30)), (1, (3, 2)), (20, (7,))]
-    prompts = [TokenizedPrompt(tokens(p), [tokens(r) for r in rs], [(0, k) for k in range(1, len(rs))]) for p, rs in shapes]
-    return pack(list(examples_of(prompts)))
 
 
 # ---- memory -------------------------------------------------------------------------------------------------------------
@@ -406,8 +528,9 @@ def token_budget(
     """
     if limit is not None:
         return TokenBudget(limit, limit)
-    device = device or model.device
-    limit = _tokens_that_fit(model, device, free, beside_weights)
+    moves = device is not None and device != compute_device(model)
+    device = device or compute_device(model)
+    limit = _two_bits(_tokens_that_fit(model, device, free, moves, beside_weights))
     return TokenBudget(limit, limit if device.type != "cpu" else min(limit, 1536))
 
 
@@ -427,8 +550,17 @@ def untrained_budget(config, tokenizer, device: torch.device) -> TokenBudget:
     return token_budget(model, config.max_tokens_per_microbatch, device, beside_weights=times_beside_weights(config))
 
 
-def _tokens_that_fit(model: nn.Module, device: torch.device, free: int | None, beside_weights: int) -> int:
-    """How many packed tokens one forward and backward may hold; at least 512.
+def _two_bits(number: int) -> int:
+    """A number rounded down to its first two binary digits, so that it is the same where free memory is nearly the same.
+
+    How a run's examples are packed depends on it, and the last bits of their log-probs depend on that.
+    """
+    lost = max(0, number.bit_length() - 2)
+    return number >> lost << lost
+
+
+def _tokens_that_fit(model: nn.Module, device: torch.device, free: int | None, moves: bool, beside_weights: int) -> int:
+    """How many packed tokens one forward and backward may hold on a device; at least 512. moves: weights will come to it.
 
     An estimate on the safe side: half of what is left beside gradients and optimizer, over the activations of a gated
     transformer block and three copies of the logits for each token.
@@ -436,36 +568,33 @@ def _tokens_that_fit(model: nn.Module, device: torch.device, free: int | None, b
     config = model.config.get_text_config()
     hidden, layers = config.hidden_size, config.num_hidden_layers
     inner = getattr(config, "intermediate_size", None) or 4 * hidden
+    # Some have a width for each layer.
+    inner = max(inner) if isinstance(inner, list | tuple) else inner
     per_token = layers * (16 * hidden + 4 * inner) * model.dtype.itemsize + 3 * 4 * config.vocab_size
     # The room is that of one device, so what other devices hold does not count.
-    trained = [weight for weight in model.parameters() if weight.requires_grad and weight.device == model.device]
+    trained = [weight for weight in model.parameters() if weight.requires_grad and (moves or weight.device == device)]
     # Of a weight that is split over processes, this one has a part.
     parts = [local(weight) for weight in trained]
     weights = sum(part.numel() * part.element_size() for part in parts)
     # Weights that are not there yet will take of what is free now.
-    to_come = weights if model.device != device else 0
+    to_come = weights if moves else 0
     if free is None:
         free = free_memory(device) // (1 if device.type == "cuda" else local_world_size())
     return max(512, int((free - to_come - beside_weights * weights) / 2 / per_token))
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes that are free now on a GPU, or in the machine."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    import psutil
-
-    return psutil.virtual_memory().available
-
-
 # ---- archives -----------------------------------------------------------------------------------------------------------
 
 
-def check_model(model_config, tokenizer, cache_dir: str | None = None) -> None:
-    """Raise UserError where archive or adapter do not fit the model, before either takes memory or time."""
+def check_model(model_config, tokenizer, cache_dir: str | None = None) -> list[str]:
+    """Raise UserError where archive or adapter do not fit the model, before either takes memory or time.
+
+    Returns what there is to be said of the model: what of it has no effect here, or stays as it is.
+    """
     path = base_archive(model_config)
+    config = model_configuration(model_config, tokenizer, cache_dir)
+    lines = lines_of_configuration(config)
     if path:
-        config = model_configuration(model_config, tokenizer, cache_dir)
         shapes = {name: torch.empty(shape, device="meta") for name, shape in archive_shapes(path).items()}
         model_of_archive(config, shapes, path, torch.float32, model_config.trust_remote_code, device_map={"": "meta"})
     if model_config.lora.r is not None:
@@ -473,6 +602,15 @@ def check_model(model_config, tokenizer, cache_dir: str | None = None) -> None:
             model = build_untrained(model_config, tokenizer, cache_dir)
         if is_adapter(model_config.archive):
             check_fit(model_config.archive, model)
+        lines += lines_of_adapter(model, model_config)
+    return lines
+
+
+def lines_of_configuration(config) -> list[str]:
+    """What of a model's configuration has no effect in training here."""
+    text = config.get_text_config()
+    keys = [key for key in ("router_aux_loss_coef", "aux_loss_alpha") if getattr(text, key, None)]
+    return [f"model: {key} ({getattr(text, key)}) has no effect: the loss alone is trained, routers included" for key in keys]
 
 
 def model_of_archive(
@@ -516,7 +654,7 @@ def read_archive(path: Path) -> dict[str, Tensor]:
         from safetensors.torch import load_file
 
         with _damage_is_a_user_error(path):
-            return {name: tensor for file in _weight_files(path) for name, tensor in load_file(file).items()}
+            return {name: tensor for file in files_of_weights(path) for name, tensor in load_file(file).items()}
     try:
         archive = load_tensors(path, mapped=True)
     except ValueError as error:
@@ -533,13 +671,14 @@ def archive_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     from safetensors import safe_open
 
     shapes = {}
-    for file in _weight_files(path):
+    for file in files_of_weights(path):
         with _damage_is_a_user_error(path), safe_open(file, framework="pt") as weights:
             shapes |= {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118  not a dict
     return shapes
 
 
-def _weight_files(path: Path) -> list[Path]:
+def files_of_weights(path: Path) -> list[Path]:
+    """The files of a directory with safetensors weights. Raises UserError where one is missing."""
     try:
         files = files_of_index(path / SAFETENSORS_INDEX) or [path / "model.safetensors"]
     except ValueError as error:

@@ -1,8 +1,11 @@
 """Where a run's weights live, decided once: in one process, or laid over several.
 
 A placement loads the policy and the reference, and says which processes share the data. The rest of a run does not ask.
-`began_with` is the hash of the weights that the policy was loaded with, known to the main process.
+`began_with` is the hash of the weights that the policy was loaded with, known to the main process; `base_dir` is where the run
+keeps the model under its adapter, if it has to; None for nowhere.
 """
+
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -27,6 +30,7 @@ class OneProcess:
 
     ranks = ALONE
     began_with: str | None = None
+    base_dir: Path | None = None
 
     def __init__(self, config, tokenizer):
         self.config, self.tokenizer = config, tokenizer
@@ -34,7 +38,7 @@ class OneProcess:
 
     def policy(self) -> nn.Module:
         """The model that is trained."""
-        policy = place(load_model(self.config.model, self.tokenizer, self.config.cache_dir), self.device)
+        policy = place(load_model(self.config.model, self.tokenizer, self.config.cache_dir, self.base_dir), self.device)
         self.began_with = weights_hash(policy)
         share_prefixes(policy, self.config.prefix_sharing)
         if self.config.activation_checkpointing:
@@ -82,12 +86,13 @@ class Sharded:
     """Weights laid over all processes of the run, by `trainer.sharding`; joins them."""
 
     began_with: str | None = None
+    base_dir: Path | None = None
 
     def __init__(self, config, tokenizer):
         from launching import start_group
 
         self.config, self.tokenizer = config, tokenizer
-        self.device = start_group(config.trainer.distributed_timeout_minutes)
+        self.device = start_group(config.trainer.distributed_timeout_minutes, config.trainer.cpu_offload)
         self.ranks, self.layout = self.lay_out(config, self.device.type, local_world_size())
 
     @classmethod
@@ -109,7 +114,8 @@ class Sharded:
         """The model that is trained; this process's part of it."""
         from sharding import load_sharded
 
-        policy, self.began_with = load_sharded(self.config, self.tokenizer, self.layout, self.device, self.ranks)
+        made = self.config, self.tokenizer, self.layout, self.device, self.ranks, self.base_dir
+        policy, self.began_with = load_sharded(*made)
         return policy
 
     def reference(self, policy: nn.Module) -> LiveReference:

@@ -4,7 +4,8 @@ A loader is a function `(split, silent=False, cache_dir=None)` registered under 
 
     {"responses": list[str], "pairs": list[tuple[int, int]], "sft_target": str}
 
-where a pair holds the indices of the preferred and of the dispreferred response, or yields `(prompt, record)` one by one
+where a pair holds the indices of the preferred and of the dispreferred response (and `sft_targets`, a list, may name several
+responses for SFT to learn in place of sft_target), or yields `(prompt, record)` one by one
 when the data does not fit in memory. To add one, write the function, here or in a file of your own:
 
     @register("my_data")
@@ -55,6 +56,7 @@ class Dataset:
 
     truncation_mode is the end of a prompt that matters; skip_bad_rows is for public sets, whose rows are not the user's to
     mend; fingerprint says in advance, as a short text, what the loader will give for a split: None where only loading tells.
+    about_sft is said where loss=sft learns less than all preferred answers, and one might expect them all.
     held_out_by_share: a share of its prompts is held out by their hash, and no test split of its own. of_user: the loader is
     code of the user's, which may change without its data.
     """
@@ -63,6 +65,7 @@ class Dataset:
     truncation_mode: str = "keep_start"
     skip_bad_rows: bool = False
     fingerprint: Callable[..., str] | None = None
+    about_sft: str | None = None
     held_out_by_share: bool = False
     of_user: bool = False
 
@@ -162,7 +165,7 @@ class HubSet:
         return loaded
 
 
-def hub_set(name: str, hub: HubSet, truncation_mode: str = "keep_start"):
+def hub_set(name: str, hub: HubSet, truncation_mode: str = "keep_start", about_sft: str | None = None):
     """Register a function `(rows, report, *, options)` → items as the loader of a set of the hub."""
 
     def decorator(items_of):
@@ -193,7 +196,7 @@ def hub_set(name: str, hub: HubSet, truncation_mode: str = "keep_start"):
         own = list(inspect.signature(load).parameters.values())[:-1]
         extra = [p for p in inspect.signature(items_of).parameters.values() if p.kind is p.KEYWORD_ONLY]
         load.__signature__ = inspect.Signature([*own, *extra])
-        DATASETS[name] = Dataset(load, truncation_mode, True, fingerprint, held_out_by_share=not hub.test)
+        DATASETS[name] = Dataset(load, truncation_mode, True, fingerprint, about_sft, held_out_by_share=not hub.test)
         return items_of
 
     return decorator
@@ -208,10 +211,18 @@ WHOLE_SET = sys.maxsize
 HH = HubSet("Anthropic/hh-rlhf", ("chosen", "rejected"), test="test")
 
 
-@hub_set("hh", HH, truncation_mode="keep_end")
+LAST_ROW = "loss=sft learns one answer to each prompt, its last row's, as the original code (a file of the same rows gives all)"
+
+
+@hub_set("hh", HH, truncation_mode="keep_end", about_sft=LAST_ROW)
 def hh_records(rows: NumberedRows, report: DataReport) -> Items:
-    """Anthropic's helpful and harmless dialogues. Subsets: harmless-base, helpful-base, helpful-online, ..."""
-    return group_rows(FieldMap().rows_of(rows, "hh", report), report, WHOLE_SET)
+    """Anthropic's helpful and harmless dialogues. Subsets: harmless-base, helpful-base, helpful-online, ...
+
+    SFT learns one answer to a prompt, its last row's, as in the original code, so that runs compare with it.
+    """
+    for prompt, record in group_rows(FieldMap().rows_of(rows, "hh", report, known=True), report, WHOLE_SET):
+        record.pop("sft_targets", None)
+        yield prompt, record
 
 
 HH_FOLDERS = ("harmless-base", "helpful-base", "helpful-online", "helpful-rejection-sampled")
@@ -320,7 +331,7 @@ ULTRAFEEDBACK = HubSet(
 @hub_set("ultrafeedback", ULTRAFEEDBACK)
 def ultrafeedback_records(rows: NumberedRows, report: DataReport) -> Items:
     """UltraFeedback, binarized: conversations, the preferred answer scored higher by GPT-4."""
-    return group_rows(FieldMap().rows_of(rows, "ultrafeedback", report), report, WHOLE_SET)
+    return group_rows(FieldMap().rows_of(rows, "ultrafeedback", report, known=True), report, WHOLE_SET)
 
 
 ORCA = HubSet("Intel/orca_dpo_pairs", ("system", "question", "chosen", "rejected"))
@@ -329,7 +340,7 @@ ORCA = HubSet("Intel/orca_dpo_pairs", ("system", "question", "chosen", "rejected
 @hub_set("orca", ORCA)
 def orca_records(rows: NumberedRows, report: DataReport) -> Items:
     """Orca's questions with a system prompt: a larger model's answer against a smaller one's."""
-    return group_rows(FieldMap(prompt="question", system="system").rows_of(rows, "orca", report), report, WHOLE_SET)
+    return group_rows(FieldMap(prompt="question", system="system").rows_of(rows, "orca", report, known=True), report, WHOLE_SET)
 
 
 NECTAR = HubSet("berkeley-nest/Nectar", ("prompt", "answers"))
@@ -339,7 +350,7 @@ NECTAR = HubSet("berkeley-nest/Nectar", ("prompt", "answers"))
 def nectar_records(rows: NumberedRows, report: DataReport) -> Items:
     """Nectar: seven ranked answers to each dialogue, and all 21 pairs between them."""
     fields_of = FieldMap(responses="answers.answer", ranks="answers.rank")
-    mapped = fields_of.rows_of(rows, "nectar", report)
+    mapped = fields_of.rows_of(rows, "nectar", report, known=True)
     return group_rows((row._replace(prompt=_as_turns(row.prompt)) for row in mapped), report)
 
 

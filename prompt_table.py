@@ -94,18 +94,18 @@ class Columns(NamedTuple):
         return numpy.where(pairs, pairs, responses).astype(numpy.int32)
 
     @property
-    def longest_row(self) -> int:
-        """How many tokens the longest prompt with one of its responses has."""
-        prompts, responses = numpy.diff(self.prompt_offsets), numpy.diff(self.response_offsets)
-        rows = numpy.repeat(prompts, numpy.diff(self.first_response)) + responses
-        return int(rows.max(initial=0))
-
-    @property
     def prompt_hashes(self) -> numpy.ndarray:
         """A hash of each prompt's token ids: [N] uint64."""
         ids = memoryview(numpy.ascontiguousarray(self.prompt_ids, numpy.int32)).cast("B")
         cuts = (self.prompt_offsets.astype(numpy.int64) * numpy.dtype(numpy.int32).itemsize).tolist()
         return numpy.array([xxhash.xxh3_64_intdigest(ids[start:end]) for start, end in pairwise(cuts)], numpy.uint64)
+
+    @property
+    def longest_row(self) -> int:
+        """How many tokens the longest prompt with one of its responses has."""
+        prompts, responses = numpy.diff(self.prompt_offsets), numpy.diff(self.response_offsets)
+        rows = numpy.repeat(prompts, numpy.diff(self.first_response)) + responses
+        return int(rows.max(initial=0))
 
     def prompt(self, k: int, source: str, first_row: int) -> TokenizedPrompt:
         """The k-th prompt; `first_row` is that of the batch's first response."""

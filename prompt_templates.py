@@ -8,10 +8,11 @@ one, exactly one end-of-sequence token behind each response.
 import re
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from itertools import takewhile
 
 from records import Prompt, Turn
-from utils import UserError
+from utils import UserError, first_line
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
@@ -56,14 +57,13 @@ def build_template(name: str | None, system_prompt: str | None, tokenizer) -> Te
     """The template of a name; None leaves texts as they are and writes conversations as HH dialogues.
 
     system_prompt stands before conversations that have none of their own; texts that are left as they are get none.
-    Raises UserError for `chat` where the tokenizer has no chat template.
+    Raises UserError for `chat` where the tokenizer has no chat template, or none that can be used.
     """
-    if name == "chat" and not tokenizer.chat_template:
-        raise UserError(
-            "template: found chat, but this tokenizer has no chat template of its own. Use chatml, hh or raw, or the "
-            "tokenizer of a chat model (model.tokenizer_name_or_path)."
-        )
+    if name == "chat":
+        _check_chat_template(tokenizer)
     render = {"raw": _raw, "hh": _hh, "chatml": _chatml, "chat": _chat, None: _hh}[name]
+    if name == "chat":
+        render = partial(_chat, opening=opening_of_answers(tokenizer))
 
     def template(prompt: Prompt, responses: list[str]) -> tuple[str, list[str]]:
         if isinstance(prompt, str) and name in (None, "raw"):
@@ -74,6 +74,54 @@ def build_template(name: str | None, system_prompt: str | None, tokenizer) -> Te
         return render(turns, responses, tokenizer)
 
     return template
+
+
+def _check_chat_template(tokenizer) -> None:
+    """Raise UserError where a tokenizer has no chat template, several and none by default, or one that is no template."""
+    templates = tokenizer.chat_template
+    if not templates:
+        raise UserError(
+            "template: found chat, but this tokenizer has no chat template of its own. Use chatml, hh or raw, or the "
+            "tokenizer of a chat model (model.tokenizer_name_or_path)."
+        )
+    if isinstance(templates, dict) and "default" not in templates:
+        raise UserError(
+            f"template: found chat, but of this tokenizer's chat templates ({', '.join(sorted(templates))}) none is called "
+            "default. Write the one you mean as chat_template into the tokenizer_config.json of a copy, and name that with "
+            "model.tokenizer_name_or_path; or use template=chatml, hh or raw."
+        )
+    _check_syntax(tokenizer)
+
+
+def opening_of_answers(tokenizer) -> str:
+    """What a tokenizer's chat template writes before an answer, where it does not write that when it is asked to begin one.
+
+    Empty for most: their prompts end with it when add_generation_prompt asks for it.
+    """
+    question, answer = {"role": "user", "content": "a question"}, {"role": "assistant", "content": "an answer"}
+    try:
+        asked, to_be_answered = (_rendered(tokenizer, [question], add_generation_prompt=wanted) for wanted in (False, True))
+        whole = _rendered(tokenizer, [question, answer])
+    except ConversationError:
+        return ""  # It may take other conversations: the data's own say so, with their rows.
+    before, found, _ = whole.removeprefix(asked).partition(answer["content"])
+    knows = asked != to_be_answered or not found or not whole.startswith(asked)
+    return "" if knows or not before.strip() else before
+
+
+def _check_syntax(tokenizer) -> None:
+    """Raise UserError for a chat template that is no Jinja template."""
+    from jinja2.exceptions import TemplateSyntaxError
+
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "a question"}], tokenize=False)
+    except TemplateSyntaxError as error:
+        raise UserError(
+            f"template: the tokenizer's chat template is broken, line {error.lineno}: {first_line(error)}. Correct it, or use "
+            "template=chatml, hh or raw."
+        ) from error
+    except Exception:  # what it refuses is told with the data's own conversations
+        return
 
 
 def user_markers(tokenizer) -> list[str]:
@@ -118,11 +166,23 @@ def _chatml(turns: tuple[Turn, ...], responses: list[str], tokenizer) -> tuple[s
     return f"{text}<|im_start|>assistant\n", [response + end for response in responses]
 
 
-def _chat(turns: tuple[Turn, ...], responses: list[str], tokenizer) -> tuple[str, list[str]]:
+def _chat(turns: tuple[Turn, ...], responses: list[str], tokenizer, opening: str) -> tuple[str, list[str]]:
     messages = [{"role": turn.role, "content": turn.content} for turn in turns]
-    prompt = _rendered(tokenizer, messages, add_generation_prompt=True)
+    prompt = _rendered(tokenizer, messages, add_generation_prompt=True) + opening
+    for number, turn in enumerate(turns, start=1):
+        # What an assistant thought in earlier turns is left out by design.
+        if turn.role != "assistant" and not _holds(prompt, turn.content):
+            raise ConversationError(
+                f"template: the tokenizer's chat template leaves out what turn {number} says, the {turn.role}'s. Use "
+                "template=chatml or hh, or rows without such a turn."
+            )
     whole = [_rendered(tokenizer, [*messages, {"role": "assistant", "content": response}]) for response in responses]
-    for text in whole:
+    for text, response in zip(whole, responses, strict=True):
+        if not _holds(text, response):
+            raise ConversationError(
+                "template: the tokenizer's chat template leaves out a part of the answer (what was thought, as a rule). Use "
+                "template=chatml or hh, or answers without that part."
+            )
         if not text.startswith(prompt):
             raise UserError(
                 "template: the tokenizer's chat template writes a prompt differently once it is answered "
@@ -134,15 +194,19 @@ def _chat(turns: tuple[Turn, ...], responses: list[str], tokenizer) -> tuple[str
 
 
 def _rendered(tokenizer, messages: list[dict], **options) -> str:
-    from jinja2.exceptions import TemplateError
-
+    """The text of the tokenizer's chat template. Raises ConversationError, whatever the template stumbles over."""
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, **options)
-    except TemplateError as error:
+    except Exception as error:  # a template is a program: beside Jinja's own errors it raises Python's
         roles = ", ".join(message["role"] for message in messages)
         raise ConversationError(
-            f"template: the tokenizer's chat template refuses a conversation of {roles}: {str(error).rstrip('.')}."
+            f"template: the tokenizer's chat template refuses a conversation of {roles}: {first_line(error).rstrip('.')}."
         ) from error
+
+
+def _holds(text: str, content: str) -> bool:
+    """Whether a text holds another one, white space aside."""
+    return content.strip() in text or "".join(content.split()) in "".join(text.split())
 
 
 def _first_difference(one: str, other: str) -> str:

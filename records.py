@@ -5,7 +5,8 @@ whose last one is answered. Loaders give `(prompt, record)` items, where a recor
 
     {"responses": list[str], "pairs": list[tuple[int, int]], "sft_target": str}
 
-and a pair holds the indices of the preferred and of the dispreferred response. Everything here works on streams, in memory
+and a pair holds the indices of the preferred and of the dispreferred response; where SFT has several responses to learn, a
+record also has `sft_targets`, a list of them in which sft_target is the last. Everything here works on streams, in memory
 that does not grow with the data.
 """
 
@@ -33,7 +34,10 @@ Items = Iterable[tuple[Prompt, dict]]
 
 @dataclass(frozen=True)
 class PreferenceRecord:
-    """One checked record. `number` counts the records of its data set and split from 1, `source` names it in messages."""
+    """One checked record. `number` counts the records of its data set and split from 1, `source` names it in messages.
+
+    sft_targets are the responses that SFT learns, where they are not sft_target alone.
+    """
 
     prompt: Prompt
     responses: list[str]
@@ -41,6 +45,12 @@ class PreferenceRecord:
     sft_target: str
     number: int
     source: str
+    sft_targets: tuple[str, ...] = ()
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The responses that SFT learns."""
+        return self.sft_targets or (self.sft_target,)
 
 
 # ---- what happened to the rows ------------------------------------------------------------------------------------------
@@ -50,13 +60,23 @@ OTHER_PROMPT = "chosen and rejected answer different prompts"
 EMPTY_TEXT = "a text is empty"
 
 
+# What can be done about some columns that were not read.
+COLUMN_HINTS = {
+    "system": "with system: system it is the system's turn",
+    "system_prompt": "with system: system_prompt it is the system's turn",
+    "tools": "chat templates are given no tools",
+    "input": "with prompt: instruction it is read behind that",
+}
+
+
 @dataclass
 class DataReport:
     """What was read of one split of a data set, and what became of it. Filled on the way, kept with the prepared data.
 
     left_out counts rows, pairs or examples that are not trained on, by reason; changed counts texts that were cut; num_prompts
     are left. A row that cannot be used is an error, or with `skip_bad_rows` counted, and the first ten are listed in
-    `bad_rows`.
+    `bad_rows`. columns_not_read counts the rows that have such a column; notes are sentences, settings without effect above
+    all.
     """
 
     skip_bad_rows: bool = False
@@ -66,6 +86,8 @@ class DataReport:
     bad_rows: list[str] = field(default_factory=list)
     left_out: dict[str, int] = field(default_factory=dict)
     changed: dict[str, int] = field(default_factory=dict)
+    columns_not_read: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     def bad_row(self, error: UserError) -> None:
         """Count a row that cannot be used. Raises `error` where such rows are to stop the run."""
@@ -87,6 +109,16 @@ class DataReport:
             if not self.changed[what]:
                 del self.changed[what]
 
+    def not_read(self, column: str) -> None:
+        """Count a row that has a column nobody reads. Names beyond the first hundred are not kept: they are no columns."""
+        if column in self.columns_not_read or len(self.columns_not_read) < 100:
+            self.columns_not_read[column] = self.columns_not_read.get(column, 0) + 1
+
+    def note(self, sentence: str) -> None:
+        """Keep a sentence, once."""
+        if sentence not in self.notes:
+            self.notes.append(sentence)
+
     def as_dict(self) -> dict:
         """Plain values, for JSON; `DataReport(**...)` reads them back."""
         return asdict(self)
@@ -98,10 +130,18 @@ class DataReport:
         if self.num_bad_rows:
             yield self.num_bad_rows, "bad rows skipped"
 
+    def remarks(self) -> list[str]:
+        """Lines about what is counted nowhere: columns that were not read, and settings without effect."""
+        names = list(self.columns_not_read)
+        hints = "; ".join(COLUMN_HINTS[name] for name in names if name in COLUMN_HINTS)
+        # A table's index comes into CSV files as a column without a name.
+        columns = f"columns not read: {', '.join(name or repr(name) for name in names)}" + f" ({hints})" * bool(hints)
+        return [columns] * bool(names) + self.notes
+
     def lines(self) -> list[str]:
-        """What is said about it: a line of counts, if there is anything to say, and the first bad rows."""
+        """What is said about it: a line of counts, if there is anything to say, remarks, and the first bad rows."""
         counts = [f"{count} {what}" for count, what in self.counts()]
-        return ["; ".join(counts)] * bool(counts) + [f"  {message}" for message in self.bad_rows]
+        return ["; ".join(counts)] * bool(counts) + self.remarks() + [f"  {message}" for message in self.bad_rows]
 
 
 # ---- faults -------------------------------------------------------------------------------------------------------------
@@ -122,7 +162,11 @@ def fault_of_item(item) -> str | None:
     if fault := fault_of_prompt(prompt):
         return f"the prompt {fault}"
     responses = {f"response {index}": text for index, text in enumerate(record["responses"])}
-    for what, text in {**responses, "sft_target": record["sft_target"]}.items():
+    targets = record.get("sft_targets", [])
+    if not isinstance(targets, list | tuple):
+        return f"sft_targets is {kind_of(targets)}, expected a list"
+    learned = {f"sft_targets {index}": text for index, text in enumerate(targets)} | {"sft_target": record["sft_target"]}
+    for what, text in {**responses, **learned}.items():
         if fault := fault_of_text(text):
             return f"{what} {fault}"
     return next((fault for pair in record["pairs"] if (fault := _fault_of_pair(pair, len(responses)))), None)
@@ -228,7 +272,7 @@ def group_rows(rows: Iterable[Row], report: DataReport, window: int = 20_000) ->
 
     At most `window` prompts are kept open: rows of a prompt that lie further apart form records of their own, so that memory
     does not grow with the data. Pairs of the same text are counted in the report; rows without any pair or score are records
-    by themselves.
+    by themselves. SFT learns the target of each row, except of rows that hold one scored response each: of these the best.
     """
     records: Records = {}
     for row in rows:
@@ -245,6 +289,7 @@ def group_rows(rows: Iterable[Row], report: DataReport, window: int = 20_000) ->
             record.setdefault("scores", []).extend(zip(row.scores, row.responses, strict=True))
         elif same < len(row.pairs):
             record["sft_target"] = row.responses[row.target]
+            record.setdefault("sft_targets", []).append(record["sft_target"])
         if len(records) > window:
             prompt = next(iter(records))
             yield from _closed(prompt, records.pop(prompt), report)
@@ -276,6 +321,8 @@ def scored_record(responses: list[str], scores: list[float], report: DataReport)
 def _closed(prompt: Prompt, record: dict, report: DataReport) -> Iterator[tuple[Prompt, dict]]:
     if scores := record.pop("scores", None):
         record = scored_record([text for _, text in scores], [score for score, _ in scores], report)
+    elif len(record.get("sft_targets", ())) < 2:
+        record.pop("sft_targets", None)
     if record and record["pairs"]:
         yield prompt, record
 

@@ -39,13 +39,27 @@ class Tree:
 
 
 class TreeLayout:
-    """The trees of one packed batch, as every attention layer needs them; `seen` says whether a layer has asked."""
+    """The trees of one packed batch, as every attention layer needs them; `seen` says whether a layer has asked.
+
+    by_branches: attention is computed branch by branch, in the order of plain sequences; else all at once, under a block mask.
+    """
 
     def __init__(self, trees: tuple[Tree, ...], device: torch.device):
         self.trees = trees
         self.device = device
         self.seen = False
+        self.by_branches = device.type != "cuda"
         self._block_masks: dict[int | None, object] = {}
+        self._elsewhere: dict[torch.device, TreeLayout] = {}
+
+    def on(self, device: torch.device) -> "TreeLayout":
+        """The layout with its tensors on a device: layers of one model may lie on several, and hooks move tensors only."""
+        if device == self.device:
+            return self
+        if device not in self._elsewhere:
+            self._elsewhere[device] = TreeLayout(self.trees, device)
+            self._elsewhere[device].by_branches = self.by_branches
+        return self._elsewhere[device]
 
     @cached_property
     def branch_lengths(self) -> list[int]:
@@ -100,6 +114,51 @@ class TreeLayout:
         return self._block_masks[window]
 
 
+# ---- what it does not compute ---------------------------------------------------------------------------------------------
+
+
+class NotSharedError(Exception):
+    """A layer attends in a way that is not part of attention over trees; the message says in which."""
+
+
+# What the attention of transformers is given, and what it does with it that is not done here.
+NOT_COMPUTED = {
+    "s_aux": "attention sinks",
+    "sinks": "attention sinks",
+    "position_bias": "biases of positions",
+    "indices": "attention to chosen tokens only",
+    "block_indices": "attention to chosen blocks only",
+    "cache": "a paged cache",
+}
+# What changes nothing: of other kernels, or said in another way too.
+WITHOUT_EFFECT = {
+    "position_ids", "position_embeddings", "cache_position", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k",
+    "output_attentions", "output_hidden_states", "output_router_logits", "return_dict", "use_cache", "deterministic",
+    "num_items_in_batch", "seq_idx", "logits_to_keep",
+}  # fmt: skip
+
+
+def refuse_what_is_not_computed(module: torch.nn.Module, attention_mask: Tensor | None, given: dict) -> None:
+    """Raise NotSharedError where a layer asks for what would be left out: by what it is `given`, its mask, or what it is."""
+    for name, value in given.items():
+        if value is None or name in WITHOUT_EFFECT:
+            continue
+        if name == "dropout":
+            if value:
+                raise NotSharedError("dropout of attention is not part of it")
+        elif name == "is_causal":
+            if not value:
+                raise NotSharedError("attention to what comes later is not part of it")
+        elif name in NOT_COMPUTED:
+            raise NotSharedError(f"{NOT_COMPUTED[name]} ({name}) are not part of it")
+        else:
+            raise NotSharedError(f"its attention is given {name}, which is not known here")
+    if not getattr(module, "is_causal", True) and given.get("is_causal") is None:
+        raise NotSharedError("attention to what comes later is not part of it")
+    if attention_mask is not None and attention_mask.shape != (1, 1, 1, 1):
+        raise NotSharedError("a mask of its own is not part of it")
+
+
 # ---- attention ----------------------------------------------------------------------------------------------------------
 
 
@@ -132,8 +191,10 @@ def tree_attention_forward(
     if response_trees is None:
         return _plain_attention(module, query, key, value, attention_mask, scaling, softcap, **kwargs)
     response_trees.seen = True
-    attend = _flex_attention if query.is_cuda else _attention_by_branches
-    return attend(query, key, value, response_trees, scaling, sliding_window, softcap).transpose(1, 2).contiguous(), None
+    refuse_what_is_not_computed(module, attention_mask, kwargs)
+    layout = response_trees.on(query.device)
+    attend = _attention_by_branches if layout.by_branches else _flex_attention
+    return attend(query, key, value, layout, scaling, sliding_window, softcap).transpose(1, 2).contiguous(), None
 
 
 def _plain_attention(module, query, key, value, attention_mask, scaling, softcap, **kwargs) -> tuple[Tensor, None]:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from adapters import BASE_DIR
 from checkpoints import checkpoints_of, fault_of, newest_usable, read_state
 from dashboards import TENSORBOARD
 from ledger import FOLDER as LEDGER
@@ -151,7 +152,8 @@ STATE = {
     ),
     "train_batches": {
         "position": {"epoch": _count, "examples_in_epoch": _count, "examples": _count},
-        "budget": [_count, _count],
+        # What the run began with stands behind; not in checkpoints of older versions.
+        "budget": ([_count, _count], [_count, _count, _count, _count]),
         "ranks": _count,
     },
     "watch": {"newest": {...: [_number]}, "chosen_at_start": (_number, None), "said": [str]},
@@ -207,13 +209,21 @@ def check_same_run(checkpoint: Path, about: dict) -> None:
 
 OF_A_RUN = (
     METRICS, SAMPLES, BAD_STEPS, EVENTS, RESULTS_FILE, ABOUT, FLAGGED, PRUNED, CONFIG, REPORT, "answers.jsonl",
-    "judgements.jsonl", "LATEST", LEDGER, TENSORBOARD, "wandb", "step-*",
+    "judgements.jsonl", "LATEST", LEDGER, TENSORBOARD, "wandb", BASE_DIR, "step-*",
 )  # fmt: skip
 
 
 def parts_of_a_run(run_dir: Path) -> list[Path]:
     """What a run has left in its directory; nothing of what is somebody else's."""
-    return sorted(path for pattern in OF_A_RUN for path in run_dir.glob(pattern))
+    parts = sorted(path for pattern in OF_A_RUN for path in run_dir.glob(pattern))
+    # A folder of that name alone is not a run's.
+    return [] if [path.name for path in parts] == [BASE_DIR] else parts
+
+
+def forget_base(run_dir: Path) -> None:
+    """Remove the model under an adapter that a run without a checkpoint has left: it begins anew, from its configuration."""
+    if (run_dir / BASE_DIR / "config.json").is_file():
+        shutil.rmtree(run_dir / BASE_DIR)
 
 
 def check_beginning(run_dir: Path, archive: str | None, eval_only: bool) -> None:

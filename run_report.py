@@ -20,8 +20,12 @@ from records import DataReport
 from run_files import (
     ABOUT,
     BAD_STEPS,
+    BETA_USED,
     EVENTS,
+    HELD_OUT_PROMPTS,
+    LOSS_AT_BETA_USED,
     METRICS,
+    OF_THEIR_RUN,
     REPORT,
     RESULTS_FILE,
     SAMPLES,
@@ -33,7 +37,7 @@ from run_files import (
     results_of,
     split_rows,
 )  # fmt: skip
-from utils import UNREADABLE, UserError, with_interval
+from utils import UNREADABLE, UserError, too_few, with_interval
 
 # What is shown of long things: prompts with samples and the moments of each, pairs of each kind, letters of a text.
 PROMPTS_SHOWN, MOMENTS_SHOWN, PAIRS_SHOWN, LETTERS_SHOWN, EVENTS_SHOWN = 16, 4, 20, 1200, 200
@@ -42,7 +46,13 @@ EVENT = {"time": str, "examples": int, "text": str}
 
 # Charts: title, what it says, and the metrics in it with their names there.
 CHARTS = (
-    ("Loss", "lower is better", {"loss/train": "training", "loss/eval": "held out"}),
+    (
+        "Loss", "lower is better",
+        {
+            "loss/train": "training", "loss/eval": "held out",
+            LOSS_AT_BETA_USED: "held out, at the beta in force",
+        },
+    ),
     (
         "Reward accuracy", "share of pairs whose preferred response has the larger reward; 0.5 is chance",
         {"rewards_train/accuracies": "training", "rewards_eval/accuracies": "held out"},
@@ -179,7 +189,7 @@ GUIDE = "docs/reading-the-curves.md"
 
 def observations(steps: list[dict], evaluations: list[dict], config: dict) -> list[str]:
     """What the numbers of a run give reason to say, in plain words."""
-    looks = _fallen, _held_out, _overfitted, _clipped
+    looks = _too_few, _fallen, _held_out, _overfitted, _clipped
     return [f"{text} See {GUIDE}." for look in looks for text in look(steps, evaluations, config)]
 
 
@@ -192,6 +202,12 @@ def _change(values: list[float]) -> float:
     """From the mean of the first tenth to that of the last."""
     part = max(1, len(values) // 10)
     return (sum(values[-part:]) - sum(values[:part])) / part
+
+
+def _too_few(steps, evaluations, config) -> Iterator[str]:
+    prompts = evaluations[-1].get(HELD_OUT_PROMPTS) if evaluations else None
+    if isinstance(prompts, int | float) and (few := too_few(prompts, "Held-out numbers")):
+        yield f"{few}."
 
 
 def _fallen(steps, evaluations, config) -> Iterator[str]:
@@ -223,6 +239,11 @@ def _held_out(steps, evaluations, config) -> Iterator[str]:
 
 
 def _overfitted(steps, evaluations, config) -> Iterator[str]:
+    if (config.get("loss") or {}).get("name") in OF_THEIR_RUN:
+        return
+    # Of beta-DPO those of an earlier version are at another beta.
+    comparable = [row for row in evaluations if BETA_USED not in row or LOSS_AT_BETA_USED in row]
+    evaluations = comparable or evaluations
     losses = _values(evaluations, "loss/eval")
     if len(losses) != len(evaluations) or len(losses) < 3:
         return
@@ -317,7 +338,7 @@ def data_of(about: dict) -> list[dict]:
                 values = DataReport(**{key: value for key, value in report.items() if key != "name"})
                 counts = [f"{count:,} {what}" for count, what in values.counts()]
                 row = {"split": split, "name": report["name"], "rows": values.rows_read, "prompts": values.num_prompts}
-                found.append(row | {"counts": counts, "bad_rows": values.bad_rows})
+                found.append(row | {"counts": counts + values.remarks(), "bad_rows": values.bad_rows})
             except UNREADABLE:
                 continue
     return found

@@ -22,7 +22,8 @@ from configuration import times_beside_weights
 from launching import end_group, number_of_workers
 from losses import Loss
 from memory_estimate import fake_tensors, fake_trainer, faked, most_held, step_without_look
-from models import free_memory, token_budget
+from model_state import free_memory
+from models import token_budget
 from ranks import Ranks
 from sharding import Layout, empty_model
 from trainers import TRAINERS
@@ -76,7 +77,7 @@ def budget_of(config, tokenizer, layout: Layout) -> TokenBudget:
     else:
         free = free_memory(device) // (1 if device.type == "cuda" else world_size(trainer))
     # What a real part of the weights will take is not there yet.
-    model = empty_model(config, tokenizer, config.model.policy_dtype, False, layout, torch.device("meta"))
+    model = empty_model(config, tokenizer, config.model.policy_dtype, None, layout, torch.device("meta"))
     return token_budget(model, None, device, free, times_beside_weights(config))
 
 

@@ -13,6 +13,8 @@ from records import Turn
 from tokenization import bos_of
 from utils import UserError
 
+# Of a model that continues texts.
+PLAIN_PROMPT = "Once upon a time"
 # Named sets whose prompts are HH dialogues as texts, which get no system prompt, and those that are conversations.
 DIALOGUE_SETS = ("toy", "hh", "hh-harmless-base", "hh-helpful-base", "hh-helpful-online", "hh-helpful-rejection-sampled")
 DIALOGUE_SETS += ("shp", "se")
@@ -55,6 +57,58 @@ def _format_of_entry(entry: dict, config: dict) -> tuple[str | None, str | None]
     if entry.get("name") in DIALOGUE_SETS:
         return "hh", None
     return ("hh" if entry.get("name") in CONVERSATION_SETS else None), system
+
+
+# Prompts that are looked at to see how they are written.
+LOOKED_AT = 200
+
+
+def format_of_prompts(config: dict, table: Sequence, tokenizer) -> str | None:
+    """How a run has written its prompts (`format_of_run`), from its configuration or else from the prompts themselves.
+
+    table: tokenised prompts. None where they are no conversations of one form.
+    """
+    try:
+        return format_of_run(config)[0]
+    except UserError:
+        pass
+    step = max(1, len(table) // LOOKED_AT)
+    texts = tokenizer.batch_decode([table[place].prompt_ids for place in range(0, len(table), step)])
+    return "hh" if texts and all(HUMAN in text and text.endswith(ASSISTANT) for text in texts) else None
+
+
+QUESTION = "What is the capital of France?"
+
+
+def serve_as_trained(name: str | None, tokenizer) -> tuple[str, list[str]]:
+    """Let the tokenizer's chat template write prompts as training did; returns an example of one, and notes.
+
+    name is a run's format. Where its prompts are no conversations, or nobody knows, the tokenizer stays as it is, and the
+    example is PLAIN_PROMPT.
+    """
+    if name in ("hh", "chatml"):
+        turns = turns_of(name, tokenizer)
+        template = chat_template(turns, bool(bos_of(tokenizer)))
+        replaced = tokenizer.chat_template not in (None, template)
+        tokenizer.chat_template = template
+        notes = [f"the tokenizer's own chat template is replaced by {name}, as in training"] if replaced else []
+        return turns.text([Turn("user", QUESTION)]), notes
+    if name == "chat":
+        text, _ = build_template("chat", None, tokenizer)((Turn("user", QUESTION),), [])
+        return text.removeprefix(tokenizer.bos_token if bos_of(tokenizer) else ""), []
+    return PLAIN_PROMPT, []
+
+
+def end_tokens(name: str | None, tokenizer) -> list[int]:
+    """The tokens that a format puts behind answers, before the end-of-sequence token, where they are one token each."""
+    if name not in ("chatml", "chat"):
+        return []
+    try:
+        _, [ended] = build_template(name, None, tokenizer)((Turn("user", "Why?"),), ["Yes"])
+    except (ConversationError, UserError):
+        return []
+    known = tokenizer.get_vocab().get(ended.split("Yes")[-1].strip())
+    return [] if known is None else [known]
 
 
 # ---- turns ------------------------------------------------------------------------------------------------------------------

@@ -8,6 +8,8 @@ that differ in the first two train on different data.
 
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,25 +18,24 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from adapters import has_adapter
 from batches import PackedBatch
 from configuration import sharded_dtype
 from logprobs import response_logps
+from model_state import compute_device, free_memory, take_buffers
 from models import (
-    ROUNDING,
     attend_over_trees,
     build_untrained,
     compile_between_attentions,
-    disagreement,
     enable_activation_checkpointing,
-    free_memory,
     load_model,
-    logps_and_gradients,
-    random_trees,
+    scores_in_head,
     share_prefixes,
     weights_hash,
 )
 from ranks import Ranks, local, local_world_size, whole
 from response_trees import RESPONSE_TREES
+from sharing_proof import ROUNDING, disagreement, exact_arithmetic, logps_and_gradients, random_trees
 from utils import UserError, settle_memory
 
 # ---- the mesh -----------------------------------------------------------------------------------------------------------
@@ -83,7 +84,9 @@ class Layout:
             "output_dtype": trainer.output_dtype,
         }
         precision = MixedPrecisionPolicy(**{name: name_ and getattr(torch, name_) for name, name_ in dtypes.items()})
-        offload = CPUOffloadPolicy() if trainer.cpu_offload else OffloadPolicy()
+        # Page-locked memory is for the way to a GPU, and cannot be had without one.
+        pinned = torch.cuda.is_available()
+        offload = CPUOffloadPolicy(pin_memory=pinned) if trainer.cpu_offload else OffloadPolicy()
         switches = config.activation_checkpointing, config.compile
         return cls(mesh, trainer.sharding, precision, offload, config.model.block_name, *switches)
 
@@ -102,27 +105,47 @@ class Layout:
             "mp_policy": self.precision,
             "offload_policy": self.offload,
         }
-        for block in blocks_of(model, self.block_name):
+        for block in without_shared(blocks_of(model, self.block_name)):
             fully_shard(block, **options)
-        # What is left, embeddings and head, is one group: tied weights stay together.
+        # What is left, embeddings, head and what several blocks share, is one group: tied weights stay together.
         fully_shard(model, **options)
 
 
 def blocks_of(model: nn.Module, block_name: str | None) -> list[nn.Module]:
     """The transformer blocks: modules of the class `block_name`, or of the classes that the model itself names.
 
-    Raises UserError, with the names there are, where none is found.
+    A model that names none has its blocks in a list, whose items are all of one class. Raises UserError, with the names there
+    are, where none is found.
     """
-    names = {block_name} if block_name else set(model._no_split_modules or ())
-    blocks = [module for module in model.modules() if type(module).__name__ in names]
+    listed = Counter(type(item).__name__ for stack in _outermost(model, nn.ModuleList) for item in stack)
+    names = {block_name} if block_name else set(model._no_split_modules or ()) or set(listed if len(listed) == 1 else ())
+    classes = tuple({type(module) for module in model.modules() if type(module).__name__ in names})
+    blocks = _outermost(model, classes)
     if not blocks:
-        listed = Counter(
-            type(item).__name__ for module in model.modules() if isinstance(module, nn.ModuleList) for item in module
-        )
         candidates = ", ".join(f"{name} ({count})" for name, count in listed.items()) or "none"
         found = f"found {block_name!r}" if block_name else "not given, and the model does not say"
         raise UserError(f"model.block_name: {found}. Expected the class of a block of {type(model).__name__}: {candidates}.")
     return blocks
+
+
+def without_shared(blocks: list[nn.Module]) -> list[nn.Module]:
+    """The blocks; in place of one with weights that are another's too (Zamba's attention) those of its parts that have none."""
+    owners = Counter(weight for block in blocks for weight in set(block.parameters()))
+
+    def parts_of(module: nn.Module) -> list[nn.Module]:
+        if all(owners[weight] == 1 for weight in module.parameters()) and not isinstance(module, nn.ModuleList):
+            return [module]
+        return [part for child in module.children() if any(True for _ in child.parameters()) for part in parts_of(child)]
+
+    return [part for block in blocks for part in parts_of(block)]
+
+
+def _outermost(model: nn.Module, classes: type | tuple[type, ...]) -> list[nn.Module]:
+    """The modules of some classes that do not lie within another of them: weights are laid out once."""
+    found = []
+    for child in model.children():
+        found += [child] if isinstance(child, classes) else _outermost(child, classes)
+    return found
 
 
 def split_layers(model: nn.Module, mesh: DeviceMesh) -> None:
@@ -146,30 +169,51 @@ def check_divisible(model: nn.Module, parts: int) -> None:
     """Raise UserError where a model's layers cannot be split into so many equal parts."""
     config = model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    for key, size in (("attention heads", heads), ("intermediate size", getattr(config, "intermediate_size", parts))):
+    inner = getattr(config, "intermediate_size", parts)
+    # Some have a width for each layer.
+    widths = inner if isinstance(inner, list | tuple) else [inner]
+    for key, size in (("attention heads", heads), *(("intermediate size", width) for width in widths)):
         if size % parts:
             raise UserError(f"trainer.tensor_parallel_size: found {parts}, which does not divide the model's {size} {key}.")
 
 
-def load_sharded(config, tokenizer, layout: Layout, device: torch.device, ranks: Ranks) -> tuple[nn.Module, str | None]:
+def load_sharded(
+    config, tokenizer, layout: Layout, device: torch.device, ranks: Ranks, base_dir: Path | None = None
+) -> tuple[nn.Module, str | None]:
     """The policy of a configuration, laid over the mesh. The main rank reads its weights, once, sends them, and hashes them.
 
     Whether it shares prefixes is proved on the main rank; that the laid-out model computes the same, on all. Raises UserError
     where it does not.
     """
     settle_memory(keep_freed=has_plenty_of_memory(config, tokenizer))
-    source = load_model(config.model, tokenizer, config.cache_dir) if ranks.is_main else None
-    shares = ranks.from_main(share_prefixes(source, config.prefix_sharing) if ranks.is_main else None)
-    model = empty_model(config, tokenizer, config.model.policy_dtype, shares, layout, device)
+    source = load_model(config.model, tokenizer, config.cache_dir, base_dir) if ranks.is_main else None
+    proved = share_prefixes(source, config.prefix_sharing) and Sharing(scores_in_head(source)) if ranks.is_main else None
+    sharing = ranks.from_main(proved) or None
+    model = empty_model(config, tokenizer, config.model.policy_dtype, sharing, layout, device)
+    # Offloaded weights are brought to the device for each forward.
+    model.compute_device = device
+    if source is not None and has_adapter(source):
+        # With the place of the model under it.
+        model.peft_config = source.peft_config
     state = source.state_dict() if ranks.is_main else {}
     set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
-    buffers = dict(source.named_buffers()) if ranks.is_main else {}
-    for name, buffer in model.named_buffers():
-        sent = buffers[name].to(device, buffer.dtype) if ranks.is_main else torch.empty_like(buffer, device=device)
-        torch.distributed.broadcast(sent, 0)
-        buffer.copy_(sent)
+    send_buffers(source, model, device, ranks)
     _check(model, source, layout, ranks)
     return model.train(), weights_hash(source) if source is not None else None
+
+
+def send_buffers(source: nn.Module | None, model: nn.Module, device: torch.device, ranks: Ranks) -> None:
+    """Give a laid-out model the buffers that the main rank's source has, in their dtypes, on the device that computes.
+
+    A model that was built without numbers may have made them in the dtype of its weights, which rounds them.
+    """
+    buffers = dict(source.named_buffers()) if source is not None else {}
+    known = ranks.from_main({name: (buffer.shape, buffer.dtype) for name, buffer in buffers.items()})
+    for name, (shape, dtype) in known.items():
+        sent = buffers[name].to(device) if source is not None else torch.empty(shape, dtype=dtype, device=device)
+        buffers[name] = sent.contiguous()
+        torch.distributed.broadcast(buffers[name], 0)
+    take_buffers(model, {name: buffers[name] for name in known})
 
 
 def has_plenty_of_memory(config, tokenizer) -> bool:
@@ -182,26 +226,32 @@ def has_plenty_of_memory(config, tokenizer) -> bool:
 
 def reference_beside(policy: nn.Module, config, tokenizer, layout: Layout, device: torch.device) -> nn.Module:
     """A frozen copy of a laid-out policy as it is now, in `reference_dtype`; nothing is sent."""
-    shares = policy.config._attn_implementation == RESPONSE_TREES
-    copy = empty_model(config, tokenizer, config.model.reference_dtype, shares, layout, device)
+    sharing = Sharing(scores_in_head(policy)) if policy.config._attn_implementation == RESPONSE_TREES else None
+    copy = empty_model(config, tokenizer, config.model.reference_dtype, sharing, layout, device)
+    copy.compute_device = device
     with torch.no_grad():
         for mine, theirs in zip(copy.parameters(), policy.parameters(), strict=True):
             local(mine).copy_(local(theirs))
-        for mine, theirs in zip(copy.buffers(), policy.buffers(), strict=True):
-            mine.copy_(theirs)
+    take_buffers(copy, {name: buffer.clone() for name, buffer in policy.named_buffers()})
     return copy.eval().requires_grad_(False)
 
 
-def empty_model(config, tokenizer, dtype: str, shares: bool, layout: Layout, device: torch.device) -> nn.Module:
+class Sharing(NamedTuple):
+    """How a model shares prefixes: whether its head gives log-probs of chosen tokens, or logits."""
+
+    scores_in_head: bool
+
+
+def empty_model(config, tokenizer, dtype: str, sharing: Sharing | None, layout: Layout, device: torch.device) -> nn.Module:
     """The model of a configuration laid over the mesh, with memory for this process's part of the weights but no values.
 
-    dtype is a name such as bfloat16; shares says whether the model attends over response trees.
+    dtype is a name such as bfloat16; sharing says how the model attends over response trees, None where it does not.
     """
     with torch.device("meta"):
         model = build_untrained(config.model, tokenizer, config.cache_dir, dtype)
-    if shares:
+    if sharing is not None:
         # A head that is split over processes gives logits, which its plan gathers.
-        attend_over_trees(model, scoring_head=layout.mesh["tensor"].size() == 1)
+        attend_over_trees(model, scoring_head=sharing.scores_in_head and layout.mesh["tensor"].size() == 1)
     layout.lay(model)
     return model.to_empty(device="cpu" if isinstance(layout.offload, CPUOffloadPolicy) else device)
 
@@ -209,8 +259,12 @@ def empty_model(config, tokenizer, dtype: str, shares: bool, layout: Layout, dev
 # ---- does it compute the same? --------------------------------------------------------------------------------------------
 
 
+@exact_arithmetic()
 def _check(model: nn.Module, source: nn.Module | None, layout: Layout, ranks: Ranks) -> None:
-    """Compare a small batch with the model that was not split: log-probs, and the gradients of the first and last weight."""
+    """Compare a small batch with the model that was not split: log-probs, and the gradients of the first and last weight.
+
+    The source computes on a CPU; the other may not take shorter products for what splitting does.
+    """
     batch: PackedBatch = random_trees(model.config.get_text_config().vocab_size)
     names = [name for name, weight in model.named_parameters() if weight.requires_grad]
     names = [names[0], names[-1]]
@@ -218,7 +272,7 @@ def _check(model: nn.Module, source: nn.Module | None, layout: Layout, ranks: Ra
     if source is not None:
         weights = dict(source.named_parameters())
         expected = logps_and_gradients(response_logps, source, batch, [weights[name] for name in names])
-    logps = response_logps(model, batch.to(next(model.parameters()).device))
+    logps = response_logps(model, batch.to(compute_device(model)))
     logps.sum().backward()
     weights = dict(model.named_parameters())
     found = [whole(weights[name].grad).float().cpu() for name in names]

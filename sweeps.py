@@ -61,6 +61,8 @@ class Sweep(Callback):
         """Make the directory ready. Ends the process with status 2 where it cannot be, or the search goes the wrong way."""
         folder = Path(config.hydra.sweep.dir).absolute()
         _check_direction(config)
+        for text in _doubts(config):
+            print(f"warning: {text}", flush=True)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if Sweep.begun is None:
@@ -108,6 +110,29 @@ def _check_direction(config: DictConfig) -> None:
         wanted = "minimize" if smaller_is_better(str(config.objective)) else "maximize"
         if found != wanted:
             _refuse(f"hydra.sweeper.direction: found {found}, expected {wanted}: objective is {config.objective}.")
+
+
+def _doubts(config: DictConfig) -> list[str]:
+    """Why an objective does not compare between the jobs of a sweep."""
+    from comparison import OF_THEIR_RUN, OF_TRAINING
+
+    if config.objective != "loss/eval":
+        return []
+    found = []
+    searched = OmegaConf.select(config, "hydra.sweeper.params") or {}
+    given = {text.partition("=")[0]: text.partition("=")[2] for text in OmegaConf.select(config, "hydra.overrides.task") or ()}
+    swept = {*map(str, searched), *(key for key, value in given.items() if "," in value or "(" in value)}
+    keys = sorted(key for key in swept if key.partition(".")[0] == "loss" and key not in OF_TRAINING)
+    if keys:
+        found.append(
+            f"objective=loss/eval does not compare jobs that differ in {', '.join(keys)}, whose losses are of other formulas: "
+            "objective=rewards_eval/accuracies does"
+        )
+    if config.loss.get("name") in OF_THEIR_RUN:
+        found.append(
+            f"objective=loss/eval of loss={config.loss.name} depends on what a run has seen, and does not compare jobs"
+        )
+    return found
 
 
 def _pass_signals_on(launcher: str, folder: Path) -> None:

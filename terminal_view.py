@@ -15,9 +15,20 @@ from rich.live import Live
 from rich.text import Text
 
 from charts import bucketed, tick_label, ticks
-from run_files import ABOUT, EVENTS, METRICS, config_in, counted, json_object, progress, rows_in, split_rows
+from run_files import (
+    ABOUT,
+    EVENTS,
+    HELD_OUT_PROMPTS,
+    METRICS,
+    config_in,
+    counted,
+    json_object,
+    progress,
+    rows_in,
+    split_rows,
+)  # fmt: skip
 from run_report import CHARTS, metric_line
-from utils import UserError
+from utils import UserError, too_few
 
 # Charts shown, as far as there are numbers and room: those of the report, in this order.
 SHOWN = ("Loss", "Reward accuracy", "Reward margin", "Log-prob of responses", "Beta in force", "Gradient norm")
@@ -85,7 +96,7 @@ def screen(watched: Watched, width: int, height: int) -> Group:
     rows, events = watched.rows[METRICS], watched.rows[EVENTS][-EVENTS_SHOWN:]
     name = config_in(watched.run_dir).get("exp_name", watched.run_dir.name)
     head = Text.assemble((str(name), "bold"), f"  {watched.run_dir}", no_wrap=True, overflow="ellipsis")
-    facts = progress(rows, about), *facts_of_newest(rows, about.get("examples"))
+    facts = progress(rows, about), *facts_of_newest(rows, about.get("examples")), *few_prompts(rows)
     said = Text(" | ".join(facts), no_wrap=True, overflow="ellipsis")
     lines = [line_of_event(event, width) for event in events]
     charts = charts_of(rows, width, height - 4 - len(lines))
@@ -102,6 +113,13 @@ def facts_of_newest(rows: list[dict], total) -> Iterator[str]:
     left = (total if isinstance(total, int) else 0) - rows[-1]["counters/examples"]
     if left > 0:
         yield f"{left / speed / 60:.0f} min left" if left > 120 * speed else f"{left / speed:.0f} s left"
+
+
+def few_prompts(rows: list[dict]) -> Iterator[str]:
+    """A warning where the newest evaluation is of too few prompts."""
+    prompts = next((row[HELD_OUT_PROMPTS] for row in reversed(rows) if HELD_OUT_PROMPTS in row), None)
+    if isinstance(prompts, int | float) and too_few(prompts, "held out"):
+        yield f"held out: {prompts:.0f} prompts, too few"
 
 
 def line_of_event(event: dict, width: int) -> Text:

@@ -15,7 +15,7 @@ from itertools import groupby, islice
 from operator import itemgetter
 from pathlib import Path
 
-from prompt_templates import ConversationError, build_template
+from prompt_templates import ConversationError, build_template, opening_of_answers
 from records import SAME_TEXT, DataReport, PreferenceRecord, Prompt, add_responses, is_held_out, new_record, prompt_text
 from utils import UserError, load_tensors
 
@@ -49,9 +49,12 @@ class TokenizedPrompt:
 VERSION = 2
 VERSIONS = {
     1: "a prompt is held out by a hash of its own text, whatever the model reads of it; pairs of equal token ids are trained "
-    "on; a beginning of the sequence that only a chat template writes is cut away with a prompt's start",
+    "on; a beginning of the sequence that only a chat template writes is cut away with a prompt's start; SFT learns one answer "
+    "to a prompt",
     2: "a prompt is held out by a hash of what the model reads; pairs of equal token ids are left out; a prompt that is cut "
-    "keeps its beginning-of-sequence token",
+    "keeps its beginning-of-sequence token; SFT learns the answer of each row; turns of a prompt's field stand before "
+    "conversations, conversations as texts are read, instruction has its input, answers lose a prompt that all begin with, and "
+    "with implicit_prompt have the blank before them; prompts end with what a chat template writes before answers",
 }
 
 
@@ -108,13 +111,24 @@ def tokenize_records(
     with ThreadPoolExecutor(2) as encoder:
         under_way: deque = deque()
         while chunk := list(islice(records, 1024)):
-            kept = [rendered for record in chunk if (rendered := work.render(record)) is not None]
+            kept = [rendered for record in chunk for rendered in work.render(record)]
             under_way.append((kept, encoder.submit(work.encode, kept)))
             if len(under_way) > 4:
                 yield from work.finish(*under_way.popleft())
         for kept, ids in under_way:
             yield from work.finish(kept, ids)
 
+
+# What is said of records, beside what is left out.
+NO_PAIR_TO_COMPARE = "a prompt without a pair of answers (loss=sft learns single answers)"
+NO_TURNS = (
+    "prompts without system_prompt: they are plain text, which template=null and raw leave as it is (see hh, chatml, chat)"
+)
+OPENING_MOVED = (
+    "the chat template does not begin an answer when asked to (add_generation_prompt): {!r}, which it writes before answers, "
+    "is put at the end of prompts"
+)
+OWN_SYSTEM_TURN = "prompts without system_prompt: they have a system turn of their own"
 
 # A record, the pairs between its texts, and its texts: the prompt, then only those responses that the loss looks at.
 Rendered = tuple[PreferenceRecord, list[tuple[int, int]], list[str]]
@@ -127,31 +141,46 @@ class _Tokenization:
         self.settings = settings
         self.report = report
         self.template = build_template(settings.template, settings.system_prompt, tokenizer)
+        if settings.template == "chat" and (opening := opening_of_answers(tokenizer)):
+            self.report.note(OPENING_MOVED.format(opening))
         self.encode_prompts, self.encode_responses = _encoders(tokenizer)
         self.bos = bos_of(tokenizer)
         # Kept here: a tokenizer looks its special tokens up anew each time.
         self.eos_token, self.eos_id, self.bos_id = tokenizer.eos_token, tokenizer.eos_token_id, tokenizer.bos_token_id
 
-    def render(self, record: PreferenceRecord) -> Rendered | None:
-        """The record as text. For SFT its response is the target. None where there is nothing to train on, or a fault."""
+    def render(self, record: PreferenceRecord) -> list[Rendered]:
+        """The record as text; for SFT one for each of its targets. Nothing where there is none to train on, or a fault."""
         if self.settings.paired:
             used = sorted({index for pair in record.pairs for index in pair})
-            pairs = pairs_among(used, record.pairs)
-            responses = [record.responses[index] for index in used]
+            wanted = [(pairs_among(used, record.pairs), [record.responses[index] for index in used])] if used else []
+            self.report.leave_out(NO_PAIR_TO_COMPARE, not used)
         else:
-            pairs, responses = [], [record.sft_target]
-        if not responses:
-            return None
+            targets = record.targets if self.settings.version > 1 else (record.sft_target,)
+            wanted = [([], [target]) for target in targets]
+        found = [self._rendered(record, pairs, responses) for pairs, responses in wanted]
+        return [rendered for rendered in found if rendered is not None]
+
+    def _rendered(self, record: PreferenceRecord, pairs: list[tuple[int, int]], responses: list[str]) -> Rendered | None:
         parts = [record.prompt] if isinstance(record.prompt, str) else [turn[1] for turn in record.prompt]
         if any(self.eos_token in text for text in (*parts, *responses)):
             self._bad(record, self._holds_eos())
             return None
         try:
-            prompt, responses = self.template(record.prompt, responses)
+            prompt, texts = self.template(record.prompt, responses)
         except ConversationError as fault:
             self._bad(record, str(fault))
             return None
-        return record, pairs, [prompt, *responses]
+        if self.settings.system_prompt:
+            self._count_system_prompt(record.prompt)
+        return record, pairs, [prompt, *texts]
+
+    def _count_system_prompt(self, prompt: Prompt) -> None:
+        """Count prompts before which the system prompt does not stand."""
+        if isinstance(prompt, str):
+            if self.settings.template in (None, "raw"):
+                self.report.change(NO_TURNS)
+        elif prompt[0][0] == "system":
+            self.report.change(OWN_SYSTEM_TURN)
 
     def encode(self, kept: list[Rendered]) -> tuple[list[list[int]], list[list[int]]]:
         """Ids of all prompts of a chunk, and of all its responses."""
@@ -379,7 +408,8 @@ def read_tokenised(
         if not record["pairs"] or is_held_out(repr(prompt_ids), held_out_share) != (split == "test"):
             continue
         responses, pairs = record["responses"], record["pairs"]
-        targets = [responses[index] for index in dict.fromkeys(chosen for chosen, _ in pairs)]
+        learned = [chosen for chosen, _ in pairs]
+        targets = [responses[index] for index in (learned if settings.version > 1 else dict.fromkeys(learned))]
         for used, compared in [(responses, pairs)] if settings.paired else [([target], []) for target in targets]:
             report.change(NO_END, sum(response[-1] != eos_token_id for response in used))
             prompt = TokenizedPrompt(prompt_ids, used, compared, f"{path}, row {first}", first)

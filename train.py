@@ -6,6 +6,7 @@
 Heavy libraries are imported once the configuration has been found sound, so that a slip of the hand costs a second.
 """
 
+import copy
 import gc
 import os
 import sys
@@ -39,8 +40,10 @@ from configuration import (
     lines_of_precision,
     moves_reference,
     read_entries,
+    sharded_dtype,
     task_names,
     times_beside_weights,
+    two_models_asked_for,
 )
 from stopping import STOPPED, StoppedError
 from utils import UserError, first_existing, first_to_speak, in_worker
@@ -179,7 +182,8 @@ def run(config: DictConfig, run_dir: Path, in_sweep: bool = False, trainer: str 
     for line in [] if config.eval_only else lines_of_precision(config):
         print(line, flush=True)
     tokenizer = load_tokenizer(config.model, config.cache_dir)
-    check_model(config.model, tokenizer, config.cache_dir)
+    for line in check_model(config.model, tokenizer, config.cache_dir):
+        print(line, flush=True)
     limits = limits_of(config, tokenizer)
     check_limits(config, tokenizer, limits)
     # Before the processes join: those that do not prepare it wait for it without a time-out.
@@ -201,10 +205,11 @@ def run(config: DictConfig, run_dir: Path, in_sweep: bool = False, trainer: str 
 
 def train(config: DictConfig, trainer_class, placement, loss, data, run_dir: Path, in_sweep: bool, pruner=None) -> float | None:
     """Train on a placement, from the beginning or from a checkpoint of the same run. pruner: Optuna's, None in most runs."""
+    from adapters import BASE_DIR
     from checkpoints import CheckpointWriter
     from ledger import Ledger
     from pruning import Pruning
-    from resuming import check_beginning, checkpoint_to_continue
+    from resuming import checkpoint_to_continue
     from stopping import StopRequests
     from tracking import NoTracker
 
@@ -216,8 +221,9 @@ def train(config: DictConfig, trainer_class, placement, loss, data, run_dir: Pat
     with ExitStack() as opened:
         if ranks.is_main:
             opened.enter_context(used_by_this_run(run_dir))
-            if not config.resume:
-                check_beginning(run_dir, config.model.archive, eval_only=False)
+            # Before the model is loaded: what it is made of is read from the run directory, or kept there.
+            aside = begin_in(config, run_dir, checkpoint)
+        placement.base_dir = None if config.debug else run_dir / BASE_DIR
         parts = put_together(config, placement, loss, data, checkpoint, in_sweep)
         total = parts["train_batches"].total_examples
         # Until all that follows is closed: a signal that comes too late to stop the run disturbs its last lines no more.
@@ -225,7 +231,7 @@ def train(config: DictConfig, trainer_class, placement, loss, data, run_dir: Pat
         if ranks.is_main:
             about = describe_run(config, placement, data, checkpoint)
             report = reporter(config, run_dir, loss, placement.tokenizer, data)
-            tracker = open_run_dir(config, run_dir, about, checkpoint, total, report)
+            tracker = open_run_dir(config, run_dir, about, checkpoint, total, report, aside)
             with writable(run_dir):
                 describe_start(config, run_dir, data, total, placement.device)
             opened.enter_context(tracker)
@@ -234,9 +240,10 @@ def train(config: DictConfig, trainer_class, placement, loss, data, run_dir: Pat
         writer = None
         if not config.debug:
             kept = config.keep_last, config.keep_best, config.objective
-            made = run_dir, parts["policy"], placement.tokenizer, ranks, config.save_async, *kept, about, tracker.say
-            patience = config.trainer.get("distributed_timeout_minutes")
-            writer = opened.enter_context(CheckpointWriter(*made, patience_minutes=patience))
+            saved, ends = served_tokenizer(config, placement.tokenizer, data[0].table)
+            made = run_dir, parts["policy"], saved, ranks, config.save_async, *kept, about, tracker.say
+            more = {"patience_minutes": config.trainer.get("distributed_timeout_minutes"), "end_tokens": ends}
+            writer = opened.enter_context(CheckpointWriter(*made, **more))
         ledger = Ledger(run_dir, ranks, tracker.say) if config.ledger and loss.paired else None
         pruning = Pruning(Path(config.sweep_dir), run_dir, config.objective, config.eval_every, pruner) if pruner else None
         followed = {"tracker": tracker, "writer": writer, "stop": stop, "ledger": ledger, "pruning": pruning}
@@ -260,22 +267,24 @@ def evaluate(config: DictConfig, trainer_class, placement, loss, data: tuple, ru
 
     Of another run's directory everything stays as it is but for the results. data: the held-out split.
     """
+    from adapters import kept_base
     from evaluation_runs import EvaluationRun
-    from resuming import check_beginning, checkpoint_to_continue
+    from resuming import checkpoint_to_continue
     from tracking import NoTracker
 
     ranks = placement.ranks
     found = checkpoint_to_continue(config.resume, run_dir, config.exp_name) if ranks.is_main else None
     checkpoint = ranks.from_main(found)
+    placement.base_dir = kept_base(checkpoint) if checkpoint else None
     if config.resume and checkpoint is None:
         raise UserError(f"resume: {config.resume} has found no checkpoint of {config.exp_name}. Expected one to evaluate.")
     with ExitStack() as opened:
         tracker = NoTracker()
         if checkpoint is None and ranks.is_main:
             opened.enter_context(used_by_this_run(run_dir))
-            check_beginning(run_dir, config.model.archive, eval_only=True)
+            aside = begin_in(config, run_dir, None)
             about = describe_run(config, placement, data, None)
-            tracker = open_run_dir(config, run_dir, about, None)
+            tracker = open_run_dir(config, run_dir, about, None, aside=aside)
         opened.enter_context(tracker)
         run = EvaluationRun(config, trainer_class, placement, loss, data[0].table, checkpoint, tracker)
         run.evaluate(checkpoint.parent if checkpoint else run_dir)
@@ -284,19 +293,24 @@ def evaluate(config: DictConfig, trainer_class, placement, loss, data: tuple, ru
 
 def put_together(config: DictConfig, placement, loss, data, checkpoint: Path | None, in_sweep: bool) -> dict:
     """The parts of a trainer by their names: models as at the run's beginning, and batches."""
-    from batches import evaluation_batches, evaluation_prompts
+    from batches import evaluation_batches
+    from reference_cache import Reads
+    from same_start import SameStart
 
     ranks = placement.ranks
     train_prompts, eval_prompts = (split.table for split in data)
     policy = placement.policy()
-    budget = budget_of(config, policy, ranks, checkpoint)
-    train_batches = build_batches(config, train_prompts, budget, ranks)
-    eval_sizes = config.eval_batch_size, config.n_eval_examples, config.seed
-    reference = None
+    budget, first_budget = budgets_of(config, policy, ranks, checkpoint)
+    train_batches = build_batches(config, train_prompts, budget, ranks, first_budget)
+    eval_sizes = config.eval_batch_size, config.n_eval_examples, config.seed, first_budget, ranks
+    reference = same_start = None
     if loss.needs_reference:
-        held_out = evaluation_prompts(eval_prompts, config.n_eval_examples, config.seed)
-        read = train_batches.prompts_seen.joined(held_out)
-        reference = make_reference(config, placement, policy, read, in_sweep or train_batches.visits_again)
+        reads = Reads.of_run(train_batches, eval_prompts, *eval_sizes)
+        reference = make_reference(config, placement, policy, reads, in_sweep or train_batches.visits_again)
+        if two_models := two_models_asked_for(config):
+            print(two_models, flush=True)
+        else:
+            same_start = SameStart(policy, reference)
     num_samples = min(len(eval_prompts), config.n_eval_model_samples * placement.samples(config.sample_during_eval))
     return {
         "policy": policy,
@@ -304,13 +318,17 @@ def put_together(config: DictConfig, placement, loss, data, checkpoint: Path | N
         "loss": loss,
         "tokenizer": placement.tokenizer,
         "train_batches": train_batches,
-        "eval_batches": evaluation_batches(eval_prompts, *eval_sizes, budget, ranks),
+        "eval_batches": evaluation_batches(eval_prompts, *eval_sizes),
         "sample_prompts": [eval_prompts[k].prompt_ids for k in range(num_samples)],
+        "same_start": same_start,
     }
 
 
-def budget_of(config: DictConfig, policy, ranks, checkpoint: Path | None):
-    """How many tokens are computed at once: as before, where a run goes on with as many processes, bit for bit."""
+def budgets_of(config: DictConfig, policy, ranks, checkpoint: Path | None) -> tuple:
+    """How many tokens are computed at once, from now on and when the run began.
+
+    As before, where a run goes on with as many processes, bit for bit.
+    """
     from batches import TokenBudget
     from checkpoints import read_state
     from models import shared_budget, token_budget
@@ -318,9 +336,11 @@ def budget_of(config: DictConfig, policy, ranks, checkpoint: Path | None):
     if checkpoint:
         before = read_state(checkpoint)["train_batches"]
         if before["ranks"] == ranks.size and config.max_tokens_per_microbatch is None:
-            return TokenBudget(*before["budget"])
+            now, first = before["budget"][:2], before["budget"][-2:]
+            return TokenBudget(*now), TokenBudget(*first)
     budget = token_budget(policy, config.max_tokens_per_microbatch, beside_weights=times_beside_weights(config))
-    return shared_budget(budget, ranks)
+    budget = shared_budget(budget, ranks)
+    return budget, budget
 
 
 def data_version(config: DictConfig, run_dir: Path) -> int:
@@ -359,15 +379,30 @@ def describe_run(config: DictConfig, placement, data, checkpoint: Path | None) -
     import transformers
 
     from checkpoints import read_state
+    from served_prompts import format_of_prompts
 
     return {
         "config": OmegaConf.to_container(config, resolve=True),
         "data": [split.fingerprint for split in data],
         "data_version": data[0].version,
         "began_with": placement.began_with,
+        "prompt_format": format_of_prompts(OmegaConf.to_container(config, resolve=True), data[0].table, placement.tokenizer),
         "wandb_id": read_state(checkpoint)["run"]["wandb_id"] if checkpoint else uuid.uuid4().hex,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
+
+
+def served_tokenizer(config: DictConfig, tokenizer, prompts) -> tuple:
+    """The tokenizer that checkpoints hold, whose chat template writes the prompts of training, and the tokens that end answers.
+
+    The run's own stays as it is. prompts are those of the training data.
+    """
+    from served_prompts import end_tokens, format_of_prompts, serve_as_trained
+
+    name = format_of_prompts(OmegaConf.to_container(config, resolve=True), prompts, tokenizer)
+    saved = copy.copy(tokenizer)
+    serve_as_trained(name, saved)
+    return saved, end_tokens(name, saved)
 
 
 def describe_start(config: DictConfig, run_dir: Path, data, total: int | None, device) -> None:
@@ -394,24 +429,45 @@ def reporter(config: DictConfig, run_dir: Path, loss, tokenizer, data):
     return write
 
 
+def begin_in(config: DictConfig, run_dir: Path, checkpoint: Path | None) -> Path | None:
+    """Make room for a run that begins in a directory: move an earlier run aside and return where it lies now, or None.
+
+    Raises UserError where the earlier run is needed where it is.
+    """
+    from resuming import check_beginning, forget_base, set_aside
+
+    with writable(run_dir):
+        if config.resume:
+            if checkpoint is None:
+                forget_base(run_dir)
+            return None
+        check_beginning(run_dir, config.model.archive, config.eval_only)
+        return set_aside(run_dir)
+
+
 def open_run_dir(
-    config: DictConfig, run_dir: Path, about: dict, checkpoint: Path | None, total: int | None = None, report=None
+    config: DictConfig,
+    run_dir: Path,
+    about: dict,
+    checkpoint: Path | None,
+    total: int | None = None,
+    report=None,
+    aside: Path | None = None,
 ):
     """Make a run's directory ready for its files, as they were at the checkpoint; returns its tracker.
 
-    total, report: the number of training examples, and what writes the run's page; None where there is none. Raises UserError
-    where the checkpoint is another run's.
+    total, report: the number of training examples, and what writes the run's page; None where there is none. aside: where an
+    earlier run lies that was found in the directory. Raises UserError where the checkpoint is another run's.
     """
     from checkpoints import read_state
     from dashboards import start_dashboards
-    from resuming import check_same_run, cut_back, set_aside
+    from resuming import check_same_run, cut_back
     from tracking import Tracker
 
     seen = read_state(checkpoint)["examples"] if checkpoint else 0
     with writable(run_dir):
         if checkpoint:
             check_same_run(checkpoint, about)
-        aside = None if config.resume else set_aside(run_dir)
         if config.resume:
             cut_back(run_dir, checkpoint)
         OmegaConf.save(config, run_dir / "config.yaml")
@@ -472,8 +528,11 @@ def used_by_this_run(run_dir: Path):
         lock.release()
 
 
-def build_batches(config: DictConfig, prompts, budget, ranks=None):
-    """The steps of a run over prepared prompts. Raises UserError for batches too small for so many ranks."""
+def build_batches(config: DictConfig, prompts, budget, ranks=None, first_budget=None):
+    """The steps of a run over prepared prompts. Raises UserError for batches too small for so many ranks.
+
+    first_budget: what the run began with, where it has another now.
+    """
     from batches import BatchIterator
     from ranks import ALONE
 
@@ -484,18 +543,19 @@ def build_batches(config: DictConfig, prompts, budget, ranks=None):
             f"batch_size: found {size}, which in {pieces} micro-batches gives {size // pieces} examples to {ranks.size} "
             f"processes. Expected at least {pieces * ranks.size}, or fewer processes or gradient_accumulation_steps."
         )
-    return BatchIterator(prompts, size, pieces, config.seed, config.n_epochs, config.n_examples, budget, ranks, config.n_steps)
+    limits = config.n_epochs, config.n_examples
+    return BatchIterator(prompts, size, pieces, config.seed, *limits, budget, ranks, config.n_steps, first_budget)
 
 
-def make_reference(config: DictConfig, placement, policy, prompts, read_again: bool):
-    """The reference: a frozen copy of the policy that scores each batch, or its log-probs of `prompts` computed before.
+def make_reference(config: DictConfig, placement, policy, reads, read_again: bool):
+    """The reference: a frozen copy of the policy that scores each batch, or its log-probs of what is read, computed before.
 
     Computed before, by its own choice, where they are read more than once: in several epochs or the jobs of a sweep
     (`read_again`), or because an earlier run has left them; never where the reference follows the policy.
     """
     from adapters import has_adapter
-    from logprobs import CachedReference, LiveReference
-    from reference_cache import cache_path, reference_logps_of
+    from logprobs import LiveReference
+    from reference_cache import cache_path, cached_reference
 
     directory = first_existing(folders_of(config.local_dirs)) / "reference_logps"
     # In the policy's dtype it says now what a copy of it would say.
@@ -505,10 +565,20 @@ def make_reference(config: DictConfig, placement, policy, prompts, read_again: b
     cached = caches_reference(config, read_again)
     may_be_there = config.reference_logps is None and not moves_reference(config)
     if cached or (may_be_there and ranks.from_main(directory.is_dir())):
-        path = cache_path(directory, reference.model, prompts, ranks)
+        path = cache_path(directory, reference.model, reads, computing_settings(config), ranks)
         if cached or ranks.from_main(path.exists()):
-            return CachedReference(reference_logps_of(reference, prompts, path, ranks))
+            return cached_reference(reference, reads, path, ranks)
     return placement.reference(policy) if is_copy else reference
+
+
+def computing_settings(config: DictConfig) -> dict:
+    """The keys on which the last bits of a model's log-probs depend, beside those that the model itself shows."""
+    model, trainer = config.model, config.trainer
+    return {
+        "trainer": [trainer.name, trainer.get("tensor_parallel_size")],
+        "dtypes": [sharded_dtype(config), trainer.get("output_dtype"), model.quantized_compute_dtype],
+        "kernels": [config.compile, config.tf32, model.liger_kernels],
+    }
 
 
 def prepare_data(

@@ -33,16 +33,19 @@ from held_out_report import intervals_of
 from layer_splitting import joined_optimizer_state, joined_weights, set_joined_weights, split_optimizer_state
 from ledger import Ledger
 from logprobs import response_logps
-from losses import Loss, LossOutput, Survey, example_metrics
+from losses import Loss, LossOutput, Survey, example_metrics, is_at_beta_used
+from model_state import compute_device
 from optimization import MASTER, MasterWeights, build_optimizer, flat_state, schedule, updated, warmup_steps
 from placement import OneProcess, Sharded, SplitLayers, TensorParallel
 from pruning import Pruning
 from ranks import ALONE, Ranks, let_go_of_gathered, several
+from same_start import SameStart
 from sampling import sample_answers
+from saved_models import checkpoint_check
 from sharding import clip_by_global_norm
 from stopping import StoppedError, StopRequests
 from tracking import Metrics, Tracker
-from utils import UserError, memory_held, random_streams, restore_random_streams
+from utils import UserError, memory_held, random_streams, restore_random_streams, too_few
 
 # What is said where a run goes on with another choice of master weights than it had.
 WITHOUT_MASTERS = (
@@ -81,6 +84,7 @@ class BasicTrainer:
     sample_prompts are the token ids of the held-out prompts that are answered at each evaluation. writer writes checkpoints;
     None for none. stop says why the run is to stop before its end. ledger keeps the margins of pairs; None for none. pruning
     says whether other jobs of the sweep do so much better that this one ends; None where there is no sweep, or none is to.
+    same_start ends a run whose policy and reference are not the same at its beginning; None where they need not be.
     held_out is the newest evaluation's result, None before the first; held_out_means its means, those of the run so far where
     it goes on from a checkpoint.
     """
@@ -103,11 +107,12 @@ class BasicTrainer:
         stop: StopRequests | None = None,
         ledger: Ledger | None = None,
         pruning: Pruning | None = None,
+        same_start: SameStart | None = None,
     ):
         self.config = config
         self.ranks = ranks
         self.policy = policy
-        self.device = next(policy.parameters()).device
+        self.device = compute_device(policy)
         self.reference = reference
         self.loss = loss
         self.tokenizer = tokenizer
@@ -119,6 +124,7 @@ class BasicTrainer:
         self.stop = stop or StopRequests()
         self.ledger = ledger
         self.pruning = pruning
+        self.same_start = same_start
         self.pruned = False
         # Gradients of float16 products would underflow; a step whose scaled gradients overflow is left out.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=computes_in_float16(config))
@@ -157,10 +163,12 @@ class BasicTrainer:
         """Run to the end of the training batches: evaluate and write checkpoints on the way, and both at the end.
 
         Raises StoppedError, a checkpoint written, where the run is asked to stop, and UserError where too many steps in a row
-        could not be taken.
+        could not be taken, or where policy and reference are not the same at the beginning.
         """
         if self.examples == 0:
             self.before_first_step()
+        else:
+            self.same_start = None
         started = time.perf_counter()
         for batch in self.train_batches:
             lr, tokens = self.optimizer.param_groups[0]["lr"], self.tokens
@@ -229,6 +237,8 @@ class BasicTrainer:
         remembered = self.loss.state_dict()
         num_examples = sum(micro_batch.num_examples for micro_batch in micro_batches)
         sums, statistics, scored = self.backward_within_memory(micro_batches, remembered)
+        self.check_start()
+        self.same_start = None
         grad_norm = self.scaled_down_gradient()
         # Read at once, before the weights change: one wait for the device.
         tokens = sum(piece.num_tokens for micro_batch in micro_batches for piece in micro_batch.pieces)
@@ -247,6 +257,11 @@ class BasicTrainer:
         self.loss.load_state_dict(remembered)
         return {}
 
+    def check_start(self) -> None:
+        """Raise UserError where policy and reference have not been the same until now, though no step was taken."""
+        if self.same_start is not None:
+            self.same_start.check(self.ranks)
+
     def backward_within_memory(self, micro_batches: Sequence[MicroBatch], remembered: dict):
         """`backward`; where memory does not suffice, once more in pieces half as large, as all batches from then on."""
         try:
@@ -258,6 +273,8 @@ class BasicTrainer:
         # Not in the handler: what was raised keeps the tensors of the step.
         self.optimizer.zero_grad(set_to_none=True)
         self.loss.load_state_dict(remembered)
+        # A reference that was computed before saw other pieces, and its last bits may be others.
+        self.same_start = None
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         halves = self.train_batches.halve_pieces(micro_batches)
@@ -366,6 +383,8 @@ class BasicTrainer:
                 survey = self.survey(micro_batch, pieces, [self.logps(piece) for piece in pieces], references)
         for piece, reference in zip(pieces, references, strict=True):
             policy = self.logps(piece)
+            if self.same_start is not None:
+                self.same_start.see(piece, policy, reference)
             if self.loss.surveys and survey is None:
                 survey = self.survey(micro_batch, pieces, [policy.detach()], references)
             found = None if survey is None else survey.at(piece.places)
@@ -395,17 +414,29 @@ class BasicTrainer:
             return
         if self.evaluated_at == self.examples:
             return
-        self.held_out = evaluate(self.policy, self.reference, self.loss, self.eval_batches, self.ranks)
+        see = self.same_start and self.same_start.see
+        self.held_out = evaluate(self.policy, self.reference, self.loss, self.eval_batches, self.ranks, see)
+        self.check_start()
+        warnings = self.doubts() if self.held_out_means is None else []
         self.held_out_means = self.held_out.means()
         self.evaluated_at = self.examples
         self.compare_with_best()
         self.tracker.log_evaluation(self.held_out_means | intervals_of(self.held_out) | self.counters())
+        for text in warnings:
+            self.tracker.say(f"warning: {text}")
         if self.sample_prompts:
             self.tracker.log_samples(self.sample(), self.examples)
         if self.ledger is not None:
             self.ledger.write()
         self.prune()
         self.tracker.report()
+
+    def doubts(self) -> list[str]:
+        """What speaks against deciding anything by this run's evaluations."""
+        few = too_few(len(set(self.held_out.sources)), "held-out numbers")
+        depends = self.loss.evaluation_depends_on
+        said = f"loss/eval depends on {depends}: it does not compare between runs, nor exactly between evaluations of this one"
+        return [text for text in (few, said if depends else None) if text]
 
     def compare_with_best(self) -> None:
         """Count the evaluations since `objective` was at its best; say so where the run ends for it."""
@@ -436,7 +467,10 @@ class BasicTrainer:
         return sample_answers(self.policy if model is None else model, self.tokenizer, *wanted, self.ranks)
 
     def sample(self) -> list[dict]:
-        """Answers of the policy, and of the reference where there is one, to the sample prompts."""
+        """Answers of the policy, and of the reference where there is one, to the sample prompts.
+
+        Both are drawn from the same noise, so that a reader sees what has changed. No rate is taken of them.
+        """
         if self.reference_answers is None and self.loss.reference_update is not None:
             self.reference_answers = self.answers(self.reference.model)
         known = self.reference_answers
@@ -455,6 +489,8 @@ class BasicTrainer:
         if self.writer is None or (self.saved_at == self.examples and not finished):
             return
         self.tracker.flush()
+        if not self.ranks.from_main(self.writer.looked):
+            self.writer.check = checkpoint_check(self.policy, self.config, self.device)
         self.writer.write(self.snapshot(), with_policy_pt=finished and self.config.save_policy_pt)
         self.saved_at = self.examples
         if finished or self.stopping:
@@ -503,6 +539,13 @@ class BasicTrainer:
             setattr(self, name, state[name])
         self.held_out_means, self.saved_at = state["held_out"], state["examples"]
         self.tokens = state.get("tokens", 0)
+        if self.config.objective == "loss/eval" and is_at_beta_used(self.held_out_means):
+            # Losses of now do not compare with those of then.
+            self.best, self.evaluations_since_best = None, 0
+            self.tracker.say(
+                "warning: evaluations before this checkpoint have loss/eval at beta-DPO's beta in force, those from here on at "
+                "loss.beta: the best so far is forgotten, and keep_best begins anew"
+            )
         if self.updates:
             self.take_optimizer(checkpoint, state)
         for name in ("scheduler", "scaler", "loss", "train_batches", "watch"):

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy
 import xxhash
 
-from evaluation import bootstrap_means, interval
+from intervals import share_interval
 from judges import VERDICTS, Judge, NoJudgementError
 from utils import UserError
 
@@ -55,8 +55,8 @@ class Judgements:
 
     @staticmethod
     def key(judge: Judge, question: tuple[str, str, str]) -> str:
-        """Stands for a judge and what it is asked."""
-        return xxhash.xxh3_128_hexdigest(json.dumps([judge.identity, *question]).encode())
+        """Stands for a judge and all that it is asked."""
+        return xxhash.xxh3_128_hexdigest(json.dumps([judge.identity, judge.request(*question)]).encode())
 
     def add(self, judge: Judge, question: tuple[str, str, str], verdict: str) -> None:
         """Keep a verdict."""
@@ -128,17 +128,22 @@ def win_rate(judge: Judge, comparisons: Sequence[Comparison], path: Path, settin
     path: the file of verdicts, in which earlier ones are found. settings is the section `evaluation`. The rate is null where
     more than `max_missing` of the comparisons were not judged.
     """
+    note = judge.identify()
     judgements = Judgements(path)
     most_missing = int(settings.max_missing * len(comparisons))
     # A comparison is missing if one of its two questions is.
     most = most_missing * (2 if judge.both_orders else 1)
+    questions = {Judgements.key(judge, question) for each in comparisons for question in each.questions(judge)}
+    if judgements.known:
+        earlier = len(questions & judgements.known.keys())
+        print(f"judge: {earlier:,} of {len(questions):,} verdicts are known from earlier evaluations, {path}", flush=True)
     reasons = ask_all(judge, comparisons, judgements, settings.judge_workers, most)
     outcomes = [outcome(comparison, judge, judgements) for comparison in comparisons]
     judged = numpy.array([value for value in outcomes if value is not None])
     unanswered = len(outcomes) - len(judged)
     rate = None
     if len(judged) and unanswered <= most_missing:
-        low, high = interval(bootstrap_means(judged[:, None])[:, 0])
+        low, high = share_interval(judged)
         rate = {"mean": float(judged.mean()), "low": low, "high": high}
     return {
         "judge": settings.judge,
@@ -148,7 +153,8 @@ def win_rate(judge: Judge, comparisons: Sequence[Comparison], path: Path, settin
         "ties": int((judged == 0.5).sum()),
         "losses": int((judged == 0).sum()),
         "unanswered": unanswered,
-        "reasons": dict(reasons),
-        "retried": dict(judge.retries),
+        "reasons": dict(reasons.most_common()),
+        "retried": dict(judge.retries.most_common()),
+        "note": note,
         "rate": rate,
     }

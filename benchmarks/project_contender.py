@@ -38,6 +38,7 @@ def build(job: dict, work: Work, prompts: PromptTable):
     """A trainer as `train.py` makes it, without what surrounds the steps: evaluation, samples, checkpoints, logging."""
     from losses import build_loss
     from models import load_tokenizer, token_budget
+    from reference_cache import Reads
     from train import make_reference
     from trainers import TRAINERS
     from utils import quiet_libraries, seed_everything, settle_memory
@@ -52,7 +53,8 @@ def build(job: dict, work: Work, prompts: PromptTable):
     placement = trainer_class.placement(config, tokenizer)
     policy = placement.policy()
     batches = _iterator(prompts, work, token_budget(policy, config.max_tokens_per_microbatch))
-    reference = make_reference(config, placement, policy, batches.prompts_seen, False) if loss.needs_reference else None
+    reads = Reads(batches.prompts_seen, batches.prompts_seen)
+    reference = make_reference(config, placement, policy, reads, False) if loss.needs_reference else None
     return trainer_class(config, policy, reference, loss, tokenizer, batches, [], [], None)
 
 

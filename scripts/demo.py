@@ -98,7 +98,8 @@ def describe(model, reference, tokenizer, config) -> dict:
     import torch
 
     from batches import evaluation_batches
-    from evaluation import evaluate, mean_interval, share_interval
+    from evaluation import evaluate
+    from intervals import mean_interval, share_interval
     from losses import build_loss
     from sampling import sample_answers
     from toy_preferences import answer_kind

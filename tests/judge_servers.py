@@ -14,9 +14,14 @@ Question = tuple[str, str, str, str]
 
 @dataclass
 class Reply:
-    """What a server does with a request: a status and a body, or nothing at all until the test is over."""
+    """What a server does with a question: a status and a body, or nothing at all until the test is over.
+
+    text is what the model says, and ends why it ends; body is in place of a reply that has both.
+    """
 
     text: str = ""
+    ends: str = "stop"
+    body: str | None = None
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
     hangs: bool = False
@@ -45,16 +50,20 @@ def read_question(message: str) -> Question:
 
 
 class Server:
-    """A running stand-in. `answer` makes a Reply of a question; questions, keys and bodies are those that came, in order."""
+    """A running stand-in. `answer` makes a Reply of a question; questions, keys and bodies are those that came, in order.
 
-    def __init__(self, answer: Callable[[Question], Reply]):
-        self.answer = answer
+    models says of each model what stands for its weights; None is a server without a list of models. listed counts how often
+    the list was asked for. port: where it listens, 0 is any that is free.
+    """
+
+    def __init__(self, answer: Callable[[Question], Reply], models: dict[str, str] | None = None, port: int = 0):
+        self.answer, self.models, self.listed = answer, models, 0
         self.questions: list[Question] = []
         self.bodies: list[dict] = []
         self.keys: list[str | None] = []
         self.over = threading.Event()
         self.writing = threading.Lock()
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), self.handler())
+        self.http = ThreadingHTTPServer(("127.0.0.1", port), self.handler())
         self.url = f"http://127.0.0.1:{self.http.server_port}"
 
     def handler(self) -> type:
@@ -75,9 +84,18 @@ class Server:
                 if reply.hangs or reply.drops:
                     self.close_connection = True
                     return
-                content = json.dumps(server.wrapped(self.path, reply.text)).encode()
-                self.send_response(reply.status)
-                for name, value in {"Content-Length": str(len(content)), **reply.headers}.items():
+                content = json.dumps(server.wrapped(self.path, reply)) if reply.body is None else reply.body
+                self.send(reply.status, content, reply.headers)
+
+            def do_GET(self):
+                server.listed += 1
+                known = server.models is not None
+                self.send(200 if known else 404, json.dumps(server.list_of_models(self.path)) if known else "no such page", {})
+
+            def send(self, status: int, text: str, headers: dict):
+                content = text.encode()
+                self.send_response(status)
+                for name, value in {"Content-Length": str(len(content)), **headers}.items():
                     self.send_header(name, value)
                 self.end_headers()
                 self.wfile.write(content)
@@ -87,25 +105,41 @@ class Server:
 
         return Handler
 
+    def list_of_models(self, path: str) -> dict:
+        """The models as vLLM and Ollama list them; the former with the moment, and numbers that change from call to call."""
+        if path == "/v1/models":
+            fixed = {"object": "model", "owned_by": "vllm"}
+            moving = {"created": self.listed, "permission": [{"id": f"modelperm-{self.listed}"}]}
+            return {"object": "list", "data": [{"id": n, "root": root, **fixed, **moving} for n, root in self.models.items()]}
+        if path == "/api/tags":
+            return {"models": [{"name": name, "model": name, "digest": digest} for name, digest in self.models.items()]}
+        raise AssertionError(f"nobody asks for {path}")
+
     @staticmethod
-    def wrapped(path: str, text: str) -> dict:
+    def wrapped(path: str, reply: Reply) -> dict:
         """A model's text as each protocol wraps it."""
-        message = {"role": "assistant", "content": text}
+        message = {"role": "assistant", "content": reply.text}
         if path == "/v1/chat/completions":
             return {
                 "id": "x",
                 "object": "chat.completion",
-                "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
+                "choices": [{"index": 0, "message": message, "finish_reason": reply.ends}],
             }
         if path == "/api/chat":
-            return {"model": "m", "created_at": "2026-01-01T00:00:00Z", "message": message, "done": True}
+            return {
+                "model": "m",
+                "created_at": "2026-01-01T00:00:00Z",
+                "message": message,
+                "done": True,
+                "done_reason": reply.ends,
+            }
         raise AssertionError(f"nobody asks for {path}")
 
 
 @contextmanager
-def serving(answer: Callable[[Question], Reply]):
+def serving(answer: Callable[[Question], Reply], models: dict[str, str] | None = None, port: int = 0):
     """A running Server, ended behind it."""
-    server = Server(answer)
+    server = Server(answer, models, port)
     thread = threading.Thread(target=server.http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
     try:

@@ -8,21 +8,24 @@ from pathlib import Path
 import pytest
 import torch
 from omegaconf import OmegaConf
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from adapters import as_it_began
+from adapters import as_it_began, kept_weights
 from batches import BatchIterator, evaluation_batches
-from checkpoints import CheckpointWriter, read_state
+from checkpoints import CheckpointWriter, Snapshot, read_state
 from configuration import check_config
 from conftest import GOLDEN
 from logprobs import response_logps
 from losses import build_loss
-from models import check_model, load_merged, load_model, random_trees, share_prefixes, weights_hash
+from models import check_model, load_merged, load_model, share_prefixes, weights_hash
+from optimization import check_optimizer
 from placement import OneProcess
 from prompt_table import PromptTable
-from ranks import ALONE
-from reference_cache import cache_key
+from reference_cache import Reads, cache_key
+from sharing_proof import random_trees
 from tokenization import TokenizedPrompt
 from tracking import NoTracker, Tracker
 from trainers import BasicTrainer
@@ -234,10 +237,11 @@ def test_an_adapter_on_a_trained_model_finds_it_again(configured, tokenizer, tmp
 
 def test_kept_log_probs_of_the_reference_do_not_depend_on_the_adapter_that_is_trained(configured, tokenizer):
     prompts = PromptTable.of(PROMPTS).select(torch.arange(4).numpy())
+    reads = Reads(prompts, prompts)
     keys = set()
     for overrides in (["seed=0"], ["seed=1"], ["model.lora.r=3"]):
         model = model_of(configured("+adapter=lora", *overrides), tokenizer)
-        keys.add(cache_key(model, prompts, ALONE))
+        keys.add(cache_key(model, reads))
     assert len(keys) == 1
     assert weights_hash(model) == weights_hash(model_of(configured(), tokenizer))
 
@@ -304,3 +308,230 @@ def test_damaged_settings_of_an_adapter_are_an_error_of_the_users(configured, to
     with pytest.raises(UserError, match=r"its adapter_config.json is damaged"):
         check_model(configured("+adapter=lora", f"model.archive={checkpoint}").model, tokenizer)
     shutil.rmtree(checkpoint)
+
+
+# ---- any layer, any architecture ------------------------------------------------------------------------------------------
+
+
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+SMALL = {
+    "llama": SIZES,
+    "tied llama": SIZES | {"model_type": "llama", "tie_word_embeddings": True},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
+    "mixtral": SIZES | EXPERTS,
+    "gpt_oss": SIZES | EXPERTS | {"head_dim": 8},
+    "llama4_text": SIZES | EXPERTS | {"head_dim": 8, "num_experts_per_tok": 1, "intermediate_size_mlp": 64},
+    "mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
+}
+
+
+@pytest.fixture(scope="module")
+def small(tokenizer, tmp_path_factory):
+    """The directory of a small model of an architecture, by the names of SMALL."""
+    folder = tmp_path_factory.mktemp("small")
+
+    def small(name: str) -> Path:
+        if not (folder / name).exists():
+            values = {"model_type": name, "vocab_size": 378, "eos_token_id": 0, "bos_token_id": 0, "pad_token_id": 0} | SMALL[
+                name
+            ]
+            torch.manual_seed(0)
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**values))
+            for weight in model.parameters():
+                # So that models differ clearly.
+                weight.data.mul_(2.0)
+            model.save_pretrained(folder / name)
+        return folder / name
+
+    return small
+
+
+def with_trained_adapter(model: nn.Module) -> nn.Module:
+    """A model whose adapter is no longer fresh."""
+    torch.manual_seed(1)
+    for name, weight in model.named_parameters():
+        if ".lora_" in name and ".starting" not in name:
+            weight.data.normal_(0, 0.1)
+    return model.eval()
+
+
+def checkpoint_of(model: nn.Module, tokenizer, folder: Path, **settings) -> Path:
+    """A checkpoint of a model's adapter alone."""
+    weights = kept_weights(model.state_dict(keep_vars=True))
+    with CheckpointWriter(folder, model, tokenizer, say=lambda _: None, **settings) as writer:
+        writer.write(Snapshot.of(4, weights, {}, {"examples": 4}))
+    return folder / "LATEST"
+
+
+def answers(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return response_logps(model.eval(), BATCH)
+
+
+@pytest.mark.parametrize(
+    ("name", "targets"),
+    [
+        ("llama", "[embed_tokens,q_proj]"),
+        ("tied llama", "[embed_tokens,q_proj]"),
+        ("tied llama", "[lm_head,q_proj]"),
+        ("tied llama", "[lm_head,embed_tokens]"),
+        ("gpt2", "null"),
+        ("gpt2", "[wte,c_fc]"),
+        ("mixtral", "null"),
+        ("llama4_text", "null"),
+        ("mamba", "null"),
+    ],
+)
+def test_a_merged_model_says_what_plain_peft_says_of_the_checkpoint(name, targets, small, configured, tokenizer, tmp_path):
+    """Experts, embeddings, tied heads, transposed layers: merged, saved and loaded again."""
+    config = configured("+adapter=lora", f"model.name_or_path={small(name)}", f"model.lora.target_modules={targets}")
+    trained = with_trained_adapter(load_model(config.model, tokenizer))
+    checkpoint = checkpoint_of(trained, tokenizer, tmp_path)
+    base = AutoModelForCausalLM.from_pretrained(small(name), dtype=torch.float32)
+    expected = answers(PeftModel.from_pretrained(base, str(checkpoint)).get_base_model())
+    whole = load_merged(checkpoint, config.model, tokenizer)
+    assert not [name for name in whole.state_dict() if "lora_" in name or "base_layer" in name]
+    whole.save_pretrained(tmp_path / "whole")
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "whole", dtype=torch.float32, output_loading_info=True)
+    assert not any(info.values())
+    for model in (trained, whole, loaded):
+        torch.testing.assert_close(answers(model), expected, rtol=1e-5, atol=1e-4)
+    assert (answers(AutoModelForCausalLM.from_pretrained(small(name), dtype=torch.float32)) - expected).abs().max() > 0.01
+
+
+def test_a_merge_is_computed_in_float32_and_rounded_once(small, configured, tokenizer, tmp_path):
+    config = configured("+adapter=lora", f"model.name_or_path={small('llama')}", "model.policy_dtype=bfloat16")
+    checkpoint = checkpoint_of(with_trained_adapter(load_model(config.model, tokenizer)), tokenizer, tmp_path)
+    adapter, name = load_file(checkpoint / "adapter_model.safetensors"), "model.layers.1.mlp.up_proj"
+    a, b = (adapter[f"base_model.model.{name}.lora_{part}.weight"] for part in "AB")
+    base = load_file(small("llama") / "model.safetensors")[f"{name}.weight"].bfloat16().float()
+    # alpha / r is 32 / 16.
+    expected = base + 2.0 * (b @ a)
+    in_full = load_merged(checkpoint, config.model, tokenizer, dtype=torch.float32)
+    torch.testing.assert_close(in_full.get_submodule(name).weight, expected, rtol=0, atol=1e-7)
+    assert {weight.dtype for weight in in_full.parameters()} == {torch.float32}
+    rounded = load_merged(checkpoint, config.model, tokenizer).get_submodule(name).weight
+    assert torch.equal(rounded, in_full.get_submodule(name).weight.bfloat16())
+
+
+def test_all_settings_of_an_adapter_are_read_back(small, configured, tokenizer, tmp_path):
+    """Those that a configuration here has no key for: ranks of single layers, another scale, experts."""
+    config = configured("+adapter=lora", f"model.name_or_path={small('mixtral')}")
+    patterns = {"rank_pattern": {"q_proj": 3}, "alpha_pattern": {"v_proj": 5}, "use_rslora": True}
+    wanted = LoraConfig(r=16, lora_alpha=32, target_modules=["q_proj", "v_proj"], **patterns)
+    wanted.target_parameters = ["mlp.experts.down_proj"]
+    torch.manual_seed(0)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(small("mixtral"), dtype=torch.float32), wanted)
+    with_trained_adapter(model).save_pretrained(tmp_path / "peft")
+    expected = answers(model.get_base_model())
+    torch.testing.assert_close(answers(load_merged(tmp_path / "peft", config.model, tokenizer)), expected, rtol=1e-5, atol=1e-4)
+    on = load_model(
+        configured("+adapter=lora", f"model.name_or_path={small('mixtral')}", f"model.archive={tmp_path / 'peft'}").model,
+        tokenizer,
+    )
+    torch.testing.assert_close(answers(on), expected, rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "what"), [({"bias": "all"}, "bias 'all'"), ({"modules_to_save": ["norm"]}, "modules_to_save")]
+)
+def test_an_adapter_that_is_more_than_lora_is_refused(settings, what, small, configured, tokenizer, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(small("llama"), dtype=torch.float32)
+    get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=["q_proj"], **settings)).save_pretrained(
+        tmp_path / "peft"
+    )
+    config = configured("+adapter=lora", f"model.name_or_path={small('llama')}", f"model.archive={tmp_path / 'peft'}")
+    with pytest.raises(UserError, match=f"an adapter with {what} is not supported"):
+        check_model(config.model, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("name", "lines"),
+    [
+        ("llama", []),
+        ("gpt_oss", ["the routed experts of GptOssForCausalLM stay frozen (model.layers.*.mlp.experts)"]),
+        (
+            "llama4_text",
+            ["router gives more than one tensor (Llama4Router)", "the routed experts of Llama4ForCausalLM stay frozen"],
+        ),
+        ("mamba", ["MambaMixer reads the weight of dt_proj itself, past an adapter", "peft refuses out_proj for mamba"]),
+    ],
+)
+def test_the_layers_that_get_no_adapter_are_named(name, lines, small, configured, tokenizer):
+    config = configured("+adapter=lora", f"model.name_or_path={small(name)}")
+    said = [line for line in check_model(config.model, tokenizer) if line.startswith("adapter: ")]
+    assert len(said) == len(lines)
+    assert all(expected in line for expected, line in zip(lines, said, strict=True))
+
+
+def test_a_coefficient_of_the_router_that_nothing_reads_is_named(small, configured, tokenizer):
+    [line] = check_model(configured(f"model.name_or_path={small('mixtral')}").model, tokenizer)
+    assert line == "model: router_aux_loss_coef (0.001) has no effect: the loss alone is trained, routers included"
+
+
+def test_layers_on_which_an_adapter_would_do_nothing_are_refused(small, configured, tokenizer):
+    config = configured("+adapter=lora", f"model.name_or_path={small('mamba')}", "model.lora.target_modules=[dt_proj,in_proj]")
+    with pytest.raises(UserError, match="model.lora.target_modules: found .*MambaMixer reads the weight of dt_proj itself"):
+        check_model(config.model, tokenizer)
+
+
+# ---- the model under an adapter, kept --------------------------------------------------------------------------------------
+
+
+MADE = {"model_type": "llama"} | SIZES
+SCRATCH = ("model.name_or_path=null", *(f"+model.from_config.{key}={value}" for key, value in MADE.items()))
+
+
+def test_a_model_from_scratch_is_kept_beside_its_adapter_and_found_by_others(configured, tokenizer, tmp_path):
+    config = configured("+adapter=lora", *SCRATCH)
+    trained = with_trained_adapter(load_model(config.model, tokenizer, base_dir=tmp_path / "base"))
+    expected, checkpoint = answers(trained), checkpoint_of(trained, tokenizer, tmp_path)
+    torch.manual_seed(5)
+    torch.testing.assert_close(answers(load_merged(checkpoint, config.model, tokenizer)), expected, rtol=1e-5, atol=1e-4)
+    assert json.loads((checkpoint / "adapter_config.json").read_text())["base_model_name_or_path"] == str(tmp_path / "base")
+    torch.testing.assert_close(answers(AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)), expected)
+    # Read again, and not made again, where a run goes on.
+    assert weights_hash(load_model(config.model, tokenizer, base_dir=tmp_path / "base")) == weights_hash(trained)
+    tmp_path.joinpath("moved").mkdir()
+    for name in ("base", "step-4"):
+        shutil.move(tmp_path / name, tmp_path / "moved" / name)
+    moved = load_merged(tmp_path / "moved" / "step-4", config.model, tokenizer)
+    torch.testing.assert_close(answers(moved), expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "kept"),
+    [
+        ([], False),
+        (["+model.from_config.rms_norm_eps=0.1"], True),
+        (["model.archive={whole}"], False),
+        (["model.archive={whole}/policy.pt"], True),
+        (["model.archive={whole}", "+model.from_config.rms_norm_eps=0.1"], True),
+    ],
+)
+def test_what_other_libraries_would_not_find_elsewhere_is_kept(overrides, kept, configured, tokenizer, tmp_path):
+    whole = finished(configured(), tokenizer, tmp_path / "whole")
+    config = configured(
+        "+adapter=lora", *(text.format(whole=whole.resolve()) if "{whole}" in text else text for text in overrides)
+    )
+    model = with_trained_adapter(load_model(config.model, tokenizer, base_dir=tmp_path / "base"))
+    assert (tmp_path / "base").is_dir() == kept
+    checkpoint = checkpoint_of(model, tokenizer, tmp_path)
+    torch.testing.assert_close(answers(AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)), answers(model))
+
+
+def test_a_model_from_scratch_that_an_older_run_did_not_keep_is_made_again_from_its_seed(configured, tokenizer, tmp_path):
+    config = configured("+adapter=lora", *SCRATCH, "seed=3")
+    # As `run` in train.py does before it makes a model.
+    seed_everything(config.seed)
+    check_optimizer(config)
+    trained = with_trained_adapter(load_model(config.model, tokenizer))
+    about = {"config": OmegaConf.to_container(config, resolve=True), "began_with": weights_hash(trained)}
+    checkpoint = checkpoint_of(trained, tokenizer, tmp_path, about=about)
+    assert json.loads((checkpoint / "adapter_config.json").read_text())["base_model_name_or_path"] is None
+    torch.manual_seed(5)
+    drawn = torch.get_rng_state()
+    found = answers(load_merged(checkpoint, config.model, tokenizer))
+    torch.testing.assert_close(found, answers(trained), rtol=1e-5, atol=1e-4)
+    assert torch.equal(torch.get_rng_state(), drawn)

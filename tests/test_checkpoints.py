@@ -7,6 +7,7 @@ import threading
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -23,6 +24,7 @@ from checkpoints import (
     read_optimizer,
     read_state,
     read_weights,
+    write_scalars,
 )
 from conftest import GOLDEN
 
@@ -103,6 +105,24 @@ def test_weights_and_optimizer_come_back_bit_for_bit(tmp_path, tokenizer):
         assert torch.equal(one, two)
         for name, value in optimizer.state[one].items():
             assert torch.equal(value, other_optimizer.state[two][name]), name
+
+
+def test_tensors_without_dimensions_are_written_where_bringing_parts_together_has_left_zeros(tmp_path):
+    tensors = {"a": torch.tensor(0.5), "b": torch.tensor(-3.0, dtype=torch.bfloat16), "c": torch.ones(2)}
+    save_file({name: torch.zeros_like(tensor) for name, tensor in tensors.items()}, tmp_path / "model-1.safetensors")
+    write_scalars(tmp_path, tensors | {"of another file": torch.tensor(1.0)})
+    found = load_file(tmp_path / "model-1.safetensors")
+    assert {name: tensor.tolist() for name, tensor in found.items()} == {"a": 0.5, "b": -3.0, "c": [0, 0]}
+
+
+def test_an_optimizer_that_keeps_nothing_is_read_as_it_was_written(tmp_path, tokenizer):
+    model = golden_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    with CheckpointWriter(tmp_path, model, tokenizer) as writer:
+        writer.write(snapshot(model, optimizer=optimizer))
+    state = get_optimizer_state_dict(model, optimizer)
+    read_optimizer(tmp_path / "LATEST", state["state"])
+    set_optimizer_state_dict(model, optimizer, state)
 
 
 def test_latest_points_at_the_newest_checkpoint_and_nothing_partial_is_left(tmp_path, written):

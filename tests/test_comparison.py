@@ -10,7 +10,9 @@ import pytest
 from bs4 import BeautifulSoup
 from omegaconf import OmegaConf
 
-from comparison import FALL, KL, comparison_page, csv_of, find_runs, grouped, read_runs, write_comparison
+import comparison
+from comparison import FALL, KL, OF_THEIR_RUN, comparison_page, csv_of, find_runs, grouped, read_runs, write_comparison
+from losses import LOSS_AT_BETA_USED, LOSSES
 from utils import UserError
 
 
@@ -23,7 +25,7 @@ def evaluation(examples: int, accuracy: float, **more) -> dict:
 def write_run(folder: Path, rows: list[dict], beta: float = 0.1, seed: int = 0, **config) -> Path:
     folder.mkdir(parents=True)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = {"seed": seed, "exp_name": folder.name, "loss": {"name": "dpo", "beta": beta}, **config}
+    config = {"seed": seed, "exp_name": folder.name, "loss": {"name": "dpo", "beta": beta}} | config
     OmegaConf.save(config, folder / "config.yaml")
     return folder
 
@@ -66,6 +68,43 @@ def test_a_run_that_is_alone_in_its_group_has_its_own_interval(tmp_path):
     write_run(tmp_path / "a", [evaluation(8, 0.6)], beta=0.1)
     write_run(tmp_path / "b", [evaluation(8, 0.7)], beta=0.2)
     assert "0.6 [0.5, 0.7]" in parsed(tmp_path).get_text()
+
+
+def hints(folder: Path) -> str:
+    return parsed(folder).find("p", class_="hint").get_text(" ")
+
+
+def test_losses_that_are_of_other_formulas_are_said_not_to_compare(tmp_path):
+    write_run(tmp_path / "a", [evaluation(8, 0.6)], beta=0.1)
+    write_run(tmp_path / "b", [evaluation(8, 0.7)], beta=0.2)
+    assert "they are of other formulas where loss.beta differ" in hints(tmp_path)
+    assert "margin / beta compares" in hints(tmp_path)
+
+
+def test_beta_dpo_compares_with_dpo_unless_it_is_of_an_earlier_version(tmp_path):
+    named = {"loss": {"name": "dpo", "beta": 0.1, "mode_loss": "beta_DPO", "a": 0.6}}
+    at = {"beta_DPO/beta_used": 0.2, "beta_DPO/loss_eval_at_beta_used": 0.3}
+    write_run(tmp_path / "plain", [evaluation(8, 0.6)], loss={"name": "dpo", "beta": 0.1, "mode_loss": "DPO", "a": 0.6})
+    write_run(tmp_path / "now", [evaluation(8, 0.7, **at)], **named)
+    assert "do not compare" not in hints(tmp_path) and "earlier version" not in hints(tmp_path)
+    write_run(tmp_path / "then", [evaluation(8, 0.7, **{"beta_DPO/beta_used": 0.2})], **named)
+    assert "Of an earlier version, with the held-out loss at beta-DPO's beta in force: then." in hints(tmp_path)
+
+
+def test_losses_that_depend_on_their_run_are_said_not_to_compare(tmp_path):
+    for name, every in (("a", 8), ("b", 16)):
+        loss = {"name": "tr_dpo", "beta": 0.1, "reference_update_every": every}
+        write_run(tmp_path / name, [evaluation(8, 0.6)], loss=loss)
+    assert "Held-out losses of tr_dpo depend on what their run has seen" in hints(tmp_path)
+    assert {name for name, make in LOSSES.items() if getattr(make, "evaluation_depends_on", None)} == {*OF_THEIR_RUN}
+    assert LOSS_AT_BETA_USED == comparison.LOSS_AT_BETA_USED
+
+
+def test_too_few_prompts_are_said_beside_a_number(tmp_path):
+    write_run(tmp_path / "a", [evaluation(8, 0.6, **{"counters/held_out_prompts": 9})])
+    write_run(tmp_path / "b", [evaluation(8, 0.6, **{"counters/held_out_prompts": 10})], beta=0.2)
+    text = parsed(tmp_path).find("table").get_text(" ")
+    assert "0.6 [0.5, 0.7] (9 prompts: too few)" in text and text.count("too few") == 2
 
 
 def test_curves_are_overlaid_and_those_of_seeds_are_their_mean_and_range(sweep):

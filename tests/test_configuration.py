@@ -30,7 +30,9 @@ from configuration import (
     explain_composition_error,
     force_open_sections,
     known_keys,
+    read_entries,
 )
+from preference_datasets import LAST_ROW
 from utils import UserError
 
 # The part of the recipes that several command lines below share.
@@ -753,3 +755,33 @@ def test_a_group_that_an_experiments_file_sweeps_over_counts_too(tmp_path, monke
 def test_a_key_is_said_to_belong_to_those_that_have_it_from_another_file_too():
     said = explain_composition_error(ValueError("Could not override 'loss.label_smoothing'."))
     assert "beta_DPO" in said and "dpo" in said and "sft" not in said.partition("belongs")[2]
+
+
+# ---- what has no effect -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "notes"),
+    [
+        ("datasets=[toy]", []),
+        ("datasets=[toy] held_out_share=0.2", ["held_out_share has no effect: the set says itself what is held out"]),
+        (
+            "datasets=[toy] truncation_mode=drop max_prompt_length=100",
+            ["max_prompt_length has no effect: truncation_mode=drop cuts nothing"],
+        ),
+        ("datasets=[toy] truncation_mode=keep_end max_prompt_length=100", []),
+        ("datasets=[hh] loss=dpo", []),
+        ("datasets=[hh-helpful-base] loss=sft", [LAST_ROW]),
+    ],
+)
+def test_settings_of_the_run_that_say_nothing_to_an_entry_are_noted(compose, line, notes):
+    [entry] = read_entries(compose(*line.split()))
+    assert list(entry.notes) == notes
+
+
+def test_a_share_that_is_held_out_of_a_file_has_an_effect(compose, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("{}")
+    for keys, count in (("", 0), (f", test_path: {path}", 1)):
+        [entry] = read_entries(compose(f"datasets=[{{path: {path}{keys}}}]", "held_out_share=0.2"))
+        assert len(entry.notes) == count

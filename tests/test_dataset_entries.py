@@ -1,6 +1,7 @@
 """Entries of `datasets`: what one may say, what is refused and how, and the records that files and own loaders give."""
 
 import json
+from collections import Counter
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -327,7 +328,15 @@ def test_a_file_of_every_format_gives_the_same_records(tmp_path, suffix):
     path = str(write(tmp_path / f"rows{suffix}", [*triplets(2), triplets(1)[0] | {"chosen": "better"}]))
     report = DataReport()
     assert records_of(path, report=report) == [
-        PreferenceRecord("question 0", ["good 0", "bad 0", "better"], [(0, 1), (2, 1)], "better", 1, f"{path}, train prompt 1"),
+        PreferenceRecord(
+            "question 0",
+            ["good 0", "bad 0", "better"],
+            [(0, 1), (2, 1)],
+            "better",
+            1,
+            f"{path}, train prompt 1",
+            ("good 0", "better"),
+        ),
         PreferenceRecord("question 1", ["good 1", "bad 1"], [(0, 1)], "good 1", 2, f"{path}, train prompt 2"),
     ]
     assert report == DataReport(rows_read=3)
@@ -367,7 +376,7 @@ def test_rows_with_one_response_are_sft_records(tmp_path):
 def test_a_text_that_both_answers_begin_with_serves_as_the_prompt(tmp_path):
     rows = [{"chosen": "Say hello. Hello!", "rejected": "Say hello. No."}]
     (record,) = records_of({"path": str(write(tmp_path / "rows.csv", rows)), "implicit_prompt": True})
-    assert (record.prompt, record.responses) == ("Say hello. ", ["Hello!", "No."])
+    assert (record.prompt, record.responses) == ("Say hello.", [" Hello!", " No."])
 
 
 def test_a_faulty_row_stops_with_file_and_number_or_is_counted_where_it_is_to_be_skipped(tmp_path):
@@ -645,3 +654,67 @@ def test_records_stream_through(registry):
     registry["mine"] = Dataset(endless)
     found = load_records(read_entry("mine"), "train")
     assert [next(found).number for _ in range(3)] == [1, 2, 3]
+
+
+# ---- what has no effect -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("keys", "notes"),
+    [
+        ({}, []),
+        ({"split": "train"}, ["split has no effect: a file has no splits or subsets"]),
+        ({"subset": "en"}, ["subset has no effect: a file has no splits or subsets"]),
+        ({"test_split": "test", "test_path": "TEST"}, ["test_split has no effect: a file has no splits or subsets"]),
+        ({"held_out_share": 0.1, "test_path": "TEST"}, ["held_out_share has no effect: test_path says what is held out"]),
+        ({"response": "a", "chosen": "b", "implicit_prompt": False}, ["chosen has no effect: answers are in response"]),
+        (
+            {"responses": "a", "ranks": "b", "response": "c", "implicit_prompt": True},
+            ["implicit_prompt has no effect: answers are in responses", "response has no effect: answers are in responses"],
+        ),
+    ],
+)
+def test_keys_of_an_entry_that_say_nothing_are_noted(tmp_path, keys, notes):
+    path = write(tmp_path / "rows.jsonl", [{"prompt": "p", "chosen": "a", "rejected": "b"}])
+    keys = {key: str(path) if value == "TEST" else value for key, value in keys.items()}
+    assert list(read_entry({"path": str(path)} | keys).notes) == notes
+
+
+def test_settings_of_texts_are_noted_for_files_of_token_ids(tmp_path):
+    path = tmp_path / "rows.pt"
+    path.touch()
+    entry = read_entry({"path": str(path), "template": "chat"}, {"system_prompt": "Be brief.", "truncation_mode": "drop"})
+    assert list(entry.notes) == [f"{key} has no effect: the file holds token ids" for key in ("template", "system_prompt")]
+
+
+def test_keys_of_a_loaders_records_that_nobody_reads_are_named(tmp_path):
+    file = tmp_path / "own.py"
+    file.write_text(
+        "from preference_datasets import register\n\n\n"
+        "@register('own')\ndef load(split, silent=False, cache_dir=None):\n"
+        "    return {'p': {'responses': ['a', 'b'], 'pairs': [(0, 1)], 'sft_target': 'b',\n"
+        "                  'sft_targets': ['a', 'b'], 'weight': 2}}\n"
+    )
+    report = DataReport()
+    (record,) = load_records(read_entry(f"{file}:own"), "train", report)
+    assert (record.targets, report.columns_not_read) == (("a", "b"), {"weight": 1})
+
+
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(
+    rows=st.lists(st.tuples(*[st.sampled_from("abc")] * 3), min_size=1, max_size=12),
+    form=st.sampled_from(["pairs", "responses"]),
+)
+def test_sft_has_an_example_for_each_usable_row(tmp_path, rows, form):
+    path = tmp_path / "rows.jsonl"
+    write(path, [{"prompt": f"{p}?", "chosen": f"{c}.", "rejected": f"{r}."} for p, c, r in rows])
+    entry = {"path": str(path)} | ({"response": "chosen"} if form == "responses" else {})
+    usable = [row for row in rows if form == "responses" or row[1] != row[2]]
+    report = DataReport()
+    if not usable:
+        with pytest.raises(UserError, match="no usable row"):
+            records_of(entry, report=report)
+        return
+    learned = [(record.prompt, target) for record in records_of(entry, report=report) for target in record.targets]
+    assert Counter(learned) == Counter((f"{prompt}?", f"{chosen}.") for prompt, chosen, _ in usable)
+    assert report.left_out.get(SAME_TEXT, 0) == len(rows) - len(usable)

@@ -239,6 +239,28 @@ def test_the_picture_is_what_its_script_draws():
     assert f"{6 * (11 + 9)} tokens" in script.picture() and f"{11 + 6 + 9 + 4} tokens" in script.picture()
 
 
+def test_the_page_of_intervals_is_what_its_script_finds():
+    """All of it takes minutes: here are all shares up to 64, and of each kind that is simulated a cell."""
+    script = loaded("scripts/interval_coverage.py")
+    page = script.PAGE.read_text()
+    assert page.startswith(script.HEAD.format(rounds=script.ROUNDS))
+
+    def row(title: str, name: str) -> list[str]:
+        lines = page.split(f"| {title} |")[1].split("\n\n")[0].splitlines()
+        return next(line for line in lines if line.startswith(f"| {name} |")).strip("| ").split(" | ")[1:]
+
+    small = [n for n in script.SHARE_SIZES if n <= 64]
+    for name, method in script.SHARE_METHODS.items():
+        found = [script.percent(script.coverage(method(n)).min()) for n in small]
+        assert row("interval of n independent examples", name)[: len(small)] == found, name
+    assert row("ties", "20%")[0] == script.percent(script.least_with_ties(8, 0.2))
+    assert row("true share", "0.5")[1] == script.percent(script.of_alike(10, 0.5))
+    assert row("true correlation", "0.6")[1] == script.percent(script.of_correlations(0.6, 10))
+    ours = next(iter(script.MEAN_METHODS))
+    for title, shape in script.shapes().items():
+        assert row(title, ours)[2] == script.percent(script.of_means(shape, 10, script.MEAN_METHODS[ours])), title
+
+
 def test_a_units_sentence_becomes_a_cell_and_lines_that_are_set_in_stay_lines():
     script = loaded("scripts/key_reference.py")
     assert script.explained(("How long a | b.", "Unit: seconds.")) == (" How long a \\| b.", "seconds")

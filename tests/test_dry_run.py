@@ -127,6 +127,12 @@ def test_sft_data_is_counted_in_examples():
     lines = lines_of_data(["mine"], [DataReport(rows_read=3, num_prompts=2, left_out={"it is odd": 1})], facts, paired=False)
     assert "  mine: 3 rows read, 2 prompts kept" in lines and "    1 left out: it is odd" in lines
     assert "  2 prompts, 2 responses, 2 examples, 9 tokens" in lines
+    report = DataReport(columns_not_read={"margin": 2, "weight": 1}, notes=["top_k has no effect"], bad_rows=["row 3"])
+    assert lines_of_data(["mine"], [report], facts, paired=False)[1:4] == [
+        "    columns not read: margin, weight",
+        "    top_k has no effect",
+        "    row 3",
+    ]
     assert facts.repeated_tokens == facts.packed_tokens
 
 

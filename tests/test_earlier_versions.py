@@ -34,7 +34,9 @@ def test_a_checkpoint_of_version_0_1_resumes_to_the_numbers_of_its_own_uninterru
     expected, found = rows(BEGUN / "metrics.jsonl"), rows(run_dir / "metrics.jsonl")
     assert max(expected) == max(found) and expected.keys() == found.keys()
     for key, row in expected.items():
-        measured = {name: value for name, value in row.items() if not name.startswith(("examples_per", "memory"))}
+        # Intervals are not what they were: those of that version held the truth too seldom.
+        others = ("examples_per_second", "memory_gib")
+        measured = {name: value for name, value in row.items() if name not in others and not name.endswith(("/low", "/high"))}
         # Another processor's kernels round otherwise.
         assert {name: found[key][name] for name in measured} == pytest.approx(measured, rel=1e-4, abs=1e-6)
     weights, final = load_file(run_dir / "step-48" / "model.safetensors"), load_file(BEGUN / "final_weights.safetensors")

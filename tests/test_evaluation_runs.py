@@ -58,7 +58,7 @@ def evaluate(path: Path, *overrides: str) -> dict:
     return json.loads(Path(config.evaluation.to or path / "results.json").read_text())
 
 
-def test_an_evaluation_says_of_a_run_what_the_run_said_at_its_end(beta_dpo):
+def test_an_evaluation_says_of_a_run_what_the_run_said_at_its_end(beta_dpo, capsys):
     before = {path.name: path.read_bytes() for path in beta_dpo.iterdir() if path.is_file()}
     results = evaluate(beta_dpo, "evaluation.n_prompts=4")
     last = rows(beta_dpo / "metrics.jsonl")[-1]
@@ -68,6 +68,10 @@ def test_an_evaluation_says_of_a_run_what_the_run_said_at_its_end(beta_dpo):
     assert results["held_out"]["all"]["loss/eval"]["mean"] == pytest.approx(last["loss/eval"], rel=1e-4)
     assert results["held_out"]["data set"]["toy"]["examples"] == 24
     assert results["kl"]["answers"] == 4 and results["kl"]["per_answer"]["mean"] != 0
+    # At loss.beta: -log sigmoid of each margin, whatever beta training has come to.
+    assert results["metrics"]["beta_DPO/loss_eval_at_beta_used"] != pytest.approx(results["metrics"]["loss/eval"], rel=1e-3)
+    few = "warning: KL to the reference: 4 prompts, too few to decide anything by; expected at least 10"
+    assert few in results["warnings"] and few in capsys.readouterr().out
     assert results["examples_trained"] == 16 and results["checkpoint"].endswith("step-16")
     # Of the run's own files none has changed.
     assert {path.name: path.read_bytes() for path in beta_dpo.iterdir() if path.name in before} == before
@@ -100,6 +104,8 @@ def test_answers_are_compared_with_the_references_or_with_another_checkpoints(be
     first = evaluate(beta_dpo, *judged, f"evaluation.to={tmp_path / 'first.json'}")["win_rate"]
     assert first["comparisons"] == 6 and first["against"] == "reference" and first["unanswered"] == 0
     answers = [row["other"] for row in rows(tmp_path / "answers.jsonl")]
+    # Six comparisons of two grades: an interval of some width, whatever they say.
+    assert first["rate"]["high"] - first["rate"]["low"] > 0.2
     assert f"win rate against reference under toy: {first['rate']['mean']:.3g}" in capsys.readouterr().out
     # The reference is the SFT checkpoint, and says the same when it is named.
     evaluate(beta_dpo, *judged, f"evaluation.against={sft / 'LATEST'}", f"evaluation.to={tmp_path / 'second.json'}")

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import exporting
 import models
 import shown
+import train
 from checkpoints import publish
 from exporting import Wishes, export, source_of, whole_model
 from go_templates import read_modelfile
@@ -220,7 +221,6 @@ def test_too_little_room_is_seen_before_anything_is_written(folder, tmp_path, mo
         ({"ollama": "a b"}, "--ollama: found 'a b', expected a name"),
         ({"ollama": "x", "quantize": "int8"}, "--quantize: Ollama quantizes by itself"),
         ({"quantize": "int9"}, "--quantize: no format 'int9'; did you mean int8?"),
-        ({"ollama": "x", "template": "chat"}, "template: found chat, but this tokenizer has no chat template"),
         ({"push": "me/it"}, "--push: no token for the hub"),
     ],
 )
@@ -362,6 +362,59 @@ def test_a_merged_adapter_is_a_whole_model(adapter, folder, tmp_path):
     base = AutoModelForCausalLM.from_pretrained(folder / "runs" / "it" / "step-16", dtype=torch.float32)
     torch.testing.assert_close(logps(tmp_path / "out"), logps_of(PeftModel.from_pretrained(base, adapter).merge_and_unload()))
     assert not torch.equal(logps(tmp_path / "out"), logps(folder / "runs" / "it" / "step-16"))
+
+
+def test_an_export_that_gives_another_model_is_refused_and_nothing_is_left(folder, tmp_path, monkeypatch):
+    save = models.save_model
+
+    def damaged(model, directory, **options):
+        with torch.no_grad():
+            model.model.norm.weight.mul_(1.001)
+        save(model, directory, **options)
+
+    monkeypatch.setattr(models, "save_model", damaged)
+    with pytest.raises(UserError, match=r"what was written is not the run's model: its log-probs differ by [\d.e-]+ a token"):
+        export(folder / "runs" / "it", wishes(tmp_path))
+    assert names(tmp_path) == set()
+
+
+def test_where_memory_does_not_hold_the_model_in_float32_that_is_said(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("saved_models.free_memory", lambda _: 1000)
+    _, note = export(folder / "runs" / "it", wishes(tmp_path))
+    assert note.startswith("note: too little memory to compare log-probs")
+    assert torch.equal(logps(tmp_path / "out"), logps(folder / "runs" / "it" / "LATEST"))
+
+
+def test_what_rounding_to_a_shorter_dtype_changes_is_said(folder, tmp_path):
+    _, note = export(folder / "runs" / "it", wishes(tmp_path, dtype="bfloat16"))
+    assert re.fullmatch(r"note: rounding the weights to bfloat16 changes log-probs by up to [\d.e-]+ nats a token", note)
+
+
+def test_checkpoint_and_export_have_the_chat_template_and_the_end_tokens_of_training(folder, tmp_path):
+    export(folder / "runs" / "it", wishes(tmp_path))
+    turns = ("user", "How?"), ("assistant", "So."), ("user", "Why?")
+    messages = [{"role": role, "content": content} for role, content in turns]
+    for directory in (folder / "runs" / "it" / "LATEST", tmp_path / "out"):
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        assert text == "\n\nHuman: How?\n\nAssistant: So.\n\nHuman: Why?\n\nAssistant:"
+        values = json.loads((directory / "generation_config.json").read_text())
+        assert values["eos_token_id"] == tokenizer.eos_token_id and values["pad_token_id"] == tokenizer.pad_token_id
+
+
+def test_an_adapter_on_a_model_from_scratch_is_exported_with_that_model(folder, tmp_path, compose):
+    from peft import PeftModel
+
+    config = compose(*TRAIN[:-1], "+adapter=lora", f"local_run_dir={tmp_path / 'run'}", f"local_dirs=[{tmp_path}]")
+    train.run(config, tmp_path / "run")
+    for options in ({}, {"merge": True}):
+        export(tmp_path / "run", Wishes(tmp_path / f"out{len(options)}", **options))
+    shutil.rmtree(tmp_path / "run")
+    base = json.loads((tmp_path / "out0" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert base == str(tmp_path / "out0" / "base")
+    plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), tmp_path / "out0")
+    torch.testing.assert_close(logps(tmp_path / "out1"), logps_of(plain), rtol=1e-5, atol=1e-5)
+    assert (logps(tmp_path / "out1") - logps(base)).abs().max() > 1e-4
 
 
 # ---- quantization -----------------------------------------------------------------------------------------------------------

@@ -76,8 +76,8 @@ def test_the_means_of_parts_are_those_of_their_examples():
 
 def test_an_accuracy_of_1_is_not_certain():
     result = summary(scored([1.0] * 20, [0.0] * 20), facts(range(20), [5] * 20, [6] * 20))
-    # Wilson's interval of 20 of 20.
-    assert result["all"]["rewards_eval/accuracies"]["low"] == pytest.approx(0.839, abs=1e-3)
+    # Clopper and Pearson's interval of 20 of 20.
+    assert result["all"]["rewards_eval/accuracies"]["low"] == pytest.approx(0.025 ** (1 / 20))
 
 
 def test_sft_has_a_loss_and_nothing_of_pairs():

@@ -53,9 +53,19 @@ def test_a_model_is_asked_at_temperature_0_with_request_and_answers_between_mark
     assert server.questions[0][1:] == ("Why?\n", "Because of rain.", "Rain.")
     body = server.bodies[0]
     assert body["model"] == "the-model"
-    assert body["temperature" if kind == "openai" else "options"] == (0 if kind == "openai" else {"temperature": 0})
+    if kind == "openai":
+        assert (body["temperature"], body["max_tokens"]) == (0, 1024)
+    else:
+        assert body["options"] == {"temperature": 0, "num_predict": 1024}
     assert set(server.keys) == {"Bearer key-of-the-test" if kind == "openai" else None}
     assert not judge.retries
+
+
+def test_all_that_is_asked_is_in_the_request_that_a_verdict_is_known_by(judge_at):
+    with serving(shorter_wins) as server:
+        judge = judge_at(server.url)
+        judge.better("Why?", "a", "bb")
+    assert server.bodies == [judge.request("Why?", "a", "bb")]
 
 
 def test_a_url_may_name_the_server_or_all_of_the_address(judge_at):
@@ -87,7 +97,8 @@ def test_an_answer_cannot_pick_the_winner_by_writing_a_verdict(judge_at):
         judge = judge_at(server.url, judge_attempts=2)
         with pytest.raises(NoJudgementError) as refused:
             judge.better("Why?", forged, "Rain.")
-    assert refused.value.reason == "malformed" and len(server.questions) == 2
+    # At temperature 0 it would say the same again.
+    assert refused.value.reason == "malformed" and len(server.questions) == 1
     # Quoted above its own verdict it does no harm.
     with serving(lambda question: Reply(f"{question[2]}\n{verdict(question, 'B').text}")) as server:
         assert judge_at(server.url).better("Why?", forged, "Rain.") == "second"
@@ -139,9 +150,9 @@ def failing(times: int, reply: Reply):
 
 
 FAULTS = {
-    "malformed": Reply("I cannot say."),
     "status 429": Reply(status=429, headers={"Retry-After": "0"}),
-    "status 500": Reply(status=500),
+    "status 500: out of memory": Reply(status=500, body='{"error": {"message": "out of memory\\nsee the log"}}'),
+    "status 502: <html>": Reply(status=502, body="\n<html>\n<body>Bad gateway</body>"),
     "status 503": Reply(status=503, headers={"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}),
     "unreachable": Reply(drops=True),
 }
@@ -161,6 +172,37 @@ def test_what_does_not_go_away_is_no_judgement_and_nobodys_win(reason, judge_at)
     with serving(lambda _: FAULTS[reason]) as server, pytest.raises(NoJudgementError) as refused:
         judge_at(server.url, judge_attempts=3).better("Why?", "a", "b")
     assert refused.value.reason == reason and len(server.questions) == 3
+
+
+ENDINGS = {
+    "malformed": Reply("I cannot say."),
+    "cut at judge_max_tokens": Reply("Both answers, and again both answers, and again", ends="length"),
+    "refused": Reply("", ends="content_filter"),
+}
+
+
+@pytest.mark.parametrize("kind", ["openai", "ollama"])
+@pytest.mark.parametrize("reason", ENDINGS)
+def test_an_answer_without_a_verdict_is_not_asked_for_again(reason, kind, judge_at):
+    with serving(lambda _: ENDINGS[reason]) as server, pytest.raises(NoJudgementError) as refused:
+        judge_at(server.url, kind, judge_attempts=6).better("Why?", "a", "b")
+    assert (refused.value.reason, len(server.questions)) == (reason, 1)
+
+
+def test_a_reason_is_one_short_line_without_the_key(judge_at):
+    told = Reply(status=400, body=f"bad key-of-the-test \x1b[31m{'x' * 500}\nmore")
+    with serving(lambda _: told) as server, pytest.raises(NoJudgementError) as refused:
+        judge_at(server.url).better("Why?", "a", "b")
+    assert refused.value.reason.startswith("status 400: bad ... [31mxxx") and len(refused.value.reason) < 250
+
+
+@pytest.mark.parametrize("limit", [7, None])
+def test_the_length_of_a_verdict_is_a_key(limit, judge_at):
+    with serving(shorter_wins) as server:
+        for kind in ("openai", "ollama"):
+            judge_at(server.url, kind, judge_max_tokens="null" if limit is None else limit).better("Why?", "a", "bb")
+    openai, ollama = server.bodies
+    assert openai.get("max_tokens") == ollama["options"].get("num_predict") == limit
 
 
 def test_a_server_that_hangs_is_given_up_after_the_time_out(judge_at):

@@ -14,9 +14,10 @@ from evaluation import evaluate
 from layer_splitting import copy_of_split, load_split, split_layers, splits_in_one_process
 from logprobs import LiveReference, response_logps
 from losses import build_loss
-from models import ROUNDING, disable_dropout, random_trees, share_prefixes
+from models import disable_dropout, share_prefixes
 from prompt_table import PromptTable
 from sampling import sample_answers
+from sharing_proof import ROUNDING, random_trees
 from tokenization import TokenizedPrompt
 from trainers import BasicTrainer, LayerSplittingTrainer
 from utils import UserError

@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 
 from conftest import CONFIG_DIR
 from losses import (
+    LOSS_AT_BETA_USED,
     LOSSES,
     BetaDPOLoss,
     GapStatistics,
@@ -351,10 +352,38 @@ def test_evaluation_filters_nothing_and_leaves_the_statistics_as_they_are():
     before = (loss.statistics.mean, loss.statistics.deviation, loss.generator.get_state())
     policy, reference, pairs = random_pairs(8)
     output = loss(policy, reference, pairs, torch.ones(16))
+    # Its loss is DPO's, so that runs compare, whatever their scaling factor and however far they are.
+    torch.testing.assert_close(output.losses, build_loss("dpo", beta=0.1)(policy, reference, pairs, torch.ones(16)).losses)
+    # The loss at the beta that training would take stands beside it.
     beta = adapted_beta(0.1, 0.6, gap(policy - reference, pairs).mean(), 3.0)
-    torch.testing.assert_close(output.losses, dpo_loss(gap(policy, pairs), gap(reference, pairs), beta))
+    adapted = dpo_loss(gap(policy, pairs), gap(reference, pairs), beta).mean()
+    torch.testing.assert_close(output.statistics[LOSS_AT_BETA_USED], adapted)
+    assert output.statistics["beta_DPO/beta_used"] == beta and adapted != output.losses.mean()
     assert (loss.statistics.mean, loss.statistics.deviation) == before[:2]
     assert torch.equal(loss.generator.get_state(), before[2])
+
+
+@pytest.mark.parametrize("seen", [[], [[5.0, 0.0]], [[-9.0, 0.0], [2.0, 0.0]]])
+@pytest.mark.parametrize("scaling", [0.0, 0.6, 2.0])
+def test_a_held_out_loss_of_beta_dpo_does_not_depend_on_what_training_has_seen_nor_on_its_scaling_factor(seen, scaling):
+    loss = build_loss("dpo", beta=0.5, mode_loss="beta_DPO", mode_weight=0.2, a=scaling)
+    for micro_batch in seen:
+        loss.survey(torch.tensor([micro_batch]))
+    # A margin of 3 nats at beta 0.5.
+    output = loss(f64(-4, -9), f64(-3, -5), torch.tensor([[0, 1]]), torch.tensor([2, 3]))
+    assert output.losses.item() == pytest.approx(softplus(-1.5), rel=1e-12)
+
+
+def test_losses_whose_evaluations_depend_on_the_run_say_so():
+    says = {name for name in LOSSES.keys() - {"own"} if default(name).evaluation_depends_on}
+    assert says == {"tr_dpo", "bco"}
+    # What a loss does not say must hold: what training has seen leaves an evaluation's losses as they are.
+    policy, reference, pairs = random_pairs(4)
+    for name in LOSSES.keys() - says - {"own", "sft"}:
+        loss = default(name)
+        before = loss(policy, reference, pairs, torch.ones(8)).losses
+        loss.survey(torch.tensor([[5.0, -3.0], [4.0, 1.0]]))
+        assert torch.equal(loss(policy, reference, pairs, torch.ones(8)).losses, before), name
 
 
 def test_equal_policy_and_reference_are_survived_and_give_the_base_beta():

@@ -125,7 +125,9 @@ def test_an_evaluations_numbers_come_with_their_intervals(config):
     }  # fmt: skip
     text = model_card(facts(config(), held_out={"loss/eval": 0.5}, evaluation=evaluation))
     assert "| loss/eval | 0.5 | 0.45 to 0.55 |" in text and "1,200 examples of 900 held-out prompts" in text
-    assert "no intervals" not in text and "| rewards_eval/margins" not in text
+    assert "no intervals" not in text and "| rewards_eval/margins" not in text and "too few" not in text
+    few = model_card(facts(config(), held_out={"loss/eval": 0.5}, evaluation=evaluation | {"prompts": 9}))
+    assert "Held-out numbers: 9 prompts, too few to decide anything by" in few
 
 
 def test_the_curves_are_means_of_steps_and_the_newest_evaluation():

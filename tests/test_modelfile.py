@@ -12,9 +12,9 @@ from go_templates import collated, read_modelfile, render
 from modelfile import ARCHITECTURES, check_architecture, fit_for_ollama, modelfile_of, tokenizer_model
 from models import byte_level_tokenizer
 from records import PreferenceRecord, Turn
-from served_prompts import chat_template, format_of_run, turns_of
+from served_prompts import chat_template, end_tokens, format_of_prompts, format_of_run, turns_of
 from test_prompt_templates import CHATML, LLAMA_2, NO_SYSTEM
-from tokenization import TokenSettings, bos_of, tokenize_records
+from tokenization import TokenizedPrompt, TokenSettings, bos_of, tokenize_records
 from utils import UserError
 
 # As their models ship them, in their own words: headers with an empty line, a default system, one without any system.
@@ -287,3 +287,31 @@ def test_a_sentencepiece_vocabulary_comes_with_its_own_file(tmp_path):
         tokenizer_model(tokenizer, [str(tmp_path)])
     (tmp_path / "tokenizer.model").write_bytes(b"pieces")
     assert tokenizer_model(tokenizer, [str(GOLDEN), str(tmp_path)]) == b"pieces"
+
+
+# ---- what a run's prompts say of themselves --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("texts", "expected"),
+    [
+        (["\n\nHuman: Hi\n\nAssistant:", "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"], "hh"),
+        (["\n\nHuman: Hi\n\nAssistant:", "Once upon"], None),
+        (["Once upon"], None),
+    ],
+)
+def test_without_a_template_the_prompts_show_whether_they_are_dialogues(texts, expected, tokenizer):
+    table = [TokenizedPrompt(tokenizer(text).input_ids, [[5]], []) for text in texts]
+    config = {"datasets": [{"path": "mine.jsonl"}], "template": None, "system_prompt": None}
+    assert format_of_prompts(config, table, tokenizer) == expected
+    assert format_of_prompts(config | {"template": "chatml"}, table, tokenizer) == "chatml"
+
+
+def test_a_token_that_chatml_puts_behind_answers_ends_them():
+    tokenizer = byte_level_tokenizer()
+    assert end_tokens("chatml", tokenizer) == [], "several tokens"
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    assert end_tokens("chatml", tokenizer) == [tokenizer.convert_tokens_to_ids("<|im_end|>")]
+    assert end_tokens("hh", tokenizer) == []
+    tokenizer.eos_token = "<|im_end|>"
+    assert end_tokens("chatml", tokenizer) == [], "it is the end-of-sequence token"

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from checkpoints import CheckpointWriter, Snapshot
 from conftest import GOLDEN
@@ -16,13 +16,15 @@ from models import (
     compile_between_attentions,
     load_model,
     load_tokenizer,
-    logps_and_gradients,
-    random_trees,
     read_archive,
     reference_copy,
     share_prefixes,
+    token_budget,
 )
+from sharing_proof import logps_and_gradients, random_trees
 from utils import UserError
+
+SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
 
 
 @pytest.fixture
@@ -78,6 +80,26 @@ def test_dropout_is_off_wherever_an_architecture_keeps_it(compose):
     ids = torch.arange(20)[None]
     assert torch.equal(model(ids).logits, model(ids).logits)
     assert model.config.attn_pdrop == 0.5, "what is written with the checkpoint is the architecture's own"
+
+
+@pytest.mark.parametrize("model_type", ["phimoe", "mixtral"])
+def test_experts_that_add_noise_in_training_compute_as_in_evaluation(model_type, compose):
+    sizes = "hidden_size: 16, intermediate_size: 16, num_hidden_layers: 1, num_attention_heads: 2, num_key_value_heads: 2"
+    noise = "num_local_experts: 4, router_jitter_noise: 0.3, input_jitter_noise: 0.3"
+    config = compose("model=blank_model", f"++model.from_config={{model_type: {model_type}, {sizes}, {noise}}}").model
+    model = load_model(config, byte_level_tokenizer())
+    ids = torch.arange(20)[None]
+    in_training = model.train()(ids).logits
+    assert torch.equal(in_training, model.train()(ids).logits)
+    assert torch.equal(in_training, model.eval()(ids).logits)
+
+
+def test_a_model_with_a_width_for_each_layer_has_room_as_for_its_widest():
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SMALL, intermediate_size=64))
+    expected = token_budget(model, free=2**30)
+    vars(model.config)["intermediate_size"] = [16, 64]
+    assert token_budget(model, free=2**30) == expected
 
 
 def test_a_model_directory_is_loaded_as_it_is(compose):

@@ -5,7 +5,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models import byte_level_tokenizer
-from prompt_templates import ASSISTANT, HUMAN, build_template, parse_dialogue, split_dialogue
+from prompt_templates import (
+    ASSISTANT,
+    HUMAN,
+    ConversationError,
+    build_template,
+    opening_of_answers,
+    parse_dialogue,
+    split_dialogue,
+)
 from records import Turn
 from utils import UserError
 
@@ -235,6 +243,51 @@ def test_a_chat_template_that_writes_an_answered_prompt_differently_is_refused_w
     # "*user: Why?" and "user: Why?" differ where they begin.
     with pytest.raises(UserError, match=r"template: .*\(at character 0: '\*user: Why\?.*' and 'user: Why\?.*chatml or hh"):
         rendered("chat", "Why?", tokenizer=tokenizer_of(LAST_IS_MARKED))
+
+
+def test_named_chat_templates_without_a_default_are_named():
+    tokenizer = tokenizer_of({"tool_use": CHATML, "rag": CHATML})
+    with pytest.raises(UserError, match=r"template: found chat, but of .* templates \(rag, tool_use\) none is called default"):
+        build_template("chat", None, tokenizer)
+    assert rendered("chatml", TURNS, tokenizer=tokenizer) == rendered("chatml", TURNS, tokenizer=PLAIN)
+    tokenizer.chat_template["default"] = CHATML
+    assert rendered("chat", TURNS, tokenizer=tokenizer)[0] == rendered("chat", TURNS, tokenizer=CHAT)[0]
+
+
+def test_a_chat_template_that_is_broken_is_told_before_any_row():
+    with pytest.raises(UserError, match="template: the tokenizer's chat template is broken, line 1: .*chatml, hh or raw"):
+        build_template("chat", None, tokenizer_of("{% for message in messages %}{{ message }}"))
+
+
+@pytest.mark.parametrize("stumble", ["{{ messages[7].content }}", "{{ 'a' + 1 }}", "{{ messages['x'] + none }}", "{{ 1 / 0 }}"])
+def test_whatever_a_chat_template_stumbles_over_is_told_with_the_conversation(stumble):
+    with pytest.raises(ConversationError, match="refuses a conversation of user, assistant, user: "):
+        rendered("chat", TURNS, tokenizer=tokenizer_of(stumble))
+
+
+def test_what_a_chat_template_writes_before_answers_unasked_is_the_end_of_the_prompt():
+    always = CHATML.split("{% if add")[0]
+    assert rendered("chat", TURNS, tokenizer=tokenizer_of(always)) == rendered("chat", TURNS, tokenizer=tokenizer_of(CHATML))
+    assert opening_of_answers(tokenizer_of(always)) == "<|im_start|>assistant\n"
+    # A blank is the answer's; what is thought before it, if the template begins the answer, too.
+    thinks = "+ ('<think></think>' if message['role'] == 'assistant' else '') + message['content']"
+    think = CHATML.replace("+ message['content']", thinks)
+    assert [opening_of_answers(tokenizer) for tokenizer in (LLAMA, CHAT, tokenizer_of(think), tokenizer_of(NO_SYSTEM))] == [
+        ""
+    ] * 4
+
+
+def test_turns_and_answers_that_a_chat_template_leaves_out_are_told():
+    users = (
+        "{% for m in messages if m.role != 'system' %}{{ m.role + ': ' + m.content.split('</think>')[-1] + '\\n' }}{% endfor %}"
+    )
+    with pytest.raises(ConversationError, match="leaves out what turn 1 says, the system's"):
+        rendered("chat", WITH_SYSTEM, tokenizer=tokenizer_of(users))
+    with pytest.raises(ConversationError, match="leaves out a part of the answer"):
+        rendered("chat", TURNS, ["<think>Well.</think> Yes"], tokenizer=tokenizer_of(users))
+    # What was thought in earlier turns is left out by design.
+    thought = (TURNS[0], Turn("assistant", "<think>Well.</think>Hello"), TURNS[2])
+    assert rendered("chat", thought, tokenizer=tokenizer_of(users)) == rendered("chat", TURNS, tokenizer=tokenizer_of(users))
 
 
 # ---- the system ---------------------------------------------------------------------------------------------------------

@@ -282,7 +282,7 @@ def test_rows_of_a_prompt_form_one_record_in_the_order_of_first_rows():
     rows = [pair_row("p", "a", "b"), pair_row("q", "x", "y"), pair_row("p", "b", "c")]
     report = DataReport()
     assert list(group_rows(rows, report)) == [
-        ("p", {"responses": ["a", "b", "c"], "pairs": [(0, 1), (1, 2)], "sft_target": "b"}),
+        ("p", {"responses": ["a", "b", "c"], "pairs": [(0, 1), (1, 2)], "sft_target": "b", "sft_targets": ["a", "b"]}),
         ("q", {"responses": ["x", "y"], "pairs": [(0, 1)], "sft_target": "x"}),
     ]
     assert report == DataReport()
@@ -353,6 +353,42 @@ def test_no_pair_is_lost_or_made_up_whatever_the_window(rows, window):
         assert len(set(record["responses"])) == len(record["responses"])
         assert {index for pair in record["pairs"] for index in pair} == set(range(len(record["responses"])))
         assert record["sft_target"] in {record["responses"][better] for better, _ in record["pairs"]}
+
+
+@given(rows=st.lists(st.builds(pair_row, PROMPTS, ANSWERS, ANSWERS), max_size=20), window=st.integers(1, 6))
+def test_sft_learns_the_preferred_answer_of_each_usable_row_whatever_the_window(rows, window):
+    records = group_rows(rows, DataReport(), window)
+    learned = [(prompt, text) for prompt, record in records for text in record.get("sft_targets", [record["sft_target"]])]
+    assert Counter(learned) == Counter((row.prompt, row.responses[0]) for row in rows if row.responses[0] != row.responses[1])
+
+
+@pytest.mark.parametrize(
+    ("targets", "fault"),
+    [("a", "sft_targets is str, expected a list"), (["a", ""], "sft_targets 1 is empty"), ([], None), (["a"], None)],
+)
+def test_several_sft_targets_are_a_list_of_texts(targets, fault):
+    assert fault_of_item(("p", SOUND | {"sft_targets": targets})) == fault
+
+
+def test_remarks_are_told_once_and_survive_json():
+    report = DataReport(left_out={"it is odd": 1}, bad_rows=["row 3"])
+    for _ in range(2):
+        report.not_read("system")
+        report.note("weight has no effect")
+    again = DataReport(**json.loads(json.dumps(report.as_dict())))
+    assert again.lines() == [
+        "1 left out: it is odd",
+        "columns not read: system (with system: system it is the system's turn)",
+        "weight has no effect",
+        "  row 3",
+    ]
+
+
+def test_names_of_a_hundred_columns_are_kept():
+    report = DataReport()
+    for number in range(150):
+        report.not_read(f"column {number}")
+    assert list(report.columns_not_read) == [f"column {number}" for number in range(100)]
 
 
 @given(rows=st.lists(st.builds(pair_row, PROMPTS, ANSWERS, ANSWERS), max_size=20))

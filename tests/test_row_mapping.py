@@ -90,12 +90,14 @@ def test_dialogues_that_answer_different_prompts_are_left_out_and_counted():
 @pytest.mark.parametrize(
     ("chosen", "rejected", "prompt"),
     [
-        ("Q: why? A: because", "Q: why? A: no idea", "Q: why? A: "),
+        # The blank before the answers is theirs, as TRL has it.
+        ("Q: why? A: because", "Q: why? A: no idea", "Q: why? A:"),
         # No word is cut: both answers begin with b.
-        ("Say it. because", "Say it. but", "Say it. "),
-        ("one\ntwo three", "one\ntwo four", "one\ntwo "),
+        ("Say it. because", "Say it. but", "Say it."),
+        ("one\ntwo three", "one\ntwo four", "one\ntwo"),
+        ("one\nthree", "one\nfour", "one\n"),
         ("shared", "shared and more", None),
-        ("shared and", "shared and more", "shared "),
+        ("shared and", "shared and more", "shared"),
         ("  x", "  y", None),
         ("a", "b", None),
     ],
@@ -592,3 +594,195 @@ def test_a_conversation_keeps_its_own_system_turn_where_a_field_names_another():
         "rejected": [{"role": "system", "content": "Its own."}, *turns("q", "b")],
     }
     assert FieldMap(system="sys").row_of(row).prompt == (Turn("system", "Its own."), Turn("user", "q"))
+
+
+# ---- nothing is lost without a word -------------------------------------------------------------------------------------
+
+
+def conversation(*pairs: tuple[str, str]) -> list[dict]:
+    return [{"role": role, "content": content} for role, content in pairs]
+
+
+PIRATE = ("system", "Talk like a pirate.")
+GREETING = (("user", "hello"), ("assistant", "ahoy"))
+
+
+def beside(prompt, *shared: tuple[str, str]) -> dict:
+    """A row with a prompt beside conversations that begin with the same turns."""
+    return {"prompt": prompt, **{name: conversation(*shared, ("assistant", name)) for name in ("chosen", "rejected")}}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "shared"),
+    [
+        # The conversations go on from the prompt.
+        ([PIRATE, *GREETING], [("user", "q")]),
+        ([PIRATE], [*GREETING, ("user", "q")]),
+        ([PIRATE, GREETING[0]], [GREETING[1], ("user", "q")]),
+        # They repeat all of it, or its end; white space aside.
+        ([PIRATE, *GREETING, ("user", "q")], [PIRATE, *GREETING, ("user", "q")]),
+        ([PIRATE, *GREETING, ("user", "q")], [*GREETING, ("user", "q")]),
+        ([PIRATE, *GREETING, ("user", "q ")], [("user", "q")]),
+        ([("user", "q")], [PIRATE, *GREETING, ("user", "q")]),
+    ],
+)
+def test_turns_of_a_prompt_and_those_that_both_answers_share_stand_in_order_each_once(prompt, shared):
+    found = one(beside(conversation(*prompt), *shared)).prompt
+    assert [(role, content.strip()) for role, content in found] == [PIRATE, *GREETING, ("user", "q")]
+
+
+def test_a_prompt_that_conversations_neither_repeat_nor_go_on_from_is_told():
+    row = beside(conversation(("user", "another question")), ("user", "q"))
+    assert "the prompt ends with the user's turn, and chosen and rejected begin with another one" in fault(row)
+
+
+def test_a_text_beside_conversations_is_told_where_it_is_in_none_of_their_turns_with_the_map_that_reads_it():
+    row = beside("Talk like a pirate.", ("user", "q"))
+    assert "would be lost. If it is the system's, say system: prompt" in fault(row)
+    assert one(row, system="prompt").prompt == (Turn(*PIRATE), Turn("user", "q"))
+
+
+@pytest.mark.parametrize("prompt", ["q", " q\n", "hello", "", None, dialogue("hello", "ahoy") + "\n\nHuman: q\n\nAssistant:"])
+def test_a_text_beside_conversations_may_say_what_their_turns_say(prompt):
+    assert one(beside(prompt, *GREETING, ("user", "q"))).prompt == tuple(Turn(*turn) for turn in (*GREETING, ("user", "q")))
+
+
+@pytest.mark.parametrize(
+    "written", [json.dumps, repr, lambda turns: json.dumps(turns, indent=1)], ids=["json", "python", "lines"]
+)
+def test_conversations_that_were_written_into_texts_are_read(written):
+    row = {"prompt": turns("q", "a", "next"), "chosen": turns("q", "good")[1:], "rejected": turns("q", "bad")[1:]}
+    assert one({name: written(value) for name, value in row.items()}) == one(row)
+    whole = {"chosen": turns("q", "good"), "rejected": turns("q", "bad")}
+    assert one({name: written(value) for name, value in whole.items()}) == one(whole)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['[{"role": "admin", "content": "x"}]', '{"value": 3}', '[{"value": "x", "from": 1}]', "[1, 2]", '{"role": "ad', "[{"],
+)
+def test_other_json_in_texts_is_text(text):
+    assert one({"prompt": "p", "chosen": text, "rejected": "b"}).responses == [text, "b"]
+
+
+def test_a_conversation_as_text_that_cannot_be_read_is_told():
+    broken = "[{'role': 'user', 'content': 'q'}\n {'role': 'assistant', 'content': 'a'}]"
+    assert "begins as a list of turns, and cannot be read as JSON" in fault({"chosen": broken, "rejected": broken})
+
+
+@pytest.mark.parametrize("name", ["image", "images", "videos", "audio"])
+def test_rows_with_pictures_films_or_sounds_are_told(name):
+    row = {"prompt": "<image> What is it?", "chosen": "a", "rejected": "b"}
+    assert f"field {name!r} is not empty, and no model here is shown anything but text" in fault(row | {name: ["x.png"]})
+    assert one(row | {name: []}) == one(row | {name: None}) == one(row)
+
+
+def test_instruction_and_input_are_one_prompt_and_that_is_counted():
+    report = DataReport()
+    rows = [{"instruction": "Translate.", "input": text, "output": "x"} for text in ("a word", "", None)]
+    found = mapped(rows, report, prompt="instruction", response="output")
+    assert [row.prompt for row in found] == ["Translate.\na word", "Translate.", "Translate."]
+    assert report.lines() == ["1 prompts made of instruction and input, with a line end between them"]
+    # Where the map says what input is, it is that.
+    (row,) = mapped(rows[:1], prompt="instruction", response="output", system="input")
+    assert row.prompt == (Turn("system", "a word"), Turn("user", "Translate."))
+
+
+@pytest.mark.parametrize(
+    ("row", "names", "remark"),
+    [
+        ({"system": "s", "margin": 0, "weight": 2}, {}, "system, margin, weight (with system: system it is the system's turn)"),
+        ({"system": "s", "margin": 0, "weight": 2}, {"system": "system", "where": {"margin": 0}}, "weight"),
+        ({"tools": [{"name": "f"}]}, {}, "tools (chat templates are given no tools)"),
+        ({"meta": {"id": 1, "split": "x"}}, {"where": {"meta.id": 1}}, "meta.split"),
+        ({"": 3, "empty": "", "none": None, "no": [], "nothing": {}}, {}, "''"),
+    ],
+)
+def test_columns_that_hold_something_and_are_not_read_are_named(row, names, remark):
+    report, texts = DataReport(), {"prompt": "p", "chosen": "a", "rejected": "b"}
+    # The last of three rows has them: all rows are looked at.
+    mapped([texts, texts, texts | row] if not names else [texts | row], report, **names)
+    assert [line for line in report.lines() if line.startswith("columns")] == [f"columns not read: {remark}"]
+
+
+def test_what_stands_beside_role_and_text_of_a_turn_is_named():
+    chosen = [
+        {"role": "user", "content": "q", "turn_id": 1},
+        {"role": "assistant", "content": "a", "tool_calls": ["x"], "name": None},
+    ]
+    report = DataReport()
+    mapped([{"chosen": chosen, "rejected": turns("q", "b")}], report)
+    assert report.columns_not_read == {"chosen.turn_id": 1, "chosen.tool_calls": 1}
+    # Whose turn it is goes without saying.
+    report = DataReport()
+    answers = {name: {"role": "assistant", "content": name, "score": 1} for name in ("chosen", "rejected")}
+    mapped([{"prompt": "p", **answers}], report, chosen="chosen.content", rejected="rejected.content")
+    assert report.columns_not_read == {"chosen.score": 1, "rejected.score": 1}
+
+
+COLUMNS = ("prompt", "chosen", "rejected", "system", "input", "instruction", "note", "output", "score")
+
+
+@settings(max_examples=300)
+@given(
+    columns=st.sets(st.sampled_from(COLUMNS)),
+    names=st.sampled_from(
+        [{}, {"system": "system"}, {"prompt": "instruction"}, {"response": "output"}, {"response": "output", "score": "score"}]
+    ),
+    form=st.sampled_from(["text", "turns", "written"]),
+)
+def test_every_column_of_a_row_is_in_its_texts_or_named(columns, names, form):
+    row = {column: f"<{column}>" for column in columns} | ({"score": 1.5} if "score" in columns else {})
+    if form != "text":
+        role = {"prompt": "user", "instruction": "user"}
+        row |= {
+            name: [{"role": role.get(name, "assistant"), "content": row[name]}]
+            for name in ("prompt", "chosen", "rejected")
+            if name in row
+        }
+    if form == "written":
+        row = {name: json.dumps(value) if isinstance(value, list) else value for name, value in row.items()}
+    report = DataReport(skip_bad_rows=True)
+    for found in mapped([row], report, **names):
+        said = found.prompt if isinstance(found.prompt, str) else " ".join(turn.content for turn in found.prompt)
+        said += " ".join(found.responses)
+        assert all(
+            f"<{column}>" in said or column in report.columns_not_read or column == names.get("score") for column in columns
+        )
+
+
+def test_a_system_field_that_gives_way_to_a_turn_is_counted():
+    report = DataReport()
+    rows = [{"sys": sys, **beside(None, PIRATE, ("user", "q"))} for sys in ("Be brief.", PIRATE[1], "", None)]
+    assert len(mapped(rows, report, system="sys")) == 4
+    assert report.changed == {"conversations with a system turn of their own, which stays in place of the field 'sys'": 1}
+
+
+@pytest.mark.parametrize(
+    ("keys", "row", "remedy"),
+    [
+        ({}, {"prompt": "p", "completion": "c"}, "{path: ..., response: completion}, for loss=sft"),
+        ({}, {"instruction": "p", "output": "c"}, "{path: ..., prompt: instruction, response: output}"),
+        ({"response": "output"}, {"instruction": "p", "output": "c"}, "as in prompt: instruction"),
+        ({"response": "answer"}, {"messages": [], "answer": "c"}, "as in prompt: messages"),
+        ({}, {"prompt": "p", "chosen": turns("q", "a")[1], "rejected": "b"}, "read as chosen.content"),
+        ({}, {"prompt": "p", "chosen": {"from": "gpt", "value": "a"}, "rejected": "b"}, "read as chosen.value"),
+        ({"response": "c", "score": "label"}, {"prompt": "p", "c": "x", "label": True}, "expected a number, as 1 and 0"),
+    ],
+)
+def test_what_is_told_names_a_map_that_reads_the_row(keys, row, remedy):
+    assert remedy in fault(row, **keys)
+
+
+def test_filters_and_implicit_prompts_without_effect_are_noted():
+    rows = [{"prompt": f"p{n}", "chosen": "a", "rejected": "b", "n": n} for n in range(3)]
+    report = DataReport()
+    mapped(rows, report, where={"n": ">= 0"}, top_k={"column": "n", "k": 3}, implicit_prompt=True)
+    assert report.notes == [
+        "where leaves out no row by n: >= 0",
+        "top_k has no effect: there are 3 rows, and 3 are kept",
+        "implicit_prompt has no effect: prompts stand in fields of their own, or in turns",
+    ]
+    report = DataReport()
+    mapped(rows, report, where={"n": ">= 1"}, top_k={"column": "n", "k": 1})
+    assert report.notes == []

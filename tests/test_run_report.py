@@ -189,10 +189,25 @@ def test_an_accuracy_that_is_no_better_than_chance_is_said(low, high, expected):
     assert expected in text and bool(expected) == ("accuracy" in text)
 
 
+@pytest.mark.parametrize(("prompts", "told"), [(1, "Held-out numbers: 1 prompt, too few"), (9, "9 prompts, too few"), (10, "")])
+def test_too_few_held_out_prompts_are_said(prompts, told):
+    text = said([step(4), evaluation(8, **{"counters/held_out_prompts": prompts})])
+    assert told in text and bool(told) == ("too few" in text)
+
+
 def test_a_held_out_loss_that_rises_again_is_said_with_where_it_was_lowest():
     rows = [evaluation(n, **{"loss/eval": loss, "loss/eval/low": loss - 0.05}) for n, loss in ((0, 0.7), (8, 0.5), (16, 0.6))]
     assert "lowest after 8 examples (0.5) and is 0.6 at the end" in said(rows)
     assert "lowest" not in said([*rows[:2], rows[2] | {"loss/eval/low": 0.45}])
+
+
+def test_losses_that_are_not_of_one_thing_are_not_said_to_rise():
+    rows = [evaluation(n, **{"loss/eval": loss, "loss/eval/low": loss - 0.05}) for n, loss in ((0, 0.7), (8, 0.5), (16, 0.6))]
+    assert "lowest" not in said(rows, {"loss": {"name": "tr_dpo"}})
+    # The first two are beta-DPO's of an earlier version, at the beta in force.
+    mixed = [row | {"beta_DPO/beta_used": 0.2} for row in rows]
+    mixed[2]["beta_DPO/loss_eval_at_beta_used"] = 0.4
+    assert "lowest" not in said(mixed)
 
 
 def test_a_gradient_that_is_mostly_scaled_down_is_said():

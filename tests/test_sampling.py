@@ -1,6 +1,7 @@
 """Sampled answers: drawn from the model's own distribution, and the same whoever else is answered."""
 
 import copy
+import math
 import random
 
 import pytest
@@ -12,7 +13,7 @@ from transformers import AutoModelForCausalLM
 import sampling
 from conftest import GOLDEN
 from models import share_prefixes
-from sampling import OwnStreams, sample_answers, sample_responses
+from sampling import OTHER, POLICY, OwnStreams, sample_answers, sample_responses
 
 
 @pytest.fixture(scope="module", params=["llama_policy", "gpt_neox"])
@@ -65,6 +66,31 @@ def test_tokens_are_drawn_as_often_as_the_softmax_says():
     expected = scores.softmax(0)
     # Four standard errors of a share of 20,000 draws.
     assert ((share - expected).abs() <= 4 * (expected * (1 - expected) / len(drawn)).sqrt()).all()
+
+
+def test_answers_that_are_compared_are_independent():
+    """A win rate under a graded judge is that of independent draws; from one stream it leans towards one half."""
+    grade = torch.tensor([-1.5, -0.5, 0.0, 0.8, 2.0])
+    rows = 20_000
+    prompts = [[number] for number in range(rows)]
+    # A policy that likes what the judge likes, against one that likes all alike.
+    scores = {POLICY: grade, OTHER: torch.zeros(5)}
+    drawn = {stream: OwnStreams(prompts, 0, stream)(None, scores[stream].repeat(rows, 1)).argmax(1) for stream in scores}
+    chances = grade.softmax(0)[:, None] * torch.full((5,), 0.2)
+    wins = (grade[:, None] > grade).float() + 0.5 * (grade[:, None] == grade)
+    expected = (chances * wins).sum().item()
+    found, other = grade[drawn[POLICY]], grade[drawn[OTHER]]
+    rate = ((found > other).float() + 0.5 * (found == other)).mean().item()
+    # Four standard errors of a rate of 20,000 comparisons.
+    assert rate == pytest.approx(expected, abs=4 * 0.5 / math.sqrt(rows))
+    # From one stream the same draws lean to one half by more than that.
+    shared = grade[OwnStreams(prompts, 0)(None, scores[OTHER].repeat(rows, 1)).argmax(1)]
+    assert ((found > shared).float() + 0.5 * (found == shared)).mean().item() < expected - 4 * 0.5 / math.sqrt(rows)
+
+
+def test_each_stream_is_the_same_at_every_call(model, tokenizer):
+    first, again = (sample_responses(model, tokenizer, PROMPTS, 24, 0, stream=OTHER) for _ in range(2))
+    assert first == again and first != sample_responses(model, tokenizer, PROMPTS, 24, 0)
 
 
 def test_what_a_models_makers_advise_for_chats_is_not_heeded_and_stays_as_it_is(model, tokenizer):

@@ -20,6 +20,7 @@ from configuration import check_config
 from conftest import write
 from pruning import Pruning, build_pruner
 from run_files import JOB
+from sweeps import _doubts
 from utils import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -393,3 +394,19 @@ def test_a_key_of_sweeps_that_makes_no_sense_is_refused(compose, override, told)
     with pytest.raises(UserError) as refused:
         check_config(compose(override))
     assert str(refused.value).startswith(told)
+
+
+@pytest.mark.parametrize(
+    ("objective", "task", "params", "told"),
+    [
+        ("loss/eval", ["loss.beta=0.1,0.5", "lr=1e-3,1e-4"], None, "jobs that differ in loss.beta,"),
+        ("loss/eval", ["loss=dpo,ipo"], None, "jobs that differ in loss,"),
+        ("loss/eval", [], {"loss.beta": "interval(0.1, 1)", "lr": "interval(1e-5, 1e-4)"}, "jobs that differ in loss.beta,"),
+        ("loss/eval", ["lr=1e-3,1e-4", "loss.beta=0.1", "loss.a=0.2,0.6"], None, None),
+        ("rewards_eval/accuracies", ["loss.beta=0.1,0.5"], None, None),
+    ],
+)
+def test_an_objective_that_does_not_compare_the_jobs_is_said(objective, task, params, told):
+    hydra = {"overrides": {"task": task}, "sweeper": {"params": params}}
+    found = _doubts(OmegaConf.create({"objective": objective, "loss": {"name": "dpo"}, "hydra": hydra}))
+    assert len(found) == bool(told) and all(told in text for text in found)

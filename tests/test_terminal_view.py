@@ -65,6 +65,12 @@ def test_a_run_is_shown_with_how_far_it_is_its_curves_and_what_happened(run_dir)
     assert "Reward margin" not in text, "there is no number of it"
 
 
+def test_too_few_held_out_prompts_are_said(run_dir):
+    assert "too few" not in shown(run_dir)
+    add(run_dir / "metrics.jsonl", {"loss/eval": 0.2, "counters/examples": 196, "counters/held_out_prompts": 3})
+    assert "held out: 3 prompts, too few" in shown(run_dir)
+
+
 def test_the_numbers_beside_a_chart_stand_at_their_rows(tmp_path):
     add(tmp_path / "metrics.jsonl", *(step(n, **{"loss/train": n / 100}) for n in range(30, 70)))
     rows = shown(tmp_path, 60, 20).splitlines()

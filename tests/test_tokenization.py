@@ -3,6 +3,7 @@
 import itertools
 import os
 import pickle
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -19,7 +20,10 @@ from prompt_templates import build_template
 from records import SAME_TEXT, DataReport, PreferenceRecord, Turn
 from tokenization import (
     NO_END,
+    NO_PAIR_TO_COMPARE,
+    NO_TURNS,
     NOTHING_LEFT,
+    OWN_SYSTEM_TURN,
     PROMPT_CUT,
     RESPONSE_CUT,
     SAME_IDS,
@@ -348,9 +352,44 @@ def test_sft_keeps_the_target_alone(template):
     assert [gpt2().decode(ids) for ids in found.responses] == [response + END_OF_TEXT]
 
 
-def test_a_record_without_pairs_is_for_sft_alone():
+def test_sft_keeps_every_target_of_a_record_each_by_itself():
+    several = replace(record(responses=[" yes", " no", " why"]), sft_targets=(" yes", " why", " yes"))
+    found = tokenized([several, record("the")], gpt2(), paired=False)
+    assert [gpt2().decode(prompt.prompt_ids) for prompt in found] == ["ask"] * 3 + ["the"]
+    texts = [[gpt2().decode(ids) for ids in prompt.responses] for prompt in found]
+    assert texts == [[f"{text}{END_OF_TEXT}"] for text in (" yes", " why", " yes", several.sft_target)]
+    assert {prompt.number for prompt in found} == {1} and not any(prompt.pairs for prompt in found)
+    # A run that began with the first version goes on with the data that it had.
+    [one] = tokenized([several], gpt2(), paired=False, version=1)
+    assert [gpt2().decode(ids) for ids in one.responses] == [f"{several.sft_target}{END_OF_TEXT}"]
+
+
+@pytest.mark.parametrize(("template", "changed"), [(None, {NO_TURNS: 1, OWN_SYSTEM_TURN: 1}), ("hh", {OWN_SYSTEM_TURN: 1})])
+def test_prompts_that_do_without_the_system_prompt_are_counted(template, changed):
+    conversation = (Turn("user", "ask"),)
+    rows = [record("ask"), record(conversation), record((Turn("system", "the"), *conversation))]
+    report = DataReport()
+    tokenized(rows, gpt2(), report, template=template, system_prompt="why")
+    assert report.changed == changed
+    report = DataReport()
+    tokenized(rows, gpt2(), report, template=template)
+    assert report.changed == {}
+
+
+def test_a_chat_template_that_does_not_begin_answers_is_noted():
+    tokenizer = byte_level_tokenizer()
+    tokenizer.chat_template = CHATML.split("{% if add")[0]
+    report = DataReport()
+    [found] = tokenized([record()], tokenizer, report, template="chat")
+    assert tokenizer.decode(found.prompt_ids).endswith("<|im_start|>assistant\n")
+    assert "'<|im_start|>assistant\\n', which it writes before answers, is put at the end of prompts" in report.notes[0]
+
+
+def test_a_record_without_pairs_is_for_sft_alone_and_counted_elsewhere():
     rows = [record(responses=[" yes"], pairs=[])]
-    assert tokenized(rows, gpt2()) == []
+    report = DataReport()
+    assert tokenized(rows, gpt2(), report) == []
+    assert report.left_out == {NO_PAIR_TO_COMPARE: 1}
     assert len(tokenized(rows, gpt2(), paired=False)) == 1
 
 
@@ -658,10 +697,11 @@ def test_rows_of_one_prompt_side_by_side_become_one_and_others_do_not(tmp_path):
     assert (third.prompt_ids, third.number) == ([5, 6], 4)
 
 
-def test_sft_learns_each_preferred_response_of_a_prompt_once(tmp_path):
+def test_sft_learns_the_preferred_response_of_each_row(tmp_path):
     rows = [row(chosen=(7, 2), rejected=(8, 2)), row(chosen=(7, 2), rejected=(9, 2)), row(chosen=(8, 2), rejected=(9, 2))]
     found = read(saved(tmp_path, rows), paired=False)
     assert [(prompt.prompt_ids, prompt.responses, prompt.pairs) for prompt in found] == [
+        ([5, 6], [[7, 2]], []),
         ([5, 6], [[7, 2]], []),
         ([5, 6], [[8, 2]], []),
     ]

@@ -4,13 +4,13 @@ import copy
 import json
 import math
 
-import numpy
 import pytest
 import torch
 from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM
 
 from batches import (
+    UNLIMITED,
     BatchIterator,
     MicroBatch,
     TokenBudget,
@@ -20,15 +20,16 @@ from batches import (
     pack,
     pieces_of,
 )
-from checkpoints import CheckpointWriter, fault_of, newest_usable, read_reference, read_state
+from checkpoints import CheckpointWriter, best_of, fault_of, newest_usable, read_reference, read_state
 from configuration import choices_of
 from conftest import GOLDEN
-from logprobs import CachedReference, LiveReference
-from losses import build_loss
+from logprobs import LiveReference
+from losses import LOSS_AT_BETA_USED, build_loss
 from models import share_prefixes
 from prompt_table import PromptTable
+from ranks import ALONE
 from records import PreferenceRecord
-from reference_cache import reference_logps_of
+from reference_cache import Reads, cached_reference
 from shown import write_files
 from tokenization import TokenizedPrompt, TokenSettings, tokenize_records
 from tracking import Tracker
@@ -180,6 +181,50 @@ def test_a_run_trains_and_evaluates_every_example_and_the_last_partial_batches(b
     assert [row["counters/examples"] for row in rows if "loss/eval" in row] == [0, 8, 17, 25, 26]
     assert len(trainer.held_out.examples["loss/eval"]) == 7
     assert not list(tmp_path.glob("step-*")), "debug writes no checkpoint"
+
+
+@pytest.mark.parametrize(
+    ("loss", "prompts", "told"),
+    [
+        ({"name": "dpo"}, 10, []),
+        ({"name": "dpo"}, 9, ["held-out numbers: 9 prompts, too few to decide anything by; expected at least 10"]),
+        ({"name": "bco", "beta": 0.1}, 10, ["loss/eval depends on a running mean of training's rewards: it does not compare"]),
+    ],
+)
+def test_what_speaks_against_held_out_numbers_is_said_once(loss, prompts, told, build, tokenized, capsys):
+    table = PromptTable.of(tokenized[True][:prompts])
+    trainer = build(build_loss(**loss), eval_batches=evaluation_batches(table, 4, None, seed=0))
+    trainer.evaluate()
+    trainer.train_step(micro_batches(tokenized[True][:4], 4))
+    trainer.evaluate()
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    assert len(lines) == len(told) and all(text in line for text, line in zip(told, lines, strict=True))
+
+
+def test_a_run_of_an_earlier_version_forgets_its_best_held_out_loss_which_was_at_another_beta(
+    build, tokenized, tmp_path, capsys
+):
+    def make(**parts):
+        batches = evaluation_batches(PromptTable.of(tokenized[True][:12]), 4, None, seed=0)
+        return build(build_loss(**BETA_DPO), "llama", "lr=1e-3", eval_batches=batches, **parts)
+
+    first = make()
+    first.train_step(micro_batches(tokenized[True][:4], 4))
+    first.evaluate()
+    with CheckpointWriter(tmp_path, first.policy, first.tokenizer) as writer:
+        writer.write(first.snapshot())
+    state = tmp_path / "LATEST" / "state.json"
+    now = make()
+    now.continue_from(tmp_path / "LATEST")
+    assert now.best == first.held_out_means["loss/eval"] and best_of([tmp_path / "LATEST"], "loss/eval")
+    written = json.loads(state.read_text())
+    del written["held_out"][LOSS_AT_BETA_USED]
+    state.write_text(json.dumps(written))
+    capsys.readouterr()
+    then = make()
+    then.continue_from(tmp_path / "LATEST")
+    assert then.best is None and not best_of([tmp_path / "LATEST"], "loss/eval")
+    assert "the best so far is forgotten" in capsys.readouterr().out
 
 
 def test_metrics_names_are_the_documented_ones(build, tokenized):
@@ -371,8 +416,9 @@ def test_a_cached_reference_gives_the_steps_of_a_live_one(build, tokenized, tmp_
         return [trainer.train_step(batch)["loss/train"] for batch in BatchIterator(table, 8)]
 
     live = build(build_loss("dpo")).reference
-    cached = CachedReference(reference_logps_of(live, table.select(numpy.arange(len(table))), tmp_path / "logps.safetensors"))
-    assert numbers(cached) == pytest.approx(numbers(None), abs=1e-5)
+    reads = Reads.of_run(BatchIterator(table, 8), PromptTable.of([], table.num_responses), 8, None, 0, UNLIMITED, ALONE)
+    cached = cached_reference(live, reads, tmp_path / "logps.safetensors")
+    assert numbers(cached) == numbers(None)
 
 
 def test_autocast_computes_products_in_the_shorter_format_and_sums_in_float32(build, tokenized):

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from held_out_report import lines_of_win_rate
 from judge_servers import Reply, serving, shorter_wins, verdict
 from judges import Judge, NoJudgementError, OllamaJudge, OpenAIJudge
 from utils import UserError
@@ -21,7 +22,14 @@ ROOT = Path(__file__).parent.parent
 
 def settings_of(url: str = "http://127.0.0.1:9", **changes) -> SimpleNamespace:
     """The section `evaluation` of the configuration."""
-    values = {"judge": "ollama:m", "judge_url": url, "against": "reference", "judge_timeout": 20, "judge_attempts": 2}
+    values = {
+        "judge": "ollama:m",
+        "judge_url": url,
+        "against": "reference",
+        "judge_timeout": 20,
+        "judge_attempts": 2,
+        "judge_max_tokens": 99,
+    }
     return SimpleNamespace(**values | {"judge_pause": 0.001, "judge_workers": 2, "max_missing": 0.1} | changes)
 
 
@@ -72,6 +80,83 @@ def test_what_has_been_judged_is_not_asked_again(tmp_path):
         assert len(server.questions) == 26
 
 
+@pytest.mark.parametrize(("judge_class", "base"), [(OpenAIJudge, "/v1"), (OllamaJudge, "")])
+def test_verdicts_are_of_one_model_at_one_server(judge_class, base, tmp_path, capsys):
+    def rate(server, **changes) -> dict:
+        wanted = settings_of(server.url + base, **changes)
+        return win_rate(judge_class("kind", "m", wanted), comparisons(6), tmp_path / "j.jsonl", wanted)
+
+    name = "m" if base else "m:latest"
+    with serving(shorter_wins, {name: "these weights", "other": "others"}) as server:
+        assert rate_of(rate(server)) == 0.5 and len(server.questions) == 12
+        # The same model, though its list of models has another moment in it: nothing is asked again.
+        assert rate(server)["note"] is None and len(server.questions) == 12 and server.listed == 2
+        assert "12 of 12 verdicts are known from earlier evaluations" in capsys.readouterr().out
+        server.models["other"] = "newer"
+        rate(server)
+        assert len(server.questions) == 12
+        # Another limit is another request.
+        rate(server, judge_max_tokens=98)
+        assert len(server.questions) == 24
+        # Other weights behind the name.
+        server.models[name], server.answer = "other weights", lambda question: verdict(question, "tie")
+        assert rate(server)["ties"] == 6 and len(server.questions) == 36
+    with serving(shorter_wins, {name: "these weights"}) as server:
+        rate(server)
+        assert len(server.questions) == 12, "another address is another server"
+
+
+def test_verdicts_of_a_server_that_is_gone_are_nobodys(tmp_path):
+    with serving(shorter_wins, {"m:latest": "these weights"}) as server:
+        wanted = settings_of(server.url)
+        win_rate(OllamaJudge("ollama", "m", wanted), comparisons(6), tmp_path / "j.jsonl", wanted)
+    found = win_rate(OllamaJudge("ollama", "m", wanted), comparisons(6), tmp_path / "j.jsonl", wanted)
+    assert found["rate"] is None and found["unanswered"] == 6 and "unreachable" in found["reasons"]
+    assert "does not answer (unreachable): verdicts of earlier evaluations are not used" in found["note"]
+
+
+def test_a_server_that_does_not_say_what_it_serves_is_taken_at_its_word_and_that_is_said(tmp_path):
+    with serving(shorter_wins) as server:
+        wanted = settings_of(server.url)
+        for _ in range(2):
+            found = win_rate(OllamaJudge("ollama", "m", wanted), comparisons(6), tmp_path / "j.jsonl", wanted)
+    assert len(server.questions) == 12 and found["unanswered"] == 0
+    assert "does not say which model it serves (status 404: no such page)" in found["note"]
+    assert any("taken to be of the same m" in line for line in lines_of_win_rate(found))
+
+
+def test_why_there_are_no_verdicts_reaches_the_screen_by_their_number(tmp_path):
+    faults = {
+        0: Reply("Hm."),
+        1: Reply(status=400, body='{"error": "prompt too long"}'),
+        2: Reply(status=500, body="overloaded"),
+        3: Reply("", ends="length"),
+    }
+
+    def answer(question) -> Reply:
+        number = int(question[1].split()[1])
+        return faults[number % 4] if number < 12 else shorter_wins(question)
+
+    with serving(answer) as server:
+        wanted = settings_of(server.url, max_missing=0.9)
+        found = win_rate(OllamaJudge("ollama", "m", wanted), comparisons(40), tmp_path / "j.jsonl", wanted)
+    expected = {"malformed": 6, "status 400: prompt too long": 6, "status 500: overloaded": 6, "cut at judge_max_tokens": 6}
+    assert found["reasons"] == expected and found["unanswered"] == 12 and found["retried"] == {"status 500: overloaded": 6}
+    lines = lines_of_win_rate(found)
+    assert "  not answered: 6 x status 400: prompt too long" in lines
+    assert "  asked again: 6 x status 500: overloaded" in lines
+
+
+@pytest.mark.parametrize(("wins", "low"), [(1, 0.025), (8, 0.6306), (128, 0.9716)])
+def test_a_rate_of_1_is_not_certain(wins, low, tmp_path):
+    class Fond(Judge):
+        def better(self, prompt, first, second):
+            return "first"
+
+    found = win_rate(Fond("fond"), comparisons(wins), tmp_path / "j.jsonl", settings_of(judge_workers=1))
+    assert found["rate"] == {"mean": 1.0, "low": pytest.approx(low, abs=1e-4), "high": 1.0}
+
+
 def failing_for(requests: set[str], reply: Reply):
     """A server that never answers some requests."""
     return lambda question: reply if question[1] in requests else shorter_wins(question)
@@ -84,7 +169,7 @@ def test_what_is_not_answered_is_counted_apart_and_left_out(tmp_path):
         found = win_rate(OllamaJudge("ollama", "m", wanted), comparisons(20), tmp_path / "j.jsonl", wanted)
         assert (found["wins"], found["ties"], found["losses"], found["unanswered"]) == (6, 6, 7, 1)
         assert rate_of(found) == pytest.approx((6 + 3) / 19)
-        assert found["reasons"] == {"malformed": 2} and found["retried"] == {"malformed": 2}
+        assert found["reasons"] == {"malformed": 2} and found["retried"] == {}
         # It may be answered another time.
         server.answer = shorter_wins
         again = win_rate(OllamaJudge("ollama", "m", wanted), comparisons(20), tmp_path / "j.jsonl", wanted)

@@ -25,7 +25,7 @@ from models import load_model, share_prefixes, weights_hash
 from prompt_table import PromptTable
 from ranks import ALONE
 from records import PreferenceRecord
-from reference_cache import cache_path, compute_logps, reference_logps_of
+from reference_cache import Reads, cache_path, cached_reference, compute_logps
 from sharding import Layout, load_sharded, make_mesh, ranks_of, whole
 from tokenization import TokenSettings, tokenize_records
 from trainers import BasicTrainer, FSDPTrainer
@@ -272,8 +272,8 @@ def evaluate_unevenly(settings: dict, num_rows: int) -> dict:
     expected = evaluate(single.policy, single.reference, single.loss, evaluation_batches(table, *sizes))
     everything = table.select(torch.arange(len(table)).numpy())
     logps = [
-        compute_logps(LiveReference(trainer.policy), everything, ranks),
-        compute_logps(LiveReference(single.policy), everything),
+        compute_logps(LiveReference(trainer.policy), Reads(everything, everything), ranks).logps,
+        compute_logps(LiveReference(single.policy), Reads(everything, everything)).logps,
     ]
     epoch = [BatchIterator(table, 8, ranks=each) for each in (ranks, ALONE)]
     seen = [sum(micro.num_examples for step in steps for micro in step) for steps in epoch]
@@ -313,8 +313,9 @@ def keep_on_disks_of_their_own(settings: dict, folder: str) -> dict:
     trainer, ranks = world.sharded("llama", {"name": "dpo", "beta": 0.1}, world.mesh("full"), "full")
     table = PromptTable.of(golden_prompts(world.tokenizer, True))
     everything = table.select(torch.arange(len(table)).numpy())
-    path = cache_path(Path(folder) / str(ranks.rank), trainer.policy, everything, ranks)
-    computed, found = (reference_logps_of(LiveReference(trainer.policy), everything, path, ranks) for _ in range(2))
+    reads = Reads(everything, everything)
+    path = cache_path(Path(folder) / str(ranks.rank), trainer.policy, reads, None, ranks)
+    computed, found = (cached_reference(LiveReference(trainer.policy), reads, path, ranks).logps for _ in range(2))
     apart = ranks.gather((computed - found).abs().max().item())
     kept = ranks.gather(path.exists())
     end_group()

@@ -243,7 +243,7 @@ def base_of(checkpoint: Path, model_config, tokenizer, cache_dir: str | None = N
     return _of_adapter(load_base, checkpoint, model_config, tokenizer, cache_dir)
 
 
-def _of_adapter(load, checkpoint: Path, model_config, tokenizer, cache_dir: str | None) -> nn.Module:
+def _of_adapter(make, checkpoint: Path, model_config, tokenizer, cache_dir: str | None) -> nn.Module:
     from omegaconf import OmegaConf
 
     # Of how the run computed on its machine nothing is needed here, and some of it may not be there.
@@ -255,7 +255,7 @@ def _of_adapter(load, checkpoint: Path, model_config, tokenizer, cache_dir: str 
             torch.manual_seed(seed)
             # A run that kept no base had tried its optimizer on such a layer before it made its model.
             nn.Linear(1, 1)
-        return load(config, tokenizer, cache_dir, kept_base(checkpoint))
+        return make(config, tokenizer, cache_dir, kept_base(checkpoint))
 
 
 def _seed_of(checkpoint: Path) -> int | None:

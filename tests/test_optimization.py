@@ -302,7 +302,8 @@ def test_a_run_with_master_weights_resumes_bit_for_bit(compose, tokenizer, tmp_p
     resumed = trainer_of(compose, tokenizer, *overrides)
     resumed.continue_from(tmp_path / "step-4")
     resumed.train()
-    assert resumed.tracker.lines == whole.tracker.lines[-len(resumed.tracker.lines) :] and resumed.tokens == whole.tokens
+    later = whole.tracker.lines[len(whole.tracker.lines) - len(resumed.tracker.lines) :]
+    assert resumed.tracker.lines == later and resumed.tokens == whole.tokens
     for weight, other in zip(whole.policy.parameters(), resumed.policy.parameters(), strict=True):
         assert torch.equal(weight, other)
         master = whole.optimizer.masters[weight]

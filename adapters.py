@@ -528,17 +528,16 @@ def merge(model: nn.Module, dtype: torch.dtype) -> None:
     """Add the adapter that is trained to the weights under it, in float32, rounded once to a dtype, and take it out.
 
     Layers without an adapter stay as they are. A head that is tied to an adapted embedding, or the reverse, becomes a weight of
-    its own: training has changed one of the two.
+    its own: training has changed one of the two. Raises UserError where layers of the architecture share a weight, and the
+    adapter changes it for each of them.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     _untie(model)
-    adapted = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    adapted = _outermost_adapted(model)
+    _refuse_shared(model, adapted)
     for name, layer in adapted.items():
         parent, _, leaf = name.rpartition(".")
-        if parent in adapted or leaf == "base_layer":
-            # Of the layer around it, which merges both.
-            continue
         base = layer.get_base_layer()
         for weight in base.parameters(recurse=False):
             weight.data = weight.data.float()
@@ -554,6 +553,26 @@ def merge(model: nn.Module, dtype: torch.dtype) -> None:
         raise RuntimeError(f"{left[0]} could not be merged")
     del model.peft_config
     model._hf_peft_config_loaded = False
+
+
+def _outermost_adapted(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers with an adapter, by their names; of one within another the one around it, which merges both."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    adapted = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    inner = {name for name in adapted if name.rpartition(".")[0] in adapted or name.endswith(".base_layer")}
+    return {name: module for name, module in adapted.items() if name not in inner}
+
+
+def _refuse_shared(model: nn.Module, adapted: dict[str, nn.Module]) -> None:
+    owners: dict[nn.Parameter, str] = {}
+    for name, layer in adapted.items():
+        for weight in layer.get_base_layer().parameters(recurse=False):
+            if (other := owners.setdefault(weight, name)) != name:
+                raise UserError(
+                    f"--merge: in {type(model).__name__} {other} and {name} share their weights, and the adapter changes each of "
+                    "them by its own: no whole model of this architecture says what they say. Export without --merge."
+                )
 
 
 def _untie(model: nn.Module) -> None:

@@ -406,14 +406,21 @@ def _as_in_evaluation(module: nn.Module, _inputs) -> None:
     module.training = False
 
 
+# Architectures whose attention has a mask made of trained weights. There sdpa takes another kernel where it needs gradients,
+# and policy and reference would differ in their last bits.
+TRAINED_MASKS = ("doge",)
+
+
 def choose_attention(model: nn.Module, name: str) -> None:
     """Give a model the attention of a name; auto is the newest flash attention there is for its dtype, or what the model has.
 
-    Raises UserError where it cannot be had.
+    For auto, models of TRAINED_MASKS have eager attention. Raises UserError where the attention cannot be had.
     """
     from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
-    if name == "auto":
+    if name == "auto" and model.config.model_type in TRAINED_MASKS:
+        name = "eager"
+    elif name == "auto":
         short = model.dtype in (torch.float16, torch.bfloat16)
         there = {"flash_attention_3": is_flash_attn_3_available, "flash_attention_2": is_flash_attn_2_available}
         name = next((name for name, is_there in there.items() if short and torch.cuda.is_available() and is_there()), None)

@@ -72,6 +72,8 @@ def disagreement(found, expected, lengths: Tensor, rounding: float) -> str | Non
 
 def fault_of_sharing(model: nn.Module) -> str | None:
     """Why a model cannot compute prompts once for all their responses; None where it can. It is left as it was."""
+    if getattr(model, "_is_stateful", False):
+        return "it keeps a state that goes from token to token, which one response would hand on to the next"
     training = model.training
     model.eval()
     try:
@@ -138,7 +140,10 @@ def _difference(
     except NotSharedError as error:
         return _Fault(str(error), True)
     except Exception as error:  # whatever an architecture makes of what it does not know
-        return _Fault(f"its forward raised {type(error).__name__}: {(str(error).splitlines() or [''])[0][:80]}", False)
+        raised = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:80]}"
+        if not batch.layout.seen:
+            return _Fault(f"its forward needs rows, and ended before its attention was asked ({raised})", True)
+        return _Fault(f"its forward raised {raised}", False)
     if not batch.layout.seen:
         return _Fault("it does not hand the layout of the responses on to its attention", True)
     text = disagreement(found, expected, batch.response_lengths, ROUNDING[dtype])

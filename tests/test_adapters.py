@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from adapters import as_it_began, kept_weights
+from adapters import as_it_began, kept_weights, merge
 from batches import BatchIterator, evaluation_batches
 from checkpoints import CheckpointWriter, Snapshot, read_state
 from configuration import check_config
@@ -398,6 +398,18 @@ def test_a_merged_model_says_what_plain_peft_says_of_the_checkpoint(name, target
     for model in (trained, whole, loaded):
         torch.testing.assert_close(answers(model), expected, rtol=1e-5, atol=1e-4)
     assert (answers(AutoModelForCausalLM.from_pretrained(small(name), dtype=torch.float32)) - expected).abs().max() > 0.01
+
+
+def test_a_merge_into_a_weight_of_several_layers_is_refused(small, configured, tokenizer):
+    """As in Zamba, whose layers share one attention: each has an adapter of its own."""
+    config = configured("+adapter=lora", f"model.name_or_path={small('llama')}", "model.lora.target_modules=[q_proj]")
+    model = with_trained_adapter(load_model(config.model, tokenizer))
+    first, second = (layer.self_attn.q_proj for layer in model.model.layers[:2])
+    second.base_layer.weight = first.base_layer.weight
+    with pytest.raises(
+        UserError, match=r"--merge: in \w+ model\.layers\.0.*q_proj and model\.layers\.1.*q_proj share their weights"
+    ):
+        merge(model, torch.float32)
 
 
 def test_a_merge_is_computed_in_float32_and_rounded_once(small, configured, tokenizer, tmp_path):

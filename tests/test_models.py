@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from checkpoints import CheckpointWriter, Snapshot
@@ -92,6 +93,19 @@ def test_experts_that_add_noise_in_training_compute_as_in_evaluation(model_type,
     in_training = model.train()(ids).logits
     assert torch.equal(in_training, model.train()(ids).logits)
     assert torch.equal(in_training, model.eval()(ids).logits)
+
+
+def test_a_model_whose_mask_is_trained_says_the_same_with_and_without_gradients(compose):
+    sizes = "hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 4, num_key_value_heads: 2"
+    config = compose("model=blank_model", f"++model.from_config={{model_type: doge, {sizes}}}").model
+    model = load_model(config, byte_level_tokenizer())
+    for name, weight in model.named_parameters():
+        if weight.dim() > 1 or name.endswith(".A"):
+            nn.init.normal_(weight, std=0.2)
+    batch = random_trees(model.config.vocab_size)
+    with torch.no_grad():
+        expected = response_logps(model, batch)
+    assert torch.equal(response_logps(model, batch), expected)
 
 
 def test_a_model_with_a_width_for_each_layer_has_room_as_for_its_widest():

@@ -18,6 +18,7 @@ SIZES = {
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 LAYERS = {"layer_types": ["sliding_attention", "full_attention"]}
 HYBRID = {"layer_types": ["conv", "full_attention"]}
+STATES = {"mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1}
 
 
 def make(model_type: str, dtype: torch.dtype = torch.float32, **changes) -> nn.Module:
@@ -40,6 +41,11 @@ def make(model_type: str, dtype: torch.dtype = torch.float32, **changes) -> nn.M
         # Further away than any row of the proof.
         ("llama4_text", EXPERTS | {"attention_chunk_size": 8192, "intermediate_size_mlp": 64}, "chunks of 8192 tokens"),
         ("lfm2", HYBRID, "its log-probs would be wrong by"),
+        # Alike as long as what its mask is made of is 0, as in a new model; its gradient is not.
+        ("doge", {}, "a mask of its own is not part of it"),
+        ("bloom", {"n_head": 4}, "its forward needs rows, and ended before its attention was asked"),
+        ("mamba", {"state_size": 8}, "it keeps a state that goes from token to token"),
+        ("falcon_h1", STATES, "it keeps a state that goes from token to token"),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -16,8 +16,8 @@ from pathlib import Path
 from unittest import mock
 
 import plain
-import sharded
 import tiny_models
+import two_processes
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file
@@ -281,7 +281,7 @@ def run_sharded(architectures: list[Architecture]) -> None:
         of.sharded_end, run_dir = None, of.folder / "fsdp"
         with configuration(of.folder, run_dir, f"model.name_or_path={of.model}", *DPO, *TWO_PROCESSES) as config:
             wanted.append((OmegaConf.to_container(config, resolve=True), run_dir))
-    for of, end in zip(architectures, sharded.runs(wanted), strict=True):
+    for of, end in zip(architectures, two_processes.runs(wanted), strict=True):
         of.sharded_end = end
 
 
@@ -289,7 +289,7 @@ def fsdp(of: Architecture) -> str:
     """Two processes of FSDPTrainer train the weights that one process does."""
     if of.sharded_end is None:
         run_sharded([of])
-    if of.sharded_end != sharded.ENDED:
+    if of.sharded_end != two_processes.ENDED:
         return of.sharded_end
     run_dir = of.folder / "fsdp"
     rows = rows_of(run_dir)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(HERE)]
+sys.path[:0] = [str(HERE), str(ROOT), str(ROOT / "benchmarks")]
 
 from utils import quiet_libraries  # noqa: E402
 

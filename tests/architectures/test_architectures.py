@@ -7,7 +7,7 @@ from pathlib import Path
 
 import checks
 import pytest
-import sharded
+import two_processes
 from tiny_models import DENSE, TINY, make
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -19,16 +19,17 @@ ALONE = [name for name in checks.CHECKS if name != "fsdp"]
 # One of each kind, and what its cells say where they do not say ok: rotary positions; learned ones and Conv1D; windows and
 # soft-caps; ALiBi; experts; attention sinks; chunks; a state in place of attention, alone and beside attention.
 SHARED = {"prefix": "shared"}
+STATE = {"prefix": "padded: it keeps a state that goes from token to token, which one response would hand on to the next"}
 KINDS: dict[str, dict[str, str]] = {
     "llama": SHARED,
     "gpt2": SHARED,
     "gemma2": SHARED,
-    "mpt": SHARED,
+    "mpt": {"prefix": "padded: it does not hand the layout of the responses on to its attention"},
     "mixtral": SHARED,
-    "gpt_oss": SHARED,
-    "llama4_text": SHARED,
-    "mamba": SHARED,
-    "falcon_h1": SHARED,
+    "gpt_oss": {"prefix": "padded: attention sinks (s_aux) are not part of it"},
+    "llama4_text": {"prefix": "padded: attention within chunks of 32 tokens (attention_chunk_size) is not part of it"},
+    "mamba": STATE,
+    "falcon_h1": STATE,
 }
 # Beside them, for two processes alone: tensors without dimensions, and layers that share weights.
 FOR_TWO = ("apertus", "zamba2")
@@ -59,13 +60,13 @@ def test_a_run_of_two_processes_that_die_is_told_and_those_behind_it_are_followe
         wanted, folder = arguments
         for number, _, _ in wanted:
             if number == 1:
-                raise sharded.WorkerDiedError("rank 1 of 2 died (SIGKILL)")
+                raise two_processes.WorkerDiedError("rank 1 of 2 died (SIGKILL)")
             for rank in range(workers):
                 said = "ended" if number == 0 else f"refused: by {rank}"
                 (Path(folder) / f"{number}.{rank}").write_text(json.dumps([rank, said]))
 
-    monkeypatch.setattr(sharded, "launch", launch)
-    ends = sharded.runs([({}, tmp_path)] * 3)
+    monkeypatch.setattr(two_processes, "launch", launch)
+    ends = two_processes.runs([({}, tmp_path)] * 3)
     assert ends == ["ended", "TRACEBACK: rank 1 of 2 died (SIGKILL)", "refused: by 0"]
 
 

@@ -62,7 +62,8 @@ def load_tokenizer(model_config, cache_dir: str | None = None):
         return byte_level_tokenizer()
     from transformers import AutoTokenizer
 
-    with _loading("model.tokenizer_name_or_path", name):
+    key = "model.tokenizer_name_or_path" if model_config.tokenizer_name_or_path else "model.name_or_path"
+    with _loading(key, name):
         tokenizer = AutoTokenizer.from_pretrained(name, cache_dir=cache_dir, trust_remote_code=model_config.trust_remote_code)
     if tokenizer.eos_token_id is None:
         raise UserError(
@@ -95,6 +96,8 @@ def byte_level_tokenizer():
 @contextmanager
 def _loading(key: str, name: str):
     """Inside, what is wrong with a model's files becomes a UserError: they are data, and nothing of them may be executed."""
+    if name.startswith(("/", "./", "../", "~")) and not Path(name).is_dir():
+        raise UserError(f"{key}: {name}: no such directory. Paths are relative to {Path.cwd()}.")
     try:
         yield
     except Exception as error:  # a dozen types: of networks, and of damaged files in half a dozen formats

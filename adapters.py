@@ -324,9 +324,11 @@ def base_archive(model_config) -> Path | None:
     if kept is not None:
         return kept
     if base is None or not Path(base).exists():
+        gone = ", which is not there any more" if base and Path(base).is_absolute() else ""
         raise UserError(
-            f"model.archive: the adapter {archive} was trained on {base or 'a model from scratch'}, and model.name_or_path is "
-            f"{configured}. Give the model that it was trained on."
+            f"model.archive: the adapter {archive} was trained on {base or 'a model from scratch'}{gone}, and "
+            f"model.name_or_path is {configured}. Put that model where it was, or name another place of it as "
+            f"base_model_name_or_path in the adapter's {SETTINGS_FILE}."
         )
     return Path(base)
 

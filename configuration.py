@@ -645,6 +645,8 @@ def _check_evaluation(config: DictConfig) -> None:
         looked_at = Path(path).absolute().parent if key == "to" and path else path
         if path not in (None, "reference") and not Path(looked_at).is_dir():
             raise UserError(f"evaluation.{key}: {path}: no such directory. Paths are relative to {Path.cwd()}.")
+    if wanted.against != "reference" and wanted.judge is None:
+        raise UserError(f"evaluation.against: found {wanted.against}, and nobody compares answers. Set evaluation.judge too.")
     if tasks and is_sharded(config):
         raise UserError(f"evaluation.tasks: {config.trainer.name} has a part of the model only. Set trainer=BasicTrainer.")
     for key in ("judge", "tasks"):

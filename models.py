@@ -7,7 +7,9 @@ proved here, on itself, before it is relied on.
 
 import copy
 import json
+import os
 import shutil
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from adapters import (
+    BASE_DIR,
     add_adapter,
     base_archive,
     began_as,
@@ -59,7 +62,8 @@ def load_tokenizer(model_config, cache_dir: str | None = None):
         return byte_level_tokenizer()
     from transformers import AutoTokenizer
 
-    with _loading("model.tokenizer_name_or_path", name):
+    key = "model.tokenizer_name_or_path" if model_config.tokenizer_name_or_path else "model.name_or_path"
+    with _loading(key, name):
         tokenizer = AutoTokenizer.from_pretrained(name, cache_dir=cache_dir, trust_remote_code=model_config.trust_remote_code)
     if tokenizer.eos_token_id is None:
         raise UserError(
@@ -92,6 +96,8 @@ def byte_level_tokenizer():
 @contextmanager
 def _loading(key: str, name: str):
     """Inside, what is wrong with a model's files becomes a UserError: they are data, and nothing of them may be executed."""
+    if name.startswith(("/", "./", "../", "~")) and not Path(name).is_dir():
+        raise UserError(f"{key}: {name}: no such directory. Paths are relative to {Path.cwd()}.")
     try:
         yield
     except Exception as error:  # a dozen types: of networks, and of damaged files in half a dozen formats
@@ -137,9 +143,11 @@ def load_model(model_config, tokenizer, cache_dir: str | None = None, base_dir: 
     there where it is not yet. Raises UserError where that cannot be.
     """
     model = load_base(model_config, tokenizer, cache_dir, base_dir)
-    missing = base_dir is not None and model_config.lora.r is not None and not base_dir.is_dir()
-    if missing and _has_no_directory(model.config, model_config):
-        _keep(model, tokenizer, base_dir)
+    if base_dir is not None and model_config.lora.r is not None and not base_dir.is_dir():
+        if _has_no_directory(model.config, model_config):
+            _keep(base_dir, lambda place: _save_with_tokenizer(model, tokenizer, place))
+        elif _is_of_a_run(archive := base_archive(model_config)):
+            _keep(base_dir, lambda place: _link_model(archive, place))
     base = str(base_dir.resolve()) if base_dir is not None and base_dir.is_dir() else None
     model = _made_ready(model, model_config, base)
     if is_adapter(model_config.archive):
@@ -183,6 +191,11 @@ def _has_no_directory(config, model_config) -> bool:
     return bool(config_differences(lies_there, config))
 
 
+def _is_of_a_run(archive: Path | None) -> bool:
+    """Whether an archive is a checkpoint, or a kept base, of a run: that run may prune it, or be set aside or removed."""
+    return archive is not None and (archive.resolve().name == BASE_DIR or (archive / "state.json").is_file())
+
+
 # What of a configuration says nothing of what a model computes, or is said again when it is loaded.
 NOT_COMPUTED = (
     "_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "auto_map", "eos_token_id",
@@ -197,13 +210,12 @@ def config_differences(one, other) -> list[str]:
     return [key for key in keys if mine.get(key) != theirs.get(key)]
 
 
-def _keep(model: nn.Module, tokenizer, base_dir: Path) -> None:
-    """Write the model under an adapter. Raises UserError where the system does not let it be written."""
+def _keep(base_dir: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` make the directory of the model under an adapter. Raises UserError where the system does not let it."""
     partial = base_dir.with_name(f"{base_dir.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
-        save_model(model, partial)
-        tokenizer.save_pretrained(partial)
+        write(partial)
         partial.rename(base_dir)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -211,6 +223,26 @@ def _keep(model: nn.Module, tokenizer, base_dir: Path) -> None:
             f"local_run_dir: {base_dir}, the model under the adapter, cannot be written: {first_line(error)}. Make room, or "
             "set local_dirs or local_run_dir."
         ) from error
+
+
+def _save_with_tokenizer(model: nn.Module, tokenizer, directory: Path) -> None:
+    save_model(model, directory)
+    tokenizer.save_pretrained(directory)
+
+
+# Files of a checkpoint that continue its run, and say nothing of its model.
+OF_A_RUN = ("state.json", "checksums.json")
+
+
+def _link_model(archive: Path, directory: Path) -> None:
+    """Give the files of a model a second name in another directory, which takes no room; copy them where there are no links."""
+    directory.mkdir()
+    for file in sorted(archive.resolve().iterdir()):
+        if file.is_file() and file.suffix != ".pt" and file.name not in OF_A_RUN:
+            try:
+                os.link(file, directory / file.name)
+            except OSError:
+                shutil.copyfile(file, directory / file.name)
 
 
 def save_model(model: nn.Module, directory: Path, **options) -> None:

@@ -32,7 +32,7 @@ from guards import CHANGED, StillWeights, Watch
 from held_out_report import intervals_of
 from layer_splitting import joined_optimizer_state, joined_weights, set_joined_weights, split_optimizer_state
 from ledger import Ledger
-from logprobs import response_logps
+from logprobs import LiveReference, response_logps
 from losses import Loss, LossOutput, Survey, example_metrics, is_at_beta_used
 from model_state import compute_device
 from optimization import MASTER, MasterWeights, build_optimizer, flat_state, schedule, updated, warmup_steps
@@ -534,9 +534,9 @@ class BasicTrainer:
         if reference := self.moved_reference():
             read_reference(checkpoint, reference)
             self.set_moved_reference(reference)
-        plain = "examples", "updates", "bad_steps", "evaluated_at", "reference_answers", "best", "evaluations_since_best"
-        for name in plain:
+        for name in ("examples", "updates", "bad_steps", "evaluated_at", "best", "evaluations_since_best"):
             setattr(self, name, state[name])
+        self.take_reference_answers(state["reference_answers"])
         self.held_out_means, self.saved_at = state["held_out"], state["examples"]
         self.tokens = state.get("tokens", 0)
         if self.config.objective == "loss/eval" and is_at_beta_used(self.held_out_means):
@@ -554,6 +554,23 @@ class BasicTrainer:
             self.take_schedule(config_then)
         streams = state["random"]
         restore_random_streams(streams[self.ranks.rank if len(streams) == self.ranks.size else 0])
+
+    def take_reference_answers(self, kept: list[str] | None) -> None:
+        """Take over the reference's answers of a checkpoint, whose run may have had fewer sample prompts, or more."""
+        wanted = len(self.sample_prompts)
+        # Sample prompts are the first of the held-out ones, however many.
+        self.reference_answers = kept[:wanted] if kept is not None else None
+        if kept is None or len(kept) >= wanted:
+            return
+        if isinstance(self.reference, LiveReference):
+            with self.reference.as_reference(self.reference.model):
+                self.reference_answers = self.answers(self.reference.model)
+            return
+        self.reference_answers = None
+        self.tracker.say(
+            f"samples: the reference has answered {len(kept)} of the {wanted} sample prompts and only its log-probs are kept: "
+            "from here on samples are the policy's alone (reference_logps=live would give the reference's too)"
+        )
 
     def take_optimizer(self, checkpoint: Path, state: dict) -> None:
         """Take over the optimizer's state of a checkpoint, and its master weights where it has some and they are wanted."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 
-from conversations import TURN_KEYS, keys_of_turn
+from conversations import TURN_KEYS, RowError, keys_of_turn, read_written_turns
 
 # Whose turn a text is goes without saying where the text alone is named, as in chosen.content.
 ROLE_BESIDE = dict(TURN_KEYS)
@@ -62,7 +62,12 @@ def _unread_parts(value, branch: dict[str, dict], name: str) -> Iterator[str]:
 
 
 def _beside_turns(value, name: str) -> Iterator[str]:
-    """Names of what the turns of a conversation hold beside role and text."""
+    """Names of what the turns of a conversation, which may be written into a text, hold beside role and text."""
+    try:
+        value = read_written_turns(value, name)
+    except RowError:
+        # A column that is only compared, as `where` does: nobody reads turns in it.
+        return
     for item in value if isinstance(value, list) else ():
         keys = keys_of_turn(item)
         if keys and len(item) > 2:

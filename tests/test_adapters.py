@@ -512,12 +512,27 @@ def test_a_model_from_scratch_is_kept_beside_its_adapter_and_found_by_others(con
     torch.testing.assert_close(answers(moved), expected, rtol=1e-5, atol=1e-4)
 
 
+def test_an_adapter_does_not_lose_its_base_with_the_run_that_made_it(configured, tokenizer, tmp_path):
+    first = tmp_path / "first"
+    first.mkdir()
+    base = checkpoint_of(load_model(configured().model, tokenizer), tokenizer, first)
+    config = configured("+adapter=lora", f"model.archive={base}")
+    model = with_trained_adapter(load_model(config.model, tokenizer, base_dir=tmp_path / "base"))
+    expected = answers(model)
+    assert not (tmp_path / "base" / "state.json").exists(), "it is a model, no checkpoint"
+    assert (tmp_path / "base" / "model.safetensors").stat().st_nlink == 2, "it takes no room"
+    checkpoint = checkpoint_of(model, tokenizer, tmp_path)
+    shutil.rmtree(first)
+    torch.testing.assert_close(answers(AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)), expected)
+    torch.testing.assert_close(answers(load_merged(checkpoint, config.model, tokenizer)), expected, rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("overrides", "kept"),
     [
         ([], False),
         (["+model.from_config.rms_norm_eps=0.1"], True),
-        (["model.archive={whole}"], False),
+        (["model.archive={whole}"], True),
         (["model.archive={whole}/policy.pt"], True),
         (["model.archive={whole}", "+model.from_config.rms_norm_eps=0.1"], True),
     ],

@@ -267,3 +267,12 @@ def test_a_compiled_model_says_what_it_said(tiny):
     assert model.model.layers[0].self_attn._compiled_call_impl is None
     torch.testing.assert_close(again, logps, rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(compiled, gradients, rtol=1e-4, atol=1e-4)
+
+
+def test_a_directory_that_is_not_there_is_named_by_the_key_that_names_it(compose):
+    config = compose("model=blank_model", "model.name_or_path=/nowhere/llama").model
+    with pytest.raises(UserError, match=r"^model\.name_or_path: /nowhere/llama: no such directory\."):
+        load_tokenizer(config)
+    config = compose("model=blank_model", "model.name_or_path=a/b", "model.tokenizer_name_or_path=./nowhere").model
+    with pytest.raises(UserError, match=r"^model\.tokenizer_name_or_path: \./nowhere: no such directory\."):
+        load_tokenizer(config)

@@ -713,6 +713,11 @@ def test_what_stands_beside_role_and_text_of_a_turn_is_named():
     report = DataReport()
     mapped([{"chosen": chosen, "rejected": turns("q", "b")}], report)
     assert report.columns_not_read == {"chosen.turn_id": 1, "chosen.tool_calls": 1}
+    # In a text, too; what cannot be read as turns there may still be compared.
+    report, broken = DataReport(), "[{'role': 'user', 'content': 'q'}\n {'role': 'assistant', 'content': 'a'}]"
+    row = {"chosen": json.dumps(chosen), "rejected": json.dumps(turns("q", "b")), "meta": broken}
+    mapped([row], report, where={"meta": broken})
+    assert report.columns_not_read == {"chosen.turn_id": 1, "chosen.tool_calls": 1}
     # Whose turn it is goes without saying.
     report = DataReport()
     answers = {name: {"role": "assistant", "content": name, "score": 1} for name in ("chosen", "rejected")}

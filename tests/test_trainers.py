@@ -23,7 +23,7 @@ from batches import (
 from checkpoints import CheckpointWriter, best_of, fault_of, newest_usable, read_reference, read_state
 from configuration import choices_of
 from conftest import GOLDEN
-from logprobs import LiveReference
+from logprobs import CachedReference, LiveReference
 from losses import LOSS_AT_BETA_USED, build_loss
 from models import share_prefixes
 from prompt_table import PromptTable
@@ -374,6 +374,23 @@ def test_a_reference_that_has_moved_answers_the_sample_prompts_anew(build, token
     trainer.train_step(micro_batches(tokenized[True][:4], 4))
     # It is a copy of the policy now.
     assert all(row["reference"] == row["policy"] for row in trainer.sample())
+
+
+@pytest.mark.parametrize("live", [True, False])
+def test_a_run_that_goes_on_may_have_another_number_of_sample_prompts(build, tokenized, live, capsys):
+    prompts = [prompt.prompt_ids for prompt in tokenized[True][:3]]
+    trainer = build(build_loss("dpo"), "llama", "max_length=40", "lr=1e-2", "warmup_steps=0", sample_prompts=prompts)
+    answers = trainer.answers(trainer.reference.model)
+    trainer.train_step(micro_batches(tokenized[True][:4], 4))
+    if not live:
+        trainer.reference = CachedReference(torch.zeros(8))
+    trainer.take_reference_answers([*answers, "to a fourth prompt"])
+    assert [row["reference"] for row in trainer.sample()] == answers
+    assert "samples:" not in capsys.readouterr().out
+    for kept in ([], answers[:2]):
+        trainer.take_reference_answers(kept)
+        assert [row.get("reference") for row in trainer.sample()] == (answers if live else [None] * 3)
+        assert ("samples: the reference has answered" in capsys.readouterr().out) is not live
 
 
 def test_a_moved_reference_lies_beside_weights_that_load_with_plain_transformers(build, loss_of, tokenized, tmp_path):

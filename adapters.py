@@ -571,7 +571,7 @@ def _refuse_shared(model: nn.Module, adapted: dict[str, nn.Module]) -> None:
             if (other := owners.setdefault(weight, name)) != name:
                 raise UserError(
                     f"--merge: in {type(model).__name__} {other} and {name} share their weights, and the adapter changes each "
-                    "of them by its own: no whole model of this architecture says what they say. Export without --merge."
+                    "by its own: no whole model of this architecture says what they say. Export without --merge."
                 )
 
 

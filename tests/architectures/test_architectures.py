@@ -30,8 +30,8 @@ KINDS: dict[str, dict[str, str]] = {
     "llama4_text": {"prefix": "padded: attention within chunks of 32 tokens (attention_chunk_size) is not part of it"},
     "falcon_h1": STATE,
 }
-# For two processes: tied weights, logits that are scaled, experts, blocks within blocks, tensors without dimensions, layers that
-# share weights.
+# For two processes: tied weights, scaled logits, experts, blocks within blocks, tensors without dimensions, layers that share
+# weights.
 FOR_TWO = ("gpt2", "gemma2", "mixtral", "mamba", "apertus", "zamba2")
 pytestmark = pytest.mark.filterwarnings("ignore")
 

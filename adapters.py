@@ -13,6 +13,7 @@ import re
 import warnings
 from collections import defaultdict
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -183,6 +184,7 @@ def _refused_by_peft(model: nn.Module, leaf: str) -> bool:
     return False
 
 
+@cache
 def _is_read_past(parent: type, leaf: str) -> bool:
     """Whether the code of a module multiplies by a layer's weight in place of calling the layer."""
     try:

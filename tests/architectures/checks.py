@@ -3,6 +3,8 @@
 Each check returns what is to be said where all is well, mostly "ok", and raises Wrong where a number is not what it should be.
 """
 
+import copy
+import functools
 import importlib.util
 import io
 import json
@@ -10,8 +12,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from functools import cached_property
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from unittest import mock
 
@@ -62,29 +63,38 @@ def write_rows(folder: Path) -> None:
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-@contextmanager
-def configuration(folder: Path, run_dir: Path, *overrides: str) -> Iterator[DictConfig]:
-    """A run's configuration, checked as the command line's is. Inside, Hydra can compose others."""
-    data = f"datasets=[{{path: {folder}/train.jsonl, test_path: {folder}/test.jsonl}}]"
-    given = [data, *COMMON, f"local_dirs=[{folder}/runs]", f"local_run_dir={run_dir}", *overrides]
+@functools.cache
+def composed(*overrides: str) -> DictConfig:
+    """A run's configuration, composed and checked as the command line's is, but for its paths."""
+    given = [*COMMON, "model.name_or_path=none", *overrides]
     chosen = {"model": "tiny", "loss": "dpo", "trainer": "BasicTrainer"}
     chosen |= {key: value for key, _, value in (text.partition("=") for text in given) if key in GROUPS}
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
         config = compose("config", overrides=given)
         check_config(config, given, chosen)
-        yield config
+    return config
+
+
+def configuration(folder: Path, model: Path, run_dir: Path, *overrides: str, resume: Path | None = None) -> DictConfig:
+    """The configuration of a run of a model into a directory, on the rows of a folder."""
+    config = copy.deepcopy(composed(*overrides))
+    config.datasets = [{"path": str(folder / "train.jsonl"), "test_path": str(folder / "test.jsonl")}]
+    config.local_dirs, config.local_run_dir = [str(folder / "runs")], str(run_dir)
+    config.model.name_or_path, config.resume = str(model), resume and str(resume)
+    check_config(config)
+    return config
 
 
 class Run:
-    """A run within this process, from the configuration to its end; what it has said, and its rows of metrics.jsonl."""
+    """A run within this process, to its end; what it has said, and its rows of metrics.jsonl."""
 
-    def __init__(self, folder: Path, run_dir: Path, *overrides: str):
-        self.dir = run_dir
+    def __init__(self, config: DictConfig):
+        self.dir = Path(config.local_run_dir)
         said = io.StringIO()
-        with configuration(folder, run_dir, *overrides) as config, redirect_stdout(said):
-            train.run(config, run_dir)
+        with redirect_stdout(said):
+            train.run(config, self.dir)
         self.said = said.getvalue()
-        self.rows = rows_of(run_dir)
+        self.rows = rows_of(self.dir)
 
     @property
     def checkpoint(self) -> Path:
@@ -156,16 +166,20 @@ class Architecture:
         self.train_rows = plain.Rows(folder / "train.jsonl", self.model)
         self.held_out = plain.Rows(folder / "test.jsonl", self.model)
 
-    def run(self, name: str, *overrides: str) -> Run:
-        """A new run of this model."""
-        return Run(self.folder, self.folder / name, f"model.name_or_path={self.model}", *overrides)
+    def configured(self, name: str, *overrides: str, resume: Path | None = None) -> DictConfig:
+        """The configuration of a run of this model into the directory of a name."""
+        return configuration(self.folder, self.model, self.folder / name, *overrides, resume=resume)
 
-    @cached_property
+    def run(self, name: str, *overrides: str, resume: Path | None = None) -> Run:
+        """A run of this model."""
+        return Run(self.configured(name, *overrides, resume=resume))
+
+    @functools.cached_property
     def dpo_run(self) -> Run:
         """Two steps of DPO in float32, with a live reference."""
         return self.run("dpo", *DPO)
 
-    @cached_property
+    @functools.cached_property
     def lora_run(self) -> Run:
         """Two steps of DPO of an adapter, as `+adapter=lora` has it."""
         return self.run("lora", *DPO, "+adapter=lora", "optimizer=AdamW", "lr=1e-2")
@@ -228,7 +242,7 @@ def resumed(of: Architecture) -> str:
     """A run that goes on from its checkpoint is the one that was not interrupted."""
     whole = of.run("whole", *DPO, "n_steps=3")
     begun = of.run("begun", *DPO)
-    again = of.run("begun", *DPO, "n_steps=3", f"resume={begun.dir}")
+    again = of.run("begun", *DPO, "n_steps=3", resume=begun.dir)
     expected, before = weights_in(whole.checkpoint), weights_in(begun.dir / f"step-{2 * PAIRS}")
     require_weights(weights_in(again.checkpoint), expected, before, "resumed")
     return "ok"
@@ -276,11 +290,8 @@ def export(*words) -> None:
 
 def run_sharded(architectures: list[Architecture]) -> None:
     """The DPO run of each architecture in two processes, which are started once for all of them."""
-    wanted = []
-    for of in architectures:
-        of.sharded_end, run_dir = None, of.folder / "fsdp"
-        with configuration(of.folder, run_dir, f"model.name_or_path={of.model}", *DPO, *TWO_PROCESSES) as config:
-            wanted.append((OmegaConf.to_container(config, resolve=True), run_dir))
+    configs = [of.configured("fsdp", *DPO, *TWO_PROCESSES) for of in architectures]
+    wanted = [(OmegaConf.to_container(config, resolve=True), Path(config.local_run_dir)) for config in configs]
     for of, end in zip(architectures, two_processes.runs(wanted), strict=True):
         of.sharded_end = end
 

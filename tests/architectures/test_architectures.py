@@ -17,7 +17,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 ALONE = [name for name in checks.CHECKS if name != "fsdp"]
 # One of each kind, and what its cells say where they do not say ok: rotary positions; learned ones and Conv1D; windows and
-# soft-caps; ALiBi; experts; attention sinks; chunks; a state in place of attention, alone and beside attention.
+# soft-caps; ALiBi; experts; attention sinks; chunks; a state beside attention.
 SHARED = {"prefix": "shared"}
 STATE = {"prefix": "padded: it keeps a state that goes from token to token, which one response would hand on to the next"}
 KINDS: dict[str, dict[str, str]] = {
@@ -28,11 +28,11 @@ KINDS: dict[str, dict[str, str]] = {
     "mixtral": SHARED,
     "gpt_oss": {"prefix": "padded: attention sinks (s_aux) are not part of it"},
     "llama4_text": {"prefix": "padded: attention within chunks of 32 tokens (attention_chunk_size) is not part of it"},
-    "mamba": STATE,
     "falcon_h1": STATE,
 }
-# Beside them, for two processes alone: tensors without dimensions, and layers that share weights.
-FOR_TWO = ("apertus", "zamba2")
+# For two processes: tied weights, scaled logits, experts, blocks within blocks, tensors without dimensions, layers that share
+# weights.
+FOR_TWO = ("gpt2", "gemma2", "mixtral", "mamba", "apertus", "zamba2")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
@@ -50,7 +50,7 @@ def test_an_architecture_is_trained_saved_and_exported_as_plain_transformers_hav
 
 @pytest.mark.usefixtures("forked_workers")
 def test_two_processes_train_an_architecture_of_each_kind_as_one_does(tmp_path):
-    some = [architecture(name, tmp_path) for name in (*KINDS, *FOR_TWO)]
+    some = [architecture(name, tmp_path) for name in FOR_TWO]
     checks.run_sharded(some)
     assert {of.name: said for of in some for _, said in checks.outcomes(of, ["fsdp"]) if said != "ok"} == {}
 

@@ -38,7 +38,7 @@ from batches import TokenBudget
 from configuration import times_beside_weights
 from logprobs import ScoringHead
 from model_state import compute_device, free_memory, frozen_copy, several_devices
-from ranks import Ranks, local, local_world_size
+from ranks import Ranks, bytes_of, local, local_world_size
 from response_trees import RESPONSE_TREES, register
 from sharing_proof import fault_of_sharing
 from toy_preferences import toy_records
@@ -124,7 +124,7 @@ def _hash_of(tensors: dict[str, Tensor]) -> str:
     digest = xxhash.xxh3_128()
     for name, tensor in tensors.items():
         digest.update(name.encode())
-        digest.update(local(tensor).detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(bytes_of(tensor))
     return digest.hexdigest()
 
 
@@ -231,14 +231,14 @@ def _save_with_tokenizer(model: nn.Module, tokenizer, directory: Path) -> None:
 
 
 # Files of a checkpoint that continue its run, and say nothing of its model.
-OF_A_RUN = ("state.json", "checksums.json")
+CONTINUES_A_RUN = ("state.json", "checksums.json")
 
 
 def _link_model(archive: Path, directory: Path) -> None:
     """Give the files of a model a second name in another directory, which takes no room; copy them where there are no links."""
     directory.mkdir()
     for file in sorted(archive.resolve().iterdir()):
-        if file.is_file() and file.suffix != ".pt" and file.name not in OF_A_RUN:
+        if file.is_file() and file.suffix != ".pt" and file.name not in CONTINUES_A_RUN:
             try:
                 os.link(file, directory / file.name)
             except OSError:

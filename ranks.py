@@ -88,6 +88,11 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def bytes_of(tensor: Tensor):
+    """The bytes of this process's part of a tensor, for a hash: a flat numpy array of uint8."""
+    return local(tensor).detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor, from the parts of all processes; each of them has to call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

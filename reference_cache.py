@@ -38,7 +38,7 @@ from logprobs import CachedReference, LiveReference
 from model_state import compute_device
 from models import weights_hash
 from prompt_table import PromptTable, Selection
-from ranks import ALONE, Ranks, local
+from ranks import ALONE, Ranks, bytes_of
 
 # Examples that are divided among the ranks together.
 EXAMPLES_AT_ONCE = 1024
@@ -139,8 +139,7 @@ def _computed(configuration):
 
 
 def _facts_of_tensor(tensor: Tensor) -> tuple:
-    values = local(tensor).detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return str(tensor.dtype), list(tensor.shape), xxhash.xxh3_128_hexdigest(values)
+    return str(tensor.dtype), list(tensor.shape), xxhash.xxh3_128_hexdigest(bytes_of(tensor))
 
 
 def machine_facts(device: torch.device) -> list:
@@ -336,5 +335,5 @@ def _write(path: Path, tensors: dict[str, Tensor]) -> None:
 def _checksum(tensors: dict[str, Tensor]) -> str:
     digest = xxhash.xxh3_128()
     for name in TENSORS:
-        digest.update(tensors[name].contiguous().view(torch.uint8).numpy())
+        digest.update(bytes_of(tensors[name]))
     return digest.hexdigest()

@@ -12,6 +12,7 @@ import math
 import re
 import warnings
 from collections import defaultdict
+from collections.abc import Iterable
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -39,10 +40,10 @@ def has_adapter(model: nn.Module) -> bool:
     return hasattr(model, "peft_config")
 
 
-def settings_of(model_config, model: nn.Module):
+def settings_of(model_config, model: nn.Module, unfit: Iterable[str]):
     """peft's LoraConfig of a `model` configuration for a model: all of the adapter's own, where training starts from one.
 
-    Raises UserError where peft is not installed.
+    unfit: the names of `unfit_layers`, left out where no layers are named. Raises UserError where peft is not installed.
     """
     try:
         from peft import LoraConfig
@@ -60,7 +61,7 @@ def settings_of(model_config, model: nn.Module):
     # The head is none of them: it is shared with the embedding in many models.
     settings.target_modules = "all-linear" if targets is None else targets
     if targets is None:
-        settings.exclude_modules = _shortened(unfit_layers(model), model) or None
+        settings.exclude_modules = _shortened(unfit, model) or None
     return settings
 
 
@@ -99,7 +100,7 @@ def add_adapter(model: nn.Module, model_config, base: str | None = None) -> None
     starting = is_adapter(model_config.archive)
     base = base or _origin(model_config)
     unfit = unfit_layers(model)
-    settings = settings_of(model_config, model)
+    settings = settings_of(model_config, model, unfit)
     for name in (TRAINED, STARTING)[: 1 + starting]:
         own = copy.deepcopy(settings)
         if name == STARTING:

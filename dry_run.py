@@ -234,7 +234,7 @@ VISIBLE = str.maketrans({" ": "▁", "\n": "⏎", "\r": "␍", "\t": "⇥"})
 
 
 def visible_text(token: int, tokenizer) -> str:
-    """A token's text with its blanks, those too that a tokenizer leaves out where it decodes a token alone."""
+    """A token's text with visible blanks, including those that a tokenizer drops when it decodes a token alone."""
     name, text = tokenizer.convert_ids_to_tokens(token), tokenizer.decode([token])
     if "\ufffd" in text:
         # A part of a letter's bytes.

@@ -8,7 +8,6 @@ ARCHITECTURES=--write` makes both anew.
 
 import json
 import re
-import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -63,11 +62,9 @@ def cell(name: str, check: str, said: str, reasons: list[str]) -> str:
 
 def main() -> None:
     """Write the page, or look whether it is as the results say."""
-    made = page()
-    if "--check" not in sys.argv[1:]:
-        PAGE.write_text(made)
-    elif not PAGE.is_file() or PAGE.read_text() != made:
-        sys.exit("docs/architectures.md is not what the results say: run python scripts/architectures_page.py")
+    from generated import write_or_check
+
+    write_or_check(PAGE, page())
 
 
 if __name__ == "__main__":

@@ -264,10 +264,9 @@ def page() -> str:
 
 def main() -> None:
     """Write the page, or check it."""
-    if "--check" not in sys.argv[1:]:
-        PAGE.write_text(page())
-    elif PAGE.read_text() != page():
-        sys.exit(f"{PAGE} is not what this script finds: run python scripts/interval_coverage.py")
+    from generated import write_or_check
+
+    write_or_check(PAGE, page())
 
 
 if __name__ == "__main__":

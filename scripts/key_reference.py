@@ -6,7 +6,6 @@ python scripts/key_reference.py [--check]
 """
 
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -158,11 +157,9 @@ def page() -> str:
 
 def main() -> None:
     """Write the page, or look whether it is as config/ says."""
-    made = page()
-    if "--check" not in sys.argv[1:]:
-        PAGE.write_text(made)
-    elif not PAGE.is_file() or PAGE.read_text() != made:
-        sys.exit("docs/key-reference.md is not what config/ says: run python scripts/key_reference.py")
+    from generated import write_or_check
+
+    write_or_check(PAGE, page())
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ python scripts/one_idea.py [--check]
 --check writes nothing, and exits with status 1 where the picture is not what this script draws.
 """
 
-import sys
 from pathlib import Path
 
 PICTURE = Path(__file__).resolve().parent.parent / "docs" / "one-idea.svg"
@@ -101,11 +100,9 @@ def picture() -> str:
 
 def main() -> None:
     """Write the picture, or look whether it is as drawn here."""
-    drawn = picture()
-    if "--check" not in sys.argv[1:]:
-        PICTURE.write_text(drawn)
-    elif not PICTURE.is_file() or PICTURE.read_text() != drawn:
-        sys.exit("docs/one-idea.svg is not what the script draws: run python scripts/one_idea.py")
+    from generated import write_or_check
+
+    write_or_check(PICTURE, picture())
 
 
 if __name__ == "__main__":

@@ -62,13 +62,13 @@ pages-test: .venv/installed-dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r preference_collection/requirements-test.txt
 	SCREENSHOTS=runs/page_screenshots $(BIN)/python -m pytest -n 0 -s --timeout=1800 tests_browser
 
-.venv/installed: requirements.txt
+.venv/installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-.venv/installed-dev: $(wildcard requirements*.txt) .venv/installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+.venv/installed-dev: $(wildcard requirements/*.txt) .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/dev.txt
 	touch $@
 
 .venv/installed-collect: preference_collection/requirements.txt
@@ -76,9 +76,9 @@ pages-test: .venv/installed-dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r preference_collection/requirements.txt
 	touch $@
 
-.venv/installed-docs: requirements-docs.txt
+.venv/installed-docs: requirements/docs.txt
 	test -d .venv || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-docs.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/docs.txt
 	touch $@
 
 .venv/installed-bench: benchmarks/requirements.txt .venv/installed

@@ -17,18 +17,17 @@ the model reads of it, for a split by a hash. Heavy libraries are imported where
 names can be checked before anything is loaded.
 """
 
-import inspect
-import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from functools import cache, partial
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from numbers import Real
-from pathlib import Path
 
-from data_files import DATA_SUFFIXES
-from html_text import html_to_text
-from prompt_templates import ASSISTANT, HUMAN, parse_dialogue
-from records import (
+from preference_training.core.processes import in_workers
+from preference_training.data.html_text import html_to_text
+from preference_training.data.hub_sets import WHOLE_SET, HubSet, hub_set, sound_rows
+from preference_training.data.registry import DATASETS, Dataset, register
+from preference_training.data.rows.field_maps import FieldMap, NumberedRows
+from preference_training.data.rows.records import (
     EMPTY_TEXT,
     SAME_TEXT,
     DataReport,
@@ -39,174 +38,11 @@ from records import (
     Turn,
     add_responses,
     group_rows,
-    kind_of,
     new_record,
-    prompt_text,
     scored_record,
-    split_by_hash,
 )
-from row_mapping import FieldMap, NumberedRows, RowError, value_of
-from toy_preferences import toy_records
-from utils import UserError, first_line, in_workers, nearest, run_file
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """A loader, and what its data needs.
-
-    truncation_mode is the end of a prompt that matters; skip_bad_rows is for public sets, whose rows are not the user's to
-    mend; fingerprint says in advance, as a short text, what the loader will give for a split: None where only loading tells.
-    about_sft is said where loss=sft learns less than all preferred answers, and one might expect them all.
-    held_out_by_share: a share of its prompts is held out by their hash, and no test split of its own. of_user: the loader is
-    code of the user's, which may change without its data.
-    """
-
-    load: Callable[..., Records | Items]
-    truncation_mode: str = "keep_start"
-    skip_bad_rows: bool = False
-    fingerprint: Callable[..., str] | None = None
-    about_sft: str | None = None
-    held_out_by_share: bool = False
-    of_user: bool = False
-
-
-DATASETS: dict[str, Dataset] = {}
-
-# Files of token ids, which have no texts.
-TOKENISED_SUFFIX = ".pt"
-
-
-def register(name: str, truncation_mode: str = "keep_start"):
-    """Make a loader known as `name`. Dialogues want `truncation_mode="keep_end"`: their last turn is what is answered."""
-
-    def decorator(load):
-        DATASETS[name] = Dataset(load, truncation_mode)
-        return load
-
-    return decorator
-
-
-# ---- rows of the hub ----------------------------------------------------------------------------------------------------
-
-
-@cache
-def load_hub(path: str, subset: str | None, data_dir: str | None, split: str, cache_dir: str | None):
-    """One split of a set of the hub, or of a local directory in the same layout.
-
-    Raises UserError where it cannot be loaded: no network and nothing cached, no such split, damaged files.
-    """
-    import datasets
-
-    try:
-        return datasets.load_dataset(path, subset, data_dir=data_dir, split=split, cache_dir=cache_dir)
-    except Exception as error:  # a dozen types: of networks, damaged files, scripts, YAML
-        reason = first_line(error.__cause__ or error)
-        raise UserError(
-            f"datasets: {path} (split {split}) could not be loaded: {reason}. Expected a data set of the hub, and a network "
-            "or a copy in the hub library's cache; or the path of a local directory with its files ({name: hh, data_dir: ...})."
-        ) from error
-
-
-def hub_rows(dataset, place: str) -> NumberedRows:
-    """(row number, row) of a loaded hub set, numbered from 1. Raises UserError naming `place` for damaged values."""
-    number = 0
-    try:
-        for batch in dataset.with_format("arrow").iter(batch_size=1000):
-            for row in batch.to_pylist():
-                number += 1
-                yield number, row
-    except Exception as error:  # half a dozen types: of texts that are not UTF-8, of dates that are none
-        raise UserError(f"datasets: {place}, after row {number}: cannot be read, or damaged: {error}.") from error
-
-
-KINDS = {str: "a text", Real: "a number", list: "a list"}
-
-
-def sound_rows(rows: NumberedRows, place: str, report: DataReport, kinds: dict[str, type]) -> Iterator[dict]:
-    """The rows whose fields have values of these kinds; others go to the report. A name with dots leads into each list item."""
-    for number, row in rows:
-        report.rows_read += 1
-        try:
-            for name, kind in kinds.items():
-                value = value_of(row, name)
-                wrong = [item for item in (value if "." in name else [value]) if not isinstance(item, kind)]
-                if wrong:
-                    raise RowError(f"field {name!r} is {kind_of(wrong[0])}, expected {KINDS[kind]}.")
-        except RowError as fault:
-            report.bad_row(UserError(f"datasets: {place}, row {number}: {fault}"))
-        else:
-            yield row
-
-
-@dataclass(frozen=True)
-class HubSet:
-    """Where a named data set lies on the hub, the fields that are read, and which of its splits are ours.
-
-    Without a test split of its own, `held_out_share` of the prompts are held out, and at least one.
-    """
-
-    path: str
-    fields: tuple[str, ...]
-    train: str = "train"
-    test: str | None = None
-    held_out_share: float = 0.01
-
-    def load(self, split: str, cache_dir: str | None, data_dir: str | None, subset: str | None = None):
-        """The hub's split that `split` ("train" or "test") is taken from. `subset` is a folder of the set."""
-        hub_split = self.test if split == "test" and self.test else self.train
-        folder = str(Path(data_dir) / (subset or "")) if data_dir else self.path
-        loaded = load_hub(folder, None, None if data_dir else subset, hub_split, cache_dir)
-        missing = [name for name in self.fields if name not in loaded.column_names]
-        if missing:
-            raise UserError(
-                f"datasets: {folder}, split {hub_split}: no field {', '.join(missing)}; it has "
-                f"{', '.join(loaded.column_names)}. Expected the fields of {self.path}: {', '.join(self.fields)}."
-            )
-        return loaded
-
-
-def hub_set(name: str, hub: HubSet, truncation_mode: str = "keep_start", about_sft: str | None = None):
-    """Register a function `(rows, report, *, options)` → items as the loader of a set of the hub."""
-
-    def decorator(items_of):
-        def load(
-            split,
-            silent=False,
-            cache_dir=None,
-            data_dir=None,
-            report=None,
-            text_of=prompt_text,
-            subset: str | None = None,
-            **options,
-        ):
-            counts = report if report is not None else DataReport(skip_bad_rows=True)
-            loaded = hub.load(split, cache_dir, data_dir, subset)
-            items = items_of(hub_rows(loaded, f"{name} ({split})"), counts, **options)
-            items = items.items() if isinstance(items, dict) else items
-            yield from items if hub.test else split_by_hash(items, split, hub.held_out_share, text_of)
-            if report is None and not silent:
-                for line in counts.lines():
-                    print(f"{name} {split}: {line}", flush=True)
-
-        def fingerprint(split, cache_dir, data_dir=None, subset=None, **options):
-            return f"{hub.load(split, cache_dir, data_dir, subset)._fingerprint} {sorted(options.items())}"
-
-        load.__doc__ = f"{items_of.__doc__} Hub: {hub.path}; `data_dir` is a local copy, `subset` a folder of the set."
-        # What an entry may say: the parameters of both.
-        own = list(inspect.signature(load).parameters.values())[:-1]
-        extra = [p for p in inspect.signature(items_of).parameters.values() if p.kind is p.KEYWORD_ONLY]
-        load.__signature__ = inspect.Signature([*own, *extra])
-        DATASETS[name] = Dataset(load, truncation_mode, True, fingerprint, about_sft, held_out_by_share=not hub.test)
-        return items_of
-
-    return decorator
-
-
-# The set is small enough that all rows of a prompt are brought together, however far apart they are.
-WHOLE_SET = sys.maxsize
-
-
-# ---- named sets ---------------------------------------------------------------------------------------------------------
+from preference_training.data.rows.templates import ASSISTANT, HUMAN, parse_dialogue
+from preference_training.data.toy_preferences import toy_records
 
 HH = HubSet("Anthropic/hh-rlhf", ("chosen", "rejected"), test="test")
 
@@ -237,6 +73,8 @@ DATASETS |= {f"hh-{name}": _hh_folder(name) for name in HH_FOLDERS}
 
 
 SHP = HubSet("stanfordnlp/SHP", ("history", "human_ref_A", "human_ref_B", "labels", "score_A", "score_B"), test="test")
+
+
 SHP_KINDS = {"history": str, "human_ref_A": str, "human_ref_B": str, "score_A": Real, "score_B": Real}
 
 
@@ -271,6 +109,8 @@ def shp_records(rows: NumberedRows, report: DataReport, *, min_score_ratio: floa
 
 
 STACK_EXCHANGE = HubSet("HuggingFaceH4/stack-exchange-preferences", ("question", "answers"))
+
+
 STACK_EXCHANGE_KINDS = {"question": str, "answers": list, "answers.text": str, "answers.pm_score": Real}
 
 
@@ -362,42 +202,3 @@ def _as_turns(prompt: Prompt) -> tuple[Turn, ...]:
 def get_toy(split: str, silent: bool = False, cache_dir: str | None = None) -> Records:
     """The generated preferences of `toy_preferences.py`; no prompt of the test split is in the train split."""
     return toy_records(split)
-
-
-# ---- finding a data set by its name ---------------------------------------------------------------------------------------
-
-
-def find_dataset(name: str) -> Dataset:
-    """The data set of a registered name or of `FILE.py:NAME`. Raises UserError for a name that is neither."""
-    if name in DATASETS:
-        return DATASETS[name]
-    if ".py:" in name:
-        return _dataset_of_user_file(*name.rsplit(":", 1))
-    raise UserError(
-        f"datasets: unknown data set {name!r}; {nearest(name, DATASETS)} "
-        f"A file must end in one of {', '.join(DATA_SUFFIXES)} or {TOKENISED_SUFFIX}; a set of the hub is ORGANISATION/NAME; "
-        "a loader of your own is FILE.py:NAME."
-    )
-
-
-@cache
-def _run_user_file(path: Path) -> dict[str, Dataset]:
-    """Run a Python file, once. Returns what it registers, apart from the registry: two files may use the same name."""
-    known = dict(DATASETS)
-    try:
-        run_file(path, "data")
-        return {name: dataset for name, dataset in DATASETS.items() if known.get(name) is not dataset}
-    finally:
-        DATASETS.clear()
-        DATASETS.update(known)
-
-
-def _dataset_of_user_file(file: str, name: str) -> Dataset:
-    path = Path(file).absolute()
-    if not path.is_file():
-        raise UserError(f"datasets: {file}: no such file. Expected a Python file that registers {name!r}.")
-    registered = _run_user_file(path)
-    if name not in registered:
-        hint = nearest(name, registered) if registered else "it registers none at all."
-        raise UserError(f"datasets: {file} registers no data set {name!r}; {hint}")
-    return replace(registered[name], of_user=True)

@@ -19,7 +19,6 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
 
 MODEL = (
     "model=blank_model", "model.tokenizer_name_or_path=byte_level",
@@ -48,9 +47,9 @@ def one_run(mode: str, folder: Path) -> dict:
     from measure import clocked, peak_bytes
 
     import train
-    from checkpoints import CheckpointWriter
-    from guards import StillWeights, Watch
-    from trainers import BasicTrainer
+    from preference_training.checkpointing.checkpoints import CheckpointWriter
+    from preference_training.training.guards import StillWeights, Watch
+    from preference_training.training.trainers import BasicTrainer
 
     clocks: dict[str, list[float]] = {name: [] for name in ("save", "write", "step", "see", "still", "same")}
     for owner, method, clock in [
@@ -87,7 +86,7 @@ def reading() -> float:
 
 def asking() -> float:
     """Seconds that `StopRequests.reason` takes."""
-    from stopping import StopRequests
+    from preference_training.core.signals import StopRequests
 
     stop = StopRequests(60.0)
     return per_call(lambda: stop.reason)

@@ -23,7 +23,6 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
 
 STREAM_LOADER = """
 import random
@@ -47,7 +46,7 @@ def load(args):
     """The tokenizer of the command line."""
     from omegaconf import OmegaConf
 
-    from models import load_tokenizer
+    from preference_training.modeling.tokenizer import load_tokenizer
 
     section = {"tokenizer_name_or_path": args.tokenizer, "name_or_path": None, "trust_remote_code": False}
     return load_tokenizer(OmegaConf.create(section))
@@ -55,7 +54,7 @@ def load(args):
 
 def settings_of(_entry):
     """HH's usual lengths."""
-    from tokenization import TokenSettings
+    from preference_training.data.tokenization import TokenSettings
 
     return TokenSettings(True, 512, 256, "keep_end")
 
@@ -85,8 +84,8 @@ def write_rows(args, folder: Path) -> Path:
 
 def speed(args) -> dict:
     """Pairs a second of the whole preparation, beside three tokenizer calls a pair and nothing else."""
-    from data_preparation import prepare
-    from dataset_entries import load_records, read_entry
+    from preference_training.data.entries import load_records, read_entry
+    from preference_training.data.preparation import prepare
 
     tokenizer = load(args)
     rounds = []
@@ -115,9 +114,9 @@ def speed(args) -> dict:
 
 def first_batch(paths: list[str], directory: str, tokenizer: str) -> float:
     """Seconds from after the imports to the first packed batch, in this process."""
-    from batches import BatchIterator
-    from data_preparation import prepare
-    from dataset_entries import read_entry
+    from preference_training.batching.batches import BatchIterator
+    from preference_training.data.entries import read_entry
+    from preference_training.data.preparation import prepare
 
     loaded = load(argparse.Namespace(tokenizer=tokenizer))
     started = time.perf_counter()
@@ -152,9 +151,9 @@ def start(args) -> dict:
 
 def stream(args) -> dict:
     """Peak memory and time a pair of generated pairs through loader, cache, shuffle and batches."""
-    from batches import BatchIterator
-    from data_preparation import prepare
-    from dataset_entries import read_entry
+    from preference_training.batching.batches import BatchIterator
+    from preference_training.data.entries import read_entry
+    from preference_training.data.preparation import prepare
 
     tokenizer = load(args)
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
@@ -237,7 +236,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=1_000_000)
     parser.add_argument("--folder", default=None)
     args = parser.parse_args()
-    from utils import quiet_libraries, settle_memory
+    from preference_training.core.machine import quiet_libraries, settle_memory
 
     quiet_libraries()
     settle_memory(keep_freed=True)

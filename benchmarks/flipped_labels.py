@@ -18,10 +18,9 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
 
-from preference_datasets import register  # noqa: E402
-from toy_preferences import answer_kind, toy_records  # noqa: E402
+from preference_training.data.registry import register  # noqa: E402
+from preference_training.data.toy_preferences import answer_kind, toy_records  # noqa: E402
 
 SHARE = 0.05
 SEED = "SEED_OF_FLIPPED_LABELS"

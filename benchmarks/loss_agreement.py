@@ -25,9 +25,7 @@ from trl import DPOTrainer
 from trl.experimental.cpo import CPOTrainer
 from trl.experimental.orpo import ORPOTrainer
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from losses import RewardShift, build_loss
+from preference_training.losses.objectives import RewardShift, build_loss
 
 COMMAND = "python benchmarks/loss_agreement.py --golden tests/golden/trl_losses.json"
 NUM_PAIRS = 12

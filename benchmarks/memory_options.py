@@ -18,7 +18,6 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
 
 MODEL = (
     "model=blank_model", "model.tokenizer_name_or_path=byte_level",
@@ -52,12 +51,13 @@ def one(overrides: list[str]) -> dict:
     """Steps with a setting, in this process: seconds of each, and the most memory that they hold beyond what was before."""
     from hydra import compose, initialize_config_dir
 
-    import train
-    from losses import build_loss
-    from models import load_tokenizer
-    from tracking import NoTracker
-    from trainers import BasicTrainer
-    from utils import quiet_libraries, seed_everything, settle_memory
+    from preference_training.core.machine import quiet_libraries, settle_memory
+    from preference_training.core.random_streams import seed_everything
+    from preference_training.losses.objectives import build_loss
+    from preference_training.modeling.tokenizer import load_tokenizer
+    from preference_training.tracking.tracker import NoTracker
+    from preference_training.training import assembly, preparation
+    from preference_training.training.trainers import BasicTrainer
 
     with initialize_config_dir(str(ROOT / "config"), version_base="1.3"):
         config = compose("config", overrides=[*MODEL, *RUN, *overrides])
@@ -66,11 +66,11 @@ def one(overrides: list[str]) -> dict:
     settle_memory(keep_freed=False)
     seed_everything(0)
     tokenizer, loss = load_tokenizer(config.model), build_loss(**config.loss)
-    data = train.prepare_data(config, tokenizer, loss.paired)
+    data = preparation.prepare_data(config, tokenizer, loss.paired)
     placement = BasicTrainer.placement(config, tokenizer)
     import_libraries(config)
     before = status("VmRSS")
-    parts = train.put_together(config, placement, loss, data, None, False)
+    parts = assembly.put_together(config, placement, loss, data, None, False)
     trainer = BasicTrainer(config, **parts, tracker=NoTracker())
     held = status("VmRSS") - before
     # Loading takes whole weights for a moment, whatever is trained.

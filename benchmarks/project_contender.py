@@ -3,19 +3,16 @@
 `build` puts the pieces together as `train.py` does; `_overrides` is the one place that names this project's options.
 """
 
-import sys
 from pathlib import Path
 
 from measure import Clock
 from works import Work
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+from preference_training.batching.batches import UNLIMITED, BatchIterator, TokenBudget
+from preference_training.data.prompt_table import PromptTable
+from preference_training.data.tokenization import TokenizedPrompt
 
-# This project's, which lies one folder up.
-from batches import UNLIMITED, BatchIterator, TokenBudget  # noqa: E402
-from prompt_table import PromptTable  # noqa: E402
-from tokenization import TokenizedPrompt  # noqa: E402
+ROOT = Path(__file__).parent.parent
 
 SEED = 0
 
@@ -36,12 +33,14 @@ def run(job: dict, work: Work, data: dict) -> dict:
 
 def build(job: dict, work: Work, prompts: PromptTable):
     """A trainer as `train.py` makes it, without what surrounds the steps: evaluation, samples, checkpoints, logging."""
-    from losses import build_loss
-    from models import load_tokenizer, token_budget
-    from reference_cache import Reads
-    from train import make_reference
-    from trainers import TRAINERS
-    from utils import quiet_libraries, seed_everything, settle_memory
+    from preference_training.core.machine import quiet_libraries, settle_memory
+    from preference_training.core.random_streams import seed_everything
+    from preference_training.losses.objectives import build_loss
+    from preference_training.modeling.reference_cache import Reads
+    from preference_training.modeling.token_budget import token_budget
+    from preference_training.modeling.tokenizer import load_tokenizer
+    from preference_training.training.assembly import make_reference
+    from preference_training.training.trainers import TRAINERS
 
     quiet_libraries()
     settle_memory(keep_freed=True)

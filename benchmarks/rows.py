@@ -79,7 +79,7 @@ def _write_model(job: dict, tokenizer, folder: Path) -> dict:
 
 def _dialogues(path: Path, count: int) -> list[dict]:
     """The first pair of each of the file's first `count` prompts."""
-    from dataset_entries import load_records, read_entry
+    from preference_training.data.entries import load_records, read_entry
 
     records = list(islice(load_records(read_entry(str(path), {"held_out_share": 0.0}), "train"), count))
     assert len(records) == count, f"{path} has {len(records)} prompts, {count} are needed"

@@ -8,21 +8,19 @@ Without a checkpoint the model is the embedded one with weights that were never 
 import argparse
 import json
 import statistics
-import sys
 import time
-from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
 from measure import hardware, versions
 
-from evaluation_runs import composed
-from models import load_model, load_tokenizer, place, share_prefixes
-from sampling import sample_responses
-from toy_preferences import toy_records
-from utils import pick_device, quiet_libraries, seed_everything
+from preference_training.core.machine import pick_device, quiet_libraries
+from preference_training.core.random_streams import seed_everything
+from preference_training.data.toy_preferences import toy_records
+from preference_training.evaluation.runs import composed
+from preference_training.generation.sampling import sample_responses
+from preference_training.modeling.loading import load_model, place
+from preference_training.modeling.prefix_sharing import share_prefixes
+from preference_training.modeling.tokenizer import load_tokenizer
 
 
 def all_in_one_batch(model, tokenizer, prompts: list[list[int]], max_length: int, seed: int) -> list[list[int]]:

@@ -18,7 +18,6 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
 # Workers import what is pickled by its module's name.
 os.environ["PYTHONPATH"] = f"{ROOT}:{ROOT / 'benchmarks'}"
 
@@ -43,13 +42,13 @@ def work(what: str, given: list[str]) -> list:
     import torch
     from hydra import compose, initialize_config_dir
 
-    import train
-    from configuration import is_sharded
-    from losses import build_loss
-    from models import load_tokenizer
-    from tracking import NoTracker
-    from trainers import TRAINERS
-    from utils import quiet_libraries, settle_memory
+    from preference_training.configuration.validation import is_sharded
+    from preference_training.core.machine import quiet_libraries, settle_memory
+    from preference_training.losses.objectives import build_loss
+    from preference_training.modeling.tokenizer import load_tokenizer
+    from preference_training.tracking.tracker import NoTracker
+    from preference_training.training import assembly, preparation
+    from preference_training.training.trainers import TRAINERS
 
     # Standard output is for the report.
     sys.stdout = sys.stderr
@@ -59,11 +58,11 @@ def work(what: str, given: list[str]) -> list:
     settle_memory(keep_freed=not is_sharded(config))
     tokenizer = load_tokenizer(config.model)
     loss = build_loss(**config.loss)
-    data = train.prepare_data(config, tokenizer, loss.paired)
+    data = preparation.prepare_data(config, tokenizer, loss.paired)
     trainer_class = TRAINERS[config.trainer.name]
     placement = trainer_class.placement(config, tokenizer)
     before = resident_bytes(reset_peak=True)
-    parts = train.put_together(config, placement, loss, data, None, False)
+    parts = assembly.put_together(config, placement, loss, data, None, False)
     trainer = trainer_class(config, **parts, tracker=NoTracker(), ranks=placement.ranks)
     result = {"parameters": sum(weight.numel() for weight in trainer.policy.parameters()), "threads": torch.get_num_threads()}
     result |= MEASURES[what](trainer, before)
@@ -107,7 +106,7 @@ def measure_memory(trainer, before: int) -> dict:
             break
     state = [value for values in trainer.optimizer.state.values() for value in values.values()]
     held = [*trainer.policy.parameters(), *state]
-    from ranks import local
+    from preference_training.core.ranks import local
 
     return {
         "peak_while_loading": loaded,
@@ -118,7 +117,7 @@ def measure_memory(trainer, before: int) -> dict:
 
 def measure_checkpoint(trainer, before: int) -> dict:
     """Seconds and growth of memory of a save that is waited for, of one in the background, and of a load."""
-    from checkpoints import CheckpointWriter
+    from preference_training.checkpointing.checkpoints import CheckpointWriter
 
     trainer.train_step(next(iter(trainer.train_batches)))
     result = {}
@@ -167,7 +166,7 @@ MEASURES = {
 
 def measure(what: str, processes: int, more: list[str]) -> list:
     """The results of all processes of one run."""
-    from launching import launch
+    from preference_training.distributed.launching import launch
 
     size = "500M" if what in ("memory", "checkpoint") else "58M"
     trainer = "BasicTrainer" if processes == 1 else "FSDPTrainer"

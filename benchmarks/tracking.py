@@ -18,7 +18,6 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
 
 # The embedded model, the smallest there is, on the embedded pairs: of any larger step tracking is a smaller share.
 RUN = (
@@ -31,7 +30,7 @@ IN_STEPS, AT_EVALUATIONS = ("memory_held", "see", "log_step"), ("report", "log_e
 
 def pages(rounds: int, folder: Path) -> dict:
     """Seconds to write and to open the report of 100,000 steps, and its size."""
-    from run_report import write_report
+    from preference_training.reporting.run_report import write_report
     from tests_browser.browser import chromium, open_page, show
     from tests_browser.example_runs import long_run
 
@@ -56,9 +55,9 @@ def training(folder: Path) -> dict[str, list[float]]:
     from measure import clocked
 
     import train
-    import trainers
-    from ledger import Ledger
-    from tracking import Tracker
+    from preference_training.tracking.ledger import Ledger
+    from preference_training.tracking.tracker import Tracker
+    from preference_training.training import trainers
 
     clocks: dict[str, list[float]] = {name: [] for name in ("train_step", *IN_STEPS, *AT_EVALUATIONS)}
     for owner, names in {

@@ -17,11 +17,10 @@ from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from preference_collection.settings import OVERRIDES, PASSWORD, check_access, load_settings
+from preference_training.core.errors import UserError
 
-from preference_collection.settings import OVERRIDES, PASSWORD, check_access, load_settings  # noqa: E402
-from utils import UserError  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def arguments(line: Sequence[str] | None) -> argparse.Namespace:

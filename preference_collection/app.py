@@ -4,24 +4,18 @@ import atexit
 import hmac
 import json
 import os
-import sys
 import time
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+import streamlit as st
 
-import streamlit as st  # noqa: E402
-
-from preference_collection import views  # noqa: E402
-from preference_collection.generation import sources_of  # noqa: E402
-from preference_collection.importing import SAMPLES, import_into  # noqa: E402
-from preference_collection.running import TestRunner  # noqa: E402
-from preference_collection.sandbox import open_sandbox  # noqa: E402
-from preference_collection.settings import OVERRIDES, PASSWORD, limits_of, load_settings  # noqa: E402
-from preference_collection.store import open_store  # noqa: E402
-from utils import UserError  # noqa: E402
+from preference_collection import views
+from preference_collection.generation import sources_of
+from preference_collection.importing import SAMPLES, import_into
+from preference_collection.running import TestRunner
+from preference_collection.sandbox import open_sandbox
+from preference_collection.settings import OVERRIDES, PASSWORD, limits_of, load_settings
+from preference_collection.store import open_store
+from preference_training.core.errors import UserError
 
 
 @st.cache_resource(show_spinner="Opening the store, and trying what this machine can hold back")

@@ -15,9 +15,9 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from prompt_templates import build_template
-from records import Turn
-from utils import UserError, first_line
+from preference_training.core.errors import UserError, first_line
+from preference_training.data.rows.records import Turn
+from preference_training.data.rows.templates import build_template
 
 # One model at a time computes: the global random stream is one, and so is the machine.
 COMPUTING = threading.Lock()
@@ -99,7 +99,7 @@ def load_checkpoint(path: str) -> Loaded:
     except (OSError, ValueError) as error:
         raise UserError(f"checkpoints: {path} cannot be loaded: {first_line(error)}.") from error
     except ImportError as error:
-        raise UserError(f"checkpoints: {path} is an adapter. Install: pip install -r requirements-lora.txt") from error
+        raise UserError(f"checkpoints: {path} is an adapter. Install: pip install -r requirements/lora.txt") from error
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     run = Path(path).parent / "config.yaml"
     config = OmegaConf.load(run) if run.is_file() else {}

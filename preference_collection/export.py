@@ -16,8 +16,8 @@ import pyarrow
 import pyarrow.parquet
 
 from preference_collection.store import Agreement, Store
-from records import fault_of_item
-from utils import UserError, first_line
+from preference_training.core.errors import UserError, first_line
+from preference_training.data.rows.records import fault_of_item
 
 # What is trained on, and what lies apart: by choice.
 KINDS = {"first": "preferences", "second": "preferences", "tie": "ties", "skip": "skips"}

@@ -23,7 +23,7 @@ import ollama
 from preference_collection.checkpoint_source import CheckpointSource
 from preference_collection.replies import extract_code
 from preference_collection.store import Generation, Pair, Problem, new_id
-from utils import UserError, first_line
+from preference_training.core.errors import UserError, first_line
 
 # What stands before a command that can be copied.
 PULL = " Fetch it with: "

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import duckdb
 
-from data_files import is_data_file, read_rows
 from preference_collection.replies import extract_code
 from preference_collection.sandbox import COMPARISONS
 from preference_collection.schema import connect
 from preference_collection.store import Generation, Judgement, Pair, Problem, Store
-from records import DataReport, fault_of_text, kind_of
-from utils import UserError, first_line
+from preference_training.core.errors import UserError, first_line
+from preference_training.data.files import is_data_file, read_rows
+from preference_training.data.rows.records import DataReport, fault_of_text, kind_of
 
 SAMPLES = Path(__file__).parent / "samples.jsonl"
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import duckdb
 
-from utils import UserError, first_line
+from preference_training.core.errors import UserError, first_line
 
 TOKENS = ("motherduck_token", "MOTHERDUCK_TOKEN")
 

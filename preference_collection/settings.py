@@ -8,7 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from preference_collection.sandbox import Limits
-from utils import UserError, first_line, nearest
+from preference_training.core.errors import UserError, first_line, nearest
 
 DEFAULTS = Path(__file__).parent.parent / "config" / "collect.yaml"
 

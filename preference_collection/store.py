@@ -17,7 +17,7 @@ from itertools import count, islice
 import duckdb
 
 from preference_collection.schema import now, open_database
-from utils import UserError
+from preference_training.core.errors import UserError
 
 CHOICES = ("first", "second", "tie", "skip")
 # Which problems are shown: all, those that this labeller has not judged, those on which labellers differ.

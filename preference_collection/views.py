@@ -25,7 +25,7 @@ from preference_collection.store import (
     new_id,
     side_shown_left,
 )
-from utils import UserError
+from preference_training.core.errors import UserError
 
 PAGE_SIZE = 15
 POLL_SECONDS = 0.4

@@ -15,13 +15,12 @@ from contextlib import closing
 from datetime import datetime
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from preference_collection.export import CARD, export_dataset
+from preference_collection.settings import load_settings
+from preference_collection.store import open_store
+from preference_training.core.errors import UserError
 
-from preference_collection.export import CARD, export_dataset  # noqa: E402
-from preference_collection.settings import load_settings  # noqa: E402
-from preference_collection.store import open_store  # noqa: E402
-from utils import UserError  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
 
 SETTING = "collect."
 

@@ -8,11 +8,8 @@ import argparse
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from comparison import write_comparison  # noqa: E402
-from utils import UserError  # noqa: E402
+from preference_training.core.errors import UserError
+from preference_training.reporting.comparison import write_comparison
 
 
 def main() -> None:

@@ -7,11 +7,8 @@ import argparse
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from configuration import DTYPES  # noqa: E402
-from utils import UserError  # noqa: E402
+from preference_training.configuration.validation import DTYPES
+from preference_training.core.errors import UserError
 
 
 def arguments() -> argparse.Namespace:
@@ -27,8 +24,8 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     """Convert an archive. A mistake of the user's becomes one message and exit status 2."""
     options = arguments()
-    from exporting import convert
-    from utils import quiet_libraries
+    from preference_training.core.machine import quiet_libraries
+    from preference_training.export.exporting import convert
 
     quiet_libraries()
     try:

@@ -12,7 +12,6 @@ from itertools import islice
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 
 SFT = ["loss=sft", "exp_name=demo_sft"]
 # SGD, because its steps shrink with the gradient: on pairs this easy the loss is soon near 0, and the full-sized steps that
@@ -55,9 +54,11 @@ def report(directory: Path, sft: Path, dpo: Path) -> None:
     import torch
     from omegaconf import OmegaConf
 
-    from logprobs import LiveReference
-    from models import load_model, load_tokenizer
-    from utils import quiet_libraries, seed_everything
+    from preference_training.core.machine import quiet_libraries
+    from preference_training.core.random_streams import seed_everything
+    from preference_training.modeling.loading import load_model
+    from preference_training.modeling.logprobs import LiveReference
+    from preference_training.modeling.tokenizer import load_tokenizer
 
     quiet_libraries()
     config = OmegaConf.load(directory / "sft" / "config.yaml")
@@ -85,9 +86,9 @@ def report(directory: Path, sft: Path, dpo: Path) -> None:
 
 def held_out_prompts(tokenizer, config, paired: bool):
     """The tokenised test split of the toy data, as a table."""
-    from dataset_entries import load_records, read_entry
-    from prompt_table import PromptTable
-    from tokenization import TokenSettings, tokenize_records
+    from preference_training.data.entries import load_records, read_entry
+    from preference_training.data.prompt_table import PromptTable
+    from preference_training.data.tokenization import TokenSettings, tokenize_records
 
     settings = TokenSettings(paired, config.max_length, config.max_prompt_length)
     return PromptTable.of(tokenize_records(load_records(read_entry("toy"), "test"), tokenizer, settings))
@@ -97,13 +98,13 @@ def describe(model, reference, tokenizer, config) -> dict:
     """A model's column of the table, and its answer to every held-out prompt."""
     import torch
 
-    from batches import evaluation_batches
-    from evaluation import evaluate
-    from intervals import mean_interval, share_interval
-    from losses import build_loss
-    from sampling import sample_answers
-    from toy_preferences import answer_kind
-    from utils import with_interval
+    from preference_training.batching.batches import evaluation_batches
+    from preference_training.core.values import with_interval
+    from preference_training.data.toy_preferences import answer_kind
+    from preference_training.evaluation.held_out import evaluate
+    from preference_training.evaluation.intervals import mean_interval, share_interval
+    from preference_training.generation.sampling import sample_answers
+    from preference_training.losses.objectives import build_loss
 
     pairs, targets = (held_out_prompts(tokenizer, config, paired) for paired in (True, False))
     dpo = evaluate(model, reference, build_loss("dpo", beta=BETA), evaluation_batches(pairs, 64, None, config.seed)).examples

@@ -10,12 +10,9 @@ import argparse
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from stopping import STOPPED, StoppedError  # noqa: E402
-from train import start  # noqa: E402
-from utils import UserError  # noqa: E402
+from preference_training.core.errors import UserError
+from preference_training.core.signals import STOPPED, StoppedError
+from train import start
 
 # The keys of `evaluation` that have an option of their own.
 OPTIONS = ("to", "judge", "judge_url", "against", "tasks")
@@ -40,8 +37,8 @@ def main() -> None:
     """Evaluate. A mistake of the user's becomes one message and exit status 2."""
     options = arguments()
     try:
-        from configuration import check_config
-        from evaluation_runs import config_of_run
+        from preference_training.configuration.validation import check_config
+        from preference_training.evaluation.runs import config_of_run
 
         config = config_of_run(options.run, options.overrides)
         for name in OPTIONS:

@@ -8,12 +8,9 @@ import argparse
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from configuration import DTYPES  # noqa: E402
-from dataset_entries import TEMPLATES  # noqa: E402
-from utils import UserError  # noqa: E402
+from preference_training.configuration.validation import DTYPES
+from preference_training.core.errors import UserError
+from preference_training.data.entries import TEMPLATES
 
 
 def arguments() -> argparse.Namespace:
@@ -35,8 +32,8 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     """Export a model. A mistake of the user's becomes one message and exit status 2."""
     options = vars(arguments())
-    from exporting import Wishes, export
-    from utils import quiet_libraries
+    from preference_training.core.machine import quiet_libraries
+    from preference_training.export.exporting import Wishes, export
 
     quiet_libraries()
     try:

@@ -7,17 +7,15 @@ Shares are summed over all outcomes; means and correlations are simulated, the s
 """
 
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy
 from scipy import integrate, stats
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from preference_training.evaluation.intervals import correlation, mean_interval, share_interval
 
-from intervals import correlation, mean_interval, share_interval  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
 
 PAGE = ROOT / "docs" / "intervals.md"
 Z = stats.norm.ppf(0.975)

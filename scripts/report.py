@@ -9,12 +9,9 @@ import argparse
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from flagged_pairs import write_flagged  # noqa: E402
-from run_report import rebuild_report  # noqa: E402
-from utils import UserError  # noqa: E402
+from preference_training.core.errors import UserError
+from preference_training.reporting.flagged_pairs import write_flagged
+from preference_training.reporting.run_report import rebuild_report
 
 
 def main() -> None:

@@ -11,12 +11,9 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from dataset_entries import TEMPLATES, TRUNCATION_MODES, Entry, load_records, read_entry  # noqa: E402
-from preference_datasets import TOKENISED_SUFFIX  # noqa: E402
-from utils import UserError  # noqa: E402
+from preference_training.core.errors import UserError
+from preference_training.data.entries import TEMPLATES, TRUNCATION_MODES, Entry, load_records, read_entry
+from preference_training.data.registry import TOKENISED_SUFFIX
 
 
 def arguments() -> argparse.Namespace:
@@ -65,9 +62,9 @@ def entry_of(options: argparse.Namespace) -> Entry:
 
 def tokenized(options: argparse.Namespace, entry: Entry) -> list:
     """The tokenised prompts of the splits that are asked for; prints what was left out or changed."""
-    from models import load_tokenizer
-    from tokenization import TokenSettings, text_reader, tokenize_records
-    from utils import quiet_libraries
+    from preference_training.core.machine import quiet_libraries
+    from preference_training.data.tokenization import TokenSettings, text_reader, tokenize_records
+    from preference_training.modeling.tokenizer import load_tokenizer
 
     quiet_libraries()
     wanted = SimpleNamespace(tokenizer_name_or_path=options.model, name_or_path=None, trust_remote_code=False)
@@ -92,7 +89,7 @@ def tokenized(options: argparse.Namespace, entry: Entry) -> list:
 
 def write(output: Path, prompts: list) -> int:
     """Write the pairs, and return how many; the file is there when it is whole. Raises UserError where it cannot be written."""
-    from tokenization import write_tokenised
+    from preference_training.data.tokenization import write_tokenised
 
     partial = output.with_name(f"{output.name}.partial")
     try:

@@ -20,10 +20,9 @@ from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from preference_training.tracking.run_files import MEASURED
 
-from run_files import MEASURED  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
 
 # A namespace of processes takes all its processes with it when its first one ends, which --kill-child sees to.
 NAMESPACES = ("unshare", "--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
@@ -116,7 +115,7 @@ def compare_metrics(found: Path, expected: Path) -> dict[str, float]:
 
 def compare_weights(found: Path, expected: Path) -> dict[str, float]:
     """The largest difference within each weight of two policy.pt. Raises ValueError where their names are not the same."""
-    from utils import load_tensors
+    from preference_training.core.files import load_tensors
 
     states = [load_tensors(path)["state"] for path in (found, expected)]
     if states[0].keys() != states[1].keys():

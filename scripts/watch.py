@@ -9,11 +9,8 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from terminal_view import watch  # noqa: E402
-from utils import UserError  # noqa: E402
+from preference_training.core.errors import UserError
+from preference_training.reporting.terminal_view import watch
 
 
 def main() -> None:

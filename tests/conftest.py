@@ -61,7 +61,7 @@ def tokenizer():
 def forked_workers(monkeypatch):
     """`launch` forks its workers, which then need not import what all of them import. Runs of the command line spawn theirs."""
     import forked
-    import launching
+    from preference_training.distributed import launching
 
     forked.start_server()
     config = launching.LaunchConfig

@@ -86,7 +86,7 @@ class Program:
 
 def fork_workers() -> None:
     """For `first` of a Program: the workers that it starts are forks of it, in its session, and import nothing anew."""
-    import launching
+    from preference_training.distributed import launching
 
     config = launching.LaunchConfig
     launching.LaunchConfig = lambda **given: config(**given | {"start_method": "fork"})

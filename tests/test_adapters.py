@@ -13,23 +13,25 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from adapters import as_it_began, kept_weights, merge
-from batches import BatchIterator, evaluation_batches
-from checkpoints import CheckpointWriter, Snapshot, read_state
-from configuration import check_config
 from conftest import GOLDEN
-from logprobs import response_logps
-from losses import build_loss
-from models import check_model, load_merged, load_model, share_prefixes, weights_hash
-from optimization import check_optimizer
-from placement import OneProcess
-from prompt_table import PromptTable
-from reference_cache import Reads, cache_key
-from sharing_proof import random_trees
-from tokenization import TokenizedPrompt
-from tracking import NoTracker, Tracker
-from trainers import BasicTrainer
-from utils import UserError, seed_everything
+from preference_training.batching.batches import BatchIterator, evaluation_batches
+from preference_training.checkpointing.checkpoints import CheckpointWriter, Snapshot, read_state
+from preference_training.configuration.validation import check_config
+from preference_training.core.errors import UserError
+from preference_training.core.random_streams import seed_everything
+from preference_training.data.prompt_table import PromptTable
+from preference_training.data.tokenization import TokenizedPrompt
+from preference_training.distributed.placement import OneProcess
+from preference_training.losses.objectives import build_loss
+from preference_training.modeling.adapters import as_it_began, kept_weights, merge
+from preference_training.modeling.loading import check_model, load_merged, load_model, weights_hash
+from preference_training.modeling.logprobs import response_logps
+from preference_training.modeling.prefix_sharing import share_prefixes
+from preference_training.modeling.reference_cache import Reads, cache_key
+from preference_training.modeling.sharing_proof import random_trees
+from preference_training.tracking.tracker import NoTracker, Tracker
+from preference_training.training.optimization import check_optimizer
+from preference_training.training.trainers import BasicTrainer
 
 KINDS = {
     "lora": ["+adapter=lora"],

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from batches import (
+from preference_training.batching.batches import (
     BatchIterator,
     TokenBudget,
     evaluation_batches,
@@ -15,10 +15,10 @@ from batches import (
     pack,
     pieces_of,
     spread,
-)  # fmt: skip
-from prompt_table import Columns, PromptTable, TablePart
-from ranks import Ranks
-from tokenization import TokenizedPrompt
+)
+from preference_training.core.ranks import Ranks
+from preference_training.data.prompt_table import Columns, PromptTable, TablePart
+from preference_training.data.tokenization import TokenizedPrompt
 
 # ---- packing ------------------------------------------------------------------------------------------------------------
 

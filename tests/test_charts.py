@@ -9,7 +9,7 @@ from bs4 import BeautifulSoup
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from charts import (
+from preference_training.reporting.charts import (
     BARS,
     BUCKETS,
     LARGEST,

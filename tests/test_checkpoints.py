@@ -12,8 +12,9 @@ from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import checkpoints
-from checkpoints import (
+from conftest import GOLDEN
+from preference_training.checkpointing import checkpoints
+from preference_training.checkpointing.checkpoints import (
     CheckpointWriter,
     Snapshot,
     best_of,
@@ -26,7 +27,6 @@ from checkpoints import (
     read_weights,
     write_scalars,
 )
-from conftest import GOLDEN
 
 
 def golden_model(**changes):

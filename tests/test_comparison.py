@@ -10,10 +10,20 @@ import pytest
 from bs4 import BeautifulSoup
 from omegaconf import OmegaConf
 
-import comparison
-from comparison import FALL, KL, OF_THEIR_RUN, comparison_page, csv_of, find_runs, grouped, read_runs, write_comparison
-from losses import LOSS_AT_BETA_USED, LOSSES
-from utils import UserError
+from preference_training.core.errors import UserError
+from preference_training.losses.objectives import LOSS_AT_BETA_USED, LOSSES
+from preference_training.reporting import comparison
+from preference_training.reporting.comparison import (
+    FALL,
+    KL,
+    OF_THEIR_RUN,
+    comparison_page,
+    csv_of,
+    find_runs,
+    grouped,
+    read_runs,
+    write_comparison,
+)
 
 
 def evaluation(examples: int, accuracy: float, **more) -> dict:

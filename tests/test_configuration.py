@@ -14,26 +14,28 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-import configuration
-from configuration import (
+from preference_datasets import LAST_ROW
+from preference_training.configuration import composition
+from preference_training.configuration.composition import (
     CONFIG_DIR,
     GROUPS,
+    choices_of,
+    defer_keys_of_swept_groups,
+    explain_composition_error,
+    force_open_sections,
+    known_keys,
+)
+from preference_training.configuration.validation import (
     OBJECTIVES,
     OPTIMIZERS,
     WITHOUT_PAIRS,
     caches_reference,
     check_config,
     check_objective,
-    choices_of,
     dashboard_names,
-    defer_keys_of_swept_groups,
-    explain_composition_error,
-    force_open_sections,
-    known_keys,
     read_entries,
 )
-from preference_datasets import LAST_ROW
-from utils import UserError
+from preference_training.core.errors import UserError
 
 # The part of the recipes that several command lines below share.
 # The losses that are whole without a file of the user's.
@@ -602,7 +604,7 @@ def test_a_file_of_data_or_loaders_and_an_archive_are_accepted_where_they_exist(
 def test_the_objectives_are_the_metrics_of_an_evaluation(loss, compose):
     import torch
 
-    from losses import build_loss, example_metrics
+    from preference_training.losses.objectives import build_loss, example_metrics
 
     built = build_loss(**compose(f"loss={loss}").loss)
     assert built.paired is (loss not in WITHOUT_PAIRS)
@@ -704,8 +706,8 @@ def test_numbers_go_where_tracking_says_and_to_wandb_only_if_it_is_enabled(compo
 
 
 def test_tensorboard_that_is_not_installed_is_asked_for_before_anything_begins(check, monkeypatch):
-    monkeypatch.setattr("configuration.distribution", lambda name: distribution(f"no-{name}"))
-    assert refusal(check, "tracking=tensorboard").endswith("Run `pip install -r requirements-tensorboard.txt`.")
+    monkeypatch.setattr("preference_training.configuration.validation.distribution", lambda name: distribution(f"no-{name}"))
+    assert refusal(check, "tracking=tensorboard").endswith("Run `pip install -r requirements/tensorboard.txt`.")
 
 
 # ---- sweeps over groups ---------------------------------------------------------------------------------------------------
@@ -747,7 +749,7 @@ def test_a_group_that_an_experiments_file_sweeps_over_counts_too(tmp_path, monke
     file = tmp_path / "experiment" / "mine.yaml"
     file.parent.mkdir()
     file.write_text("hydra: {mode: MULTIRUN, sweeper: {params: {loss: 'dpo,ipo'}}}")
-    monkeypatch.setattr(configuration, "CONFIG_DIR", tmp_path)
+    monkeypatch.setattr(composition, "CONFIG_DIR", tmp_path)
     arguments = ["+experiment=mine", "loss.beta=0.5"]
     assert defer_keys_of_swept_groups(arguments) == ["+experiment=mine", "loss.beta=choice(0.5)"]
     assert defer_keys_of_swept_groups(["+experiment=none", *arguments[1:]]) == ["+experiment=none", "loss.beta=0.5"]

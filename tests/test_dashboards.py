@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from dashboards import Guarded, start_dashboards, start_wandb
-from run_files import json_lines
-from tracking import Tracker
+from preference_training.tracking.dashboards import Guarded, start_dashboards, start_wandb
+from preference_training.tracking.run_files import json_lines
+from preference_training.tracking.tracker import Tracker
 
 CONFIG = {"wandb": {"project": "test", "entity": None}, "exp_name": "run", "lr": 0.5}
 ID = "0123456789abcdef" * 2

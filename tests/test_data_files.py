@@ -10,10 +10,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_files import DATA_SUFFIXES, is_data_file, read_rows
-from dataset_entries import load_records, read_entry
-from records import DataReport
-from utils import UserError
+from preference_training.core.errors import UserError
+from preference_training.data.entries import load_records, read_entry
+from preference_training.data.files import DATA_SUFFIXES, is_data_file, read_rows
+from preference_training.data.rows.records import DataReport
 
 ROWS = [
     {"prompt": "Say hello.", "chosen": "Hello!", "rejected": "No."},

@@ -18,11 +18,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_files import DATA_SUFFIXES, read_rows
-from dataset_entries import load_records, read_entry
-from preference_datasets import DATASETS, Dataset
-from records import DataReport, PreferenceRecord, Turn, fault_of_item
-from utils import UserError
+from preference_training.core.errors import UserError
+from preference_training.data.entries import load_records, read_entry
+from preference_training.data.files import DATA_SUFFIXES, read_rows
+from preference_training.data.registry import DATASETS, Dataset
+from preference_training.data.rows.records import DataReport, PreferenceRecord, Turn, fault_of_item
 
 # Hypothesis runs one function many times; each example writes its own file, so that sharing tmp_path is harmless.
 FUZZ = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]}

@@ -20,14 +20,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import data_preparation
 import forked
-import prompt_table
-from data_preparation import HELD_OUT_ELSEWHERE, overlap, prepare, same_ids, tokenizer_hash, without_held_out
-from dataset_entries import Entry, read_entry
-from records import SAME_TEXT, DataReport
-from tokenization import PROMPT_CUT, SAME_IDS, TokenSettings, tokenize_records, write_tokenised
-from utils import UserError
+from preference_training.core.errors import UserError
+from preference_training.data import preparation as data_preparation
+from preference_training.data import prompt_table
+from preference_training.data.entries import Entry, read_entry
+from preference_training.data.preparation import (
+    HELD_OUT_ELSEWHERE,
+    overlap,
+    prepare,
+    same_ids,
+    tokenizer_hash,
+    without_held_out,
+)
+from preference_training.data.rows.records import SAME_TEXT, DataReport
+from preference_training.data.tokenization import PROMPT_CUT, SAME_IDS, TokenSettings, tokenize_records, write_tokenised
 
 ROOT = Path(__file__).parent.parent
 # Imported by processes of its own, which start sooner without torch and transformers: those come where a test needs them.
@@ -126,7 +133,7 @@ def test_what_was_not_read_is_said_again_of_data_found_again_and_what_has_no_eff
 
 
 def test_what_is_prepared_is_what_the_tokenizer_says_of_the_records(folder):
-    from dataset_entries import load_records
+    from preference_training.data.entries import load_records
 
     table, report, _ = prepared(whole(), folder / "prepared", first_row=7)
     expected = list(tokenize_records(load_records(read_entry(whole()), "train"), Characters(), PAIRS))
@@ -229,7 +236,7 @@ def test_weight_and_first_row_change_no_file(folder):
 
 
 def test_a_fast_tokenizer_is_the_same_however_often_it_was_used_and_another_one_is_not():
-    from models import byte_level_tokenizer
+    from preference_training.modeling.tokenizer import byte_level_tokenizer
 
     tokenizer = byte_level_tokenizer()
     known = tokenizer_hash(tokenizer)
@@ -823,12 +830,12 @@ def test_what_has_a_test_file_of_its_own_stays_and_what_is_in_both_is_said_with_
 
 
 def test_a_run_says_which_held_out_prompts_it_trains_on(folder, compose, capsys):
-    import train
-    from models import byte_level_tokenizer
+    from preference_training.modeling.tokenizer import byte_level_tokenizer
+    from preference_training.training import preparation
 
     write(folder / "test.jsonl", rows(3))
     config = compose("datasets=[{path: rows.jsonl, test_path: test.jsonl}]", "loss=dpo", f"local_dirs=[{folder}]")
-    splits = train.prepare_data(config, byte_level_tokenizer(), True)
+    splits = preparation.prepare_data(config, byte_level_tokenizer(), True)
     assert "held-out prompts that are trained on too: 3 of 3, as 'question 0' (rows.jsonl" in capsys.readouterr().out
     assert splits[1].table.first_row == splits[0].table.num_responses == 40
 
@@ -849,9 +856,9 @@ def test_a_comment_in_a_file_of_the_users_is_not_other_data_and_other_records_ar
 
 def forget_user_files() -> None:
     """As in a new process."""
-    import preference_datasets
+    from preference_training.data import registry
 
-    preference_datasets._run_user_file.cache_clear()
+    registry._run_user_file.cache_clear()
 
 
 HUB_LOADER = """
@@ -880,19 +887,19 @@ def test_a_hub_loader_of_the_users_is_known_by_what_it_gives_and_not_by_its_rows
 def test_a_map_of_fields_is_named_the_same_when_fields_are_added_that_it_does_not_use(monkeypatch):
     from dataclasses import make_dataclass
 
-    import dataset_entries
-    from row_mapping import FieldMap
+    from preference_training.data import entries
+    from preference_training.data.rows.field_maps import FieldMap
 
     usual, larger = FieldMap(chosen="good"), make_dataclass("Larger", [("extra", str, "no")], bases=(FieldMap,), frozen=True)
-    known = dataset_entries.described(usual)
+    known = entries.described(usual)
     # As the first version wrote it: its names of files hold this text.
     assert known == (
         "FieldMap(prompt='prompt', chosen='good', rejected='rejected', system=None, response=None, score=None, responses=None, "
         "scores=None, ranks=None, implicit_prompt=False, where={}, top_k=None)"
     )
-    monkeypatch.setattr(dataset_entries, "FieldMap", larger)
-    assert dataset_entries.described(larger(chosen="good")) == known
-    assert dataset_entries.described(larger(chosen="good", extra="yes")) == f"{known[:-1]}, extra='yes')"
+    monkeypatch.setattr(entries, "FieldMap", larger)
+    assert entries.described(larger(chosen="good")) == known
+    assert entries.described(larger(chosen="good", extra="yes")) == f"{known[:-1]}, extra='yes')"
 
 
 def test_pairs_of_the_same_ids_are_trained_on_in_data_of_the_first_version_alone_and_counted(folder):

@@ -7,26 +7,26 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import preference_datasets
 from conftest import write
-from data_files import DATA_SUFFIXES
-from dataset_entries import GENERAL_KEYS, OwnData, load_records, read_entry
-from preference_datasets import Dataset
-from records import OTHER_PROMPT, SAME_TEXT, DataReport, PreferenceRecord, Turn
-from row_mapping import FieldMap
-from utils import UserError
+from preference_training.core.errors import UserError
+from preference_training.data import registry
+from preference_training.data.entries import GENERAL_KEYS, OwnData, load_records, read_entry
+from preference_training.data.files import DATA_SUFFIXES
+from preference_training.data.registry import Dataset
+from preference_training.data.rows.field_maps import FieldMap
+from preference_training.data.rows.records import OTHER_PROMPT, SAME_TEXT, DataReport, PreferenceRecord, Turn
 
 # Hypothesis runs one function many times; each example writes its own file, so that sharing tmp_path is harmless.
 SHARES_FOLDER = [HealthCheck.function_scoped_fixture]
 
 
 @pytest.fixture(autouse=True)
-def registry(monkeypatch):
+def restored_registry(monkeypatch):
     """The registry, put back as it was after each test."""
-    known = dict(preference_datasets.DATASETS)
-    yield preference_datasets.DATASETS
-    preference_datasets.DATASETS.clear()
-    preference_datasets.DATASETS.update(known)
+    known = dict(registry.DATASETS)
+    yield registry.DATASETS
+    registry.DATASETS.clear()
+    registry.DATASETS.update(known)
 
 
 def triplets(count: int) -> list[dict]:

@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 
 import forked
 import shown
-from configuration import CONFIG_DIR, GROUPS, OPEN_SECTIONS, choices_of, known_keys
+from preference_training.configuration.composition import CONFIG_DIR, GROUPS, OPEN_SECTIONS, choices_of, known_keys
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = shown.commands(r"python scripts/")

@@ -10,12 +10,20 @@ import numpy
 import pytest
 
 import forked
-from batches import UNLIMITED, BatchIterator, TokenBudget
-from dry_run import check_memory, facts_of, histogram, largest_pieces, lines_of_data, lines_of_steps, tokens_shown
-from prompt_table import PromptTable
-from records import DataReport
-from tokenization import TokenizedPrompt
-from utils import UserError
+from preference_training.batching.batches import UNLIMITED, BatchIterator, TokenBudget
+from preference_training.core.errors import UserError
+from preference_training.data.prompt_table import PromptTable
+from preference_training.data.rows.records import DataReport
+from preference_training.data.tokenization import TokenizedPrompt
+from preference_training.dry_run.dry_run import (
+    check_memory,
+    facts_of,
+    histogram,
+    largest_pieces,
+    lines_of_data,
+    lines_of_steps,
+    tokens_shown,
+)
 
 ROOT = Path(__file__).parent.parent
 

@@ -10,10 +10,10 @@ from omegaconf import OmegaConf
 
 import forked
 import shown
-from evaluation_runs import check_beginning, config_of_run, write_text
+from preference_training.core.errors import UserError
+from preference_training.evaluation.runs import check_beginning, config_of_run, write_text
 from test_task_suites import own_task
 from train import start
-from utils import UserError
 
 ROOT = Path(__file__).parent.parent
 COMMON = (

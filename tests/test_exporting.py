@@ -17,16 +17,16 @@ from filelock import FileLock
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import exporting
-import models
 import shown
 import train
-from checkpoints import publish
-from exporting import Wishes, export, source_of, whole_model
 from go_templates import read_modelfile
 from hub_stand_in import TOKEN, serving
+from preference_training.checkpointing.checkpoints import publish
+from preference_training.core.errors import UserError
+from preference_training.export import exporting
+from preference_training.export.exporting import Wishes, export, source_of, whole_model
+from preference_training.modeling import loading, tokenizer
 from test_tokenize_pairs import done, run
-from utils import UserError
 
 ROOT = Path(__file__).parent.parent
 TRAIN = (
@@ -365,14 +365,14 @@ def test_a_merged_adapter_is_a_whole_model(adapter, folder, tmp_path):
 
 
 def test_an_export_that_gives_another_model_is_refused_and_nothing_is_left(folder, tmp_path, monkeypatch):
-    save = models.save_model
+    save = loading.save_model
 
     def damaged(model, directory, **options):
         with torch.no_grad():
             model.model.norm.weight.mul_(1.001)
         save(model, directory, **options)
 
-    monkeypatch.setattr(models, "save_model", damaged)
+    monkeypatch.setattr(loading, "save_model", damaged)
     with pytest.raises(UserError, match=r"what was written is not the run's model: its log-probs differ by [\d.e-]+ a token"):
         export(folder / "runs" / "it", wishes(tmp_path))
     assert names(tmp_path) == set()
@@ -436,7 +436,7 @@ def test_int8_weights_are_read_again_as_they_were_quantized(folder, tmp_path):
 
 def test_without_torchao_its_pip_command_is_told(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
-    with pytest.raises(UserError, match=r"--quantize: .* pip install -r requirements-export.txt"):
+    with pytest.raises(UserError, match=r"--quantize: .* pip install -r requirements/export.txt"):
         exporting.quantization_of("int8")
 
 
@@ -453,7 +453,7 @@ def shortened(model):
 def test_an_original_policy_pt_becomes_a_directory_that_loads(tmp_path, compose, monkeypatch, capsys):
     torch.manual_seed(0)
     config = compose("model=tiny").model
-    model = models.load_model(config, models.load_tokenizer(config))
+    model = loading.load_model(config, tokenizer.load_tokenizer(config))
     archive = {"step_idx": 159_744, "state": model.state_dict(), "metrics": {"loss/eval": 0.58, "rewards": [1.0]}}
     torch.save(archive, tmp_path / "policy.pt")
     command = ["policy.pt", "--model", "tiny", "--to", "out", "--dtype", "bfloat16"]

@@ -11,9 +11,16 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from transformers import AutoModelForCausalLM
 
-from batches import BatchIterator
 from conftest import GOLDEN
-from flagged_pairs import (
+from preference_collection.importing import import_into
+from preference_collection.store import open_store
+from preference_training.batching.batches import BatchIterator
+from preference_training.core.errors import UserError
+from preference_training.data.prompt_table import PromptTable
+from preference_training.data.tokenization import TokenizedPrompt
+from preference_training.losses.objectives import build_loss
+from preference_training.modeling.logprobs import LiveReference
+from preference_training.reporting.flagged_pairs import (
     BLOCK,
     KINDS,
     LISTED,
@@ -26,17 +33,10 @@ from flagged_pairs import (
     to_be_judged,
     write_flagged,
     wrong_label_probability,
-)  # fmt: skip
-from ledger import Ledger, Sightings
-from logprobs import LiveReference
-from losses import build_loss
-from preference_collection.importing import import_into
-from preference_collection.store import open_store
-from prompt_table import PromptTable
-from tokenization import TokenizedPrompt
-from tracking import Tracker
-from trainers import BasicTrainer
-from utils import UserError
+)
+from preference_training.tracking.ledger import Ledger, Sightings
+from preference_training.tracking.tracker import Tracker
+from preference_training.training.trainers import BasicTrainer
 
 
 def sightings(epochs: numpy.ndarray) -> Sightings:

@@ -7,13 +7,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from batches import BatchIterator, MicroBatch, examples_of, pack
 from conftest import GOLDEN
-from guards import COLLAPSE, STEPS, StillWeights, Watch
-from losses import build_loss
-from prompt_table import PromptTable
-from tokenization import TokenizedPrompt
-from trainers import BasicTrainer
+from preference_training.batching.batches import BatchIterator, MicroBatch, examples_of, pack
+from preference_training.data.prompt_table import PromptTable
+from preference_training.data.tokenization import TokenizedPrompt
+from preference_training.losses.objectives import build_loss
+from preference_training.training.guards import COLLAPSE, STEPS, StillWeights, Watch
+from preference_training.training.trainers import BasicTrainer
 
 
 class Run:

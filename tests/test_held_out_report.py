@@ -11,14 +11,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from batches import UNLIMITED, evaluation_prompts
 from conftest import GOLDEN
-from evaluation import HeldOut
-from held_out_report import LENGTH_BOUNDS, ExampleFacts, kl_estimate, length_bias, lines_of, summary
-from logprobs import LiveReference
-from prompt_table import PromptTable, TablePart
-from prompt_templates import user_markers
-from tokenization import TokenizedPrompt
+from preference_training.batching.batches import UNLIMITED, evaluation_prompts
+from preference_training.data.prompt_table import PromptTable, TablePart
+from preference_training.data.rows.templates import user_markers
+from preference_training.data.tokenization import TokenizedPrompt
+from preference_training.evaluation.held_out import HeldOut
+from preference_training.evaluation.held_out_report import (
+    LENGTH_BOUNDS,
+    ExampleFacts,
+    kl_estimate,
+    length_bias,
+    lines_of,
+    summary,
+)
+from preference_training.modeling.logprobs import LiveReference
 
 
 def facts(prompts, lengths, others=None, names=None, turns=None) -> ExampleFacts:

@@ -10,9 +10,10 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf, open_dict
 
 import shown
-from configuration import check_config, force_open_sections, known_keys, loss_keys
-from losses import LOSSES
-from train import new_run_dir
+from preference_training.configuration.composition import force_open_sections, known_keys
+from preference_training.configuration.validation import check_config, loss_keys
+from preference_training.losses.objectives import LOSSES
+from preference_training.training.run_directory import new_run_dir
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -118,7 +119,7 @@ def sweep_values(overrides: list[str]) -> list[list[str]]:
 
 
 def test_the_readmes_own_data_is_read(tmp_path, monkeypatch):
-    from dataset_entries import load_records, read_entry
+    from preference_training.data.entries import load_records, read_entry
 
     monkeypatch.chdir(tmp_path)
     shown.write_files("README.md", tmp_path)

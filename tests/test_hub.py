@@ -3,9 +3,9 @@
 import huggingface_hub
 import pytest
 
-import hub
 from hub_stand_in import TOKEN, serving
-from utils import UserError
+from preference_training.core.errors import UserError
+from preference_training.export import hub
 
 
 @pytest.fixture

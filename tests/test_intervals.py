@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from intervals import correlation, mean_interval, share_interval
+from preference_training.evaluation.intervals import correlation, mean_interval, share_interval
 
 # Of these sizes every outcome is looked at. 14 and 8 are where other intervals hold the truth least often.
 SIZES = (8, 9, 14, 20, 33, 64, 100, 256)

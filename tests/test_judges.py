@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from configuration import CONFIG_DIR
 from conftest import GOLDEN
 from judge_servers import Reply, serving, shorter_wins, verdict
-from judges import (
+from preference_training.configuration.composition import CONFIG_DIR
+from preference_training.core.errors import UserError
+from preference_training.evaluation.judges import (
     LONGEST_PAUSE,
     NoJudgementError,
     RewardModelJudge,
@@ -23,7 +24,6 @@ from judges import (
     pause_of,
     verdict_of,
 )
-from utils import UserError
 
 
 @pytest.fixture

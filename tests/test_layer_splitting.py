@@ -8,19 +8,20 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from batches import BatchIterator, MicroBatch, evaluation_batches, examples_of, pack
-from checkpoints import CheckpointWriter
-from evaluation import evaluate
-from layer_splitting import copy_of_split, load_split, split_layers, splits_in_one_process
-from logprobs import LiveReference, response_logps
-from losses import build_loss
-from models import disable_dropout, share_prefixes
-from prompt_table import PromptTable
-from sampling import sample_answers
-from sharing_proof import ROUNDING, random_trees
-from tokenization import TokenizedPrompt
-from trainers import BasicTrainer, LayerSplittingTrainer
-from utils import UserError
+from preference_training.batching.batches import BatchIterator, MicroBatch, evaluation_batches, examples_of, pack
+from preference_training.checkpointing.checkpoints import CheckpointWriter
+from preference_training.core.errors import UserError
+from preference_training.data.prompt_table import PromptTable
+from preference_training.data.tokenization import TokenizedPrompt
+from preference_training.distributed.layer_splitting import copy_of_split, load_split, split_layers, splits_in_one_process
+from preference_training.evaluation.held_out import evaluate
+from preference_training.generation.sampling import sample_answers
+from preference_training.losses.objectives import build_loss
+from preference_training.modeling.loading import disable_dropout
+from preference_training.modeling.logprobs import LiveReference, response_logps
+from preference_training.modeling.prefix_sharing import share_prefixes
+from preference_training.modeling.sharing_proof import ROUNDING, random_trees
+from preference_training.training.trainers import BasicTrainer, LayerSplittingTrainer
 
 VOCABULARY = 90
 SIZES = {

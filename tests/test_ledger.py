@@ -8,16 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from batches import BatchIterator, TokenBudget
 from conftest import GOLDEN
-from ledger import SCHEMA, STEPS_KEPT, Ledger, Sightings, cut_back_ledger, parts_of, read_ledger
-from logprobs import LiveReference
-from losses import build_loss
-from prompt_table import PromptTable
-from ranks import Ranks
-from tokenization import TokenizedPrompt
-from tracking import Tracker
-from trainers import BasicTrainer
+from preference_training.batching.batches import BatchIterator, TokenBudget
+from preference_training.core.ranks import Ranks
+from preference_training.data.prompt_table import PromptTable
+from preference_training.data.tokenization import TokenizedPrompt
+from preference_training.losses.objectives import build_loss
+from preference_training.modeling.logprobs import LiveReference
+from preference_training.tracking.ledger import SCHEMA, STEPS_KEPT, Ledger, Sightings, cut_back_ledger, parts_of, read_ledger
+from preference_training.tracking.tracker import Tracker
+from preference_training.training.trainers import BasicTrainer
 
 
 def seen(*pairs: tuple[int, int, float]) -> list[tuple[torch.Tensor, torch.Tensor]]:

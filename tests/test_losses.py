@@ -9,35 +9,39 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from conftest import CONFIG_DIR
-from losses import (
-    LOSS_AT_BETA_USED,
-    LOSSES,
-    BetaDPOLoss,
+from preference_training.core.errors import UserError
+from preference_training.losses.beta_dpo import (
     GapStatistics,
-    HingeLoss,
-    Loss,
-    PairSelection,
-    ReferenceUpdate,
-    RewardShift,
     adapted_beta,
+    draw_without_replacement,
+    log_sampling_weights,
+    number_kept,
+)
+from preference_training.losses.formulas import (
     bco_loss,
-    build_loss,
     dpo_loss,
     dpop_loss,
-    draw_without_replacement,
-    example_metrics,
     gap,
     hinge_loss,
     ipo_loss,
     log_odds,
-    log_sampling_weights,
-    number_kept,
     orpo_loss,
     robust_dpo_loss,
     rpo_loss,
     simpo_loss,
 )
-from utils import UserError
+from preference_training.losses.objectives import (
+    LOSS_AT_BETA_USED,
+    LOSSES,
+    BetaDPOLoss,
+    HingeLoss,
+    Loss,
+    PairSelection,
+    ReferenceUpdate,
+    RewardShift,
+    build_loss,
+    example_metrics,
+)
 
 LOGPS = ("policy_chosen", "policy_rejected", "reference_chosen", "reference_rejected")
 

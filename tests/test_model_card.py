@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from model_card import CardFacts, hub_sets, is_hub_id, model_card, settings_changed, without_secrets
+from preference_training.core.secrets import without_secrets
+from preference_training.reporting.model_card import CardFacts, hub_sets, is_hub_id, model_card, settings_changed
 
 TOKEN = "hf_" + "abcdefgh" * 4
 

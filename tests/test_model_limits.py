@@ -6,12 +6,13 @@ import torch
 from omegaconf import OmegaConf
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from model_limits import Limits, check_limits, check_rows, limits_of, tokens_beyond
-from models import byte_level_tokenizer, load_tokenizer, model_configuration
-from prompt_table import PromptTable
-from sampling import sample_responses
-from tokenization import TokenizedPrompt
-from utils import UserError
+from preference_training.core.errors import UserError
+from preference_training.data.prompt_table import PromptTable
+from preference_training.data.tokenization import TokenizedPrompt
+from preference_training.generation.sampling import sample_responses
+from preference_training.modeling.limits import Limits, check_limits, check_rows, limits_of, tokens_beyond
+from preference_training.modeling.loading import model_configuration
+from preference_training.modeling.tokenizer import byte_level_tokenizer, load_tokenizer
 
 BERT_LIKE = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
 GPT_LIKE = {"n_embd": 16, "n_layer": 1, "n_head": 2}

@@ -5,13 +5,15 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from batches import examples_of, pack
-from launching import backend_of
-from logprobs import ScoringHead, _index, response_logps
-from model_state import compute_device, frozen_copy
-from models import disable_dropout, share_prefixes, token_budget
-from response_trees import tree_attention_forward
-from tokenization import TokenizedPrompt
+from preference_training.batching.batches import examples_of, pack
+from preference_training.data.tokenization import TokenizedPrompt
+from preference_training.distributed.launching import backend_of
+from preference_training.modeling.loading import disable_dropout
+from preference_training.modeling.logprobs import ScoringHead, _index, response_logps
+from preference_training.modeling.prefix_sharing import share_prefixes
+from preference_training.modeling.state import compute_device, frozen_copy
+from preference_training.modeling.token_budget import token_budget
+from preference_training.modeling.tree_attention import tree_attention_forward
 
 SIZES = {
     "vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -9,13 +9,19 @@ from tokenizers.processors import TemplateProcessing
 
 from conftest import GOLDEN
 from go_templates import collated, read_modelfile, render
-from modelfile import ARCHITECTURES, check_architecture, fit_for_ollama, modelfile_of, tokenizer_model
-from models import byte_level_tokenizer
-from records import PreferenceRecord, Turn
-from served_prompts import chat_template, end_tokens, format_of_prompts, format_of_run, turns_of
+from preference_training.core.errors import UserError
+from preference_training.data.chat_templates import chat_template, end_tokens, format_of_prompts, format_of_run, turns_of
+from preference_training.data.rows.records import PreferenceRecord, Turn
+from preference_training.data.tokenization import TokenizedPrompt, TokenSettings, bos_of, tokenize_records
+from preference_training.export.modelfile import (
+    ARCHITECTURES,
+    check_architecture,
+    fit_for_ollama,
+    modelfile_of,
+    tokenizer_model,
+)
+from preference_training.modeling.tokenizer import byte_level_tokenizer
 from test_prompt_templates import CHATML, LLAMA_2, NO_SYSTEM
-from tokenization import TokenizedPrompt, TokenSettings, bos_of, tokenize_records
-from utils import UserError
 
 # As their models ship them, in their own words: headers with an empty line, a default system, one without any system.
 LLAMA_3 = (

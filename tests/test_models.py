@@ -8,22 +8,16 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from checkpoints import CheckpointWriter, Snapshot
 from conftest import GOLDEN
-from logprobs import response_logps
-from models import (
-    byte_level_tokenizer,
-    check_model,
-    compile_between_attentions,
-    load_model,
-    load_tokenizer,
-    read_archive,
-    reference_copy,
-    share_prefixes,
-    token_budget,
-)
-from sharing_proof import logps_and_gradients, random_trees
-from utils import UserError
+from preference_training.checkpointing.checkpoints import CheckpointWriter, Snapshot
+from preference_training.core.errors import UserError
+from preference_training.modeling.archives import read_archive
+from preference_training.modeling.loading import check_model, compile_between_attentions, load_model, reference_copy
+from preference_training.modeling.logprobs import response_logps
+from preference_training.modeling.prefix_sharing import share_prefixes
+from preference_training.modeling.sharing_proof import logps_and_gradients, random_trees
+from preference_training.modeling.token_budget import token_budget
+from preference_training.modeling.tokenizer import byte_level_tokenizer, load_tokenizer
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
 

@@ -8,10 +8,20 @@ import pyarrow.parquet
 import pytest
 
 from conftest import write
-from dataset_entries import load_records, read_entry
-from preference_datasets import DATASETS
-from records import EMPTY_TEXT, EQUAL_SCORES, NO_PAIR, OTHER_PROMPT, SAME_ANSWER, SAME_TEXT, DataReport, Turn, prompt_hash
-from utils import UserError
+from preference_training.core.errors import UserError
+from preference_training.data.entries import load_records, read_entry
+from preference_training.data.registry import DATASETS
+from preference_training.data.rows.records import (
+    EMPTY_TEXT,
+    EQUAL_SCORES,
+    NO_PAIR,
+    OTHER_PROMPT,
+    SAME_ANSWER,
+    SAME_TEXT,
+    DataReport,
+    Turn,
+    prompt_hash,
+)
 
 HH_SUBSETS = ("harmless-base", "helpful-base", "helpful-online", "helpful-rejection-sampled")
 

@@ -11,22 +11,23 @@ from omegaconf import OmegaConf
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from batches import BatchIterator, evaluation_batches
-from checkpoints import CheckpointWriter, publish, read_state
-from configuration import SCHEDULES, check_config, keeps_master_weights, lines_of_precision
 from conftest import GOLDEN
-from logprobs import LiveReference
-from losses import build_loss
-from optimization import build_optimizer, check_optimizer, schedule, warmup_steps
-from prompt_table import PromptTable
-from records import PreferenceRecord
-from resuming import fault_of_run
-from tokenization import TokenizedPrompt, TokenSettings, tokenize_records
-from toy_preferences import toy_records
-from tracking import NoTracker
+from preference_training.batching.batches import BatchIterator, evaluation_batches
+from preference_training.checkpointing.checkpoints import CheckpointWriter, publish, read_state
+from preference_training.checkpointing.resuming import fault_of_run
+from preference_training.configuration.validation import SCHEDULES, check_config, keeps_master_weights, lines_of_precision
+from preference_training.core.errors import UserError
+from preference_training.core.random_streams import seed_everything
+from preference_training.data.prompt_table import PromptTable
+from preference_training.data.rows.records import PreferenceRecord
+from preference_training.data.tokenization import TokenizedPrompt, TokenSettings, tokenize_records
+from preference_training.data.toy_preferences import toy_records
+from preference_training.losses.objectives import build_loss
+from preference_training.modeling.logprobs import LiveReference
+from preference_training.tracking.tracker import NoTracker
+from preference_training.training.optimization import build_optimizer, check_optimizer, schedule, warmup_steps
+from preference_training.training.trainers import BasicTrainer
 from train import settle_batch_size
-from trainers import BasicTrainer
-from utils import UserError, seed_everything
 
 PROMPTS = PromptTable.of(TokenizedPrompt([5 + n, 6, 7], [[10 + n, 11, 0], [12 + n, 0]], [(0, 1)]) for n in range(10))
 

@@ -9,24 +9,17 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import preference_datasets
 from conftest import write
-from data_files import DATA_SUFFIXES
-from dataset_entries import load_records, read_entry
-from html_text import html_to_text
-from preference_datasets import (
-    DATASETS,
-    Dataset,
-    find_dataset,
-    hh_records,
-    register,
-    shp_records,
-    stack_exchange_records,
-)
-from prompt_templates import split_dialogue
-from records import DataReport, PreferenceRecord, is_held_out, prompt_hash
-from toy_preferences import TEST_PROMPTS, TRAIN_PROMPTS, answer_kind
-from utils import UserError
+from preference_datasets import hh_records, shp_records, stack_exchange_records
+from preference_training.core.errors import UserError
+from preference_training.data import hub_sets
+from preference_training.data.entries import load_records, read_entry
+from preference_training.data.files import DATA_SUFFIXES
+from preference_training.data.html_text import html_to_text
+from preference_training.data.registry import DATASETS, Dataset, find_dataset, register
+from preference_training.data.rows.records import DataReport, PreferenceRecord, is_held_out, prompt_hash
+from preference_training.data.rows.templates import split_dialogue
+from preference_training.data.toy_preferences import TEST_PROMPTS, TRAIN_PROMPTS, answer_kind
 
 LOADERS = {"hh": hh_records, "shp": shp_records, "se": stack_exchange_records}
 MEND = " Mend the row, or leave such rows out with on_bad_row=skip."
@@ -213,9 +206,9 @@ def test_two_files_may_use_the_same_name_and_neither_hides_the_others_or_a_built
 def test_a_file_of_the_users_hides_no_module_of_the_same_name(tmp_path):
     (tmp_path / "utils.py").write_text(OWN_LOADERS)
     find_dataset(f"{tmp_path}/utils.py:as_dict")
-    import utils
+    from preference_training.core import errors
 
-    assert utils.UserError is UserError
+    assert errors.UserError is UserError
 
 
 def test_a_name_that_a_file_does_not_register_is_refused_with_the_nearest_that_it_does(tmp_path):
@@ -346,7 +339,7 @@ def on_the_hub(monkeypatch):
     import datasets
 
     def put(rows: list[dict]) -> None:
-        monkeypatch.setattr(preference_datasets, "load_hub", lambda *_: datasets.Dataset.from_list(rows))
+        monkeypatch.setattr(hub_sets, "load_hub", lambda *_: datasets.Dataset.from_list(rows))
 
     return put
 

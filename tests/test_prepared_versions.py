@@ -17,10 +17,10 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
-from data_preparation import prepare
-from dataset_entries import read_entry
-from tokenization import VERSION, VERSIONS, TokenSettings, write_tokenised
-from tokenization import TokenizedPrompt as Prompt
+from preference_training.data.entries import read_entry
+from preference_training.data.preparation import prepare
+from preference_training.data.tokenization import VERSION, VERSIONS, TokenSettings, write_tokenised
+from preference_training.data.tokenization import TokenizedPrompt as Prompt
 
 ROOT = Path(__file__).parent.parent
 KNOWN = ROOT / "tests" / "golden" / "prepared_data.json"
@@ -91,7 +91,7 @@ TEMPLATE = (
 
 def tokenizer_with_template():
     """The byte-level tokenizer, with a beginning of the sequence that only its chat template writes."""
-    from models import byte_level_tokenizer
+    from preference_training.modeling.tokenizer import byte_level_tokenizer
 
     tokenizer = byte_level_tokenizer()
     tokenizer.add_special_tokens({"bos_token": "<begin>"})

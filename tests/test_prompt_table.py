@@ -11,9 +11,9 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-import prompt_table
-from prompt_table import Columns, PromptTable, TablePart, shuffled, write_columns
-from tokenization import TokenizedPrompt
+from preference_training.data import prompt_table
+from preference_training.data.prompt_table import Columns, PromptTable, TablePart, shuffled, write_columns
+from preference_training.data.tokenization import TokenizedPrompt
 
 # Hypothesis runs one function many times; each example writes its own file, so that sharing tmp_path is harmless.
 SHARES_FOLDER = [HealthCheck.function_scoped_fixture]

@@ -4,8 +4,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models import byte_level_tokenizer
-from prompt_templates import (
+from preference_training.core.errors import UserError
+from preference_training.data.rows.records import Turn
+from preference_training.data.rows.templates import (
     ASSISTANT,
     HUMAN,
     ConversationError,
@@ -14,8 +15,7 @@ from prompt_templates import (
     parse_dialogue,
     split_dialogue,
 )
-from records import Turn
-from utils import UserError
+from preference_training.modeling.tokenizer import byte_level_tokenizer
 
 # As chat models ship them. Llama 2's writes both special tokens itself, takes the system into the first turn, and refuses
 # conversations that do not alternate.

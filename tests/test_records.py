@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from records import (
+from preference_training.core.errors import UserError
+from preference_training.data.rows.records import (
     EQUAL_SCORES,
     NO_PAIR,
     SAME_ANSWER,
@@ -31,7 +32,6 @@ from records import (
     scored_record,
     split_by_hash,
 )
-from utils import UserError
 
 # Few different values, so that equal ones meet often.
 PROMPTS = st.sampled_from(["p", "q", (Turn("user", "p"),), (Turn("system", "s"), Turn("user", "p"))])

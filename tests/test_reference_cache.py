@@ -9,15 +9,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-import reference_cache
-from batches import UNLIMITED, BatchIterator, TokenBudget, examples_of, pack
 from conftest import GOLDEN
-from logprobs import LiveReference, ScoringHead
-from models import share_prefixes
-from prompt_table import PromptTable, Selection
-from ranks import ALONE
-from reference_cache import Reads, cache_key, cache_path, cached_reference
-from tokenization import TokenizedPrompt
+from preference_training.batching.batches import UNLIMITED, BatchIterator, TokenBudget, examples_of, pack
+from preference_training.core.ranks import ALONE
+from preference_training.data.prompt_table import PromptTable, Selection
+from preference_training.data.tokenization import TokenizedPrompt
+from preference_training.modeling import reference_cache
+from preference_training.modeling.logprobs import LiveReference, ScoringHead
+from preference_training.modeling.prefix_sharing import share_prefixes
+from preference_training.modeling.reference_cache import Reads, cache_key, cache_path, cached_reference
 
 
 def read(prompts: Selection) -> Reads:

@@ -2,8 +2,8 @@
 
 import pytest
 
-from records import DataReport, Row, Turn
-from repeated_prompts import CUT, LEFT, without_repeated_prompts
+from preference_training.data.rows.records import DataReport, Row, Turn
+from preference_training.data.rows.repeated_prompts import CUT, LEFT, without_repeated_prompts
 
 
 def pair(prompt, *responses: str) -> Row:

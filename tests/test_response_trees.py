@@ -10,15 +10,22 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import logprobs
-from batches import TokenBudget, examples_of, pack, pieces_of
 from conftest import GOLDEN
-from logprobs import ScoringHead, padded_logps, response_logps, tree_logps
-from losses import build_loss
-from models import share_prefixes
-from response_trees import RESPONSE_TREES, Tree, TreeLayout, _attention_by_branches, _flex_attention, causal_mask, register
-from tokenization import TokenizedPrompt
-from utils import UserError
+from preference_training.batching.batches import TokenBudget, examples_of, pack, pieces_of
+from preference_training.batching.trees import Tree, TreeLayout
+from preference_training.core.errors import UserError
+from preference_training.data.tokenization import TokenizedPrompt
+from preference_training.losses.objectives import build_loss
+from preference_training.modeling import logprobs
+from preference_training.modeling.logprobs import ScoringHead, padded_logps, response_logps, tree_logps
+from preference_training.modeling.prefix_sharing import share_prefixes
+from preference_training.modeling.tree_attention import (
+    RESPONSE_TREES,
+    _attention_by_branches,
+    _flex_attention,
+    causal_mask,
+    register,
+)
 
 # Wide enough for rotary embeddings, small enough for hundreds of forwards; texts are longer than the windows.
 SIZES = {

@@ -15,15 +15,11 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM
 
-import resuming
-from batches import BatchIterator, evaluation_batches
-from checkpoints import CheckpointWriter, fault_of
-from configuration import known_keys
 from conftest import GOLDEN
-from logprobs import LiveReference
-from losses import build_loss
-from prompt_table import PromptTable
-from resuming import (
+from preference_training.batching.batches import BatchIterator, evaluation_batches
+from preference_training.checkpointing import resuming
+from preference_training.checkpointing.checkpoints import CheckpointWriter, fault_of
+from preference_training.checkpointing.resuming import (
     MAY_DIFFER,
     NEWER_STATE,
     STATE,
@@ -34,10 +30,14 @@ from resuming import (
     misfit,
     version_of_data,
 )
-from tokenization import VERSION, TokenizedPrompt
-from tracking import Tracker
-from trainers import BasicTrainer
-from utils import UserError
+from preference_training.configuration.composition import known_keys
+from preference_training.core.errors import UserError
+from preference_training.data.prompt_table import PromptTable
+from preference_training.data.tokenization import VERSION, TokenizedPrompt
+from preference_training.losses.objectives import build_loss
+from preference_training.modeling.logprobs import LiveReference
+from preference_training.tracking.tracker import Tracker
+from preference_training.training.trainers import BasicTrainer
 
 MOMENT = "2026-01-02_03-04-05-000006"
 ABOUT = {"config": {"seed": 0}, "data": ["a", "b"], "began_with": "c", "wandb_id": "0123456789abcdef" * 2, "versions": {}}
@@ -298,21 +298,21 @@ def test_the_version_of_the_data_is_that_of_the_newest_checkpoint_whose_state_is
 
 
 def test_a_version_of_the_data_that_this_code_does_not_know_is_refused_and_an_old_one_is_said(run_dir, compose, capsys):
-    import train
+    from preference_training.training import preparation
 
     config = compose("loss=dpo", f"resume={run_dir}")
-    assert train.data_version(compose("loss=dpo"), run_dir) == VERSION
-    assert train.data_version(config, run_dir) == 1
+    assert preparation.data_version(compose("loss=dpo"), run_dir) == VERSION
+    assert preparation.data_version(config, run_dir) == 1
     assert "resume: the data stays as the run began, by version 1 of the rules: a prompt is held" in capsys.readouterr().out
     state = json.loads((run_dir / "step-12" / "state.json").read_text())
     state["run"]["data_version"] = VERSION + 1
     forge(run_dir / "step-12", json.dumps(state))
     with pytest.raises(UserError, match=f"by version {VERSION + 1} of the rules, and this code knows those up to {VERSION}"):
-        train.data_version(config, run_dir)
+        preparation.data_version(config, run_dir)
 
 
 def test_ranks_that_have_prepared_other_data_stop_before_they_train():
-    import train
+    from preference_training.training import preparation
 
     class TwoRanks:
         def gather(self, value):
@@ -320,10 +320,10 @@ def test_ranks_that_have_prepared_other_data_stop_before_they_train():
 
     ranks, data = TwoRanks(), (SimpleNamespace(table=PromptTable([])),)
     ranks.alike = True
-    train.check_same_data(data, ranks)
+    preparation.check_same_data(data, ranks)
     ranks.alike = False
     with pytest.raises(UserError, match="datasets: ranks 1 have prepared other data than rank 0"):
-        train.check_same_data(data, ranks)
+        preparation.check_same_data(data, ranks)
 
 
 def test_what_is_free_to_differ_are_keys_that_exist_or_sections_of_them():

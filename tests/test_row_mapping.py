@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from records import OTHER_PROMPT, DataReport, Row, Turn, fault_of_text, kind_of
-from row_mapping import FieldMap, RowError, condition, value_of
-from utils import UserError
+from preference_training.core.errors import UserError
+from preference_training.data.rows.field_maps import FieldMap, RowError, condition, value_of
+from preference_training.data.rows.records import OTHER_PROMPT, DataReport, Row, Turn, fault_of_text, kind_of
 
 
 def dialogue(question: str, answer: str) -> str:

@@ -14,11 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from records import DataReport
-from run_files import code_state, split_rows, write_about
-from run_report import observations, rebuild_report, report_page
-from tracking import Tracker
-from utils import UserError
+from preference_training.core.errors import UserError
+from preference_training.data.rows.records import DataReport
+from preference_training.reporting.run_report import observations, rebuild_report, report_page
+from preference_training.tracking.run_files import code_state, split_rows, write_about
+from preference_training.tracking.tracker import Tracker
 
 ROOT = Path(__file__).parent.parent
 HOSTILE = '</script><script>alert(1)</script><img src="https://example.org/x">'

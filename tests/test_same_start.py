@@ -8,19 +8,19 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from batches import UNLIMITED, BatchIterator, TokenBudget, evaluation_batches
 from conftest import GOLDEN
-from logprobs import CachedReference, LiveReference
-from losses import build_loss
-from models import share_prefixes
-from prompt_table import PromptTable
-from ranks import ALONE
-from reference_cache import Reads, cached_reference
-from same_start import SameStart
-from tokenization import TokenizedPrompt
-from tracking import Tracker
-from trainers import BasicTrainer
-from utils import UserError
+from preference_training.batching.batches import UNLIMITED, BatchIterator, TokenBudget, evaluation_batches
+from preference_training.core.errors import UserError
+from preference_training.core.ranks import ALONE
+from preference_training.data.prompt_table import PromptTable
+from preference_training.data.tokenization import TokenizedPrompt
+from preference_training.losses.objectives import build_loss
+from preference_training.modeling.logprobs import CachedReference, LiveReference
+from preference_training.modeling.prefix_sharing import share_prefixes
+from preference_training.modeling.reference_cache import Reads, cached_reference
+from preference_training.tracking.tracker import Tracker
+from preference_training.training.same_start import SameStart
+from preference_training.training.trainers import BasicTrainer
 
 DRAW = torch.Generator().manual_seed(0)
 
@@ -144,7 +144,7 @@ def test_dropout_of_the_adapter_that_training_starts_from_is_no_difference(polic
 
 def trained_logps(policy, batch):
     """What a policy says in training mode."""
-    from logprobs import response_logps
+    from preference_training.modeling.logprobs import response_logps
 
     return response_logps(policy, batch).detach()
 

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-import sampling
 from conftest import GOLDEN
-from models import share_prefixes
-from sampling import OTHER, POLICY, OwnStreams, sample_answers, sample_responses
+from preference_training.generation import sampling
+from preference_training.generation.sampling import OTHER, POLICY, OwnStreams, sample_answers, sample_responses
+from preference_training.modeling.prefix_sharing import share_prefixes
 
 
 @pytest.fixture(scope="module", params=["llama_policy", "gpt_neox"])

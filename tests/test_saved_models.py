@@ -8,11 +8,20 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from checkpoints import CheckpointWriter, Snapshot, end_as_trained, save_configuration
 from conftest import GOLDEN
-from models import round_weights, save_model
-from saved_models import OtherModelError, answers_of, checkpoint_check, compare, compare_parts, load_plain, per_token, tolerance
-from utils import UserError
+from preference_training.checkpointing.checkpoints import CheckpointWriter, Snapshot, end_as_trained, save_configuration
+from preference_training.checkpointing.saved_models import (
+    OtherModelError,
+    answers_of,
+    checkpoint_check,
+    compare,
+    compare_parts,
+    load_plain,
+    per_token,
+    tolerance,
+)
+from preference_training.core.errors import UserError
+from preference_training.modeling.loading import round_weights, save_model
 
 
 @pytest.fixture

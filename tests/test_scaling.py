@@ -5,13 +5,23 @@ from collections import Counter
 import pytest
 import torch
 
-from batches import UNLIMITED, MicroBatch, TokenBudget, examples_of, pack
-from configuration import force_open_sections
-from losses import build_loss
-from models import load_tokenizer
-from scaling import GIB, Message, StepCosts, Traffic, budget_of, fake_processes, in_device_memory, laid_out, lines_of_traffic
-from scaling import step_costs as step_costs_of
-from tokenization import TokenizedPrompt
+from preference_training.batching.batches import UNLIMITED, MicroBatch, TokenBudget, examples_of, pack
+from preference_training.configuration.composition import force_open_sections
+from preference_training.data.tokenization import TokenizedPrompt
+from preference_training.dry_run.scaling import (
+    GIB,
+    Message,
+    StepCosts,
+    Traffic,
+    budget_of,
+    fake_processes,
+    in_device_memory,
+    laid_out,
+    lines_of_traffic,
+)
+from preference_training.dry_run.scaling import step_costs as step_costs_of
+from preference_training.losses.objectives import build_loss
+from preference_training.modeling.tokenizer import load_tokenizer
 
 F32 = torch.float32
 LAYERS = 2

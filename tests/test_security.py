@@ -18,12 +18,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from checkpoints import fault_of
 from conftest import GOLDEN
-from dataset_entries import load_records, read_entry
-from models import byte_level_tokenizer, load_model, load_tokenizer, read_archive
-from prompt_templates import ConversationError, build_template
-from utils import UserError, load_tensors
+from preference_training.checkpointing.checkpoints import fault_of
+from preference_training.core.errors import UserError
+from preference_training.core.files import load_tensors
+from preference_training.data.entries import load_records, read_entry
+from preference_training.data.rows.templates import ConversationError, build_template
+from preference_training.modeling.archives import read_archive
+from preference_training.modeling.loading import load_model
+from preference_training.modeling.tokenizer import byte_level_tokenizer, load_tokenizer
 
 ROOT = Path(__file__).parent.parent
 SOURCES = [*ROOT.glob("*.py"), *ROOT.glob("scripts/*.py")]

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-import stopping
-from stopping import SAME_SIGNAL, StopRequests
+from preference_training.core import signals as stopping
+from preference_training.core.signals import SAME_SIGNAL, StopRequests
 
 ROOT = Path(__file__).parent.parent
 # Answers each line on its standard input: a number is the time from now on, anything else asks for the reason to stop.

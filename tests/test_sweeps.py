@@ -15,13 +15,13 @@ import pytest
 from omegaconf import OmegaConf
 
 import forked
-import sweeps
-from configuration import check_config
 from conftest import write
-from pruning import Pruning, build_pruner
-from run_files import JOB
-from sweeps import _doubts
-from utils import UserError
+from preference_training.configuration.validation import check_config
+from preference_training.core.errors import UserError
+from preference_training.sweeps import sweeps
+from preference_training.sweeps.sweeps import _doubts
+from preference_training.tracking.run_files import JOB
+from preference_training.training.pruning import Pruning, build_pruner
 
 ROOT = Path(__file__).parent.parent
 # Runs of a second or two.

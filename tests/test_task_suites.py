@@ -8,11 +8,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-import task_suites
 from conftest import GOLDEN, write
-from models import share_prefixes
-from task_suites import SUITES, TaskList, check_harness
-from utils import UserError
+from preference_training.core.errors import UserError
+from preference_training.evaluation import task_suites
+from preference_training.evaluation.task_suites import SUITES, TaskList, check_harness
+from preference_training.modeling.prefix_sharing import share_prefixes
 
 QUESTIONS = [("The opposite of hot is", "cold", "hot"), ("Two and two are", "four", "five"), ("A cat is an", "animal", "idea")]
 
@@ -93,5 +93,5 @@ def test_every_task_of_our_suites_is_one_of_the_harness_and_other_names_are_refu
 
 def test_without_the_harness_the_command_that_brings_it_is_said(monkeypatch):
     monkeypatch.setattr(task_suites, "find_spec", lambda _: None)
-    with pytest.raises(UserError, match=r"not installed. Run: pip install -r requirements-evaluation.txt"):
+    with pytest.raises(UserError, match=r"not installed. Run: pip install -r requirements/evaluation.txt"):
         check_harness()

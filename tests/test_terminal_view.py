@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from forked import ROOT, Program
-from terminal_view import GrowingFile, Watched, screen, watch
-from utils import UserError
+from preference_training.core.errors import UserError
+from preference_training.reporting.terminal_view import GrowingFile, Watched, screen, watch
 
 
 def step(examples: int, **more) -> dict:

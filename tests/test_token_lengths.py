@@ -4,10 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models import byte_level_tokenizer
-from records import DataReport, PreferenceRecord
-from tokenization import RESPONSE_CUT, TokenizedPrompt, TokenSettings, fit, tokenize_records
-from utils import UserError
+from preference_training.core.errors import UserError
+from preference_training.data.rows.records import DataReport, PreferenceRecord
+from preference_training.data.tokenization import RESPONSE_CUT, TokenizedPrompt, TokenSettings, fit, tokenize_records
+from preference_training.modeling.tokenizer import byte_level_tokenizer
 
 
 def record(prompt="ask", responses=(" yes", " no"), pairs=((0, 1),), target=" yes") -> PreferenceRecord:

@@ -15,10 +15,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from models import END_OF_TEXT, byte_level_tokenizer
-from prompt_templates import build_template
-from records import SAME_TEXT, DataReport, PreferenceRecord, Turn
-from tokenization import (
+from preference_training.core.errors import UserError
+from preference_training.data.rows.records import SAME_TEXT, DataReport, PreferenceRecord, Turn
+from preference_training.data.rows.templates import build_template
+from preference_training.data.tokenization import (
     NO_END,
     NO_PAIR_TO_COMPARE,
     NO_TURNS,
@@ -34,7 +34,7 @@ from tokenization import (
     tokenize_records,
     write_tokenised,
 )
-from utils import UserError
+from preference_training.modeling.tokenizer import END_OF_TEXT, byte_level_tokenizer
 
 # ---- tokenizers -----------------------------------------------------------------------------------------------------------
 

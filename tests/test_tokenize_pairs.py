@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import forked
-from models import byte_level_tokenizer
-from tokenization import TOKEN_FIELDS
+from preference_training.data.tokenization import TOKEN_FIELDS
+from preference_training.modeling.tokenizer import byte_level_tokenizer
 
 ROOT = Path(__file__).parent.parent
 

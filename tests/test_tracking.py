@@ -8,8 +8,8 @@ from datetime import datetime
 import pytest
 import torch
 
-from run_files import json_lines
-from tracking import Tracker
+from preference_training.tracking.run_files import json_lines
+from preference_training.tracking.tracker import Tracker
 
 
 def step(examples: int) -> dict:

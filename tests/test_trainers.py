@@ -9,7 +9,8 @@ import torch
 from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM
 
-from batches import (
+from conftest import GOLDEN
+from preference_training.batching.batches import (
     UNLIMITED,
     BatchIterator,
     MicroBatch,
@@ -20,21 +21,27 @@ from batches import (
     pack,
     pieces_of,
 )
-from checkpoints import CheckpointWriter, best_of, fault_of, newest_usable, read_reference, read_state
-from configuration import choices_of
-from conftest import GOLDEN
-from logprobs import CachedReference, LiveReference
-from losses import LOSS_AT_BETA_USED, build_loss
-from models import share_prefixes
-from prompt_table import PromptTable
-from ranks import ALONE
-from records import PreferenceRecord
-from reference_cache import Reads, cached_reference
+from preference_training.checkpointing.checkpoints import (
+    CheckpointWriter,
+    best_of,
+    fault_of,
+    newest_usable,
+    read_reference,
+    read_state,
+)
+from preference_training.configuration.composition import choices_of
+from preference_training.core.errors import UserError
+from preference_training.core.ranks import ALONE
+from preference_training.data.prompt_table import PromptTable
+from preference_training.data.rows.records import PreferenceRecord
+from preference_training.data.tokenization import TokenizedPrompt, TokenSettings, tokenize_records
+from preference_training.losses.objectives import LOSS_AT_BETA_USED, build_loss
+from preference_training.modeling.logprobs import CachedReference, LiveReference
+from preference_training.modeling.prefix_sharing import share_prefixes
+from preference_training.modeling.reference_cache import Reads, cached_reference
+from preference_training.tracking.tracker import Tracker
+from preference_training.training.trainers import BasicTrainer
 from shown import write_files
-from tokenization import TokenizedPrompt, TokenSettings, tokenize_records
-from tracking import Tracker
-from trainers import BasicTrainer
-from utils import UserError
 
 TRAJECTORIES = json.loads((GOLDEN / "trajectories.json").read_text())
 

@@ -7,8 +7,10 @@ import numpy
 import pytest
 import torch
 
-from checkpoints import _as_json, _of_json
-from utils import first_line, load_tensors, random_streams, restore_random_streams, seed_everything
+from preference_training.checkpointing.checkpoints import _as_json, _of_json
+from preference_training.core.errors import first_line
+from preference_training.core.files import load_tensors
+from preference_training.core.random_streams import random_streams, restore_random_streams, seed_everything
 
 
 def drawn() -> list[float]:

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from held_out_report import lines_of_win_rate
 from judge_servers import Reply, serving, shorter_wins, verdict
-from judges import Judge, NoJudgementError, OllamaJudge, OpenAIJudge
-from utils import UserError
-from win_rates import Comparison, Judgements, win_rate
+from preference_training.core.errors import UserError
+from preference_training.evaluation.held_out_report import lines_of_win_rate
+from preference_training.evaluation.judges import Judge, NoJudgementError, OllamaJudge, OpenAIJudge
+from preference_training.evaluation.win_rates import Comparison, Judgements, win_rate
 
 ROOT = Path(__file__).parent.parent
 

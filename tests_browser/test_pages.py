@@ -14,8 +14,8 @@ from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
-from comparison import write_comparison
-from run_report import write_report
+from preference_training.reporting.comparison import write_comparison
+from preference_training.reporting.run_report import write_report
 from tests_browser.browser import HEIGHTS, asked_for, chromium, on_paper, open_page, photograph, printed, show
 from tests_browser.example_runs import long_run, short_runs
 

@@ -38,7 +38,7 @@ def tiny_checkpoint(directory):
     from omegaconf import OmegaConf
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from models import byte_level_tokenizer
+    from preference_training.modeling.tokenizer import byte_level_tokenizer
 
     tokenizer = byte_level_tokenizer()
     config = LlamaConfig(

@@ -12,7 +12,7 @@ from preference_collection.checkpoint_source import CheckpointSource, load_check
 from preference_collection.generation import Request, Writing
 from preference_collection.store import Query, open_store
 from preference_collection.tests.conftest import a_pair, a_problem, tiny_checkpoint
-from utils import UserError
+from preference_training.core.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_an_adapter_is_offered_and_writes_with_the_model_that_it_names(checkpoin
     assert CheckpointSource((tmp_path / "runs",)).models() == [], "its model was made from scratch, and is nowhere"
     load_checkpoint.cache_clear()
     monkeypatch.setattr("preference_collection.checkpoint_source.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"is an adapter. Install: pip install -r requirements-lora.txt"):
+    with pytest.raises(UserError, match=r"is an adapter. Install: pip install -r requirements/lora.txt"):
         load_checkpoint(str(adapter))
 
 

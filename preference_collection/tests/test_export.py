@@ -11,13 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dataset_entries import load_records, read_entry
 from preference_collection.export import CARD, FILES, export_dataset, export_records, push
 from preference_collection.store import Judgement, new_id, open_store
 from preference_collection.tests.conftest import a_pair, a_problem
-from preference_datasets import leetcode_records, load_hub
-from records import DataReport, Turn, fault_of_item
-from utils import UserError
+from preference_datasets import leetcode_records
+from preference_training.core.errors import UserError
+from preference_training.data.entries import load_records, read_entry
+from preference_training.data.hub_sets import load_hub
+from preference_training.data.rows.records import DataReport, Turn, fault_of_item
 
 
 def judged_store(store):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from preference_collection.generation import OllamaSource, OpenAISource, Request, Writing, as_pair, prompt_of, write_pair
 from preference_collection.tests.conftest import a_problem
 from preference_collection.tests.ollama_stand_in import Broken, Silence, ollama_stand_in
-from utils import UserError
+from preference_training.core.errors import UserError
 
 CODE = "def add(a, b):\n    return a + b"
 WORDS = ["Here:\n```py", "thon\n", CODE, "\n```", " é…"]

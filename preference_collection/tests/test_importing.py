@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from preference_collection.importing import SAMPLES, RowError, import_into, problem_of
 from preference_collection.store import Query
-from utils import UserError
+from preference_training.core.errors import UserError
 
 FIELDS = ("id", "title", "difficulty", "description", "version1", "version2", "preference")
 ROWS = [

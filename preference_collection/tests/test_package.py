@@ -8,7 +8,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from preference_collection.settings import DEFAULTS, NUMBERS, check_access, limits_of, load_settings
-from utils import UserError
+from preference_training.core.errors import UserError
 
 PACKAGE = Path(__file__).parent.parent
 ROOT = PACKAGE.parent

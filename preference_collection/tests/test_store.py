@@ -25,7 +25,7 @@ from preference_collection.store import (
     side_shown_left,
 )
 from preference_collection.tests.conftest import a_pair, a_problem
-from utils import UserError
+from preference_training.core.errors import UserError
 
 ROOT = Path(__file__).parent.parent.parent
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]))

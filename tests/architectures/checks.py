@@ -26,9 +26,10 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import CheckpointException
 
 import train
-from configuration import CONFIG_DIR, GROUPS, check_config
-from toy_preferences import toy_records
-from utils import UserError
+from preference_training.configuration.composition import CONFIG_DIR, GROUPS
+from preference_training.configuration.validation import check_config
+from preference_training.core.errors import UserError
+from preference_training.data.toy_preferences import toy_records
 
 ROOT = Path(__file__).parent.parent.parent
 # By how much a log-prob may differ, per token, and weights of their size; of what training has changed they may not differ by

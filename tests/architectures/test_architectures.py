@@ -11,7 +11,7 @@ import two_processes
 from tiny_models import DENSE, TINY, make
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from sharding import blocks_of, without_shared
+from preference_training.distributed.sharding import blocks_of, without_shared
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent

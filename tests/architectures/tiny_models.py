@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from models import byte_level_tokenizer
+from preference_training.modeling.tokenizer import byte_level_tokenizer
 
 WINDOW, CHUNK = 16, 32
 # Standard deviation of weight matrices: one over the root of the hidden size, so that attention prefers some tokens to others.

@@ -12,8 +12,8 @@ from omegaconf import OmegaConf
 from torch.distributed.checkpoint import CheckpointException
 
 import train
-from launching import WorkerDiedError, launch, silence_others
-from utils import UserError
+from preference_training.core.errors import UserError
+from preference_training.distributed.launching import WorkerDiedError, launch, silence_others
 
 ENDED = "ended"
 

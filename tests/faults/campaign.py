@@ -9,7 +9,7 @@ from pathlib import Path
 
 from processes import EVERY, PATIENCE, RESUMED, STEP, Run, assert_undisturbed, assert_whole, checkpoints_of, rows_of
 
-from stopping import STOPPED
+from preference_training.core.signals import STOPPED
 
 SIGNALS = {"SIGTERM": signal.SIGTERM, "SIGUSR1": signal.SIGUSR1, "SIGINT": signal.SIGINT}
 KILLS = ("kill while writing", "kill")

@@ -18,10 +18,10 @@ from filelock import FileLock
 from safetensors.torch import load_file
 
 import train
-from checkpoints import checkpoints_of, fault_of
 from forked import Program, fork_workers
-from ledger import read_ledger
-from run_files import MEASURED
+from preference_training.checkpointing.checkpoints import checkpoints_of, fault_of
+from preference_training.tracking.ledger import read_ledger
+from preference_training.tracking.run_files import MEASURED
 
 ROOT = Path(__file__).parent.parent.parent
 # Twenty steps, a checkpoint behind every second of them, a line for each step.

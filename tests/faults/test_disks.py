@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from processes import Run, assert_same_weights, assert_whole, rows_of, train_here
 
-import train
-from checkpoints import checkpoints_of
-from utils import UserError
+from preference_training.checkpointing.checkpoints import checkpoints_of
+from preference_training.core.errors import UserError
+from preference_training.training import run_directory
 
 
 @contextmanager
@@ -118,5 +118,5 @@ def test_an_empty_directory_that_cannot_be_removed_hides_no_message(tmp_path, mo
         raise OSError(30, os.strerror(30))
 
     monkeypatch.setattr(Path, "rmdir", refuse)
-    train.remove_empty(tmp_path)
+    run_directory.remove_empty(tmp_path)
     assert tmp_path.is_dir()

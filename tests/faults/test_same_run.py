@@ -19,9 +19,9 @@ from processes import (
 )
 from safetensors.torch import load_file, save_file
 
-from checkpoints import checkpoints_of
-from stopping import STOPPED
-from utils import UserError
+from preference_training.checkpointing.checkpoints import checkpoints_of
+from preference_training.core.errors import UserError
+from preference_training.core.signals import STOPPED
 
 
 def write_pairs(path, word: str) -> None:

@@ -8,8 +8,8 @@ import sys
 import time
 from pathlib import Path
 
-from launching import launch
-from stopping import StopRequests
+from preference_training.core.signals import StopRequests
+from preference_training.distributed.launching import launch
 
 
 def outlive(folder: str) -> str:

@@ -3,19 +3,19 @@
 import torch
 from omegaconf import OmegaConf
 
-from batches import BatchIterator, examples_of, pack
-from launching import end_group, start_group
-from logprobs import LiveReference
-from losses import build_loss
-from memory_estimate import StorageCounter, most_held
-from models import load_tokenizer
-from prompt_table import PromptTable
-from ranks import Ranks
-from response_trees import forget_masks
-from scaling import Traffic, attributed
-from sharding import load_sharded, local, reference_beside
-from tokenization import TokenizedPrompt
-from trainers import TRAINERS
+from preference_training.batching.batches import BatchIterator, examples_of, pack
+from preference_training.core.ranks import Ranks
+from preference_training.data.prompt_table import PromptTable
+from preference_training.data.tokenization import TokenizedPrompt
+from preference_training.distributed.launching import end_group, start_group
+from preference_training.distributed.sharding import load_sharded, local, reference_beside
+from preference_training.dry_run.memory_estimate import StorageCounter, most_held
+from preference_training.dry_run.scaling import Traffic, attributed
+from preference_training.losses.objectives import build_loss
+from preference_training.modeling.logprobs import LiveReference
+from preference_training.modeling.tokenizer import load_tokenizer
+from preference_training.modeling.tree_attention import forget_masks
+from preference_training.training.trainers import TRAINERS
 
 
 def prompts(count: int = 8) -> list[TokenizedPrompt]:

@@ -14,22 +14,30 @@ import torch
 from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from batches import BatchIterator, MicroBatch, TokenBudget, evaluation_batches, examples_of, pieces_of
-from checkpoints import CheckpointWriter, Snapshot
 from conftest import GOLDEN
-from evaluation import evaluate
-from launching import end_group, start_group
-from logprobs import LiveReference
-from losses import build_loss
-from models import load_model, share_prefixes, weights_hash
-from prompt_table import PromptTable
-from ranks import ALONE
-from records import PreferenceRecord
-from reference_cache import Reads, cache_path, cached_reference, compute_logps
-from sharding import Layout, load_sharded, make_mesh, ranks_of, whole
-from tokenization import TokenSettings, tokenize_records
-from trainers import BasicTrainer, FSDPTrainer
-from utils import seed_everything
+from preference_training.batching.batches import (
+    BatchIterator,
+    MicroBatch,
+    TokenBudget,
+    evaluation_batches,
+    examples_of,
+    pieces_of,
+)
+from preference_training.checkpointing.checkpoints import CheckpointWriter, Snapshot
+from preference_training.core.random_streams import seed_everything
+from preference_training.core.ranks import ALONE
+from preference_training.data.prompt_table import PromptTable
+from preference_training.data.rows.records import PreferenceRecord
+from preference_training.data.tokenization import TokenSettings, tokenize_records
+from preference_training.distributed.launching import end_group, start_group
+from preference_training.distributed.sharding import Layout, load_sharded, make_mesh, ranks_of, whole
+from preference_training.evaluation.held_out import evaluate
+from preference_training.losses.objectives import build_loss
+from preference_training.modeling.loading import load_model, weights_hash
+from preference_training.modeling.logprobs import LiveReference
+from preference_training.modeling.prefix_sharing import share_prefixes
+from preference_training.modeling.reference_cache import Reads, cache_path, cached_reference, compute_logps
+from preference_training.training.trainers import BasicTrainer, FSDPTrainer
 
 TRAJECTORIES = json.loads((GOLDEN / "trajectories.json").read_text())
 
@@ -301,7 +309,7 @@ def write_into_a_folder_that_is_cleared_late(settings: dict, folder: str) -> lis
                 said.extend(found.name for found in partial.iterdir())
             remove(path, **how)
 
-        with mock.patch("checkpoints.shutil.rmtree", late):
+        with mock.patch("preference_training.checkpointing.checkpoints.shutil.rmtree", late):
             writer.write(Snapshot.of(0, trainer.weights(), {}, {}))
     end_group()
     return said

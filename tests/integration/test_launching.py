@@ -15,9 +15,9 @@ import torch
 
 import forked
 import train
-from ledger import read_ledger
-from run_files import MEASURED
-from utils import UserError
+from preference_training.core.errors import UserError
+from preference_training.tracking.ledger import read_ledger
+from preference_training.tracking.run_files import MEASURED
 
 ROOT = Path(__file__).parent.parent.parent
 SHORT = (

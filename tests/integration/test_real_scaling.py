@@ -4,10 +4,10 @@ import pytest
 import scaling_work
 from omegaconf import OmegaConf
 
-from launching import launch
-from losses import build_loss
-from models import load_tokenizer
-from scaling import fake_processes, laid_out, step_costs
+from preference_training.distributed.launching import launch
+from preference_training.dry_run.scaling import fake_processes, laid_out, step_costs
+from preference_training.losses.objectives import build_loss
+from preference_training.modeling.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("forked_workers")
 FSDP = "trainer=FSDPTrainer"

@@ -4,7 +4,7 @@ import pytest
 import sharded_work
 from omegaconf import OmegaConf
 
-from launching import launch
+from preference_training.distributed.launching import launch
 
 pytestmark = pytest.mark.usefixtures("forked_workers")
 TRAJECTORIES = sharded_work.TRAJECTORIES

@@ -10,11 +10,12 @@ import torch.multiprocessing as mp
 from transformers import AutoModelForCausalLM
 
 import forked
-from batches import examples_of, pack
 from conftest import GOLDEN
-from logprobs import padded_logps, response_logps
-from models import enable_activation_checkpointing, share_prefixes
-from tokenization import TokenizedPrompt
+from preference_training.batching.batches import examples_of, pack
+from preference_training.data.tokenization import TokenizedPrompt
+from preference_training.modeling.loading import enable_activation_checkpointing
+from preference_training.modeling.logprobs import padded_logps, response_logps
+from preference_training.modeling.prefix_sharing import share_prefixes
 
 PROMPTS = [
     TokenizedPrompt([5 + n, 6, 7, 8], [[10 + n, 11, 0], [12 + n, 0], [13, 14, 15 + n, 16, 0]], [(0, 1), (0, 2)])

@@ -1,0 +1,61 @@
+"""The processes of one machine: how many cores there are, and which process speaks."""
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, islice
+from pathlib import Path
+
+
+def usable_cores() -> int:
+    """How many cores this process may run on."""
+    # macOS does not say; there it is all of them.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def in_worker() -> bool:
+    """Whether this process is one of several that a launcher has started."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def first_to_speak() -> bool:
+    """Whether this process is to say what all workers of its machine would: the first of them that asks; always, if alone.
+
+    Not simply the worker numbered 0: torchrun ends the others as soon as one has ended, whether they have spoken or not.
+    """
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not error_file:
+        return os.environ.get("LOCAL_RANK", "0") == "0"
+    # Each worker's file is in a folder of its own, and all of these in a folder of this machine's.
+    try:
+        (Path(error_file).parent.parent / "spoken").touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError:
+        return True  # better twice than never
+    return True
+
+
+def in_workers(function: Callable, items: Iterable, chunk: int = 256) -> Iterator:
+    """`function` of every item, in their order, computed by as many processes as there are cores; on one core, here.
+
+    function and items are pickled. At most a few chunks per process are under way, so that an endless stream works too.
+    """
+    import multiprocessing
+
+    cores = usable_cores()
+    items = iter(items)
+    first = list(islice(items, chunk))
+    if cores == 1 or len(first) < chunk:
+        yield from map(function, chain(first, items))
+        return
+    # Spawned: a forked process would share locks with the threads of this one.
+    with multiprocessing.get_context("spawn").Pool(cores) as pool:
+        waiting: deque = deque()
+        chunks = chain([first], iter(lambda: list(islice(items, chunk)), []))
+        for part in chunks:
+            waiting.append(pool.map_async(function, part, len(part)))
+            if len(waiting) > 2 * cores:
+                yield from waiting.popleft().get()
+        while waiting:
+            yield from waiting.popleft().get()

@@ -1,0 +1,43 @@
+"""Plain nested values: flat names, and whether a value has the expected shape."""
+
+
+def dotted(values: dict, prefix: str = "") -> dict:
+    """A dict of dicts as one, under names such as loss.beta."""
+    flat: dict = {}
+    for key, value in values.items():
+        flat |= dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+# What reading damaged JSON raises, and looking for something in it.
+UNREADABLE = (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError)
+
+
+def misfit(value, shape, name: str) -> str | None:
+    """The name of the first part of a value that is not of a shape; None where all of it is.
+
+    Shapes: a type, None, or a function that decides; a tuple of shapes, any of which will do; {name: shape}, at least these
+    names, and with {...: shape} all others; [shape], a list of such; [shape, shape], a list of just these.
+    """
+    if isinstance(shape, tuple):
+        return None if any(misfit(value, each, name) is None for each in shape) else name
+    if isinstance(shape, dict | list) and type(value) is not type(shape):
+        return name
+    if isinstance(shape, dict):
+        others = dict.fromkeys(value, shape[...]) if ... in shape else {}
+        wanted = others | {key: each for key, each in shape.items() if key is not ...}
+        parts = [(value[key], wanted[key], f"{name}.{key}") for key in wanted if key in value]
+        missing = [f"{name}.{key}" for key in wanted if key not in value]
+    elif isinstance(shape, list):
+        shapes = shape * len(value) if len(shape) == 1 else shape
+        parts = [(item, each, name) for item, each in zip(value, shapes, strict=False)]
+        missing = [] if len(shapes) == len(value) else [name]
+    else:
+        sound = value is None if shape is None else type(value) is shape if isinstance(shape, type) else shape(value)
+        return None if sound else name
+    return next((found for found in (*missing, *(misfit(*part) for part in parts)) if found is not None), None)
+
+
+def with_interval(mean: float, low: float | None, high: float | None) -> str:
+    """A mean and its interval, if there is one, three significant digits each."""
+    return f"{mean:.3g}" if low is None else f"{mean:.3g} [{low:.3g}, {high:.3g}]"

@@ -1,0 +1,383 @@
+"""The entries of `datasets`: a registered name, a file, a set of the hub or a file of token ids, and what is done with it.
+
+An entry is a name or a path, or a dict with either and further keys. Everything that can be said about it is checked here,
+before anything is loaded; then `load_records` gives its checked records, one by one.
+"""
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import ClassVar
+
+from omegaconf import DictConfig
+
+from preference_training.configuration.validation import (
+    GENERAL_CHOICES,
+    GENERAL_KEYS,
+    WITHOUT_PAIRS,
+    is_changed,
+    listed,
+)
+from preference_training.core.errors import UserError, nearest
+from preference_training.data.files import content_hash, is_data_file, read_rows
+from preference_training.data.hub_sets import hub_rows, load_hub
+from preference_training.data.registry import DATASETS, TOKENISED_SUFFIX, Dataset, find_dataset
+from preference_training.data.rows.field_maps import FieldMap, NumberedRows, condition
+from preference_training.data.rows.records import (
+    DataReport,
+    Items,
+    PreferenceRecord,
+    Prompt,
+    fault_of_item,
+    group_rows,
+    kind_of,
+    prompt_text,
+    split_by_hash,
+)
+
+
+@dataclass(frozen=True)
+class OwnData:
+    """A file, a hub set or a local directory of the user's, read through a map of its fields.
+
+    The held-out split is `test_path`, `test_split`, or a share of the prompts chosen by a hash of what the model reads of them.
+    """
+
+    path: str
+    field_map: FieldMap = field(default_factory=FieldMap)
+    held_out_share: float = 0.05
+    split: str = "train"
+    test_split: str | None = None
+    test_path: str | None = None
+    subset: str | None = None
+    data_dir: str | None = None
+
+    OPTIONS: ClassVar = ("split", "test_split", "test_path", "subset", "data_dir", "held_out_share")
+
+    @property
+    def by_hash(self) -> bool:
+        """Whether both splits come out of the same rows."""
+        return not (self.test_path or self.test_split)
+
+    def load(
+        self,
+        split: str,
+        silent: bool = False,
+        cache_dir: str | None = None,
+        report: DataReport | None = None,
+        text_of: Callable[[Prompt], str] = prompt_text,
+    ) -> Items:
+        """A loader. Raises UserError naming file and row, also where no row is usable."""
+        report = report if report is not None else DataReport()
+        # Of a set that is split by a hash both splits read all rows: what is left out is counted once.
+        counts = DataReport(report.skip_bad_rows) if self.by_hash and split == "test" else report
+        place, rows = self._rows(split, cache_dir, counts)
+        items = group_rows(self.field_map.rows_of(rows, place, counts), counts)
+        items = self._at_least_one(items, place, counts)
+        return split_by_hash(items, split, self.held_out_share, text_of) if self.by_hash else items
+
+    def fingerprint(self, split: str, cache_dir: str | None) -> str:
+        """What the data of a split depends on."""
+        path, hub_split = self._source(split)
+        is_file = is_data_file(path) or path.endswith(TOKENISED_SUFFIX)
+        source = content_hash(Path(path)) if is_file else self._hub(path, hub_split, cache_dir)._fingerprint
+        by_hash = f"{split} {self.held_out_share}" if self.by_hash else ""
+        return f"{source} {by_hash} {described(self.field_map)}"
+
+    def _source(self, split: str) -> tuple[str, str]:
+        held_out = split == "test"
+        return (self.test_path if held_out and self.test_path else self.path), (
+            self.test_split if held_out and self.test_split else self.split
+        )
+
+    def _hub(self, path: str, split: str, cache_dir: str | None):
+        return load_hub(path, self.subset, self.data_dir, split, cache_dir)
+
+    def _rows(self, split: str, cache_dir: str | None, report: DataReport) -> tuple[str, NumberedRows]:
+        path, hub_split = self._source(split)
+        if is_data_file(path):
+            return path, read_rows(Path(path), report)
+        place = f"{path} ({hub_split})"
+        return place, hub_rows(self._hub(path, hub_split, cache_dir), place)
+
+    def _at_least_one(self, items: Items, place: str, report: DataReport) -> Items:
+        empty = True
+        for item in items:
+            empty = False
+            yield item
+        if empty:
+            found = "; ".join(line.strip() for line in report.lines()) or "it has none"
+            raise UserError(
+                f"datasets: {place}: no usable row ({found}). Expected rows with chosen and rejected, and prompt unless both "
+                "are dialogues, or a map of the fields: datasets=[{path: ..., prompt: ..., chosen: ..., rejected: ...}]."
+            )
+
+
+# Fields of a map that are named in every fingerprint; of those that have come later, the ones that are given.
+ALWAYS_NAMED = (
+    "prompt", "chosen", "rejected", "system", "response", "score", "responses", "scores", "ranks", "implicit_prompt", "where",
+    "top_k",
+)  # fmt: skip
+
+
+def described(field_map: FieldMap) -> str:
+    """A map of fields as text: the same when fields are added that it does not use."""
+    usual = FieldMap()
+    values = {item.name: getattr(field_map, item.name) for item in fields(FieldMap)}
+    more = [name for name, value in values.items() if name not in ALWAYS_NAMED and value != getattr(usual, name)]
+    return f"FieldMap({', '.join(f'{name}={values[name]!r}' for name in (*ALWAYS_NAMED, *more))})"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One entry of `datasets`, understood: where records come from, and what is done with them.
+
+    options are further keyword arguments of the loader. weight says how often an epoch visits each prompt. notes are about
+    settings that have no effect here. Values that the entry does not give are the configuration's.
+    """
+
+    name: str
+    dataset: Dataset
+    options: dict = field(default_factory=dict)
+    held_out_share: float = 0.05
+    template: str | None = None
+    system_prompt: str | None = None
+    truncation_mode: str | None = None
+    on_bad_row: str | None = None
+    weight: float = 1.0
+    notes: tuple[str, ...] = ()
+
+    @property
+    def tokenised_file(self) -> Path | None:
+        """The path of a file of token ids, which has no texts; None for all others."""
+        return Path(self.name) if self.name.endswith(TOKENISED_SUFFIX) else None
+
+    @property
+    def holds_out_a_share(self) -> bool:
+        """Whether `held_out_share` decides what is held out."""
+        own = getattr(self.dataset.load, "__self__", None)
+        return isinstance(own, OwnData) and not (own.test_path or own.test_split)
+
+    def report(self) -> DataReport:
+        """An empty report that knows what becomes of bad rows."""
+        skip = self.dataset.skip_bad_rows if self.on_bad_row is None else self.on_bad_row == "skip"
+        return DataReport(skip_bad_rows=skip)
+
+    def fingerprint(self, split: str, cache_dir: str | None, trust_user_code: bool = False) -> str | None:
+        """What the records of a split depend on, if it is known without reading them.
+
+        It is not of a loader of the user's, whose code may have changed while its rows have not, or the other way round, but
+        in the first version of prepared data, which looked at the rows alone (`trust_user_code`).
+        """
+        if self.dataset.fingerprint is None or (self.dataset.of_user and not trust_user_code):
+            return None
+        return f"{self.dataset.fingerprint(split, cache_dir, **self.options)} {self.on_bad_row}"
+
+
+# Parameters that a loader may have, and which are no keys of an entry.
+GIVEN = ("report", "text_of")
+
+
+def read_entry(entry, defaults: dict | None = None) -> Entry:
+    """Understand one entry of `datasets`: a name or path, or a dict with `name` or `path` and further keys.
+
+    defaults has the configuration's values of `held_out_share` and of the keys that an entry may override. Raises UserError
+    for names and keys that do not exist, for values that make no sense, and for files that are not there.
+    """
+    defaults = defaults or {}
+    given = {("path" if _looks_like_a_path(entry) else "name"): entry} if isinstance(entry, str) else entry
+    if not isinstance(given, dict) or len({"name", "path"} & given.keys()) != 1:
+        raise UserError(f"datasets: found {entry!r}, expected a name, a path, or a dict with either name or path.")
+    general = {key: defaults.get(key) for key in GENERAL_KEYS if defaults.get(key) is not None}
+    general |= {key: given[key] for key in GENERAL_KEYS if given.get(key) is not None}
+    rest = {key: value for key, value in given.items() if key not in (*GENERAL_KEYS, "name", "path")}
+    if "path" in given:
+        name = str(given["path"])
+        # As with the general keys, null is what is not given.
+        rest = {key: value for key, value in rest.items() if value is not None}
+        rest = {"held_out_share": defaults.get("held_out_share", 0.05)} | rest
+        notes = (*_tokenised_without_effect(name, general), *_path_without_effect(name, given))
+        dataset = _dataset_of_path(name, rest)
+        understood = Entry(name, dataset, held_out_share=rest["held_out_share"], notes=notes, **general)
+    else:
+        name = str(given["name"])
+        understood = Entry(name, find_dataset(name), rest, **general)
+        _check_options(understood)
+    _check_general(understood)
+    return understood
+
+
+def _looks_like_a_path(text: str) -> bool:
+    return (
+        text not in DATASETS and ".py:" not in text and (is_data_file(text) or text.endswith(TOKENISED_SUFFIX) or "/" in text)
+    )
+
+
+def _dataset_of_path(path: str, options: dict) -> Dataset:
+    maps = {item.name for item in fields(FieldMap)}
+    for key in options:
+        if key not in maps and key not in OwnData.OPTIONS:
+            raise UserError(f"datasets: {path}: no key {key!r}; {nearest(str(key), [*maps, *OwnData.OPTIONS, *GENERAL_KEYS])}")
+    others = [key for key in options if key != "held_out_share"]
+    if others and (path.endswith(TOKENISED_SUFFIX) or str(options.get("test_path")).endswith(TOKENISED_SUFFIX)):
+        raise UserError(f"datasets: {path}: {others[0]} does not go with a file of token ids. Expected held_out_share alone.")
+    _check_field_map(path, options)
+    field_map = FieldMap(**{key: value for key, value in options.items() if key in maps})
+    own = OwnData(path, field_map, **{key: value for key, value in options.items() if key not in maps})
+    for file in (own.path, own.test_path):
+        if file and (is_data_file(file) or file.endswith(TOKENISED_SUFFIX)) and not Path(file).is_file():
+            found = "a directory" if Path(file).is_dir() else "no such file"
+            raise UserError(f"datasets: {file}: {found}. Expected a readable file; paths are relative to {Path.cwd()}.")
+    return Dataset(own.load, "keep_end", fingerprint=own.fingerprint, held_out_by_share=own.by_hash and own.held_out_share > 0)
+
+
+def _tokenised_without_effect(path: str, general: dict) -> list[str]:
+    """Notes on settings that shape texts, for a file that has none."""
+    if not path.endswith(TOKENISED_SUFFIX):
+        return []
+    return [f"{key} has no effect: the file holds token ids" for key in ("template", "system_prompt") if key in general]
+
+
+def _path_without_effect(path: str, given: dict) -> list[str]:
+    """Notes on keys of an entry that say nothing, beside what else it says."""
+    keys = {key for key, value in given.items() if value is not None and value is not False}
+    notes = []
+    if is_data_file(path):
+        pointless = sorted(keys & {"split", "subset", "data_dir"}) + ["test_split"] * ("test_split" in keys)
+        notes += [f"{key} has no effect: a file has no splits or subsets" for key in pointless]
+    if "held_out_share" in keys and (owner := keys & {"test_path", "test_split"}):
+        notes.append(f"held_out_share has no effect: {' and '.join(sorted(owner))} says what is held out")
+    if is_data_file(str(given.get("test_path"))) and "test_split" in keys and not is_data_file(path):
+        notes.append("test_split has no effect: test_path is a file")
+    kind = next((key for key in ("responses", "response") if key in keys), None)
+    if kind:
+        others = {"chosen", "rejected", "implicit_prompt"} | ({"response", "score"} if kind == "responses" else set())
+        notes += [f"{key} has no effect: answers are in {kind}" for key in sorted(keys & others)]
+    return notes
+
+
+def _check_field_map(path: str, options: dict) -> None:
+    """Raise UserError for a map of fields that contradicts itself."""
+
+    def require(sound: bool, fault: str) -> None:
+        if not sound:
+            raise UserError(f"datasets: {path}: {fault}")
+
+    for item in fields(FieldMap):
+        value = options.get(item.name)
+        if item.type in (str, str | None):
+            require(value is None or isinstance(value, str), f"{item.name}: found {value!r}, expected the name of a field.")
+    implicit = options.get("implicit_prompt", False)
+    require(isinstance(implicit, bool), f"implicit_prompt: found {implicit!r}, expected true or false.")
+    for key in OwnData.OPTIONS[:-1]:
+        value = options.get(key)
+        require(value is None or isinstance(value, str), f"{key}: found {value!r}, expected a text.")
+    if options.get("responses"):
+        numbers = bool(options.get("scores")) + bool(options.get("ranks"))
+        require(numbers == 1, "responses needs either scores (higher is better) or ranks (lower is better).")
+    for numbers, texts in (("scores", "responses"), ("ranks", "responses"), ("score", "response")):
+        require(not options.get(numbers) or bool(options.get(texts)), f"{numbers} needs {texts}.")
+    top_k, where = options.get("top_k"), options.get("where", {})
+    sound = top_k is None or (isinstance(top_k, dict) and top_k.keys() == {"column", "k"} and type(top_k["k"]) is int)
+    sound = sound and (top_k is None or (top_k["k"] > 0 and isinstance(top_k["column"], str)))
+    require(sound, f"top_k: found {top_k!r}, expected {{column: NAME, k: NUMBER}}.")
+    require(isinstance(where, dict), f"where: found {where!r}, expected {{COLUMN: VALUE}}.")
+    for column, wanted in where.items():
+        require(isinstance(column, str), f"where: found the column {column!r}, expected the name of a field.")
+        try:
+            condition(wanted)
+        except ValueError:
+            require(False, f"where: {column}: found {wanted!r}, expected a value, a list of values, or as in '>= 0.5'.")
+    share = options.get("held_out_share", 0)
+    require(isinstance(share, int | float) and 0 <= share < 1, f"held_out_share: found {share!r}, expected 0 to below 1.")
+
+
+def _check_options(entry: Entry) -> None:
+    known = inspect.signature(entry.dataset.load).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
+        return
+    own = [name for name in known if name not in ("split", "silent", "cache_dir", *GIVEN)]
+    for key in entry.options:
+        if key not in own:
+            raise UserError(f"datasets: {entry.name}: no key {key!r}; {nearest(str(key), [*own, *GENERAL_KEYS])}")
+        if known[key].annotation is float and type(entry.options[key]) not in (int, float):
+            raise UserError(f"datasets: {entry.name}: {key}: found {entry.options[key]!r}, expected a number.")
+        if known[key].annotation == str | None and not isinstance(entry.options[key], str | None):
+            raise UserError(f"datasets: {entry.name}: {key}: found {entry.options[key]!r}, expected a text.")
+    directory = entry.options.get("data_dir")
+    if directory is not None and not Path(str(directory)).is_dir():
+        raise UserError(f"datasets: {entry.name}: data_dir: {directory}: no such directory; relative to {Path.cwd()}.")
+
+
+def _check_general(entry: Entry) -> None:
+    for key, known in GENERAL_CHOICES.items():
+        value = getattr(entry, key)
+        if value is not None and value not in known:
+            raise UserError(f"datasets: {entry.name}: {key}: found {value!r}; {nearest(str(value), known)}")
+    if type(entry.weight) not in (int, float) or not 0 < entry.weight < float("inf"):
+        raise UserError(f"datasets: {entry.name}: weight: found {entry.weight!r}, expected a number above 0.")
+    if entry.system_prompt is not None and not isinstance(entry.system_prompt, str):
+        raise UserError(f"datasets: {entry.name}: system_prompt: found {entry.system_prompt!r}, expected a text.")
+
+
+# What a loader's record may say; further keys are named as not read.
+RECORD_KEYS = {"responses", "pairs", "sft_target", "sft_targets"}
+
+
+def load_records(
+    entry: Entry,
+    split: str,
+    report: DataReport | None = None,
+    cache_dir: str | None = None,
+    text_of: Callable[[Prompt], str] = prompt_text,
+) -> Iterator[PreferenceRecord]:
+    """Yield every checked `PreferenceRecord` of one split ("train" or "test") of an entry.
+
+    Records that are not in the form of the module's docstring go to the report; without one they raise UserError, naming data
+    set and record. text_of is what decides which prompts are held out, where a share of them is: `split_by_hash`.
+    """
+    report = report if report is not None else entry.report()
+    given = dict(zip(GIVEN, (report, text_of), strict=True))
+    options = entry.options | {
+        key: given[key] for key in inspect.signature(entry.dataset.load).parameters.keys() & given.keys()
+    }
+    items = entry.dataset.load(split, silent=False, cache_dir=cache_dir, **options)
+    if not isinstance(items, Iterable):
+        raise UserError(
+            f"datasets: {entry.name}: the loader gave {kind_of(items)}, expected a dict or (prompt, record) one by one."
+        )
+    for number, item in enumerate(items.items() if isinstance(items, dict) else items, start=1):
+        source = f"{entry.name}, {split} prompt {number}"
+        if fault := fault_of_item(item):
+            expected = "Expected {responses, pairs, sft_target} as in preference_datasets.py."
+            report.bad_row(UserError(f"datasets: {source}: {fault}. {expected}"))
+            continue
+        prompt, record = item
+        pairs = [(int(chosen), int(rejected)) for chosen, rejected in record["pairs"]]
+        targets = tuple(record.get("sft_targets", ()))
+        for key in record.keys() - RECORD_KEYS:
+            report.not_read(str(key))
+        yield PreferenceRecord(prompt, list(record["responses"]), pairs, record["sft_target"], number, source, targets)
+
+
+def read_entries(config: DictConfig) -> list[Entry]:
+    """The entries of `datasets`, understood; brackets may be left out for one. Raises UserError."""
+    entries = listed(config.datasets)
+    if not isinstance(entries, list) or not entries:
+        raise UserError(f"datasets: found {entries!r}, expected at least one data set, as in [hh,shp].")
+    defaults = {key: config[key] for key in (*GENERAL_KEYS, "held_out_share") if key in config}
+    read = [read_entry(entry, defaults) for entry in entries]
+    return [replace(entry, notes=(*entry.notes, *_run_settings_without_effect(config, entry))) for entry in read]
+
+
+def _run_settings_without_effect(config: DictConfig, entry: Entry) -> list[str]:
+    """Notes on the run's settings that have been changed and say nothing to an entry, and on what its loss does not read."""
+    notes = []
+    if entry.dataset.about_sft and config.loss.name in WITHOUT_PAIRS:
+        notes.append(entry.dataset.about_sft)
+    if is_changed(config, "max_prompt_length") and (entry.truncation_mode or entry.dataset.truncation_mode) == "drop":
+        notes.append("max_prompt_length has no effect: truncation_mode=drop cuts nothing")
+    if is_changed(config, "held_out_share") and not entry.holds_out_a_share:
+        notes.append("held_out_share has no effect: the set says itself what is held out")
+    return notes

@@ -1,0 +1,133 @@
+"""Named sets of the Hugging Face hub: their rows, checked, and their splits."""
+
+import inspect
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from numbers import Real
+from pathlib import Path
+
+from preference_training.core.errors import UserError, first_line
+from preference_training.data.registry import DATASETS, Dataset
+from preference_training.data.rows.field_maps import NumberedRows, RowError, value_of
+from preference_training.data.rows.records import DataReport, kind_of, prompt_text, split_by_hash
+
+
+@cache
+def load_hub(path: str, subset: str | None, data_dir: str | None, split: str, cache_dir: str | None):
+    """One split of a set of the hub, or of a local directory in the same layout.
+
+    Raises UserError where it cannot be loaded: no network and nothing cached, no such split, damaged files.
+    """
+    import datasets
+
+    try:
+        return datasets.load_dataset(path, subset, data_dir=data_dir, split=split, cache_dir=cache_dir)
+    except Exception as error:  # a dozen types: of networks, damaged files, scripts, YAML
+        reason = first_line(error.__cause__ or error)
+        raise UserError(
+            f"datasets: {path} (split {split}) could not be loaded: {reason}. Expected a data set of the hub, and a network "
+            "or a copy in the hub library's cache; or the path of a local directory with its files ({name: hh, data_dir: ...})."
+        ) from error
+
+
+def hub_rows(dataset, place: str) -> NumberedRows:
+    """(row number, row) of a loaded hub set, numbered from 1. Raises UserError naming `place` for damaged values."""
+    number = 0
+    try:
+        for batch in dataset.with_format("arrow").iter(batch_size=1000):
+            for row in batch.to_pylist():
+                number += 1
+                yield number, row
+    except Exception as error:  # half a dozen types: of texts that are not UTF-8, of dates that are none
+        raise UserError(f"datasets: {place}, after row {number}: cannot be read, or damaged: {error}.") from error
+
+
+KINDS = {str: "a text", Real: "a number", list: "a list"}
+
+
+def sound_rows(rows: NumberedRows, place: str, report: DataReport, kinds: dict[str, type]) -> Iterator[dict]:
+    """The rows whose fields have values of these kinds; others go to the report. A name with dots leads into each list item."""
+    for number, row in rows:
+        report.rows_read += 1
+        try:
+            for name, kind in kinds.items():
+                value = value_of(row, name)
+                wrong = [item for item in (value if "." in name else [value]) if not isinstance(item, kind)]
+                if wrong:
+                    raise RowError(f"field {name!r} is {kind_of(wrong[0])}, expected {KINDS[kind]}.")
+        except RowError as fault:
+            report.bad_row(UserError(f"datasets: {place}, row {number}: {fault}"))
+        else:
+            yield row
+
+
+@dataclass(frozen=True)
+class HubSet:
+    """Where a named data set lies on the hub, the fields that are read, and which of its splits are ours.
+
+    Without a test split of its own, `held_out_share` of the prompts are held out, and at least one.
+    """
+
+    path: str
+    fields: tuple[str, ...]
+    train: str = "train"
+    test: str | None = None
+    held_out_share: float = 0.01
+
+    def load(self, split: str, cache_dir: str | None, data_dir: str | None, subset: str | None = None):
+        """The hub's split that `split` ("train" or "test") is taken from. `subset` is a folder of the set."""
+        hub_split = self.test if split == "test" and self.test else self.train
+        folder = str(Path(data_dir) / (subset or "")) if data_dir else self.path
+        loaded = load_hub(folder, None, None if data_dir else subset, hub_split, cache_dir)
+        missing = [name for name in self.fields if name not in loaded.column_names]
+        if missing:
+            raise UserError(
+                f"datasets: {folder}, split {hub_split}: no field {', '.join(missing)}; it has "
+                f"{', '.join(loaded.column_names)}. Expected the fields of {self.path}: {', '.join(self.fields)}."
+            )
+        return loaded
+
+
+def hub_set(name: str, hub: HubSet, truncation_mode: str = "keep_start", about_sft: str | None = None):
+    """Register a function `(rows, report, *, options)` → items as the loader of a set of the hub."""
+
+    def decorator(items_of):
+        def load(
+            split,
+            silent=False,
+            cache_dir=None,
+            data_dir=None,
+            report=None,
+            text_of=prompt_text,
+            subset: str | None = None,
+            **options,
+        ):
+            counts = report if report is not None else DataReport(skip_bad_rows=True)
+            loaded = hub.load(split, cache_dir, data_dir, subset)
+            items = items_of(hub_rows(loaded, f"{name} ({split})"), counts, **options)
+            items = items.items() if isinstance(items, dict) else items
+            yield from items if hub.test else split_by_hash(items, split, hub.held_out_share, text_of)
+            if report is None and not silent:
+                for line in counts.lines():
+                    print(f"{name} {split}: {line}", flush=True)
+
+        def fingerprint(split, cache_dir, data_dir=None, subset=None, **options):
+            return f"{hub.load(split, cache_dir, data_dir, subset)._fingerprint} {sorted(options.items())}"
+
+        load.__doc__ = f"{items_of.__doc__} Hub: {hub.path}; `data_dir` is a local copy, `subset` a folder of the set."
+        # What an entry may say: the parameters of both.
+        own = list(inspect.signature(load).parameters.values())[:-1]
+        extra = [p for p in inspect.signature(items_of).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        load.__signature__ = inspect.Signature([*own, *extra])
+        DATASETS[name] = Dataset(
+            load, truncation_mode, True, fingerprint, about_sft, held_out_by_share=not hub.test, hub_id=hub.path
+        )
+        return items_of
+
+    return decorator
+
+
+# The set is small enough that all rows of a prompt are brought together, however far apart they are.
+WHOLE_SET = sys.maxsize

@@ -1,0 +1,345 @@
+"""Each data set tokenised once: streamed from its loader into an Arrow file, found again by what it depends on.
+
+A file's name is a hash of the data's content, of the tokenizer, of the settings that shape token ids, and of the version of the
+rules by which they do (`tokenization.VERSION`); our code is no part of it. Processes that prepare the same data at once (the
+ranks of a run, the jobs of a sweep) wait for the first of them, however long it takes. A file appears under its name when it is
+whole, never before.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy
+import xxhash
+
+from preference_training.core.errors import UserError
+from preference_training.core.files import locked
+from preference_training.core.machine import rare_garbage_collection
+from preference_training.data.entries import Entry, load_records
+from preference_training.data.prompt_table import ContentHash, PromptTable, TablePart, write_columns, write_some
+from preference_training.data.rows.records import DataReport, PreferenceRecord
+from preference_training.data.tokenization import (
+    VERSION,
+    TokenizedPrompt,
+    TokenSettings,
+    read_tokenised,
+    text_reader,
+    tokenize_records,
+)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The prompts of one split over all entries, one report for each entry, and the version of the rules that they follow."""
+
+    table: PromptTable
+    reports: list[DataReport]
+    version: int = VERSION
+
+    @property
+    def fingerprint(self) -> str:
+        """Stands for all token ids, pairs and response numbers; in the first version, for the names of files instead."""
+        return self.table.fingerprint_of_names if self.version == 1 else self.table.fingerprint
+
+    def numbered_from(self, first_row: int) -> "Prepared":
+        """The same, with responses numbered from `first_row` on."""
+        return replace(self, table=PromptTable(self.table.parts, first_row))
+
+
+def prepare(
+    entries: Sequence[Entry],
+    split: str,
+    tokenizer,
+    settings: Callable[[Entry], TokenSettings],
+    directory: Path,
+    cache_dir: str | None = None,
+    first_row: int = 0,
+) -> Prepared:
+    """The tokenised prompts of one split ("train" or "test"), from `directory` where they have been prepared before.
+
+    settings gives what each entry's token ids depend on; cache_dir is the hub library's. Responses are numbered from
+    `first_row` on. Raises UserError for data that cannot be used, and where the disk does not take what is written.
+    """
+    parts, reports, version = [], [], VERSION
+    vocabulary = tokenizer_hash(tokenizer)
+    for entry in entries:
+        version = settings(entry).version
+        work = _Preparation(entry, split, tokenizer, vocabulary, settings(entry), directory, cache_dir)
+        with rare_garbage_collection():
+            part, report = work.result()
+        if part is not None:
+            parts.append(part)
+        # Not kept with the data, which does not depend on settings that have no effect.
+        reports.append(replace(report, notes=[*entry.notes, *report.notes]) if split == "train" else report)
+    return Prepared(PromptTable(parts, first_row), reports, version)
+
+
+@contextmanager
+def _kept_in(directory: Path) -> Iterator[None]:
+    """Inside, files are written to a directory that is made for them. Raises UserError where the system does not take them."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise UserError(
+            f"local_dirs: prepared data cannot be kept in {directory}: {error.strerror or error}. Expected a folder "
+            "that can be written to, with room for the token ids. Make room, or name another one with local_dirs."
+        ) from error
+
+
+class _Preparation:
+    """One entry and split: the file it is found in, or is written to."""
+
+    def __init__(
+        self,
+        entry: Entry,
+        split: str,
+        tokenizer,
+        vocabulary: str,
+        settings: TokenSettings,
+        directory: Path,
+        cache_dir: str | None,
+    ):
+        self.entry, self.split, self.tokenizer, self.settings = entry, split, tokenizer, settings
+        self.directory, self.cache_dir = directory, cache_dir
+        known = entry.fingerprint(split, cache_dir, trust_user_code=settings.version == 1)
+        # Where only loading tells what the data is, the name ends with a hash of the records.
+        self.content_is_known = known is not None
+        depends_on = [entry.name, known, entry.report().skip_bad_rows, split, vocabulary, *_described(settings)]
+        self.key = xxhash.xxh3_128_hexdigest(json.dumps(depends_on, sort_keys=True).encode())
+
+    def result(self) -> tuple[TablePart | None, DataReport]:
+        """The whole file, mapped, None where it has no prompt, and the report. Prepares it if need be."""
+        waiting = f"{self.entry.name}: waiting for the process that prepares it"
+        with _kept_in(self.directory), locked(self.directory / f"{self.key}.lock", waiting):
+            return self._find() or self._make()
+
+    def _find(self) -> tuple[TablePart | None, DataReport] | None:
+        names = [self.key] if self.content_is_known else sorted(p.stem for p in self.directory.glob(f"{self.key}-*.json"))
+        if not self.content_is_known and names:
+            digest = xxhash.xxh3_128()
+            for _ in self._records(self.entry.report(), digest):
+                pass
+            names = [name for name in names if name == f"{self.key}-{digest.hexdigest()}"]
+        for name in names:
+            found = self._read(name)
+            if found is not None:
+                return found
+        return None
+
+    def _read(self, name: str) -> tuple[TablePart | None, DataReport] | None:
+        """What lies under a name; None where it is not there, or damaged."""
+        path = self.directory / f"{name}.arrow"
+        try:
+            said = json.loads(path.with_suffix(".json").read_text())
+            # The first version had none.
+            fingerprint = said.pop("fingerprint", None)
+            report = DataReport(**said)
+            if path.exists():
+                part = self._map(path, fingerprint)
+                if part.num_prompts != report.num_prompts:
+                    raise ValueError("its report counts other prompts")
+                return part, report
+            return (None, report) if report.num_prompts == 0 else None
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            print(f"{self.entry.name}: {path} is damaged and prepared anew: {error}", flush=True)
+            return None
+
+    def _map(self, path: Path, fingerprint: str | None) -> TablePart:
+        """A whole file as a part of the run's table."""
+        what = "row" if self.entry.tokenised_file else f"{self.split} prompt"
+        weight = self.entry.weight if self.split == "train" else 1.0
+        return TablePart.of_file(path, f"{self.entry.name}, {what}", weight, fingerprint)
+
+    def _make(self) -> tuple[TablePart | None, DataReport]:
+        """Write the file beside its place, then rename it."""
+        self._sweep()
+        report = self.entry.report()
+        digest, content = None if self.content_is_known else xxhash.xxh3_128(), ContentHash()
+        partial = self.directory / f"{self.key}.partial"
+        side = partial.with_suffix(".json.partial")
+        try:
+            with partial.open("wb") as file:
+                prompts = _with_progress(self._prompts(report, digest), self.entry.name)
+                report.num_prompts = write_columns(file, prompts, content)
+                file.flush()
+                os.fsync(file.fileno())
+            name = self.key if digest is None else f"{self.key}-{digest.hexdigest()}"
+            path = self.directory / f"{name}.arrow"
+            # The report first: the data's presence says that both are there.
+            side.write_text(json.dumps(report.as_dict() | {"fingerprint": content.hexdigest()}))
+            side.replace(path.with_suffix(".json"))
+            if report.num_prompts == 0:
+                return None, report
+            partial.replace(path)
+            return self._map(path, content.hexdigest()), report
+        finally:
+            partial.unlink(missing_ok=True)
+            side.unlink(missing_ok=True)
+
+    def _sweep(self) -> None:
+        """Remove what killed preparations have left, whatever they were preparing."""
+        from filelock import FileLock, Timeout
+
+        for partial in self.directory.glob("*.partial"):
+            lock = FileLock(self.directory / f"{partial.name.split('.')[0]}.lock")
+            try:
+                # This process holds its own key's lock; another's that cannot be had is being prepared.
+                with lock.acquire(timeout=0):
+                    partial.unlink(missing_ok=True)
+            except Timeout:
+                continue
+
+    def _prompts(self, report: DataReport, digest) -> Iterator[TokenizedPrompt]:
+        if file := self.entry.tokenised_file:
+            share = self.entry.held_out_share
+            vocabulary, eos, bos = len(self.tokenizer), self.tokenizer.eos_token_id, self.tokenizer.bos_token_id
+            return read_tokenised(file, self.split, share, vocabulary, eos, self.settings, report, bos)
+        return tokenize_records(self._records(report, digest), self.tokenizer, self.settings, report)
+
+    def _records(self, report: DataReport, digest) -> Iterator[PreferenceRecord]:
+        """The entry's records; where there is a digest, their content is added to it as they pass."""
+        try:
+            text_of = text_reader(self.tokenizer, self.settings)
+            for record in load_records(self.entry, self.split, report, self.cache_dir, text_of):
+                if digest is not None:
+                    several = (record.sft_targets,) if record.sft_targets else ()
+                    content = (record.prompt, record.responses, record.pairs, record.sft_target, *several)
+                    digest.update(repr(content).encode())
+                yield record
+        except OSError as error:
+            # Of the loader's own files: nothing that another folder for prepared data would mend.
+            raise UserError(f"datasets: {self.entry.name}: its loader cannot read its data: {error}.") from error
+
+
+def _with_progress(prompts: Iterator[TokenizedPrompt], name: str) -> Iterator[TokenizedPrompt]:
+    """The same prompts, with a bar on a terminal where it takes longer than a few seconds."""
+    from tqdm import tqdm
+
+    return tqdm(prompts, desc=f"preparing {name}", unit=" prompts", delay=5, leave=False, disable=None, mininterval=1.0)
+
+
+# In place of a version, files of the first one were named after a hash of all code that shaped them. This was it in the end:
+# files that an earlier state of that code has made are prepared anew.
+CODE_OF_VERSION_1 = "79aded02dfe2b0ae476ddc72933eb4da"
+SETTINGS_OF_VERSION_1 = ("paired", "max_length", "max_prompt_length", "truncation_mode", "template", "system_prompt")
+
+
+def _described(settings: TokenSettings) -> list:
+    """What a file's name says of the settings and the version of the rules."""
+    if settings.version > 1:
+        return [asdict(settings)]
+    return [{name: getattr(settings, name) for name in SETTINGS_OF_VERSION_1}, CODE_OF_VERSION_1]
+
+
+def tokenizer_hash(tokenizer) -> str:
+    """Hash of all that a tokenizer's ids depend on, its chat template included."""
+    if tokenizer.is_fast:
+        description = tokenizer.backend_tokenizer.to_str()
+        # What stands before that is padding and truncation, which change with every call and are not used here.
+        vocabulary = description[description.index('"added_tokens"') :]
+    else:
+        vocabulary = json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    rest = (type(tokenizer).__name__, tokenizer.bos_token, tokenizer.eos_token, tokenizer.chat_template)
+    return xxhash.xxh3_128_hexdigest(f"{rest} {vocabulary}".encode())
+
+
+# ---- training and held-out prompts together ---------------------------------------------------------------------------------
+
+HELD_OUT_ELSEWHERE = "the prompt is held out, in this data set or another"
+
+
+def without_held_out(train: Prepared, held_out: Prepared, entries: Sequence[Entry], directory: Path) -> Prepared:
+    """The training prompts without those that a model reads as a held-out one; they are counted in the reports.
+
+    That concerns entries of which a share is held out by a hash: one may hold out what another one has too, prompts are cut
+    until they are the same, and of a few prompts one is held out whatever its hash is. What has a test split of its own, or
+    none, is as its owner wants it: `overlap` says what is in both.
+    """
+    chosen = [part.prompt_hashes for entry, part, _ in _by_entry(held_out, entries) if part and entry.dataset.held_out_by_share]
+    hashes = numpy.concatenate([numpy.zeros(0, numpy.uint64), *chosen])
+    parts, reports = [], []
+    for entry, part, report in _by_entry(train, entries):
+        if part and len(hashes) and entry.dataset.held_out_by_share:
+            kept = ~numpy.isin(part.prompt_hashes, hashes)
+            if not kept.all():
+                left_out = replace(report, left_out=dict(report.left_out), num_prompts=int(kept.sum()))
+                examples = numpy.concatenate([columns.num_examples for columns in part.batches])
+                left_out.leave_out(HELD_OUT_ELSEWHERE, int(examples[~kept].sum()))
+                part, report = _kept(part, kept, directory), left_out
+        parts += [part] if part and part.num_prompts else []
+        reports.append(report)
+    return replace(train, table=PromptTable(parts, train.table.first_row), reports=reports)
+
+
+def _by_entry(prepared: Prepared, entries: Sequence[Entry]) -> Iterator[tuple[Entry, TablePart | None, DataReport]]:
+    """Each entry with its part of the table, None where it has no prompt."""
+    parts = iter(prepared.table.parts)
+    for entry, report in zip(entries, prepared.reports, strict=True):
+        yield entry, next(parts) if report.num_prompts else None, report
+
+
+def _kept(part: TablePart, kept: numpy.ndarray, directory: Path) -> TablePart:
+    """Those prompts of a part for which `kept` [N] is true, from a file of their own, which is written if need be."""
+    name = xxhash.xxh3_128_hexdigest(part.fingerprint.encode() + numpy.flatnonzero(~kept).astype(numpy.int64).tobytes())
+    path = directory / f"{name}.arrow"
+    with _kept_in(directory), locked(path.with_suffix(".lock"), f"{part.source}: waiting for the process that prepares it"):
+        if path.exists():
+            try:
+                found = TablePart.of_file(path, part.source, part.weight)
+                if found.num_prompts == kept.sum():
+                    return found
+            except (OSError, ValueError) as error:
+                print(f"{path} is damaged and prepared anew: {error}", flush=True)
+        partial = path.with_suffix(".partial")
+        try:
+            with partial.open("wb") as file:
+                write_some(file, part, kept)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+        return TablePart.of_file(path, part.source, part.weight)
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """Held-out prompts that are trained on too: how many of how many, and one as it is called in either split."""
+
+    count: int
+    held_out: int
+    example: TokenizedPrompt
+    trained: str
+
+    def line(self, tokenizer) -> str:
+        """What is said about it."""
+        text = shortened(tokenizer.decode(self.example.prompt_ids))
+        both = f"{self.example.source} = {self.trained}"
+        return f"held-out prompts that are trained on too: {self.count:,} of {self.held_out:,}, as {text!r} ({both})"
+
+
+def overlap(train: PromptTable, held_out: PromptTable) -> Overlap | None:
+    """The held-out prompts whose token ids are those of a training prompt; None where there is none."""
+    trained, hashes = train.prompt_hashes, held_out.prompt_hashes
+    both = numpy.flatnonzero(numpy.isin(hashes, trained))
+    if not len(both):
+        return None
+    place = int(numpy.flatnonzero(trained == hashes[both[0]])[0])
+    return Overlap(len(both), len(hashes), held_out[int(both[0])], train[place].source)
+
+
+def shortened(text: str, most: int = 60) -> str:
+    """The end of a long text: its beginning may be that of all."""
+    return text if len(text) <= most else f"...{text[-most:]}"
+
+
+def same_ids(table: PromptTable) -> int:
+    """How many pairs of a table are of one and the same token ids: none, but in tables of the first version."""
+    return sum(prompt.responses[i] == prompt.responses[j] for prompt in table for i, j in prompt.pairs)

@@ -1,0 +1,378 @@
+"""The shape of preference data as text, what can be wrong with it, and how rows of one prompt come together.
+
+A record is a prompt, its responses, and pairs of response indices. A prompt is a text, or a conversation: a tuple of `Turn`s
+whose last one is answered. Loaders give `(prompt, record)` items, where a record is
+
+    {"responses": list[str], "pairs": list[tuple[int, int]], "sft_target": str}
+
+and a pair holds the indices of the preferred and of the dispreferred response; where SFT has several responses to learn, a
+record also has `sft_targets`, a list of them in which sft_target is the last. Everything here works on streams, in memory
+that does not grow with the data.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from itertools import combinations
+from numbers import Integral
+from typing import NamedTuple
+
+from preference_training.core.errors import UserError
+
+
+class Turn(NamedTuple):
+    """One turn of a conversation; role is system, user or assistant."""
+
+    role: str
+    content: str
+
+
+Prompt = str | tuple[Turn, ...]
+Records = dict[Prompt, dict]
+Items = Iterable[tuple[Prompt, dict]]
+
+
+@dataclass(frozen=True)
+class PreferenceRecord:
+    """One checked record. `number` counts the records of its data set and split from 1, `source` names it in messages.
+
+    sft_targets are the responses that SFT learns, where they are not sft_target alone.
+    """
+
+    prompt: Prompt
+    responses: list[str]
+    pairs: list[tuple[int, int]]
+    sft_target: str
+    number: int
+    source: str
+    sft_targets: tuple[str, ...] = ()
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The responses that SFT learns."""
+        return self.sft_targets or (self.sft_target,)
+
+
+# ---- what happened to the rows ------------------------------------------------------------------------------------------
+
+SAME_TEXT = "chosen and rejected are the same"
+OTHER_PROMPT = "chosen and rejected answer different prompts"
+EMPTY_TEXT = "a text is empty"
+
+
+# What can be done about some columns that were not read.
+COLUMN_HINTS = {
+    "system": "with system: system it is the system's turn",
+    "system_prompt": "with system: system_prompt it is the system's turn",
+    "tools": "chat templates are given no tools",
+    "input": "with prompt: instruction it is read behind that",
+}
+
+
+@dataclass
+class DataReport:
+    """What was read of one split of a data set, and what became of it. Filled on the way, kept with the prepared data.
+
+    left_out counts rows, pairs or examples that are not trained on, by reason; changed counts texts that were cut; num_prompts
+    are left. A row that cannot be used is an error, or with `skip_bad_rows` counted, and the first ten are listed in
+    `bad_rows`. columns_not_read counts the rows that have such a column; notes are sentences, settings without effect above
+    all.
+    """
+
+    skip_bad_rows: bool = False
+    rows_read: int = 0
+    num_prompts: int = 0
+    num_bad_rows: int = 0
+    bad_rows: list[str] = field(default_factory=list)
+    left_out: dict[str, int] = field(default_factory=dict)
+    changed: dict[str, int] = field(default_factory=dict)
+    columns_not_read: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def bad_row(self, error: UserError) -> None:
+        """Count a row that cannot be used. Raises `error` where such rows are to stop the run."""
+        if not self.skip_bad_rows:
+            raise UserError(f"{error} Mend the row, or leave such rows out with on_bad_row=skip.") from error
+        self.num_bad_rows += 1
+        if len(self.bad_rows) < 10:
+            self.bad_rows.append(str(error).splitlines()[0])
+
+    def leave_out(self, reason: str, count: int = 1) -> None:
+        """Count what a rule leaves out."""
+        if count:
+            self.left_out[reason] = self.left_out.get(reason, 0) + count
+
+    def change(self, what: str, count: int = 1) -> None:
+        """Count texts that were changed; a negative number takes back what was counted before."""
+        if count:
+            self.changed[what] = self.changed.get(what, 0) + count
+            if not self.changed[what]:
+                del self.changed[what]
+
+    def not_read(self, column: str) -> None:
+        """Count a row that has a column nobody reads. Names beyond the first hundred are not kept: they are no columns."""
+        if column in self.columns_not_read or len(self.columns_not_read) < 100:
+            self.columns_not_read[column] = self.columns_not_read.get(column, 0) + 1
+
+    def note(self, sentence: str) -> None:
+        """Keep a sentence, once."""
+        if sentence not in self.notes:
+            self.notes.append(sentence)
+
+    def as_dict(self) -> dict:
+        """Plain values, for JSON; `DataReport(**...)` reads them back."""
+        return asdict(self)
+
+    def counts(self) -> Iterator[tuple[int, str]]:
+        """Everything that was left out, changed or skipped: how many, and what."""
+        yield from ((count, f"left out: {reason}") for reason, count in self.left_out.items())
+        yield from ((count, what) for what, count in self.changed.items())
+        if self.num_bad_rows:
+            yield self.num_bad_rows, "bad rows skipped"
+
+    def remarks(self) -> list[str]:
+        """Lines about what is counted nowhere: columns that were not read, and settings without effect."""
+        names = list(self.columns_not_read)
+        hints = "; ".join(COLUMN_HINTS[name] for name in names if name in COLUMN_HINTS)
+        # A table's index comes into CSV files as a column without a name.
+        columns = f"columns not read: {', '.join(name or repr(name) for name in names)}" + f" ({hints})" * bool(hints)
+        return [columns] * bool(names) + self.notes
+
+    def lines(self) -> list[str]:
+        """What is said about it: a line of counts, if there is anything to say, remarks, and the first bad rows."""
+        counts = [f"{count} {what}" for count, what in self.counts()]
+        return ["; ".join(counts)] * bool(counts) + self.remarks() + [f"  {message}" for message in self.bad_rows]
+
+
+# ---- faults -------------------------------------------------------------------------------------------------------------
+
+
+def fault_of_item(item) -> str | None:
+    """What is wrong with one (prompt, record) that a loader gave, or None."""
+    if not isinstance(item, tuple) or len(item) != 2 or not isinstance(item[1], dict):
+        found = " and ".join(map(kind_of, item)) if isinstance(item, tuple) else kind_of(item)
+        return f"found {found}, expected a prompt and a dict"
+    prompt, record = item
+    missing = {"responses", "pairs", "sft_target"} - record.keys()
+    if missing:
+        return f"the record has no {', '.join(sorted(missing))}"
+    for key in ("responses", "pairs"):
+        if not isinstance(record[key], list | tuple):
+            return f"{key} is {kind_of(record[key])}, expected a list"
+    if fault := fault_of_prompt(prompt):
+        return f"the prompt {fault}"
+    responses = {f"response {index}": text for index, text in enumerate(record["responses"])}
+    targets = record.get("sft_targets", [])
+    if not isinstance(targets, list | tuple):
+        return f"sft_targets is {kind_of(targets)}, expected a list"
+    learned = {f"sft_targets {index}": text for index, text in enumerate(targets)} | {"sft_target": record["sft_target"]}
+    for what, text in {**responses, **learned}.items():
+        if fault := fault_of_text(text):
+            return f"{what} {fault}"
+    return next((fault for pair in record["pairs"] if (fault := _fault_of_pair(pair, len(responses)))), None)
+
+
+def _fault_of_pair(pair, count: int) -> str | None:
+    if type(pair) is tuple and len(pair) == 2 and type(pair[0]) is type(pair[1]) is int:
+        i, j = pair
+        if 0 <= i < count and 0 <= j < count and i != j:
+            return None
+    if not isinstance(pair, list | tuple) or not all(isinstance(n, Integral) and not isinstance(n, bool) for n in pair):
+        return f"pair {pair!r} is not two whole numbers"
+    if len(pair) != 2 or not all(0 <= index < count for index in pair) or pair[0] == pair[1]:
+        return f"pair {tuple(pair)} does not name two of the {count} responses"
+    return None
+
+
+ROLES = ("system", "user", "assistant")
+
+
+def fault_of_prompt(prompt) -> str | None:
+    """What is wrong with a prompt, as the end of a sentence, or None."""
+    if not isinstance(prompt, tuple):
+        return fault_of_text(prompt)
+    for number, turn in enumerate(prompt, start=1):
+        if not isinstance(turn, tuple) or len(turn) != 2 or not isinstance(turn[0], str) or turn[0] not in ROLES:
+            return f"has a turn {number} that is no (role, content) with one of the roles {', '.join(ROLES)}"
+        if fault := fault_of_text(turn[1]):
+            return f"has a turn {number} that {fault}"
+    return None if prompt and prompt[-1][0] == "user" else "is a conversation whose last turn is not the user's"
+
+
+def fault_of_text(value) -> str | None:
+    """What is wrong with a value that should be a text with something in it, as the end of a sentence, or None."""
+    if not isinstance(value, str):
+        return f"is {kind_of(value)}, expected a text"
+    if not value or value.isspace():
+        return "is empty"
+    if value.isascii():
+        return None
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        return f"holds half a surrogate pair ({value[error.start]!a} at character {error.start}), which is not text"
+    return None
+
+
+def kind_of(value) -> str:
+    """A value's type as a user calls it."""
+    return "None" if value is None else type(value).__name__
+
+
+# ---- building records ---------------------------------------------------------------------------------------------------
+
+
+def new_record() -> dict:
+    """A record without anything in it."""
+    return {"responses": [], "pairs": [], "sft_target": None}
+
+
+def add_responses(record: dict, responses: Iterable[str], pairs: Iterable[tuple[int, int]]) -> int:
+    """Add responses and the pairs between them to a record. Returns how many pairs were of the same text, and not added.
+
+    A response that the record already has is not stored twice.
+    """
+    known = record["responses"]
+    places = []
+    for response in responses:
+        if response not in known:
+            known.append(response)
+        places.append(known.index(response))
+    same = 0
+    for preferred, other in pairs:
+        if places[preferred] == places[other]:
+            same += 1
+        else:
+            record["pairs"].append((places[preferred], places[other]))
+    return same
+
+
+def pairs_by_score(scores: list[float]) -> list[tuple[int, int]]:
+    """All pairs of indices whose scores differ, the higher one first, in the order of their indices."""
+    indices = combinations(range(len(scores)), 2)
+    return [(i, j) if scores[i] > scores[j] else (j, i) for i, j in indices if scores[i] != scores[j]]
+
+
+class Row(NamedTuple):
+    """What one row of a file or table says: responses to a prompt, and which of them are preferred to which.
+
+    target is the index of the response that SFT learns. scores are there where rows hold one response each: pairs then form
+    between the rows of a prompt.
+    """
+
+    prompt: Prompt
+    responses: list[str]
+    pairs: list[tuple[int, int]]
+    target: int
+    scores: list[float] | None = None
+
+
+def group_rows(rows: Iterable[Row], report: DataReport, window: int = 20_000) -> Iterator[tuple[Prompt, dict]]:
+    """Bring the rows of a prompt together into one record, in the order of their first rows.
+
+    At most `window` prompts are kept open: rows of a prompt that lie further apart form records of their own, so that memory
+    does not grow with the data. Pairs of the same text are counted in the report; rows without any pair or score are records
+    by themselves. SFT learns the target of each row, except of rows that hold one scored response each: of these the best.
+    """
+    records: Records = {}
+    for row in rows:
+        if not row.pairs and row.scores is None:
+            yield row.prompt, {"responses": row.responses, "pairs": [], "sft_target": row.responses[row.target]}
+            continue
+        if row.pairs and len(set(row.responses)) == 1:
+            report.leave_out(SAME_TEXT, len(row.pairs))
+            continue
+        record = records.setdefault(row.prompt, new_record())
+        same = add_responses(record, row.responses, row.pairs)
+        report.leave_out(SAME_TEXT, same)
+        if row.scores is not None:
+            record.setdefault("scores", []).extend(zip(row.scores, row.responses, strict=True))
+        elif same < len(row.pairs):
+            record["sft_target"] = row.responses[row.target]
+            record.setdefault("sft_targets", []).append(record["sft_target"])
+        if len(records) > window:
+            prompt = next(iter(records))
+            yield from _closed(prompt, records.pop(prompt), report)
+    for prompt, record in records.items():
+        yield from _closed(prompt, record, report)
+
+
+EQUAL_SCORES = "two answers have equal scores"
+SAME_ANSWER = "an answer has the text of another one"
+NO_PAIR = "no two answers have different scores"
+
+
+def scored_record(responses: list[str], scores: list[float], report: DataReport) -> dict | None:
+    """A record of every pair of answers whose scores differ; the SFT target is the best one. None where there is no pair.
+
+    Of answers with the same text the last counts. What is left out is counted in the report.
+    """
+    score_of = dict(zip(responses, scores, strict=True))
+    texts, scores = list(score_of), list(score_of.values())
+    pairs = pairs_by_score(scores)
+    report.leave_out(SAME_ANSWER, len(responses) - len(texts))
+    report.leave_out(EQUAL_SCORES, len(texts) * (len(texts) - 1) // 2 - len(pairs))
+    if not pairs:
+        report.leave_out(NO_PAIR)
+        return None
+    return {"responses": texts, "pairs": pairs, "sft_target": max(score_of, key=score_of.__getitem__)}
+
+
+def _closed(prompt: Prompt, record: dict, report: DataReport) -> Iterator[tuple[Prompt, dict]]:
+    if scores := record.pop("scores", None):
+        record = scored_record([text for _, text in scores], [score for score, _ in scores], report)
+    elif len(record.get("sft_targets", ())) < 2:
+        record.pop("sft_targets", None)
+    if record and record["pairs"]:
+        yield prompt, record
+
+
+# ---- held out -----------------------------------------------------------------------------------------------------------
+
+
+def prompt_text(prompt: Prompt) -> str:
+    """A prompt as one text, whatever template it will be written with."""
+    return prompt if isinstance(prompt, str) else "\0".join(part for turn in prompt for part in turn)
+
+
+def prompt_hash(prompt: Prompt) -> float:
+    """A number in [0, 1) that depends on the prompt's text alone: the same on every machine and in every run."""
+    return int.from_bytes(hashlib.sha256(prompt_text(prompt).encode()).digest()[:8], "big") / 2**64
+
+
+def is_held_out(prompt: Prompt, share: float) -> bool:
+    """Whether a prompt belongs to the held-out `share` of its data set."""
+    return prompt_hash(prompt) < share
+
+
+def split_by_hash(
+    items: Items, split: str, share: float, text_of: Callable[[Prompt], str] = prompt_text
+) -> Iterator[tuple[Prompt, dict]]:
+    """The items of one split, chosen by a hash of the prompt; "test" has about `share` of all prompts.
+
+    text_of gives the text that is hashed: what the model reads of a prompt, so that a prompt is on the same side in whatever
+    form it is written. Where none would be held out of two prompts or more, the prompt with the smallest hash is. To know that
+    at the end, its items wait until a smaller one comes.
+    """
+    lowest, waiting, several = 1.0, [], False
+    held_out_any = share == 0
+    for item in items:
+        value = prompt_hash(text_of(item[0]))
+        held_out_any |= value < share
+        if held_out_any:
+            released, waiting = waiting, []
+            if split == "train":
+                yield from released
+            if (value < share) == (split == "test"):
+                yield item
+        elif value == lowest:
+            waiting.append(item)
+        else:
+            several |= bool(waiting)
+            released = [item]
+            if value < lowest:
+                lowest, waiting, released = value, [item], waiting
+            if split == "train":
+                yield from released
+    if several == (split == "test"):
+        yield from waiting

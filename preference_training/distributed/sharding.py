@@ -1,0 +1,312 @@
+"""Weights laid over several processes: sharded (FSDP2), split within layers (tensor parallel), or both.
+
+    a model on the main rank's CPU  ->  an empty model of the same shape, laid over the mesh  ->  the weights, sent once
+
+The mesh has three dimensions: `replicate` (copies), `shard` (parts of every weight), `tensor` (parts of every layer). Ranks
+that differ in the first two train on different data.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from preference_training.batching.batches import PackedBatch
+from preference_training.configuration.validation import sharded_dtype
+from preference_training.core.errors import UserError
+from preference_training.core.machine import settle_memory
+from preference_training.core.ranks import Ranks, local, local_world_size, whole
+from preference_training.modeling.adapters import has_adapter
+from preference_training.modeling.loading import (
+    build_untrained,
+    compile_between_attentions,
+    enable_activation_checkpointing,
+    load_model,
+    weights_hash,
+)
+from preference_training.modeling.logprobs import response_logps
+from preference_training.modeling.prefix_sharing import attend_over_trees, scores_in_head, share_prefixes
+from preference_training.modeling.sharing_proof import (
+    ROUNDING,
+    disagreement,
+    exact_arithmetic,
+    logps_and_gradients,
+    random_trees,
+)
+from preference_training.modeling.state import compute_device, free_memory, take_buffers
+from preference_training.modeling.tree_attention import RESPONSE_TREES
+
+# ---- the mesh -----------------------------------------------------------------------------------------------------------
+
+
+def make_mesh(device_type: str, world_size: int, local_size: int, sharding: str, tensor_size: int = 1) -> DeviceMesh:
+    """The mesh of a sharding over `world_size` processes, `local_size` of them on each machine."""
+    data = world_size // tensor_size
+    shard = {"none": 1, "hybrid": max(1, local_size // tensor_size)}.get(sharding, data)
+    sizes = (data // shard, shard, tensor_size)
+    return init_device_mesh(device_type, sizes, mesh_dim_names=("replicate", "shard", "tensor"))
+
+
+def ranks_of(mesh: DeviceMesh) -> Ranks:
+    """This process among those that train on different data."""
+    data = mesh["replicate", "shard"]
+    flat = data._flatten("data") if data.size() > 1 else None
+    is_main = torch.distributed.get_rank() == 0
+    if flat is None:
+        return Ranks(is_main=is_main)
+    return Ranks(flat.get_local_rank(), flat.size(), is_main, flat.get_group())
+
+
+# ---- laying a model over it ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How weights lie, and in which dtypes they are computed with and added up."""
+
+    mesh: DeviceMesh
+    sharding: str
+    precision: MixedPrecisionPolicy
+    offload: OffloadPolicy
+    block_name: str | None
+    checkpoint_activations: bool
+    compiles: bool
+
+    @classmethod
+    def of(cls, config, mesh: DeviceMesh) -> "Layout":
+        """What a configuration asks for."""
+        trainer = config.trainer
+        dtypes = {
+            "param_dtype": sharded_dtype(config),
+            "reduce_dtype": trainer.reduce_dtype,
+            "output_dtype": trainer.output_dtype,
+        }
+        precision = MixedPrecisionPolicy(**{name: name_ and getattr(torch, name_) for name, name_ in dtypes.items()})
+        # Page-locked memory is for the way to a GPU, and cannot be had without one.
+        pinned = torch.cuda.is_available()
+        offload = CPUOffloadPolicy(pin_memory=pinned) if trainer.cpu_offload else OffloadPolicy()
+        switches = config.activation_checkpointing, config.compile
+        return cls(mesh, trainer.sharding, precision, offload, config.model.block_name, *switches)
+
+    def lay(self, model: nn.Module) -> None:
+        """Split an empty model's weights over the mesh."""
+        if self.mesh["tensor"].size() > 1:
+            split_layers(model, self.mesh["tensor"])
+        if self.checkpoint_activations:
+            enable_activation_checkpointing(model)
+        if self.compiles:
+            compile_between_attentions(model)
+        data = self.mesh["replicate", "shard"] if self.mesh["replicate"].size() > 1 else self.mesh["shard"]
+        options = {
+            "mesh": data,
+            "reshard_after_forward": self.sharding in ("full", "hybrid"),
+            "mp_policy": self.precision,
+            "offload_policy": self.offload,
+        }
+        for block in without_shared(blocks_of(model, self.block_name)):
+            fully_shard(block, **options)
+        # What is left, embeddings, head and what several blocks share, is one group: tied weights stay together.
+        fully_shard(model, **options)
+
+
+def blocks_of(model: nn.Module, block_name: str | None) -> list[nn.Module]:
+    """The transformer blocks: modules of the class `block_name`, or of the classes that the model itself names.
+
+    A model that names none has its blocks in a list, whose items are all of one class. Raises UserError, with the names there
+    are, where none is found.
+    """
+    listed = Counter(type(item).__name__ for stack in _outermost(model, nn.ModuleList) for item in stack)
+    names = {block_name} if block_name else set(model._no_split_modules or ()) or set(listed if len(listed) == 1 else ())
+    classes = tuple({type(module) for module in model.modules() if type(module).__name__ in names})
+    blocks = _outermost(model, classes)
+    if not blocks:
+        candidates = ", ".join(f"{name} ({count})" for name, count in listed.items()) or "none"
+        found = f"found {block_name!r}" if block_name else "not given, and the model does not say"
+        raise UserError(f"model.block_name: {found}. Expected the class of a block of {type(model).__name__}: {candidates}.")
+    return blocks
+
+
+def without_shared(blocks: list[nn.Module]) -> list[nn.Module]:
+    """The blocks; in place of one with weights that are another's too (Zamba's attention) those of its parts that have none."""
+    owners = Counter(weight for block in blocks for weight in set(block.parameters()))
+
+    def parts_of(module: nn.Module) -> list[nn.Module]:
+        if all(owners[weight] == 1 for weight in module.parameters()) and not isinstance(module, nn.ModuleList):
+            return [module]
+        return [part for child in module.children() if any(True for _ in child.parameters()) for part in parts_of(child)]
+
+    return [part for block in blocks for part in parts_of(block)]
+
+
+def _outermost(model: nn.Module, classes: type | tuple[type, ...]) -> list[nn.Module]:
+    """The modules of some classes that do not lie within another of them: weights are laid out once."""
+    found = []
+    for child in model.children():
+        found += [child] if isinstance(child, classes) else _outermost(child, classes)
+    return found
+
+
+def split_layers(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Split every layer over the mesh by the model's own plan. Raises UserError where the sizes do not fit."""
+    from transformers.distributed import DistributedConfig
+    from transformers.distributed.tensor_parallel import apply_tensor_parallelism
+
+    check_divisible(model, mesh.size())
+    plan, _, _ = model._resolve_parallel_plans(DistributedConfig(tp_size=mesh.size()))
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = head is not None and head.weight is embedding.weight
+    if tied:
+        # Splitting goes by names, and a tied weight has one of its two.
+        head.weight = nn.Parameter(torch.empty_like(embedding.weight))
+    apply_tensor_parallelism(model, mesh, plan)
+    if tied:
+        head.weight = embedding.weight
+
+
+def check_divisible(model: nn.Module, parts: int) -> None:
+    """Raise UserError where a model's layers cannot be split into so many equal parts."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    inner = getattr(config, "intermediate_size", parts)
+    # Some have a width for each layer.
+    widths = inner if isinstance(inner, list | tuple) else [inner]
+    for key, size in (("attention heads", heads), *(("intermediate size", width) for width in widths)):
+        if size % parts:
+            raise UserError(f"trainer.tensor_parallel_size: found {parts}, which does not divide the model's {size} {key}.")
+
+
+def load_sharded(
+    config, tokenizer, layout: Layout, device: torch.device, ranks: Ranks, base_dir: Path | None = None
+) -> tuple[nn.Module, str | None]:
+    """The policy of a configuration, laid over the mesh. The main rank reads its weights, once, sends them, and hashes them.
+
+    Whether it shares prefixes is proved on the main rank; that the laid-out model computes the same, on all. Raises UserError
+    where it does not.
+    """
+    settle_memory(keep_freed=has_plenty_of_memory(config, tokenizer))
+    source = load_model(config.model, tokenizer, config.cache_dir, base_dir) if ranks.is_main else None
+    proved = share_prefixes(source, config.prefix_sharing) and Sharing(scores_in_head(source)) if ranks.is_main else None
+    sharing = ranks.from_main(proved) or None
+    model = empty_model(config, tokenizer, config.model.policy_dtype, sharing, layout, device)
+    # Offloaded weights are brought to the device for each forward.
+    model.compute_device = device
+    if source is not None and has_adapter(source):
+        # With the place of the model under it.
+        model.peft_config = source.peft_config
+    state = source.state_dict() if ranks.is_main else {}
+    set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+    send_buffers(source, model, device, ranks)
+    _check(model, source, layout, ranks)
+    return model.train(), weights_hash(source) if source is not None else None
+
+
+def send_buffers(source: nn.Module | None, model: nn.Module, device: torch.device, ranks: Ranks) -> None:
+    """Give a laid-out model the buffers that the main rank's source has, in their dtypes, on the device that computes.
+
+    A model that was built without numbers may have made them in the dtype of its weights, which rounds them.
+    """
+    buffers = dict(source.named_buffers()) if source is not None else {}
+    known = ranks.from_main({name: (buffer.shape, buffer.dtype) for name, buffer in buffers.items()})
+    for name, (shape, dtype) in known.items():
+        sent = buffers[name].to(device) if source is not None else torch.empty(shape, dtype=dtype, device=device)
+        buffers[name] = sent.contiguous()
+        torch.distributed.broadcast(buffers[name], 0)
+    take_buffers(model, {name: buffers[name] for name in known})
+
+
+def has_plenty_of_memory(config, tokenizer) -> bool:
+    """Whether each process of this machine has room for the whole model, its gradients and two optimizer states, twice."""
+    with torch.device("meta"):
+        model = build_untrained(config.model, tokenizer, config.cache_dir)
+    weights = sum(weight.numel() * weight.element_size() for weight in model.parameters())
+    return 2 * 4 * weights * local_world_size() <= free_memory(torch.device("cpu"))
+
+
+def reference_beside(policy: nn.Module, config, tokenizer, layout: Layout, device: torch.device) -> nn.Module:
+    """A frozen copy of a laid-out policy as it is now, in `reference_dtype`; nothing is sent."""
+    sharing = Sharing(scores_in_head(policy)) if policy.config._attn_implementation == RESPONSE_TREES else None
+    copy = empty_model(config, tokenizer, config.model.reference_dtype, sharing, layout, device)
+    copy.compute_device = device
+    with torch.no_grad():
+        for mine, theirs in zip(copy.parameters(), policy.parameters(), strict=True):
+            local(mine).copy_(local(theirs))
+    take_buffers(copy, {name: buffer.clone() for name, buffer in policy.named_buffers()})
+    return copy.eval().requires_grad_(False)
+
+
+class Sharing(NamedTuple):
+    """How a model shares prefixes: whether its head gives log-probs of chosen tokens, or logits."""
+
+    scores_in_head: bool
+
+
+def empty_model(config, tokenizer, dtype: str, sharing: Sharing | None, layout: Layout, device: torch.device) -> nn.Module:
+    """The model of a configuration laid over the mesh, with memory for this process's part of the weights but no values.
+
+    dtype is a name such as bfloat16; sharing says how the model attends over response trees, None where it does not.
+    """
+    with torch.device("meta"):
+        model = build_untrained(config.model, tokenizer, config.cache_dir, dtype)
+    if sharing is not None:
+        # A head that is split over processes gives logits, which its plan gathers.
+        attend_over_trees(model, scoring_head=sharing.scores_in_head and layout.mesh["tensor"].size() == 1)
+    layout.lay(model)
+    return model.to_empty(device="cpu" if isinstance(layout.offload, CPUOffloadPolicy) else device)
+
+
+# ---- does it compute the same? --------------------------------------------------------------------------------------------
+
+
+@exact_arithmetic()
+def _check(model: nn.Module, source: nn.Module | None, layout: Layout, ranks: Ranks) -> None:
+    """Compare a small batch with the model that was not split: log-probs, and the gradients of the first and last weight.
+
+    The source computes on a CPU; the other may not take shorter products for what splitting does.
+    """
+    batch: PackedBatch = random_trees(model.config.get_text_config().vocab_size)
+    names = [name for name, weight in model.named_parameters() if weight.requires_grad]
+    names = [names[0], names[-1]]
+    expected = None
+    if source is not None:
+        weights = dict(source.named_parameters())
+        expected = logps_and_gradients(response_logps, source, batch, [weights[name] for name in names])
+    logps = response_logps(model, batch.to(compute_device(model)))
+    logps.sum().backward()
+    weights = dict(model.named_parameters())
+    found = [whole(weights[name].grad).float().cpu() for name in names]
+    model.zero_grad(set_to_none=True)
+    fault = None
+    if source is not None:
+        rounding = ROUNDING[layout.precision.param_dtype or source.autocast_dtype or source.dtype]
+        fault = disagreement((logps.detach().cpu(), found), expected, batch.response_lengths, rounding)
+    fault = ranks.from_main(fault)
+    if fault:
+        raise UserError(
+            f"trainer: {type(model).__name__} does not compute the same when it is split: {fault}. Use another trainer."
+        )
+
+
+# ---- gradients ------------------------------------------------------------------------------------------------------------
+
+
+def clip_by_global_norm(parameters, max_norm: float) -> Tensor:
+    """Scale gradients down to `max_norm`; returns their global norm before that, a scalar. They may lie on several meshes."""
+    groups: dict[object, list[Tensor]] = {}
+    for parameter in parameters:
+        if parameter.grad is not None:
+            mesh = parameter.grad.device_mesh if isinstance(parameter.grad, DTensor) else None
+            groups.setdefault(mesh, []).append(parameter.grad)
+    norms = [whole(nn.utils.get_total_norm(gradients)) for gradients in groups.values()]
+    norm = torch.stack(norms).norm()
+    scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+    for gradients in groups.values():
+        for gradient in gradients:
+            local(gradient).mul_(scale.to(gradient.device))
+    return norm

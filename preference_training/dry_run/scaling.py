@@ -1,0 +1,232 @@
+"""What one of many processes will hold and send in a training step, found without the others.
+
+torch's fake process group stands for the others: it takes every message and delivers none. Over it the model is laid as in a
+run, on fake tensors, and the trainer's own step tells what it would hold and what it would send. Looked at is rank 0 alone.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch.distributed._tools.fake_collectives import collective_ops, sync_ops
+from torch.distributed.distributed_c10d import _resolve_process_group
+from torch.distributed.fsdp import CPUOffloadPolicy
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from preference_training.batching.batches import UNLIMITED, MicroBatch, PackedBatch, TokenBudget
+from preference_training.configuration.validation import times_beside_weights
+from preference_training.core.machine import pick_device
+from preference_training.core.ranks import Ranks
+from preference_training.distributed.launching import end_group, number_of_workers
+from preference_training.distributed.sharding import Layout, empty_model
+from preference_training.dry_run.memory_estimate import fake_tensors, fake_trainer, faked, most_held, step_without_look
+from preference_training.losses.objectives import Loss
+from preference_training.modeling.state import free_memory
+from preference_training.modeling.token_budget import token_budget
+from preference_training.training.trainers import TRAINERS
+
+GIB = 2**30
+
+
+# ---- processes that are not there ---------------------------------------------------------------------------------------
+
+
+@contextmanager
+def fake_processes(size: int) -> Iterator[None]:
+    """Inside, this process is rank 0 of `size`; the others are not there."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
+    try:
+        yield
+    finally:
+        end_group()
+
+
+def world_size(trainer) -> int:
+    """How many processes to look at: `trainer.world_size`, else those that would be started here."""
+    return trainer.world_size or number_of_workers(trainer)
+
+
+def laid_out(config) -> tuple[Ranks, Layout]:
+    """The ranks and the layout that a run of so many processes would have; inside `fake_processes`. Raises UserError."""
+    ranks, layout = TRAINERS[config.trainer.name].placement.lay_out(config, "cpu", number_of_workers(config.trainer))
+    if config.trainer.cpu_offload:
+        # Page-locked memory is as large as other, and a machine without a GPU has none.
+        layout = replace(layout, offload=CPUOffloadPolicy(pin_memory=False))
+    return ranks, layout
+
+
+def budget_of(config, tokenizer, layout: Layout) -> TokenBudget:
+    """How much each process would compute at once, by the run's own rule.
+
+    Where the devices' memory is not known, each micro-batch at once.
+    """
+    trainer, limit = config.trainer, config.max_tokens_per_microbatch
+    if limit is not None:
+        return TokenBudget(limit, limit)
+    if trainer.world_size is not None and trainer.device_memory is None:
+        return UNLIMITED
+    device = torch.device("cuda") if trainer.device_memory else pick_device()
+    if trainer.device_memory:
+        free = int(trainer.device_memory * GIB)
+    else:
+        free = free_memory(device) // (1 if device.type == "cuda" else world_size(trainer))
+    # What a real part of the weights will take is not there yet.
+    model = empty_model(config, tokenizer, config.model.policy_dtype, None, layout, torch.device("meta"))
+    return token_budget(model, None, device, free, times_beside_weights(config))
+
+
+# ---- what is sent -------------------------------------------------------------------------------------------------------
+
+
+class Message(NamedTuple):
+    """A kind of collective: for which model, which operation, in which dtype, among how many ranks."""
+
+    model: str
+    operation: str
+    dtype: torch.dtype
+    ranks: int
+
+
+class Collective(NamedTuple):
+    """An operation of torch: what it is called here, and which of its arguments are the whole tensor and the group.
+
+    A rank sends `rounds` times the part of the whole that the others have. Where only this rank's part is an argument,
+    `of_part` says so.
+    """
+
+    name: str
+    tensor: int
+    group: int
+    rounds: int = 1
+    of_part: bool = False
+
+
+COLLECTIVES = {
+    "c10d._allgather_base_.default": Collective("all-gather", 0, 2),
+    "c10d._reduce_scatter_base_.default": Collective("reduce-scatter", 1, 2),
+    "c10d.allreduce_.default": Collective("all-reduce", 0, 1, rounds=2),
+    "_c10d_functional.all_gather_into_tensor.default": Collective("all-gather", 0, 2, of_part=True),
+    "_c10d_functional.reduce_scatter_tensor.default": Collective("reduce-scatter", 0, 3),
+    "_c10d_functional.all_reduce.default": Collective("all-reduce", 0, 2, rounds=2),
+}
+
+
+class Traffic(TorchDispatchMode):
+    """Counts what this process sends under it: `calls` and `sent` bytes of each kind of message.
+
+    Counted is what a ring sends, which is the least there can be: of S bytes over n ranks an all-gather and a reduce-scatter
+    send S (n-1)/n, an all-reduce twice that. As much is received. Raises ValueError for a collective it does not know.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.model = "policy"
+        self.calls: Counter[Message] = Counter()
+        self.sent: Counter[Message] = Counter()
+
+    @contextmanager
+    def of(self, model: str) -> Iterator[None]:
+        """What is sent inside is for another model."""
+        self.model, before = model, self.model
+        try:
+            yield
+        finally:
+            self.model = before
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        """Run the operation, and count what it sends."""
+        if any(issubclass(type_, DTensor) for type_ in types):
+            # What it sends comes by on its own.
+            return NotImplemented
+        if collective := COLLECTIVES.get(str(func)):
+            self._count(collective, args)
+        elif func in collective_ops - sync_ops:
+            raise ValueError(f"{func} is not counted")
+        return func(*args, **(kwargs or {}))
+
+    def _count(self, collective: Collective, args) -> None:
+        tensors, group = args[collective.tensor], args[collective.group]
+        ranks = group_size(group)
+        for tensor in tensors if isinstance(tensors, list | tuple) else [tensors]:
+            whole = tensor.numel() * tensor.element_size() * (ranks if collective.of_part else 1)
+            message = Message(self.model, collective.name, tensor.dtype, ranks)
+            self.calls[message] += ranks > 1
+            self.sent[message] += collective.rounds * whole * (ranks - 1) // ranks
+
+
+def group_size(group) -> int:
+    """The number of ranks of a process group as operations are handed it: by name, or in a box."""
+    if isinstance(group, str):
+        return _resolve_process_group(group).size()
+    if not isinstance(group, torch.distributed.ProcessGroup):
+        group = torch.distributed.ProcessGroup.unbox(group)
+    return group.size()
+
+
+# ---- a step ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StepCosts:
+    """What a step takes of rank 0: bytes held when most is held, by kind, and what it sends."""
+
+    memory: dict[str, int]
+    traffic: Traffic
+
+
+def step_costs(
+    config,
+    tokenizer,
+    loss: Loss,
+    live_reference: bool,
+    pieces: Sequence[PackedBatch],
+    step: Sequence[MicroBatch],
+    ranks: Ranks,
+    layout: Layout,
+) -> StepCosts:
+    """Memory of a step with these pieces, and what `step` sends; inside `fake_processes`."""
+    with fake_tensors(len(tokenizer)) as counter:
+        trainer = fake_trainer(config, tokenizer, loss, live_reference, counter, ranks, layout)
+        memory = most_held(trainer, counter, pieces)
+        with Traffic() as traffic:
+            trainer.reference = attributed(trainer.reference, traffic)
+            step_without_look(trainer, faked(step))
+    return StepCosts(memory, traffic)
+
+
+def attributed(reference: Callable | None, traffic: Traffic) -> Callable | None:
+    """A reference whose messages are counted as its own."""
+    if reference is None:
+        return None
+
+    def call(piece: PackedBatch):
+        with traffic.of("reference"):
+            return reference(piece)
+
+    return call
+
+
+def in_device_memory(config, memory: dict[str, int]) -> int:
+    """Bytes of a step's memory that are on the device, where `trainer.cpu_offload` may keep some kinds elsewhere."""
+    elsewhere = ("parameters", "reference", "gradients", "optimizer") if config.trainer.cpu_offload else ()
+    return sum(size for kind, size in memory.items() if kind not in elsewhere)
+
+
+def lines_of_traffic(traffic: Traffic, pieces: int) -> list[str]:
+    """What rank 0 sends in a step of so many pieces."""
+    sent = [message for message in traffic.sent if message.ranks > 1]
+    lines = [
+        f"  {message.model:10}{message.operation:15}{str(message.dtype).removeprefix('torch.'):9} over {message.ranks:6,} ranks"
+        f"{traffic.calls[message]:8,} calls {traffic.sent[message] / GIB:10.3f} GB"
+        for message in sorted(sent, key=lambda message: -traffic.sent[message])
+    ]
+    if not lines:
+        return ["  none"]
+    counted = "piece" if pieces == 1 else "pieces"
+    return [f"  sent by each rank in a step of {pieces:,} {counted}, and as much received:", *lines]

@@ -1,0 +1,93 @@
+"""The losses as pure functions of log-probs."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def dpo_loss(
+    policy_gap: Tensor, reference_gap: Tensor, beta: float | Tensor, label_smoothing: float = 0.0, reference_free: bool = False
+) -> Tensor:
+    """DPO per pair, [P]: equation 7 of Rafailov et al. 2023; with `label_smoothing` conservative DPO (Mitchell 2023).
+
+    A gap [P] is the chosen response's log-prob minus the rejected one's. `label_smoothing` is the assumed probability that
+    a label is wrong; `reference_free` takes the reference gap as 0.
+    """
+    logits = policy_gap if reference_free else policy_gap - reference_gap
+    return -F.logsigmoid(beta * logits) * (1 - label_smoothing) - F.logsigmoid(-beta * logits) * label_smoothing
+
+
+def ipo_loss(policy_gap: Tensor, reference_gap: Tensor, beta: float) -> Tensor:
+    """IPO per pair, [P]: equation 17 of Azar et al. 2023, whose tau is `beta`. Gaps as in `dpo_loss`."""
+    return (policy_gap - reference_gap - 1 / (2 * beta)) ** 2
+
+
+def hinge_loss(policy_gap: Tensor, reference_gap: Tensor, beta: float) -> Tensor:
+    """The hinge of SLiC-HF (Zhao et al. 2023, section 2) per pair, [P], measured from the reference as in RSO.
+
+    A pair whose margin has reached 1 / beta nats teaches nothing any more. Gaps as in `dpo_loss`.
+    """
+    return F.relu(1 - beta * (policy_gap - reference_gap))
+
+
+def robust_dpo_loss(policy_gap: Tensor, reference_gap: Tensor, beta: float, label_smoothing: float) -> Tensor:
+    """Robust DPO per pair, [P]: the unbiased loss of Chowdhury et al. 2024, section 3.1. Gaps as in `dpo_loss`.
+
+    `label_smoothing`, below 0.5, is the probability that a label is wrong. Over labels wrong that often the mean is the DPO
+    loss of the right ones; a single pair's may be negative.
+    """
+    right, wrong = dpo_loss(policy_gap, reference_gap, beta), dpo_loss(-policy_gap, -reference_gap, beta)
+    return ((1 - label_smoothing) * right - label_smoothing * wrong) / (1 - 2 * label_smoothing)
+
+
+def rpo_loss(policy_gap: Tensor, reference_gap: Tensor, chosen_per_token: Tensor, beta: float, alpha: float) -> Tensor:
+    """RPO per pair, [P]: DPO and `alpha` times the chosen response's negative log-likelihood (Pang et al. 2024, equation 1).
+
+    chosen_per_token: [P], the policy's log-prob of the chosen response over its number of tokens, the paper's normalisation.
+    TRL's divides by the tokens of a whole batch instead; both agree on a batch of one pair. Gaps as in `dpo_loss`.
+    """
+    return dpo_loss(policy_gap, reference_gap, beta) - alpha * chosen_per_token
+
+
+def dpop_loss(chosen_ratio: Tensor, rejected_ratio: Tensor, beta: float, penalty: float) -> Tensor:
+    """DPO-positive per pair, [P] (Pal et al. 2024, L_DPOP), whose lambda is `penalty`.
+
+    Ratios [P] are the policy's log-prob minus the reference's. A chosen response that has become less likely than it was under
+    the reference lowers the margin by `penalty` times as much.
+    """
+    return -F.logsigmoid(beta * (chosen_ratio - rejected_ratio - penalty * F.relu(-chosen_ratio)))
+
+
+def simpo_loss(chosen_per_token: Tensor, rejected_per_token: Tensor, beta: float, gamma: float) -> Tensor:
+    """SimPO per pair, [P]: equation 6 of Meng et al. 2024. Log-probs [P] are means over a response's tokens."""
+    return -F.logsigmoid(beta * (chosen_per_token - rejected_per_token) - gamma)
+
+
+def orpo_loss(chosen_per_token: Tensor, rejected_per_token: Tensor, beta: float) -> Tensor:
+    """ORPO per pair, [P]: equations 6 and 7 of Hong et al. 2024, whose lambda is `beta`.
+
+    Log-probs [P] are means over a response's tokens. The likelihood term takes the response alone; TRL's takes the prompt too.
+    """
+    return -chosen_per_token - beta * F.logsigmoid(log_odds(chosen_per_token) - log_odds(rejected_per_token))
+
+
+def log_odds(logps: Tensor) -> Tensor:
+    """log p - log(1 - p) of probabilities given by their logarithms; one that rounds to 1 is taken as the next below it."""
+    logps = logps.clamp(max=-torch.finfo(logps.dtype).eps)
+    return logps - torch.log(-torch.expm1(logps))
+
+
+def bco_loss(chosen_rewards: Tensor, rejected_rewards: Tensor, shift: float) -> Tensor:
+    """BCO per pair, [P] (Jung et al. 2024, section 4): good and bad responses told apart by their rewards [P] minus `shift`."""
+    return -F.logsigmoid(chosen_rewards - shift) - F.logsigmoid(shift - rejected_rewards)
+
+
+def gap(logps: Tensor, pairs: Tensor) -> Tensor:
+    """Chosen minus rejected, [P], of log-probs [R]."""
+    chosen, rejected = sides(logps, pairs)
+    return chosen - rejected
+
+
+def sides(values: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor]:
+    """Of values [R] those of the chosen and those of the rejected responses, each [P]."""
+    return values[pairs[:, 0]], values[pairs[:, 1]]

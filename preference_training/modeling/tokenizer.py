@@ -1,0 +1,51 @@
+"""The tokenizer of a `model` configuration."""
+
+from preference_training.core.errors import UserError
+from preference_training.data.toy_preferences import toy_records
+from preference_training.modeling.loading import _loading
+
+BYTE_LEVEL = "byte_level"
+
+
+END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"
+
+
+def load_tokenizer(model_config, cache_dir: str | None = None):
+    """The tokenizer of a `model` configuration, with an end-of-sequence and a padding token.
+
+    Raises UserError where there is none, or where it has no end-of-sequence token.
+    """
+    name = model_config.tokenizer_name_or_path or model_config.name_or_path
+    if name == BYTE_LEVEL:
+        return byte_level_tokenizer()
+    from transformers import AutoTokenizer
+
+    key = "model.tokenizer_name_or_path" if model_config.tokenizer_name_or_path else "model.name_or_path"
+    with _loading(key, name):
+        tokenizer = AutoTokenizer.from_pretrained(name, cache_dir=cache_dir, trust_remote_code=model_config.trust_remote_code)
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"model.tokenizer_name_or_path: {name} has no end-of-sequence token. Set eos_token in its tokenizer_config.json."
+        )
+    if tokenizer.pad_token_id is None:
+        # Padding is told by position, never by its id, so an existing token may serve.
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def byte_level_tokenizer():
+    """A tokenizer made in code, for any text: the 256 bytes, and as many merges as make most toy words one token."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=640, initial_alphabet=alphabet, special_tokens=[END_OF_TEXT, PAD], show_progress=False
+    )
+    records = toy_records("train")
+    texts = [text for prompt, record in records.items() for text in (prompt, *record["responses"])]
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT, pad_token=PAD)

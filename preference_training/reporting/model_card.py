@@ -1,0 +1,285 @@
+"""The README.md of an exported model: the hub's metadata, what it was trained on and how, its numbers, and how to load it.
+
+Everything in it is read from the checkpoint and from the run's metrics.jsonl. Places on this machine, and what looks like a
+secret, are left out.
+"""
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from preference_training.configuration.composition import CONFIG_DIR, choices_of
+from preference_training.core.machine import too_few
+from preference_training.core.secrets import without_secrets
+from preference_training.core.values import dotted
+from preference_training.data.chat_templates import PLAIN_PROMPT
+from preference_training.data.files import is_data_file
+from preference_training.data.registry import DATASETS, TOKENISED_SUFFIX
+
+LOSSES = {
+    "sft": "supervised fine-tuning (SFT)",
+    "dpo": "direct preference optimisation (DPO, [arXiv 2305.18290](https://arxiv.org/abs/2305.18290))",
+    "ipo": "identity preference optimisation (IPO, [arXiv 2310.12036](https://arxiv.org/abs/2310.12036))",
+    "beta_DPO": "beta-DPO ([arXiv 2407.08639](https://arxiv.org/abs/2407.08639))",
+}
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What a card is written from.
+
+    name is what it is loaded by; config the run's whole configuration, None where it is not known; examples how many it was
+    trained on; held_out metric → mean at that point; evaluation metric → {mean, low, high}, and how many "examples" these are
+    over, where there is one; rows those of metrics.jsonl up to it. prompt is one in the form of
+    training; notes are sentences about this export. adapter: it holds an adapter, not a whole model.
+    """
+
+    name: str
+    architecture: str
+    dtype: str
+    parameters: int
+    config: dict | None
+    base: str | None
+    examples: int | None = None
+    held_out: dict[str, float] = field(default_factory=dict)
+    evaluation: dict = field(default_factory=dict)
+    rows: list[dict] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
+    prompt: str = PLAIN_PROMPT
+    notes: list[str] = field(default_factory=list)
+    adapter: bool = False
+    quantized: str | None = None
+
+
+def model_card(facts: CardFacts) -> str:
+    """The text of a README.md, its metadata in front."""
+    sections = [
+        f"---\n{metadata(facts)}\n---",
+        f"# {facts.name.rsplit('/', 1)[-1]}",
+        _introduction(facts),
+        _loading(facts),
+    ]
+    if facts.config is not None:
+        sections += [_data(facts.config), _configuration(facts.config)]
+    sections += [_numbers(facts), _curves(facts.rows), _versions(facts)]
+    return without_secrets("\n\n".join(section for section in sections if section) + "\n")
+
+
+def metadata(facts: CardFacts) -> str:
+    """The YAML in front of a card, in the hub's terms."""
+    from huggingface_hub import ModelCardData
+
+    loss = _loss_of(facts.config)
+    method = [loss.lower().replace("_", "-")] if loss not in (None, "own") else []
+    base = facts.base if facts.base and is_hub_id(facts.base) else None
+    values = {
+        "library_name": "peft" if facts.adapter else "transformers",
+        "pipeline_tag": "text-generation",
+        "base_model": base,
+        "datasets": sorted(set(hub_sets(facts.config))) or None,
+        "tags": [*method, *(["lora"] if facts.adapter else [])] or None,
+    }
+    if base:
+        values["base_model_relation"] = "adapter" if facts.adapter else "quantized" if facts.quantized else "finetune"
+    return ModelCardData(**{name: value for name, value in values.items() if value}).to_yaml()
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a model's or a data set's name can be one of the hub's, and is no directory here."""
+    return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None and not name.startswith(".") and not Path(name).exists()
+
+
+def entries_of(config: dict | None) -> list[dict]:
+    """The entries of `datasets`, each as a dict."""
+    datasets = [] if config is None else config["datasets"]
+    listed = datasets if isinstance(datasets, list) else [datasets]
+    return [entry if isinstance(entry, dict) else {"name": entry} for entry in listed]
+
+
+def hub_sets(config: dict | None) -> Iterable[str]:
+    """The hub ids of a run's data sets, of those that lie there."""
+    for entry in entries_of(config):
+        name = str(entry.get("name") or entry.get("path"))
+        if name in DATASETS:
+            if hub_id := DATASETS[name].hub_id:
+                yield hub_id
+        elif "/" in name and ".py:" not in name and not _is_file(name) and is_hub_id(name):
+            yield name
+
+
+def _is_file(name: str) -> bool:
+    return is_data_file(name) or name.endswith(TOKENISED_SUFFIX)
+
+
+def _loss_of(config: dict | None) -> str | None:
+    if config is None:
+        return None
+    loss = config["loss"]
+    return "beta_DPO" if loss.get("mode_loss") == "beta_DPO" else loss["name"]
+
+
+def _introduction(facts: CardFacts) -> str:
+    kind = "An adapter" if facts.adapter else f"A {facts.architecture}"
+    text = f"{kind} with {facts.parameters:,} parameters in {facts.dtype}"
+    if facts.quantized:
+        text += f", its linear layers quantized ({facts.quantized})"
+    loss = _loss_of(facts.config)
+    if loss:
+        keys = facts.config["loss"]
+        # Of a loss of the user's own: its name, and not where on this machine its file lies.
+        own = Path(str(keys.get("function", ""))).name
+        shown = keys if not own else keys.get("options") or {}
+        values = ", ".join(f"{key} {value}" for key, value in shown.items() if key not in ("name", "mode_loss"))
+        text += f", trained by {LOSSES.get(loss, loss) if not own else f'a loss of its own, `{own}`,'}"
+        text += f" with {values}" if values else ""
+    if facts.examples is not None:
+        text += f" on {facts.examples:,} examples"
+    if facts.base is not None:
+        text += f", starting from `{_shown_name(facts.base)}`."
+    else:
+        text += ", made from scratch." if facts.config is not None else "."
+    return "\n\n".join([text, *facts.notes])
+
+
+def _loading(facts: CardFacts) -> str:
+    lines = [
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f"name = {facts.name!r}",
+        "tokenizer = AutoTokenizer.from_pretrained(name)",
+        f'model = AutoModelForCausalLM.from_pretrained(name, dtype="{facts.dtype}")',
+        f'inputs = tokenizer({facts.prompt!r}, return_tensors="pt")',
+        "output = model.generate(**inputs, max_new_tokens=64)",
+        "print(tokenizer.decode(output[0, inputs.input_ids.shape[1] :], skip_special_tokens=True))",
+    ]
+    needed = [package for package, used in (("peft", facts.adapter), ("torchao", facts.quantized)) if used]
+    also = f"It needs {needed[0]} beside transformers.\n\n" if needed else ""
+    end = " The chat template writes them so." * (facts.prompt != PLAIN_PROMPT)
+    snippet = "\n".join(lines)
+    return f"## Use\n\n{also}```python\n{snippet}\n```\n\nPrompts have to look as they did in training.{end}"
+
+
+def _data(config: dict) -> str:
+    lines = []
+    for entry in entries_of(config):
+        name = str(entry.get("name") or entry.get("path"))
+        shown = _shown_name(name)
+        rest = {key: value for key, value in entry.items() if key not in ("name", "path", "data_dir", "test_path")}
+        lines.append(f"- `{shown}`" + (f", with `{json.dumps(rest, ensure_ascii=False)}`" if rest else ""))
+    template = config.get("template") or "none: texts as they are, conversations as HH dialogues"
+    return "## Training data\n\n" + "\n".join(lines) + f"\n\nTemplate of prompts: {template}."
+
+
+def _shown_name(name: str) -> str:
+    """A name without the directories of this machine."""
+    return name if is_hub_id(name) and not _is_file(name) else Path(name).name
+
+
+# Where files lie and where a run computes, how much it says: nothing that the model depends on.
+NOT_SHOWN = (
+    "hydra", "datasets", "exp_name", "local_dirs", "local_run_dir", "cache_dir", "wandb", "resume", "fsdp_port", "debug",
+    "dry_run", "model.archive", "model.name_or_path", "model.tokenizer_name_or_path", "save_", "keep_", "max_wall_time",
+    "minimum_log_interval_secs", "trainer.nproc_per_node", "trainer.device_memory", "trainer.world_size",
+    "sweep_dir", "pruner", "gpus_per_job",
+)  # fmt: skip
+
+
+def settings_changed(config: dict) -> dict[str, tuple[object, object]]:
+    """The keys of a run that differ from the defaults in config/: name → (the run's value, the default or None)."""
+    now = dotted(config)
+    # The YAML says the last as a reference to another key.
+    before = _defaults(config["loss"]["name"], config["trainer"]["name"]) | {
+        "model.reference_dtype": now.get("model.policy_dtype")
+    }
+    changed = [key for key in now if now[key] != before.get(key) and not key.startswith(NOT_SHOWN)]
+    return {key: (now[key], before.get(key)) for key in sorted(changed)}
+
+
+@cache
+def _defaults(loss: str, trainer: str) -> dict:
+    """The defaults of all keys, by their dotted names, under a loss and a trainer."""
+    values = OmegaConf.to_container(OmegaConf.load(CONFIG_DIR / "config.yaml"))
+    for group, name in {"model": "base_model", "loss": loss, "trainer": trainer}.items():
+        # A name in data forms no path.
+        known = name in ("base_model", *choices_of(group))
+        values[group] = OmegaConf.to_container(OmegaConf.load(CONFIG_DIR / group / f"{name}.yaml")) if known else {}
+    return dotted(values)
+
+
+def _configuration(config: dict) -> str:
+    changed = settings_changed(config)
+    # Where a file lies on this machine.
+    changed.pop("loss.function", None)
+    rows = [f"| `{key}` | {_cell(value)} | {_cell(usual)} |" for key, (value, usual) in changed.items()]
+    head = "## Configuration\n\nWhat differs from the defaults:\n\n| key | value | default |\n|---|---|---|\n"
+    return head + "\n".join(rows) if rows else ""
+
+
+def _cell(value) -> str:
+    """A value as code in a cell of a table, on one line."""
+    shown = "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in str(value))
+    return "" if value is None else "`" + shown.replace("`", "'").replace("|", "\\|") + "`"
+
+
+def _numbers(facts: CardFacts) -> str:
+    if facts.evaluation:
+        return _intervals(facts.evaluation)
+    if not facts.held_out:
+        return ""
+    limit = facts.config and facts.config.get("n_eval_examples")
+    number = f"{limit:,} held-out examples (all, if there are fewer)" if limit else "all held-out examples"
+    table = "\n".join(f"| {name} | {value:.4g} |" for name, value in sorted(facts.held_out.items()))
+    return (
+        f"## Held-out numbers\n\nMeans over {number if facts.config else 'the held-out examples'}. The values of single "
+        f"examples are not kept with a checkpoint, so that no intervals can be given.\n\n| metric | mean |\n|---|---|\n{table}"
+    )
+
+
+def _intervals(evaluation: dict) -> str:
+    few = f" {text}." if (text := too_few(evaluation["prompts"], "Held-out numbers")) else ""
+    rows = [(name, value) for name, value in evaluation.items() if isinstance(value, dict) and value.get("low") is not None]
+    table = "\n".join(f"| {name} | {value['mean']:.4g} | {value['low']:.4g} to {value['high']:.4g} |" for name, value in rows)
+    return (
+        f"## Held-out numbers\n\nOver {evaluation['examples']:,} examples of {evaluation['prompts']:,} held-out prompts, with "
+        f"95% intervals over prompts.{few}\n\n| metric | mean | 95% interval |\n|---|---|---|\n{table}"
+    )
+
+
+CURVES = ("loss/train", "loss/eval", "rewards_train/accuracies", "rewards_eval/accuracies", "rewards_eval/margins")
+
+
+def _curves(rows: list[dict], points: int = 12) -> str:
+    """A table of at most `points` rows: means of the steps since the row before, and the newest evaluation."""
+    names = [name for name in CURVES if any(name in row for row in rows)]
+    last = max((row["counters/examples"] for row in rows if "loss/train" in row), default=0)
+    bounds = [-1, *(last * number / points for number in range(1, points + 1))]
+    lines = []
+    for low, high in pairwise(bounds):
+        part = [row for row in rows if low < row["counters/examples"] <= high]
+        if any("loss/train" in row for row in part):
+            lines.append(
+                " | ".join([f"| {part[-1]['counters/examples']:,.0f}", *(_curve(part, name) for name in names)]) + " |"
+            )
+    if not lines:
+        return ""
+    head = "| examples | " + " | ".join(names) + " |\n|" + "---|" * (len(names) + 1)
+    return "\n".join(["## Training", "", "Training: means of the steps since the row before.", "", head, *lines])
+
+
+def _curve(part: list[dict], name: str) -> str:
+    values = [row[name] for row in part if isinstance(row.get(name), int | float)]
+    if not values:
+        return ""
+    return f"{values[-1] if 'eval' in name else sum(values) / len(values):.4g}"
+
+
+def _versions(facts: CardFacts) -> str:
+    if not facts.versions:
+        return ""
+    return "## Versions\n\n" + ", ".join(f"{name} {version}" for name, version in facts.versions.items()) + "."

@@ -1,0 +1,239 @@
+"""Where a run's numbers go: metrics.jsonl always, the console as a progress bar or as lines, and dashboards if asked for.
+
+A step hands over tensors; they are read, which makes the device wait, only when a line is due. No step is lost: what was
+kept back is written with the next line, and at the end. What happens beside steps (an evaluation, a checkpoint, a warning) is
+a line of the console and of events.jsonl.
+"""
+
+import json
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from preference_training.core.errors import first_line
+from preference_training.tracking.dashboards import Dashboard
+from preference_training.tracking.run_files import BAD_STEPS, EVENTS, METRICS, SAMPLES
+
+Metrics = dict[str, float | Tensor]
+
+# metrics.jsonl name -> the short form on the console
+SHORT_NAMES = {
+    "loss/train": "loss",
+    "rewards_train/accuracies": "accuracy",
+    "rewards_train/margins": "margin",
+    "beta_DPO/beta_used": "beta",
+    "examples_per_second": "examples/s",
+}
+
+
+class Tracker:
+    """The sinks of one run. Use as a context manager; `total` is the number of training examples, for the time left.
+
+    dashboards: where numbers go beside the run directory; they raise nothing. write_report makes a page of what the run
+    directory holds, and returns its path; None for none. examples: how many the run has seen before.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        total: int | None,
+        min_interval: float = 1.0,
+        dashboards: Sequence[Dashboard] = (),
+        write_report: Callable[[], Path] | None = None,
+        examples: int = 0,
+    ):
+        self.run_dir = run_dir
+        self.dashboards, self.write_report, self.examples = dashboards, write_report, examples
+        self.page: Path | None = None
+        # Raises where nothing can be written at the start.
+        (run_dir / METRICS).touch()
+        # Rows that could not be written yet, by the names of their files. A checkpoint's line comes from another thread.
+        self.unwritten: dict[str, bytes] = {}
+        self.writing = threading.RLock()
+        self.min_interval = min_interval
+        self.waiting: list[Metrics] = []
+        self.last_line = float("-inf")
+        self.console = _ProgressBar(total) if sys.stdout.isatty() else _Lines(total)
+
+    def __enter__(self) -> "Tracker":
+        self._keep_event("goes on" if self.examples else "begins")
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        self.flush()
+        self._keep_event("ends" if error is None else f"ends: {first_line(error)}")
+        self.report()
+        self.console.close()
+        for dashboard in self.dashboards:
+            if self.page:
+                dashboard.log_page(self.page)
+            dashboard.finish()
+
+    def log_step(self, metrics: Metrics) -> None:
+        """Take a training step's metrics; they are written when `min_interval` seconds have passed since the last line."""
+        self.waiting.append(metrics)
+        self.examples = metrics["counters/examples"]
+        if time.monotonic() - self.last_line >= self.min_interval:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write every step that is waiting; the console and dashboards get the last of them."""
+        if not self.waiting:
+            return
+        rows = [_numbers(metrics) for metrics in self.waiting]
+        self.waiting = []
+        self._write(METRICS, rows)
+        self.last_line = time.monotonic()
+        self.console.step(rows[-1])
+        for dashboard in self.dashboards:
+            dashboard.log(rows[-1])
+
+    def log_evaluation(self, metrics: Metrics) -> None:
+        """Write an evaluation's metrics to all sinks, at once."""
+        self.flush()
+        row = _numbers(metrics)
+        self._write(METRICS, [row])
+        self.examples = row["counters/examples"]
+        shown = ", ".join(f"{name} {row[name]:.4g}" for name in row if name.endswith(("loss/eval", "accuracies", "margins")))
+        self.say(f"held out, after {row['counters/examples']:.0f} examples: {shown}")
+        for dashboard in self.dashboards:
+            dashboard.log(row)
+
+    def log_samples(self, samples: list[dict], examples: int) -> None:
+        """Add sampled answers to `samples.jsonl`, and show them to dashboards as a table."""
+        self._write(SAMPLES, samples)
+        for dashboard in self.dashboards:
+            dashboard.log_table("samples", samples, examples)
+
+    def log_bad_step(self, row: dict) -> None:
+        """Add a step that was not taken to `bad_batches.jsonl`, and say so."""
+        self._write(BAD_STEPS, [row])
+        shown = ", ".join(row["pairs"][:3]) + (", ..." if len(row["pairs"]) > 3 else "")
+        self.say(
+            f"warning: the step after {row['counters/examples']} examples was not taken: its {row['not_finite']} is not "
+            f"finite. {BAD_STEPS} names the examples: {shown}"
+        )
+
+    def report(self) -> None:
+        """Bring the run's report up to date, if it has one."""
+        if self.write_report is None:
+            return
+        self.flush()
+        try:
+            self.page = self.write_report()
+        except Exception as error:  # whatever is wrong with a page, the run goes on
+            self.write_report = None
+            again = f"python scripts/report.py {self.run_dir} tries it again"
+            self.say(f"warning: report.html could not be written, and is left as it is: {first_line(error)}. {again}")
+
+    def say(self, text: str) -> None:
+        """One line on the console, above the progress bar, and in events.jsonl."""
+        self.console.say(text)
+        self._keep_event(text)
+
+    def _keep_event(self, text: str) -> None:
+        moment = datetime.now().astimezone().isoformat(timespec="seconds")
+        self._write(EVENTS, [{"time": moment, "examples": self.examples, "text": text}])
+
+    def _write(self, name: str, rows: list[dict]) -> None:
+        """Add rows to a file. Those for which a full disk has no room are written with the next ones: the run goes on."""
+        with self.writing:
+            late = self.unwritten.pop(name, b"")
+            left = late + "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+            try:
+                with (self.run_dir / name).open("ab", buffering=0) as file:
+                    while left:
+                        left = left[file.write(left) :]
+            except OSError as error:
+                self.unwritten[name] = left
+                if not late:
+                    self.say(f"warning: {name} cannot be written to, its rows are kept for later: {error.strerror}")
+
+
+class NoTracker:
+    """A tracker that keeps nothing, for the processes that do not write."""
+
+    def __enter__(self) -> "NoTracker":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        """Nothing was opened."""
+
+    def log_step(self, metrics: Metrics) -> None:
+        """As Tracker's."""
+
+    def log_evaluation(self, metrics: Metrics) -> None:
+        """As Tracker's."""
+
+    def log_samples(self, samples: list[dict], examples: int) -> None:
+        """As Tracker's."""
+
+    def log_bad_step(self, row: dict) -> None:
+        """As Tracker's."""
+
+    def report(self) -> None:
+        """As Tracker's."""
+
+    def flush(self) -> None:
+        """As Tracker's."""
+
+    def say(self, text: str) -> None:
+        """As Tracker's."""
+
+
+def _numbers(metrics: Metrics) -> dict[str, float]:
+    """Metrics as floats. Tensors are gathered first, so that a step costs one wait for the device, not one a metric."""
+    tensors = {name: value for name, value in metrics.items() if isinstance(value, Tensor)}
+    values = torch.stack([value.double().cpu() for value in tensors.values()]).tolist() if tensors else []
+    read = dict(zip(tensors, values, strict=True))
+    return {name: read.get(name, value) for name, value in metrics.items()}
+
+
+# ---- console ------------------------------------------------------------------------------------------------------------
+
+
+def _short(row: dict[str, float]) -> dict[str, str]:
+    return {short: f"{row[name]:.4g}" for name, short in SHORT_NAMES.items() if name in row}
+
+
+class _ProgressBar:
+    """One bar over the training examples, for a terminal."""
+
+    def __init__(self, total: int | None):
+        from tqdm import tqdm
+
+        self.bar = tqdm(total=total, unit="ex", dynamic_ncols=True, file=sys.stdout)
+
+    def step(self, row: dict[str, float]) -> None:
+        self.bar.set_postfix(_short(row), refresh=False)
+        self.bar.update(row["counters/examples"] - self.bar.n)
+
+    def say(self, text: str) -> None:
+        self.bar.write(text, file=sys.stdout)
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+class _Lines:
+    """Plain lines, for a file or a pipe."""
+
+    def __init__(self, total: int | None):
+        self.total = total
+
+    def step(self, row: dict[str, float]) -> None:
+        done = f"{row['counters/examples']:.0f}" + (f"/{self.total}" if self.total else "")
+        left = (self.total - row["counters/examples"]) / max(row["examples_per_second"], 1e-9) if self.total else None
+        self.say(f"{done} " + " ".join(f"{k} {v}" for k, v in _short(row).items()) + (f" left {left:.0f} s" if left else ""))
+
+    def say(self, text: str) -> None:
+        print(text, flush=True)
+
+    def close(self) -> None:
+        pass

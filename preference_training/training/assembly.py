@@ -1,0 +1,302 @@
+"""The parts of a run, assembled: models, batches, reference, trainer."""
+
+import copy
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from preference_training.configuration.validation import (
+    caches_reference,
+    check_objective,
+    is_sharded,
+    lines_of_precision,
+    moves_reference,
+    sharded_dtype,
+    task_names,
+    times_beside_weights,
+    two_models_asked_for,
+)
+from preference_training.core.errors import UserError
+from preference_training.core.files import first_existing
+from preference_training.training.preparation import check_same_data, data_version, prepare_data
+from preference_training.training.run_directory import (
+    begin_in,
+    describe_run,
+    describe_start,
+    folders_of,
+    open_run_dir,
+    used_by_this_run,
+    writable,
+)
+
+
+@dataclass(frozen=True)
+class PreparedRun:
+    """A validated run before any model is loaded. pruner: Optuna's, None in most runs."""
+
+    config: DictConfig
+    loss: object
+    tokenizer: object
+    data: tuple
+    pruner: object = None
+
+
+def prepare_run(config: DictConfig, run_dir: Path) -> PreparedRun:
+    """Set this process up for a run, and prepare its loss, tokenizer and data. Raises UserError for what cannot work."""
+    from preference_training.core.machine import allow_tf32, quiet_libraries, settle_memory
+    from preference_training.core.random_streams import seed_everything
+    from preference_training.evaluation.task_suites import check_harness
+    from preference_training.losses.objectives import build_loss
+    from preference_training.modeling.limits import check_limits, check_rows, limits_of
+    from preference_training.modeling.loading import check_model
+    from preference_training.modeling.tokenizer import load_tokenizer
+    from preference_training.training.optimization import check_optimizer
+    from preference_training.training.pruning import build_pruner
+
+    quiet_libraries()
+    settle_memory(keep_freed=not is_sharded(config))
+    allow_tf32(config.tf32)
+    seed_everything(config.seed)
+    check_optimizer(config)
+    pruner = build_pruner(config) if config.pruner else None
+    if config.eval_only and task_names(config):
+        check_harness()
+    loss = build_loss(**OmegaConf.to_container(config.loss, resolve=True), seed=config.seed)
+    check_objective(config, loss.paired)
+    for line in [] if config.eval_only else lines_of_precision(config):
+        print(line, flush=True)
+    tokenizer = load_tokenizer(config.model, config.cache_dir)
+    for line in check_model(config.model, tokenizer, config.cache_dir):
+        print(line, flush=True)
+    limits = limits_of(config, tokenizer)
+    check_limits(config, tokenizer, limits)
+    # Before the processes join: those that do not prepare it wait for it without a time-out.
+    splits = ("test",) if config.eval_only and not config.dry_run else ("train", "test")
+    data = prepare_data(config, tokenizer, loss.paired, splits, data_version(config, run_dir))
+    check_rows(config, tokenizer, limits, [split.table for split in data])
+    return PreparedRun(config, loss, tokenizer, data, pruner)
+
+
+def train_or_evaluate(prepared: PreparedRun, trainer_class, run_dir: Path, in_sweep: bool, report_writer) -> float | None:
+    """Train into `run_dir`, or evaluate only. Returns the held-out metric named by `objective`.
+
+    Under a trainer of several processes this is one of them. report_writer: makes the function that writes the run's report.
+    """
+    config, loss, data = prepared.config, prepared.loss, prepared.data
+    placement = trainer_class.placement(config, prepared.tokenizer)
+    try:
+        if config.eval_only:
+            return evaluate(config, trainer_class, placement, loss, data, run_dir)
+        return train(config, trainer_class, placement, loss, data, run_dir, in_sweep, prepared.pruner, report_writer)
+    finally:
+        placement.end()
+
+
+def train(
+    config: DictConfig, trainer_class, placement, loss, data, run_dir: Path, in_sweep: bool, pruner=None, report_writer=None
+) -> float | None:
+    """Train on a placement, from the beginning or from a checkpoint of the same run. pruner: Optuna's, None in most runs."""
+    from preference_training.checkpointing.checkpoints import CheckpointWriter
+    from preference_training.checkpointing.resuming import checkpoint_to_continue
+    from preference_training.core.signals import StopRequests
+    from preference_training.modeling.adapters import BASE_DIR
+    from preference_training.tracking.ledger import Ledger
+    from preference_training.tracking.tracker import NoTracker
+    from preference_training.training.pruning import Pruning
+
+    ranks = placement.ranks
+    check_same_data(data, ranks)
+    # The main process looks, and all go where it goes.
+    found = checkpoint_to_continue(config.resume, run_dir, config.exp_name) if ranks.is_main else None
+    checkpoint, run_dir = ranks.from_main((found, found.parent if found else run_dir))
+    with ExitStack() as opened:
+        if ranks.is_main:
+            opened.enter_context(used_by_this_run(run_dir))
+            # Before the model is loaded: what it is made of is read from the run directory, or kept there.
+            aside = begin_in(config, run_dir, checkpoint)
+        placement.base_dir = None if config.debug else run_dir / BASE_DIR
+        parts = put_together(config, placement, loss, data, checkpoint, in_sweep)
+        total = parts["train_batches"].total_examples
+        # Until all that follows is closed: a signal that comes too late to stop the run disturbs its last lines no more.
+        stop = opened.enter_context(StopRequests(config.max_wall_time))
+        if ranks.is_main:
+            about = describe_run(config, placement, data, checkpoint)
+            report = report_writer and report_writer(config, run_dir, loss, placement.tokenizer, data)
+            tracker = open_run_dir(config, run_dir, about, checkpoint, total, report, aside)
+            with writable(run_dir):
+                describe_start(config, run_dir, data, total, placement.device)
+            opened.enter_context(tracker)
+        else:
+            about, tracker = {}, opened.enter_context(NoTracker())
+        writer = None
+        if not config.debug:
+            kept = config.keep_last, config.keep_best, config.objective
+            saved, ends = served_tokenizer(config, placement.tokenizer, data[0].table)
+            made = run_dir, parts["policy"], saved, ranks, config.save_async, *kept, about, tracker.say
+            more = {"patience_minutes": config.trainer.get("distributed_timeout_minutes"), "end_tokens": ends}
+            writer = opened.enter_context(CheckpointWriter(*made, **more))
+        ledger = Ledger(run_dir, ranks, tracker.say) if config.ledger and loss.paired else None
+        pruning = Pruning(Path(config.sweep_dir), run_dir, config.objective, config.eval_every, pruner) if pruner else None
+        followed = {"tracker": tracker, "writer": writer, "stop": stop, "ledger": ledger, "pruning": pruning}
+        trainer = trainer_class(config, **parts, **followed, ranks=ranks)
+        if checkpoint:
+            trainer.continue_from(checkpoint)
+        if trainer.finished:
+            tracker.say("resume: that run is complete; a larger n_epochs, n_examples or n_steps would continue it")
+        else:
+            trainer.train()
+        if writer and writer.failed:
+            raise UserError(
+                f"local_dirs: the last checkpoint of {run_dir} could not be written. Make room, then resume={run_dir}."
+            )
+    print(f"run directory: {run_dir}", flush=True)
+    return trainer.held_out_means[config.objective] if trainer.held_out_means else None
+
+
+def evaluate(config: DictConfig, trainer_class, placement, loss, data: tuple, run_dir: Path) -> float | None:
+    """Evaluate on a placement, and train nothing: the model as configured in a run directory of its own, or a run's checkpoint.
+
+    Of another run's directory everything stays as it is but for the results. data: the held-out split.
+    """
+    from preference_training.checkpointing.resuming import checkpoint_to_continue
+    from preference_training.evaluation.runs import EvaluationRun
+    from preference_training.modeling.adapters import kept_base
+    from preference_training.tracking.tracker import NoTracker
+
+    ranks = placement.ranks
+    found = checkpoint_to_continue(config.resume, run_dir, config.exp_name) if ranks.is_main else None
+    checkpoint = ranks.from_main(found)
+    placement.base_dir = kept_base(checkpoint) if checkpoint else None
+    if config.resume and checkpoint is None:
+        raise UserError(f"resume: {config.resume} has found no checkpoint of {config.exp_name}. Expected one to evaluate.")
+    with ExitStack() as opened:
+        tracker = NoTracker()
+        if checkpoint is None and ranks.is_main:
+            opened.enter_context(used_by_this_run(run_dir))
+            aside = begin_in(config, run_dir, None)
+            about = describe_run(config, placement, data, None)
+            tracker = open_run_dir(config, run_dir, about, None, aside=aside)
+        opened.enter_context(tracker)
+        run = EvaluationRun(config, trainer_class, placement, loss, data[0].table, checkpoint, tracker)
+        run.evaluate(checkpoint.parent if checkpoint else run_dir)
+    return run.trainer.held_out_means[config.objective]
+
+
+def put_together(config: DictConfig, placement, loss, data, checkpoint: Path | None, in_sweep: bool) -> dict:
+    """The parts of a trainer by their names: models as at the run's beginning, and batches."""
+    from preference_training.batching.batches import evaluation_batches
+    from preference_training.modeling.reference_cache import Reads
+    from preference_training.training.same_start import SameStart
+
+    ranks = placement.ranks
+    train_prompts, eval_prompts = (split.table for split in data)
+    policy = placement.policy()
+    budget, first_budget = budgets_of(config, policy, ranks, checkpoint)
+    train_batches = build_batches(config, train_prompts, budget, ranks, first_budget)
+    eval_sizes = config.eval_batch_size, config.n_eval_examples, config.seed, first_budget, ranks
+    reference = same_start = None
+    if loss.needs_reference:
+        reads = Reads.of_run(train_batches, eval_prompts, *eval_sizes)
+        reference = make_reference(config, placement, policy, reads, in_sweep or train_batches.visits_again)
+        if two_models := two_models_asked_for(config):
+            print(two_models, flush=True)
+        else:
+            same_start = SameStart(policy, reference)
+    num_samples = min(len(eval_prompts), config.n_eval_model_samples * placement.samples(config.sample_during_eval))
+    return {
+        "policy": policy,
+        "reference": reference,
+        "loss": loss,
+        "tokenizer": placement.tokenizer,
+        "train_batches": train_batches,
+        "eval_batches": evaluation_batches(eval_prompts, *eval_sizes),
+        "sample_prompts": [eval_prompts[k].prompt_ids for k in range(num_samples)],
+        "same_start": same_start,
+    }
+
+
+def budgets_of(config: DictConfig, policy, ranks, checkpoint: Path | None) -> tuple:
+    """How many tokens are computed at once, from now on and when the run began.
+
+    As before, where a run goes on with as many processes, bit for bit.
+    """
+    from preference_training.batching.batches import TokenBudget
+    from preference_training.checkpointing.checkpoints import read_state
+    from preference_training.modeling.token_budget import shared_budget, token_budget
+
+    if checkpoint:
+        before = read_state(checkpoint)["train_batches"]
+        if before["ranks"] == ranks.size and config.max_tokens_per_microbatch is None:
+            now, first = before["budget"][:2], before["budget"][-2:]
+            return TokenBudget(*now), TokenBudget(*first)
+    budget = token_budget(policy, config.max_tokens_per_microbatch, beside_weights=times_beside_weights(config))
+    budget = shared_budget(budget, ranks)
+    return budget, budget
+
+
+def served_tokenizer(config: DictConfig, tokenizer, prompts) -> tuple:
+    """The tokenizer that checkpoints hold, whose chat template writes the prompts of training, and the tokens that end answers.
+
+    The run's own stays as it is. prompts are those of the training data.
+    """
+    from preference_training.data.chat_templates import end_tokens, format_of_prompts, serve_as_trained
+
+    name = format_of_prompts(OmegaConf.to_container(config, resolve=True), prompts, tokenizer)
+    saved = copy.copy(tokenizer)
+    serve_as_trained(name, saved)
+    return saved, end_tokens(name, saved)
+
+
+def build_batches(config: DictConfig, prompts, budget, ranks=None, first_budget=None):
+    """The steps of a run over prepared prompts. Raises UserError for batches too small for so many ranks.
+
+    first_budget: what the run began with, where it has another now.
+    """
+    from preference_training.batching.batches import BatchIterator
+    from preference_training.core.ranks import ALONE
+
+    ranks = ranks or ALONE
+    size, pieces = config.batch_size, config.gradient_accumulation_steps
+    if size // pieces < ranks.size:
+        raise UserError(
+            f"batch_size: found {size}, which in {pieces} micro-batches gives {size // pieces} examples to {ranks.size} "
+            f"processes. Expected at least {pieces * ranks.size}, or fewer processes or gradient_accumulation_steps."
+        )
+    limits = config.n_epochs, config.n_examples
+    return BatchIterator(prompts, size, pieces, config.seed, *limits, budget, ranks, config.n_steps, first_budget)
+
+
+def make_reference(config: DictConfig, placement, policy, reads, read_again: bool):
+    """The reference: a frozen copy of the policy that scores each batch, or its log-probs of what is read, computed before.
+
+    Computed before, by its own choice, where they are read more than once: in several epochs or the jobs of a sweep
+    (`read_again`), or because an earlier run has left them; never where the reference follows the policy.
+    """
+    from preference_training.modeling.adapters import has_adapter
+    from preference_training.modeling.logprobs import LiveReference
+    from preference_training.modeling.reference_cache import cache_path, cached_reference
+
+    directory = first_existing(folders_of(config.local_dirs)) / "reference_logps"
+    # In the policy's dtype it says now what a copy of it would say.
+    is_copy = config.model.reference_dtype == config.model.policy_dtype and not has_adapter(policy)
+    reference = LiveReference(policy) if is_copy else placement.reference(policy)
+    ranks = placement.ranks
+    cached = caches_reference(config, read_again)
+    may_be_there = config.reference_logps is None and not moves_reference(config)
+    if cached or (may_be_there and ranks.from_main(directory.is_dir())):
+        path = cache_path(directory, reference.model, reads, computing_settings(config), ranks)
+        if cached or ranks.from_main(path.exists()):
+            return cached_reference(reference, reads, path, ranks)
+    return placement.reference(policy) if is_copy else reference
+
+
+def computing_settings(config: DictConfig) -> dict:
+    """The keys on which the last bits of a model's log-probs depend, beside those that the model itself shows."""
+    model, trainer = config.model, config.trainer
+    return {
+        "trainer": [trainer.name, trainer.get("tensor_parallel_size")],
+        "dtypes": [sharded_dtype(config), trainer.get("output_dtype"), model.quantized_compute_dtype],
+        "kernels": [config.compile, config.tf32, model.liger_kernels],
+    }

@@ -1,0 +1,118 @@
+"""What goes wrong while training, noticed in the numbers of each step. Says so, once for each thing; changes nothing."""
+
+import math
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from preference_training.core.ranks import local
+
+# Steps that a mean is taken over, and after which it means something.
+STEPS = 100
+# How far the mean log-prob of chosen responses may fall below its start before that is said. Unit: nats.
+COLLAPSE = 50.0
+# Values looked at of each weight.
+VALUES = 1024
+# Of the values that a step should change, the share below which it is said that they stay.
+CHANGED = 1 / 3
+
+
+class Watch:
+    """Sees every step's metrics. `say` prints a line; spike: how many times its running mean a loss has to be, None is off."""
+
+    def __init__(self, say: Callable[[str], None], spike: float | None = None):
+        self.say, self.spike = say, spike
+        self.newest: dict[str, deque[float]] = {
+            name: deque(maxlen=STEPS) for name in ("loss/train", "logps_train/chosen", "rewards_train/accuracies")
+        }
+        self.chosen_at_start: float | None = None
+        self.said: list[str] = []
+
+    def see(self, metrics: dict[str, float]) -> None:
+        """Look at the metrics of a step that was taken."""
+        at = f"after {metrics['counters/examples']} examples"
+        losses = self.newest["loss/train"]
+        if self.spike is not None and len(losses) == STEPS and metrics["loss/train"] > self.spike * abs(_mean(losses)):
+            self.say(f"warning: {at} the loss is {metrics['loss/train']:.4g}, its mean over {STEPS} steps {_mean(losses):.4g}")
+        for name in self.newest.keys() & metrics.keys():
+            self.newest[name].append(metrics[name])
+        self._see_chosen(at)
+        self._see_accuracy(at)
+
+    def _see_chosen(self, at: str) -> None:
+        chosen = self.newest["logps_train/chosen"]
+        if len(chosen) < STEPS:
+            return
+        if self.chosen_at_start is None:
+            self.chosen_at_start = _mean(chosen)
+        fallen = self.chosen_at_start - _mean(chosen)
+        if fallen > COLLAPSE:
+            self.warn(
+                "collapse",
+                f"{at} the log-prob of preferred responses has fallen by {fallen:.0f} nats: good and bad responses both become "
+                "unlikely. Look at samples.jsonl; raise loss.beta, lower lr, or stop earlier.",
+            )
+
+    def _see_accuracy(self, at: str) -> None:
+        accuracies = self.newest["rewards_train/accuracies"]
+        if len(accuracies) < STEPS:
+            return
+        mean = _mean(accuracies)
+        error = math.sqrt(sum((value - mean) ** 2 for value in accuracies)) / STEPS
+        if mean + 2 * error < 0.5:
+            self.warn(
+                "accuracy",
+                f"{at} the reward accuracy of the last {STEPS} steps is {mean:.2f}, below chance. Are chosen and rejected the "
+                "right way round in the data? Is lr too high?",
+            )
+
+    def warn(self, kind: str, text: str) -> None:
+        """Say something, once for each kind."""
+        if kind not in self.said:
+            self.said.append(kind)
+            self.say(f"warning: {text}")
+
+    def state_dict(self) -> dict:
+        """What has been seen and said, as plain values."""
+        seen = {name: list(values) for name, values in self.newest.items()}
+        return {"newest": seen, "chosen_at_start": self.chosen_at_start, "said": self.said}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Remember what `state_dict` gave."""
+        self.newest = {name: deque(values, maxlen=STEPS) for name, values in state["newest"].items()}
+        self.chosen_at_start, self.said = state["chosen_at_start"], list(state["said"])
+
+
+def _mean(values: deque[float]) -> float:
+    return sum(values) / len(values)
+
+
+class StillWeights:
+    """Some values of all weights as they are now, to see how many of them a step changes.
+
+    updated: what the optimizer is about to change, with its gradients. Looked at are values that float32 arithmetic would
+    change: those that are not 0 and have a gradient, which the embeddings of unused tokens have not. Of matrices alone where
+    there are any: the scales of norms are far from the size of ordinary weights.
+    """
+
+    def __init__(self, updated: Sequence[tuple[Tensor, Tensor]]):
+        matrices = [pair for pair in updated if pair[0].ndim > 1]
+        self.seen = [self._begin(local(weight.detach()), local(gradient)) for weight, gradient in matrices or updated]
+
+    @staticmethod
+    def _begin(weight: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        values = _sample(weight).clone()
+        return weight, values, (values != 0) & (_sample(gradient).to(values.device) != 0)
+
+    def share_changed(self) -> float | None:
+        """The share of the values that have changed, of those that should have; None where there are none."""
+        expected = sum(int(moves.sum()) for *_, moves in self.seen)
+        changed = sum(int(((_sample(weight) != values) & moves).sum()) for weight, values, moves in self.seen)
+        return changed / expected if expected else None
+
+
+def _sample(tensor: Tensor) -> Tensor:
+    flat = tensor.reshape(-1)
+    # An odd distance comes by all columns of a matrix, whose sizes are even.
+    return flat[:: len(flat) // VALUES | 1]

@@ -1,0 +1,193 @@
+"""How weights change: the optimizer, which weights decay, float32 master weights, and the learning rate over a run's steps."""
+
+import inspect
+import math
+from collections.abc import Callable
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from preference_training.configuration.validation import BITSANDBYTES_OPTIMIZERS, keeps_master_weights
+from preference_training.core.errors import UserError, first_line
+from preference_training.modeling.adapters import import_bitsandbytes
+
+# A master weight's name in the optimizer's state.
+MASTER = "master"
+
+
+def check_optimizer(config) -> None:
+    """Raise UserError for arguments that the configuration's optimizer does not take, or a package that it needs."""
+    try:
+        build_optimizer(nn.Linear(1, 1), config)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"optimizer_kwargs: {config.optimizer} refuses {dict(config.optimizer_kwargs)}: {first_line(error)}. "
+            "Expected its own arguments, by their names there."
+        ) from error
+
+
+def build_optimizer(policy: nn.Module, config, masters: bool | None = None) -> torch.optim.Optimizer:
+    """The optimizer of the configuration over the weights that are trained, with its fused kernel where it has one.
+
+    masters: whether low-precision weights have float32 master weights; None decides as the configuration says.
+    """
+    optimizer = _plain_optimizer(policy, config)
+    if masters is None:
+        masters = keeps_master_weights(config)
+    low_precision = any(weight.requires_grad and is_low_precision(weight) for weight in policy.parameters())
+    return MasterWeights(optimizer) if masters and low_precision else optimizer
+
+
+def _plain_optimizer(policy: nn.Module, config) -> torch.optim.Optimizer:
+    arguments = {"lr": config.lr, **config.optimizer_kwargs}
+    groups = _decaying(policy, config.weight_decay)
+    if config.optimizer in BITSANDBYTES_OPTIMIZERS:
+        return getattr(import_bitsandbytes(f"optimizer={config.optimizer}").optim, config.optimizer)(groups, **arguments)
+    optimizer_class = getattr(torch.optim, config.optimizer)
+    # torch has no fused SGD for weights that lie over several processes.
+    without = optimizer_class is torch.optim.SGD and any(isinstance(weight, DTensor) for weight in policy.parameters())
+    fused = {"fused": True} if "fused" in inspect.signature(optimizer_class).parameters and not without else {}
+    return optimizer_class(groups, **(fused | arguments))
+
+
+def flat_state(state: dict) -> dict:
+    """An optimizer's state without sections inside a weight's values: bitsandbytes hides those of few bits in one."""
+    by_weight = {}
+    for weight, values in state["state"].items():
+        sections = [value for value in values.values() if isinstance(value, dict)]
+        plain = {name: value for name, value in values.items() if not isinstance(value, dict)}
+        by_weight[weight] = {name: value for part in (plain, *sections) for name, value in part.items()}
+    return state | {"state": by_weight}
+
+
+def _decaying(policy: nn.Module, weight_decay: float | None) -> list:
+    """The trained weights, in two groups where `weight_decay` is given: biases and the scales of norms do not decay."""
+    trained = [weight for weight in policy.parameters() if weight.requires_grad]
+    if weight_decay is None:
+        return trained
+    groups = [
+        {"params": [weight for weight in trained if weight.ndim > 1], "weight_decay": weight_decay},
+        {"params": [weight for weight in trained if weight.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+# ---- float32 master weights -------------------------------------------------------------------------------------------------
+
+
+def is_low_precision(weight: Tensor) -> bool:
+    """Whether a weight is in bfloat16 or float16, which round small updates away."""
+    return weight.dtype in (torch.bfloat16, torch.float16)
+
+
+class MasterWeights(torch.optim.Optimizer):
+    """An optimizer whose low-precision weights have float32 copies: `inner` updates these, and the weights are rounded to them.
+
+    To schedulers, gradient scalers and checkpoints it is an optimizer of the weights themselves; a weight's state has its copy
+    beside what `inner` keeps, all of it in float32. The copies are made at the first step, so that a model that is only
+    evaluated has none. Copies of sharded weights are sharded alike.
+    """
+
+    def __init__(self, inner: torch.optim.Optimizer):
+        super().__init__([dict(group) for group in inner.param_groups], dict(inner.defaults))
+        self.inner = inner
+        self.masters: dict[Tensor, Tensor] = {}
+
+    def make_masters(self) -> None:
+        """Copy the weights as they are now, once."""
+        if self.masters:
+            return
+        for mine, inner in zip(self.param_groups, self.inner.param_groups, strict=True):
+            for weight in mine["params"]:
+                self.masters[weight] = nn.Parameter(weight.detach().float()) if is_low_precision(weight) else weight
+            inner["params"] = [self.masters[weight] for weight in mine["params"]]
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """Update the master weights by the gradients of the weights, which are gone then, and round the weights to them."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.make_masters()
+        copied = [(weight, master) for weight, master in self.masters.items() if master is not weight]
+        for weight, master in copied:
+            # One by one, so that not all gradients are there twice.
+            master.grad = None if weight.grad is None else weight.grad.float()
+            weight.grad = None
+        self._hand_options_on()
+        self.inner.step()
+        for weight, master in copied:
+            if master.grad is not None:
+                weight.copy_(master)
+                master.grad = None
+        self._collect_state()
+        return loss
+
+    def _hand_options_on(self) -> None:
+        """Give `inner` the learning rate and what else schedulers change."""
+        for mine, inner in zip(self.param_groups, self.inner.param_groups, strict=True):
+            inner |= {name: value for name, value in mine.items() if name != "params"}
+
+    def _collect_state(self) -> None:
+        for weight, master in self.masters.items():
+            kept = self.inner.state.get(master, {})
+            self.state[weight] = dict(kept) if master is weight else {**kept, MASTER: master.detach()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Take over what `state_dict` gave. Weights without a master weight in it keep the one that they have."""
+        self.make_masters()
+        saved = list(chain.from_iterable(group["params"] for group in state_dict["param_groups"]))
+        weights = chain.from_iterable(group["params"] for group in self.param_groups)
+        for name, weight in zip(saved, weights, strict=True):
+            values = state_dict["state"].get(name, {})
+            if MASTER in values and self.masters[weight] is not weight:
+                self.masters[weight].copy_(values[MASTER])
+        state = {
+            name: {key: value for key, value in values.items() if key != MASTER} for name, values in state_dict["state"].items()
+        }
+        self.inner.load_state_dict({"state": state, "param_groups": state_dict["param_groups"]})
+        for mine, inner in zip(self.param_groups, self.inner.param_groups, strict=True):
+            mine |= {name: value for name, value in inner.items() if name != "params"}
+        self._collect_state()
+
+
+def updated(optimizer: torch.optim.Optimizer) -> list[tuple[Tensor, Tensor]]:
+    """What an optimizer is about to change, and its gradients: master weights where it has them, else the weights."""
+    masters = {}
+    if isinstance(optimizer, MasterWeights):
+        optimizer.make_masters()
+        masters = optimizer.masters
+    weights = chain.from_iterable(group["params"] for group in optimizer.param_groups)
+    return [(masters.get(weight, weight), weight.grad) for weight in weights if weight.grad is not None]
+
+
+# ---- the learning rate ----------------------------------------------------------------------------------------------------
+
+
+def warmup_steps(config, total_steps: int) -> int:
+    """Over how many of a run's optimizer steps the learning rate rises: `warmup_share` of them, else `warmup_steps`."""
+    return config.warmup_steps if config.warmup_share is None else round(config.warmup_share * total_steps)
+
+
+def schedule(config, total_steps: int) -> Callable[[int], float]:
+    """The learning rate of each optimizer step (from 0) over `lr`: a linear rise, then the shape that `lr_schedule` names.
+
+    linear and cosine reach `final_lr_share` at the run's last step; inverse_sqrt falls as 1 / sqrt(step).
+    """
+    warmup, final = warmup_steps(config, total_steps), config.final_lr_share
+    shapes = {
+        "constant": lambda _: 1.0,
+        "linear": lambda step: 1 - (1 - final) * progress(step),
+        "cosine": lambda step: final + (1 - final) * (1 + math.cos(math.pi * progress(step))) / 2,
+        "inverse_sqrt": lambda step: math.sqrt((warmup + 1) / (step + 1)),
+    }
+
+    def progress(step: int) -> float:
+        return min(1.0, (step - warmup) / max(1, total_steps - 1 - warmup))
+
+    shape = shapes[config.lr_schedule]
+    return lambda step: (step + 1) / (warmup + 1) if step < warmup else shape(step)

@@ -38,6 +38,7 @@ def main() -> None:
     options = arguments()
     try:
         from preference_training.configuration.validation import check_config
+        from preference_training.data.entries import read_entries
         from preference_training.evaluation.runs import config_of_run
 
         config = config_of_run(options.run, options.overrides)
@@ -45,6 +46,7 @@ def main() -> None:
             if getattr(options, name) is not None:
                 config.evaluation[name] = getattr(options, name)
         check_config(config)
+        read_entries(config)
         start(config, options.run.resolve(), in_sweep=False)
     except UserError as error:
         print(error, file=sys.stderr)

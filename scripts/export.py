@@ -8,9 +8,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from preference_training.configuration.validation import DTYPES
+import preference_datasets  # noqa: F401  its data sets register themselves
+from preference_training.configuration.validation import DTYPES, TEMPLATES
 from preference_training.core.errors import UserError
-from preference_training.data.entries import TEMPLATES
 
 
 def arguments() -> argparse.Namespace:

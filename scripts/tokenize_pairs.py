@@ -11,8 +11,10 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import preference_datasets  # noqa: F401  its data sets register themselves
+from preference_training.configuration.validation import TEMPLATES, TRUNCATION_MODES
 from preference_training.core.errors import UserError
-from preference_training.data.entries import TEMPLATES, TRUNCATION_MODES, Entry, load_records, read_entry
+from preference_training.data.entries import Entry, load_records, read_entry
 from preference_training.data.registry import TOKENISED_SUFFIX
 
 

@@ -33,9 +33,9 @@ from preference_training.configuration.validation import (
     check_config,
     check_objective,
     dashboard_names,
-    read_entries,
 )
 from preference_training.core.errors import UserError
+from preference_training.data.entries import read_entries
 
 # The part of the recipes that several command lines below share.
 # The losses that are whole without a file of the user's.
@@ -72,6 +72,7 @@ def check():
             with open_dict(config):
                 config.pop("hydra")
             check_config(config, overrides, choices)
+            read_entries(config)
 
     return checked
 

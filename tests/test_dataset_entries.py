@@ -8,9 +8,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from conftest import write
+from preference_training.configuration.validation import GENERAL_KEYS
 from preference_training.core.errors import UserError
 from preference_training.data import registry
-from preference_training.data.entries import GENERAL_KEYS, OwnData, load_records, read_entry
+from preference_training.data.entries import OwnData, load_records, read_entry
 from preference_training.data.files import DATA_SUFFIXES
 from preference_training.data.registry import Dataset
 from preference_training.data.rows.field_maps import FieldMap
@@ -50,9 +51,9 @@ def refusal(entry, **defaults) -> str:
 
 
 @pytest.mark.parametrize("name", ["toy", "hh", "hh-harmless-base", "lc", "leetcode", "nectar"])
-def test_a_name_alone_is_the_registered_data_set(registry, name):
+def test_a_name_alone_is_the_registered_data_set(restored_registry, name):
     entry = read_entry(name)
-    assert (entry.name, entry.dataset, entry.options, entry.weight) == (name, registry[name], {}, 1.0)
+    assert (entry.name, entry.dataset, entry.options, entry.weight) == (name, restored_registry[name], {}, 1.0)
     assert read_entry({"name": name}) == entry
 
 
@@ -65,10 +66,10 @@ def test_a_path_alone_is_a_file_of_the_users(tmp_path, suffix):
     assert (entry.name, entry.dataset.truncation_mode, entry.dataset.skip_bad_rows) == (path, "keep_end", False)
 
 
-def test_a_name_with_a_slash_is_a_set_of_the_hub_and_one_that_is_registered_is_not(registry):
+def test_a_name_with_a_slash_is_a_set_of_the_hub_and_one_that_is_registered_is_not(restored_registry):
     assert read_entry("organisation/name").dataset.load.__self__ == OwnData("organisation/name")
-    registry["organisation/name"] = registry["toy"]
-    assert read_entry("organisation/name").dataset is registry["toy"]
+    restored_registry["organisation/name"] = restored_registry["toy"]
+    assert read_entry("organisation/name").dataset is restored_registry["toy"]
 
 
 def test_a_file_of_token_ids_is_known_by_its_ending(tmp_path):
@@ -516,8 +517,8 @@ def test_the_fingerprint_of_a_file_is_that_of_its_content_its_map_and_its_split(
     assert fingerprint(first, weight=2, template="raw") == fingerprint(first)
 
 
-def test_only_loading_tells_what_a_generated_set_or_an_own_loader_gives(registry):
-    registry["mine"] = Dataset(lambda *_, **__: {})
+def test_only_loading_tells_what_a_generated_set_or_an_own_loader_gives(restored_registry):
+    restored_registry["mine"] = Dataset(lambda *_, **__: {})
     assert read_entry("toy").fingerprint("train", None) is read_entry("mine").fingerprint("train", None) is None
 
 
@@ -607,17 +608,17 @@ SOUND = {"responses": ["a", "b"], "pairs": [(0, 1)], "sft_target": "a"}
 
 
 @pytest.mark.parametrize("given", [None, 5, True, 0.5, object])
-def test_a_loader_that_gives_nothing_to_go_through_is_refused(registry, given):
-    registry["mine"] = Dataset(lambda *_, **__: given)
+def test_a_loader_that_gives_nothing_to_go_through_is_refused(restored_registry, given):
+    restored_registry["mine"] = Dataset(lambda *_, **__: given)
     with pytest.raises(
         UserError, match=r"datasets: mine: the loader gave \w+, expected a dict or \(prompt, record\) one by one"
     ):
         records_of("mine")
 
 
-def test_records_are_numbered_as_the_loader_gives_them_and_faulty_ones_keep_their_numbers(registry):
+def test_records_are_numbered_as_the_loader_gives_them_and_faulty_ones_keep_their_numbers(restored_registry):
     items = [("p", SOUND), ("q", SOUND | {"pairs": [(0, 5)]}), ("", SOUND), "junk", ((Turn("user", "r"),), SOUND)]
-    registry["mine"] = Dataset(lambda *_, **__: iter(items))
+    restored_registry["mine"] = Dataset(lambda *_, **__: iter(items))
     report = DataReport(skip_bad_rows=True)
     records = records_of({"name": "mine", "on_bad_row": "skip"}, "test", report)
     assert [(r.prompt, r.number, r.source) for r in records] == [
@@ -636,22 +637,22 @@ def test_records_are_numbered_as_the_loader_gives_them_and_faulty_ones_keep_thei
         next(found)
 
 
-def test_lists_and_tuples_and_numbers_of_other_libraries_serve_in_records(registry):
+def test_lists_and_tuples_and_numbers_of_other_libraries_serve_in_records(restored_registry):
     import numpy
 
     record = {"responses": ("a", "b"), "pairs": ([numpy.int64(1), numpy.int8(0)],), "sft_target": "a"}
-    registry["mine"] = Dataset(lambda *_, **__: {"p": record})
+    restored_registry["mine"] = Dataset(lambda *_, **__: {"p": record})
     (found,) = records_of("mine")
     assert (found.responses, found.pairs) == (["a", "b"], [(1, 0)])
     assert {type(index) for index in found.pairs[0]} == {int}
 
 
-def test_records_stream_through(registry):
+def test_records_stream_through(restored_registry):
     def endless(split, silent=False, cache_dir=None):
         while True:
             yield "p", SOUND
 
-    registry["mine"] = Dataset(endless)
+    restored_registry["mine"] = Dataset(endless)
     found = load_records(read_entry("mine"), "train")
     assert [next(found).number for _ in range(3)] == [1, 2, 3]
 

@@ -128,7 +128,8 @@ def only_there(here: Path) -> None:
         file = getattr(module, "__file__", None) or ""
         if file.startswith(f"{here}/") and "site-packages" not in file:
             del sys.modules[name]
-    sys.path[:] = [path for path in sys.path if path not in ("", str(here), str(here / "tests"))]
+    # As where the clone is installed.
+    sys.path[:] = [str(Path.cwd()), *(path for path in sys.path if path not in ("", str(here), str(here / "tests")))]
 
 
 def follow(words: list[str], clone: Path) -> str:
@@ -162,8 +163,12 @@ def follow_page(page: str, clone: Path) -> dict[str, str]:
 
 
 def test_what_is_followed_is_the_clones_own_code(clone):
-    (clone / "where.py").write_text("import losses, train, utils\nprint(losses.__file__, train.__file__, utils.__file__)\n")
-    assert follow(["python", "where.py"], clone).split() == [f"{clone}/{name}.py" for name in ("losses", "train", "utils")]
+    (clone / "where.py").write_text(
+        "import preference_training, train, utils\nprint(preference_training.__file__, train.__file__, utils.__file__)\n"
+    )
+    assert follow(["python", "where.py"], clone).split() == [
+        f"{clone}/{name}.py" for name in ("preference_training/__init__", "train", "utils")
+    ]
 
 
 def test_quick_start_can_be_followed(clone):

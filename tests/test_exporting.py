@@ -379,7 +379,7 @@ def test_an_export_that_gives_another_model_is_refused_and_nothing_is_left(folde
 
 
 def test_where_memory_does_not_hold_the_model_in_float32_that_is_said(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("saved_models.free_memory", lambda _: 1000)
+    monkeypatch.setattr("preference_training.checkpointing.saved_models.free_memory", lambda _: 1000)
     _, note = export(folder / "runs" / "it", wishes(tmp_path))
     assert note.startswith("note: too little memory to compare log-probs")
     assert torch.equal(logps(tmp_path / "out"), logps(folder / "runs" / "it" / "LATEST"))

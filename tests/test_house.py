@@ -12,43 +12,30 @@ from omegaconf import OmegaConf, open_dict
 import shown
 from preference_training.configuration.composition import force_open_sections, known_keys
 from preference_training.configuration.validation import check_config, loss_keys
+from preference_training.data.entries import read_entries
 from preference_training.losses.objectives import LOSSES
 from preference_training.training.run_directory import new_run_dir
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-# The order of CONTRIBUTING.md's table: a module imports only modules above it.
-MODULES = re.findall(r"^\| `(\w+)\.py` \|", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.MULTILINE)
+PACKAGE = sorted(ROOT.glob("preference_training/**/*.py"))
 
 
-def test_the_list_of_modules_is_complete():
-    assert sorted(MODULES) == sorted(path.stem for path in ROOT.glob("*.py"))
-
-
-@pytest.mark.parametrize("module", MODULES)
-def test_a_module_imports_only_modules_above_it(module):
-    tree = ast.parse((ROOT / f"{module}.py").read_text())
-    imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    imported |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    # A program may import itself, so that other processes find its functions.
-    assert imported & set(MODULES) - {module} <= set(MODULES[: MODULES.index(module)])
-
-
-@pytest.mark.parametrize("path", [*ROOT.glob("*.py"), *ROOT.glob("scripts/*.py")], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [*ROOT.glob("*.py"), *ROOT.glob("scripts/*.py"), *PACKAGE], ids=lambda path: path.name)
 def test_functions_fit_on_a_screen_and_public_ones_say_what_they_do(path):
     nodes = list(ast.walk(ast.parse(path.read_text())))
     # Functions inside functions are nobody's but theirs.
     inner = {id(node) for outer in nodes if isinstance(outer, ast.FunctionDef) for node in ast.walk(outer) if node is not outer}
     for node in nodes:
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_") and id(node) not in inner:
-            said_by_its_base = path.name == "tracking.py" and node.name in ("step", "say", "close")
+            said_by_its_base = path.name == "tracker.py" and node.name in ("step", "say", "close")
             assert ast.get_docstring(node) or said_by_its_base, f"{path.name}: {node.name} has no docstring"
         if isinstance(node, ast.FunctionDef):
             assert node.end_lineno - node.lineno < 60, f"{path.name}: {node.name} is longer than a screen"
 
 
 def test_every_option_has_a_reader():
-    code = "".join(path.read_text() for path in ROOT.glob("*.py"))
+    code = "".join(path.read_text() for path in [*ROOT.glob("*.py"), *PACKAGE])
     # Read by the resolver that names run directories.
     code += ".local_dirs" if "${new_run_dir:${local_dirs}," in (ROOT / "config" / "config.yaml").read_text() else ""
     by_loss = {key for key in known_keys() if key.startswith("loss.")}
@@ -106,6 +93,7 @@ def test_every_command_that_is_shown_composes_and_makes_sense(page, words, tmp_p
             with open_dict(config):
                 config.pop("hydra")
             check_config(config, value, choices)
+            read_entries(config)
 
 
 def sweep_values(overrides: list[str]) -> list[list[str]]:

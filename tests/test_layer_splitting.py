@@ -290,7 +290,7 @@ def test_several_ranks_are_refused_with_the_remedy(compose, monkeypatch):
 
 def test_a_package_that_is_not_installed_is_asked_for(compose, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensor_parallel", None)
-    with pytest.raises(UserError, match=r"no plan for GPT2LMHeadModel, .* pip install -r requirements-tensor-parallel\.txt"):
+    with pytest.raises(UserError, match=r"no plan for GPT2LMHeadModel, .* pip install -r requirements/tensor-parallel\.txt"):
         splits_in_one_process(compose("trainer=TensorParallelTrainer", "model.from_config.model_type=gpt2"))
 
 

@@ -442,7 +442,8 @@ from dataclasses import dataclass
 
 import torch
 
-from losses import HingeLoss, Loss, LossOutput, ReferenceUpdate, gap, sides
+from preference_training.losses.formulas import gap, sides
+from preference_training.losses.objectives import HingeLoss, Loss, LossOutput, ReferenceUpdate
 
 
 @dataclass

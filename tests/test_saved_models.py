@@ -86,8 +86,10 @@ def test_a_checkpoint_that_other_libraries_load_as_another_model_stops_the_run(c
 
 
 def test_where_memory_does_not_hold_a_second_model_its_parts_are_compared(tmp_path, tokenizer, config, monkeypatch):
-    monkeypatch.setattr("saved_models.free_memory", lambda _: 1000)
-    monkeypatch.setattr("saved_models.load_plain", lambda *_, **__: pytest.fail("a second model was loaded"))
+    monkeypatch.setattr("preference_training.checkpointing.saved_models.free_memory", lambda _: 1000)
+    monkeypatch.setattr(
+        "preference_training.checkpointing.saved_models.load_plain", lambda *_, **__: pytest.fail("a second model was loaded")
+    )
     model = golden_model()
     checkpoint = saved(model, tokenizer, tmp_path, config)
     with torch.no_grad():

@@ -14,8 +14,8 @@ ROOT = Path(__file__).parent.parent
 # Answers each line on its standard input: a number is the time from now on, anything else asks for the reason to stop.
 LISTENER = """
 import sys, types
-import stopping
-from stopping import StopRequests
+from preference_training.core import signals as stopping
+from preference_training.core.signals import StopRequests
 clock = [0.0]
 stopping.time = types.SimpleNamespace(monotonic=lambda: clock[0])
 with StopRequests() as stop:
@@ -81,7 +81,7 @@ def test_an_interrupt_after_another_signal_ends_the_process_and_others_never_do(
 def test_the_handlers_of_before_are_put_back_also_behind_an_error():
     code = """
 import signal
-from stopping import SIGNALS, StopRequests
+from preference_training.core.signals import SIGNALS, StopRequests
 own = lambda number, frame: None
 signal.signal(signal.SIGTERM, own)
 signal.signal(signal.SIGUSR1, signal.SIG_IGN)
@@ -100,7 +100,7 @@ assert {number: signal.getsignal(number) for number in SIGNALS} == before
 def test_a_thread_that_may_not_listen_still_knows_its_time():
     code = """
 import threading
-from stopping import StopRequests
+from preference_training.core.signals import StopRequests
 reasons = []
 def work():
     with StopRequests(0) as stop:

@@ -218,9 +218,9 @@ CHILD = """
 import sys
 sys.path.insert(0, sys.argv[1]); sys.path.insert(0, sys.argv[1] + "/tests")
 from pathlib import Path
-from judges import OllamaJudge
+from preference_training.evaluation.judges import OllamaJudge
 from test_win_rates import comparisons, settings_of
-from win_rates import win_rate
+from preference_training.evaluation.win_rates import win_rate
 wanted = settings_of(sys.argv[2], judge_workers=1)
 win_rate(OllamaJudge("ollama", "m", wanted), comparisons(6), Path(sys.argv[3]), wanted)
 """

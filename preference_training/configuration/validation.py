@@ -517,6 +517,7 @@ def _defaults() -> DictConfig:
 
 
 def is_changed(config: DictConfig, key: str) -> bool:
+    """Whether a key has another value than its default."""
     return key in config and config[key] != _defaults()[key]
 
 

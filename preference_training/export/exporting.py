@@ -43,12 +43,11 @@ from preference_training.checkpointing.saved_models import (
     tolerance,
 )
 from preference_training.configuration.composition import CONFIG_DIR, choices_of
-from preference_training.configuration.validation import DTYPES
+from preference_training.configuration.validation import DTYPES, TEMPLATES
 from preference_training.core.errors import UserError, first_line, nearest
 from preference_training.core.files import load_tensors
 from preference_training.core.values import UNREADABLE, misfit
 from preference_training.data.chat_templates import end_tokens, format_of_run, serve_as_trained
-from preference_training.data.entries import TEMPLATES
 from preference_training.export import hub
 from preference_training.export.modelfile import check_architecture, fit_for_ollama, modelfile_of, tokenizer_model
 from preference_training.modeling import loading

@@ -11,6 +11,8 @@ from datetime import datetime
 from itertools import islice
 from pathlib import Path
 
+import preference_datasets  # noqa: F401  its data sets register themselves
+
 ROOT = Path(__file__).resolve().parent.parent
 
 SFT = ["loss=sft", "exp_name=demo_sft"]

@@ -18,8 +18,9 @@ from preference_training.core.random_streams import seed_everything
 from preference_training.data.toy_preferences import toy_records
 from preference_training.evaluation.runs import composed
 from preference_training.generation.sampling import sample_responses
-from preference_training.modeling.loading import load_model, place
-from preference_training.modeling.prefix_sharing import share_prefixes
+from preference_training.modeling.loading import load_model
+from preference_training.modeling.prefix_sharing.sharing import share_prefixes
+from preference_training.modeling.state import place
 from preference_training.modeling.tokenizer import load_tokenizer
 
 

@@ -24,11 +24,12 @@ from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.distributed.placement import OneProcess
 from preference_training.losses.objectives import build_loss
 from preference_training.modeling.adapters import as_it_began, kept_weights, merge
-from preference_training.modeling.loading import check_model, load_merged, load_model, weights_hash
+from preference_training.modeling.loading import check_model, load_merged, load_model
 from preference_training.modeling.logprobs import response_logps
-from preference_training.modeling.prefix_sharing import share_prefixes
+from preference_training.modeling.prefix_sharing.proof import random_trees
+from preference_training.modeling.prefix_sharing.sharing import share_prefixes
 from preference_training.modeling.reference_cache import Reads, cache_key
-from preference_training.modeling.sharing_proof import random_trees
+from preference_training.modeling.state import weights_hash
 from preference_training.tracking.tracker import NoTracker, Tracker
 from preference_training.training.optimization import check_optimizer
 from preference_training.training.trainers import BasicTrainer

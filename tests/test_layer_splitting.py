@@ -19,8 +19,8 @@ from preference_training.generation.sampling import sample_answers
 from preference_training.losses.objectives import build_loss
 from preference_training.modeling.loading import disable_dropout
 from preference_training.modeling.logprobs import LiveReference, response_logps
-from preference_training.modeling.prefix_sharing import share_prefixes
-from preference_training.modeling.sharing_proof import ROUNDING, random_trees
+from preference_training.modeling.prefix_sharing.proof import ROUNDING, random_trees
+from preference_training.modeling.prefix_sharing.sharing import share_prefixes
 from preference_training.training.trainers import BasicTrainer, LayerSplittingTrainer
 
 VOCABULARY = 90

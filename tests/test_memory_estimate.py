@@ -7,11 +7,12 @@ from preference_training.batching.batches import MicroBatch, examples_of, pack
 from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.dry_run.memory_estimate import StorageCounter, fake_tensors, step_memory
 from preference_training.losses.objectives import build_loss
-from preference_training.modeling.loading import build_untrained, enable_activation_checkpointing
+from preference_training.modeling.kernels import enable_activation_checkpointing
+from preference_training.modeling.loading import build_untrained
 from preference_training.modeling.logprobs import LiveReference
-from preference_training.modeling.prefix_sharing import share_prefixes
+from preference_training.modeling.prefix_sharing.sharing import share_prefixes
+from preference_training.modeling.prefix_sharing.tree_attention import causal_mask
 from preference_training.modeling.tokenizer import load_tokenizer
-from preference_training.modeling.tree_attention import causal_mask
 from preference_training.training.trainers import BasicTrainer
 
 FLOAT32 = 4

@@ -10,10 +10,10 @@ from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.distributed.launching import backend_of
 from preference_training.modeling.loading import disable_dropout
 from preference_training.modeling.logprobs import ScoringHead, _index, response_logps
-from preference_training.modeling.prefix_sharing import share_prefixes
+from preference_training.modeling.prefix_sharing.sharing import share_prefixes
+from preference_training.modeling.prefix_sharing.tree_attention import tree_attention_forward
 from preference_training.modeling.state import compute_device, frozen_copy
 from preference_training.modeling.token_budget import token_budget
-from preference_training.modeling.tree_attention import tree_attention_forward
 
 SIZES = {
     "vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,

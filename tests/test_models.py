@@ -12,10 +12,12 @@ from conftest import GOLDEN
 from preference_training.checkpointing.checkpoints import CheckpointWriter, Snapshot
 from preference_training.core.errors import UserError
 from preference_training.modeling.archives import read_archive
-from preference_training.modeling.loading import check_model, compile_between_attentions, load_model, reference_copy
+from preference_training.modeling.kernels import compile_between_attentions
+from preference_training.modeling.loading import check_model, load_model
 from preference_training.modeling.logprobs import response_logps
-from preference_training.modeling.prefix_sharing import share_prefixes
-from preference_training.modeling.sharing_proof import logps_and_gradients, random_trees
+from preference_training.modeling.prefix_sharing.proof import logps_and_gradients, random_trees
+from preference_training.modeling.prefix_sharing.sharing import share_prefixes
+from preference_training.modeling.state import reference_copy
 from preference_training.modeling.token_budget import token_budget
 from preference_training.modeling.tokenizer import byte_level_tokenizer, load_tokenizer
 

@@ -16,7 +16,7 @@ from preference_training.data.prompt_table import PromptTable, Selection
 from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.modeling import reference_cache
 from preference_training.modeling.logprobs import LiveReference, ScoringHead
-from preference_training.modeling.prefix_sharing import share_prefixes
+from preference_training.modeling.prefix_sharing.sharing import share_prefixes
 from preference_training.modeling.reference_cache import Reads, cache_key, cache_path, cached_reference
 
 

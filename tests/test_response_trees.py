@@ -18,8 +18,8 @@ from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.losses.objectives import build_loss
 from preference_training.modeling import logprobs
 from preference_training.modeling.logprobs import ScoringHead, padded_logps, response_logps, tree_logps
-from preference_training.modeling.prefix_sharing import share_prefixes
-from preference_training.modeling.tree_attention import (
+from preference_training.modeling.prefix_sharing.sharing import share_prefixes
+from preference_training.modeling.prefix_sharing.tree_attention import (
     RESPONSE_TREES,
     _attention_by_branches,
     _flex_attention,

@@ -16,7 +16,7 @@ from preference_training.data.prompt_table import PromptTable
 from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.losses.objectives import build_loss
 from preference_training.modeling.logprobs import CachedReference, LiveReference
-from preference_training.modeling.prefix_sharing import share_prefixes
+from preference_training.modeling.prefix_sharing.sharing import share_prefixes
 from preference_training.modeling.reference_cache import Reads, cached_reference
 from preference_training.tracking.tracker import Tracker
 from preference_training.training.same_start import SameStart

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from conftest import GOLDEN
 from preference_training.generation import sampling
 from preference_training.generation.sampling import OTHER, POLICY, OwnStreams, sample_answers, sample_responses
-from preference_training.modeling.prefix_sharing import share_prefixes
+from preference_training.modeling.prefix_sharing.sharing import share_prefixes
 
 
 @pytest.fixture(scope="module", params=["llama_policy", "gpt_neox"])

@@ -47,7 +47,7 @@ KNOWN = {
     "torch.distributed.all_gather_object": ["ranks.py"],
     "torch.distributed.broadcast_object_list": ["ranks.py"],
     # Kernels of a module that is there.
-    "child.compile": ["loading.py"],
+    "child.compile": ["kernels.py"],
 }
 HARMLESS = ("json.", "re.", "OmegaConf.", "dcp.", "model.", "policy.", "copy.", "torch.compile", "hub.load")
 

@@ -8,9 +8,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from preference_training.batching.trees import TreeLayout
 from preference_training.core.errors import UserError
 from preference_training.core.machine import allow_tf32
-from preference_training.modeling.prefix_sharing import share_prefixes
-from preference_training.modeling.sharing_proof import exact_arithmetic, fault_of_sharing, windows_of
-from preference_training.modeling.tree_attention import NotSharedError, refuse_what_is_not_computed, register
+from preference_training.modeling.prefix_sharing.proof import exact_arithmetic, fault_of_sharing, windows_of
+from preference_training.modeling.prefix_sharing.sharing import share_prefixes
+from preference_training.modeling.prefix_sharing.tree_attention import NotSharedError, refuse_what_is_not_computed, register
 
 SIZES = {
     "vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,

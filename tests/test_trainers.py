@@ -37,7 +37,7 @@ from preference_training.data.rows.records import PreferenceRecord
 from preference_training.data.tokenization import TokenizedPrompt, TokenSettings, tokenize_records
 from preference_training.losses.objectives import LOSS_AT_BETA_USED, build_loss
 from preference_training.modeling.logprobs import CachedReference, LiveReference
-from preference_training.modeling.prefix_sharing import share_prefixes
+from preference_training.modeling.prefix_sharing.sharing import share_prefixes
 from preference_training.modeling.reference_cache import Reads, cached_reference
 from preference_training.tracking.tracker import Tracker
 from preference_training.training.trainers import BasicTrainer

@@ -18,11 +18,12 @@ from preference_training.batching.batches import PackedBatch
 from preference_training.configuration.validation import sharded_dtype
 from preference_training.core.errors import UserError, first_line
 from preference_training.core.ranks import let_go_of_gathered
-from preference_training.modeling.adapters import WEIGHTS_FILE, check_fit, is_adapter, kept_weights, quantise, settings_of_file
-from preference_training.modeling.archives import archive_shapes, files_of_weights
-from preference_training.modeling.loading import config_differences, model_of_archive, round_weights
+from preference_training.modeling.adapters import WEIGHTS_FILE, check_fit, is_adapter, kept_weights, settings_of_file
+from preference_training.modeling.archives import archive_shapes, files_of_weights, model_of_archive
+from preference_training.modeling.loading import config_differences, round_weights
 from preference_training.modeling.logprobs import response_logps
-from preference_training.modeling.sharing_proof import ROUNDING, random_trees
+from preference_training.modeling.prefix_sharing.proof import ROUNDING, random_trees
+from preference_training.modeling.quantization import quantise
 from preference_training.modeling.state import free_memory
 
 # By how much a token's log-prob may differ between two ways to compute in float32, of its own size or of 1 nat if that is more.

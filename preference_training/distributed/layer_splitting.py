@@ -23,17 +23,17 @@ from preference_training.batching.trees import TreeLayout
 from preference_training.core.errors import UserError, first_line
 from preference_training.core.processes import in_worker
 from preference_training.distributed.sharding import check_divisible
-from preference_training.modeling.loading import build_untrained, load_model, weights_hash
+from preference_training.modeling.loading import build_untrained, load_model
 from preference_training.modeling.logprobs import ScoringHead, response_logps
-from preference_training.modeling.prefix_sharing import share_prefixes
-from preference_training.modeling.sharing_proof import (
+from preference_training.modeling.prefix_sharing.proof import (
     ROUNDING,
     disagreement,
     exact_arithmetic,
     logps_and_gradients,
     random_trees,
 )
-from preference_training.modeling.state import compute_device, dtype_of_copy
+from preference_training.modeling.prefix_sharing.sharing import share_prefixes
+from preference_training.modeling.state import compute_device, dtype_of_copy, weights_hash
 from preference_training.modeling.tokenizer import load_tokenizer
 
 # ---- is it for this model? ----------------------------------------------------------------------------------------------

@@ -14,16 +14,11 @@ from preference_training.core.errors import UserError
 from preference_training.core.machine import pick_device
 from preference_training.core.ranks import ALONE, local_world_size
 from preference_training.modeling.adapters import has_adapter
-from preference_training.modeling.loading import (
-    compile_between_attentions,
-    enable_activation_checkpointing,
-    load_model,
-    place,
-    reference_copy,
-    weights_hash,
-)
+from preference_training.modeling.kernels import compile_between_attentions, enable_activation_checkpointing
+from preference_training.modeling.loading import load_model
 from preference_training.modeling.logprobs import LiveReference
-from preference_training.modeling.prefix_sharing import share_prefixes
+from preference_training.modeling.prefix_sharing.sharing import share_prefixes
+from preference_training.modeling.state import place, reference_copy, weights_hash
 
 
 class OneProcess:

@@ -24,24 +24,19 @@ from preference_training.core.errors import UserError
 from preference_training.core.machine import settle_memory
 from preference_training.core.ranks import Ranks, local, local_world_size, whole
 from preference_training.modeling.adapters import has_adapter
-from preference_training.modeling.loading import (
-    build_untrained,
-    compile_between_attentions,
-    enable_activation_checkpointing,
-    load_model,
-    weights_hash,
-)
+from preference_training.modeling.kernels import compile_between_attentions, enable_activation_checkpointing
+from preference_training.modeling.loading import build_untrained, load_model
 from preference_training.modeling.logprobs import response_logps
-from preference_training.modeling.prefix_sharing import attend_over_trees, scores_in_head, share_prefixes
-from preference_training.modeling.sharing_proof import (
+from preference_training.modeling.prefix_sharing.proof import (
     ROUNDING,
     disagreement,
     exact_arithmetic,
     logps_and_gradients,
     random_trees,
 )
-from preference_training.modeling.state import compute_device, free_memory, take_buffers
-from preference_training.modeling.tree_attention import RESPONSE_TREES
+from preference_training.modeling.prefix_sharing.sharing import attend_over_trees, scores_in_head, share_prefixes
+from preference_training.modeling.prefix_sharing.tree_attention import RESPONSE_TREES
+from preference_training.modeling.state import compute_device, free_memory, take_buffers, weights_hash
 
 # ---- the mesh -----------------------------------------------------------------------------------------------------------
 

@@ -23,10 +23,11 @@ from preference_training.core.ranks import ALONE, Ranks, let_go_of_gathered
 from preference_training.distributed.sharding import Layout, Sharing, empty_model, local
 from preference_training.losses.objectives import DPOLoss, Loss, PairSelection
 from preference_training.modeling.adapters import has_adapter
-from preference_training.modeling.loading import build_untrained, enable_activation_checkpointing
+from preference_training.modeling.kernels import enable_activation_checkpointing
+from preference_training.modeling.loading import build_untrained
 from preference_training.modeling.logprobs import LiveReference
-from preference_training.modeling.prefix_sharing import attend_over_trees
-from preference_training.modeling.tree_attention import forget_masks
+from preference_training.modeling.prefix_sharing.sharing import attend_over_trees
+from preference_training.modeling.prefix_sharing.tree_attention import forget_masks
 from preference_training.training.trainers import TRAINERS, BasicTrainer
 
 # What passes by these operations of FSDP, and is not known as something else, is of the kind.

@@ -51,15 +51,8 @@ from preference_training.data.chat_templates import end_tokens, format_of_run, s
 from preference_training.export import hub
 from preference_training.export.modelfile import check_architecture, fit_for_ollama, modelfile_of, tokenizer_model
 from preference_training.modeling import loading
-from preference_training.modeling.adapters import (
-    BASE_DIR,
-    SETTINGS_FILE,
-    WEIGHTS_FILE,
-    is_adapter,
-    quantise,
-    restore_bits,
-    settings_of_file,
-)
+from preference_training.modeling.adapters import BASE_DIR, SETTINGS_FILE, WEIGHTS_FILE, is_adapter, settings_of_file
+from preference_training.modeling.quantization import quantise, restore_bits
 from preference_training.modeling.tokenizer import BYTE_LEVEL, load_tokenizer
 from preference_training.reporting.model_card import CardFacts, model_card
 from preference_training.tracking.run_files import METRICS, RESULTS_FILE, metric_rows, results_of

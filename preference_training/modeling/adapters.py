@@ -6,21 +6,19 @@ of that one is switched on in its place.
 """
 
 import copy
-import inspect
 import json
-import math
 import re
 import warnings
-from collections import defaultdict
 from collections.abc import Iterable
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from preference_training.core.errors import UserError, first_line
+from preference_training.modeling.lora_targets import _adapted, _shortened, _stacked_experts, linear_layers, unfit_layers
+from preference_training.modeling.quantization import INSTALL
 
 # Names of the adapter that is trained, and of the frozen one that training starts from.
 TRAINED, STARTING = "default", "starting"
@@ -29,7 +27,6 @@ WEIGHTS_FILE, SETTINGS_FILE = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
 # In a run directory, or an export: the model under an adapter, where nobody else keeps it as it was.
 BASE_DIR = "base"
-INSTALL = "Install what adapters need: pip install -r requirements/lora.txt"
 
 
 # ---- adapters -----------------------------------------------------------------------------------------------------------
@@ -145,80 +142,6 @@ def _origin(model_config) -> str | None:
 # ---- which layers get one -------------------------------------------------------------------------------------------------
 
 
-def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The linear layers of a model but for its head, by name; transformers' Conv1D is one too. Those under adapters too."""
-    from transformers.pytorch_utils import Conv1D
-
-    head = model.get_output_embeddings()
-    return {
-        name.removesuffix(".base_layer"): module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and module is not head and ".lora_" not in name
-    }
-
-
-def unfit_layers(model: nn.Module) -> dict[str, str]:
-    """The linear layers on which an adapter could do nothing, or would break the model: name → why."""
-    reasons = {}
-    for name, layer in linear_layers(model).items():
-        parent, _, leaf = name.rpartition(".")
-        parent_class = type(model.get_submodule(parent))
-        if _refused_by_peft(model, leaf):
-            reasons[name] = f"peft refuses {leaf} for {model.config.model_type}"
-        elif _is_read_past(parent_class, leaf):
-            reasons[name] = f"{parent_class.__name__} reads the weight of {leaf} itself, past an adapter"
-        elif not _gives_a_tensor(layer):
-            reasons[name] = f"{leaf} gives more than one tensor ({type(layer).__name__})"
-    return reasons
-
-
-def _refused_by_peft(model: nn.Module, leaf: str) -> bool:
-    from peft import LoraConfig
-    from peft.tuners.lora import LoraModel
-
-    check = getattr(LoraModel, "_check_target_module_compatiblity", None)
-    try:
-        if check is not None:
-            check(None, LoraConfig(), model, leaf)
-    except ValueError:
-        return True
-    return False
-
-
-@cache
-def _is_read_past(parent: type, leaf: str) -> bool:
-    """Whether the code of a module multiplies by a layer's weight in place of calling the layer."""
-    try:
-        code = inspect.getsource(parent)
-    except (OSError, TypeError):
-        return False
-    return re.search(rf"self\.{leaf}\.weight @|@ self\.{leaf}\.weight", code) is not None
-
-
-def _gives_a_tensor(layer: nn.Module) -> bool:
-    """Whether a linear layer's output is a tensor, of a class that has a forward of its own; of few bits it always is."""
-    if type(layer).forward is nn.Linear.forward or not layer.weight.is_floating_point() or not hasattr(layer, "in_features"):
-        return True
-    with torch.no_grad():
-        return isinstance(layer(layer.weight.new_zeros(2, layer.in_features)), Tensor)
-
-
-def _shortened(names, model: nn.Module) -> list[str]:
-    """Names of layers by their last parts, where all layers with that last part are meant."""
-    by_leaf = defaultdict(set)
-    for name in linear_layers(model):
-        by_leaf[name.rpartition(".")[2]].add(name)
-    leaves = {leaf for leaf, all_of_it in by_leaf.items() if all_of_it <= set(names)}
-    return sorted(leaves | {name for name in names if name.rpartition(".")[2] not in leaves})
-
-
-def _adapted(model: nn.Module) -> set[str]:
-    """The names of the modules that have an adapter."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    return {name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
-
-
 def lines_of_adapter(model: nn.Module, model_config) -> list[str]:
     """What an adapter leaves frozen that its configuration seems to mean, in lines for the user."""
     adapted, lines = _adapted(model), []
@@ -235,19 +158,6 @@ def lines_of_adapter(model: nn.Module, model_config) -> list[str]:
     if frozen:
         lines.append(f"adapter: the routed experts of {type(model).__name__} stay frozen ({', '.join(frozen)})")
     return lines
-
-
-def _stacked_experts(model: nn.Module) -> list[str]:
-    """The names of modules that hold all experts of a layer in one tensor."""
-    config = model.config.get_text_config()
-    keys = "num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"
-    counts = {getattr(config, key, None) for key in keys} - {None}
-    return [
-        name
-        for name, module in model.named_modules()
-        if any(weight.dim() == 3 and len(weight) in counts for weight in module.parameters(recurse=False))
-        and not isinstance(module, nn.Conv1d)
-    ]
 
 
 def _under(name: str, adapted: set[str]) -> bool:
@@ -420,110 +330,7 @@ def read_adapter(archive: str, model: nn.Module) -> None:
             weight.copy_(found[name])
 
 
-def import_bitsandbytes(key: str):
-    """The package bitsandbytes. Raises UserError where it is not installed, for a configuration's key that needs it."""
-    try:
-        import bitsandbytes
-    except ImportError as error:
-        raise UserError(f"{key}: it needs the package bitsandbytes. {INSTALL}") from error
-    return bitsandbytes
-
-
 # ---- few bits -------------------------------------------------------------------------------------------------------------
-
-
-def quantise(model: nn.Module, model_config) -> None:
-    """Turn a model's linear layers, but for its head, into four bits (nf4) or eight (int8), frozen; on the CPU or meta.
-
-    Four bits are NormalFloat4 in blocks of 64, whose scales are quantised again with `double_quantization` (Dettmers et al.
-    2023, section 3). Raises UserError where bitsandbytes is not installed, or the model has no such layers.
-    """
-    bitsandbytes = import_bitsandbytes("model.quantization")
-    head = model.get_output_embeddings()
-    make = _in_four_bits if model_config.quantization == "nf4" else _in_eight_bits
-    if head.weight.is_meta:
-        make = _without_numbers
-    for parent in list(model.modules()):
-        for name, layer in list(parent.named_children()):
-            if isinstance(layer, nn.Linear) and layer is not head:
-                small = make(bitsandbytes.nn, layer, model_config)
-                small.bias = layer.bias
-                # Moved, it is quantised.
-                setattr(parent, name, small.to(layer.weight.device))
-    model.requires_grad_(False)
-
-
-class _Product(torch.autograd.Function):
-    """x [..., in] times weights that are made whole for the moment, with whose numbers nothing is done."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, width: int) -> Tensor:
-        """[..., in] to [..., width]; keeps nothing for the backward pass."""
-        ctx.shape = (width, x.shape[-1])
-        return x @ x.new_empty(ctx.shape).T
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor):
-        """The gradient of x."""
-        return gradient @ gradient.new_empty(ctx.shape), None, None
-
-
-class ShapeOfFewBits(nn.Linear):
-    """What a layer of few bits is to those who look at sizes alone: bitsandbytes has none without numbers."""
-
-    def __init__(self, layer: nn.Linear, bits: float):
-        super().__init__(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-        size = math.ceil(layer.weight.numel() * bits / 8)
-        self.weight = nn.Parameter(torch.empty(size, dtype=torch.uint8, device="meta"), requires_grad=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., in] to [..., out], without a meaning."""
-        return _Product.apply(x, self.weight, self.out_features)
-
-
-def _without_numbers(layers, layer: nn.Linear, model_config) -> nn.Module:
-    # Beside the weights lie scales: of blocks of 64 weights in float32, or in eight bits, or one for each row.
-    scales = 0 if model_config.quantization == "int8" else 8 / 64 if model_config.double_quantization else 32 / 64
-    return ShapeOfFewBits(layer, (8 if model_config.quantization == "int8" else 4) + scales)
-
-
-def _in_four_bits(layers, layer: nn.Linear, model_config) -> nn.Module:
-    dtype = getattr(torch, model_config.quantized_compute_dtype or model_config.policy_dtype)
-    options = {"compress_statistics": model_config.double_quantization, "quant_type": "nf4"}
-    small = layers.Linear4bit(layer.in_features, layer.out_features, layer.bias is not None, compute_dtype=dtype, **options)
-    # Its kernel for evaluation on some CPUs rounds to bfloat16, and packs the weights anew.
-    small.support_avx512bf16_for_cpu = False
-    small.weight = layers.Params4bit(layer.weight.data, requires_grad=False, module=small, **options)
-    return small
-
-
-def _in_eight_bits(layers, layer: nn.Linear, model_config) -> nn.Module:
-    small = layers.Linear8bitLt(layer.in_features, layer.out_features, layer.bias is not None, has_fp16_weights=False)
-    small.weight = layers.Int8Params(layer.weight.data, requires_grad=False, has_fp16_weights=False)
-    return small
-
-
-def restore_bits(model: nn.Module, dtype: torch.dtype) -> None:
-    """Turn layers of few bits into usual ones that hold the numbers that these compute with, if there are any."""
-    if not any(type(module).__name__ in ("Linear4bit", "Linear8bitLt") for module in model.modules()):
-        return
-    from bitsandbytes.functional import dequantize_4bit
-    from bitsandbytes.nn import Linear4bit, Linear8bitLt
-
-    for parent in list(model.modules()):
-        for name, layer in list(parent.named_children()):
-            if isinstance(layer, Linear4bit):
-                weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(layer.compute_dtype)
-            elif isinstance(layer, Linear8bitLt):
-                # Once it has computed, the layer keeps the scales elsewhere.
-                scales = layer.weight.SCB if layer.weight.SCB is not None else layer.state.SCB
-                weight = layer.weight.data.float() * (scales / 127).unsqueeze(1)
-            else:
-                continue
-            whole = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-            whole.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
-            whole.bias = layer.bias
-            setattr(parent, name, whole)
 
 
 @torch.no_grad()

@@ -1,10 +1,12 @@
 """Weights on disk: checkpoint directories, safetensors and `policy.pt`."""
 
+import copy
 import json
 from contextlib import contextmanager
 from pathlib import Path
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from preference_training.core.errors import UserError
 from preference_training.core.files import load_tensors
@@ -88,3 +90,35 @@ def _no_archive(path: Path, found: str) -> UserError:
     return UserError(
         f"model.archive: {path}: {found}. Expected a checkpoint directory (step-N, LATEST) or a policy.pt of such a run."
     )
+
+
+def model_of_archive(
+    config, state: dict[str, Tensor], path: Path, dtype: torch.dtype, trust_remote_code: bool = False, **where
+) -> nn.Module:
+    """A model with an archive's weights. transformers renames what older versions of it named otherwise.
+
+    Raises UserError naming the tensors that differ from what `config` asks for.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
+    model, info = type(empty).from_pretrained(
+        None,
+        config=config,
+        state_dict=state,
+        dtype=dtype,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+        **where,
+    )
+    faults = [f"{name} is missing" for name in sorted(info["missing_keys"])]
+    faults += [f"{name} is not part of the model" for name in sorted(info["unexpected_keys"])]
+    faults += [f"{name} is {list(found)}, expected {list(asked)}" for name, found, asked in sorted(info["mismatched_keys"])]
+    if faults:
+        listed = "".join(f"\n  {fault}" for fault in faults[:10]) + ("\n  ..." if len(faults) > 10 else "")
+        raise UserError(
+            f"model.archive: {path} does not fit {type(model).__name__} as configured; {len(faults)} tensors differ:{listed}\n"
+            "Choose the model preset that the archive was trained with."
+        )
+    return model

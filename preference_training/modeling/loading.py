@@ -5,7 +5,6 @@ policy and reference say exactly the same before the first step. Whether a model
 proved here, on itself, before it is relied on.
 """
 
-import copy
 import json
 import os
 import shutil
@@ -14,31 +13,34 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-import xxhash
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 
 from preference_training.core.errors import UserError, first_line
-from preference_training.core.ranks import bytes_of
 from preference_training.core.values import UNREADABLE
 from preference_training.modeling.adapters import (
     BASE_DIR,
     add_adapter,
     base_archive,
-    began_as,
     check_base,
     check_fit,
     is_adapter,
     kept_base,
     lines_of_adapter,
     merge,
-    quantise,
     read_adapter,
-    restore_bits,
     settings_in,
 )
-from preference_training.modeling.archives import SAFETENSORS_INDEX, archive_shapes, files_of_index, read_archive
-from preference_training.modeling.state import frozen_copy, several_devices
+from preference_training.modeling.archives import (
+    SAFETENSORS_INDEX,
+    archive_shapes,
+    files_of_index,
+    model_of_archive,
+    read_archive,
+)
+from preference_training.modeling.kernels import choose_attention, refuse_kernels, use_liger_kernels
+from preference_training.modeling.quantization import quantise, restore_bits
+from preference_training.modeling.state import weights_hash
 
 
 @contextmanager
@@ -54,31 +56,6 @@ def _loading(key: str, name: str):
             "model in the hub library's cache) or a local directory. Code that comes with it runs only with "
             "model.trust_remote_code=true."
         ) from error
-
-
-def weights_hash(model: nn.Module) -> str:
-    """Hash of the weights that a model began with, or of this process's parts of them; 32 hexadecimal digits.
-
-    Where an adapter is trained, these are the frozen weights, and 32 digits more are of the adapter that it started from, if
-    there is one. Else they are the weights as they are now.
-    """
-    return "".join(_hash_of(part) for part in began_as(model.state_dict()) if part)
-
-
-def _hash_of(tensors: dict[str, Tensor]) -> str:
-    digest = xxhash.xxh3_128()
-    for name, tensor in tensors.items():
-        digest.update(name.encode())
-        digest.update(bytes_of(tensor))
-    return digest.hexdigest()
-
-
-def reference_copy(policy: nn.Module, model_config) -> nn.Module:
-    """A frozen copy of the policy as it is now, on the same devices; its parameters are in `reference_dtype`."""
-    reference = frozen_copy(policy, getattr(torch, model_config.reference_dtype))
-    if getattr(policy, "has_liger_kernels", False):
-        use_liger_kernels(reference)
-    return dispatched(reference, policy.hf_device_map) if several_devices(policy) else reference
 
 
 def load_model(model_config, tokenizer, cache_dir: str | None = None, base_dir: Path | None = None) -> nn.Module:
@@ -326,14 +303,6 @@ def model_configuration(model_config, tokenizer, cache_dir: str | None = None):
         raise UserError(f"model.from_config.model_type: {values.get('model_type')!r} is not known to transformers.") from error
 
 
-def refuse_kernels(config) -> None:
-    """Raise ValueError where a model's configuration names an attention that transformers would fetch from the hub and run."""
-    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
-        attention = getattr(part, "_attn_implementation", None)
-        if isinstance(attention, str) and "/" in attention:
-            raise ValueError(f"its config.json asks for the code of {attention}")
-
-
 def disable_dropout(model: nn.Module) -> None:
     """Set every dropout of `model` to 0: modules, and probabilities that attention reads as a number.
 
@@ -352,97 +321,6 @@ def disable_dropout(model: nn.Module) -> None:
 
 def _as_in_evaluation(module: nn.Module, _inputs) -> None:
     module.training = False
-
-
-# Architectures whose attention has a mask made of trained weights. There sdpa takes another kernel where it needs gradients,
-# and policy and reference would differ in their last bits.
-TRAINED_MASKS = ("doge",)
-
-
-def choose_attention(model: nn.Module, name: str) -> None:
-    """Give a model the attention of a name; auto is the newest flash attention there is for its dtype, or what the model has.
-
-    For auto, models of TRAINED_MASKS have eager attention. Raises UserError where the attention cannot be had.
-    """
-    from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
-
-    if name == "auto" and model.config.model_type in TRAINED_MASKS:
-        name = "eager"
-    elif name == "auto":
-        short = model.dtype in (torch.float16, torch.bfloat16)
-        there = {"flash_attention_3": is_flash_attn_3_available, "flash_attention_2": is_flash_attn_2_available}
-        name = next((name for name, is_there in there.items() if short and torch.cuda.is_available() and is_there()), None)
-        if name is None or not model._supports_flash_attn:
-            return
-    try:
-        model.set_attn_implementation(name)
-    except (ImportError, ValueError) as error:
-        raise UserError(
-            f"model.attn_implementation: {type(model).__name__} cannot have {name} here: {first_line(error)}. Use auto, or "
-            "install what it needs."
-        ) from error
-
-
-def use_liger_kernels(model: nn.Module) -> None:
-    """Put Liger's kernels in place of a model's norms, rotary embeddings and MLPs. Raises UserError where that cannot be."""
-    if not torch.cuda.is_available():
-        raise UserError("model.liger_kernels: they are for GPUs, and there is none here. Set it to false.")
-    try:
-        from liger_kernel.transformers import _apply_liger_kernel_to_instance
-    except ImportError as error:
-        raise UserError("model.liger_kernels: install the package: pip install -r requirements/gpu.txt") from error
-    # The losses of its own would take the head's place, which scores responses here.
-    _apply_liger_kernel_to_instance(model, cross_entropy=False, fused_linear_cross_entropy=False)
-    model.has_liger_kernels = True
-
-
-def compile_between_attentions(model: nn.Module) -> None:
-    """Compile the children of each block but for its attention, whose work has another shape in every batch."""
-    blocks = [item for module in model.modules() if isinstance(module, nn.ModuleList) for item in module]
-    for block in blocks:
-        for name, child in block.named_children():
-            if "att" not in name:
-                child.compile(dynamic=True)
-
-
-def enable_activation_checkpointing(model: nn.Module) -> None:
-    """Keep only the blocks' inputs for the backward pass, and compute the rest again there."""
-    # The method's name until transformers 5.22 or so; the older one then warns.
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
-
-
-def place(model: nn.Module, device: torch.device) -> nn.Module:
-    """Put `model` on the device; where there are several GPUs, its layers over them in order.
-
-    Raises UserError where their memory does not hold it.
-    """
-    model.compute_device = device
-    if device.type != "cuda" or torch.cuda.device_count() == 1:
-        return model.to(device)
-    from accelerate import infer_auto_device_map
-    from accelerate.utils import get_balanced_memory
-
-    blocks = list(model._no_split_modules or [])
-    memory = get_balanced_memory(model, no_split_module_classes=blocks)
-    device_map = infer_auto_device_map(model, max_memory=memory, no_split_module_classes=blocks)
-    if elsewhere := {"cpu", "disk"} & set(device_map.values()):
-        raise UserError(
-            f"trainer: {type(model).__name__} does not fit into the memory of {torch.cuda.device_count()} GPUs: layers would "
-            f"be left on {' and '.join(sorted(elsewhere))}, where they cannot be trained. Use trainer=FSDPTrainer with "
-            "trainer.cpu_offload=true, an adapter, or a smaller model."
-        )
-    return dispatched(model, device_map)
-
-
-def dispatched(model: nn.Module, device_map: dict) -> nn.Module:
-    """A model with its modules on the devices of a map, which hands their inputs on from one to the next."""
-    from accelerate import dispatch_model
-
-    main_device = next(iter(device_map.values()))
-    # By their numbers are GPUs meant.
-    model.compute_device = torch.device("cuda", main_device) if isinstance(main_device, int) else torch.device(main_device)
-    return dispatch_model(model, device_map, main_device=main_device)
 
 
 def check_model(model_config, tokenizer, cache_dir: str | None = None) -> list[str]:
@@ -470,35 +348,3 @@ def lines_of_configuration(config) -> list[str]:
     text = config.get_text_config()
     keys = [key for key in ("router_aux_loss_coef", "aux_loss_alpha") if getattr(text, key, None)]
     return [f"model: {key} ({getattr(text, key)}) has no effect: the loss alone is trained, routers included" for key in keys]
-
-
-def model_of_archive(
-    config, state: dict[str, Tensor], path: Path, dtype: torch.dtype, trust_remote_code: bool = False, **where
-) -> nn.Module:
-    """A model with an archive's weights. transformers renames what older versions of it named otherwise.
-
-    Raises UserError naming the tensors that differ from what `config` asks for.
-    """
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
-    model, info = type(empty).from_pretrained(
-        None,
-        config=config,
-        state_dict=state,
-        dtype=dtype,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,
-        **where,
-    )
-    faults = [f"{name} is missing" for name in sorted(info["missing_keys"])]
-    faults += [f"{name} is not part of the model" for name in sorted(info["unexpected_keys"])]
-    faults += [f"{name} is {list(found)}, expected {list(asked)}" for name, found, asked in sorted(info["mismatched_keys"])]
-    if faults:
-        listed = "".join(f"\n  {fault}" for fault in faults[:10]) + ("\n  ..." if len(faults) > 10 else "")
-        raise UserError(
-            f"model.archive: {path} does not fit {type(model).__name__} as configured; {len(faults)} tensors differ:{listed}\n"
-            "Choose the model preset that the archive was trained with."
-        )
-    return model

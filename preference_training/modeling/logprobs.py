@@ -18,8 +18,8 @@ from torch.utils.checkpoint import checkpoint
 from preference_training.batching.batches import PackedBatch
 from preference_training.core.ranks import let_go_of_gathered, local
 from preference_training.modeling.adapters import as_it_began, has_adapter
+from preference_training.modeling.prefix_sharing.tree_attention import RESPONSE_TREES
 from preference_training.modeling.state import several_devices
-from preference_training.modeling.tree_attention import RESPONSE_TREES
 
 # Float32 logits that are held at once.
 LOGITS_BYTES = 2**29

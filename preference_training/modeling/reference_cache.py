@@ -36,9 +36,8 @@ from preference_training.batching.batches import (
 from preference_training.core.ranks import ALONE, Ranks, bytes_of
 from preference_training.data.prompt_table import PromptTable, Selection
 from preference_training.modeling.adapters import STARTING
-from preference_training.modeling.loading import weights_hash
 from preference_training.modeling.logprobs import CachedReference, LiveReference
-from preference_training.modeling.state import compute_device
+from preference_training.modeling.state import compute_device, weights_hash
 
 # Examples that are divided among the ranks together.
 EXAMPLES_AT_ONCE = 1024

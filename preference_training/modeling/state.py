@@ -10,7 +10,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+import xxhash
 from torch import Tensor, nn
+
+from preference_training.core.errors import UserError
+from preference_training.core.ranks import bytes_of
+from preference_training.modeling.adapters import began_as
+from preference_training.modeling.kernels import use_liger_kernels
 
 
 def compute_device(model: nn.Module) -> torch.device:
@@ -107,3 +113,61 @@ def free_memory(device: torch.device) -> int:
     import psutil
 
     return psutil.virtual_memory().available
+
+
+def weights_hash(model: nn.Module) -> str:
+    """Hash of the weights that a model began with, or of this process's parts of them; 32 hexadecimal digits.
+
+    Where an adapter is trained, these are the frozen weights, and 32 digits more are of the adapter that it started from, if
+    there is one. Else they are the weights as they are now.
+    """
+    return "".join(_hash_of(part) for part in began_as(model.state_dict()) if part)
+
+
+def _hash_of(tensors: dict[str, Tensor]) -> str:
+    digest = xxhash.xxh3_128()
+    for name, tensor in tensors.items():
+        digest.update(name.encode())
+        digest.update(bytes_of(tensor))
+    return digest.hexdigest()
+
+
+def reference_copy(policy: nn.Module, model_config) -> nn.Module:
+    """A frozen copy of the policy as it is now, on the same devices; its parameters are in `reference_dtype`."""
+    reference = frozen_copy(policy, getattr(torch, model_config.reference_dtype))
+    if getattr(policy, "has_liger_kernels", False):
+        use_liger_kernels(reference)
+    return dispatched(reference, policy.hf_device_map) if several_devices(policy) else reference
+
+
+def place(model: nn.Module, device: torch.device) -> nn.Module:
+    """Put `model` on the device; where there are several GPUs, its layers over them in order.
+
+    Raises UserError where their memory does not hold it.
+    """
+    model.compute_device = device
+    if device.type != "cuda" or torch.cuda.device_count() == 1:
+        return model.to(device)
+    from accelerate import infer_auto_device_map
+    from accelerate.utils import get_balanced_memory
+
+    blocks = list(model._no_split_modules or [])
+    memory = get_balanced_memory(model, no_split_module_classes=blocks)
+    device_map = infer_auto_device_map(model, max_memory=memory, no_split_module_classes=blocks)
+    if elsewhere := {"cpu", "disk"} & set(device_map.values()):
+        raise UserError(
+            f"trainer: {type(model).__name__} does not fit into the memory of {torch.cuda.device_count()} GPUs: layers would "
+            f"be left on {' and '.join(sorted(elsewhere))}, where they cannot be trained. Use trainer=FSDPTrainer with "
+            "trainer.cpu_offload=true, an adapter, or a smaller model."
+        )
+    return dispatched(model, device_map)
+
+
+def dispatched(model: nn.Module, device_map: dict) -> nn.Module:
+    """A model with its modules on the devices of a map, which hands their inputs on from one to the next."""
+    from accelerate import dispatch_model
+
+    main_device = next(iter(device_map.values()))
+    # By their numbers are GPUs meant.
+    model.compute_device = torch.device("cuda", main_device) if isinstance(main_device, int) else torch.device(main_device)
+    return dispatch_model(model, device_map, main_device=main_device)

@@ -13,8 +13,8 @@ from preference_training.dry_run.memory_estimate import StorageCounter, most_hel
 from preference_training.dry_run.scaling import Traffic, attributed
 from preference_training.losses.objectives import build_loss
 from preference_training.modeling.logprobs import LiveReference
+from preference_training.modeling.prefix_sharing.tree_attention import forget_masks
 from preference_training.modeling.tokenizer import load_tokenizer
-from preference_training.modeling.tree_attention import forget_masks
 from preference_training.training.trainers import TRAINERS
 
 

@@ -33,10 +33,11 @@ from preference_training.distributed.launching import end_group, start_group
 from preference_training.distributed.sharding import Layout, load_sharded, make_mesh, ranks_of, whole
 from preference_training.evaluation.held_out import evaluate
 from preference_training.losses.objectives import build_loss
-from preference_training.modeling.loading import load_model, weights_hash
+from preference_training.modeling.loading import load_model
 from preference_training.modeling.logprobs import LiveReference
-from preference_training.modeling.prefix_sharing import share_prefixes
+from preference_training.modeling.prefix_sharing.sharing import share_prefixes
 from preference_training.modeling.reference_cache import Reads, cache_path, cached_reference, compute_logps
+from preference_training.modeling.state import weights_hash
 from preference_training.training.trainers import BasicTrainer, FSDPTrainer
 
 TRAJECTORIES = json.loads((GOLDEN / "trajectories.json").read_text())

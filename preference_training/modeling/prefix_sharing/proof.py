@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from preference_training.batching.batches import PackedBatch, examples_of, pack
 from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.modeling.logprobs import padded_logps, tree_logps
+from preference_training.modeling.prefix_sharing.tree_attention import RESPONSE_TREES, NotSharedError
 from preference_training.modeling.state import compute_device, free_memory
-from preference_training.modeling.tree_attention import RESPONSE_TREES, NotSharedError
 
 # By how much a log-prob may differ between the two ways to compute it, per token; unit: nats.
 ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 3e-3}

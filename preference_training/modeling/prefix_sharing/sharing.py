@@ -4,8 +4,8 @@ from torch import nn
 
 from preference_training.core.errors import UserError
 from preference_training.modeling.logprobs import ScoringHead
-from preference_training.modeling.sharing_proof import fault_of_sharing
-from preference_training.modeling.tree_attention import RESPONSE_TREES, register
+from preference_training.modeling.prefix_sharing.proof import fault_of_sharing
+from preference_training.modeling.prefix_sharing.tree_attention import RESPONSE_TREES, register
 
 
 def share_prefixes(model: nn.Module, mode: str) -> bool:

@@ -1,0 +1,96 @@
+"""Which layers of a model can have a LoRA adapter, and why the others cannot."""
+
+import inspect
+import re
+from collections import defaultdict
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The linear layers of a model but for its head, by name; transformers' Conv1D is one too. Those under adapters too."""
+    from transformers.pytorch_utils import Conv1D
+
+    head = model.get_output_embeddings()
+    return {
+        name.removesuffix(".base_layer"): module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not head and ".lora_" not in name
+    }
+
+
+def unfit_layers(model: nn.Module) -> dict[str, str]:
+    """The linear layers on which an adapter could do nothing, or would break the model: name → why."""
+    reasons = {}
+    for name, layer in linear_layers(model).items():
+        parent, _, leaf = name.rpartition(".")
+        parent_class = type(model.get_submodule(parent))
+        if _refused_by_peft(model, leaf):
+            reasons[name] = f"peft refuses {leaf} for {model.config.model_type}"
+        elif _is_read_past(parent_class, leaf):
+            reasons[name] = f"{parent_class.__name__} reads the weight of {leaf} itself, past an adapter"
+        elif not _gives_a_tensor(layer):
+            reasons[name] = f"{leaf} gives more than one tensor ({type(layer).__name__})"
+    return reasons
+
+
+def _refused_by_peft(model: nn.Module, leaf: str) -> bool:
+    from peft import LoraConfig
+    from peft.tuners.lora import LoraModel
+
+    check = getattr(LoraModel, "_check_target_module_compatiblity", None)
+    try:
+        if check is not None:
+            check(None, LoraConfig(), model, leaf)
+    except ValueError:
+        return True
+    return False
+
+
+@cache
+def _is_read_past(parent: type, leaf: str) -> bool:
+    """Whether the code of a module multiplies by a layer's weight in place of calling the layer."""
+    try:
+        code = inspect.getsource(parent)
+    except (OSError, TypeError):
+        return False
+    return re.search(rf"self\.{leaf}\.weight @|@ self\.{leaf}\.weight", code) is not None
+
+
+def _gives_a_tensor(layer: nn.Module) -> bool:
+    """Whether a linear layer's output is a tensor, of a class that has a forward of its own; of few bits it always is."""
+    if type(layer).forward is nn.Linear.forward or not layer.weight.is_floating_point() or not hasattr(layer, "in_features"):
+        return True
+    with torch.no_grad():
+        return isinstance(layer(layer.weight.new_zeros(2, layer.in_features)), Tensor)
+
+
+def _shortened(names, model: nn.Module) -> list[str]:
+    """Names of layers by their last parts, where all layers with that last part are meant."""
+    by_leaf = defaultdict(set)
+    for name in linear_layers(model):
+        by_leaf[name.rpartition(".")[2]].add(name)
+    leaves = {leaf for leaf, all_of_it in by_leaf.items() if all_of_it <= set(names)}
+    return sorted(leaves | {name for name in names if name.rpartition(".")[2] not in leaves})
+
+
+def _adapted(model: nn.Module) -> set[str]:
+    """The names of the modules that have an adapter."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return {name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+
+
+def _stacked_experts(model: nn.Module) -> list[str]:
+    """The names of modules that hold all experts of a layer in one tensor."""
+    config = model.config.get_text_config()
+    keys = "num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"
+    counts = {getattr(config, key, None) for key in keys} - {None}
+    return [
+        name
+        for name, module in model.named_modules()
+        if any(weight.dim() == 3 and len(weight) in counts for weight in module.parameters(recurse=False))
+        and not isinstance(module, nn.Conv1d)
+    ]

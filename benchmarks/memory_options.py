@@ -2,7 +2,7 @@
 
     python benchmarks/memory_options.py --rounds 2
 
-DPO with a live reference on the embedded data, its micro-batches in pieces of at most 512 tokens; every setting in a process of
+DPO with a live reference on the embedded data, its micro-batches in packs of at most 512 tokens; every setting in a process of
 its own, in turn. Prints a JSON object with raw values, and writes it to benchmarks/results/.
 """
 

@@ -1,6 +1,6 @@
 """This project as a contender: its own configuration, loading, batches and training step, on rows that are given.
 
-`build` puts the pieces together as `train.py` does; `_overrides` is the one place that names this project's options.
+`build` assembles a run as `train.py` does; `_overrides` is the one place that names this project's options.
 """
 
 from pathlib import Path
@@ -99,7 +99,7 @@ def _overrides(job: dict, work: Work) -> list[str]:
 def order_of_prompts(prompts: list[dict], work: Work) -> list[int]:
     """Index of each prompt in the order in which this project trains on them; the pairs of a prompt stay together."""
     steps = _iterator(_tokenized(prompts), work, UNLIMITED)
-    sources = [source for step in steps for micro_batch in step for piece in micro_batch.pieces for source in piece.sources]
+    sources = [source for step in steps for micro_batch in step for pack in micro_batch.packs for source in pack.sources]
     return list(dict.fromkeys(int(source.removeprefix("prompt ")) for source in sources))
 
 

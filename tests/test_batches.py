@@ -12,8 +12,8 @@ from preference_training.batching.batches import (
     evaluation_batches,
     evaluation_prompts,
     examples_of,
-    pack,
-    pieces_of,
+    pack_examples,
+    packs_of,
     spread,
 )
 from preference_training.core.ranks import Ranks
@@ -38,7 +38,7 @@ def some_prompts(count: int, pairs: int = 1) -> list[TokenizedPrompt]:
 
 def test_a_pack_holds_prompts_and_shared_responses_once_at_their_positions():
     [prompt] = some_prompts(1, pairs=2)
-    batch = pack(list(examples_of([prompt])))
+    batch = pack_examples(list(examples_of([prompt])))
     assert batch.input_ids.tolist() == [0, 1, 10, 0, 11, 0, 12, 0]
     assert batch.position_ids.tolist() == [0, 1, 2, 3, 2, 3, 2, 3]
     assert batch.pairs.tolist() == [[0, 1], [0, 2]]
@@ -47,7 +47,7 @@ def test_a_pack_holds_prompts_and_shared_responses_once_at_their_positions():
 
 
 def test_responses_are_numbered_through_the_batch():
-    batch = pack(list(examples_of(some_prompts(3))))
+    batch = pack_examples(list(examples_of(some_prompts(3))))
     assert batch.pairs.tolist() == [[0, 1], [2, 3], [4, 5]]
     assert [tree.start for tree in batch.trees] == [0, 6, 12]
     assert batch.num_examples == 3
@@ -64,7 +64,7 @@ def test_any_examples_can_be_read_back_from_their_pack(data):
         for _ in range(data.draw(st.integers(1, 4)))
     ]
     examples = data.draw(st.permutations(list(examples_of(prompts))))
-    batch = pack(examples)
+    batch = pack_examples(examples)
     spans = [
         (
             batch.input_ids[tree.start : tree.start + tree.prompt_length].tolist(),
@@ -91,7 +91,7 @@ def weighted(count: int, pairs: int, weight: float) -> PromptTable:
 
 
 def sources(batches) -> list[list[str]]:
-    return [[source for part in batch for piece in part.pieces for source in piece.sources] for batch in batches]
+    return [[source for part in batch for pack in part.packs for source in pack.sources] for batch in batches]
 
 
 def test_an_epoch_sees_every_example_once_and_the_last_batch_is_what_is_left():
@@ -102,7 +102,7 @@ def test_an_epoch_sees_every_example_once_and_the_last_batch_is_what_is_left():
 
 def test_the_pairs_of_a_prompt_share_its_tokens_within_a_micro_batch():
     [[micro_batch]] = BatchIterator(table(2, pairs=3), 6)
-    [batch] = micro_batch.pieces
+    [batch] = micro_batch.packs
     assert [len(tree.response_lengths) for tree in batch.trees] == [4, 4]
 
 
@@ -189,7 +189,7 @@ def test_the_prompts_of_an_evaluation_are_those_of_its_batches(count, pairs, wan
 def test_sft_batches_have_no_pairs():
     prompts = PromptTable.of(replace(prompt, responses=prompt.responses[:1], pairs=[]) for prompt in some_prompts(3))
     [[micro_batch]] = BatchIterator(prompts, 3)
-    [batch] = micro_batch.pieces
+    [batch] = micro_batch.packs
     assert batch.pairs.shape == (0, 2) and batch.num_examples == 3
 
 
@@ -215,16 +215,16 @@ def some_examples(lengths: list[tuple[int, int]]):
     size=st.integers(1, 5),
     budget=st.integers(1, 90),
 )
-def test_ranks_share_every_example_once_in_equally_many_pieces(lengths, size, budget):
+def test_ranks_share_every_example_once_in_equally_many_packs(lengths, size, budget):
     examples = some_examples(lengths)
     limit = TokenBudget(budget, budget)
-    shares = [pieces_of(examples, limit, Ranks(rank, size)) for rank in range(size)]
-    assert len({len(pieces) for pieces in shares}) == 1
-    places = [place for pieces in shares for piece in pieces if not piece.is_filler for place in piece.places.tolist()]
+    shares = [packs_of(examples, limit, Ranks(rank, size)) for rank in range(size)]
+    assert len({len(packs) for packs in shares}) == 1
+    places = [place for packs in shares for pack in packs if not pack.is_filler for place in pack.places.tolist()]
     assert sorted(places) == list(range(len(examples)))
-    for pieces in shares:
-        for piece in pieces:
-            assert [piece.sources[k] for k in range(len(piece.places))] == [examples[p][0].source for p in piece.places]
+    for packs in shares:
+        for pack in packs:
+            assert [pack.sources[k] for k in range(len(pack.places))] == [examples[p][0].source for p in pack.places]
 
 
 def test_ranks_get_about_as_many_tokens_and_the_pairs_of_a_prompt_stay_together():
@@ -237,7 +237,7 @@ def test_ranks_get_about_as_many_tokens_and_the_pairs_of_a_prompt_stay_together(
     assert sorted(map(len, spread(some_examples([(10, 6)]), 3))) == [2, 2, 2]
 
 
-# ---- pieces and the run's end ---------------------------------------------------------------------------------------------
+# ---- packs and the run's end ---------------------------------------------------------------------------------------------
 
 
 def examples_in(batch) -> list[list[tuple]]:
@@ -245,65 +245,65 @@ def examples_in(batch) -> list[list[tuple]]:
     found = []
     for micro_batch in batch:
         ids = {}
-        for piece in micro_batch.pieces:
+        for pack in micro_batch.packs:
             trees = [
-                (piece.input_ids[t.start : t.start + t.prompt_length].tolist(), piece.input_ids[start : start + size].tolist())
-                for t in piece.trees
+                (pack.input_ids[t.start : t.start + t.prompt_length].tolist(), pack.input_ids[start : start + size].tolist())
+                for t in pack.trees
                 for start, size in zip(t.response_starts, t.response_lengths, strict=True)
             ]
-            for place, pair in zip(piece.places.tolist(), piece.pairs.tolist(), strict=True):
+            for place, pair in zip(pack.places.tolist(), pack.pairs.tolist(), strict=True):
                 ids[place] = tuple(trees[number] for number in pair)
         found.append([ids[place] for place in sorted(ids)])
     return found
 
 
 def largest(batch) -> int:
-    return max(len(piece.input_ids) for micro_batch in batch for piece in micro_batch.pieces)
+    return max(len(pack.input_ids) for micro_batch in batch for pack in micro_batch.packs)
 
 
 @settings(deadline=None)
 @given(
     lengths=st.lists(st.tuples(st.integers(1, 20), st.integers(1, 4)), min_size=1, max_size=8),
     size=st.integers(1, 3),
-    pieces=st.integers(1, 2),
+    packs=st.integers(1, 2),
 )
-def test_halved_pieces_hold_the_same_examples_and_are_half_as_large_where_they_can_be(lengths, size, pieces):
+def test_halved_packs_hold_the_same_examples_and_are_half_as_large_where_they_can_be(lengths, size, packs):
     prompts = [
         TokenizedPrompt([7] * length, [[8, k, 0] for k in range(pairs + 1)], [(0, k + 1) for k in range(pairs)], number=n)
         for n, (length, pairs) in enumerate(lengths)
     ]
-    iterator = BatchIterator(PromptTable.of(prompts), 2 * size, pieces if size % pieces == 0 else 1)
+    iterator = BatchIterator(PromptTable.of(prompts), 2 * size, packs if size % packs == 0 else 1)
     for batch in iterator:
         before, most = examples_in(batch), largest(batch)
-        halves = iterator.halve_pieces(batch)
+        halves = iterator.halve_packs(batch)
         assert examples_in(halves) == before
         assert [part.num_examples for part in halves] == [part.num_examples for part in batch]
         assert iterator.budget.limit == most // 2 and iterator.budget.comfortable <= most // 2
         # A pair with its prompt cannot be cut.
-        assert all(len(piece.input_ids) <= most // 2 or len(piece.pairs) == 1 for part in halves for piece in part.pieces)
+        assert all(len(pack.input_ids) <= most // 2 or len(pack.pairs) == 1 for part in halves for pack in part.packs)
 
 
-def test_batches_that_were_made_ahead_are_cut_anew_once_pieces_are_halved():
-    # Six prompts of 2 + 2 * 2 tokens a step: one piece of 36 tokens; halved, three prompts each.
+def test_batches_that_were_made_ahead_are_cut_anew_once_packs_are_halved():
+    # Six prompts of 2 + 2 * 2 tokens a step: one pack of 36 tokens; halved, three prompts each.
     whole, iterator = list(BatchIterator(table(30), 6)), BatchIterator(table(30), 6)
     steps = iter(iterator)
     first = next(steps)
-    assert [len(piece.input_ids) for piece in first[0].pieces] == [36]
-    assert [len(piece.input_ids) for piece in iterator.halve_pieces(first)[0].pieces] == [18, 18]
+    assert [len(pack.input_ids) for pack in first[0].packs] == [36]
+    assert [len(pack.input_ids) for pack in iterator.halve_packs(first)[0].packs] == [18, 18]
     rest = list(steps)
-    assert [[len(piece.input_ids) for piece in batch[0].pieces] for batch in rest] == [[18, 18]] * 4
+    assert [[len(pack.input_ids) for pack in batch[0].packs] for batch in rest] == [[18, 18]] * 4
     assert [examples_in(batch) for batch in rest] == [examples_in(batch) for batch in whole[1:]]
     # What the run began with stands behind.
     largest = iterator.first_budget.limit
     assert iterator.state_dict()["budget"] == [18, 18, largest, largest] and largest > 18
 
 
-def test_pieces_that_are_halved_again_and_again_end_at_single_pairs():
+def test_packs_that_are_halved_again_and_again_end_at_single_pairs():
     iterator = BatchIterator(table(4), 4)
     [batch] = iterator
     for _ in range(8):
-        batch = iterator.halve_pieces(batch)
-    assert [len(piece.pairs) for piece in batch[0].pieces] == [1, 1, 1, 1]
+        batch = iterator.halve_packs(batch)
+    assert [len(pack.pairs) for pack in batch[0].packs] == [1, 1, 1, 1]
 
 
 def test_a_comfortable_size_below_the_half_stays():
@@ -311,7 +311,7 @@ def test_a_comfortable_size_below_the_half_stays():
     [batch] = iterator
     assert largest(batch) == 6
     iterator.budget = TokenBudget(24, 2)
-    iterator.halve_pieces(batch)
+    iterator.halve_packs(batch)
     assert iterator.budget == TokenBudget(3, 2)
 
 

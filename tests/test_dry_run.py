@@ -19,7 +19,7 @@ from preference_training.dry_run.dry_run import (
     check_memory,
     facts_of,
     histogram,
-    largest_pieces,
+    largest_packs,
     lines_of_data,
     lines_of_steps,
     tokens_shown,
@@ -185,14 +185,14 @@ def test_steps_and_what_sharing_saves_are_those_of_the_run():
     assert "90 tokens an epoch in place of 130, 31% less (where the model proves that it can" in lines[1]
 
 
-def test_the_largest_pieces_are_found_and_two_where_a_step_has_several():
+def test_the_largest_packs_are_found_and_two_where_a_step_has_several():
     prompts = table(*(TokenizedPrompt([1] * (2 + n), [A, B], [(0, 1)]) for n in range(10)))
-    [whole], step = largest_pieces(BatchIterator(prompts, 10), UNLIMITED)
-    assert step[0].pieces[0].input_ids.equal(whole.input_ids)
+    [whole], step = largest_packs(BatchIterator(prompts, 10), UNLIMITED)
+    assert step[0].packs[0].input_ids.equal(whole.input_ids)
     assert len(whole.input_ids) == sum(2 + n + 5 for n in range(10))
     budget = TokenBudget(20, 20)
-    pieces, _ = largest_pieces(BatchIterator(prompts, 10, budget=budget), budget)
-    assert len(pieces) == 2 and all(len(piece.input_ids) <= 20 for piece in pieces)
+    packs, _ = largest_packs(BatchIterator(prompts, 10, budget=budget), budget)
+    assert len(packs) == 2 and all(len(pack.input_ids) <= 20 for pack in packs)
 
 
 def test_memory_that_is_not_there_is_refused_with_what_helps():

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from conftest import GOLDEN
-from preference_training.batching.batches import BatchIterator, MicroBatch, examples_of, pack
+from preference_training.batching.batches import BatchIterator, MicroBatch, examples_of, pack_examples
 from preference_training.data.prompt_table import PromptTable
 from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.losses.objectives import build_loss
@@ -149,7 +149,7 @@ def stepped(compose):
         said: list[str] = []
         policy = AutoModelForCausalLM.from_pretrained(GOLDEN / "llama", dtype=dtype)
         prompts = [TokenizedPrompt([5, 6, 7], [[10, 11, 0]], [])]
-        batch = [MicroBatch([pack(list(examples_of(prompts)))], 1)]
+        batch = [MicroBatch([pack_examples(list(examples_of(prompts)))], 1)]
         config = compose("optimizer=AdamW", "warmup_steps=0", "batch_size=1", *overrides)
         tracker = type("Says", (), {"say": lambda self, text: said.append(text)})()
         batches = BatchIterator(PromptTable.of(prompts), 1, n_epochs=None, n_steps=n_steps)

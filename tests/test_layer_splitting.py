@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from preference_training.batching.batches import BatchIterator, MicroBatch, evaluation_batches, examples_of, pack
+from preference_training.batching.batches import BatchIterator, MicroBatch, evaluation_batches, examples_of, pack_examples
 from preference_training.checkpointing.checkpoints import CheckpointWriter
 from preference_training.core.errors import UserError
 from preference_training.data.prompt_table import PromptTable
@@ -77,7 +77,10 @@ def steps(size: int = 8):
     """Batches of a few examples, in two micro-batches each."""
     examples = list(examples_of(prompts()))
     return [
-        [MicroBatch([pack(part)], len(part)) for part in (examples[k : k + size // 2], examples[k + size // 2 : k + size])]
+        [
+            MicroBatch([pack_examples(part)], len(part))
+            for part in (examples[k : k + size // 2], examples[k + size // 2 : k + size])
+        ]
         for k in range(0, len(examples) - size + 1, size)
     ]
 

@@ -21,7 +21,7 @@ from preference_training.training.trainers import BasicTrainer
 
 
 def seen(*pairs: tuple[int, int, float]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """One piece of a step: pairs as (preferred, other, margin)."""
+    """One pack of a step: pairs as (preferred, other, margin)."""
     rows = torch.tensor([pair[:2] for pair in pairs], dtype=torch.int64).reshape(-1, 2)
     return [(rows, torch.tensor([pair[2] for pair in pairs], dtype=torch.float32))]
 
@@ -53,14 +53,14 @@ PAIRS = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9), st.floats(width
 
 
 @given(steps=st.lists(PAIRS, min_size=1, max_size=4), data=st.data())
-def test_it_is_the_same_however_a_step_was_cut_into_pieces_and_spread_over_ranks(steps, data, tmp_path_factory):
+def test_it_is_the_same_however_a_step_was_cut_into_packs_and_spread_over_ranks(steps, data, tmp_path_factory):
     folders = [tmp_path_factory.mktemp("run") for _ in range(2)]
     whole, other = Ledger(folders[0]), Ledger(folders[0])
     mine = Ledger(folders[1])
     for number, pairs in enumerate(steps, start=1):
         whole.see(number, seen(*pairs))
         cut = data.draw(st.integers(0, len(pairs)))
-        mine.see(number, [piece for pair in pairs[:cut] for piece in seen(pair)])
+        mine.see(number, [pack for pair in pairs[:cut] for pack in seen(pair)])
         other.see(number, seen(*pairs[cut:]))
     mine.ranks = TwoRanks(0, 2, True, other._mine())
     whole.write()
@@ -146,9 +146,9 @@ def trained(compose, tokenizer, run_dir, *overrides: str, budget: int = 10**6, l
     run_dir.mkdir()
     config = compose("batch_size=6", "warmup_steps=0", "n_epochs=2", "lr=1e-3", "optimizer=AdamW", *overrides)
     policy, reference = (AutoModelForCausalLM.from_pretrained(GOLDEN / "llama", dtype=torch.float32) for _ in range(2))
-    pieces = config.gradient_accumulation_steps
+    packs = config.gradient_accumulation_steps
     table = PromptTable.of(PROMPTS)
-    batches = BatchIterator(table, 6, pieces, n_epochs=2, budget=TokenBudget(budget, budget))
+    batches = BatchIterator(table, 6, packs, n_epochs=2, budget=TokenBudget(budget, budget))
     ledger = Ledger(run_dir)
     parts = config, policy, LiveReference(reference), build_loss(loss, beta=0.1), tokenizer, batches, [], []
     steps = []
@@ -181,10 +181,10 @@ def test_an_epoch_sees_each_pair_once_under_the_places_of_its_responses(compose,
     assert all(table[place].first_row <= row < table[place].first_row + 3 for row, place in places.items())
 
 
-def test_it_does_not_depend_on_micro_batches_and_pieces(compose, tokenizer, tmp_path):
+def test_it_does_not_depend_on_micro_batches_and_packs(compose, tokenizer, tmp_path):
     trained(compose, tokenizer, tmp_path / "whole")
-    trained(compose, tokenizer, tmp_path / "pieces", "gradient_accumulation_steps=3", budget=12)
-    one, other = (read_ledger(tmp_path / name) for name in ("whole", "pieces"))
+    trained(compose, tokenizer, tmp_path / "packs", "gradient_accumulation_steps=3", budget=12)
+    one, other = (read_ledger(tmp_path / name) for name in ("whole", "packs"))
     for name in ("examples", "preferred", "other"):
         assert getattr(one, name).tolist() == getattr(other, name).tolist()
     numpy.testing.assert_allclose(one.margins, other.margins, rtol=1e-3, atol=1e-5)

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from conftest import GOLDEN
-from preference_training.batching.batches import UNLIMITED, BatchIterator, TokenBudget, examples_of, pack
+from preference_training.batching.batches import UNLIMITED, BatchIterator, TokenBudget, examples_of, pack_examples
 from preference_training.core.ranks import ALONE
 from preference_training.data.prompt_table import PromptTable, Selection
 from preference_training.data.tokenization import TokenizedPrompt
@@ -68,7 +68,7 @@ def test_cached_log_probs_are_those_of_the_live_reference(model, tmp_path):
     cached = reference_in(tmp_path, model, READ)
     live = LiveReference(copy.deepcopy(model))
     for prompt in TABLE:
-        batch = pack(list(examples_of([prompt])))
+        batch = pack_examples(list(examples_of([prompt])))
         torch.testing.assert_close(cached(batch), live(batch), rtol=1e-5, atol=1e-5)
 
 
@@ -117,7 +117,7 @@ def test_held_out_responses_are_numbered_behind_those_that_are_trained_on(model,
     cached, live = reference_in(tmp_path, model, reads), LiveReference(copy.deepcopy(model))
     assert cached.logps.isfinite().nonzero().flatten().tolist() == [6, 7, 8, 21, 22, 23, 30, 31, 32]
     for prompt in (TABLE[7], TABLE[2], held_out[1]):
-        batch = pack(list(examples_of([prompt])))
+        batch = pack_examples(list(examples_of([prompt])))
         torch.testing.assert_close(cached(batch), live(batch), rtol=1e-5, atol=1e-5)
 
 
@@ -189,16 +189,16 @@ def test_the_key_changes_with_settings_versions_and_machine(model, monkeypatch):
     assert len(keys) == 5
 
 
-def run(seed: int = 0, size: int = 4, pieces: int = 1, budget: int = 10**6, evaluated: int = 4, epochs: int = 1) -> Reads:
+def run(seed: int = 0, size: int = 4, packs: int = 1, budget: int = 10**6, evaluated: int = 4, epochs: int = 1) -> Reads:
     """What a run reads with these settings."""
     held_out = PromptTable.of((prompt_of(n, n) for n in range(20, 23)), first_row=TABLE.num_responses)
     most = TokenBudget(budget, budget)
-    steps = BatchIterator(TABLE, size, pieces, seed, n_epochs=epochs, budget=most)
+    steps = BatchIterator(TABLE, size, packs, seed, n_epochs=epochs, budget=most)
     return Reads.of_run(steps, held_out, evaluated, None, seed, most, ALONE)
 
 
-def test_the_key_changes_with_what_the_pieces_of_a_run_follow_from(model):
-    others = [run(seed=1), run(size=6), run(pieces=2), run(budget=20), run(evaluated=2)]
+def test_the_key_changes_with_what_the_packs_of_a_run_follow_from(model):
+    others = [run(seed=1), run(size=6), run(packs=2), run(budget=20), run(evaluated=2)]
     assert len({cache_key(model, reads) for reads in (run(), *others)}) == 6
 
 
@@ -210,5 +210,5 @@ def test_the_key_changes_with_how_often_an_epoch_visits_a_data_set(model):
 
 
 def test_runs_that_cut_alike_share_their_log_probs(model):
-    # More epochs, and more memory than any piece needs.
+    # More epochs, and more memory than any pack needs.
     assert cache_key(model, run()) == cache_key(model, run(epochs=3)) == cache_key(model, run(budget=2 * 10**6))

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from conftest import GOLDEN
-from preference_training.batching.batches import TokenBudget, examples_of, pack, pieces_of
+from preference_training.batching.batches import TokenBudget, examples_of, pack_examples, packs_of
 from preference_training.batching.trees import Tree, TreeLayout
 from preference_training.core.errors import UserError
 from preference_training.data.tokenization import TokenizedPrompt
@@ -79,7 +79,7 @@ def gradients(compute, model, batch) -> tuple[torch.Tensor, list[torch.Tensor]]:
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_trees_equal_padded_rows_in_values_and_gradients(model_type):
     model = make(model_type)
-    batch = pack(list(examples_of(prompts_of(SHAPES))))
+    batch = pack_examples(list(examples_of(prompts_of(SHAPES))))
     expected, expected_gradients = gradients(padded_logps, model, batch)
     assert share_prefixes(model, "on")
     found, found_gradients = gradients(tree_logps, model, batch)
@@ -92,7 +92,7 @@ def test_trees_equal_padded_rows_in_values_and_gradients(model_type):
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "gemma2", "gpt2"])
 def test_log_probs_over_512_tokens_agree_to_1e_minus_4(model_type):
     model = make(model_type)
-    batch = pack(list(examples_of(prompts_of([(300, (212, 150)), (100, (412, 200))]))))
+    batch = pack_examples(list(examples_of(prompts_of([(300, (212, 150)), (100, (412, 200))]))))
     with torch.no_grad():
         expected = padded_logps(model, batch)
         share_prefixes(model, "on")
@@ -103,7 +103,7 @@ def test_log_probs_over_512_tokens_agree_to_1e_minus_4(model_type):
 @pytest.mark.parametrize("model_type", OUTSIDERS)
 def test_a_model_that_cannot_take_part_says_so_and_is_computed_on_padded_rows(model_type, capsys):
     model = make(model_type)
-    batch = pack(list(examples_of(prompts_of(SHAPES))))
+    batch = pack_examples(list(examples_of(prompts_of(SHAPES))))
     with torch.no_grad():
         expected = padded_logps(copy.deepcopy(model), batch)
         assert not share_prefixes(model, "auto")
@@ -176,8 +176,8 @@ def test_any_trees_in_any_order_cut_anyhow_have_the_log_probs_of_padded_rows(mod
         rows += len(prompts[index].responses)
     examples = data.draw(st.permutations(list(examples_of(prompts))))
     with torch.no_grad():
-        expected = padded_logps(padded, pack(list(examples_of(prompts))))
-        for batch in pieces_of(examples, data.draw(budgets)):
+        expected = padded_logps(padded, pack_examples(list(examples_of(prompts))))
+        for batch in packs_of(examples, data.draw(budgets)):
             torch.testing.assert_close(tree_logps(sharing, batch), expected[batch.response_rows], rtol=1e-4, atol=1e-4)
 
 
@@ -197,48 +197,48 @@ def test_the_gradient_of_a_loss_does_not_depend_on_the_cut(models, shapes, budge
         )
         return torch.autograd.grad(total, model.get_input_embeddings().weight)[0]
 
-    whole, pieces = gradient([pack(examples)]), gradient(pieces_of(examples, TokenBudget(budget, budget)))
-    assert (whole - pieces).norm() <= 1e-4 * whole.norm() + 1e-6
+    whole, packs = gradient([pack_examples(examples)]), gradient(packs_of(examples, TokenBudget(budget, budget)))
+    assert (whole - packs).norm() <= 1e-4 * whole.norm() + 1e-6
 
 
 def test_the_pairs_of_a_prompt_stay_together_up_to_the_limit_and_prompts_up_to_what_is_comfortable():
     prompts = prompts_of([(10, (5, 5, 5, 5)), (4, (3, 3)), (4, (3, 3)), (4, (3, 3))])
-    pieces = pieces_of(list(examples_of(prompts)), TokenBudget(limit=40, comfortable=20))
-    assert [len(piece.input_ids) for piece in pieces] == [30, 20, 10]
+    packs = packs_of(list(examples_of(prompts)), TokenBudget(limit=40, comfortable=20))
+    assert [len(pack.input_ids) for pack in packs] == [30, 20, 10]
 
 
-def test_pieces_keep_within_the_budget_and_share_prompts_within_them():
+def test_packs_keep_within_the_budget_and_share_prompts_within_them():
     prompts = prompts_of([(10, (5, 5, 5, 5)), (40, (3, 3))])
-    pieces = pieces_of(list(examples_of(prompts)), TokenBudget(25, 25))
+    packs = packs_of(list(examples_of(prompts)), TokenBudget(25, 25))
     # prompt 10 + 5 + 5, then + 5 for a second pair; the third pair needs its prompt again; the last is too long by itself
-    assert [len(piece.input_ids) for piece in pieces] == [25, 20, 46]
-    assert [piece.num_examples for piece in pieces] == [2, 1, 1]
+    assert [len(pack.input_ids) for pack in packs] == [25, 20, 46]
+    assert [pack.num_examples for pack in packs] == [2, 1, 1]
 
 
 # ---- the head -------------------------------------------------------------------------------------------------------------
 
 
-def test_a_head_in_pieces_gives_the_values_and_gradients_of_a_whole_one(monkeypatch):
+def test_a_head_in_packs_gives_the_values_and_gradients_of_a_whole_one(monkeypatch):
     model = make("llama")
     share_prefixes(model, "on")
     assert type(model.lm_head) is ScoringHead
-    batch = pack(list(examples_of(prompts_of(SHAPES))))
+    batch = pack_examples(list(examples_of(prompts_of(SHAPES))))
     whole, whole_gradients = gradients(tree_logps, model, batch)
     monkeypatch.setattr(logprobs, "LOGITS_BYTES", 4 * 97 * 10)  # ten tokens at once
-    pieces, piece_gradients = gradients(tree_logps, model, batch)
-    torch.testing.assert_close(pieces, whole)
-    for one, other in zip(piece_gradients, whole_gradients, strict=True):
+    packs, pack_gradients = gradients(tree_logps, model, batch)
+    torch.testing.assert_close(packs, whole)
+    for one, other in zip(pack_gradients, whole_gradients, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
-def test_no_more_logits_exist_at_once_than_a_piece_holds(monkeypatch):
+def test_no_more_logits_exist_at_once_than_a_chunk_holds(monkeypatch):
     model = make("llama")
     share_prefixes(model, "on")
     largest = []
     usual = logprobs.logps_of_tokens
     monkeypatch.setattr(logprobs, "LOGITS_BYTES", 4 * 97 * 10)
     monkeypatch.setattr(logprobs, "logps_of_tokens", lambda logits, ids: (largest.append(len(logits)), usual(logits, ids))[1])
-    tree_logps(model, pack(list(examples_of(prompts_of(SHAPES))))).sum().backward()
+    tree_logps(model, pack_examples(list(examples_of(prompts_of(SHAPES))))).sum().backward()
     assert max(largest) == 10
 
 
@@ -252,7 +252,7 @@ def test_a_copy_of_a_sharing_model_has_weights_of_its_own():
     model = make("llama")
     share_prefixes(model, "on")
     twin = copy.deepcopy(model)
-    batch = pack(list(examples_of(prompts_of(SHAPES))))
+    batch = pack_examples(list(examples_of(prompts_of(SHAPES))))
     with torch.no_grad():
         before = tree_logps(twin, batch)
         for weight in model.parameters():

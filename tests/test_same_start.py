@@ -26,7 +26,7 @@ DRAW = torch.Generator().manual_seed(0)
 
 
 def prompts(count: int, first: int = 0) -> list[TokenizedPrompt]:
-    """Prompts with three responses and two pairs, which a small piece parts."""
+    """Prompts with three responses and two pairs, which a small pack parts."""
     tokens = lambda n: torch.randint(3, 60, (n,), generator=DRAW).tolist()  # noqa: E731
     responses = lambda: [tokens(9), tokens(14), tokens(5)]  # noqa: E731
     return [TokenizedPrompt(tokens(7 + k % 5), responses(), [(0, 1), (0, 2)], f"row {first + k}") for k in range(count)]
@@ -51,7 +51,7 @@ def policies():
 
 @pytest.fixture
 def start(compose, tokenizer, tmp_path):
-    """A trainer at the beginning of a run of two steps in small pieces, with a reference: `start(policy, reference)`."""
+    """A trainer at the beginning of a run of two steps in small packs, with a reference: `start(policy, reference)`."""
 
     def started(policy, reference, *overrides, **parts):
         config = compose(
@@ -178,17 +178,17 @@ def test_fillers_are_not_looked_at():
     look.check(ALONE)
 
 
-def test_a_response_of_two_pieces_has_the_bits_of_each(policies, tmp_path):
-    # In bfloat16 on padded rows the last bits depend on what else is in the piece.
+def test_a_response_of_two_packs_has_the_bits_of_each(policies, tmp_path):
+    # In bfloat16 on padded rows the last bits depend on what else is in the pack.
     policy = policies[torch.bfloat16, "off"]
     batches = BatchIterator(TRAIN, 6, 2, n_steps=3, budget=SMALL)
     reads = Reads.of_run(batches, HELD_OUT, 4, None, 0, SMALL, ALONE)
     kept = cached_reference(LiveReference(policy), reads, tmp_path / "logps.safetensors")
-    pieces = list(batches.first_epoch())
-    rows = [row for piece in pieces for row in piece.response_rows.tolist()]
-    assert len(set(rows)) < len(rows), "a response is in two pieces"
-    for piece in pieces:
-        assert torch.equal(kept(piece), LiveReference(policy)(piece))
+    packs = list(batches.first_epoch())
+    rows = [row for pack in packs for row in pack.response_rows.tolist()]
+    assert len(set(rows)) < len(rows), "a response is in two packs"
+    for pack in packs:
+        assert torch.equal(kept(pack), LiveReference(policy)(pack))
 
 
 def test_of_several_epochs_all_is_known_after_the_first(policies, tmp_path):

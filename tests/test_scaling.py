@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 import torch
 
-from preference_training.batching.batches import UNLIMITED, MicroBatch, TokenBudget, examples_of, pack
+from preference_training.batching.batches import UNLIMITED, MicroBatch, TokenBudget, examples_of, pack_examples
 from preference_training.configuration.composition import force_open_sections
 from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.dry_run.scaling import (
@@ -47,18 +47,18 @@ def tiny(compose):
     return lambda *overrides: compose(f"model.from_config.num_hidden_layers={LAYERS}", *overrides)
 
 
-def costs(config, size: int = 8, live: bool = True, pieces: int = 1, loss: str = "dpo", together: bool = False) -> StepCosts:
-    """Of a step with so many pieces, each a micro-batch, or all in one."""
+def costs(config, size: int = 8, live: bool = True, packs: int = 1, loss: str = "dpo", together: bool = False) -> StepCosts:
+    """Of a step with so many packs, each a micro-batch, or all in one."""
     prompt = TokenizedPrompt(list(range(2, 60)), [list(range(2, 30)), list(range(2, 40))], [(0, 1)])
-    piece = pack(list(examples_of([prompt] * 4)))
-    step = [MicroBatch([piece] * pieces, 4 * pieces)] if together else [MicroBatch([piece], 4)] * pieces
+    pack = pack_examples(list(examples_of([prompt] * 4)))
+    step = [MicroBatch([pack] * packs, 4 * packs)] if together else [MicroBatch([pack], 4)] * packs
     mode = {"mode_loss": "beta_DPO"} if loss == "beta_DPO" else {}
     objective = build_loss("dpo" if mode else loss, **mode)
     with fake_processes(size):
         ranks, layout = laid_out(config)
         tokenizer = load_tokenizer(config.model)
         assert len(tokenizer) == VOCABULARY
-        return step_costs_of(config, tokenizer, objective, live, [piece] * min(2, pieces), step, ranks, layout)
+        return step_costs_of(config, tokenizer, objective, live, [pack] * min(2, packs), step, ranks, layout)
 
 
 def sent(traffic: Traffic, least: int = 1000) -> dict:
@@ -92,8 +92,8 @@ def test_full_sharding_gathers_weights_twice_and_scatters_gradients_once(tiny):
     ("sharding", "gathers", "scatters"),
     [("full", 2 * 2, 2), ("grad_op", 2, 2), ("optimizer", 1, 1)],
 )
-def test_what_two_pieces_send_is_said_by_the_sharding(tiny, sharding, gathers, scatters):
-    found = costs(tiny("trainer=FSDPTrainer", f"trainer.sharding={sharding}"), live=False, pieces=2)
+def test_what_two_packs_send_is_said_by_the_sharding(tiny, sharding, gathers, scatters):
+    found = costs(tiny("trainer=FSDPTrainer", f"trainer.sharding={sharding}"), live=False, packs=2)
     assert sent(found.traffic) == {
         ("policy", "all-gather", 8): gathers * 7 * part(8),
         ("policy", "reduce-scatter", 8): scatters * 7 * part(8),
@@ -136,10 +136,10 @@ def test_a_reference_that_is_not_resharded_stays_whole_and_is_sent_once(tiny):
     assert with_it.memory["gathered weights"] - without.memory["gathered weights"] == pytest.approx(whole, rel=0.02)
 
 
-def test_beta_dpo_gathers_once_more_to_choose_pairs_where_a_micro_batch_has_several_pieces(tiny):
+def test_beta_dpo_gathers_once_more_to_choose_pairs_where_a_micro_batch_has_several_packs(tiny):
     config = tiny("trainer=FSDPTrainer")
     for loss, gathers in (("dpo", 2), ("beta_DPO", 3)):
-        traffic = costs(config, live=False, pieces=2, loss=loss, together=True).traffic
+        traffic = costs(config, live=False, packs=2, loss=loss, together=True).traffic
         assert sent(traffic)["policy", "all-gather", 8] == 2 * gathers * 7 * part(8)
 
 
@@ -226,7 +226,7 @@ def test_lines_of_traffic_begin_with_the_most_and_say_so_where_there_is_none():
     small, large = Message("policy", "all-reduce", F32, 512), Message("reference", "all-gather", torch.bfloat16, 512)
     traffic.sent, traffic.calls = Counter({small: GIB // 2, large: 3 * GIB}), Counter({small: 2, large: 1234})
     title, *lines = lines_of_traffic(traffic, 2)
-    assert "in a step of 2 pieces" in title
+    assert "in a step of 2 packs" in title
     assert [line.split() for line in lines] == [
         ["reference", "all-gather", "bfloat16", "over", "512", "ranks", "1,234", "calls", "3.000", "GB"],
         ["policy", "all-reduce", "float32", "over", "512", "ranks", "2", "calls", "0.500", "GB"],

@@ -18,8 +18,8 @@ from preference_training.batching.batches import (
     cut,
     evaluation_batches,
     examples_of,
-    pack,
-    pieces_of,
+    pack_examples,
+    packs_of,
 )
 from preference_training.checkpointing.checkpoints import (
     CheckpointWriter,
@@ -95,8 +95,8 @@ def tokenized(golden, tokenizer):
 
 
 def micro_batches(prompts, size):
-    """Micro-batches of `size` examples, each in one piece."""
-    return [MicroBatch([pack(piece)], len(piece)) for piece in cut(list(examples_of(prompts)), size)]
+    """Micro-batches of `size` examples, each in one pack."""
+    return [MicroBatch([pack_examples(pack)], len(pack)) for pack in cut(list(examples_of(prompts)), size)]
 
 
 @pytest.mark.parametrize(
@@ -146,10 +146,10 @@ def test_the_gradient_does_not_depend_on_how_the_batch_is_cut(loss, size, build,
     built = build_loss(**loss)
     prompts = tokenized[built.paired][:7]
     whole, whole_metrics = gradient_after_one_step(build(built, "llama", *SGD), micro_batches(prompts, 7))
-    pieces, piece_metrics = gradient_after_one_step(build(built, "llama", *SGD), micro_batches(prompts, size))
-    torch.testing.assert_close(pieces, whole, rtol=1e-4, atol=1e-5 * whole.abs().max().item())
+    packs, pack_metrics = gradient_after_one_step(build(built, "llama", *SGD), micro_batches(prompts, size))
+    torch.testing.assert_close(packs, whole, rtol=1e-4, atol=1e-5 * whole.abs().max().item())
     for name, value in whole_metrics.items():
-        torch.testing.assert_close(piece_metrics[name], value, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(pack_metrics[name], value, rtol=1e-4, atol=1e-5)
 
 
 def test_a_step_on_equal_policy_and_reference_has_margin_0_and_loss_ln_2(build, tokenized):
@@ -421,13 +421,13 @@ def test_a_moved_reference_lies_beside_weights_that_load_with_plain_transformers
 def test_what_a_loss_finds_in_a_micro_batch_is_the_same_when_memory_cuts_it(name, budget, build, loss_of, tokenized):
     def step(max_tokens):
         loss = loss_of(name)
-        pieces = pieces_of(list(examples_of(tokenized[True][:8])), TokenBudget(max_tokens, max_tokens))
-        gradient, metrics = gradient_after_one_step(build(loss, "llama", *SGD), [MicroBatch(pieces, 8)])
-        return len(pieces), gradient, metrics
+        packs = packs_of(list(examples_of(tokenized[True][:8])), TokenBudget(max_tokens, max_tokens))
+        gradient, metrics = gradient_after_one_step(build(loss, "llama", *SGD), [MicroBatch(packs, 8)])
+        return len(packs), gradient, metrics
 
-    (_, whole, expected), (count, pieces, found) = step(10_000), step(budget)
+    (_, whole, expected), (count, packs, found) = step(10_000), step(budget)
     assert count > 1
-    torch.testing.assert_close(pieces, whole, rtol=1e-4, atol=1e-5 * whole.abs().max().item())
+    torch.testing.assert_close(packs, whole, rtol=1e-4, atol=1e-5 * whole.abs().max().item())
     for name in expected:
         assert float(found[name]) == pytest.approx(float(expected[name]), rel=1e-5, abs=1e-6), name
 
@@ -449,7 +449,7 @@ def test_autocast_computes_products_in_the_shorter_format_and_sums_in_float32(bu
     batch = micro_batches(tokenized[True][:4], 4)
     exact, short = build(build_loss("dpo")), build(build_loss("dpo"))
     short.policy.autocast_dtype = short.reference.model.autocast_dtype = torch.bfloat16
-    expected, found = exact.logps(batch[0].pieces[0]), short.logps(batch[0].pieces[0])
+    expected, found = exact.logps(batch[0].packs[0]), short.logps(batch[0].packs[0])
     assert found.dtype == torch.float32 and not torch.equal(found, expected)
     torch.testing.assert_close(found, expected, rtol=2e-2, atol=0.1)
     assert next(short.policy.parameters()).dtype == torch.float32
@@ -546,22 +546,22 @@ def test_a_step_that_does_not_fit_into_memory_is_computed_in_halves_with_the_sam
         trainer = build(build_loss(**loss), "llama", *SGD, train_batches=BatchIterator(table, 8))
         usual = trainer.logps
 
-        def logps(piece):
-            if len(piece.input_ids) > most_tokens:
+        def logps(pack):
+            if len(pack.input_ids) > most_tokens:
                 raise torch.OutOfMemoryError("CUDA out of memory.")
-            return usual(piece)
+            return usual(pack)
 
         trainer.logps = logps
         [batch] = trainer.train_batches
-        largest = max(len(piece.input_ids) for micro_batch in batch for piece in micro_batch.pieces)
+        largest = max(len(pack.input_ids) for micro_batch in batch for pack in micro_batch.packs)
         return largest, *gradient_after_one_step(trainer, batch), trainer.loss.state_dict()
 
     tokens, whole, expected, state = step(math.inf)
     capsys.readouterr()
-    _, pieces, found, state_of_pieces = step(tokens - 1)
+    _, packs, found, state_of_packs = step(tokens - 1)
     out = capsys.readouterr().out
-    assert out == f"warning: out of memory; pieces have at most {tokens // 2} tokens from now on\n"
-    torch.testing.assert_close(pieces, whole, rtol=1e-4, atol=1e-5 * whole.abs().max().item())
+    assert out == f"warning: out of memory; packs have at most {tokens // 2} tokens from now on\n"
+    torch.testing.assert_close(packs, whole, rtol=1e-4, atol=1e-5 * whole.abs().max().item())
     for name in expected:
         assert float(found[name]) == pytest.approx(float(expected[name]), rel=1e-5, abs=1e-6), name
-    torch.testing.assert_close(state_of_pieces, state)
+    torch.testing.assert_close(state_of_packs, state)

@@ -23,7 +23,7 @@ from preference_training.batching.batches import (
     PackedBatch,
     TokenBudget,
     examples_of,
-    pieces_of,
+    packs_of,
 )
 from preference_training.configuration.validation import caches_reference, is_sharded, two_models_asked_for
 from preference_training.core.errors import UserError
@@ -77,10 +77,10 @@ def look_at_one_process(config, tokenizer, loss, facts: "Facts", batches_within:
     batches = batches_within(budget)
     print("\nsteps", *lines_of_steps(batches, facts), sep="\n")
     live = loss.needs_reference and not caches_reference(config, batches.visits_again)
-    pieces, _ = largest_pieces(batches, budget)
-    kinds = step_memory(config, tokenizer, loss, live, pieces)
+    packs, _ = largest_packs(batches, budget)
+    kinds = step_memory(config, tokenizer, loss, live, packs)
     taken = memory_taken(device)
-    print("\nmemory", *lines_of_memory(kinds, pieces, taken, device.type), sep="\n", flush=True)
+    print("\nmemory", *lines_of_memory(kinds, packs, taken, device.type), sep="\n", flush=True)
     check_memory(sum(kinds.values()) + taken, memory_of(device), device.type)
 
 
@@ -96,14 +96,14 @@ def look_at_ranks(config, tokenizer, loss, facts: "Facts", batches_within: Calla
         budget = budget_of(config, tokenizer, layout)
         batches = batches_within(budget, ranks)
         live = loss.needs_reference and not caches_reference(config, batches.visits_again)
-        pieces, step = largest_pieces(batches, budget)
-        costs = step_costs(config, tokenizer, loss, live, pieces, step, ranks, layout)
-    number = sum(len(micro_batch.pieces) for micro_batch in step)
+        packs, step = largest_packs(batches, budget)
+        costs = step_costs(config, tokenizer, loss, live, packs, step, ranks, layout)
+    number = sum(len(micro_batch.packs) for micro_batch in step)
     print("\nsteps", *lines_of_steps(batches, facts), *lines_of_rank(step, size, ranks, budget), sep="\n")
     here = trainer.world_size is None and trainer.device_memory is None
     taken = memory_taken(device) if here else 0
     where = f"rank 0 of {size:,}" + (f" on {device.type}" if here else "")
-    print("\nmemory", *lines_of_memory(costs.memory, pieces, taken, where), sep="\n")
+    print("\nmemory", *lines_of_memory(costs.memory, packs, taken, where), sep="\n")
     if trainer.cpu_offload:
         print("  parameters, reference, gradients and optimizer are in the machine's memory (trainer.cpu_offload)")
     print("\ncommunication", *lines_of_traffic(costs.traffic, number), sep="\n", flush=True)
@@ -277,34 +277,34 @@ def lines_of_steps(batches: BatchIterator, facts: Facts) -> list[str]:
 
 def lines_of_rank(step: Sequence[MicroBatch], processes: int, ranks: Ranks, budget: TokenBudget) -> list[str]:
     """What one rank of several computes of a step."""
-    pieces = [piece for micro_batch in step for piece in micro_batch.pieces]
-    examples = sum(piece.num_examples for piece in pieces if not piece.is_filler)
-    tokens = sum(len(piece.input_ids) for piece in pieces)
+    packs = [pack for micro_batch in step for pack in micro_batch.packs]
+    examples = sum(pack.num_examples for pack in packs if not pack.is_filler)
+    tokens = sum(len(pack.input_ids) for pack in packs)
     lines = [
         f"  {processes:,} processes, {ranks.size:,} of which differ in their data",
-        f"  rank 0 in the largest of the first {STEPS_LOOKED_AT} steps: {tokens:,} tokens in {len(pieces):,} pieces; examples: "
+        f"  rank 0 in the largest of the first {STEPS_LOOKED_AT} steps: {tokens:,} tokens in {len(packs):,} packs; examples: "
         f"{examples:,}",
     ]
     assumed = "  a micro-batch is taken to be computed at once; trainer.device_memory or max_tokens_per_microbatch say when not"
     return [*lines, assumed] if budget == UNLIMITED else lines
 
 
-def largest_pieces(batches: BatchIterator, budget: TokenBudget) -> tuple[list[PackedBatch], list[MicroBatch]]:
-    """Two pieces that a step computes one after the other, as large as they come; one where steps have one piece only.
+def largest_packs(batches: BatchIterator, budget: TokenBudget) -> tuple[list[PackedBatch], list[MicroBatch]]:
+    """Two packs that a step computes one after the other, as large as they come; one where steps have one pack only.
 
-    Also the step in which this rank has most tokens. Looked at are the first steps, and for pieces the longest prompt of all.
+    Also the step in which this rank has most tokens. Looked at are the first steps, and for packs the longest prompt of all.
     """
     longest = batches.prompts.select(numpy.array([int(batches.prompts.num_tokens.argmax())]))
-    pieces = pieces_of(list(examples_of(longest)), budget)
+    packs = packs_of(list(examples_of(longest)), budget)
     several, most, largest = False, 0, []
     for step in islice(batches, STEPS_LOOKED_AT):
-        found = [piece for micro_batch in step for piece in micro_batch.pieces]
+        found = [pack for micro_batch in step for pack in micro_batch.packs]
         several |= len(found) > 1
-        tokens = sum(len(piece.input_ids) for piece in found)
+        tokens = sum(len(pack.input_ids) for pack in found)
         if tokens > most:
             most, largest = tokens, step
-        pieces = sorted([*pieces, *found], key=lambda piece: len(piece.input_ids))[-2:]
-    return (pieces if several else pieces[-1:]), largest
+        packs = sorted([*packs, *found], key=lambda pack: len(pack.input_ids))[-2:]
+    return (packs if several else packs[-1:]), largest
 
 
 def memory_taken(device: torch.device) -> int:
@@ -312,12 +312,12 @@ def memory_taken(device: torch.device) -> int:
     return psutil.Process().memory_info().rss if device.type != "cuda" else 0
 
 
-def lines_of_memory(kinds: dict[str, int], pieces: Sequence[PackedBatch], taken: int, device: str) -> list[str]:
+def lines_of_memory(kinds: dict[str, int], packs: Sequence[PackedBatch], taken: int, device: str) -> list[str]:
     """The memory of a step by kind. `taken` is what libraries and data take already, in bytes."""
     names = {"data": "libraries and data"}
     kinds = {name: size for name, size in kinds.items() if size} | ({"data": taken} if taken else {})
     lines = [f"  {names.get(kind, kind):20}{size / GIB:8.3f} GB" for kind, size in kinds.items()]
-    tokens = max(len(piece.input_ids) for piece in pieces)
+    tokens = max(len(pack.input_ids) for pack in packs)
     return [
         f"  on {device}, when most is held; {tokens:,} tokens are computed at once:",
         *lines,

@@ -147,13 +147,13 @@ def fake_tensors(vocabulary: int) -> Iterator[StorageCounter]:
         forget_masks()
 
 
-def step_memory(config, tokenizer, loss: Loss, live_reference: bool, pieces: Sequence[PackedBatch]) -> dict[str, int]:
+def step_memory(config, tokenizer, loss: Loss, live_reference: bool, packs: Sequence[PackedBatch]) -> dict[str, int]:
     """Bytes that are held in a training step of one process when most is held, by kind.
 
-    pieces are computed one after the other; each is what is computed at once. Models that do not share prefixes take more.
+    packs are computed one after the other; each is what is computed at once. Models that do not share prefixes take more.
     """
     with fake_tensors(len(tokenizer)) as counter:
-        return most_held(fake_trainer(config, tokenizer, loss, live_reference, counter), counter, pieces)
+        return most_held(fake_trainer(config, tokenizer, loss, live_reference, counter), counter, packs)
 
 
 def fake_trainer(
@@ -174,7 +174,7 @@ def fake_trainer(
         shared = has_adapter(policy)
         reference = LiveReference(policy if shared else _model(config, tokenizer, config.model.reference_dtype, layout))
     elif loss.needs_reference:
-        reference = lambda piece: torch.zeros(len(piece.response_lengths))  # noqa: E731
+        reference = lambda pack: torch.zeros(len(pack.response_lengths))  # noqa: E731
     counter.kind = "activations"
     parts = policy, reference, _without_numbers(loss), tokenizer, None, [], [], None, None, ranks
     trainer = TRAINERS[config.trainer.name](config, *parts)
@@ -226,7 +226,7 @@ def _without_numbers(loss: Loss) -> Loss:
 def faked(step: Sequence[MicroBatch]) -> list[MicroBatch]:
     """A step's micro-batches with tensors that are made here and now: fake ones where all are."""
     return [
-        MicroBatch([piece.with_tensors(lambda tensor: tensor.clone()) for piece in part.pieces], part.num_examples)
+        MicroBatch([pack.with_tensors(lambda tensor: tensor.clone()) for pack in part.packs], part.num_examples)
         for part in step
     ]
 
@@ -238,8 +238,8 @@ def step_without_look(trainer: BasicTrainer, step: Sequence[MicroBatch]) -> None
     trainer.update_weights()
 
 
-def most_held(trainer: BasicTrainer, counter: StorageCounter, pieces: Sequence[PackedBatch]) -> dict[str, int]:
-    """Bytes that a trainer holds in a step with these pieces when most is held, by kind; all was made under the counter."""
+def most_held(trainer: BasicTrainer, counter: StorageCounter, packs: Sequence[PackedBatch]) -> dict[str, int]:
+    """Bytes that a trainer holds in a step with these packs when most is held, by kind; all was made under the counter."""
 
     def name_gradients(*_) -> None:
         for weight in trainer.policy.parameters():
@@ -254,7 +254,7 @@ def most_held(trainer: BasicTrainer, counter: StorageCounter, pieces: Sequence[P
     trainer.optimizer.register_step_pre_hook(name_gradients)
     if trainer.has_masters:
         trainer.optimizer.inner.register_step_pre_hook(name_copied_gradients)
-    step = faked([MicroBatch([piece], piece.num_examples) for piece in pieces])
+    step = faked([MicroBatch([pack], pack.num_examples) for pack in packs])
     step_without_look(trainer, step)
     for state in trainer.optimizer.state.values():
         for value in state.values():

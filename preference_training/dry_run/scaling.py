@@ -185,15 +185,15 @@ def step_costs(
     tokenizer,
     loss: Loss,
     live_reference: bool,
-    pieces: Sequence[PackedBatch],
+    packs: Sequence[PackedBatch],
     step: Sequence[MicroBatch],
     ranks: Ranks,
     layout: Layout,
 ) -> StepCosts:
-    """Memory of a step with these pieces, and what `step` sends; inside `fake_processes`."""
+    """Memory of a step with these packs, and what `step` sends; inside `fake_processes`."""
     with fake_tensors(len(tokenizer)) as counter:
         trainer = fake_trainer(config, tokenizer, loss, live_reference, counter, ranks, layout)
-        memory = most_held(trainer, counter, pieces)
+        memory = most_held(trainer, counter, packs)
         with Traffic() as traffic:
             trainer.reference = attributed(trainer.reference, traffic)
             step_without_look(trainer, faked(step))
@@ -205,9 +205,9 @@ def attributed(reference: Callable | None, traffic: Traffic) -> Callable | None:
     if reference is None:
         return None
 
-    def call(piece: PackedBatch):
+    def call(pack: PackedBatch):
         with traffic.of("reference"):
-            return reference(piece)
+            return reference(pack)
 
     return call
 
@@ -218,8 +218,8 @@ def in_device_memory(config, memory: dict[str, int]) -> int:
     return sum(size for kind, size in memory.items() if kind not in elsewhere)
 
 
-def lines_of_traffic(traffic: Traffic, pieces: int) -> list[str]:
-    """What rank 0 sends in a step of so many pieces."""
+def lines_of_traffic(traffic: Traffic, packs: int) -> list[str]:
+    """What rank 0 sends in a step of so many packs."""
     sent = [message for message in traffic.sent if message.ranks > 1]
     lines = [
         f"  {message.model:10}{message.operation:15}{str(message.dtype).removeprefix('torch.'):9} over {message.ranks:6,} ranks"
@@ -228,5 +228,5 @@ def lines_of_traffic(traffic: Traffic, pieces: int) -> list[str]:
     ]
     if not lines:
         return ["  none"]
-    counted = "piece" if pieces == 1 else "pieces"
-    return [f"  sent by each rank in a step of {pieces:,} {counted}, and as much received:", *lines]
+    counted = "pack" if packs == 1 else "packs"
+    return [f"  sent by each rank in a step of {packs:,} {counted}, and as much received:", *lines]

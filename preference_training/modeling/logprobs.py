@@ -86,7 +86,7 @@ class ScoringHead(nn.Linear):
     """A vocabulary head that, told the tokens to score, gives their log-probs in place of all logits.
 
     A model's own head becomes one by a change of class (`head.__class__ = ScoringHead`): weights, names and copies stay what
-    they were. Logits are made in pieces of at most LOGITS_BYTES and, beyond one piece, made again in the backward pass, so
+    they were. Logits are made in chunks of at most LOGITS_BYTES and, beyond one chunk, made again in the backward pass, so
     that their memory does not grow with the batch.
     """
 
@@ -102,8 +102,8 @@ class ScoringHead(nn.Linear):
         if len(ids) <= size:
             logps = [self._score(hidden[0], ids)]
         else:
-            pieces = zip(hidden[0].split(size), ids.split(size), strict=True)
-            logps = [checkpoint(self._score, states, ids, use_reentrant=False) for states, ids in pieces]
+            chunks = zip(hidden[0].split(size), ids.split(size), strict=True)
+            logps = [checkpoint(self._score, states, ids, use_reentrant=False) for states, ids in chunks]
         # No view: FSDP hangs a hook on a model's output, which one that is changed in place would lose.
         return torch.cat([part[:, None] for part in logps])[None].clone()
 
@@ -189,18 +189,18 @@ class LiveReference:
 class CachedReference:
     """The reference's log-probs of all responses of the run's data, computed before: [rows] float32.
 
-    The last bits of a log-prob depend on what is computed beside it. `of_pieces` has the values of those pieces in which a
+    The last bits of a log-prob depend on what is computed beside it. `of_packs` has the values of those packs in which a
     response was computed that another one holds too, and gave other bits there: by the rows of their responses.
     """
 
-    def __init__(self, logps: Tensor, of_pieces: dict[tuple[int, ...], Tensor] | None = None):
+    def __init__(self, logps: Tensor, of_packs: dict[tuple[int, ...], Tensor] | None = None):
         self.logps = logps
-        self.of_pieces = of_pieces or {}
+        self.of_packs = of_packs or {}
 
     def __call__(self, batch: PackedBatch) -> Tensor:
         """Log-prob of each response of a batch: [R] float32, on the batch's device."""
         rows = batch.response_rows
-        if self.of_pieces and (own := self.of_pieces.get(tuple(rows.tolist()))) is not None:
+        if self.of_packs and (own := self.of_packs.get(tuple(rows.tolist()))) is not None:
             return own.to(rows.device)
         self.logps = self.logps.to(rows.device)
         return self.logps[rows]

@@ -1,10 +1,10 @@
 """The reference's log-probs of a run's data: computed in one pass, kept on disk, and found again by what they depend on.
 
-Of a log-prob the last bits depend on what is computed beside it. The pass therefore scores the responses in the very pieces in
+Of a log-prob the last bits depend on what is computed beside it. The pass therefore scores the responses in the very packs in
 which the run does so itself while its weights are those of the reference: of its first epoch, and of its evaluations.
 
 A file's name is a hash of the model (weights, buffers, configuration, ways of computing), of the machine, of the tokenised data
-and of what these pieces follow from. Runs that agree in all of these share it: later runs, and the jobs of a sweep, of which
+and of what these packs follow from. Runs that agree in all of these share it: later runs, and the jobs of a sweep, of which
 one computes it while the others wait. A file that is damaged is computed anew.
 """
 
@@ -31,7 +31,7 @@ from preference_training.batching.batches import (
     evaluation_batches,
     evaluation_prompts,
     examples_of,
-    pieces_of,
+    packs_of,
 )
 from preference_training.core.ranks import ALONE, Ranks, bytes_of
 from preference_training.data.prompt_table import PromptTable, Selection
@@ -57,14 +57,14 @@ NOT_COMPUTED = {
 class Reads:
     """What a run reads of its reference: the responses of `prompts`.
 
-    pieces gives this rank's pieces that the run computes with the reference's weights, and recipe is what they follow from.
+    packs gives this rank's packs that the run computes with the reference's weights, and recipe is what they follow from.
     rest are the prompts that are in none of them; they are computed long ones together with long ones, within the budget.
     """
 
     prompts: Selection
     rest: Selection
     budget: TokenBudget = UNLIMITED
-    pieces: Callable[[], Iterator[PackedBatch]] = lambda: iter(())
+    packs: Callable[[], Iterator[PackedBatch]] = lambda: iter(())
     recipe: tuple = ()
 
     @classmethod
@@ -82,7 +82,7 @@ class Reads:
         held_out = evaluation_prompts(eval_prompts, n_examples, seed)
         prompts = train.prompts_seen.joined(held_out)
 
-        def pieces() -> Iterator[PackedBatch]:
+        def packs() -> Iterator[PackedBatch]:
             yield from train.first_epoch()
             yield from evaluation_batches(eval_prompts, batch_size, n_examples, seed, budget, ranks)
 
@@ -92,13 +92,13 @@ class Reads:
         evaluations = seed, batch_size, n_examples
         rest = train.prompts_seen_later
         cut = _effective(budget, prompts, max(train.micro_batch_size, batch_size, EXAMPLES_AT_ONCE if len(rest) else 0))
-        return cls(prompts, rest, budget, pieces, (steps, evaluations, cut, ranks.size))
+        return cls(prompts, rest, budget, packs, (steps, evaluations, cut, ranks.size))
 
 
 def _effective(budget: TokenBudget, prompts: Selection, examples: int) -> tuple[int, int]:
     """A budget without what is never used of it, so that runs with more memory than they need cut alike.
 
-    A piece holds at most so many examples, and is longer than is comfortable by no more than one prompt with its responses.
+    A pack holds at most so many examples, and is longer than is comfortable by no more than one prompt with its responses.
     """
     longest = int(prompts.table.num_tokens[prompts.indices].max(initial=0))
     comfortable = min(budget.comfortable, longest * examples)
@@ -235,12 +235,12 @@ def _count(reference: CachedReference) -> int:
 
 @torch.no_grad()
 def compute_logps(reference: LiveReference, reads: Reads, ranks: Ranks = ALONE) -> CachedReference:
-    """One pass over what is read. Each rank computes its pieces; all get the whole."""
+    """One pass over what is read. Each rank computes its packs; all get the whole."""
     table, model = reads.prompts.table, reference.model
     training = model.training
     model.eval()
     numbers, rows, values = [], [], []
-    for number, batch in enumerate(_pieces(reads, ranks)):
+    for number, batch in enumerate(_packs(reads, ranks)):
         logps = reference(batch.to(compute_device(model))).cpu()
         if not batch.is_filler:
             numbers.append(number)
@@ -252,7 +252,7 @@ def compute_logps(reference: LiveReference, reads: Reads, ranks: Ranks = ALONE) 
 
 @dataclass(frozen=True)
 class _Computed:
-    """What one rank has computed: the numbers of its pieces, how many responses each has, and the rows and log-probs of all."""
+    """What one rank has computed: the numbers of its packs, how many responses each has, and the rows and log-probs of all."""
 
     numbers: list[int]
     lengths: list[int]
@@ -261,51 +261,51 @@ class _Computed:
 
     @classmethod
     def of(cls, numbers: list[int], rows: list[Tensor], logps: list[Tensor]) -> "_Computed":
-        """Of lists with one entry a piece."""
+        """Of lists with one entry a pack."""
         none = [torch.zeros(0)]
         return cls(numbers, list(map(len, rows)), torch.cat(rows or none).long(), torch.cat(logps or none))
 
-    def pieces(self) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Number, rows and log-probs of each piece."""
+    def packs(self) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Number, rows and log-probs of each pack."""
         return zip(self.numbers, self.rows.split(self.lengths), self.logps.split(self.lengths), strict=True)
 
 
 def _joined(computed: list[_Computed], num_rows: int) -> CachedReference:
-    """One value for each row, the first that was computed, and whole pieces where others are not the same bits."""
+    """One value for each row, the first that was computed, and whole packs where others are not the same bits."""
     logps = torch.full((num_rows,), torch.nan)
-    of_pieces = {}
-    for _, rows, values in sorted((piece for part in computed for piece in part.pieces()), key=itemgetter(0)):
+    of_packs = {}
+    for _, rows, values in sorted((pack for part in computed for pack in part.packs()), key=itemgetter(0)):
         logps[rows] = torch.where(logps[rows].isnan(), values, logps[rows])
         if not torch.equal(logps[rows].nan_to_num(), values.nan_to_num()):
-            of_pieces[tuple(rows.tolist())] = values
-    return CachedReference(logps, of_pieces)
+            of_packs[tuple(rows.tolist())] = values
+    return CachedReference(logps, of_packs)
 
 
-def _pieces(reads: Reads, ranks: Ranks) -> Iterator[PackedBatch]:
-    """This rank's pieces; every rank has equally many."""
-    yield from reads.pieces()
+def _packs(reads: Reads, ranks: Ranks) -> Iterator[PackedBatch]:
+    """This rank's packs; every rank has equally many."""
+    yield from reads.packs()
     examples = examples_of(reads.rest.by_length())
     while part := list(islice(examples, EXAMPLES_AT_ONCE)):
-        yield from pieces_of(part, reads.budget, ranks)
+        yield from packs_of(part, reads.budget, ranks)
 
 
 # ---- on disk --------------------------------------------------------------------------------------------------------------
 
 
 def _to_tensors(reference: CachedReference) -> dict[str, Tensor]:
-    of_pieces = reference.of_pieces
+    of_packs = reference.of_packs
     return {
         "logps": reference.logps,
-        "piece_lengths": torch.tensor(list(map(len, of_pieces)), dtype=torch.int64),
-        "piece_rows": torch.tensor([row for rows in of_pieces for row in rows], dtype=torch.int64),
-        "piece_logps": torch.cat([torch.zeros(0), *of_pieces.values()]),
+        "piece_lengths": torch.tensor(list(map(len, of_packs)), dtype=torch.int64),
+        "piece_rows": torch.tensor([row for rows in of_packs for row in rows], dtype=torch.int64),
+        "piece_logps": torch.cat([torch.zeros(0), *of_packs.values()]),
     }
 
 
 def _from_tensors(tensors: dict[str, Tensor]) -> CachedReference:
     lengths = tensors["piece_lengths"].tolist()
-    pieces = zip(tensors["piece_rows"].split(lengths), tensors["piece_logps"].split(lengths), strict=True)
-    return CachedReference(tensors["logps"], {tuple(rows.tolist()): values for rows, values in pieces} if lengths else {})
+    packs = zip(tensors["piece_rows"].split(lengths), tensors["piece_logps"].split(lengths), strict=True)
+    return CachedReference(tensors["logps"], {tuple(rows.tolist()): values for rows, values in packs} if lengths else {})
 
 
 def _read(path: Path) -> dict[str, Tensor] | None:

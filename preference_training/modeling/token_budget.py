@@ -21,7 +21,7 @@ def token_budget(
 
     device is the model's own, or where it will be; `free` its free bytes, None for what is free here and now; beside_weights:
     how many times the memory of the trained weights gradients and optimizer take. A GPU gets faster
-    with every token. A CPU does not beyond a thousand or so: pieces of at most 1,536 were as fast as pieces of any size (58M
+    with every token. A CPU does not beyond a thousand or so: packs of at most 1,536 were as fast as packs of any size (58M
     Llama, two cores, 1,442 tokens a step), with 0.82 of the peak memory.
     """
     if limit is not None:
@@ -35,7 +35,7 @@ def token_budget(
 def shared_budget(budget: TokenBudget, ranks: Ranks) -> TokenBudget:
     """The budget that every rank has room for: all must cut alike.
 
-    For each piece sharded weights are gathered anew, so that several ranks have few pieces, as large as memory allows.
+    For each pack sharded weights are gathered anew, so that several ranks have few packs, as large as memory allows.
     """
     limit = ranks.lowest(budget.limit)
     return TokenBudget(limit, budget.comfortable if ranks.size == 1 else limit)

@@ -258,14 +258,14 @@ def build_batches(config: DictConfig, prompts, budget, ranks=None, first_budget=
     from preference_training.core.ranks import ALONE
 
     ranks = ranks or ALONE
-    size, pieces = config.batch_size, config.gradient_accumulation_steps
-    if size // pieces < ranks.size:
+    size, parts = config.batch_size, config.gradient_accumulation_steps
+    if size // parts < ranks.size:
         raise UserError(
-            f"batch_size: found {size}, which in {pieces} micro-batches gives {size // pieces} examples to {ranks.size} "
-            f"processes. Expected at least {pieces * ranks.size}, or fewer processes or gradient_accumulation_steps."
+            f"batch_size: found {size}, which in {parts} micro-batches gives {size // parts} examples to {ranks.size} "
+            f"processes. Expected at least {parts * ranks.size}, or fewer processes or gradient_accumulation_steps."
         )
     limits = config.n_epochs, config.n_examples
-    return BatchIterator(prompts, size, pieces, config.seed, *limits, budget, ranks, config.n_steps, first_budget)
+    return BatchIterator(prompts, size, parts, config.seed, *limits, budget, ranks, config.n_steps, first_budget)
 
 
 def make_reference(config: DictConfig, placement, policy, reads, read_again: bool):

@@ -21,7 +21,7 @@ from preference_training.batching.batches import (
     TokenBudget,
     evaluation_batches,
     examples_of,
-    pieces_of,
+    packs_of,
 )
 from preference_training.checkpointing.checkpoints import CheckpointWriter, Snapshot
 from preference_training.core.random_streams import seed_everything
@@ -104,14 +104,14 @@ def follow(world: World, trajectory: dict, mesh, sharding: str, loss: dict | Non
     for step in trajectory["steps"]:
         examples = list(examples_of(prompts[row] for row in step["rows"]))
         parts = [examples[start : start + size] for start in range(0, len(examples), size)]
-        found = trainer.train_step([MicroBatch(pieces_of(part, limit, ranks), len(part)) for part in parts])
-        expected = single.train_step([MicroBatch(pieces_of(part, limit), len(part)) for part in parts])
+        found = trainer.train_step([MicroBatch(packs_of(part, limit, ranks), len(part)) for part in parts])
+        expected = single.train_step([MicroBatch(packs_of(part, limit), len(part)) for part in parts])
         for name, value in expected.items():
             scale = abs(float(value)) if name in ("loss/train", "grad_norm") else max(1.0, abs(float(value)))
             worst[name] = max(worst.get(name, 0.0), abs(float(found[name]) - float(value)) / scale)
     # A forward that nothing follows, as at an evaluation, may leave weights gathered.
     with torch.no_grad():
-        trainer.logps(pieces_of(parts[0], limit, ranks)[0])
+        trainer.logps(packs_of(parts[0], limit, ranks)[0])
     assert trainer.optimizer_state()["state"].keys() == single.optimizer_state()["state"].keys()
     weights = dict(trainer.policy.named_parameters())
     pairs = [(whole(weights[name]).detach(), weight.detach()) for name, weight in single.policy.named_parameters()]
@@ -126,17 +126,17 @@ BCO = {"name": "bco", "beta": 0.1}
 
 
 def follow_each_sharding(settings: dict, numbers: list[int]) -> dict:
-    """Trajectories under every sharding that two processes can have; small pieces; a reference that moves."""
+    """Trajectories under every sharding that two processes can have; small packs; a reference that moves."""
     world = World(settings)
     results = {}
     for number in numbers:
         trajectory = TRAJECTORIES[number]
         for sharding in ("full", "grad_op", "optimizer", "none"):
             results[f"{number} {sharding}"] = follow(world, trajectory, world.mesh(sharding), sharding)
-    results["small pieces"] = follow(world, TRAJECTORIES[numbers[0]], world.mesh("full"), "full", budget=40)
+    results["small packs"] = follow(world, TRAJECTORIES[numbers[0]], world.mesh("full"), "full", budget=40)
     for sharding in ("full", "grad_op"):
         results[f"TR-DPO {sharding}"] = follow(world, TRAJECTORIES[numbers[0]], world.mesh(sharding), sharding, TR_DPO)
-    results["BCO, small pieces"] = follow(world, TRAJECTORIES[numbers[0]], world.mesh("full"), "full", BCO, budget=40)
+    results["BCO, small packs"] = follow(world, TRAJECTORIES[numbers[0]], world.mesh("full"), "full", BCO, budget=40)
     sgd = TRAJECTORIES[numbers[0]] | {"optimizer": "SGD"}
     results["SGD"] = follow(world, sgd, world.mesh("full"), "full")
     end_group()
@@ -154,7 +154,7 @@ def follow_on_four(settings: dict, number: int) -> dict:
         "hybrid": follow(world, trajectory, world.mesh("hybrid", local_size=2), "hybrid"),
         "tensor x shard": follow(world, trajectory, world.mesh("full", tensor_size=2), "full"),
         "beta-DPO": follow(world, trajectory, world.mesh("full"), "full", BETA_DPO),
-        "beta-DPO, small pieces": follow(world, trajectory, world.mesh("full"), "full", BETA_DPO, budget=40),
+        "beta-DPO, small packs": follow(world, trajectory, world.mesh("full"), "full", BETA_DPO, budget=40),
     }
     end_group()
     return results
@@ -182,7 +182,7 @@ def follow_in_bfloat16(settings: dict, number_of_steps: int) -> dict:
         for step in range(number_of_steps):
             part = [examples[(16 * step + k) % len(examples)] for k in range(16)]
             for trainer, on, curve in ((short, ranks, curves[0]), (exact, ALONE, curves[1])):
-                metrics = trainer.train_step([MicroBatch(pieces_of(part, TokenBudget(10**6, 10**6), on), len(part))])
+                metrics = trainer.train_step([MicroBatch(packs_of(part, TokenBudget(10**6, 10**6), on), len(part))])
                 curve.append(metrics["loss/train"])
     end_group()
     return losses
@@ -211,7 +211,7 @@ def follow_adapter(settings: dict) -> dict:
         for step in range(4):
             part = examples[8 * step : 8 * step + 8]
             found, expected = (
-                trainer.train_step([MicroBatch(pieces_of(part, TokenBudget(10**6, 10**6), on), 8)])
+                trainer.train_step([MicroBatch(packs_of(part, TokenBudget(10**6, 10**6), on), 8)])
                 for trainer, on in ((sharded, ranks), (single, ALONE))
             )
             assert step or found["rewards_train/margins"] == expected["rewards_train/margins"] == 0

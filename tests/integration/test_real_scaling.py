@@ -18,7 +18,7 @@ def costs_without_them(config):
     tokenizer, size = load_tokenizer(config.model), config.trainer.nproc_per_node
     with fake_processes(size):
         ranks, layout = laid_out(config)
-        work = scaling_work.pieces_and_step(ranks)
+        work = scaling_work.packs_and_step(ranks)
         return step_costs(config, tokenizer, build_loss("dpo"), True, *work, ranks=ranks, layout=layout)
 
 

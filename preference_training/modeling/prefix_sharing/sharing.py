@@ -40,7 +40,7 @@ def _fault_of_tree_forward(model: nn.Module) -> str | None:
 
 
 def scores_in_head(model: nn.Module) -> bool:
-    """Whether a model's head gives log-probs of chosen tokens, so that logits are there in pieces only."""
+    """Whether a model's head gives log-probs of chosen tokens, so that logits are there in chunks only."""
     return isinstance(model.get_output_embeddings(), ScoringHead)
 
 

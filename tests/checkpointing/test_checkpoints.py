@@ -12,7 +12,6 @@ from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from conftest import GOLDEN
 from preference_training.checkpointing import checkpoints
 from preference_training.checkpointing.checkpoints import (
     CheckpointWriter,
@@ -27,6 +26,7 @@ from preference_training.checkpointing.checkpoints import (
     read_weights,
     write_scalars,
 )
+from tests.support.files import GOLDEN
 
 
 def golden_model(**changes):

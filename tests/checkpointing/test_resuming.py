@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM
 
-from conftest import GOLDEN
 from preference_training.batching.batches import BatchIterator, evaluation_batches
 from preference_training.checkpointing import resuming
 from preference_training.checkpointing.checkpoints import CheckpointWriter, fault_of
@@ -38,6 +37,7 @@ from preference_training.losses.objectives import build_loss
 from preference_training.modeling.logprobs import LiveReference
 from preference_training.tracking.tracker import Tracker
 from preference_training.training.trainers import BasicTrainer
+from tests.support.files import GOLDEN
 
 MOMENT = "2026-01-02_03-04-05-000006"
 ABOUT = {"config": {"seed": 0}, "data": ["a", "b"], "began_with": "c", "wandb_id": "0123456789abcdef" * 2, "versions": {}}

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from conftest import GOLDEN
 from preference_training.checkpointing.checkpoints import CheckpointWriter, Snapshot, end_as_trained, save_configuration
 from preference_training.checkpointing.saved_models import (
     OtherModelError,
@@ -22,6 +21,7 @@ from preference_training.checkpointing.saved_models import (
 )
 from preference_training.core.errors import UserError
 from preference_training.modeling.loading import round_weights, save_model
+from tests.support.files import GOLDEN
 
 
 @pytest.fixture

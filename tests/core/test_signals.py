@@ -2,15 +2,14 @@
 
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from preference_training.core import signals as stopping
 from preference_training.core.signals import SAME_SIGNAL, StopRequests
+from tests.support.files import ROOT
 
-ROOT = Path(__file__).parent.parent
 # Answers each line on its standard input: a number is the time from now on, anything else asks for the reason to stop.
 LISTENER = """
 import sys, types

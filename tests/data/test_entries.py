@@ -7,7 +7,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from conftest import write
 from preference_training.configuration.validation import GENERAL_KEYS
 from preference_training.core.errors import UserError
 from preference_training.data import registry
@@ -16,6 +15,7 @@ from preference_training.data.files import DATA_SUFFIXES
 from preference_training.data.registry import Dataset
 from preference_training.data.rows.field_maps import FieldMap
 from preference_training.data.rows.records import OTHER_PROMPT, SAME_TEXT, DataReport, PreferenceRecord, Turn
+from tests.support.files import write
 
 # Hypothesis runs one function many times; each example writes its own file, so that sharing tmp_path is harmless.
 SHARES_FOLDER = [HealthCheck.function_scoped_fixture]

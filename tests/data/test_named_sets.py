@@ -7,7 +7,6 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from conftest import write
 from preference_training.core.errors import UserError
 from preference_training.data.entries import load_records, read_entry
 from preference_training.data.registry import DATASETS
@@ -22,6 +21,7 @@ from preference_training.data.rows.records import (
     Turn,
     prompt_hash,
 )
+from tests.support.files import write
 
 HH_SUBSETS = ("harmless-base", "helpful-base", "helpful-online", "helpful-rejection-sampled")
 

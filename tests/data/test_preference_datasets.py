@@ -9,7 +9,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from conftest import write
 from preference_datasets import hh_records, shp_records, stack_exchange_records
 from preference_training.core.errors import UserError
 from preference_training.data import hub_sets
@@ -20,6 +19,7 @@ from preference_training.data.registry import DATASETS, Dataset, find_dataset, r
 from preference_training.data.rows.records import DataReport, PreferenceRecord, is_held_out, prompt_hash
 from preference_training.data.rows.templates import split_dialogue
 from preference_training.data.toy_preferences import TEST_PROMPTS, TRAIN_PROMPTS, answer_kind
+from tests.support.files import write
 
 LOADERS = {"hh": hh_records, "shp": shp_records, "se": stack_exchange_records}
 MEND = " Mend the row, or leave such rows out with on_bad_row=skip."

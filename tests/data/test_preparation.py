@@ -20,7 +20,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import forked
 from preference_training.core.errors import UserError
 from preference_training.data import preparation as data_preparation
 from preference_training.data import prompt_table
@@ -35,8 +34,9 @@ from preference_training.data.preparation import (
 )
 from preference_training.data.rows.records import SAME_TEXT, DataReport
 from preference_training.data.tokenization import PROMPT_CUT, SAME_IDS, TokenSettings, tokenize_records, write_tokenised
+from tests.support import forked
+from tests.support.files import ROOT
 
-ROOT = Path(__file__).parent.parent
 # Imported by processes of its own, which start sooner without torch and transformers: those come where a test needs them.
 
 
@@ -590,9 +590,8 @@ class Process:
 
     def __init__(self, function: str, folder: Path, name: str):
         self.output = folder / f"{name}.out"
-        path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-        environment = os.environ | {"PYTHONPATH": path}
-        command = [sys.executable, "-c", f"import test_data_preparation; test_data_preparation.{function}()"]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-c", f"from {__name__} import {function}; {function}()"]
         with self.output.open("w") as file:
             self.process = subprocess.Popen(command, cwd=folder, env=environment, stdout=file, stderr=subprocess.STDOUT)
 

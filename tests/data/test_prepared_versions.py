@@ -3,14 +3,13 @@
 tests/golden/prepared_data.json says for each version what comes of a handful of small inputs. After a change of the output:
 
     1. raise `VERSION` in tokenization.py, and say in VERSIONS what is new
-    2. python tests/test_prepared_versions.py     adds what comes of the inputs now; what is there it never changes
+    2. python -m tests.data.test_prepared_versions adds what comes of the inputs now; what is there it never changes
 
 Where nothing was to change, the output has changed by mistake.
 """
 
 import json
 import os
-import sys
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,9 +20,9 @@ from preference_training.data.entries import read_entry
 from preference_training.data.preparation import prepare
 from preference_training.data.tokenization import VERSION, VERSIONS, TokenSettings, write_tokenised
 from preference_training.data.tokenization import TokenizedPrompt as Prompt
+from tests.support.files import GOLDEN
 
-ROOT = Path(__file__).parent.parent
-KNOWN = ROOT / "tests" / "golden" / "prepared_data.json"
+KNOWN = GOLDEN / "prepared_data.json"
 
 LOADER = """
 from preference_datasets import register
@@ -166,5 +165,4 @@ def add_version() -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
     add_version()

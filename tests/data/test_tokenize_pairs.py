@@ -11,11 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import forked
 from preference_training.data.tokenization import TOKEN_FIELDS
 from preference_training.modeling.tokenizer import byte_level_tokenizer
-
-ROOT = Path(__file__).parent.parent
+from tests.support import forked
+from tests.support.files import ROOT
 
 
 def run(folder: Path, script: str, *arguments: str, file_size: int | None = None) -> subprocess.CompletedProcess:

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy
 import pytest
 
-import forked
 from preference_training.batching.batches import UNLIMITED, BatchIterator, TokenBudget
 from preference_training.core.errors import UserError
 from preference_training.data.prompt_table import PromptTable
@@ -24,8 +23,8 @@ from preference_training.dry_run.dry_run import (
     lines_of_steps,
     tokens_shown,
 )
-
-ROOT = Path(__file__).parent.parent
+from tests.support import forked
+from tests.support.files import ROOT
 
 
 def run(cwd: Path, *overrides: str) -> subprocess.CompletedProcess:
@@ -164,7 +163,7 @@ def test_tokens_are_shown_one_by_one_with_scored_ones_marked(tokenizer):
 
 
 def test_blanks_are_seen_those_too_that_sentencepiece_leaves_out_of_a_token_alone(tokenizer):
-    from test_tokenization import gpt2, legacy_llama, llama, unigram
+    from tests.data.test_tokenization import gpt2, legacy_llama, llama, unigram
 
     for make in (llama, legacy_llama, unigram, gpt2):
         ids = make()("ask the  yes\n\tno ", add_special_tokens=False).input_ids

@@ -4,13 +4,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from conftest import CONFIG_DIR, GOLDEN
 from preference_training.batching.batches import evaluation_batches
 from preference_training.data.prompt_table import PromptTable
 from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.evaluation.held_out import evaluate
 from preference_training.losses.objectives import build_loss
 from preference_training.modeling.logprobs import LiveReference
+from tests.support.files import CONFIG_DIR, GOLDEN
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from conftest import GOLDEN
 from preference_training.batching.batches import UNLIMITED, evaluation_prompts
 from preference_training.data.prompt_table import PromptTable, TablePart
 from preference_training.data.rows.templates import user_markers
@@ -26,6 +25,7 @@ from preference_training.evaluation.held_out_report import (
     summary,
 )
 from preference_training.modeling.logprobs import LiveReference
+from tests.support.files import GOLDEN
 
 
 def facts(prompts, lengths, others=None, names=None, turns=None) -> ExampleFacts:

@@ -11,8 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from conftest import GOLDEN
-from judge_servers import Reply, serving, shorter_wins, verdict
 from preference_training.configuration.composition import CONFIG_DIR
 from preference_training.core.errors import UserError
 from preference_training.evaluation.judges import (
@@ -24,6 +22,8 @@ from preference_training.evaluation.judges import (
     pause_of,
     verdict_of,
 )
+from tests.support.files import GOLDEN
+from tests.support.judge_servers import Reply, serving, shorter_wins, verdict
 
 
 @pytest.fixture

@@ -8,14 +8,13 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-import forked
-import shown
 from preference_training.core.errors import UserError
 from preference_training.evaluation.runs import check_beginning, config_of_run, write_text
-from test_task_suites import own_task
+from tests.evaluation.test_task_suites import own_task
+from tests.support import forked, shown
+from tests.support.files import ROOT
 from train import start
 
-ROOT = Path(__file__).parent.parent
 COMMON = (
     "n_examples=16", "n_eval_examples=24", "n_eval_model_samples=2", "wandb.enabled=false", "max_length=64",
     "max_prompt_length=32", "evaluation.n_prompts=4", "save_policy_pt=false",

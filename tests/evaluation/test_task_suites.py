@@ -8,11 +8,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from conftest import GOLDEN, write
 from preference_training.core.errors import UserError
 from preference_training.evaluation import task_suites
 from preference_training.evaluation.task_suites import SUITES, TaskList, check_harness
 from preference_training.modeling.prefix_sharing import share_prefixes
+from tests.support.files import GOLDEN, write
 
 QUESTIONS = [("The opposite of hot is", "cold", "hot"), ("Two and two are", "four", "five"), ("A cat is an", "animal", "idea")]
 

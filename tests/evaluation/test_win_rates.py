@@ -4,20 +4,18 @@ import json
 import subprocess
 import sys
 import threading
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from judge_servers import Reply, serving, shorter_wins, verdict
 from preference_training.core.errors import UserError
 from preference_training.evaluation.held_out_report import lines_of_win_rate
 from preference_training.evaluation.judges import Judge, NoJudgementError, OllamaJudge, OpenAIJudge
 from preference_training.evaluation.win_rates import Comparison, Judgements, win_rate
-
-ROOT = Path(__file__).parent.parent
+from tests.support.files import ROOT
+from tests.support.judge_servers import Reply, serving, shorter_wins, verdict
 
 
 def settings_of(url: str = "http://127.0.0.1:9", **changes) -> SimpleNamespace:
@@ -216,10 +214,10 @@ def test_a_users_mistake_ends_the_questions_and_keeps_what_was_said(tmp_path):
 
 CHILD = """
 import sys
-sys.path.insert(0, sys.argv[1]); sys.path.insert(0, sys.argv[1] + "/tests")
+sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 from preference_training.evaluation.judges import OllamaJudge
-from test_win_rates import comparisons, settings_of
+from tests.evaluation.test_win_rates import comparisons, settings_of
 from preference_training.evaluation.win_rates import win_rate
 wanted = settings_of(sys.argv[2], judge_workers=1)
 win_rate(OllamaJudge("ollama", "m", wanted), comparisons(6), Path(sys.argv[3]), wanted)

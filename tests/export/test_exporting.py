@@ -17,18 +17,18 @@ from filelock import FileLock
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import shown
 import train
-from go_templates import read_modelfile
-from hub_stand_in import TOKEN, serving
 from preference_training.checkpointing.checkpoints import publish
 from preference_training.core.errors import UserError
 from preference_training.export import exporting
 from preference_training.export.exporting import Wishes, export, source_of, whole_model
 from preference_training.modeling import loading, tokenizer
-from test_tokenize_pairs import done, run
+from tests.data.test_tokenize_pairs import done, run
+from tests.support import shown
+from tests.support.files import ROOT
+from tests.support.go_templates import read_modelfile
+from tests.support.hub_stand_in import TOKEN, serving
 
-ROOT = Path(__file__).parent.parent
 TRAIN = (
     *("loss=dpo", "model.from_config.num_hidden_layers=1", "n_examples=32", "n_eval_examples=8", "do_first_eval=false"),
     *("eval_every=16", "sample_during_eval=false", "wandb.enabled=false", "reference_logps=live", "local_run_dir=runs/it"),

@@ -3,9 +3,9 @@
 import huggingface_hub
 import pytest
 
-from hub_stand_in import TOKEN, serving
 from preference_training.core.errors import UserError
 from preference_training.export import hub
+from tests.support.hub_stand_in import TOKEN, serving
 
 
 @pytest.fixture

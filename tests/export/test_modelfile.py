@@ -7,8 +7,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 
-from conftest import GOLDEN
-from go_templates import collated, read_modelfile, render
 from preference_training.core.errors import UserError
 from preference_training.data.chat_templates import chat_template, end_tokens, format_of_prompts, format_of_run, turns_of
 from preference_training.data.rows.records import PreferenceRecord, Turn
@@ -21,7 +19,9 @@ from preference_training.export.modelfile import (
     tokenizer_model,
 )
 from preference_training.modeling.tokenizer import byte_level_tokenizer
-from test_prompt_templates import CHATML, LLAMA_2, NO_SYSTEM
+from tests.data.rows.test_templates import CHATML, LLAMA_2, NO_SYSTEM
+from tests.support.files import GOLDEN
+from tests.support.go_templates import collated, read_modelfile, render
 
 # As their models ship them, in their own words: headers with an empty line, a default system, one without any system.
 LLAMA_3 = (

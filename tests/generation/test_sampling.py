@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from conftest import GOLDEN
 from preference_training.generation import sampling
 from preference_training.generation.sampling import OTHER, POLICY, OwnStreams, sample_answers, sample_responses
 from preference_training.modeling.prefix_sharing import share_prefixes
+from tests.support.files import GOLDEN
 
 
 @pytest.fixture(scope="module", params=["llama_policy", "gpt_neox"])

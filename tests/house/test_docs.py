@@ -17,11 +17,10 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-import forked
-import shown
 from preference_training.configuration.composition import CONFIG_DIR, GROUPS, OPEN_SECTIONS, choices_of, known_keys
+from tests.support import forked, shown
+from tests.support.files import ROOT
 
-ROOT = Path(__file__).parent.parent
 SCRIPTS = shown.commands(r"python scripts/")
 DOCS = [page for page in shown.PAGES if page != "README.md"]
 
@@ -129,7 +128,7 @@ def only_there(here: Path) -> None:
         if file.startswith(f"{here}/") and "site-packages" not in file:
             del sys.modules[name]
     # As where the clone is installed.
-    sys.path[:] = [str(Path.cwd()), *(path for path in sys.path if path not in ("", str(here), str(here / "tests")))]
+    sys.path[:] = [str(Path.cwd()), *(path for path in sys.path if path not in ("", str(here)))]
 
 
 def follow(words: list[str], clone: Path) -> str:

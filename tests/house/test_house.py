@@ -9,14 +9,14 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf, open_dict
 
-import shown
 from preference_training.configuration.composition import force_open_sections, known_keys
 from preference_training.configuration.validation import check_config, loss_keys
 from preference_training.data.entries import read_entries
 from preference_training.losses.objectives import LOSSES
 from preference_training.training.run_directory import new_run_dir
+from tests.support import shown
+from tests.support.files import ROOT
 
-ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 PACKAGE = sorted(ROOT.glob("preference_training/**/*.py"))
 

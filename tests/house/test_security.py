@@ -18,7 +18,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import GOLDEN
 from preference_training.checkpointing.checkpoints import fault_of
 from preference_training.core.errors import UserError
 from preference_training.core.files import load_tensors
@@ -27,8 +26,8 @@ from preference_training.data.rows.templates import ConversationError, build_tem
 from preference_training.modeling.archives import read_archive
 from preference_training.modeling.loading import load_model
 from preference_training.modeling.tokenizer import byte_level_tokenizer, load_tokenizer
+from tests.support.files import GOLDEN, ROOT
 
-ROOT = Path(__file__).parent.parent
 SOURCES = [*ROOT.glob("*.py"), *ROOT.glob("scripts/*.py"), *ROOT.glob("preference_training/**/*.py")]
 
 
@@ -90,7 +89,9 @@ def test_the_one_call_that_could_unpickle_takes_only_tensors_and_plain_values():
 
 def test_every_test_that_the_security_page_names_is_there():
     named = re.findall(r"`(test_\w+)`", (ROOT / "SECURITY.md").read_text())
-    tests = {name for path in ROOT.glob("tests/test_*.py") for name in re.findall(r"^def (test_\w+)", path.read_text(), re.M)}
+    tests = {
+        name for path in ROOT.glob("tests/**/test_*.py") for name in re.findall(r"^def (test_\w+)", path.read_text(), re.M)
+    }
     assert len(named) > 15 and set(named) <= tests
 
 

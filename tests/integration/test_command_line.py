@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-import forked
+from tests.support import forked
+from tests.support.files import ROOT
 
-ROOT = Path(__file__).parent.parent
 TRAIN = ROOT / "train.py"
 # Each takes seconds to import, and none is needed to see that a command line is wrong.
 HEAVY = ("torch", "transformers", "datasets", "wandb", "pyarrow", "pandas")

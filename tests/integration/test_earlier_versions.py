@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-import forked
+from tests.support import forked
+from tests.support.files import GOLDEN, ROOT
 
-ROOT = Path(__file__).parent.parent
-BEGUN = Path(__file__).parent / "golden" / "run_of_version_0_1"
+BEGUN = GOLDEN / "run_of_version_0_1"
 # As version 0.1 was started, on the embedded data.
 COMMAND = [
     "loss=dpo", "wandb.enabled=false", "model.from_config.hidden_size=16", "model.from_config.intermediate_size=32",

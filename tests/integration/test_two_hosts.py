@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
+from tests.support.files import ROOT
+
+sys.path.insert(0, str(ROOT / "scripts"))
 from two_hosts import TOLERANCE, compare_metrics, compare_weights, same
 
 

@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from conftest import CONFIG_DIR
 from preference_training.core.errors import UserError
 from preference_training.losses.beta_dpo import (
     GapStatistics,
@@ -42,6 +41,7 @@ from preference_training.losses.objectives import (
     build_loss,
     example_metrics,
 )
+from tests.support.files import CONFIG_DIR
 
 LOGPS = ("policy_chosen", "policy_rejected", "reference_chosen", "reference_rejected")
 

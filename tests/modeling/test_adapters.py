@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from conftest import GOLDEN
 from preference_training.batching.batches import BatchIterator, evaluation_batches
 from preference_training.checkpointing.checkpoints import CheckpointWriter, Snapshot, read_state
 from preference_training.configuration.validation import check_config
@@ -32,6 +31,7 @@ from preference_training.modeling.sharing_proof import random_trees
 from preference_training.tracking.tracker import NoTracker, Tracker
 from preference_training.training.optimization import check_optimizer
 from preference_training.training.trainers import BasicTrainer
+from tests.support.files import GOLDEN
 
 KINDS = {
     "lora": ["+adapter=lora"],

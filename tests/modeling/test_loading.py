@@ -8,7 +8,6 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from conftest import GOLDEN
 from preference_training.checkpointing.checkpoints import CheckpointWriter, Snapshot
 from preference_training.core.errors import UserError
 from preference_training.modeling.archives import read_archive
@@ -18,6 +17,7 @@ from preference_training.modeling.prefix_sharing import share_prefixes
 from preference_training.modeling.sharing_proof import logps_and_gradients, random_trees
 from preference_training.modeling.token_budget import token_budget
 from preference_training.modeling.tokenizer import byte_level_tokenizer, load_tokenizer
+from tests.support.files import GOLDEN
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from conftest import GOLDEN
 from preference_training.batching.batches import examples_of, pack
 from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.modeling.logprobs import response_logps
+from tests.support.files import GOLDEN
 
 
 class FixedLogits(torch.nn.Module):

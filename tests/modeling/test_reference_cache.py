@@ -9,7 +9,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from conftest import GOLDEN
 from preference_training.batching.batches import UNLIMITED, BatchIterator, TokenBudget, examples_of, pack
 from preference_training.core.ranks import ALONE
 from preference_training.data.prompt_table import PromptTable, Selection
@@ -18,6 +17,7 @@ from preference_training.modeling import reference_cache
 from preference_training.modeling.logprobs import LiveReference, ScoringHead
 from preference_training.modeling.prefix_sharing import share_prefixes
 from preference_training.modeling.reference_cache import Reads, cache_key, cache_path, cached_reference
+from tests.support.files import GOLDEN
 
 
 def read(prompts: Selection) -> Reads:

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from conftest import GOLDEN
 from preference_training.batching.batches import TokenBudget, examples_of, pack, pieces_of
 from preference_training.batching.trees import Tree, TreeLayout
 from preference_training.core.errors import UserError
@@ -26,6 +25,7 @@ from preference_training.modeling.tree_attention import (
     causal_mask,
     register,
 )
+from tests.support.files import GOLDEN
 
 # Wide enough for rotary embeddings, small enough for hundreds of forwards; texts are longer than the windows.
 SIZES = {

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from transformers import AutoModelForCausalLM
 
-from conftest import GOLDEN
 from preference_collection.importing import import_into
 from preference_collection.store import open_store
 from preference_training.batching.batches import BatchIterator
@@ -37,6 +36,7 @@ from preference_training.reporting.flagged_pairs import (
 from preference_training.tracking.ledger import Ledger, Sightings
 from preference_training.tracking.tracker import Tracker
 from preference_training.training.trainers import BasicTrainer
+from tests.support.files import GOLDEN
 
 
 def sightings(epochs: numpy.ndarray) -> Sightings:

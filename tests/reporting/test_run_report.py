@@ -19,8 +19,8 @@ from preference_training.data.rows.records import DataReport
 from preference_training.reporting.run_report import observations, rebuild_report, report_page
 from preference_training.tracking.run_files import code_state, split_rows, write_about
 from preference_training.tracking.tracker import Tracker
+from tests.support.files import ROOT
 
-ROOT = Path(__file__).parent.parent
 HOSTILE = '</script><script>alert(1)</script><img src="https://example.org/x">'
 
 

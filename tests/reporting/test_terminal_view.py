@@ -12,9 +12,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from forked import ROOT, Program
 from preference_training.core.errors import UserError
 from preference_training.reporting.terminal_view import GrowingFile, Watched, screen, watch
+from tests.support.forked import ROOT, Program
 
 
 def step(examples: int, **more) -> dict:

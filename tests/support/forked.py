@@ -20,14 +20,15 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from unittest import mock
 
-ROOT = Path(__file__).parent.parent
+from tests.support.files import ROOT
+
 FORKS = multiprocessing.get_context("forkserver")
 
 
 def start_server() -> None:
     """Start the process that programs are forked from, once; it ends with this one."""
-    set_forkserver_preload(["preloaded"])
-    with mock.patch.dict(os.environ, PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'tests'}"):
+    set_forkserver_preload(["tests.support.preloaded"])
+    with mock.patch.dict(os.environ, PYTHONPATH=str(ROOT)):
         ensure_running()
 
 

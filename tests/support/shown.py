@@ -7,7 +7,8 @@ from itertools import takewhile
 from pathlib import Path
 from textwrap import dedent
 
-ROOT = Path(__file__).parent.parent
+from tests.support.files import ROOT
+
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))}
 FENCE = re.compile(r'^( *)```(\w+)(?: title="([^"]+)")?\n(.*?)^\1```$', flags=re.MULTILINE | re.DOTALL)
 ASSIGNMENT = re.compile(r"[A-Z_0-9]+=")

@@ -14,16 +14,15 @@ import psutil
 import pytest
 from omegaconf import OmegaConf
 
-import forked
-from conftest import write
 from preference_training.configuration.validation import check_config
 from preference_training.core.errors import UserError
 from preference_training.sweeps import sweeps
 from preference_training.sweeps.sweeps import _doubts
 from preference_training.tracking.run_files import JOB
 from preference_training.training.pruning import Pruning, build_pruner
+from tests.support import forked
+from tests.support.files import ROOT, write
 
-ROOT = Path(__file__).parent.parent
 # Runs of a second or two.
 SMALL = (
     "loss=dpo", "wandb.enabled=false", "sample_during_eval=false", "n_eval_examples=16", "save_policy_pt=false", "ledger=false",

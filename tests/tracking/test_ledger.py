@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from conftest import GOLDEN
 from preference_training.batching.batches import BatchIterator, TokenBudget
 from preference_training.core.ranks import Ranks
 from preference_training.data.prompt_table import PromptTable
@@ -18,6 +17,7 @@ from preference_training.modeling.logprobs import LiveReference
 from preference_training.tracking.ledger import SCHEMA, STEPS_KEPT, Ledger, Sightings, cut_back_ledger, parts_of, read_ledger
 from preference_training.tracking.tracker import Tracker
 from preference_training.training.trainers import BasicTrainer
+from tests.support.files import GOLDEN
 
 
 def seen(*pairs: tuple[int, int, float]) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -7,13 +7,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from conftest import GOLDEN
 from preference_training.batching.batches import BatchIterator, MicroBatch, examples_of, pack
 from preference_training.data.prompt_table import PromptTable
 from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.losses.objectives import build_loss
 from preference_training.training.guards import COLLAPSE, STEPS, StillWeights, Watch
 from preference_training.training.trainers import BasicTrainer
+from tests.support.files import GOLDEN
 
 
 class Run:

@@ -11,7 +11,6 @@ from omegaconf import OmegaConf
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from conftest import GOLDEN
 from preference_training.batching.batches import BatchIterator, evaluation_batches
 from preference_training.checkpointing.checkpoints import CheckpointWriter, publish, read_state
 from preference_training.checkpointing.resuming import fault_of_run
@@ -27,6 +26,7 @@ from preference_training.modeling.logprobs import LiveReference
 from preference_training.tracking.tracker import NoTracker
 from preference_training.training.optimization import build_optimizer, check_optimizer, schedule, warmup_steps
 from preference_training.training.trainers import BasicTrainer
+from tests.support.files import GOLDEN
 from train import settle_batch_size
 
 PROMPTS = PromptTable.of(TokenizedPrompt([5 + n, 6, 7], [[10 + n, 11, 0], [12 + n, 0]], [(0, 1)]) for n in range(10))

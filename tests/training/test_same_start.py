@@ -8,7 +8,6 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from conftest import GOLDEN
 from preference_training.batching.batches import UNLIMITED, BatchIterator, TokenBudget, evaluation_batches
 from preference_training.core.errors import UserError
 from preference_training.core.ranks import ALONE
@@ -21,6 +20,7 @@ from preference_training.modeling.reference_cache import Reads, cached_reference
 from preference_training.tracking.tracker import Tracker
 from preference_training.training.same_start import SameStart
 from preference_training.training.trainers import BasicTrainer
+from tests.support.files import GOLDEN
 
 DRAW = torch.Generator().manual_seed(0)
 

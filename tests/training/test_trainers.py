@@ -9,7 +9,6 @@ import torch
 from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM
 
-from conftest import GOLDEN
 from preference_training.batching.batches import (
     UNLIMITED,
     BatchIterator,
@@ -41,7 +40,8 @@ from preference_training.modeling.prefix_sharing import share_prefixes
 from preference_training.modeling.reference_cache import Reads, cached_reference
 from preference_training.tracking.tracker import Tracker
 from preference_training.training.trainers import BasicTrainer
-from shown import write_files
+from tests.support.files import GOLDEN
+from tests.support.shown import write_files
 
 TRAJECTORIES = json.loads((GOLDEN / "trajectories.json").read_text())
 

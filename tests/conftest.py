@@ -6,6 +6,7 @@ import os
 import pytest
 from hypothesis import settings
 
+import preference_datasets  # noqa: F401  registers the named data sets, whichever test comes first
 from tests.support.files import CONFIG_DIR, GOLDEN
 
 os.environ.setdefault("WANDB_MODE", "offline")

@@ -5,13 +5,12 @@ import json
 import warnings
 from pathlib import Path
 
-import checks
 import pytest
-import two_processes
-from tiny_models import DENSE, TINY, make
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from preference_training.distributed.sharding import blocks_of, without_shared
+from tests.architectures import checks, two_processes
+from tests.architectures.tiny_models import DENSE, TINY, make
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent

@@ -14,7 +14,6 @@ import torch
 from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from conftest import GOLDEN
 from preference_training.batching.batches import (
     BatchIterator,
     MicroBatch,
@@ -39,6 +38,7 @@ from preference_training.modeling.prefix_sharing.sharing import share_prefixes
 from preference_training.modeling.reference_cache import Reads, cache_path, cached_reference, compute_logps
 from preference_training.modeling.state import weights_hash
 from preference_training.training.trainers import BasicTrainer, FSDPTrainer
+from tests.support.files import GOLDEN
 
 TRAJECTORIES = json.loads((GOLDEN / "trajectories.json").read_text())
 

@@ -1,13 +1,13 @@
 """What is found for processes that are not there is what the same number of real ones hold and send."""
 
 import pytest
-import scaling_work
 from omegaconf import OmegaConf
 
 from preference_training.distributed.launching import launch
 from preference_training.dry_run.scaling import fake_processes, laid_out, step_costs
 from preference_training.losses.objectives import build_loss
 from preference_training.modeling.tokenizer import load_tokenizer
+from tests.integration import scaling_work
 
 pytestmark = pytest.mark.usefixtures("forked_workers")
 FSDP = "trainer=FSDPTrainer"

@@ -10,13 +10,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import forked
 from preference_training.reporting.comparison import find_runs
 from preference_training.tracking.ledger import read_ledger
 from preference_training.tracking.run_files import MEASURED
-
-ROOT = Path(__file__).parent.parent.parent
-GOLDEN = ROOT / "tests" / "golden"
+from tests.support import forked
+from tests.support.files import GOLDEN, ROOT
 
 
 def train(cwd: Path, *overrides: str, **environment: str) -> str:

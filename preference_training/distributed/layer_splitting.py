@@ -26,14 +26,14 @@ from preference_training.distributed.sharding import check_divisible
 from preference_training.modeling.loading import build_untrained, load_model
 from preference_training.modeling.logprobs import ScoringHead, response_logps
 from preference_training.modeling.prefix_sharing.proof import (
-    ROUNDING,
+    TOLERANCES,
     disagreement,
     exact_arithmetic,
     logps_and_gradients,
     random_trees,
 )
 from preference_training.modeling.prefix_sharing.sharing import share_prefixes
-from preference_training.modeling.state import compute_device, dtype_of_copy, weights_hash
+from preference_training.modeling.state import compute_device, copied_dtype, weights_hash
 from preference_training.modeling.tokenizer import load_tokenizer
 
 # ---- is it for this model? ----------------------------------------------------------------------------------------------
@@ -210,7 +210,7 @@ def copy_of_split(policy: nn.Module, dtype: torch.dtype) -> nn.Module:
     names = set(map(_original, weights))
     zeros = {name: buffer for name, buffer in twin.named_buffers() if _original(name) in names}
     for value in (*weights.values(), *zeros.values()):
-        value.data = value.data.to(dtype_of_copy(policy, value, dtype))
+        value.data = value.data.to(copied_dtype(policy, value, dtype))
     return twin
 
 
@@ -226,7 +226,7 @@ def _fault_of_split(policy: nn.Module, source: nn.Module) -> str | None:
     logps, gradients = logps_and_gradients(response_logps, policy, batch.to(compute_device(policy)), tried)
     by_part = dict(zip(map(id, tried), gradients, strict=True))
     gradients = [_joined(policy, name, [by_part[id(part)] for part in parts[name]]).cpu() for name in names]
-    rounding = ROUNDING[source.autocast_dtype or source.dtype]
+    rounding = TOLERANCES[source.autocast_dtype or source.dtype]
     return disagreement((logps.cpu(), gradients), expected, batch.response_lengths, rounding)
 
 

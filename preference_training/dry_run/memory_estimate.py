@@ -27,7 +27,7 @@ from preference_training.modeling.kernels import enable_activation_checkpointing
 from preference_training.modeling.loading import build_untrained
 from preference_training.modeling.logprobs import LiveReference
 from preference_training.modeling.prefix_sharing.sharing import attend_over_trees
-from preference_training.modeling.prefix_sharing.tree_attention import forget_masks
+from preference_training.modeling.prefix_sharing.tree_attention import clear_mask_cache
 from preference_training.training.trainers import TRAINERS, BasicTrainer
 
 # What passes by these operations of FSDP, and is not known as something else, is of the kind.
@@ -139,12 +139,12 @@ class StorageCounter(TorchDispatchMode):
 def fake_tensors(vocabulary: int) -> Iterator[StorageCounter]:
     """Everything computed inside has shapes but no data; gives the counter of its storages."""
     # Masks that are kept for the next batch may not cross the border in either direction.
-    forget_masks()
+    clear_mask_cache()
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), StorageCounter(vocabulary) as counter:
             yield counter
     finally:
-        forget_masks()
+        clear_mask_cache()
 
 
 def step_memory(config, tokenizer, loss: Loss, live_reference: bool, packs: Sequence[PackedBatch]) -> dict[str, int]:

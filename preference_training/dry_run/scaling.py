@@ -52,7 +52,7 @@ def world_size(trainer) -> int:
     return trainer.world_size or number_of_workers(trainer)
 
 
-def laid_out(config) -> tuple[Ranks, Layout]:
+def lay_out_ranks(config) -> tuple[Ranks, Layout]:
     """The ranks and the layout that a run of so many processes would have; inside `fake_processes`. Raises UserError."""
     ranks, layout = TRAINERS[config.trainer.name].placement.lay_out(config, "cpu", number_of_workers(config.trainer))
     if config.trainer.cpu_offload:
@@ -61,7 +61,7 @@ def laid_out(config) -> tuple[Ranks, Layout]:
     return ranks, layout
 
 
-def budget_of(config, tokenizer, layout: Layout) -> TokenBudget:
+def rank_budget(config, tokenizer, layout: Layout) -> TokenBudget:
     """How much each process would compute at once, by the run's own rule.
 
     Where the devices' memory is not known, each micro-batch at once.
@@ -218,7 +218,7 @@ def in_device_memory(config, memory: dict[str, int]) -> int:
     return sum(size for kind, size in memory.items() if kind not in elsewhere)
 
 
-def lines_of_traffic(traffic: Traffic, packs: int) -> list[str]:
+def describe_traffic(traffic: Traffic, packs: int) -> list[str]:
     """What rank 0 sends in a step of so many packs."""
     sent = [message for message in traffic.sent if message.ranks > 1]
     lines = [

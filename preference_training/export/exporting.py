@@ -51,8 +51,8 @@ from preference_training.data.chat_templates import end_tokens, format_of_run, s
 from preference_training.export import hub
 from preference_training.export.modelfile import check_architecture, fit_for_ollama, modelfile_of, tokenizer_model
 from preference_training.modeling import loading
-from preference_training.modeling.adapters import BASE_DIR, SETTINGS_FILE, WEIGHTS_FILE, is_adapter, settings_of_file
-from preference_training.modeling.quantization import quantise, restore_bits
+from preference_training.modeling.adapters import BASE_DIR, SETTINGS_FILE, WEIGHTS_FILE, is_adapter, read_adapter_config
+from preference_training.modeling.quantization import dequantize, quantize
 from preference_training.modeling.tokenizer import BYTE_LEVEL, load_tokenizer
 from preference_training.reporting.model_card import CardFacts, model_card
 from preference_training.tracking.run_files import METRICS, RESULTS_FILE, metric_rows, results_of
@@ -378,18 +378,18 @@ def _made_whole(model, source: Source, dtype: str) -> tuple[Tensor | None, list[
     """
     wanted = getattr(torch, dtype)
     if not fits_in_memory(sum(weight.numel() for weight in model.parameters())):
-        loading.merged(model, wanted) if source.is_adapter else loading.round_weights(model, wanted)
+        loading.merge_and_cast(model, wanted) if source.is_adapter else loading.cast_weights(model, wanted)
         return None, ["too little memory to compare log-probs: names, shapes, values and configuration were compared"]
     stored, notes = getattr(torch, _dtype_of(source)), []
     if source.config["model"].get("quantization") and source.is_adapter:
         notes += _bits_restored(model, source)
     began = answers_of(in_float32(model))
     if source.is_adapter:
-        loading.merged(model, torch.float32)
+        loading.merge_and_cast(model, torch.float32)
         found = answers_of(model)
         compare(found, began, model, tolerance(began, model))
         stored, began = torch.float32, found
-    loading.round_weights(model, wanted)
+    loading.cast_weights(model, wanted)
     expected = answers_in_float32(model, wanted)
     if wanted != stored and (difference := per_token(expected, began, model)):
         notes.append(f"rounding the weights to {dtype} changes log-probs by up to {difference:.2g} nats a token")
@@ -400,7 +400,7 @@ def _bits_restored(model, source: Source) -> list[str]:
     """Turn a model's layers of few bits into usual ones, and compare; notes."""
     config, model.autocast_dtype = source.config["model"], None
     own = answers_of(model)
-    restore_bits(model, getattr(torch, config["policy_dtype"]))
+    dequantize(model, getattr(torch, config["policy_dtype"]))
     found = answers_of(model)
     if config["quantization"] == "int8":
         # These layers round what they read too, which no weight can do.
@@ -445,7 +445,7 @@ def _write_adapter(source: Source, partial: Path, dtype: str, wishes: Wishes, to
         shutil.copyfile(source.checkpoint / GENERATION, partial / GENERATION)
     with safe_open(partial / WEIGHTS_FILE, framework="pt") as weights:
         shapes = [weights.get_slice(name).get_shape() for name in weights.keys()]  # noqa: SIM118  not a dict
-    base = settings_of_file(partial).get("base_model_name_or_path")
+    base = read_adapter_config(partial).get("base_model_name_or_path")
     facts = replace(_facts(source), dtype=dtype, parameters=sum(math.prod(shape) for shape in shapes), adapter=True)
     facts = replace(facts, base=source.base or base, architecture="adapter")
     notes = _with_base(source, partial, wishes, tokenizer)
@@ -457,12 +457,14 @@ GENERATION = "generation_config.json"
 
 def _with_base(source: Source, partial: Path, wishes: Wishes, tokenizer) -> list[str]:
     """Put the model under an adapter beside it where nobody but its run has it, and name its place; notes."""
-    settings = settings_of_file(partial)
+    settings = read_adapter_config(partial)
     base = settings.get("base_model_name_or_path")
     lies_elsewhere = base is not None and (not Path(base).is_absolute() or (Path(base) / "config.json").is_file())
     if lies_elsewhere and Path(base).name != BASE_DIR:
         return []
-    model = loading.base_of(source.checkpoint, _model_config(source, wishes.trust_remote_code), tokenizer, _cache_dir(source))
+    model = loading.load_adapter_base(
+        source.checkpoint, _model_config(source, wishes.trust_remote_code), tokenizer, _cache_dir(source)
+    )
     (partial / BASE_DIR).mkdir()
     save_weights(model, partial / BASE_DIR, tokenizer)
     save_tokenizer(tokenizer, partial / BASE_DIR)
@@ -479,7 +481,7 @@ def _adapter_compared(source: Source, directory: Path, dtype: str, wishes: Wishe
         return ["too little memory to compare log-probs with the run's"]
     expected = answers_of(in_float32(own))
     del own
-    prepare = (lambda model: quantise(model, config)) if config.quantization else None
+    prepare = (lambda model: quantize(model, config)) if config.quantization else None
     base = directory / BASE_DIR if (directory / BASE_DIR).is_dir() else None
     model = load_plain(directory, getattr(torch, dtype), wishes.trust_remote_code, _cache_dir(source), base, prepare)
     compare(answers_of(in_float32(model)), expected, model, tolerance(expected, model))

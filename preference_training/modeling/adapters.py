@@ -17,11 +17,17 @@ import torch
 from torch import Tensor, nn
 
 from preference_training.core.errors import UserError, first_line
-from preference_training.modeling.lora_targets import _adapted, _shortened, _stacked_experts, linear_layers, unfit_layers
+from preference_training.modeling.lora_targets import (
+    adapted_modules,
+    fused_experts,
+    linear_layers,
+    shorten_names,
+    unsupported_layers,
+)
 from preference_training.modeling.quantization import INSTALL
 
 # Names of the adapter that is trained, and of the frozen one that training starts from.
-TRAINED, STARTING = "default", "starting"
+TRAINED_ADAPTER, INITIAL_ADAPTER = "default", "starting"
 WEIGHTS_FILE, SETTINGS_FILE = "adapter_model.safetensors", "adapter_config.json"
 # Dotted names in peft's files begin so.
 PREFIX = "base_model.model."
@@ -37,10 +43,10 @@ def has_adapter(model: nn.Module) -> bool:
     return hasattr(model, "peft_config")
 
 
-def settings_of(model_config, model: nn.Module, unfit: Iterable[str]):
+def build_lora_config(model_config, model: nn.Module, unfit: Iterable[str]):
     """peft's LoraConfig of a `model` configuration for a model: all of the adapter's own, where training starts from one.
 
-    unfit: the names of `unfit_layers`, left out where no layers are named. Raises UserError where peft is not installed.
+    unfit: the names of `unsupported_layers`, left out where no layers are named. Raises UserError where peft is not installed.
     """
     try:
         from peft import LoraConfig
@@ -58,7 +64,7 @@ def settings_of(model_config, model: nn.Module, unfit: Iterable[str]):
     # The head is none of them: it is shared with the embedding in many models.
     settings.target_modules = "all-linear" if targets is None else targets
     if targets is None:
-        settings.exclude_modules = _shortened(unfit, model) or None
+        settings.exclude_modules = shorten_names(unfit, model) or None
     return settings
 
 
@@ -66,7 +72,7 @@ def _settings_of_archive(archive: str):
     """peft's settings in an adapter's directory. Raises UserError for what cannot be trained on or merged here."""
     from peft import LoraConfig
 
-    found = settings_of_file(archive)
+    found = read_adapter_config(archive)
     try:
         settings = LoraConfig.from_peft_type(**found)
     except (TypeError, ValueError, LookupError, AttributeError) as error:
@@ -96,11 +102,11 @@ def add_adapter(model: nn.Module, model_config, base: str | None = None) -> None
     model.requires_grad_(False)
     starting = is_adapter(model_config.archive)
     base = base or _origin(model_config)
-    unfit = unfit_layers(model)
-    settings = settings_of(model_config, model, unfit)
-    for name in (TRAINED, STARTING)[: 1 + starting]:
+    unfit = unsupported_layers(model)
+    settings = build_lora_config(model_config, model, unfit)
+    for name in (TRAINED_ADAPTER, INITIAL_ADAPTER)[: 1 + starting]:
         own = copy.deepcopy(settings)
-        if name == STARTING:
+        if name == INITIAL_ADAPTER:
             own.lora_dropout = 0.0
         try:
             with warnings.catch_warnings():
@@ -113,10 +119,10 @@ def add_adapter(model: nn.Module, model_config, base: str | None = None) -> None
             own.base_model_name_or_path = base
         except ValueError as error:
             raise UserError(_no_such_layers(model, model_config, first_line(error))) from error
-    useless = sorted({unfit[name] for name in unfit.keys() & _adapted(model)})
+    useless = sorted({unfit[name] for name in unfit.keys() & adapted_modules(model)})
     if useless:
         raise UserError(_no_such_layers(model, model_config, "; ".join(useless)))
-    model.set_adapter(TRAINED)
+    model.set_adapter(TRAINED_ADAPTER)
     for name, weight in model.named_parameters():
         if ".lora_" in name:
             weight.data = weight.data.float()
@@ -142,11 +148,11 @@ def _origin(model_config) -> str | None:
 # ---- which layers get one -------------------------------------------------------------------------------------------------
 
 
-def lines_of_adapter(model: nn.Module, model_config) -> list[str]:
+def describe_frozen_layers(model: nn.Module, model_config) -> list[str]:
     """What an adapter leaves frozen that its configuration seems to mean, in lines for the user."""
-    adapted, lines = _adapted(model), []
+    adapted, lines = adapted_modules(model), []
     if model_config.lora.target_modules is None and not is_adapter(model_config.archive):
-        reasons = unfit_layers(model)
+        reasons = unsupported_layers(model)
         left = [name for name in linear_layers(model) if name not in adapted]
         lines += sorted({f"adapter: none on some layers: {reasons[name]}" for name in left if name in reasons})
         passed = sorted({_place(name) for name in left if name not in reasons})
@@ -154,7 +160,7 @@ def lines_of_adapter(model: nn.Module, model_config) -> list[str]:
             lines.append(
                 f"adapter: none on {', '.join(passed)}: of {model.config.model_type} peft takes the routed experts alone"
             )
-    frozen = sorted({_place(name) for name in _stacked_experts(model) if not _under(name, adapted)})
+    frozen = sorted({_place(name) for name in fused_experts(model) if not _under(name, adapted)})
     if frozen:
         lines.append(f"adapter: the routed experts of {type(model).__name__} stay frozen ({', '.join(frozen)})")
     return lines
@@ -172,40 +178,40 @@ def _place(name: str) -> str:
 # ---- weights of adapters ---------------------------------------------------------------------------------------------------
 
 
-def adapter_weights(named_weights: dict[str, Tensor], adapter: str = TRAINED) -> dict[str, Tensor]:
+def adapter_weights(named_weights: dict[str, Tensor], adapter: str = TRAINED_ADAPTER) -> dict[str, Tensor]:
     """Those of a model's named weights that belong to an adapter, alive, by their names in peft's files."""
     part = re.compile(rf"(\.lora_\w+)\.{adapter}(?=\.|$)")
     return {PREFIX + part.sub(r"\1", name): weight for name, weight in named_weights.items() if part.search(name)}
 
 
-def kept_weights(named_weights: dict[str, Tensor]) -> dict[str, Tensor]:
+def weights_to_save(named_weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """What a checkpoint holds of a model's named weights: the adapter that is trained, or all where there is none."""
     return adapter_weights(named_weights) or named_weights
 
 
-def began_as(named_weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def initial_weights(named_weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The named weights that a model began with: those under its adapters, and those of the adapter it started from, if any."""
     under = {name.replace(".base_layer.", "."): weight for name, weight in named_weights.items() if ".lora_" not in name}
-    return under, adapter_weights(named_weights, STARTING)
+    return under, adapter_weights(named_weights, INITIAL_ADAPTER)
 
 
 @contextmanager
-def as_it_began(model: nn.Module):
+def reference_mode(model: nn.Module):
     """Inside, a model computes as it did before its adapter was trained."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    starting = STARTING in model.peft_config
+    starting = INITIAL_ADAPTER in model.peft_config
     # peft's own switches also change which weights are trained, and a graph may be waiting for its backward pass.
     for layer in layers:
         layer._disable_adapters = not starting
-        layer._active_adapter = [STARTING] if starting else layer._active_adapter
+        layer._active_adapter = [INITIAL_ADAPTER] if starting else layer._active_adapter
     try:
         yield
     finally:
         for layer in layers:
             layer._disable_adapters = False
-            layer._active_adapter = [TRAINED]
+            layer._active_adapter = [TRAINED_ADAPTER]
 
 
 # ---- adapters on disk ---------------------------------------------------------------------------------------------------
@@ -216,9 +222,9 @@ def is_adapter(archive: str | None) -> bool:
     return archive is not None and (Path(archive) / SETTINGS_FILE).is_file()
 
 
-def save_settings(model: nn.Module, folder: Path) -> None:
+def save_adapter_config(model: nn.Module, folder: Path) -> None:
     """Write the settings of the adapter that is trained, as peft reads them."""
-    model.peft_config[TRAINED].save_pretrained(folder)
+    model.peft_config[TRAINED_ADAPTER].save_pretrained(folder)
 
 
 def base_archive(model_config) -> Path | None:
@@ -233,7 +239,7 @@ def base_archive(model_config) -> Path | None:
     base, configured = settings.get("base_model_name_or_path"), model_config.name_or_path
     if base == configured or (base and configured and Path(base).absolute() == Path(configured).absolute()):
         return None
-    kept = kept_base(archive) if base is not None and Path(base).name == BASE_DIR else None
+    kept = saved_base(archive) if base is not None and Path(base).name == BASE_DIR else None
     if kept is not None:
         return kept
     if base is None or not Path(base).exists():
@@ -246,19 +252,19 @@ def base_archive(model_config) -> Path | None:
     return Path(base)
 
 
-def kept_base(archive: str | Path) -> Path | None:
+def saved_base(archive: str | Path) -> Path | None:
     """The model under an adapter that its run, or its export, has kept beside it: it may have been moved with it."""
     place = Path(archive).resolve()
     return next((found for found in (place / BASE_DIR, place.parent / BASE_DIR) if (found / "config.json").is_file()), None)
 
 
-def settings_in(archive: str) -> dict:
+def adapter_options(archive: str) -> dict:
     """The `model.lora` of an adapter's directory; its layers are those of its file. Raises UserError where it is damaged."""
-    settings = settings_of_file(archive)
+    settings = read_adapter_config(archive)
     return {"r": settings["r"], "alpha": settings["lora_alpha"], "target_modules": None}
 
 
-def settings_of_file(archive: str | Path) -> dict:
+def read_adapter_config(archive: str | Path) -> dict:
     """peft's settings in an adapter's directory, as they lie there. Raises UserError where they are damaged."""
     try:
         settings = json.loads((Path(archive) / SETTINGS_FILE).read_text())
@@ -275,7 +281,7 @@ def _checked_settings(archive: str, model_config) -> dict:
             f"model.archive: {archive} is an adapter, and model.lora.r is not given. Add +adapter=lora (or qlora) to train it "
             "on, or make a whole model of it first: python scripts/export.py CHECKPOINT --merge --to DIRECTORY"
         )
-    settings = settings_of_file(archive)
+    settings = read_adapter_config(archive)
     for key, value in {"r": settings["r"], "alpha": settings["lora_alpha"]}.items():
         if value != model_config.lora[key]:
             raise UserError(
@@ -285,7 +291,7 @@ def _checked_settings(archive: str, model_config) -> dict:
     return settings
 
 
-def check_base(archive: str, began_with: str) -> None:
+def check_base_weights(archive: str, began_with: str) -> None:
     """Raise UserError where an adapter was trained on other weights than those loaded, whose hash begins `began_with`.
 
     Of an adapter that no run of this project has written, nothing is known.
@@ -301,7 +307,7 @@ def check_base(archive: str, began_with: str) -> None:
         )
 
 
-def check_fit(archive: str, model: nn.Module) -> None:
+def check_adapter_shapes(archive: str, model: nn.Module) -> None:
     """Raise UserError where an adapter's weights are not those that a model has a place for."""
     from safetensors import SafetensorError, safe_open
 
@@ -320,12 +326,12 @@ def check_fit(archive: str, model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def read_adapter(archive: str, model: nn.Module) -> None:
+def load_adapter(archive: str, model: nn.Module) -> None:
     """Fill a model's adapters with that of an archive: the one that is trained, and the frozen one beside it."""
     from safetensors.torch import load_file
 
     found = load_file(Path(archive) / WEIGHTS_FILE)
-    for adapter in (TRAINED, STARTING):
+    for adapter in (TRAINED_ADAPTER, INITIAL_ADAPTER):
         for name, weight in adapter_weights(dict(model.named_parameters()), adapter).items():
             weight.copy_(found[name])
 
@@ -334,7 +340,7 @@ def read_adapter(archive: str, model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def merge(model: nn.Module, dtype: torch.dtype) -> None:
+def merge_adapter(model: nn.Module, dtype: torch.dtype) -> None:
     """Add the adapter that is trained to the weights under it, in float32, rounded once to a dtype, and take it out.
 
     Layers without an adapter stay as they are. A head that is tied to an adapted embedding, or the reverse, becomes a weight of
@@ -352,9 +358,9 @@ def merge(model: nn.Module, dtype: torch.dtype) -> None:
         for weight in base.parameters(recurse=False):
             weight.data = weight.data.float()
         if hasattr(layer, "unload_and_optionally_merge_module"):
-            base = layer.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=[TRAINED])
+            base = layer.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=[TRAINED_ADAPTER])
         else:
-            layer.merge(adapter_names=[TRAINED])
+            layer.merge(adapter_names=[TRAINED_ADAPTER])
         setattr(model.get_submodule(parent), leaf, base)
         for weight in base.parameters(recurse=False):
             weight.data = weight.data.to(dtype)

@@ -23,7 +23,7 @@ def read_archive(path: Path) -> dict[str, Tensor]:
         from safetensors.torch import load_file
 
         with _damage_is_a_user_error(path):
-            return {name: tensor for file in files_of_weights(path) for name, tensor in load_file(file).items()}
+            return {name: tensor for file in weight_files(path) for name, tensor in load_file(file).items()}
     try:
         archive = load_tensors(path, mapped=True)
     except ValueError as error:
@@ -40,16 +40,16 @@ def archive_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     from safetensors import safe_open
 
     shapes = {}
-    for file in files_of_weights(path):
+    for file in weight_files(path):
         with _damage_is_a_user_error(path), safe_open(file, framework="pt") as weights:
             shapes |= {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118  not a dict
     return shapes
 
 
-def files_of_weights(path: Path) -> list[Path]:
+def weight_files(path: Path) -> list[Path]:
     """The files of a directory with safetensors weights. Raises UserError where one is missing."""
     try:
-        files = files_of_index(path / SAFETENSORS_INDEX) or [path / "model.safetensors"]
+        files = indexed_files(path / SAFETENSORS_INDEX) or [path / "model.safetensors"]
     except ValueError as error:
         raise _no_archive(path, str(error)) from error
     for file in files:
@@ -58,7 +58,7 @@ def files_of_weights(path: Path) -> list[Path]:
     return files
 
 
-def files_of_index(index: Path) -> list[Path]:
+def indexed_files(index: Path) -> list[Path]:
     """The files of weights that an index names, all of them beside it; empty where it is not there.
 
     Raises ValueError for an index that is damaged, or that leads out of its directory: the names in it are data.
@@ -92,7 +92,7 @@ def _no_archive(path: Path, found: str) -> UserError:
     )
 
 
-def model_of_archive(
+def model_from_archive(
     config, state: dict[str, Tensor], path: Path, dtype: torch.dtype, trust_remote_code: bool = False, **where
 ) -> nn.Module:
     """A model with an archive's weights. transformers renames what older versions of it named otherwise.

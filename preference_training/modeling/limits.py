@@ -27,16 +27,18 @@ NAMED = 3
 
 @dataclass(frozen=True)
 class Limits:
-    """What a model has room for; None is no limit. vocabulary: rows of its embedding. named_positions: what its configuration
-    says. positions: entries of its table of positions, where rows may be longer than it.
+    """What a model can take; None is no limit.
+
+    vocabulary: rows of its embedding. declared_positions: the positions that its configuration names. positions: entries of its
+    position table, looked up only where rows may be longer than `declared_positions`.
     """
 
     vocabulary: int | None
     positions: int | None
-    named_positions: int | None
+    declared_positions: int | None
 
 
-def limits_of(config, tokenizer) -> Limits:
+def model_limits(config, tokenizer) -> Limits:
     """The limits of a configuration's model, found without its weights."""
     model = model_configuration(config.model, tokenizer, config.cache_dir)
     text = model.get_text_config()
@@ -88,16 +90,16 @@ def check_limits(config, tokenizer, limits: Limits) -> None:
     name = config.model.name_or_path or config.model.from_config.get("model_type")
     if limits.positions is not None and config.max_length > limits.positions and config.resume is None:
         raise UserError(_too_long(f"found {config.max_length}", limits.positions))
-    if limits.positions is None and limits.named_positions is not None and config.max_length > limits.named_positions:
+    if limits.positions is None and limits.declared_positions is not None and config.max_length > limits.declared_positions:
         print(
-            f"max_length: {config.max_length} tokens are more than the {limits.named_positions} positions that {name} was "
+            f"max_length: {config.max_length} tokens are more than the {limits.declared_positions} positions that {name} was "
             "made for (its max_position_embeddings); it computes longer rows, but may do so badly",
             flush=True,
         )
-    unknown = tokens_beyond(tokenizer, limits.vocabulary)
+    unknown = tokens_without_embedding(tokenizer, limits.vocabulary)
     if not unknown:
         return
-    written = ids_of_templates(config, tokenizer)
+    written = template_token_ids(config, tokenizer)
     emitted = {token: number for token, number in unknown.items() if number in written}
     if emitted:
         where = f"which {_templates(config)} or the end of a response writes"
@@ -109,7 +111,7 @@ def check_limits(config, tokenizer, limits: Limits) -> None:
     )
 
 
-def tokens_beyond(tokenizer, vocabulary: int | None) -> dict[str, int]:
+def tokens_without_embedding(tokenizer, vocabulary: int | None) -> dict[str, int]:
     """The tokens of a tokenizer, by id, that lie behind the end of an embedding with so many rows."""
     if vocabulary is None:
         return {}
@@ -117,7 +119,7 @@ def tokens_beyond(tokenizer, vocabulary: int | None) -> dict[str, int]:
     return dict(sorted(beyond.items(), key=lambda pair: pair[1]))
 
 
-def ids_of_templates(config, tokenizer) -> set[int]:
+def template_token_ids(config, tokenizer) -> set[int]:
     """The ids of what the templates of a run's data sets write around every conversation, and of the end of a response."""
     ids = {tokenizer.eos_token_id}
     for name, system in {(entry.template, entry.system_prompt) for entry in read_entries(config)}:

@@ -20,31 +20,31 @@ from preference_training.core.errors import UserError, first_line
 from preference_training.core.values import UNREADABLE
 from preference_training.modeling.adapters import (
     BASE_DIR,
+    adapter_options,
     add_adapter,
     base_archive,
-    check_base,
-    check_fit,
+    check_adapter_shapes,
+    check_base_weights,
+    describe_frozen_layers,
     is_adapter,
-    kept_base,
-    lines_of_adapter,
-    merge,
-    read_adapter,
-    settings_in,
+    load_adapter,
+    merge_adapter,
+    saved_base,
 )
 from preference_training.modeling.archives import (
     SAFETENSORS_INDEX,
     archive_shapes,
-    files_of_index,
-    model_of_archive,
+    indexed_files,
+    model_from_archive,
     read_archive,
 )
 from preference_training.modeling.kernels import choose_attention, refuse_kernels, use_liger_kernels
-from preference_training.modeling.quantization import quantise, restore_bits
+from preference_training.modeling.quantization import dequantize, quantize
 from preference_training.modeling.state import weights_hash
 
 
 @contextmanager
-def _loading(key: str, name: str):
+def loading_errors(key: str, name: str):
     """Inside, what is wrong with a model's files becomes a UserError: they are data, and nothing of them may be executed."""
     if name.startswith(("/", "./", "../", "~")) and not Path(name).is_dir():
         raise UserError(f"{key}: {name}: no such directory. Paths are relative to {Path.cwd()}.")
@@ -73,8 +73,8 @@ def load_model(model_config, tokenizer, cache_dir: str | None = None, base_dir: 
     base = str(base_dir.resolve()) if base_dir is not None and base_dir.is_dir() else None
     model = _made_ready(model, model_config, base)
     if is_adapter(model_config.archive):
-        check_base(model_config.archive, weights_hash(model))
-        read_adapter(model_config.archive, model)
+        check_base_weights(model_config.archive, weights_hash(model))
+        load_adapter(model_config.archive, model)
     return model
 
 
@@ -87,13 +87,13 @@ def load_base(model_config, tokenizer, cache_dir: str | None = None, base_dir: P
     remote = {"trust_remote_code": model_config.trust_remote_code}
     archive = base_dir if base_dir is not None and base_dir.is_dir() else base_archive(model_config)
     if archive:
-        return model_of_archive(config, read_archive(archive), archive, dtype, model_config.trust_remote_code)
+        return model_from_archive(config, read_archive(archive), archive, dtype, model_config.trust_remote_code)
     if not model_config.name_or_path:
         return AutoModelForCausalLM.from_config(config, dtype=dtype, **remote)
     name = model_config.name_or_path
-    with _loading("model.name_or_path", name):
+    with loading_errors("model.name_or_path", name):
         for index in (SAFETENSORS_INDEX, "pytorch_model.bin.index.json"):
-            files_of_index(Path(name) / index)
+            indexed_files(Path(name) / index)
         return AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype, cache_dir=cache_dir, **remote)
 
 
@@ -192,7 +192,7 @@ def load_with_adapter(checkpoint: Path, model_config, tokenizer, cache_dir: str 
     return _of_adapter(load_model, checkpoint, model_config, tokenizer, cache_dir)
 
 
-def base_of(checkpoint: Path, model_config, tokenizer, cache_dir: str | None = None) -> nn.Module:
+def load_adapter_base(checkpoint: Path, model_config, tokenizer, cache_dir: str | None = None) -> nn.Module:
     """The model under the adapter of a checkpoint, before it was quantised."""
     return _of_adapter(load_base, checkpoint, model_config, tokenizer, cache_dir)
 
@@ -202,14 +202,14 @@ def _of_adapter(make, checkpoint: Path, model_config, tokenizer, cache_dir: str 
 
     # Of how the run computed on its machine nothing is needed here, and some of it may not be there.
     here = {"liger_kernels": False, "attn_implementation": "auto", "autocast_dtype": None}
-    its_own = {"archive": str(checkpoint), "lora": settings_in(str(checkpoint))}
+    its_own = {"archive": str(checkpoint), "lora": adapter_options(str(checkpoint))}
     config = OmegaConf.merge(model_config, here, its_own)
     with torch.random.fork_rng(devices=[]):
         if (seed := _seed_of(checkpoint)) is not None:
             torch.manual_seed(seed)
             # A run that kept no base had tried its optimizer on such a layer before it made its model.
             nn.Linear(1, 1)
-        return make(config, tokenizer, cache_dir, kept_base(checkpoint))
+        return make(config, tokenizer, cache_dir, saved_base(checkpoint))
 
 
 def _seed_of(checkpoint: Path) -> int | None:
@@ -229,19 +229,19 @@ def load_merged(
     They are added in float32, and rounded once to `dtype`; None is `policy_dtype`.
     """
     model = load_with_adapter(checkpoint, model_config, tokenizer, cache_dir)
-    return merged(model, dtype or getattr(torch, model_config.policy_dtype))
+    return merge_and_cast(model, dtype or getattr(torch, model_config.policy_dtype))
 
 
-def merged(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+def merge_and_cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """A model with its adapter, made whole in place."""
-    restore_bits(model, torch.float32)
-    merge(model, dtype)
-    round_weights(model, dtype)
+    dequantize(model, torch.float32)
+    merge_adapter(model, dtype)
+    cast_weights(model, dtype)
     return model
 
 
 @torch.no_grad()
-def round_weights(model: nn.Module, dtype: torch.dtype) -> None:
+def cast_weights(model: nn.Module, dtype: torch.dtype) -> None:
     """Give a model's weights a dtype, in place, but for those that its class keeps in float32. Buffers stay what they are."""
     # What from_pretrained keeps so, in either of the short dtypes or in float16 alone.
     kept = set(model._keep_in_fp32_modules_strict or ()) if dtype in (torch.bfloat16, torch.float16) else set()
@@ -271,7 +271,7 @@ def _made_ready(model: nn.Module, model_config, base: str | None = None) -> nn.M
     if model_config.liger_kernels and not next(model.parameters()).is_meta:
         use_liger_kernels(model)
     if model_config.quantization:
-        quantise(model, model_config)
+        quantize(model, model_config)
     if model_config.lora.r is not None:
         add_adapter(model, model_config, base)
     return model.train()
@@ -285,7 +285,7 @@ def model_configuration(model_config, tokenizer, cache_dir: str | None = None):
     values = OmegaConf.to_container(model_config.from_config)
     if model_config.name_or_path:
         name, trusted = model_config.name_or_path, model_config.trust_remote_code
-        with _loading("model.name_or_path", name):
+        with loading_errors("model.name_or_path", name):
             config = AutoConfig.from_pretrained(name, **(values | {"cache_dir": cache_dir, "trust_remote_code": trusted}))
             if not trusted:
                 refuse_kernels(config)
@@ -330,20 +330,20 @@ def check_model(model_config, tokenizer, cache_dir: str | None = None) -> list[s
     """
     path = base_archive(model_config)
     config = model_configuration(model_config, tokenizer, cache_dir)
-    lines = lines_of_configuration(config)
+    lines = describe_unused_options(config)
     if path:
         shapes = {name: torch.empty(shape, device="meta") for name, shape in archive_shapes(path).items()}
-        model_of_archive(config, shapes, path, torch.float32, model_config.trust_remote_code, device_map={"": "meta"})
+        model_from_archive(config, shapes, path, torch.float32, model_config.trust_remote_code, device_map={"": "meta"})
     if model_config.lora.r is not None:
         with torch.device("meta"):
             model = build_untrained(model_config, tokenizer, cache_dir)
         if is_adapter(model_config.archive):
-            check_fit(model_config.archive, model)
-        lines += lines_of_adapter(model, model_config)
+            check_adapter_shapes(model_config.archive, model)
+        lines += describe_frozen_layers(model, model_config)
     return lines
 
 
-def lines_of_configuration(config) -> list[str]:
+def describe_unused_options(config) -> list[str]:
     """What of a model's configuration has no effect in training here."""
     text = config.get_text_config()
     keys = [key for key in ("router_aux_loss_coef", "aux_loss_alpha") if getattr(text, key, None)]

@@ -17,14 +17,14 @@ from torch.utils.checkpoint import checkpoint
 
 from preference_training.batching.batches import PackedBatch
 from preference_training.core.ranks import let_go_of_gathered, local
-from preference_training.modeling.adapters import as_it_began, has_adapter
+from preference_training.modeling.adapters import has_adapter, reference_mode
 from preference_training.modeling.prefix_sharing.tree_attention import RESPONSE_TREES
-from preference_training.modeling.state import several_devices
+from preference_training.modeling.state import spans_devices
 
 # Float32 logits that are held at once.
-LOGITS_BYTES = 2**29
+MAX_LOGITS_BYTES = 2**29
 # Label of a position that is not scored: cross_entropy's default.
-NOT_SCORED = -100
+IGNORE_INDEX = -100
 
 
 def response_logps(model: nn.Module, batch: PackedBatch) -> Tensor:
@@ -50,7 +50,7 @@ def tree_logps(model: nn.Module, batch: PackedBatch) -> Tensor:
     finally:
         if scores:
             head.scored_ids = None
-    token_logps = _wide(output[:, 0] if scores else logps_of_tokens(output, batch.scored_ids))
+    token_logps = _wide(output[:, 0] if scores else score_tokens(output, batch.scored_ids))
     return token_logps.new_zeros(len(batch.response_lengths)).index_add(0, batch.response_of, token_logps).float()
 
 
@@ -62,14 +62,14 @@ def _packed_forward(model: nn.Module, batch: PackedBatch) -> Tensor:
         # Four dimensions: transformers then builds no mask of its own. Attention reads the layout in its place.
         attention_mask=batch.input_ids.new_zeros((1, 1, 1, 1)),
         response_trees=batch.layout,
-        logits_to_keep=_index(model, batch.predicted_at),
+        logits_to_keep=_head_index(model, batch.predicted_at),
         use_cache=False,
     ).logits[0]
 
 
-def _index(model: nn.Module, places: Tensor) -> Tensor:
+def _head_index(model: nn.Module, places: Tensor) -> Tensor:
     """Places as the model indexes its last states by them, which are on another device than its inputs if it has several."""
-    return places.cpu() if several_devices(model) else places
+    return places.cpu() if spans_devices(model) else places
 
 
 def _wide(token_logps: Tensor) -> Tensor:
@@ -77,8 +77,8 @@ def _wide(token_logps: Tensor) -> Tensor:
     return token_logps if token_logps.device.type == "mps" else token_logps.double()
 
 
-def logps_of_tokens(logits: Tensor, ids: Tensor) -> Tensor:
-    """Log-prob of each token [S] under its logits [S, V], in float32; 0 where the id is NOT_SCORED."""
+def score_tokens(logits: Tensor, ids: Tensor) -> Tensor:
+    """Log-prob of each token [S] under its logits [S, V], in float32; 0 where the id is IGNORE_INDEX."""
     return -F.cross_entropy(logits.float(), ids, reduction="none")
 
 
@@ -86,7 +86,7 @@ class ScoringHead(nn.Linear):
     """A vocabulary head that, told the tokens to score, gives their log-probs in place of all logits.
 
     A model's own head becomes one by a change of class (`head.__class__ = ScoringHead`): weights, names and copies stay what
-    they were. Logits are made in chunks of at most LOGITS_BYTES and, beyond one chunk, made again in the backward pass, so
+    they were. Logits are made in chunks of at most MAX_LOGITS_BYTES and, beyond one chunk, made again in the backward pass, so
     that their memory does not grow with the batch.
     """
 
@@ -96,7 +96,7 @@ class ScoringHead(nn.Linear):
         """hidden [1, S, H] to log-probs [1, S, 1] of `scored_ids` [S]; to logits where there are none."""
         if self.scored_ids is None:
             return super().forward(hidden)
-        size = max(1, LOGITS_BYTES // (4 * self.out_features))
+        size = max(1, MAX_LOGITS_BYTES // (4 * self.out_features))
         # The head of a model over several devices is not where its inputs are.
         ids = self.scored_ids.to(hidden.device)
         if len(ids) <= size:
@@ -108,7 +108,7 @@ class ScoringHead(nn.Linear):
         return torch.cat([part[:, None] for part in logps])[None].clone()
 
     def _score(self, states: Tensor, ids: Tensor) -> Tensor:
-        return logps_of_tokens(F.linear(states, self.weight, self.bias), ids)
+        return score_tokens(F.linear(states, self.weight, self.bias), ids)
 
 
 def padded_logps(model: nn.Module, batch: PackedBatch) -> Tensor:
@@ -120,7 +120,7 @@ def padded_logps(model: nn.Module, batch: PackedBatch) -> Tensor:
     first = min(tree.prompt_length for tree in batch.trees) - 1
     positions = torch.arange(first, input_ids.shape[1] - 1, device=input_ids.device)
     logits = _logits_at(model, input_ids, attention_mask, positions)
-    token_logps = _wide(logps_of_tokens(logits.flatten(0, 1), labels[:, first + 1 :].flatten()))
+    token_logps = _wide(score_tokens(logits.flatten(0, 1), labels[:, first + 1 :].flatten()))
     return token_logps.view(len(labels), -1).sum(1).float()
 
 
@@ -128,7 +128,7 @@ def _logits_at(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, posi
     """Logits [R, len(positions), V] at the given positions of every row; the head runs only there where the model can."""
     arguments = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
     if _keeps_chosen_logits(type(model)):
-        return model(**arguments, logits_to_keep=_index(model, positions)).logits
+        return model(**arguments, logits_to_keep=_head_index(model, positions)).logits
     return model(**arguments).logits[:, positions]
 
 
@@ -140,7 +140,7 @@ def _keeps_chosen_logits(model_class: type) -> bool:
 def _padded_rows(batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
     """One row per response, its prompt before it, padded behind: token ids, labels and attention mask, each [R, L].
 
-    Labels are NOT_SCORED but for the response. What is padding is known from the lengths, never from a token's id.
+    Labels are IGNORE_INDEX but for the response. What is padding is known from the lengths, never from a token's id.
     """
     rows, labels = [], []
     for tree in batch.trees:
@@ -148,11 +148,11 @@ def _padded_rows(batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
         for start, length in zip(tree.response_starts, tree.response_lengths, strict=True):
             response = batch.input_ids[start : start + length]
             rows.append(torch.cat([prompt, response]))
-            labels.append(torch.cat([torch.full_like(prompt, NOT_SCORED), response]))
+            labels.append(torch.cat([torch.full_like(prompt, IGNORE_INDEX), response]))
     attention_mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
     return (
         pad_sequence(rows, batch_first=True),
-        pad_sequence(labels, batch_first=True, padding_value=NOT_SCORED),
+        pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX),
         attention_mask,
     )
 
@@ -168,7 +168,7 @@ class LiveReference:
 
     def __init__(self, model: nn.Module):
         self.model = model
-        self.as_reference = as_it_began if has_adapter(model) else nullcontext
+        self.as_reference = reference_mode if has_adapter(model) else nullcontext
 
     @torch.no_grad()
     def __call__(self, batch: PackedBatch) -> Tensor:

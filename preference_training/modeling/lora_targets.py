@@ -21,7 +21,7 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def unfit_layers(model: nn.Module) -> dict[str, str]:
+def unsupported_layers(model: nn.Module) -> dict[str, str]:
     """The linear layers on which an adapter could do nothing, or would break the model: name → why."""
     reasons = {}
     for name, layer in linear_layers(model).items():
@@ -67,7 +67,7 @@ def _gives_a_tensor(layer: nn.Module) -> bool:
         return isinstance(layer(layer.weight.new_zeros(2, layer.in_features)), Tensor)
 
 
-def _shortened(names, model: nn.Module) -> list[str]:
+def shorten_names(names, model: nn.Module) -> list[str]:
     """Names of layers by their last parts, where all layers with that last part are meant."""
     by_leaf = defaultdict(set)
     for name in linear_layers(model):
@@ -76,14 +76,14 @@ def _shortened(names, model: nn.Module) -> list[str]:
     return sorted(leaves | {name for name in names if name.rpartition(".")[2] not in leaves})
 
 
-def _adapted(model: nn.Module) -> set[str]:
+def adapted_modules(model: nn.Module) -> set[str]:
     """The names of the modules that have an adapter."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return {name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
 
 
-def _stacked_experts(model: nn.Module) -> list[str]:
+def fused_experts(model: nn.Module) -> list[str]:
     """The names of modules that hold all experts of a layer in one tensor."""
     config = model.config.get_text_config()
     keys = "num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"

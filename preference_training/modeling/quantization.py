@@ -19,7 +19,7 @@ def import_bitsandbytes(key: str):
     return bitsandbytes
 
 
-def quantise(model: nn.Module, model_config) -> None:
+def quantize(model: nn.Module, model_config) -> None:
     """Turn a model's linear layers, but for its head, into four bits (nf4) or eight (int8), frozen; on the CPU or meta.
 
     Four bits are NormalFloat4 in blocks of 64, whose scales are quantised again with `double_quantization` (Dettmers et al.
@@ -55,7 +55,7 @@ class _Product(torch.autograd.Function):
         return gradient @ gradient.new_empty(ctx.shape), None, None
 
 
-class ShapeOfFewBits(nn.Linear):
+class MetaQuantizedLinear(nn.Linear):
     """What a layer of few bits is to those who look at sizes alone: bitsandbytes has none without numbers."""
 
     def __init__(self, layer: nn.Linear, bits: float):
@@ -71,7 +71,7 @@ class ShapeOfFewBits(nn.Linear):
 def _without_numbers(layers, layer: nn.Linear, model_config) -> nn.Module:
     # Beside the weights lie scales: of blocks of 64 weights in float32, or in eight bits, or one for each row.
     scales = 0 if model_config.quantization == "int8" else 8 / 64 if model_config.double_quantization else 32 / 64
-    return ShapeOfFewBits(layer, (8 if model_config.quantization == "int8" else 4) + scales)
+    return MetaQuantizedLinear(layer, (8 if model_config.quantization == "int8" else 4) + scales)
 
 
 def _in_four_bits(layers, layer: nn.Linear, model_config) -> nn.Module:
@@ -90,7 +90,7 @@ def _in_eight_bits(layers, layer: nn.Linear, model_config) -> nn.Module:
     return small
 
 
-def restore_bits(model: nn.Module, dtype: torch.dtype) -> None:
+def dequantize(model: nn.Module, dtype: torch.dtype) -> None:
     """Turn layers of few bits into usual ones that hold the numbers that these compute with, if there are any."""
     if not any(type(module).__name__ in ("Linear4bit", "Linear8bitLt") for module in model.modules()):
         return

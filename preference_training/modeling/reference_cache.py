@@ -35,7 +35,7 @@ from preference_training.batching.batches import (
 )
 from preference_training.core.ranks import ALONE, Ranks, bytes_of
 from preference_training.data.prompt_table import PromptTable, Selection
-from preference_training.modeling.adapters import STARTING
+from preference_training.modeling.adapters import INITIAL_ADAPTER
 from preference_training.modeling.logprobs import CachedReference, LiveReference
 from preference_training.modeling.state import compute_device, weights_hash
 
@@ -54,7 +54,7 @@ NOT_COMPUTED = {
 
 
 @dataclass(frozen=True)
-class Reads:
+class ReferencePlan:
     """What a run reads of its reference: the responses of `prompts`.
 
     packs gives this rank's packs that the run computes with the reference's weights, and recipe is what they follow from.
@@ -68,7 +68,7 @@ class Reads:
     recipe: tuple = ()
 
     @classmethod
-    def of_run(
+    def for_run(
         cls,
         train: BatchIterator,
         eval_prompts: PromptTable,
@@ -77,7 +77,7 @@ class Reads:
         seed: int,
         budget: TokenBudget,
         ranks: Ranks,
-    ) -> "Reads":
+    ) -> "ReferencePlan":
         """Of a run with these steps and evaluations: `evaluation_batches` are called as here."""
         held_out = evaluation_prompts(eval_prompts, n_examples, seed)
         prompts = train.prompts_seen.joined(held_out)
@@ -109,7 +109,7 @@ def model_facts(model: nn.Module) -> dict:
     """What the log-probs of a model depend on beside its weights: plain values. Nothing of the adapter that is trained."""
     base = [(name, module) for name, module in model.named_modules() if not _is_of_adapter(name, module)]
     weights = [(name, weight) for name, weight in model.named_parameters() if ".lora_" not in name]
-    starting = getattr(model, "peft_config", {}).get(STARTING)
+    starting = getattr(model, "peft_config", {}).get(INITIAL_ADAPTER)
     return {
         "configuration": _computed(model.config.to_dict()),
         "attention": [getattr(module.config, "_attn_implementation", None) for _, module in base if _has_config(module)],
@@ -149,26 +149,28 @@ def machine_facts(device: torch.device) -> list:
     return [device.type, name, threads, *versions, torch.get_float32_matmul_precision()]
 
 
-def cache_key(model: nn.Module, reads: Reads, settings: Mapping | None = None, ranks: Ranks = ALONE) -> str:
+def cache_key(model: nn.Module, plan: ReferencePlan, settings: Mapping | None = None, ranks: Ranks = ALONE) -> str:
     """Hash of all that the log-probs of what is read under `model`, as it began, depend on: 32 hexadecimal digits.
 
     settings are those of the run that the model does not show. The key is the same on all ranks.
     """
     computing = model_facts(model), machine_facts(compute_device(model)), dict(settings or {})
-    how = [*computing, reads.recipe, reads.prompts.fingerprint, weights_hash(model)]
+    how = [*computing, plan.recipe, plan.prompts.fingerprint, weights_hash(model)]
     parts = ranks.gather(xxhash.xxh3_128_hexdigest(json.dumps(how, sort_keys=True, default=str).encode()))
     return parts[0] if len(parts) == 1 else xxhash.xxh3_128_hexdigest("".join(parts).encode())
 
 
-def cache_path(directory: Path, model: nn.Module, reads: Reads, settings: Mapping | None = None, ranks: Ranks = ALONE) -> Path:
+def cache_path(
+    directory: Path, model: nn.Module, plan: ReferencePlan, settings: Mapping | None = None, ranks: Ranks = ALONE
+) -> Path:
     """Where in `directory` the log-probs of what is read under `model` lie, or would lie."""
-    return directory / f"{cache_key(model, reads, settings, ranks)}.safetensors"
+    return directory / f"{cache_key(model, plan, settings, ranks)}.safetensors"
 
 
 # ---- found, or computed ---------------------------------------------------------------------------------------------------
 
 
-def cached_reference(reference: LiveReference, reads: Reads, path: Path, ranks: Ranks = ALONE) -> CachedReference:
+def cached_reference(reference: LiveReference, plan: ReferencePlan, path: Path, ranks: Ranks = ALONE) -> CachedReference:
     """The log-prob of every response that a run reads; NaN where no prompt of those has the row.
 
     Read from `path`, which `cache_path` gave, where they have been computed before, else computed and written there; says
@@ -180,7 +182,7 @@ def cached_reference(reference: LiveReference, reads: Reads, path: Path, ranks: 
             # Jobs of a sweep come here at the same time: the first one computes, and the others find what it has left.
             found = _found(path, ranks)
             if found is None:
-                return _made(reference, reads, path, ranks)
+                return _made(reference, plan, path, ranks)
     print(f"reference: log-probs of {_count(found)} responses read from {path}", flush=True)
     return found
 
@@ -192,10 +194,10 @@ def _found(path: Path, ranks: Ranks) -> CachedReference | None:
     return None if tensors is None else _from_tensors(tensors)
 
 
-def _made(reference: LiveReference, reads: Reads, path: Path, ranks: Ranks) -> CachedReference:
+def _made(reference: LiveReference, plan: ReferencePlan, path: Path, ranks: Ranks) -> CachedReference:
     if ranks.is_main and path.exists():
         print(f"reference: {path} is damaged and computed anew", flush=True)
-    made = compute_logps(reference, reads, ranks)
+    made = compute_logps(reference, plan, ranks)
     if ranks.is_main:
         _write(path, _to_tensors(made))
         print(f"reference: log-probs of {_count(made)} responses computed once, kept in {path}", flush=True)
@@ -234,13 +236,13 @@ def _count(reference: CachedReference) -> int:
 
 
 @torch.no_grad()
-def compute_logps(reference: LiveReference, reads: Reads, ranks: Ranks = ALONE) -> CachedReference:
+def compute_logps(reference: LiveReference, plan: ReferencePlan, ranks: Ranks = ALONE) -> CachedReference:
     """One pass over what is read. Each rank computes its packs; all get the whole."""
-    table, model = reads.prompts.table, reference.model
+    table, model = plan.prompts.table, reference.model
     training = model.training
     model.eval()
     numbers, rows, values = [], [], []
-    for number, batch in enumerate(_packs(reads, ranks)):
+    for number, batch in enumerate(_packs(plan, ranks)):
         logps = reference(batch.to(compute_device(model))).cpu()
         if not batch.is_filler:
             numbers.append(number)
@@ -281,12 +283,12 @@ def _joined(computed: list[_Computed], num_rows: int) -> CachedReference:
     return CachedReference(logps, of_packs)
 
 
-def _packs(reads: Reads, ranks: Ranks) -> Iterator[PackedBatch]:
+def _packs(plan: ReferencePlan, ranks: Ranks) -> Iterator[PackedBatch]:
     """This rank's packs; every rank has equally many."""
-    yield from reads.packs()
-    examples = examples_of(reads.rest.by_length())
+    yield from plan.packs()
+    examples = examples_of(plan.rest.by_length())
     while part := list(islice(examples, EXAMPLES_AT_ONCE)):
-        yield from packs_of(part, reads.budget, ranks)
+        yield from packs_of(part, plan.budget, ranks)
 
 
 # ---- on disk --------------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from preference_training.core.errors import UserError
 from preference_training.core.ranks import bytes_of
-from preference_training.modeling.adapters import began_as
+from preference_training.modeling.adapters import initial_weights
 from preference_training.modeling.kernels import use_liger_kernels
 
 
@@ -28,12 +28,12 @@ def compute_device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device if device is None else device
 
 
-def several_devices(model: nn.Module) -> bool:
+def spans_devices(model: nn.Module) -> bool:
     """Whether the layers of one model lie on several devices."""
     return len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1
 
 
-def dtype_of_copy(model: nn.Module, parameter: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+def copied_dtype(model: nn.Module, parameter: Tensor, dtype: torch.dtype | None) -> torch.dtype:
     """The dtype that a parameter has in a copy in `dtype`, None for the original's.
 
     Parameters that the model keeps in another dtype than the rest keep theirs.
@@ -41,7 +41,7 @@ def dtype_of_copy(model: nn.Module, parameter: Tensor, dtype: torch.dtype | None
     return parameter.dtype if dtype is None or parameter.dtype != model.dtype else dtype
 
 
-def take_buffers(model: nn.Module, buffers: dict[str, Tensor]) -> None:
+def set_buffers(model: nn.Module, buffers: dict[str, Tensor]) -> None:
     """Put tensors in place of a model's buffers by name, in their own dtypes and on their own devices."""
     for name, buffer in buffers.items():
         path, _, leaf = name.rpartition(".")
@@ -63,7 +63,7 @@ def frozen_copy(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module
     copies: dict[int, nn.Parameter] = {}
     for name, weight in model.named_parameters(remove_duplicate=False):
         if id(weight) not in copies:
-            values = weight.detach().to(dtype_of_copy(model, weight, dtype), copy=True)
+            values = weight.detach().to(copied_dtype(model, weight, dtype), copy=True)
             copies[id(weight)] = nn.Parameter(values, requires_grad=False)
         path, _, leaf = name.rpartition(".")
         twin.get_submodule(path)._parameters[leaf] = copies[id(weight)]
@@ -121,7 +121,7 @@ def weights_hash(model: nn.Module) -> str:
     Where an adapter is trained, these are the frozen weights, and 32 digits more are of the adapter that it started from, if
     there is one. Else they are the weights as they are now.
     """
-    return "".join(_hash_of(part) for part in began_as(model.state_dict()) if part)
+    return "".join(_hash_of(part) for part in initial_weights(model.state_dict()) if part)
 
 
 def _hash_of(tensors: dict[str, Tensor]) -> str:
@@ -137,10 +137,10 @@ def reference_copy(policy: nn.Module, model_config) -> nn.Module:
     reference = frozen_copy(policy, getattr(torch, model_config.reference_dtype))
     if getattr(policy, "has_liger_kernels", False):
         use_liger_kernels(reference)
-    return dispatched(reference, policy.hf_device_map) if several_devices(policy) else reference
+    return dispatch(reference, policy.hf_device_map) if spans_devices(policy) else reference
 
 
-def place(model: nn.Module, device: torch.device) -> nn.Module:
+def move_to_devices(model: nn.Module, device: torch.device) -> nn.Module:
     """Put `model` on the device; where there are several GPUs, its layers over them in order.
 
     Raises UserError where their memory does not hold it.
@@ -160,10 +160,10 @@ def place(model: nn.Module, device: torch.device) -> nn.Module:
             f"be left on {' and '.join(sorted(elsewhere))}, where they cannot be trained. Use trainer=FSDPTrainer with "
             "trainer.cpu_offload=true, an adapter, or a smaller model."
         )
-    return dispatched(model, device_map)
+    return dispatch(model, device_map)
 
 
-def dispatched(model: nn.Module, device_map: dict) -> nn.Module:
+def dispatch(model: nn.Module, device_map: dict) -> nn.Module:
     """A model with its modules on the devices of a map, which hands their inputs on from one to the next."""
     from accelerate import dispatch_model
 

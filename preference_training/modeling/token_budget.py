@@ -15,11 +15,11 @@ def token_budget(
     limit: int | None = None,
     device: torch.device | None = None,
     free: int | None = None,
-    beside_weights: int = 3,
+    weight_copies: int = 3,
 ) -> TokenBudget:
     """How many packed tokens to compute at once: up to `limit`, or as many as the free memory holds.
 
-    device is the model's own, or where it will be; `free` its free bytes, None for what is free here and now; beside_weights:
+    device is the model's own, or where it will be; `free` its free bytes, None for what is free here and now; weight_copies:
     how many times the memory of the trained weights gradients and optimizer take. A GPU gets faster
     with every token. A CPU does not beyond a thousand or so: packs of at most 1,536 were as fast as packs of any size (58M
     Llama, two cores, 1,442 tokens a step), with 0.82 of the peak memory.
@@ -28,11 +28,11 @@ def token_budget(
         return TokenBudget(limit, limit)
     moves = device is not None and device != compute_device(model)
     device = device or compute_device(model)
-    limit = _two_bits(_tokens_that_fit(model, device, free, moves, beside_weights))
+    limit = _two_bits(_tokens_that_fit(model, device, free, moves, weight_copies))
     return TokenBudget(limit, limit if device.type != "cpu" else min(limit, 1536))
 
 
-def shared_budget(budget: TokenBudget, ranks: Ranks) -> TokenBudget:
+def common_budget(budget: TokenBudget, ranks: Ranks) -> TokenBudget:
     """The budget that every rank has room for: all must cut alike.
 
     For each pack sharded weights are gathered anew, so that several ranks have few packs, as large as memory allows.
@@ -45,7 +45,7 @@ def untrained_budget(config, tokenizer, device: torch.device) -> TokenBudget:
     """The budget that a configuration's model will have on a device, found without its weights."""
     with torch.device("meta"):
         model = build_untrained(config.model, tokenizer, config.cache_dir)
-    return token_budget(model, config.max_tokens_per_microbatch, device, beside_weights=times_beside_weights(config))
+    return token_budget(model, config.max_tokens_per_microbatch, device, weight_copies=times_beside_weights(config))
 
 
 def _two_bits(number: int) -> int:
@@ -57,7 +57,7 @@ def _two_bits(number: int) -> int:
     return number >> lost << lost
 
 
-def _tokens_that_fit(model: nn.Module, device: torch.device, free: int | None, moves: bool, beside_weights: int) -> int:
+def _tokens_that_fit(model: nn.Module, device: torch.device, free: int | None, moves: bool, weight_copies: int) -> int:
     """How many packed tokens one forward and backward may hold on a device; at least 512. moves: weights will come to it.
 
     An estimate on the safe side: half of what is left beside gradients and optimizer, over the activations of a gated
@@ -78,4 +78,4 @@ def _tokens_that_fit(model: nn.Module, device: torch.device, free: int | None, m
     to_come = weights if moves else 0
     if free is None:
         free = free_memory(device) // (1 if device.type == "cuda" else local_world_size())
-    return max(512, int((free - to_come - beside_weights * weights) / 2 / per_token))
+    return max(512, int((free - to_come - weight_copies * weights) / 2 / per_token))

@@ -2,7 +2,7 @@
 
 from preference_training.core.errors import UserError
 from preference_training.data.toy_preferences import toy_records
-from preference_training.modeling.loading import _loading
+from preference_training.modeling.loading import loading_errors
 
 BYTE_LEVEL = "byte_level"
 
@@ -21,7 +21,7 @@ def load_tokenizer(model_config, cache_dir: str | None = None):
     from transformers import AutoTokenizer
 
     key = "model.tokenizer_name_or_path" if model_config.tokenizer_name_or_path else "model.name_or_path"
-    with _loading(key, name):
+    with loading_errors(key, name):
         tokenizer = AutoTokenizer.from_pretrained(name, cache_dir=cache_dir, trust_remote_code=model_config.trust_remote_code)
     if tokenizer.eos_token_id is None:
         raise UserError(

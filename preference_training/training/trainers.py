@@ -44,7 +44,7 @@ from preference_training.evaluation.held_out import HeldOut, evaluate
 from preference_training.evaluation.held_out_report import intervals_of
 from preference_training.generation.sampling import sample_answers
 from preference_training.losses.objectives import Loss, LossOutput, Survey, example_metrics, is_at_beta_used
-from preference_training.modeling.adapters import kept_weights
+from preference_training.modeling.adapters import weights_to_save
 from preference_training.modeling.logprobs import LiveReference, response_logps
 from preference_training.modeling.state import compute_device
 from preference_training.tracking.ledger import Ledger
@@ -639,7 +639,7 @@ class BasicTrainer:
 
     def weights(self) -> dict[str, Tensor]:
         """The weights and kept buffers by their names, alive, or the adapter's; one tensor may have several names."""
-        return kept_weights(self.policy.state_dict(keep_vars=True))
+        return weights_to_save(self.policy.state_dict(keep_vars=True))
 
     def set_weights(self, weights: dict[str, Tensor]) -> None:
         """Take over new values that were written into what `weights` gave: they are the policy's own."""

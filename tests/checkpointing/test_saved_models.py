@@ -20,7 +20,7 @@ from preference_training.checkpointing.saved_models import (
     tolerance,
 )
 from preference_training.core.errors import UserError
-from preference_training.modeling.loading import round_weights, save_model
+from preference_training.modeling.loading import cast_weights, save_model
 from tests.support.files import GOLDEN
 
 
@@ -128,13 +128,13 @@ def test_weights_are_rounded_and_what_is_computed_from_the_configuration_is_not(
     model = golden_model()
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     assert before, "the rotary frequencies"
-    round_weights(model, torch.bfloat16)
+    cast_weights(model, torch.bfloat16)
     assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
     assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
     model._keep_in_fp32_modules_strict = {"norm"}
     other = golden_model()
     other._keep_in_fp32_modules_strict = {"norm"}
-    round_weights(other, torch.bfloat16)
+    cast_weights(other, torch.bfloat16)
     assert other.model.norm.weight.dtype == torch.float32 and other.lm_head.weight.dtype == torch.bfloat16
 
 

@@ -19,7 +19,7 @@ from preference_training.generation.sampling import sample_answers
 from preference_training.losses.objectives import build_loss
 from preference_training.modeling.loading import disable_dropout
 from preference_training.modeling.logprobs import LiveReference, response_logps
-from preference_training.modeling.prefix_sharing.proof import ROUNDING, random_trees
+from preference_training.modeling.prefix_sharing.proof import TOLERANCES, random_trees
 from preference_training.modeling.prefix_sharing.sharing import share_prefixes
 from preference_training.training.trainers import BasicTrainer, LayerSplittingTrainer
 
@@ -241,7 +241,7 @@ def test_every_shard_computes_in_the_dtype_of_autocast():
     split.autocast_dtype = torch.bfloat16
     with torch.no_grad():
         error = (response_logps(split, batch) - response_logps(model, batch)).abs() / batch.response_lengths
-    assert dtypes == {torch.bfloat16} and 0 < error.max() < ROUNDING[torch.bfloat16]
+    assert dtypes == {torch.bfloat16} and 0 < error.max() < TOLERANCES[torch.bfloat16]
 
 
 def test_what_autocast_rounds_is_not_taken_for_a_wrong_split(compose, tokenizer):

@@ -14,13 +14,13 @@ from preference_training.core.errors import UserError
 from preference_training.data.prompt_table import PromptTable
 from preference_training.data.rows.records import DataReport
 from preference_training.data.tokenization import TokenizedPrompt
-from preference_training.dry_run.dry_run import (
+from preference_training.dry_run.preview import (
     check_memory,
-    facts_of,
+    collect_facts,
+    describe_data,
+    describe_steps,
     histogram,
     largest_packs,
-    lines_of_data,
-    lines_of_steps,
     tokens_shown,
 )
 from tests.support import forked
@@ -107,7 +107,7 @@ def test_processes_that_could_not_train_are_refused(tmp_path, overrides, heard):
 
 def test_duplicates_and_contradictions_are_counted_over_all_prompts():
     # The pair (A, B) stands there twice, and once the other way round; C has another prompt, so its pair is its own.
-    facts = facts_of(
+    facts = collect_facts(
         table(
             TokenizedPrompt([1, 2], [A, B], [(0, 1)]),
             TokenizedPrompt([1, 2], [B, A], [(1, 0)]),
@@ -124,18 +124,18 @@ def test_duplicates_and_contradictions_are_counted_over_all_prompts():
 
 
 def test_prompts_of_both_splits_meet_in_their_hashes():
-    train = facts_of(table(TokenizedPrompt([1, 2], [A, B], [(0, 1)]), TokenizedPrompt([5], [A, B], [(0, 1)])))
-    held_out = facts_of(table(TokenizedPrompt([5], [B, C], [(0, 1)])))
+    train = collect_facts(table(TokenizedPrompt([1, 2], [A, B], [(0, 1)]), TokenizedPrompt([5], [A, B], [(0, 1)])))
+    held_out = collect_facts(table(TokenizedPrompt([5], [B, C], [(0, 1)])))
     assert len(numpy.intersect1d(train.prompt_hashes, held_out.prompt_hashes)) == 1
 
 
 def test_sft_data_is_counted_in_examples():
-    facts = facts_of(table(TokenizedPrompt([1, 2], [A], []), TokenizedPrompt([1, 3], [B], [])))
-    lines = lines_of_data(["mine"], [DataReport(rows_read=3, num_prompts=2, left_out={"it is odd": 1})], facts, paired=False)
+    facts = collect_facts(table(TokenizedPrompt([1, 2], [A], []), TokenizedPrompt([1, 3], [B], [])))
+    lines = describe_data(["mine"], [DataReport(rows_read=3, num_prompts=2, left_out={"it is odd": 1})], facts, paired=False)
     assert "  mine: 3 rows read, 2 prompts kept" in lines and "    1 left out: it is odd" in lines
     assert "  2 prompts, 2 responses, 2 examples, 9 tokens" in lines
     report = DataReport(columns_not_read={"margin": 2, "weight": 1}, notes=["top_k has no effect"], bad_rows=["row 3"])
-    assert lines_of_data(["mine"], [report], facts, paired=False)[1:4] == [
+    assert describe_data(["mine"], [report], facts, paired=False)[1:4] == [
         "    columns not read: margin, weight",
         "    top_k has no effect",
         "    row 3",
@@ -144,7 +144,7 @@ def test_sft_data_is_counted_in_examples():
 
 
 def test_an_empty_split_has_its_counts_and_no_lengths():
-    assert lines_of_data([], [], facts_of(table()), paired=True) == ["  0 prompts, 0 responses, 0 pairs, 0 tokens"]
+    assert describe_data([], [], collect_facts(table()), paired=True) == ["  0 prompts, 0 responses, 0 pairs, 0 tokens"]
 
 
 def test_a_histogram_counts_every_value_once():
@@ -178,7 +178,7 @@ def test_blanks_are_seen_those_too_that_sentencepiece_leaves_out_of_a_token_alon
 
 def test_steps_and_what_sharing_saves_are_those_of_the_run():
     prompts = table(*(TokenizedPrompt([1, 2, 3, n], [A, B], [(0, 1)]) for n in range(10)))
-    lines = lines_of_steps(BatchIterator(prompts, 4, n_epochs=3), facts_of(prompts))
+    lines = describe_steps(BatchIterator(prompts, 4, n_epochs=3), collect_facts(prompts))
     # 30 examples in batches of 4 within each epoch of 10: 3 steps an epoch, 9 tokens each.
     assert lines[0].strip() == "9 steps of 4 examples, 30 in all; 36 tokens a step on average"
     assert "90 tokens an epoch in place of 130, 31% less (where the model proves that it can" in lines[1]

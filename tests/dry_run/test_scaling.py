@@ -13,11 +13,11 @@ from preference_training.dry_run.scaling import (
     Message,
     StepCosts,
     Traffic,
-    budget_of,
+    describe_traffic,
     fake_processes,
     in_device_memory,
-    laid_out,
-    lines_of_traffic,
+    lay_out_ranks,
+    rank_budget,
 )
 from preference_training.dry_run.scaling import step_costs as step_costs_of
 from preference_training.losses.objectives import build_loss
@@ -55,7 +55,7 @@ def costs(config, size: int = 8, live: bool = True, packs: int = 1, loss: str = 
     mode = {"mode_loss": "beta_DPO"} if loss == "beta_DPO" else {}
     objective = build_loss("dpo" if mode else loss, **mode)
     with fake_processes(size):
-        ranks, layout = laid_out(config)
+        ranks, layout = lay_out_ranks(config)
         tokenizer = load_tokenizer(config.model)
         assert len(tokenizer) == VOCABULARY
         return step_costs_of(config, tokenizer, objective, live, [pack] * min(2, packs), step, ranks, layout)
@@ -179,7 +179,7 @@ def budget(tiny):
     def found(*overrides: str) -> TokenBudget:
         config = tiny("trainer=FSDPTrainer", "trainer.world_size=8", *overrides)
         with fake_processes(8):
-            return budget_of(config, load_tokenizer(config.model), laid_out(config)[1])
+            return rank_budget(config, load_tokenizer(config.model), lay_out_ranks(config)[1])
 
     return found
 
@@ -222,10 +222,10 @@ def test_a_collective_that_is_not_known_is_no_silent_zero():
 
 def test_lines_of_traffic_begin_with_the_most_and_say_so_where_there_is_none():
     traffic = Traffic()
-    assert lines_of_traffic(traffic, 1) == ["  none"]
+    assert describe_traffic(traffic, 1) == ["  none"]
     small, large = Message("policy", "all-reduce", F32, 512), Message("reference", "all-gather", torch.bfloat16, 512)
     traffic.sent, traffic.calls = Counter({small: GIB // 2, large: 3 * GIB}), Counter({small: 2, large: 1234})
-    title, *lines = lines_of_traffic(traffic, 2)
+    title, *lines = describe_traffic(traffic, 2)
     assert "in a step of 2 packs" in title
     assert [line.split() for line in lines] == [
         ["reference", "all-gather", "bfloat16", "over", "512", "ranks", "1,234", "calls", "3.000", "GB"],

@@ -35,7 +35,7 @@ from preference_training.losses.objectives import build_loss
 from preference_training.modeling.loading import load_model
 from preference_training.modeling.logprobs import LiveReference
 from preference_training.modeling.prefix_sharing.sharing import share_prefixes
-from preference_training.modeling.reference_cache import Reads, cache_path, cached_reference, compute_logps
+from preference_training.modeling.reference_cache import ReferencePlan, cache_path, cached_reference, compute_logps
 from preference_training.modeling.state import weights_hash
 from preference_training.training.trainers import BasicTrainer, FSDPTrainer
 from tests.support.files import GOLDEN
@@ -281,8 +281,8 @@ def evaluate_unevenly(settings: dict, num_rows: int) -> dict:
     expected = evaluate(single.policy, single.reference, single.loss, evaluation_batches(table, *sizes))
     everything = table.select(torch.arange(len(table)).numpy())
     logps = [
-        compute_logps(LiveReference(trainer.policy), Reads(everything, everything), ranks).logps,
-        compute_logps(LiveReference(single.policy), Reads(everything, everything)).logps,
+        compute_logps(LiveReference(trainer.policy), ReferencePlan(everything, everything), ranks).logps,
+        compute_logps(LiveReference(single.policy), ReferencePlan(everything, everything)).logps,
     ]
     epoch = [BatchIterator(table, 8, ranks=each) for each in (ranks, ALONE)]
     seen = [sum(micro.num_examples for step in steps for micro in step) for steps in epoch]
@@ -322,9 +322,9 @@ def keep_on_disks_of_their_own(settings: dict, folder: str) -> dict:
     trainer, ranks = world.sharded("llama", {"name": "dpo", "beta": 0.1}, world.mesh("full"), "full")
     table = PromptTable.of(golden_prompts(world.tokenizer, True))
     everything = table.select(torch.arange(len(table)).numpy())
-    reads = Reads(everything, everything)
-    path = cache_path(Path(folder) / str(ranks.rank), trainer.policy, reads, None, ranks)
-    computed, found = (cached_reference(LiveReference(trainer.policy), reads, path, ranks).logps for _ in range(2))
+    plan = ReferencePlan(everything, everything)
+    path = cache_path(Path(folder) / str(ranks.rank), trainer.policy, plan, None, ranks)
+    computed, found = (cached_reference(LiveReference(trainer.policy), plan, path, ranks).logps for _ in range(2))
     apart = ranks.gather((computed - found).abs().max().item())
     kept = ranks.gather(path.exists())
     end_group()

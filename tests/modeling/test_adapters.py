@@ -22,12 +22,12 @@ from preference_training.data.prompt_table import PromptTable
 from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.distributed.placement import OneProcess
 from preference_training.losses.objectives import build_loss
-from preference_training.modeling.adapters import as_it_began, kept_weights, merge
+from preference_training.modeling.adapters import merge_adapter, reference_mode, weights_to_save
 from preference_training.modeling.loading import check_model, load_merged, load_model
 from preference_training.modeling.logprobs import response_logps
 from preference_training.modeling.prefix_sharing.proof import random_trees
 from preference_training.modeling.prefix_sharing.sharing import share_prefixes
-from preference_training.modeling.reference_cache import Reads, cache_key
+from preference_training.modeling.reference_cache import ReferencePlan, cache_key
 from preference_training.modeling.state import weights_hash
 from preference_training.tracking.tracker import NoTracker, Tracker
 from preference_training.training.optimization import check_optimizer
@@ -226,7 +226,7 @@ def test_an_adapter_on_a_trained_model_finds_it_again(configured, tokenizer, tmp
     whole = finished(configured(), tokenizer, tmp_path / "whole")
     adapter = finished(configured("+adapter=lora", f"model.archive={whole}"), tokenizer, tmp_path / "adapter")
     config = configured("+adapter=lora", f"model.archive={adapter}")
-    with as_it_began(model := model_of(config, tokenizer)):
+    with reference_mode(model := model_of(config, tokenizer)):
         pass
     assert json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"] == str(whole.resolve())
     began = dict(model_of(configured(f"model.archive={whole}"), tokenizer).named_parameters())
@@ -240,11 +240,11 @@ def test_an_adapter_on_a_trained_model_finds_it_again(configured, tokenizer, tmp
 
 def test_kept_log_probs_of_the_reference_do_not_depend_on_the_adapter_that_is_trained(configured, tokenizer):
     prompts = PromptTable.of(PROMPTS).select(torch.arange(4).numpy())
-    reads = Reads(prompts, prompts)
+    plan = ReferencePlan(prompts, prompts)
     keys = set()
     for overrides in (["seed=0"], ["seed=1"], ["model.lora.r=3"]):
         model = model_of(configured("+adapter=lora", *overrides), tokenizer)
-        keys.add(cache_key(model, reads))
+        keys.add(cache_key(model, plan))
     assert len(keys) == 1
     assert weights_hash(model) == weights_hash(model_of(configured(), tokenizer))
 
@@ -361,7 +361,7 @@ def with_trained_adapter(model: nn.Module) -> nn.Module:
 
 def checkpoint_of(model: nn.Module, tokenizer, folder: Path, **settings) -> Path:
     """A checkpoint of a model's adapter alone."""
-    weights = kept_weights(model.state_dict(keep_vars=True))
+    weights = weights_to_save(model.state_dict(keep_vars=True))
     with CheckpointWriter(folder, model, tokenizer, say=lambda _: None, **settings) as writer:
         writer.write(Snapshot.of(4, weights, {}, {"examples": 4}))
     return folder / "LATEST"
@@ -412,7 +412,7 @@ def test_a_merge_into_a_weight_of_several_layers_is_refused(small, configured, t
     with pytest.raises(
         UserError, match=r"--merge: in \w+ model\.layers\.0.*q_proj and model\.layers\.1.*q_proj share their weights"
     ):
-        merge(model, torch.float32)
+        merge_adapter(model, torch.float32)
 
 
 def test_a_merge_is_computed_in_float32_and_rounded_once(small, configured, tokenizer, tmp_path):

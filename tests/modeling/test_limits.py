@@ -10,7 +10,7 @@ from preference_training.core.errors import UserError
 from preference_training.data.prompt_table import PromptTable
 from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.generation.sampling import sample_responses
-from preference_training.modeling.limits import Limits, check_limits, check_rows, limits_of, tokens_beyond
+from preference_training.modeling.limits import Limits, check_limits, check_rows, model_limits, tokens_without_embedding
 from preference_training.modeling.loading import model_configuration
 from preference_training.modeling.tokenizer import byte_level_tokenizer, load_tokenizer
 
@@ -56,7 +56,7 @@ def computes(model, length: int) -> bool:
 def test_a_model_has_the_positions_beyond_which_its_forward_fails(model_type, compose):
     config = settings(compose, "max_length=600", model_type=model_type, **MODELS[model_type])
     tokenizer = load_tokenizer(config.model)
-    limits = limits_of(config, tokenizer)
+    limits = model_limits(config, tokenizer)
     model = AutoModelForCausalLM.from_config(model_configuration(config.model, tokenizer)).eval()
     if limits.positions is None:
         assert computes(model, 2 * 24)
@@ -71,23 +71,23 @@ def test_a_max_length_beyond_the_table_of_positions_is_refused(model_type, compo
     config = settings(compose, "max_length=25", "max_prompt_length=8", **wanted)
     tokenizer = load_tokenizer(config.model)
     with pytest.raises(UserError, match="max_length: found 25, expected at most 24: .* Set max_length=24"):
-        check_limits(config, tokenizer, limits_of(config, tokenizer))
+        check_limits(config, tokenizer, model_limits(config, tokenizer))
     config.max_length = 24
-    check_limits(config, tokenizer, limits_of(config, tokenizer))
+    check_limits(config, tokenizer, model_limits(config, tokenizer))
 
 
 @pytest.mark.parametrize(("model_type", "said"), [("llama", True), ("falcon", True), ("bloom", False)])
 def test_positions_that_are_computed_go_on_and_that_is_said(model_type, said, compose, capsys):
     config = settings(compose, "max_length=25", "max_prompt_length=8", model_type=model_type, **MODELS[model_type])
     tokenizer = load_tokenizer(config.model)
-    check_limits(config, tokenizer, limits_of(config, tokenizer))
+    check_limits(config, tokenizer, model_limits(config, tokenizer))
     assert ("more than the 24 positions that" in capsys.readouterr().out) is said
 
 
 def test_a_run_that_goes_on_keeps_its_max_length_and_only_its_rows_are_looked_at(compose):
     config = settings(compose, "max_length=600", "resume=auto", model_type="gpt2", **MODELS["gpt2"])
     tokenizer = load_tokenizer(config.model)
-    limits = limits_of(config, tokenizer)
+    limits = model_limits(config, tokenizer)
     check_limits(config, tokenizer, limits)
     rows = lambda *lengths: PromptTable.of([TokenizedPrompt([1] * 4, [[2] * n for n in lengths], [])])  # noqa: E731
     check_rows(config, tokenizer, limits, [rows(20, 3), rows(1)])
@@ -118,7 +118,7 @@ def test_tokens_that_a_template_writes_and_the_embedding_lacks_are_refused(compo
     tokenizer, size = enlarged
     config = with_embedding_of(compose, size, "template=chatml")
     with pytest.raises(UserError, match=rf"<\|im_start\|> \({size}\), <\|im_end\|> \({size + 1}\), which template=chatml"):
-        check_limits(config, tokenizer, limits_of(config, tokenizer))
+        check_limits(config, tokenizer, model_limits(config, tokenizer))
     # One of them is as bad as both; an embedding that is larger than the tokenizer is as good as one of its size.
     with pytest.raises(UserError, match="resize_token_embeddings"):
         check_limits(config, tokenizer, Limits(size + 1, None, None))
@@ -130,7 +130,7 @@ def test_tokens_of_one_data_sets_own_template_count(compose, enlarged):
     tokenizer, size = enlarged
     config = with_embedding_of(compose, size, "datasets=[toy,{name: toy, template: chatml}]")
     with pytest.raises(UserError, match="template=chatml"):
-        check_limits(config, tokenizer, limits_of(config, tokenizer))
+        check_limits(config, tokenizer, model_limits(config, tokenizer))
 
 
 def test_an_end_of_sequence_token_without_an_embedding_is_refused(compose, enlarged):
@@ -143,7 +143,7 @@ def test_an_end_of_sequence_token_without_an_embedding_is_refused(compose, enlar
 def test_tokens_that_nothing_writes_are_said_and_refused_in_the_row_that_has_one(compose, enlarged, capsys):
     tokenizer, size = enlarged
     config = with_embedding_of(compose, size)
-    limits = limits_of(config, tokenizer)
+    limits = model_limits(config, tokenizer)
     check_limits(config, tokenizer, limits)
     assert f"2 tokens have no row in the model's embedding of {size:,}: <|im_start|> ({size})" in capsys.readouterr().out
     ids = tokenizer("it says <|im_end|> here").input_ids
@@ -160,7 +160,7 @@ def test_a_model_from_scratch_has_a_row_for_the_largest_id_of_a_tokenizer_with_g
     gaps = type("Gaps", (), {name: getattr(tokenizer, name) for name in ("eos_token_id", "bos_token_id", "pad_token_id")})
     gaps.__len__, gaps.get_vocab = lambda self: 10, lambda self: tokenizer.get_vocab()
     assert model_configuration(compose().model, gaps()).vocab_size == largest + 1
-    assert tokens_beyond(tokenizer, largest + 1) == {} and len(tokens_beyond(tokenizer, largest)) == 1
+    assert tokens_without_embedding(tokenizer, largest + 1) == {} and len(tokens_without_embedding(tokenizer, largest)) == 1
 
 
 def test_padding_without_an_embedding_is_masked_and_not_looked_up():

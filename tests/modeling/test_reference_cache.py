@@ -16,16 +16,16 @@ from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.modeling import reference_cache
 from preference_training.modeling.logprobs import LiveReference, ScoringHead
 from preference_training.modeling.prefix_sharing.sharing import share_prefixes
-from preference_training.modeling.reference_cache import Reads, cache_key, cache_path, cached_reference
+from preference_training.modeling.reference_cache import ReferencePlan, cache_key, cache_path, cached_reference
 from tests.support.files import GOLDEN
 
 
-def read(prompts: Selection) -> Reads:
+def read(prompts: Selection) -> ReferencePlan:
     """These prompts read, wherever they are computed."""
-    return Reads(prompts, prompts)
+    return ReferencePlan(prompts, prompts)
 
 
-def whole(table: PromptTable) -> Reads:
+def whole(table: PromptTable) -> ReferencePlan:
     """All prompts of a table."""
     return read(table.select(numpy.arange(len(table))))
 
@@ -39,14 +39,14 @@ TABLE = PromptTable.of(prompt_of(n, n) for n in range(9))
 READ = whole(TABLE)
 
 
-def reference_in(directory, model, reads):
+def reference_in(directory, model, plan):
     """The reference as a run gets it that keeps log-probs in `directory`."""
-    return cached_reference(LiveReference(model), reads, cache_path(directory, model, reads))
+    return cached_reference(LiveReference(model), plan, cache_path(directory, model, plan))
 
 
-def logps_in(directory, model, reads):
+def logps_in(directory, model, plan):
     """Its log-probs, by row."""
-    return reference_in(directory, model, reads).logps
+    return reference_in(directory, model, plan).logps
 
 
 @pytest.fixture
@@ -113,8 +113,8 @@ def test_the_key_changes_with_weights_data_dtype_and_way_of_computing(model):
 
 def test_held_out_responses_are_numbered_behind_those_that_are_trained_on(model, tmp_path):
     held_out = PromptTable.of((prompt_of(n, n) for n in range(20, 23)), first_row=TABLE.num_responses)
-    reads = read(TABLE.select(numpy.array([7, 2])).joined(held_out.select(numpy.array([1]))))
-    cached, live = reference_in(tmp_path, model, reads), LiveReference(copy.deepcopy(model))
+    plan = read(TABLE.select(numpy.array([7, 2])).joined(held_out.select(numpy.array([1]))))
+    cached, live = reference_in(tmp_path, model, plan), LiveReference(copy.deepcopy(model))
     assert cached.logps.isfinite().nonzero().flatten().tolist() == [6, 7, 8, 21, 22, 23, 30, 31, 32]
     for prompt in (TABLE[7], TABLE[2], held_out[1]):
         batch = pack_examples(list(examples_of([prompt])))
@@ -189,23 +189,27 @@ def test_the_key_changes_with_settings_versions_and_machine(model, monkeypatch):
     assert len(keys) == 5
 
 
-def run(seed: int = 0, size: int = 4, packs: int = 1, budget: int = 10**6, evaluated: int = 4, epochs: int = 1) -> Reads:
+def run(
+    seed: int = 0, size: int = 4, packs: int = 1, budget: int = 10**6, evaluated: int = 4, epochs: int = 1
+) -> ReferencePlan:
     """What a run reads with these settings."""
     held_out = PromptTable.of((prompt_of(n, n) for n in range(20, 23)), first_row=TABLE.num_responses)
     most = TokenBudget(budget, budget)
     steps = BatchIterator(TABLE, size, packs, seed, n_epochs=epochs, budget=most)
-    return Reads.of_run(steps, held_out, evaluated, None, seed, most, ALONE)
+    return ReferencePlan.for_run(steps, held_out, evaluated, None, seed, most, ALONE)
 
 
 def test_the_key_changes_with_what_the_packs_of_a_run_follow_from(model):
     others = [run(seed=1), run(size=6), run(packs=2), run(budget=20), run(evaluated=2)]
-    assert len({cache_key(model, reads) for reads in (run(), *others)}) == 6
+    assert len({cache_key(model, plan) for plan in (run(), *others)}) == 6
 
 
 def test_the_key_changes_with_how_often_an_epoch_visits_a_data_set(model):
     parts = [replace(PromptTable.of([prompt_of(n, n)]).parts[0], weight=weight) for n, weight in ((0, 1.0), (1, 2.0))]
     tables = PromptTable(parts), PromptTable([replace(part, weight=3.0 - part.weight) for part in parts])
-    runs = [Reads.of_run(BatchIterator(table, 2), PromptTable.of([], 6), 2, None, 0, UNLIMITED, ALONE) for table in tables]
+    runs = [
+        ReferencePlan.for_run(BatchIterator(table, 2), PromptTable.of([], 6), 2, None, 0, UNLIMITED, ALONE) for table in tables
+    ]
     assert cache_key(model, runs[0]) != cache_key(model, runs[1])
 
 

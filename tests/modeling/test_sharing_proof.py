@@ -8,9 +8,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from preference_training.batching.trees import TreeLayout
 from preference_training.core.errors import UserError
 from preference_training.core.machine import allow_tf32
-from preference_training.modeling.prefix_sharing.proof import exact_arithmetic, fault_of_sharing, windows_of
+from preference_training.modeling.prefix_sharing.proof import attention_windows, exact_arithmetic, find_sharing_fault
 from preference_training.modeling.prefix_sharing.sharing import share_prefixes
-from preference_training.modeling.prefix_sharing.tree_attention import NotSharedError, refuse_what_is_not_computed, register
+from preference_training.modeling.prefix_sharing.tree_attention import (
+    UnsupportedAttentionError,
+    check_supported,
+    register_tree_attention,
+)
 
 SIZES = {
     "vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -31,7 +35,7 @@ def make(model_type: str, dtype: torch.dtype = torch.float32, **changes) -> nn.M
         for weight in model.parameters():
             if weight.dim() > 1:
                 nn.init.normal_(weight, std=0.2)
-    register()
+    register_tree_attention()
     return model.to(dtype)
 
 
@@ -65,7 +69,7 @@ def test_what_is_not_part_of_sharing_is_the_reason_of_the_refusal(model_type, ch
 @pytest.mark.parametrize("model_type", ["mistral", "gemma2"])
 def test_windows_that_are_part_of_it_are_shared_within_however_long_they_are(model_type, window):
     model = make(model_type, sliding_window=window)
-    assert windows_of(model)["sliding_window"] == window
+    assert attention_windows(model)["sliding_window"] == window
     assert share_prefixes(model, "on") and model.config.sliding_window == window
 
 
@@ -74,7 +78,7 @@ def test_a_window_that_sharing_loses_is_found_though_no_row_is_as_long():
     for layer in model.model.layers:
         # As in a model whose window is in its mask alone.
         layer.self_attn.forward = without_window(layer.self_attn.forward)
-    assert fault_of_sharing(model) == "attention within a window of 4096 tokens (sliding_window) is not part of it"
+    assert find_sharing_fault(model) == "attention within a window of 4096 tokens (sliding_window) is not part of it"
     assert model.config.sliding_window == 4096
 
 
@@ -96,7 +100,7 @@ def without_window(forward):
 def test_weights_are_left_to_the_bit_as_they_were():
     model = make("lfm2", torch.bfloat16, **HYBRID)
     before = {name: (weight.data_ptr(), weight.clone()) for name, weight in model.named_parameters()}
-    fault_of_sharing(model)
+    find_sharing_fault(model)
     for name, weight in model.named_parameters():
         assert weight.data_ptr() == before[name][0] and torch.equal(weight, before[name][1])
 
@@ -118,7 +122,7 @@ class Counting(nn.Module):
 def test_buffers_that_would_become_others_are_a_reason_and_are_put_back():
     model = make("llama")
     model.model.layers[0].mlp = Counting(model.model.layers[0].mlp)
-    assert fault_of_sharing(model) == "what it keeps in model.layers.0.mlp.count while it computes would be wrong"
+    assert find_sharing_fault(model) == "what it keeps in model.layers.0.mlp.count while it computes would be wrong"
     assert model.model.layers[0].mlp.count == 0
 
 
@@ -143,7 +147,7 @@ def test_the_proof_is_in_float32_products_and_leaves_the_runs_own(precision, swi
         torch.set_float32_matmul_precision(precision)
     before = switches()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert fault_of_sharing(make("llama")) is None
+        assert find_sharing_fault(make("llama")) is None
     assert set(seen) == {(False, False, "ieee", False)} and switches() == before
 
 
@@ -166,15 +170,15 @@ def test_a_proof_that_fails_leaves_the_switches_as_they_were(switches):
     ],
 )
 def test_what_attention_is_given_and_does_not_compute_is_refused(given, reason):
-    with pytest.raises(NotSharedError, match=reason):
-        refuse_what_is_not_computed(nn.Module(), None, given)
+    with pytest.raises(UnsupportedAttentionError, match=reason):
+        check_supported(nn.Module(), None, given)
 
 
 def test_what_changes_nothing_is_passed_over():
     nothing = {"dropout": 0.0, "is_causal": None, "s_aux": None, "position_ids": torch.zeros(2), "use_cache": False}
-    refuse_what_is_not_computed(nn.Module(), torch.zeros(1, 1, 1, 1), nothing)
-    with pytest.raises(NotSharedError, match="a mask of its own"):
-        refuse_what_is_not_computed(nn.Module(), torch.zeros(1, 1, 33, 33), {})
+    check_supported(nn.Module(), torch.zeros(1, 1, 1, 1), nothing)
+    with pytest.raises(UnsupportedAttentionError, match="a mask of its own"):
+        check_supported(nn.Module(), torch.zeros(1, 1, 33, 33), {})
 
 
 def test_a_layout_goes_on_by_branches_on_other_devices_too():

@@ -9,7 +9,7 @@ from preference_training.batching.batches import examples_of, pack_examples
 from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.distributed.launching import backend_of
 from preference_training.modeling.loading import disable_dropout
-from preference_training.modeling.logprobs import ScoringHead, _index, response_logps
+from preference_training.modeling.logprobs import ScoringHead, _head_index, response_logps
 from preference_training.modeling.prefix_sharing.sharing import share_prefixes
 from preference_training.modeling.prefix_sharing.tree_attention import tree_attention_forward
 from preference_training.modeling.state import compute_device, frozen_copy
@@ -143,9 +143,9 @@ def test_layers_on_another_device_than_the_batch_get_what_they_compute_with_on_t
 
 def test_the_last_states_of_a_model_on_several_devices_are_chosen_by_places_that_all_of_them_read():
     model, places = make("llama", torch.float32), torch.empty(3, dtype=torch.int64)
-    assert _index(model, places) is places
+    assert _head_index(model, places) is places
     model.hf_device_map = {"model": 0, "lm_head": 1}
-    assert _index(model, places).device == torch.device("cpu")
+    assert _head_index(model, places).device == torch.device("cpu")
 
 
 @pytest.mark.parametrize(

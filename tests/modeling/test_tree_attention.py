@@ -23,7 +23,7 @@ from preference_training.modeling.prefix_sharing.tree_attention import (
     _attention_by_branches,
     _flex_attention,
     causal_mask,
-    register,
+    register_tree_attention,
 )
 from tests.support.files import GOLDEN
 
@@ -224,7 +224,7 @@ def test_a_head_in_packs_gives_the_values_and_gradients_of_a_whole_one(monkeypat
     assert type(model.lm_head) is ScoringHead
     batch = pack_examples(list(examples_of(prompts_of(SHAPES))))
     whole, whole_gradients = gradients(tree_logps, model, batch)
-    monkeypatch.setattr(logprobs, "LOGITS_BYTES", 4 * 97 * 10)  # ten tokens at once
+    monkeypatch.setattr(logprobs, "MAX_LOGITS_BYTES", 4 * 97 * 10)  # ten tokens at once
     packs, pack_gradients = gradients(tree_logps, model, batch)
     torch.testing.assert_close(packs, whole)
     for one, other in zip(pack_gradients, whole_gradients, strict=True):
@@ -235,9 +235,9 @@ def test_no_more_logits_exist_at_once_than_a_chunk_holds(monkeypatch):
     model = make("llama")
     share_prefixes(model, "on")
     largest = []
-    usual = logprobs.logps_of_tokens
-    monkeypatch.setattr(logprobs, "LOGITS_BYTES", 4 * 97 * 10)
-    monkeypatch.setattr(logprobs, "logps_of_tokens", lambda logits, ids: (largest.append(len(logits)), usual(logits, ids))[1])
+    usual = logprobs.score_tokens
+    monkeypatch.setattr(logprobs, "MAX_LOGITS_BYTES", 4 * 97 * 10)
+    monkeypatch.setattr(logprobs, "score_tokens", lambda logits, ids: (largest.append(len(logits)), usual(logits, ids))[1])
     tree_logps(model, pack_examples(list(examples_of(prompts_of(SHAPES))))).sum().backward()
     assert max(largest) == 10
 
@@ -308,6 +308,6 @@ def test_a_mask_is_causal_and_as_wide_as_its_window():
 
 
 def test_registering_twice_changes_nothing():
-    register()
-    register()
+    register_tree_attention()
+    register_tree_attention()
     assert share_prefixes(AutoModelForCausalLM.from_pretrained(GOLDEN / "gpt_neox", dtype=torch.float32), "on")

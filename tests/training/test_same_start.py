@@ -16,7 +16,7 @@ from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.losses.objectives import build_loss
 from preference_training.modeling.logprobs import CachedReference, LiveReference
 from preference_training.modeling.prefix_sharing.sharing import share_prefixes
-from preference_training.modeling.reference_cache import Reads, cached_reference
+from preference_training.modeling.reference_cache import ReferencePlan, cached_reference
 from preference_training.tracking.tracker import Tracker
 from preference_training.training.same_start import SameStart
 from preference_training.training.trainers import BasicTrainer
@@ -69,8 +69,8 @@ def start(compose, tokenizer, tmp_path):
 def cached(policy, folder) -> CachedReference:
     """The reference of such a run, computed before and read again."""
     batches = BatchIterator(TRAIN, 6, 2, n_steps=2, budget=SMALL)
-    reads = Reads.of_run(batches, HELD_OUT, 4, None, 0, SMALL, ALONE)
-    made, read = (cached_reference(LiveReference(policy), reads, folder / "logps.safetensors") for _ in range(2))
+    plan = ReferencePlan.for_run(batches, HELD_OUT, 4, None, 0, SMALL, ALONE)
+    made, read = (cached_reference(LiveReference(policy), plan, folder / "logps.safetensors") for _ in range(2))
     assert torch.equal(made.logps.nan_to_num(), read.logps.nan_to_num())
     return read
 
@@ -182,8 +182,8 @@ def test_a_response_of_two_packs_has_the_bits_of_each(policies, tmp_path):
     # In bfloat16 on padded rows the last bits depend on what else is in the pack.
     policy = policies[torch.bfloat16, "off"]
     batches = BatchIterator(TRAIN, 6, 2, n_steps=3, budget=SMALL)
-    reads = Reads.of_run(batches, HELD_OUT, 4, None, 0, SMALL, ALONE)
-    kept = cached_reference(LiveReference(policy), reads, tmp_path / "logps.safetensors")
+    plan = ReferencePlan.for_run(batches, HELD_OUT, 4, None, 0, SMALL, ALONE)
+    kept = cached_reference(LiveReference(policy), plan, tmp_path / "logps.safetensors")
     packs = list(batches.first_epoch())
     rows = [row for pack in packs for row in pack.response_rows.tolist()]
     assert len(set(rows)) < len(rows), "a response is in two packs"
@@ -193,7 +193,7 @@ def test_a_response_of_two_packs_has_the_bits_of_each(policies, tmp_path):
 
 def test_of_several_epochs_all_is_known_after_the_first(policies, tmp_path):
     batches = BatchIterator(TRAIN, 6, n_epochs=3)
-    reads = Reads.of_run(batches, HELD_OUT, 4, None, 0, UNLIMITED, ALONE)
+    plan = ReferencePlan.for_run(batches, HELD_OUT, 4, None, 0, UNLIMITED, ALONE)
     reference = LiveReference(policies[torch.float32, "on"])
-    kept = cached_reference(reference, reads, tmp_path / "logps.safetensors")
-    assert not len(reads.rest) and kept.logps.isfinite().all()
+    kept = cached_reference(reference, plan, tmp_path / "logps.safetensors")
+    assert not len(plan.rest) and kept.logps.isfinite().all()

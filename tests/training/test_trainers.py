@@ -37,7 +37,7 @@ from preference_training.data.tokenization import TokenizedPrompt, TokenSettings
 from preference_training.losses.objectives import LOSS_AT_BETA_USED, build_loss
 from preference_training.modeling.logprobs import CachedReference, LiveReference
 from preference_training.modeling.prefix_sharing.sharing import share_prefixes
-from preference_training.modeling.reference_cache import Reads, cached_reference
+from preference_training.modeling.reference_cache import ReferencePlan, cached_reference
 from preference_training.tracking.tracker import Tracker
 from preference_training.training.trainers import BasicTrainer
 from tests.support.files import GOLDEN
@@ -440,8 +440,8 @@ def test_a_cached_reference_gives_the_steps_of_a_live_one(build, tokenized, tmp_
         return [trainer.train_step(batch)["loss/train"] for batch in BatchIterator(table, 8)]
 
     live = build(build_loss("dpo")).reference
-    reads = Reads.of_run(BatchIterator(table, 8), PromptTable.of([], table.num_responses), 8, None, 0, UNLIMITED, ALONE)
-    cached = cached_reference(live, reads, tmp_path / "logps.safetensors")
+    plan = ReferencePlan.for_run(BatchIterator(table, 8), PromptTable.of([], table.num_responses), 8, None, 0, UNLIMITED, ALONE)
+    cached = cached_reference(live, plan, tmp_path / "logps.safetensors")
     assert numbers(cached) == numbers(None)
 
 

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from preference_training.batching.batches import PackedBatch, examples_of, pack_examples
 from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.modeling.logprobs import padded_logps, tree_logps
-from preference_training.modeling.prefix_sharing.tree_attention import RESPONSE_TREES, NotSharedError
+from preference_training.modeling.prefix_sharing.tree_attention import RESPONSE_TREES, UnsupportedAttentionError
 from preference_training.modeling.state import compute_device, free_memory
 
 # By how much a log-prob may differ between the two ways to compute it, per token; unit: nats.
-ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 3e-3}
+TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 3e-3}
 # A window that every tree of the proof is longer than, and one that none is. Unit: tokens.
 SHORT, ENDLESS = 16, 2**30
 # Rows of the proof are made as long as this at most, where a window cannot be made short.
@@ -70,7 +70,7 @@ def disagreement(found, expected, lengths: Tensor, rounding: float) -> str | Non
 # ---- the proof ------------------------------------------------------------------------------------------------------------
 
 
-def fault_of_sharing(model: nn.Module) -> str | None:
+def find_sharing_fault(model: nn.Module) -> str | None:
     """Why a model cannot compute prompts once for all their responses; None where it can. It is left as it was."""
     if getattr(model, "_is_stateful", False):
         return "it keeps a state that goes from token to token, which one response would hand on to the next"
@@ -104,7 +104,7 @@ def _fault(model: nn.Module, how: _Reach, dtype: torch.dtype, by_branches: bool)
     fault = _difference(model, how.short, how.longest, dtype, by_branches)
     if fault is None or fault.is_reason:
         return fault and fault.text
-    for name, length in windows_of(model).items():
+    for name, length in attention_windows(model).items():
         if _difference(model, how.short | {name: ENDLESS}, how.longest, dtype, by_branches) is None:
             kind = "chunks" if "chunk" in name else "a window"
             return f"attention within {kind} of {length} tokens ({name}) is not part of it"
@@ -137,7 +137,7 @@ def _difference(
             found = logps_and_gradients(tree_logps, model, batch, weights)
             if other := _differing(changed(), buffers):
                 return _Fault(f"what it keeps in {other} while it computes would be wrong", True)
-    except NotSharedError as error:
+    except UnsupportedAttentionError as error:
         return _Fault(str(error), True)
     except Exception as error:  # whatever an architecture makes of what it does not know
         raised = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:80]}"
@@ -146,7 +146,7 @@ def _difference(
         return _Fault(f"its forward raised {raised}", False)
     if not batch.layout.seen:
         return _Fault("it does not hand the layout of the responses on to its attention", True)
-    text = disagreement(found, expected, batch.response_lengths, ROUNDING[dtype])
+    text = disagreement(found, expected, batch.response_lengths, TOLERANCES[dtype])
     return text and _Fault(text, False)
 
 
@@ -256,7 +256,7 @@ def _widened(weights: list[Tensor]) -> Iterator[None]:
 # ---- windows --------------------------------------------------------------------------------------------------------------
 
 
-def windows_of(model: nn.Module) -> dict[str, int]:
+def attention_windows(model: nn.Module) -> dict[str, int]:
     """The windows and chunks within which a model's configuration says that it attends: name → tokens, of a list the most."""
     found = {}
     for config in _configurations(model):
@@ -321,7 +321,7 @@ def _reach(model: nn.Module) -> _Reach:
     """How the proof gets beyond every window that is longer than its rows need be."""
     short, longest = {}, 0
     batch = random_trees(model.config.get_text_config().vocab_size).to(compute_device(model))
-    long = {name: length for name, length in windows_of(model).items() if length > SHORT}
+    long = {name: length for name, length in attention_windows(model).items() if length > SHORT}
     with _buffers_put_back(model):
         usual = padded_logps(model, batch) if long else None
         for name, length in long.items():

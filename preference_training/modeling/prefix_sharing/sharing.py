@@ -4,8 +4,8 @@ from torch import nn
 
 from preference_training.core.errors import UserError
 from preference_training.modeling.logprobs import ScoringHead
-from preference_training.modeling.prefix_sharing.proof import fault_of_sharing
-from preference_training.modeling.prefix_sharing.tree_attention import RESPONSE_TREES, register
+from preference_training.modeling.prefix_sharing.proof import find_sharing_fault
+from preference_training.modeling.prefix_sharing.tree_attention import RESPONSE_TREES, register_tree_attention
 
 
 def share_prefixes(model: nn.Module, mode: str) -> bool:
@@ -15,7 +15,7 @@ def share_prefixes(model: nn.Module, mode: str) -> bool:
     """
     if mode == "off":
         return False
-    register()
+    register_tree_attention()
     head = model.get_output_embeddings()
     if type(head) is nn.Linear:
         head.__class__ = ScoringHead
@@ -36,7 +36,7 @@ def share_prefixes(model: nn.Module, mode: str) -> bool:
 
 def _fault_of_tree_forward(model: nn.Module) -> str | None:
     """Why a model cannot share prefixes with the head that it has now; None where it can."""
-    return fault_of_sharing(model)
+    return find_sharing_fault(model)
 
 
 def scores_in_head(model: nn.Module) -> bool:
@@ -46,7 +46,7 @@ def scores_in_head(model: nn.Module) -> bool:
 
 def attend_over_trees(model: nn.Module, scoring_head: bool = True) -> None:
     """What `share_prefixes` does to a model, without its proof: for a model without numbers, or a twin of a proved one."""
-    register()
+    register_tree_attention()
     head = model.get_output_embeddings()
     if scoring_head and type(head) is nn.Linear:
         head.__class__ = ScoringHead

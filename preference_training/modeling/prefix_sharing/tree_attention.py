@@ -1,11 +1,11 @@
-"""Attention over response trees: a prompt is computed once, and each of its responses attends to it and to itself only.
+"""Attention over response trees: a prompt is computed once; each of its responses attends to it and to itself only.
 
-Packed batches lie as one row of T tokens, tree after tree, each tree a prompt followed by its responses. `register` makes
-the attention below known to transformers under the name RESPONSE_TREES; a model that uses it gets the layout of a batch as
-the keyword `response_trees=` of its forward and hands it on to every layer. Called without a layout (generation, padded
-rows), it is transformers' ordinary attention.
+A packed batch is one row of T tokens, tree after tree, each tree a prompt followed by its responses.
+`register_tree_attention` registers the attention below with transformers as RESPONSE_TREES. A model that uses it takes the
+layout of a batch as the keyword `response_trees=` of its forward and passes it to every layer. Without a layout (generation,
+padded rows) this is transformers' ordinary attention.
 
-Shapes: T packed tokens; H query heads, G key heads (G divides H), D head size.
+Shapes: B batch, T packed tokens, H query heads, G key heads (G divides H), D head size.
 """
 
 from functools import lru_cache
@@ -19,7 +19,7 @@ from preference_training.batching.trees import TreeLayout
 RESPONSE_TREES = "response_trees"
 
 
-class NotSharedError(Exception):
+class UnsupportedAttentionError(Exception):
     """A layer attends in a way that is not part of attention over trees; the message says in which."""
 
 
@@ -42,28 +42,28 @@ WITHOUT_EFFECT = {
 }  # fmt: skip
 
 
-def refuse_what_is_not_computed(module: torch.nn.Module, attention_mask: Tensor | None, given: dict) -> None:
-    """Raise NotSharedError where a layer asks for what would be left out: by what it is `given`, its mask, or what it is."""
+def check_supported(module: torch.nn.Module, attention_mask: Tensor | None, given: dict) -> None:
+    """Raise UnsupportedAttentionError where a layer's arguments, mask or direction ask for what is not implemented."""
     for name, value in given.items():
         if value is None or name in WITHOUT_EFFECT:
             continue
         if name == "dropout":
             if value:
-                raise NotSharedError("dropout of attention is not part of it")
+                raise UnsupportedAttentionError("dropout of attention is not part of it")
         elif name == "is_causal":
             if not value:
-                raise NotSharedError("attention to what comes later is not part of it")
+                raise UnsupportedAttentionError("attention to what comes later is not part of it")
         elif name in NOT_COMPUTED:
-            raise NotSharedError(f"{NOT_COMPUTED[name]} ({name}) are not part of it")
+            raise UnsupportedAttentionError(f"{NOT_COMPUTED[name]} ({name}) are not part of it")
         else:
-            raise NotSharedError(f"its attention is given {name}, which is not known here")
+            raise UnsupportedAttentionError(f"its attention is given {name}, which is not known here")
     if not getattr(module, "is_causal", True) and given.get("is_causal") is None:
-        raise NotSharedError("attention to what comes later is not part of it")
+        raise UnsupportedAttentionError("attention to what comes later is not part of it")
     if attention_mask is not None and attention_mask.shape != (1, 1, 1, 1):
-        raise NotSharedError("a mask of its own is not part of it")
+        raise UnsupportedAttentionError("a mask of its own is not part of it")
 
 
-def register() -> None:
+def register_tree_attention() -> None:
     """Make RESPONSE_TREES known to transformers; calling it again changes nothing."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
@@ -92,7 +92,7 @@ def tree_attention_forward(
     if response_trees is None:
         return _plain_attention(module, query, key, value, attention_mask, scaling, softcap, **kwargs)
     response_trees.seen = True
-    refuse_what_is_not_computed(module, attention_mask, kwargs)
+    check_supported(module, attention_mask, kwargs)
     layout = response_trees.on(query.device)
     attend = _attention_by_branches if layout.by_branches else _flex_attention
     return attend(query, key, value, layout, scaling, sliding_window, softcap).transpose(1, 2).contiguous(), None
@@ -171,7 +171,7 @@ def causal_mask(length: int, window: int | None, dtype: torch.dtype, device: tor
     return _causal_mask(-(-length // 256) * 256, window, dtype, device)[:length, :length]
 
 
-def forget_masks() -> None:
+def clear_mask_cache() -> None:
     """Forget the causal masks that are kept for the next batch."""
     _causal_mask.cache_clear()
 

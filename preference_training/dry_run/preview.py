@@ -37,11 +37,11 @@ from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.dry_run.memory_estimate import step_memory
 from preference_training.dry_run.scaling import (
     GIB,
-    budget_of,
+    describe_traffic,
     fake_processes,
     in_device_memory,
-    laid_out,
-    lines_of_traffic,
+    lay_out_ranks,
+    rank_budget,
     step_costs,
     world_size,
 )
@@ -51,40 +51,40 @@ from preference_training.modeling.token_budget import untrained_budget
 STEPS_LOOKED_AT = 100
 
 
-def look(config, tokenizer, loss, data: tuple[Prepared, Prepared], batches_within: Callable) -> None:
+def preview(config, tokenizer, loss, data: tuple[Prepared, Prepared], batches_within: Callable) -> None:
     """Print what a run would do. `batches_within` gives the run's BatchIterator for a TokenBudget and `Ranks`.
 
     Raises UserError where the run could not work.
     """
     names = [entry.name for entry in read_entries(config)]
-    facts = [facts_of(split.table) for split in data]
+    facts = [collect_facts(split.table) for split in data]
     for title, split, found in zip(("train", "held out"), data, facts, strict=True):
-        print(f"\n{title}", *lines_of_data(names, split.reports, found, loss.paired), sep="\n")
+        print(f"\n{title}", *describe_data(names, split.reports, found, loss.paired), sep="\n")
     both = numpy.intersect1d(*(found.prompt_hashes for found in facts))
     print(f"\nprompts that are in both: {len(both):,}", "\nexamples", sep="\n")
     train = data[0].table
-    print(*lines_of_examples([train[k] for k in range(min(3, len(train)))], tokenizer, wants_colour()), sep="\n")
+    print(*describe_examples([train[k] for k in range(min(3, len(train)))], tokenizer, wants_colour()), sep="\n")
     if loss.needs_reference and (two_models := two_models_asked_for(config)):
         print(f"\n{two_models}")
-    look_at_steps = look_at_ranks if is_sharded(config) else look_at_one_process
-    look_at_steps(config, tokenizer, loss, facts[0], batches_within)
+    preview_steps = preview_ranks if is_sharded(config) else preview_one_process
+    preview_steps(config, tokenizer, loss, facts[0], batches_within)
 
 
-def look_at_one_process(config, tokenizer, loss, facts: "Facts", batches_within: Callable) -> None:
+def preview_one_process(config, tokenizer, loss, facts: "Facts", batches_within: Callable) -> None:
     """Print steps and memory of a run in this process alone. Raises UserError where there is too little memory."""
     device = pick_device()
     budget = untrained_budget(config, tokenizer, device)
     batches = batches_within(budget)
-    print("\nsteps", *lines_of_steps(batches, facts), sep="\n")
+    print("\nsteps", *describe_steps(batches, facts), sep="\n")
     live = loss.needs_reference and not caches_reference(config, batches.visits_again)
     packs, _ = largest_packs(batches, budget)
     kinds = step_memory(config, tokenizer, loss, live, packs)
     taken = memory_taken(device)
-    print("\nmemory", *lines_of_memory(kinds, packs, taken, device.type), sep="\n", flush=True)
+    print("\nmemory", *describe_memory(kinds, packs, taken, device.type), sep="\n", flush=True)
     check_memory(sum(kinds.values()) + taken, memory_of(device), device.type)
 
 
-def look_at_ranks(config, tokenizer, loss, facts: "Facts", batches_within: Callable) -> None:
+def preview_ranks(config, tokenizer, loss, facts: "Facts", batches_within: Callable) -> None:
     """Print steps, memory and communication of one of the processes of a sharded run.
 
     Raises UserError where batches are too small for so many, or where a device has too little memory, if that is known.
@@ -92,21 +92,21 @@ def look_at_ranks(config, tokenizer, loss, facts: "Facts", batches_within: Calla
     trainer, size = config.trainer, world_size(config.trainer)
     device = pick_device()
     with fake_processes(size):
-        ranks, layout = laid_out(config)
-        budget = budget_of(config, tokenizer, layout)
+        ranks, layout = lay_out_ranks(config)
+        budget = rank_budget(config, tokenizer, layout)
         batches = batches_within(budget, ranks)
         live = loss.needs_reference and not caches_reference(config, batches.visits_again)
         packs, step = largest_packs(batches, budget)
         costs = step_costs(config, tokenizer, loss, live, packs, step, ranks, layout)
     number = sum(len(micro_batch.packs) for micro_batch in step)
-    print("\nsteps", *lines_of_steps(batches, facts), *lines_of_rank(step, size, ranks, budget), sep="\n")
+    print("\nsteps", *describe_steps(batches, facts), *describe_rank(step, size, ranks, budget), sep="\n")
     here = trainer.world_size is None and trainer.device_memory is None
     taken = memory_taken(device) if here else 0
     where = f"rank 0 of {size:,}" + (f" on {device.type}" if here else "")
-    print("\nmemory", *lines_of_memory(costs.memory, packs, taken, where), sep="\n")
+    print("\nmemory", *describe_memory(costs.memory, packs, taken, where), sep="\n")
     if trainer.cpu_offload:
         print("  parameters, reference, gradients and optimizer are in the machine's memory (trainer.cpu_offload)")
-    print("\ncommunication", *lines_of_traffic(costs.traffic, number), sep="\n", flush=True)
+    print("\ncommunication", *describe_traffic(costs.traffic, number), sep="\n", flush=True)
     if trainer.device_memory:
         check_memory(in_device_memory(config, costs.memory), int(trainer.device_memory * GIB), "each device")
     elif here and device.type == "cuda":
@@ -139,7 +139,7 @@ class Facts:
     prompt_hashes: numpy.ndarray
 
 
-def facts_of(table: PromptTable) -> Facts:
+def collect_facts(table: PromptTable) -> Facts:
     """One pass over a table."""
     forward, backward = [], []
     prompt_lengths, response_lengths, example_lengths = [], [], []
@@ -171,7 +171,7 @@ def facts_of(table: PromptTable) -> Facts:
     )
 
 
-def lines_of_data(names: Sequence[str], reports: Sequence[DataReport], facts: Facts, paired: bool) -> list[str]:
+def describe_data(names: Sequence[str], reports: Sequence[DataReport], facts: Facts, paired: bool) -> list[str]:
     """What was read, what is left of it, and how long it is."""
     lines = []
     for name, report in zip(names, reports, strict=True):
@@ -209,7 +209,7 @@ def histogram(values: numpy.ndarray, rows: int = 8, width: int = 40) -> list[str
 # ---- examples, token by token ---------------------------------------------------------------------------------------------
 
 
-def lines_of_examples(prompts: Iterable[TokenizedPrompt], tokenizer, colour: bool) -> list[str]:
+def describe_examples(prompts: Iterable[TokenizedPrompt], tokenizer, colour: bool) -> list[str]:
     """Examples as a model reads them: tokens apart, what is scored in green, or between « and » without colour.
 
     Special tokens are shown by their names, blanks as ▁, line ends as ⏎.
@@ -262,7 +262,7 @@ def wants_colour() -> bool:
 # ---- steps and memory -------------------------------------------------------------------------------------------------------
 
 
-def lines_of_steps(batches: BatchIterator, facts: Facts) -> list[str]:
+def describe_steps(batches: BatchIterator, facts: Facts) -> list[str]:
     """How many steps there are, how long they are, and what sharing prompts saves."""
     examples = batches.total_examples
     steps = batches.total_steps
@@ -275,7 +275,7 @@ def lines_of_steps(batches: BatchIterator, facts: Facts) -> list[str]:
     ]
 
 
-def lines_of_rank(step: Sequence[MicroBatch], processes: int, ranks: Ranks, budget: TokenBudget) -> list[str]:
+def describe_rank(step: Sequence[MicroBatch], processes: int, ranks: Ranks, budget: TokenBudget) -> list[str]:
     """What one rank of several computes of a step."""
     packs = [pack for micro_batch in step for pack in micro_batch.packs]
     examples = sum(pack.num_examples for pack in packs if not pack.is_filler)
@@ -312,7 +312,7 @@ def memory_taken(device: torch.device) -> int:
     return psutil.Process().memory_info().rss if device.type != "cuda" else 0
 
 
-def lines_of_memory(kinds: dict[str, int], packs: Sequence[PackedBatch], taken: int, device: str) -> list[str]:
+def describe_memory(kinds: dict[str, int], packs: Sequence[PackedBatch], taken: int, device: str) -> list[str]:
     """The memory of a step by kind. `taken` is what libraries and data take already, in bytes."""
     names = {"data": "libraries and data"}
     kinds = {name: size for name, size in kinds.items() if size} | ({"data": taken} if taken else {})

@@ -143,7 +143,7 @@ def _sharing_mode(mode: str, devices: list[torch.device]) -> str:
         return mode
     if mode == "on":
         raise UserError("prefix_sharing: found on, but threads that share a model's layers cannot. Set it to auto or off.")
-    print("prefix sharing: off, padded rows instead: threads that share a model's layers cannot on GPUs", flush=True)
+    print("prefix sharing: off, using padded rows: threads that share a model's layers cannot on GPUs", flush=True)
     return "off"
 
 

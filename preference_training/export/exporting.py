@@ -51,7 +51,7 @@ from preference_training.data.chat_templates import end_tokens, format_of_run, s
 from preference_training.export import hub
 from preference_training.export.modelfile import check_architecture, fit_for_ollama, modelfile_of, tokenizer_model
 from preference_training.modeling import loading
-from preference_training.modeling.adapters import BASE_DIR, SETTINGS_FILE, WEIGHTS_FILE, is_adapter, read_adapter_config
+from preference_training.modeling.adapters import BASE_DIR, CONFIG_FILE, WEIGHTS_FILE, is_adapter, read_adapter_config
 from preference_training.modeling.quantization import dequantize, quantize
 from preference_training.modeling.tokenizer import BYTE_LEVEL, load_tokenizer
 from preference_training.reporting.model_card import CardFacts, model_card
@@ -439,7 +439,7 @@ def save_weights(model, directory: Path, tokenizer, ends=()) -> int:
 def _write_adapter(source: Source, partial: Path, dtype: str, wishes: Wishes, tokenizer, ends) -> tuple[CardFacts, Check]:
     from safetensors import safe_open
 
-    for name in (SETTINGS_FILE, WEIGHTS_FILE):
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
         shutil.copyfile(source.checkpoint / name, partial / name)
     if (source.checkpoint / GENERATION).is_file():
         shutil.copyfile(source.checkpoint / GENERATION, partial / GENERATION)
@@ -469,8 +469,8 @@ def _with_base(source: Source, partial: Path, wishes: Wishes, tokenizer) -> list
     save_weights(model, partial / BASE_DIR, tokenizer)
     save_tokenizer(tokenizer, partial / BASE_DIR)
     settings["base_model_name_or_path"] = place = str(wishes.to.resolve() / BASE_DIR)
-    (partial / SETTINGS_FILE).write_text(json.dumps(settings, indent=2), encoding="utf-8")
-    return [f"the model under the adapter is in {BASE_DIR}/; {SETTINGS_FILE} names {place}: change it there where it is moved"]
+    (partial / CONFIG_FILE).write_text(json.dumps(settings, indent=2), encoding="utf-8")
+    return [f"the model under the adapter is in {BASE_DIR}/; {CONFIG_FILE} names {place}: change it there where it is moved"]
 
 
 def _adapter_compared(source: Source, directory: Path, dtype: str, wishes: Wishes) -> list[str]:

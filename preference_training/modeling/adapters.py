@@ -1,8 +1,8 @@
-"""Small parts that are trained in place of all weights (LoRA), and frozen weights in four or eight bits under them (QLoRA).
+"""LoRA adapters: add one to a model, load, save, switch and merge it.
 
-An adapter lies inside the model that it changes, so that whatever serves a model serves this one. While it is switched off,
-the model is the one that it began as: the reference then costs nothing. Where training starts from an adapter, a frozen copy
-of that one is switched on in its place.
+An adapter is injected into the model's own modules, so whatever serves a model serves one with an adapter. With its adapter
+switched off the model is the one that training started from: the reference then needs no memory of its own. Where training
+starts from an adapter, a frozen copy of that adapter is switched on for the reference.
 """
 
 import copy
@@ -26,27 +26,28 @@ from preference_training.modeling.lora_targets import (
 )
 from preference_training.modeling.quantization import INSTALL
 
-# Names of the adapter that is trained, and of the frozen one that training starts from.
+# peft's names of the adapter that is trained, and of the frozen one that training started from.
 TRAINED_ADAPTER, INITIAL_ADAPTER = "default", "starting"
-WEIGHTS_FILE, SETTINGS_FILE = "adapter_model.safetensors", "adapter_config.json"
-# Dotted names in peft's files begin so.
+WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
+# Prefix of all weight names in peft's files.
 PREFIX = "base_model.model."
-# In a run directory, or an export: the model under an adapter, where nobody else keeps it as it was.
+# Directory, in a run or an export, of the base model of an adapter where no other place has it unchanged.
 BASE_DIR = "base"
 
 
-# ---- adapters -----------------------------------------------------------------------------------------------------------
+# ---- add ----------------------------------------------------------------------------------------------------------------
 
 
 def has_adapter(model: nn.Module) -> bool:
-    """Whether a small part of the model is trained in place of its weights."""
+    """Whether a model has LoRA adapters."""
     return hasattr(model, "peft_config")
 
 
-def build_lora_config(model_config, model: nn.Module, unfit: Iterable[str]):
-    """peft's LoraConfig of a `model` configuration for a model: all of the adapter's own, where training starts from one.
+def build_lora_config(model_config, model: nn.Module, unsupported: Iterable[str]):
+    """peft's LoraConfig for a model, from a `model` configuration or from the adapter that training starts from.
 
-    unfit: the names of `unsupported_layers`, left out where no layers are named. Raises UserError where peft is not installed.
+    unsupported: names of layers to exclude where `lora.target_modules` names none. Raises UserError where peft is not
+    installed.
     """
     try:
         from peft import LoraConfig
@@ -56,88 +57,86 @@ def build_lora_config(model_config, model: nn.Module, unfit: Iterable[str]):
     targets = lora.target_modules
     targets = targets if targets is None or isinstance(targets, str) else list(targets)
     if is_adapter(archive):
-        settings = _settings_of_archive(archive)
-        settings.target_modules = settings.target_modules if targets is None else targets
-        settings.lora_dropout = lora.dropout
-        return settings
-    settings = LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, task_type="CAUSAL_LM")
-    # The head is none of them: it is shared with the embedding in many models.
-    settings.target_modules = "all-linear" if targets is None else targets
+        config = _load_lora_config(archive)
+        config.target_modules = config.target_modules if targets is None else targets
+        config.lora_dropout = lora.dropout
+        return config
+    config = LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, task_type="CAUSAL_LM")
+    # peft's "all-linear" excludes the head, which many models tie to the embedding.
+    config.target_modules = "all-linear" if targets is None else targets
     if targets is None:
-        settings.exclude_modules = shorten_names(unfit, model) or None
-    return settings
+        config.exclude_modules = shorten_names(unsupported, model) or None
+    return config
 
 
-def _settings_of_archive(archive: str):
-    """peft's settings in an adapter's directory. Raises UserError for what cannot be trained on or merged here."""
+def _load_lora_config(archive: str):
+    """peft's LoraConfig of an adapter on disk. Raises UserError for a kind that cannot be trained or merged here."""
     from peft import LoraConfig
 
-    found = read_adapter_config(archive)
     try:
-        settings = LoraConfig.from_peft_type(**found)
+        config = LoraConfig.from_peft_type(**read_adapter_config(archive))
     except (TypeError, ValueError, LookupError, AttributeError) as error:
-        raise UserError(f"model.archive: {archive}: its {SETTINGS_FILE} is damaged: {first_line(error)}.") from error
-    foreign = [
-        (settings.peft_type != "LORA", f"peft_type {settings.peft_type}"),
-        (settings.modules_to_save, "modules_to_save"),
-        (settings.bias != "none", f"bias {settings.bias!r}"),
-        (settings.layer_replication, "layer_replication"),
-        (not isinstance(settings.init_lora_weights, bool) and settings.init_lora_weights not in ("gaussian", "orthogonal"),
-         f"init_lora_weights {settings.init_lora_weights!r}, which changes the weights under it"),
+        raise UserError(f"model.archive: {archive}: its {CONFIG_FILE} is damaged: {first_line(error)}.") from error
+    unsupported = [
+        (config.peft_type != "LORA", f"peft_type {config.peft_type}"),
+        (config.modules_to_save, "modules_to_save"),
+        (config.bias != "none", f"bias {config.bias!r}"),
+        (config.layer_replication, "layer_replication"),
+        (not isinstance(config.init_lora_weights, bool) and config.init_lora_weights not in ("gaussian", "orthogonal"),
+         f"init_lora_weights {config.init_lora_weights!r}, which changes the base weights"),
     ]  # fmt: skip
-    for is_foreign, what in foreign:
-        if is_foreign:
-            raise UserError(f"model.archive: {archive}: an adapter with {what} is not supported. Expected plain LoRA.")
-    settings.inference_mode = False
-    return settings
+    for is_unsupported, feature in unsupported:
+        if is_unsupported:
+            raise UserError(f"model.archive: {archive}: an adapter with {feature} is not supported. Expected plain LoRA.")
+    config.inference_mode = False
+    return config
 
 
 def add_adapter(model: nn.Module, model_config, base: str | None = None) -> None:
-    """Freeze a model and put an adapter of a `model` configuration into it; fresh, it changes nothing that the model says.
+    """Freeze a model and add the adapter of a `model` configuration; a new adapter leaves the model's outputs unchanged.
 
-    Its weights are float32, whatever the model's are. Where training starts from an adapter, a frozen one comes beside it.
-    base: where the model under it lies; None is where it came from. Raises UserError for layers that the model does not have,
-    or on which an adapter could do nothing.
+    Adapter weights are float32 whatever the model's dtype. Where training starts from an adapter, a frozen copy of it is added
+    beside the trained one. base: the location of the base model; None is where it was loaded from. Raises UserError for target
+    modules that the model does not have, or on which an adapter would have no effect.
     """
     model.requires_grad_(False)
-    starting = is_adapter(model_config.archive)
-    base = base or _origin(model_config)
-    unfit = unsupported_layers(model)
-    settings = build_lora_config(model_config, model, unfit)
-    for name in (TRAINED_ADAPTER, INITIAL_ADAPTER)[: 1 + starting]:
-        own = copy.deepcopy(settings)
+    starts_from_adapter = is_adapter(model_config.archive)
+    base = base or _base_location(model_config)
+    unsupported = unsupported_layers(model)
+    config = build_lora_config(model_config, model, unsupported)
+    for name in (TRAINED_ADAPTER, INITIAL_ADAPTER)[: 1 + starts_from_adapter]:
+        own = copy.deepcopy(config)
         if name == INITIAL_ADAPTER:
             own.lora_dropout = 0.0
         try:
             with warnings.catch_warnings():
-                # That a head stays tied to an adapted embedding, and that Conv1D is transposed, is heeded here.
+                # Tied heads and transposed Conv1D layers are handled by `merge_adapter`.
                 warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
                 warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")
-                # peft looks for its own patterns of fused experts among modules alone.
+                # peft matches its own patterns of fused experts against modules only.
                 warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match")
                 model.add_adapter(own, name)
             own.base_model_name_or_path = base
         except ValueError as error:
-            raise UserError(_no_such_layers(model, model_config, first_line(error))) from error
-    useless = sorted({unfit[name] for name in unfit.keys() & adapted_modules(model)})
-    if useless:
-        raise UserError(_no_such_layers(model, model_config, "; ".join(useless)))
+            raise _target_error(model, model_config, first_line(error)) from error
+    if reasons := sorted({unsupported[name] for name in unsupported.keys() & adapted_modules(model)}):
+        raise _target_error(model, model_config, "; ".join(reasons))
     model.set_adapter(TRAINED_ADAPTER)
     for name, weight in model.named_parameters():
         if ".lora_" in name:
             weight.data = weight.data.float()
 
 
-def _no_such_layers(model: nn.Module, model_config, reason: str) -> str:
+def _target_error(model: nn.Module, model_config, reason: str) -> UserError:
     linear = sorted({name.rpartition(".")[2] for name in linear_layers(model)})
-    return (
+    return UserError(
         f"model.lora.target_modules: found {model_config.lora.target_modules}: {reason}. Linear layers of "
         f"{type(model).__name__}: {', '.join(linear)}."
     )
 
 
-def _origin(model_config) -> str | None:
-    """Where the weights under an adapter come from: an absolute path, a hub id, or None for a model made from scratch."""
+def _base_location(model_config) -> str | None:
+    """Where the base model is loaded from: an absolute path, a hub id, or None for a model built from scratch."""
     archive = base_archive(model_config)
     if archive:
         return str(archive.resolve())
@@ -145,67 +144,59 @@ def _origin(model_config) -> str | None:
     return str(Path(name).absolute()) if name and Path(name).is_dir() else name
 
 
-# ---- which layers get one -------------------------------------------------------------------------------------------------
-
-
 def describe_frozen_layers(model: nn.Module, model_config) -> list[str]:
-    """What an adapter leaves frozen that its configuration seems to mean, in lines for the user."""
+    """Lines for the user: the layers that an adapter leaves frozen although its configuration seems to include them."""
     adapted, lines = adapted_modules(model), []
     if model_config.lora.target_modules is None and not is_adapter(model_config.archive):
         reasons = unsupported_layers(model)
-        left = [name for name in linear_layers(model) if name not in adapted]
-        lines += sorted({f"adapter: none on some layers: {reasons[name]}" for name in left if name in reasons})
-        passed = sorted({_place(name) for name in left if name not in reasons})
-        if passed:
+        frozen = [name for name in linear_layers(model) if name not in adapted]
+        lines += sorted({f"adapter: some layers stay frozen: {reasons[name]}" for name in frozen if name in reasons})
+        if skipped := sorted({_pattern(name) for name in frozen if name not in reasons}):
             lines.append(
-                f"adapter: none on {', '.join(passed)}: of {model.config.model_type} peft takes the routed experts alone"
+                f"adapter: {', '.join(skipped)} stay frozen: for {model.config.model_type} peft adapts the routed experts only"
             )
-    frozen = sorted({_place(name) for name in fused_experts(model) if not _under(name, adapted)})
-    if frozen:
+    experts = [name for name in fused_experts(model) if not {name, name.removesuffix(".base_layer")} & adapted]
+    if frozen := sorted({_pattern(name) for name in experts}):
         lines.append(f"adapter: the routed experts of {type(model).__name__} stay frozen ({', '.join(frozen)})")
     return lines
 
 
-def _under(name: str, adapted: set[str]) -> bool:
-    return name in adapted or name.removesuffix(".base_layer") in adapted
-
-
-def _place(name: str) -> str:
-    """A module's name for all layers of the model."""
+def _pattern(name: str) -> str:
+    """A module's name with a * for the number of its block."""
     return re.sub(r"\.\d+\.", ".*.", name)
 
 
-# ---- weights of adapters ---------------------------------------------------------------------------------------------------
+# ---- weights --------------------------------------------------------------------------------------------------------------
 
 
 def adapter_weights(named_weights: dict[str, Tensor], adapter: str = TRAINED_ADAPTER) -> dict[str, Tensor]:
-    """Those of a model's named weights that belong to an adapter, alive, by their names in peft's files."""
+    """The weights of an adapter among a model's named weights, not copied, by their names in peft's files."""
     part = re.compile(rf"(\.lora_\w+)\.{adapter}(?=\.|$)")
     return {PREFIX + part.sub(r"\1", name): weight for name, weight in named_weights.items() if part.search(name)}
 
 
 def weights_to_save(named_weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What a checkpoint holds of a model's named weights: the adapter that is trained, or all where there is none."""
+    """The named weights that a checkpoint holds: those of the trained adapter, or all where there is no adapter."""
     return adapter_weights(named_weights) or named_weights
 
 
 def initial_weights(named_weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The named weights that a model began with: those under its adapters, and those of the adapter it started from, if any."""
-    under = {name.replace(".base_layer.", "."): weight for name, weight in named_weights.items() if ".lora_" not in name}
-    return under, adapter_weights(named_weights, INITIAL_ADAPTER)
+    """The named weights that training started from: those of the base model, and those of the initial adapter, if any."""
+    base = {name.replace(".base_layer.", "."): weight for name, weight in named_weights.items() if ".lora_" not in name}
+    return base, adapter_weights(named_weights, INITIAL_ADAPTER)
 
 
 @contextmanager
 def reference_mode(model: nn.Module):
-    """Inside, a model computes as it did before its adapter was trained."""
+    """Context in which a model with an adapter computes as its reference: as it did before training."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    starting = INITIAL_ADAPTER in model.peft_config
-    # peft's own switches also change which weights are trained, and a graph may be waiting for its backward pass.
+    has_initial = INITIAL_ADAPTER in model.peft_config
+    # peft's own switches also change requires_grad, and a graph may still be waiting for its backward pass.
     for layer in layers:
-        layer._disable_adapters = not starting
-        layer._active_adapter = [INITIAL_ADAPTER] if starting else layer._active_adapter
+        layer._disable_adapters = not has_initial
+        layer._active_adapter = [INITIAL_ADAPTER] if has_initial else layer._active_adapter
     try:
         yield
     finally:
@@ -214,87 +205,86 @@ def reference_mode(model: nn.Module):
             layer._active_adapter = [TRAINED_ADAPTER]
 
 
-# ---- adapters on disk ---------------------------------------------------------------------------------------------------
+# ---- load and save --------------------------------------------------------------------------------------------------------
 
 
 def is_adapter(archive: str | None) -> bool:
-    """Whether `model.archive` is a directory that holds an adapter in place of a whole model."""
-    return archive is not None and (Path(archive) / SETTINGS_FILE).is_file()
+    """Whether `model.archive` is a directory with an adapter and not a whole model."""
+    return archive is not None and (Path(archive) / CONFIG_FILE).is_file()
 
 
 def save_adapter_config(model: nn.Module, folder: Path) -> None:
-    """Write the settings of the adapter that is trained, as peft reads them."""
+    """Write peft's adapter_config.json of the trained adapter."""
     model.peft_config[TRAINED_ADAPTER].save_pretrained(folder)
 
 
 def base_archive(model_config) -> Path | None:
-    """The archive with the weights under the adapter, or with all; None where they are not an archive's.
+    """The archive that the weights of the (base) model are read from; None where they come from `name_or_path` or from scratch.
 
-    Raises UserError where `model.archive` is an adapter, and not one of the configured model.
+    Raises UserError where `model.archive` is an adapter of another model than the configured one.
     """
     archive = model_config.archive
     if not is_adapter(archive):
         return archive and Path(archive)
-    settings = _checked_settings(archive, model_config)
-    base, configured = settings.get("base_model_name_or_path"), model_config.name_or_path
+    config = _validated_adapter_config(archive, model_config)
+    base, configured = config.get("base_model_name_or_path"), model_config.name_or_path
     if base == configured or (base and configured and Path(base).absolute() == Path(configured).absolute()):
         return None
-    kept = saved_base(archive) if base is not None and Path(base).name == BASE_DIR else None
-    if kept is not None:
-        return kept
+    if base is not None and Path(base).name == BASE_DIR and (saved := saved_base(archive)):
+        return saved
     if base is None or not Path(base).exists():
-        gone = ", which is not there any more" if base and Path(base).is_absolute() else ""
+        gone = ", which no longer exists" if base and Path(base).is_absolute() else ""
         raise UserError(
             f"model.archive: the adapter {archive} was trained on {base or 'a model from scratch'}{gone}, and "
-            f"model.name_or_path is {configured}. Put that model where it was, or name another place of it as "
-            f"base_model_name_or_path in the adapter's {SETTINGS_FILE}."
+            f"model.name_or_path is {configured}. Restore that model, or set base_model_name_or_path in the adapter's "
+            f"{CONFIG_FILE} to its new location."
         )
     return Path(base)
 
 
 def saved_base(archive: str | Path) -> Path | None:
-    """The model under an adapter that its run, or its export, has kept beside it: it may have been moved with it."""
-    place = Path(archive).resolve()
-    return next((found for found in (place / BASE_DIR, place.parent / BASE_DIR) if (found / "config.json").is_file()), None)
+    """The base model that a run or an export saved beside its adapter; both may have been moved together."""
+    folder = Path(archive).resolve()
+    return next((base for base in (folder / BASE_DIR, folder.parent / BASE_DIR) if (base / "config.json").is_file()), None)
 
 
 def adapter_options(archive: str) -> dict:
-    """The `model.lora` of an adapter's directory; its layers are those of its file. Raises UserError where it is damaged."""
-    settings = read_adapter_config(archive)
-    return {"r": settings["r"], "alpha": settings["lora_alpha"], "target_modules": None}
+    """The `model.lora` options of an adapter on disk, its own target modules included. Raises UserError if it is damaged."""
+    config = read_adapter_config(archive)
+    return {"r": config["r"], "alpha": config["lora_alpha"], "target_modules": None}
 
 
 def read_adapter_config(archive: str | Path) -> dict:
-    """peft's settings in an adapter's directory, as they lie there. Raises UserError where they are damaged."""
+    """The adapter_config.json of an adapter on disk. Raises UserError where it is damaged."""
     try:
-        settings = json.loads((Path(archive) / SETTINGS_FILE).read_text())
-        _ = settings["r"], settings["lora_alpha"], settings["target_modules"]
+        config = json.loads((Path(archive) / CONFIG_FILE).read_text())
+        _ = config["r"], config["lora_alpha"], config["target_modules"]
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-        raise UserError(f"model.archive: {archive}: its {SETTINGS_FILE} is damaged. Expected a checkpoint of a run.") from error
-    return settings
+        raise UserError(f"model.archive: {archive}: its {CONFIG_FILE} is damaged. Expected a checkpoint of a run.") from error
+    return config
 
 
-def _checked_settings(archive: str, model_config) -> dict:
-    """peft's settings of an adapter. Raises UserError where they are damaged, or are not the configured ones."""
+def _validated_adapter_config(archive: str, model_config) -> dict:
+    """The adapter_config.json of an adapter. Raises UserError where it is damaged or differs from `model.lora`."""
     if model_config.lora.r is None:
         raise UserError(
-            f"model.archive: {archive} is an adapter, and model.lora.r is not given. Add +adapter=lora (or qlora) to train it "
-            "on, or make a whole model of it first: python scripts/export.py CHECKPOINT --merge --to DIRECTORY"
+            f"model.archive: {archive} is an adapter, and model.lora.r is not given. Add +adapter=lora (or qlora) to "
+            "continue training it, or merge it first: python scripts/export.py CHECKPOINT --merge --to DIRECTORY"
         )
-    settings = read_adapter_config(archive)
-    for key, value in {"r": settings["r"], "alpha": settings["lora_alpha"]}.items():
+    config = read_adapter_config(archive)
+    for key, value in {"r": config["r"], "alpha": config["lora_alpha"]}.items():
         if value != model_config.lora[key]:
             raise UserError(
-                f"model.lora.{key}: found {model_config.lora[key]}, but the adapter {archive} was trained with {value}. Give "
-                "it the same."
+                f"model.lora.{key}: found {model_config.lora[key]}, expected {value}: the adapter {archive} was trained with "
+                "that."
             )
-    return settings
+    return config
 
 
 def check_base_weights(archive: str, began_with: str) -> None:
-    """Raise UserError where an adapter was trained on other weights than those loaded, whose hash begins `began_with`.
+    """Raise UserError where an adapter was trained on other base weights than those loaded; `began_with` is their hash.
 
-    Of an adapter that no run of this project has written, nothing is known.
+    Adapters that other tools wrote record no hash, and pass.
     """
     try:
         before = json.loads((Path(archive) / "state.json").read_text())["run"]["began_with"]
@@ -302,13 +292,13 @@ def check_base_weights(archive: str, began_with: str) -> None:
         return
     if before is not None and before[:32] != began_with[:32]:
         raise UserError(
-            f"model.archive: the adapter {archive} was trained on other weights than those of the model as configured. Give "
+            f"model.archive: the adapter {archive} was trained on other weights than those of the model as configured. Set "
             "the model, dtype and quantization of its run, and the same seed for a model from scratch."
         )
 
 
 def check_adapter_shapes(archive: str, model: nn.Module) -> None:
-    """Raise UserError where an adapter's weights are not those that a model has a place for."""
+    """Raise UserError where the names or shapes of an adapter's weights on disk are not those of the adapter in a model."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -321,13 +311,13 @@ def check_adapter_shapes(archive: str, model: nn.Module) -> None:
     if differing:
         raise UserError(
             f"model.archive: the adapter {archive} does not fit {type(model).__name__} as configured; {len(differing)} tensors "
-            f"differ, as {differing[0]}. Give the model and model.lora of its run."
+            f"differ, the first is {differing[0]}. Set the model and model.lora of its run."
         )
 
 
 @torch.no_grad()
 def load_adapter(archive: str, model: nn.Module) -> None:
-    """Fill a model's adapters with that of an archive: the one that is trained, and the frozen one beside it."""
+    """Load the weights of an adapter on disk into a model's adapters: the trained one and its frozen copy."""
     from safetensors.torch import load_file
 
     found = load_file(Path(archive) / WEIGHTS_FILE)
@@ -336,22 +326,21 @@ def load_adapter(archive: str, model: nn.Module) -> None:
             weight.copy_(found[name])
 
 
-# ---- few bits -------------------------------------------------------------------------------------------------------------
+# ---- merge ----------------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def merge_adapter(model: nn.Module, dtype: torch.dtype) -> None:
-    """Add the adapter that is trained to the weights under it, in float32, rounded once to a dtype, and take it out.
+    """Merge the trained adapter into the base weights, in float32, rounded once to `dtype`, and remove it.
 
-    Layers without an adapter stay as they are. A head that is tied to an adapted embedding, or the reverse, becomes a weight of
-    its own: training has changed one of the two. Raises UserError where layers of the architecture share a weight, and the
-    adapter changes it for each of them.
+    Layers without an adapter stay as they are. A head and an embedding that were tied are untied where either has an adapter,
+    because training has changed only one of them. Raises UserError where several adapted layers share one base weight.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     _untie(model)
     adapted = _outermost_adapted(model)
-    _refuse_shared(model, adapted)
+    _refuse_shared_weights(model, adapted)
     for name, layer in adapted.items():
         parent, _, leaf = name.rpartition(".")
         base = layer.get_base_layer()
@@ -364,15 +353,15 @@ def merge_adapter(model: nn.Module, dtype: torch.dtype) -> None:
         setattr(model.get_submodule(parent), leaf, base)
         for weight in base.parameters(recurse=False):
             weight.data = weight.data.to(dtype)
-    left = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
-    if left:
-        raise RuntimeError(f"{left[0]} could not be merged")
+    remaining = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    if remaining:
+        raise RuntimeError(f"{remaining[0]} could not be merged")
     del model.peft_config
     model._hf_peft_config_loaded = False
 
 
 def _outermost_adapted(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers with an adapter, by their names; of one within another the one around it, which merges both."""
+    """The adapted layers by name; of nested ones only the outer layer, which merges both."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     adapted = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
@@ -380,14 +369,14 @@ def _outermost_adapted(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in adapted.items() if name not in inner}
 
 
-def _refuse_shared(model: nn.Module, adapted: dict[str, nn.Module]) -> None:
+def _refuse_shared_weights(model: nn.Module, adapted: dict[str, nn.Module]) -> None:
     owners: dict[nn.Parameter, str] = {}
     for name, layer in adapted.items():
         for weight in layer.get_base_layer().parameters(recurse=False):
             if (other := owners.setdefault(weight, name)) != name:
                 raise UserError(
-                    f"--merge: in {type(model).__name__} {other} and {name} share their weights, and the adapter changes each "
-                    "by its own: no whole model of this architecture says what they say. Export without --merge."
+                    f"--merge: in {type(model).__name__} {other} and {name} share their weights, and the adapter changes "
+                    "each differently, so no merged model of this architecture is equivalent. Export without --merge."
                 )
 
 

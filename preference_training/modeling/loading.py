@@ -1,8 +1,9 @@
-"""Load tokenizer, policy and reference: from the hub, a directory, a configuration (from scratch), or an archive.
+"""Load models: from the hub, a directory, an archive, or from scratch with random weights.
 
-Every source ends in the same place: a causal language model of transformers in the asked dtype, without dropout, so that
-policy and reference say exactly the same before the first step. Whether a model can share prompts between responses is
-proved here, on itself, before it is relied on.
+    `model` configuration -> transformers configuration -> weights -> kernels, quantization, adapter
+
+Every source ends in the same kind of model: a causal language model of transformers in `policy_dtype`, in training mode but
+without dropout, so that policy and reference give identical log-probs before the first step.
 """
 
 import json
@@ -45,33 +46,32 @@ from preference_training.modeling.state import weights_hash
 
 @contextmanager
 def loading_errors(key: str, name: str):
-    """Inside, what is wrong with a model's files becomes a UserError: they are data, and nothing of them may be executed."""
+    """Context in which any error while loading `name` becomes a UserError that names the configuration's `key`."""
     if name.startswith(("/", "./", "../", "~")) and not Path(name).is_dir():
         raise UserError(f"{key}: {name}: no such directory. Paths are relative to {Path.cwd()}.")
     try:
         yield
-    except Exception as error:  # a dozen types: of networks, and of damaged files in half a dozen formats
+    except Exception as error:  # a dozen types: networks, and damaged files in half a dozen formats
         raise UserError(
-            f"{key}: {name} could not be loaded: {first_line(error)}. Expected a model id of the hub (and a network, or the "
-            "model in the hub library's cache) or a local directory. Code that comes with it runs only with "
-            "model.trust_remote_code=true."
+            f"{key}: {name} could not be loaded: {first_line(error)}. Expected a hub id (and a network, or the model in the "
+            "hub's cache) or a local directory. Code that comes with it runs only with model.trust_remote_code=true."
         ) from error
 
 
 def load_model(model_config, tokenizer, cache_dir: str | None = None, base_dir: Path | None = None) -> nn.Module:
     """The model of a `model` configuration on the CPU, in `policy_dtype`, without dropout, in training mode.
 
-    base_dir: where a run keeps the model under its adapter, if nobody else keeps it as it is: it is read from there, or written
-    there where it is not yet. Raises UserError where that cannot be.
+    base_dir: the run's own copy of its adapter's base model. It is read if it exists; it is written where no other place has
+    that model unchanged. Raises UserError where it cannot be written.
     """
     model = load_base(model_config, tokenizer, cache_dir, base_dir)
     if base_dir is not None and model_config.lora.r is not None and not base_dir.is_dir():
-        if _has_no_directory(model.config, model_config):
-            _keep(base_dir, lambda place: _save_with_tokenizer(model, tokenizer, place))
-        elif _is_of_a_run(archive := base_archive(model_config)):
-            _keep(base_dir, lambda place: _link_model(archive, place))
+        if not _is_loadable_elsewhere(model.config, model_config):
+            _write_base(base_dir, lambda folder: _save_with_tokenizer(model, tokenizer, folder))
+        elif _belongs_to_run(archive := base_archive(model_config)):
+            _write_base(base_dir, lambda folder: _link_model(archive, folder))
     base = str(base_dir.resolve()) if base_dir is not None and base_dir.is_dir() else None
-    model = _made_ready(model, model_config, base)
+    model = _configure(model, model_config, base)
     if is_adapter(model_config.archive):
         check_base_weights(model_config.archive, weights_hash(model))
         load_adapter(model_config.archive, model)
@@ -79,7 +79,7 @@ def load_model(model_config, tokenizer, cache_dir: str | None = None, base_dir: 
 
 
 def load_base(model_config, tokenizer, cache_dir: str | None = None, base_dir: Path | None = None) -> nn.Module:
-    """The model of a `model` configuration as transformers makes it: with dropout, without an adapter, not quantised."""
+    """The model of a `model` configuration as transformers builds it: with dropout, not quantized, without an adapter."""
     from transformers import AutoModelForCausalLM
 
     dtype = getattr(torch, model_config.policy_dtype)
@@ -97,43 +97,45 @@ def load_base(model_config, tokenizer, cache_dir: str | None = None, base_dir: P
         return AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype, cache_dir=cache_dir, **remote)
 
 
-def _has_no_directory(config, model_config) -> bool:
-    """Whether no directory or hub id gives the model under an adapter to other libraries.
+def _is_loadable_elsewhere(config, model_config) -> bool:
+    """Whether other libraries can load an adapter's base model, with its configuration, from a hub id or a directory.
 
-    It was made from scratch, lies in a single file, or has another configuration than lies with its weights.
+    They cannot where it was built from scratch, comes from a single file, or has another configuration than lies with it.
     """
-    archive, changed = base_archive(model_config), bool(len(model_config.from_config))
+    archive = base_archive(model_config)
     if archive is None:
-        return model_config.name_or_path is None or changed
+        return model_config.name_or_path is not None and not model_config.from_config
     if not (archive / "config.json").is_file():
-        return True
+        return False
     from transformers import AutoConfig
 
-    lies_there = AutoConfig.from_pretrained(archive, trust_remote_code=model_config.trust_remote_code)
-    return bool(config_differences(lies_there, config))
+    saved = AutoConfig.from_pretrained(archive, trust_remote_code=model_config.trust_remote_code)
+    return not config_differences(saved, config)
 
 
-def _is_of_a_run(archive: Path | None) -> bool:
-    """Whether an archive is a checkpoint, or a kept base, of a run: that run may prune it, or be set aside or removed."""
+def _belongs_to_run(archive: Path | None) -> bool:
+    """Whether an archive is a checkpoint, or a base model, of another run, which may prune, move or delete it."""
     return archive is not None and (archive.resolve().name == BASE_DIR or (archive / "state.json").is_file())
 
 
-# What of a configuration says nothing of what a model computes, or is said again when it is loaded.
-NOT_COMPUTED = (
-    "_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "auto_map", "eos_token_id",
-    "bos_token_id", "pad_token_id", "use_cache", "_attn_implementation", "attn_implementation",
-)  # fmt: skip
+# Keys of a transformers configuration that name a model, and change nothing that it computes.
+CONFIG_METADATA = frozenset({
+    "_name_or_path", "_commit_hash", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache",
+    "bos_token_id", "eos_token_id", "id2label", "label2id",
+})  # fmt: skip
+# Keys that are set again whenever a model is loaded.
+SET_AT_LOAD = frozenset({"auto_map", "pad_token_id", "_attn_implementation", "attn_implementation"})
 
 
 def config_differences(one, other) -> list[str]:
-    """The keys in which two configurations of transformers differ, of those that say what a model computes."""
+    """The keys in which two transformers configurations differ, of those that change what a model computes."""
     mine, theirs = (json.loads(json.dumps(config.to_dict(), default=str)) for config in (one, other))
-    keys = sorted((mine.keys() | theirs.keys()) - set(NOT_COMPUTED))
+    keys = sorted((mine.keys() | theirs.keys()) - CONFIG_METADATA - SET_AT_LOAD)
     return [key for key in keys if mine.get(key) != theirs.get(key)]
 
 
-def _keep(base_dir: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` make the directory of the model under an adapter. Raises UserError where the system does not let it."""
+def _write_base(base_dir: Path, write: Callable[[Path], None]) -> None:
+    """Create the directory of an adapter's base model with `write`, atomically. Raises UserError where that fails."""
     partial = base_dir.with_name(f"{base_dir.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)
@@ -142,7 +144,7 @@ def _keep(base_dir: Path, write: Callable[[Path], None]) -> None:
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise UserError(
-            f"local_run_dir: {base_dir}, the model under the adapter, cannot be written: {first_line(error)}. Make room, or "
+            f"local_run_dir: cannot write {base_dir}, the base model of the adapter: {first_line(error)}. Free some space, or "
             "set local_dirs or local_run_dir."
         ) from error
 
@@ -152,15 +154,15 @@ def _save_with_tokenizer(model: nn.Module, tokenizer, directory: Path) -> None:
     tokenizer.save_pretrained(directory)
 
 
-# Files of a checkpoint that continue its run, and say nothing of its model.
-CONTINUES_A_RUN = ("state.json", "checksums.json")
+# Files of a checkpoint that belong to its run and not to its model.
+RUN_STATE_FILES = ("state.json", "checksums.json")
 
 
 def _link_model(archive: Path, directory: Path) -> None:
-    """Give the files of a model a second name in another directory, which takes no room; copy them where there are no links."""
+    """Hard-link the files of a model into a new directory, which takes no space; copy them where links are not supported."""
     directory.mkdir()
     for file in sorted(archive.resolve().iterdir()):
-        if file.is_file() and file.suffix != ".pt" and file.name not in CONTINUES_A_RUN:
+        if file.is_file() and file.suffix != ".pt" and file.name not in RUN_STATE_FILES:
             try:
                 os.link(file, directory / file.name)
             except OSError:
@@ -168,9 +170,9 @@ def _link_model(archive: Path, directory: Path) -> None:
 
 
 def save_model(model: nn.Module, directory: Path, **options) -> None:
-    """`save_pretrained`; how it generates is written as it is, also where the library would want it otherwise.
+    """`save_pretrained`, with the generation configuration written as it is.
 
-    Of sampling settings that its defaults do not use the library makes an error once anything beside them has changed.
+    transformers would refuse to write a changed one whose sampling options are unused by its defaults.
     """
     generation = model.generation_config if model.can_generate() else None
     try:
@@ -185,35 +187,35 @@ def save_model(model: nn.Module, directory: Path, **options) -> None:
 
 
 def load_with_adapter(checkpoint: Path, model_config, tokenizer, cache_dir: str | None = None) -> nn.Module:
-    """The model of a run with the adapter of a checkpoint in it, on the CPU, as the run computes.
+    """The model of a run with the adapter of one of its checkpoints, on the CPU; `model_config` is the run's.
 
-    model_config is the run's. A base made from scratch that its run has not kept is made again.
+    A base model from scratch that the run did not save is rebuilt from the run's seed.
     """
-    return _of_adapter(load_model, checkpoint, model_config, tokenizer, cache_dir)
+    return _load_checkpoint(load_model, checkpoint, model_config, tokenizer, cache_dir)
 
 
 def load_adapter_base(checkpoint: Path, model_config, tokenizer, cache_dir: str | None = None) -> nn.Module:
-    """The model under the adapter of a checkpoint, before it was quantised."""
-    return _of_adapter(load_base, checkpoint, model_config, tokenizer, cache_dir)
+    """The base model of a checkpoint's adapter, not quantized."""
+    return _load_checkpoint(load_base, checkpoint, model_config, tokenizer, cache_dir)
 
 
-def _of_adapter(make, checkpoint: Path, model_config, tokenizer, cache_dir: str | None) -> nn.Module:
+def _load_checkpoint(loader, checkpoint: Path, model_config, tokenizer, cache_dir: str | None) -> nn.Module:
     from omegaconf import OmegaConf
 
-    # Of how the run computed on its machine nothing is needed here, and some of it may not be there.
-    here = {"liger_kernels": False, "attn_implementation": "auto", "autocast_dtype": None}
-    its_own = {"archive": str(checkpoint), "lora": adapter_options(str(checkpoint))}
-    config = OmegaConf.merge(model_config, here, its_own)
+    # The kernels of the run may not be available on this machine, and are not needed here.
+    portable = {"liger_kernels": False, "attn_implementation": "auto", "autocast_dtype": None}
+    adapter = {"archive": str(checkpoint), "lora": adapter_options(str(checkpoint))}
+    config = OmegaConf.merge(model_config, portable, adapter)
     with torch.random.fork_rng(devices=[]):
-        if (seed := _seed_of(checkpoint)) is not None:
+        if (seed := _read_seed(checkpoint)) is not None:
             torch.manual_seed(seed)
-            # A run that kept no base had tried its optimizer on such a layer before it made its model.
+            # Runs that did not save their base model had tried their optimizer on such a layer before they built the model.
             nn.Linear(1, 1)
-        return make(config, tokenizer, cache_dir, saved_base(checkpoint))
+        return loader(config, tokenizer, cache_dir, saved_base(checkpoint))
 
 
-def _seed_of(checkpoint: Path) -> int | None:
-    """The seed of the run of a checkpoint; None where it does not say."""
+def _read_seed(checkpoint: Path) -> int | None:
+    """The seed of a checkpoint's run; None where it is not recorded."""
     try:
         seed = json.loads((checkpoint / "state.json").read_text())["run"]["config"]["seed"]
     except UNREADABLE:
@@ -224,16 +226,16 @@ def _seed_of(checkpoint: Path) -> int | None:
 def load_merged(
     checkpoint: Path, model_config, tokenizer, cache_dir: str | None = None, dtype: torch.dtype | None = None
 ) -> nn.Module:
-    """A whole model on the CPU: the frozen weights of a run's `model` configuration with the adapter of a checkpoint.
+    """The model of a run's `model` configuration with the adapter of a checkpoint merged into it, on the CPU.
 
-    They are added in float32, and rounded once to `dtype`; None is `policy_dtype`.
+    Merges in float32 and rounds once to `dtype`; None is `policy_dtype`.
     """
     model = load_with_adapter(checkpoint, model_config, tokenizer, cache_dir)
     return merge_and_cast(model, dtype or getattr(torch, model_config.policy_dtype))
 
 
 def merge_and_cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A model with its adapter, made whole in place."""
+    """Dequantize a model, merge its adapter and cast it to `dtype`, in place."""
     dequantize(model, torch.float32)
     merge_adapter(model, dtype)
     cast_weights(model, dtype)
@@ -242,8 +244,8 @@ def merge_and_cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 @torch.no_grad()
 def cast_weights(model: nn.Module, dtype: torch.dtype) -> None:
-    """Give a model's weights a dtype, in place, but for those that its class keeps in float32. Buffers stay what they are."""
-    # What from_pretrained keeps so, in either of the short dtypes or in float16 alone.
+    """Cast a model's weights in place, except those that its class keeps in float32; buffers keep their dtypes."""
+    # As in from_pretrained: the strict list applies to both half-precision dtypes, the other one to float16 only.
     kept = set(model._keep_in_fp32_modules_strict or ()) if dtype in (torch.bfloat16, torch.float16) else set()
     kept |= set(model._keep_in_fp32_modules or ()) if dtype == torch.float16 else set()
     for name, weight in model.named_parameters():
@@ -253,18 +255,19 @@ def cast_weights(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def build_untrained(model_config, tokenizer, cache_dir: str | None = None, dtype: str | None = None) -> nn.Module:
-    """The model of a `model` configuration with weights that were never trained: what it is like, without reading any.
+    """The model of a `model` configuration with untrained weights; reads no weight files.
 
-    dtype is a name such as bfloat16; None is `policy_dtype`.
+    dtype: its name, such as bfloat16; None is `policy_dtype`.
     """
     from transformers import AutoModelForCausalLM
 
     config = model_configuration(model_config, tokenizer, cache_dir)
     options = {"dtype": getattr(torch, dtype or model_config.policy_dtype), "trust_remote_code": model_config.trust_remote_code}
-    return _made_ready(AutoModelForCausalLM.from_config(config, **options), model_config)
+    return _configure(AutoModelForCausalLM.from_config(config, **options), model_config)
 
 
-def _made_ready(model: nn.Module, model_config, base: str | None = None) -> nn.Module:
+def _configure(model: nn.Module, model_config, base: str | None = None) -> nn.Module:
+    """Apply what a `model` configuration says of computing, quantization and adapter to a model that transformers has built."""
     disable_dropout(model)
     model.autocast_dtype = model_config.autocast_dtype and getattr(torch, model_config.autocast_dtype)
     choose_attention(model, model_config.attn_implementation)
@@ -278,7 +281,7 @@ def _made_ready(model: nn.Module, model_config, base: str | None = None) -> nn.M
 
 
 def model_configuration(model_config, tokenizer, cache_dir: str | None = None):
-    """The transformers configuration: of `name_or_path`, or made from `from_config`; `from_config` changes its values."""
+    """The transformers configuration of `name_or_path` with the values of `from_config`, or of `from_config` alone."""
     from omegaconf import OmegaConf
     from transformers import AutoConfig
 
@@ -296,7 +299,7 @@ def model_configuration(model_config, tokenizer, cache_dir: str | None = None):
         "pad_token_id": tokenizer.pad_token_id,
     }
     try:
-        # Ids may have gaps: the largest counts.
+        # Ids may have gaps, so the vocabulary ends with the largest.
         size = max(len(tokenizer), *(number + 1 for number in tokenizer.get_vocab().values()))
         return AutoConfig.for_model(**{"vocab_size": size, **tokens, **values})
     except ValueError as error:
@@ -304,9 +307,9 @@ def model_configuration(model_config, tokenizer, cache_dir: str | None = None):
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout of `model` to 0: modules, and probabilities that attention reads as a number.
+    """Set every dropout probability of a model to 0: of modules, and those that attention reads as plain numbers.
 
-    Experts and routers that add noise in training (Mixtral's, Phi's) compute as they do in evaluation.
+    Routers and experts that add noise in training (Mixtral's, Phi's) compute as in evaluation.
     """
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -314,19 +317,19 @@ def disable_dropout(model: nn.Module) -> None:
         for name, value in vars(module).items():
             if "drop" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
-        # Not set to 0: Phi's routers draw experts in training whatever it is, and read it as a threshold in evaluation.
+        # Not set to 0: Phi's routers sample experts in training whatever the value, and use it as a threshold in evaluation.
         if any("jitter" in name and isinstance(value, float) for name, value in vars(module).items()):
-            module.register_forward_pre_hook(_as_in_evaluation)
+            module.register_forward_pre_hook(_evaluation_mode)
 
 
-def _as_in_evaluation(module: nn.Module, _inputs) -> None:
+def _evaluation_mode(module: nn.Module, _inputs) -> None:
     module.training = False
 
 
 def check_model(model_config, tokenizer, cache_dir: str | None = None) -> list[str]:
-    """Raise UserError where archive or adapter do not fit the model, before either takes memory or time.
+    """Raise UserError where archive or adapter do not fit the model; compares shapes, and loads no weights.
 
-    Returns what there is to be said of the model: what of it has no effect here, or stays as it is.
+    Returns lines for the user: options of the model without effect here, and layers that stay frozen.
     """
     path = base_archive(model_config)
     config = model_configuration(model_config, tokenizer, cache_dir)
@@ -344,7 +347,7 @@ def check_model(model_config, tokenizer, cache_dir: str | None = None) -> list[s
 
 
 def describe_unused_options(config) -> list[str]:
-    """What of a model's configuration has no effect in training here."""
+    """Lines for the user: options of a model's configuration that have no effect in training here."""
     text = config.get_text_config()
     keys = [key for key in ("router_aux_loss_coef", "aux_loss_alpha") if getattr(text, key, None)]
     return [f"model: {key} ({getattr(text, key)}) has no effect: the loss alone is trained, routers included" for key in keys]

@@ -1,4 +1,4 @@
-"""Which layers of a model can have a LoRA adapter, and why the others cannot."""
+"""Which layers of a model can take a LoRA adapter, and why the others cannot."""
 
 import inspect
 import re
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The linear layers of a model but for its head, by name; transformers' Conv1D is one too. Those under adapters too."""
+    """The linear layers of a model except its head, by name, transformers' Conv1D and the base layers of adapters included."""
     from transformers.pytorch_utils import Conv1D
 
     head = model.get_output_embeddings()
@@ -22,17 +22,17 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def unsupported_layers(model: nn.Module) -> dict[str, str]:
-    """The linear layers on which an adapter could do nothing, or would break the model: name → why."""
+    """The linear layers on which an adapter would have no effect or break the model: name → reason."""
     reasons = {}
     for name, layer in linear_layers(model).items():
         parent, _, leaf = name.rpartition(".")
         parent_class = type(model.get_submodule(parent))
         if _refused_by_peft(model, leaf):
             reasons[name] = f"peft refuses {leaf} for {model.config.model_type}"
-        elif _is_read_past(parent_class, leaf):
-            reasons[name] = f"{parent_class.__name__} reads the weight of {leaf} itself, past an adapter"
-        elif not _gives_a_tensor(layer):
-            reasons[name] = f"{leaf} gives more than one tensor ({type(layer).__name__})"
+        elif _is_bypassed(parent_class, leaf):
+            reasons[name] = f"{parent_class.__name__} reads the weight of {leaf} directly, bypassing an adapter"
+        elif not _returns_tensor(layer):
+            reasons[name] = f"{leaf} returns more than one tensor ({type(layer).__name__})"
     return reasons
 
 
@@ -50,8 +50,8 @@ def _refused_by_peft(model: nn.Module, leaf: str) -> bool:
 
 
 @cache
-def _is_read_past(parent: type, leaf: str) -> bool:
-    """Whether the code of a module multiplies by a layer's weight in place of calling the layer."""
+def _is_bypassed(parent: type, leaf: str) -> bool:
+    """Whether the source of a module multiplies by a child layer's weight instead of calling the layer."""
     try:
         code = inspect.getsource(parent)
     except (OSError, TypeError):
@@ -59,8 +59,8 @@ def _is_read_past(parent: type, leaf: str) -> bool:
     return re.search(rf"self\.{leaf}\.weight @|@ self\.{leaf}\.weight", code) is not None
 
 
-def _gives_a_tensor(layer: nn.Module) -> bool:
-    """Whether a linear layer's output is a tensor, of a class that has a forward of its own; of few bits it always is."""
+def _returns_tensor(layer: nn.Module) -> bool:
+    """Whether the output of a linear layer is one tensor; subclasses with their own forward are called to find out."""
     if type(layer).forward is nn.Linear.forward or not layer.weight.is_floating_point() or not hasattr(layer, "in_features"):
         return True
     with torch.no_grad():
@@ -68,23 +68,23 @@ def _gives_a_tensor(layer: nn.Module) -> bool:
 
 
 def shorten_names(names, model: nn.Module) -> list[str]:
-    """Names of layers by their last parts, where all layers with that last part are meant."""
+    """Replace names of layers by their last component where all layers with that last component are listed."""
     by_leaf = defaultdict(set)
     for name in linear_layers(model):
         by_leaf[name.rpartition(".")[2]].add(name)
-    leaves = {leaf for leaf, all_of_it in by_leaf.items() if all_of_it <= set(names)}
+    leaves = {leaf for leaf, layers in by_leaf.items() if layers <= set(names)}
     return sorted(leaves | {name for name in names if name.rpartition(".")[2] not in leaves})
 
 
 def adapted_modules(model: nn.Module) -> set[str]:
-    """The names of the modules that have an adapter."""
+    """The names of the modules with an adapter."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return {name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
 
 
 def fused_experts(model: nn.Module) -> list[str]:
-    """The names of modules that hold all experts of a layer in one tensor."""
+    """The names of modules that hold all experts of a mixture-of-experts layer in one tensor."""
     config = model.config.get_text_config()
     keys = "num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"
     counts = {getattr(config, key, None) for key in keys} - {None}

@@ -42,7 +42,7 @@ COMMON = (
 DPO = ("loss=dpo", "reference_logps=live", "n_steps=2")
 TWO_PROCESSES = ("trainer=FSDPTrainer", "trainer.nproc_per_node=2", "trainer.distributed_timeout_minutes=0.5")
 # What a run says where a model computes each response with a prompt of its own.
-PADDED = r"prefix sharing: off, padded rows instead: \w+ cannot: (.*)"
+PADDED = r"prefix sharing: off, using padded rows: \w+ cannot: (.*)"
 
 
 class Wrong(Exception):  # noqa: N818  it is a finding

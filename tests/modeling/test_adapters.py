@@ -282,7 +282,7 @@ def test_layers_that_a_model_has_not_got_are_refused_with_those_it_has(configure
     ("overrides", "message"),
     [
         ([], "is an adapter, and model.lora.r is not given"),
-        (["+adapter=lora", "model.lora.r=4"], "model.lora.r: found 4, but the adapter .* was trained with 16"),
+        (["+adapter=lora", "model.lora.r=4"], "model.lora.r: found 4, expected 16: the adapter .* was trained with that"),
         (
             ["+adapter=lora", "model.lora.target_modules=[q_proj]"],
             "does not fit Llama.* as configured; 24 tensors differ",
@@ -468,9 +468,9 @@ def test_an_adapter_that_is_more_than_lora_is_refused(settings, what, small, con
         ("gpt_oss", ["the routed experts of GptOssForCausalLM stay frozen (model.layers.*.mlp.experts)"]),
         (
             "llama4_text",
-            ["router gives more than one tensor (Llama4Router)", "the routed experts of Llama4ForCausalLM stay frozen"],
+            ["router returns more than one tensor (Llama4Router)", "the routed experts of Llama4ForCausalLM stay frozen"],
         ),
-        ("mamba", ["MambaMixer reads the weight of dt_proj itself, past an adapter", "peft refuses out_proj for mamba"]),
+        ("mamba", ["MambaMixer reads the weight of dt_proj directly, bypassing an adapter", "peft refuses out_proj for mamba"]),
     ],
 )
 def test_the_layers_that_get_no_adapter_are_named(name, lines, small, configured, tokenizer):
@@ -487,7 +487,7 @@ def test_a_coefficient_of_the_router_that_nothing_reads_is_named(small, configur
 
 def test_layers_on_which_an_adapter_would_do_nothing_are_refused(small, configured, tokenizer):
     config = configured("+adapter=lora", f"model.name_or_path={small('mamba')}", "model.lora.target_modules=[dt_proj,in_proj]")
-    with pytest.raises(UserError, match="model.lora.target_modules: found .*MambaMixer reads the weight of dt_proj itself"):
+    with pytest.raises(UserError, match="model.lora.target_modules: found .*MambaMixer reads the weight of dt_proj directly"):
         check_model(config.model, tokenizer)
 
 

@@ -241,13 +241,13 @@ def test_the_best_attention_is_the_models_own_where_no_other_is_installed(tiny):
 
 
 def test_attention_that_cannot_be_had_is_refused(tiny):
-    with pytest.raises(UserError, match="model.attn_implementation: LlamaForCausalLM cannot have flash_attention_3 here"):
+    with pytest.raises(UserError, match="model.attn_implementation: LlamaForCausalLM cannot use flash_attention_3 here"):
         load_model(tiny("model.attn_implementation=flash_attention_3"), byte_level_tokenizer())
 
 
 def test_kernels_for_gpus_are_refused_where_there_is_none(tiny, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UserError, match="model.liger_kernels: they are for GPUs"):
+    with pytest.raises(UserError, match="model.liger_kernels: found true, but there is no GPU here"):
         load_model(tiny("model.liger_kernels=true"), byte_level_tokenizer())
 
 

@@ -42,20 +42,20 @@ def make(model_type: str, dtype: torch.dtype = torch.float32, **changes) -> nn.M
 @pytest.mark.parametrize(
     ("model_type", "changes", "reason"),
     [
-        ("gpt_oss", EXPERTS | LAYERS | {"sliding_window": 8}, r"attention sinks \(s_aux\) are not part of it"),
+        ("gpt_oss", EXPERTS | LAYERS | {"sliding_window": 8}, r"attention sinks \(s_aux\) are not supported"),
         ("llama4_text", EXPERTS | {"attention_chunk_size": 32, "intermediate_size_mlp": 64}, "chunks of 32 tokens"),
         # Further away than any row of the proof.
         ("llama4_text", EXPERTS | {"attention_chunk_size": 8192, "intermediate_size_mlp": 64}, "chunks of 8192 tokens"),
         ("lfm2", HYBRID, "its log-probs would be wrong by"),
         # Alike as long as what its mask is made of is 0, as in a new model; its gradient is not.
-        ("doge", {}, "a mask of its own is not part of it"),
-        ("bloom", {"n_head": 4}, "its forward needs rows, and ended before its attention was asked"),
-        ("mamba", {"state_size": 8}, "it keeps a state that goes from token to token"),
-        ("falcon_h1", STATES, "it keeps a state that goes from token to token"),
+        ("doge", {}, "an attention mask of its own is not supported"),
+        ("bloom", {"n_head": 4}, "its forward does not support packed batches and failed before its attention"),
+        ("mamba", {"state_size": 8}, "it is recurrent: one response would pass its state on"),
+        ("falcon_h1", STATES, "it is recurrent: one response would pass its state on"),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_what_is_not_part_of_sharing_is_the_reason_of_the_refusal(model_type, changes, reason, dtype, capsys):
+def test_a_refusal_to_share_prefixes_names_the_feature_that_is_not_supported(model_type, changes, reason, dtype, capsys):
     model = make(model_type, dtype, **changes)
     usual, configured = model.config._attn_implementation, model.config.to_dict()
     with pytest.raises(UserError, match=f"prefix_sharing: found on, but .* cannot: .*{reason}"):
@@ -78,7 +78,7 @@ def test_a_window_that_sharing_loses_is_found_though_no_row_is_as_long():
     for layer in model.model.layers:
         # As in a model whose window is in its mask alone.
         layer.self_attn.forward = without_window(layer.self_attn.forward)
-    assert find_sharing_fault(model) == "attention within a window of 4096 tokens (sliding_window) is not part of it"
+    assert find_sharing_fault(model) == "attention within a window of 4096 tokens (sliding_window) is not supported"
     assert model.config.sliding_window == 4096
 
 
@@ -119,16 +119,16 @@ class Counting(nn.Module):
         return self.inner(hidden)
 
 
-def test_buffers_that_would_become_others_are_a_reason_and_are_put_back():
+def test_buffers_that_would_change_are_a_fault_and_are_restored():
     model = make("llama")
     model.model.layers[0].mlp = Counting(model.model.layers[0].mlp)
-    assert find_sharing_fault(model) == "what it keeps in model.layers.0.mlp.count while it computes would be wrong"
+    assert find_sharing_fault(model) == "its forward would leave wrong values in the buffer model.layers.0.mlp.count"
     assert model.model.layers[0].mlp.count == 0
 
 
 @pytest.fixture
 def switches():
-    """Reads the switches of float32 products; they are put back afterwards."""
+    """Reads the switches of float32 products, and restores them afterwards."""
     matmul, onednn = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
     before = onednn.fp32_precision
     yield lambda: (matmul.allow_tf32, torch.backends.cudnn.allow_tf32, onednn.fp32_precision, torch.is_autocast_enabled("cpu"))
@@ -137,7 +137,7 @@ def switches():
 
 
 @pytest.mark.parametrize("precision", ["medium", "high", "highest", None])
-def test_the_proof_is_in_float32_products_and_leaves_the_runs_own(precision, switches, monkeypatch):
+def test_the_proof_computes_in_float32_and_restores_the_runs_precision(precision, switches, monkeypatch):
     seen, usual = [], nn.Linear.forward
     monkeypatch.setattr(nn.Linear, "forward", lambda self, x: (seen.append(switches()), usual(self, x))[1])
     if precision is None:
@@ -162,22 +162,22 @@ def test_a_proof_that_fails_leaves_the_switches_as_they_were(switches):
     ("given", "reason"),
     [
         ({"s_aux": torch.zeros(2)}, "attention sinks"),
-        ({"position_bias": torch.zeros(2)}, "biases of positions"),
+        ({"position_bias": torch.zeros(2)}, "position biases"),
         ({"dropout": 0.1}, "dropout"),
-        ({"is_causal": False}, "what comes later"),
-        ({"indices": torch.zeros(2)}, "chosen tokens"),
-        ({"of_tomorrow": torch.zeros(2)}, "given of_tomorrow, which is not known here"),
+        ({"is_causal": False}, "bidirectional attention"),
+        ({"indices": torch.zeros(2)}, "selected tokens"),
+        ({"of_tomorrow": torch.zeros(2)}, "unknown argument, of_tomorrow"),
     ],
 )
-def test_what_attention_is_given_and_does_not_compute_is_refused(given, reason):
+def test_arguments_that_attention_does_not_implement_are_refused(given, reason):
     with pytest.raises(UnsupportedAttentionError, match=reason):
         check_supported(nn.Module(), None, given)
 
 
-def test_what_changes_nothing_is_passed_over():
+def test_arguments_without_effect_are_ignored():
     nothing = {"dropout": 0.0, "is_causal": None, "s_aux": None, "position_ids": torch.zeros(2), "use_cache": False}
     check_supported(nn.Module(), torch.zeros(1, 1, 1, 1), nothing)
-    with pytest.raises(UnsupportedAttentionError, match="a mask of its own"):
+    with pytest.raises(UnsupportedAttentionError, match="an attention mask of its own"):
         check_supported(nn.Module(), torch.zeros(1, 1, 33, 33), {})
 
 

@@ -116,7 +116,7 @@ def test_a_model_that_cannot_take_part_says_so_and_is_computed_on_padded_rows(mo
         ]  # fmt: skip
     torch.testing.assert_close(expected, torch.stack(plain), rtol=1e-5, atol=1e-4)
     line = capsys.readouterr().out
-    assert line.startswith("prefix sharing: off, padded rows instead: ") and line.count("\n") == 1
+    assert line.startswith("prefix sharing: off, using padded rows: ") and line.count("\n") == 1
     with pytest.raises(UserError, match=r"prefix_sharing: found on, but \w+ cannot: "):
         share_prefixes(model, "on")
 

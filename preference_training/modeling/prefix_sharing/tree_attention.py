@@ -20,51 +20,49 @@ RESPONSE_TREES = "response_trees"
 
 
 class UnsupportedAttentionError(Exception):
-    """A layer attends in a way that is not part of attention over trees; the message says in which."""
+    """A layer needs a kind of attention that is not implemented over trees; the message says which."""
 
 
-# What the attention of transformers is given, and what it does with it that is not done here.
-NOT_COMPUTED = {
+# Arguments of transformers' attention interface that change its result and are not implemented here.
+UNSUPPORTED_ARGUMENTS = {
     "s_aux": "attention sinks",
     "sinks": "attention sinks",
-    "position_bias": "biases of positions",
-    "indices": "attention to chosen tokens only",
-    "block_indices": "attention to chosen blocks only",
+    "position_bias": "position biases",
+    "indices": "attention to selected tokens only",
+    "block_indices": "attention to selected blocks only",
     "cache": "a paged cache",
 }
-
-
-# What changes nothing: of other kernels, or said in another way too.
-WITHOUT_EFFECT = {
+# Arguments that do not change the result: they are for other kernels, or redundant.
+IGNORED_ARGUMENTS = {
     "position_ids", "position_embeddings", "cache_position", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k",
     "output_attentions", "output_hidden_states", "output_router_logits", "return_dict", "use_cache", "deterministic",
     "num_items_in_batch", "seq_idx", "logits_to_keep",
 }  # fmt: skip
 
 
-def check_supported(module: torch.nn.Module, attention_mask: Tensor | None, given: dict) -> None:
+def check_supported(module: torch.nn.Module, attention_mask: Tensor | None, arguments: dict) -> None:
     """Raise UnsupportedAttentionError where a layer's arguments, mask or direction ask for what is not implemented."""
-    for name, value in given.items():
-        if value is None or name in WITHOUT_EFFECT:
+    for name, value in arguments.items():
+        if value is None or name in IGNORED_ARGUMENTS:
             continue
         if name == "dropout":
             if value:
-                raise UnsupportedAttentionError("dropout of attention is not part of it")
+                raise UnsupportedAttentionError("attention dropout is not supported")
         elif name == "is_causal":
             if not value:
-                raise UnsupportedAttentionError("attention to what comes later is not part of it")
-        elif name in NOT_COMPUTED:
-            raise UnsupportedAttentionError(f"{NOT_COMPUTED[name]} ({name}) are not part of it")
+                raise UnsupportedAttentionError("bidirectional attention is not supported")
+        elif name in UNSUPPORTED_ARGUMENTS:
+            raise UnsupportedAttentionError(f"{UNSUPPORTED_ARGUMENTS[name]} ({name}) are not supported")
         else:
-            raise UnsupportedAttentionError(f"its attention is given {name}, which is not known here")
-    if not getattr(module, "is_causal", True) and given.get("is_causal") is None:
-        raise UnsupportedAttentionError("attention to what comes later is not part of it")
+            raise UnsupportedAttentionError(f"its attention takes an unknown argument, {name}")
+    if not getattr(module, "is_causal", True) and arguments.get("is_causal") is None:
+        raise UnsupportedAttentionError("bidirectional attention is not supported")
     if attention_mask is not None and attention_mask.shape != (1, 1, 1, 1):
-        raise UnsupportedAttentionError("a mask of its own is not part of it")
+        raise UnsupportedAttentionError("an attention mask of its own is not supported")
 
 
 def register_tree_attention() -> None:
-    """Make RESPONSE_TREES known to transformers; calling it again changes nothing."""
+    """Register RESPONSE_TREES with transformers; idempotent."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
@@ -84,10 +82,10 @@ def tree_attention_forward(
     response_trees: TreeLayout | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface: query [B, H, T, D], key and value [B, G, T, D] to output [B, T, H, D].
+    """transformers' attention interface: query [B, H, T, D], key and value [B, G, T, D] to output [B, T, H, D], and None.
 
-    With a layout B is 1 and `attention_mask` is not looked at. `scaling` None is 1 / sqrt(D); `softcap` c replaces a score s
-    by c * tanh(s / c).
+    With a layout B is 1 and the layout replaces `attention_mask`. `scaling` None is 1 / sqrt(D); a `softcap` c replaces each
+    score s by c * tanh(s / c). Raises UnsupportedAttentionError for arguments that are not implemented over trees.
     """
     if response_trees is None:
         return _plain_attention(module, query, key, value, attention_mask, scaling, softcap, **kwargs)
@@ -99,7 +97,7 @@ def tree_attention_forward(
 
 
 def _plain_attention(module, query, key, value, attention_mask, scaling, softcap, **kwargs) -> tuple[Tensor, None]:
-    """Ordinary attention, which transformers' own function does but for the soft-cap."""
+    """Ordinary attention: transformers' sdpa, which has no soft-cap, or the attention below."""
     if softcap is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -121,11 +119,11 @@ def _attention_by_branches(
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    """One call for a prompt with its first response, one for each further response; no mask over the whole batch.
+    """One attention call for a prompt with its first response, and one for each further response, without a T x T mask.
 
-    Prompt and response together are an ordinary causal sequence, so a response's rows of the causal mask are its own.
+    A prompt followed by one of its responses is an ordinary causal sequence; a further response is its last rows.
     """
-    # Split, not sliced: the gradient of a slice is as long as the whole batch, that of all splits together too.
+    # Split, not sliced: the gradient of each slice would be as long as the batch, those of all splits together are.
     branches = zip(*(part.split(layout.branch_lengths, dim=2) for part in (query, key, value)), strict=True)
     outputs = []
     for tree in layout.trees:
@@ -140,24 +138,24 @@ def _attention_by_branches(
 
 
 def _causal_rows(queries: Tensor, keys: Tensor, values: Tensor, scaling, window, softcap) -> Tensor:
-    """Causal attention of a sequence's last tokens, [1, H, rows, D], to all of it, [1, G, length, D]: [1, H, rows, D]."""
+    """Causal attention of a sequence's last tokens [1, H, rows, D] to the whole sequence [1, G, length, D]: [1, H, rows, D]."""
     rows, length = queries.shape[2], keys.shape[2]
     if rows == length and softcap is None and (window is None or window >= length):
-        keys, values = _for_all_heads(queries, keys), _for_all_heads(queries, values)
+        keys, values = _repeat_heads(queries, keys), _repeat_heads(queries, values)
         return F.scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scaling)
     mask = causal_mask(length, window, queries.dtype, queries.device)[length - rows :]
     return _attend(queries, keys, values, mask, scaling, softcap)
 
 
-def _for_all_heads(query: Tensor, key: Tensor) -> Tensor:
-    """Keys or values with each head repeated for the query heads that share it."""
+def _repeat_heads(query: Tensor, key: Tensor) -> Tensor:
+    """Keys or values with each head repeated for the query heads that share it: [B, G, T, D] to [B, H, T, D]."""
     groups = query.shape[1] // key.shape[1]
     return key if groups == 1 else key.repeat_interleave(groups, dim=1)
 
 
 def _attend(query, key, value, mask: Tensor, scaling: float | None, softcap: float | None) -> Tensor:
-    """Attention under an additive mask, with soft-cap where there is one: [B, H, rows, D]."""
-    key, value = _for_all_heads(query, key), _for_all_heads(query, value)
+    """Attention under an additive mask, with an optional soft-cap: [B, H, rows, D]."""
+    key, value = _repeat_heads(query, key), _repeat_heads(query, value)
     if softcap is None:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
     scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
@@ -166,13 +164,13 @@ def _attend(query, key, value, mask: Tensor, scaling: float | None, softcap: flo
 
 
 def causal_mask(length: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Additive causal mask [length, length], a token seeing itself and `window` - 1 before it; a view, not to be changed."""
-    # Rounded up, so that batches of all lengths share a few masks.
+    """Additive causal mask [length, length]: a token sees itself and `window` - 1 tokens before it; a cached view, read only."""
+    # The length is rounded up, so that all batches share a few masks.
     return _causal_mask(-(-length // 256) * 256, window, dtype, device)[:length, :length]
 
 
 def clear_mask_cache() -> None:
-    """Forget the causal masks that are kept for the next batch."""
+    """Drop the cached causal masks."""
     _causal_mask.cache_clear()
 
 
@@ -180,8 +178,8 @@ def clear_mask_cache() -> None:
 def _causal_mask(length: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
     index = torch.arange(length, device=device)
     distance = index[:, None] - index[None, :]
-    seen = (distance >= 0) & (distance < (window or length))
-    return torch.zeros(length, length, dtype=dtype, device=device).masked_fill(~seen, torch.finfo(dtype).min)
+    visible = (distance >= 0) & (distance < (window or length))
+    return torch.zeros(length, length, dtype=dtype, device=device).masked_fill(~visible, torch.finfo(dtype).min)
 
 
 def _flex_attention(
@@ -193,7 +191,7 @@ def _flex_attention(
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    """FlexAttention under the batch's block mask; compiled once, for all lengths, where it runs on a GPU."""
+    """FlexAttention with the layout's block mask; on a GPU it is compiled once for all lengths."""
     from torch.nn.attention.flex_attention import flex_attention
 
     attend = _compiled_flex_attention() if query.is_cuda else flex_attention

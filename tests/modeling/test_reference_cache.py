@@ -76,7 +76,7 @@ def test_a_second_run_reads_what_the_first_computed(model, tmp_path, passes, cap
     first, second = (logps_in(tmp_path, model, READ) for _ in range(2))
     assert torch.equal(first, second) and len(passes) == 1
     out = capsys.readouterr().out
-    assert "27 responses computed once" in out and "27 responses read from" in out
+    assert "27 responses computed and saved" in out and "27 responses read from" in out
 
 
 @pytest.mark.parametrize("damage", ["cut", "bit", "empty", "text"])
@@ -87,7 +87,7 @@ def test_a_damaged_file_is_noticed_and_computed_anew(model, tmp_path, passes, ca
     flipped = whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:]
     path.write_bytes({"cut": whole[:-10], "bit": flipped, "empty": b"", "text": b"not a tensor"}[damage])
     assert torch.equal(logps_in(tmp_path, model, READ), expected)
-    assert len(passes) == 2 and "is damaged and computed anew" in capsys.readouterr().out
+    assert len(passes) == 2 and "is damaged and will be recomputed" in capsys.readouterr().out
     assert path.read_bytes() == whole and not list(tmp_path.glob("*.partial"))
 
 
@@ -130,8 +130,8 @@ def test_of_two_runs_that_come_at_the_same_time_one_computes_and_the_other_waits
 ):
     waits, found, usual = Event(), [], reference_cache.compute_logps
     second = Thread(target=lambda: found.append(logps_in(tmp_path, model, READ)))
-    acquired = reference_cache._acquired
-    monkeypatch.setattr(reference_cache, "_acquired", lambda *args: acquired(*args) or waits.set())
+    acquired = reference_cache._try_acquire
+    monkeypatch.setattr(reference_cache, "_try_acquire", lambda *args: acquired(*args) or waits.set())
 
     def compute(*args):
         second.start()
@@ -143,7 +143,7 @@ def test_of_two_runs_that_come_at_the_same_time_one_computes_and_the_other_waits
     second.join(60)
     assert torch.equal(*found)
     out = capsys.readouterr().out
-    assert [out.count(text) for text in ("computed once", "waiting for the run", "responses read from")] == [1, 1, 1]
+    assert [out.count(text) for text in ("computed and saved", "waiting for the run", "responses read from")] == [1, 1, 1]
 
 
 # ---- what the key holds ---------------------------------------------------------------------------------------------------

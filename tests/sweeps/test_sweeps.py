@@ -158,7 +158,7 @@ def test_jobs_of_joblib_run_together_on_gpus_of_their_own_and_share_data_and_ref
     found = jobs(directory)
     assert [job["state"] for job in found.values()] == ["complete", "complete"]
     assert sorted(job["gpus"] for job in found.values()) == [["5"], ["7"]]
-    counts = done.stdout.count("computed once"), done.stdout.count("responses read from")
+    counts = done.stdout.count("computed and saved"), done.stdout.count("responses read from")
     assert counts == (1, 1), "one job computed the reference's log-probs, the other waited for them"
     assert len(list((tmp_path / "runs" / "prepared_data").glob("*.arrow"))) == 2
     table = list(csv.DictReader((directory / "comparison.csv").open()))

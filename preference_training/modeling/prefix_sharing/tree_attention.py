@@ -164,7 +164,7 @@ def _attend(query, key, value, mask: Tensor, scaling: float | None, softcap: flo
 
 
 def causal_mask(length: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Additive causal mask [length, length]: a token sees itself and `window` - 1 tokens before it; a cached view, read only."""
+    """Additive causal mask [length, length]: a token sees itself and `window` - 1 before it. A cached view: read only."""
     # The length is rounded up, so that all batches share a few masks.
     return _causal_mask(-(-length // 256) * 256, window, dtype, device)[:length, :length]
 

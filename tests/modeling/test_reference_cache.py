@@ -189,6 +189,14 @@ def test_the_key_changes_with_settings_versions_and_machine(model, monkeypatch):
     assert len(keys) == 5
 
 
+def test_the_key_does_not_depend_on_where_our_own_classes_live(model, monkeypatch):
+    share_prefixes(model, "on")
+    assert isinstance(model.get_output_embeddings(), ScoringHead)
+    before = cache_key(model, whole(TABLE))
+    monkeypatch.setattr(ScoringHead, "__module__", "moved")
+    assert cache_key(model, whole(TABLE)) == before
+
+
 def run(
     seed: int = 0, size: int = 4, packs: int = 1, budget: int = 10**6, evaluated: int = 4, epochs: int = 1
 ) -> ReferencePlan:

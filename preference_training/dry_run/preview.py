@@ -1,8 +1,8 @@
-"""A look before training: what the data holds, what a model will read of it, how long it takes and how much memory.
+"""A preview of a run: its data, the tokens that the model will see, the number of steps, and the memory of one.
 
-    prepared data, batches -> facts, as lines of text
+    prepared data, batches -> statistics, estimates -> lines of text
 
-Nothing is trained and nothing written but the prepared data, which the run will find.
+Trains nothing and writes nothing but the prepared data, which the run will reuse.
 """
 
 import os
@@ -47,12 +47,12 @@ from preference_training.dry_run.scaling import (
 )
 from preference_training.modeling.token_budget import untrained_budget
 
-# Steps whose batches are made to see how long they are.
-STEPS_LOOKED_AT = 100
+# Steps whose batches are built to find the largest.
+STEPS_INSPECTED = 100
 
 
 def preview(config, tokenizer, loss, data: tuple[Prepared, Prepared], batches_within: Callable) -> None:
-    """Print what a run would do. `batches_within` gives the run's BatchIterator for a TokenBudget and `Ranks`.
+    """Print what a run would do. `batches_within` returns the run's BatchIterator for a TokenBudget and `Ranks`.
 
     Raises UserError where the run could not work.
     """
@@ -63,7 +63,7 @@ def preview(config, tokenizer, loss, data: tuple[Prepared, Prepared], batches_wi
     both = numpy.intersect1d(*(found.prompt_hashes for found in facts))
     print(f"\nprompts that are in both: {len(both):,}", "\nexamples", sep="\n")
     train = data[0].table
-    print(*describe_examples([train[k] for k in range(min(3, len(train)))], tokenizer, wants_colour()), sep="\n")
+    print(*describe_examples([train[k] for k in range(min(3, len(train)))], tokenizer, wants_color()), sep="\n")
     if loss.needs_reference and (two_models := two_models_asked_for(config)):
         print(f"\n{two_models}")
     preview_steps = preview_ranks if is_sharded(config) else preview_one_process
@@ -71,7 +71,7 @@ def preview(config, tokenizer, loss, data: tuple[Prepared, Prepared], batches_wi
 
 
 def preview_one_process(config, tokenizer, loss, facts: "Facts", batches_within: Callable) -> None:
-    """Print steps and memory of a run in this process alone. Raises UserError where there is too little memory."""
+    """Print steps and memory of a run in one process. Raises UserError where there is not enough memory."""
     device = pick_device()
     budget = untrained_budget(config, tokenizer, device)
     batches = batches_within(budget)
@@ -79,15 +79,15 @@ def preview_one_process(config, tokenizer, loss, facts: "Facts", batches_within:
     live = loss.needs_reference and not caches_reference(config, batches.visits_again)
     packs, _ = largest_packs(batches, budget)
     kinds = step_memory(config, tokenizer, loss, live, packs)
-    taken = memory_taken(device)
-    print("\nmemory", *describe_memory(kinds, packs, taken, device.type), sep="\n", flush=True)
-    check_memory(sum(kinds.values()) + taken, memory_of(device), device.type)
+    used = used_memory(device)
+    print("\nmemory", *describe_memory(kinds, packs, used, device.type), sep="\n", flush=True)
+    check_memory(sum(kinds.values()) + used, total_memory(device), device.type)
 
 
 def preview_ranks(config, tokenizer, loss, facts: "Facts", batches_within: Callable) -> None:
-    """Print steps, memory and communication of one of the processes of a sharded run.
+    """Print steps, memory and communication of rank 0 of a sharded run.
 
-    Raises UserError where batches are too small for so many, or where a device has too little memory, if that is known.
+    Raises UserError where batches are too small for the number of ranks, or a device is known to have too little memory.
     """
     trainer, size = config.trainer, world_size(config.trainer)
     device = pick_device()
@@ -101,29 +101,29 @@ def preview_ranks(config, tokenizer, loss, facts: "Facts", batches_within: Calla
     number = sum(len(micro_batch.packs) for micro_batch in step)
     print("\nsteps", *describe_steps(batches, facts), *describe_rank(step, size, ranks, budget), sep="\n")
     here = trainer.world_size is None and trainer.device_memory is None
-    taken = memory_taken(device) if here else 0
+    used = used_memory(device) if here else 0
     where = f"rank 0 of {size:,}" + (f" on {device.type}" if here else "")
-    print("\nmemory", *describe_memory(costs.memory, packs, taken, where), sep="\n")
+    print("\nmemory", *describe_memory(costs.memory, packs, used, where), sep="\n")
     if trainer.cpu_offload:
-        print("  parameters, reference, gradients and optimizer are in the machine's memory (trainer.cpu_offload)")
+        print("  parameters, reference, gradients and optimizer are in CPU memory (trainer.cpu_offload)")
     print("\ncommunication", *describe_traffic(costs.traffic, number), sep="\n", flush=True)
     if trainer.device_memory:
         check_memory(in_device_memory(config, costs.memory), int(trainer.device_memory * GIB), "each device")
     elif here and device.type == "cuda":
-        check_memory(in_device_memory(config, costs.memory), memory_of(device) // torch.cuda.device_count(), "each GPU")
+        check_memory(in_device_memory(config, costs.memory), total_memory(device) // torch.cuda.device_count(), "each GPU")
     elif here:
-        check_memory((sum(costs.memory.values()) + taken) * size, memory_of(device), f"{size} processes of this machine")
+        check_memory((sum(costs.memory.values()) + used) * size, total_memory(device), f"{size} processes of this machine")
 
 
-# ---- facts of the data --------------------------------------------------------------------------------------------------
+# ---- data -----------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What one split holds. Lengths are tokens; hashes stand for prompts (sorted, each once), [N] uint64.
+    """Statistics of one split. Lengths are in tokens; prompt_hashes are sorted and distinct, [N] uint64.
 
-    packed_tokens counts every prompt and response once; repeated_tokens a prompt for each response of each pair, as where
-    pairs are computed row by row. duplicate_pairs are seen more than once; contradictory ones also the other way round.
+    packed_tokens counts every prompt and response once; repeated_tokens counts a prompt for each response of each pair, as
+    computing pairs row by row would. duplicate_pairs occur again; contradictory_pairs also occur in the other direction.
     """
 
     prompts: int
@@ -140,7 +140,7 @@ class Facts:
 
 
 def collect_facts(table: PromptTable) -> Facts:
-    """One pass over a table."""
+    """The statistics of a table, in one pass."""
     forward, backward = [], []
     prompt_lengths, response_lengths, example_lengths = [], [], []
     repeated = 0
@@ -172,7 +172,7 @@ def collect_facts(table: PromptTable) -> Facts:
 
 
 def describe_data(names: Sequence[str], reports: Sequence[DataReport], facts: Facts, paired: bool) -> list[str]:
-    """What was read, what is left of it, and how long it is."""
+    """Lines about one split: rows read, prompts kept, and lengths."""
     lines = []
     for name, report in zip(names, reports, strict=True):
         rows = f"{report.rows_read:,} rows read, " if report.rows_read else ""
@@ -186,17 +186,17 @@ def describe_data(names: Sequence[str], reports: Sequence[DataReport], facts: Fa
     if not facts.prompts:
         return lines
     for label, lengths in (("prompts", facts.prompt_lengths), ("responses", facts.response_lengths)):
-        half, most, longest = numpy.percentile(lengths, [50, 95, 100]).round().astype(int)
-        lines.append(f"  {label}: median {half:,} tokens, 95% up to {most:,}, longest {longest:,}")
+        median, most, longest = numpy.percentile(lengths, [50, 95, 100]).round().astype(int)
+        lines.append(f"  {label}: median {median:,} tokens, 95% up to {most:,}, longest {longest:,}")
     lines.append("  prompt with its longest response, tokens:")
     lines += [f"    {line}" for line in histogram(facts.example_lengths)]
     if paired:
-        lines.append(f"  pairs seen before: {facts.duplicate_pairs:,}; pairs in both directions: {facts.contradictory_pairs:,}")
+        lines.append(f"  duplicate pairs: {facts.duplicate_pairs:,}; pairs in both directions: {facts.contradictory_pairs:,}")
     return lines
 
 
 def histogram(values: numpy.ndarray, rows: int = 8, width: int = 40) -> list[str]:
-    """A line for each range of values: bounds, bar, count."""
+    """A histogram as lines: bounds, bar, count."""
     counts, edges = numpy.histogram(values, bins=rows, range=(0, int(values.max()) + 1))
     bounds = [(int(numpy.ceil(low)), int(numpy.ceil(high)) - 1) for low, high in pairwise(edges)]
     digits = len(str(bounds[-1][1]))
@@ -209,29 +209,29 @@ def histogram(values: numpy.ndarray, rows: int = 8, width: int = 40) -> list[str
 # ---- examples, token by token ---------------------------------------------------------------------------------------------
 
 
-def describe_examples(prompts: Iterable[TokenizedPrompt], tokenizer, colour: bool) -> list[str]:
-    """Examples as a model reads them: tokens apart, what is scored in green, or between « and » without colour.
+def describe_examples(prompts: Iterable[TokenizedPrompt], tokenizer, color: bool) -> list[str]:
+    """Examples token by token as the model sees them; scored tokens are green, or between « and » without color.
 
-    Special tokens are shown by their names, blanks as ▁, line ends as ⏎.
+    Special tokens are shown by name, blanks as ▁, line ends as ⏎.
     """
     lines = [
-        f"  tokens are separated by |, blanks are ▁, line ends ⏎; scored ones are {'green' if colour else 'between « and »'}"
+        f"  tokens are separated by |, blanks are ▁, line ends ⏎; scored tokens are {'green' if color else 'between « and »'}"
     ]
     for prompt in prompts:
-        shown = tokens_shown(prompt.prompt_ids, tokenizer, False, colour)
+        shown = tokens_shown(prompt.prompt_ids, tokenizer, False, color)
         lines.append(f"  {prompt.source}\n    prompt    {shown}")
         chosen = {i for i, _ in prompt.pairs}
         for index, response in enumerate(prompt.responses):
             label = "response " if not prompt.pairs else "preferred" if index in chosen else "other    "
-            lines.append(f"    {label} {tokens_shown(response, tokenizer, True, colour)}")
+            lines.append(f"    {label} {tokens_shown(response, tokenizer, True, color)}")
     return lines
 
 
-def tokens_shown(ids: Sequence[int], tokenizer, scored: bool, colour: bool) -> str:
-    """Tokens one by one."""
+def tokens_shown(ids: Sequence[int], tokenizer, scored: bool, color: bool) -> str:
+    """Token ids as text, one by one."""
     special = set(tokenizer.all_special_ids)
     texts = [tokenizer.convert_ids_to_tokens(token) if token in special else visible_text(token, tokenizer) for token in ids]
-    if not colour:
+    if not color:
         return f"«{'|'.join(texts)}»" if scored else "|".join(texts)
     start = "\033[32m" if scored else "\033[2m"
     return "|".join(
@@ -239,23 +239,23 @@ def tokens_shown(ids: Sequence[int], tokenizer, scored: bool, colour: bool) -> s
     )
 
 
-# What would not be seen between two tokens, or would break the line.
+# Characters that would be invisible, or break the line.
 VISIBLE = str.maketrans({" ": "▁", "\n": "⏎", "\r": "␍", "\t": "⇥"})
 
 
 def visible_text(token: int, tokenizer) -> str:
-    """A token's text with visible blanks, including those that a tokenizer drops when it decodes a token alone."""
+    """A token's text with visible blanks, including those that a tokenizer drops when it decodes a single token."""
     name, text = tokenizer.convert_ids_to_tokens(token), tokenizer.decode([token])
     if "\ufffd" in text:
-        # A part of a letter's bytes.
+        # Some of the bytes of one character.
         return name
-    # SentencePiece writes blanks so, and takes the first one for its own.
+    # SentencePiece writes blanks as ▁, and drops the first one when decoding.
     missing = (len(name) - len(name.lstrip("▁"))) - (len(text) - len(text.lstrip(" ")))
     return (" " * missing + text).translate(VISIBLE)
 
 
-def wants_colour() -> bool:
-    """Whether standard output shows colours: a terminal, unless NO_COLOR says otherwise; or FORCE_COLOR."""
+def wants_color() -> bool:
+    """Whether to print colors: to a terminal unless NO_COLOR is set, and wherever FORCE_COLOR is."""
     return bool(os.environ.get("FORCE_COLOR")) or (sys.stdout.isatty() and not os.environ.get("NO_COLOR"))
 
 
@@ -263,41 +263,43 @@ def wants_colour() -> bool:
 
 
 def describe_steps(batches: BatchIterator, facts: Facts) -> list[str]:
-    """How many steps there are, how long they are, and what sharing prompts saves."""
+    """Lines about the number of steps, their tokens, and what prefix sharing saves."""
     examples = batches.total_examples
     steps = batches.total_steps
     saved = 1 - facts.packed_tokens / facts.repeated_tokens
     tokens = facts.packed_tokens * batches.batch_size / facts.examples
     return [
-        f"  {steps:,} steps of {batches.batch_size} examples, {examples:,} in all; {tokens:,.0f} tokens a step on average",
-        f"  prompts computed once for all their responses: {facts.packed_tokens:,} tokens an epoch in place of "
-        f"{facts.repeated_tokens:,}, {saved:.0%} less (where the model proves that it can, when its weights are loaded)",
+        f"  {steps:,} steps of {batches.batch_size} examples, {examples:,} in total; {tokens:,.0f} tokens per step on average",
+        f"  {facts.packed_tokens:,} tokens per epoch instead of {facts.repeated_tokens:,}, {saved:.0%} less, with prefix sharing "
+        "(if the model passes the proof when it is loaded)",
     ]
 
 
 def describe_rank(step: Sequence[MicroBatch], processes: int, ranks: Ranks, budget: TokenBudget) -> list[str]:
-    """What one rank of several computes of a step."""
+    """Lines about what rank 0 computes in a step."""
     packs = [pack for micro_batch in step for pack in micro_batch.packs]
     examples = sum(pack.num_examples for pack in packs if not pack.is_filler)
     tokens = sum(len(pack.input_ids) for pack in packs)
     lines = [
-        f"  {processes:,} processes, {ranks.size:,} of which differ in their data",
-        f"  rank 0 in the largest of the first {STEPS_LOOKED_AT} steps: {tokens:,} tokens in {len(packs):,} packs; examples: "
+        f"  {processes:,} processes, {ranks.size:,} of them with different data",
+        f"  rank 0 in the largest of the first {STEPS_INSPECTED} steps: {tokens:,} tokens in {len(packs):,} packs; examples: "
         f"{examples:,}",
     ]
-    assumed = "  a micro-batch is taken to be computed at once; trainer.device_memory or max_tokens_per_microbatch say when not"
+    assumed = (
+        "  assumes that a micro-batch is computed in one pack; set trainer.device_memory or max_tokens_per_microbatch otherwise"
+    )
     return [*lines, assumed] if budget == UNLIMITED else lines
 
 
 def largest_packs(batches: BatchIterator, budget: TokenBudget) -> tuple[list[PackedBatch], list[MicroBatch]]:
-    """Two packs that a step computes one after the other, as large as they come; one where steps have one pack only.
+    """The two largest packs, or only the largest if no step has several, and the step in which this rank has most tokens.
 
-    Also the step in which this rank has most tokens. Looked at are the first steps, and for packs the longest prompt of all.
+    Inspects the first STEPS_INSPECTED steps, and for packs also the longest prompt of all.
     """
     longest = batches.prompts.select(numpy.array([int(batches.prompts.num_tokens.argmax())]))
     packs = packs_of(list(examples_of(longest)), budget)
     several, most, largest = False, 0, []
-    for step in islice(batches, STEPS_LOOKED_AT):
+    for step in islice(batches, STEPS_INSPECTED):
         found = [pack for micro_batch in step for pack in micro_batch.packs]
         several |= len(found) > 1
         tokens = sum(len(pack.input_ids) for pack in found)
@@ -307,36 +309,36 @@ def largest_packs(batches: BatchIterator, budget: TokenBudget) -> tuple[list[Pac
     return (packs if several else packs[-1:]), largest
 
 
-def memory_taken(device: torch.device) -> int:
-    """What libraries and data take of a device's memory, in bytes; to be asked when what a step imports is there."""
+def used_memory(device: torch.device) -> int:
+    """Bytes of a device's memory that libraries and data take already; call it once a step's imports are done."""
     return psutil.Process().memory_info().rss if device.type != "cuda" else 0
 
 
-def describe_memory(kinds: dict[str, int], packs: Sequence[PackedBatch], taken: int, device: str) -> list[str]:
-    """The memory of a step by kind. `taken` is what libraries and data take already, in bytes."""
+def describe_memory(kinds: dict[str, int], packs: Sequence[PackedBatch], used: int, device: str) -> list[str]:
+    """Lines about the peak memory of a step by kind; `used` is what libraries and data take already, in bytes."""
     names = {"data": "libraries and data"}
-    kinds = {name: size for name, size in kinds.items() if size} | ({"data": taken} if taken else {})
+    kinds = {name: size for name, size in kinds.items() if size} | ({"data": used} if used else {})
     lines = [f"  {names.get(kind, kind):20}{size / GIB:8.3f} GB" for kind, size in kinds.items()]
     tokens = max(len(pack.input_ids) for pack in packs)
     return [
-        f"  on {device}, when most is held; {tokens:,} tokens are computed at once:",
+        f"  peak on {device}, with {tokens:,} tokens computed at once:",
         *lines,
-        f"  {'together':20}{sum(kinds.values()) / GIB:8.3f} GB",
+        f"  {'total':20}{sum(kinds.values()) / GIB:8.3f} GB",
     ]
 
 
-def memory_of(device: torch.device) -> int:
-    """All memory of a device, used or not; of all GPUs together, over which a model's layers are laid. Unit: bytes."""
+def total_memory(device: torch.device) -> int:
+    """The total memory of a device in bytes, used or not; of all GPUs together, since a model may span them."""
     if device.type != "cuda":
         return psutil.virtual_memory().total
     return sum(torch.cuda.mem_get_info(number)[1] for number in range(torch.cuda.device_count()))
 
 
 def check_memory(needed: int, available: int, device: str) -> None:
-    """Raise UserError where a step needs more memory than there is, both in bytes."""
+    """Raise UserError where a step needs more memory than is available, both in bytes."""
     if needed > available:
         raise UserError(
-            f"memory: a step would hold {needed / GIB:.1f} GB on {device}, which has {available / GIB:.1f} GB. Lower "
+            f"memory: a step would need {needed / GIB:.1f} GB on {device}, which has {available / GIB:.1f} GB. Lower "
             "max_tokens_per_microbatch or max_length, set activation_checkpointing=true, model.policy_dtype=bfloat16, "
             "master_weights=false or reference_logps=cached, or choose a smaller model."
         )

@@ -55,12 +55,12 @@ def test_a_dry_run_shows_data_examples_steps_and_memory_and_leaves_no_run_behind
         "1 left out: chosen and rejected are the same",
         "1 bad rows skipped",
         "rows.jsonl, row 44: field 'chosen' is empty",
-        "pairs seen before: 1; pairs in both directions: 1",
+        "duplicate pairs: 1; pairs in both directions: 1",
         "prompts that are in both: 0",
         "<|endoftext|>»",
         "steps of 8 examples",
         "parameters",
-        "together",
+        "total",
     ):
         assert line in shown, f"{line!r} is not in\n{shown}"
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["prepared_data"]
@@ -74,28 +74,28 @@ def test_a_model_that_no_machine_holds_is_refused_without_being_built(tmp_path):
     )
     done = run(tmp_path, *huge, "model.from_config.num_attention_heads=64", "model.from_config.num_key_value_heads=64")
     assert done.returncode == 2
-    assert done.stderr.startswith("memory: a step would hold ") and "Lower max_tokens_per_microbatch" in done.stderr
+    assert done.stderr.startswith("memory: a step would need ") and "Lower max_tokens_per_microbatch" in done.stderr
 
 
 HUGE = ("model.from_config.hidden_size=65536", "model.from_config.intermediate_size=262144")
 
 
-def test_one_of_many_processes_is_looked_at_whatever_this_machine_has(tmp_path):
+def test_rank_0_of_many_processes_is_previewed_whatever_this_machine_has(tmp_path):
     # 4 layers of 4 x 65536^2 + 3 x 65536 x 262144 and embeddings are 275 billion weights: 1 TB, 2 GB on each of 512.
     done = run(tmp_path, *HUGE, "trainer=FSDPTrainer", "trainer.world_size=512", "batch_size=512")
     assert done.returncode == 0, done.stderr
     shown = done.stdout.split("\nsteps\n")[1]
-    assert "512 processes, 512 of which differ in their data" in shown and "on rank 0 of 512, when most is held" in shown
+    assert "512 processes, 512 of them with different data" in shown and "peak on rank 0 of 512, with " in shown
     assert re.search(r"parameters +2\.0\d\d GB", shown) and re.search(r"policy +all-gather +float32 +over +512 ranks", shown)
     # Nothing says how much memory there is, so a micro-batch is not cut.
-    assert "trainer.device_memory or max_tokens_per_microbatch say when not" in shown
+    assert "set trainer.device_memory or max_tokens_per_microbatch otherwise" in shown
 
 
 @pytest.mark.parametrize(
     ("overrides", "heard"),
     [
         (("trainer=FSDPTrainer", "trainer.world_size=64", "batch_size=32"), "batch_size: found 32, which in 1 micro-batches"),
-        (("trainer=FSDPTrainer", "trainer.world_size=8", "trainer.device_memory=0.001"), "memory: a step would hold 0.0"),
+        (("trainer=FSDPTrainer", "trainer.world_size=8", "trainer.device_memory=0.001"), "memory: a step would need 0.0"),
         (("trainer=FSDPTrainer", *HUGE), r"on 2 processes of this machine"),
     ],
     ids=["batch", "device memory", "this machine"],
@@ -155,24 +155,24 @@ def test_a_histogram_counts_every_value_once():
 
 def test_tokens_are_shown_one_by_one_with_scored_ones_marked(tokenizer):
     ids = tokenizer("rain\nover", add_special_tokens=False).input_ids
-    plain = tokens_shown(ids, tokenizer, False, colour=False)
+    plain = tokens_shown(ids, tokenizer, False, color=False)
     assert plain.replace("|", "").replace("⏎", "\n") == tokenizer.decode(ids)
-    scored = tokens_shown([*ids, tokenizer.eos_token_id], tokenizer, True, colour=False)
+    scored = tokens_shown([*ids, tokenizer.eos_token_id], tokenizer, True, color=False)
     assert scored == f"«{plain}|{tokenizer.eos_token}»"
-    assert "\033[32m" in tokens_shown(ids, tokenizer, True, colour=True)
+    assert "\033[32m" in tokens_shown(ids, tokenizer, True, color=True)
 
 
-def test_blanks_are_seen_those_too_that_sentencepiece_leaves_out_of_a_token_alone(tokenizer):
+def test_blanks_are_visible_even_those_that_sentencepiece_drops_from_a_single_token(tokenizer):
     from tests.data.test_tokenization import gpt2, legacy_llama, llama, unigram
 
     for make in (llama, legacy_llama, unigram, gpt2):
         ids = make()("ask the  yes\n\tno ", add_special_tokens=False).input_ids
-        shown = tokens_shown(ids, make(), False, colour=False)
+        shown = tokens_shown(ids, make(), False, color=False)
         assert shown.replace("|", "").removeprefix("▁") == "ask▁the▁▁yes⏎⇥no▁", make
         assert shown.count("|") == len(ids) - 1
     # A letter of several tokens: each by its name, none lost.
     ids = tokenizer("漢", add_special_tokens=False).input_ids
-    shown = tokens_shown(ids, tokenizer, False, colour=False)
+    shown = tokens_shown(ids, tokenizer, False, color=False)
     assert len(ids) > 1 and "\ufffd" not in shown and shown == "|".join(tokenizer.convert_ids_to_tokens(ids))
 
 
@@ -180,8 +180,8 @@ def test_steps_and_what_sharing_saves_are_those_of_the_run():
     prompts = table(*(TokenizedPrompt([1, 2, 3, n], [A, B], [(0, 1)]) for n in range(10)))
     lines = describe_steps(BatchIterator(prompts, 4, n_epochs=3), collect_facts(prompts))
     # 30 examples in batches of 4 within each epoch of 10: 3 steps an epoch, 9 tokens each.
-    assert lines[0].strip() == "9 steps of 4 examples, 30 in all; 36 tokens a step on average"
-    assert "90 tokens an epoch in place of 130, 31% less (where the model proves that it can" in lines[1]
+    assert lines[0].strip() == "9 steps of 4 examples, 30 in total; 36 tokens per step on average"
+    assert "90 tokens per epoch instead of 130, 31% less, with prefix sharing (if the model passes the proof" in lines[1]
 
 
 def test_the_largest_packs_are_found_and_two_where_a_step_has_several():
@@ -196,5 +196,5 @@ def test_the_largest_packs_are_found_and_two_where_a_step_has_several():
 
 def test_memory_that_is_not_there_is_refused_with_what_helps():
     check_memory(10, 10, "cpu")
-    with pytest.raises(UserError, match=r"would hold 2\.0 GB on cuda, which has 1\.0 GB"):
+    with pytest.raises(UserError, match=r"would need 2\.0 GB on cuda, which has 1\.0 GB"):
         check_memory(2 * 2**30, 2**30, "cuda")

@@ -66,7 +66,7 @@ def test_a_dry_run_shows_data_examples_steps_and_memory_and_leaves_no_run_behind
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["prepared_data"]
 
 
-def test_a_model_that_no_machine_holds_is_refused_without_being_built(tmp_path):
+def test_a_model_that_fits_no_machine_is_refused_without_being_built(tmp_path):
     huge = (
         "model.from_config.hidden_size=65536",
         "model.from_config.intermediate_size=262144",
@@ -123,7 +123,7 @@ def test_duplicates_and_contradictions_are_counted_over_all_prompts():
     assert facts.repeated_tokens == 4 * (2 + 2 + 2 + 3) + (2 + 2 + 2 + 2)
 
 
-def test_prompts_of_both_splits_meet_in_their_hashes():
+def test_prompts_in_both_splits_are_found_by_their_hashes():
     train = collect_facts(table(TokenizedPrompt([1, 2], [A, B], [(0, 1)]), TokenizedPrompt([5], [A, B], [(0, 1)])))
     held_out = collect_facts(table(TokenizedPrompt([5], [B, C], [(0, 1)])))
     assert len(numpy.intersect1d(train.prompt_hashes, held_out.prompt_hashes)) == 1
@@ -181,7 +181,7 @@ def test_steps_and_what_sharing_saves_are_those_of_the_run():
     lines = describe_steps(BatchIterator(prompts, 4, n_epochs=3), collect_facts(prompts))
     # 30 examples in batches of 4 within each epoch of 10: 3 steps an epoch, 9 tokens each.
     assert lines[0].strip() == "9 steps of 4 examples, 30 in total; 36 tokens per step on average"
-    assert "90 tokens per epoch instead of 130, 31% less, with prefix sharing (if the model passes the proof" in lines[1]
+    assert "90 tokens per epoch instead of 130, 31% less with prefix sharing (if the model passes the proof" in lines[1]
 
 
 def test_the_largest_packs_are_found_and_two_where_a_step_has_several():
@@ -194,7 +194,7 @@ def test_the_largest_packs_are_found_and_two_where_a_step_has_several():
     assert len(packs) == 2 and all(len(pack.input_ids) <= 20 for pack in packs)
 
 
-def test_memory_that_is_not_there_is_refused_with_what_helps():
+def test_a_step_that_needs_too_much_memory_is_refused_with_remedies():
     check_memory(10, 10, "cpu")
     with pytest.raises(UserError, match=r"would need 2\.0 GB on cuda, which has 1\.0 GB"):
         check_memory(2 * 2**30, 2**30, "cuda")

@@ -31,7 +31,7 @@ def weight_bytes(config, tokenizer) -> int:
 
 
 @pytest.mark.parametrize("override", ["optimizer=AdamW", "optimizer=RMSprop", "activation_checkpointing=true"])
-def test_what_is_counted_on_fake_tensors_is_what_a_real_step_makes(compose, override):
+def test_the_estimate_on_fake_tensors_is_what_a_real_step_allocates(compose, override):
     config = compose("loss=dpo", "model.from_config.hidden_size=64", override)
     tokenizer = load_tokenizer(config.model)
     estimated = step_memory(config, tokenizer, build_loss("dpo"), True, [pack()])
@@ -96,7 +96,7 @@ def test_a_storage_that_grows_and_shrinks_is_counted_as_it_is():
     assert counter.most() == {"gathered weights": 50} and len(other) == 30
 
 
-def test_a_kind_that_is_found_out_later_holds_from_the_beginning():
+def test_a_kind_that_is_found_out_later_holds_from_the_creation_on():
     with StorageCounter(0) as counter:
         counter.kind = "activations"
         tensor = torch.empty(10, dtype=torch.uint8)

@@ -92,7 +92,7 @@ def test_full_sharding_gathers_weights_twice_and_scatters_gradients_once(tiny):
     ("sharding", "gathers", "scatters"),
     [("full", 2 * 2, 2), ("grad_op", 2, 2), ("optimizer", 1, 1)],
 )
-def test_what_two_packs_send_is_said_by_the_sharding(tiny, sharding, gathers, scatters):
+def test_the_traffic_of_two_packs_follows_the_sharding(tiny, sharding, gathers, scatters):
     found = costs(tiny("trainer=FSDPTrainer", f"trainer.sharding={sharding}"), live=False, packs=2)
     assert sent(found.traffic) == {
         ("policy", "all-gather", 8): gathers * 7 * part(8),
@@ -157,7 +157,7 @@ def test_split_layers_add_up_activations_over_the_ranks_that_share_them(tiny):
     assert sent(found.traffic)["policy", "reduce-scatter", 4] == pytest.approx(3 * part(8), rel=0.02)
 
 
-def test_a_model_of_7_billion_weights_is_laid_over_512_ranks_without_their_memory(compose):
+def test_a_7b_model_is_sharded_over_512_ranks_without_their_memory(compose):
     shape = ("hidden_size=4096", "intermediate_size=11008", "num_hidden_layers=32", "num_attention_heads=32")
     more = ("num_key_value_heads=32", "vocab_size=32000", "tie_word_embeddings=false")
     overrides = force_open_sections([f"model.from_config.{text}" for text in (*shape, *more)])
@@ -184,12 +184,12 @@ def budget(tiny):
     return found
 
 
-def test_a_micro_batch_is_computed_at_once_unless_something_says_how_much_fits(budget):
+def test_a_micro_batch_is_one_pack_where_the_memory_of_devices_is_unknown(budget):
     assert budget() == UNLIMITED
     assert budget("max_tokens_per_microbatch=700") == TokenBudget(700, 700)
 
 
-def test_a_devices_memory_says_how_much_fits_by_the_runs_own_rule(budget):
+def test_the_token_budget_follows_from_the_devices_memory_by_the_runs_own_rule(budget):
     # Half of what weights, gradients and two optimizer states leave, over what a token takes.
     per_token = LAYERS * (16 * 128 + 4 * 384) * 4 + 3 * 4 * VOCABULARY
     fits = int((GIB - 4 * part(8)) / 2 / per_token)
@@ -197,7 +197,7 @@ def test_a_devices_memory_says_how_much_fits_by_the_runs_own_rule(budget):
     assert 12288 < fits < 16384 and budget("trainer.device_memory=1") == TokenBudget(12288, 12288)
 
 
-def test_what_is_kept_in_the_machines_memory_is_not_the_devices(tiny):
+def test_offloaded_kinds_are_not_counted_as_device_memory(tiny):
     config = tiny("trainer=FSDPTrainer", "trainer.cpu_offload=true")
     memory = costs(config, live=False).memory
     assert memory["parameters"] and in_device_memory(config, memory) == memory["activations"] + memory["gathered weights"]
@@ -215,12 +215,12 @@ def test_the_fake_processes_are_gone_afterwards():
     assert not torch.distributed.is_initialized()
 
 
-def test_a_collective_that_is_not_known_is_no_silent_zero():
+def test_an_unknown_collective_is_an_error():
     with fake_processes(4), Traffic(), pytest.raises(ValueError, match=r"c10d\.broadcast_\.default is not counted"):
         torch.distributed.broadcast(torch.zeros(3), 0)
 
 
-def test_lines_of_traffic_begin_with_the_most_and_say_so_where_there_is_none():
+def test_traffic_is_listed_largest_first_and_none_is_said():
     traffic = Traffic()
     assert describe_traffic(traffic, 1) == ["  none"]
     small, large = Message("policy", "all-reduce", F32, 512), Message("reference", "all-gather", torch.bfloat16, 512)

@@ -1,4 +1,4 @@
-"""Adapters: what they change and what they leave, few bits under them, checkpoints that hold them alone."""
+"""LoRA adapters: what they change and what they leave, quantized weights under them, checkpoints that hold them alone."""
 
 import json
 import math
@@ -38,7 +38,7 @@ KINDS = {
     "lora": ["+adapter=lora"],
     "lora with dropout": ["+adapter=lora", "model.lora.dropout=0.1"],
     "qlora": ["+adapter=qlora"],
-    "qlora, single quantisation": ["+adapter=qlora", "model.double_quantization=false"],
+    "qlora, single quantization": ["+adapter=qlora", "model.double_quantization=false"],
 }
 PROMPTS = [TokenizedPrompt([5 + n, 6, 7], [[10 + n, 11, 0], [12 + n, 0]], [(0, 1)]) for n in range(12)]
 BATCH = random_trees(378)
@@ -91,7 +91,7 @@ def finished(config, tokenizer, run_dir) -> Path:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_fresh_adapter_changes_nothing_and_the_step_0_loss_is_ln_2(configured, tokenizer, kind):
+def test_a_new_adapter_changes_no_output_and_the_step_0_loss_is_ln_2(configured, tokenizer, kind):
     trainer = trainer_of(configured(*KINDS[kind]), tokenizer)
     metrics = trainer.train_step(next(iter(trainer.train_batches)))
     assert metrics["rewards_train/margins"] == 0.0
@@ -108,7 +108,7 @@ def test_only_the_adapter_is_trained(configured, tokenizer, kind):
     assert sum(len(group["params"]) for group in trainer.optimizer.param_groups) == len(changed)
 
 
-def test_with_the_adapter_off_a_trained_model_is_the_one_it_began_as_bit_for_bit(configured, tokenizer):
+def test_with_the_adapter_off_a_trained_model_is_the_initial_one_bit_for_bit(configured, tokenizer):
     whole = model_of(configured(), tokenizer)
     share_prefixes(whole, "on")
     trainer = trainer_of(configured("+adapter=lora"), tokenizer)
@@ -119,7 +119,7 @@ def test_with_the_adapter_off_a_trained_model_is_the_one_it_began_as_bit_for_bit
         assert not torch.equal(response_logps(trainer.policy, BATCH), began)
 
 
-def test_the_reference_of_a_quantised_run_has_no_weights_of_its_own(configured, tokenizer):
+def test_the_reference_of_a_quantized_run_has_no_weights_of_its_own(configured, tokenizer):
     trainer = trainer_of(configured("+adapter=qlora"), tokenizer)
     assert trainer.reference.model is trainer.policy
     few = [weight for weight in trainer.policy.parameters() if weight.dtype == torch.uint8]
@@ -146,7 +146,7 @@ def test_activation_checkpointing_gives_the_same_step(configured, tokenizer):
         torch.testing.assert_close(weight, losses[1][name], rtol=1e-5, atol=1e-7)
 
 
-def test_eight_bits_train_too(configured, tokenizer):
+def test_adapters_train_on_int8_weights_too(configured, tokenizer):
     trainer = trainer_of(configured("+adapter=lora", "model.quantization=int8"), tokenizer, n_examples=4)
     metrics = trainer.train_step(next(iter(trainer.train_batches)))
     assert metrics["rewards_train/margins"] == 0.0
@@ -185,7 +185,7 @@ def test_a_checkpoint_holds_the_adapter_alone_and_loads_with_from_pretrained(con
 
 
 @pytest.mark.parametrize("overrides", [["+adapter=lora"], ["+adapter=qlora"]])
-def test_merged_weights_say_what_the_adapter_said(configured, tokenizer, tmp_path, overrides):
+def test_a_merged_model_gives_the_log_probs_of_the_adapter(configured, tokenizer, tmp_path, overrides):
     config = configured(*overrides)
     checkpoint = finished(config, tokenizer, tmp_path / "run")
     merged = load_merged(checkpoint, OmegaConf.create(read_state(checkpoint)["run"]["config"]).model, tokenizer).eval()
@@ -199,7 +199,7 @@ def test_merged_weights_say_what_the_adapter_said(configured, tokenizer, tmp_pat
     assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), merged.state_dict().values(), strict=True))
 
 
-def test_training_on_from_an_adapter_keeps_that_adapter_as_the_reference(configured, tokenizer, tmp_path):
+def test_training_that_starts_from_an_adapter_has_that_adapter_as_its_reference(configured, tokenizer, tmp_path):
     config = configured("+adapter=lora")
     first = finished(config, tokenizer, tmp_path / "first")
     on = trainer_of(configured("+adapter=lora", f"model.archive={first}"), tokenizer)
@@ -238,7 +238,7 @@ def test_an_adapter_on_a_trained_model_finds_it_again(configured, tokenizer, tmp
 # ---- the reference's log-probs, kept --------------------------------------------------------------------------------------
 
 
-def test_kept_log_probs_of_the_reference_do_not_depend_on_the_adapter_that_is_trained(configured, tokenizer):
+def test_cached_reference_log_probs_do_not_depend_on_the_trained_adapter(configured, tokenizer):
     prompts = PromptTable.of(PROMPTS).select(torch.arange(4).numpy())
     plan = ReferencePlan(prompts, prompts)
     keys = set()
@@ -272,7 +272,7 @@ def test_what_cannot_work_is_refused_with_the_key(configured, overrides, message
         check_config(configured(*overrides))
 
 
-def test_layers_that_a_model_has_not_got_are_refused_with_those_it_has(configured, tokenizer):
+def test_unknown_target_modules_are_refused_with_the_models_linear_layers(configured, tokenizer):
     config = configured("+adapter=lora", "model.lora.target_modules=[query]")
     with pytest.raises(UserError, match="model.lora.target_modules: found .*query.*down_proj, gate_proj, k_proj"):
         check_model(config.model, tokenizer)
@@ -305,7 +305,7 @@ def test_an_adapter_that_does_not_belong_to_the_model_is_refused(configured, tok
 
 
 @pytest.mark.parametrize("damage", ["{", "{}", "[]"])
-def test_damaged_settings_of_an_adapter_are_an_error_of_the_users(configured, tokenizer, tmp_path, damage):
+def test_a_damaged_adapter_config_is_a_user_error(configured, tokenizer, tmp_path, damage):
     checkpoint = finished(configured("+adapter=lora"), tokenizer, tmp_path / "run").resolve()
     (checkpoint / "adapter_config.json").write_text(damage)
     with pytest.raises(UserError, match=r"its adapter_config.json is damaged"):
@@ -386,7 +386,7 @@ def answers(model: nn.Module) -> torch.Tensor:
         ("mamba", "null"),
     ],
 )
-def test_a_merged_model_says_what_plain_peft_says_of_the_checkpoint(name, targets, small, configured, tokenizer, tmp_path):
+def test_a_merged_model_equals_the_checkpoint_in_plain_peft(name, targets, small, configured, tokenizer, tmp_path):
     """Experts, embeddings, tied heads, transposed layers: merged, saved and loaded again."""
     config = configured("+adapter=lora", f"model.name_or_path={small(name)}", f"model.lora.target_modules={targets}")
     trained = with_trained_adapter(load_model(config.model, tokenizer))
@@ -403,7 +403,7 @@ def test_a_merged_model_says_what_plain_peft_says_of_the_checkpoint(name, target
     assert (answers(AutoModelForCausalLM.from_pretrained(small(name), dtype=torch.float32)) - expected).abs().max() > 0.01
 
 
-def test_a_merge_into_a_weight_of_several_layers_is_refused(small, configured, tokenizer):
+def test_a_merge_into_a_shared_weight_is_refused(small, configured, tokenizer):
     """As in Zamba, whose layers share one attention: each has an adapter of its own."""
     config = configured("+adapter=lora", f"model.name_or_path={small('llama')}", "model.lora.target_modules=[q_proj]")
     model = with_trained_adapter(load_model(config.model, tokenizer))
@@ -430,7 +430,7 @@ def test_a_merge_is_computed_in_float32_and_rounded_once(small, configured, toke
     assert torch.equal(rounded, in_full.get_submodule(name).weight.bfloat16())
 
 
-def test_all_settings_of_an_adapter_are_read_back(small, configured, tokenizer, tmp_path):
+def test_all_options_of_an_adapter_are_read_from_its_file(small, configured, tokenizer, tmp_path):
     """Those that a configuration here has no key for: ranks of single layers, another scale, experts."""
     config = configured("+adapter=lora", f"model.name_or_path={small('mixtral')}")
     patterns = {"rank_pattern": {"q_proj": 3}, "alpha_pattern": {"v_proj": 5}, "use_rslora": True}
@@ -451,7 +451,7 @@ def test_all_settings_of_an_adapter_are_read_back(small, configured, tokenizer, 
 @pytest.mark.parametrize(
     ("settings", "what"), [({"bias": "all"}, "bias 'all'"), ({"modules_to_save": ["norm"]}, "modules_to_save")]
 )
-def test_an_adapter_that_is_more_than_lora_is_refused(settings, what, small, configured, tokenizer, tmp_path):
+def test_an_adapter_that_is_not_plain_lora_is_refused(settings, what, small, configured, tokenizer, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(small("llama"), dtype=torch.float32)
     get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=["q_proj"], **settings)).save_pretrained(
         tmp_path / "peft"
@@ -473,19 +473,19 @@ def test_an_adapter_that_is_more_than_lora_is_refused(settings, what, small, con
         ("mamba", ["MambaMixer reads the weight of dt_proj directly, bypassing an adapter", "peft refuses out_proj for mamba"]),
     ],
 )
-def test_the_layers_that_get_no_adapter_are_named(name, lines, small, configured, tokenizer):
+def test_layers_that_stay_frozen_are_named(name, lines, small, configured, tokenizer):
     config = configured("+adapter=lora", f"model.name_or_path={small(name)}")
     said = [line for line in check_model(config.model, tokenizer) if line.startswith("adapter: ")]
     assert len(said) == len(lines)
     assert all(expected in line for expected, line in zip(lines, said, strict=True))
 
 
-def test_a_coefficient_of_the_router_that_nothing_reads_is_named(small, configured, tokenizer):
+def test_a_router_loss_coefficient_without_effect_is_named(small, configured, tokenizer):
     [line] = check_model(configured(f"model.name_or_path={small('mixtral')}").model, tokenizer)
     assert line == "model: router_aux_loss_coef (0.001) has no effect: the loss alone is trained, routers included"
 
 
-def test_layers_on_which_an_adapter_would_do_nothing_are_refused(small, configured, tokenizer):
+def test_target_modules_on_which_an_adapter_has_no_effect_are_refused(small, configured, tokenizer):
     config = configured("+adapter=lora", f"model.name_or_path={small('mamba')}", "model.lora.target_modules=[dt_proj,in_proj]")
     with pytest.raises(UserError, match="model.lora.target_modules: found .*MambaMixer reads the weight of dt_proj directly"):
         check_model(config.model, tokenizer)
@@ -498,7 +498,7 @@ MADE = {"model_type": "llama"} | SIZES
 SCRATCH = ("model.name_or_path=null", *(f"+model.from_config.{key}={value}" for key, value in MADE.items()))
 
 
-def test_a_model_from_scratch_is_kept_beside_its_adapter_and_found_by_others(configured, tokenizer, tmp_path):
+def test_a_base_model_from_scratch_is_saved_beside_its_adapter_for_other_libraries(configured, tokenizer, tmp_path):
     config = configured("+adapter=lora", *SCRATCH)
     trained = with_trained_adapter(load_model(config.model, tokenizer, base_dir=tmp_path / "base"))
     expected, checkpoint = answers(trained), checkpoint_of(trained, tokenizer, tmp_path)
@@ -515,7 +515,7 @@ def test_a_model_from_scratch_is_kept_beside_its_adapter_and_found_by_others(con
     torch.testing.assert_close(answers(moved), expected, rtol=1e-5, atol=1e-4)
 
 
-def test_an_adapter_does_not_lose_its_base_with_the_run_that_made_it(configured, tokenizer, tmp_path):
+def test_an_adapter_keeps_its_base_model_when_the_run_that_trained_that_is_deleted(configured, tokenizer, tmp_path):
     first = tmp_path / "first"
     first.mkdir()
     base = checkpoint_of(load_model(configured().model, tokenizer), tokenizer, first)
@@ -540,7 +540,7 @@ def test_an_adapter_does_not_lose_its_base_with_the_run_that_made_it(configured,
         (["model.archive={whole}", "+model.from_config.rms_norm_eps=0.1"], True),
     ],
 )
-def test_what_other_libraries_would_not_find_elsewhere_is_kept(overrides, kept, configured, tokenizer, tmp_path):
+def test_a_base_model_that_others_cannot_load_elsewhere_is_saved(overrides, kept, configured, tokenizer, tmp_path):
     whole = finished(configured(), tokenizer, tmp_path / "whole")
     config = configured(
         "+adapter=lora", *(text.format(whole=whole.resolve()) if "{whole}" in text else text for text in overrides)
@@ -551,7 +551,7 @@ def test_what_other_libraries_would_not_find_elsewhere_is_kept(overrides, kept, 
     torch.testing.assert_close(answers(AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)), answers(model))
 
 
-def test_a_model_from_scratch_that_an_older_run_did_not_keep_is_made_again_from_its_seed(configured, tokenizer, tmp_path):
+def test_a_base_model_that_an_older_run_did_not_save_is_rebuilt_from_its_seed(configured, tokenizer, tmp_path):
     config = configured("+adapter=lora", *SCRATCH, "seed=3")
     # As `run` in train.py does before it makes a model.
     seed_everything(config.seed)

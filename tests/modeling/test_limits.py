@@ -53,7 +53,7 @@ def computes(model, length: int) -> bool:
 
 
 @pytest.mark.parametrize("model_type", MODELS)
-def test_a_model_has_the_positions_beyond_which_its_forward_fails(model_type, compose):
+def test_the_position_limit_is_where_the_forward_fails(model_type, compose):
     config = settings(compose, "max_length=600", model_type=model_type, **MODELS[model_type])
     tokenizer = load_tokenizer(config.model)
     limits = model_limits(config, tokenizer)
@@ -66,7 +66,7 @@ def test_a_model_has_the_positions_beyond_which_its_forward_fails(model_type, co
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "opt", "mpt", "codegen"])
-def test_a_max_length_beyond_the_table_of_positions_is_refused(model_type, compose):
+def test_a_max_length_beyond_the_position_table_is_refused(model_type, compose):
     wanted = {"model_type": model_type, **MODELS[model_type]}
     config = settings(compose, "max_length=25", "max_prompt_length=8", **wanted)
     tokenizer = load_tokenizer(config.model)
@@ -77,14 +77,16 @@ def test_a_max_length_beyond_the_table_of_positions_is_refused(model_type, compo
 
 
 @pytest.mark.parametrize(("model_type", "said"), [("llama", True), ("falcon", True), ("bloom", False)])
-def test_positions_that_are_computed_go_on_and_that_is_said(model_type, said, compose, capsys):
+def test_rows_beyond_the_declared_positions_are_allowed_with_a_notice_where_positions_are_computed(
+    model_type, said, compose, capsys
+):
     config = settings(compose, "max_length=25", "max_prompt_length=8", model_type=model_type, **MODELS[model_type])
     tokenizer = load_tokenizer(config.model)
     check_limits(config, tokenizer, model_limits(config, tokenizer))
     assert ("more than the 24 positions that" in capsys.readouterr().out) is said
 
 
-def test_a_run_that_goes_on_keeps_its_max_length_and_only_its_rows_are_looked_at(compose):
+def test_a_resumed_run_keeps_its_max_length_and_only_its_rows_are_checked(compose):
     config = settings(compose, "max_length=600", "resume=auto", model_type="gpt2", **MODELS["gpt2"])
     tokenizer = load_tokenizer(config.model)
     limits = model_limits(config, tokenizer)
@@ -140,7 +142,7 @@ def test_an_end_of_sequence_token_without_an_embedding_is_refused(compose, enlar
         check_limits(with_embedding_of(compose, size), tokenizer, Limits(size, None, None))
 
 
-def test_tokens_that_nothing_writes_are_said_and_refused_in_the_row_that_has_one(compose, enlarged, capsys):
+def test_tokens_that_no_template_writes_are_reported_and_refused_in_rows(compose, enlarged, capsys):
     tokenizer, size = enlarged
     config = with_embedding_of(compose, size)
     limits = model_limits(config, tokenizer)

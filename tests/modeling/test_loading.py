@@ -91,7 +91,7 @@ def test_experts_that_add_noise_in_training_compute_as_in_evaluation(model_type,
     assert torch.equal(in_training, model.eval()(ids).logits)
 
 
-def test_a_model_whose_mask_is_trained_says_the_same_with_and_without_gradients(compose):
+def test_a_model_with_a_learned_mask_gives_the_same_log_probs_with_and_without_gradients(compose):
     sizes = "hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 4, num_key_value_heads: 2"
     config = compose("model=blank_model", f"++model.from_config={{model_type: doge, {sizes}}}").model
     model = load_model(config, byte_level_tokenizer())
@@ -104,7 +104,7 @@ def test_a_model_whose_mask_is_trained_says_the_same_with_and_without_gradients(
     assert torch.equal(response_logps(model, batch), expected)
 
 
-def test_a_model_with_a_width_for_each_layer_has_room_as_for_its_widest():
+def test_the_token_budget_of_a_model_with_layers_of_different_widths_is_that_of_the_widest():
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SMALL, intermediate_size=64))
     expected = token_budget(model, free=2**30)
@@ -161,7 +161,7 @@ def test_a_sharded_checkpoint_directory_is_read_whole(checkpoint, tiny, tmp_path
     assert same_weights(load_model(tiny(f"model.archive={tmp_path / 'sharded'}"), byte_level_tokenizer()), model)
 
 
-def test_buffers_of_old_checkpoints_are_passed_over(compose, tmp_path):
+def test_buffers_of_old_checkpoints_are_ignored(compose, tmp_path):
     config = compose(
         "model=blank_model", f"model.name_or_path={GOLDEN / 'gpt_neox'}", f"model.archive={tmp_path / 'policy.pt'}"
     ).model
@@ -232,7 +232,7 @@ def test_a_file_that_is_no_archive_is_refused(tmp_path, content):
 
 
 @pytest.mark.parametrize("name", ["eager", "sdpa"])
-def test_a_model_has_the_attention_that_it_is_given(tiny, name):
+def test_a_model_uses_the_configured_attention(tiny, name):
     assert load_model(tiny(f"model.attn_implementation={name}"), byte_level_tokenizer()).config._attn_implementation == name
 
 
@@ -240,18 +240,18 @@ def test_the_best_attention_is_the_models_own_where_no_other_is_installed(tiny):
     assert load_model(tiny(), byte_level_tokenizer()).config._attn_implementation == "sdpa"
 
 
-def test_attention_that_cannot_be_had_is_refused(tiny):
+def test_an_unavailable_attention_implementation_is_refused(tiny):
     with pytest.raises(UserError, match="model.attn_implementation: LlamaForCausalLM cannot use flash_attention_3 here"):
         load_model(tiny("model.attn_implementation=flash_attention_3"), byte_level_tokenizer())
 
 
-def test_kernels_for_gpus_are_refused_where_there_is_none(tiny, monkeypatch):
+def test_liger_kernels_are_refused_without_a_gpu(tiny, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="model.liger_kernels: found true, but there is no GPU here"):
         load_model(tiny("model.liger_kernels=true"), byte_level_tokenizer())
 
 
-def test_a_compiled_model_says_what_it_said(tiny):
+def test_compilation_leaves_log_probs_as_they_were(tiny):
     model = load_model(tiny("model.from_config.num_hidden_layers=1"), byte_level_tokenizer())
     share_prefixes(model, "on")
     batch = random_trees(512)

@@ -80,7 +80,7 @@ def test_a_second_run_reads_what_the_first_computed(model, tmp_path, passes, cap
 
 
 @pytest.mark.parametrize("damage", ["cut", "bit", "empty", "text"])
-def test_a_damaged_file_is_noticed_and_computed_anew(model, tmp_path, passes, capsys, damage):
+def test_a_damaged_file_is_noticed_and_recomputed(model, tmp_path, passes, capsys, damage):
     expected = logps_in(tmp_path, model, READ)
     path = cache_path(tmp_path, model, READ)
     whole = path.read_bytes()
@@ -91,7 +91,7 @@ def test_a_damaged_file_is_noticed_and_computed_anew(model, tmp_path, passes, ca
     assert path.read_bytes() == whole and not list(tmp_path.glob("*.partial"))
 
 
-def test_the_key_changes_with_weights_data_dtype_and_way_of_computing(model):
+def test_the_key_changes_with_weights_data_dtype_and_kernels(model):
     key = cache_key(model, READ)
     assert key == cache_key(copy.deepcopy(model), whole(PromptTable.of(TABLE)))
     moved = copy.deepcopy(model)
@@ -121,13 +121,11 @@ def test_held_out_responses_are_numbered_behind_those_that_are_trained_on(model,
         torch.testing.assert_close(cached(batch), live(batch), rtol=1e-5, atol=1e-5)
 
 
-def test_rows_that_no_prompt_has_are_not_a_number(model, tmp_path):
+def test_rows_without_a_prompt_are_nan(model, tmp_path):
     assert logps_in(tmp_path, model, read(TABLE.select(numpy.arange(1, 9)))).isnan().tolist() == [True] * 3 + [False] * 24
 
 
-def test_of_two_runs_that_come_at_the_same_time_one_computes_and_the_other_waits_and_reads(
-    model, tmp_path, monkeypatch, capsys
-):
+def test_of_two_concurrent_runs_one_computes_and_the_other_waits_and_reads(model, tmp_path, monkeypatch, capsys):
     waits, found, usual = Event(), [], reference_cache.compute_logps
     second = Thread(target=lambda: found.append(logps_in(tmp_path, model, READ)))
     acquired = reference_cache._try_acquire
@@ -176,7 +174,7 @@ def test_the_key_changes_with_whatever_the_log_probs_depend_on(model, change):
 @pytest.mark.parametrize(
     ("name", "value"), [("_name_or_path", "x"), ("use_cache", False), ("transformers_version", "x"), ("eos_token_id", 1)]
 )
-def test_the_key_does_not_change_with_what_a_model_is_called(model, name, value):
+def test_the_key_does_not_depend_on_the_name_of_a_model(model, name, value):
     assert cache_key(changed(model, lambda other: setattr(other.config, name, value)), READ) == cache_key(model, READ)
 
 
@@ -207,7 +205,7 @@ def run(
     return ReferencePlan.for_run(steps, held_out, evaluated, None, seed, most, ALONE)
 
 
-def test_the_key_changes_with_what_the_packs_of_a_run_follow_from(model):
+def test_the_key_changes_with_everything_that_determines_the_packs(model):
     others = [run(seed=1), run(size=6), run(packs=2), run(budget=20), run(evaluated=2)]
     assert len({cache_key(model, plan) for plan in (run(), *others)}) == 6
 
@@ -221,6 +219,6 @@ def test_the_key_changes_with_how_often_an_epoch_visits_a_data_set(model):
     assert cache_key(model, runs[0]) != cache_key(model, runs[1])
 
 
-def test_runs_that_cut_alike_share_their_log_probs(model):
+def test_runs_with_the_same_packs_share_their_log_probs(model):
     # More epochs, and more memory than any pack needs.
     assert cache_key(model, run()) == cache_key(model, run(epochs=3)) == cache_key(model, run(budget=2 * 10**6))

@@ -67,13 +67,13 @@ def test_a_refusal_to_share_prefixes_names_the_feature_that_is_not_supported(mod
 
 @pytest.mark.parametrize("window", [8, 4096, 262144])
 @pytest.mark.parametrize("model_type", ["mistral", "gemma2"])
-def test_windows_that_are_part_of_it_are_shared_within_however_long_they_are(model_type, window):
+def test_supported_windows_of_any_length_pass_the_proof(model_type, window):
     model = make(model_type, sliding_window=window)
     assert attention_windows(model)["sliding_window"] == window
     assert share_prefixes(model, "on") and model.config.sliding_window == window
 
 
-def test_a_window_that_sharing_loses_is_found_though_no_row_is_as_long():
+def test_an_unsupported_window_is_found_though_it_is_longer_than_every_row():
     model = make("mistral", sliding_window=4096)
     for layer in model.model.layers:
         # As in a model whose window is in its mask alone.
@@ -97,7 +97,7 @@ def without_window(forward):
     return changed
 
 
-def test_weights_are_left_to_the_bit_as_they_were():
+def test_the_proof_leaves_weights_bit_for_bit_as_they_were():
     model = make("lfm2", torch.bfloat16, **HYBRID)
     before = {name: (weight.data_ptr(), weight.clone()) for name, weight in model.named_parameters()}
     find_sharing_fault(model)
@@ -181,6 +181,6 @@ def test_arguments_without_effect_are_ignored():
         check_supported(nn.Module(), torch.zeros(1, 1, 33, 33), {})
 
 
-def test_a_layout_goes_on_by_branches_on_other_devices_too():
+def test_a_layout_keeps_its_attention_by_branches_on_other_devices():
     layout = TreeLayout((), torch.device("cpu"))
     assert layout.by_branches and layout.on(torch.device("meta")).by_branches

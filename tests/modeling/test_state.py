@@ -61,29 +61,29 @@ def apart(model: nn.Module, other: nn.Module, batch) -> float:
     ("model_type", "changes"),
     [("llama", {"head_dim": 128}), ("gpt_neox", {}), ("gpt2", {"n_positions": 1024}), ("deepseek_v3", EXPERTS)],
 )
-def test_a_frozen_copy_says_what_the_model_says_while_it_is_trained(model_type, changes, dtype):
+def test_a_frozen_copy_gives_the_log_probs_of_the_model_in_training_mode(model_type, changes, dtype):
     model, batch = make(model_type, dtype, **changes), batch_of((512, (40, 9)), (7, (3, 30)))
     share_prefixes(model, "auto")
-    twin = frozen_copy(model, dtype)
-    assert apart(model, twin, batch) == 0.0
-    assert [buffer.dtype for buffer in twin.buffers()] == [buffer.dtype for buffer in model.buffers()]
-    assert not twin.training and not any(weight.requires_grad for weight in twin.parameters())
+    copied = frozen_copy(model, dtype)
+    assert apart(model, copied, batch) == 0.0
+    assert [buffer.dtype for buffer in copied.buffers()] == [buffer.dtype for buffer in model.buffers()]
+    assert not copied.training and not any(weight.requires_grad for weight in copied.parameters())
     with torch.no_grad():
         for weight in model.parameters():
             weight.mul_(1.5)
-    assert apart(model, twin, batch) > 0.0
+    assert apart(model, copied, batch) > 0.0
 
 
 def test_rotary_frequencies_are_not_rounded_with_the_weights():
     model = make("llama", torch.float32, head_dim=128)
     frequencies = 1 / 10000 ** (torch.arange(0, 128, 2, dtype=torch.float64) / 128)
-    twin = frozen_copy(model, torch.bfloat16)
-    assert {weight.dtype for weight in twin.parameters()} == {torch.bfloat16}
+    copied = frozen_copy(model, torch.bfloat16)
+    assert {weight.dtype for weight in copied.parameters()} == {torch.bfloat16}
     # At position 512 a bfloat16 of 8 bits would be wrong by up to 512 * 2**-9 rad.
-    assert (twin.model.rotary_emb.inv_freq - frequencies).abs().max() * 512 < 1e-4
+    assert (copied.model.rotary_emb.inv_freq - frequencies).abs().max() * 512 < 1e-4
 
 
-def test_a_model_that_keeps_tensors_of_its_last_forward_is_copied_without_them():
+def test_tensors_that_a_model_keeps_of_its_last_forward_are_not_copied():
     model, batch = make("recurrent_gemma", torch.bfloat16, **RECURRENT), batch_of((20, (9, 4)))
     response_logps(model, batch)
     assert apart(model, frozen_copy(model), batch) == 0.0
@@ -91,8 +91,8 @@ def test_a_model_that_keeps_tensors_of_its_last_forward_is_copied_without_them()
 
 def test_tied_weights_are_one_weight_in_the_copy():
     model = make("llama", torch.float32, tie_word_embeddings=True)
-    twin = frozen_copy(model)
-    assert twin.lm_head.weight is twin.model.embed_tokens.weight is not model.lm_head.weight
+    copied = frozen_copy(model)
+    assert copied.lm_head.weight is copied.model.embed_tokens.weight is not model.lm_head.weight
 
 
 def test_the_copy_of_a_dispatched_model_is_a_model_of_its_own():
@@ -100,18 +100,18 @@ def test_the_copy_of_a_dispatched_model_is_a_model_of_its_own():
 
     model, batch = make("llama", torch.bfloat16), batch_of((20, (9, 4)))
     dispatch_model(model, {"": "cpu"}, main_device="cpu", force_hooks=True)
-    twin = frozen_copy(model, torch.bfloat16)
-    assert twin is not model and apart(model, twin, batch) == 0.0
+    copied = frozen_copy(model, torch.bfloat16)
+    assert copied is not model and apart(model, copied, batch) == 0.0
     with torch.no_grad():
         for weight in model.parameters():
             weight.zero_()
-    assert apart(model, twin, batch) > 0.0
+    assert apart(model, copied, batch) > 0.0
 
 
 # ---- where a model computes -----------------------------------------------------------------------------------------------
 
 
-def test_a_model_computes_where_its_placement_says_and_not_where_a_weight_lies():
+def test_the_compute_device_is_that_of_the_placement_and_not_of_the_weights():
     model = make("llama", torch.float32)
     assert compute_device(model) == torch.device("cpu")
     model.compute_device = torch.device("meta")
@@ -119,7 +119,7 @@ def test_a_model_computes_where_its_placement_says_and_not_where_a_weight_lies()
     assert compute_device(frozen_copy(model)) == torch.device("meta")
 
 
-def test_weights_in_the_machines_memory_take_nothing_of_the_devices():
+def test_offloaded_weights_take_no_device_memory():
     model, gib = make("llama", torch.float32), 2**30
     model.large = nn.Parameter(torch.empty(2**26))
     # With gradients and two moments they take three quarters of a GiB, and leave a quarter.
@@ -128,7 +128,7 @@ def test_weights_in_the_machines_memory_take_nothing_of_the_devices():
     assert 2 * there < token_budget(model, free=gib).limit
 
 
-def test_layers_on_another_device_than_the_batch_get_what_they_compute_with_on_their_own():
+def test_layers_on_another_device_than_the_batch_move_its_layout_to_their_own():
     # Hooks move the tensors that a layer is handed, and know nothing of a layout, or of what a head is told.
     meta, layout = torch.device("meta"), batch_of((20, (9, 4))).layout
     query = torch.empty(1, 4, 33, 8, device=meta)
@@ -141,7 +141,7 @@ def test_layers_on_another_device_than_the_batch_get_what_they_compute_with_on_t
     assert head(torch.empty(1, 5, 8, device=meta)).shape == (1, 5, 1)
 
 
-def test_the_last_states_of_a_model_on_several_devices_are_chosen_by_places_that_all_of_them_read():
+def test_the_last_hidden_states_of_a_model_on_several_devices_are_indexed_from_the_cpu():
     model, places = make("llama", torch.float32), torch.empty(3, dtype=torch.int64)
     assert _head_index(model, places) is places
     model.hf_device_map = {"model": 0, "lm_head": 1}
@@ -152,5 +152,5 @@ def test_the_last_states_of_a_model_on_several_devices_are_chosen_by_places_that
     ("device", "offloads", "backend"),
     [("cpu", True, "gloo"), ("cuda", False, "nccl"), ("cuda", True, "cpu:gloo,cuda:nccl")],
 )
-def test_processes_whose_weights_are_in_the_machines_memory_can_speak_of_them(device, offloads, backend):
+def test_offloaded_ranks_can_communicate_cpu_tensors(device, offloads, backend):
     assert backend_of(torch.device(device), offloads) == backend

@@ -101,7 +101,7 @@ def test_log_probs_over_512_tokens_agree_to_1e_minus_4(model_type):
 
 
 @pytest.mark.parametrize("model_type", OUTSIDERS)
-def test_a_model_that_cannot_take_part_says_so_and_is_computed_on_padded_rows(model_type, capsys):
+def test_a_model_that_cannot_share_prefixes_says_so_and_uses_padded_rows(model_type, capsys):
     model = make(model_type)
     batch = pack_examples(list(examples_of(prompts_of(SHAPES))))
     with torch.no_grad():
@@ -121,7 +121,7 @@ def test_a_model_that_cannot_take_part_says_so_and_is_computed_on_padded_rows(mo
         share_prefixes(model, "on")
 
 
-def test_a_model_that_ignores_positions_fails_the_proof_by_its_numbers():
+def test_a_model_that_ignores_positions_fails_the_proof():
     model = make("llama")
     inner = model.model.rotary_emb.forward
     # As if it counted packed tokens, whatever positions it is given.
@@ -201,7 +201,7 @@ def test_the_gradient_of_a_loss_does_not_depend_on_the_cut(models, shapes, budge
     assert (whole - packs).norm() <= 1e-4 * whole.norm() + 1e-6
 
 
-def test_the_pairs_of_a_prompt_stay_together_up_to_the_limit_and_prompts_up_to_what_is_comfortable():
+def test_the_pairs_of_a_prompt_stay_together_up_to_the_limit_and_prompts_up_to_the_soft_limit():
     prompts = prompts_of([(10, (5, 5, 5, 5)), (4, (3, 3)), (4, (3, 3)), (4, (3, 3))])
     packs = packs_of(list(examples_of(prompts)), TokenBudget(limit=40, comfortable=20))
     assert [len(pack.input_ids) for pack in packs] == [30, 20, 10]
@@ -218,7 +218,7 @@ def test_packs_keep_within_the_budget_and_share_prompts_within_them():
 # ---- the head -------------------------------------------------------------------------------------------------------------
 
 
-def test_a_head_in_packs_gives_the_values_and_gradients_of_a_whole_one(monkeypatch):
+def test_a_head_in_chunks_gives_the_values_and_gradients_of_a_whole_one(monkeypatch):
     model = make("llama")
     share_prefixes(model, "on")
     assert type(model.lm_head) is ScoringHead

@@ -69,7 +69,7 @@ class MetaQuantizedLinear(nn.Linear):
 
 
 def _meta_linear(layers, layer: nn.Linear, model_config) -> nn.Module:
-    # Bits that scales add to a weight: nf4 has one scale for 64 weights, in float32 or eight bits; int8's are one a row.
+    # Bits that scales add to a weight: nf4 has one scale for 64 weights, in float32 or eight bits; int8 has only one a row.
     scales = 0 if model_config.quantization == "int8" else 8 / 64 if model_config.double_quantization else 32 / 64
     return MetaQuantizedLinear(layer, (8 if model_config.quantization == "int8" else 4) + scales)
 

@@ -114,15 +114,15 @@ def failed(source, model: str = "good") -> str:
 
 def test_a_missing_model_comes_with_the_line_that_fetches_it(server):
     message = failed(OllamaSource(server.url, 20), "qwen9:1b")
-    assert message == "Ollama has no model 'qwen9:1b'. Fetch it with: ollama pull qwen9:1b"
+    assert message == "Ollama has no model 'qwen9:1b'. Download it with: ollama pull qwen9:1b"
     message = failed(OpenAISource(f"{server.url}/v1", 20), "qwen9:1b")
-    assert message == "The server says: model 'qwen9:1b' not found (status 404, model 'qwen9:1b')."
+    assert message == "The server reports: model 'qwen9:1b' not found (status 404, model 'qwen9:1b')."
 
 
 def test_an_error_in_the_middle_of_a_reply_is_said_and_what_came_stays(source):
     writing = written(source, "broken")
     assert (writing.state, writing.text) == ("failed", "def ")
-    assert "says: out of memory" in writing.message
+    assert "reports: out of memory" in writing.message
 
 
 def test_a_server_that_is_silent_too_long_is_given_up(server):
@@ -136,7 +136,7 @@ def test_a_server_that_is_not_there_is_said_to_be_out_of_reach():
     for source, name in ((OllamaSource(url, 5), "Ollama"), (OpenAISource(url, 5), "The server")):
         with pytest.raises(UserError) as caught:
             source.models()
-        assert str(caught.value) == f"{name} at {url} cannot be reached. Start it, or say where it is."
+        assert str(caught.value) == f"{name} at {url} cannot be reached. Start it, or set its address."
         assert "cannot be reached" in failed(source)
 
 

@@ -54,17 +54,17 @@ def write(path, rows):
 @pytest.mark.parametrize("name", ["rows.csv", "rows.jsonl", "rows.parquet", "older.duckdb"])
 def test_rows_of_every_kind_of_file_keep_their_labels(store, tmp_path, name):
     path = write(tmp_path / name, ROWS)
-    assert import_into(store, path).line() == "4 problems added, 3 new pairs, 2 judgements"
+    assert import_into(store, path).line() == "4 problems added, 3 new pairs, 2 judgments"
     assert [problem.id for problem in store.browse(Query())[0]] == ["1", "2", "3", "4"]
     assert store.problem("2").difficulty == "hard"
     choices = {}
     for number in "123":
         [pair] = store.pairs_of(number)
-        choices[pair.first.text] = [(said.choice, said.labeller) for said in store.standing(pair.id)]
+        choices[pair.first.text] = [(said.choice, said.labeler) for said in store.standing(pair.id)]
     assert choices == {"a": [("first", "imported")], "c": [("second", "imported")], "e": []}
     # A second time nothing is there twice.
     assert import_into(store, path).line() == "4 known"
-    assert store.progress().judgements == 2
+    assert store.progress().judgments == 2
 
 
 def test_the_sample_problems_are_a_dozen_and_have_tests(store):
@@ -78,17 +78,17 @@ BAD = [
     ({"description": " "}, "description is empty"),
     ({}, "description is None, expected a text"),
     ({"description": "d", "title": ["x"]}, "title is list, expected a text"),
-    ({"description": "d", "function_name": "two sum"}, "function_name 'two sum' is no name of a function"),
+    ({"description": "d", "function_name": "two sum"}, "function_name 'two sum' is not a valid function name"),
     ({"description": "d", "function_name": "f", "tests": "[{"}, "tests are not JSON: "),
     ({"description": "d", "function_name": "f", "tests": {"a": 1}}, "tests are dict, expected a list"),
-    ({"description": "d", "function_name": "f", "tests": [{"args": 3, "expected": 1}]}, "test 1 is no object with args"),
+    ({"description": "d", "function_name": "f", "tests": [{"args": 3, "expected": 1}]}, "test 1 is not an object with args"),
     (
         {"description": "d", "function_name": "f", "tests": [{"args": [], "expected": 1, "compare": "as"}]},
-        "test 1 compares by 'as'",
+        "test 1 has compare 'as'",
     ),
-    ({"description": "d", "tests": [{"args": [], "expected": 1}]}, "it has tests and no function_name"),
+    ({"description": "d", "tests": [{"args": [], "expected": 1}]}, "it has tests but no function_name"),
     ({"description": "d", "version1": "a", "version2": "b", "preference": 2}, "preference is '2', expected 0"),
-    ({"description": "d", "version1": "a", "preference": 1}, "it has a preference, and one of version1 and version2 is empty"),
+    ({"description": "d", "version1": "a", "preference": 1}, "it has a preference, but version1 or version2 is empty"),
     ({"description": "\ud800"}, "description holds half a surrogate pair"),
 ]
 
@@ -99,11 +99,11 @@ def test_a_row_that_cannot_be_used_is_named_by_its_number_and_nothing_is_importe
     with pytest.raises(UserError) as caught:
         import_into(store, path)
     assert f"rows.jsonl, row 2: {fault}" in str(caught.value)
-    assert str(caught.value).startswith(f"import: 1 rows of {path} cannot be used, and nothing was imported.")
+    assert str(caught.value).startswith(f"import: 1 rows of {path} are invalid, and nothing was imported.")
     assert store.progress().problems == 0
     assert (
         import_into(store, path, skip_bad_rows=True).line()
-        == "1 problems added, 1 new pairs, 1 judgements, 1 bad rows left out"
+        == "1 problems added, 1 new pairs, 1 judgments, 1 invalid rows skipped"
     )
 
 
@@ -113,8 +113,8 @@ def test_rows_that_contradict_an_earlier_one_are_bad(store, tmp_path):
     path = write(tmp_path / "rows.jsonl", [ROWS[0], other, turned])
     with pytest.raises(UserError) as caught:
         import_into(store, path)
-    assert "row 2: id '1' names another problem in an earlier row" in str(caught.value)
-    assert "row 3: the same two solutions have the other preference" in str(caught.value)
+    assert "row 2: id '1' belongs to a different problem in an earlier row" in str(caught.value)
+    assert "row 3: the same two solutions have the opposite preference" in str(caught.value)
 
 
 def test_the_first_ten_bad_rows_are_named_and_all_are_counted(store, tmp_path):
@@ -135,7 +135,7 @@ def test_broken_lines_are_named_too(store, tmp_path):
     ("name", "content", "said"),
     [
         ("absent.csv", None, "no such file"),
-        ("x.duckdb", "no database" * 1000, "is no DuckDB file"),
+        ("x.duckdb", "no database" * 1000, "is not a DuckDB file"),
         ("x.parquet", "no", "not Parquet"),
         ("x.csv", "a,a\n1,2\n", "names a twice"),
     ],

@@ -112,14 +112,14 @@ def test_the_defaults_make_sense_and_overrides_take_their_place():
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("stor=x", "'stor=x' is no override of a setting; did you mean store?"),
-        ("store", "'store' is no override of a setting"),
-        ("store=", "store: found nothing, expected a text."),
-        ("port=99999", "port: found 99999, expected a whole number from 1 to 65535."),
+        ("stor=x", "'stor=x' overrides no setting; did you mean store?"),
+        ("store", "'store' overrides no setting"),
+        ("store=", "store: found nothing, expected a non-empty string."),
+        ("port=99999", "port: found 99999, expected an integer from 1 to 65535."),
         ("temperature=hot", "temperature: found 'hot', expected a number from 0 to 10."),
         ("samples=1", "samples: found 1, expected true or false."),
-        ("checkpoints=runs", "checkpoints: found 'runs', expected a list of texts."),
-        ("limits=3", "'limits=3' is no override of a setting"),
+        ("checkpoints=runs", "checkpoints: found 'runs', expected a list of non-empty strings."),
+        ("limits=3", "'limits=3' overrides no setting"),
     ],
 )
 def test_a_setting_that_makes_no_sense_is_one_message(override, said):

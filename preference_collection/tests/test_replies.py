@@ -54,11 +54,11 @@ def test_fences_inside_a_string_do_not_end_the_block():
 
 UNUSABLE = {
     "": "is empty",
-    "I cannot do that.": "holds no code",
-    "<think>Let me see": "stops before its answer",
+    "I cannot do that.": "contains no code",
+    "<think>Let me see": "ends before its answer",
     "```python\ndef add(a, b:\n```": "does not parse: ",
-    "```python\ndef sub(a, b):\n    return a - b\n```": "defines no function add",
-    "```python\n# later\n```": "does not parse: there is nothing but comments",
+    "```python\ndef sub(a, b):\n    return a - b\n```": "does not define the function add",
+    "```python\n# later\n```": "does not parse: it contains only comments",
     "```python\n" + "(" * 5000 + "\n```": "does not parse: ",
     "```python\n" + "-" * 100_000 + "1\n```": "does not parse: ",
     "```python\nx = '\0'\n```": "does not parse: ",

@@ -46,7 +46,7 @@ def one(sandbox: Sandbox, body: str):
 
 def test_what_holds_the_code_back_is_tried_and_said(sandbox):
     assert sandbox.isolation.line() == (
-        f"Tests run by {sandbox.isolation.how}, without access to network, files, other processes, new processes."
+        f"Tests run with {sandbox.isolation.how}, without access to network, files, other processes, new processes."
     )
 
 
@@ -70,12 +70,12 @@ def test_functions_and_methods_are_found_by_their_name(sandbox, code):
 
 @pytest.mark.parametrize(
     ("code", "message"),
-    [("def sub(a, b): return 3", "NameError: there is no function add"), ("def add(a, b: pass", "SyntaxError"),
+    [("def sub(a, b): return 3", "NameError: no function named add"), ("def add(a, b: pass", "SyntaxError"),
      ("def add(a, b): return object()", "TypeError: it returned a object, which cannot be compared"),
      ("raise SystemExit('no')", "SystemExit: no (line 1)"), ("def add(a):\n    return a", "TypeError"),
      ("def add(a, b):\n    x = []\n    x.append(x)\n    return x", "RecursionError"),
      ("class E(Exception):\n    def __str__(self): raise E\ndef add(a, b): raise E", "E (line 3)"),
-     ("import os\nos._exit(0)", "it ended without an answer (status 0)")],
+     ("import os\nos._exit(0)", "exited without an answer (status 0)")],
 )  # fmt: skip
 def test_code_that_fails_says_how(sandbox, code, message):
     [result] = run(sandbox, code)
@@ -109,7 +109,7 @@ def test_unpaired_surrogates_and_great_values_come_out_readable(sandbox):
 
 def test_an_endless_loop_is_timed_out_by_its_processor_time(sandbox):
     result = one(replace(sandbox, limits=SHORT), "while True:\n    pass")
-    assert (result.status, result.message) == ("timed out", "more than 1 s of processor time")
+    assert (result.status, result.message) == ("timed out", "more than 1 s of CPU time")
 
 
 def test_sleep_is_timed_out_by_the_clock_whatever_is_done_about_signals(sandbox):
@@ -186,8 +186,8 @@ for pid in (os.getppid(), {os.getpid()}, -1, 0, *range(2, 500)):
 def test_a_gigabyte_of_output_is_cut_off(sandbox):
     for stream in ("sys.stdout", "sys.stderr"):
         result = one(sandbox, f"while True:\n    {stream}.write('x' * 2**20)")
-        assert (result.status, result.message) == ("error", "it wrote more than 16 kB")
-    assert one(sandbox, "return 'x' * 2**20").message == "it wrote more than 16 kB"
+        assert (result.status, result.message) == ("error", "more than 16 kB of output")
+    assert one(sandbox, "return 'x' * 2**20").message == "more than 16 kB of output"
 
 
 def test_rights_are_not_to_be_had_again(sandbox):
@@ -241,7 +241,7 @@ def test_a_way_that_holds_nothing_back_is_seen_to_do_so(sandbox):
 
     found = _prove("limits alone", lambda command, _: command, LIMITS)
     assert not found.enough and not (found.network or found.files or found.processes)
-    assert "NOT held back from network, files, other processes" in found.line()
+    assert "NOT isolated from network, files, other processes" in found.line()
 
 
 def test_a_way_that_does_not_start_is_no_way():
@@ -310,7 +310,7 @@ def test_a_value_too_deep_to_compare_is_another_value():
     for _ in range(5000):
         value.append([])
         value = value[0]
-    assert not same(deep, [[1]], "unordered") and shorten(deep) == "a value nested too deep to show"
+    assert not same(deep, [[1]], "unordered") and shorten(deep) == "a value nested too deeply to show"
 
 
 # ---- the sample problems -------------------------------------------------------------------------------------------------

@@ -176,15 +176,15 @@ def test_the_whole_loop(browser, stand_in, tmp_path):
     with app(tmp_path, f"ollama_host={stand_in.url}", "slow_seconds=0.5", "max_tokens=24", f"checkpoints=[{runs}]") as url:
         enter(browser, url)
         wait_for(browser, "Ferry pairs")
-        wait_for(browser, "g · ask")
+        wait_for(browser, "g · generate")
         choose(browser, "model-Ollama", "tiny-coder:1b")
         press(browser, "g")
-        wait_for(browser, "Nothing for ")  # the silence is said
+        wait_for(browser, "No output for ")  # the silence is said
         assert "def ferry" in text_of(browser) or "```python" in text_of(browser), "both are seen as they come"
         stand_in.go_on.set()
         wait_for(browser, "6 of 6 passed")
         wait_for(browser, "✗ 6")
-        wait_for(browser, "What went wrong")
+        wait_for(browser, "Failures")
         photograph(browser, "pair")
         click(browser, ".st-key-view button", "difference")
         wait_for(browser, "+++ right")
@@ -193,10 +193,10 @@ def test_the_whole_loop(browser, stand_in, tmp_path):
         # By key: left; the next problem comes. Undo brings this one back.
         press(browser, "1")
         wait_for_problem(browser, "The longest rise of the tide")
-        assert "1 judgements are yours" in text_of(browser)
+        assert "1 judgments are yours" in text_of(browser)
         press(browser, "u")
         wait_for_problem(browser, "Ferry pairs")
-        assert "0 judgements are yours" in text_of(browser)
+        assert "0 judgments are yours" in text_of(browser)
         wait_for(browser, "6 of 6 passed")
         press(browser, "n")
         wait_for_problem(browser, "The longest rise of the tide")
@@ -205,17 +205,17 @@ def test_the_whole_loop(browser, stand_in, tmp_path):
             press(browser, key)
             wait_for_problem(browser, "The longest rise of the tide")
             open_problem(browser, "Ferry pairs")
-            wait_for(browser, f"You have said: {said}")
-            assert "1 judgements are yours" in text_of(browser)
+            wait_for(browser, f"Your choice: {said}")
+            assert "1 judgments are yours" in text_of(browser)
         # A key that is pressed while somebody writes is a letter.
         field = browser.find_element(By.CSS_SELECTOR, "[class*='st-key-comment'] input")
         field.send_keys("12=su")
-        assert "You have said: right" in text_of(browser) and field.get_attribute("value") == "12=su"
+        assert "Your choice: right" in text_of(browser) and field.get_attribute("value") == "12=su"
         export(browser)
         train(tmp_path, runs)
         browser.refresh()
         enter(browser, url)
-        wait_for(browser, "g · ask")
+        wait_for(browser, "g · generate")
         choose(browser, "source", "checkpoints")
         model = "return document.querySelector('.st-key-model-checkpoints input')?.value"
         WebDriverWait(browser, WAIT, 0.1).until(lambda _: "dpo/LATEST" in (browser.execute_script(model) or ""))
@@ -266,21 +266,21 @@ def train(folder: Path, runs: Path) -> None:
 def test_a_reply_that_is_unusable_is_shown_as_such_and_can_be_asked_again(browser, stand_in, tmp_path):
     with app(tmp_path, f"ollama_host={stand_in.url}") as url:
         enter(browser, url)
-        wait_for(browser, "g · ask")
+        wait_for(browser, "g · generate")
         choose(browser, "model-Ollama", "chatty:1b")
         press(browser, "g")
-        wait_for(browser, "Unusable: the reply holds no code.")
-        assert "Ask again" in text_of(browser) and "Keep them as they are" in text_of(browser)
+        wait_for(browser, "Unusable: the reply contains no code.")
+        assert "Generate again" in text_of(browser) and "Keep anyway" in text_of(browser)
 
 
 def test_a_missing_model_comes_with_the_line_that_fetches_it_and_a_silent_one_is_stopped(browser, stand_in, tmp_path):
     stand_in.go_on.clear()
     with app(tmp_path, f"ollama_host={stand_in.url}") as url:
         enter(browser, url)
-        wait_for(browser, "g · ask")
+        wait_for(browser, "g · generate")
         choose(browser, "model-Ollama", "absent:1b")
         press(browser, "g")
-        wait_for(browser, "Ollama has no model 'absent:1b'. Fetch it with:")
+        wait_for(browser, "Ollama has no model 'absent:1b'. Download it with:")
         wait_for(browser, "ollama pull absent:1b")
         click(browser, ".st-key-discard button")
         choose(browser, "model-Ollama", "tiny-coder:1b")
@@ -293,13 +293,13 @@ def test_a_missing_model_comes_with_the_line_that_fetches_it_and_a_silent_one_is
 def test_a_server_that_is_not_there_is_said_on_the_page(browser, tmp_path):
     with app(tmp_path, "ollama_host=http://127.0.0.1:9") as url:
         enter(browser, url)
-        wait_for(browser, "cannot be reached. Start it, or say where it is.")
+        wait_for(browser, "cannot be reached. Start it, or set its address.")
 
 
 def test_behind_a_password_nothing_is_readable(browser, stand_in, tmp_path):
     with app(tmp_path, f"ollama_host={stand_in.url}", COLLECT_PASSWORD="sesame") as url:
         enter(browser, url, password="open")
-        wait_for(browser, "That is not the password.")
+        wait_for(browser, "Wrong password.")
         source = browser.page_source
         assert "Ferry" not in source and "tiny-coder" not in source
         enter(browser, url, password="sesame")

@@ -149,7 +149,7 @@ def show_progress(store: Store, labeler: str) -> None:
     """Draw the progress, and the agreement between labelers."""
     progress, agreement = store.progress(labeler), store.agreement()
     st.progress(progress.judged_pairs / max(1, progress.pairs), f"{progress.judged_pairs} of {progress.pairs} pairs judged")
-    line = f"{progress.mine} judgments are yours, of {progress.judgments} by {progress.labelers} labelers."
+    line = f"Your judgments: {progress.mine} of {progress.judgments}. Labelers: {progress.labelers}."
     if agreement.comparisons:
         share = agreement.agreed / agreement.comparisons
         alpha = "" if agreement.alpha is None else f", alpha {agreement.alpha:.2f}"

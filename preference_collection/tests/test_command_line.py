@@ -40,7 +40,7 @@ def test_a_mistake_is_one_line(tmp_path, capsys):
     assert refused(capsys, "export", "out", "stroe=x").startswith("'stroe=x' overrides no setting; did you mean store?")
     assert refused(capsys, "import", str(tmp_path / "y"), f"store={tmp_path / 'x'}").startswith(f"import: {tmp_path / 'y'}")
     assert refused(capsys, "push", str(tmp_path), "a/b").startswith(f"push: {tmp_path} is not an export.")
-    assert refused(capsys, "export", "out", "--namse").endswith("unrecognised: --namse")
+    assert refused(capsys, "export", "out", "--namse").endswith("unrecognized: --namse")
     assert "COLLECT_PASSWORD" in refused(capsys, "serve", "address=0.0.0.0")
 
 

@@ -140,9 +140,9 @@ def enter(browser, url: str, name: str = "Ada", password: str = "") -> None:
     fields[len(fields) - 1].send_keys(Keys.ENTER)
 
 
-def show(browser, width: int, colours: str) -> None:
+def show(browser, width: int, colors: str) -> None:
     browser.set_window_size(width, 1000 if width == 1280 else 1080)
-    feature = {"features": [{"name": "prefers-color-scheme", "value": colours}]}
+    feature = {"features": [{"name": "prefers-color-scheme", "value": colors}]}
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", feature)
 
 
@@ -154,8 +154,8 @@ def overflow(browser) -> int:
 def photograph(browser, name: str) -> None:
     """Both widths, light and dark: each has room for both solutions, and what is written can be told from what is behind it."""
     for width in (1280, 1920):
-        for colours in ("light", "dark"):
-            show(browser, width, colours)
+        for colors in ("light", "dark"):
+            show(browser, width, colors)
             settle(browser)
             assert overflow(browser) <= 0
             left, right = (browser.find_element(By.CSS_SELECTOR, f".st-key-side_{side}").rect for side in ("left", "right"))
@@ -163,10 +163,10 @@ def photograph(browser, name: str) -> None:
             background = browser.execute_script(
                 "return getComputedStyle(document.querySelector('[data-testid=stApp]')).backgroundColor")  # fmt: skip
             bright = sum(map(int, re.findall(r"\d+", background)[:3])) / 3
-            assert bright > 200 if colours == "light" else bright < 80
+            assert bright > 200 if colors == "light" else bright < 80
             if folder := os.environ.get("SCREENSHOTS"):
                 Path(folder).mkdir(parents=True, exist_ok=True)
-                browser.save_screenshot(str(Path(folder) / f"{name}-{width}-{colours}.png"))
+                browser.save_screenshot(str(Path(folder) / f"{name}-{width}-{colors}.png"))
     show(browser, 1280, "light")
 
 
@@ -193,10 +193,10 @@ def test_the_whole_loop(browser, stand_in, tmp_path):
         # By key: left; the next problem comes. Undo brings this one back.
         press(browser, "1")
         wait_for_problem(browser, "The longest rise of the tide")
-        assert "1 judgments are yours" in text_of(browser)
+        assert "Your judgments: 1 of" in text_of(browser)
         press(browser, "u")
         wait_for_problem(browser, "Ferry pairs")
-        assert "0 judgments are yours" in text_of(browser)
+        assert "Your judgments: 0 of" in text_of(browser)
         wait_for(browser, "6 of 6 passed")
         press(browser, "n")
         wait_for_problem(browser, "The longest rise of the tide")
@@ -206,7 +206,7 @@ def test_the_whole_loop(browser, stand_in, tmp_path):
             wait_for_problem(browser, "The longest rise of the tide")
             open_problem(browser, "Ferry pairs")
             wait_for(browser, f"Your choice: {said}")
-            assert "1 judgments are yours" in text_of(browser)
+            assert "Your judgments: 1 of" in text_of(browser)
         # A key that is pressed while somebody writes is a letter.
         field = browser.find_element(By.CSS_SELECTOR, "[class*='st-key-comment'] input")
         field.send_keys("12=su")

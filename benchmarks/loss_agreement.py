@@ -58,7 +58,7 @@ class Numbers:
 class Case:
     """A loss of this project by its keys, TRL's counterpart, and the tolerance.
 
-    compare_rewards is false where TRL logs different rewards. reward_shift is BCO's, 0 in TRL's logs.
+    compare_rewards is false where TRL logs different rewards. reward_shift is BCO's; TRL has none, which equals 0.
     """
 
     keys: dict

@@ -75,9 +75,9 @@ def record_row(row: dict) -> dict:
     record = {"responses": texts, "pairs": [(best, 1 - best)] if decided else [], "sft_target": texts[best or 0]}
     if decided and (fault := fault_of_item((row["description"], record))):
         raise UserError(f"export: judgment {row['judgement']} of problem {row['id']!r}: {fault}. Undo it.")
-    said = {"prompt": row["description"], **record}
-    said |= {"chosen": texts[best] if decided else None, "rejected": texts[1 - best] if decided else None}
-    return {name: said[name] if name in said else row[name] for name in RECORD_SCHEMA.names}
+    fields = {"prompt": row["description"], **record}
+    fields |= {"chosen": texts[best] if decided else None, "rejected": texts[1 - best] if decided else None}
+    return {name: fields[name] if name in fields else row[name] for name in RECORD_SCHEMA.names}
 
 
 # ---- writing ----------------------------------------------------------------------------------------------------------------

@@ -266,9 +266,9 @@ class OpenAISource:
         """The models that the server offers."""
         stop = Stop()
         with self._client(stop) as client:
-            answer = client.get("models")
-            _complain(answer, "")
-            return sorted(str(model["id"]) for model in answer.json()["data"])
+            response = client.get("models")
+            _raise_for_status(response, "")
+            return sorted(str(model["id"]) for model in response.json()["data"])
 
     def stream(self, request: Request, stop: Stop) -> Iterator[str]:
         """Stream the reply in parts."""
@@ -276,11 +276,11 @@ class OpenAISource:
             "model": request.model, "messages": [{"role": "user", "content": request.prompt}], "stream": True,
             "temperature": request.temperature, "seed": request.seed, "max_tokens": request.max_tokens,
         }  # fmt: skip
-        with self._client(stop) as client, client.stream("POST", "chat/completions", json=body) as answer:
-            if not answer.is_success:
-                answer.read()
-            _complain(answer, request.model)
-            for line in answer.iter_lines():
+        with self._client(stop) as client, client.stream("POST", "chat/completions", json=body) as response:
+            if not response.is_success:
+                response.read()
+            _raise_for_status(response, request.model)
+            for line in response.iter_lines():
                 data = line.removeprefix("data:").strip()
                 if line.startswith("data:") and data != "[DONE]":
                     yield from _pieces(json.loads(data))
@@ -299,20 +299,22 @@ class OpenAISource:
 
 def _pieces(event: dict) -> Iterator[str]:
     if event.get("error"):
-        raise UserError(f"The server reports: {_said(event)}.")
+        raise UserError(f"The server reports: {_error_message(event)}.")
     for choice in event.get("choices", []):
         yield (choice.get("delta") or {}).get("content") or ""
 
 
-def _complain(answer: httpx.Response, model: str) -> None:
+def _raise_for_status(response: httpx.Response, model: str) -> None:
     """Raise UserError for an error response."""
-    if not answer.is_success:
+    if not response.is_success:
         with suppress(ValueError):
-            raise UserError(f"The server reports: {_said(answer.json())} (status {answer.status_code}, model {model!r}).")
-        raise UserError(f"The server responds with status {answer.status_code} (model {model!r}).")
+            raise UserError(
+                f"The server reports: {_error_message(response.json())} (status {response.status_code}, model {model!r})."
+            )
+        raise UserError(f"The server responds with status {response.status_code} (model {model!r}).")
 
 
-def _said(event) -> str:
+def _error_message(event) -> str:
     error = event.get("error", event) if isinstance(event, dict) else event
     return str(error.get("message", error) if isinstance(error, dict) else error)[:300].rstrip(".")
 

@@ -168,12 +168,12 @@ def _text(row: dict, name: str, needed: bool = False) -> str:
 
 
 def _label(row: dict) -> str | None:
-    said = str(row.get("preference")).strip().lower()
-    if said in BLANKS:
+    value = str(row.get("preference")).strip().lower()
+    if value in BLANKS:
         return None
-    if said not in LABELS:
-        raise RowError(f"preference is {said[:40]!r}, expected 0 (version1 is better), 1 (version2 is better) or blank")
-    return LABELS[said]
+    if value not in LABELS:
+        raise RowError(f"preference is {value[:40]!r}, expected 0 (version1 is better), 1 (version2 is better) or blank")
+    return LABELS[value]
 
 
 def _tests(value) -> tuple[dict, ...]:

@@ -74,10 +74,10 @@ class Isolation:
         """A one-line description."""
         parts = {"network": self.network, "files": self.files, "other processes": self.processes, "new processes": self.forks}
         held, open_to = ([name for name, value in parts.items() if value is state] for state in (True, False))
-        said = f"Tests run with {self.how}"
+        text = f"Tests run with {self.how}"
         if held:
-            said += f", without access to {', '.join(held)}"
-        return f"{said}; NOT isolated from {', '.join(open_to)}." if open_to else f"{said}."
+            text += f", without access to {', '.join(held)}"
+        return f"{text}; NOT isolated from {', '.join(open_to)}." if open_to else f"{text}."
 
 
 @dataclass(frozen=True)
@@ -228,15 +228,16 @@ def _call(wrap: Callable, limits: Limits, work_of: Callable[[int], tuple[str, st
             code, name, args = work_of(process.pid)
             work = {"code": code, "name": name, "args": args, "limits": limits.of_process()}
             started = time.monotonic()
-            said, over = _exchange(process, json.dumps(work).encode(), started + limits.wall_seconds, limits.output_kb * 1024)
+            deadline = started + limits.wall_seconds
+            output, exceeded = _exchange(process, json.dumps(work).encode(), deadline, limits.output_kb * 1024)
         finally:
             _end(process)
-        return _ended(said, over, process.returncode, time.monotonic() - started, limits)
+        return _ended(output, exceeded, process.returncode, time.monotonic() - started, limits)
 
 
-def _exchange(process: subprocess.Popen, work: bytes, deadline: float, most: int) -> tuple[dict[str, bytes], str]:
+def _exchange(process: subprocess.Popen, work: bytes, deadline: float, max_bytes: int) -> tuple[dict[str, bytes], str]:
     """Write the work and read the output; returns it by stream, and which limit ended it: "time", "output" or ""."""
-    said = {"stdout": b"", "stderr": b""}
+    output = {"stdout": b"", "stderr": b""}
     with selectors.DefaultSelector() as selector:
         for name, stream in (("stdin", process.stdin), ("stdout", process.stdout), ("stderr", process.stderr)):
             os.set_blocking(stream.fileno(), False)
@@ -244,21 +245,21 @@ def _exchange(process: subprocess.Popen, work: bytes, deadline: float, most: int
         while selector.get_map():
             ready = selector.select(max(0.0, deadline - time.monotonic()))
             if time.monotonic() >= deadline:
-                return said, "time"
+                return output, "time"
             for key, _ in ready:
                 if key.data == "stdin":
                     work = _write_some(key.fileobj, work)
                     open_still = bool(work)
                 else:
                     data = os.read(key.fd, 65536)
-                    said[key.data] += data
+                    output[key.data] += data
                     open_still = bool(data)
-                    if len(said[key.data]) > most:
-                        return said, "output"
+                    if len(output[key.data]) > max_bytes:
+                        return output, "output"
                 if not open_still:
                     selector.unregister(key.fileobj)
                     key.fileobj.close()
-    return said, ""
+    return output, ""
 
 
 def _write_some(stream, work: bytes) -> bytes:
@@ -278,19 +279,19 @@ def _end(process: subprocess.Popen) -> None:
         stream.close()
 
 
-def _ended(said: dict[str, bytes], over: str, status: int, seconds: float, limits: Limits) -> Ended:
-    if over == "time":
+def _ended(output: dict[str, bytes], exceeded: str, status: int, seconds: float, limits: Limits) -> Ended:
+    if exceeded == "time":
         return Ended(None, f"no answer in {limits.wall_seconds:g} s", late=True)
-    if over == "output":
+    if exceeded == "output":
         return Ended(None, f"more than {limits.output_kb} kB of output")
     with suppress(ValueError, RecursionError):
-        answer = json.loads(said["stdout"])
+        answer = json.loads(output["stdout"])
         if isinstance(answer, dict) and ("value" in answer or isinstance(answer.get("error"), str)):
             return Ended(answer)
     # The kernel kills a process that exceeds its CPU time; the exit status depends on the wrapping tools.
     if status != 0 and seconds >= limits.cpu_seconds:
         return Ended(None, f"more than {limits.cpu_seconds} s of CPU time", late=True)
-    last = said["stderr"].decode(errors="replace").strip().splitlines()[-1:]
+    last = output["stderr"].decode(errors="replace").strip().splitlines()[-1:]
     return Ended(None, f"exited without an answer (status {status}){': ' if last else ''}{''.join(last)[:200]}")
 
 
@@ -339,10 +340,10 @@ def _as_json(value) -> str:
 def shorten(value, length: int = 200) -> str:
     """A value as JSON, shortened for display."""
     try:
-        said = json.dumps(value, ensure_ascii=False)
+        text = json.dumps(value, ensure_ascii=False)
     except RecursionError:
-        said = "a value nested too deeply to show"
-    return printable(said if len(said) <= length else said[: length - 3] + "...")
+        text = "a value nested too deeply to show"
+    return printable(text if len(text) <= length else text[: length - 3] + "...")
 
 
 def printable(text: str) -> str:

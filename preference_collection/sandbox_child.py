@@ -75,11 +75,11 @@ def plain(value):
 def fault(error):
     """An error as the answer, with the last line of the solution in its traceback."""
     try:
-        said = f"{type(error).__name__}: {error}"[:300]
+        message = f"{type(error).__name__}: {error}"[:300]
     except BaseException:
-        said = type(error).__name__[:300]
+        message = type(error).__name__[:300]
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == "solution.py"]
-    return {"error": said, "line": lines[-1] if lines else getattr(error, "lineno", None)}
+    return {"error": message, "line": lines[-1] if lines else getattr(error, "lineno", None)}
 
 
 main()

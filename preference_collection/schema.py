@@ -91,12 +91,12 @@ def connect(address: str, read_only: bool) -> duckdb.DuckDBPyConnection:
 
 
 def _refusal(address: str, error: Exception) -> UserError:
-    said = first_line(error, 400)
-    if "onflicting lock" in said or "already open" in said:
-        return UserError(f"store: {address} is open in another process, and only one can open it. Close the other one. {said}.")
-    if "not a valid DuckDB" in said:
+    message = first_line(error, 400)
+    if "onflicting lock" in message or "already open" in message:
+        return UserError(f"store: {address} is open in another process, and only one can open it. Close the other. {message}.")
+    if "not a valid DuckDB" in message:
         return UserError(f"store: {address} is not a DuckDB file. Expected a store of this app, or a new file name.")
-    return UserError(f"store: {address} cannot be opened: {said}. Expected a DuckDB file or a MotherDuck address.")
+    return UserError(f"store: {address} cannot be opened: {message}. Expected a DuckDB file or a MotherDuck address.")
 
 
 def _migrate(address: str, connection: duckdb.DuckDBPyConnection, read_only: bool) -> None:

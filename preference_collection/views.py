@@ -307,7 +307,7 @@ def line_of(result: dict) -> str:
 
 def show_judging(shared: Shared, labeler: str, query: Query, problem: Problem, pair: Pair, left: str) -> None:
     """Draw the buttons, and the optional reasons and comment."""
-    standing = {said.labeler: said for said in shared.store.standing(pair.id)}
+    standing = {judgment.labeler: judgment for judgment in shared.store.standing(pair.id)}
     own = standing.get(labeler)
     if own:
         sides = {"first": "left" if left == "first" else "right", "second": "right" if left == "first" else "left"}
@@ -394,8 +394,8 @@ def show_writing(shared: Shared, writing: Writing, fault: str | None) -> None:
     """Draw one streaming reply."""
     quiet = writing.quiet_seconds()
     if writing.state == "failed":
-        said, _, command = writing.message.partition(PULL)
-        st.error(said + PULL.rstrip() if command else said)
+        message, _, command = writing.message.partition(PULL)
+        st.error(message + PULL.rstrip() if command else message)
         if command:
             st.code(command, language="bash")
     elif writing.over and fault:

@@ -288,7 +288,7 @@ def test_a_store_that_another_process_holds_is_said_to_be_open_there(tmp_path):
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         process.stdout.readline()
         message = refused(path)
-        assert message.startswith(f"store: {path} is open in another process, and only one can open it. Close the other one.")
+        assert message.startswith(f"store: {path} is open in another process, and only one can open it. Close the other.")
         assert str(process.pid) in message
         process.stdin.close()
     open_store(str(path)).close()

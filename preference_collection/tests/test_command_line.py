@@ -1,4 +1,4 @@
-"""The command line: a mistake is one message and exit status 2, before anything is touched."""
+"""The command line: a user error gives one message and exit status 2, before anything is changed."""
 
 import json
 import subprocess
@@ -33,7 +33,7 @@ def test_from_rows_to_a_data_set(tmp_path, capsys):
     assert (record["chosen"], record["rejected"], record["labeller"]) == ("b", "a", "imported")
 
 
-def test_a_mistake_is_one_line(tmp_path, capsys):
+def test_a_user_error_gives_one_line(tmp_path, capsys):
     assert refused(capsys, "export", "out", f"store={tmp_path / 'x'}") == (
         f"store: {tmp_path / 'x'}: no such file. Expected an existing store."
     )

@@ -1,4 +1,4 @@
-"""What people picked becomes what the root's own loaders read, and a data set on the hub."""
+"""Judgments are exported in a form that the framework's loaders read, and uploaded to the Hub."""
 
 import json
 from contextlib import closing
@@ -22,7 +22,7 @@ from preference_training.data.rows.records import DataReport, Turn, fault_of_ite
 
 
 def judged_store(store):
-    """Three problems: two judged by two people, who differ on the second, one tie and one skip."""
+    """Three problems: two judged by two people, who disagree on the second, one tie and one skip."""
     store.add_problems([a_problem("a"), a_problem("b"), a_problem("c")])
     pairs = {name: a_pair(name, (f"{name} one", f"{name} two")) for name in "abc"}
     store.add_pairs(pairs.values())
@@ -45,7 +45,7 @@ def lc_records(directory) -> dict:
     return found
 
 
-def test_the_loader_of_lc_reads_what_was_picked_and_nothing_else(store, tmp_path):
+def test_the_lc_loader_reads_the_preferences_and_nothing_else(store, tmp_path):
     counts = export_dataset(judged_store(store), tmp_path / "out")
     assert counts == {"preferences": 4, "ties": 1, "skips": 1}
     assert lc_records(tmp_path / "out") == {
@@ -69,7 +69,7 @@ def test_each_judgment_is_a_row_with_the_votes_on_its_pair(store, tmp_path):
     assert pyarrow.parquet.read_table(tmp_path / "out" / "apart" / "skips.parquet").to_pylist()[0]["labeller"] == "bob"
 
 
-def test_what_was_taken_back_is_not_exported(store, tmp_path):
+def test_an_undone_judgment_is_not_exported(store, tmp_path):
     judged_store(store).undo("bob")
     assert export_dataset(store, tmp_path / "out") == {"preferences": 4, "ties": 1, "skips": 0}
     assert not (tmp_path / "out" / "apart" / "skips.parquet").exists()
@@ -99,7 +99,7 @@ def test_a_file_of_records_is_read_by_its_path_and_has_the_shape_of_records(stor
     assert apart == {name.replace(".", ".ties."), name.replace(".", ".skips.")}
 
 
-def test_an_export_that_is_written_again_is_read_anew(store, tmp_path):
+def test_a_repeated_export_is_not_read_from_the_cache(store, tmp_path):
     export_dataset(judged_store(store), tmp_path / "out")
     before = lc_records(tmp_path / "out")
     load_hub.cache_clear()
@@ -116,8 +116,8 @@ SOLUTION = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(
 
 @settings(max_examples=25, deadline=None)
 @given(SOLUTION, SOLUTION, SOLUTION)
-def test_any_text_arrives_at_the_loader_as_it_was_written(tmp_path_factory, description, one, other):
-    """Read as the loader's own library reads it, and given to what the loader makes of rows."""
+def test_any_text_reaches_the_loader_unchanged(tmp_path_factory, description, one, other):
+    """Read with the loader's own library, and converted by the loader."""
     directory = tmp_path_factory.mktemp("texts") / "out"
     with closing(open_store(":memory:")) as store:
         store.add_problems([a_problem()])
@@ -136,7 +136,7 @@ def test_any_text_arrives_at_the_loader_as_it_was_written(tmp_path_factory, desc
 # ---- refusals ---------------------------------------------------------------------------------------------------------------
 
 
-def test_nothing_preferred_is_nothing_to_export(store, tmp_path):
+def test_an_export_without_preferences_is_refused(store, tmp_path):
     with pytest.raises(UserError, match="there are no preferences yet \\(0 ties, 0 skips\\)"):
         export_dataset(store, tmp_path / "out")
     with pytest.raises(UserError, match="there are no preferences yet"):
@@ -144,7 +144,7 @@ def test_nothing_preferred_is_nothing_to_export(store, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_directory_with_something_else_in_it_is_left_alone(store, tmp_path):
+def test_a_directory_with_other_files_is_not_overwritten(store, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
     with pytest.raises(UserError, match="contains other files"):
@@ -158,7 +158,7 @@ def test_a_directory_with_something_else_in_it_is_left_alone(store, tmp_path):
 
 
 class Hub(BaseHTTPRequestHandler):
-    """The part of the hub's interface by which a small data set is made and written: create, preupload, commit."""
+    """The part of the Hub's API that creates a small data set: create, preupload, commit."""
 
     seen: list
     there = ("README.md", "apart/old.parquet")
@@ -236,7 +236,7 @@ def test_an_export_is_pushed_as_a_private_data_set_with_its_card(store, tmp_path
     assert files == {CARD, *FILES.values()}
 
 
-def test_nothing_goes_into_a_data_set_that_everybody_sees_unless_that_is_asked_for(store, tmp_path, hub):
+def test_a_public_data_set_is_uploaded_to_only_on_request(store, tmp_path, hub):
     export_dataset(judged_store(store), tmp_path / "out")
     hub.private = False
     with pytest.raises(UserError, match="push: ada/picks is public"):
@@ -246,7 +246,7 @@ def test_nothing_goes_into_a_data_set_that_everybody_sees_unless_that_is_asked_f
     assert [path for path, _, _ in hub.seen if "/commit/" in path]
 
 
-def test_a_hub_that_refuses_is_one_message(store, tmp_path, hub):
+def test_a_refusal_by_the_hub_gives_one_message(store, tmp_path, hub):
     export_dataset(judged_store(store), tmp_path / "out")
     hub.allow = False
     with pytest.raises(UserError, match="push: the Hub refuses ada/picks: .* Expected a token with write access"):

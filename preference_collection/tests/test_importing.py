@@ -1,4 +1,4 @@
-"""Problems from elsewhere: what a file says is in the store once, and what is wrong with it is said by row."""
+"""Importing problems: rows are added once, and faults are reported by row."""
 
 import json
 
@@ -52,7 +52,7 @@ def write(path, rows):
 
 
 @pytest.mark.parametrize("name", ["rows.csv", "rows.jsonl", "rows.parquet", "older.duckdb"])
-def test_rows_of_every_kind_of_file_keep_their_labels(store, tmp_path, name):
+def test_rows_of_every_file_type_keep_their_labels(store, tmp_path, name):
     path = write(tmp_path / name, ROWS)
     assert import_into(store, path).line() == "4 problems added, 3 new pairs, 2 judgments"
     assert [problem.id for problem in store.browse(Query())[0]] == ["1", "2", "3", "4"]
@@ -62,7 +62,7 @@ def test_rows_of_every_kind_of_file_keep_their_labels(store, tmp_path, name):
         [pair] = store.pairs_of(number)
         choices[pair.first.text] = [(said.choice, said.labeler) for said in store.standing(pair.id)]
     assert choices == {"a": [("first", "imported")], "c": [("second", "imported")], "e": []}
-    # A second time nothing is there twice.
+    # A second import adds nothing.
     assert import_into(store, path).line() == "4 known"
     assert store.progress().judgments == 2
 
@@ -94,7 +94,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("row", "fault"), BAD, ids=[fault[:30] for _, fault in BAD])
-def test_a_row_that_cannot_be_used_is_named_by_its_number_and_nothing_is_imported(store, tmp_path, row, fault):
+def test_an_invalid_row_is_reported_by_number_and_nothing_is_imported(store, tmp_path, row, fault):
     path = write(tmp_path / "rows.jsonl", [ROWS[0], row])
     with pytest.raises(UserError) as caught:
         import_into(store, path)
@@ -107,7 +107,7 @@ def test_a_row_that_cannot_be_used_is_named_by_its_number_and_nothing_is_importe
     )
 
 
-def test_rows_that_contradict_an_earlier_one_are_bad(store, tmp_path):
+def test_rows_that_contradict_an_earlier_one_are_invalid(store, tmp_path):
     other = {**ROWS[0], "description": "Say 5."}
     turned = {**ROWS[0], "preference": 1}
     path = write(tmp_path / "rows.jsonl", [ROWS[0], other, turned])
@@ -117,14 +117,14 @@ def test_rows_that_contradict_an_earlier_one_are_bad(store, tmp_path):
     assert "row 3: the same two solutions have the opposite preference" in str(caught.value)
 
 
-def test_the_first_ten_bad_rows_are_named_and_all_are_counted(store, tmp_path):
+def test_the_first_ten_invalid_rows_are_listed_and_all_are_counted(store, tmp_path):
     path = write(tmp_path / "rows.jsonl", [{"description": ""}] * 12)
     with pytest.raises(UserError) as caught:
         import_into(store, path)
     assert "12 rows of" in str(caught.value) and "row 10:" in str(caught.value) and "row 11:" not in str(caught.value)
 
 
-def test_broken_lines_are_named_too(store, tmp_path):
+def test_broken_lines_are_reported_too(store, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"description": "d"}\n{"description": \n')
     with pytest.raises(UserError, match="row 2: not JSON"):
@@ -140,7 +140,7 @@ def test_broken_lines_are_named_too(store, tmp_path):
         ("x.csv", "a,a\n1,2\n", "names a twice"),
     ],
 )
-def test_files_that_cannot_be_read_are_one_message(store, tmp_path, name, content, said):
+def test_an_unreadable_file_gives_one_message(store, tmp_path, name, content, said):
     path = tmp_path / name
     if content:
         path.write_text(content)
@@ -148,7 +148,7 @@ def test_files_that_cannot_be_read_are_one_message(store, tmp_path, name, conten
         import_into(store, path)
 
 
-def test_a_database_without_the_older_table_is_said_to_have_none(store, tmp_path):
+def test_a_database_without_the_older_table_is_refused(store, tmp_path):
     duckdb.connect(str(tmp_path / "x.duckdb")).close()
     with pytest.raises(UserError, match="Expected a table leetcode_problems"):
         import_into(store, tmp_path / "x.duckdb")
@@ -162,7 +162,7 @@ ANYTHING = st.recursive(
 
 @given(st.fixed_dictionaries({}, optional={name: ANYTHING for name in (
     "id", "title", "difficulty", "description", "function_name", "tests")}))  # fmt: skip
-def test_any_row_is_a_problem_or_a_fault(row):
+def test_any_row_gives_a_problem_or_a_fault(row):
     try:
         problem = problem_of(row)
     except RowError as fault:

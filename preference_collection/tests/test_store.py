@@ -1,4 +1,4 @@
-"""The store: what is said stays said, whoever says it at the same time and whatever is killed meanwhile."""
+"""The store keeps every judgment, under concurrent writes and killed processes."""
 
 import os
 import signal
@@ -47,7 +47,7 @@ def with_pairs(store, *problems: str) -> list:
 # ---- what goes in comes out -------------------------------------------------------------------------------------------------
 
 
-def test_problems_and_pairs_come_back_as_they_went_in(store):
+def test_problems_and_pairs_are_stored_unchanged(store):
     problem = a_problem(tests=({"args": [[1, "é"], None], "expected": {"a": [True, 0.5]}, "compare": "close"},))
     pair = a_pair(texts=("```python\nx = '\"'\n```", "; DROP TABLE pairs; --"))
     assert store.add_problems([problem]) == (1, 0)
@@ -58,7 +58,7 @@ def test_problems_and_pairs_come_back_as_they_went_in(store):
 
 @settings(max_examples=25, deadline=None)
 @given(text=TEXTS, comment=TEXTS, labeler=TEXTS, reasons=st.lists(TEXTS, max_size=3))
-def test_any_text_survives_quotes_fences_nuls_and_all(text, comment, labeler, reasons):
+def test_any_text_is_stored_unchanged(text, comment, labeler, reasons):
     with closing(open_store(":memory:")) as store:
         store.add_problems([a_problem("p" + text, title=text, description=text)])
         pair = a_pair("p" + text, texts=(text, text + "\0```'\""))
@@ -69,13 +69,13 @@ def test_any_text_survives_quotes_fences_nuls_and_all(text, comment, labeler, re
         assert store.standing(pair.id) == [said]
 
 
-def test_a_problem_that_is_there_stays_as_it_is(store):
+def test_an_existing_problem_is_not_changed(store):
     store.add_problems([a_problem()])
     assert store.add_problems([a_problem(title="Another"), a_problem("other"), a_problem("other")]) == (1, 2)
     assert store.problem("sum").title == "The sum"
 
 
-def test_what_was_written_is_there_when_the_file_is_opened_again(store):
+def test_the_content_survives_reopening_the_file(store):
     [pair] = with_pairs(store, "sum")
     said = judged(store, pair.id)
     store.close()
@@ -88,7 +88,7 @@ def test_what_was_written_is_there_when_the_file_is_opened_again(store):
 # ---- judgments -------------------------------------------------------------------------------------------------------------
 
 
-def test_the_last_word_of_each_labeler_stands_and_an_undo_brings_the_one_before_back(store):
+def test_the_latest_judgment_of_each_labeler_counts_and_an_undo_restores_the_previous_one(store):
     [pair] = with_pairs(store, "sum")
     one = judged(store, pair.id, "first")
     other = judged(store, pair.id, "tie", labeler="bob")
@@ -99,7 +99,7 @@ def test_the_last_word_of_each_labeler_stands_and_an_undo_brings_the_one_before_
     assert store.undo("ada") == (pair.id, "sum")
     assert store.undo("ada") is None
     assert store.standing(pair.id) == [other]
-    # Nothing was taken out of the table: three judgments and two undos.
+    # Nothing was deleted from the table: three judgments and two undos.
     assert store.connection.execute("SELECT count(*) FROM preferences").fetchone() == (5,)
 
 
@@ -116,13 +116,13 @@ def test_a_key_pressed_twice_counts_once(store):
     "judgment", [Judgment("a", "pair", "first", "both", "ada"), Judgment("a", "pair", "tie", "first", "ada"),
                   Judgment("a", "no such pair", "first", "first", "ada")],
 )  # fmt: skip
-def test_a_judgment_of_nothing_is_refused(store, judgment):
+def test_an_invalid_judgment_is_refused(store, judgment):
     with pytest.raises(ValueError):
         store.judge(judgment)
     assert store.progress().judgments == 0
 
 
-def test_which_side_is_shown_left_is_as_random_as_a_coin_and_stays(store):
+def test_the_side_shown_left_is_balanced_and_stable(store):
     sides = [side_shown_left(labeler, pair) for labeler in ("ada", "bob") for pair in map(str, range(500))]
     assert sides == [side_shown_left(labeler, pair) for labeler in ("ada", "bob") for pair in map(str, range(500))]
     # 1000 throws of a coin: 500 heads, with a deviation of sqrt(1000) / 2 = 16; five of these to either side.
@@ -130,7 +130,7 @@ def test_which_side_is_shown_left_is_as_random_as_a_coin_and_stays(store):
     assert 170 < sum(a != b for a, b in zip(sides[:500], sides[500:], strict=True)) < 330
 
 
-def test_agreement_is_counted_as_krippendorff_does():
+def test_agreement_is_krippendorffs_alpha():
     # Two labelers, four units, (a a) (a a) (b b) (a b): 8 values, 5 a and 3 b. D_o = 2/8: the one unit that disagrees has
     # (4 - 1 - 1) / 1 = 2. D_e = (64 - 25 - 9) / (8 * 7) = 30/56. alpha = 1 - (1/4) / (30/56) = 1 - 7/15.
     found = agreement_of([(2, 0, 0), (2, 0, 0), (0, 2, 0), (1, 1, 0)])
@@ -141,7 +141,7 @@ def test_agreement_is_counted_as_krippendorff_does():
     assert agreement_of([(3, 0, 0), (1, 0, 0)]).alpha is None and agreement_of([]).comparisons == 0
 
 
-def test_agreement_leaves_skips_and_single_judgments_aside(store):
+def test_agreement_ignores_skips_and_single_judgments(store):
     one, two, three = with_pairs(store, "a", "b", "c")
     for pair, choices in ((one, ("first", "first", "skip")), (two, ("tie", "second")), (three, ("first",))):
         for labeler, choice in zip(("ada", "bob", "eve"), choices, strict=False):
@@ -159,7 +159,7 @@ def ids(store, **query) -> list[str]:
     return [row.id for row in rows]
 
 
-def test_the_list_is_filtered_for_the_one_who_looks_at_it(store):
+def test_the_list_is_filtered_per_labeler(store):
     pairs = with_pairs(store, "a", "b", "c")
     store.add_problems([a_problem("d", difficulty="hard", title="100% 'quoted'")])
     judged(store, pairs[0].id, "first", "ada")
@@ -185,15 +185,15 @@ def test_a_new_pair_makes_a_problem_unlabeled_again(store):
     assert ids(store, labeler="ada", only="unlabeled") == ["a"]
 
 
-def test_pairs_that_the_policy_is_least_sure_of_come_first(store):
+def test_pairs_that_the_policy_is_least_sure_about_come_first(store):
     pairs = with_pairs(store, "a", "b", "c", "d")
     store.add_scores("old", [(pairs[3].id, 0.0)])
     store.add_scores("new", [(pairs[0].id, -5.0), (pairs[1].id, 0.5), (pairs[2].id, 2.0)])
-    # Of d only an older policy has said something.
+    # d was scored only by an older policy.
     assert ids(store, order="uncertain") == ["b", "c", "a", "d"]
 
 
-def test_test_runs_are_kept_and_the_newest_is_shown(store):
+def test_test_runs_are_stored_and_the_newest_is_shown(store):
     assert store.test_run("g") is None
     store.add_test_run("g", [{"status": "failed"}])
     store.add_test_run("g", [{"status": "passed", "got": "é"}])
@@ -204,7 +204,7 @@ def test_test_runs_are_kept_and_the_newest_is_shown(store):
 
 
 def judge_at_once(store, labelers: int, each: int) -> None:
-    """So many labelers, each in a thread, judge a pair in turn, undo one in ten, and browse now and then."""
+    """Each labeler, in a thread, judges the pairs in turn, undoes one in ten, and browses now and then."""
     problems = [f"p{index}" for index in range(each)]
     pairs = with_pairs(store, *problems)
     failures = []
@@ -234,7 +234,7 @@ def judge_at_once(store, labelers: int, each: int) -> None:
     assert store.connection.execute(numbers).fetchone() == (written, written, written)
 
 
-def test_many_labelers_at_once_lose_and_double_nothing(store):
+def test_concurrent_labelers_lose_and_duplicate_nothing(store):
     judge_at_once(store, labelers=16, each=20)
 
 
@@ -251,7 +251,7 @@ for number in range(10**6):
 """
 
 
-def test_a_process_killed_while_it_writes_has_lost_nothing_that_it_said_was_written(tmp_path):
+def test_a_process_killed_while_writing_loses_nothing_that_it_confirmed(tmp_path):
     path = str(tmp_path / "collection.duckdb")
     command = [sys.executable, "-c", WRITER, path]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
@@ -260,7 +260,7 @@ def test_a_process_killed_while_it_writes_has_lost_nothing_that_it_said_was_writ
         said += process.stdout.read().split()
     with closing(open_store(path)) as store:
         found = {judgment.id for judgment in store.standing("pair")}
-        # It may have written one more than it could still say.
+        # It may have written one more than it could confirm.
         assert set(said) <= found and len(found) <= len(said) + 1
         judged(store, "pair")
 
@@ -274,14 +274,14 @@ def refused(address, **options) -> str:
     return str(caught.value)
 
 
-def test_a_file_that_is_no_duckdb_file_is_said_to_be_none(tmp_path):
+def test_a_file_that_is_not_a_duckdb_file_is_refused(tmp_path):
     path = tmp_path / "notes.txt"
     path.write_text("Some notes.\n" * 2000)
     assert refused(path) == f"store: {path} is not a DuckDB file. Expected a store of this app, or a new file name."
     assert path.read_text().startswith("Some notes."), "and it is left alone"
 
 
-def test_a_store_that_another_process_holds_is_said_to_be_open_there(tmp_path):
+def test_a_store_open_in_another_process_is_refused(tmp_path):
     path = tmp_path / "collection.duckdb"
     hold = "import sys, duckdb; c = duckdb.connect(sys.argv[1]); print('open', flush=True); sys.stdin.read()"
     command = [sys.executable, "-c", hold, str(path)]
@@ -294,7 +294,7 @@ def test_a_store_that_another_process_holds_is_said_to_be_open_there(tmp_path):
     open_store(str(path)).close()
 
 
-def test_a_store_of_a_newer_app_is_left_alone(store):
+def test_a_store_of_a_newer_app_is_refused(store):
     store.connection.execute("INSERT INTO schema_versions VALUES (99, now()::TIMESTAMP)")
     store.close()
     known = len(MIGRATIONS)
@@ -303,7 +303,7 @@ def test_a_store_of_a_newer_app_is_left_alone(store):
     )
 
 
-def test_a_database_of_somebody_else_is_left_alone(tmp_path):
+def test_an_unrelated_database_is_refused(tmp_path):
     path = tmp_path / "other.duckdb"
     with duckdb.connect(str(path)) as connection:
         connection.execute("CREATE TABLE leetcode_problems (id INTEGER)")
@@ -313,13 +313,13 @@ def test_a_database_of_somebody_else_is_left_alone(tmp_path):
         assert connection.execute("SHOW TABLES").fetchall() == [("leetcode_problems",)]
 
 
-def test_a_directory_and_a_missing_file_are_one_message_each(tmp_path):
+def test_a_directory_and_a_missing_file_give_one_message_each(tmp_path):
     assert f"store: {tmp_path} cannot be opened" in refused(tmp_path)
     absent = tmp_path / "absent.duckdb"
     assert refused(absent, read_only=True) == f"store: {absent}: no such file. Expected an existing store."
 
 
-def test_a_store_of_each_earlier_version_is_brought_to_this_one_with_what_is_in_it(tmp_path):
+def test_a_store_of_each_earlier_version_is_migrated_with_its_content(tmp_path):
     for version in range(1, len(MIGRATIONS)):
         path = str(tmp_path / f"{version}.duckdb")
         with duckdb.connect(path) as connection:
@@ -336,7 +336,7 @@ def test_a_store_of_each_earlier_version_is_brought_to_this_one_with_what_is_in_
             assert versions == [(number,) for number in range(1, len(MIGRATIONS) + 1)]
 
 
-def test_a_store_for_reading_is_read_and_takes_nothing(store):
+def test_a_read_only_store_can_be_read_but_not_written(store):
     [pair] = with_pairs(store, "a")
     store.close()
     with closing(open_store(store.address, read_only=True)) as reader:
@@ -345,14 +345,14 @@ def test_a_store_for_reading_is_read_and_takes_nothing(store):
             judged(reader, pair.id)
 
 
-def test_motherduck_without_a_token_is_one_message_and_opens_no_browser(monkeypatch):
+def test_motherduck_without_a_token_gives_one_message_and_opens_no_browser(monkeypatch):
     for name in ("motherduck_token", "MOTHERDUCK_TOKEN"):
         monkeypatch.delenv(name, raising=False)
     message = "store: md:mine is a MotherDuck address, but motherduck_token is not set. Set it to your token."
     assert refused("md:mine") == message
 
 
-def test_an_address_of_motherduck_is_opened_by_its_own_kind(monkeypatch):
+def test_a_motherduck_address_is_opened_by_its_kind(monkeypatch):
     asked = []
 
     def connect(address, **options):

@@ -1,4 +1,4 @@
-"""The store at full size: fifty labelers at once, a hundred thousand problems."""
+"""The store at full size: fifty concurrent labelers, a hundred thousand problems."""
 
 from time import process_time
 
@@ -6,16 +6,16 @@ from preference_collection.store import Judgment, Query, new_id
 from preference_collection.tests.conftest import a_pair, a_problem
 from preference_collection.tests.test_store import judge_at_once
 
-# At the server, for a page of the list. Unit: seconds of the processors, on which a busy machine counts little.
+# Server time for a page of the list. Unit: seconds of CPU time, which a busy machine affects little.
 PAGE_CHANGE = 0.3
 
 
-def test_fifty_labelers_write_ten_thousand_judgments_and_none_is_lost_or_doubled(store):
+def test_fifty_labelers_write_ten_thousand_judgments_and_none_is_lost_or_duplicated(store):
     judge_at_once(store, labelers=50, each=200)
 
 
 def page_change(store, query: Query, start: int) -> float:
-    """What the server computes for a page of the list and one problem. Unit: seconds."""
+    """CPU time of the server for a page of the list and one problem. Unit: seconds."""
     begun = process_time()
     store.browse(query, start)
     store.progress("labeler 1")

@@ -1,6 +1,6 @@
 """What the hub refuses, and what is refused for its sake, before anything is exported."""
 
-import huggingface_hub
+import huggingface_hub.constants
 import pytest
 
 from hub_stand_in import TOKEN, serving
@@ -28,7 +28,7 @@ def test_a_repository_is_made_private_only_where_that_is_asked_for(served):
 
 def test_nothing_private_goes_into_a_repository_that_everybody_sees(served):
     hub.reserve("me/open", private=False)
-    with pytest.raises(UserError, match="--private: me/open exists already, and is public"):
+    with pytest.raises(UserError, match="--private: me/open already exists and is public"):
         hub.reserve("me/open", private=True)
 
 
@@ -51,5 +51,5 @@ def test_what_the_hub_refuses_is_one_message_without_the_token(served, monkeypat
 def test_without_a_network_the_directory_is_said_to_be_complete(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match="offline mode is enabled.* is complete; `hf upload` takes it up"):
+    with pytest.raises(UserError, match="offline mode is enabled.* is complete: upload it later with `hf upload`"):
         hub.upload(tmp_path, "me/it")

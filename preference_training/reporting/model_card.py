@@ -56,6 +56,10 @@ class CardFacts:
     adapter: bool = False
     quantized: str | None = None
 
+    def summary(self, directory: Path) -> str:
+        """One line on the model in a directory."""
+        return f"{directory}: {self.architecture}, {self.parameters:,} parameters, {self.dtype}"
+
 
 def model_card(facts: CardFacts) -> str:
     """The text of a README.md, its metadata in front."""

@@ -10,21 +10,21 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from preference_training.reporting.charts import (
-    BARS,
     BUCKETS,
-    LARGEST,
+    MAX_MAGNITUDE,
+    MAX_MARKERS,
     Frame,
     Line,
-    bucketed,
     chart,
-    column,
+    downsample,
+    format_number,
     json_in_html,
-    line_of,
-    shown,
+    metric_line,
+    metric_values,
     tick_label,
     ticks,
-    words_marked,
 )
+from preference_training.reporting.examples import highlight_changes
 
 
 def line(values, name: str = "loss", **more) -> Line:
@@ -33,20 +33,20 @@ def line(values, name: str = "loss", **more) -> Line:
 
 def test_a_long_line_has_the_mean_and_the_range_of_each_part():
     # 4 values fall into each of 2 parts: 0, 1, 2, 3 and 10, 11, 12, 13.
-    found = bucketed(line([0, 1, 2, 3, 10, 11, 12, 13]), buckets=2)
+    found = downsample(line([0, 1, 2, 3, 10, 11, 12, 13]), buckets=2)
     assert found.x.tolist() == [1.5, 5.5]
     assert (found.low.tolist(), found.y.tolist(), found.high.tolist()) == ([0, 10], [1.5, 11.5], [3, 13])
 
 
 def test_the_interval_of_a_part_is_the_mean_of_its_points_intervals():
     values = numpy.array([0.0, 2.0, 4.0, 6.0])
-    found = bucketed(line(values, low=values - 1, high=values + 3), buckets=2)
+    found = downsample(line(values, low=values - 1, high=values + 3), buckets=2)
     assert (found.low.tolist(), found.high.tolist()) == ([0.0, 4.0], [4.0, 8.0])
 
 
 def test_a_short_line_stays_as_it_is():
     short = line(range(BUCKETS))
-    assert bucketed(short) is short
+    assert downsample(short) is short
 
 
 FINITE = st.floats(-1e300, 1e300)
@@ -54,7 +54,7 @@ FINITE = st.floats(-1e300, 1e300)
 
 @given(st.lists(FINITE, min_size=1, max_size=200), st.integers(1, 20))
 def test_no_part_is_empty_and_no_extreme_is_lost(values, buckets):
-    found = bucketed(line(values), buckets)
+    found = downsample(line(values), buckets)
     assert 1 <= len(found.x) <= max(buckets, 1) or len(values) <= buckets
     if found.low is not None:
         assert found.low.min() == min(values) and found.high.max() == max(values)
@@ -75,7 +75,7 @@ def test_ticks_are_few_and_lie_within(low, high):
     [(0, "0"), (0.69314, "0.6931"), (12800, "12,800"), (-1500.4, "-1,500"), (1.234e-7, "1.23e-07"), (2.5e8, "2.5e+08")],
 )
 def test_numbers_are_short(value, text):
-    assert shown(value) == text
+    assert format_number(value) == text
 
 
 @pytest.mark.parametrize(
@@ -93,11 +93,11 @@ def test_a_metrics_line_has_its_finite_values_and_their_intervals():
         {"counters/examples": 8, "loss/eval": math.nan},
         {"counters/examples": 12, "loss/eval": 0.25, "loss/eval/low": 0.2, "loss/eval/high": 0.3},
     ]
-    found = line_of(rows, "loss/eval", "held out")
+    found = metric_line(rows, "loss/eval", "held out")
     assert (found.x.tolist(), found.y.tolist(), found.low.tolist()) == ([4, 12], [0.5, 0.25], [0.4, 0.2])
-    assert line_of(rows[1:], "loss/eval", "held out").high.tolist() == [0.3]
-    assert line_of([*rows, {"counters/examples": 16, "loss/eval": 1.0}], "loss/eval", "held out").low is None
-    assert line_of(rows, "absent", "absent") is None
+    assert metric_line(rows[1:], "loss/eval", "held out").high.tolist() == [0.3]
+    assert metric_line([*rows, {"counters/examples": 16, "loss/eval": 1.0}], "loss/eval", "held out").low is None
+    assert metric_line(rows, "absent", "absent") is None
 
 
 VALUES = (
@@ -107,11 +107,11 @@ VALUES = (
 
 @given(st.lists(VALUES) | st.lists(st.floats()))
 def test_a_column_has_every_number_that_can_be_drawn_at_its_place_and_nothing_else(values):
-    found = column([{"a": value} for value in values], "a").tolist()
+    found = metric_values([{"a": value} for value in values], "a").tolist()
     assert len(found) == len(values)
-    assert math.isnan(column([{"a": 10**400}], "a")[0]) and math.isnan(column([{}], "a")[0])
+    assert math.isnan(metric_values([{"a": 10**400}], "a")[0]) and math.isnan(metric_values([{}], "a")[0])
     for value, number in zip(values, found, strict=False):
-        is_number = isinstance(value, int | float) and abs(value) < LARGEST
+        is_number = isinstance(value, int | float) and abs(value) < MAX_MAGNITUDE
         assert number == float(value) if is_number else math.isnan(number)
 
 
@@ -168,14 +168,14 @@ def test_a_long_line_is_not_drawn_larger_than_its_values_vary():
     assert frame.bottom <= 0 and frame.top >= 10, "its means are all 5"
 
 
-@pytest.mark.parametrize(("points", "marks"), [(BARS, 1), (BARS + 1, 0)])
+@pytest.mark.parametrize(("points", "marks"), [(MAX_MARKERS, 1), (MAX_MARKERS + 1, 0)])
 def test_only_a_few_points_are_marked(points, marks):
     page = BeautifulSoup(chart("Loss", [line(range(points), is_sparse=True)]), "html.parser")
     assert len(page.select(".plot .dots")) == marks
 
 
 def test_words_that_the_other_text_does_not_have_there_are_marked():
-    marked = words_marked("Of course! Start <small> today.", "Of course! Start now.")
+    marked = highlight_changes("Of course! Start <small> today.", "Of course! Start now.")
     assert str(marked) == "Of course! Start <ins>&lt;small&gt; today.</ins>"
 
 
@@ -183,4 +183,4 @@ def test_words_that_the_other_text_does_not_have_there_are_marked():
 def test_a_marked_text_is_the_text(text, other):
     # NUL and carriage returns are not kept by a parser of HTML.
     assume(not {"\0", "\r"} & set(text))
-    assert BeautifulSoup(f"<p>{words_marked(text, other)}</p>", "html.parser").text == text
+    assert BeautifulSoup(f"<p>{highlight_changes(text, other)}</p>", "html.parser").text == text

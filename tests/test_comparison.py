@@ -12,18 +12,18 @@ from omegaconf import OmegaConf
 
 from preference_training.core.errors import UserError
 from preference_training.losses.objectives import LOSS_AT_BETA_USED, LOSSES
-from preference_training.reporting import comparison
 from preference_training.reporting.comparison import (
     FALL,
     KL,
-    OF_THEIR_RUN,
+    comparison_csv,
     comparison_page,
-    csv_of,
+    distance,
     find_runs,
-    grouped,
+    group_runs,
     read_runs,
     write_comparison,
 )
+from preference_training.tracking import run_files
 
 
 def evaluation(examples: int, accuracy: float, **more) -> dict:
@@ -59,9 +59,9 @@ def parsed(folder: Path) -> BeautifulSoup:
 
 
 def test_runs_that_differ_in_their_seed_alone_are_one_group_in_the_order_of_what_sets_the_groups_apart(sweep):
-    groups = grouped(runs_of(sweep))
+    groups = group_runs(runs_of(sweep))
     assert [group.name for group in groups] == ["beta=0.05", "beta=0.5"]
-    assert [[run.name for run in group.runs] for group in groups] == [["1", "3"], ["0", "2"]]
+    assert [[run.label for run in group.runs] for group in groups] == [["1", "3"], ["0", "2"]]
 
 
 def test_the_table_has_the_mean_and_the_standard_deviation_over_seeds(sweep):
@@ -87,8 +87,8 @@ def hints(folder: Path) -> str:
 def test_losses_that_are_of_other_formulas_are_said_not_to_compare(tmp_path):
     write_run(tmp_path / "a", [evaluation(8, 0.6)], beta=0.1)
     write_run(tmp_path / "b", [evaluation(8, 0.7)], beta=0.2)
-    assert "they are of other formulas where loss.beta differ" in hints(tmp_path)
-    assert "margin / beta compares" in hints(tmp_path)
+    assert "their formula depends on loss.beta." in hints(tmp_path)
+    assert "compare margin / beta" in hints(tmp_path)
 
 
 def test_beta_dpo_compares_with_dpo_unless_it_is_of_an_earlier_version(tmp_path):
@@ -96,18 +96,18 @@ def test_beta_dpo_compares_with_dpo_unless_it_is_of_an_earlier_version(tmp_path)
     at = {"beta_DPO/beta_used": 0.2, "beta_DPO/loss_eval_at_beta_used": 0.3}
     write_run(tmp_path / "plain", [evaluation(8, 0.6)], loss={"name": "dpo", "beta": 0.1, "mode_loss": "DPO", "a": 0.6})
     write_run(tmp_path / "now", [evaluation(8, 0.7, **at)], **named)
-    assert "do not compare" not in hints(tmp_path) and "earlier version" not in hints(tmp_path)
+    assert "not comparable" not in hints(tmp_path) and "earlier version" not in hints(tmp_path)
     write_run(tmp_path / "then", [evaluation(8, 0.7, **{"beta_DPO/beta_used": 0.2})], **named)
-    assert "Of an earlier version, with the held-out loss at beta-DPO's beta in force: then." in hints(tmp_path)
+    assert "An earlier version logged the held-out loss at the current beta of beta-DPO: then." in hints(tmp_path)
 
 
 def test_losses_that_depend_on_their_run_are_said_not_to_compare(tmp_path):
     for name, every in (("a", 8), ("b", 16)):
         loss = {"name": "tr_dpo", "beta": 0.1, "reference_update_every": every}
         write_run(tmp_path / name, [evaluation(8, 0.6)], loss=loss)
-    assert "Held-out losses of tr_dpo depend on what their run has seen" in hints(tmp_path)
-    assert {name for name, make in LOSSES.items() if getattr(make, "evaluation_depends_on", None)} == {*OF_THEIR_RUN}
-    assert LOSS_AT_BETA_USED == comparison.LOSS_AT_BETA_USED
+    assert "Held-out losses of tr_dpo depend on the data seen in training" in hints(tmp_path)
+    assert {name for name, make in LOSSES.items() if getattr(make, "evaluation_depends_on", None)} == {*run_files.OF_THEIR_RUN}
+    assert LOSS_AT_BETA_USED == run_files.LOSS_AT_BETA_USED
 
 
 def test_too_few_prompts_are_said_beside_a_number(tmp_path):
@@ -118,7 +118,7 @@ def test_too_few_prompts_are_said_beside_a_number(tmp_path):
 
 
 def test_curves_are_overlaid_and_those_of_seeds_are_their_mean_and_range(sweep):
-    line = grouped(runs_of(sweep))[0].line("rewards_eval/accuracies", "beta=0.05", 0)
+    line = group_runs(runs_of(sweep))[0].line("rewards_eval/accuracies", "beta=0.05", 0)
     assert (line.x.tolist(), line.low.tolist(), line.high.tolist()) == ([0, 8], [0.5, 0.6], [0.5, 0.7])
     assert numpy.allclose(line.y, [0.5, 0.65])
     figures = {figure.strong.text: figure for figure in parsed(sweep).find_all("figure")}
@@ -141,7 +141,7 @@ def test_a_run_whose_kl_has_been_estimated_is_placed_by_it(sweep):
     interval = {"mean": 0.5, "low": 0.4, "high": 0.6}
     results = {"examples_trained": 8, "held_out": {"all": {"examples": 4, "prompts": 4, "loss/eval": interval}}}
     (sweep / "0" / "results.json").write_text(json.dumps(results | {"kl": {"per_answer": {"mean": 1.5}}}))
-    distances = [run.distance for run in runs_of(sweep)]
+    distances = [distance(run) for run in runs_of(sweep)]
     assert distances[0] == (KL, 1.5) and distances[1] == (FALL, 40.0)
     axes = [figure.find(class_="axis").text for figure in parsed(sweep).find_all("figure")]
     assert axes[:2] == [f"{KL}, nats", f"{FALL}, nats"]
@@ -164,7 +164,7 @@ def test_points_that_share_a_place_do_not_write_over_one_another(tmp_path):
 
 
 def test_the_csv_has_a_row_for_each_run(sweep):
-    rows = list(csv.DictReader(csv_of(runs_of(sweep)).splitlines()))
+    rows = list(csv.DictReader(comparison_csv(runs_of(sweep)).splitlines()))
     assert [(row["run"], row["seed"], row["loss.beta"], row["rewards_eval/accuracies"]) for row in rows] == [
         ("0", "0", "0.5", "0.8"), ("1", "0", "0.05", "0.6"), ("2", "1", "0.5", "0.8"), ("3", "1", "0.05", "0.7"),
     ]  # fmt: skip
@@ -181,11 +181,11 @@ def test_runs_that_have_not_logged_anything_are_compared_too(tmp_path):
     for name in "ab":
         write_run(tmp_path / name, [])
     text = parsed(tmp_path).get_text()
-    assert "2 runs compared" in text and "Nothing has been logged yet." in text and "no step yet" in text
+    assert "Comparison of 2 runs" in text and "No metrics have been logged yet." in text and "no step yet" in text
 
 
 def test_a_folder_without_a_run_is_one_message(tmp_path):
-    with pytest.raises(UserError, match=r"no metrics.jsonl in it or below it. Expected run directories"):
+    with pytest.raises(UserError, match=r"no metrics.jsonl at or below this path. Expected run directories"):
         find_runs([tmp_path])
 
 
@@ -193,5 +193,5 @@ def test_both_files_lie_where_they_are_asked_for(sweep, tmp_path):
     page, table = write_comparison([sweep], tmp_path / "there")
     assert page.read_text().startswith("<!doctype html>") and table.read_text().startswith("run,seed,loss.beta")
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="cannot be written to"):
+    with pytest.raises(UserError, match="--to: cannot write"):
         write_comparison([sweep], tmp_path / "file")

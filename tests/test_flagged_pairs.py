@@ -21,17 +21,17 @@ from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.losses.objectives import build_loss
 from preference_training.modeling.logprobs import LiveReference
 from preference_training.reporting.flagged_pairs import (
-    BLOCK,
+    BLOCK_SIZE,
     KINDS,
-    LISTED,
+    MAX_PAIRS,
     PairFinder,
     Pairs,
-    contradictions,
     evidence,
-    findings_of,
+    find_by_margins,
+    find_contradictions,
     flagged_rows,
-    to_be_judged,
-    write_flagged,
+    labeling_rows,
+    write_labeling_file,
     wrong_label_probability,
 )
 from preference_training.tracking.ledger import Ledger, Sightings
@@ -48,7 +48,7 @@ def sightings(epochs: numpy.ndarray) -> Sightings:
 
 def found(seen: Sightings, kind: str) -> list[int]:
     """The numbers of the pairs that are of a kind, in the order of `sightings`."""
-    return [finding.preferred // 2 for finding in findings_of(seen) if finding.kind == kind]
+    return [finding.preferred // 2 for finding in find_by_margins(seen) if finding.kind == kind]
 
 
 # ---- what the margins say ---------------------------------------------------------------------------------------------------
@@ -79,7 +79,7 @@ def test_what_a_sighting_says_is_the_log_ratio_of_two_normal_densities():
 
 def test_early_sightings_count_for_nothing_and_later_ones_add_up():
     draw = numpy.random.default_rng(0)
-    margins = numpy.concatenate([numpy.zeros((1, 4 * BLOCK)), draw.normal(1.0, 0.4, (3, 4 * BLOCK))])
+    margins = numpy.concatenate([numpy.zeros((1, 4 * BLOCK_SIZE)), draw.normal(1.0, 0.4, (3, 4 * BLOCK_SIZE))])
     margins[1:, 7] = -0.15
     probability = lambda rows: wrong_label_probability(Pairs.of(sightings(rows)), sightings(rows))[7]  # noqa: E731
     assert probability(margins[:1]) == pytest.approx(0.05)
@@ -103,13 +103,13 @@ def test_a_pair_is_forgotten_that_was_right_and_is_wrong_at_last():
 
 
 def test_no_kind_has_more_pairs_than_are_listed():
-    assert len(found(sightings(-numpy.ones((4, LISTED + 50))), "stays wrong")) == LISTED
+    assert len(found(sightings(-numpy.ones((4, MAX_PAIRS + 50))), "stays wrong")) == MAX_PAIRS
 
 
 @given(arrays.arrays(numpy.float32, st.tuples(st.integers(1, 4), st.integers(0, 40)), elements=st.floats(width=32)))
 def test_whatever_the_margins_are_each_finding_is_a_pair_that_was_seen(margins):
     seen = sightings(margins)
-    for finding in findings_of(seen):
+    for finding in find_by_margins(seen):
         assert finding.kind in KINDS and finding.other == finding.preferred + 1
         assert finding.preferred in seen.preferred
     probability = wrong_label_probability(Pairs.of(seen), seen)
@@ -130,7 +130,7 @@ def test_pairs_in_both_directions_contradict_each_other_within_a_prompt_and_acro
         ([5], [[11, 0], [10, 0], [12, 0]], [(0, 1), (2, 1)]),
         ([7], [[10, 0], [11, 0], [12, 0]], [(0, 1), (1, 0), (0, 2)]),
     )
-    found = sorted((each.preferred, each.other) for each in contradictions(table))
+    found = sorted((each.preferred, each.other) for each in find_contradictions(table))
     assert found == [(0, 1), (4, 5), (7, 8), (8, 7)]
 
 
@@ -155,7 +155,7 @@ def test_they_are_those_whose_texts_stand_the_other_way_round_somewhere(rows):
     }
     known = set(texts.values())
     expected = {pair for pair, (prompt, one, other) in texts.items() if (prompt, other, one) in known}
-    assert {(each.preferred, each.other) for each in contradictions(table)} == expected
+    assert {(each.preferred, each.other) for each in find_contradictions(table)} == expected
 
 
 # ---- with their texts -------------------------------------------------------------------------------------------------------
@@ -195,7 +195,7 @@ def test_before_the_first_step_nothing_is_written(tmp_path, tokenizer):
 
 
 def test_the_labelling_app_gets_each_pair_of_texts_once_and_without_its_label(run_dir, tmp_path):
-    assert write_flagged(run_dir, tmp_path / "flagged.jsonl") == 2
+    assert write_labeling_file(run_dir, tmp_path / "flagged.jsonl") == 2
     rows = [json.loads(line) for line in (tmp_path / "flagged.jsonl").read_text().splitlines()]
     of_a = next(row for row in rows if row["description"] == "Human: name a")
     assert (of_a["version1"], of_a["version2"], of_a["preference"]) == ("the cat", "the rain", None)
@@ -211,7 +211,7 @@ TEXTS = st.text(max_size=3)
 @given(st.lists(st.fixed_dictionaries({"kind": st.sampled_from(sorted(KINDS)), "source": TEXTS, "prompt": TEXTS,
                                        "preferred": TEXTS, "other": TEXTS}), max_size=6))  # fmt: skip
 def test_where_a_text_stands_says_nothing_of_its_label_and_the_label_is_kept(rows):
-    judged = to_be_judged(rows)
+    judged = labeling_rows(rows)
     keys = [(row["description"], row["version1"], row["version2"]) for row in judged]
     assert len(set(keys)) == len(keys) and all(row["version1"] <= row["version2"] for row in judged)
     for row in rows:
@@ -224,10 +224,10 @@ def test_where_a_text_stands_says_nothing_of_its_label_and_the_label_is_kept(row
 
 
 def test_a_run_without_flagged_pairs_and_a_file_that_cannot_be_written_are_one_message(run_dir, tmp_path):
-    with pytest.raises(UserError, match=r"no flagged_pairs.jsonl with pairs in it. Expected the directory of a run with"):
-        write_flagged(tmp_path / "none", tmp_path / "flagged.jsonl")
-    with pytest.raises(UserError, match=r"--flagged: .*absent/f.jsonl cannot be written: No such file or directory. Expected"):
-        write_flagged(run_dir, tmp_path / "absent" / "f.jsonl")
+    with pytest.raises(UserError, match=r"no flagged_pairs.jsonl with pairs. Expected the directory of a run with"):
+        write_labeling_file(tmp_path / "none", tmp_path / "flagged.jsonl")
+    with pytest.raises(UserError, match=r"--flagged: cannot write .*absent/f.jsonl: No such file or directory. Expected"):
+        write_labeling_file(run_dir, tmp_path / "absent" / "f.jsonl")
 
 
 # ---- after a run ------------------------------------------------------------------------------------------------------------

@@ -20,9 +20,9 @@ from preference_training.evaluation.held_out import HeldOut
 from preference_training.evaluation.held_out_report import (
     LENGTH_BOUNDS,
     ExampleFacts,
+    format_results,
     kl_estimate,
     length_bias,
-    lines_of,
     summary,
 )
 from preference_training.modeling.logprobs import LiveReference
@@ -92,7 +92,7 @@ def test_sft_has_a_loss_and_nothing_of_pairs():
     result = summary(held_out, facts([0, 1], [5, 6]))
     assert result["all"]["loss/eval"]["mean"] == 2
     assert "length_bias" not in result and "rewards_eval/margins" not in result["all"]
-    assert any(line.startswith("all") for line in lines_of({"held_out": result}))
+    assert any(line.startswith("all") for line in format_results({"held_out": result}))
 
 
 def test_a_reward_that_is_the_length_is_all_bias():

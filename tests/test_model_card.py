@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from preference_training.core.secrets import without_secrets
-from preference_training.reporting.model_card import CardFacts, hub_sets, is_hub_id, model_card, settings_changed
+from preference_training.reporting.model_card import CardFacts, changed_settings, hub_datasets, is_hub_id, model_card
 
 TOKEN = "hf_" + "abcdefgh" * 4
 
@@ -62,27 +62,27 @@ def test_a_model_from_scratch_and_files_of_the_users_own_claim_nothing_on_the_hu
 
 @pytest.mark.parametrize("name", ["lc", "leetcode", "se", "ultrafeedback", "orca", "nectar", "hh-helpful-base"])
 def test_named_sets_lie_on_the_hub_under_their_own_names(name):
-    [found] = hub_sets({"datasets": [{"name": name}]})
+    [found] = hub_datasets({"datasets": [{"name": name}]})
     assert found.count("/") == 1
 
 
 def test_what_differs_from_the_defaults_is_shown_and_nothing_else(config):
     run = config("loss=dpo", "loss.beta=0.3", "trainer=FSDPTrainer", "model=pythia28", "lr=1e-6", "model.policy_dtype=bfloat16")
-    changed = settings_changed(run)
+    changed = changed_settings(run)
     assert changed == {
         "loss.beta": (0.3, 0.1),
         "lr": (1e-6, 5e-7),
         "model.block_name": ("GPTNeoXLayer", None),
         "model.policy_dtype": ("bfloat16", "float32"),
     }
-    assert settings_changed(config("model=pythia28", "model.block_name=null")) == {}
+    assert changed_settings(config("model=pythia28", "model.block_name=null")) == {}
     assert "| `loss.beta` | `0.3` | `0.1` |" in model_card(facts(run))
 
 
 def test_names_of_files_in_a_configuration_open_none(config):
     run = config("loss=dpo")
     run["loss"]["name"] = run["trainer"]["name"] = "../config"
-    assert "loss.beta" in settings_changed(run)
+    assert "loss.beta" in changed_settings(run)
 
 
 def test_no_directory_of_this_machine_and_no_secret_is_in_a_card(config, monkeypatch):
@@ -108,7 +108,7 @@ def test_a_text_without_secrets_stays_as_it_is(text):
 def test_a_loss_of_the_users_own_is_named_without_where_it_lies(config):
     run = config("loss=own", "loss.function=/home/me/my_losses.py:CappedDPO", "++loss.options.cap=10")
     card = model_card(facts(run))
-    assert "trained by a loss of its own, `my_losses.py:CappedDPO`, with cap 10" in card
+    assert "trained by a user-defined loss, `my_losses.py:CappedDPO`, with cap 10" in card
     assert "/home/me" not in card and "| `loss.options.cap` | `10` |" in card
     assert "own" not in (ModelCard(card).data.tags or [])
 
@@ -128,7 +128,7 @@ def test_an_evaluations_numbers_come_with_their_intervals(config):
     assert "| loss/eval | 0.5 | 0.45 to 0.55 |" in text and "1,200 examples of 900 held-out prompts" in text
     assert "no intervals" not in text and "| rewards_eval/margins" not in text and "too few" not in text
     few = model_card(facts(config(), held_out={"loss/eval": 0.5}, evaluation=evaluation | {"prompts": 9}))
-    assert "Held-out numbers: 9 prompts, too few to decide anything by" in few
+    assert "Held-out metrics: 9 prompts, too few to decide anything by" in few
 
 
 def test_the_curves_are_means_of_steps_and_the_newest_evaluation():

@@ -16,8 +16,10 @@ from omegaconf import OmegaConf
 
 from preference_training.core.errors import UserError
 from preference_training.data.rows.records import DataReport
-from preference_training.reporting.run_report import observations, rebuild_report, report_page
-from preference_training.tracking.run_files import code_state, split_rows, write_about
+from preference_training.reporting.observations import observations
+from preference_training.reporting.run_record import RunRecord
+from preference_training.reporting.run_report import rebuild_report, report_page
+from preference_training.tracking.run_files import code_state, write_about
 from preference_training.tracking.tracker import Tracker
 
 ROOT = Path(__file__).parent.parent
@@ -60,14 +62,18 @@ def run_dir(compose, tmp_path) -> Path:
 
 
 def parsed(run_dir: Path) -> BeautifulSoup:
-    return BeautifulSoup(report_page(run_dir), "html.parser")
+    return BeautifulSoup(page_of(run_dir), "html.parser")
+
+
+def page_of(run_dir: Path) -> str:
+    return report_page(RunRecord.read(run_dir))
 
 
 def test_everything_that_a_run_has_left_is_in_its_report(run_dir):
     page = parsed(run_dir)
     text = " ".join(page.get_text(" ").split())
     assert [heading.text for heading in page.find_all("h2")] == [
-        "Worth a look", "Curves", "Held out", "Samples", "Training pairs to look at", "What happened", "Data",
+        "Worth a look", "Curves", "Held-out metrics", "Samples", "Training pairs to review", "Events", "Data",
         "Configuration", "Machine and versions",
     ]  # fmt: skip
     charts = [figure.strong.text for figure in page.find_all("figure")]
@@ -75,16 +81,16 @@ def test_everything_that_a_run_has_left_is_in_its_report(run_dir):
     assert "80 of 80 examples, 20 updates" in text
     assert "rewards_eval/accuracies 0.75 [0.6, 0.9] 0.75 [0.6, 0.9]" in text
     assert [number.get_text(" ") for number in page.find("dl").find_all("div")] == [
-        "held-out loss 0.4", "reward accuracy 0.75 95%: [0.6, 0.9]", "examples a second 8 median",
-        "memory 1.5 GiB at most",
+        "held-out loss 0.4", "reward accuracy 0.75 95%: [0.6, 0.9]", "examples per second 8 median",
+        "memory 1.5 GiB peak",
     ]  # fmt: skip
     assert "toy train 100 90 10 left out: a text is empty" in text
     assert "loss.beta 0.3 0.1" in text
     assert "2026-11-21 12:00:00 0 begins 2026-11-21 12:00:20 40 warning: " in text
     assert "80 checkpoint: step-80" in text
-    assert [row.find(class_="said").text.startswith("warning: ") for row in page.find_all("tr", class_="warning")] == [True]
+    assert [row.find(class_="event").text.startswith("warning: ") for row in page.find_all("tr", class_="warning")] == [True]
     assert "toy, train prompt 5 margins 0.5, -0.25 wrong label 90%" in text
-    assert "1 step was not taken" in text
+    assert "1 step was skipped" in text
     assert "torch" in text and "CPU cores" in text
     assert [mark.text for mark in page.find_all("ins")][:2] == ["No.", "Yes 80."]
 
@@ -114,7 +120,7 @@ def test_no_secret_of_the_environment_is_in_it(run_dir, monkeypatch):
     monkeypatch.setenv("MY_API_KEY", 'Zq7"secret&key')
     samples = [{"examples": 0, "prompt": 'it is Zq7"secret&key.', "policy": "Yes."}]
     write_rows(run_dir / "samples.jsonl", samples)
-    page = report_page(run_dir)
+    page = page_of(run_dir)
     assert "Zq7" not in BeautifulSoup(page, "html.parser").main.get_text() and "(a secret)" in page
 
 
@@ -124,13 +130,21 @@ def test_a_run_of_100_000_steps_has_a_report_below_2_mb(run_dir):
     samples = [{"examples": n, "prompt": f"prompt {k}", "policy": "x " * 2000, "reference": "y " * 2000}
                for n in range(0, 100_000, 5000) for k in range(32)]  # fmt: skip
     write_rows(run_dir / "samples.jsonl", samples)
-    assert len(report_page(run_dir).encode()) < 2e6
+    assert len(page_of(run_dir).encode()) < 2e6
+
+
+def test_events_are_shown_where_nothing_is_known_of_the_data(tmp_path):
+    (tmp_path / "metrics.jsonl").touch()
+    write_rows(tmp_path / "events.jsonl", [{"time": "2026-11-21T12:00:00+01:00", "examples": 0, "text": "begins"}])
+    page = parsed(tmp_path)
+    assert page.find(class_="event").text == "begins" and page.find(id="data") is None
+    assert {link["href"] for link in page.nav.find_all("a")} == {"#events", "#configuration"}
 
 
 def test_a_run_that_has_just_begun_has_a_report(tmp_path):
     (tmp_path / "metrics.jsonl").touch()
     text = parsed(tmp_path).get_text()
-    assert "no step yet" in text and "Nothing has been logged yet." in text
+    assert "no step yet" in text and "No metrics have been logged yet." in text
 
 
 FILES = (
@@ -158,26 +172,26 @@ def test_whatever_a_kill_or_an_editor_has_left_there_is_a_page(contents, tmp_pat
     folder = tmp_path_factory.mktemp("run")
     for name, content in contents.items():
         (folder / name).write_bytes(content)
-    assert report_page(folder).startswith("<!doctype html>")
+    assert page_of(folder).startswith("<!doctype html>")
 
 
 # ---- what is worth saying ---------------------------------------------------------------------------------------------------
 
 
 def said(rows: list[dict], config: dict | None = None) -> str:
-    return " ".join(observations(*split_rows(rows), config or {}))
+    return " ".join(observations(RunRecord(Path("run"), "run", config or {}, {}, rows, {})))
 
 
 def test_a_log_prob_that_falls_while_the_margin_grows_is_said_with_what_it_means():
     rows = [evaluation(n, **{"logps_eval/chosen": -n / 2, "rewards_eval/margins": n / 40}) for n in (0, 40, 80)]
-    assert "fell by 40 nats while the margin grew by 2." in said(rows) and "usual" not in said(rows)
+    assert "fell by 40 nats while the margin grew by 2:" in said(rows) and "usual" not in said(rows)
     assert said(rows).endswith("See docs/reading-the-curves.md.")
-    assert "with beta 0.05 that is usual" in said(rows, {"loss": {"beta": 0.05}})
+    assert "This is usual with beta 0.05." in said(rows, {"loss": {"beta": 0.05}})
     assert "fell" not in said([row | {"logps_eval/chosen": -5.0} for row in rows])
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "expected"), [(0.1, 0.4, "below chance"), (0.45, 0.6, "cannot be told from chance"), (0.6, 0.9, "")]
+    ("low", "high", "expected"), [(0.1, 0.4, "below chance"), (0.45, 0.6, "not distinguishable from chance"), (0.6, 0.9, "")]
 )
 def test_an_accuracy_that_is_no_better_than_chance_is_said(low, high, expected):
     last = {
@@ -189,7 +203,7 @@ def test_an_accuracy_that_is_no_better_than_chance_is_said(low, high, expected):
     assert expected in text and bool(expected) == ("accuracy" in text)
 
 
-@pytest.mark.parametrize(("prompts", "told"), [(1, "Held-out numbers: 1 prompt, too few"), (9, "9 prompts, too few"), (10, "")])
+@pytest.mark.parametrize(("prompts", "told"), [(1, "Held-out metrics: 1 prompt, too few"), (9, "9 prompts, too few"), (10, "")])
 def test_too_few_held_out_prompts_are_said(prompts, told):
     text = said([step(4), evaluation(8, **{"counters/held_out_prompts": prompts})])
     assert told in text and bool(told) == ("too few" in text)
@@ -210,7 +224,7 @@ def test_losses_that_are_not_of_one_thing_are_not_said_to_rise():
     assert "lowest" not in said(mixed)
 
 
-def test_a_gradient_that_is_mostly_scaled_down_is_said():
+def test_a_gradient_that_is_mostly_clipped_is_said():
     rows = [step(n, grad_norm=norm) for n, norm in enumerate((5, 5, 5, 1))]
     assert "max_grad_norm=2.0 in 75% of the steps" in said(rows, {"max_grad_norm": 2.0})
     assert "max_grad_norm" not in said(rows, {"max_grad_norm": 10.0})
@@ -257,20 +271,20 @@ def test_the_script_makes_the_report_again_and_writes_flagged_pairs(run_dir, tmp
     done = script(run_dir, "--flagged", tmp_path / "flagged.jsonl")
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"report: {run_dir}/report.html\n1 pairs: {tmp_path}/flagged.jsonl\n"
-    assert (run_dir / "report.html").read_text() == report_page(run_dir)
+    assert (run_dir / "report.html").read_text() == page_of(run_dir)
     assert json.loads((tmp_path / "flagged.jsonl").read_text())["version1"] == "bad"
 
 
 def test_a_directory_that_is_no_runs_is_one_message(tmp_path):
     done = script(tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == f"{tmp_path}: no metrics.jsonl in it. Expected the directory of a run.\n"
+    assert done.stderr == f"{tmp_path}: contains no metrics.jsonl. Expected a run directory.\n"
 
 
 def test_a_report_that_has_no_place_is_one_message(run_dir):
     (run_dir / "report.html").mkdir()
     with pytest.raises(
-        UserError, match=r"report.html cannot be written: Is a directory. Expected a folder of yours, with room."
+        UserError, match=r"cannot write .*report.html: Is a directory. Expected a writable folder with enough space."
     ):
         rebuild_report(run_dir)
 

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from forked import ROOT, Program
 from preference_training.core.errors import UserError
-from preference_training.reporting.terminal_view import GrowingFile, Watched, screen, watch
+from preference_training.reporting.terminal_view import GrowingFile, LiveRun, screen, watch
 
 
 def step(examples: int, **more) -> dict:
@@ -41,10 +41,10 @@ def run_dir(tmp_path) -> Path:
 
 
 def shown(run_dir: Path, width: int = 120, height: int = 40) -> str:
-    watched = Watched(run_dir)
-    watched.look()
+    live = LiveRun(run_dir)
+    live.poll()
     console = Console(file=io.StringIO(), width=width, height=height, force_terminal=True, color_system=None)
-    console.print(screen(watched, width, height))
+    console.print(screen(live, width, height))
     return console.file.getvalue()
 
 
@@ -98,22 +98,22 @@ def test_it_keeps_to_the_terminal_it_is_given(width, height, run_dir):
 def test_a_growing_file_gives_each_row_once_and_no_half_ones(tmp_path):
     file = tmp_path / "rows.jsonl"
     growing = GrowingFile(file)
-    assert growing.added() == ([], False), "it is not there yet"
+    assert growing.read_new() == ([], False), "it is not there yet"
     file.write_bytes(b'{"a": 1}\nno row\n{"a": ')
-    assert growing.added() == ([{"a": 1}], False)
+    assert growing.read_new() == ([{"a": 1}], False)
     with file.open("ab") as opened:
         opened.write('2, "b": "\u2028é"}\n[3]\n'.encode())
-    assert growing.added() == ([{"a": 2, "b": "\u2028é"}], False)
-    assert growing.added() == ([], False)
+    assert growing.read_new() == ([{"a": 2, "b": "\u2028é"}], False)
+    assert growing.read_new() == ([], False)
 
 
 def test_a_run_that_goes_on_from_a_checkpoint_is_read_anew(run_dir):
-    watched = Watched(run_dir)
-    assert watched.look() and not watched.look()
+    live = LiveRun(run_dir)
+    assert live.poll() and not live.poll()
     rows = [step(4), step(8)]
     (run_dir / "new").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (run_dir / "new").replace(run_dir / "metrics.jsonl")
-    assert watched.look() and watched.rows["metrics.jsonl"] == rows
+    assert live.poll() and live.rows["metrics.jsonl"] == rows
 
 
 json_values = st.recursive(
@@ -146,7 +146,7 @@ def test_whatever_lies_in_a_run_directory_is_shown_or_passed_over(metrics, event
 
 
 def test_a_directory_that_is_no_runs_is_one_message(tmp_path):
-    with pytest.raises(UserError, match="Expected the directory of a run"):
+    with pytest.raises(UserError, match="Expected a run directory"):
         watch(tmp_path, 1.0)
 
 

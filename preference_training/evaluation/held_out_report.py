@@ -175,7 +175,7 @@ def shown(estimate: dict) -> str:
     return "-" if estimate["mean"] is None else with_interval(*estimate.values())
 
 
-def lines_of(results: dict) -> list[str]:
+def format_results(results: dict) -> list[str]:
     """The results of an evaluation as lines for the console; [95% interval]."""
     held_out, lines = results["held_out"], []
     names = [name for name in COLUMNS if name in held_out["all"]]

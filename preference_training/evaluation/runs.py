@@ -27,7 +27,7 @@ from preference_training.core.errors import UserError, first_line, nearest
 from preference_training.core.values import UNREADABLE
 from preference_training.data.prompt_table import PromptTable
 from preference_training.evaluation.held_out import HeldOut
-from preference_training.evaluation.held_out_report import ExampleFacts, kl_estimate, lines_of, summary, warnings_of
+from preference_training.evaluation.held_out_report import ExampleFacts, format_results, kl_estimate, summary, warnings_of
 from preference_training.evaluation.judges import build_judge
 from preference_training.evaluation.task_suites import TaskList
 from preference_training.evaluation.win_rates import Comparison, win_rate
@@ -122,7 +122,7 @@ class EvaluationRun:
             results["tasks"] = self.tasks.results(self.trainer.policy, self.tokenizer, *options)
         results["warnings"] = warnings_of(results)
         write_results(path, results)
-        print("", *lines_of(results), f"results: {path}", sep="\n", flush=True)
+        print("", *format_results(results), f"results: {path}", sep="\n", flush=True)
         return results
 
     def take_checkpoint(self) -> None:

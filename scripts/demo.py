@@ -103,14 +103,16 @@ def describe(model, reference, tokenizer, config) -> dict:
     from preference_training.batching.batches import evaluation_batches
     from preference_training.core.values import with_interval
     from preference_training.data.toy_preferences import answer_kind
-    from preference_training.evaluation.held_out import evaluate
+    from preference_training.evaluation.held_out import evaluate_held_out
     from preference_training.evaluation.intervals import mean_interval, share_interval
     from preference_training.generation.sampling import sample_answers
     from preference_training.losses.objectives import build_loss
 
     pairs, targets = (held_out_prompts(tokenizer, config, paired) for paired in (True, False))
-    dpo = evaluate(model, reference, build_loss("dpo", beta=BETA), evaluation_batches(pairs, 64, None, config.seed)).examples
-    sft = evaluate(model, None, build_loss("sft"), evaluation_batches(targets, 64, None, config.seed)).examples
+    dpo = evaluate_held_out(
+        model, reference, build_loss("dpo", beta=BETA), evaluation_batches(pairs, 64, None, config.seed)
+    ).examples
+    sft = evaluate_held_out(model, None, build_loss("sft"), evaluation_batches(targets, 64, None, config.seed)).examples
     answers = sample_answers(model, tokenizer, [prompt.prompt_ids for prompt in pairs], config.max_length, config.seed)
     preferred = torch.tensor([float(answer_kind(answer) == "preferred") for answer in answers])
     rows = {

@@ -106,7 +106,7 @@ def test_answers_are_compared_with_the_references_or_with_another_checkpoints(be
     answers = [row["other"] for row in rows(tmp_path / "answers.jsonl")]
     # Six comparisons of two grades: an interval of some width, whatever they say.
     assert first["rate"]["high"] - first["rate"]["low"] > 0.2
-    assert f"win rate against reference under toy: {first['rate']['mean']:.3g}" in capsys.readouterr().out
+    assert f"win rate against reference, judged by toy: {first['rate']['mean']:.3g}" in capsys.readouterr().out
     # The reference is the SFT checkpoint, and says the same when it is named.
     evaluate(beta_dpo, *judged, f"evaluation.against={sft / 'LATEST'}", f"evaluation.to={tmp_path / 'second.json'}")
     assert [row["other"] for row in rows(tmp_path / "answers.jsonl")] == answers
@@ -148,7 +148,7 @@ def test_the_script_evaluates_under_another_trainer_with_the_same_results(beta_d
     for name, value in alone["metrics"].items():
         assert sharded["metrics"][name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
     assert sharded["kl"]["per_answer"] == pytest.approx(alone["kl"]["per_answer"], rel=1e-3)
-    assert done.stdout.count("win rate against reference under toy") == 1
+    assert done.stdout.count("win rate against reference, judged by toy") == 1
 
 
 def test_the_command_lines_of_the_readme_are_understood(sft, monkeypatch):

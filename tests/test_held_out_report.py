@@ -16,15 +16,9 @@ from preference_training.batching.batches import UNLIMITED, evaluation_prompts
 from preference_training.data.prompt_table import PromptTable, TablePart
 from preference_training.data.rows.templates import user_markers
 from preference_training.data.tokenization import TokenizedPrompt
-from preference_training.evaluation.held_out import HeldOut
-from preference_training.evaluation.held_out_report import (
-    LENGTH_BOUNDS,
-    ExampleFacts,
-    format_results,
-    kl_estimate,
-    length_bias,
-    summary,
-)
+from preference_training.evaluation.breakdown import LENGTH_BOUNDS, ExampleFacts, break_down, length_bias
+from preference_training.evaluation.held_out import HeldOut, kl_estimate
+from preference_training.evaluation.results_text import format_results
 from preference_training.modeling.logprobs import LiveReference
 
 
@@ -70,7 +64,7 @@ def test_a_length_is_in_the_part_whose_name_holds_it(length):
 
 def test_the_means_of_parts_are_those_of_their_examples():
     held_out = scored([1.0, 2.0, 0.0, 5.0], [0.0, 3.0, 0.0, 1.0])
-    result = summary(held_out, facts([0, 0, 1, 2], [5, 5, 50, 50], [6, 7, 8, 9]))
+    result = break_down(held_out, facts([0, 0, 1, 2], [5, 5, 50, 50], [6, 7, 8, 9]))
     assert result["all"]["examples"] == 4 and result["all"]["prompts"] == 3
     # (1 + 0 + 0.5 + 1) / 4 and (1 - 1 + 0 + 4) / 4.
     assert result["all"]["rewards_eval/accuracies"]["mean"] == pytest.approx(0.625)
@@ -82,14 +76,14 @@ def test_the_means_of_parts_are_those_of_their_examples():
 
 
 def test_an_accuracy_of_1_is_not_certain():
-    result = summary(scored([1.0] * 20, [0.0] * 20), facts(range(20), [5] * 20, [6] * 20))
+    result = break_down(scored([1.0] * 20, [0.0] * 20), facts(range(20), [5] * 20, [6] * 20))
     # Clopper and Pearson's interval of 20 of 20.
     assert result["all"]["rewards_eval/accuracies"]["low"] == pytest.approx(0.025 ** (1 / 20))
 
 
 def test_sft_has_a_loss_and_nothing_of_pairs():
     held_out = HeldOut({"loss/eval": torch.tensor([1.0, 3.0]), "logps_eval/chosen": torch.tensor([-1.0, -3.0])}, {}, [])
-    result = summary(held_out, facts([0, 1], [5, 6]))
+    result = break_down(held_out, facts([0, 1], [5, 6]))
     assert result["all"]["loss/eval"]["mean"] == 2
     assert "length_bias" not in result and "rewards_eval/margins" not in result["all"]
     assert any(line.startswith("all") for line in format_results({"held_out": result}))

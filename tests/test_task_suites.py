@@ -77,7 +77,7 @@ def test_a_limit_is_a_number_of_examples(folder, model, tokenizer):
 def test_data_that_cannot_be_had_is_one_message(folder, model, tokenizer):
     text = (folder / "opposites.yaml").read_text()
     (folder / "opposites.yaml").write_text(text.replace("rows.jsonl", "elsewhere.jsonl"))
-    with pytest.raises(UserError, match="evaluation.tasks: the data of opposites cannot be had: "):
+    with pytest.raises(UserError, match="evaluation.tasks: cannot load the data of opposites: "):
         TaskList(["opposites"], str(folder)).results(model, tokenizer, None, 2)
 
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from judge_servers import Reply, serving, shorter_wins, verdict
 from preference_training.core.errors import UserError
-from preference_training.evaluation.held_out_report import lines_of_win_rate
-from preference_training.evaluation.judges import Judge, NoJudgementError, OllamaJudge, OpenAIJudge
+from preference_training.evaluation.judges import Judge, NoVerdictError, OllamaJudge, OpenAIJudge
+from preference_training.evaluation.results_text import format_win_rate
 from preference_training.evaluation.win_rates import Comparison, Judgements, win_rate
 
 ROOT = Path(__file__).parent.parent
@@ -91,7 +91,7 @@ def test_verdicts_are_of_one_model_at_one_server(judge_class, base, tmp_path, ca
         assert rate_of(rate(server)) == 0.5 and len(server.questions) == 12
         # The same model, though its list of models has another moment in it: nothing is asked again.
         assert rate(server)["note"] is None and len(server.questions) == 12 and server.listed == 2
-        assert "12 of 12 verdicts are known from earlier evaluations" in capsys.readouterr().out
+        assert "12 of 12 verdicts reused from earlier evaluations" in capsys.readouterr().out
         server.models["other"] = "newer"
         rate(server)
         assert len(server.questions) == 12
@@ -112,7 +112,7 @@ def test_verdicts_of_a_server_that_is_gone_are_nobodys(tmp_path):
         win_rate(OllamaJudge("ollama", "m", wanted), comparisons(6), tmp_path / "j.jsonl", wanted)
     found = win_rate(OllamaJudge("ollama", "m", wanted), comparisons(6), tmp_path / "j.jsonl", wanted)
     assert found["rate"] is None and found["unanswered"] == 6 and "unreachable" in found["reasons"]
-    assert "does not answer (unreachable): verdicts of earlier evaluations are not used" in found["note"]
+    assert "does not answer (unreachable): verdicts of earlier evaluations are not reused" in found["note"]
 
 
 def test_a_server_that_does_not_say_what_it_serves_is_taken_at_its_word_and_that_is_said(tmp_path):
@@ -122,7 +122,7 @@ def test_a_server_that_does_not_say_what_it_serves_is_taken_at_its_word_and_that
             found = win_rate(OllamaJudge("ollama", "m", wanted), comparisons(6), tmp_path / "j.jsonl", wanted)
     assert len(server.questions) == 12 and found["unanswered"] == 0
     assert "does not say which model it serves (status 404: no such page)" in found["note"]
-    assert any("taken to be of the same m" in line for line in lines_of_win_rate(found))
+    assert any("assumed to be of the same m" in line for line in format_win_rate(found))
 
 
 def test_why_there_are_no_verdicts_reaches_the_screen_by_their_number(tmp_path):
@@ -142,9 +142,9 @@ def test_why_there_are_no_verdicts_reaches_the_screen_by_their_number(tmp_path):
         found = win_rate(OllamaJudge("ollama", "m", wanted), comparisons(40), tmp_path / "j.jsonl", wanted)
     expected = {"malformed": 6, "status 400: prompt too long": 6, "status 500: overloaded": 6, "cut at judge_max_tokens": 6}
     assert found["reasons"] == expected and found["unanswered"] == 12 and found["retried"] == {"status 500: overloaded": 6}
-    lines = lines_of_win_rate(found)
+    lines = format_win_rate(found)
     assert "  not answered: 6 x status 400: prompt too long" in lines
-    assert "  asked again: 6 x status 500: overloaded" in lines
+    assert "  retried: 6 x status 500: overloaded" in lines
 
 
 @pytest.mark.parametrize(("wins", "low"), [(1, 0.025), (8, 0.6306), (128, 0.9716)])
@@ -182,7 +182,7 @@ def test_a_rate_is_refused_where_more_than_a_share_is_missing(tmp_path_factory, 
     class Moody(Judge):
         def better(self, prompt, first, second):
             if int(prompt.split()[1]) in missing:
-                raise NoJudgementError("mood")
+                raise NoVerdictError("mood")
             return "first"
 
     wanted = settings_of(max_missing=share, judge_workers=1)

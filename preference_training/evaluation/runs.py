@@ -26,9 +26,10 @@ from preference_training.configuration.validation import task_names
 from preference_training.core.errors import UserError, first_line, nearest
 from preference_training.core.values import UNREADABLE
 from preference_training.data.prompt_table import PromptTable
-from preference_training.evaluation.held_out import HeldOut
-from preference_training.evaluation.held_out_report import ExampleFacts, format_results, kl_estimate, summary, warnings_of
+from preference_training.evaluation.breakdown import ExampleFacts, break_down
+from preference_training.evaluation.held_out import HeldOut, kl_estimate
 from preference_training.evaluation.judges import build_judge
+from preference_training.evaluation.results_text import format_results, warnings
 from preference_training.evaluation.task_suites import TaskList
 from preference_training.evaluation.win_rates import Comparison, win_rate
 from preference_training.generation.sampling import OTHER, POLICY, sample_responses
@@ -103,7 +104,7 @@ class EvaluationRun:
         wanted = self.config.evaluation
         facts = ExampleFacts.of(self.examples, self.config.n_eval_examples, self.tokenizer)
         means = {name: mean if math.isfinite(mean) else None for name, mean in held_out.means().items()}
-        results |= {"metrics": means, "held_out": summary(held_out, facts)}
+        results |= {"metrics": means, "held_out": break_down(held_out, facts)}
         results["config"] = OmegaConf.to_container(self.config, resolve=True)
         texts = {"prompt": self.asked, "policy": responses} | ({"other": other} if other is not None else {})
         texts = {name: self.tokenizer.batch_decode(ids, skip_special_tokens=True) for name, ids in texts.items()}
@@ -120,7 +121,7 @@ class EvaluationRun:
         if self.tasks is not None:
             options = wanted.task_limit, self.config.eval_batch_size
             results["tasks"] = self.tasks.results(self.trainer.policy, self.tokenizer, *options)
-        results["warnings"] = warnings_of(results)
+        results["warnings"] = warnings(results)
         write_results(path, results)
         print("", *format_results(results), f"results: {path}", sep="\n", flush=True)
         return results

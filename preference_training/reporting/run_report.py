@@ -121,7 +121,7 @@ def evaluation_lines(run: RunRecord) -> list[str]:
     """The results of scripts/evaluate.py on the run, as it prints them; empty without any."""
     if not run.results:
         return []
-    from preference_training.evaluation.held_out_report import format_results
+    from preference_training.evaluation.results_text import format_results
 
     try:
         return [f"after {run.results['examples_trained']:,} examples", *format_results(run.results)]

@@ -105,7 +105,7 @@ def describe(model, reference, tokenizer, config) -> dict:
     from preference_training.data.toy_preferences import answer_kind
     from preference_training.evaluation.held_out import evaluate_held_out
     from preference_training.evaluation.intervals import mean_interval, share_interval
-    from preference_training.generation.sampling import sample_answers
+    from preference_training.generation.sampling import Sampler
     from preference_training.losses.objectives import build_loss
 
     pairs, targets = (held_out_prompts(tokenizer, config, paired) for paired in (True, False))
@@ -113,7 +113,8 @@ def describe(model, reference, tokenizer, config) -> dict:
         model, reference, build_loss("dpo", beta=BETA), evaluation_batches(pairs, 64, None, config.seed)
     ).examples
     sft = evaluate_held_out(model, None, build_loss("sft"), evaluation_batches(targets, 64, None, config.seed)).examples
-    answers = sample_answers(model, tokenizer, [prompt.prompt_ids for prompt in pairs], config.max_length, config.seed)
+    sampler = Sampler(tokenizer, config.max_length, config.seed)
+    answers = sampler.texts(model, [prompt.prompt_ids for prompt in pairs])
     preferred = torch.tensor([float(answer_kind(answer) == "preferred") for answer in answers])
     rows = {
         "SFT loss, nats an answer": (sft["loss/eval"], mean_interval),

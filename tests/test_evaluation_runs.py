@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 import forked
 import shown
 from preference_training.core.errors import UserError
-from preference_training.evaluation.runs import check_beginning, config_of_run, write_text
+from preference_training.evaluation.runs import check_reference, config_of_run, write_text
 from test_task_suites import own_task
 from train import start
 
@@ -182,7 +182,7 @@ def test_code_that_a_runs_configuration_names_is_run_only_where_it_is_asked_for(
     config = state["run"]["config"]
     state["run"]["config"] = config | {key: config[key] | value if key == "model" else value for key, value in changed.items()}
     (checkpoint / "state.json").write_text(json.dumps(state))
-    with pytest.raises(UserError, match="by which code would be executed that you have not named") as refused:
+    with pytest.raises(UserError, match="which would execute code. If you trust it, confirm") as refused:
         config_of_run(checkpoint, ["n_eval_examples=3"])
     assert str(refused.value).startswith(told)
     config_of_run(checkpoint, [trusted])
@@ -232,11 +232,11 @@ def test_a_run_that_did_not_know_a_key_yet_has_its_default(sft, tmp_path):
 def test_a_reference_that_is_not_what_the_run_began_with_is_refused(sft):
     config = config_of_run(sft, [])
     began_with = json.loads((sft / "LATEST" / "state.json").read_text())["run"]["began_with"]
-    check_beginning(config, sft / "LATEST", began_with)
-    with pytest.raises(UserError, match="model: the weights are not those that the run of .* began with"):
-        check_beginning(config, sft / "LATEST", "0" * 32)
+    check_reference(config, sft / "LATEST", began_with)
+    with pytest.raises(UserError, match="model: the weights are not the initial weights of the run of"):
+        check_reference(config, sft / "LATEST", "0" * 32)
     # Another model that is asked for is another reference.
-    check_beginning(config_of_run(sft, [f"model.archive={sft / 'LATEST'}"]), sft / "LATEST", "0" * 32)
+    check_reference(config_of_run(sft, [f"model.archive={sft / 'LATEST'}"]), sft / "LATEST", "0" * 32)
 
 
 def test_auto_that_finds_no_checkpoint_evaluates_nothing(run_of):
@@ -246,7 +246,7 @@ def test_auto_that_finds_no_checkpoint_evaluates_nothing(run_of):
 
 def test_results_that_cannot_be_written_are_one_message(tmp_path):
     (tmp_path / "results.json").mkdir()
-    with pytest.raises(UserError, match="evaluation.to: .*results.json cannot be written: Is a directory"):
+    with pytest.raises(UserError, match="evaluation.to: cannot write .*results.json: Is a directory"):
         write_text(tmp_path / "results.json", "{}")
 
 

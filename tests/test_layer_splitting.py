@@ -15,7 +15,7 @@ from preference_training.data.prompt_table import PromptTable
 from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.distributed.layer_splitting import copy_of_split, load_split, split_layers, splits_in_one_process
 from preference_training.evaluation.held_out import evaluate_held_out
-from preference_training.generation.sampling import sample_answers
+from preference_training.generation.sampling import Sampler
 from preference_training.losses.objectives import build_loss
 from preference_training.modeling.loading import disable_dropout
 from preference_training.modeling.logprobs import LiveReference, response_logps
@@ -203,7 +203,7 @@ def test_held_out_metrics_and_sampled_answers_are_those_of_one_process(build, to
     found, expected = (evaluate_held_out(each.policy, each.reference, each.loss, batches).means() for each in (split, single))
     assert found == pytest.approx(expected, rel=1e-4, abs=1e-4)
     asked = [prompt.prompt_ids for prompt in prompts()[:3]]
-    answers = [sample_answers(each.policy, tokenizer, asked, 24, seed=0) for each in (split, single)]
+    answers = [Sampler(tokenizer, 24, seed=0).texts(each.policy, asked) for each in (split, single)]
     assert answers[0] == answers[1]
 
 

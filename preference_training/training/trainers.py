@@ -42,7 +42,7 @@ from preference_training.distributed.placement import OneProcess, Sharded, Split
 from preference_training.distributed.sharding import clip_by_global_norm
 from preference_training.evaluation.breakdown import interval_metrics
 from preference_training.evaluation.held_out import HeldOut, evaluate_held_out
-from preference_training.generation.sampling import sample_answers
+from preference_training.generation.sampling import Sampler
 from preference_training.losses.objectives import Loss, LossOutput, Survey, example_metrics, is_at_beta_used
 from preference_training.modeling.adapters import kept_weights
 from preference_training.modeling.logprobs import LiveReference, response_logps
@@ -478,8 +478,8 @@ class BasicTrainer:
 
     def answers(self, model: nn.Module | None = None) -> list[str]:
         """A model's answers to the sample prompts; the policy's, unless another is given."""
-        wanted = self.sample_prompts, self.config.max_length, self.config.seed
-        return sample_answers(self.policy if model is None else model, self.tokenizer, *wanted, self.ranks)
+        sampler = Sampler(self.tokenizer, self.config.max_length, self.config.seed, self.ranks)
+        return sampler.texts(self.policy if model is None else model, self.sample_prompts)
 
     def sample(self) -> list[dict]:
         """Answers of the policy, and of the reference where there is one, to the sample prompts.

@@ -17,7 +17,7 @@ from preference_training.data.prompt_table import PromptTable, TablePart
 from preference_training.data.rows.templates import user_markers
 from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.evaluation.breakdown import LENGTH_BOUNDS, ExampleFacts, break_down, length_bias
-from preference_training.evaluation.held_out import HeldOut, kl_estimate
+from preference_training.evaluation.held_out import HeldOut, kl_estimate, response_batches
 from preference_training.evaluation.results_text import format_results
 from preference_training.modeling.logprobs import LiveReference
 
@@ -172,7 +172,7 @@ PROMPTS, RESPONSES = [[5, 6, 7], [8, 9], [10, 11, 12, 13]], [[20, 21, 0], [22], 
 
 
 def test_a_policy_that_is_its_reference_is_no_distance_away(models):
-    estimate, ratios = kl_estimate(models[0], LiveReference(models[0]), PROMPTS, RESPONSES, 2, UNLIMITED)
+    estimate, ratios = kl_estimate(models[0], LiveReference(models[0]), response_batches(PROMPTS, RESPONSES, 2, UNLIMITED))
     assert ratios == [0, 0, 0]
     assert estimate["per_answer"] == {"mean": 0, "low": 0, "high": 0} and estimate["tokens"] == 8
 
@@ -182,7 +182,7 @@ def test_the_distance_is_the_mean_log_ratio_of_the_answers(models):
         logits = model(torch.tensor([prompt + response])).logits[0].log_softmax(-1)
         return sum(logits[len(prompt) - 1 + k, token].item() for k, token in enumerate(response))
 
-    estimate, ratios = kl_estimate(models[0], LiveReference(models[1]), PROMPTS, RESPONSES, 2, UNLIMITED)
+    estimate, ratios = kl_estimate(models[0], LiveReference(models[1]), response_batches(PROMPTS, RESPONSES, 2, UNLIMITED))
     with torch.no_grad():
         expected = [logp(models[0], *row) - logp(models[1], *row) for row in zip(PROMPTS, RESPONSES, strict=True)]
     assert ratios == pytest.approx(expected, abs=1e-4)

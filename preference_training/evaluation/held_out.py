@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-import numpy
 import torch
 from torch import Tensor, nn
 
@@ -110,19 +109,23 @@ def score_responses(
     )
 
 
-def kl_estimate(
-    policy, reference, prompts: Sequence[list[int]], responses: Sequence[list[int]], batch_size: int, budget: TokenBudget,
-    ranks: Ranks = ALONE,
-) -> tuple[dict, list[float]]:  # fmt: skip
+def response_batches(
+    prompts: Sequence[list[int]], responses: Sequence[list[int]], batch_size: int, budget: TokenBudget, ranks: Ranks = ALONE
+) -> list[PackedBatch]:
+    """This rank's batches of prompts with one response each, both as token ids."""
+    sampled = [TokenizedPrompt(prompt, [response], []) for prompt, response in zip(prompts, responses, strict=True)]
+    return batches_of(list(examples_of(sampled)), batch_size, budget, ranks)
+
+
+def kl_estimate(policy: nn.Module, reference, batches: Sequence[PackedBatch], ranks: Ranks = ALONE) -> tuple[dict, list[float]]:
     """Estimate KL(policy || reference) from responses sampled from the policy: the mean log-ratio, which is unbiased.
 
-    prompts and responses are token ids; a truncated response counts as far as it goes. Returns the estimates per response and
-    per token (all log-ratios over all tokens), in nats, and the log-ratio of each response.
+    batches: from `response_batches`; a truncated response counts as far as it goes. Returns the estimates per response and per
+    token (all log-ratios over all tokens), in nats, and the log-ratio of each response.
     """
-    sampled = [TokenizedPrompt(prompt, [response], []) for prompt, response in zip(prompts, responses, strict=True)]
-    scores = score_responses(policy, reference, batches_of(list(examples_of(sampled)), batch_size, budget, ranks), ranks)
+    scores = score_responses(policy, reference, batches, ranks)
     ratios = (scores.policy - scores.reference)[scores.order].numpy()
-    tokens = numpy.array([len(response) for response in responses])
+    tokens = scores.lengths[scores.order].numpy()
     per_response = estimate(ratios.mean(), mean_interval(ratios))
     per_token = estimate(ratios.sum() / tokens.sum(), mean_interval(ratios, sizes=tokens))
     counts = {"answers": len(ratios), "tokens": int(tokens.sum())}

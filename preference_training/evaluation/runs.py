@@ -27,7 +27,7 @@ from preference_training.core.errors import UserError, first_line, nearest
 from preference_training.core.values import UNREADABLE
 from preference_training.data.prompt_table import PromptTable
 from preference_training.evaluation.breakdown import ExampleFacts, break_down
-from preference_training.evaluation.held_out import HeldOut, kl_estimate
+from preference_training.evaluation.held_out import HeldOut, kl_estimate, response_batches
 from preference_training.evaluation.judges import build_judge
 from preference_training.evaluation.results_text import format_results, warnings
 from preference_training.evaluation.task_suites import TaskList
@@ -89,8 +89,9 @@ class EvaluationRun:
         responses = self.sample(trainer.policy) if wanted.judge or trainer.reference is not None else []
         ratios = None
         if trainer.reference is not None:
-            parts = self.sample_prompts, responses, self.config.eval_batch_size, self.budget, self.ranks
-            results["kl"], ratios = kl_estimate(trainer.policy, trainer.reference, *parts)
+            sizes = self.config.eval_batch_size, self.budget
+            batches = response_batches(self.sample_prompts, responses, *sizes, self.ranks)
+            results["kl"], ratios = kl_estimate(trainer.policy, trainer.reference, batches, self.ranks)
         if wanted.judge and other is None:
             trainer.reference = None
             other = self.sample(self.load_other(wanted.against), OTHER)

@@ -89,7 +89,7 @@ def _clipping(run: RunRecord) -> Iterator[str]:
         return
     share = sum(norm > limit for norm in norms) / len(norms)
     if share > 0.5:
-        yield f"The gradient was clipped to max_grad_norm={limit} in {share:.0%} of the steps, which shortens them."
+        yield f"The gradient was clipped to max_grad_norm={limit} in {share:.0%} of the steps, which makes these steps smaller."
 
 
 def _skipped_steps(run: RunRecord) -> Iterator[str]:

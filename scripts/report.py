@@ -1,4 +1,4 @@
-"""Rebuild report.html from a run directory; the run may still be going on.
+"""Rebuild report.html from a run directory; the run may still be in progress.
 
 python scripts/report.py RUN [--flagged FILE.jsonl]
 

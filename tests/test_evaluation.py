@@ -1,4 +1,4 @@
-"""Held-out metrics: every example once, however it is cut."""
+"""Held-out metrics: every example once, in batches of any size."""
 
 import pytest
 import torch

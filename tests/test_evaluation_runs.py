@@ -1,4 +1,4 @@
-"""Evaluations without training: of a model as configured, and of another run's checkpoint, against what that run has said."""
+"""Evaluations without training: of the configured model, and of a run's checkpoint, compared with that run's metrics."""
 
 import importlib.util
 import json
@@ -58,7 +58,7 @@ def evaluate(path: Path, *overrides: str) -> dict:
     return json.loads(Path(config.evaluation.to or path / "results.json").read_text())
 
 
-def test_an_evaluation_says_of_a_run_what_the_run_said_at_its_end(beta_dpo, capsys):
+def test_an_evaluation_reproduces_the_last_metrics_of_the_run(beta_dpo, capsys):
     before = {path.name: path.read_bytes() for path in beta_dpo.iterdir() if path.is_file()}
     results = evaluate(beta_dpo, "evaluation.n_prompts=4")
     last = rows(beta_dpo / "metrics.jsonl")[-1]
@@ -99,7 +99,7 @@ def test_sft_is_scored_without_a_reference(run_of, sft):
     assert results["metrics"]["loss/eval"] == pytest.approx(rows(sft / "metrics.jsonl")[-1]["loss/eval"], rel=1e-5)
 
 
-def test_answers_are_compared_with_the_references_or_with_another_checkpoints(beta_dpo, sft, tmp_path, capsys):
+def test_responses_are_compared_with_the_references_or_another_checkpoints(beta_dpo, sft, tmp_path, capsys):
     judged = ["evaluation.judge=toy", "evaluation.n_prompts=6", "n_eval_examples=8"]
     first = evaluate(beta_dpo, *judged, f"evaluation.to={tmp_path / 'first.json'}")["win_rate"]
     assert first["comparisons"] == 6 and first["against"] == "reference" and first["unanswered"] == 0
@@ -175,7 +175,7 @@ def test_the_command_lines_of_the_readme_are_understood(sft, monkeypatch):
         ({"model": {"trust_remote_code": True}}, "model.trust_remote_code: ", "model.trust_remote_code=true"),
     ],
 )
-def test_code_that_a_runs_configuration_names_is_run_only_where_it_is_asked_for(changed, told, trusted, sft, tmp_path):
+def test_code_in_a_runs_configuration_is_executed_only_if_confirmed(changed, told, trusted, sft, tmp_path):
     checkpoint = tmp_path / "step-16"
     checkpoint.mkdir()
     state = json.loads((sft / "LATEST" / "state.json").read_text())
@@ -209,13 +209,13 @@ def test_a_mistake_is_one_message_and_status_2(tmp_path):
         ("datasets=[hh", "datasets=[hh: "),
     ],
 )
-def test_an_override_that_cannot_be_is_refused(override, told, sft):
+def test_an_invalid_override_is_refused(override, told, sft):
     with pytest.raises(UserError) as refused:
         config_of_run(sft, [override])
     assert str(refused.value).startswith(told) and "\n" not in str(refused.value)
 
 
-def test_a_run_that_did_not_know_a_key_yet_has_its_default(sft, tmp_path):
+def test_a_key_that_is_newer_than_the_run_has_its_default(sft, tmp_path):
     state = json.loads((sft / "LATEST" / "state.json").read_text())
     for key in ("evaluation", "eval_only", "tf32"):
         del state["run"]["config"][key]
@@ -229,7 +229,7 @@ def test_a_run_that_did_not_know_a_key_yet_has_its_default(sft, tmp_path):
     assert config.n_examples == 16 and config.eval_only
 
 
-def test_a_reference_that_is_not_what_the_run_began_with_is_refused(sft):
+def test_a_reference_other_than_the_runs_initial_model_is_refused(sft):
     config = config_of_run(sft, [])
     began_with = json.loads((sft / "LATEST" / "state.json").read_text())["run"]["began_with"]
     check_reference(config, sft / "LATEST", began_with)
@@ -239,7 +239,7 @@ def test_a_reference_that_is_not_what_the_run_began_with_is_refused(sft):
     check_reference(config_of_run(sft, [f"model.archive={sft / 'LATEST'}"]), sft / "LATEST", "0" * 32)
 
 
-def test_auto_that_finds_no_checkpoint_evaluates_nothing(run_of):
+def test_resume_auto_without_a_checkpoint_is_refused(run_of):
     with pytest.raises(UserError, match="resume: auto has found no checkpoint of absent"):
         run_of("absent", "eval_only=true", "resume=auto", "exp_name=absent")
 

@@ -1,4 +1,4 @@
-"""Exports as real processes on one small run: the same log-probs, the same bytes on the hub, and no half of anything."""
+"""Exports as real processes on one small run: the same log-probs, the same bytes on the hub, all or nothing."""
 
 import importlib
 import json
@@ -74,7 +74,7 @@ def names(directory: Path) -> set[str]:
 # ---- a whole model, for Ollama and on the hub, by the script ----------------------------------------------------------------
 
 
-def test_a_run_goes_to_a_directory_to_ollama_and_to_the_hub(folder, tmp_path, monkeypatch):
+def test_a_run_is_exported_to_a_directory_to_ollama_and_to_the_hub(folder, tmp_path, monkeypatch):
     with serving() as hub:
         hub.files["me/my_model"] = {"model-00007-of-00009.safetensors": b"stale", "notes.txt": b"mine"}
         hub.private["me/my_model"] = True
@@ -122,7 +122,7 @@ def check_card(out: Path, name: str) -> None:
     assert len(printed) == 1 and isinstance(printed[0], str)
 
 
-def test_the_chat_template_that_is_exported_writes_the_prompt_of_training(folder, tmp_path):
+def test_the_exported_chat_template_writes_the_prompt_of_training(folder, tmp_path):
     export(folder / "runs" / "it" / "step-16", options(tmp_path))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     messages = [{"role": "user", "content": "How do I clean a bike?"}]
@@ -140,7 +140,7 @@ def test_weights_in_another_dtype_and_in_several_files_are_the_same_weights(fold
     assert torch.equal(logps(tmp_path / "out", torch.bfloat16), logps(folder / "runs" / "it" / "LATEST", torch.bfloat16))
 
 
-def test_files_are_as_open_as_the_umask_says(folder, tmp_path):
+def test_file_modes_follow_the_umask(folder, tmp_path):
     export(folder / "runs" / "it", options(tmp_path))
     umask = os.umask(0)
     os.umask(umask)
@@ -188,7 +188,7 @@ def test_a_mistake_is_one_line_and_status_2(name, tmp_path, monkeypatch, capsys)
 # ---- what cannot be done ----------------------------------------------------------------------------------------------------
 
 
-def test_what_a_killed_export_has_left_is_in_nobodys_way(folder, tmp_path):
+def test_leftovers_of_a_killed_export_are_replaced(folder, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "model.safetensors").write_bytes(b"half")
@@ -210,7 +210,7 @@ def test_a_full_disk_is_one_message_and_leaves_nothing(folder, tmp_path):
     assert names(tmp_path) == set()
 
 
-def test_too_little_room_is_seen_before_anything_is_written(folder, tmp_path, monkeypatch):
+def test_a_lack_of_space_is_noticed_before_writing(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))
     with pytest.raises(UserError, match=r"--to: cannot write .*out: \d MiB needed, 0 MiB free"):
         export(folder / "runs" / "it", options(tmp_path))
@@ -249,7 +249,7 @@ def test_a_destination_that_is_taken_is_refused(folder, tmp_path):
     assert names(tmp_path) == {"out", "file"}
 
 
-def test_paths_that_are_no_run_and_checkpoints_that_are_damaged_are_refused(folder, tmp_path):
+def test_other_paths_and_damaged_checkpoints_are_refused(folder, tmp_path):
     with pytest.raises(UserError, match="that: no such directory. Expected a run directory"):
         Source.read(tmp_path / "that")
     with pytest.raises(UserError, match="checksums.json is missing or damaged. Expected a run directory"):
@@ -271,7 +271,7 @@ def published(checkpoint: Path) -> Path:
 
 
 @pytest.mark.parametrize("trained", [16, 32])
-def test_an_evaluation_of_this_checkpoint_is_in_its_card_and_one_of_another_is_not(trained, folder, tmp_path):
+def test_only_an_evaluation_of_the_exported_checkpoint_is_in_the_card(trained, folder, tmp_path):
     copy = Path(shutil.copytree(folder / "runs" / "it", tmp_path / "it", symlinks=True))
     numbers = {"examples": 8, "prompts": 6, "loss/eval": {"mean": 0.6, "low": 0.5, "high": 0.7}}
     (copy / "results.json").write_text(json.dumps({"examples_trained": trained, "held_out": {"all": numbers}}))
@@ -302,7 +302,7 @@ def test_a_value_of_another_kind_in_state_json_is_a_damaged_checkpoint(change, p
         Source.read(forged(folder, tmp_path, change))
 
 
-def test_code_beside_a_checkpoint_runs_only_where_it_is_asked_for(folder, tmp_path):
+def test_code_next_to_a_checkpoint_does_not_run_unless_trusted(folder, tmp_path):
     trace = tmp_path / "executed"
     hostile = Path(shutil.copytree(folder / "runs" / "it" / "step-16", tmp_path / "hostile"))
     (hostile / "own.py").write_text(f"open({str(trace)!r}, 'w').close()\n")
@@ -382,14 +382,14 @@ def test_an_export_that_gives_another_model_is_refused_and_nothing_is_left(folde
     assert names(tmp_path) == set()
 
 
-def test_where_memory_does_not_hold_the_model_in_float32_that_is_said(folder, tmp_path, monkeypatch):
+def test_a_comparison_without_log_probs_for_lack_of_memory_is_noted(folder, tmp_path, monkeypatch):
     monkeypatch.setattr("preference_training.checkpointing.saved_models.free_memory", lambda _: 1000)
     _, note = export(folder / "runs" / "it", options(tmp_path))
     assert note.startswith("note: not enough memory to compare log-probs")
     assert torch.equal(logps(tmp_path / "out"), logps(folder / "runs" / "it" / "LATEST"))
 
 
-def test_what_rounding_to_a_shorter_dtype_changes_is_said(folder, tmp_path):
+def test_the_effect_of_rounding_to_a_shorter_dtype_is_noted(folder, tmp_path):
     _, note = export(folder / "runs" / "it", options(tmp_path, dtype="bfloat16"))
     assert re.fullmatch(r"note: rounding the weights to bfloat16 changes log-probs by up to [\d.e-]+ nats per token", note)
 
@@ -424,7 +424,7 @@ def test_an_adapter_on_a_model_from_scratch_is_exported_with_that_model(folder, 
 # ---- quantization -----------------------------------------------------------------------------------------------------------
 
 
-def test_int8_weights_are_read_again_as_they_were_quantized(folder, tmp_path):
+def test_int8_weights_load_as_they_were_quantized(folder, tmp_path):
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
     export(folder / "runs" / "it", options(tmp_path, quantize="int8"))
@@ -438,7 +438,7 @@ def test_int8_weights_are_read_again_as_they_were_quantized(folder, tmp_path):
     assert "quantized (int8)" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_without_torchao_its_pip_command_is_told(monkeypatch):
+def test_without_torchao_the_message_has_the_pip_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
     with pytest.raises(UserError, match=r"--quantize: .* pip install -r requirements/export.txt"):
         quantization_config("int8")
@@ -477,7 +477,7 @@ def test_an_archive_of_this_project_belongs_to_a_directory_of_the_model(folder, 
     assert torch.equal(logps(tmp_path / "out"), logps(latest))
 
 
-def test_archives_that_are_none_or_belong_elsewhere_are_refused(folder, tmp_path):
+def test_invalid_archives_and_archives_of_other_models_are_refused(folder, tmp_path):
     latest = folder / "runs" / "it" / "LATEST"
     for archive, model, told in (
         (tmp_path / "absent.pt", "tiny", "absent.pt: no such file"),

@@ -1,4 +1,4 @@
-"""Pairs that a ledger speaks against are named, and no others; with their texts, in a form to be judged anew."""
+"""The ledger flags the right pairs and no others, with their texts, as rows for the labeling app."""
 
 import json
 from contextlib import closing
@@ -54,7 +54,7 @@ def found(seen: Sightings, kind: str) -> list[int]:
 # ---- what the margins say ---------------------------------------------------------------------------------------------------
 
 
-def test_pairs_on_the_other_side_of_most_are_probably_mislabelled():
+def test_pairs_with_margins_opposite_to_most_are_probably_mislabeled():
     draw = numpy.random.default_rng(0)
     margins = draw.normal(2.0, 0.3, (1, 1000))
     wrong = numpy.arange(3, 1000, 20)
@@ -68,7 +68,7 @@ def test_a_policy_that_knows_nothing_finds_nothing():
     assert not evidence(sightings(numpy.zeros((1, 300)))).any()
 
 
-def test_what_a_sighting_says_is_the_log_ratio_of_two_normal_densities():
+def test_the_evidence_of_a_sighting_is_the_log_ratio_of_two_normal_densities():
     # Median 1; of the distances 0, 1 and 1 to it the median is 1, so that the spread is 1.4826: 2 m / 1.4826^2 of margin m.
     seen = sightings(numpy.array([[0.0, 1.0, 2.0]]))
     numpy.testing.assert_allclose(evidence(seen), 2 * numpy.array([0, 1, 2]) / 1.4826**2, rtol=1e-6)
@@ -87,27 +87,27 @@ def test_early_sightings_count_for_nothing_and_later_ones_add_up():
     assert found(sightings(margins), "mislabelled") == [7]
 
 
-def test_a_pair_stays_wrong_that_is_wrong_every_time_in_the_later_half():
+def test_a_pair_stays_wrong_if_it_is_wrong_throughout_the_second_half():
     # Pair by pair over four epochs, of which the last two are the later half.
     margins = numpy.array([[1, -1, -1, -1], [-1, -1, -1, 0.5], [1, 1, -1, -3], [1, 1, 1, 1]]).T
     assert found(sightings(margins), "stays wrong") == [2, 0], "the worst first"
 
 
-def test_a_single_epoch_knows_nothing_that_stays():
+def test_a_single_epoch_finds_no_pair_that_stays_wrong():
     assert found(sightings(-numpy.ones((1, 50))), "stays wrong") == []
 
 
-def test_a_pair_is_forgotten_that_was_right_and_is_wrong_at_last():
+def test_a_pair_is_forgotten_if_it_was_right_and_is_wrong_at_the_end():
     margins = numpy.array([[1, -1, 1, -0.5], [-1, -1, -1, -1], [-1, 1, -1, 1], [1, 1, 1, -2], [1, 1, 1, 1]]).T
     assert found(sightings(margins), "forgotten") == [3, 0]
 
 
-def test_no_kind_has_more_pairs_than_are_listed():
+def test_the_number_of_pairs_of_each_kind_is_limited():
     assert len(found(sightings(-numpy.ones((4, MAX_PAIRS + 50))), "stays wrong")) == MAX_PAIRS
 
 
 @given(arrays.arrays(numpy.float32, st.tuples(st.integers(1, 4), st.integers(0, 40)), elements=st.floats(width=32)))
-def test_whatever_the_margins_are_each_finding_is_a_pair_that_was_seen(margins):
+def test_each_finding_is_a_pair_that_was_seen_whatever_the_margins(margins):
     seen = sightings(margins)
     for finding in find_by_margins(seen):
         assert finding.kind in KINDS and finding.other == finding.preferred + 1
@@ -146,7 +146,7 @@ ROWS = st.lists(
 
 
 @given(ROWS)
-def test_they_are_those_whose_texts_stand_the_other_way_round_somewhere(rows):
+def test_contradictions_are_the_pairs_whose_texts_also_have_the_opposite_label(rows):
     table = prompts(*rows)
     texts = {
         (p.first_row + i, p.first_row + j): (tuple(p.prompt_ids), tuple(p.responses[i]), tuple(p.responses[j]))
@@ -194,7 +194,7 @@ def test_before_the_first_step_nothing_is_written(tmp_path, tokenizer):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_labelling_app_gets_each_pair_of_texts_once_and_without_its_label(run_dir, tmp_path):
+def test_the_labeling_app_gets_each_pair_of_texts_once_and_without_its_label(run_dir, tmp_path):
     assert write_labeling_file(run_dir, tmp_path / "flagged.jsonl") == 2
     rows = [json.loads(line) for line in (tmp_path / "flagged.jsonl").read_text().splitlines()]
     of_a = next(row for row in rows if row["description"] == "Human: name a")
@@ -210,7 +210,7 @@ TEXTS = st.text(max_size=3)
 
 @given(st.lists(st.fixed_dictionaries({"kind": st.sampled_from(sorted(KINDS)), "source": TEXTS, "prompt": TEXTS,
                                        "preferred": TEXTS, "other": TEXTS}), max_size=6))  # fmt: skip
-def test_where_a_text_stands_says_nothing_of_its_label_and_the_label_is_kept(rows):
+def test_the_order_of_texts_does_not_reveal_the_label_which_is_kept(rows):
     judged = labeling_rows(rows)
     keys = [(row["description"], row["version1"], row["version2"]) for row in judged]
     assert len(set(keys)) == len(keys) and all(row["version1"] <= row["version2"] for row in judged)

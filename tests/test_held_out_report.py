@@ -1,4 +1,4 @@
-"""What held-out scores are turned into: parts that add up, the bias for length, the distance from the reference."""
+"""The breakdown of held-out metrics, length bias, and the KL divergence to the reference."""
 
 import copy
 import json
@@ -43,7 +43,7 @@ def scored(chosen: list[float], rejected: list[float]) -> HeldOut:
     return HeldOut(named | {"rewards_eval/chosen": one, "rewards_eval/rejected": other}, {}, [])
 
 
-def test_each_way_to_divide_the_examples_has_every_example_in_one_part():
+def test_every_partition_has_each_example_in_one_part():
     found = facts([0, 0, 1, 2, 40], [3, 32, 33, 2000, 64], [1, 1, 1, 1, 1], ["a", "a", "b", "b", "a"], [1, 1, 3, 3, 2])
     parts = found.parts()
     assert parts.keys() == {"data set", "prompt tokens", "response tokens", "turns of the user"}
@@ -55,7 +55,7 @@ def test_each_way_to_divide_the_examples_has_every_example_in_one_part():
 
 
 @given(st.integers(1, 3000))
-def test_a_length_is_in_the_part_whose_name_holds_it(length):
+def test_a_length_is_in_the_part_named_by_its_range(length):
     [name] = facts([0], [length]).parts()["response tokens"]
     low, high = name.split("-")
     assert int(low) <= length <= (int(high) if high else math.inf)
@@ -81,7 +81,7 @@ def test_an_accuracy_of_1_is_not_certain():
     assert result["all"]["rewards_eval/accuracies"]["low"] == pytest.approx(0.025 ** (1 / 20))
 
 
-def test_sft_has_a_loss_and_nothing_of_pairs():
+def test_sft_has_a_loss_and_no_pair_metrics():
     held_out = HeldOut({"loss/eval": torch.tensor([1.0, 3.0]), "logps_eval/chosen": torch.tensor([-1.0, -3.0])}, {}, [])
     result = break_down(held_out, facts([0, 1], [5, 6]))
     assert result["all"]["loss/eval"]["mean"] == 2
@@ -89,7 +89,7 @@ def test_sft_has_a_loss_and_nothing_of_pairs():
     assert any(line.startswith("all") for line in format_results({"held_out": result}))
 
 
-def test_a_reward_that_is_the_length_is_all_bias():
+def test_a_reward_equal_to_the_length_has_full_length_bias():
     lengths, others = [4, 7, 9, 3], [5, 6, 2, 8]
     held_out = scored([float(length) for length in lengths], [float(length) for length in others])
     bias = length_bias(held_out, facts(range(4), lengths, others))
@@ -111,7 +111,7 @@ def test_the_correlation_is_numpys(rows):
         assert bias == pytest.approx(numpy.corrcoef(rewards, [*lengths, *others])[0, 1], abs=1e-6)
 
 
-def test_rewards_that_are_all_the_same_have_no_correlation():
+def test_constant_rewards_have_no_correlation():
     bias = length_bias(scored([0.0, 0.0], [0.0, 0.0]), facts([0, 1], [4, 5], [6, 5]))
     assert bias["correlation"] == {"mean": None, "low": None, "high": None}
     assert bias["longer_preferred"]["examples"] == 1 and bias["longer_preferred"]["by_reward"]["mean"] == 0.5
@@ -125,7 +125,7 @@ def part(source: str, prompts: list[TokenizedPrompt]) -> TablePart:
     return TablePart(source, made.batches, source)
 
 
-def test_facts_are_in_the_order_in_which_examples_are_scored(tokenizer):
+def test_example_facts_are_in_the_order_of_scoring(tokenizer):
     text = "\n\nHuman: Why?\n\nAssistant: So.\n\nHuman: And?\n\nAssistant:"
     prompts = [
         TokenizedPrompt(tokenizer(text).input_ids, [[5, 6], [7], [8, 9, 10]], [(0, 1), (2, 1)]),
@@ -151,7 +151,7 @@ def test_facts_are_in_the_order_in_which_examples_are_scored(tokenizer):
         (None, None),
     ],
 )
-def test_a_chat_template_tells_how_the_users_turns_begin(template, marker, tokenizer):
+def test_a_chat_template_reveals_how_user_turns_begin(template, marker, tokenizer):
     chatty = copy.deepcopy(tokenizer)
     chatty.chat_template = template
     assert user_markers(chatty) == ["\n\nHuman:", "<|im_start|>user"] + [marker] * bool(marker)
@@ -171,13 +171,13 @@ def models():
 PROMPTS, RESPONSES = [[5, 6, 7], [8, 9], [10, 11, 12, 13]], [[20, 21, 0], [22], [23, 24, 25, 26]]
 
 
-def test_a_policy_that_is_its_reference_is_no_distance_away(models):
+def test_the_kl_to_itself_is_zero(models):
     estimate, ratios = kl_estimate(models[0], LiveReference(models[0]), response_batches(PROMPTS, RESPONSES, 2, UNLIMITED))
     assert ratios == [0, 0, 0]
     assert estimate["per_answer"] == {"mean": 0, "low": 0, "high": 0} and estimate["tokens"] == 8
 
 
-def test_the_distance_is_the_mean_log_ratio_of_the_answers(models):
+def test_the_kl_estimate_is_the_mean_log_ratio_of_the_responses(models):
     def logp(model, prompt, response) -> float:
         logits = model(torch.tensor([prompt + response])).logits[0].log_softmax(-1)
         return sum(logits[len(prompt) - 1 + k, token].item() for k, token in enumerate(response))

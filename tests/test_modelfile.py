@@ -1,4 +1,4 @@
-"""Prompts of training as chat templates write them elsewhere: token for token in Jinja, and in Ollama's Modelfile."""
+"""Prompts of training written by chat templates elsewhere: token for token in Jinja, and in Ollama's Modelfile."""
 
 import json
 
@@ -138,7 +138,7 @@ def test_ollama_and_the_chat_template_write_the_prompt_of_training_token_for_tok
 
 @settings(deadline=None)
 @given(conversations(), st.sampled_from(["hh", "Mistral"]))
-def test_an_earlier_answer_has_one_blank_before_it_whether_the_model_wrote_it_or_a_person(turns, case):
+def test_an_earlier_response_has_one_leading_space_whoever_wrote_it(turns, case):
     tokenizer, template = CASES[case]
     modelfile, _ = build_modelfile(config(template), tokenizer)
     turns = [turn for turn in turns if turn.role != "system"]
@@ -169,7 +169,7 @@ def test_raw_conversations_of_several_turns_are_as_in_training(turns):
 
 
 @pytest.mark.parametrize("system", ["Be brief.", 'Say "no".\n\n\tTwice.', " with blanks "])
-def test_the_runs_system_prompt_stands_before_conversations_without_one(system):
+def test_the_runs_system_prompt_precedes_conversations_without_one(system):
     for case in ("hh", "chatml", "Qwen 2"):
         tokenizer, template = CASES[case]
         modelfile, _ = build_modelfile(config(template, system), tokenizer)
@@ -179,7 +179,7 @@ def test_the_runs_system_prompt_stands_before_conversations_without_one(system):
 
 
 @pytest.mark.parametrize("system", ['three """ quotes', "a bell \a", "a wide blank\u00a0"])
-def test_a_system_prompt_that_a_modelfile_cannot_hold_is_refused(system):
+def test_a_system_prompt_that_a_modelfile_cannot_represent_is_refused(system):
     with pytest.raises(UserError, match="system_prompt: a Modelfile cannot represent this text"):
         build_modelfile(config("chatml", system), CASES["chatml"][0])
 
@@ -194,14 +194,14 @@ def test_a_system_prompt_that_a_modelfile_cannot_hold_is_refused(system):
         ("Llama 3", ["<|eot_id|>"]),
     ],
 )
-def test_an_answer_stops_where_training_ended_it(case, stops):
+def test_a_response_stops_where_training_ended_it(case, stops):
     tokenizer, template = CASES[case]
     commands = read_modelfile(build_modelfile(config(template), tokenizer)[0])
     assert [value for name, value in commands if name == "PARAMETER stop"] == stops
     assert [name for name, _ in commands][:2] == ["FROM", "TEMPLATE"] and commands[0][1] == "."
 
 
-def test_what_cannot_be_carried_over_is_said():
+def test_what_a_modelfile_cannot_express_is_noted():
     assert any("strips blanks" in note for note in build_modelfile(config("chat"), CASES["Llama 3"][0])[1])
     assert any("no place for a system" in note for note in build_modelfile(config("chat"), CASES["Gemma"][0])[1])
     dated = tokenizer_of("{{ strftime_now('%Y') }}" + CHATML)
@@ -239,7 +239,7 @@ def test_a_runs_configuration_says_how_prompts_were_written(given_config, wanted
     assert format_of_run(given_config, wanted) == expected
 
 
-def test_what_nobody_has_said_is_asked_for():
+def test_an_unknown_prompt_format_must_be_given():
     with pytest.raises(UserError, match="--template: this run has template=null"):
         format_of_run(config(None, None, ["x.jsonl"]))
     with pytest.raises(UserError, match="--template: the data sets of this run are written in several ways"):
@@ -250,7 +250,7 @@ def test_what_nobody_has_said_is_asked_for():
 
 
 @pytest.mark.parametrize("case", ["hh", "hh behind a beginning", "Llama 2"])
-def test_tokens_are_the_same_once_ollama_is_told_of_the_beginning(case, tmp_path):
+def test_tokens_are_the_same_once_ollama_knows_about_the_bos_token(case, tmp_path):
     from transformers import AutoTokenizer
 
     tokenizer, _ = CASES[case]
@@ -265,7 +265,7 @@ def test_tokens_are_the_same_once_ollama_is_told_of_the_beginning(case, tmp_path
     assert bos_of(read) == bos_of(tokenizer)
 
 
-def test_the_base_of_the_rotations_stands_where_ollama_looks_for_it_and_means_the_same(tmp_path):
+def test_rope_theta_is_where_ollama_looks_for_it_and_has_the_same_effect(tmp_path):
     from transformers import AutoConfig
 
     scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -313,7 +313,7 @@ def test_without_a_template_the_prompts_show_whether_they_are_dialogues(texts, e
     assert format_of_prompts(config | {"template": "chatml"}, table, tokenizer) == "chatml"
 
 
-def test_a_token_that_chatml_puts_behind_answers_ends_them():
+def test_the_token_that_chatml_puts_after_responses_ends_them():
     tokenizer = byte_level_tokenizer()
     assert end_tokens("chatml", tokenizer) == [], "several tokens"
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})

@@ -46,16 +46,16 @@ class EvaluationRun:
     def __init__(self, config, trainer_class, placement, loss, prompts: PromptTable, checkpoint: Path | None, tracker):
         self.config, self.placement, self.checkpoint = config, placement, checkpoint
         self.ranks, self.tokenizer = placement.ranks, placement.tokenizer
-        wanted, is_main = config.evaluation, placement.ranks.is_main
+        options, is_main = config.evaluation, placement.ranks.is_main
         names = task_names(config)
-        self.tasks = TaskList(names, wanted.task_path) if names else None
-        self.judge = build_judge(config, placement.device) if wanted.judge and is_main else None
+        self.tasks = TaskList(names, options.task_path) if names else None
+        self.judge = build_judge(config, placement.device) if options.judge and is_main else None
         policy = placement.policy()
         if checkpoint is not None and loss.needs_reference and is_main:
             check_reference(config, checkpoint, placement.began_with)
         self.budget = shared_budget(token_budget(policy, config.max_tokens_per_microbatch), self.ranks)
         self.examples = evaluation_prompts(prompts, config.n_eval_examples, config.seed)
-        self.sample_prompts = [prompt.prompt_ids for prompt in self.examples][: wanted.n_prompts]
+        self.sample_prompts = [prompt.prompt_ids for prompt in self.examples][: options.n_prompts]
         sizes = config.eval_batch_size, config.n_eval_examples, config.seed
         # An evaluated run keeps its own samples.jsonl.
         number = 0 if checkpoint else config.n_eval_model_samples * placement.samples(config.sample_during_eval)
@@ -77,32 +77,32 @@ class EvaluationRun:
 
         directory: for results.json, unless `evaluation.to` is set.
         """
-        trainer, wanted = self.trainer, self.config.evaluation
+        trainer, options = self.trainer, self.config.evaluation
         other = None
-        if wanted.judge and wanted.against == "reference":
+        if options.judge and options.against == "reference":
             # Before loading the checkpoint, the policy has the weights of the reference.
             other = self.sample(trainer.policy, OTHER)
         if self.checkpoint is not None:
             self.load_checkpoint()
         trainer.evaluate()
         results: dict = {"checkpoint": str(self.checkpoint) if self.checkpoint else None, "examples_trained": trainer.examples}
-        responses = self.sample(trainer.policy) if wanted.judge or trainer.reference is not None else []
+        responses = self.sample(trainer.policy) if options.judge or trainer.reference is not None else []
         ratios = None
         if trainer.reference is not None:
             sizes = self.config.eval_batch_size, self.budget
             batches = response_batches(self.sample_prompts, responses, *sizes, self.ranks)
             results["kl"], ratios = kl_estimate(trainer.policy, trainer.reference, batches, self.ranks)
-        if wanted.judge and other is None:
+        if options.judge and other is None:
             trainer.reference = None
-            other = self.sample(self.load_other(wanted.against), OTHER)
+            other = self.sample(self.load_other(options.against), OTHER)
         if not self.ranks.is_main:
             return {}
-        path = Path(wanted.to) if wanted.to else directory / "results.json"
+        path = Path(options.to) if options.to else directory / "results.json"
         return self.report(path, results, trainer.held_out, responses, other, ratios)
 
     def report(self, path: Path, results: dict, held_out: HeldOut, responses: list, other: list | None, ratios) -> dict:
-        """Add the results of judge and tasks, write and print all; what is known already is written before."""
-        wanted = self.config.evaluation
+        """Add the results of judge and tasks, write and print all; what is known already is written first."""
+        options = self.config.evaluation
         facts = ExampleFacts.of(self.examples, self.config.n_eval_examples, self.tokenizer)
         means = {name: mean if math.isfinite(mean) else None for name, mean in held_out.means().items()}
         results |= {"metrics": means, "held_out": break_down(held_out, facts)}
@@ -117,11 +117,11 @@ class EvaluationRun:
             write_text(path.with_name("answers.jsonl"), "".join(json.dumps(row) + "\n" for row in rows))
         if self.judge is not None:
             comparisons = [Comparison(*row) for row in zip(*texts.values(), strict=True)]
-            results["win_rate"] = win_rate(self.judge, comparisons, path.with_name("judgements.jsonl"), wanted)
+            results["win_rate"] = win_rate(self.judge, comparisons, path.with_name("judgements.jsonl"), options)
             write_results(path, results)
         if self.tasks is not None:
-            options = wanted.task_limit, self.config.eval_batch_size
-            results["tasks"] = self.tasks.results(self.trainer.policy, self.tokenizer, *options)
+            sizes = options.task_limit, self.config.eval_batch_size
+            results["tasks"] = self.tasks.results(self.trainer.policy, self.tokenizer, *sizes)
         results["warnings"] = warnings(results)
         write_results(path, results)
         print("", *format_results(results), f"results: {path}", sep="\n", flush=True)

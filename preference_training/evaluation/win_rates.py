@@ -36,7 +36,7 @@ class Comparison:
         return orders if judge.both_orders else orders[:1]
 
 
-class Judgements:
+class VerdictStore:
     """Verdicts in a JSON Lines file: written as soon as they are known, and never asked for again."""
 
     def __init__(self, path: Path):
@@ -73,15 +73,15 @@ class Judgements:
             self.known[key] = verdict
 
 
-def ask_all(judge: Judge, comparisons: Sequence[Comparison], judgements: Judgements, workers: int, max_missing: int) -> Counter:
+def ask_all(judge: Judge, comparisons: Sequence[Comparison], store: VerdictStore, workers: int, max_missing: int) -> Counter:
     """Ask the questions without a verdict, `workers` at a time; returns the reasons for missing verdicts.
 
     Stops where more than `max_missing` verdicts are missing.
     """
-    asked = {Judgements.key(judge, question): question for each in comparisons for question in each.questions(judge)}
+    asked = {VerdictStore.key(judge, question): question for each in comparisons for question in each.questions(judge)}
     missing: Counter = Counter()
     with ThreadPoolExecutor(workers) as pool:
-        waiting = [pool.submit(ask, judge, q, judgements) for key, q in asked.items() if key not in judgements.known]
+        waiting = [pool.submit(ask, judge, q, store) for key, q in asked.items() if key not in store.known]
         try:
             for future in as_completed(waiting):
                 try:
@@ -97,9 +97,9 @@ def ask_all(judge: Judge, comparisons: Sequence[Comparison], judgements: Judgeme
     return missing
 
 
-def ask(judge: Judge, question: tuple[str, str, str], judgements: Judgements) -> None:
+def ask(judge: Judge, question: tuple[str, str, str], store: VerdictStore) -> None:
     """Ask one question, and store its verdict before the worker continues with another."""
-    judgements.add(judge, question, judge.better(*question))
+    store.add(judge, question, judge.better(*question))
 
 
 def stop_asking(judge: Judge, waiting: Iterable[Future]) -> None:
@@ -109,9 +109,9 @@ def stop_asking(judge: Judge, waiting: Iterable[Future]) -> None:
         future.cancel()
 
 
-def outcome(comparison: Comparison, judge: Judge, judgements: Judgements) -> float | None:
+def outcome(comparison: Comparison, judge: Judge, store: VerdictStore) -> float | None:
     """1 for a win of the policy, 0 for a loss, 0.5 for a tie, None without a verdict."""
-    verdicts = [judgements.known.get(Judgements.key(judge, question)) for question in comparison.questions(judge)]
+    verdicts = [store.known.get(VerdictStore.key(judge, question)) for question in comparison.questions(judge)]
     if None in verdicts:
         return None
     values = {"first": 1.0, "second": 0.0, "tie": 0.5}
@@ -127,16 +127,16 @@ def win_rate(judge: Judge, comparisons: Sequence[Comparison], path: Path, settin
     more than `max_missing` of the comparisons have no verdict.
     """
     note = judge.identify()
-    judgements = Judgements(path)
+    store = VerdictStore(path)
     max_unjudged = int(settings.max_missing * len(comparisons))
     # Each comparison has one or two questions and needs all their verdicts.
     max_missing = max_unjudged * (2 if judge.both_orders else 1)
-    questions = {Judgements.key(judge, question) for each in comparisons for question in each.questions(judge)}
-    if judgements.known:
-        earlier = len(questions & judgements.known.keys())
+    questions = {VerdictStore.key(judge, question) for each in comparisons for question in each.questions(judge)}
+    if store.known:
+        earlier = len(questions & store.known.keys())
         print(f"judge: {earlier:,} of {len(questions):,} verdicts reused from earlier evaluations, {path}", flush=True)
-    reasons = ask_all(judge, comparisons, judgements, settings.judge_workers, max_missing)
-    outcomes = [outcome(comparison, judge, judgements) for comparison in comparisons]
+    reasons = ask_all(judge, comparisons, store, settings.judge_workers, max_missing)
+    outcomes = [outcome(comparison, judge, store) for comparison in comparisons]
     judged = numpy.array([value for value in outcomes if value is not None])
     unanswered = len(outcomes) - len(judged)
     rate = None

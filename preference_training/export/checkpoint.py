@@ -34,7 +34,7 @@ GENERATION = "generation_config.json"
 def export(path: Path, options: ExportOptions) -> list[str]:
     """Export the model of a run directory or a checkpoint; returns the lines to print.
 
-    Raises UserError for what cannot be done, and then leaves no directory.
+    Raises UserError if the export fails, and then leaves no directory.
     """
     source = Source.read(path, options.trust_remote_code)
     check_options(options, source.is_adapter)
@@ -146,7 +146,7 @@ class _Export:
         return replace(facts, adapter=True), lambda: notes + verification.compare_adapter(source, directory, self.dtype)
 
     def _write_base(self, directory: Path) -> list[str]:
-        """Write the adapter's base model too where nobody else has it, and point the adapter to it; returns notes."""
+        """Include the adapter's base model unless it is available elsewhere, and point the adapter to it; returns notes."""
         source, settings = self.source, settings_of_file(directory)
         base = settings.get("base_model_name_or_path")
         is_available = base is not None and (not Path(base).is_absolute() or (Path(base) / "config.json").is_file())

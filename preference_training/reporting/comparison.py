@@ -1,6 +1,6 @@
 """comparison.html and comparison.csv: the results of several runs side by side, and the settings in which they differ.
 
-Runs that differ only in their seed form a group, shown with its mean and spread. Runs may still be going on.
+Runs that differ only in their seed form a group, shown with its mean and spread. Runs may still be in progress.
 
     run directories -> groups -> table, curves, frontier -> comparison.html; one row per run -> comparison.csv
 """

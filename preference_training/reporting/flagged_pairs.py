@@ -3,7 +3,7 @@
 stays wrong     negative margin at every sighting in the second half of the run, of which there are two or more
 mislabelled     its margins look like those of pairs with swapped labels
 forgotten       had a positive margin, and a negative one at the last sighting
-contradicted    the data also has the same two responses to the same prompt the other way round
+contradicted    the data also has the same pair with the opposite label
 
     ledger, prompts -> findings -> RUN/flagged_pairs.jsonl -> rows that the labeling app imports
 

@@ -1,6 +1,6 @@
 """A run as its directory records it: read once, then handed to charts, tables and observations.
 
-The run may still be going on. Missing and damaged files count as empty.
+The run may still be in progress. Missing and damaged files count as empty.
 """
 
 from dataclasses import dataclass

@@ -1,6 +1,6 @@
 """report.html: what happened in a run, in one page that needs neither a network nor a server.
 
-It is made from the run directory alone, so that it can be rebuilt, also while the run goes on.
+It is made from the run directory alone, so that it can be rebuilt at any time, also during the run.
 
     run directory -> RunRecord -> charts, tables, samples, observations -> report.html
 """

@@ -1,4 +1,4 @@
-"""A run in a terminal: its progress, curves and last events, also while it goes on, also on another machine.
+"""A run in a terminal: its progress, curves and last events, also while it is in progress, also on another machine.
 
 metrics.jsonl, events.jsonl as they grow -> LiveRun -> a screen, redrawn when there is something new
 """

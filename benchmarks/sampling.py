@@ -17,7 +17,7 @@ from preference_training.core.machine import pick_device, quiet_libraries
 from preference_training.core.random_streams import seed_everything
 from preference_training.data.toy_preferences import toy_records
 from preference_training.evaluation.runs import composed
-from preference_training.generation.sampling import sample_responses
+from preference_training.generation.sampling import Sampler
 from preference_training.modeling.loading import load_model
 from preference_training.modeling.prefix_sharing.sharing import share_prefixes
 from preference_training.modeling.state import move_to_devices
@@ -37,6 +37,11 @@ def all_in_one_batch(model, tokenizer, prompts: list[list[int]], max_length: int
     return [row[: row.index(tokenizer.eos_token_id) + 1] if tokenizer.eos_token_id in row else row for row in rows]
 
 
+def sample_batches(model, tokenizer, prompts: list[list[int]], max_length: int, seed: int) -> list[list[int]]:
+    """As a run samples now."""
+    return Sampler(tokenizer, max_length, seed).responses(model, prompts)
+
+
 def main() -> None:
     """Time both alternately, and print the medians."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -53,7 +58,7 @@ def main() -> None:
     prompts = [tokenizer(text).input_ids for text in toy_records("test")][: options.prompts]
     rates: dict[str, list[float]] = {"before": [], "now": []}
     for _ in range(options.rounds):
-        for name, sample in (("before", all_in_one_batch), ("now", sample_responses)):
+        for name, sample in (("before", all_in_one_batch), ("now", sample_batches)):
             started = time.perf_counter()
             responses = sample(model, tokenizer, prompts, config.max_length, config.seed)
             rates[name].append(sum(map(len, responses)) / (time.perf_counter() - started))

@@ -69,14 +69,32 @@ def forked_workers(monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def compose():
-    """Compose the project's configuration from overrides, as the command line does."""
+def composed():
+    """Compose the project's configuration from overrides, as Hydra does; with the choices of its groups."""
     from hydra import compose, initialize_config_dir
+    from omegaconf import open_dict
 
     import train  # noqa: F401  registers the resolver that the configuration uses
+    from preference_training.configuration.composition import force_open_sections
 
-    def composed(*overrides: str):
+    def composed(*overrides: str) -> tuple:
         with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-            return compose("config", overrides=list(overrides))
+            config = compose("config", overrides=force_open_sections(list(overrides)), return_hydra_config=True)
+        choices = dict(config.hydra.runtime.choices)
+        with open_dict(config):
+            config.pop("hydra")
+        return config, choices
 
     return composed
+
+
+@pytest.fixture(scope="session")
+def compose(composed):
+    """The project's configuration from overrides, composed and validated as the command line's is."""
+    from preference_training.configuration.validation import validate
+
+    def validated(*overrides: str):
+        config, choices = composed(*overrides)
+        return validate(config, overrides, choices)
+
+    return validated

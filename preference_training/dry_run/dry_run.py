@@ -25,7 +25,6 @@ from preference_training.batching.batches import (
     examples_of,
     pieces_of,
 )
-from preference_training.configuration.validation import caches_reference, is_sharded, two_models_asked_for
 from preference_training.core.errors import UserError
 from preference_training.core.machine import pick_device
 from preference_training.core.ranks import Ranks
@@ -64,9 +63,9 @@ def look(config, tokenizer, loss, data: tuple[Prepared, Prepared], batches_withi
     print(f"\nprompts that are in both: {len(both):,}", "\nexamples", sep="\n")
     train = data[0].table
     print(*lines_of_examples([train[k] for k in range(min(3, len(train)))], tokenizer, wants_colour()), sep="\n")
-    if loss.needs_reference and (two_models := two_models_asked_for(config)):
-        print(f"\n{two_models}")
-    look_at_steps = look_at_ranks if is_sharded(config) else look_at_one_process
+    if loss.needs_reference and config.two_models:
+        print(f"\n{config.two_models}")
+    look_at_steps = look_at_ranks if config.trainer.is_sharded else look_at_one_process
     look_at_steps(config, tokenizer, loss, facts[0], batches_within)
 
 
@@ -76,7 +75,7 @@ def look_at_one_process(config, tokenizer, loss, facts: "Facts", batches_within:
     budget = untrained_budget(config, tokenizer, device)
     batches = batches_within(budget)
     print("\nsteps", *lines_of_steps(batches, facts), sep="\n")
-    live = loss.needs_reference and not caches_reference(config, batches.visits_again)
+    live = loss.needs_reference and not config.caches_reference(batches.visits_again)
     pieces, _ = largest_pieces(batches, budget)
     kinds = step_memory(config, tokenizer, loss, live, pieces)
     taken = memory_taken(device)
@@ -95,7 +94,7 @@ def look_at_ranks(config, tokenizer, loss, facts: "Facts", batches_within: Calla
         ranks, layout = laid_out(config)
         budget = budget_of(config, tokenizer, layout)
         batches = batches_within(budget, ranks)
-        live = loss.needs_reference and not caches_reference(config, batches.visits_again)
+        live = loss.needs_reference and not config.caches_reference(batches.visits_again)
         pieces, step = largest_pieces(batches, budget)
         costs = step_costs(config, tokenizer, loss, live, pieces, step, ranks, layout)
     number = sum(len(micro_batch.pieces) for micro_batch in step)

@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from omegaconf import OmegaConf
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -42,8 +41,9 @@ from preference_training.checkpointing.saved_models import (
     per_token,
     tolerance,
 )
-from preference_training.configuration.composition import CONFIG_DIR, choices_of
-from preference_training.configuration.validation import DTYPES, TEMPLATES
+from preference_training.configuration.composition import choices_of
+from preference_training.configuration.kept import composed, model_config
+from preference_training.configuration.schema import DTYPES, TEMPLATES
 from preference_training.core.errors import UserError, first_line, nearest
 from preference_training.core.files import load_tensors
 from preference_training.core.values import UNREADABLE, misfit
@@ -194,8 +194,7 @@ def whole_model(source: Source, dtype: str, trust_remote_code: bool = False):
     config = _model_config(source, trust_remote_code)
     if source.is_adapter:
         return loading.load_merged(source.checkpoint, config, tokenizer, _cache_dir(source), getattr(torch, dtype))
-    config.policy_dtype = dtype
-    return loading.load_model(config, tokenizer, _cache_dir(source))
+    return loading.load_model(replace(config, policy_dtype=dtype), tokenizer, _cache_dir(source))
 
 
 def own_model(source: Source, trust_remote_code: bool = False):
@@ -208,11 +207,10 @@ def own_model(source: Source, trust_remote_code: bool = False):
 
 def _model_config(source: Source, trust_remote_code: bool):
     """The `model` configuration that loads a checkpoint, in the dtype that its weights have."""
-    defaults = OmegaConf.load(CONFIG_DIR / "model" / "base_model.yaml")
-    trusted = {"trust_remote_code": trust_remote_code}
     if source.is_adapter:
-        return OmegaConf.merge(defaults, source.config["model"], trusted)
-    return OmegaConf.merge(defaults, trusted, {"name_or_path": str(source.checkpoint), "policy_dtype": _dtype_of(source)})
+        return model_config(source.config["model"], trust_remote_code=trust_remote_code)
+    own = {"name_or_path": str(source.checkpoint), "policy_dtype": _dtype_of(source)}
+    return model_config(own, trust_remote_code=trust_remote_code)
 
 
 def _dtype_of(source: Source) -> str:
@@ -228,10 +226,10 @@ def _cache_dir(source: Source) -> str | None:
 
 def tokenizer_of(source: Source, trust_remote_code: bool = False):
     """The tokenizer of a checkpoint: the one that lies in it, else the run's."""
-    values = dict(source.config["model"]) | {"trust_remote_code": trust_remote_code}
-    if (source.checkpoint / "tokenizer_config.json").is_file():
-        values["tokenizer_name_or_path"] = str(source.checkpoint)
-    return load_tokenizer(OmegaConf.create(values))
+    own = (source.checkpoint / "tokenizer_config.json").is_file()
+    name = str(source.checkpoint) if own else source.config["model"].get("tokenizer_name_or_path")
+    known = {"name_or_path": source.config["model"].get("name_or_path"), "tokenizer_name_or_path": name}
+    return load_tokenizer(model_config(known, trust_remote_code=trust_remote_code))
 
 
 def _places_of_tokenizer(source: Source) -> list[str]:
@@ -535,18 +533,12 @@ def written_beside(place: Path) -> Iterator[Path]:
 
 def model_config_of(name: str, archive: Path):
     """The `model` configuration of a preset's name or of a model's path or hub id, with the archive's weights in it."""
-    from hydra import compose, initialize_config_dir
-
     presets = choices_of("model")
     if name not in presets and "/" not in name and not Path(name).is_dir():
         raise UserError(f"--model: no preset {name!r}, and no directory; {nearest(name, presets)}")
-    chosen = [f"model={name}"] if name in presets else ["model=blank_model"]
-    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        model_config = compose("config", overrides=chosen).model
-    if name not in presets:
-        model_config.name_or_path = name
-    model_config.archive = str(archive)
-    return model_config
+    if name in presets:
+        return model_config(composed(f"model={name}").model, archive=str(archive))
+    return model_config({}, name_or_path=name, archive=str(archive))
 
 
 def convert(archive: Path, name: str, to: Path, dtype: str | None = None) -> list[str]:
@@ -557,29 +549,29 @@ def convert(archive: Path, name: str, to: Path, dtype: str | None = None) -> lis
     _check_place(to)
     if not archive.is_file():
         raise UserError(f"{archive}: no such file. Expected a policy.pt.")
-    model_config = model_config_of(name, archive)
-    model_config.policy_dtype = dtype or model_config.policy_dtype
-    tokenizer = load_tokenizer(model_config)
-    loading.check_model(model_config, tokenizer)
+    config = model_config_of(name, archive)
+    config = replace(config, policy_dtype=dtype or config.policy_dtype)
+    tokenizer = load_tokenizer(config)
+    loading.check_model(config, tokenizer)
     held = load_tensors(archive, mapped=True)
     with written_beside(to) as partial, _compared(to):
-        model = loading.load_model(model_config, tokenizer)
+        model = loading.load_model(config, tokenizer)
         compares = fits_in_memory(sum(weight.numel() for weight in model.parameters()))
-        expected = answers_in_float32(model, getattr(torch, model_config.policy_dtype)) if compares else None
+        expected = answers_in_float32(model, getattr(torch, config.policy_dtype)) if compares else None
         parameters = save_weights(model, partial, tokenizer)
         save_tokenizer(tokenizer, partial)
         if compares:
-            _whole_compared(partial, expected, model_config.policy_dtype, Wishes(to))
+            _whole_compared(partial, expected, config.policy_dtype, Wishes(to))
         else:
             compare_parts(partial, model)
         step, metrics = held.get("step_idx"), held.get("metrics")
         facts = CardFacts(
             to.resolve().name,
             type(model).__name__,
-            model_config.policy_dtype,
+            config.policy_dtype,
             parameters,
             config=None,
-            base=model_config.name_or_path,
+            base=config.name_or_path,
             examples=step if isinstance(step, int) else None,
             held_out=_numbers(metrics),
             notes=["Converted from a single file of weights. What it was trained on, and how, is not in that file."],

@@ -51,7 +51,6 @@ def settings_of(model_config, model: nn.Module, unfit: Iterable[str]):
         raise UserError(f"model.lora.r: an adapter needs the package peft. {INSTALL}") from error
     lora, archive = model_config.lora, model_config.archive
     targets = lora.target_modules
-    targets = targets if targets is None or isinstance(targets, str) else list(targets)
     if is_adapter(archive):
         settings = _settings_of_archive(archive)
         settings.target_modules = settings.target_modules if targets is None else targets
@@ -366,11 +365,11 @@ def _checked_settings(archive: str, model_config) -> dict:
             "on, or make a whole model of it first: python scripts/export.py CHECKPOINT --merge --to DIRECTORY"
         )
     settings = settings_of_file(archive)
-    for key, value in {"r": settings["r"], "alpha": settings["lora_alpha"]}.items():
-        if value != model_config.lora[key]:
+    lora = model_config.lora
+    for key, value, found in (("r", settings["r"], lora.r), ("alpha", settings["lora_alpha"], lora.alpha)):
+        if value != found:
             raise UserError(
-                f"model.lora.{key}: found {model_config.lora[key]}, but the adapter {archive} was trained with {value}. Give "
-                "it the same."
+                f"model.lora.{key}: found {found}, but the adapter {archive} was trained with {value}. Give it the same."
             )
     return settings
 

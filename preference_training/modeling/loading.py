@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Callable
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -221,12 +222,10 @@ def base_of(checkpoint: Path, model_config, tokenizer, cache_dir: str | None = N
 
 
 def _of_adapter(make, checkpoint: Path, model_config, tokenizer, cache_dir: str | None) -> nn.Module:
-    from omegaconf import OmegaConf
-
     # Of how the run computed on its machine nothing is needed here, and some of it may not be there.
     here = {"liger_kernels": False, "attn_implementation": "auto", "autocast_dtype": None}
-    its_own = {"archive": str(checkpoint), "lora": settings_in(str(checkpoint))}
-    config = OmegaConf.merge(model_config, here, its_own)
+    lora = replace(model_config.lora, **settings_in(str(checkpoint)))
+    config = replace(model_config, archive=str(checkpoint), lora=lora, **here)
     with torch.random.fork_rng(devices=[]):
         if (seed := _seed_of(checkpoint)) is not None:
             torch.manual_seed(seed)
@@ -302,10 +301,9 @@ def _made_ready(model: nn.Module, model_config, base: str | None = None) -> nn.M
 
 def model_configuration(model_config, tokenizer, cache_dir: str | None = None):
     """The transformers configuration: of `name_or_path`, or made from `from_config`; `from_config` changes its values."""
-    from omegaconf import OmegaConf
     from transformers import AutoConfig
 
-    values = OmegaConf.to_container(model_config.from_config)
+    values = model_config.from_config
     if model_config.name_or_path:
         name, trusted = model_config.name_or_path, model_config.trust_remote_code
         with _loading("model.name_or_path", name):

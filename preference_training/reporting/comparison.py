@@ -14,12 +14,15 @@ from pathlib import Path
 
 import numpy
 
+from preference_training.configuration.kept import read_config
+from preference_training.configuration.keys import TRAINING_ONLY
+from preference_training.configuration.schema import keys_with
 from preference_training.core.errors import UserError
 from preference_training.core.machine import too_few
 from preference_training.core.secrets import without_secrets
 from preference_training.core.values import dotted, with_interval
 from preference_training.reporting.charts import Line, chart, line_of, shown
-from preference_training.reporting.model_card import NOT_SHOWN
+from preference_training.reporting.model_card import is_shown
 from preference_training.reporting.pages import page, write_page
 from preference_training.tracking.run_files import (
     ABOUT,
@@ -32,7 +35,6 @@ from preference_training.tracking.run_files import (
     OF_THEIR_RUN,
     PRUNED,
     RESULTS_FILE,
-    config_in,
     json_object,
     metric_rows,
     progress,
@@ -52,8 +54,6 @@ CURVES = {
 }  # fmt: skip
 # Losses whose reward is beta times the log-ratio of policy and reference.
 LOG_RATIO_LOSSES = ("dpo", "ipo", "hinge", "robust", "rpo", "dpop", "bco", "tr_dpo")
-# Keys of a loss that change what is trained, and not what a held-out loss is of.
-OF_TRAINING = ("loss.mode_loss", "loss.mode_weight", "loss.a", "loss.reference_update_every", "loss.reference_update_share")
 # In which the runs of a group may differ.
 SEED = "seed"
 
@@ -79,7 +79,7 @@ class Run:
         said = progress(rows, json_object(run_dir / ABOUT))
         state = "pruned" if (run_dir / PRUNED).exists() else json_object(run_dir / JOB).get("state")
         said += f", {state}" if state in ("pruned", "failed", "stopped") else ""
-        return cls(name, dotted(config_in(run_dir)), *split_rows(rows), said, results_of(run_dir / RESULTS_FILE))
+        return cls(name, dotted(read_config(run_dir)), *split_rows(rows), said, results_of(run_dir / RESULTS_FILE))
 
     @property
     def newest(self) -> dict:
@@ -173,7 +173,7 @@ def differing_keys(runs: Sequence[Run]) -> list[str]:
     """The keys in which runs differ, the seed and what no model depends on left aside."""
     # What says which data and which weights it was is left out of cards, but not here.
     told = ("datasets", "model.archive", "model.name_or_path")
-    keys = {key for run in runs for key in run.config if key.startswith(told) or not key.startswith(NOT_SHOWN)} - {SEED}
+    keys = {key for run in runs for key in run.config if key.startswith(told) or is_shown(key)} - {SEED}
     return sorted(key for key in keys if len({str(run.config.get(key)) for run in runs}) > 1)
 
 
@@ -215,7 +215,7 @@ def doubts(runs: Sequence[Run]) -> list[str]:
     if len(runs) < 2:
         return []
     found = []
-    keys = [key for key in differing_keys(runs) if key.startswith("loss.") and key not in OF_TRAINING]
+    keys = [key for key in differing_keys(runs) if key.startswith("loss.") and key not in keys_with(TRAINING_ONLY)]
     if keys:
         found.append(
             f"Held-out losses do not compare: they are of other formulas where {', '.join(keys)} differ. Accuracies do."

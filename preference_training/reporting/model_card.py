@@ -8,13 +8,12 @@ import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
-from omegaconf import OmegaConf
-
-from preference_training.configuration.composition import CONFIG_DIR, choices_of
+from preference_training.configuration.composition import default_values
+from preference_training.configuration.keys import NOT_SHOWN, is_within
+from preference_training.configuration.schema import keys_with
 from preference_training.core.machine import too_few
 from preference_training.core.secrets import without_secrets
 from preference_training.core.values import dotted
@@ -181,35 +180,19 @@ def _shown_name(name: str) -> str:
     return name if is_hub_id(name) and not _is_file(name) else Path(name).name
 
 
-# Where files lie and where a run computes, how much it says: nothing that the model depends on.
-NOT_SHOWN = (
-    "hydra", "datasets", "exp_name", "local_dirs", "local_run_dir", "cache_dir", "wandb", "resume", "fsdp_port", "debug",
-    "dry_run", "model.archive", "model.name_or_path", "model.tokenizer_name_or_path", "save_", "keep_", "max_wall_time",
-    "minimum_log_interval_secs", "trainer.nproc_per_node", "trainer.device_memory", "trainer.world_size",
-    "sweep_dir", "pruner", "gpus_per_job",
-)  # fmt: skip
+def is_shown(key: str) -> bool:
+    """Whether a card and a comparison have a key of a run: not where files lie, where it computes and how much it says."""
+    return not is_within(key, ("hydra", *keys_with(NOT_SHOWN)))
 
 
 def settings_changed(config: dict) -> dict[str, tuple[object, object]]:
     """The keys of a run that differ from the defaults in config/: name → (the run's value, the default or None)."""
     now = dotted(config)
     # The YAML says the last as a reference to another key.
-    before = _defaults(config["loss"]["name"], config["trainer"]["name"]) | {
-        "model.reference_dtype": now.get("model.policy_dtype")
-    }
-    changed = [key for key in now if now[key] != before.get(key) and not key.startswith(NOT_SHOWN)]
+    usual = default_values(model="base_model", loss=config["loss"]["name"], trainer=config["trainer"]["name"])
+    before = dotted(usual) | {"model.reference_dtype": now.get("model.policy_dtype")}
+    changed = [key for key in now if now[key] != before.get(key) and is_shown(key)]
     return {key: (now[key], before.get(key)) for key in sorted(changed)}
-
-
-@cache
-def _defaults(loss: str, trainer: str) -> dict:
-    """The defaults of all keys, by their dotted names, under a loss and a trainer."""
-    values = OmegaConf.to_container(OmegaConf.load(CONFIG_DIR / "config.yaml"))
-    for group, name in {"model": "base_model", "loss": loss, "trainer": trainer}.items():
-        # A name in data forms no path.
-        known = name in ("base_model", *choices_of(group))
-        values[group] = OmegaConf.to_container(OmegaConf.load(CONFIG_DIR / group / f"{name}.yaml")) if known else {}
-    return dotted(values)
 
 
 def _configuration(config: dict) -> str:

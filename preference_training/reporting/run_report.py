@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy
 
+from preference_training.configuration.kept import read_config
 from preference_training.core.errors import UserError
 from preference_training.core.machine import too_few
 from preference_training.core.values import UNREADABLE, with_interval
@@ -32,7 +33,6 @@ from preference_training.tracking.run_files import (
     REPORT,
     RESULTS_FILE,
     SAMPLES,
-    config_in,
     json_lines,
     json_object,
     metric_rows,
@@ -112,7 +112,7 @@ def rebuild_report(run_dir: Path) -> Path:
 def report_page(run_dir: Path) -> str:
     """The HTML of a run's report."""
     rows = metric_rows(run_dir / METRICS)
-    config, about = config_in(run_dir), json_object(run_dir / ABOUT)
+    config, about = read_config(run_dir), json_object(run_dir / ABOUT)
     steps, evaluations = split_rows(rows)
     bad_steps = list(json_lines(run_dir / BAD_STEPS))
     return page(

@@ -14,6 +14,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
+from preference_training.configuration.kept import read_config
 from preference_training.core.errors import UserError
 from preference_training.core.machine import too_few
 from preference_training.reporting.charts import bucketed, tick_label, ticks
@@ -23,7 +24,6 @@ from preference_training.tracking.run_files import (
     EVENTS,
     HELD_OUT_PROMPTS,
     METRICS,
-    config_in,
     counted,
     json_object,
     progress,
@@ -95,7 +95,7 @@ def screen(watched: Watched, width: int, height: int) -> Group:
     """What there is to see of a run, for a terminal of so many columns and lines."""
     about = json_object(watched.run_dir / ABOUT)
     rows, events = watched.rows[METRICS], watched.rows[EVENTS][-EVENTS_SHOWN:]
-    name = config_in(watched.run_dir).get("exp_name", watched.run_dir.name)
+    name = read_config(watched.run_dir).get("exp_name", watched.run_dir.name)
     head = Text.assemble((str(name), "bold"), f"  {watched.run_dir}", no_wrap=True, overflow="ellipsis")
     facts = progress(rows, about), *facts_of_newest(rows, about.get("examples")), *few_prompts(rows)
     said = Text(" | ".join(facts), no_wrap=True, overflow="ellipsis")

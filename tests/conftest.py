@@ -69,32 +69,19 @@ def forked_workers(monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def composed():
-    """Compose the project's configuration from overrides, as Hydra does; with the choices of its groups."""
-    from hydra import compose, initialize_config_dir
-    from omegaconf import open_dict
-
+def compose():
+    """The project's configuration from overrides, composed and validated as the command line's is."""
     import train  # noqa: F401  registers the resolver that the configuration uses
-    from preference_training.configuration.composition import force_open_sections
+    from preference_training.configuration.validation import configured
 
-    def composed(*overrides: str) -> tuple:
-        with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-            config = compose("config", overrides=force_open_sections(list(overrides)), return_hydra_config=True)
-        choices = dict(config.hydra.runtime.choices)
-        with open_dict(config):
-            config.pop("hydra")
-        return config, choices
-
-    return composed
+    return configured
 
 
 @pytest.fixture(scope="session")
-def compose(composed):
-    """The project's configuration from overrides, composed and validated as the command line's is."""
-    from preference_training.configuration.validation import validate
+def plain(compose):
+    """What overrides compose to, in plain values: not validated, so that paths need not exist."""
+    from omegaconf import OmegaConf
 
-    def validated(*overrides: str):
-        config, choices = composed(*overrides)
-        return validate(config, overrides, choices)
+    from preference_training.configuration.composition import composed
 
-    return validated
+    return lambda *overrides: OmegaConf.to_container(composed(*overrides)[0], resolve=True)

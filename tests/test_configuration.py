@@ -6,13 +6,10 @@ from importlib.metadata import distribution
 from itertools import cycle, product
 from pathlib import Path
 
-import hydra
 import pytest
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
-from omegaconf import OmegaConf, open_dict
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import OmegaConf
 
 from preference_datasets import LAST_ROW
 from preference_training.configuration import composition
@@ -25,16 +22,13 @@ from preference_training.configuration.composition import (
     force_open_sections,
     known_keys,
 )
+from preference_training.configuration.schema import OPTIMIZERS, WITHOUT_PAIRS
 from preference_training.configuration.validation import (
     OBJECTIVES,
-    OPTIMIZERS,
-    WITHOUT_PAIRS,
-    caches_reference,
-    check_config,
     check_objective,
-    dashboard_names,
 )
 from preference_training.core.errors import UserError
+from preference_training.core.values import dotted
 from preference_training.data.entries import read_entries
 
 # The part of the recipes that several command lines below share.
@@ -57,22 +51,11 @@ PYTHIA = {"model.name_or_path": "EleutherAI/pythia-2.8b", "model.block_name": "G
 
 
 @pytest.fixture
-def check():
+def check(compose):
     """Compose overrides and check the result, as `train.py` does; raises what it would tell the user as UserError."""
-    import train  # noqa: F401  registers the resolver that the configuration uses
 
     def checked(*overrides: str) -> None:
-        overrides = force_open_sections(list(overrides))
-        with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-            try:
-                config = hydra.compose("config", overrides=overrides, return_hydra_config=True)
-            except (HydraException, OmegaConfBaseException) as error:
-                raise UserError(explain_composition_error(error)) from error
-            choices = dict(config.hydra.runtime.choices)
-            with open_dict(config):
-                config.pop("hydra")
-            check_config(config, overrides, choices)
-            read_entries(config)
+        read_entries(compose(*overrides))
 
     return checked
 
@@ -128,10 +111,10 @@ def refusal(check, *overrides: str) -> str:
         ("datasets=hh", {"datasets": "hh"}),
     ],
 )
-def test_a_command_line_composes_to_the_values_that_it_says(compose, line, values):
-    config = compose(*line.split())
-    found = {key: OmegaConf.select(config, key) for key in values}
-    assert {key: OmegaConf.to_container(v) if OmegaConf.is_config(v) else v for key, v in found.items()} == values
+def test_a_command_line_composes_to_the_values_that_it_says(plain, line, values):
+    config = plain(*line.split())
+    found = dotted(config) | {"loss": config["loss"]}
+    assert {key: found[key] for key in values} == values
 
 
 def test_a_sweep_over_beta_is_three_command_lines(compose):
@@ -146,27 +129,27 @@ def test_beta_dpo_is_a_mode_of_dpo_and_also_a_loss_of_its_own(compose):
     assert mode != compose("loss=dpo", "loss.beta=0.3").loss
 
 
-def test_only_the_tiny_model_changes_what_belongs_to_training(compose):
+def test_only_the_tiny_model_changes_what_belongs_to_training(plain):
     # The embedded model needs its own learning rate and lengths; every other preset leaves config.yaml's defaults alone.
     defaults = OmegaConf.load(CONFIG_DIR / "config.yaml")
     for model in set(choices_of("model")) - {"tiny"}:
-        config = compose(f"model={model}")
+        config = plain(f"model={model}")
         for key in ("batch_size", "lr", "optimizer", "warmup_steps", "max_length", "max_prompt_length", "eval_every"):
             assert config[key] == defaults[key], (model, key)
-    assert compose().lr == 1e-3
-    assert compose("lr=1e-4").lr == 1e-4
+    assert plain()["lr"] == 1e-3
+    assert plain("lr=1e-4")["lr"] == 1e-4
 
 
 @pytest.mark.parametrize("loss", choices_of("loss"))
-def test_every_loss_composes_with_every_model_and_with_every_trainer(compose, loss):
+def test_every_loss_composes_with_every_model_and_with_every_trainer(plain, loss):
     # Any two of the three are seen together; dpo sees all of them.
     combinations = product(choices_of("model"), choices_of("trainer"))
     combinations = combinations if loss == "dpo" else zip(choices_of("model"), cycle(choices_of("trainer")), strict=False)
     for model, trainer in combinations:
-        config = compose(f"model={model}", f"loss={loss}", f"trainer={trainer}")
-        assert config.trainer.name == trainer
-        assert config.loss.name == ("dpo" if loss == "beta_DPO" else loss)
-        assert model == "blank_model" or config.model.name_or_path or config.model.from_config.model_type
+        config = plain(f"model={model}", f"loss={loss}", f"trainer={trainer}")
+        assert config["trainer"]["name"] == trainer
+        assert config["loss"]["name"] == ("dpo" if loss == "beta_DPO" else loss)
+        assert model == "blank_model" or config["model"]["name_or_path"] or config["model"]["from_config"]["model_type"]
 
 
 @pytest.mark.parametrize("loss", OURS)
@@ -177,7 +160,7 @@ def test_the_default_of_every_loss_is_sound(check, loss):
 @pytest.mark.parametrize(("loss", "wanted"), [("dpo", "null"), ("dpo", "cached"), ("tr_dpo", "null"), ("tr_dpo", "live")])
 def test_log_probs_that_are_read_again_are_computed_before_training_unless_the_reference_moves(compose, loss, wanted):
     config = compose(f"loss={loss}", f"reference_logps={wanted}")
-    assert caches_reference(config, read_again=True) is (loss == "dpo")
+    assert config.caches_reference(read_again=True) is (loss == "dpo")
 
 
 def test_the_reference_takes_the_policys_dtype_unless_it_is_given_another(compose):
@@ -204,10 +187,9 @@ def test_the_reference_takes_the_policys_dtype_unless_it_is_given_another(compos
     ],
 )
 def test_the_keys_that_people_know_are_there(compose, prefix, names):
-    config = compose("loss=dpo")
+    config = compose("loss=dpo").as_dict()
     for name in names.split():
-        section = OmegaConf.select(config, prefix[:-1]) if prefix else config
-        assert name in section
+        assert name in (config[prefix[:-1]] if prefix else config)
         assert f"{prefix}{name}" in known_keys()
 
 
@@ -335,7 +317,7 @@ def test_keys_of_other_libraries_sections_need_no_plus_and_are_not_ours_to_refus
     check(override)
     config = compose(*force_open_sections([override]))
     key, value = override.lstrip("+").split("=")
-    assert OmegaConf.select(config, key) == float(value)
+    assert dotted(config.as_dict())[key] == float(value)
 
 
 def test_only_overrides_of_open_sections_are_changed():
@@ -607,7 +589,7 @@ def test_the_objectives_are_the_metrics_of_an_evaluation(loss, compose):
 
     from preference_training.losses.objectives import build_loss, example_metrics
 
-    built = build_loss(**compose(f"loss={loss}").loss)
+    built = build_loss(**compose(f"loss={loss}").loss.given())
     assert built.paired is (loss not in WITHOUT_PAIRS)
     logps, pairs = torch.full((2,), -1.0), torch.tensor([[0, 1]]) if built.paired else torch.zeros(0, 2, dtype=torch.int64)
     metrics = example_metrics(built(logps, logps, pairs, torch.ones(2)), logps, pairs, "eval")
@@ -640,10 +622,10 @@ def test_a_loss_of_ones_own_that_cannot_be_is_refused(overrides, told, check):
 
 @pytest.mark.parametrize(("paired", "objective"), [(True, "rewards_eval/accuracies"), (False, "logps_eval/chosen")])
 def test_the_objective_is_a_metric_of_what_a_loss_compares(paired, objective, compose):
-    check_objective(compose(f"objective={objective}"), paired)
+    check_objective(objective, "sft", paired)
     if not paired:
         with pytest.raises(UserError, match="objective: loss=sft has no metric 'rewards_eval/margins'"):
-            check_objective(compose("objective=rewards_eval/margins"), paired)
+            check_objective("rewards_eval/margins", "sft", paired)
 
 
 # ---- evaluation -----------------------------------------------------------------------------------------------------------
@@ -703,7 +685,7 @@ def test_judges_and_tasks_that_can_be_are_taken(check, monkeypatch, tmp_path):
     ],
 )
 def test_numbers_go_where_tracking_says_and_to_wandb_only_if_it_is_enabled(compose, overrides, expected):
-    assert dashboard_names(compose(*overrides.split())) == expected
+    assert compose(*overrides.split()).dashboard_names == expected
 
 
 def test_tensorboard_that_is_not_installed_is_asked_for_before_anything_begins(check, monkeypatch):

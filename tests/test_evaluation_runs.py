@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from omegaconf import OmegaConf
 
 import forked
 import shown
@@ -224,8 +223,8 @@ def test_a_run_that_did_not_know_a_key_yet_has_its_default(sft, tmp_path):
     (tmp_path / "step-16" / "state.json").write_text(json.dumps(state))
     config = config_of_run(tmp_path, [])
     assert config.tf32 is True and config.model.autocast_dtype is None and config.evaluation.n_prompts == 128
-    then = OmegaConf.to_container(config_of_run(sft, []), resolve=True)
-    assert OmegaConf.to_container(config, resolve=True)["model"] == then["model"]
+    then = config_of_run(sft, []).as_dict()
+    assert config.as_dict()["model"] == then["model"]
     assert config.n_examples == 16 and config.eval_only
 
 

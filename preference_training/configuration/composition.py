@@ -4,11 +4,12 @@ import re
 from functools import cache
 from pathlib import Path
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from preference_training.configuration.keys import names_of
 from preference_training.configuration.schema import RunConfig
-from preference_training.core.errors import nearest
+from preference_training.core.errors import UserError, nearest
 
 CONFIG_DIR = Path(__file__).parents[2] / "config"
 GROUPS = ("model", "loss", "trainer")
@@ -66,6 +67,25 @@ def _as_sweep(text: str) -> str:
         # It may mean something else in there.
         value = "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
     return f"{key}=choice({value})"
+
+
+def composed(*overrides: str) -> tuple[DictConfig, dict[str, str]]:
+    """What overrides compose to, and the file that each group was composed from.
+
+    Raises UserError where one names what does not exist.
+    """
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
+
+    try:
+        with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+            config = compose("config", overrides=force_open_sections(list(overrides)), return_hydra_config=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(explain_composition_error(error)) from error
+    choices = dict(config.hydra.runtime.choices)
+    OmegaConf.set_struct(config, False)
+    config.pop("hydra")
+    return config, choices
 
 
 @cache

@@ -6,14 +6,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from preference_training.configuration.composition import (
-    CONFIG_DIR,
-    GROUPS,
-    OPEN_SECTIONS,
-    default_values,
-    explain_composition_error,
-    known_keys,
-)
+from preference_training.configuration.composition import GROUPS, OPEN_SECTIONS, composed, default_values, known_keys
 from preference_training.configuration.keys import Section, declared
 from preference_training.configuration.schema import ModelConfig, RunConfig
 from preference_training.configuration.validation import validate
@@ -72,7 +65,7 @@ def changed_config(then: dict, run: Path, fixed: dict, overrides: list[str], eva
     is never the run's own. Keys that the run did not know yet have their defaults. Raises UserError, also where the run's own
     values would have code executed.
     """
-    base = composed("model=blank_model", f"loss={then['loss']['name']}", f"trainer={then['trainer']['name']}")
+    base, _ = composed("model=blank_model", f"loss={then['loss']['name']}", f"trainer={then['trainer']['name']}")
     config = OmegaConf.merge(base, then, {"evaluation": base.evaluation}, fixed)
     for text in overrides:
         config = _overridden(config, text)
@@ -103,20 +96,6 @@ def _texts(value) -> list[str]:
     return [value] if isinstance(value, str) else [text for each in inside for text in _texts(each)]
 
 
-def composed(*overrides: str) -> DictConfig:
-    """The configuration that overrides compose to. Raises UserError where one names what does not exist."""
-    from hydra import compose, initialize_config_dir
-    from hydra.errors import HydraException
-
-    try:
-        with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-            config = compose("config", overrides=list(overrides))
-    except HydraException as error:
-        raise UserError(explain_composition_error(error)) from error
-    OmegaConf.set_struct(config, False)
-    return config
-
-
 def _overridden(config: DictConfig, text: str) -> DictConfig:
     """A configuration with "key=value" as on `train.py`'s command line; of a group, all of it. Raises UserError for others."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -131,7 +110,7 @@ def _overridden(config: DictConfig, text: str) -> DictConfig:
         raise UserError(f"{text}: expected key=value, with one value.")
     if key in GROUPS:
         # In place of the old group, whose keys may be others.
-        return OmegaConf.create({**config, key: composed(text)[key]})
+        return OmegaConf.create({**config, key: composed(text)[0][key]})
     if key not in known_keys() and not key.startswith(tuple(f"{name}." for name in OPEN_SECTIONS)):
         raise UserError(f"{key}: no such key; {nearest(key, known_keys())}")
     OmegaConf.update(config, key, override.value(), merge=False, force_add=True)

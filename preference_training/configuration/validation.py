@@ -2,12 +2,13 @@
 
 import os
 import re
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from preference_training.configuration.composition import GROUPS, group_keys, keys_of_choice, unknown_key
+from preference_training.configuration.composition import GROUPS, composed, group_keys, keys_of_choice, unknown_key
 from preference_training.configuration.keys import Section, check_section, declared, listed, refuse, texts
 from preference_training.configuration.schema import BITSANDBYTES_OPTIMIZERS, WITHOUT_PAIRS, EvaluationConfig, RunConfig
 from preference_training.core.errors import UserError, nearest
@@ -26,35 +27,46 @@ EVALUATION_REQUIREMENTS = "pip install -r requirements/evaluation.txt"
 TRACKING = ("jsonl", "wandb", "tensorboard")
 
 
-def validate(composed: DictConfig, overrides: list[str] = (), choices: dict[str, str] | None = None) -> RunConfig:
+def validate(config: DictConfig, overrides: Sequence[str] = (), choices: dict[str, str] | None = None) -> RunConfig:
     """The configuration, typed. Raises UserError, with one message, for the first thing in it that cannot work.
 
     `overrides` are the command line's, `choices` say which file each group was composed from: with them keys are missed that
     were removed, and keys of other files found.
     """
-    missing = sorted(OmegaConf.missing_keys(composed))
+    missing = sorted(OmegaConf.missing_keys(config))
     if missing:
         raise UserError(f"{missing[0]}: not given. Expected a value on the command line: {missing[0]}=...")
-    values = OmegaConf.to_container(composed, resolve=True)
+    values = OmegaConf.to_container(config, resolve=True)
     _check_keys(RunConfig, values)
     for group, choice in (choices or {}).items():
         if group in GROUPS:
             _check_keys_of_group(group, values[group], choice)
     _check_group_names(values["loss"], values["trainer"])
     check_section(RunConfig, values)
-    config = RunConfig.of(values, OmegaConf.to_container(composed, resolve=False))
+    typed = RunConfig.of(values, OmegaConf.to_container(config, resolve=False))
+    if typed.per_device_batch_size is not None and any(text.startswith("batch_size=") for text in overrides):
+        raise UserError("per_device_batch_size: given beside batch_size, which follows from it. Expected one of them.")
+    _check_together(typed)
+    return typed
+
+
+def _check_together(config: RunConfig) -> None:
+    """Raise UserError for values that do not go together, or name what is not there."""
     _check_choices(config)
     _check_adapter(config)
     _check_sharding(config)
     _check_loss(config)
     if config.per_device_batch_size is None:
         check_sizes(config)
-    elif any(text.startswith("batch_size=") for text in overrides):
-        raise UserError("per_device_batch_size: given beside batch_size, which follows from it. Expected one of them.")
     _check_paths(config)
     _check_evaluation(config.evaluation, config)
     _check_tracking(config.tracking)
-    return config
+
+
+def configured(*overrides: str) -> RunConfig:
+    """The configuration of a command line. Raises UserError for what cannot work."""
+    config, choices = composed(*overrides)
+    return validate(config, overrides, choices)
 
 
 # ---- keys -----------------------------------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ class EvaluationRun:
         wanted, is_main = config.evaluation, placement.ranks.is_main
         names = wanted.task_names
         self.tasks = TaskList(names, wanted.task_path) if names else None
-        self.judge = build_judge(config, placement.device) if wanted.judge and is_main else None
+        self.judge = build_judge(wanted, config.cache_dir, placement.device) if wanted.judge and is_main else None
         policy = placement.policy()
         if checkpoint is not None and loss.needs_reference and is_main:
             check_beginning(config, checkpoint, placement.began_with)

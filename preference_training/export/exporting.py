@@ -41,8 +41,8 @@ from preference_training.checkpointing.saved_models import (
     per_token,
     tolerance,
 )
-from preference_training.configuration.composition import choices_of
-from preference_training.configuration.kept import composed, model_config
+from preference_training.configuration.composition import choices_of, composed
+from preference_training.configuration.kept import model_config
 from preference_training.configuration.schema import DTYPES, TEMPLATES
 from preference_training.core.errors import UserError, first_line, nearest
 from preference_training.core.files import load_tensors
@@ -537,7 +537,7 @@ def model_config_of(name: str, archive: Path):
     if name not in presets and "/" not in name and not Path(name).is_dir():
         raise UserError(f"--model: no preset {name!r}, and no directory; {nearest(name, presets)}")
     if name in presets:
-        return model_config(composed(f"model={name}").model, archive=str(archive))
+        return model_config(composed(f"model={name}")[0].model, archive=str(archive))
     return model_config({}, name_or_path=name, archive=str(archive))
 
 

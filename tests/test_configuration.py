@@ -22,7 +22,8 @@ from preference_training.configuration.composition import (
     force_open_sections,
     known_keys,
 )
-from preference_training.configuration.schema import OPTIMIZERS, WITHOUT_PAIRS
+from preference_training.configuration.keys import names_of
+from preference_training.configuration.schema import OPTIMIZERS, WITHOUT_PAIRS, RunConfig
 from preference_training.configuration.validation import (
     OBJECTIVES,
     check_objective,
@@ -263,6 +264,29 @@ def test_every_file_begins_with_a_line_that_says_what_it_is(file):
 def test_the_known_keys_are_dotted_names_of_ours_and_none_of_hydras():
     assert {"lr", "loss.beta", "wandb.project", "model.from_config", "optimizer_kwargs", "trainer"} <= known_keys()
     assert not [key for key in known_keys() if "hydra" in key or "defaults" in key]
+
+
+@pytest.mark.parametrize("trainer", choices_of("trainer"))
+@pytest.mark.parametrize("loss", choices_of("loss"))
+def test_every_key_of_the_files_has_a_field_in_the_same_order(plain, loss, trainer):
+    composed = plain(f"loss={loss}", f"trainer={trainer}")
+    fields = [name for name in names_of(RunConfig) if name in dotted(composed)]
+    # What stands in these two is another library's and the user's.
+    theirs = ("model.from_config.", "loss.options.")
+    assert [key for key in dotted(composed) if not key.startswith(theirs)] == fields
+
+
+def test_every_field_has_a_key_in_the_files(plain):
+    choices = [f"{group}={choice}" for group in ("loss", "trainer") for choice in choices_of(group)]
+    keys = {key for choice in choices for key in with_sections(plain(choice))}
+    assert names_of(RunConfig).keys() <= keys
+
+
+def with_sections(values: dict, prefix: str = "") -> set[str]:
+    """The dotted names of all keys and sections."""
+    inner = {name: value for name, value in values.items() if isinstance(value, dict)}
+    below = (with_sections(value, f"{prefix}{name}.") for name, value in inner.items())
+    return {f"{prefix}{name}" for name in values}.union(*below)
 
 
 # ---- unknown names ------------------------------------------------------------------------------------------------------

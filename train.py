@@ -93,22 +93,22 @@ def start(config: RunConfig, run_dir: Path, in_sweep: bool) -> float | None:
     from preference_training.distributed.launching import launch, number_of_workers, silence_others
 
     config = settle_batch_size(config)
-    if config.dry_run or not config.trainer.is_sharded:
-        return run(config, run_dir, in_sweep)
-    if config.trainer.splits_layers:
+    trainer, several = config.trainer.name, config.trainer.is_sharded and not config.dry_run
+    if several and config.trainer.splits_layers:
         from preference_training.distributed.layer_splitting import splits_in_one_process
 
         if splits_in_one_process(config):
-            return run(config, run_dir, in_sweep, "LayerSplittingTrainer")
-    if in_worker():
+            trainer, several = "LayerSplittingTrainer", False
+    if several and not in_worker():
+        arguments = config.as_dict(), str(run_dir), in_sweep
+        return launch(run_as_worker, arguments, number_of_workers(config.trainer), config.fsdp_port)
+    if several:
         # torchrun has started it, or Slurm. The directory of the run is the main rank's, which makes it when all have joined:
         # a worker that is ended before leaves none.
         with suppress(OSError):
             run_dir.rmdir()
         silence_others()
-        return run(config, run_dir, in_sweep)
-    arguments = config.as_dict(), str(run_dir), in_sweep
-    return launch(run_as_worker, arguments, number_of_workers(config.trainer), config.fsdp_port)
+    return run(config, run_dir, in_sweep, trainer)
 
 
 def settle_batch_size(config: RunConfig) -> RunConfig:

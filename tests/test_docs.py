@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 
 import forked
 import shown
-from preference_training.configuration.composition import CONFIG_DIR, GROUPS, OPEN_SECTIONS, choices_of, known_keys
+from preference_training.configuration.composition import CONFIG_DIR, GROUPS, choices_of, in_open_section, known_keys
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = shown.commands(r"python scripts/")
@@ -206,7 +206,7 @@ def is_known(text: str) -> bool:
         return value == "NAME" or value in choices_of(key)
     if text.startswith("+"):
         return (CONFIG_DIR / key / f"{value}.yaml").is_file()
-    return key in known_keys() or key.startswith(tuple(f"{name}." for name in OPEN_SECTIONS)) or key == "hydra/sweeper"
+    return key in known_keys() or in_open_section(key) or key == "hydra/sweeper"
 
 
 # Short for a key, as the page says.

@@ -7,21 +7,22 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from preference_training.configuration.keys import names_of
-from preference_training.configuration.schema import RunConfig
+from preference_training.configuration.keys import OPEN, names_of
+from preference_training.configuration.schema import RunConfig, keys_with
 from preference_training.core.errors import UserError, nearest
 
 CONFIG_DIR = Path(__file__).parents[2] / "config"
 GROUPS = ("model", "loss", "trainer")
 
 
-# Sections whose keys are another library's or the user's, and so not listed in our files.
-OPEN_SECTIONS = ("model.from_config", "optimizer_kwargs", "loss.options", "pruner_kwargs")
+def in_open_section(name: str) -> bool:
+    """Whether a key, or an override of it, is in a section that may have any keys."""
+    return name.startswith(tuple(f"{section}." for section in keys_with(OPEN)))
 
 
 def force_open_sections(arguments: list[str]) -> list[str]:
     """Command-line arguments in which overrides inside open sections may name new keys without Hydra's leading +."""
-    return [f"++{text}" if text.startswith(tuple(f"{name}." for name in OPEN_SECTIONS)) else text for text in arguments]
+    return [f"++{text}" if in_open_section(text) else text for text in arguments]
 
 
 def defer_keys_of_swept_groups(arguments: list[str]) -> list[str]:

@@ -6,7 +6,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from preference_training.configuration.composition import GROUPS, OPEN_SECTIONS, composed, default_values, known_keys
+from preference_training.configuration.composition import GROUPS, composed, default_values, in_open_section, known_keys
 from preference_training.configuration.keys import Section, declared
 from preference_training.configuration.schema import ModelConfig, RunConfig
 from preference_training.configuration.validation import validate
@@ -111,7 +111,7 @@ def _overridden(config: DictConfig, text: str) -> DictConfig:
     if key in GROUPS:
         # In place of the old group, whose keys may be others.
         return OmegaConf.create({**config, key: composed(text)[0][key]})
-    if key not in known_keys() and not key.startswith(tuple(f"{name}." for name in OPEN_SECTIONS)):
+    if key not in known_keys() and not in_open_section(key):
         raise UserError(f"{key}: no such key; {nearest(key, known_keys())}")
     OmegaConf.update(config, key, override.value(), merge=False, force_add=True)
     return config

@@ -24,6 +24,8 @@ OUTSIDE_JOB_IDENTITY = "outside a job's identity"
 NOT_SHOWN = "not shown"
 # Of a loss: what is trained, but not the formula of a held-out loss.
 TRAINING_ONLY = "training only"
+# A section whose keys are another library's or the user's, and so not listed in our files.
+OPEN = "open"
 
 
 def key(kind: Kind, *flags: str, default: Any = MISSING) -> Any:

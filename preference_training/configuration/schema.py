@@ -13,6 +13,7 @@ from functools import cache
 from preference_training.configuration.keys import (
     MAY_CHANGE_ON_RESUME,
     NOT_SHOWN,
+    OPEN,
     OUTSIDE_JOB_IDENTITY,
     TRAINING_ONLY,
     Section,
@@ -95,7 +96,7 @@ class ModelConfig(Section):
     autocast_dtype: str | None = key(name_of("dtype", DTYPES, null=True))
     fsdp_policy_mp: str | None = key(name_of("dtype", DTYPES, null=True))
     reference_dtype: str = key(name_of("dtype", DTYPES))
-    from_config: dict = key(plain_section)
+    from_config: dict = key(plain_section, OPEN)
     lora: LoraConfig = section(LoraConfig)
     quantization: str | None = key(one_of(("nf4", "int8"), "nf4, int8", null=True))
     double_quantization: bool = key(switch)
@@ -140,7 +141,7 @@ class LossConfig(Section):
     function: str | None = optional_key(
         expected("FILE.py:NAME", lambda value: isinstance(value, str) and re.search(r"\.py:\w+$", value) is not None)
     )
-    options: dict | None = optional_key(plain_section)
+    options: dict | None = optional_key(plain_section, OPEN)
 
     @property
     def moves_reference(self) -> bool:
@@ -149,7 +150,7 @@ class LossConfig(Section):
 
     def given(self) -> dict:
         """The loss's own keys, `name` among them."""
-        return {name: value for name, value in vars(self).items() if value is not None}
+        return {name: copy.deepcopy(value) for name, value in vars(self).items() if value is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,7 +243,7 @@ class RunConfig(Section):
     sweep_dir: str | None = key(text(null=True), MAY_CHANGE_ON_RESUME, OUTSIDE_JOB_IDENTITY, NOT_SHOWN)
     gpus_per_job: int | None = key(whole(1, null=True), MAY_CHANGE_ON_RESUME, OUTSIDE_JOB_IDENTITY, NOT_SHOWN)
     pruner: str | None = key(name_of("pruner", PRUNERS, null=True), MAY_CHANGE_ON_RESUME, NOT_SHOWN)
-    pruner_kwargs: dict = key(plain_section, MAY_CHANGE_ON_RESUME, NOT_SHOWN)
+    pruner_kwargs: dict = key(plain_section, OPEN, MAY_CHANGE_ON_RESUME, NOT_SHOWN)
     cache_dir: str | None = key(text(null=True), MAY_CHANGE_ON_RESUME, OUTSIDE_JOB_IDENTITY, NOT_SHOWN)
     sample_during_eval: bool | None = key(
         expected("true, false or null", lambda value: value is None or isinstance(value, bool)), MAY_CHANGE_ON_RESUME
@@ -270,7 +271,7 @@ class RunConfig(Section):
     early_stopping_patience: int | None = key(whole(1, null=True), MAY_CHANGE_ON_RESUME)
     n_eval_examples: int | None = key(whole(1, null=True), MAY_CHANGE_ON_RESUME)
     optimizer: str = key(name_of("optimizer", OPTIMIZERS))
-    optimizer_kwargs: dict = key(plain_section)
+    optimizer_kwargs: dict = key(plain_section, OPEN)
     master_weights: bool | str = key(
         expected("auto, true or false", lambda value: value == "auto" or isinstance(value, bool)), MAY_CHANGE_ON_RESUME
     )

@@ -4,6 +4,7 @@ An entry is a name or a path, or a dict with either and further keys. Everything
 before anything is loaded; then `load_records` gives its checked records, one by one.
 """
 
+import copy
 import inspect
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
@@ -357,7 +358,8 @@ def load_records(
 
 def read_entries(config: RunConfig) -> list[Entry]:
     """The entries of `datasets`, understood; brackets may be left out for one. Raises UserError."""
-    entries = listed(config.datasets)
+    # Loaders of the user's are given parts of it, and may write into them.
+    entries = copy.deepcopy(listed(config.datasets))
     if not isinstance(config.datasets, list | str | dict) or not entries:
         raise UserError(f"datasets: found {config.datasets!r}, expected at least one data set, as in [hh,shp].")
     defaults = {key: getattr(config, key) for key in (*GENERAL_CHOICES, "system_prompt", "held_out_share")}

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from preference_training.configuration.schema import ModelConfig
 from preference_training.core.errors import UserError, first_line
 
 # Names of the adapter that is trained, and of the frozen one that training starts from.
@@ -40,7 +41,7 @@ def has_adapter(model: nn.Module) -> bool:
     return hasattr(model, "peft_config")
 
 
-def settings_of(model_config, model: nn.Module, unfit: Iterable[str]):
+def settings_of(model_config: ModelConfig, model: nn.Module, unfit: Iterable[str]):
     """peft's LoraConfig of a `model` configuration for a model: all of the adapter's own, where training starts from one.
 
     unfit: the names of `unfit_layers`, left out where no layers are named. Raises UserError where peft is not installed.
@@ -88,7 +89,7 @@ def _settings_of_archive(archive: str):
     return settings
 
 
-def add_adapter(model: nn.Module, model_config, base: str | None = None) -> None:
+def add_adapter(model: nn.Module, model_config: ModelConfig, base: str | None = None) -> None:
     """Freeze a model and put an adapter of a `model` configuration into it; fresh, it changes nothing that the model says.
 
     Its weights are float32, whatever the model's are. Where training starts from an adapter, a frozen one comes beside it.
@@ -124,7 +125,7 @@ def add_adapter(model: nn.Module, model_config, base: str | None = None) -> None
             weight.data = weight.data.float()
 
 
-def _no_such_layers(model: nn.Module, model_config, reason: str) -> str:
+def _no_such_layers(model: nn.Module, model_config: ModelConfig, reason: str) -> str:
     linear = sorted({name.rpartition(".")[2] for name in linear_layers(model)})
     return (
         f"model.lora.target_modules: found {model_config.lora.target_modules}: {reason}. Linear layers of "
@@ -132,7 +133,7 @@ def _no_such_layers(model: nn.Module, model_config, reason: str) -> str:
     )
 
 
-def _origin(model_config) -> str | None:
+def _origin(model_config: ModelConfig) -> str | None:
     """Where the weights under an adapter come from: an absolute path, a hub id, or None for a model made from scratch."""
     archive = base_archive(model_config)
     if archive:
@@ -218,7 +219,7 @@ def _adapted(model: nn.Module) -> set[str]:
     return {name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
 
 
-def lines_of_adapter(model: nn.Module, model_config) -> list[str]:
+def lines_of_adapter(model: nn.Module, model_config: ModelConfig) -> list[str]:
     """What an adapter leaves frozen that its configuration seems to mean, in lines for the user."""
     adapted, lines = _adapted(model), []
     if model_config.lora.target_modules is None and not is_adapter(model_config.archive):
@@ -310,7 +311,7 @@ def save_settings(model: nn.Module, folder: Path) -> None:
     model.peft_config[TRAINED].save_pretrained(folder)
 
 
-def base_archive(model_config) -> Path | None:
+def base_archive(model_config: ModelConfig) -> Path | None:
     """The archive with the weights under the adapter, or with all; None where they are not an archive's.
 
     Raises UserError where `model.archive` is an adapter, and not one of the configured model.
@@ -357,7 +358,7 @@ def settings_of_file(archive: str | Path) -> dict:
     return settings
 
 
-def _checked_settings(archive: str, model_config) -> dict:
+def _checked_settings(archive: str, model_config: ModelConfig) -> dict:
     """peft's settings of an adapter. Raises UserError where they are damaged, or are not the configured ones."""
     if model_config.lora.r is None:
         raise UserError(
@@ -431,7 +432,7 @@ def import_bitsandbytes(key: str):
 # ---- few bits -------------------------------------------------------------------------------------------------------------
 
 
-def quantise(model: nn.Module, model_config) -> None:
+def quantise(model: nn.Module, model_config: ModelConfig) -> None:
     """Turn a model's linear layers, but for its head, into four bits (nf4) or eight (int8), frozen; on the CPU or meta.
 
     Four bits are NormalFloat4 in blocks of 64, whose scales are quantised again with `double_quantization` (Dettmers et al.
@@ -480,13 +481,13 @@ class ShapeOfFewBits(nn.Linear):
         return _Product.apply(x, self.weight, self.out_features)
 
 
-def _without_numbers(layers, layer: nn.Linear, model_config) -> nn.Module:
+def _without_numbers(layers, layer: nn.Linear, model_config: ModelConfig) -> nn.Module:
     # Beside the weights lie scales: of blocks of 64 weights in float32, or in eight bits, or one for each row.
     scales = 0 if model_config.quantization == "int8" else 8 / 64 if model_config.double_quantization else 32 / 64
     return ShapeOfFewBits(layer, (8 if model_config.quantization == "int8" else 4) + scales)
 
 
-def _in_four_bits(layers, layer: nn.Linear, model_config) -> nn.Module:
+def _in_four_bits(layers, layer: nn.Linear, model_config: ModelConfig) -> nn.Module:
     dtype = getattr(torch, model_config.quantized_compute_dtype or model_config.policy_dtype)
     options = {"compress_statistics": model_config.double_quantization, "quant_type": "nf4"}
     small = layers.Linear4bit(layer.in_features, layer.out_features, layer.bias is not None, compute_dtype=dtype, **options)
@@ -496,7 +497,7 @@ def _in_four_bits(layers, layer: nn.Linear, model_config) -> nn.Module:
     return small
 
 
-def _in_eight_bits(layers, layer: nn.Linear, model_config) -> nn.Module:
+def _in_eight_bits(layers, layer: nn.Linear, model_config: ModelConfig) -> nn.Module:
     small = layers.Linear8bitLt(layer.in_features, layer.out_features, layer.bias is not None, has_fp16_weights=False)
     small.weight = layers.Int8Params(layer.weight.data, requires_grad=False, has_fp16_weights=False)
     return small

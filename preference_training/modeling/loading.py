@@ -19,6 +19,7 @@ import xxhash
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from preference_training.configuration.schema import ModelConfig
 from preference_training.core.errors import UserError, first_line
 from preference_training.core.ranks import bytes_of
 from preference_training.core.values import UNREADABLE
@@ -74,7 +75,7 @@ def _hash_of(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def reference_copy(policy: nn.Module, model_config) -> nn.Module:
+def reference_copy(policy: nn.Module, model_config: ModelConfig) -> nn.Module:
     """A frozen copy of the policy as it is now, on the same devices; its parameters are in `reference_dtype`."""
     reference = frozen_copy(policy, getattr(torch, model_config.reference_dtype))
     if getattr(policy, "has_liger_kernels", False):
@@ -82,7 +83,7 @@ def reference_copy(policy: nn.Module, model_config) -> nn.Module:
     return dispatched(reference, policy.hf_device_map) if several_devices(policy) else reference
 
 
-def load_model(model_config, tokenizer, cache_dir: str | None = None, base_dir: Path | None = None) -> nn.Module:
+def load_model(model_config: ModelConfig, tokenizer, cache_dir: str | None = None, base_dir: Path | None = None) -> nn.Module:
     """The model of a `model` configuration on the CPU, in `policy_dtype`, without dropout, in training mode.
 
     base_dir: where a run keeps the model under its adapter, if nobody else keeps it as it is: it is read from there, or written
@@ -102,7 +103,7 @@ def load_model(model_config, tokenizer, cache_dir: str | None = None, base_dir: 
     return model
 
 
-def load_base(model_config, tokenizer, cache_dir: str | None = None, base_dir: Path | None = None) -> nn.Module:
+def load_base(model_config: ModelConfig, tokenizer, cache_dir: str | None = None, base_dir: Path | None = None) -> nn.Module:
     """The model of a `model` configuration as transformers makes it: with dropout, without an adapter, not quantised."""
     from transformers import AutoModelForCausalLM
 
@@ -121,7 +122,7 @@ def load_base(model_config, tokenizer, cache_dir: str | None = None, base_dir: P
         return AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype, cache_dir=cache_dir, **remote)
 
 
-def _has_no_directory(config, model_config) -> bool:
+def _has_no_directory(config, model_config: ModelConfig) -> bool:
     """Whether no directory or hub id gives the model under an adapter to other libraries.
 
     It was made from scratch, lies in a single file, or has another configuration than lies with its weights.
@@ -208,7 +209,7 @@ def save_model(model: nn.Module, directory: Path, **options) -> None:
         generation.to_json_file(directory / "generation_config.json")
 
 
-def load_with_adapter(checkpoint: Path, model_config, tokenizer, cache_dir: str | None = None) -> nn.Module:
+def load_with_adapter(checkpoint: Path, model_config: ModelConfig, tokenizer, cache_dir: str | None = None) -> nn.Module:
     """The model of a run with the adapter of a checkpoint in it, on the CPU, as the run computes.
 
     model_config is the run's. A base made from scratch that its run has not kept is made again.
@@ -216,12 +217,12 @@ def load_with_adapter(checkpoint: Path, model_config, tokenizer, cache_dir: str 
     return _of_adapter(load_model, checkpoint, model_config, tokenizer, cache_dir)
 
 
-def base_of(checkpoint: Path, model_config, tokenizer, cache_dir: str | None = None) -> nn.Module:
+def base_of(checkpoint: Path, model_config: ModelConfig, tokenizer, cache_dir: str | None = None) -> nn.Module:
     """The model under the adapter of a checkpoint, before it was quantised."""
     return _of_adapter(load_base, checkpoint, model_config, tokenizer, cache_dir)
 
 
-def _of_adapter(make, checkpoint: Path, model_config, tokenizer, cache_dir: str | None) -> nn.Module:
+def _of_adapter(make, checkpoint: Path, model_config: ModelConfig, tokenizer, cache_dir: str | None) -> nn.Module:
     # Of how the run computed on its machine nothing is needed here, and some of it may not be there.
     here = {"liger_kernels": False, "attn_implementation": "auto", "autocast_dtype": None}
     lora = replace(model_config.lora, **settings_in(str(checkpoint)))
@@ -244,7 +245,7 @@ def _seed_of(checkpoint: Path) -> int | None:
 
 
 def load_merged(
-    checkpoint: Path, model_config, tokenizer, cache_dir: str | None = None, dtype: torch.dtype | None = None
+    checkpoint: Path, model_config: ModelConfig, tokenizer, cache_dir: str | None = None, dtype: torch.dtype | None = None
 ) -> nn.Module:
     """A whole model on the CPU: the frozen weights of a run's `model` configuration with the adapter of a checkpoint.
 
@@ -274,7 +275,7 @@ def round_weights(model: nn.Module, dtype: torch.dtype) -> None:
     model.config.dtype = dtype
 
 
-def build_untrained(model_config, tokenizer, cache_dir: str | None = None, dtype: str | None = None) -> nn.Module:
+def build_untrained(model_config: ModelConfig, tokenizer, cache_dir: str | None = None, dtype: str | None = None) -> nn.Module:
     """The model of a `model` configuration with weights that were never trained: what it is like, without reading any.
 
     dtype is a name such as bfloat16; None is `policy_dtype`.
@@ -286,7 +287,7 @@ def build_untrained(model_config, tokenizer, cache_dir: str | None = None, dtype
     return _made_ready(AutoModelForCausalLM.from_config(config, **options), model_config)
 
 
-def _made_ready(model: nn.Module, model_config, base: str | None = None) -> nn.Module:
+def _made_ready(model: nn.Module, model_config: ModelConfig, base: str | None = None) -> nn.Module:
     disable_dropout(model)
     model.autocast_dtype = model_config.autocast_dtype and getattr(torch, model_config.autocast_dtype)
     choose_attention(model, model_config.attn_implementation)
@@ -299,11 +300,12 @@ def _made_ready(model: nn.Module, model_config, base: str | None = None) -> nn.M
     return model.train()
 
 
-def model_configuration(model_config, tokenizer, cache_dir: str | None = None):
+def model_configuration(model_config: ModelConfig, tokenizer, cache_dir: str | None = None):
     """The transformers configuration: of `name_or_path`, or made from `from_config`; `from_config` changes its values."""
     from transformers import AutoConfig
 
-    values = model_config.from_config
+    # transformers writes into what it is given.
+    values = copy.deepcopy(model_config.from_config)
     if model_config.name_or_path:
         name, trusted = model_config.name_or_path, model_config.trust_remote_code
         with _loading("model.name_or_path", name):
@@ -443,7 +445,7 @@ def dispatched(model: nn.Module, device_map: dict) -> nn.Module:
     return dispatch_model(model, device_map, main_device=main_device)
 
 
-def check_model(model_config, tokenizer, cache_dir: str | None = None) -> list[str]:
+def check_model(model_config: ModelConfig, tokenizer, cache_dir: str | None = None) -> list[str]:
     """Raise UserError where archive or adapter do not fit the model, before either takes memory or time.
 
     Returns what there is to be said of the model: what of it has no effect here, or stays as it is.

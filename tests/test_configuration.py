@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import FrozenInstanceError
 from importlib.metadata import distribution
 from itertools import cycle, product
 from pathlib import Path
@@ -22,6 +23,7 @@ from preference_training.configuration.composition import (
     force_open_sections,
     known_keys,
 )
+from preference_training.configuration.kept import read_config, save_config
 from preference_training.configuration.keys import names_of
 from preference_training.configuration.schema import OPTIMIZERS, WITHOUT_PAIRS, RunConfig
 from preference_training.configuration.validation import (
@@ -287,6 +289,21 @@ def with_sections(values: dict, prefix: str = "") -> set[str]:
     inner = {name: value for name, value in values.items() if isinstance(value, dict)}
     below = (with_sections(value, f"{prefix}{name}.") for name, value in inner.items())
     return {f"{prefix}{name}" for name in values}.union(*below)
+
+
+def test_a_run_writes_its_configuration_as_it_was_composed_and_a_copy_with_other_values_leaves_it_alone(compose, tmp_path):
+    config = compose("model.policy_dtype=bfloat16", "batch_size=32", "local_run_dir=x")
+    changed = config.changed({"batch_size": 64, "model.lora.r": 4, "model.from_config.hidden_size": 8})
+    save_config(changed, tmp_path)
+    assert (
+        OmegaConf.load(tmp_path / "config.yaml")._get_node("model")._get_node("reference_dtype")._value() == "${.policy_dtype}"
+    )
+    assert read_config(tmp_path) == changed.as_dict()
+    expected = {"batch_size": 64, "model.lora.r": 4, "model.from_config.hidden_size": 8}
+    assert dotted(changed.as_dict()) == dotted(config.as_dict()) | expected
+    assert (config.batch_size, config.model.lora.r, config.model.from_config["hidden_size"]) == (32, None, 128)
+    with pytest.raises(FrozenInstanceError):
+        config.batch_size = 64
 
 
 # ---- unknown names ------------------------------------------------------------------------------------------------------

@@ -82,7 +82,7 @@ def trainer_of(config, tokenizer, run_dir=None, n_examples=12) -> BasicTrainer:
     about = {"config": config.as_dict(), "data": ["a"], "began_with": placement.began_with}
     writer = run_dir and CheckpointWriter(run_dir, policy, tokenizer, about=about | {"wandb_id": "0" * 32})
     tracker = Tracker(run_dir, n_examples) if run_dir else NoTracker()
-    loss = build_loss(**config.loss)
+    loss = build_loss(**config.loss.given())
     return BasicTrainer(config, policy, placement.reference(policy), loss, tokenizer, *batches, [], tracker, writer)
 
 

@@ -174,7 +174,11 @@ def test_the_command_lines_of_the_readme_are_understood(sft, monkeypatch):
         ({"model": {"trust_remote_code": True}}, "model.trust_remote_code: ", "model.trust_remote_code=true"),
     ],
 )
-def test_code_that_a_runs_configuration_names_is_run_only_where_it_is_asked_for(changed, told, trusted, sft, tmp_path):
+def test_code_that_a_runs_configuration_names_is_run_only_where_it_is_asked_for(
+    changed, told, trusted, sft, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "evil.py").touch()
     checkpoint = tmp_path / "step-16"
     checkpoint.mkdir()
     state = json.loads((sft / "LATEST" / "state.json").read_text())

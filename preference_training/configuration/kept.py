@@ -75,7 +75,7 @@ def changed_config(then: dict, run: Path, fixed: dict, overrides: list[str], eva
 
 
 def _refuse_code(values: dict, overrides: list[str], path: Path) -> None:
-    """Raise UserError where a run's own configuration, which may be anybody's, would have code executed."""
+    """Raise UserError where a run's configuration, which may be untrusted, would execute code."""
     named = {
         "loss.function": values["loss"].get("function"),
         "datasets": next((text for text in _texts(values["datasets"]) if ".py:" in text), None),
@@ -85,19 +85,18 @@ def _refuse_code(values: dict, overrides: list[str], path: Path) -> None:
     for key, code in named.items():
         if code is not None and not given & {key, key.partition(".")[0]}:
             raise UserError(
-                f"{key}: the run of {path} says {code}, by which code would be executed that you have not named. Where you "
-                f"trust it, say so too: {key}={code}."
+                f"{key}: the run of {path} has {code}, which would execute code. If you trust it, confirm: {key}={code}."
             )
 
 
 def _texts(value) -> list[str]:
-    """All texts in lists and dicts."""
+    """All strings in nested lists and dicts."""
     inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
     return [value] if isinstance(value, str) else [text for each in inside for text in _texts(each)]
 
 
 def _overridden(config: DictConfig, text: str) -> DictConfig:
-    """A configuration with "key=value" as on `train.py`'s command line; of a group, all of it. Raises UserError for others."""
+    """Apply "key=value" as on train.py's command line to a configuration. Raises UserError for other overrides."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
@@ -109,7 +108,7 @@ def _overridden(config: DictConfig, text: str) -> DictConfig:
     if override.is_sweep_override() or override.is_delete():
         raise UserError(f"{text}: expected key=value, with one value.")
     if key in GROUPS:
-        # In place of the old group, whose keys may be others.
+        # Replace the whole group: another choice may have other keys.
         return OmegaConf.create({**config, key: composed(text)[0][key]})
     if key not in known_keys() and not in_open_section(key):
         raise UserError(f"{key}: no such key; {nearest(key, known_keys())}")

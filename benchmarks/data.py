@@ -44,12 +44,10 @@ def generated(split, silent=False, cache_dir=None):
 
 def load(args):
     """The tokenizer given on the command line."""
-    from omegaconf import OmegaConf
-
+    from preference_training.configuration.kept import model_config
     from preference_training.modeling.tokenizer import load_tokenizer
 
-    section = {"tokenizer_name_or_path": args.tokenizer, "name_or_path": None, "trust_remote_code": False}
-    return load_tokenizer(OmegaConf.create(section))
+    return load_tokenizer(model_config({"tokenizer_name_or_path": args.tokenizer}))
 
 
 def settings_of(_entry):

@@ -9,6 +9,7 @@ from measure import Clock
 from works import Work
 
 from preference_training.batching.batches import UNLIMITED, BatchIterator, TokenBudget
+from preference_training.configuration.validation import configured
 from preference_training.data.prompt_table import PromptTable
 from preference_training.data.tokenization import TokenizedPrompt
 
@@ -46,7 +47,7 @@ def build(job: dict, work: Work, prompts: PromptTable):
     settle_memory(keep_freed=True)
     config = _config(job, work)
     seed_everything(config.seed)
-    loss = build_loss(**config.loss, seed=config.seed)
+    loss = build_loss(**config.loss.given(), seed=config.seed)
     tokenizer = load_tokenizer(config.model, config.cache_dir)
     trainer_class = TRAINERS[config.trainer.name]
     placement = trainer_class.placement(config, tokenizer)
@@ -59,12 +60,9 @@ def build(job: dict, work: Work, prompts: PromptTable):
 
 def _config(job: dict, work: Work):
     """The composed configuration of a contender."""
-    from hydra import compose, initialize_config_dir
-
     import train  # noqa: F401  registers the resolver that the configuration uses
 
-    with initialize_config_dir(str(ROOT / "config"), version_base="1.3"):
-        return compose("config", overrides=_overrides(job, work))
+    return configured(*_overrides(job, work))
 
 
 def _overrides(job: dict, work: Work) -> list[str]:

@@ -13,10 +13,10 @@ import time
 import torch
 from measure import hardware, versions
 
+from preference_training.configuration.validation import configured
 from preference_training.core.machine import pick_device, quiet_libraries
 from preference_training.core.random_streams import seed_everything
 from preference_training.data.toy_preferences import toy_records
-from preference_training.evaluation.runs import composed
 from preference_training.generation.sampling import Sampler
 from preference_training.modeling.loading import load_model
 from preference_training.modeling.prefix_sharing.sharing import share_prefixes
@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     quiet_libraries()
-    config = composed(*[f"model.archive={options.checkpoint}"] * bool(options.checkpoint))
+    config = configured(*[f"model.archive={options.checkpoint}"] * bool(options.checkpoint))
     seed_everything(config.seed)
     tokenizer = load_tokenizer(config.model)
     model = move_to_devices(load_model(config.model, tokenizer), pick_device()).eval()

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import settings
 
 import preference_datasets  # noqa: F401  registers the named data sets, whichever test comes first
-from tests.support.files import CONFIG_DIR, GOLDEN
+from tests.support.files import GOLDEN
 
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -46,13 +46,18 @@ def forked_workers(monkeypatch):
 
 @pytest.fixture(scope="session")
 def compose():
-    """Compose the project's configuration from overrides, as the command line does."""
-    from hydra import compose, initialize_config_dir
-
+    """The project's configuration from overrides, composed and validated as the command line's is."""
     import train  # noqa: F401  registers the resolver that the configuration uses
+    from preference_training.configuration.validation import configured
 
-    def composed(*overrides: str):
-        with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-            return compose("config", overrides=list(overrides))
+    return configured
 
-    return composed
+
+@pytest.fixture(scope="session")
+def plain(compose):
+    """What overrides compose to, in plain values: not validated, so that paths need not exist."""
+    from omegaconf import OmegaConf
+
+    from preference_training.configuration.composition import composed
+
+    return lambda *overrides: OmegaConf.to_container(composed(*overrides)[0], resolve=True)

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from preference_training.batching.batches import PackedBatch
-from preference_training.configuration.validation import sharded_dtype
 from preference_training.core.errors import UserError, first_line
 from preference_training.core.ranks import let_go_of_gathered
 from preference_training.modeling.adapters import (
@@ -181,7 +180,7 @@ def _check_checkpoint(expected: Tensor, policy: nn.Module, config, device: torch
 
 def _computes_in(policy: nn.Module, config, device: torch.device) -> torch.dtype:
     """The dtype whose rounding a policy's log-probs have."""
-    name = config.model.autocast_dtype or sharded_dtype(config) or config.model.policy_dtype
+    name = config.model.autocast_dtype or config.sharded_dtype or config.model.policy_dtype
     dtype = getattr(torch, name)
     # TF32 rounds to as many bits as float16.
     rounds = device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32

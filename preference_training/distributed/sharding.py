@@ -19,7 +19,6 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from torch.distributed.tensor import DTensor
 
 from preference_training.batching.batches import PackedBatch
-from preference_training.configuration.validation import sharded_dtype
 from preference_training.core.errors import UserError
 from preference_training.core.machine import settle_memory
 from preference_training.core.ranks import Ranks, local, local_world_size, whole
@@ -79,7 +78,7 @@ class Layout:
         """What a configuration asks for."""
         trainer = config.trainer
         dtypes = {
-            "param_dtype": sharded_dtype(config),
+            "param_dtype": config.sharded_dtype,
             "reduce_dtype": trainer.reduce_dtype,
             "output_dtype": trainer.output_dtype,
         }

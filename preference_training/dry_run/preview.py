@@ -25,7 +25,6 @@ from preference_training.batching.batches import (
     examples_of,
     packs_of,
 )
-from preference_training.configuration.validation import caches_reference, is_sharded, two_models_asked_for
 from preference_training.core.errors import UserError
 from preference_training.core.machine import pick_device
 from preference_training.core.ranks import Ranks
@@ -64,9 +63,9 @@ def preview(config, tokenizer, loss, data: tuple[Prepared, Prepared], batches_wi
     print(f"\nprompts that are in both: {len(both):,}", "\nexamples", sep="\n")
     train = data[0].table
     print(*describe_examples([train[k] for k in range(min(3, len(train)))], tokenizer, wants_color()), sep="\n")
-    if loss.needs_reference and (two_models := two_models_asked_for(config)):
-        print(f"\n{two_models}")
-    preview_steps = preview_ranks if is_sharded(config) else preview_one_process
+    if loss.needs_reference and config.two_models:
+        print(f"\n{config.two_models}")
+    preview_steps = preview_ranks if config.trainer.is_sharded else preview_one_process
     preview_steps(config, tokenizer, loss, facts[0], batches_within)
 
 
@@ -76,7 +75,7 @@ def preview_one_process(config, tokenizer, loss, facts: "Facts", batches_within:
     budget = untrained_budget(config, tokenizer, device)
     batches = batches_within(budget)
     print("\nsteps", *describe_steps(batches, facts), sep="\n")
-    live = loss.needs_reference and not caches_reference(config, batches.visits_again)
+    live = loss.needs_reference and not config.caches_reference(batches.visits_again)
     packs, _ = largest_packs(batches, budget)
     kinds = step_memory(config, tokenizer, loss, live, packs)
     used = used_memory(device)
@@ -95,7 +94,7 @@ def preview_ranks(config, tokenizer, loss, facts: "Facts", batches_within: Calla
         ranks, layout = lay_out_ranks(config)
         budget = rank_budget(config, tokenizer, layout)
         batches = batches_within(budget, ranks)
-        live = loss.needs_reference and not caches_reference(config, batches.visits_again)
+        live = loss.needs_reference and not config.caches_reference(batches.visits_again)
         packs, step = largest_packs(batches, budget)
         costs = step_costs(config, tokenizer, loss, live, packs, step, ranks, layout)
     number = sum(len(micro_batch.packs) for micro_batch in step)

@@ -18,7 +18,6 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from preference_training.batching.batches import UNLIMITED, MicroBatch, PackedBatch, TokenBudget
-from preference_training.configuration.validation import times_beside_weights
 from preference_training.core.machine import pick_device
 from preference_training.core.ranks import Ranks
 from preference_training.distributed.launching import end_group, number_of_workers
@@ -75,7 +74,7 @@ def rank_budget(config, tokenizer, layout: Layout) -> TokenBudget:
         free = free_memory(device) // (1 if device.type == "cuda" else world_size(trainer))
     # On meta, so that the memory of this rank's shards still counts as free.
     model = empty_model(config, tokenizer, config.model.policy_dtype, None, layout, torch.device("meta"))
-    return token_budget(model, None, device, free, times_beside_weights(config))
+    return token_budget(model, None, device, free, config.times_beside_weights)
 
 
 # ---- communication --------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from time import time
 import xxhash
 
 from preference_training.configuration.composition import CONFIG_DIR
+from preference_training.configuration.schema import EvaluationConfig
 from preference_training.configuration.validation import EVALUATION_REQUIREMENTS, KEY_VARIABLE
 from preference_training.core.errors import UserError, first_line
 from preference_training.data.rows.templates import parse_dialogue
@@ -394,11 +395,11 @@ def parse_retry_after(header: str | None) -> float | None:
         return None
 
 
-def build_judge(config, device) -> Judge:
+def build_judge(options: EvaluationConfig, cache_dir: str | None, device) -> Judge:
     """The judge that a validated configuration names. Raises UserError where it cannot be loaded."""
-    kind, _, model = config.evaluation.judge.partition(":")
+    kind, _, model = options.judge.partition(":")
     if kind == "toy":
         return ToyJudge("toy")
     if kind == "reward_model":
-        return RewardModelJudge(model, config.cache_dir, device)
-    return {"openai": OpenAIJudge, "ollama": OllamaJudge}[kind](kind, model, config.evaluation)
+        return RewardModelJudge(model, cache_dir, device)
+    return {"openai": OpenAIJudge, "ollama": OllamaJudge}[kind](kind, model, options)

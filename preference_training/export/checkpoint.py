@@ -15,7 +15,7 @@ from pathlib import Path
 
 from preference_training.checkpointing.checkpoints import save_tokenizer
 from preference_training.checkpointing.saved_models import compare_parts
-from preference_training.configuration.validation import TEMPLATES
+from preference_training.configuration.schema import TEMPLATES
 from preference_training.core.errors import UserError
 from preference_training.data.chat_templates import end_tokens, format_of_run, serve_as_trained
 from preference_training.export import hub, verification

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from preference_training.configuration.schema import ModelConfig
 from preference_training.core.errors import UserError, first_line
 from preference_training.modeling.lora_targets import (
     adapted_modules,
@@ -43,7 +44,7 @@ def has_adapter(model: nn.Module) -> bool:
     return hasattr(model, "peft_config")
 
 
-def build_lora_config(model_config, model: nn.Module, unsupported: Iterable[str]):
+def build_lora_config(model_config: ModelConfig, model: nn.Module, unsupported: Iterable[str]):
     """peft's LoraConfig for a model, from a `model` configuration or from the adapter that training starts from.
 
     unsupported: names of layers to exclude where `lora.target_modules` names none. Raises UserError where peft is not
@@ -55,7 +56,6 @@ def build_lora_config(model_config, model: nn.Module, unsupported: Iterable[str]
         raise UserError(f"model.lora.r: an adapter needs the package peft. {INSTALL}") from error
     lora, archive = model_config.lora, model_config.archive
     targets = lora.target_modules
-    targets = targets if targets is None or isinstance(targets, str) else list(targets)
     if is_adapter(archive):
         config = _load_lora_config(archive)
         config.target_modules = config.target_modules if targets is None else targets
@@ -92,7 +92,7 @@ def _load_lora_config(archive: str):
     return config
 
 
-def add_adapter(model: nn.Module, model_config, base: str | None = None) -> None:
+def add_adapter(model: nn.Module, model_config: ModelConfig, base: str | None = None) -> None:
     """Freeze a model and add the adapter of a `model` configuration; a new adapter leaves the model's outputs unchanged.
 
     Adapter weights are float32 whatever the model's dtype. Where training starts from an adapter, a frozen copy of it is added
@@ -127,7 +127,7 @@ def add_adapter(model: nn.Module, model_config, base: str | None = None) -> None
             weight.data = weight.data.float()
 
 
-def _target_error(model: nn.Module, model_config, reason: str) -> UserError:
+def _target_error(model: nn.Module, model_config: ModelConfig, reason: str) -> UserError:
     linear = sorted({name.rpartition(".")[2] for name in linear_layers(model)})
     return UserError(
         f"model.lora.target_modules: found {model_config.lora.target_modules}: {reason}. Linear layers of "
@@ -135,7 +135,7 @@ def _target_error(model: nn.Module, model_config, reason: str) -> UserError:
     )
 
 
-def _base_location(model_config) -> str | None:
+def _base_location(model_config: ModelConfig) -> str | None:
     """Where the base model is loaded from: an absolute path, a hub id, or None for a model built from scratch."""
     archive = base_archive(model_config)
     if archive:
@@ -144,7 +144,7 @@ def _base_location(model_config) -> str | None:
     return str(Path(name).absolute()) if name and Path(name).is_dir() else name
 
 
-def describe_frozen_layers(model: nn.Module, model_config) -> list[str]:
+def describe_frozen_layers(model: nn.Module, model_config: ModelConfig) -> list[str]:
     """Lines for the user: the layers that an adapter leaves frozen although its configuration seems to include them."""
     adapted, lines = adapted_modules(model), []
     if model_config.lora.target_modules is None and not is_adapter(model_config.archive):
@@ -218,7 +218,7 @@ def save_adapter_config(model: nn.Module, folder: Path) -> None:
     model.peft_config[TRAINED_ADAPTER].save_pretrained(folder)
 
 
-def base_archive(model_config) -> Path | None:
+def base_archive(model_config: ModelConfig) -> Path | None:
     """The archive that the weights of the (base) model are read from; None where they come from `name_or_path` or from scratch.
 
     Raises UserError where `model.archive` is an adapter of another model than the configured one.
@@ -264,7 +264,7 @@ def read_adapter_config(archive: str | Path) -> dict:
     return config
 
 
-def _validated_adapter_config(archive: str, model_config) -> dict:
+def _validated_adapter_config(archive: str, model_config: ModelConfig) -> dict:
     """The adapter_config.json of an adapter. Raises UserError where it is damaged or differs from `model.lora`."""
     if model_config.lora.r is None:
         raise UserError(

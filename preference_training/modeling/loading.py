@@ -6,17 +6,20 @@ Every source ends in the same kind of model: a causal language model of transfor
 without dropout, so that policy and reference give identical log-probs before the first step.
 """
 
+import copy
 import json
 import os
 import shutil
 from collections.abc import Callable
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from preference_training.configuration.schema import ModelConfig
 from preference_training.core.errors import UserError, first_line
 from preference_training.core.values import UNREADABLE
 from preference_training.modeling.adapters import (
@@ -58,7 +61,7 @@ def loading_errors(key: str, name: str):
         ) from error
 
 
-def load_model(model_config, tokenizer, cache_dir: str | None = None, base_dir: Path | None = None) -> nn.Module:
+def load_model(model_config: ModelConfig, tokenizer, cache_dir: str | None = None, base_dir: Path | None = None) -> nn.Module:
     """The model of a `model` configuration on the CPU, in `policy_dtype`, without dropout, in training mode.
 
     base_dir: the run's own copy of its adapter's base model. It is read if it exists; it is written where no other place has
@@ -78,7 +81,7 @@ def load_model(model_config, tokenizer, cache_dir: str | None = None, base_dir: 
     return model
 
 
-def load_base(model_config, tokenizer, cache_dir: str | None = None, base_dir: Path | None = None) -> nn.Module:
+def load_base(model_config: ModelConfig, tokenizer, cache_dir: str | None = None, base_dir: Path | None = None) -> nn.Module:
     """The model of a `model` configuration as transformers builds it: with dropout, not quantized, without an adapter."""
     from transformers import AutoModelForCausalLM
 
@@ -97,7 +100,7 @@ def load_base(model_config, tokenizer, cache_dir: str | None = None, base_dir: P
         return AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype, cache_dir=cache_dir, **remote)
 
 
-def _is_loadable_elsewhere(config, model_config) -> bool:
+def _is_loadable_elsewhere(config, model_config: ModelConfig) -> bool:
     """Whether other libraries can load an adapter's base model, with its configuration, from a hub id or a directory.
 
     They cannot where it was built from scratch, comes from a single file, or has another configuration than lies with it.
@@ -186,7 +189,7 @@ def save_model(model: nn.Module, directory: Path, **options) -> None:
         generation.to_json_file(directory / "generation_config.json")
 
 
-def load_with_adapter(checkpoint: Path, model_config, tokenizer, cache_dir: str | None = None) -> nn.Module:
+def load_with_adapter(checkpoint: Path, model_config: ModelConfig, tokenizer, cache_dir: str | None = None) -> nn.Module:
     """The model of a run with the adapter of one of its checkpoints, on the CPU; `model_config` is the run's.
 
     A base model from scratch that the run did not save is rebuilt from the run's seed.
@@ -194,18 +197,16 @@ def load_with_adapter(checkpoint: Path, model_config, tokenizer, cache_dir: str 
     return _load_checkpoint(load_model, checkpoint, model_config, tokenizer, cache_dir)
 
 
-def load_adapter_base(checkpoint: Path, model_config, tokenizer, cache_dir: str | None = None) -> nn.Module:
+def load_adapter_base(checkpoint: Path, model_config: ModelConfig, tokenizer, cache_dir: str | None = None) -> nn.Module:
     """The base model of a checkpoint's adapter, not quantized."""
     return _load_checkpoint(load_base, checkpoint, model_config, tokenizer, cache_dir)
 
 
-def _load_checkpoint(loader, checkpoint: Path, model_config, tokenizer, cache_dir: str | None) -> nn.Module:
-    from omegaconf import OmegaConf
-
+def _load_checkpoint(loader, checkpoint: Path, model_config: ModelConfig, tokenizer, cache_dir: str | None) -> nn.Module:
     # The kernels of the run may not be available on this machine, and are not needed here.
     portable = {"liger_kernels": False, "attn_implementation": "auto", "autocast_dtype": None}
-    adapter = {"archive": str(checkpoint), "lora": adapter_options(str(checkpoint))}
-    config = OmegaConf.merge(model_config, portable, adapter)
+    lora = replace(model_config.lora, **adapter_options(str(checkpoint)))
+    config = replace(model_config, archive=str(checkpoint), lora=lora, **portable)
     with torch.random.fork_rng(devices=[]):
         if (seed := _read_seed(checkpoint)) is not None:
             torch.manual_seed(seed)
@@ -224,7 +225,7 @@ def _read_seed(checkpoint: Path) -> int | None:
 
 
 def load_merged(
-    checkpoint: Path, model_config, tokenizer, cache_dir: str | None = None, dtype: torch.dtype | None = None
+    checkpoint: Path, model_config: ModelConfig, tokenizer, cache_dir: str | None = None, dtype: torch.dtype | None = None
 ) -> nn.Module:
     """The model of a run's `model` configuration with the adapter of a checkpoint merged into it, on the CPU.
 
@@ -254,7 +255,7 @@ def cast_weights(model: nn.Module, dtype: torch.dtype) -> None:
     model.config.dtype = dtype
 
 
-def build_untrained(model_config, tokenizer, cache_dir: str | None = None, dtype: str | None = None) -> nn.Module:
+def build_untrained(model_config: ModelConfig, tokenizer, cache_dir: str | None = None, dtype: str | None = None) -> nn.Module:
     """The model of a `model` configuration with untrained weights; reads no weight files.
 
     dtype: its name, such as bfloat16; None is `policy_dtype`.
@@ -266,7 +267,7 @@ def build_untrained(model_config, tokenizer, cache_dir: str | None = None, dtype
     return _configure(AutoModelForCausalLM.from_config(config, **options), model_config)
 
 
-def _configure(model: nn.Module, model_config, base: str | None = None) -> nn.Module:
+def _configure(model: nn.Module, model_config: ModelConfig, base: str | None = None) -> nn.Module:
     """Apply what a `model` configuration says of computing, quantization and adapter to a model that transformers has built."""
     disable_dropout(model)
     model.autocast_dtype = model_config.autocast_dtype and getattr(torch, model_config.autocast_dtype)
@@ -280,12 +281,12 @@ def _configure(model: nn.Module, model_config, base: str | None = None) -> nn.Mo
     return model.train()
 
 
-def model_configuration(model_config, tokenizer, cache_dir: str | None = None):
+def model_configuration(model_config: ModelConfig, tokenizer, cache_dir: str | None = None):
     """The transformers configuration of `name_or_path` with the values of `from_config`, or of `from_config` alone."""
-    from omegaconf import OmegaConf
     from transformers import AutoConfig
 
-    values = OmegaConf.to_container(model_config.from_config)
+    # transformers writes into what it is given.
+    values = copy.deepcopy(model_config.from_config)
     if model_config.name_or_path:
         name, trusted = model_config.name_or_path, model_config.trust_remote_code
         with loading_errors("model.name_or_path", name):
@@ -326,7 +327,7 @@ def _evaluation_mode(module: nn.Module, _inputs) -> None:
     module.training = False
 
 
-def check_model(model_config, tokenizer, cache_dir: str | None = None) -> list[str]:
+def check_model(model_config: ModelConfig, tokenizer, cache_dir: str | None = None) -> list[str]:
     """Raise UserError where archive or adapter do not fit the model; compares shapes, and loads no weights.
 
     Returns lines for the user: options of the model without effect here, and layers that stay frozen.

@@ -4,7 +4,6 @@ import torch
 from torch import nn
 
 from preference_training.batching.batches import TokenBudget
-from preference_training.configuration.validation import times_beside_weights
 from preference_training.core.ranks import Ranks, local, local_world_size
 from preference_training.modeling.loading import build_untrained
 from preference_training.modeling.state import compute_device, free_memory
@@ -45,7 +44,7 @@ def untrained_budget(config, tokenizer, device: torch.device) -> TokenBudget:
     """The budget of a configuration's model on a device, without loading its weights."""
     with torch.device("meta"):
         model = build_untrained(config.model, tokenizer, config.cache_dir)
-    return token_budget(model, config.max_tokens_per_microbatch, device, weight_copies=times_beside_weights(config))
+    return token_budget(model, config.max_tokens_per_microbatch, device, weight_copies=config.times_beside_weights)
 
 
 def _round_to_two_bits(number: int) -> int:

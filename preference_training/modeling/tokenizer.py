@@ -1,5 +1,6 @@
 """The tokenizer of a `model` configuration."""
 
+from preference_training.configuration.schema import ModelConfig
 from preference_training.core.errors import UserError
 from preference_training.data.toy_preferences import toy_records
 from preference_training.modeling.loading import loading_errors
@@ -9,7 +10,7 @@ BYTE_LEVEL = "byte_level"
 END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"
 
 
-def load_tokenizer(model_config, cache_dir: str | None = None):
+def load_tokenizer(model_config: ModelConfig, cache_dir: str | None = None):
     """The tokenizer of a `model` configuration, with an end-of-sequence and a padding token.
 
     Raises UserError where it cannot be loaded, or has no end-of-sequence token.

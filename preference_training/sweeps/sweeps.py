@@ -20,10 +20,11 @@ import threading
 import time
 import traceback
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
 from math import isfinite
 from pathlib import Path
@@ -32,19 +33,15 @@ from tempfile import gettempdir
 import xxhash
 from filelock import FileLock, Timeout
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, OmegaConf
 
+from preference_training.configuration.keys import OUTSIDE_JOB_IDENTITY, TRAINING_ONLY
+from preference_training.configuration.schema import keys_with
 from preference_training.core.errors import UserError, first_line
 from preference_training.core.files import locked
 from preference_training.core.signals import ENDED_AT_ONCE, SAME_SIGNAL, SIGNALS, STOPPED, StoppedError
-from preference_training.tracking.run_files import JOB, METRICS, PRUNED, json_object
+from preference_training.tracking.run_files import JOB, METRICS, OF_THEIR_RUN, PRUNED, json_object
 
 START, JOBS, STOP = "sweep.json", "jobs.json", ".stop"
-# Keys in which a job may differ from what it was at an earlier start of its sweep: where it computes and what it says.
-OF_THE_START = (
-    "local_dirs", "local_run_dir", "sweep_dir", "cache_dir", "fsdp_port", "wandb", "tracking", "minimum_log_interval_secs",
-    "max_wall_time", "gpus_per_job", "trainer.nproc_per_node", "trainer.distributed_timeout_minutes",
-)  # fmt: skip
 # States of a job that is not run again.
 OVER = ("complete", "pruned")
 
@@ -58,11 +55,13 @@ class Sweep(Callback):
     # The directory of the sweep that this process has begun.
     begun: Path | None = None
 
-    def on_multirun_start(self, config: DictConfig, **_) -> None:
+    def on_multirun_start(self, config, **_) -> None:
         """Make the directory ready. Ends the process with status 2 where it cannot be, or the search goes the wrong way."""
-        folder = Path(config.hydra.sweep.dir).absolute()
-        _check_direction(config)
-        for text in _doubts(config):
+        # Composed without what is swept over, and not validated.
+        folder, sweeper = Path(config.hydra.sweep.dir).absolute(), config.hydra.sweeper
+        _check_direction(sweeper.get("direction"), str(config.objective))
+        searched = (*map(str, sweeper.get("params") or ()), *_swept(config.hydra.overrides.task))
+        for text in _doubts(str(config.objective), str(config.loss.get("name")), searched):
             print(f"warning: {text}", flush=True)
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -78,7 +77,7 @@ class Sweep(Callback):
         Sweep.begun = folder
         _pass_signals_on(config.hydra.launcher.get("_target_", ""), folder)
 
-    def on_multirun_end(self, config: DictConfig, **_) -> None:
+    def on_multirun_end(self, config, **_) -> None:
         """Compare the jobs, into comparison.html and comparison.csv; where that cannot be, it is said."""
         from preference_training.reporting.comparison import write_comparison
 
@@ -100,39 +99,37 @@ def _refuse(fault: str) -> None:
     sys.exit(2)
 
 
-def _check_direction(config: DictConfig) -> None:
+def _check_direction(direction, objective: str) -> None:
     """Refuse a search for the worst run: Optuna's sweeper does not know the objective, and minimizes unless told otherwise."""
-    direction = OmegaConf.select(config, "hydra.sweeper.direction")
     # A name, or a member of Optuna's enumeration; lists are for functions of several values.
     found = getattr(direction, "name", direction)
     if isinstance(found, str):
         from preference_training.checkpointing.checkpoints import smaller_is_better
 
-        wanted = "minimize" if smaller_is_better(str(config.objective)) else "maximize"
+        wanted = "minimize" if smaller_is_better(objective) else "maximize"
         if found != wanted:
-            _refuse(f"hydra.sweeper.direction: found {found}, expected {wanted}: objective is {config.objective}.")
+            _refuse(f"hydra.sweeper.direction: found {found}, expected {wanted}: objective is {objective}.")
 
 
-def _doubts(config: DictConfig) -> list[str]:
-    """Why an objective does not compare between the jobs of a sweep."""
-    from preference_training.reporting.comparison import OF_THEIR_RUN, OF_TRAINING
+def _swept(overrides: Iterable[str]) -> list[str]:
+    """The keys over which a command line sweeps."""
+    given = {text.partition("=")[0]: text.partition("=")[2] for text in overrides}
+    return [key for key, value in given.items() if "," in value or "(" in value]
 
-    if config.objective != "loss/eval":
+
+def _doubts(objective: str, loss: str, swept: Iterable[str]) -> list[str]:
+    """Why an objective does not compare between the jobs of a sweep over some keys."""
+    if objective != "loss/eval":
         return []
     found = []
-    searched = OmegaConf.select(config, "hydra.sweeper.params") or {}
-    given = {text.partition("=")[0]: text.partition("=")[2] for text in OmegaConf.select(config, "hydra.overrides.task") or ()}
-    swept = {*map(str, searched), *(key for key, value in given.items() if "," in value or "(" in value)}
-    keys = sorted(key for key in swept if key.partition(".")[0] == "loss" and key not in OF_TRAINING)
+    keys = sorted({key for key in swept if key.partition(".")[0] == "loss"} - keys_with(TRAINING_ONLY))
     if keys:
         found.append(
             f"objective=loss/eval does not compare jobs that differ in {', '.join(keys)}, whose losses are of other formulas: "
             "objective=rewards_eval/accuracies does"
         )
-    if config.loss.get("name") in OF_THEIR_RUN:
-        found.append(
-            f"objective=loss/eval of loss={config.loss.name} depends on what a run has seen, and does not compare jobs"
-        )
+    if loss in OF_THEIR_RUN:
+        found.append(f"objective=loss/eval of loss={loss} depends on what a run has seen, and does not compare jobs")
     return found
 
 
@@ -266,15 +263,32 @@ class Job:
         return value if isinstance(value, int | float) and isfinite(value) else None
 
 
-def run_job(run: Callable, config: DictConfig, given: Path, overrides: list[str]) -> float | None:
+@dataclass(frozen=True)
+class Request:
+    """A job as Hydra asks for it, before it is validated.
+
+    directory is the one that Hydra has made, which the job takes where no other has it. overrides are the job's command line,
+    values the composed configuration in plain values, references unresolved.
+    """
+
+    sweep: Path
+    directory: Path
+    overrides: list[str]
+    values: dict
+
+    @property
+    def continues(self) -> bool:
+        """Whether an interrupted job goes on from its newest checkpoint: nothing else is asked for."""
+        return self.values.get("resume") is None and not self.values.get("eval_only")
+
+
+def run_job(run: Callable, request: Request) -> float | None:
     """Run one job of a sweep, unless it has been; returns its objective, None where it has failed.
 
-    run is called as run(config, directory). given is the directory that Hydra has made, which the job takes where no other has
-    it. overrides are the job's command line. Whatever goes wrong stays with this job: it is said and noted. Raises StoppedError
-    in the process that has the sweep, where the sweep is to end.
+    run is called as run(directory, resume=...). Whatever goes wrong stays with this job: it is said and noted. Raises
+    StoppedError in the process that has the sweep, where the sweep is to end.
     """
-    sweep = Path(config.sweep_dir)
-    directory = claim(sweep, given, config, overrides)
+    sweep, directory = request.sweep, claim(request)
     with locked(directory / f".{JOB}.lock", f"sweep: waiting for the process that runs {directory}"):
         job = Job(directory, json_object(directory / JOB))
         start = json_object(sweep / START).get("start")
@@ -288,18 +302,17 @@ def run_job(run: Callable, config: DictConfig, given: Path, overrides: list[str]
         if (sweep / STOP).exists():
             job.say(start=start, state="stopped", error="not begun, since the sweep was stopped")
             return None
-        if job.state != "new" and config.resume is None and not config.eval_only:
-            config.resume = "auto"
+        resume = "auto" if job.state != "new" and request.continues else None
         deaths = job.said.get("deaths", 0) if job.said.get("start") == start else 0
         job.say(start=start, state="running", starts=job.said.get("starts", 0) + 1, deaths=deaths, error=None)
-        return _run(run, config, job, sweep)
+        return _run(partial(run, directory, resume=resume), job, sweep, request.values.get("objective"))
 
 
-def _run(run: Callable, config: DictConfig, job: Job, sweep: Path) -> float | None:
+def _run(run: Callable, job: Job, sweep: Path, objective: str) -> float | None:
     in_sweep_process = Sweep.begun is not None
     try:
         with _signals_end_the_job(in_sweep_process):
-            value = run(config, job.directory)
+            value = run()
     except StoppedError as stopped:
         job.say(state="stopped", error=str(stopped))
         if in_sweep_process:
@@ -318,7 +331,7 @@ def _run(run: Callable, config: DictConfig, job: Job, sweep: Path) -> float | No
         return None
     pruned = (job.directory / PRUNED).exists()
     gpus = {"gpus": os.environ["CUDA_VISIBLE_DEVICES"].split(",")} if _held else {}
-    counts_as = _no_better_than_whole_runs(value, config.objective, sweep) if pruned else value
+    counts_as = _no_better_than_whole_runs(value, objective, sweep) if pruned else value
     job.say(state="pruned" if pruned else "complete", objective=value, counts_as=counts_as, **gpus)
     return job.result
 
@@ -354,9 +367,9 @@ def _signals_end_the_job(in_sweep_process: bool) -> Iterator[None]:
 # ---- directories --------------------------------------------------------------------------------------------------------
 
 
-def claim(sweep: Path, given: Path, config: DictConfig, overrides: list[str]) -> Path:
-    """The directory of the job of this configuration: the one it has, or a new one, `given` where that is nobody else's."""
-    identity = identity_of(config)
+def claim(request: Request) -> Path:
+    """The directory of the job: the one it has, or a new one, that which is asked for where it is nobody else's."""
+    sweep, given, identity = request.sweep, request.directory, identity_of(request.values)
     with FileLock(sweep / f".{JOBS}.lock"):
         known = json_object(sweep / JOBS)
         if identity in known:
@@ -373,19 +386,23 @@ def claim(sweep: Path, given: Path, config: DictConfig, overrides: list[str]) ->
                 given.rmdir()
         directory.mkdir(parents=True, exist_ok=True)
         if not (directory / JOB).exists():
-            _write_json(directory / JOB, {"overrides": overrides, "state": "new"})
+            _write_json(directory / JOB, {"overrides": request.overrides, "state": "new"})
     return directory
 
 
-def identity_of(config: DictConfig) -> str:
-    """Hash of all keys that make a job what it is: 32 hexadecimal digits."""
-    values = OmegaConf.to_container(config, resolve=False)
-    if values.get("resume") == "auto":
-        values["resume"] = None
-    for key in OF_THE_START:
-        section, _, name = key.rpartition(".")
-        (values.get(section, {}) if section else values).pop(name, None)
-    return xxhash.xxh3_128_hexdigest(json.dumps(values, sort_keys=True, default=str).encode())
+def identity_of(values: dict) -> str:
+    """Hash of all keys of a composed configuration that make a job what it is: 32 hexadecimal digits."""
+    known = _with_identity(values) | ({"resume": None} if values.get("resume") == "auto" else {})
+    return xxhash.xxh3_128_hexdigest(json.dumps(known, sort_keys=True, default=str).encode())
+
+
+def _with_identity(values: dict, prefix: str = "") -> dict:
+    outside = keys_with(OUTSIDE_JOB_IDENTITY)
+    return {
+        name: _with_identity(value, f"{prefix}{name}.") if isinstance(value, dict) else value
+        for name, value in values.items()
+        if f"{prefix}{name}" not in outside
+    }
 
 
 def _is_held(directory: Path) -> bool:

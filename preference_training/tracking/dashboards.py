@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
+from preference_training.configuration.kept import as_yaml
 from preference_training.core.errors import first_line
 
 # The metric that all others are drawn over.
@@ -199,12 +200,10 @@ def start_tensorboard(config: dict, run_dir: Path, examples: int) -> TensorBoard
     What earlier files say of steps behind `examples`, where the run goes on, is no longer shown.
     """
     try:
-        from omegaconf import OmegaConf
         from torch.utils.tensorboard import SummaryWriter
 
         writer = SummaryWriter(str(run_dir / TENSORBOARD), purge_step=examples + 1 if examples else None)
-        text = OmegaConf.to_yaml(OmegaConf.create(config))
-        writer.add_text("config", "".join(f"    {line}\n" for line in text.splitlines()), examples)
+        writer.add_text("config", "".join(f"    {line}\n" for line in as_yaml(config).splitlines()), examples)
         return TensorBoardRun(writer)
     except Exception as error:  # a disk without room, or libraries that do not fit each other: the run goes on
         print(f"tensorboard: not used: {_said(error)}", flush=True)

@@ -20,7 +20,7 @@ METRICS, SAMPLES, BAD_STEPS, EVENTS = "metrics.jsonl", "samples.jsonl", "bad_bat
 RESULTS_FILE, ABOUT, FLAGGED = "results.json", "about.json", "flagged_pairs.jsonl"
 # Of a sweep's jobs: what became of the job; that it ended before its time, since others did better.
 JOB, PRUNED = "job.json", "pruned.json"
-CONFIG, REPORT = "config.yaml", "report.html"
+REPORT = "report.html"
 # A folder in a run directory that has all of a run that was there before begins so.
 ASIDE = "set_aside_"
 # What a clock or the machine says of a step: it differs between runs that are the same.
@@ -102,19 +102,6 @@ def json_object(file: Path) -> dict:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except UNREADABLE:
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def config_in(run_dir: Path) -> dict:
-    """The configuration that a run has left in its directory, in plain values; empty where it cannot be read."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
-    try:
-        found = OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml"), resolve=True)
-    except (*UNREADABLE, OmegaConfBaseException, YAMLError):
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -26,7 +26,6 @@ from preference_training.checkpointing.checkpoints import (
     smaller_is_better,
 )
 from preference_training.checkpointing.saved_models import checkpoint_check
-from preference_training.configuration.validation import sharded_dtype
 from preference_training.core.errors import UserError
 from preference_training.core.machine import memory_held, too_few
 from preference_training.core.random_streams import random_streams, restore_random_streams
@@ -725,7 +724,7 @@ class TensorParallelTrainer(FSDPTrainer):
 
 def computes_in_float16(config) -> bool:
     """Whether products are in float16 while the weights are not."""
-    return "float16" in (config.model.autocast_dtype, sharded_dtype(config)) and config.model.policy_dtype != "float16"
+    return "float16" in (config.model.autocast_dtype, config.sharded_dtype) and config.model.policy_dtype != "float16"
 
 
 # By name; `trainer.name` may say those that have a file in config/trainer/.

@@ -8,10 +8,10 @@ import time
 from contextlib import redirect_stdout
 from pathlib import Path
 
-from omegaconf import OmegaConf
 from torch.distributed.checkpoint import CheckpointException
 
 import train
+from preference_training.configuration.schema import RunConfig
 from preference_training.core.errors import UserError
 from preference_training.distributed.launching import WorkerDiedError, launch, silence_others
 
@@ -63,7 +63,7 @@ def _end_of(settings: dict, run_dir: Path) -> str:
 
     try:
         with redirect_stdout(io.StringIO()):
-            train.run(OmegaConf.create(settings), run_dir)
+            train.run(RunConfig.of(settings), run_dir)
         return ENDED
     except UserError as refused:
         return f"refused: {' '.join(str(refused).split())}"

@@ -2,17 +2,15 @@
 
 import json
 import re
+from dataclasses import FrozenInstanceError
 from importlib.metadata import distribution
 from itertools import cycle, product
 from pathlib import Path
 
-import hydra
 import pytest
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
-from omegaconf import OmegaConf, open_dict
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import OmegaConf
 
 from preference_datasets import LAST_ROW
 from preference_training.configuration import composition
@@ -25,16 +23,15 @@ from preference_training.configuration.composition import (
     force_open_sections,
     known_keys,
 )
+from preference_training.configuration.kept import read_config, save_config
+from preference_training.configuration.keys import names_of
+from preference_training.configuration.schema import OPTIMIZERS, WITHOUT_PAIRS, RunConfig
 from preference_training.configuration.validation import (
     OBJECTIVES,
-    OPTIMIZERS,
-    WITHOUT_PAIRS,
-    caches_reference,
-    check_config,
     check_objective,
-    dashboard_names,
 )
 from preference_training.core.errors import UserError
+from preference_training.core.values import dotted
 from preference_training.data.entries import read_entries
 
 # The part of the recipes that several command lines below share.
@@ -57,22 +54,11 @@ PYTHIA = {"model.name_or_path": "EleutherAI/pythia-2.8b", "model.block_name": "G
 
 
 @pytest.fixture
-def check():
+def check(compose):
     """Compose overrides and check the result, as `train.py` does; raises what it would tell the user as UserError."""
-    import train  # noqa: F401  registers the resolver that the configuration uses
 
     def checked(*overrides: str) -> None:
-        overrides = force_open_sections(list(overrides))
-        with hydra.initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-            try:
-                config = hydra.compose("config", overrides=overrides, return_hydra_config=True)
-            except (HydraException, OmegaConfBaseException) as error:
-                raise UserError(explain_composition_error(error)) from error
-            choices = dict(config.hydra.runtime.choices)
-            with open_dict(config):
-                config.pop("hydra")
-            check_config(config, overrides, choices)
-            read_entries(config)
+        read_entries(compose(*overrides))
 
     return checked
 
@@ -128,10 +114,10 @@ def refusal(check, *overrides: str) -> str:
         ("datasets=hh", {"datasets": "hh"}),
     ],
 )
-def test_a_command_line_composes_to_the_values_that_it_says(compose, line, values):
-    config = compose(*line.split())
-    found = {key: OmegaConf.select(config, key) for key in values}
-    assert {key: OmegaConf.to_container(v) if OmegaConf.is_config(v) else v for key, v in found.items()} == values
+def test_a_command_line_composes_to_the_values_that_it_says(plain, line, values):
+    config = plain(*line.split())
+    found = dotted(config) | {"loss": config["loss"]}
+    assert {key: found[key] for key in values} == values
 
 
 def test_a_sweep_over_beta_is_three_command_lines(compose):
@@ -146,27 +132,27 @@ def test_beta_dpo_is_a_mode_of_dpo_and_also_a_loss_of_its_own(compose):
     assert mode != compose("loss=dpo", "loss.beta=0.3").loss
 
 
-def test_only_the_tiny_model_changes_what_belongs_to_training(compose):
+def test_only_the_tiny_model_changes_what_belongs_to_training(plain):
     # The embedded model needs its own learning rate and lengths; every other preset leaves config.yaml's defaults alone.
     defaults = OmegaConf.load(CONFIG_DIR / "config.yaml")
     for model in set(choices_of("model")) - {"tiny"}:
-        config = compose(f"model={model}")
+        config = plain(f"model={model}")
         for key in ("batch_size", "lr", "optimizer", "warmup_steps", "max_length", "max_prompt_length", "eval_every"):
             assert config[key] == defaults[key], (model, key)
-    assert compose().lr == 1e-3
-    assert compose("lr=1e-4").lr == 1e-4
+    assert plain()["lr"] == 1e-3
+    assert plain("lr=1e-4")["lr"] == 1e-4
 
 
 @pytest.mark.parametrize("loss", choices_of("loss"))
-def test_every_loss_composes_with_every_model_and_with_every_trainer(compose, loss):
+def test_every_loss_composes_with_every_model_and_with_every_trainer(plain, loss):
     # Any two of the three are seen together; dpo sees all of them.
     combinations = product(choices_of("model"), choices_of("trainer"))
     combinations = combinations if loss == "dpo" else zip(choices_of("model"), cycle(choices_of("trainer")), strict=False)
     for model, trainer in combinations:
-        config = compose(f"model={model}", f"loss={loss}", f"trainer={trainer}")
-        assert config.trainer.name == trainer
-        assert config.loss.name == ("dpo" if loss == "beta_DPO" else loss)
-        assert model == "blank_model" or config.model.name_or_path or config.model.from_config.model_type
+        config = plain(f"model={model}", f"loss={loss}", f"trainer={trainer}")
+        assert config["trainer"]["name"] == trainer
+        assert config["loss"]["name"] == ("dpo" if loss == "beta_DPO" else loss)
+        assert model == "blank_model" or config["model"]["name_or_path"] or config["model"]["from_config"]["model_type"]
 
 
 @pytest.mark.parametrize("loss", OURS)
@@ -177,7 +163,7 @@ def test_the_default_of_every_loss_is_sound(check, loss):
 @pytest.mark.parametrize(("loss", "wanted"), [("dpo", "null"), ("dpo", "cached"), ("tr_dpo", "null"), ("tr_dpo", "live")])
 def test_log_probs_that_are_read_again_are_computed_before_training_unless_the_reference_moves(compose, loss, wanted):
     config = compose(f"loss={loss}", f"reference_logps={wanted}")
-    assert caches_reference(config, read_again=True) is (loss == "dpo")
+    assert config.caches_reference(read_again=True) is (loss == "dpo")
 
 
 def test_the_reference_takes_the_policys_dtype_unless_it_is_given_another(compose):
@@ -204,10 +190,9 @@ def test_the_reference_takes_the_policys_dtype_unless_it_is_given_another(compos
     ],
 )
 def test_the_keys_that_people_know_are_there(compose, prefix, names):
-    config = compose("loss=dpo")
+    config = compose("loss=dpo").as_dict()
     for name in names.split():
-        section = OmegaConf.select(config, prefix[:-1]) if prefix else config
-        assert name in section
+        assert name in (config[prefix[:-1]] if prefix else config)
         assert f"{prefix}{name}" in known_keys()
 
 
@@ -283,6 +268,44 @@ def test_the_known_keys_are_dotted_names_of_ours_and_none_of_hydras():
     assert not [key for key in known_keys() if "hydra" in key or "defaults" in key]
 
 
+@pytest.mark.parametrize("trainer", choices_of("trainer"))
+@pytest.mark.parametrize("loss", choices_of("loss"))
+def test_every_key_of_the_files_has_a_field_in_the_same_order(plain, loss, trainer):
+    composed = plain(f"loss={loss}", f"trainer={trainer}")
+    fields = [name for name in names_of(RunConfig) if name in dotted(composed)]
+    # What stands in these two is another library's and the user's.
+    theirs = ("model.from_config.", "loss.options.")
+    assert [key for key in dotted(composed) if not key.startswith(theirs)] == fields
+
+
+def test_every_field_has_a_key_in_the_files(plain):
+    choices = [f"{group}={choice}" for group in ("loss", "trainer") for choice in choices_of(group)]
+    keys = {key for choice in choices for key in with_sections(plain(choice))}
+    assert names_of(RunConfig).keys() <= keys
+
+
+def with_sections(values: dict, prefix: str = "") -> set[str]:
+    """The dotted names of all keys and sections."""
+    inner = {name: value for name, value in values.items() if isinstance(value, dict)}
+    below = (with_sections(value, f"{prefix}{name}.") for name, value in inner.items())
+    return {f"{prefix}{name}" for name in values}.union(*below)
+
+
+def test_a_run_writes_its_configuration_as_it_was_composed_and_a_copy_with_other_values_leaves_it_alone(compose, tmp_path):
+    config = compose("model.policy_dtype=bfloat16", "batch_size=32", "local_run_dir=x")
+    changed = config.changed({"batch_size": 64, "model.lora.r": 4, "model.from_config.hidden_size": 8})
+    save_config(changed, tmp_path)
+    assert (
+        OmegaConf.load(tmp_path / "config.yaml")._get_node("model")._get_node("reference_dtype")._value() == "${.policy_dtype}"
+    )
+    assert read_config(tmp_path) == changed.as_dict()
+    expected = {"batch_size": 64, "model.lora.r": 4, "model.from_config.hidden_size": 8}
+    assert dotted(changed.as_dict()) == dotted(config.as_dict()) | expected
+    assert (config.batch_size, config.model.lora.r, config.model.from_config["hidden_size"]) == (32, None, 128)
+    with pytest.raises(FrozenInstanceError):
+        config.batch_size = 64
+
+
 # ---- unknown names ------------------------------------------------------------------------------------------------------
 
 
@@ -335,7 +358,7 @@ def test_keys_of_other_libraries_sections_need_no_plus_and_are_not_ours_to_refus
     check(override)
     config = compose(*force_open_sections([override]))
     key, value = override.lstrip("+").split("=")
-    assert OmegaConf.select(config, key) == float(value)
+    assert dotted(config.as_dict())[key] == float(value)
 
 
 def test_only_overrides_of_open_sections_are_changed():
@@ -607,7 +630,7 @@ def test_the_objectives_are_the_metrics_of_an_evaluation(loss, compose):
 
     from preference_training.losses.objectives import build_loss, example_metrics
 
-    built = build_loss(**compose(f"loss={loss}").loss)
+    built = build_loss(**compose(f"loss={loss}").loss.given())
     assert built.paired is (loss not in WITHOUT_PAIRS)
     logps, pairs = torch.full((2,), -1.0), torch.tensor([[0, 1]]) if built.paired else torch.zeros(0, 2, dtype=torch.int64)
     metrics = example_metrics(built(logps, logps, pairs, torch.ones(2)), logps, pairs, "eval")
@@ -640,10 +663,10 @@ def test_a_loss_of_ones_own_that_cannot_be_is_refused(overrides, told, check):
 
 @pytest.mark.parametrize(("paired", "objective"), [(True, "rewards_eval/accuracies"), (False, "logps_eval/chosen")])
 def test_the_objective_is_a_metric_of_what_a_loss_compares(paired, objective, compose):
-    check_objective(compose(f"objective={objective}"), paired)
+    check_objective(objective, "sft", paired)
     if not paired:
         with pytest.raises(UserError, match="objective: loss=sft has no metric 'rewards_eval/margins'"):
-            check_objective(compose("objective=rewards_eval/margins"), paired)
+            check_objective("rewards_eval/margins", "sft", paired)
 
 
 # ---- evaluation -----------------------------------------------------------------------------------------------------------
@@ -703,7 +726,7 @@ def test_judges_and_tasks_that_can_be_are_taken(check, monkeypatch, tmp_path):
     ],
 )
 def test_numbers_go_where_tracking_says_and_to_wandb_only_if_it_is_enabled(compose, overrides, expected):
-    assert dashboard_names(compose(*overrides.split())) == expected
+    assert compose(*overrides.split()).dashboard_names == expected
 
 
 def test_tensorboard_that_is_not_installed_is_asked_for_before_anything_begins(check, monkeypatch):

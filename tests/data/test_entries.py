@@ -7,7 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from preference_training.configuration.validation import GENERAL_KEYS
+from preference_training.configuration.schema import GENERAL_KEYS
 from preference_training.core.errors import UserError
 from preference_training.data import registry
 from preference_training.data.entries import OwnData, load_records, read_entry

@@ -65,7 +65,7 @@ def test_each_kind_is_as_large_as_it_must_be(compose):
 @pytest.mark.parametrize(("loss", "reference"), [("simpo", False), ("orpo", False), ("bco", True), ("tr_dpo", True)])
 def test_a_loss_without_a_reference_takes_no_memory_for_one(loss, reference, compose):
     config = compose(f"loss={loss}", "optimizer=SGD")
-    built = build_loss(**config.loss)
+    built = build_loss(**config.loss.given())
     assert built.needs_reference is reference
     kinds = step_memory(config, load_tokenizer(config.model), built, built.needs_reference, [pack()])
     assert ("reference" in kinds) is reference and kinds["activations"] > 0

@@ -123,7 +123,7 @@ def test_weights_are_gathered_in_param_dtype_and_gradients_added_up_in_reduce_dt
     traffic = costs(config, live=False).traffic
     assert traffic.sent[Message("policy", "all-gather", torch.bfloat16, 8)] == 2 * 7 * part(8) / 2
     assert traffic.sent[Message("policy", "reduce-scatter", F32, 8)] == 7 * part(8)
-    config.trainer.reduce_dtype = None
+    config = config.changed({"trainer.reduce_dtype": None})
     assert costs(config, live=False).traffic.sent[Message("policy", "reduce-scatter", torch.bfloat16, 8)] == 7 * part(8) / 2
 
 
@@ -201,7 +201,7 @@ def test_offloaded_kinds_are_not_counted_as_device_memory(tiny):
     config = tiny("trainer=FSDPTrainer", "trainer.cpu_offload=true")
     memory = costs(config, live=False).memory
     assert memory["parameters"] and in_device_memory(config, memory) == memory["activations"] + memory["gathered weights"]
-    config.trainer.cpu_offload = False
+    config = config.changed({"trainer.cpu_offload": False})
     assert in_device_memory(config, memory) == sum(memory.values())
 
 

@@ -35,7 +35,9 @@ def judge_at(compose, monkeypatch):
         changes = {"judge_pause": 0.001, "judge_timeout": 20, **values}
         overrides = [f"evaluation.{name}={value}" for name, value in changes.items()]
         where = f"evaluation.judge_url={url}/v1" if kind == "openai" else f"evaluation.judge_url={url}"
-        return build_judge(compose("eval_only=true", f"evaluation.judge={kind}:the-model", where, *overrides), "cpu")
+        return build_judge(
+            compose("eval_only=true", f"evaluation.judge={kind}:the-model", where, *overrides).evaluation, None, "cpu"
+        )
 
     return judge
 
@@ -269,7 +271,7 @@ def test_pauses_double(judge_at):
 
 
 def test_the_toy_judge_knows_the_truth_of_the_toy_data(compose):
-    judge = build_judge(compose("evaluation.judge=toy"), "cpu")
+    judge = build_judge(compose("eval_only=true", "evaluation.judge=toy").evaluation, None, "cpu")
     polite, rude = " Gladly! Read the label first.", " Ugh, not again. Nobody cares."
     assert judge.better("", polite, rude) == "first" and judge.better("", rude, polite) == "second"
     assert judge.better("", rude, "neither") == "tie"
@@ -292,7 +294,7 @@ def reward_model(tmp_path_factory, tokenizer):
 
 
 def test_the_response_with_the_higher_reward_wins(reward_model, compose, tokenizer):
-    judge = build_judge(compose(f"evaluation.judge=reward_model:{reward_model}"), "cpu")
+    judge = build_judge(compose("eval_only=true", f"evaluation.judge=reward_model:{reward_model}").evaluation, None, "cpu")
     model = AutoModelForSequenceClassification.from_pretrained(reward_model)
     rewards = [model(**tokenizer(f"Why?{answer}", return_tensors="pt")).logits.item() for answer in (" Rain.", " Snow, snow.")]
     assert judge.better("Why?", " Rain.", " Snow, snow.") == verdict_by_score(*rewards) != "tie"

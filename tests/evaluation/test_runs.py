@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from omegaconf import OmegaConf
 
 from preference_training.core.errors import UserError
 from preference_training.evaluation.runs import check_reference, config_of_run, write_text
@@ -174,7 +173,9 @@ def test_the_command_lines_of_the_readme_are_understood(sft, monkeypatch):
         ({"model": {"trust_remote_code": True}}, "model.trust_remote_code: ", "model.trust_remote_code=true"),
     ],
 )
-def test_code_in_a_runs_configuration_is_executed_only_if_confirmed(changed, told, trusted, sft, tmp_path):
+def test_code_in_a_runs_configuration_is_executed_only_if_confirmed(changed, told, trusted, sft, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "evil.py").touch()
     checkpoint = tmp_path / "step-16"
     checkpoint.mkdir()
     state = json.loads((sft / "LATEST" / "state.json").read_text())
@@ -223,8 +224,8 @@ def test_a_key_that_is_newer_than_the_run_has_its_default(sft, tmp_path):
     (tmp_path / "step-16" / "state.json").write_text(json.dumps(state))
     config = config_of_run(tmp_path, [])
     assert config.tf32 is True and config.model.autocast_dtype is None and config.evaluation.n_prompts == 128
-    then = OmegaConf.to_container(config_of_run(sft, []), resolve=True)
-    assert OmegaConf.to_container(config, resolve=True)["model"] == then["model"]
+    then = config_of_run(sft, []).as_dict()
+    assert config.as_dict()["model"] == then["model"]
     assert config.n_examples == 16 and config.eval_only
 
 

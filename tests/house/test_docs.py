@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from preference_training.configuration.composition import CONFIG_DIR, GROUPS, OPEN_SECTIONS, choices_of, known_keys
+from preference_training.configuration.composition import CONFIG_DIR, GROUPS, choices_of, in_open_section, known_keys
 from tests.support import forked, shown
 from tests.support.files import ROOT
 
@@ -205,7 +205,7 @@ def is_known(text: str) -> bool:
         return value == "NAME" or value in choices_of(key)
     if text.startswith("+"):
         return (CONFIG_DIR / key / f"{value}.yaml").is_file()
-    return key in known_keys() or key.startswith(tuple(f"{name}." for name in OPEN_SECTIONS)) or key == "hydra/sweeper"
+    return key in known_keys() or in_open_section(key) or key == "hydra/sweeper"
 
 
 # Short for a key, as the page says.

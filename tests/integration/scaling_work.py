@@ -1,9 +1,9 @@
 """What the processes of `test_real_scaling.py` do: a real step of a sharded trainer, with everything held and sent counted."""
 
 import torch
-from omegaconf import OmegaConf
 
 from preference_training.batching.batches import BatchIterator, examples_of, pack_examples
+from preference_training.configuration.schema import RunConfig
 from preference_training.core.ranks import Ranks
 from preference_training.data.prompt_table import PromptTable
 from preference_training.data.tokenization import TokenizedPrompt
@@ -32,7 +32,7 @@ def packs_and_step(ranks: Ranks) -> tuple:
 def real_steps(settings: list[dict]) -> list[dict]:
     """`real_step` under one configuration after the other."""
     device = start_group(5)
-    results = [real_step(OmegaConf.create(one), device) for one in settings]
+    results = [real_step(RunConfig.of(one), device) for one in settings]
     end_group()
     return results
 

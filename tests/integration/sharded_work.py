@@ -11,7 +11,6 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from preference_training.batching.batches import (
@@ -23,6 +22,7 @@ from preference_training.batching.batches import (
     packs_of,
 )
 from preference_training.checkpointing.checkpoints import CheckpointWriter, Snapshot
+from preference_training.configuration.schema import RunConfig
 from preference_training.core.random_streams import seed_everything
 from preference_training.core.ranks import ALONE
 from preference_training.data.prompt_table import PromptTable
@@ -54,7 +54,7 @@ class World:
     """A joined process and what it builds trainers of: sharded ones, and the same alone."""
 
     def __init__(self, settings: dict):
-        self.config = OmegaConf.create(settings)
+        self.config = RunConfig.of(settings)
         self.device = start_group(5)
         self.size = torch.distributed.get_world_size()
         self.tokenizer = AutoTokenizer.from_pretrained(GOLDEN / "tokenizer")
@@ -65,12 +65,12 @@ class World:
 
     def sharded(self, architecture: str, loss: dict, mesh, sharding: str, **changes):
         """A sharded trainer on golden models, and its ranks."""
-        config = OmegaConf.merge(self.config, {"trainer": {"sharding": sharding}}, changes)
+        config = self.config.changed({"trainer.sharding": sharding} | changes)
         ranks = ranks_of(mesh)
         layout = Layout.of(config, mesh)
 
         def load(name: str):
-            one = OmegaConf.merge(config, {"model": {"name_or_path": str(GOLDEN / name)}})
+            one = config.changed({"model.name_or_path": str(GOLDEN / name)})
             return load_sharded(one, self.tokenizer, layout, self.device, ranks)[0]
 
         reference = LiveReference(load(architecture)) if loss["name"] != "sft" else None
@@ -88,7 +88,7 @@ class World:
 
         reference = LiveReference(load(architecture)) if loss["name"] != "sft" else None
         parts = load(f"{architecture}_policy"), reference, build_loss(**loss), self.tokenizer, None, [], [], None, None
-        return BasicTrainer(OmegaConf.merge(self.config, changes), *parts)
+        return BasicTrainer(self.config.changed(changes), *parts)
 
 
 def follow(world: World, trajectory: dict, mesh, sharding: str, loss: dict | None = None, budget: int | None = None) -> dict:
@@ -175,7 +175,9 @@ def follow_in_bfloat16(settings: dict, number_of_steps: int) -> dict:
     losses = {}
     for loss in ({"name": "sft"}, {"name": "dpo", "beta": 0.1}):
         changes = {"optimizer": "AdamW", "lr": 2e-4, "warmup_steps": 5}
-        short, ranks = world.sharded("llama", loss, world.mesh("full"), "full", **changes, model={"fsdp_policy_mp": "bfloat16"})
+        short, ranks = world.sharded(
+            "llama", loss, world.mesh("full"), "full", **changes, **{"model.fsdp_policy_mp": "bfloat16"}
+        )
         exact = world.alone("llama", loss, **changes)
         examples = list(examples_of(golden_prompts(world.tokenizer, exact.loss.paired)))
         curves = losses[loss["name"]] = [[], []]
@@ -194,9 +196,9 @@ def follow_adapter(settings: dict) -> dict:
     examples = list(examples_of(golden_prompts(world.tokenizer, True)))
     results = {}
     for sharding in ("full", "none"):
-        model = {"name_or_path": str(GOLDEN / "llama"), "lora": {"r": 4}}
-        changes = {"optimizer": "AdamW", "lr": 1e-3, "warmup_steps": 0, "model": model, "trainer": {"sharding": sharding}}
-        config = OmegaConf.merge(world.config, changes)
+        changes = {"optimizer": "AdamW", "lr": 1e-3, "warmup_steps": 0, "trainer.sharding": sharding}
+        changes |= {"model.name_or_path": str(GOLDEN / "llama"), "model.lora.r": 4}
+        config = world.config.changed(changes)
         layout, ranks = Layout.of(config, world.mesh(sharding)), ranks_of(world.mesh(sharding))
         seed_everything(0)
         policy, began_with = load_sharded(config, world.tokenizer, layout, world.device, ranks)
@@ -230,7 +232,7 @@ def train_with_masters(settings: dict, folder: str) -> dict:
     For each layout: the cosine of the two updates, and whether a trainer that goes on from the second step ends alike.
     """
     world = World(settings)
-    loss, low = {"name": "dpo", "beta": 0.1}, {"model": {"policy_dtype": "bfloat16", "reference_dtype": "bfloat16"}}
+    loss, low = {"name": "dpo", "beta": 0.1}, {"model.policy_dtype": "bfloat16", "model.reference_dtype": "bfloat16"}
     changes = {"optimizer": "AdamW", "lr": 5e-7, "warmup_steps": 0, "batch_size": 8}
     table = PromptTable.of(golden_prompts(world.tokenizer, True))
     results = {}

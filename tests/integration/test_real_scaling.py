@@ -1,7 +1,6 @@
 """What is found for processes that are not there is what the same number of real ones hold and send."""
 
 import pytest
-from omegaconf import OmegaConf
 
 from preference_training.distributed.launching import launch
 from preference_training.dry_run.scaling import fake_processes, lay_out_ranks, step_costs
@@ -40,7 +39,7 @@ def costs_without_them(config):
 )
 def test_a_step_of_real_processes_holds_and_sends_what_was_found_without_them(compose, size, cases):
     configs = [compose("loss=dpo", "optimizer=AdamW", f"trainer.nproc_per_node={size}", *case) for case in cases]
-    settings = [OmegaConf.to_container(config, resolve=True) for config in configs]
+    settings = [config.as_dict() for config in configs]
     for case, config, real in zip(cases, configs, launch(scaling_work.real_steps, (settings,), size, None), strict=True):
         costs = costs_without_them(config)
         assert dict(costs.traffic.sent) == real["sent"], case

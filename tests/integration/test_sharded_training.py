@@ -1,7 +1,6 @@
 """Sharded trainers on real processes: the same numbers as one process, and what happens when something goes wrong."""
 
 import pytest
-from omegaconf import OmegaConf
 
 from preference_training.distributed.launching import launch
 from tests.integration import sharded_work
@@ -12,7 +11,7 @@ TRAJECTORIES = sharded_work.TRAJECTORIES
 
 @pytest.fixture
 def settings(compose) -> dict:
-    return OmegaConf.to_container(compose("trainer=FSDPTrainer", "model=blank_model", "model.name_or_path=x"), resolve=True)
+    return compose("trainer=FSDPTrainer", "model=blank_model", "model.name_or_path=x").as_dict()
 
 
 def number_of(architecture: str, loss: str, optimizer: str, accumulation: int) -> int:

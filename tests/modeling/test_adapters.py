@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
@@ -15,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from preference_training.batching.batches import BatchIterator, evaluation_batches
 from preference_training.checkpointing.checkpoints import CheckpointWriter, Snapshot, read_state
-from preference_training.configuration.validation import check_config
+from preference_training.configuration.schema import RunConfig
 from preference_training.core.errors import UserError
 from preference_training.core.random_streams import seed_everything
 from preference_training.data.prompt_table import PromptTable
@@ -34,6 +33,7 @@ from preference_training.training.optimization import check_optimizer
 from preference_training.training.trainers import BasicTrainer
 from tests.support.files import GOLDEN
 
+LENGTHS = ("max_length=32", "max_prompt_length=16")
 KINDS = {
     "lora": ["+adapter=lora"],
     "lora with dropout": ["+adapter=lora", "model.lora.dropout=0.1"],
@@ -49,7 +49,14 @@ def configured(compose):
     """A configuration of the golden Llama with further overrides."""
 
     def configured(*overrides):
-        sizes = "batch_size=4", "eval_every=4", "warmup_steps=0", "max_length=32", "lr=1e-2", "optimizer=AdamW"
+        sizes = (
+            "batch_size=4",
+            "eval_every=4",
+            "warmup_steps=0",
+            *LENGTHS,
+            "lr=1e-2",
+            "optimizer=AdamW",
+        )
         model = (
             "model=blank_model",
             f"model.name_or_path={GOLDEN / 'llama'}",
@@ -73,10 +80,10 @@ def trainer_of(config, tokenizer, run_dir=None, n_examples=12) -> BasicTrainer:
     policy = placement.policy()
     table = PromptTable.of(PROMPTS)
     batches = BatchIterator(table, 4, n_examples=n_examples), evaluation_batches(table, 4, 4, seed=0)
-    about = {"config": OmegaConf.to_container(config, resolve=True), "data": ["a"], "began_with": placement.began_with}
+    about = {"config": config.as_dict(), "data": ["a"], "began_with": placement.began_with}
     writer = run_dir and CheckpointWriter(run_dir, policy, tokenizer, about=about | {"wandb_id": "0" * 32})
     tracker = Tracker(run_dir, n_examples) if run_dir else NoTracker()
-    loss = build_loss(**config.loss)
+    loss = build_loss(**config.loss.given())
     return BasicTrainer(config, policy, placement.reference(policy), loss, tokenizer, *batches, [], tracker, writer)
 
 
@@ -188,7 +195,7 @@ def test_a_checkpoint_holds_the_adapter_alone_and_loads_with_from_pretrained(con
 def test_a_merged_model_gives_the_log_probs_of_the_adapter(configured, tokenizer, tmp_path, overrides):
     config = configured(*overrides)
     checkpoint = finished(config, tokenizer, tmp_path / "run")
-    merged = load_merged(checkpoint, OmegaConf.create(read_state(checkpoint)["run"]["config"]).model, tokenizer).eval()
+    merged = load_merged(checkpoint, RunConfig.of(read_state(checkpoint)["run"]["config"]).model, tokenizer).eval()
     trained = trainer_of(config, tokenizer)
     trained.continue_from(checkpoint)
     assert not [name for name, _ in merged.named_parameters() if "lora" in name or "base_layer" in name]
@@ -269,7 +276,7 @@ def test_cached_reference_log_probs_do_not_depend_on_the_trained_adapter(configu
 )
 def test_what_cannot_work_is_refused_with_the_key(configured, overrides, message):
     with pytest.raises(UserError, match=message):
-        check_config(configured(*overrides))
+        configured(*overrides)
 
 
 def test_unknown_target_modules_are_refused_with_the_models_linear_layers(configured, tokenizer):
@@ -557,7 +564,7 @@ def test_a_base_model_that_an_older_run_did_not_save_is_rebuilt_from_its_seed(co
     seed_everything(config.seed)
     check_optimizer(config)
     trained = with_trained_adapter(load_model(config.model, tokenizer))
-    about = {"config": OmegaConf.to_container(config, resolve=True), "began_with": weights_hash(trained)}
+    about = {"config": config.as_dict(), "began_with": weights_hash(trained)}
     checkpoint = checkpoint_of(trained, tokenizer, tmp_path, about=about)
     assert json.loads((checkpoint / "adapter_config.json").read_text())["base_model_name_or_path"] is None
     torch.manual_seed(5)

@@ -3,7 +3,6 @@
 import numpy
 import pytest
 import torch
-from omegaconf import OmegaConf
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from preference_training.core.errors import UserError
@@ -38,9 +37,7 @@ MODELS = {
 def settings(compose, *overrides: str, **model):
     """The tiny configuration, its model replaced where one is given."""
     config = compose(*overrides)
-    if model:
-        config.model.from_config = model
-    return config
+    return config.changed({"model.from_config": model}) if model else config
 
 
 def computes(model, length: int) -> bool:
@@ -72,7 +69,7 @@ def test_a_max_length_beyond_the_position_table_is_refused(model_type, compose):
     tokenizer = load_tokenizer(config.model)
     with pytest.raises(UserError, match="max_length: found 25, expected at most 24: .* Set max_length=24"):
         check_limits(config, tokenizer, model_limits(config, tokenizer))
-    config.max_length = 24
+    config = config.changed({"max_length": 24})
     check_limits(config, tokenizer, model_limits(config, tokenizer))
 
 
@@ -110,10 +107,7 @@ def enlarged():
 
 
 def with_embedding_of(compose, size: int, *overrides: str):
-    config = compose(*overrides)
-    OmegaConf.set_struct(config, False)
-    config.model.from_config.vocab_size = size
-    return config
+    return compose(*overrides, f"model.from_config.vocab_size={size}")
 
 
 def test_tokens_that_a_template_writes_and_the_embedding_lacks_are_refused(compose, enlarged):

@@ -23,6 +23,8 @@ from tests.support.files import GOLDEN
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
 
+BYTES = "model.tokenizer_name_or_path=byte_level"
+
 
 @pytest.fixture
 def tiny(compose):
@@ -83,7 +85,7 @@ def test_dropout_is_off_wherever_an_architecture_keeps_it(compose):
 def test_experts_that_add_noise_in_training_compute_as_in_evaluation(model_type, compose):
     sizes = "hidden_size: 16, intermediate_size: 16, num_hidden_layers: 1, num_attention_heads: 2, num_key_value_heads: 2"
     noise = "num_local_experts: 4, router_jitter_noise: 0.3, input_jitter_noise: 0.3"
-    config = compose("model=blank_model", f"++model.from_config={{model_type: {model_type}, {sizes}, {noise}}}").model
+    config = compose("model=blank_model", f"++model.from_config={{model_type: {model_type}, {sizes}, {noise}}}", BYTES).model
     model = load_model(config, byte_level_tokenizer())
     ids = torch.arange(20)[None]
     in_training = model.train()(ids).logits
@@ -93,7 +95,7 @@ def test_experts_that_add_noise_in_training_compute_as_in_evaluation(model_type,
 
 def test_a_model_with_a_learned_mask_gives_the_same_log_probs_with_and_without_gradients(compose):
     sizes = "hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 4, num_key_value_heads: 2"
-    config = compose("model=blank_model", f"++model.from_config={{model_type: doge, {sizes}}}").model
+    config = compose("model=blank_model", f"++model.from_config={{model_type: doge, {sizes}}}", BYTES).model
     model = load_model(config, byte_level_tokenizer())
     for name, weight in model.named_parameters():
         if weight.dim() > 1 or name.endswith(".A"):
@@ -162,6 +164,7 @@ def test_a_sharded_checkpoint_directory_is_read_whole(checkpoint, tiny, tmp_path
 
 
 def test_buffers_of_old_checkpoints_are_ignored(compose, tmp_path):
+    (tmp_path / "policy.pt").touch()
     config = compose(
         "model=blank_model", f"model.name_or_path={GOLDEN / 'gpt_neox'}", f"model.archive={tmp_path / 'policy.pt'}"
     ).model

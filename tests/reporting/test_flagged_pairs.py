@@ -244,7 +244,16 @@ def test_labels_that_were_flipped_on_purpose_are_found_after_one_epoch(compose, 
     table = prompts(*rows)
     config = compose("loss=dpo", "batch_size=8", "n_epochs=1", "lr=1e-3", "warmup_steps=5", "optimizer=AdamW")
     policy, reference = (AutoModelForCausalLM.from_pretrained(GOLDEN / "llama", dtype=torch.float32) for _ in range(2))
-    parts = config, policy, LiveReference(reference), build_loss(**config.loss), tokenizer, BatchIterator(table, 8), [], []
+    parts = (
+        config,
+        policy,
+        LiveReference(reference),
+        build_loss(**config.loss.given()),
+        tokenizer,
+        BatchIterator(table, 8),
+        [],
+        [],
+    )
     BasicTrainer(*parts, Tracker(tmp_path, None, 3600), ledger=Ledger(tmp_path)).train()
     PairFinder(tmp_path, table, tokenizer).write()
     named = {int(row["source"].split()[1]) - 1 for row in flagged_rows(tmp_path)}

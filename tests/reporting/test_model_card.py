@@ -4,7 +4,6 @@ import pytest
 from huggingface_hub import ModelCard
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from omegaconf import OmegaConf
 
 from preference_training.core.secrets import without_secrets
 from preference_training.reporting.model_card import CardFacts, changed_settings, hub_datasets, is_hub_id, model_card
@@ -13,10 +12,9 @@ TOKEN = "hf_" + "abcdefgh" * 4
 
 
 @pytest.fixture
-def config(compose):
+def config(plain):
     """A run's whole configuration in plain values, as a checkpoint holds it."""
-    composed = lambda *overrides: OmegaConf.to_container(compose("local_run_dir=/home/me/runs/x", *overrides), resolve=True)  # noqa: E731
-    return composed
+    return lambda *overrides: plain("local_run_dir=/home/me/runs/x", *overrides)
 
 
 def facts(config: dict | None, **values) -> CardFacts:

@@ -12,8 +12,8 @@ import pytest
 from bs4 import BeautifulSoup
 from hypothesis import given
 from hypothesis import strategies as st
-from omegaconf import OmegaConf
 
+from preference_training.configuration.kept import save_config
 from preference_training.core.errors import UserError
 from preference_training.data.rows.records import DataReport
 from preference_training.reporting.observations import observations
@@ -46,7 +46,7 @@ def run_dir(compose, tmp_path) -> Path:
     import torch
 
     config = compose("loss=dpo", "loss.beta=0.3", f"exp_name={json.dumps(HOSTILE.replace('/', ''))}", "local_run_dir=x")
-    OmegaConf.save(config, tmp_path / "config.yaml")
+    save_config(config, tmp_path)
     write_rows(tmp_path / "metrics.jsonl", [evaluation(0), *(step(n) for n in range(4, 84, 4)), evaluation(80)])
     samples = [{"examples": n, "prompt": HOSTILE, "policy": f"Yes {n}.", "reference": "No."} for n in (0, 40, 80)]
     write_rows(tmp_path / "samples.jsonl", samples)

@@ -14,10 +14,9 @@ import psutil
 import pytest
 from omegaconf import OmegaConf
 
-from preference_training.configuration.validation import check_config
 from preference_training.core.errors import UserError
 from preference_training.sweeps import sweeps
-from preference_training.sweeps.sweeps import _doubts
+from preference_training.sweeps.sweeps import _doubts, _swept
 from preference_training.tracking.run_files import JOB
 from preference_training.training.pruning import Pruning, build_pruner
 from tests.support import forked
@@ -278,8 +277,7 @@ def pruning(tmp_path, compose):
             write(folder / "metrics.jsonl", rows)
             (folder / JOB).write_text(json.dumps({"state": "complete"}))
         (tmp_path / "own").mkdir()
-        given = "pruner=MedianPruner", "++pruner_kwargs.n_startup_trials=2", "++pruner_kwargs.n_warmup_steps=32"
-        pruner = build_pruner(compose(*given))
+        pruner = build_pruner("MedianPruner", {"n_startup_trials": 2, "n_warmup_steps": 32})
         return Pruning(tmp_path, tmp_path / "own", "loss/eval", 32, pruner)
 
     return made
@@ -320,7 +318,7 @@ def test_accuracies_are_to_be_large(pruning, tmp_path):
 )
 def test_arguments_that_a_pruner_does_not_take_are_refused(compose, given, told):
     with pytest.raises(UserError) as refused:
-        build_pruner(compose("pruner=MedianPruner", f"++pruner_kwargs.{given}"))
+        build_pruner("MedianPruner", compose(f"pruner_kwargs.{given}").pruner_kwargs)
     assert str(refused.value).startswith(told)
 
 
@@ -337,7 +335,9 @@ def test_a_pruner_without_a_sweep_is_refused(tmp_path):
 def test_a_job_is_known_by_its_configuration_whatever_its_number_is_and_takes_nobodys_directory(tmp_path, compose):
     def claimed(number: int, *overrides: str) -> str:
         (tmp_path / str(number)).mkdir(exist_ok=True)
-        return sweeps.claim(tmp_path, tmp_path / str(number), compose(*overrides), list(overrides)).name
+        return sweeps.claim(
+            sweeps.Request(tmp_path, tmp_path / str(number), list(overrides), compose(*overrides).as_composed)
+        ).name
 
     assert [claimed(number, f"seed={number}") for number in range(3)] == ["0", "1", "2"]
     assert claimed(0, "seed=2") == "2"
@@ -349,7 +349,7 @@ def test_a_job_is_known_by_its_configuration_whatever_its_number_is_and_takes_no
 
 def test_a_job_does_not_take_the_directory_of_a_run_that_no_sweep_knows(tmp_path, compose):
     write(tmp_path / "0" / "metrics.jsonl", [{"counters/examples": 1}])
-    assert sweeps.claim(tmp_path, tmp_path / "0", compose(), []).name == "1"
+    assert sweeps.claim(sweeps.Request(tmp_path, tmp_path / "0", [], compose().as_composed)).name == "1"
 
 
 def test_two_processes_have_no_gpu_in_common_and_a_third_waits_until_one_ends(tmp_path, monkeypatch):
@@ -391,7 +391,7 @@ def test_a_process_sees_the_gpus_it_has_taken_and_keeps_them(tmp_path, monkeypat
 )
 def test_a_key_of_sweeps_that_makes_no_sense_is_refused(compose, override, told):
     with pytest.raises(UserError) as refused:
-        check_config(compose(override))
+        compose(override)
     assert str(refused.value).startswith(told)
 
 
@@ -406,6 +406,5 @@ def test_a_key_of_sweeps_that_makes_no_sense_is_refused(compose, override, told)
     ],
 )
 def test_an_objective_that_does_not_compare_the_jobs_is_said(objective, task, params, told):
-    hydra = {"overrides": {"task": task}, "sweeper": {"params": params}}
-    found = _doubts(OmegaConf.create({"objective": objective, "loss": {"name": "dpo"}, "hydra": hydra}))
+    found = _doubts(objective, "dpo", [*(params or ()), *_swept(task)])
     assert len(found) == bool(told) and all(told in text for text in found)

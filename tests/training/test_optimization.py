@@ -7,14 +7,14 @@ from itertools import pairwise
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from preference_training.batching.batches import BatchIterator, evaluation_batches
 from preference_training.checkpointing.checkpoints import CheckpointWriter, publish, read_state
 from preference_training.checkpointing.resuming import fault_of_run
-from preference_training.configuration.validation import SCHEDULES, check_config, keeps_master_weights, lines_of_precision
+from preference_training.configuration.precision import lines_of_precision
+from preference_training.configuration.schema import SCHEDULES
 from preference_training.core.errors import UserError
 from preference_training.core.random_streams import seed_everything
 from preference_training.data.prompt_table import PromptTable
@@ -29,6 +29,7 @@ from preference_training.training.trainers import BasicTrainer
 from tests.support.files import GOLDEN
 from train import settle_batch_size
 
+LENGTHS = ("max_length=32", "max_prompt_length=16")
 PROMPTS = PromptTable.of(TokenizedPrompt([5 + n, 6, 7], [[10 + n, 11, 0], [12 + n, 0]], [(0, 1)]) for n in range(10))
 
 
@@ -45,11 +46,11 @@ class Said(NoTracker):
 
 def trainer_of(compose, tokenizer, *overrides, run_dir=None, n_examples=None) -> BasicTrainer:
     """SFT of the golden Llama: ten examples, three steps an epoch."""
-    config = compose("batch_size=4", "eval_every=4", "warmup_steps=0", "max_length=32", "lr=1e-3", *overrides)
+    config = compose("batch_size=4", "eval_every=4", "warmup_steps=0", *LENGTHS, "lr=1e-3", *overrides)
     seed_everything(0)
     policy = AutoModelForCausalLM.from_pretrained(GOLDEN / "llama", dtype=getattr(torch, config.model.policy_dtype))
     steps = BatchIterator(PROMPTS, 4, n_epochs=config.n_epochs, n_examples=n_examples, n_steps=config.n_steps)
-    about = {"config": OmegaConf.to_container(config, resolve=True), "data": ["a"], "began_with": "b", "wandb_id": "0" * 32}
+    about = {"config": config.as_dict(), "data": ["a"], "began_with": "b", "wandb_id": "0" * 32}
     writer = run_dir and CheckpointWriter(run_dir, policy, tokenizer, about=about)
     held_out = evaluation_batches(PROMPTS, 4, 4, seed=0)
     return BasicTrainer(config, policy, None, build_loss("sft"), tokenizer, steps, held_out, [], Said(), writer)
@@ -264,8 +265,7 @@ def test_without_master_weights_most_of_an_update_is_rounded_away(dpo_update):
 )
 def test_master_weights_are_chosen_by_dtype_and_learning_rate(compose, overrides, kept):
     config = compose(*overrides)
-    check_config(config)
-    assert keeps_master_weights(config) is kept
+    assert config.keeps_master_weights is kept
 
 
 @pytest.mark.parametrize(
@@ -426,9 +426,7 @@ def test_a_run_that_becomes_better_is_not_stopped(compose, tokenizer):
 )
 def test_the_batch_follows_from_what_one_device_computes(compose, overrides, expected):
     config = compose("per_device_batch_size=2", "gradient_accumulation_steps=3", "eval_every=20_000", *overrides)
-    check_config(config)
-    settle_batch_size(config)
-    assert config.batch_size == expected
+    assert settle_batch_size(config).batch_size == expected
 
 
 def test_under_a_launcher_its_own_number_of_processes_counts(compose, monkeypatch):
@@ -436,13 +434,11 @@ def test_under_a_launcher_its_own_number_of_processes_counts(compose, monkeypatc
     for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.setenv(name, "1")
     config = compose("per_device_batch_size=2", "trainer=FSDPTrainer", "eval_every=20_000")
-    settle_batch_size(config)
-    assert config.batch_size == 12
+    assert settle_batch_size(config).batch_size == 12
 
 
 def test_a_batch_larger_than_an_interval_is_refused_once_it_is_known(compose):
     config = compose("per_device_batch_size=300", "eval_every=256")
-    check_config(config)
     with pytest.raises(UserError, match="eval_every: found 256, expected at least batch_size, which is 300"):
         settle_batch_size(config)
 
@@ -465,13 +461,13 @@ def test_a_batch_larger_than_an_interval_is_refused_once_it_is_known(compose):
 )
 def test_what_cannot_work_is_refused_with_the_key(compose, overrides, message):
     with pytest.raises(UserError, match=message):
-        check_config(compose(*overrides))
+        compose(*overrides)
 
 
 def test_a_batch_size_beside_that_of_one_device_is_refused(compose):
     overrides = ["per_device_batch_size=2", "batch_size=8"]
     with pytest.raises(UserError, match="given beside batch_size, which follows from it"):
-        check_config(compose(*overrides), overrides)
+        compose(*overrides)
 
 
 def test_arguments_that_an_optimizer_does_not_take_are_refused(compose):

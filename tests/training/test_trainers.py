@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM
 
 from preference_training.batching.batches import (
@@ -43,6 +42,7 @@ from preference_training.training.trainers import BasicTrainer
 from tests.support.files import GOLDEN
 from tests.support.shown import write_files
 
+LENGTHS = ("max_length=40", "max_prompt_length=20")
 TRAJECTORIES = json.loads((GOLDEN / "trajectories.json").read_text())
 
 
@@ -274,7 +274,7 @@ def test_activation_checkpointing_changes_no_gradient(build, tokenized):
 
 def test_samples_are_the_same_for_the_same_seed_and_leave_the_random_stream_alone(build, tokenized):
     prompts = [prompt.prompt_ids for prompt in tokenized[True][:3]]
-    trainer = build(build_loss("dpo"), "llama", "max_length=40", sample_prompts=prompts)
+    trainer = build(build_loss("dpo"), "llama", *LENGTHS, sample_prompts=prompts)
     state = torch.get_rng_state()
     trainer.reference_answers = trainer.answers()
     first, second = trainer.sample(), trainer.sample()
@@ -308,7 +308,7 @@ def loss_of(compose, tmp_path):
 
     def build(name: str):
         loss = compose(f"loss={name}", *changes.get(name, [])).loss
-        return build_loss(**OmegaConf.to_container(loss, resolve=True))
+        return build_loss(**loss.given())
 
     return build
 
@@ -376,7 +376,7 @@ def test_a_reference_that_moves_all_the_way_is_a_copy_and_the_margin_begins_at_0
 def test_a_reference_that_has_moved_answers_the_sample_prompts_anew(build, tokenized):
     loss = build_loss("tr_dpo", beta=0.1, reference_update_every=1, reference_update_share=1.0)
     prompts = [prompt.prompt_ids for prompt in tokenized[True][:3]]
-    trainer = build(loss, "llama", "max_length=40", "lr=1e-2", "warmup_steps=0", sample_prompts=prompts)
+    trainer = build(loss, "llama", *LENGTHS, "lr=1e-2", "warmup_steps=0", sample_prompts=prompts)
     trainer.reference_answers = ["what it said at the beginning"] * 3
     trainer.train_step(micro_batches(tokenized[True][:4], 4))
     # It is a copy of the policy now.
@@ -386,7 +386,7 @@ def test_a_reference_that_has_moved_answers_the_sample_prompts_anew(build, token
 @pytest.mark.parametrize("live", [True, False])
 def test_a_run_that_goes_on_may_have_another_number_of_sample_prompts(build, tokenized, live, capsys):
     prompts = [prompt.prompt_ids for prompt in tokenized[True][:3]]
-    trainer = build(build_loss("dpo"), "llama", "max_length=40", "lr=1e-2", "warmup_steps=0", sample_prompts=prompts)
+    trainer = build(build_loss("dpo"), "llama", *LENGTHS, "lr=1e-2", "warmup_steps=0", sample_prompts=prompts)
     answers = trainer.answers(trainer.reference.model)
     trainer.train_step(micro_batches(tokenized[True][:4], 4))
     if not live:

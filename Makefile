@@ -26,6 +26,8 @@ test: lint
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/mypy --no-error-summary
 
 faults: .venv/installed-dev
 	$(BIN)/python -m tests.faults.long $(FAULTS)
@@ -86,4 +88,4 @@ pages-test: .venv/installed-dev
 	touch $@
 
 clean:
-	rm -rf .venv .ruff_cache .hypothesis
+	rm -rf .venv .ruff_cache .mypy_cache .import_linter_cache .hypothesis

@@ -25,10 +25,10 @@ def share_interval(values: Sequence[float], groups: Sequence | None = None) -> B
     groups [E] says which examples belong together; None: each is by itself. Outcomes that are independent have Clopper and
     Pearson's interval, carried over to ties; others that of Korn and Graubard.
     """
-    values = numpy.asarray(values, float)
-    totals, sizes = _by_group(groups, values, numpy.ones(len(values)))
-    if len(totals) == len(values) and numpy.isin(values, (0, 0.5, 1)).all():
-        return _of_outcomes(*(int((values == outcome).sum()) for outcome in (1, 0.5, 0)))
+    numbers = numpy.asarray(values, float)
+    totals, sizes = _by_group(groups, numbers, numpy.ones(len(numbers)))
+    if len(totals) == len(numbers) and numpy.isin(numbers, (0, 0.5, 1)).all():
+        return _of_outcomes(*(int((numbers == outcome).sum()) for outcome in (1, 0.5, 0)))
     return _of_effective_sample(totals, sizes)
 
 

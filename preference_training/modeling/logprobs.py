@@ -133,7 +133,7 @@ def _logits_at(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, posi
 
 
 @cache
-def _keeps_chosen_logits(model_class: type) -> bool:
+def _keeps_chosen_logits(model_class: type[nn.Module]) -> bool:
     return "logits_to_keep" in inspect.signature(model_class.forward).parameters
 
 

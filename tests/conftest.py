@@ -6,7 +6,7 @@ import os
 import pytest
 from hypothesis import settings
 
-import preference_datasets  # noqa: F401  registers the named data sets, whichever test comes first
+import train  # noqa: F401  registers the named data sets, and the resolver that the configuration uses
 from tests.support.files import CONFIG_DIR, GOLDEN
 
 os.environ.setdefault("WANDB_MODE", "offline")
@@ -48,8 +48,6 @@ def forked_workers(monkeypatch):
 def compose():
     """Compose the project's configuration from overrides, as the command line does."""
     from hydra import compose, initialize_config_dir
-
-    import train  # noqa: F401  registers the resolver that the configuration uses
 
     def composed(*overrides: str):
         with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):

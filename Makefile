@@ -47,6 +47,7 @@ intervals: .venv/installed
 docs: .venv/installed-docs
 	$(BIN)/python scripts/key_reference.py --check
 	$(BIN)/python scripts/one_idea.py --check
+	$(BIN)/python scripts/layers_picture.py --check
 	$(BIN)/python scripts/architectures_page.py --check
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 

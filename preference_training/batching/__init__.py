@@ -1,1 +1,1 @@
-"""From tables of token ids to packed micro-batches, in an order that a resumed run goes on with."""
+"""Packed micro-batches of token ids: tries, packing, and an order that a resumed run goes on with."""

@@ -1,1 +1,1 @@
-"""From YAML files and a command line to one configuration, validated before anything expensive starts."""
+"""One configuration from YAML files and a command line: composed, and validated before anything expensive starts."""

@@ -1,1 +1,1 @@
-"""The losses: their formulas as pure functions, and objectives that bind the numbers of a run."""
+"""Losses as pure formulas, and objectives that bind the numbers of a run."""

@@ -243,6 +243,15 @@ def test_the_picture_is_what_its_script_draws():
     assert f"{6 * (11 + 9)} tokens" in script.picture() and f"{11 + 6 + 9 + 4} tokens" in script.picture()
 
 
+def test_the_picture_of_the_layers_shows_the_imports_that_there_are_and_none_that_leads_down():
+    script = loaded("scripts/layers_picture.py")
+    assert script.PICTURE.read_text() == script.picture(), "run python scripts/layers_picture.py"
+    names = script.layers()
+    assert {path.parent.name for path in script.PACKAGE.glob("*/__init__.py")} == set(names)
+    found = re.findall(r"<title>(\w+) imports (\w+)</title>", script.picture())
+    assert ("losses", "core") in found and all(names.index(other) < names.index(name) for name, other in found)
+
+
 def test_the_page_of_intervals_is_what_its_script_finds():
     """All of it takes minutes: here are all shares up to 64, and of each kind that is simulated a cell."""
     script = loaded("scripts/interval_coverage.py")

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "preference_training"
 PICTURE = ROOT / "docs" / "layers.svg"
 # Sizes in the picture. Unit: pixels.
-WIDTH, TOP, ROW, LEFT, MATRIX, CELL = 1140, 150, 30, 30, 560, 30
+WIDTH, TOP, ROW, LEFT, MATRIX, CELL = 1180, 150, 30, 30, 600, 30
 
 STYLE = """
 .ground{fill:#fbfbf8} .band{fill:#eff1ee} .dot{fill:#1f77b4} .own{fill:#d5d8d2}

@@ -6,6 +6,7 @@ left out, and runs are shortened.
 
 import argparse
 import importlib.util
+import json
 import math
 import os
 import re
@@ -94,6 +95,20 @@ def test_what_is_run_in_one_line_runs(tmp_path):
             subprocess.run([sys.executable, *words[1:-2]], stdout=file, check=True, timeout=60)
         assert (tmp_path / words[-1]).read_text().count("\n") == 2048
     assert found
+
+
+def test_containers_install_and_start_what_the_readme_does_by_hand():
+    by_hand = [words for _, words in shown.commands("pip install|python train", ["README.md"])][:2]
+    dockerfile = (ROOT / "Dockerfile").read_text()
+    [installing] = re.findall(r"^RUN (.*)$", dockerfile, flags=re.MULTILINE)
+    [starting] = re.findall(r"^CMD (.*)$", dockerfile, flags=re.MULTILINE)
+    container = json.loads((ROOT / ".devcontainer" / "devcontainer.json").read_text())
+    assert [installing.replace("--no-cache-dir ", "").split(), json.loads(starting)] == by_hand
+    assert container["postCreateCommand"].split() == by_hand[0]
+    assert (ROOT / ".devcontainer" / container["build"]["dockerfile"]).resolve() == ROOT / "Dockerfile"
+    # The Python that the package is for.
+    [version] = re.findall(r"^FROM python:(\d+\.\d+)\.\d+-", dockerfile, flags=re.MULTILINE)
+    assert f">={version}" in (ROOT / "pyproject.toml").read_text()
 
 
 # ---- a clean clone ----------------------------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 # make demo    train on the embedded model and data, and see what it did
-# make test    everything the tests need, then the tests
+# make test    lint, then the tests that every change has to pass, after installing what they need; minutes
+# make test-long   the slow tests that rarely break: kills, several processes, whole runs; about a quarter of an hour
+# make lint    ruff, the order of the packages, types
 # make faults  runs killed and stopped at random moments, an hour or two; options in FAULTS: make faults FAULTS="--kills 50"
 # make architectures   every check on some 90 tiny architectures; options in ARCHITECTURES: --only llama,gpt2 --checks dpo,lora --write
 # make bench   this project beside TRL, hours; options in BENCH: make bench BENCH="--work dpo_hh_live --rounds 5"
@@ -15,13 +17,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint faults architectures bench two-hosts intervals docs collect collect-train collect-test pages-test clean
+.PHONY: demo test test-long lint faults architectures bench two-hosts intervals docs collect collect-train collect-test pages-test clean
 
 demo: .venv/installed
 	$(BIN)/python scripts/demo.py
 
 test: lint
 	$(BIN)/python -m pytest
+
+test-long: .venv/installed-dev
+	$(BIN)/python -m pytest -m long
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

@@ -126,6 +126,7 @@ def test_the_second_run_on_a_directory_is_refused_and_the_first_goes_on(tmp_path
     assert first.wait() == STOPPED, first.output
 
 
+@pytest.mark.long
 def test_one_process_two_and_one_again_go_on_with_the_same_data_and_curve(compose, tmp_path, tmp_path_factory):
     go = partial(train_here, compose, tmp_path)
     go("n_examples=128")

@@ -193,6 +193,7 @@ def test_quick_start_can_be_followed(clone):
     assert any("win rate against reference under toy" in text for text in printed.values())
 
 
+@pytest.mark.long
 def test_your_own_data_can_be_followed(clone):
     printed = follow_page("docs/your-own-data.md", clone)
     looked = next(text for line, text in printed.items() if "dry_run=true" in line)
@@ -202,6 +203,7 @@ def test_your_own_data_can_be_followed(clone):
     assert (clone / "runs" / "names_dpo" / "LATEST").is_dir() and (clone / "runs" / "colours" / "LATEST").is_dir()
 
 
+@pytest.mark.long
 def test_your_own_loss_can_be_followed(clone):
     printed = follow_page("docs/your-own-loss.md", clone)
     assert "2 passed" in next(text for line, text in printed.items() if "pytest" in line)

@@ -45,6 +45,7 @@ def test_two_ranks_follow_the_golden_trajectories_under_every_sharding(settings)
     assert_equal(results, 1e-5)
 
 
+@pytest.mark.long
 def test_two_ranks_that_split_layers_follow_the_golden_trajectories(settings):
     numbers = [number_of("llama", "dpo", "AdamW", 1), number_of("gpt_neox", "dpo", "RMSprop", 2)]
     results = launch(sharded_work.follow_split_layers, (settings, numbers), 2, None)
@@ -52,6 +53,7 @@ def test_two_ranks_that_split_layers_follow_the_golden_trajectories(settings):
     assert results["beta-DPO"]["beta_DPO/beta_used"] <= 1e-6 and results["beta-DPO"]["beta_DPO/kept_fraction"] == 0
 
 
+@pytest.mark.long
 def test_four_ranks_hybrid_tensor_parallel_and_beta_dpo_follow_one_process(settings):
     results = launch(sharded_work.follow_on_four, (settings, number_of("llama", "dpo", "AdamW", 1)), 4, None)
     assert_equal({name: worst for name, worst in results.items() if "tensor" not in name}, 1e-5)
@@ -65,6 +67,7 @@ def test_an_adapter_over_two_ranks_is_trained_as_on_one(settings):
         assert worst["numbers"] <= 1e-5 and worst["weights"] <= 1e-5, f"{sharding}: {worst}"
 
 
+@pytest.mark.long
 def test_a_loss_curve_in_bfloat16_is_within_two_percent_of_float32(settings):
     for name, (short, exact) in launch(sharded_work.follow_in_bfloat16, (settings, 50), 2, None).items():
         assert len(short) == 50 and min(exact) < 0.9 * exact[0], name
@@ -72,6 +75,7 @@ def test_a_loss_curve_in_bfloat16_is_within_two_percent_of_float32(settings):
         assert short != exact
 
 
+@pytest.mark.long
 def test_master_weights_are_sharded_with_their_weights_and_go_on_exactly(settings, tmp_path):
     results = launch(sharded_work.train_with_masters, (settings, str(tmp_path)), 2, None)
     for name, found in results.items():
@@ -79,7 +83,7 @@ def test_master_weights_are_sharded_with_their_weights_and_go_on_exactly(setting
         assert found["dtypes"] == ["torch.float32"] and found["sharded"] == [0.5], f"{name}: {found}"
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.long)])
 def test_held_out_rows_are_scored_once_by_any_number_of_ranks(settings, ranks):
     results = launch(sharded_work.evaluate_unevenly, (settings, 101), ranks, None)
     assert set(results["rows"]) == {101}

@@ -132,6 +132,7 @@ def dialogues(tmp_path_factory) -> Path:
     return path
 
 
+@pytest.mark.long
 def test_sft_dpo_and_beta_dpo_continue_from_each_other_on_dialogues(dialogues, tmp_path):
     model = [
         "model=blank_model",
@@ -174,6 +175,7 @@ def test_a_sweep_gives_each_job_a_directory_and_the_numbers_of_a_run_of_its_own(
     assert beside == {"reference_logps", "prepared_data"}, "jobs of a sweep make no run directories beside the sweep's"
 
 
+@pytest.mark.long
 def test_two_sweeps_of_the_same_second_do_not_share_a_directory(tmp_path):
     command = [ROOT / "train.py", "-m", "loss=dpo", "loss.beta=0.1", "sample_during_eval=false", *SHORT]
     with (tmp_path / "said").open("w") as said:

@@ -34,14 +34,16 @@ def assert_equal(results: dict, tolerance: float) -> None:
             assert difference <= tolerance * (1 if strict else 10), f"{name}: {key} differs by {difference:.1g}"
 
 
-def test_two_ranks_follow_the_golden_trajectories_under_every_sharding(settings):
-    numbers = [
-        number_of("llama", "dpo", "AdamW", 2),
-        number_of("gpt_neox", "sft", "RMSprop", 1),
-        number_of("llama", "ipo", "AdamW", 1),
-    ]
+# Each under four shardings, and the first in five other ways.
+ONE = [("llama", "dpo", "AdamW", 2)]
+ALL = [*ONE, ("gpt_neox", "sft", "RMSprop", 1), ("llama", "ipo", "AdamW", 1)]
+
+
+@pytest.mark.parametrize("wanted", [ONE, pytest.param(ALL, marks=pytest.mark.long)], ids=["one", "all"])
+def test_two_ranks_follow_the_golden_trajectories_under_every_sharding(wanted, settings):
+    numbers = [number_of(*one) for one in wanted]
     results = launch(sharded_work.follow_each_sharding, (settings, numbers), 2, None)
-    assert len(results) == 17
+    assert len(results) == 4 * len(numbers) + 5
     assert_equal(results, 1e-5)
 
 

@@ -68,7 +68,7 @@ def lc_rows(store: Store, names: bool = False) -> Iterator[tuple[str, dict]]:
 
 
 def record_row(row: dict) -> dict:
-    """A row of LC_SCHEMA as a record of `records.py`, with the chosen and the rejected text, where one is, beside it."""
+    """A row of LC_SCHEMA as a preference record, with the chosen and the rejected text, where one is, beside it."""
     texts = [row["version1"].strip(), row["version2"].strip()]
     best = row["preference"]
     decided = best is not None

@@ -184,6 +184,7 @@ def test_two_sweeps_of_the_same_second_do_not_share_a_directory(tmp_path):
     assert len(list((tmp_path / "multirun").glob("*/*/0/LATEST"))) == 2
 
 
+@pytest.mark.long
 def test_optuna_makes_the_held_out_loss_small(tmp_path):
     train(
         tmp_path, "-m", "hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", "hydra.sweeper.n_jobs=1",

@@ -1,8 +1,8 @@
-"""Tokens a second of sampled answers: this project's sampling, and one padded batch of all prompts as it was before.
+"""Sampling speed in tokens per second: this project's sampling, and its earlier single padded batch of all prompts.
 
 python benchmarks/sampling.py [CHECKPOINT] [--prompts 384] [--rounds 3]
 
-Without a checkpoint the model is the embedded one with weights that were never trained: every answer is as long as it may be.
+Without a checkpoint, the model is the untrained embedded one, and every response has the maximum length.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from preference_training.modeling.tokenizer import load_tokenizer
 
 
 def all_in_one_batch(model, tokenizer, prompts: list[list[int]], max_length: int, seed: int) -> list[list[int]]:
-    """What was done before: every prompt padded to the longest, one global random stream, the room of the longest for all."""
+    """The earlier implementation: all prompts padded to the longest, one random stream, one length limit."""
     width = max(map(len, prompts))
     ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
@@ -37,7 +37,7 @@ def all_in_one_batch(model, tokenizer, prompts: list[list[int]], max_length: int
 
 
 def main() -> None:
-    """Time both by turns, and print the medians."""
+    """Time both alternately, and print the medians."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", nargs="?", help="weights of the embedded model")
     parser.add_argument("--prompts", type=int, default=384)

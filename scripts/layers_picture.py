@@ -27,7 +27,7 @@ text{fill:#e8eaee} .small{fill:#a9b0bd}}
 def layers() -> list[str]:
     """The packages that there are, from the one that imports no other to the one that none imports."""
     contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
-    [names] = [contract["layers"] for contract in contracts if contract["type"] == "layers"]
+    [names] = [contract["layers"] for contract in contracts if contract.get("containers") == [PACKAGE.name]]
     return [name for name in (layer.strip("()") for layer in reversed(names)) if (PACKAGE / name).is_dir()]
 
 

@@ -42,8 +42,8 @@ def as_rows() -> tuple[list[str], int]:
     """The left half: two rows for each pair, padded to the longest; and how many tokens that computes."""
     longest = PROMPT + max(RESPONSES)
     parts = [
-        said(LEFT, 40, "As rows of a batch", "title"),
-        said(LEFT, 62, "two rows for each pair, all as long as the longest"),
+        said(LEFT, 40, "As padded rows", "title"),
+        said(LEFT, 62, "two rows per pair, padded to the longest"),
     ]
     for number, response in enumerate(response for pair in PAIRS for response in pair):
         y = 84 + number * 34 + (number // 2) * 12
@@ -58,7 +58,7 @@ def as_rows() -> tuple[list[str], int]:
 
 def as_tree() -> tuple[list[str], int]:
     """The right half: the prompt and each response once, and pairs as indices; and how many tokens that computes."""
-    parts = [said(RIGHT, 40, "As a response tree", "title"), said(RIGHT, 62, "prompt and responses once, pairs are indices")]
+    parts = [said(RIGHT, 40, "As a response tree", "title"), said(RIGHT, 62, "prompt and responses once; pairs are indices")]
     end, begin = RIGHT + PROMPT * TOKEN, RIGHT + PROMPT * TOKEN + 40
     middle = 84 + 46 + BAR / 2
     parts.append(bar(RIGHT, middle - BAR / 2, PROMPT, "prompt", "prompt"))
@@ -68,10 +68,10 @@ def as_tree() -> tuple[list[str], int]:
             f'<path class="line" d="M{end} {middle}C{end + 20} {middle} {begin - 20} {y + BAR / 2} {begin} {y + BAR / 2}"/>'
         )
         parts.append(bar(begin, y, tokens, f"r{number}", NAMES[number]))
-    parts.append(said(RIGHT, 252, "log-probs, one for each response:"))
+    parts.append(said(RIGHT, 252, "log-probs, one per response:"))
     for number, name in enumerate(NAMES):
         parts.append(bar(RIGHT + 248 + number * 38, 236, 2, f"r{number}", name))
-    parts.append(said(RIGHT, 292, "pairs (preferred, other), which the loss looks up there:"))
+    parts.append(said(RIGHT, 292, "pairs (preferred, other), looked up by the loss:"))
     for number, (preferred, other) in enumerate(PAIRS):
         x = RIGHT + number * 120
         parts += [said(x, 322, "("), bar(x + 8, 306, 2, f"r{preferred}", NAMES[preferred]), said(x + 43, 322, ",")]
@@ -83,7 +83,7 @@ def picture() -> str:
     """The whole SVG."""
     (rows, row_tokens), (tree, tree_tokens) = as_rows(), as_tree()
     title = f"A prompt with {len(RESPONSES)} responses in {len(PAIRS)} pairs, as rows of a batch and as a response tree"
-    note = f"prompt of {PROMPT} tokens, responses of {', '.join(map(str, RESPONSES))}; a dashed frame is padding"
+    note = f"prompt of {PROMPT} tokens, responses of {', '.join(map(str, RESPONSES))}; dashed frames are padding"
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{title}">',
         f"<title>{title}</title><style>{STYLE}</style>",

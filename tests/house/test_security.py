@@ -49,7 +49,7 @@ KNOWN = {
     # Kernels of a module that is there.
     "child.compile": ["loading.py"],
 }
-HARMLESS = ("json.", "re.", "OmegaConf.", "dcp.", "model.", "policy.", "copy.", "torch.compile", "hub.load")
+HARMLESS = ("json.", "tomllib.", "re.", "OmegaConf.", "dcp.", "model.", "policy.", "copy.", "torch.compile", "hub.load")
 
 
 def calls(path: Path) -> list[tuple[str, ast.Call]]:

@@ -6,7 +6,7 @@ import os
 import pytest
 from hypothesis import settings
 
-import preference_datasets  # noqa: F401  registers the named data sets, whichever test comes first
+import train  # noqa: F401  registers the named data sets, and the resolver that the configuration uses
 from tests.support.files import GOLDEN
 
 os.environ.setdefault("WANDB_MODE", "offline")
@@ -47,7 +47,6 @@ def forked_workers(monkeypatch):
 @pytest.fixture(scope="session")
 def compose():
     """The project's configuration from overrides, composed and validated as the command line's is."""
-    import train  # noqa: F401  registers the resolver that the configuration uses
     from preference_training.configuration.validation import configured
 
     return configured

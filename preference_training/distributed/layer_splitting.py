@@ -234,7 +234,7 @@ def _fault_of_split(policy: nn.Module, source: nn.Module) -> str | None:
 
 
 @functools.cache
-def _split_class(model_class: type) -> type:
+def _split_class(model_class: type[nn.Module]) -> type:
     """A model's class, with a forward that runs all shards and gives what the first gives."""
 
     class Split(model_class):

@@ -133,7 +133,7 @@ def _logits_at(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, posi
 
 
 @cache
-def _has_logits_to_keep(model_class: type) -> bool:
+def _has_logits_to_keep(model_class: type[nn.Module]) -> bool:
     return "logits_to_keep" in inspect.signature(model_class.forward).parameters
 
 

@@ -54,7 +54,7 @@ def prepare_data(
     settings = token_settings(config, paired, version)
     splits = [prepare(entries, split, tokenizer, settings, directory, config.cache_dir) for split in names]
     if len(splits) == 2 and splits[0].version > 1:
-        splits[0] = without_held_out(*splits, entries, directory)
+        splits[0] = without_held_out(splits[0], splits[1], entries, directory)
     for split, data in zip(names, splits, strict=True):
         say_what_is_there(data, entries, split, "pairs" if paired else "responses", needed=split == names[0])
         if data.version == 1 and (count := same_ids(data.table)):

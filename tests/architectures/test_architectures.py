@@ -32,6 +32,8 @@ KINDS: dict[str, dict[str, str]] = {
 # For two processes: tied weights, scaled logits, experts, blocks within blocks, tensors without dimensions, layers that share
 # weights.
 FOR_TWO = ("gpt2", "gemma2", "mixtral", "mamba", "apertus", "zamba2")
+# Those that make test tries; make test-long tries the others.
+SHORTLY = ("llama", "gpt2", "falcon_h1")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
@@ -41,12 +43,13 @@ def architecture(name: str, folder: Path) -> checks.Architecture:
         return checks.Architecture(name, folder / name)
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in SHORTLY else pytest.mark.long) for name in KINDS])
 def test_an_architecture_is_trained_saved_and_exported_as_plain_transformers_have_it(name, tmp_path):
     found = dict(checks.outcomes(architecture(name, tmp_path), ALONE))
     assert {check: said for check, said in found.items() if said != "ok"} == KINDS[name]
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("forked_workers")
 def test_two_processes_train_an_architecture_of_each_kind_as_one_does(tmp_path):
     some = [architecture(name, tmp_path) for name in FOR_TWO]

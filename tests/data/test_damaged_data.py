@@ -332,6 +332,7 @@ def a_fresh_folder(tmp_path: Path) -> Path:
     suffix=st.sampled_from([".jsonl", ".jsonl.gz", ".csv", ".parquet"]),
     on_bad_row=POLICIES,
 )
+@pytest.mark.long
 def test_a_directory_with_a_spoilt_file_gives_records_or_a_message(tmp_path, data, suffix, on_bad_row):
     folder = a_fresh_folder(tmp_path)
     (folder / f"train{suffix}").write_bytes(data.draw(damaged(encoded(TEXT_ROWS, suffix))))

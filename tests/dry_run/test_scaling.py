@@ -157,6 +157,7 @@ def test_split_layers_add_up_activations_over_the_ranks_that_share_them(tiny):
     assert sent(found.traffic)["policy", "reduce-scatter", 4] == pytest.approx(3 * part(8), rel=0.02)
 
 
+@pytest.mark.long
 def test_a_7b_model_is_sharded_over_512_ranks_without_their_memory(compose):
     shape = ("hidden_size=4096", "intermediate_size=11008", "num_hidden_layers=32", "num_attention_heads=32")
     more = ("num_key_value_heads=32", "vocab_size=32000", "tie_word_embeddings=false")

@@ -53,7 +53,7 @@ def main() -> int:
     args = parser.parse_args()
     os.environ |= {"FAULT_KILLS": args.kills, "FAULT_STOPS": args.stops, "FAULT_MINUTES": args.minutes}
     report = Report()
-    status = pytest.main([str(ROOT / "tests" / "faults"), "--timeout=0", "-k", args.only], plugins=[report])
+    status = pytest.main([str(ROOT / "tests" / "faults"), "--timeout=0", "-m", "", "-k", args.only], plugins=[report])
     facts = {"command": sys.argv, "hardware": hardware(), "versions": versions(), **report.summary(), "all": report.tests}
     name = "_".join([str(datetime.date.today()), *args.only.split()])
     path = ROOT / "tests" / "faults" / "results" / f"{name}.json"

@@ -1,8 +1,7 @@
 """Real processes `python train.py ...`: what they print, what they load, and what a mistake of the user's looks like."""
 
-import os
 import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,30 +9,28 @@ import yaml
 
 from tests.support import forked
 from tests.support.files import ROOT
+from tests.support.light import LightRuns
 
 TRAIN = ROOT / "train.py"
 # Each takes seconds to import, and none is needed to see that a command line is wrong.
 HEAVY = ("torch", "transformers", "datasets", "wandb", "pyarrow", "pandas")
 
 
-def run(folder: Path, *arguments: str, forbidden: Path | None = None) -> subprocess.CompletedProcess:
-    """`python train.py` with `arguments` in `folder`; modules of the folder `forbidden` hide the installed ones."""
-    if forbidden is None:
-        return forked.run([TRAIN, *arguments], folder)
-    environment = os.environ | {"WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(forbidden)}
-    return subprocess.run(
-        [sys.executable, str(TRAIN), *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
-    )
+def run(folder: Path, *arguments: str, forbidden: LightRuns | None = None) -> subprocess.CompletedProcess:
+    """`python train.py` with `arguments` in `folder`; `forbidden`: with modules in place of the heavy ones."""
+    return forbidden.run(folder, *arguments) if forbidden else forked.run([TRAIN, *arguments], folder)
 
 
 @pytest.fixture(scope="module")
-def no_heavy_library(tmp_path_factory) -> Path:
-    """A folder of modules in place of the heavy libraries, which end the process at once with status 99."""
+def no_heavy_library(tmp_path_factory) -> Iterator[LightRuns]:
+    """Runs with modules in place of the heavy libraries, which end the process at once with status 99."""
     folder = tmp_path_factory.mktemp("forbidden")
     for name in HEAVY:
         end = f"import os, sys\nsys.stderr.write('{name} was imported')\nsys.stderr.flush()\nos._exit(99)"
         (folder / f"{name}.py").write_text(end)
-    return folder
+    runs = LightRuns(folder)
+    yield runs
+    runs.end()
 
 
 def assert_refused(done: subprocess.CompletedProcess, folder: Path, beside: set[str] = frozenset()) -> str:

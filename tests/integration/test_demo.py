@@ -4,9 +4,12 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 from tests.support.files import ROOT
 
 
+@pytest.mark.long
 def test_the_demo_teaches_both_kinds_of_answer_and_then_the_preferred_one(tmp_path):
     command = [sys.executable, str(ROOT / "scripts" / "demo.py"), str(tmp_path / "demo")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)

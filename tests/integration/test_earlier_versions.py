@@ -46,7 +46,7 @@ def test_a_checkpoint_of_version_0_1_resumes_to_the_numbers_of_its_own_uninterru
 
 
 def test_a_sweep_that_version_0_1_began_is_continued_and_a_job_that_is_complete_is_not_run_again(tmp_path):
-    sweep, begun = tmp_path / "sweep", Path(__file__).parent / "golden" / "sweep_of_version_0_1"
+    sweep, begun = tmp_path / "sweep", GOLDEN / "sweep_of_version_0_1"
     shutil.copytree(begun, sweep)
     common = [
         "n_examples=32",

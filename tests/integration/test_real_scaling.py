@@ -21,23 +21,28 @@ def costs_without_them(config):
         return step_costs(config, tokenizer, build_loss("dpo"), True, *work, ranks=ranks, layout=layout)
 
 
+# The settings of a step, by the number of its processes.
+CASES = {
+    "two ranks": (2, [(FSDP, "trainer.sharding=full", "trainer.param_dtype=bfloat16"), ("trainer=TensorParallelTrainer",)]),
+    "two ranks, otherwise": (
+        2,
+        [
+            (FSDP, "trainer.sharding=optimizer"),
+            (FSDP, "trainer.sharding=none", "activation_checkpointing=true"),
+        ],
+    ),
+    "four ranks": (
+        4,
+        [(FSDP, "trainer.sharding=grad_op"), ("trainer=TensorParallelTrainer", "trainer.tensor_parallel_size=2")],
+    ),
+}
+
+
 @pytest.mark.parametrize(
-    ("size", "cases"),
-    [
-        (
-            2,
-            [
-                (FSDP, "trainer.sharding=full", "trainer.param_dtype=bfloat16"),
-                (FSDP, "trainer.sharding=optimizer"),
-                (FSDP, "trainer.sharding=none", "activation_checkpointing=true"),
-                ("trainer=TensorParallelTrainer",),
-            ],
-        ),
-        (4, [(FSDP, "trainer.sharding=grad_op"), ("trainer=TensorParallelTrainer", "trainer.tensor_parallel_size=2")]),
-    ],
-    ids=["two ranks", "four ranks"],
+    "name", ["two ranks", *(pytest.param(name, marks=pytest.mark.long) for name in ("two ranks, otherwise", "four ranks"))]
 )
-def test_a_step_of_real_processes_holds_and_sends_what_was_found_without_them(compose, size, cases):
+def test_a_step_of_real_processes_holds_and_sends_what_was_found_without_them(compose, name):
+    size, cases = CASES[name]
     configs = [compose("loss=dpo", "optimizer=AdamW", f"trainer.nproc_per_node={size}", *case) for case in cases]
     settings = [config.as_dict() for config in configs]
     for case, config, real in zip(cases, configs, launch(scaling_work.real_steps, (settings,), size, None), strict=True):

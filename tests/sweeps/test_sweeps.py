@@ -146,6 +146,7 @@ def test_a_signal_ends_the_sweep_and_not_the_job_alone(tmp_path):
 # ---- launchers ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_jobs_of_joblib_run_together_on_gpus_of_their_own_and_share_data_and_reference(tmp_path):
     line = (*BRIEF, "+experiment=sweep_joblib", "loss.beta=0.1,0.2")
     # From nothing: joblib's processes cannot be started by one that was forked as those of `forked` are.
@@ -164,6 +165,7 @@ def test_jobs_of_joblib_run_together_on_gpus_of_their_own_and_share_data_and_ref
     assert [row["loss.beta"] for row in table] == ["0.1", "0.2"]
 
 
+@pytest.mark.long
 def test_submitit_runs_each_job_in_a_process_of_its_own_and_what_is_complete_is_not_sent_again(tmp_path):
     line = (*BRIEF, "hydra/launcher=submitit_local", "sweep_dir=sweep")
     done = sweep(tmp_path, *line, "loss.beta=0.1,-1")
@@ -200,6 +202,7 @@ SLURM = {
 }
 
 
+@pytest.mark.long
 def test_a_job_of_slurm_that_is_out_of_time_is_queued_again_and_goes_on_from_its_checkpoint(tmp_path):
     slurm = tmp_path / "slurm"
     slurm.mkdir()
@@ -233,6 +236,7 @@ def is_a_job(command: list[str] | None, folder: Path) -> bool:
 # ---- searches -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_an_interrupted_search_of_optuna_goes_on_as_if_it_had_not_been_and_bad_runs_end_early(tmp_path):
     line = (
         *SMALL, "+experiment=sweep_optuna", "lr=tag(log, interval(1e-6, 1e-2))", "loss.beta=0.1", "objective=loss/eval",

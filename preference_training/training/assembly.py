@@ -39,7 +39,7 @@ def prepare_run(config: RunConfig, run_dir: Path) -> PreparedRun:
     from preference_training.core.random_streams import seed_everything
     from preference_training.evaluation.task_suites import check_harness
     from preference_training.losses.objectives import build_loss
-    from preference_training.modeling.limits import check_limits, check_rows, limits_of
+    from preference_training.modeling.limits import check_limits, check_rows, model_limits
     from preference_training.modeling.loading import check_model
     from preference_training.modeling.tokenizer import load_tokenizer
     from preference_training.training.optimization import check_optimizer
@@ -60,7 +60,7 @@ def prepare_run(config: RunConfig, run_dir: Path) -> PreparedRun:
     tokenizer = load_tokenizer(config.model, config.cache_dir)
     for line in check_model(config.model, tokenizer, config.cache_dir):
         print(line, flush=True)
-    limits = limits_of(config, tokenizer)
+    limits = model_limits(config, tokenizer)
     check_limits(config, tokenizer, limits)
     # Before the processes join: those that do not prepare it wait for it without a time-out.
     splits = ("test",) if config.eval_only and not config.dry_run else ("train", "test")
@@ -152,13 +152,13 @@ def evaluate(config: RunConfig, trainer_class, placement, loss, data: tuple, run
     """
     from preference_training.checkpointing.resuming import checkpoint_to_continue
     from preference_training.evaluation.runs import EvaluationRun
-    from preference_training.modeling.adapters import kept_base
+    from preference_training.modeling.adapters import saved_base
     from preference_training.tracking.tracker import NoTracker
 
     ranks = placement.ranks
     found = checkpoint_to_continue(config.resume, run_dir, config.exp_name) if ranks.is_main else None
     checkpoint = ranks.from_main(found)
-    placement.base_dir = kept_base(checkpoint) if checkpoint else None
+    placement.base_dir = saved_base(checkpoint) if checkpoint else None
     if config.resume and checkpoint is None:
         raise UserError(f"resume: {config.resume} has found no checkpoint of {config.exp_name}. Expected one to evaluate.")
     with ExitStack() as opened:
@@ -177,7 +177,7 @@ def evaluate(config: RunConfig, trainer_class, placement, loss, data: tuple, run
 def put_together(config: RunConfig, placement, loss, data, checkpoint: Path | None, in_sweep: bool) -> dict:
     """The parts of a trainer by their names: models as at the run's beginning, and batches."""
     from preference_training.batching.batches import evaluation_batches
-    from preference_training.modeling.reference_cache import Reads
+    from preference_training.modeling.reference_cache import ReferencePlan
     from preference_training.training.same_start import SameStart
 
     ranks = placement.ranks
@@ -188,8 +188,8 @@ def put_together(config: RunConfig, placement, loss, data, checkpoint: Path | No
     eval_sizes = config.eval_batch_size, config.n_eval_examples, config.seed, first_budget, ranks
     reference = same_start = None
     if loss.needs_reference:
-        reads = Reads.of_run(train_batches, eval_prompts, *eval_sizes)
-        reference = make_reference(config, placement, policy, reads, in_sweep or train_batches.visits_again)
+        plan = ReferencePlan.for_run(train_batches, eval_prompts, *eval_sizes)
+        reference = make_reference(config, placement, policy, plan, in_sweep or train_batches.visits_again)
         if two_models := config.two_models:
             print(two_models, flush=True)
         else:
@@ -214,15 +214,15 @@ def budgets_of(config: RunConfig, policy, ranks, checkpoint: Path | None) -> tup
     """
     from preference_training.batching.batches import TokenBudget
     from preference_training.checkpointing.checkpoints import read_state
-    from preference_training.modeling.token_budget import shared_budget, token_budget
+    from preference_training.modeling.token_budget import common_budget, token_budget
 
     if checkpoint:
         before = read_state(checkpoint)["train_batches"]
         if before["ranks"] == ranks.size and config.max_tokens_per_microbatch is None:
             now, first = before["budget"][:2], before["budget"][-2:]
             return TokenBudget(*now), TokenBudget(*first)
-    budget = token_budget(policy, config.max_tokens_per_microbatch, beside_weights=config.times_beside_weights)
-    budget = shared_budget(budget, ranks)
+    budget = token_budget(policy, config.max_tokens_per_microbatch, weight_copies=config.times_beside_weights)
+    budget = common_budget(budget, ranks)
     return budget, budget
 
 
@@ -248,17 +248,17 @@ def build_batches(config: RunConfig, prompts, budget, ranks=None, first_budget=N
     from preference_training.core.ranks import ALONE
 
     ranks = ranks or ALONE
-    size, pieces = config.batch_size, config.gradient_accumulation_steps
-    if size // pieces < ranks.size:
+    size, parts = config.batch_size, config.gradient_accumulation_steps
+    if size // parts < ranks.size:
         raise UserError(
-            f"batch_size: found {size}, which in {pieces} micro-batches gives {size // pieces} examples to {ranks.size} "
-            f"processes. Expected at least {pieces * ranks.size}, or fewer processes or gradient_accumulation_steps."
+            f"batch_size: found {size}, which in {parts} micro-batches gives {size // parts} examples to {ranks.size} "
+            f"processes. Expected at least {parts * ranks.size}, or fewer processes or gradient_accumulation_steps."
         )
     limits = config.n_epochs, config.n_examples
-    return BatchIterator(prompts, size, pieces, config.seed, *limits, budget, ranks, config.n_steps, first_budget)
+    return BatchIterator(prompts, size, parts, config.seed, *limits, budget, ranks, config.n_steps, first_budget)
 
 
-def make_reference(config: RunConfig, placement, policy, reads, read_again: bool):
+def make_reference(config: RunConfig, placement, policy, plan, read_again: bool):
     """The reference: a frozen copy of the policy that scores each batch, or its log-probs of what is read, computed before.
 
     Computed before, by its own choice, where they are read more than once: in several epochs or the jobs of a sweep
@@ -276,9 +276,9 @@ def make_reference(config: RunConfig, placement, policy, reads, read_again: bool
     cached = config.caches_reference(read_again)
     may_be_there = config.reference_logps is None and not config.loss.moves_reference
     if cached or (may_be_there and ranks.from_main(directory.is_dir())):
-        path = cache_path(directory, reference.model, reads, computing_settings(config), ranks)
+        path = cache_path(directory, reference.model, plan, computing_settings(config), ranks)
         if cached or ranks.from_main(path.exists()):
-            return cached_reference(reference, reads, path, ranks)
+            return cached_reference(reference, plan, path, ranks)
     return placement.reference(policy) if is_copy else reference
 
 

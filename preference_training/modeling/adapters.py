@@ -272,12 +272,10 @@ def _validated_adapter_config(archive: str, model_config: ModelConfig) -> dict:
             "continue training it, or merge it first: python scripts/export.py CHECKPOINT --merge --to DIRECTORY"
         )
     config = read_adapter_config(archive)
-    for key, value in {"r": config["r"], "alpha": config["lora_alpha"]}.items():
-        if value != model_config.lora[key]:
-            raise UserError(
-                f"model.lora.{key}: found {model_config.lora[key]}, expected {value}: the adapter {archive} was trained with "
-                "that."
-            )
+    lora = model_config.lora
+    for key, value, found in (("r", config["r"], lora.r), ("alpha", config["lora_alpha"], lora.alpha)):
+        if value != found:
+            raise UserError(f"model.lora.{key}: found {found}, expected {value}: the adapter {archive} was trained with that.")
     return config
 
 

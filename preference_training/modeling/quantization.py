@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from preference_training.configuration.schema import ModelConfig
 from preference_training.core.errors import UserError
 
 INSTALL = "Install the dependencies of adapters: pip install -r requirements/lora.txt"
@@ -19,7 +20,7 @@ def import_bitsandbytes(key: str):
     return bitsandbytes
 
 
-def quantize(model: nn.Module, model_config) -> None:
+def quantize(model: nn.Module, model_config: ModelConfig) -> None:
     """Replace a model's linear layers, except its head, by frozen ones in four (nf4) or eight bits (int8); on CPU or meta.
 
     nf4 is NormalFloat4 in blocks of 64 weights, whose scales are quantized too with `double_quantization` (Dettmers et al.
@@ -68,13 +69,13 @@ class MetaQuantizedLinear(nn.Linear):
         return _DequantizedMatmul.apply(x, self.weight, self.out_features)
 
 
-def _meta_linear(layers, layer: nn.Linear, model_config) -> nn.Module:
+def _meta_linear(layers, layer: nn.Linear, model_config: ModelConfig) -> nn.Module:
     # Bits that scales add to a weight: nf4 has one scale for 64 weights, in float32 or eight bits; int8 has only one a row.
     scales = 0 if model_config.quantization == "int8" else 8 / 64 if model_config.double_quantization else 32 / 64
     return MetaQuantizedLinear(layer, (8 if model_config.quantization == "int8" else 4) + scales)
 
 
-def _nf4_linear(layers, layer: nn.Linear, model_config) -> nn.Module:
+def _nf4_linear(layers, layer: nn.Linear, model_config: ModelConfig) -> nn.Module:
     dtype = getattr(torch, model_config.quantized_compute_dtype or model_config.policy_dtype)
     options = {"compress_statistics": model_config.double_quantization, "quant_type": "nf4"}
     quantized = layers.Linear4bit(layer.in_features, layer.out_features, layer.bias is not None, compute_dtype=dtype, **options)
@@ -84,7 +85,7 @@ def _nf4_linear(layers, layer: nn.Linear, model_config) -> nn.Module:
     return quantized
 
 
-def _int8_linear(layers, layer: nn.Linear, model_config) -> nn.Module:
+def _int8_linear(layers, layer: nn.Linear, model_config: ModelConfig) -> nn.Module:
     quantized = layers.Linear8bitLt(layer.in_features, layer.out_features, layer.bias is not None, has_fp16_weights=False)
     quantized.weight = layers.Int8Params(layer.weight.data, requires_grad=False, has_fp16_weights=False)
     return quantized

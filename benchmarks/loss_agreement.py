@@ -86,8 +86,8 @@ def ours(case: Case, pair: Pair) -> Numbers:
     """What this project says of a pair."""
     policy, reference = (torch.stack([tokens.sum() for tokens in side]) for side in (pair.policy, pair.reference))
     policy.requires_grad_()
-    survey = None if case.reward_shift is None else RewardShift(case.reward_shift)
-    output = build_loss(**case.keys)(policy, reference, torch.tensor([[0, 1]]), pair.lengths, survey)
+    statistics = None if case.reward_shift is None else RewardShift(case.reward_shift)
+    output = build_loss(**case.keys)(policy, reference, torch.tensor([[0, 1]]), pair.lengths, statistics)
     output.losses.mean().backward()
     rewards = [output.chosen_rewards.item(), output.rejected_rewards.item()]
     return Numbers(output.losses.item(), policy.grad.tolist(), rewards)

@@ -293,12 +293,12 @@ def test_odds_are_right_from_impossible_to_certain(dtype):
 def test_bco_shifts_rewards_by_the_running_mean_of_all_of_them():
     loss = build_loss("bco", beta=0.5)
     # Mean log ratio (2 + 0 + 4 - 2) / 4 = 1, times 0.5
-    assert loss.survey(torch.tensor([[2.0, 0.0], [4.0, -2.0]])) == RewardShift(0.5)
+    assert loss.batch_statistics(torch.tensor([[2.0, 0.0], [4.0, -2.0]])) == RewardShift(0.5)
     # 0.9 * 0.5 + 0.1 * 0.5 * 3
-    assert loss.survey(torch.tensor([[3.0, 3.0]])).value == pytest.approx(0.6)
+    assert loss.batch_statistics(torch.tensor([[3.0, 3.0]])).value == pytest.approx(0.6)
     other = build_loss("bco", beta=0.5)
     other.load_state_dict(loss.state_dict())
-    assert other.survey(torch.tensor([[1.0, 3.0]])) == loss.survey(torch.tensor([[1.0, 3.0]]))
+    assert other.batch_statistics(torch.tensor([[1.0, 3.0]])) == loss.batch_statistics(torch.tensor([[1.0, 3.0]]))
 
 
 def test_bco_evaluates_with_the_shift_of_training_and_leaves_it_as_it_is():
@@ -306,7 +306,7 @@ def test_bco_evaluates_with_the_shift_of_training_and_leaves_it_as_it_is():
     loss = build_loss("bco", beta=0.5)
     untrained = loss(policy, reference, pairs, torch.ones(16))
     assert untrained.statistics["bco/reward_shift"] == pytest.approx(0.5 * (policy - reference).mean().item())
-    loss.survey(torch.tensor([[1.0, 3.0]]))
+    loss.batch_statistics(torch.tensor([[1.0, 3.0]]))
     output = loss(policy, reference, pairs, torch.ones(16))
     assert output.statistics == {"bco/reward_shift": 1.0} and loss.state_dict() == {"shift": 1.0}
     rewards = 0.5 * (policy - reference)[pairs]
@@ -316,9 +316,9 @@ def test_bco_evaluates_with_the_shift_of_training_and_leaves_it_as_it_is():
 # ---- beta-DPO -----------------------------------------------------------------------------------------------------------
 
 
-def survey(loss: Loss, gaps: torch.Tensor) -> PairSelection:
-    """A loss's survey of a micro-batch with these gaps."""
-    return loss.survey(torch.stack([gaps, torch.zeros_like(gaps)], dim=1))
+def statistics_of(loss: Loss, gaps: torch.Tensor) -> PairSelection:
+    """A loss's statistics of a micro-batch with these gaps."""
+    return loss.batch_statistics(torch.stack([gaps, torch.zeros_like(gaps)], dim=1))
 
 
 def beta_dpo(ratio: float = 0.2, seed: int = 0) -> BetaDPOLoss:
@@ -333,7 +333,7 @@ def random_pairs(count: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor,
 
 def test_the_first_training_batch_starts_the_statistics_as_they_are():
     loss = beta_dpo()
-    survey(loss, torch.tensor([1.0, 2.0, 6.0]))
+    statistics_of(loss, torch.tensor([1.0, 2.0, 6.0]))
     # mean 3; deviations -2, -1, 3: variance 14 / 2
     assert (loss.statistics.mean, loss.statistics.deviation) == (3.0, pytest.approx(math.sqrt(7)))
 
@@ -341,7 +341,7 @@ def test_the_first_training_batch_starts_the_statistics_as_they_are():
 def test_the_loss_of_a_batch_is_the_mean_over_the_kept_pairs_at_the_adapted_beta():
     loss = beta_dpo(ratio=0.5)
     policy, reference, pairs = random_pairs(8)
-    selection = loss.survey((policy - reference)[pairs])
+    selection = loss.batch_statistics((policy - reference)[pairs])
     output = loss(policy, reference, pairs, torch.ones(16), selection)
     kept = selection.weights > 0
     assert kept.sum() == 4
@@ -352,7 +352,7 @@ def test_the_loss_of_a_batch_is_the_mean_over_the_kept_pairs_at_the_adapted_beta
 
 def test_evaluation_filters_nothing_and_leaves_the_statistics_as_they_are():
     loss = beta_dpo()
-    survey(loss, torch.tensor([1.0, 2.0, 6.0]))
+    statistics_of(loss, torch.tensor([1.0, 2.0, 6.0]))
     before = (loss.statistics.mean, loss.statistics.deviation, loss.generator.get_state())
     policy, reference, pairs = random_pairs(8)
     output = loss(policy, reference, pairs, torch.ones(16))
@@ -372,7 +372,7 @@ def test_evaluation_filters_nothing_and_leaves_the_statistics_as_they_are():
 def test_a_held_out_loss_of_beta_dpo_does_not_depend_on_what_training_has_seen_nor_on_its_scaling_factor(seen, scaling):
     loss = build_loss("dpo", beta=0.5, mode_loss="beta_DPO", mode_weight=0.2, a=scaling)
     for micro_batch in seen:
-        loss.survey(torch.tensor([micro_batch]))
+        loss.batch_statistics(torch.tensor([micro_batch]))
     # A margin of 3 nats at beta 0.5.
     output = loss(f64(-4, -9), f64(-3, -5), torch.tensor([[0, 1]]), torch.tensor([2, 3]))
     assert output.losses.item() == pytest.approx(softplus(-1.5), rel=1e-12)
@@ -386,19 +386,19 @@ def test_losses_whose_evaluations_depend_on_the_run_say_so():
     for name in LOSSES.keys() - says - {"own", "sft"}:
         loss = default(name)
         before = loss(policy, reference, pairs, torch.ones(8)).losses
-        loss.survey(torch.tensor([[5.0, -3.0], [4.0, 1.0]]))
+        loss.batch_statistics(torch.tensor([[5.0, -3.0], [4.0, 1.0]]))
         assert torch.equal(loss(policy, reference, pairs, torch.ones(8)).losses, before), name
 
 
 def test_equal_policy_and_reference_are_survived_and_give_the_base_beta():
-    selection = survey(beta_dpo(), torch.zeros(10))
+    selection = statistics_of(beta_dpo(), torch.zeros(10))
     assert selection.beta.item() == pytest.approx(0.1)
     assert (selection.weights > 0).sum() == 8
 
 
 def test_a_single_pair_is_kept_and_leaves_the_deviation_unset():
     loss = beta_dpo()
-    selection = survey(loss, torch.tensor([2.0]))
+    selection = statistics_of(loss, torch.tensor([2.0]))
     assert selection.weights.tolist() == [1.0]
     assert loss.statistics.deviation is None
 
@@ -409,7 +409,7 @@ def test_beta_never_falls_below_its_floor():
 
 def test_the_draw_is_the_same_for_the_same_seed_and_another_for_another():
     gaps = torch.randn(64, generator=torch.Generator().manual_seed(1))
-    drawn = [survey(beta_dpo(0.5, seed), gaps).weights.tolist() for seed in (0, 0, 1)]
+    drawn = [statistics_of(beta_dpo(0.5, seed), gaps).weights.tolist() for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2]
 
 
@@ -429,7 +429,7 @@ def test_the_draw_follows_its_weights():
 def test_any_gaps_give_a_finite_beta_and_the_asked_number_of_pairs(gaps, ratio, batches):
     loss = beta_dpo(ratio)
     for _ in range(batches):
-        selection = survey(loss, torch.tensor(gaps))
+        selection = statistics_of(loss, torch.tensor(gaps))
         assert math.isfinite(selection.beta) and selection.beta >= 0.99e-3
         assert (selection.weights > 0).sum() == max(1, int(len(gaps) * (1 - ratio)))
         assert selection.weights.mean().item() == pytest.approx(1, rel=1e-5)
@@ -456,7 +456,7 @@ class Scaled(Loss):
         if self.scale == 0:
             raise ValueError("a scale of 0 teaches nothing")
 
-    def __call__(self, policy, reference, pairs, lengths, survey=None):
+    def __call__(self, policy, reference, pairs, lengths, batch_statistics=None):
         rewards = sides(self.beta * (policy - reference).detach(), pairs)
         return LossOutput(-self.scale * gap(policy - reference, pairs), *rewards)
 
@@ -464,7 +464,7 @@ class Scaled(Loss):
 class Likelihood(Loss):
     paired, needs_reference = False, False
 
-    def __call__(self, policy, reference, pairs, lengths, survey=None):
+    def __call__(self, policy, reference, pairs, lengths, batch_statistics=None):
         return LossOutput(-policy / lengths)
 
 

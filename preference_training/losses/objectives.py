@@ -5,7 +5,7 @@ a response's probability given its prompt, summed over the response's tokens; un
 
 `build_loss` decides once which objective a run has. What it returns is called as
 
-    loss(policy, reference, pairs, lengths, survey) -> LossOutput
+    loss(policy, reference, pairs, lengths, batch_statistics) -> LossOutput
 
 with `policy` and `reference` of shape [R], `pairs` of shape [P, 2] (indices of the preferred and the dispreferred
 response) and `lengths` of shape [R] (tokens of each response). The mean of `LossOutput.losses` is the loss of the examples
@@ -61,16 +61,16 @@ class LossOutput:
     statistics: dict[str, float | Tensor] = field(default_factory=dict)
 
 
-class Survey(ABC):
+class BatchStatistics(ABC):
     """What an objective has found by looking at all pairs of a micro-batch, before any of their losses."""
 
     @abstractmethod
-    def at(self, places: Tensor) -> "Survey":
+    def at(self, places: Tensor) -> "BatchStatistics":
         """What of it concerns the micro-batch's pairs at `places` [E]."""
 
 
 @dataclass(frozen=True)
-class PairSelection(Survey):
+class PairSelection(BatchStatistics):
     """How much each pair of a micro-batch counts, and with which beta.
 
     weights: [P], 0 for a pair that is left out; their mean is 1, so that the mean of weighted losses over the micro-batch is
@@ -87,7 +87,7 @@ class PairSelection(Survey):
 
 
 @dataclass(frozen=True)
-class RewardShift(Survey):
+class RewardShift(BatchStatistics):
     """The reward that a micro-batch's rewards are compared with, the same for all its pairs. Unit: nats."""
 
     value: float
@@ -112,8 +112,8 @@ class Loss(ABC):
     paired = True
     # Whether it reads the reference's log-probs.
     needs_reference = True
-    # Whether `survey` has to see a whole micro-batch before any of its losses.
-    surveys = False
+    # Whether `batch_statistics` has to see a whole micro-batch before any of its losses.
+    needs_batch_statistics = False
     # What of a run, beside its policy, the loss of an evaluation depends on, so that losses of different runs, and of different
     # evaluations of one, are not of the same thing; None where they are.
     evaluation_depends_on: str | None = None
@@ -122,11 +122,16 @@ class Loss(ABC):
 
     @abstractmethod
     def __call__(
-        self, policy: Tensor, reference: Tensor | None, pairs: Tensor, lengths: Tensor, survey: Survey | None = None
+        self,
+        policy: Tensor,
+        reference: Tensor | None,
+        pairs: Tensor,
+        lengths: Tensor,
+        batch_statistics: BatchStatistics | None = None,
     ) -> LossOutput:
-        """The loss of each example; shapes in the module's docstring. Without a survey, at an evaluation, no state changes."""
+        """The loss of each example; shapes: see the module. Without `batch_statistics`, at an evaluation, no state changes."""
 
-    def survey(self, log_ratios: Tensor) -> Survey | None:
+    def batch_statistics(self, log_ratios: Tensor) -> BatchStatistics | None:
         """Before a training micro-batch: look at all its pairs, on all ranks.
 
         log_ratios: [P, 2], of each pair's chosen and rejected response the policy's log-prob minus the reference's.
@@ -158,7 +163,7 @@ class SFTLoss(Loss):
     paired = False
     needs_reference = False
 
-    def __call__(self, policy, reference, pairs, lengths, survey=None) -> LossOutput:
+    def __call__(self, policy, reference, pairs, lengths, batch_statistics=None) -> LossOutput:
         return LossOutput(-policy)
 
 
@@ -175,7 +180,7 @@ class DPOLoss(Loss):
     label_smoothing: float = 0.0
     reference_free: bool = False
 
-    def __call__(self, policy, reference, pairs, lengths, survey=None) -> LossOutput:
+    def __call__(self, policy, reference, pairs, lengths, batch_statistics=None) -> LossOutput:
         losses = dpo_loss(gap(policy, pairs), gap(reference, pairs), self.beta, self.label_smoothing, self.reference_free)
         return LossOutput(losses, *_rewards(policy, reference, pairs, self.beta))
 
@@ -187,7 +192,7 @@ class IPOLoss(Loss):
     beta: float = 0.1
     length_normalised: bool = False
 
-    def __call__(self, policy, reference, pairs, lengths, survey=None) -> LossOutput:
+    def __call__(self, policy, reference, pairs, lengths, batch_statistics=None) -> LossOutput:
         scale = 1 / lengths.to(policy.dtype) if self.length_normalised else torch.ones_like(policy)
         losses = ipo_loss(gap(policy * scale, pairs), gap(reference * scale, pairs), self.beta)
         return LossOutput(losses, *_rewards(policy, reference, pairs, self.beta))
@@ -212,9 +217,9 @@ class BetaDPOLoss(Loss):
     label_smoothing: float = 0.0
     statistics: GapStatistics = field(default_factory=GapStatistics)
 
-    surveys = True
+    needs_batch_statistics = True
 
-    def survey(self, log_ratios: Tensor) -> PairSelection:
+    def batch_statistics(self, log_ratios: Tensor) -> PairSelection:
         """Update the running statistics with a training micro-batch's gaps, then draw its pairs and set its beta."""
         gaps = log_ratios[:, 0] - log_ratios[:, 1]
         self.statistics.update(gaps)
@@ -224,13 +229,13 @@ class BetaDPOLoss(Loss):
         beta = adapted_beta(self.beta, self.scaling_factor, gaps[drawn].mean(), self.statistics.mean)
         return PairSelection(weights, beta, self._logged(beta, len(drawn) / len(gaps)))
 
-    def __call__(self, policy, reference, pairs, lengths, survey=None) -> LossOutput:
+    def __call__(self, policy, reference, pairs, lengths, batch_statistics=None) -> LossOutput:
         gaps, rewards = (gap(policy, pairs), gap(reference, pairs)), _rewards(policy, reference, pairs, self.beta)
-        if survey is None:
+        if batch_statistics is None:
             losses = dpo_loss(*gaps, self.beta, self.label_smoothing)
             return LossOutput(losses, *rewards, self._of_evaluation(*(each.detach() for each in gaps)))
-        losses = survey.weights * dpo_loss(*gaps, survey.beta, self.label_smoothing)
-        return LossOutput(losses, *rewards, survey.statistics)
+        losses = batch_statistics.weights * dpo_loss(*gaps, batch_statistics.beta, self.label_smoothing)
+        return LossOutput(losses, *rewards, batch_statistics.statistics)
 
     def state_dict(self) -> dict:
         """The running statistics and the position of the draws."""
@@ -282,7 +287,7 @@ class LengthNormalisedDPOLoss(Loss):
 
     beta: float
 
-    def __call__(self, policy, reference, pairs, lengths, survey=None) -> LossOutput:
+    def __call__(self, policy, reference, pairs, lengths, batch_statistics=None) -> LossOutput:
         policy, reference = policy / lengths, reference / lengths
         losses = dpo_loss(gap(policy, pairs), gap(reference, pairs), self.beta)
         return LossOutput(losses, *_rewards(policy, reference, pairs, self.beta))
@@ -294,7 +299,7 @@ class HingeLoss(Loss):
 
     beta: float
 
-    def __call__(self, policy, reference, pairs, lengths, survey=None) -> LossOutput:
+    def __call__(self, policy, reference, pairs, lengths, batch_statistics=None) -> LossOutput:
         losses = hinge_loss(gap(policy, pairs), gap(reference, pairs), self.beta)
         return LossOutput(losses, *_rewards(policy, reference, pairs, self.beta))
 
@@ -306,7 +311,7 @@ class RobustDPOLoss(Loss):
     beta: float
     label_smoothing: float
 
-    def __call__(self, policy, reference, pairs, lengths, survey=None) -> LossOutput:
+    def __call__(self, policy, reference, pairs, lengths, batch_statistics=None) -> LossOutput:
         losses = robust_dpo_loss(gap(policy, pairs), gap(reference, pairs), self.beta, self.label_smoothing)
         return LossOutput(losses, *_rewards(policy, reference, pairs, self.beta))
 
@@ -318,7 +323,7 @@ class RPOLoss(Loss):
     beta: float
     alpha: float
 
-    def __call__(self, policy, reference, pairs, lengths, survey=None) -> LossOutput:
+    def __call__(self, policy, reference, pairs, lengths, batch_statistics=None) -> LossOutput:
         chosen_per_token = (policy / lengths)[pairs[:, 0]]
         losses = rpo_loss(gap(policy, pairs), gap(reference, pairs), chosen_per_token, self.beta, self.alpha)
         return LossOutput(losses, *_rewards(policy, reference, pairs, self.beta))
@@ -331,7 +336,7 @@ class DPOPLoss(Loss):
     beta: float
     penalty: float
 
-    def __call__(self, policy, reference, pairs, lengths, survey=None) -> LossOutput:
+    def __call__(self, policy, reference, pairs, lengths, batch_statistics=None) -> LossOutput:
         losses = dpop_loss(*sides(policy - reference, pairs), self.beta, self.penalty)
         return LossOutput(losses, *_rewards(policy, reference, pairs, self.beta))
 
@@ -345,7 +350,7 @@ class SimPOLoss(Loss):
 
     needs_reference = False
 
-    def __call__(self, policy, reference, pairs, lengths, survey=None) -> LossOutput:
+    def __call__(self, policy, reference, pairs, lengths, batch_statistics=None) -> LossOutput:
         chosen, rejected = sides(policy / lengths, pairs)
         losses = simpo_loss(chosen, rejected, self.beta, self.gamma)
         return LossOutput(losses, self.beta * chosen.detach(), self.beta * rejected.detach())
@@ -359,7 +364,7 @@ class ORPOLoss(Loss):
 
     needs_reference = False
 
-    def __call__(self, policy, reference, pairs, lengths, survey=None) -> LossOutput:
+    def __call__(self, policy, reference, pairs, lengths, batch_statistics=None) -> LossOutput:
         chosen, rejected = sides(policy / lengths, pairs)
         losses = orpo_loss(chosen, rejected, self.beta)
         return LossOutput(losses, self.beta * chosen.detach(), self.beta * rejected.detach())
@@ -375,17 +380,17 @@ class BCOLoss(Loss):
     beta: float
     shift: float | None = field(default=None, init=False)
 
-    surveys = True
+    needs_batch_statistics = True
     evaluation_depends_on = "a running mean of training's rewards"
 
-    def survey(self, log_ratios: Tensor) -> RewardShift:
+    def batch_statistics(self, log_ratios: Tensor) -> RewardShift:
         """Take a training micro-batch's rewards into the running mean, and compare them with it."""
         self.shift = running_mean(self.shift, self.beta * log_ratios.double().mean().item())
         return RewardShift(self.shift)
 
-    def __call__(self, policy, reference, pairs, lengths, survey=None) -> LossOutput:
+    def __call__(self, policy, reference, pairs, lengths, batch_statistics=None) -> LossOutput:
         chosen, rejected = sides(self.beta * (policy - reference), pairs)
-        shift = survey.value if survey else self.shift
+        shift = batch_statistics.value if batch_statistics else self.shift
         if shift is None:
             shift = ((chosen + rejected) / 2).mean().item()
         return LossOutput(bco_loss(chosen, rejected, shift), chosen.detach(), rejected.detach(), {"bco/reward_shift": shift})

@@ -43,7 +43,7 @@ from preference_training.distributed.sharding import clip_by_global_norm
 from preference_training.evaluation.held_out import HeldOut, evaluate
 from preference_training.evaluation.held_out_report import intervals_of
 from preference_training.generation.sampling import sample_answers
-from preference_training.losses.objectives import Loss, LossOutput, Survey, example_metrics, is_at_beta_used
+from preference_training.losses.objectives import BatchStatistics, Loss, LossOutput, example_metrics, is_at_beta_used
 from preference_training.modeling.adapters import kept_weights
 from preference_training.modeling.logprobs import LiveReference, response_logps
 from preference_training.modeling.state import compute_device
@@ -391,27 +391,27 @@ class BasicTrainer:
         """Loss and policy log-probs [R] of each pack; the caller takes each pack's gradient before the next."""
         packs = [pack.to(self.device) for pack in micro_batch.packs]
         references = [None if self.reference is None else self.reference(pack) for pack in packs]
-        survey = None
-        if self.loss.surveys and len(packs) > 1:
+        statistics = None
+        if self.loss.needs_batch_statistics and len(packs) > 1:
             # What is found depends on all packs, and only one of them fits into memory with its gradient.
             with torch.no_grad():
-                survey = self.survey(micro_batch, packs, [self.logps(pack) for pack in packs], references)
+                statistics = self.batch_statistics(micro_batch, packs, [self.logps(pack) for pack in packs], references)
         for pack, reference in zip(packs, references, strict=True):
             policy = self.logps(pack)
             if self.same_start is not None:
                 self.same_start.see(pack, policy, reference)
-            if self.loss.surveys and survey is None:
-                survey = self.survey(micro_batch, packs, [policy.detach()], references)
-            found = None if survey is None else survey.at(pack.places)
+            if self.loss.needs_batch_statistics and statistics is None:
+                statistics = self.batch_statistics(micro_batch, packs, [policy.detach()], references)
+            found = None if statistics is None else statistics.at(pack.places)
             yield self.loss(policy, reference, pack.pairs, pack.response_lengths, found), policy, pack
 
-    def survey(self, micro_batch: MicroBatch, packs, policies, references) -> Survey:
-        """The loss's survey of all pairs of a micro-batch on all ranks, from log-probs [R] of this rank's packs."""
+    def batch_statistics(self, micro_batch: MicroBatch, packs, policies, references) -> BatchStatistics:
+        """The loss's statistics over all pairs of a micro-batch on all ranks, from log-probs [R] of this rank's packs."""
         log_ratios = torch.zeros(micro_batch.num_examples, 2, device=self.device)
         for pack, policy, reference in zip(packs, policies, references, strict=True):
             if not pack.is_filler:
                 log_ratios[pack.places] = (policy - reference)[pack.pairs]
-        return self.loss.survey(self.ranks.total(log_ratios))
+        return self.loss.batch_statistics(self.ranks.total(log_ratios))
 
     def logps(self, batch: PackedBatch) -> Tensor:
         """The policy's log-probs [R] of a batch."""

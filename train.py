@@ -27,12 +27,13 @@ from preference_training.configuration.composition import (
     explain_composition_error,
     force_open_sections,
 )
-from preference_training.configuration.validation import check_config, check_sizes, is_sharded
+from preference_training.configuration.validation import check_config, check_objective, check_sizes, is_sharded
 from preference_training.core.errors import UserError
 from preference_training.core.machine import release_memory
 from preference_training.core.processes import first_to_speak, in_worker
 from preference_training.core.signals import STOPPED, StoppedError
 from preference_training.data.entries import read_entries
+from preference_training.losses.registry import is_paired
 from preference_training.sweeps import sweeps
 from preference_training.training.run_directory import new_run_dir, remove_empty, unwritable
 
@@ -71,6 +72,7 @@ def check_and_start(
 ) -> float | None:
     """`start`, once the configuration has been found sound. overrides and choices are Hydra's. Raises UserError."""
     check_config(config, overrides, choices)
+    check_objective(config, is_paired(config.loss.name))
     read_entries(config)
     if config.pruner and not in_sweep:
         raise UserError("pruner: found one, and this run has no others to be compared with. Add -m, or pruner=null.")

@@ -35,7 +35,7 @@ def build(job: dict, work: Work, prompts: PromptTable):
     """A trainer as `train.py` makes it, without what surrounds the steps: evaluation, samples, checkpoints, logging."""
     from preference_training.core.machine import quiet_libraries, settle_memory
     from preference_training.core.random_streams import seed_everything
-    from preference_training.losses.objectives import build_loss
+    from preference_training.losses.registry import build_loss
     from preference_training.modeling.reference_cache import Reads
     from preference_training.modeling.token_budget import token_budget
     from preference_training.modeling.tokenizer import load_tokenizer

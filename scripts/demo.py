@@ -106,7 +106,7 @@ def describe(model, reference, tokenizer, config) -> dict:
     from preference_training.evaluation.held_out import evaluate
     from preference_training.evaluation.intervals import mean_interval, share_interval
     from preference_training.generation.sampling import sample_answers
-    from preference_training.losses.objectives import build_loss
+    from preference_training.losses.registry import build_loss
 
     pairs, targets = (held_out_prompts(tokenizer, config, paired) for paired in (True, False))
     dpo = evaluate(model, reference, build_loss("dpo", beta=BETA), evaluation_batches(pairs, 64, None, config.seed)).examples

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+import train  # noqa: F401  registers the named data sets, and the resolvers that the configuration uses
+
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # The models here are so small that a second thread costs more than it brings, above all beside another process.
@@ -72,8 +74,6 @@ def forked_workers(monkeypatch):
 def compose():
     """Compose the project's configuration from overrides, as the command line does."""
     from hydra import compose, initialize_config_dir
-
-    import train  # noqa: F401  registers the resolver that the configuration uses
 
     def composed(*overrides: str):
         with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):

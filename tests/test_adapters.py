@@ -22,7 +22,7 @@ from preference_training.core.random_streams import seed_everything
 from preference_training.data.prompt_table import PromptTable
 from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.distributed.placement import OneProcess
-from preference_training.losses.objectives import build_loss
+from preference_training.losses.registry import build_loss
 from preference_training.modeling.adapters import as_it_began, kept_weights, merge
 from preference_training.modeling.loading import check_model, load_merged, load_model, weights_hash
 from preference_training.modeling.logprobs import response_logps

@@ -28,7 +28,6 @@ from preference_training.configuration.composition import (
 from preference_training.configuration.validation import (
     OBJECTIVES,
     OPTIMIZERS,
-    WITHOUT_PAIRS,
     caches_reference,
     check_config,
     check_objective,
@@ -36,6 +35,7 @@ from preference_training.configuration.validation import (
 )
 from preference_training.core.errors import UserError
 from preference_training.data.entries import read_entries
+from preference_training.losses.registry import is_paired
 
 # The part of the recipes that several command lines below share.
 # The losses that are whole without a file of the user's.
@@ -72,6 +72,7 @@ def check():
             with open_dict(config):
                 config.pop("hydra")
             check_config(config, overrides, choices)
+            check_objective(config, is_paired(config.loss.name))
             read_entries(config)
 
     return checked
@@ -605,10 +606,11 @@ def test_a_file_of_data_or_loaders_and_an_archive_are_accepted_where_they_exist(
 def test_the_objectives_are_the_metrics_of_an_evaluation(loss, compose):
     import torch
 
-    from preference_training.losses.objectives import build_loss, example_metrics
+    from preference_training.losses.base import example_metrics
+    from preference_training.losses.registry import build_loss
 
     built = build_loss(**compose(f"loss={loss}").loss)
-    assert built.paired is (loss not in WITHOUT_PAIRS)
+    assert built.paired is is_paired(loss)
     logps, pairs = torch.full((2,), -1.0), torch.tensor([[0, 1]]) if built.paired else torch.zeros(0, 2, dtype=torch.int64)
     metrics = example_metrics(built(logps, logps, pairs, torch.ones(2)), logps, pairs, "eval")
     assert set(metrics) == set(OBJECTIVES if built.paired else OBJECTIVES[:2])

@@ -9,7 +9,7 @@ from preference_training.batching.batches import evaluation_batches
 from preference_training.data.prompt_table import PromptTable
 from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.evaluation.held_out import evaluate
-from preference_training.losses.objectives import build_loss
+from preference_training.losses.registry import build_loss
 from preference_training.modeling.logprobs import LiveReference
 
 

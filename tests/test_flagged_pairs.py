@@ -18,7 +18,7 @@ from preference_training.batching.batches import BatchIterator
 from preference_training.core.errors import UserError
 from preference_training.data.prompt_table import PromptTable
 from preference_training.data.tokenization import TokenizedPrompt
-from preference_training.losses.objectives import build_loss
+from preference_training.losses.registry import build_loss
 from preference_training.modeling.logprobs import LiveReference
 from preference_training.reporting.flagged_pairs import (
     BLOCK,

@@ -11,7 +11,7 @@ from conftest import GOLDEN
 from preference_training.batching.batches import BatchIterator, MicroBatch, examples_of, pack_examples
 from preference_training.data.prompt_table import PromptTable
 from preference_training.data.tokenization import TokenizedPrompt
-from preference_training.losses.objectives import build_loss
+from preference_training.losses.registry import build_loss
 from preference_training.training.guards import COLLAPSE, STEPS, StillWeights, Watch
 from preference_training.training.trainers import BasicTrainer
 

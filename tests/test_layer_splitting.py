@@ -16,7 +16,7 @@ from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.distributed.layer_splitting import copy_of_split, load_split, split_layers, splits_in_one_process
 from preference_training.evaluation.held_out import evaluate
 from preference_training.generation.sampling import sample_answers
-from preference_training.losses.objectives import build_loss
+from preference_training.losses.registry import build_loss
 from preference_training.modeling.loading import disable_dropout
 from preference_training.modeling.logprobs import LiveReference, response_logps
 from preference_training.modeling.prefix_sharing import share_prefixes

@@ -13,7 +13,7 @@ from preference_training.batching.batches import BatchIterator, TokenBudget
 from preference_training.core.ranks import Ranks
 from preference_training.data.prompt_table import PromptTable
 from preference_training.data.tokenization import TokenizedPrompt
-from preference_training.losses.objectives import build_loss
+from preference_training.losses.registry import build_loss
 from preference_training.modeling.logprobs import LiveReference
 from preference_training.tracking.ledger import SCHEMA, STEPS_KEPT, Ledger, Sightings, cut_back_ledger, parts_of, read_ledger
 from preference_training.tracking.tracker import Tracker

@@ -10,7 +10,9 @@ from omegaconf import OmegaConf
 
 from conftest import CONFIG_DIR
 from preference_training.core.errors import UserError
+from preference_training.losses.base import Loss, ReferenceUpdate, example_metrics
 from preference_training.losses.beta_dpo import (
+    LOSS_AT_BETA_USED,
     GapStatistics,
     adapted_beta,
     draw_without_replacement,
@@ -30,18 +32,8 @@ from preference_training.losses.formulas import (
     rpo_loss,
     simpo_loss,
 )
-from preference_training.losses.objectives import (
-    LOSS_AT_BETA_USED,
-    LOSSES,
-    BetaDPOLoss,
-    HingeLoss,
-    Loss,
-    PairSelection,
-    ReferenceUpdate,
-    RewardShift,
-    build_loss,
-    example_metrics,
-)
+from preference_training.losses.objectives import BetaDPOLoss, HingeLoss, PairSelection, RewardShift
+from preference_training.losses.registry import build_loss, losses
 
 LOGPS = ("policy_chosen", "policy_rejected", "reference_chosen", "reference_rejected")
 
@@ -239,7 +231,9 @@ LOGPS_OF_A_PAIR = st.tuples(*[st.floats(-60, -0.1)] * 4)
 
 def default(name: str) -> Loss:
     """A loss with the defaults of its file."""
-    return build_loss(**OmegaConf.load(CONFIG_DIR / "loss" / f"{name}.yaml"))
+    keys = OmegaConf.load(CONFIG_DIR / "loss" / f"{name}.yaml")
+    beneath = [OmegaConf.load(CONFIG_DIR / "loss" / f"{each}.yaml") for each in keys.pop("defaults", [])]
+    return build_loss(**OmegaConf.merge(*beneath, keys))
 
 
 @given(logps=LOGPS_OF_A_PAIR, beta=st.floats(0.01, 2))
@@ -258,7 +252,7 @@ def test_at_their_neutral_settings_they_are_dpo(logps, beta):
     torch.testing.assert_close(simpo_loss(chosen, rejected, beta, 0.0), dpo_loss(gaps[0], f64(0), beta))
 
 
-@pytest.mark.parametrize("name", sorted(LOSSES.keys() - {"sft", "ipo", "own"}))
+@pytest.mark.parametrize("name", sorted(losses().keys() - {"sft", "ipo", "own"}))
 @given(logps=LOGPS_OF_A_PAIR, lengths=st.tuples(st.integers(1, 50), st.integers(1, 50)))
 def test_no_gradient_makes_a_chosen_response_less_likely_or_a_rejected_one_more(name, logps, lengths):
     policy, reference = f64(*logps[:2]).requires_grad_(), f64(*logps[2:])
@@ -379,11 +373,11 @@ def test_a_held_out_loss_of_beta_dpo_does_not_depend_on_what_training_has_seen_n
 
 
 def test_losses_whose_evaluations_depend_on_the_run_say_so():
-    says = {name for name in LOSSES.keys() - {"own"} if default(name).evaluation_depends_on}
+    says = {name for name in losses().keys() - {"own"} if default(name).evaluation_depends_on}
     assert says == {"tr_dpo", "bco"}
     # What a loss does not say must hold: what training has seen leaves an evaluation's losses as they are.
     policy, reference, pairs = random_pairs(4)
-    for name in LOSSES.keys() - says - {"own", "sft"}:
+    for name in losses().keys() - says - {"own", "sft"}:
         loss = default(name)
         before = loss(policy, reference, pairs, torch.ones(8)).losses
         loss.batch_statistics(torch.tensor([[5.0, -3.0], [4.0, 1.0]]))
@@ -443,7 +437,8 @@ from dataclasses import dataclass
 import torch
 
 from preference_training.losses.formulas import gap, sides
-from preference_training.losses.objectives import HingeLoss, Loss, LossOutput, ReferenceUpdate
+from preference_training.losses.base import Loss, LossOutput, ReferenceUpdate
+from preference_training.losses.objectives import HingeLoss
 
 
 @dataclass

@@ -6,7 +6,7 @@ import torch
 from preference_training.batching.batches import MicroBatch, examples_of, pack_examples
 from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.dry_run.memory_estimate import StorageCounter, fake_tensors, step_memory
-from preference_training.losses.objectives import build_loss
+from preference_training.losses.registry import build_loss
 from preference_training.modeling.loading import build_untrained, enable_activation_checkpointing
 from preference_training.modeling.logprobs import LiveReference
 from preference_training.modeling.prefix_sharing import share_prefixes

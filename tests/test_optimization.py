@@ -22,7 +22,7 @@ from preference_training.data.prompt_table import PromptTable
 from preference_training.data.rows.records import PreferenceRecord
 from preference_training.data.tokenization import TokenizedPrompt, TokenSettings, tokenize_records
 from preference_training.data.toy_preferences import toy_records
-from preference_training.losses.objectives import build_loss
+from preference_training.losses.registry import build_loss
 from preference_training.modeling.logprobs import LiveReference
 from preference_training.tracking.tracker import NoTracker
 from preference_training.training.optimization import build_optimizer, check_optimizer, schedule, warmup_steps

@@ -15,7 +15,7 @@ from preference_training.batching.batches import TokenBudget, examples_of, pack_
 from preference_training.batching.trees import Tree, TreeLayout
 from preference_training.core.errors import UserError
 from preference_training.data.tokenization import TokenizedPrompt
-from preference_training.losses.objectives import build_loss
+from preference_training.losses.registry import build_loss
 from preference_training.modeling import logprobs
 from preference_training.modeling.logprobs import ScoringHead, padded_logps, response_logps, tree_logps
 from preference_training.modeling.prefix_sharing import share_prefixes

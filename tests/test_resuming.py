@@ -34,7 +34,7 @@ from preference_training.configuration.composition import known_keys
 from preference_training.core.errors import UserError
 from preference_training.data.prompt_table import PromptTable
 from preference_training.data.tokenization import VERSION, TokenizedPrompt
-from preference_training.losses.objectives import build_loss
+from preference_training.losses.registry import build_loss
 from preference_training.modeling.logprobs import LiveReference
 from preference_training.tracking.tracker import Tracker
 from preference_training.training.trainers import BasicTrainer

@@ -14,7 +14,7 @@ from preference_training.core.errors import UserError
 from preference_training.core.ranks import ALONE
 from preference_training.data.prompt_table import PromptTable
 from preference_training.data.tokenization import TokenizedPrompt
-from preference_training.losses.objectives import build_loss
+from preference_training.losses.registry import build_loss
 from preference_training.modeling.logprobs import CachedReference, LiveReference
 from preference_training.modeling.prefix_sharing import share_prefixes
 from preference_training.modeling.reference_cache import Reads, cached_reference

@@ -20,7 +20,7 @@ from preference_training.dry_run.scaling import (
     lines_of_traffic,
 )
 from preference_training.dry_run.scaling import step_costs as step_costs_of
-from preference_training.losses.objectives import build_loss
+from preference_training.losses.registry import build_loss
 from preference_training.modeling.tokenizer import load_tokenizer
 
 F32 = torch.float32

@@ -35,7 +35,8 @@ from preference_training.core.ranks import ALONE
 from preference_training.data.prompt_table import PromptTable
 from preference_training.data.rows.records import PreferenceRecord
 from preference_training.data.tokenization import TokenizedPrompt, TokenSettings, tokenize_records
-from preference_training.losses.objectives import LOSS_AT_BETA_USED, build_loss
+from preference_training.losses.beta_dpo import LOSS_AT_BETA_USED
+from preference_training.losses.registry import build_loss
 from preference_training.modeling.logprobs import CachedReference, LiveReference
 from preference_training.modeling.prefix_sharing import share_prefixes
 from preference_training.modeling.reference_cache import Reads, cached_reference

@@ -393,10 +393,6 @@ OBJECTIVES = (
 )  # fmt: skip
 
 
-# The losses whose examples are single responses, so that there is nothing to compare.
-WITHOUT_PAIRS = ("sft",)
-
-
 MODES = ("DPO", "beta_DPO")
 
 
@@ -434,7 +430,7 @@ def loss_keys() -> dict[str, frozenset[str]]:
 
 
 def moves_reference(config: DictConfig) -> bool:
-    """Whether the reference follows the policy, so that its log-probs cannot be known before."""
+    """Whether the reference follows the policy, so that its log-probs cannot be known before: the loss's file says when."""
     return "reference_update_every" in config.loss
 
 
@@ -446,7 +442,6 @@ def _check_loss(config: DictConfig) -> None:
         raise UserError(_unknown_key("loss.options"))
     if set(loss) - {"name"} != known[loss.name]:
         raise UserError(f"loss.name: found {loss.name!r} beside the keys of another loss. Choose it by loss={loss.name}.")
-    check_objective(config, loss.name not in WITHOUT_PAIRS)
     for key in sorted(known[loss.name] - {"mode_loss"}):
         sound, expected = LOSS_VALUES[key]
         _require(sound(loss[key]), f"loss.{key}", loss[key], expected)

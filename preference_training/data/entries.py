@@ -15,7 +15,6 @@ from omegaconf import DictConfig
 from preference_training.configuration.validation import (
     GENERAL_CHOICES,
     GENERAL_KEYS,
-    WITHOUT_PAIRS,
     is_changed,
     listed,
 )
@@ -35,6 +34,7 @@ from preference_training.data.rows.records import (
     prompt_text,
     split_by_hash,
 )
+from preference_training.losses.registry import is_paired
 
 
 @dataclass(frozen=True)
@@ -374,7 +374,7 @@ def read_entries(config: DictConfig) -> list[Entry]:
 def _run_settings_without_effect(config: DictConfig, entry: Entry) -> list[str]:
     """Notes on the run's settings that have been changed and say nothing to an entry, and on what its loss does not read."""
     notes = []
-    if entry.dataset.about_sft and config.loss.name in WITHOUT_PAIRS:
+    if entry.dataset.about_sft and not is_paired(config.loss.name):
         notes.append(entry.dataset.about_sft)
     if is_changed(config, "max_prompt_length") and (entry.truncation_mode or entry.dataset.truncation_mode) == "drop":
         notes.append("max_prompt_length has no effect: truncation_mode=drop cuts nothing")

@@ -18,18 +18,17 @@ from preference_training.core.errors import UserError
 from preference_training.core.machine import too_few
 from preference_training.core.secrets import without_secrets
 from preference_training.core.values import dotted, with_interval
+from preference_training.losses.beta_dpo import is_at_beta_used
+from preference_training.losses.registry import evaluation_depends_on_run, find_loss, training_keys
 from preference_training.reporting.charts import Line, chart, line_of, shown
 from preference_training.reporting.model_card import NOT_SHOWN
 from preference_training.reporting.pages import page, write_page
 from preference_training.tracking.run_files import (
     ABOUT,
     ASIDE,
-    BETA_USED,
     HELD_OUT_PROMPTS,
     JOB,
-    LOSS_AT_BETA_USED,
     METRICS,
-    OF_THEIR_RUN,
     PRUNED,
     RESULTS_FILE,
     config_in,
@@ -50,10 +49,6 @@ CURVES = {
     "loss/train": "training loss",
     "grad_norm": "gradient norm",
 }  # fmt: skip
-# Losses whose reward is beta times the log-ratio of policy and reference.
-LOG_RATIO_LOSSES = ("dpo", "ipo", "hinge", "robust", "rpo", "dpop", "bco", "tr_dpo")
-# Keys of a loss that change what is trained, and not what a held-out loss is of.
-OF_TRAINING = ("loss.mode_loss", "loss.mode_weight", "loss.a", "loss.reference_update_every", "loss.reference_update_share")
 # In which the runs of a group may differ.
 SEED = "seed"
 
@@ -104,7 +99,8 @@ class Run:
             [self.newest.get(f"rewards_eval/{side}") for side in ("chosen", "rejected")],
         )
         known = all(isinstance(value, int | float) for value in (beta, *rewards)) and beta
-        if not known or self.config.get("loss.name") not in LOG_RATIO_LOSSES:
+        loss = find_loss(self.config.get("loss.name"))
+        if not known or loss is None or loss.objective.reward != "log-ratio":
             return None
         return FALL, -sum(rewards) / 2 / beta
 
@@ -215,17 +211,17 @@ def doubts(runs: Sequence[Run]) -> list[str]:
     if len(runs) < 2:
         return []
     found = []
-    keys = [key for key in differing_keys(runs) if key.startswith("loss.") and key not in OF_TRAINING]
+    keys = [key for key in differing_keys(runs) if key.startswith("loss.") and key not in training_keys()]
     if keys:
         found.append(
             f"Held-out losses do not compare: they are of other formulas where {', '.join(keys)} differ. Accuracies do."
         )
     if "loss.beta" in keys:
         found.append("Reward margins have beta in them: margin / beta compares.")
-    own = sorted({run.config.get("loss.name") for run in runs} & {*OF_THEIR_RUN})
+    own = sorted(name for name in {run.config.get("loss.name") for run in runs} if evaluation_depends_on_run(name))
     if own:
         found.append(f"Held-out losses of {', '.join(own)} depend on what their run has seen, and do not compare.")
-    old = [run.name for run in runs if BETA_USED in run.newest and LOSS_AT_BETA_USED not in run.newest]
+    old = [run.name for run in runs if is_at_beta_used(run.newest)]
     if old:
         found.append(f"Of an earlier version, with the held-out loss at beta-DPO's beta in force: {', '.join(old)}.")
     return found

@@ -16,6 +16,8 @@ from preference_training.core.errors import UserError
 from preference_training.core.machine import too_few
 from preference_training.core.values import UNREADABLE, with_interval
 from preference_training.data.rows.records import DataReport
+from preference_training.losses.beta_dpo import LOSS_AT_BETA_USED, is_at_beta_used
+from preference_training.losses.registry import evaluation_depends_on_run
 from preference_training.reporting.charts import Line, chart, column, line_of, shown, words_marked
 from preference_training.reporting.flagged_pairs import KINDS, PairFinder, flagged_rows
 from preference_training.reporting.model_card import entries_of, settings_changed
@@ -23,12 +25,9 @@ from preference_training.reporting.pages import page, write_page
 from preference_training.tracking.run_files import (
     ABOUT,
     BAD_STEPS,
-    BETA_USED,
     EVENTS,
     HELD_OUT_PROMPTS,
-    LOSS_AT_BETA_USED,
     METRICS,
-    OF_THEIR_RUN,
     REPORT,
     RESULTS_FILE,
     SAMPLES,
@@ -241,10 +240,10 @@ def _held_out(steps, evaluations, config) -> Iterator[str]:
 
 
 def _overfitted(steps, evaluations, config) -> Iterator[str]:
-    if (config.get("loss") or {}).get("name") in OF_THEIR_RUN:
+    if evaluation_depends_on_run((config.get("loss") or {}).get("name")):
         return
     # Of beta-DPO those of an earlier version are at another beta.
-    comparable = [row for row in evaluations if BETA_USED not in row or LOSS_AT_BETA_USED in row]
+    comparable = [row for row in evaluations if not is_at_beta_used(row)]
     evaluations = comparable or evaluations
     losses = _values(evaluations, "loss/eval")
     if len(losses) != len(evaluations) or len(losses) < 3:

@@ -37,6 +37,7 @@ from omegaconf import DictConfig, OmegaConf
 from preference_training.core.errors import UserError, first_line
 from preference_training.core.files import locked
 from preference_training.core.signals import ENDED_AT_ONCE, SAME_SIGNAL, SIGNALS, STOPPED, StoppedError
+from preference_training.losses.registry import evaluation_depends_on_run, training_keys
 from preference_training.tracking.run_files import JOB, METRICS, PRUNED, json_object
 
 START, JOBS, STOP = "sweep.json", "jobs.json", ".stop"
@@ -115,21 +116,19 @@ def _check_direction(config: DictConfig) -> None:
 
 def _doubts(config: DictConfig) -> list[str]:
     """Why an objective does not compare between the jobs of a sweep."""
-    from preference_training.reporting.comparison import OF_THEIR_RUN, OF_TRAINING
-
     if config.objective != "loss/eval":
         return []
     found = []
     searched = OmegaConf.select(config, "hydra.sweeper.params") or {}
     given = {text.partition("=")[0]: text.partition("=")[2] for text in OmegaConf.select(config, "hydra.overrides.task") or ()}
     swept = {*map(str, searched), *(key for key, value in given.items() if "," in value or "(" in value)}
-    keys = sorted(key for key in swept if key.partition(".")[0] == "loss" and key not in OF_TRAINING)
+    keys = sorted(key for key in swept if key.partition(".")[0] == "loss" and key not in training_keys())
     if keys:
         found.append(
             f"objective=loss/eval does not compare jobs that differ in {', '.join(keys)}, whose losses are of other formulas: "
             "objective=rewards_eval/accuracies does"
         )
-    if config.loss.get("name") in OF_THEIR_RUN:
+    if evaluation_depends_on_run(config.loss.get("name")):
         found.append(
             f"objective=loss/eval of loss={config.loss.name} depends on what a run has seen, and does not compare jobs"
         )

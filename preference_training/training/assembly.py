@@ -48,7 +48,7 @@ def prepare_run(config: DictConfig, run_dir: Path) -> PreparedRun:
     from preference_training.core.machine import allow_tf32, quiet_libraries, settle_memory
     from preference_training.core.random_streams import seed_everything
     from preference_training.evaluation.task_suites import check_harness
-    from preference_training.losses.objectives import build_loss
+    from preference_training.losses.registry import build_loss
     from preference_training.modeling.limits import check_limits, check_rows, limits_of
     from preference_training.modeling.loading import check_model
     from preference_training.modeling.tokenizer import load_tokenizer

@@ -43,7 +43,8 @@ from preference_training.distributed.sharding import clip_by_global_norm
 from preference_training.evaluation.held_out import HeldOut, evaluate
 from preference_training.evaluation.held_out_report import intervals_of
 from preference_training.generation.sampling import sample_answers
-from preference_training.losses.objectives import BatchStatistics, Loss, LossOutput, example_metrics, is_at_beta_used
+from preference_training.losses.base import BatchStatistics, Loss, LossOutput, example_metrics
+from preference_training.losses.beta_dpo import is_at_beta_used
 from preference_training.modeling.adapters import kept_weights
 from preference_training.modeling.logprobs import LiveReference, response_logps
 from preference_training.modeling.state import compute_device

@@ -11,7 +11,7 @@ from preference_training.distributed.launching import end_group, start_group
 from preference_training.distributed.sharding import load_sharded, local, reference_beside
 from preference_training.dry_run.memory_estimate import StorageCounter, most_held
 from preference_training.dry_run.scaling import Traffic, attributed
-from preference_training.losses.objectives import build_loss
+from preference_training.losses.registry import build_loss
 from preference_training.modeling.logprobs import LiveReference
 from preference_training.modeling.tokenizer import load_tokenizer
 from preference_training.modeling.tree_attention import forget_masks

@@ -32,7 +32,7 @@ from preference_training.data.tokenization import TokenSettings, tokenize_record
 from preference_training.distributed.launching import end_group, start_group
 from preference_training.distributed.sharding import Layout, load_sharded, make_mesh, ranks_of, whole
 from preference_training.evaluation.held_out import evaluate
-from preference_training.losses.objectives import build_loss
+from preference_training.losses.registry import build_loss
 from preference_training.modeling.loading import load_model, weights_hash
 from preference_training.modeling.logprobs import LiveReference
 from preference_training.modeling.prefix_sharing import share_prefixes

@@ -6,7 +6,7 @@ from omegaconf import OmegaConf
 
 from preference_training.distributed.launching import launch
 from preference_training.dry_run.scaling import fake_processes, laid_out, step_costs
-from preference_training.losses.objectives import build_loss
+from preference_training.losses.registry import build_loss
 from preference_training.modeling.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("forked_workers")

@@ -1,6 +1,9 @@
 """The objectives against golden numbers, numbers derived in view, and what must hold of any loss."""
 
 import math
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,6 +12,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from conftest import CONFIG_DIR
+from preference_training.configuration.validation import loss_keys
 from preference_training.core.errors import UserError
 from preference_training.losses.base import Loss, ReferenceUpdate, example_metrics
 from preference_training.losses.beta_dpo import (
@@ -543,3 +547,84 @@ def test_a_bug_in_a_users_file_keeps_its_traceback(tmp_path):
     (tmp_path / "own.py").write_text("1 / 0")
     with pytest.raises(ZeroDivisionError):
         build_loss("own", function=f"{tmp_path}/own.py:x", options={})
+
+
+# ---- a new loss -------------------------------------------------------------------------------------------------------------
+
+CAPPED = """
+from dataclasses import dataclass
+
+from preference_training.losses.formulas import gap
+from preference_training.losses.objectives import LogRatioLoss
+from preference_training.losses.registry import register_loss
+
+
+@register_loss("capped", "capped DPO", "2401.00001")
+@dataclass
+class CappedLoss(LogRatioLoss):
+    cap: float
+
+    training_keys = ("cap",)
+
+    def __post_init__(self):
+        if self.cap <= 0:
+            raise ValueError(f"found cap {self.cap}, expected more than 0")
+
+    def losses(self, policy, reference, pairs, lengths):
+        return -(self.beta * gap(policy - reference, pairs)).clamp(max=self.cap)
+"""
+USED = """
+import sys
+
+import hydra
+
+import preference_training.losses.registry as registry
+from preference_training.configuration.validation import check_config
+from preference_training.core.errors import UserError
+
+registered = registry.find_loss("capped")
+assert registered.link == "capped DPO ([arXiv 2401.00001](https://arxiv.org/abs/2401.00001))"
+assert registered.objective.reward == "log-ratio" and "loss.cap" in registry.training_keys()
+
+
+def composed(*overrides):
+    overrides = ["loss=capped", "local_run_dir=x", *overrides]
+    with hydra.initialize_config_dir(sys.argv[1], version_base="1.3"):
+        config = hydra.compose("config", overrides=overrides)
+    check_config(config, overrides)
+    return config.loss
+
+
+loss = composed("loss.cap=3")
+assert "torch" not in sys.modules
+import torch
+
+# Margins of 2 - 0 and 2 + 8 nats at beta 0.5 are 1, and 5, which is above the cap of 3.
+policy, reference = torch.tensor([-1.0, -5.0, -11.0]), torch.tensor([-3.0, -5.0, -3.0])
+pairs = torch.tensor([[0, 1], [0, 2]])
+built = registry.build_loss(**loss)
+assert built(policy, reference, pairs, torch.ones(3)).losses.tolist() == [-1.0, -3.0]
+try:
+    registry.build_loss(**composed("loss.cap=0"))
+except UserError as error:
+    print(error)
+"""
+
+
+def test_a_new_loss_is_one_module_and_its_file_of_keys(tmp_path):
+    root = CONFIG_DIR.parent
+    shutil.copytree(root / "config", tmp_path / "config")
+    shutil.copytree(
+        root / "preference_training", tmp_path / "preference_training", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    (tmp_path / "preference_training" / "losses" / "capped.py").write_text(CAPPED)
+    (tmp_path / "config" / "loss" / "capped.yaml").write_text("name: capped\nbeta: 0.5\ncap: 2.0\n")
+    command = [sys.executable, "-c", USED, str(tmp_path / "config")]
+    used = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert (used.returncode, used.stderr) == (0, "")
+    assert used.stdout == "loss: capped refuses its keys: found cap 0, expected more than 0\n"
+
+
+def test_a_loss_moves_the_reference_exactly_where_its_file_says_when():
+    for name in losses().keys() - {"own", "beta_DPO"}:
+        assert (default(name).reference_update is not None) is ("reference_update_every" in loss_keys()[name]), name

@@ -404,7 +404,7 @@ def _is_share(value, below: float) -> bool:
     return _is_number(value) and 0 <= value < below
 
 
-# What each key of the files in config/loss/ may be, and how to say so.
+# What keys of the files in config/loss/ may be, whichever loss has them, and how to say so.
 LOSS_VALUES = {
     "beta": (lambda value: _is_number(value) and value > 0, "a number above 0: at 0 the loss never changes"),
     "label_smoothing": (lambda value: _is_share(value, 0.5), "a share from 0 to below 0.5"),
@@ -443,8 +443,10 @@ def _check_loss(config: DictConfig) -> None:
     if set(loss) - {"name"} != known[loss.name]:
         raise UserError(f"loss.name: found {loss.name!r} beside the keys of another loss. Choose it by loss={loss.name}.")
     for key in sorted(known[loss.name] - {"mode_loss"}):
-        sound, expected = LOSS_VALUES[key]
-        _require(sound(loss[key]), f"loss.{key}", loss[key], expected)
+        # Other keys are checked by the loss that has them.
+        if key in LOSS_VALUES:
+            sound, expected = LOSS_VALUES[key]
+            _require(sound(loss[key]), f"loss.{key}", loss[key], expected)
     if "function" in loss and not Path(loss.function.rpartition(":")[0]).is_file():
         file = loss.function.rpartition(":")[0]
         raise UserError(f"loss.function: {file}: no such file. Expected FILE.py:NAME; paths are relative to {Path.cwd()}.")

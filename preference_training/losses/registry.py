@@ -15,6 +15,7 @@ from functools import cache
 from typing import Any, TypeVar
 
 import preference_training.losses as package
+from preference_training.core.errors import UserError
 from preference_training.losses.base import Loss
 
 AnyLoss = TypeVar("AnyLoss", bound=type[Loss])
@@ -90,10 +91,17 @@ def training_keys() -> frozenset[str]:
 def build_loss(name: str, seed: int = 0, **keys: Any) -> Loss:
     """The loss of a `config/loss/` file, from that file's keys. `seed` starts what it draws.
 
-    Raises ValueError for a name or mode that does not exist, and for a loss of the user's own what `own_loss` raises.
+    Raises ValueError for a name or mode that does not exist, UserError for numbers that the loss's constructor refuses by a
+    ValueError, and for a loss of the user's own what `own_loss` raises.
     """
     found = find_loss(name, keys.get("mode_loss"))
     if found is None:
         raise ValueError(f"no loss {name!r}; known are {', '.join(losses())}")
-    drawn = {"seed": seed} if "seed" in inspect.signature(found.make).parameters else {}
-    return found.make(**keys, **drawn)
+    if "seed" in inspect.signature(found.make).parameters:
+        keys |= {"seed": seed}
+    if found.make is not found.objective:
+        return found.make(**keys)
+    try:
+        return found.make(**keys)
+    except ValueError as error:
+        raise UserError(f"loss: {name} refuses its keys: {error}") from error

@@ -8,7 +8,9 @@ from pathlib import Path
 from measure import Clock
 from works import Work
 
-from preference_training.batching.batches import UNLIMITED, BatchIterator, TokenBudget
+from preference_training.batching.iterator import BatchIterator, Packing
+from preference_training.batching.packing import UNLIMITED, TokenBudget
+from preference_training.batching.schedule import Schedule
 from preference_training.data.prompt_table import PromptTable
 from preference_training.data.tokenization import TokenizedPrompt
 
@@ -52,7 +54,7 @@ def build(job: dict, work: Work, prompts: PromptTable):
     placement = trainer_class.placement(config, tokenizer)
     policy = placement.policy()
     batches = _iterator(prompts, work, token_budget(policy, config.max_tokens_per_microbatch))
-    reads = Reads(batches.prompts_seen, batches.prompts_seen)
+    reads = Reads(batches.schedule.prompts_seen, batches.schedule.prompts_seen)
     reference = make_reference(config, placement, policy, reads, False) if loss.needs_reference else None
     return trainer_class(config, policy, reference, loss, tokenizer, batches, [], [], None)
 
@@ -112,4 +114,4 @@ def _tokenized(prompts: list[dict]) -> PromptTable:
 
 
 def _iterator(prompts: PromptTable, work: Work, budget: TokenBudget) -> BatchIterator:
-    return BatchIterator(prompts, work.examples_a_step, 1, SEED, budget=budget)
+    return BatchIterator(Schedule(prompts, work.examples_a_step, SEED), packing=Packing(budget))

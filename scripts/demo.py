@@ -100,7 +100,7 @@ def describe(model, reference, tokenizer, config) -> dict:
     """A model's column of the table, and its answer to every held-out prompt."""
     import torch
 
-    from preference_training.batching.batches import evaluation_batches
+    from preference_training.batching.micro_batches import evaluation_batches
     from preference_training.core.values import with_interval
     from preference_training.data.toy_preferences import answer_kind
     from preference_training.evaluation.held_out import evaluate

@@ -14,7 +14,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from conftest import GOLDEN
-from preference_training.batching.batches import BatchIterator, evaluation_batches
+from preference_training.batching.iterator import BatchIterator
+from preference_training.batching.micro_batches import evaluation_batches
+from preference_training.batching.schedule import RunLength, Schedule
 from preference_training.checkpointing.checkpoints import CheckpointWriter, Snapshot, read_state
 from preference_training.configuration.validation import check_config
 from preference_training.core.errors import UserError
@@ -71,7 +73,10 @@ def trainer_of(config, tokenizer, run_dir=None, n_examples=12) -> BasicTrainer:
     placement = OneProcess(config, tokenizer)
     policy = placement.policy()
     table = PromptTable.of(PROMPTS)
-    batches = BatchIterator(table, 4, n_examples=n_examples), evaluation_batches(table, 4, 4, seed=0)
+    batches = (
+        BatchIterator(Schedule(table, 4, length=RunLength(n_examples=n_examples))),
+        evaluation_batches(table, 4, 4, seed=0),
+    )
     about = {"config": OmegaConf.to_container(config, resolve=True), "data": ["a"], "began_with": placement.began_with}
     writer = run_dir and CheckpointWriter(run_dir, policy, tokenizer, about=about | {"wandb_id": "0" * 32})
     tracker = Tracker(run_dir, n_examples) if run_dir else NoTracker()

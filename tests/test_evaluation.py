@@ -5,7 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from conftest import CONFIG_DIR, GOLDEN
-from preference_training.batching.batches import evaluation_batches
+from preference_training.batching.micro_batches import evaluation_batches
 from preference_training.data.prompt_table import PromptTable
 from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.evaluation.held_out import evaluate

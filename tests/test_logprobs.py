@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from conftest import GOLDEN
-from preference_training.batching.batches import examples_of, pack_examples
+from preference_training.batching.packing import examples_of, pack_examples
 from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.modeling.logprobs import response_logps
 

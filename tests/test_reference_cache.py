@@ -10,7 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from conftest import GOLDEN
-from preference_training.batching.batches import UNLIMITED, BatchIterator, TokenBudget, examples_of, pack_examples
+from preference_training.batching.iterator import BatchIterator, Packing
+from preference_training.batching.packing import UNLIMITED, TokenBudget, examples_of, pack_examples
+from preference_training.batching.schedule import RunLength, Schedule
 from preference_training.core.ranks import ALONE
 from preference_training.data.prompt_table import PromptTable, Selection
 from preference_training.data.tokenization import TokenizedPrompt
@@ -193,7 +195,7 @@ def run(seed: int = 0, size: int = 4, packs: int = 1, budget: int = 10**6, evalu
     """What a run reads with these settings."""
     held_out = PromptTable.of((prompt_of(n, n) for n in range(20, 23)), first_row=TABLE.num_responses)
     most = TokenBudget(budget, budget)
-    steps = BatchIterator(TABLE, size, packs, seed, n_epochs=epochs, budget=most)
+    steps = BatchIterator(Schedule(TABLE, size, seed, RunLength(n_epochs=epochs)), packs, Packing(most))
     return Reads.of_run(steps, held_out, evaluated, None, seed, most, ALONE)
 
 
@@ -205,7 +207,9 @@ def test_the_key_changes_with_what_the_packs_of_a_run_follow_from(model):
 def test_the_key_changes_with_how_often_an_epoch_visits_a_data_set(model):
     parts = [replace(PromptTable.of([prompt_of(n, n)]).parts[0], weight=weight) for n, weight in ((0, 1.0), (1, 2.0))]
     tables = PromptTable(parts), PromptTable([replace(part, weight=3.0 - part.weight) for part in parts])
-    runs = [Reads.of_run(BatchIterator(table, 2), PromptTable.of([], 6), 2, None, 0, UNLIMITED, ALONE) for table in tables]
+    runs = [
+        Reads.of_run(BatchIterator(Schedule(table, 2)), PromptTable.of([], 6), 2, None, 0, UNLIMITED, ALONE) for table in tables
+    ]
     assert cache_key(model, runs[0]) != cache_key(model, runs[1])
 
 

@@ -5,7 +5,8 @@ from collections import Counter
 import pytest
 import torch
 
-from preference_training.batching.batches import UNLIMITED, MicroBatch, TokenBudget, examples_of, pack_examples
+from preference_training.batching.micro_batches import MicroBatch
+from preference_training.batching.packing import UNLIMITED, TokenBudget, examples_of, pack_examples
 from preference_training.configuration.composition import force_open_sections
 from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.dry_run.scaling import (

@@ -16,15 +16,9 @@ import psutil
 import torch
 import xxhash
 
-from preference_training.batching.batches import (
-    UNLIMITED,
-    BatchIterator,
-    MicroBatch,
-    PackedBatch,
-    TokenBudget,
-    examples_of,
-    packs_of,
-)
+from preference_training.batching.iterator import BatchIterator
+from preference_training.batching.micro_batches import MicroBatch
+from preference_training.batching.packing import UNLIMITED, PackedBatch, TokenBudget, examples_of, packs_of
 from preference_training.configuration.validation import caches_reference, is_sharded, two_models_asked_for
 from preference_training.core.errors import UserError
 from preference_training.core.machine import pick_device
@@ -76,7 +70,7 @@ def look_at_one_process(config, tokenizer, loss, facts: "Facts", batches_within:
     budget = untrained_budget(config, tokenizer, device)
     batches = batches_within(budget)
     print("\nsteps", *lines_of_steps(batches, facts), sep="\n")
-    live = loss.needs_reference and not caches_reference(config, batches.visits_again)
+    live = loss.needs_reference and not caches_reference(config, batches.schedule.visits_again)
     packs, _ = largest_packs(batches, budget)
     kinds = step_memory(config, tokenizer, loss, live, packs)
     taken = memory_taken(device)
@@ -95,7 +89,7 @@ def look_at_ranks(config, tokenizer, loss, facts: "Facts", batches_within: Calla
         ranks, layout = laid_out(config)
         budget = budget_of(config, tokenizer, layout)
         batches = batches_within(budget, ranks)
-        live = loss.needs_reference and not caches_reference(config, batches.visits_again)
+        live = loss.needs_reference and not caches_reference(config, batches.schedule.visits_again)
         packs, step = largest_packs(batches, budget)
         costs = step_costs(config, tokenizer, loss, live, packs, step, ranks, layout)
     number = sum(len(micro_batch.packs) for micro_batch in step)
@@ -264,12 +258,13 @@ def wants_colour() -> bool:
 
 def lines_of_steps(batches: BatchIterator, facts: Facts) -> list[str]:
     """How many steps there are, how long they are, and what sharing prompts saves."""
-    examples = batches.total_examples
-    steps = batches.total_steps
+    examples = batches.schedule.total_examples
+    steps = batches.schedule.total_steps
     saved = 1 - facts.packed_tokens / facts.repeated_tokens
-    tokens = facts.packed_tokens * batches.batch_size / facts.examples
+    size = batches.schedule.batch_size
+    tokens = facts.packed_tokens * size / facts.examples
     return [
-        f"  {steps:,} steps of {batches.batch_size} examples, {examples:,} in all; {tokens:,.0f} tokens a step on average",
+        f"  {steps:,} steps of {size} examples, {examples:,} in all; {tokens:,.0f} tokens a step on average",
         f"  prompts computed once for all their responses: {facts.packed_tokens:,} tokens an epoch in place of "
         f"{facts.repeated_tokens:,}, {saved:.0%} less (where the model proves that it can, when its weights are loaded)",
     ]
@@ -294,7 +289,7 @@ def largest_packs(batches: BatchIterator, budget: TokenBudget) -> tuple[list[Pac
 
     Also the step in which this rank has most tokens. Looked at are the first steps, and for packs the longest prompt of all.
     """
-    longest = batches.prompts.select(numpy.array([int(batches.prompts.num_tokens.argmax())]))
+    longest = batches.schedule.prompts.select(numpy.array([int(batches.schedule.prompts.num_tokens.argmax())]))
     packs = packs_of(list(examples_of(longest)), budget)
     several, most, largest = False, 0, []
     for step in islice(batches, STEPS_LOOKED_AT):

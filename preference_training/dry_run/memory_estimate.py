@@ -18,7 +18,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from preference_training.batching.batches import MicroBatch, PackedBatch
+from preference_training.batching.micro_batches import MicroBatch
+from preference_training.batching.packing import PackedBatch
 from preference_training.core.ranks import ALONE, Ranks, let_go_of_gathered
 from preference_training.distributed.sharding import Layout, Sharing, empty_model, local
 from preference_training.losses.base import Loss

@@ -17,7 +17,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from preference_training.batching.batches import UNLIMITED, MicroBatch, PackedBatch, TokenBudget
+from preference_training.batching.micro_batches import MicroBatch
+from preference_training.batching.packing import UNLIMITED, PackedBatch, TokenBudget
 from preference_training.configuration.validation import times_beside_weights
 from preference_training.core.machine import pick_device
 from preference_training.core.ranks import Ranks

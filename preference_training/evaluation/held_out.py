@@ -10,7 +10,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
-from preference_training.batching.batches import PackedBatch
+from preference_training.batching.packing import PackedBatch
 from preference_training.core.ranks import ALONE, Ranks
 from preference_training.losses.base import Loss, example_metrics
 from preference_training.modeling.logprobs import response_logps

@@ -10,7 +10,8 @@ from itertools import islice
 
 import numpy
 
-from preference_training.batching.batches import TokenBudget, batches_of, examples_of
+from preference_training.batching.micro_batches import batches_of
+from preference_training.batching.packing import TokenBudget, examples_of
 from preference_training.core.machine import FEWEST_PROMPTS, too_few
 from preference_training.core.ranks import ALONE, Ranks
 from preference_training.core.values import with_interval

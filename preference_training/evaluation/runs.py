@@ -13,7 +13,9 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from preference_training.batching.batches import BatchIterator, evaluation_batches, evaluation_prompts
+from preference_training.batching.iterator import BatchIterator
+from preference_training.batching.micro_batches import evaluation_batches, evaluation_prompts
+from preference_training.batching.schedule import Schedule
 from preference_training.checkpointing.checkpoints import checkpoints_of, read_state
 from preference_training.configuration.composition import (
     CONFIG_DIR,
@@ -64,7 +66,7 @@ class EvaluationRun:
             reference=placement.reference(policy) if loss.needs_reference else None,
             loss=loss,
             tokenizer=self.tokenizer,
-            train_batches=BatchIterator(PromptTable.of([]), config.batch_size),
+            train_batches=BatchIterator(Schedule(PromptTable.of([]), config.batch_size)),
             eval_batches=evaluation_batches(prompts, *sizes, self.budget, self.ranks),
             sample_prompts=[prompts[k].prompt_ids for k in range(min(len(prompts), number))],
             tracker=tracker,

@@ -16,7 +16,7 @@ BETA_USED, LOSS_AT_BETA_USED = "beta_DPO/beta_used", "beta_DPO/loss_eval_at_beta
 
 def is_at_beta_used(held_out: Mapping[str, object] | None) -> bool:
     """Whether an evaluation's metrics are of an earlier version, whose loss/eval of beta-DPO was at the beta in force."""
-    return bool(held_out) and BETA_USED in held_out and LOSS_AT_BETA_USED not in held_out
+    return held_out is not None and BETA_USED in held_out and LOSS_AT_BETA_USED not in held_out
 
 
 MOMENTUM = 0.9

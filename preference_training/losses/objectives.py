@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from preference_training.losses.base import BatchStatistics, Loss, LossOutput, ReferenceUpdate
+from preference_training.losses.base import BatchStatistics, Loss, LossOutput, ReferenceUpdate, Reward
 from preference_training.losses.beta_dpo import (
     BETA_USED,
     LOSS_AT_BETA_USED,
@@ -57,7 +57,7 @@ class LogRatioLoss(Loss):
 
     beta: float
 
-    reward = "log-ratio"
+    reward: ClassVar[Reward] = "log-ratio"
 
     def __call__(
         self, policy: Tensor, reference: Tensor | None, pairs: Tensor, lengths: Tensor, batch_statistics: Any = None

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from preference_training.batching.batches import TokenBudget
+from preference_training.batching.packing import TokenBudget
 from preference_training.configuration.validation import times_beside_weights
 from preference_training.core.ranks import Ranks, local, local_world_size
 from preference_training.modeling.loading import build_untrained
@@ -38,7 +38,7 @@ def shared_budget(budget: TokenBudget, ranks: Ranks) -> TokenBudget:
     For each pack sharded weights are gathered anew, so that several ranks have few packs, as large as memory allows.
     """
     limit = ranks.lowest(budget.limit)
-    return TokenBudget(limit, budget.comfortable if ranks.size == 1 else limit)
+    return TokenBudget(limit, budget.soft_limit if ranks.size == 1 else limit)
 
 
 def untrained_budget(config, tokenizer, device: torch.device) -> TokenBudget:

@@ -14,7 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
-from preference_training.batching.batches import BatchIterator, MicroBatch, PackedBatch
+from preference_training.batching.iterator import BatchIterator
+from preference_training.batching.micro_batches import MicroBatch
+from preference_training.batching.packing import PackedBatch
+from preference_training.batching.schedule import RunLength
 from preference_training.checkpointing.checkpoints import (
     CheckpointWriter,
     Snapshot,
@@ -144,7 +147,7 @@ class BasicTrainer:
         self.pruned = False
         # Gradients of float16 products would underflow; a step whose scaled gradients overflow is left out.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=computes_in_float16(config))
-        total = train_batches.total_steps if train_batches is not None else 0
+        total = train_batches.schedule.total_steps if train_batches is not None else 0
         self.schedule = schedule(config, total)
         # The last one, where the learning rate rises through all of a run.
         self.first_full_step = min(warmup_steps(config, total), max(0, total - 1))
@@ -608,7 +611,9 @@ class BasicTrainer:
 
     def take_schedule(self, config_then: dict) -> None:
         """Let the learning rate go on by this run's schedule, and say so where that is not the one the checkpoint was under."""
-        total_then, total = self.train_batches.total_steps_of(config_then), self.train_batches.total_steps
+        data = self.train_batches.schedule
+        length = RunLength(config_then["n_epochs"], config_then["n_examples"], config_then["n_steps"])
+        total_then, total = data.with_length(length).total_steps, data.total_steps
         schedule_then = schedule(self.config, total_then)
         before, now = schedule_then(self.updates), self.schedule(self.updates)
         for group, base in zip(self.optimizer.param_groups, self.scheduler.base_lrs, strict=True):

@@ -3,7 +3,9 @@
 import torch
 from omegaconf import OmegaConf
 
-from preference_training.batching.batches import BatchIterator, examples_of, pack_examples
+from preference_training.batching.iterator import BatchIterator, Packing
+from preference_training.batching.packing import examples_of, pack_examples
+from preference_training.batching.schedule import Schedule
 from preference_training.core.ranks import Ranks
 from preference_training.data.prompt_table import PromptTable
 from preference_training.data.tokenization import TokenizedPrompt
@@ -25,7 +27,7 @@ def prompts(count: int = 8) -> list[TokenizedPrompt]:
 
 def packs_and_step(ranks: Ranks) -> tuple:
     """Two packs, and this rank's part of a step of eight pairs."""
-    step = next(iter(BatchIterator(PromptTable.of(prompts()), 8, 2, ranks=ranks)))
+    step = next(iter(BatchIterator(Schedule(PromptTable.of(prompts()), 8), 2, Packing(ranks=ranks))))
     return [pack_examples(list(examples_of(prompts(2))))] * 2, step
 
 

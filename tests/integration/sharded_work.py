@@ -15,14 +15,10 @@ from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import GOLDEN
-from preference_training.batching.batches import (
-    BatchIterator,
-    MicroBatch,
-    TokenBudget,
-    evaluation_batches,
-    examples_of,
-    packs_of,
-)
+from preference_training.batching.iterator import BatchIterator, Packing
+from preference_training.batching.micro_batches import MicroBatch, evaluation_batches
+from preference_training.batching.packing import TokenBudget, examples_of, packs_of
+from preference_training.batching.schedule import RunLength, Schedule
 from preference_training.checkpointing.checkpoints import CheckpointWriter, Snapshot
 from preference_training.core.random_streams import seed_everything
 from preference_training.core.ranks import ALONE
@@ -238,7 +234,9 @@ def train_with_masters(settings: dict, folder: str) -> dict:
         made = [world.sharded("llama", loss, mesh, sharding, **changes, **low) for _ in range(2)]
         (first, ranks), (second, _), single = *made, world.alone("llama", loss, **changes)
         for trainer, on in ((first, ranks), (second, ranks), (single, ALONE)):
-            trainer.train_batches = BatchIterator(table, 8, n_epochs=None, n_steps=4, ranks=on)
+            trainer.train_batches = BatchIterator(
+                Schedule(table, 8, length=RunLength(n_epochs=None, n_steps=4)), packing=Packing(ranks=on)
+            )
         before = torch.cat([weight.detach().flatten() for weight in single.policy.parameters()])
         for step in first.train_batches:
             first.train_step(step)
@@ -283,7 +281,7 @@ def evaluate_unevenly(settings: dict, num_rows: int) -> dict:
         compute_logps(LiveReference(trainer.policy), Reads(everything, everything), ranks).logps,
         compute_logps(LiveReference(single.policy), Reads(everything, everything)).logps,
     ]
-    epoch = [BatchIterator(table, 8, ranks=each) for each in (ranks, ALONE)]
+    epoch = [BatchIterator(Schedule(table, 8), packing=Packing(ranks=each)) for each in (ranks, ALONE)]
     seen = [sum(micro.num_examples for step in steps for micro in step) for steps in epoch]
     end_group()
     return {

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import forked
 from conftest import GOLDEN
-from preference_training.batching.batches import examples_of, pack_examples
+from preference_training.batching.packing import examples_of, pack_examples
 from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.modeling.loading import enable_activation_checkpointing
 from preference_training.modeling.logprobs import padded_logps, response_logps

@@ -17,7 +17,7 @@ import pyarrow.parquet
 
 from preference_collection.store import Agreement, Store
 from preference_training.core.errors import UserError, first_line
-from preference_training.data.rows.records import fault_of_item
+from preference_training.data.rows.records import item_error
 
 # What is trained on, and what lies apart: by choice.
 KINDS = {"first": "preferences", "second": "preferences", "tie": "ties", "skip": "skips"}
@@ -73,7 +73,7 @@ def record_row(row: dict) -> dict:
     best = row["preference"]
     decided = best is not None
     record = {"responses": texts, "pairs": [(best, 1 - best)] if decided else [], "sft_target": texts[best or 0]}
-    if decided and (fault := fault_of_item((row["description"], record))):
+    if decided and (fault := item_error((row["description"], record))):
         raise UserError(f"export: judgement {row['judgement']} of problem {row['id']!r}: {fault}. Take it back.")
     said = {"prompt": row["description"], **record}
     said |= {"chosen": texts[best] if decided else None, "rejected": texts[1 - best] if decided else None}

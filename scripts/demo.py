@@ -87,7 +87,7 @@ def report(directory: Path, sft: Path, dpo: Path) -> None:
 
 
 def held_out_prompts(tokenizer, config, paired: bool):
-    """The tokenised test split of the toy data, as a table."""
+    """The tokenized test split of the toy data, as a table."""
     from preference_training.data.entries import load_records, read_entry
     from preference_training.data.prompt_table import PromptTable
     from preference_training.data.tokenization import TokenSettings, tokenize_records

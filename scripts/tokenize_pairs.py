@@ -15,7 +15,7 @@ import preference_datasets  # noqa: F401  its data sets register themselves
 from preference_training.configuration.validation import TEMPLATES, TRUNCATION_MODES
 from preference_training.core.errors import UserError
 from preference_training.data.entries import Entry, load_records, read_entry
-from preference_training.data.registry import TOKENISED_SUFFIX
+from preference_training.data.registry import TOKENIZED_SUFFIX
 
 
 def arguments() -> argparse.Namespace:
@@ -40,11 +40,11 @@ def output_of(options: argparse.Namespace) -> Path:
             f"--max-prompt-length: found {options.max_prompt_length}, expected 1 to less than --max-length, which is "
             f"{options.max_length}."
         )
-    if options.dataset.endswith(TOKENISED_SUFFIX):
+    if options.dataset.endswith(TOKENIZED_SUFFIX):
         raise UserError(f"--dataset: {options.dataset} holds token ids already. Expected texts.")
-    output = options.output or Path(Path(options.dataset).name.split(".")[0] + TOKENISED_SUFFIX)
-    if output.suffix != TOKENISED_SUFFIX:
-        raise UserError(f"--output: found {output}, expected a name that ends in {TOKENISED_SUFFIX}, by which it is known.")
+    output = options.output or Path(Path(options.dataset).name.split(".")[0] + TOKENIZED_SUFFIX)
+    if output.suffix != TOKENIZED_SUFFIX:
+        raise UserError(f"--output: found {output}, expected a name that ends in {TOKENIZED_SUFFIX}, by which it is known.")
     if output.is_dir() or not output.absolute().parent.is_dir():
         raise UserError(f"--output: {output}: expected a file in a directory that exists.")
     return output
@@ -63,7 +63,7 @@ def entry_of(options: argparse.Namespace) -> Entry:
 
 
 def tokenized(options: argparse.Namespace, entry: Entry) -> list:
-    """The tokenised prompts of the splits that are asked for; prints what was left out or changed."""
+    """The tokenized prompts of the splits that are asked for; prints what was left out or changed."""
     from preference_training.core.machine import quiet_libraries
     from preference_training.data.tokenization import TokenSettings, text_reader, tokenize_records
     from preference_training.modeling.tokenizer import load_tokenizer
@@ -91,11 +91,11 @@ def tokenized(options: argparse.Namespace, entry: Entry) -> list:
 
 def write(output: Path, prompts: list) -> int:
     """Write the pairs, and return how many; the file is there when it is whole. Raises UserError where it cannot be written."""
-    from preference_training.data.tokenization import write_tokenised
+    from preference_training.data.token_files import write_tokenized
 
     partial = output.with_name(f"{output.name}.partial")
     try:
-        count = write_tokenised(partial, prompts)
+        count = write_tokenized(partial, prompts)
         partial.replace(output)
     except (OSError, RuntimeError) as error:  # torch raises the latter where it cannot write
         reason = (isinstance(error, OSError) and error.strerror) or "the disk does not take all of it"
@@ -106,7 +106,7 @@ def write(output: Path, prompts: list) -> int:
 
 
 def main() -> None:
-    """Tokenise a data set into a file. A mistake of the user's becomes one message and exit status 2."""
+    """Tokenize a data set into a file. A mistake of the user's becomes one message and exit status 2."""
     options = arguments()
     try:
         output = output_of(options)

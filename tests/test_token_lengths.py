@@ -18,10 +18,10 @@ def tokenized(records, tokenizer, paired=True, max_length=64, max_prompt_length=
     return list(tokenize_records(records, tokenizer, TokenSettings(paired, max_length, max_prompt_length, mode)))
 
 
-# ---- tokenisation -------------------------------------------------------------------------------------------------------
+# ---- tokenization -------------------------------------------------------------------------------------------------------
 
 
-def test_tokenisation_and_truncation_equal_the_golden_ones(golden, tokenizer):
+def test_tokenization_and_truncation_equal_the_golden_ones(golden, tokenizer):
     for case in golden("tokenization.json"):
         row = record(case["prompt"], (case["chosen"], case["rejected"]))
         [found] = tokenized([row], tokenizer, True, case["max_length"], case["max_prompt_length"], case["truncation_mode"])

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import forked
-from preference_training.data.tokenization import TOKEN_FIELDS
+from preference_training.data.token_files import TOKEN_FIELDS
 from preference_training.modeling.tokenizer import byte_level_tokenizer
 
 ROOT = Path(__file__).parent.parent

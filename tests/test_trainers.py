@@ -80,7 +80,7 @@ def build(models, compose, tokenizer, tmp_path):
 
 @pytest.fixture(scope="module")
 def tokenized(golden, tokenizer):
-    """The golden pairs as tokenised prompts, for preference losses (True) and for SFT (False)."""
+    """The golden pairs as tokenized prompts, for preference losses (True) and for SFT (False)."""
     records = [
         PreferenceRecord(row["prompt"], [row["chosen"], row["rejected"]], [(0, 1)], row["chosen"], number, f"row {number}")
         for number, row in enumerate(golden("pairs.json"))

@@ -21,18 +21,18 @@ from preference_training.configuration.validation import (
 from preference_training.core.errors import UserError, nearest
 from preference_training.data.files import content_hash, is_data_file, read_rows
 from preference_training.data.hub_sets import hub_rows, load_hub
-from preference_training.data.registry import DATASETS, TOKENISED_SUFFIX, Dataset, find_dataset
+from preference_training.data.registry import DATASETS, TOKENIZED_SUFFIX, Dataset, find_dataset
 from preference_training.data.rows.field_maps import FieldMap, NumberedRows, condition
 from preference_training.data.rows.records import (
     DataReport,
     Items,
     PreferenceRecord,
     Prompt,
-    fault_of_item,
     group_rows,
-    kind_of,
+    item_error,
     prompt_text,
     split_by_hash,
+    type_name,
 )
 from preference_training.losses.registry import is_paired
 
@@ -80,10 +80,10 @@ class OwnData:
     def fingerprint(self, split: str, cache_dir: str | None) -> str:
         """What the data of a split depends on."""
         path, hub_split = self._source(split)
-        is_file = is_data_file(path) or path.endswith(TOKENISED_SUFFIX)
+        is_file = is_data_file(path) or path.endswith(TOKENIZED_SUFFIX)
         source = content_hash(Path(path)) if is_file else self._hub(path, hub_split, cache_dir)._fingerprint
         by_hash = f"{split} {self.held_out_share}" if self.by_hash else ""
-        return f"{source} {by_hash} {described(self.field_map)}"
+        return f"{source} {by_hash} {field_map_text(self.field_map)}"
 
     def _source(self, split: str) -> tuple[str, str]:
         held_out = split == "test"
@@ -121,7 +121,7 @@ ALWAYS_NAMED = (
 )  # fmt: skip
 
 
-def described(field_map: FieldMap) -> str:
+def field_map_text(field_map: FieldMap) -> str:
     """A map of fields as text: the same when fields are added that it does not use."""
     usual = FieldMap()
     values = {item.name: getattr(field_map, item.name) for item in fields(FieldMap)}
@@ -149,9 +149,9 @@ class Entry:
     notes: tuple[str, ...] = ()
 
     @property
-    def tokenised_file(self) -> Path | None:
+    def tokenized_file(self) -> Path | None:
         """The path of a file of token ids, which has no texts; None for all others."""
-        return Path(self.name) if self.name.endswith(TOKENISED_SUFFIX) else None
+        return Path(self.name) if self.name.endswith(TOKENIZED_SUFFIX) else None
 
     @property
     def holds_out_a_share(self) -> bool:
@@ -197,7 +197,7 @@ def read_entry(entry, defaults: dict | None = None) -> Entry:
         # As with the general keys, null is what is not given.
         rest = {key: value for key, value in rest.items() if value is not None}
         rest = {"held_out_share": defaults.get("held_out_share", 0.05)} | rest
-        notes = (*_tokenised_without_effect(name, general), *_path_without_effect(name, given))
+        notes = (*_tokenized_without_effect(name, general), *_path_without_effect(name, given))
         dataset = _dataset_of_path(name, rest)
         understood = Entry(name, dataset, held_out_share=rest["held_out_share"], notes=notes, **general)
     else:
@@ -210,7 +210,7 @@ def read_entry(entry, defaults: dict | None = None) -> Entry:
 
 def _looks_like_a_path(text: str) -> bool:
     return (
-        text not in DATASETS and ".py:" not in text and (is_data_file(text) or text.endswith(TOKENISED_SUFFIX) or "/" in text)
+        text not in DATASETS and ".py:" not in text and (is_data_file(text) or text.endswith(TOKENIZED_SUFFIX) or "/" in text)
     )
 
 
@@ -220,21 +220,21 @@ def _dataset_of_path(path: str, options: dict) -> Dataset:
         if key not in maps and key not in OwnData.OPTIONS:
             raise UserError(f"datasets: {path}: no key {key!r}; {nearest(str(key), [*maps, *OwnData.OPTIONS, *GENERAL_KEYS])}")
     others = [key for key in options if key != "held_out_share"]
-    if others and (path.endswith(TOKENISED_SUFFIX) or str(options.get("test_path")).endswith(TOKENISED_SUFFIX)):
+    if others and (path.endswith(TOKENIZED_SUFFIX) or str(options.get("test_path")).endswith(TOKENIZED_SUFFIX)):
         raise UserError(f"datasets: {path}: {others[0]} does not go with a file of token ids. Expected held_out_share alone.")
     _check_field_map(path, options)
     field_map = FieldMap(**{key: value for key, value in options.items() if key in maps})
     own = OwnData(path, field_map, **{key: value for key, value in options.items() if key not in maps})
     for file in (own.path, own.test_path):
-        if file and (is_data_file(file) or file.endswith(TOKENISED_SUFFIX)) and not Path(file).is_file():
+        if file and (is_data_file(file) or file.endswith(TOKENIZED_SUFFIX)) and not Path(file).is_file():
             found = "a directory" if Path(file).is_dir() else "no such file"
             raise UserError(f"datasets: {file}: {found}. Expected a readable file; paths are relative to {Path.cwd()}.")
     return Dataset(own.load, "keep_end", fingerprint=own.fingerprint, held_out_by_share=own.by_hash and own.held_out_share > 0)
 
 
-def _tokenised_without_effect(path: str, general: dict) -> list[str]:
+def _tokenized_without_effect(path: str, general: dict) -> list[str]:
     """Notes on settings that shape texts, for a file that has none."""
-    if not path.endswith(TOKENISED_SUFFIX):
+    if not path.endswith(TOKENIZED_SUFFIX):
         return []
     return [f"{key} has no effect: the file holds token ids" for key in ("template", "system_prompt") if key in general]
 
@@ -345,11 +345,11 @@ def load_records(
     items = entry.dataset.load(split, silent=False, cache_dir=cache_dir, **options)
     if not isinstance(items, Iterable):
         raise UserError(
-            f"datasets: {entry.name}: the loader gave {kind_of(items)}, expected a dict or (prompt, record) one by one."
+            f"datasets: {entry.name}: the loader gave {type_name(items)}, expected a dict or (prompt, record) one by one."
         )
     for number, item in enumerate(items.items() if isinstance(items, dict) else items, start=1):
         source = f"{entry.name}, {split} prompt {number}"
-        if fault := fault_of_item(item):
+        if fault := item_error(item):
             expected = "Expected {responses, pairs, sft_target} as in preference_datasets.py."
             report.bad_row(UserError(f"datasets: {source}: {fault}. {expected}"))
             continue

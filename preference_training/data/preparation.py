@@ -1,4 +1,4 @@
-"""Each data set tokenised once: streamed from its loader into an Arrow file, found again by what it depends on.
+"""Each data set tokenized once: streamed from its loader into an Arrow file, found again by what it depends on.
 
 A file's name is a hash of the data's content, of the tokenizer, of the settings that shape token ids, and of the version of the
 rules by which they do (`tokenization.VERSION`); our code is no part of it. Processes that prepare the same data at once (the
@@ -22,14 +22,8 @@ from preference_training.core.machine import rare_garbage_collection
 from preference_training.data.entries import Entry, load_records
 from preference_training.data.prompt_table import ContentHash, PromptTable, TablePart, write_columns, write_some
 from preference_training.data.rows.records import DataReport, PreferenceRecord
-from preference_training.data.tokenization import (
-    VERSION,
-    TokenizedPrompt,
-    TokenSettings,
-    read_tokenised,
-    text_reader,
-    tokenize_records,
-)
+from preference_training.data.token_files import read_tokenized
+from preference_training.data.tokenization import VERSION, TokenizedPrompt, TokenSettings, text_reader, tokenize_records
 
 
 @dataclass(frozen=True)
@@ -59,7 +53,7 @@ def prepare(
     cache_dir: str | None = None,
     first_row: int = 0,
 ) -> Prepared:
-    """The tokenised prompts of one split ("train" or "test"), from `directory` where they have been prepared before.
+    """The tokenized prompts of one split ("train" or "test"), from `directory` where they have been prepared before.
 
     settings gives what each entry's token ids depend on; cache_dir is the hub library's. Responses are numbered from
     `first_row` on. Raises UserError for data that cannot be used, and where the disk does not take what is written.
@@ -109,7 +103,7 @@ class _Preparation:
         known = entry.fingerprint(split, cache_dir, trust_user_code=settings.version == 1)
         # Where only loading tells what the data is, the name ends with a hash of the records.
         self.content_is_known = known is not None
-        depends_on = [entry.name, known, entry.report().skip_bad_rows, split, vocabulary, *_described(settings)]
+        depends_on = [entry.name, known, entry.report().skip_bad_rows, split, vocabulary, *_settings_key(settings)]
         self.key = xxhash.xxh3_128_hexdigest(json.dumps(depends_on, sort_keys=True).encode())
 
     def result(self) -> tuple[TablePart | None, DataReport]:
@@ -153,7 +147,7 @@ class _Preparation:
 
     def _map(self, path: Path, fingerprint: str | None) -> TablePart:
         """A whole file as a part of the run's table."""
-        what = "row" if self.entry.tokenised_file else f"{self.split} prompt"
+        what = "row" if self.entry.tokenized_file else f"{self.split} prompt"
         weight = self.entry.weight if self.split == "train" else 1.0
         return TablePart.of_file(path, f"{self.entry.name}, {what}", weight, fingerprint)
 
@@ -197,10 +191,10 @@ class _Preparation:
                 continue
 
     def _prompts(self, report: DataReport, digest) -> Iterator[TokenizedPrompt]:
-        if file := self.entry.tokenised_file:
+        if file := self.entry.tokenized_file:
             share = self.entry.held_out_share
             vocabulary, eos, bos = len(self.tokenizer), self.tokenizer.eos_token_id, self.tokenizer.bos_token_id
-            return read_tokenised(file, self.split, share, vocabulary, eos, self.settings, report, bos)
+            return read_tokenized(file, self.split, share, vocabulary, eos, self.settings, report, bos)
         return tokenize_records(self._records(report, digest), self.tokenizer, self.settings, report)
 
     def _records(self, report: DataReport, digest) -> Iterator[PreferenceRecord]:
@@ -231,7 +225,7 @@ CODE_OF_VERSION_1 = "79aded02dfe2b0ae476ddc72933eb4da"
 SETTINGS_OF_VERSION_1 = ("paired", "max_length", "max_prompt_length", "truncation_mode", "template", "system_prompt")
 
 
-def _described(settings: TokenSettings) -> list:
+def _settings_key(settings: TokenSettings) -> list:
     """What a file's name says of the settings and the version of the rules."""
     if settings.version > 1:
         return [asdict(settings)]
@@ -271,7 +265,7 @@ def without_held_out(train: Prepared, held_out: Prepared, entries: Sequence[Entr
             if not kept.all():
                 left_out = replace(report, left_out=dict(report.left_out), num_prompts=int(kept.sum()))
                 examples = numpy.concatenate([columns.num_examples for columns in part.batches])
-                left_out.leave_out(HELD_OUT_ELSEWHERE, int(examples[~kept].sum()))
+                left_out.skip(HELD_OUT_ELSEWHERE, int(examples[~kept].sum()))
                 part, report = _kept(part, kept, directory), left_out
         parts += [part] if part and part.num_prompts else []
         reports.append(report)

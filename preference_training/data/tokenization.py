@@ -1,8 +1,6 @@
 """Text to token ids: prompts and responses, each response with its end-of-sequence token, within the lengths allowed.
 
-    records -> `tokenize_records` -> TokenizedPrompt
-
-Files that hold token ids already (`.pt`: pairs with loss masks) are read and written here too.
+records -> `tokenize_records` -> TokenizedPrompt
 """
 
 import json
@@ -11,20 +9,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import groupby, islice
-from operator import itemgetter
-from pathlib import Path
+from itertools import islice
 
 from preference_training.core.errors import UserError
-from preference_training.core.files import load_tensors
 from preference_training.data.rows.records import (
-    SAME_TEXT,
     DataReport,
     PreferenceRecord,
     Prompt,
-    add_responses,
-    is_held_out,
-    new_record,
     prompt_text,
 )
 from preference_training.data.rows.templates import ConversationError, build_template, opening_of_answers
@@ -87,7 +78,7 @@ class TokenSettings:
 def text_reader(tokenizer, settings: TokenSettings) -> Callable[[Prompt], str]:
     """A function from a prompt to the text that a model reads of it, by a hash of which prompts are held out.
 
-    A conversation that the chat template refuses is its own text; it is reported where it is tokenised.
+    A conversation that the chat template refuses is its own text; it is reported where it is tokenized.
     """
     if settings.version == 1:
         return prompt_text
@@ -105,11 +96,11 @@ def text_reader(tokenizer, settings: TokenSettings) -> Callable[[Prompt], str]:
 def tokenize_records(
     records: Iterable[PreferenceRecord], tokenizer, settings: TokenSettings, report: DataReport | None = None
 ) -> Iterator[TokenizedPrompt]:
-    """Yield the tokenised prompts of `records`.
+    """Yield the tokenized prompts of `records`.
 
-    Prompt and responses are tokenised apart and their ids joined, so that the boundary between them is exact. The prompt
+    Prompt and responses are tokenized apart and their ids joined, so that the boundary between them is exact. The prompt
     gets a beginning-of-sequence token where the tokenizer itself would add one; each response gets the end-of-sequence
-    token. Lengths and what is left out: `shaped`.
+    token. Lengths and what is left out: `trainable_part`.
 
     A text that holds the end-of-sequence token, a prompt without tokens, and a conversation that the tokenizer's chat
     template refuses, go to the report; without one they raise UserError.
@@ -162,8 +153,8 @@ class _Tokenization:
         """The record as text; for SFT one for each of its targets. Nothing where there is none to train on, or a fault."""
         if self.settings.paired:
             used = sorted({index for pair in record.pairs for index in pair})
-            wanted = [(pairs_among(used, record.pairs), [record.responses[index] for index in used])] if used else []
-            self.report.leave_out(NO_PAIR_TO_COMPARE, not used)
+            wanted = [(pairs_between(used, record.pairs), [record.responses[index] for index in used])] if used else []
+            self.report.skip(NO_PAIR_TO_COMPARE, not used)
         else:
             targets = record.targets if self.settings.version > 1 else (record.sft_target,)
             wanted = [([], [target]) for target in targets]
@@ -217,7 +208,7 @@ class _Tokenization:
                 whole = [[*response, self.eos_id] for response in responses]
                 prompt = TokenizedPrompt(prompt_ids, whole, pairs, record.source, record.number)
                 always_kept = len(self.bos) if settings.version == 1 else int(prompt_ids[0] == self.bos_id)
-                left = shaped(prompt, settings, always_kept, self.report)
+                left = trainable_part(prompt, settings, always_kept, self.report)
                 if left is not None:
                     yield left
 
@@ -272,7 +263,7 @@ def bos_of(tokenizer) -> list[int]:
     return [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id else []
 
 
-def pairs_among(kept: Sequence[int], pairs: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+def pairs_between(kept: Sequence[int], pairs: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     """The pairs of which both responses are `kept`, by their places among these."""
     place = {index: position for position, index in enumerate(kept)}
     return [(place[i], place[j]) for i, j in pairs if i in place and j in place]
@@ -284,7 +275,9 @@ SAME_IDS = "chosen and rejected are the same token ids"
 NOTHING_LEFT = "no token of the prompt is left within max_prompt_length"
 
 
-def shaped(prompt: TokenizedPrompt, settings: TokenSettings, always_kept: int, report: DataReport) -> TokenizedPrompt | None:
+def trainable_part(
+    prompt: TokenizedPrompt, settings: TokenSettings, always_kept: int, report: DataReport
+) -> TokenizedPrompt | None:
     """What is trained on of a prompt, within the lengths of the settings; None where nothing is. What is left out is counted.
 
     Left out are pairs of responses that have become the same, by their template or cut, and prompts that are cut down to
@@ -300,7 +293,7 @@ def shaped(prompt: TokenizedPrompt, settings: TokenSettings, always_kept: int, r
         fitted = replace(fitted, prompt_ids=ids[1:])
     left = None
     if always_kept and len(fitted.prompt_ids) <= always_kept < len(prompt.prompt_ids):
-        report.leave_out(NOTHING_LEFT, fitted.num_examples)
+        report.skip(NOTHING_LEFT, fitted.num_examples)
     else:
         left = without_same_ids(fitted, report)
     if left is not fitted:
@@ -331,10 +324,10 @@ def without_same_ids(prompt: TokenizedPrompt, report: DataReport) -> TokenizedPr
         return prompt
     pairs = [(places[i], places[j]) for i, j in prompt.pairs]
     different = [(i, j) for i, j in pairs if i != j]
-    report.leave_out(SAME_IDS, len(pairs) - len(different))
+    report.skip(SAME_IDS, len(pairs) - len(different))
     used = sorted({index for pair in different for index in pair})
     responses = [prompt.responses[index] for index in used]
-    return replace(prompt, responses=responses, pairs=pairs_among(used, different)) if different else None
+    return replace(prompt, responses=responses, pairs=pairs_between(used, different)) if different else None
 
 
 # ---- lengths ------------------------------------------------------------------------------------------------------------
@@ -379,131 +372,8 @@ def fit(
 def _without_long_responses(prompt: TokenizedPrompt, max_length: int, report: DataReport) -> TokenizedPrompt | None:
     room = max_length - len(prompt.prompt_ids)
     kept = [index for index, response in enumerate(prompt.responses) if len(response) <= room]
-    pairs = pairs_among(kept, prompt.pairs)
+    pairs = pairs_between(kept, prompt.pairs)
     survives = bool(pairs) if prompt.pairs else bool(kept)
     dropped = prompt.num_examples - (len(pairs) or len(kept) if survives else 0)
-    report.leave_out(f"longer than max_length, {max_length} tokens", dropped)
+    report.skip(f"longer than max_length, {max_length} tokens", dropped)
     return replace(prompt, responses=[prompt.responses[index] for index in kept], pairs=pairs) if survives else None
-
-
-# ---- files of token ids -------------------------------------------------------------------------------------------------
-
-NO_END = "responses that do not end with the end-of-sequence token"
-TOKEN_FIELDS = ("prompt_chosen_tokens", "prompt_rejected_tokens", "chosen_loss_mask", "rejected_loss_mask")
-
-
-def read_tokenised(
-    path: Path,
-    split: str,
-    held_out_share: float,
-    vocabulary: int,
-    eos_token_id: int,
-    settings: TokenSettings,
-    report: DataReport,
-    bos_token_id: int | None = None,
-) -> Iterator[TokenizedPrompt]:
-    """Yield the prompts of a `.pt` file: a list of dicts with the TOKEN_FIELDS, each a list or 1-D tensor of whole numbers.
-
-    A mask is 1 where a token is the response's; what follows the response is padding. Rows of one prompt that stand side by
-    side become one; for SFT, one for each of their chosen responses. The held-out share is chosen by a hash of the prompt's
-    ids. Responses that do not end with the end-of-sequence token are counted; what is left out: `shaped`. Faulty rows go to
-    the report; raises UserError for a file that is none. Nothing is unpickled but tensors and plain values.
-    """
-    counts = report if split == "train" else DataReport(report.skip_bad_rows)
-    for prompt_ids, rows in groupby(_sound_rows(path, vocabulary, counts), key=itemgetter(1)):
-        record, first = new_record(), None
-        for number, _, chosen, rejected in rows:
-            first = first or number
-            counts.leave_out(SAME_TEXT, add_responses(record, (chosen, rejected), [(0, 1)]))
-        if not record["pairs"] or is_held_out(repr(prompt_ids), held_out_share) != (split == "test"):
-            continue
-        responses, pairs = record["responses"], record["pairs"]
-        learned = [chosen for chosen, _ in pairs]
-        targets = [responses[index] for index in (learned if settings.version > 1 else dict.fromkeys(learned))]
-        for used, compared in [(responses, pairs)] if settings.paired else [([target], []) for target in targets]:
-            report.change(NO_END, sum(response[-1] != eos_token_id for response in used))
-            prompt = TokenizedPrompt(prompt_ids, used, compared, f"{path}, row {first}", first)
-            always_kept = int(settings.version > 1 and prompt_ids[0] == bos_token_id)
-            left = shaped(prompt, settings, always_kept, report)
-            if left is not None:
-                yield left
-
-
-def _sound_rows(path: Path, vocabulary: int, report: DataReport) -> Iterator[tuple[int, list[int], list[int], list[int]]]:
-    """Number, prompt ids, chosen and rejected ids of every row that can be used."""
-    for number, row in enumerate(_load_rows(path), start=1):
-        report.rows_read += 1
-        try:
-            ids = _split_row(row, vocabulary)
-        except ValueError as fault:
-            report.bad_row(UserError(f"datasets: {path}, row {number}: {fault}"))
-        else:
-            yield number, *ids
-
-
-def _load_rows(path: Path) -> list:
-    try:
-        rows = load_tensors(path)
-    except ValueError as error:
-        raise UserError(
-            f"datasets: {path}: cannot be read as tensors and plain values ({error}). "
-            f"Expected a list of dicts with {', '.join(TOKEN_FIELDS)}."
-        ) from error
-    if not isinstance(rows, list) or not rows:
-        raise UserError(
-            f"datasets: {path}: found {'an empty list' if rows == [] else type(rows).__name__}, "
-            f"expected a list of dicts with {', '.join(TOKEN_FIELDS)}."
-        )
-    return rows
-
-
-def _split_row(row, vocabulary: int) -> tuple[list[int], list[int], list[int]]:
-    """Prompt ids, chosen and rejected ids of a row. Raises ValueError, saying what is wrong."""
-    missing = [name for name in TOKEN_FIELDS if not isinstance(row, dict) or name not in row]
-    if missing:
-        raise ValueError(f"no {', '.join(missing)}. Expected a dict with {', '.join(TOKEN_FIELDS)}.")
-    values = {name: _whole_numbers(row[name], name) for name in TOKEN_FIELDS}
-    parts = []
-    for side in ("chosen", "rejected"):
-        ids, mask = values[f"prompt_{side}_tokens"], values[f"{side}_loss_mask"]
-        if len(ids) != len(mask):
-            raise ValueError(f"{side}_loss_mask has {len(mask)} entries for {len(ids)} tokens. Expected one for each.")
-        if not all(0 <= token < vocabulary for token in ids):
-            raise ValueError(f"prompt_{side}_tokens holds ids outside the tokenizer's 0 to {vocabulary - 1}.")
-        start = mask.index(1) if 1 in mask else 0
-        end = start + mask.count(1)
-        if start == 0 or mask != [0] * start + [1] * (end - start) + [0] * (len(mask) - end):
-            raise ValueError(f"{side}_loss_mask is not zeros (the prompt), ones (the response), zeros (padding).")
-        parts.append((ids[:start], ids[start:end]))
-    (prompt, chosen), (other_prompt, rejected) = parts
-    if prompt != other_prompt:
-        raise ValueError("chosen and rejected follow different prompt tokens. Expected the same ids before both responses.")
-    return prompt, chosen, rejected
-
-
-def _whole_numbers(value, name: str) -> list[int]:
-    try:
-        numbers = value.tolist() if hasattr(value, "tolist") else value
-    except RuntimeError:  # what torch raises for a tensor that is sparse, or without content
-        numbers = None
-    # Masks come as true and false, or as 0.0 and 1.0.
-    if not isinstance(numbers, list) or not numbers or not all(isinstance(n, int | float) and n % 1 == 0 for n in numbers):
-        raise ValueError(f"{name} is no list or 1-D tensor of whole numbers.")
-    return [int(n) for n in numbers]
-
-
-def write_tokenised(path: Path, prompts: Iterable[TokenizedPrompt]) -> int:
-    """Write every pair of `prompts` as a row that `read_tokenised` reads; returns how many."""
-    import torch
-
-    rows = []
-    for prompt in prompts:
-        for pair in prompt.pairs:
-            row = {}
-            for side, index in zip(("chosen", "rejected"), pair, strict=True):
-                response = prompt.responses[index]
-                row[f"prompt_{side}_tokens"] = torch.tensor(prompt.prompt_ids + response)
-                row[f"{side}_loss_mask"] = torch.tensor([0] * len(prompt.prompt_ids) + [1] * len(response))
-            rows.append(row)
-    torch.save(rows, path)
-    return len(rows)

@@ -53,7 +53,7 @@ def robust_dpo_loss(policy_gap: Tensor, reference_gap: Tensor, beta: float, labe
 def rpo_loss(policy_gap: Tensor, reference_gap: Tensor, chosen_per_token: Tensor, beta: float, alpha: float) -> Tensor:
     """RPO per pair, [P]: DPO and `alpha` times the chosen response's negative log-likelihood (Pang et al. 2024, equation 1).
 
-    chosen_per_token: [P], the policy's log-prob of the chosen response over its number of tokens, the paper's normalisation.
+    chosen_per_token: [P], the policy's log-prob of the chosen response over its number of tokens, the paper's normalization.
     TRL's divides by the tokens of a whole batch instead; both agree on a batch of one pair. Gaps as in `dpo_loss`.
     """
     return dpo_loss(policy_gap, reference_gap, beta) - alpha * chosen_per_token

@@ -3,7 +3,7 @@
 Of a log-prob the last bits depend on what is computed beside it. The pass therefore scores the responses in the very packs in
 which the run does so itself while its weights are those of the reference: of its first epoch, and of its evaluations.
 
-A file's name is a hash of the model (weights, buffers, configuration, ways of computing), of the machine, of the tokenised data
+A file's name is a hash of the model (weights, buffers, configuration, ways of computing), of the machine, of the tokenized data
 and of what these packs follow from. Runs that agree in all of these share it: later runs, and the jobs of a sweep, of which
 one computes it while the others wait. A file that is damaged is computed anew.
 """

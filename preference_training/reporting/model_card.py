@@ -20,7 +20,7 @@ from preference_training.core.secrets import without_secrets
 from preference_training.core.values import dotted
 from preference_training.data.chat_templates import PLAIN_PROMPT
 from preference_training.data.files import is_data_file
-from preference_training.data.registry import DATASETS, TOKENISED_SUFFIX
+from preference_training.data.registry import DATASETS, TOKENIZED_SUFFIX
 from preference_training.losses.registry import Registration, find_loss
 
 
@@ -108,7 +108,7 @@ def hub_sets(config: dict | None) -> Iterable[str]:
 
 
 def _is_file(name: str) -> bool:
-    return is_data_file(name) or name.endswith(TOKENISED_SUFFIX)
+    return is_data_file(name) or name.endswith(TOKENIZED_SUFFIX)
 
 
 def _loss_of(config: dict | None) -> Registration | None:

@@ -25,10 +25,10 @@ from preference_training.data.rows.records import (
     Prompt,
     Row,
     Turn,
-    fault_of_prompt,
-    fault_of_text,
-    kind_of,
     pairs_by_score,
+    prompt_error,
+    text_error,
+    type_name,
 )
 from preference_training.data.rows.repeated_prompts import without_repeated_prompts
 from preference_training.data.rows.templates import parse_dialogue, split_dialogue
@@ -92,7 +92,7 @@ class FieldMap:
             usable += 1
             implicit += self.implicit_prompt and self._has_implicit_prompt(row)
             if mapped is None:
-                report.leave_out(OTHER_PROMPT)
+                report.skip(OTHER_PROMPT)
                 continue
             if not known:
                 self._tell(row, mapped, columns, report)
@@ -142,7 +142,7 @@ class FieldMap:
                 "Expected one number for each response."
             )
         for index, response in enumerate(responses):
-            if fault := fault_of_text(read_written_turns(response, self.responses)):
+            if fault := text_error(read_written_turns(response, self.responses)):
                 raise RowError(f"field {self.responses!r}: response {index} {fault}.")
         sign = 1 if self.scores else -1
         scores = [sign * _as_number(number, self.scores or self.ranks) for number in numbers]
@@ -156,7 +156,7 @@ class FieldMap:
         if isinstance(chosen, list) or isinstance(rejected, list):
             for name, value in ((self.chosen, chosen), (self.rejected, rejected)):
                 if not isinstance(value, list):
-                    raise RowError(f"field {name!r} is {kind_of(value)}, expected a conversation as in the other field.")
+                    raise RowError(f"field {name!r} is {type_name(value)}, expected a conversation as in the other field.")
             return self._row_of_conversations(row, chosen, rejected)
         for name, value in ((self.chosen, chosen), (self.rejected, rejected)):
             _check_text(value, name)
@@ -241,12 +241,12 @@ class FieldMap:
         return value
 
     def _with_system(self, row: dict, turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
-        if fault := fault_of_prompt(turns):
+        if fault := prompt_error(turns):
             raise RowError(f"the prompt {fault}.")
         system = value_of(row, self.system) if self.system else None
         if not system or turns[0].role == "system":
             return turns
-        if fault := fault_of_text(system):
+        if fault := text_error(system):
             raise RowError(f"field {self.system!r} {fault}.")
         return (Turn("system", system), *turns)
 
@@ -274,7 +274,7 @@ class FieldMap:
                 yield number, row
             else:
                 without_effect.discard(failed)
-                report.leave_out(f"{failed} is not {self.where[failed]}")
+                report.skip(f"{failed} is not {self.where[failed]}")
         for column in sorted(without_effect) if kept else ():
             report.note(f"where leaves out no row by {column}: {self.where[column]}")
 
@@ -294,7 +294,7 @@ class FieldMap:
             else:
                 heapq.heappushpop(heap, entry)
                 cut = True
-                report.leave_out(f"not among the {k} largest of {column}")
+                report.skip(f"not among the {k} largest of {column}")
         if heap and not cut:
             report.note(f"top_k has no effect: there are {len(heap)} rows, and {k} are kept")
         yield from sorted((-negative, row) for _, negative, row in heap)
@@ -318,7 +318,7 @@ def value_of(row: dict, name: str):
 
 def _check_text(value, name: str) -> None:
     """Raise RowError for a field's value that is no text with something in it, naming a map that would read it."""
-    fault = fault_of_text(value)
+    fault = text_error(value)
     if fault is None:
         return
     keys = keys_of_turn(value)

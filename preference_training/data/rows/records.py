@@ -92,12 +92,12 @@ class DataReport:
     def bad_row(self, error: UserError) -> None:
         """Count a row that cannot be used. Raises `error` where such rows are to stop the run."""
         if not self.skip_bad_rows:
-            raise UserError(f"{error} Mend the row, or leave such rows out with on_bad_row=skip.") from error
+            raise UserError(f"{error} Fix the row, or skip such rows with on_bad_row=skip.") from error
         self.num_bad_rows += 1
         if len(self.bad_rows) < 10:
             self.bad_rows.append(str(error).splitlines()[0])
 
-    def leave_out(self, reason: str, count: int = 1) -> None:
+    def skip(self, reason: str, count: int = 1) -> None:
         """Count what a rule leaves out."""
         if count:
             self.left_out[reason] = self.left_out.get(reason, 0) + count
@@ -147,10 +147,10 @@ class DataReport:
 # ---- faults -------------------------------------------------------------------------------------------------------------
 
 
-def fault_of_item(item) -> str | None:
+def item_error(item) -> str | None:
     """What is wrong with one (prompt, record) that a loader gave, or None."""
     if not isinstance(item, tuple) or len(item) != 2 or not isinstance(item[1], dict):
-        found = " and ".join(map(kind_of, item)) if isinstance(item, tuple) else kind_of(item)
+        found = " and ".join(map(type_name, item)) if isinstance(item, tuple) else type_name(item)
         return f"found {found}, expected a prompt and a dict"
     prompt, record = item
     missing = {"responses", "pairs", "sft_target"} - record.keys()
@@ -158,21 +158,21 @@ def fault_of_item(item) -> str | None:
         return f"the record has no {', '.join(sorted(missing))}"
     for key in ("responses", "pairs"):
         if not isinstance(record[key], list | tuple):
-            return f"{key} is {kind_of(record[key])}, expected a list"
-    if fault := fault_of_prompt(prompt):
+            return f"{key} is {type_name(record[key])}, expected a list"
+    if fault := prompt_error(prompt):
         return f"the prompt {fault}"
     responses = {f"response {index}": text for index, text in enumerate(record["responses"])}
     targets = record.get("sft_targets", [])
     if not isinstance(targets, list | tuple):
-        return f"sft_targets is {kind_of(targets)}, expected a list"
+        return f"sft_targets is {type_name(targets)}, expected a list"
     learned = {f"sft_targets {index}": text for index, text in enumerate(targets)} | {"sft_target": record["sft_target"]}
     for what, text in {**responses, **learned}.items():
-        if fault := fault_of_text(text):
+        if fault := text_error(text):
             return f"{what} {fault}"
-    return next((fault for pair in record["pairs"] if (fault := _fault_of_pair(pair, len(responses)))), None)
+    return next((fault for pair in record["pairs"] if (fault := _pair_error(pair, len(responses)))), None)
 
 
-def _fault_of_pair(pair, count: int) -> str | None:
+def _pair_error(pair, count: int) -> str | None:
     if type(pair) is tuple and len(pair) == 2 and type(pair[0]) is type(pair[1]) is int:
         i, j = pair
         if 0 <= i < count and 0 <= j < count and i != j:
@@ -187,22 +187,22 @@ def _fault_of_pair(pair, count: int) -> str | None:
 ROLES = ("system", "user", "assistant")
 
 
-def fault_of_prompt(prompt) -> str | None:
+def prompt_error(prompt) -> str | None:
     """What is wrong with a prompt, as the end of a sentence, or None."""
     if not isinstance(prompt, tuple):
-        return fault_of_text(prompt)
+        return text_error(prompt)
     for number, turn in enumerate(prompt, start=1):
         if not isinstance(turn, tuple) or len(turn) != 2 or not isinstance(turn[0], str) or turn[0] not in ROLES:
             return f"has a turn {number} that is no (role, content) with one of the roles {', '.join(ROLES)}"
-        if fault := fault_of_text(turn[1]):
+        if fault := text_error(turn[1]):
             return f"has a turn {number} that {fault}"
     return None if prompt and prompt[-1][0] == "user" else "is a conversation whose last turn is not the user's"
 
 
-def fault_of_text(value) -> str | None:
+def text_error(value) -> str | None:
     """What is wrong with a value that should be a text with something in it, as the end of a sentence, or None."""
     if not isinstance(value, str):
-        return f"is {kind_of(value)}, expected a text"
+        return f"is {type_name(value)}, expected a text"
     if not value or value.isspace():
         return "is empty"
     if value.isascii():
@@ -214,7 +214,7 @@ def fault_of_text(value) -> str | None:
     return None
 
 
-def kind_of(value) -> str:
+def type_name(value) -> str:
     """A value's type as a user calls it."""
     return "None" if value is None else type(value).__name__
 
@@ -280,11 +280,11 @@ def group_rows(rows: Iterable[Row], report: DataReport, window: int = 20_000) ->
             yield row.prompt, {"responses": row.responses, "pairs": [], "sft_target": row.responses[row.target]}
             continue
         if row.pairs and len(set(row.responses)) == 1:
-            report.leave_out(SAME_TEXT, len(row.pairs))
+            report.skip(SAME_TEXT, len(row.pairs))
             continue
         record = records.setdefault(row.prompt, new_record())
         same = add_responses(record, row.responses, row.pairs)
-        report.leave_out(SAME_TEXT, same)
+        report.skip(SAME_TEXT, same)
         if row.scores is not None:
             record.setdefault("scores", []).extend(zip(row.scores, row.responses, strict=True))
         elif same < len(row.pairs):
@@ -310,10 +310,10 @@ def scored_record(responses: list[str], scores: list[float], report: DataReport)
     score_of = dict(zip(responses, scores, strict=True))
     texts, scores = list(score_of), list(score_of.values())
     pairs = pairs_by_score(scores)
-    report.leave_out(SAME_ANSWER, len(responses) - len(texts))
-    report.leave_out(EQUAL_SCORES, len(texts) * (len(texts) - 1) // 2 - len(pairs))
+    report.skip(SAME_ANSWER, len(responses) - len(texts))
+    report.skip(EQUAL_SCORES, len(texts) * (len(texts) - 1) // 2 - len(pairs))
     if not pairs:
-        report.leave_out(NO_PAIR)
+        report.skip(NO_PAIR)
         return None
     return {"responses": texts, "pairs": pairs, "sft_target": max(score_of, key=score_of.__getitem__)}
 

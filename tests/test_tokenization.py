@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from preference_training.core.errors import UserError
 from preference_training.data.rows.records import SAME_TEXT, DataReport, PreferenceRecord, Turn
 from preference_training.data.rows.templates import build_template
-from preference_training.data.token_files import NO_END, TOKEN_FIELDS, read_tokenized, write_tokenized
+from preference_training.data.token_files import NO_END, TOKEN_FIELDS, Vocabulary, read_tokenized, write_tokenized
 from preference_training.data.tokenization import (
     NO_PAIR_TO_COMPARE,
     NO_TURNS,
@@ -609,7 +609,7 @@ def read(path: Path, split="train", share=0.0, report=None, paired=True, max_len
     """The prompts of a file, of a vocabulary of 1000 whose end-of-sequence token is 2."""
     settings = TokenSettings(paired, max_length, max_prompt_length)
     report = report if report is not None else DataReport()
-    return list(read_tokenized(path, split, share, VOCABULARY, EOS, settings, report))
+    return list(read_tokenized(path, split, share, Vocabulary(VOCABULARY, EOS), settings, report))
 
 
 def test_rows_that_are_cut_to_the_same_ids_are_left_out_and_counted(tmp_path):
@@ -624,7 +624,9 @@ def test_rows_that_are_cut_to_the_same_ids_are_left_out_and_counted(tmp_path):
 def test_a_prompt_of_token_ids_that_is_cut_keeps_the_beginning_that_it_has(tmp_path):
     torch.save([row(prompt=(1, 5, 6, 7, 8)), row(prompt=(4, 5, 6, 7, 8))], tmp_path / "ids.pt")
     settings = TokenSettings(True, 6, 3, "keep_end")
-    with_bos, without = read_tokenized(tmp_path / "ids.pt", "train", 0.0, VOCABULARY, EOS, settings, DataReport(), 1)
+    with_bos, without = read_tokenized(
+        tmp_path / "ids.pt", "train", 0.0, Vocabulary(VOCABULARY, EOS, 1), settings, DataReport()
+    )
     assert (with_bos.prompt_ids, without.prompt_ids) == ([1, 7, 8], [6, 7, 8])
 
 

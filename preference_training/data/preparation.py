@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy
 import xxhash
@@ -22,7 +23,7 @@ from preference_training.core.machine import rare_garbage_collection
 from preference_training.data.entries import Entry, load_records
 from preference_training.data.prompt_table import ContentHash, PromptTable, TablePart, write_columns, write_some
 from preference_training.data.rows.records import DataReport, PreferenceRecord
-from preference_training.data.token_files import read_tokenized
+from preference_training.data.token_files import Vocabulary, read_tokenized
 from preference_training.data.tokenization import VERSION, TokenizedPrompt, TokenSettings, text_reader, tokenize_records
 
 
@@ -62,7 +63,7 @@ def prepare(
     vocabulary = tokenizer_hash(tokenizer)
     for entry in entries:
         version = settings(entry).version
-        work = _Preparation(entry, split, tokenizer, vocabulary, settings(entry), directory, cache_dir)
+        work = _Preparation(entry, split, tokenizer, vocabulary, settings(entry), Folders(directory, cache_dir))
         with rare_garbage_collection():
             part, report = work.result()
         if part is not None:
@@ -85,22 +86,20 @@ def _kept_in(directory: Path) -> Iterator[None]:
         ) from error
 
 
+class Folders(NamedTuple):
+    """Where prepared data is kept, and the hub library's cache."""
+
+    prepared: Path
+    hub: str | None
+
+
 class _Preparation:
     """One entry and split: the file it is found in, or is written to."""
 
-    def __init__(
-        self,
-        entry: Entry,
-        split: str,
-        tokenizer,
-        vocabulary: str,
-        settings: TokenSettings,
-        directory: Path,
-        cache_dir: str | None,
-    ):
+    def __init__(self, entry: Entry, split: str, tokenizer, vocabulary: str, settings: TokenSettings, folders: Folders):
         self.entry, self.split, self.tokenizer, self.settings = entry, split, tokenizer, settings
-        self.directory, self.cache_dir = directory, cache_dir
-        known = entry.fingerprint(split, cache_dir, trust_user_code=settings.version == 1)
+        self.directory, self.cache_dir = folders
+        known = entry.fingerprint(split, self.cache_dir, trust_user_code=settings.version == 1)
         # Where only loading tells what the data is, the name ends with a hash of the records.
         self.content_is_known = known is not None
         depends_on = [entry.name, known, entry.report().skip_bad_rows, split, vocabulary, *_settings_key(settings)]
@@ -192,9 +191,8 @@ class _Preparation:
 
     def _prompts(self, report: DataReport, digest) -> Iterator[TokenizedPrompt]:
         if file := self.entry.tokenized_file:
-            share = self.entry.held_out_share
-            vocabulary, eos, bos = len(self.tokenizer), self.tokenizer.eos_token_id, self.tokenizer.bos_token_id
-            return read_tokenized(file, self.split, share, vocabulary, eos, self.settings, report, bos)
+            share, vocabulary = self.entry.held_out_share, Vocabulary.of(self.tokenizer)
+            return read_tokenized(file, self.split, share, vocabulary, self.settings, report)
         return tokenize_records(self._records(report, digest), self.tokenizer, self.settings, report)
 
     def _records(self, report: DataReport, digest) -> Iterator[PreferenceRecord]:

@@ -70,6 +70,12 @@ def find_dataset(name: str) -> Dataset:
     )
 
 
+def entries_of(config: dict | None) -> list[dict]:
+    """The entries of `datasets` in a configuration of plain values, each as a dict."""
+    given = [] if config is None else config["datasets"]
+    return [entry if isinstance(entry, dict) else {"name": entry} for entry in (given if isinstance(given, list) else [given])]
+
+
 @cache
 def _run_user_file(path: Path) -> dict[str, Dataset]:
     """Run a Python file, once. Returns what it registers, apart from the registry: two files may use the same name."""

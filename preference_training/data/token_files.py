@@ -1,6 +1,7 @@
 """Files that hold token ids already (`.pt`): pairs with loss masks, read and written."""
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -14,15 +15,22 @@ NO_END = "responses that do not end with the end-of-sequence token"
 TOKEN_FIELDS = ("prompt_chosen_tokens", "prompt_rejected_tokens", "chosen_loss_mask", "rejected_loss_mask")
 
 
+@dataclass(frozen=True)
+class Vocabulary:
+    """What a file of token ids is checked against: how many ids there are, and those that end and begin a sequence."""
+
+    size: int
+    eos_token_id: int
+    bos_token_id: int | None = None
+
+    @classmethod
+    def of(cls, tokenizer) -> "Vocabulary":
+        """A tokenizer's."""
+        return cls(len(tokenizer), tokenizer.eos_token_id, tokenizer.bos_token_id)
+
+
 def read_tokenized(
-    path: Path,
-    split: str,
-    held_out_share: float,
-    vocabulary: int,
-    eos_token_id: int,
-    settings: TokenSettings,
-    report: DataReport,
-    bos_token_id: int | None = None,
+    path: Path, split: str, held_out_share: float, vocabulary: Vocabulary, settings: TokenSettings, report: DataReport
 ) -> Iterator[TokenizedPrompt]:
     """Yield the prompts of a `.pt` file: a list of dicts with the TOKEN_FIELDS, each a list or 1-D tensor of whole numbers.
 
@@ -32,7 +40,7 @@ def read_tokenized(
     rows go to the report; raises UserError for a file that is none. Nothing is unpickled but tensors and plain values.
     """
     counts = report if split == "train" else DataReport(report.skip_bad_rows)
-    for prompt_ids, rows in groupby(_valid_rows(path, vocabulary, counts), key=itemgetter(1)):
+    for prompt_ids, rows in groupby(_valid_rows(path, vocabulary.size, counts), key=itemgetter(1)):
         record, first = new_record(), None
         for number, _, chosen, rejected in rows:
             first = first or number
@@ -43,9 +51,9 @@ def read_tokenized(
         learned = [chosen for chosen, _ in pairs]
         targets = [responses[index] for index in (learned if settings.version > 1 else dict.fromkeys(learned))]
         for used, compared in [(responses, pairs)] if settings.paired else [([target], []) for target in targets]:
-            report.change(NO_END, sum(response[-1] != eos_token_id for response in used))
+            report.change(NO_END, sum(response[-1] != vocabulary.eos_token_id for response in used))
             prompt = TokenizedPrompt(prompt_ids, used, compared, f"{path}, row {first}", first)
-            always_kept = int(settings.version > 1 and prompt_ids[0] == bos_token_id)
+            always_kept = int(settings.version > 1 and prompt_ids[0] == vocabulary.bos_token_id)
             left = trainable_part(prompt, settings, always_kept, report)
             if left is not None:
                 yield left

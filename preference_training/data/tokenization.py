@@ -283,8 +283,7 @@ def trainable_part(
     Left out are pairs of responses that have become the same, by their template or cut, and prompts that are cut down to
     their beginning of the sequence, `always_kept` tokens.
     """
-    lengths = settings.max_length, settings.max_prompt_length, settings.truncation_mode
-    fitted = fit(prompt, *lengths, report, always_kept)
+    fitted = truncate(prompt, settings, report, always_kept)
     if fitted is None or settings.version == 1:
         return fitted
     ids = fitted.prompt_ids
@@ -304,7 +303,7 @@ def trainable_part(
 def _count_no_cuts_of(
     prompt: TokenizedPrompt, fitted: TokenizedPrompt, left: TokenizedPrompt | None, report: DataReport
 ) -> None:
-    """Take back what `fit` has counted of texts that are left out after it: counted is what a model reads."""
+    """Take back what `truncate` has counted of texts that are left out after it: counted is what a model reads."""
     whole = set(map(tuple, prompt.responses))
     cut, still_cut = (
         sum(tuple(response) not in whole for response in (part.responses if part else ())) for part in (fitted, left)
@@ -336,13 +335,8 @@ PROMPT_CUT = "prompts cut"
 RESPONSE_CUT = "responses cut (they lose their end-of-sequence token)"
 
 
-def fit(
-    prompt: TokenizedPrompt,
-    max_length: int,
-    max_prompt_length: int,
-    truncation_mode: str,
-    report: DataReport,
-    always_kept: int = 0,
+def truncate(
+    prompt: TokenizedPrompt, settings: TokenSettings, report: DataReport, always_kept: int = 0
 ) -> TokenizedPrompt | None:
     """The prompt with all its responses within `max_length` tokens, or None where nothing of it is left.
 
@@ -351,14 +345,15 @@ def fit(
     `max_length - max_prompt_length`. drop: responses that do not fit are left out, with their pairs. The first `always_kept`
     tokens of a prompt, its beginning of the sequence, stay in front also where its end is kept.
     """
+    max_length, max_prompt_length = settings.max_length, settings.max_prompt_length
     longest = max(map(len, prompt.responses), default=0)
     if len(prompt.prompt_ids) + longest <= max_length:
         return prompt if prompt.responses else None
-    if truncation_mode == "drop":
+    if settings.truncation_mode == "drop":
         return _without_long_responses(prompt, max_length, report)
     ids = prompt.prompt_ids
     if len(ids) > max_prompt_length:
-        start = max_prompt_length if truncation_mode == "keep_start" else min(always_kept, max_prompt_length)
+        start = max_prompt_length if settings.truncation_mode == "keep_start" else min(always_kept, max_prompt_length)
         ids = ids[:start] + ids[len(ids) - (max_prompt_length - start) :]
         report.change(PROMPT_CUT)
     responses = prompt.responses

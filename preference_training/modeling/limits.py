@@ -104,7 +104,7 @@ def check_limits(config, tokenizer, limits: Limits) -> None:
         raise UserError(_no_embedding(config, emitted, limits.vocabulary, where))
     print(
         f"model.tokenizer_name_or_path: {len(unknown)} tokens have no row in the model's embedding of {limits.vocabulary:,}: "
-        f"{_listed(unknown)}. A row of data with one of them would be refused",
+        f"{_named(unknown)}. A row of data with one of them would be refused",
         flush=True,
     )
 
@@ -158,11 +158,11 @@ def _no_embedding(config, unknown: dict[str, int], vocabulary: int, where: str) 
     name = config.model.tokenizer_name_or_path or config.model.name_or_path
     return (
         f"model.tokenizer_name_or_path: {name} has tokens that the model's embedding of {vocabulary:,} rows lacks: "
-        f"{_listed(unknown)}, {where}. Take the model's own tokenizer or another template, or enlarge the embedding first: "
+        f"{_named(unknown)}, {where}. Take the model's own tokenizer or another template, or enlarge the embedding first: "
         "model.resize_token_embeddings(len(tokenizer)), then model.save_pretrained and tokenizer.save_pretrained."
     )
 
 
-def _listed(tokens: dict[str, int]) -> str:
+def _named(tokens: dict[str, int]) -> str:
     shown = [f"{token} ({number})" for token, number in list(tokens.items())[:NAMED]]
     return ", ".join(shown) + (", ..." if len(tokens) > NAMED else "")

@@ -20,7 +20,7 @@ from preference_training.core.secrets import without_secrets
 from preference_training.core.values import dotted
 from preference_training.data.chat_templates import PLAIN_PROMPT
 from preference_training.data.files import is_data_file
-from preference_training.data.registry import DATASETS, TOKENIZED_SUFFIX
+from preference_training.data.registry import DATASETS, TOKENIZED_SUFFIX, entries_of
 from preference_training.losses.registry import Registration, find_loss
 
 
@@ -87,13 +87,6 @@ def metadata(facts: CardFacts) -> str:
 def is_hub_id(name: str) -> bool:
     """Whether a model's or a data set's name can be one of the hub's, and is no directory here."""
     return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None and not name.startswith(".") and not Path(name).exists()
-
-
-def entries_of(config: dict | None) -> list[dict]:
-    """The entries of `datasets`, each as a dict."""
-    datasets = [] if config is None else config["datasets"]
-    listed = datasets if isinstance(datasets, list) else [datasets]
-    return [entry if isinstance(entry, dict) else {"name": entry} for entry in listed]
 
 
 def hub_sets(config: dict | None) -> Iterable[str]:

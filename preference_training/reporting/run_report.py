@@ -15,12 +15,13 @@ import numpy
 from preference_training.core.errors import UserError
 from preference_training.core.machine import too_few
 from preference_training.core.values import UNREADABLE, with_interval
+from preference_training.data.registry import entries_of
 from preference_training.data.rows.records import DataReport
 from preference_training.losses.beta_dpo import LOSS_AT_BETA_USED, is_at_beta_used
 from preference_training.losses.registry import evaluation_depends_on_run
 from preference_training.reporting.charts import Line, chart, column, line_of, shown, words_marked
 from preference_training.reporting.flagged_pairs import KINDS, PairFinder, flagged_rows
-from preference_training.reporting.model_card import entries_of, settings_changed
+from preference_training.reporting.model_card import settings_changed
 from preference_training.reporting.pages import page, write_page
 from preference_training.tracking.run_files import (
     ABOUT,

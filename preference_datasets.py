@@ -24,12 +24,13 @@ from preference_training.core.processes import in_workers
 from preference_training.data.html_text import html_to_text
 from preference_training.data.hub_sets import WHOLE_SET, HubSet, hub_set, valid_rows
 from preference_training.data.registry import register
-from preference_training.data.rows.field_maps import FieldMap, NumberedRows
+from preference_training.data.rows.field_maps import FieldMap
 from preference_training.data.rows.records import (
     EMPTY_TEXT,
     SAME_TEXT,
     DataReport,
     Items,
+    NumberedRows,
     Prompt,
     Records,
     Row,

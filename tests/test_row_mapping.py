@@ -7,8 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from preference_training.core.errors import UserError
-from preference_training.data.rows.field_maps import FieldMap, RowError, condition, value_of
+from preference_training.data.rows.conversations import RowError
+from preference_training.data.rows.field_maps import FieldMap
 from preference_training.data.rows.records import OTHER_PROMPT, DataReport, Row, Turn, text_error, type_name
+from preference_training.data.rows.values import condition, value_of
 
 
 def dialogue(question: str, answer: str) -> str:

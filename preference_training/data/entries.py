@@ -22,10 +22,11 @@ from preference_training.core.errors import UserError, nearest
 from preference_training.data.files import content_hash, is_data_file, read_rows
 from preference_training.data.hub_sets import hub_rows, load_hub
 from preference_training.data.registry import DATASETS, TOKENIZED_SUFFIX, Dataset, find_dataset
-from preference_training.data.rows.field_maps import FieldMap, NumberedRows, condition
+from preference_training.data.rows.field_maps import FieldMap
 from preference_training.data.rows.records import (
     DataReport,
     Items,
+    NumberedRows,
     PreferenceRecord,
     Prompt,
     group_rows,
@@ -34,6 +35,7 @@ from preference_training.data.rows.records import (
     split_by_hash,
     type_name,
 )
+from preference_training.data.rows.values import condition
 from preference_training.losses.registry import is_paired
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from preference_training.core.errors import UserError, first_line
 from preference_training.data.registry import DATASETS, Dataset, Prompts
-from preference_training.data.rows.field_maps import NumberedRows, RowError, value_of
-from preference_training.data.rows.records import DataReport, Items, prompt_text, split_by_hash, type_name
+from preference_training.data.rows.conversations import RowError
+from preference_training.data.rows.records import DataReport, Items, NumberedRows, prompt_text, split_by_hash, type_name
+from preference_training.data.rows.values import value_of
 
 
 @cache

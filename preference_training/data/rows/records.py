@@ -30,6 +30,8 @@ class Turn(NamedTuple):
 Prompt = str | tuple[Turn, ...]
 Records = dict[Prompt, dict]
 Items = Iterable[tuple[Prompt, dict]]
+# (row number, row), as files and hub sets give them.
+NumberedRows = Iterable[tuple[int, dict]]
 
 
 @dataclass(frozen=True)

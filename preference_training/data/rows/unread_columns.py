@@ -12,7 +12,7 @@ MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 
 
 class ColumnsRead:
-    """The names that a map reads; those with dots lead into nested values, as in `row_mapping.value_of`."""
+    """The names that a map reads; those with dots lead into nested values, as in `value_of`."""
 
     def __init__(self, names: Iterable[str]):
         self.names = frozenset(names)

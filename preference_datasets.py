@@ -1,4 +1,4 @@
-"""The registry of data sets, and its loaders: a name becomes prompts, responses, pairs and SFT targets, all text.
+"""The named data sets: each name stands for a loader of prompts, responses, pairs and SFT targets, all text.
 
 A loader is a function `(split, silent=False, cache_dir=None)` registered under a name. It returns a dict from prompt to
 
@@ -12,9 +12,9 @@ when the data does not fit in memory. To add one, write the function, here or in
     def get_my_data(split, silent=False, cache_dir=None): ...
 
 Further keyword parameters of a loader are keys that its entry may have: `datasets=[{name: my_data, language: en}]`; one called
-`report` is given the `DataReport` that counts what is left out, one called `text_of` a function from a prompt to the text that
-the model reads of it, for a split by a hash. Heavy libraries are imported where they are used, so that
-names can be checked before anything is loaded.
+`report` receives the `DataReport` that counts what is skipped, one called `text_of` a function from a prompt to the text that
+the model reads of it, for a split by hash. Import heavy libraries where they are used, so that names can be checked before
+anything is loaded.
 """
 
 from collections.abc import Iterator
@@ -111,7 +111,7 @@ STACK_EXCHANGE_KINDS = {"question": str, "answers": list, "answers.text": str, "
 def stack_exchange_records(rows: NumberedRows, report: DataReport) -> Items:
     """StackExchange: every pair of answers to a question whose scores differ, as plain text. The best is the SFT target.
 
-    Answers with equal scores form no pair, and a question without any pair is left out; both are counted. Nothing is kept
+    Answers with equal scores form no pair, and a question without any pair is skipped; both are counted. Nothing is kept
     between questions, so millions of them stream through; their HTML is read by as many processes as there are cores.
     """
     sound = valid_rows(rows, "se", report, STACK_EXCHANGE_KINDS)
@@ -137,7 +137,7 @@ LEETCODE = HubSet("minfeng-ai/leetcode_preference", ("description", "version1", 
 def leetcode_records(rows: NumberedRows, report: DataReport) -> Items:
     """LeetCode problems with two solutions, of which a person preferred one: `preference` 0 is version1, 1 is version2.
 
-    Problems nobody has labelled are left out and counted.
+    Problems that nobody has labeled are skipped and counted.
     """
 
     def usable() -> Iterator[Row]:

@@ -15,9 +15,9 @@ from preference_training.data.prompt_table import PromptTable, Selection, shuffl
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What a step computes at once: the examples that `gradient_accumulation_steps` puts together.
+    """One of a step's `gradient_accumulation_steps` parts.
 
-    packs are this rank's, each within the budget. num_examples counts those of all ranks; `examples` are these.
+    packs are this rank's, each within the budget; `examples` are those of all ranks, and num_examples counts them.
     """
 
     packs: list[PackedBatch]

@@ -33,8 +33,7 @@ class PackedBatch:
     scored_ids: [S], the responses' tokens one after the other; predicted_at: [S], the packed index whose output predicts each
     of them (the token before it: the prompt's last one for a response's first); response_of: [S], the response each belongs to.
     places: [E], the places of its examples among those of the micro-batch, over all ranks.
-    sources: [examples], for messages. is_filler: whether it is there only because other ranks have one pack more; it counts
-    for nothing.
+    sources: [examples], for messages. is_filler: padding for ranks that have fewer packs than another; it does not count.
     """
 
     input_ids: Tensor
@@ -57,7 +56,7 @@ class PackedBatch:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens, each prompt and response counted once; none of what only fills up."""
+        """Tokens, each prompt and response counted once; 0 for a filler."""
         return 0 if self.is_filler else len(self.input_ids)
 
     @cached_property
@@ -144,7 +143,7 @@ def cut(examples: Sequence[Example], size: int) -> Iterator[Sequence[Example]]:
 
 @dataclass(frozen=True)
 class TokenBudget:
-    """How many packed tokens are computed at once.
+    """How many packed tokens are computed at once, at most.
 
     limit: more would not fit into memory. soft_limit: more would not be faster, so that a new prompt begins a new pack;
     the pairs of one prompt stay together up to the limit, for the sake of what they share.
@@ -223,7 +222,7 @@ def _num_tokens(examples: Sequence[Example], places: Iterable[int]) -> int:
 def packs_of(examples: Sequence[Example], budget: TokenBudget, ranks: Ranks = ALONE) -> list[PackedBatch]:
     """This rank's part of some examples, packed in packs within the budget. Every rank gets equally many packs.
 
-    Sharded models compute together, so a rank with fewer packs than another gets fillers, which count for nothing.
+    Sharded models compute together, so a rank with fewer packs than another gets fillers, which do not count.
     """
     cuts = [list(cut_within(examples, places, budget)) for places in assign_to_ranks(examples, ranks.size)]
     packs = [pack_examples([examples[place] for place in places], places) for places in cuts[ranks.rank]]

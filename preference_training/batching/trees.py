@@ -1,4 +1,4 @@
-"""Where prompts and responses lie in a packed row."""
+"""Where prompts and responses lie in a packed batch."""
 
 from dataclasses import dataclass
 from functools import cached_property

@@ -1,7 +1,7 @@
-"""The entries of `datasets`: a registered name, a file, a set of the hub or a file of token ids, and what is done with it.
+"""The entries of `datasets`: a registered name, a file, a set of the hub or a file of token ids, with options.
 
-An entry is a name or a path, or a dict with either and further keys. Everything that can be said about it is checked here,
-before anything is loaded; then `load_records` gives its checked records, one by one.
+An entry is a name or a path, or a dict with either and further keys. Everything about it is checked here before anything is
+loaded; `load_records` then yields its checked records, one by one.
 """
 
 import inspect
@@ -72,7 +72,7 @@ class OwnData:
     ) -> Items:
         """A loader. Raises UserError naming file and row, also where no row is usable."""
         report = report if report is not None else DataReport()
-        # Of a set that is split by a hash both splits read all rows: what is left out is counted once.
+        # Both splits of a set that is split by hash read all rows: what is skipped is counted once.
         counts = DataReport(report.skip_bad_rows) if self.by_hash and split == "test" else report
         place, rows = self._rows(split, cache_dir, counts)
         items = group_rows(self.field_map.rows_of(rows, place, counts), counts)
@@ -116,7 +116,7 @@ class OwnData:
             )
 
 
-# Fields of a map that are named in every fingerprint; of those that have come later, the ones that are given.
+# The fields that every fingerprint names; fields that were added later are named where they are given.
 ALWAYS_NAMED = (
     "prompt", "chosen", "rejected", "system", "response", "score", "responses", "scores", "ranks", "implicit_prompt", "where",
     "top_k",
@@ -124,7 +124,7 @@ ALWAYS_NAMED = (
 
 
 def field_map_text(field_map: FieldMap) -> str:
-    """A map of fields as text: the same when fields are added that it does not use."""
+    """A map of fields as text, for fingerprints: it stays the same when FieldMap gains fields that the map does not use."""
     usual = FieldMap()
     values = {item.name: getattr(field_map, item.name) for item in fields(FieldMap)}
     more = [name for name, value in values.items() if name not in ALWAYS_NAMED and value != getattr(usual, name)]
@@ -133,7 +133,7 @@ def field_map_text(field_map: FieldMap) -> str:
 
 @dataclass(frozen=True)
 class Entry:
-    """One entry of `datasets`, understood: where records come from, and what is done with them.
+    """One parsed entry of `datasets`: where records come from, and what is done with them.
 
     options are further keyword arguments of the loader. weight says how often an epoch visits each prompt. notes are about
     settings that have no effect here. Values that the entry does not give are the configuration's.
@@ -162,7 +162,7 @@ class Entry:
         return isinstance(own, OwnData) and not (own.test_path or own.test_split)
 
     def report(self) -> DataReport:
-        """An empty report that knows what becomes of bad rows."""
+        """An empty report that knows whether to skip bad rows."""
         skip = self.dataset.skip_bad_rows if self.on_bad_row is None else self.on_bad_row == "skip"
         return DataReport(skip_bad_rows=skip)
 
@@ -177,15 +177,15 @@ class Entry:
         return f"{self.dataset.fingerprint(split, cache_dir, **self.options)} {self.on_bad_row}"
 
 
-# Parameters that a loader may have, and which are no keys of an entry.
-GIVEN = ("report", "text_of")
+# Parameters of a loader that are passed by us, and are no keys of an entry.
+PASSED = ("report", "text_of")
 
 
 def read_entry(entry, defaults: dict | None = None) -> Entry:
-    """Understand one entry of `datasets`: a name or path, or a dict with `name` or `path` and further keys.
+    """Parse one entry of `datasets`: a name or path, or a dict with `name` or `path` and further keys.
 
     defaults has the configuration's values of `held_out_share` and of the keys that an entry may override. Raises UserError
-    for names and keys that do not exist, for values that make no sense, and for files that are not there.
+    for names and keys that do not exist, invalid values, and missing files.
     """
     defaults = defaults or {}
     given = {("path" if _looks_like_a_path(entry) else "name"): entry} if isinstance(entry, str) else entry
@@ -201,13 +201,13 @@ def read_entry(entry, defaults: dict | None = None) -> Entry:
         rest = {"held_out_share": defaults.get("held_out_share", 0.05)} | rest
         notes = (*_tokenized_without_effect(name, general), *_path_without_effect(name, given))
         dataset = _dataset_of_path(name, rest)
-        understood = Entry(name, dataset, held_out_share=rest["held_out_share"], notes=notes, **general)
+        parsed = Entry(name, dataset, held_out_share=rest["held_out_share"], notes=notes, **general)
     else:
         name = str(given["name"])
-        understood = Entry(name, find_dataset(name), rest, **general)
-        _check_options(understood)
-    _check_general(understood)
-    return understood
+        parsed = Entry(name, find_dataset(name), rest, **general)
+        _check_options(parsed)
+    _check_general(parsed)
+    return parsed
 
 
 def _looks_like_a_path(text: str) -> bool:
@@ -299,7 +299,7 @@ def _check_options(entry: Entry) -> None:
     known = inspect.signature(entry.dataset.load).parameters
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
         return
-    own = [name for name in known if name not in ("split", "silent", "cache_dir", *GIVEN)]
+    own = [name for name in known if name not in ("split", "silent", "cache_dir", *PASSED)]
     for key in entry.options:
         if key not in own:
             raise UserError(f"datasets: {entry.name}: no key {key!r}; {nearest(str(key), [*own, *GENERAL_KEYS])}")
@@ -340,7 +340,7 @@ def load_records(
     set and record. text_of is what decides which prompts are held out, where a share of them is: `split_by_hash`.
     """
     report = report if report is not None else entry.report()
-    given = dict(zip(GIVEN, (report, text_of), strict=True))
+    given = dict(zip(PASSED, (report, text_of), strict=True))
     options = entry.options | {
         key: given[key] for key in inspect.signature(entry.dataset.load).parameters.keys() & given.keys()
     }
@@ -364,7 +364,7 @@ def load_records(
 
 
 def read_entries(config: DictConfig) -> list[Entry]:
-    """The entries of `datasets`, understood; brackets may be left out for one. Raises UserError."""
+    """The parsed entries of `datasets`; brackets may be omitted for one. Raises UserError."""
     entries = listed(config.datasets)
     if not isinstance(entries, list) or not entries:
         raise UserError(f"datasets: found {entries!r}, expected at least one data set, as in [hh,shp].")

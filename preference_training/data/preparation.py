@@ -1,9 +1,8 @@
-"""Each data set tokenized once: streamed from its loader into an Arrow file, found again by what it depends on.
+"""Tokenize each data set once: stream it from its loader into an Arrow file, and find it again by what it depends on.
 
 A file's name is a hash of the data's content, of the tokenizer, of the settings that shape token ids, and of the version of the
-rules by which they do (`tokenization.VERSION`); our code is no part of it. Processes that prepare the same data at once (the
-ranks of a run, the jobs of a sweep) wait for the first of them, however long it takes. A file appears under its name when it is
-whole, never before.
+rules (`tokenization.VERSION`); our code is no part of it. Processes that prepare the same data at once (the ranks of a run, the
+jobs of a sweep) wait for the first of them, however long it takes. A file gets its name when it is complete.
 """
 
 import json
@@ -68,14 +67,14 @@ def prepare(
             part, report = work.result()
         if part is not None:
             parts.append(part)
-        # Not kept with the data, which does not depend on settings that have no effect.
+        # Not stored with the data, which does not depend on settings without effect.
         reports.append(replace(report, notes=[*entry.notes, *report.notes]) if split == "train" else report)
     return Prepared(PromptTable(parts, first_row), reports, version)
 
 
 @contextmanager
-def _kept_in(directory: Path) -> Iterator[None]:
-    """Inside, files are written to a directory that is made for them. Raises UserError where the system does not take them."""
+def _writable(directory: Path) -> Iterator[None]:
+    """Inside, files are written to a directory that is made for them. Raises UserError where it cannot."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         yield
@@ -106,9 +105,9 @@ class _Preparation:
         self.key = xxhash.xxh3_128_hexdigest(json.dumps(depends_on, sort_keys=True).encode())
 
     def result(self) -> tuple[TablePart | None, DataReport]:
-        """The whole file, mapped, None where it has no prompt, and the report. Prepares it if need be."""
+        """The memory-mapped file, None where it has no prompt, and the report. Prepares it if needed."""
         waiting = f"{self.entry.name}: waiting for the process that prepares it"
-        with _kept_in(self.directory), locked(self.directory / f"{self.key}.lock", waiting):
+        with _writable(self.directory), locked(self.directory / f"{self.key}.lock", waiting):
             return self._find() or self._make()
 
     def _find(self) -> tuple[TablePart | None, DataReport] | None:
@@ -177,13 +176,13 @@ class _Preparation:
             side.unlink(missing_ok=True)
 
     def _sweep(self) -> None:
-        """Remove what killed preparations have left, whatever they were preparing."""
+        """Remove what killed processes have left behind."""
         from filelock import FileLock, Timeout
 
         for partial in self.directory.glob("*.partial"):
             lock = FileLock(self.directory / f"{partial.name.split('.')[0]}.lock")
             try:
-                # This process holds its own key's lock; another's that cannot be had is being prepared.
+                # This process holds its own lock; a lock that is taken belongs to a preparation in progress.
                 with lock.acquire(timeout=0):
                     partial.unlink(missing_ok=True)
             except Timeout:
@@ -206,12 +205,12 @@ class _Preparation:
                     digest.update(repr(content).encode())
                 yield record
         except OSError as error:
-            # Of the loader's own files: nothing that another folder for prepared data would mend.
+            # The loader's own files: another folder for prepared data would not help.
             raise UserError(f"datasets: {self.entry.name}: its loader cannot read its data: {error}.") from error
 
 
 def _with_progress(prompts: Iterator[TokenizedPrompt], name: str) -> Iterator[TokenizedPrompt]:
-    """The same prompts, with a bar on a terminal where it takes longer than a few seconds."""
+    """The same prompts, with a progress bar on a terminal after a few seconds."""
     from tqdm import tqdm
 
     return tqdm(prompts, desc=f"preparing {name}", unit=" prompts", delay=5, leave=False, disable=None, mininterval=1.0)
@@ -224,14 +223,14 @@ SETTINGS_OF_VERSION_1 = ("paired", "max_length", "max_prompt_length", "truncatio
 
 
 def _settings_key(settings: TokenSettings) -> list:
-    """What a file's name says of the settings and the version of the rules."""
+    """The part of a file's key that stands for the settings and the version of the rules."""
     if settings.version > 1:
         return [asdict(settings)]
     return [{name: getattr(settings, name) for name in SETTINGS_OF_VERSION_1}, CODE_OF_VERSION_1]
 
 
 def tokenizer_hash(tokenizer) -> str:
-    """Hash of all that a tokenizer's ids depend on, its chat template included."""
+    """Hash of everything a tokenizer's ids depend on, including its chat template."""
     if tokenizer.is_fast:
         description = tokenizer.backend_tokenizer.to_str()
         # What stands before that is padding and truncation, which change with every call and are not used here.
@@ -281,7 +280,7 @@ def _kept(part: TablePart, kept: numpy.ndarray, directory: Path) -> TablePart:
     """Those prompts of a part for which `kept` [N] is true, from a file of their own, which is written if need be."""
     name = xxhash.xxh3_128_hexdigest(part.fingerprint.encode() + numpy.flatnonzero(~kept).astype(numpy.int64).tobytes())
     path = directory / f"{name}.arrow"
-    with _kept_in(directory), locked(path.with_suffix(".lock"), f"{part.source}: waiting for the process that prepares it"):
+    with _writable(directory), locked(path.with_suffix(".lock"), f"{part.source}: waiting for the process that prepares it"):
         if path.exists():
             try:
                 found = TablePart.of_file(path, part.source, part.weight)
@@ -328,7 +327,7 @@ def overlap(train: PromptTable, held_out: PromptTable) -> Overlap | None:
 
 
 def shortened(text: str, most: int = 60) -> str:
-    """The end of a long text: its beginning may be that of all."""
+    """The end of a long text: many prompts share their beginning."""
     return text if len(text) <= most else f"...{text[-most:]}"
 
 

@@ -78,7 +78,7 @@ def entries_of(config: dict | None) -> list[dict]:
 
 @cache
 def _run_user_file(path: Path) -> dict[str, Dataset]:
-    """Run a Python file, once. Returns what it registers, apart from the registry: two files may use the same name."""
+    """Run a Python file, once. Returns what it registers, outside the registry: two files may use the same name."""
     known = dict(DATASETS)
     try:
         run_file(path, "data")

@@ -100,27 +100,27 @@ def tokenize_records(
 
     Prompt and responses are tokenized apart and their ids joined, so that the boundary between them is exact. The prompt
     gets a beginning-of-sequence token where the tokenizer itself would add one; each response gets the end-of-sequence
-    token. Lengths and what is left out: `trainable_part`.
+    token. Lengths and what is skipped: `trainable_part`.
 
     A text that holds the end-of-sequence token, a prompt without tokens, and a conversation that the tokenizer's chat
     template refuses, go to the report; without one they raise UserError.
     """
     work = _Tokenization(tokenizer, settings, report if report is not None else DataReport())
     records = iter(records)
-    # Threads of their own turn texts into ids, on all cores and without Python's lock, while this one goes on; with two of
-    # them, one encodes while the other makes lists.
+    # Two threads turn texts into ids on all cores, without Python's lock, while this one renders the next chunk: one encodes
+    # while the other makes lists.
     with ThreadPoolExecutor(2) as encoder:
-        under_way: deque = deque()
+        pending: deque = deque()
         while chunk := list(islice(records, 1024)):
             kept = [rendered for record in chunk for rendered in work.render(record)]
-            under_way.append((kept, encoder.submit(work.encode, kept)))
-            if len(under_way) > 4:
-                yield from work.finish(*under_way.popleft())
-        for kept, ids in under_way:
+            pending.append((kept, encoder.submit(work.encode, kept)))
+            if len(pending) > 4:
+                yield from work.finish(*pending.popleft())
+        for kept, ids in pending:
             yield from work.finish(kept, ids)
 
 
-# What is said of records, beside what is left out.
+# What a report says of records, besides what it skips.
 NO_PAIR_TO_COMPARE = "a prompt without a pair of answers (loss=sft learns single answers)"
 NO_TURNS = (
     "prompts without system_prompt: they are plain text, which template=null and raw leave as it is (see hh, chatml, chat)"
@@ -136,7 +136,7 @@ Rendered = tuple[PreferenceRecord, list[tuple[int, int]], list[str]]
 
 
 class _Tokenization:
-    """The steps of `tokenize_records`, and what they need to know of tokenizer and settings."""
+    """The steps of `tokenize_records`, with the tokenizer and settings they share."""
 
     def __init__(self, tokenizer, settings: TokenSettings, report: DataReport):
         self.settings = settings
@@ -146,11 +146,11 @@ class _Tokenization:
             self.report.note(OPENING_MOVED.format(opening))
         self.encode_prompts, self.encode_responses = _encoders(tokenizer)
         self.bos = bos_of(tokenizer)
-        # Kept here: a tokenizer looks its special tokens up anew each time.
+        # Cached: a tokenizer looks its special tokens up at each access.
         self.eos_token, self.eos_id, self.bos_id = tokenizer.eos_token, tokenizer.eos_token_id, tokenizer.bos_token_id
 
     def render(self, record: PreferenceRecord) -> list[Rendered]:
-        """The record as text; for SFT one for each of its targets. Nothing where there is none to train on, or a fault."""
+        """The record as text; for SFT one for each of its targets. Empty where there is nothing to train on, or an error."""
         if self.settings.paired:
             used = sorted({index for pair in record.pairs for index in pair})
             wanted = [(pairs_between(used, record.pairs), [record.responses[index] for index in used])] if used else []
@@ -176,7 +176,7 @@ class _Tokenization:
         return record, pairs, [prompt, *texts]
 
     def _count_system_prompt(self, prompt: Prompt) -> None:
-        """Count prompts before which the system prompt does not stand."""
+        """Count the prompts that do not get the system prompt."""
         if isinstance(prompt, str):
             if self.settings.template in (None, "raw"):
                 self.report.change(NO_TURNS)
@@ -223,28 +223,28 @@ class _Tokenization:
 def _encoders(tokenizer):
     """Two functions from texts to lists of token ids, without special tokens added: for prompts and for responses.
 
-    SentencePiece's tokenizers put a blank before a text. A response goes on with its prompt's text, so it gets none.
+    SentencePiece tokenizers put a space before a text. A response continues its prompt's text, so it gets none.
     """
     if not tokenizer.is_fast:
         slow = lambda texts: tokenizer(texts, add_special_tokens=False).input_ids if texts else []  # noqa: E731
         return slow, slow
     backend = tokenizer.backend_tokenizer
-    described = json.loads(backend.to_str())
-    going_on = described | {part: _without_first_blank(described[part]) for part in ("normalizer", "pre_tokenizer")}
-    backends = backend, backend if going_on == described else type(backend).from_str(json.dumps(going_on))
+    description = json.loads(backend.to_str())
+    continuing = description | {part: _without_first_blank(description[part]) for part in ("normalizer", "pre_tokenizer")}
+    backends = backend, backend if continuing == description else type(backend).from_str(json.dumps(continuing))
     for each in backends:
-        # A tokenizer's file may ask for either; both are ours to do.
+        # A tokenizer's file may ask for either; both are done here.
         each.no_padding()
         each.no_truncation()
     encode_prompts, encode_responses = (partial(_encode, each) for each in backends)
-    return encode_prompts, encode_prompts if going_on == described else encode_responses
+    return encode_prompts, encode_prompts if continuing == description else encode_responses
 
 
 def _encode(backend, texts: list[str]) -> list[list[int]]:
     return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
-# How the parts of a tokenizer's file say that something is put before a text, and how they say that nothing is.
+# The settings of a tokenizer's file that put something before a text, with the values that put nothing there.
 NOTHING_BEFORE = {"prepend_scheme": "never", "add_prefix_space": False, "prepend": ""}
 
 
@@ -269,7 +269,7 @@ def pairs_between(kept: Sequence[int], pairs: Iterable[tuple[int, int]]) -> list
     return [(place[i], place[j]) for i, j in pairs if i in place and j in place]
 
 
-# ---- what is trained on of a prompt -------------------------------------------------------------------------------------
+# ---- the part that is trained on ----------------------------------------------------------------------------------------
 
 SAME_IDS = "chosen and rejected are the same token ids"
 NOTHING_LEFT = "no token of the prompt is left within max_prompt_length"
@@ -278,17 +278,17 @@ NOTHING_LEFT = "no token of the prompt is left within max_prompt_length"
 def trainable_part(
     prompt: TokenizedPrompt, settings: TokenSettings, always_kept: int, report: DataReport
 ) -> TokenizedPrompt | None:
-    """What is trained on of a prompt, within the lengths of the settings; None where nothing is. What is left out is counted.
+    """The part of a prompt that is trained on, within the lengths of the settings, or None. What is skipped is counted.
 
-    Left out are pairs of responses that have become the same, by their template or cut, and prompts that are cut down to
-    their beginning of the sequence, `always_kept` tokens.
+    Skipped are pairs whose responses have become identical, by template or truncation, and prompts of which only the
+    beginning of the sequence is left, `always_kept` tokens.
     """
     fitted = truncate(prompt, settings, report, always_kept)
     if fitted is None or settings.version == 1:
         return fitted
     ids = fitted.prompt_ids
     if always_kept and settings.truncation_mode == "keep_end" and len(ids) < len(prompt.prompt_ids) and ids[1:2] == ids[:1]:
-        # A template may write one before each question, and the end that is kept begins with such.
+        # A template may write a beginning-of-sequence token before each question, and the kept end may begin with one.
         fitted = replace(fitted, prompt_ids=ids[1:])
     left = None
     if always_kept and len(fitted.prompt_ids) <= always_kept < len(prompt.prompt_ids):
@@ -303,7 +303,7 @@ def trainable_part(
 def _count_no_cuts_of(
     prompt: TokenizedPrompt, fitted: TokenizedPrompt, left: TokenizedPrompt | None, report: DataReport
 ) -> None:
-    """Take back what `truncate` has counted of texts that are left out after it: counted is what a model reads."""
+    """Uncount the truncated texts that are skipped after all: only what a model reads counts."""
     whole = set(map(tuple, prompt.responses))
     cut, still_cut = (
         sum(tuple(response) not in whole for response in (part.responses if part else ())) for part in (fitted, left)
@@ -313,7 +313,7 @@ def _count_no_cuts_of(
 
 
 def without_same_ids(prompt: TokenizedPrompt, report: DataReport) -> TokenizedPrompt | None:
-    """The prompt with each response once, without pairs of one and the same: no gradient comes of these, and they say nothing.
+    """The prompt with each response once, without pairs of identical responses, which have no gradient.
 
     None where no pair is left; for SFT, its responses as they are.
     """

@@ -9,13 +9,13 @@ from preference_training.data.rows.templates import parse_dialogue
 
 
 class RowError(Exception):
-    """What is wrong with a row, as a sentence; whoever knows file and row number makes a message of it."""
+    """What is wrong with a row, as a sentence; the caller adds file and row number."""
 
 
 ROLE_NAMES = {
     "system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "model": "assistant",
 }  # fmt: skip
-# Roles of turns that are recognized as such, though they cannot be read.
+# Roles that mark a value as a turn, though it cannot be read.
 OTHER_ROLES = ("bot", "developer", "function", "function_call", "ipython", "observation", "prompter", "tool")
 TURN_KEYS = (("role", "content"), ("from", "value"))
 

@@ -35,7 +35,7 @@ from preference_training.data.rows.templates import parse_dialogue, split_dialog
 from preference_training.data.rows.unread_columns import ColumnsRead
 from preference_training.data.rows.values import as_number, value_of
 
-# What is said of rows, beside what is left out.
+# What a report says of rows, besides what it skips.
 INPUT_JOINED = "prompts made of instruction and input, with a line end between them"
 OWN_SYSTEM_TURN = "conversations with a system turn of their own, which stays in place of the field {!r}"
 
@@ -67,8 +67,7 @@ class FieldMap:
     def rows_of(self, rows: NumberedRows, place: str, report: DataReport, known: bool = False) -> Iterator[Row]:
         """The usable rows, filtered; `place` names the file or data set in messages. Others go to the report.
 
-        known is for sets whose form is known: there columns that are not read, and answers that begin with their prompt, are
-        nothing to speak of.
+        known: the set's form is known, so that unread columns and answers that begin with their prompt are not reported.
         """
         mapped = self._mapped(rows, place, report, known)
         return mapped if known else without_repeated_prompts(mapped, report)
@@ -93,13 +92,13 @@ class FieldMap:
                 report.skip(OTHER_PROMPT)
                 continue
             if not known:
-                self._tell(row, mapped, columns, report)
+                self._count_unused(row, mapped, columns, report)
             yield mapped
         if self.implicit_prompt and usable and not implicit:
             report.note("implicit_prompt has no effect: prompts stand in fields of their own, or in turns")
 
-    def _tell(self, row: dict, mapped: Row, columns: ColumnsRead, report: DataReport) -> None:
-        """Count in the report what is not used of a row, or joined."""
+    def _count_unused(self, row: dict, mapped: Row, columns: ColumnsRead, report: DataReport) -> None:
+        """Count the columns of a row that are unused or joined."""
         for name in columns.unread(row):
             report.not_read(name)
         if self._input_of(row):

@@ -55,14 +55,14 @@ class PreferenceRecord:
         return self.sft_targets or (self.sft_target,)
 
 
-# ---- what happened to the rows ------------------------------------------------------------------------------------------
+# ---- the report of a split ------------------------------------------------------------------------------------------------
 
 SAME_TEXT = "chosen and rejected are the same"
 OTHER_PROMPT = "chosen and rejected answer different prompts"
 EMPTY_TEXT = "a text is empty"
 
 
-# What can be done about some columns that were not read.
+# What to do about some columns that were not read.
 COLUMN_HINTS = {
     "system": "with system: system it is the system's turn",
     "system_prompt": "with system: system_prompt it is the system's turn",
@@ -73,7 +73,7 @@ COLUMN_HINTS = {
 
 @dataclass
 class DataReport:
-    """What was read of one split of a data set, and what became of it. Filled on the way, kept with the prepared data.
+    """What was read of one split of a data set, and what was done with it. Stored with the prepared data.
 
     left_out counts rows, pairs or examples that are not trained on, by reason; changed counts texts that were cut; num_prompts
     are left. A row that cannot be used is an error, or with `skip_bad_rows` counted, and the first ten are listed in
@@ -100,7 +100,7 @@ class DataReport:
             self.bad_rows.append(str(error).splitlines()[0])
 
     def skip(self, reason: str, count: int = 1) -> None:
-        """Count what a rule leaves out."""
+        """Count what a rule skips."""
         if count:
             self.left_out[reason] = self.left_out.get(reason, 0) + count
 
@@ -126,14 +126,14 @@ class DataReport:
         return asdict(self)
 
     def counts(self) -> Iterator[tuple[int, str]]:
-        """Everything that was left out, changed or skipped: how many, and what."""
+        """Everything that was skipped or changed: how many, and what."""
         yield from ((count, f"left out: {reason}") for reason, count in self.left_out.items())
         yield from ((count, what) for what, count in self.changed.items())
         if self.num_bad_rows:
             yield self.num_bad_rows, "bad rows skipped"
 
     def remarks(self) -> list[str]:
-        """Lines about what is counted nowhere: columns that were not read, and settings without effect."""
+        """Lines without a count: columns that were not read, and settings without effect."""
         names = list(self.columns_not_read)
         hints = "; ".join(COLUMN_HINTS[name] for name in names if name in COLUMN_HINTS)
         # A table's index comes into CSV files as a column without a name.
@@ -141,12 +141,12 @@ class DataReport:
         return [columns] * bool(names) + self.notes
 
     def lines(self) -> list[str]:
-        """What is said about it: a line of counts, if there is anything to say, remarks, and the first bad rows."""
+        """The report as text: a line of counts, if there are any, remarks, and the first bad rows."""
         counts = [f"{count} {what}" for count, what in self.counts()]
         return ["; ".join(counts)] * bool(counts) + self.remarks() + [f"  {message}" for message in self.bad_rows]
 
 
-# ---- faults -------------------------------------------------------------------------------------------------------------
+# ---- errors -------------------------------------------------------------------------------------------------------------
 
 
 def item_error(item) -> str | None:
@@ -217,7 +217,7 @@ def text_error(value) -> str | None:
 
 
 def type_name(value) -> str:
-    """A value's type as a user calls it."""
+    """The name of a value's type, as a user knows it."""
     return "None" if value is None else type(value).__name__
 
 
@@ -307,7 +307,7 @@ NO_PAIR = "no two answers have different scores"
 def scored_record(responses: list[str], scores: list[float], report: DataReport) -> dict | None:
     """A record of every pair of answers whose scores differ; the SFT target is the best one. None where there is no pair.
 
-    Of answers with the same text the last counts. What is left out is counted in the report.
+    Of answers with the same text the last counts. What is skipped is counted in the report.
     """
     score_of = dict(zip(responses, scores, strict=True))
     texts, scores = list(score_of), list(score_of.values())

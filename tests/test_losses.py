@@ -476,6 +476,10 @@ class Summed(HingeLoss):
         return LossOutput(super().__call__(*given).losses.sum())
 
 
+class Surveying(HingeLoss):
+    surveys = True
+
+
 class Numbers(HingeLoss):
     def __call__(self, *given):
         return super().__call__(*given).losses
@@ -533,6 +537,7 @@ def test_a_loss_of_ones_own_is_given_the_runs_seed_where_it_asks_for_one(own):
         ("nothing", {}, r"makes NoneType\. Expected a Loss"),
         ("torch", {}, r"loss\.function: .*'torch' cannot be called\. Expected a class or a function"),
         ("Moving", {"beta": 1}, r"moves the reference, which only loss=tr_dpo can"),
+        ("Surveying", {"beta": 1}, r"has surveys, which is called needs_batch_statistics now"),
         ("Numbers", {"beta": 1}, r"gives Tensor when it is called, not a LossOutput"),
         ("Summed", {"beta": 1}, r"gives losses of shape \[\] for 2 pairs, expected one with gradient for each"),
         ("WithoutRewards", {"beta": 1}, r"gives no chosen_rewards and rejected_rewards with one value a pair"),

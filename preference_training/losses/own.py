@@ -62,6 +62,8 @@ def _fault_of(loss: object) -> str | None:
         return f"makes {type(loss).__name__}"
     if loss.reference_update is not None:
         return "moves the reference, which only loss=tr_dpo can"
+    if old := [name for name in ("survey", "surveys") if hasattr(loss, name)]:
+        return f"has {old[0]}, which is called {'needs_' * (old[0] == 'surveys')}batch_statistics now"
     policy = torch.tensor([-3.0, -4.0, -5.0], requires_grad=True)
     reference = torch.tensor([-3.5, -4.0, -4.5]) if loss.needs_reference else None
     pairs = torch.tensor([[0, 1], [0, 2]] if loss.paired else []).reshape(-1, 2)

@@ -128,7 +128,7 @@ def run(config: DictConfig, run_dir: Path, in_sweep: bool = False, trainer: str 
     Under a trainer of several processes this is one of them. `trainer` is the class that `start` has chosen in place of
     `trainer.name`.
     """
-    from preference_training.dry_run.dry_run import look
+    from preference_training.dry_run.preview import preview
     from preference_training.reporting.run_report import report_writer
     from preference_training.training.assembly import build_batches, prepare_run, train_or_evaluate
     from preference_training.training.run_directory import say_what_is_set_aside
@@ -138,7 +138,7 @@ def run(config: DictConfig, run_dir: Path, in_sweep: bool = False, trainer: str 
     if config.dry_run:
         say_what_is_set_aside(config, run_dir)
         batches_within = partial(build_batches, config, prepared.data[0].table)
-        return look(config, prepared.tokenizer, prepared.loss, prepared.data, batches_within)
+        return preview(config, prepared.tokenizer, prepared.loss, prepared.data, batches_within)
     return train_or_evaluate(prepared, TRAINERS[trainer or config.trainer.name], run_dir, in_sweep, report_writer)
 
 

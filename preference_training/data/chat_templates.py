@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from preference_training.core.errors import UserError
-from preference_training.data.registry import DATASETS, entries_of
+from preference_training.data.registry import DATASETS, dataset_entries
 from preference_training.data.rows.records import Turn
 from preference_training.data.rows.templates import ASSISTANT, HUMAN, ConversationError, build_template
 from preference_training.data.tokenization import bos_of
@@ -26,7 +26,7 @@ def format_of_run(config: dict, wanted: str | None = None) -> tuple[str, str | N
 
     wanted is the user's word for the first. Raises UserError where the configuration does not say, or says several things.
     """
-    found = {_format_of_entry(entry, config) for entry in entries_of(config)}
+    found = {_format_of_entry(entry, config) for entry in dataset_entries(config)}
     if wanted is not None:
         systems = {system for _, system in found if system} if wanted != "raw" else set()
         found = {(wanted, system) for system in systems or {None}}

@@ -70,7 +70,7 @@ def find_dataset(name: str) -> Dataset:
     )
 
 
-def entries_of(config: dict | None) -> list[dict]:
+def dataset_entries(config: dict | None) -> list[dict]:
     """The entries of `datasets` in a configuration of plain values, each as a dict."""
     given = [] if config is None else config["datasets"]
     return [entry if isinstance(entry, dict) else {"name": entry} for entry in (given if isinstance(given, list) else [given])]

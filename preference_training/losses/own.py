@@ -46,7 +46,7 @@ def own_loss(function: str, options: dict[str, Any], seed: int = 0) -> Loss:
     return loss
 
 
-register_loss("own", "a loss of its own", make=own_loss)(Loss)
+register_loss("own", "a user-defined loss", make=own_loss)(Loss)
 
 
 def _makers(made: dict[str, Any]) -> list[str]:

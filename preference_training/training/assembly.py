@@ -49,7 +49,7 @@ def prepare_run(config: DictConfig, run_dir: Path) -> PreparedRun:
     from preference_training.core.random_streams import seed_everything
     from preference_training.evaluation.task_suites import check_harness
     from preference_training.losses.registry import build_loss
-    from preference_training.modeling.limits import check_limits, check_rows, limits_of
+    from preference_training.modeling.limits import check_limits, check_rows, model_limits
     from preference_training.modeling.loading import check_model
     from preference_training.modeling.tokenizer import load_tokenizer
     from preference_training.training.optimization import check_optimizer
@@ -70,7 +70,7 @@ def prepare_run(config: DictConfig, run_dir: Path) -> PreparedRun:
     tokenizer = load_tokenizer(config.model, config.cache_dir)
     for line in check_model(config.model, tokenizer, config.cache_dir):
         print(line, flush=True)
-    limits = limits_of(config, tokenizer)
+    limits = model_limits(config, tokenizer)
     check_limits(config, tokenizer, limits)
     # Before the processes join: those that do not prepare it wait for it without a time-out.
     splits = ("test",) if config.eval_only and not config.dry_run else ("train", "test")
@@ -162,13 +162,13 @@ def evaluate(config: DictConfig, trainer_class, placement, loss, data: tuple, ru
     """
     from preference_training.checkpointing.resuming import checkpoint_to_continue
     from preference_training.evaluation.runs import EvaluationRun
-    from preference_training.modeling.adapters import kept_base
+    from preference_training.modeling.adapters import saved_base
     from preference_training.tracking.tracker import NoTracker
 
     ranks = placement.ranks
     found = checkpoint_to_continue(config.resume, run_dir, config.exp_name) if ranks.is_main else None
     checkpoint = ranks.from_main(found)
-    placement.base_dir = kept_base(checkpoint) if checkpoint else None
+    placement.base_dir = saved_base(checkpoint) if checkpoint else None
     if config.resume and checkpoint is None:
         raise UserError(f"resume: {config.resume} has found no checkpoint of {config.exp_name}. Expected one to evaluate.")
     with ExitStack() as opened:
@@ -187,7 +187,7 @@ def evaluate(config: DictConfig, trainer_class, placement, loss, data: tuple, ru
 def put_together(config: DictConfig, placement, loss, data, checkpoint: Path | None, in_sweep: bool) -> dict:
     """The parts of a trainer by their names: models as at the run's beginning, and batches."""
     from preference_training.batching.micro_batches import evaluation_batches
-    from preference_training.modeling.reference_cache import Reads
+    from preference_training.modeling.reference_cache import ReferencePlan
     from preference_training.training.same_start import SameStart
 
     ranks = placement.ranks
@@ -198,8 +198,8 @@ def put_together(config: DictConfig, placement, loss, data, checkpoint: Path | N
     eval_sizes = config.eval_batch_size, config.n_eval_examples, config.seed, first_budget, ranks
     reference = same_start = None
     if loss.needs_reference:
-        reads = Reads.of_run(train_batches, eval_prompts, *eval_sizes)
-        reference = make_reference(config, placement, policy, reads, in_sweep or train_batches.schedule.visits_again)
+        plan = ReferencePlan.for_run(train_batches, eval_prompts, *eval_sizes)
+        reference = make_reference(config, placement, policy, plan, in_sweep or train_batches.schedule.visits_again)
         if two_models := two_models_asked_for(config):
             print(two_models, flush=True)
         else:
@@ -224,15 +224,15 @@ def budgets_of(config: DictConfig, policy, ranks, checkpoint: Path | None) -> tu
     """
     from preference_training.batching.packing import TokenBudget
     from preference_training.checkpointing.checkpoints import read_state
-    from preference_training.modeling.token_budget import shared_budget, token_budget
+    from preference_training.modeling.token_budget import common_budget, token_budget
 
     if checkpoint:
         before = read_state(checkpoint)["train_batches"]
         if before["ranks"] == ranks.size and config.max_tokens_per_microbatch is None:
             now, first = before["budget"][:2], before["budget"][-2:]
             return TokenBudget(*now), TokenBudget(*first)
-    budget = token_budget(policy, config.max_tokens_per_microbatch, beside_weights=times_beside_weights(config))
-    budget = shared_budget(budget, ranks)
+    budget = token_budget(policy, config.max_tokens_per_microbatch, weight_copies=times_beside_weights(config))
+    budget = common_budget(budget, ranks)
     return budget, budget
 
 
@@ -269,7 +269,7 @@ def build_batches(config: DictConfig, prompts, budget, ranks=None, first_budget=
     return BatchIterator(Schedule(prompts, size, config.seed, length), parts, Packing(budget, ranks, first_budget))
 
 
-def make_reference(config: DictConfig, placement, policy, reads, read_again: bool):
+def make_reference(config: DictConfig, placement, policy, plan, read_again: bool):
     """The reference: a frozen copy of the policy that scores each batch, or its log-probs of what is read, computed before.
 
     Computed before, by its own choice, where they are read more than once: in several epochs or the jobs of a sweep
@@ -287,9 +287,9 @@ def make_reference(config: DictConfig, placement, policy, reads, read_again: boo
     cached = caches_reference(config, read_again)
     may_be_there = config.reference_logps is None and not moves_reference(config)
     if cached or (may_be_there and ranks.from_main(directory.is_dir())):
-        path = cache_path(directory, reference.model, reads, computing_settings(config), ranks)
+        path = cache_path(directory, reference.model, plan, computing_settings(config), ranks)
         if cached or ranks.from_main(path.exists()):
-            return cached_reference(reference, reads, path, ranks)
+            return cached_reference(reference, plan, path, ranks)
     return placement.reference(policy) if is_copy else reference
 
 

@@ -43,12 +43,12 @@ from preference_training.distributed.layer_splitting import (
 )
 from preference_training.distributed.placement import OneProcess, Sharded, SplitLayers, TensorParallel
 from preference_training.distributed.sharding import clip_by_global_norm
-from preference_training.evaluation.held_out import HeldOut, evaluate
-from preference_training.evaluation.held_out_report import intervals_of
-from preference_training.generation.sampling import sample_answers
+from preference_training.evaluation.breakdown import interval_metrics
+from preference_training.evaluation.held_out import HeldOut, evaluate_held_out
+from preference_training.generation.sampling import Sampler
 from preference_training.losses.base import BatchStatistics, Loss, LossOutput, example_metrics
 from preference_training.losses.beta_dpo import is_at_beta_used
-from preference_training.modeling.adapters import kept_weights
+from preference_training.modeling.adapters import weights_to_save
 from preference_training.modeling.logprobs import LiveReference, response_logps
 from preference_training.modeling.state import compute_device
 from preference_training.tracking.ledger import Ledger
@@ -272,7 +272,7 @@ class BasicTrainer:
             if self.ledger is not None:
                 self.ledger.see(self.examples, [(part.pairs, part.margins) for part in scored if not part.is_filler])
             return metrics | statistics | {"grad_norm": norm}
-        self.leave_out(scored)
+        self.skip(scored)
         self.loss.load_state_dict(remembered)
         return {}
 
@@ -373,7 +373,7 @@ class BasicTrainer:
             # It would answer otherwise now.
             self.reference_answers = None
 
-    def leave_out(self, scored: list[Scored]) -> None:
+    def skip(self, scored: list[Scored]) -> None:
         """Forget the gradient of a step that cannot be taken, and name its examples in `bad_batches.jsonl`."""
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -434,13 +434,13 @@ class BasicTrainer:
         if self.evaluated_at == self.examples:
             return
         see = self.same_start and self.same_start.see
-        self.held_out = evaluate(self.policy, self.reference, self.loss, self.eval_batches, self.ranks, see)
+        self.held_out = evaluate_held_out(self.policy, self.reference, self.loss, self.eval_batches, self.ranks, see)
         self.check_start()
         warnings = self.doubts() if self.held_out_means is None else []
         self.held_out_means = self.held_out.means()
         self.evaluated_at = self.examples
         self.compare_with_best()
-        self.tracker.log_evaluation(self.held_out_means | intervals_of(self.held_out) | self.counters())
+        self.tracker.log_evaluation(self.held_out_means | interval_metrics(self.held_out) | self.counters())
         for text in warnings:
             self.tracker.say(f"warning: {text}")
         if self.sample_prompts:
@@ -482,8 +482,8 @@ class BasicTrainer:
 
     def answers(self, model: nn.Module | None = None) -> list[str]:
         """A model's answers to the sample prompts; the policy's, unless another is given."""
-        wanted = self.sample_prompts, self.config.max_length, self.config.seed
-        return sample_answers(self.policy if model is None else model, self.tokenizer, *wanted, self.ranks)
+        sampler = Sampler(self.tokenizer, self.config.max_length, self.config.seed, self.ranks)
+        return sampler.texts(self.policy if model is None else model, self.sample_prompts)
 
     def sample(self) -> list[dict]:
         """Answers of the policy, and of the reference where there is one, to the sample prompts.
@@ -645,7 +645,7 @@ class BasicTrainer:
 
     def weights(self) -> dict[str, Tensor]:
         """The weights and kept buffers by their names, alive, or the adapter's; one tensor may have several names."""
-        return kept_weights(self.policy.state_dict(keep_vars=True))
+        return weights_to_save(self.policy.state_dict(keep_vars=True))
 
     def set_weights(self, weights: dict[str, Tensor]) -> None:
         """Take over new values that were written into what `weights` gave: they are the policy's own."""

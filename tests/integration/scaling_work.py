@@ -15,8 +15,8 @@ from preference_training.dry_run.memory_estimate import StorageCounter, most_hel
 from preference_training.dry_run.scaling import Traffic, attributed
 from preference_training.losses.registry import build_loss
 from preference_training.modeling.logprobs import LiveReference
+from preference_training.modeling.prefix_sharing.tree_attention import clear_mask_cache
 from preference_training.modeling.tokenizer import load_tokenizer
-from preference_training.modeling.tree_attention import forget_masks
 from preference_training.training.trainers import TRAINERS
 
 
@@ -50,7 +50,7 @@ def real_step(config, device: torch.device) -> dict:
         reference = LiveReference(reference_beside(policy, config, tokenizer, layout, device))
         counter.kind = "activations"
         # Those that the model was proved with are not a step's.
-        forget_masks()
+        clear_mask_cache()
         parts = policy, reference, build_loss("dpo", beta=0.1), tokenizer, None, [], [], None, None, ranks
         trainer = trainer_class(config, *parts)
         packs, step = packs_and_step(ranks)

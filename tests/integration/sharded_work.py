@@ -14,7 +14,6 @@ import torch
 from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from conftest import GOLDEN
 from preference_training.batching.iterator import BatchIterator, Packing
 from preference_training.batching.micro_batches import MicroBatch, evaluation_batches
 from preference_training.batching.packing import TokenBudget, examples_of, packs_of
@@ -27,13 +26,15 @@ from preference_training.data.rows.records import PreferenceRecord
 from preference_training.data.tokenization import TokenSettings, tokenize_records
 from preference_training.distributed.launching import end_group, start_group
 from preference_training.distributed.sharding import Layout, load_sharded, make_mesh, ranks_of, whole
-from preference_training.evaluation.held_out import evaluate
+from preference_training.evaluation.held_out import evaluate_held_out
 from preference_training.losses.registry import build_loss
-from preference_training.modeling.loading import load_model, weights_hash
+from preference_training.modeling.loading import load_model
 from preference_training.modeling.logprobs import LiveReference
-from preference_training.modeling.prefix_sharing import share_prefixes
-from preference_training.modeling.reference_cache import Reads, cache_path, cached_reference, compute_logps
+from preference_training.modeling.prefix_sharing.sharing import share_prefixes
+from preference_training.modeling.reference_cache import ReferencePlan, cache_path, cached_reference, compute_logps
+from preference_training.modeling.state import weights_hash
 from preference_training.training.trainers import BasicTrainer, FSDPTrainer
+from tests.support.files import GOLDEN
 
 TRAJECTORIES = json.loads((GOLDEN / "trajectories.json").read_text())
 
@@ -274,12 +275,12 @@ def evaluate_unevenly(settings: dict, num_rows: int) -> dict:
     prompts = golden_prompts(world.tokenizer, True)
     table = PromptTable.of((prompts * 3)[:num_rows])
     sizes = 7, None, 0, TokenBudget(60, 60)
-    found = evaluate(trainer.policy, trainer.reference, trainer.loss, evaluation_batches(table, *sizes, ranks), ranks)
-    expected = evaluate(single.policy, single.reference, single.loss, evaluation_batches(table, *sizes))
+    found = evaluate_held_out(trainer.policy, trainer.reference, trainer.loss, evaluation_batches(table, *sizes, ranks), ranks)
+    expected = evaluate_held_out(single.policy, single.reference, single.loss, evaluation_batches(table, *sizes))
     everything = table.select(torch.arange(len(table)).numpy())
     logps = [
-        compute_logps(LiveReference(trainer.policy), Reads(everything, everything), ranks).logps,
-        compute_logps(LiveReference(single.policy), Reads(everything, everything)).logps,
+        compute_logps(LiveReference(trainer.policy), ReferencePlan(everything, everything), ranks).logps,
+        compute_logps(LiveReference(single.policy), ReferencePlan(everything, everything)).logps,
     ]
     epoch = [BatchIterator(Schedule(table, 8), packing=Packing(ranks=each)) for each in (ranks, ALONE)]
     seen = [sum(micro.num_examples for step in steps for micro in step) for steps in epoch]
@@ -319,9 +320,9 @@ def keep_on_disks_of_their_own(settings: dict, folder: str) -> dict:
     trainer, ranks = world.sharded("llama", {"name": "dpo", "beta": 0.1}, world.mesh("full"), "full")
     table = PromptTable.of(golden_prompts(world.tokenizer, True))
     everything = table.select(torch.arange(len(table)).numpy())
-    reads = Reads(everything, everything)
-    path = cache_path(Path(folder) / str(ranks.rank), trainer.policy, reads, None, ranks)
-    computed, found = (cached_reference(LiveReference(trainer.policy), reads, path, ranks).logps for _ in range(2))
+    plan = ReferencePlan(everything, everything)
+    path = cache_path(Path(folder) / str(ranks.rank), trainer.policy, plan, None, ranks)
+    computed, found = (cached_reference(LiveReference(trainer.policy), plan, path, ranks).logps for _ in range(2))
     apart = ranks.gather((computed - found).abs().max().item())
     kept = ranks.gather(path.exists())
     end_group()

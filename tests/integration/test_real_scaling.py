@@ -1,13 +1,13 @@
 """What is found for processes that are not there is what the same number of real ones hold and send."""
 
 import pytest
-import scaling_work
 from omegaconf import OmegaConf
 
 from preference_training.distributed.launching import launch
-from preference_training.dry_run.scaling import fake_processes, laid_out, step_costs
+from preference_training.dry_run.scaling import fake_processes, lay_out_ranks, step_costs
 from preference_training.losses.registry import build_loss
 from preference_training.modeling.tokenizer import load_tokenizer
+from tests.integration import scaling_work
 
 pytestmark = pytest.mark.usefixtures("forked_workers")
 FSDP = "trainer=FSDPTrainer"
@@ -17,7 +17,7 @@ def costs_without_them(config):
     """The same step of rank 0, found alone."""
     tokenizer, size = load_tokenizer(config.model), config.trainer.nproc_per_node
     with fake_processes(size):
-        ranks, layout = laid_out(config)
+        ranks, layout = lay_out_ranks(config)
         work = scaling_work.packs_and_step(ranks)
         return step_costs(config, tokenizer, build_loss("dpo"), True, *work, ranks=ranks, layout=layout)
 

@@ -1,10 +1,10 @@
 """Sharded trainers on real processes: the same numbers as one process, and what happens when something goes wrong."""
 
 import pytest
-import sharded_work
 from omegaconf import OmegaConf
 
 from preference_training.distributed.launching import launch
+from tests.integration import sharded_work
 
 pytestmark = pytest.mark.usefixtures("forked_workers")
 TRAJECTORIES = sharded_work.TRAJECTORIES

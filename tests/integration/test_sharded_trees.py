@@ -9,13 +9,13 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from transformers import AutoModelForCausalLM
 
-import forked
-from conftest import GOLDEN
 from preference_training.batching.packing import examples_of, pack_examples
 from preference_training.data.tokenization import TokenizedPrompt
-from preference_training.modeling.loading import enable_activation_checkpointing
+from preference_training.modeling.kernels import enable_activation_checkpointing
 from preference_training.modeling.logprobs import padded_logps, response_logps
-from preference_training.modeling.prefix_sharing import share_prefixes
+from preference_training.modeling.prefix_sharing.sharing import share_prefixes
+from tests.support import forked
+from tests.support.files import GOLDEN
 
 PROMPTS = [
     TokenizedPrompt([5 + n, 6, 7, 8], [[10 + n, 11, 0], [12 + n, 0], [13, 14, 15 + n, 16, 0]], [(0, 1), (0, 2)])

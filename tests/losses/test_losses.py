@@ -477,7 +477,7 @@ class Summed(HingeLoss):
 
 
 class Surveying(HingeLoss):
-    needs_batch_statistics = True
+    surveys = True
 
 
 class Numbers(HingeLoss):

@@ -264,7 +264,7 @@ def describe_steps(batches: BatchIterator, facts: Facts) -> list[str]:
     size = batches.schedule.batch_size
     tokens = facts.packed_tokens * size / facts.examples
     return [
-        f"  {steps:,} steps of {batches.batch_size} examples, {examples:,} in total; {tokens:,.0f} tokens per step on average",
+        f"  {steps:,} steps of {size} examples, {examples:,} in total; {tokens:,.0f} tokens per step on average",
         f"  {facts.packed_tokens:,} tokens per epoch instead of {facts.repeated_tokens:,}, {saved:.0%} less with prefix sharing"
         " (if the model passes the proof when it is loaded)",
     ]

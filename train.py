@@ -28,12 +28,13 @@ from preference_training.configuration.composition import (
     force_open_sections,
 )
 from preference_training.configuration.schema import RunConfig
-from preference_training.configuration.validation import check_sizes, validate
+from preference_training.configuration.validation import check_objective, check_sizes, validate
 from preference_training.core.errors import UserError
 from preference_training.core.machine import release_memory
 from preference_training.core.processes import first_to_speak, in_worker
 from preference_training.core.signals import STOPPED, StoppedError
 from preference_training.data.entries import read_entries
+from preference_training.losses.registry import is_paired
 from preference_training.sweeps import sweeps
 from preference_training.training.run_directory import new_run_dir, remove_empty, unwritable
 
@@ -81,6 +82,7 @@ def validate_and_start(
     if resume:
         composed.resume = resume
     config = validate(composed, overrides, choices)
+    check_objective(config.objective, config.loss.name, is_paired(config.loss.name))
     read_entries(config)
     if config.pruner and not in_sweep:
         raise UserError("pruner: found one, and this run has no others to be compared with. Add -m, or pruner=null.")

@@ -53,7 +53,7 @@ def one(overrides: list[str]) -> dict:
     from preference_training.configuration.validation import configured
     from preference_training.core.machine import quiet_libraries, settle_memory
     from preference_training.core.random_streams import seed_everything
-    from preference_training.losses.objectives import build_loss
+    from preference_training.losses.registry import build_loss
     from preference_training.modeling.tokenizer import load_tokenizer
     from preference_training.tracking.tracker import NoTracker
     from preference_training.training import assembly, preparation

@@ -36,7 +36,7 @@ from preference_training.core.errors import UserError
 from preference_training.core.files import replace_symlink
 from preference_training.core.ranks import ALONE, Ranks, local, several
 from preference_training.core.values import UNREADABLE
-from preference_training.losses.objectives import is_at_beta_used
+from preference_training.losses.beta_dpo import is_at_beta_used
 from preference_training.modeling.adapters import WEIGHTS_FILE, has_adapter, save_adapter_config
 
 PARTIAL = ".partial"

@@ -20,6 +20,7 @@ from preference_training.configuration.schema import keys_with
 from preference_training.core.errors import UserError, first_line
 from preference_training.core.files import replace_symlink
 from preference_training.core.values import UNREADABLE, dotted, misfit
+from preference_training.losses.registry import losses
 from preference_training.modeling.adapters import BASE_DIR
 from preference_training.tracking.dashboards import TENSORBOARD
 from preference_training.tracking.ledger import FOLDER as LEDGER
@@ -135,8 +136,7 @@ STATE = {
     "scheduler": {"last_epoch": _count, "base_lrs": [_number], "lr_lambdas": [None], ...: SETTING},
     "scaler": {...: _number},
     "loss": (
-        {"mean": (_number, None), "deviation": (_number, None), "draws": Tensor},
-        {"shift": (_number, None)},
+        *(shape for loss in losses().values() if (shape := loss.objective.state_shape()) is not None),
         # Of a loss of the user's.
         {"own": dict},
         {...: None},

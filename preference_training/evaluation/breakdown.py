@@ -10,7 +10,7 @@ from itertools import islice
 
 import numpy
 
-from preference_training.batching.batches import examples_of
+from preference_training.batching.packing import examples_of
 from preference_training.data.prompt_table import Selection
 from preference_training.data.rows.templates import user_markers
 from preference_training.evaluation.held_out import HeldOut

@@ -15,23 +15,20 @@ from pathlib import Path
 import numpy
 from markupsafe import Markup
 
-from preference_training.configuration.keys import TRAINING_ONLY
-from preference_training.configuration.schema import keys_with
 from preference_training.core.errors import UserError
 from preference_training.core.machine import too_few
 from preference_training.core.secrets import without_secrets
 from preference_training.core.values import with_interval
+from preference_training.losses.beta_dpo import is_at_beta_used
+from preference_training.losses.registry import evaluation_depends_on_run, find_loss, training_keys
 from preference_training.reporting.charts import Line, chart, format_number
 from preference_training.reporting.model_card import is_shown
 from preference_training.reporting.pages.rendering import render, write_page
 from preference_training.reporting.run_record import RunRecord
 from preference_training.tracking.run_files import (
     ASIDE,
-    BETA_USED,
     HELD_OUT_PROMPTS,
-    LOSS_AT_BETA_USED,
     METRICS,
-    OF_THEIR_RUN,
 )
 
 PAGE, TABLE = "comparison.html", "comparison.csv"
@@ -44,8 +41,6 @@ CURVES = {
     "loss/train": "training loss",
     "grad_norm": "gradient norm",
 }  # fmt: skip
-# Losses whose reward is beta times the log-ratio of policy and reference.
-LOG_RATIO_LOSSES = ("dpo", "ipo", "hinge", "robust", "rpo", "dpop", "bco", "tr_dpo")
 # The only setting in which the runs of a group differ.
 SEED = "seed"
 
@@ -70,7 +65,8 @@ def distance(run: RunRecord) -> tuple[str, float] | None:
     beta = run.settings.get("loss.beta")
     rewards = [run.last_evaluation.get(f"rewards_eval/{side}") for side in ("chosen", "rejected")]
     is_known = all(isinstance(value, int | float) for value in (beta, *rewards)) and beta
-    if not is_known or run.settings.get("loss.name") not in LOG_RATIO_LOSSES:
+    loss = find_loss(run.settings.get("loss.name"))
+    if not is_known or loss is None or loss.objective.reward != "log-ratio":
         return None
     return FALL, -sum(rewards) / 2 / beta
 
@@ -175,17 +171,17 @@ def comparability_warnings(runs: Sequence[RunRecord]) -> list[str]:
     if len(runs) < 2:
         return []
     found = []
-    keys = [key for key in differing_keys(runs) if key.startswith("loss.") and key not in keys_with(TRAINING_ONLY)]
+    keys = [key for key in differing_keys(runs) if key.startswith("loss.") and key not in training_keys()]
     if keys:
         found.append(
             f"Held-out losses are not comparable: their formula depends on {', '.join(keys)}. Accuracies are comparable."
         )
     if "loss.beta" in keys:
         found.append("Reward margins scale with beta: compare margin / beta.")
-    stateful = sorted({run.settings.get("loss.name") for run in runs} & {*OF_THEIR_RUN})
+    stateful = sorted(filter(evaluation_depends_on_run, {run.settings.get("loss.name") for run in runs}))
     if stateful:
         found.append(f"Held-out losses of {', '.join(stateful)} depend on the data seen in training, and are not comparable.")
-    old = [run.label for run in runs if BETA_USED in run.last_evaluation and LOSS_AT_BETA_USED not in run.last_evaluation]
+    old = [run.label for run in runs if is_at_beta_used(run.last_evaluation)]
     if old:
         found.append(f"An earlier version logged the held-out loss at the current beta of beta-DPO: {', '.join(old)}.")
     return found

@@ -6,9 +6,11 @@ import numpy
 
 from preference_training.core.machine import too_few
 from preference_training.core.values import with_interval
+from preference_training.losses.beta_dpo import is_at_beta_used
+from preference_training.losses.registry import evaluation_depends_on_run
 from preference_training.reporting.charts import metric_values
 from preference_training.reporting.run_record import RunRecord
-from preference_training.tracking.run_files import BAD_STEPS, BETA_USED, HELD_OUT_PROMPTS, LOSS_AT_BETA_USED, OF_THEIR_RUN
+from preference_training.tracking.run_files import BAD_STEPS, HELD_OUT_PROMPTS
 
 # The fall of log-probs that is worth mentioning. Unit: nats per response.
 NOTABLE_FALL = 10.0
@@ -65,10 +67,10 @@ def _accuracy_at_chance(run: RunRecord) -> Iterator[str]:
 
 
 def _overfitting(run: RunRecord) -> Iterator[str]:
-    if run.settings.get("loss.name") in OF_THEIR_RUN:
+    if evaluation_depends_on_run(run.settings.get("loss.name")):
         return
     # An earlier version logged beta-DPO's loss at a beta that changes between evaluations.
-    comparable = [row for row in run.evaluations if BETA_USED not in row or LOSS_AT_BETA_USED in row]
+    comparable = [row for row in run.evaluations if not is_at_beta_used(row)]
     evaluations = comparable or run.evaluations
     losses = finite_values(evaluations, "loss/eval")
     if len(losses) != len(evaluations) or len(losses) < 3:

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
+from preference_training.losses.beta_dpo import LOSS_AT_BETA_USED
 from preference_training.reporting.charts import Line, chart
 from preference_training.reporting.run_record import RunRecord
-from preference_training.tracking.run_files import LOSS_AT_BETA_USED
 
 
 @dataclass(frozen=True)

@@ -34,12 +34,13 @@ import xxhash
 from filelock import FileLock, Timeout
 from hydra.experimental.callback import Callback
 
-from preference_training.configuration.keys import OUTSIDE_JOB_IDENTITY, TRAINING_ONLY
+from preference_training.configuration.keys import OUTSIDE_JOB_IDENTITY
 from preference_training.configuration.schema import keys_with
 from preference_training.core.errors import UserError, first_line
 from preference_training.core.files import locked
 from preference_training.core.signals import ENDED_AT_ONCE, SAME_SIGNAL, SIGNALS, STOPPED, StoppedError
-from preference_training.tracking.run_files import JOB, METRICS, OF_THEIR_RUN, PRUNED, json_object
+from preference_training.losses.registry import evaluation_depends_on_run, training_keys
+from preference_training.tracking.run_files import JOB, METRICS, PRUNED, json_object
 
 START, JOBS, STOP = "sweep.json", "jobs.json", ".stop"
 # States of a job that is not run again.
@@ -122,13 +123,13 @@ def _doubts(objective: str, loss: str, swept: Iterable[str]) -> list[str]:
     if objective != "loss/eval":
         return []
     found = []
-    keys = sorted({key for key in swept if key.partition(".")[0] == "loss"} - keys_with(TRAINING_ONLY))
+    keys = sorted({key for key in swept if key.partition(".")[0] == "loss"} - training_keys())
     if keys:
         found.append(
             f"objective=loss/eval does not compare jobs that differ in {', '.join(keys)}, whose losses are of other formulas: "
             "objective=rewards_eval/accuracies does"
         )
-    if loss in OF_THEIR_RUN:
+    if evaluation_depends_on_run(loss):
         found.append(f"objective=loss/eval of loss={loss} depends on what a run has seen, and does not compare jobs")
     return found
 

@@ -75,10 +75,6 @@ def progress(rows: list[dict], about: dict) -> str:
     return f"{done:,.0f}{of} examples, {rows[-1].get('counters/updates', 0):,.0f} updates"
 
 
-# Losses whose evaluations depend on what their run has seen, as losses.py says of them.
-OF_THEIR_RUN = ("tr_dpo", "bco")
-# Of beta-DPO's evaluations; those without the second, of an earlier version, have their loss at the beta in force.
-BETA_USED, LOSS_AT_BETA_USED = "beta_DPO/beta_used", "beta_DPO/loss_eval_at_beta_used"
 # How many prompts an evaluation's held-out numbers are of, in metrics.jsonl.
 HELD_OUT_PROMPTS = "counters/held_out_prompts"
 

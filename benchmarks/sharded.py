@@ -66,7 +66,7 @@ def work(what: str, given: list[str]) -> list:
     trainer = trainer_class(config, **parts, tracker=NoTracker(), ranks=placement.ranks)
     result = {"parameters": sum(weight.numel() for weight in trainer.policy.parameters()), "threads": torch.get_num_threads()}
     result |= MEASURES[what](trainer, before)
-    result = placement.ranks.gather(result)
+    result = placement.ranks.all_gather_object(result)
     placement.end()
     return result
 
@@ -106,12 +106,12 @@ def measure_memory(trainer, before: int) -> dict:
             break
     state = [value for values in trainer.optimizer.state.values() for value in values.values()]
     held = [*trainer.policy.parameters(), *state]
-    from preference_training.core.ranks import local
+    from preference_training.core.process_group import to_local
 
     return {
         "peak_while_loading": loaded,
         "peak_in_steps": peak_bytes() - before,
-        "weights_and_optimizer": sum(local(tensor).numel() * tensor.element_size() for tensor in held),
+        "weights_and_optimizer": sum(to_local(tensor).numel() * tensor.element_size() for tensor in held),
     }
 
 
@@ -121,27 +121,27 @@ def measure_checkpoint(trainer, before: int) -> dict:
 
     trainer.train_step(next(iter(trainer.train_batches)))
     result = {}
-    folder = Path(trainer.ranks.from_main(tempfile.mkdtemp(dir=os.environ.get("CHECKPOINTS"))))
+    folder = Path(trainer.ranks.broadcast(tempfile.mkdtemp(dir=os.environ.get("CHECKPOINTS"))))
     for name, background in (("save", False), ("save_async", True)):
         with CheckpointWriter(folder, trainer.policy, trainer.tokenizer, trainer.ranks, background, keep_last=1) as writer:
-            trainer.ranks.wait()
+            trainer.ranks.barrier()
             held = resident_bytes(reset_peak=True)
             started = time.perf_counter()
             writer.write(trainer.snapshot())
             stalled = time.perf_counter() - started
             writer.wait()
-            trainer.ranks.wait()
+            trainer.ranks.barrier()
             seconds = time.perf_counter() - started
             result[name] = {"stalled": stalled, "seconds": seconds, "growth": peak_bytes() - held}
             trainer.examples += 1
-    trainer.ranks.wait()
+    trainer.ranks.barrier()
     held = resident_bytes(reset_peak=True)
     started = time.perf_counter()
     trainer.continue_from(folder / "LATEST")
     result["load"] = {"seconds": time.perf_counter() - started, "growth": peak_bytes() - held}
-    trainer.ranks.wait()
+    trainer.ranks.barrier()
     result["held"] = resident_bytes() - before
-    if trainer.ranks.is_main:
+    if trainer.ranks.is_rank_zero:
         import shutil
 
         result["bytes"] = sum(file.stat().st_size for file in (folder / "LATEST").resolve().rglob("*") if file.is_file())

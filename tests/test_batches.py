@@ -16,7 +16,7 @@ from preference_training.batching.batches import (
     pieces_of,
     spread,
 )
-from preference_training.core.ranks import Ranks
+from preference_training.core.process_group import Ranks
 from preference_training.data.prompt_table import Columns, PromptTable, TablePart
 from preference_training.data.tokenization import TokenizedPrompt
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from conftest import GOLDEN
 from preference_training.batching.batches import BatchIterator, TokenBudget
-from preference_training.core.ranks import Ranks
+from preference_training.core.process_group import Ranks
 from preference_training.data.prompt_table import PromptTable
 from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.losses.objectives import build_loss
@@ -45,7 +45,7 @@ def test_what_was_seen_is_read_back_in_the_order_of_the_steps(tmp_path):
 class TwoRanks(Ranks):
     """The first of two ranks; what the other one gathers is given beforehand."""
 
-    def gather(self, value):
+    def all_gather_object(self, value):
         return [value, self.group]
 
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from conftest import GOLDEN
 from preference_training.batching.batches import UNLIMITED, BatchIterator, TokenBudget, examples_of, pack
-from preference_training.core.ranks import ALONE
+from preference_training.core.process_group import SINGLE_PROCESS
 from preference_training.data.prompt_table import PromptTable, Selection
 from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.modeling import reference_cache
@@ -194,7 +194,7 @@ def run(seed: int = 0, size: int = 4, pieces: int = 1, budget: int = 10**6, eval
     held_out = PromptTable.of((prompt_of(n, n) for n in range(20, 23)), first_row=TABLE.num_responses)
     most = TokenBudget(budget, budget)
     steps = BatchIterator(TABLE, size, pieces, seed, n_epochs=epochs, budget=most)
-    return Reads.of_run(steps, held_out, evaluated, None, seed, most, ALONE)
+    return Reads.of_run(steps, held_out, evaluated, None, seed, most, SINGLE_PROCESS)
 
 
 def test_the_key_changes_with_what_the_pieces_of_a_run_follow_from(model):
@@ -205,7 +205,9 @@ def test_the_key_changes_with_what_the_pieces_of_a_run_follow_from(model):
 def test_the_key_changes_with_how_often_an_epoch_visits_a_data_set(model):
     parts = [replace(PromptTable.of([prompt_of(n, n)]).parts[0], weight=weight) for n, weight in ((0, 1.0), (1, 2.0))]
     tables = PromptTable(parts), PromptTable([replace(part, weight=3.0 - part.weight) for part in parts])
-    runs = [Reads.of_run(BatchIterator(table, 2), PromptTable.of([], 6), 2, None, 0, UNLIMITED, ALONE) for table in tables]
+    runs = [
+        Reads.of_run(BatchIterator(table, 2), PromptTable.of([], 6), 2, None, 0, UNLIMITED, SINGLE_PROCESS) for table in tables
+    ]
     assert cache_key(model, runs[0]) != cache_key(model, runs[1])
 
 

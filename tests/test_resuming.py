@@ -315,7 +315,7 @@ def test_ranks_that_have_prepared_other_data_stop_before_they_train():
     from preference_training.training import preparation
 
     class TwoRanks:
-        def gather(self, value):
+        def all_gather_object(self, value):
             return [value, value if self.alike else ["other"]]
 
     ranks, data = TwoRanks(), (SimpleNamespace(table=PromptTable([])),)

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from conftest import GOLDEN
 from preference_training.batching.batches import UNLIMITED, BatchIterator, TokenBudget, evaluation_batches
 from preference_training.core.errors import UserError
-from preference_training.core.ranks import ALONE
+from preference_training.core.process_group import SINGLE_PROCESS
 from preference_training.data.prompt_table import PromptTable
 from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.losses.objectives import build_loss
@@ -69,7 +69,7 @@ def start(compose, tokenizer, tmp_path):
 def cached(policy, folder) -> CachedReference:
     """The reference of such a run, computed before and read again."""
     batches = BatchIterator(TRAIN, 6, 2, n_steps=2, budget=SMALL)
-    reads = Reads.of_run(batches, HELD_OUT, 4, None, 0, SMALL, ALONE)
+    reads = Reads.of_run(batches, HELD_OUT, 4, None, 0, SMALL, SINGLE_PROCESS)
     made, read = (cached_reference(LiveReference(policy), reads, folder / "logps.safetensors") for _ in range(2))
     assert torch.equal(made.logps.nan_to_num(), read.logps.nan_to_num())
     return read
@@ -138,7 +138,7 @@ def test_dropout_of_the_adapter_that_training_starts_from_is_no_difference(polic
     trained = trained_logps(policy, batch)
     assert not torch.equal(trained, LiveReference(reference)(batch))
     look.see(batch, trained, LiveReference(reference)(batch))
-    look.check(ALONE)
+    look.check(SINGLE_PROCESS)
     assert policy.training
 
 
@@ -166,23 +166,23 @@ def test_what_is_not_finite_in_the_policy_is_left_to_the_step(policies):
     batch = SimpleNamespace(is_filler=False, pairs=torch.tensor([[0, 1]]), sources=("row 3",))
     look = SameStart(nn.Linear(1, 1), None)
     look.see(batch, torch.tensor([torch.nan, torch.inf]), torch.zeros(2))
-    look.check(ALONE)
+    look.check(SINGLE_PROCESS)
     look.see(batch, torch.zeros(2), torch.tensor([0.0, torch.nan]))
     with pytest.raises(UserError, match="by up to inf nats"):
-        look.check(ALONE)
+        look.check(SINGLE_PROCESS)
 
 
 def test_fillers_are_not_looked_at():
     look = SameStart(nn.Linear(1, 1), None)
     look.see(SimpleNamespace(is_filler=True), torch.zeros(2), torch.ones(2))
-    look.check(ALONE)
+    look.check(SINGLE_PROCESS)
 
 
 def test_a_response_of_two_pieces_has_the_bits_of_each(policies, tmp_path):
     # In bfloat16 on padded rows the last bits depend on what else is in the piece.
     policy = policies[torch.bfloat16, "off"]
     batches = BatchIterator(TRAIN, 6, 2, n_steps=3, budget=SMALL)
-    reads = Reads.of_run(batches, HELD_OUT, 4, None, 0, SMALL, ALONE)
+    reads = Reads.of_run(batches, HELD_OUT, 4, None, 0, SMALL, SINGLE_PROCESS)
     kept = cached_reference(LiveReference(policy), reads, tmp_path / "logps.safetensors")
     pieces = list(batches.first_epoch())
     rows = [row for piece in pieces for row in piece.response_rows.tolist()]
@@ -193,7 +193,7 @@ def test_a_response_of_two_pieces_has_the_bits_of_each(policies, tmp_path):
 
 def test_of_several_epochs_all_is_known_after_the_first(policies, tmp_path):
     batches = BatchIterator(TRAIN, 6, n_epochs=3)
-    reads = Reads.of_run(batches, HELD_OUT, 4, None, 0, UNLIMITED, ALONE)
+    reads = Reads.of_run(batches, HELD_OUT, 4, None, 0, UNLIMITED, SINGLE_PROCESS)
     reference = LiveReference(policies[torch.float32, "on"])
     kept = cached_reference(reference, reads, tmp_path / "logps.safetensors")
     assert not len(reads.rest) and kept.logps.isfinite().all()

@@ -31,7 +31,7 @@ from preference_training.checkpointing.checkpoints import (
 )
 from preference_training.configuration.composition import choices_of
 from preference_training.core.errors import UserError
-from preference_training.core.ranks import ALONE
+from preference_training.core.process_group import SINGLE_PROCESS
 from preference_training.data.prompt_table import PromptTable
 from preference_training.data.rows.records import PreferenceRecord
 from preference_training.data.tokenization import TokenizedPrompt, TokenSettings, tokenize_records
@@ -440,7 +440,9 @@ def test_a_cached_reference_gives_the_steps_of_a_live_one(build, tokenized, tmp_
         return [trainer.train_step(batch)["loss/train"] for batch in BatchIterator(table, 8)]
 
     live = build(build_loss("dpo")).reference
-    reads = Reads.of_run(BatchIterator(table, 8), PromptTable.of([], table.num_responses), 8, None, 0, UNLIMITED, ALONE)
+    reads = Reads.of_run(
+        BatchIterator(table, 8), PromptTable.of([], table.num_responses), 8, None, 0, UNLIMITED, SINGLE_PROCESS
+    )
     cached = cached_reference(live, reads, tmp_path / "logps.safetensors")
     assert numbers(cached) == numbers(None)
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from preference_training.batching.trees import Tree, TreeLayout
-from preference_training.core.ranks import ALONE, Ranks
+from preference_training.core.process_group import SINGLE_PROCESS, Ranks
 from preference_training.data.prompt_table import PromptTable, Selection, shuffled
 from preference_training.data.tokenization import TokenizedPrompt
 
@@ -212,7 +212,7 @@ def spread(examples: Sequence[Example], size: int) -> list[list[int]]:
     return [sorted(part) for part in parts]
 
 
-def pieces_of(examples: Sequence[Example], budget: TokenBudget, ranks: Ranks = ALONE) -> list[PackedBatch]:
+def pieces_of(examples: Sequence[Example], budget: TokenBudget, ranks: Ranks = SINGLE_PROCESS) -> list[PackedBatch]:
     """This rank's part of some examples, packed in pieces within the budget. Every rank gets equally many pieces.
 
     Sharded models compute together, so a rank with fewer pieces than another gets fillers, which count for nothing.
@@ -313,7 +313,7 @@ class BatchIterator:
         n_epochs: int | None = 1,
         n_examples: int | None = None,
         budget: TokenBudget = UNLIMITED,
-        ranks: Ranks = ALONE,
+        ranks: Ranks = SINGLE_PROCESS,
         n_steps: int | None = None,
         first_budget: TokenBudget | None = None,
     ):
@@ -494,7 +494,7 @@ def evaluation_batches(
     n_examples: int | None,
     seed: int,
     budget: TokenBudget = UNLIMITED,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE_PROCESS,
 ) -> list[PackedBatch]:
     """This rank's part of the `n_examples` held-out examples, in batches of at most `batch_size` over all ranks.
 
@@ -505,7 +505,7 @@ def evaluation_batches(
 
 
 def batches_of(
-    examples: Sequence[Example], batch_size: int, budget: TokenBudget = UNLIMITED, ranks: Ranks = ALONE
+    examples: Sequence[Example], batch_size: int, budget: TokenBudget = UNLIMITED, ranks: Ranks = SINGLE_PROCESS
 ) -> list[PackedBatch]:
     """This rank's part of some examples, in batches of at most `batch_size` over all ranks; `places` are among them all."""
     starts = range(0, len(examples), batch_size)

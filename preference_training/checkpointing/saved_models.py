@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from preference_training.batching.batches import PackedBatch
 from preference_training.configuration.validation import sharded_dtype
 from preference_training.core.errors import UserError, first_line
-from preference_training.core.ranks import let_go_of_gathered
+from preference_training.core.process_group import reshard
 from preference_training.modeling.adapters import WEIGHTS_FILE, check_fit, is_adapter, kept_weights, quantise, settings_of_file
 from preference_training.modeling.archives import archive_shapes, files_of_weights
 from preference_training.modeling.loading import config_differences, model_of_archive, round_weights
@@ -49,7 +49,7 @@ def answers_of(model: nn.Module, device: torch.device | None = None) -> Tensor:
     try:
         return response_logps(model, probe(model).to(device or torch.device("cpu"))).cpu()
     finally:
-        let_go_of_gathered(model)
+        reshard(model)
         model.train(training)
 
 

@@ -23,8 +23,8 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from preference_training.configuration.validation import is_sharded
 from preference_training.core.errors import UserError
+from preference_training.core.process_group import local_rank, local_world_size
 from preference_training.core.processes import in_worker, usable_cores
-from preference_training.core.ranks import local_rank, local_world_size
 from preference_training.core.signals import ENDED_AT_ONCE, SIGNALS, STOPPED, StoppedError
 
 # How what the launcher hears of a worker begins where the mistake was the user's.

@@ -12,7 +12,7 @@ from torch import nn
 
 from preference_training.core.errors import UserError
 from preference_training.core.machine import pick_device
-from preference_training.core.ranks import ALONE, local_world_size
+from preference_training.core.process_group import SINGLE_PROCESS, local_world_size
 from preference_training.modeling.adapters import has_adapter
 from preference_training.modeling.loading import (
     compile_between_attentions,
@@ -29,7 +29,7 @@ from preference_training.modeling.prefix_sharing import share_prefixes
 class OneProcess:
     """All weights in this process: on one device, or layer by layer over its GPUs."""
 
-    ranks = ALONE
+    ranks = SINGLE_PROCESS
     began_with: str | None = None
     base_dir: Path | None = None
 

@@ -22,7 +22,7 @@ from preference_training.batching.batches import PackedBatch
 from preference_training.configuration.validation import sharded_dtype
 from preference_training.core.errors import UserError
 from preference_training.core.machine import settle_memory
-from preference_training.core.ranks import Ranks, local, local_world_size, whole
+from preference_training.core.process_group import Ranks, full_tensor, local_world_size, to_local
 from preference_training.modeling.adapters import has_adapter
 from preference_training.modeling.loading import (
     build_untrained,
@@ -58,10 +58,10 @@ def ranks_of(mesh: DeviceMesh) -> Ranks:
     """This process among those that train on different data."""
     data = mesh["replicate", "shard"]
     flat = data._flatten("data") if data.size() > 1 else None
-    is_main = torch.distributed.get_rank() == 0
+    is_rank_zero = torch.distributed.get_rank() == 0
     if flat is None:
-        return Ranks(is_main=is_main)
-    return Ranks(flat.get_local_rank(), flat.size(), is_main, flat.get_group())
+        return Ranks(is_rank_zero=is_rank_zero)
+    return Ranks(flat.get_local_rank(), flat.size(), is_rank_zero, flat.get_group())
 
 
 # ---- laying a model over it ---------------------------------------------------------------------------------------------
@@ -191,16 +191,16 @@ def load_sharded(
     where it does not.
     """
     settle_memory(keep_freed=has_plenty_of_memory(config, tokenizer))
-    source = load_model(config.model, tokenizer, config.cache_dir, base_dir) if ranks.is_main else None
-    proved = share_prefixes(source, config.prefix_sharing) and Sharing(scores_in_head(source)) if ranks.is_main else None
-    sharing = ranks.from_main(proved) or None
+    source = load_model(config.model, tokenizer, config.cache_dir, base_dir) if ranks.is_rank_zero else None
+    proved = share_prefixes(source, config.prefix_sharing) and Sharing(scores_in_head(source)) if ranks.is_rank_zero else None
+    sharing = ranks.broadcast(proved) or None
     model = empty_model(config, tokenizer, config.model.policy_dtype, sharing, layout, device)
     # Offloaded weights are brought to the device for each forward.
     model.compute_device = device
     if source is not None and has_adapter(source):
         # With the place of the model under it.
         model.peft_config = source.peft_config
-    state = source.state_dict() if ranks.is_main else {}
+    state = source.state_dict() if ranks.is_rank_zero else {}
     set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
     send_buffers(source, model, device, ranks)
     _check(model, source, layout, ranks)
@@ -213,7 +213,7 @@ def send_buffers(source: nn.Module | None, model: nn.Module, device: torch.devic
     A model that was built without numbers may have made them in the dtype of its weights, which rounds them.
     """
     buffers = dict(source.named_buffers()) if source is not None else {}
-    known = ranks.from_main({name: (buffer.shape, buffer.dtype) for name, buffer in buffers.items()})
+    known = ranks.broadcast({name: (buffer.shape, buffer.dtype) for name, buffer in buffers.items()})
     for name, (shape, dtype) in known.items():
         sent = buffers[name].to(device) if source is not None else torch.empty(shape, dtype=dtype, device=device)
         buffers[name] = sent.contiguous()
@@ -236,7 +236,7 @@ def reference_beside(policy: nn.Module, config, tokenizer, layout: Layout, devic
     copy.compute_device = device
     with torch.no_grad():
         for mine, theirs in zip(copy.parameters(), policy.parameters(), strict=True):
-            local(mine).copy_(local(theirs))
+            to_local(mine).copy_(to_local(theirs))
     take_buffers(copy, {name: buffer.clone() for name, buffer in policy.named_buffers()})
     return copy.eval().requires_grad_(False)
 
@@ -280,13 +280,13 @@ def _check(model: nn.Module, source: nn.Module | None, layout: Layout, ranks: Ra
     logps = response_logps(model, batch.to(compute_device(model)))
     logps.sum().backward()
     weights = dict(model.named_parameters())
-    found = [whole(weights[name].grad).float().cpu() for name in names]
+    found = [full_tensor(weights[name].grad).float().cpu() for name in names]
     model.zero_grad(set_to_none=True)
     fault = None
     if source is not None:
         rounding = ROUNDING[layout.precision.param_dtype or source.autocast_dtype or source.dtype]
         fault = disagreement((logps.detach().cpu(), found), expected, batch.response_lengths, rounding)
-    fault = ranks.from_main(fault)
+    fault = ranks.broadcast(fault)
     if fault:
         raise UserError(
             f"trainer: {type(model).__name__} does not compute the same when it is split: {fault}. Use another trainer."
@@ -303,10 +303,10 @@ def clip_by_global_norm(parameters, max_norm: float) -> Tensor:
         if parameter.grad is not None:
             mesh = parameter.grad.device_mesh if isinstance(parameter.grad, DTensor) else None
             groups.setdefault(mesh, []).append(parameter.grad)
-    norms = [whole(nn.utils.get_total_norm(gradients)) for gradients in groups.values()]
+    norms = [full_tensor(nn.utils.get_total_norm(gradients)) for gradients in groups.values()]
     norm = torch.stack(norms).norm()
     scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
     for gradients in groups.values():
         for gradient in gradients:
-            local(gradient).mul_(scale.to(gradient.device))
+            to_local(gradient).mul_(scale.to(gradient.device))
     return norm

@@ -19,8 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from preference_training.batching.batches import MicroBatch, PackedBatch
-from preference_training.core.ranks import ALONE, Ranks, let_go_of_gathered
-from preference_training.distributed.sharding import Layout, Sharing, empty_model, local
+from preference_training.core.process_group import SINGLE_PROCESS, Ranks, reshard, to_local
+from preference_training.distributed.sharding import Layout, Sharing, empty_model
 from preference_training.losses.objectives import DPOLoss, Loss, PairSelection
 from preference_training.modeling.adapters import has_adapter
 from preference_training.modeling.loading import build_untrained, enable_activation_checkpointing
@@ -161,7 +161,7 @@ def fake_trainer(
     loss: Loss,
     live_reference: bool,
     counter: StorageCounter,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE_PROCESS,
     layout: Layout | None = None,
 ) -> BasicTrainer:
     """The trainer of a configuration on fake tensors, its weights counted; `layout` says how a sharded one's lie."""
@@ -243,12 +243,12 @@ def most_held(trainer: BasicTrainer, counter: StorageCounter, pieces: Sequence[P
     def name_gradients(*_) -> None:
         for weight in trainer.policy.parameters():
             if weight.grad is not None:
-                counter.recount(local(weight.grad), "gradients")
+                counter.recount(to_local(weight.grad), "gradients")
 
     def name_copied_gradients(*_) -> None:
         for master in trainer.optimizer.masters.values():
             if master.grad is not None:
-                counter.recount(local(master.grad), "gradients")
+                counter.recount(to_local(master.grad), "gradients")
 
     trainer.optimizer.register_step_pre_hook(name_gradients)
     if trainer.has_masters:
@@ -258,7 +258,7 @@ def most_held(trainer: BasicTrainer, counter: StorageCounter, pieces: Sequence[P
     for state in trainer.optimizer.state.values():
         for value in state.values():
             if isinstance(value, Tensor):
-                counter.recount(local(value), "optimizer")
+                counter.recount(to_local(value), "optimizer")
     name_weights(counter, trainer.policy, "parameters")
     if isinstance(trainer.reference, LiveReference) and trainer.reference.model is not trainer.policy:
         name_weights(counter, trainer.reference.model, "reference")
@@ -271,7 +271,7 @@ def most_held(trainer: BasicTrainer, counter: StorageCounter, pieces: Sequence[P
 def name_weights(counter: StorageCounter, model: nn.Module, kind: str) -> None:
     """Count a model's weights as `kind` after a step, and those that stay gathered as such."""
     for weight in model.parameters():
-        counter.recount(local(weight), "gathered weights")
-    let_go_of_gathered(model)
+        counter.recount(to_local(weight), "gathered weights")
+    reshard(model)
     for weight in model.parameters():
-        counter.recount(local(weight), kind)
+        counter.recount(to_local(weight), kind)

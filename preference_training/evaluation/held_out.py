@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from preference_training.batching.batches import PackedBatch
-from preference_training.core.ranks import ALONE, Ranks
+from preference_training.core.process_group import SINGLE_PROCESS, Ranks
 from preference_training.losses.objectives import Loss, example_metrics
 from preference_training.modeling.logprobs import response_logps
 from preference_training.modeling.state import compute_device
@@ -55,7 +55,7 @@ def evaluate(
     reference: Callable[[PackedBatch], Tensor] | None,
     loss: Loss,
     batches: Sequence[PackedBatch],
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE_PROCESS,
     see: Callable[[PackedBatch, Tensor, Tensor], None] | None = None,
 ) -> HeldOut:
     """Score every held-out example once. The loss sees all of them together, so that nothing depends on how they are cut.
@@ -76,7 +76,7 @@ def score(
     policy: nn.Module,
     reference: Callable[[PackedBatch], Tensor] | None,
     batches: Sequence[PackedBatch],
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE_PROCESS,
     see: Callable[[PackedBatch, Tensor, Tensor], None] | None = None,
 ) -> Scores:
     """Log-probs of every response of this rank's batches; every rank gets those of all. As `evaluate`."""
@@ -93,7 +93,9 @@ def score(
         if not batch.is_filler:
             facts = batch.pairs.cpu(), batch.response_lengths.cpu(), batch.places.cpu(), batch.sources
             scored.append((logps, known, *facts))
-    logps, knowns, pairs, lengths, places, sources = zip(*(part for rank in ranks.gather(scored) for part in rank), strict=True)
+    logps, knowns, pairs, lengths, places, sources = zip(
+        *(part for rank in ranks.all_gather_object(scored) for part in rank), strict=True
+    )
     starts = accumulate(map(len, lengths), initial=0)
     order = torch.cat(places).argsort()
     names = [name for batch in sources for name in batch]

@@ -12,7 +12,7 @@ import numpy
 
 from preference_training.batching.batches import TokenBudget, batches_of, examples_of
 from preference_training.core.machine import FEWEST_PROMPTS, too_few
-from preference_training.core.ranks import ALONE, Ranks
+from preference_training.core.process_group import SINGLE_PROCESS, Ranks
 from preference_training.core.values import with_interval
 from preference_training.data.prompt_table import Selection
 from preference_training.data.rows.templates import user_markers
@@ -150,7 +150,7 @@ def length_bias(held_out: HeldOut, facts: ExampleFacts) -> dict:
 
 def kl_estimate(
     policy, reference, prompts: Sequence[list[int]], responses: Sequence[list[int]], batch_size: int, budget: TokenBudget,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE_PROCESS,
 ) -> tuple[dict, list[float]]:  # fmt: skip
     """KL(policy || reference) from responses that were sampled of the policy: the mean log-ratio, an unbiased estimate.
 

@@ -45,12 +45,12 @@ class EvaluationRun:
     def __init__(self, config, trainer_class, placement, loss, prompts: PromptTable, checkpoint: Path | None, tracker):
         self.config, self.placement, self.checkpoint = config, placement, checkpoint
         self.ranks, self.tokenizer = placement.ranks, placement.tokenizer
-        wanted, is_main = config.evaluation, placement.ranks.is_main
+        wanted, is_rank_zero = config.evaluation, placement.ranks.is_rank_zero
         names = task_names(config)
         self.tasks = TaskList(names, wanted.task_path) if names else None
-        self.judge = build_judge(config, placement.device) if wanted.judge and is_main else None
+        self.judge = build_judge(config, placement.device) if wanted.judge and is_rank_zero else None
         policy = placement.policy()
-        if checkpoint is not None and loss.needs_reference and is_main:
+        if checkpoint is not None and loss.needs_reference and is_rank_zero:
             check_beginning(config, checkpoint, placement.began_with)
         self.budget = shared_budget(token_budget(policy, config.max_tokens_per_microbatch), self.ranks)
         self.examples = evaluation_prompts(prompts, config.n_eval_examples, config.seed)
@@ -93,7 +93,7 @@ class EvaluationRun:
         if wanted.judge and other is None:
             trainer.reference = None
             other = self.answers(self.model_of(wanted.against), OTHER)
-        if not self.ranks.is_main:
+        if not self.ranks.is_rank_zero:
             return {}
         path = Path(wanted.to) if wanted.to else directory / "results.json"
         return self.report(path, results, trainer.held_out, responses, other, ratios)

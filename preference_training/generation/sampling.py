@@ -10,7 +10,7 @@ import xxhash
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
-from preference_training.core.ranks import ALONE, Ranks, local_world_size
+from preference_training.core.process_group import SINGLE_PROCESS, Ranks, local_world_size
 from preference_training.modeling.state import compute_device, free_memory
 
 # Prompts that a CPU answers together: more are not faster, and wait longer for the longest answer among them.
@@ -28,7 +28,7 @@ def sample_answers(
     prompts: Sequence[list[int]],
     max_length: int,
     seed: int,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE_PROCESS,
     stream: str = POLICY,
 ) -> list[str]:
     """`sample_responses` as text, up to the end of the response."""
@@ -43,7 +43,7 @@ def sample_responses(
     prompts: Sequence[list[int]],
     max_length: int,
     seed: int,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE_PROCESS,
     stream: str = POLICY,
 ) -> list[list[int]]:
     """One sampled response to each prompt, both token ids; the end-of-sequence token is its last, unless it is cut before.
@@ -150,4 +150,4 @@ def _rows_at_once(model: nn.Module, max_length: int, ranks: Ranks) -> int:
     device = compute_device(model)
     free = free_memory(device) // (1 if device.type == "cuda" else local_world_size())
     rows = max(1, free // 2 // per_row)
-    return ranks.from_main(ranks.lowest(rows if device.type == "cuda" else min(rows, ROWS_ON_CPU)))
+    return ranks.broadcast(ranks.all_reduce_min(rows if device.type == "cuda" else min(rows, ROWS_ON_CPU)))

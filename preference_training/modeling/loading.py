@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from preference_training.core.errors import UserError, first_line
-from preference_training.core.ranks import bytes_of
+from preference_training.core.process_group import bytes_of
 from preference_training.core.values import UNREADABLE
 from preference_training.modeling.adapters import (
     BASE_DIR,

@@ -33,7 +33,7 @@ from preference_training.batching.batches import (
     examples_of,
     pieces_of,
 )
-from preference_training.core.ranks import ALONE, Ranks, bytes_of
+from preference_training.core.process_group import SINGLE_PROCESS, Ranks, bytes_of
 from preference_training.data.prompt_table import PromptTable, Selection
 from preference_training.modeling.adapters import STARTING
 from preference_training.modeling.loading import weights_hash
@@ -150,18 +150,20 @@ def machine_facts(device: torch.device) -> list:
     return [device.type, name, threads, *versions, torch.get_float32_matmul_precision()]
 
 
-def cache_key(model: nn.Module, reads: Reads, settings: Mapping | None = None, ranks: Ranks = ALONE) -> str:
+def cache_key(model: nn.Module, reads: Reads, settings: Mapping | None = None, ranks: Ranks = SINGLE_PROCESS) -> str:
     """Hash of all that the log-probs of what is read under `model`, as it began, depend on: 32 hexadecimal digits.
 
     settings are those of the run that the model does not show. The key is the same on all ranks.
     """
     computing = model_facts(model), machine_facts(compute_device(model)), dict(settings or {})
     how = [*computing, reads.recipe, reads.prompts.fingerprint, weights_hash(model)]
-    parts = ranks.gather(xxhash.xxh3_128_hexdigest(json.dumps(how, sort_keys=True, default=str).encode()))
+    parts = ranks.all_gather_object(xxhash.xxh3_128_hexdigest(json.dumps(how, sort_keys=True, default=str).encode()))
     return parts[0] if len(parts) == 1 else xxhash.xxh3_128_hexdigest("".join(parts).encode())
 
 
-def cache_path(directory: Path, model: nn.Module, reads: Reads, settings: Mapping | None = None, ranks: Ranks = ALONE) -> Path:
+def cache_path(
+    directory: Path, model: nn.Module, reads: Reads, settings: Mapping | None = None, ranks: Ranks = SINGLE_PROCESS
+) -> Path:
     """Where in `directory` the log-probs of what is read under `model` lie, or would lie."""
     return directory / f"{cache_key(model, reads, settings, ranks)}.safetensors"
 
@@ -169,7 +171,7 @@ def cache_path(directory: Path, model: nn.Module, reads: Reads, settings: Mappin
 # ---- found, or computed ---------------------------------------------------------------------------------------------------
 
 
-def cached_reference(reference: LiveReference, reads: Reads, path: Path, ranks: Ranks = ALONE) -> CachedReference:
+def cached_reference(reference: LiveReference, reads: Reads, path: Path, ranks: Ranks = SINGLE_PROCESS) -> CachedReference:
     """The log-prob of every response that a run reads; NaN where no prompt of those has the row.
 
     Read from `path`, which `cache_path` gave, where they have been computed before, else computed and written there; says
@@ -189,15 +191,15 @@ def cached_reference(reference: LiveReference, reads: Reads, path: Path, ranks: 
 def _found(path: Path, ranks: Ranks) -> CachedReference | None:
     """What was computed before, on all ranks; None where it was not, or the file is damaged."""
     # The main rank alone looks: another machine may not see the same file yet, or at all, and all have to do the same.
-    tensors = ranks.from_main(_read(path) if ranks.is_main and path.exists() else None)
+    tensors = ranks.broadcast(_read(path) if ranks.is_rank_zero and path.exists() else None)
     return None if tensors is None else _from_tensors(tensors)
 
 
 def _made(reference: LiveReference, reads: Reads, path: Path, ranks: Ranks) -> CachedReference:
-    if ranks.is_main and path.exists():
+    if ranks.is_rank_zero and path.exists():
         print(f"reference: {path} is damaged and computed anew", flush=True)
     made = compute_logps(reference, reads, ranks)
-    if ranks.is_main:
+    if ranks.is_rank_zero:
         _write(path, _to_tensors(made))
         print(f"reference: log-probs of {_count(made)} responses computed once, kept in {path}", flush=True)
     return made
@@ -210,14 +212,14 @@ def _alone(path: Path, ranks: Ranks) -> Iterator[None]:
     lock = FileLock(path.with_suffix(".lock"))
     waits = False
     # In short turns: the other ranks of this run wait for the main one's word, and not for ever.
-    while not ranks.from_main(ranks.is_main and _acquired(lock, 10.0 if waits else 0.0)):
+    while not ranks.broadcast(ranks.is_rank_zero and _acquired(lock, 10.0 if waits else 0.0)):
         if not waits:
             print("reference: waiting for the run that computes its log-probs", flush=True)
         waits = True
     try:
         yield
     finally:
-        if ranks.is_main:
+        if ranks.is_rank_zero:
             lock.release()
 
 
@@ -235,7 +237,7 @@ def _count(reference: CachedReference) -> int:
 
 
 @torch.no_grad()
-def compute_logps(reference: LiveReference, reads: Reads, ranks: Ranks = ALONE) -> CachedReference:
+def compute_logps(reference: LiveReference, reads: Reads, ranks: Ranks = SINGLE_PROCESS) -> CachedReference:
     """One pass over what is read. Each rank computes its pieces; all get the whole."""
     table, model = reads.prompts.table, reference.model
     training = model.training
@@ -248,7 +250,7 @@ def compute_logps(reference: LiveReference, reads: Reads, ranks: Ranks = ALONE) 
             rows.append(batch.response_rows)
             values.append(logps)
     model.train(training)
-    return _joined(ranks.gather(_Computed.of(numbers, rows, values)), table.first_row + table.num_responses)
+    return _joined(ranks.all_gather_object(_Computed.of(numbers, rows, values)), table.first_row + table.num_responses)
 
 
 @dataclass(frozen=True)

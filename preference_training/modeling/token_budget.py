@@ -5,7 +5,7 @@ from torch import nn
 
 from preference_training.batching.batches import TokenBudget
 from preference_training.configuration.validation import times_beside_weights
-from preference_training.core.ranks import Ranks, local, local_world_size
+from preference_training.core.process_group import Ranks, local_world_size, to_local
 from preference_training.modeling.loading import build_untrained
 from preference_training.modeling.state import compute_device, free_memory
 
@@ -37,7 +37,7 @@ def shared_budget(budget: TokenBudget, ranks: Ranks) -> TokenBudget:
 
     For each piece sharded weights are gathered anew, so that several ranks have few pieces, as large as memory allows.
     """
-    limit = ranks.lowest(budget.limit)
+    limit = ranks.all_reduce_min(budget.limit)
     return TokenBudget(limit, budget.comfortable if ranks.size == 1 else limit)
 
 
@@ -72,7 +72,7 @@ def _tokens_that_fit(model: nn.Module, device: torch.device, free: int | None, m
     # The room is that of one device, so what other devices hold does not count.
     trained = [weight for weight in model.parameters() if weight.requires_grad and (moves or weight.device == device)]
     # Of a weight that is split over processes, this one has a part.
-    parts = [local(weight) for weight in trained]
+    parts = [to_local(weight) for weight in trained]
     weights = sum(part.numel() * part.element_size() for part in parts)
     # Weights that are not there yet will take of what is free now.
     to_come = weights if moves else 0

@@ -109,10 +109,10 @@ def train(
     ranks = placement.ranks
     check_same_data(data, ranks)
     # The main process looks, and all go where it goes.
-    found = checkpoint_to_continue(config.resume, run_dir, config.exp_name) if ranks.is_main else None
-    checkpoint, run_dir = ranks.from_main((found, found.parent if found else run_dir))
+    found = checkpoint_to_continue(config.resume, run_dir, config.exp_name) if ranks.is_rank_zero else None
+    checkpoint, run_dir = ranks.broadcast((found, found.parent if found else run_dir))
     with ExitStack() as opened:
-        if ranks.is_main:
+        if ranks.is_rank_zero:
             opened.enter_context(used_by_this_run(run_dir))
             # Before the model is loaded: what it is made of is read from the run directory, or kept there.
             aside = begin_in(config, run_dir, checkpoint)
@@ -121,7 +121,7 @@ def train(
         total = parts["train_batches"].total_examples
         # Until all that follows is closed: a signal that comes too late to stop the run disturbs its last lines no more.
         stop = opened.enter_context(StopRequests(config.max_wall_time))
-        if ranks.is_main:
+        if ranks.is_rank_zero:
             about = describe_run(config, placement, data, checkpoint)
             report = report_writer and report_writer(config, run_dir, loss, placement.tokenizer, data)
             tracker = open_run_dir(config, run_dir, about, checkpoint, total, report, aside)
@@ -166,14 +166,14 @@ def evaluate(config: DictConfig, trainer_class, placement, loss, data: tuple, ru
     from preference_training.tracking.tracker import NoTracker
 
     ranks = placement.ranks
-    found = checkpoint_to_continue(config.resume, run_dir, config.exp_name) if ranks.is_main else None
-    checkpoint = ranks.from_main(found)
+    found = checkpoint_to_continue(config.resume, run_dir, config.exp_name) if ranks.is_rank_zero else None
+    checkpoint = ranks.broadcast(found)
     placement.base_dir = kept_base(checkpoint) if checkpoint else None
     if config.resume and checkpoint is None:
         raise UserError(f"resume: {config.resume} has found no checkpoint of {config.exp_name}. Expected one to evaluate.")
     with ExitStack() as opened:
         tracker = NoTracker()
-        if checkpoint is None and ranks.is_main:
+        if checkpoint is None and ranks.is_rank_zero:
             opened.enter_context(used_by_this_run(run_dir))
             aside = begin_in(config, run_dir, None)
             about = describe_run(config, placement, data, None)
@@ -255,9 +255,9 @@ def build_batches(config: DictConfig, prompts, budget, ranks=None, first_budget=
     first_budget: what the run began with, where it has another now.
     """
     from preference_training.batching.batches import BatchIterator
-    from preference_training.core.ranks import ALONE
+    from preference_training.core.process_group import SINGLE_PROCESS
 
-    ranks = ranks or ALONE
+    ranks = ranks or SINGLE_PROCESS
     size, pieces = config.batch_size, config.gradient_accumulation_steps
     if size // pieces < ranks.size:
         raise UserError(
@@ -285,9 +285,9 @@ def make_reference(config: DictConfig, placement, policy, reads, read_again: boo
     ranks = placement.ranks
     cached = caches_reference(config, read_again)
     may_be_there = config.reference_logps is None and not moves_reference(config)
-    if cached or (may_be_there and ranks.from_main(directory.is_dir())):
+    if cached or (may_be_there and ranks.broadcast(directory.is_dir())):
         path = cache_path(directory, reference.model, reads, computing_settings(config), ranks)
-        if cached or ranks.from_main(path.exists()):
+        if cached or ranks.broadcast(path.exists()):
             return cached_reference(reference, reads, path, ranks)
     return placement.reference(policy) if is_copy else reference
 

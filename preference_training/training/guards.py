@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from preference_training.core.ranks import local
+from preference_training.core.process_group import to_local
 
 # Steps that a mean is taken over, and after which it means something.
 STEPS = 100
@@ -98,7 +98,7 @@ class StillWeights:
 
     def __init__(self, updated: Sequence[tuple[Tensor, Tensor]]):
         matrices = [pair for pair in updated if pair[0].ndim > 1]
-        self.seen = [self._begin(local(weight.detach()), local(gradient)) for weight, gradient in matrices or updated]
+        self.seen = [self._begin(to_local(weight.detach()), to_local(gradient)) for weight, gradient in matrices or updated]
 
     @staticmethod
     def _begin(weight: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -31,7 +31,7 @@ def data_version(config: DictConfig, run_dir: Path) -> int:
 
 def check_same_data(data, ranks) -> None:
     """Raise UserError, on all ranks, where some have prepared other data than others: they would train on a mixture."""
-    found = ranks.gather([split.table.fingerprint for split in data])
+    found = ranks.all_gather_object([split.table.fingerprint for split in data])
     if any(other != found[0] for other in found):
         ranks_apart = ", ".join(str(rank) for rank, other in enumerate(found) if other != found[0])
         raise UserError(

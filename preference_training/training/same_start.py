@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from preference_training.batching.batches import PackedBatch
 from preference_training.core.errors import UserError
-from preference_training.core.ranks import Ranks
+from preference_training.core.process_group import Ranks
 from preference_training.modeling.logprobs import CachedReference, response_logps
 
 
@@ -55,7 +55,7 @@ class SameStart:
         """Raise UserError, on all ranks, where any rank has seen a difference."""
         found = [_distance(batch, apart) for batch, apart in self.seen]
         self.seen = []
-        found = [distance for rank in ranks.gather(found) for distance in rank]
+        found = [distance for rank in ranks.all_gather_object(found) for distance in rank]
         apart = sum(distance.apart for distance in found)
         if not apart:
             return

@@ -29,8 +29,8 @@ from preference_training.checkpointing.saved_models import checkpoint_check
 from preference_training.configuration.validation import sharded_dtype
 from preference_training.core.errors import UserError
 from preference_training.core.machine import memory_held, too_few
+from preference_training.core.process_group import SINGLE_PROCESS, Ranks, is_distributed, reshard
 from preference_training.core.random_streams import random_streams, restore_random_streams
-from preference_training.core.ranks import ALONE, Ranks, let_go_of_gathered, several
 from preference_training.core.signals import StoppedError, StopRequests
 from preference_training.distributed.layer_splitting import (
     joined_optimizer_state,
@@ -118,7 +118,7 @@ class BasicTrainer:
         sample_prompts: Sequence[list[int]],
         tracker: Tracker,
         writer: CheckpointWriter | None = None,
-        ranks: Ranks = ALONE,
+        ranks: Ranks = SINGLE_PROCESS,
         stop: StopRequests | None = None,
         ledger: Ledger | None = None,
         pruning: Pruning | None = None,
@@ -283,7 +283,7 @@ class BasicTrainer:
             return self.backward(micro_batches)
         except torch.OutOfMemoryError:
             # Other processes would wait for this one's part of what they compute together.
-            if several():
+            if is_distributed():
                 raise
         # Not in the handler: what was raised keeps the tensors of the step.
         self.optimizer.zero_grad(set_to_none=True)
@@ -320,7 +320,7 @@ class BasicTrainer:
     def added_up(self, sums: dict[str, Tensor], grad_norm: Tensor, num_examples: int, tokens: int) -> Tensor:
         """A step's numbers over all ranks: means of `sums`, tokens, whether any is to stop (above 0), the gradient's norm."""
         others = torch.tensor([float(tokens), float(self.stop.reason is not None)], device=self.device)
-        totals = self.ranks.total(torch.cat([torch.stack([value / num_examples for value in sums.values()]), others]))
+        totals = self.ranks.all_reduce_sum(torch.cat([torch.stack([value / num_examples for value in sums.values()]), others]))
         return torch.cat([totals, grad_norm.detach().to(totals).reshape(1)])
 
     def scaled_down_gradient(self) -> Tensor:
@@ -375,7 +375,7 @@ class BasicTrainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.bad_steps += 1
         pairs = [pair for part in scored for pair in zip(part.sources, part.losses.tolist(), strict=True)]
-        pairs = [pair for rank in self.ranks.gather(pairs) for pair in rank]
+        pairs = [pair for rank in self.ranks.all_gather_object(pairs) for pair in rank]
         bad = sorted({source for source, loss in pairs if not math.isfinite(loss)})
         what = "loss" if bad else "gradient"
         names = bad or sorted({source for source, _ in pairs})
@@ -411,7 +411,7 @@ class BasicTrainer:
         for piece, policy, reference in zip(pieces, policies, references, strict=True):
             if not piece.is_filler:
                 log_ratios[piece.places] = (policy - reference)[piece.pairs]
-        return self.loss.survey(self.ranks.total(log_ratios))
+        return self.loss.survey(self.ranks.all_reduce_sum(log_ratios))
 
     def logps(self, batch: PackedBatch) -> Tensor:
         """The policy's log-probs [R] of a batch."""
@@ -470,8 +470,10 @@ class BasicTrainer:
         """End the run here, and say so, where other jobs of the sweep do much better; not before its first step."""
         if self.pruning is None or self.finished or not self.examples:
             return
-        judged = self.pruning.verdict(self.examples, self.held_out_means[self.config.objective]) if self.ranks.is_main else None
-        verdict = self.ranks.from_main(judged)
+        judged = (
+            self.pruning.verdict(self.examples, self.held_out_means[self.config.objective]) if self.ranks.is_rank_zero else None
+        )
+        verdict = self.ranks.broadcast(judged)
         self.pruned = verdict is not None
         if self.pruned:
             self.tracker.say(f"pruned: {verdict}")
@@ -504,14 +506,14 @@ class BasicTrainer:
         if self.writer is None or (self.saved_at == self.examples and not finished):
             return
         self.tracker.flush()
-        if not self.ranks.from_main(self.writer.looked):
+        if not self.ranks.broadcast(self.writer.looked):
             self.writer.check = checkpoint_check(self.policy, self.config, self.device)
         self.writer.write(self.snapshot(), with_policy_pt=finished and self.config.save_policy_pt)
         self.saved_at = self.examples
         if finished or self.stopping:
             self.writer.wait()
             # A process that ends would have its launcher end the main one, which may still be writing.
-            self.ranks.wait()
+            self.ranks.barrier()
 
     def snapshot(self) -> Snapshot:
         """The run as it is now."""
@@ -539,7 +541,7 @@ class BasicTrainer:
             "loss": self.loss.state_dict(),
             "train_batches": self.train_batches.state_dict(),
             "watch": self.watch.state_dict(),
-            "random": self.ranks.gather(random_streams()),
+            "random": self.ranks.all_gather_object(random_streams()),
         }
 
     def continue_from(self, checkpoint: Path) -> None:
@@ -713,7 +715,7 @@ class FSDPTrainer(BasicTrainer):
 
     def optimizer_state(self) -> dict:
         """The optimizer's state by the weights' names, alive; made where it is not there yet."""
-        let_go_of_gathered(self.policy)
+        reshard(self.policy)
         return super().optimizer_state()
 
 

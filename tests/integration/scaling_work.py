@@ -4,11 +4,11 @@ import torch
 from omegaconf import OmegaConf
 
 from preference_training.batching.batches import BatchIterator, examples_of, pack
-from preference_training.core.ranks import Ranks
+from preference_training.core.process_group import Ranks, to_local
 from preference_training.data.prompt_table import PromptTable
 from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.distributed.launching import end_group, start_group
-from preference_training.distributed.sharding import load_sharded, local, reference_beside
+from preference_training.distributed.sharding import load_sharded, reference_beside
 from preference_training.dry_run.memory_estimate import StorageCounter, most_held
 from preference_training.dry_run.scaling import Traffic, attributed
 from preference_training.losses.objectives import build_loss
@@ -67,7 +67,7 @@ def held_by(trainer) -> dict[str, int]:
     states = [value for state in trainer.optimizer.state.values() for value in state.values()]
     tensors = {"parameters": weights, "gradients": [weight.grad for weight in weights], "optimizer": states}
     return {
-        kind: sum({local(t).untyped_storage().data_ptr(): local(t).untyped_storage().nbytes() for t in found}.values())
+        kind: sum({to_local(t).untyped_storage().data_ptr(): to_local(t).untyped_storage().nbytes() for t in found}.values())
         for kind, found in tensors.items()
         if all(isinstance(t, torch.Tensor) for t in found)
     }

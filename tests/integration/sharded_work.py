@@ -24,13 +24,13 @@ from preference_training.batching.batches import (
     pieces_of,
 )
 from preference_training.checkpointing.checkpoints import CheckpointWriter, Snapshot
+from preference_training.core.process_group import SINGLE_PROCESS
 from preference_training.core.random_streams import seed_everything
-from preference_training.core.ranks import ALONE
 from preference_training.data.prompt_table import PromptTable
 from preference_training.data.rows.records import PreferenceRecord
 from preference_training.data.tokenization import TokenSettings, tokenize_records
 from preference_training.distributed.launching import end_group, start_group
-from preference_training.distributed.sharding import Layout, load_sharded, make_mesh, ranks_of, whole
+from preference_training.distributed.sharding import Layout, full_tensor, load_sharded, make_mesh, ranks_of
 from preference_training.evaluation.held_out import evaluate
 from preference_training.losses.objectives import build_loss
 from preference_training.modeling.loading import load_model, weights_hash
@@ -113,7 +113,7 @@ def follow(world: World, trajectory: dict, mesh, sharding: str, loss: dict | Non
         trainer.logps(pieces_of(parts[0], limit, ranks)[0])
     assert trainer.optimizer_state()["state"].keys() == single.optimizer_state()["state"].keys()
     weights = dict(trainer.policy.named_parameters())
-    pairs = [(whole(weights[name]).detach(), weight.detach()) for name, weight in single.policy.named_parameters()]
+    pairs = [(full_tensor(weights[name]).detach(), weight.detach()) for name, weight in single.policy.named_parameters()]
     apart, size = (
         math.sqrt(sum(x.square().sum().item() for x in xs)) for xs in ([a - b for a, b in pairs], [b for _, b in pairs])
     )
@@ -180,7 +180,7 @@ def follow_in_bfloat16(settings: dict, number_of_steps: int) -> dict:
         curves = losses[loss["name"]] = [[], []]
         for step in range(number_of_steps):
             part = [examples[(16 * step + k) % len(examples)] for k in range(16)]
-            for trainer, on, curve in ((short, ranks, curves[0]), (exact, ALONE, curves[1])):
+            for trainer, on, curve in ((short, ranks, curves[0]), (exact, SINGLE_PROCESS, curves[1])):
                 metrics = trainer.train_step([MicroBatch(pieces_of(part, TokenBudget(10**6, 10**6), on), len(part))])
                 curve.append(metrics["loss/train"])
     end_group()
@@ -211,12 +211,12 @@ def follow_adapter(settings: dict) -> dict:
             part = examples[8 * step : 8 * step + 8]
             found, expected = (
                 trainer.train_step([MicroBatch(pieces_of(part, TokenBudget(10**6, 10**6), on), 8)])
-                for trainer, on in ((sharded, ranks), (single, ALONE))
+                for trainer, on in ((sharded, ranks), (single, SINGLE_PROCESS))
             )
             assert step or found["rewards_train/margins"] == expected["rewards_train/margins"] == 0
             worst = max(worst, *(abs(found[name] / expected[name] - 1) for name in ("loss/train", "grad_norm")))
         kept = single.weights()
-        apart = [(whole(weight).detach() - kept[name].detach()).norm() for name, weight in sharded.weights().items()]
+        apart = [(full_tensor(weight).detach() - kept[name].detach()).norm() for name, weight in sharded.weights().items()]
         assert len(apart) == len(kept)
         results[sharding] = {"numbers": worst, "weights": (sum(apart) / sum(weight.norm() for weight in kept.values())).item()}
     end_group()
@@ -237,15 +237,15 @@ def train_with_masters(settings: dict, folder: str) -> dict:
         mesh, run_dir = world.mesh(sharding, size), Path(folder) / name
         made = [world.sharded("llama", loss, mesh, sharding, **changes, **low) for _ in range(2)]
         (first, ranks), (second, _), single = *made, world.alone("llama", loss, **changes)
-        for trainer, on in ((first, ranks), (second, ranks), (single, ALONE)):
+        for trainer, on in ((first, ranks), (second, ranks), (single, SINGLE_PROCESS)):
             trainer.train_batches = BatchIterator(table, 8, n_epochs=None, n_steps=4, ranks=on)
         before = torch.cat([weight.detach().flatten() for weight in single.policy.parameters()])
         for step in first.train_batches:
             first.train_step(step)
             if first.updates == 2:
-                if ranks.is_main:
+                if ranks.is_rank_zero:
                     run_dir.mkdir(exist_ok=True)
-                ranks.wait()
+                ranks.barrier()
                 with CheckpointWriter(run_dir, first.policy, world.tokenizer, ranks, patience_minutes=1) as writer:
                     writer.write(first.snapshot())
         for step in single.train_batches:
@@ -254,12 +254,12 @@ def train_with_masters(settings: dict, folder: str) -> dict:
         for step in second.train_batches:
             second.train_step(step)
         masters = [[state["master"] for state in each.optimizer_state()["state"].values()] for each in (first, second)]
-        wholes = torch.cat([whole(master).flatten() for master in masters[0]])
+        wholes = torch.cat([full_tensor(master).flatten() for master in masters[0]])
         exact = torch.cat([weight.detach().flatten() for weight in single.policy.parameters()])
         results[name] = {
             # The first updates of AdamW are lr, whatever the gradient, and bfloat16 rounds the starting weights: off that.
             "cosine": torch.cosine_similarity(wholes - before.bfloat16().float(), exact - before, 0).item(),
-            "again": all(torch.equal(whole(one), whole(other)) for one, other in zip(*masters, strict=True)),
+            "again": all(torch.equal(full_tensor(one), full_tensor(other)) for one, other in zip(*masters, strict=True)),
             "sharded": [master.to_local().numel() / master.numel() for master in masters[0][:1]],
             "dtypes": [str(master.dtype) for master in masters[0][:1]],
         }
@@ -283,7 +283,7 @@ def evaluate_unevenly(settings: dict, num_rows: int) -> dict:
         compute_logps(LiveReference(trainer.policy), Reads(everything, everything), ranks).logps,
         compute_logps(LiveReference(single.policy), Reads(everything, everything)).logps,
     ]
-    epoch = [BatchIterator(table, 8, ranks=each) for each in (ranks, ALONE)]
+    epoch = [BatchIterator(table, 8, ranks=each) for each in (ranks, SINGLE_PROCESS)]
     seen = [sum(micro.num_examples for step in steps for micro in step) for steps in epoch]
     end_group()
     return {
@@ -324,7 +324,7 @@ def keep_on_disks_of_their_own(settings: dict, folder: str) -> dict:
     reads = Reads(everything, everything)
     path = cache_path(Path(folder) / str(ranks.rank), trainer.policy, reads, None, ranks)
     computed, found = (cached_reference(LiveReference(trainer.policy), reads, path, ranks).logps for _ in range(2))
-    apart = ranks.gather((computed - found).abs().max().item())
-    kept = ranks.gather(path.exists())
+    apart = ranks.all_gather_object((computed - found).abs().max().item())
+    kept = ranks.all_gather_object(path.exists())
     end_group()
     return {"apart": apart, "kept": kept}

@@ -155,7 +155,7 @@ def test_all_ranks_end_where_one_has_seen_a_difference():
     looks[0].see(batch, torch.zeros(2), torch.zeros(2))
     looks[1].see(batch, torch.zeros(2), torch.tensor([0.0, 0.5]))
     seen: list = []
-    ranks = SimpleNamespace(gather=lambda value: seen.append(value) or seen)
+    ranks = SimpleNamespace(all_gather_object=lambda value: seen.append(value) or seen)
     with pytest.raises(UserError):
         looks[1].check(ranks)
     with pytest.raises(UserError, match="1 of 4 responses differ, by up to 0.5 nats, for row 3"):

@@ -27,7 +27,7 @@ from preference_training.configuration.composition import (
     explain_composition_error,
     force_open_sections,
 )
-from preference_training.configuration.validation import check_config, check_sizes, is_sharded
+from preference_training.configuration.validation import check_config, check_sizes
 from preference_training.core.errors import UserError
 from preference_training.core.machine import release_memory
 from preference_training.core.processes import first_to_speak, in_worker
@@ -81,16 +81,11 @@ def check_and_start(
 
 def start(config: DictConfig, run_dir: Path, in_sweep: bool) -> float | None:
     """Run in this process, or in several that are started here where the trainer wants them."""
-    from preference_training.distributed.launching import launch, number_of_workers, silence_others
+    from preference_training.distributed.launching import launch, needs_processes, number_of_workers, silence_others
 
     settle_batch_size(config)
-    if config.dry_run or not is_sharded(config):
+    if config.dry_run or not needs_processes(config):
         return run(config, run_dir, in_sweep)
-    if config.trainer.name == "TensorParallelTrainer":
-        from preference_training.distributed.layer_splitting import splits_in_one_process
-
-        if splits_in_one_process(config):
-            return run(config, run_dir, in_sweep, "LayerSplittingTrainer")
     if in_worker():
         # torchrun has started it, or Slurm. The directory of the run is the main rank's, which makes it when all have joined:
         # a worker that is ended before leaves none.
@@ -120,24 +115,28 @@ def run_as_worker(settings: dict, run_dir: str, in_sweep: bool) -> float | None:
     return run(OmegaConf.create(settings), Path(run_dir), in_sweep)
 
 
-def run(config: DictConfig, run_dir: Path, in_sweep: bool = False, trainer: str | None = None) -> float | None:
+def run(config: DictConfig, run_dir: Path, in_sweep: bool = False) -> float | None:
     """Train what a checked configuration describes, into `run_dir`. Returns the held-out metric named by `objective`.
 
-    Under a trainer of several processes this is one of them. `trainer` is the class that `start` has chosen in place of
-    `trainer.name`.
+    With several processes this is one of them.
     """
     from preference_training.dry_run.dry_run import look
     from preference_training.reporting.run_report import report_writer
     from preference_training.training.assembly import build_batches, prepare_run, train_or_evaluate
     from preference_training.training.run_directory import say_what_is_set_aside
-    from trainers import TRAINERS
+    from trainers import TRAINERS, placement_for
 
-    prepared = prepare_run(config, run_dir)
+    prepared = prepare_run(config, run_dir, in_sweep)
+    trainer_class = TRAINERS[config.trainer.name]
     if config.dry_run:
         say_what_is_set_aside(config, run_dir)
         batches_within = partial(build_batches, config, prepared.data[0].table)
-        return look(config, prepared.tokenizer, prepared.loss, prepared.data, batches_within)
-    return train_or_evaluate(prepared, TRAINERS[trainer or config.trainer.name], run_dir, in_sweep, report_writer)
+        return look(prepared, trainer_class.placement_class, batches_within)
+    placement = placement_for(config).start(config, prepared.tokenizer)
+    try:
+        return train_or_evaluate(prepared, trainer_class, placement, report_writer)
+    finally:
+        placement.end()
 
 
 def _refuse(message: str) -> int:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from transformers import AutoModelForCausalLM
 
+from building import build_trainer
 from conftest import GOLDEN
 from preference_collection.importing import import_into
 from preference_collection.store import open_store
@@ -36,7 +37,6 @@ from preference_training.reporting.flagged_pairs import (
 )
 from preference_training.tracking.ledger import Ledger, Sightings
 from preference_training.tracking.tracker import Tracker
-from preference_training.training.trainers import BasicTrainer
 
 
 def sightings(epochs: numpy.ndarray) -> Sightings:
@@ -244,8 +244,9 @@ def test_labels_that_were_flipped_on_purpose_are_found_after_one_epoch(compose, 
     table = prompts(*rows)
     config = compose("loss=dpo", "batch_size=8", "n_epochs=1", "lr=1e-3", "warmup_steps=5", "optimizer=AdamW")
     policy, reference = (AutoModelForCausalLM.from_pretrained(GOLDEN / "llama", dtype=torch.float32) for _ in range(2))
-    parts = config, policy, LiveReference(reference), build_loss(**config.loss), tokenizer, BatchIterator(table, 8), [], []
-    BasicTrainer(*parts, Tracker(tmp_path, None, 3600), ledger=Ledger(tmp_path)).train()
+    models = policy, build_loss(**config.loss), LiveReference(reference)
+    followed = {"tracker": Tracker(tmp_path, None, 3600), "ledger": Ledger(tmp_path)}
+    build_trainer(config, *models, tokenizer=tokenizer, train=BatchIterator(table, 8), **followed).train()
     PairFinder(tmp_path, table, tokenizer).write()
     named = {int(row["source"].split()[1]) - 1 for row in flagged_rows(tmp_path)}
     assert len(named & flipped) >= 0.8 * len(flipped), "recall"

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
+from building import build_trainer
 from conftest import GOLDEN
 from preference_training.batching.batches import BatchIterator, TokenBudget
 from preference_training.core.process_group import Ranks
@@ -17,7 +18,7 @@ from preference_training.losses.objectives import build_loss
 from preference_training.modeling.logprobs import LiveReference
 from preference_training.tracking.ledger import SCHEMA, STEPS_KEPT, Ledger, Sightings, cut_back_ledger, parts_of, read_ledger
 from preference_training.tracking.tracker import Tracker
-from preference_training.training.trainers import BasicTrainer
+from preference_training.training.updates import Updater
 
 
 def seen(*pairs: tuple[int, int, float]) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -150,11 +151,11 @@ def trained(compose, tokenizer, run_dir, *overrides: str, budget: int = 10**6, l
     table = PromptTable.of(PROMPTS)
     batches = BatchIterator(table, 6, pieces, n_epochs=2, budget=TokenBudget(budget, budget))
     ledger = Ledger(run_dir)
-    parts = config, policy, LiveReference(reference), build_loss(loss, beta=0.1), tokenizer, batches, [], []
     steps = []
     tracker = Tracker(run_dir, None)
     tracker.log_step = steps.append
-    BasicTrainer(*parts, tracker, ledger=ledger).train()
+    models = policy, build_loss(loss, beta=0.1), LiveReference(reference)
+    build_trainer(config, *models, tokenizer=tokenizer, train=batches, tracker=tracker, ledger=ledger).train()
     return steps
 
 
@@ -191,11 +192,11 @@ def test_it_does_not_depend_on_micro_batches_and_pieces(compose, tokenizer, tmp_
 
 
 def test_a_step_that_is_not_taken_is_not_in_it(compose, tokenizer, tmp_path, monkeypatch):
-    whole = BasicTrainer.scaled_down_gradient
+    usual = Updater.clip_gradient
     monkeypatch.setattr(
-        BasicTrainer,
-        "scaled_down_gradient",
-        lambda trainer: whole(trainer) * (float("nan") if trainer.examples == 12 else 1.0),
+        Updater,
+        "clip_gradient",
+        lambda updater: usual(updater) * (float("nan") if updater.state.examples == 12 else 1.0),
     )
     trained(compose, tokenizer, tmp_path / "run")
     assert sorted(set(read_ledger(tmp_path / "run").examples.tolist())) == [6, 12, 24, 30, 36]

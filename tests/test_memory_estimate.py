@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from building import build_trainer
 from preference_training.batching.batches import MicroBatch, examples_of, pack
 from preference_training.data.tokenization import TokenizedPrompt
+from preference_training.distributed.placement import OneProcess
 from preference_training.dry_run.memory_estimate import StorageCounter, fake_tensors, step_memory
 from preference_training.losses.objectives import build_loss
 from preference_training.modeling.loading import build_untrained, enable_activation_checkpointing
@@ -12,7 +14,6 @@ from preference_training.modeling.logprobs import LiveReference
 from preference_training.modeling.prefix_sharing import share_prefixes
 from preference_training.modeling.tokenizer import load_tokenizer
 from preference_training.modeling.tree_attention import causal_mask
-from preference_training.training.trainers import BasicTrainer
 
 FLOAT32 = 4
 
@@ -33,7 +34,7 @@ def weight_bytes(config, tokenizer) -> int:
 def test_what_is_counted_on_fake_tensors_is_what_a_real_step_makes(compose, override):
     config = compose("loss=dpo", "model.from_config.hidden_size=64", override)
     tokenizer = load_tokenizer(config.model)
-    estimated = step_memory(config, tokenizer, build_loss("dpo"), True, [piece()])
+    estimated = step_memory(OneProcess(config, tokenizer), build_loss("dpo"), True, [piece()])
     policy, reference = build_untrained(config.model, tokenizer), build_untrained(config.model, tokenizer)
     assert share_prefixes(policy, "on") and share_prefixes(reference, "on")
     with StorageCounter(policy.config.vocab_size) as counter:
@@ -41,7 +42,7 @@ def test_what_is_counted_on_fake_tensors_is_what_a_real_step_makes(compose, over
             weight.view(-1)
         if config.activation_checkpointing:
             enable_activation_checkpointing(policy)
-        trainer = BasicTrainer(config, policy, LiveReference(reference), build_loss("dpo"), tokenizer, None, [], [], None, None)
+        trainer = build_trainer(config, policy, build_loss("dpo"), LiveReference(reference), tokenizer=tokenizer)
         real = pack(list(examples_of(prompts(4))))
         trainer.train_step([MicroBatch([real], 4)])
         counter.restart()
@@ -53,11 +54,11 @@ def test_each_kind_is_as_large_as_it_must_be(compose):
     config = compose("loss=dpo", "optimizer=AdamW")
     tokenizer = load_tokenizer(config.model)
     weights = weight_bytes(config, tokenizer)
-    kinds = step_memory(config, tokenizer, build_loss("dpo"), True, [piece()])
+    kinds = step_memory(OneProcess(config, tokenizer), build_loss("dpo"), True, [piece()])
     # AdamW keeps two moments a weight, and a step count a tensor. The last piece's forward comes before any gradient.
     assert kinds["parameters"] == kinds["reference"] == pytest.approx(weights, rel=0.01)
     assert kinds["optimizer"] == pytest.approx(2 * weights, rel=0.01)
-    without = step_memory(config, tokenizer, build_loss("dpo"), False, [piece()])
+    without = step_memory(OneProcess(config, tokenizer), build_loss("dpo"), False, [piece()])
     assert "reference" not in without
 
 
@@ -66,7 +67,7 @@ def test_a_loss_without_a_reference_takes_no_memory_for_one(loss, reference, com
     config = compose(f"loss={loss}", "optimizer=SGD")
     built = build_loss(**config.loss)
     assert built.needs_reference is reference
-    kinds = step_memory(config, load_tokenizer(config.model), built, built.needs_reference, [piece()])
+    kinds = step_memory(OneProcess(config, load_tokenizer(config.model)), built, built.needs_reference, [piece()])
     assert ("reference" in kinds) is reference and kinds["activations"] > 0
 
 
@@ -74,7 +75,7 @@ def test_a_second_piece_finds_the_gradients_of_the_first(compose):
     config = compose("loss=sft", "optimizer=SGD")
     tokenizer = load_tokenizer(config.model)
     sft = pack([(TokenizedPrompt(list(range(2, 200)), [list(range(2, 100))], []), None)])
-    one, two = (step_memory(config, tokenizer, build_loss("sft"), False, [sft] * count) for count in (1, 2))
+    one, two = (step_memory(OneProcess(config, tokenizer), build_loss("sft"), False, [sft] * count) for count in (1, 2))
     assert two["gradients"] == pytest.approx(weight_bytes(config, tokenizer), rel=0.01)
     assert sum(two.values()) > sum(one.values())
 
@@ -107,7 +108,9 @@ def test_master_weights_and_the_state_beside_them_are_counted(compose):
     def kinds(*overrides):
         config = compose("loss=sft", "optimizer=AdamW", "lr=1e-5", "model.policy_dtype=bfloat16", *overrides)
         tokenizer = load_tokenizer(config.model)
-        return weight_bytes(config, tokenizer) / 2, step_memory(config, tokenizer, build_loss("sft"), False, [piece()])
+        return weight_bytes(config, tokenizer) / 2, step_memory(
+            OneProcess(config, tokenizer), build_loss("sft"), False, [piece()]
+        )
 
     weights, without = kinds("master_weights=false")
     _, kept = kinds()
@@ -119,4 +122,4 @@ def test_master_weights_and_the_state_beside_them_are_counted(compose):
 
 def test_float16_needs_no_numbers(compose):
     config = compose("loss=sft", "model.autocast_dtype=float16")
-    assert step_memory(config, load_tokenizer(config.model), build_loss("sft"), False, [piece()])["activations"] > 0
+    assert step_memory(OneProcess(config, load_tokenizer(config.model)), build_loss("sft"), False, [piece()])["activations"] > 0

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM
 
+from building import build_trainer
 from conftest import GOLDEN
 from preference_training.batching.batches import BatchIterator, evaluation_batches
 from preference_training.checkpointing import resuming
@@ -37,7 +38,6 @@ from preference_training.data.tokenization import VERSION, TokenizedPrompt
 from preference_training.losses.objectives import build_loss
 from preference_training.modeling.logprobs import LiveReference
 from preference_training.tracking.tracker import Tracker
-from preference_training.training.trainers import BasicTrainer
 
 MOMENT = "2026-01-02_03-04-05-000006"
 ABOUT = {"config": {"seed": 0}, "data": ["a", "b"], "began_with": "c", "wandb_id": "0123456789abcdef" * 2, "versions": {}}
@@ -55,7 +55,8 @@ def finished(tmp_path_factory, compose, tokenizer) -> Path:
     loss = build_loss("dpo", mode_loss="beta_DPO", mode_weight=0.2, a=0.6)
     with Tracker(run_dir, 12) as tracker, CheckpointWriter(run_dir, policy, tokenizer, about=ABOUT) as writer:
         batches = BatchIterator(prompts, 4, n_examples=12), evaluation_batches(prompts, 4, 4, seed=0)
-        BasicTrainer(config, policy, reference, loss, tokenizer, *batches, [[5, 6, 7]], tracker, writer).train()
+        parts = {"train": batches[0], "held_out": batches[1], "sample_prompts": [[5, 6, 7]]}
+        build_trainer(config, policy, loss, reference, tokenizer=tokenizer, tracker=tracker, writer=writer, **parts).train()
     return run_dir
 
 

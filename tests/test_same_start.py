@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from building import build_trainer
 from conftest import GOLDEN
 from preference_training.batching.batches import UNLIMITED, BatchIterator, TokenBudget, evaluation_batches
 from preference_training.core.errors import UserError
@@ -20,7 +21,6 @@ from preference_training.modeling.prefix_sharing import share_prefixes
 from preference_training.modeling.reference_cache import Reads, cached_reference
 from preference_training.tracking.tracker import Tracker
 from preference_training.training.same_start import SameStart
-from preference_training.training.trainers import BasicTrainer
 
 DRAW = torch.Generator().manual_seed(0)
 
@@ -53,15 +53,15 @@ def policies():
 def start(compose, tokenizer, tmp_path):
     """A trainer at the beginning of a run of two steps in small pieces, with a reference: `start(policy, reference)`."""
 
-    def started(policy, reference, *overrides, **parts):
+    def started(policy, reference, *overrides):
         config = compose(
             "batch_size=6", "gradient_accumulation_steps=2", "optimizer=SGD", "lr=1.0", "warmup_steps=0", *overrides
         )
         batches = BatchIterator(TRAIN, 6, 2, n_steps=2, budget=TokenBudget(40, 40))
         held_out = evaluation_batches(HELD_OUT, 4, None, 0, TokenBudget(40, 40))
         loss, tracker = build_loss("dpo"), Tracker(tmp_path, None)
-        made = config, policy, reference, loss, tokenizer, batches, held_out, [], tracker
-        return BasicTrainer(*made, **{"same_start": SameStart(policy, reference), **parts})
+        made = {"tokenizer": tokenizer, "train": batches, "held_out": held_out, "tracker": tracker}
+        return build_trainer(config, policy, loss, reference, same_start=SameStart(policy, reference), **made)
 
     return started
 
@@ -83,13 +83,13 @@ def test_every_margin_is_exactly_0_until_the_first_update(policies, start, tmp_p
     reference = cached(policy, tmp_path) if kept else LiveReference(copy.deepcopy(policy).eval())
     trainer = start(policy, reference)
     margins = []
-    for step in trainer.train_batches:
+    for step in trainer.batches.train:
         for micro_batch in step:
-            for output, _, _ in trainer.losses_of(micro_batch):
+            for output, _, _ in trainer.step.losses_of(micro_batch):
                 margins += (output.chosen_rewards - output.rejected_rewards).tolist()
-    trainer.evaluate()
+    trainer.evaluator.evaluate()
     assert margins == [0.0] * 12
-    assert trainer.held_out_means["rewards_eval/margins"] == 0.0
+    assert trainer.state.held_out["rewards_eval/margins"] == 0.0
 
 
 def test_a_run_that_starts_equal_goes_on(policies, start):
@@ -97,7 +97,7 @@ def test_a_run_that_starts_equal_goes_on(policies, start):
     before = policy.lm_head.weight.clone()
     trainer = start(policy, LiveReference(copy.deepcopy(policy).eval()), "do_first_eval=true")
     trainer.train()
-    assert trainer.updates == 2 and not torch.equal(policy.lm_head.weight, before)
+    assert trainer.state.updates == 2 and not torch.equal(policy.lm_head.weight, before)
 
 
 @pytest.mark.parametrize("first_eval", [True, False])
@@ -110,7 +110,7 @@ def test_a_reference_that_differs_ends_the_run_before_its_first_update(policies,
     trainer = start(policy, LiveReference(other), f"do_first_eval={first_eval}")
     with pytest.raises(UserError, match=r"reference: before the first update .* differ, by up to .* for prompt \d+\."):
         trainer.train()
-    assert trainer.updates == 0 and all(torch.equal(weight, before[name]) for name, weight in policy.named_parameters())
+    assert trainer.state.updates == 0 and all(torch.equal(weight, before[name]) for name, weight in policy.named_parameters())
 
 
 def test_a_stale_file_is_named_as_a_cause(policies, start, tmp_path):
@@ -125,9 +125,9 @@ def test_a_stale_file_is_named_as_a_cause(policies, start, tmp_path):
 def test_a_run_that_goes_on_is_not_looked_at(policies, start):
     policy = copy.deepcopy(policies[torch.float32, "on"])
     trainer = start(policy, LiveReference(policies[torch.bfloat16, "on"]))
-    trainer.examples = 6
+    trainer.state.examples = 6
     trainer.train()
-    assert trainer.updates == 2
+    assert trainer.state.updates == 2
 
 
 def test_dropout_of_the_adapter_that_training_starts_from_is_no_difference(policies):

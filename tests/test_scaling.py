@@ -8,20 +8,22 @@ import torch
 from preference_training.batching.batches import UNLIMITED, MicroBatch, TokenBudget, examples_of, pack
 from preference_training.configuration.composition import force_open_sections
 from preference_training.data.tokenization import TokenizedPrompt
+from preference_training.distributed.placement import Sharded
 from preference_training.dry_run.scaling import (
     GIB,
     Message,
     StepCosts,
     Traffic,
     budget_of,
+    fake_placement,
     fake_processes,
     in_device_memory,
-    laid_out,
     lines_of_traffic,
 )
 from preference_training.dry_run.scaling import step_costs as step_costs_of
 from preference_training.losses.objectives import build_loss
 from preference_training.modeling.tokenizer import load_tokenizer
+from trainers import TRAINERS
 
 F32 = torch.float32
 LAYERS = 2
@@ -55,10 +57,14 @@ def costs(config, size: int = 8, live: bool = True, pieces: int = 1, loss: str =
     mode = {"mode_loss": "beta_DPO"} if loss == "beta_DPO" else {}
     objective = build_loss("dpo" if mode else loss, **mode)
     with fake_processes(size):
-        ranks, layout = laid_out(config)
-        tokenizer = load_tokenizer(config.model)
-        assert len(tokenizer) == VOCABULARY
-        return step_costs_of(config, tokenizer, objective, live, [piece] * min(2, pieces), step, ranks, layout)
+        placement = placed(config)
+        assert len(placement.tokenizer) == VOCABULARY
+        return step_costs_of(placement, objective, live, [piece] * min(2, pieces), step)
+
+
+def placed(config) -> Sharded:
+    """The placement of a configuration; inside `fake_processes`."""
+    return fake_placement(TRAINERS[config.trainer.name].placement_class, config, load_tokenizer(config.model))
 
 
 def sent(traffic: Traffic, least: int = 1000) -> dict:
@@ -179,7 +185,7 @@ def budget(tiny):
     def found(*overrides: str) -> TokenBudget:
         config = tiny("trainer=FSDPTrainer", "trainer.world_size=8", *overrides)
         with fake_processes(8):
-            return budget_of(config, load_tokenizer(config.model), laid_out(config)[1])
+            return budget_of(placed(config))
 
     return found
 

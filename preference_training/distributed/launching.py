@@ -31,6 +31,15 @@ from preference_training.core.signals import ENDED_AT_ONCE, SIGNALS, STOPPED, St
 MISTAKE = "UserError: "
 
 
+def needs_processes(config) -> bool:
+    """Whether a run is one of several processes. Raises UserError where its trainer cannot train its model."""
+    if config.trainer.name != "TensorParallelTrainer":
+        return is_sharded(config)
+    from preference_training.distributed.layer_splitting import splits_in_one_process
+
+    return not splits_in_one_process(config)
+
+
 def number_of_workers(trainer) -> int:
     """Processes on this machine: `trainer.nproc_per_node`, else one for each GPU, else two."""
     return trainer.nproc_per_node or torch.cuda.device_count() or 2

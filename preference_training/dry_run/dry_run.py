@@ -30,32 +30,34 @@ from preference_training.core.errors import UserError
 from preference_training.core.machine import pick_device
 from preference_training.core.process_group import Ranks
 from preference_training.data.entries import read_entries
-from preference_training.data.preparation import Prepared
 from preference_training.data.prompt_table import PromptTable
 from preference_training.data.rows.records import DataReport
 from preference_training.data.tokenization import TokenizedPrompt
+from preference_training.distributed.placement import OneProcess, Sharded
 from preference_training.dry_run.memory_estimate import step_memory
 from preference_training.dry_run.scaling import (
     GIB,
     budget_of,
+    fake_placement,
     fake_processes,
     in_device_memory,
-    laid_out,
     lines_of_traffic,
     step_costs,
     world_size,
 )
 from preference_training.modeling.token_budget import untrained_budget
+from preference_training.training.assembly import PreparedRun
 
 # Steps whose batches are made to see how long they are.
 STEPS_LOOKED_AT = 100
 
 
-def look(config, tokenizer, loss, data: tuple[Prepared, Prepared], batches_within: Callable) -> None:
+def look(prepared: PreparedRun, placement_class: type[OneProcess], batches_within: Callable) -> None:
     """Print what a run would do. `batches_within` gives the run's BatchIterator for a TokenBudget and `Ranks`.
 
     Raises UserError where the run could not work.
     """
+    config, tokenizer, loss, data = prepared.config, prepared.tokenizer, prepared.loss, prepared.data
     names = [entry.name for entry in read_entries(config)]
     facts = [facts_of(split.table) for split in data]
     for title, split, found in zip(("train", "held out"), data, facts, strict=True):
@@ -67,39 +69,44 @@ def look(config, tokenizer, loss, data: tuple[Prepared, Prepared], batches_withi
     if loss.needs_reference and (two_models := two_models_asked_for(config)):
         print(f"\n{two_models}")
     look_at_steps = look_at_ranks if is_sharded(config) else look_at_one_process
-    look_at_steps(config, tokenizer, loss, facts[0], batches_within)
+    look_at_steps(prepared, placement_class, facts[0], batches_within)
 
 
-def look_at_one_process(config, tokenizer, loss, facts: "Facts", batches_within: Callable) -> None:
+def look_at_one_process(
+    prepared: PreparedRun, placement_class: type[OneProcess], facts: "Facts", batches_within: Callable
+) -> None:
     """Print steps and memory of a run in this process alone. Raises UserError where there is too little memory."""
-    device = pick_device()
-    budget = untrained_budget(config, tokenizer, device)
+    config, loss = prepared.config, prepared.loss
+    placement = placement_class(config, prepared.tokenizer)
+    device = placement.device
+    budget = untrained_budget(config, prepared.tokenizer, device)
     batches = batches_within(budget)
     print("\nsteps", *lines_of_steps(batches, facts), sep="\n")
     live = loss.needs_reference and not caches_reference(config, batches.visits_again)
     pieces, _ = largest_pieces(batches, budget)
-    kinds = step_memory(config, tokenizer, loss, live, pieces)
+    kinds = step_memory(placement, loss, live, pieces)
     taken = memory_taken(device)
     print("\nmemory", *lines_of_memory(kinds, pieces, taken, device.type), sep="\n", flush=True)
     check_memory(sum(kinds.values()) + taken, memory_of(device), device.type)
 
 
-def look_at_ranks(config, tokenizer, loss, facts: "Facts", batches_within: Callable) -> None:
+def look_at_ranks(prepared: PreparedRun, placement_class: type[Sharded], facts: "Facts", batches_within: Callable) -> None:
     """Print steps, memory and communication of one of the processes of a sharded run.
 
     Raises UserError where batches are too small for so many, or where a device has too little memory, if that is known.
     """
+    config, loss = prepared.config, prepared.loss
     trainer, size = config.trainer, world_size(config.trainer)
     device = pick_device()
     with fake_processes(size):
-        ranks, layout = laid_out(config)
-        budget = budget_of(config, tokenizer, layout)
-        batches = batches_within(budget, ranks)
+        placement = fake_placement(placement_class, config, prepared.tokenizer)
+        budget = budget_of(placement)
+        batches = batches_within(budget, placement.ranks)
         live = loss.needs_reference and not caches_reference(config, batches.visits_again)
         pieces, step = largest_pieces(batches, budget)
-        costs = step_costs(config, tokenizer, loss, live, pieces, step, ranks, layout)
+        costs = step_costs(placement, loss, live, pieces, step)
     number = sum(len(micro_batch.pieces) for micro_batch in step)
-    print("\nsteps", *lines_of_steps(batches, facts), *lines_of_rank(step, size, ranks, budget), sep="\n")
+    print("\nsteps", *lines_of_steps(batches, facts), *lines_of_rank(step, size, placement.ranks, budget), sep="\n")
     here = trainer.world_size is None and trainer.device_memory is None
     taken = memory_taken(device) if here else 0
     where = f"rank 0 of {size:,}" + (f" on {device.type}" if here else "")

@@ -1,6 +1,6 @@
 """How much memory a training step will take, found without taking it.
 
-The trainer's own step runs on fake tensors, which have shapes but no data, while every storage that it makes is counted from
+The training step itself runs on fake tensors, which have shapes but no data, while every storage that it makes is counted from
 its making to its end. Nothing of the arithmetic is guessed, so the estimate follows the code.
 """
 
@@ -19,15 +19,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from preference_training.batching.batches import MicroBatch, PackedBatch
-from preference_training.core.process_group import SINGLE_PROCESS, Ranks, reshard, to_local
-from preference_training.distributed.sharding import Layout, Sharing, empty_model
+from preference_training.core.process_group import reshard, to_local
+from preference_training.distributed.placement import OneProcess, Sharded
+from preference_training.distributed.sharding import Sharing, empty_model
 from preference_training.losses.objectives import DPOLoss, Loss, PairSelection
 from preference_training.modeling.adapters import has_adapter
 from preference_training.modeling.loading import build_untrained, enable_activation_checkpointing
 from preference_training.modeling.logprobs import LiveReference
 from preference_training.modeling.prefix_sharing import attend_over_trees
 from preference_training.modeling.tree_attention import forget_masks
-from preference_training.training.trainers import TRAINERS, BasicTrainer
+from preference_training.training.parts import Models
+from preference_training.training.state import RunState
+from preference_training.training.step import TrainingStep
 
 # What passes by these operations of FSDP, and is not known as something else, is of the kind.
 KINDS = {
@@ -146,54 +149,48 @@ def fake_tensors(vocabulary: int) -> Iterator[StorageCounter]:
         forget_masks()
 
 
-def step_memory(config, tokenizer, loss: Loss, live_reference: bool, pieces: Sequence[PackedBatch]) -> dict[str, int]:
-    """Bytes that are held in a training step of one process when most is held, by kind.
+def step_memory(placement: OneProcess, loss: Loss, live_reference: bool, packs: Sequence[PackedBatch]) -> dict[str, int]:
+    """Bytes that a training step of one process holds at its peak, by kind.
 
-    pieces are computed one after the other; each is what is computed at once. Models that do not share prefixes take more.
+    packs are computed one after the other. Models that do not share prefixes take more.
     """
-    with fake_tensors(len(tokenizer)) as counter:
-        return most_held(fake_trainer(config, tokenizer, loss, live_reference, counter), counter, pieces)
+    with fake_tensors(len(placement.tokenizer)) as counter:
+        return peak_memory(fake_step(placement, loss, live_reference, counter), counter, packs)
 
 
-def fake_trainer(
-    config,
-    tokenizer,
-    loss: Loss,
-    live_reference: bool,
-    counter: StorageCounter,
-    ranks: Ranks = SINGLE_PROCESS,
-    layout: Layout | None = None,
-) -> BasicTrainer:
-    """The trainer of a configuration on fake tensors, its weights counted; `layout` says how a sharded one's lie."""
-    policy = _model(config, tokenizer, config.model.policy_dtype, layout)
+def fake_step(placement: OneProcess, loss: Loss, live_reference: bool, counter: StorageCounter) -> TrainingStep:
+    """The training step of a placement's configuration on fake tensors, its weights counted."""
+    config = placement.config
+    policy = _model(placement, config.model.policy_dtype)
     counter.vocabulary = policy.config.get_text_config().vocab_size
     counter.kind = "reference"
     reference = None
     if live_reference:
         shared = has_adapter(policy)
-        reference = LiveReference(policy if shared else _model(config, tokenizer, config.model.reference_dtype, layout))
+        reference = LiveReference(policy if shared else _model(placement, config.model.reference_dtype))
     elif loss.needs_reference:
-        reference = lambda piece: torch.zeros(len(piece.response_lengths))  # noqa: E731
+        reference = lambda pack: torch.zeros(len(pack.response_lengths))  # noqa: E731
     counter.kind = "activations"
-    parts = policy, reference, _without_numbers(loss), tokenizer, None, [], [], None, None, ranks
-    trainer = TRAINERS[config.trainer.name](config, *parts)
-    inner = trainer.optimizer.inner if trainer.has_masters else trainer.optimizer
+    step = TrainingStep(config, placement, Models(policy, reference, _without_numbers(loss)), RunState(), total_steps=0)
+    updater = step.updater
+    inner = updater.optimizer.inner if updater.has_masters else updater.optimizer
     if hasattr(inner, "fill_qmap"):
         # What eight bits stand for is computed by numbers.
         with unset_fake_temporarily():
             inner.fill_qmap()
     # It would look at whether gradients are finite.
-    trainer.scaler = torch.amp.GradScaler("cpu", enabled=False)
-    return trainer
+    updater.scaler = torch.amp.GradScaler("cpu", enabled=False)
+    return step
 
 
-def _model(config, tokenizer, dtype: str, layout: Layout | None) -> nn.Module:
+def _model(placement: OneProcess, dtype: str) -> nn.Module:
     """The model of a configuration; it attends over response trees without the proof, for which it has no numbers."""
+    config, tokenizer = placement.config, placement.tokenizer
     sharing = Sharing(scores_in_head=True) if config.prefix_sharing != "off" else None
-    if layout is not None:
+    if isinstance(placement, Sharded):
         # A mesh looks for its place among the ranks, and that must be a number.
         with unset_fake_temporarily():
-            model = empty_model(config, tokenizer, dtype, sharing, layout, torch.device("meta"))
+            model = empty_model(config, tokenizer, dtype, sharing, placement.layout, torch.device("meta"))
         return model.to_empty(device="cpu")
     # Adapters are put into real models.
     with unset_fake_temporarily(), torch.device("meta"):
@@ -222,49 +219,50 @@ def _without_numbers(loss: Loss) -> Loss:
     return _Surveying(0.1) if loss.surveys else loss
 
 
-def faked(step: Sequence[MicroBatch]) -> list[MicroBatch]:
+def faked(batch: Sequence[MicroBatch]) -> list[MicroBatch]:
     """A step's micro-batches with tensors that are made here and now: fake ones where all are."""
     return [
-        MicroBatch([piece.with_tensors(lambda tensor: tensor.clone()) for piece in part.pieces], part.num_examples)
-        for part in step
+        MicroBatch([pack.with_tensors(lambda tensor: tensor.clone()) for pack in part.pieces], part.num_examples)
+        for part in batch
     ]
 
 
-def step_without_look(trainer: BasicTrainer, step: Sequence[MicroBatch]) -> None:
-    """The trainer's step as if its numbers were sound: fake tensors have none to look at."""
-    sums, _, _ = trainer.backward(step)
-    trainer.added_up(sums, trainer.scaled_down_gradient(), sum(part.num_examples for part in step), 0)
-    trainer.update_weights()
+def take_unchecked(step: TrainingStep, batch: Sequence[MicroBatch]) -> None:
+    """Take a step as if its numbers were finite: fake tensors have none to look at."""
+    result = step.backward(batch)
+    step.reduce(result.sums, step.updater.clip_gradient(), sum(part.num_examples for part in batch), 0)
+    step.updater.update()
 
 
-def most_held(trainer: BasicTrainer, counter: StorageCounter, pieces: Sequence[PackedBatch]) -> dict[str, int]:
-    """Bytes that a trainer holds in a step with these pieces when most is held, by kind; all was made under the counter."""
+def peak_memory(step: TrainingStep, counter: StorageCounter, packs: Sequence[PackedBatch]) -> dict[str, int]:
+    """Bytes that a step with these packs holds at its peak, by kind; all of it was made under the counter."""
+    models, updater = step.models, step.updater
 
     def name_gradients(*_) -> None:
-        for weight in trainer.policy.parameters():
+        for weight in models.policy.parameters():
             if weight.grad is not None:
                 counter.recount(to_local(weight.grad), "gradients")
 
     def name_copied_gradients(*_) -> None:
-        for master in trainer.optimizer.masters.values():
+        for master in updater.optimizer.masters.values():
             if master.grad is not None:
                 counter.recount(to_local(master.grad), "gradients")
 
-    trainer.optimizer.register_step_pre_hook(name_gradients)
-    if trainer.has_masters:
-        trainer.optimizer.inner.register_step_pre_hook(name_copied_gradients)
-    step = faked([MicroBatch([piece], piece.num_examples) for piece in pieces])
-    step_without_look(trainer, step)
-    for state in trainer.optimizer.state.values():
+    updater.optimizer.register_step_pre_hook(name_gradients)
+    if updater.has_masters:
+        updater.optimizer.inner.register_step_pre_hook(name_copied_gradients)
+    batch = faked([MicroBatch([pack], pack.num_examples) for pack in packs])
+    take_unchecked(step, batch)
+    for state in updater.optimizer.state.values():
         for value in state.values():
             if isinstance(value, Tensor):
                 counter.recount(to_local(value), "optimizer")
-    name_weights(counter, trainer.policy, "parameters")
-    if isinstance(trainer.reference, LiveReference) and trainer.reference.model is not trainer.policy:
-        name_weights(counter, trainer.reference.model, "reference")
+    name_weights(counter, models.policy, "parameters")
+    if isinstance(models.reference, LiveReference) and models.reference.model is not models.policy:
+        name_weights(counter, models.reference.model, "reference")
     # The first step has made the optimizer's state; from the second on it is there when activations are.
     counter.restart()
-    step_without_look(trainer, step)
+    take_unchecked(step, batch)
     return {kind: size for kind, size in counter.most().items() if size}
 
 

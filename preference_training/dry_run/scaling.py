@@ -1,7 +1,7 @@
 """What one of many processes will hold and send in a training step, found without the others.
 
 torch's fake process group stands for the others: it takes every message and delivers none. Over it the model is laid as in a
-run, on fake tensors, and the trainer's own step tells what it would hold and what it would send. Looked at is rank 0 alone.
+run, on fake tensors, and the training step itself tells what it would hold and what it would send. Looked at is rank 0 alone.
 """
 
 from collections import Counter
@@ -20,14 +20,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from preference_training.batching.batches import UNLIMITED, MicroBatch, PackedBatch, TokenBudget
 from preference_training.configuration.validation import times_beside_weights
 from preference_training.core.machine import pick_device
-from preference_training.core.process_group import Ranks
 from preference_training.distributed.launching import end_group, number_of_workers
-from preference_training.distributed.sharding import Layout, empty_model
-from preference_training.dry_run.memory_estimate import fake_tensors, fake_trainer, faked, most_held, step_without_look
+from preference_training.distributed.placement import Sharded
+from preference_training.distributed.sharding import empty_model
+from preference_training.dry_run.memory_estimate import fake_step, fake_tensors, faked, peak_memory, take_unchecked
 from preference_training.losses.objectives import Loss
 from preference_training.modeling.state import free_memory
 from preference_training.modeling.token_budget import token_budget
-from preference_training.training.trainers import TRAINERS
 
 GIB = 2**30
 
@@ -52,20 +51,22 @@ def world_size(trainer) -> int:
     return trainer.world_size or number_of_workers(trainer)
 
 
-def laid_out(config) -> tuple[Ranks, Layout]:
-    """The ranks and the layout that a run of so many processes would have; inside `fake_processes`. Raises UserError."""
-    ranks, layout = TRAINERS[config.trainer.name].placement.lay_out(config, "cpu", number_of_workers(config.trainer))
+def fake_placement(placement_class: type[Sharded], config, tokenizer) -> Sharded:
+    """The placement that a run of so many processes would have; inside `fake_processes`. Raises UserError."""
+    mesh = placement_class.mesh(config, "cpu", number_of_workers(config.trainer))
+    placement = placement_class(config, tokenizer, torch.device("cpu"), mesh)
     if config.trainer.cpu_offload:
         # Page-locked memory is as large as other, and a machine without a GPU has none.
-        layout = replace(layout, offload=CPUOffloadPolicy(pin_memory=False))
-    return ranks, layout
+        placement.layout = replace(placement.layout, offload=CPUOffloadPolicy(pin_memory=False))
+    return placement
 
 
-def budget_of(config, tokenizer, layout: Layout) -> TokenBudget:
+def budget_of(placement: Sharded) -> TokenBudget:
     """How much each process would compute at once, by the run's own rule.
 
     Where the devices' memory is not known, each micro-batch at once.
     """
+    config = placement.config
     trainer, limit = config.trainer, config.max_tokens_per_microbatch
     if limit is not None:
         return TokenBudget(limit, limit)
@@ -77,7 +78,7 @@ def budget_of(config, tokenizer, layout: Layout) -> TokenBudget:
     else:
         free = free_memory(device) // (1 if device.type == "cuda" else world_size(trainer))
     # What a real part of the weights will take is not there yet.
-    model = empty_model(config, tokenizer, config.model.policy_dtype, None, layout, torch.device("meta"))
+    model = empty_model(config, placement.tokenizer, config.model.policy_dtype, None, placement.layout, torch.device("meta"))
     return token_budget(model, None, device, free, times_beside_weights(config))
 
 
@@ -181,22 +182,15 @@ class StepCosts:
 
 
 def step_costs(
-    config,
-    tokenizer,
-    loss: Loss,
-    live_reference: bool,
-    pieces: Sequence[PackedBatch],
-    step: Sequence[MicroBatch],
-    ranks: Ranks,
-    layout: Layout,
+    placement: Sharded, loss: Loss, live_reference: bool, packs: Sequence[PackedBatch], batch: Sequence[MicroBatch]
 ) -> StepCosts:
-    """Memory of a step with these pieces, and what `step` sends; inside `fake_processes`."""
-    with fake_tensors(len(tokenizer)) as counter:
-        trainer = fake_trainer(config, tokenizer, loss, live_reference, counter, ranks, layout)
-        memory = most_held(trainer, counter, pieces)
+    """Memory of a step with these packs, and what a step on `batch` sends; inside `fake_processes`."""
+    with fake_tensors(len(placement.tokenizer)) as counter:
+        step = fake_step(placement, loss, live_reference, counter)
+        memory = peak_memory(step, counter, packs)
         with Traffic() as traffic:
-            trainer.reference = attributed(trainer.reference, traffic)
-            step_without_look(trainer, faked(step))
+            step.models.reference = attributed(step.models.reference, traffic)
+            take_unchecked(step, faked(batch))
     return StepCosts(memory, traffic)
 
 

@@ -8,13 +8,14 @@ judgements.jsonl    the verdicts on them, which a second evaluation does not ask
 import copy
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from preference_training.batching.batches import BatchIterator, evaluation_batches, evaluation_prompts
-from preference_training.checkpointing.checkpoints import checkpoints_of, read_state
+from preference_training.batching.batches import evaluation_batches, evaluation_prompts
+from preference_training.checkpointing.checkpoints import checkpoints_of, read_state, read_weights
 from preference_training.configuration.composition import (
     CONFIG_DIR,
     GROUPS,
@@ -36,13 +37,22 @@ from preference_training.modeling.token_budget import shared_budget, token_budge
 
 
 class EvaluationRun:
-    """What an evaluation needs, loaded: `trainer` has the policy, and scores it as training does.
+    """What an evaluation needs, loaded: `evaluator` has the policy, and scores it as training does.
 
     prompts are the held-out ones. Without a checkpoint the policy is the model as configured, and so is the reference; with one
-    the policy's weights are the checkpoint's. Raises UserError where judge, tasks or models cannot be had.
+    the policy's weights are the checkpoint's. build_evaluator builds the evaluator from what is loaded here. Raises UserError
+    where judge, tasks or models cannot be had.
     """
 
-    def __init__(self, config, trainer_class, placement, loss, prompts: PromptTable, checkpoint: Path | None, tracker):
+    def __init__(
+        self,
+        config,
+        placement,
+        prompts: PromptTable,
+        checkpoint: Path | None,
+        needs_reference: bool,
+        build_evaluator: Callable,
+    ):
         self.config, self.placement, self.checkpoint = config, placement, checkpoint
         self.ranks, self.tokenizer = placement.ranks, placement.tokenizer
         wanted, is_rank_zero = config.evaluation, placement.ranks.is_rank_zero
@@ -50,7 +60,7 @@ class EvaluationRun:
         self.tasks = TaskList(names, wanted.task_path) if names else None
         self.judge = build_judge(config, placement.device) if wanted.judge and is_rank_zero else None
         policy = placement.policy()
-        if checkpoint is not None and loss.needs_reference and is_rank_zero:
+        if checkpoint is not None and needs_reference and is_rank_zero:
             check_beginning(config, checkpoint, placement.began_with)
         self.budget = shared_budget(token_budget(policy, config.max_tokens_per_microbatch), self.ranks)
         self.examples = evaluation_prompts(prompts, config.n_eval_examples, config.seed)
@@ -58,17 +68,11 @@ class EvaluationRun:
         sizes = config.eval_batch_size, config.n_eval_examples, config.seed
         # Of a run that is not ours samples.jsonl is left as it is.
         number = 0 if checkpoint else config.n_eval_model_samples * placement.samples(config.sample_during_eval)
-        self.trainer = trainer_class(
-            config,
+        self.evaluator = build_evaluator(
             policy=policy,
-            reference=placement.reference(policy) if loss.needs_reference else None,
-            loss=loss,
-            tokenizer=self.tokenizer,
-            train_batches=BatchIterator(PromptTable.of([]), config.batch_size),
-            eval_batches=evaluation_batches(prompts, *sizes, self.budget, self.ranks),
+            reference=placement.reference(policy) if needs_reference else None,
+            held_out=evaluation_batches(prompts, *sizes, self.budget, self.ranks),
             sample_prompts=[prompts[k].prompt_ids for k in range(min(len(prompts), number))],
-            tracker=tracker,
-            ranks=self.ranks,
         )
 
     def evaluate(self, directory: Path) -> dict:
@@ -76,27 +80,28 @@ class EvaluationRun:
 
         directory: where results.json goes, unless `evaluation.to` says otherwise.
         """
-        trainer, wanted = self.trainer, self.config.evaluation
+        models, wanted = self.evaluator.models, self.config.evaluation
         other = None
         if wanted.judge and wanted.against == "reference":
             # The policy's weights are still those that the reference has.
-            other = self.answers(trainer.policy, OTHER)
+            other = self.answers(models.policy, OTHER)
         if self.checkpoint is not None:
             self.take_checkpoint()
-        trainer.evaluate()
-        results: dict = {"checkpoint": str(self.checkpoint) if self.checkpoint else None, "examples_trained": trainer.examples}
-        responses = self.answers(trainer.policy) if wanted.judge or trainer.reference is not None else []
+        self.evaluator.evaluate()
+        trained = self.evaluator.state.examples
+        results: dict = {"checkpoint": str(self.checkpoint) if self.checkpoint else None, "examples_trained": trained}
+        responses = self.answers(models.policy) if wanted.judge or models.reference is not None else []
         ratios = None
-        if trainer.reference is not None:
+        if models.reference is not None:
             parts = self.asked, responses, self.config.eval_batch_size, self.budget, self.ranks
-            results["kl"], ratios = kl_estimate(trainer.policy, trainer.reference, *parts)
+            results["kl"], ratios = kl_estimate(models.policy, models.reference, *parts)
         if wanted.judge and other is None:
-            trainer.reference = None
+            models.reference = None
             other = self.answers(self.model_of(wanted.against), OTHER)
         if not self.ranks.is_rank_zero:
             return {}
         path = Path(wanted.to) if wanted.to else directory / "results.json"
-        return self.report(path, results, trainer.held_out, responses, other, ratios)
+        return self.report(path, results, self.evaluator.held_out, responses, other, ratios)
 
     def report(self, path: Path, results: dict, held_out: HeldOut, responses: list, other: list | None, ratios) -> dict:
         """Write and print results, those of judge and tasks too; what is known is in the file before these are asked."""
@@ -119,7 +124,7 @@ class EvaluationRun:
             write_results(path, results)
         if self.tasks is not None:
             options = wanted.task_limit, self.config.eval_batch_size
-            results["tasks"] = self.tasks.results(self.trainer.policy, self.tokenizer, *options)
+            results["tasks"] = self.tasks.results(self.evaluator.models.policy, self.tokenizer, *options)
         results["warnings"] = warnings_of(results)
         write_results(path, results)
         print("", *lines_of(results), f"results: {path}", sep="\n", flush=True)
@@ -127,12 +132,14 @@ class EvaluationRun:
 
     def take_checkpoint(self) -> None:
         """The checkpoint's weights in place of the reference's, and how far it was."""
-        trainer, state = self.trainer, read_state(self.checkpoint)
-        trainer.take_weights(self.checkpoint)
-        trainer.examples, trainer.updates, trainer.tokens = state["examples"], state["updates"], state.get("tokens", 0)
-        if state["run"]["config"]["loss"] == OmegaConf.to_container(self.config.loss, resolve=True):
+        models, state, saved = self.evaluator.models, self.evaluator.state, read_state(self.checkpoint)
+        weights = self.placement.weights(models.policy)
+        read_weights(self.checkpoint, weights)
+        self.placement.set_weights(models.policy, weights)
+        state.examples, state.updates, state.tokens = saved["examples"], saved["updates"], saved.get("tokens", 0)
+        if saved["run"]["config"]["loss"] == OmegaConf.to_container(self.config.loss, resolve=True):
             # beta-DPO's statistics, which evaluations read.
-            trainer.loss.load_state_dict(state["loss"])
+            models.loss.load_state_dict(saved["loss"])
 
     def answers(self, model: nn.Module, stream: str = POLICY) -> list[list[int]]:
         """Token ids of a model's sampled answers to the prompts that are asked, drawn from a stream of noise."""

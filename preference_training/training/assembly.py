@@ -1,12 +1,17 @@
-"""The parts of a run, assembled: models, batches, reference, trainer."""
+"""Assembles a run: data, models, batches, observers, trainer."""
 
 import copy
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+from preference_training.batching.batches import BatchIterator, TokenBudget, evaluation_batches
+from preference_training.checkpointing.checkpoints import CheckpointWriter, read_state
+from preference_training.checkpointing.resuming import checkpoint_to_continue
 from preference_training.configuration.validation import (
     caches_reference,
     check_objective,
@@ -20,7 +25,29 @@ from preference_training.configuration.validation import (
 )
 from preference_training.core.errors import UserError
 from preference_training.core.files import first_existing
+from preference_training.core.machine import allow_tf32, quiet_libraries, settle_memory
+from preference_training.core.process_group import SINGLE_PROCESS, Ranks
+from preference_training.core.random_streams import seed_everything
+from preference_training.core.signals import StopRequests
+from preference_training.data.chat_templates import end_tokens, format_of_prompts, serve_as_trained
+from preference_training.data.preparation import Prepared
+from preference_training.data.prompt_table import PromptTable
+from preference_training.evaluation.task_suites import check_harness
+from preference_training.losses.objectives import Loss, build_loss
+from preference_training.modeling.adapters import BASE_DIR, has_adapter, kept_base
+from preference_training.modeling.limits import check_limits, check_rows, limits_of
+from preference_training.modeling.loading import check_model
+from preference_training.modeling.logprobs import LiveReference
+from preference_training.modeling.reference_cache import Reads, cache_path, cached_reference
+from preference_training.modeling.token_budget import shared_budget, token_budget
+from preference_training.modeling.tokenizer import load_tokenizer
+from preference_training.tracking.ledger import Ledger
+from preference_training.tracking.tracker import NoTracker
+from preference_training.training.evaluator import Evaluator
+from preference_training.training.optimization import check_optimizer
+from preference_training.training.parts import Batches, Models, Observers
 from preference_training.training.preparation import check_same_data, data_version, prepare_data
+from preference_training.training.pruning import Pruning, build_pruner
 from preference_training.training.run_directory import (
     begin_in,
     describe_run,
@@ -30,31 +57,28 @@ from preference_training.training.run_directory import (
     used_by_this_run,
     writable,
 )
+from preference_training.training.same_start import SameStart
+from preference_training.training.state import RunState
 
 
 @dataclass(frozen=True)
 class PreparedRun:
-    """A validated run before any model is loaded. pruner: Optuna's, None in most runs."""
+    """A validated run before any model is loaded: its loss, tokenizer and data splits, of which the last is held out.
+
+    pruner: Optuna's, None in most runs.
+    """
 
     config: DictConfig
-    loss: object
+    run_dir: Path
+    in_sweep: bool
+    loss: Loss
     tokenizer: object
-    data: tuple
+    data: tuple[Prepared, ...]
     pruner: object = None
 
 
-def prepare_run(config: DictConfig, run_dir: Path) -> PreparedRun:
+def prepare_run(config: DictConfig, run_dir: Path, in_sweep: bool = False) -> PreparedRun:
     """Set this process up for a run, and prepare its loss, tokenizer and data. Raises UserError for what cannot work."""
-    from preference_training.core.machine import allow_tf32, quiet_libraries, settle_memory
-    from preference_training.core.random_streams import seed_everything
-    from preference_training.evaluation.task_suites import check_harness
-    from preference_training.losses.objectives import build_loss
-    from preference_training.modeling.limits import check_limits, check_rows, limits_of
-    from preference_training.modeling.loading import check_model
-    from preference_training.modeling.tokenizer import load_tokenizer
-    from preference_training.training.optimization import check_optimizer
-    from preference_training.training.pruning import build_pruner
-
     quiet_libraries()
     settle_memory(keep_freed=not is_sharded(config))
     allow_tf32(config.tf32)
@@ -76,39 +100,24 @@ def prepare_run(config: DictConfig, run_dir: Path) -> PreparedRun:
     splits = ("test",) if config.eval_only and not config.dry_run else ("train", "test")
     data = prepare_data(config, tokenizer, loss.paired, splits, data_version(config, run_dir))
     check_rows(config, tokenizer, limits, [split.table for split in data])
-    return PreparedRun(config, loss, tokenizer, data, pruner)
+    return PreparedRun(config, run_dir, in_sweep, loss, tokenizer, data, pruner)
 
 
-def train_or_evaluate(prepared: PreparedRun, trainer_class, run_dir: Path, in_sweep: bool, report_writer) -> float | None:
-    """Train into `run_dir`, or evaluate only. Returns the held-out metric named by `objective`.
+def train_or_evaluate(prepared: PreparedRun, trainer_class, placement, report_writer) -> float | None:
+    """Train, or evaluate only. Returns the held-out metric named by `objective`.
 
-    Under a trainer of several processes this is one of them. report_writer: makes the function that writes the run's report.
+    With several processes this is one of them. report_writer: builds the function that writes the run's report.
     """
-    config, loss, data = prepared.config, prepared.loss, prepared.data
-    placement = trainer_class.placement(config, prepared.tokenizer)
-    try:
-        if config.eval_only:
-            return evaluate(config, trainer_class, placement, loss, data, run_dir)
-        return train(config, trainer_class, placement, loss, data, run_dir, in_sweep, prepared.pruner, report_writer)
-    finally:
-        placement.end()
+    if prepared.config.eval_only:
+        return evaluate(prepared, placement)
+    return train(prepared, trainer_class, placement, report_writer)
 
 
-def train(
-    config: DictConfig, trainer_class, placement, loss, data, run_dir: Path, in_sweep: bool, pruner=None, report_writer=None
-) -> float | None:
-    """Train on a placement, from the beginning or from a checkpoint of the same run. pruner: Optuna's, None in most runs."""
-    from preference_training.checkpointing.checkpoints import CheckpointWriter
-    from preference_training.checkpointing.resuming import checkpoint_to_continue
-    from preference_training.core.signals import StopRequests
-    from preference_training.modeling.adapters import BASE_DIR
-    from preference_training.tracking.ledger import Ledger
-    from preference_training.tracking.tracker import NoTracker
-    from preference_training.training.pruning import Pruning
-
-    ranks = placement.ranks
+def train(prepared: PreparedRun, trainer_class, placement, report_writer=None) -> float | None:
+    """Train on a placement, from the beginning or from a checkpoint of the same run."""
+    config, run_dir, data, ranks = prepared.config, prepared.run_dir, prepared.data, placement.ranks
     check_same_data(data, ranks)
-    # The main process looks, and all go where it goes.
+    # Rank 0 looks for a checkpoint, and all ranks follow it.
     found = checkpoint_to_continue(config.resume, run_dir, config.exp_name) if ranks.is_rank_zero else None
     checkpoint, run_dir = ranks.broadcast((found, found.parent if found else run_dir))
     with ExitStack() as opened:
@@ -117,55 +126,77 @@ def train(
             # Before the model is loaded: what it is made of is read from the run directory, or kept there.
             aside = begin_in(config, run_dir, checkpoint)
         placement.base_dir = None if config.debug else run_dir / BASE_DIR
-        parts = put_together(config, placement, loss, data, checkpoint, in_sweep)
-        total = parts["train_batches"].total_examples
+        models, batches = assemble(prepared, placement, checkpoint)
         # Until all that follows is closed: a signal that comes too late to stop the run disturbs its last lines no more.
         stop = opened.enter_context(StopRequests(config.max_wall_time))
         if ranks.is_rank_zero:
+            total = batches.train.total_examples
             about = describe_run(config, placement, data, checkpoint)
-            report = report_writer and report_writer(config, run_dir, loss, placement.tokenizer, data)
+            report = report_writer and report_writer(config, run_dir, prepared.loss, placement.tokenizer, data)
             tracker = open_run_dir(config, run_dir, about, checkpoint, total, report, aside)
             with writable(run_dir):
                 describe_start(config, run_dir, data, total, placement.device)
             opened.enter_context(tracker)
         else:
             about, tracker = {}, opened.enter_context(NoTracker())
-        writer = None
+        observers = observe(prepared, placement, run_dir, tracker, stop)
         if not config.debug:
-            kept = config.keep_last, config.keep_best, config.objective
-            saved, ends = served_tokenizer(config, placement.tokenizer, data[0].table)
-            made = run_dir, parts["policy"], saved, ranks, config.save_async, *kept, about, tracker.say
-            more = {"patience_minutes": config.trainer.get("distributed_timeout_minutes"), "end_tokens": ends}
-            writer = opened.enter_context(CheckpointWriter(*made, **more))
-        ledger = Ledger(run_dir, ranks, tracker.say) if config.ledger and loss.paired else None
-        pruning = Pruning(Path(config.sweep_dir), run_dir, config.objective, config.eval_every, pruner) if pruner else None
-        followed = {"tracker": tracker, "writer": writer, "stop": stop, "ledger": ledger, "pruning": pruning}
-        trainer = trainer_class(config, **parts, **followed, ranks=ranks)
+            observers.writer = opened.enter_context(
+                checkpoint_writer(prepared, placement, run_dir, models.policy, observers, about)
+            )
+        trainer = trainer_class(config, placement, models, batches, observers)
         if checkpoint:
             trainer.continue_from(checkpoint)
         if trainer.finished:
             tracker.say("resume: that run is complete; a larger n_epochs, n_examples or n_steps would continue it")
         else:
             trainer.train()
-        if writer and writer.failed:
+        if observers.writer and observers.writer.failed:
             raise UserError(
                 f"local_dirs: the last checkpoint of {run_dir} could not be written. Make room, then resume={run_dir}."
             )
     print(f"run directory: {run_dir}", flush=True)
-    return trainer.held_out_means[config.objective] if trainer.held_out_means else None
+    return trainer.state.held_out[config.objective] if trainer.state.held_out else None
 
 
-def evaluate(config: DictConfig, trainer_class, placement, loss, data: tuple, run_dir: Path) -> float | None:
+def observe(prepared: PreparedRun, placement, run_dir: Path, tracker, stop) -> Observers:
+    """The observers of a run, as yet without a writer of checkpoints."""
+    config, pruner = prepared.config, prepared.pruner
+    ledger = Ledger(run_dir, placement.ranks, tracker.say) if config.ledger and prepared.loss.paired else None
+    pruning = Pruning(Path(config.sweep_dir), run_dir, config.objective, config.eval_every, pruner) if pruner else None
+    return Observers(tracker, ledger=ledger, pruning=pruning, stop=stop)
+
+
+def checkpoint_writer(
+    prepared: PreparedRun, placement, policy, run_dir: Path, about: dict, say: Callable[[str], None]
+) -> CheckpointWriter:
+    """The writer of a run's checkpoints. about: what the run is made of, as they say it."""
+    config = prepared.config
+    served = served_tokenizer(config, placement.tokenizer, prepared.data[0].table)
+    return CheckpointWriter(
+        run_dir,
+        policy,
+        served.tokenizer,
+        placement.ranks,
+        background=config.save_async,
+        keep_last=config.keep_last,
+        keep_best=config.keep_best,
+        metric=config.objective,
+        about=about,
+        say=say,
+        patience_minutes=config.trainer.get("distributed_timeout_minutes"),
+        end_tokens=served.end_tokens,
+    )
+
+
+def evaluate(prepared: PreparedRun, placement) -> float | None:
     """Evaluate on a placement, and train nothing: the model as configured in a run directory of its own, or a run's checkpoint.
 
-    Of another run's directory everything stays as it is but for the results. data: the held-out split.
+    Of another run's directory everything stays as it is but for the results.
     """
-    from preference_training.checkpointing.resuming import checkpoint_to_continue
     from preference_training.evaluation.runs import EvaluationRun
-    from preference_training.modeling.adapters import kept_base
-    from preference_training.tracking.tracker import NoTracker
 
-    ranks = placement.ranks
+    config, run_dir, data, ranks = prepared.config, prepared.run_dir, prepared.data, placement.ranks
     found = checkpoint_to_continue(config.resume, run_dir, config.exp_name) if ranks.is_rank_zero else None
     checkpoint = ranks.broadcast(found)
     placement.base_dir = kept_base(checkpoint) if checkpoint else None
@@ -179,93 +210,105 @@ def evaluate(config: DictConfig, trainer_class, placement, loss, data: tuple, ru
             about = describe_run(config, placement, data, None)
             tracker = open_run_dir(config, run_dir, about, None, aside=aside)
         opened.enter_context(tracker)
-        run = EvaluationRun(config, trainer_class, placement, loss, data[0].table, checkpoint, tracker)
+        build = partial(build_evaluator, config, placement, prepared.loss, tracker)
+        run = EvaluationRun(config, placement, data[0].table, checkpoint, prepared.loss.needs_reference, build)
         run.evaluate(checkpoint.parent if checkpoint else run_dir)
-    return run.trainer.held_out_means[config.objective]
+    return run.evaluator.state.held_out[config.objective]
 
 
-def put_together(config: DictConfig, placement, loss, data, checkpoint: Path | None, in_sweep: bool) -> dict:
-    """The parts of a trainer by their names: models as at the run's beginning, and batches."""
-    from preference_training.batching.batches import evaluation_batches
-    from preference_training.modeling.reference_cache import Reads
-    from preference_training.training.same_start import SameStart
+def build_evaluator(config: DictConfig, placement, loss: Loss, tracker, *, policy, reference, held_out, sample_prompts):
+    """The evaluator of a run that trains nothing."""
+    batches = Batches(BatchIterator(PromptTable.of([]), config.batch_size), held_out, sample_prompts)
+    return Evaluator(config, placement, Models(policy, reference, loss), batches, RunState(), Observers(tracker))
 
-    ranks = placement.ranks
-    train_prompts, eval_prompts = (split.table for split in data)
-    policy = placement.policy()
-    budget, first_budget = budgets_of(config, policy, ranks, checkpoint)
-    train_batches = build_batches(config, train_prompts, budget, ranks, first_budget)
-    eval_sizes = config.eval_batch_size, config.n_eval_examples, config.seed, first_budget, ranks
-    reference = same_start = None
-    if loss.needs_reference:
-        reads = Reads.of_run(train_batches, eval_prompts, *eval_sizes)
-        reference = make_reference(config, placement, policy, reads, in_sweep or train_batches.visits_again)
+
+def assemble(prepared: PreparedRun, placement, checkpoint: Path | None = None) -> tuple[Models, Batches]:
+    """Load the models as at the run's beginning, and make its batches."""
+    config, ranks = prepared.config, placement.ranks
+    train_prompts, held_out = (split.table for split in prepared.data)
+    models = Models(placement.policy(), None, prepared.loss)
+    budgets = budgets_of(config, models.policy, ranks, checkpoint)
+    steps = build_batches(config, train_prompts, budgets.now, ranks, budgets.at_start)
+    sizes = {
+        "batch_size": config.eval_batch_size,
+        "n_examples": config.n_eval_examples,
+        "seed": config.seed,
+        "budget": budgets.at_start,
+        "ranks": ranks,
+    }
+    if prepared.loss.needs_reference:
+        reads = Reads.of_run(steps, held_out, **sizes)
+        models.reference = make_reference(config, placement, models.policy, reads, prepared.in_sweep or steps.visits_again)
         if two_models := two_models_asked_for(config):
             print(two_models, flush=True)
         else:
-            same_start = SameStart(policy, reference)
-    num_samples = min(len(eval_prompts), config.n_eval_model_samples * placement.samples(config.sample_during_eval))
-    return {
-        "policy": policy,
-        "reference": reference,
-        "loss": loss,
-        "tokenizer": placement.tokenizer,
-        "train_batches": train_batches,
-        "eval_batches": evaluation_batches(eval_prompts, *eval_sizes),
-        "sample_prompts": [eval_prompts[k].prompt_ids for k in range(num_samples)],
-        "same_start": same_start,
-    }
+            models.same_start = SameStart(models.policy, models.reference)
+    num_samples = min(len(held_out), config.n_eval_model_samples * placement.samples(config.sample_during_eval))
+    samples = [held_out[k].prompt_ids for k in range(num_samples)]
+    return models, Batches(steps, evaluation_batches(held_out, **sizes), samples)
 
 
-def budgets_of(config: DictConfig, policy, ranks, checkpoint: Path | None) -> tuple:
-    """How many tokens are computed at once, from now on and when the run began.
+@dataclass(frozen=True)
+class Budgets:
+    """How many tokens are computed at once, from now on and when the run began."""
 
-    As before, where a run goes on with as many processes, bit for bit.
-    """
-    from preference_training.batching.batches import TokenBudget
-    from preference_training.checkpointing.checkpoints import read_state
-    from preference_training.modeling.token_budget import shared_budget, token_budget
+    now: TokenBudget
+    at_start: TokenBudget
 
+
+def budgets_of(config: DictConfig, policy, ranks, checkpoint: Path | None) -> Budgets:
+    """The token budgets of a run: those of its checkpoint, bit for bit, where it goes on with as many processes."""
     if checkpoint:
         before = read_state(checkpoint)["train_batches"]
         if before["ranks"] == ranks.size and config.max_tokens_per_microbatch is None:
-            now, first = before["budget"][:2], before["budget"][-2:]
-            return TokenBudget(*now), TokenBudget(*first)
+            # Early checkpoints hold one budget.
+            return Budgets(TokenBudget(*before["budget"][:2]), TokenBudget(*before["budget"][-2:]))
     budget = token_budget(policy, config.max_tokens_per_microbatch, beside_weights=times_beside_weights(config))
     budget = shared_budget(budget, ranks)
-    return budget, budget
+    return Budgets(budget, budget)
 
 
-def served_tokenizer(config: DictConfig, tokenizer, prompts) -> tuple:
-    """The tokenizer that checkpoints hold, whose chat template writes the prompts of training, and the tokens that end answers.
+@dataclass(frozen=True)
+class ServedTokenizer:
+    """The tokenizer that checkpoints hold, and the tokens that end answers."""
 
-    The run's own stays as it is. prompts are those of the training data.
-    """
-    from preference_training.data.chat_templates import end_tokens, format_of_prompts, serve_as_trained
+    tokenizer: object
+    end_tokens: list[int]
 
+
+def served_tokenizer(config: DictConfig, tokenizer, prompts) -> ServedTokenizer:
+    """A copy of the run's tokenizer whose chat template writes the prompts of training, which are given."""
     name = format_of_prompts(OmegaConf.to_container(config, resolve=True), prompts, tokenizer)
     saved = copy.copy(tokenizer)
     serve_as_trained(name, saved)
-    return saved, end_tokens(name, saved)
+    return ServedTokenizer(saved, end_tokens(name, saved))
 
 
-def build_batches(config: DictConfig, prompts, budget, ranks=None, first_budget=None):
+def build_batches(
+    config: DictConfig, prompts, budget: TokenBudget, ranks: Ranks = SINGLE_PROCESS, first_budget: TokenBudget | None = None
+) -> BatchIterator:
     """The steps of a run over prepared prompts. Raises UserError for batches too small for so many ranks.
 
     first_budget: what the run began with, where it has another now.
     """
-    from preference_training.batching.batches import BatchIterator
-    from preference_training.core.process_group import SINGLE_PROCESS
-
-    ranks = ranks or SINGLE_PROCESS
-    size, pieces = config.batch_size, config.gradient_accumulation_steps
-    if size // pieces < ranks.size:
+    size, number = config.batch_size, config.gradient_accumulation_steps
+    if size // number < ranks.size:
         raise UserError(
-            f"batch_size: found {size}, which in {pieces} micro-batches gives {size // pieces} examples to {ranks.size} "
-            f"processes. Expected at least {pieces * ranks.size}, or fewer processes or gradient_accumulation_steps."
+            f"batch_size: found {size}, which in {number} micro-batches gives {size // number} examples to {ranks.size} "
+            f"processes. Expected at least {number * ranks.size}, or fewer processes or gradient_accumulation_steps."
         )
-    limits = config.n_epochs, config.n_examples
-    return BatchIterator(prompts, size, pieces, config.seed, *limits, budget, ranks, config.n_steps, first_budget)
+    return BatchIterator(
+        prompts,
+        size,
+        number,
+        config.seed,
+        n_epochs=config.n_epochs,
+        n_examples=config.n_examples,
+        n_steps=config.n_steps,
+        budget=budget,
+        ranks=ranks,
+        first_budget=first_budget,
+    )
 
 
 def make_reference(config: DictConfig, placement, policy, reads, read_again: bool):
@@ -274,10 +317,6 @@ def make_reference(config: DictConfig, placement, policy, reads, read_again: boo
     Computed before, by its own choice, where they are read more than once: in several epochs or the jobs of a sweep
     (`read_again`), or because an earlier run has left them; never where the reference follows the policy.
     """
-    from preference_training.modeling.adapters import has_adapter
-    from preference_training.modeling.logprobs import LiveReference
-    from preference_training.modeling.reference_cache import cache_path, cached_reference
-
     directory = first_existing(folders_of(config.local_dirs)) / "reference_logps"
     # In the policy's dtype it says now what a copy of it would say.
     is_copy = config.model.reference_dtype == config.model.policy_dtype and not has_adapter(policy)

@@ -48,7 +48,8 @@ def work(what: str, given: list[str]) -> list:
     from preference_training.modeling.tokenizer import load_tokenizer
     from preference_training.tracking.tracker import NoTracker
     from preference_training.training import assembly, preparation
-    from preference_training.training.trainers import TRAINERS
+    from preference_training.training.parts import Observers
+    from trainers import TRAINERS, placement_for
 
     # Standard output is for the report.
     sys.stdout = sys.stderr
@@ -59,12 +60,15 @@ def work(what: str, given: list[str]) -> list:
     tokenizer = load_tokenizer(config.model)
     loss = build_loss(**config.loss)
     data = preparation.prepare_data(config, tokenizer, loss.paired)
-    trainer_class = TRAINERS[config.trainer.name]
-    placement = trainer_class.placement(config, tokenizer)
+    placement = placement_for(config).start(config, tokenizer)
     before = resident_bytes(reset_peak=True)
-    parts = assembly.put_together(config, placement, loss, data, None, False)
-    trainer = trainer_class(config, **parts, tracker=NoTracker(), ranks=placement.ranks)
-    result = {"parameters": sum(weight.numel() for weight in trainer.policy.parameters()), "threads": torch.get_num_threads()}
+    prepared = assembly.PreparedRun(config, Path(), False, loss, tokenizer, data)
+    models, batches = assembly.assemble(prepared, placement)
+    trainer = TRAINERS[config.trainer.name](config, placement, models, batches, Observers(NoTracker()))
+    result = {
+        "parameters": sum(weight.numel() for weight in trainer.models.policy.parameters()),
+        "threads": torch.get_num_threads(),
+    }
     result |= MEASURES[what](trainer, before)
     result = placement.ranks.all_gather_object(result)
     placement.end()
@@ -87,7 +91,7 @@ def peak_bytes() -> int:
 def measure_speed(trainer, _before: int) -> dict:
     """Seconds of each step; the first two warm up."""
     seconds = []
-    for number, batch in enumerate(trainer.train_batches):
+    for number, batch in enumerate(trainer.batches.train):
         started = time.perf_counter()
         trainer.train_step(batch)
         seconds.append(time.perf_counter() - started)
@@ -100,12 +104,12 @@ def measure_memory(trainer, before: int) -> dict:
     """Peak memory of some steps on a tiny batch, above what was there before the model."""
     loaded = peak_bytes() - before
     resident_bytes(reset_peak=True)
-    for number, batch in enumerate(trainer.train_batches):
+    for number, batch in enumerate(trainer.batches.train):
         trainer.train_step(batch)
         if number == 2:
             break
-    state = [value for values in trainer.optimizer.state.values() for value in values.values()]
-    held = [*trainer.policy.parameters(), *state]
+    state = [value for values in trainer.step.updater.optimizer.state.values() for value in values.values()]
+    held = [*trainer.models.policy.parameters(), *state]
     from preference_training.core.process_group import to_local
 
     return {
@@ -119,29 +123,31 @@ def measure_checkpoint(trainer, before: int) -> dict:
     """Seconds and growth of memory of a save that is waited for, of one in the background, and of a load."""
     from preference_training.checkpointing.checkpoints import CheckpointWriter
 
-    trainer.train_step(next(iter(trainer.train_batches)))
+    trainer.train_step(next(iter(trainer.batches.train)))
     result = {}
-    folder = Path(trainer.ranks.broadcast(tempfile.mkdtemp(dir=os.environ.get("CHECKPOINTS"))))
+    folder = Path(trainer.placement.ranks.broadcast(tempfile.mkdtemp(dir=os.environ.get("CHECKPOINTS"))))
     for name, background in (("save", False), ("save_async", True)):
-        with CheckpointWriter(folder, trainer.policy, trainer.tokenizer, trainer.ranks, background, keep_last=1) as writer:
-            trainer.ranks.barrier()
+        with CheckpointWriter(
+            folder, trainer.models.policy, trainer.placement.tokenizer, trainer.placement.ranks, background, keep_last=1
+        ) as writer:
+            trainer.placement.ranks.barrier()
             held = resident_bytes(reset_peak=True)
             started = time.perf_counter()
             writer.write(trainer.snapshot())
             stalled = time.perf_counter() - started
             writer.wait()
-            trainer.ranks.barrier()
+            trainer.placement.ranks.barrier()
             seconds = time.perf_counter() - started
             result[name] = {"stalled": stalled, "seconds": seconds, "growth": peak_bytes() - held}
-            trainer.examples += 1
-    trainer.ranks.barrier()
+            trainer.state.examples += 1
+    trainer.placement.ranks.barrier()
     held = resident_bytes(reset_peak=True)
     started = time.perf_counter()
     trainer.continue_from(folder / "LATEST")
     result["load"] = {"seconds": time.perf_counter() - started, "growth": peak_bytes() - held}
-    trainer.ranks.barrier()
+    trainer.placement.ranks.barrier()
     result["held"] = resident_bytes() - before
-    if trainer.ranks.is_rank_zero:
+    if trainer.placement.ranks.is_rank_zero:
         import shutil
 
         result["bytes"] = sum(file.stat().st_size for file in (folder / "LATEST").resolve().rglob("*") if file.is_file())

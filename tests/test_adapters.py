@@ -182,7 +182,7 @@ def test_a_checkpoint_holds_the_adapter_alone_and_loads_with_from_pretrained(con
     trained.continue_from(checkpoint)
     for text in ("a b", "what is it"):
         ids = torch.tensor([tokenizer(text).input_ids])
-        torch.testing.assert_close(found(ids).logits, trained.policy.eval()(ids).logits, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found(ids).logits, trained.models.policy.eval()(ids).logits, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("overrides", [["+adapter=lora"], ["+adapter=qlora"]])
@@ -194,7 +194,9 @@ def test_merged_weights_say_what_the_adapter_said(configured, tokenizer, tmp_pat
     trained.continue_from(checkpoint)
     assert not [name for name, _ in merged.named_parameters() if "lora" in name or "base_layer" in name]
     with torch.no_grad():
-        torch.testing.assert_close(response_logps(merged, BATCH), response_logps(trained.policy, BATCH), rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(
+            response_logps(merged, BATCH), response_logps(trained.models.policy, BATCH), rtol=1e-5, atol=1e-4
+        )
     merged.save_pretrained(tmp_path / "whole")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "whole", dtype=torch.float32)
     assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), merged.state_dict().values(), strict=True))
@@ -207,12 +209,12 @@ def test_training_on_from_an_adapter_keeps_that_adapter_as_the_reference(configu
     trained = trainer_of(config, tokenizer)
     trained.continue_from(first)
     with torch.no_grad():
-        expected = response_logps(trained.policy, BATCH)
-        assert torch.equal(response_logps(on.policy, BATCH), expected)
+        expected = response_logps(trained.models.policy, BATCH)
+        assert torch.equal(response_logps(on.models.policy, BATCH), expected)
     on.train()
     with torch.no_grad():
-        assert torch.equal(on.reference(BATCH), expected)
-        assert not torch.equal(response_logps(on.policy, BATCH), expected)
+        assert torch.equal(on.models.reference(BATCH), expected)
+        assert not torch.equal(response_logps(on.models.policy, BATCH), expected)
 
 
 def test_an_adapter_of_an_adapter_of_an_adapter_finds_its_weights(configured, tokenizer, tmp_path):

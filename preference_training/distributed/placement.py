@@ -202,11 +202,11 @@ class Sharded(OneProcess):
 
     def policy(self) -> nn.Module:
         """Load the model to train; rank 0 reads it and each process keeps its shard."""
-        policy, self.began_with = load_sharded(self.config, self.tokenizer, self.layout, self.device, self.ranks, self.base_dir)
+        policy, self.began_with = load_sharded(self.layout, self.tokenizer, self.device, self.ranks, self.base_dir)
         return policy
 
     def _frozen_copy(self, policy: nn.Module) -> nn.Module:
-        return reference_beside(policy, self.config, self.tokenizer, self.layout, self.device)
+        return reference_beside(policy, self.layout, self.tokenizer, self.device)
 
     def samples(self, wanted: bool | None) -> bool:
         """Whether to sample at evaluations: only if asked to, since every token gathers all weights again."""

@@ -190,7 +190,7 @@ def _model(placement: OneProcess, dtype: str) -> nn.Module:
     if isinstance(placement, Sharded):
         # A mesh looks for its place among the ranks, and that must be a number.
         with unset_fake_temporarily():
-            model = empty_model(config, tokenizer, dtype, sharing, placement.layout, torch.device("meta"))
+            model = empty_model(placement.layout, tokenizer, dtype, sharing, torch.device("meta"))
         return model.to_empty(device="cpu")
     # Adapters are put into real models.
     with unset_fake_temporarily(), torch.device("meta"):

@@ -78,7 +78,7 @@ def budget_of(placement: Sharded) -> TokenBudget:
     else:
         free = free_memory(device) // (1 if device.type == "cuda" else world_size(trainer))
     # What a real part of the weights will take is not there yet.
-    model = empty_model(config, placement.tokenizer, config.model.policy_dtype, None, placement.layout, torch.device("meta"))
+    model = empty_model(placement.layout, placement.tokenizer, config.model.policy_dtype, None, torch.device("meta"))
     return token_budget(model, None, device, free, times_beside_weights(config))
 
 

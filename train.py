@@ -122,8 +122,10 @@ def run(config: DictConfig, run_dir: Path, in_sweep: bool = False) -> float | No
     """
     from preference_training.dry_run.dry_run import look
     from preference_training.reporting.run_report import report_writer
-    from preference_training.training.assembly import build_batches, prepare_run, train_or_evaluate
+    from preference_training.training.assembly import build_batches
+    from preference_training.training.preparation import prepare_run
     from preference_training.training.run_directory import say_what_is_set_aside
+    from preference_training.training.runs import train_or_evaluate
     from trainers import TRAINERS, placement_for
 
     prepared = prepare_run(config, run_dir, in_sweep)

@@ -71,7 +71,7 @@ def one(overrides: list[str]) -> dict:
     placement = placement_for(config).start(config, tokenizer)
     import_libraries(config)
     before = status("VmRSS")
-    prepared = assembly.PreparedRun(config, Path(), False, loss, tokenizer, data)
+    prepared = preparation.PreparedRun(config, Path(), False, loss, tokenizer, data)
     models, batches = assembly.assemble(prepared, placement)
     trainer = BasicTrainer(config, placement, models, batches, Observers(NoTracker()))
     held = status("VmRSS") - before

@@ -62,7 +62,7 @@ def work(what: str, given: list[str]) -> list:
     data = preparation.prepare_data(config, tokenizer, loss.paired)
     placement = placement_for(config).start(config, tokenizer)
     before = resident_bytes(reset_peak=True)
-    prepared = assembly.PreparedRun(config, Path(), False, loss, tokenizer, data)
+    prepared = preparation.PreparedRun(config, Path(), False, loss, tokenizer, data)
     models, batches = assembly.assemble(prepared, placement)
     trainer = TRAINERS[config.trainer.name](config, placement, models, batches, Observers(NoTracker()))
     result = {

@@ -46,7 +46,7 @@ from preference_training.dry_run.scaling import (
     world_size,
 )
 from preference_training.modeling.token_budget import untrained_budget
-from preference_training.training.assembly import PreparedRun
+from preference_training.training.preparation import PreparedRun
 
 # Steps whose batches are made to see how long they are.
 STEPS_LOOKED_AT = 100

@@ -1,162 +1,41 @@
-"""Assembles a run: data, models, batches, observers, trainer."""
+"""Assembles the parts of a run: models, batches, observers, evaluator."""
 
 import copy
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
 from preference_training.batching.batches import BatchIterator, TokenBudget, evaluation_batches
 from preference_training.checkpointing.checkpoints import CheckpointWriter, read_state
-from preference_training.checkpointing.resuming import checkpoint_to_continue
 from preference_training.configuration.validation import (
     caches_reference,
-    check_objective,
-    is_sharded,
-    lines_of_precision,
     moves_reference,
     sharded_dtype,
-    task_names,
     times_beside_weights,
     two_models_asked_for,
 )
 from preference_training.core.errors import UserError
 from preference_training.core.files import first_existing
-from preference_training.core.machine import allow_tf32, quiet_libraries, settle_memory
 from preference_training.core.process_group import SINGLE_PROCESS, Ranks
-from preference_training.core.random_streams import seed_everything
-from preference_training.core.signals import StopRequests
 from preference_training.data.chat_templates import end_tokens, format_of_prompts, serve_as_trained
-from preference_training.data.preparation import Prepared
 from preference_training.data.prompt_table import PromptTable
-from preference_training.evaluation.task_suites import check_harness
-from preference_training.losses.objectives import Loss, build_loss
-from preference_training.modeling.adapters import BASE_DIR, has_adapter, kept_base
-from preference_training.modeling.limits import check_limits, check_rows, limits_of
-from preference_training.modeling.loading import check_model
+from preference_training.losses.objectives import Loss
+from preference_training.modeling.adapters import has_adapter
 from preference_training.modeling.logprobs import LiveReference
 from preference_training.modeling.reference_cache import Reads, cache_path, cached_reference
 from preference_training.modeling.token_budget import shared_budget, token_budget
-from preference_training.modeling.tokenizer import load_tokenizer
 from preference_training.tracking.ledger import Ledger
-from preference_training.tracking.tracker import NoTracker
 from preference_training.training.evaluator import Evaluator
-from preference_training.training.optimization import check_optimizer
 from preference_training.training.parts import Batches, Models, Observers
-from preference_training.training.preparation import check_same_data, data_version, prepare_data
-from preference_training.training.pruning import Pruning, build_pruner
+from preference_training.training.preparation import PreparedRun
+from preference_training.training.pruning import Pruning
 from preference_training.training.run_directory import (
-    begin_in,
-    describe_run,
-    describe_start,
     folders_of,
-    open_run_dir,
-    used_by_this_run,
-    writable,
 )
 from preference_training.training.same_start import SameStart
 from preference_training.training.state import RunState
-
-
-@dataclass(frozen=True)
-class PreparedRun:
-    """A validated run before any model is loaded: its loss, tokenizer and data splits, of which the last is held out.
-
-    pruner: Optuna's, None in most runs.
-    """
-
-    config: DictConfig
-    run_dir: Path
-    in_sweep: bool
-    loss: Loss
-    tokenizer: object
-    data: tuple[Prepared, ...]
-    pruner: object = None
-
-
-def prepare_run(config: DictConfig, run_dir: Path, in_sweep: bool = False) -> PreparedRun:
-    """Set this process up for a run, and prepare its loss, tokenizer and data. Raises UserError for what cannot work."""
-    quiet_libraries()
-    settle_memory(keep_freed=not is_sharded(config))
-    allow_tf32(config.tf32)
-    seed_everything(config.seed)
-    check_optimizer(config)
-    pruner = build_pruner(config) if config.pruner else None
-    if config.eval_only and task_names(config):
-        check_harness()
-    loss = build_loss(**OmegaConf.to_container(config.loss, resolve=True), seed=config.seed)
-    check_objective(config, loss.paired)
-    for line in [] if config.eval_only else lines_of_precision(config):
-        print(line, flush=True)
-    tokenizer = load_tokenizer(config.model, config.cache_dir)
-    for line in check_model(config.model, tokenizer, config.cache_dir):
-        print(line, flush=True)
-    limits = limits_of(config, tokenizer)
-    check_limits(config, tokenizer, limits)
-    # Before the processes join: those that do not prepare it wait for it without a time-out.
-    splits = ("test",) if config.eval_only and not config.dry_run else ("train", "test")
-    data = prepare_data(config, tokenizer, loss.paired, splits, data_version(config, run_dir))
-    check_rows(config, tokenizer, limits, [split.table for split in data])
-    return PreparedRun(config, run_dir, in_sweep, loss, tokenizer, data, pruner)
-
-
-def train_or_evaluate(prepared: PreparedRun, trainer_class, placement, report_writer) -> float | None:
-    """Train, or evaluate only. Returns the held-out metric named by `objective`.
-
-    With several processes this is one of them. report_writer: builds the function that writes the run's report.
-    """
-    if prepared.config.eval_only:
-        return evaluate(prepared, placement)
-    return train(prepared, trainer_class, placement, report_writer)
-
-
-def train(prepared: PreparedRun, trainer_class, placement, report_writer=None) -> float | None:
-    """Train on a placement, from the beginning or from a checkpoint of the same run."""
-    config, run_dir, data, ranks = prepared.config, prepared.run_dir, prepared.data, placement.ranks
-    check_same_data(data, ranks)
-    # Rank 0 looks for a checkpoint, and all ranks follow it.
-    found = checkpoint_to_continue(config.resume, run_dir, config.exp_name) if ranks.is_rank_zero else None
-    checkpoint, run_dir = ranks.broadcast((found, found.parent if found else run_dir))
-    with ExitStack() as opened:
-        if ranks.is_rank_zero:
-            opened.enter_context(used_by_this_run(run_dir))
-            # Before the model is loaded: what it is made of is read from the run directory, or kept there.
-            aside = begin_in(config, run_dir, checkpoint)
-        placement.base_dir = None if config.debug else run_dir / BASE_DIR
-        models, batches = assemble(prepared, placement, checkpoint)
-        # Until all that follows is closed: a signal that comes too late to stop the run disturbs its last lines no more.
-        stop = opened.enter_context(StopRequests(config.max_wall_time))
-        if ranks.is_rank_zero:
-            total = batches.train.total_examples
-            about = describe_run(config, placement, data, checkpoint)
-            report = report_writer and report_writer(config, run_dir, prepared.loss, placement.tokenizer, data)
-            tracker = open_run_dir(config, run_dir, about, checkpoint, total, report, aside)
-            with writable(run_dir):
-                describe_start(config, run_dir, data, total, placement.device)
-            opened.enter_context(tracker)
-        else:
-            about, tracker = {}, opened.enter_context(NoTracker())
-        observers = observe(prepared, placement, run_dir, tracker, stop)
-        if not config.debug:
-            observers.writer = opened.enter_context(
-                checkpoint_writer(prepared, placement, run_dir, models.policy, observers, about)
-            )
-        trainer = trainer_class(config, placement, models, batches, observers)
-        if checkpoint:
-            trainer.continue_from(checkpoint)
-        if trainer.finished:
-            tracker.say("resume: that run is complete; a larger n_epochs, n_examples or n_steps would continue it")
-        else:
-            trainer.train()
-        if observers.writer and observers.writer.failed:
-            raise UserError(
-                f"local_dirs: the last checkpoint of {run_dir} could not be written. Make room, then resume={run_dir}."
-            )
-    print(f"run directory: {run_dir}", flush=True)
-    return trainer.state.held_out[config.objective] if trainer.state.held_out else None
 
 
 def observe(prepared: PreparedRun, placement, run_dir: Path, tracker, stop) -> Observers:
@@ -187,33 +66,6 @@ def checkpoint_writer(
         patience_minutes=config.trainer.get("distributed_timeout_minutes"),
         end_tokens=served.end_tokens,
     )
-
-
-def evaluate(prepared: PreparedRun, placement) -> float | None:
-    """Evaluate on a placement, and train nothing: the model as configured in a run directory of its own, or a run's checkpoint.
-
-    Of another run's directory everything stays as it is but for the results.
-    """
-    from preference_training.evaluation.runs import EvaluationRun
-
-    config, run_dir, data, ranks = prepared.config, prepared.run_dir, prepared.data, placement.ranks
-    found = checkpoint_to_continue(config.resume, run_dir, config.exp_name) if ranks.is_rank_zero else None
-    checkpoint = ranks.broadcast(found)
-    placement.base_dir = kept_base(checkpoint) if checkpoint else None
-    if config.resume and checkpoint is None:
-        raise UserError(f"resume: {config.resume} has found no checkpoint of {config.exp_name}. Expected one to evaluate.")
-    with ExitStack() as opened:
-        tracker = NoTracker()
-        if checkpoint is None and ranks.is_rank_zero:
-            opened.enter_context(used_by_this_run(run_dir))
-            aside = begin_in(config, run_dir, None)
-            about = describe_run(config, placement, data, None)
-            tracker = open_run_dir(config, run_dir, about, None, aside=aside)
-        opened.enter_context(tracker)
-        build = partial(build_evaluator, config, placement, prepared.loss, tracker)
-        run = EvaluationRun(config, placement, data[0].table, checkpoint, prepared.loss.needs_reference, build)
-        run.evaluate(checkpoint.parent if checkpoint else run_dir)
-    return run.evaluator.state.held_out[config.objective]
 
 
 def build_evaluator(config: DictConfig, placement, loss: Loss, tracker, *, policy, reference, held_out, sample_prompts):

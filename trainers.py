@@ -16,7 +16,7 @@ from preference_training.core.errors import UserError
 from preference_training.core.machine import memory_held
 from preference_training.core.random_streams import random_streams, restore_random_streams
 from preference_training.core.signals import StoppedError
-from preference_training.distributed.placement import OneProcess, Sharded, TensorParallel
+from preference_training.distributed.placement import OneProcess, Placement, Sharded, TensorParallel
 from preference_training.tracking.tracker import Metrics
 from preference_training.training.evaluator import Evaluator
 from preference_training.training.monitors import Watch
@@ -28,9 +28,9 @@ from preference_training.training.step import PackResult, TrainingStep
 class Trainer:
     """Trains from the first batch to the last: steps, evaluations, checkpoints."""
 
-    placement_class: type[OneProcess]
+    placement_class: type[Placement]
 
-    def __init__(self, config, placement: OneProcess, models: Models, batches: Batches, observers: Observers):
+    def __init__(self, config, placement: Placement, models: Models, batches: Batches, observers: Observers):
         self.config, self.placement, self.models = config, placement, models
         self.batches, self.observers, self.tracker = batches, observers, observers.tracker
         self.state = RunState()
@@ -237,6 +237,6 @@ class TensorParallelTrainer(Trainer):
 TRAINERS = {trainer.__name__: trainer for trainer in (BasicTrainer, FSDPTrainer, TensorParallelTrainer)}
 
 
-def placement_for(config) -> type[OneProcess]:
+def placement_for(config) -> type[Placement]:
     """Where the weights of a configuration's run live. Raises UserError where its trainer cannot train its model."""
     return TRAINERS[config.trainer.name].placement_class.for_model(config)

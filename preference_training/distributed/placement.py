@@ -45,8 +45,8 @@ from preference_training.modeling.logprobs import LiveReference
 from preference_training.modeling.prefix_sharing import share_prefixes
 
 
-class OneProcess:
-    """All weights in this process: on one device, or layer by layer over its GPUs.
+class Placement:
+    """Where the weights of a run live; by itself one device, on which everything is whole.
 
     began_with: the hash of the weights that the policy was loaded with, on rank 0. base_dir: where the run keeps the model
     under its adapter, None for nowhere.
@@ -62,41 +62,31 @@ class OneProcess:
         self.device = pick_device()
 
     @classmethod
-    def start(cls, config, tokenizer) -> "OneProcess":
+    def for_model(cls, config) -> type["Placement"]:
+        """The placement for a configuration's model, where this one cannot split it. Raises UserError where none can."""
+        return cls
+
+    @classmethod
+    def start(cls, config, tokenizer) -> "Placement":
         """The placement of a run."""
         return cls(config, tokenizer)
 
     def end(self) -> None:
         """Leave what `start` has joined."""
 
-    @classmethod
-    def for_model(cls, config) -> type["OneProcess"]:
-        """The placement for a configuration's model, where this one cannot split it. Raises UserError where none can."""
-        return cls
-
-    # ---- loading --------------------------------------------------------------------------------------------------------
+    # ---- models ---------------------------------------------------------------------------------------------------------
 
     def policy(self) -> nn.Module:
         """Load the model to train."""
-        policy = place(load_model(self.config.model, self.tokenizer, self.config.cache_dir, self.base_dir), self.device)
-        self.began_with = weights_hash(policy)
-        share_prefixes(policy, self.config.prefix_sharing)
-        if self.config.activation_checkpointing:
-            enable_activation_checkpointing(policy)
-        return self._compiled(policy)
+        raise NotImplementedError
 
-    def _compiled(self, model: nn.Module) -> nn.Module:
-        """Compile a model where the configuration asks for it: policy and reference alike, so that they compute the same."""
-        if self.config.compile:
-            compile_between_attentions(model)
-        return model
+    def frozen_copy(self, policy: nn.Module) -> nn.Module:
+        """A copy of the policy as it is now, in `reference_dtype`, placed alike."""
+        raise NotImplementedError
 
     def reference(self, policy: nn.Module) -> LiveReference:
-        """Freeze the policy as it is now: a copy, or the model under its adapter."""
-        return LiveReference(policy if has_adapter(policy) else self._frozen_copy(policy))
-
-    def _frozen_copy(self, policy: nn.Module) -> nn.Module:
-        return self._compiled(place(reference_copy(policy, self.config.model), policy.device))
+        """The policy as it is now, frozen: a copy, or the model under its adapter."""
+        return LiveReference(policy if has_adapter(policy) else self.frozen_copy(policy))
 
     def samples(self, wanted: bool | None) -> bool:
         """Whether to sample at evaluations, where `sample_during_eval` is `wanted`."""
@@ -139,7 +129,30 @@ def flat_state(state: dict) -> dict:
     return state | {"state": by_weight}
 
 
-class SplitLayers(OneProcess):
+class OneProcess(Placement):
+    """All weights in this process: on one device, or layer by layer over its GPUs."""
+
+    def policy(self) -> nn.Module:
+        """Load the model to train."""
+        policy = place(load_model(self.config.model, self.tokenizer, self.config.cache_dir, self.base_dir), self.device)
+        self.began_with = weights_hash(policy)
+        share_prefixes(policy, self.config.prefix_sharing)
+        if self.config.activation_checkpointing:
+            enable_activation_checkpointing(policy)
+        return self._compiled(policy)
+
+    def frozen_copy(self, policy: nn.Module) -> nn.Module:
+        """A copy of the policy as it is now, in `reference_dtype`, on the same devices."""
+        return self._compiled(place(reference_copy(policy, self.config.model), policy.device))
+
+    def _compiled(self, model: nn.Module) -> nn.Module:
+        """Compile a model where the configuration asks for it: policy and reference alike, so that they compute the same."""
+        if self.config.compile:
+            compile_between_attentions(model)
+        return model
+
+
+class SplitLayers(Placement):
     """Every layer split over the devices of this process. Checkpoints hold whole weights."""
 
     def policy(self) -> nn.Module:
@@ -147,7 +160,8 @@ class SplitLayers(OneProcess):
         policy, self.began_with = load_split(self.config, self.tokenizer)
         return policy
 
-    def _frozen_copy(self, policy: nn.Module) -> nn.Module:
+    def frozen_copy(self, policy: nn.Module) -> nn.Module:
+        """A copy of the policy as it is now, in `reference_dtype`, split alike."""
         return copy_of_split(policy, getattr(torch, self.config.model.reference_dtype))
 
     def weights(self, model: nn.Module) -> dict[str, Tensor]:
@@ -167,7 +181,7 @@ class SplitLayers(OneProcess):
         super().set_optimizer_state(policy, optimizer, split_optimizer_state(policy, state))
 
 
-class Sharded(OneProcess):
+class Sharded(Placement):
     """Weights sharded over all processes of a run, as `trainer.sharding` says, on a mesh over the process group."""
 
     is_distributed = True
@@ -205,7 +219,8 @@ class Sharded(OneProcess):
         policy, self.began_with = load_sharded(self.layout, self.tokenizer, self.device, self.ranks, self.base_dir)
         return policy
 
-    def _frozen_copy(self, policy: nn.Module) -> nn.Module:
+    def frozen_copy(self, policy: nn.Module) -> nn.Module:
+        """A copy of the policy as it is now, in `reference_dtype`, sharded alike."""
         return reference_beside(policy, self.layout, self.tokenizer, self.device)
 
     def samples(self, wanted: bool | None) -> bool:
@@ -243,7 +258,7 @@ class TensorParallel(Sharded):
         """Leave what `start` has joined."""
 
     @classmethod
-    def for_model(cls, config) -> type[OneProcess]:
+    def for_model(cls, config) -> type[Placement]:
         """Split the layers within one process where transformers has no plan for the model. Raises UserError."""
         return SplitLayers if splits_in_one_process(config) else cls
 

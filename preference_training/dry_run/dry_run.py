@@ -33,7 +33,7 @@ from preference_training.data.entries import read_entries
 from preference_training.data.prompt_table import PromptTable
 from preference_training.data.rows.records import DataReport
 from preference_training.data.tokenization import TokenizedPrompt
-from preference_training.distributed.placement import OneProcess, Sharded
+from preference_training.distributed.placement import Placement, Sharded
 from preference_training.dry_run.memory_estimate import step_memory
 from preference_training.dry_run.scaling import (
     GIB,
@@ -52,7 +52,7 @@ from preference_training.training.preparation import PreparedRun
 STEPS_LOOKED_AT = 100
 
 
-def look(prepared: PreparedRun, placement_class: type[OneProcess], batches_within: Callable) -> None:
+def look(prepared: PreparedRun, placement_class: type[Placement], batches_within: Callable) -> None:
     """Print what a run would do. `batches_within` gives the run's BatchIterator for a TokenBudget and `Ranks`.
 
     Raises UserError where the run could not work.
@@ -73,7 +73,7 @@ def look(prepared: PreparedRun, placement_class: type[OneProcess], batches_withi
 
 
 def look_at_one_process(
-    prepared: PreparedRun, placement_class: type[OneProcess], facts: "Facts", batches_within: Callable
+    prepared: PreparedRun, placement_class: type[Placement], facts: "Facts", batches_within: Callable
 ) -> None:
     """Print steps and memory of a run in this process alone. Raises UserError where there is too little memory."""
     config, loss = prepared.config, prepared.loss

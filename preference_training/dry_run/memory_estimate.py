@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_iter
 
 from preference_training.batching.batches import MicroBatch, PackedBatch
 from preference_training.core.process_group import reshard, to_local
-from preference_training.distributed.placement import OneProcess, Sharded
+from preference_training.distributed.placement import Placement, Sharded
 from preference_training.distributed.sharding import Sharing, empty_model
 from preference_training.losses.objectives import DPOLoss, Loss, PairSelection
 from preference_training.modeling.adapters import has_adapter
@@ -149,7 +149,7 @@ def fake_tensors(vocabulary: int) -> Iterator[StorageCounter]:
         forget_masks()
 
 
-def step_memory(placement: OneProcess, loss: Loss, live_reference: bool, packs: Sequence[PackedBatch]) -> dict[str, int]:
+def step_memory(placement: Placement, loss: Loss, live_reference: bool, packs: Sequence[PackedBatch]) -> dict[str, int]:
     """Bytes that a training step of one process holds at its peak, by kind.
 
     packs are computed one after the other. Models that do not share prefixes take more.
@@ -158,7 +158,7 @@ def step_memory(placement: OneProcess, loss: Loss, live_reference: bool, packs: 
         return peak_memory(fake_step(placement, loss, live_reference, counter), counter, packs)
 
 
-def fake_step(placement: OneProcess, loss: Loss, live_reference: bool, counter: StorageCounter) -> TrainingStep:
+def fake_step(placement: Placement, loss: Loss, live_reference: bool, counter: StorageCounter) -> TrainingStep:
     """The training step of a placement's configuration on fake tensors, its weights counted."""
     config = placement.config
     policy = _model(placement, config.model.policy_dtype)
@@ -183,7 +183,7 @@ def fake_step(placement: OneProcess, loss: Loss, live_reference: bool, counter: 
     return step
 
 
-def _model(placement: OneProcess, dtype: str) -> nn.Module:
+def _model(placement: Placement, dtype: str) -> nn.Module:
     """The model of a configuration; it attends over response trees without the proof, for which it has no numbers."""
     config, tokenizer = placement.config, placement.tokenizer
     sharing = Sharing(scores_in_head=True) if config.prefix_sharing != "off" else None

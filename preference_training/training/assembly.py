@@ -20,14 +20,12 @@ from preference_training.core.errors import UserError
 from preference_training.core.files import first_existing
 from preference_training.core.process_group import SINGLE_PROCESS, Ranks
 from preference_training.data.chat_templates import end_tokens, format_of_prompts, serve_as_trained
-from preference_training.data.prompt_table import PromptTable
-from preference_training.losses.objectives import Loss
+from preference_training.distributed.placement import Placement
 from preference_training.modeling.adapters import has_adapter
 from preference_training.modeling.logprobs import LiveReference
 from preference_training.modeling.reference_cache import Reads, cache_path, cached_reference
 from preference_training.modeling.token_budget import shared_budget, token_budget
 from preference_training.tracking.ledger import Ledger
-from preference_training.training.evaluator import Evaluator
 from preference_training.training.parts import Batches, Models, Observers
 from preference_training.training.preparation import PreparedRun
 from preference_training.training.pruning import Pruning
@@ -35,10 +33,9 @@ from preference_training.training.run_directory import (
     folders_of,
 )
 from preference_training.training.same_start import SameStart
-from preference_training.training.state import RunState
 
 
-def observe(prepared: PreparedRun, placement, run_dir: Path, tracker, stop) -> Observers:
+def observe(prepared: PreparedRun, placement: Placement, run_dir: Path, tracker, stop) -> Observers:
     """The observers of a run, as yet without a writer of checkpoints."""
     config, pruner = prepared.config, prepared.pruner
     ledger = Ledger(run_dir, placement.ranks, tracker.say) if config.ledger and prepared.loss.paired else None
@@ -47,7 +44,7 @@ def observe(prepared: PreparedRun, placement, run_dir: Path, tracker, stop) -> O
 
 
 def checkpoint_writer(
-    prepared: PreparedRun, placement, policy, run_dir: Path, about: dict, say: Callable[[str], None]
+    prepared: PreparedRun, placement: Placement, policy, run_dir: Path, about: dict, say: Callable[[str], None]
 ) -> CheckpointWriter:
     """The writer of a run's checkpoints. about: what the run is made of, as they say it."""
     config = prepared.config
@@ -68,13 +65,7 @@ def checkpoint_writer(
     )
 
 
-def build_evaluator(config: DictConfig, placement, loss: Loss, tracker, *, policy, reference, held_out, sample_prompts):
-    """The evaluator of a run that trains nothing."""
-    batches = Batches(BatchIterator(PromptTable.of([]), config.batch_size), held_out, sample_prompts)
-    return Evaluator(config, placement, Models(policy, reference, loss), batches, RunState(), Observers(tracker))
-
-
-def assemble(prepared: PreparedRun, placement, checkpoint: Path | None = None) -> tuple[Models, Batches]:
+def assemble(prepared: PreparedRun, placement: Placement, checkpoint: Path | None = None) -> tuple[Models, Batches]:
     """Load the models as at the run's beginning, and make its batches."""
     config, ranks = prepared.config, placement.ranks
     train_prompts, held_out = (split.table for split in prepared.data)
@@ -163,7 +154,7 @@ def build_batches(
     )
 
 
-def make_reference(config: DictConfig, placement, policy, reads, read_again: bool):
+def make_reference(config: DictConfig, placement: Placement, policy, reads, read_again: bool):
     """The reference: a frozen copy of the policy that scores each batch, or its log-probs of what is read, computed before.
 
     Computed before, by its own choice, where they are read more than once: in several epochs or the jobs of a sweep

@@ -4,6 +4,7 @@ from torch import nn
 
 from preference_training.checkpointing.checkpoints import smaller_is_better
 from preference_training.core.machine import too_few
+from preference_training.distributed.placement import Placement
 from preference_training.evaluation.held_out import HeldOut, evaluate
 from preference_training.evaluation.held_out_report import intervals_of
 from preference_training.generation.sampling import sample_answers
@@ -16,7 +17,7 @@ from preference_training.training.state import RunState
 class Evaluator:
     """Evaluates the policy of a run, and keeps in `state` what it finds. held_out: the newest result, None before the first."""
 
-    def __init__(self, config, placement, models: Models, batches: Batches, state: RunState, observers: Observers):
+    def __init__(self, config, placement: Placement, models: Models, batches: Batches, state: RunState, observers: Observers):
         self.config, self.ranks, self.tokenizer = config, placement.ranks, placement.tokenizer
         self.models, self.batches, self.state, self.observers = models, batches, state, observers
         self.held_out: HeldOut | None = None

@@ -1,14 +1,18 @@
 """A run from its prepared data to its last checkpoint, or one that evaluates only."""
 
 from contextlib import ExitStack
-from functools import partial
 
+from preference_training.batching.batches import BatchIterator
 from preference_training.checkpointing.resuming import checkpoint_to_continue
 from preference_training.core.errors import UserError
 from preference_training.core.signals import StopRequests
+from preference_training.data.prompt_table import PromptTable
+from preference_training.distributed.placement import Placement
 from preference_training.modeling.adapters import BASE_DIR, kept_base
 from preference_training.tracking.tracker import NoTracker
-from preference_training.training.assembly import assemble, build_evaluator, checkpoint_writer, observe
+from preference_training.training.assembly import assemble, checkpoint_writer, observe
+from preference_training.training.evaluator import Evaluator
+from preference_training.training.parts import Batches, Models, Observers
 from preference_training.training.preparation import PreparedRun, check_same_data
 from preference_training.training.run_directory import (
     begin_in,
@@ -18,9 +22,10 @@ from preference_training.training.run_directory import (
     used_by_this_run,
     writable,
 )
+from preference_training.training.state import RunState
 
 
-def train_or_evaluate(prepared: PreparedRun, trainer_class, placement, report_writer) -> float | None:
+def train_or_evaluate(prepared: PreparedRun, trainer_class, placement: Placement, report_writer) -> float | None:
     """Train, or evaluate only. Returns the held-out metric named by `objective`.
 
     With several processes this is one of them. report_writer: builds the function that writes the run's report.
@@ -30,7 +35,7 @@ def train_or_evaluate(prepared: PreparedRun, trainer_class, placement, report_wr
     return train(prepared, trainer_class, placement, report_writer)
 
 
-def train(prepared: PreparedRun, trainer_class, placement, report_writer=None) -> float | None:
+def train(prepared: PreparedRun, trainer_class, placement: Placement, report_writer=None) -> float | None:
     """Train on a placement, from the beginning or from a checkpoint of the same run."""
     config, run_dir, data, ranks = prepared.config, prepared.run_dir, prepared.data, placement.ranks
     check_same_data(data, ranks)
@@ -76,7 +81,7 @@ def train(prepared: PreparedRun, trainer_class, placement, report_writer=None) -
     return trainer.state.held_out[config.objective] if trainer.state.held_out else None
 
 
-def evaluate(prepared: PreparedRun, placement) -> float | None:
+def evaluate(prepared: PreparedRun, placement: Placement) -> float | None:
     """Evaluate on a placement, and train nothing: the model as configured in a run directory of its own, or a run's checkpoint.
 
     Of another run's directory everything stays as it is but for the results.
@@ -97,7 +102,12 @@ def evaluate(prepared: PreparedRun, placement) -> float | None:
             about = describe_run(config, placement, data, None)
             tracker = open_run_dir(config, run_dir, about, None, aside=aside)
         opened.enter_context(tracker)
-        build = partial(build_evaluator, config, placement, prepared.loss, tracker)
-        run = EvaluationRun(config, placement, data[0].table, checkpoint, prepared.loss.needs_reference, build)
+
+        def build_evaluator(policy, reference, held_out, sample_prompts) -> Evaluator:
+            models = Models(policy, reference, prepared.loss)
+            batches = Batches(BatchIterator(PromptTable.of([]), config.batch_size), held_out, sample_prompts)
+            return Evaluator(config, placement, models, batches, RunState(), Observers(tracker))
+
+        run = EvaluationRun(config, placement, data[0].table, checkpoint, prepared.loss.needs_reference, build_evaluator)
         run.evaluate(checkpoint.parent if checkpoint else run_dir)
     return run.evaluator.state.held_out[config.objective]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from preference_training.batching.batches import MicroBatch, PackedBatch
 from preference_training.core.process_group import is_distributed
+from preference_training.distributed.placement import Placement
 from preference_training.losses.objectives import LossOutput, Survey, example_metrics
 from preference_training.modeling.logprobs import response_logps
 from preference_training.modeling.state import compute_device
@@ -70,7 +71,7 @@ class StepResult:
 class TrainingStep:
     """Takes the optimizer steps of a run, and counts them in `state`."""
 
-    def __init__(self, config, placement, models: Models, state: RunState, total_steps: int):
+    def __init__(self, config, placement: Placement, models: Models, state: RunState, total_steps: int):
         self.placement, self.models, self.state = placement, models, state
         self.device = compute_device(models.policy)
         self.updater = Updater(config, placement, models.policy, state, total_steps)

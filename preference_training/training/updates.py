@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from preference_training.batching.batches import BatchIterator
 from preference_training.checkpointing.checkpoints import read_optimizer
 from preference_training.configuration.validation import sharded_dtype
+from preference_training.distributed.placement import Placement
 from preference_training.modeling.state import compute_device
 from preference_training.training.monitors import UnchangedWeights
 from preference_training.training.optimization import (
@@ -32,7 +33,7 @@ MASTERS_DROPPED = "the run's float32 master weights are dropped (master_weights=
 class Updater:
     """Updates the policy's weights from their gradients, and counts the updates in `state`."""
 
-    def __init__(self, config, placement, policy: nn.Module, state: RunState, total_steps: int):
+    def __init__(self, config, placement: Placement, policy: nn.Module, state: RunState, total_steps: int):
         self.config, self.placement, self.policy, self.state = config, placement, policy, state
         # Gradients of float16 products would underflow; the scaler skips a step whose scaled gradients overflow.
         self.scaler = torch.amp.GradScaler(compute_device(policy).type, enabled=computes_in_float16(config))

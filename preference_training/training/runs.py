@@ -63,9 +63,8 @@ def train(prepared: PreparedRun, trainer_class, placement: Placement, report_wri
             about, tracker = {}, opened.enter_context(NoTracker())
         observers = observe(prepared, placement, run_dir, tracker, stop)
         if not config.debug:
-            observers.writer = opened.enter_context(
-                checkpoint_writer(prepared, placement, run_dir, models.policy, observers, about)
-            )
+            writer = checkpoint_writer(prepared, placement, models.policy, run_dir, about, tracker.say)
+            observers.writer = opened.enter_context(writer)
         trainer = trainer_class(config, placement, models, batches, observers)
         if checkpoint:
             trainer.continue_from(checkpoint)

@@ -10,6 +10,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf, open_dict
 
 import shown
+import train  # noqa: F401  registers the resolvers that the configuration uses
 from preference_training.configuration.composition import force_open_sections, known_keys
 from preference_training.configuration.validation import check_config, loss_keys
 from preference_training.data.entries import read_entries

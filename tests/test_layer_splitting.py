@@ -14,8 +14,9 @@ from preference_training.checkpointing.checkpoints import CheckpointWriter
 from preference_training.core.errors import UserError
 from preference_training.data.prompt_table import PromptTable
 from preference_training.data.tokenization import TokenizedPrompt
+from preference_training.distributed.launching import needs_processes
 from preference_training.distributed.layer_splitting import copy_of_split, load_split, split_layers, splits_in_one_process
-from preference_training.distributed.placement import OneProcess, SplitLayers
+from preference_training.distributed.placement import OneProcess, Sharded, SplitLayers, TensorParallel
 from preference_training.evaluation.held_out import evaluate
 from preference_training.generation.sampling import sample_answers
 from preference_training.losses.objectives import build_loss
@@ -23,6 +24,7 @@ from preference_training.modeling.loading import disable_dropout
 from preference_training.modeling.logprobs import LiveReference, response_logps
 from preference_training.modeling.prefix_sharing import share_prefixes
 from preference_training.modeling.sharing_proof import ROUNDING, random_trees
+from trainers import placement_for
 
 VOCABULARY = 90
 SIZES = {
@@ -269,6 +271,19 @@ def test_an_error_of_one_shard_is_raised_though_the_others_wait_for_it():
 def test_a_model_with_a_plan_of_transformers_is_not_for_the_package(compose):
     assert not splits_in_one_process(compose("trainer=TensorParallelTrainer"))
     assert splits_in_one_process(compose("trainer=TensorParallelTrainer", "model.from_config.model_type=gpt2"))
+
+
+def test_one_function_says_where_weights_live_and_those_of_one_process_need_no_other(compose):
+    found = {
+        "trainer=BasicTrainer": OneProcess,
+        "trainer=FSDPTrainer": Sharded,
+        "trainer=TensorParallelTrainer": TensorParallel,
+        "trainer=TensorParallelTrainer model.from_config.model_type=gpt2": SplitLayers,
+    }
+    for overrides, placement in found.items():
+        config = compose(*overrides.split())
+        assert placement_for(config) is placement
+        assert needs_processes(config) is issubclass(placement, Sharded)
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,6 @@ class Placement:
     under its adapter, None for nowhere.
     """
 
-    is_distributed = False
     ranks: Ranks = SINGLE_PROCESS
     began_with: str | None = None
     base_dir: Path | None = None
@@ -183,8 +182,6 @@ class SplitLayers(Placement):
 
 class Sharded(Placement):
     """Weights sharded over all processes of a run, as `trainer.sharding` says, on a mesh over the process group."""
-
-    is_distributed = True
 
     def __init__(self, config, tokenizer, device: torch.device, mesh: DeviceMesh):
         self.config, self.tokenizer, self.device = config, tokenizer, device

@@ -46,7 +46,7 @@ def train(prepared: PreparedRun, trainer_class, placement: Placement, report_wri
         if ranks.is_rank_zero:
             opened.enter_context(used_by_this_run(run_dir))
             # Before the model is loaded: what it is made of is read from the run directory, or kept there.
-            aside = begin_in(config, run_dir, checkpoint)
+            notice = begin_in(config, run_dir, checkpoint)
         placement.base_dir = None if config.debug else run_dir / BASE_DIR
         models, batches = assemble(prepared, placement, checkpoint)
         # Until all that follows is closed: a signal that comes too late to stop the run disturbs its last lines no more.
@@ -55,7 +55,9 @@ def train(prepared: PreparedRun, trainer_class, placement: Placement, report_wri
             total = batches.train.total_examples
             about = describe_run(config, placement, data, checkpoint)
             report = report_writer and report_writer(config, run_dir, prepared.loss, placement.tokenizer, data)
-            tracker = open_run_dir(config, run_dir, about, checkpoint, total, report, aside)
+            tracker = open_run_dir(config, run_dir, about, checkpoint, total, report)
+            if notice:
+                tracker.say(notice)
             with writable(run_dir):
                 describe_start(config, run_dir, data, total, placement.device)
             opened.enter_context(tracker)
@@ -97,9 +99,11 @@ def evaluate(prepared: PreparedRun, placement: Placement) -> float | None:
         tracker = NoTracker()
         if checkpoint is None and ranks.is_rank_zero:
             opened.enter_context(used_by_this_run(run_dir))
-            aside = begin_in(config, run_dir, None)
+            notice = begin_in(config, run_dir, None)
             about = describe_run(config, placement, data, None)
-            tracker = open_run_dir(config, run_dir, about, None, aside=aside)
+            tracker = open_run_dir(config, run_dir, about, None)
+            if notice:
+                tracker.say(notice)
         opened.enter_context(tracker)
 
         def build_evaluator(policy, reference, held_out, sample_prompts) -> Evaluator:

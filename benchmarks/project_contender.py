@@ -51,7 +51,7 @@ def build(job: dict, work: Work, prompts: PromptTable):
     loss = build_loss(**config.loss, seed=config.seed)
     tokenizer = load_tokenizer(config.model, config.cache_dir)
     placement = placement_for(config).start(config, tokenizer)
-    policy = placement.policy()
+    policy = placement.load_policy()
     batches = _iterator(prompts, work, token_budget(policy, config.max_tokens_per_microbatch))
     reads = Reads(batches.prompts_seen, batches.prompts_seen)
     reference = make_reference(config, placement, policy, reads, False) if loss.needs_reference else None

@@ -70,7 +70,7 @@ def trainer_of(config, tokenizer, run_dir=None, n_examples=12) -> Trainer:
     """A trainer as the command line would put it together; with a directory it writes checkpoints."""
     seed_everything(config.seed)
     placement = OneProcess(config, tokenizer)
-    policy = placement.policy()
+    policy = placement.load_policy()
     table = PromptTable.of(PROMPTS)
     batches = BatchIterator(table, 4, n_examples=n_examples), evaluation_batches(table, 4, 4, seed=0)
     about = {"config": OmegaConf.to_container(config, resolve=True), "data": ["a"], "began_with": placement.began_with}

@@ -75,7 +75,7 @@ class Placement:
 
     # ---- models ---------------------------------------------------------------------------------------------------------
 
-    def policy(self) -> nn.Module:
+    def load_policy(self) -> nn.Module:
         """Load the model to train."""
         raise NotImplementedError
 
@@ -131,7 +131,7 @@ def flat_state(state: dict) -> dict:
 class OneProcess(Placement):
     """All weights in this process: on one device, or layer by layer over its GPUs."""
 
-    def policy(self) -> nn.Module:
+    def load_policy(self) -> nn.Module:
         """Load the model to train."""
         policy = place(load_model(self.config.model, self.tokenizer, self.config.cache_dir, self.base_dir), self.device)
         self.began_with = weights_hash(policy)
@@ -154,7 +154,7 @@ class OneProcess(Placement):
 class SplitLayers(Placement):
     """Every layer split over the devices of this process. Checkpoints hold whole weights."""
 
-    def policy(self) -> nn.Module:
+    def load_policy(self) -> nn.Module:
         """Load the model to train, and split it."""
         policy, self.began_with = load_split(self.config, self.tokenizer)
         return policy
@@ -211,7 +211,7 @@ class Sharded(Placement):
         """Over how many processes each layer is split."""
         return 1
 
-    def policy(self) -> nn.Module:
+    def load_policy(self) -> nn.Module:
         """Load the model to train; rank 0 reads it and each process keeps its shard."""
         policy, self.began_with = load_sharded(self.layout, self.tokenizer, self.device, self.ranks, self.base_dir)
         return policy

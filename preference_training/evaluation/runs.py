@@ -59,7 +59,7 @@ class EvaluationRun:
         names = task_names(config)
         self.tasks = TaskList(names, wanted.task_path) if names else None
         self.judge = build_judge(config, placement.device) if wanted.judge and is_rank_zero else None
-        policy = placement.policy()
+        policy = placement.load_policy()
         if checkpoint is not None and needs_reference and is_rank_zero:
             check_beginning(config, checkpoint, placement.began_with)
         self.budget = shared_budget(token_budget(policy, config.max_tokens_per_microbatch), self.ranks)
@@ -150,7 +150,7 @@ class EvaluationRun:
         """The model of another checkpoint directory, placed as the policy is."""
         placement = copy.copy(self.placement)
         placement.config = OmegaConf.merge(self.config, {"model": {"archive": archive}})
-        return placement.policy()
+        return placement.load_policy()
 
 
 def check_beginning(config: DictConfig, checkpoint: Path, found: str | None) -> None:

@@ -69,7 +69,7 @@ def assemble(prepared: PreparedRun, placement: Placement, checkpoint: Path | Non
     """Load the models as at the run's beginning, and make its batches."""
     config, ranks = prepared.config, placement.ranks
     train_prompts, held_out = (split.table for split in prepared.data)
-    models = Models(placement.policy(), None, prepared.loss)
+    models = Models(placement.load_policy(), None, prepared.loss)
     budgets = budgets_of(config, models.policy, ranks, checkpoint)
     steps = build_batches(config, train_prompts, budgets.now, ranks, budgets.at_start)
     sizes = {

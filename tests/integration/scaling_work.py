@@ -42,7 +42,7 @@ def real_step(config, device: torch.device) -> dict:
     mesh = placement_class.mesh(config, device.type, config.trainer.nproc_per_node)
     placement = placement_class(config, tokenizer, device, mesh)
     with StorageCounter(len(tokenizer)) as counter:
-        policy = placement.policy()
+        policy = placement.load_policy()
         counter.kind = "reference"
         reference = placement.reference(policy)
         counter.kind = "activations"

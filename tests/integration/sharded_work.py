@@ -70,7 +70,7 @@ class World:
 
         def load(name: str):
             one = OmegaConf.merge(config, {"model": {"name_or_path": str(GOLDEN / name)}})
-            return Sharded(one, self.tokenizer, self.device, mesh).policy()
+            return Sharded(one, self.tokenizer, self.device, mesh).load_policy()
 
         placement = Sharded(config, self.tokenizer, self.device, mesh)
         reference = LiveReference(load(architecture)) if loss["name"] != "sft" else None
@@ -199,7 +199,7 @@ def follow_adapter(settings: dict) -> dict:
         placement = Sharded(config, world.tokenizer, world.device, world.mesh(sharding))
         ranks = placement.ranks
         seed_everything(0)
-        policy = placement.policy()
+        policy = placement.load_policy()
         seed_everything(0)
         own = load_model(config.model, world.tokenizer)
         share_prefixes(own, "on")

@@ -5,9 +5,9 @@ from torch import nn
 from preference_training.checkpointing.checkpoints import smaller_is_better
 from preference_training.core.machine import too_few
 from preference_training.distributed.placement import Placement
-from preference_training.evaluation.held_out import HeldOut, evaluate
-from preference_training.evaluation.held_out_report import intervals_of
-from preference_training.generation.sampling import sample_answers
+from preference_training.evaluation.breakdown import interval_metrics
+from preference_training.evaluation.held_out import HeldOut, evaluate_held_out
+from preference_training.generation.sampling import Sampler
 from preference_training.losses.objectives import is_at_beta_used
 from preference_training.modeling.logprobs import LiveReference
 from preference_training.training.parts import Batches, Models, Observers
@@ -35,14 +35,14 @@ class Evaluator:
         if not self.batches.held_out or state.evaluated_at == state.examples:
             return
         see = models.same_start and models.same_start.see
-        self.held_out = evaluate(models.policy, models.reference, models.loss, self.batches.held_out, self.ranks, see)
+        self.held_out = evaluate_held_out(models.policy, models.reference, models.loss, self.batches.held_out, self.ranks, see)
         if models.same_start is not None:
             models.same_start.check(self.ranks)
         warnings = self._warnings() if state.held_out is None else []
         state.held_out = self.held_out.means()
         state.evaluated_at = state.examples
         self._compare_with_best()
-        tracker.log_evaluation(state.held_out | intervals_of(self.held_out) | state.counters())
+        tracker.log_evaluation(state.held_out | interval_metrics(self.held_out) | state.counters())
         for text in warnings:
             tracker.say(f"warning: {text}")
         if self.batches.sample_prompts:
@@ -88,8 +88,8 @@ class Evaluator:
 
     def answers(self, model: nn.Module | None = None) -> list[str]:
         """A model's answers to the sample prompts; the policy's, unless another is given."""
-        model, prompts = self.models.policy if model is None else model, self.batches.sample_prompts
-        return sample_answers(model, self.tokenizer, prompts, self.config.max_length, self.config.seed, self.ranks)
+        sampler = Sampler(self.tokenizer, self.config.max_length, self.config.seed, self.ranks)
+        return sampler.texts(self.models.policy if model is None else model, self.batches.sample_prompts)
 
     def sample(self) -> list[dict]:
         """Answers of the policy, and of the reference where there is one, to the sample prompts.

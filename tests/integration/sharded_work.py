@@ -33,7 +33,7 @@ from preference_training.data.tokenization import TokenSettings, tokenize_record
 from preference_training.distributed.launching import end_group, start_group
 from preference_training.distributed.placement import Sharded
 from preference_training.distributed.sharding import full_tensor, make_mesh
-from preference_training.evaluation.held_out import evaluate
+from preference_training.evaluation.held_out import evaluate_held_out
 from preference_training.losses.objectives import build_loss
 from preference_training.modeling.loading import load_model, weights_hash
 from preference_training.modeling.logprobs import LiveReference
@@ -278,10 +278,12 @@ def evaluate_unevenly(settings: dict, num_rows: int) -> dict:
     prompts = golden_prompts(world.tokenizer, True)
     table = PromptTable.of((prompts * 3)[:num_rows])
     sizes = 7, None, 0, TokenBudget(60, 60)
-    found = evaluate(
+    found = evaluate_held_out(
         trainer.models.policy, trainer.models.reference, trainer.models.loss, evaluation_batches(table, *sizes, ranks), ranks
     )
-    expected = evaluate(single.models.policy, single.models.reference, single.models.loss, evaluation_batches(table, *sizes))
+    expected = evaluate_held_out(
+        single.models.policy, single.models.reference, single.models.loss, evaluation_batches(table, *sizes)
+    )
     everything = table.select(torch.arange(len(table)).numpy())
     logps = [
         compute_logps(LiveReference(trainer.models.policy), Reads(everything, everything), ranks).logps,

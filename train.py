@@ -80,15 +80,15 @@ def check_and_start(
 
 
 def start(config: DictConfig, run_dir: Path, in_sweep: bool) -> float | None:
-    """Run in this process, or in several that are started here where the trainer wants them."""
+    """Run in this process, or launch several where the trainer needs them."""
     from preference_training.distributed.launching import launch, needs_processes, number_of_workers, silence_others
 
     settle_batch_size(config)
     if config.dry_run or not needs_processes(config):
         return run(config, run_dir, in_sweep)
     if in_worker():
-        # torchrun has started it, or Slurm. The directory of the run is the main rank's, which makes it when all have joined:
-        # a worker that is ended before leaves none.
+        # Started by torchrun or Slurm. Rank 0 makes the run directory once all have joined, so that a worker that ends before
+        # leaves none.
         with suppress(OSError):
             run_dir.rmdir()
         silence_others()

@@ -113,7 +113,7 @@ class Trainer:
         result = self.step.take(micro_batches, self.halve, self.observers.stop.reason is not None)
         self.stopping = result.stops
         if not result.metrics:
-            self.skipped(result.packs)
+            self.log_skipped(result.packs)
             return {}
         self.watch.see_share_changed(result.share_changed, self.config.lr, self.step.updater.dtype)
         if self.observers.ledger is not None:
@@ -128,7 +128,7 @@ class Trainer:
         self.tracker.say(f"warning: out of memory; packs have at most {limit} tokens from now on")
         return halves
 
-    def skipped(self, packs: Sequence[PackResult]) -> None:
+    def log_skipped(self, packs: Sequence[PackResult]) -> None:
         """Name the examples of a skipped step in `bad_batches.jsonl`. Raises UserError after too many in a row."""
         pairs = [pair for pack in packs for pair in zip(pack.sources, pack.losses.tolist(), strict=True)]
         pairs = [pair for rank in self.placement.ranks.all_gather_object(pairs) for pair in rank]

@@ -247,14 +247,6 @@ class TensorParallel(Sharded):
     """Every layer split over `trainer.tensor_parallel_size` processes; what is left of the world shards."""
 
     @classmethod
-    def start(cls, config, tokenizer) -> "OneProcess":
-        """The placement of a run."""
-        return cls(config, tokenizer)
-
-    def end(self) -> None:
-        """Leave what `start` has joined."""
-
-    @classmethod
     def for_model(cls, config) -> type[Placement]:
         """Split the layers within one process where transformers has no plan for the model. Raises UserError."""
         return SplitLayers if splits_in_one_process(config) else cls

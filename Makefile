@@ -28,10 +28,10 @@ lint: .venv/installed-dev
 	$(BIN)/ruff format --check .
 
 faults: .venv/installed-dev
-	$(BIN)/python tests/faults/long.py $(FAULTS)
+	$(BIN)/python -m tests.faults.long $(FAULTS)
 
 architectures: .venv/installed-dev
-	$(BIN)/python tests/architectures/sweep.py $(ARCHITECTURES)
+	$(BIN)/python -m tests.architectures.sweep $(ARCHITECTURES)
 
 bench: .venv/installed-bench
 	$(BIN)/python benchmarks/bench.py $(BENCH)

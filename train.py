@@ -120,7 +120,7 @@ def run(config: DictConfig, run_dir: Path, in_sweep: bool = False) -> float | No
 
     With several processes this is one of them.
     """
-    from preference_training.dry_run.dry_run import look
+    from preference_training.dry_run.preview import preview
     from preference_training.reporting.run_report import report_writer
     from preference_training.training.assembly import build_batches
     from preference_training.training.preparation import prepare_run
@@ -133,7 +133,7 @@ def run(config: DictConfig, run_dir: Path, in_sweep: bool = False) -> float | No
     if config.dry_run:
         say_what_is_set_aside(config, run_dir)
         batches_within = partial(build_batches, config, prepared.data[0].table)
-        return look(prepared, trainer_class.placement_class, batches_within)
+        return preview(prepared, trainer_class.placement_class, batches_within)
     placement = placement_for(config).start(config, prepared.tokenizer)
     try:
         return train_or_evaluate(prepared, trainer_class, placement, report_writer)

@@ -123,7 +123,7 @@ class Trainer:
 
     def halve(self, micro_batches: Sequence[MicroBatch]) -> list[MicroBatch]:
         """Cut a batch, and all later ones, into packs half as large."""
-        halves = self.batches.train.halve_pieces(micro_batches)
+        halves = self.batches.train.halve_packs(micro_batches)
         limit = self.batches.train.budget.limit
         self.tracker.say(f"warning: out of memory; packs have at most {limit} tokens from now on")
         return halves

@@ -164,7 +164,7 @@ def stream(args) -> dict:
         table = prepare([entry], "train", tokenizer, settings_of, Path(folder) / "cache").table
         prepared, after_preparing = time.perf_counter() - started, peak_mib()
         started = time.perf_counter()
-        pairs = sum(piece.num_examples for step in BatchIterator(table, 64) for micro in step for piece in micro.pieces)
+        pairs = sum(pack.num_examples for step in BatchIterator(table, 64) for micro in step for pack in micro.packs)
         batched = time.perf_counter() - started
         size = sum(path.stat().st_size for path in Path(folder, "cache").iterdir())
     assert pairs == args.pairs

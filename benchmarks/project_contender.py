@@ -36,7 +36,7 @@ def build(job: dict, work: Work, prompts: PromptTable):
     from preference_training.core.machine import quiet_libraries, settle_memory
     from preference_training.core.random_streams import seed_everything
     from preference_training.losses.objectives import build_loss
-    from preference_training.modeling.reference_cache import Reads
+    from preference_training.modeling.reference_cache import ReferencePlan
     from preference_training.modeling.token_budget import token_budget
     from preference_training.modeling.tokenizer import load_tokenizer
     from preference_training.tracking.tracker import NoTracker
@@ -53,7 +53,7 @@ def build(job: dict, work: Work, prompts: PromptTable):
     placement = placement_for(config).start(config, tokenizer)
     policy = placement.load_policy()
     batches = _iterator(prompts, work, token_budget(policy, config.max_tokens_per_microbatch))
-    reads = Reads(batches.prompts_seen, batches.prompts_seen)
+    reads = ReferencePlan(batches.prompts_seen, batches.prompts_seen)
     reference = make_reference(config, placement, policy, reads, False) if loss.needs_reference else None
     parts = Models(policy, reference, loss), Batches(batches), Observers(NoTracker())
     return TRAINERS[config.trainer.name](config, placement, *parts)
@@ -101,7 +101,7 @@ def _overrides(job: dict, work: Work) -> list[str]:
 def order_of_prompts(prompts: list[dict], work: Work) -> list[int]:
     """The index of each prompt in training order; the pairs of a prompt stay together."""
     steps = _iterator(_tokenized(prompts), work, UNLIMITED)
-    sources = [source for step in steps for micro_batch in step for piece in micro_batch.pieces for source in piece.sources]
+    sources = [source for step in steps for micro_batch in step for pack in micro_batch.packs for source in pack.sources]
     return list(dict.fromkeys(int(source.removeprefix("prompt ")) for source in sources))
 
 

@@ -18,8 +18,9 @@ from preference_training.core.random_streams import seed_everything
 from preference_training.data.toy_preferences import toy_records
 from preference_training.evaluation.runs import composed
 from preference_training.generation.sampling import Sampler
-from preference_training.modeling.loading import load_model, place
-from preference_training.modeling.prefix_sharing import share_prefixes
+from preference_training.modeling.loading import load_model
+from preference_training.modeling.prefix_sharing.sharing import share_prefixes
+from preference_training.modeling.state import move_to_devices
 from preference_training.modeling.tokenizer import load_tokenizer
 
 
@@ -52,7 +53,7 @@ def main() -> None:
     config = composed(*[f"model.archive={options.checkpoint}"] * bool(options.checkpoint))
     seed_everything(config.seed)
     tokenizer = load_tokenizer(config.model)
-    model = place(load_model(config.model, tokenizer), pick_device()).eval()
+    model = move_to_devices(load_model(config.model, tokenizer), pick_device()).eval()
     share_prefixes(model, config.prefix_sharing)
     prompts = [tokenizer(text).input_ids for text in toy_records("test")][: options.prompts]
     rates: dict[str, list[float]] = {"before": [], "now": []}

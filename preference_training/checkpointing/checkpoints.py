@@ -37,7 +37,7 @@ from preference_training.core.files import replace_symlink
 from preference_training.core.process_group import SINGLE_PROCESS, Ranks, is_distributed, to_local
 from preference_training.core.values import UNREADABLE
 from preference_training.losses.objectives import is_at_beta_used
-from preference_training.modeling.adapters import WEIGHTS_FILE, has_adapter, save_settings
+from preference_training.modeling.adapters import WEIGHTS_FILE, has_adapter, save_adapter_config
 
 PARTIAL = ".partial"
 MARKER = "checksums.json"
@@ -226,7 +226,7 @@ class CheckpointWriter:
             parts[0].rename(partial / (WEIGHTS_FILE if has_adapter(self.policy) else "model.safetensors"))
             (partial / "model.safetensors.index.json").unlink()
         if has_adapter(self.policy):
-            save_settings(self.policy, partial)
+            save_adapter_config(self.policy, partial)
         save_configuration(self.policy, partial, self.tokenizer, self.end_tokens)
         save_tokenizer(self.tokenizer, partial)
         (partial / "state.json").write_text(json.dumps(snapshot.state | {"run": self.about}, default=_as_json))

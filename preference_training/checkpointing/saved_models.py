@@ -18,11 +18,18 @@ from preference_training.batching.batches import PackedBatch
 from preference_training.configuration.validation import sharded_dtype
 from preference_training.core.errors import UserError, first_line
 from preference_training.core.process_group import reshard
-from preference_training.modeling.adapters import WEIGHTS_FILE, check_fit, is_adapter, kept_weights, quantise, settings_of_file
-from preference_training.modeling.archives import archive_shapes, files_of_weights
-from preference_training.modeling.loading import config_differences, model_of_archive, round_weights
+from preference_training.modeling.adapters import (
+    WEIGHTS_FILE,
+    check_adapter_shapes,
+    is_adapter,
+    read_adapter_config,
+    weights_to_save,
+)
+from preference_training.modeling.archives import archive_shapes, model_from_archive, weight_files
+from preference_training.modeling.loading import cast_weights, config_differences
 from preference_training.modeling.logprobs import response_logps
-from preference_training.modeling.sharing_proof import ROUNDING, random_trees
+from preference_training.modeling.prefix_sharing.proof import TOLERANCES, random_trees
+from preference_training.modeling.quantization import quantize
 from preference_training.modeling.state import free_memory
 
 # By how much a token's log-prob may differ between two ways to compute in float32, of its own size or of 1 nat if that is more.
@@ -66,7 +73,7 @@ def in_float32(model: nn.Module) -> nn.Module:
 def answers_in_float32(model: nn.Module, dtype: torch.dtype) -> Tensor:
     """`answers_of` a model whose weights are of a dtype, computed in float32; they are of that dtype again behind it."""
     answers = answers_of(in_float32(model))
-    round_weights(model, dtype)
+    cast_weights(model, dtype)
     return answers
 
 
@@ -78,7 +85,7 @@ def per_token(found: Tensor, expected: Tensor, model: nn.Module) -> float:
 def tolerance(expected: Tensor, model: nn.Module, dtype: torch.dtype = torch.float32) -> float:
     """By how much a log-prob may differ per token where both are computed in a dtype."""
     if dtype != torch.float32:
-        return ROUNDING[dtype]
+        return TOLERANCES[dtype]
     return FLOAT32 * max(1.0, (expected.abs() / probe(model).response_lengths).max().item())
 
 
@@ -108,7 +115,7 @@ def load_plain(
     from transformers import AutoModelForCausalLM
 
     adapter = is_adapter(str(directory))
-    whole = (base or settings_of_file(directory)["base_model_name_or_path"]) if adapter else directory
+    whole = (base or read_adapter_config(directory)["base_model_name_or_path"]) if adapter else directory
     options = {"dtype": dtype, "trust_remote_code": trust_remote_code, "cache_dir": cache_dir}
     try:
         model, info = AutoModelForCausalLM.from_pretrained(whole, output_loading_info=True, **options)
@@ -161,7 +168,7 @@ def _check_checkpoint(expected: Tensor, policy: nn.Module, config, device: torch
             if few_bits_elsewhere or not fits_in_memory(sum(weight.numel() for weight in policy.parameters()), dtype):
                 compare_parts(directory, policy, config.model.trust_remote_code)
                 return
-            prepare = partial(quantise, model_config=config.model) if config.model.quantization else None
+            prepare = partial(quantize, model_config=config.model) if config.model.quantization else None
             model = load_plain(directory, dtype, config.model.trust_remote_code, config.cache_dir, prepare=prepare)
             model.autocast_dtype = getattr(policy, "autocast_dtype", None)
             compare(answers_of(model), expected, policy, tolerance(expected, policy, _computes_in(policy, config, device)))
@@ -190,7 +197,7 @@ def compare_parts(directory: Path, model: nn.Module, trust_remote_code: bool = F
 
     try:
         if is_adapter(str(directory)):
-            check_fit(str(directory), model)
+            check_adapter_shapes(str(directory), model)
             files = [directory / WEIGHTS_FILE]
         else:
             config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
@@ -198,11 +205,11 @@ def compare_parts(directory: Path, model: nn.Module, trust_remote_code: bool = F
                 raise OtherModelError(f"its config.json differs in {', '.join(differing)}")
             shapes = {name: torch.empty(shape, device="meta") for name, shape in archive_shapes(directory).items()}
             on_meta = {"device_map": {"": "meta"}}
-            model_of_archive(config, shapes, directory, torch.float32, trust_remote_code, **on_meta)
-            files = files_of_weights(directory)
+            model_from_archive(config, shapes, directory, torch.float32, trust_remote_code, **on_meta)
+            files = weight_files(directory)
     except (UserError, OSError, ValueError) as error:
         raise OtherModelError(first_line(error)) from error
-    weights = kept_weights(model.state_dict(keep_vars=True))
+    weights = weights_to_save(model.state_dict(keep_vars=True))
     for file in files:
         _compare_values(file, weights)
 

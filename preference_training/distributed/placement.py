@@ -32,17 +32,12 @@ from preference_training.distributed.sharding import (
     ranks_of,
     reference_beside,
 )
-from preference_training.modeling.adapters import has_adapter, kept_weights
-from preference_training.modeling.loading import (
-    compile_between_attentions,
-    enable_activation_checkpointing,
-    load_model,
-    place,
-    reference_copy,
-    weights_hash,
-)
+from preference_training.modeling.adapters import has_adapter, weights_to_save
+from preference_training.modeling.kernels import compile_between_attentions, enable_activation_checkpointing
+from preference_training.modeling.loading import load_model
 from preference_training.modeling.logprobs import LiveReference
-from preference_training.modeling.prefix_sharing import share_prefixes
+from preference_training.modeling.prefix_sharing.sharing import share_prefixes
+from preference_training.modeling.state import move_to_devices, reference_copy, weights_hash
 
 
 class Placement:
@@ -104,7 +99,7 @@ class Placement:
 
     def weights(self, model: nn.Module) -> dict[str, Tensor]:
         """Weights and persistent buffers by name, or the adapter's alone. Not copies; tied weights share one tensor."""
-        return kept_weights(model.state_dict(keep_vars=True))
+        return weights_to_save(model.state_dict(keep_vars=True))
 
     def set_weights(self, model: nn.Module, weights: dict[str, Tensor]) -> None:
         """Take over values that were written into what `weights` returned: here they are the model's own tensors."""
@@ -133,7 +128,9 @@ class OneProcess(Placement):
 
     def load_policy(self) -> nn.Module:
         """Load the model to train."""
-        policy = place(load_model(self.config.model, self.tokenizer, self.config.cache_dir, self.base_dir), self.device)
+        policy = move_to_devices(
+            load_model(self.config.model, self.tokenizer, self.config.cache_dir, self.base_dir), self.device
+        )
         self.began_with = weights_hash(policy)
         share_prefixes(policy, self.config.prefix_sharing)
         if self.config.activation_checkpointing:
@@ -142,7 +139,7 @@ class OneProcess(Placement):
 
     def frozen_copy(self, policy: nn.Module) -> nn.Module:
         """A copy of the policy as it is now, in `reference_dtype`, on the same devices."""
-        return self._compiled(place(reference_copy(policy, self.config.model), policy.device))
+        return self._compiled(move_to_devices(reference_copy(policy, self.config.model), policy.device))
 
     def _compiled(self, model: nn.Module) -> nn.Module:
         """Compile a model where the configuration asks for it: policy and reference alike, so that they compute the same."""

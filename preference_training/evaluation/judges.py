@@ -81,7 +81,7 @@ class RewardModelJudge(Judge):
     """A sequence classifier with one output: the response with the higher reward is better."""
 
     def __init__(self, name: str, cache_dir: str | None, device):
-        from preference_training.modeling.loading import weights_hash
+        from preference_training.modeling.state import weights_hash
 
         self.model, self.tokenizer = load_reward_model(name, cache_dir)
         reads = [self.model.config.to_json_string(), str(self.tokenizer.chat_template), self.tokenizer.get_vocab()]
@@ -115,7 +115,7 @@ def load_reward_model(name: str, cache_dir: str | None = None):
     """Load a reward model and its tokenizer from the hub or a directory. Raises UserError for other models."""
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-    from preference_training.modeling.loading import refuse_kernels
+    from preference_training.modeling.kernels import refuse_kernels
 
     where = {"cache_dir": cache_dir, "trust_remote_code": False}
     try:

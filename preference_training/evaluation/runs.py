@@ -35,7 +35,7 @@ from preference_training.evaluation.results_text import format_results, warnings
 from preference_training.evaluation.task_suites import TaskList
 from preference_training.evaluation.win_rates import Comparison, win_rate
 from preference_training.generation.sampling import OTHER, POLICY, Sampler
-from preference_training.modeling.token_budget import shared_budget, token_budget
+from preference_training.modeling.token_budget import common_budget, token_budget
 
 
 class EvaluationRun:
@@ -64,7 +64,7 @@ class EvaluationRun:
         policy = placement.load_policy()
         if checkpoint is not None and needs_reference and is_rank_zero:
             check_reference(config, checkpoint, placement.began_with)
-        self.budget = shared_budget(token_budget(policy, config.max_tokens_per_microbatch), self.ranks)
+        self.budget = common_budget(token_budget(policy, config.max_tokens_per_microbatch), self.ranks)
         self.examples = evaluation_prompts(prompts, config.n_eval_examples, config.seed)
         self.sample_prompts = [prompt.prompt_ids for prompt in self.examples][: options.n_prompts]
         sizes = config.eval_batch_size, config.n_eval_examples, config.seed

@@ -73,7 +73,7 @@ class Ledger:
         self.failed = False
 
     def see(self, examples: int, seen: list[tuple[Tensor, Tensor]]) -> None:
-        """Keep the pairs of a step that was taken: places of responses [P, 2] with margins [P], piece by piece."""
+        """Keep the pairs of a step that was taken: places of responses [P, 2] with margins [P], pack by pack."""
         self.steps.append((examples, seen))
         if len(self.steps) >= STEPS_KEPT:
             self.write()
@@ -99,12 +99,12 @@ class Ledger:
             self.unwritten, self.failed = Sightings.joined([]), False
 
     def _mine(self) -> Sightings:
-        pieces = [(examples, *piece) for examples, seen in self.steps for piece in seen]
-        if not pieces:
+        packs = [(examples, *pack) for examples, seen in self.steps for pack in seen]
+        if not packs:
             return Sightings.joined([])
-        rows = torch.cat([rows for _, rows, _ in pieces]).cpu().numpy()
-        margins = torch.cat([margins for *_, margins in pieces]).float().cpu().numpy()
-        examples = numpy.repeat([examples for examples, *_ in pieces], [len(margins) for *_, margins in pieces])
+        rows = torch.cat([rows for _, rows, _ in packs]).cpu().numpy()
+        margins = torch.cat([margins for *_, margins in packs]).float().cpu().numpy()
+        examples = numpy.repeat([examples for examples, *_ in packs], [len(margins) for *_, margins in packs])
         return Sightings(examples, rows[:, 0], rows[:, 1], margins)
 
 

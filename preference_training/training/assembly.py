@@ -23,8 +23,8 @@ from preference_training.data.chat_templates import end_tokens, format_of_prompt
 from preference_training.distributed.placement import Placement
 from preference_training.modeling.adapters import has_adapter
 from preference_training.modeling.logprobs import LiveReference
-from preference_training.modeling.reference_cache import Reads, cache_path, cached_reference
-from preference_training.modeling.token_budget import shared_budget, token_budget
+from preference_training.modeling.reference_cache import ReferencePlan, cache_path, cached_reference
+from preference_training.modeling.token_budget import common_budget, token_budget
 from preference_training.tracking.ledger import Ledger
 from preference_training.training.parts import Batches, Models, Observers
 from preference_training.training.preparation import PreparedRun
@@ -80,7 +80,7 @@ def assemble(prepared: PreparedRun, placement: Placement, checkpoint: Path | Non
         "ranks": ranks,
     }
     if prepared.loss.needs_reference:
-        reads = Reads.of_run(steps, held_out, **sizes)
+        reads = ReferencePlan.for_run(steps, held_out, **sizes)
         models.reference = make_reference(config, placement, models.policy, reads, prepared.in_sweep or steps.visits_again)
         if two_models := two_models_asked_for(config):
             print(two_models, flush=True)
@@ -106,8 +106,8 @@ def budgets_of(config: DictConfig, policy, ranks, checkpoint: Path | None) -> Bu
         if before["ranks"] == ranks.size and config.max_tokens_per_microbatch is None:
             # Early checkpoints hold one budget.
             return Budgets(TokenBudget(*before["budget"][:2]), TokenBudget(*before["budget"][-2:]))
-    budget = token_budget(policy, config.max_tokens_per_microbatch, beside_weights=times_beside_weights(config))
-    budget = shared_budget(budget, ranks)
+    budget = token_budget(policy, config.max_tokens_per_microbatch, weight_copies=times_beside_weights(config))
+    budget = common_budget(budget, ranks)
     return Budgets(budget, budget)
 
 

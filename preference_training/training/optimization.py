@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from preference_training.configuration.validation import BITSANDBYTES_OPTIMIZERS, keeps_master_weights
 from preference_training.core.errors import UserError, first_line
-from preference_training.modeling.adapters import import_bitsandbytes
+from preference_training.modeling.quantization import import_bitsandbytes
 
 # A master weight's name in the optimizer's state.
 MASTER = "master"

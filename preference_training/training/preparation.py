@@ -21,7 +21,7 @@ from preference_training.data.preparation import Prepared, overlap, prepare, sam
 from preference_training.data.tokenization import VERSION, VERSIONS, TokenSettings
 from preference_training.evaluation.task_suites import check_harness
 from preference_training.losses.objectives import Loss, build_loss
-from preference_training.modeling.limits import check_limits, check_rows, limits_of
+from preference_training.modeling.limits import check_limits, check_rows, model_limits
 from preference_training.modeling.loading import check_model
 from preference_training.modeling.tokenizer import load_tokenizer
 from preference_training.training.optimization import check_optimizer
@@ -62,7 +62,7 @@ def prepare_run(config: DictConfig, run_dir: Path, in_sweep: bool = False) -> Pr
     tokenizer = load_tokenizer(config.model, config.cache_dir)
     for line in check_model(config.model, tokenizer, config.cache_dir):
         print(line, flush=True)
-    limits = limits_of(config, tokenizer)
+    limits = model_limits(config, tokenizer)
     check_limits(config, tokenizer, limits)
     # Before the processes join: those that do not prepare it wait for it without a time-out.
     splits = ("test",) if config.eval_only and not config.dry_run else ("train", "test")

@@ -8,7 +8,7 @@ from preference_training.core.errors import UserError
 from preference_training.core.signals import StopRequests
 from preference_training.data.prompt_table import PromptTable
 from preference_training.distributed.placement import Placement
-from preference_training.modeling.adapters import BASE_DIR, kept_base
+from preference_training.modeling.adapters import BASE_DIR, saved_base
 from preference_training.tracking.tracker import NoTracker
 from preference_training.training.assembly import assemble, checkpoint_writer, observe
 from preference_training.training.evaluator import Evaluator
@@ -92,7 +92,7 @@ def evaluate(prepared: PreparedRun, placement: Placement) -> float | None:
     config, run_dir, data, ranks = prepared.config, prepared.run_dir, prepared.data, placement.ranks
     found = checkpoint_to_continue(config.resume, run_dir, config.exp_name) if ranks.is_rank_zero else None
     checkpoint = ranks.broadcast(found)
-    placement.base_dir = kept_base(checkpoint) if checkpoint else None
+    placement.base_dir = saved_base(checkpoint) if checkpoint else None
     if config.resume and checkpoint is None:
         raise UserError(f"resume: {config.resume} has found no checkpoint of {config.exp_name}. Expected one to evaluate.")
     with ExitStack() as opened:

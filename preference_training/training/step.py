@@ -95,7 +95,7 @@ class TrainingStep:
             self.models.same_start = None
         grad_norm = self.updater.clip_gradient()
         # Read at once, before the weights change: one wait for the device.
-        tokens = sum(pack.num_tokens for micro_batch in micro_batches for pack in micro_batch.pieces)
+        tokens = sum(pack.num_tokens for micro_batch in micro_batches for pack in micro_batch.packs)
         *values, tokens, stops, norm = self.reduce(batch.sums, grad_norm, num_examples, tokens, stop).tolist()
         metrics = dict(zip(batch.sums, values, strict=True))
         self.state.examples += num_examples
@@ -133,7 +133,7 @@ class TrainingStep:
         self.models.policy.train()
         num_examples = sum(micro_batch.num_examples for micro_batch in micro_batches)
         result = BatchResult()
-        packs_left = sum(len(micro_batch.pieces) for micro_batch in micro_batches)
+        packs_left = sum(len(micro_batch.packs) for micro_batch in micro_batches)
         for micro_batch in micro_batches:
             for output, policy, pack in self.losses_of(micro_batch):
                 packs_left -= 1
@@ -150,7 +150,7 @@ class TrainingStep:
     def losses_of(self, micro_batch: MicroBatch) -> Iterator[tuple[LossOutput, Tensor, PackedBatch]]:
         """Loss and policy log-probs [R] of each pack; the caller takes each pack's gradient before the next."""
         loss, same_start = self.models.loss, self.models.same_start
-        packs = [pack.to(self.device) for pack in micro_batch.pieces]
+        packs = [pack.to(self.device) for pack in micro_batch.packs]
         references = [None if self.models.reference is None else self.models.reference(pack) for pack in packs]
         survey = None
         if loss.surveys and len(packs) > 1:

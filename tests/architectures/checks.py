@@ -16,9 +16,6 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from unittest import mock
 
-import plain
-import tiny_models
-import two_processes
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file
@@ -30,8 +27,9 @@ from preference_training.configuration.composition import CONFIG_DIR, GROUPS
 from preference_training.configuration.validation import check_config
 from preference_training.core.errors import UserError
 from preference_training.data.toy_preferences import toy_records
+from tests.architectures import plain, tiny_models, two_processes
+from tests.support.files import ROOT
 
-ROOT = Path(__file__).parent.parent.parent
 # By how much a log-prob may differ, per token, and weights of their size; of what training has changed they may not differ by
 # more than a hundredth either. Unit of the first: nats.
 PER_TOKEN, WEIGHTS, CHANGED = 1e-5, 1e-5, 1e-2
@@ -44,7 +42,7 @@ COMMON = (
 DPO = ("loss=dpo", "reference_logps=live", "n_steps=2")
 TWO_PROCESSES = ("trainer=FSDPTrainer", "trainer.nproc_per_node=2", "trainer.distributed_timeout_minutes=0.5")
 # What a run says where a model computes each response with a prompt of its own.
-PADDED = r"prefix sharing: off, padded rows instead: \w+ cannot: (.*)"
+PADDED = r"prefix sharing: off, using padded rows: \w+ cannot: (.*)"
 
 
 class Wrong(Exception):  # noqa: N818  it is a finding

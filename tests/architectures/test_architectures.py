@@ -5,13 +5,12 @@ import json
 import warnings
 from pathlib import Path
 
-import checks
 import pytest
-import two_processes
-from tiny_models import DENSE, TINY, make
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from preference_training.distributed.sharding import blocks_of, without_shared
+from tests.architectures import checks, two_processes
+from tests.architectures.tiny_models import DENSE, TINY, make
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -19,15 +18,15 @@ ALONE = [name for name in checks.CHECKS if name != "fsdp"]
 # One of each kind, and what its cells say where they do not say ok: rotary positions; learned ones and Conv1D; windows and
 # soft-caps; ALiBi; experts; attention sinks; chunks; a state beside attention.
 SHARED = {"prefix": "shared"}
-STATE = {"prefix": "padded: it keeps a state that goes from token to token, which one response would hand on to the next"}
+STATE = {"prefix": "padded: it is recurrent: one response would pass its state on to the next"}
 KINDS: dict[str, dict[str, str]] = {
     "llama": SHARED,
     "gpt2": SHARED,
     "gemma2": SHARED,
-    "mpt": {"prefix": "padded: it does not hand the layout of the responses on to its attention"},
+    "mpt": {"prefix": "padded: it does not pass the layout of the responses on to its attention"},
     "mixtral": SHARED,
-    "gpt_oss": {"prefix": "padded: attention sinks (s_aux) are not part of it"},
-    "llama4_text": {"prefix": "padded: attention within chunks of 32 tokens (attention_chunk_size) is not part of it"},
+    "gpt_oss": {"prefix": "padded: attention sinks (s_aux) are not supported"},
+    "llama4_text": {"prefix": "padded: attention within chunks of 32 tokens (attention_chunk_size) is not supported"},
     "falcon_h1": STATE,
 }
 # For two processes: tied weights, scaled logits, experts, blocks within blocks, tensors without dimensions, layers that share

@@ -59,7 +59,7 @@ def follow(wanted: list[tuple[int, dict, str]], folder: str) -> None:
 
 
 def _end_of(settings: dict, run_dir: Path) -> str:
-    from checks import told
+    from tests.architectures.checks import told
 
     try:
         with redirect_stdout(io.StringIO()):

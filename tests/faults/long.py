@@ -1,6 +1,6 @@
 """The long form of the tests of this folder: many kills and signals, a summary, and all that happened as JSON.
 
-python tests/faults/long.py --kills 200 --stops 50 --minutes 25
+python -m tests.faults.long --kills 200 --stops 50 --minutes 25
 """
 
 import argparse
@@ -9,11 +9,11 @@ import json
 import os
 import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent.parent
+from tests.support.files import ROOT
+
 sys.path[:0] = [str(ROOT / "benchmarks")]
 
 

@@ -4,8 +4,9 @@ import os
 import signal
 
 import pytest
-from campaign import AT_THE_END, RANK_FAULTS, Campaign, faults_of
-from processes import RESUMED, STEP, Run, assert_undisturbed, undisturbed
+
+from tests.faults.campaign import AT_THE_END, RANK_FAULTS, Campaign, faults_of
+from tests.faults.processes import RESUMED, STEP, Run, assert_undisturbed, undisturbed
 
 BETA_DPO = ("loss=dpo", "loss.mode_loss=beta_DPO", "loss.mode_weight=0.25", "loss.a=0.6")
 TWO_RANKS = ("loss=dpo", "trainer=FSDPTrainer", "trainer.nproc_per_node=2", "n_examples=160")

@@ -7,7 +7,12 @@ from functools import partial
 
 import pytest
 import torch
-from processes import (
+from safetensors.torch import load_file, save_file
+
+from preference_training.checkpointing.checkpoints import checkpoints_of
+from preference_training.core.errors import UserError
+from preference_training.core.signals import STOPPED
+from tests.faults.processes import (
     RESUMED,
     STEP,
     Run,
@@ -17,11 +22,6 @@ from processes import (
     train_here,
     undisturbed,
 )
-from safetensors.torch import load_file, save_file
-
-from preference_training.checkpointing.checkpoints import checkpoints_of
-from preference_training.core.errors import UserError
-from preference_training.core.signals import STOPPED
 
 
 def write_pairs(path, word: str) -> None:

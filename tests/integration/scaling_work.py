@@ -3,8 +3,7 @@
 import torch
 from omegaconf import OmegaConf
 
-from building import build_trainer
-from preference_training.batching.batches import BatchIterator, examples_of, pack
+from preference_training.batching.batches import BatchIterator, examples_of, pack_examples
 from preference_training.core.process_group import Ranks, to_local
 from preference_training.data.prompt_table import PromptTable
 from preference_training.data.tokenization import TokenizedPrompt
@@ -12,8 +11,9 @@ from preference_training.distributed.launching import end_group, start_group
 from preference_training.dry_run.memory_estimate import StorageCounter, peak_memory
 from preference_training.dry_run.scaling import Traffic, attributed
 from preference_training.losses.objectives import build_loss
+from preference_training.modeling.prefix_sharing.tree_attention import clear_mask_cache
 from preference_training.modeling.tokenizer import load_tokenizer
-from preference_training.modeling.tree_attention import forget_masks
+from tests.support.building import build_trainer
 from trainers import TRAINERS
 
 
@@ -22,10 +22,10 @@ def prompts(count: int = 8) -> list[TokenizedPrompt]:
     return [TokenizedPrompt([2] * (50 + n), [[3] * 30, [4] * 40], [(0, 1)]) for n in range(count)]
 
 
-def pieces_and_step(ranks: Ranks) -> tuple:
-    """Two pieces, and this rank's part of a step of eight pairs."""
+def packs_and_step(ranks: Ranks) -> tuple:
+    """Two packs, and this rank's part of a step of eight pairs."""
     step = next(iter(BatchIterator(PromptTable.of(prompts()), 8, 2, ranks=ranks)))
-    return [pack(list(examples_of(prompts(2))))] * 2, step
+    return [pack_examples(list(examples_of(prompts(2))))] * 2, step
 
 
 def real_steps(settings: list[dict]) -> list[dict]:
@@ -47,9 +47,9 @@ def real_step(config, device: torch.device) -> dict:
         reference = placement.reference(policy)
         counter.kind = "activations"
         # Those that the model was proved with are not a step's.
-        forget_masks()
+        clear_mask_cache()
         trainer = build_trainer(config, policy, build_loss("dpo", beta=0.1), reference, placement=placement)
-        pieces, batch = pieces_and_step(placement.ranks)
+        pieces, batch = packs_and_step(placement.ranks)
         held: dict[str, int] = {}
         trainer.step.updater.optimizer.register_step_pre_hook(lambda *_: held.update(held_by(trainer)))
         memory = peak_memory(trainer.step, counter, pieces)

@@ -14,15 +14,13 @@ import torch
 from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from building import build_trainer, weights_of
-from conftest import GOLDEN
 from preference_training.batching.batches import (
     BatchIterator,
     MicroBatch,
     TokenBudget,
     evaluation_batches,
     examples_of,
-    pieces_of,
+    packs_of,
 )
 from preference_training.checkpointing.checkpoints import CheckpointWriter, Snapshot
 from preference_training.core.process_group import SINGLE_PROCESS
@@ -35,10 +33,13 @@ from preference_training.distributed.placement import Sharded
 from preference_training.distributed.sharding import full_tensor, make_mesh
 from preference_training.evaluation.held_out import evaluate_held_out
 from preference_training.losses.objectives import build_loss
-from preference_training.modeling.loading import load_model, weights_hash
+from preference_training.modeling.loading import load_model
 from preference_training.modeling.logprobs import LiveReference
-from preference_training.modeling.prefix_sharing import share_prefixes
-from preference_training.modeling.reference_cache import Reads, cache_path, cached_reference, compute_logps
+from preference_training.modeling.prefix_sharing.sharing import share_prefixes
+from preference_training.modeling.reference_cache import ReferencePlan, cache_path, cached_reference, compute_logps
+from preference_training.modeling.state import weights_hash
+from tests.support.building import build_trainer, weights_of
+from tests.support.files import GOLDEN
 from trainers import Trainer
 
 TRAJECTORIES = json.loads((GOLDEN / "trajectories.json").read_text())
@@ -103,14 +104,14 @@ def follow(world: World, trajectory: dict, mesh, sharding: str, loss: dict | Non
     for step in trajectory["steps"]:
         examples = list(examples_of(prompts[row] for row in step["rows"]))
         parts = [examples[start : start + size] for start in range(0, len(examples), size)]
-        found = trainer.train_step([MicroBatch(pieces_of(part, limit, ranks), len(part)) for part in parts])
-        expected = single.train_step([MicroBatch(pieces_of(part, limit), len(part)) for part in parts])
+        found = trainer.train_step([MicroBatch(packs_of(part, limit, ranks), len(part)) for part in parts])
+        expected = single.train_step([MicroBatch(packs_of(part, limit), len(part)) for part in parts])
         for name, value in expected.items():
             scale = abs(float(value)) if name in ("loss/train", "grad_norm") else max(1.0, abs(float(value)))
             worst[name] = max(worst.get(name, 0.0), abs(float(found[name]) - float(value)) / scale)
     # A forward that nothing follows, as at an evaluation, may leave weights gathered.
     with torch.no_grad():
-        trainer.step.logps(pieces_of(parts[0], limit, ranks)[0])
+        trainer.step.logps(packs_of(parts[0], limit, ranks)[0])
     assert trainer.step.updater.optimizer_state()["state"].keys() == single.step.updater.optimizer_state()["state"].keys()
     weights = dict(trainer.models.policy.named_parameters())
     pairs = [(full_tensor(weights[name]).detach(), weight.detach()) for name, weight in single.models.policy.named_parameters()]
@@ -125,17 +126,17 @@ BCO = {"name": "bco", "beta": 0.1}
 
 
 def follow_each_sharding(settings: dict, numbers: list[int]) -> dict:
-    """Trajectories under every sharding that two processes can have; small pieces; a reference that moves."""
+    """Trajectories under every sharding that two processes can have; small packs; a reference that moves."""
     world = World(settings)
     results = {}
     for number in numbers:
         trajectory = TRAJECTORIES[number]
         for sharding in ("full", "grad_op", "optimizer", "none"):
             results[f"{number} {sharding}"] = follow(world, trajectory, world.mesh(sharding), sharding)
-    results["small pieces"] = follow(world, TRAJECTORIES[numbers[0]], world.mesh("full"), "full", budget=40)
+    results["small packs"] = follow(world, TRAJECTORIES[numbers[0]], world.mesh("full"), "full", budget=40)
     for sharding in ("full", "grad_op"):
         results[f"TR-DPO {sharding}"] = follow(world, TRAJECTORIES[numbers[0]], world.mesh(sharding), sharding, TR_DPO)
-    results["BCO, small pieces"] = follow(world, TRAJECTORIES[numbers[0]], world.mesh("full"), "full", BCO, budget=40)
+    results["BCO, small packs"] = follow(world, TRAJECTORIES[numbers[0]], world.mesh("full"), "full", BCO, budget=40)
     sgd = TRAJECTORIES[numbers[0]] | {"optimizer": "SGD"}
     results["SGD"] = follow(world, sgd, world.mesh("full"), "full")
     end_group()
@@ -153,7 +154,7 @@ def follow_on_four(settings: dict, number: int) -> dict:
         "hybrid": follow(world, trajectory, world.mesh("hybrid", local_size=2), "hybrid"),
         "tensor x shard": follow(world, trajectory, world.mesh("full", tensor_size=2), "full"),
         "beta-DPO": follow(world, trajectory, world.mesh("full"), "full", BETA_DPO),
-        "beta-DPO, small pieces": follow(world, trajectory, world.mesh("full"), "full", BETA_DPO, budget=40),
+        "beta-DPO, small packs": follow(world, trajectory, world.mesh("full"), "full", BETA_DPO, budget=40),
     }
     end_group()
     return results
@@ -181,7 +182,7 @@ def follow_in_bfloat16(settings: dict, number_of_steps: int) -> dict:
         for step in range(number_of_steps):
             part = [examples[(16 * step + k) % len(examples)] for k in range(16)]
             for trainer, on, curve in ((short, ranks, curves[0]), (exact, SINGLE_PROCESS, curves[1])):
-                metrics = trainer.train_step([MicroBatch(pieces_of(part, TokenBudget(10**6, 10**6), on), len(part))])
+                metrics = trainer.train_step([MicroBatch(packs_of(part, TokenBudget(10**6, 10**6), on), len(part))])
                 curve.append(metrics["loss/train"])
     end_group()
     return losses
@@ -210,7 +211,7 @@ def follow_adapter(settings: dict) -> dict:
         for step in range(4):
             part = examples[8 * step : 8 * step + 8]
             found, expected = (
-                trainer.train_step([MicroBatch(pieces_of(part, TokenBudget(10**6, 10**6), on), 8)])
+                trainer.train_step([MicroBatch(packs_of(part, TokenBudget(10**6, 10**6), on), 8)])
                 for trainer, on in ((sharded, ranks), (single, SINGLE_PROCESS))
             )
             assert step or found["rewards_train/margins"] == expected["rewards_train/margins"] == 0
@@ -286,8 +287,8 @@ def evaluate_unevenly(settings: dict, num_rows: int) -> dict:
     )
     everything = table.select(torch.arange(len(table)).numpy())
     logps = [
-        compute_logps(LiveReference(trainer.models.policy), Reads(everything, everything), ranks).logps,
-        compute_logps(LiveReference(single.models.policy), Reads(everything, everything)).logps,
+        compute_logps(LiveReference(trainer.models.policy), ReferencePlan(everything, everything), ranks).logps,
+        compute_logps(LiveReference(single.models.policy), ReferencePlan(everything, everything)).logps,
     ]
     epoch = [BatchIterator(table, 8, ranks=each) for each in (ranks, SINGLE_PROCESS)]
     seen = [sum(micro.num_examples for step in steps for micro in step) for steps in epoch]
@@ -329,7 +330,7 @@ def keep_on_disks_of_their_own(settings: dict, folder: str) -> dict:
     trainer, ranks = world.sharded("llama", {"name": "dpo", "beta": 0.1}, world.mesh("full"), "full")
     table = PromptTable.of(golden_prompts(world.tokenizer, True))
     everything = table.select(torch.arange(len(table)).numpy())
-    reads = Reads(everything, everything)
+    reads = ReferencePlan(everything, everything)
     path = cache_path(Path(folder) / str(ranks.rank), trainer.models.policy, reads, None, ranks)
     computed, found = (cached_reference(LiveReference(trainer.models.policy), reads, path, ranks).logps for _ in range(2))
     apart = ranks.all_gather_object((computed - found).abs().max().item())

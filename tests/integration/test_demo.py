@@ -3,9 +3,8 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).parent.parent.parent
+from tests.support.files import ROOT
 
 
 def test_the_demo_teaches_both_kinds_of_answer_and_then_the_preferred_one(tmp_path):

@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 
-import forked
 import train
 from preference_training.core.errors import UserError
 from preference_training.tracking.ledger import read_ledger
 from preference_training.tracking.run_files import MEASURED
+from tests.support import forked
+from tests.support.files import ROOT
 
-ROOT = Path(__file__).parent.parent.parent
 SHORT = (
     "loss=dpo", "n_examples=32", "n_eval_examples=16", "wandb.enabled=false", "sample_during_eval=false",
 )  # fmt: skip

@@ -1,13 +1,13 @@
 """What is found for processes that are not there is what the same number of real ones hold and send."""
 
 import pytest
-import scaling_work
 from omegaconf import OmegaConf
 
 from preference_training.distributed.launching import launch
 from preference_training.dry_run.scaling import fake_placement, fake_processes, step_costs
 from preference_training.losses.objectives import build_loss
 from preference_training.modeling.tokenizer import load_tokenizer
+from tests.integration import scaling_work
 from trainers import TRAINERS
 
 pytestmark = pytest.mark.usefixtures("forked_workers")
@@ -19,7 +19,7 @@ def costs_without_them(config):
     tokenizer, size = load_tokenizer(config.model), config.trainer.nproc_per_node
     with fake_processes(size):
         placement = fake_placement(TRAINERS[config.trainer.name].placement_class, config, tokenizer)
-        return step_costs(placement, build_loss("dpo"), True, *scaling_work.pieces_and_step(placement.ranks))
+        return step_costs(placement, build_loss("dpo"), True, *scaling_work.packs_and_step(placement.ranks))
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,10 @@
 """Sharded trainers on real processes: the same numbers as one process, and what happens when something goes wrong."""
 
 import pytest
-import sharded_work
 from omegaconf import OmegaConf
 
 from preference_training.distributed.launching import launch
+from tests.integration import sharded_work
 
 pytestmark = pytest.mark.usefixtures("forked_workers")
 TRAJECTORIES = sharded_work.TRAJECTORIES
@@ -56,7 +56,7 @@ def test_four_ranks_hybrid_tensor_parallel_and_beta_dpo_follow_one_process(setti
     results = launch(sharded_work.follow_on_four, (settings, number_of("llama", "dpo", "AdamW", 1)), 4, None)
     assert_equal({name: worst for name, worst in results.items() if "tensor" not in name}, 1e-5)
     assert_equal(results, 1e-4)
-    for name in ("beta-DPO", "beta-DPO, small pieces"):
+    for name in ("beta-DPO", "beta-DPO, small packs"):
         assert results[name]["beta_DPO/beta_used"] <= 1e-6 and results[name]["beta_DPO/kept_fraction"] == 0
 
 

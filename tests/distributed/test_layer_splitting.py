@@ -6,7 +6,6 @@ import sys
 
 import pytest
 import torch
-from preference_training.modeling.prefix_sharing.proof import TOLERANCES, random_trees
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from preference_training.batching.batches import BatchIterator, MicroBatch, evaluation_batches, examples_of, pack_examples
@@ -22,6 +21,7 @@ from preference_training.generation.sampling import Sampler
 from preference_training.losses.objectives import build_loss
 from preference_training.modeling.loading import disable_dropout
 from preference_training.modeling.logprobs import LiveReference, response_logps
+from preference_training.modeling.prefix_sharing.proof import TOLERANCES, random_trees
 from preference_training.modeling.prefix_sharing.sharing import share_prefixes
 from tests.support.building import build_trainer, weights_of
 from trainers import placement_for

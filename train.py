@@ -91,26 +91,20 @@ def validate_and_start(
 
 
 def start(config: RunConfig, run_dir: Path, in_sweep: bool) -> float | None:
-    """Run in this process, or in several that are started here where the trainer wants them."""
-    from preference_training.distributed.launching import launch, number_of_workers, silence_others
+    """Run in this process, or launch several where the trainer needs them."""
+    from preference_training.distributed.launching import launch, needs_processes, number_of_workers, silence_others
 
     config = settle_batch_size(config)
-    trainer, several = config.trainer.name, config.trainer.is_sharded and not config.dry_run
-    if several and config.trainer.splits_layers:
-        from preference_training.distributed.layer_splitting import splits_in_one_process
-
-        if splits_in_one_process(config):
-            trainer, several = "LayerSplittingTrainer", False
-    if several and not in_worker():
-        arguments = config.as_dict(), str(run_dir), in_sweep
-        return launch(run_as_worker, arguments, number_of_workers(config.trainer), config.fsdp_port)
-    if several:
-        # torchrun has started it, or Slurm. The directory of the run is the main rank's, which makes it when all have joined:
-        # a worker that is ended before leaves none.
+    if config.dry_run or not needs_processes(config):
+        return run(config, run_dir, in_sweep)
+    if in_worker():
+        # Started by torchrun or Slurm. Rank 0 makes the run directory once all have joined, so that a worker that ends before
+        # leaves none.
         with suppress(OSError):
             run_dir.rmdir()
         silence_others()
-    return run(config, run_dir, in_sweep, trainer)
+        return run(config, run_dir, in_sweep)
+    return launch(run_as_worker, (config, str(run_dir), in_sweep), number_of_workers(config.trainer), config.fsdp_port)
 
 
 def settle_batch_size(config: RunConfig) -> RunConfig:
@@ -133,24 +127,30 @@ def run_as_worker(values: dict, run_dir: str, in_sweep: bool) -> float | None:
     return run(RunConfig.of(values), Path(run_dir), in_sweep)
 
 
-def run(config: RunConfig, run_dir: Path, in_sweep: bool = False, trainer: str | None = None) -> float | None:
-    """Train what a validated configuration describes, into `run_dir`. Returns the held-out metric named by `objective`.
+def run(config: RunConfig, run_dir: Path, in_sweep: bool = False) -> float | None:
+    """Train what a checked configuration describes, into `run_dir`. Returns the held-out metric named by `objective`.
 
-    Under a trainer of several processes this is one of them. `trainer` is the class that `start` has chosen in place of
-    `trainer.name`.
+    With several processes this is one of them.
     """
     from preference_training.dry_run.preview import preview
     from preference_training.reporting.run_report import report_writer
-    from preference_training.training.assembly import build_batches, prepare_run, train_or_evaluate
+    from preference_training.training.assembly import build_batches
+    from preference_training.training.preparation import prepare_run
     from preference_training.training.run_directory import say_what_is_set_aside
-    from trainers import TRAINERS
+    from preference_training.training.runs import train_or_evaluate
+    from trainers import TRAINERS, placement_for
 
-    prepared = prepare_run(config, run_dir)
+    prepared = prepare_run(config, run_dir, in_sweep)
+    trainer_class = TRAINERS[config.trainer.name]
     if config.dry_run:
         say_what_is_set_aside(config, run_dir)
         batches_within = partial(build_batches, config, prepared.data[0].table)
-        return preview(config, prepared.tokenizer, prepared.loss, prepared.data, batches_within)
-    return train_or_evaluate(prepared, TRAINERS[trainer or config.trainer.name], run_dir, in_sweep, report_writer)
+        return preview(prepared, trainer_class.placement_class, batches_within)
+    placement = placement_for(config).start(config, prepared.tokenizer)
+    try:
+        return train_or_evaluate(prepared, trainer_class, placement, report_writer)
+    finally:
+        placement.end()
 
 
 def _refuse(message: str) -> int:

@@ -1,11 +1,242 @@
-"""The trainers by the names that `trainer=` takes."""
+"""The training loop, and the trainers by the names that `trainer=` takes: each is the loop with another placement of weights.
 
-from preference_training.training.trainers import (
-    TRAINERS,
-    BasicTrainer,
-    FSDPTrainer,
-    LayerSplittingTrainer,
-    TensorParallelTrainer,
-)
+The loop is handed everything ready: placement, models, batches, observers. It reads numbers from the configuration and never
+asks which loss, data set or trainer it serves.
+"""
 
-__all__ = ["TRAINERS", "BasicTrainer", "FSDPTrainer", "LayerSplittingTrainer", "TensorParallelTrainer"]
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from preference_training.batching.micro_batches import MicroBatch
+from preference_training.checkpointing.checkpoints import Snapshot, numbers_of, read_reference, read_state, read_weights
+from preference_training.checkpointing.saved_models import checkpoint_check
+from preference_training.core.errors import UserError
+from preference_training.core.machine import memory_held
+from preference_training.core.random_streams import random_streams, restore_random_streams
+from preference_training.core.signals import StoppedError
+from preference_training.distributed.placement import OneProcess, Placement, Sharded, TensorParallel
+from preference_training.tracking.tracker import Metrics
+from preference_training.training.evaluator import Evaluator
+from preference_training.training.monitors import Watch
+from preference_training.training.parts import Batches, Models, Observers
+from preference_training.training.state import RunState
+from preference_training.training.step import PackResult, TrainingStep
+
+
+class Trainer:
+    """Trains from the first batch to the last: steps, evaluations, checkpoints."""
+
+    placement_class: type[Placement]
+
+    def __init__(self, config, placement: Placement, models: Models, batches: Batches, observers: Observers):
+        self.config, self.placement, self.models = config, placement, models
+        self.batches, self.observers, self.tracker = batches, observers, observers.tracker
+        self.state = RunState()
+        self.step = TrainingStep(config, placement, models, self.state, batches.train.total_steps)
+        self.evaluator = Evaluator(config, placement, models, batches, self.state, observers)
+        self.watch = Watch(self.tracker.say, config.loss_spike)
+        self.stopping = False
+        self.saved_at: int | None = None
+
+    # ---- the loop -------------------------------------------------------------------------------------------------------
+
+    def train(self) -> None:
+        """Train to the end of the batches: evaluate and write checkpoints on the way, and both at the end.
+
+        Raises StoppedError, a checkpoint written, where the run is asked to stop, and UserError where too many steps in a row
+        were skipped, or where policy and reference are not the same at the beginning.
+        """
+        if self.state.examples == 0:
+            self.before_first_step()
+        else:
+            self.models.same_start = None
+        started = time.perf_counter()
+        for batch in self.batches.train:
+            lr, tokens = self.step.updater.lr, self.state.tokens
+            metrics = self.train_step(batch)
+            size = sum(micro_batch.num_examples for micro_batch in batch)
+            now = time.perf_counter()
+            if metrics:
+                metrics |= {"lr": lr, "epoch": self.batches.train.epochs_done, "time": time.time()}
+                metrics |= {"examples_per_second": size / (now - started), "memory_gib": memory_held(self.step.device)}
+                metrics |= {"tokens_per_second": (self.state.tokens - tokens) / (now - started)} | self.state.counters()
+                self.watch.see(metrics)
+                self.tracker.log_step(metrics)
+            started = now
+            if not self.batches.train.finished and self.between_steps(size):
+                started = time.perf_counter()
+            if self.finished:
+                break
+        self.evaluator.evaluate()
+        self.save(finished=True)
+
+    @property
+    def finished(self) -> bool:
+        """Whether no step is left to take, or the evaluations end the run."""
+        return self.batches.train.finished or self.evaluator.ends_run
+
+    def before_first_step(self) -> None:
+        """Sample the reference's answers while it is the policy, and evaluate."""
+        if self.models.reference is not None:
+            self.state.reference_answers = self.evaluator.answers()
+        if self.config.do_first_eval:
+            self.evaluator.evaluate()
+
+    def between_steps(self, size: int) -> bool:
+        """Evaluate, write a checkpoint, or stop, where it is time to; `size` examples were just seen. Whether it was."""
+        evaluate = self.passed(self.config.eval_every, size)
+        strategy = self.config.save_strategy
+        save = (strategy == "steps" and self.passed(self.config.save_every or self.config.eval_every, size)) or (
+            strategy == "epoch" and self.batches.train.at_end_of_epoch
+        )
+        if evaluate:
+            self.evaluator.evaluate()
+        if save:
+            self.save()
+        if self.stopping:
+            self.save()
+            reason = self.observers.stop.reason or "another process of the run is to stop"
+            raise StoppedError(f"stopped after {self.state.examples} examples: {reason}")
+        return evaluate or save
+
+    def passed(self, interval: int, size: int) -> bool:
+        """Whether the last `size` examples have gone past a multiple of an interval, rounded down to whole batches."""
+        interval -= interval % self.config.batch_size
+        return self.state.examples // interval > (self.state.examples - size) // interval
+
+    # ---- one step -------------------------------------------------------------------------------------------------------
+
+    def train_step(self, micro_batches: Sequence[MicroBatch]) -> Metrics:
+        """Take one optimizer step on one batch. Returns the batch's metrics, none where the step was skipped."""
+        result = self.step.take(micro_batches, self.halve, self.observers.stop.reason is not None)
+        self.stopping = result.stops
+        if not result.metrics:
+            self.log_skipped(result.packs)
+            return {}
+        self.watch.see_share_changed(result.share_changed, self.config.lr, self.step.updater.dtype)
+        if self.observers.ledger is not None:
+            margins = [(pack.pairs, pack.margins) for pack in result.packs if not pack.is_filler]
+            self.observers.ledger.see(self.state.examples, margins)
+        return result.metrics
+
+    def halve(self, micro_batches: Sequence[MicroBatch]) -> list[MicroBatch]:
+        """Cut a batch, and all later ones, into packs half as large."""
+        halves = self.batches.train.halve_packs(micro_batches)
+        limit = self.batches.train.budget.limit
+        self.tracker.say(f"warning: out of memory; packs have at most {limit} tokens from now on")
+        return halves
+
+    def log_skipped(self, packs: Sequence[PackResult]) -> None:
+        """Name the examples of a skipped step in `bad_batches.jsonl`. Raises UserError after too many in a row."""
+        pairs = [pair for pack in packs for pair in zip(pack.sources, pack.losses.tolist(), strict=True)]
+        pairs = [pair for rank in self.placement.ranks.all_gather_object(pairs) for pair in rank]
+        bad = sorted({source for source, loss in pairs if not math.isfinite(loss)})
+        what = "loss" if bad else "gradient"
+        names = bad or sorted({source for source, _ in pairs})
+        self.tracker.log_bad_step(self.state.counters() | {"not_finite": what, "pairs": names})
+        if self.state.bad_steps >= self.config.max_bad_steps:
+            raise UserError(
+                f"max_bad_steps: {self.state.bad_steps} steps in a row had a loss or gradient that is not finite. The newest "
+                "checkpoint is as it was. bad_batches.jsonl names the examples: look at them, lower lr, or compute in float32 "
+                "or bfloat16."
+            )
+
+    # ---- checkpoints ----------------------------------------------------------------------------------------------------
+
+    def save(self, finished: bool = False) -> None:
+        """Write a checkpoint, if there is a writer. At the end of a run it may hold the weights as one file too."""
+        if self.observers.ledger is not None:
+            self.observers.ledger.write()
+        writer = self.observers.writer
+        if writer is None or (self.saved_at == self.state.examples and not finished):
+            return
+        self.tracker.flush()
+        if not self.placement.ranks.broadcast(writer.looked):
+            writer.check = checkpoint_check(self.models.policy, self.config, self.step.device)
+        writer.write(self.snapshot(), with_policy_pt=finished and self.config.save_policy_pt)
+        self.saved_at = self.state.examples
+        if finished or self.stopping:
+            writer.wait()
+            # The launcher would end rank 0, which may still be writing, when another process ends.
+            self.placement.ranks.barrier()
+
+    def snapshot(self) -> Snapshot:
+        """The run as it is now."""
+        # An optimizer that has not made a step has no state to keep.
+        optimizer = self.step.updater.optimizer_state() if self.state.updates else {"state": {}, "param_groups": []}
+        numbers = numbers_of(optimizer["state"])
+        state = self.state_dict() | {"optimizer_groups": optimizer["param_groups"], "optimizer_numbers": numbers}
+        weights = self.placement.weights(self.models.policy)
+        return Snapshot.of(self.state.examples, weights, optimizer["state"], state, self.moved_reference())
+
+    def moved_reference(self) -> dict:
+        """The weights of a reference that follows the policy; none of one that stays."""
+        follows = self.models.loss.reference_update is not None
+        return self.placement.weights(self.models.reference.model) if follows else {}
+
+    def state_dict(self) -> dict:
+        """What continues this run beside weights and optimizer state: plain values and uint8 tensors."""
+        parts = {name: part.state_dict() for name, part in self.stateful().items()}
+        streams = self.placement.ranks.all_gather_object(random_streams())
+        return self.state.state_dict() | parts | {"master_weights": self.step.updater.has_masters, "random": streams}
+
+    def stateful(self) -> dict:
+        """The parts of a run that remember something, by their names in a checkpoint."""
+        updater = self.step.updater
+        return {
+            "scheduler": updater.scheduler,
+            "scaler": updater.scaler,
+            "loss": self.models.loss,
+            "train_batches": self.batches.train,
+            "watch": self.watch,
+        }
+
+    def continue_from(self, checkpoint: Path) -> None:
+        """Resume from a checkpoint as if the run had never stopped; with as many ranks as then, bit for bit."""
+        weights = self.placement.weights(self.models.policy)
+        read_weights(checkpoint, weights)
+        self.placement.set_weights(self.models.policy, weights)
+        if reference := self.moved_reference():
+            read_reference(checkpoint, reference)
+            self.placement.set_weights(self.models.reference.model, reference)
+        saved, say = read_state(checkpoint), self.tracker.say
+        self.state.load_state_dict(saved)
+        self.saved_at = self.state.examples
+        self.evaluator.resume()
+        if self.state.updates:
+            self.step.updater.load(checkpoint, saved, say)
+        for name, part in self.stateful().items():
+            part.load_state_dict(saved[name])
+        if config_then := saved["run"].get("config"):
+            self.step.updater.continue_schedule(self.batches.train, config_then, say)
+        ranks, streams = self.placement.ranks, saved["random"]
+        restore_random_streams(streams[ranks.rank if len(streams) == ranks.size else 0])
+
+
+class BasicTrainer(Trainer):
+    """One process: all weights on one device, or layer by layer over its GPUs."""
+
+    placement_class = OneProcess
+
+
+class FSDPTrainer(Trainer):
+    """Several processes, each with a shard of every weight; `trainer.sharding` says how they are laid out."""
+
+    placement_class = Sharded
+
+
+class TensorParallelTrainer(Trainer):
+    """Every layer split over `trainer.tensor_parallel_size` processes, or over the devices of one for some models."""
+
+    placement_class = TensorParallel
+
+
+# By name; `trainer.name` may say those that have a file in config/trainer/.
+TRAINERS = {trainer.__name__: trainer for trainer in (BasicTrainer, FSDPTrainer, TensorParallelTrainer)}
+
+
+def placement_for(config) -> type[Placement]:
+    """Where the weights of a configuration's run live. Raises UserError where its trainer cannot train its model."""
+    return TRAINERS[config.trainer.name].placement_class.for_model(config)

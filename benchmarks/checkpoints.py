@@ -48,13 +48,13 @@ def one_run(mode: str, folder: Path) -> dict:
     import train
     from preference_training.checkpointing.checkpoints import CheckpointWriter
     from preference_training.configuration.validation import configured
-    from preference_training.training.guards import StillWeights, Watch
-    from preference_training.training.trainers import BasicTrainer
+    from preference_training.training.monitors import UnchangedWeights, Watch
+    from trainers import Trainer
 
     clocks: dict[str, list[float]] = {name: [] for name in ("save", "write", "step", "see", "still", "same")}
     for owner, method, clock in [
-        (BasicTrainer, "save", "save"), (CheckpointWriter, "_write", "write"), (BasicTrainer, "train_step", "step"),
-        (Watch, "see", "see"), (StillWeights, "__init__", "still"), (StillWeights, "are_the_same", "same"),
+        (Trainer, "save", "save"), (CheckpointWriter, "_write", "write"), (Trainer, "train_step", "step"),
+        (Watch, "see", "see"), (UnchangedWeights, "__init__", "still"), (UnchangedWeights, "share_changed", "same"),
     ]:  # fmt: skip
         clocked(owner, method, clocks[clock])
     steps = STEPS_BETWEEN * (CHECKPOINTS + 1)

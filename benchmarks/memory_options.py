@@ -57,7 +57,8 @@ def one(overrides: list[str]) -> dict:
     from preference_training.modeling.tokenizer import load_tokenizer
     from preference_training.tracking.tracker import NoTracker
     from preference_training.training import assembly, preparation
-    from preference_training.training.trainers import BasicTrainer
+    from preference_training.training.parts import Observers
+    from trainers import BasicTrainer, placement_for
 
     config = configured(*MODEL, *RUN, *overrides)
     quiet_libraries()
@@ -66,22 +67,23 @@ def one(overrides: list[str]) -> dict:
     seed_everything(0)
     tokenizer, loss = load_tokenizer(config.model), build_loss(**config.loss.given())
     data = preparation.prepare_data(config, tokenizer, loss.paired)
-    placement = BasicTrainer.placement(config, tokenizer)
+    placement = placement_for(config).start(config, tokenizer)
     import_libraries(config)
     before = status("VmRSS")
-    parts = assembly.put_together(config, placement, loss, data, None, False)
-    trainer = BasicTrainer(config, **parts, tracker=NoTracker())
+    prepared = preparation.PreparedRun(config, Path(), False, loss, tokenizer, data)
+    models, batches = assembly.assemble(prepared, placement)
+    trainer = BasicTrainer(config, placement, models, batches, Observers(NoTracker()))
     held = status("VmRSS") - before
     # Loading holds the full weights briefly, whatever is trained.
     Path("/proc/self/clear_refs").write_text("5")
     seconds = []
-    for batch in trainer.train_batches:
+    for batch in batches.train:
         started = time.perf_counter()
         metrics = trainer.train_step(batch)
         seconds.append(time.perf_counter() - started)
         if len(seconds) == STEPS:
             break
-    trained = sum(weight.numel() for weight in trainer.policy.parameters() if weight.requires_grad)
+    trained = sum(weight.numel() for weight in models.policy.parameters() if weight.requires_grad)
     return {
         "held_before_steps": held,
         "peak_in_steps": status("VmHWM") - before,

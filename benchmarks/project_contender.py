@@ -25,7 +25,7 @@ def run(job: dict, work: Work, data: dict) -> dict:
     trainer = build(job, work, _tokenized(data["prompts"]))
     clock, rows = Clock(), []
     clock.start()
-    for step in trainer.train_batches:
+    for step in trainer.batches.train:
         rows.append(trainer.train_step(step))
         clock.tick()
     result = {"seconds": clock.seconds, "losses": [float(row["loss/train"]) for row in rows]}
@@ -42,8 +42,10 @@ def build(job: dict, work: Work, prompts: PromptTable):
     from preference_training.modeling.reference_cache import ReferencePlan
     from preference_training.modeling.token_budget import token_budget
     from preference_training.modeling.tokenizer import load_tokenizer
+    from preference_training.tracking.tracker import NoTracker
     from preference_training.training.assembly import make_reference
-    from preference_training.training.trainers import TRAINERS
+    from preference_training.training.parts import Batches, Models, Observers
+    from trainers import TRAINERS, placement_for
 
     quiet_libraries()
     settle_memory(keep_freed=True)
@@ -51,13 +53,13 @@ def build(job: dict, work: Work, prompts: PromptTable):
     seed_everything(config.seed)
     loss = build_loss(**config.loss.given(), seed=config.seed)
     tokenizer = load_tokenizer(config.model, config.cache_dir)
-    trainer_class = TRAINERS[config.trainer.name]
-    placement = trainer_class.placement(config, tokenizer)
-    policy = placement.policy()
+    placement = placement_for(config).start(config, tokenizer)
+    policy = placement.load_policy()
     batches = _iterator(prompts, work, token_budget(policy, config.max_tokens_per_microbatch))
-    plan = ReferencePlan(batches.schedule.prompts_seen, batches.schedule.prompts_seen)
-    reference = make_reference(config, placement, policy, plan, False) if loss.needs_reference else None
-    return trainer_class(config, policy, reference, loss, tokenizer, batches, [], [], None)
+    reads = ReferencePlan(batches.prompts_seen, batches.prompts_seen)
+    reference = make_reference(config, placement, policy, reads, False) if loss.needs_reference else None
+    parts = Models(policy, reference, loss), Batches(batches), Observers(NoTracker())
+    return TRAINERS[config.trainer.name](config, placement, *parts)
 
 
 def _config(job: dict, work: Work):

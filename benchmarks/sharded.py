@@ -47,7 +47,8 @@ def work(what: str, given: list[str]) -> list:
     from preference_training.modeling.tokenizer import load_tokenizer
     from preference_training.tracking.tracker import NoTracker
     from preference_training.training import assembly, preparation
-    from preference_training.training.trainers import TRAINERS
+    from preference_training.training.parts import Observers
+    from trainers import TRAINERS, placement_for
 
     # Standard output is reserved for the report.
     sys.stdout = sys.stderr
@@ -57,14 +58,17 @@ def work(what: str, given: list[str]) -> list:
     tokenizer = load_tokenizer(config.model)
     loss = build_loss(**config.loss.given())
     data = preparation.prepare_data(config, tokenizer, loss.paired)
-    trainer_class = TRAINERS[config.trainer.name]
-    placement = trainer_class.placement(config, tokenizer)
+    placement = placement_for(config).start(config, tokenizer)
     before = resident_bytes(reset_peak=True)
-    parts = assembly.put_together(config, placement, loss, data, None, False)
-    trainer = trainer_class(config, **parts, tracker=NoTracker(), ranks=placement.ranks)
-    result = {"parameters": sum(weight.numel() for weight in trainer.policy.parameters()), "threads": torch.get_num_threads()}
+    prepared = preparation.PreparedRun(config, Path(), False, loss, tokenizer, data)
+    models, batches = assembly.assemble(prepared, placement)
+    trainer = TRAINERS[config.trainer.name](config, placement, models, batches, Observers(NoTracker()))
+    result = {
+        "parameters": sum(weight.numel() for weight in trainer.models.policy.parameters()),
+        "threads": torch.get_num_threads(),
+    }
     result |= MEASURES[what](trainer, before)
-    result = placement.ranks.gather(result)
+    result = placement.ranks.all_gather_object(result)
     placement.end()
     return result
 
@@ -85,7 +89,7 @@ def peak_bytes() -> int:
 def measure_speed(trainer, _before: int) -> dict:
     """Seconds of each step, after two warm-up steps."""
     seconds = []
-    for number, batch in enumerate(trainer.train_batches):
+    for number, batch in enumerate(trainer.batches.train):
         started = time.perf_counter()
         trainer.train_step(batch)
         seconds.append(time.perf_counter() - started)
@@ -98,18 +102,18 @@ def measure_memory(trainer, before: int) -> dict:
     """Peak memory of a few steps on a tiny batch, above the memory before loading the model."""
     loaded = peak_bytes() - before
     resident_bytes(reset_peak=True)
-    for number, batch in enumerate(trainer.train_batches):
+    for number, batch in enumerate(trainer.batches.train):
         trainer.train_step(batch)
         if number == 2:
             break
-    state = [value for values in trainer.optimizer.state.values() for value in values.values()]
-    held = [*trainer.policy.parameters(), *state]
-    from preference_training.core.ranks import local
+    state = [value for values in trainer.step.updater.optimizer.state.values() for value in values.values()]
+    held = [*trainer.models.policy.parameters(), *state]
+    from preference_training.core.process_group import to_local
 
     return {
         "peak_while_loading": loaded,
         "peak_in_steps": peak_bytes() - before,
-        "weights_and_optimizer": sum(local(tensor).numel() * tensor.element_size() for tensor in held),
+        "weights_and_optimizer": sum(to_local(tensor).numel() * tensor.element_size() for tensor in held),
     }
 
 
@@ -117,29 +121,31 @@ def measure_checkpoint(trainer, before: int) -> dict:
     """Seconds and memory growth of a synchronous save, a background save, and a load."""
     from preference_training.checkpointing.checkpoints import CheckpointWriter
 
-    trainer.train_step(next(iter(trainer.train_batches)))
+    trainer.train_step(next(iter(trainer.batches.train)))
     result = {}
-    folder = Path(trainer.ranks.from_main(tempfile.mkdtemp(dir=os.environ.get("CHECKPOINTS"))))
+    folder = Path(trainer.placement.ranks.broadcast(tempfile.mkdtemp(dir=os.environ.get("CHECKPOINTS"))))
     for name, background in (("save", False), ("save_async", True)):
-        with CheckpointWriter(folder, trainer.policy, trainer.tokenizer, trainer.ranks, background, keep_last=1) as writer:
-            trainer.ranks.wait()
+        with CheckpointWriter(
+            folder, trainer.models.policy, trainer.placement.tokenizer, trainer.placement.ranks, background, keep_last=1
+        ) as writer:
+            trainer.placement.ranks.barrier()
             held = resident_bytes(reset_peak=True)
             started = time.perf_counter()
             writer.write(trainer.snapshot())
             stalled = time.perf_counter() - started
             writer.wait()
-            trainer.ranks.wait()
+            trainer.placement.ranks.barrier()
             seconds = time.perf_counter() - started
             result[name] = {"stalled": stalled, "seconds": seconds, "growth": peak_bytes() - held}
-            trainer.examples += 1
-    trainer.ranks.wait()
+            trainer.state.examples += 1
+    trainer.placement.ranks.barrier()
     held = resident_bytes(reset_peak=True)
     started = time.perf_counter()
     trainer.continue_from(folder / "LATEST")
     result["load"] = {"seconds": time.perf_counter() - started, "growth": peak_bytes() - held}
-    trainer.ranks.wait()
+    trainer.placement.ranks.barrier()
     result["held"] = resident_bytes() - before
-    if trainer.ranks.is_main:
+    if trainer.placement.ranks.is_rank_zero:
         import shutil
 
         result["bytes"] = sum(file.stat().st_size for file in (folder / "LATEST").resolve().rglob("*") if file.is_file())

@@ -54,14 +54,14 @@ def training(folder: Path) -> dict[str, list[float]]:
     from measure import clocked
 
     import train
+    import trainers
     from preference_training.configuration.validation import configured
     from preference_training.tracking.ledger import Ledger
     from preference_training.tracking.tracker import Tracker
-    from preference_training.training import trainers
 
     clocks: dict[str, list[float]] = {name: [] for name in ("train_step", *IN_STEPS, *AT_EVALUATIONS)}
     for owner, names in {
-        trainers.BasicTrainer: ["train_step"],
+        trainers.Trainer: ["train_step"],
         trainers: ["memory_held"],
         Tracker: ["log_step", "report", "log_evaluation"],
         Ledger: ["see", "write"],

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from preference_training.batching.micro_batches import MicroBatch
 from preference_training.batching.packing import UNLIMITED, PackedBatch, TokenBudget, cut, packs_of
 from preference_training.batching.schedule import Position, Schedule, beginning
-from preference_training.core.ranks import ALONE, Ranks
+from preference_training.core.process_group import SINGLE_PROCESS, Ranks
 
 Item = TypeVar("Item")
 
@@ -65,7 +65,7 @@ class Packing:
     """
 
     budget: TokenBudget = UNLIMITED
-    ranks: Ranks = ALONE
+    ranks: Ranks = SINGLE_PROCESS
     first_budget: TokenBudget | None = None
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from preference_training.batching.packing import UNLIMITED, Example, PackedBatch, TokenBudget, examples_of, packs_of
-from preference_training.core.ranks import ALONE, Ranks
+from preference_training.core.process_group import SINGLE_PROCESS, Ranks
 from preference_training.data.prompt_table import PromptTable, Selection, shuffled
 
 
@@ -49,7 +49,7 @@ def evaluation_batches(
     n_examples: int | None,
     seed: int,
     budget: TokenBudget = UNLIMITED,
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE_PROCESS,
 ) -> list[PackedBatch]:
     """This rank's part of the `n_examples` held-out examples, in batches of at most `batch_size` over all ranks.
 
@@ -60,7 +60,7 @@ def evaluation_batches(
 
 
 def batches_of(
-    examples: Sequence[Example], batch_size: int, budget: TokenBudget = UNLIMITED, ranks: Ranks = ALONE
+    examples: Sequence[Example], batch_size: int, budget: TokenBudget = UNLIMITED, ranks: Ranks = SINGLE_PROCESS
 ) -> list[PackedBatch]:
     """This rank's part of some examples, in batches of at most `batch_size` over all ranks; `places` are among them all."""
     starts = range(0, len(examples), batch_size)

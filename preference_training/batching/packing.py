@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from preference_training.batching.trees import Tree, TreeLayout
-from preference_training.core.ranks import ALONE, Ranks
+from preference_training.core.process_group import SINGLE_PROCESS, Ranks
 from preference_training.data.tokenization import TokenizedPrompt
 
 
@@ -219,7 +219,7 @@ def _num_tokens(examples: Sequence[Example], places: Iterable[int]) -> int:
     return sum({part: count for place in places for part, count in token_counts(examples[place]).items()}.values())
 
 
-def packs_of(examples: Sequence[Example], budget: TokenBudget, ranks: Ranks = ALONE) -> list[PackedBatch]:
+def packs_of(examples: Sequence[Example], budget: TokenBudget, ranks: Ranks = SINGLE_PROCESS) -> list[PackedBatch]:
     """This rank's part of some examples, packed in packs within the budget. Every rank gets equally many packs.
 
     Sharded models compute together, so a rank with fewer packs than another gets fillers, which do not count.

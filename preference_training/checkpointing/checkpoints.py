@@ -34,7 +34,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from preference_training.core.errors import UserError
 from preference_training.core.files import replace_symlink
-from preference_training.core.ranks import ALONE, Ranks, local, several
+from preference_training.core.process_group import SINGLE_PROCESS, Ranks, is_distributed, to_local
 from preference_training.core.values import UNREADABLE
 from preference_training.losses.beta_dpo import is_at_beta_used
 from preference_training.modeling.adapters import WEIGHTS_FILE, has_adapter, save_adapter_config
@@ -133,7 +133,7 @@ class CheckpointWriter:
         run_dir: Path,
         policy: nn.Module,
         tokenizer,
-        ranks: Ranks = ALONE,
+        ranks: Ranks = SINGLE_PROCESS,
         background: bool = False,
         keep_last: int | None = None,
         keep_best: int | None = None,
@@ -150,7 +150,7 @@ class CheckpointWriter:
         self.looked = False
         # Writers talk to each other beside training, which uses its own group at the same time.
         patience = timedelta(minutes=patience_minutes) if patience_minutes else None
-        self.group = torch.distributed.new_group(backend="gloo", timeout=patience) if several() else None
+        self.group = torch.distributed.new_group(backend="gloo", timeout=patience) if is_distributed() else None
         self.thread = ThreadPoolExecutor(1) if background else None
         self.under_way: Future | None = None
         self.failed = False
@@ -159,7 +159,7 @@ class CheckpointWriter:
         """Write a checkpoint; returns, if in the background, when its tensors are copied. Waits for the one before."""
         self.wait()
         needed = snapshot.num_bytes * (1 if self.group is None else 2)
-        free = self.ranks.from_main(shutil.disk_usage(self.run_dir).free)
+        free = self.ranks.broadcast(shutil.disk_usage(self.run_dir).free)
         if needed > free:
             self._give_up(snapshot, f"needs {needed / 2**20:,.0f} MiB, and {free / 2**20:,.0f} MiB are free")
         elif self.thread is None or self.check is not None:
@@ -185,7 +185,7 @@ class CheckpointWriter:
         place = self.run_dir / f"step-{snapshot.examples}"
         partial = place.with_name(place.name + PARTIAL)
         try:
-            if self.ranks.is_main:
+            if self.ranks.is_rank_zero:
                 shutil.rmtree(partial, ignore_errors=True)
             if self.group is not None:
                 # Those who are ahead would begin in a folder that is then removed.
@@ -194,7 +194,7 @@ class CheckpointWriter:
             for part in ("optimizer", "reference"):
                 if tensors := getattr(snapshot, part):
                     self._write_tensors(tensors, partial / part, whole=False)
-            if self.ranks.is_main:
+            if self.ranks.is_rank_zero:
                 self._complete(snapshot, partial, with_policy_pt)
                 self._check(partial)
                 publish(partial, place)
@@ -243,7 +243,7 @@ class CheckpointWriter:
 
     def _give_up(self, snapshot: Snapshot, reason: str) -> None:
         self.failed = True
-        if self.ranks.is_main:
+        if self.ranks.is_rank_zero:
             shutil.rmtree(self.run_dir / f"step-{snapshot.examples}{PARTIAL}", ignore_errors=True)
             self.say(f"checkpoint: step-{snapshot.examples} could not be written, the run goes on: {reason}")
 
@@ -307,7 +307,7 @@ def write_scalars(folder: Path, tensors: Mapping[str, Tensor]) -> None:
 
     torch leaves such places at 0 where it brings the parts of all processes together.
     """
-    scalars = {name: local(tensor).detach() for name, tensor in tensors.items() if tensor.dim() == 0}
+    scalars = {name: to_local(tensor).detach() for name, tensor in tensors.items() if tensor.dim() == 0}
     for file in sorted(folder.glob("*.safetensors")) if scalars else ():
         with file.open("rb+") as opened:
             size = int.from_bytes(opened.read(8), "little")
@@ -498,4 +498,4 @@ def _read_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
     if not tensors:
         # Nothing was written then: plain SGD keeps no state.
         return
-    dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=not several())
+    dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=not is_distributed())

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from preference_training.batching.packing import PackedBatch
 from preference_training.core.errors import UserError, first_line
-from preference_training.core.ranks import let_go_of_gathered
+from preference_training.core.process_group import reshard
 from preference_training.modeling.adapters import (
     WEIGHTS_FILE,
     check_adapter_shapes,
@@ -55,7 +55,7 @@ def answers_of(model: nn.Module, device: torch.device | None = None) -> Tensor:
     try:
         return response_logps(model, probe(model).to(device or torch.device("cpu"))).cpu()
     finally:
-        let_go_of_gathered(model)
+        reshard(model)
         model.train(training)
 
 

@@ -2,8 +2,8 @@
 
     a whole model on the CPU  ->  a shard on each device  ->  the first shard, which runs the others beside itself
 
-Every number is trained in one place. What the package would copy onto each shard, or divide among them as parts of one sum,
-lies on the first and is lent to the others; so gradients, their norm and the optimizer's state are those of the whole model.
+Every weight is trained in one place. What the package would copy onto each shard, or divide among them as parts of one sum,
+is on the first and lent to the others, so that gradients, their norm and the optimizer's state are those of the whole model.
 """
 
 import copy
@@ -36,13 +36,13 @@ from preference_training.modeling.prefix_sharing.sharing import share_prefixes
 from preference_training.modeling.state import compute_device, copied_dtype, weights_hash
 from preference_training.modeling.tokenizer import load_tokenizer
 
-# ---- is it for this model? ----------------------------------------------------------------------------------------------
+# ---- choosing it for a model----------------------------------------------------------------------------------------------
 
 
 def splits_in_one_process(config) -> bool:
     """Whether transformers has no plan to split a configuration's model, so that the package has to. Reads no weights.
 
-    Raises UserError where the package is not there, or is asked for what it cannot do.
+    Raises UserError where the package is not installed, or cannot do what is configured.
     """
     with torch.device("meta"):
         model = build_untrained(config.model, load_tokenizer(config.model, config.cache_dir), config.cache_dir)
@@ -68,7 +68,7 @@ def splits_in_one_process(config) -> bool:
 
 
 def _check_settings(config, name: str) -> None:
-    """Raise UserError for settings of several processes, and for what threads cannot do."""
+    """Raise UserError for settings that need several processes, or that threads cannot support."""
     trainer, dtypes = config.trainer, "set model.policy_dtype or model.autocast_dtype"
     settings = [
         ("trainer.nproc_per_node", trainer.nproc_per_node, "set trainer.tensor_parallel_size"),
@@ -88,8 +88,8 @@ def _check_settings(config, name: str) -> None:
 
 
 def devices_of(trainer) -> list[torch.device]:
-    """What a model is split over: `trainer.tensor_parallel_size` GPUs (null: all that are visible), or as many shards on a CPU
-    (null: 2). Raises UserError for one alone, and for more GPUs than there are.
+    """The devices to split a model over: `trainer.tensor_parallel_size` GPUs (null: all that are visible), or as many shards on
+    a CPU (null: 2). Raises UserError for one alone, and for more GPUs than there are.
     """
     visible = torch.cuda.device_count()
     size = trainer.tensor_parallel_size or visible or 2
@@ -101,9 +101,9 @@ def devices_of(trainer) -> list[torch.device]:
 
 
 def _package():
-    """What we use of the package: its splitter, its plans by model type, that of any other, its rule that divides a sum."""
+    """The parts of the package in use: its splitter, its plans by model type, the default plan, its rule that divides a sum."""
     with warnings.catch_warnings():
-        # It uses what others have deprecated.
+        # It uses deprecated functions of its dependencies.
         warnings.simplefilter("ignore")
         import tensor_parallel
         from tensor_parallel.autoconfig import get_default_config
@@ -118,9 +118,9 @@ def _package():
 
 
 def load_split(config, tokenizer) -> tuple[nn.Module, str]:
-    """The policy of a configuration, split and compared with the model that was not, and the hash of its weights.
+    """The policy of a configuration, split and compared with the whole model, and the hash of its weights.
 
-    Raises UserError where the package cannot split it, or splits it into something else.
+    Raises UserError where the package cannot split it, or where the split model computes something else.
     """
     devices = devices_of(config.trainer)
     source = load_model(config.model, tokenizer, config.cache_dir)
@@ -129,7 +129,7 @@ def load_split(config, tokenizer) -> tuple[nn.Module, str]:
     try:
         policy = split_layers(source, devices)
         fault = _fault_of_split(policy, source)
-    except Exception as error:  # whatever the package makes of an architecture that it does not know
+    except Exception as error:  # whatever the package raises for an architecture that it does not know
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(f"{refusal} {reason}. Use trainer=FSDPTrainer.") from error
     if fault:
@@ -138,7 +138,7 @@ def load_split(config, tokenizer) -> tuple[nn.Module, str]:
 
 
 def _sharing_mode(mode: str, devices: list[torch.device]) -> str:
-    """The mode of `share_prefixes`: on GPUs its attention is compiled, which threads cannot do beside each other."""
+    """The mode of `share_prefixes`: on GPUs its attention is compiled, which threads cannot do concurrently."""
     if mode == "off" or devices[0].type != "cuda":
         return mode
     if mode == "on":
@@ -176,7 +176,7 @@ def split_layers(model: nn.Module, devices: list[torch.device]) -> nn.Module:
 
 
 def _on_first(tensor: Tensor, rank: int) -> Tensor:
-    """A weight that is added once, where the package would have each shard add its share."""
+    """Keep a weight that is added once on the first shard, where the package would have each shard add its share."""
     return tensor if rank == 0 else torch.zeros_like(tensor)
 
 
@@ -216,7 +216,7 @@ def copy_of_split(policy: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 @exact_arithmetic()
 def _fault_of_split(policy: nn.Module, source: nn.Module) -> str | None:
-    """Compare a small batch with the model that was not split: log-probs, and the gradients of the first and last weight."""
+    """Compare a small batch with the whole model: log-probs, and the gradients of the first and last weight."""
     batch = random_trees(source.config.get_text_config().vocab_size)
     weights = dict(source.named_parameters())
     names = [next(iter(weights)), next(reversed(weights))]
@@ -234,8 +234,8 @@ def _fault_of_split(policy: nn.Module, source: nn.Module) -> str | None:
 
 
 @functools.cache
-def _split_class(model_class: type[nn.Module]) -> type:
-    """A model's class, with a forward that runs all shards and gives what the first gives."""
+def _split_class(model_class: type) -> type:
+    """A subclass of a model's class whose forward runs all shards and returns what the first returns."""
 
     class Split(model_class):
         @functools.wraps(model_class.forward)
@@ -275,7 +275,7 @@ def _for_shard(value, number: int, device: torch.device):
 
 
 def _run_together(calls: list, devices: list[torch.device]):
-    """Each call in a thread of its own, under this one's grad mode and autocast. Returns what the first returns.
+    """Run each call in its own thread, under this thread's grad mode and autocast. Returns what the first returns.
 
     Shards wait for each other within a call. One that raises leaves the others waiting, so its error is raised at once.
     """
@@ -311,7 +311,7 @@ def _original(name: str) -> str:
 
 
 def _parts(named: dict) -> dict[str, list]:
-    """What belongs to the weights of all shards, by name, as lists by the whole weights' names; in the order of the shards."""
+    """Group values of all shards' weights by the names of the whole weights, in shard order."""
     parts: dict[str, list] = {}
     for name, value in named.items():
         parts.setdefault(_original(name), []).append(value)
@@ -319,19 +319,19 @@ def _parts(named: dict) -> dict[str, list]:
 
 
 def _joined(policy: nn.Module, name: str, parts: list[Tensor]) -> Tensor:
-    """A tensor of the shape of the whole weight `name`, from those of its parts."""
+    """Join the parts of a tensor shaped like the whole weight `name`."""
     return policy.split_by[name].undo(parts) if name in policy.split_by and parts[0].dim() else parts[0]
 
 
 def _cut(policy: nn.Module, name: str, whole: Tensor, rank: int) -> Tensor:
-    """A shard's part of a tensor of the shape of the whole weight `name`; the reverse of `_joined`."""
+    """A shard's part of a tensor shaped like the whole weight `name`; the inverse of `_joined`."""
     part = policy.split_by[name](whole, rank=rank) if name in policy.split_by and whole.dim() else whole
     # Each shard counts its own steps, and fused optimizers read memory in its order, whatever the strides say.
     return part.clone(memory_format=torch.contiguous_format)
 
 
 def joined_weights(policy: nn.Module) -> dict[str, Tensor]:
-    """All weights of a split model, whole, by the names of the model that was not split. Tied ones are one tensor."""
+    """All weights of a split model, joined, by the names of the whole model. Tied ones are one tensor."""
     parts = _parts(dict(policy.named_parameters()))
     whole = {id(some[0]): _joined(policy, name, some).detach() for name, some in parts.items()}
     state = _parts(policy.state_dict(keep_vars=True))
@@ -340,7 +340,7 @@ def joined_weights(policy: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def set_joined_weights(policy: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Give a split model the values of whole weights, by the names of the model that was not split."""
+    """Set a split model's weights from whole ones, by the names of the whole model."""
     for name, parts in _parts(dict(policy.named_parameters())).items():
         for rank, part in enumerate(parts):
             part.copy_(_cut(policy, name, weights[name], rank))

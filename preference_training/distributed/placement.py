@@ -1,19 +1,38 @@
-"""Where a run's weights live, decided once: in one process, or laid over several.
+"""Where a run's weights live: in one process, split by layers over its devices, or sharded over several processes.
 
-A placement loads the policy and the reference, and says which processes share the data. The rest of a run does not ask.
-`began_with` is the hash of the weights that the policy was loaded with, known to the main process; `base_dir` is where the run
-keeps the model under its adapter, if it has to; None for nowhere.
+The placement of a run is the one object that knows. It loads policy and reference, gives and takes whole or sharded weights and
+optimizer state, clips gradients, and says which ranks share the data.
 """
 
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.device_mesh import DeviceMesh
 
 from preference_training.core.errors import UserError
 from preference_training.core.machine import pick_device
-from preference_training.core.ranks import ALONE, local_world_size
-from preference_training.modeling.adapters import has_adapter
+from preference_training.core.process_group import SINGLE_PROCESS, Ranks, local_world_size, reshard
+from preference_training.distributed.launching import end_group, start_group
+from preference_training.distributed.layer_splitting import (
+    copy_of_split,
+    joined_optimizer_state,
+    joined_weights,
+    load_split,
+    set_joined_weights,
+    split_optimizer_state,
+    splits_in_one_process,
+)
+from preference_training.distributed.sharding import (
+    Layout,
+    clip_by_global_norm,
+    load_sharded,
+    make_mesh,
+    ranks_of,
+    reference_beside,
+)
+from preference_training.modeling.adapters import has_adapter, weights_to_save
 from preference_training.modeling.kernels import compile_between_attentions, enable_activation_checkpointing
 from preference_training.modeling.loading import load_model
 from preference_training.modeling.logprobs import LiveReference
@@ -21,10 +40,14 @@ from preference_training.modeling.prefix_sharing.sharing import share_prefixes
 from preference_training.modeling.state import move_to_devices, reference_copy, weights_hash
 
 
-class OneProcess:
-    """All weights in this process: on one device, or layer by layer over its GPUs."""
+class Placement:
+    """Where the weights of a run live; by itself one device, on which everything is whole.
 
-    ranks = ALONE
+    began_with: the hash of the weights that the policy was loaded with, on rank 0. base_dir: where the run keeps the model
+    under its adapter, None for nowhere.
+    """
+
+    ranks: Ranks = SINGLE_PROCESS
     began_with: str | None = None
     base_dir: Path | None = None
 
@@ -32,8 +55,79 @@ class OneProcess:
         self.config, self.tokenizer = config, tokenizer
         self.device = pick_device()
 
-    def policy(self) -> nn.Module:
-        """The model that is trained."""
+    @classmethod
+    def for_model(cls, config) -> type["Placement"]:
+        """The placement for a configuration's model, where this one cannot split it. Raises UserError where none can."""
+        return cls
+
+    @classmethod
+    def start(cls, config, tokenizer) -> "Placement":
+        """The placement of a run."""
+        return cls(config, tokenizer)
+
+    def end(self) -> None:
+        """Leave what `start` has joined."""
+
+    # ---- models ---------------------------------------------------------------------------------------------------------
+
+    def load_policy(self) -> nn.Module:
+        """Load the model to train."""
+        raise NotImplementedError
+
+    def frozen_copy(self, policy: nn.Module) -> nn.Module:
+        """A copy of the policy as it is now, in `reference_dtype`, placed alike."""
+        raise NotImplementedError
+
+    def reference(self, policy: nn.Module) -> LiveReference:
+        """The policy as it is now, frozen: a copy, or the model under its adapter."""
+        return LiveReference(policy if has_adapter(policy) else self.frozen_copy(policy))
+
+    def samples(self, wanted: bool | None) -> bool:
+        """Whether to sample at evaluations, where `sample_during_eval` is `wanted`."""
+        return wanted is None or wanted
+
+    # ---- a step ---------------------------------------------------------------------------------------------------------
+
+    def before_backward(self, policy: nn.Module, is_last: bool) -> None:
+        """Prepare for a pack's backward pass; `is_last` for the last one of a step."""
+
+    def clip_gradient(self, policy: nn.Module) -> Tensor:
+        """Clip the gradient to `max_grad_norm`; returns its global norm before that, a scalar."""
+        return nn.utils.clip_grad_norm_(policy.parameters(), self.config.max_grad_norm)
+
+    # ---- weights and optimizer state, for checkpoints -------------------------------------------------------------------
+
+    def weights(self, model: nn.Module) -> dict[str, Tensor]:
+        """Weights and persistent buffers by name, or the adapter's alone. Not copies; tied weights share one tensor."""
+        return weights_to_save(model.state_dict(keep_vars=True))
+
+    def set_weights(self, model: nn.Module, weights: dict[str, Tensor]) -> None:
+        """Take over values that were written into what `weights` returned: here they are the model's own tensors."""
+
+    def optimizer_state(self, policy: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
+        """The optimizer's state by the weights' names, initialized where it is not yet. Not copies."""
+        return flat_state(get_optimizer_state_dict(policy, optimizer))
+
+    def set_optimizer_state(self, policy: nn.Module, optimizer: torch.optim.Optimizer, state: dict) -> None:
+        """Load what `optimizer_state` returned."""
+        set_optimizer_state_dict(policy, optimizer, state)
+
+
+def flat_state(state: dict) -> dict:
+    """An optimizer's state without nested sections: bitsandbytes keeps those of few bits in one."""
+    by_weight = {}
+    for weight, values in state["state"].items():
+        sections = [value for value in values.values() if isinstance(value, dict)]
+        plain = {name: value for name, value in values.items() if not isinstance(value, dict)}
+        by_weight[weight] = {name: value for part in (plain, *sections) for name, value in part.items()}
+    return state | {"state": by_weight}
+
+
+class OneProcess(Placement):
+    """All weights in this process: on one device, or layer by layer over its GPUs."""
+
+    def load_policy(self) -> nn.Module:
+        """Load the model to train."""
         policy = move_to_devices(
             load_model(self.config.model, self.tokenizer, self.config.cache_dir, self.base_dir), self.device
         )
@@ -41,108 +135,122 @@ class OneProcess:
         share_prefixes(policy, self.config.prefix_sharing)
         if self.config.activation_checkpointing:
             enable_activation_checkpointing(policy)
-        return self.compiled(policy)
+        return self._compiled(policy)
 
-    def compiled(self, model: nn.Module) -> nn.Module:
-        """A model, compiled where that is asked for: policy and reference alike, so that they say the same."""
+    def frozen_copy(self, policy: nn.Module) -> nn.Module:
+        """A copy of the policy as it is now, in `reference_dtype`, on the same devices."""
+        return self._compiled(move_to_devices(reference_copy(policy, self.config.model), policy.device))
+
+    def _compiled(self, model: nn.Module) -> nn.Module:
+        """Compile a model where the configuration asks for it: policy and reference alike, so that they compute the same."""
         if self.config.compile:
             compile_between_attentions(model)
         return model
 
-    def reference(self, policy: nn.Module) -> LiveReference:
-        """The policy as it is now, which does not change: a frozen copy, or itself without what an adapter will add."""
-        if has_adapter(policy):
-            return LiveReference(policy)
-        return LiveReference(self.compiled(move_to_devices(reference_copy(policy, self.config.model), policy.device)))
 
-    def samples(self, wanted: bool | None) -> bool:
-        """Whether to sample at evaluations, where `sample_during_eval` is `wanted`."""
-        return wanted is None or wanted
+class SplitLayers(Placement):
+    """Every layer split over the devices of this process. Checkpoints hold whole weights."""
 
-    def end(self) -> None:
-        """Nothing was started."""
-
-
-class SplitLayers(OneProcess):
-    """Every layer split over the devices of this process."""
-
-    def policy(self) -> nn.Module:
-        """The model that is trained."""
-        from preference_training.distributed.layer_splitting import load_split
-
+    def load_policy(self) -> nn.Module:
+        """Load the model to train, and split it."""
         policy, self.began_with = load_split(self.config, self.tokenizer)
         return policy
 
-    def reference(self, policy: nn.Module) -> LiveReference:
-        """A frozen copy of the policy as it is now, split alike."""
-        from preference_training.distributed.layer_splitting import copy_of_split
+    def frozen_copy(self, policy: nn.Module) -> nn.Module:
+        """A copy of the policy as it is now, in `reference_dtype`, split alike."""
+        return copy_of_split(policy, getattr(torch, self.config.model.reference_dtype))
 
-        return LiveReference(copy_of_split(policy, getattr(torch, self.config.model.reference_dtype)))
+    def weights(self, model: nn.Module) -> dict[str, Tensor]:
+        """Weights and persistent buffers by name, joined: copies. Tied weights share one tensor."""
+        return joined_weights(model)
+
+    def set_weights(self, model: nn.Module, weights: dict[str, Tensor]) -> None:
+        """Split whole weights among the devices."""
+        set_joined_weights(model, weights)
+
+    def optimizer_state(self, policy: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
+        """The optimizer's state by the names of whole weights, joined: copies."""
+        return joined_optimizer_state(policy, super().optimizer_state(policy, optimizer))
+
+    def set_optimizer_state(self, policy: nn.Module, optimizer: torch.optim.Optimizer, state: dict) -> None:
+        """Split the state of whole weights among the devices."""
+        super().set_optimizer_state(policy, optimizer, split_optimizer_state(policy, state))
 
 
-class Sharded:
-    """Weights laid over all processes of the run, by `trainer.sharding`; joins them."""
+class Sharded(Placement):
+    """Weights sharded over all processes of a run, as `trainer.sharding` says, on a mesh over the process group."""
 
-    began_with: str | None = None
-    base_dir: Path | None = None
-
-    def __init__(self, config, tokenizer):
-        from preference_training.distributed.launching import start_group
-
-        self.config, self.tokenizer = config, tokenizer
-        self.device = start_group(config.trainer.distributed_timeout_minutes, config.trainer.cpu_offload)
-        self.ranks, self.layout = self.lay_out(config, self.device.type, local_world_size())
+    def __init__(self, config, tokenizer, device: torch.device, mesh: DeviceMesh):
+        self.config, self.tokenizer, self.device = config, tokenizer, device
+        self.ranks, self.layout = ranks_of(mesh), Layout.of(config, mesh)
+        # Where gradients stay whole until the step, they are reduced once, after the last pack.
+        self.reduces_once = config.trainer.sharding in ("optimizer", "none")
 
     @classmethod
-    def lay_out(cls, config, device_type: str, local_size: int) -> tuple:
-        """The `Ranks` that share the data and the `Layout` of weights, over joined processes, `local_size` on each machine."""
-        from preference_training.distributed.sharding import Layout, make_mesh, ranks_of
+    def start(cls, config, tokenizer) -> "Sharded":
+        """Join the process group. Raises UserError where the number of processes does not fit."""
+        device = start_group(config.trainer.distributed_timeout_minutes, config.trainer.cpu_offload)
+        return cls(config, tokenizer, device, cls.mesh(config, device.type, local_world_size()))
 
+    def end(self) -> None:
+        """Leave the process group."""
+        end_group()
+
+    @classmethod
+    def mesh(cls, config, device_type: str, local_size: int) -> DeviceMesh:
+        """The mesh of a configuration over the process group, with `local_size` processes on each machine."""
         world = torch.distributed.get_world_size()
         size = cls.tensor_parallel_size(config, world)
-        mesh = make_mesh(device_type, world, local_size, config.trainer.sharding, size)
-        return ranks_of(mesh), Layout.of(config, mesh)
+        return make_mesh(device_type, world, local_size, config.trainer.sharding, size)
 
     @staticmethod
     def tensor_parallel_size(config, world_size: int) -> int:
         """Over how many processes each layer is split."""
         return 1
 
-    def policy(self) -> nn.Module:
-        """The model that is trained; this process's part of it."""
-        from preference_training.distributed.sharding import load_sharded
-
-        made = self.config, self.tokenizer, self.layout, self.device, self.ranks, self.base_dir
-        policy, self.began_with = load_sharded(*made)
+    def load_policy(self) -> nn.Module:
+        """Load the model to train; rank 0 reads it and each process keeps its shard."""
+        policy, self.began_with = load_sharded(self.layout, self.tokenizer, self.device, self.ranks, self.base_dir)
         return policy
 
-    def reference(self, policy: nn.Module) -> LiveReference:
-        """The policy as it is now, which does not change: a frozen copy laid out alike, or itself without its adapter."""
-        from preference_training.distributed.sharding import reference_beside
-
-        if has_adapter(policy):
-            return LiveReference(policy)
-        return LiveReference(reference_beside(policy, self.config, self.tokenizer, self.layout, self.device))
+    def frozen_copy(self, policy: nn.Module) -> nn.Module:
+        """A copy of the policy as it is now, in `reference_dtype`, sharded alike."""
+        return reference_beside(policy, self.layout, self.tokenizer, self.device)
 
     def samples(self, wanted: bool | None) -> bool:
-        """Whether to sample at evaluations: only where that is asked for, since every token gathers all weights again."""
+        """Whether to sample at evaluations: only if asked to, since every token gathers all weights again."""
         if wanted is None:
-            print("sample_during_eval: off, since the weights are split; sample_during_eval=true turns it on", flush=True)
+            print("sample_during_eval: off, since the weights are sharded; sample_during_eval=true turns it on", flush=True)
         return bool(wanted)
 
-    def end(self) -> None:
-        """Leave the other processes."""
-        from preference_training.distributed.launching import end_group
+    def before_backward(self, policy: nn.Module, is_last: bool) -> None:
+        """Tell FSDP when to reduce gradients."""
+        policy.set_is_last_backward(is_last)
+        if self.reduces_once:
+            policy.set_requires_gradient_sync(is_last)
+            policy.set_reshard_after_backward(is_last)
 
-        end_group()
+    def clip_gradient(self, policy: nn.Module) -> Tensor:
+        """Clip the gradient to `max_grad_norm`; returns its norm over all ranks before that, a scalar."""
+        return clip_by_global_norm(policy.parameters(), self.config.max_grad_norm)
+
+    def optimizer_state(self, policy: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
+        """This process's shard of the optimizer's state by the weights' names, initialized where it is not yet."""
+        reshard(policy)
+        return super().optimizer_state(policy, optimizer)
 
 
 class TensorParallel(Sharded):
     """Every layer split over `trainer.tensor_parallel_size` processes; what is left of the world shards."""
 
+    @classmethod
+    def for_model(cls, config) -> type[Placement]:
+        """Split the layers within one process where transformers has no plan for the model. Raises UserError."""
+        return SplitLayers if splits_in_one_process(config) else cls
+
     @staticmethod
     def tensor_parallel_size(config, world_size: int) -> int:
-        """Over how many processes each layer is split. Raises UserError for a number that the world is no multiple of."""
+        """Over how many processes each layer is split. Raises UserError where that does not divide the world."""
         size = config.trainer.tensor_parallel_size or world_size
         if world_size % size:
             raise UserError(

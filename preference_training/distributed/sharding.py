@@ -1,6 +1,6 @@
-"""Weights laid over several processes: sharded (FSDP2), split within layers (tensor parallel), or both.
+"""Weights sharded over several processes (FSDP2), split within layers (tensor parallel), or both.
 
-    a model on the main rank's CPU  ->  an empty model of the same shape, laid over the mesh  ->  the weights, sent once
+    a model on rank 0's CPU  ->  an empty model of the same shape, sharded over the mesh  ->  the weights, broadcast once
 
 The mesh has three dimensions: `replicate` (copies), `shard` (parts of every weight), `tensor` (parts of every layer). Ranks
 that differ in the first two train on different data.
@@ -9,7 +9,7 @@ that differ in the first two train on different data.
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from preference_training.batching.packing import PackedBatch
 from preference_training.core.errors import UserError
 from preference_training.core.machine import settle_memory
-from preference_training.core.ranks import Ranks, local, local_world_size, whole
+from preference_training.core.process_group import Ranks, full_tensor, local_world_size, to_local
 from preference_training.modeling.adapters import has_adapter
 from preference_training.modeling.kernels import compile_between_attentions, enable_activation_checkpointing
 from preference_training.modeling.loading import build_untrained, load_model
@@ -49,29 +49,26 @@ def make_mesh(device_type: str, world_size: int, local_size: int, sharding: str,
 
 
 def ranks_of(mesh: DeviceMesh) -> Ranks:
-    """This process among those that train on different data."""
+    """This process among the data-parallel ranks."""
     data = mesh["replicate", "shard"]
     flat = data._flatten("data") if data.size() > 1 else None
-    is_main = torch.distributed.get_rank() == 0
+    is_rank_zero = torch.distributed.get_rank() == 0
     if flat is None:
-        return Ranks(is_main=is_main)
-    return Ranks(flat.get_local_rank(), flat.size(), is_main, flat.get_group())
+        return Ranks(is_rank_zero=is_rank_zero)
+    return Ranks(flat.get_local_rank(), flat.size(), is_rank_zero, flat.get_group())
 
 
-# ---- laying a model over it ---------------------------------------------------------------------------------------------
+# ---- sharding a model over it---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How weights lie, and in which dtypes they are computed with and added up."""
+    """How a configuration's weights are laid over a mesh, and in which dtypes they are computed with and reduced."""
 
+    config: Any
     mesh: DeviceMesh
-    sharding: str
     precision: MixedPrecisionPolicy
     offload: OffloadPolicy
-    block_name: str | None
-    checkpoint_activations: bool
-    compiles: bool
 
     @classmethod
     def of(cls, config, mesh: DeviceMesh) -> "Layout":
@@ -82,29 +79,27 @@ class Layout:
             "reduce_dtype": trainer.reduce_dtype,
             "output_dtype": trainer.output_dtype,
         }
-        precision = MixedPrecisionPolicy(**{name: name_ and getattr(torch, name_) for name, name_ in dtypes.items()})
-        # Page-locked memory is for the way to a GPU, and cannot be had without one.
+        precision = MixedPrecisionPolicy(**{name: dtype and getattr(torch, dtype) for name, dtype in dtypes.items()})
+        # Page-locked memory is for transfers to a GPU, and cannot be had without one.
         pinned = torch.cuda.is_available()
         offload = CPUOffloadPolicy(pin_memory=pinned) if trainer.cpu_offload else OffloadPolicy()
-        switches = config.activation_checkpointing, config.compile
-        return cls(mesh, trainer.sharding, precision, offload, config.model.block_name, *switches)
+        return cls(config, mesh, precision, offload)
 
-    def lay(self, model: nn.Module) -> None:
-        """Split an empty model's weights over the mesh."""
+    def apply(self, model: nn.Module) -> None:
+        """Shard an empty model's weights over the mesh."""
         if self.mesh["tensor"].size() > 1:
             split_layers(model, self.mesh["tensor"])
-        if self.checkpoint_activations:
+        if self.config.activation_checkpointing:
             enable_activation_checkpointing(model)
-        if self.compiles:
+        if self.config.compile:
             compile_between_attentions(model)
-        data = self.mesh["replicate", "shard"] if self.mesh["replicate"].size() > 1 else self.mesh["shard"]
         options = {
-            "mesh": data,
-            "reshard_after_forward": self.sharding in ("full", "hybrid"),
+            "mesh": self.mesh["replicate", "shard"] if self.mesh["replicate"].size() > 1 else self.mesh["shard"],
+            "reshard_after_forward": self.config.trainer.sharding in ("full", "hybrid"),
             "mp_policy": self.precision,
             "offload_policy": self.offload,
         }
-        for block in without_shared(blocks_of(model, self.block_name)):
+        for block in without_shared(blocks_of(model, self.config.model.block_name)):
             fully_shard(block, **options)
         # What is left, embeddings, head and what several blocks share, is one group: tied weights stay together.
         fully_shard(model, **options)
@@ -140,7 +135,7 @@ def without_shared(blocks: list[nn.Module]) -> list[nn.Module]:
 
 
 def _outermost(model: nn.Module, classes: type | tuple[type, ...]) -> list[nn.Module]:
-    """The modules of some classes that do not lie within another of them: weights are laid out once."""
+    """The modules of some classes that are not within another of them: weights are sharded once."""
     found = []
     for child in model.children():
         found += [child] if isinstance(child, classes) else _outermost(child, classes)
@@ -148,7 +143,7 @@ def _outermost(model: nn.Module, classes: type | tuple[type, ...]) -> list[nn.Mo
 
 
 def split_layers(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Split every layer over the mesh by the model's own plan. Raises UserError where the sizes do not fit."""
+    """Split every layer over the mesh by the model's own plan. Raises UserError where the sizes do not divide."""
     from transformers.distributed import DistributedConfig
     from transformers.distributed.tensor_parallel import apply_tensor_parallelism
 
@@ -177,37 +172,38 @@ def check_divisible(model: nn.Module, parts: int) -> None:
 
 
 def load_sharded(
-    config, tokenizer, layout: Layout, device: torch.device, ranks: Ranks, base_dir: Path | None = None
+    layout: Layout, tokenizer, device: torch.device, ranks: Ranks, base_dir: Path | None = None
 ) -> tuple[nn.Module, str | None]:
-    """The policy of a configuration, laid over the mesh. The main rank reads its weights, once, sends them, and hashes them.
+    """The policy of a layout's configuration. Rank 0 reads its weights, broadcasts them once, and hashes them.
 
-    Whether it shares prefixes is proved on the main rank; that the laid-out model computes the same, on all. Raises UserError
-    where it does not.
+    Whether it shares prefixes is proved on rank 0; that the sharded model computes the same, on all. Raises UserError where it
+    does not.
     """
+    config = layout.config
     settle_memory(keep_freed=has_plenty_of_memory(config, tokenizer))
-    source = load_model(config.model, tokenizer, config.cache_dir, base_dir) if ranks.is_main else None
-    proved = share_prefixes(source, config.prefix_sharing) and Sharing(scores_in_head(source)) if ranks.is_main else None
-    sharing = ranks.from_main(proved) or None
-    model = empty_model(config, tokenizer, config.model.policy_dtype, sharing, layout, device)
+    source = load_model(config.model, tokenizer, config.cache_dir, base_dir) if ranks.is_rank_zero else None
+    proved = share_prefixes(source, config.prefix_sharing) and Sharing(scores_in_head(source)) if ranks.is_rank_zero else None
+    sharing = ranks.broadcast(proved) or None
+    model = empty_model(layout, tokenizer, config.model.policy_dtype, sharing, device)
     # Offloaded weights are brought to the device for each forward.
     model.compute_device = device
     if source is not None and has_adapter(source):
         # With the place of the model under it.
         model.peft_config = source.peft_config
-    state = source.state_dict() if ranks.is_main else {}
+    state = source.state_dict() if ranks.is_rank_zero else {}
     set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
-    send_buffers(source, model, device, ranks)
+    broadcast_buffers(source, model, device, ranks)
     _check(model, source, layout, ranks)
     return model.train(), weights_hash(source) if source is not None else None
 
 
-def send_buffers(source: nn.Module | None, model: nn.Module, device: torch.device, ranks: Ranks) -> None:
-    """Give a laid-out model the buffers that the main rank's source has, in their dtypes, on the device that computes.
+def broadcast_buffers(source: nn.Module | None, model: nn.Module, device: torch.device, ranks: Ranks) -> None:
+    """Give a sharded model the buffers of rank 0's source, in their dtypes, on the device that computes.
 
     A model that was built without numbers may have made them in the dtype of its weights, which rounds them.
     """
     buffers = dict(source.named_buffers()) if source is not None else {}
-    known = ranks.from_main({name: (buffer.shape, buffer.dtype) for name, buffer in buffers.items()})
+    known = ranks.broadcast({name: (buffer.shape, buffer.dtype) for name, buffer in buffers.items()})
     for name, (shape, dtype) in known.items():
         sent = buffers[name].to(device) if source is not None else torch.empty(shape, dtype=dtype, device=device)
         buffers[name] = sent.contiguous()
@@ -223,14 +219,14 @@ def has_plenty_of_memory(config, tokenizer) -> bool:
     return 2 * 4 * weights * local_world_size() <= free_memory(torch.device("cpu"))
 
 
-def reference_beside(policy: nn.Module, config, tokenizer, layout: Layout, device: torch.device) -> nn.Module:
-    """A frozen copy of a laid-out policy as it is now, in `reference_dtype`; nothing is sent."""
+def reference_beside(policy: nn.Module, layout: Layout, tokenizer, device: torch.device) -> nn.Module:
+    """A frozen copy of a sharded policy as it is now, in `reference_dtype`; nothing is communicated."""
     sharing = Sharing(scores_in_head(policy)) if policy.config._attn_implementation == RESPONSE_TREES else None
-    copy = empty_model(config, tokenizer, config.model.reference_dtype, sharing, layout, device)
+    copy = empty_model(layout, tokenizer, layout.config.model.reference_dtype, sharing, device)
     copy.compute_device = device
     with torch.no_grad():
         for mine, theirs in zip(copy.parameters(), policy.parameters(), strict=True):
-            local(mine).copy_(local(theirs))
+            to_local(mine).copy_(to_local(theirs))
     set_buffers(copy, {name: buffer.clone() for name, buffer in policy.named_buffers()})
     return copy.eval().requires_grad_(False)
 
@@ -241,17 +237,18 @@ class Sharing(NamedTuple):
     scores_in_head: bool
 
 
-def empty_model(config, tokenizer, dtype: str, sharing: Sharing | None, layout: Layout, device: torch.device) -> nn.Module:
-    """The model of a configuration laid over the mesh, with memory for this process's part of the weights but no values.
+def empty_model(layout: Layout, tokenizer, dtype: str, sharing: Sharing | None, device: torch.device) -> nn.Module:
+    """The model of a layout's configuration, sharded, with memory for this process's shard of the weights but no values.
 
     dtype is a name such as bfloat16; sharing says how the model attends over response trees, None where it does not.
     """
+    config = layout.config
     with torch.device("meta"):
         model = build_untrained(config.model, tokenizer, config.cache_dir, dtype)
     if sharing is not None:
         # A head that is split over processes gives logits, which its plan gathers.
         attend_over_trees(model, scoring_head=sharing.scores_in_head and layout.mesh["tensor"].size() == 1)
-    layout.lay(model)
+    layout.apply(model)
     return model.to_empty(device="cpu" if isinstance(layout.offload, CPUOffloadPolicy) else device)
 
 
@@ -274,13 +271,13 @@ def _check(model: nn.Module, source: nn.Module | None, layout: Layout, ranks: Ra
     logps = response_logps(model, batch.to(compute_device(model)))
     logps.sum().backward()
     weights = dict(model.named_parameters())
-    found = [whole(weights[name].grad).float().cpu() for name in names]
+    found = [full_tensor(weights[name].grad).float().cpu() for name in names]
     model.zero_grad(set_to_none=True)
     fault = None
     if source is not None:
         rounding = TOLERANCES[layout.precision.param_dtype or source.autocast_dtype or source.dtype]
         fault = disagreement((logps.detach().cpu(), found), expected, batch.response_lengths, rounding)
-    fault = ranks.from_main(fault)
+    fault = ranks.broadcast(fault)
     if fault:
         raise UserError(
             f"trainer: {type(model).__name__} does not compute the same when it is split: {fault}. Use another trainer."
@@ -291,16 +288,16 @@ def _check(model: nn.Module, source: nn.Module | None, layout: Layout, ranks: Ra
 
 
 def clip_by_global_norm(parameters, max_norm: float) -> Tensor:
-    """Scale gradients down to `max_norm`; returns their global norm before that, a scalar. They may lie on several meshes."""
+    """Clip gradients to `max_norm`; returns their global norm before that, a scalar. They may be on several meshes."""
     groups: dict[object, list[Tensor]] = {}
     for parameter in parameters:
         if parameter.grad is not None:
             mesh = parameter.grad.device_mesh if isinstance(parameter.grad, DTensor) else None
             groups.setdefault(mesh, []).append(parameter.grad)
-    norms = [whole(nn.utils.get_total_norm(gradients)) for gradients in groups.values()]
+    norms = [full_tensor(nn.utils.get_total_norm(gradients)) for gradients in groups.values()]
     norm = torch.stack(norms).norm()
     scale = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
     for gradients in groups.values():
         for gradient in gradients:
-            local(gradient).mul_(scale.to(gradient.device))
+            to_local(gradient).mul_(scale.to(gradient.device))
     return norm

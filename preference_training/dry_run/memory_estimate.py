@@ -1,6 +1,6 @@
 """An estimate of the peak memory of a training step, made without using that memory.
 
-The trainer's own step runs on fake tensors, which have shapes but no data, while a counter follows every storage from its
+The training step itself runs on fake tensors, which have shapes but no data, while a counter follows every storage from its
 creation to its end. The estimate follows the code, since nothing about the computation is assumed.
 """
 
@@ -20,8 +20,9 @@ from torch.utils._pytree import tree_iter
 
 from preference_training.batching.micro_batches import MicroBatch
 from preference_training.batching.packing import PackedBatch
-from preference_training.core.ranks import ALONE, Ranks, let_go_of_gathered
-from preference_training.distributed.sharding import Layout, Sharing, empty_model, local
+from preference_training.core.process_group import reshard, to_local
+from preference_training.distributed.placement import Placement, Sharded
+from preference_training.distributed.sharding import Sharing, empty_model
 from preference_training.losses.base import Loss
 from preference_training.losses.objectives import DPOLoss, PairSelection
 from preference_training.modeling.adapters import has_adapter
@@ -30,7 +31,9 @@ from preference_training.modeling.loading import build_untrained
 from preference_training.modeling.logprobs import LiveReference
 from preference_training.modeling.prefix_sharing.sharing import attend_over_trees
 from preference_training.modeling.prefix_sharing.tree_attention import clear_mask_cache
-from preference_training.training.trainers import TRAINERS, BasicTrainer
+from preference_training.training.parts import Models
+from preference_training.training.state import RunState
+from preference_training.training.step import TrainingStep
 
 # Tensors seen in these operations of FSDP, and not known otherwise, are of this kind.
 KINDS = {
@@ -149,54 +152,48 @@ def fake_tensors(vocabulary: int) -> Iterator[StorageCounter]:
         clear_mask_cache()
 
 
-def step_memory(config, tokenizer, loss: Loss, live_reference: bool, packs: Sequence[PackedBatch]) -> dict[str, int]:
+def step_memory(placement: Placement, loss: Loss, live_reference: bool, packs: Sequence[PackedBatch]) -> dict[str, int]:
     """Peak bytes of a training step of one process, by kind.
 
     packs: computed one after the other. Models that do not share prefixes need more.
     """
-    with fake_tensors(len(tokenizer)) as counter:
-        return most_held(fake_trainer(config, tokenizer, loss, live_reference, counter), counter, packs)
+    with fake_tensors(len(placement.tokenizer)) as counter:
+        return peak_memory(fake_step(placement, loss, live_reference, counter), counter, packs)
 
 
-def fake_trainer(
-    config,
-    tokenizer,
-    loss: Loss,
-    live_reference: bool,
-    counter: StorageCounter,
-    ranks: Ranks = ALONE,
-    layout: Layout | None = None,
-) -> BasicTrainer:
-    """The trainer of a configuration on fake tensors, with its weights counted; `layout` is that of a sharded run."""
-    policy = _model(config, tokenizer, config.model.policy_dtype, layout)
+def fake_step(placement: Placement, loss: Loss, live_reference: bool, counter: StorageCounter) -> TrainingStep:
+    """The training step of a placement's configuration on fake tensors, its weights counted."""
+    config = placement.config
+    policy = _model(placement, config.model.policy_dtype)
     counter.vocabulary = policy.config.get_text_config().vocab_size
     counter.kind = "reference"
     reference = None
     if live_reference:
         shared = has_adapter(policy)
-        reference = LiveReference(policy if shared else _model(config, tokenizer, config.model.reference_dtype, layout))
+        reference = LiveReference(policy if shared else _model(placement, config.model.reference_dtype))
     elif loss.needs_reference:
         reference = lambda pack: torch.zeros(len(pack.response_lengths))  # noqa: E731
     counter.kind = "activations"
-    parts = policy, reference, _without_numbers(loss), tokenizer, None, [], [], None, None, ranks
-    trainer = TRAINERS[config.trainer.name](config, *parts)
-    inner = trainer.optimizer.inner if trainer.has_masters else trainer.optimizer
+    step = TrainingStep(config, placement, Models(policy, reference, _without_numbers(loss)), RunState(), total_steps=0)
+    updater = step.updater
+    inner = updater.optimizer.inner if updater.has_masters else updater.optimizer
     if hasattr(inner, "fill_qmap"):
         # The code book of 8-bit optimizers is computed from real values.
         with unset_fake_temporarily():
             inner.fill_qmap()
     # A real scaler would test whether gradients are finite.
-    trainer.scaler = torch.amp.GradScaler("cpu", enabled=False)
-    return trainer
+    updater.scaler = torch.amp.GradScaler("cpu", enabled=False)
+    return step
 
 
-def _model(config, tokenizer, dtype: str, layout: Layout | None) -> nn.Module:
+def _model(placement: Placement, dtype: str) -> nn.Module:
     """The model of a configuration, sharing prefixes without the proof, which needs real values."""
+    config, tokenizer = placement.config, placement.tokenizer
     sharing = Sharing(scores_in_head=True) if config.prefix_sharing != "off" else None
-    if layout is not None:
+    if isinstance(placement, Sharded):
         # A device mesh reads its coordinates from real tensors.
         with unset_fake_temporarily():
-            model = empty_model(config, tokenizer, dtype, sharing, layout, torch.device("meta"))
+            model = empty_model(placement.layout, tokenizer, dtype, sharing, torch.device("meta"))
         return model.to_empty(device="cpu")
     # peft does not support fake tensors.
     with unset_fake_temporarily(), torch.device("meta"):
@@ -225,56 +222,57 @@ def _without_numbers(loss: Loss) -> Loss:
     return _DPOWithBatchStatistics(0.1) if loss.needs_batch_statistics else loss
 
 
-def faked(step: Sequence[MicroBatch]) -> list[MicroBatch]:
+def faked(batch: Sequence[MicroBatch]) -> list[MicroBatch]:
     """A step's micro-batches with cloned tensors, which are fake inside `fake_tensors`."""
     return [
         MicroBatch([pack.with_tensors(lambda tensor: tensor.clone()) for pack in part.packs], part.num_examples)
-        for part in step
+        for part in batch
     ]
 
 
-def step_without_look(trainer: BasicTrainer, step: Sequence[MicroBatch]) -> None:
-    """The trainer's step without its checks for finite values, which fake tensors do not have."""
-    sums, _, _ = trainer.backward(step)
-    trainer.added_up(sums, trainer.scaled_down_gradient(), sum(part.num_examples for part in step), 0)
-    trainer.update_weights()
+def take_unchecked(step: TrainingStep, batch: Sequence[MicroBatch]) -> None:
+    """Take a step without its checks for finite values, which fake tensors do not have."""
+    result = step.backward(batch)
+    step.reduce(result.sums, step.updater.clip_gradient(), sum(part.num_examples for part in batch), 0)
+    step.updater.update()
 
 
-def most_held(trainer: BasicTrainer, counter: StorageCounter, packs: Sequence[PackedBatch]) -> dict[str, int]:
-    """Peak bytes of a trainer's step with these packs, by kind; the trainer was built under the counter."""
+def peak_memory(step: TrainingStep, counter: StorageCounter, packs: Sequence[PackedBatch]) -> dict[str, int]:
+    """Peak bytes of a step with these packs, by kind; the step was built under the counter."""
+    models, updater = step.models, step.updater
 
     def name_gradients(*_) -> None:
-        for weight in trainer.policy.parameters():
+        for weight in models.policy.parameters():
             if weight.grad is not None:
-                counter.recount(local(weight.grad), "gradients")
+                counter.recount(to_local(weight.grad), "gradients")
 
     def name_copied_gradients(*_) -> None:
-        for master in trainer.optimizer.masters.values():
+        for master in updater.optimizer.masters.values():
             if master.grad is not None:
-                counter.recount(local(master.grad), "gradients")
+                counter.recount(to_local(master.grad), "gradients")
 
-    trainer.optimizer.register_step_pre_hook(name_gradients)
-    if trainer.has_masters:
-        trainer.optimizer.inner.register_step_pre_hook(name_copied_gradients)
-    step = faked([MicroBatch([pack], pack.num_examples) for pack in packs])
-    step_without_look(trainer, step)
-    for state in trainer.optimizer.state.values():
+    updater.optimizer.register_step_pre_hook(name_gradients)
+    if updater.has_masters:
+        updater.optimizer.inner.register_step_pre_hook(name_copied_gradients)
+    batch = faked([MicroBatch([pack], pack.num_examples) for pack in packs])
+    take_unchecked(step, batch)
+    for state in updater.optimizer.state.values():
         for value in state.values():
             if isinstance(value, Tensor):
-                counter.recount(local(value), "optimizer")
-    name_weights(counter, trainer.policy, "parameters")
-    if isinstance(trainer.reference, LiveReference) and trainer.reference.model is not trainer.policy:
-        name_weights(counter, trainer.reference.model, "reference")
+                counter.recount(to_local(value), "optimizer")
+    name_weights(counter, models.policy, "parameters")
+    if isinstance(models.reference, LiveReference) and models.reference.model is not models.policy:
+        name_weights(counter, models.reference.model, "reference")
     # The first step creates the optimizer's state; from the second on it is in memory along with the activations.
     counter.restart()
-    step_without_look(trainer, step)
+    take_unchecked(step, batch)
     return {kind: size for kind, size in counter.most().items() if size}
 
 
 def name_weights(counter: StorageCounter, model: nn.Module, kind: str) -> None:
     """Count a model's weights as `kind` after a step, and those that are still gathered as such."""
     for weight in model.parameters():
-        counter.recount(local(weight), "gathered weights")
-    let_go_of_gathered(model)
+        counter.recount(to_local(weight), "gathered weights")
+    reshard(model)
     for weight in model.parameters():
-        counter.recount(local(weight), kind)
+        counter.recount(to_local(weight), kind)

@@ -21,34 +21,36 @@ from preference_training.batching.micro_batches import MicroBatch
 from preference_training.batching.packing import UNLIMITED, PackedBatch, TokenBudget, examples_of, packs_of
 from preference_training.core.errors import UserError
 from preference_training.core.machine import pick_device
-from preference_training.core.ranks import Ranks
+from preference_training.core.process_group import Ranks
 from preference_training.data.entries import read_entries
-from preference_training.data.preparation import Prepared
 from preference_training.data.prompt_table import PromptTable
 from preference_training.data.rows.records import DataReport
 from preference_training.data.tokenization import TokenizedPrompt
+from preference_training.distributed.placement import Placement, Sharded
 from preference_training.dry_run.memory_estimate import step_memory
 from preference_training.dry_run.scaling import (
     GIB,
     describe_traffic,
+    fake_placement,
     fake_processes,
     in_device_memory,
-    lay_out_ranks,
     rank_budget,
     step_costs,
     world_size,
 )
 from preference_training.modeling.token_budget import untrained_budget
+from preference_training.training.preparation import PreparedRun
 
 # Steps whose batches are built to find the largest.
 STEPS_INSPECTED = 100
 
 
-def preview(config, tokenizer, loss, data: tuple[Prepared, Prepared], batches_within: Callable) -> None:
+def preview(prepared: PreparedRun, placement_class: type[Placement], batches_within: Callable) -> None:
     """Print what a run would do. `batches_within` returns the run's BatchIterator for a TokenBudget and `Ranks`.
 
     Raises UserError where the run could not work.
     """
+    config, tokenizer, loss, data = prepared.config, prepared.tokenizer, prepared.loss, prepared.data
     names = [entry.name for entry in read_entries(config)]
     facts = [collect_facts(split.table) for split in data]
     for title, split, found in zip(("train", "held out"), data, facts, strict=True):
@@ -57,42 +59,47 @@ def preview(config, tokenizer, loss, data: tuple[Prepared, Prepared], batches_wi
     print(f"\nprompts that are in both: {len(both):,}", "\nexamples", sep="\n")
     train = data[0].table
     print(*describe_examples([train[k] for k in range(min(3, len(train)))], tokenizer, wants_color()), sep="\n")
-    if loss.needs_reference and config.two_models:
-        print(f"\n{config.two_models}")
+    if loss.needs_reference and (two_models := config.two_models):
+        print(f"\n{two_models}")
     preview_steps = preview_ranks if config.trainer.is_sharded else preview_one_process
-    preview_steps(config, tokenizer, loss, facts[0], batches_within)
+    preview_steps(prepared, placement_class, facts[0], batches_within)
 
 
-def preview_one_process(config, tokenizer, loss, facts: "Facts", batches_within: Callable) -> None:
+def preview_one_process(
+    prepared: PreparedRun, placement_class: type[Placement], facts: "Facts", batches_within: Callable
+) -> None:
     """Print steps and memory of a run in one process. Raises UserError where there is not enough memory."""
-    device = pick_device()
-    budget = untrained_budget(config, tokenizer, device)
+    config, loss = prepared.config, prepared.loss
+    placement = placement_class(config, prepared.tokenizer)
+    device = placement.device
+    budget = untrained_budget(config, prepared.tokenizer, device)
     batches = batches_within(budget)
     print("\nsteps", *describe_steps(batches, facts), sep="\n")
     live = loss.needs_reference and not config.caches_reference(batches.schedule.visits_again)
     packs, _ = largest_packs(batches, budget)
-    kinds = step_memory(config, tokenizer, loss, live, packs)
+    kinds = step_memory(placement, loss, live, packs)
     used = used_memory(device)
     print("\nmemory", *describe_memory(kinds, packs, used, device.type), sep="\n", flush=True)
     check_memory(sum(kinds.values()) + used, total_memory(device), device.type)
 
 
-def preview_ranks(config, tokenizer, loss, facts: "Facts", batches_within: Callable) -> None:
+def preview_ranks(prepared: PreparedRun, placement_class: type[Sharded], facts: "Facts", batches_within: Callable) -> None:
     """Print steps, memory and communication of rank 0 of a sharded run.
 
     Raises UserError where batches are too small for the number of ranks, or a device is known to have too little memory.
     """
+    config, loss = prepared.config, prepared.loss
     trainer, size = config.trainer, world_size(config.trainer)
     device = pick_device()
     with fake_processes(size):
-        ranks, layout = lay_out_ranks(config)
-        budget = rank_budget(config, tokenizer, layout)
-        batches = batches_within(budget, ranks)
+        placement = fake_placement(placement_class, config, prepared.tokenizer)
+        budget = rank_budget(placement)
+        batches = batches_within(budget, placement.ranks)
         live = loss.needs_reference and not config.caches_reference(batches.schedule.visits_again)
         packs, step = largest_packs(batches, budget)
-        costs = step_costs(config, tokenizer, loss, live, packs, step, ranks, layout)
+        costs = step_costs(placement, loss, live, packs, step)
     number = sum(len(micro_batch.packs) for micro_batch in step)
-    print("\nsteps", *describe_steps(batches, facts), *describe_rank(step, size, ranks, budget), sep="\n")
+    print("\nsteps", *describe_steps(batches, facts), *describe_rank(step, size, placement.ranks, budget), sep="\n")
     here = trainer.world_size is None and trainer.device_memory is None
     used = used_memory(device) if here else 0
     where = f"rank 0 of {size:,}" + (f" on {device.type}" if here else "")

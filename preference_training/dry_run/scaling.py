@@ -1,7 +1,7 @@
 """The memory and communication of rank 0 of a sharded run, estimated without the other processes.
 
 torch's fake process group stands in for them: it accepts every message and delivers none. The model is sharded over it as in a
-run, on fake tensors, and the trainer's own step shows what it would hold and send.
+run, on fake tensors, and the training step itself shows what it would hold and send.
 """
 
 from collections import Counter
@@ -20,14 +20,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from preference_training.batching.micro_batches import MicroBatch
 from preference_training.batching.packing import UNLIMITED, PackedBatch, TokenBudget
 from preference_training.core.machine import pick_device
-from preference_training.core.ranks import Ranks
 from preference_training.distributed.launching import end_group, number_of_workers
-from preference_training.distributed.sharding import Layout, empty_model
-from preference_training.dry_run.memory_estimate import fake_tensors, fake_trainer, faked, most_held, step_without_look
+from preference_training.distributed.placement import Sharded
+from preference_training.distributed.sharding import empty_model
+from preference_training.dry_run.memory_estimate import fake_step, fake_tensors, faked, peak_memory, take_unchecked
 from preference_training.losses.base import Loss
 from preference_training.modeling.state import free_memory
 from preference_training.modeling.token_budget import token_budget
-from preference_training.training.trainers import TRAINERS
 
 GIB = 2**30
 
@@ -52,17 +51,19 @@ def world_size(trainer) -> int:
     return trainer.world_size or number_of_workers(trainer)
 
 
-def lay_out_ranks(config) -> tuple[Ranks, Layout]:
-    """The ranks and the layout of the run, inside `fake_processes`. Raises UserError where it cannot be sharded so."""
-    ranks, layout = TRAINERS[config.trainer.name].placement.lay_out(config, "cpu", number_of_workers(config.trainer))
+def fake_placement(placement_class: type[Sharded], config, tokenizer) -> Sharded:
+    """The placement of rank 0 of the run, inside `fake_processes`. Raises UserError where it cannot be sharded so."""
+    mesh = placement_class.mesh(config, "cpu", number_of_workers(config.trainer))
+    placement = placement_class(config, tokenizer, torch.device("cpu"), mesh)
     if config.trainer.cpu_offload:
         # Pinned memory needs a GPU, and takes no more than pageable memory.
-        layout = replace(layout, offload=CPUOffloadPolicy(pin_memory=False))
-    return ranks, layout
+        placement.layout = replace(placement.layout, offload=CPUOffloadPolicy(pin_memory=False))
+    return placement
 
 
-def rank_budget(config, tokenizer, layout: Layout) -> TokenBudget:
+def rank_budget(placement: Sharded) -> TokenBudget:
     """The token budget of each rank, by the run's own rule; UNLIMITED where the memory of the devices is not known."""
+    config = placement.config
     trainer, limit = config.trainer, config.max_tokens_per_microbatch
     if limit is not None:
         return TokenBudget(limit, limit)
@@ -74,7 +75,7 @@ def rank_budget(config, tokenizer, layout: Layout) -> TokenBudget:
     else:
         free = free_memory(device) // (1 if device.type == "cuda" else world_size(trainer))
     # On meta, so that the memory of this rank's shards still counts as free.
-    model = empty_model(config, tokenizer, config.model.policy_dtype, None, layout, torch.device("meta"))
+    model = empty_model(placement.layout, placement.tokenizer, config.model.policy_dtype, None, torch.device("meta"))
     return token_budget(model, None, device, free, config.times_beside_weights)
 
 
@@ -177,22 +178,15 @@ class StepCosts:
 
 
 def step_costs(
-    config,
-    tokenizer,
-    loss: Loss,
-    live_reference: bool,
-    packs: Sequence[PackedBatch],
-    step: Sequence[MicroBatch],
-    ranks: Ranks,
-    layout: Layout,
+    placement: Sharded, loss: Loss, live_reference: bool, packs: Sequence[PackedBatch], batch: Sequence[MicroBatch]
 ) -> StepCosts:
-    """The peak memory of a step with these packs, and the traffic of `step`; inside `fake_processes`."""
-    with fake_tensors(len(tokenizer)) as counter:
-        trainer = fake_trainer(config, tokenizer, loss, live_reference, counter, ranks, layout)
-        memory = most_held(trainer, counter, packs)
+    """The peak memory of a step with these packs, and the traffic of a step on `batch`; inside `fake_processes`."""
+    with fake_tensors(len(placement.tokenizer)) as counter:
+        step = fake_step(placement, loss, live_reference, counter)
+        memory = peak_memory(step, counter, packs)
         with Traffic() as traffic:
-            trainer.reference = attributed(trainer.reference, traffic)
-            step_without_look(trainer, faked(step))
+            step.models.reference = attributed(step.models.reference, traffic)
+            take_unchecked(step, faked(batch))
     return StepCosts(memory, traffic)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from preference_training.batching.micro_batches import batches_of
 from preference_training.batching.packing import PackedBatch, TokenBudget, examples_of
-from preference_training.core.ranks import ALONE, Ranks
+from preference_training.core.process_group import SINGLE_PROCESS, Ranks
 from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.evaluation.intervals import estimate, mean_interval
 from preference_training.losses.base import Loss, example_metrics
@@ -58,7 +58,7 @@ def evaluate_held_out(
     reference: Callable[[PackedBatch], Tensor] | None,
     loss: Loss,
     batches: Sequence[PackedBatch],
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE_PROCESS,
     on_batch: Callable[[PackedBatch, Tensor, Tensor], None] | None = None,
 ) -> HeldOut:
     """Score every held-out example once. The loss sees all of them together, so that the batches do not affect the result.
@@ -79,7 +79,7 @@ def score_responses(
     policy: nn.Module,
     reference: Callable[[PackedBatch], Tensor] | None,
     batches: Sequence[PackedBatch],
-    ranks: Ranks = ALONE,
+    ranks: Ranks = SINGLE_PROCESS,
     on_batch: Callable[[PackedBatch, Tensor, Tensor], None] | None = None,
 ) -> Scores:
     """The log-probs of every response; the parameters are those of `evaluate_held_out`."""
@@ -96,7 +96,9 @@ def score_responses(
         if not batch.is_filler:
             facts = batch.pairs.cpu(), batch.response_lengths.cpu(), batch.places.cpu(), batch.sources
             scored.append((logps, known, *facts))
-    logps, knowns, pairs, lengths, places, sources = zip(*(part for rank in ranks.gather(scored) for part in rank), strict=True)
+    logps, knowns, pairs, lengths, places, sources = zip(
+        *(part for rank in ranks.all_gather_object(scored) for part in rank), strict=True
+    )
     starts = accumulate(map(len, lengths), initial=0)
     order = torch.cat(places).argsort()
     names = [name for batch in sources for name in batch]
@@ -111,14 +113,20 @@ def score_responses(
 
 
 def response_batches(
-    prompts: Sequence[list[int]], responses: Sequence[list[int]], batch_size: int, budget: TokenBudget, ranks: Ranks = ALONE
+    prompts: Sequence[list[int]],
+    responses: Sequence[list[int]],
+    batch_size: int,
+    budget: TokenBudget,
+    ranks: Ranks = SINGLE_PROCESS,
 ) -> list[PackedBatch]:
     """This rank's batches of prompts with one response each, both as token ids."""
     sampled = [TokenizedPrompt(prompt, [response], []) for prompt, response in zip(prompts, responses, strict=True)]
     return batches_of(list(examples_of(sampled)), batch_size, budget, ranks)
 
 
-def kl_estimate(policy: nn.Module, reference, batches: Sequence[PackedBatch], ranks: Ranks = ALONE) -> tuple[dict, list[float]]:
+def kl_estimate(
+    policy: nn.Module, reference, batches: Sequence[PackedBatch], ranks: Ranks = SINGLE_PROCESS
+) -> tuple[dict, list[float]]:
     """Estimate KL(policy || reference) from responses sampled from the policy: the mean log-ratio, which is unbiased.
 
     batches: from `response_batches`; a truncated response counts as far as it goes. Returns the estimates per response and per

@@ -8,19 +8,19 @@ judgements.jsonl    the verdicts on them, which a later evaluation reuses
 import copy
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 from torch import nn
 
-from preference_training.batching.iterator import BatchIterator
 from preference_training.batching.micro_batches import evaluation_batches, evaluation_prompts
-from preference_training.batching.schedule import Schedule
-from preference_training.checkpointing.checkpoints import checkpoints_of, read_state
+from preference_training.checkpointing.checkpoints import checkpoints_of, read_state, read_weights
 from preference_training.configuration.kept import changed_config, known_values
 from preference_training.configuration.schema import RunConfig
 from preference_training.core.errors import UserError, first_line
 from preference_training.core.values import UNREADABLE
 from preference_training.data.prompt_table import PromptTable
+from preference_training.distributed.placement import Placement
 from preference_training.evaluation.breakdown import ExampleFacts, break_down
 from preference_training.evaluation.held_out import HeldOut, kl_estimate, response_batches
 from preference_training.evaluation.judges import build_judge
@@ -32,23 +32,30 @@ from preference_training.modeling.token_budget import common_budget, token_budge
 
 
 class EvaluationRun:
-    """The loaded parts of an evaluation: `trainer` holds the policy and scores it as in training.
+    """The loaded parts of an evaluation: `evaluator` holds the policy and scores it as in training.
 
-    prompts: the held-out ones. The policy has the weights of the checkpoint, or else those of the configured model. Raises
-    UserError where the judge, the tasks or the models cannot be loaded.
+    prompts: the held-out ones. The policy has the weights of the checkpoint, or else those of the configured model.
+    build_evaluator: builds the evaluator from what is loaded here. Raises UserError where the judge, the tasks or the models
+    cannot be loaded.
     """
 
     def __init__(
-        self, config: RunConfig, trainer_class, placement, loss, prompts: PromptTable, checkpoint: Path | None, tracker
+        self,
+        config,
+        placement: Placement,
+        prompts: PromptTable,
+        checkpoint: Path | None,
+        needs_reference: bool,
+        build_evaluator: Callable,
     ):
         self.config, self.placement, self.checkpoint = config, placement, checkpoint
         self.ranks, self.tokenizer = placement.ranks, placement.tokenizer
-        options, is_main = config.evaluation, placement.ranks.is_main
-        names = options.task_names
+        options, is_rank_zero = config.evaluation, placement.ranks.is_rank_zero
+        names = config.evaluation.task_names
         self.tasks = TaskList(names, options.task_path) if names else None
-        self.judge = build_judge(options, config.cache_dir, placement.device) if options.judge and is_main else None
-        policy = placement.policy()
-        if checkpoint is not None and loss.needs_reference and is_main:
+        self.judge = build_judge(options, config.cache_dir, placement.device) if options.judge and is_rank_zero else None
+        policy = placement.load_policy()
+        if checkpoint is not None and needs_reference and is_rank_zero:
             check_reference(config, checkpoint, placement.began_with)
         self.budget = common_budget(token_budget(policy, config.max_tokens_per_microbatch), self.ranks)
         self.examples = evaluation_prompts(prompts, config.n_eval_examples, config.seed)
@@ -56,17 +63,11 @@ class EvaluationRun:
         sizes = config.eval_batch_size, config.n_eval_examples, config.seed
         # An evaluated run keeps its own samples.jsonl.
         number = 0 if checkpoint else config.n_eval_model_samples * placement.samples(config.sample_during_eval)
-        self.trainer = trainer_class(
-            config,
+        self.evaluator = build_evaluator(
             policy=policy,
-            reference=placement.reference(policy) if loss.needs_reference else None,
-            loss=loss,
-            tokenizer=self.tokenizer,
-            train_batches=BatchIterator(Schedule(PromptTable.of([]), config.batch_size)),
-            eval_batches=evaluation_batches(prompts, *sizes, self.budget, self.ranks),
+            reference=placement.reference(policy) if needs_reference else None,
+            held_out=evaluation_batches(prompts, *sizes, self.budget, self.ranks),
             sample_prompts=[prompts[k].prompt_ids for k in range(min(len(prompts), number))],
-            tracker=tracker,
-            ranks=self.ranks,
         )
 
     def evaluate(self, directory: Path) -> dict:
@@ -74,28 +75,29 @@ class EvaluationRun:
 
         directory: for results.json, unless `evaluation.to` is set.
         """
-        trainer, options = self.trainer, self.config.evaluation
+        models, options = self.evaluator.models, self.config.evaluation
         other = None
         if options.judge and options.against == "reference":
             # Before loading the checkpoint, the policy has the weights of the reference.
-            other = self.sample(trainer.policy, OTHER)
+            other = self.sample(models.policy, OTHER)
         if self.checkpoint is not None:
             self.load_checkpoint()
-        trainer.evaluate()
-        results: dict = {"checkpoint": str(self.checkpoint) if self.checkpoint else None, "examples_trained": trainer.examples}
-        responses = self.sample(trainer.policy) if options.judge or trainer.reference is not None else []
+        self.evaluator.evaluate()
+        trained = self.evaluator.state.examples
+        results: dict = {"checkpoint": str(self.checkpoint) if self.checkpoint else None, "examples_trained": trained}
+        responses = self.sample(models.policy) if options.judge or models.reference is not None else []
         ratios = None
-        if trainer.reference is not None:
+        if models.reference is not None:
             sizes = self.config.eval_batch_size, self.budget
             batches = response_batches(self.sample_prompts, responses, *sizes, self.ranks)
-            results["kl"], ratios = kl_estimate(trainer.policy, trainer.reference, batches, self.ranks)
+            results["kl"], ratios = kl_estimate(models.policy, models.reference, batches, self.ranks)
         if options.judge and other is None:
-            trainer.reference = None
+            models.reference = None
             other = self.sample(self.load_other(options.against), OTHER)
-        if not self.ranks.is_main:
+        if not self.ranks.is_rank_zero:
             return {}
         path = Path(options.to) if options.to else directory / "results.json"
-        return self.report(path, results, trainer.held_out, responses, other, ratios)
+        return self.report(path, results, self.evaluator.held_out, responses, other, ratios)
 
     def report(self, path: Path, results: dict, held_out: HeldOut, responses: list, other: list | None, ratios) -> dict:
         """Add the results of judge and tasks, write and print all; what is known already is written first."""
@@ -118,7 +120,7 @@ class EvaluationRun:
             write_results(path, results)
         if self.tasks is not None:
             sizes = options.task_limit, self.config.eval_batch_size
-            results["tasks"] = self.tasks.results(self.trainer.policy, self.tokenizer, *sizes)
+            results["tasks"] = self.tasks.results(self.evaluator.models.policy, self.tokenizer, *sizes)
         results["warnings"] = warnings(results)
         write_results(path, results)
         print("", *format_results(results), f"results: {path}", sep="\n", flush=True)
@@ -126,12 +128,14 @@ class EvaluationRun:
 
     def load_checkpoint(self) -> None:
         """Load the checkpoint's weights and progress."""
-        trainer, state = self.trainer, read_state(self.checkpoint)
-        trainer.take_weights(self.checkpoint)
-        trainer.examples, trainer.updates, trainer.tokens = state["examples"], state["updates"], state.get("tokens", 0)
-        if state["run"]["config"]["loss"] == self.config.loss.given():
+        models, state, saved = self.evaluator.models, self.evaluator.state, read_state(self.checkpoint)
+        weights = self.placement.weights(models.policy)
+        read_weights(self.checkpoint, weights)
+        self.placement.set_weights(models.policy, weights)
+        state.examples, state.updates, state.tokens = saved["examples"], saved["updates"], saved.get("tokens", 0)
+        if saved["run"]["config"]["loss"] == self.config.loss.given():
             # The running statistics of beta-DPO, which its evaluation uses.
-            trainer.loss.load_state_dict(state["loss"])
+            models.loss.load_state_dict(saved["loss"])
 
     def sample(self, model: nn.Module, stream: str = POLICY) -> list[list[int]]:
         """The token ids of a model's responses to the sample prompts."""
@@ -142,7 +146,7 @@ class EvaluationRun:
         """The model of another checkpoint, placed like the policy."""
         placement = copy.copy(self.placement)
         placement.config = self.config.changed({"model.archive": archive})
-        return placement.policy()
+        return placement.load_policy()
 
 
 def check_reference(config: RunConfig, checkpoint: Path, found: str | None) -> None:

@@ -11,7 +11,7 @@ import xxhash
 from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
-from preference_training.core.ranks import ALONE, Ranks, local_world_size
+from preference_training.core.process_group import SINGLE_PROCESS, Ranks, local_world_size
 from preference_training.modeling.state import compute_device, free_memory
 
 # Prompts per batch on a CPU: larger batches are not faster, and wait longer for their longest response.
@@ -34,7 +34,7 @@ class Sampler:
     tokenizer: object
     max_length: int
     seed: int
-    ranks: Ranks = ALONE
+    ranks: Ranks = SINGLE_PROCESS
 
     def texts(self, model: nn.Module, prompts: Sequence[list[int]], stream: str = POLICY) -> list[str]:
         """The responses as text, without special tokens."""
@@ -139,4 +139,4 @@ def _batch_size(model: nn.Module, max_length: int, ranks: Ranks) -> int:
     device = compute_device(model)
     free = free_memory(device) // (1 if device.type == "cuda" else local_world_size())
     rows = max(1, free // 2 // per_row)
-    return ranks.from_main(ranks.lowest(rows if device.type == "cuda" else min(rows, MAX_CPU_BATCH)))
+    return ranks.broadcast(ranks.all_reduce_min(rows if device.type == "cuda" else min(rows, MAX_CPU_BATCH)))

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from preference_training.batching.packing import PackedBatch
-from preference_training.core.ranks import let_go_of_gathered, local
+from preference_training.core.process_group import reshard, to_local
 from preference_training.modeling.adapters import has_adapter, reference_mode
 from preference_training.modeling.prefix_sharing.tree_attention import RESPONSE_TREES
 from preference_training.modeling.state import spans_devices
@@ -180,10 +180,10 @@ class LiveReference:
     def move_towards(self, policy: nn.Module, share: float) -> None:
         """Move each weight in place by `share` of the difference to the policy's; each rank moves its shards."""
         for model in (self.model, policy):
-            let_go_of_gathered(model)
+            reshard(model)
         for mine, theirs in zip(self.model.parameters(), policy.parameters(), strict=True):
-            mine = local(mine)
-            mine.lerp_(local(theirs).to(mine), share)
+            mine = to_local(mine)
+            mine.lerp_(to_local(theirs).to(mine), share)
 
 
 class CachedReference:

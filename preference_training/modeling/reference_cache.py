@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from preference_training.batching.iterator import BatchIterator
 from preference_training.batching.micro_batches import evaluation_batches, evaluation_prompts
 from preference_training.batching.packing import UNLIMITED, PackedBatch, TokenBudget, examples_of, packs_of
-from preference_training.core.ranks import ALONE, Ranks, bytes_of
+from preference_training.core.process_group import SINGLE_PROCESS, Ranks, bytes_of
 from preference_training.data.prompt_table import PromptTable, Selection
 from preference_training.modeling.adapters import INITIAL_ADAPTER
 from preference_training.modeling.loading import CONFIG_METADATA
@@ -143,19 +143,19 @@ def machine_facts(device: torch.device) -> list:
     return [device.type, name, threads, *versions, torch.get_float32_matmul_precision()]
 
 
-def cache_key(model: nn.Module, plan: ReferencePlan, settings: Mapping | None = None, ranks: Ranks = ALONE) -> str:
+def cache_key(model: nn.Module, plan: ReferencePlan, settings: Mapping | None = None, ranks: Ranks = SINGLE_PROCESS) -> str:
     """Hash of everything that the log-probs of a plan under the untrained `model` depend on: 32 hexadecimal digits.
 
     settings: options of the run that affect computing but are not visible in the model. All ranks get the same key.
     """
     computing = model_facts(model), machine_facts(compute_device(model)), dict(settings or {})
     how = [*computing, plan.recipe, plan.prompts.fingerprint, weights_hash(model)]
-    parts = ranks.gather(xxhash.xxh3_128_hexdigest(json.dumps(how, sort_keys=True, default=str).encode()))
+    parts = ranks.all_gather_object(xxhash.xxh3_128_hexdigest(json.dumps(how, sort_keys=True, default=str).encode()))
     return parts[0] if len(parts) == 1 else xxhash.xxh3_128_hexdigest("".join(parts).encode())
 
 
 def cache_path(
-    directory: Path, model: nn.Module, plan: ReferencePlan, settings: Mapping | None = None, ranks: Ranks = ALONE
+    directory: Path, model: nn.Module, plan: ReferencePlan, settings: Mapping | None = None, ranks: Ranks = SINGLE_PROCESS
 ) -> Path:
     """The file in `directory` for the log-probs of a plan under `model`, whether or not it exists."""
     return directory / f"{cache_key(model, plan, settings, ranks)}.safetensors"
@@ -164,7 +164,9 @@ def cache_path(
 # ---- read or compute ------------------------------------------------------------------------------------------------------
 
 
-def cached_reference(reference: LiveReference, plan: ReferencePlan, path: Path, ranks: Ranks = ALONE) -> CachedReference:
+def cached_reference(
+    reference: LiveReference, plan: ReferencePlan, path: Path, ranks: Ranks = SINGLE_PROCESS
+) -> CachedReference:
     """The log-probs of every response of a plan; NaN for rows of other responses.
 
     Reads them from `path`, as `cache_path` gives it, or computes them and writes them there; prints which.
@@ -183,15 +185,15 @@ def cached_reference(reference: LiveReference, plan: ReferencePlan, path: Path, 
 def _load(path: Path, ranks: Ranks) -> CachedReference | None:
     """The contents of a cache file, on all ranks; None where it does not exist or is damaged."""
     # Only rank 0 looks: other machines may not see the file, or not yet, and all ranks must take the same branch.
-    tensors = ranks.from_main(_read(path) if ranks.is_main and path.exists() else None)
+    tensors = ranks.broadcast(_read(path) if ranks.is_rank_zero and path.exists() else None)
     return None if tensors is None else _from_tensors(tensors)
 
 
 def _compute_and_save(reference: LiveReference, plan: ReferencePlan, path: Path, ranks: Ranks) -> CachedReference:
-    if ranks.is_main and path.exists():
+    if ranks.is_rank_zero and path.exists():
         print(f"reference: {path} is damaged and will be recomputed", flush=True)
     computed = compute_logps(reference, plan, ranks)
-    if ranks.is_main:
+    if ranks.is_rank_zero:
         _write(path, _to_tensors(computed))
         print(f"reference: log-probs of {_count(computed)} responses computed and saved to {path}", flush=True)
     return computed
@@ -204,14 +206,14 @@ def _exclusive(path: Path, ranks: Ranks) -> Iterator[None]:
     lock = FileLock(path.with_suffix(".lock"))
     waits = False
     # Short timeouts, since the other ranks of this run wait in a collective, which has a timeout of its own.
-    while not ranks.from_main(ranks.is_main and _try_acquire(lock, 10.0 if waits else 0.0)):
+    while not ranks.broadcast(ranks.is_rank_zero and _try_acquire(lock, 10.0 if waits else 0.0)):
         if not waits:
             print("reference: waiting for the run that computes its log-probs", flush=True)
         waits = True
     try:
         yield
     finally:
-        if ranks.is_main:
+        if ranks.is_rank_zero:
             lock.release()
 
 
@@ -229,7 +231,7 @@ def _count(reference: CachedReference) -> int:
 
 
 @torch.no_grad()
-def compute_logps(reference: LiveReference, plan: ReferencePlan, ranks: Ranks = ALONE) -> CachedReference:
+def compute_logps(reference: LiveReference, plan: ReferencePlan, ranks: Ranks = SINGLE_PROCESS) -> CachedReference:
     """Compute the log-probs of a plan in one pass: each rank computes its packs, and all ranks get the result."""
     table, model = plan.prompts.table, reference.model
     training = model.training
@@ -242,7 +244,7 @@ def compute_logps(reference: LiveReference, plan: ReferencePlan, ranks: Ranks = 
             rows.append(batch.response_rows)
             values.append(logps)
     model.train(training)
-    return _combine(ranks.gather(_RankResult.of(numbers, rows, values)), table.first_row + table.num_responses)
+    return _combine(ranks.all_gather_object(_RankResult.of(numbers, rows, values)), table.first_row + table.num_responses)
 
 
 @dataclass(frozen=True)

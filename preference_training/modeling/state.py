@@ -14,7 +14,7 @@ import xxhash
 from torch import Tensor, nn
 
 from preference_training.core.errors import UserError
-from preference_training.core.ranks import bytes_of
+from preference_training.core.process_group import bytes_of
 from preference_training.modeling.adapters import initial_weights
 from preference_training.modeling.kernels import use_liger_kernels
 

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from preference_training.batching.packing import TokenBudget
-from preference_training.core.ranks import Ranks, local, local_world_size
+from preference_training.core.process_group import Ranks, local_world_size, to_local
 from preference_training.modeling.loading import build_untrained
 from preference_training.modeling.state import compute_device, free_memory
 
@@ -36,8 +36,8 @@ def common_budget(budget: TokenBudget, ranks: Ranks) -> TokenBudget:
 
     Sharded weights are gathered once for each pack, so that several ranks use few packs, as large as memory allows.
     """
-    limit = ranks.lowest(budget.limit)
-    return TokenBudget(limit, budget.soft_limit if ranks.size == 1 else limit)
+    limit = ranks.all_reduce_min(budget.limit)
+    return TokenBudget(limit, budget.comfortable if ranks.size == 1 else limit)
 
 
 def untrained_budget(config, tokenizer, device: torch.device) -> TokenBudget:
@@ -71,7 +71,7 @@ def _tokens_that_fit(model: nn.Module, device: torch.device, free: int | None, m
     # Only weights on this device take of its memory.
     trained = [weight for weight in model.parameters() if weight.requires_grad and (moves or weight.device == device)]
     # Of sharded weights, this process's shards.
-    shards = [local(weight) for weight in trained]
+    shards = [to_local(weight) for weight in trained]
     weights = sum(shard.numel() * shard.element_size() for shard in shards)
     # Weights that are still to be moved will take of what is free now.
     to_come = weights if moves else 0

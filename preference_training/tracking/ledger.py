@@ -17,7 +17,7 @@ import pyarrow.parquet
 import torch
 from torch import Tensor
 
-from preference_training.core.ranks import ALONE, Ranks
+from preference_training.core.process_group import SINGLE_PROCESS, Ranks
 
 FOLDER = "ledger"
 SCHEMA = pyarrow.schema(
@@ -65,7 +65,7 @@ class Ledger:
     All ranks of a run see and write together; each keeps its own pairs on its own device until then.
     """
 
-    def __init__(self, run_dir: Path, ranks: Ranks = ALONE, say: Callable[[str], None] = print):
+    def __init__(self, run_dir: Path, ranks: Ranks = SINGLE_PROCESS, say: Callable[[str], None] = print):
         self.folder, self.ranks, self.say = run_dir / FOLDER, ranks, say
         self.steps: list[tuple[int, list[tuple[Tensor, Tensor]]]] = []
         # What the disk has had no room for.
@@ -84,8 +84,8 @@ class Ledger:
             return
         mine, examples = self._mine(), self.steps[-1][0]
         self.steps = []
-        parts = self.ranks.gather(mine)
-        if not self.ranks.is_main:
+        parts = self.ranks.all_gather_object(mine)
+        if not self.ranks.is_rank_zero:
             return
         self.unwritten = Sightings.joined([self.unwritten, *parts])
         try:

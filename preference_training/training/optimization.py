@@ -52,16 +52,6 @@ def _plain_optimizer(policy: nn.Module, config) -> torch.optim.Optimizer:
     return optimizer_class(groups, **(fused | arguments))
 
 
-def flat_state(state: dict) -> dict:
-    """An optimizer's state without sections inside a weight's values: bitsandbytes hides those of few bits in one."""
-    by_weight = {}
-    for weight, values in state["state"].items():
-        sections = [value for value in values.values() if isinstance(value, dict)]
-        plain = {name: value for name, value in values.items() if not isinstance(value, dict)}
-        by_weight[weight] = {name: value for part in (plain, *sections) for name, value in part.items()}
-    return state | {"state": by_weight}
-
-
 def _decaying(policy: nn.Module, weight_decay: float | None) -> list:
     """The trained weights, in two groups where `weight_decay` is given: biases and the scales of norms do not decay."""
     trained = [weight for weight in policy.parameters() if weight.requires_grad]
@@ -155,8 +145,8 @@ class MasterWeights(torch.optim.Optimizer):
         self._collect_state()
 
 
-def updated(optimizer: torch.optim.Optimizer) -> list[tuple[Tensor, Tensor]]:
-    """What an optimizer is about to change, and its gradients: master weights where it has them, else the weights."""
+def gradients_of(optimizer: torch.optim.Optimizer) -> list[tuple[Tensor, Tensor]]:
+    """What an optimizer is about to update, with its gradients: master weights where it has them, else the weights."""
     masters = {}
     if isinstance(optimizer, MasterWeights):
         optimizer.make_masters()

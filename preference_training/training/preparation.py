@@ -1,22 +1,76 @@
-"""The tokenized prompts of a run's splits, and the lines that say what they hold."""
+"""A validated run before any model is loaded: its loss, its tokenizer, and the tokenized prompts of its splits."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
+from preference_training.checkpointing.resuming import version_of_data
+from preference_training.configuration.precision import lines_of_precision
 from preference_training.configuration.schema import RunConfig
+from preference_training.configuration.validation import check_objective
 from preference_training.core.errors import UserError
 from preference_training.core.files import first_existing
+from preference_training.core.machine import allow_tf32, quiet_libraries, settle_memory
+from preference_training.core.random_streams import seed_everything
 from preference_training.data.entries import read_entries
+from preference_training.data.preparation import Prepared, overlap, prepare, same_ids, without_held_out
+from preference_training.data.tokenization import VERSION, VERSIONS, TokenSettings
+from preference_training.evaluation.task_suites import check_harness
+from preference_training.losses.base import Loss
+from preference_training.losses.registry import build_loss
+from preference_training.modeling.limits import check_limits, check_rows, model_limits
+from preference_training.modeling.loading import check_model
+from preference_training.modeling.tokenizer import load_tokenizer
+from preference_training.training.optimization import check_optimizer
+from preference_training.training.pruning import build_pruner
 from preference_training.training.run_directory import folders_of
+
+
+@dataclass(frozen=True)
+class PreparedRun:
+    """A validated run before any model is loaded: its loss, tokenizer and data splits, of which the last is held out.
+
+    pruner: Optuna's, None in most runs.
+    """
+
+    config: RunConfig
+    run_dir: Path
+    in_sweep: bool
+    loss: Loss
+    tokenizer: object
+    data: tuple[Prepared, ...]
+    pruner: object = None
+
+
+def prepare_run(config: RunConfig, run_dir: Path, in_sweep: bool = False) -> PreparedRun:
+    """Set this process up for a run, and prepare its loss, tokenizer and data. Raises UserError for what cannot work."""
+    quiet_libraries()
+    settle_memory(keep_freed=not config.trainer.is_sharded)
+    allow_tf32(config.tf32)
+    seed_everything(config.seed)
+    check_optimizer(config)
+    pruner = build_pruner(config.pruner, config.pruner_kwargs) if config.pruner else None
+    if config.eval_only and config.evaluation.task_names:
+        check_harness()
+    loss = build_loss(**config.loss.given(), seed=config.seed)
+    check_objective(config.objective, config.loss.name, loss.paired)
+    for line in [] if config.eval_only else lines_of_precision(config):
+        print(line, flush=True)
+    tokenizer = load_tokenizer(config.model, config.cache_dir)
+    for line in check_model(config.model, tokenizer, config.cache_dir):
+        print(line, flush=True)
+    limits = model_limits(config, tokenizer)
+    check_limits(config, tokenizer, limits)
+    # Before the processes join: those that do not prepare it wait for it without a time-out.
+    splits = ("test",) if config.eval_only and not config.dry_run else ("train", "test")
+    data = prepare_data(config, tokenizer, loss.paired, splits, data_version(config, run_dir))
+    check_rows(config, tokenizer, limits, [split.table for split in data])
+    return PreparedRun(config, run_dir, in_sweep, loss, tokenizer, data, pruner)
 
 
 def data_version(config: RunConfig, run_dir: Path) -> int:
     """The version of the rules by which data is prepared: that of the run that goes on, the newest for a new one."""
-    from preference_training.data.tokenization import VERSION, VERSIONS
-
     found = None
     if config.resume:
-        from preference_training.checkpointing.resuming import version_of_data
-
         found = version_of_data(config.resume, run_dir, config.exp_name)
     if found is not None and found not in VERSIONS:
         raise UserError(
@@ -30,7 +84,7 @@ def data_version(config: RunConfig, run_dir: Path) -> int:
 
 def check_same_data(data, ranks) -> None:
     """Raise UserError, on all ranks, where some have prepared other data than others: they would train on a mixture."""
-    found = ranks.gather([split.table.fingerprint for split in data])
+    found = ranks.all_gather_object([split.table.fingerprint for split in data])
     if any(other != found[0] for other in found):
         ranks_apart = ", ".join(str(rank) for rank, other in enumerate(found) if other != found[0])
         raise UserError(
@@ -47,8 +101,6 @@ def prepare_data(
     version: `data_version`, None for the newest. Responses of the held-out split are numbered behind those of the training
     split. Raises UserError where the first of the splits has no example.
     """
-    from preference_training.data.preparation import overlap, prepare, same_ids, without_held_out
-
     entries = read_entries(config)
     directory = first_existing(folders_of(config.local_dirs)) / "prepared_data"
     settings = token_settings(config, paired, version)
@@ -86,7 +138,6 @@ def say_what_is_there(prepared, entries: list, split: str, what: str, needed: bo
 
 def token_settings(config: RunConfig, paired: bool, version: int | None = None):
     """A function that says of an entry what its token ids depend on: the entry's own wishes, then the configuration's."""
-    from preference_training.data.tokenization import VERSION, TokenSettings
 
     def settings(entry) -> TokenSettings:
         mode = entry.truncation_mode or entry.dataset.truncation_mode

@@ -1,6 +1,6 @@
-"""Runs of a sweep that end before their time because the others do better, as one of Optuna's pruners judges.
+"""Pruning: ends a run of a sweep early where one of Optuna's pruners finds that other jobs do better.
 
-The pruner sees what the jobs of the sweep have left on disk, so that it judges alike under every sweeper and launcher, on one
+The pruner reads what the jobs of the sweep have left on disk, so that it judges alike under every sweeper and launcher, on one
 machine or many.
 
     metrics.jsonl and job.json of each job -> a study of Optuna's, in memory -> MedianPruner, ... -> pruned.json
@@ -16,7 +16,7 @@ from preference_training.checkpointing.checkpoints import smaller_is_better
 from preference_training.core.errors import UserError, nearest
 from preference_training.tracking.run_files import JOB, METRICS, PRUNED, json_object, metric_rows
 
-# What brings Optuna.
+# How to install Optuna.
 SWEEP_REQUIREMENTS = "pip install -r requirements/sweeps.txt"
 
 
@@ -38,7 +38,7 @@ def build_pruner(name: str, kwargs: dict):
 
 
 class Pruning:
-    """What a run asks after each evaluation: whether it is to end here.
+    """Decides after each evaluation whether a run ends here.
 
     sweep_dir holds the directories of all jobs, run_dir is this one's. objective is the metric that is compared, at the same
     number of examples, rounded to multiples of eval_every: batches of different sizes do not end at the same example.

@@ -61,8 +61,8 @@ def describe_start(config: RunConfig, run_dir: Path, data, total: int | None, de
     write_about(run_dir, reports, total, device)
 
 
-def begin_in(config: RunConfig, run_dir: Path, checkpoint: Path | None) -> Path | None:
-    """Make room for a run that begins in a directory: move an earlier run aside and return where it lies now, or None.
+def begin_in(config: RunConfig, run_dir: Path, checkpoint: Path | None) -> str | None:
+    """Make room for a run that begins in a directory: move an earlier run aside, and return what to say of it.
 
     Raises UserError where the earlier run is needed where it is.
     """
@@ -74,22 +74,15 @@ def begin_in(config: RunConfig, run_dir: Path, checkpoint: Path | None) -> Path 
                 forget_base(run_dir)
             return None
         check_beginning(run_dir, config.model.archive, config.eval_only)
-        return set_aside(run_dir)
+        aside = set_aside(run_dir)
+    return aside and f"local_run_dir: {run_dir} held an earlier run, which is now in {aside.name}/"
 
 
-def open_run_dir(
-    config: RunConfig,
-    run_dir: Path,
-    about: dict,
-    checkpoint: Path | None,
-    total: int | None = None,
-    report=None,
-    aside: Path | None = None,
-):
+def open_run_dir(config: RunConfig, run_dir: Path, about: dict, checkpoint: Path | None, total: int | None = None, report=None):
     """Make a run's directory ready for its files, as they were at the checkpoint; returns its tracker.
 
-    total, report: the number of training examples, and what writes the run's page; None where there is none. aside: where an
-    earlier run lies that was found in the directory. Raises UserError where the checkpoint is another run's.
+    total, report: the number of training examples, and what writes the run's page; None where there is none. Raises UserError
+    where the checkpoint is another run's.
     """
     from preference_training.checkpointing.checkpoints import read_state
     from preference_training.checkpointing.resuming import check_same_run, cut_back
@@ -104,10 +97,7 @@ def open_run_dir(
             cut_back(run_dir, checkpoint)
         save_config(config, run_dir)
         dashboards = start_dashboards(config.dashboard_names, about["config"], run_dir, about["wandb_id"], seen)
-        tracker = Tracker(run_dir, total, config.minimum_log_interval_secs, dashboards, report, seen)
-    if aside:
-        tracker.say(f"local_run_dir: {run_dir} held an earlier run, which is now in {aside.name}/")
-    return tracker
+        return Tracker(run_dir, total, config.minimum_log_interval_secs, dashboards, report, seen)
 
 
 def say_what_is_set_aside(config: RunConfig, run_dir: Path) -> None:

@@ -1,6 +1,6 @@
-"""Whether policy and reference say the same while their weights are the same: before the first update, bit for bit.
+"""Checks that policy and reference give bit-identical log-probs before the first update, while their weights are the same.
 
-Where they do not, every margin of the run would be measured from a wrong place, so that the run ends with the reason.
+Where they do not, every margin of the run would be measured from a wrong start, so the run ends with the reason.
 """
 
 from dataclasses import dataclass
@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from preference_training.batching.packing import PackedBatch
 from preference_training.core.errors import UserError
-from preference_training.core.ranks import Ranks
+from preference_training.core.process_group import Ranks
 from preference_training.modeling.logprobs import CachedReference, response_logps
 
 
 @dataclass(frozen=True)
 class _Distance:
-    """How far policy and reference are apart over some responses: in how many of how many, by how much at most, and where."""
+    """How far policy and reference differ: in how many of how many responses, by how much at most, and where."""
 
     apart: int
     responses: int
@@ -25,22 +25,22 @@ class _Distance:
 
 
 class SameStart:
-    """Looks on while a run's first numbers are computed; `check` says what it saw. Of fillers nothing is kept."""
+    """Compares policy and reference while a run computes its first log-probs: `see` records, `check` raises."""
 
     def __init__(self, policy: nn.Module, reference):
         self.policy, self.reference = policy, reference
         # Of an adapter that training starts from; all others are off.
-        self.draws = any(isinstance(module, nn.Dropout) and module.p > 0 for module in policy.modules())
+        self.has_dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in policy.modules())
         self.seen: list[tuple[PackedBatch, Tensor]] = []
 
     @torch.no_grad()
     def see(self, batch: PackedBatch, policy: Tensor, reference: Tensor) -> None:
-        """Compare the log-probs [R] that both gave for a batch; nothing waits for the device."""
-        if self.draws and self.policy.training:
+        """Compare the log-probs [R] of both for a batch, without waiting for the device."""
+        if self.has_dropout and self.policy.training:
             policy = self._without_dropout(batch)
         if batch.is_filler:
             return
-        # A policy without finite numbers is the business of those that skip a step.
+        # Log-probs of the policy that are not finite are left to the skipping of steps.
         apart = torch.where(policy.isfinite(), (policy.detach() - reference).abs().nan_to_num(torch.inf), 0.0)
         self.seen.append((batch, apart))
 
@@ -55,7 +55,7 @@ class SameStart:
         """Raise UserError, on all ranks, where any rank has seen a difference."""
         found = [_distance(batch, apart) for batch, apart in self.seen]
         self.seen = []
-        found = [distance for rank in ranks.gather(found) for distance in rank]
+        found = [distance for rank in ranks.all_gather_object(found) for distance in rank]
         apart = sum(distance.apart for distance in found)
         if not apart:
             return
@@ -80,7 +80,7 @@ class SameStart:
 
 
 def _distance(batch: PackedBatch, apart: Tensor) -> _Distance:
-    """What a batch's differences [R] come to."""
+    """Summarize a batch's differences [R]."""
     apart = apart.cpu()
     response = int(apart.argmax())
     owners = [place for place, pair in enumerate(batch.pairs.tolist()) if response in pair] or [response]

@@ -10,7 +10,7 @@ from preference_training.batching.iterator import BatchIterator, Packing
 from preference_training.batching.micro_batches import evaluation_batches, evaluation_prompts
 from preference_training.batching.packing import TokenBudget, assign_to_ranks, examples_of, pack_examples, packs_of
 from preference_training.batching.schedule import RunLength, Schedule
-from preference_training.core.ranks import Ranks
+from preference_training.core.process_group import Ranks
 from preference_training.data.prompt_table import Columns, PromptTable, TablePart
 from preference_training.data.tokenization import TokenizedPrompt
 

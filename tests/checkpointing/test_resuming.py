@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM
 
 from preference_training.batching.iterator import BatchIterator
 from preference_training.batching.micro_batches import evaluation_batches
-from preference_training.batching.schedule import RunLength, Schedule
 from preference_training.checkpointing import resuming
 from preference_training.checkpointing.checkpoints import CheckpointWriter, fault_of
 from preference_training.checkpointing.resuming import (
@@ -37,7 +36,7 @@ from preference_training.data.tokenization import VERSION, TokenizedPrompt
 from preference_training.losses.registry import build_loss
 from preference_training.modeling.logprobs import LiveReference
 from preference_training.tracking.tracker import Tracker
-from preference_training.training.trainers import BasicTrainer
+from tests.support.building import build_trainer
 from tests.support.files import GOLDEN
 
 LENGTHS = ("max_length=32", "max_prompt_length=16")
@@ -63,11 +62,9 @@ def finished(tmp_path_factory, compose, tokenizer) -> Path:
     reference = LiveReference(copy.deepcopy(policy))
     loss = build_loss("dpo", mode_loss="beta_DPO", mode_weight=0.2, a=0.6)
     with Tracker(run_dir, 12) as tracker, CheckpointWriter(run_dir, policy, tokenizer, about=ABOUT) as writer:
-        batches = (
-            BatchIterator(Schedule(prompts, 4, length=RunLength(n_examples=12))),
-            evaluation_batches(prompts, 4, 4, seed=0),
-        )
-        BasicTrainer(config, policy, reference, loss, tokenizer, *batches, [[5, 6, 7]], tracker, writer).train()
+        batches = BatchIterator(prompts, 4, n_examples=12), evaluation_batches(prompts, 4, 4, seed=0)
+        parts = {"train": batches[0], "held_out": batches[1], "sample_prompts": [[5, 6, 7]]}
+        build_trainer(config, policy, loss, reference, tokenizer=tokenizer, tracker=tracker, writer=writer, **parts).train()
     return run_dir
 
 
@@ -327,7 +324,7 @@ def test_ranks_that_have_prepared_other_data_stop_before_they_train():
     from preference_training.training import preparation
 
     class TwoRanks:
-        def gather(self, value):
+        def all_gather_object(self, value):
             return [value, value if self.alike else ["other"]]
 
     ranks, data = TwoRanks(), (SimpleNamespace(table=PromptTable([])),)

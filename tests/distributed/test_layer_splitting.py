@@ -11,12 +11,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from preference_training.batching.iterator import BatchIterator
 from preference_training.batching.micro_batches import MicroBatch, evaluation_batches
 from preference_training.batching.packing import examples_of, pack_examples
-from preference_training.batching.schedule import RunLength, Schedule
 from preference_training.checkpointing.checkpoints import CheckpointWriter
 from preference_training.core.errors import UserError
 from preference_training.data.prompt_table import PromptTable
 from preference_training.data.tokenization import TokenizedPrompt
+from preference_training.distributed.launching import needs_processes
 from preference_training.distributed.layer_splitting import copy_of_split, load_split, split_layers, splits_in_one_process
+from preference_training.distributed.placement import OneProcess, Sharded, SplitLayers, TensorParallel
 from preference_training.evaluation.held_out import evaluate_held_out
 from preference_training.generation.sampling import Sampler
 from preference_training.losses.registry import build_loss
@@ -24,7 +25,8 @@ from preference_training.modeling.loading import disable_dropout
 from preference_training.modeling.logprobs import LiveReference, response_logps
 from preference_training.modeling.prefix_sharing.proof import TOLERANCES, random_trees
 from preference_training.modeling.prefix_sharing.sharing import share_prefixes
-from preference_training.training.trainers import BasicTrainer, LayerSplittingTrainer
+from tests.support.building import build_trainer, weights_of
+from trainers import placement_for
 
 VOCABULARY = 90
 SIZES = {
@@ -58,9 +60,9 @@ def prompts() -> list[TokenizedPrompt]:
 
 @pytest.fixture
 def build(compose, tokenizer):
-    """Build a trainer of a class on a model, `build(BasicTrainer, model)`; the reference is the model as it is now, moved."""
+    """Build a trainer of a placement on a model, `build(OneProcess, model)`; the reference is the model as it is now, moved."""
 
-    def built(trainer_class, model, *overrides: str, batches=None):
+    def built(placement_class, model, *overrides: str, batches=None):
         # A key's bias has no gradient but rounding; beside this eps it is none.
         settings = "optimizer=AdamW", "++optimizer_kwargs.eps=1e-5", "lr=1e-3", "warmup_steps=2", "max_grad_norm=1.0"
         config = compose(*settings, *overrides)
@@ -68,10 +70,10 @@ def build(compose, tokenizer):
         with torch.no_grad():
             next(reference.parameters()).mul_(0.9)
         model = copy.deepcopy(model)
-        if trainer_class is LayerSplittingTrainer:
+        if placement_class is SplitLayers:
             model, reference = split_layers(model, CPUS), split_layers(reference, CPUS)
-        parts = LiveReference(reference), build_loss("dpo", beta=0.5), tokenizer, batches, [], [], None, None
-        return trainer_class(config, model, *parts)
+        models = model, build_loss("dpo", beta=0.5), LiveReference(reference)
+        return build_trainer(config, *models, placement=placement_class(config, tokenizer), train=batches)
 
     return built
 
@@ -98,7 +100,7 @@ def assert_same_weights(found: dict, expected: dict) -> None:
 @pytest.mark.parametrize(("model_type", "count"), [("gpt2", 8), ("opt", 3), ("bloom", 3)])
 def test_training_on_two_shards_follows_one_process(model_type, count, build):
     model = whole_model(model_type)
-    split, single = build(LayerSplittingTrainer, model), build(BasicTrainer, model)
+    split, single = build(SplitLayers, model), build(OneProcess, model)
     batches = (steps() * 3)[:count]
     assert len(batches) == count
     for batch in batches:
@@ -107,20 +109,22 @@ def test_training_on_two_shards_follows_one_process(model_type, count, build):
             assert found[name] == pytest.approx(expected[name], rel=1e-4), name
         for name, value in expected.items():
             assert found[name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
-    moved = split.weights()
-    assert_same_weights(moved, single.weights())
+    moved = weights_of(split)
+    assert_same_weights(moved, weights_of(single))
     assert all(not torch.equal(moved[name], weight) for name, weight in model.named_parameters())
 
 
 def test_a_reference_that_follows_the_policy_does_so_in_shards_too(build):
     model = whole_model("gpt2")
-    split, single = build(LayerSplittingTrainer, model), build(BasicTrainer, model)
+    split, single = build(SplitLayers, model), build(OneProcess, model)
     for trainer in (split, single):
-        trainer.loss = build_loss("tr_dpo", beta=0.5, reference_update_every=1, reference_update_share=0.5)
+        trainer.models.loss = build_loss("tr_dpo", beta=0.5, reference_update_every=1, reference_update_share=0.5)
         trainer.train_step(steps()[0])
     moved = split.moved_reference()
     assert_same_weights(moved, single.moved_reference())
-    split.set_moved_reference({name: weight.clone().zero_() for name, weight in moved.items()})
+    split.placement.set_weights(
+        split.models.reference.model, {name: torch.zeros_like(weight) for name, weight in moved.items()}
+    )
     assert not any(weight.any() for weight in split.moved_reference().values())
 
 
@@ -144,96 +148,100 @@ def test_gpt2_and_opt_compute_prompts_once_and_bloom_on_padded_rows(model_type):
 
 @pytest.mark.parametrize(
     "classes",
-    [(LayerSplittingTrainer,) * 2, (LayerSplittingTrainer, BasicTrainer), (BasicTrainer, LayerSplittingTrainer)],
+    [(SplitLayers,) * 2, (SplitLayers, OneProcess), (OneProcess, SplitLayers)],
     ids=["split", "split, then whole", "whole, then split"],
 )
 def test_a_checkpoint_is_whole_and_continued_exactly(classes, build, tmp_path):
-    def make(trainer_class, model):
-        return build(
-            trainer_class, model, batches=BatchIterator(Schedule(PromptTable.of(prompts()), 6, length=RunLength(n_epochs=1)))
-        )
+    def make(placement_class, model):
+        return build(placement_class, model, batches=BatchIterator(PromptTable.of(prompts()), 6, n_epochs=1))
 
     model = whole_model("gpt2")
     whole, first = make(classes[0], model), make(classes[0], model)
-    for batch in whole.train_batches:
+    for batch in whole.batches.train:
         whole.train_step(batch)
-    for batch in first.train_batches:
+    for batch in first.batches.train:
         first.train_step(batch)
-        if first.updates == 3:
+        if first.state.updates == 3:
             break
-    with CheckpointWriter(tmp_path, first.policy, first.tokenizer) as writer:
+    with CheckpointWriter(tmp_path, first.models.policy, first.placement.tokenizer) as writer:
         writer.write(first.snapshot())
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "LATEST", dtype=torch.float32)
     assert type(loaded).__name__ == "GPT2LMHeadModel" and loaded.lm_head.weight is loaded.transformer.wte.weight
-    assert all(torch.equal(first.weights()[name], weight) for name, weight in loaded.state_dict().items())
-    moments = {name: entry["exp_avg"].shape for name, entry in first.optimizer_state()["state"].items()}
+    assert all(torch.equal(weights_of(first)[name], weight) for name, weight in loaded.state_dict().items())
+    moments = {name: entry["exp_avg"].shape for name, entry in first.step.updater.optimizer_state()["state"].items()}
     assert moments == {name: weight.shape for name, weight in model.named_parameters()}
     second = make(classes[1], model)
     second.continue_from(tmp_path / "LATEST")
-    for batch in second.train_batches:
+    for batch in second.batches.train:
         second.train_step(batch)
-    assert (second.updates, second.examples) == (whole.updates, whole.examples) and whole.updates > 4
+    assert (second.state.updates, second.state.examples) == (
+        whole.state.updates,
+        whole.state.examples,
+    ) and whole.state.updates > 4
     if classes[0] is classes[1]:
-        assert all(torch.equal(second.weights()[name], weight) for name, weight in whole.weights().items())
-    assert_same_weights(second.weights(), whole.weights())
+        assert all(torch.equal(weights_of(second)[name], weight) for name, weight in weights_of(whole).items())
+    assert_same_weights(weights_of(second), weights_of(whole))
 
 
 def test_master_weights_are_joined_in_a_checkpoint_and_split_again(build, tmp_path):
-    def make(trainer_class):
-        batches = BatchIterator(Schedule(PromptTable.of(prompts()), 6, length=RunLength(n_epochs=1)))
+    def make(placement_class):
+        batches = BatchIterator(PromptTable.of(prompts()), 6, n_epochs=1)
         settings = "model.policy_dtype=bfloat16", "lr=1e-5", "weight_decay=0.1"
-        return build(trainer_class, whole_model("gpt2").bfloat16(), *settings, batches=batches)
+        return build(placement_class, whole_model("gpt2").bfloat16(), *settings, batches=batches)
 
-    first, single = make(LayerSplittingTrainer), make(BasicTrainer)
+    first, single = make(SplitLayers), make(OneProcess)
     for trainer in (first, single):
-        for batch in trainer.train_batches:
+        for batch in trainer.batches.train:
             trainer.train_step(batch)
-            if trainer.updates == 3:
+            if trainer.state.updates == 3:
                 break
-    with CheckpointWriter(tmp_path, first.policy, first.tokenizer) as writer:
+    with CheckpointWriter(tmp_path, first.models.policy, first.placement.tokenizer) as writer:
         writer.write(first.snapshot())
-    expected = {name: state["master"] for name, state in single.optimizer_state()["state"].items()}
-    found = {name: state["master"] for name, state in first.optimizer_state()["state"].items()}
+    expected = {name: state["master"] for name, state in single.step.updater.optimizer_state()["state"].items()}
+    found = {name: state["master"] for name, state in first.step.updater.optimizer_state()["state"].items()}
     assert {str(master.dtype) for master in found.values()} == {"torch.float32"}
     assert_same_weights(found, expected)
-    for trainer_class in (LayerSplittingTrainer, BasicTrainer):
-        second = make(trainer_class)
+    for placement_class in (SplitLayers, OneProcess):
+        second = make(placement_class)
         second.continue_from(tmp_path / "LATEST")
-        again = {name: state["master"] for name, state in second.optimizer_state()["state"].items()}
+        again = {name: state["master"] for name, state in second.step.updater.optimizer_state()["state"].items()}
         assert again.keys() == found.keys() and all(torch.equal(again[name], master) for name, master in found.items())
-        assert all(torch.equal(second.weights()[name], weight) for name, weight in first.weights().items())
+        assert all(torch.equal(weights_of(second)[name], weight) for name, weight in weights_of(first).items())
 
 
 def test_held_out_metrics_and_sampled_answers_are_those_of_one_process(build, tokenizer):
     model = whole_model("bloom")
     batches = evaluation_batches(PromptTable.of(prompts()), 8, None, seed=0)
-    split, single = build(LayerSplittingTrainer, model), build(BasicTrainer, model)
-    found, expected = (evaluate_held_out(each.policy, each.reference, each.loss, batches).means() for each in (split, single))
+    split, single = build(SplitLayers, model), build(OneProcess, model)
+    found, expected = (
+        evaluate_held_out(each.models.policy, each.models.reference, each.models.loss, batches).means()
+        for each in (split, single)
+    )
     assert found == pytest.approx(expected, rel=1e-4, abs=1e-4)
     asked = [prompt.prompt_ids for prompt in prompts()[:3]]
-    answers = [Sampler(tokenizer, 24, seed=0).texts(each.policy, asked) for each in (split, single)]
+    answers = [Sampler(tokenizer, 24, seed=0).texts(each.models.policy, asked) for each in (split, single)]
     assert answers[0] == answers[1]
 
 
 def test_a_step_after_an_evaluation_trains_every_weight(build):
-    trainer = build(LayerSplittingTrainer, whole_model("gpt2"))
-    before = {name: weight.clone() for name, weight in trainer.weights().items()}
+    trainer = build(SplitLayers, whole_model("gpt2"))
+    before = {name: weight.clone() for name, weight in weights_of(trainer).items()}
     batches = evaluation_batches(PromptTable.of(prompts()), 8, None, seed=0)
-    evaluate_held_out(trainer.policy, trainer.reference, trainer.loss, batches)
+    evaluate_held_out(trainer.models.policy, trainer.models.reference, trainer.models.loss, batches)
     trainer.train_step(steps()[0])
-    assert not [name for name, weight in trainer.weights().items() if torch.equal(weight, before[name])]
+    assert not [name for name, weight in weights_of(trainer).items() if torch.equal(weight, before[name])]
 
 
 def test_a_frozen_copy_stays_as_it_was(build):
-    trainer = build(LayerSplittingTrainer, whole_model("gpt2"))
-    frozen, batch = copy_of_split(trainer.policy, torch.float32), random_trees(VOCABULARY)
+    trainer = build(SplitLayers, whole_model("gpt2"))
+    frozen, batch = copy_of_split(trainer.models.policy, torch.float32), random_trees(VOCABULARY)
     with torch.no_grad():
-        before = response_logps(trainer.policy, batch)
+        before = response_logps(trainer.models.policy, batch)
         assert torch.equal(response_logps(frozen, batch), before)
     trainer.train_step(steps()[0])
     with torch.no_grad():
         assert torch.equal(response_logps(frozen, batch), before)
-        assert not torch.equal(response_logps(trainer.policy, batch), before)
+        assert not torch.equal(response_logps(trainer.models.policy, batch), before)
     assert not any(weight.requires_grad for weight in frozen.parameters())
 
 
@@ -269,6 +277,19 @@ def test_an_error_of_one_shard_is_raised_though_the_others_wait_for_it():
 def test_a_model_with_a_plan_of_transformers_is_not_for_the_package(compose):
     assert not splits_in_one_process(compose("trainer=TensorParallelTrainer"))
     assert splits_in_one_process(compose("trainer=TensorParallelTrainer", "model.from_config.model_type=gpt2"))
+
+
+def test_one_function_says_where_weights_live_and_those_of_one_process_need_no_other(compose):
+    found = {
+        "trainer=BasicTrainer": OneProcess,
+        "trainer=FSDPTrainer": Sharded,
+        "trainer=TensorParallelTrainer": TensorParallel,
+        "trainer=TensorParallelTrainer model.from_config.model_type=gpt2": SplitLayers,
+    }
+    for overrides, placement in found.items():
+        config = compose(*overrides.split())
+        assert placement_for(config) is placement
+        assert needs_processes(config) is issubclass(placement, Sharded)
 
 
 @pytest.mark.parametrize(

@@ -9,20 +9,22 @@ from preference_training.batching.micro_batches import MicroBatch
 from preference_training.batching.packing import UNLIMITED, TokenBudget, examples_of, pack_examples
 from preference_training.configuration.composition import force_open_sections
 from preference_training.data.tokenization import TokenizedPrompt
+from preference_training.distributed.placement import Sharded
 from preference_training.dry_run.scaling import (
     GIB,
     Message,
     StepCosts,
     Traffic,
     describe_traffic,
+    fake_placement,
     fake_processes,
     in_device_memory,
-    lay_out_ranks,
     rank_budget,
 )
 from preference_training.dry_run.scaling import step_costs as step_costs_of
 from preference_training.losses.registry import build_loss
 from preference_training.modeling.tokenizer import load_tokenizer
+from trainers import TRAINERS
 
 F32 = torch.float32
 LAYERS = 2
@@ -56,10 +58,14 @@ def costs(config, size: int = 8, live: bool = True, packs: int = 1, loss: str = 
     mode = {"mode_loss": "beta_DPO"} if loss == "beta_DPO" else {}
     objective = build_loss("dpo" if mode else loss, **mode)
     with fake_processes(size):
-        ranks, layout = lay_out_ranks(config)
-        tokenizer = load_tokenizer(config.model)
-        assert len(tokenizer) == VOCABULARY
-        return step_costs_of(config, tokenizer, objective, live, [pack] * min(2, packs), step, ranks, layout)
+        placement = placed(config)
+        assert len(placement.tokenizer) == VOCABULARY
+        return step_costs_of(placement, objective, live, [pack] * min(2, packs), step)
+
+
+def placed(config) -> Sharded:
+    """The placement of a configuration; inside `fake_processes`."""
+    return fake_placement(TRAINERS[config.trainer.name].placement_class, config, load_tokenizer(config.model))
 
 
 def sent(traffic: Traffic, least: int = 1000) -> dict:
@@ -181,7 +187,7 @@ def budget(tiny):
     def found(*overrides: str) -> TokenBudget:
         config = tiny("trainer=FSDPTrainer", "trainer.world_size=8", *overrides)
         with fake_processes(8):
-            return rank_budget(config, load_tokenizer(config.model), lay_out_ranks(config)[1])
+            return rank_budget(placed(config))
 
     return found
 

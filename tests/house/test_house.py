@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+import train  # noqa: F401  registers the resolvers that the configuration uses
 from preference_training.configuration.composition import choices_of, force_open_sections, group_keys, known_keys
 from preference_training.data.entries import read_entries
 from preference_training.losses.registry import losses

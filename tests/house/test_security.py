@@ -44,12 +44,14 @@ RISKY = {
 KNOWN = {
     "torch.load": ["files.py"],
     "spec.loader.exec_module": ["files.py"],
-    "torch.distributed.all_gather_object": ["ranks.py"],
-    "torch.distributed.broadcast_object_list": ["ranks.py"],
+    "torch.distributed.all_gather_object": ["process_group.py"],
+    "torch.distributed.broadcast_object_list": ["process_group.py"],
     # Kernels of a module that is there.
     "child.compile": ["kernels.py"],
 }
-HARMLESS = ("json.", "tomllib.", "re.", "OmegaConf.", "dcp.", "model.", "policy.", "copy.", "torch.compile", "hub.load")
+# Methods of ours; those of `Ranks` hand objects on to the calls in process_group.py.
+OWN = ("entry.dataset.load", "self.all_gather_object")
+HARMLESS = ("json.", "re.", "OmegaConf.", "dcp.", "model.", "policy.", "copy.", "torch.compile", "hub.load")
 
 
 def calls(path: Path) -> list[tuple[str, ast.Call]]:
@@ -61,7 +63,7 @@ def test_what_could_execute_data_stands_in_few_known_places():
     found: dict[str, list[str]] = {}
     for path in SOURCES:
         for name, _ in calls(path):
-            own = name.endswith(".eval") or name.startswith(HARMLESS) or name == "entry.dataset.load"
+            own = name.endswith((".eval", "ranks.all_gather_object")) or name.startswith(HARMLESS) or name in OWN
             if name.rsplit(".", 1)[-1] in RISKY and not own:
                 found.setdefault(name, []).append(path.name)
     assert found == KNOWN

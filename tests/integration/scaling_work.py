@@ -6,18 +6,17 @@ from preference_training.batching.iterator import BatchIterator, Packing
 from preference_training.batching.packing import examples_of, pack_examples
 from preference_training.batching.schedule import Schedule
 from preference_training.configuration.schema import RunConfig
-from preference_training.core.ranks import Ranks
+from preference_training.core.process_group import Ranks, to_local
 from preference_training.data.prompt_table import PromptTable
 from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.distributed.launching import end_group, start_group
-from preference_training.distributed.sharding import load_sharded, local, reference_beside
-from preference_training.dry_run.memory_estimate import StorageCounter, most_held
+from preference_training.dry_run.memory_estimate import StorageCounter, peak_memory
 from preference_training.dry_run.scaling import Traffic, attributed
 from preference_training.losses.registry import build_loss
-from preference_training.modeling.logprobs import LiveReference
 from preference_training.modeling.prefix_sharing.tree_attention import clear_mask_cache
 from preference_training.modeling.tokenizer import load_tokenizer
-from preference_training.training.trainers import TRAINERS
+from tests.support.building import build_trainer
+from trainers import TRAINERS
 
 
 def prompts(count: int = 8) -> list[TokenizedPrompt]:
@@ -41,35 +40,34 @@ def real_steps(settings: list[dict]) -> list[dict]:
 
 def real_step(config, device: torch.device) -> dict:
     """Memory and traffic of a real step, as the counters see them and (held) as the objects' own storages are."""
-    trainer_class = TRAINERS[config.trainer.name]
-    tokenizer = load_tokenizer(config.model)
-    ranks, layout = trainer_class.placement.lay_out(config, device.type, config.trainer.nproc_per_node)
+    tokenizer, placement_class = load_tokenizer(config.model), TRAINERS[config.trainer.name].placement_class
+    mesh = placement_class.mesh(config, device.type, config.trainer.nproc_per_node)
+    placement = placement_class(config, tokenizer, device, mesh)
     with StorageCounter(len(tokenizer)) as counter:
-        policy, _ = load_sharded(config, tokenizer, layout, device, ranks)
+        policy = placement.load_policy()
         counter.kind = "reference"
-        reference = LiveReference(reference_beside(policy, config, tokenizer, layout, device))
+        reference = placement.reference(policy)
         counter.kind = "activations"
         # Those that the model was proved with are not a step's.
         clear_mask_cache()
-        parts = policy, reference, build_loss("dpo", beta=0.1), tokenizer, None, [], [], None, None, ranks
-        trainer = trainer_class(config, *parts)
-        packs, step = packs_and_step(ranks)
+        trainer = build_trainer(config, policy, build_loss("dpo", beta=0.1), reference, placement=placement)
+        pieces, batch = packs_and_step(placement.ranks)
         held: dict[str, int] = {}
-        trainer.optimizer.register_step_pre_hook(lambda *_: held.update(held_by(trainer)))
-        memory = most_held(trainer, counter, packs)
+        trainer.step.updater.optimizer.register_step_pre_hook(lambda *_: held.update(held_by(trainer)))
+        memory = peak_memory(trainer.step, counter, pieces)
     with Traffic() as traffic:
-        trainer.reference = attributed(reference, traffic)
-        trainer.train_step(step)
+        trainer.models.reference = attributed(reference, traffic)
+        trainer.train_step(batch)
     return {"memory": memory, "held": held, "sent": dict(traffic.sent), "calls": dict(traffic.calls)}
 
 
 def held_by(trainer) -> dict[str, int]:
     """Bytes of the storages of weights, gradients and optimizer state."""
-    weights = list(trainer.policy.parameters())
-    states = [value for state in trainer.optimizer.state.values() for value in state.values()]
+    weights = list(trainer.models.policy.parameters())
+    states = [value for state in trainer.step.updater.optimizer.state.values() for value in state.values()]
     tensors = {"parameters": weights, "gradients": [weight.grad for weight in weights], "optimizer": states}
     return {
-        kind: sum({local(t).untyped_storage().data_ptr(): local(t).untyped_storage().nbytes() for t in found}.values())
+        kind: sum({to_local(t).untyped_storage().data_ptr(): to_local(t).untyped_storage().nbytes() for t in found}.values())
         for kind, found in tensors.items()
         if all(isinstance(t, torch.Tensor) for t in found)
     }

@@ -13,19 +13,19 @@ from unittest import mock
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from preference_training.batching.iterator import BatchIterator, Packing
+from preference_training.batching.iterator import BatchIterator
 from preference_training.batching.micro_batches import MicroBatch, evaluation_batches
 from preference_training.batching.packing import TokenBudget, examples_of, packs_of
-from preference_training.batching.schedule import RunLength, Schedule
 from preference_training.checkpointing.checkpoints import CheckpointWriter, Snapshot
 from preference_training.configuration.schema import RunConfig
+from preference_training.core.process_group import SINGLE_PROCESS
 from preference_training.core.random_streams import seed_everything
-from preference_training.core.ranks import ALONE
 from preference_training.data.prompt_table import PromptTable
 from preference_training.data.rows.records import PreferenceRecord
 from preference_training.data.tokenization import TokenSettings, tokenize_records
 from preference_training.distributed.launching import end_group, start_group
-from preference_training.distributed.sharding import Layout, load_sharded, make_mesh, ranks_of, whole
+from preference_training.distributed.placement import Sharded
+from preference_training.distributed.sharding import full_tensor, make_mesh
 from preference_training.evaluation.held_out import evaluate_held_out
 from preference_training.losses.registry import build_loss
 from preference_training.modeling.loading import load_model
@@ -33,8 +33,9 @@ from preference_training.modeling.logprobs import LiveReference
 from preference_training.modeling.prefix_sharing.sharing import share_prefixes
 from preference_training.modeling.reference_cache import ReferencePlan, cache_path, cached_reference, compute_logps
 from preference_training.modeling.state import weights_hash
-from preference_training.training.trainers import BasicTrainer, FSDPTrainer
+from tests.support.building import build_trainer, weights_of
 from tests.support.files import GOLDEN
+from trainers import Trainer
 
 TRAJECTORIES = json.loads((GOLDEN / "trajectories.json").read_text())
 
@@ -62,19 +63,17 @@ class World:
     def sharded(self, architecture: str, loss: dict, mesh, sharding: str, **changes):
         """A sharded trainer on golden models, and its ranks."""
         config = self.config.changed({"trainer.sharding": sharding} | changes)
-        ranks = ranks_of(mesh)
-        layout = Layout.of(config, mesh)
 
         def load(name: str):
             one = config.changed({"model.name_or_path": str(GOLDEN / name)})
-            return load_sharded(one, self.tokenizer, layout, self.device, ranks)[0]
+            return Sharded(one, self.tokenizer, self.device, mesh).load_policy()
 
+        placement = Sharded(config, self.tokenizer, self.device, mesh)
         reference = LiveReference(load(architecture)) if loss["name"] != "sft" else None
         policy = load(f"{architecture}_policy")
-        parts = policy, reference, build_loss(**loss), self.tokenizer, None, [], [], None, None
-        return FSDPTrainer(config, *parts, ranks), ranks
+        return build_trainer(config, policy, build_loss(**loss), reference, placement=placement), placement.ranks
 
-    def alone(self, architecture: str, loss: dict, **changes) -> BasicTrainer:
+    def alone(self, architecture: str, loss: dict, **changes) -> Trainer:
         """The same in one process."""
 
         def load(name: str):
@@ -83,8 +82,8 @@ class World:
             return model
 
         reference = LiveReference(load(architecture)) if loss["name"] != "sft" else None
-        parts = load(f"{architecture}_policy"), reference, build_loss(**loss), self.tokenizer, None, [], [], None, None
-        return BasicTrainer(self.config.changed(changes), *parts)
+        models = load(f"{architecture}_policy"), build_loss(**loss), reference
+        return build_trainer(self.config.changed(changes), *models, tokenizer=self.tokenizer)
 
 
 def follow(world: World, trajectory: dict, mesh, sharding: str, loss: dict | None = None, budget: int | None = None) -> dict:
@@ -93,7 +92,7 @@ def follow(world: World, trajectory: dict, mesh, sharding: str, loss: dict | Non
     changes = {key: trajectory[key] for key in ("optimizer", "lr", "warmup_steps", "max_grad_norm")}
     trainer, ranks = world.sharded(trajectory["architecture"], loss, mesh, sharding, **changes)
     single = world.alone(trajectory["architecture"], loss, **changes)
-    prompts = golden_prompts(world.tokenizer, trainer.loss.paired)
+    prompts = golden_prompts(world.tokenizer, trainer.models.loss.paired)
     size = trajectory["batch_size"] // trajectory["gradient_accumulation_steps"]
     limit = TokenBudget(budget, budget) if budget else TokenBudget(10**6, 10**6)
     worst: dict[str, float] = {}
@@ -107,10 +106,10 @@ def follow(world: World, trajectory: dict, mesh, sharding: str, loss: dict | Non
             worst[name] = max(worst.get(name, 0.0), abs(float(found[name]) - float(value)) / scale)
     # A forward that nothing follows, as at an evaluation, may leave weights gathered.
     with torch.no_grad():
-        trainer.logps(packs_of(parts[0], limit, ranks)[0])
-    assert trainer.optimizer_state()["state"].keys() == single.optimizer_state()["state"].keys()
-    weights = dict(trainer.policy.named_parameters())
-    pairs = [(whole(weights[name]).detach(), weight.detach()) for name, weight in single.policy.named_parameters()]
+        trainer.step.logps(packs_of(parts[0], limit, ranks)[0])
+    assert trainer.step.updater.optimizer_state()["state"].keys() == single.step.updater.optimizer_state()["state"].keys()
+    weights = dict(trainer.models.policy.named_parameters())
+    pairs = [(full_tensor(weights[name]).detach(), weight.detach()) for name, weight in single.models.policy.named_parameters()]
     apart, size = (
         math.sqrt(sum(x.square().sum().item() for x in xs)) for xs in ([a - b for a, b in pairs], [b for _, b in pairs])
     )
@@ -175,11 +174,11 @@ def follow_in_bfloat16(settings: dict, number_of_steps: int) -> dict:
             "llama", loss, world.mesh("full"), "full", **changes, **{"model.fsdp_policy_mp": "bfloat16"}
         )
         exact = world.alone("llama", loss, **changes)
-        examples = list(examples_of(golden_prompts(world.tokenizer, exact.loss.paired)))
+        examples = list(examples_of(golden_prompts(world.tokenizer, exact.models.loss.paired)))
         curves = losses[loss["name"]] = [[], []]
         for step in range(number_of_steps):
             part = [examples[(16 * step + k) % len(examples)] for k in range(16)]
-            for trainer, on, curve in ((short, ranks, curves[0]), (exact, ALONE, curves[1])):
+            for trainer, on, curve in ((short, ranks, curves[0]), (exact, SINGLE_PROCESS, curves[1])):
                 metrics = trainer.train_step([MicroBatch(packs_of(part, TokenBudget(10**6, 10**6), on), len(part))])
                 curve.append(metrics["loss/train"])
     end_group()
@@ -195,27 +194,27 @@ def follow_adapter(settings: dict) -> dict:
         changes = {"optimizer": "AdamW", "lr": 1e-3, "warmup_steps": 0, "trainer.sharding": sharding}
         changes |= {"model.name_or_path": str(GOLDEN / "llama"), "model.lora.r": 4}
         config = world.config.changed(changes)
-        layout, ranks = Layout.of(config, world.mesh(sharding)), ranks_of(world.mesh(sharding))
+        placement = Sharded(config, world.tokenizer, world.device, world.mesh(sharding))
+        ranks = placement.ranks
         seed_everything(0)
-        policy, began_with = load_sharded(config, world.tokenizer, layout, world.device, ranks)
+        policy = placement.load_policy()
         seed_everything(0)
         own = load_model(config.model, world.tokenizer)
         share_prefixes(own, "on")
-        assert began_with in (None, weights_hash(own))
-        parts = build_loss("dpo"), world.tokenizer, None, [], [], None, None
-        sharded = FSDPTrainer(config, policy, LiveReference(policy), *parts, ranks)
-        single = BasicTrainer(config, own, LiveReference(own), *parts)
+        assert placement.began_with in (None, weights_hash(own))
+        sharded = build_trainer(config, policy, build_loss("dpo"), LiveReference(policy), placement=placement)
+        single = build_trainer(config, own, build_loss("dpo"), LiveReference(own), tokenizer=world.tokenizer)
         worst = 0.0
         for step in range(4):
             part = examples[8 * step : 8 * step + 8]
             found, expected = (
                 trainer.train_step([MicroBatch(packs_of(part, TokenBudget(10**6, 10**6), on), 8)])
-                for trainer, on in ((sharded, ranks), (single, ALONE))
+                for trainer, on in ((sharded, ranks), (single, SINGLE_PROCESS))
             )
             assert step or found["rewards_train/margins"] == expected["rewards_train/margins"] == 0
             worst = max(worst, *(abs(found[name] / expected[name] - 1) for name in ("loss/train", "grad_norm")))
-        kept = single.weights()
-        apart = [(whole(weight).detach() - kept[name].detach()).norm() for name, weight in sharded.weights().items()]
+        kept = weights_of(single)
+        apart = [(full_tensor(weight).detach() - kept[name].detach()).norm() for name, weight in weights_of(sharded).items()]
         assert len(apart) == len(kept)
         results[sharding] = {"numbers": worst, "weights": (sum(apart) / sum(weight.norm() for weight in kept.values())).item()}
     end_group()
@@ -236,31 +235,31 @@ def train_with_masters(settings: dict, folder: str) -> dict:
         mesh, run_dir = world.mesh(sharding, size), Path(folder) / name
         made = [world.sharded("llama", loss, mesh, sharding, **changes, **low) for _ in range(2)]
         (first, ranks), (second, _), single = *made, world.alone("llama", loss, **changes)
-        for trainer, on in ((first, ranks), (second, ranks), (single, ALONE)):
-            trainer.train_batches = BatchIterator(
-                Schedule(table, 8, length=RunLength(n_epochs=None, n_steps=4)), packing=Packing(ranks=on)
-            )
-        before = torch.cat([weight.detach().flatten() for weight in single.policy.parameters()])
-        for step in first.train_batches:
+        for trainer, on in ((first, ranks), (second, ranks), (single, SINGLE_PROCESS)):
+            trainer.batches.train = BatchIterator(table, 8, n_epochs=None, n_steps=4, ranks=on)
+        before = torch.cat([weight.detach().flatten() for weight in single.models.policy.parameters()])
+        for step in first.batches.train:
             first.train_step(step)
-            if first.updates == 2:
-                if ranks.is_main:
+            if first.state.updates == 2:
+                if ranks.is_rank_zero:
                     run_dir.mkdir(exist_ok=True)
-                ranks.wait()
-                with CheckpointWriter(run_dir, first.policy, world.tokenizer, ranks, patience_minutes=1) as writer:
+                ranks.barrier()
+                with CheckpointWriter(run_dir, first.models.policy, world.tokenizer, ranks, patience_minutes=1) as writer:
                     writer.write(first.snapshot())
-        for step in single.train_batches:
+        for step in single.batches.train:
             single.train_step(step)
         second.continue_from(run_dir / "step-16")
-        for step in second.train_batches:
+        for step in second.batches.train:
             second.train_step(step)
-        masters = [[state["master"] for state in each.optimizer_state()["state"].values()] for each in (first, second)]
-        wholes = torch.cat([whole(master).flatten() for master in masters[0]])
-        exact = torch.cat([weight.detach().flatten() for weight in single.policy.parameters()])
+        masters = [
+            [state["master"] for state in each.step.updater.optimizer_state()["state"].values()] for each in (first, second)
+        ]
+        wholes = torch.cat([full_tensor(master).flatten() for master in masters[0]])
+        exact = torch.cat([weight.detach().flatten() for weight in single.models.policy.parameters()])
         results[name] = {
             # The first updates of AdamW are lr, whatever the gradient, and bfloat16 rounds the starting weights: off that.
             "cosine": torch.cosine_similarity(wholes - before.bfloat16().float(), exact - before, 0).item(),
-            "again": all(torch.equal(whole(one), whole(other)) for one, other in zip(*masters, strict=True)),
+            "again": all(torch.equal(full_tensor(one), full_tensor(other)) for one, other in zip(*masters, strict=True)),
             "sharded": [master.to_local().numel() / master.numel() for master in masters[0][:1]],
             "dtypes": [str(master.dtype) for master in masters[0][:1]],
         }
@@ -277,14 +276,18 @@ def evaluate_unevenly(settings: dict, num_rows: int) -> dict:
     prompts = golden_prompts(world.tokenizer, True)
     table = PromptTable.of((prompts * 3)[:num_rows])
     sizes = 7, None, 0, TokenBudget(60, 60)
-    found = evaluate_held_out(trainer.policy, trainer.reference, trainer.loss, evaluation_batches(table, *sizes, ranks), ranks)
-    expected = evaluate_held_out(single.policy, single.reference, single.loss, evaluation_batches(table, *sizes))
+    found = evaluate_held_out(
+        trainer.models.policy, trainer.models.reference, trainer.models.loss, evaluation_batches(table, *sizes, ranks), ranks
+    )
+    expected = evaluate_held_out(
+        single.models.policy, single.models.reference, single.models.loss, evaluation_batches(table, *sizes)
+    )
     everything = table.select(torch.arange(len(table)).numpy())
     logps = [
-        compute_logps(LiveReference(trainer.policy), ReferencePlan(everything, everything), ranks).logps,
-        compute_logps(LiveReference(single.policy), ReferencePlan(everything, everything)).logps,
+        compute_logps(LiveReference(trainer.models.policy), ReferencePlan(everything, everything), ranks).logps,
+        compute_logps(LiveReference(single.models.policy), ReferencePlan(everything, everything)).logps,
     ]
-    epoch = [BatchIterator(Schedule(table, 8), packing=Packing(ranks=each)) for each in (ranks, ALONE)]
+    epoch = [BatchIterator(table, 8, ranks=each) for each in (ranks, SINGLE_PROCESS)]
     seen = [sum(micro.num_examples for step in steps for micro in step) for steps in epoch]
     end_group()
     return {
@@ -301,7 +304,9 @@ def write_into_a_folder_that_is_cleared_late(settings: dict, folder: str) -> lis
     trainer, ranks = world.sharded("llama", {"name": "sft"}, world.mesh("full"), "full")
     partial = Path(folder) / "step-0.partial"
     said: list[str] = []
-    with CheckpointWriter(Path(folder), trainer.policy, world.tokenizer, ranks, say=said.append, patience_minutes=1) as writer:
+    with CheckpointWriter(
+        Path(folder), trainer.models.policy, world.tokenizer, ranks, say=said.append, patience_minutes=1
+    ) as writer:
         remove = shutil.rmtree
 
         def late(path, **how) -> None:
@@ -311,7 +316,7 @@ def write_into_a_folder_that_is_cleared_late(settings: dict, folder: str) -> lis
             remove(path, **how)
 
         with mock.patch("preference_training.checkpointing.checkpoints.shutil.rmtree", late):
-            writer.write(Snapshot.of(0, trainer.weights(), {}, {}))
+            writer.write(Snapshot.of(0, weights_of(trainer), {}, {}))
     end_group()
     return said
 
@@ -322,10 +327,10 @@ def keep_on_disks_of_their_own(settings: dict, folder: str) -> dict:
     trainer, ranks = world.sharded("llama", {"name": "dpo", "beta": 0.1}, world.mesh("full"), "full")
     table = PromptTable.of(golden_prompts(world.tokenizer, True))
     everything = table.select(torch.arange(len(table)).numpy())
-    plan = ReferencePlan(everything, everything)
-    path = cache_path(Path(folder) / str(ranks.rank), trainer.policy, plan, None, ranks)
-    computed, found = (cached_reference(LiveReference(trainer.policy), plan, path, ranks).logps for _ in range(2))
-    apart = ranks.gather((computed - found).abs().max().item())
-    kept = ranks.gather(path.exists())
+    reads = ReferencePlan(everything, everything)
+    path = cache_path(Path(folder) / str(ranks.rank), trainer.models.policy, reads, None, ranks)
+    computed, found = (cached_reference(LiveReference(trainer.models.policy), reads, path, ranks).logps for _ in range(2))
+    apart = ranks.all_gather_object((computed - found).abs().max().item())
+    kept = ranks.all_gather_object(path.exists())
     end_group()
     return {"apart": apart, "kept": kept}

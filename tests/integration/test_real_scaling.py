@@ -3,10 +3,11 @@
 import pytest
 
 from preference_training.distributed.launching import launch
-from preference_training.dry_run.scaling import fake_processes, lay_out_ranks, step_costs
+from preference_training.dry_run.scaling import fake_placement, fake_processes, step_costs
 from preference_training.losses.registry import build_loss
 from preference_training.modeling.tokenizer import load_tokenizer
 from tests.integration import scaling_work
+from trainers import TRAINERS
 
 pytestmark = pytest.mark.usefixtures("forked_workers")
 FSDP = "trainer=FSDPTrainer"
@@ -16,9 +17,8 @@ def costs_without_them(config):
     """The same step of rank 0, found alone."""
     tokenizer, size = load_tokenizer(config.model), config.trainer.nproc_per_node
     with fake_processes(size):
-        ranks, layout = lay_out_ranks(config)
-        work = scaling_work.packs_and_step(ranks)
-        return step_costs(config, tokenizer, build_loss("dpo"), True, *work, ranks=ranks, layout=layout)
+        placement = fake_placement(TRAINERS[config.trainer.name].placement_class, config, tokenizer)
+        return step_costs(placement, build_loss("dpo"), True, *scaling_work.packs_and_step(placement.ranks))
 
 
 # The settings of a step, by the number of its processes.

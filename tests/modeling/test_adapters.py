@@ -32,8 +32,9 @@ from preference_training.modeling.reference_cache import ReferencePlan, cache_ke
 from preference_training.modeling.state import weights_hash
 from preference_training.tracking.tracker import NoTracker, Tracker
 from preference_training.training.optimization import check_optimizer
-from preference_training.training.trainers import BasicTrainer
+from tests.support.building import build_trainer, weights_of
 from tests.support.files import GOLDEN
+from trainers import Trainer
 
 LENGTHS = ("max_length=32", "max_prompt_length=16")
 KINDS = {
@@ -75,11 +76,11 @@ def model_of(config, tokenizer) -> nn.Module:
     return load_model(config.model, tokenizer)
 
 
-def trainer_of(config, tokenizer, run_dir=None, n_examples=12) -> BasicTrainer:
+def trainer_of(config, tokenizer, run_dir=None, n_examples=12) -> Trainer:
     """A trainer as the command line would put it together; with a directory it writes checkpoints."""
     seed_everything(config.seed)
     placement = OneProcess(config, tokenizer)
-    policy = placement.policy()
+    policy = placement.load_policy()
     table = PromptTable.of(PROMPTS)
     batches = (
         BatchIterator(Schedule(table, 4, length=RunLength(n_examples=n_examples))),
@@ -89,7 +90,8 @@ def trainer_of(config, tokenizer, run_dir=None, n_examples=12) -> BasicTrainer:
     writer = run_dir and CheckpointWriter(run_dir, policy, tokenizer, about=about | {"wandb_id": "0" * 32})
     tracker = Tracker(run_dir, n_examples) if run_dir else NoTracker()
     loss = build_loss(**config.loss.given())
-    return BasicTrainer(config, policy, placement.reference(policy), loss, tokenizer, *batches, [], tracker, writer)
+    models, batches = (policy, loss, placement.reference(policy)), {"train": batches[0], "held_out": batches[1]}
+    return build_trainer(config, *models, placement=placement, tracker=tracker, writer=writer, **batches)
 
 
 def finished(config, tokenizer, run_dir) -> Path:
@@ -105,7 +107,7 @@ def finished(config, tokenizer, run_dir) -> Path:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_new_adapter_changes_no_output_and_the_step_0_loss_is_ln_2(configured, tokenizer, kind):
     trainer = trainer_of(configured(*KINDS[kind]), tokenizer)
-    metrics = trainer.train_step(next(iter(trainer.train_batches)))
+    metrics = trainer.train_step(next(iter(trainer.batches.train)))
     assert metrics["rewards_train/margins"] == 0.0
     assert metrics["loss/train"] == pytest.approx(math.log(2), abs=1e-7)
 
@@ -113,11 +115,11 @@ def test_a_new_adapter_changes_no_output_and_the_step_0_loss_is_ln_2(configured,
 @pytest.mark.parametrize("kind", KINDS)
 def test_only_the_adapter_is_trained(configured, tokenizer, kind):
     trainer = trainer_of(configured(*KINDS[kind]), tokenizer)
-    before = {name: weight.detach().clone() for name, weight in trainer.policy.named_parameters()}
+    before = {name: weight.detach().clone() for name, weight in trainer.models.policy.named_parameters()}
     trainer.train()
-    changed = {name for name, weight in trainer.policy.named_parameters() if not torch.equal(weight, before[name])}
+    changed = {name for name, weight in trainer.models.policy.named_parameters() if not torch.equal(weight, before[name])}
     assert changed == {name for name in before if ".lora_" in name}
-    assert sum(len(group["params"]) for group in trainer.optimizer.param_groups) == len(changed)
+    assert sum(len(group["params"]) for group in trainer.step.updater.optimizer.param_groups) == len(changed)
 
 
 def test_with_the_adapter_off_a_trained_model_is_the_initial_one_bit_for_bit(configured, tokenizer):
@@ -127,17 +129,17 @@ def test_with_the_adapter_off_a_trained_model_is_the_initial_one_bit_for_bit(con
     trainer.train()
     with torch.no_grad():
         began = response_logps(whole, BATCH)
-        assert torch.equal(trainer.reference(BATCH), began)
-        assert not torch.equal(response_logps(trainer.policy, BATCH), began)
+        assert torch.equal(trainer.models.reference(BATCH), began)
+        assert not torch.equal(response_logps(trainer.models.policy, BATCH), began)
 
 
 def test_the_reference_of_a_quantized_run_has_no_weights_of_its_own(configured, tokenizer):
     trainer = trainer_of(configured("+adapter=qlora"), tokenizer)
-    assert trainer.reference.model is trainer.policy
-    few = [weight for weight in trainer.policy.parameters() if weight.dtype == torch.uint8]
+    assert trainer.models.reference.model is trainer.models.policy
+    few = [weight for weight in trainer.models.policy.parameters() if weight.dtype == torch.uint8]
     # Seven matrices in each of the two blocks, at half a byte a weight.
     assert len(few) == 14
-    config = trainer.policy.config
+    config = trainer.models.policy.config
     hidden, key_width = config.hidden_size, config.num_key_value_heads * config.head_dim
     matrices = 2 * hidden**2 + 2 * hidden * key_width + 3 * hidden * config.intermediate_size
     assert sum(weight.numel() for weight in few) == 2 * matrices / 2
@@ -153,14 +155,14 @@ def test_activation_checkpointing_gives_the_same_step(configured, tokenizer):
     for overrides in ([], ["activation_checkpointing=true"]):
         trainer = trainer_of(configured("+adapter=qlora", *overrides), tokenizer)
         trainer.train()
-        losses.append({name: weight for name, weight in trainer.weights().items()})
+        losses.append({name: weight for name, weight in weights_of(trainer).items()})
     for name, weight in losses[0].items():
         torch.testing.assert_close(weight, losses[1][name], rtol=1e-5, atol=1e-7)
 
 
 def test_adapters_train_on_int8_weights_too(configured, tokenizer):
     trainer = trainer_of(configured("+adapter=lora", "model.quantization=int8"), tokenizer, n_examples=4)
-    metrics = trainer.train_step(next(iter(trainer.train_batches)))
+    metrics = trainer.train_step(next(iter(trainer.batches.train)))
     assert metrics["rewards_train/margins"] == 0.0
     assert metrics["grad_norm"] > 0
 
@@ -177,9 +179,9 @@ def test_a_resumed_run_ends_bit_for_bit_as_one_that_never_stopped(configured, to
     resumed.train()
     whole = trainer_of(config, tokenizer)
     whole.train()
-    assert whole.weights().keys() == resumed.weights().keys()
-    for name, weight in whole.weights().items():
-        assert torch.equal(weight, resumed.weights()[name]), name
+    assert weights_of(whole).keys() == weights_of(resumed).keys()
+    for name, weight in weights_of(whole).items():
+        assert torch.equal(weight, weights_of(resumed)[name]), name
 
 
 def test_a_checkpoint_holds_the_adapter_alone_and_loads_with_from_pretrained(configured, tokenizer, tmp_path):
@@ -193,7 +195,7 @@ def test_a_checkpoint_holds_the_adapter_alone_and_loads_with_from_pretrained(con
     trained.continue_from(checkpoint)
     for text in ("a b", "what is it"):
         ids = torch.tensor([tokenizer(text).input_ids])
-        torch.testing.assert_close(found(ids).logits, trained.policy.eval()(ids).logits, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found(ids).logits, trained.models.policy.eval()(ids).logits, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("overrides", [["+adapter=lora"], ["+adapter=qlora"]])
@@ -205,7 +207,9 @@ def test_a_merged_model_gives_the_log_probs_of_the_adapter(configured, tokenizer
     trained.continue_from(checkpoint)
     assert not [name for name, _ in merged.named_parameters() if "lora" in name or "base_layer" in name]
     with torch.no_grad():
-        torch.testing.assert_close(response_logps(merged, BATCH), response_logps(trained.policy, BATCH), rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(
+            response_logps(merged, BATCH), response_logps(trained.models.policy, BATCH), rtol=1e-5, atol=1e-4
+        )
     merged.save_pretrained(tmp_path / "whole")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "whole", dtype=torch.float32)
     assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), merged.state_dict().values(), strict=True))
@@ -218,12 +222,12 @@ def test_training_that_starts_from_an_adapter_has_that_adapter_as_its_reference(
     trained = trainer_of(config, tokenizer)
     trained.continue_from(first)
     with torch.no_grad():
-        expected = response_logps(trained.policy, BATCH)
-        assert torch.equal(response_logps(on.policy, BATCH), expected)
+        expected = response_logps(trained.models.policy, BATCH)
+        assert torch.equal(response_logps(on.models.policy, BATCH), expected)
     on.train()
     with torch.no_grad():
-        assert torch.equal(on.reference(BATCH), expected)
-        assert not torch.equal(response_logps(on.policy, BATCH), expected)
+        assert torch.equal(on.models.reference(BATCH), expected)
+        assert not torch.equal(response_logps(on.models.policy, BATCH), expected)
 
 
 def test_an_adapter_of_an_adapter_of_an_adapter_finds_its_weights(configured, tokenizer, tmp_path):

@@ -16,4 +16,4 @@ from preference_training.distributed import launching  # noqa: E402, F401
 from preference_training.dry_run import preview  # noqa: E402, F401
 from preference_training.evaluation import runs as evaluation_runs  # noqa: E402, F401
 from preference_training.modeling import reference_cache  # noqa: E402, F401
-from preference_training.training import assembly  # noqa: E402, F401
+from preference_training.training import runs  # noqa: E402, F401

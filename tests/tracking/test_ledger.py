@@ -11,14 +11,15 @@ from transformers import AutoModelForCausalLM
 from preference_training.batching.iterator import BatchIterator, Packing
 from preference_training.batching.packing import TokenBudget
 from preference_training.batching.schedule import RunLength, Schedule
-from preference_training.core.ranks import Ranks
+from preference_training.core.process_group import Ranks
 from preference_training.data.prompt_table import PromptTable
 from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.losses.registry import build_loss
 from preference_training.modeling.logprobs import LiveReference
 from preference_training.tracking.ledger import SCHEMA, STEPS_KEPT, Ledger, Sightings, cut_back_ledger, parts_of, read_ledger
 from preference_training.tracking.tracker import Tracker
-from preference_training.training.trainers import BasicTrainer
+from preference_training.training.updates import Updater
+from tests.support.building import build_trainer
 from tests.support.files import GOLDEN
 
 
@@ -47,7 +48,7 @@ def test_what_was_seen_is_read_back_in_the_order_of_the_steps(tmp_path):
 class TwoRanks(Ranks):
     """The first of two ranks; what the other one gathers is given beforehand."""
 
-    def gather(self, value):
+    def all_gather_object(self, value):
         return [value, self.group]
 
 
@@ -152,11 +153,11 @@ def trained(compose, tokenizer, run_dir, *overrides: str, budget: int = 10**6, l
     table = PromptTable.of(PROMPTS)
     batches = BatchIterator(Schedule(table, 6, length=RunLength(n_epochs=2)), packs, Packing(TokenBudget(budget, budget)))
     ledger = Ledger(run_dir)
-    parts = config, policy, LiveReference(reference), build_loss(loss, beta=0.1), tokenizer, batches, [], []
     steps = []
     tracker = Tracker(run_dir, None)
     tracker.log_step = steps.append
-    BasicTrainer(*parts, tracker, ledger=ledger).train()
+    models = policy, build_loss(loss, beta=0.1), LiveReference(reference)
+    build_trainer(config, *models, tokenizer=tokenizer, train=batches, tracker=tracker, ledger=ledger).train()
     return steps
 
 
@@ -193,11 +194,11 @@ def test_it_does_not_depend_on_micro_batches_and_packs(compose, tokenizer, tmp_p
 
 
 def test_a_step_that_is_not_taken_is_not_in_it(compose, tokenizer, tmp_path, monkeypatch):
-    whole = BasicTrainer.scaled_down_gradient
+    usual = Updater.clip_gradient
     monkeypatch.setattr(
-        BasicTrainer,
-        "scaled_down_gradient",
-        lambda trainer: whole(trainer) * (float("nan") if trainer.examples == 12 else 1.0),
+        Updater,
+        "clip_gradient",
+        lambda updater: usual(updater) * (float("nan") if updater.state.examples == 12 else 1.0),
     )
     trained(compose, tokenizer, tmp_path / "run")
     assert sorted(set(read_ledger(tmp_path / "run").examples.tolist())) == [6, 12, 24, 30, 36]

@@ -27,9 +27,10 @@ from preference_training.losses.registry import build_loss
 from preference_training.modeling.logprobs import LiveReference
 from preference_training.tracking.tracker import NoTracker
 from preference_training.training.optimization import build_optimizer, check_optimizer, schedule, warmup_steps
-from preference_training.training.trainers import BasicTrainer
+from tests.support.building import build_trainer, weights_of
 from tests.support.files import GOLDEN
 from train import settle_batch_size
+from trainers import Trainer
 
 LENGTHS = ("max_length=32", "max_prompt_length=16")
 PROMPTS = PromptTable.of(TokenizedPrompt([5 + n, 6, 7], [[10 + n, 11, 0], [12 + n, 0]], [(0, 1)]) for n in range(10))
@@ -46,7 +47,7 @@ class Said(NoTracker):
         self.lines.append(text)
 
 
-def trainer_of(compose, tokenizer, *overrides, run_dir=None, n_examples=None) -> BasicTrainer:
+def trainer_of(compose, tokenizer, *overrides, run_dir=None, n_examples=None) -> Trainer:
     """SFT of the golden Llama: ten examples, three steps an epoch."""
     config = compose("batch_size=4", "eval_every=4", "warmup_steps=0", *LENGTHS, "lr=1e-3", *overrides)
     seed_everything(0)
@@ -57,7 +58,8 @@ def trainer_of(compose, tokenizer, *overrides, run_dir=None, n_examples=None) ->
     about = {"config": config.as_dict(), "data": ["a"], "began_with": "b", "wandb_id": "0" * 32}
     writer = run_dir and CheckpointWriter(run_dir, policy, tokenizer, about=about)
     held_out = evaluation_batches(PROMPTS, 4, 4, seed=0)
-    return BasicTrainer(config, policy, None, build_loss("sft"), tokenizer, steps, held_out, [], Said(), writer)
+    made = {"tokenizer": tokenizer, "train": steps, "held_out": held_out, "tracker": Said(), "writer": writer}
+    return build_trainer(config, policy, build_loss("sft"), **made)
 
 
 # ---- the learning rate ----------------------------------------------------------------------------------------------------
@@ -114,8 +116,8 @@ def test_a_trainers_last_step_has_the_final_learning_rate(compose, tokenizer):
         compose, tokenizer, "lr_schedule=linear", "final_lr_share=0.25", "n_epochs=2", "n_eval_model_samples=0"
     )
     used = []
-    for batch in trainer.train_batches:
-        used.append(trainer.optimizer.param_groups[0]["lr"])
+    for batch in trainer.batches.train:
+        used.append(trainer.step.updater.optimizer.param_groups[0]["lr"])
         trainer.train_step(batch)
     assert used == pytest.approx([1e-3 * (1 - 0.75 * k / 5) for k in range(6)])
 
@@ -165,7 +167,7 @@ def test_every_step_tells_its_learning_rate_epoch_time_and_tokens(compose, token
     assert [row["epoch"] for row in rows] == pytest.approx([size / (sizes[-1] / 2) for size in sizes])
     assert all(begun <= one["time"] <= other["time"] for one, other in pairwise(rows))
     # Of ten prompts in two epochs: three tokens, and responses of three and two, each counted once.
-    assert rows[-1]["counters/tokens"] == 2 * 10 * (3 + 3 + 2) == trainer.tokens
+    assert rows[-1]["counters/tokens"] == 2 * 10 * (3 + 3 + 2) == trainer.state.tokens
     assert all(row["tokens_per_second"] > 0 for row in rows)
 
 
@@ -216,10 +218,10 @@ def dpo_update(compose, tokenizer):
         )
         steps = BatchIterator(Schedule(toy_prompts(tokenizer), 8, length=RunLength(n_epochs=None, n_steps=6)))
         scorer, loss = LiveReference(reference.requires_grad_(False)), build_loss("dpo", beta=0.1)
-        trainer = BasicTrainer(config, policy, scorer, loss, tokenizer, steps, [], [], Said())
+        trainer = build_trainer(config, policy, loss, scorer, tokenizer=tokenizer, train=steps, tracker=Said())
         for batch in steps:
             trainer.train_step(batch)
-        masters = trainer.optimizer.masters if trainer.has_masters else {}
+        masters = trainer.step.updater.optimizer.masters if trainer.step.updater.has_masters else {}
         for weight, master in masters.items():
             assert torch.equal(weight, master.to(weight.dtype))
         pairs = zip(policy.parameters(), reference.parameters(), strict=True)
@@ -293,8 +295,8 @@ def test_what_was_chosen_for_low_precision_weights_is_said(compose, overrides, l
 
 def test_an_evaluation_makes_no_master_weights(compose, tokenizer):
     trainer = trainer_of(compose, tokenizer, BF16, "lr=5e-7")
-    trainer.evaluate()
-    assert trainer.has_masters and not trainer.optimizer.masters
+    trainer.evaluator.evaluate()
+    assert trainer.step.updater.has_masters and not trainer.step.updater.optimizer.masters
 
 
 @pytest.mark.parametrize(
@@ -308,11 +310,11 @@ def test_a_run_with_master_weights_resumes_bit_for_bit(compose, tokenizer, tmp_p
     resumed.continue_from(tmp_path / "step-4")
     resumed.train()
     later = whole.tracker.lines[len(whole.tracker.lines) - len(resumed.tracker.lines) :]
-    assert resumed.tracker.lines == later and resumed.tokens == whole.tokens
-    for weight, other in zip(whole.policy.parameters(), resumed.policy.parameters(), strict=True):
+    assert resumed.tracker.lines == later and resumed.state.tokens == whole.state.tokens
+    for weight, other in zip(whole.models.policy.parameters(), resumed.models.policy.parameters(), strict=True):
         assert torch.equal(weight, other)
-        master = whole.optimizer.masters[weight]
-        assert master.dtype == torch.float32 and torch.equal(master, resumed.optimizer.masters[other])
+        master = whole.step.updater.optimizer.masters[weight]
+        assert master.dtype == torch.float32 and torch.equal(master, resumed.step.updater.optimizer.masters[other])
     assert fault_of_run(tmp_path / "step-4") is None
 
 
@@ -333,12 +335,12 @@ def test_an_older_run_in_bfloat16_goes_on_as_it_would_have(compose, tokenizer, t
     whole.train()
     as_before(tmp_path / "step-4")
     resumed = trainer_of(compose, tokenizer, *overrides, f"master_weights={masters}")
-    assert resumed.has_masters is (masters == "auto")
+    assert resumed.step.updater.has_masters is (masters == "auto")
     resumed.continue_from(tmp_path / "step-4")
     said = "goes on without them; master_weights=true starts them from its weights" in " ".join(resumed.tracker.lines)
     assert said is (masters == "auto")
     resumed.train()
-    for weight, other in zip(whole.policy.parameters(), resumed.policy.parameters(), strict=True):
+    for weight, other in zip(whole.models.policy.parameters(), resumed.models.policy.parameters(), strict=True):
         assert torch.equal(weight, other)
 
 
@@ -349,13 +351,13 @@ def test_master_weights_of_an_older_run_start_from_its_weights_and_may_be_droppe
     resumed = trainer_of(compose, tokenizer, *overrides, "master_weights=true", run_dir=tmp_path)
     resumed.continue_from(tmp_path / "step-4")
     assert "they start from its weights" in resumed.tracker.lines[-1]
-    for weight, state in resumed.optimizer.state.items():
+    for weight, state in resumed.step.updater.optimizer.state.items():
         assert torch.equal(state["master"], weight.float()) and state["exp_avg"].dtype == torch.float32
         assert state["step"] == 1 and state["exp_avg_sq"].any()
     resumed.train()
     dropped = trainer_of(compose, tokenizer, *overrides, "master_weights=false")
     dropped.continue_from(tmp_path / "step-8")
-    assert "are dropped" in dropped.tracker.lines[-1] and not dropped.has_masters
+    assert "are dropped" in dropped.tracker.lines[-1] and not dropped.step.updater.has_masters
     dropped.train()
 
 
@@ -370,9 +372,14 @@ def test_optimizers_of_eight_bits_train_and_resume_bit_for_bit(compose, tokenize
     whole.train()
     resumed.continue_from(tmp_path / "step-4")
     resumed.train()
-    for name, weight in whole.weights().items():
-        assert torch.equal(weight, resumed.weights()[name]), name
-    states = [value for state in whole.optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
+    for name, weight in weights_of(whole).items():
+        assert torch.equal(weight, weights_of(resumed)[name]), name
+    states = [
+        value
+        for state in whole.step.updater.optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, torch.Tensor)
+    ]
     assert any(value.dtype == torch.uint8 for value in states)
     assert fault_of_run(tmp_path / "step-4") is None
 
@@ -395,7 +402,7 @@ def test_a_run_stops_when_the_objective_has_not_been_better_for_long_enough(comp
     trainer = trainer_of(compose, tokenizer, *overrides, run_dir=tmp_path)
     trainer.train()
     # The evaluation before the first step is the best, and the two after it are the same to the last bit.
-    assert trainer.examples == 8
+    assert trainer.state.examples == 8
     assert trainer.tracker.lines[-1].startswith("early stopping: loss/eval was not better than ")
     state = read_state(tmp_path / "LATEST")
     assert state["evaluations_since_best"] == 2 and state["best"] == state["held_out"]["loss/eval"]
@@ -406,13 +413,13 @@ def test_a_run_stops_when_the_objective_has_not_been_better_for_long_enough(comp
     longer.continue_from(tmp_path / "LATEST")
     longer.train()
     # Steps end at 10 and 14, of which the second is the first behind 12.
-    assert longer.examples == 14
+    assert longer.state.examples == 14
 
 
 def test_a_run_that_becomes_better_is_not_stopped(compose, tokenizer):
     trainer = trainer_of(compose, tokenizer, "early_stopping_patience=1", "n_epochs=2", "optimizer=AdamW")
     trainer.train()
-    assert trainer.examples == 20
+    assert trainer.state.examples == 20
 
 
 # ---- sizes ------------------------------------------------------------------------------------------------------------------

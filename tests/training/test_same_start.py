@@ -13,7 +13,7 @@ from preference_training.batching.micro_batches import evaluation_batches
 from preference_training.batching.packing import UNLIMITED, TokenBudget
 from preference_training.batching.schedule import RunLength, Schedule
 from preference_training.core.errors import UserError
-from preference_training.core.ranks import ALONE
+from preference_training.core.process_group import SINGLE_PROCESS
 from preference_training.data.prompt_table import PromptTable
 from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.losses.registry import build_loss
@@ -22,7 +22,7 @@ from preference_training.modeling.prefix_sharing.sharing import share_prefixes
 from preference_training.modeling.reference_cache import ReferencePlan, cached_reference
 from preference_training.tracking.tracker import Tracker
 from preference_training.training.same_start import SameStart
-from preference_training.training.trainers import BasicTrainer
+from tests.support.building import build_trainer
 from tests.support.files import GOLDEN
 
 DRAW = torch.Generator().manual_seed(0)
@@ -56,23 +56,23 @@ def policies():
 def start(compose, tokenizer, tmp_path):
     """A trainer at the beginning of a run of two steps in small packs, with a reference: `start(policy, reference)`."""
 
-    def started(policy, reference, *overrides, **parts):
+    def started(policy, reference, *overrides):
         config = compose(
             "batch_size=6", "gradient_accumulation_steps=2", "optimizer=SGD", "lr=1.0", "warmup_steps=0", *overrides
         )
         batches = BatchIterator(Schedule(TRAIN, 6, length=RunLength(n_steps=2)), 2, Packing(TokenBudget(40, 40)))
         held_out = evaluation_batches(HELD_OUT, 4, None, 0, TokenBudget(40, 40))
         loss, tracker = build_loss("dpo"), Tracker(tmp_path, None)
-        made = config, policy, reference, loss, tokenizer, batches, held_out, [], tracker
-        return BasicTrainer(*made, **{"same_start": SameStart(policy, reference), **parts})
+        made = {"tokenizer": tokenizer, "train": batches, "held_out": held_out, "tracker": tracker}
+        return build_trainer(config, policy, loss, reference, same_start=SameStart(policy, reference), **made)
 
     return started
 
 
 def cached(policy, folder) -> CachedReference:
     """The reference of such a run, computed before and read again."""
-    batches = BatchIterator(Schedule(TRAIN, 6, length=RunLength(n_steps=2)), 2, Packing(SMALL))
-    plan = ReferencePlan.for_run(batches, HELD_OUT, 4, None, 0, SMALL, ALONE)
+    batches = BatchIterator(TRAIN, 6, 2, n_steps=2, budget=SMALL)
+    plan = ReferencePlan.for_run(batches, HELD_OUT, 4, None, 0, SMALL, SINGLE_PROCESS)
     made, read = (cached_reference(LiveReference(policy), plan, folder / "logps.safetensors") for _ in range(2))
     assert torch.equal(made.logps.nan_to_num(), read.logps.nan_to_num())
     return read
@@ -86,13 +86,13 @@ def test_every_margin_is_exactly_0_until_the_first_update(policies, start, tmp_p
     reference = cached(policy, tmp_path) if kept else LiveReference(copy.deepcopy(policy).eval())
     trainer = start(policy, reference)
     margins = []
-    for step in trainer.train_batches:
+    for step in trainer.batches.train:
         for micro_batch in step:
-            for output, _, _ in trainer.losses_of(micro_batch):
+            for output, _, _ in trainer.step.losses_of(micro_batch):
                 margins += (output.chosen_rewards - output.rejected_rewards).tolist()
-    trainer.evaluate()
+    trainer.evaluator.evaluate()
     assert margins == [0.0] * 12
-    assert trainer.held_out_means["rewards_eval/margins"] == 0.0
+    assert trainer.state.held_out["rewards_eval/margins"] == 0.0
 
 
 def test_a_run_that_starts_equal_goes_on(policies, start):
@@ -100,7 +100,7 @@ def test_a_run_that_starts_equal_goes_on(policies, start):
     before = policy.lm_head.weight.clone()
     trainer = start(policy, LiveReference(copy.deepcopy(policy).eval()), "do_first_eval=true")
     trainer.train()
-    assert trainer.updates == 2 and not torch.equal(policy.lm_head.weight, before)
+    assert trainer.state.updates == 2 and not torch.equal(policy.lm_head.weight, before)
 
 
 @pytest.mark.parametrize("first_eval", [True, False])
@@ -113,7 +113,7 @@ def test_a_reference_that_differs_ends_the_run_before_its_first_update(policies,
     trainer = start(policy, LiveReference(other), f"do_first_eval={first_eval}")
     with pytest.raises(UserError, match=r"reference: before the first update .* differ, by up to .* for prompt \d+\."):
         trainer.train()
-    assert trainer.updates == 0 and all(torch.equal(weight, before[name]) for name, weight in policy.named_parameters())
+    assert trainer.state.updates == 0 and all(torch.equal(weight, before[name]) for name, weight in policy.named_parameters())
 
 
 def test_a_stale_file_is_named_as_a_cause(policies, start, tmp_path):
@@ -128,9 +128,9 @@ def test_a_stale_file_is_named_as_a_cause(policies, start, tmp_path):
 def test_a_run_that_goes_on_is_not_looked_at(policies, start):
     policy = copy.deepcopy(policies[torch.float32, "on"])
     trainer = start(policy, LiveReference(policies[torch.bfloat16, "on"]))
-    trainer.examples = 6
+    trainer.state.examples = 6
     trainer.train()
-    assert trainer.updates == 2
+    assert trainer.state.updates == 2
 
 
 def test_dropout_of_the_adapter_that_training_starts_from_is_no_difference(policies):
@@ -141,7 +141,7 @@ def test_dropout_of_the_adapter_that_training_starts_from_is_no_difference(polic
     trained = trained_logps(policy, batch)
     assert not torch.equal(trained, LiveReference(reference)(batch))
     look.see(batch, trained, LiveReference(reference)(batch))
-    look.check(ALONE)
+    look.check(SINGLE_PROCESS)
     assert policy.training
 
 
@@ -158,7 +158,7 @@ def test_all_ranks_end_where_one_has_seen_a_difference():
     looks[0].see(batch, torch.zeros(2), torch.zeros(2))
     looks[1].see(batch, torch.zeros(2), torch.tensor([0.0, 0.5]))
     seen: list = []
-    ranks = SimpleNamespace(gather=lambda value: seen.append(value) or seen)
+    ranks = SimpleNamespace(all_gather_object=lambda value: seen.append(value) or seen)
     with pytest.raises(UserError):
         looks[1].check(ranks)
     with pytest.raises(UserError, match="1 of 4 responses differ, by up to 0.5 nats, for row 3"):
@@ -169,34 +169,34 @@ def test_what_is_not_finite_in_the_policy_is_left_to_the_step(policies):
     batch = SimpleNamespace(is_filler=False, pairs=torch.tensor([[0, 1]]), sources=("row 3",))
     look = SameStart(nn.Linear(1, 1), None)
     look.see(batch, torch.tensor([torch.nan, torch.inf]), torch.zeros(2))
-    look.check(ALONE)
+    look.check(SINGLE_PROCESS)
     look.see(batch, torch.zeros(2), torch.tensor([0.0, torch.nan]))
     with pytest.raises(UserError, match="by up to inf nats"):
-        look.check(ALONE)
+        look.check(SINGLE_PROCESS)
 
 
 def test_fillers_are_not_looked_at():
     look = SameStart(nn.Linear(1, 1), None)
     look.see(SimpleNamespace(is_filler=True), torch.zeros(2), torch.ones(2))
-    look.check(ALONE)
+    look.check(SINGLE_PROCESS)
 
 
 def test_a_response_of_two_packs_has_the_bits_of_each(policies, tmp_path):
     # In bfloat16 on padded rows the last bits depend on what else is in the pack.
     policy = policies[torch.bfloat16, "off"]
-    batches = BatchIterator(Schedule(TRAIN, 6, length=RunLength(n_steps=3)), 2, Packing(SMALL))
-    plan = ReferencePlan.for_run(batches, HELD_OUT, 4, None, 0, SMALL, ALONE)
+    batches = BatchIterator(TRAIN, 6, 2, n_steps=3, budget=SMALL)
+    plan = ReferencePlan.for_run(batches, HELD_OUT, 4, None, 0, SMALL, SINGLE_PROCESS)
     kept = cached_reference(LiveReference(policy), plan, tmp_path / "logps.safetensors")
-    packs = list(batches.first_epoch())
-    rows = [row for pack in packs for row in pack.response_rows.tolist()]
-    assert len(set(rows)) < len(rows), "a response is in two packs"
-    for pack in packs:
-        assert torch.equal(kept(pack), LiveReference(policy)(pack))
+    pieces = list(batches.first_epoch())
+    rows = [row for piece in pieces for row in piece.response_rows.tolist()]
+    assert len(set(rows)) < len(rows), "a response is in two pieces"
+    for piece in pieces:
+        assert torch.equal(kept(piece), LiveReference(policy)(piece))
 
 
 def test_of_several_epochs_all_is_known_after_the_first(policies, tmp_path):
-    batches = BatchIterator(Schedule(TRAIN, 6, length=RunLength(n_epochs=3)))
-    plan = ReferencePlan.for_run(batches, HELD_OUT, 4, None, 0, UNLIMITED, ALONE)
+    batches = BatchIterator(TRAIN, 6, n_epochs=3)
+    plan = ReferencePlan.for_run(batches, HELD_OUT, 4, None, 0, UNLIMITED, SINGLE_PROCESS)
     reference = LiveReference(policies[torch.float32, "on"])
     kept = cached_reference(reference, plan, tmp_path / "logps.safetensors")
     assert not len(plan.rest) and kept.logps.isfinite().all()

@@ -22,7 +22,7 @@ from preference_training.checkpointing.checkpoints import (
 )
 from preference_training.configuration.composition import choices_of
 from preference_training.core.errors import UserError
-from preference_training.core.ranks import ALONE
+from preference_training.core.process_group import SINGLE_PROCESS
 from preference_training.data.prompt_table import PromptTable
 from preference_training.data.rows.records import PreferenceRecord
 from preference_training.data.tokenization import TokenizedPrompt, TokenSettings, tokenize_records
@@ -32,9 +32,10 @@ from preference_training.modeling.logprobs import CachedReference, LiveReference
 from preference_training.modeling.prefix_sharing.sharing import share_prefixes
 from preference_training.modeling.reference_cache import ReferencePlan, cached_reference
 from preference_training.tracking.tracker import Tracker
-from preference_training.training.trainers import BasicTrainer
+from tests.support.building import build_trainer
 from tests.support.files import GOLDEN
 from tests.support.shown import write_files
+from trainers import Trainer
 
 LENGTHS = ("max_length=40", "max_prompt_length=20")
 TRAJECTORIES = json.loads((GOLDEN / "trajectories.json").read_text())
@@ -51,9 +52,9 @@ def models():
 
 @pytest.fixture
 def build(models, compose, tokenizer, tmp_path):
-    """Build a BasicTrainer on golden models: `build(loss, "llama", "lr=1e-3")`, with any of its parts replaced by name."""
+    """Build a trainer on golden models: `build(loss, "llama", "lr=1e-3")`, with any of its parts replaced by name."""
 
-    def built(loss, architecture: str = "llama", *overrides: str, policy: str = "_policy", **parts) -> BasicTrainer:
+    def built(loss, architecture: str = "llama", *overrides: str, policy: str = "_policy", **parts) -> Trainer:
         config = compose("wandb.enabled=false", "warmup_steps=2", "max_grad_norm=10.0", *overrides)
         new_policy = copy.deepcopy(models[architecture + policy])
         assert share_prefixes(new_policy, config.prefix_sharing) is (config.prefix_sharing != "off")
@@ -62,18 +63,8 @@ def build(models, compose, tokenizer, tmp_path):
             reference_model = copy.deepcopy(models[architecture])
             share_prefixes(reference_model, config.prefix_sharing)
             reference = LiveReference(reference_model)
-        defaults = {
-            "config": config,
-            "policy": new_policy,
-            "reference": reference,
-            "loss": loss,
-            "tokenizer": tokenizer,
-            "train_batches": BatchIterator(Schedule(PromptTable.of([]), config.batch_size)),
-            "eval_batches": [],
-            "sample_prompts": [],
-            "tracker": Tracker(tmp_path, None),
-        }
-        return BasicTrainer(**(defaults | parts))
+        defaults = {"reference": reference, "tokenizer": tokenizer, "tracker": Tracker(tmp_path, None)}
+        return build_trainer(config, new_policy, loss, **(defaults | parts))
 
     return built
 
@@ -113,15 +104,15 @@ def test_eight_steps_follow_the_golden_trajectory(trajectory, sharing, build, to
         assert metrics["grad_norm"] == pytest.approx(step["grad_norm"], rel=1e-4)
         for name, value in step["metrics"].items():
             assert metrics[name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
-    norm = math.sqrt(sum(weight.double().square().sum().item() for weight in trainer.policy.parameters()))
+    norm = math.sqrt(sum(weight.double().square().sum().item() for weight in trainer.models.policy.parameters()))
     assert norm == pytest.approx(trajectory["final_param_norm"], rel=1e-4)
 
 
 def gradient_after_one_step(trainer, batch) -> tuple[torch.Tensor, dict]:
     """What a step with plain SGD at learning rate 1 adds to the weights, and its metrics."""
-    before = torch.cat([weight.detach().flatten() for weight in trainer.policy.parameters()])
+    before = torch.cat([weight.detach().flatten() for weight in trainer.models.policy.parameters()])
     metrics = trainer.train_step(batch)
-    return before - torch.cat([weight.detach().flatten() for weight in trainer.policy.parameters()]), metrics
+    return before - torch.cat([weight.detach().flatten() for weight in trainer.models.policy.parameters()]), metrics
 
 
 SGD = ("optimizer=SGD", "lr=1.0", "warmup_steps=0", "max_grad_norm=1e9")
@@ -170,8 +161,8 @@ def test_a_run_trains_and_evaluates_every_example_and_the_last_partial_batches(b
         "batch_size=4",
         "eval_every=8",
         "debug=true",
-        train_batches=train_batches,
-        eval_batches=evaluation_batches(PromptTable.of(prompts[13:20]), 4, None, seed=0),
+        train=train_batches,
+        held_out=evaluation_batches(PromptTable.of(prompts[13:20]), 4, None, seed=0),
     )
     with trainer.tracker:
         trainer.train()
@@ -180,7 +171,7 @@ def test_a_run_trains_and_evaluates_every_example_and_the_last_partial_batches(b
     assert trained == [4, 8, 12, 13, 17, 21, 25, 26]
     # before the first step, at the first step behind every 8 examples, and at the end
     assert [row["counters/examples"] for row in rows if "loss/eval" in row] == [0, 8, 17, 25, 26]
-    assert len(trainer.held_out.examples["loss/eval"]) == 7
+    assert len(trainer.evaluator.held_out.examples["loss/eval"]) == 7
     assert not list(tmp_path.glob("step-*")), "debug writes no checkpoint"
 
 
@@ -194,10 +185,10 @@ def test_a_run_trains_and_evaluates_every_example_and_the_last_partial_batches(b
 )
 def test_what_speaks_against_held_out_numbers_is_said_once(loss, prompts, told, build, tokenized, capsys):
     table = PromptTable.of(tokenized[True][:prompts])
-    trainer = build(build_loss(**loss), eval_batches=evaluation_batches(table, 4, None, seed=0))
-    trainer.evaluate()
+    trainer = build(build_loss(**loss), held_out=evaluation_batches(table, 4, None, seed=0))
+    trainer.evaluator.evaluate()
     trainer.train_step(micro_batches(tokenized[True][:4], 4))
-    trainer.evaluate()
+    trainer.evaluator.evaluate()
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
     assert len(lines) == len(told) and all(text in line for text, line in zip(told, lines, strict=True))
 
@@ -207,29 +198,29 @@ def test_a_run_of_an_earlier_version_forgets_its_best_held_out_loss_which_was_at
 ):
     def make(**parts):
         batches = evaluation_batches(PromptTable.of(tokenized[True][:12]), 4, None, seed=0)
-        return build(build_loss(**BETA_DPO), "llama", "lr=1e-3", eval_batches=batches, **parts)
+        return build(build_loss(**BETA_DPO), "llama", "lr=1e-3", held_out=batches, **parts)
 
     first = make()
     first.train_step(micro_batches(tokenized[True][:4], 4))
-    first.evaluate()
-    with CheckpointWriter(tmp_path, first.policy, first.tokenizer) as writer:
+    first.evaluator.evaluate()
+    with CheckpointWriter(tmp_path, first.models.policy, first.placement.tokenizer) as writer:
         writer.write(first.snapshot())
     state = tmp_path / "LATEST" / "state.json"
     now = make()
     now.continue_from(tmp_path / "LATEST")
-    assert now.best == first.held_out_means["loss/eval"] and best_of([tmp_path / "LATEST"], "loss/eval")
+    assert now.state.best == first.state.held_out["loss/eval"] and best_of([tmp_path / "LATEST"], "loss/eval")
     written = json.loads(state.read_text())
     del written["held_out"][LOSS_AT_BETA_USED]
     state.write_text(json.dumps(written))
     capsys.readouterr()
     then = make()
     then.continue_from(tmp_path / "LATEST")
-    assert then.best is None and not best_of([tmp_path / "LATEST"], "loss/eval")
+    assert then.state.best is None and not best_of([tmp_path / "LATEST"], "loss/eval")
     assert "the best so far is forgotten" in capsys.readouterr().out
 
 
 def test_metrics_names_are_the_documented_ones(build, tokenized):
-    trainer = build(build_loss("dpo"), eval_batches=evaluation_batches(PromptTable.of(tokenized[True][:4]), 4, None, seed=0))
+    trainer = build(build_loss("dpo"), held_out=evaluation_batches(PromptTable.of(tokenized[True][:4]), 4, None, seed=0))
     names = set(trainer.train_step(micro_batches(tokenized[True][:4], 4)))
     rewards = {"chosen", "rejected", "accuracies", "margins"}
     for split in ("train", "eval"):
@@ -239,8 +230,8 @@ def test_metrics_names_are_the_documented_ones(build, tokenized):
             f"loss/{split}",
         }
         if split == "eval":
-            trainer.evaluate()
-            names = set(trainer.held_out.means())
+            trainer.evaluator.evaluate()
+            names = set(trainer.evaluator.held_out.means())
         assert expected <= names
         assert names <= expected | {"grad_norm"}
 
@@ -249,14 +240,14 @@ def test_the_learning_rate_rises_linearly_over_the_warm_up(build, tokenized):
     trainer = build(build_loss("sft"), "llama", "lr=1.0", "warmup_steps=3", "optimizer=SGD")
     rates = []
     for _ in range(5):
-        rates.append(trainer.scheduler.get_last_lr()[0])
+        rates.append(trainer.step.updater.scheduler.get_last_lr()[0])
         trainer.train_step(micro_batches(tokenized[False][:1], 1))
     assert rates == [0.25, 0.5, 0.75, 1.0, 1.0]
 
 
 def test_optimizer_arguments_reach_the_optimizer(build):
     trainer = build(build_loss("sft"), "llama", "optimizer=AdamW", "++optimizer_kwargs.weight_decay=0.25")
-    assert trainer.optimizer.param_groups[0]["weight_decay"] == 0.25
+    assert trainer.step.updater.optimizer.param_groups[0]["weight_decay"] == 0.25
 
 
 def test_activation_checkpointing_changes_no_gradient(build, tokenized):
@@ -270,8 +261,8 @@ def test_samples_are_the_same_for_the_same_seed_and_leave_the_random_stream_alon
     prompts = [prompt.prompt_ids for prompt in tokenized[True][:3]]
     trainer = build(build_loss("dpo"), "llama", *LENGTHS, sample_prompts=prompts)
     state = torch.get_rng_state()
-    trainer.reference_answers = trainer.answers()
-    first, second = trainer.sample(), trainer.sample()
+    trainer.state.reference_answers = trainer.evaluator.answers()
+    first, second = trainer.evaluator.sample(), trainer.evaluator.sample()
     assert first == second
     assert torch.equal(torch.get_rng_state(), state)
     assert [set(row) for row in first] == [{"examples", "prompt", "policy", "reference"}] * 3
@@ -310,37 +301,37 @@ def loss_of(compose, tmp_path):
 @pytest.mark.parametrize("name", choices_of("loss"))
 def test_every_loss_falls_and_its_margin_grows_over_steps_on_the_same_examples(name, build, loss_of, tokenized):
     trainer = build(loss_of(name), "llama", "lr=1e-3", "optimizer=AdamW", "warmup_steps=0", policy="")
-    batch = micro_batches(tokenized[trainer.loss.paired][:8], 8)
+    batch = micro_batches(tokenized[trainer.models.loss.paired][:8], 8)
     steps = [trainer.train_step(batch) for _ in range(6)]
     if name not in ("beta_DPO", "tr_dpo"):
         # Of these the measure changes on the way.
         assert steps[-1]["loss/train"] < steps[0]["loss/train"]
-    assert not trainer.loss.paired or steps[-1]["rewards_train/margins"] > steps[0]["rewards_train/margins"]
+    assert not trainer.models.loss.paired or steps[-1]["rewards_train/margins"] > steps[0]["rewards_train/margins"]
 
 
 @pytest.mark.parametrize("name", choices_of("loss"))
 def test_a_trainer_continues_from_its_state_bit_for_bit(name, build, loss_of, tokenized, tmp_path):
     def make(**parts):
         loss = loss_of(name)
-        train_batches = BatchIterator(Schedule(PromptTable.of(tokenized[loss.paired][:28]), 4, length=RunLength(n_epochs=1)))
-        return build(loss, "gpt_neox", "lr=1e-3", "optimizer=AdamW", train_batches=train_batches, **parts)
+        train_batches = BatchIterator(PromptTable.of(tokenized[loss.paired][:28]), 4, n_epochs=1)
+        return build(loss, "gpt_neox", "lr=1e-3", "optimizer=AdamW", train=train_batches, **parts)
 
     whole, first = make(), make()
-    for batch in whole.train_batches:
+    for batch in whole.batches.train:
         whole.train_step(batch)
-    for batch in first.train_batches:
+    for batch in first.batches.train:
         first.train_step(batch)
-        if first.updates == 3:
+        if first.state.updates == 3:
             break
-    with CheckpointWriter(tmp_path, first.policy, first.tokenizer) as writer:
+    with CheckpointWriter(tmp_path, first.models.policy, first.placement.tokenizer) as writer:
         writer.write(first.snapshot())
     second = make(policy="")
     second.continue_from(tmp_path / "LATEST")
-    for batch in second.train_batches:
+    for batch in second.batches.train:
         second.train_step(batch)
-    assert (second.examples, second.updates) == (whole.examples, whole.updates) == (28, 7)
-    for weight_name, weight in whole.policy.state_dict().items():
-        assert torch.equal(second.policy.state_dict()[weight_name], weight), weight_name
+    assert (second.state.examples, second.state.updates) == (whole.state.examples, whole.state.updates) == (28, 7)
+    for weight_name, weight in whole.models.policy.state_dict().items():
+        assert torch.equal(second.models.policy.state_dict()[weight_name], weight), weight_name
     # Of the reference only what has moved is part of a checkpoint.
     assert (tmp_path / "LATEST" / "reference").is_dir() is (name == "tr_dpo")
     for weight_name, weight in whole.moved_reference().items():
@@ -350,11 +341,11 @@ def test_a_trainer_continues_from_its_state_bit_for_bit(name, build, loss_of, to
 def test_a_reference_moves_by_its_share_of_the_way_to_the_policy_after_so_many_steps(build, tokenized):
     loss = build_loss("tr_dpo", beta=0.1, reference_update_every=2, reference_update_share=0.25)
     trainer = build(loss, "llama", "lr=1e-2", "optimizer=AdamW", "warmup_steps=0")
-    before = copy.deepcopy(trainer.reference.model.state_dict())
+    before = copy.deepcopy(trainer.models.reference.model.state_dict())
     for start in (0, 4):
         assert all(torch.equal(weight, before[name]) for name, weight in trainer.moved_reference().items())
         trainer.train_step(micro_batches(tokenized[True][start : start + 4], 4))
-    policy = trainer.policy.state_dict()
+    policy = trainer.models.policy.state_dict()
     for name, weight in trainer.moved_reference().items():
         torch.testing.assert_close(weight.detach(), 0.75 * before[name] + 0.25 * policy[name], rtol=1e-5, atol=1e-7)
 
@@ -364,33 +355,35 @@ def test_a_reference_that_moves_all_the_way_is_a_copy_and_the_margin_begins_at_0
     trainer = build(loss, "llama", "lr=1e-2", "optimizer=AdamW", "warmup_steps=0")
     steps = [trainer.train_step(micro_batches(tokenized[True][:4], 4)) for _ in range(3)]
     assert steps[1]["rewards_train/margins"] != 0 == steps[2]["rewards_train/margins"]
-    assert not any(weight.grad is not None for weight in trainer.reference.model.parameters())
+    assert not any(weight.grad is not None for weight in trainer.models.reference.model.parameters())
 
 
 def test_a_reference_that_has_moved_answers_the_sample_prompts_anew(build, tokenized):
     loss = build_loss("tr_dpo", beta=0.1, reference_update_every=1, reference_update_share=1.0)
     prompts = [prompt.prompt_ids for prompt in tokenized[True][:3]]
-    trainer = build(loss, "llama", *LENGTHS, "lr=1e-2", "warmup_steps=0", sample_prompts=prompts)
-    trainer.reference_answers = ["what it said at the beginning"] * 3
+    trainer = build(loss, "llama", "max_length=40", "lr=1e-2", "warmup_steps=0", sample_prompts=prompts)
+    trainer.state.reference_answers = ["what it said at the beginning"] * 3
     trainer.train_step(micro_batches(tokenized[True][:4], 4))
     # It is a copy of the policy now.
-    assert all(row["reference"] == row["policy"] for row in trainer.sample())
+    assert all(row["reference"] == row["policy"] for row in trainer.evaluator.sample())
 
 
 @pytest.mark.parametrize("live", [True, False])
 def test_a_run_that_goes_on_may_have_another_number_of_sample_prompts(build, tokenized, live, capsys):
     prompts = [prompt.prompt_ids for prompt in tokenized[True][:3]]
-    trainer = build(build_loss("dpo"), "llama", *LENGTHS, "lr=1e-2", "warmup_steps=0", sample_prompts=prompts)
-    answers = trainer.answers(trainer.reference.model)
+    trainer = build(build_loss("dpo"), "llama", "max_length=40", "lr=1e-2", "warmup_steps=0", sample_prompts=prompts)
+    answers = trainer.evaluator.answers(trainer.models.reference.model)
     trainer.train_step(micro_batches(tokenized[True][:4], 4))
     if not live:
-        trainer.reference = CachedReference(torch.zeros(8))
-    trainer.take_reference_answers([*answers, "to a fourth prompt"])
-    assert [row["reference"] for row in trainer.sample()] == answers
+        trainer.models.reference = CachedReference(torch.zeros(8))
+    trainer.state.reference_answers = [*answers, "to a fourth prompt"]
+    trainer.evaluator.resume()
+    assert [row["reference"] for row in trainer.evaluator.sample()] == answers
     assert "samples:" not in capsys.readouterr().out
     for kept in ([], answers[:2]):
-        trainer.take_reference_answers(kept)
-        assert [row.get("reference") for row in trainer.sample()] == (answers if live else [None] * 3)
+        trainer.state.reference_answers = kept
+        trainer.evaluator.resume()
+        assert [row.get("reference") for row in trainer.evaluator.sample()] == (answers if live else [None] * 3)
         assert ("samples: the reference has answered" in capsys.readouterr().out) is not live
 
 
@@ -398,9 +391,9 @@ def test_a_moved_reference_lies_beside_weights_that_load_with_plain_transformers
     trainer = build(loss_of("tr_dpo"), "llama", "lr=1e-2", "optimizer=AdamW", "warmup_steps=0")
     for _ in range(3):
         trainer.train_step(micro_batches(tokenized[True][:4], 4))
-    with CheckpointWriter(tmp_path, trainer.policy, trainer.tokenizer, background=True) as writer:
+    with CheckpointWriter(tmp_path, trainer.models.policy, trainer.placement.tokenizer, background=True) as writer:
         writer.write(trainer.snapshot())
-    policy, reference = trainer.policy.state_dict(), trainer.reference.model.state_dict()
+    policy, reference = trainer.models.policy.state_dict(), trainer.models.reference.model.state_dict()
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "LATEST", dtype=torch.float32).state_dict()
     assert all(torch.equal(loaded[name], weight) for name, weight in policy.items())
     kept = {name: torch.empty_like(weight) for name, weight in reference.items()}
@@ -433,28 +426,28 @@ def test_a_cached_reference_gives_the_steps_of_a_live_one(build, tokenized, tmp_
         trainer = build(build_loss("dpo"), **({"reference": reference} if reference else {}))
         return [trainer.train_step(batch)["loss/train"] for batch in BatchIterator(Schedule(table, 8))]
 
-    live = build(build_loss("dpo")).reference
-    plan = ReferencePlan.for_run(
-        BatchIterator(Schedule(table, 8)), PromptTable.of([], table.num_responses), 8, None, 0, UNLIMITED, ALONE
+    live = build(build_loss("dpo")).models.reference
+    reads = ReferencePlan.for_run(
+        BatchIterator(table, 8), PromptTable.of([], table.num_responses), 8, None, 0, UNLIMITED, SINGLE_PROCESS
     )
-    cached = cached_reference(live, plan, tmp_path / "logps.safetensors")
+    cached = cached_reference(live, reads, tmp_path / "logps.safetensors")
     assert numbers(cached) == numbers(None)
 
 
 def test_autocast_computes_products_in_the_shorter_format_and_sums_in_float32(build, tokenized):
     batch = micro_batches(tokenized[True][:4], 4)
     exact, short = build(build_loss("dpo")), build(build_loss("dpo"))
-    short.policy.autocast_dtype = short.reference.model.autocast_dtype = torch.bfloat16
-    expected, found = exact.logps(batch[0].packs[0]), short.logps(batch[0].packs[0])
+    short.models.policy.autocast_dtype = short.models.reference.model.autocast_dtype = torch.bfloat16
+    expected, found = exact.step.logps(batch[0].packs[0]), short.step.logps(batch[0].packs[0])
     assert found.dtype == torch.float32 and not torch.equal(found, expected)
     torch.testing.assert_close(found, expected, rtol=2e-2, atol=0.1)
-    assert next(short.policy.parameters()).dtype == torch.float32
+    assert next(short.models.policy.parameters()).dtype == torch.float32
 
 
 def test_optimizers_use_their_fused_kernel_where_they_have_one(build):
     for name, fused in [("AdamW", True), ("Adam", True), ("SGD", True), ("RMSprop", False)]:
         trainer = build(build_loss("sft"), "llama", f"optimizer={name}")
-        assert bool(trainer.optimizer.defaults.get("fused")) is fused
+        assert bool(trainer.step.updater.optimizer.defaults.get("fused")) is fused
 
 
 # ---- what goes wrong in a step ------------------------------------------------------------------------------------------
@@ -471,7 +464,7 @@ def rare_token(prompts, row: int) -> int:
 
 def not_a_number(trainer, token: int):
     """Make an embedding row of a trainer's model NaN; returns what it was."""
-    weight = trainer.policy.get_input_embeddings().weight
+    weight = trainer.models.policy.get_input_embeddings().weight
     usual = weight.detach()[token].clone()
     with torch.no_grad():
         weight[token] = math.nan
@@ -486,52 +479,55 @@ def test_a_step_with_a_loss_that_is_not_finite_is_as_if_it_had_never_been(loss, 
     for trainer in (disturbed, straight):
         trainer.train_step(steps[0])
     token = rare_token(prompts[4:8], 1)
-    usual, others = not_a_number(disturbed, token), torch.arange(len(disturbed.policy.get_input_embeddings().weight)) != token
+    usual, others = (
+        not_a_number(disturbed, token),
+        torch.arange(len(disturbed.models.policy.get_input_embeddings().weight)) != token,
+    )
     assert disturbed.train_step(steps[1]) == {}
     [row] = [json.loads(line) for line in (tmp_path / "bad_batches.jsonl").read_text().splitlines()]
     assert (row["not_finite"], row["counters/examples"], row["counters/updates"]) == ("loss", 8, 1)
     assert [name for name in row["pairs"] if "row 5" in name] and "not taken: its loss is not finite" in capsys.readouterr().out
-    embedding = disturbed.policy.get_input_embeddings().weight
-    assert torch.equal(embedding[others], straight.policy.get_input_embeddings().weight[others])
+    embedding = disturbed.models.policy.get_input_embeddings().weight
+    assert torch.equal(embedding[others], straight.models.policy.get_input_embeddings().weight[others])
     with torch.no_grad():
         embedding[token] = usual
-    torch.testing.assert_close(disturbed.loss.state_dict(), straight.loss.state_dict(), rtol=0, atol=0)
+    torch.testing.assert_close(disturbed.models.loss.state_dict(), straight.models.loss.state_dict(), rtol=0, atol=0)
     found, expected = (trainer.train_step(steps[2]) for trainer in (disturbed, straight))
     assert found == expected
-    for name, weight in straight.policy.state_dict().items():
-        assert torch.equal(disturbed.policy.state_dict()[name], weight), name
+    for name, weight in straight.models.policy.state_dict().items():
+        assert torch.equal(disturbed.models.policy.state_dict()[name], weight), name
 
 
 def test_too_many_bad_steps_in_a_row_end_the_run_with_one_message_and_the_last_checkpoint_is_good(build, tokenized, tmp_path):
     overrides = "batch_size=4", "save_every=4", "max_bad_steps=3", "eval_every=4", "lr=1e-2"
-    batches = BatchIterator(Schedule(PromptTable.of(tokenized[True]), 4))
-    trainer = build(build_loss("dpo"), "llama", *overrides, train_batches=batches)
+    batches = BatchIterator(PromptTable.of(tokenized[True]), 4)
+    trainer = build(build_loss("dpo"), "llama", *overrides, train=batches)
     step, taken = trainer.train_step, []
 
     def worse_and_worse(batch):
         # Two bad steps, a good one, and then bad ones only.
         number = len(taken)
         usual = not_a_number(trainer, slice(None)) if number in (1, 2) or number > 3 else None
-        before = [weight.clone() for weight in trainer.policy.parameters()]
+        before = [weight.clone() for weight in trainer.models.policy.parameters()]
         try:
             taken.append(step(batch))
         finally:
             if usual is not None:
-                torch.testing.assert_close(list(trainer.policy.parameters()), before, rtol=0, atol=0, equal_nan=True)
+                torch.testing.assert_close(list(trainer.models.policy.parameters()), before, rtol=0, atol=0, equal_nan=True)
                 with torch.no_grad():
-                    trainer.policy.get_input_embeddings().weight.copy_(usual)
+                    trainer.models.policy.get_input_embeddings().weight.copy_(usual)
         return taken[-1]
 
     trainer.train_step = worse_and_worse
     told = pytest.raises(UserError, match="max_bad_steps: 3 steps in a row .* bad_batches.jsonl names the examples")
-    with CheckpointWriter(tmp_path, trainer.policy, trainer.tokenizer) as trainer.writer, told:
+    with CheckpointWriter(tmp_path, trainer.models.policy, trainer.placement.tokenizer) as trainer.observers.writer, told:
         trainer.train()
     assert [bool(metrics) for metrics in taken] == [True, False, False, True, False, False]
     assert len((tmp_path / "bad_batches.jsonl").read_text().splitlines()) == 5
     newest = newest_usable(tmp_path)
     assert read_state(newest)["updates"] == 2
     saved = AutoModelForCausalLM.from_pretrained(newest, dtype=torch.float32).state_dict()
-    assert all(torch.equal(saved[name], weight) for name, weight in trainer.policy.state_dict().items())
+    assert all(torch.equal(saved[name], weight) for name, weight in trainer.models.policy.state_dict().items())
 
 
 @pytest.mark.parametrize("loss", [{"name": "dpo"}, BETA_DPO], ids=["DPO", "beta-DPO"])
@@ -539,18 +535,18 @@ def test_a_step_that_does_not_fit_into_memory_is_computed_in_halves_with_the_sam
     table = PromptTable.of(tokenized[True][:8])
 
     def step(most_tokens: float):
-        trainer = build(build_loss(**loss), "llama", *SGD, train_batches=BatchIterator(Schedule(table, 8)))
-        usual = trainer.logps
+        trainer = build(build_loss(**loss), "llama", *SGD, train=BatchIterator(table, 8))
+        usual = trainer.step.logps
 
         def logps(pack):
             if len(pack.input_ids) > most_tokens:
                 raise torch.OutOfMemoryError("CUDA out of memory.")
             return usual(pack)
 
-        trainer.logps = logps
-        [batch] = trainer.train_batches
-        largest = max(len(pack.input_ids) for micro_batch in batch for pack in micro_batch.packs)
-        return largest, *gradient_after_one_step(trainer, batch), trainer.loss.state_dict()
+        trainer.step.logps = logps
+        [batch] = trainer.batches.train
+        largest = max(len(piece.input_ids) for micro_batch in batch for piece in micro_batch.packs)
+        return largest, *gradient_after_one_step(trainer, batch), trainer.models.loss.state_dict()
 
     tokens, whole, expected, state = step(math.inf)
     capsys.readouterr()

@@ -1,4 +1,4 @@
-"""What goes wrong while training, noticed in the numbers of each step. Says so, once for each thing; changes nothing."""
+"""Monitors of training: what the numbers of each step say goes wrong. They warn once for each kind, and change nothing."""
 
 import math
 from collections import deque
@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from preference_training.core.ranks import local
+from preference_training.core.process_group import to_local
 
 # Steps that a mean is taken over, and after which it means something.
 STEPS = 100
@@ -14,12 +14,12 @@ STEPS = 100
 COLLAPSE = 50.0
 # Values looked at of each weight.
 VALUES = 1024
-# Of the values that a step should change, the share below which it is said that they stay.
+# Of the values that a step should change, the share below which a warning says that they stay.
 CHANGED = 1 / 3
 
 
 class Watch:
-    """Sees every step's metrics. `say` prints a line; spike: how many times its running mean a loss has to be, None is off."""
+    """Watches every step's metrics. `say` prints a line; spike: how many times its running mean a loss may be, None is off."""
 
     def __init__(self, say: Callable[[str], None], spike: float | None = None):
         self.say, self.spike = say, spike
@@ -67,8 +67,21 @@ class Watch:
                 "right way round in the data? Is lr too high?",
             )
 
+    def see_share_changed(self, share: float | None, lr: float, dtype: str) -> None:
+        """Look at the share of sampled weights in `dtype` that a step has changed, None where that was not checked."""
+        if share is None or share >= CHANGED:
+            return
+        remedy = "Raise lr."
+        if dtype != "float32":
+            remedy = "Set master_weights=true, which keeps float32 copies of them in the optimizer, or raise lr."
+        self.warn(
+            "weights that stay",
+            f"a step with lr {lr:g} has changed {share:.1%} of the weights that were looked at: its updates are too small for "
+            f"weights in {dtype}, and most are rounded away. {remedy}",
+        )
+
     def warn(self, kind: str, text: str) -> None:
-        """Say something, once for each kind."""
+        """Warn once for each kind."""
         if kind not in self.said:
             self.said.append(kind)
             self.say(f"warning: {text}")
@@ -88,17 +101,17 @@ def _mean(values: deque[float]) -> float:
     return sum(values) / len(values)
 
 
-class StillWeights:
-    """Some values of all weights as they are now, to see how many of them a step changes.
+class UnchangedWeights:
+    """A sample of all weights before a step, to find how many of them it leaves unchanged.
 
-    updated: what the optimizer is about to change, with its gradients. Looked at are values that float32 arithmetic would
-    change: those that are not 0 and have a gradient, which the embeddings of unused tokens have not. Of matrices alone where
-    there are any: the scales of norms are far from the size of ordinary weights.
+    updated: what the optimizer is about to update, with its gradients. Sampled are values that float32 arithmetic would change:
+    those that are not 0 and have a gradient, which the embeddings of unused tokens have not. Of matrices alone where there are
+    any: the scales of norms are far from the size of ordinary weights.
     """
 
     def __init__(self, updated: Sequence[tuple[Tensor, Tensor]]):
         matrices = [pair for pair in updated if pair[0].ndim > 1]
-        self.seen = [self._begin(local(weight.detach()), local(gradient)) for weight, gradient in matrices or updated]
+        self.seen = [self._begin(to_local(weight.detach()), to_local(gradient)) for weight, gradient in matrices or updated]
 
     @staticmethod
     def _begin(weight: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,12 +10,11 @@ from transformers import AutoModelForCausalLM
 from preference_training.batching.iterator import BatchIterator
 from preference_training.batching.micro_batches import MicroBatch
 from preference_training.batching.packing import examples_of, pack_examples
-from preference_training.batching.schedule import RunLength, Schedule
 from preference_training.data.prompt_table import PromptTable
 from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.losses.registry import build_loss
-from preference_training.training.guards import COLLAPSE, STEPS, StillWeights, Watch
-from preference_training.training.trainers import BasicTrainer
+from preference_training.training.monitors import COLLAPSE, STEPS, UnchangedWeights, Watch
+from tests.support.building import build_trainer
 from tests.support.files import GOLDEN
 
 
@@ -155,8 +154,8 @@ def stepped(compose):
         batch = [MicroBatch([pack_examples(list(examples_of(prompts)))], 1)]
         config = compose("optimizer=AdamW", "warmup_steps=0", "batch_size=1", *overrides)
         tracker = type("Says", (), {"say": lambda self, text: said.append(text)})()
-        batches = BatchIterator(Schedule(PromptTable.of(prompts), 1, length=RunLength(n_epochs=None, n_steps=n_steps)))
-        trainer = BasicTrainer(config, policy, None, build_loss("sft"), None, batches, [], [], tracker)
+        batches = BatchIterator(PromptTable.of(prompts), 1, n_epochs=None, n_steps=n_steps)
+        trainer = build_trainer(config, policy, build_loss("sft"), train=batches, tracker=tracker)
         for _ in range(steps):
             trainer.train_step(batch)
         return said
@@ -202,13 +201,13 @@ def test_of_a_run_shorter_than_its_warm_up_the_last_step_is_looked_at(stepped):
     assert len(stepped(3, torch.bfloat16, "lr=1e-9", "warmup_steps=150", n_steps=3)) == 1
 
 
-def looked_at(*weights: torch.Tensor) -> StillWeights:
+def looked_at(*weights: torch.Tensor) -> UnchangedWeights:
     """Weights whose values all have a gradient, but for the first row of each matrix."""
     gradients = [torch.ones_like(weight) for weight in weights]
     for gradient in gradients:
         if gradient.ndim > 1:
             gradient[0] = 0
-    return StillWeights(list(zip(weights, gradients, strict=True)))
+    return UnchangedWeights(list(zip(weights, gradients, strict=True)))
 
 
 def test_every_matrix_is_looked_at_all_over_and_what_has_no_gradient_or_is_zero_is_not():
@@ -239,4 +238,4 @@ def test_scales_of_norms_count_only_where_nothing_else_is_trained():
 def test_where_no_value_has_a_gradient_there_is_no_share():
     # As at the first step of a fresh adapter, one of whose matrices is 0 and the other without a gradient.
     weight = torch.ones(4, 4)
-    assert StillWeights([(weight, torch.zeros_like(weight)), (torch.zeros(4, 4), torch.ones(4, 4))]).share_changed() is None
+    assert UnchangedWeights([(weight, torch.zeros_like(weight)), (torch.zeros(4, 4), torch.ones(4, 4))]).share_changed() is None

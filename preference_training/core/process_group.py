@@ -1,0 +1,108 @@
+"""The ranks of a run, and collectives over them.
+
+With one process every collective returns what it was given. Only ranks that train on different data count; those that share a
+split layer are one rank.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the data-parallel ranks. `group` is their process group, None for a single rank.
+
+    is_rank_zero is true for one process of the whole run, the one that writes and prints.
+    """
+
+    rank: int = 0
+    size: int = 1
+    is_rank_zero: bool = True
+    group: Any = None
+
+    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
+        """The sum of all ranks' tensors, the same bits on each."""
+        if self.group is None:
+            return tensor
+        tensor = tensor.clone()
+        torch.distributed.all_reduce(tensor, group=self.group)
+        return tensor
+
+    def all_gather_object(self, value) -> list:
+        """Every rank's value, in rank order. For small values: they are pickled."""
+        if self.group is None:
+            return [value]
+        values: list = [None] * self.size
+        torch.distributed.all_gather_object(values, value, group=self.group)
+        return values
+
+    def all_reduce_min(self, number: int) -> int:
+        """The smallest of all ranks' numbers."""
+        return min(self.all_gather_object(number))
+
+    def broadcast(self, value):
+        """The value of rank 0, on every process of the run."""
+        if not is_distributed():
+            return value
+        values = [value]
+        torch.distributed.broadcast_object_list(values, 0)
+        return values[0]
+
+    def barrier(self) -> None:
+        """Wait for all processes of the run, those of other groups included."""
+        if is_distributed():
+            torch.distributed.barrier()
+
+    def shard(self, items: Sequence) -> Sequence:
+        """This rank's items: every `size`-th."""
+        return items[self.rank :: self.size]
+
+
+SINGLE_PROCESS = Ranks()
+
+
+def is_distributed() -> bool:
+    """Whether this process has joined a process group."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def local_rank() -> int:
+    """This process's rank on its machine."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def local_world_size() -> int:
+    """How many processes of the run are on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def to_local(tensor: Tensor) -> Tensor:
+    """This process's shard of a DTensor; any other tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def bytes_of(tensor: Tensor):
+    """The bytes of this process's shard of a tensor, for a hash: a flat numpy array of uint8."""
+    return to_local(tensor).detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """All of a DTensor, gathered; every process has to call it. Any other tensor as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def reshard(model: nn.Module) -> None:
+    """Free the gathered weights that FSDP kept after a forward.
+
+    Until then `parameters` gives these copies, which no optimizer knows, and which do not follow the shards.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

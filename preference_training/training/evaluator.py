@@ -1,0 +1,139 @@
+"""A run's evaluations: held-out metrics, samples, the best value so far, early stopping and pruning."""
+
+from torch import nn
+
+from preference_training.checkpointing.checkpoints import smaller_is_better
+from preference_training.core.machine import too_few
+from preference_training.distributed.placement import Placement
+from preference_training.evaluation.breakdown import interval_metrics
+from preference_training.evaluation.held_out import HeldOut, evaluate_held_out
+from preference_training.generation.sampling import Sampler
+from preference_training.losses.beta_dpo import is_at_beta_used
+from preference_training.modeling.logprobs import LiveReference
+from preference_training.training.parts import Batches, Models, Observers
+from preference_training.training.state import RunState
+
+
+class Evaluator:
+    """Evaluates the policy of a run, and keeps in `state` what it finds. held_out: the newest result, None before the first."""
+
+    def __init__(self, config, placement: Placement, models: Models, batches: Batches, state: RunState, observers: Observers):
+        self.config, self.ranks, self.tokenizer = config, placement.ranks, placement.tokenizer
+        self.models, self.batches, self.state, self.observers = models, batches, state, observers
+        self.held_out: HeldOut | None = None
+        self.pruned = False
+
+    @property
+    def ends_run(self) -> bool:
+        """Whether `objective` has not improved for long enough, or the run was pruned."""
+        patience = self.config.early_stopping_patience
+        return self.pruned or (patience is not None and self.state.evaluations_since_best >= patience)
+
+    def evaluate(self) -> None:
+        """Score the held-out examples and answer the sample prompts, into the tracker; once for each number of examples."""
+        models, state, tracker = self.models, self.state, self.observers.tracker
+        if not self.batches.held_out or state.evaluated_at == state.examples:
+            return
+        see = models.same_start and models.same_start.see
+        self.held_out = evaluate_held_out(models.policy, models.reference, models.loss, self.batches.held_out, self.ranks, see)
+        if models.same_start is not None:
+            models.same_start.check(self.ranks)
+        warnings = self._warnings() if state.held_out is None else []
+        state.held_out = self.held_out.means()
+        state.evaluated_at = state.examples
+        self._compare_with_best()
+        tracker.log_evaluation(state.held_out | interval_metrics(self.held_out) | state.counters())
+        for text in warnings:
+            tracker.say(f"warning: {text}")
+        if self.batches.sample_prompts:
+            tracker.log_samples(self.sample(), state.examples)
+        if self.observers.ledger is not None:
+            self.observers.ledger.write()
+        self._prune()
+        tracker.report()
+
+    def _warnings(self) -> list[str]:
+        """Why this run's evaluations may decide nothing."""
+        few = too_few(len(set(self.held_out.sources)), "held-out numbers")
+        depends = self.models.loss.evaluation_depends_on
+        said = f"loss/eval depends on {depends}: it does not compare between runs, nor exactly between evaluations of this one"
+        return [text for text in (few, said if depends else None) if text]
+
+    def _compare_with_best(self) -> None:
+        """Count the evaluations since `objective` was best; say so where the run ends for it."""
+        objective, state = self.config.objective, self.state
+        value = state.held_out[objective]
+        if state.best is None or (value < state.best if smaller_is_better(objective) else value > state.best):
+            state.best, state.evaluations_since_best = value, 0
+            return
+        state.evaluations_since_best += 1
+        since = state.evaluations_since_best
+        if since == self.config.early_stopping_patience and not self.batches.train.finished:
+            self.observers.tracker.say(
+                f"early stopping: {objective} was not better than {state.best:.4g} in {since} evaluations"
+            )
+
+    def _prune(self) -> None:
+        """End the run, and say so, where other jobs of the sweep do much better; not before its first step."""
+        pruning, state = self.observers.pruning, self.state
+        if pruning is None or self.ends_run or self.batches.train.finished or not state.examples:
+            return
+        judged = pruning.verdict(state.examples, state.held_out[self.config.objective]) if self.ranks.is_rank_zero else None
+        verdict = self.ranks.broadcast(judged)
+        self.pruned = verdict is not None
+        if self.pruned:
+            self.observers.tracker.say(f"pruned: {verdict}")
+
+    # ---- samples --------------------------------------------------------------------------------------------------------
+
+    def answers(self, model: nn.Module | None = None) -> list[str]:
+        """A model's answers to the sample prompts; the policy's, unless another is given."""
+        sampler = Sampler(self.tokenizer, self.config.max_length, self.config.seed, self.ranks)
+        return sampler.texts(self.models.policy if model is None else model, self.batches.sample_prompts)
+
+    def sample(self) -> list[dict]:
+        """Answers of the policy, and of the reference where there is one, to the sample prompts.
+
+        Both are drawn from the same noise, so that a reader sees what has changed.
+        """
+        state = self.state
+        if state.reference_answers is None and self.models.loss.reference_update is not None:
+            state.reference_answers = self.answers(self.models.reference.model)
+        known = state.reference_answers
+        # Before the first step the reference's answers are the policy's: they need not be sampled twice.
+        answers = {"policy": self.answers() if known is None or state.updates else known}
+        if known is not None:
+            answers["reference"] = known
+        prompts = self.tokenizer.batch_decode(self.batches.sample_prompts)
+        rows = zip(prompts, *answers.values(), strict=True)
+        return [{"examples": state.examples, **dict(zip(["prompt", *answers], row, strict=True))} for row in rows]
+
+    # ---- resuming -------------------------------------------------------------------------------------------------------
+
+    def resume(self) -> None:
+        """Adapt what `state` has from a checkpoint to this run, and say where that loses something."""
+        self._resume_reference_answers()
+        if self.config.objective == "loss/eval" and is_at_beta_used(self.state.held_out):
+            # Losses of now do not compare with those of then.
+            self.state.best, self.state.evaluations_since_best = None, 0
+            self.observers.tracker.say(
+                "warning: evaluations before this checkpoint have loss/eval at beta-DPO's beta in force, those from here on at "
+                "loss.beta: the best so far is forgotten, and keep_best begins anew"
+            )
+
+    def _resume_reference_answers(self) -> None:
+        """Take the reference's answers of a checkpoint, whose run may have had fewer sample prompts, or more."""
+        kept, wanted, reference = self.state.reference_answers, len(self.batches.sample_prompts), self.models.reference
+        # Sample prompts are the first held-out ones, however many.
+        self.state.reference_answers = kept[:wanted] if kept is not None else None
+        if kept is None or len(kept) >= wanted:
+            return
+        if isinstance(reference, LiveReference):
+            with reference.as_reference(reference.model):
+                self.state.reference_answers = self.answers(reference.model)
+            return
+        self.state.reference_answers = None
+        self.observers.tracker.say(
+            f"samples: the reference has answered {len(kept)} of the {wanted} sample prompts and only its log-probs are kept: "
+            "from here on samples are the policy's alone (reference_logps=live would give the reference's too)"
+        )

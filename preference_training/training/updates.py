@@ -1,0 +1,139 @@
+"""Weight updates: the optimizer of a run, its learning-rate schedule and its gradient scaler; resumed bit for bit."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from preference_training.batching.iterator import BatchIterator
+from preference_training.checkpointing.checkpoints import read_optimizer
+from preference_training.distributed.placement import Placement
+from preference_training.modeling.state import compute_device
+from preference_training.training.monitors import UnchangedWeights
+from preference_training.training.optimization import (
+    MASTER,
+    MasterWeights,
+    build_optimizer,
+    gradients_of,
+    schedule,
+    warmup_steps,
+)
+from preference_training.training.state import RunState
+
+# What is said where a run goes on with another choice of master weights than it had.
+WITHOUT_MASTERS = (
+    "the run had no float32 master weights, and goes on without them; master_weights=true starts them from its weights"
+)
+MASTERS_BEGIN = "the run had no float32 master weights; they start from its weights"
+MASTERS_DROPPED = "the run's float32 master weights are dropped (master_weights=false); it goes on from its rounded weights"
+
+
+class Updater:
+    """Updates the policy's weights from their gradients, and counts the updates in `state`."""
+
+    def __init__(self, config, placement: Placement, policy: nn.Module, state: RunState, total_steps: int):
+        self.config, self.placement, self.policy, self.state = config, placement, policy, state
+        # Gradients of float16 products would underflow; the scaler skips a step whose scaled gradients overflow.
+        self.scaler = torch.amp.GradScaler(compute_device(policy).type, enabled=computes_in_float16(config))
+        self.schedule = schedule(config, total_steps)
+        # The last one, where the learning rate rises through all of a run.
+        self.first_full_step = min(warmup_steps(config, total_steps), max(0, total_steps - 1))
+        self.build()
+
+    def build(self, masters: bool | None = None) -> None:
+        """Build the optimizer and its schedule. masters: with float32 master weights; None decides as configured."""
+        self.optimizer = build_optimizer(self.policy, self.config, masters)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self.schedule)
+
+    @property
+    def has_masters(self) -> bool:
+        """Whether the optimizer keeps float32 master weights."""
+        return isinstance(self.optimizer, MasterWeights)
+
+    @property
+    def dtype(self) -> str:
+        """The dtype that updates are rounded to."""
+        return "float32" if self.has_masters else str(self.policy.dtype).removeprefix("torch.")
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the next step."""
+        return self.optimizer.param_groups[0]["lr"]
+
+    # ---- one step -------------------------------------------------------------------------------------------------------
+
+    def clip_gradient(self) -> Tensor:
+        """Unscale the gradient and clip it to `max_grad_norm`; returns its global norm before that, a scalar."""
+        self.scaler.unscale_(self.optimizer)
+        return self.placement.clip_gradient(self.policy)
+
+    def update(self) -> None:
+        """Update the weights, and clear the gradient."""
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.state.updates += 1
+
+    def update_and_check(self) -> float | None:
+        """`update`; at the steps that are checked, the share of the sampled weights that it changed, else None."""
+        unchanged = UnchangedWeights(gradients_of(self.optimizer)) if self._checks_weights() else None
+        self.update()
+        return None if unchanged is None else unchanged.share_changed()
+
+    def _checks_weights(self) -> bool:
+        """Whether the coming step is checked: the first with the whole learning rate, and some later ones."""
+        later = self.state.updates - self.first_full_step
+        return later == 0 or (later > 0 and later & (later - 1) == 0 and self.schedule(self.state.updates) == 1)
+
+    def skip_step(self) -> None:
+        """Clear the gradient of a step that cannot be taken."""
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    # ---- checkpoints ----------------------------------------------------------------------------------------------------
+
+    def optimizer_state(self) -> dict:
+        """The optimizer's state by the weights' names, initialized where it is not yet. Not copies."""
+        return self.placement.optimizer_state(self.policy, self.optimizer)
+
+    def load(self, checkpoint: Path, saved: dict, say: Callable[[str], None]) -> None:
+        """Load the optimizer's state of a checkpoint, with its master weights where it has some and they are wanted."""
+        kept = saved.get("master_weights", False)
+        if self.config.master_weights == "auto" and kept != self.has_masters:
+            self.build(masters=kept)
+            if not kept:
+                say(f"resume: {WITHOUT_MASTERS}")
+        elif kept != self.has_masters:
+            say(f"resume: {MASTERS_DROPPED if kept else MASTERS_BEGIN}")
+        optimizer = self.optimizer_state() | {"param_groups": saved["optimizer_groups"]}
+        read = optimizer["state"]
+        if not kept:
+            read = {name: {key: value for key, value in values.items() if key != MASTER} for name, values in read.items()}
+        read_optimizer(checkpoint, read)
+        for name, values in saved["optimizer_numbers"].items():
+            optimizer["state"][name] |= values
+        self.placement.set_optimizer_state(self.policy, self.optimizer, optimizer)
+
+    def continue_schedule(self, batches: BatchIterator, config_then: dict, say: Callable[[str], None]) -> None:
+        """Go on by this run's learning-rate schedule, and say so where the checkpoint was under another."""
+        done, total_then, total = self.state.updates, batches.total_steps_of(config_then), batches.total_steps
+        schedule_then = schedule(self.config, total_then)
+        before, now = schedule_then(done), self.schedule(done)
+        for group, base in zip(self.optimizer.param_groups, self.scheduler.base_lrs, strict=True):
+            group["lr"] = base * now
+        self.scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+        to_come = range(done, max(total_then, done + 1))
+        if any(schedule_then(step) != self.schedule(step) for step in to_come):
+            lr = self.config.lr
+            say(
+                f"resume: the run has {total:,} steps now, not {total_then:,}, and lr_schedule={self.config.lr_schedule} is "
+                f"that of {total:,} steps from here on: lr is {lr * now:.3g} at the next step, where it would have been "
+                f"{lr * before:.3g}"
+            )
+
+
+def computes_in_float16(config) -> bool:
+    """Whether products are in float16 while the weights are not."""
+    return "float16" in (config.model.autocast_dtype, config.sharded_dtype) and config.model.policy_dtype != "float16"

@@ -34,7 +34,7 @@ class Trainer:
         self.config, self.placement, self.models = config, placement, models
         self.batches, self.observers, self.tracker = batches, observers, observers.tracker
         self.state = RunState()
-        self.step = TrainingStep(config, placement, models, self.state, batches.train.total_steps)
+        self.step = TrainingStep(config, placement, models, self.state, batches.train.schedule.total_steps)
         self.evaluator = Evaluator(config, placement, models, batches, self.state, observers)
         self.watch = Watch(self.tracker.say, config.loss_spike)
         self.stopping = False
@@ -210,7 +210,7 @@ class Trainer:
         for name, part in self.stateful().items():
             part.load_state_dict(saved[name])
         if config_then := saved["run"].get("config"):
-            self.step.updater.continue_schedule(self.batches.train, config_then, say)
+            self.step.updater.continue_schedule(self.batches.train.schedule, config_then, say)
         ranks, streams = self.placement.ranks, saved["random"]
         restore_random_streams(streams[ranks.rank if len(streams) == ranks.size else 0])
 

@@ -56,7 +56,7 @@ def build(job: dict, work: Work, prompts: PromptTable):
     placement = placement_for(config).start(config, tokenizer)
     policy = placement.load_policy()
     batches = _iterator(prompts, work, token_budget(policy, config.max_tokens_per_microbatch))
-    reads = ReferencePlan(batches.prompts_seen, batches.prompts_seen)
+    reads = ReferencePlan(batches.schedule.prompts_seen, batches.schedule.prompts_seen)
     reference = make_reference(config, placement, policy, reads, False) if loss.needs_reference else None
     parts = Models(policy, reference, loss), Batches(batches), Observers(NoTracker())
     return TRAINERS[config.trainer.name](config, placement, *parts)

@@ -385,7 +385,8 @@ def _replaced(found: Section, names: list[str], value: object) -> Section:
 
 
 def _plain(found: Section, composed: dict) -> dict:
-    values = {name: getattr(found, name) for name in composed}
+    own = found.own if isinstance(found, LossConfig) else {}
+    values = {name: own[name] if name in own else getattr(found, name) for name in composed}
     return {
         name: _plain(value, composed[name]) if isinstance(value, Section) else copy.deepcopy(value)
         for name, value in values.items()

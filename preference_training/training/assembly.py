@@ -5,9 +5,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from preference_training.batching.iterator import BatchIterator
+from preference_training.batching.iterator import BatchIterator, Packing
 from preference_training.batching.micro_batches import evaluation_batches
 from preference_training.batching.packing import TokenBudget
+from preference_training.batching.schedule import RunLength, Schedule
 from preference_training.checkpointing.checkpoints import CheckpointWriter, read_state
 from preference_training.configuration.schema import RunConfig
 from preference_training.core.errors import UserError
@@ -75,7 +76,9 @@ def assemble(prepared: PreparedRun, placement: Placement, checkpoint: Path | Non
     }
     if prepared.loss.needs_reference:
         reads = ReferencePlan.for_run(steps, held_out, **sizes)
-        models.reference = make_reference(config, placement, models.policy, reads, prepared.in_sweep or steps.visits_again)
+        models.reference = make_reference(
+            config, placement, models.policy, reads, prepared.in_sweep or steps.schedule.visits_again
+        )
         if two_models := config.two_models:
             print(two_models, flush=True)
         else:
@@ -135,16 +138,14 @@ def build_batches(
             f"processes. Expected at least {number * ranks.size}, or fewer processes or gradient_accumulation_steps."
         )
     return BatchIterator(
-        prompts,
-        size,
+        Schedule(
+            prompts,
+            size,
+            config.seed,
+            length=RunLength(n_epochs=config.n_epochs, n_examples=config.n_examples, n_steps=config.n_steps),
+        ),
         number,
-        config.seed,
-        n_epochs=config.n_epochs,
-        n_examples=config.n_examples,
-        n_steps=config.n_steps,
-        budget=budget,
-        ranks=ranks,
-        first_budget=first_budget,
+        Packing(budget=budget, ranks=ranks, first_budget=first_budget),
     )
 
 

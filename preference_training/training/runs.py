@@ -3,6 +3,7 @@
 from contextlib import ExitStack
 
 from preference_training.batching.iterator import BatchIterator
+from preference_training.batching.schedule import Schedule
 from preference_training.checkpointing.resuming import checkpoint_to_continue
 from preference_training.core.errors import UserError
 from preference_training.core.signals import StopRequests
@@ -52,7 +53,7 @@ def train(prepared: PreparedRun, trainer_class, placement: Placement, report_wri
         # Until all that follows is closed: a signal that comes too late to stop the run disturbs its last lines no more.
         stop = opened.enter_context(StopRequests(config.max_wall_time))
         if ranks.is_rank_zero:
-            total = batches.train.total_examples
+            total = batches.train.schedule.total_examples
             about = describe_run(config, placement, data, checkpoint)
             report = report_writer and report_writer(config, run_dir, prepared.loss, placement.tokenizer, data)
             tracker = open_run_dir(config, run_dir, about, checkpoint, total, report)
@@ -108,7 +109,7 @@ def evaluate(prepared: PreparedRun, placement: Placement) -> float | None:
 
         def build_evaluator(policy, reference, held_out, sample_prompts) -> Evaluator:
             models = Models(policy, reference, prepared.loss)
-            batches = Batches(BatchIterator(PromptTable.of([]), config.batch_size), held_out, sample_prompts)
+            batches = Batches(BatchIterator(Schedule(PromptTable.of([]), config.batch_size)), held_out, sample_prompts)
             return Evaluator(config, placement, models, batches, RunState(), Observers(tracker))
 
         run = EvaluationRun(config, placement, data[0].table, checkpoint, prepared.loss.needs_reference, build_evaluator)

@@ -153,22 +153,22 @@ class TrainingStep:
         loss, same_start = self.models.loss, self.models.same_start
         packs = [pack.to(self.device) for pack in micro_batch.packs]
         references = [None if self.models.reference is None else self.models.reference(pack) for pack in packs]
-        survey = None
+        statistics = None
         if loss.needs_batch_statistics and len(packs) > 1:
             # It depends on all packs, and only one of them fits into memory with its gradient.
             with torch.no_grad():
-                survey = self._survey(micro_batch, packs, [self.logps(pack) for pack in packs], references)
+                statistics = self._batch_statistics(micro_batch, packs, [self.logps(pack) for pack in packs], references)
         for pack, reference in zip(packs, references, strict=True):
             policy = self.logps(pack)
             if same_start is not None:
                 same_start.see(pack, policy, reference)
-            if loss.needs_batch_statistics and survey is None:
-                survey = self._survey(micro_batch, packs, [policy.detach()], references)
-            found = None if survey is None else survey.at(pack.places)
+            if loss.needs_batch_statistics and statistics is None:
+                statistics = self._batch_statistics(micro_batch, packs, [policy.detach()], references)
+            found = None if statistics is None else statistics.at(pack.places)
             yield loss(policy, reference, pack.pairs, pack.response_lengths, found), policy, pack
 
-    def _survey(self, micro_batch: MicroBatch, packs, policies, references) -> BatchStatistics:
-        """The loss's survey of all pairs of a micro-batch on all ranks, from log-probs [R] of this rank's packs."""
+    def _batch_statistics(self, micro_batch: MicroBatch, packs, policies, references) -> BatchStatistics:
+        """The loss's statistics over all pairs of a micro-batch on all ranks, from log-probs [R] of this rank's packs."""
         log_ratios = torch.zeros(micro_batch.num_examples, 2, device=self.device)
         for pack, policy, reference in zip(packs, policies, references, strict=True):
             if not pack.is_filler:

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from preference_training.batching.iterator import BatchIterator
+from preference_training.batching.schedule import RunLength, Schedule
 from preference_training.checkpointing.checkpoints import read_optimizer
 from preference_training.distributed.placement import Placement
 from preference_training.modeling.state import compute_device
@@ -116,9 +116,10 @@ class Updater:
             optimizer["state"][name] |= values
         self.placement.set_optimizer_state(self.policy, self.optimizer, optimizer)
 
-    def continue_schedule(self, batches: BatchIterator, config_then: dict, say: Callable[[str], None]) -> None:
+    def continue_schedule(self, data: Schedule, config_then: dict, say: Callable[[str], None]) -> None:
         """Go on by this run's learning-rate schedule, and say so where the checkpoint was under another."""
-        done, total_then, total = self.state.updates, batches.total_steps_of(config_then), batches.total_steps
+        length = RunLength(config_then["n_epochs"], config_then["n_examples"], config_then["n_steps"])
+        done, total_then, total = self.state.updates, data.with_length(length).total_steps, data.total_steps
         schedule_then = schedule(self.config, total_then)
         before, now = schedule_then(done), self.schedule(done)
         for group, base in zip(self.optimizer.param_groups, self.scheduler.base_lrs, strict=True):

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from preference_training.batching.iterator import BatchIterator
 from preference_training.batching.micro_batches import evaluation_batches
+from preference_training.batching.schedule import RunLength, Schedule
 from preference_training.checkpointing import resuming
 from preference_training.checkpointing.checkpoints import CheckpointWriter, fault_of
 from preference_training.checkpointing.resuming import (
@@ -62,7 +63,10 @@ def finished(tmp_path_factory, compose, tokenizer) -> Path:
     reference = LiveReference(copy.deepcopy(policy))
     loss = build_loss("dpo", mode_loss="beta_DPO", mode_weight=0.2, a=0.6)
     with Tracker(run_dir, 12) as tracker, CheckpointWriter(run_dir, policy, tokenizer, about=ABOUT) as writer:
-        batches = BatchIterator(prompts, 4, n_examples=12), evaluation_batches(prompts, 4, 4, seed=0)
+        batches = (
+            BatchIterator(Schedule(prompts, 4, length=RunLength(n_examples=12))),
+            evaluation_batches(prompts, 4, 4, seed=0),
+        )
         parts = {"train": batches[0], "held_out": batches[1], "sample_prompts": [[5, 6, 7]]}
         build_trainer(config, policy, loss, reference, tokenizer=tokenizer, tracker=tracker, writer=writer, **parts).train()
     return run_dir

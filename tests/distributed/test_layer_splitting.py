@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from preference_training.batching.iterator import BatchIterator
 from preference_training.batching.micro_batches import MicroBatch, evaluation_batches
 from preference_training.batching.packing import examples_of, pack_examples
+from preference_training.batching.schedule import RunLength, Schedule
 from preference_training.checkpointing.checkpoints import CheckpointWriter
 from preference_training.core.errors import UserError
 from preference_training.data.prompt_table import PromptTable
@@ -153,7 +154,9 @@ def test_gpt2_and_opt_compute_prompts_once_and_bloom_on_padded_rows(model_type):
 )
 def test_a_checkpoint_is_whole_and_continued_exactly(classes, build, tmp_path):
     def make(placement_class, model):
-        return build(placement_class, model, batches=BatchIterator(PromptTable.of(prompts()), 6, n_epochs=1))
+        return build(
+            placement_class, model, batches=BatchIterator(Schedule(PromptTable.of(prompts()), 6, length=RunLength(n_epochs=1)))
+        )
 
     model = whole_model("gpt2")
     whole, first = make(classes[0], model), make(classes[0], model)
@@ -185,7 +188,7 @@ def test_a_checkpoint_is_whole_and_continued_exactly(classes, build, tmp_path):
 
 def test_master_weights_are_joined_in_a_checkpoint_and_split_again(build, tmp_path):
     def make(placement_class):
-        batches = BatchIterator(PromptTable.of(prompts()), 6, n_epochs=1)
+        batches = BatchIterator(Schedule(PromptTable.of(prompts()), 6, length=RunLength(n_epochs=1)))
         settings = "model.policy_dtype=bfloat16", "lr=1e-5", "weight_decay=0.1"
         return build(placement_class, whole_model("gpt2").bfloat16(), *settings, batches=batches)
 

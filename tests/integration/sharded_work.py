@@ -13,9 +13,10 @@ from unittest import mock
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from preference_training.batching.iterator import BatchIterator
+from preference_training.batching.iterator import BatchIterator, Packing
 from preference_training.batching.micro_batches import MicroBatch, evaluation_batches
 from preference_training.batching.packing import TokenBudget, examples_of, packs_of
+from preference_training.batching.schedule import RunLength, Schedule
 from preference_training.checkpointing.checkpoints import CheckpointWriter, Snapshot
 from preference_training.configuration.schema import RunConfig
 from preference_training.core.process_group import SINGLE_PROCESS
@@ -236,7 +237,9 @@ def train_with_masters(settings: dict, folder: str) -> dict:
         made = [world.sharded("llama", loss, mesh, sharding, **changes, **low) for _ in range(2)]
         (first, ranks), (second, _), single = *made, world.alone("llama", loss, **changes)
         for trainer, on in ((first, ranks), (second, ranks), (single, SINGLE_PROCESS)):
-            trainer.batches.train = BatchIterator(table, 8, n_epochs=None, n_steps=4, ranks=on)
+            trainer.batches.train = BatchIterator(
+                Schedule(table, 8, length=RunLength(n_epochs=None, n_steps=4)), packing=Packing(ranks=on)
+            )
         before = torch.cat([weight.detach().flatten() for weight in single.models.policy.parameters()])
         for step in first.batches.train:
             first.train_step(step)
@@ -287,7 +290,7 @@ def evaluate_unevenly(settings: dict, num_rows: int) -> dict:
         compute_logps(LiveReference(trainer.models.policy), ReferencePlan(everything, everything), ranks).logps,
         compute_logps(LiveReference(single.models.policy), ReferencePlan(everything, everything)).logps,
     ]
-    epoch = [BatchIterator(table, 8, ranks=each) for each in (ranks, SINGLE_PROCESS)]
+    epoch = [BatchIterator(Schedule(table, 8), packing=Packing(ranks=each)) for each in (ranks, SINGLE_PROCESS)]
     seen = [sum(micro.num_examples for step in steps for micro in step) for steps in epoch]
     end_group()
     return {

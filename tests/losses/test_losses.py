@@ -591,7 +591,9 @@ assert registered.link == "capped DPO ([arXiv 2401.00001](https://arxiv.org/abs/
 assert registered.objective.reward == "log-ratio" and "loss.cap" in registry.training_keys()
 
 
-loss = configured("loss=capped", "loss.cap=3").loss
+config = configured("loss=capped", "loss.cap=3")
+loss = config.loss
+assert config.as_dict()["loss"] == loss.given() == {"name": "capped", "beta": 0.5, "cap": 3}
 assert "torch" not in sys.modules
 import torch
 

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from preference_collection.importing import import_into
 from preference_collection.store import open_store
 from preference_training.batching.iterator import BatchIterator
+from preference_training.batching.schedule import Schedule
 from preference_training.core.errors import UserError
 from preference_training.data.prompt_table import PromptTable
 from preference_training.data.tokenization import TokenizedPrompt
@@ -246,7 +247,7 @@ def test_labels_that_were_flipped_on_purpose_are_found_after_one_epoch(compose, 
     policy, reference = (AutoModelForCausalLM.from_pretrained(GOLDEN / "llama", dtype=torch.float32) for _ in range(2))
     models = policy, build_loss(**config.loss.given()), LiveReference(reference)
     followed = {"tracker": Tracker(tmp_path, None, 3600), "ledger": Ledger(tmp_path)}
-    build_trainer(config, *models, tokenizer=tokenizer, train=BatchIterator(table, 8), **followed).train()
+    build_trainer(config, *models, tokenizer=tokenizer, train=BatchIterator(Schedule(table, 8)), **followed).train()
     PairFinder(tmp_path, table, tokenizer).write()
     named = {int(row["source"].split()[1]) - 1 for row in flagged_rows(tmp_path)}
     assert len(named & flipped) >= 0.8 * len(flipped), "recall"

@@ -1,6 +1,7 @@
 """One builder of trainers for all tests."""
 
 from preference_training.batching.iterator import BatchIterator
+from preference_training.batching.schedule import Schedule
 from preference_training.data.prompt_table import PromptTable
 from preference_training.distributed.placement import OneProcess
 from preference_training.tracking.tracker import NoTracker
@@ -25,7 +26,7 @@ def build_trainer(
     **observers,
 ) -> Trainer:
     """A trainer on models that are there; without batches it is for single steps. observers: by their names in `Observers`."""
-    steps = BatchIterator(PromptTable.of([]), config.batch_size) if train is None else train
+    steps = BatchIterator(Schedule(PromptTable.of([]), config.batch_size)) if train is None else train
     return trainer_class(
         config,
         placement or OneProcess(config, tokenizer),

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from preference_training.batching.iterator import BatchIterator
 from preference_training.batching.micro_batches import MicroBatch
 from preference_training.batching.packing import examples_of, pack_examples
+from preference_training.batching.schedule import RunLength, Schedule
 from preference_training.data.prompt_table import PromptTable
 from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.losses.registry import build_loss
@@ -154,7 +155,7 @@ def stepped(compose):
         batch = [MicroBatch([pack_examples(list(examples_of(prompts)))], 1)]
         config = compose("optimizer=AdamW", "warmup_steps=0", "batch_size=1", *overrides)
         tracker = type("Says", (), {"say": lambda self, text: said.append(text)})()
-        batches = BatchIterator(PromptTable.of(prompts), 1, n_epochs=None, n_steps=n_steps)
+        batches = BatchIterator(Schedule(PromptTable.of(prompts), 1, length=RunLength(n_epochs=None, n_steps=n_steps)))
         trainer = build_trainer(config, policy, build_loss("sft"), train=batches, tracker=tracker)
         for _ in range(steps):
             trainer.train_step(batch)

@@ -71,7 +71,7 @@ def start(compose, tokenizer, tmp_path):
 
 def cached(policy, folder) -> CachedReference:
     """The reference of such a run, computed before and read again."""
-    batches = BatchIterator(TRAIN, 6, 2, n_steps=2, budget=SMALL)
+    batches = BatchIterator(Schedule(TRAIN, 6, length=RunLength(n_steps=2)), 2, Packing(budget=SMALL))
     plan = ReferencePlan.for_run(batches, HELD_OUT, 4, None, 0, SMALL, SINGLE_PROCESS)
     made, read = (cached_reference(LiveReference(policy), plan, folder / "logps.safetensors") for _ in range(2))
     assert torch.equal(made.logps.nan_to_num(), read.logps.nan_to_num())
@@ -184,7 +184,7 @@ def test_fillers_are_not_looked_at():
 def test_a_response_of_two_packs_has_the_bits_of_each(policies, tmp_path):
     # In bfloat16 on padded rows the last bits depend on what else is in the pack.
     policy = policies[torch.bfloat16, "off"]
-    batches = BatchIterator(TRAIN, 6, 2, n_steps=3, budget=SMALL)
+    batches = BatchIterator(Schedule(TRAIN, 6, length=RunLength(n_steps=3)), 2, Packing(budget=SMALL))
     plan = ReferencePlan.for_run(batches, HELD_OUT, 4, None, 0, SMALL, SINGLE_PROCESS)
     kept = cached_reference(LiveReference(policy), plan, tmp_path / "logps.safetensors")
     pieces = list(batches.first_epoch())
@@ -195,7 +195,7 @@ def test_a_response_of_two_packs_has_the_bits_of_each(policies, tmp_path):
 
 
 def test_of_several_epochs_all_is_known_after_the_first(policies, tmp_path):
-    batches = BatchIterator(TRAIN, 6, n_epochs=3)
+    batches = BatchIterator(Schedule(TRAIN, 6, length=RunLength(n_epochs=3)))
     plan = ReferencePlan.for_run(batches, HELD_OUT, 4, None, 0, UNLIMITED, SINGLE_PROCESS)
     reference = LiveReference(policies[torch.float32, "on"])
     kept = cached_reference(reference, plan, tmp_path / "logps.safetensors")

@@ -313,7 +313,7 @@ def test_every_loss_falls_and_its_margin_grows_over_steps_on_the_same_examples(n
 def test_a_trainer_continues_from_its_state_bit_for_bit(name, build, loss_of, tokenized, tmp_path):
     def make(**parts):
         loss = loss_of(name)
-        train_batches = BatchIterator(PromptTable.of(tokenized[loss.paired][:28]), 4, n_epochs=1)
+        train_batches = BatchIterator(Schedule(PromptTable.of(tokenized[loss.paired][:28]), 4, length=RunLength(n_epochs=1)))
         return build(loss, "gpt_neox", "lr=1e-3", "optimizer=AdamW", train=train_batches, **parts)
 
     whole, first = make(), make()
@@ -428,7 +428,7 @@ def test_a_cached_reference_gives_the_steps_of_a_live_one(build, tokenized, tmp_
 
     live = build(build_loss("dpo")).models.reference
     reads = ReferencePlan.for_run(
-        BatchIterator(table, 8), PromptTable.of([], table.num_responses), 8, None, 0, UNLIMITED, SINGLE_PROCESS
+        BatchIterator(Schedule(table, 8)), PromptTable.of([], table.num_responses), 8, None, 0, UNLIMITED, SINGLE_PROCESS
     )
     cached = cached_reference(live, reads, tmp_path / "logps.safetensors")
     assert numbers(cached) == numbers(None)
@@ -500,7 +500,7 @@ def test_a_step_with_a_loss_that_is_not_finite_is_as_if_it_had_never_been(loss, 
 
 def test_too_many_bad_steps_in_a_row_end_the_run_with_one_message_and_the_last_checkpoint_is_good(build, tokenized, tmp_path):
     overrides = "batch_size=4", "save_every=4", "max_bad_steps=3", "eval_every=4", "lr=1e-2"
-    batches = BatchIterator(PromptTable.of(tokenized[True]), 4)
+    batches = BatchIterator(Schedule(PromptTable.of(tokenized[True]), 4))
     trainer = build(build_loss("dpo"), "llama", *overrides, train=batches)
     step, taken = trainer.train_step, []
 
@@ -535,7 +535,7 @@ def test_a_step_that_does_not_fit_into_memory_is_computed_in_halves_with_the_sam
     table = PromptTable.of(tokenized[True][:8])
 
     def step(most_tokens: float):
-        trainer = build(build_loss(**loss), "llama", *SGD, train=BatchIterator(table, 8))
+        trainer = build(build_loss(**loss), "llama", *SGD, train=BatchIterator(Schedule(table, 8)))
         usual = trainer.step.logps
 
         def logps(pack):

@@ -104,7 +104,9 @@ def start(config: RunConfig, run_dir: Path, in_sweep: bool) -> float | None:
             run_dir.rmdir()
         silence_others()
         return run(config, run_dir, in_sweep)
-    return launch(run_as_worker, (config, str(run_dir), in_sweep), number_of_workers(config.trainer), config.fsdp_port)
+    return launch(
+        run_as_worker, (config.as_dict(), str(run_dir), in_sweep), number_of_workers(config.trainer), config.fsdp_port
+    )
 
 
 def settle_batch_size(config: RunConfig) -> RunConfig:

@@ -37,7 +37,7 @@ def common_budget(budget: TokenBudget, ranks: Ranks) -> TokenBudget:
     Sharded weights are gathered once for each pack, so that several ranks use few packs, as large as memory allows.
     """
     limit = ranks.all_reduce_min(budget.limit)
-    return TokenBudget(limit, budget.comfortable if ranks.size == 1 else limit)
+    return TokenBudget(limit, budget.soft_limit if ranks.size == 1 else limit)
 
 
 def untrained_budget(config, tokenizer, device: torch.device) -> TokenBudget:

@@ -50,8 +50,8 @@ KNOWN = {
     "child.compile": ["kernels.py"],
 }
 # Methods of ours; those of `Ranks` hand objects on to the calls in process_group.py.
-OWN = ("entry.dataset.load", "self.all_gather_object")
-HARMLESS = ("json.", "re.", "OmegaConf.", "dcp.", "model.", "policy.", "copy.", "torch.compile", "hub.load")
+OWN = ("entry.dataset.load", "self.all_gather_object", "self.step.updater.load")
+HARMLESS = ("json.", "tomllib.", "re.", "OmegaConf.", "dcp.", "model.", "policy.", "copy.", "torch.compile", "hub.load")
 
 
 def calls(path: Path) -> list[tuple[str, ast.Call]]:

@@ -361,7 +361,7 @@ def test_a_reference_that_moves_all_the_way_is_a_copy_and_the_margin_begins_at_0
 def test_a_reference_that_has_moved_answers_the_sample_prompts_anew(build, tokenized):
     loss = build_loss("tr_dpo", beta=0.1, reference_update_every=1, reference_update_share=1.0)
     prompts = [prompt.prompt_ids for prompt in tokenized[True][:3]]
-    trainer = build(loss, "llama", "max_length=40", "lr=1e-2", "warmup_steps=0", sample_prompts=prompts)
+    trainer = build(loss, "llama", *LENGTHS, "lr=1e-2", "warmup_steps=0", sample_prompts=prompts)
     trainer.state.reference_answers = ["what it said at the beginning"] * 3
     trainer.train_step(micro_batches(tokenized[True][:4], 4))
     # It is a copy of the policy now.
@@ -371,7 +371,7 @@ def test_a_reference_that_has_moved_answers_the_sample_prompts_anew(build, token
 @pytest.mark.parametrize("live", [True, False])
 def test_a_run_that_goes_on_may_have_another_number_of_sample_prompts(build, tokenized, live, capsys):
     prompts = [prompt.prompt_ids for prompt in tokenized[True][:3]]
-    trainer = build(build_loss("dpo"), "llama", "max_length=40", "lr=1e-2", "warmup_steps=0", sample_prompts=prompts)
+    trainer = build(build_loss("dpo"), "llama", *LENGTHS, "lr=1e-2", "warmup_steps=0", sample_prompts=prompts)
     answers = trainer.evaluator.answers(trainer.models.reference.model)
     trainer.train_step(micro_batches(tokenized[True][:4], 4))
     if not live:

@@ -113,8 +113,6 @@ def test_containers_install_and_start_what_the_readme_does_by_hand():
 
 # What texts name besides the modules that there are: files of users and of other projects, placeholders.
 NOT_OURS = re.compile(r"(^|/)(FILE|NAME|(test_)?my_\w+|own|solution|add|convert_hf_to_gguf)\.py$")
-# Texts that name it are being written anew. Take it out with the last of them.
-PENDING: set[str] = set()
 # Texts for people, and code with its comments.
 NAMING = re.compile(
     r"(README|CONTRIBUTING|SECURITY)\.md|docs/.*\.md|config/.*\.yaml|benchmarks/.*\.(md|py)|tests/golden/README\.md"
@@ -128,7 +126,7 @@ def test_texts_name_modules_that_there_are():
     for name in filter(NAMING.fullmatch, listed):
         for found in re.findall(r"(?<![\w./-])[\w./-]*\w\.py\b", (ROOT / name).read_text().replace("\\_", "_")):
             there = any(path.endswith(f"/{found.removeprefix('./')}") for path in paths)
-            assert there or found in PENDING or NOT_OURS.search(found), f"{name}: {found}"
+            assert there or NOT_OURS.search(found), f"{name}: {found}"
 
 
 # ---- a clean clone ----------------------------------------------------------------------------------------------------------

@@ -29,16 +29,18 @@ from preference_training.configuration.composition import (
 )
 from preference_training.configuration.validation import check_config, check_sizes, is_sharded
 from preference_training.core.errors import UserError
-from preference_training.core.machine import release_memory
+from preference_training.core.memory import release_memory
 from preference_training.core.processes import first_to_speak, in_worker
 from preference_training.core.signals import STOPPED, StoppedError
 from preference_training.data.entries import read_entries
-from preference_training.sweeps import sweeps
+from preference_training.sweeps.gpus import jobs_at_once, take_gpus
+from preference_training.sweeps.running import run_job
+from preference_training.sweeps.summary import run_to_end
 from preference_training.training.run_directory import new_run_dir, remove_empty, unwritable
 
 OmegaConf.register_new_resolver("new_run_dir", new_run_dir, use_cache=True, replace=True)
 OmegaConf.register_new_resolver("either", lambda wanted, otherwise: wanted or otherwise, replace=True)
-OmegaConf.register_new_resolver("jobs_at_once", sweeps.jobs_at_once, replace=True)
+OmegaConf.register_new_resolver("jobs_at_once", jobs_at_once, replace=True)
 
 
 @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="config")
@@ -52,7 +54,7 @@ def main(config: DictConfig) -> float | None:
     try:
         # Workers that torchrun has started go through the jobs together; what becomes of one becomes of all.
         if in_sweep and not config.dry_run and not in_worker():
-            return sweeps.run_job(checked_start, config, run_dir, overrides)
+            return run_job(checked_start, config, run_dir, overrides)
         return checked_start(config, run_dir)
     except UserError as error:
         # Not raised further: Hydra would add lines of its own to the message.
@@ -75,7 +77,7 @@ def check_and_start(
     if config.pruner and not in_sweep:
         raise UserError("pruner: found one, and this run has no others to be compared with. Add -m, or pruner=null.")
     config.local_run_dir = str(run_dir)
-    sweeps.take_gpus(config.gpus_per_job)
+    take_gpus(config.gpus_per_job)
     return start(config, run_dir, in_sweep)
 
 
@@ -153,7 +155,7 @@ def command_line() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     sys.argv[1:] = defer_keys_of_swept_groups(force_open_sections(sys.argv[1:]))
     try:
-        sweeps.run_through(main)
+        run_to_end(main)
     except (HydraException, OmegaConfBaseException) as error:
         sys.exit(_refuse(explain_composition_error(error)))
     except OSError as error:

@@ -47,7 +47,7 @@ def one_run(mode: str, folder: Path) -> dict:
     from measure import clocked, peak_bytes
 
     import train
-    from preference_training.checkpointing.checkpoints import CheckpointWriter
+    from preference_training.checkpointing.writer import CheckpointWriter
     from preference_training.training.guards import StillWeights, Watch
     from preference_training.training.trainers import BasicTrainer
 

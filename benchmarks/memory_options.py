@@ -51,7 +51,8 @@ def one(overrides: list[str]) -> dict:
     """Steps with a setting, in this process: seconds of each, and the most memory that they hold beyond what was before."""
     from hydra import compose, initialize_config_dir
 
-    from preference_training.core.machine import quiet_libraries, settle_memory
+    from preference_training.core.libraries import quiet_libraries
+    from preference_training.core.memory import settle_memory
     from preference_training.core.random_streams import seed_everything
     from preference_training.losses.objectives import build_loss
     from preference_training.modeling.tokenizer import load_tokenizer

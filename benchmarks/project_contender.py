@@ -33,7 +33,8 @@ def run(job: dict, work: Work, data: dict) -> dict:
 
 def build(job: dict, work: Work, prompts: PromptTable):
     """A trainer as `train.py` makes it, without what surrounds the steps: evaluation, samples, checkpoints, logging."""
-    from preference_training.core.machine import quiet_libraries, settle_memory
+    from preference_training.core.libraries import quiet_libraries
+    from preference_training.core.memory import settle_memory
     from preference_training.core.random_streams import seed_everything
     from preference_training.losses.objectives import build_loss
     from preference_training.modeling.reference_cache import Reads

@@ -43,7 +43,8 @@ def work(what: str, given: list[str]) -> list:
     from hydra import compose, initialize_config_dir
 
     from preference_training.configuration.validation import is_sharded
-    from preference_training.core.machine import quiet_libraries, settle_memory
+    from preference_training.core.libraries import quiet_libraries
+    from preference_training.core.memory import settle_memory
     from preference_training.losses.objectives import build_loss
     from preference_training.modeling.tokenizer import load_tokenizer
     from preference_training.tracking.tracker import NoTracker
@@ -117,13 +118,16 @@ def measure_memory(trainer, before: int) -> dict:
 
 def measure_checkpoint(trainer, before: int) -> dict:
     """Seconds and growth of memory of a save that is waited for, of one in the background, and of a load."""
-    from preference_training.checkpointing.checkpoints import CheckpointWriter
+    from preference_training.checkpointing.checkpoint import Checkpoint
+    from preference_training.checkpointing.writer import CheckpointWriter, SaveOptions
 
     trainer.train_step(next(iter(trainer.train_batches)))
     result = {}
     folder = Path(trainer.ranks.from_main(tempfile.mkdtemp(dir=os.environ.get("CHECKPOINTS"))))
     for name, background in (("save", False), ("save_async", True)):
-        with CheckpointWriter(folder, trainer.policy, trainer.tokenizer, trainer.ranks, background, keep_last=1) as writer:
+        with CheckpointWriter(
+            folder, trainer.policy, trainer.tokenizer, trainer.ranks, SaveOptions(background=background, keep_last=1)
+        ) as writer:
             trainer.ranks.wait()
             held = resident_bytes(reset_peak=True)
             started = time.perf_counter()
@@ -137,7 +141,7 @@ def measure_checkpoint(trainer, before: int) -> dict:
     trainer.ranks.wait()
     held = resident_bytes(reset_peak=True)
     started = time.perf_counter()
-    trainer.continue_from(folder / "LATEST")
+    trainer.continue_from(Checkpoint.read(folder / "LATEST"))
     result["load"] = {"seconds": time.perf_counter() - started, "growth": peak_bytes() - held}
     trainer.ranks.wait()
     result["held"] = resident_bytes() - before

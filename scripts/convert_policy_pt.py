@@ -24,7 +24,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     """Convert an archive. A mistake of the user's becomes one message and exit status 2."""
     options = arguments()
-    from preference_training.core.machine import quiet_libraries
+    from preference_training.core.libraries import quiet_libraries
     from preference_training.export.exporting import convert
 
     quiet_libraries()

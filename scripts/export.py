@@ -32,7 +32,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     """Export a model. A mistake of the user's becomes one message and exit status 2."""
     options = vars(arguments())
-    from preference_training.core.machine import quiet_libraries
+    from preference_training.core.libraries import quiet_libraries
     from preference_training.export.exporting import Wishes, export
 
     quiet_libraries()

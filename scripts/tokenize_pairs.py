@@ -64,7 +64,7 @@ def entry_of(options: argparse.Namespace) -> Entry:
 
 def tokenized(options: argparse.Namespace, entry: Entry) -> list:
     """The tokenised prompts of the splits that are asked for; prints what was left out or changed."""
-    from preference_training.core.machine import quiet_libraries
+    from preference_training.core.libraries import quiet_libraries
     from preference_training.data.tokenization import TokenSettings, text_reader, tokenize_records
     from preference_training.modeling.tokenizer import load_tokenizer
 
@@ -91,18 +91,15 @@ def tokenized(options: argparse.Namespace, entry: Entry) -> list:
 
 def write(output: Path, prompts: list) -> int:
     """Write the pairs, and return how many; the file is there when it is whole. Raises UserError where it cannot be written."""
+    from preference_training.core.files import atomic_path
     from preference_training.data.tokenization import write_tokenised
 
-    partial = output.with_name(f"{output.name}.partial")
     try:
-        count = write_tokenised(partial, prompts)
-        partial.replace(output)
+        with atomic_path(output) as partial:
+            return write_tokenised(partial, prompts)
     except (OSError, RuntimeError) as error:  # torch raises the latter where it cannot write
         reason = (isinstance(error, OSError) and error.strerror) or "the disk does not take all of it"
         raise UserError(f"--output: {output} cannot be written: {reason}.") from error
-    finally:
-        partial.unlink(missing_ok=True)
-    return count
 
 
 def main() -> None:

@@ -11,7 +11,8 @@ from bs4 import BeautifulSoup
 from omegaconf import OmegaConf
 
 from preference_training.core.errors import UserError
-from preference_training.losses.objectives import LOSS_AT_BETA_USED, LOSSES
+from preference_training.core.metric_names import LOSS_AT_BETA_USED
+from preference_training.losses.objectives import LOSSES
 from preference_training.reporting import comparison
 from preference_training.reporting.comparison import (
     FALL,

@@ -9,7 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from preference_training.tracking.dashboards import Guarded, start_dashboards, start_wandb
+from preference_training.tracking.dashboards import (
+    Guarded,
+    start_dashboards,
+    start_wandb,
+)
 from preference_training.tracking.run_files import json_lines
 from preference_training.tracking.tracker import Tracker
 

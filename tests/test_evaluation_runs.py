@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 
 import forked
 import shown
+from preference_training.checkpointing.checkpoint import Checkpoint
 from preference_training.core.errors import UserError
 from preference_training.evaluation.runs import check_beginning, config_of_run, write_text
 from test_task_suites import own_task
@@ -232,11 +233,11 @@ def test_a_run_that_did_not_know_a_key_yet_has_its_default(sft, tmp_path):
 def test_a_reference_that_is_not_what_the_run_began_with_is_refused(sft):
     config = config_of_run(sft, [])
     began_with = json.loads((sft / "LATEST" / "state.json").read_text())["run"]["began_with"]
-    check_beginning(config, sft / "LATEST", began_with)
+    check_beginning(config, Checkpoint.read(sft / "LATEST"), began_with)
     with pytest.raises(UserError, match="model: the weights are not those that the run of .* began with"):
-        check_beginning(config, sft / "LATEST", "0" * 32)
+        check_beginning(config, Checkpoint.read(sft / "LATEST"), "0" * 32)
     # Another model that is asked for is another reference.
-    check_beginning(config_of_run(sft, [f"model.archive={sft / 'LATEST'}"]), sft / "LATEST", "0" * 32)
+    check_beginning(config_of_run(sft, [f"model.archive={sft / 'LATEST'}"]), Checkpoint.read(sft / "LATEST"), "0" * 32)
 
 
 def test_auto_that_finds_no_checkpoint_evaluates_nothing(run_of):

@@ -21,7 +21,7 @@ import shown
 import train
 from go_templates import read_modelfile
 from hub_stand_in import TOKEN, serving
-from preference_training.checkpointing.checkpoints import publish
+from preference_training.checkpointing.writer import publish
 from preference_training.core.errors import UserError
 from preference_training.export import exporting
 from preference_training.export.exporting import Wishes, export, source_of, whole_model

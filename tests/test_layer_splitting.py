@@ -9,7 +9,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from preference_training.batching.batches import BatchIterator, MicroBatch, evaluation_batches, examples_of, pack
-from preference_training.checkpointing.checkpoints import CheckpointWriter
+from preference_training.checkpointing.checkpoint import Checkpoint
+from preference_training.checkpointing.writer import CheckpointWriter
 from preference_training.core.errors import UserError
 from preference_training.data.prompt_table import PromptTable
 from preference_training.data.tokenization import TokenizedPrompt
@@ -161,7 +162,7 @@ def test_a_checkpoint_is_whole_and_continued_exactly(classes, build, tmp_path):
     moments = {name: entry["exp_avg"].shape for name, entry in first.optimizer_state()["state"].items()}
     assert moments == {name: weight.shape for name, weight in model.named_parameters()}
     second = make(classes[1], model)
-    second.continue_from(tmp_path / "LATEST")
+    second.continue_from(Checkpoint.read(tmp_path / "LATEST"))
     for batch in second.train_batches:
         second.train_step(batch)
     assert (second.updates, second.examples) == (whole.updates, whole.examples) and whole.updates > 4
@@ -190,7 +191,7 @@ def test_master_weights_are_joined_in_a_checkpoint_and_split_again(build, tmp_pa
     assert_same_weights(found, expected)
     for trainer_class in (LayerSplittingTrainer, BasicTrainer):
         second = make(trainer_class)
-        second.continue_from(tmp_path / "LATEST")
+        second.continue_from(Checkpoint.read(tmp_path / "LATEST"))
         again = {name: state["master"] for name, state in second.optimizer_state()["state"].items()}
         assert again.keys() == found.keys() and all(torch.equal(again[name], master) for name, master in found.items())
         assert all(torch.equal(second.weights()[name], weight) for name, weight in first.weights().items())

@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 
 from conftest import CONFIG_DIR
 from preference_training.core.errors import UserError
+from preference_training.core.metric_names import LOSS_AT_BETA_USED
 from preference_training.losses.beta_dpo import (
     GapStatistics,
     adapted_beta,
@@ -31,7 +32,6 @@ from preference_training.losses.formulas import (
     simpo_loss,
 )
 from preference_training.losses.objectives import (
-    LOSS_AT_BETA_USED,
     LOSSES,
     BetaDPOLoss,
     HingeLoss,

@@ -9,7 +9,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from conftest import GOLDEN
-from preference_training.checkpointing.checkpoints import CheckpointWriter, Snapshot
+from preference_training.checkpointing.snapshot import Snapshot
+from preference_training.checkpointing.writer import CheckpointWriter
 from preference_training.core.errors import UserError
 from preference_training.modeling.archives import read_archive
 from preference_training.modeling.loading import check_model, compile_between_attentions, load_model, reference_copy

@@ -9,7 +9,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from conftest import GOLDEN
-from preference_training.checkpointing.checkpoints import CheckpointWriter, Snapshot, end_as_trained, save_configuration
+from preference_training.checkpointing.model_files import (
+    end_as_trained,
+    save_configuration,
+)
 from preference_training.checkpointing.saved_models import (
     OtherModelError,
     answers_of,
@@ -20,6 +23,8 @@ from preference_training.checkpointing.saved_models import (
     per_token,
     tolerance,
 )
+from preference_training.checkpointing.snapshot import Snapshot
+from preference_training.checkpointing.writer import CheckpointWriter
 from preference_training.core.errors import UserError
 from preference_training.modeling.loading import round_weights, save_model
 

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import GOLDEN
-from preference_training.checkpointing.checkpoints import fault_of
+from preference_training.checkpointing.checkpoint import fault_of
 from preference_training.core.errors import UserError
 from preference_training.core.files import load_tensors
 from preference_training.data.entries import load_records, read_entry

@@ -6,8 +6,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from preference_training.batching.trees import TreeLayout
+from preference_training.core.devices import allow_tf32
 from preference_training.core.errors import UserError
-from preference_training.core.machine import allow_tf32
 from preference_training.modeling.prefix_sharing import share_prefixes
 from preference_training.modeling.sharing_proof import exact_arithmetic, fault_of_sharing, windows_of
 from preference_training.modeling.tree_attention import NotSharedError, refuse_what_is_not_computed, register

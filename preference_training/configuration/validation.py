@@ -14,6 +14,15 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from preference_training.configuration.composition import CONFIG_DIR, GROUPS, OPEN_SECTIONS, _leaves, _unknown_key, choices_of
 from preference_training.core.errors import UserError, nearest
+from preference_training.core.metric_names import (
+    EVAL_ACCURACY,
+    EVAL_CHOSEN_LOGPS,
+    EVAL_CHOSEN_REWARD,
+    EVAL_LOSS,
+    EVAL_MARGIN,
+    EVAL_REJECTED_LOGPS,
+    EVAL_REJECTED_REWARD,
+)
 
 BITSANDBYTES_OPTIMIZERS = ("AdamW8bit", "RMSprop8bit", "Lion8bit", "PagedAdamW", "PagedAdamW8bit")
 
@@ -388,8 +397,8 @@ def _chosen_precision(config: DictConfig) -> str:
 
 # The metrics of an evaluation, which a sweep may optimise; the first two are all that SFT has.
 OBJECTIVES = (
-    "loss/eval", "logps_eval/chosen", "logps_eval/rejected", "rewards_eval/chosen", "rewards_eval/rejected",
-    "rewards_eval/accuracies", "rewards_eval/margins",
+    EVAL_LOSS, EVAL_CHOSEN_LOGPS, EVAL_REJECTED_LOGPS, EVAL_CHOSEN_REWARD, EVAL_REJECTED_REWARD,
+    EVAL_ACCURACY, EVAL_MARGIN,
 )  # fmt: skip
 
 

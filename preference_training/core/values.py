@@ -36,8 +36,3 @@ def misfit(value, shape, name: str) -> str | None:
         sound = value is None if shape is None else type(value) is shape if isinstance(shape, type) else shape(value)
         return None if sound else name
     return next((found for found in (*missing, *(misfit(*part) for part in parts)) if found is not None), None)
-
-
-def with_interval(mean: float, low: float | None, high: float | None) -> str:
-    """A mean and its interval, if there is one, three significant digits each."""
-    return f"{mean:.3g}" if low is None else f"{mean:.3g} [{low:.3g}, {high:.3g}]"

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from preference_training.core.devices import pick_device
 from preference_training.core.errors import UserError
-from preference_training.core.machine import pick_device
 from preference_training.core.ranks import ALONE, local_world_size
 from preference_training.modeling.adapters import has_adapter
 from preference_training.modeling.loading import (

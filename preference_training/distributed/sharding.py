@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from preference_training.batching.batches import PackedBatch
 from preference_training.configuration.validation import sharded_dtype
 from preference_training.core.errors import UserError
-from preference_training.core.machine import settle_memory
+from preference_training.core.memory import settle_memory
 from preference_training.core.ranks import Ranks, local, local_world_size, whole
 from preference_training.modeling.adapters import has_adapter
 from preference_training.modeling.loading import (

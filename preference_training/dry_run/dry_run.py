@@ -26,8 +26,8 @@ from preference_training.batching.batches import (
     pieces_of,
 )
 from preference_training.configuration.validation import caches_reference, is_sharded, two_models_asked_for
+from preference_training.core.devices import pick_device
 from preference_training.core.errors import UserError
-from preference_training.core.machine import pick_device
 from preference_training.core.ranks import Ranks
 from preference_training.data.entries import read_entries
 from preference_training.data.preparation import Prepared

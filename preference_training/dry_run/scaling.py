@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from preference_training.batching.batches import UNLIMITED, MicroBatch, PackedBatch, TokenBudget
 from preference_training.configuration.validation import times_beside_weights
-from preference_training.core.machine import pick_device
+from preference_training.core.devices import pick_device
 from preference_training.core.ranks import Ranks
 from preference_training.distributed.launching import end_group, number_of_workers
 from preference_training.distributed.sharding import Layout, empty_model

@@ -11,21 +11,24 @@ from itertools import islice
 import numpy
 
 from preference_training.batching.batches import TokenBudget, batches_of, examples_of
-from preference_training.core.machine import FEWEST_PROMPTS, too_few
+from preference_training.core import metric_names
+from preference_training.core.metric_names import HELD_OUT_PROMPTS
 from preference_training.core.ranks import ALONE, Ranks
-from preference_training.core.values import with_interval
 from preference_training.data.prompt_table import Selection
 from preference_training.data.rows.templates import user_markers
 from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.evaluation.held_out import HeldOut, score
 from preference_training.evaluation.intervals import Bounds, correlation, mean_interval, share_interval
-from preference_training.tracking.run_files import HELD_OUT_PROMPTS
+from preference_training.evaluation.phrasing import (
+    FEWEST_PROMPTS,
+    too_few,
+    with_interval,
+)
 
-LOSS, ACCURACY, MARGIN = "loss/eval", "rewards_eval/accuracies", "rewards_eval/margins"
 # What a table shows of each part, with its heading.
-COLUMNS = {LOSS: "loss", ACCURACY: "accuracy", MARGIN: "margin"}
+COLUMNS = {metric_names.EVAL_LOSS: "loss", metric_names.EVAL_ACCURACY: "accuracy", metric_names.EVAL_MARGIN: "margin"}
 # Which columns are shares: means of numbers from 0 to 1.
-SHARES = (ACCURACY, "by_reward", "by_label")
+SHARES = (metric_names.EVAL_ACCURACY, "by_reward", "by_label")
 # How many reasons of a judge's silence are shown.
 REASONS_SHOWN = 5
 LENGTH_BOUNDS = (32, 64, 128, 256, 512, 1024)
@@ -135,7 +138,7 @@ def length_bias(held_out: HeldOut, facts: ExampleFacts) -> dict:
     whose lengths differ, the shares in which the longer response has the larger reward (an equal one counts a half), and in
     which it is the preferred one by its label.
     """
-    rewards = [held_out.examples[f"rewards_eval/{which}"].double().numpy() for which in ("chosen", "rejected")]
+    rewards = [held_out.examples[metric_names.reward("eval", which)].double().numpy() for which in ("chosen", "rejected")]
     lengths = [facts.response_lengths, facts.other_lengths]
     both = map(numpy.concatenate, (rewards, lengths, [facts.prompts, facts.prompts]))
     result = {"correlation": _estimate(*correlation(*both))}

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from preference_training.batching.batches import BatchIterator, evaluation_batches, evaluation_prompts
-from preference_training.checkpointing.checkpoints import checkpoints_of, read_state
+from preference_training.checkpointing.checkpoint import Checkpoint, checkpoints_of
 from preference_training.configuration.composition import (
     CONFIG_DIR,
     GROUPS,
@@ -24,6 +24,7 @@ from preference_training.configuration.composition import (
 )
 from preference_training.configuration.validation import task_names
 from preference_training.core.errors import UserError, first_line, nearest
+from preference_training.core.files import write_atomically
 from preference_training.core.values import UNREADABLE
 from preference_training.data.prompt_table import PromptTable
 from preference_training.evaluation.held_out import HeldOut
@@ -33,6 +34,7 @@ from preference_training.evaluation.task_suites import TaskList
 from preference_training.evaluation.win_rates import Comparison, win_rate
 from preference_training.generation.sampling import OTHER, POLICY, sample_responses
 from preference_training.modeling.token_budget import shared_budget, token_budget
+from preference_training.tracking.run_files import ANSWERS, JUDGEMENTS, RESULTS_FILE, STATE
 
 
 class EvaluationRun:
@@ -42,7 +44,7 @@ class EvaluationRun:
     the policy's weights are the checkpoint's. Raises UserError where judge, tasks or models cannot be had.
     """
 
-    def __init__(self, config, trainer_class, placement, loss, prompts: PromptTable, checkpoint: Path | None, tracker):
+    def __init__(self, config, trainer_class, placement, loss, prompts: PromptTable, checkpoint: Checkpoint | None, tracker):
         self.config, self.placement, self.checkpoint = config, placement, checkpoint
         self.ranks, self.tokenizer = placement.ranks, placement.tokenizer
         wanted, is_main = config.evaluation, placement.ranks.is_main
@@ -84,7 +86,10 @@ class EvaluationRun:
         if self.checkpoint is not None:
             self.take_checkpoint()
         trainer.evaluate()
-        results: dict = {"checkpoint": str(self.checkpoint) if self.checkpoint else None, "examples_trained": trainer.examples}
+        results: dict = {
+            "checkpoint": str(self.checkpoint.path) if self.checkpoint else None,
+            "examples_trained": trainer.examples,
+        }
         responses = self.answers(trainer.policy) if wanted.judge or trainer.reference is not None else []
         ratios = None
         if trainer.reference is not None:
@@ -95,7 +100,7 @@ class EvaluationRun:
             other = self.answers(self.model_of(wanted.against), OTHER)
         if not self.ranks.is_main:
             return {}
-        path = Path(wanted.to) if wanted.to else directory / "results.json"
+        path = Path(wanted.to) if wanted.to else directory / RESULTS_FILE
         return self.report(path, results, trainer.held_out, responses, other, ratios)
 
     def report(self, path: Path, results: dict, held_out: HeldOut, responses: list, other: list | None, ratios) -> dict:
@@ -112,10 +117,10 @@ class EvaluationRun:
             rows = [dict(zip(texts, row, strict=True)) for row in zip(*texts.values(), strict=True)]
             if ratios is not None:
                 rows = [row | {"log_ratio": ratio} for row, ratio in zip(rows, ratios, strict=True)]
-            write_text(path.with_name("answers.jsonl"), "".join(json.dumps(row) + "\n" for row in rows))
+            write_text(path.with_name(ANSWERS), "".join(json.dumps(row) + "\n" for row in rows))
         if self.judge is not None:
             comparisons = [Comparison(*row) for row in zip(*texts.values(), strict=True)]
-            results["win_rate"] = win_rate(self.judge, comparisons, path.with_name("judgements.jsonl"), wanted)
+            results["win_rate"] = win_rate(self.judge, comparisons, path.with_name(JUDGEMENTS), wanted)
             write_results(path, results)
         if self.tasks is not None:
             options = wanted.task_limit, self.config.eval_batch_size
@@ -127,10 +132,10 @@ class EvaluationRun:
 
     def take_checkpoint(self) -> None:
         """The checkpoint's weights in place of the reference's, and how far it was."""
-        trainer, state = self.trainer, read_state(self.checkpoint)
+        trainer, state = self.trainer, self.checkpoint.state
         trainer.take_weights(self.checkpoint)
         trainer.examples, trainer.updates, trainer.tokens = state["examples"], state["updates"], state.get("tokens", 0)
-        if state["run"]["config"]["loss"] == OmegaConf.to_container(self.config.loss, resolve=True):
+        if self.checkpoint.config["loss"] == OmegaConf.to_container(self.config.loss, resolve=True):
             # beta-DPO's statistics, which evaluations read.
             trainer.loss.load_state_dict(state["loss"])
 
@@ -146,13 +151,13 @@ class EvaluationRun:
         return placement.policy()
 
 
-def check_beginning(config: DictConfig, checkpoint: Path, found: str | None) -> None:
+def check_beginning(config: DictConfig, checkpoint: Checkpoint, found: str | None) -> None:
     """Raise UserError where the reference, a model with the hash `found`, is not what a checkpoint's run began with."""
-    run = read_state(checkpoint)["run"]
+    run = checkpoint.run
     if run["config"]["model"] == OmegaConf.to_container(config.model, resolve=True) and run["began_with"] != found:
         raise UserError(
-            f"model: the weights are not those that the run of {checkpoint} began with, which are its reference. Expected the "
-            "model, or model.archive, as it was then; model.archive=PATH names another reference."
+            f"model: the weights are not those that the run of {checkpoint.path} began with, which are its reference. Expected "
+            "the model, or model.archive, as it was then; model.archive=PATH names another reference."
         )
 
 
@@ -163,10 +168,8 @@ def write_results(path: Path, results: dict) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file beside its place, then rename it. Raises UserError where it cannot be written."""
-    partial = path.with_name(f"{path.name}.partial")
     try:
-        partial.write_text(text)
-        partial.replace(path)
+        write_atomically(path, text)
     except OSError as error:
         raise UserError(
             f"evaluation.to: {path} cannot be written: {error.strerror}. Expected a file in a folder of yours, with room."
@@ -183,14 +186,11 @@ def config_of_run(path: Path, overrides: list[str]) -> DictConfig:
     for a path that is neither, and for keys that do not exist.
     """
     found = checkpoints_of(path)
-    checkpoint = found[0] if found else path
     try:
-        then = read_state(checkpoint)["run"]["config"]
+        then = Checkpoint.read(found[0] if found else path).config
         config = OmegaConf.create({group: then[group] for group in GROUPS} | then)
     except UNREADABLE as error:
-        why = (
-            f"no checkpoint with a state.json that can be read ({first_line(error)})" if path.is_dir() else "no such directory"
-        )
+        why = f"no checkpoint with a {STATE} that can be read ({first_line(error)})" if path.is_dir() else "no such directory"
         raise UserError(f"{path}: {why}. Expected a run directory, or a checkpoint in it (step-N, LATEST).") from error
     base = composed("model=blank_model", f"loss={config.loss.get('name')}", f"trainer={config.trainer.get('name')}")
     # Nothing of these is the run's own.

@@ -21,13 +21,9 @@ from omegaconf import OmegaConf
 from safetensors import SafetensorError
 from torch import Tensor
 
-from preference_training.checkpointing.checkpoints import (
-    MARKER,
-    PARTIAL,
-    checkpoints_of,
+from preference_training.checkpointing.checkpoint import Checkpoint, DamagedError, checkpoints_of
+from preference_training.checkpointing.model_files import (
     end_as_trained,
-    fault_of,
-    read_state,
     save_tokenizer,
 )
 from preference_training.checkpointing.saved_models import (
@@ -44,9 +40,8 @@ from preference_training.checkpointing.saved_models import (
 )
 from preference_training.configuration.composition import CONFIG_DIR, choices_of
 from preference_training.configuration.validation import DTYPES, TEMPLATES
-from preference_training.core.errors import UserError, first_line, nearest
-from preference_training.core.files import load_tensors
-from preference_training.core.values import UNREADABLE, misfit
+from preference_training.core.errors import UserError, nearest
+from preference_training.core.files import atomic_directory, load_tensors
 from preference_training.data.chat_templates import end_tokens, format_of_run, serve_as_trained
 from preference_training.export import hub
 from preference_training.export.modelfile import check_architecture, fit_for_ollama, modelfile_of, tokenizer_model
@@ -62,7 +57,14 @@ from preference_training.modeling.adapters import (
 )
 from preference_training.modeling.tokenizer import BYTE_LEVEL, load_tokenizer
 from preference_training.reporting.model_card import CardFacts, model_card
-from preference_training.tracking.run_files import METRICS, RESULTS_FILE, metric_rows, results_of
+from preference_training.tracking.run_files import (
+    CHECKSUMS,
+    LATEST,
+    METRICS,
+    RESULTS_FILE,
+    metric_rows,
+    results_of,
+)
 
 SHARD_SIZE = "5GB"
 
@@ -121,7 +123,7 @@ CONFIG = {
     "template": (str, None),
     "system_prompt": (str, None),
 }
-STATE = {"examples": int, "held_out": ({...: (float, int)}, None), "run": {"config": CONFIG}}
+STATE_SHAPE = {"examples": int, "held_out": ({...: (float, int)}, None), "run": {"config": CONFIG}}
 
 
 def source_of(path: Path) -> Source:
@@ -132,24 +134,19 @@ def source_of(path: Path) -> Source:
     expected = "Expected a run directory, or a checkpoint (step-N) in one."
     if not path.is_dir():
         raise UserError(f"{path}: no such directory. {expected}")
-    if not (path / MARKER).exists() and checkpoints_of(path):
-        path = path / "LATEST" if (path / "LATEST").is_dir() else checkpoints_of(path)[0]
+    if not (path / CHECKSUMS).exists() and checkpoints_of(path):
+        path = path / LATEST if (path / LATEST).is_dir() else checkpoints_of(path)[0]
     checkpoint = path.resolve()
-    fault = fault_of(checkpoint)
-    if fault is None:
-        try:
-            state = read_state(checkpoint)
-            part = misfit(state, STATE, "state")
-            fault = part and f"state.json is damaged ({part})"
-        except UNREADABLE as error:
-            fault = f"state.json is damaged ({first_line(error)})"
-    if fault is not None:
-        raise UserError(f"{checkpoint}: {fault}. {expected}")
+    try:
+        found = Checkpoint.verified(checkpoint, STATE_SHAPE)
+    except DamagedError as fault:
+        raise UserError(f"{checkpoint}: {fault}. {expected}") from None
+    state = found.state
     rows = metric_rows(checkpoint.parent / METRICS, state["examples"])
     results = results_of(checkpoint.parent / RESULTS_FILE)
     # One of another checkpoint says nothing of this one.
     evaluation = results["held_out"]["all"] if results.get("examples_trained") == state["examples"] else {}
-    return Source(checkpoint, state["run"], state["examples"], state["held_out"] or {}, rows, evaluation)
+    return Source(checkpoint, found.run, state["examples"], state["held_out"] or {}, rows, evaluation)
 
 
 # ---- checks -----------------------------------------------------------------------------------------------------------------
@@ -509,16 +506,12 @@ def written_beside(place: Path) -> Iterator[Path]:
     What the system refuses is a UserError.
     """
     place = place.resolve()
-    partial = place.with_name(place.name + PARTIAL)
     try:
-        # Of an export that was killed.
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        yield partial
-        # safetensors gives its files to their owner alone; they are to be as open as the others.
-        for file in partial.rglob("*.safetensors"):
-            file.chmod((partial / "README.md").stat().st_mode)
-        os.replace(partial, place)
+        with atomic_directory(place) as partial:
+            yield partial
+            # safetensors gives its files to their owner alone; they are to be as open as the others.
+            for file in partial.rglob("*.safetensors"):
+                file.chmod((partial / "README.md").stat().st_mode)
     except (OSError, SafetensorError) as error:
         # safetensors has no other class for what the system says.
         number = re.search(r"\(os error (\d+)\)", str(error))
@@ -526,8 +519,6 @@ def written_beside(place: Path) -> Iterator[Path]:
             raise
         reason = os.strerror(int(number[1])) if number else error.strerror or str(error)
         raise UserError(f"--to: {place} cannot be written: {reason}. Expected a place of yours, with room.") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 # ---- the original code's archives -------------------------------------------------------------------------------------------

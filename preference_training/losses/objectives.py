@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from preference_training.core import metric_names
 from preference_training.core.errors import UserError, nearest
 from preference_training.core.files import run_file
 from preference_training.losses.beta_dpo import (
@@ -142,15 +143,6 @@ class Loss(ABC):
         assert not state, f"{type(self).__name__} remembers nothing"
 
 
-# The metric of an evaluation's mean loss at the beta that training would take for the held-out pairs.
-LOSS_AT_BETA_USED = "beta_DPO/loss_eval_at_beta_used"
-
-
-def is_at_beta_used(held_out: dict[str, float] | None) -> bool:
-    """Whether an evaluation's metrics are of an earlier version, whose loss/eval of beta-DPO was at the beta in force."""
-    return bool(held_out) and "beta_DPO/beta_used" in held_out and LOSS_AT_BETA_USED not in held_out
-
-
 @dataclass
 class SFTLoss(Loss):
     """Minus the log-prob of each response."""
@@ -247,14 +239,14 @@ class BetaDPOLoss(Loss):
         running_mean = mean.item() if self.statistics.mean is None else self.statistics.mean
         beta = adapted_beta(self.beta, self.scaling_factor, mean, running_mean)
         adapted = dpo_loss(policy_gap, reference_gap, beta, self.label_smoothing).mean()
-        return self._logged(beta, 1.0) | {LOSS_AT_BETA_USED: adapted}
+        return self._logged(beta, 1.0) | {metric_names.LOSS_AT_BETA_USED: adapted}
 
     def _logged(self, beta: Tensor, kept_fraction: float) -> dict[str, float | Tensor]:
         return {
-            "beta_DPO/beta_used": beta,
-            "beta_DPO/gap_mean": self.statistics.mean or 0.0,
-            "beta_DPO/gap_std": self.statistics.deviation or 0.0,
-            "beta_DPO/kept_fraction": kept_fraction,
+            metric_names.BETA_USED: beta,
+            metric_names.GAP_MEAN: self.statistics.mean or 0.0,
+            metric_names.GAP_STD: self.statistics.deviation or 0.0,
+            metric_names.KEPT_FRACTION: kept_fraction,
         }
 
 
@@ -514,14 +506,14 @@ def example_metrics(output: LossOutput, policy: Tensor, pairs: Tensor, split: st
     """
     policy = policy.detach()
     if output.chosen_rewards is None:
-        return {f"logps_{split}/chosen": policy, f"loss/{split}": output.losses.detach()}
+        return {metric_names.logps(split, "chosen"): policy, metric_names.loss(split): output.losses.detach()}
     margins = output.chosen_rewards - output.rejected_rewards
     return {
-        f"rewards_{split}/chosen": output.chosen_rewards,
-        f"rewards_{split}/rejected": output.rejected_rewards,
-        f"rewards_{split}/accuracies": (margins > 0).float() + 0.5 * (margins == 0).float(),
-        f"rewards_{split}/margins": margins,
-        f"logps_{split}/rejected": policy[pairs[:, 1]],
-        f"logps_{split}/chosen": policy[pairs[:, 0]],
-        f"loss/{split}": output.losses.detach(),
+        metric_names.reward(split, "chosen"): output.chosen_rewards,
+        metric_names.reward(split, "rejected"): output.rejected_rewards,
+        metric_names.reward(split, "accuracies"): (margins > 0).float() + 0.5 * (margins == 0).float(),
+        metric_names.reward(split, "margins"): margins,
+        metric_names.logps(split, "rejected"): policy[pairs[:, 1]],
+        metric_names.logps(split, "chosen"): policy[pairs[:, 0]],
+        metric_names.loss(split): output.losses.detach(),
     }

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from preference_training.core.errors import UserError, first_line
+from preference_training.tracking.run_files import run_of
 
 # Names of the adapter that is trained, and of the frozen one that training starts from.
 TRAINED, STARTING = "default", "starting"
@@ -380,11 +381,8 @@ def check_base(archive: str, began_with: str) -> None:
 
     Of an adapter that no run of this project has written, nothing is known.
     """
-    try:
-        before = json.loads((Path(archive) / "state.json").read_text())["run"]["began_with"]
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        return
-    if before is not None and before[:32] != began_with[:32]:
+    before = run_of(Path(archive)).get("began_with")
+    if isinstance(before, str) and before[:32] != began_with[:32]:
         raise UserError(
             f"model.archive: the adapter {archive} was trained on other weights than those of the model as configured. Give "
             "the model, dtype and quantization of its run, and the same seed for a model from scratch."

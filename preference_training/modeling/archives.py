@@ -9,7 +9,7 @@ from torch import Tensor
 from preference_training.core.errors import UserError
 from preference_training.core.files import load_tensors
 
-SAFETENSORS_INDEX = "model.safetensors.index.json"
+WHOLE_WEIGHTS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def read_archive(path: Path) -> dict[str, Tensor]:
@@ -47,7 +47,7 @@ def archive_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 def files_of_weights(path: Path) -> list[Path]:
     """The files of a directory with safetensors weights. Raises UserError where one is missing."""
     try:
-        files = files_of_index(path / SAFETENSORS_INDEX) or [path / "model.safetensors"]
+        files = files_of_index(path / SAFETENSORS_INDEX) or [path / WHOLE_WEIGHTS]
     except ValueError as error:
         raise _no_archive(path, str(error)) from error
     for file in files:

@@ -19,8 +19,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from preference_training.core.errors import UserError, first_line
+from preference_training.core.files import atomic_directory
 from preference_training.core.ranks import bytes_of
-from preference_training.core.values import UNREADABLE
 from preference_training.modeling.adapters import (
     BASE_DIR,
     add_adapter,
@@ -39,6 +39,7 @@ from preference_training.modeling.adapters import (
 )
 from preference_training.modeling.archives import SAFETENSORS_INDEX, archive_shapes, files_of_index, read_archive
 from preference_training.modeling.state import frozen_copy, several_devices
+from preference_training.tracking.run_files import CHECKSUMS, STATE, run_of
 
 
 @contextmanager
@@ -138,7 +139,7 @@ def _has_no_directory(config, model_config) -> bool:
 
 def _is_of_a_run(archive: Path | None) -> bool:
     """Whether an archive is a checkpoint, or a kept base, of a run: that run may prune it, or be set aside or removed."""
-    return archive is not None and (archive.resolve().name == BASE_DIR or (archive / "state.json").is_file())
+    return archive is not None and (archive.resolve().name == BASE_DIR or (archive / STATE).is_file())
 
 
 # What of a configuration says nothing of what a model computes, or is said again when it is loaded.
@@ -157,13 +158,10 @@ def config_differences(one, other) -> list[str]:
 
 def _keep(base_dir: Path, write: Callable[[Path], None]) -> None:
     """Let `write` make the directory of the model under an adapter. Raises UserError where the system does not let it."""
-    partial = base_dir.with_name(f"{base_dir.name}.partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        write(partial)
-        partial.rename(base_dir)
+        with atomic_directory(base_dir) as partial:
+            write(partial)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
         raise UserError(
             f"local_run_dir: {base_dir}, the model under the adapter, cannot be written: {first_line(error)}. Make room, or "
             "set local_dirs or local_run_dir."
@@ -176,12 +174,11 @@ def _save_with_tokenizer(model: nn.Module, tokenizer, directory: Path) -> None:
 
 
 # Files of a checkpoint that continue its run, and say nothing of its model.
-CONTINUES_A_RUN = ("state.json", "checksums.json")
+CONTINUES_A_RUN = (STATE, CHECKSUMS)
 
 
 def _link_model(archive: Path, directory: Path) -> None:
     """Give the files of a model a second name in another directory, which takes no room; copy them where there are no links."""
-    directory.mkdir()
     for file in sorted(archive.resolve().iterdir()):
         if file.is_file() and file.suffix != ".pt" and file.name not in CONTINUES_A_RUN:
             try:
@@ -237,10 +234,8 @@ def _of_adapter(make, checkpoint: Path, model_config, tokenizer, cache_dir: str 
 
 def _seed_of(checkpoint: Path) -> int | None:
     """The seed of the run of a checkpoint; None where it does not say."""
-    try:
-        seed = json.loads((checkpoint / "state.json").read_text())["run"]["config"]["seed"]
-    except UNREADABLE:
-        return None
+    config = run_of(checkpoint).get("config")
+    seed = config.get("seed") if isinstance(config, dict) else None
     return seed if isinstance(seed, int) else None
 
 

@@ -8,8 +8,6 @@ and of what these pieces follow from. Runs that agree in all of these share it: 
 one computes it while the others wait. A file that is damaged is computed anew.
 """
 
-import json
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,6 +31,8 @@ from preference_training.batching.batches import (
     examples_of,
     pieces_of,
 )
+from preference_training.core.files import write_atomically
+from preference_training.core.hashing import hash_of_values
 from preference_training.core.ranks import ALONE, Ranks, bytes_of
 from preference_training.data.prompt_table import PromptTable, Selection
 from preference_training.modeling.adapters import STARTING
@@ -157,7 +157,7 @@ def cache_key(model: nn.Module, reads: Reads, settings: Mapping | None = None, r
     """
     computing = model_facts(model), machine_facts(compute_device(model)), dict(settings or {})
     how = [*computing, reads.recipe, reads.prompts.fingerprint, weights_hash(model)]
-    parts = ranks.gather(xxhash.xxh3_128_hexdigest(json.dumps(how, sort_keys=True, default=str).encode()))
+    parts = ranks.gather(hash_of_values(how, default=str))
     return parts[0] if len(parts) == 1 else xxhash.xxh3_128_hexdigest("".join(parts).encode())
 
 
@@ -322,14 +322,12 @@ def _read(path: Path) -> dict[str, Tensor] | None:
 
 
 def _write(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write beside the place and rename: whoever looks finds a whole file or none."""
+    """Write a file as a whole: a reader finds all of it or none."""
     from safetensors.torch import save
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    # Its own way to write a file would make it the owner's alone, whatever the umask is.
-    partial.write_bytes(save(tensors, metadata={"checksum": _checksum(tensors)}))
-    os.replace(partial, path)
+    # safetensors would make the file its owner's alone, whatever the umask is.
+    write_atomically(path, save(tensors, metadata={"checksum": _checksum(tensors)}), concurrent=True)
 
 
 def _checksum(tensors: dict[str, Tensor]) -> str:

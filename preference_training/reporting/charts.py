@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 import numpy
 from markupsafe import Markup, escape
 
+from preference_training.core.metric_names import EXAMPLES
+
 BUCKETS = 120
 # Beyond this the distance of two numbers may be none.
 LARGEST = 1e150
@@ -48,7 +50,7 @@ def line_of(rows: Sequence[dict], name: str, label: str, style: int = 0, is_spar
 
     Intervals are those that the rows have under NAME/low and NAME/high, where all have one.
     """
-    x, y = column(rows, "counters/examples"), column(rows, name)
+    x, y = column(rows, EXAMPLES), column(rows, name)
     there = ~numpy.isnan(x + y)
     if not there.any():
         return None

@@ -14,20 +14,21 @@ from pathlib import Path
 
 import numpy
 
+from preference_training.core import metric_names
 from preference_training.core.errors import UserError
-from preference_training.core.machine import too_few
+from preference_training.core.metric_names import (
+    HELD_OUT_PROMPTS,
+)
 from preference_training.core.secrets import without_secrets
-from preference_training.core.values import dotted, with_interval
+from preference_training.core.values import dotted
+from preference_training.evaluation.phrasing import too_few, with_interval
 from preference_training.reporting.charts import Line, chart, line_of, shown
 from preference_training.reporting.model_card import NOT_SHOWN
 from preference_training.reporting.pages import page, write_page
 from preference_training.tracking.run_files import (
     ABOUT,
     ASIDE,
-    BETA_USED,
-    HELD_OUT_PROMPTS,
     JOB,
-    LOSS_AT_BETA_USED,
     METRICS,
     OF_THEIR_RUN,
     PRUNED,
@@ -41,14 +42,17 @@ from preference_training.tracking.run_files import (
 )
 
 PAGE, TABLE = "comparison.html", "comparison.csv"
-ACCURACY = "rewards_eval/accuracies"
 # What the table has of each run, and what the curves show: name in metrics.jsonl → name on the page.
-COLUMNS = {"loss/eval": "held-out loss", ACCURACY: "reward accuracy", "rewards_eval/margins": "reward margin"}
+COLUMNS = {
+    metric_names.EVAL_LOSS: "held-out loss",
+    metric_names.EVAL_ACCURACY: "reward accuracy",
+    metric_names.EVAL_MARGIN: "reward margin",
+}
 CURVES = {
     **COLUMNS,
-    "logps_eval/chosen": "log-prob of preferred responses",
-    "loss/train": "training loss",
-    "grad_norm": "gradient norm",
+    metric_names.EVAL_CHOSEN_LOGPS: "log-prob of preferred responses",
+    metric_names.TRAIN_LOSS: "training loss",
+    metric_names.GRAD_NORM: "gradient norm",
 }  # fmt: skip
 # Losses whose reward is beta times the log-ratio of policy and reference.
 LOG_RATIO_LOSSES = ("dpo", "ipo", "hinge", "robust", "rpo", "dpop", "bco", "tr_dpo")
@@ -101,7 +105,7 @@ class Run:
             return KL, kl
         beta, rewards = (
             self.config.get("loss.beta"),
-            [self.newest.get(f"rewards_eval/{side}") for side in ("chosen", "rejected")],
+            [self.newest.get(metric_names.reward("eval", side)) for side in ("chosen", "rejected")],
         )
         known = all(isinstance(value, int | float) for value in (beta, *rewards)) and beta
         if not known or self.config.get("loss.name") not in LOG_RATIO_LOSSES:
@@ -225,7 +229,7 @@ def doubts(runs: Sequence[Run]) -> list[str]:
     own = sorted({run.config.get("loss.name") for run in runs} & {*OF_THEIR_RUN})
     if own:
         found.append(f"Held-out losses of {', '.join(own)} depend on what their run has seen, and do not compare.")
-    old = [run.name for run in runs if BETA_USED in run.newest and LOSS_AT_BETA_USED not in run.newest]
+    old = [run.name for run in runs if metric_names.loss_is_at_beta_used(run.newest)]
     if old:
         found.append(f"Of an earlier version, with the held-out loss at beta-DPO's beta in force: {', '.join(old)}.")
     return found
@@ -286,9 +290,11 @@ def frontier(placed_groups: Sequence[tuple[Group, Line]]) -> Line | None:
 def placed(group: Group, measure: str, style: int) -> Line | None:
     """Where a group's runs stand by one measure of distance, the first of them with the group's name; None for nowhere."""
     points = sorted(
-        (run.distance[1], run.newest[ACCURACY])
+        (run.distance[1], run.newest[metric_names.EVAL_ACCURACY])
         for run in group.runs
-        if run.distance is not None and run.distance[0] == measure and isinstance(run.newest.get(ACCURACY), int | float)
+        if run.distance is not None
+        and run.distance[0] == measure
+        and isinstance(run.newest.get(metric_names.EVAL_ACCURACY), int | float)
     )
     if not points:
         return None

@@ -20,10 +20,14 @@ import numpy
 import xxhash
 
 from preference_training.core.errors import UserError
+from preference_training.core.files import atomic_file
 from preference_training.data.prompt_table import PromptTable
 from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.tracking.ledger import Sightings, read_ledger
-from preference_training.tracking.run_files import FLAGGED, json_lines
+from preference_training.tracking.run_files import (
+    FLAGGED,
+    json_lines,
+)
 
 KINDS = {
     "stays wrong": "the policy prefers the other response, again and again",
@@ -195,10 +199,8 @@ class PairFinder:
         if self.contradicted is None:
             self.contradicted = contradictions(self.table)
         rows = self.rows(seen, [*findings_of(seen), *self.contradicted])
-        partial = self.run_dir / f"{FLAGGED}.partial"
-        with partial.open("w", encoding="utf-8") as file:
+        with atomic_file(self.run_dir / FLAGGED, encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        partial.replace(self.run_dir / FLAGGED)
 
     def rows(self, seen: Sightings, findings: Iterable[Finding]) -> Iterator[dict]:
         """A row for each finding: kind, where it is from, its texts, its newest margins, and how probable a wrong label is."""

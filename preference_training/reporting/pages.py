@@ -8,6 +8,7 @@ import hashlib
 from functools import cache
 from pathlib import Path
 
+from preference_training.core.files import write_atomically
 from preference_training.core.secrets import without_secrets
 
 FOLDER = Path(__file__).parent / "page_templates"
@@ -39,8 +40,5 @@ def _environment():
 
 
 def write_page(path: Path, html: str) -> None:
-    """Write a page beside its place, then rename it: who has it open never reads half of it. Raises OSError."""
-    partial = path.with_name(f"{path.name}.partial")
-    # Half a surrogate pair, which JSON may hold, is no text in UTF-8.
-    partial.write_text(html, encoding="utf-8", errors="replace")
-    partial.replace(path)
+    """Write a page as a whole: a browser never reads half of it. Raises OSError."""
+    write_atomically(path, html)

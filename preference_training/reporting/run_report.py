@@ -12,10 +12,11 @@ from pathlib import Path
 
 import numpy
 
+from preference_training.core import metric_names
 from preference_training.core.errors import UserError
-from preference_training.core.machine import too_few
-from preference_training.core.values import UNREADABLE, with_interval
+from preference_training.core.values import UNREADABLE
 from preference_training.data.rows.records import DataReport
+from preference_training.evaluation.phrasing import too_few, with_interval
 from preference_training.reporting.charts import Line, chart, column, line_of, shown, words_marked
 from preference_training.reporting.flagged_pairs import KINDS, PairFinder, flagged_rows
 from preference_training.reporting.model_card import entries_of, settings_changed
@@ -23,10 +24,7 @@ from preference_training.reporting.pages import page, write_page
 from preference_training.tracking.run_files import (
     ABOUT,
     BAD_STEPS,
-    BETA_USED,
     EVENTS,
-    HELD_OUT_PROMPTS,
-    LOSS_AT_BETA_USED,
     METRICS,
     OF_THEIR_RUN,
     REPORT,
@@ -51,45 +49,45 @@ CHARTS = (
     (
         "Loss", "lower is better",
         {
-            "loss/train": "training", "loss/eval": "held out",
-            LOSS_AT_BETA_USED: "held out, at the beta in force",
+            metric_names.TRAIN_LOSS: "training", metric_names.EVAL_LOSS: "held out",
+            metric_names.LOSS_AT_BETA_USED: "held out, at the beta in force",
         },
     ),
     (
         "Reward accuracy", "share of pairs whose preferred response has the larger reward; 0.5 is chance",
-        {"rewards_train/accuracies": "training", "rewards_eval/accuracies": "held out"},
+        {metric_names.TRAIN_ACCURACY: "training", metric_names.EVAL_ACCURACY: "held out"},
     ),
     (
         "Reward margin", "reward of the preferred response minus that of the other",
-        {"rewards_train/margins": "training", "rewards_eval/margins": "held out"},
+        {metric_names.TRAIN_MARGIN: "training", metric_names.EVAL_MARGIN: "held out"},
     ),
     (
         "Log-prob of responses", "nats a response; both may fall while the margin grows",
         {
-            "logps_train/chosen": "preferred, training", "logps_train/rejected": "other, training",
-            "logps_eval/chosen": "preferred, held out", "logps_eval/rejected": "other, held out",
+            metric_names.TRAIN_CHOSEN_LOGPS: "preferred, training", metric_names.TRAIN_REJECTED_LOGPS: "other, training",
+            metric_names.EVAL_CHOSEN_LOGPS: "preferred, held out", metric_names.EVAL_REJECTED_LOGPS: "other, held out",
         },
     ),
     (
         "Rewards", "beta times the log-ratio of policy and reference, of each response",
         {
-            "rewards_train/chosen": "preferred, training", "rewards_train/rejected": "other, training",
-            "rewards_eval/chosen": "preferred, held out", "rewards_eval/rejected": "other, held out",
+            metric_names.TRAIN_CHOSEN_REWARD: "preferred, training", metric_names.TRAIN_REJECTED_REWARD: "other, training",
+            metric_names.EVAL_CHOSEN_REWARD: "preferred, held out", metric_names.EVAL_REJECTED_REWARD: "other, held out",
         },
     ),
-    ("Gradient norm", "before it is scaled down to max_grad_norm", {"grad_norm": "norm"}),
-    ("Learning rate", "of each step", {"lr": "lr"}),
-    ("Beta in force", "of each micro-batch", {"beta_DPO/beta_used": "beta"}),
-    ("Share of pairs kept", "by the filter of beta-DPO", {"beta_DPO/kept_fraction": "share"}),
+    ("Gradient norm", "before it is scaled down to max_grad_norm", {metric_names.GRAD_NORM: "norm"}),
+    ("Learning rate", "of each step", {metric_names.LEARNING_RATE: "lr"}),
+    ("Beta in force", "of each micro-batch", {metric_names.BETA_USED: "beta"}),
+    ("Share of pairs kept", "by the filter of beta-DPO", {metric_names.KEPT_FRACTION: "share"}),
     (
         "Gaps of pairs", "margins by which beta-DPO filters and moves beta, over the run so far",
-        {"beta_DPO/gap_mean": "mean", "beta_DPO/gap_std": "deviation"},
+        {metric_names.GAP_MEAN: "mean", metric_names.GAP_STD: "deviation"},
     ),
-    ("Throughput", "examples a second", {"examples_per_second": "examples/s"}),
-    ("Memory", "GiB of the main process; on a GPU the most so far", {"memory_gib": "GiB"}),
+    ("Throughput", "examples a second", {metric_names.EXAMPLES_PER_SECOND: "examples/s"}),
+    ("Memory", "GiB of the main process; on a GPU the most so far", {metric_names.MEMORY: "GiB"}),
 )  # fmt: skip
 # Without a chart of their own.
-NOT_CHARTED = ("counters/", "epoch", "time", "tokens_per_second")
+NOT_CHARTED = (metric_names.COUNTERS, metric_names.EPOCH, metric_names.TIME, metric_names.TOKENS_PER_SECOND)
 
 
 def write_report(run_dir: Path) -> Path:
@@ -139,7 +137,11 @@ def report_page(run_dir: Path) -> str:
 # ---- at the head ------------------------------------------------------------------------------------------------------------
 
 # Held-out metrics at the head of the page, and their names there.
-HEADLINE = {"loss/eval": "held-out loss", "rewards_eval/accuracies": "reward accuracy", "rewards_eval/margins": "reward margin"}
+HEADLINE = {
+    metric_names.EVAL_LOSS: "held-out loss",
+    metric_names.EVAL_ACCURACY: "reward accuracy",
+    metric_names.EVAL_MARGIN: "reward margin",
+}
 
 
 def headline(steps: list[dict], evaluations: list[dict]) -> list[dict]:
@@ -150,7 +152,7 @@ def headline(steps: list[dict], evaluations: list[dict]) -> list[dict]:
             value, _, interval = _estimate(newest, name).partition(" ")
             more = f"95%: {interval}" if interval else ""
             found.append({"name": title, "value": value, "more": more})
-    speeds, memory = _values(steps, "examples_per_second"), _values(steps, "memory_gib")
+    speeds, memory = _values(steps, metric_names.EXAMPLES_PER_SECOND), _values(steps, metric_names.MEMORY)
     if speeds:
         found.append({"name": "examples a second", "value": shown(statistics.median(speeds)), "more": "median"})
     if memory:
@@ -207,14 +209,14 @@ def _change(values: list[float]) -> float:
 
 
 def _too_few(steps, evaluations, config) -> Iterator[str]:
-    prompts = evaluations[-1].get(HELD_OUT_PROMPTS) if evaluations else None
+    prompts = evaluations[-1].get(metric_names.HELD_OUT_PROMPTS) if evaluations else None
     if isinstance(prompts, int | float) and (few := too_few(prompts, "Held-out numbers")):
         yield f"{few}."
 
 
 def _fallen(steps, evaluations, config) -> Iterator[str]:
     split, rows = ("eval", evaluations) if len(evaluations) > 1 else ("train", steps)
-    chosen, margins = _values(rows, f"logps_{split}/chosen"), _values(rows, f"rewards_{split}/margins")
+    chosen, margins = _values(rows, metric_names.logps(split, "chosen")), _values(rows, metric_names.reward(split, "margins"))
     if len(margins) > 1 and _change(chosen) < -FALLEN and _change(margins) > 0:
         beta = (config.get("loss") or {}).get("beta")
         yield (
@@ -226,7 +228,7 @@ def _fallen(steps, evaluations, config) -> Iterator[str]:
 
 
 def _held_out(steps, evaluations, config) -> Iterator[str]:
-    accuracy = "rewards_eval/accuracies"
+    accuracy = metric_names.EVAL_ACCURACY
     last = evaluations[-1] if evaluations else {}
     low, high = last.get(f"{accuracy}/low"), last.get(f"{accuracy}/high")
     if low is None or high is None or not steps:
@@ -244,15 +246,15 @@ def _overfitted(steps, evaluations, config) -> Iterator[str]:
     if (config.get("loss") or {}).get("name") in OF_THEIR_RUN:
         return
     # Of beta-DPO those of an earlier version are at another beta.
-    comparable = [row for row in evaluations if BETA_USED not in row or LOSS_AT_BETA_USED in row]
+    comparable = [row for row in evaluations if not metric_names.loss_is_at_beta_used(row)]
     evaluations = comparable or evaluations
-    losses = _values(evaluations, "loss/eval")
+    losses = _values(evaluations, metric_names.EVAL_LOSS)
     if len(losses) != len(evaluations) or len(losses) < 3:
         return
     best = min(range(len(losses)), key=losses.__getitem__)
-    low = evaluations[-1].get("loss/eval/low")
+    low = evaluations[-1].get(f"{metric_names.EVAL_LOSS}/low")
     if low is not None and losses[best] < low:
-        at = evaluations[best]["counters/examples"]
+        at = evaluations[best][metric_names.EXAMPLES]
         yield (
             f"Held-out loss was lowest after {at:,.0f} examples ({losses[best]:.4g}) and is {losses[-1]:.4g} at the end: from "
             "there on the run learnt its training data by heart. Take an earlier checkpoint, or fewer epochs."
@@ -260,7 +262,7 @@ def _overfitted(steps, evaluations, config) -> Iterator[str]:
 
 
 def _clipped(steps, evaluations, config) -> Iterator[str]:
-    norms, limit = _values(steps, "grad_norm"), config.get("max_grad_norm")
+    norms, limit = _values(steps, metric_names.GRAD_NORM), config.get("max_grad_norm")
     if not norms or not isinstance(limit, int | float):
         return
     share = sum(norm > limit for norm in norms) / len(norms)

@@ -15,13 +15,13 @@ from rich.live import Live
 from rich.text import Text
 
 from preference_training.core.errors import UserError
-from preference_training.core.machine import too_few
+from preference_training.core.metric_names import EXAMPLES, EXAMPLES_PER_SECOND, HELD_OUT_PROMPTS
+from preference_training.evaluation.phrasing import too_few
 from preference_training.reporting.charts import bucketed, tick_label, ticks
 from preference_training.reporting.run_report import CHARTS, metric_line
 from preference_training.tracking.run_files import (
     ABOUT,
     EVENTS,
-    HELD_OUT_PROMPTS,
     METRICS,
     config_in,
     counted,
@@ -106,12 +106,12 @@ def screen(watched: Watched, width: int, height: int) -> Group:
 
 def facts_of_newest(rows: list[dict], total) -> Iterator[str]:
     """Speed and time left, in words, by the newest step."""
-    speeds = [row["examples_per_second"] for row in rows[-20:] if isinstance(row.get("examples_per_second"), int | float)]
+    speeds = [row[EXAMPLES_PER_SECOND] for row in rows[-20:] if isinstance(row.get(EXAMPLES_PER_SECOND), int | float)]
     if not speeds or sum(speeds) <= 0:
         return
     speed = sum(speeds) / len(speeds)
     yield f"{speed:.4g} examples/s"
-    left = (total if isinstance(total, int) else 0) - rows[-1]["counters/examples"]
+    left = (total if isinstance(total, int) else 0) - rows[-1][EXAMPLES]
     if left > 0:
         yield f"{left / speed / 60:.0f} min left" if left > 120 * speed else f"{left / speed:.0f} s left"
 

@@ -9,11 +9,8 @@ from pathlib import Path
 from typing import Protocol
 
 from preference_training.core.errors import first_line
-
-# The metric that all others are drawn over.
-EXAMPLES = "counters/examples"
-# Folder of TensorBoard's files in a run directory.
-TENSORBOARD = "tensorboard"
+from preference_training.core.metric_names import EXAMPLES
+from preference_training.tracking.run_files import TENSORBOARD
 
 
 class Dashboard(Protocol):

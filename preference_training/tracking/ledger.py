@@ -17,6 +17,7 @@ import pyarrow.parquet
 import torch
 from torch import Tensor
 
+from preference_training.core.files import PARTIAL, atomic_path
 from preference_training.core.ranks import ALONE, Ranks
 
 FOLDER = "ledger"
@@ -109,9 +110,8 @@ class Ledger:
 
 
 def _write(path: Path, table: pyarrow.Table) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    pyarrow.parquet.write_table(table, partial, compression="zstd")
-    partial.replace(path)
+    with atomic_path(path) as partial:
+        pyarrow.parquet.write_table(table, partial, compression="zstd")
 
 
 def parts_of(run_dir: Path) -> list[Path]:
@@ -134,7 +134,7 @@ def read_ledger(run_dir: Path) -> Sightings:
 
 def cut_back_ledger(run_dir: Path, examples: int) -> None:
     """Leave only what was seen up to so many examples; what is damaged behind them goes too."""
-    for path in (run_dir / FOLDER).glob("*.partial"):
+    for path in (run_dir / FOLDER).glob(f"*{PARTIAL}"):
         path.unlink()
     for path in parts_of(run_dir):
         if int(path.stem) <= examples:

@@ -12,8 +12,12 @@ from importlib.metadata import PackageNotFoundError, version
 from math import inf
 from pathlib import Path
 
+from preference_training.core.metric_names import EVAL_LOSS, EXAMPLES, UPDATES
 from preference_training.core.processes import usable_cores
-from preference_training.core.values import UNREADABLE, misfit
+from preference_training.core.values import (
+    UNREADABLE,
+    misfit,
+)
 from preference_training.data.rows.records import DataReport
 
 METRICS, SAMPLES, BAD_STEPS, EVENTS = "metrics.jsonl", "samples.jsonl", "bad_batches.jsonl", "events.jsonl"
@@ -21,10 +25,16 @@ RESULTS_FILE, ABOUT, FLAGGED = "results.json", "about.json", "flagged_pairs.json
 # Of a sweep's jobs: what became of the job; that it ended before its time, since others did better.
 JOB, PRUNED = "job.json", "pruned.json"
 CONFIG, REPORT = "config.yaml", "report.html"
+# Of an evaluation: the sampled answers, and the verdicts on them.
+ANSWERS, JUDGEMENTS = "answers.jsonl", "judgements.jsonl"
+# Directories of dashboards.
+TENSORBOARD, WANDB = "tensorboard", "wandb"
+# Of its checkpoints: what their names begin with, a link to the newest, and what is in each beside the model's own files.
+CHECKPOINT, LATEST = "step-", "LATEST"
+STATE, CHECKSUMS, POLICY_PT = "state.json", "checksums.json", "policy.pt"
+OPTIMIZER_DIR, REFERENCE_DIR = "optimizer", "reference"
 # A folder in a run directory that has all of a run that was there before begins so.
 ASIDE = "set_aside_"
-# What a clock or the machine says of a step: it differs between runs that are the same.
-MEASURED = ("examples_per_second", "tokens_per_second", "memory_gib", "time")
 # Libraries that numbers may depend on.
 LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "numpy", "peft")
 
@@ -56,31 +66,27 @@ def metric_rows(file: Path, examples: float = inf) -> list[dict]:
 
 def counted(rows: Iterable[dict], examples: float = inf) -> list[dict]:
     """Those rows that say after how many examples they are, up to so many."""
-    found = ((row.get("counters/examples"), row) for row in rows)
+    found = ((row.get(EXAMPLES), row) for row in rows)
     return [row for at, row in found if isinstance(at, int | float) and at <= examples]
 
 
 def split_rows(rows: Iterable[dict]) -> tuple[list[dict], list[dict]]:
     """Rows of training steps, and rows of evaluations."""
     rows = list(rows)
-    return [row for row in rows if "loss/eval" not in row], [row for row in rows if "loss/eval" in row]
+    return [row for row in rows if EVAL_LOSS not in row], [row for row in rows if EVAL_LOSS in row]
 
 
 def progress(rows: list[dict], about: dict) -> str:
     """How far the run is, in words."""
     if not rows:
         return "no step yet"
-    done, total = rows[-1]["counters/examples"], about.get("examples")
+    done, total = rows[-1][EXAMPLES], about.get("examples")
     of = f" of {total:,}" if isinstance(total, int) else ""
-    return f"{done:,.0f}{of} examples, {rows[-1].get('counters/updates', 0):,.0f} updates"
+    return f"{done:,.0f}{of} examples, {rows[-1].get(UPDATES, 0):,.0f} updates"
 
 
 # Losses whose evaluations depend on what their run has seen, as losses.py says of them.
 OF_THEIR_RUN = ("tr_dpo", "bco")
-# Of beta-DPO's evaluations; those without the second, of an earlier version, have their loss at the beta in force.
-BETA_USED, LOSS_AT_BETA_USED = "beta_DPO/beta_used", "beta_DPO/loss_eval_at_beta_used"
-# How many prompts an evaluation's held-out numbers are of, in metrics.jsonl.
-HELD_OUT_PROMPTS = "counters/held_out_prompts"
 
 
 # What an evaluation of a run leaves: how many examples and prompts it is over, and each metric with its interval.
@@ -106,6 +112,12 @@ def json_object(file: Path) -> dict:
     return found if isinstance(found, dict) else {}
 
 
+def run_of(checkpoint: Path) -> dict:
+    """What a checkpoint says that its run is made of; empty where it cannot be read, as of one that no run here has written."""
+    run = json_object(checkpoint / STATE).get("run")
+    return run if isinstance(run, dict) else {}
+
+
 def config_in(run_dir: Path) -> dict:
     """The configuration that a run has left in its directory, in plain values; empty where it cannot be read."""
     from omegaconf import OmegaConf
@@ -113,7 +125,7 @@ def config_in(run_dir: Path) -> dict:
     from yaml import YAMLError
 
     try:
-        found = OmegaConf.to_container(OmegaConf.load(run_dir / "config.yaml"), resolve=True)
+        found = OmegaConf.to_container(OmegaConf.load(run_dir / CONFIG), resolve=True)
     except (*UNREADABLE, OmegaConfBaseException, YAMLError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -17,18 +17,32 @@ import torch
 from torch import Tensor
 
 from preference_training.core.errors import first_line
+from preference_training.core.metric_names import (
+    BETA_USED,
+    EVAL_LOSS,
+    EXAMPLES,
+    EXAMPLES_PER_SECOND,
+    TRAIN_ACCURACY,
+    TRAIN_LOSS,
+    TRAIN_MARGIN,
+)
 from preference_training.tracking.dashboards import Dashboard
-from preference_training.tracking.run_files import BAD_STEPS, EVENTS, METRICS, SAMPLES
+from preference_training.tracking.run_files import (
+    BAD_STEPS,
+    EVENTS,
+    METRICS,
+    SAMPLES,
+)
 
 Metrics = dict[str, float | Tensor]
 
 # metrics.jsonl name -> the short form on the console
 SHORT_NAMES = {
-    "loss/train": "loss",
-    "rewards_train/accuracies": "accuracy",
-    "rewards_train/margins": "margin",
-    "beta_DPO/beta_used": "beta",
-    "examples_per_second": "examples/s",
+    TRAIN_LOSS: "loss",
+    TRAIN_ACCURACY: "accuracy",
+    TRAIN_MARGIN: "margin",
+    BETA_USED: "beta",
+    EXAMPLES_PER_SECOND: "examples/s",
 }
 
 
@@ -78,7 +92,7 @@ class Tracker:
     def log_step(self, metrics: Metrics) -> None:
         """Take a training step's metrics; they are written when `min_interval` seconds have passed since the last line."""
         self.waiting.append(metrics)
-        self.examples = metrics["counters/examples"]
+        self.examples = metrics[EXAMPLES]
         if time.monotonic() - self.last_line >= self.min_interval:
             self.flush()
 
@@ -99,9 +113,9 @@ class Tracker:
         self.flush()
         row = _numbers(metrics)
         self._write(METRICS, [row])
-        self.examples = row["counters/examples"]
-        shown = ", ".join(f"{name} {row[name]:.4g}" for name in row if name.endswith(("loss/eval", "accuracies", "margins")))
-        self.say(f"held out, after {row['counters/examples']:.0f} examples: {shown}")
+        self.examples = row[EXAMPLES]
+        shown = ", ".join(f"{name} {row[name]:.4g}" for name in row if name.endswith((EVAL_LOSS, "accuracies", "margins")))
+        self.say(f"held out, after {row[EXAMPLES]:.0f} examples: {shown}")
         for dashboard in self.dashboards:
             dashboard.log(row)
 
@@ -116,7 +130,7 @@ class Tracker:
         self._write(BAD_STEPS, [row])
         shown = ", ".join(row["pairs"][:3]) + (", ..." if len(row["pairs"]) > 3 else "")
         self.say(
-            f"warning: the step after {row['counters/examples']} examples was not taken: its {row['not_finite']} is not "
+            f"warning: the step after {row[EXAMPLES]} examples was not taken: its {row['not_finite']} is not "
             f"finite. {BAD_STEPS} names the examples: {shown}"
         )
 
@@ -212,7 +226,7 @@ class _ProgressBar:
 
     def step(self, row: dict[str, float]) -> None:
         self.bar.set_postfix(_short(row), refresh=False)
-        self.bar.update(row["counters/examples"] - self.bar.n)
+        self.bar.update(row[EXAMPLES] - self.bar.n)
 
     def say(self, text: str) -> None:
         self.bar.write(text, file=sys.stdout)
@@ -228,8 +242,8 @@ class _Lines:
         self.total = total
 
     def step(self, row: dict[str, float]) -> None:
-        done = f"{row['counters/examples']:.0f}" + (f"/{self.total}" if self.total else "")
-        left = (self.total - row["counters/examples"]) / max(row["examples_per_second"], 1e-9) if self.total else None
+        done = f"{row[EXAMPLES]:.0f}" + (f"/{self.total}" if self.total else "")
+        left = (self.total - row[EXAMPLES]) / max(row[EXAMPLES_PER_SECOND], 1e-9) if self.total else None
         self.say(f"{done} " + " ".join(f"{k} {v}" for k, v in _short(row).items()) + (f" left {left:.0f} s" if left else ""))
 
     def say(self, text: str) -> None:

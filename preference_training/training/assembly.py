@@ -45,7 +45,9 @@ class PreparedRun:
 
 def prepare_run(config: DictConfig, run_dir: Path) -> PreparedRun:
     """Set this process up for a run, and prepare its loss, tokenizer and data. Raises UserError for what cannot work."""
-    from preference_training.core.machine import allow_tf32, quiet_libraries, settle_memory
+    from preference_training.core.devices import allow_tf32
+    from preference_training.core.libraries import quiet_libraries
+    from preference_training.core.memory import settle_memory
     from preference_training.core.random_streams import seed_everything
     from preference_training.evaluation.task_suites import check_harness
     from preference_training.losses.objectives import build_loss
@@ -98,8 +100,8 @@ def train(
     config: DictConfig, trainer_class, placement, loss, data, run_dir: Path, in_sweep: bool, pruner=None, report_writer=None
 ) -> float | None:
     """Train on a placement, from the beginning or from a checkpoint of the same run. pruner: Optuna's, None in most runs."""
-    from preference_training.checkpointing.checkpoints import CheckpointWriter
-    from preference_training.checkpointing.resuming import checkpoint_to_continue
+    from preference_training.checkpointing.resume import checkpoint_to_resume
+    from preference_training.checkpointing.writer import CheckpointWriter, SaveOptions
     from preference_training.core.signals import StopRequests
     from preference_training.modeling.adapters import BASE_DIR
     from preference_training.tracking.ledger import Ledger
@@ -109,8 +111,8 @@ def train(
     ranks = placement.ranks
     check_same_data(data, ranks)
     # The main process looks, and all go where it goes.
-    found = checkpoint_to_continue(config.resume, run_dir, config.exp_name) if ranks.is_main else None
-    checkpoint, run_dir = ranks.from_main((found, found.parent if found else run_dir))
+    found = checkpoint_to_resume(config.resume, run_dir, config.exp_name) if ranks.is_main else None
+    checkpoint, run_dir = ranks.from_main((found, found.path.parent if found else run_dir))
     with ExitStack() as opened:
         if ranks.is_main:
             opened.enter_context(used_by_this_run(run_dir))
@@ -132,11 +134,17 @@ def train(
             about, tracker = {}, opened.enter_context(NoTracker())
         writer = None
         if not config.debug:
-            kept = config.keep_last, config.keep_best, config.objective
             saved, ends = served_tokenizer(config, placement.tokenizer, data[0].table)
-            made = run_dir, parts["policy"], saved, ranks, config.save_async, *kept, about, tracker.say
-            more = {"patience_minutes": config.trainer.get("distributed_timeout_minutes"), "end_tokens": ends}
-            writer = opened.enter_context(CheckpointWriter(*made, **more))
+            options = SaveOptions(
+                run=about,
+                background=config.save_async,
+                keep_last=config.keep_last,
+                keep_best=config.keep_best,
+                metric=config.objective,
+                timeout_minutes=config.trainer.get("distributed_timeout_minutes"),
+                end_tokens=tuple(ends),
+            )
+            writer = opened.enter_context(CheckpointWriter(run_dir, parts["policy"], saved, ranks, options, tracker.say))
         ledger = Ledger(run_dir, ranks, tracker.say) if config.ledger and loss.paired else None
         pruning = Pruning(Path(config.sweep_dir), run_dir, config.objective, config.eval_every, pruner) if pruner else None
         followed = {"tracker": tracker, "writer": writer, "stop": stop, "ledger": ledger, "pruning": pruning}
@@ -160,15 +168,15 @@ def evaluate(config: DictConfig, trainer_class, placement, loss, data: tuple, ru
 
     Of another run's directory everything stays as it is but for the results. data: the held-out split.
     """
-    from preference_training.checkpointing.resuming import checkpoint_to_continue
+    from preference_training.checkpointing.resume import checkpoint_to_resume
     from preference_training.evaluation.runs import EvaluationRun
     from preference_training.modeling.adapters import kept_base
     from preference_training.tracking.tracker import NoTracker
 
     ranks = placement.ranks
-    found = checkpoint_to_continue(config.resume, run_dir, config.exp_name) if ranks.is_main else None
+    found = checkpoint_to_resume(config.resume, run_dir, config.exp_name) if ranks.is_main else None
     checkpoint = ranks.from_main(found)
-    placement.base_dir = kept_base(checkpoint) if checkpoint else None
+    placement.base_dir = kept_base(checkpoint.path) if checkpoint else None
     if config.resume and checkpoint is None:
         raise UserError(f"resume: {config.resume} has found no checkpoint of {config.exp_name}. Expected one to evaluate.")
     with ExitStack() as opened:
@@ -180,11 +188,11 @@ def evaluate(config: DictConfig, trainer_class, placement, loss, data: tuple, ru
             tracker = open_run_dir(config, run_dir, about, None, aside=aside)
         opened.enter_context(tracker)
         run = EvaluationRun(config, trainer_class, placement, loss, data[0].table, checkpoint, tracker)
-        run.evaluate(checkpoint.parent if checkpoint else run_dir)
+        run.evaluate(checkpoint.path.parent if checkpoint else run_dir)
     return run.trainer.held_out_means[config.objective]
 
 
-def put_together(config: DictConfig, placement, loss, data, checkpoint: Path | None, in_sweep: bool) -> dict:
+def put_together(config: DictConfig, placement, loss, data, checkpoint, in_sweep: bool) -> dict:
     """The parts of a trainer by their names: models as at the run's beginning, and batches."""
     from preference_training.batching.batches import evaluation_batches
     from preference_training.modeling.reference_cache import Reads
@@ -217,17 +225,16 @@ def put_together(config: DictConfig, placement, loss, data, checkpoint: Path | N
     }
 
 
-def budgets_of(config: DictConfig, policy, ranks, checkpoint: Path | None) -> tuple:
+def budgets_of(config: DictConfig, policy, ranks, checkpoint) -> tuple:
     """How many tokens are computed at once, from now on and when the run began.
 
     As before, where a run goes on with as many processes, bit for bit.
     """
     from preference_training.batching.batches import TokenBudget
-    from preference_training.checkpointing.checkpoints import read_state
     from preference_training.modeling.token_budget import shared_budget, token_budget
 
     if checkpoint:
-        before = read_state(checkpoint)["train_batches"]
+        before = checkpoint.state["train_batches"]
         if before["ranks"] == ranks.size and config.max_tokens_per_microbatch is None:
             now, first = before["budget"][:2], before["budget"][-2:]
             return TokenBudget(*now), TokenBudget(*first)

@@ -16,7 +16,7 @@ def data_version(config: DictConfig, run_dir: Path) -> int:
 
     found = None
     if config.resume:
-        from preference_training.checkpointing.resuming import version_of_data
+        from preference_training.checkpointing.resume import version_of_data
 
         found = version_of_data(config.resume, run_dir, config.exp_name)
     if found is not None and found not in VERSIONS:

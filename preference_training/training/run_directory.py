@@ -4,6 +4,7 @@ import uuid
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -11,6 +12,11 @@ from preference_training.configuration.validation import LONGEST_NAME, dashboard
 from preference_training.core.errors import UserError
 from preference_training.core.files import first_existing
 from preference_training.data.entries import read_entries
+from preference_training.tracking.run_files import CONFIG
+
+if TYPE_CHECKING:
+    # Imports torch.
+    from preference_training.checkpointing.checkpoint import Checkpoint
 
 
 def remove_empty(run_dir: Path) -> None:
@@ -34,12 +40,11 @@ def folders_of(local_dirs) -> list[str]:
     return [local_dirs] if isinstance(local_dirs, str) else list(local_dirs)
 
 
-def describe_run(config: DictConfig, placement, data, checkpoint: Path | None) -> dict:
+def describe_run(config: DictConfig, placement, data, checkpoint: "Checkpoint | None") -> dict:
     """What a run is made of, in plain values, as every checkpoint of it says."""
     import torch
     import transformers
 
-    from preference_training.checkpointing.checkpoints import read_state
     from preference_training.data.chat_templates import format_of_prompts
 
     return {
@@ -48,7 +53,7 @@ def describe_run(config: DictConfig, placement, data, checkpoint: Path | None) -
         "data_version": data[0].version,
         "began_with": placement.began_with,
         "prompt_format": format_of_prompts(OmegaConf.to_container(config, resolve=True), data[0].table, placement.tokenizer),
-        "wandb_id": read_state(checkpoint)["run"]["wandb_id"] if checkpoint else uuid.uuid4().hex,
+        "wandb_id": checkpoint.run["wandb_id"] if checkpoint else uuid.uuid4().hex,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
 
@@ -62,12 +67,16 @@ def describe_start(config: DictConfig, run_dir: Path, data, total: int | None, d
     write_about(run_dir, reports, total, device)
 
 
-def begin_in(config: DictConfig, run_dir: Path, checkpoint: Path | None) -> Path | None:
+def begin_in(config: DictConfig, run_dir: Path, checkpoint: "Checkpoint | None") -> Path | None:
     """Make room for a run that begins in a directory: move an earlier run aside and return where it lies now, or None.
 
     Raises UserError where the earlier run is needed where it is.
     """
-    from preference_training.checkpointing.resuming import check_beginning, forget_base, set_aside
+    from preference_training.checkpointing.resume import (
+        check_beginning,
+        forget_base,
+        set_aside,
+    )
 
     with writable(run_dir):
         if config.resume:
@@ -82,7 +91,7 @@ def open_run_dir(
     config: DictConfig,
     run_dir: Path,
     about: dict,
-    checkpoint: Path | None,
+    checkpoint: "Checkpoint | None",
     total: int | None = None,
     report=None,
     aside: Path | None = None,
@@ -92,18 +101,20 @@ def open_run_dir(
     total, report: the number of training examples, and what writes the run's page; None where there is none. aside: where an
     earlier run lies that was found in the directory. Raises UserError where the checkpoint is another run's.
     """
-    from preference_training.checkpointing.checkpoints import read_state
-    from preference_training.checkpointing.resuming import check_same_run, cut_back
+    from preference_training.checkpointing.resume import (
+        check_same_run,
+        cut_back,
+    )
     from preference_training.tracking.dashboards import start_dashboards
     from preference_training.tracking.tracker import Tracker
 
-    seen = read_state(checkpoint)["examples"] if checkpoint else 0
+    seen = checkpoint.examples if checkpoint else 0
     with writable(run_dir):
         if checkpoint:
             check_same_run(checkpoint, about)
         if config.resume:
-            cut_back(run_dir, checkpoint)
-        OmegaConf.save(config, run_dir / "config.yaml")
+            cut_back(run_dir, checkpoint.path if checkpoint else None)
+        OmegaConf.save(config, run_dir / CONFIG)
         dashboards = start_dashboards(dashboard_names(config), about["config"], run_dir, about["wandb_id"], seen)
         tracker = Tracker(run_dir, total, config.minimum_log_interval_secs, dashboards, report, seen)
     if aside:
@@ -113,7 +124,10 @@ def open_run_dir(
 
 def say_what_is_set_aside(config: DictConfig, run_dir: Path) -> None:
     """Of a dry run: print what would become of an earlier run in its directory. Raises UserError where that cannot be."""
-    from preference_training.checkpointing.resuming import check_beginning, parts_of_a_run
+    from preference_training.checkpointing.resume import (
+        check_beginning,
+        parts_of_a_run,
+    )
 
     if config.resume or not parts_of_a_run(run_dir):
         return

@@ -7,7 +7,6 @@ asks which loss, data set or trainer it serves.
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -15,20 +14,32 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from preference_training.batching.batches import BatchIterator, MicroBatch, PackedBatch
-from preference_training.checkpointing.checkpoints import (
-    CheckpointWriter,
+from preference_training.checkpointing.checkpoint import Checkpoint
+from preference_training.checkpointing.saved_models import checkpoint_check
+from preference_training.checkpointing.snapshot import (
     Snapshot,
     numbers_of,
-    read_optimizer,
-    read_reference,
-    read_state,
-    read_weights,
-    smaller_is_better,
 )
-from preference_training.checkpointing.saved_models import checkpoint_check
+from preference_training.checkpointing.writer import CheckpointWriter
 from preference_training.configuration.validation import sharded_dtype
 from preference_training.core.errors import UserError
-from preference_training.core.machine import memory_held, too_few
+from preference_training.core.memory import memory_held
+from preference_training.core.metric_names import (
+    EPOCH,
+    EVAL_LOSS,
+    EXAMPLES,
+    EXAMPLES_PER_SECOND,
+    GRAD_NORM,
+    LEARNING_RATE,
+    MEMORY,
+    TIME,
+    TOKENS,
+    TOKENS_PER_SECOND,
+    TRAIN_LOSS,
+    UPDATES,
+    loss_is_at_beta_used,
+    smaller_is_better,
+)
 from preference_training.core.random_streams import random_streams, restore_random_streams
 from preference_training.core.ranks import ALONE, Ranks, let_go_of_gathered, several
 from preference_training.core.signals import StoppedError, StopRequests
@@ -42,8 +53,14 @@ from preference_training.distributed.placement import OneProcess, Sharded, Split
 from preference_training.distributed.sharding import clip_by_global_norm
 from preference_training.evaluation.held_out import HeldOut, evaluate
 from preference_training.evaluation.held_out_report import intervals_of
+from preference_training.evaluation.phrasing import too_few
 from preference_training.generation.sampling import sample_answers
-from preference_training.losses.objectives import Loss, LossOutput, Survey, example_metrics, is_at_beta_used
+from preference_training.losses.objectives import (
+    Loss,
+    LossOutput,
+    Survey,
+    example_metrics,
+)
 from preference_training.modeling.adapters import kept_weights
 from preference_training.modeling.logprobs import LiveReference, response_logps
 from preference_training.modeling.state import compute_device
@@ -191,9 +208,9 @@ class BasicTrainer:
             size = sum(micro_batch.num_examples for micro_batch in batch)
             now = time.perf_counter()
             if metrics:
-                metrics |= {"lr": lr, "epoch": self.train_batches.epochs_done, "time": time.time()}
-                metrics |= {"examples_per_second": size / (now - started), "memory_gib": memory_held(self.device)}
-                metrics |= {"tokens_per_second": (self.tokens - tokens) / (now - started)} | self.counters()
+                metrics |= {LEARNING_RATE: lr, EPOCH: self.train_batches.epochs_done, TIME: time.time()}
+                metrics |= {EXAMPLES_PER_SECOND: size / (now - started), MEMORY: memory_held(self.device)}
+                metrics |= {TOKENS_PER_SECOND: (self.tokens - tokens) / (now - started)} | self.counters()
                 self.watch.see(metrics)
                 self.tracker.log_step(metrics)
             started = now
@@ -263,11 +280,11 @@ class BasicTrainer:
         self.examples += num_examples
         self.tokens += int(tokens)
         # Where gradients are scaled, the scaler leaves a step out whose gradient has overflown.
-        if math.isfinite(metrics["loss/train"]) and (math.isfinite(norm) or self.scaler.is_enabled()):
+        if math.isfinite(metrics[TRAIN_LOSS]) and (math.isfinite(norm) or self.scaler.is_enabled()):
             self.take_step(is_sound=math.isfinite(norm))
             if self.ledger is not None:
                 self.ledger.see(self.examples, [(part.pairs, part.margins) for part in scored if not part.is_filler])
-            return metrics | statistics | {"grad_norm": norm}
+            return metrics | statistics | {GRAD_NORM: norm}
         self.leave_out(scored)
         self.loss.load_state_dict(remembered)
         return {}
@@ -419,7 +436,7 @@ class BasicTrainer:
 
     def counters(self) -> Metrics:
         """How far the run is."""
-        return {"counters/examples": self.examples, "counters/updates": self.updates, "counters/tokens": self.tokens}
+        return {EXAMPLES: self.examples, UPDATES: self.updates, TOKENS: self.tokens}
 
     # ---- evaluation and checkpoints -------------------------------------------------------------------------------------
 
@@ -504,7 +521,7 @@ class BasicTrainer:
         if self.writer is None or (self.saved_at == self.examples and not finished):
             return
         self.tracker.flush()
-        if not self.ranks.from_main(self.writer.looked):
+        if not self.ranks.from_main(self.writer.checked):
             self.writer.check = checkpoint_check(self.policy, self.config, self.device)
         self.writer.write(self.snapshot(), with_policy_pt=finished and self.config.save_policy_pt)
         self.saved_at = self.examples
@@ -542,19 +559,19 @@ class BasicTrainer:
             "random": self.ranks.gather(random_streams()),
         }
 
-    def continue_from(self, checkpoint: Path) -> None:
+    def continue_from(self, checkpoint: Checkpoint) -> None:
         """Go on from a checkpoint as if the run had never stopped; with as many ranks as then, bit for bit."""
         self.take_weights(checkpoint)
-        state = read_state(checkpoint)
+        state = checkpoint.state
         if reference := self.moved_reference():
-            read_reference(checkpoint, reference)
+            checkpoint.read_reference(reference)
             self.set_moved_reference(reference)
         for name in ("examples", "updates", "bad_steps", "evaluated_at", "best", "evaluations_since_best"):
             setattr(self, name, state[name])
         self.take_reference_answers(state["reference_answers"])
         self.held_out_means, self.saved_at = state["held_out"], state["examples"]
         self.tokens = state.get("tokens", 0)
-        if self.config.objective == "loss/eval" and is_at_beta_used(self.held_out_means):
+        if self.config.objective == EVAL_LOSS and loss_is_at_beta_used(self.held_out_means):
             # Losses of now do not compare with those of then.
             self.best, self.evaluations_since_best = None, 0
             self.tracker.say(
@@ -562,13 +579,12 @@ class BasicTrainer:
                 "loss.beta: the best so far is forgotten, and keep_best begins anew"
             )
         if self.updates:
-            self.take_optimizer(checkpoint, state)
+            self.take_optimizer(checkpoint)
         for name in ("scheduler", "scaler", "loss", "train_batches", "watch"):
             getattr(self, name).load_state_dict(state[name])
-        if config_then := state["run"].get("config"):
+        if config_then := checkpoint.run.get("config"):
             self.take_schedule(config_then)
-        streams = state["random"]
-        restore_random_streams(streams[self.ranks.rank if len(streams) == self.ranks.size else 0])
+        restore_random_streams(checkpoint.streams_of(self.ranks.rank, self.ranks.size))
 
     def take_reference_answers(self, kept: list[str] | None) -> None:
         """Take over the reference's answers of a checkpoint, whose run may have had fewer sample prompts, or more."""
@@ -587,9 +603,9 @@ class BasicTrainer:
             "from here on samples are the policy's alone (reference_logps=live would give the reference's too)"
         )
 
-    def take_optimizer(self, checkpoint: Path, state: dict) -> None:
+    def take_optimizer(self, checkpoint: Checkpoint) -> None:
         """Take over the optimizer's state of a checkpoint, and its master weights where it has some and they are wanted."""
-        kept = state.get("master_weights", False)
+        kept, state = checkpoint.has_master_weights, checkpoint.state
         if self.config.master_weights == "auto" and kept != self.has_masters:
             self.prepare_optimizer(masters=kept)
             if not kept:
@@ -600,7 +616,7 @@ class BasicTrainer:
         read = optimizer["state"]
         if not kept:
             read = {name: {key: value for key, value in values.items() if key != MASTER} for name, values in read.items()}
-        read_optimizer(checkpoint, read)
+        checkpoint.read_optimizer(read)
         for name, values in state["optimizer_numbers"].items():
             optimizer["state"][name] |= values
         self.set_optimizer_state(optimizer)
@@ -622,10 +638,10 @@ class BasicTrainer:
                 f"{lr * before:.3g}"
             )
 
-    def take_weights(self, checkpoint: Path) -> None:
+    def take_weights(self, checkpoint: Checkpoint) -> None:
         """Take over the weights of a checkpoint, and nothing else of it."""
         weights = self.weights()
-        read_weights(checkpoint, weights)
+        checkpoint.read_weights(weights)
         self.set_weights(weights)
 
     # ---- where weights live ---------------------------------------------------------------------------------------------

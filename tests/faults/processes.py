@@ -19,9 +19,12 @@ from safetensors.torch import load_file
 
 import train
 from forked import Program, fork_workers
-from preference_training.checkpointing.checkpoints import checkpoints_of, fault_of
+from preference_training.checkpointing.checkpoint import (
+    checkpoints_of,
+    fault_of,
+)
+from preference_training.core.metric_names import MEASURED
 from preference_training.tracking.ledger import read_ledger
-from preference_training.tracking.run_files import MEASURED
 
 ROOT = Path(__file__).parent.parent.parent
 # Twenty steps, a checkpoint behind every second of them, a line for each step.
@@ -31,7 +34,7 @@ COMMON = (
     "wandb.enabled=false", "minimum_log_interval_secs=0", "save_policy_pt=false", "resume=auto", "local_run_dir=run",
 )  # fmt: skip
 STEP = r"(\d+)/\d+ loss"
-RESUMED = r"resume: going on from .*/step-(\d+)"
+RESUMED = r"resume: continuing from .*/step-(\d+)"
 # No run here takes so long; where one does the test fails. Unit: seconds.
 PATIENCE = 180
 

@@ -19,7 +19,7 @@ from processes import (
 )
 from safetensors.torch import load_file, save_file
 
-from preference_training.checkpointing.checkpoints import checkpoints_of
+from preference_training.checkpointing.checkpoint import checkpoints_of
 from preference_training.core.errors import UserError
 from preference_training.core.signals import STOPPED
 

@@ -23,7 +23,9 @@ from preference_training.batching.batches import (
     examples_of,
     pieces_of,
 )
-from preference_training.checkpointing.checkpoints import CheckpointWriter, Snapshot
+from preference_training.checkpointing.checkpoint import Checkpoint
+from preference_training.checkpointing.snapshot import Snapshot
+from preference_training.checkpointing.writer import CheckpointWriter, SaveOptions
 from preference_training.core.random_streams import seed_everything
 from preference_training.core.ranks import ALONE
 from preference_training.data.prompt_table import PromptTable
@@ -246,11 +248,13 @@ def train_with_masters(settings: dict, folder: str) -> dict:
                 if ranks.is_main:
                     run_dir.mkdir(exist_ok=True)
                 ranks.wait()
-                with CheckpointWriter(run_dir, first.policy, world.tokenizer, ranks, patience_minutes=1) as writer:
+                with CheckpointWriter(
+                    run_dir, first.policy, world.tokenizer, ranks, options=SaveOptions(timeout_minutes=1)
+                ) as writer:
                     writer.write(first.snapshot())
         for step in single.train_batches:
             single.train_step(step)
-        second.continue_from(run_dir / "step-16")
+        second.continue_from(Checkpoint.read(run_dir / "step-16"))
         for step in second.train_batches:
             second.train_step(step)
         masters = [[state["master"] for state in each.optimizer_state()["state"].values()] for each in (first, second)]
@@ -300,7 +304,9 @@ def write_into_a_folder_that_is_cleared_late(settings: dict, folder: str) -> lis
     trainer, ranks = world.sharded("llama", {"name": "sft"}, world.mesh("full"), "full")
     partial = Path(folder) / "step-0.partial"
     said: list[str] = []
-    with CheckpointWriter(Path(folder), trainer.policy, world.tokenizer, ranks, say=said.append, patience_minutes=1) as writer:
+    with CheckpointWriter(
+        Path(folder), trainer.policy, world.tokenizer, ranks, say=said.append, options=SaveOptions(timeout_minutes=1)
+    ) as writer:
         remove = shutil.rmtree
 
         def late(path, **how) -> None:
@@ -309,7 +315,7 @@ def write_into_a_folder_that_is_cleared_late(settings: dict, folder: str) -> lis
                 said.extend(found.name for found in partial.iterdir())
             remove(path, **how)
 
-        with mock.patch("preference_training.checkpointing.checkpoints.shutil.rmtree", late):
+        with mock.patch("preference_training.checkpointing.writer.shutil.rmtree", late):
             writer.write(Snapshot.of(0, trainer.weights(), {}, {}))
     end_group()
     return said

@@ -16,8 +16,8 @@ import torch
 import forked
 import train
 from preference_training.core.errors import UserError
+from preference_training.core.metric_names import MEASURED
 from preference_training.tracking.ledger import read_ledger
-from preference_training.tracking.run_files import MEASURED
 
 ROOT = Path(__file__).parent.parent.parent
 SHORT = (

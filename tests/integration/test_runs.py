@@ -11,9 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import forked
+from preference_training.core.metric_names import MEASURED
 from preference_training.reporting.comparison import find_runs
 from preference_training.tracking.ledger import read_ledger
-from preference_training.tracking.run_files import MEASURED
 
 ROOT = Path(__file__).parent.parent.parent
 GOLDEN = ROOT / "tests" / "golden"

@@ -14,17 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import GOLDEN
 from preference_training.checkpointing import model_files
-from preference_training.checkpointing.checkpoint import (
-    Checkpoint,
-    best_of,
-    checkpoints_of,
-    fault_of,
-    newest_usable,
-)
-from preference_training.checkpointing.model_files import (
-    file_numbers,
-    write_scalars,
-)
+from preference_training.checkpointing.checkpoint import Checkpoint, best_of, checkpoints_of, fault_of, newest_usable
+from preference_training.checkpointing.model_files import file_numbers, write_scalars
 from preference_training.checkpointing.snapshot import Snapshot
 from preference_training.checkpointing.writer import CheckpointWriter, SaveOptions
 

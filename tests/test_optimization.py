@@ -15,11 +15,7 @@ from conftest import GOLDEN
 from preference_training.batching.batches import BatchIterator, evaluation_batches
 from preference_training.checkpointing.checkpoint import Checkpoint
 from preference_training.checkpointing.resume import resumable
-from preference_training.checkpointing.writer import (
-    CheckpointWriter,
-    SaveOptions,
-    publish,
-)
+from preference_training.checkpointing.writer import CheckpointWriter, SaveOptions, publish
 from preference_training.configuration.validation import SCHEDULES, check_config, keeps_master_weights, lines_of_precision
 from preference_training.core.errors import UserError
 from preference_training.core.random_streams import seed_everything

@@ -9,10 +9,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from conftest import GOLDEN
-from preference_training.checkpointing.model_files import (
-    end_as_trained,
-    save_configuration,
-)
+from preference_training.checkpointing.model_files import end_as_trained, save_configuration
 from preference_training.checkpointing.saved_models import (
     OtherModelError,
     answers_of,

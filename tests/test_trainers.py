@@ -21,12 +21,7 @@ from preference_training.batching.batches import (
     pack,
     pieces_of,
 )
-from preference_training.checkpointing.checkpoint import (
-    Checkpoint,
-    best_of,
-    fault_of,
-    newest_usable,
-)
+from preference_training.checkpointing.checkpoint import Checkpoint, best_of, fault_of, newest_usable
 from preference_training.checkpointing.writer import CheckpointWriter, SaveOptions
 from preference_training.configuration.composition import choices_of
 from preference_training.core.errors import UserError

@@ -11,13 +11,7 @@ from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
-from preference_training.checkpointing.checkpoint import (
-    Checkpoint,
-    DamagedError,
-    checkpoints_of,
-    damaged_state,
-    newest_usable,
-)
+from preference_training.checkpointing.checkpoint import Checkpoint, DamagedError, checkpoints_of, damaged_state, newest_usable
 from preference_training.checkpointing.state import NEWER_STATE_SHAPE, STATE_SHAPE
 from preference_training.core.errors import UserError
 from preference_training.core.files import PARTIAL, replace_symlink, write_atomically

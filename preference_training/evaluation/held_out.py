@@ -12,10 +12,7 @@ from torch import Tensor, nn
 
 from preference_training.batching.batches import PackedBatch
 from preference_training.core.ranks import ALONE, Ranks
-from preference_training.losses.objectives import (
-    Loss,
-    example_metrics,
-)
+from preference_training.losses.objectives import Loss, example_metrics
 from preference_training.modeling.logprobs import response_logps
 from preference_training.modeling.state import compute_device
 

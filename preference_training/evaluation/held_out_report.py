@@ -19,11 +19,7 @@ from preference_training.data.rows.templates import user_markers
 from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.evaluation.held_out import HeldOut, score
 from preference_training.evaluation.intervals import Bounds, correlation, mean_interval, share_interval
-from preference_training.evaluation.phrasing import (
-    FEWEST_PROMPTS,
-    too_few,
-    with_interval,
-)
+from preference_training.evaluation.phrasing import FEWEST_PROMPTS, too_few, with_interval
 
 # What a table shows of each part, with its heading.
 COLUMNS = {metric_names.EVAL_LOSS: "loss", metric_names.EVAL_ACCURACY: "accuracy", metric_names.EVAL_MARGIN: "margin"}

@@ -22,10 +22,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from preference_training.checkpointing.checkpoint import Checkpoint, DamagedError, checkpoints_of
-from preference_training.checkpointing.model_files import (
-    end_as_trained,
-    save_tokenizer,
-)
+from preference_training.checkpointing.model_files import end_as_trained, save_tokenizer
 from preference_training.checkpointing.saved_models import (
     OtherModelError,
     answers_in_float32,
@@ -57,14 +54,7 @@ from preference_training.modeling.adapters import (
 )
 from preference_training.modeling.tokenizer import BYTE_LEVEL, load_tokenizer
 from preference_training.reporting.model_card import CardFacts, model_card
-from preference_training.tracking.run_files import (
-    CHECKSUMS,
-    LATEST,
-    METRICS,
-    RESULTS_FILE,
-    metric_rows,
-    results_of,
-)
+from preference_training.tracking.run_files import CHECKSUMS, LATEST, METRICS, RESULTS_FILE, metric_rows, results_of
 
 SHARD_SIZE = "5GB"
 

@@ -16,9 +16,7 @@ import numpy
 
 from preference_training.core import metric_names
 from preference_training.core.errors import UserError
-from preference_training.core.metric_names import (
-    HELD_OUT_PROMPTS,
-)
+from preference_training.core.metric_names import HELD_OUT_PROMPTS
 from preference_training.core.secrets import without_secrets
 from preference_training.core.values import dotted
 from preference_training.evaluation.phrasing import too_few, with_interval

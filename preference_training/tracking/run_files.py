@@ -14,10 +14,7 @@ from pathlib import Path
 
 from preference_training.core.metric_names import EVAL_LOSS, EXAMPLES, UPDATES
 from preference_training.core.processes import usable_cores
-from preference_training.core.values import (
-    UNREADABLE,
-    misfit,
-)
+from preference_training.core.values import UNREADABLE, misfit
 from preference_training.data.rows.records import DataReport
 
 METRICS, SAMPLES, BAD_STEPS, EVENTS = "metrics.jsonl", "samples.jsonl", "bad_batches.jsonl", "events.jsonl"

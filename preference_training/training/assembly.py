@@ -101,7 +101,6 @@ def train(
 ) -> float | None:
     """Train on a placement, from the beginning or from a checkpoint of the same run. pruner: Optuna's, None in most runs."""
     from preference_training.checkpointing.resume import checkpoint_to_resume
-    from preference_training.checkpointing.writer import CheckpointWriter, SaveOptions
     from preference_training.core.signals import StopRequests
     from preference_training.modeling.adapters import BASE_DIR
     from preference_training.tracking.ledger import Ledger
@@ -132,19 +131,11 @@ def train(
             opened.enter_context(tracker)
         else:
             about, tracker = {}, opened.enter_context(NoTracker())
-        writer = None
-        if not config.debug:
-            saved, ends = served_tokenizer(config, placement.tokenizer, data[0].table)
-            options = SaveOptions(
-                run=about,
-                background=config.save_async,
-                keep_last=config.keep_last,
-                keep_best=config.keep_best,
-                metric=config.objective,
-                timeout_minutes=config.trainer.get("distributed_timeout_minutes"),
-                end_tokens=tuple(ends),
-            )
-            writer = opened.enter_context(CheckpointWriter(run_dir, parts["policy"], saved, ranks, options, tracker.say))
+        writer = (
+            None
+            if config.debug
+            else opened.enter_context(make_writer(config, run_dir, placement, parts["policy"], data, about, tracker.say))
+        )
         ledger = Ledger(run_dir, ranks, tracker.say) if config.ledger and loss.paired else None
         pruning = Pruning(Path(config.sweep_dir), run_dir, config.objective, config.eval_every, pruner) if pruner else None
         followed = {"tracker": tracker, "writer": writer, "stop": stop, "ledger": ledger, "pruning": pruning}
@@ -161,6 +152,23 @@ def train(
             )
     print(f"run directory: {run_dir}", flush=True)
     return trainer.held_out_means[config.objective] if trainer.held_out_means else None
+
+
+def make_writer(config: DictConfig, run_dir: Path, placement, policy, data, about: dict, say):
+    """The writer of a run's checkpoints. about: `describe_run`; say prints a line."""
+    from preference_training.checkpointing.writer import CheckpointWriter, SaveOptions
+
+    tokenizer, end_tokens = served_tokenizer(config, placement.tokenizer, data[0].table)
+    options = SaveOptions(
+        run=about,
+        background=config.save_async,
+        keep_last=config.keep_last,
+        keep_best=config.keep_best,
+        metric=config.objective,
+        timeout_minutes=config.trainer.get("distributed_timeout_minutes"),
+        end_tokens=tuple(end_tokens),
+    )
+    return CheckpointWriter(run_dir, policy, tokenizer, placement.ranks, options, say)
 
 
 def evaluate(config: DictConfig, trainer_class, placement, loss, data: tuple, run_dir: Path) -> float | None:

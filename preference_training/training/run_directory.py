@@ -72,11 +72,7 @@ def begin_in(config: DictConfig, run_dir: Path, checkpoint: "Checkpoint | None")
 
     Raises UserError where the earlier run is needed where it is.
     """
-    from preference_training.checkpointing.resume import (
-        check_beginning,
-        forget_base,
-        set_aside,
-    )
+    from preference_training.checkpointing.resume import check_beginning, forget_base, set_aside
 
     with writable(run_dir):
         if config.resume:
@@ -101,11 +97,8 @@ def open_run_dir(
     total, report: the number of training examples, and what writes the run's page; None where there is none. aside: where an
     earlier run lies that was found in the directory. Raises UserError where the checkpoint is another run's.
     """
-    from preference_training.checkpointing.resume import (
-        check_same_run,
-        cut_back,
-    )
-    from preference_training.tracking.dashboards import start_dashboards
+    from preference_training.checkpointing.resume import check_same_run, cut_back
+    from preference_training.tracking.dashboards import RunStart, start_dashboards
     from preference_training.tracking.tracker import Tracker
 
     seen = checkpoint.examples if checkpoint else 0
@@ -115,7 +108,8 @@ def open_run_dir(
         if config.resume:
             cut_back(run_dir, checkpoint.path if checkpoint else None)
         OmegaConf.save(config, run_dir / CONFIG)
-        dashboards = start_dashboards(dashboard_names(config), about["config"], run_dir, about["wandb_id"], seen)
+        start = RunStart(about["config"], run_dir, about["wandb_id"], seen)
+        dashboards = start_dashboards(dashboard_names(config), start)
         tracker = Tracker(run_dir, total, config.minimum_log_interval_secs, dashboards, report, seen)
     if aside:
         tracker.say(f"local_run_dir: {run_dir} held an earlier run, which is now in {aside.name}/")
@@ -124,10 +118,7 @@ def open_run_dir(
 
 def say_what_is_set_aside(config: DictConfig, run_dir: Path) -> None:
     """Of a dry run: print what would become of an earlier run in its directory. Raises UserError where that cannot be."""
-    from preference_training.checkpointing.resume import (
-        check_beginning,
-        parts_of_a_run,
-    )
+    from preference_training.checkpointing.resume import check_beginning, parts_of_a_run
 
     if config.resume or not parts_of_a_run(run_dir):
         return

@@ -16,10 +16,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from preference_training.batching.batches import BatchIterator, MicroBatch, PackedBatch
 from preference_training.checkpointing.checkpoint import Checkpoint
 from preference_training.checkpointing.saved_models import checkpoint_check
-from preference_training.checkpointing.snapshot import (
-    Snapshot,
-    numbers_of,
-)
+from preference_training.checkpointing.snapshot import Snapshot, numbers_of
 from preference_training.checkpointing.writer import CheckpointWriter
 from preference_training.configuration.validation import sharded_dtype
 from preference_training.core.errors import UserError
@@ -55,12 +52,7 @@ from preference_training.evaluation.held_out import HeldOut, evaluate
 from preference_training.evaluation.held_out_report import intervals_of
 from preference_training.evaluation.phrasing import too_few
 from preference_training.generation.sampling import sample_answers
-from preference_training.losses.objectives import (
-    Loss,
-    LossOutput,
-    Survey,
-    example_metrics,
-)
+from preference_training.losses.objectives import Loss, LossOutput, Survey, example_metrics
 from preference_training.modeling.adapters import kept_weights
 from preference_training.modeling.logprobs import LiveReference, response_logps
 from preference_training.modeling.state import compute_device

@@ -19,10 +19,7 @@ from safetensors.torch import load_file
 
 import train
 from forked import Program, fork_workers
-from preference_training.checkpointing.checkpoint import (
-    checkpoints_of,
-    fault_of,
-)
+from preference_training.checkpointing.checkpoint import checkpoints_of, fault_of
 from preference_training.core.metric_names import MEASURED
 from preference_training.tracking.ledger import read_ledger
 

@@ -7,16 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from processes import (
-    RESUMED,
-    STEP,
-    Run,
-    assert_same_weights,
-    assert_whole,
-    rows_of,
-    train_here,
-    undisturbed,
-)
+from processes import RESUMED, STEP, Run, assert_same_weights, assert_whole, rows_of, train_here, undisturbed
 from safetensors.torch import load_file, save_file
 
 from preference_training.checkpointing.checkpoint import checkpoints_of

@@ -43,3 +43,21 @@ def test_a_checkpoint_of_version_0_1_resumes_to_the_numbers_of_its_own_uninterru
     assert weights.keys() == final.keys()
     for name, weight in final.items():
         assert (weights[name] - weight).abs().max() <= 1e-5
+
+
+def test_a_sweep_that_version_0_1_began_is_continued_and_a_job_that_is_complete_is_not_run_again(tmp_path):
+    sweep, begun = tmp_path / "sweep", Path(__file__).parent / "golden" / "sweep_of_version_0_1"
+    shutil.copytree(begun, sweep)
+    common = [
+        "n_examples=32",
+        "n_eval_examples=8",
+        "sample_during_eval=false",
+        "wandb.enabled=false",
+        f"hydra.sweep.dir={sweep}",
+    ]
+    done = forked.run([ROOT / "train.py", "-m", "loss=dpo", "loss.beta=0.1,0.5", *common], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f"sweep: {sweep / '0'} is complete already" in done.stdout
+    assert not (sweep / "0" / "LATEST").exists() and (sweep / "1" / "LATEST").exists()
+    kept, first = (json.loads((place / "0" / "job.json").read_text()) for place in (begun, sweep))
+    assert (first["objective"], first["starts"]) == (kept["objective"], 1)

@@ -17,7 +17,8 @@ from omegaconf import OmegaConf
 from preference_training.core.errors import UserError
 from preference_training.data.rows.records import DataReport
 from preference_training.reporting.run_report import observations, rebuild_report, report_page
-from preference_training.tracking.run_files import code_state, split_rows, write_about
+from preference_training.tracking.about import code_state, write_about
+from preference_training.tracking.run_files import split_rows
 from preference_training.tracking.tracker import Tracker
 
 ROOT = Path(__file__).parent.parent

@@ -24,15 +24,15 @@ from torch import Tensor
 from preference_training.checkpointing.checkpoint import Checkpoint, DamagedError, checkpoints_of
 from preference_training.checkpointing.model_files import end_as_trained, save_tokenizer
 from preference_training.checkpointing.saved_models import (
-    OtherModelError,
-    answers_in_float32,
-    answers_of,
+    DifferentModelError,
     compare,
     compare_parts,
+    compute_in_float32,
     fits_in_memory,
-    in_float32,
+    largest_difference,
     load_plain,
-    per_token,
+    probe_logps,
+    probe_logps_in_float32,
     tolerance,
 )
 from preference_training.configuration.composition import CONFIG_DIR, choices_of
@@ -74,7 +74,7 @@ class Wishes:
     trust_remote_code: bool = False
 
 
-# ---- what is exported -------------------------------------------------------------------------------------------------------
+# ---- what is exported -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def source_of(path: Path) -> Source:
     return Source(checkpoint, found.run, state["examples"], state["held_out"] or {}, rows, evaluation)
 
 
-# ---- checks -----------------------------------------------------------------------------------------------------------------
+# ---- checks ---------------------------------------------------------------------------------------------------------------
 
 OLLAMA_NAME = re.compile(r"[A-Za-z0-9_][\w.-]*(/[\w.-]+)*(:[\w.-]+)?")
 
@@ -172,7 +172,7 @@ def _check_place(place: Path) -> None:
         raise UserError(f"--to: {place.absolute().parent} is no directory. Make it first.")
 
 
-# ---- the model --------------------------------------------------------------------------------------------------------------
+# ---- the model ------------------------------------------------------------------------------------------------------------
 
 
 def whole_model(source: Source, dtype: str, trust_remote_code: bool = False):
@@ -235,7 +235,7 @@ def _stored(source: Source) -> dict:
         return {}
 
 
-# ---- quantization -----------------------------------------------------------------------------------------------------------
+# ---- quantization ---------------------------------------------------------------------------------------------------------
 
 # int4 is not among them: torchao packs it with kernels of GPUs alone, so that no CPU writes or reads it.
 QUANTIZATIONS = ("int8",)
@@ -272,7 +272,7 @@ def _quantize(directory: Path, name: str, dtype: str) -> None:
     model.save_pretrained(directory, max_shard_size=SHARD_SIZE)
 
 
-# ---- writing ----------------------------------------------------------------------------------------------------------------
+# ---- writing --------------------------------------------------------------------------------------------------------------
 
 
 def export(path: Path, wishes: Wishes) -> list[str]:
@@ -333,7 +333,7 @@ def _compared(place: Path) -> Iterator[None]:
     """Inside, a directory that turns out to be another model than the run's is a UserError."""
     try:
         yield
-    except OtherModelError as error:
+    except DifferentModelError as error:
         raise UserError(
             f"--to: {place}: what was written is not the run's model: {error}. It is removed; the "
             "checkpoint stays as it is. Export without --merge or --quantize, or with the run's versions of the libraries."
@@ -344,7 +344,7 @@ def _summary(place: Path, facts: CardFacts) -> str:
     return f"{place}: {facts.architecture}, {facts.parameters:,} parameters, {facts.dtype}"
 
 
-# What looks at a directory when all of it is written; its lines are said. Raises OtherModelError.
+# What looks at a directory when all of it is written; its lines are said. Raises DifferentModelError.
 Check = Callable[[], list[str]]
 
 
@@ -377,15 +377,15 @@ def _made_whole(model, source: Source, dtype: str) -> tuple[Tensor | None, list[
     stored, notes = getattr(torch, _dtype_of(source)), []
     if source.config["model"].get("quantization") and source.is_adapter:
         notes += _bits_restored(model, source)
-    began = answers_of(in_float32(model))
+    began = probe_logps(compute_in_float32(model))
     if source.is_adapter:
         loading.merged(model, torch.float32)
-        found = answers_of(model)
+        found = probe_logps(model)
         compare(found, began, model, tolerance(began, model))
         stored, began = torch.float32, found
     loading.round_weights(model, wanted)
-    expected = answers_in_float32(model, wanted)
-    if wanted != stored and (difference := per_token(expected, began, model)):
+    expected = probe_logps_in_float32(model, wanted)
+    if wanted != stored and (difference := largest_difference(expected, began, model)):
         notes.append(f"rounding the weights to {dtype} changes log-probs by up to {difference:.2g} nats a token")
     return expected, notes
 
@@ -393,12 +393,14 @@ def _made_whole(model, source: Source, dtype: str) -> tuple[Tensor | None, list[
 def _bits_restored(model, source: Source) -> list[str]:
     """Turn a model's layers of few bits into usual ones, and compare; notes."""
     config, model.autocast_dtype = source.config["model"], None
-    own = answers_of(model)
+    own = probe_logps(model)
     restore_bits(model, getattr(torch, config["policy_dtype"]))
-    found = answers_of(model)
+    found = probe_logps(model)
     if config["quantization"] == "int8":
         # These layers round what they read too, which no weight can do.
-        return [f"merged layers no longer round their inputs to int8: up to {per_token(found, own, model):.2g} nats a token"]
+        return [
+            f"merged layers no longer round their inputs to int8: up to {largest_difference(found, own, model):.2g} nats a token"
+        ]
     dtype = getattr(torch, config.get("quantized_compute_dtype") or config["policy_dtype"])
     compare(found, own, model, tolerance(own, model, dtype))
     return []
@@ -409,9 +411,10 @@ def _whole_compared(directory: Path, expected: Tensor, dtype: str, wishes: Wishe
     model = load_plain(directory, getattr(torch, dtype), wishes.trust_remote_code)
     if wishes.quantize:
         return [
-            f"{wishes.quantize} changes log-probs by up to {per_token(answers_of(model), expected, model):.2g} nats a token"
+            f"{wishes.quantize} changes log-probs by up to "
+            f"{largest_difference(probe_logps(model), expected, model):.2g} nats per token"
         ]
-    compare(answers_of(in_float32(model)), expected, model, tolerance(expected, model))
+    compare(probe_logps(compute_in_float32(model)), expected, model, tolerance(expected, model))
     return []
 
 
@@ -471,12 +474,12 @@ def _adapter_compared(source: Source, directory: Path, dtype: str, wishes: Wishe
     own = own_model(source, wishes.trust_remote_code)
     if not fits_in_memory(2 * sum(weight.numel() for weight in own.parameters())):
         return ["too little memory to compare log-probs with the run's"]
-    expected = answers_of(in_float32(own))
+    expected = probe_logps(compute_in_float32(own))
     del own
     prepare = (lambda model: quantise(model, config)) if config.quantization else None
     base = directory / BASE_DIR if (directory / BASE_DIR).is_dir() else None
     model = load_plain(directory, getattr(torch, dtype), wishes.trust_remote_code, _cache_dir(source), base, prepare)
-    compare(answers_of(in_float32(model)), expected, model, tolerance(expected, model))
+    compare(probe_logps(compute_in_float32(model)), expected, model, tolerance(expected, model))
     return []
 
 
@@ -511,7 +514,7 @@ def written_beside(place: Path) -> Iterator[Path]:
         raise UserError(f"--to: {place} cannot be written: {reason}. Expected a place of yours, with room.") from error
 
 
-# ---- the original code's archives -------------------------------------------------------------------------------------------
+# ---- the original code's archives -----------------------------------------------------------------------------------------
 
 
 def model_config_of(name: str, archive: Path):
@@ -546,7 +549,7 @@ def convert(archive: Path, name: str, to: Path, dtype: str | None = None) -> lis
     with written_beside(to) as partial, _compared(to):
         model = loading.load_model(model_config, tokenizer)
         compares = fits_in_memory(sum(weight.numel() for weight in model.parameters()))
-        expected = answers_in_float32(model, getattr(torch, model_config.policy_dtype)) if compares else None
+        expected = probe_logps_in_float32(model, getattr(torch, model_config.policy_dtype)) if compares else None
         parameters = save_weights(model, partial, tokenizer)
         save_tokenizer(tokenizer, partial)
         if compares:

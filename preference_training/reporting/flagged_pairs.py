@@ -23,7 +23,7 @@ from preference_training.core.errors import UserError
 from preference_training.core.files import atomic_file
 from preference_training.data.prompt_table import PromptTable
 from preference_training.data.tokenization import TokenizedPrompt
-from preference_training.tracking.ledger import Sightings, read_ledger
+from preference_training.tracking.ledger import Observations, read_ledger
 from preference_training.tracking.run_files import FLAGGED, json_lines
 
 KINDS = {
@@ -36,7 +36,7 @@ KINDS = {
 LISTED = 1000
 # Margins of a pair that are listed, the newest.
 MARGINS_LISTED = 8
-# Sightings side by side that are compared with each other.
+# Observations side by side that are compared with each other.
 BLOCK = 128
 # The most that one sighting says for or against a label, and how probable a wrong one is before any. Unit: nats.
 LIMIT, PRIOR = 4.0, 0.05
@@ -55,7 +55,7 @@ class Pairs:
     starts: numpy.ndarray
 
     @classmethod
-    def of(cls, seen: Sightings) -> "Pairs":
+    def of(cls, seen: Observations) -> "Pairs":
         """The pairs among some sightings."""
         # One number for both, since numpy finds those again much faster.
         base = int(seen.other.max(initial=0)) + 1
@@ -73,7 +73,7 @@ class Pairs:
         return values[self.order[self.starts[1:] - 1]]
 
 
-def evidence(seen: Sightings) -> numpy.ndarray:
+def evidence(seen: Observations) -> numpy.ndarray:
     """By how many nats each margin speaks for its label, [N]: log of normal densities about +m and about -m.
 
     m is the median of the margins seen at about the same time, and the spread theirs: while the policy knows nothing, m is
@@ -93,7 +93,7 @@ def evidence(seen: Sightings) -> numpy.ndarray:
     return numpy.nan_to_num(found)
 
 
-def wrong_label_probability(pairs: Pairs, seen: Sightings) -> numpy.ndarray:
+def wrong_label_probability(pairs: Pairs, seen: Observations) -> numpy.ndarray:
     """How probable it is that a pair's label is the wrong way round, from all its sightings and PRIOR: [K]."""
     log_odds = numpy.log(PRIOR / (1 - PRIOR)) - pairs.sums(evidence(seen))
     return 1 / (1 + numpy.exp(-log_odds))
@@ -109,7 +109,7 @@ class Finding:
     badness: float
 
 
-def findings_of(seen: Sightings) -> list[Finding]:
+def findings_of(seen: Observations) -> list[Finding]:
     """The pairs that margins speak against, at most LISTED of each kind, the worst first."""
     pairs = Pairs.of(seen)
     probability = wrong_label_probability(pairs, seen)
@@ -199,7 +199,7 @@ class PairFinder:
         with atomic_file(self.run_dir / FLAGGED, encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
-    def rows(self, seen: Sightings, findings: Iterable[Finding]) -> Iterator[dict]:
+    def rows(self, seen: Observations, findings: Iterable[Finding]) -> Iterator[dict]:
         """A row for each finding: kind, where it is from, its texts, its newest margins, and how probable a wrong label is."""
         pairs = Pairs.of(seen)
         probability = wrong_label_probability(pairs, seen)

@@ -131,11 +131,10 @@ def train(
             opened.enter_context(tracker)
         else:
             about, tracker = {}, opened.enter_context(NoTracker())
-        writer = (
-            None
-            if config.debug
-            else opened.enter_context(make_writer(config, run_dir, placement, parts["policy"], data, about, tracker.say))
-        )
+        writer = None
+        if not config.debug:
+            made = make_writer(config, run_dir, placement, parts["policy"], data, about, tracker.say)
+            writer = opened.enter_context(made)
         ledger = Ledger(run_dir, ranks, tracker.say) if config.ledger and loss.paired else None
         pruning = Pruning(Path(config.sweep_dir), run_dir, config.objective, config.eval_every, pruner) if pruner else None
         followed = {"tracker": tracker, "writer": writer, "stop": stop, "ledger": ledger, "pruning": pruning}

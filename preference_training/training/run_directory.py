@@ -60,7 +60,7 @@ def describe_run(config: DictConfig, placement, data, checkpoint: "Checkpoint | 
 
 def describe_start(config: DictConfig, run_dir: Path, data, total: int | None, device) -> None:
     """Leave in a run's directory what its report says of data, machine and code, as they are at this start."""
-    from preference_training.tracking.run_files import write_about
+    from preference_training.tracking.about import write_about
 
     names = [entry.name for entry in read_entries(config)]
     reports = {name: zip(names, split.reports, strict=True) for name, split in zip(("train", "held out"), data, strict=True)}

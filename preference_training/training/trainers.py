@@ -275,7 +275,7 @@ class BasicTrainer:
         if math.isfinite(metrics[TRAIN_LOSS]) and (math.isfinite(norm) or self.scaler.is_enabled()):
             self.take_step(is_sound=math.isfinite(norm))
             if self.ledger is not None:
-                self.ledger.see(self.examples, [(part.pairs, part.margins) for part in scored if not part.is_filler])
+                self.ledger.record(self.examples, [(part.pairs, part.margins) for part in scored if not part.is_filler])
             return metrics | statistics | {GRAD_NORM: norm}
         self.leave_out(scored)
         self.loss.load_state_dict(remembered)

@@ -398,9 +398,8 @@ def _bits_restored(model, source: Source) -> list[str]:
     found = probe_logps(model)
     if config["quantization"] == "int8":
         # These layers round what they read too, which no weight can do.
-        return [
-            f"merged layers no longer round their inputs to int8: up to {largest_difference(found, own, model):.2g} nats a token"
-        ]
+        difference = largest_difference(found, own, model)
+        return [f"merged layers no longer round their inputs to int8: up to {difference:.2g} nats a token"]
     dtype = getattr(torch, config.get("quantized_compute_dtype") or config["policy_dtype"])
     compare(found, own, model, tolerance(own, model, dtype))
     return []
@@ -410,10 +409,8 @@ def _whole_compared(directory: Path, expected: Tensor, dtype: str, wishes: Wishe
     """Compare a directory, loaded as others load it, with what the model said before."""
     model = load_plain(directory, getattr(torch, dtype), wishes.trust_remote_code)
     if wishes.quantize:
-        return [
-            f"{wishes.quantize} changes log-probs by up to "
-            f"{largest_difference(probe_logps(model), expected, model):.2g} nats per token"
-        ]
+        difference = largest_difference(probe_logps(model), expected, model)
+        return [f"{wishes.quantize} changes log-probs by up to {difference:.2g} nats a token"]
     compare(probe_logps(compute_in_float32(model)), expected, model, tolerance(expected, model))
     return []
 

@@ -22,7 +22,7 @@ from dataclasses import replace
 from functools import partial
 from numbers import Real
 
-from preference_training.core.processes import in_workers
+from preference_training.core.processes import map_in_processes
 from preference_training.data.html_text import html_to_text
 from preference_training.data.hub_sets import WHOLE_SET, HubSet, hub_set, sound_rows
 from preference_training.data.registry import DATASETS, Dataset, register
@@ -122,7 +122,7 @@ def stack_exchange_records(rows: NumberedRows, report: DataReport) -> Items:
     between questions, so millions of them stream through; their HTML is read by as many processes as there are cores.
     """
     sound = sound_rows(rows, "se", report, STACK_EXCHANGE_KINDS)
-    for question, texts, scores in in_workers(_texts_of_question, sound):
+    for question, texts, scores in map_in_processes(_texts_of_question, sound):
         kept = [(f" {text}", score) for text, score in zip(texts, scores, strict=True) if text]
         report.leave_out(EMPTY_TEXT, len(texts) - len(kept))
         record = scored_record([text for text, _ in kept], [score for _, score in kept], report)

@@ -30,7 +30,7 @@ from preference_training.configuration.composition import (
 from preference_training.configuration.validation import check_config, check_sizes, is_sharded
 from preference_training.core.errors import UserError
 from preference_training.core.memory import release_memory
-from preference_training.core.processes import first_to_speak, in_worker
+from preference_training.core.processes import in_worker, reports_for_machine
 from preference_training.core.signals import STOPPED, StoppedError
 from preference_training.data.entries import read_entries
 from preference_training.sweeps.gpus import jobs_at_once, take_gpus
@@ -144,7 +144,7 @@ def run(config: DictConfig, run_dir: Path, in_sweep: bool = False, trainer: str 
 
 def _refuse(message: str) -> int:
     """Print what the user got wrong, once on each machine; the exit status for it."""
-    if first_to_speak():
+    if reports_for_machine():
         print(message, file=sys.stderr, flush=True)
     return 2
 

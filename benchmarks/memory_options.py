@@ -52,7 +52,7 @@ def one(overrides: list[str]) -> dict:
     from hydra import compose, initialize_config_dir
 
     from preference_training.core.libraries import quiet_libraries
-    from preference_training.core.memory import settle_memory
+    from preference_training.core.memory import tune_malloc
     from preference_training.core.random_streams import seed_everything
     from preference_training.losses.objectives import build_loss
     from preference_training.modeling.tokenizer import load_tokenizer
@@ -64,7 +64,7 @@ def one(overrides: list[str]) -> dict:
         config = compose("config", overrides=[*MODEL, *RUN, *overrides])
     quiet_libraries()
     # Whatever is freed leaves the process, so that its peak is what was held.
-    settle_memory(keep_freed=False)
+    tune_malloc(keep_freed=False)
     seed_everything(0)
     tokenizer, loss = load_tokenizer(config.model), build_loss(**config.loss)
     data = preparation.prepare_data(config, tokenizer, loss.paired)

@@ -34,7 +34,7 @@ def run(job: dict, work: Work, data: dict) -> dict:
 def build(job: dict, work: Work, prompts: PromptTable):
     """A trainer as `train.py` makes it, without what surrounds the steps: evaluation, samples, checkpoints, logging."""
     from preference_training.core.libraries import quiet_libraries
-    from preference_training.core.memory import settle_memory
+    from preference_training.core.memory import tune_malloc
     from preference_training.core.random_streams import seed_everything
     from preference_training.losses.objectives import build_loss
     from preference_training.modeling.reference_cache import Reads
@@ -44,7 +44,7 @@ def build(job: dict, work: Work, prompts: PromptTable):
     from preference_training.training.trainers import TRAINERS
 
     quiet_libraries()
-    settle_memory(keep_freed=True)
+    tune_malloc(keep_freed=True)
     config = _config(job, work)
     seed_everything(config.seed)
     loss = build_loss(**config.loss, seed=config.seed)

@@ -44,7 +44,7 @@ def work(what: str, given: list[str]) -> list:
 
     from preference_training.configuration.validation import is_sharded
     from preference_training.core.libraries import quiet_libraries
-    from preference_training.core.memory import settle_memory
+    from preference_training.core.memory import tune_malloc
     from preference_training.losses.objectives import build_loss
     from preference_training.modeling.tokenizer import load_tokenizer
     from preference_training.tracking.tracker import NoTracker
@@ -56,7 +56,7 @@ def work(what: str, given: list[str]) -> list:
     quiet_libraries()
     with initialize_config_dir(str(ROOT / "config"), version_base="1.3"):
         config = compose("config", overrides=given)
-    settle_memory(keep_freed=not is_sharded(config))
+    tune_malloc(keep_freed=not is_sharded(config))
     tokenizer = load_tokenizer(config.model)
     loss = build_loss(**config.loss)
     data = preparation.prepare_data(config, tokenizer, loss.paired)

@@ -1,8 +1,8 @@
-"""The device that computes, and how."""
+"""The device that computes, and its precision."""
 
 
 def allow_tf32(allow: bool) -> None:
-    """Whether CUDA's float32 products may use TF32."""
+    """Set whether CUDA's float32 matrix products may use TF32."""
     import torch
 
     torch.backends.cuda.matmul.allow_tf32 = allow
@@ -10,11 +10,11 @@ def allow_tf32(allow: bool) -> None:
 
 
 def pick_device():
-    """The `torch.device` that computes: cuda, else mps, else cpu."""
+    """The `torch.device` to compute on: cuda, else mps, else cpu."""
     import torch
 
     if torch.cuda.is_available():
-        # With its number, as tensors say where they are.
+        # With its index, as tensors have it.
         return torch.device("cuda", torch.cuda.current_device())
     if torch.backends.mps.is_available():
         return torch.device("mps")

@@ -100,7 +100,7 @@ def replace_symlink(link: Path, target: str) -> None:
 
 @contextmanager
 def locked(path: Path, waiting: str) -> Iterator[None]:
-    """Inside, no other process holds the lock at `path`; says `waiting` where one does, and waits for it."""
+    """Inside, this process holds the lock at `path`; prints `waiting` where another has it, and waits."""
     from filelock import FileLock, Timeout
 
     lock = FileLock(path)
@@ -119,14 +119,14 @@ def locked(path: Path, waiting: str) -> Iterator[None]:
 
 
 def run_file(path: Path, kind: str):
-    """Run a Python file of the user's, and return its module. `kind` is what is looked for in it: a file may be run for two.
+    """Run a user's Python file, and return its module. `kind` is what it is run for: a file may be run for two things.
 
-    What the file raises is raised on.
+    Raises whatever the file raises.
     """
     import hashlib
     import importlib.util
 
-    # A name of its own, so that a file called utils.py hides no module; dataclasses look their module up in sys.modules.
+    # A unique name, so that a file called utils.py hides no module; dataclasses look their module up in sys.modules.
     spec = importlib.util.spec_from_file_location(f"user_{kind}_{hashlib.sha256(str(path).encode()).hexdigest()[:16]}", path)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -134,15 +134,15 @@ def run_file(path: Path, kind: str):
 
 
 def load_tensors(path: Path, mapped: bool = False):
-    """What a `.pt` file holds: tensors and plain values, nothing else is ever unpickled. Raises ValueError, saying why not.
+    """The tensors and plain values of a `.pt` file; nothing else is ever unpickled. Raises ValueError with the reason.
 
-    mapped: leave tensors in the file until they are looked at.
+    mapped: leave tensors in the file until they are used.
     """
     import torch
 
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except Exception as error:  # torch.load raises half a dozen types for a file that is not its own
+    except Exception as error:  # torch.load raises half a dozen types for a damaged file
         raise ValueError(first_line(error)) from error
 
 

@@ -1,4 +1,4 @@
-"""This process's memory: garbage collection, what glibc keeps, what tensors take."""
+"""This process's memory: garbage collection, malloc, and how much is in use."""
 
 import gc
 import sys
@@ -6,10 +6,10 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def rare_garbage_collection():
-    """Inside, Python looks for cycles of dead objects every few hundred thousand objects, not every few hundred.
+def infrequent_garbage_collection():
+    """Inside, Python collects garbage every few hundred thousand objects, not every few hundred.
 
-    Lists of token ids come and go by the million and hold no cycles: looking for some took a fifth of the preparation of data.
+    Lists of token ids come and go by the million and hold no cycles: looking for them took a fifth of data preparation.
     """
     usual = gc.get_threshold()
     gc.set_threshold(200_000, 20, 20)
@@ -19,12 +19,11 @@ def rare_garbage_collection():
         gc.set_threshold(*usual)
 
 
-def settle_memory(keep_freed: bool) -> None:
-    """Let glibc keep the large blocks it is given back, for the next step asks for the same ones; or have it return all.
+def tune_malloc(keep_freed: bool) -> None:
+    """Have glibc keep large freed blocks, since the next step allocates the same ones; or have it return them all.
 
-    Returned to the system, they would come back as fresh pages, and the faults of touching them took 4% of a CPU step of one
-    process, and 40% where weights are gathered. There what is kept falls into pieces, and a process held twice what it needed.
-    Elsewhere than on Linux with glibc nothing is changed.
+    Returned blocks come back as fresh pages, whose page faults took 4% of a CPU step of one process, and 40% where weights are
+    gathered. There kept blocks fragment, and a process held twice what it needed. Does nothing without glibc.
     """
     import ctypes
     import ctypes.util
@@ -37,7 +36,7 @@ def settle_memory(keep_freed: bool) -> None:
 
 
 def memory_held(device) -> float:
-    """On a GPU the most that tensors have taken of it so far, else what this process takes now. Unit: GiB."""
+    """On a GPU the peak allocated by tensors so far, else this process's resident memory now. Unit: GiB."""
     import psutil
     import torch
 
@@ -46,7 +45,7 @@ def memory_held(device) -> float:
 
 
 def release_memory() -> None:
-    """Give a finished job's memory back, so that the next job of a sweep starts with all of it."""
+    """Free a finished job's memory for the next job of a sweep."""
     gc.collect()
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():

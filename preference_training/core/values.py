@@ -1,15 +1,15 @@
-"""Plain nested values: flat names, and whether a value has the expected shape."""
+"""Plain nested values: dotted names, and whether a value has the expected shape."""
 
 
 def dotted(values: dict, prefix: str = "") -> dict:
-    """A dict of dicts as one, under names such as loss.beta."""
+    """A nested dict as a flat one, under names such as loss.beta."""
     flat: dict = {}
     for key, value in values.items():
         flat |= dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
 
 
-# What reading damaged JSON raises, and looking for something in it.
+# What reading damaged JSON, and looking something up in it, may raise.
 UNREADABLE = (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError)
 
 

@@ -18,7 +18,7 @@ import xxhash
 from preference_training.core.errors import UserError
 from preference_training.core.files import PARTIAL, atomic_file, locked, partial_path, sync
 from preference_training.core.hashing import hash_of_values
-from preference_training.core.memory import rare_garbage_collection
+from preference_training.core.memory import infrequent_garbage_collection
 from preference_training.data.entries import Entry, load_records
 from preference_training.data.prompt_table import ContentHash, PromptTable, TablePart, write_columns, write_some
 from preference_training.data.rows.records import DataReport, PreferenceRecord
@@ -69,7 +69,7 @@ def prepare(
     for entry in entries:
         version = settings(entry).version
         work = _Preparation(entry, split, tokenizer, vocabulary, settings(entry), directory, cache_dir)
-        with rare_garbage_collection():
+        with infrequent_garbage_collection():
             part, report = work.result()
         if part is not None:
             parts.append(part)

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from preference_training.batching.batches import PackedBatch
 from preference_training.configuration.validation import sharded_dtype
 from preference_training.core.errors import UserError
-from preference_training.core.memory import settle_memory
+from preference_training.core.memory import tune_malloc
 from preference_training.core.ranks import Ranks, local, local_world_size, whole
 from preference_training.modeling.adapters import has_adapter
 from preference_training.modeling.loading import (
@@ -190,7 +190,7 @@ def load_sharded(
     Whether it shares prefixes is proved on the main rank; that the laid-out model computes the same, on all. Raises UserError
     where it does not.
     """
-    settle_memory(keep_freed=has_plenty_of_memory(config, tokenizer))
+    tune_malloc(keep_freed=has_plenty_of_memory(config, tokenizer))
     source = load_model(config.model, tokenizer, config.cache_dir, base_dir) if ranks.is_main else None
     proved = share_prefixes(source, config.prefix_sharing) and Sharing(scores_in_head(source)) if ranks.is_main else None
     sharing = ranks.from_main(proved) or None

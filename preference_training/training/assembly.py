@@ -47,7 +47,7 @@ def prepare_run(config: DictConfig, run_dir: Path) -> PreparedRun:
     """Set this process up for a run, and prepare its loss, tokenizer and data. Raises UserError for what cannot work."""
     from preference_training.core.devices import allow_tf32
     from preference_training.core.libraries import quiet_libraries
-    from preference_training.core.memory import settle_memory
+    from preference_training.core.memory import tune_malloc
     from preference_training.core.random_streams import seed_everything
     from preference_training.evaluation.task_suites import check_harness
     from preference_training.losses.objectives import build_loss
@@ -58,7 +58,7 @@ def prepare_run(config: DictConfig, run_dir: Path) -> PreparedRun:
     from preference_training.training.pruning import build_pruner
 
     quiet_libraries()
-    settle_memory(keep_freed=not is_sharded(config))
+    tune_malloc(keep_freed=not is_sharded(config))
     allow_tf32(config.tf32)
     seed_everything(config.seed)
     check_optimizer(config)

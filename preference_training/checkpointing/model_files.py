@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from preference_training.checkpointing.snapshot import Snapshot
 from preference_training.core.ranks import local
 from preference_training.modeling.adapters import has_adapter
+from preference_training.modeling.archives import GENERATION_CONFIG
 from preference_training.tracking.run_files import POLICY_PT
 
 # Most bytes in one file: a file's tensors are in memory a second time while it is written.
@@ -34,7 +35,7 @@ def save_configuration(policy: nn.Module, directory: Path, tokenizer, end_tokens
         config.save_pretrained(directory)
     if generation is not None:
         # Not save_pretrained, which refuses sampling settings that greedy decoding would not read.
-        generation.to_json_file(directory / "generation_config.json")
+        generation.to_json_file(directory / GENERATION_CONFIG)
 
 
 def end_as_trained(config, generation, tokenizer, end_tokens: Sequence[int] = ()) -> None:

@@ -18,6 +18,7 @@ from preference_training.core.files import PARTIAL, replace_symlink, write_atomi
 from preference_training.core.metric_names import EXAMPLES
 from preference_training.core.values import UNREADABLE, dotted, misfit
 from preference_training.modeling.adapters import BASE_DIR
+from preference_training.modeling.archives import MODEL_CONFIG
 from preference_training.tracking.ledger import FOLDER as LEDGER
 from preference_training.tracking.ledger import cut_back_ledger
 from preference_training.tracking.run_files import (
@@ -168,7 +169,7 @@ def parts_of_a_run(run_dir: Path) -> list[Path]:
 
 def forget_base(run_dir: Path) -> None:
     """Remove the base model kept by a run that has no checkpoint: it begins anew, from its configuration."""
-    if (run_dir / BASE_DIR / "config.json").is_file():
+    if (run_dir / BASE_DIR / MODEL_CONFIG).is_file():
         shutil.rmtree(run_dir / BASE_DIR)
 
 

@@ -52,6 +52,7 @@ from preference_training.modeling.adapters import (
     restore_bits,
     settings_of_file,
 )
+from preference_training.modeling.archives import GENERATION_CONFIG, MODEL_CONFIG, TOKENIZER_CONFIG
 from preference_training.modeling.tokenizer import BYTE_LEVEL, load_tokenizer
 from preference_training.reporting.model_card import CardFacts, model_card
 from preference_training.tracking.run_files import CHECKSUMS, LATEST, METRICS, RESULTS_FILE, metric_rows, results_of
@@ -216,7 +217,7 @@ def _cache_dir(source: Source) -> str | None:
 def tokenizer_of(source: Source, trust_remote_code: bool = False):
     """The tokenizer of a checkpoint: the one that lies in it, else the run's."""
     values = dict(source.config["model"]) | {"trust_remote_code": trust_remote_code}
-    if (source.checkpoint / "tokenizer_config.json").is_file():
+    if (source.checkpoint / TOKENIZER_CONFIG).is_file():
         values["tokenizer_name_or_path"] = str(source.checkpoint)
     return load_tokenizer(OmegaConf.create(values))
 
@@ -230,7 +231,7 @@ def _places_of_tokenizer(source: Source) -> list[str]:
 def _stored(source: Source) -> dict:
     """The model's configuration as it lies in a checkpoint; empty in an adapter's."""
     try:
-        return json.loads((source.checkpoint / "config.json").read_text(encoding="utf-8"))
+        return json.loads((source.checkpoint / MODEL_CONFIG).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
 
@@ -435,8 +436,8 @@ def _write_adapter(source: Source, partial: Path, dtype: str, wishes: Wishes, to
 
     for name in (SETTINGS_FILE, WEIGHTS_FILE):
         shutil.copyfile(source.checkpoint / name, partial / name)
-    if (source.checkpoint / GENERATION).is_file():
-        shutil.copyfile(source.checkpoint / GENERATION, partial / GENERATION)
+    if (source.checkpoint / GENERATION_CONFIG).is_file():
+        shutil.copyfile(source.checkpoint / GENERATION_CONFIG, partial / GENERATION_CONFIG)
     with safe_open(partial / WEIGHTS_FILE, framework="pt") as weights:
         shapes = [weights.get_slice(name).get_shape() for name in weights.keys()]  # noqa: SIM118  not a dict
     base = settings_of_file(partial).get("base_model_name_or_path")
@@ -446,14 +447,11 @@ def _write_adapter(source: Source, partial: Path, dtype: str, wishes: Wishes, to
     return facts, lambda: notes + _adapter_compared(source, partial, dtype, wishes)
 
 
-GENERATION = "generation_config.json"
-
-
 def _with_base(source: Source, partial: Path, wishes: Wishes, tokenizer) -> list[str]:
     """Put the model under an adapter beside it where nobody but its run has it, and name its place; notes."""
     settings = settings_of_file(partial)
     base = settings.get("base_model_name_or_path")
-    lies_elsewhere = base is not None and (not Path(base).is_absolute() or (Path(base) / "config.json").is_file())
+    lies_elsewhere = base is not None and (not Path(base).is_absolute() or (Path(base) / MODEL_CONFIG).is_file())
     if lies_elsewhere and Path(base).name != BASE_DIR:
         return []
     model = loading.base_of(source.checkpoint, _model_config(source, wishes.trust_remote_code), tokenizer, _cache_dir(source))

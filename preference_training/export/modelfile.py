@@ -10,6 +10,7 @@ from pathlib import Path
 from preference_training.core.errors import UserError, first_line
 from preference_training.data.chat_templates import Turns, format_of_run, turns_of
 from preference_training.data.tokenization import bos_of
+from preference_training.modeling.archives import MODEL_CONFIG, TOKENIZER_CONFIG
 
 # Language models that `ollama create` converts from safetensors (convert/convert.go of Ollama 0.33).
 ARCHITECTURES = (
@@ -146,19 +147,19 @@ def fit_for_ollama(directory: Path, tokenizer) -> None:
 
     Nothing else changes by it.
     """
-    config = _read(directory / "config.json")
+    config = _read(directory / MODEL_CONFIG)
     rope = config.get("rope_parameters") or {}
     if "rope_theta" in rope and "rope_theta" not in config:
         config["rope_theta"] = rope["rope_theta"]
         if rope.get("rope_type", "default") != "default":
             config["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
-        _write(directory / "config.json", config)
-    values = _read(directory / "tokenizer_config.json")
+        _write(directory / MODEL_CONFIG, config)
+    values = _read(directory / TOKENIZER_CONFIG)
     values["add_bos_token"] = bool(bos_of(tokenizer))
     if not tokenizer.bos_token and "bos_token" not in (tokenizer.chat_template or ""):
         # Of a tokenizer without such a token it asks nothing, and its newer engine then puts token 0 before every prompt.
         values["bos_token"] = tokenizer.eos_token
-    _write(directory / "tokenizer_config.json", values)
+    _write(directory / TOKENIZER_CONFIG, values)
 
 
 def _read(path: Path) -> dict:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from preference_training.core.errors import UserError, first_line
+from preference_training.modeling.archives import MODEL_CONFIG
 from preference_training.tracking.run_files import run_of
 
 # Names of the adapter that is trained, and of the frozen one that training starts from.
@@ -340,7 +341,7 @@ def base_archive(model_config) -> Path | None:
 def kept_base(archive: str | Path) -> Path | None:
     """The model under an adapter that its run, or its export, has kept beside it: it may have been moved with it."""
     place = Path(archive).resolve()
-    return next((found for found in (place / BASE_DIR, place.parent / BASE_DIR) if (found / "config.json").is_file()), None)
+    return next((found for found in (place / BASE_DIR, place.parent / BASE_DIR) if (found / MODEL_CONFIG).is_file()), None)
 
 
 def settings_in(archive: str) -> dict:

@@ -9,6 +9,8 @@ from torch import Tensor
 from preference_training.core.errors import UserError
 from preference_training.core.files import load_tensors
 
+# The files of a model in Hugging Face format.
+MODEL_CONFIG, GENERATION_CONFIG, TOKENIZER_CONFIG = "config.json", "generation_config.json", "tokenizer_config.json"
 WHOLE_WEIGHTS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
 
 

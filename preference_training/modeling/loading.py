@@ -37,7 +37,14 @@ from preference_training.modeling.adapters import (
     restore_bits,
     settings_in,
 )
-from preference_training.modeling.archives import SAFETENSORS_INDEX, archive_shapes, files_of_index, read_archive
+from preference_training.modeling.archives import (
+    GENERATION_CONFIG,
+    MODEL_CONFIG,
+    SAFETENSORS_INDEX,
+    archive_shapes,
+    files_of_index,
+    read_archive,
+)
 from preference_training.modeling.state import frozen_copy, several_devices
 from preference_training.tracking.run_files import CHECKSUMS, STATE, run_of
 
@@ -129,7 +136,7 @@ def _has_no_directory(config, model_config) -> bool:
     archive, changed = base_archive(model_config), bool(len(model_config.from_config))
     if archive is None:
         return model_config.name_or_path is None or changed
-    if not (archive / "config.json").is_file():
+    if not (archive / MODEL_CONFIG).is_file():
         return True
     from transformers import AutoConfig
 
@@ -201,7 +208,7 @@ def save_model(model: nn.Module, directory: Path, **options) -> None:
         if generation is not None:
             model.generation_config = generation
     if generation is not None:
-        generation.to_json_file(directory / "generation_config.json")
+        generation.to_json_file(directory / GENERATION_CONFIG)
 
 
 def load_with_adapter(checkpoint: Path, model_config, tokenizer, cache_dir: str | None = None) -> nn.Module:

@@ -373,7 +373,7 @@ def test_an_export_that_gives_another_model_is_refused_and_nothing_is_left(folde
         save(model, directory, **options)
 
     monkeypatch.setattr(loading, "save_model", damaged)
-    with pytest.raises(UserError, match=r"what was written is not the run's model: its log-probs differ by [\d.e-]+ a token"):
+    with pytest.raises(UserError, match=r"what was written is not the run's model: its log-probs differ by [\d.e-]+ per token"):
         export(folder / "runs" / "it", wishes(tmp_path))
     assert names(tmp_path) == set()
 

@@ -58,10 +58,10 @@ def test_it_is_the_same_however_a_step_was_cut_into_pieces_and_spread_over_ranks
     whole, other = Ledger(folders[0]), Ledger(folders[0])
     mine = Ledger(folders[1])
     for number, pairs in enumerate(steps, start=1):
-        whole.see(number, seen(*pairs))
+        whole.record(number, seen(*pairs))
         cut = data.draw(st.integers(0, len(pairs)))
-        mine.see(number, [piece for pair in pairs[:cut] for piece in seen(pair)])
-        other.see(number, seen(*pairs[cut:]))
+        mine.record(number, [piece for pair in pairs[:cut] for piece in seen(pair)])
+        other.record(number, seen(*pairs[cut:]))
     mine.ranks = TwoRanks(0, 2, True, other._mine())
     whole.write()
     mine.write()

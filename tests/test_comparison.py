@@ -11,9 +11,7 @@ from bs4 import BeautifulSoup
 from omegaconf import OmegaConf
 
 from preference_training.core.errors import UserError
-from preference_training.core.metric_names import LOSS_AT_BETA_USED
 from preference_training.losses.objectives import LOSSES
-from preference_training.reporting import comparison
 from preference_training.reporting.comparison import (
     FALL,
     KL,
@@ -108,7 +106,6 @@ def test_losses_that_depend_on_their_run_are_said_not_to_compare(tmp_path):
         write_run(tmp_path / name, [evaluation(8, 0.6)], loss=loss)
     assert "Held-out losses of tr_dpo depend on what their run has seen" in hints(tmp_path)
     assert {name for name, make in LOSSES.items() if getattr(make, "evaluation_depends_on", None)} == {*OF_THEIR_RUN}
-    assert LOSS_AT_BETA_USED == comparison.LOSS_AT_BETA_USED
 
 
 def test_too_few_prompts_are_said_beside_a_number(tmp_path):

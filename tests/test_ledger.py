@@ -62,7 +62,7 @@ def test_it_is_the_same_however_a_step_was_cut_into_pieces_and_spread_over_ranks
         cut = data.draw(st.integers(0, len(pairs)))
         mine.record(number, [piece for pair in pairs[:cut] for piece in seen(pair)])
         other.record(number, seen(*pairs[cut:]))
-    mine.ranks = TwoRanks(0, 2, True, other._mine())
+    mine.ranks = TwoRanks(0, 2, True, other._own())
     whole.write()
     mine.write()
     assert listed(read_ledger(folders[0])) == listed(read_ledger(folders[1]))

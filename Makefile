@@ -1,16 +1,16 @@
-# make demo    train on the embedded model and data, and see what it did
-# make test    everything the tests need, then the tests
-# make faults  runs killed and stopped at random moments, an hour or two; options in FAULTS: make faults FAULTS="--kills 50"
-# make architectures   every check on some 90 tiny architectures; options in ARCHITECTURES: --only llama,gpt2 --checks dpo,lora --write
-# make bench   this project beside TRL, hours; options in BENCH: make bench BENCH="--work dpo_hh_live --rounds 5"
-# make two-hosts   train over two machines made of Linux namespaces; options in TWO_HOSTS
-# make intervals   how often intervals hold the truth: docs/intervals.md, minutes
-# make docs    the pages of docs/ as a site, in site/
-# make collect   the labelling app, on sample problems; settings in COLLECT: make collect COLLECT="store=my.duckdb port=8502"
-# make collect-train   train on what was collected; keys in COLLECT: make collect-train COLLECT="model=pythia28 collect.store=my.duckdb"
-# make collect-test    all tests of the labelling app, in Chromium too (Debian: apt install chromium chromium-driver)
-# make pages-test      report.html and comparison.html of real runs in Chromium; pictures of them go to runs/page_screenshots
-# All make .venv at their first call and leave the rest of the machine alone.
+# make demo            train on the embedded model and data, and print the results
+# make test            install what the tests need, then run them
+# make faults          kill and stop runs at random moments, an hour or two; options in FAULTS: make faults FAULTS="--kills 50"
+# make architectures   run every check on some 90 tiny architectures; options in ARCHITECTURES: --only llama,gpt2 --checks dpo,lora --write
+# make bench           compare with TRL, hours; options in BENCH: make bench BENCH="--work dpo_hh_live --rounds 5"
+# make two-hosts       train on two machines simulated with Linux namespaces; options in TWO_HOSTS
+# make intervals       measure the coverage of intervals: docs/intervals.md, minutes
+# make docs            build the site from docs/, in site/
+# make collect         start the labeling app with sample problems; settings in COLLECT: make collect COLLECT="store=my.duckdb port=8502"
+# make collect-train   train on collected preferences; keys in COLLECT: make collect-train COLLECT="model=pythia28 collect.store=my.duckdb"
+# make collect-test    run all tests of the labeling app, also in Chromium (Debian: apt install chromium chromium-driver)
+# make pages-test      open report.html and comparison.html of real runs in Chromium; screenshots go to runs/page_screenshots
+# Each creates .venv on first use and changes nothing else on the machine.
 
 PYTHON ?= python3
 BIN := .venv/bin

@@ -1,12 +1,12 @@
-"""This project against TRL and against its own padded path: same weights, same rows, same order, one process tree.
+"""Compare this project with TRL and with its own padded path, on the same weights and rows in the same order.
 
     python benchmarks/bench.py --data hh.jsonl.gz --tokenizer DIR          # the whole table
-    python benchmarks/bench.py --work dpo_hh_live --rounds 5               # one row of it, on generated rows
-    python benchmarks/bench.py --smoke                                     # does it run at all
+    python benchmarks/bench.py --work dpo_hh_live --rounds 5               # one benchmark, on generated rows
+    python benchmarks/bench.py --smoke                                     # check that it runs
 
-Every contender is a process of its own; rounds are interleaved and ratios are taken within a round. Prints the table and
-writes all raw numbers to `benchmarks/results/`. Exit status 1 if the contenders' losses differ. Imports the standard
-library only: this process stays small, so that nothing of it is counted as a contender's memory.
+Every contender runs in its own process; rounds are interleaved, and ratios are taken within a round. Prints the table and
+writes raw numbers to `benchmarks/results/`. Exit status 1 if the contenders' losses differ. Imports only the standard library,
+so that this process stays small and does not add to a contender's memory.
 """
 
 import argparse
@@ -27,7 +27,7 @@ HERE = Path(__file__).parent
 
 
 def main(arguments: list[str] | None = None, preset: Preset = CPU) -> int:
-    """Run the campaign that the arguments describe; returns the exit status."""
+    """Run the benchmarks selected by the arguments; returns the exit status."""
     options = _parse(arguments, preset)
     preset = options.preset
     with tempfile.TemporaryDirectory(prefix="bench_") as folder:
@@ -46,13 +46,13 @@ def main(arguments: list[str] | None = None, preset: Preset = CPU) -> int:
 
 
 def campaign(options: argparse.Namespace, preset: Preset, folder: Path) -> dict:
-    """Run all rounds. Returns raw numbers with what they were taken on."""
+    """Run all rounds. Returns raw numbers with hardware and versions."""
     races = _races(preset.works, options.contenders)
     job = asdict(preset) | {"folder": str(folder), "data": options.data, "tokenizer": options.tokenizer}
     job |= {"works": list(races), "trl_options": options.trl, "model_dir": str(folder / "model")}
     facts = call_worker(job | {"contender": "prepare"}, folder)
     results = {
-        # Names of files, not where they lie on this machine.
+        # File names only, not local paths.
         "command": [Path(sys.argv[0]).name, *(Path(text).name if text.startswith("/") else text for text in sys.argv[1:])],
         "preset": asdict(preset),
         "works": list(preset.works),
@@ -76,7 +76,7 @@ def campaign(options: argparse.Namespace, preset: Preset, folder: Path) -> dict:
 
 
 def _races(works: tuple[str, ...], contenders: list[str]) -> dict[str, list[str]]:
-    """Which contenders run which work. `mfu` reads a run that may be there already."""
+    """Which contenders run which benchmark. `mfu` may reuse an existing run."""
     races = {name: list(contenders) for name in works if name in WORKS}
     if MFU in works and MFU_CONTENDER not in races.setdefault(MFU_WORK, []):
         races[MFU_WORK].append(MFU_CONTENDER)
@@ -84,10 +84,10 @@ def _races(works: tuple[str, ...], contenders: list[str]) -> dict[str, list[str]
 
 
 def _race(job: dict, folder: Path, number: int, name: str, contenders: list[str]) -> list[dict]:
-    """One round of one work; raises DisagreementError if the contenders' losses differ."""
+    """Run one round of one benchmark. Raises DisagreementError if the contenders' losses differ."""
     runs = []
     for contender in contenders:
-        # A new one each time: nothing that was kept for later is found by a later round.
+        # A new directory each time, so that no round finds another's caches.
         output = folder / f"{number}_{name}_{contender}"
         output.mkdir()
         own = {"work": name, "contender": contender, "rows": str(folder / f"{name}.json"), "output_dir": str(output)}
@@ -106,14 +106,14 @@ def _seconds(result: dict) -> str:
 
 
 def call_worker(job: dict, folder: Path) -> dict:
-    """Run one job in a process of its own; returns its result. What it prints is shown only if it fails."""
+    """Run one job in its own process; returns its result. Its output is shown only if it fails."""
     job_file, result_file = folder / "job.json", folder / "result.json"
     job_file.write_text(json.dumps(job))
     environment = os.environ | {
         "HF_HUB_OFFLINE": "1",
         "HF_DATASETS_CACHE": str(folder / "datasets"),
         "WANDB_MODE": "disabled",
-        # The project and its peer both find a GPU by themselves.
+        # Both contenders detect a GPU by themselves.
         **({"CUDA_VISIBLE_DEVICES": ""} if job["device"] == "cpu" else {}),
     }
     command = [sys.executable, str(HERE / "worker.py"), str(job_file), str(result_file)]
@@ -129,13 +129,13 @@ def call_worker(job: dict, folder: Path) -> dict:
 
 def _parse(arguments: list[str] | None, preset: Preset) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", help="file of dialogues with chosen and rejected; without it rows are generated")
-    parser.add_argument("--tokenizer", help="directory of the tokenizer; without it one of words is made")
-    parser.add_argument("--rounds", type=int, help=f"how often each contender runs; {preset.rounds}")
-    parser.add_argument("--steps", type=int, help=f"optimizer steps of a run, the first of which warms up; {preset.steps}")
-    parser.add_argument("--work", nargs="+", choices=[*WORKS, *OTHER_ROWS], metavar="NAME", help="rows of the table; all")
+    parser.add_argument("--data", help="file of dialogues with chosen and rejected; default: generated rows")
+    parser.add_argument("--tokenizer", help="directory of the tokenizer; default: a word-level one, built in")
+    parser.add_argument("--rounds", type=int, help=f"number of rounds; default: {preset.rounds}")
+    parser.add_argument("--steps", type=int, help=f"optimizer steps per run, one of them warm-up; default: {preset.steps}")
+    parser.add_argument("--work", nargs="+", choices=[*WORKS, *OTHER_ROWS], metavar="NAME", help="benchmarks; default: all")
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), metavar="NAME")
-    parser.add_argument("--trl", nargs="+", default=[], metavar="KEY=VALUE", help="further settings of the contender trl")
+    parser.add_argument("--trl", nargs="+", default=[], metavar="KEY=VALUE", help="further settings for the contender trl")
     parser.add_argument("--results", default=str(HERE / "results"), help="directory of the JSON file")
     parser.add_argument("--smoke", action="store_true", help="a tiny model and two steps")
     options = parser.parse_args(arguments)

@@ -1,8 +1,8 @@
-"""What checkpoints, a resumed start and the watching of a run cost, on a Llama of 59M parameters with AdamW.
+"""The cost of checkpoints, of resuming and of monitoring, for a Llama with 59M parameters and AdamW.
 
     python benchmarks/checkpoints.py --rounds 3
 
-Prints a JSON object with raw values, and writes it to benchmarks/results/. Contenders are processes of their own, interleaved.
+Prints a JSON object with raw values, and writes it to benchmarks/results/. Contenders run in their own processes, interleaved.
 """
 
 import argparse
@@ -28,13 +28,13 @@ MODEL = (
     "do_first_eval=false", "n_eval_examples=8", "sample_during_eval=false", "wandb.enabled=false", "save_policy_pt=false",
     "minimum_log_interval_secs=0", "keep_last=1", "n_epochs=null",
 )  # fmt: skip
-# Steps between two checkpoints: more than one is written in.
+# Steps between two checkpoints; writing one takes less time than this.
 STEPS_BETWEEN, CHECKPOINTS = 3, 3
 MODES = {"none": ["debug=true"], "synchronous": ["save_async=false"], "background": ["save_async=true"]}
 
 
 def settings(folder: Path, *overrides: str) -> list[str]:
-    """The command line of a run in a folder."""
+    """The command line of a run in `folder`."""
     return [*MODEL, f"local_dirs=[{folder}]", f"local_run_dir={folder}/run", *overrides]
 
 
@@ -42,7 +42,7 @@ def settings(folder: Path, *overrides: str) -> list[str]:
 
 
 def one_run(mode: str, folder: Path) -> dict:
-    """Train, and write all but the last checkpoint on the way: seconds of each call, and the peak of memory."""
+    """Train with checkpoints; returns the seconds of each call and the peak memory."""
     from hydra import compose, initialize_config_dir
     from measure import clocked, peak_bytes
 
@@ -63,13 +63,13 @@ def one_run(mode: str, folder: Path) -> dict:
         config = compose("config", overrides=settings(folder, *overrides))
     with contextlib.redirect_stdout(sys.stderr):
         train.run(config, folder / "run")
-    # The last save waits for the end in either mode.
+    # The last save is synchronous in either mode.
     clocks["save"], clocks["write"] = clocks["save"][:CHECKPOINTS], clocks["write"][:CHECKPOINTS]
     return clocks | {"peak_bytes": peak_bytes()["process"], "read": reading(), "reason": asking()}
 
 
 def per_call(function, calls: int = 2000) -> float:
-    """Seconds that a call of a function takes, the mean of many."""
+    """Mean seconds per call of a function."""
     started = time.perf_counter()
     for _ in range(calls):
         function()
@@ -77,7 +77,7 @@ def per_call(function, calls: int = 2000) -> float:
 
 
 def reading() -> float:
-    """Seconds that `train_step` takes to bring ten numbers and the gradient's norm together and read them."""
+    """Seconds that `train_step` takes to gather and read ten metrics and the gradient norm."""
     import torch
 
     sums, norm = [torch.rand(()) for _ in range(10)], torch.rand(())
@@ -96,7 +96,7 @@ def asking() -> float:
 
 
 def seconds_to_first_step(folder: Path, *overrides: str) -> float:
-    """From the start of a process to the line of its first step, after which it is ended."""
+    """Seconds from the start of a process to the log line of its first step; the process is then killed."""
     started = time.perf_counter()
     command = [sys.executable, str(ROOT / "train.py"), *settings(folder, "save_strategy=no", "n_examples=800", *overrides)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=folder)
@@ -110,7 +110,7 @@ def seconds_to_first_step(folder: Path, *overrides: str) -> float:
 
 
 def starts(rounds: int, folder: Path) -> dict:
-    """Fresh and resumed starts in turn, with the data prepared before."""
+    """Time fresh and resumed starts alternately, with prepared data."""
     train = [sys.executable, str(ROOT / "train.py")]
     subprocess.run([*train, *settings(folder, "n_examples=16")], check=True, stdout=subprocess.DEVNULL, cwd=folder)
     seconds: dict[str, list[float]] = {"fresh": [], "resumed": []}
@@ -152,7 +152,7 @@ def summary(runs: dict[str, list[dict]], seconds: dict) -> dict:
 
 
 def main() -> None:
-    """Measure, print and keep."""
+    """Measure, print and save."""
     from measure import hardware, versions
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

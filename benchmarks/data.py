@@ -1,12 +1,12 @@
-"""Preparing data: speed beside one tokenizer call a text, the second start, mixtures, and memory over millions of pairs.
+"""Data preparation: speed relative to plain tokenizer calls, the second start, mixtures, and memory with millions of pairs.
 
-    python benchmarks/data.py speed --file hh.jsonl.gz --tokenizer DIRECTORY     # pairs a second, in paired rounds
-    python benchmarks/data.py start --file hh.jsonl.gz --tokenizer DIRECTORY     # seconds to the first batch, one set and eight
-    python benchmarks/data.py stream --pairs 5000000                             # memory and time a pair, generated pairs
-    python benchmarks/data.py memory                                             # a dry run's estimate beside the run's peak
+    python benchmarks/data.py speed --file hh.jsonl.gz --tokenizer DIRECTORY     # pairs per second, in paired rounds
+    python benchmarks/data.py start --file hh.jsonl.gz --tokenizer DIRECTORY     # seconds to the first batch
+    python benchmarks/data.py stream --pairs 5000000                             # memory and time per pair, generated pairs
+    python benchmarks/data.py memory                                             # a dry run's estimate and the run's peak
 
-Each prints a JSON object with raw values. Without --file the pairs are generated; rows of a file are repeated `--copies` times,
-each copy with prompts of its own.
+Each prints a JSON object with raw values. Without --file the pairs are generated; rows of a file are repeated `--copies` times
+with distinct prompts.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def generated(split, silent=False, cache_dir=None):
 
 
 def load(args):
-    """The tokenizer of the command line."""
+    """The tokenizer given on the command line."""
     from omegaconf import OmegaConf
 
     from preference_training.modeling.tokenizer import load_tokenizer
@@ -53,14 +53,14 @@ def load(args):
 
 
 def settings_of(_entry):
-    """HH's usual lengths."""
+    """Settings with HH's usual lengths."""
     from preference_training.data.tokenization import TokenSettings
 
     return TokenSettings(True, 512, 256, "keep_end")
 
 
 def write_rows(args, folder: Path) -> Path:
-    """A file of dialogues: the given one's rows several times, or generated ones."""
+    """Write a file of dialogues: repeated rows of the given file, or generated ones."""
     path = folder / "rows.jsonl"
     with path.open("w", encoding="utf-8") as out:
         if not args.file:
@@ -83,7 +83,7 @@ def write_rows(args, folder: Path) -> Path:
 
 
 def speed(args) -> dict:
-    """Pairs a second of the whole preparation, beside three tokenizer calls a pair and nothing else."""
+    """Pairs per second of the whole preparation, and of three tokenizer calls per pair alone."""
     from preference_training.data.entries import load_records, read_entry
     from preference_training.data.preparation import prepare
 
@@ -93,14 +93,14 @@ def speed(args) -> dict:
         path = write_rows(args, Path(folder))
         entry = read_entry({"path": str(path), "on_bad_row": "skip", "held_out_share": 0})
         texts = [(r.prompt, r.responses[i], r.responses[j]) for r in load_records(entry, "train") for i, j in r.pairs]
-        # Single calls first: in a process that has prepared data they run a fifth slower, which would flatter the ratio.
+        # Single calls come first: after preparing data they run a fifth slower, which would inflate the ratio.
         for _ in range(args.rounds):
             started = time.perf_counter()
             for pair in texts:
                 for text in pair:
                     tokenizer(text, add_special_tokens=False)
             rounds.append({"one_call_a_text": len(texts) / (time.perf_counter() - started)})
-        # The first preparation imports what the others find.
+        # The first preparation imports modules that the others reuse.
         for number in range(-1, args.rounds):
             started = time.perf_counter()
             table = prepare([entry], "train", tokenizer, settings_of, Path(folder) / f"cache{number}").table
@@ -113,7 +113,7 @@ def speed(args) -> dict:
 
 
 def first_batch(paths: list[str], directory: str, tokenizer: str) -> float:
-    """Seconds from after the imports to the first packed batch, in this process."""
+    """Seconds from the end of the imports to the first packed batch, in this process."""
     from preference_training.batching.batches import BatchIterator
     from preference_training.data.entries import read_entry
     from preference_training.data.preparation import prepare
@@ -127,7 +127,7 @@ def first_batch(paths: list[str], directory: str, tokenizer: str) -> float:
 
 
 def start(args) -> dict:
-    """Seconds to the first batch of a second start, with one set and with eight sets of the same size together."""
+    """Seconds to the first batch of a second start, with one data set, and with the same data split into eight."""
     with tempfile.TemporaryDirectory() as folder:
         whole = write_rows(args, Path(folder))
         lines = whole.read_text().splitlines(keepends=True)
@@ -150,7 +150,7 @@ def start(args) -> dict:
 
 
 def stream(args) -> dict:
-    """Peak memory and time a pair of generated pairs through loader, cache, shuffle and batches."""
+    """Peak memory and time per pair for generated pairs: loading, caching, shuffling and batching."""
     from preference_training.batching.batches import BatchIterator
     from preference_training.data.entries import read_entry
     from preference_training.data.preparation import prepare
@@ -202,7 +202,7 @@ MEMORY_RUNS = (
 
 
 def memory(args) -> dict:
-    """The estimate of a dry run, beside the most memory that the run then held, in GB."""
+    """The memory estimate of a dry run and the peak memory of the run, in GB."""
     rounds = []
     with tempfile.TemporaryDirectory() as folder:
         data = {"datasets": f"[{write_rows(args, Path(folder))}]", "model.tokenizer_name_or_path": args.tokenizer}
@@ -220,12 +220,12 @@ def memory(args) -> dict:
 
 
 def peak_mib() -> float:
-    """The most memory that this process has held, mapped files included."""
+    """The peak memory of this process, including mapped files."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
 def main() -> None:
-    """Run one of the works of the command line."""
+    """Run the benchmark given on the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", choices=["speed", "start", "stream", "memory", "first_batch"])
     parser.add_argument("paths", nargs="*")

@@ -1,9 +1,9 @@
-"""How many labels that were turned round on purpose a run's ledger finds: DPO on the embedded data, of which 5% are turned.
+"""How many flipped labels a run's ledger finds: DPO on the embedded data with 5% of the labels flipped.
 
     python benchmarks/flipped_labels.py --seeds 3
 
 Prints recall and precision of flagged_pairs.jsonl over pairs, and writes them with the counts to benchmarks/results/. This file
-is the loader of the turned data too.
+is also the loader of the flipped data.
 """
 
 import argparse
@@ -24,14 +24,14 @@ from preference_training.data.toy_preferences import answer_kind, toy_records  #
 
 SHARE = 0.05
 SEED = "SEED_OF_FLIPPED_LABELS"
-# As `make demo` trains, from the model that SFT has made.
+# The settings of `make demo`, starting from its SFT model.
 SFT = ("loss=sft",)
 DPO = ("loss=dpo", "loss.beta=0.5", "n_epochs=1", "optimizer=SGD", "lr=0.01", "datasets=[benchmarks/flipped_labels.py:flipped]")
 
 
 @register("flipped")
 def get_flipped(split: str, silent: bool = False, cache_dir: str | None = None) -> dict:
-    """The toy data, of whose training pairs a share is the wrong way round."""
+    """The toy data with a share of the training labels flipped."""
     draw = random.Random(os.environ.get(SEED, "0"))
     records = toy_records(split)
     for record in records.values() if split == "train" else ():
@@ -40,7 +40,7 @@ def get_flipped(split: str, silent: bool = False, cache_dir: str | None = None) 
 
 
 def train(run_dir: Path, *overrides: str, **environment: str) -> None:
-    """One run; what it says is shown where it fails."""
+    """Run one training; its output is shown only if it fails."""
     command = [
         sys.executable,
         "train.py",
@@ -55,7 +55,7 @@ def train(run_dir: Path, *overrides: str, **environment: str) -> None:
 
 
 def found_by(run_dir: Path, seed: str) -> dict:
-    """Counts of one run: pairs turned round, flagged, and both; each pair once, whatever it is flagged for."""
+    """Counts for one run: pairs flipped, flagged, and both; each pair counts once, whatever it is flagged for."""
     os.environ[SEED] = seed
     turned = sum(
         answer_kind(record["responses"][better]) != "preferred"
@@ -72,11 +72,11 @@ def found_by(run_dir: Path, seed: str) -> dict:
 
 
 def main() -> None:
-    """Train once for each seed, and report."""
+    """Train once per seed, and report."""
     from measure import hardware, versions
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3, help="different sets of turned labels")
+    parser.add_argument("--seeds", type=int, default=3, help="number of different sets of flipped labels")
     seeds = [str(seed) for seed in range(parser.parse_args().seeds)]
     with tempfile.TemporaryDirectory() as folder:
         train(sft := Path(folder) / "sft", *SFT)

@@ -1,8 +1,8 @@
-"""The benchmark of `bench.py` on one NVIDIA GPU: a GPT-NeoX of 1.4B random weights in bfloat16. Takes the same options.
+"""The benchmark of `bench.py` on one NVIDIA GPU: a random GPT-NeoX with 1.4B parameters in bfloat16. Same options.
 
     python benchmarks/gpu.py --rounds 3
 
-Where `liger-kernel` is installed, the contender `trl` uses it. Peak memory is the GPU's.
+If `liger-kernel` is installed, the contender `trl` uses it. Peak memory is the GPU's.
 """
 
 import subprocess
@@ -11,12 +11,12 @@ import sys
 from bench import main
 from works import GPU
 
-# In a process of its own, so that this one stays small.
+# Runs in its own process, so that this one stays small.
 FIND = "import sys, torch; sys.exit(not torch.cuda.is_available())"
 
 
 def run() -> int:
-    """Refuse where there is no GPU, else measure; returns the exit status."""
+    """Run the benchmark, or refuse if there is no GPU; returns the exit status."""
     if subprocess.run([sys.executable, "-c", FIND], check=False).returncode:
         print("No NVIDIA GPU that torch can use was found. On a CPU: python benchmarks/bench.py", file=sys.stderr)
         return 2

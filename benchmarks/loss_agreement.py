@@ -1,11 +1,11 @@
-"""This project's losses beside TRL's own code, on random log-probs in float64: losses, gradients and rewards.
+"""Compare this project's losses with TRL's own code, on random log-probs in float64: losses, gradients and rewards.
 
-    python benchmarks/loss_agreement.py                                         # a table; exit status 1 where they disagree
-    python benchmarks/loss_agreement.py --golden tests/golden/trl_losses.json   # and TRL's numbers, for the tests
+    python benchmarks/loss_agreement.py                                         # a table; exit status 1 if they disagree
+    python benchmarks/loss_agreement.py --golden tests/golden/trl_losses.json   # also write TRL's numbers, for the tests
 
-TRL keeps its formulas inside its trainers. Their methods run here as they are, with a stand-in for the trainer that has the
-attributes they read, and one for the model that says what was drawn. They are given one pair at a time: some of TRL's terms
-are means over the tokens of a whole batch, and with one pair those are this project's means over a response.
+TRL implements its formulas in trainer methods. These run unchanged here, on a stand-in for the trainer with the attributes that
+they read, and a stand-in for the model that returns the drawn log-probs. They get one pair at a time: some of TRL's terms are
+means over the tokens of a whole batch, which for one pair equal this project's means over a response.
 """
 
 import argparse
@@ -25,7 +25,10 @@ from trl import DPOTrainer
 from trl.experimental.cpo import CPOTrainer
 from trl.experimental.orpo import ORPOTrainer
 
-from preference_training.losses.objectives import RewardShift, build_loss
+from preference_training.losses.objectives import (
+    RewardShift,
+    build_loss,
+)
 
 COMMAND = "python benchmarks/loss_agreement.py --golden tests/golden/trl_losses.json"
 NUM_PAIRS = 12
@@ -34,20 +37,20 @@ SIDES = ("chosen", "rejected")
 
 @dataclass(frozen=True)
 class Pair:
-    """Log-probs of the tokens of two responses, chosen before rejected, and the reference's of both."""
+    """Token log-probs of two responses, chosen before rejected, under the policy and the reference."""
 
     policy: tuple[Tensor, Tensor]
     reference: tuple[Tensor, Tensor]
 
     @property
     def lengths(self) -> Tensor:
-        """Tokens of each response: [2]."""
+        """The number of tokens of each response, [2]."""
         return torch.tensor([len(tokens) for tokens in self.policy])
 
 
 @dataclass(frozen=True)
 class Numbers:
-    """Of one pair: the loss, its derivative by the log-prob of each response, and rewards; None where they are not compared."""
+    """A pair's loss, its derivative with respect to each response's log-prob, and rewards (None if not compared)."""
 
     loss: float
     gradient: list[float]
@@ -56,9 +59,9 @@ class Numbers:
 
 @dataclass(frozen=True)
 class Case:
-    """A loss of ours by its keys, what TRL calls it, and how far the two may lie apart.
+    """A loss of this project by its keys, TRL's counterpart, and the tolerance.
 
-    compare_rewards is false where TRL logs others. reward_shift is BCO's, which TRL leaves out: as if it were 0.
+    compare_rewards is false where TRL logs different rewards. reward_shift is BCO's; TRL has none, which equals 0.
     """
 
     keys: dict
@@ -69,7 +72,7 @@ class Case:
 
 
 def draw_pairs(count: int, seed: int = 0) -> list[Pair]:
-    """Pairs of 1 to 7 tokens a response, each token's log-prob between -3 and -0.01."""
+    """Random pairs with 1 to 7 tokens per response and token log-probs between -3 and -0.01."""
     generator = torch.Generator().manual_seed(seed)
 
     def tokens(length: int) -> Tensor:
@@ -83,7 +86,7 @@ def draw_pairs(count: int, seed: int = 0) -> list[Pair]:
 
 
 def ours(case: Case, pair: Pair) -> Numbers:
-    """What this project says of a pair."""
+    """This project's numbers for a pair."""
     policy, reference = (torch.stack([tokens.sum() for tokens in side]) for side in (pair.policy, pair.reference))
     policy.requires_grad_()
     survey = None if case.reward_shift is None else RewardShift(case.reward_shift)
@@ -97,7 +100,7 @@ def ours(case: Case, pair: Pair) -> Numbers:
 
 
 def stand_in(trainer_class: type, **attributes):
-    """A trainer of TRL without all that its constructor needs."""
+    """A TRL trainer without the state that its constructor needs."""
     trainer = object.__new__(trainer_class)
     same = lambda value: value  # noqa: E731
     accelerator = SimpleNamespace(device=torch.device("cpu"), gather=same, gather_for_metrics=same)
@@ -106,12 +109,12 @@ def stand_in(trainer_class: type, **attributes):
 
 
 def leaves(pair: Pair) -> list[Tensor]:
-    """The policy's token log-probs, to take gradients by."""
+    """The policy's token log-probs, with gradients enabled."""
     return [tokens.clone().requires_grad_() for tokens in pair.policy]
 
 
 def numbers_of(loss: Tensor, tokens: list[Tensor], rewards: list[float]) -> Numbers:
-    """The numbers of a loss. All tokens of a response must matter alike: the derivative is that by their sum."""
+    """The numbers of a loss. Its derivative must be equal for all tokens of a response: it is the derivative by their sum."""
     gradients = torch.autograd.grad(loss, tokens)
     for gradient in gradients:
         torch.testing.assert_close(gradient, gradient.mean().expand_as(gradient), rtol=1e-6, atol=1e-9)
@@ -124,7 +127,7 @@ def trl_dpo(*loss_types: str, weights: list[float] | None = None, beta: float = 
     def of(pair: Pair) -> Numbers:
         tokens = leaves(pair)
         rows = pad_sequence(tokens, batch_first=True)
-        # Before the response stands a prompt of one token.
+        # The prompt is a single token.
         mask = torch.nn.functional.pad(pad_sequence([torch.ones_like(side) for side in pair.policy], batch_first=True), (1, 0))
         zeros = torch.zeros_like(rows)
         output = SimpleNamespace(log_probs=rows, entropy=zeros, mean_logits=zeros, is_top1=zeros.bool())
@@ -152,11 +155,11 @@ def trl_dpo(*loss_types: str, weights: list[float] | None = None, beta: float = 
 
 
 def trl_without_reference(trainer_class: type, **settings) -> Callable:
-    """TRL's CPOTrainer or ORPOTrainer, on logits that give the tokens these log-probs."""
+    """TRL's CPOTrainer or ORPOTrainer, on logits that yield these token log-probs."""
 
     def of(pair: Pair) -> Numbers:
         tokens = leaves(pair)
-        # Token 0 of two, with the probability wanted; the last position predicts nothing.
+        # Token 0 of a vocabulary of two has the wanted probability; the last position predicts nothing.
         logits = [torch.stack([side, torch.log(-torch.expm1(side))], dim=-1) for side in tokens]
         logits = torch.nn.functional.pad(pad_sequence(logits, batch_first=True), (0, 0, 0, 1))
         batch = {}
@@ -173,7 +176,7 @@ def trl_without_reference(trainer_class: type, **settings) -> Callable:
 
 
 def cases() -> list[Case]:
-    """What both have, at settings where every term counts."""
+    """The losses that both have, at settings where every term has an effect."""
     simpo = {"loss_type": "simpo", "beta": 2.0, "simpo_gamma": 1.2, "cpo_alpha": 0.0, "alpha": 0.0, "label_smoothing": 0.0}
     robust = {"beta": 0.3, "label_smoothing": 0.2}
     return [
@@ -199,7 +202,7 @@ def furthest(found: list[float], expected: list[float]) -> float:
 
 
 def compare(case: Case, pairs: list[Pair]) -> tuple[dict[str, float], list[Numbers]]:
-    """How far the two lie apart in losses, gradients and rewards, and TRL's numbers of each pair."""
+    """The differences in losses, gradients and rewards, and TRL's numbers for each pair."""
     theirs = [case.theirs(pair) for pair in pairs]
     mine = [ours(case, pair) for pair in pairs]
     apart = {
@@ -212,7 +215,7 @@ def compare(case: Case, pairs: list[Pair]) -> tuple[dict[str, float], list[Numbe
 
 
 def golden(pairs: list[Pair], compared: list[tuple[Case, list[Numbers]]]) -> dict:
-    """TRL's numbers, with the log-probs that they are of."""
+    """TRL's numbers, with the log-probs that they were computed from."""
 
     def expected(case: Case, numbers: list[Numbers]) -> dict:
         kept = {"losses": [each.loss for each in numbers], "gradients": [each.gradient for each in numbers]}
@@ -242,12 +245,12 @@ def golden(pairs: list[Pair], compared: list[tuple[Case, list[Numbers]]]) -> dic
 
 
 def main() -> int:
-    """Print the table; 1 where anything lies further apart than it may."""
+    """Print the table; returns 1 if any difference exceeds its tolerance."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--golden", type=Path, help="also write TRL's numbers to this file")
     arguments = parser.parse_args()
     pairs, compared, agree = draw_pairs(NUM_PAIRS), [], True
-    print(f"{'loss':10}{'values':>12}{'gradients':>12}{'rewards':>12}   may differ by")
+    print(f"{'loss':10}{'values':>12}{'gradients':>12}{'rewards':>12}   tolerance")
     for case in cases():
         apart, theirs = compare(case, pairs)
         compared.append((case, theirs))

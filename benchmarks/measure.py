@@ -1,4 +1,4 @@
-"""Taking the measure of one process: time of each step, peak memory, the rate of a large matrix product."""
+"""Measurements of one process: time per step, peak memory, the rate of a large matrix product."""
 
 import os
 import platform
@@ -12,19 +12,19 @@ import torch
 
 
 class Clock:
-    """Wall time of optimizer steps, from the end of one to the end of the next; the device is waited for."""
+    """Wall time of optimizer steps, from the end of one to the end of the next, with the device synchronized."""
 
     def __init__(self):
         self.seconds: list[float] = []
         self.last = 0.0
 
     def start(self) -> None:
-        """The first step begins."""
+        """Start the first step."""
         self._wait()
         self.last = time.perf_counter()
 
     def tick(self) -> None:
-        """A step has ended, and the next one begins."""
+        """End a step and start the next."""
         self._wait()
         now = time.perf_counter()
         self.seconds.append(now - self.last)
@@ -36,7 +36,7 @@ class Clock:
 
 
 def clocked(owner, name: str, seconds: list[float]) -> None:
-    """Have a method note how long each call takes."""
+    """Wrap a method to record the duration of each call."""
     usual = getattr(owner, name)
 
     def method(*args, **kwargs):
@@ -50,8 +50,8 @@ def clocked(owner, name: str, seconds: list[float]) -> None:
 
 
 def peak_bytes() -> dict[str, int]:
-    """The most memory that this process has held so far: its own, and the GPU's where there is one."""
-    # Kilobytes on Linux, bytes on a Mac.
+    """The peak memory of this process so far: its own, and the GPU's if there is one."""
+    # Kilobytes on Linux, bytes on macOS.
     unit = 1 if sys.platform == "darwin" else 1024
     peak = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
     if torch.cuda.is_available():
@@ -60,7 +60,7 @@ def peak_bytes() -> dict[str, int]:
 
 
 def gemm_flops(width: int, dtype: str, repetitions: int = 6) -> float:
-    """FLOP/s of a product of two square matrices, the best of several: the rate that this machine reaches at all."""
+    """FLOP/s of a product of two square matrices, the best of several: the machine's achievable peak."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     a, b = (torch.randn(width, width, device=device, dtype=getattr(torch, dtype)) for _ in range(2))
     clock = Clock()
@@ -73,7 +73,7 @@ def gemm_flops(width: int, dtype: str, repetitions: int = 6) -> float:
 
 
 def hardware() -> dict:
-    """What this machine is."""
+    """A description of this machine."""
     facts = {"cpu": _cpu_model(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
     facts["ram_bytes"] = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if torch.cuda.is_available():
@@ -89,7 +89,7 @@ def _cpu_model() -> str:
 
 
 def versions() -> dict[str, str | None]:
-    """Python and the libraries that the numbers depend on; None where one is not installed."""
+    """Versions of Python and the relevant libraries; None if one is not installed."""
     names = ("torch", "transformers", "trl", "accelerate", "liger-kernel", "flash-attn")
     return {"python": platform.python_version()} | {name: _version(name) for name in names}
 

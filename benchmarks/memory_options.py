@@ -1,9 +1,9 @@
-"""What each option that saves memory or time does to a training step, on a Llama of 62M parameters in float32.
+"""The effect of each option that saves memory or time on a training step, for a Llama with 62M parameters in float32.
 
     python benchmarks/memory_options.py --rounds 2
 
-DPO with a live reference on the embedded data, its micro-batches in pieces of at most 512 tokens; every setting in a process of
-its own, in turn. Prints a JSON object with raw values, and writes it to benchmarks/results/.
+DPO with a live reference on the embedded data, in packs of at most 512 tokens; each setting runs in its own process, in turn.
+Prints a JSON object with raw values, and writes it to benchmarks/results/.
 """
 
 import argparse
@@ -42,13 +42,13 @@ STEPS = 4
 
 
 def status(name: str) -> int:
-    """A figure of this process's memory, in bytes."""
+    """A field of this process's memory status, in bytes."""
     [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{name}:")]
     return int(line.split()[1]) * 1024
 
 
 def one(overrides: list[str]) -> dict:
-    """Steps with a setting, in this process: seconds of each, and the most memory that they hold beyond what was before."""
+    """Run steps with a setting in this process; returns the seconds of each, and the peak memory above that before."""
     from hydra import compose, initialize_config_dir
 
     from preference_training.core.libraries import quiet_libraries
@@ -63,7 +63,7 @@ def one(overrides: list[str]) -> dict:
     with initialize_config_dir(str(ROOT / "config"), version_base="1.3"):
         config = compose("config", overrides=[*MODEL, *RUN, *overrides])
     quiet_libraries()
-    # Whatever is freed leaves the process, so that its peak is what was held.
+    # Return freed memory to the system, so that the peak is memory in use.
     tune_malloc(keep_freed=False)
     seed_everything(0)
     tokenizer, loss = load_tokenizer(config.model), build_loss(**config.loss)
@@ -74,7 +74,7 @@ def one(overrides: list[str]) -> dict:
     parts = assembly.put_together(config, placement, loss, data, None, False)
     trainer = BasicTrainer(config, **parts, tracker=NoTracker())
     held = status("VmRSS") - before
-    # Loading takes whole weights for a moment, whatever is trained.
+    # Loading holds the full weights briefly, whatever is trained.
     Path("/proc/self/clear_refs").write_text("5")
     seconds = []
     for batch in trainer.train_batches:
@@ -94,7 +94,7 @@ def one(overrides: list[str]) -> dict:
 
 
 def import_libraries(config) -> None:
-    """Have the libraries in memory that a setting needs: they are not what is measured."""
+    """Import the libraries that a setting needs, so that they are not measured."""
 
     if config.model.lora.r is not None:
         import peft  # noqa: F401
@@ -103,7 +103,7 @@ def import_libraries(config) -> None:
 
 
 def main() -> None:
-    """Measure, print and keep."""
+    """Measure, print and save."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--one", help=argparse.SUPPRESS)

@@ -1,6 +1,6 @@
-"""This project as a contender: its own configuration, loading, batches and training step, on rows that are given.
+"""This project as a contender: its own configuration, loading, batches and training step, on the given rows.
 
-`build` puts the pieces together as `train.py` does; `_overrides` is the one place that names this project's options.
+`build` assembles a trainer as `train.py` does; only `_overrides` names this project's options.
 """
 
 from pathlib import Path
@@ -18,7 +18,7 @@ SEED = 0
 
 
 def run(job: dict, work: Work, data: dict) -> dict:
-    """Train on the rows; what is returned is described in `worker.py`."""
+    """Train on the rows; `worker.py` describes the result."""
     trainer = build(job, work, _tokenized(data["prompts"]))
     clock, rows = Clock(), []
     clock.start()
@@ -32,7 +32,7 @@ def run(job: dict, work: Work, data: dict) -> dict:
 
 
 def build(job: dict, work: Work, prompts: PromptTable):
-    """A trainer as `train.py` makes it, without what surrounds the steps: evaluation, samples, checkpoints, logging."""
+    """A trainer as in `train.py`, without evaluation, sampling, checkpoints and logging."""
     from preference_training.core.libraries import quiet_libraries
     from preference_training.core.memory import tune_malloc
     from preference_training.core.random_streams import seed_everything
@@ -69,13 +69,13 @@ def _config(job: dict, work: Work):
 
 
 def _overrides(job: dict, work: Work) -> list[str]:
-    """The command line that stands for a contender. Learning rate without warm-up, so that every step is a full one."""
+    """The command line of a contender, without warm-up, so that every step uses the full learning rate."""
     overrides = {
         "seed": SEED,
         "model": "blank_model",
         "model.name_or_path": job["model_dir"],
         "model.policy_dtype": job["dtype"],
-        "batch_size": work.examples_a_step,
+        "batch_size": work.examples_per_step,
         "max_length": job["max_length"],
         "n_epochs": 1,
         "optimizer": "AdamW",
@@ -84,7 +84,7 @@ def _overrides(job: dict, work: Work) -> list[str]:
         "warmup_steps": 0,
         "max_grad_norm": 10.0,
         "loss": work.loss,
-        # Where cached log-probs of the reference are kept.
+        # Holds the cached log-probs of the reference.
         "local_dirs": f"[{job['output_dir']}]",
         "reference_logps": "cached" if work.cached else "live",
         "prefix_sharing": "off" if job["contender"] == "padded" else "on",
@@ -98,14 +98,14 @@ def _overrides(job: dict, work: Work) -> list[str]:
 
 
 def order_of_prompts(prompts: list[dict], work: Work) -> list[int]:
-    """Index of each prompt in the order in which this project trains on them; the pairs of a prompt stay together."""
+    """The index of each prompt in training order; the pairs of a prompt stay together."""
     steps = _iterator(_tokenized(prompts), work, UNLIMITED)
     sources = [source for step in steps for micro_batch in step for piece in micro_batch.pieces for source in piece.sources]
     return list(dict.fromkeys(int(source.removeprefix("prompt ")) for source in sources))
 
 
 def _tokenized(prompts: list[dict]) -> PromptTable:
-    """The rows as this project's own; their number is their index."""
+    """The rows as this project's prompts, numbered by index."""
     return PromptTable.of(
         TokenizedPrompt(row["prompt"], row["responses"], [tuple(pair) for pair in row["pairs"]], number=number)
         for number, row in enumerate(prompts)
@@ -113,4 +113,4 @@ def _tokenized(prompts: list[dict]) -> PromptTable:
 
 
 def _iterator(prompts: PromptTable, work: Work, budget: TokenBudget) -> BatchIterator:
-    return BatchIterator(prompts, work.examples_a_step, 1, SEED, budget=budget)
+    return BatchIterator(prompts, work.examples_per_step, 1, SEED, budget=budget)

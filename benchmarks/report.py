@@ -1,30 +1,30 @@
-"""From raw numbers to a verdict: whether contenders agree, ratios within each round, a markdown table. Standard library only.
+"""From raw numbers to results: agreement of contenders, ratios within each round, a Markdown table. Standard library only.
 
-A run is a dict with round, work, contender and what `worker.py` measured. The first step of a run warms up: its loss is
-compared, its time is not counted.
+A run is a dict with round, work, contender and the measurements of `worker.py`. The first step of a run is a warm-up: its loss
+is compared, but its time is not counted.
 """
 
 from statistics import median
 
 from works import CONTENDERS, MFU, MFU_CONTENDER, MFU_WORK, OTHER_ROWS, SWEEP, TITLES, WORKS
 
-# Forward and backward cost 6 FLOPs a weight and token, a forward alone 2.
+# FLOPs per weight and token: 6 for forward and backward, 2 for a forward pass alone.
 TRAINED, SCORED = 6, 2
 Run = dict
 
 
 class DisagreementError(Exception):
-    """Contenders did not compute the same thing, so that their times say nothing."""
+    """The contenders' results differ, so their times are not comparable."""
 
 
 # ---- agreement ------------------------------------------------------------------------------------------------------------
 
 
 def check_agreement(runs: list[Run], tolerance: float) -> float:
-    """The largest relative difference between contenders' losses and log-probs, step by step. `runs` are of one work.
+    """The largest relative difference between contenders' losses and log-probs, step by step. `runs` belong to one work.
 
     At the first step all weights are the same, so a tenth of `tolerance` is allowed there. The log-probs are compared
-    because a DPO loss begins at ln 2 whatever the data are. Raises DisagreementError beyond that.
+    because a DPO loss starts at ln 2 for any data. Raises DisagreementError beyond that.
     """
     first, *others = runs
     worst = 0.0
@@ -35,7 +35,7 @@ def check_agreement(runs: list[Run], tolerance: float) -> float:
                 raise DisagreementError(f"{_pair(first, other)}: {len(expected)} and {len(found)} steps in {name}")
             for step, (a, b) in enumerate(zip(expected, found, strict=True)):
                 difference = abs(a - b) / abs(a)
-                # Written so that a NaN is a disagreement.
+                # Written so that NaN counts as a disagreement.
                 if not difference <= tolerance * (1 if step else 0.1):
                     raise DisagreementError(f"{_pair(first, other)}: {name} of step {step + 1} are {a} and {b}")
                 worst = max(worst, difference)
@@ -47,7 +47,7 @@ def _pair(first: Run, other: Run) -> str:
 
 
 def check_sweep(result: dict, tolerance: float) -> None:
-    """Raise DisagreementError if a job of the sweep has other losses than the separate run with its beta."""
+    """Raise DisagreementError if a job of the sweep and the separate run with the same beta have different losses."""
     together, separate = result["sweep"]["losses"], result["separate"]["losses"]
     same = together.keys() == separate.keys() and all(
         len(together[beta]) == len(separate[beta]) > 0
@@ -62,7 +62,7 @@ def check_sweep(result: dict, tolerance: float) -> None:
 
 
 def speedups(runs: list[Run], work: str, slow: str, fast: str) -> list[float]:
-    """How many times faster `fast` is, for each round: the median over steps of the ratio of the same step's times."""
+    """The speedup of `fast` in each round: the median over steps of the ratio of times."""
     return [
         median(a / b for a, b in zip(rivals[slow]["seconds"][1:], rivals[fast]["seconds"][1:], strict=True))
         for rivals in _rounds(runs, work)
@@ -72,7 +72,7 @@ def speedups(runs: list[Run], work: str, slow: str, fast: str) -> list[float]:
 
 def throughputs(runs: list[Run], work: str, contender: str) -> list[float]:
     """Examples per second for each round, over all counted steps."""
-    size = WORKS[work].examples_a_step
+    size = WORKS[work].examples_per_step
     return [
         size * (len(rivals[contender]["seconds"]) - 1) / sum(rivals[contender]["seconds"][1:])
         for rivals in _rounds(runs, work)
@@ -81,14 +81,14 @@ def throughputs(runs: list[Run], work: str, contender: str) -> list[float]:
 
 
 def memory_ratios(runs: list[Run], work: str, large: str, small: str) -> list[float]:
-    """The peak memory of `small` over that of `large`, for each round; the GPU's where there is one."""
+    """The peak memory of `small` relative to `large` in each round; the GPU's if there is one."""
     return [
         _peak(rivals[small]) / _peak(rivals[large]) for rivals in _rounds(runs, work) if large in rivals and small in rivals
     ]
 
 
 def useful_shares(runs: list[Run], work: str, contender: str, weights: dict) -> list[float]:
-    """Useful arithmetic per second over the rate of a matrix product in the same process, for each round."""
+    """Useful arithmetic per second, relative to the rate of a matrix product in the same process, in each round."""
     a_weight = TRAINED if WORKS[work].loss == "sft" or WORKS[work].cached else TRAINED + SCORED
     shares = []
     for run in (rivals[contender] for rivals in _rounds(runs, work) if contender in rivals):
@@ -100,7 +100,7 @@ def useful_shares(runs: list[Run], work: str, contender: str, weights: dict) -> 
 
 
 def _rounds(runs: list[Run], work: str) -> list[dict[str, Run]]:
-    """For each round, contender to run."""
+    """The runs of each round, by contender."""
     rounds: dict[int, dict[str, Run]] = {}
     for run in runs:
         if run["work"] == work:
@@ -116,7 +116,7 @@ def _peak(run: Run) -> int:
 
 
 def rows_of(results: dict) -> list[dict]:
-    """A dict for each row of the table: what was measured in each round, the median, and the floor it is held against."""
+    """The rows of the table, as dicts: the value of each round, the median, and the floor."""
     runs, weights, rows = results["runs"], results["weights"], []
     for name in dict.fromkeys(run["work"] for run in runs):
         work = WORKS[name]
@@ -141,7 +141,7 @@ def _row(work: str, title: str, values: list[float], floor: float | None, at_mos
 
 
 def markdown(results: dict) -> str:
-    """The verdict and the speeds behind it, as two tables."""
+    """The results and the underlying throughput, as two tables."""
     lines = ["| what | floor | measured | over rounds | reached |", "|---|---|---|---|---|"]
     for row in results["table"]:
         share = row["work"] == MFU

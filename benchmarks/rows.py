@@ -1,8 +1,8 @@
-"""What every contender is given: one tokenizer, one set of weights, and for each work the same rows in the same order.
+"""The input of every contender: one tokenizer, one set of weights, and for each work the same rows in the same order.
 
-Rows are token ids, cut so that prompt and response fit `max_length` together; nobody truncates after that. They lie in
+Rows are token ids, truncated so that prompt and response fit `max_length`; no contender truncates further. They are stored in
 `<folder>/<work>.json`: `prompts`, a list of {"prompt", "responses", "pairs"}, and `order`, the index of each step's
-prompts as this project's own iterator hands them out.
+prompts as this project's own iterator returns them.
 """
 
 import json
@@ -15,19 +15,19 @@ from project_contender import order_of_prompts
 from works import VOCABULARY, WORKS, Work
 
 SEED = 0
-# Of the logarithm of a length in tokens: (mean, standard deviation), like HH's harmless dialogues under a tokenizer of 21,000
-# entries: prompt mean 119, 95th percentile 335; chosen mean 39, rejected mean 50, without the end-of-sequence token.
+# (mean, standard deviation) of the log of lengths in tokens, as in HH's harmless dialogues with a tokenizer of 21,000 entries:
+# prompt mean 119, 95th percentile 335; chosen mean 39, rejected mean 50, without the end-of-sequence token.
 PROMPT_LENGTH, CHOSEN_LENGTH, REJECTED_LENGTH = (4.42, 0.85), (3.26, 0.90), (3.51, 0.90)
 LONGEST = 804
 
 
 def prepare(job: dict) -> dict:
-    """Write tokenizer, weights and rows into `job["folder"]`. Returns how many weights there are, in body and head."""
+    """Write tokenizer, weights and rows into `job["folder"]`. Returns the numbers of weights in body and head."""
     folder = Path(job["folder"])
     tokenizer = _load_tokenizer(job["tokenizer"]) if job["tokenizer"] else word_tokenizer()
     tokenizer.save_pretrained(folder / "model")
     counts = _write_model(job, tokenizer, folder / "model")
-    needed = max(job["sweep_examples"], job["steps"] * max(work.prompts_a_step for work in WORKS.values()))
+    needed = max(job["sweep_examples"], job["steps"] * max(work.prompts_per_step for work in WORKS.values()))
     texts = _dialogues(Path(job["data"]), needed) if job["data"] else _generated_texts(needed, job["shrink"])
     with (folder / "sweep.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in texts[: job["sweep_examples"]])
@@ -43,7 +43,7 @@ def prepare(job: dict) -> dict:
 
 
 def word_tokenizer():
-    """A tokenizer made in code that knows the words w0, w1, ...: a text has as many tokens as words."""
+    """A word-level tokenizer with the words w0, w1, ...: a text has as many tokens as words."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -61,7 +61,7 @@ def _load_tokenizer(path: str):
 
 
 def _write_model(job: dict, tokenizer, folder: Path) -> dict:
-    """Random weights, seeded, in the dtype that all contenders train in."""
+    """Seeded random weights, in the dtype that all contenders train in."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     assert len(tokenizer) <= job["model"]["vocab_size"], f"the model has fewer entries than the tokenizer's {len(tokenizer)}"
@@ -78,7 +78,7 @@ def _write_model(job: dict, tokenizer, folder: Path) -> dict:
 
 
 def _dialogues(path: Path, count: int) -> list[dict]:
-    """The first pair of each of the file's first `count` prompts."""
+    """The first pair of each of the first `count` prompts in the file."""
     from preference_training.data.entries import load_records, read_entry
 
     records = list(islice(load_records(read_entry(str(path), {"held_out_share": 0.0}), "train"), count))
@@ -91,12 +91,12 @@ def _dialogues(path: Path, count: int) -> list[dict]:
 
 
 def _generated_texts(count: int, shrink: int) -> list[dict]:
-    """Random words with the lengths of HH's dialogues."""
+    """Random words with the length distribution of HH's dialogues."""
     source = random.Random(SEED)
 
     def text(length: tuple[float, float]) -> str:
         words = min(LONGEST, max(1, round(source.lognormvariate(*length) / shrink)))
-        # The three entries before the words are no words.
+        # The first three entries are special tokens.
         return " ".join(f"w{source.randrange(VOCABULARY - 3)}" for _ in range(words))
 
     lengths = {"prompt": PROMPT_LENGTH, "chosen": CHOSEN_LENGTH, "rejected": REJECTED_LENGTH}
@@ -107,7 +107,7 @@ def _generated_texts(count: int, shrink: int) -> list[dict]:
 
 
 def _prompts(work: Work, texts: list[dict], tokenizer, job: dict) -> list[dict]:
-    count = job["steps"] * work.prompts_a_step
+    count = job["steps"] * work.prompts_per_step
     if work.lengths:
         return _generated_prompts(work, count, tokenizer, job["shrink"])
     prompts = []
@@ -119,14 +119,14 @@ def _prompts(work: Work, texts: list[dict], tokenizer, job: dict) -> list[dict]:
 
 
 def _fitted(prompt: list[int], responses: list[list[int]], max_length: int) -> dict:
-    """The prompt loses its start where it is too long; a response that leaves it no token loses its end."""
+    """Truncate a long prompt at its start, and a response that leaves no room for the prompt at its end."""
     responses = [ids[: max_length - 1] for ids in responses]
     prompt = prompt[-(max_length - max(map(len, responses))) :]
     return {"prompt": prompt, "responses": responses, "pairs": [[0, 1]] if len(responses) == 2 else []}
 
 
 def _generated_prompts(work: Work, count: int, tokenizer, shrink: int) -> list[dict]:
-    """Prompts and responses of fixed lengths; every response is preferred to those behind it."""
+    """Prompts and responses of fixed lengths; every response is preferred to those after it."""
     source = random.Random(SEED)
     known = [number for number in range(len(tokenizer)) if number not in tokenizer.all_special_ids]
     prompt_length, response_length = (length // shrink for length in work.lengths)

@@ -1,8 +1,8 @@
-"""Tokens a second of sampled answers: this project's sampling, and one padded batch of all prompts as it was before.
+"""Sampling speed in tokens per second: this project's sampling, and its earlier single padded batch of all prompts.
 
 python benchmarks/sampling.py [CHECKPOINT] [--prompts 384] [--rounds 3]
 
-Without a checkpoint the model is the embedded one with weights that were never trained: every answer is as long as it may be.
+Without a checkpoint, the model is the untrained embedded one, and every response has the maximum length.
 """
 
 import argparse
@@ -18,14 +18,14 @@ from preference_training.core.libraries import quiet_libraries
 from preference_training.core.random_streams import seed_everything
 from preference_training.data.toy_preferences import toy_records
 from preference_training.evaluation.runs import composed
-from preference_training.generation.sampling import sample_responses
+from preference_training.generation.sampling import Sampler
 from preference_training.modeling.loading import load_model, place
 from preference_training.modeling.prefix_sharing import share_prefixes
 from preference_training.modeling.tokenizer import load_tokenizer
 
 
 def all_in_one_batch(model, tokenizer, prompts: list[list[int]], max_length: int, seed: int) -> list[list[int]]:
-    """What was done before: every prompt padded to the longest, one global random stream, the room of the longest for all."""
+    """The earlier implementation: all prompts padded to the longest, one random stream, one length limit."""
     width = max(map(len, prompts))
     ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
@@ -37,8 +37,13 @@ def all_in_one_batch(model, tokenizer, prompts: list[list[int]], max_length: int
     return [row[: row.index(tokenizer.eos_token_id) + 1] if tokenizer.eos_token_id in row else row for row in rows]
 
 
+def sample_batches(model, tokenizer, prompts: list[list[int]], max_length: int, seed: int) -> list[list[int]]:
+    """As a run samples now."""
+    return Sampler(tokenizer, max_length, seed).responses(model, prompts)
+
+
 def main() -> None:
-    """Time both by turns, and print the medians."""
+    """Time both alternately, and print the medians."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", nargs="?", help="weights of the embedded model")
     parser.add_argument("--prompts", type=int, default=384)
@@ -53,7 +58,7 @@ def main() -> None:
     prompts = [tokenizer(text).input_ids for text in toy_records("test")][: options.prompts]
     rates: dict[str, list[float]] = {"before": [], "now": []}
     for _ in range(options.rounds):
-        for name, sample in (("before", all_in_one_batch), ("now", sample_responses)):
+        for name, sample in (("before", all_in_one_batch), ("now", sample_batches)):
             started = time.perf_counter()
             responses = sample(model, tokenizer, prompts, config.max_length, config.seed)
             rates[name].append(sum(map(len, responses)) / (time.perf_counter() - started))

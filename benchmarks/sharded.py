@@ -1,11 +1,11 @@
-"""Training over two processes beside one, on the same cores: speed, memory, checkpoints, sampling.
+"""Training on two processes compared with one, on the same cores: speed, memory, checkpoints, sampling.
 
-    python benchmarks/sharded.py speed        # pairs a second: two processes of one thread beside one of two threads
-    python benchmarks/sharded.py memory       # peak memory of a process for weights, gradients and optimizer
+    python benchmarks/sharded.py speed        # pairs per second: two processes with one thread each, and one with two
+    python benchmarks/sharded.py memory       # peak memory per process for weights, gradients and optimizer states
     python benchmarks/sharded.py checkpoint   # time and peak memory of saving and loading, per process
-    python benchmarks/sharded.py sampling     # seconds to answer held-out prompts
+    python benchmarks/sharded.py sampling     # seconds to sample responses to held-out prompts
 
-Prints a JSON object with raw values. The model is a Llama from scratch: 58M parameters, and 500M for memory and checkpoints.
+Prints a JSON object with raw values. The model is a random Llama with 58M parameters, 500M for memory and checkpoints.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-# Workers import what is pickled by its module's name.
+# Workers import pickled objects by module name.
 os.environ["PYTHONPATH"] = f"{ROOT}:{ROOT / 'benchmarks'}"
 
 WIDTHS = {
@@ -28,7 +28,7 @@ WIDTHS = {
 
 
 def overrides(size: str, trainer: str) -> list[str]:
-    """The command line of a run with a model of a size."""
+    """The command line of a run with a given model."""
     model = WIDTHS[size] | {"num_key_value_heads": WIDTHS[size]["num_attention_heads"], "tie_word_embeddings": False}
     return [
         *(f"++model.from_config.{key}={value}" for key, value in model.items()),
@@ -38,7 +38,7 @@ def overrides(size: str, trainer: str) -> list[str]:
 
 
 def work(what: str, given: list[str]) -> list:
-    """What one process does; returns every process's result."""
+    """The work of one process; returns the results of all processes."""
     import torch
     from hydra import compose, initialize_config_dir
 
@@ -51,7 +51,7 @@ def work(what: str, given: list[str]) -> list:
     from preference_training.training import assembly, preparation
     from preference_training.training.trainers import TRAINERS
 
-    # Standard output is for the report.
+    # Standard output is reserved for the report.
     sys.stdout = sys.stderr
     quiet_libraries()
     with initialize_config_dir(str(ROOT / "config"), version_base="1.3"):
@@ -73,20 +73,20 @@ def work(what: str, given: list[str]) -> list:
 
 
 def resident_bytes(reset_peak: bool = False) -> int:
-    """What this process holds in memory now; if asked to, the peak starts from here."""
+    """The current memory of this process; optionally resets the peak."""
     if reset_peak:
         Path("/proc/self/clear_refs").write_text("5")
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def peak_bytes() -> int:
-    """The most this process has held since the peak was reset."""
+    """The peak memory of this process since the last reset."""
     [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
     return int(line.split()[1]) * 1024
 
 
 def measure_speed(trainer, _before: int) -> dict:
-    """Seconds of each step; the first two warm up."""
+    """Seconds of each step, after two warm-up steps."""
     seconds = []
     for number, batch in enumerate(trainer.train_batches):
         started = time.perf_counter()
@@ -98,7 +98,7 @@ def measure_speed(trainer, _before: int) -> dict:
 
 
 def measure_memory(trainer, before: int) -> dict:
-    """Peak memory of some steps on a tiny batch, above what was there before the model."""
+    """Peak memory of a few steps on a tiny batch, above the memory before loading the model."""
     loaded = peak_bytes() - before
     resident_bytes(reset_peak=True)
     for number, batch in enumerate(trainer.train_batches):
@@ -117,7 +117,7 @@ def measure_memory(trainer, before: int) -> dict:
 
 
 def measure_checkpoint(trainer, before: int) -> dict:
-    """Seconds and growth of memory of a save that is waited for, of one in the background, and of a load."""
+    """Seconds and memory growth of a synchronous save, a background save, and a load."""
     from preference_training.checkpointing.checkpoint import Checkpoint
     from preference_training.checkpointing.writer import CheckpointWriter, SaveOptions
 
@@ -154,7 +154,7 @@ def measure_checkpoint(trainer, before: int) -> dict:
 
 
 def measure_sampling(trainer, _before: int) -> dict:
-    """Seconds to answer four prompts."""
+    """Seconds to sample responses to four prompts."""
     started = time.perf_counter()
     answers = trainer.answers()
     return {"seconds": time.perf_counter() - started, "characters": sum(map(len, answers)), "prompts": len(answers)}
@@ -169,7 +169,7 @@ MEASURES = {
 
 
 def measure(what: str, processes: int, more: list[str]) -> list:
-    """The results of all processes of one run."""
+    """Run all processes once; returns their results."""
     from preference_training.distributed.launching import launch
 
     size = "500M" if what in ("memory", "checkpoint") else "58M"
@@ -186,18 +186,18 @@ SETTINGS = {
 
 
 def main() -> None:
-    """Alternate one process and two, and print what each gave and the ratio."""
+    """Alternate between one process and two, and print the results and the ratio."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=MEASURES)
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("overrides", nargs="*", help="of the configuration: trainer.sharding=grad_op")
+    parser.add_argument("overrides", nargs="*", help="overrides of the configuration, such as trainer.sharding=grad_op")
     args = parser.parse_intermixed_args()
     from measure import hardware, versions
 
     results = {1: [], 2: []}
     for _ in range(args.rounds):
         for processes in results:
-            # A key of the sharded trainers' is none of the one process's.
+            # BasicTrainer does not have the keys of the sharded trainers.
             more = [text for text in args.overrides if processes > 1 or not text.startswith("trainer.")]
             os.environ.pop("OMP_NUM_THREADS", None)
             results[processes].append(measure(args.what, processes, more))

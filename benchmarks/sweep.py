@@ -1,7 +1,7 @@
-"""The sweep against separate runs: wall time of `train.py` over several betas. Standard library only.
+"""A sweep compared with separate runs: wall time of `train.py` over several betas. Standard library only.
 
-Both train on the same file with the same options. The sweep is one `train.py -m`, as a user starts it; it begins without
-anything kept from before. A separate run finds nothing that another one has left.
+Both train on the same file with the same options. The sweep is one `train.py -m`, as a user starts it, without earlier caches.
+Each separate run starts without the caches of the others.
 """
 
 import json
@@ -19,7 +19,7 @@ EXAMPLES_A_STEP = 8
 def race(folder: Path, count: int, options: dict) -> dict[str, dict]:
     """Wall seconds and the losses of each beta, as one sweep and as separate runs. `folder` is new and keeps their files."""
     betas = BETAS[:count]
-    # Flags stand before the overrides: argparse takes those only in one piece.
+    # Flags come before the overrides, which argparse accepts only as one contiguous block.
     program, script, *overrides = _command(folder, options)
     sweep = [program, script, "-m", *overrides, f"loss.beta={','.join(map(str, betas))}"]
     together = _timed([sweep], folder / "together")
@@ -28,7 +28,7 @@ def race(folder: Path, count: int, options: dict) -> dict[str, dict]:
 
 
 def _command(folder: Path, options: dict) -> list[str]:
-    """The command line that sweep and separate runs share; what surrounds the training is kept small in both."""
+    """The command line shared by sweep and separate runs, with little overhead besides training."""
     overrides = {
         "model": "blank_model",
         "model.name_or_path": folder.parent / "model",
@@ -46,14 +46,14 @@ def _command(folder: Path, options: dict) -> list[str]:
         "do_first_eval": "false",
         "sample_during_eval": "false",
         "wandb.enabled": "false",
-        # No checkpoints: writing them costs both sides the same.
+        # No checkpoints: their cost is the same on both sides.
         "debug": "true",
     }
     return [sys.executable, str(ROOT / "train.py"), *(f"{key}={value}" for key, value in overrides.items())]
 
 
 def _timed(commands: list[list[str]], folder: Path) -> dict:
-    """Run the commands one after the other, each with a home of its own; what they wrote is read afterwards."""
+    """Run the commands one after another, each in its own directory, and read their results afterwards."""
     started = time.perf_counter()
     for number, command in enumerate(commands):
         home = folder / str(number)
@@ -69,7 +69,7 @@ def _timed(commands: list[list[str]], folder: Path) -> dict:
 
 
 def _losses(folder: Path) -> dict[str, list[float]]:
-    """Beta, as text, to the training losses of its run."""
+    """The training losses of each run, by its beta as text."""
     losses = {}
     for file in folder.rglob("metrics.jsonl"):
         rows = [json.loads(line) for line in file.read_text().splitlines()]

@@ -1,4 +1,4 @@
-"""What it costs to keep and to show a run's numbers: the pages of 100,000 logged steps, and the share of tracking in a step.
+"""The cost of logging and reporting: the report of 100,000 logged steps, and the share of tracking in a step.
 
     python benchmarks/tracking.py --rounds 5
 
@@ -19,12 +19,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 
-# The embedded model, the smallest there is, on the embedded pairs: of any larger step tracking is a smaller share.
+# The embedded model on the embedded data is the worst case: for larger models the share of tracking is smaller.
 RUN = (
     "loss=dpo", "batch_size=8", "n_examples=1536", "n_epochs=null", "optimizer=SGD", "lr=0.01", "warmup_steps=0",
     "eval_every=512", "sample_during_eval=false", "wandb.enabled=false", "save_policy_pt=false", "save_strategy=no",
 )  # fmt: skip
-# What is called in each step, and what at evaluations alone.
+# Functions called in each step, and at evaluations only.
 IN_STEPS, AT_EVALUATIONS = ("memory_held", "see", "log_step"), ("report", "log_evaluation", "write")
 
 
@@ -50,7 +50,7 @@ def pages(rounds: int, folder: Path) -> dict:
 
 
 def training(folder: Path) -> dict[str, list[float]]:
-    """Train, with clocks at each step and at all that takes and keeps its numbers: seconds of each call."""
+    """Train, and time each step and each tracking call; returns the seconds of each call."""
     from hydra import compose, initialize_config_dir
     from measure import clocked
 
@@ -76,9 +76,9 @@ def training(folder: Path) -> dict[str, list[float]]:
 
 
 def summary(long: dict, clocks: dict[str, list[float]]) -> dict:
-    """Medians of the pages, and shares of the steps' time."""
+    """Medians for the report, and shares of the step time."""
     opened = {name: statistics.median(each[name] for each in long["seconds to open"]) for name in ("loaded", "seen")}
-    # The ledger sees within a step; the others come behind it.
+    # The ledger works within a step; the others run after it.
     steps = sum(clocks["train_step"]) + sum(clocks["memory_held"]) + sum(clocks["log_step"])
     return {
         "100,000 steps: seconds to write report.html": statistics.median(long["seconds to write"]),
@@ -93,7 +93,7 @@ def summary(long: dict, clocks: dict[str, list[float]]) -> dict:
 
 
 def main() -> None:
-    """Measure, print and keep."""
+    """Measure, print and save."""
     from measure import hardware, versions
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -1,4 +1,4 @@
-"""TRL as a contender: DPOTrainer and SFTTrainer on rows that are already token ids, as fast as they go or as they come."""
+"""TRL as a contender: DPOTrainer and SFTTrainer on token ids, with their fastest or their default settings."""
 
 from importlib.util import find_spec
 
@@ -11,13 +11,13 @@ from works import Work
 
 
 def run(job: dict, work: Work, data: dict) -> dict:
-    """Train on the rows; what is returned is described in `worker.py`."""
+    """Train on the rows; `worker.py` describes the result."""
     rows = [data["prompts"][number] for number in data["order"]]
     settings = _needed(job, work)
     if job["contender"] == "trl":
         settings |= _fast(job, work) | job["trl_options"]
     accumulation = settings.setdefault("gradient_accumulation_steps", 1)
-    settings["per_device_train_batch_size"] = work.examples_a_step // accumulation
+    settings["per_device_train_batch_size"] = work.examples_per_step // accumulation
     config, trainer, dataset = (SFTConfig, _Sft, _sft_rows(rows)) if work.loss == "sft" else (DPOConfig, _Dpo, _dpo_rows(rows))
     clock = Clock()
     tokenizer = AutoTokenizer.from_pretrained(job["model_dir"])
@@ -36,10 +36,10 @@ def run(job: dict, work: Work, data: dict) -> dict:
 
 
 def _needed(job: dict, work: Work) -> dict:
-    """What TRL must be told to do the same arithmetic on the same rows in the same order, and nothing more."""
+    """The settings that TRL needs for the same arithmetic on the same rows in the same order, and nothing more."""
     settings = {
         "model_init_kwargs": {"dtype": job["dtype"]},
-        # TRL would otherwise compute in bfloat16, on a CPU too.
+        # TRL would otherwise compute in bfloat16, even on a CPU.
         "bf16": job["dtype"] == "bfloat16",
         "learning_rate": 1e-6,
         "lr_scheduler_type": "constant",
@@ -58,25 +58,25 @@ def _needed(job: dict, work: Work) -> dict:
 
 
 def _fast(job: dict, work: Work) -> dict:
-    """TRL's fastest settings that leave the losses as they are.
+    """TRL's fastest settings that do not change the losses.
 
-    Off, beside what is set below: `padding_free`, which DPOTrainer of this version ignores, and which was no faster than
-    micro-batches of one for SFTTrainer; sorting by length, which changes the order of the rows.
+    Also off: `padding_free`, which DPOTrainer ignores in this version and which was no faster than micro-batches of one for
+    SFTTrainer; and sorting by length, which changes the order of the rows.
     """
     settings = {
-        # transformers' fused attention: the default, named so that it stays.
+        # transformers' fused attention: the default, set explicitly.
         "model_init_kwargs": {"dtype": job["dtype"], "attn_implementation": "sdpa"},
-        # On by default; costs time for memory.
+        # On by default; trades time for memory.
         "gradient_checkpointing": False,
         "logging_strategy": "no",
         "disable_tqdm": True,
     }
     if job["device"] == "cpu":
-        # One pair at a time is padded to its own longer response only, not to the longest row of the batch: on HH 2.4 times
+        # A single pair is padded only to its own longer response, not to the longest row of the batch: on HH this is 2.4 times
         # as fast as the whole batch at once, with a third of its peak memory (SFT: 1.4 times). Two halves gain a tenth.
-        settings["gradient_accumulation_steps"] = work.examples_a_step
+        settings["gradient_accumulation_steps"] = work.examples_per_step
     elif find_spec("liger_kernel"):
-        # Triton kernels, for a GPU only. How to cut the batch there has not been measured.
+        # Triton kernels, on a GPU only. The best way to split the batch there has not been measured.
         settings["use_liger_kernel"] = True
     return settings
 
@@ -85,7 +85,7 @@ def _fast(job: dict, work: Work) -> dict:
 
 
 def _dpo_rows(prompts: list[dict]) -> Dataset:
-    """A row for each pair: that is the form in which TRL takes preferences."""
+    """One row per pair, the format that TRL expects."""
     return Dataset.from_list(
         [
             {"prompt_ids": row["prompt"], "chosen_ids": row["responses"][i], "rejected_ids": row["responses"][j]}
@@ -122,7 +122,7 @@ class _Ticks(TrainerCallback):
 
 
 class _Dpo(DPOTrainer):
-    """DPOTrainer that takes token ids, which the public one only takes as text, and keeps what each micro-batch gave."""
+    """DPOTrainer that accepts token ids instead of text, and records the results of each micro-batch."""
 
     def _prepare_dataset(self, dataset, *_):
         self.kept = []
@@ -130,22 +130,22 @@ class _Dpo(DPOTrainer):
 
     def compute_loss(self, *arguments, **options):
         loss = super().compute_loss(*arguments, **options)
-        # Its own metrics hold the log-probs, on the host already.
+        # TRL's own metrics have the log-probs, already on the host.
         chosen, rejected = (self._metrics["train"][f"logps/{name}"][-1] for name in ("chosen", "rejected"))
         self.kept.append((loss.detach(), chosen, rejected))
         return loss
 
     def seen(self, accumulation: int) -> dict:
-        """Losses and mean log-probs of each step; a step's are the means of its equally large micro-batches."""
+        """Losses and mean log-probs of each step, averaged over its micro-batches of equal size."""
         means = torch.tensor(self.kept).view(-1, accumulation, 3).mean(1)
         names = ("losses", "chosen_logps", "rejected_logps")
         return {name: values.tolist() for name, values in zip(names, means.unbind(1), strict=True)}
 
 
 class _Sft(SFTTrainer):
-    """SFTTrainer with the loss that this project has: summed over a response's tokens, mean over the responses of a step.
+    """SFTTrainer with this project's loss: summed over a response's tokens, averaged over the responses of a step.
 
-    TRL's own is the mean over all tokens of a step, the same but for a factor that is known before the step.
+    TRL's own loss is the mean over all tokens of a step, which differs by a factor known before the step.
     """
 
     kept = None
@@ -158,5 +158,5 @@ class _Sft(SFTTrainer):
         return loss
 
     def seen(self, accumulation: int) -> dict:
-        """Losses of each step; a step's is the sum of its micro-batches', each a share of it."""
+        """Losses of each step, summed over its micro-batches, each of which contributes a share."""
         return {"losses": torch.tensor(self.kept).view(-1, accumulation).sum(1).tolist()}

@@ -1,60 +1,60 @@
-"""What is measured: the rows of the table with their floors, and the sizes of a CPU, a GPU and a smoke run. Data only."""
+"""The benchmarks with their floors, and the sizes of CPU, GPU and smoke runs. Data only."""
 
 from dataclasses import dataclass, replace
 
 CONTENDERS = ("trl", "trl_defaults", "padded", "tree")
-# What a contender is called in the table.
+# Names of the contenders in the table.
 TITLES = {"trl": "TRL", "trl_defaults": "TRL's defaults", "padded": "padded path", "tree": "this project"}
 
 
 @dataclass(frozen=True)
 class Work:
-    """One row of the table: an objective, its rows, and the ratio to TRL that must be reached.
+    """One benchmark: an objective, its rows, and the required ratio to TRL.
 
-    examples_a_step counts pairs (SFT: responses). lengths: (prompt, response) in tokens with the end-of-sequence token;
-    None takes dialogues. responses is their number a prompt, all ranked against each other. cached: the reference's
-    log-probs are there before the first step. memory_floor: the largest share of TRL's peak memory.
+    examples_per_step counts pairs (SFT: responses). lengths: (prompt, response) in tokens with the end-of-sequence token;
+    None uses dialogues. responses is the number per prompt, all ranked against each other. cached: the reference's
+    log-probs are precomputed. memory_floor: the largest allowed share of TRL's peak memory.
     """
 
     title: str
     floor: float
     loss: str = "dpo"
-    examples_a_step: int = 8
+    examples_per_step: int = 8
     lengths: tuple[int, int] | None = None
     responses: int = 2
     cached: bool = False
     memory_floor: float | None = None
 
     @property
-    def prompts_a_step(self) -> int:
-        """How many prompts one optimizer step has."""
+    def prompts_per_step(self) -> int:
+        """The number of prompts per optimizer step."""
         pairs = 1 if self.loss == "sft" else self.responses * (self.responses - 1) // 2
-        return self.examples_a_step // pairs
+        return self.examples_per_step // pairs
 
 
 WORKS = {
     "dpo_hh_live": Work("DPO on HH, live reference", floor=7.5, memory_floor=0.33),
     "dpo_hh_cached": Work("DPO on HH, cached reference", floor=9.5, cached=True),
     "dpo_21_pairs": Work(
-        "DPO, 7 responses and 21 pairs a prompt", floor=15.0, examples_a_step=21, lengths=(100, 150), responses=7
+        "DPO, 7 responses and 21 pairs a prompt", floor=15.0, examples_per_step=21, lengths=(100, 150), responses=7
     ),
     "dpo_long_prompt": Work("DPO, prompts of 400 and responses of 50 tokens", floor=4.5, lengths=(400, 50)),
     "sft_hh": Work("SFT on HH", floor=3.5, loss="sft"),
 }
-# Rows that are not a race of optimizer steps: their title and floor.
+# Benchmarks that do not compare optimizer steps: title and floor.
 MFU, SWEEP = "mfu", "sweep"
 OTHER_ROWS = {MFU: ("useful arithmetic over the GEMM rate", 0.60), SWEEP: ("8 betas as one sweep, against 8 runs", 1.2)}
-# The run that `mfu` is read from.
+# The run that `mfu` is computed from.
 MFU_WORK, MFU_CONTENDER = "dpo_hh_live", "tree"
 
 
 @dataclass(frozen=True)
 class Preset:
-    """The sizes of a campaign. tolerance is the relative difference of losses and log-probs that is still agreement.
+    """The sizes of a benchmark run. tolerance is the accepted relative difference of losses and log-probs.
 
-    gemm is the width of the square matrices whose product sets the rate that useful arithmetic is compared with.
-    shrink divides the lengths of all generated rows. sweep_examples are the rows of the file that each job of a sweep trains
-    on, but for the few that it holds out.
+    gemm is the width of the square matrices whose product is the baseline for useful arithmetic. shrink divides the lengths
+    of all generated rows. sweep_examples is the number of rows in the file that each job of a sweep trains on, minus the
+    few that it holds out.
     """
 
     name: str
@@ -107,7 +107,7 @@ SMOKE = replace(
     sweep_examples=24,
     shrink=8,
 )
-# 1.4B parameters. bfloat16 keeps about three digits, and the two ways of summing differ in the last of them.
+# 1.4B parameters. bfloat16 has about three digits, and the two orders of summation differ in the last one.
 GPU = replace(
     CPU,
     name="cuda",

@@ -1,12 +1,12 @@
-"""The labelling app, from the command line.
+"""The command line of the labeling app.
 
-    python -m preference_collection serve                  the page
-    python -m preference_collection import FILE            problems, and labels, from CSV, JSON lines, Parquet, an older store
-    python -m preference_collection export PATH            a data set for `lc` in a directory, or a .jsonl or .parquet file
-    python -m preference_collection push DIRECTORY NAME    an exported directory to the hub
-    python -m preference_collection score CHECKPOINT       which pairs the policy is unsure of, for the list of problems
+    python -m preference_collection serve                  serve the page
+    python -m preference_collection import FILE            import problems and labels: CSV, JSON lines, Parquet, an older store
+    python -m preference_collection export PATH            export a data set for `lc` (a directory), .jsonl or .parquet
+    python -m preference_collection push DIRECTORY NAME    upload an exported directory to the Hub
+    python -m preference_collection score CHECKPOINT       find the pairs that the policy is uncertain about
 
-Behind each may stand settings of config/collect.yaml: store=my.duckdb
+Each command accepts settings of config/collect.yaml: store=my.duckdb
 """
 
 import argparse
@@ -24,38 +24,38 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def arguments(line: Sequence[str] | None) -> argparse.Namespace:
-    """The command line, understood."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    serve = commands.add_parser("serve", help="the page")
-    take = commands.add_parser("import", help="problems and labels from a file")
+    serve = commands.add_parser("serve", help="serve the page")
+    take = commands.add_parser("import", help="import problems and labels from a file")
     take.add_argument("file", type=Path)
-    take.add_argument("--skip-bad-rows", action="store_true", help="leave out rows that cannot be used, and count them")
-    out = commands.add_parser("export", help="judgements as training data")
-    out.add_argument("path", type=Path, help="a directory, or a file that ends in .jsonl or .parquet")
-    out.add_argument("--names", action="store_true", help="labellers by their names, not by numbers")
-    up = commands.add_parser("push", help="an exported directory to the hub")
+    take.add_argument("--skip-bad-rows", action="store_true", help="skip invalid rows, and count them")
+    out = commands.add_parser("export", help="export judgments as training data")
+    out.add_argument("path", type=Path, help="a directory, or a .jsonl or .parquet file")
+    out.add_argument("--names", action="store_true", help="write the names of labelers instead of numbers")
+    up = commands.add_parser("push", help="upload an exported directory to the Hub")
     up.add_argument("directory", type=Path)
     up.add_argument("repository", help="USER/NAME")
-    up.add_argument("--public", action="store_true", help="for everybody to see")
-    score = commands.add_parser("score", help="ask a checkpoint which solution it prefers")
+    up.add_argument("--public", action="store_true", help="make the data set public")
+    score = commands.add_parser("score", help="score all pairs with a checkpoint")
     score.add_argument("checkpoint")
     for command in (serve, take, out, up, score):
         command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="settings of config/collect.yaml")
-    # Settings may stand behind options too, which the library takes for one or the other.
+    # argparse does not collect settings that follow an option.
     options, rest = parser.parse_known_args(line)
     if wrong := [text for text in rest if text.startswith("-") or "=" not in text]:
-        parser.error(f"unrecognised: {' '.join(wrong)}")
+        parser.error(f"unrecognized: {' '.join(wrong)}")
     options.overrides += rest
     return options
 
 
 def serve(options: argparse.Namespace, settings) -> None:
-    """Become the page's server."""
+    """Replace this process with the Streamlit server."""
     check_access(settings, os.environ.get(PASSWORD))
     from preference_collection.store import open_store
 
-    # What is wrong with the store is said here, and not on a page.
+    # Report a problem with the store here rather than on the page.
     open_store(settings.store, settings.read_only).close()
     page = Path(__file__).parent / "app.py"
     flags = {
@@ -70,7 +70,7 @@ def serve(options: argparse.Namespace, settings) -> None:
 
 
 def run(options: argparse.Namespace, settings) -> str:
-    """Do what was asked for, and say what came of it."""
+    """Run a command and return a line about the result."""
     if options.command == "push":
         from preference_collection.export import push
 
@@ -96,7 +96,7 @@ def run(options: argparse.Namespace, settings) -> str:
 
 
 def main(line: Sequence[str] | None = None) -> None:
-    """Do what was asked for. A mistake of the user's is one message, and exit status 2."""
+    """Run the command. A user error gives one message, and exit status 2."""
     options = arguments(line)
     try:
         settings = load_settings(options.overrides)

@@ -1,4 +1,4 @@
-"""The page, started by `python -m preference_collection serve`: who is there, and what they see."""
+"""The Streamlit page, started by `python -m preference_collection serve`: sign in, then label."""
 
 import atexit
 import hmac
@@ -18,9 +18,9 @@ from preference_collection.store import open_store
 from preference_training.core.errors import UserError
 
 
-@st.cache_resource(show_spinner="Opening the store, and trying what this machine can hold back")
+@st.cache_resource(show_spinner="Opening the store and checking the sandbox")
 def shared() -> views.Shared:
-    """What all labellers share: one store, one way to run tests, the sources of solutions."""
+    """What all labelers share: the store, the test runner, the sources of solutions."""
     settings = load_settings(json.loads(os.environ.get(OVERRIDES, "[]")))
     store = open_store(settings.store, settings.read_only)
     atexit.register(store.close)
@@ -31,37 +31,37 @@ def shared() -> views.Shared:
 
 
 def entered() -> bool:
-    """Whether somebody has come in, with a name and, where one is set, the password; asks for them otherwise."""
-    if "labeller" in st.session_state:
+    """Whether the user has signed in; shows the form for the name, and the password if one is set, otherwise."""
+    if "labeler" in st.session_state:
         return True
     password = os.environ.get(PASSWORD, "")
     st.title("Which solution is better?")
     with st.form("enter", width=420):
-        name = st.text_input("Your name", max_chars=60, help="Your picks are kept under it.")
+        name = st.text_input("Your name", max_chars=60, help="Your choices are stored under this name.")
         given = st.text_input("Password", type="password") if password else ""
-        pressed = st.form_submit_button("Begin", type="primary")
+        pressed = st.form_submit_button("Start", type="primary")
     if pressed:
-        # Compared in the same time whatever is given, and never faster than one in a second.
+        # Compared in constant time, with a delay of a second after a wrong one.
         right = hmac.compare_digest(given.encode(), password.encode())
         if password and not right:
             time.sleep(1)
         if not name.strip():
-            st.error("A name is needed.")
+            st.error("Please enter your name.")
         elif not right:
-            st.error("That is not the password.")
+            st.error("Wrong password.")
         else:
-            st.session_state.labeller = name.strip()
+            st.session_state.labeler = name.strip()
             st.rerun()
     return False
 
 
 def main() -> None:
-    """The page, once."""
+    """Draw the page once."""
     st.set_page_config("Which solution is better?", layout="wide", initial_sidebar_state="expanded")
     if not entered():
         return
     try:
-        views.page(shared(), st.session_state.labeller)
+        views.page(shared(), st.session_state.labeler)
     except UserError as error:
         st.error(str(error))
 

@@ -1,7 +1,7 @@
-"""Checkpoints of this framework as a source of solutions, so that what was trained on judgements can be judged next.
+"""Checkpoints of this framework as a source of solutions, so that a model trained on judgments can be judged next.
 
-A prompt becomes text as it did in training, by the template that the run's own config.yaml names. torch and transformers are
-imported when a checkpoint is used: the app runs without them.
+Prompts are formatted as in training, with the template in the run's config.yaml. torch and transformers are imported only when
+a checkpoint is used: the app runs without them.
 """
 
 import json
@@ -19,29 +19,29 @@ from preference_training.core.errors import UserError, first_line
 from preference_training.data.rows.records import Turn
 from preference_training.data.rows.templates import build_template
 
-# One model at a time computes: the global random stream is one, and so is the machine.
+# Only one model computes at a time, since the global random stream is shared.
 COMPUTING = threading.Lock()
 LOADING = threading.Lock()
-# peft's settings in a checkpoint of an adapter, which transformers puts onto the model that they name.
+# PEFT's configuration in an adapter checkpoint; transformers loads the adapter onto the base model that it names.
 ADAPTER = "adapter_config.json"
 
 
 @dataclass(frozen=True)
 class CheckpointSource:
-    """The checkpoints of the runs in some folders: */LATEST, and those of several runs together, */*/LATEST."""
+    """The checkpoints of runs in some folders: */LATEST, and */*/LATEST for groups of runs."""
 
     folders: tuple[Path, ...]
 
     def models(self) -> list[str]:
-        """Their paths, the newest first."""
+        """The paths of the checkpoints, newest first."""
         forms = ("*/LATEST", "*/*/LATEST")
         found = {path.absolute() for folder in self.folders for form in forms for path in folder.glob(form)}
         whole = [path for path in found if (path / "config.json").is_file() or is_adapter_of_another(path)]
         return [str(path) for path in sorted(whole, key=lambda path: path.stat().st_mtime, reverse=True)]
 
     def stream(self, request, stop) -> Iterator[str]:
-        """The reply, in pieces."""
-        # Two replies are asked for at once: one loads the model, and the libraries, which do not stand being imported twice.
+        """Stream the reply in parts."""
+        # Two replies are requested at once: only one may load the model and import the libraries, which is not thread-safe.
         with LOADING:
             loaded = load_checkpoint(_now_at(request.model))
             from transformers import TextIteratorStreamer
@@ -56,7 +56,7 @@ class CheckpointSource:
 
 
 def is_adapter_of_another(checkpoint: Path) -> bool:
-    """Whether a checkpoint is an adapter that says on which model; one of a model made from scratch does not."""
+    """Whether a checkpoint is an adapter that names its base model; with a base built from scratch it does not."""
     try:
         return isinstance(json.loads((checkpoint / ADAPTER).read_text())["base_model_name_or_path"], str)
     except (OSError, ValueError, LookupError, TypeError):
@@ -65,27 +65,27 @@ def is_adapter_of_another(checkpoint: Path) -> bool:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A checkpoint in memory. template is that of its training."""
+    """A loaded checkpoint. template is the one used in training."""
 
     model: object
     tokenizer: object
     template: object
 
     def prompt_ids(self, prompt: str) -> list[int]:
-        """A prompt as the token ids that the model was trained on."""
+        """The token ids of a prompt, as in training."""
         text, _ = self.template((Turn("user", prompt),), [])
         ids = self.tokenizer(text).input_ids
         return ids[:-1] if ids[-1] == self.tokenizer.eos_token_id else ids
 
     def response_ids(self, prompt: str, response: str) -> list[int]:
-        """A response as the token ids that it is trained on, with the end-of-sequence token."""
+        """The token ids of a response, as in training, with the end-of-sequence token."""
         _, [text] = self.template((Turn("user", prompt),), [response])
         return [*self.tokenizer(text, add_special_tokens=False).input_ids, self.tokenizer.eos_token_id]
 
 
 @lru_cache(maxsize=1)
 def load_checkpoint(path: str) -> Loaded:
-    """Load a checkpoint; the last one stays in memory. Raises UserError where that is not possible."""
+    """Load a checkpoint; the last one stays in memory. Raises UserError if it cannot be loaded."""
     try:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -108,13 +108,13 @@ def load_checkpoint(path: str) -> Loaded:
 
 
 def _now_at(path: str) -> str:
-    """What LATEST is at the moment; a run that goes on makes another of it."""
+    """The checkpoint that LATEST currently points to; a run in progress moves it."""
     return str(Path(path).resolve()) if Path(path).exists() else path
 
 
 @contextmanager
 def _drawing(seed: int):
-    """Draw from a stream of its own, and leave the global one as it was."""
+    """Sample with a separate seed, and restore the global random state afterwards."""
     import torch
 
     with COMPUTING, torch.random.fork_rng(), torch.no_grad():
@@ -135,13 +135,13 @@ def _generate(loaded: Loaded, request, stop, streamer, failures: list) -> None:
                 pad_token_id=loaded.tokenizer.pad_token_id, eos_token_id=loaded.tokenizer.eos_token_id,
                 stopping_criteria=StoppingCriteriaList([lambda ids, _: torch.full((len(ids),), stop.asked, device=ids.device)]),
             )  # fmt: skip
-    except Exception as error:  # whatever it is, the thread that waits has to hear of it
+    except Exception as error:  # pass any error on to the waiting thread
         failures.append(error)
         streamer.end()
 
 
 def margins(path: str, pairs: Iterable) -> Iterator[tuple[str, float]]:
-    """By how many nats a checkpoint prefers the first solution of each pair: (pair's id, log p(first) - log p(second))."""
+    """How much a checkpoint prefers the first solution of each pair, in nats: (pair's id, log p(first) - log p(second))."""
     import torch
 
     loaded = load_checkpoint(_now_at(path))
@@ -149,7 +149,7 @@ def margins(path: str, pairs: Iterable) -> Iterator[tuple[str, float]]:
     def logp(generation) -> float:
         prompt, response = loaded.prompt_ids(generation.prompt), loaded.response_ids(generation.prompt, generation.text)
         ids = torch.tensor([prompt + response], device=loaded.model.device)
-        # Position i holds what the model expects at i + 1.
+        # Position i predicts token i + 1.
         logits = loaded.model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float()
         return logits.log_softmax(-1).gather(1, ids[0, len(prompt) :, None]).sum().item()
 

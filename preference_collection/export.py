@@ -1,7 +1,7 @@
-"""Judgements as training data: a data set that `lc` reads, or a file of records; and both on the hub.
+"""Exporting judgments as training data: a data set that `lc` reads, or a file of records; and uploading to the Hub.
 
-There is one row for each judgement that stands. Rows that prefer a solution are what is trained on; ties and skips lie apart.
-Every row says how many have chosen what on its pair. Labellers are numbered unless their names are asked for.
+Each current judgment is one row. Rows with a preference are training data; ties and skips are stored separately. Each row has
+the vote counts of its pair. Labelers are numbered unless names are requested.
 """
 
 import json
@@ -19,15 +19,15 @@ from preference_collection.store import Agreement, Store
 from preference_training.core.errors import UserError, first_line
 from preference_training.data.rows.records import fault_of_item
 
-# What is trained on, and what lies apart: by choice.
+# The kind of row by choice: training data, or stored separately.
 KINDS = {"first": "preferences", "second": "preferences", "tie": "ties", "skip": "skips"}
 
-# The hub's library takes the first for the data by its name, and leaves the others alone. The card does not say so: where one
-# names the files, what was read is kept by the directory's name, and an earlier export would be found in place of this one.
+# The library `datasets` recognizes the first as data by its name, and ignores the others. The card does not list the files: if
+# it did, the library would cache by the directory's name, and find an earlier export instead of this one.
 FILES = {"preferences": "data/train-00000-of-00001.parquet", "ties": "apart/ties.parquet", "skips": "apart/skips.parquet"}
 
 TEXT, COUNT = pyarrow.string(), pyarrow.int64()
-# The first six are those of the public set that `lc` names.
+# The first columns are those of the public data set that `lc` reads.
 LC_SCHEMA = pyarrow.schema(
     {
         "id": TEXT, "difficulty": TEXT, "title": TEXT, "description": TEXT, "version1": TEXT, "version2": TEXT,
@@ -45,52 +45,52 @@ RECORD_SCHEMA = pyarrow.schema(
     ]
 )  # fmt: skip
 
-# A directory with this file was written by `export_dataset`, and may be written again.
+# A directory with this file was written by `export_dataset`, and may be overwritten.
 CARD = "README.md"
 CARD_MARK = "<!-- written by preference_collection -->"
 
 
 def lc_rows(store: Store, names: bool = False) -> Iterator[tuple[str, dict]]:
-    """(kind, row) of every judgement that stands, in LC_SCHEMA. preference is 0, 1 or, for ties and skips, None."""
+    """(kind, row) of every current judgment, in LC_SCHEMA. preference is 0 or 1, and None for ties and skips."""
     numbers: dict[str, int] = {}
-    for row in store.judgements():
-        id, _, left, choice, labeller, seconds, reasons, comment, at, problem, title, difficulty, prompt, *rest = row
+    for row in store.judgments():
+        id, _, left, choice, labeler, seconds, reasons, comment, at, problem, title, difficulty, prompt, *rest = row
         one, two, model_one, model_two, *votes = rest
-        number = numbers.setdefault(labeller, len(numbers) + 1)
+        number = numbers.setdefault(labeler, len(numbers) + 1)
         yield KINDS[choice], {
             "id": problem, "difficulty": difficulty, "title": title, "description": prompt, "version1": one, "version2": two,
             "preference": {"first": 0, "second": 1}.get(choice), "model1": model_one, "model2": model_two,
             **dict(zip(("votes_version1", "votes_version2", "votes_tie", "votes_skip"), votes, strict=True)),
-            "labeller": labeller if names else f"labeller {number}", "seconds": seconds,
+            "labeller": labeler if names else f"labeller {number}", "seconds": seconds,
             "shown_left": {"first": 0, "second": 1}[left], "reasons": reasons or [], "comment": comment or "",
             "judged": at.isoformat(timespec="seconds"), "judgement": id,
         }  # fmt: skip
 
 
 def record_row(row: dict) -> dict:
-    """A row of LC_SCHEMA as a record of `records.py`, with the chosen and the rejected text, where one is, beside it."""
+    """A row of LC_SCHEMA as a record of `records.py`, plus the chosen and the rejected text, if any."""
     texts = [row["version1"].strip(), row["version2"].strip()]
     best = row["preference"]
     decided = best is not None
     record = {"responses": texts, "pairs": [(best, 1 - best)] if decided else [], "sft_target": texts[best or 0]}
     if decided and (fault := fault_of_item((row["description"], record))):
-        raise UserError(f"export: judgement {row['judgement']} of problem {row['id']!r}: {fault}. Take it back.")
-    said = {"prompt": row["description"], **record}
-    said |= {"chosen": texts[best] if decided else None, "rejected": texts[1 - best] if decided else None}
-    return {name: said[name] if name in said else row[name] for name in RECORD_SCHEMA.names}
+        raise UserError(f"export: judgment {row['judgement']} of problem {row['id']!r}: {fault}. Undo it.")
+    fields = {"prompt": row["description"], **record}
+    fields |= {"chosen": texts[best] if decided else None, "rejected": texts[1 - best] if decided else None}
+    return {name: fields[name] if name in fields else row[name] for name in RECORD_SCHEMA.names}
 
 
 # ---- writing ----------------------------------------------------------------------------------------------------------------
 
 
 def export_records(store: Store, path: Path, names: bool = False) -> Counter:
-    """Write records into a file, .jsonl or .parquet; ties and skips into files beside it, where there are any.
+    """Write records to a .jsonl or .parquet file; ties and skips, if any, to files next to it.
 
-    Returns how many there are of each kind. Raises UserError for another ending, where nothing is preferred yet, and where
-    the file cannot be written.
+    Returns the count of each kind. Raises UserError for another file type, if there are no preferences yet, and if the file
+    cannot be written.
     """
     if path.suffix not in (".jsonl", ".parquet"):
-        raise UserError(f"export: {path}: expected a name that ends in .jsonl or .parquet, or a directory.")
+        raise UserError(f"export: {path}: expected a .jsonl or .parquet file, or a directory.")
     rows: dict[str, list[dict]] = {kind: [] for kind in KINDS.values()}
     for kind, row in lc_rows(store, names):
         rows[kind].append(record_row(row))
@@ -108,8 +108,8 @@ def _counts(rows: dict[str, list]) -> Counter:
     counts = Counter({kind: len(some) for kind, some in rows.items()})
     if not counts["preferences"]:
         raise UserError(
-            f"export: nobody has preferred a solution yet ({counts['ties']} ties, {counts['skips']} skips). Expected at least "
-            "one judgement to train on."
+            f"export: there are no preferences yet ({counts['ties']} ties, {counts['skips']} skips). Expected at least one "
+            "judgment that prefers a solution."
         )
     return counts
 
@@ -131,13 +131,12 @@ def _write_file(path: Path, rows: list[dict]) -> None:
 
 
 def export_dataset(store: Store, directory: Path, names: bool = False) -> Counter:
-    """Write a data set in the hub's layout: `datasets=[{name: lc, data_dir: DIRECTORY}]` trains on it.
+    """Write a data set in the Hub's layout: `datasets=[{name: lc, data_dir: DIRECTORY}]` trains on it.
 
-    Returns how many judgements there are of each kind. Raises UserError where nothing is preferred yet, and for a directory
-    that holds something else.
+    Returns the count of each kind. Raises UserError if there are no preferences yet, and for a directory with other content.
     """
     if directory.exists() and not _is_own(directory):
-        raise UserError(f"export: {directory} holds something else. Expected a new or empty directory, or an earlier export.")
+        raise UserError(f"export: {directory} contains other files. Expected a new or empty directory, or an earlier export.")
     rows: dict[str, list[dict]] = {kind: [] for kind in KINDS.values()}
     for kind, row in lc_rows(store, names):
         rows[kind].append(row)
@@ -161,11 +160,11 @@ def _is_own(directory: Path) -> bool:
 
 
 def data_card(counts: Counter, agreement: Agreement) -> str:
-    """The data card, which says what is there and what the fields mean."""
+    """The data card, with counts and the meaning of the fields."""
     alpha = "not defined" if agreement.alpha is None else f"{agreement.alpha:.2f}"
-    agreed = "No pair was judged by several labellers."
+    agreed = "No pair was judged by several labelers."
     if agreement.comparisons:
-        agreed = f"Two labellers of the same pair agreed {agreement.agreed} of {agreement.comparisons} times (alpha: {alpha})."
+        agreed = f"Two labelers of the same pair agreed {agreement.agreed} of {agreement.comparisons} times (alpha: {alpha})."
     return f"""---
 pretty_name: Preferences on code
 language:
@@ -181,22 +180,22 @@ task_categories:
 {CARD_MARK}
 # Preferences on code
 
-People compared two solutions of a programming problem, both written by models, with the results of their tests beside them.
+People compared two model-written solutions of a programming problem, with their test results.
 
-- {counts["preferences"]} preferences in `data`, one row for each judgement.
+- {counts["preferences"]} preferences in `data`, one row per judgment.
 - {counts["ties"]} ties and {counts["skips"]} skips in `apart`.
-- {agreed} Alpha is Krippendorff's, 1 for agreement and 0 for chance.
+- {agreed} Alpha is Krippendorff's: 1 is perfect agreement, 0 is chance.
 - Written {datetime.now():%Y-%m-%d}.
 
 | field | meaning |
 |---|---|
-| `id`, `title`, `difficulty` | of the problem |
-| `description` | the prompt, as the models were given it |
-| `version1`, `version2` | their replies; `model1`, `model2`: who wrote them |
-| `preference` | 0: version1 is better, 1: version2; nothing in ties and skips |
-| `votes_version1`, `votes_version2`, `votes_tie`, `votes_skip` | how many labellers chose what on this pair |
-| `labeller`, `seconds`, `shown_left` | who judged (a number), how long it took, which version was on the left (0: version1) |
-| `reasons`, `comment`, `judged`, `judgement` | what they added, when, and the judgement's id |
+| `id`, `title`, `difficulty` | the problem |
+| `description` | the prompt given to the models |
+| `version1`, `version2` | the replies; `model1`, `model2`: the models that wrote them |
+| `preference` | 0: version1 is better, 1: version2; null for ties and skips |
+| `votes_version1`, `votes_version2`, `votes_tie`, `votes_skip` | number of labelers with each choice on this pair |
+| `labeller`, `seconds`, `shown_left` | the labeler (a number), the time taken, the version on the left (0: version1) |
+| `reasons`, `comment`, `judged`, `judgement` | the labeler's reasons and comment, the time, and the id of the judgment |
 
 Train on it with `python train.py loss=dpo 'datasets=[{{name: lc, data_dir: DIRECTORY}}]'`.
 """
@@ -206,29 +205,29 @@ Train on it with `python train.py loss=dpo 'datasets=[{{name: lc, data_dir: DIRE
 
 
 def push(directory: Path, repository: str, private: bool = True) -> str:
-    """Put an exported directory on the hub, as a data set that is made where it is not there. Returns its address.
+    """Upload an exported directory to the Hub as a data set, created if needed. Returns its URL.
 
-    The token is the hub library's: HF_TOKEN, or what `hf auth login` has kept. Nothing goes into
-    a data set that everybody sees unless private is False. Raises UserError for that, and where the hub refuses.
+    The token comes from HF_TOKEN or `hf auth login`. Unless private is False, uploading to an existing public data set is
+    refused. Raises UserError for that, and if the Hub refuses.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     if not (directory / CARD).is_file() or not _is_own(directory):
-        raise UserError(f"push: {directory} is no export. Make one: python -m preference_collection export DIRECTORY")
+        raise UserError(f"push: {directory} is not an export. Create one: python -m preference_collection export DIRECTORY")
     api = HfApi()
     try:
         api.create_repo(repository, repo_type="dataset", private=private, exist_ok=True)
         if private and not api.repo_info(repository, repo_type="dataset").private:
-            raise UserError(f"push: {repository} is there for everybody to see. Push with --public, or under another name.")
+            raise UserError(f"push: {repository} is public. Use --public, or another name.")
         api.upload_folder(
-            folder_path=directory, repo_id=repository, repo_type="dataset", commit_message="Preferences, exported",
+            folder_path=directory, repo_id=repository, repo_type="dataset", commit_message="Export preferences",
             delete_patterns=["*.parquet"],
         )  # fmt: skip
     except HFValidationError as error:
-        raise UserError(f"push: {repository!r} is no name of a data set: {first_line(error)}. Expected USER/NAME.") from error
+        raise UserError(f"push: {repository!r} is not a data set name: {first_line(error)}. Expected USER/NAME.") from error
     except (HfHubHTTPError, OSError) as error:
         raise UserError(
-            f"push: the hub refuses {repository}: {first_line(error)}. Expected a token that may write there (HF_TOKEN)."
+            f"push: the Hub refuses {repository}: {first_line(error)}. Expected a token with write access (HF_TOKEN)."
         ) from error
     return f"{api.endpoint}/datasets/{repository}"

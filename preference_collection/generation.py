@@ -1,8 +1,8 @@
-"""Solutions from a model: Ollama, any server that speaks OpenAI's protocol, or a checkpoint of this framework.
+"""Generating solutions with Ollama, any OpenAI-compatible server, or a checkpoint of this framework.
 
-A source lists its models and streams one reply to one prompt. A `Writing` is such a reply on its way, in a thread of its own,
-so that a page can show it as it comes and stop it. Both solutions of a pair are asked for by the same prompt, with seeds of
-their own, and what was asked for is kept with each.
+A source lists its models and streams the reply to a prompt. A `Writing` is a reply in progress, in its own thread, so that the
+page can show it as it streams and stop it. Both solutions of a pair come from the same prompt with different seeds, and the
+request is stored with each.
 """
 
 import json
@@ -25,16 +25,16 @@ from preference_collection.replies import extract_code
 from preference_collection.store import Generation, Pair, Problem, new_id
 from preference_training.core.errors import UserError, first_line
 
-# What stands before a command that can be copied.
-PULL = " Fetch it with: "
+# The text before a command that the page offers to copy.
+PULL = " Download it with: "
 
-# How long a server may take to answer the door. Unit: seconds.
+# Timeout of a connection attempt. Unit: seconds.
 CONNECT_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked of a model. seed makes its drawing repeatable where the model's server keeps to it."""
+    """A request to a model. seed makes sampling reproducible if the server honors it."""
 
     model: str
     prompt: str
@@ -44,10 +44,10 @@ class Request:
 
 
 class Stop:
-    """Asked to stop: a flag, and what to do at once where something waits for a server. A stop that comes early is kept."""
+    """A request to stop: a flag, and actions that interrupt waiting for a server. It also takes effect if it comes early."""
 
     def __init__(self):
-        """Nobody has asked yet."""
+        """Not stopped yet."""
         self._lock = threading.Lock()
         self._actions = []
         self.asked = False
@@ -61,7 +61,7 @@ class Stop:
             action()
 
     def also(self, action) -> None:
-        """Call this when a stop is asked for, at once if it was."""
+        """Call `action` when stopped, immediately if already stopped."""
         with self._lock:
             if not self.asked:
                 self._actions.append(action)
@@ -73,14 +73,14 @@ class Source(Protocol):
     """Where solutions come from."""
 
     def models(self) -> list[str]:
-        """The models that can be asked. Raises UserError where the source does not answer."""
+        """The available models. Raises UserError if the source cannot be reached."""
 
     def stream(self, request: Request, stop: Stop) -> Iterator[str]:
-        """The reply, in pieces. Raises UserError for what a user can mend; ends where a stop is asked for."""
+        """Stream the reply in parts until it ends or is stopped. Raises UserError for what a user can fix."""
 
 
 def prompt_of(problem: Problem) -> str:
-    """What a model is asked, and what it is trained on: the problem, and the form that the answer is to have."""
+    """The prompt for generation and training: the problem and the required format of the reply."""
     if not problem.function_name:
         return problem.description
     return (
@@ -94,7 +94,7 @@ def prompt_of(problem: Problem) -> str:
 
 @dataclass
 class Writing:
-    """One reply on its way. state is waiting, writing, done, failed or stopped; message says why it failed."""
+    """A reply in progress. state is waiting, writing, done, failed or stopped; message says why it failed."""
 
     source: Source
     request: Request
@@ -106,28 +106,28 @@ class Writing:
     _thread: threading.Thread | None = None
 
     def start(self) -> "Writing":
-        """Ask the model."""
+        """Send the request."""
         self._thread = threading.Thread(target=self._write, daemon=True)
         self._thread.start()
         return self
 
     @property
     def over(self) -> bool:
-        """Whether nothing more will come."""
+        """Whether the reply is finished."""
         return self.state in ("done", "failed", "stopped")
 
     def quiet_seconds(self) -> float:
-        """How long nothing has come."""
+        """Seconds since the last output."""
         return 0.0 if self.over else time.monotonic() - self.last_at
 
     def cancel(self) -> None:
-        """Stop it; what has come stays. The server is told by the end of the connection."""
+        """Stop, keeping the text so far. Closing the connection tells the server."""
         if not self.over:
             self.state = "stopped"
         self.stop.ask()
 
     def wait(self, seconds: float | None = None) -> "Writing":
-        """Wait until nothing more will come."""
+        """Wait until the reply is finished."""
         self._thread.join(seconds)
         return self
 
@@ -141,7 +141,7 @@ class Writing:
             self._finish("done")
         except UserError as error:
             self._finish("failed", str(error))
-        except Exception as error:  # whatever it is, the page has to say it: nobody sees a thread's traceback
+        except Exception as error:  # show any error on the page, where a thread's traceback would be invisible
             self._finish("failed", f"{type(error).__name__}: {first_line(error)}")
             raise
 
@@ -151,20 +151,20 @@ class Writing:
 
 
 def write_pair(source: Source, model: str, problem: Problem, temperature: float, max_tokens: int) -> tuple[Writing, Writing]:
-    """Ask for two solutions of a problem: the same prompt twice, with two seeds."""
+    """Request two solutions of a problem: the same prompt with two seeds."""
     seeds = secrets.SystemRandom().sample(range(2**31), 2)
     requests = (Request(model, prompt_of(problem), temperature, seed, max_tokens) for seed in seeds)
     return tuple(Writing(source, request).start() for request in requests)
 
 
 def write_again(writing: Writing) -> Writing:
-    """Ask for the same with another seed."""
+    """Repeat a request with another seed."""
     seed = secrets.SystemRandom().randrange(2**31)
     return Writing(writing.source, replace(writing.request, seed=seed)).start()
 
 
 def as_pair(problem: Problem, writings: tuple[Writing, Writing]) -> Pair:
-    """Two replies as the pair that the store keeps."""
+    """Two replies as a pair for the store."""
     first, second = (
         Generation(
             new_id(), w.request.model, w.request.prompt,
@@ -180,15 +180,15 @@ def as_pair(problem: Problem, writings: tuple[Writing, Writing]) -> Pair:
 
 
 class Severable(httpx.HTTPTransport):
-    """A connection that another thread can end while this one waits for an answer."""
+    """A transport whose connection another thread can close while this one waits for a response."""
 
     def __init__(self, stop: Stop):
-        """stop: who asks for that."""
+        """stop: closes the connection."""
         super().__init__()
         self._stop = stop
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
-        """Send a request, and remember the connection it goes by."""
+        """Send a request, and register its connection for closing."""
         request.extensions["trace"] = self._seen
         return super().handle_request(request)
 
@@ -204,7 +204,7 @@ def _sever(stream) -> None:
 
 @contextmanager
 def _faults_of_a_server(name: str, url: str, silence_seconds: float, stop: Stop):
-    """Make messages of what can go wrong on the way to a server; what a stop has broken is no fault."""
+    """Turn connection errors into messages; errors caused by a stop are ignored."""
     try:
         yield
     except (ConnectionError, httpx.HTTPError, ValueError) as error:
@@ -213,24 +213,24 @@ def _faults_of_a_server(name: str, url: str, silence_seconds: float, stop: Stop)
         if isinstance(error, httpx.ReadTimeout):
             raise UserError(f"{name} at {url} sent nothing for {silence_seconds:g} s. Try a smaller model.") from error
         if isinstance(error, ConnectionError | httpx.ConnectError | httpx.ConnectTimeout):
-            raise UserError(f"{name} at {url} cannot be reached. Start it, or say where it is.") from error
-        raise UserError(f"{name} at {url}: {first_line(error)}. Expected a server that speaks its protocol.") from error
+            raise UserError(f"{name} at {url} cannot be reached. Start it, or set its address.") from error
+        raise UserError(f"{name} at {url}: {first_line(error)}. Expected a compatible server.") from error
 
 
 @dataclass(frozen=True)
 class OllamaSource:
-    """Ollama, through its own client. host None is what OLLAMA_HOST says, or this machine."""
+    """Ollama, through its own client. host None means OLLAMA_HOST, or this machine."""
 
     host: str | None
     silence_seconds: float
 
     def models(self) -> list[str]:
-        """The models that are installed."""
+        """The installed models."""
         with self._client(Stop()) as client:
             return sorted(model.model for model in client.list().models if model.model)
 
     def stream(self, request: Request, stop: Stop) -> Iterator[str]:
-        """The reply, in pieces."""
+        """Stream the reply in parts."""
         options = {"temperature": request.temperature, "seed": request.seed, "num_predict": request.max_tokens}
         messages = [{"role": "user", "content": request.prompt}]
         with self._client(stop, request.model) as client:
@@ -240,7 +240,7 @@ class OllamaSource:
     @contextmanager
     def _client(self, stop: Stop, model: str = ""):
         timeout = httpx.Timeout(self.silence_seconds, connect=CONNECT_SECONDS)
-        # A prompt goes to the server that was named, and not where that redirects to.
+        # Prompts are sent only to the configured server, not to redirects.
         with ollama.Client(self.host, timeout=timeout, transport=Severable(stop), follow_redirects=False) as client:
             url = self.host or os.environ.get("OLLAMA_HOST") or "127.0.0.1:11434"
             with _faults_of_a_server("Ollama", url, self.silence_seconds, stop):
@@ -249,38 +249,38 @@ class OllamaSource:
                 except ollama.ResponseError as error:
                     if error.status_code == 404 and model:
                         raise UserError(f"Ollama has no model {model!r}.{PULL}ollama pull {model}") from error
-                    raise UserError(f"Ollama at {url} says: {first_line(error)}.") from error
+                    raise UserError(f"Ollama at {url} reports: {first_line(error)}.") from error
 
 
 @dataclass(frozen=True)
 class OpenAISource:
-    """A server with OpenAI's /models and /chat/completions below url: vLLM, llama.cpp, LM Studio, ...
+    """An OpenAI-compatible server, with /models and /chat/completions at url: vLLM, llama.cpp, LM Studio, ...
 
-    The key, if it wants one, comes from the environment: OPENAI_API_KEY.
+    An API key is read from the environment variable OPENAI_API_KEY.
     """
 
     url: str
     silence_seconds: float
 
     def models(self) -> list[str]:
-        """The models that it serves."""
+        """The models that the server offers."""
         stop = Stop()
         with self._client(stop) as client:
-            answer = client.get("models")
-            _complain(answer, "")
-            return sorted(str(model["id"]) for model in answer.json()["data"])
+            response = client.get("models")
+            _raise_for_status(response, "")
+            return sorted(str(model["id"]) for model in response.json()["data"])
 
     def stream(self, request: Request, stop: Stop) -> Iterator[str]:
-        """The reply, in pieces."""
+        """Stream the reply in parts."""
         body = {
             "model": request.model, "messages": [{"role": "user", "content": request.prompt}], "stream": True,
             "temperature": request.temperature, "seed": request.seed, "max_tokens": request.max_tokens,
         }  # fmt: skip
-        with self._client(stop) as client, client.stream("POST", "chat/completions", json=body) as answer:
-            if not answer.is_success:
-                answer.read()
-            _complain(answer, request.model)
-            for line in answer.iter_lines():
+        with self._client(stop) as client, client.stream("POST", "chat/completions", json=body) as response:
+            if not response.is_success:
+                response.read()
+            _raise_for_status(response, request.model)
+            for line in response.iter_lines():
                 data = line.removeprefix("data:").strip()
                 if line.startswith("data:") and data != "[DONE]":
                     yield from _pieces(json.loads(data))
@@ -299,27 +299,29 @@ class OpenAISource:
 
 def _pieces(event: dict) -> Iterator[str]:
     if event.get("error"):
-        raise UserError(f"The server says: {_said(event)}.")
+        raise UserError(f"The server reports: {_error_message(event)}.")
     for choice in event.get("choices", []):
         yield (choice.get("delta") or {}).get("content") or ""
 
 
-def _complain(answer: httpx.Response, model: str) -> None:
-    """Raise UserError for an answer that is none."""
-    if not answer.is_success:
+def _raise_for_status(response: httpx.Response, model: str) -> None:
+    """Raise UserError for an error response."""
+    if not response.is_success:
         with suppress(ValueError):
-            raise UserError(f"The server says: {_said(answer.json())} (status {answer.status_code}, model {model!r}).")
-        raise UserError(f"The server answers with status {answer.status_code} (model {model!r}).")
+            raise UserError(
+                f"The server reports: {_error_message(response.json())} (status {response.status_code}, model {model!r})."
+            )
+        raise UserError(f"The server responds with status {response.status_code} (model {model!r}).")
 
 
-def _said(event) -> str:
+def _error_message(event) -> str:
     error = event.get("error", event) if isinstance(event, dict) else event
     return str(error.get("message", error) if isinstance(error, dict) else error)[:300].rstrip(".")
 
 
 def sources_of(config) -> dict[str, Source]:
-    """The sources of a configuration, by the names that people choose from."""
+    """The configured sources, by the names shown on the page."""
     sources = {"Ollama": OllamaSource(config.ollama_host, config.silence_seconds)}
     if config.openai_url:
-        sources["OpenAI's protocol"] = OpenAISource(config.openai_url, config.silence_seconds)
+        sources["OpenAI-compatible server"] = OpenAISource(config.openai_url, config.silence_seconds)
     return {**sources, "checkpoints": CheckpointSource(tuple(Path(folder) for folder in config.checkpoints))}

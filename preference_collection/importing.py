@@ -1,8 +1,8 @@
-"""Problems from elsewhere: CSV, JSON (lines) and Parquet files, and stores of the older layout with one table.
+"""Importing problems from CSV, JSON (lines) and Parquet files, and from stores of the older layout with one table.
 
-A row has a `description`, and what it likes of `id`, `title`, `difficulty`, `function_name`, `tests` (a list, or JSON of one);
-and `version1`, `version2` with a `preference` (0: the first is better, 1: the second; blank: nobody has said), which become
-a pair and a judgement. What is imported twice is there once.
+A row has a `description`, and optionally `id`, `title`, `difficulty`, `function_name`, `tests` (a list, or its JSON); and
+`version1`, `version2` with a `preference` (0: the first is better, 1: the second; blank: not judged), which become a pair and a
+judgment. Importing a row twice adds it once.
 """
 
 import hashlib
@@ -17,14 +17,14 @@ import duckdb
 from preference_collection.replies import extract_code
 from preference_collection.sandbox import COMPARISONS
 from preference_collection.schema import connect
-from preference_collection.store import Generation, Judgement, Pair, Problem, Store
+from preference_collection.store import Generation, Judgment, Pair, Problem, Store
 from preference_training.core.errors import UserError, first_line
 from preference_training.data.files import is_data_file, read_rows
 from preference_training.data.rows.records import DataReport, fault_of_text, kind_of
 
 SAMPLES = Path(__file__).parent / "samples.jsonl"
 
-# Who judged, and which model wrote, where the rows do not say.
+# The labeler and model of imported rows.
 IMPORTED = "imported"
 
 LABELS = {"0": "first", "0.0": "first", "1": "second", "1.0": "second"}
@@ -34,32 +34,32 @@ OLDER_TABLE = "leetcode_problems"
 
 
 class RowError(Exception):
-    """What is wrong with a row, as the end of a sentence."""
+    """The fault of a row, as the end of a sentence."""
 
 
 @dataclass
 class Import:
-    """What the rows hold, and what came of it when it was added."""
+    """The content of the rows, and the counts after adding it."""
 
     problems: dict[str, Problem] = field(default_factory=dict)
     pairs: dict[str, Pair] = field(default_factory=dict)
-    judgements: dict[str, Judgement] = field(default_factory=dict)
+    judgments: dict[str, Judgment] = field(default_factory=dict)
     num_bad_rows: int = 0
     added: int = 0
     known: int = 0
 
     def line(self) -> str:
-        """What is said about it."""
+        """A one-line summary."""
         parts = [f"{self.added} problems added", f"{self.known} known", f"{len(self.pairs)} new pairs"]
-        parts += [f"{len(self.judgements)} judgements", f"{self.num_bad_rows} bad rows left out"]
+        parts += [f"{len(self.judgments)} judgments", f"{self.num_bad_rows} invalid rows skipped"]
         return ", ".join(part for part in parts if not part.startswith("0 ")) or "nothing new"
 
 
 def import_into(store: Store, path: Path, skip_bad_rows: bool = False) -> Import:
-    """Add what a file holds to a store: all of it, or nothing.
+    """Add the content of a file to a store, all or nothing.
 
-    Raises UserError for a file that cannot be read, and, unless bad rows are to be left out, one that names the first ten of
-    them by number, counted from 1.
+    Raises UserError for an unreadable file and, unless skip_bad_rows, for invalid rows, listing the first ten with their
+    numbers, counted from 1.
     """
     report = DataReport(skip_bad_rows=True)
     found = Import()
@@ -72,8 +72,8 @@ def import_into(store: Store, path: Path, skip_bad_rows: bool = False) -> Import
     if report.num_bad_rows and not skip_bad_rows:
         rows = "\n".join(f"  {line.removeprefix('datasets: ')}" for line in report.bad_rows)
         raise UserError(
-            f"import: {report.num_bad_rows} rows of {path} cannot be used, and nothing was imported. Mend them, or leave them "
-            f"out with --skip-bad-rows. The first of them:\n{rows}"
+            f"import: {report.num_bad_rows} rows of {path} are invalid, and nothing was imported. Fix them, or skip them with "
+            f"--skip-bad-rows. The first of them:\n{rows}"
         )
     return _add(store, found)
 
@@ -82,8 +82,8 @@ def _add(store: Store, found: Import) -> Import:
     found.added, found.known = store.add_problems(found.problems.values())
     known = store.pair_ids()
     found.pairs = {id: pair for id, pair in found.pairs.items() if id not in known}
-    found.judgements = {id: judgement for id, judgement in found.judgements.items() if judgement.pair not in known}
-    store.add_pairs(found.pairs.values(), found.judgements.values())
+    found.judgments = {id: judgment for id, judgment in found.judgments.items() if judgment.pair not in known}
+    store.add_pairs(found.pairs.values(), found.judgments.values())
     return found
 
 
@@ -108,8 +108,8 @@ def _rows_of_older_store(path: Path) -> Iterator[tuple[int, dict]]:
             cursor = connection.execute("SELECT * FROM leetcode_problems")
         except duckdb.Error as error:
             raise UserError(
-                f"import: {path} cannot be read as a store of the older layout: {first_line(error)}. Expected a table "
-                f"{OLDER_TABLE}; files of rows end in .csv, .jsonl, .json or .parquet."
+                f"import: {path} is not a store of the older layout: {first_line(error)}. Expected a table {OLDER_TABLE}, or a "
+                "file ending in .csv, .jsonl, .json or .parquet."
             ) from error
         names = [column[0] for column in cursor.description]
         number = 0
@@ -120,24 +120,24 @@ def _rows_of_older_store(path: Path) -> Iterator[tuple[int, dict]]:
 
 
 def _take(row: dict, found: Import) -> None:
-    """Add what one row says. Raises RowError."""
+    """Add the content of one row. Raises RowError."""
     problem = problem_of(row)
     texts = [_text(row, name) for name in ("version1", "version2")]
     label = _label(row)
     if label is not None and not all(texts):
-        raise RowError("it has a preference, and one of version1 and version2 is empty")
+        raise RowError("it has a preference, but version1 or version2 is empty")
     if found.problems.setdefault(problem.id, problem).description != problem.description:
-        raise RowError(f"id {problem.id!r} names another problem in an earlier row")
+        raise RowError(f"id {problem.id!r} belongs to a different problem in an earlier row")
     if not all(texts):
         return
-    # Ids that follow from what they name, so that a second import finds them.
+    # Ids are content hashes, so that a second import recognizes them.
     first, second = (_generation(problem, text) for text in texts)
     pair = Pair(_hash(first.id, second.id), problem.id, first, second)
     found.pairs[pair.id] = pair
     if label is not None:
-        judgement = Judgement(_hash(pair.id, IMPORTED), pair.id, "first", label, IMPORTED)
-        if found.judgements.setdefault(judgement.id, judgement) != judgement:
-            raise RowError("the same two solutions have the other preference in an earlier row")
+        judgment = Judgment(_hash(pair.id, IMPORTED), pair.id, "first", label, IMPORTED)
+        if found.judgments.setdefault(judgment.id, judgment) != judgment:
+            raise RowError("the same two solutions have the opposite preference in an earlier row")
 
 
 def problem_of(row: dict) -> Problem:
@@ -147,16 +147,16 @@ def problem_of(row: dict) -> Problem:
     title = _text(row, "title") or description.strip().splitlines()[0][:80]
     name = _text(row, "function_name").strip()
     if name and not name.isidentifier():
-        raise RowError(f"function_name {name!r} is no name of a function")
+        raise RowError(f"function_name {name!r} is not a valid function name")
     tests = _tests(row.get("tests"))
     if tests and not name:
-        raise RowError("it has tests and no function_name")
+        raise RowError("it has tests but no function_name")
     return Problem(id, title, _text(row, "difficulty").strip().lower(), description, name, tests)
 
 
 def _text(row: dict, name: str, needed: bool = False) -> str:
     value = row.get(name)
-    if not needed and (value is None or value != value):  # a blank number of Parquet is None or NaN
+    if not needed and (value is None or value != value):  # an empty number in Parquet is None or NaN
         return ""
     text = value if isinstance(value, str) else str(value) if type(value) in (int, float) else None
     if text is None:
@@ -168,12 +168,12 @@ def _text(row: dict, name: str, needed: bool = False) -> str:
 
 
 def _label(row: dict) -> str | None:
-    said = str(row.get("preference")).strip().lower()
-    if said in BLANKS:
+    value = str(row.get("preference")).strip().lower()
+    if value in BLANKS:
         return None
-    if said not in LABELS:
-        raise RowError(f"preference is {said[:40]!r}, expected 0 (version1 is better), 1 (version2) or nothing")
-    return LABELS[said]
+    if value not in LABELS:
+        raise RowError(f"preference is {value[:40]!r}, expected 0 (version1 is better), 1 (version2 is better) or blank")
+    return LABELS[value]
 
 
 def _tests(value) -> tuple[dict, ...]:
@@ -188,9 +188,9 @@ def _tests(value) -> tuple[dict, ...]:
         raise RowError(f"tests are {kind_of(value)}, expected a list")
     for number, test in enumerate(value, start=1):
         if not isinstance(test, dict) or not isinstance(test.get("args"), list) or "expected" not in test:
-            raise RowError(f"test {number} is no object with args (a list) and expected")
+            raise RowError(f"test {number} is not an object with args (a list) and expected")
         if test.get("compare", "equal") not in COMPARISONS:
-            raise RowError(f"test {number} compares by {test['compare']!r}, expected one of {', '.join(COMPARISONS)}")
+            raise RowError(f"test {number} has compare {test['compare']!r}, expected one of {', '.join(COMPARISONS)}")
     kept = ("args", "expected", "compare")
     return tuple({key: test[key] for key in kept if key in test} for test in value)
 

@@ -1,8 +1,8 @@
-# Run a command where it sees nothing but a few directories, read-only, and an empty /tmp.
+# Run a command that can see only the given directories, read-only, and an empty /tmp.
 #
 # sh jail.sh MEGABYTES USER DIRECTORY... -- COMMAND...
 #
-# To be run in mount, PID and network namespaces of its own, as their root. USER is who the command runs as, - for the same.
+# Run this in new mount, PID and network namespaces, as their root. USER is the user id for the command, - to keep the current one.
 set -e
 size=$1 user=$2
 shift 2
@@ -26,7 +26,7 @@ while [ "$1" != -- ]; do
 done
 shift
 chmod 1777 $root/tmp
-# umount reads what is mounted from /proc.
+# umount needs /proc.
 mount --rbind /proc $root/proc
 cd $root
 pivot_root . old

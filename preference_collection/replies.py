@@ -1,7 +1,7 @@
-"""The code in a model's reply. Models are asked for one fenced block, and write whatever they like.
+"""Extracting code from a model's reply. Models are asked for one fenced block, but reply in many formats.
 
-Every way in which code may be marked gives candidates, and the parser is the judge: the code is the last candidate that parses
-and defines the function that was asked for; failing that, what comes nearest, with what is wrong with it.
+Each way of marking code yields candidates, and the parser decides: the result is the last candidate that parses and defines
+the requested function, or else the closest candidate, with its fault.
 """
 
 import ast
@@ -10,10 +10,10 @@ import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-# A reply is not read any further. Unit: characters.
+# Longer replies are truncated. Unit: characters.
 LONGEST_REPLY = 200_000
 
-# What opens and closes a block: at least three backticks or tildes, in a list or a quotation too.
+# The fence of a block: at least three backticks or tildes, also in a list or a quotation.
 FENCE = re.compile(r"^[ \t>]*(?:[-*+]|\d+[.)])?[ \t]*(`{3,}|~{3,})(.*)$")
 PYTHON_TAGS = re.compile(r"\[PYTHON\](.*?)(?:\[/PYTHON\]|\Z)", re.DOTALL | re.IGNORECASE)
 BETWEEN_FENCES = re.compile(r"```[ \t]*(?:python3?|py)?\b[ \t]*\n?(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
@@ -22,18 +22,18 @@ BEGINS_LIKE_CODE = re.compile(r"^(def |async def |class |import |from \S+ import
 
 @dataclass(frozen=True)
 class Extracted:
-    """Code, and what is wrong with the reply as the end of a sentence; without a fault the code parses and has the function."""
+    """Code, and the reply's fault as the end of a sentence; without a fault, the code parses and defines the function."""
 
     code: str | None
     fault: str | None
 
 
 def extract_code(text: str, function_name: str = "") -> Extracted:
-    """The code of a reply that was to define `function_name`; any code where that is empty."""
+    """The code in a reply that should define `function_name`; any code if that is empty."""
     answer = _without_thoughts(text[:LONGEST_REPLY].replace("\r\n", "\n"))
     if not answer.strip():
-        return Extracted(None, "is empty" if not text.strip() else "stops before its answer")
-    nearest = Extracted(None, "holds no code")
+        return Extracted(None, "is empty" if not text.strip() else "ends before its answer")
+    nearest = Extracted(None, "contains no code")
     for candidates in (_fenced, _tagged, _between_fences, _bare):
         for code in reversed([block for block in map(_tidy, candidates(answer)) if block]):
             fault = fault_of_code(code, function_name)
@@ -45,7 +45,7 @@ def extract_code(text: str, function_name: str = "") -> Extracted:
 
 
 def fault_of_code(code: str, function_name: str) -> str | None:
-    """What is wrong with code that is to define a function, as the end of a sentence, or None."""
+    """The fault of code that should define a function, as the end of a sentence, or None."""
     try:
         tree = ast.parse(code)
     except SyntaxError as error:
@@ -53,20 +53,20 @@ def fault_of_code(code: str, function_name: str) -> str | None:
     except (ValueError, RecursionError, MemoryError) as error:
         return f"does not parse: {error or type(error).__name__}"
     if not tree.body:
-        return "does not parse: there is nothing but comments"
+        return "does not parse: it contains only comments"
     names = {plain_name(node.name) for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
     if function_name and plain_name(function_name) not in names:
-        return f"defines no function {function_name}"
+        return f"does not define the function {function_name}"
     return None
 
 
 def plain_name(name: str) -> str:
-    """A name without what models change in it: two_sum, twoSum and TwoSum are the same."""
+    """A name in normalized spelling: two_sum, twoSum and TwoSum are the same."""
     return name.replace("_", "").lower()
 
 
 def _without_thoughts(text: str) -> str:
-    """What follows a model's thoughts, which stand before </think>, with or without a beginning."""
+    """The text after a model's reasoning, which ends with </think> and may lack the opening tag."""
     if "</think>" in text:
         return text.rpartition("</think>")[2]
     return "" if text.lstrip().startswith("<think>") else text
@@ -77,7 +77,7 @@ def _tidy(code: str) -> str:
 
 
 def _fenced(text: str) -> Iterator[str]:
-    """Blocks as Markdown has them; the last may lack its end."""
+    """Markdown code blocks; the last may be unclosed."""
     fence, lines = "", []
     for line in text.split("\n"):
         found = FENCE.match(line)
@@ -94,22 +94,22 @@ def _fenced(text: str) -> Iterator[str]:
 
 
 def _tagged(text: str) -> Iterator[str]:
-    """What CodeLlama's [PYTHON] marks."""
+    """Code in CodeLlama's [PYTHON] tags."""
     yield from PYTHON_TAGS.findall(text)
 
 
 def _between_fences(text: str) -> Iterator[str]:
-    """What stands between fences that are not on lines of their own."""
+    """Code between fences that are not on lines of their own."""
     yield from BETWEEN_FENCES.findall(text)
 
 
 def _bare(text: str) -> Iterator[str]:
-    """Code without any mark: from the first line that looks like it, to the last with which it parses."""
+    """Unmarked code: from the first line that looks like code to the last line with which it still parses."""
     begin = BEGINS_LIKE_CODE.search(text)
     if not begin:
         return
     lines = text[begin.start() :].split("\n")
-    # Prose behind the code is short; what is longer is no such reply.
+    # Only short prose is expected after the code.
     for end in range(len(lines), max(0, len(lines) - 60), -1):
         code = "\n".join(lines[:end])
         if fault_of_code(code, "") is None:

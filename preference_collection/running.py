@@ -1,4 +1,4 @@
-"""Tests on their way: each solution's once, whoever looks at it, a few at a time."""
+"""Running tests in the background: once per solution, whoever views it, and a few at a time."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -7,16 +7,16 @@ from dataclasses import dataclass, field
 from preference_collection.sandbox import Sandbox
 from preference_collection.store import Generation, Problem, Store
 
-# Solutions whose tests run at the same time, and finished runs that are remembered beside the store.
+# Number of solutions tested concurrently, and of runs cached in memory.
 AT_ONCE = 2
 REMEMBERED = 1000
 
 
 @dataclass
 class TestRun:
-    """The tests of one solution: results as they come, the dicts of `TestResult`; of `total` tests; until it is over."""
+    """The tests of one solution. results grows as tests finish; each is the dict of a `TestResult`."""
 
-    __test__ = False  # no test of pytest's
+    __test__ = False  # not a pytest class
 
     total: int
     results: list[dict] = field(default_factory=list)
@@ -24,17 +24,17 @@ class TestRun:
 
     @property
     def passed(self) -> int:
-        """How many have passed so far."""
+        """Number of tests passed so far."""
         return sum(result["status"] == "passed" for result in self.results)
 
 
 class TestRunner:
-    """Runs the tests of solutions in the background, and keeps their results in the store."""
+    """Runs the tests of solutions in the background, and saves the results in the store."""
 
     __test__ = False
 
     def __init__(self, sandbox: Sandbox, store: Store, run_unisolated: bool):
-        """run_unisolated: run also what this machine cannot hold back."""
+        """run_unisolated: run tests even if this machine cannot isolate them."""
         self.sandbox = sandbox
         self.enabled = sandbox.isolation.enough or run_unisolated
         self._store = store
@@ -43,7 +43,7 @@ class TestRunner:
         self._threads = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="tests")
 
     def run_of(self, generation: Generation, problem: Problem) -> TestRun | None:
-        """The tests of a solution, which begin now if they never have; None where there is nothing to run, or it is off."""
+        """The tests of a solution, started if they have not run yet; None if there are none, or if tests are disabled."""
         if not generation.code or not problem.tests:
             return None
         with self._lock:

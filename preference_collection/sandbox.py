@@ -1,9 +1,9 @@
-"""Unit tests of code that a model wrote, run as what they are: somebody else's code.
+"""Running unit tests of model-written code, which is untrusted.
 
-Each test is a process of its own: without network, seeing neither files nor processes of the machine but an interpreter and an
-empty /tmp, unable to start another process, with bounds on processor time, time, memory, files and output. What it returns is
-compared out here; what is expected never goes in. Whether a machine can hold code back like this is not guessed but tried, when
-the app starts, and without it nothing is run unless that is asked for.
+Each test runs in its own process, without network, seeing only an interpreter and an empty /tmp of the machine's files and
+processes, unable to start other processes, with limits on CPU time, wall-clock time, memory, files and output. Its return value
+is compared outside the sandbox; the expected value never enters it. At startup the app verifies that the machine can isolate
+code like this, and otherwise runs nothing unless told to.
 """
 
 import json
@@ -27,7 +27,7 @@ JAIL = (Path(__file__).parent / "jail.sh").read_text()
 
 COMPARISONS = ("equal", "unordered", "close")
 
-# Where an interpreter and its libraries lie, beside its own directory; what is not there is left out.
+# Locations of an interpreter and its libraries, in addition to its own directory; missing ones are skipped.
 SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib64", "/etc/ld.so.cache")
 NOBODY = "65534"
 NAMESPACES = ("--mount", "--net", "--pid", "--ipc", "--uts", "--fork", "--kill-child")
@@ -35,7 +35,7 @@ NAMESPACES = ("--mount", "--net", "--pid", "--ipc", "--uts", "--fork", "--kill-c
 
 @dataclass(frozen=True)
 class Limits:
-    """What one test may use."""
+    """The resource limits of one test."""
 
     cpu_seconds: int
     wall_seconds: float
@@ -44,7 +44,7 @@ class Limits:
     output_kb: int
 
     def of_process(self) -> dict[str, int]:
-        """By the names of setrlimit. No process or thread can be started beside the one there is."""
+        """The limits by setrlimit's names. No further process or thread can be started."""
         return {
             "RLIMIT_CPU": self.cpu_seconds,
             "RLIMIT_AS": self.memory_mb * 2**20,
@@ -57,7 +57,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Isolation:
-    """From what the code was seen to be held back, tried on this machine."""
+    """What the code was verified to be isolated from on this machine."""
 
     how: str
     network: bool
@@ -67,24 +67,24 @@ class Isolation:
 
     @property
     def enough(self) -> bool:
-        """Whether code that nobody has read may run."""
+        """Whether untrusted code may run."""
         return self.network and self.files and self.processes and self.forks
 
     def line(self) -> str:
-        """What is said about it."""
+        """A one-line description."""
         parts = {"network": self.network, "files": self.files, "other processes": self.processes, "new processes": self.forks}
         held, open_to = ([name for name, value in parts.items() if value is state] for state in (True, False))
-        said = f"Tests run by {self.how}"
+        text = f"Tests run with {self.how}"
         if held:
-            said += f", without access to {', '.join(held)}"
-        return f"{said}; NOT held back from {', '.join(open_to)}." if open_to else f"{said}."
+            text += f", without access to {', '.join(held)}"
+        return f"{text}; NOT isolated from {', '.join(open_to)}." if open_to else f"{text}."
 
 
 @dataclass(frozen=True)
 class TestResult:
-    """What became of one test: status is passed, failed, error or timed out. Values are JSON, cut to what one can read."""
+    """The result of one test: status is passed, failed, error or timed out. Values are JSON, shortened for display."""
 
-    __test__ = False  # no test of pytest's
+    __test__ = False  # not a pytest class
 
     status: str
     call: str
@@ -93,20 +93,20 @@ class TestResult:
     message: str = ""
 
     def as_dict(self) -> dict:
-        """Plain values, for the store."""
+        """The result as plain values, for the store."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class Sandbox:
-    """A way to run code. wrap makes a command line one that runs held back, with so many megabytes of files."""
+    """A way to run code. wrap turns a command line into an isolated one, with a limit on files in megabytes."""
 
     limits: Limits
     wrap: Callable[[list[str], int], list[str]]
     isolation: Isolation
 
     def run(self, code: str, function_name: str, tests: tuple[dict, ...]) -> Iterator[TestResult]:
-        """The results of tests, one by one as they are there. Ends the process of the one under way if it is closed."""
+        """Yield the results of tests one by one. Closing the generator kills the running test."""
         for test in tests:
             shown = f"{function_name}({', '.join(shorten(arg) for arg in test['args'])})", shorten(test["expected"])
             ended = _call(self.wrap, self.limits, lambda _, args=test["args"]: (code, function_name, args))
@@ -114,7 +114,7 @@ class Sandbox:
 
 
 def open_sandbox(limits: Limits) -> Sandbox:
-    """The way to run code that holds it back most, of those that this machine offers. Each is tried, the best first."""
+    """The strongest isolation that this machine offers. Each is verified, the best first."""
     tried = []
     for how, wrap in _ways().items():
         sandbox = Sandbox(limits, wrap, _prove(how, wrap, limits))
@@ -124,31 +124,31 @@ def open_sandbox(limits: Limits) -> Sandbox:
     return max(tried, key=lambda sandbox: sum(value is True for value in asdict(sandbox.isolation).values()))
 
 
-# ---- ways to hold code back ----------------------------------------------------------------------------------------------
+# ---- ways to isolate code ------------------------------------------------------------------------------------------------
 
 
 def _ways() -> dict[str, Callable[[list[str], int], list[str]]]:
-    """What to try, by name, the best first."""
+    """The available ways by name, the best first."""
     ways = {}
     tools = {name: shutil.which(name, path=PATH) for name in ("bwrap", "unshare", "setpriv")}
-    # As root it would leave the code root outside, whom limits on processes do not hold.
+    # As root, bubblewrap would leave the code as root, to whom process limits do not apply.
     if tools["bwrap"] and os.geteuid() != 0:
         ways["bubblewrap"] = _bubblewrap
     if tools["unshare"] and tools["setpriv"]:
         ways["Linux namespaces"] = _namespaces
-    return {**ways, "limits alone": lambda command, _: command}
+    return {**ways, "resource limits only": lambda command, _: command}
 
 
 PATH = "/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"
 
 
 def _interpreter() -> Path:
-    """The interpreter itself, not a virtual environment's link to it."""
+    """The interpreter itself, not the link in a virtual environment."""
     return Path(getattr(sys, "_base_executable", sys.executable)).resolve()
 
 
 def _visible() -> list[str]:
-    """The directories that the code may see."""
+    """The directories visible to the code."""
     own = str(Path(sys.base_prefix).resolve())
     return [*[path for path in SYSTEM if os.path.lexists(path)], *[own] * (not own.startswith("/usr"))]
 
@@ -161,15 +161,15 @@ def _bubblewrap(command: list[str], files_mb: int) -> list[str]:
 
 
 def _namespaces(command: list[str], files_mb: int) -> list[str]:
-    """By `unshare` and `jail.sh`. Root becomes nobody in the end; others are root of a namespace of users alone."""
+    """Isolate with `unshare` and `jail.sh`. Root becomes nobody; other users are root only in their user namespace."""
     root = os.geteuid() == 0
     own = [] if root else ["--user", "--map-root-user"]
     jail = ["sh", "-c", JAIL, "sh", str(files_mb), NOBODY if root else "-", *_visible(), "--", *command]
-    # The tests end with the app, however that ends.
+    # Kill the tests when the app ends, for whatever reason.
     return ["setpriv", "--pdeathsig", "KILL", "unshare", *own, *NAMESPACES, *jail]
 
 
-# What is tried: to reach what this process has made for it. Refused is what raises OSError.
+# The verification: attempt to reach resources that this process created. An attempt that raises OSError was refused.
 ATTEMPTS = """
 def attempts(secret, folder, port, process):
     import os, socket
@@ -189,7 +189,7 @@ def attempts(secret, folder, port, process):
 
 
 def _prove(how: str, wrap: Callable, limits: Limits) -> Isolation:
-    """Try what the code must not be able to do."""
+    """Attempt what the code must not be able to do."""
     with TemporaryDirectory(dir=Path.home() if os.access(Path.home(), os.W_OK) else None) as folder, socket.socket() as server:
         secret = Path(folder) / "secret"
         secret.touch()
@@ -200,7 +200,7 @@ def _prove(how: str, wrap: Callable, limits: Limits) -> Isolation:
     value = (ended.answer or {}).get("value")
     names = ("network", "files", "processes", "forks")
     if not isinstance(value, dict):
-        return Isolation(f"{how} (which failed: {ended.reason})", False, False, False, False)
+        return Isolation(f"{how} (failed: {ended.reason})", False, False, False, False)
     return Isolation(how, *(value.get(name) is True for name in names))
 
 
@@ -209,7 +209,7 @@ def _prove(how: str, wrap: Callable, limits: Limits) -> Isolation:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a call ended: with an answer, or for a reason. late says that time was the reason."""
+    """How a call ended: with an answer, or for a reason. late means that it ran out of time."""
 
     answer: dict | None
     reason: str = ""
@@ -217,7 +217,7 @@ class Ended:
 
 
 def _call(wrap: Callable, limits: Limits, work_of: Callable[[int], tuple[str, str, list]]) -> Ended:
-    """Run one call: (code, name, args) by the id of the process that waits for them."""
+    """Run one call. work_of maps the id of the waiting process to (code, name, args)."""
     command = wrap([str(_interpreter()), "-I", "-S", "-B", "-c", CHILD], limits.files_mb)
     with TemporaryDirectory() as folder:
         process = subprocess.Popen(
@@ -228,15 +228,16 @@ def _call(wrap: Callable, limits: Limits, work_of: Callable[[int], tuple[str, st
             code, name, args = work_of(process.pid)
             work = {"code": code, "name": name, "args": args, "limits": limits.of_process()}
             started = time.monotonic()
-            said, over = _exchange(process, json.dumps(work).encode(), started + limits.wall_seconds, limits.output_kb * 1024)
+            deadline = started + limits.wall_seconds
+            output, exceeded = _exchange(process, json.dumps(work).encode(), deadline, limits.output_kb * 1024)
         finally:
             _end(process)
-        return _ended(said, over, process.returncode, time.monotonic() - started, limits)
+        return _ended(output, exceeded, process.returncode, time.monotonic() - started, limits)
 
 
-def _exchange(process: subprocess.Popen, work: bytes, deadline: float, most: int) -> tuple[dict[str, bytes], str]:
-    """Write the work, read what comes; returns that by stream, and why it was cut off: "time", "output" or ""."""
-    said = {"stdout": b"", "stderr": b""}
+def _exchange(process: subprocess.Popen, work: bytes, deadline: float, max_bytes: int) -> tuple[dict[str, bytes], str]:
+    """Write the work and read the output; returns it by stream, and which limit ended it: "time", "output" or ""."""
+    output = {"stdout": b"", "stderr": b""}
     with selectors.DefaultSelector() as selector:
         for name, stream in (("stdin", process.stdin), ("stdout", process.stdout), ("stderr", process.stderr)):
             os.set_blocking(stream.fileno(), False)
@@ -244,25 +245,25 @@ def _exchange(process: subprocess.Popen, work: bytes, deadline: float, most: int
         while selector.get_map():
             ready = selector.select(max(0.0, deadline - time.monotonic()))
             if time.monotonic() >= deadline:
-                return said, "time"
+                return output, "time"
             for key, _ in ready:
                 if key.data == "stdin":
                     work = _write_some(key.fileobj, work)
                     open_still = bool(work)
                 else:
                     data = os.read(key.fd, 65536)
-                    said[key.data] += data
+                    output[key.data] += data
                     open_still = bool(data)
-                    if len(said[key.data]) > most:
-                        return said, "output"
+                    if len(output[key.data]) > max_bytes:
+                        return output, "output"
                 if not open_still:
                     selector.unregister(key.fileobj)
                     key.fileobj.close()
-    return said, ""
+    return output, ""
 
 
 def _write_some(stream, work: bytes) -> bytes:
-    """What is left of the work when as much is written as the pipe takes; nothing where nobody reads any longer."""
+    """Write as much as the pipe takes; returns the rest, nothing if the reader has gone."""
     try:
         return work[os.write(stream.fileno(), work[:65536]) :]
     except BrokenPipeError:
@@ -270,7 +271,7 @@ def _write_some(stream, work: bytes) -> bytes:
 
 
 def _end(process: subprocess.Popen) -> None:
-    """End the process with all that belongs to it, and take it off the kernel's list."""
+    """Kill the process group, and reap the process."""
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -278,20 +279,20 @@ def _end(process: subprocess.Popen) -> None:
         stream.close()
 
 
-def _ended(said: dict[str, bytes], over: str, status: int, seconds: float, limits: Limits) -> Ended:
-    if over == "time":
+def _ended(output: dict[str, bytes], exceeded: str, status: int, seconds: float, limits: Limits) -> Ended:
+    if exceeded == "time":
         return Ended(None, f"no answer in {limits.wall_seconds:g} s", late=True)
-    if over == "output":
-        return Ended(None, f"it wrote more than {limits.output_kb} kB")
+    if exceeded == "output":
+        return Ended(None, f"more than {limits.output_kb} kB of output")
     with suppress(ValueError, RecursionError):
-        answer = json.loads(said["stdout"])
+        answer = json.loads(output["stdout"])
         if isinstance(answer, dict) and ("value" in answer or isinstance(answer.get("error"), str)):
             return Ended(answer)
-    # The kernel kills what has used up its processor time; how that is told depends on the tools around it.
+    # The kernel kills a process that exceeds its CPU time; the exit status depends on the wrapping tools.
     if status != 0 and seconds >= limits.cpu_seconds:
-        return Ended(None, f"more than {limits.cpu_seconds} s of processor time", late=True)
-    last = said["stderr"].decode(errors="replace").strip().splitlines()[-1:]
-    return Ended(None, f"it ended without an answer (status {status}){': ' if last else ''}{''.join(last)[:200]}")
+        return Ended(None, f"more than {limits.cpu_seconds} s of CPU time", late=True)
+    last = output["stderr"].decode(errors="replace").strip().splitlines()[-1:]
+    return Ended(None, f"exited without an answer (status {status}){': ' if last else ''}{''.join(last)[:200]}")
 
 
 # ---- results -------------------------------------------------------------------------------------------------------------
@@ -312,7 +313,7 @@ def _result(ended: Ended, test: dict, call: str, expected: str, limits: Limits) 
 
 
 def same(got, expected, compare: str = "equal") -> bool:
-    """Whether a value is the expected one; both are of JSON. "unordered" leaves the order of a list aside, "close" rounding."""
+    """Whether two JSON values are equal. "unordered" ignores the order of lists, "close" rounding errors."""
     if compare == "unordered" and isinstance(got, list) and isinstance(expected, list):
         got, expected = (sorted(value, key=_as_json) for value in (got, expected))
     if isinstance(expected, bool) or isinstance(got, bool):
@@ -329,7 +330,7 @@ def same(got, expected, compare: str = "equal") -> bool:
 
 
 def _as_json(value) -> str:
-    """A value as JSON, to sort by. Values too deep for that are all the same."""
+    """A value as JSON, as a sort key. Values nested too deeply all have the same key."""
     try:
         return json.dumps(value, sort_keys=True)
     except RecursionError:
@@ -337,14 +338,14 @@ def _as_json(value) -> str:
 
 
 def shorten(value, length: int = 200) -> str:
-    """A value as JSON, cut to what one can read."""
+    """A value as JSON, shortened for display."""
     try:
-        said = json.dumps(value, ensure_ascii=False)
+        text = json.dumps(value, ensure_ascii=False)
     except RecursionError:
-        said = "a value nested too deep to show"
-    return printable(said if len(said) <= length else said[: length - 3] + "...")
+        text = "a value nested too deeply to show"
+    return printable(text if len(text) <= length else text[: length - 3] + "...")
 
 
 def printable(text: str) -> str:
-    """A text in which halves of surrogate pairs, which no store and no page takes, are replaced."""
+    """A text with lone surrogates replaced, which neither the store nor the page accepts."""
     return text.encode("utf-8", "replace").decode()

@@ -1,8 +1,8 @@
-"""What runs in the sandbox, in a process of its own: one call of a function that a model wrote.
+"""The process in the sandbox: one call of a model-written function.
 
-Reads {code, name, args, limits} from stdin, and writes {"value": ...} or {"error": ..., "line": ...} to stdout. It knows what
-goes in and not what is to come out: code that would write its own result has to solve the problem first. Nothing but the
-standard library is there, and nothing here is needed to hold the code back: that is the kernel's part.
+Reads {code, name, args, limits} from stdin, and writes {"value": ...} or {"error": ..., "line": ...} to stdout. It knows the
+arguments but not the expected value, so code cannot fake a result without solving the problem. Only the standard library is
+available. The isolation does not depend on this file: the kernel enforces it.
 """
 
 import json
@@ -13,9 +13,9 @@ import traceback
 
 
 def main():
-    """Run one call, with limits that cannot be raised again."""
+    """Run one call, under limits that cannot be raised again."""
     work = json.loads(sys.stdin.buffer.read())
-    # What the code prints goes where it does not mix with the answer.
+    # Redirect the code's own output, so that it does not mix with the answer.
     answer_to = os.dup(1)
     os.dup2(2, 1)
     for name, value in work["limits"].items():
@@ -23,7 +23,7 @@ def main():
     try:
         answer = {"value": plain(call(work["code"], work["name"], work["args"]))}
     except MemoryError:
-        answer = {"error": "MemoryError: more memory than it may have"}
+        answer = {"error": "MemoryError: memory limit exceeded"}
     except BaseException as error:
         answer = fault(error)
     try:
@@ -32,20 +32,20 @@ def main():
         data = json.dumps(fault(error)).encode()
     while data:
         data = data[os.write(answer_to, data) :]
-    # Not a clean end: what the code left for it does not run.
+    # Skip the interpreter's shutdown, so that exit handlers of the code do not run.
     sys.stdout.flush()
     os._exit(0)
 
 
 def call(code, name, args):
-    """Define what the code defines, and call its function."""
+    """Execute the code, and call its function."""
     scope = {"__name__": "solution"}
     exec(compile(code, "solution.py", "exec"), scope)
     return find(scope, name)(*args)
 
 
 def find(scope, name):
-    """The function of a name: a module's, or a method of one of its classes, of which an object is made."""
+    """The function with a name: of the module, or a method of an instance of one of its classes."""
     wanted = name.replace("_", "").lower()
     classes = [value for value in scope.values() if isinstance(value, type) and value.__module__ == "solution"]
     for named in (lambda key: key == name, lambda key: key.replace("_", "").lower() == wanted):
@@ -56,11 +56,11 @@ def find(scope, name):
             for key in vars(owner):
                 if named(key):
                     return getattr(owner(), key)
-    raise NameError(f"there is no function {name}")
+    raise NameError(f"no function named {name}")
 
 
 def plain(value):
-    """A value as JSON has it. Raises TypeError for one that cannot be compared."""
+    """A value as plain JSON. Raises TypeError for one that cannot be compared."""
     if isinstance(value, (set, frozenset)):
         value = sorted(value, key=repr)
     if isinstance(value, (list, tuple)):
@@ -73,13 +73,13 @@ def plain(value):
 
 
 def fault(error):
-    """An error as the answer, with the last line of the solution in which it was."""
+    """An error as the answer, with the last line of the solution in its traceback."""
     try:
-        said = f"{type(error).__name__}: {error}"[:300]
+        message = f"{type(error).__name__}: {error}"[:300]
     except BaseException:
-        said = type(error).__name__[:300]
+        message = type(error).__name__[:300]
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == "solution.py"]
-    return {"error": said, "line": lines[-1] if lines else getattr(error, "lineno", None)}
+    return {"error": message, "line": lines[-1] if lines else getattr(error, "lineno", None)}
 
 
 main()

@@ -1,6 +1,6 @@
-"""How a store is opened, and what is in it: its schema by version, and what to say of a file that is none.
+"""Opening a store: its versioned schema, migrations, and error messages.
 
-A store is a DuckDB file, or a database of MotherDuck (`md:NAME`, or a share, `md:_share/NAME/ID`, for reading).
+A store is a DuckDB file, or a MotherDuck database (`md:NAME`, or a read-only share, `md:_share/NAME/ID`).
 """
 
 import os
@@ -14,12 +14,11 @@ from preference_training.core.errors import UserError, first_line
 
 TOKENS = ("motherduck_token", "MOTHERDUCK_TOKEN")
 
-# A share of MotherDuck, which its owner alone can write: md:_share/NAME/ID.
+# A MotherDuck share, which only its owner can write: md:_share/NAME/ID.
 SHARE = re.compile(r"md:_share/[\w.-]+/[\w-]+")
 
-# Each entry brings a store from the version before to its own, which is its place in this list, counted from 1. Entries are
-# added, never changed: stores of every version are out there. There are no keys and indexes: the one writer sees to that, and
-# a scan of a column takes a millisecond.
+# Entry number n, counted from 1, migrates a store from version n - 1 to n. Entries are added, never changed: stores of every
+# version exist. There are no keys or indexes: the single writer enforces uniqueness, and a column scan takes a millisecond.
 MIGRATIONS = (
     (
         """CREATE TABLE problems (
@@ -35,7 +34,7 @@ MIGRATIONS = (
             number BIGINT NOT NULL, id VARCHAR NOT NULL, pair VARCHAR NOT NULL, shown_left VARCHAR, choice VARCHAR,
             labeller VARCHAR NOT NULL, seconds DOUBLE, reasons VARCHAR[], comment VARCHAR, moment TIMESTAMP NOT NULL,
             undoes VARCHAR)""",
-        # The last word of each labeller on each pair, of those that were not taken back.
+        # The latest judgment of each labeler on each pair, without the undone ones.
         """CREATE VIEW standing AS
             SELECT * EXCLUDE (undoes) FROM preferences
             WHERE undoes IS NULL AND id NOT IN (SELECT undoes FROM preferences WHERE undoes IS NOT NULL)
@@ -50,14 +49,14 @@ MIGRATIONS = (
 
 
 def now() -> datetime:
-    """The moment, in UTC, as DuckDB's TIMESTAMP takes it."""
+    """The current time in UTC, for DuckDB's TIMESTAMP."""
     return datetime.now(UTC).replace(tzinfo=None)
 
 
 def open_database(address: str, read_only: bool = False) -> tuple[duckdb.DuckDBPyConnection, bool]:
-    """Connect to a store, made or brought to this version where that is needed. Returns also whether it can only be read.
+    """Connect to a store, and create or migrate it if needed. Also returns whether it is read-only.
 
-    Raises UserError, with what was found, where it cannot be opened.
+    Raises UserError if it cannot be opened.
     """
     connection = connect(address, read_only)
     try:
@@ -71,14 +70,14 @@ def open_database(address: str, read_only: bool = False) -> tuple[duckdb.DuckDBP
 
 
 def connect(address: str, read_only: bool) -> duckdb.DuckDBPyConnection:
-    """Connect to what may be a store. MotherDuck's token comes from the environment. Raises UserError where that fails."""
+    """Connect to a database. MotherDuck's token comes from the environment. Raises UserError if that fails."""
     remote = address.startswith("md:")
     if remote and not any(os.environ.get(name) for name in TOKENS):
-        raise UserError(f"store: {address} is MotherDuck's, and {TOKENS[0]} is not set. Set it to your token.")
+        raise UserError(f"store: {address} is a MotherDuck address, but {TOKENS[0]} is not set. Set it to your token.")
     file = None if remote or address == ":memory:" else Path(address).expanduser()
     if file and not file.exists():
         if read_only:
-            raise UserError(f"store: {address}: no such file. Expected a store to read.")
+            raise UserError(f"store: {address}: no such file. Expected an existing store.")
         file.parent.mkdir(parents=True, exist_ok=True)
     try:
         if not SHARE.fullmatch(address):
@@ -92,12 +91,12 @@ def connect(address: str, read_only: bool) -> duckdb.DuckDBPyConnection:
 
 
 def _refusal(address: str, error: Exception) -> UserError:
-    said = first_line(error, 400)
-    if "onflicting lock" in said or "already open" in said:
-        return UserError(f"store: {address} is open in another process. One server holds a store; close the other. {said}.")
-    if "not a valid DuckDB" in said:
-        return UserError(f"store: {address} is no DuckDB file. Expected a store of this app, or a name that is free.")
-    return UserError(f"store: {address} cannot be opened: {said}. Expected a DuckDB file or an address of MotherDuck.")
+    message = first_line(error, 400)
+    if "onflicting lock" in message or "already open" in message:
+        return UserError(f"store: {address} is open in another process, and only one can open it. Close the other. {message}.")
+    if "not a valid DuckDB" in message:
+        return UserError(f"store: {address} is not a DuckDB file. Expected a store of this app, or a new file name.")
+    return UserError(f"store: {address} cannot be opened: {message}. Expected a DuckDB file or a MotherDuck address.")
 
 
 def _migrate(address: str, connection: duckdb.DuckDBPyConnection, read_only: bool) -> None:
@@ -105,17 +104,17 @@ def _migrate(address: str, connection: duckdb.DuckDBPyConnection, read_only: boo
     found = {name for (name,) in connection.execute(tables).fetchall()}
     if found and "schema_versions" not in found:
         raise UserError(
-            f"store: {address} holds other tables ({', '.join(sorted(found)[:5])}). Expected a store of this app; one of the "
-            f"older layout is read by: python -m preference_collection import {address}"
+            f"store: {address} contains other tables ({', '.join(sorted(found)[:5])}). Expected a store of this app. To import "
+            f"a store of the older layout: python -m preference_collection import {address}"
         )
     version = connection.execute("SELECT max(version) FROM schema_versions").fetchone()[0] if found else 0
     if version > len(MIGRATIONS):
         raise UserError(
-            f"store: {address} has schema {version}, which a newer app has written; this one knows {len(MIGRATIONS)}. "
+            f"store: {address} has schema {version}, written by a newer app; this one supports {len(MIGRATIONS)}. "
             "Update this app."
         )
     if version < len(MIGRATIONS) and read_only:
-        raise UserError(f"store: {address} has schema {version}, reading needs {len(MIGRATIONS)}. Open it once for writing.")
+        raise UserError(f"store: {address} has schema {version}, this app needs {len(MIGRATIONS)}. Open it once for writing.")
     if version == len(MIGRATIONS):
         return
     connection.begin()

@@ -1,4 +1,4 @@
-"""What the app is told: the defaults of config/collect.yaml, and overrides like those of the command line, checked."""
+"""The settings of the app: the defaults in config/collect.yaml with overrides from the command line, validated."""
 
 from collections.abc import Sequence
 from ipaddress import ip_address
@@ -12,12 +12,12 @@ from preference_training.core.errors import UserError, first_line, nearest
 
 DEFAULTS = Path(__file__).parent.parent / "config" / "collect.yaml"
 
-# The environment variable with the password of all labellers, and that of the overrides of a page that `serve` starts.
+# Environment variables: the shared password, and the overrides that `serve` passes to the page.
 PASSWORD = "COLLECT_PASSWORD"
 OVERRIDES = "COLLECT_OVERRIDES"
 
 TRUTHS = ("read_only", "samples", "run_unisolated")
-# Numbers: the least, the most, and whether they are whole.
+# Numbers: minimum, maximum, and whether only integers are allowed.
 NUMBERS = {
     "port": (1, 65535, True), "temperature": (0, 10, False), "max_tokens": (1, 10**6, True), "slow_seconds": (0, 10**6, False),
     "silence_seconds": (1, 10**6, False), "limits.cpu_seconds": (1, 3600, True), "limits.wall_seconds": (0.1, 3600, False),
@@ -28,16 +28,16 @@ LISTS = ("checkpoints", "reasons")
 
 
 def load_settings(overrides: Sequence[str] = ()) -> DictConfig:
-    """The settings, by overrides such as `store=my.duckdb` or `limits.memory_mb=256`.
+    """The settings, with overrides such as `store=my.duckdb` or `limits.memory_mb=256`.
 
-    Raises UserError for a key that does not exist, and for a value that makes no sense.
+    Raises UserError for an unknown key or an invalid value.
     """
     settings = OmegaConf.load(DEFAULTS)
     known = [key for key in _keys(settings)]
     for text in overrides:
         key = text.partition("=")[0]
         if "=" not in text or key not in known:
-            raise UserError(f"{text!r} is no override of a setting; {nearest(key, known)} Expected KEY=VALUE.")
+            raise UserError(f"{text!r} overrides no setting; {nearest(key, known)} Expected KEY=VALUE.")
         try:
             settings.merge_with_dotlist([text])
         except OmegaConfBaseException as error:
@@ -50,19 +50,19 @@ def load_settings(overrides: Sequence[str] = ()) -> DictConfig:
 
 
 def limits_of(settings: DictConfig) -> Limits:
-    """What one test may use."""
+    """The resource limits of one test."""
     return Limits(**settings.limits)
 
 
 def check_access(settings: DictConfig, password: str | None) -> None:
-    """Raise UserError where others could reach the page and it has no password."""
+    """Raise UserError if other machines could reach the page and no password is set."""
     address = settings.address
     try:
         own = address == "localhost" or ip_address(address).is_loopback
     except ValueError:
         own = False
     if not own and not password:
-        raise UserError(f"address: {address} lets other machines in, and {PASSWORD} is not set. Set it to a password.")
+        raise UserError(f"address: {address} admits other machines, but {PASSWORD} is not set. Set it to a password.")
 
 
 def _keys(settings: DictConfig, prefix: str = ""):
@@ -74,17 +74,17 @@ def _keys(settings: DictConfig, prefix: str = ""):
 
 
 def _fault(key: str, value) -> str | None:
-    """What was expected of the value of a key, where it is not that."""
+    """What was expected as the value of a key, or None if it is valid."""
     if key in TRUTHS:
         return None if isinstance(value, bool) else "true or false"
     if key in NUMBERS:
         least, most, whole = NUMBERS[key]
         kinds = int if whole else (int, float)
         fits = isinstance(value, kinds) and not isinstance(value, bool) and least <= value <= most
-        return None if fits else f"a {'whole ' * whole}number from {least} to {most}"
+        return None if fits else f"{'an integer' if whole else 'a number'} from {least} to {most}"
     if key in LISTS:
         fits = OmegaConf.is_list(value) and all(isinstance(item, str) and item for item in value)
-        return None if fits else "a list of texts"
+        return None if fits else "a list of non-empty strings"
     if value is None and key not in TEXTS:
         return None
-    return None if isinstance(value, str) and value.strip() else "a text"
+    return None if isinstance(value, str) and value.strip() else "a non-empty string"

@@ -1,8 +1,8 @@
-"""The store: problems, generated solutions and what people think of them, in DuckDB (a file, or MotherDuck by `md:`).
+"""The store: problems, generated solutions and judgments, in DuckDB (a file, or MotherDuck with `md:`).
 
-Judgements are events: one is added, none is ever changed or removed, and an undo is an event too. What stands is found by
-reading them. One process holds a store, with a thread for every labeller: each call has a cursor of its own, and writes
-follow one another under a lock. Values are always bound, and every statement is a constant of this module.
+Judgments are an append-only log of events: none is ever changed or removed, and an undo is an event too. The current judgments
+are derived from the log. One process opens a store, with a thread per labeler: each call has its own cursor, and a lock
+serializes writes. Values are always bound, and every statement is a constant of this module.
 """
 
 import hashlib
@@ -20,9 +20,9 @@ from preference_collection.schema import now, open_database
 from preference_training.core.errors import UserError
 
 CHOICES = ("first", "second", "tie", "skip")
-# Which problems are shown: all, those that this labeller has not judged, those on which labellers differ.
-FILTERS = ("all", "unlabelled", "disagreement")
-# Their order: as they were added, or those first of which the policy is least sure which solution is better.
+# Filters of the list: all problems, those that this labeler has not judged, those on which labelers disagree.
+FILTERS = ("all", "unlabeled", "disagreement")
+# Orders of the list: by time added, or by the policy's uncertainty about which solution is better.
 ORDERS = ("added", "uncertain")
 
 INSERT_PROBLEMS = """INSERT INTO problems SELECT unnest(?::BIGINT[]), unnest(?::VARCHAR[]), unnest(?::VARCHAR[]),
@@ -48,23 +48,23 @@ ALL_PAIRS = f"""SELECT {PAIR_COLUMNS} FROM pairs JOIN generations one ON one.id 
 BROWSE = """
     WITH newest AS (SELECT problem, arg_max(id, number) AS pair FROM pairs GROUP BY problem),
     votes AS (
-        SELECT pairs.problem, count(*) AS judgements, bool_or(labeller = $labeller AND standing.pair = newest.pair) AS mine,
+        SELECT pairs.problem, count(*) AS judgments, bool_or(labeller = $labeler AND standing.pair = newest.pair) AS mine,
             count(DISTINCT CASE WHEN choice <> 'skip' AND standing.pair = newest.pair THEN choice END) AS opinions
         FROM standing JOIN pairs ON pairs.id = standing.pair JOIN newest ON newest.problem = pairs.problem
         GROUP BY pairs.problem),
     margins AS (
         SELECT pair, arg_max(margin, moment) AS margin FROM scores
         WHERE model = (SELECT arg_max(model, moment) FROM scores) GROUP BY pair)
-    SELECT problems.id, title, difficulty, newest.pair, coalesce(judgements, 0), coalesce(mine, false),
+    SELECT problems.id, title, difficulty, newest.pair, coalesce(judgments, 0), coalesce(mine, false),
         coalesce(opinions, 0) > 1, margin, count(*) OVER ()
     FROM problems LEFT JOIN newest ON newest.problem = problems.id LEFT JOIN votes ON votes.problem = problems.id
         LEFT JOIN margins ON margins.pair = newest.pair
     WHERE ($difficulty = '' OR difficulty = $difficulty) AND contains(lower(title), lower($search))
-        AND ($only <> 'unlabelled' OR NOT coalesce(mine, false)) AND ($only <> 'disagreement' OR opinions > 1)
+        AND ($only <> 'unlabeled' OR NOT coalesce(mine, false)) AND ($only <> 'disagreement' OR opinions > 1)
     ORDER BY CASE WHEN $uncertain THEN abs(margin) END NULLS LAST, problems.number
     LIMIT $size OFFSET $start"""
 
-JUDGEMENTS = """
+JUDGMENTS = """
     SELECT s.id, s.pair, s.shown_left, s.choice, s.labeller, s.seconds, s.reasons, s.comment, s.moment,
         problems.id, problems.title, problems.difficulty, one.prompt, one.text, two.text, one.model, two.model,
         count(*) FILTER (s.choice = 'first') OVER votes, count(*) FILTER (s.choice = 'second') OVER votes,
@@ -80,23 +80,23 @@ VOTES_OF_PAIRS = """
 
 PROGRESS = """
     SELECT (SELECT count(*) FROM problems), (SELECT count(*) FROM pairs), (SELECT count(DISTINCT pair) FROM standing),
-        (SELECT count(*) FROM standing), (SELECT count(*) FROM standing WHERE labeller = $labeller),
+        (SELECT count(*) FROM standing), (SELECT count(*) FROM standing WHERE labeller = $labeler),
         (SELECT count(DISTINCT labeller) FROM standing)"""
 
 
 def new_id() -> str:
-    """An id that nothing else has: 32 hexadecimal digits."""
+    """A unique id: 32 hexadecimal digits."""
     return uuid.uuid4().hex
 
 
-def side_shown_left(labeller: str, pair: str) -> str:
-    """Which solution of a pair this labeller sees on the left, "first" or "second": as good as random, and always the same."""
-    return ("first", "second")[hashlib.sha256(f"{labeller}\0{pair}".encode()).digest()[0] % 2]
+def side_shown_left(labeler: str, pair: str) -> str:
+    """Which solution of a pair this labeler sees on the left, "first" or "second": pseudo-random, but always the same."""
+    return ("first", "second")[hashlib.sha256(f"{labeler}\0{pair}".encode()).digest()[0] % 2]
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A programming problem. Each test is a dict of `args`, `expected` and perhaps `compare`, as `sandbox.py` reads it."""
+    """A programming problem. Each test is a dict with `args`, `expected` and optionally `compare`: see `sandbox.py`."""
 
     id: str
     title: str
@@ -108,7 +108,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Generation:
-    """A solution as a model wrote it. code is what was found in the text, None where it holds none."""
+    """A solution written by a model. code is extracted from the text, None if it contains none."""
 
     id: str
     model: str
@@ -120,7 +120,7 @@ class Generation:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two solutions of one problem. Which is the first says nothing of where it is shown."""
+    """Two solutions of one problem. Their order does not determine which is shown on the left."""
 
     id: str
     problem: str
@@ -129,14 +129,14 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Judgement:
-    """What a labeller says of a pair: choice is one of CHOICES, shown_left "first" or "second", seconds how long it took."""
+class Judgment:
+    """A labeler's judgment of a pair: choice is one of CHOICES, shown_left "first" or "second", seconds the time taken."""
 
     id: str
     pair: str
     shown_left: str
     choice: str
-    labeller: str
+    labeler: str
     seconds: float | None = None
     reasons: tuple[str, ...] = ()
     comment: str = ""
@@ -144,16 +144,16 @@ class Judgement:
 
 @dataclass(frozen=True)
 class ProblemRow:
-    """A problem in the list: its newest pair, how many judgements it has, whether `mine` is among them, whether they differ.
+    """A problem in the list: its newest pair, the number of judgments, whether one is mine, and whether labelers disagree.
 
-    margin is by how much the policy prefers the first solution; None where it was not asked.
+    margin is how much the policy prefers the first solution; None if it was not scored.
     """
 
     id: str
     title: str
     difficulty: str
     pair: str | None
-    judgements: int
+    judgments: int
     mine: bool
     disagreement: bool
     margin: float | None
@@ -161,9 +161,9 @@ class ProblemRow:
 
 @dataclass(frozen=True)
 class Query:
-    """Which problems of the list are wanted, as whom: one of FILTERS, one of ORDERS, a part of the title."""
+    """The filters of the list, for a labeler: only is one of FILTERS, order one of ORDERS, search a part of the title."""
 
-    labeller: str = ""
+    labeler: str = ""
     only: str = "all"
     order: str = "added"
     difficulty: str = ""
@@ -172,22 +172,22 @@ class Query:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far it has come; judgements count those that stand, and mine those of one labeller."""
+    """Progress counts. judgments counts the current ones, and mine those of one labeler."""
 
     problems: int
     pairs: int
     judged_pairs: int
-    judgements: int
+    judgments: int
     mine: int
-    labellers: int
+    labelers: int
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far labellers agree on the pairs that several have judged, skips left aside.
+    """Agreement between labelers on pairs that several have judged, without skips.
 
-    comparisons counts pairs of labellers on the same pair of solutions, and agreed those of the same choice. alpha is
-    Krippendorff's for nominal data (1 agreement, 0 chance); None where nobody differs in anything.
+    comparisons counts pairs of labelers on the same pair of solutions, and agreed those with the same choice. alpha is
+    Krippendorff's for nominal data (1 agreement, 0 chance); None if all choices are the same.
     """
 
     pairs: int
@@ -197,7 +197,7 @@ class Agreement:
 
 
 def agreement_of(votes: Iterable[tuple[int, ...]]) -> Agreement:
-    """Agreement from the votes on each pair: how many chose first, second, tie.
+    """Agreement, from the number of votes for first, second and tie on each pair.
 
     With n_uc votes for c on pair u, m_u on pair u, n_c for c and n in all, alpha = 1 - D_o / D_e, where
     D_o = 1/n sum_u (m_u^2 - sum_c n_uc^2) / (m_u - 1) and D_e = (n^2 - sum_c n_c^2) / (n (n - 1)) (Krippendorff 2011).
@@ -213,7 +213,7 @@ def agreement_of(votes: Iterable[tuple[int, ...]]) -> Agreement:
 
 @dataclass
 class Store:
-    """An open store. Use `open_store`; `read_only` says whether nothing can be added."""
+    """An open store; create it with `open_store`."""
 
     address: str
     connection: duckdb.DuckDBPyConnection
@@ -221,13 +221,13 @@ class Store:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self):
-        """Events are numbered from where the last process stopped."""
+        """Continue the numbering of events."""
         last = self._row("SELECT greatest((SELECT max(number) FROM preferences), (SELECT max(number) FROM pairs), "
                          "(SELECT max(number) FROM problems))")  # fmt: skip
         self._numbers = count((last[0] or 0) + 1)
 
     def close(self) -> None:
-        """Write what is in memory into the file, and let go of it."""
+        """Flush to the file, and close it."""
         self.connection.close()
 
     # ---- reading -----------------------------------------------------------------------------------------------------------
@@ -240,7 +240,7 @@ class Store:
         return next(iter(self._rows(statement, values)), None)
 
     def problem(self, problem: str) -> Problem | None:
-        """The problem of an id."""
+        """The problem with an id."""
         row = self._row(
             "SELECT id, title, difficulty, description, function_name, tests FROM problems WHERE id = $id", {"id": problem}
         )
@@ -251,58 +251,58 @@ class Store:
         return {id for (id,) in self._rows("SELECT id FROM pairs")}
 
     def difficulties(self) -> list[str]:
-        """The difficulties there are."""
+        """All difficulties in use."""
         return [row[0] for row in self._rows("SELECT DISTINCT difficulty FROM problems ORDER BY 1")]
 
     def pairs_of(self, problem: str) -> list[Pair]:
-        """The pairs of a problem, the newest first."""
+        """The pairs of a problem, newest first."""
         return [_pair(row) for row in self._rows(PAIRS_OF, {"problem": problem})]
 
     def pairs(self) -> list[Pair]:
-        """All pairs, the oldest first."""
+        """All pairs, oldest first."""
         return [_pair(row) for row in self._rows(ALL_PAIRS)]
 
     def browse(self, query: Query, start: int = 0, size: int = 20) -> tuple[list[ProblemRow], int]:
-        """A page of the list of problems, from `start` on, and how many there are in all."""
+        """A page of the list of problems, beginning at `start`, and the total number."""
         values = {
-            "labeller": query.labeller, "only": query.only, "uncertain": query.order == "uncertain",
+            "labeler": query.labeler, "only": query.only, "uncertain": query.order == "uncertain",
             "difficulty": query.difficulty, "search": query.search, "start": start, "size": size,
         }  # fmt: skip
         rows = self._rows(BROWSE, values)
         return [ProblemRow(*row[:-1]) for row in rows], rows[0][-1] if rows else 0
 
-    def standing(self, pair: str) -> list[Judgement]:
-        """What stands of a pair, in the order in which it was said."""
+    def standing(self, pair: str) -> list[Judgment]:
+        """The current judgments of a pair, in chronological order."""
         rows = self._rows(
             "SELECT id, pair, shown_left, choice, labeller, seconds, reasons, comment FROM standing "
             "WHERE pair = $pair ORDER BY number", {"pair": pair},
         )  # fmt: skip
-        return [Judgement(*row[:6], tuple(row[6] or ()), row[7] or "") for row in rows]
+        return [Judgment(*row[:6], tuple(row[6] or ()), row[7] or "") for row in rows]
 
-    def last_judgement(self, labeller: str) -> tuple[str, str, str] | None:
-        """(id, pair, problem) of the newest judgement of a labeller that was not taken back."""
+    def last_judgment(self, labeler: str) -> tuple[str, str, str] | None:
+        """(id, pair, problem) of a labeler's newest judgment that was not undone."""
         return self._row(
-            "SELECT standing.id, pair, problem FROM standing JOIN pairs ON pairs.id = pair WHERE labeller = $labeller "
-            "ORDER BY standing.number DESC LIMIT 1", {"labeller": labeller},
+            "SELECT standing.id, pair, problem FROM standing JOIN pairs ON pairs.id = pair WHERE labeller = $labeler "
+            "ORDER BY standing.number DESC LIMIT 1", {"labeler": labeler},
         )  # fmt: skip
 
-    def judgements(self) -> Iterator[tuple]:
-        """Every judgement that stands, with its problem, both texts and the votes on its pair: the columns of JUDGEMENTS."""
+    def judgments(self) -> Iterator[tuple]:
+        """All current judgments, with the problem, both texts and the votes on the pair: the columns of JUDGMENTS."""
         with closing(self.connection.cursor()) as cursor:
-            cursor.execute(JUDGEMENTS)
+            cursor.execute(JUDGMENTS)
             while rows := cursor.fetchmany(1000):
                 yield from rows
 
-    def progress(self, labeller: str = "") -> Progress:
-        """How far it has come."""
-        return Progress(*self._row(PROGRESS, {"labeller": labeller}))
+    def progress(self, labeler: str = "") -> Progress:
+        """The progress counts."""
+        return Progress(*self._row(PROGRESS, {"labeler": labeler}))
 
     def agreement(self) -> Agreement:
-        """How far labellers agree."""
+        """The agreement between labelers."""
         return agreement_of(self._rows(VOTES_OF_PAIRS))
 
     def test_run(self, generation: str) -> list[dict] | None:
-        """The results of the newest run of a solution's tests."""
+        """The newest test results of a solution."""
         row = self._row(
             "SELECT results FROM test_runs WHERE generation = $generation ORDER BY moment DESC LIMIT 1",
             {"generation": generation},
@@ -313,9 +313,9 @@ class Store:
 
     @contextmanager
     def _writing(self):
-        """A cursor in a transaction, while no other thread writes: all of it is kept, or nothing."""
+        """A cursor in a transaction, with the write lock: committed as a whole or rolled back."""
         if self.read_only:
-            raise UserError(f"store: {self.address} is open for reading only. Expected a store of your own to add to.")
+            raise UserError(f"store: {self.address} is open read-only. Open a store that you can write to.")
         with self._lock, closing(self.connection.cursor()) as cursor:
             cursor.begin()
             try:
@@ -326,7 +326,7 @@ class Store:
             cursor.commit()
 
     def add_problems(self, problems: Iterable[Problem]) -> tuple[int, int]:
-        """Add problems whose ids are new. Returns how many were added, and how many were there already."""
+        """Add problems with new ids. Returns the numbers of added and of known problems."""
         added = known = 0
         with self._writing() as cursor:
             seen = {id for (id,) in cursor.execute("SELECT id FROM problems").fetchall()}
@@ -340,8 +340,8 @@ class Store:
                 added, known = added + len(new), known + len(some) - len(new)
         return added, known
 
-    def add_pairs(self, pairs: Iterable[Pair], judgements: Iterable[Judgement] = ()) -> None:
-        """Add pairs with their generations, and judgements of them, all or none. A generation that is known stays as it is."""
+    def add_pairs(self, pairs: Iterable[Pair], judgments: Iterable[Judgment] = ()) -> None:
+        """Add pairs with their generations and judgments, all or none. Known generations are not changed."""
         with self._writing() as cursor:
             for some in _chunks(pairs):
                 generations = {g.id: (g, pair.problem) for pair in some for g in (pair.first, pair.second)}
@@ -358,48 +358,48 @@ class Store:
                     INSERT_PAIRS,
                     [(next(self._numbers), p.id, p.problem, p.first.id, p.second.id, now()) for p in some],
                 )
-            for some in _chunks(judgements):
-                _insert(cursor, INSERT_PREFERENCES, [self._event(judgement) for judgement in some])
+            for some in _chunks(judgments):
+                _insert(cursor, INSERT_PREFERENCES, [self._event(judgment) for judgment in some])
 
-    def judge(self, judgement: Judgement) -> None:
-        """Add a judgement. One whose id is known is there already: a key that is pressed twice counts once.
+    def judge(self, judgment: Judgment) -> None:
+        """Add a judgment. One with a known id is ignored, so a key pressed twice counts once.
 
-        Raises ValueError for a choice or a side that is none, and for a pair that is not there.
+        Raises ValueError for an invalid choice or side, and for an unknown pair.
         """
-        if judgement.choice not in CHOICES or judgement.shown_left not in CHOICES[:2]:
-            raise ValueError(f"no judgement: {judgement}")
+        if judgment.choice not in CHOICES or judgment.shown_left not in CHOICES[:2]:
+            raise ValueError(f"invalid judgment: {judgment}")
         with self._writing() as cursor:
-            if cursor.execute("SELECT count(*) FROM preferences WHERE id = ?", [judgement.id]).fetchone()[0]:
+            if cursor.execute("SELECT count(*) FROM preferences WHERE id = ?", [judgment.id]).fetchone()[0]:
                 return
-            if not cursor.execute("SELECT count(*) FROM pairs WHERE id = ?", [judgement.pair]).fetchone()[0]:
-                raise ValueError(f"no such pair: {judgement.pair}")
-            _insert(cursor, INSERT_PREFERENCES, [self._event(judgement)])
+            if not cursor.execute("SELECT count(*) FROM pairs WHERE id = ?", [judgment.pair]).fetchone()[0]:
+                raise ValueError(f"no such pair: {judgment.pair}")
+            _insert(cursor, INSERT_PREFERENCES, [self._event(judgment)])
 
-    def undo(self, labeller: str) -> tuple[str, str] | None:
-        """Take back the newest judgement of a labeller that stands; what they said of the pair before stands again.
+    def undo(self, labeler: str) -> tuple[str, str] | None:
+        """Undo a labeler's newest judgment; their previous judgment of the pair is current again.
 
-        Returns (pair, problem) of it, None where there is nothing to take back.
+        Returns its (pair, problem), None if there is nothing to undo.
         """
-        last = self.last_judgement(labeller)
+        last = self.last_judgment(labeler)
         if last is None:
             return None
-        judgement, pair, problem = last
+        judgment, pair, problem = last
         with self._writing() as cursor:
-            event = (next(self._numbers), new_id(), pair, None, None, labeller, None, "[]", None, now(), judgement)
+            event = (next(self._numbers), new_id(), pair, None, None, labeler, None, "[]", None, now(), judgment)
             _insert(cursor, INSERT_PREFERENCES, [event])
         return pair, problem
 
-    def _event(self, j: Judgement) -> tuple:
+    def _event(self, j: Judgment) -> tuple:
         number = next(self._numbers)
-        return (number, j.id, j.pair, j.shown_left, j.choice, j.labeller, j.seconds, _json(j.reasons), j.comment, now(), None)
+        return (number, j.id, j.pair, j.shown_left, j.choice, j.labeler, j.seconds, _json(j.reasons), j.comment, now(), None)
 
     def add_test_run(self, generation: str, results: list[dict]) -> None:
-        """Keep the results of a solution's tests."""
+        """Save the test results of a solution."""
         with self._writing() as cursor:
             cursor.execute("INSERT INTO test_runs VALUES (?, ?, ?)", [generation, _json(results), now()])
 
     def add_scores(self, model: str, margins: Iterable[tuple[str, float]]) -> None:
-        """Keep by how much a model prefers the first solution of each pair: (pair, margin)."""
+        """Save how much a model prefers the first solution of each pair: (pair, margin)."""
         with self._writing() as cursor:
             for some in _chunks(margins):
                 _insert(cursor, INSERT_SCORES, [(pair, model, margin, now()) for pair, margin in some])
@@ -425,9 +425,9 @@ def _insert(cursor, statement: str, rows: list[tuple]) -> None:
 
 
 def open_store(address: str, read_only: bool = False) -> Store:
-    """Open a store, made or brought to this version where that is needed.
+    """Open a store, and create or migrate it if needed.
 
-    address: a file, `md:NAME` of MotherDuck, `md:_share/NAME/ID` of one who shares, or `:memory:`. Raises UserError, with what
-    was found, where it cannot be opened.
+    address: a file, a MotherDuck database `md:NAME` or share `md:_share/NAME/ID`, or `:memory:`. Raises UserError if it cannot
+    be opened.
     """
     return Store(address, *open_database(address, read_only))

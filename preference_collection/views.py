@@ -1,4 +1,4 @@
-"""What a labeller sees: a problem beside two solutions, their tests, and the keys by which one is picked."""
+"""The labeling page: a problem next to two solutions, their tests, and the keys to choose one."""
 
 import difflib
 import json
@@ -17,7 +17,7 @@ from preference_collection.store import (
     FILTERS,
     ORDERS,
     Generation,
-    Judgement,
+    Judgment,
     Pair,
     Problem,
     Query,
@@ -30,7 +30,7 @@ from preference_training.core.errors import UserError
 PAGE_SIZE = 15
 POLL_SECONDS = 0.4
 
-# A key clicks the button whose container has this class. Not where somebody writes, and not with Ctrl and the like.
+# A key clicks the button whose container has this class, except in text fields and with modifier keys.
 KEYS = {"1": "left", "2": "right", "=": "tie", "s": "skip", "u": "undo", "g": "ask", "n": "next"}
 KEY_SCRIPT = """<script>
 const keys = %s;
@@ -47,7 +47,7 @@ page.defaultView.collectKeys = (event) => {
 page.addEventListener("keydown", page.defaultView.collectKeys);
 </script>"""
 
-# Two solutions beside a problem want the whole width.
+# Two solutions next to a problem need the full width.
 STYLE = """<style>
 [data-testid=stMainBlockContainer] {padding: 2.5rem 1.5rem 3rem}
 [class*=st-key-side_] pre code {font-size: 0.8rem}
@@ -63,7 +63,7 @@ BADGES = {
 
 @dataclass(frozen=True)
 class Shared:
-    """What all labellers share."""
+    """What all labelers share."""
 
     settings: DictConfig
     store: Store
@@ -71,14 +71,14 @@ class Shared:
     sources: dict[str, Source]
 
 
-def page(shared: Shared, labeller: str) -> None:
-    """The page of somebody who has come in."""
+def page(shared: Shared, labeler: str) -> None:
+    """The page of a signed-in labeler."""
     state = st.session_state
     st.html(STYLE)
-    query = sidebar(shared, labeller)
+    query = sidebar(shared, labeler)
     problem = shared.store.problem(state.problem) if state.get("problem") else None
     if problem is None:
-        st.info("No problem fits the filters on the left. Choose others, or import problems.")
+        st.info("No problem matches the filters on the left. Change them, or import problems.")
         return
     text, solutions = st.columns([1, 2.6], gap="medium")
     with text:
@@ -89,50 +89,50 @@ def page(shared: Shared, labeller: str) -> None:
         if writings:
             show_writings(shared, problem, writings)
         elif pairs:
-            show_pair(shared, labeller, query, problem, pairs)
+            show_pair(shared, labeler, query, problem, pairs)
         else:
-            st.info("Nobody has asked a model about this problem yet.")
+            st.info("This problem has no solutions yet.")
         ask_for_solutions(shared, problem, bool(writings))
         back, on, _ = st.columns([1.4, 1, 2.6])
         with back:
-            show_undo(shared, labeller)
-        if on.button("n · next", key="next", width="stretch", help="the next problem that you have not judged"):
+            show_undo(shared, labeler)
+        if on.button("n · next", key="next", width="stretch", help="the next problem without a judgment of yours"):
             open_next(shared.store, query, problem.id)
             st.rerun()
     keys()
 
 
 def keys() -> None:
-    """Let keys press buttons."""
+    """Install the keyboard shortcuts."""
     st.html(KEY_SCRIPT % json.dumps(KEYS), unsafe_allow_javascript=True)
 
 
 # ---- the list of problems ---------------------------------------------------------------------------------------------------
 
 
-def sidebar(shared: Shared, labeller: str) -> Query:
-    """Progress, filters and the list; sets `problem` in the state. Returns the filters."""
+def sidebar(shared: Shared, labeler: str) -> Query:
+    """Draw progress, filters and the list; sets `problem` in the session state. Returns the filters."""
     with st.sidebar:
-        st.caption(f"You are **{labeller}**.")
-        show_progress(shared.store, labeller)
+        st.caption(f"Signed in as **{labeler}**.")
+        show_progress(shared.store, labeler)
         only = st.segmented_control("Show", FILTERS, default="all", key="only", required=True)
-        order = st.selectbox("Order", ORDERS, key="order", help="uncertain: what the last scored policy is least sure of first")
+        order = st.selectbox("Order", ORDERS, key="order", help="uncertain: where the last scored policy is least sure first")
         difficulty = st.selectbox("Difficulty", ["", *shared.store.difficulties()], format_func=lambda name: name or "any")
         search = st.text_input("Title", placeholder="part of a title")
-        query = Query(labeller, only or "all", order, difficulty, search)
+        query = Query(labeler, only or "all", order, difficulty, search)
         show_list(shared.store, query)
         show_export(shared)
         st.caption(shared.runner.sandbox.isolation.line())
         if not shared.runner.enabled:
-            st.warning("Tests are not run: this machine cannot hold code back. `run_unisolated=true` runs them nevertheless.")
+            st.warning("Tests are disabled: this machine cannot isolate code. Set `run_unisolated=true` to run them anyway.")
     return query
 
 
 def show_export(shared: Shared) -> None:
-    """Write what was picked as a data set, where the settings say."""
+    """Export the judgments as a data set, to the directory in the settings."""
     with st.expander("Export"):
         target = Path(shared.settings.export).absolute()
-        st.caption(f"As a data set for training, into `{target}`.")
+        st.caption(f"Write a data set for training to `{target}`.")
         if st.button("Export", key="export"):
             try:
                 counts = export_dataset(shared.store, target)
@@ -145,20 +145,20 @@ def show_export(shared: Shared) -> None:
                 )
 
 
-def show_progress(store: Store, labeller: str) -> None:
-    """How far it has come, and how far labellers agree."""
-    progress, agreement = store.progress(labeller), store.agreement()
+def show_progress(store: Store, labeler: str) -> None:
+    """Draw the progress, and the agreement between labelers."""
+    progress, agreement = store.progress(labeler), store.agreement()
     st.progress(progress.judged_pairs / max(1, progress.pairs), f"{progress.judged_pairs} of {progress.pairs} pairs judged")
-    line = f"{progress.mine} judgements are yours, of {progress.judgements} by {progress.labellers}."
+    line = f"Your judgments: {progress.mine} of {progress.judgments}. Labelers: {progress.labelers}."
     if agreement.comparisons:
         share = agreement.agreed / agreement.comparisons
         alpha = "" if agreement.alpha is None else f", alpha {agreement.alpha:.2f}"
-        line += f" On {agreement.pairs} pairs of several: agreement {share:.0%}{alpha}."
+        line += f" Agreement on {agreement.pairs} pairs with several labelers: {share:.0%}{alpha}."
     st.caption(line)
 
 
 def show_list(store: Store, query: Query) -> None:
-    """A page of the list of problems; the one that is chosen stays, also where it no longer fits the filters."""
+    """Draw a page of the list of problems. The open problem stays open even if it no longer matches the filters."""
     state = st.session_state
     if state.get("listed") != query:
         state.listed, state.start = query, 0
@@ -169,7 +169,7 @@ def show_list(store: Store, query: Query) -> None:
     if rows and not state.get("problem"):
         state.problem = rows[0].id
     shown = {row.id: row for row in rows}
-    # The list is drawn anew for each page and choice, so that it always shows the problem that is open.
+    # A new widget for each page and choice, so that the list always highlights the open problem.
     at = list(shown).index(state.problem) if state.get("problem") in shown else None
     chosen = st.radio(
         "Problems", list(shown), index=at, key=f"list {query} {state.start} {state.get('problem')}",
@@ -179,15 +179,15 @@ def show_list(store: Store, query: Query) -> None:
         open_problem(chosen)
         st.rerun()
     before, place, after = st.columns([1, 2, 1])
-    if before.button("←", key="page_before", disabled=not state.start, help="page before"):
+    if before.button("←", key="page_before", disabled=not state.start, help="previous page"):
         turn_page(-PAGE_SIZE)
-    place.caption(f"{min(state.start + 1, total)} to {state.start + len(rows)} of {total}")
-    if after.button("→", key="page_after", disabled=state.start + PAGE_SIZE >= total, help="page after"):
+    place.caption(f"{min(state.start + 1, total)}-{state.start + len(rows)} of {total}")
+    if after.button("→", key="page_after", disabled=state.start + PAGE_SIZE >= total, help="next page"):
         turn_page(PAGE_SIZE)
 
 
 def label_of(row) -> str:
-    """A problem in the list."""
+    """The label of a problem in the list."""
     marks = "✓ " * row.mine + "≠ " * row.disagreement
     margin = "" if row.margin is None else f" ({row.margin:+.1f})"
     title = row.title.replace("[", "\\[").replace("$", "\\$").replace("`", "\\`").replace("*", "\\*").replace(":", "\\:")
@@ -201,14 +201,14 @@ def turn_page(by: int) -> None:
 
 
 def open_problem(problem: str) -> None:
-    """Show another problem from now on."""
+    """Switch to another problem."""
     st.session_state.problem = problem
     st.session_state.pop("shown", None)
 
 
 def open_next(store: Store, query: Query, after: str) -> None:
-    """Show the next problem of the list that this labeller has not judged: behind this one, else from the beginning."""
-    rows, _ = store.browse(Query(query.labeller, "unlabelled", query.order, query.difficulty, query.search), 0, 2)
+    """Switch to the next problem in the list that this labeler has not judged."""
+    rows, _ = store.browse(Query(query.labeler, "unlabeled", query.order, query.difficulty, query.search), 0, 2)
     others = [row.id for row in rows if row.id != after]
     if others:
         open_problem(others[0])
@@ -218,7 +218,7 @@ def open_next(store: Store, query: Query, after: str) -> None:
 
 
 def show_problem(problem: Problem) -> None:
-    """Title and text. Markdown is rendered; HTML is not."""
+    """Draw title and description. Markdown is rendered; HTML is not."""
     st.subheader(problem.title, anchor=False)
     if problem.difficulty:
         st.badge(problem.difficulty, color={"easy": "green", "medium": "orange", "hard": "red"}.get(problem.difficulty, "gray"))
@@ -229,8 +229,8 @@ def show_problem(problem: Problem) -> None:
             st.code("\n".join(lines).replace(",)", ")"), language="python", wrap_lines=True)
 
 
-def show_pair(shared: Shared, labeller: str, query: Query, problem: Problem, pairs: list[Pair]) -> None:
-    """Two solutions, their tests, and the buttons that judge them."""
+def show_pair(shared: Shared, labeler: str, query: Query, problem: Problem, pairs: list[Pair]) -> None:
+    """Draw two solutions, their tests, and the buttons to judge them."""
     state = st.session_state
     pair = pairs[0]
     if len(pairs) > 1:
@@ -241,7 +241,7 @@ def show_pair(shared: Shared, labeller: str, query: Query, problem: Problem, pai
         pair = next((p for p in pairs if p.id == id), pair)
     if state.get("shown", (None,))[0] != pair.id:
         state.shown = (pair.id, time.monotonic())
-    left = side_shown_left(labeller, pair.id)
+    left = side_shown_left(labeler, pair.id)
     sides = (pair.first, pair.second) if left == "first" else (pair.second, pair.first)
     view = st.segmented_control("View", ["side by side", "difference"], default="side by side", key="view", required=True)
     if view == "difference":
@@ -250,24 +250,24 @@ def show_pair(shared: Shared, labeller: str, query: Query, problem: Problem, pai
     polled = any(run and not run.over for run in runs)
     show = st.fragment(show_sides, run_every=POLL_SECONDS if polled else None)
     show(problem, sides, runs, view != "difference", polled)
-    show_judging(shared, labeller, query, problem, pair, left)
+    show_judging(shared, labeler, query, problem, pair, left)
 
 
 def show_difference(left: Generation, right: Generation) -> None:
-    """What is to be changed of the left one to make the right one of it."""
+    """Draw the diff from the left to the right solution."""
     lines = difflib.unified_diff(
         shown_code(left).splitlines(), shown_code(right).splitlines(), "left", "right", lineterm="", n=99
     )
-    st.code("\n".join(lines) or "There is no difference.", language="diff", wrap_lines=True)
+    st.code("\n".join(lines) or "The solutions are identical.", language="diff", wrap_lines=True)
 
 
 def shown_code(generation: Generation) -> str:
-    """The code, or the whole reply where it holds none."""
+    """The code, or the whole reply if it contains none."""
     return generation.code or generation.text
 
 
 def show_sides(problem: Problem, sides: tuple, runs: list[TestRun | None], with_code: bool, polled: bool) -> None:
-    """Both solutions with their tests; tests that run are shown as they end, and then the page is still."""
+    """Draw both solutions with their tests, updating until all tests have finished."""
     if polled and all(run is None or run.over for run in runs):
         st.rerun()
     for column, name, generation, run in zip(st.columns(2), ("Left", "Right"), sides, runs, strict=True):
@@ -280,12 +280,12 @@ def show_sides(problem: Problem, sides: tuple, runs: list[TestRun | None], with_
                 kind = "python" if generation.code else None
                 st.code(shown_code(generation), language=kind, line_numbers=True, wrap_lines=True)
             if generation.code and generation.code != generation.text.strip():
-                with st.expander("The whole reply"):
+                with st.expander("Full reply"):
                     st.code(generation.text, language="markdown", wrap_lines=True)
 
 
 def show_tests(name: str, run: TestRun | None) -> None:
-    """A badge for each test, and what went wrong."""
+    """Draw a badge for each test, and the details of failures."""
     if run is None:
         st.markdown(f"**{name}** — no tests run")
         return
@@ -294,25 +294,25 @@ def show_tests(name: str, run: TestRun | None) -> None:
     st.markdown(f"**{name}** — {run.passed} of {run.total} passed {badges} {waiting}")
     wrong = [result for result in run.results if result["status"] != "passed"]
     if wrong:
-        with st.expander("What went wrong"):
+        with st.expander("Failures"):
             st.code("\n".join(map(line_of, wrong)), language=None, wrap_lines=True)
 
 
 def line_of(result: dict) -> str:
-    """What went wrong in a test."""
+    """The details of a failed test."""
     return f"{result['call']}\n    {result['status']}: " + (
         result["message"] or f"got {result['got']}, expected {result['expected']}"
     )
 
 
-def show_judging(shared: Shared, labeller: str, query: Query, problem: Problem, pair: Pair, left: str) -> None:
-    """The buttons, with what may be added to a choice."""
-    standing = {said.labeller: said for said in shared.store.standing(pair.id)}
-    own = standing.get(labeller)
+def show_judging(shared: Shared, labeler: str, query: Query, problem: Problem, pair: Pair, left: str) -> None:
+    """Draw the buttons, and the optional reasons and comment."""
+    standing = {judgment.labeler: judgment for judgment in shared.store.standing(pair.id)}
+    own = standing.get(labeler)
     if own:
         sides = {"first": "left" if left == "first" else "right", "second": "right" if left == "first" else "left"}
-        st.caption(f"You have said: {sides.get(own.choice, own.choice)}. Another choice takes its place.")
-    reasons = st.pills("Why (optional)", list(shared.settings.reasons), selection_mode="multi", key=f"reasons {pair.id}")
+        st.caption(f"Your choice: {sides.get(own.choice, own.choice)}. Choosing again replaces it.")
+    reasons = st.pills("Reasons (optional)", list(shared.settings.reasons), selection_mode="multi", key=f"reasons {pair.id}")
     comment = st.text_input("Comment (optional)", key=f"comment {pair.id}", max_chars=2000)
     other = "second" if left == "first" else "first"
     choices = {"left": ("1 · left is better", left), "tie": ("= · tie", "tie"), "skip": ("s · skip", "skip"),
@@ -322,21 +322,21 @@ def show_judging(shared: Shared, labeller: str, query: Query, problem: Problem, 
         if column.button(label, key=key, type=kind, width="stretch", disabled=shared.store.read_only):
             seconds = time.monotonic() - st.session_state.shown[1]
             shared.store.judge(
-                Judgement(new_id(), pair.id, left, choice, labeller, round(seconds, 2), tuple(reasons or ()), comment)
+                Judgment(new_id(), pair.id, left, choice, labeler, round(seconds, 2), tuple(reasons or ()), comment)
             )
-            st.toast(f"Kept: {label.partition('· ')[2]}. Press u to undo.")
+            st.toast(f"Saved: {label.partition('· ')[2]}. Press u to undo.")
             open_next(shared.store, query, problem.id)
             st.rerun()
 
 
-def show_undo(shared: Shared, labeller: str) -> None:
-    """Take back the last judgement, and show its problem."""
-    last = shared.store.last_judgement(labeller)
-    if st.button("u · undo my last", key="undo", width="stretch", disabled=last is None or shared.store.read_only):
-        undone = shared.store.undo(labeller)
+def show_undo(shared: Shared, labeler: str) -> None:
+    """Draw the undo button, which opens the problem of the undone judgment."""
+    last = shared.store.last_judgment(labeler)
+    if st.button("u · undo last", key="undo", width="stretch", disabled=last is None or shared.store.read_only):
+        undone = shared.store.undo(labeler)
         if undone:
             open_problem(undone[1])
-            st.toast("Taken back.")
+            st.toast("Undone.")
         st.rerun()
 
 
@@ -344,9 +344,9 @@ def show_undo(shared: Shared, labeller: str) -> None:
 
 
 def ask_for_solutions(shared: Shared, problem: Problem, busy: bool) -> None:
-    """Choose a model, and ask it for two solutions."""
+    """Draw the choice of a model, and the button to request two solutions."""
     state = st.session_state
-    with st.expander("Ask a model for two solutions", expanded=True):
+    with st.expander("Generate two solutions", expanded=True):
         where, which, chance, go = st.columns([1.2, 2, 1.4, 1.4], vertical_alignment="bottom")
         name = where.selectbox("Source", list(shared.sources), key="source")
         source = shared.sources[name]
@@ -356,10 +356,10 @@ def ask_for_solutions(shared: Shared, problem: Problem, busy: bool) -> None:
             st.error(str(error))
             models = []
         if not models and name == "Ollama":
-            st.caption("No model is installed. Fetch one: `ollama pull qwen2.5-coder:1.5b`")
-        model = which.selectbox("Model", models, key=f"model {name}", accept_new_options=True, placeholder="its name")
+            st.caption("No model is installed. Download one: `ollama pull qwen2.5-coder:1.5b`")
+        model = which.selectbox("Model", models, key=f"model {name}", accept_new_options=True, placeholder="name of the model")
         temperature = chance.slider("Temperature", 0.0, 2.0, float(shared.settings.temperature), 0.1, key="temperature")
-        if go.button("g · ask", key="ask", disabled=busy or not model or shared.store.read_only, width="stretch"):
+        if go.button("g · generate", key="ask", disabled=busy or not model or shared.store.read_only, width="stretch"):
             writings = write_pair(source, model, problem, temperature, shared.settings.max_tokens)
             state.setdefault("writings", {})[problem.id] = list(writings)
             st.rerun()
@@ -367,14 +367,14 @@ def ask_for_solutions(shared: Shared, problem: Problem, busy: bool) -> None:
 
 @st.fragment(run_every=POLL_SECONDS)
 def show_writings(shared: Shared, problem: Problem, writings: list[Writing]) -> None:
-    """Both replies as they come; kept when both are there and usable."""
+    """Draw both replies as they stream in, and save the pair once both are complete and usable."""
     faults = [fault_of(writing, problem) for writing in writings]
     if all(writing.over for writing in writings) and not any(faults):
         keep(shared, problem, writings)
     for number, (column, writing) in enumerate(zip(st.columns(2), writings, strict=True)):
         with column, st.container(key=f"writing_{number}"):
             show_writing(shared, writing, faults[number])
-            if writing.over and faults[number] and st.button("Ask again", key=f"again_{number}"):
+            if writing.over and faults[number] and st.button("Generate again", key=f"again_{number}"):
                 writings[number] = write_again(writing)
                 st.rerun(scope="fragment")
     buttons = st.columns(3)
@@ -384,31 +384,31 @@ def show_writings(shared: Shared, problem: Problem, writings: list[Writing]) -> 
                 writing.cancel()
             st.rerun(scope="fragment")
         return
-    if all(writing.text for writing in writings) and buttons[0].button("Keep them as they are", key="keep"):
+    if all(writing.text for writing in writings) and buttons[0].button("Keep anyway", key="keep"):
         keep(shared, problem, writings)
-    if buttons[1].button("Put them away", key="discard"):
+    if buttons[1].button("Discard", key="discard"):
         forget(problem)
 
 
 def show_writing(shared: Shared, writing: Writing, fault: str | None) -> None:
-    """One reply on its way."""
+    """Draw one streaming reply."""
     quiet = writing.quiet_seconds()
     if writing.state == "failed":
-        said, _, command = writing.message.partition(PULL)
-        st.error(said + PULL.rstrip() if command else said)
+        message, _, command = writing.message.partition(PULL)
+        st.error(message + PULL.rstrip() if command else message)
         if command:
             st.code(command, language="bash")
     elif writing.over and fault:
         st.warning(f"Unusable: the reply {fault}.")
     elif quiet > shared.settings.slow_seconds:
-        st.warning(f"Nothing for {quiet:.0f} s. The model may still be loading; `Stop` gives up.")
+        st.warning(f"No output for {quiet:.0f} s. The model may still be loading; press `Stop` to give up.")
     else:
         st.caption(f"{writing.request.model}: {writing.state}, {len(writing.text)} characters, seed {writing.request.seed}")
     st.code(writing.text or " ", language="markdown", wrap_lines=True)
 
 
 def fault_of(writing: Writing, problem: Problem) -> str | None:
-    """What is wrong with a reply that is over, as the end of a sentence, or None."""
+    """The fault of a finished reply, as the end of a sentence, or None."""
     if not writing.over:
         return None
     if writing.state != "done":
@@ -417,12 +417,12 @@ def fault_of(writing: Writing, problem: Problem) -> str | None:
 
 
 def keep(shared: Shared, problem: Problem, writings: list[Writing]) -> None:
-    """Put two replies into the store, and show them as a pair."""
+    """Save two replies in the store, and show them as a pair."""
     shared.store.add_pairs([as_pair(problem, tuple(writings))])
     forget(problem)
 
 
 def forget(problem: Problem) -> None:
-    """Show the newest pair again, or none."""
+    """Drop the replies, and show the newest pair, if any."""
     st.session_state.writings.pop(problem.id, None)
     st.rerun()

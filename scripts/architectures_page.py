@@ -1,9 +1,9 @@
-"""docs/architectures.md: what the sweep over tiny architectures has found, from tests/architectures/results.json.
+"""docs/architectures.md: the results of the sweep over tiny architectures, from tests/architectures/results.json.
 
 python scripts/architectures_page.py [--check]
 
---check writes nothing, and exits with status 1 where the page is not what the results say. `make architectures
-ARCHITECTURES=--write` makes both anew.
+--check writes nothing, and exits with status 1 if the page is out of date. `make architectures ARCHITECTURES=--write` updates
+both files.
 """
 
 import json
@@ -13,22 +13,23 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, PAGE = ROOT / "tests" / "architectures" / "results.json", ROOT / "docs" / "architectures.md"
 
-HEAD = """# Which architectures
+HEAD = """# Supported architectures
 
-Any causal language model of transformers can be trained. These were tried, each in a size that trains in milliseconds, with
-windows and chunks that are shorter than the rows; `make architectures` tries them again.
+Any causal language model in transformers can be trained. The sweep below tests tiny versions of them, which train in
+milliseconds and whose attention windows and chunks are shorter than the rows; `make architectures` repeats it.
 
 | column | what is compared |
 |---|---|
-| prefix | *shared*: each prompt is computed once for all its responses; *padded*: the model cannot, and each has it before it |
+| prefix | *shared*: each prompt is computed once for all its responses; *padded*: the model runs on padded rows |
 | sft, dpo | log-probs before and after two steps, with plain transformers; weights, with the same steps written by hand |
-| start | at DPO's first step margin 0 and loss ln 2, exactly: float32 and bfloat16, live and cached reference |
-| resumed | a run that goes on from its checkpoint, with one that was not interrupted |
-| lora | the adapter of `+adapter=lora`, loaded with plain peft |
+| start | at DPO's first step, margin 0 and loss ln 2, exactly: in float32 and bfloat16, with a live and a cached reference |
+| resumed | a run resumed from its checkpoint, with an uninterrupted one |
+| lora | the adapter of `+adapter=lora`, loaded with plain PEFT |
 | merged, exported | what `scripts/export.py` writes, with `--merge` and of a whole model, loaded with plain transformers |
 | fsdp | two steps of `FSDPTrainer` on two processes, with one process |
 
-A log-prob may differ by 1e-5 a token, weights by 1e-5 of their size. A number is explained below the table.
+Log-probs may differ by 1e-5 per token, and weights by 1e-5 of their size. The notes below the table explain the numbers in
+parentheses.
 """
 
 
@@ -44,16 +45,16 @@ def page() -> str:
     table = [f"| architecture | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|", *rows]
     notes = [f"{number}. {reason}" for number, reason in enumerate(reasons, start=1)]
     versions = ", ".join(f"{name} {kept['versions'][name]}" for name in ("torch", "transformers"))
-    made = f"Found on {kept['date']} with {versions}, by `{kept['command']}`, in {kept['seconds'] / 60:.0f} minutes.\n"
+    made = f"Measured on {kept['date']} with {versions}, by `{kept['command']}`, in {kept['seconds'] / 60:.0f} minutes.\n"
     return "\n".join([HEAD, *table, "", *notes, "", made])
 
 
 def cell(name: str, check: str, said: str, reasons: list[str]) -> str:
-    """A cell of the table; what it gives as a reason becomes a numbered note, once."""
+    """A cell of the table; each distinct reason becomes one numbered note."""
     how, _, reason = said.partition(": ")
     if not reason:
         return said
-    # What only this model's files are called.
+    # Paths of this run's temporary files.
     reason = re.sub(r"/\S*?/(model|lora|dpo)\b", r"\1", reason).replace("|", "\\|")
     if reason not in reasons:
         reasons.append(reason)

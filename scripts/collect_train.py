@@ -1,10 +1,10 @@
-"""From picks to a model that writes the next solutions: export, SFT, DPO, in one directory below runs/.
+"""Train on collected preferences: export, SFT, DPO, in one directory below runs/. The model writes the next solutions.
 
 python scripts/collect_train.py [--exported] [--directory DIRECTORY] [KEY=VALUE ...]      # make collect-train
 
-Keys of config/config.yaml go to both trainings: model=..., lr=..., trainer=...; `collect.KEY=VALUE` is a setting of the app,
-such as collect.store=my.duckdb. What comes out is offered by the app under "checkpoints". While the app runs the store is its
-own: export on its page, and train with --exported.
+Keys of config/config.yaml apply to both runs: model=..., lr=..., trainer=...; `collect.KEY=VALUE` is a setting of the app, such
+as collect.store=my.duckdb. The app offers the trained model under "checkpoints". While the app is running it locks the store:
+export on its page, then train with --exported.
 """
 
 import argparse
@@ -26,7 +26,7 @@ SETTING = "collect."
 
 
 def train(directory: Path, loss: Sequence[str], data: Path, overrides: Sequence[str]) -> Path:
-    """Run one training into `directory`; returns its LATEST. Ends with its exit status if it fails."""
+    """Train into `directory`; returns its LATEST. Exits with the status of a run that fails."""
     command = [sys.executable, str(ROOT / "train.py"), f"datasets=[{{name: lc, data_dir: '{data}'}}]", *loss]
     command += [f"local_run_dir='{directory}'", *overrides]
     print(f"\n$ python train.py {' '.join(command[2:])}", flush=True)
@@ -35,12 +35,12 @@ def train(directory: Path, loss: Sequence[str], data: Path, overrides: Sequence[
     return directory / "LATEST"
 
 
-def data_of(settings, exported: bool, directory: Path) -> Path:
-    """The directory of the picks: what the page has exported, or an export into `directory`, made here."""
+def training_data(settings, exported: bool, directory: Path) -> Path:
+    """The directory of the preferences: the page's export, or a new export into `directory`."""
     if exported:
         data = Path(settings.export).absolute()
         if not (data / CARD).is_file():
-            raise UserError(f"export: {data} holds no export. Press Export on the page first.")
+            raise UserError(f"export: {data} contains no export. Press Export on the page first.")
         return data
     with closing(open_store(settings.store, read_only=True)) as store:
         counts = export_dataset(store, directory)
@@ -49,23 +49,23 @@ def data_of(settings, exported: bool, directory: Path) -> Path:
 
 
 def main() -> None:
-    """Export, train, and say where the result is. A mistake of the user's is one message, and exit status 2."""
+    """Export and train. A user's mistake is reported as one message, with exit status 2."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--exported", action="store_true", help="train on what the page has exported")
-    parser.add_argument("--directory", type=Path, help="where to train; else a new directory below runs/")
+    parser.add_argument("--exported", action="store_true", help="train on the page's export")
+    parser.add_argument("--directory", type=Path, help="output directory (default: a new one below runs/)")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     options = parser.parse_intermixed_args()
     own = [text.removeprefix(SETTING) for text in options.overrides if text.startswith(SETTING)]
     overrides = [text for text in options.overrides if not text.startswith(SETTING)]
     directory = (options.directory or ROOT / "runs" / f"collect_{datetime.now():%Y-%m-%d_%H-%M-%S-%f}").absolute()
     try:
-        data = data_of(load_settings(own), options.exported, directory / "data")
+        data = training_data(load_settings(own), options.exported, directory / "data")
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
     sft = train(directory / "sft", ["loss=sft", "exp_name=collect_sft"], data, overrides)
     dpo = train(directory / "dpo", ["loss=dpo", "exp_name=collect_dpo", f"model.archive='{sft}'"], data, overrides)
-    print(f'\nTrained: {dpo}\nThe app offers it as a model of the source "checkpoints".')
+    print(f'\nTrained: {dpo}\nThe app offers it under "checkpoints".')
 
 
 if __name__ == "__main__":

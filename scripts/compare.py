@@ -1,4 +1,4 @@
-"""Runs side by side: a table, their curves, and which keys set them apart, as a page and as CSV. The runs may be going on.
+"""Compare runs: a table, their curves, and the settings in which they differ, as a page and as CSV.
 
 python scripts/compare.py multirun/DATE/TIME            # the jobs of a sweep
 python scripts/compare.py runs/one_DATE runs/other_DATE --to comparison
@@ -13,14 +13,16 @@ from preference_training.reporting.comparison import write_comparison
 
 
 def main() -> None:
-    """Write the comparison. A mistake of the user's becomes one message and exit status 2."""
+    """Write the comparison. A user's mistake is reported as one message, with exit status 2."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", type=Path, nargs="+", help="run directories, or folders with runs below them")
-    parser.add_argument("--to", type=Path, metavar="FOLDER", help="where the files go; else the only folder given, or this one")
+    parser.add_argument("runs", type=Path, nargs="+", help="run directories, or folders of them")
+    parser.add_argument(
+        "--to", type=Path, metavar="FOLDER", help="folder for the files (default: the only path, or the current folder)"
+    )
     options = parser.parse_args()
-    alone = options.runs[0] if len(options.runs) == 1 else Path()
+    default = options.runs[0] if len(options.runs) == 1 else Path()
     try:
-        page, table = write_comparison(options.runs, options.to or alone)
+        page, table = write_comparison(options.runs, options.to or default)
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(2)

@@ -1,4 +1,4 @@
-"""The weights of a policy.pt, such as the original DPO code writes, as a directory that AutoModelForCausalLM loads.
+"""Convert a policy.pt, as the original DPO code writes it, into a directory that AutoModelForCausalLM loads.
 
 python scripts/convert_policy_pt.py POLICY_PT --model PRESET_OR_PATH --to DIRECTORY [--dtype bfloat16]
 """
@@ -12,28 +12,28 @@ from preference_training.core.errors import UserError
 
 
 def arguments() -> argparse.Namespace:
-    """The command line, understood."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("archive", type=Path, metavar="POLICY_PT", help='the file, with its weights under "state"')
-    parser.add_argument("--model", required=True, help="what the weights belong to: a preset (pythia28), a path or a hub id")
-    parser.add_argument("--to", type=Path, required=True, help="the directory that is made; it may not exist, or be empty")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the weights; else float32")
+    parser.add_argument("archive", type=Path, metavar="POLICY_PT", help='the file, with the weights under "state"')
+    parser.add_argument("--model", required=True, help="the model of the weights: a preset (pythia28), a path or a hub id")
+    parser.add_argument("--to", type=Path, required=True, help="the directory to create; it must not exist, or be empty")
+    parser.add_argument("--dtype", choices=DTYPES, help="dtype of the weights (default: float32)")
     return parser.parse_args()
 
 
 def main() -> None:
-    """Convert an archive. A mistake of the user's becomes one message and exit status 2."""
+    """Convert an archive. A user's mistake is reported as one message, with exit status 2."""
     options = arguments()
     from preference_training.core.libraries import quiet_libraries
-    from preference_training.export.exporting import convert
+    from preference_training.export.policy_pt import convert
 
     quiet_libraries()
     try:
-        said = convert(options.archive, options.model, options.to, options.dtype)
+        lines = convert(options.archive, options.model, options.to, options.dtype)
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
-    print(*said, sep="\n")
+    print(*lines, sep="\n")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""What a run has learnt: its checkpoint's held-out scores, distance from the reference, win rate and tasks. Trains nothing.
+"""Evaluate a run's checkpoint: held-out metrics, KL divergence to the reference, win rate and tasks.
 
 python scripts/evaluate.py RUN_OR_CHECKPOINT [KEY=VALUE ...] [--judge ollama:llama3.1] [--against DIR] [--tasks open_llm]
 
-The run is put together as its own configuration says; KEY=VALUE changes that, as on train.py's command line. The table is
-printed, and results.json goes into the run directory.
+The run's own configuration applies; KEY=VALUE overrides it, as on train.py's command line. Prints a table and writes
+results.json into the run directory.
 """
 
 import argparse
@@ -14,27 +14,27 @@ from preference_training.core.errors import UserError
 from preference_training.core.signals import STOPPED, StoppedError
 from train import start
 
-# The keys of `evaluation` that have an option of their own.
+# The keys of `evaluation` that have a command-line option.
 OPTIONS = ("to", "judge", "judge_url", "against", "tasks")
 
 
 def arguments() -> argparse.Namespace:
-    """The command line, understood."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="a run directory, whose newest checkpoint is taken, or a checkpoint")
+    parser.add_argument("run", type=Path, help="a run directory (its latest checkpoint), or a checkpoint")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as on train.py's command line")
     parser.add_argument("--judge", help="toy, reward_model:NAME, openai:MODEL or ollama:MODEL")
     parser.add_argument("--judge-url", help="server of openai: or ollama:, such as http://localhost:8000/v1")
-    parser.add_argument("--against", help="whose answers the policy's are compared with: reference, or a checkpoint directory")
+    parser.add_argument("--against", help="the model to compare with: reference, or a checkpoint directory")
     parser.add_argument(
-        "--tasks", type=lambda text: text.split(","), help="suites or tasks of lm-evaluation-harness, with commas between them"
+        "--tasks", type=lambda text: text.split(","), help="comma-separated suites or tasks of lm-evaluation-harness"
     )
-    parser.add_argument("--to", help="file of the results; else results.json in the run directory")
+    parser.add_argument("--to", help="results file (default: results.json in the run directory)")
     return parser.parse_intermixed_args()
 
 
 def main() -> None:
-    """Evaluate. A mistake of the user's becomes one message and exit status 2."""
+    """Evaluate. A user's mistake is reported as one message, with exit status 2."""
     options = arguments()
     try:
         from preference_training.configuration.validation import check_config

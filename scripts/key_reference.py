@@ -12,18 +12,18 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG, PAGE = ROOT / "config", ROOT / "docs" / "key-reference.md"
 
-HEAD = """# Every key
+HEAD = """# Configuration reference
 
-Made from the comments in `config/` by `python scripts/key_reference.py`; change it there. A key is set on the command line
-(`lr=1e-6 loss.beta=0.3`), where unknown ones are refused with the nearest that there is; `python train.py --cfg job` shows what
-a command line composes to. `null` means that nothing is given.
+`python scripts/key_reference.py` generates this page from the comments in `config/`; edit those. Set a key on the command line
+(`lr=1e-6 loss.beta=0.3`). An unknown key is refused, with a suggestion of the nearest one. `python train.py --cfg job` prints
+the configuration that a command line composes. `null` means that no value is set.
 
 """
 # Groups whose files hold keys, and what is said of them; of the others, presets, a line each.
 GROUPS = {
-    "model": "Every preset has these keys. `model=blank_model` leaves them all to you.",
-    "loss": "`loss=NAME` chooses the file; its keys are those listed under it.",
-    "trainer": "`trainer=NAME` chooses the file. `BasicTrainer` has no keys of its own.",
+    "model": "Every preset has these keys. `model=blank_model` sets none of them.",
+    "loss": "`loss=NAME` selects a file; its keys are listed below it.",
+    "trainer": "`trainer=NAME` selects a file. `BasicTrainer` has no keys of its own.",
 }
 PRESETS = {"model": "base_model", "adapter": None, "experiment": None}
 
@@ -91,7 +91,7 @@ def code(text: str) -> str:
 def table(keys: list[Key]) -> str:
     """The table of some keys; sections, which have no default of their own, are rows too where a comment says something."""
     shown = [key.row for key in keys if key.default or key.comment]
-    return "\n".join(["| key | default | what it is | unit |", "|---|---|---|---|", *shown]) + "\n"
+    return "\n".join(["| key | default | description | unit |", "|---|---|---|---|", *shown]) + "\n"
 
 
 def headline(file: Path) -> str:
@@ -117,7 +117,7 @@ def choices() -> str:
         elif match := re.match(r"- (\w+): (\w+)$", text):
             rows.append(Key(match[1], match[2], tuple(comment)).row)
             comment = []
-    return "\n".join(["| group | default | what it is | unit |", "|---|---|---|---|", *rows]) + "\n"
+    return "\n".join(["| group | default | description | unit |", "|---|---|---|---|", *rows]) + "\n"
 
 
 def of_group(group: str, said: str) -> list[str]:
@@ -134,7 +134,7 @@ def presets(group: str) -> list[str]:
     """A line for each preset of a group, with what it changes; nothing where there is none."""
     files = sorted(file for file in (CONFIG / group).glob("*.yaml") if file.stem != PRESETS[group])
     rows = [f"| `{file.stem}` | {headline(file)} | {changes(file)} |" for file in files]
-    return ["\n".join(["| preset | what it is | what it sets |", "|---|---|---|", *rows]) + "\n"] if rows else []
+    return ["\n".join(["| preset | description | what it sets |", "|---|---|---|", *rows]) + "\n"] if rows else []
 
 
 def changes(file: Path) -> str:
@@ -145,13 +145,13 @@ def changes(file: Path) -> str:
 
 def page() -> str:
     """The whole page."""
-    parts = ["## Groups", choices(), "## Of the run", table(keys_of(CONFIG / "config.yaml"))]
+    parts = ["## Groups", choices(), "## The run", table(keys_of(CONFIG / "config.yaml"))]
     for group, said in GROUPS.items():
         parts += of_group(group, said)
     for group in sorted(PRESETS.keys() - GROUPS.keys()):
         found = presets(group) if (CONFIG / group).is_dir() else []
         parts += [f"## +{group}", f"Added by `+{group}=NAME`.", *found] if found else []
-    parts += ["## The labelling app", headline(CONFIG / "collect.yaml"), table(keys_of(CONFIG / "collect.yaml"))]
+    parts += ["## The labeling app", headline(CONFIG / "collect.yaml"), table(keys_of(CONFIG / "collect.yaml"))]
     return HEAD + "\n\n".join(part.strip("\n") for part in parts) + "\n"
 
 

@@ -1,21 +1,21 @@
-"""docs/one-idea.svg: a prompt with its responses as one response tree, beside the same as rows of a batch.
+"""Draw docs/one-idea.svg: a prompt with its responses as one response tree, next to the same as rows of a batch.
 
 python scripts/one_idea.py [--check]
 
---check writes nothing, and exits with status 1 where the picture is not what this script draws.
+--check writes nothing, and exits with status 1 if the picture is out of date.
 """
 
 from pathlib import Path
 
 PICTURE = Path(__file__).resolve().parent.parent / "docs" / "one-idea.svg"
 
-# The example: tokens of the prompt and of each response, and pairs of (preferred, other).
+# The example: tokens of the prompt and of each response, and pairs (preferred, rejected).
 PROMPT, RESPONSES, PAIRS = 11, (6, 9, 4), ((0, 1), (0, 2), (2, 1))
 NAMES = "ABC"
-# Sizes in the picture. Unit: pixels.
+# Sizes. Unit: pixels.
 WIDTH, HEIGHT, TOKEN, BAR, LEFT, RIGHT = 960, 430, 15, 22, 40, 520
 
-# Its own ground in both, so that it is legible on any page.
+# With a background for light and for dark mode, so that it is legible on any page.
 STYLE = """
 .ground{fill:#fbfbf8} .prompt{fill:#667089} .r0{fill:#1f77b4} .r1{fill:#b5520f} .r2{fill:#2f7d3e}
 .padding{fill:none;stroke:#b9b9b2;stroke-dasharray:3 3} .line{fill:none;stroke:#6b7280;stroke-width:1.5}
@@ -27,23 +27,23 @@ text{fill:#22262e;font:14px system-ui,sans-serif} .title{font-weight:600;font-si
 
 
 def bar(x: float, y: float, tokens: int, kind: str, label: str = "") -> str:
-    """So many tokens as a bar, with a label on it."""
+    """Some tokens as a labeled bar."""
     width = tokens * TOKEN
     text = f'<text class="on" x="{x + width / 2}" y="{y + 15}" text-anchor="middle">{label}</text>' if label else ""
     return f'<rect class="{kind}" x="{x}" y="{y}" width="{width}" height="{BAR}" rx="3"/>{text}'
 
 
-def said(x: float, y: float, text: str, kind: str = "") -> str:
+def line(x: float, y: float, text: str, kind: str = "") -> str:
     """A line of text."""
     return f'<text class="{kind}" x="{x}" y="{y}">{text}</text>'
 
 
 def as_rows() -> tuple[list[str], int]:
-    """The left half: two rows for each pair, padded to the longest; and how many tokens that computes."""
+    """The left half: two rows per pair, padded to the longest; and the number of tokens computed."""
     longest = PROMPT + max(RESPONSES)
     parts = [
-        said(LEFT, 40, "As rows of a batch", "title"),
-        said(LEFT, 62, "two rows for each pair, all as long as the longest"),
+        line(LEFT, 40, "As padded rows", "title"),
+        line(LEFT, 62, "two rows per pair, padded to the longest"),
     ]
     for number, response in enumerate(response for pair in PAIRS for response in pair):
         y = 84 + number * 34 + (number // 2) * 12
@@ -57,8 +57,8 @@ def as_rows() -> tuple[list[str], int]:
 
 
 def as_tree() -> tuple[list[str], int]:
-    """The right half: the prompt and each response once, and pairs as indices; and how many tokens that computes."""
-    parts = [said(RIGHT, 40, "As a response tree", "title"), said(RIGHT, 62, "prompt and responses once, pairs are indices")]
+    """The right half: the prompt and each response once, and pairs as indices; and the number of tokens computed."""
+    parts = [line(RIGHT, 40, "As a response tree", "title"), line(RIGHT, 62, "prompt and responses once; pairs are indices")]
     end, begin = RIGHT + PROMPT * TOKEN, RIGHT + PROMPT * TOKEN + 40
     middle = 84 + 46 + BAR / 2
     parts.append(bar(RIGHT, middle - BAR / 2, PROMPT, "prompt", "prompt"))
@@ -68,14 +68,14 @@ def as_tree() -> tuple[list[str], int]:
             f'<path class="line" d="M{end} {middle}C{end + 20} {middle} {begin - 20} {y + BAR / 2} {begin} {y + BAR / 2}"/>'
         )
         parts.append(bar(begin, y, tokens, f"r{number}", NAMES[number]))
-    parts.append(said(RIGHT, 252, "log-probs, one for each response:"))
+    parts.append(line(RIGHT, 252, "log-probs, one per response:"))
     for number, name in enumerate(NAMES):
         parts.append(bar(RIGHT + 248 + number * 38, 236, 2, f"r{number}", name))
-    parts.append(said(RIGHT, 292, "pairs (preferred, other), which the loss looks up there:"))
+    parts.append(line(RIGHT, 292, "pairs (preferred, other), looked up by the loss:"))
     for number, (preferred, other) in enumerate(PAIRS):
         x = RIGHT + number * 120
-        parts += [said(x, 322, "("), bar(x + 8, 306, 2, f"r{preferred}", NAMES[preferred]), said(x + 43, 322, ",")]
-        parts += [bar(x + 52, 306, 2, f"r{other}", NAMES[other]), said(x + 86, 322, ")")]
+        parts += [line(x, 322, "("), bar(x + 8, 306, 2, f"r{preferred}", NAMES[preferred]), line(x + 43, 322, ",")]
+        parts += [bar(x + 52, 306, 2, f"r{other}", NAMES[other]), line(x + 86, 322, ")")]
     return parts, PROMPT + sum(RESPONSES)
 
 
@@ -83,23 +83,23 @@ def picture() -> str:
     """The whole SVG."""
     (rows, row_tokens), (tree, tree_tokens) = as_rows(), as_tree()
     title = f"A prompt with {len(RESPONSES)} responses in {len(PAIRS)} pairs, as rows of a batch and as a response tree"
-    note = f"prompt of {PROMPT} tokens, responses of {', '.join(map(str, RESPONSES))}; a dashed frame is padding"
+    note = f"prompt of {PROMPT} tokens, responses of {', '.join(map(str, RESPONSES))}; dashed frames are padding"
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{title}">',
         f"<title>{title}</title><style>{STYLE}</style>",
         f'<rect class="ground" width="{WIDTH}" height="{HEIGHT}" rx="10"/>',
         *rows,
-        said(LEFT, 358, f"{row_tokens} tokens computed", "title"),
+        line(LEFT, 358, f"{row_tokens} tokens computed", "title"),
         *tree,
-        said(RIGHT, 358, f"{tree_tokens} tokens computed", "title"),
-        said(LEFT, 398, note, "small"),
+        line(RIGHT, 358, f"{tree_tokens} tokens computed", "title"),
+        line(LEFT, 398, note, "small"),
         "</svg>",
     ]
     return "\n".join(parts) + "\n"
 
 
 def main() -> None:
-    """Write the picture, or look whether it is as drawn here."""
+    """Write or check the picture."""
     from generated import write_or_check
 
     write_or_check(PICTURE, picture())

@@ -1,8 +1,8 @@
-"""report.html of a run, made again from what lies in its directory; the run may be going on.
+"""Rebuild report.html from a run directory; the run may still be in progress.
 
 python scripts/report.py RUN [--flagged FILE.jsonl]
 
---flagged also writes the training pairs that the run speaks against, as rows that the labelling app imports.
+--flagged also writes the training pairs that the run calls into question, as rows that the labeling app imports.
 """
 
 import argparse
@@ -10,20 +10,20 @@ import sys
 from pathlib import Path
 
 from preference_training.core.errors import UserError
-from preference_training.reporting.flagged_pairs import write_flagged
+from preference_training.reporting.flagged_pairs import write_labeling_file
 from preference_training.reporting.run_report import rebuild_report
 
 
 def main() -> None:
-    """Write the page. A mistake of the user's becomes one message and exit status 2."""
+    """Write the page. A user's mistake is reported as one message, with exit status 2."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="a run directory")
-    parser.add_argument("--flagged", type=Path, metavar="FILE", help="where flagged pairs go, as JSON lines")
+    parser.add_argument("--flagged", type=Path, metavar="FILE", help="write flagged pairs to this file, as JSON lines")
     options = parser.parse_args()
     try:
         print(f"report: {rebuild_report(options.run)}")
         if options.flagged:
-            print(f"{write_flagged(options.run, options.flagged)} pairs: {options.flagged}")
+            print(f"{write_labeling_file(options.run, options.flagged)} pairs: {options.flagged}")
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(2)

@@ -1,8 +1,8 @@
-"""Preference pairs as token ids with loss masks, in a file that torch reads: to look at them, or to train where no text may go.
+"""Tokenize preference pairs into a .pt file with token ids and loss masks, to inspect them or to train without the texts.
 
 python scripts/tokenize_pairs.py --model NAME_OR_DIRECTORY --dataset NAME_OR_FILE [--output FILE.pt]
 
-The file holds a list of dicts, one a pair: prompt_chosen_tokens, prompt_rejected_tokens, chosen_loss_mask,
+The file holds a list of dicts, one per pair: prompt_chosen_tokens, prompt_rejected_tokens, chosen_loss_mask,
 rejected_loss_mask. `python train.py datasets=[FILE.pt]` trains on it, with the same tokenizer.
 """
 
@@ -19,22 +19,24 @@ from preference_training.data.registry import TOKENISED_SUFFIX
 
 
 def arguments() -> argparse.Namespace:
-    """The command line, understood."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="whose tokenizer: an id of the hub, a directory, or byte_level")
-    parser.add_argument("--dataset", required=True, help="a file, a registered name, ORGANISATION/NAME or FILE.py:NAME")
-    parser.add_argument("--output", type=Path, help="the file to write; else the data set's name with .pt, here")
+    parser.add_argument("--model", required=True, help="the tokenizer: a hub id, a directory, or byte_level")
+    parser.add_argument("--dataset", required=True, help="a file, a registered name, ORGANIZATION/NAME or FILE.py:NAME")
+    parser.add_argument("--output", type=Path, help="output file (default: the name of the data set with .pt)")
     parser.add_argument("--split", choices=("train", "test", "all"), default="all", help="default: all")
-    parser.add_argument("--max-length", type=int, default=512, help="of prompt and response together, tokens; default: 512")
-    parser.add_argument("--max-prompt-length", type=int, default=256, help="of a prompt that is cut, tokens; default: 256")
-    parser.add_argument("--truncation-mode", choices=TRUNCATION_MODES, help="which end of a prompt stays; else the set's own")
-    parser.add_argument("--template", choices=TEMPLATES, help="how conversations become text; else HH dialogues")
-    parser.add_argument("--system-prompt", help="stands before conversations that have none of their own")
+    parser.add_argument("--max-length", type=int, default=512, help="tokens of prompt and response together; default: 512")
+    parser.add_argument("--max-prompt-length", type=int, default=256, help="tokens of a truncated prompt; default: 256")
+    parser.add_argument(
+        "--truncation-mode", choices=TRUNCATION_MODES, help="which end of a prompt to keep (default: that of the data set)"
+    )
+    parser.add_argument("--template", choices=TEMPLATES, help="the format of conversations (default: HH dialogues)")
+    parser.add_argument("--system-prompt", help="for conversations without one of their own")
     return parser.parse_args()
 
 
-def output_of(options: argparse.Namespace) -> Path:
-    """Where the pairs go. Raises UserError for what cannot be asked for, before anything is loaded."""
+def output_path(options: argparse.Namespace) -> Path:
+    """The output file. Raises UserError for invalid options, before anything is loaded."""
     if not 0 < options.max_prompt_length < options.max_length:
         raise UserError(
             f"--max-prompt-length: found {options.max_prompt_length}, expected 1 to less than --max-length, which is "
@@ -44,13 +46,13 @@ def output_of(options: argparse.Namespace) -> Path:
         raise UserError(f"--dataset: {options.dataset} holds token ids already. Expected texts.")
     output = options.output or Path(Path(options.dataset).name.split(".")[0] + TOKENISED_SUFFIX)
     if output.suffix != TOKENISED_SUFFIX:
-        raise UserError(f"--output: found {output}, expected a name that ends in {TOKENISED_SUFFIX}, by which it is known.")
+        raise UserError(f"--output: found {output}, expected a name that ends in {TOKENISED_SUFFIX}.")
     if output.is_dir() or not output.absolute().parent.is_dir():
-        raise UserError(f"--output: {output}: expected a file in a directory that exists.")
+        raise UserError(f"--output: {output}: expected a file in an existing directory.")
     return output
 
 
-def entry_of(options: argparse.Namespace) -> Entry:
+def dataset_entry(options: argparse.Namespace) -> Entry:
     """The data set as an entry of `datasets`."""
     return read_entry(
         options.dataset,
@@ -63,7 +65,7 @@ def entry_of(options: argparse.Namespace) -> Entry:
 
 
 def tokenized(options: argparse.Namespace, entry: Entry) -> list:
-    """The tokenised prompts of the splits that are asked for; prints what was left out or changed."""
+    """The tokenized prompts of the chosen splits; prints what was skipped or changed."""
     from preference_training.core.libraries import quiet_libraries
     from preference_training.data.tokenization import TokenSettings, text_reader, tokenize_records
     from preference_training.modeling.tokenizer import load_tokenizer
@@ -90,24 +92,24 @@ def tokenized(options: argparse.Namespace, entry: Entry) -> list:
 
 
 def write(output: Path, prompts: list) -> int:
-    """Write the pairs, and return how many; the file is there when it is whole. Raises UserError where it cannot be written."""
+    """Write the pairs atomically; returns their number. Raises UserError where the file cannot be written."""
     from preference_training.core.files import atomic_path
     from preference_training.data.tokenization import write_tokenised
 
     try:
         with atomic_path(output) as partial:
             return write_tokenised(partial, prompts)
-    except (OSError, RuntimeError) as error:  # torch raises the latter where it cannot write
-        reason = (isinstance(error, OSError) and error.strerror) or "the disk does not take all of it"
-        raise UserError(f"--output: {output} cannot be written: {reason}.") from error
+    except (OSError, RuntimeError) as error:  # torch raises RuntimeError for write errors
+        reason = (isinstance(error, OSError) and error.strerror) or "the disk is full"
+        raise UserError(f"--output: cannot write {output}: {reason}.") from error
 
 
 def main() -> None:
-    """Tokenise a data set into a file. A mistake of the user's becomes one message and exit status 2."""
+    """Tokenize a data set into a file. A user's mistake is reported as one message, with exit status 2."""
     options = arguments()
     try:
-        output = output_of(options)
-        prompts = tokenized(options, entry_of(options))
+        output = output_path(options)
+        prompts = tokenized(options, dataset_entry(options))
         count = write(output, prompts)
     except UserError as error:
         print(error, file=sys.stderr)

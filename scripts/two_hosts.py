@@ -1,10 +1,10 @@
-"""Training over two machines leaves what training in one process leaves, and ends when one of the machines goes away.
+"""Check that training on two hosts equals training in one process, and ends when one of the hosts fails.
 
 python scripts/two_hosts.py [--where-possible]      # make two-hosts; about two minutes on two CPU cores
 
-The machines are made of Linux namespaces: each has its own network, host name, /etc/hosts and processes, and a virtual switch
-joins them; they share the file system, as the machines of a cluster do. Root is not needed where users may make namespaces.
-Nothing of this is seen outside, and the kernel removes all of it when this script ends, however it ends.
+The hosts are Linux namespaces: each has its own network, host name, /etc/hosts and processes; a virtual switch connects them,
+and they share the file system, as in a cluster. Root is not needed where users may create namespaces. Nothing is visible
+outside, and the kernel removes everything when this script ends.
 """
 
 import argparse
@@ -24,24 +24,24 @@ from preference_training.core.metric_names import MEASURED
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# A namespace of processes takes all its processes with it when its first one ends, which --kill-child sees to.
+# A PID namespace kills all its processes when its first one ends, which --kill-child ensures.
 NAMESPACES = ("unshare", "--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
 SWITCH = ("ip", "link", "add", "switch", "type", "bridge")
 
 TRAIN = (
     str(ROOT / "train.py"), "loss=dpo", "n_eval_examples=16", "wandb.enabled=false", "sample_during_eval=false",
-    # Steps large enough to see the weights move: by 1e-3 or so, a hundred times what may differ.
+    # Steps large enough to move the weights visibly: by about 1e-3, a hundred times the tolerance.
     "batch_size=8", "lr=1e-4", "warmup_steps=2",
 )  # fmt: skip
 SHORT, ENDLESS = ("n_examples=32",), ("n_epochs=1000", "debug=true")
-# How much a number may differ, as a share of it; numbers below FLOOR count as FLOOR.
+# The allowed relative difference; numbers below FLOOR count as FLOOR.
 TOLERANCE, FLOOR = 1e-4, 0.1
-# How long a machine waits for one that no longer answers. Unit: seconds.
-SILENCE = 15
+# How long a host waits for one that no longer responds. Unit: seconds.
+PEER_TIMEOUT = 15
 
 
-class Machine:
-    """One of the two: its namespaces live as long as `init`, its first process."""
+class Host:
+    """One of the two hosts. Its namespaces live as long as its first process, `init`."""
 
     def __init__(self, number: int):
         self.name = f"host{number}"
@@ -52,7 +52,7 @@ class Machine:
         if self.init.stdout.readline() != "booted\n":
             sys.exit(f"{self.name} did not start")
         pid, port = str(self.init.pid), f"port{number}"
-        # That of an earlier machine, which the kernel removes in its own time.
+        # The kernel may not have removed the port of an earlier host yet.
         subprocess.run(["ip", "link", "delete", port], check=False, stderr=subprocess.DEVNULL)
         subprocess.run(["ip", "link", "add", port, "type", "veth", "peer", "name", "cable", "netns", pid], check=True)
         subprocess.run(["ip", "link", "set", port, "master", "switch", "up"], check=True)
@@ -60,31 +60,31 @@ class Machine:
         self.do("ip", "link", "set", "cable", "up")
 
     def inside(self, *command: str) -> list[str]:
-        """The command that runs another one on this machine."""
+        """Wrap a command to run it on this host."""
         pid = self.init.pid
         enter = ["nsenter", f"--target={pid}", "--net", "--uts", "--mount", f"--pid=/proc/{pid}/ns/pid_for_children"]
         return [*enter, "env", f"--chdir={Path.cwd()}", *command]
 
     def do(self, *command: str) -> str:
-        """Run a command on this machine; what it printed."""
+        """Run a command on this host; returns its output."""
         return subprocess.run(self.inside(*command), check=True, stdout=subprocess.PIPE, text=True).stdout
 
     def pull_cable(self) -> None:
-        """Cut this machine off, without a word to the other one."""
+        """Disconnect this host without notice to the other one."""
         self.do("ip", "link", "set", "cable", "down")
 
     def start(self, processes: int, *overrides: str) -> subprocess.Popen:
-        """Start torchrun with so many workers on this machine, for its half of a run."""
+        """Start torchrun with so many workers on this host, for its half of a run."""
         torchrun = ("-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", str(processes))
         rendezvous = ("--rdzv-backend", "c10d", "--rdzv-endpoint", "host0:29400", "--rdzv-id", "run")
         return start(*self.inside(sys.executable, *torchrun, *rendezvous, *TRAIN, *overrides))
 
     def processes(self) -> list[str]:
-        """Command lines of what runs on this machine, besides its first process and the question itself."""
+        """The command lines of the processes on this host, except for init and ps."""
         return self.do("ps", "--no-headers", "-e", "-o", "args").splitlines()[1:-1]
 
     def power_off(self) -> None:
-        """Kill all that runs on this machine at once."""
+        """Kill all processes of this host at once."""
         self.init.kill()
         self.init.wait()
 
@@ -93,15 +93,15 @@ class Machine:
 
 
 def difference(found: float, expected: float) -> float:
-    """How far a number is from what was expected, as a share of it; infinitely far where one is none."""
+    """The relative difference of a number from the expected one; infinite where one of them is NaN."""
     share = abs(found - expected) / max(abs(expected), FLOOR)
     return math.inf if math.isnan(share) else share
 
 
 def compare_metrics(found: Path, expected: Path) -> dict[str, float]:
-    """The largest difference of each metric over all lines of two metrics.jsonl, speed aside.
+    """The largest difference of each metric over all lines of two metrics.jsonl, except for speed.
 
-    Raises ValueError where lines or their metrics are not the same ones.
+    Raises ValueError where the lines or the names of their metrics differ.
     """
     lines = [[json.loads(line) for line in path.read_text().splitlines()] for path in (found, expected)]
     worst: dict[str, float] = {}
@@ -114,7 +114,7 @@ def compare_metrics(found: Path, expected: Path) -> dict[str, float]:
 
 
 def compare_weights(found: Path, expected: Path) -> dict[str, float]:
-    """The largest difference within each weight of two policy.pt. Raises ValueError where their names are not the same."""
+    """The largest difference within each weight of two policy.pt. Raises ValueError where their names differ."""
     from preference_training.core.files import load_tensors
 
     states = [load_tensors(path)["state"] for path in (found, expected)]
@@ -129,7 +129,7 @@ def compare_weights(found: Path, expected: Path) -> dict[str, float]:
 
 
 def same(what: str, differences: dict[str, float]) -> bool:
-    """Say what was compared and where it differs most; whether that is little enough."""
+    """Print what was compared and the largest difference; returns whether it is within the tolerance."""
     name, largest = max(differences.items(), key=lambda item: item[1])
     ok = largest <= TOLERANCE
     print(
@@ -138,83 +138,85 @@ def same(what: str, differences: dict[str, float]) -> bool:
     return ok
 
 
-# ---- what is proved -----------------------------------------------------------------------------------------------------
+# ---- checks -------------------------------------------------------------------------------------------------------------
 
 
 def start(*command: str) -> subprocess.Popen:
-    """Start a command; all that it prints can be read from its stdout."""
+    """Start a command whose output can be read from its stdout."""
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def finish(process: subprocess.Popen) -> None:
-    """Wait for a run's end; a bad one ends this script, with what the run said."""
-    said, _ = process.communicate(timeout=300)
+    """Wait for a run to end; a failure ends this script with the run's output."""
+    output, _ = process.communicate(timeout=300)
     if process.returncode:
-        sys.exit(f"{' '.join(process.args)} ended with status {process.returncode}:\n{said}")
+        sys.exit(f"{' '.join(process.args)} ended with status {process.returncode}:\n{output}")
 
 
-def trains_alike(processes: int, sharding: str) -> bool:
-    """Whether a run over two machines leaves the numbers and weights of the run in `alone`."""
-    machines, run_dir = (Machine(0), Machine(1)), Path(f"hosts_{sharding}")
+def check_training(processes: int, sharding: str) -> bool:
+    """Whether a run on two hosts has the metrics and weights of the run in `alone`."""
+    hosts, run_dir = (Host(0), Host(1)), Path(f"hosts_{sharding}")
     overrides = "trainer=FSDPTrainer", f"trainer.sharding={sharding}", f"local_run_dir={run_dir}", *SHORT
-    for process in [machine.start(processes, *overrides) for machine in machines]:
+    for process in [host.start(processes, *overrides) for host in hosts]:
         finish(process)
-    for machine in machines:
-        machine.power_off()
+    for host in hosts:
+        host.power_off()
     what = f"one process and 2 hosts x {processes}, sharding={sharding}"
     files = (compare_metrics, "metrics.jsonl"), (compare_weights, "LATEST/policy.pt")
     return all([same(f"{what}: {name}", compare(run_dir / name, Path("alone") / name)) for compare, name in files])
 
 
-def ends(how: str, go_away: Callable[[Machine], None], seconds: float) -> bool:
-    """Whether host 0 ends in time, with an error and without leaving a process, when `go_away` takes host 1 in mid-run."""
-    machines = Machine(0), Machine(1)
-    silence = f"trainer.distributed_timeout_minutes={SILENCE / 60}"
-    first, _ = (machine.start(1, "trainer=FSDPTrainer", silence, *ENDLESS) for machine in machines)
+def check_failure(how: str, fail: Callable[[Host], None], seconds: float) -> bool:
+    """Whether host 0 ends in time, with an error and without leftover processes, when host 1 fails during a run."""
+    hosts = Host(0), Host(1)
+    timeout = f"trainer.distributed_timeout_minutes={PEER_TIMEOUT / 60}"
+    first, _ = (host.start(1, "trainer=FSDPTrainer", timeout, *ENDLESS) for host in hosts)
     for line in first.stdout:
         if re.match(r"\d+/\d+ loss", line):
             break
     else:
         sys.exit(f"host 0 ended before it trained, with status {first.wait()}")
     started = time.monotonic()
-    go_away(machines[1])
-    said, _ = first.communicate(timeout=300)
+    fail(hosts[1])
+    output, _ = first.communicate(timeout=300)
     took = time.monotonic() - started
-    left = machines[0].processes()
-    for machine in machines:
-        machine.power_off()
+    left = hosts[0].processes()
+    for host in hosts:
+        host.power_off()
     ok = first.returncode != 0 and took <= seconds and not left
-    result = f"host 0 ended after {took:.1f} s (at most {seconds}) with status {first.returncode}, {len(left)} processes left"
-    print(f"{'as it should' if ok else 'NOT AS IT SHOULD'}: {how}: {result}", flush=True)
+    result = (
+        f"host 0 ended after {took:.1f} s (at most {seconds}) with status {first.returncode}, {len(left)} leftover processes"
+    )
+    print(f"{'passed' if ok else 'FAILED'}: {how}: {result}", flush=True)
     if not ok:
-        print(said, *left, sep="\n")
+        print(output, *left, sep="\n")
     return ok
 
 
-def prove() -> bool:
-    """Everything, in the current directory, from within namespaces of its own."""
+def check() -> bool:
+    """Run all checks in the current directory, from within namespaces of their own."""
     Path("hosts").write_text("127.0.0.1 localhost\n10.0.0.1 host0\n10.0.0.2 host1\n")
     subprocess.run(SWITCH, check=True)
     subprocess.run(["ip", "link", "set", "switch", "up"], check=True)
     finish(start(sys.executable, *TRAIN, *SHORT, "local_run_dir=alone"))
     return all(
         [
-            trains_alike(1, "full"),
-            trains_alike(2, "hybrid"),
-            # The kernel closes the connections of processes that are killed, which the others see at once.
-            ends("all of host 1 is killed", Machine.power_off, SILENCE - 1),
-            # Nothing says that host 1 is gone; the time-out of the process group does.
-            ends("the cable of host 1 is pulled", Machine.pull_cable, SILENCE + 45),
+            check_training(1, "full"),
+            check_training(2, "hybrid"),
+            # The kernel closes the connections of killed processes, which their peers notice at once.
+            check_failure("all processes of host 1 are killed", Host.power_off, PEER_TIMEOUT - 1),
+            # Only the timeout of the process group notices that host 1 is gone.
+            check_failure("the cable of host 1 is pulled", Host.pull_cable, PEER_TIMEOUT + 45),
         ]
     )
 
 
 def main() -> int:
-    """Prove it in namespaces of its own, and in a directory that is removed; the exit status."""
+    """Run the checks in namespaces of their own and in a temporary directory; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--where-possible", action="store_true", help="not an error where namespaces cannot be made")
+    parser.add_argument("--where-possible", action="store_true", help="succeed where namespaces cannot be created")
     options = parser.parse_args()
-    # A user who is not root becomes root of the namespaces, and of nothing else.
+    # An unprivileged user becomes root within the namespaces only.
     into = [*NAMESPACES, *(() if os.geteuid() == 0 else ("--user", "--map-root-user"))]
     try:
         tried = subprocess.run([*into, *SWITCH], capture_output=True, text=True, check=False)
@@ -222,13 +224,13 @@ def main() -> int:
     except FileNotFoundError as error:
         fault = str(error)
     if fault:
-        print(f"two hosts: not tried, since network namespaces cannot be made here: {fault}")
+        print(f"two hosts: skipped, because network namespaces cannot be created here: {fault}")
         return 0 if options.where_possible else 1
-    # What stops this process lets it clean up.
+    # Clean up when this process is terminated.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     with TemporaryDirectory(prefix="two_hosts_") as folder:
         code = (
-            f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import two_hosts; sys.exit(not two_hosts.prove())"
+            f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import two_hosts; sys.exit(not two_hosts.check())"
         )
         environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         return subprocess.run([*into, sys.executable, "-c", code], cwd=folder, env=environment, check=False).returncode

@@ -1,7 +1,7 @@
-"""A run's curves and events in the terminal, while it goes on; from any shell or machine that sees its directory.
+"""Watch a run's curves and events in the terminal, from any shell or machine that can read its directory.
 
 python scripts/watch.py RUN             # until the run ends, or Ctrl-C
-python scripts/watch.py RUN --once      # as it is now
+python scripts/watch.py RUN --once      # its current state
 """
 
 import argparse
@@ -14,11 +14,11 @@ from preference_training.reporting.terminal_view import watch
 
 
 def main() -> None:
-    """Show the run. A mistake of the user's becomes one message and exit status 2."""
+    """Show the run. A user's mistake is reported as one message, with exit status 2."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="a run directory")
-    parser.add_argument("--every", type=float, default=2.0, metavar="SECONDS", help="how often its files are looked at")
-    parser.add_argument("--once", action="store_true", help="show it as it is now, and leave")
+    parser.add_argument("--every", type=float, default=2.0, metavar="SECONDS", help="how often to read its files")
+    parser.add_argument("--once", action="store_true", help="print its current state and exit")
     options = parser.parse_args()
     try:
         with suppress(KeyboardInterrupt):

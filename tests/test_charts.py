@@ -1,4 +1,4 @@
-"""Charts keep what a line says however long it is, and are markup whatever its name is."""
+"""Charts preserve what a line shows at any length, and are valid markup whatever its name."""
 
 import json
 import math
@@ -10,51 +10,51 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from preference_training.reporting.charts import (
-    BARS,
     BUCKETS,
-    LARGEST,
+    MAX_MAGNITUDE,
+    MAX_MARKERS,
     Frame,
     Line,
-    bucketed,
     chart,
-    column,
+    downsample,
+    format_number,
     json_in_html,
-    line_of,
-    shown,
+    metric_line,
+    metric_values,
     tick_label,
     ticks,
-    words_marked,
 )
+from preference_training.reporting.examples import highlight_changes
 
 
 def line(values, name: str = "loss", **more) -> Line:
     return Line(name, numpy.arange(len(values), dtype=float), numpy.array(values, float), **more)
 
 
-def test_a_long_line_has_the_mean_and_the_range_of_each_part():
+def test_downsampling_keeps_the_mean_and_the_range_of_each_bucket():
     # 4 values fall into each of 2 parts: 0, 1, 2, 3 and 10, 11, 12, 13.
-    found = bucketed(line([0, 1, 2, 3, 10, 11, 12, 13]), buckets=2)
+    found = downsample(line([0, 1, 2, 3, 10, 11, 12, 13]), buckets=2)
     assert found.x.tolist() == [1.5, 5.5]
     assert (found.low.tolist(), found.y.tolist(), found.high.tolist()) == ([0, 10], [1.5, 11.5], [3, 13])
 
 
-def test_the_interval_of_a_part_is_the_mean_of_its_points_intervals():
+def test_the_interval_of_a_bucket_is_the_mean_of_its_points_intervals():
     values = numpy.array([0.0, 2.0, 4.0, 6.0])
-    found = bucketed(line(values, low=values - 1, high=values + 3), buckets=2)
+    found = downsample(line(values, low=values - 1, high=values + 3), buckets=2)
     assert (found.low.tolist(), found.high.tolist()) == ([0.0, 4.0], [4.0, 8.0])
 
 
-def test_a_short_line_stays_as_it_is():
+def test_a_short_line_is_not_downsampled():
     short = line(range(BUCKETS))
-    assert bucketed(short) is short
+    assert downsample(short) is short
 
 
 FINITE = st.floats(-1e300, 1e300)
 
 
 @given(st.lists(FINITE, min_size=1, max_size=200), st.integers(1, 20))
-def test_no_part_is_empty_and_no_extreme_is_lost(values, buckets):
-    found = bucketed(line(values), buckets)
+def test_no_bucket_is_empty_and_no_extreme_is_lost(values, buckets):
+    found = downsample(line(values), buckets)
     assert 1 <= len(found.x) <= max(buckets, 1) or len(values) <= buckets
     if found.low is not None:
         assert found.low.min() == min(values) and found.high.max() == max(values)
@@ -75,7 +75,7 @@ def test_ticks_are_few_and_lie_within(low, high):
     [(0, "0"), (0.69314, "0.6931"), (12800, "12,800"), (-1500.4, "-1,500"), (1.234e-7, "1.23e-07"), (2.5e8, "2.5e+08")],
 )
 def test_numbers_are_short(value, text):
-    assert shown(value) == text
+    assert format_number(value) == text
 
 
 @pytest.mark.parametrize(
@@ -93,11 +93,11 @@ def test_a_metrics_line_has_its_finite_values_and_their_intervals():
         {"counters/examples": 8, "loss/eval": math.nan},
         {"counters/examples": 12, "loss/eval": 0.25, "loss/eval/low": 0.2, "loss/eval/high": 0.3},
     ]
-    found = line_of(rows, "loss/eval", "held out")
+    found = metric_line(rows, "loss/eval", "held out")
     assert (found.x.tolist(), found.y.tolist(), found.low.tolist()) == ([4, 12], [0.5, 0.25], [0.4, 0.2])
-    assert line_of(rows[1:], "loss/eval", "held out").high.tolist() == [0.3]
-    assert line_of([*rows, {"counters/examples": 16, "loss/eval": 1.0}], "loss/eval", "held out").low is None
-    assert line_of(rows, "absent", "absent") is None
+    assert metric_line(rows[1:], "loss/eval", "held out").high.tolist() == [0.3]
+    assert metric_line([*rows, {"counters/examples": 16, "loss/eval": 1.0}], "loss/eval", "held out").low is None
+    assert metric_line(rows, "absent", "absent") is None
 
 
 VALUES = (
@@ -106,16 +106,16 @@ VALUES = (
 
 
 @given(st.lists(VALUES) | st.lists(st.floats()))
-def test_a_column_has_every_number_that_can_be_drawn_at_its_place_and_nothing_else(values):
-    found = column([{"a": value} for value in values], "a").tolist()
+def test_metric_values_are_the_numbers_that_can_be_drawn_and_nan_elsewhere(values):
+    found = metric_values([{"a": value} for value in values], "a").tolist()
     assert len(found) == len(values)
-    assert math.isnan(column([{"a": 10**400}], "a")[0]) and math.isnan(column([{}], "a")[0])
+    assert math.isnan(metric_values([{"a": 10**400}], "a")[0]) and math.isnan(metric_values([{}], "a")[0])
     for value, number in zip(values, found, strict=False):
-        is_number = isinstance(value, int | float) and abs(value) < LARGEST
+        is_number = isinstance(value, int | float) and abs(value) < MAX_MAGNITUDE
         assert number == float(value) if is_number else math.isnan(number)
 
 
-def test_nothing_is_drawn_of_nothing():
+def test_a_chart_without_lines_is_empty():
     assert chart("Loss", [None]) == ""
 
 
@@ -125,7 +125,7 @@ NAMES = st.text(max_size=20) | st.sampled_from(
 
 
 @given(NAMES, NAMES, st.lists(FINITE, min_size=1, max_size=300))
-def test_a_chart_is_markup_whatever_its_names_are_and_its_data_are_json(title, name, values):
+def test_a_chart_is_valid_markup_and_json_whatever_its_names(title, name, values):
     page = BeautifulSoup(chart(title, [line(values, name=name)]), "html.parser")
     assert len(page.find_all("script")) == 1 and page.find("img") is None
     data = json.loads(page.script.string)
@@ -137,11 +137,11 @@ def test_a_chart_is_markup_whatever_its_names_are_and_its_data_are_json(title, n
         assert -1 <= x <= 1001 and math.isfinite(y)
 
 
-def test_json_cannot_end_the_element_that_it_stands_in():
+def test_json_cannot_close_its_html_element():
     assert "<" not in json_in_html({"a": "</script>"}) and json.loads(json_in_html("</script>&")) == "</script>&"
 
 
-def test_the_table_says_what_the_picture_shows():
+def test_the_table_has_the_values_of_the_plot():
     page = BeautifulSoup(chart("Loss", [line([0.5, 0.25], name="held out", is_sparse=True)]), "html.parser")
     assert [[cell.text for cell in row.find_all(["th", "td"])] for row in page.find_all("tr")] == [
         ["examples", "held out"],
@@ -150,7 +150,7 @@ def test_the_table_says_what_the_picture_shows():
     ]
 
 
-def test_beside_points_that_are_marked_the_table_has_the_means_around_them():
+def test_the_table_has_means_near_the_points_of_a_sparse_line():
     marked = Line("held out", numpy.array([1.0, 5.0]), numpy.array([0.5, 0.25]), is_sparse=True)
     # 0 to 3 are nearer to 1, or as near as to 5.
     page = BeautifulSoup(chart("Loss", [line([0, 1, 2, 3, 4, 5, 9]), marked]), "html.parser")
@@ -158,29 +158,29 @@ def test_beside_points_that_are_marked_the_table_has_the_means_around_them():
     assert rows[1:] == [["1", "1.5", "0.5"], ["5", "6", "0.25"]]
 
 
-def test_a_level_line_is_level_however_its_means_are_rounded():
+def test_a_constant_line_is_drawn_flat_despite_rounding():
     page = BeautifulSoup(chart("Share", [line([0.8] * 100_003)]), "html.parser")
     assert {point.split(",")[1] for point in page.polyline["points"].split()} == {"500.0"}
 
 
-def test_a_long_line_is_not_drawn_larger_than_its_values_vary():
+def test_the_frame_of_a_long_line_covers_the_spread_of_its_values():
     frame = Frame.around([line([0, 10] * 5000)])
     assert frame.bottom <= 0 and frame.top >= 10, "its means are all 5"
 
 
-@pytest.mark.parametrize(("points", "marks"), [(BARS, 1), (BARS + 1, 0)])
+@pytest.mark.parametrize(("points", "marks"), [(MAX_MARKERS, 1), (MAX_MARKERS + 1, 0)])
 def test_only_a_few_points_are_marked(points, marks):
     page = BeautifulSoup(chart("Loss", [line(range(points), is_sparse=True)]), "html.parser")
     assert len(page.select(".plot .dots")) == marks
 
 
-def test_words_that_the_other_text_does_not_have_there_are_marked():
-    marked = words_marked("Of course! Start <small> today.", "Of course! Start now.")
+def test_changed_words_are_highlighted():
+    marked = highlight_changes("Of course! Start <small> today.", "Of course! Start now.")
     assert str(marked) == "Of course! Start <ins>&lt;small&gt; today.</ins>"
 
 
 @given(st.text(max_size=30), st.text(max_size=30))
-def test_a_marked_text_is_the_text(text, other):
+def test_highlighting_preserves_the_text(text, other):
     # NUL and carriage returns are not kept by a parser of HTML.
     assume(not {"\0", "\r"} & set(text))
-    assert BeautifulSoup(f"<p>{words_marked(text, other)}</p>", "html.parser").text == text
+    assert BeautifulSoup(f"<p>{highlight_changes(text, other)}</p>", "html.parser").text == text

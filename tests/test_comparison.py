@@ -1,4 +1,4 @@
-"""comparison.html and comparison.csv: seeds are grouped, what sets runs apart is named, and every run has its place."""
+"""comparison.html and comparison.csv: seeds are grouped, differing settings are named, and every run is shown."""
 
 import csv
 import json
@@ -11,18 +11,20 @@ from bs4 import BeautifulSoup
 from omegaconf import OmegaConf
 
 from preference_training.core.errors import UserError
+from preference_training.core.metric_names import LOSS_AT_BETA_USED
 from preference_training.losses.objectives import LOSSES
 from preference_training.reporting.comparison import (
     FALL,
     KL,
-    OF_THEIR_RUN,
+    comparison_csv,
     comparison_page,
-    csv_of,
+    distance,
     find_runs,
-    grouped,
+    group_runs,
     read_runs,
     write_comparison,
 )
+from preference_training.tracking import run_files
 
 
 def evaluation(examples: int, accuracy: float, **more) -> dict:
@@ -57,10 +59,10 @@ def parsed(folder: Path) -> BeautifulSoup:
     return BeautifulSoup(comparison_page(runs_of(folder)), "html.parser")
 
 
-def test_runs_that_differ_in_their_seed_alone_are_one_group_in_the_order_of_what_sets_the_groups_apart(sweep):
-    groups = grouped(runs_of(sweep))
+def test_runs_that_differ_only_in_their_seed_form_a_group_and_groups_are_sorted_by_their_settings(sweep):
+    groups = group_runs(runs_of(sweep))
     assert [group.name for group in groups] == ["beta=0.05", "beta=0.5"]
-    assert [[run.name for run in group.runs] for group in groups] == [["1", "3"], ["0", "2"]]
+    assert [[run.label for run in group.runs] for group in groups] == [["1", "3"], ["0", "2"]]
 
 
 def test_the_table_has_the_mean_and_the_standard_deviation_over_seeds(sweep):
@@ -73,7 +75,7 @@ def test_the_table_has_the_mean_and_the_standard_deviation_over_seeds(sweep):
     assert "They differ in loss.beta." in page.get_text()
 
 
-def test_a_run_that_is_alone_in_its_group_has_its_own_interval(tmp_path):
+def test_a_single_run_has_its_own_interval(tmp_path):
     write_run(tmp_path / "a", [evaluation(8, 0.6)], beta=0.1)
     write_run(tmp_path / "b", [evaluation(8, 0.7)], beta=0.2)
     assert "0.6 [0.5, 0.7]" in parsed(tmp_path).get_text()
@@ -83,40 +85,41 @@ def hints(folder: Path) -> str:
     return parsed(folder).find("p", class_="hint").get_text(" ")
 
 
-def test_losses_that_are_of_other_formulas_are_said_not_to_compare(tmp_path):
+def test_losses_with_different_formulas_are_reported_as_not_comparable(tmp_path):
     write_run(tmp_path / "a", [evaluation(8, 0.6)], beta=0.1)
     write_run(tmp_path / "b", [evaluation(8, 0.7)], beta=0.2)
-    assert "they are of other formulas where loss.beta differ" in hints(tmp_path)
-    assert "margin / beta compares" in hints(tmp_path)
+    assert "their formula depends on loss.beta." in hints(tmp_path)
+    assert "compare margin / beta" in hints(tmp_path)
 
 
-def test_beta_dpo_compares_with_dpo_unless_it_is_of_an_earlier_version(tmp_path):
+def test_beta_dpo_is_comparable_with_dpo_except_in_an_earlier_version(tmp_path):
     named = {"loss": {"name": "dpo", "beta": 0.1, "mode_loss": "beta_DPO", "a": 0.6}}
     at = {"beta_DPO/beta_used": 0.2, "beta_DPO/loss_eval_at_beta_used": 0.3}
     write_run(tmp_path / "plain", [evaluation(8, 0.6)], loss={"name": "dpo", "beta": 0.1, "mode_loss": "DPO", "a": 0.6})
     write_run(tmp_path / "now", [evaluation(8, 0.7, **at)], **named)
-    assert "do not compare" not in hints(tmp_path) and "earlier version" not in hints(tmp_path)
+    assert "not comparable" not in hints(tmp_path) and "earlier version" not in hints(tmp_path)
     write_run(tmp_path / "then", [evaluation(8, 0.7, **{"beta_DPO/beta_used": 0.2})], **named)
-    assert "Of an earlier version, with the held-out loss at beta-DPO's beta in force: then." in hints(tmp_path)
+    assert "An earlier version logged the held-out loss at the current beta of beta-DPO: then." in hints(tmp_path)
 
 
-def test_losses_that_depend_on_their_run_are_said_not_to_compare(tmp_path):
+def test_losses_that_depend_on_their_run_are_reported_as_not_comparable(tmp_path):
     for name, every in (("a", 8), ("b", 16)):
         loss = {"name": "tr_dpo", "beta": 0.1, "reference_update_every": every}
         write_run(tmp_path / name, [evaluation(8, 0.6)], loss=loss)
-    assert "Held-out losses of tr_dpo depend on what their run has seen" in hints(tmp_path)
-    assert {name for name, make in LOSSES.items() if getattr(make, "evaluation_depends_on", None)} == {*OF_THEIR_RUN}
+    assert "Held-out losses of tr_dpo depend on the data seen in training" in hints(tmp_path)
+    assert {name for name, make in LOSSES.items() if getattr(make, "evaluation_depends_on", None)} == {*run_files.OF_THEIR_RUN}
+    assert LOSS_AT_BETA_USED == run_files.LOSS_AT_BETA_USED
 
 
-def test_too_few_prompts_are_said_beside_a_number(tmp_path):
+def test_a_number_from_too_few_prompts_is_marked(tmp_path):
     write_run(tmp_path / "a", [evaluation(8, 0.6, **{"counters/held_out_prompts": 9})])
     write_run(tmp_path / "b", [evaluation(8, 0.6, **{"counters/held_out_prompts": 10})], beta=0.2)
     text = parsed(tmp_path).find("table").get_text(" ")
     assert "0.6 [0.5, 0.7] (9 prompts: too few)" in text and text.count("too few") == 2
 
 
-def test_curves_are_overlaid_and_those_of_seeds_are_their_mean_and_range(sweep):
-    line = grouped(runs_of(sweep))[0].line("rewards_eval/accuracies", "beta=0.05", 0)
+def test_curves_are_overlaid_and_seeds_become_their_mean_and_range(sweep):
+    line = group_runs(runs_of(sweep))[0].line("rewards_eval/accuracies", "beta=0.05", 0)
     assert (line.x.tolist(), line.low.tolist(), line.high.tolist()) == ([0, 8], [0.5, 0.6], [0.5, 0.7])
     assert numpy.allclose(line.y, [0.5, 0.65])
     figures = {figure.strong.text: figure for figure in parsed(sweep).find_all("figure")}
@@ -124,7 +127,7 @@ def test_curves_are_overlaid_and_those_of_seeds_are_their_mean_and_range(sweep):
     assert [item.text for item in figures["Training loss"].find_all("li")] == ["beta=0.05", "beta=0.5"]
 
 
-def test_the_frontier_has_a_point_for_each_run_and_a_line_through_the_means_in_the_order_of_beta(sweep):
+def test_the_frontier_has_a_point_per_run_and_a_line_through_the_means_by_beta(sweep):
     [figure] = [figure for figure in parsed(sweep).find_all("figure") if "distance" in figure.strong.text]
     lines = {line["name"]: line for line in json.loads(figure.script.string)["lines"]}
     # Rewards of -1 and -3 with beta 0.5 are log-ratios of -2 and -6, with 0.05 of -20 and -60: the mean fall is 4, and 40.
@@ -135,24 +138,24 @@ def test_the_frontier_has_a_point_for_each_run_and_a_line_through_the_means_in_t
     assert FALL in figure.find(class_="axis").text
 
 
-def test_a_run_whose_kl_has_been_estimated_is_placed_by_it(sweep):
+def test_a_run_with_a_kl_estimate_is_placed_by_it(sweep):
     interval = {"mean": 0.5, "low": 0.4, "high": 0.6}
     results = {"examples_trained": 8, "held_out": {"all": {"examples": 4, "prompts": 4, "loss/eval": interval}}}
     (sweep / "0" / "results.json").write_text(json.dumps(results | {"kl": {"per_answer": {"mean": 1.5}}}))
-    distances = [run.distance for run in runs_of(sweep)]
+    distances = [distance(run) for run in runs_of(sweep)]
     assert distances[0] == (KL, 1.5) and distances[1] == (FALL, 40.0)
     axes = [figure.find(class_="axis").text for figure in parsed(sweep).find_all("figure")]
     assert axes[:2] == [f"{KL}, nats", f"{FALL}, nats"]
 
 
-def test_runs_that_differ_in_words_have_no_line_through_their_means(tmp_path):
+def test_runs_that_differ_in_a_non_numeric_setting_have_no_line_through_their_means(tmp_path):
     for name in ("AdamW", "SGD"):
         write_run(tmp_path / name, [evaluation(8, 0.6)], optimizer=name)
     [figure] = [figure for figure in parsed(tmp_path).find_all("figure") if "distance" in figure.strong.text]
     assert [line["name"] for line in json.loads(figure.script.string)["lines"]] == ["optimizer=AdamW", "optimizer=SGD"]
 
 
-def test_points_that_share_a_place_do_not_write_over_one_another(tmp_path):
+def test_labels_of_coinciding_points_do_not_overlap(tmp_path):
     for name in "abcdefgh":
         write_run(tmp_path / name, [evaluation(8, 0.6)], optimizer=name)
     [figure] = [figure for figure in parsed(tmp_path).find_all("figure") if "distance" in figure.strong.text]
@@ -162,34 +165,34 @@ def test_points_that_share_a_place_do_not_write_over_one_another(tmp_path):
 
 
 def test_the_csv_has_a_row_for_each_run(sweep):
-    rows = list(csv.DictReader(csv_of(runs_of(sweep)).splitlines()))
+    rows = list(csv.DictReader(comparison_csv(runs_of(sweep)).splitlines()))
     assert [(row["run"], row["seed"], row["loss.beta"], row["rewards_eval/accuracies"]) for row in rows] == [
         ("0", "0", "0.5", "0.8"), ("1", "0", "0.05", "0.6"), ("2", "1", "0.5", "0.8"), ("3", "1", "0.05", "0.7"),
     ]  # fmt: skip
     assert (rows[0]["distance"], rows[0]["distance_measure"]) == ("4.0", FALL)
 
 
-def test_the_jobs_of_a_sweep_come_in_their_order(tmp_path):
+def test_the_jobs_of_a_sweep_are_in_numeric_order(tmp_path):
     for number in (10, 2, 1):
         write_run(tmp_path / str(number), [])
     assert [path.name for path in find_runs([tmp_path])] == ["1", "2", "10"]
 
 
-def test_runs_that_have_not_logged_anything_are_compared_too(tmp_path):
+def test_runs_without_metrics_can_be_compared(tmp_path):
     for name in "ab":
         write_run(tmp_path / name, [])
     text = parsed(tmp_path).get_text()
-    assert "2 runs compared" in text and "Nothing has been logged yet." in text and "no step yet" in text
+    assert "Comparison of 2 runs" in text and "No metrics have been logged yet." in text and "no step yet" in text
 
 
 def test_a_folder_without_a_run_is_one_message(tmp_path):
-    with pytest.raises(UserError, match=r"no metrics.jsonl in it or below it. Expected run directories"):
+    with pytest.raises(UserError, match=r"no metrics.jsonl at or below this path. Expected run directories"):
         find_runs([tmp_path])
 
 
-def test_both_files_lie_where_they_are_asked_for(sweep, tmp_path):
+def test_both_files_are_written_to_the_given_folder(sweep, tmp_path):
     page, table = write_comparison([sweep], tmp_path / "there")
     assert page.read_text().startswith("<!doctype html>") and table.read_text().startswith("run,seed,loss.beta")
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="cannot be written to"):
+    with pytest.raises(UserError, match="--to: cannot write"):
         write_comparison([sweep], tmp_path / "file")

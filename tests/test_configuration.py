@@ -605,7 +605,10 @@ def test_a_file_of_data_or_loaders_and_an_archive_are_accepted_where_they_exist(
 def test_the_objectives_are_the_metrics_of_an_evaluation(loss, compose):
     import torch
 
-    from preference_training.losses.objectives import build_loss, example_metrics
+    from preference_training.losses.objectives import (
+        build_loss,
+        example_metrics,
+    )
 
     built = build_loss(**compose(f"loss={loss}").loss)
     assert built.paired is (loss not in WITHOUT_PAIRS)

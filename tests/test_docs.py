@@ -185,7 +185,7 @@ def test_your_own_data_can_be_followed(clone):
     assert "my_preferences.jsonl: 5 rows read" in looked
     filtered = next(text for line, text in printed.items() if "my_answers.csv" in line)
     assert "my_answers.csv: 3 rows read" in filtered
-    assert (clone / "runs" / "names_dpo" / "LATEST").is_dir() and (clone / "runs" / "colours" / "LATEST").is_dir()
+    assert (clone / "runs" / "names_dpo" / "LATEST").is_dir() and (clone / "runs" / "colors" / "LATEST").is_dir()
 
 
 def test_your_own_loss_can_be_followed(clone):

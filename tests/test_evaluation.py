@@ -1,4 +1,4 @@
-"""Held-out metrics: every example once, however it is cut."""
+"""Held-out metrics: every example once, in batches of any size."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from conftest import CONFIG_DIR, GOLDEN
 from preference_training.batching.batches import evaluation_batches
 from preference_training.data.prompt_table import PromptTable
 from preference_training.data.tokenization import TokenizedPrompt
-from preference_training.evaluation.held_out import evaluate
+from preference_training.evaluation.held_out import evaluate_held_out
 from preference_training.losses.objectives import build_loss
 from preference_training.modeling.logprobs import LiveReference
 
@@ -36,7 +36,9 @@ def test_held_out_metrics_do_not_depend_on_the_batch_size(loss, models, compose)
     built.survey(torch.tensor([[0.5, 0.0], [-0.5, 0.0], [1.0, 0.0]]))
     policy, reference = models
     reference = reference if built.needs_reference else None
-    results = [evaluate(policy, reference, built, evaluation_batches(PROMPTS, size, None, seed=0)) for size in (1, 4, 11)]
+    results = [
+        evaluate_held_out(policy, reference, built, evaluation_batches(PROMPTS, size, None, seed=0)) for size in (1, 4, 11)
+    ]
     for result in results[1:]:
         assert len(result.examples["loss/eval"]) == 11
         for name, value in results[0].means().items():
@@ -45,4 +47,4 @@ def test_held_out_metrics_do_not_depend_on_the_batch_size(loss, models, compose)
 
 def test_an_empty_held_out_set_is_a_value_error(models):
     with pytest.raises(ValueError, match="no held-out example"):
-        evaluate(*models, build_loss("dpo"), [])
+        evaluate_held_out(*models, build_loss("dpo"), [])

@@ -1,4 +1,4 @@
-"""Evaluations without training: of a model as configured, and of another run's checkpoint, against what that run has said."""
+"""Evaluations without training: of the configured model, and of a run's checkpoint, compared with that run's metrics."""
 
 import importlib.util
 import json
@@ -12,7 +12,7 @@ import forked
 import shown
 from preference_training.checkpointing.checkpoint import Checkpoint
 from preference_training.core.errors import UserError
-from preference_training.evaluation.runs import check_beginning, config_of_run, write_text
+from preference_training.evaluation.runs import check_reference, config_of_run, write_text
 from test_task_suites import own_task
 from train import start
 
@@ -59,7 +59,7 @@ def evaluate(path: Path, *overrides: str) -> dict:
     return json.loads(Path(config.evaluation.to or path / "results.json").read_text())
 
 
-def test_an_evaluation_says_of_a_run_what_the_run_said_at_its_end(beta_dpo, capsys):
+def test_an_evaluation_reproduces_the_last_metrics_of_the_run(beta_dpo, capsys):
     before = {path.name: path.read_bytes() for path in beta_dpo.iterdir() if path.is_file()}
     results = evaluate(beta_dpo, "evaluation.n_prompts=4")
     last = rows(beta_dpo / "metrics.jsonl")[-1]
@@ -100,14 +100,14 @@ def test_sft_is_scored_without_a_reference(run_of, sft):
     assert results["metrics"]["loss/eval"] == pytest.approx(rows(sft / "metrics.jsonl")[-1]["loss/eval"], rel=1e-5)
 
 
-def test_answers_are_compared_with_the_references_or_with_another_checkpoints(beta_dpo, sft, tmp_path, capsys):
+def test_responses_are_compared_with_the_references_or_another_checkpoints(beta_dpo, sft, tmp_path, capsys):
     judged = ["evaluation.judge=toy", "evaluation.n_prompts=6", "n_eval_examples=8"]
     first = evaluate(beta_dpo, *judged, f"evaluation.to={tmp_path / 'first.json'}")["win_rate"]
     assert first["comparisons"] == 6 and first["against"] == "reference" and first["unanswered"] == 0
     answers = [row["other"] for row in rows(tmp_path / "answers.jsonl")]
     # Six comparisons of two grades: an interval of some width, whatever they say.
     assert first["rate"]["high"] - first["rate"]["low"] > 0.2
-    assert f"win rate against reference under toy: {first['rate']['mean']:.3g}" in capsys.readouterr().out
+    assert f"win rate against reference, judged by toy: {first['rate']['mean']:.3g}" in capsys.readouterr().out
     # The reference is the SFT checkpoint, and says the same when it is named.
     evaluate(beta_dpo, *judged, f"evaluation.against={sft / 'LATEST'}", f"evaluation.to={tmp_path / 'second.json'}")
     assert [row["other"] for row in rows(tmp_path / "answers.jsonl")] == answers
@@ -149,7 +149,7 @@ def test_the_script_evaluates_under_another_trainer_with_the_same_results(beta_d
     for name, value in alone["metrics"].items():
         assert sharded["metrics"][name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
     assert sharded["kl"]["per_answer"] == pytest.approx(alone["kl"]["per_answer"], rel=1e-3)
-    assert done.stdout.count("win rate against reference under toy") == 1
+    assert done.stdout.count("win rate against reference, judged by toy") == 1
 
 
 def test_the_command_lines_of_the_readme_are_understood(sft, monkeypatch):
@@ -176,14 +176,14 @@ def test_the_command_lines_of_the_readme_are_understood(sft, monkeypatch):
         ({"model": {"trust_remote_code": True}}, "model.trust_remote_code: ", "model.trust_remote_code=true"),
     ],
 )
-def test_code_that_a_runs_configuration_names_is_run_only_where_it_is_asked_for(changed, told, trusted, sft, tmp_path):
+def test_code_in_a_runs_configuration_is_executed_only_if_confirmed(changed, told, trusted, sft, tmp_path):
     checkpoint = tmp_path / "step-16"
     checkpoint.mkdir()
     state = json.loads((sft / "LATEST" / "state.json").read_text())
     config = state["run"]["config"]
     state["run"]["config"] = config | {key: config[key] | value if key == "model" else value for key, value in changed.items()}
     (checkpoint / "state.json").write_text(json.dumps(state))
-    with pytest.raises(UserError, match="by which code would be executed that you have not named") as refused:
+    with pytest.raises(UserError, match="which would execute code. If you trust it, confirm") as refused:
         config_of_run(checkpoint, ["n_eval_examples=3"])
     assert str(refused.value).startswith(told)
     config_of_run(checkpoint, [trusted])
@@ -210,13 +210,13 @@ def test_a_mistake_is_one_message_and_status_2(tmp_path):
         ("datasets=[hh", "datasets=[hh: "),
     ],
 )
-def test_an_override_that_cannot_be_is_refused(override, told, sft):
+def test_an_invalid_override_is_refused(override, told, sft):
     with pytest.raises(UserError) as refused:
         config_of_run(sft, [override])
     assert str(refused.value).startswith(told) and "\n" not in str(refused.value)
 
 
-def test_a_run_that_did_not_know_a_key_yet_has_its_default(sft, tmp_path):
+def test_a_key_that_is_newer_than_the_run_has_its_default(sft, tmp_path):
     state = json.loads((sft / "LATEST" / "state.json").read_text())
     for key in ("evaluation", "eval_only", "tf32"):
         del state["run"]["config"][key]
@@ -230,24 +230,24 @@ def test_a_run_that_did_not_know_a_key_yet_has_its_default(sft, tmp_path):
     assert config.n_examples == 16 and config.eval_only
 
 
-def test_a_reference_that_is_not_what_the_run_began_with_is_refused(sft):
+def test_a_reference_other_than_the_runs_initial_model_is_refused(sft):
     config = config_of_run(sft, [])
     began_with = json.loads((sft / "LATEST" / "state.json").read_text())["run"]["began_with"]
-    check_beginning(config, Checkpoint.read(sft / "LATEST"), began_with)
-    with pytest.raises(UserError, match="model: the weights are not those that the run of .* began with"):
-        check_beginning(config, Checkpoint.read(sft / "LATEST"), "0" * 32)
+    check_reference(config, Checkpoint.read(sft / "LATEST"), began_with)
+    with pytest.raises(UserError, match="model: the weights are not the initial weights of the run of"):
+        check_reference(config, Checkpoint.read(sft / "LATEST"), "0" * 32)
     # Another model that is asked for is another reference.
-    check_beginning(config_of_run(sft, [f"model.archive={sft / 'LATEST'}"]), Checkpoint.read(sft / "LATEST"), "0" * 32)
+    check_reference(config_of_run(sft, [f"model.archive={sft / 'LATEST'}"]), Checkpoint.read(sft / "LATEST"), "0" * 32)
 
 
-def test_auto_that_finds_no_checkpoint_evaluates_nothing(run_of):
+def test_resume_auto_without_a_checkpoint_is_refused(run_of):
     with pytest.raises(UserError, match="resume: auto has found no checkpoint of absent"):
         run_of("absent", "eval_only=true", "resume=auto", "exp_name=absent")
 
 
 def test_results_that_cannot_be_written_are_one_message(tmp_path):
     (tmp_path / "results.json").mkdir()
-    with pytest.raises(UserError, match="evaluation.to: .*results.json cannot be written: Is a directory"):
+    with pytest.raises(UserError, match="evaluation.to: cannot write .*results.json: Is a directory"):
         write_text(tmp_path / "results.json", "{}")
 
 

@@ -1,4 +1,4 @@
-"""Exports as real processes on one small run: the same log-probs, the same bytes on the hub, and no half of anything."""
+"""Exports as real processes on one small run: the same log-probs, the same bytes on the hub, all or nothing."""
 
 import importlib
 import json
@@ -23,8 +23,12 @@ from go_templates import read_modelfile
 from hub_stand_in import TOKEN, serving
 from preference_training.checkpointing.writer import publish
 from preference_training.core.errors import UserError
-from preference_training.export import exporting
-from preference_training.export.exporting import Wishes, export, source_of, whole_model
+from preference_training.export import directory
+from preference_training.export.checkpoint import export
+from preference_training.export.options import ExportOptions
+from preference_training.export.policy_pt import convert
+from preference_training.export.quantization import quantization_config
+from preference_training.export.source import Source
 from preference_training.modeling import loading, tokenizer
 from test_tokenize_pairs import done, run
 
@@ -48,9 +52,9 @@ def folder(tmp_path_factory) -> Path:
     return shared
 
 
-def logps(directory, dtype=torch.float32, **options) -> torch.Tensor:
+def logps(path, dtype=torch.float32, **options) -> torch.Tensor:
     """Log-probs [1, T, V] of a model on a dialogue."""
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, **options)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **options)
     return logps_of(model)
 
 
@@ -59,8 +63,8 @@ def logps_of(model) -> torch.Tensor:
         return model.eval()(torch.arange(5, 45)[None]).logits.float().log_softmax(-1)
 
 
-def wishes(tmp_path: Path, **values) -> Wishes:
-    return Wishes(to=tmp_path / "out", **values)
+def options(tmp_path: Path, **values) -> ExportOptions:
+    return ExportOptions(to=tmp_path / "out", **values)
 
 
 def names(directory: Path) -> set[str]:
@@ -70,15 +74,15 @@ def names(directory: Path) -> set[str]:
 # ---- a whole model, for Ollama and on the hub, by the script ----------------------------------------------------------------
 
 
-def test_a_run_goes_to_a_directory_to_ollama_and_to_the_hub(folder, tmp_path, monkeypatch):
+def test_a_run_is_exported_to_a_directory_to_ollama_and_to_the_hub(folder, tmp_path, monkeypatch):
     with serving() as hub:
         hub.files["me/my_model"] = {"model-00007-of-00009.safetensors": b"stale", "notes.txt": b"mine"}
         hub.private["me/my_model"] = True
         for name, value in {"HF_ENDPOINT": hub.address, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}.items():
             monkeypatch.setenv(name, value)
         out = tmp_path / "my_model"
-        options = ["--to", str(out), "--ollama", "me/toy", "--push", "me/my_model", "--private"]
-        lines = done(script(folder, "scripts/export.py", "runs/it", *options))
+        arguments = ["--to", str(out), "--ollama", "me/toy", "--push", "me/my_model", "--private"]
+        lines = done(script(folder, "scripts/export.py", "runs/it", *arguments))
     assert names(out) == {
         "README.md", "Modelfile", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
         "tokenizer_config.json", "chat_template.jinja",
@@ -118,8 +122,8 @@ def check_card(out: Path, name: str) -> None:
     assert len(printed) == 1 and isinstance(printed[0], str)
 
 
-def test_the_chat_template_that_is_exported_writes_the_prompt_of_training(folder, tmp_path):
-    export(folder / "runs" / "it" / "step-16", wishes(tmp_path))
+def test_the_exported_chat_template_writes_the_prompt_of_training(folder, tmp_path):
+    export(folder / "runs" / "it" / "step-16", options(tmp_path))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     messages = [{"role": "user", "content": "How do I clean a bike?"}]
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
@@ -129,15 +133,15 @@ def test_the_chat_template_that_is_exported_writes_the_prompt_of_training(folder
 
 
 def test_weights_in_another_dtype_and_in_several_files_are_the_same_weights(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(exporting, "SHARD_SIZE", "200KB")
-    export(folder / "runs" / "it", wishes(tmp_path, dtype="bfloat16"))
+    monkeypatch.setattr(directory, "SHARD_SIZE", "200KB")
+    export(folder / "runs" / "it", options(tmp_path, dtype="bfloat16"))
     assert {"model.safetensors.index.json"} < names(tmp_path / "out") and "model.safetensors" not in names(tmp_path / "out")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
     assert torch.equal(logps(tmp_path / "out", torch.bfloat16), logps(folder / "runs" / "it" / "LATEST", torch.bfloat16))
 
 
-def test_files_are_as_open_as_the_umask_says(folder, tmp_path):
-    export(folder / "runs" / "it", wishes(tmp_path))
+def test_file_modes_follow_the_umask(folder, tmp_path):
+    export(folder / "runs" / "it", options(tmp_path))
     umask = os.umask(0)
     os.umask(umask)
     for path in (tmp_path / "out").iterdir():
@@ -168,8 +172,8 @@ def test_the_commands_of_the_readme_are_understood(monkeypatch):
     """They differ from those that are run here in their paths and names."""
     lines = [words for _, words in shown.commands(r"python scripts/(export|convert_policy_pt)\.py")]
     assert {command[1] for command in lines} == {"scripts/export.py", "scripts/convert_policy_pt.py"}
-    for _, name, *options in lines:
-        monkeypatch.setattr(sys, "argv", [name, *options])
+    for _, name, *arguments in lines:
+        monkeypatch.setattr(sys, "argv", [name, *arguments])
         assert scripts(Path(name).stem, monkeypatch).arguments().to == Path("my_model")
 
 
@@ -184,11 +188,11 @@ def test_a_mistake_is_one_line_and_status_2(name, tmp_path, monkeypatch, capsys)
 # ---- what cannot be done ----------------------------------------------------------------------------------------------------
 
 
-def test_what_a_killed_export_has_left_is_in_nobodys_way(folder, tmp_path):
+def test_leftovers_of_a_killed_export_are_replaced(folder, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "model.safetensors").write_bytes(b"half")
-    export(folder / "runs" / "it", wishes(tmp_path))
+    export(folder / "runs" / "it", options(tmp_path))
     assert names(tmp_path) == {"out"}
     assert torch.equal(logps(tmp_path / "out"), logps(folder / "runs" / "it" / "LATEST"))
 
@@ -198,64 +202,64 @@ def test_a_full_disk_is_one_message_and_leaves_nothing(folder, tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
     try:
         with pytest.raises(
-            UserError, match="--to: .*out cannot be written: File too large. Expected a place of yours, with room"
+            UserError, match="--to: cannot write .*out: File too large. Expected a writable folder with enough space"
         ):
-            export(folder / "runs" / "it", wishes(tmp_path))
+            export(folder / "runs" / "it", options(tmp_path))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert names(tmp_path) == set()
 
 
-def test_too_little_room_is_seen_before_anything_is_written(folder, tmp_path, monkeypatch):
+def test_a_lack_of_space_is_noticed_before_writing(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))
-    with pytest.raises(UserError, match=r"--to: .*out cannot be written: \d MiB are needed, and 0 MiB are free"):
-        export(folder / "runs" / "it", wishes(tmp_path))
+    with pytest.raises(UserError, match=r"--to: cannot write .*out: \d MiB needed, 0 MiB free"):
+        export(folder / "runs" / "it", options(tmp_path))
     assert names(tmp_path) == set()
 
 
 @pytest.mark.parametrize(
     ("values", "told"),
     [
-        ({"merge": True}, "--merge: this checkpoint holds a whole model"),
-        ({"private": True}, "--private: nothing is pushed"),
+        ({"merge": True}, "--merge: this checkpoint holds full weights"),
+        ({"private": True}, "--private: applies to an upload only"),
         ({"ollama": "a b"}, "--ollama: found 'a b', expected a name"),
-        ({"ollama": "x", "quantize": "int8"}, "--quantize: Ollama quantizes by itself"),
+        ({"ollama": "x", "quantize": "int8"}, "--quantize: Ollama quantizes the full weights itself"),
         ({"quantize": "int9"}, "--quantize: no format 'int9'; did you mean int8?"),
-        ({"push": "me/it"}, "--push: no token for the hub"),
+        ({"push": "me/it"}, "--push: no hub token"),
     ],
 )
-def test_wishes_that_cannot_be_fulfilled_are_refused_and_nothing_is_made(values, told, folder, tmp_path, monkeypatch):
+def test_options_that_cannot_be_satisfied_are_refused_and_nothing_is_written(values, told, folder, tmp_path, monkeypatch):
     monkeypatch.delenv("HF_TOKEN", raising=False)
     with pytest.raises(UserError) as refusal:
-        export(folder / "runs" / "it", wishes(tmp_path, **values))
+        export(folder / "runs" / "it", options(tmp_path, **values))
     assert str(refusal.value).startswith(told)
     assert names(tmp_path) == set()
 
 
-def test_a_place_that_is_taken_is_refused(folder, tmp_path):
+def test_a_destination_that_is_taken_is_refused(folder, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").touch()
     with pytest.raises(UserError, match="--to: .*out is not empty"):
-        export(folder / "runs" / "it", wishes(tmp_path))
+        export(folder / "runs" / "it", options(tmp_path))
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="--to: .*file is no directory"):
-        export(folder / "runs" / "it", Wishes(tmp_path / "file"))
-    with pytest.raises(UserError, match="--to: .*absent is no directory"):
-        export(folder / "runs" / "it", Wishes(tmp_path / "absent" / "out"))
+    with pytest.raises(UserError, match="--to: .*file is not a directory"):
+        export(folder / "runs" / "it", ExportOptions(tmp_path / "file"))
+    with pytest.raises(UserError, match="--to: .*absent does not exist"):
+        export(folder / "runs" / "it", ExportOptions(tmp_path / "absent" / "out"))
     assert names(tmp_path) == {"out", "file"}
 
 
-def test_paths_that_are_no_run_and_checkpoints_that_are_damaged_are_refused(folder, tmp_path):
+def test_other_paths_and_damaged_checkpoints_are_refused(folder, tmp_path):
     with pytest.raises(UserError, match="that: no such directory. Expected a run directory"):
-        source_of(tmp_path / "that")
+        Source.read(tmp_path / "that")
     with pytest.raises(UserError, match="checksums.json is missing or damaged. Expected a run directory"):
-        source_of(tmp_path)
+        Source.read(tmp_path)
     damaged = Path(shutil.copytree(folder / "runs" / "it", tmp_path / "it", symlinks=True))
     weights = damaged / "step-32" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\0")
     with pytest.raises(UserError, match="step-32: model.safetensors is not what was written"):
-        source_of(damaged)
-    assert source_of(damaged / "step-16").examples == 16
+        Source.read(damaged)
+    assert Source.read(damaged / "step-16").examples == 16
 
 
 def published(checkpoint: Path) -> Path:
@@ -267,11 +271,11 @@ def published(checkpoint: Path) -> Path:
 
 
 @pytest.mark.parametrize("trained", [16, 32])
-def test_an_evaluation_of_this_checkpoint_is_in_its_card_and_one_of_another_is_not(trained, folder, tmp_path):
+def test_only_an_evaluation_of_the_exported_checkpoint_is_in_the_card(trained, folder, tmp_path):
     copy = Path(shutil.copytree(folder / "runs" / "it", tmp_path / "it", symlinks=True))
     numbers = {"examples": 8, "prompts": 6, "loss/eval": {"mean": 0.6, "low": 0.5, "high": 0.7}}
     (copy / "results.json").write_text(json.dumps({"examples_trained": trained, "held_out": {"all": numbers}}))
-    export(copy, wishes(tmp_path))
+    export(copy, options(tmp_path))
     assert ("| loss/eval | 0.6 | 0.5 to 0.7 |" in (tmp_path / "out" / "README.md").read_text()) == (trained == 32)
 
 
@@ -295,10 +299,10 @@ def forged(folder: Path, tmp_path: Path, change) -> Path:
 )
 def test_a_value_of_another_kind_in_state_json_is_a_damaged_checkpoint(change, part, folder, tmp_path):
     with pytest.raises(UserError, match=rf"step-16: state.json is damaged \({re.escape(part)}"):
-        source_of(forged(folder, tmp_path, change))
+        Source.read(forged(folder, tmp_path, change))
 
 
-def test_code_beside_a_checkpoint_runs_only_where_it_is_asked_for(folder, tmp_path):
+def test_code_next_to_a_checkpoint_does_not_run_unless_trusted(folder, tmp_path):
     trace = tmp_path / "executed"
     hostile = Path(shutil.copytree(folder / "runs" / "it" / "step-16", tmp_path / "hostile"))
     (hostile / "own.py").write_text(f"open({str(trace)!r}, 'w').close()\n")
@@ -309,7 +313,7 @@ def test_code_beside_a_checkpoint_runs_only_where_it_is_asked_for(folder, tmp_pa
     state = json.loads((hostile / "state.json").read_text())
     state["run"]["config"]["model"]["trust_remote_code"] = True
     (hostile / "state.json").write_text(json.dumps(state))
-    export(published(hostile), wishes(tmp_path))
+    export(published(hostile), options(tmp_path))
     assert not trace.exists() and "own.py" not in names(tmp_path / "out")
 
 
@@ -336,7 +340,7 @@ def adapter(folder, tmp_path) -> Path:
 
 
 def test_an_adapter_is_exported_as_one(adapter, tmp_path):
-    [line] = export(adapter, wishes(tmp_path))
+    [line] = export(adapter, options(tmp_path))
     out = tmp_path / "out"
     assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "README.md"} <= names(out)
     assert "model.safetensors" not in names(out) and "state.json" not in names(out)
@@ -351,13 +355,13 @@ def test_an_adapter_is_exported_as_one(adapter, tmp_path):
 @pytest.mark.parametrize("values", [{"dtype": "bfloat16"}, {"quantize": "int8"}, {"ollama": "x"}])
 def test_what_needs_a_whole_model_asks_for_merge(values, adapter, tmp_path):
     with pytest.raises(UserError, match=r"this checkpoint holds an adapter\. Add --merge"):
-        export(adapter, wishes(tmp_path, **values))
+        export(adapter, options(tmp_path, **values))
 
 
 def test_a_merged_adapter_is_a_whole_model(adapter, folder, tmp_path):
     from peft import PeftModel
 
-    export(adapter, wishes(tmp_path, merge=True, ollama="toy"))
+    export(adapter, options(tmp_path, merge=True, ollama="toy"))
     assert {"model.safetensors", "Modelfile"} < names(tmp_path / "out")
     base = AutoModelForCausalLM.from_pretrained(folder / "runs" / "it" / "step-16", dtype=torch.float32)
     torch.testing.assert_close(logps(tmp_path / "out"), logps_of(PeftModel.from_pretrained(base, adapter).merge_and_unload()))
@@ -373,32 +377,32 @@ def test_an_export_that_gives_another_model_is_refused_and_nothing_is_left(folde
         save(model, directory, **options)
 
     monkeypatch.setattr(loading, "save_model", damaged)
-    with pytest.raises(UserError, match=r"what was written is not the run's model: its log-probs differ by [\d.e-]+ per token"):
-        export(folder / "runs" / "it", wishes(tmp_path))
+    with pytest.raises(UserError, match=r"the exported model is not the run's: its log-probs differ by [\d.e-]+ a token"):
+        export(folder / "runs" / "it", options(tmp_path))
     assert names(tmp_path) == set()
 
 
-def test_where_memory_does_not_hold_the_model_in_float32_that_is_said(folder, tmp_path, monkeypatch):
+def test_a_comparison_without_log_probs_for_lack_of_memory_is_noted(folder, tmp_path, monkeypatch):
     monkeypatch.setattr("preference_training.checkpointing.saved_models.free_memory", lambda _: 1000)
-    _, note = export(folder / "runs" / "it", wishes(tmp_path))
-    assert note.startswith("note: too little memory to compare log-probs")
+    _, note = export(folder / "runs" / "it", options(tmp_path))
+    assert note.startswith("note: not enough memory to compare log-probs")
     assert torch.equal(logps(tmp_path / "out"), logps(folder / "runs" / "it" / "LATEST"))
 
 
-def test_what_rounding_to_a_shorter_dtype_changes_is_said(folder, tmp_path):
-    _, note = export(folder / "runs" / "it", wishes(tmp_path, dtype="bfloat16"))
-    assert re.fullmatch(r"note: rounding the weights to bfloat16 changes log-probs by up to [\d.e-]+ nats a token", note)
+def test_the_effect_of_rounding_to_a_shorter_dtype_is_noted(folder, tmp_path):
+    _, note = export(folder / "runs" / "it", options(tmp_path, dtype="bfloat16"))
+    assert re.fullmatch(r"note: rounding the weights to bfloat16 changes log-probs by up to [\d.e-]+ nats per token", note)
 
 
 def test_checkpoint_and_export_have_the_chat_template_and_the_end_tokens_of_training(folder, tmp_path):
-    export(folder / "runs" / "it", wishes(tmp_path))
+    export(folder / "runs" / "it", options(tmp_path))
     turns = ("user", "How?"), ("assistant", "So."), ("user", "Why?")
     messages = [{"role": role, "content": content} for role, content in turns]
-    for directory in (folder / "runs" / "it" / "LATEST", tmp_path / "out"):
-        tokenizer = AutoTokenizer.from_pretrained(directory)
+    for path in (folder / "runs" / "it" / "LATEST", tmp_path / "out"):
+        tokenizer = AutoTokenizer.from_pretrained(path)
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         assert text == "\n\nHuman: How?\n\nAssistant: So.\n\nHuman: Why?\n\nAssistant:"
-        values = json.loads((directory / "generation_config.json").read_text())
+        values = json.loads((path / "generation_config.json").read_text())
         assert values["eos_token_id"] == tokenizer.eos_token_id and values["pad_token_id"] == tokenizer.pad_token_id
 
 
@@ -407,8 +411,8 @@ def test_an_adapter_on_a_model_from_scratch_is_exported_with_that_model(folder, 
 
     config = compose(*TRAIN[:-1], "+adapter=lora", f"local_run_dir={tmp_path / 'run'}", f"local_dirs=[{tmp_path}]")
     train.run(config, tmp_path / "run")
-    for options in ({}, {"merge": True}):
-        export(tmp_path / "run", Wishes(tmp_path / f"out{len(options)}", **options))
+    for values in ({}, {"merge": True}):
+        export(tmp_path / "run", ExportOptions(tmp_path / f"out{len(values)}", **values))
     shutil.rmtree(tmp_path / "run")
     base = json.loads((tmp_path / "out0" / "adapter_config.json").read_text())["base_model_name_or_path"]
     assert base == str(tmp_path / "out0" / "base")
@@ -420,11 +424,11 @@ def test_an_adapter_on_a_model_from_scratch_is_exported_with_that_model(folder, 
 # ---- quantization -----------------------------------------------------------------------------------------------------------
 
 
-def test_int8_weights_are_read_again_as_they_were_quantized(folder, tmp_path):
+def test_int8_weights_load_as_they_were_quantized(folder, tmp_path):
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-    export(folder / "runs" / "it", wishes(tmp_path, quantize="int8"))
-    whole = whole_model(source_of(folder / "runs" / "it" / "LATEST"), "float32")
+    export(folder / "runs" / "it", options(tmp_path, quantize="int8"))
+    whole = Source.read(folder / "runs" / "it" / "LATEST").load_model()
     before = logps_of(whole)
     quantize_(whole.model.layers, Int8WeightOnlyConfig())
     found = logps(tmp_path / "out")
@@ -434,10 +438,10 @@ def test_int8_weights_are_read_again_as_they_were_quantized(folder, tmp_path):
     assert "quantized (int8)" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_without_torchao_its_pip_command_is_told(monkeypatch):
+def test_without_torchao_the_message_has_the_pip_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
     with pytest.raises(UserError, match=r"--quantize: .* pip install -r requirements/export.txt"):
-        exporting.quantization_of("int8")
+        quantization_config("int8")
 
 
 def shortened(model):
@@ -463,17 +467,17 @@ def test_an_original_policy_pt_becomes_a_directory_that_loads(tmp_path, compose,
     assert line.startswith("out: LlamaForCausalLM, ")
     assert torch.equal(logps(tmp_path / "out", torch.bfloat16), logps_of(shortened(model)))
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "159,744 examples" in card and "| loss/eval | 0.58 |" in card and "is not in that file" in card
+    assert "159,744 examples" in card and "| loss/eval | 0.58 |" in card and "does not record the training data" in card
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("Human: Hi").input_ids
 
 
 def test_an_archive_of_this_project_belongs_to_a_directory_of_the_model(folder, tmp_path):
     latest = folder / "runs" / "it" / "LATEST"
-    exporting.convert(latest / "policy.pt", str(latest), tmp_path / "out")
+    convert(latest / "policy.pt", str(latest), tmp_path / "out")
     assert torch.equal(logps(tmp_path / "out"), logps(latest))
 
 
-def test_archives_that_are_none_or_belong_elsewhere_are_refused(folder, tmp_path):
+def test_invalid_archives_and_archives_of_other_models_are_refused(folder, tmp_path):
     latest = folder / "runs" / "it" / "LATEST"
     for archive, model, told in (
         (tmp_path / "absent.pt", "tiny", "absent.pt: no such file"),
@@ -483,5 +487,5 @@ def test_archives_that_are_none_or_belong_elsewhere_are_refused(folder, tmp_path
         (latest / "state.json", "tiny", "cannot be read as tensors"),
     ):
         with pytest.raises(UserError, match=re.escape(told)):
-            exporting.convert(archive, model, tmp_path / "out")
+            convert(archive, model, tmp_path / "out")
     assert names(tmp_path) == set()

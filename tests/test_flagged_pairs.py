@@ -1,4 +1,4 @@
-"""Pairs that a ledger speaks against are named, and no others; with their texts, in a form to be judged anew."""
+"""The ledger flags the right pairs and no others, with their texts, as rows for the labeling app."""
 
 import json
 from contextlib import closing
@@ -21,17 +21,17 @@ from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.losses.objectives import build_loss
 from preference_training.modeling.logprobs import LiveReference
 from preference_training.reporting.flagged_pairs import (
-    BLOCK,
+    BLOCK_SIZE,
     KINDS,
-    LISTED,
+    MAX_PAIRS,
     PairFinder,
     Pairs,
-    contradictions,
     evidence,
-    findings_of,
+    find_by_margins,
+    find_contradictions,
     flagged_rows,
-    to_be_judged,
-    write_flagged,
+    labeling_rows,
+    write_labeling_file,
     wrong_label_probability,
 )
 from preference_training.tracking.ledger import Ledger, Observations
@@ -48,13 +48,13 @@ def sightings(epochs: numpy.ndarray) -> Observations:
 
 def found(seen: Observations, kind: str) -> list[int]:
     """The numbers of the pairs that are of a kind, in the order of `sightings`."""
-    return [finding.preferred // 2 for finding in findings_of(seen) if finding.kind == kind]
+    return [finding.preferred // 2 for finding in find_by_margins(seen) if finding.kind == kind]
 
 
 # ---- what the margins say ---------------------------------------------------------------------------------------------------
 
 
-def test_pairs_on_the_other_side_of_most_are_probably_mislabelled():
+def test_pairs_with_margins_opposite_to_most_are_probably_mislabeled():
     draw = numpy.random.default_rng(0)
     margins = draw.normal(2.0, 0.3, (1, 1000))
     wrong = numpy.arange(3, 1000, 20)
@@ -68,7 +68,7 @@ def test_a_policy_that_knows_nothing_finds_nothing():
     assert not evidence(sightings(numpy.zeros((1, 300)))).any()
 
 
-def test_what_a_sighting_says_is_the_log_ratio_of_two_normal_densities():
+def test_the_evidence_of_a_sighting_is_the_log_ratio_of_two_normal_densities():
     # Median 1; of the distances 0, 1 and 1 to it the median is 1, so that the spread is 1.4826: 2 m / 1.4826^2 of margin m.
     seen = sightings(numpy.array([[0.0, 1.0, 2.0]]))
     numpy.testing.assert_allclose(evidence(seen), 2 * numpy.array([0, 1, 2]) / 1.4826**2, rtol=1e-6)
@@ -79,7 +79,7 @@ def test_what_a_sighting_says_is_the_log_ratio_of_two_normal_densities():
 
 def test_early_sightings_count_for_nothing_and_later_ones_add_up():
     draw = numpy.random.default_rng(0)
-    margins = numpy.concatenate([numpy.zeros((1, 4 * BLOCK)), draw.normal(1.0, 0.4, (3, 4 * BLOCK))])
+    margins = numpy.concatenate([numpy.zeros((1, 4 * BLOCK_SIZE)), draw.normal(1.0, 0.4, (3, 4 * BLOCK_SIZE))])
     margins[1:, 7] = -0.15
     probability = lambda rows: wrong_label_probability(Pairs.of(sightings(rows)), sightings(rows))[7]  # noqa: E731
     assert probability(margins[:1]) == pytest.approx(0.05)
@@ -87,29 +87,29 @@ def test_early_sightings_count_for_nothing_and_later_ones_add_up():
     assert found(sightings(margins), "mislabelled") == [7]
 
 
-def test_a_pair_stays_wrong_that_is_wrong_every_time_in_the_later_half():
+def test_a_pair_stays_wrong_if_it_is_wrong_throughout_the_second_half():
     # Pair by pair over four epochs, of which the last two are the later half.
     margins = numpy.array([[1, -1, -1, -1], [-1, -1, -1, 0.5], [1, 1, -1, -3], [1, 1, 1, 1]]).T
     assert found(sightings(margins), "stays wrong") == [2, 0], "the worst first"
 
 
-def test_a_single_epoch_knows_nothing_that_stays():
+def test_a_single_epoch_finds_no_pair_that_stays_wrong():
     assert found(sightings(-numpy.ones((1, 50))), "stays wrong") == []
 
 
-def test_a_pair_is_forgotten_that_was_right_and_is_wrong_at_last():
+def test_a_pair_is_forgotten_if_it_was_right_and_is_wrong_at_the_end():
     margins = numpy.array([[1, -1, 1, -0.5], [-1, -1, -1, -1], [-1, 1, -1, 1], [1, 1, 1, -2], [1, 1, 1, 1]]).T
     assert found(sightings(margins), "forgotten") == [3, 0]
 
 
-def test_no_kind_has_more_pairs_than_are_listed():
-    assert len(found(sightings(-numpy.ones((4, LISTED + 50))), "stays wrong")) == LISTED
+def test_the_number_of_pairs_of_each_kind_is_limited():
+    assert len(found(sightings(-numpy.ones((4, MAX_PAIRS + 50))), "stays wrong")) == MAX_PAIRS
 
 
 @given(arrays.arrays(numpy.float32, st.tuples(st.integers(1, 4), st.integers(0, 40)), elements=st.floats(width=32)))
-def test_whatever_the_margins_are_each_finding_is_a_pair_that_was_seen(margins):
+def test_each_finding_is_a_pair_that_was_seen_whatever_the_margins(margins):
     seen = sightings(margins)
-    for finding in findings_of(seen):
+    for finding in find_by_margins(seen):
         assert finding.kind in KINDS and finding.other == finding.preferred + 1
         assert finding.preferred in seen.preferred
     probability = wrong_label_probability(Pairs.of(seen), seen)
@@ -130,7 +130,7 @@ def test_pairs_in_both_directions_contradict_each_other_within_a_prompt_and_acro
         ([5], [[11, 0], [10, 0], [12, 0]], [(0, 1), (2, 1)]),
         ([7], [[10, 0], [11, 0], [12, 0]], [(0, 1), (1, 0), (0, 2)]),
     )
-    found = sorted((each.preferred, each.other) for each in contradictions(table))
+    found = sorted((each.preferred, each.other) for each in find_contradictions(table))
     assert found == [(0, 1), (4, 5), (7, 8), (8, 7)]
 
 
@@ -146,7 +146,7 @@ ROWS = st.lists(
 
 
 @given(ROWS)
-def test_they_are_those_whose_texts_stand_the_other_way_round_somewhere(rows):
+def test_contradictions_are_the_pairs_whose_texts_also_have_the_opposite_label(rows):
     table = prompts(*rows)
     texts = {
         (p.first_row + i, p.first_row + j): (tuple(p.prompt_ids), tuple(p.responses[i]), tuple(p.responses[j]))
@@ -155,7 +155,7 @@ def test_they_are_those_whose_texts_stand_the_other_way_round_somewhere(rows):
     }
     known = set(texts.values())
     expected = {pair for pair, (prompt, one, other) in texts.items() if (prompt, other, one) in known}
-    assert {(each.preferred, each.other) for each in contradictions(table)} == expected
+    assert {(each.preferred, each.other) for each in find_contradictions(table)} == expected
 
 
 # ---- with their texts -------------------------------------------------------------------------------------------------------
@@ -194,8 +194,8 @@ def test_before_the_first_step_nothing_is_written(tmp_path, tokenizer):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_labelling_app_gets_each_pair_of_texts_once_and_without_its_label(run_dir, tmp_path):
-    assert write_flagged(run_dir, tmp_path / "flagged.jsonl") == 2
+def test_the_labeling_app_gets_each_pair_of_texts_once_and_without_its_label(run_dir, tmp_path):
+    assert write_labeling_file(run_dir, tmp_path / "flagged.jsonl") == 2
     rows = [json.loads(line) for line in (tmp_path / "flagged.jsonl").read_text().splitlines()]
     of_a = next(row for row in rows if row["description"] == "Human: name a")
     assert (of_a["version1"], of_a["version2"], of_a["preference"]) == ("the cat", "the rain", None)
@@ -210,8 +210,8 @@ TEXTS = st.text(max_size=3)
 
 @given(st.lists(st.fixed_dictionaries({"kind": st.sampled_from(sorted(KINDS)), "source": TEXTS, "prompt": TEXTS,
                                        "preferred": TEXTS, "other": TEXTS}), max_size=6))  # fmt: skip
-def test_where_a_text_stands_says_nothing_of_its_label_and_the_label_is_kept(rows):
-    judged = to_be_judged(rows)
+def test_the_order_of_texts_does_not_reveal_the_label_which_is_kept(rows):
+    judged = labeling_rows(rows)
     keys = [(row["description"], row["version1"], row["version2"]) for row in judged]
     assert len(set(keys)) == len(keys) and all(row["version1"] <= row["version2"] for row in judged)
     for row in rows:
@@ -224,10 +224,10 @@ def test_where_a_text_stands_says_nothing_of_its_label_and_the_label_is_kept(row
 
 
 def test_a_run_without_flagged_pairs_and_a_file_that_cannot_be_written_are_one_message(run_dir, tmp_path):
-    with pytest.raises(UserError, match=r"no flagged_pairs.jsonl with pairs in it. Expected the directory of a run with"):
-        write_flagged(tmp_path / "none", tmp_path / "flagged.jsonl")
-    with pytest.raises(UserError, match=r"--flagged: .*absent/f.jsonl cannot be written: No such file or directory. Expected"):
-        write_flagged(run_dir, tmp_path / "absent" / "f.jsonl")
+    with pytest.raises(UserError, match=r"no flagged_pairs.jsonl with pairs. Expected the directory of a run with"):
+        write_labeling_file(tmp_path / "none", tmp_path / "flagged.jsonl")
+    with pytest.raises(UserError, match=r"--flagged: cannot write .*absent/f.jsonl: No such file or directory. Expected"):
+        write_labeling_file(run_dir, tmp_path / "absent" / "f.jsonl")
 
 
 # ---- after a run ------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What held-out scores are turned into: parts that add up, the bias for length, the distance from the reference."""
+"""The breakdown of held-out metrics, length bias, and the KL divergence to the reference."""
 
 import copy
 import json
@@ -16,15 +16,9 @@ from preference_training.batching.batches import UNLIMITED, evaluation_prompts
 from preference_training.data.prompt_table import PromptTable, TablePart
 from preference_training.data.rows.templates import user_markers
 from preference_training.data.tokenization import TokenizedPrompt
-from preference_training.evaluation.held_out import HeldOut
-from preference_training.evaluation.held_out_report import (
-    LENGTH_BOUNDS,
-    ExampleFacts,
-    kl_estimate,
-    length_bias,
-    lines_of,
-    summary,
-)
+from preference_training.evaluation.breakdown import LENGTH_BOUNDS, ExampleFacts, break_down, length_bias
+from preference_training.evaluation.held_out import HeldOut, kl_estimate, response_batches
+from preference_training.evaluation.results_text import format_results
 from preference_training.modeling.logprobs import LiveReference
 
 
@@ -49,7 +43,7 @@ def scored(chosen: list[float], rejected: list[float]) -> HeldOut:
     return HeldOut(named | {"rewards_eval/chosen": one, "rewards_eval/rejected": other}, {}, [])
 
 
-def test_each_way_to_divide_the_examples_has_every_example_in_one_part():
+def test_every_partition_has_each_example_in_one_part():
     found = facts([0, 0, 1, 2, 40], [3, 32, 33, 2000, 64], [1, 1, 1, 1, 1], ["a", "a", "b", "b", "a"], [1, 1, 3, 3, 2])
     parts = found.parts()
     assert parts.keys() == {"data set", "prompt tokens", "response tokens", "turns of the user"}
@@ -61,7 +55,7 @@ def test_each_way_to_divide_the_examples_has_every_example_in_one_part():
 
 
 @given(st.integers(1, 3000))
-def test_a_length_is_in_the_part_whose_name_holds_it(length):
+def test_a_length_is_in_the_part_named_by_its_range(length):
     [name] = facts([0], [length]).parts()["response tokens"]
     low, high = name.split("-")
     assert int(low) <= length <= (int(high) if high else math.inf)
@@ -70,7 +64,7 @@ def test_a_length_is_in_the_part_whose_name_holds_it(length):
 
 def test_the_means_of_parts_are_those_of_their_examples():
     held_out = scored([1.0, 2.0, 0.0, 5.0], [0.0, 3.0, 0.0, 1.0])
-    result = summary(held_out, facts([0, 0, 1, 2], [5, 5, 50, 50], [6, 7, 8, 9]))
+    result = break_down(held_out, facts([0, 0, 1, 2], [5, 5, 50, 50], [6, 7, 8, 9]))
     assert result["all"]["examples"] == 4 and result["all"]["prompts"] == 3
     # (1 + 0 + 0.5 + 1) / 4 and (1 - 1 + 0 + 4) / 4.
     assert result["all"]["rewards_eval/accuracies"]["mean"] == pytest.approx(0.625)
@@ -82,20 +76,20 @@ def test_the_means_of_parts_are_those_of_their_examples():
 
 
 def test_an_accuracy_of_1_is_not_certain():
-    result = summary(scored([1.0] * 20, [0.0] * 20), facts(range(20), [5] * 20, [6] * 20))
+    result = break_down(scored([1.0] * 20, [0.0] * 20), facts(range(20), [5] * 20, [6] * 20))
     # Clopper and Pearson's interval of 20 of 20.
     assert result["all"]["rewards_eval/accuracies"]["low"] == pytest.approx(0.025 ** (1 / 20))
 
 
-def test_sft_has_a_loss_and_nothing_of_pairs():
+def test_sft_has_a_loss_and_no_pair_metrics():
     held_out = HeldOut({"loss/eval": torch.tensor([1.0, 3.0]), "logps_eval/chosen": torch.tensor([-1.0, -3.0])}, {}, [])
-    result = summary(held_out, facts([0, 1], [5, 6]))
+    result = break_down(held_out, facts([0, 1], [5, 6]))
     assert result["all"]["loss/eval"]["mean"] == 2
     assert "length_bias" not in result and "rewards_eval/margins" not in result["all"]
-    assert any(line.startswith("all") for line in lines_of({"held_out": result}))
+    assert any(line.startswith("all") for line in format_results({"held_out": result}))
 
 
-def test_a_reward_that_is_the_length_is_all_bias():
+def test_a_reward_equal_to_the_length_has_full_length_bias():
     lengths, others = [4, 7, 9, 3], [5, 6, 2, 8]
     held_out = scored([float(length) for length in lengths], [float(length) for length in others])
     bias = length_bias(held_out, facts(range(4), lengths, others))
@@ -117,7 +111,7 @@ def test_the_correlation_is_numpys(rows):
         assert bias == pytest.approx(numpy.corrcoef(rewards, [*lengths, *others])[0, 1], abs=1e-6)
 
 
-def test_rewards_that_are_all_the_same_have_no_correlation():
+def test_constant_rewards_have_no_correlation():
     bias = length_bias(scored([0.0, 0.0], [0.0, 0.0]), facts([0, 1], [4, 5], [6, 5]))
     assert bias["correlation"] == {"mean": None, "low": None, "high": None}
     assert bias["longer_preferred"]["examples"] == 1 and bias["longer_preferred"]["by_reward"]["mean"] == 0.5
@@ -131,7 +125,7 @@ def part(source: str, prompts: list[TokenizedPrompt]) -> TablePart:
     return TablePart(source, made.batches, source)
 
 
-def test_facts_are_in_the_order_in_which_examples_are_scored(tokenizer):
+def test_example_facts_are_in_the_order_of_scoring(tokenizer):
     text = "\n\nHuman: Why?\n\nAssistant: So.\n\nHuman: And?\n\nAssistant:"
     prompts = [
         TokenizedPrompt(tokenizer(text).input_ids, [[5, 6], [7], [8, 9, 10]], [(0, 1), (2, 1)]),
@@ -157,7 +151,7 @@ def test_facts_are_in_the_order_in_which_examples_are_scored(tokenizer):
         (None, None),
     ],
 )
-def test_a_chat_template_tells_how_the_users_turns_begin(template, marker, tokenizer):
+def test_a_chat_template_reveals_how_user_turns_begin(template, marker, tokenizer):
     chatty = copy.deepcopy(tokenizer)
     chatty.chat_template = template
     assert user_markers(chatty) == ["\n\nHuman:", "<|im_start|>user"] + [marker] * bool(marker)
@@ -177,18 +171,18 @@ def models():
 PROMPTS, RESPONSES = [[5, 6, 7], [8, 9], [10, 11, 12, 13]], [[20, 21, 0], [22], [23, 24, 25, 26]]
 
 
-def test_a_policy_that_is_its_reference_is_no_distance_away(models):
-    estimate, ratios = kl_estimate(models[0], LiveReference(models[0]), PROMPTS, RESPONSES, 2, UNLIMITED)
+def test_the_kl_to_itself_is_zero(models):
+    estimate, ratios = kl_estimate(models[0], LiveReference(models[0]), response_batches(PROMPTS, RESPONSES, 2, UNLIMITED))
     assert ratios == [0, 0, 0]
     assert estimate["per_answer"] == {"mean": 0, "low": 0, "high": 0} and estimate["tokens"] == 8
 
 
-def test_the_distance_is_the_mean_log_ratio_of_the_answers(models):
+def test_the_kl_estimate_is_the_mean_log_ratio_of_the_responses(models):
     def logp(model, prompt, response) -> float:
         logits = model(torch.tensor([prompt + response])).logits[0].log_softmax(-1)
         return sum(logits[len(prompt) - 1 + k, token].item() for k, token in enumerate(response))
 
-    estimate, ratios = kl_estimate(models[0], LiveReference(models[1]), PROMPTS, RESPONSES, 2, UNLIMITED)
+    estimate, ratios = kl_estimate(models[0], LiveReference(models[1]), response_batches(PROMPTS, RESPONSES, 2, UNLIMITED))
     with torch.no_grad():
         expected = [logp(models[0], *row) - logp(models[1], *row) for row in zip(PROMPTS, RESPONSES, strict=True)]
     assert ratios == pytest.approx(expected, abs=1e-4)

@@ -113,7 +113,7 @@ def test_the_readmes_own_data_is_read(tmp_path, monkeypatch):
     shown.write_files("README.md", tmp_path)
     rows = [record for split in ("train", "test") for record in load_records(read_entry("my_preferences.jsonl"), split)]
     assert sorted(record.responses[0] for record in rows) == [" Blue.", "An oak.", "Blue."]
-    [first, _] = load_records(read_entry("my_data.py:colours"), "train")
+    [first, _] = load_records(read_entry("my_data.py:colors"), "train")
     assert first.pairs == [(0, 1), (0, 2)]
 
 

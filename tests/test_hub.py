@@ -1,6 +1,6 @@
-"""What the hub refuses, and what is refused for its sake, before anything is exported."""
+"""Refusals by the hub, and checks for it before anything is exported."""
 
-import huggingface_hub
+import huggingface_hub.constants
 import pytest
 
 from hub_stand_in import TOKEN, serving
@@ -19,20 +19,20 @@ def served(monkeypatch):
         yield there
 
 
-def test_a_repository_is_made_private_only_where_that_is_asked_for(served):
+def test_a_repository_is_private_only_on_request(served):
     hub.reserve("me/open", private=False)
     hub.reserve("me/closed", private=True)
     assert served.private == {"me/open": False, "me/closed": True}
     hub.reserve("me/closed", private=True)
 
 
-def test_nothing_private_goes_into_a_repository_that_everybody_sees(served):
+def test_a_private_upload_into_a_public_repository_is_refused(served):
     hub.reserve("me/open", private=False)
-    with pytest.raises(UserError, match="--private: me/open exists already, and is public"):
+    with pytest.raises(UserError, match="--private: me/open already exists and is public"):
         hub.reserve("me/open", private=True)
 
 
-def test_what_the_hub_refuses_is_one_message_without_the_token(served, monkeypatch, tmp_path):
+def test_a_hub_error_is_one_message_without_the_token(served, monkeypatch, tmp_path):
     (tmp_path / "README.md").write_text("no metadata")
     hub.reserve("me/open", private=False)
     for action, told in (
@@ -48,8 +48,8 @@ def test_what_the_hub_refuses_is_one_message_without_the_token(served, monkeypat
         hub.reserve("me/it", private=False)
 
 
-def test_without_a_network_the_directory_is_said_to_be_complete(tmp_path, monkeypatch):
+def test_without_a_network_the_message_says_that_the_directory_is_complete(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match="offline mode is enabled.* is complete; `hf upload` takes it up"):
+    with pytest.raises(UserError, match="offline mode is enabled.* is complete: upload it later with `hf upload`"):
         hub.upload(tmp_path, "me/it")

@@ -1,4 +1,4 @@
-"""Intervals: how often they hold the truth, by exact sums over all outcomes where there are few enough, else by simulation."""
+"""Coverage of intervals: by exact sums over all outcomes where there are few, or else by simulation."""
 
 import math
 
@@ -20,7 +20,7 @@ def bounds_of(number: int) -> numpy.ndarray:
 
 
 @pytest.mark.parametrize("number", SIZES)
-def test_the_interval_of_a_share_holds_every_true_share_often_enough(number):
+def test_the_interval_of_a_share_has_the_nominal_coverage(number):
     low, high = bounds_of(number).T
     # Between two ends the coverage is smooth; it is least beside one of them.
     near = numpy.concatenate([low - 1e-9, low + 1e-9, high - 1e-9, high + 1e-9])
@@ -58,7 +58,7 @@ def with_ties(wins: int, ties: int, losses: int) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize("number", [8, 14])
-def test_the_interval_of_a_win_rate_with_ties_holds_the_truth_often_enough(number):
+def test_the_interval_of_a_win_rate_with_ties_has_the_nominal_coverage(number):
     outcomes = [(wins, number - wins - losses, losses) for wins in range(number + 1) for losses in range(number + 1 - wins)]
     low, high = numpy.array([with_ties(*outcome) for outcome in outcomes]).T
     for tie in (0.02, 0.1, 0.3, 0.6, 0.9):
@@ -71,19 +71,19 @@ def test_the_interval_of_a_win_rate_with_ties_holds_the_truth_often_enough(numbe
             assert chances[(low <= rate) & (rate <= high)].sum() >= 0.94, (tie, win)
 
 
-def test_ties_tell_more_than_as_many_wins_and_losses():
+def test_ties_are_more_informative_than_as_many_wins_and_losses():
     narrow, wide = numpy.diff(with_ties(10, 80, 10)).item(), numpy.diff(with_ties(50, 0, 50)).item()
     # The standard deviation of an outcome is sqrt(0.2) / 2 against 1 / 2.
     assert narrow / wide == pytest.approx(math.sqrt(0.2), rel=0.1)
 
 
-def test_nothing_but_ties_is_not_certain_either():
+def test_only_ties_are_not_certain():
     # With a chance of 1 - 0.025^(1/20) of a win, and none of a loss, 20 ties still happen once in 40 times.
     assert with_ties(0, 20, 0)[1] == pytest.approx(0.5 + (1 - 0.025 ** (1 / 20)) / 2)
 
 
 @given(st.integers(0, 60), st.integers(0, 60), st.integers(0, 60))
-def test_the_interval_of_a_win_rate_holds_it_and_is_the_others_turned_round(wins, ties, losses):
+def test_the_interval_of_a_win_rate_contains_it_and_mirrors_that_of_the_opponent(wins, ties, losses):
     if wins + ties + losses == 0:
         return
     low, high = with_ties(wins, ties, losses)
@@ -101,7 +101,7 @@ def test_hundred_thousand_outcomes_have_the_normal_interval():
 # ---- examples of one prompt -------------------------------------------------------------------------------------------------
 
 
-def test_copies_of_an_example_make_a_share_no_more_certain():
+def test_copies_of_an_example_do_not_narrow_the_interval_of_a_share():
     alone = share_interval([1.0, 1.0, 0.0, 1.0, 0.0] * 4)
     groups = numpy.repeat(numpy.arange(20), 2)
     copied = share_interval(numpy.repeat([1.0, 1.0, 0.0, 1.0, 0.0] * 4, 2), groups)
@@ -110,7 +110,7 @@ def test_copies_of_an_example_make_a_share_no_more_certain():
 
 
 @pytest.mark.parametrize(("groups", "share"), [(10, 0.05), (10, 0.5), (32, 0.9), (32, 0.3)])
-def test_the_interval_of_a_share_holds_the_truth_where_examples_of_a_prompt_are_alike(groups, share):
+def test_the_interval_of_a_share_covers_the_truth_for_correlated_examples(groups, share):
     draw, held = numpy.random.default_rng(0), 0
     for _ in range(400):
         prompts = numpy.repeat(numpy.arange(groups), draw.integers(1, 5, groups))
@@ -130,12 +130,12 @@ def coverage_of_means(draw, mean: float, number: int, rounds: int = 800) -> floa
 
 
 @pytest.mark.parametrize(("number", "least"), [(4, 0.92), (8, 0.92), (32, 0.92)])
-def test_the_interval_of_a_normal_mean_holds_it_however_few_there_are(number, least):
+def test_the_interval_of_a_normal_mean_covers_it_for_any_sample_size(number, least):
     assert coverage_of_means(numpy.random.default_rng(1).standard_normal, 0.0, number) >= least
 
 
 @pytest.mark.parametrize(("number", "least"), [(10, 0.88), (32, 0.90), (128, 0.91)])
-def test_the_interval_of_a_heavy_tailed_mean_holds_it(number, least):
+def test_the_interval_of_a_heavy_tailed_mean_covers_it(number, least):
     # As skewed as the KL of a prompt; the percentile bootstrap holds it in 80% of cases at 10.
     draw = numpy.random.default_rng(2)
     assert coverage_of_means(lambda n: draw.lognormal(0, 1, n), math.exp(0.5), number) >= least
@@ -146,24 +146,24 @@ def test_without_skewness_the_interval_of_a_mean_is_students():
     assert mean_interval(values) == pytest.approx(stats.ttest_1samp(values, 0).confidence_interval(0.95))
 
 
-def test_the_interval_of_a_mean_reaches_further_towards_the_long_tail():
+def test_the_interval_of_a_mean_extends_toward_the_long_tail():
     low, high = mean_interval([1.0] * 15 + [10.0])
     assert high - 1.5625 > 2 * (1.5625 - low) > 0
 
 
 @given(st.lists(st.floats(-100, 100), min_size=2, max_size=20), st.integers(1, 4))
-def test_copies_of_an_example_make_a_mean_no_more_certain(values, copies):
+def test_copies_of_an_example_do_not_narrow_the_interval_of_a_mean(values, copies):
     alone = mean_interval(values)
     together = mean_interval(numpy.repeat(values, copies), numpy.repeat(numpy.arange(len(values)), copies))
     assert together == pytest.approx(alone, rel=1e-6, abs=1e-6)
 
 
-def test_a_mean_per_token_counts_an_answer_by_its_tokens():
+def test_a_mean_per_token_weights_responses_by_their_tokens():
     # All have 2 a token: whatever their lengths, the mean is 2.
     assert mean_interval([2.0, 8.0, 20.0], sizes=[1, 4, 10]) == (2, 2)
 
 
-def test_one_value_or_one_that_is_no_number_has_no_interval():
+def test_a_single_value_or_nan_has_no_interval():
     assert mean_interval([3.0]) is None and mean_interval([1.0, math.inf]) is None
 
 
@@ -171,7 +171,7 @@ def test_one_value_or_one_that_is_no_number_has_no_interval():
 
 
 @pytest.mark.parametrize("number", [6, 20])
-def test_the_interval_of_a_correlation_holds_it(number):
+def test_the_interval_of_a_correlation_covers_it(number):
     draw, held = numpy.random.default_rng(3), 0
     for _ in range(400):
         x = draw.standard_normal(number)

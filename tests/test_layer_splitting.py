@@ -15,8 +15,8 @@ from preference_training.core.errors import UserError
 from preference_training.data.prompt_table import PromptTable
 from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.distributed.layer_splitting import copy_of_split, load_split, split_layers, splits_in_one_process
-from preference_training.evaluation.held_out import evaluate
-from preference_training.generation.sampling import sample_answers
+from preference_training.evaluation.held_out import evaluate_held_out
+from preference_training.generation.sampling import Sampler
 from preference_training.losses.objectives import build_loss
 from preference_training.modeling.loading import disable_dropout
 from preference_training.modeling.logprobs import LiveReference, response_logps
@@ -201,10 +201,10 @@ def test_held_out_metrics_and_sampled_answers_are_those_of_one_process(build, to
     model = whole_model("bloom")
     batches = evaluation_batches(PromptTable.of(prompts()), 8, None, seed=0)
     split, single = build(LayerSplittingTrainer, model), build(BasicTrainer, model)
-    found, expected = (evaluate(each.policy, each.reference, each.loss, batches).means() for each in (split, single))
+    found, expected = (evaluate_held_out(each.policy, each.reference, each.loss, batches).means() for each in (split, single))
     assert found == pytest.approx(expected, rel=1e-4, abs=1e-4)
     asked = [prompt.prompt_ids for prompt in prompts()[:3]]
-    answers = [sample_answers(each.policy, tokenizer, asked, 24, seed=0) for each in (split, single)]
+    answers = [Sampler(tokenizer, 24, seed=0).texts(each.policy, asked) for each in (split, single)]
     assert answers[0] == answers[1]
 
 
@@ -212,7 +212,7 @@ def test_a_step_after_an_evaluation_trains_every_weight(build):
     trainer = build(LayerSplittingTrainer, whole_model("gpt2"))
     before = {name: weight.clone() for name, weight in trainer.weights().items()}
     batches = evaluation_batches(PromptTable.of(prompts()), 8, None, seed=0)
-    evaluate(trainer.policy, trainer.reference, trainer.loss, batches)
+    evaluate_held_out(trainer.policy, trainer.reference, trainer.loss, batches)
     trainer.train_step(steps()[0])
     assert not [name for name, weight in trainer.weights().items() if torch.equal(weight, before[name])]
 
@@ -323,4 +323,6 @@ def test_loss_of_a_split_policy_and_its_frozen_copy_is_ln_2(compose, tokenizer):
     policy, _ = load_split(config, tokenizer)
     reference = LiveReference(copy_of_split(policy, torch.float32))
     [batch] = evaluation_batches(PromptTable.of(prompts()), 99, None, seed=0)
-    assert evaluate(policy, reference, build_loss("dpo"), [batch]).means()["loss/eval"] == pytest.approx(math.log(2), abs=1e-6)
+    assert evaluate_held_out(policy, reference, build_loss("dpo"), [batch]).means()["loss/eval"] == pytest.approx(
+        math.log(2), abs=1e-6
+    )

@@ -1,4 +1,4 @@
-"""Model cards: the hub's metadata, what differs from the defaults, numbers and curves, and nothing that should not be there."""
+"""Model cards: hub metadata, changed settings, metrics and curves, and no private information."""
 
 import pytest
 from huggingface_hub import ModelCard
@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from preference_training.core.secrets import without_secrets
-from preference_training.reporting.model_card import CardFacts, hub_sets, is_hub_id, model_card, settings_changed
+from preference_training.reporting.model_card import CardFacts, changed_settings, hub_datasets, is_hub_id, model_card
 
 TOKEN = "hf_" + "abcdefgh" * 4
 
@@ -24,7 +24,7 @@ def facts(config: dict | None, **values) -> CardFacts:
     return CardFacts(**known, config=config, **{"base": config and config["model"]["name_or_path"], **values})
 
 
-def test_the_metadata_are_what_the_hub_knows(config):
+def test_the_metadata_use_the_terms_of_the_hub(config):
     run = config("model=pythia28", "loss=dpo", "datasets=[hh,shp,{path: Intel/orca_dpo_pairs, prompt: question}]")
     card = ModelCard(model_card(facts(run, examples=5000)))
     assert card.data.to_dict() == {
@@ -51,7 +51,7 @@ def test_the_relation_to_the_base_model_is_named(values, relation, library, conf
     assert (data.base_model_relation, data.library_name) == (relation, library)
 
 
-def test_a_model_from_scratch_and_files_of_the_users_own_claim_nothing_on_the_hub(config, tmp_path, monkeypatch):
+def test_a_new_model_and_local_files_have_no_hub_ids(config, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "local" / "model").mkdir(parents=True)
     run = config("datasets=[/home/me/private/mine.jsonl,other/rows.csv,code.py:mine,local/model]")
@@ -61,31 +61,31 @@ def test_a_model_from_scratch_and_files_of_the_users_own_claim_nothing_on_the_hu
 
 
 @pytest.mark.parametrize("name", ["lc", "leetcode", "se", "ultrafeedback", "orca", "nectar", "hh-helpful-base"])
-def test_named_sets_lie_on_the_hub_under_their_own_names(name):
-    [found] = hub_sets({"datasets": [{"name": name}]})
+def test_named_sets_have_hub_ids(name):
+    [found] = hub_datasets({"datasets": [{"name": name}]})
     assert found.count("/") == 1
 
 
-def test_what_differs_from_the_defaults_is_shown_and_nothing_else(config):
+def test_only_settings_that_differ_from_the_defaults_are_shown(config):
     run = config("loss=dpo", "loss.beta=0.3", "trainer=FSDPTrainer", "model=pythia28", "lr=1e-6", "model.policy_dtype=bfloat16")
-    changed = settings_changed(run)
+    changed = changed_settings(run)
     assert changed == {
         "loss.beta": (0.3, 0.1),
         "lr": (1e-6, 5e-7),
         "model.block_name": ("GPTNeoXLayer", None),
         "model.policy_dtype": ("bfloat16", "float32"),
     }
-    assert settings_changed(config("model=pythia28", "model.block_name=null")) == {}
+    assert changed_settings(config("model=pythia28", "model.block_name=null")) == {}
     assert "| `loss.beta` | `0.3` | `0.1` |" in model_card(facts(run))
 
 
-def test_names_of_files_in_a_configuration_open_none(config):
+def test_names_in_a_configuration_are_not_used_as_paths(config):
     run = config("loss=dpo")
     run["loss"]["name"] = run["trainer"]["name"] = "../config"
-    assert "loss.beta" in settings_changed(run)
+    assert "loss.beta" in changed_settings(run)
 
 
-def test_no_directory_of_this_machine_and_no_secret_is_in_a_card(config, monkeypatch):
+def test_a_card_contains_no_local_path_and_no_secret(config, monkeypatch):
     monkeypatch.setenv("MY_API_KEY", "the-key-of-mine")
     run = config(
         "loss=dpo", "datasets=[{path: /home/me/private/mine.csv, test_path: /home/me/test.csv, prompt: q}]",
@@ -101,25 +101,25 @@ def test_no_directory_of_this_machine_and_no_secret_is_in_a_card(config, monkeyp
 
 @settings(deadline=None)
 @given(st.text())
-def test_a_text_without_secrets_stays_as_it_is(text):
+def test_a_text_without_secrets_is_unchanged(text):
     assert without_secrets(text) == text
 
 
-def test_a_loss_of_the_users_own_is_named_without_where_it_lies(config):
+def test_a_user_defined_loss_is_named_without_its_path(config):
     run = config("loss=own", "loss.function=/home/me/my_losses.py:CappedDPO", "++loss.options.cap=10")
     card = model_card(facts(run))
-    assert "trained by a loss of its own, `my_losses.py:CappedDPO`, with cap 10" in card
+    assert "trained by a user-defined loss, `my_losses.py:CappedDPO`, with cap 10" in card
     assert "/home/me" not in card and "| `loss.options.cap` | `10` |" in card
     assert "own" not in (ModelCard(card).data.tags or [])
 
 
-def test_held_out_numbers_are_means_over_so_many_examples_and_say_what_is_missing(config):
+def test_held_out_means_state_their_number_of_examples_and_the_missing_intervals(config):
     text = model_card(facts(config("n_eval_examples=64"), held_out={"loss/eval": 0.51234, "rewards_eval/accuracies": 0.75}))
     assert "| loss/eval | 0.5123 |" in text and "| rewards_eval/accuracies | 0.75 |" in text
     assert "64 held-out examples" in text and "no intervals" in text
 
 
-def test_an_evaluations_numbers_come_with_their_intervals(config):
+def test_the_results_of_an_evaluation_have_intervals(config):
     evaluation = {
         "examples": 1200, "prompts": 900, "loss/eval": {"mean": 0.5, "low": 0.45, "high": 0.55},
         "rewards_eval/margins": {"mean": 1.0, "low": None, "high": None},
@@ -128,10 +128,10 @@ def test_an_evaluations_numbers_come_with_their_intervals(config):
     assert "| loss/eval | 0.5 | 0.45 to 0.55 |" in text and "1,200 examples of 900 held-out prompts" in text
     assert "no intervals" not in text and "| rewards_eval/margins" not in text and "too few" not in text
     few = model_card(facts(config(), held_out={"loss/eval": 0.5}, evaluation=evaluation | {"prompts": 9}))
-    assert "Held-out numbers: 9 prompts, too few to decide anything by" in few
+    assert "Held-out metrics: 9 prompts, too few to decide anything by" in few
 
 
-def test_the_curves_are_means_of_steps_and_the_newest_evaluation():
+def test_the_curves_are_means_of_steps_and_the_last_evaluation():
     rows = [{"loss/eval": 0.7, "counters/examples": 0}]
     rows += [{"loss/train": float(number), "counters/examples": 10 * number} for number in range(1, 25)]
     rows.insert(13, {"loss/eval": 0.6, "counters/examples": 120})
@@ -143,7 +143,7 @@ def test_the_curves_are_means_of_steps_and_the_newest_evaluation():
     assert len(table) == 13
 
 
-def test_a_card_of_which_little_is_known_says_only_that():
+def test_unknown_sections_of_a_card_are_omitted():
     text = model_card(facts(None, base="EleutherAI/pythia-2.8b", notes=["Converted."]))
     assert "Converted." in text and "Training data" not in text and "Configuration" not in text and "Held-out" not in text
 

@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from preference_training.core.errors import UserError
 from preference_training.data.prompt_table import PromptTable
 from preference_training.data.tokenization import TokenizedPrompt
-from preference_training.generation.sampling import sample_responses
+from preference_training.generation.sampling import Sampler
 from preference_training.modeling.limits import Limits, check_limits, check_rows, limits_of, tokens_beyond
 from preference_training.modeling.loading import model_configuration
 from preference_training.modeling.tokenizer import byte_level_tokenizer, load_tokenizer
@@ -169,10 +169,10 @@ def test_padding_without_an_embedding_is_masked_and_not_looked_up():
     config = AutoConfig.for_model("llama", vocab_size=size, **BERT_LIKE)
     torch.manual_seed(0)
     model, prompts = AutoModelForCausalLM.from_config(config).eval(), [[5, 6, 7], [8]]
-    expected = sample_responses(model, tokenizer, prompts, 8, seed=0)
+    expected = Sampler(tokenizer, 8, seed=0).responses(model, prompts)
     tokenizer.add_special_tokens({"pad_token": "<|beyond|>"})
     assert tokenizer.pad_token_id == size
-    assert sample_responses(model, tokenizer, prompts, 8, seed=0) == expected
+    assert Sampler(tokenizer, 8, seed=0).responses(model, prompts) == expected
 
 
 def test_a_table_knows_its_longest_row_and_its_largest_id():

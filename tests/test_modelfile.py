@@ -1,4 +1,4 @@
-"""Prompts of training as chat templates write them elsewhere: token for token in Jinja, and in Ollama's Modelfile."""
+"""Prompts of training written by chat templates elsewhere: token for token in Jinja, and in Ollama's Modelfile."""
 
 import json
 
@@ -15,10 +15,10 @@ from preference_training.data.rows.records import PreferenceRecord, Turn
 from preference_training.data.tokenization import TokenizedPrompt, TokenSettings, bos_of, tokenize_records
 from preference_training.export.modelfile import (
     ARCHITECTURES,
+    adapt_configs,
+    build_modelfile,
     check_architecture,
-    fit_for_ollama,
-    modelfile_of,
-    tokenizer_model,
+    read_tokenizer_model,
 )
 from preference_training.modeling.tokenizer import byte_level_tokenizer
 from test_prompt_templates import CHATML, LLAMA_2, NO_SYSTEM
@@ -128,7 +128,7 @@ def test_ollama_and_the_chat_template_write_the_prompt_of_training_token_for_tok
     tokenizer, template = CASES[case]
     turns = data.draw(conversations(system=case not in WITHOUT_SYSTEM))
     expected = prompt_of_training(tokenizer, template, turns)
-    modelfile, _ = modelfile_of(config(template), tokenizer)
+    modelfile, _ = build_modelfile(config(template), tokenizer)
     assert prompt_of_ollama(tokenizer, modelfile, turns) == expected
     jinja = chat_template(turns_of(template, tokenizer), bool(bos_of(tokenizer)))
     messages = [turn._asdict() for turn in turns]
@@ -138,9 +138,9 @@ def test_ollama_and_the_chat_template_write_the_prompt_of_training_token_for_tok
 
 @settings(deadline=None)
 @given(conversations(), st.sampled_from(["hh", "Mistral"]))
-def test_an_earlier_answer_has_one_blank_before_it_whether_the_model_wrote_it_or_a_person(turns, case):
+def test_an_earlier_response_has_one_leading_space_whoever_wrote_it(turns, case):
     tokenizer, template = CASES[case]
-    modelfile, _ = modelfile_of(config(template), tokenizer)
+    modelfile, _ = build_modelfile(config(template), tokenizer)
     turns = [turn for turn in turns if turn.role != "system"]
     # As a client hands it back: training has the blank as the answer's first token.
     handed_back = [turn._replace(content=" " + turn.content) if turn.role == "assistant" else turn for turn in turns]
@@ -152,7 +152,7 @@ def test_an_earlier_answer_has_one_blank_before_it_whether_the_model_wrote_it_or
 @given(contents)
 def test_a_raw_text_is_the_whole_prompt(text):
     tokenizer = CASES["hh behind a beginning"][0]
-    modelfile, notes = modelfile_of(config("raw"), tokenizer)
+    modelfile, notes = build_modelfile(config("raw"), tokenizer)
     record = PreferenceRecord(text, ["y", "n"], [(0, 1)], "y", 1, "here")
     [expected] = tokenize_records([record], tokenizer, TokenSettings(True, 10**6, 10**5, template="raw"))
     assert prompt_of_ollama(tokenizer, modelfile, [Turn("user", text)]) == expected.prompt_ids
@@ -163,25 +163,25 @@ def test_a_raw_text_is_the_whole_prompt(text):
 @given(conversations())
 def test_raw_conversations_of_several_turns_are_as_in_training(turns):
     tokenizer = CASES["hh"][0]
-    modelfile, _ = modelfile_of(config("raw"), tokenizer)
+    modelfile, _ = build_modelfile(config("raw"), tokenizer)
     if len(turns) > 1:
         assert prompt_of_ollama(tokenizer, modelfile, turns) == prompt_of_training(tokenizer, "raw", turns)
 
 
 @pytest.mark.parametrize("system", ["Be brief.", 'Say "no".\n\n\tTwice.', " with blanks "])
-def test_the_runs_system_prompt_stands_before_conversations_without_one(system):
+def test_the_runs_system_prompt_precedes_conversations_without_one(system):
     for case in ("hh", "chatml", "Qwen 2"):
         tokenizer, template = CASES[case]
-        modelfile, _ = modelfile_of(config(template, system), tokenizer)
+        modelfile, _ = build_modelfile(config(template, system), tokenizer)
         for turns in ([Turn("user", "Why?")], [Turn("system", "Other."), Turn("user", "Why?")]):
             expected = prompt_of_training(tokenizer, template, turns, system)
             assert prompt_of_ollama(tokenizer, modelfile, turns) == expected
 
 
 @pytest.mark.parametrize("system", ['three """ quotes', "a bell \a", "a wide blank\u00a0"])
-def test_a_system_prompt_that_a_modelfile_cannot_hold_is_refused(system):
-    with pytest.raises(UserError, match="system_prompt: a Modelfile cannot hold this text"):
-        modelfile_of(config("chatml", system), CASES["chatml"][0])
+def test_a_system_prompt_that_a_modelfile_cannot_represent_is_refused(system):
+    with pytest.raises(UserError, match="system_prompt: a Modelfile cannot represent this text"):
+        build_modelfile(config("chatml", system), CASES["chatml"][0])
 
 
 @pytest.mark.parametrize(
@@ -194,23 +194,23 @@ def test_a_system_prompt_that_a_modelfile_cannot_hold_is_refused(system):
         ("Llama 3", ["<|eot_id|>"]),
     ],
 )
-def test_an_answer_stops_where_training_ended_it(case, stops):
+def test_a_response_stops_where_training_ended_it(case, stops):
     tokenizer, template = CASES[case]
-    commands = read_modelfile(modelfile_of(config(template), tokenizer)[0])
+    commands = read_modelfile(build_modelfile(config(template), tokenizer)[0])
     assert [value for name, value in commands if name == "PARAMETER stop"] == stops
     assert [name for name, _ in commands][:2] == ["FROM", "TEMPLATE"] and commands[0][1] == "."
 
 
-def test_what_cannot_be_carried_over_is_said():
-    assert any("strips blanks" in note for note in modelfile_of(config("chat"), CASES["Llama 3"][0])[1])
-    assert any("no place for a system" in note for note in modelfile_of(config("chat"), CASES["Gemma"][0])[1])
+def test_what_a_modelfile_cannot_express_is_noted():
+    assert any("strips blanks" in note for note in build_modelfile(config("chat"), CASES["Llama 3"][0])[1])
+    assert any("no place for a system" in note for note in build_modelfile(config("chat"), CASES["Gemma"][0])[1])
     dated = tokenizer_of("{{ strftime_now('%Y') }}" + CHATML)
-    assert any("the day's date" in note for note in modelfile_of(config("chat"), dated)[1])
+    assert any("the day's date" in note for note in build_modelfile(config("chat"), dated)[1])
 
 
 def test_a_chat_template_that_does_more_is_refused():
     with pytest.raises(UserError, match="--template: the tokenizer's chat template does more .* by hand"):
-        modelfile_of(config("chat"), tokenizer_of(NUMBERED))
+        build_modelfile(config("chat"), tokenizer_of(NUMBERED))
 
 
 def test_an_architecture_that_ollama_does_not_convert_is_refused_with_the_list():
@@ -239,7 +239,7 @@ def test_a_runs_configuration_says_how_prompts_were_written(given_config, wanted
     assert format_of_run(given_config, wanted) == expected
 
 
-def test_what_nobody_has_said_is_asked_for():
+def test_an_unknown_prompt_format_must_be_given():
     with pytest.raises(UserError, match="--template: this run has template=null"):
         format_of_run(config(None, None, ["x.jsonl"]))
     with pytest.raises(UserError, match="--template: the data sets of this run are written in several ways"):
@@ -250,13 +250,13 @@ def test_what_nobody_has_said_is_asked_for():
 
 
 @pytest.mark.parametrize("case", ["hh", "hh behind a beginning", "Llama 2"])
-def test_tokens_are_the_same_once_ollama_is_told_of_the_beginning(case, tmp_path):
+def test_tokens_are_the_same_once_ollama_knows_about_the_bos_token(case, tmp_path):
     from transformers import AutoTokenizer
 
     tokenizer, _ = CASES[case]
     tokenizer.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text("{}")
-    fit_for_ollama(tmp_path, tokenizer)
+    adapt_configs(tmp_path, tokenizer)
     told = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert told["add_bos_token"] == (case == "hh behind a beginning") and told["bos_token"]
     read = AutoTokenizer.from_pretrained(tmp_path)
@@ -265,7 +265,7 @@ def test_tokens_are_the_same_once_ollama_is_told_of_the_beginning(case, tmp_path
     assert bos_of(read) == bos_of(tokenizer)
 
 
-def test_the_base_of_the_rotations_stands_where_ollama_looks_for_it_and_means_the_same(tmp_path):
+def test_rope_theta_is_where_ollama_looks_for_it_and_has_the_same_effect(tmp_path):
     from transformers import AutoConfig
 
     scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -273,7 +273,7 @@ def test_the_base_of_the_rotations_stands_where_ollama_looks_for_it_and_means_th
     made.save_pretrained(tmp_path)
     tokenizer = tokenizer_of()
     tokenizer.save_pretrained(tmp_path)
-    fit_for_ollama(tmp_path, tokenizer)
+    adapt_configs(tmp_path, tokenizer)
     written = json.loads((tmp_path / "config.json").read_text())
     assert written["rope_theta"] == 5e5 and written["rope_scaling"]["factor"] == 8.0
     assert AutoConfig.from_pretrained(tmp_path).rope_parameters == made.rope_parameters
@@ -283,16 +283,16 @@ def test_a_sentencepiece_vocabulary_comes_with_its_own_file(tmp_path):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(GOLDEN / "tokenizer")
-    assert tokenizer_model(tokenizer, []) is None
+    assert read_tokenizer_model(tokenizer, []) is None
     described = json.loads(tokenizer.backend_tokenizer.to_str())
     described["model"]["byte_fallback"] = True
     tokenizer.save_pretrained(tmp_path / "t")
     (tmp_path / "t" / "tokenizer.json").write_text(json.dumps(described))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "t")
-    with pytest.raises(UserError, match="--ollama: this tokenizer is SentencePiece's,.*Put the base model's into"):
-        tokenizer_model(tokenizer, [str(tmp_path)])
+    with pytest.raises(UserError, match="--ollama: Ollama reads a SentencePiece tokenizer from .*Copy the base model's into"):
+        read_tokenizer_model(tokenizer, [str(tmp_path)])
     (tmp_path / "tokenizer.model").write_bytes(b"pieces")
-    assert tokenizer_model(tokenizer, [str(GOLDEN), str(tmp_path)]) == b"pieces"
+    assert read_tokenizer_model(tokenizer, [str(GOLDEN), str(tmp_path)]) == b"pieces"
 
 
 # ---- what a run's prompts say of themselves --------------------------------------------------------------------------------
@@ -313,7 +313,7 @@ def test_without_a_template_the_prompts_show_whether_they_are_dialogues(texts, e
     assert format_of_prompts(config | {"template": "chatml"}, table, tokenizer) == "chatml"
 
 
-def test_a_token_that_chatml_puts_behind_answers_ends_them():
+def test_the_token_that_chatml_puts_after_responses_ends_them():
     tokenizer = byte_level_tokenizer()
     assert end_tokens("chatml", tokenizer) == [], "several tokens"
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})

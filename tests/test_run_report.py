@@ -1,4 +1,4 @@
-"""report.html: what is in it, that it asks nobody for anything, runs nothing of what it shows, and is always made."""
+"""report.html: its content, its isolation from the network and from hostile texts, and that it can always be written."""
 
 import base64
 import hashlib
@@ -16,9 +16,13 @@ from omegaconf import OmegaConf
 
 from preference_training.core.errors import UserError
 from preference_training.data.rows.records import DataReport
-from preference_training.reporting.run_report import observations, rebuild_report, report_page
-from preference_training.tracking.about import code_state, write_about
-from preference_training.tracking.run_files import split_rows
+from preference_training.reporting.observations import observations
+from preference_training.reporting.run_record import RunRecord
+from preference_training.reporting.run_report import rebuild_report, report_page
+from preference_training.tracking.about import (
+    code_state,
+    write_about,
+)
 from preference_training.tracking.tracker import Tracker
 
 ROOT = Path(__file__).parent.parent
@@ -61,14 +65,18 @@ def run_dir(compose, tmp_path) -> Path:
 
 
 def parsed(run_dir: Path) -> BeautifulSoup:
-    return BeautifulSoup(report_page(run_dir), "html.parser")
+    return BeautifulSoup(page_of(run_dir), "html.parser")
 
 
-def test_everything_that_a_run_has_left_is_in_its_report(run_dir):
+def page_of(run_dir: Path) -> str:
+    return report_page(RunRecord.read(run_dir))
+
+
+def test_a_report_contains_everything_that_a_run_has_recorded(run_dir):
     page = parsed(run_dir)
     text = " ".join(page.get_text(" ").split())
     assert [heading.text for heading in page.find_all("h2")] == [
-        "Worth a look", "Curves", "Held out", "Samples", "Training pairs to look at", "What happened", "Data",
+        "Worth a look", "Curves", "Held-out metrics", "Samples", "Training pairs to review", "Events", "Data",
         "Configuration", "Machine and versions",
     ]  # fmt: skip
     charts = [figure.strong.text for figure in page.find_all("figure")]
@@ -76,26 +84,26 @@ def test_everything_that_a_run_has_left_is_in_its_report(run_dir):
     assert "80 of 80 examples, 20 updates" in text
     assert "rewards_eval/accuracies 0.75 [0.6, 0.9] 0.75 [0.6, 0.9]" in text
     assert [number.get_text(" ") for number in page.find("dl").find_all("div")] == [
-        "held-out loss 0.4", "reward accuracy 0.75 95%: [0.6, 0.9]", "examples a second 8 median",
-        "memory 1.5 GiB at most",
+        "held-out loss 0.4", "reward accuracy 0.75 95%: [0.6, 0.9]", "examples per second 8 median",
+        "memory 1.5 GiB peak",
     ]  # fmt: skip
     assert "toy train 100 90 10 left out: a text is empty" in text
     assert "loss.beta 0.3 0.1" in text
     assert "2026-11-21 12:00:00 0 begins 2026-11-21 12:00:20 40 warning: " in text
     assert "80 checkpoint: step-80" in text
-    assert [row.find(class_="said").text.startswith("warning: ") for row in page.find_all("tr", class_="warning")] == [True]
+    assert [row.find(class_="event").text.startswith("warning: ") for row in page.find_all("tr", class_="warning")] == [True]
     assert "toy, train prompt 5 margins 0.5, -0.25 wrong label 90%" in text
-    assert "1 step was not taken" in text
+    assert "1 step was skipped" in text
     assert "torch" in text and "CPU cores" in text
     assert [mark.text for mark in page.find_all("ins")][:2] == ["No.", "Yes 80."]
 
 
-def test_a_metric_that_no_chart_knows_has_one_of_its_own(run_dir):
+def test_an_unknown_metric_has_a_chart_of_its_own(run_dir):
     write_rows(run_dir / "metrics.jsonl", [step(4, surprise=1e-3), step(8, surprise=2e-3)])
     assert "surprise" in [figure.strong.text for figure in parsed(run_dir).find_all("figure")]
 
 
-def test_it_asks_nobody_for_anything_and_runs_nothing_but_its_own_script(run_dir):
+def test_a_report_makes_no_requests_and_runs_only_its_own_script(run_dir):
     page = parsed(run_dir)
     policy = page.find("meta", {"http-equiv": "Content-Security-Policy"})["content"]
     rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
@@ -111,11 +119,11 @@ def test_it_asks_nobody_for_anything_and_runs_nothing_but_its_own_script(run_dir
     assert "alert(1)" in page.get_text(), "as text"
 
 
-def test_no_secret_of_the_environment_is_in_it(run_dir, monkeypatch):
+def test_a_report_contains_no_secret_of_the_environment(run_dir, monkeypatch):
     monkeypatch.setenv("MY_API_KEY", 'Zq7"secret&key')
     samples = [{"examples": 0, "prompt": 'it is Zq7"secret&key.', "policy": "Yes."}]
     write_rows(run_dir / "samples.jsonl", samples)
-    page = report_page(run_dir)
+    page = page_of(run_dir)
     assert "Zq7" not in BeautifulSoup(page, "html.parser").main.get_text() and "(a secret)" in page
 
 
@@ -125,13 +133,21 @@ def test_a_run_of_100_000_steps_has_a_report_below_2_mb(run_dir):
     samples = [{"examples": n, "prompt": f"prompt {k}", "policy": "x " * 2000, "reference": "y " * 2000}
                for n in range(0, 100_000, 5000) for k in range(32)]  # fmt: skip
     write_rows(run_dir / "samples.jsonl", samples)
-    assert len(report_page(run_dir).encode()) < 2e6
+    assert len(page_of(run_dir).encode()) < 2e6
+
+
+def test_events_are_shown_without_information_on_the_data(tmp_path):
+    (tmp_path / "metrics.jsonl").touch()
+    write_rows(tmp_path / "events.jsonl", [{"time": "2026-11-21T12:00:00+01:00", "examples": 0, "text": "begins"}])
+    page = parsed(tmp_path)
+    assert page.find(class_="event").text == "begins" and page.find(id="data") is None
+    assert {link["href"] for link in page.nav.find_all("a")} == {"#events", "#configuration"}
 
 
 def test_a_run_that_has_just_begun_has_a_report(tmp_path):
     (tmp_path / "metrics.jsonl").touch()
     text = parsed(tmp_path).get_text()
-    assert "no step yet" in text and "Nothing has been logged yet." in text
+    assert "no step yet" in text and "No metrics have been logged yet." in text
 
 
 FILES = (
@@ -155,32 +171,32 @@ JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st
 
 @given(contents=st.dictionaries(st.sampled_from(FILES), st.binary(max_size=20) | st.lists(JSON, max_size=3).map(
     lambda rows: "\n".join(map(json.dumps, rows)).encode())))  # fmt: skip
-def test_whatever_a_kill_or_an_editor_has_left_there_is_a_page(contents, tmp_path_factory):
+def test_damaged_files_do_not_prevent_a_report(contents, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     for name, content in contents.items():
         (folder / name).write_bytes(content)
-    assert report_page(folder).startswith("<!doctype html>")
+    assert page_of(folder).startswith("<!doctype html>")
 
 
 # ---- what is worth saying ---------------------------------------------------------------------------------------------------
 
 
 def said(rows: list[dict], config: dict | None = None) -> str:
-    return " ".join(observations(*split_rows(rows), config or {}))
+    return " ".join(observations(RunRecord(Path("run"), "run", config or {}, {}, rows, {})))
 
 
-def test_a_log_prob_that_falls_while_the_margin_grows_is_said_with_what_it_means():
+def test_a_falling_log_prob_with_a_growing_margin_is_reported_and_explained():
     rows = [evaluation(n, **{"logps_eval/chosen": -n / 2, "rewards_eval/margins": n / 40}) for n in (0, 40, 80)]
-    assert "fell by 40 nats while the margin grew by 2." in said(rows) and "usual" not in said(rows)
+    assert "fell by 40 nats while the margin grew by 2:" in said(rows) and "usual" not in said(rows)
     assert said(rows).endswith("See docs/reading-the-curves.md.")
-    assert "with beta 0.05 that is usual" in said(rows, {"loss": {"beta": 0.05}})
+    assert "This is usual with beta 0.05." in said(rows, {"loss": {"beta": 0.05}})
     assert "fell" not in said([row | {"logps_eval/chosen": -5.0} for row in rows])
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "expected"), [(0.1, 0.4, "below chance"), (0.45, 0.6, "cannot be told from chance"), (0.6, 0.9, "")]
+    ("low", "high", "expected"), [(0.1, 0.4, "below chance"), (0.45, 0.6, "not distinguishable from chance"), (0.6, 0.9, "")]
 )
-def test_an_accuracy_that_is_no_better_than_chance_is_said(low, high, expected):
+def test_an_accuracy_no_better_than_chance_is_reported(low, high, expected):
     last = {
         "rewards_eval/accuracies": (low + high) / 2,
         "rewards_eval/accuracies/low": low,
@@ -190,19 +206,19 @@ def test_an_accuracy_that_is_no_better_than_chance_is_said(low, high, expected):
     assert expected in text and bool(expected) == ("accuracy" in text)
 
 
-@pytest.mark.parametrize(("prompts", "told"), [(1, "Held-out numbers: 1 prompt, too few"), (9, "9 prompts, too few"), (10, "")])
-def test_too_few_held_out_prompts_are_said(prompts, told):
+@pytest.mark.parametrize(("prompts", "told"), [(1, "Held-out metrics: 1 prompt, too few"), (9, "9 prompts, too few"), (10, "")])
+def test_too_few_held_out_prompts_are_reported(prompts, told):
     text = said([step(4), evaluation(8, **{"counters/held_out_prompts": prompts})])
     assert told in text and bool(told) == ("too few" in text)
 
 
-def test_a_held_out_loss_that_rises_again_is_said_with_where_it_was_lowest():
+def test_a_rising_held_out_loss_is_reported_with_its_minimum():
     rows = [evaluation(n, **{"loss/eval": loss, "loss/eval/low": loss - 0.05}) for n, loss in ((0, 0.7), (8, 0.5), (16, 0.6))]
     assert "lowest after 8 examples (0.5) and is 0.6 at the end" in said(rows)
     assert "lowest" not in said([*rows[:2], rows[2] | {"loss/eval/low": 0.45}])
 
 
-def test_losses_that_are_not_of_one_thing_are_not_said_to_rise():
+def test_overfitting_is_not_reported_for_losses_that_are_not_comparable():
     rows = [evaluation(n, **{"loss/eval": loss, "loss/eval/low": loss - 0.05}) for n, loss in ((0, 0.7), (8, 0.5), (16, 0.6))]
     assert "lowest" not in said(rows, {"loss": {"name": "tr_dpo"}})
     # The first two are beta-DPO's of an earlier version, at the beta in force.
@@ -211,7 +227,7 @@ def test_losses_that_are_not_of_one_thing_are_not_said_to_rise():
     assert "lowest" not in said(mixed)
 
 
-def test_a_gradient_that_is_mostly_scaled_down_is_said():
+def test_frequent_clipping_is_reported():
     rows = [step(n, grad_norm=norm) for n, norm in enumerate((5, 5, 5, 1))]
     assert "max_grad_norm=2.0 in 75% of the steps" in said(rows, {"max_grad_norm": 2.0})
     assert "max_grad_norm" not in said(rows, {"max_grad_norm": 10.0})
@@ -220,7 +236,7 @@ def test_a_gradient_that_is_mostly_scaled_down_is_said():
 # ---- when it is written -----------------------------------------------------------------------------------------------------
 
 
-def test_a_tracker_has_the_report_written_when_asked_and_at_the_end(tmp_path):
+def test_a_tracker_writes_the_report_on_request_and_at_the_end(tmp_path):
     written = []
     with Tracker(
         tmp_path, None, write_report=lambda: written.append((tmp_path / "metrics.jsonl").read_text().count("\n"))
@@ -237,7 +253,7 @@ def test_a_tracker_has_the_report_written_when_asked_and_at_the_end(tmp_path):
     assert written == [2, 3, "again", "again"]
 
 
-def test_a_report_that_cannot_be_written_is_said_once_and_ends_nothing(tmp_path, capsys):
+def test_a_report_that_cannot_be_written_is_one_warning_and_does_not_stop_the_run(tmp_path, capsys):
     def fails():
         raise OSError(28, "No space left on device")
 
@@ -254,29 +270,29 @@ def script(*arguments) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-def test_the_script_makes_the_report_again_and_writes_flagged_pairs(run_dir, tmp_path):
+def test_the_script_rebuilds_the_report_and_writes_flagged_pairs(run_dir, tmp_path):
     done = script(run_dir, "--flagged", tmp_path / "flagged.jsonl")
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"report: {run_dir}/report.html\n1 pairs: {tmp_path}/flagged.jsonl\n"
-    assert (run_dir / "report.html").read_text() == report_page(run_dir)
+    assert (run_dir / "report.html").read_text() == page_of(run_dir)
     assert json.loads((tmp_path / "flagged.jsonl").read_text())["version1"] == "bad"
 
 
-def test_a_directory_that_is_no_runs_is_one_message(tmp_path):
+def test_another_directory_is_refused_with_one_message(tmp_path):
     done = script(tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == f"{tmp_path}: no metrics.jsonl in it. Expected the directory of a run.\n"
+    assert done.stderr == f"{tmp_path}: contains no metrics.jsonl. Expected a run directory.\n"
 
 
-def test_a_report_that_has_no_place_is_one_message(run_dir):
+def test_an_unwritable_report_is_refused_with_one_message(run_dir):
     (run_dir / "report.html").mkdir()
     with pytest.raises(
-        UserError, match=r"report.html cannot be written: Is a directory. Expected a folder of yours, with room."
+        UserError, match=r"cannot write .*report.html: Is a directory. Expected a writable folder with enough space."
     ):
         rebuild_report(run_dir)
 
 
-def test_the_state_of_the_code_is_its_commit_and_nothing_where_there_is_none(tmp_path):
+def test_the_code_state_is_its_commit_or_empty_without_one(tmp_path):
     for command in (["init", "-q"], ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-q", "--allow-empty", "-m", "x"]):
         subprocess.run(["git", *command], cwd=tmp_path, check=True)
     (tmp_path / "new.py").touch()

@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness, of a folder of one's own and without a network; and the names in our suites."""
+"""Tasks of lm-evaluation-harness from a folder, without a network; and the names in the suites."""
 
 import copy
 import json
@@ -51,7 +51,7 @@ def model():
 
 
 @pytest.mark.parametrize("sharing", [True, False])
-def test_a_task_counts_the_questions_whose_right_answer_is_the_likelier_one(sharing, folder, model, tokenizer):
+def test_a_task_counts_the_questions_whose_correct_answer_is_more_likely(sharing, folder, model, tokenizer):
     def logp(question: str, answer: str) -> float:
         start, ids = len(tokenizer(question).input_ids), tokenizer(f"{question} {answer}", return_tensors="pt").input_ids
         logps = model(ids).logits[0].log_softmax(-1)
@@ -74,14 +74,14 @@ def test_a_limit_is_a_number_of_examples(folder, model, tokenizer):
     assert found["opposites"]["acc"] in (0.0, 1.0)
 
 
-def test_data_that_cannot_be_had_is_one_message(folder, model, tokenizer):
+def test_unavailable_data_is_one_message(folder, model, tokenizer):
     text = (folder / "opposites.yaml").read_text()
     (folder / "opposites.yaml").write_text(text.replace("rows.jsonl", "elsewhere.jsonl"))
-    with pytest.raises(UserError, match="evaluation.tasks: the data of opposites cannot be had: "):
+    with pytest.raises(UserError, match="evaluation.tasks: cannot load the data of opposites: "):
         TaskList(["opposites"], str(folder)).results(model, tokenizer, None, 2)
 
 
-def test_every_task_of_our_suites_is_one_of_the_harness_and_other_names_are_refused():
+def test_every_task_of_the_suites_exists_and_unknown_names_are_refused():
     tasks = TaskList(list(SUITES), None)
     assert [task for task, _ in tasks.tasks] == [task for suite in SUITES.values() for task, _ in suite]
     assert ("gsm8k", 5) in tasks.tasks and ("agieval_nous", 0) in tasks.tasks
@@ -91,7 +91,7 @@ def test_every_task_of_our_suites_is_one_of_the_harness_and_other_names_are_refu
         TaskList(["%%%%%%%%"], None)
 
 
-def test_without_the_harness_the_command_that_brings_it_is_said(monkeypatch):
+def test_without_the_harness_the_message_has_its_pip_command(monkeypatch):
     monkeypatch.setattr(task_suites, "find_spec", lambda _: None)
     with pytest.raises(UserError, match=r"not installed. Run: pip install -r requirements/evaluation.txt"):
         check_harness()

@@ -1,4 +1,4 @@
-"""What a run looks like in a terminal, while it grows."""
+"""The view of a growing run in a terminal."""
 
 import io
 import json
@@ -14,7 +14,7 @@ from rich.console import Console
 
 from forked import ROOT, Program
 from preference_training.core.errors import UserError
-from preference_training.reporting.terminal_view import GrowingFile, Watched, screen, watch
+from preference_training.reporting.terminal_view import GrowingFile, LiveRun, screen, watch
 
 
 def step(examples: int, **more) -> dict:
@@ -41,14 +41,14 @@ def run_dir(tmp_path) -> Path:
 
 
 def shown(run_dir: Path, width: int = 120, height: int = 40) -> str:
-    watched = Watched(run_dir)
-    watched.look()
+    live = LiveRun(run_dir)
+    live.poll()
     console = Console(file=io.StringIO(), width=width, height=height, force_terminal=True, color_system=None)
-    console.print(screen(watched, width, height))
+    console.print(screen(live, width, height))
     return console.file.getvalue()
 
 
-def test_a_run_is_shown_with_how_far_it_is_its_curves_and_what_happened(run_dir):
+def test_a_run_is_shown_with_its_progress_curves_and_events(run_dir):
     text = shown(run_dir)
     assert "the name" in text
     assert "196 of 400 examples" in text and "8 examples/s | 26 s left" in text
@@ -65,13 +65,13 @@ def test_a_run_is_shown_with_how_far_it_is_its_curves_and_what_happened(run_dir)
     assert "Reward margin" not in text, "there is no number of it"
 
 
-def test_too_few_held_out_prompts_are_said(run_dir):
+def test_too_few_held_out_prompts_are_reported(run_dir):
     assert "too few" not in shown(run_dir)
     add(run_dir / "metrics.jsonl", {"loss/eval": 0.2, "counters/examples": 196, "counters/held_out_prompts": 3})
     assert "held out: 3 prompts, too few" in shown(run_dir)
 
 
-def test_the_numbers_beside_a_chart_stand_at_their_rows(tmp_path):
+def test_axis_labels_are_at_the_right_rows(tmp_path):
     add(tmp_path / "metrics.jsonl", *(step(n, **{"loss/train": n / 100}) for n in range(30, 70)))
     rows = shown(tmp_path, 60, 20).splitlines()
     plot = [row for row in rows if row.startswith("│")]
@@ -89,31 +89,31 @@ def test_a_run_that_has_logged_nothing_says_so(tmp_path):
 
 
 @pytest.mark.parametrize(("width", "height"), [(40, 12), (80, 24), (200, 60)])
-def test_it_keeps_to_the_terminal_it_is_given(width, height, run_dir):
+def test_the_view_fits_the_terminal(width, height, run_dir):
     lines = shown(run_dir, width, height).splitlines()
     assert max(map(len, lines)) <= width
     assert len(lines) <= max(height, 20), "one chart is always shown"
 
 
-def test_a_growing_file_gives_each_row_once_and_no_half_ones(tmp_path):
+def test_a_growing_file_yields_each_complete_row_once(tmp_path):
     file = tmp_path / "rows.jsonl"
     growing = GrowingFile(file)
-    assert growing.added() == ([], False), "it is not there yet"
+    assert growing.read_new() == ([], False), "it is not there yet"
     file.write_bytes(b'{"a": 1}\nno row\n{"a": ')
-    assert growing.added() == ([{"a": 1}], False)
+    assert growing.read_new() == ([{"a": 1}], False)
     with file.open("ab") as opened:
         opened.write('2, "b": "\u2028é"}\n[3]\n'.encode())
-    assert growing.added() == ([{"a": 2, "b": "\u2028é"}], False)
-    assert growing.added() == ([], False)
+    assert growing.read_new() == ([{"a": 2, "b": "\u2028é"}], False)
+    assert growing.read_new() == ([], False)
 
 
-def test_a_run_that_goes_on_from_a_checkpoint_is_read_anew(run_dir):
-    watched = Watched(run_dir)
-    assert watched.look() and not watched.look()
+def test_a_resumed_run_is_read_from_the_start(run_dir):
+    live = LiveRun(run_dir)
+    assert live.poll() and not live.poll()
     rows = [step(4), step(8)]
     (run_dir / "new").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (run_dir / "new").replace(run_dir / "metrics.jsonl")
-    assert watched.look() and watched.rows["metrics.jsonl"] == rows
+    assert live.poll() and live.rows["metrics.jsonl"] == rows
 
 
 json_values = st.recursive(
@@ -136,7 +136,7 @@ names = st.sampled_from(["loss/train", "loss/eval", "counters/examples", "exampl
     events=st.lists(st.dictionaries(names, json_values, max_size=3), max_size=3),
     about=st.dictionaries(names, json_values, max_size=2),
 )
-def test_whatever_lies_in_a_run_directory_is_shown_or_passed_over(metrics, events, about, tmp_path_factory):
+def test_malformed_rows_are_skipped(metrics, events, about, tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("run")
     (run_dir / "metrics.jsonl").touch()
     add(run_dir / "metrics.jsonl", *metrics)
@@ -145,18 +145,18 @@ def test_whatever_lies_in_a_run_directory_is_shown_or_passed_over(metrics, event
     assert shown(run_dir, 60, 20)
 
 
-def test_a_directory_that_is_no_runs_is_one_message(tmp_path):
-    with pytest.raises(UserError, match="Expected the directory of a run"):
+def test_another_directory_is_refused_with_one_message(tmp_path):
+    with pytest.raises(UserError, match="Expected a run directory"):
         watch(tmp_path, 1.0)
 
 
-def test_without_a_terminal_it_is_shown_once(run_dir):
+def test_without_a_terminal_the_view_is_printed_once(run_dir):
     console = Console(file=io.StringIO(), width=100)
     watch(run_dir, 1.0, console=console)
     assert "196 of 400 examples" in console.file.getvalue() and "\x1b" not in console.file.getvalue()
 
 
-def test_in_a_terminal_it_follows_the_run_to_its_end(run_dir):
+def test_in_a_terminal_the_view_follows_the_run_to_its_end(run_dir):
     mine, theirs = pty.openpty()
     command = [ROOT / "scripts" / "watch.py", run_dir, "--every", "0.1"]
     program = Program(command, run_dir, theirs, theirs, dict(os.environ, TERM="xterm", COLUMNS="100", LINES="40"))

@@ -1,4 +1,4 @@
-"""Win rates: both orders, what is missing, what is kept, and a process that dies in the middle."""
+"""Win rates: both orders, missing verdicts, stored verdicts, and a process that is killed."""
 
 import json
 import subprocess
@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from judge_servers import Reply, serving, shorter_wins, verdict
 from preference_training.core.errors import UserError
-from preference_training.evaluation.held_out_report import lines_of_win_rate
-from preference_training.evaluation.judges import Judge, NoJudgementError, OllamaJudge, OpenAIJudge
-from preference_training.evaluation.win_rates import Comparison, Judgements, win_rate
+from preference_training.evaluation.judges import Judge, NoVerdictError, OllamaJudge, OpenAIJudge
+from preference_training.evaluation.results_text import format_win_rate
+from preference_training.evaluation.win_rates import Comparison, VerdictStore, win_rate
 
 ROOT = Path(__file__).parent.parent
 
@@ -43,7 +43,7 @@ def rate_of(found: dict) -> float | None:
 
 
 @pytest.mark.parametrize("judge_class", [OpenAIJudge, OllamaJudge])
-def test_wins_and_half_the_ties_of_what_was_judged_in_both_orders(judge_class, tmp_path):
+def test_the_win_rate_counts_wins_and_half_the_ties_over_both_orders(judge_class, tmp_path):
     with serving(shorter_wins) as server:
         wanted = settings_of(server.url + "/v1" * (judge_class is OpenAIJudge))
         found = win_rate(judge_class("ollama", "m", wanted), comparisons(9), tmp_path / "j.jsonl", wanted)
@@ -54,20 +54,20 @@ def test_wins_and_half_the_ties_of_what_was_judged_in_both_orders(judge_class, t
     assert len(pairs) == 18 and {(p, b, a) for p, a, b in pairs} == set(pairs)
 
 
-def test_a_judge_that_likes_a_place_has_only_ties_to_give(tmp_path):
+def test_a_judge_with_a_position_bias_gives_only_ties(tmp_path):
     with serving(lambda question: verdict(question, "A")) as server:
         wanted = settings_of(server.url)
         found = win_rate(OllamaJudge("ollama", "m", wanted), comparisons(6), tmp_path / "j.jsonl", wanted)
     assert (found["wins"], found["ties"], found["losses"]) == (0, 6, 0)
 
 
-def test_equal_answers_are_a_tie_about_which_nobody_is_asked(tmp_path):
+def test_equal_responses_are_a_tie_without_a_question(tmp_path):
     wanted = settings_of()
     found = win_rate(OllamaJudge("ollama", "m", wanted), [Comparison("p", "x", "x")] * 3, tmp_path / "j.jsonl", wanted)
     assert (found["ties"], found["unanswered"], rate_of(found)) == (3, 0, 0.5)
 
 
-def test_what_has_been_judged_is_not_asked_again(tmp_path):
+def test_known_verdicts_are_reused(tmp_path):
     with serving(shorter_wins) as server:
         wanted = settings_of(server.url)
         first = win_rate(OllamaJudge("ollama", "m", wanted), comparisons(6), tmp_path / "j.jsonl", wanted)
@@ -81,7 +81,7 @@ def test_what_has_been_judged_is_not_asked_again(tmp_path):
 
 
 @pytest.mark.parametrize(("judge_class", "base"), [(OpenAIJudge, "/v1"), (OllamaJudge, "")])
-def test_verdicts_are_of_one_model_at_one_server(judge_class, base, tmp_path, capsys):
+def test_verdicts_belong_to_one_model_at_one_server(judge_class, base, tmp_path, capsys):
     def rate(server, **changes) -> dict:
         wanted = settings_of(server.url + base, **changes)
         return win_rate(judge_class("kind", "m", wanted), comparisons(6), tmp_path / "j.jsonl", wanted)
@@ -91,7 +91,7 @@ def test_verdicts_are_of_one_model_at_one_server(judge_class, base, tmp_path, ca
         assert rate_of(rate(server)) == 0.5 and len(server.questions) == 12
         # The same model, though its list of models has another moment in it: nothing is asked again.
         assert rate(server)["note"] is None and len(server.questions) == 12 and server.listed == 2
-        assert "12 of 12 verdicts are known from earlier evaluations" in capsys.readouterr().out
+        assert "12 of 12 verdicts reused from earlier evaluations" in capsys.readouterr().out
         server.models["other"] = "newer"
         rate(server)
         assert len(server.questions) == 12
@@ -106,26 +106,26 @@ def test_verdicts_are_of_one_model_at_one_server(judge_class, base, tmp_path, ca
         assert len(server.questions) == 12, "another address is another server"
 
 
-def test_verdicts_of_a_server_that_is_gone_are_nobodys(tmp_path):
+def test_verdicts_of_an_unreachable_server_are_not_reused(tmp_path):
     with serving(shorter_wins, {"m:latest": "these weights"}) as server:
         wanted = settings_of(server.url)
         win_rate(OllamaJudge("ollama", "m", wanted), comparisons(6), tmp_path / "j.jsonl", wanted)
     found = win_rate(OllamaJudge("ollama", "m", wanted), comparisons(6), tmp_path / "j.jsonl", wanted)
     assert found["rate"] is None and found["unanswered"] == 6 and "unreachable" in found["reasons"]
-    assert "does not answer (unreachable): verdicts of earlier evaluations are not used" in found["note"]
+    assert "does not answer (unreachable): verdicts of earlier evaluations are not reused" in found["note"]
 
 
-def test_a_server_that_does_not_say_what_it_serves_is_taken_at_its_word_and_that_is_said(tmp_path):
+def test_a_server_without_a_list_of_models_is_assumed_to_be_unchanged_with_a_note(tmp_path):
     with serving(shorter_wins) as server:
         wanted = settings_of(server.url)
         for _ in range(2):
             found = win_rate(OllamaJudge("ollama", "m", wanted), comparisons(6), tmp_path / "j.jsonl", wanted)
     assert len(server.questions) == 12 and found["unanswered"] == 0
     assert "does not say which model it serves (status 404: no such page)" in found["note"]
-    assert any("taken to be of the same m" in line for line in lines_of_win_rate(found))
+    assert any("assumed to be of the same m" in line for line in format_win_rate(found))
 
 
-def test_why_there_are_no_verdicts_reaches_the_screen_by_their_number(tmp_path):
+def test_the_reasons_for_missing_verdicts_are_printed_with_their_counts(tmp_path):
     faults = {
         0: Reply("Hm."),
         1: Reply(status=400, body='{"error": "prompt too long"}'),
@@ -142,9 +142,9 @@ def test_why_there_are_no_verdicts_reaches_the_screen_by_their_number(tmp_path):
         found = win_rate(OllamaJudge("ollama", "m", wanted), comparisons(40), tmp_path / "j.jsonl", wanted)
     expected = {"malformed": 6, "status 400: prompt too long": 6, "status 500: overloaded": 6, "cut at judge_max_tokens": 6}
     assert found["reasons"] == expected and found["unanswered"] == 12 and found["retried"] == {"status 500: overloaded": 6}
-    lines = lines_of_win_rate(found)
+    lines = format_win_rate(found)
     assert "  not answered: 6 x status 400: prompt too long" in lines
-    assert "  asked again: 6 x status 500: overloaded" in lines
+    assert "  retried: 6 x status 500: overloaded" in lines
 
 
 @pytest.mark.parametrize(("wins", "low"), [(1, 0.025), (8, 0.6306), (128, 0.9716)])
@@ -162,7 +162,7 @@ def failing_for(requests: set[str], reply: Reply):
     return lambda question: reply if question[1] in requests else shorter_wins(question)
 
 
-def test_what_is_not_answered_is_counted_apart_and_left_out(tmp_path):
+def test_comparisons_without_a_verdict_are_counted_separately_and_excluded(tmp_path):
     # The policy wins 0, 3, 6, ...: without 0 it has 6 of 19 comparisons, and 6 or 7 ties.
     with serving(failing_for({"request 0"}, Reply("Hm."))) as server:
         wanted = settings_of(server.url)
@@ -178,11 +178,11 @@ def test_what_is_not_answered_is_counted_apart_and_left_out(tmp_path):
 
 @settings(max_examples=20, deadline=None)
 @given(st.sets(st.integers(0, 19)), st.floats(0, 0.9))
-def test_a_rate_is_refused_where_more_than_a_share_is_missing(tmp_path_factory, missing, share):
+def test_there_is_no_rate_where_too_many_verdicts_are_missing(tmp_path_factory, missing, share):
     class Moody(Judge):
         def better(self, prompt, first, second):
             if int(prompt.split()[1]) in missing:
-                raise NoJudgementError("mood")
+                raise NoVerdictError("mood")
             return "first"
 
     wanted = settings_of(max_missing=share, judge_workers=1)
@@ -205,13 +205,13 @@ def test_a_dead_server_is_not_asked_for_every_comparison(tmp_path):
     assert found["reasons"]["not asked"] > 300
 
 
-def test_a_users_mistake_ends_the_questions_and_keeps_what_was_said(tmp_path):
+def test_a_users_mistake_stops_the_questions_and_keeps_the_verdicts(tmp_path):
     with serving(failing_for({"request 3"}, Reply(status=401))) as server:
         wanted = settings_of(server.url, judge_workers=1)
         with pytest.raises(UserError, match="status 401"):
             win_rate(OllamaJudge("ollama", "m", wanted), comparisons(50), tmp_path / "j.jsonl", wanted)
     assert len(server.questions) < 12
-    assert len(Judgements(tmp_path / "j.jsonl").known) >= 6
+    assert len(VerdictStore(tmp_path / "j.jsonl").known) >= 6
 
 
 CHILD = """
@@ -226,7 +226,7 @@ win_rate(OllamaJudge("ollama", "m", wanted), comparisons(6), Path(sys.argv[3]), 
 """
 
 
-def test_a_process_that_is_killed_in_the_middle_goes_on_without_asking_twice(tmp_path):
+def test_a_killed_process_continues_without_asking_twice(tmp_path):
     reached = threading.Event()
 
     def answer(question) -> Reply:
@@ -250,23 +250,23 @@ def test_a_process_that_is_killed_in_the_middle_goes_on_without_asking_twice(tmp
     asked = [question[1:] for question in server.questions]
     # Six comparisons in two orders, and once more the question that the killed process had no answer to.
     assert len(asked) == 13 and len(set(asked)) == 12 and asked[5] in asked[6:]
-    assert len(Judgements(tmp_path / "j.jsonl").known) == 12
+    assert len(VerdictStore(tmp_path / "j.jsonl").known) == 12
 
 
 @given(
     st.binary(max_size=60), st.lists(st.sampled_from([b"", b"null", b"[]", b'{"key": []}', b'{"key": "k", "verdict": "all"}']))
 )
-def test_a_damaged_file_costs_its_damaged_lines(tmp_path_factory, noise, lines):
+def test_only_the_damaged_lines_of_a_file_are_lost(tmp_path_factory, noise, lines):
     path = tmp_path_factory.mktemp("judged") / "j.jsonl"
     path.write_bytes(b"\n".join([*lines, b'{"key": "k", "verdict": "tie"}', noise]))
-    judgements = Judgements(path)
-    assert judgements.known.get("k") == "tie"
+    store = VerdictStore(path)
+    assert store.known.get("k") == "tie"
 
     class Sure(Judge):
         def better(self, prompt, first, second):
             return "first"
 
     question = "p", "a", "b"
-    judgements.add(Sure("sure"), question, "second")
-    assert Judgements(path).known[Judgements.key(Sure("sure"), question)] == "second"
+    store.add(Sure("sure"), question, "second")
+    assert VerdictStore(path).known[VerdictStore.key(Sure("sure"), question)] == "second"
     assert json.loads(path.read_bytes().splitlines()[-1])["prompt"] == "p"

@@ -1,4 +1,4 @@
-"""What the tests of the app share: a store with something in it, and a stand-in for Ollama."""
+"""Shared fixtures of the app's tests: a store with content, and a stand-in for Ollama."""
 
 import sys
 
@@ -6,13 +6,13 @@ import pytest
 
 from preference_collection.store import Generation, Pair, Problem, new_id, open_store
 
-# What holds generated code back is Linux's; elsewhere its tests are not run, which `Isolation` says on the page, too.
+# Isolation needs Linux; elsewhere its tests are not collected. `Isolation` says so on the page too.
 collect_ignore = [] if sys.platform == "linux" else ["test_sandbox.py"]
 
 
 @pytest.fixture
 def store(tmp_path):
-    """A new store in a file of its own."""
+    """A new store in its own file."""
     opened = open_store(str(tmp_path / "collection.duckdb"))
     yield opened
     opened.close()
@@ -34,7 +34,7 @@ def a_pair(problem: str = "sum", texts: tuple[str, str] = ("one", "two"), model:
 
 
 def tiny_checkpoint(directory):
-    """A directory as a run leaves it: weights, configuration and the byte-level tokenizer of the embedded model."""
+    """A run's directory: weights, configuration and the byte-level tokenizer of the embedded model."""
     from omegaconf import OmegaConf
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -12,15 +12,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class Silence:
-    """In place of a piece of text: nothing comes until the stand-in is told to go on, or the client goes away."""
+    """Instead of text: no output until the stand-in is told to continue or the client disconnects."""
 
 
 class Broken(str):
-    """In place of a piece of text: an error in the middle of the stream, with this message."""
+    """Instead of text: an error in the middle of the stream, with this message."""
 
 
 class StandIn:
-    """What the stand-in does and has seen.
+    """The behavior of the stand-in, and the requests it received.
 
     replies: a model's name → a function from the request to the pieces of its reply. requests: what it was asked.
     """
@@ -66,10 +66,10 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *_):
-        """Say nothing."""
+        """Log nothing."""
 
     def answer(self, status: int, value) -> None:
-        """A whole answer."""
+        """A complete response."""
         body = json.dumps(value).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json; charset=utf-8")
@@ -125,7 +125,7 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
 
     def wait(self) -> None:
-        """Say nothing until told to go on; notice when nobody listens any longer."""
+        """Wait until told to continue, or until the client disconnects."""
         self.connection.settimeout(0.02)
         while not self.stand_in.go_on.wait(0.01):
             try:
@@ -136,12 +136,12 @@ class Handler(BaseHTTPRequestHandler):
         self.connection.settimeout(None)
 
     def send(self, event: dict, openai: bool) -> None:
-        """A line of JSON, or an event."""
+        """Send a line of JSON, or an event."""
         line = json.dumps(event).encode()
         self.chunk(b"data: " + line + b"\n\n" if openai else line + b"\n")
 
     def chunk(self, data: bytes) -> None:
-        """A chunk as HTTP has it; an empty one is the end."""
+        """Send an HTTP chunk; an empty one ends the response."""
         self.wfile.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")
         self.wfile.flush()
 

@@ -1,4 +1,4 @@
-"""A solution of each sample problem, as plain as it can be: its answers are what the samples' tests expect."""
+"""A simple solution of each sample problem, whose answers the samples' tests expect."""
 
 from functools import cache
 from statistics import median

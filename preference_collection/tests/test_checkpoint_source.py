@@ -1,4 +1,4 @@
-"""What the framework trained writes the next solutions, and says of which pairs it is unsure."""
+"""Trained checkpoints generate solutions and score pairs."""
 
 import os
 from contextlib import closing
@@ -25,7 +25,7 @@ def written(model: Path, seed: int = 1, temperature: float = 1.0) -> Writing:
     return Writing(CheckpointSource(()), request).start().wait(60)
 
 
-def test_the_newest_checkpoints_are_offered_first_and_half_ones_never(tmp_path):
+def test_the_newest_checkpoints_are_offered_first_and_incomplete_ones_never(tmp_path):
     for age, name in enumerate(("old", "collect/dpo", "half", "new")):
         latest = tmp_path / name / "LATEST"
         latest.mkdir(parents=True)
@@ -36,7 +36,7 @@ def test_the_newest_checkpoints_are_offered_first_and_half_ones_never(tmp_path):
     assert found == [str(tmp_path / name / "LATEST") for name in ("new", "collect/dpo", "old")]
 
 
-def test_a_checkpoint_writes_the_same_for_the_same_seed_and_leaves_the_random_stream_alone(checkpoint):
+def test_a_checkpoint_is_deterministic_per_seed_and_keeps_the_global_random_state(checkpoint):
     before = torch.get_rng_state()
     one, same, other = (written(checkpoint, seed) for seed in (1, 1, 2))
     assert one.state == "done" and one.text == same.text != other.text
@@ -44,7 +44,7 @@ def test_a_checkpoint_writes_the_same_for_the_same_seed_and_leaves_the_random_st
     assert written(checkpoint, 1, 0.0).text == written(checkpoint, 2, 0.0).text
 
 
-def test_a_checkpoint_reads_its_prompt_as_in_training(checkpoint):
+def test_a_checkpoint_formats_its_prompt_as_in_training(checkpoint):
     loaded = load_checkpoint(str(checkpoint))
     ids = loaded.prompt_ids("Add.")
     assert loaded.tokenizer.decode(ids, skip_special_tokens=True) == "\n\nHuman: Add.\n\nAssistant:"
@@ -58,7 +58,7 @@ def test_a_checkpoint_reads_its_prompt_as_in_training(checkpoint):
     assert "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nAdd.<|im_end|>" in text
 
 
-def test_an_adapter_is_offered_and_writes_with_the_model_that_it_names(checkpoint, tmp_path, monkeypatch):
+def test_an_adapter_is_offered_and_generates_with_its_base_model(checkpoint, tmp_path, monkeypatch):
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -80,7 +80,7 @@ def test_an_adapter_is_offered_and_writes_with_the_model_that_it_names(checkpoin
         load_checkpoint(str(adapter))
 
 
-def test_a_checkpoint_that_is_none_is_one_message(tmp_path):
+def test_an_invalid_checkpoint_gives_one_message(tmp_path):
     (tmp_path / "LATEST").mkdir()
     writing = written(tmp_path / "LATEST")
     assert writing.state == "failed" and writing.message.startswith(f"checkpoints: {tmp_path / 'LATEST'} cannot be loaded")
@@ -89,7 +89,7 @@ def test_a_checkpoint_that_is_none_is_one_message(tmp_path):
 
 
 def test_pairs_are_scored_by_their_log_probs(checkpoint, tmp_path, capsys):
-    """The log-probs are those of transformers' own loss, which is a mean over the response."""
+    """The log-probs agree with transformers' own loss, which is a mean over the response."""
     address = str(tmp_path / "collection.duckdb")
     pair = a_pair()
     with closing(open_store(address)) as store:

@@ -1,4 +1,4 @@
-"""The command line: a mistake is one message and exit status 2, before anything is touched."""
+"""The command line: a user error gives one message and exit status 2, before anything is changed."""
 
 import json
 import subprocess
@@ -26,21 +26,21 @@ def test_from_rows_to_a_data_set(tmp_path, capsys):
     row = {"id": 1, "description": "Say 1.", "version1": "a", "version2": "b", "preference": 1}
     rows.write_text(json.dumps(row) + "\n")
     store = f"store={tmp_path / 'collection.duckdb'}"
-    assert told(capsys, "import", str(rows), store).endswith("1 problems added, 1 new pairs, 1 judgements")
+    assert told(capsys, "import", str(rows), store).endswith("1 problems added, 1 new pairs, 1 judgments")
     assert told(capsys, "export", str(tmp_path / "out"), store).endswith("out: 1 preferences, 0 ties, 0 skips")
     assert told(capsys, "export", str(tmp_path / "out.jsonl"), "--names", store).endswith("1 preferences, 0 ties, 0 skips")
     [record] = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert (record["chosen"], record["rejected"], record["labeller"]) == ("b", "a", "imported")
 
 
-def test_a_mistake_is_one_line(tmp_path, capsys):
+def test_a_user_error_gives_one_line(tmp_path, capsys):
     assert refused(capsys, "export", "out", f"store={tmp_path / 'x'}") == (
-        f"store: {tmp_path / 'x'}: no such file. Expected a store to read."
+        f"store: {tmp_path / 'x'}: no such file. Expected an existing store."
     )
-    assert refused(capsys, "export", "out", "stroe=x").startswith("'stroe=x' is no override of a setting; did you mean store?")
+    assert refused(capsys, "export", "out", "stroe=x").startswith("'stroe=x' overrides no setting; did you mean store?")
     assert refused(capsys, "import", str(tmp_path / "y"), f"store={tmp_path / 'x'}").startswith(f"import: {tmp_path / 'y'}")
-    assert refused(capsys, "push", str(tmp_path), "a/b").startswith(f"push: {tmp_path} is no export.")
-    assert refused(capsys, "export", "out", "--namse").endswith("unrecognised: --namse")
+    assert refused(capsys, "push", str(tmp_path), "a/b").startswith(f"push: {tmp_path} is not an export.")
+    assert refused(capsys, "export", "out", "--namse").endswith("unrecognized: --namse")
     assert "COLLECT_PASSWORD" in refused(capsys, "serve", "address=0.0.0.0")
 
 

@@ -1,4 +1,4 @@
-"""What people picked becomes what the root's own loaders read, and a data set on the hub."""
+"""Judgments are exported in a form that the framework's loaders read, and uploaded to the Hub."""
 
 import json
 from contextlib import closing
@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from preference_collection.export import CARD, FILES, export_dataset, export_records, push
-from preference_collection.store import Judgement, new_id, open_store
+from preference_collection.store import Judgment, new_id, open_store
 from preference_collection.tests.conftest import a_pair, a_problem
 from preference_datasets import leetcode_records
 from preference_training.core.errors import UserError
@@ -22,15 +22,15 @@ from preference_training.data.rows.records import DataReport, Turn, fault_of_ite
 
 
 def judged_store(store):
-    """Three problems: two judged by two people, who differ on the second, one tie and one skip."""
+    """Three problems: two judged by two people, who disagree on the second, one tie and one skip."""
     store.add_problems([a_problem("a"), a_problem("b"), a_problem("c")])
     pairs = {name: a_pair(name, (f"{name} one", f"{name} two")) for name in "abc"}
     store.add_pairs(pairs.values())
-    for labeller, name, choice in [
+    for labeler, name, choice in [
         ("ada", "a", "first"), ("bob", "a", "first"), ("ada", "b", "second"), ("bob", "b", "first"), ("ada", "c", "tie"),
         ("bob", "c", "skip"),
     ]:  # fmt: skip
-        store.judge(Judgement(new_id(), pairs[name].id, "second", choice, labeller, 2.5, ("faster",), 'said "so"'))
+        store.judge(Judgment(new_id(), pairs[name].id, "second", choice, labeler, 2.5, ("faster",), 'said "so"'))
     return store
 
 
@@ -45,7 +45,7 @@ def lc_records(directory) -> dict:
     return found
 
 
-def test_the_loader_of_lc_reads_what_was_picked_and_nothing_else(store, tmp_path):
+def test_the_lc_loader_reads_the_preferences_and_nothing_else(store, tmp_path):
     counts = export_dataset(judged_store(store), tmp_path / "out")
     assert counts == {"preferences": 4, "ties": 1, "skips": 1}
     assert lc_records(tmp_path / "out") == {
@@ -54,7 +54,7 @@ def test_the_loader_of_lc_reads_what_was_picked_and_nothing_else(store, tmp_path
     }
 
 
-def test_each_judgement_is_a_row_with_the_votes_on_its_pair(store, tmp_path):
+def test_each_judgment_is_a_row_with_the_votes_on_its_pair(store, tmp_path):
     export_dataset(judged_store(store), tmp_path / "out")
     rows = pyarrow.parquet.read_table(tmp_path / "out" / "data").to_pylist()
     assert [(row["id"], row["preference"], row["votes_version1"], row["votes_version2"]) for row in rows] == [
@@ -69,7 +69,7 @@ def test_each_judgement_is_a_row_with_the_votes_on_its_pair(store, tmp_path):
     assert pyarrow.parquet.read_table(tmp_path / "out" / "apart" / "skips.parquet").to_pylist()[0]["labeller"] == "bob"
 
 
-def test_what_was_taken_back_is_not_exported(store, tmp_path):
+def test_an_undone_judgment_is_not_exported(store, tmp_path):
     judged_store(store).undo("bob")
     assert export_dataset(store, tmp_path / "out") == {"preferences": 4, "ties": 1, "skips": 0}
     assert not (tmp_path / "out" / "apart" / "skips.parquet").exists()
@@ -99,7 +99,7 @@ def test_a_file_of_records_is_read_by_its_path_and_has_the_shape_of_records(stor
     assert apart == {name.replace(".", ".ties."), name.replace(".", ".skips.")}
 
 
-def test_an_export_that_is_written_again_is_read_anew(store, tmp_path):
+def test_a_repeated_export_is_not_read_from_the_cache(store, tmp_path):
     export_dataset(judged_store(store), tmp_path / "out")
     before = lc_records(tmp_path / "out")
     load_hub.cache_clear()
@@ -116,14 +116,14 @@ SOLUTION = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(
 
 @settings(max_examples=25, deadline=None)
 @given(SOLUTION, SOLUTION, SOLUTION)
-def test_any_text_arrives_at_the_loader_as_it_was_written(tmp_path_factory, description, one, other):
-    """Read as the loader's own library reads it, and given to what the loader makes of rows."""
+def test_any_text_reaches_the_loader_unchanged(tmp_path_factory, description, one, other):
+    """Read with the loader's own library, and converted by the loader."""
     directory = tmp_path_factory.mktemp("texts") / "out"
     with closing(open_store(":memory:")) as store:
         store.add_problems([a_problem()])
         pair = a_pair(texts=(one, other))
         store.add_pairs([replace(pair, first=replace(pair.first, prompt=description))])
-        store.judge(Judgement(new_id(), pair.id, "first", "second", "ada"))
+        store.judge(Judgment(new_id(), pair.id, "first", "second", "ada"))
         export_dataset(store, directory)
     rows = pyarrow.parquet.read_table(directory / "data").to_pylist()
     found = [
@@ -136,20 +136,20 @@ def test_any_text_arrives_at_the_loader_as_it_was_written(tmp_path_factory, desc
 # ---- refusals ---------------------------------------------------------------------------------------------------------------
 
 
-def test_nothing_preferred_is_nothing_to_export(store, tmp_path):
-    with pytest.raises(UserError, match="nobody has preferred a solution yet \\(0 ties, 0 skips\\)"):
+def test_an_export_without_preferences_is_refused(store, tmp_path):
+    with pytest.raises(UserError, match="there are no preferences yet \\(0 ties, 0 skips\\)"):
         export_dataset(store, tmp_path / "out")
-    with pytest.raises(UserError, match="nobody has preferred"):
+    with pytest.raises(UserError, match="there are no preferences yet"):
         export_records(store, tmp_path / "out.jsonl")
     assert not (tmp_path / "out").exists()
 
 
-def test_a_directory_with_something_else_in_it_is_left_alone(store, tmp_path):
+def test_a_directory_with_other_files_is_not_overwritten(store, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years of work")
-    with pytest.raises(UserError, match="holds something else"):
+    with pytest.raises(UserError, match="contains other files"):
         export_dataset(judged_store(store), tmp_path / "mine")
-    with pytest.raises(UserError, match="expected a name that ends in .jsonl or .parquet"):
+    with pytest.raises(UserError, match="expected a .jsonl or .parquet file"):
         export_records(store, tmp_path / "x.csv")
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
 
@@ -158,7 +158,7 @@ def test_a_directory_with_something_else_in_it_is_left_alone(store, tmp_path):
 
 
 class Hub(BaseHTTPRequestHandler):
-    """The part of the hub's interface by which a small data set is made and written: create, preupload, commit."""
+    """The part of the Hub's API that creates a small data set: create, preupload, commit."""
 
     seen: list
     there = ("README.md", "apart/old.parquet")
@@ -236,22 +236,22 @@ def test_an_export_is_pushed_as_a_private_data_set_with_its_card(store, tmp_path
     assert files == {CARD, *FILES.values()}
 
 
-def test_nothing_goes_into_a_data_set_that_everybody_sees_unless_that_is_asked_for(store, tmp_path, hub):
+def test_a_public_data_set_is_uploaded_to_only_on_request(store, tmp_path, hub):
     export_dataset(judged_store(store), tmp_path / "out")
     hub.private = False
-    with pytest.raises(UserError, match="push: ada/picks is there for everybody to see"):
+    with pytest.raises(UserError, match="push: ada/picks is public"):
         push(tmp_path / "out", "ada/picks")
     assert not [path for path, _, _ in hub.seen if "/commit/" in path]
     push(tmp_path / "out", "ada/picks", private=False)
     assert [path for path, _, _ in hub.seen if "/commit/" in path]
 
 
-def test_a_hub_that_refuses_is_one_message(store, tmp_path, hub):
+def test_a_refusal_by_the_hub_gives_one_message(store, tmp_path, hub):
     export_dataset(judged_store(store), tmp_path / "out")
     hub.allow = False
-    with pytest.raises(UserError, match="push: the hub refuses ada/picks: .* Expected a token that may write there"):
+    with pytest.raises(UserError, match="push: the Hub refuses ada/picks: .* Expected a token with write access"):
         push(tmp_path / "out", "ada/picks")
-    with pytest.raises(UserError, match="no name of a data set"):
+    with pytest.raises(UserError, match="is not a data set name"):
         push(tmp_path / "out", "a/b/c")
-    with pytest.raises(UserError, match="is no export"):
+    with pytest.raises(UserError, match="is not an export"):
         push(tmp_path, "ada/picks")

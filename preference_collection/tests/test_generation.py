@@ -1,4 +1,4 @@
-"""Solutions come as they are written, can be stopped, and what goes wrong on the way is said in a line."""
+"""Solutions stream in, can be stopped, and errors are reported in one line."""
 
 import socket
 import threading
@@ -32,7 +32,7 @@ def server():
 
 @pytest.fixture(params=["ollama", "openai"])
 def source(request, server):
-    """Both kinds of servers, which have to look the same to the page."""
+    """Both kinds of servers, which must behave the same."""
     seconds = 20.0
     return OllamaSource(server.url, seconds) if request.param == "ollama" else OpenAISource(f"{server.url}/v1", seconds)
 
@@ -46,17 +46,17 @@ def written(source, model: str = "good", **changed) -> Writing:
     return Writing(source, asked(model, **changed)).start().wait(30)
 
 
-def test_the_models_are_those_that_are_there(source):
+def test_the_installed_models_are_listed(source):
     assert source.models() == sorted(REPLIES)
 
 
-def test_a_reply_comes_in_pieces_and_is_whole_at_the_end(source):
+def test_a_reply_streams_in_and_is_complete_at_the_end(source):
     writing = written(source)
     assert (writing.state, writing.text) == ("done", "".join(WORDS))
     assert written(source, "empty").state == "done"
 
 
-def test_temperature_seed_and_length_are_asked_for_and_kept(server):
+def test_temperature_seed_and_length_are_requested_and_stored(server):
     OLLAMA = {"temperature": 0.5, "seed": 11, "num_predict": 99}  # noqa: N806  as documented
     written(OllamaSource(server.url, 20))
     request = server.requests[-1]
@@ -67,7 +67,7 @@ def test_temperature_seed_and_length_are_asked_for_and_kept(server):
     assert (request["temperature"], request["seed"], request["max_tokens"]) == (0.5, 11, 99)
 
 
-def test_the_two_solutions_of_a_pair_have_seeds_of_their_own_and_the_same_prompt(server):
+def test_the_two_solutions_of_a_pair_have_the_same_prompt_and_different_seeds(server):
     problem = a_problem()
     writings = write_pair(OllamaSource(server.url, 20), "seeded", problem, 0.8, 64)
     pair = as_pair(problem, tuple(writing.wait(30) for writing in writings))
@@ -79,7 +79,7 @@ def test_the_two_solutions_of_a_pair_have_seeds_of_their_own_and_the_same_prompt
         assert generation.prompt == prompt_of(problem) and "`add`" in generation.prompt
 
 
-def test_a_stopped_reply_ends_at_once_and_the_server_hears_of_it(source, server):
+def test_a_stopped_reply_ends_at_once_and_closes_the_connection(source, server):
     server.left.clear()
     writing = Writing(source, asked("slow")).start()
     while writing.text != "def ":
@@ -90,14 +90,14 @@ def test_a_stopped_reply_ends_at_once_and_the_server_hears_of_it(source, server)
     assert server.left.wait(10)
 
 
-def test_a_reply_that_is_stopped_before_its_first_word_ends_too(source):
+def test_a_reply_stopped_before_its_first_output_ends_too(source):
     writing = Writing(source, asked("silent")).start()
     writing.cancel()
     assert not writing.wait(10)._thread.is_alive()
     assert (writing.state, writing.message) == ("stopped", "")
 
 
-def test_how_long_nothing_has_come_is_known(source, server):
+def test_the_time_without_output_is_measured(source, server):
     writing = Writing(source, asked("silent")).start()
     while writing.quiet_seconds() < 0.02:
         threading.Event().wait(0.01)
@@ -112,35 +112,35 @@ def failed(source, model: str = "good") -> str:
     return writing.message
 
 
-def test_a_missing_model_comes_with_the_line_that_fetches_it(server):
+def test_a_missing_model_comes_with_the_download_command(server):
     message = failed(OllamaSource(server.url, 20), "qwen9:1b")
-    assert message == "Ollama has no model 'qwen9:1b'. Fetch it with: ollama pull qwen9:1b"
+    assert message == "Ollama has no model 'qwen9:1b'. Download it with: ollama pull qwen9:1b"
     message = failed(OpenAISource(f"{server.url}/v1", 20), "qwen9:1b")
-    assert message == "The server says: model 'qwen9:1b' not found (status 404, model 'qwen9:1b')."
+    assert message == "The server reports: model 'qwen9:1b' not found (status 404, model 'qwen9:1b')."
 
 
-def test_an_error_in_the_middle_of_a_reply_is_said_and_what_came_stays(source):
+def test_an_error_in_the_middle_of_a_reply_is_reported_and_the_text_so_far_is_kept(source):
     writing = written(source, "broken")
     assert (writing.state, writing.text) == ("failed", "def ")
-    assert "says: out of memory" in writing.message
+    assert "reports: out of memory" in writing.message
 
 
-def test_a_server_that_is_silent_too_long_is_given_up(server):
+def test_a_server_that_is_silent_too_long_times_out(server):
     assert "sent nothing for 0.2 s" in failed(OllamaSource(server.url, 0.2), "silent")
     assert "sent nothing for 0.2 s" in failed(OpenAISource(f"{server.url}/v1", 0.2), "silent")
 
 
-def test_a_server_that_is_not_there_is_said_to_be_out_of_reach():
+def test_an_unreachable_server_is_reported():
     with socket.create_server(("127.0.0.1", 0)) as free:
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
     for source, name in ((OllamaSource(url, 5), "Ollama"), (OpenAISource(url, 5), "The server")):
         with pytest.raises(UserError) as caught:
             source.models()
-        assert str(caught.value) == f"{name} at {url} cannot be reached. Start it, or say where it is."
+        assert str(caught.value) == f"{name} at {url} cannot be reached. Start it, or set its address."
         assert "cannot be reached" in failed(source)
 
 
-def test_a_server_that_fails_or_speaks_otherwise_is_one_message(server, source):
+def test_a_server_that_fails_or_is_incompatible_gives_one_message(server, source):
     server.status = 500
     try:
         with pytest.raises(UserError, match="the stand-in was told to fail"):
@@ -149,7 +149,7 @@ def test_a_server_that_fails_or_speaks_otherwise_is_one_message(server, source):
         server.status = 200
 
 
-def test_a_prompt_does_not_go_where_a_server_redirects_to(server, source):
+def test_a_prompt_is_not_sent_to_a_redirect(server, source):
     server.status = 307
     try:
         before = len(server.requests)
@@ -159,7 +159,7 @@ def test_a_prompt_does_not_go_where_a_server_redirects_to(server, source):
         server.status = 200
 
 
-def test_the_key_of_a_server_comes_from_the_environment(server, monkeypatch):
+def test_the_api_key_comes_from_the_environment(server, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     written(OpenAISource(f"{server.url}/v1", 20))
     assert server.requests[-1]["authorization"] == "Bearer secret"
@@ -167,7 +167,7 @@ def test_the_key_of_a_server_comes_from_the_environment(server, monkeypatch):
 
 @settings(max_examples=15, deadline=None)
 @given(st.lists(st.text(max_size=10), max_size=4))
-def test_any_text_comes_as_the_server_sends_it(server, pieces):
+def test_any_text_is_kept_as_the_server_sends_it(server, pieces):
     server.replies["any"] = lambda _: pieces
     assert written(OllamaSource(server.url, 20), "any").text == "".join(pieces).encode("utf-8", "replace").decode()
     del server.replies["any"]

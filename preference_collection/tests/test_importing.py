@@ -1,4 +1,4 @@
-"""Problems from elsewhere: what a file says is in the store once, and what is wrong with it is said by row."""
+"""Importing problems: rows are added once, and faults are reported by row."""
 
 import json
 
@@ -52,19 +52,19 @@ def write(path, rows):
 
 
 @pytest.mark.parametrize("name", ["rows.csv", "rows.jsonl", "rows.parquet", "older.duckdb"])
-def test_rows_of_every_kind_of_file_keep_their_labels(store, tmp_path, name):
+def test_rows_of_every_file_type_keep_their_labels(store, tmp_path, name):
     path = write(tmp_path / name, ROWS)
-    assert import_into(store, path).line() == "4 problems added, 3 new pairs, 2 judgements"
+    assert import_into(store, path).line() == "4 problems added, 3 new pairs, 2 judgments"
     assert [problem.id for problem in store.browse(Query())[0]] == ["1", "2", "3", "4"]
     assert store.problem("2").difficulty == "hard"
     choices = {}
     for number in "123":
         [pair] = store.pairs_of(number)
-        choices[pair.first.text] = [(said.choice, said.labeller) for said in store.standing(pair.id)]
+        choices[pair.first.text] = [(said.choice, said.labeler) for said in store.standing(pair.id)]
     assert choices == {"a": [("first", "imported")], "c": [("second", "imported")], "e": []}
-    # A second time nothing is there twice.
+    # A second import adds nothing.
     assert import_into(store, path).line() == "4 known"
-    assert store.progress().judgements == 2
+    assert store.progress().judgments == 2
 
 
 def test_the_sample_problems_are_a_dozen_and_have_tests(store):
@@ -78,53 +78,53 @@ BAD = [
     ({"description": " "}, "description is empty"),
     ({}, "description is None, expected a text"),
     ({"description": "d", "title": ["x"]}, "title is list, expected a text"),
-    ({"description": "d", "function_name": "two sum"}, "function_name 'two sum' is no name of a function"),
+    ({"description": "d", "function_name": "two sum"}, "function_name 'two sum' is not a valid function name"),
     ({"description": "d", "function_name": "f", "tests": "[{"}, "tests are not JSON: "),
     ({"description": "d", "function_name": "f", "tests": {"a": 1}}, "tests are dict, expected a list"),
-    ({"description": "d", "function_name": "f", "tests": [{"args": 3, "expected": 1}]}, "test 1 is no object with args"),
+    ({"description": "d", "function_name": "f", "tests": [{"args": 3, "expected": 1}]}, "test 1 is not an object with args"),
     (
         {"description": "d", "function_name": "f", "tests": [{"args": [], "expected": 1, "compare": "as"}]},
-        "test 1 compares by 'as'",
+        "test 1 has compare 'as'",
     ),
-    ({"description": "d", "tests": [{"args": [], "expected": 1}]}, "it has tests and no function_name"),
+    ({"description": "d", "tests": [{"args": [], "expected": 1}]}, "it has tests but no function_name"),
     ({"description": "d", "version1": "a", "version2": "b", "preference": 2}, "preference is '2', expected 0"),
-    ({"description": "d", "version1": "a", "preference": 1}, "it has a preference, and one of version1 and version2 is empty"),
+    ({"description": "d", "version1": "a", "preference": 1}, "it has a preference, but version1 or version2 is empty"),
     ({"description": "\ud800"}, "description holds half a surrogate pair"),
 ]
 
 
 @pytest.mark.parametrize(("row", "fault"), BAD, ids=[fault[:30] for _, fault in BAD])
-def test_a_row_that_cannot_be_used_is_named_by_its_number_and_nothing_is_imported(store, tmp_path, row, fault):
+def test_an_invalid_row_is_reported_by_number_and_nothing_is_imported(store, tmp_path, row, fault):
     path = write(tmp_path / "rows.jsonl", [ROWS[0], row])
     with pytest.raises(UserError) as caught:
         import_into(store, path)
     assert f"rows.jsonl, row 2: {fault}" in str(caught.value)
-    assert str(caught.value).startswith(f"import: 1 rows of {path} cannot be used, and nothing was imported.")
+    assert str(caught.value).startswith(f"import: 1 rows of {path} are invalid, and nothing was imported.")
     assert store.progress().problems == 0
     assert (
         import_into(store, path, skip_bad_rows=True).line()
-        == "1 problems added, 1 new pairs, 1 judgements, 1 bad rows left out"
+        == "1 problems added, 1 new pairs, 1 judgments, 1 invalid rows skipped"
     )
 
 
-def test_rows_that_contradict_an_earlier_one_are_bad(store, tmp_path):
+def test_rows_that_contradict_an_earlier_one_are_invalid(store, tmp_path):
     other = {**ROWS[0], "description": "Say 5."}
     turned = {**ROWS[0], "preference": 1}
     path = write(tmp_path / "rows.jsonl", [ROWS[0], other, turned])
     with pytest.raises(UserError) as caught:
         import_into(store, path)
-    assert "row 2: id '1' names another problem in an earlier row" in str(caught.value)
-    assert "row 3: the same two solutions have the other preference" in str(caught.value)
+    assert "row 2: id '1' belongs to a different problem in an earlier row" in str(caught.value)
+    assert "row 3: the same two solutions have the opposite preference" in str(caught.value)
 
 
-def test_the_first_ten_bad_rows_are_named_and_all_are_counted(store, tmp_path):
+def test_the_first_ten_invalid_rows_are_listed_and_all_are_counted(store, tmp_path):
     path = write(tmp_path / "rows.jsonl", [{"description": ""}] * 12)
     with pytest.raises(UserError) as caught:
         import_into(store, path)
     assert "12 rows of" in str(caught.value) and "row 10:" in str(caught.value) and "row 11:" not in str(caught.value)
 
 
-def test_broken_lines_are_named_too(store, tmp_path):
+def test_broken_lines_are_reported_too(store, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"description": "d"}\n{"description": \n')
     with pytest.raises(UserError, match="row 2: not JSON"):
@@ -135,12 +135,12 @@ def test_broken_lines_are_named_too(store, tmp_path):
     ("name", "content", "said"),
     [
         ("absent.csv", None, "no such file"),
-        ("x.duckdb", "no database" * 1000, "is no DuckDB file"),
+        ("x.duckdb", "no database" * 1000, "is not a DuckDB file"),
         ("x.parquet", "no", "not Parquet"),
         ("x.csv", "a,a\n1,2\n", "names a twice"),
     ],
 )
-def test_files_that_cannot_be_read_are_one_message(store, tmp_path, name, content, said):
+def test_an_unreadable_file_gives_one_message(store, tmp_path, name, content, said):
     path = tmp_path / name
     if content:
         path.write_text(content)
@@ -148,7 +148,7 @@ def test_files_that_cannot_be_read_are_one_message(store, tmp_path, name, conten
         import_into(store, path)
 
 
-def test_a_database_without_the_older_table_is_said_to_have_none(store, tmp_path):
+def test_a_database_without_the_older_table_is_refused(store, tmp_path):
     duckdb.connect(str(tmp_path / "x.duckdb")).close()
     with pytest.raises(UserError, match="Expected a table leetcode_problems"):
         import_into(store, tmp_path / "x.duckdb")
@@ -162,7 +162,7 @@ ANYTHING = st.recursive(
 
 @given(st.fixed_dictionaries({}, optional={name: ANYTHING for name in (
     "id", "title", "difficulty", "description", "function_name", "tests")}))  # fmt: skip
-def test_any_row_is_a_problem_or_a_fault(row):
+def test_any_row_gives_a_problem_or_a_fault(row):
     try:
         problem = problem_of(row)
     except RowError as fault:

@@ -1,4 +1,4 @@
-"""The house of the app: what it imports, how long its functions are, that its statements are constants, its settings."""
+"""The structure of the app: imports, lengths of functions, constant SQL statements, settings."""
 
 import ast
 import re
@@ -34,7 +34,7 @@ def test_the_list_of_modules_is_complete():
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
-def test_of_the_root_it_imports_the_shape_of_data_alone_and_of_itself_what_is_above(path):
+def test_modules_import_only_data_shapes_of_the_framework_and_only_modules_above_them(path):
     of_root = {name for name in imported_by(path) if (ROOT / f"{name}.py").is_file()}
     assert of_root <= SHAPE
     own = {
@@ -43,13 +43,13 @@ def test_of_the_root_it_imports_the_shape_of_data_alone_and_of_itself_what_is_ab
     assert own <= set(ORDER[: ORDER.index(path.stem)] if path.stem in ORDER else ())
 
 
-def test_the_root_imports_nothing_of_it():
+def test_the_framework_does_not_import_the_app():
     for path in ROOT.glob("*.py"):
         assert not any(name and name.startswith("preference_collection") for name in imported_by(path)), path.name
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
-def test_functions_fit_on_a_screen_and_public_ones_say_what_they_do(path):
+def test_functions_fit_on_a_screen_and_public_ones_have_docstrings(path):
     nodes = list(ast.walk(tree_of(path)))
     inner = {id(node) for outer in nodes if isinstance(outer, ast.FunctionDef) for node in ast.walk(outer) if node is not outer}
     for node in nodes:
@@ -59,8 +59,8 @@ def test_functions_fit_on_a_screen_and_public_ones_say_what_they_do(path):
             assert node.end_lineno - node.lineno < 60, node.name
 
 
-def test_statements_are_constants():
-    """What `execute` and its like are given is a text of the program's own: a constant, or the name of one."""
+def test_sql_statements_are_constants():
+    """`execute` and similar calls get a constant of the program, or the name of one."""
     constants = set()
     for path in MODULES:
         for node in tree_of(path).body:
@@ -75,9 +75,9 @@ def test_statements_are_constants():
                 if name in ("execute", "executemany", "_rows", "_row", "_insert", "sql", "query"):
                     said = call.args[1 if name == "_insert" else 0]
                     fine = isinstance(said, ast.Constant) or (isinstance(said, ast.Name) and said.id in constants | local)
-                    # The one who hands a statement on, and the migrations, which are constants in a constant.
+                    # The helper that passes a statement on, and the migrations, which are constants within a constant.
                     assert fine or ast.unparse(said) == "statement", f"{path.name}: {ast.unparse(call)}"
-    # The constants are put together of constants alone.
+    # The constants are built from constants only.
     for node in tree_of(PACKAGE / "store.py").body:
         if isinstance(node, ast.Assign):
             values = [value.value for value in ast.walk(node.value) if isinstance(value, ast.FormattedValue)]
@@ -103,7 +103,7 @@ def test_every_setting_has_a_comment_and_a_reader():
             assert re.search(rf"settings\.{name}\b|config\.{name}\b|limits\.{name}\b|self\.{name}\b", code), name
 
 
-def test_the_defaults_make_sense_and_overrides_take_their_place():
+def test_the_defaults_are_valid_and_can_be_overridden():
     settings = load_settings(["store=md:mine", "limits.memory_mb=64", "reasons=[good]", "ollama_host=null"])
     assert (settings.store, settings.port, list(settings.reasons)) == ("md:mine", 8501, ["good"])
     assert limits_of(settings).of_process()["RLIMIT_AS"] == 64 * 2**20
@@ -112,17 +112,17 @@ def test_the_defaults_make_sense_and_overrides_take_their_place():
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("stor=x", "'stor=x' is no override of a setting; did you mean store?"),
-        ("store", "'store' is no override of a setting"),
-        ("store=", "store: found nothing, expected a text."),
-        ("port=99999", "port: found 99999, expected a whole number from 1 to 65535."),
+        ("stor=x", "'stor=x' overrides no setting; did you mean store?"),
+        ("store", "'store' overrides no setting"),
+        ("store=", "store: found nothing, expected a non-empty string."),
+        ("port=99999", "port: found 99999, expected an integer from 1 to 65535."),
         ("temperature=hot", "temperature: found 'hot', expected a number from 0 to 10."),
         ("samples=1", "samples: found 1, expected true or false."),
-        ("checkpoints=runs", "checkpoints: found 'runs', expected a list of texts."),
-        ("limits=3", "'limits=3' is no override of a setting"),
+        ("checkpoints=runs", "checkpoints: found 'runs', expected a list of non-empty strings."),
+        ("limits=3", "'limits=3' overrides no setting"),
     ],
 )
-def test_a_setting_that_makes_no_sense_is_one_message(override, said):
+def test_an_invalid_setting_gives_one_message(override, said):
     with pytest.raises(UserError) as caught:
         load_settings([override])
     assert str(caught.value).startswith(said)
@@ -136,7 +136,7 @@ def test_every_number_has_bounds(key):
             load_settings([f"{key}={value}"])
 
 
-def test_other_machines_are_let_in_only_with_a_password():
+def test_other_machines_are_admitted_only_with_a_password():
     for own in ("localhost", "127.0.0.1", "::1"):
         check_access(load_settings([f"address='{own}'"]), None)
     for other in ("0.0.0.0", "my.host"):

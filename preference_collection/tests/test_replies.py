@@ -1,4 +1,4 @@
-"""Code is found in whatever models write, and nothing is taken for code that is none."""
+"""Code is found in all kinds of replies, and prose is not mistaken for code."""
 
 import pytest
 from hypothesis import example, given, settings
@@ -32,7 +32,7 @@ REPLIES = {
 
 
 @pytest.mark.parametrize("reply", REPLIES.values(), ids=REPLIES)
-def test_code_is_found_in_what_models_write(reply):
+def test_code_is_found_in_typical_replies(reply):
     found = extract_code(reply, "add")
     assert (found.code, found.fault) == (CODE, None)
 
@@ -42,7 +42,7 @@ def test_the_last_of_several_solutions_counts():
     assert extract_code(f"{slow}\nBetter:\n```python\n{CODE}\n```", "add").code == CODE
 
 
-def test_a_method_and_another_spelling_of_the_name_will_do():
+def test_a_method_and_another_spelling_of_the_name_are_accepted():
     code = "class Solution:\n    def twoSum(self, a, b):\n        return a + b"
     assert extract_code(f"```python\n{code}\n```", "two_sum").fault is None
 
@@ -54,11 +54,11 @@ def test_fences_inside_a_string_do_not_end_the_block():
 
 UNUSABLE = {
     "": "is empty",
-    "I cannot do that.": "holds no code",
-    "<think>Let me see": "stops before its answer",
+    "I cannot do that.": "contains no code",
+    "<think>Let me see": "ends before its answer",
     "```python\ndef add(a, b:\n```": "does not parse: ",
-    "```python\ndef sub(a, b):\n    return a - b\n```": "defines no function add",
-    "```python\n# later\n```": "does not parse: there is nothing but comments",
+    "```python\ndef sub(a, b):\n    return a - b\n```": "does not define the function add",
+    "```python\n# later\n```": "does not parse: it contains only comments",
     "```python\n" + "(" * 5000 + "\n```": "does not parse: ",
     "```python\n" + "-" * 100_000 + "1\n```": "does not parse: ",
     "```python\nx = '\0'\n```": "does not parse: ",
@@ -66,12 +66,12 @@ UNUSABLE = {
 
 
 @pytest.mark.parametrize(("reply", "fault"), UNUSABLE.items(), ids=[key[:20] for key in UNUSABLE])
-def test_a_reply_without_usable_code_says_why(reply, fault):
+def test_the_fault_of_a_reply_without_usable_code_is_given(reply, fault):
     found = extract_code(reply, "add")
     assert found.fault.startswith(fault)
 
 
-def test_a_reply_without_end_is_not_read_to_its_end():
+def test_an_overlong_reply_is_truncated():
     assert extract_code("x" * LONGEST_REPLY + f"\n```python\n{CODE}\n```", "add").code is None
 
 

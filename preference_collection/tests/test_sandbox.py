@@ -1,4 +1,4 @@
-"""Hostile code does what hostile code does, and nothing comes of it but a result that says what it was."""
+"""Hostile code does no harm; its result says what happened."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from preference_collection.importing import SAMPLES
 from preference_collection.sandbox import Isolation, Limits, Sandbox, open_sandbox, same, shorten
 from preference_collection.tests.reference_solutions import SOLUTIONS
 
-# Time is no matter but where it is the limit that is seen to hold.
+# Time matters only in the tests of time limits.
 LIMITS = Limits(cpu_seconds=60, wall_seconds=60, memory_mb=256, files_mb=4, output_kb=16)
 SHORT = replace(LIMITS, cpu_seconds=1)
 BRIEF = replace(LIMITS, wall_seconds=1)
@@ -25,7 +25,7 @@ ADD = ({"args": [1, 2], "expected": 3},)
 
 @pytest.fixture(scope="module")
 def sandbox() -> Sandbox:
-    """The best that this machine offers. Without namespaces there is none, and nothing here may run."""
+    """The strongest sandbox on this machine. Without namespaces there is none, and nothing here may run."""
     return open_sandbox(LIMITS)
 
 
@@ -44,9 +44,9 @@ def one(sandbox: Sandbox, body: str):
 # ---- results -------------------------------------------------------------------------------------------------------------
 
 
-def test_what_holds_the_code_back_is_tried_and_said(sandbox):
+def test_the_isolation_is_verified_and_reported(sandbox):
     assert sandbox.isolation.line() == (
-        f"Tests run by {sandbox.isolation.how}, without access to network, files, other processes, new processes."
+        f"Tests run with {sandbox.isolation.how}, without access to network, files, other processes, new processes."
     )
 
 
@@ -70,24 +70,24 @@ def test_functions_and_methods_are_found_by_their_name(sandbox, code):
 
 @pytest.mark.parametrize(
     ("code", "message"),
-    [("def sub(a, b): return 3", "NameError: there is no function add"), ("def add(a, b: pass", "SyntaxError"),
+    [("def sub(a, b): return 3", "NameError: no function named add"), ("def add(a, b: pass", "SyntaxError"),
      ("def add(a, b): return object()", "TypeError: it returned a object, which cannot be compared"),
      ("raise SystemExit('no')", "SystemExit: no (line 1)"), ("def add(a):\n    return a", "TypeError"),
      ("def add(a, b):\n    x = []\n    x.append(x)\n    return x", "RecursionError"),
      ("class E(Exception):\n    def __str__(self): raise E\ndef add(a, b): raise E", "E (line 3)"),
-     ("import os\nos._exit(0)", "it ended without an answer (status 0)")],
+     ("import os\nos._exit(0)", "exited without an answer (status 0)")],
 )  # fmt: skip
-def test_code_that_fails_says_how(sandbox, code, message):
+def test_failing_code_reports_its_error(sandbox, code, message):
     [result] = run(sandbox, code)
     assert result.status == "error" and message in result.message
 
 
-def test_what_code_prints_is_no_answer(sandbox):
+def test_printed_output_is_not_an_answer(sandbox):
     body = "print('{\"value\": 3}', flush=True)\nos.write(1, b'{\"value\": 3}')\na = 5"
     assert one(sandbox, body).got == "7"
 
 
-def test_code_that_writes_its_own_answer_has_to_know_it(sandbox):
+def test_code_cannot_fake_an_answer_without_knowing_it(sandbox):
     body = """
 for fd in range(3, 64):
     try:
@@ -99,20 +99,20 @@ os._exit(0)"""
     assert (result.status, result.got) == ("failed", "4")
 
 
-def test_unpaired_surrogates_and_great_values_come_out_readable(sandbox):
+def test_lone_surrogates_and_large_values_are_shown_readably(sandbox):
     assert one(sandbox, "return '\\ud800'").got == '"?"'
     assert len(one(sandbox, "return 'x' * 5000").got) == 200
 
 
-# ---- the battery ---------------------------------------------------------------------------------------------------------
+# ---- hostile code --------------------------------------------------------------------------------------------------------
 
 
-def test_an_endless_loop_is_timed_out_by_its_processor_time(sandbox):
+def test_an_endless_loop_exceeds_its_cpu_time(sandbox):
     result = one(replace(sandbox, limits=SHORT), "while True:\n    pass")
-    assert (result.status, result.message) == ("timed out", "more than 1 s of processor time")
+    assert (result.status, result.message) == ("timed out", "more than 1 s of CPU time")
 
 
-def test_sleep_is_timed_out_by_the_clock_whatever_is_done_about_signals(sandbox):
+def test_sleeping_exceeds_the_wall_clock_limit_even_if_signals_are_blocked(sandbox):
     body = """
 import signal
 for number in range(1, 64):
@@ -129,23 +129,23 @@ while True:
 @pytest.mark.parametrize(
     "start", ["while True:\n    os.fork()", "subprocess.run(['/bin/true'])", "os.posix_spawn('/bin/true', ['true'], {})"]
 )
-def test_a_fork_bomb_has_no_second_process(sandbox, start):
+def test_a_fork_bomb_cannot_start_a_second_process(sandbox, start):
     result = one(sandbox, start)
     assert result.status == "error" and "Resource temporarily unavailable" in result.message
 
 
-def test_threads_are_processes_too(sandbox):
+def test_threads_count_as_processes(sandbox):
     result = one(sandbox, "import threading\nthreading.Thread(target=print).start()")
     assert result.status == "error" and "can't start new thread" in result.message
 
 
 @pytest.mark.parametrize("take", ["b = bytearray(10 * 2**30)", "x = []\nwhile True:\n    x.append(bytearray(2**20))"])
-def test_ten_gigabytes_are_not_there(sandbox, take):
+def test_ten_gigabytes_cannot_be_allocated(sandbox, take):
     result = one(sandbox, take)
     assert (result.status, result.message[:11]) == ("error", "MemoryError")
 
 
-def test_the_store_is_not_there_to_be_read(sandbox, store):
+def test_the_store_cannot_be_read(sandbox, store):
     store.add_problems([])
     for path in (store.address, str(Path(__file__)), "/etc/passwd", "/proc/self/environ", str(Path.home() / ".bashrc")):
         result = one(sandbox, f"return open({path!r}).read()")
@@ -161,7 +161,7 @@ def test_there_is_no_network(sandbox):
     assert result.status == "error" and "Network is unreachable" in result.message
 
 
-def test_nothing_is_written_outside_and_little_inside(sandbox, tmp_path):
+def test_nothing_can_be_written_outside_and_little_inside(sandbox, tmp_path):
     for path in (tmp_path / "x", Path("/x"), Path("/usr/x"), Path("/usr/bin/python3"), Path("/dev/shm/x")):
         result = one(sandbox, f"open({str(path)!r}, 'w').write('x')")
         assert result.status == "error" and "Error: [Errno" in result.message, path
@@ -172,7 +172,7 @@ def test_nothing_is_written_outside_and_little_inside(sandbox, tmp_path):
     assert result.status == "error" and "No space left" in result.message
 
 
-def test_the_parent_is_out_of_reach(sandbox):
+def test_the_parent_process_cannot_be_reached(sandbox):
     body = f"""
 for pid in (os.getppid(), {os.getpid()}, -1, 0, *range(2, 500)):
     try:
@@ -186,11 +186,11 @@ for pid in (os.getppid(), {os.getpid()}, -1, 0, *range(2, 500)):
 def test_a_gigabyte_of_output_is_cut_off(sandbox):
     for stream in ("sys.stdout", "sys.stderr"):
         result = one(sandbox, f"while True:\n    {stream}.write('x' * 2**20)")
-        assert (result.status, result.message) == ("error", "it wrote more than 16 kB")
-    assert one(sandbox, "return 'x' * 2**20").message == "it wrote more than 16 kB"
+        assert (result.status, result.message) == ("error", "more than 16 kB of output")
+    assert one(sandbox, "return 'x' * 2**20").message == "more than 16 kB of output"
 
 
-def test_rights_are_not_to_be_had_again(sandbox):
+def test_privileges_cannot_be_regained(sandbox):
     for body in ("import resource\nresource.setrlimit(resource.RLIMIT_NPROC, (9, 9))", "os.setuid(0) or os.chroot('/')",
                  "os.mount if hasattr(os, 'mount') else os.chroot('/tmp')"):  # fmt: skip
         assert one(sandbox, body).status == "error"
@@ -207,7 +207,7 @@ def test_no_process_is_left_behind(sandbox):
 
 
 def test_tests_end_with_the_app_that_runs_them(sandbox, tmp_path):
-    """A process of its own runs an endless test; when it is killed, the test is gone too."""
+    """A separate process runs an endless test; when it is killed, the test dies too."""
     script = (
         "from preference_collection.sandbox import *\n"
         "sandbox = open_sandbox(Limits(60, 60, 256, 4, 16))\n"
@@ -221,7 +221,7 @@ def test_tests_end_with_the_app_that_runs_them(sandbox, tmp_path):
             pass
         process.kill()
         process.wait()
-        # The pipe of the test's own errors ends when the last process that holds it does.
+        # The pipe for the test's errors closes when the last process that holds it ends.
         process.stderr.read()
     outer = Path(f"/proc/{started[0]}")
     ended = threading.Event()
@@ -236,22 +236,22 @@ def test_tests_end_with_the_app_that_runs_them(sandbox, tmp_path):
 # ---- without isolation ---------------------------------------------------------------------------------------------------
 
 
-def test_a_way_that_holds_nothing_back_is_seen_to_do_so(sandbox):
+def test_a_way_without_isolation_is_recognized(sandbox):
     from preference_collection.sandbox import _prove
 
     found = _prove("limits alone", lambda command, _: command, LIMITS)
     assert not found.enough and not (found.network or found.files or found.processes)
-    assert "NOT held back from network, files, other processes" in found.line()
+    assert "NOT isolated from network, files, other processes" in found.line()
 
 
-def test_a_way_that_does_not_start_is_no_way():
+def test_a_way_that_does_not_start_is_rejected():
     from preference_collection.sandbox import _prove
 
     found = _prove("a broken tool", lambda command, _: ["sh", "-c", "echo no rights >&2; exit 1"], LIMITS)
     assert not found.enough and "no rights" in found.how
 
 
-def test_nothing_is_enough_unless_all_is_held_back():
+def test_isolation_is_sufficient_only_if_complete():
     parts = ("network", "files", "processes", "forks")
     assert Isolation("x", True, True, True, True).enough
     for index in range(4):
@@ -284,7 +284,7 @@ def test_nothing_is_enough_unless_all_is_held_back():
         ([1], 1, "close", False),
     ],
 )
-def test_values_are_compared_as_the_test_says(got, expected, compare, equal):
+def test_values_are_compared_as_the_test_specifies(got, expected, compare, equal):
     assert same(got, expected, compare) is equal
 
 
@@ -295,29 +295,29 @@ JSON = st.recursive(
 
 
 @given(JSON, st.sampled_from(["equal", "unordered", "close"]))
-def test_every_value_is_itself_and_can_be_shown(value, compare):
+def test_every_value_equals_itself_and_can_be_shown(value, compare):
     assert same(value, json.loads(json.dumps(value)), compare)
     assert len(shorten(value)) <= 200
 
 
 @given(st.lists(JSON, max_size=5).flatmap(lambda items: st.tuples(st.just(items), st.permutations(items))))
-def test_order_is_nothing_where_it_does_not_matter(lists):
+def test_unordered_comparison_ignores_order(lists):
     assert same(*lists, "unordered")
 
 
-def test_a_value_too_deep_to_compare_is_another_value():
+def test_a_value_nested_too_deeply_to_compare_is_unequal():
     deep = value = []
     for _ in range(5000):
         value.append([])
         value = value[0]
-    assert not same(deep, [[1]], "unordered") and shorten(deep) == "a value nested too deep to show"
+    assert not same(deep, [[1]], "unordered") and shorten(deep) == "a value nested too deeply to show"
 
 
 # ---- the sample problems -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("row", map(json.loads, SAMPLES.read_text().splitlines()), ids=lambda row: row["id"])
-def test_the_samples_have_right_answers(row):
+def test_the_samples_expect_the_right_answers(row):
     solution = SOLUTIONS[row["function_name"]]
     for test in row["tests"]:
         assert same(json.loads(json.dumps(solution(*test["args"]))), test["expected"], test.get("compare", "equal")), test

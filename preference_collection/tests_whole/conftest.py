@@ -1,3 +1,3 @@
-"""What these tests share with the quick ones."""
+"""Fixtures shared with the fast tests."""
 
 from preference_collection.tests.conftest import store  # noqa: F401

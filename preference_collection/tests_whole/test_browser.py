@@ -1,4 +1,4 @@
-"""The whole loop in a browser: ask, see tests run, pick by key, undo, export, train, and find the trained model offered.
+"""The whole loop in a browser: generate, run tests, choose by key, undo, export, train, and use the trained model.
 
 Chromium and its driver come from the system (Debian: chromium, chromium-driver). Screenshots at two widths, light and dark, go
 to SCREENSHOTS, or nowhere where that is not set.
@@ -25,7 +25,7 @@ from selenium.webdriver.support.ui import WebDriverWait
 from preference_collection.tests.ollama_stand_in import Silence, ollama_stand_in
 
 ROOT = Path(__file__).parent.parent.parent
-# For whatever is waited for; machines may be busy. Unit: seconds.
+# Timeout of every wait; machines may be busy. Unit: seconds.
 WAIT = 180
 
 GOOD = """Here:
@@ -48,7 +48,7 @@ def ferry_pairs(weights, limit):
 
 
 class Replies:
-    """The first of two requests gets the right solution, the second the wrong one, in pieces with a silence between."""
+    """The first of two requests gets the right solution, the second the wrong one, each with a pause in the middle."""
 
     def __init__(self):
         self.count = 0
@@ -67,7 +67,7 @@ def stand_in():
 
 @contextmanager
 def app(folder: Path, *overrides: str, **environment: str):
-    """The app, served; yields its address."""
+    """Serve the app; yields its address."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "preference_collection", "serve", f"store={folder / 'collection.duckdb'}", f"port={port}"]
@@ -124,7 +124,7 @@ def press(browser, key: str) -> None:
 
 
 def settle(browser) -> None:
-    """Wait until the page is drawn: no run of the script is under way."""
+    """Wait until the page is drawn, that is, until the script is not running."""
     done = "return document.querySelector('[data-test-script-state]')?.getAttribute('data-test-script-state')"
     WebDriverWait(browser, WAIT, 0.1).until(lambda _: browser.execute_script(done) != "running")
     time.sleep(0.5)
@@ -140,22 +140,22 @@ def enter(browser, url: str, name: str = "Ada", password: str = "") -> None:
     fields[len(fields) - 1].send_keys(Keys.ENTER)
 
 
-def show(browser, width: int, colours: str) -> None:
+def show(browser, width: int, colors: str) -> None:
     browser.set_window_size(width, 1000 if width == 1280 else 1080)
-    feature = {"features": [{"name": "prefers-color-scheme", "value": colours}]}
+    feature = {"features": [{"name": "prefers-color-scheme", "value": colors}]}
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", feature)
 
 
 def overflow(browser) -> int:
-    """By how many pixels the page is wider than the window."""
+    """The number of pixels by which the page is wider than the window."""
     return browser.execute_script("return document.documentElement.scrollWidth - window.innerWidth")
 
 
 def photograph(browser, name: str) -> None:
-    """Both widths, light and dark: each has room for both solutions, and what is written can be told from what is behind it."""
+    """Check and photograph both widths, light and dark: both solutions fit, and text contrasts with its background."""
     for width in (1280, 1920):
-        for colours in ("light", "dark"):
-            show(browser, width, colours)
+        for colors in ("light", "dark"):
+            show(browser, width, colors)
             settle(browser)
             assert overflow(browser) <= 0
             left, right = (browser.find_element(By.CSS_SELECTOR, f".st-key-side_{side}").rect for side in ("left", "right"))
@@ -163,10 +163,10 @@ def photograph(browser, name: str) -> None:
             background = browser.execute_script(
                 "return getComputedStyle(document.querySelector('[data-testid=stApp]')).backgroundColor")  # fmt: skip
             bright = sum(map(int, re.findall(r"\d+", background)[:3])) / 3
-            assert bright > 200 if colours == "light" else bright < 80
+            assert bright > 200 if colors == "light" else bright < 80
             if folder := os.environ.get("SCREENSHOTS"):
                 Path(folder).mkdir(parents=True, exist_ok=True)
-                browser.save_screenshot(str(Path(folder) / f"{name}-{width}-{colours}.png"))
+                browser.save_screenshot(str(Path(folder) / f"{name}-{width}-{colors}.png"))
     show(browser, 1280, "light")
 
 
@@ -176,27 +176,27 @@ def test_the_whole_loop(browser, stand_in, tmp_path):
     with app(tmp_path, f"ollama_host={stand_in.url}", "slow_seconds=0.5", "max_tokens=24", f"checkpoints=[{runs}]") as url:
         enter(browser, url)
         wait_for(browser, "Ferry pairs")
-        wait_for(browser, "g · ask")
+        wait_for(browser, "g · generate")
         choose(browser, "model-Ollama", "tiny-coder:1b")
         press(browser, "g")
-        wait_for(browser, "Nothing for ")  # the silence is said
+        wait_for(browser, "No output for ")  # the silence is said
         assert "def ferry" in text_of(browser) or "```python" in text_of(browser), "both are seen as they come"
         stand_in.go_on.set()
         wait_for(browser, "6 of 6 passed")
         wait_for(browser, "✗ 6")
-        wait_for(browser, "What went wrong")
+        wait_for(browser, "Failures")
         photograph(browser, "pair")
         click(browser, ".st-key-view button", "difference")
         wait_for(browser, "+++ right")
         assert re.search(r"[-+]    while len\(weights\) == 1:", text_of(browser))
         click(browser, ".st-key-view button", "side by side")
-        # By key: left; the next problem comes. Undo brings this one back.
+        # Choose left by key: the next problem opens. Undo returns to this one.
         press(browser, "1")
         wait_for_problem(browser, "The longest rise of the tide")
-        assert "1 judgements are yours" in text_of(browser)
+        assert "Your judgments: 1 of" in text_of(browser)
         press(browser, "u")
         wait_for_problem(browser, "Ferry pairs")
-        assert "0 judgements are yours" in text_of(browser)
+        assert "Your judgments: 0 of" in text_of(browser)
         wait_for(browser, "6 of 6 passed")
         press(browser, "n")
         wait_for_problem(browser, "The longest rise of the tide")
@@ -205,27 +205,27 @@ def test_the_whole_loop(browser, stand_in, tmp_path):
             press(browser, key)
             wait_for_problem(browser, "The longest rise of the tide")
             open_problem(browser, "Ferry pairs")
-            wait_for(browser, f"You have said: {said}")
-            assert "1 judgements are yours" in text_of(browser)
-        # A key that is pressed while somebody writes is a letter.
+            wait_for(browser, f"Your choice: {said}")
+            assert "Your judgments: 1 of" in text_of(browser)
+        # In a text field, a key is a letter.
         field = browser.find_element(By.CSS_SELECTOR, "[class*='st-key-comment'] input")
         field.send_keys("12=su")
-        assert "You have said: right" in text_of(browser) and field.get_attribute("value") == "12=su"
+        assert "Your choice: right" in text_of(browser) and field.get_attribute("value") == "12=su"
         export(browser)
         train(tmp_path, runs)
         browser.refresh()
         enter(browser, url)
-        wait_for(browser, "g · ask")
+        wait_for(browser, "g · generate")
         choose(browser, "source", "checkpoints")
         model = "return document.querySelector('.st-key-model-checkpoints input')?.value"
         WebDriverWait(browser, WAIT, 0.1).until(lambda _: "dpo/LATEST" in (browser.execute_script(model) or ""))
-        # What it writes is no code, being so small; that it writes is what is seen here.
+        # The model is too small to write code; only that it generates text is checked.
         press(browser, "g")
         wait_for(browser, "Unusable: the reply")
 
 
 def click(browser, selector: str, text: str = "") -> None:
-    """Click what is there by a selector, with a text in it; what is drawn anew meanwhile is looked for again."""
+    """Click the element with a selector and text, retrying if the page is redrawn meanwhile."""
 
     def clicked(_) -> bool:
         found = [element for element in browser.find_elements(By.CSS_SELECTOR, selector) if text in element.text]
@@ -254,7 +254,7 @@ def export(browser) -> None:
 
 
 def train(folder: Path, runs: Path) -> None:
-    """SFT and DPO of the tiny model on the export, as `make collect-train` does it, in a few steps."""
+    """Train the tiny model with SFT and DPO on the export, like `make collect-train`, for a few steps."""
     command = [sys.executable, "scripts/collect_train.py", "--exported", "--directory", str(runs / "collect")]
     command += [f"collect.export={folder / 'export'}", f"local_dirs=[{folder}]", "wandb.enabled=false", "batch_size=1"]
     command += ["eval_batch_size=1", "sample_during_eval=false", "do_first_eval=false"]
@@ -263,24 +263,24 @@ def train(folder: Path, runs: Path) -> None:
     assert f"Trained: {runs / 'collect' / 'dpo' / 'LATEST'}" in done.stdout
 
 
-def test_a_reply_that_is_unusable_is_shown_as_such_and_can_be_asked_again(browser, stand_in, tmp_path):
+def test_an_unusable_reply_is_shown_and_can_be_generated_again(browser, stand_in, tmp_path):
     with app(tmp_path, f"ollama_host={stand_in.url}") as url:
         enter(browser, url)
-        wait_for(browser, "g · ask")
+        wait_for(browser, "g · generate")
         choose(browser, "model-Ollama", "chatty:1b")
         press(browser, "g")
-        wait_for(browser, "Unusable: the reply holds no code.")
-        assert "Ask again" in text_of(browser) and "Keep them as they are" in text_of(browser)
+        wait_for(browser, "Unusable: the reply contains no code.")
+        assert "Generate again" in text_of(browser) and "Keep anyway" in text_of(browser)
 
 
-def test_a_missing_model_comes_with_the_line_that_fetches_it_and_a_silent_one_is_stopped(browser, stand_in, tmp_path):
+def test_a_missing_model_shows_the_download_command_and_a_silent_one_can_be_stopped(browser, stand_in, tmp_path):
     stand_in.go_on.clear()
     with app(tmp_path, f"ollama_host={stand_in.url}") as url:
         enter(browser, url)
-        wait_for(browser, "g · ask")
+        wait_for(browser, "g · generate")
         choose(browser, "model-Ollama", "absent:1b")
         press(browser, "g")
-        wait_for(browser, "Ollama has no model 'absent:1b'. Fetch it with:")
+        wait_for(browser, "Ollama has no model 'absent:1b'. Download it with:")
         wait_for(browser, "ollama pull absent:1b")
         click(browser, ".st-key-discard button")
         choose(browser, "model-Ollama", "tiny-coder:1b")
@@ -290,16 +290,16 @@ def test_a_missing_model_comes_with_the_line_that_fetches_it_and_a_silent_one_is
         wait_for(browser, "Unusable: the reply was stopped.")
 
 
-def test_a_server_that_is_not_there_is_said_on_the_page(browser, tmp_path):
+def test_an_unreachable_server_is_reported_on_the_page(browser, tmp_path):
     with app(tmp_path, "ollama_host=http://127.0.0.1:9") as url:
         enter(browser, url)
-        wait_for(browser, "cannot be reached. Start it, or say where it is.")
+        wait_for(browser, "cannot be reached. Start it, or set its address.")
 
 
-def test_behind_a_password_nothing_is_readable(browser, stand_in, tmp_path):
+def test_nothing_is_readable_before_the_password(browser, stand_in, tmp_path):
     with app(tmp_path, f"ollama_host={stand_in.url}", COLLECT_PASSWORD="sesame") as url:
         enter(browser, url, password="open")
-        wait_for(browser, "That is not the password.")
+        wait_for(browser, "Wrong password.")
         source = browser.page_source
         assert "Ferry" not in source and "tiny-coder" not in source
         enter(browser, url, password="sesame")

@@ -1,24 +1,24 @@
-"""The store at full size: fifty labellers at once, a hundred thousand problems."""
+"""The store at full size: fifty concurrent labelers, a hundred thousand problems."""
 
 from time import process_time
 
-from preference_collection.store import Judgement, Query, new_id
+from preference_collection.store import Judgment, Query, new_id
 from preference_collection.tests.conftest import a_pair, a_problem
 from preference_collection.tests.test_store import judge_at_once
 
-# At the server, for a page of the list. Unit: seconds of the processors, on which a busy machine counts little.
+# Server time for a page of the list. Unit: seconds of CPU time, which a busy machine affects little.
 PAGE_CHANGE = 0.3
 
 
-def test_fifty_labellers_write_ten_thousand_judgements_and_none_is_lost_or_doubled(store):
-    judge_at_once(store, labellers=50, each=200)
+def test_fifty_labelers_write_ten_thousand_judgments_and_none_is_lost_or_duplicated(store):
+    judge_at_once(store, labelers=50, each=200)
 
 
 def page_change(store, query: Query, start: int) -> float:
-    """What the server computes for a page of the list and one problem. Unit: seconds."""
+    """CPU time of the server for a page of the list and one problem. Unit: seconds."""
     begun = process_time()
     store.browse(query, start)
-    store.progress("labeller 1")
+    store.progress("labeler 1")
     store.agreement()
     store.problem("p4711")
     store.pairs_of("p4710")
@@ -28,15 +28,15 @@ def page_change(store, query: Query, start: int) -> float:
 def test_a_hundred_thousand_problems_are_browsed_without_waiting(store):
     store.add_problems(a_problem(f"p{index}", difficulty=("easy", "medium", "hard")[index % 3]) for index in range(100_000))
     pairs = [a_pair(f"p{index}") for index in range(0, 100_000, 5)]
-    said = [Judgement(new_id(), pair.id, "first", "first", f"labeller {index % 7}") for index, pair in enumerate(pairs[::2])]
+    said = [Judgment(new_id(), pair.id, "first", "first", f"labeler {index % 7}") for index, pair in enumerate(pairs[::2])]
     store.add_pairs(pairs, said)
     store.add_scores("policy", [(pair.id, float(index % 11)) for index, pair in enumerate(pairs)])
     slowest = {}
     for query in (
-        Query("labeller 1"),
-        Query("labeller 1", only="unlabelled", difficulty="hard"),
-        Query("labeller 1", only="disagreement"),
-        Query("labeller 1", order="uncertain", search="p99"),
+        Query("labeler 1"),
+        Query("labeler 1", only="unlabeled", difficulty="hard"),
+        Query("labeler 1", only="disagreement"),
+        Query("labeler 1", order="uncertain", search="p99"),
     ):
         for start in (0, 50, 5_000):
             slowest[query] = max(slowest.get(query, 0), min(page_change(store, query, start) for _ in range(3)))

@@ -28,8 +28,17 @@ from preference_training.core.errors import first_line
 from preference_training.core.hashing import hash_of_file
 from preference_training.core.metric_names import EVAL_LOSS, loss_is_at_beta_used, smaller_is_better
 from preference_training.core.ranks import several
-from preference_training.core.values import UNREADABLE, misfit
-from preference_training.tracking.run_files import CHECKPOINT, CHECKSUMS, OPTIMIZER_DIR, REFERENCE_DIR, STATE
+from preference_training.core.values import (
+    UNREADABLE,
+    misfit,
+)
+from preference_training.tracking.run_files import (
+    CHECKPOINT,
+    CHECKSUMS,
+    OPTIMIZER_DIR,
+    REFERENCE_DIR,
+    STATE,
+)
 
 
 class DamagedError(Exception):

@@ -21,7 +21,11 @@ from torch.utils._pytree import tree_iter
 from preference_training.batching.batches import MicroBatch, PackedBatch
 from preference_training.core.ranks import ALONE, Ranks, let_go_of_gathered
 from preference_training.distributed.sharding import Layout, Sharing, empty_model, local
-from preference_training.losses.objectives import DPOLoss, Loss, PairSelection
+from preference_training.losses.objectives import (
+    DPOLoss,
+    Loss,
+    PairSelection,
+)
 from preference_training.modeling.adapters import has_adapter
 from preference_training.modeling.loading import build_untrained, enable_activation_checkpointing
 from preference_training.modeling.logprobs import LiveReference

@@ -1,4 +1,4 @@
-"""Held-out metrics. Reads policy, reference and loss; changes none of them, nor any random stream.
+"""Held-out metrics and the KL divergence to the reference. Leaves policy, reference, loss and random streams unchanged.
 
 Shapes: R responses and P pairs over the whole held-out set; E examples (P, or R for SFT); G groups of examples.
 """
@@ -10,18 +10,23 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
-from preference_training.batching.batches import PackedBatch
+from preference_training.batching.batches import PackedBatch, TokenBudget, batches_of, examples_of
 from preference_training.core.ranks import ALONE, Ranks
-from preference_training.losses.objectives import Loss, example_metrics
+from preference_training.data.tokenization import TokenizedPrompt
+from preference_training.evaluation.intervals import estimate, mean_interval
+from preference_training.losses.objectives import (
+    Loss,
+    example_metrics,
+)
 from preference_training.modeling.logprobs import response_logps
 from preference_training.modeling.state import compute_device
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Every example's metrics, name → [E] float64 on the CPU, and the loss's own statistics.
+    """The metrics of every example, name → [E] float64 on the CPU, and the statistics of the loss.
 
-    sources: [E], the names of the prompts that the examples are of.
+    sources: [E], the names of the examples' prompts.
     """
 
     examples: dict[str, Tensor]
@@ -29,17 +34,17 @@ class HeldOut:
     sources: Sequence[str]
 
     def means(self) -> dict[str, float]:
-        """Name → mean over all examples, and the statistics under their own names."""
+        """The mean of each metric over all examples, and the statistics, by name."""
         means = {name: values.mean().item() for name, values in self.examples.items()}
         return means | {name: float(value) for name, value in self.statistics.items()}
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Log-probs of all responses of some batches over all ranks, float64 on the CPU, and which examples they belong to.
+    """Log-probs of the responses of some batches over all ranks, float64 on the CPU, and the examples they belong to.
 
-    policy, reference: [R]; the latter None where there is none. pairs: [P, 2]; empty for SFT. lengths: [R], tokens. order: [E],
-    where the example of each place is among pairs (SFT: responses). sources: [E], the names of the prompts, by place.
+    policy, reference: [R]; reference may be None. pairs: [P, 2]; empty for SFT. lengths: [R], tokens. order: [E], the index of
+    each example among pairs (SFT: responses). sources: [E], the names of the examples' prompts.
     """
 
     policy: Tensor
@@ -50,20 +55,20 @@ class Scores:
     sources: Sequence[str]
 
 
-def evaluate(
+def evaluate_held_out(
     policy: nn.Module,
     reference: Callable[[PackedBatch], Tensor] | None,
     loss: Loss,
     batches: Sequence[PackedBatch],
     ranks: Ranks = ALONE,
-    see: Callable[[PackedBatch, Tensor, Tensor], None] | None = None,
+    on_batch: Callable[[PackedBatch, Tensor, Tensor], None] | None = None,
 ) -> HeldOut:
-    """Score every held-out example once. The loss sees all of them together, so that nothing depends on how they are cut.
+    """Score every held-out example once. The loss sees all of them together, so that the batches do not affect the result.
 
-    `reference` gives the log-probs [R] of a batch; None where the loss needs none. `batches` are this rank's; every rank gets
-    the result for all. `see` is shown each batch with the log-probs of both. Raises ValueError where there is no example.
+    reference: returns the log-probs [R] of a batch; None for losses without one. batches: this rank's; every rank gets the
+    result for all. on_batch: called with each batch and the log-probs of both models. Raises ValueError without any example.
     """
-    scores = score(policy, reference, batches, ranks, see)
+    scores = score_responses(policy, reference, batches, ranks, on_batch)
     pick = slice(None) if loss.paired else scores.order
     pairs = scores.pairs[scores.order] if loss.paired else scores.pairs
     known = scores.policy[pick]
@@ -72,14 +77,14 @@ def evaluate(
 
 
 @torch.no_grad()
-def score(
+def score_responses(
     policy: nn.Module,
     reference: Callable[[PackedBatch], Tensor] | None,
     batches: Sequence[PackedBatch],
     ranks: Ranks = ALONE,
-    see: Callable[[PackedBatch, Tensor, Tensor], None] | None = None,
+    on_batch: Callable[[PackedBatch, Tensor, Tensor], None] | None = None,
 ) -> Scores:
-    """Log-probs of every response of this rank's batches; every rank gets those of all. As `evaluate`."""
+    """The log-probs of every response; the parameters are those of `evaluate_held_out`."""
     if not batches:
         raise ValueError("no held-out example to evaluate")
     device = compute_device(policy)
@@ -88,8 +93,8 @@ def score(
         on_device = batch.to(device)
         logps = response_logps(policy, on_device).double().cpu()
         known = None if reference is None else reference(on_device).double().cpu()
-        if see is not None and known is not None:
-            see(batch, logps, known)
+        if on_batch is not None and known is not None:
+            on_batch(batch, logps, known)
         if not batch.is_filler:
             facts = batch.pairs.cpu(), batch.response_lengths.cpu(), batch.places.cpu(), batch.sources
             scored.append((logps, known, *facts))
@@ -105,3 +110,26 @@ def score(
         order=order,
         sources=[names[place] for place in order.tolist()],
     )
+
+
+def response_batches(
+    prompts: Sequence[list[int]], responses: Sequence[list[int]], batch_size: int, budget: TokenBudget, ranks: Ranks = ALONE
+) -> list[PackedBatch]:
+    """This rank's batches of prompts with one response each, both as token ids."""
+    sampled = [TokenizedPrompt(prompt, [response], []) for prompt, response in zip(prompts, responses, strict=True)]
+    return batches_of(list(examples_of(sampled)), batch_size, budget, ranks)
+
+
+def kl_estimate(policy: nn.Module, reference, batches: Sequence[PackedBatch], ranks: Ranks = ALONE) -> tuple[dict, list[float]]:
+    """Estimate KL(policy || reference) from responses sampled from the policy: the mean log-ratio, which is unbiased.
+
+    batches: from `response_batches`; a truncated response counts as far as it goes. Returns the estimates per response and per
+    token (all log-ratios over all tokens), in nats, and the log-ratio of each response.
+    """
+    scores = score_responses(policy, reference, batches, ranks)
+    ratios = (scores.policy - scores.reference)[scores.order].numpy()
+    tokens = scores.lengths[scores.order].numpy()
+    per_response = estimate(ratios.mean(), mean_interval(ratios))
+    per_token = estimate(ratios.sum() / tokens.sum(), mean_interval(ratios, sizes=tokens))
+    counts = {"answers": len(ratios), "tokens": int(tokens.sum())}
+    return counts | {"per_answer": per_response, "per_token": per_token}, ratios.tolist()

@@ -1,7 +1,7 @@
-"""95% intervals of shares, means and correlations over held-out prompts; docs/intervals.md shows how often they hold the truth.
+"""95% intervals of shares, means and correlations over held-out prompts; docs/intervals.md shows their coverage.
 
-Shapes: E examples, G groups. Examples of one group, such as the pairs of a prompt, are not independent: what is certain about
-a mean depends on the number of groups, not of examples.
+Shapes: E examples, G groups. Examples of one group, such as the pairs of a prompt, are not independent: the precision of a mean
+depends on the number of groups, not of examples.
 """
 
 import math
@@ -12,27 +12,34 @@ from scipy import optimize, stats
 
 Bounds = tuple[float, float]
 LEVEL = 0.95
-# The probability beyond each end.
+# The probability beyond each bound.
 TAIL = (1 - LEVEL) / 2
+
+
+def estimate(mean: float | None, bounds: Bounds | None) -> dict:
+    """A mean and its interval as a plain dict; None for what is unknown or not finite."""
+    is_known = mean is not None and numpy.isfinite(mean)
+    low, high = bounds if is_known and bounds is not None else (None, None)
+    return {"mean": float(mean) if is_known else None, "low": low, "high": high}
 
 
 # ---- shares -----------------------------------------------------------------------------------------------------------------
 
 
 def share_interval(values: Sequence[float], groups: Sequence | None = None) -> Bounds:
-    """Interval of the mean of values [E] from 0 to 1, such as outcomes (1 won, 0 lost, 0.5 tied). It is never without width.
+    """The interval of the mean of values [E] between 0 and 1, such as outcomes (1 won, 0 lost, 0.5 tied). Its width is never 0.
 
-    groups [E] says which examples belong together; None: each is by itself. Outcomes that are independent have Clopper and
-    Pearson's interval, carried over to ties; others that of Korn and Graubard.
+    groups [E]: examples with equal values belong together; None: all are independent. Independent outcomes get the
+    Clopper-Pearson interval, extended to ties; other values the Korn-Graubard interval.
     """
     values = numpy.asarray(values, float)
     totals, sizes = _by_group(groups, values, numpy.ones(len(values)))
     if len(totals) == len(values) and numpy.isin(values, (0, 0.5, 1)).all():
-        return _of_outcomes(*(int((values == outcome).sum()) for outcome in (1, 0.5, 0)))
-    return _of_effective_sample(totals, sizes)
+        return _clopper_pearson(*(int((values == outcome).sum()) for outcome in (1, 0.5, 0)))
+    return _korn_graubard(totals, sizes)
 
 
-def _of_outcomes(wins: int, ties: int, losses: int) -> Bounds:
+def _clopper_pearson(wins: int, ties: int, losses: int) -> Bounds:
     if not ties:
         bounds = stats.binomtest(wins, wins + losses).proportion_ci(LEVEL, method="exact")
         return float(bounds.low), float(bounds.high)
@@ -40,9 +47,9 @@ def _of_outcomes(wins: int, ties: int, losses: int) -> Bounds:
 
 
 def _lower_bound(wins: int, ties: int, losses: int) -> float:
-    """The least mean under which as many wins more than losses as there are have the probability TAIL.
+    """The lowest mean under which at least this lead of wins over losses has probability TAIL.
 
-    Many distributions of outcomes have the same mean. The one under which these counts are the likeliest is taken.
+    Of all distributions of outcomes with the same mean, it takes the one under which the counts are most likely.
     """
     lead = (wins - losses) / (wins + ties + losses)
     found = optimize.brentq(lambda difference: _tail(wins, ties, losses, difference) - TAIL, -1 + 1e-12, min(lead, 1 - 1e-12))
@@ -50,11 +57,11 @@ def _lower_bound(wins: int, ties: int, losses: int) -> float:
 
 
 def _tail(wins: int, ties: int, losses: int, difference: float) -> float:
-    """Probability of so many wins more than losses, or more, where they are apart by `difference` in probability."""
+    """The probability of at least this lead, where wins and losses differ by `difference` in probability."""
     number = wins + ties + losses
-    win, lose = _likeliest(wins, ties, losses, difference)
+    win, lose = _most_likely(wins, ties, losses, difference)
     tie = max(0.0, 1 - win - lose)
-    # By the number of ties; what lies outside of these bounds is less than rounding.
+    # Sum over the number of ties; the mass outside of these bounds is below rounding.
     fewest, most = stats.binom.ppf([1e-13, 1 - 1e-13], number, tie)
     tied = numpy.arange(fewest, most + 1)
     least_wins = numpy.ceil((wins - losses + number - tied) / 2)
@@ -62,8 +69,8 @@ def _tail(wins: int, ties: int, losses: int, difference: float) -> float:
     return float(stats.binom.pmf(tied, number, tie) @ among_others)
 
 
-def _likeliest(wins: int, ties: int, losses: int, difference: float) -> tuple[float, float]:
-    """Probabilities of a win and of a loss, apart by `difference`, under which the counts are likeliest (Tango 1998)."""
+def _most_likely(wins: int, ties: int, losses: int, difference: float) -> tuple[float, float]:
+    """Maximum-likelihood probabilities of a win and a loss that differ by `difference` (Tango 1998)."""
     number = wins + ties + losses
     b = -wins - losses + (2 * number - wins + losses) * difference
     c = -losses * difference * (1 - difference)
@@ -72,10 +79,10 @@ def _likeliest(wins: int, ties: int, losses: int, difference: float) -> tuple[fl
     return lose + difference, lose
 
 
-def _of_effective_sample(totals: numpy.ndarray, sizes: numpy.ndarray) -> Bounds:
-    """Korn and Graubard's interval (1998): Clopper and Pearson's for as many independent examples as tell as much.
+def _korn_graubard(totals: numpy.ndarray, sizes: numpy.ndarray) -> Bounds:
+    """Korn-Graubard interval (1998): Clopper-Pearson for the effective number of independent examples.
 
-    Groups whose shares are all the same say nothing of how much they differ: each then counts as one example.
+    Where all groups have the same share, their variance is unknown, and each counts as one example.
     """
     number, groups = sizes.sum(), len(totals)
     share = totals.sum() / number
@@ -97,11 +104,10 @@ def _of_effective_sample(totals: numpy.ndarray, sizes: numpy.ndarray) -> Bounds:
 def mean_interval(
     values: Sequence[float], groups: Sequence | None = None, sizes: Sequence[float] | None = None
 ) -> Bounds | None:
-    """Interval of the mean of values [E]: Student's, corrected for skewness; None of fewer than two groups.
+    """The interval of the mean of values [E]: Student's, corrected for skewness; None for fewer than two groups.
 
-    groups as in `share_interval`. sizes [E] says how much each example counts: the mean is the sum of values over that of
-    sizes. A few large values pull the mean, and its error with it, so that Student's own interval lies too low for them;
-    Hall's transformation (1992) makes it reach further towards the long tail.
+    groups: as in `share_interval`. sizes [E]: the weights of the examples; the mean is the sum of values over the sum of sizes.
+    With skewed values, Student's interval lies too low; Hall's transformation (1992) extends it toward the long tail.
     """
     values = numpy.asarray(values, float)
     sizes = numpy.ones(len(values)) if sizes is None else numpy.asarray(sizes, float)
@@ -113,15 +119,15 @@ def mean_interval(
     error = math.sqrt(_squared_error(deviations, sizes))
     if error <= 1e-12 * abs(mean):
         return mean, mean
-    # Scaled, so that no power of them underflows.
+    # Scaled, so that powers do not underflow.
     scaled = deviations / abs(deviations).max()
     skewness = (scaled**3).mean() / (scaled**2).mean() ** 1.5
-    high, low = (_without_skewness(sign * stats.t.ppf(TAIL, len(totals) - 1), skewness, len(totals)) for sign in (1, -1))
+    high, low = (_hall_quantile(sign * stats.t.ppf(TAIL, len(totals) - 1), skewness, len(totals)) for sign in (1, -1))
     return mean - error * low, mean - error * high
 
 
-def _without_skewness(quantile: float, skewness: float, number: int) -> float:
-    """What a studentized mean of `number` skewed values must be for Hall's transformation to give a quantile of Student's."""
+def _hall_quantile(quantile: float, skewness: float, number: int) -> float:
+    """The studentized mean of `number` skewed values that Hall's transformation maps to a quantile of Student's t."""
     skew = float(skewness) / math.sqrt(number)
     return quantile if abs(skew) < 1e-6 else 3 / skew * (math.cbrt(1 + skew * (quantile - skew / 6)) - 1)
 
@@ -135,7 +141,7 @@ def _by_group(groups: Sequence | None, *columns: numpy.ndarray) -> list[numpy.nd
 
 
 def _squared_error(deviations: numpy.ndarray, sizes: numpy.ndarray) -> float:
-    """The squared standard error of a ratio of sums, from the groups' deviations [G] from it and sizes [G]."""
+    """The squared standard error of a ratio of sums, from the deviations [G] and sizes [G] of the groups."""
     number = len(deviations)
     return float((deviations**2).sum() / sizes.sum() ** 2 * number / max(1, number - 1))
 
@@ -144,9 +150,9 @@ def _squared_error(deviations: numpy.ndarray, sizes: numpy.ndarray) -> float:
 
 
 def correlation(x: numpy.ndarray, y: numpy.ndarray, groups: Sequence) -> tuple[float | None, Bounds | None]:
-    """Pearson's correlation of x and y [E], None where either never varies, and its interval; None of fewer than 3 groups.
+    """Pearson's correlation of x and y [E] (None where either is constant), and its interval (None for fewer than 3 groups).
 
-    The interval is Student's of Fisher's transformation, whose error comes of leaving out one group after the other.
+    The interval is Student's for Fisher's z, with a jackknife estimate of the error over groups.
     """
     x, y = x - x.mean(), y - y.mean()
     moments = numpy.column_stack(_by_group(groups, numpy.ones(len(x)), x, y, x * y, x * x, y * y))
@@ -158,14 +164,14 @@ def correlation(x: numpy.ndarray, y: numpy.ndarray, groups: Sequence) -> tuple[f
     without = _correlations(whole - moments) if number > 2 else numpy.array([math.nan])
     if numpy.isnan(without).any():
         return found, None
-    # Correlations of 1 have no transformed value: that of the next number below is as good.
+    # Fisher's z of a correlation of 1 is infinite.
     z, left = (numpy.arctanh(numpy.clip(each, -1 + 1e-15, 1 - 1e-15)) for each in (found, without))
     half = -stats.t.ppf(TAIL, number - 1) * math.sqrt((number - 1) / number * ((left - left.mean()) ** 2).sum())
     return found, (math.tanh(z - half), math.tanh(z + half))
 
 
 def _correlations(moments: numpy.ndarray) -> numpy.ndarray:
-    """Pearson's correlation [N] of x and y from sums [N, 6] of 1, x, y, xy, x^2 and y^2; not a number where one is constant."""
+    """Pearson's correlation [N] of x and y from sums [N, 6] of 1, x, y, xy, x^2 and y^2; NaN where one is constant."""
     n, x, y, xy, xx, yy = moments.T
     with numpy.errstate(divide="ignore", invalid="ignore"):
         mx, my = x / n, y / n

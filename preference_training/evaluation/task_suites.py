@@ -1,6 +1,6 @@
-"""Tasks of lm-evaluation-harness on the policy, through its own interface, and the suites that others publish numbers of.
+"""Tasks of lm-evaluation-harness, and the suites for which others publish results.
 
-A suite is a list of (task, examples shown before the question); None leaves that to the task.
+A suite is a list of (task, few-shot examples); None is the default of the task.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from preference_training.core.errors import UserError, first_line, nearest
 
 SUITES: dict[str, list[tuple[str, int | None]]] = {
     # The first Open LLM Leaderboard, as its "About" page says: arc acc_norm, hellaswag acc_norm, mmlu acc, truthfulqa_mc2 acc,
-    # winogrande acc, gsm8k exact_match. The same as the harness's own group `openllm`, but for truthfulqa's other tasks.
+    # winogrande acc, gsm8k exact_match. Equal to the harness's group `openllm`, except for the other truthfulqa tasks.
     "open_llm": [
         ("arc_challenge", 25),
         ("hellaswag", 10),
@@ -23,9 +23,8 @@ SUITES: dict[str, list[tuple[str, int | None]]] = {
         ("winogrande", 5),
         ("gsm8k", 5),
     ],
-    # What Nous Research reports of its models (the repository teknium1/LLM-Benchmark-Logs): GPT4All, AGIEval, TruthfulQA and
-    # BigBench, all without examples. The harness has the three sizes of logical_deduction and tracking_shuffled_objects in one
-    # task each.
+    # What Nous Research reports for its models (the repository teknium1/LLM-Benchmark-Logs): GPT4All, AGIEval, TruthfulQA and
+    # BigBench, all zero-shot. The harness combines the three sizes of logical_deduction and of tracking_shuffled_objects.
     "nous": [
         *((task, 0) for task in ("arc_challenge", "arc_easy", "boolq", "hellaswag", "openbookqa", "piqa", "winogrande")),
         ("agieval_nous", 0),
@@ -51,38 +50,38 @@ def check_harness() -> None:
 
 
 @cache
-def task_manager(task_path: str | None, with_own: bool):
-    """The harness's index of the tasks of a folder, and of its own ones."""
+def task_manager(task_path: str | None, include_defaults: bool):
+    """The harness's index of the tasks of a folder, optionally with its built-in tasks."""
     from lm_eval.tasks import TaskManager
 
-    return TaskManager(include_path=task_path, include_defaults=with_own)
+    return TaskManager(include_path=task_path, include_defaults=include_defaults)
 
 
 class TaskList:
-    """The tasks that names stand for, found before any model is loaded. task_path is a folder of task files, or None.
+    """The tasks of some suites and task names, resolved before any model is loaded. task_path: a folder of task files, or None.
 
-    Raises UserError for a name that is neither a suite's nor a task's.
+    Raises UserError for an unknown name.
     """
 
     def __init__(self, names: Sequence[str], task_path: str | None):
         check_harness()
         self.tasks = [task for name in names for task in SUITES.get(name, [(name, None)])]
-        # The harness's own thousands of files are read only if need be.
-        self.manager = task_manager(task_path, with_own=False)
+        # Index the thousands of built-in task files only if needed.
+        self.manager = task_manager(task_path, include_defaults=False)
         if not {task for task, _ in self.tasks} <= set(self.manager.all_tasks):
-            self.manager = task_manager(task_path, with_own=True)
+            self.manager = task_manager(task_path, include_defaults=True)
         known = set(self.manager.all_tasks)
         for task, _ in self.tasks:
             if task not in known:
                 near = nearest(task, known | SUITES.keys())
-                # Thousands of names are no help.
+                # Do not list thousands of names.
                 hint = near if near.startswith("did you") else f"expected a task of the harness, or {' or '.join(SUITES)}."
                 raise UserError(f"evaluation.tasks: no task {task!r}; {hint}")
 
     def results(self, model: nn.Module, tokenizer, limit: int | None, batch_size: int) -> dict[str, dict[str, float | None]]:
-        """Task → metric → value, standard errors among them; null where there is none. Tasks of groups have rows of their own.
+        """Task → metric → value, including standard errors; None for what is not a number. Groups also list their tasks.
 
-        limit: examples of each task, None for all. Raises UserError where a task's data cannot be had.
+        limit: examples of each task, None for all. Raises UserError where a task's data cannot be loaded.
         """
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
@@ -96,18 +95,18 @@ class TaskList:
                 try:
                     rows = simple_evaluate(harness, tasks=[task], **options)["results"]
                 except OSError as error:
-                    # What the data sets library raises, also without a network.
+                    # The datasets library raises these, also without a network.
                     raise UserError(
-                        f"evaluation.tasks: the data of {task} cannot be had: {first_line(error)}. Expected a network, or the "
-                        "data in the hub library's cache."
+                        f"evaluation.tasks: cannot load the data of {task}: {first_line(error)}. Expected a network "
+                        "connection, or the data in the hub's cache."
                     ) from error
-                found |= {name: numbers_of(row) for name, row in rows.items()}
+                found |= {name: _numeric_metrics(row) for name, row in rows.items()}
             return found
         finally:
             model.train(training)
 
 
-def numbers_of(row: dict) -> dict[str, float | None]:
-    """The metrics of a task's row, named as the harness does without its filter "none"; null for what is no number."""
+def _numeric_metrics(row: dict) -> dict[str, float | None]:
+    """The metrics in a task's row, without the suffix of the filter "none"; None for what is not a number."""
     metrics = {name.removesuffix(",none"): value for name, value in row.items() if "," in name}
     return {name: float(value) if isinstance(value, int | float) else None for name, value in metrics.items()}

@@ -1,4 +1,4 @@
-"""A directory goes to the hub, as a model's repository. The token is the environment's, or that of the hub's own login."""
+"""Upload of a directory to a model repository on the hub, with the token of the environment or of `hf auth login`."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,42 +7,42 @@ from pathlib import Path
 from preference_training.core.errors import UserError, first_line
 from preference_training.core.secrets import without_secrets
 
-# Weights of an earlier upload, which would be loaded in place of these.
-STALE = ["*.safetensors", "*.safetensors.index.json"]
+# Weights of an earlier upload, which could be loaded instead of the new ones.
+STALE_WEIGHTS = ["*.safetensors", "*.safetensors.index.json"]
 
 
 def reserve(repository: str, private: bool) -> None:
-    """Make the repository ORGANISATION/NAME, or find it, before anything expensive is done for it.
+    """Create the repository ORGANIZATION/NAME unless it exists, before any expensive work.
 
-    Raises UserError where that is not allowed, and where one is there that everybody sees although it is to be private.
+    Raises UserError where that is not permitted, and where a private one is wanted but a public one exists.
     """
     from huggingface_hub import HfApi, get_token
 
     if get_token() is None:
-        raise UserError("--push: no token for the hub. Set HF_TOKEN in the environment, or log in once with `hf auth login`.")
-    with _refusals(repository):
+        raise UserError("--push: no hub token. Set HF_TOKEN in the environment, or log in once with `hf auth login`.")
+    with _hub_errors(repository):
         api = HfApi()
         api.create_repo(repository, private=private or None, exist_ok=True)
-        seen_by_all = private and not api.repo_info(repository).private
-    if seen_by_all:
-        raise UserError(
-            f"--private: {repository} exists already, and is public. Make it private on the hub, or choose another name."
-        )
+        is_public = private and not api.repo_info(repository).private
+    if is_public:
+        raise UserError(f"--private: {repository} already exists and is public. Make it private, or choose another name.")
 
 
 def upload(directory: Path, repository: str) -> str:
-    """Upload a directory's files in one commit, in place of weights that are there; returns the repository's address."""
+    """Upload a directory's files in one commit, replacing all weights there; returns the repository's URL."""
     from huggingface_hub import HfApi
 
-    with _refusals(repository, f" The directory {directory} is complete; `hf upload` takes it up."):
+    with _hub_errors(repository, f" The directory {directory} is complete: upload it later with `hf upload`."):
         api = HfApi()
-        api.upload_folder(repo_id=repository, folder_path=directory, commit_message="Upload model", delete_patterns=STALE)
+        api.upload_folder(
+            repo_id=repository, folder_path=directory, commit_message="Upload model", delete_patterns=STALE_WEIGHTS
+        )
         return f"{api.endpoint}/{repository}"
 
 
 @contextmanager
-def _refusals(repository: str, advice: str = "") -> Iterator[None]:
-    """Inside, what the hub, or the way to it, refuses is a UserError."""
+def _hub_errors(repository: str, advice: str = "") -> Iterator[None]:
+    """Turn errors of the hub and of the network into a UserError."""
     import httpx
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
@@ -50,6 +50,6 @@ def _refusals(repository: str, advice: str = "") -> Iterator[None]:
         yield
     except (HfHubHTTPError, OfflineModeIsEnabled, httpx.HTTPError, ValueError, OSError) as error:
         raise UserError(
-            f"--push: {repository}: {without_secrets(first_line(error))}. Expected ORGANISATION/NAME of a place that the token "
-            f"may write to, and a network.{advice}"
+            f"--push: {repository}: {without_secrets(first_line(error))}. Expected ORGANIZATION/NAME that the token "
+            f"can write to, and a network connection.{advice}"
         ) from error

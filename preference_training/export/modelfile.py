@@ -1,18 +1,18 @@
-"""What Ollama needs beside a model's directory: a Modelfile whose TEMPLATE writes the prompt of training, in Go's language.
+"""The files that Ollama needs: a Modelfile whose TEMPLATE, a Go template, formats prompts as in training.
 
-Ollama reads a few facts from other places than transformers does; `fit_for_ollama` writes them there.
+Ollama looks for a few values in other places than transformers does; `adapt_configs` copies them there.
 """
 
 import hashlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 from preference_training.core.errors import UserError, first_line
 from preference_training.data.chat_templates import Turns, format_of_run, turns_of
 from preference_training.data.tokenization import bos_of
-from preference_training.modeling.archives import MODEL_CONFIG, TOKENIZER_CONFIG
 
-# Language models that `ollama create` converts from safetensors (convert/convert.go of Ollama 0.33).
+# The language models that `ollama create` converts from safetensors (convert/convert.go, Ollama 0.33).
 ARCHITECTURES = (
     "CohereForCausalLM", "DeepseekV3ForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM", "Gemma4ForCausalLM",
     "GemmaForCausalLM", "Glm4MoeLiteForCausalLM", "GptOssForCausalLM", "Lfm2ForCausalLM", "Lfm2MoeForCausalLM",
@@ -20,9 +20,9 @@ ARCHITECTURES = (
     "Phi3ForCausalLM", "Qwen2ForCausalLM", "Qwen3NextForCausalLM",
 )  # fmt: skip
 
-# SHA-256 of the regular expressions by which a tokenizer cuts texts, of those that Ollama tells apart: Llama 3, DeepSeek LLM
-# and Coder, Qwen 2 (convert/tokenizer.go). All others are cut as its default does.
-KNOWN_CUTS = (
+# SHA-256 of the pre-tokenizer regular expressions that Ollama recognizes: Llama 3, DeepSeek LLM and Coder, Qwen 2
+# (convert/tokenizer.go). It pre-tokenizes for all other models with its default.
+KNOWN_PRE_TOKENIZERS = (
     "d98f9631be1e9607a9848c26c1f9eac1aa9fc21ac6ba82a2fc0741af9780a48f",
     "03df5c5863ad70781dcfdef491ead25140f895fe8010964be0daefe27be32b02",
     "21cde974d587f0d54dc8d56b183cc1e6239600172035c68fbd6d4b9f8da0576e",
@@ -31,36 +31,58 @@ KNOWN_CUTS = (
 
 
 def check_architecture(architecture: str) -> None:
-    """Raise UserError for a class of models that Ollama does not convert."""
+    """Raise UserError for an architecture that Ollama does not convert."""
     if architecture not in ARCHITECTURES:
         raise UserError(
             f"--ollama: Ollama does not convert {architecture} from safetensors. Expected one of {', '.join(ARCHITECTURES)}. "
-            "Export without --ollama, and convert the directory with llama.cpp's convert_hf_to_gguf.py."
+            "Export without --ollama and convert the directory with llama.cpp's convert_hf_to_gguf.py."
         )
+
+
+@dataclass(frozen=True)
+class OllamaFiles:
+    """The content of Modelfile and, for a SentencePiece vocabulary, of tokenizer.model; notes say what they cannot express."""
+
+    modelfile: str
+    tokenizer_model: bytes | None
+    notes: list[str]
+
+    @classmethod
+    def build(cls, config: dict, tokenizer, template: str | None, tokenizer_sources: list[str]) -> "OllamaFiles":
+        """The files for a run's configuration. Raises UserError where Ollama cannot serve the model as it was trained."""
+        modelfile, notes = build_modelfile(config, tokenizer, template)
+        return cls(modelfile, read_tokenizer_model(tokenizer, tokenizer_sources), notes)
+
+    def write(self, directory: Path, tokenizer) -> None:
+        """Write the files into an exported directory, and adapt the ones there."""
+        adapt_configs(directory, tokenizer)
+        (directory / "Modelfile").write_text(self.modelfile, encoding="utf-8")
+        if self.tokenizer_model:
+            (directory / "tokenizer.model").write_bytes(self.tokenizer_model)
 
 
 # ---- the Modelfile ----------------------------------------------------------------------------------------------------------
 
 
-def modelfile_of(config: dict, tokenizer, wanted: str | None = None) -> tuple[str, list[str]]:
-    """The Modelfile of a run, from its configuration, and notes on what it cannot say.
+def build_modelfile(config: dict, tokenizer, template: str | None = None) -> tuple[str, list[str]]:
+    """The Modelfile for a run's configuration, and notes on what it cannot express.
 
-    wanted is the template that the user names (`format_of_run`). Raises UserError where there is none that Ollama could have.
+    template: overrides the configuration's (`format_of_run`). Raises UserError where Ollama cannot express it.
     """
-    name, system = format_of_run(config, wanted)
+    name, system = format_of_run(config, template)
     if name == "raw":
-        template, stops = RAW, ()
-        notes = ["raw: one text is written as it is, several turns with an empty line behind each"]
+        text, stops = RAW, ()
+        notes = ["raw: a single message is passed through as it is; several are each followed by an empty line"]
     else:
         turns = turns_of(name, tokenizer)
-        template, stops, notes = go_template(turns), turns.stops, list(turns.notes)
+        text, stops, notes = go_template(turns), turns.stops, list(turns.notes)
     lines = [
-        "# Made by this directory's export; `ollama create NAME -f Modelfile` reads it.",
-        "# Versions of Ollama that do not convert safetensors take a GGUF file: make one with llama.cpp's",
+        "# Written by the export of this directory, for `ollama create NAME -f Modelfile`.",
+        "# A version of Ollama that does not convert safetensors needs a GGUF file. Create one with llama.cpp's",
         "#   python convert_hf_to_gguf.py DIRECTORY --outfile model.gguf",
-        "# and write FROM ./model.gguf here.",
+        "# and change the next line to FROM ./model.gguf",
         "FROM .",
-        f"TEMPLATE {_quoted(template, '--template')}",
+        f"TEMPLATE {_quoted(text, '--template')}",
     ]
     if system:
         lines.append(f"SYSTEM {_quoted(system, 'system_prompt')}")
@@ -68,7 +90,7 @@ def modelfile_of(config: dict, tokenizer, wanted: str | None = None) -> tuple[st
     return "\n".join(lines) + "\n", notes + _notes_on_tokens(tokenizer)
 
 
-# Several texts are a conversation, of which training writes an empty line behind each turn.
+# Several messages are a conversation, in which training puts an empty line after each turn.
 RAW = (
     r"{{ $several := gt (len .Messages) 1 }}{{ range .Messages }}{{ .Content }}"
     r'{{ if $several }}{{ "\n\n" }}{{ end }}{{ end }}'
@@ -76,7 +98,7 @@ RAW = (
 
 
 def go_template(turns: Turns) -> str:
-    """Turns as a template of Go's text/template over Ollama's .Messages, on one line."""
+    """The format of turns as a Go text/template over Ollama's .Messages, on one line."""
     text = f"{{{{ if not .System }}}}{_go(turns.opening)}{{{{ end }}}}" if turns.opening else ""
     text += "{{ range .Messages }}"
     around = {"system": turns.system, "user": turns.user, "assistant": turns.assistant}
@@ -84,7 +106,7 @@ def go_template(turns: Turns) -> str:
     for number, (role, (before, behind)) in enumerate(branches):
         text += f'{{{{ {"else if" if number else "if"} eq .Role "{role}" }}}}'
         if role == "assistant" and before.endswith(" "):
-            # An earlier answer begins with that blank where the model wrote it, and not where a person did.
+            # A response in the history starts with this space if the model generated it, but not if a person wrote it.
             text += f'{_go(before[:-1])}{{{{ if not (and .Content (eq (slice .Content 0 1) " ")) }}}}{_go(" ")}{{{{ end }}}}'
         else:
             text += _go(before)
@@ -96,70 +118,67 @@ ESCAPES = {"\n": r"\n", "\t": r"\t", "\r": r"\r", '"': r"\"", "\\": r"\\"}
 
 
 def _go(text: str) -> str:
-    """A Go action that writes a text. What cannot be printed is escaped: a Modelfile's reader drops it."""
-    return f'{{{{ "{"".join(map(_go_letter, text))}" }}}}' if text else ""
+    """A Go action that writes a text. Escapes unprintable characters, which the Modelfile parser drops."""
+    return f'{{{{ "{"".join(map(_go_character, text))}" }}}}' if text else ""
 
 
-def _go_letter(letter: str) -> str:
-    if letter in ESCAPES or letter.isprintable():
-        return ESCAPES.get(letter, letter)
-    return f"\\U{ord(letter):08x}" if letter > "\uffff" else f"\\u{ord(letter):04x}"
+def _go_character(character: str) -> str:
+    if character in ESCAPES or character.isprintable():
+        return ESCAPES.get(character, character)
+    return f"\\U{ord(character):08x}" if character > "\uffff" else f"\\u{ord(character):04x}"
 
 
 def _quoted(text: str, key: str) -> str:
-    """A value of a Modelfile, which has no escapes. Raises UserError naming `key` for a text that it cannot hold."""
-    lost = sorted({letter for letter in text if not (letter.isprintable() or letter in "\n\t")})
-    if '"""' in text or lost:
-        what = "three quotes in a row" if '"""' in text else f"{lost[0]!r}, which its reader drops"
-        raise UserError(f"{key}: a Modelfile cannot hold this text: it has {what}. Export without --ollama, or change it.")
+    """A value in a Modelfile, which has no escapes. Raises UserError naming `key` for a text that cannot be represented."""
+    dropped = sorted({character for character in text if not (character.isprintable() or character in "\n\t")})
+    if '"""' in text or dropped:
+        what = "three quotes in a row" if '"""' in text else f"{dropped[0]!r}, which the Modelfile parser drops"
+        raise UserError(f"{key}: a Modelfile cannot represent this text: found {what}. Change it, or export without --ollama.")
     return f'"""{text}"""' if '"' in text or "\n" in text else f'"{text}"'
 
 
 # ---- tokens -----------------------------------------------------------------------------------------------------------------
 
 
-def _description(tokenizer) -> dict:
+def _tokenizer_json(tokenizer) -> dict:
     return json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else {"model": {}, "pre_tokenizer": None}
 
 
 def needs_tokenizer_model(tokenizer) -> bool:
-    """Whether the vocabulary is SentencePiece's, which Ollama reads from tokenizer.model alone."""
-    model = _description(tokenizer)["model"]
+    """Whether the vocabulary is a SentencePiece one, which Ollama reads only from tokenizer.model."""
+    model = _tokenizer_json(tokenizer)["model"]
     return model.get("type") == "Unigram" or bool(model.get("byte_fallback"))
 
 
 def _notes_on_tokens(tokenizer) -> list[str]:
-    """What is known to make Ollama's tokens of a text others than those of training."""
+    """Known reasons why Ollama may tokenize a text differently than training did."""
     if needs_tokenizer_model(tokenizer):
         return []
-    parts = (_description(tokenizer)["pre_tokenizer"] or {}).get("pretokenizers", [])
+    parts = (_tokenizer_json(tokenizer)["pre_tokenizer"] or {}).get("pretokenizers", [])
     expressions = "".join((part.get("pattern") or {}).get("Regex", "") for part in parts if part["type"] == "Split")
-    if hashlib.sha256(expressions.encode()).hexdigest() in KNOWN_CUTS:
+    if hashlib.sha256(expressions.encode()).hexdigest() in KNOWN_PRE_TOKENIZERS:
         return []
     return [
-        "Ollama does not know how this tokenizer cuts texts into words and cuts them as its default does: the text of a prompt "
-        "is that of training, some of its tokens may differ"
+        "Ollama does not recognize this tokenizer's pre-tokenizer and uses its default: prompts have the text of training, but "
+        "some of their tokens may differ"
     ]
 
 
-def fit_for_ollama(directory: Path, tokenizer) -> None:
-    """Write into an exported directory's files what Ollama looks for elsewhere than transformers does.
-
-    Nothing else changes by it.
-    """
-    config = _read(directory / MODEL_CONFIG)
+def adapt_configs(directory: Path, tokenizer) -> None:
+    """Copy values in an exported directory's configuration files to where Ollama reads them; transformers is unaffected."""
+    config = _read(directory / "config.json")
     rope = config.get("rope_parameters") or {}
     if "rope_theta" in rope and "rope_theta" not in config:
         config["rope_theta"] = rope["rope_theta"]
         if rope.get("rope_type", "default") != "default":
             config["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
-        _write(directory / MODEL_CONFIG, config)
-    values = _read(directory / TOKENIZER_CONFIG)
+        _write(directory / "config.json", config)
+    values = _read(directory / "tokenizer_config.json")
     values["add_bos_token"] = bool(bos_of(tokenizer))
     if not tokenizer.bos_token and "bos_token" not in (tokenizer.chat_template or ""):
-        # Of a tokenizer without such a token it asks nothing, and its newer engine then puts token 0 before every prompt.
+        # Without one, Ollama's newer engine prepends token 0 to every prompt.
         values["bos_token"] = tokenizer.eos_token
-    _write(directory / TOKENIZER_CONFIG, values)
+    _write(directory / "tokenizer_config.json", values)
 
 
 def _read(path: Path) -> dict:
@@ -170,10 +189,10 @@ def _write(path: Path, values: dict) -> None:
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def tokenizer_model(tokenizer, sources: list[str]) -> bytes | None:
-    """The file tokenizer.model of a SentencePiece vocabulary; None for others, which need none.
+def read_tokenizer_model(tokenizer, sources: list[str]) -> bytes | None:
+    """The tokenizer.model of a SentencePiece vocabulary; None for other vocabularies.
 
-    sources are directories or hub ids where it may be. Raises UserError where none of them has it.
+    sources: directories and hub ids to look in. Raises UserError where none has the file.
     """
     from huggingface_hub import hf_hub_download
 
@@ -184,9 +203,9 @@ def tokenizer_model(tokenizer, sources: list[str]) -> bytes | None:
         try:
             found = Path(source) / "tokenizer.model" if Path(source).is_dir() else hf_hub_download(source, "tokenizer.model")
             return Path(found).read_bytes()
-        except Exception as error:  # a dozen types: of networks, of names, of files
+        except Exception as error:  # a dozen types: network, repository and file errors
             reasons.append(f"{source}: {first_line(error)}")
     raise UserError(
-        "--ollama: this tokenizer is SentencePiece's, and Ollama reads such a one from a file tokenizer.model, which is not to "
-        f"be had ({'; '.join(reasons)}). Put the base model's into the checkpoint's directory."
+        "--ollama: Ollama reads a SentencePiece tokenizer from the file tokenizer.model, which was not found "
+        f"({'; '.join(reasons)}). Copy the base model's into the checkpoint directory."
     )

@@ -46,7 +46,11 @@ from preference_training.modeling.archives import (
     read_archive,
 )
 from preference_training.modeling.state import frozen_copy, several_devices
-from preference_training.tracking.run_files import CHECKSUMS, STATE, run_of
+from preference_training.tracking.run_files import (
+    CHECKSUMS,
+    STATE,
+    run_of,
+)
 
 
 @contextmanager

@@ -1,143 +1,109 @@
-"""comparison.html and comparison.csv: what runs have come to, side by side, and which keys set them apart.
+"""comparison.html and comparison.csv: the results of several runs side by side, and the settings in which they differ.
 
-Runs that differ in nothing but their seed are one group, with their mean and spread. Runs may be going on.
+Runs that differ only in their seed form a group, shown with its mean and spread. Runs may still be in progress.
 
-    run directories -> groups -> table, curves, frontier -> comparison.html; one row a run -> comparison.csv
+    run directories -> groups -> table, curves, frontier -> comparison.html; one row per run -> comparison.csv
 """
 
 import csv
 import io
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy
+from markupsafe import Markup
 
 from preference_training.core import metric_names
 from preference_training.core.errors import UserError
-from preference_training.core.metric_names import HELD_OUT_PROMPTS
+from preference_training.core.metric_names import (
+    EVAL_ACCURACY,
+    EVAL_CHOSEN_LOGPS,
+    EVAL_LOSS,
+    EVAL_MARGIN,
+    GRAD_NORM,
+    HELD_OUT_PROMPTS,
+    TRAIN_LOSS,
+)
 from preference_training.core.secrets import without_secrets
-from preference_training.core.values import dotted
 from preference_training.evaluation.phrasing import too_few, with_interval
-from preference_training.reporting.charts import Line, chart, line_of, shown
+from preference_training.reporting.charts import Line, chart, format_number
 from preference_training.reporting.model_card import NOT_SHOWN
-from preference_training.reporting.pages import page, write_page
+from preference_training.reporting.pages.rendering import render, write_page
+from preference_training.reporting.run_record import RunRecord
 from preference_training.tracking.run_files import (
-    ABOUT,
     ASIDE,
-    JOB,
     METRICS,
     OF_THEIR_RUN,
-    PRUNED,
-    RESULTS_FILE,
-    config_in,
-    json_object,
-    metric_rows,
-    progress,
-    results_of,
-    split_rows,
 )
 
 PAGE, TABLE = "comparison.html", "comparison.csv"
-# What the table has of each run, and what the curves show: name in metrics.jsonl → name on the page.
-COLUMNS = {
-    metric_names.EVAL_LOSS: "held-out loss",
-    metric_names.EVAL_ACCURACY: "reward accuracy",
-    metric_names.EVAL_MARGIN: "reward margin",
-}
+ACCURACY = EVAL_ACCURACY
+# The metrics of the table and of the curves: name in metrics.jsonl → title on the page.
+COLUMNS = {EVAL_LOSS: "held-out loss", ACCURACY: "reward accuracy", EVAL_MARGIN: "reward margin"}
 CURVES = {
     **COLUMNS,
-    metric_names.EVAL_CHOSEN_LOGPS: "log-prob of preferred responses",
-    metric_names.TRAIN_LOSS: "training loss",
-    metric_names.GRAD_NORM: "gradient norm",
+    EVAL_CHOSEN_LOGPS: "log-prob of preferred responses",
+    TRAIN_LOSS: "training loss",
+    GRAD_NORM: "gradient norm",
 }  # fmt: skip
 # Losses whose reward is beta times the log-ratio of policy and reference.
 LOG_RATIO_LOSSES = ("dpo", "ipo", "hinge", "robust", "rpo", "dpop", "bco", "tr_dpo")
-# Keys of a loss that change what is trained, and not what a held-out loss is of.
+# Keys of a loss that affect training, but not the formula of the held-out loss.
 OF_TRAINING = ("loss.mode_loss", "loss.mode_weight", "loss.a", "loss.reference_update_every", "loss.reference_update_share")
-# In which the runs of a group may differ.
+# The only setting in which the runs of a group differ.
 SEED = "seed"
 
 
 # ---- runs -------------------------------------------------------------------------------------------------------------------
 
-
-@dataclass(frozen=True)
-class Run:
-    """A run as its directory has it; config by dotted keys, name as the comparison calls it."""
-
-    name: str
-    config: dict
-    steps: list[dict]
-    evaluations: list[dict]
-    progress: str
-    results: dict
-
-    @classmethod
-    def read(cls, run_dir: Path, name: str) -> "Run":
-        """What lies in a run directory."""
-        rows = metric_rows(run_dir / METRICS)
-        said = progress(rows, json_object(run_dir / ABOUT))
-        state = "pruned" if (run_dir / PRUNED).exists() else json_object(run_dir / JOB).get("state")
-        said += f", {state}" if state in ("pruned", "failed", "stopped") else ""
-        return cls(name, dotted(config_in(run_dir)), *split_rows(rows), said, results_of(run_dir / RESULTS_FILE))
-
-    @property
-    def newest(self) -> dict:
-        """The newest evaluation's metrics; empty before the first."""
-        return self.evaluations[-1] if self.evaluations else {}
-
-    @property
-    def distance(self) -> tuple[str, float] | None:
-        """How far the policy has gone from the reference, and what measures it; None where nothing does. Unit: nats.
-
-        The KL that scripts/evaluate.py estimates, else by how much held-out responses have become less likely than under the
-        reference, which would be the KL from reference to policy if the reference had written them.
-        """
-        try:
-            kl = self.results["kl"]["per_answer"]["mean"]
-        except (KeyError, TypeError):
-            kl = None
-        if isinstance(kl, int | float):
-            return KL, kl
-        beta, rewards = (
-            self.config.get("loss.beta"),
-            [self.newest.get(metric_names.reward("eval", side)) for side in ("chosen", "rejected")],
-        )
-        known = all(isinstance(value, int | float) for value in (beta, *rewards)) and beta
-        if not known or self.config.get("loss.name") not in LOG_RATIO_LOSSES:
-            return None
-        return FALL, -sum(rewards) / 2 / beta
-
-
 KL, FALL = "KL to the reference", "fall of held-out responses' log-prob below the reference's"
 
 
+def distance(run: RunRecord) -> tuple[str, float] | None:
+    """How far the policy has moved from the reference, as (measure, nats); None where it is not known.
+
+    The KL divergence that scripts/evaluate.py estimates; without it, the mean fall of the log-prob of held-out responses, which
+    would be the KL divergence from reference to policy if the reference had written them.
+    """
+    try:
+        kl = run.results["kl"]["per_answer"]["mean"]
+    except (KeyError, TypeError):
+        kl = None
+    if isinstance(kl, int | float):
+        return KL, kl
+    beta = run.settings.get("loss.beta")
+    rewards = [run.last_evaluation.get(metric_names.reward("eval", side)) for side in ("chosen", "rejected")]
+    is_known = all(isinstance(value, int | float) for value in (beta, *rewards)) and beta
+    if not is_known or run.settings.get("loss.name") not in LOG_RATIO_LOSSES:
+        return None
+    return FALL, -sum(rewards) / 2 / beta
+
+
 def find_runs(paths: Sequence[Path]) -> list[Path]:
-    """Run directories among some paths and below them, in the order of their names. Raises UserError where there is none."""
+    """The run directories at and below some paths, sorted by name. Raises UserError for a path without any."""
     found: dict[Path, None] = {}
     for path in paths:
-        found_here = [file.parent for file in path.rglob(METRICS)] if path.is_dir() else []
-        # What a run has set aside of one before it is looked at only where it is named itself.
-        kept = [each for each in found_here if not any(part.startswith(ASIDE) for part in each.relative_to(path).parts)]
-        below = sorted(kept, key=_by_number)
-        if not below:
-            raise UserError(f"{path}: no {METRICS} in it or below it. Expected run directories, or a folder of them.")
-        found |= dict.fromkeys(each.resolve() for each in below)
+        directories = [file.parent for file in path.rglob(METRICS)] if path.is_dir() else []
+        # An earlier run that was set aside counts only where its own path is given.
+        kept = [each for each in directories if not any(part.startswith(ASIDE) for part in each.relative_to(path).parts)]
+        if not kept:
+            raise UserError(f"{path}: no {METRICS} at or below this path. Expected run directories, or a folder of them.")
+        found |= dict.fromkeys(each.resolve() for each in sorted(kept, key=_natural_order))
     return list(found)
 
 
-def _by_number(path: Path) -> list:
-    """Orders 2 before 10."""
+def _natural_order(path: Path) -> list:
+    """A sort key that puts 2 before 10."""
     return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in path.parts]
 
 
-def read_runs(directories: Sequence[Path]) -> list[Run]:
-    """The runs in some directories, named by what their paths do not share."""
+def read_runs(directories: Sequence[Path]) -> list[RunRecord]:
+    """The runs in some directories, labeled by the part of the path in which they differ."""
     parts = [path.parts for path in directories]
     shared = next((k for k, column in enumerate(zip(*parts, strict=False)) if len(set(column)) > 1), min(map(len, parts)) - 1)
-    return [Run.read(path, "/".join(path.parts[shared:])) for path in directories]
+    return [RunRecord.read(path, "/".join(path.parts[shared:])) for path in directories]
 
 
 # ---- groups -----------------------------------------------------------------------------------------------------------------
@@ -145,22 +111,20 @@ def read_runs(directories: Sequence[Path]) -> list[Run]:
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ in nothing but their seed; `settings` are what sets them apart from other groups."""
+    """Runs that differ only in their seed; `settings` are those that distinguish them from other groups."""
 
     settings: dict
-    runs: list[Run]
+    runs: list[RunRecord]
 
     @property
     def name(self) -> str:
-        """What the group is called: its settings, or its runs' names where nothing sets it apart."""
-        said = ", ".join(f"{key.removeprefix('loss.')}={value}" for key, value in self.settings.items())
-        return said or ", ".join(run.name for run in self.runs)
+        """The settings of the group, or its runs' labels where there is no other group."""
+        settings = ", ".join(f"{key.removeprefix('loss.')}={value}" for key, value in self.settings.items())
+        return settings or ", ".join(run.label for run in self.runs)
 
     def line(self, metric: str, label: str, style: int) -> Line | None:
-        """A metric's line: of one run with its interval; of several the mean at the points that all have, and their range."""
-        sparse = "eval" in metric
-        lines = [line_of(run.evaluations if sparse else run.steps, metric, label, style, sparse) for run in self.runs]
-        lines = [line for line in lines if line is not None]
+        """A metric's line: of one run with its interval; of several the mean and the range at the points that all have."""
+        lines = [line for run in self.runs if (line := run.line(metric, label, style)) is not None]
         if len(lines) < 2:
             return lines[0] if lines else None
         x = sorted(set.intersection(*(set(line.x.tolist()) for line in lines)))
@@ -168,28 +132,28 @@ class Group:
             return None
         columns = numpy.array([[dict(zip(line.x.tolist(), line.y.tolist(), strict=True))[at] for at in x] for line in lines])
         bounds = columns.min(0), columns.max(0)
-        return Line(label, numpy.array(x), columns.mean(0), *bounds, style=style, is_sparse=sparse)
+        return replace(lines[0], x=numpy.array(x), y=columns.mean(0), low=bounds[0], high=bounds[1])
 
 
-def differing_keys(runs: Sequence[Run]) -> list[str]:
-    """The keys in which runs differ, the seed and what no model depends on left aside."""
-    # What says which data and which weights it was is left out of cards, but not here.
-    told = ("datasets", "model.archive", "model.name_or_path")
-    keys = {key for run in runs for key in run.config if key.startswith(told) or not key.startswith(NOT_SHOWN)} - {SEED}
-    return sorted(key for key in keys if len({str(run.config.get(key)) for run in runs}) > 1)
+def differing_keys(runs: Sequence[RunRecord]) -> list[str]:
+    """The keys in which runs differ, except for the seed and for keys that no model depends on."""
+    # Model cards do not show data and weights as settings; here they matter.
+    shown = ("datasets", "model.archive", "model.name_or_path")
+    keys = {key for run in runs for key in run.settings if key.startswith(shown) or not key.startswith(NOT_SHOWN)} - {SEED}
+    return sorted(key for key in keys if len({str(run.settings.get(key)) for run in runs}) > 1)
 
 
-def grouped(runs: Sequence[Run]) -> list[Group]:
-    """The runs by what sets them apart, in the order of these values."""
+def group_runs(runs: Sequence[RunRecord]) -> list[Group]:
+    """The groups of some runs, sorted by the settings that distinguish them."""
     keys = differing_keys(runs)
-    by_settings: dict[str, list[Run]] = {}
-    for run in sorted(runs, key=lambda run: [_in_order(run.config.get(key)) for key in keys]):
-        by_settings.setdefault(str([run.config.get(key) for key in keys]), []).append(run)
-    return [Group({key: members[0].config.get(key) for key in keys}, members) for members in by_settings.values()]
+    by_settings: dict[str, list[RunRecord]] = {}
+    for run in sorted(runs, key=lambda run: [_sort_key(run.settings.get(key)) for key in keys]):
+        by_settings.setdefault(str([run.settings.get(key) for key in keys]), []).append(run)
+    return [Group({key: members[0].settings.get(key) for key in keys}, members) for members in by_settings.values()]
 
 
-def _in_order(value) -> tuple:
-    """Numbers by their size, before everything else by its text."""
+def _sort_key(value) -> tuple:
+    """Numbers by size, then all other values by their text."""
     is_number = isinstance(value, int | float)
     return not is_number, value if is_number else 0, str(value)
 
@@ -197,61 +161,61 @@ def _in_order(value) -> tuple:
 # ---- the page ---------------------------------------------------------------------------------------------------------------
 
 
-def comparison_page(runs: Sequence[Run]) -> str:
+def comparison_page(runs: Sequence[RunRecord]) -> str:
     """The HTML of a comparison."""
-    groups = grouped(runs)
-    return page(
+    groups = group_runs(runs)
+    return render(
         "comparison.html",
         number=len(runs),
         keys=differing_keys(runs),
-        warnings=doubts(runs),
-        columns=[title for name, title in COLUMNS.items() if any(name in run.newest for run in runs)],
-        rows=[row_of(group) for group in groups],
-        frontiers=[picture for picture in frontiers(groups) if picture],
-        charts=[picture for name, title in CURVES.items() if (picture := curves(groups, name, title))],
+        warnings=comparability_warnings(runs),
+        columns=[title for name, title in COLUMNS.items() if any(name in run.last_evaluation for run in runs)],
+        rows=[table_row(group) for group in groups],
+        frontiers=[figure for figure in frontier_charts(groups) if figure],
+        charts=[figure for name, title in CURVES.items() if (figure := curve_chart(groups, name, title))],
     )
 
 
-def doubts(runs: Sequence[Run]) -> list[str]:
-    """Which columns do not compare between the runs, and why."""
+def comparability_warnings(runs: Sequence[RunRecord]) -> list[str]:
+    """Which columns are not comparable across the runs, and why."""
     if len(runs) < 2:
         return []
     found = []
     keys = [key for key in differing_keys(runs) if key.startswith("loss.") and key not in OF_TRAINING]
     if keys:
         found.append(
-            f"Held-out losses do not compare: they are of other formulas where {', '.join(keys)} differ. Accuracies do."
+            f"Held-out losses are not comparable: their formula depends on {', '.join(keys)}. Accuracies are comparable."
         )
     if "loss.beta" in keys:
-        found.append("Reward margins have beta in them: margin / beta compares.")
-    own = sorted({run.config.get("loss.name") for run in runs} & {*OF_THEIR_RUN})
-    if own:
-        found.append(f"Held-out losses of {', '.join(own)} depend on what their run has seen, and do not compare.")
-    old = [run.name for run in runs if metric_names.loss_is_at_beta_used(run.newest)]
+        found.append("Reward margins scale with beta: compare margin / beta.")
+    stateful = sorted({run.settings.get("loss.name") for run in runs} & {*OF_THEIR_RUN})
+    if stateful:
+        found.append(f"Held-out losses of {', '.join(stateful)} depend on the data seen in training, and are not comparable.")
+    old = [run.label for run in runs if metric_names.loss_is_at_beta_used(run.last_evaluation)]
     if old:
-        found.append(f"Of an earlier version, with the held-out loss at beta-DPO's beta in force: {', '.join(old)}.")
+        found.append(f"An earlier version logged the held-out loss at the current beta of beta-DPO: {', '.join(old)}.")
     return found
 
 
-def row_of(group: Group) -> dict:
+def table_row(group: Group) -> dict:
     """A group's row of the table."""
-    cells = [cell(group.runs, name) for name in COLUMNS if any(name in run.newest for run in group.runs)]
+    cells = [table_cell(group.runs, name) for name in COLUMNS if any(name in run.last_evaluation for run in group.runs)]
     return {
         "settings": list(group.settings.values()),
         "cells": cells,
-        "runs": [{"name": run.name, "seed": run.config.get(SEED), "progress": run.progress} for run in group.runs],
+        "runs": [{"label": run.label, "seed": run.settings.get(SEED), "status": run.status} for run in group.runs],
     }
 
 
-def cell(runs: Sequence[Run], name: str) -> str:
-    """A metric at the newest evaluation: of one run with its 95% interval, of several their mean and standard deviation."""
-    rows = [run.newest for run in runs if isinstance(run.newest.get(name), int | float)]
+def table_cell(runs: Sequence[RunRecord], name: str) -> str:
+    """A metric at the last evaluation: of one run with its 95% interval, of several their mean and standard deviation."""
+    rows = [run.last_evaluation for run in runs if isinstance(run.last_evaluation.get(name), int | float)]
     if not rows:
         return "-"
     if len(rows) == 1:
         [row] = rows
         bounds = row.get(f"{name}/low"), row.get(f"{name}/high")
-        found = with_interval(row[name], *bounds) if None not in bounds else shown(row[name])
+        found = with_interval(row[name], *bounds) if None not in bounds else format_number(row[name])
     else:
         values = [row[name] for row in rows]
         found = f"{statistics.fmean(values):.3g} ± {statistics.stdev(values):.2g}"
@@ -259,40 +223,38 @@ def cell(runs: Sequence[Run], name: str) -> str:
     return f"{found} ({min(prompts):.0f} prompts: too few)" if prompts and too_few(min(prompts), name) else found
 
 
-def curves(groups: Sequence[Group], name: str, title: str):
-    """A metric's curves of all groups, overlaid."""
+def curve_chart(groups: Sequence[Group], name: str, title: str) -> Markup:
+    """The chart of a metric with a line for each group."""
     lines = [group.line(name, group.name, style) for style, group in enumerate(groups)]
     return chart(f"{title[0].upper()}{title[1:]}", lines)
 
 
-def frontiers(groups: Sequence[Group]) -> Iterator:
-    """Reward accuracy against the distance from the reference, one point a run; a picture for each measure of distance."""
+def frontier_charts(groups: Sequence[Group]) -> Iterator[Markup]:
+    """Reward accuracy against the distance from the reference, one point per run; a chart for each measure of distance."""
     for measure in (KL, FALL):
-        found = [(group, line) for style, group in enumerate(groups) if (line := placed(group, measure, style))]
+        found = [(group, line) for style, group in enumerate(groups) if (line := frontier_points(group, measure, style))]
         lines = [line for _, line in found]
-        note = "held out; to the upper left is better"
-        yield chart("Reward accuracy and distance", [frontier(found), *lines], note, x_name=f"{measure}, nats")
+        note = "held out; upper left is better"
+        yield chart("Reward accuracy and distance", [frontier_line(found), *lines], note, x_name=f"{measure}, nats")
 
 
-def frontier(placed_groups: Sequence[tuple[Group, Line]]) -> Line | None:
-    """The line through the groups' means in the order of the one number that sets them apart, such as beta; else None."""
-    keys = {key for group, _ in placed_groups for key in group.settings}
-    numbers = [value for group, _ in placed_groups for value in group.settings.values()]
+def frontier_line(points: Sequence[tuple[Group, Line]]) -> Line | None:
+    """The line through the groups' means by the one number that distinguishes them, such as beta; None for other groups."""
+    keys = {key for group, _ in points for key in group.settings}
+    numbers = [value for group, _ in points for value in group.settings.values()]
     if len(numbers) < 2 or len(keys) != 1 or not all(isinstance(value, int | float) for value in numbers):
         return None
     [key] = keys
-    means = numpy.array([(line.x.mean(), line.y.mean()) for _, line in placed_groups])
-    return Line(f"means, by {key.removeprefix('loss.')}", *means.T, style=len(placed_groups))
+    means = numpy.array([(line.x.mean(), line.y.mean()) for _, line in points])
+    return Line(f"means, by {key.removeprefix('loss.')}", *means.T, style=len(points))
 
 
-def placed(group: Group, measure: str, style: int) -> Line | None:
-    """Where a group's runs stand by one measure of distance, the first of them with the group's name; None for nowhere."""
+def frontier_points(group: Group, measure: str, style: int) -> Line | None:
+    """The distance and accuracy of a group's runs, the first labeled with the group's name; None without any run."""
     points = sorted(
-        (run.distance[1], run.newest[metric_names.EVAL_ACCURACY])
+        (moved[1], run.last_evaluation[ACCURACY])
         for run in group.runs
-        if run.distance is not None
-        and run.distance[0] == measure
-        and isinstance(run.newest.get(metric_names.EVAL_ACCURACY), int | float)
+        if (moved := distance(run)) and moved[0] == measure and isinstance(run.last_evaluation.get(ACCURACY), int | float)
     )
     if not points:
         return None
@@ -303,22 +265,22 @@ def placed(group: Group, measure: str, style: int) -> Line | None:
 # ---- the files --------------------------------------------------------------------------------------------------------------
 
 
-def csv_of(runs: Sequence[Run]) -> str:
-    """One row a run: name, seed, the keys that differ, how far it is, and each metric of its newest evaluation."""
+def comparison_csv(runs: Sequence[RunRecord]) -> str:
+    """One row per run: label, seed, the keys that differ, each metric of the last evaluation, and the distance."""
     keys = [SEED, *differing_keys(runs)]
-    metrics = list(dict.fromkeys(name for run in runs for name in run.newest))
+    metrics = list(dict.fromkeys(name for run in runs for name in run.last_evaluation))
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(["run", *keys, *metrics, "distance", "distance_measure"])
     for run in runs:
-        measure, distance = run.distance or ("", "")
-        values = [run.config.get(key) for key in keys] + [run.newest.get(name) for name in metrics]
-        writer.writerow([run.name, *values, distance, measure])
+        measure, nats = distance(run) or ("", "")
+        values = [run.settings.get(key) for key in keys] + [run.last_evaluation.get(name) for name in metrics]
+        writer.writerow([run.label, *values, nats, measure])
     return without_secrets(file.getvalue())
 
 
 def write_comparison(paths: Sequence[Path], to: Path) -> list[Path]:
-    """Compare the runs in and below some paths; writes comparison.html and .csv into a folder and returns their paths.
+    """Compare the runs at and below some paths: write comparison.html and comparison.csv into a folder, return their paths.
 
     Raises UserError where there is no run, and where the files cannot be written.
     """
@@ -326,8 +288,7 @@ def write_comparison(paths: Sequence[Path], to: Path) -> list[Path]:
     try:
         to.mkdir(parents=True, exist_ok=True)
         write_page(to / PAGE, comparison_page(runs))
-        write_page(to / TABLE, csv_of(runs))
+        write_page(to / TABLE, comparison_csv(runs))
     except OSError as error:
-        fault = f"--to: {to} cannot be written to: {error.strerror}. Expected a folder of yours, with room."
-        raise UserError(fault) from error
+        raise UserError(f"--to: cannot write {to}: {error.strerror}. Expected a writable folder with enough space.") from error
     return [to / PAGE, to / TABLE]

@@ -1,7 +1,6 @@
-"""The README.md of an exported model: the hub's metadata, what it was trained on and how, its numbers, and how to load it.
+"""The model card of an exported model: hub metadata, training data and configuration, metrics, and how to load it.
 
-Everything in it is read from the checkpoint and from the run's metrics.jsonl. Places on this machine, and what looks like a
-secret, are left out.
+Everything comes from the checkpoint and the run's metrics.jsonl. Local paths and secrets are omitted.
 """
 
 import json
@@ -25,20 +24,20 @@ from preference_training.evaluation.phrasing import too_few
 
 LOSSES = {
     "sft": "supervised fine-tuning (SFT)",
-    "dpo": "direct preference optimisation (DPO, [arXiv 2305.18290](https://arxiv.org/abs/2305.18290))",
-    "ipo": "identity preference optimisation (IPO, [arXiv 2310.12036](https://arxiv.org/abs/2310.12036))",
+    "dpo": "direct preference optimization (DPO, [arXiv 2305.18290](https://arxiv.org/abs/2305.18290))",
+    "ipo": "identity preference optimization (IPO, [arXiv 2310.12036](https://arxiv.org/abs/2310.12036))",
     "beta_DPO": "beta-DPO ([arXiv 2407.08639](https://arxiv.org/abs/2407.08639))",
 }
 
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What a card is written from.
+    """The content of a model card.
 
-    name is what it is loaded by; config the run's whole configuration, None where it is not known; examples how many it was
-    trained on; held_out metric → mean at that point; evaluation metric → {mean, low, high}, and how many "examples" these are
-    over, where there is one; rows those of metrics.jsonl up to it. prompt is one in the form of
-    training; notes are sentences about this export. adapter: it holds an adapter, not a whole model.
+    name: what to load the model by. config: the run's configuration, None if unknown. examples: how many it was trained on.
+    held_out: metric → mean at this checkpoint. evaluation: metric → {mean, low, high} and the numbers of examples and prompts,
+    if it was evaluated. rows: metrics.jsonl up to this checkpoint. prompt: an example in the format of training. notes:
+    sentences about this export. adapter: it holds an adapter, not full weights.
     """
 
     name: str
@@ -57,9 +56,13 @@ class CardFacts:
     adapter: bool = False
     quantized: str | None = None
 
+    def summary(self, directory: Path) -> str:
+        """One line on the model in a directory."""
+        return f"{directory}: {self.architecture}, {self.parameters:,} parameters, {self.dtype}"
+
 
 def model_card(facts: CardFacts) -> str:
-    """The text of a README.md, its metadata in front."""
+    """The text of the README.md, with its metadata."""
     sections = [
         f"---\n{metadata(facts)}\n---",
         f"# {facts.name.rsplit('/', 1)[-1]}",
@@ -68,12 +71,12 @@ def model_card(facts: CardFacts) -> str:
     ]
     if facts.config is not None:
         sections += [_data(facts.config), _configuration(facts.config)]
-    sections += [_numbers(facts), _curves(facts.rows), _versions(facts)]
+    sections += [_metrics(facts), _curves(facts.rows), _versions(facts)]
     return without_secrets("\n\n".join(section for section in sections if section) + "\n")
 
 
 def metadata(facts: CardFacts) -> str:
-    """The YAML in front of a card, in the hub's terms."""
+    """The card's YAML metadata, in the terms of the hub."""
     from huggingface_hub import ModelCardData
 
     loss = _loss_of(facts.config)
@@ -83,7 +86,7 @@ def metadata(facts: CardFacts) -> str:
         "library_name": "peft" if facts.adapter else "transformers",
         "pipeline_tag": "text-generation",
         "base_model": base,
-        "datasets": sorted(set(hub_sets(facts.config))) or None,
+        "datasets": sorted(set(hub_datasets(facts.config))) or None,
         "tags": [*method, *(["lora"] if facts.adapter else [])] or None,
     }
     if base:
@@ -92,20 +95,20 @@ def metadata(facts: CardFacts) -> str:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a model's or a data set's name can be one of the hub's, and is no directory here."""
+    """Whether the name of a model or a data set may be a hub id, rather than a local path."""
     return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None and not name.startswith(".") and not Path(name).exists()
 
 
-def entries_of(config: dict | None) -> list[dict]:
+def dataset_entries(config: dict | None) -> list[dict]:
     """The entries of `datasets`, each as a dict."""
     datasets = [] if config is None else config["datasets"]
     listed = datasets if isinstance(datasets, list) else [datasets]
     return [entry if isinstance(entry, dict) else {"name": entry} for entry in listed]
 
 
-def hub_sets(config: dict | None) -> Iterable[str]:
-    """The hub ids of a run's data sets, of those that lie there."""
-    for entry in entries_of(config):
+def hub_datasets(config: dict | None) -> Iterable[str]:
+    """The hub ids of those of a run's data sets that are on the hub."""
+    for entry in dataset_entries(config):
         name = str(entry.get("name") or entry.get("path"))
         if name in DATASETS:
             if hub_id := DATASETS[name].hub_id:
@@ -133,18 +136,18 @@ def _introduction(facts: CardFacts) -> str:
     loss = _loss_of(facts.config)
     if loss:
         keys = facts.config["loss"]
-        # Of a loss of the user's own: its name, and not where on this machine its file lies.
+        # For a user-defined loss, its name without its local path.
         own = Path(str(keys.get("function", ""))).name
         shown = keys if not own else keys.get("options") or {}
         values = ", ".join(f"{key} {value}" for key, value in shown.items() if key not in ("name", "mode_loss"))
-        text += f", trained by {LOSSES.get(loss, loss) if not own else f'a loss of its own, `{own}`,'}"
+        text += f", trained by {LOSSES.get(loss, loss) if not own else f'a user-defined loss, `{own}`,'}"
         text += f" with {values}" if values else ""
     if facts.examples is not None:
         text += f" on {facts.examples:,} examples"
     if facts.base is not None:
         text += f", starting from `{_shown_name(facts.base)}`."
     else:
-        text += ", made from scratch." if facts.config is not None else "."
+        text += ", randomly initialized." if facts.config is not None else "."
     return "\n\n".join([text, *facts.notes])
 
 
@@ -160,29 +163,29 @@ def _loading(facts: CardFacts) -> str:
         "print(tokenizer.decode(output[0, inputs.input_ids.shape[1] :], skip_special_tokens=True))",
     ]
     needed = [package for package, used in (("peft", facts.adapter), ("torchao", facts.quantized)) if used]
-    also = f"It needs {needed[0]} beside transformers.\n\n" if needed else ""
-    end = " The chat template writes them so." * (facts.prompt != PLAIN_PROMPT)
+    also = f"Requires {needed[0]} in addition to transformers.\n\n" if needed else ""
+    end = " The chat template formats them this way." * (facts.prompt != PLAIN_PROMPT)
     snippet = "\n".join(lines)
-    return f"## Use\n\n{also}```python\n{snippet}\n```\n\nPrompts have to look as they did in training.{end}"
+    return f"## Use\n\n{also}```python\n{snippet}\n```\n\nPrompts must have the format of training.{end}"
 
 
 def _data(config: dict) -> str:
     lines = []
-    for entry in entries_of(config):
+    for entry in dataset_entries(config):
         name = str(entry.get("name") or entry.get("path"))
         shown = _shown_name(name)
         rest = {key: value for key, value in entry.items() if key not in ("name", "path", "data_dir", "test_path")}
         lines.append(f"- `{shown}`" + (f", with `{json.dumps(rest, ensure_ascii=False)}`" if rest else ""))
-    template = config.get("template") or "none: texts as they are, conversations as HH dialogues"
-    return "## Training data\n\n" + "\n".join(lines) + f"\n\nTemplate of prompts: {template}."
+    template = config.get("template") or "none: plain texts unchanged, conversations as HH dialogues"
+    return "## Training data\n\n" + "\n".join(lines) + f"\n\nPrompt template: {template}."
 
 
 def _shown_name(name: str) -> str:
-    """A name without the directories of this machine."""
+    """A name without local directories."""
     return name if is_hub_id(name) and not _is_file(name) else Path(name).name
 
 
-# Where files lie and where a run computes, how much it says: nothing that the model depends on.
+# Keys that the model does not depend on: paths, hardware, logging.
 NOT_SHOWN = (
     "hydra", "datasets", "exp_name", "local_dirs", "local_run_dir", "cache_dir", "wandb", "resume", "fsdp_port", "debug",
     "dry_run", "model.archive", "model.name_or_path", "model.tokenizer_name_or_path", "save_", "keep_", "max_wall_time",
@@ -191,10 +194,10 @@ NOT_SHOWN = (
 )  # fmt: skip
 
 
-def settings_changed(config: dict) -> dict[str, tuple[object, object]]:
-    """The keys of a run that differ from the defaults in config/: name → (the run's value, the default or None)."""
+def changed_settings(config: dict) -> dict[str, tuple[object, object]]:
+    """The settings of a run that differ from the defaults in config/: key → (value, default or None)."""
     now = dotted(config)
-    # The YAML says the last as a reference to another key.
+    # Its default is an interpolation of another key.
     before = _defaults(config["loss"]["name"], config["trainer"]["name"]) | {
         "model.reference_dtype": now.get("model.policy_dtype")
     }
@@ -204,50 +207,50 @@ def settings_changed(config: dict) -> dict[str, tuple[object, object]]:
 
 @cache
 def _defaults(loss: str, trainer: str) -> dict:
-    """The defaults of all keys, by their dotted names, under a loss and a trainer."""
+    """The defaults of all keys, dotted, for a loss and a trainer."""
     values = OmegaConf.to_container(OmegaConf.load(CONFIG_DIR / "config.yaml"))
     for group, name in {"model": "base_model", "loss": loss, "trainer": trainer}.items():
-        # A name in data forms no path.
+        # A name in a configuration must not be used as a path.
         known = name in ("base_model", *choices_of(group))
         values[group] = OmegaConf.to_container(OmegaConf.load(CONFIG_DIR / group / f"{name}.yaml")) if known else {}
     return dotted(values)
 
 
 def _configuration(config: dict) -> str:
-    changed = settings_changed(config)
-    # Where a file lies on this machine.
+    changed = changed_settings(config)
+    # A local path.
     changed.pop("loss.function", None)
-    rows = [f"| `{key}` | {_cell(value)} | {_cell(usual)} |" for key, (value, usual) in changed.items()]
-    head = "## Configuration\n\nWhat differs from the defaults:\n\n| key | value | default |\n|---|---|---|\n"
+    rows = [f"| `{key}` | {_cell(value)} | {_cell(default)} |" for key, (value, default) in changed.items()]
+    head = "## Configuration\n\nSettings that differ from the defaults:\n\n| key | value | default |\n|---|---|---|\n"
     return head + "\n".join(rows) if rows else ""
 
 
 def _cell(value) -> str:
-    """A value as code in a cell of a table, on one line."""
-    shown = "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in str(value))
+    """A value as code in a table cell, on one line."""
+    shown = "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in str(value))
     return "" if value is None else "`" + shown.replace("`", "'").replace("|", "\\|") + "`"
 
 
-def _numbers(facts: CardFacts) -> str:
+def _metrics(facts: CardFacts) -> str:
     if facts.evaluation:
         return _intervals(facts.evaluation)
     if not facts.held_out:
         return ""
     limit = facts.config and facts.config.get("n_eval_examples")
-    number = f"{limit:,} held-out examples (all, if there are fewer)" if limit else "all held-out examples"
+    number = f"{limit:,} held-out examples (or all of them, if fewer)" if limit else "all held-out examples"
     table = "\n".join(f"| {name} | {value:.4g} |" for name, value in sorted(facts.held_out.items()))
     return (
-        f"## Held-out numbers\n\nMeans over {number if facts.config else 'the held-out examples'}. The values of single "
-        f"examples are not kept with a checkpoint, so that no intervals can be given.\n\n| metric | mean |\n|---|---|\n{table}"
+        f"## Held-out metrics\n\nMeans over {number if facts.config else 'the held-out examples'}. A checkpoint does not store "
+        f"the values of single examples, so there are no intervals.\n\n| metric | mean |\n|---|---|\n{table}"
     )
 
 
 def _intervals(evaluation: dict) -> str:
-    few = f" {text}." if (text := too_few(evaluation["prompts"], "Held-out numbers")) else ""
+    few = f" {text}." if (text := too_few(evaluation["prompts"], "Held-out metrics")) else ""
     rows = [(name, value) for name, value in evaluation.items() if isinstance(value, dict) and value.get("low") is not None]
     table = "\n".join(f"| {name} | {value['mean']:.4g} | {value['low']:.4g} to {value['high']:.4g} |" for name, value in rows)
     return (
-        f"## Held-out numbers\n\nOver {evaluation['examples']:,} examples of {evaluation['prompts']:,} held-out prompts, with "
+        f"## Held-out metrics\n\nOver {evaluation['examples']:,} examples of {evaluation['prompts']:,} held-out prompts, with "
         f"95% intervals over prompts.{few}\n\n| metric | mean | 95% interval |\n|---|---|---|\n{table}"
     )
 
@@ -256,7 +259,7 @@ CURVES = (TRAIN_LOSS, EVAL_LOSS, TRAIN_ACCURACY, EVAL_ACCURACY, EVAL_MARGIN)
 
 
 def _curves(rows: list[dict], points: int = 12) -> str:
-    """A table of at most `points` rows: means of the steps since the row before, and the newest evaluation."""
+    """A table of at most `points` rows: means of the steps since the previous row, and the last evaluation."""
     names = [name for name in CURVES if any(name in row for row in rows)]
     last = max((row[EXAMPLES] for row in rows if TRAIN_LOSS in row), default=0)
     bounds = [-1, *(last * number / points for number in range(1, points + 1))]
@@ -268,7 +271,7 @@ def _curves(rows: list[dict], points: int = 12) -> str:
     if not lines:
         return ""
     head = "| examples | " + " | ".join(names) + " |\n|" + "---|" * (len(names) + 1)
-    return "\n".join(["## Training", "", "Training: means of the steps since the row before.", "", head, *lines])
+    return "\n".join(["## Training", "", "Training metrics are means of the steps since the previous row.", "", head, *lines])
 
 
 def _curve(part: list[dict], name: str) -> str:

@@ -25,7 +25,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from preference_training.core.files import locked, write_atomically
 from preference_training.core.hashing import hash_of_values
-from preference_training.tracking.run_files import JOB, METRICS, json_object
+from preference_training.tracking.run_files import (
+    JOB,
+    METRICS,
+    json_object,
+)
 
 START, JOBS, STOP = "sweep.json", "jobs.json", ".stop"
 # Keys that are not part of a job's identity, and may change between starts of its sweep: where it computes and what it logs.

@@ -11,7 +11,10 @@ from pathlib import Path
 
 from preference_training.core.errors import first_line
 from preference_training.core.metric_names import EXAMPLES
-from preference_training.tracking.run_files import TENSORBOARD, WANDB
+from preference_training.tracking.run_files import (
+    TENSORBOARD,
+    WANDB,
+)
 
 
 @dataclass(frozen=True)

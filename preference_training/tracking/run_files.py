@@ -9,7 +9,10 @@ from math import inf
 from pathlib import Path
 
 from preference_training.core.metric_names import EVAL_LOSS, EXAMPLES, UPDATES
-from preference_training.core.values import UNREADABLE, misfit
+from preference_training.core.values import (
+    UNREADABLE,
+    misfit,
+)
 
 METRICS, SAMPLES, BAD_STEPS, EVENTS = "metrics.jsonl", "samples.jsonl", "bad_batches.jsonl", "events.jsonl"
 RESULTS_FILE, ABOUT, FLAGGED = "results.json", "about.json", "flagged_pairs.jsonl"

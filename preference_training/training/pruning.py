@@ -16,7 +16,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from preference_training.core.errors import UserError, nearest
 from preference_training.core.metric_names import EXAMPLES, smaller_is_better
-from preference_training.tracking.run_files import JOB, METRICS, PRUNED, json_object, metric_rows
+from preference_training.tracking.run_files import (
+    JOB,
+    METRICS,
+    PRUNED,
+    json_object,
+    metric_rows,
+)
 
 # What brings Optuna.
 SWEEP_REQUIREMENTS = "pip install -r requirements/sweeps.txt"

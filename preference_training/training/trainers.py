@@ -48,11 +48,16 @@ from preference_training.distributed.layer_splitting import (
 )
 from preference_training.distributed.placement import OneProcess, Sharded, SplitLayers, TensorParallel
 from preference_training.distributed.sharding import clip_by_global_norm
-from preference_training.evaluation.held_out import HeldOut, evaluate
-from preference_training.evaluation.held_out_report import intervals_of
+from preference_training.evaluation.breakdown import interval_metrics
+from preference_training.evaluation.held_out import HeldOut, evaluate_held_out
 from preference_training.evaluation.phrasing import too_few
-from preference_training.generation.sampling import sample_answers
-from preference_training.losses.objectives import Loss, LossOutput, Survey, example_metrics
+from preference_training.generation.sampling import Sampler
+from preference_training.losses.objectives import (
+    Loss,
+    LossOutput,
+    Survey,
+    example_metrics,
+)
 from preference_training.modeling.adapters import kept_weights
 from preference_training.modeling.logprobs import LiveReference, response_logps
 from preference_training.modeling.state import compute_device
@@ -439,13 +444,13 @@ class BasicTrainer:
         if self.evaluated_at == self.examples:
             return
         see = self.same_start and self.same_start.see
-        self.held_out = evaluate(self.policy, self.reference, self.loss, self.eval_batches, self.ranks, see)
+        self.held_out = evaluate_held_out(self.policy, self.reference, self.loss, self.eval_batches, self.ranks, see)
         self.check_start()
         warnings = self.doubts() if self.held_out_means is None else []
         self.held_out_means = self.held_out.means()
         self.evaluated_at = self.examples
         self.compare_with_best()
-        self.tracker.log_evaluation(self.held_out_means | intervals_of(self.held_out) | self.counters())
+        self.tracker.log_evaluation(self.held_out_means | interval_metrics(self.held_out) | self.counters())
         for text in warnings:
             self.tracker.say(f"warning: {text}")
         if self.sample_prompts:
@@ -487,8 +492,8 @@ class BasicTrainer:
 
     def answers(self, model: nn.Module | None = None) -> list[str]:
         """A model's answers to the sample prompts; the policy's, unless another is given."""
-        wanted = self.sample_prompts, self.config.max_length, self.config.seed
-        return sample_answers(self.policy if model is None else model, self.tokenizer, *wanted, self.ranks)
+        sampler = Sampler(self.tokenizer, self.config.max_length, self.config.seed, self.ranks)
+        return sampler.texts(self.policy if model is None else model, self.sample_prompts)
 
     def sample(self) -> list[dict]:
         """Answers of the policy, and of the reference where there is one, to the sample prompts.

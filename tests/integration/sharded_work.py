@@ -33,7 +33,7 @@ from preference_training.data.rows.records import PreferenceRecord
 from preference_training.data.tokenization import TokenSettings, tokenize_records
 from preference_training.distributed.launching import end_group, start_group
 from preference_training.distributed.sharding import Layout, load_sharded, make_mesh, ranks_of, whole
-from preference_training.evaluation.held_out import evaluate
+from preference_training.evaluation.held_out import evaluate_held_out
 from preference_training.losses.objectives import build_loss
 from preference_training.modeling.loading import load_model, weights_hash
 from preference_training.modeling.logprobs import LiveReference
@@ -280,8 +280,8 @@ def evaluate_unevenly(settings: dict, num_rows: int) -> dict:
     prompts = golden_prompts(world.tokenizer, True)
     table = PromptTable.of((prompts * 3)[:num_rows])
     sizes = 7, None, 0, TokenBudget(60, 60)
-    found = evaluate(trainer.policy, trainer.reference, trainer.loss, evaluation_batches(table, *sizes, ranks), ranks)
-    expected = evaluate(single.policy, single.reference, single.loss, evaluation_batches(table, *sizes))
+    found = evaluate_held_out(trainer.policy, trainer.reference, trainer.loss, evaluation_batches(table, *sizes, ranks), ranks)
+    expected = evaluate_held_out(single.policy, single.reference, single.loss, evaluation_batches(table, *sizes))
     everything = table.select(torch.arange(len(table)).numpy())
     logps = [
         compute_logps(LiveReference(trainer.policy), Reads(everything, everything), ranks).logps,

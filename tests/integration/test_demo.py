@@ -13,10 +13,10 @@ def test_the_demo_teaches_both_kinds_of_answer_and_then_the_preferred_one(tmp_pa
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "demo" / "results.json").read_text())
-    assert results["SFT"]["SFT loss, nats an answer"] < 0.1 * results["untrained"]["SFT loss, nats an answer"]
-    assert results["SFT"]["sampled answers preferred"] < 0.6
+    assert results["SFT"]["SFT loss (nats per response)"] < 0.1 * results["untrained"]["SFT loss (nats per response)"]
+    assert results["SFT"]["sampled responses of the preferred kind"] < 0.6
     assert results["SFT"]["reward accuracy"] == 0.5 and results["SFT"]["reward margin"] == 0
     assert results["DPO"]["reward accuracy"] >= 0.95
-    assert results["DPO"]["sampled answers preferred"] >= 0.9
+    assert results["DPO"]["sampled responses of the preferred kind"] >= 0.9
     for told in ("384 held-out prompts", "reward margin", "sft/LATEST", "Everything lies in"):
         assert told in done.stdout

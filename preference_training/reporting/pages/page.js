@@ -1,5 +1,5 @@
 "use strict";
-// The values of each chart, under the pointer or where the arrow keys have gone.
+// Readout of a chart's values at the pointer, or at the position chosen with the arrow keys.
 const words = (value) => value.toLocaleString("en", { maximumSignificantDigits: 5 });
 const element = (name, className, text) => Object.assign(document.createElement(name), { className, textContent: text });
 const nearest = (values, wanted) =>
@@ -13,13 +13,13 @@ for (const figure of document.querySelectorAll("figure.chart")) {
   const across = (x) => (x - left) / (right - left);
   const up = (y) => (y - bottom) / (top - bottom);
   const points = lines.some((line) => line.labels.length);
-  // Where something can be read: at each x, of all lines there; of points, at each of them.
+  // Readable positions: each x, for all lines there; for labeled points, each of them.
   const places = points
     ? lines.flatMap((line) => line.x.map((x, k) => ({ x, rows: [[line, k]] }))).sort((a, b) => a.x - b.x)
     : [...new Set(lines.flatMap((line) => line.x))].sort((a, b) => a - b).map((x) => ({ x, rows: rowsAt(x) }));
   let place = -1;
 
-  // A line that begins later or has ended has nothing to say; one that is measured now and then says its nearest value.
+  // Skip lines that start later or have ended; a sparsely logged line shows its nearest value.
   function rowsAt(x) {
     const near = (right - left) / 100;
     return lines
@@ -55,7 +55,7 @@ for (const figure of document.querySelectorAll("figure.chart")) {
     plot.append(...rows.map(mark));
     cursor.style.display = "block";
     cursor.style.left = `${100 * across(x)}%`;
-    // Beside the line where there is room, never outside the plot, and away from the values.
+    // Next to the cursor where there is space, inside the plot, and away from the values.
     const high = rows.reduce((sum, [line, k]) => sum + up(line.y[k]), 0) / rows.length > 0.5;
     readout.classList.toggle("low", high);
     const [at, wide, room] = [across(x) * plot.clientWidth, readout.offsetWidth, plot.clientWidth];
@@ -86,7 +86,7 @@ for (const figure of document.querySelectorAll("figure.chart")) {
     show(moves[event.key]);
   });
 }
-// On paper nothing can be opened.
+// Details cannot be opened on paper.
 window.addEventListener("beforeprint", () => {
   for (const details of document.querySelectorAll("details.printed")) details.open = true;
 });

@@ -1,6 +1,6 @@
-"""A page in one file: from a template of pages/, with style and script in it, and nothing that is asked of anybody else.
+"""Self-contained HTML pages from the templates in this folder, with style and script inline and no external requests.
 
-What comes from runs is text and never markup: templates escape it, and the page's policy lets no script run but its own.
+Values from runs are text, never markup: templates escape them, and the content security policy allows only the page's script.
 """
 
 import base64
@@ -11,11 +11,11 @@ from pathlib import Path
 from preference_training.core.files import write_atomically
 from preference_training.core.secrets import without_secrets
 
-FOLDER = Path(__file__).parent / "page_templates"
+FOLDER = Path(__file__).parent
 
 
-def page(template: str, **values) -> str:
-    """The HTML of a template, without what looks like a secret. Texts among the values are escaped; `Markup` is markup."""
+def render(template: str, **values) -> str:
+    """Render a template to HTML and redact secrets. Strings are escaped; `Markup` is not."""
     script = (FOLDER / "page.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = (
@@ -40,5 +40,5 @@ def _environment():
 
 
 def write_page(path: Path, html: str) -> None:
-    """Write a page as a whole: a browser never reads half of it. Raises OSError."""
+    """Write a page atomically, so that nobody reads half of one. Raises OSError."""
     write_atomically(path, html)

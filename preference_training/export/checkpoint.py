@@ -1,0 +1,180 @@
+"""Export of a run's checkpoint as a directory to serve from, with a model card; optionally quantized, for Ollama, to the hub.
+
+What can be refused early is refused before any weights are read.
+
+    checkpoint -> weights or adapter, tokenizer, Modelfile -> comparison with the run's model -> README.md -> hub
+"""
+
+import json
+import math
+import shlex
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from preference_training.checkpointing.model_files import save_tokenizer
+from preference_training.checkpointing.saved_models import compare_parts
+from preference_training.configuration.validation import TEMPLATES
+from preference_training.core.errors import UserError
+from preference_training.data.chat_templates import end_tokens, format_of_run, serve_as_trained
+from preference_training.export import hub, verification
+from preference_training.export.directory import new_directory, save_weights
+from preference_training.export.modelfile import OllamaFiles, check_architecture
+from preference_training.export.options import ExportOptions, check_options
+from preference_training.export.quantization import quantize_weights
+from preference_training.export.source import Source
+from preference_training.modeling import loading
+from preference_training.modeling.adapters import BASE_DIR, SETTINGS_FILE, WEIGHTS_FILE, settings_of_file
+from preference_training.reporting.model_card import CardFacts, model_card
+
+GENERATION = "generation_config.json"
+
+
+def export(path: Path, options: ExportOptions) -> list[str]:
+    """Export the model of a run directory or a checkpoint; returns the lines to print.
+
+    Raises UserError if the export fails, and then leaves no directory.
+    """
+    source = Source.read(path, options.trust_remote_code)
+    check_options(options, source.is_adapter)
+    tokenizer = source.load_tokenizer()
+    prompt_format = _prompt_format(source, options.template)
+    prompt, notes = serve_as_trained(prompt_format, tokenizer)
+    ollama = None
+    if options.ollama:
+        if architectures := source.stored_config.get("architectures"):
+            check_architecture(architectures[0])
+        ollama = OllamaFiles.build(source.config, tokenizer, options.template or prompt_format, source.tokenizer_sources)
+        notes += ollama.notes
+    if options.push:
+        hub.reserve(options.push, options.private)
+    task = _Export(source, options, tokenizer, options.dtype or source.dtype, end_tokens(prompt_format, tokenizer))
+    with new_directory(options.to) as partial:
+        with verification.refuse_other_model(options.to):
+            facts, verify = task.write(partial)
+        save_tokenizer(tokenizer, partial)
+        if ollama:
+            ollama.write(partial, tokenizer)
+        with verification.refuse_other_model(options.to):
+            notes += verify()
+        facts = replace(facts, name=options.push or options.to.resolve().name, prompt=prompt)
+        (partial / "README.md").write_text(model_card(facts), encoding="utf-8")
+    return [facts.summary(options.to), *(f"note: {note}" for note in notes), *_next_steps(options)]
+
+
+def _prompt_format(source: Source, template: str | None) -> str | None:
+    """The format of the run's prompts: as its configuration says, or else as its first checkpoint recorded it."""
+    recorded = source.run.get("prompt_format")
+    try:
+        return format_of_run(source.config, template)[0]
+    except UserError:
+        return recorded if recorded in TEMPLATES else None
+
+
+def _next_steps(options: ExportOptions) -> list[str]:
+    """Upload the directory where that is asked for; the lines that say how to serve it."""
+    lines = []
+    if options.ollama:
+        command = ["ollama", "create", options.ollama, "--quantize", "q4_K_M", "-f", str(options.to / "Modelfile")]
+        lines.append(f"for Ollama: {shlex.join(command)}")
+    if options.push:
+        lines.append(f"on the hub: {hub.upload(options.to, options.push)}")
+    return lines
+
+
+# ---- weights ----------------------------------------------------------------------------------------------------------------
+
+# Compares a directory once all of it is written; returns notes. Raises DifferentModelError.
+Verify = Callable[[], list[str]]
+
+
+@dataclass(frozen=True)
+class _Export:
+    """What an export writes: the source's model in a dtype, with the tokenizer and the end tokens of training."""
+
+    source: Source
+    options: ExportOptions
+    tokenizer: object
+    dtype: str
+    end_tokens: list
+
+    def write(self, directory: Path) -> tuple[CardFacts, Verify]:
+        """Write the weights or the adapter; returns what the model card needs, and the comparison to run at the end."""
+        if self.source.is_adapter and not self.options.merge:
+            return self._write_adapter(directory)
+        return self._write_model(directory)
+
+    def _write_model(self, directory: Path) -> tuple[CardFacts, Verify]:
+        source, dtype, quantize, trust = self.source, self.dtype, self.options.quantize, self.options.trust_remote_code
+        model = source.load_model()
+        architecture = type(model).__name__
+        if self.options.ollama:
+            check_architecture(architecture)
+        expected, notes = verification.merge_and_round(model, source, dtype)
+        parameters = save_weights(model, directory, self.tokenizer, self.end_tokens)
+        if quantize:
+            quantize_weights(directory, quantize, dtype)
+        facts = replace(_card_facts(source), architecture=architecture, dtype=dtype, parameters=parameters, quantized=quantize)
+        if expected is None:
+            # Now, because there will be no model to compare with later.
+            compare_parts(directory, model, trust)
+            return facts, lambda: notes
+
+        def verify() -> list[str]:
+            if quantize:
+                error = verification.quantization_error(directory, expected, dtype, trust)
+                return [*notes, f"{quantize} changes log-probs by up to {error:.2g} nats per token"]
+            verification.compare_exported(directory, expected, dtype, trust)
+            return notes
+
+        return facts, verify
+
+    def _write_adapter(self, directory: Path) -> tuple[CardFacts, Verify]:
+        from safetensors import safe_open
+
+        source = self.source
+        for name in (SETTINGS_FILE, WEIGHTS_FILE, GENERATION):
+            if name != GENERATION or (source.checkpoint / name).is_file():
+                shutil.copyfile(source.checkpoint / name, directory / name)
+        with safe_open(directory / WEIGHTS_FILE, framework="pt") as weights:
+            shapes = [weights.get_slice(name).get_shape() for name in weights.keys()]  # noqa: SIM118  not a dict
+        base = source.base or settings_of_file(directory).get("base_model_name_or_path")
+        parameters = sum(math.prod(shape) for shape in shapes)
+        facts = replace(_card_facts(source), base=base, architecture="adapter", dtype=self.dtype, parameters=parameters)
+        notes = self._write_base(directory)
+        return replace(facts, adapter=True), lambda: notes + verification.compare_adapter(source, directory, self.dtype)
+
+    def _write_base(self, directory: Path) -> list[str]:
+        """Include the adapter's base model unless it is available elsewhere, and point the adapter to it; returns notes."""
+        source, settings = self.source, settings_of_file(directory)
+        base = settings.get("base_model_name_or_path")
+        is_available = base is not None and (not Path(base).is_absolute() or (Path(base) / "config.json").is_file())
+        if is_available and Path(base).name != BASE_DIR:
+            return []
+        model = loading.base_of(source.checkpoint, source.model_config(), self.tokenizer, source.cache_dir)
+        (directory / BASE_DIR).mkdir()
+        save_weights(model, directory / BASE_DIR, self.tokenizer)
+        save_tokenizer(self.tokenizer, directory / BASE_DIR)
+        settings["base_model_name_or_path"] = path = str(self.options.to.resolve() / BASE_DIR)
+        (directory / SETTINGS_FILE).write_text(json.dumps(settings, indent=2), encoding="utf-8")
+        return [f"the base model is in {BASE_DIR}/; {SETTINGS_FILE} names {path}: change it there if you move the directory"]
+
+
+def _card_facts(source: Source) -> CardFacts:
+    versions = {name: version for name, version in (source.run.get("versions") or {}).items() if isinstance(version, str)}
+    archive = source.config["model"].get("archive")
+    return CardFacts(
+        name="",
+        architecture="",
+        dtype="",
+        parameters=0,
+        config=source.config,
+        base=source.base,
+        examples=source.examples,
+        held_out=source.held_out,
+        evaluation=source.evaluation,
+        rows=source.rows,
+        versions=versions,
+        notes=[f"The run started from the weights of an earlier run, `{Path(archive).name}`."] if archive else [],
+    )

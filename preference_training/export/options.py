@@ -1,0 +1,53 @@
+"""What an export is to produce, and the checks that need neither weights nor a network."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from preference_training.core.errors import UserError
+from preference_training.export.quantization import quantization_config
+
+OLLAMA_NAME = re.compile(r"[A-Za-z0-9_][\w.-]*(/[\w.-]+)*(:[\w.-]+)?")
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """The options of the command line. `to` is the directory to create."""
+
+    to: Path
+    dtype: str | None = None
+    merge: bool = False
+    quantize: str | None = None
+    ollama: str | None = None
+    template: str | None = None
+    push: str | None = None
+    private: bool = False
+    trust_remote_code: bool = False
+
+
+def check_options(options: ExportOptions, is_adapter: bool) -> None:
+    """Raise UserError for options that contradict each other, or that this checkpoint or this machine cannot satisfy."""
+    if options.merge and not is_adapter:
+        raise UserError("--merge: this checkpoint holds full weights, not an adapter. Drop --merge.")
+    for key, value in (("--dtype", options.dtype), ("--quantize", options.quantize), ("--ollama", options.ollama)):
+        if value and is_adapter and not options.merge:
+            raise UserError(f"{key}: this checkpoint holds an adapter. Add --merge to merge it into its base model.")
+    if options.quantize and options.ollama:
+        raise UserError("--quantize: Ollama quantizes the full weights itself. Use either --quantize or --ollama.")
+    if options.private and not options.push:
+        raise UserError("--private: applies to an upload only. Add --push ORGANIZATION/NAME.")
+    if options.ollama and not OLLAMA_NAME.fullmatch(options.ollama):
+        raise UserError(f"--ollama: found {options.ollama!r}, expected a name such as my-model or NAMESPACE/MODEL:TAG.")
+    if options.quantize:
+        quantization_config(options.quantize)
+    check_destination(options.to)
+
+
+def check_destination(path: Path) -> None:
+    """Raise UserError where a directory cannot be created, or holds files already."""
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise UserError(f"--to: {path} is not a directory. Expected a new directory, or an empty one.")
+    if path.is_dir() and any(path.iterdir()):
+        raise UserError(f"--to: {path} is not empty. Expected a new directory, or an empty one.")
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"--to: {path.absolute().parent} does not exist. Create it first.")

@@ -1,0 +1,88 @@
+"""A policy.pt, of the original DPO code or of this one, as a directory that AutoModelForCausalLM loads."""
+
+from pathlib import Path
+
+import torch
+
+from preference_training.checkpointing.model_files import save_tokenizer
+from preference_training.checkpointing.saved_models import (
+    compare_parts,
+    fits_in_memory,
+    probe_logps_in_float32,
+)
+from preference_training.configuration.composition import CONFIG_DIR, choices_of
+from preference_training.core.errors import UserError, nearest
+from preference_training.core.files import load_tensors
+from preference_training.export.directory import new_directory, save_weights
+from preference_training.export.options import check_destination
+from preference_training.export.verification import compare_exported, refuse_other_model
+from preference_training.modeling import loading
+from preference_training.modeling.tokenizer import load_tokenizer
+from preference_training.reporting.model_card import CardFacts, model_card
+
+
+def convert(archive: Path, name: str, to: Path, dtype: str | None = None) -> list[str]:
+    """Write the weights of a policy.pt as a directory; returns the lines to print.
+
+    name: a preset of config/model/, or a model's path or hub id, that the weights belong to. Raises UserError.
+    """
+    check_destination(to)
+    if not archive.is_file():
+        raise UserError(f"{archive}: no such file. Expected a policy.pt.")
+    config = _model_config(name, archive)
+    config.policy_dtype = dtype or config.policy_dtype
+    tokenizer = load_tokenizer(config)
+    loading.check_model(config, tokenizer)
+    with new_directory(to) as partial, refuse_other_model(to):
+        model = loading.load_model(config, tokenizer)
+        parameters = _write_model(model, partial, tokenizer, config.policy_dtype)
+        facts = CardFacts(
+            name=to.resolve().name,
+            architecture=type(model).__name__,
+            dtype=config.policy_dtype,
+            parameters=parameters,
+            config=None,
+            base=config.name_or_path,
+            notes=["Converted from a single weights file, which does not record the training data or the configuration."],
+            **_progress(archive),
+        )
+        (partial / "README.md").write_text(model_card(facts), encoding="utf-8")
+    return [facts.summary(to)]
+
+
+def _model_config(name: str, archive: Path):
+    """The `model` configuration of a preset, or of a model's path or hub id, that loads an archive's weights."""
+    from hydra import compose, initialize_config_dir
+
+    presets = choices_of("model")
+    if name not in presets and "/" not in name and not Path(name).is_dir():
+        raise UserError(f"--model: no preset {name!r}, and no directory; {nearest(name, presets)}")
+    preset = name if name in presets else "blank_model"
+    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        config = compose("config", overrides=[f"model={preset}"]).model
+    if name not in presets:
+        config.name_or_path = name
+    config.archive = str(archive)
+    return config
+
+
+def _write_model(model, directory: Path, tokenizer, dtype: str) -> int:
+    """Write a model and its tokenizer, and compare what was written; returns its number of parameters."""
+    compares_logps = fits_in_memory(sum(weight.numel() for weight in model.parameters()))
+    expected = probe_logps_in_float32(model, getattr(torch, dtype)) if compares_logps else None
+    parameters = save_weights(model, directory, tokenizer)
+    save_tokenizer(tokenizer, directory)
+    if expected is not None:
+        compare_exported(directory, expected, dtype)
+    else:
+        compare_parts(directory, model)
+    return parameters
+
+
+def _progress(archive: Path) -> dict:
+    """The number of examples that an archive's weights were trained on, if it says so, and its numeric metrics."""
+    content = load_tensors(archive, mapped=True)
+    step, metrics = content.get("step_idx"), content.get("metrics")
+    items = metrics.items() if isinstance(metrics, dict) else ()
+    held_out = {str(name): float(value) for name, value in items if isinstance(value, float | int)}
+    return {"examples": step if isinstance(step, int) else None, "held_out": held_out}

@@ -1,0 +1,110 @@
+"""A run as its directory records it: read once, then handed to charts, tables and observations.
+
+The run may still be in progress. Missing and damaged files count as empty.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from preference_training.core.values import dotted
+from preference_training.reporting.charts import Line, metric_line
+from preference_training.reporting.flagged_pairs import flagged_rows
+from preference_training.tracking.run_files import (
+    ABOUT,
+    BAD_STEPS,
+    EVENTS,
+    JOB,
+    METRICS,
+    PRUNED,
+    RESULTS_FILE,
+    SAMPLES,
+    config_in,
+    json_lines,
+    json_object,
+    metric_rows,
+    progress,
+    results_of,
+    split_rows,
+)
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A run's configuration, the facts of its start, its metrics, and the results of its evaluation.
+
+    label: what tables call the run. rows: of metrics.jsonl. Files that only the report needs are read on first use.
+    """
+
+    directory: Path
+    label: str
+    config: dict
+    about: dict
+    rows: list[dict]
+    results: dict
+
+    @classmethod
+    def read(cls, run_dir: Path, label: str | None = None) -> "RunRecord":
+        """Read a run directory."""
+        about, rows = json_object(run_dir / ABOUT), metric_rows(run_dir / METRICS)
+        return cls(run_dir, label or run_dir.name, config_in(run_dir), about, rows, results_of(run_dir / RESULTS_FILE))
+
+    @cached_property
+    def settings(self) -> dict:
+        """The configuration by dotted keys, such as loss.beta."""
+        return dotted(self.config)
+
+    @cached_property
+    def _split_rows(self) -> tuple[list[dict], list[dict]]:
+        return split_rows(self.rows)
+
+    @property
+    def steps(self) -> list[dict]:
+        """The metrics of the training steps."""
+        return self._split_rows[0]
+
+    @property
+    def evaluations(self) -> list[dict]:
+        """The metrics of the evaluations."""
+        return self._split_rows[1]
+
+    @property
+    def last_evaluation(self) -> dict:
+        """The metrics of the last evaluation; empty before the first."""
+        return self.evaluations[-1] if self.evaluations else {}
+
+    @property
+    def progress(self) -> str:
+        """The progress of the run, in words."""
+        return progress(self.rows, self.about)
+
+    @property
+    def status(self) -> str:
+        """The progress, and the state of a job of a sweep that did not complete."""
+        state = "pruned" if (self.directory / PRUNED).exists() else json_object(self.directory / JOB).get("state")
+        return self.progress + (f", {state}" if state in ("pruned", "failed", "stopped") else "")
+
+    def line(self, metric: str, label: str, style: int = 0) -> Line | None:
+        """The line of a metric: over evaluations, each marked, if it is a held-out one, or else over steps."""
+        is_held_out = "eval" in metric
+        return metric_line(self.evaluations if is_held_out else self.steps, metric, label, style, is_sparse=is_held_out)
+
+    @cached_property
+    def samples(self) -> list[dict]:
+        """The rows of samples.jsonl."""
+        return list(json_lines(self.directory / SAMPLES))
+
+    @cached_property
+    def events(self) -> list[dict]:
+        """The rows of events.jsonl."""
+        return list(json_lines(self.directory / EVENTS))
+
+    @cached_property
+    def bad_steps(self) -> list[dict]:
+        """The steps that were skipped because a loss or gradient was not finite."""
+        return list(json_lines(self.directory / BAD_STEPS))
+
+    @cached_property
+    def flagged_pairs(self) -> list[dict]:
+        """The valid rows of flagged_pairs.jsonl."""
+        return flagged_rows(self.directory)

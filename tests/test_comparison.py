@@ -11,7 +11,6 @@ from bs4 import BeautifulSoup
 from omegaconf import OmegaConf
 
 from preference_training.core.errors import UserError
-from preference_training.core.metric_names import LOSS_AT_BETA_USED
 from preference_training.losses.objectives import LOSSES
 from preference_training.reporting.comparison import (
     FALL,
@@ -108,7 +107,6 @@ def test_losses_that_depend_on_their_run_are_reported_as_not_comparable(tmp_path
         write_run(tmp_path / name, [evaluation(8, 0.6)], loss=loss)
     assert "Held-out losses of tr_dpo depend on the data seen in training" in hints(tmp_path)
     assert {name for name, make in LOSSES.items() if getattr(make, "evaluation_depends_on", None)} == {*run_files.OF_THEIR_RUN}
-    assert LOSS_AT_BETA_USED == run_files.LOSS_AT_BETA_USED
 
 
 def test_a_number_from_too_few_prompts_is_marked(tmp_path):

@@ -1,5 +1,7 @@
 # make demo            train on the embedded model and data, and print the results
-# make test            install what the tests need, then run them
+# make test            run lint and the tests that every change must pass, minutes
+# make test-long       run the slow tests that rarely break: kills, several processes, whole runs; a quarter of an hour
+# make lint            run ruff, import-linter (the layers) and mypy
 # make faults          kill and stop runs at random moments, an hour or two; options in FAULTS: make faults FAULTS="--kills 50"
 # make architectures   run every check on some 90 tiny architectures; options in ARCHITECTURES: --only llama,gpt2 --checks dpo,lora --write
 # make bench           compare with TRL, hours; options in BENCH: make bench BENCH="--work dpo_hh_live --rounds 5"
@@ -15,7 +17,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint faults architectures bench two-hosts intervals docs collect collect-train collect-test pages-test clean
+.PHONY: demo test test-long lint faults architectures bench two-hosts intervals docs collect collect-train collect-test pages-test clean
 
 demo: .venv/installed
 	$(BIN)/python scripts/demo.py
@@ -23,15 +25,20 @@ demo: .venv/installed
 test: lint
 	$(BIN)/python -m pytest
 
+test-long: .venv/installed-dev
+	$(BIN)/python -m pytest -m long
+
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/mypy --no-error-summary
 
 faults: .venv/installed-dev
-	$(BIN)/python tests/faults/long.py $(FAULTS)
+	$(BIN)/python -m tests.faults.long $(FAULTS)
 
 architectures: .venv/installed-dev
-	$(BIN)/python tests/architectures/sweep.py $(ARCHITECTURES)
+	$(BIN)/python -m tests.architectures.sweep $(ARCHITECTURES)
 
 bench: .venv/installed-bench
 	$(BIN)/python benchmarks/bench.py $(BENCH)
@@ -45,6 +52,7 @@ intervals: .venv/installed
 docs: .venv/installed-docs
 	$(BIN)/python scripts/key_reference.py --check
 	$(BIN)/python scripts/one_idea.py --check
+	$(BIN)/python scripts/layers_picture.py --check
 	$(BIN)/python scripts/architectures_page.py --check
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
@@ -86,4 +94,4 @@ pages-test: .venv/installed-dev
 	touch $@
 
 clean:
-	rm -rf .venv .ruff_cache .hypothesis
+	rm -rf .venv .ruff_cache .mypy_cache .import_linter_cache .hypothesis

@@ -27,13 +27,15 @@ from preference_training.configuration.composition import (
     explain_composition_error,
     force_open_sections,
 )
-from preference_training.configuration.validation import check_config, check_sizes, is_sharded
+from preference_training.configuration.schema import RunConfig
+from preference_training.configuration.validation import check_sizes, validate
 from preference_training.core.errors import UserError
 from preference_training.core.memory import release_memory
 from preference_training.core.processes import in_worker, reports_for_machine
 from preference_training.core.signals import STOPPED, StoppedError
 from preference_training.data.entries import read_entries
 from preference_training.sweeps.gpus import jobs_at_once, take_gpus
+from preference_training.sweeps.jobs import Request
 from preference_training.sweeps.running import run_job
 from preference_training.sweeps.summary import run_to_end
 from preference_training.training.run_directory import new_run_dir, remove_empty, unwritable
@@ -44,18 +46,19 @@ OmegaConf.register_new_resolver("jobs_at_once", jobs_at_once, replace=True)
 
 
 @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="config")
-def main(config: DictConfig) -> float | None:
+def main(composed: DictConfig) -> float | None:
     """One run, or one job of a sweep. Returns its `objective`, for a sweeper to make small or large."""
-    composed = HydraConfig.get()
-    run_dir, overrides = Path(composed.runtime.output_dir), list(composed.overrides.task)
-    in_sweep = composed.mode == RunMode.MULTIRUN
-    checked_start = partial(check_and_start, overrides=overrides, choices=dict(composed.runtime.choices), in_sweep=in_sweep)
-    config.sweep_dir = str(Path(composed.sweep.dir).absolute()) if in_sweep else None
+    settings = HydraConfig.get()
+    run_dir, overrides = Path(settings.runtime.output_dir), list(settings.overrides.task)
+    in_sweep = settings.mode == RunMode.MULTIRUN
+    composed.sweep_dir = str(Path(settings.sweep.dir).absolute()) if in_sweep else None
+    start_in = partial(validate_and_start, composed, overrides, dict(settings.runtime.choices), in_sweep)
     try:
         # Workers that torchrun has started go through the jobs together; what becomes of one becomes of all.
-        if in_sweep and not config.dry_run and not in_worker():
-            return run_job(checked_start, config, run_dir, overrides)
-        return checked_start(config, run_dir)
+        if in_sweep and not composed.dry_run and not in_worker():
+            values = OmegaConf.to_container(composed, resolve=False)
+            return run_job(start_in, Request(Path(composed.sweep_dir), run_dir, overrides, values))
+        return start_in(run_dir)
     except UserError as error:
         # Not raised further: Hydra would add lines of its own to the message.
         sys.exit(_refuse(str(error)))
@@ -68,67 +71,76 @@ def main(config: DictConfig) -> float | None:
         release_memory()
 
 
-def check_and_start(
-    config: DictConfig, run_dir: Path, overrides: list[str], choices: dict[str, str], in_sweep: bool
+def validate_and_start(
+    composed: DictConfig,
+    overrides: list[str],
+    choices: dict[str, str],
+    in_sweep: bool,
+    run_dir: Path,
+    resume: str | None = None,
 ) -> float | None:
-    """`start`, once the configuration has been found sound. overrides and choices are Hydra's. Raises UserError."""
-    check_config(config, overrides, choices)
+    """`start` what was composed, once it has been validated. overrides and choices are Hydra's. Raises UserError."""
+    composed.local_run_dir = str(run_dir)
+    if resume:
+        composed.resume = resume
+    config = validate(composed, overrides, choices)
     read_entries(config)
     if config.pruner and not in_sweep:
         raise UserError("pruner: found one, and this run has no others to be compared with. Add -m, or pruner=null.")
-    config.local_run_dir = str(run_dir)
     take_gpus(config.gpus_per_job)
     return start(config, run_dir, in_sweep)
 
 
-def start(config: DictConfig, run_dir: Path, in_sweep: bool) -> float | None:
+def start(config: RunConfig, run_dir: Path, in_sweep: bool) -> float | None:
     """Run in this process, or in several that are started here where the trainer wants them."""
     from preference_training.distributed.launching import launch, number_of_workers, silence_others
 
-    settle_batch_size(config)
-    if config.dry_run or not is_sharded(config):
-        return run(config, run_dir, in_sweep)
-    if config.trainer.name == "TensorParallelTrainer":
+    config = settle_batch_size(config)
+    trainer, several = config.trainer.name, config.trainer.is_sharded and not config.dry_run
+    if several and config.trainer.splits_layers:
         from preference_training.distributed.layer_splitting import splits_in_one_process
 
         if splits_in_one_process(config):
-            return run(config, run_dir, in_sweep, "LayerSplittingTrainer")
-    if in_worker():
+            trainer, several = "LayerSplittingTrainer", False
+    if several and not in_worker():
+        arguments = config.as_dict(), str(run_dir), in_sweep
+        return launch(run_as_worker, arguments, number_of_workers(config.trainer), config.fsdp_port)
+    if several:
         # torchrun has started it, or Slurm. The directory of the run is the main rank's, which makes it when all have joined:
         # a worker that is ended before leaves none.
         with suppress(OSError):
             run_dir.rmdir()
         silence_others()
-        return run(config, run_dir, in_sweep)
-    settings = OmegaConf.to_container(config, resolve=True)
-    return launch(run_as_worker, (settings, str(run_dir), in_sweep), number_of_workers(config.trainer), config.fsdp_port)
+    return run(config, run_dir, in_sweep, trainer)
 
 
-def settle_batch_size(config: DictConfig) -> None:
-    """Set `batch_size` from `per_device_batch_size`, where that is given. Raises UserError where it does not fit."""
+def settle_batch_size(config: RunConfig) -> RunConfig:
+    """The configuration with `batch_size` from `per_device_batch_size`, where that is given. Raises UserError for a misfit."""
     from preference_training.distributed.launching import number_of_data_ranks
 
-    if config.per_device_batch_size is not None:
-        per_step = config.per_device_batch_size * config.gradient_accumulation_steps
-        config.batch_size = per_step * number_of_data_ranks(config)
-        check_sizes(config)
+    if config.per_device_batch_size is None:
+        return config
+    per_step = config.per_device_batch_size * config.gradient_accumulation_steps
+    settled = config.changed({"batch_size": per_step * number_of_data_ranks(config)})
+    check_sizes(settled)
+    return settled
 
 
-def run_as_worker(settings: dict, run_dir: str, in_sweep: bool) -> float | None:
+def run_as_worker(values: dict, run_dir: str, in_sweep: bool) -> float | None:
     """`run` in a process that `start` has started."""
     from preference_training.distributed.launching import silence_others
 
     silence_others()
-    return run(OmegaConf.create(settings), Path(run_dir), in_sweep)
+    return run(RunConfig.of(values), Path(run_dir), in_sweep)
 
 
-def run(config: DictConfig, run_dir: Path, in_sweep: bool = False, trainer: str | None = None) -> float | None:
-    """Train what a checked configuration describes, into `run_dir`. Returns the held-out metric named by `objective`.
+def run(config: RunConfig, run_dir: Path, in_sweep: bool = False, trainer: str | None = None) -> float | None:
+    """Train what a validated configuration describes, into `run_dir`. Returns the held-out metric named by `objective`.
 
     Under a trainer of several processes this is one of them. `trainer` is the class that `start` has chosen in place of
     `trainer.name`.
     """
-    from preference_training.dry_run.dry_run import look
+    from preference_training.dry_run.preview import preview
     from preference_training.reporting.run_report import report_writer
     from preference_training.training.assembly import build_batches, prepare_run, train_or_evaluate
     from preference_training.training.run_directory import say_what_is_set_aside
@@ -138,7 +150,7 @@ def run(config: DictConfig, run_dir: Path, in_sweep: bool = False, trainer: str 
     if config.dry_run:
         say_what_is_set_aside(config, run_dir)
         batches_within = partial(build_batches, config, prepared.data[0].table)
-        return look(config, prepared.tokenizer, prepared.loss, prepared.data, batches_within)
+        return preview(config, prepared.tokenizer, prepared.loss, prepared.data, batches_within)
     return train_or_evaluate(prepared, TRAINERS[trainer or config.trainer.name], run_dir, in_sweep, report_writer)
 
 

@@ -43,11 +43,11 @@ def settings(folder: Path, *overrides: str) -> list[str]:
 
 def one_run(mode: str, folder: Path) -> dict:
     """Train with checkpoints; returns the seconds of each call and the peak memory."""
-    from hydra import compose, initialize_config_dir
     from measure import clocked, peak_bytes
 
     import train
     from preference_training.checkpointing.writer import CheckpointWriter
+    from preference_training.configuration.validation import configured
     from preference_training.training.guards import StillWeights, Watch
     from preference_training.training.trainers import BasicTrainer
 
@@ -59,8 +59,7 @@ def one_run(mode: str, folder: Path) -> dict:
         clocked(owner, method, clocks[clock])
     steps = STEPS_BETWEEN * (CHECKPOINTS + 1)
     overrides = f"n_examples={4 * steps}", f"save_every={4 * STEPS_BETWEEN}", "eval_every=100000", *MODES[mode]
-    with initialize_config_dir(str(ROOT / "config"), version_base="1.3"):
-        config = compose("config", overrides=settings(folder, *overrides))
+    config = configured(*settings(folder, *overrides))
     with contextlib.redirect_stdout(sys.stderr):
         train.run(config, folder / "run")
     # The last save is synchronous in either mode.

@@ -44,12 +44,10 @@ def generated(split, silent=False, cache_dir=None):
 
 def load(args):
     """The tokenizer given on the command line."""
-    from omegaconf import OmegaConf
-
+    from preference_training.configuration.kept import model_config
     from preference_training.modeling.tokenizer import load_tokenizer
 
-    section = {"tokenizer_name_or_path": args.tokenizer, "name_or_path": None, "trust_remote_code": False}
-    return load_tokenizer(OmegaConf.create(section))
+    return load_tokenizer(model_config({"tokenizer_name_or_path": args.tokenizer}))
 
 
 def settings_of(_entry):
@@ -164,7 +162,7 @@ def stream(args) -> dict:
         table = prepare([entry], "train", tokenizer, settings_of, Path(folder) / "cache").table
         prepared, after_preparing = time.perf_counter() - started, peak_mib()
         started = time.perf_counter()
-        pairs = sum(piece.num_examples for step in BatchIterator(table, 64) for micro in step for piece in micro.pieces)
+        pairs = sum(pack.num_examples for step in BatchIterator(table, 64) for micro in step for pack in micro.packs)
         batched = time.perf_counter() - started
         size = sum(path.stat().st_size for path in Path(folder, "cache").iterdir())
     assert pairs == args.pairs

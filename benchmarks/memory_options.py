@@ -49,8 +49,8 @@ def status(name: str) -> int:
 
 def one(overrides: list[str]) -> dict:
     """Run steps with a setting in this process; returns the seconds of each, and the peak memory above that before."""
-    from hydra import compose, initialize_config_dir
 
+    from preference_training.configuration.validation import configured
     from preference_training.core.libraries import quiet_libraries
     from preference_training.core.memory import tune_malloc
     from preference_training.core.random_streams import seed_everything
@@ -60,13 +60,12 @@ def one(overrides: list[str]) -> dict:
     from preference_training.training import assembly, preparation
     from preference_training.training.trainers import BasicTrainer
 
-    with initialize_config_dir(str(ROOT / "config"), version_base="1.3"):
-        config = compose("config", overrides=[*MODEL, *RUN, *overrides])
+    config = configured(*MODEL, *RUN, *overrides)
     quiet_libraries()
     # Return freed memory to the system, so that the peak is memory in use.
     tune_malloc(keep_freed=False)
     seed_everything(0)
-    tokenizer, loss = load_tokenizer(config.model), build_loss(**config.loss)
+    tokenizer, loss = load_tokenizer(config.model), build_loss(**config.loss.given())
     data = preparation.prepare_data(config, tokenizer, loss.paired)
     placement = BasicTrainer.placement(config, tokenizer)
     import_libraries(config)

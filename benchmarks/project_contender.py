@@ -9,6 +9,7 @@ from measure import Clock
 from works import Work
 
 from preference_training.batching.batches import UNLIMITED, BatchIterator, TokenBudget
+from preference_training.configuration.validation import configured
 from preference_training.data.prompt_table import PromptTable
 from preference_training.data.tokenization import TokenizedPrompt
 
@@ -37,7 +38,7 @@ def build(job: dict, work: Work, prompts: PromptTable):
     from preference_training.core.memory import tune_malloc
     from preference_training.core.random_streams import seed_everything
     from preference_training.losses.objectives import build_loss
-    from preference_training.modeling.reference_cache import Reads
+    from preference_training.modeling.reference_cache import ReferencePlan
     from preference_training.modeling.token_budget import token_budget
     from preference_training.modeling.tokenizer import load_tokenizer
     from preference_training.training.assembly import make_reference
@@ -47,25 +48,22 @@ def build(job: dict, work: Work, prompts: PromptTable):
     tune_malloc(keep_freed=True)
     config = _config(job, work)
     seed_everything(config.seed)
-    loss = build_loss(**config.loss, seed=config.seed)
+    loss = build_loss(**config.loss.given(), seed=config.seed)
     tokenizer = load_tokenizer(config.model, config.cache_dir)
     trainer_class = TRAINERS[config.trainer.name]
     placement = trainer_class.placement(config, tokenizer)
     policy = placement.policy()
     batches = _iterator(prompts, work, token_budget(policy, config.max_tokens_per_microbatch))
-    reads = Reads(batches.prompts_seen, batches.prompts_seen)
-    reference = make_reference(config, placement, policy, reads, False) if loss.needs_reference else None
+    plan = ReferencePlan(batches.prompts_seen, batches.prompts_seen)
+    reference = make_reference(config, placement, policy, plan, False) if loss.needs_reference else None
     return trainer_class(config, policy, reference, loss, tokenizer, batches, [], [], None)
 
 
 def _config(job: dict, work: Work):
     """The composed configuration of a contender."""
-    from hydra import compose, initialize_config_dir
-
     import train  # noqa: F401  registers the resolver that the configuration uses
 
-    with initialize_config_dir(str(ROOT / "config"), version_base="1.3"):
-        return compose("config", overrides=_overrides(job, work))
+    return configured(*_overrides(job, work))
 
 
 def _overrides(job: dict, work: Work) -> list[str]:
@@ -100,7 +98,7 @@ def _overrides(job: dict, work: Work) -> list[str]:
 def order_of_prompts(prompts: list[dict], work: Work) -> list[int]:
     """The index of each prompt in training order; the pairs of a prompt stay together."""
     steps = _iterator(_tokenized(prompts), work, UNLIMITED)
-    sources = [source for step in steps for micro_batch in step for piece in micro_batch.pieces for source in piece.sources]
+    sources = [source for step in steps for micro_batch in step for pack in micro_batch.packs for source in pack.sources]
     return list(dict.fromkeys(int(source.removeprefix("prompt ")) for source in sources))
 
 

@@ -13,14 +13,15 @@ import time
 import torch
 from measure import hardware, versions
 
+from preference_training.configuration.validation import configured
 from preference_training.core.devices import pick_device
 from preference_training.core.libraries import quiet_libraries
 from preference_training.core.random_streams import seed_everything
 from preference_training.data.toy_preferences import toy_records
-from preference_training.evaluation.runs import composed
 from preference_training.generation.sampling import Sampler
-from preference_training.modeling.loading import load_model, place
-from preference_training.modeling.prefix_sharing import share_prefixes
+from preference_training.modeling.loading import load_model
+from preference_training.modeling.prefix_sharing.sharing import share_prefixes
+from preference_training.modeling.state import move_to_devices
 from preference_training.modeling.tokenizer import load_tokenizer
 
 
@@ -50,10 +51,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     quiet_libraries()
-    config = composed(*[f"model.archive={options.checkpoint}"] * bool(options.checkpoint))
+    config = configured(*[f"model.archive={options.checkpoint}"] * bool(options.checkpoint))
     seed_everything(config.seed)
     tokenizer = load_tokenizer(config.model)
-    model = place(load_model(config.model, tokenizer), pick_device()).eval()
+    model = move_to_devices(load_model(config.model, tokenizer), pick_device()).eval()
     share_prefixes(model, config.prefix_sharing)
     prompts = [tokenizer(text).input_ids for text in toy_records("test")][: options.prompts]
     rates: dict[str, list[float]] = {"before": [], "now": []}

@@ -40,9 +40,8 @@ def overrides(size: str, trainer: str) -> list[str]:
 def work(what: str, given: list[str]) -> list:
     """The work of one process; returns the results of all processes."""
     import torch
-    from hydra import compose, initialize_config_dir
 
-    from preference_training.configuration.validation import is_sharded
+    from preference_training.configuration.validation import configured
     from preference_training.core.libraries import quiet_libraries
     from preference_training.core.memory import tune_malloc
     from preference_training.losses.objectives import build_loss
@@ -54,11 +53,10 @@ def work(what: str, given: list[str]) -> list:
     # Standard output is reserved for the report.
     sys.stdout = sys.stderr
     quiet_libraries()
-    with initialize_config_dir(str(ROOT / "config"), version_base="1.3"):
-        config = compose("config", overrides=given)
-    tune_malloc(keep_freed=not is_sharded(config))
+    config = configured(*given)
+    tune_malloc(keep_freed=not config.trainer.is_sharded)
     tokenizer = load_tokenizer(config.model)
-    loss = build_loss(**config.loss)
+    loss = build_loss(**config.loss.given())
     data = preparation.prepare_data(config, tokenizer, loss.paired)
     trainer_class = TRAINERS[config.trainer.name]
     placement = trainer_class.placement(config, tokenizer)

@@ -51,10 +51,10 @@ def pages(rounds: int, folder: Path) -> dict:
 
 def training(folder: Path) -> dict[str, list[float]]:
     """Train, and time each step and each tracking call; returns the seconds of each call."""
-    from hydra import compose, initialize_config_dir
     from measure import clocked
 
     import train
+    from preference_training.configuration.validation import configured
     from preference_training.tracking.ledger import Ledger
     from preference_training.tracking.tracker import Tracker
     from preference_training.training import trainers
@@ -68,8 +68,7 @@ def training(folder: Path) -> dict[str, list[float]]:
     }.items():
         for name in names:
             clocked(owner, name, clocks[name])
-    with initialize_config_dir(str(ROOT / "config"), version_base="1.3"):
-        config = compose("config", overrides=[*RUN, f"local_run_dir={folder / 'run'}"])
+    config = configured(*RUN, f"local_run_dir={folder / 'run'}")
     with contextlib.redirect_stdout(sys.stderr):
         train.run(config, folder / "run")
     return clocks

@@ -68,7 +68,7 @@ def lc_rows(store: Store, names: bool = False) -> Iterator[tuple[str, dict]]:
 
 
 def record_row(row: dict) -> dict:
-    """A row of LC_SCHEMA as a record of `records.py`, plus the chosen and the rejected text, if any."""
+    """A row of LC_SCHEMA as a preference record, plus the chosen and the rejected text, if any."""
     texts = [row["version1"].strip(), row["version2"].strip()]
     best = row["preference"]
     decided = best is not None

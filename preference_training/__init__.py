@@ -1,0 +1,1 @@
+"""Supervised fine-tuning and preference optimization of language models, one package for each stage that data passes."""

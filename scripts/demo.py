@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from datetime import datetime
 from itertools import islice
 from pathlib import Path
@@ -54,8 +55,9 @@ def main() -> None:
 def report(directory: Path, sft: Path, dpo: Path) -> None:
     """Print the table, and three prompts with their responses."""
     import torch
-    from omegaconf import OmegaConf
 
+    from preference_training.configuration.kept import read_config
+    from preference_training.configuration.schema import RunConfig
     from preference_training.core.libraries import quiet_libraries
     from preference_training.core.random_streams import seed_everything
     from preference_training.modeling.loading import load_model
@@ -63,12 +65,12 @@ def report(directory: Path, sft: Path, dpo: Path) -> None:
     from preference_training.modeling.tokenizer import load_tokenizer
 
     quiet_libraries()
-    config = OmegaConf.load(directory / "sft" / "config.yaml")
+    config = RunConfig.of(read_config(directory / "sft"))
     tokenizer = load_tokenizer(config.model)
     seed_everything(config.seed)
     models = {"untrained": load_model(config.model, tokenizer)}
     for name, archive in (("SFT", sft), ("DPO", dpo)):
-        models[name] = load_model(OmegaConf.merge(config.model, {"archive": str(archive)}), tokenizer)
+        models[name] = load_model(replace(config.model, archive=str(archive)), tokenizer)
     with torch.no_grad():
         columns = {name: describe(model, LiveReference(models["SFT"]), tokenizer, config) for name, model in models.items()}
     numbers = {name: column["means"] for name, column in columns.items()}

@@ -37,15 +37,11 @@ def main() -> None:
     """Evaluate. A user's mistake is reported as one message, with exit status 2."""
     options = arguments()
     try:
-        from preference_training.configuration.validation import check_config
         from preference_training.data.entries import read_entries
         from preference_training.evaluation.runs import config_of_run
 
-        config = config_of_run(options.run, options.overrides)
-        for name in OPTIONS:
-            if getattr(options, name) is not None:
-                config.evaluation[name] = getattr(options, name)
-        check_config(config)
+        given = {name: getattr(options, name) for name in OPTIONS if getattr(options, name) is not None}
+        config = config_of_run(options.run, options.overrides, given)
         read_entries(config)
         start(config, options.run.resolve(), in_sweep=False)
     except UserError as error:

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import preference_datasets  # noqa: F401  its data sets register themselves
-from preference_training.configuration.validation import DTYPES, TEMPLATES
+from preference_training.configuration.schema import DTYPES, TEMPLATES
 from preference_training.core.errors import UserError
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import preference_datasets  # noqa: F401  its data sets register themselves
-from preference_training.configuration.validation import TEMPLATES, TRUNCATION_MODES
+from preference_training.configuration.schema import TEMPLATES, TRUNCATION_MODES
 from preference_training.core.errors import UserError
 from preference_training.data.entries import Entry, load_records, read_entry
 from preference_training.data.registry import TOKENISED_SUFFIX

@@ -1,13 +1,13 @@
 """What several test modules share: golden numbers, tiny models, and a composed configuration."""
 
-import csv
-import gzip
 import json
 import os
-from pathlib import Path
 
 import pytest
 from hypothesis import settings
+
+import train  # noqa: F401  registers the named data sets, and the resolver that the configuration uses
+from tests.support.files import GOLDEN
 
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -17,30 +17,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # How long an example takes says how busy the machine is, and nothing of the code.
 settings.register_profile("here", deadline=None)
 settings.load_profile("here")
-
-GOLDEN = Path(__file__).parent / "golden"
-CONFIG_DIR = Path(__file__).parent.parent / "config"
-
-
-def write(path: Path, rows: list[dict]) -> Path:
-    """Write rows in the format that the path's ending says, in a folder that is made for them."""
-    import pyarrow
-    import pyarrow.parquet
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    if path.suffix == ".parquet":
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    elif path.suffix == ".csv":
-        with path.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-    elif path.suffix == ".gz":
-        path.write_bytes(gzip.compress(lines.encode(), mtime=0))
-    else:
-        path.write_text(json.dumps(rows) if path.suffix == ".json" else lines, encoding="utf-8")
-    return path
 
 
 @pytest.fixture(scope="session")
@@ -60,8 +36,8 @@ def tokenizer():
 @pytest.fixture
 def forked_workers(monkeypatch):
     """`launch` forks its workers, which then need not import what all of them import. Runs of the command line spawn theirs."""
-    import forked
     from preference_training.distributed import launching
+    from tests.support import forked
 
     forked.start_server()
     config = launching.LaunchConfig
@@ -70,13 +46,17 @@ def forked_workers(monkeypatch):
 
 @pytest.fixture(scope="session")
 def compose():
-    """Compose the project's configuration from overrides, as the command line does."""
-    from hydra import compose, initialize_config_dir
+    """The project's configuration from overrides, composed and validated as the command line's is."""
+    from preference_training.configuration.validation import configured
 
-    import train  # noqa: F401  registers the resolver that the configuration uses
+    return configured
 
-    def composed(*overrides: str):
-        with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-            return compose("config", overrides=list(overrides))
 
-    return composed
+@pytest.fixture(scope="session")
+def plain(compose):
+    """What overrides compose to, in plain values: not validated, so that paths need not exist."""
+    from omegaconf import OmegaConf
+
+    from preference_training.configuration.composition import composed
+
+    return lambda *overrides: OmegaConf.to_container(composed(*overrides)[0], resolve=True)

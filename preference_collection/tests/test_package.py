@@ -1,4 +1,4 @@
-"""The structure of the app: imports, lengths of functions, constant SQL statements, settings."""
+"""The structure of the app: lengths of functions, constant SQL statements, settings."""
 
 import ast
 import re
@@ -13,39 +13,10 @@ from preference_training.core.errors import UserError
 PACKAGE = Path(__file__).parent.parent
 ROOT = PACKAGE.parent
 MODULES = sorted(PACKAGE.glob("*.py"))
-# In the order of CONTRIBUTING.md's table.
-TABLE = (ROOT / "CONTRIBUTING.md").read_text().split("## The labelling app")[1].split("## How we write")[0]
-ORDER = re.findall(r"^\| `preference_collection/(\w+)\.py`", TABLE, flags=re.MULTILINE)
-SHAPE = {"records", "data_files", "prompt_templates", "utils"}
 
 
 def tree_of(path: Path) -> ast.Module:
     return ast.parse(path.read_text())
-
-
-def imported_by(path: Path) -> set[str]:
-    nodes = list(ast.walk(tree_of(path)))
-    found = {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
-    return found | {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
-
-
-def test_the_list_of_modules_is_complete():
-    assert sorted(ORDER) == sorted(path.stem for path in MODULES if path.stem != "__init__")
-
-
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
-def test_modules_import_only_data_shapes_of_the_framework_and_only_modules_above_them(path):
-    of_root = {name for name in imported_by(path) if (ROOT / f"{name}.py").is_file()}
-    assert of_root <= SHAPE
-    own = {
-        name.removeprefix("preference_collection.") for name in imported_by(path) if name.startswith("preference_collection.")
-    }
-    assert own <= set(ORDER[: ORDER.index(path.stem)] if path.stem in ORDER else ())
-
-
-def test_the_framework_does_not_import_the_app():
-    for path in ROOT.glob("*.py"):
-        assert not any(name and name.startswith("preference_collection") for name in imported_by(path)), path.name
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)

@@ -41,7 +41,7 @@ class PackedBatch:
     scored_ids: [S], the responses' tokens one after the other; predicted_at: [S], the packed index whose output predicts each
     of them (the token before it: the prompt's last one for a response's first); response_of: [S], the response each belongs to.
     places: [E], the places of its examples among those of the micro-batch, over all ranks.
-    sources: [examples], for messages. is_filler: whether it is there only because other ranks have one piece more; it counts
+    sources: [examples], for messages. is_filler: whether it is there only because other ranks have one pack more; it counts
     for nothing.
     """
 
@@ -98,7 +98,7 @@ def examples_of(prompts: Iterable[TokenizedPrompt]) -> Iterator[Example]:
             yield prompt, None
 
 
-def pack(examples: Sequence[Example], places: Sequence[int] | None = None) -> PackedBatch:
+def pack_examples(examples: Sequence[Example], places: Sequence[int] | None = None) -> PackedBatch:
     """Pack examples so that prompts and responses that several of them share are there once. `places`: one after the other."""
     used: dict[int, tuple[TokenizedPrompt, dict[int, int]]] = {}
     for prompt, pair in examples:
@@ -148,7 +148,7 @@ def cut(examples: Sequence[Example], size: int) -> Iterator[Sequence[Example]]:
 class TokenBudget:
     """How many packed tokens are computed at once.
 
-    limit: more would not fit into memory. comfortable: more would not be faster, so that a new prompt begins a new piece;
+    limit: more would not fit into memory. comfortable: more would not be faster, so that a new prompt begins a new pack;
     the pairs of one prompt stay together up to the limit, for the sake of what they share.
     """
 
@@ -167,25 +167,25 @@ def tokens_of(example: Example) -> dict[tuple[int, int | None], int]:
 
 
 def cut_within(examples: Sequence[Example], places: Iterable[int], budget: TokenBudget) -> Iterator[list[int]]:
-    """Cut the examples at `places`, in their order, into pieces that keep within the budget.
+    """Cut the examples at `places`, in their order, into packs that keep within the budget.
 
-    An example that is longer by itself gets a piece of its own.
+    An example that is longer by itself gets a pack of its own.
     """
-    piece: list[int] = []
+    pack: list[int] = []
     tokens, seen = 0, set()
     for place in places:
         parts = tokens_of(examples[place])
         prompt = next(iter(parts))
         added = sum(length for key, length in parts.items() if key not in seen)
         most = budget.limit if prompt in seen else budget.comfortable
-        if piece and tokens + added > most:
-            yield piece
-            piece, tokens, seen, added = [], 0, set(), sum(parts.values())
-        piece.append(place)
+        if pack and tokens + added > most:
+            yield pack
+            pack, tokens, seen, added = [], 0, set(), sum(parts.values())
+        pack.append(place)
         seen |= parts.keys()
         tokens += added
-    if piece:
-        yield piece
+    if pack:
+        yield pack
 
 
 def spread(examples: Sequence[Example], size: int) -> list[list[int]]:
@@ -212,18 +212,18 @@ def spread(examples: Sequence[Example], size: int) -> list[list[int]]:
     return [sorted(part) for part in parts]
 
 
-def pieces_of(examples: Sequence[Example], budget: TokenBudget, ranks: Ranks = ALONE) -> list[PackedBatch]:
-    """This rank's part of some examples, packed in pieces within the budget. Every rank gets equally many pieces.
+def packs_of(examples: Sequence[Example], budget: TokenBudget, ranks: Ranks = ALONE) -> list[PackedBatch]:
+    """This rank's part of some examples, packed in packs within the budget. Every rank gets equally many packs.
 
-    Sharded models compute together, so a rank with fewer pieces than another gets fillers, which count for nothing.
+    Sharded models compute together, so a rank with fewer packs than another gets fillers, which count for nothing.
     """
     cuts = [list(cut_within(examples, places, budget)) for places in spread(examples, ranks.size)]
-    pieces = [pack([examples[place] for place in places], places) for places in cuts[ranks.rank]]
-    missing = max(map(len, cuts)) - len(pieces)
+    packs = [pack_examples([examples[place] for place in places], places) for places in cuts[ranks.rank]]
+    missing = max(map(len, cuts)) - len(packs)
     if missing:
         shortest = min(range(len(examples)), key=lambda place: sum(tokens_of(examples[place]).values()))
-        pieces += [replace(pack([examples[shortest]], [shortest]), is_filler=True)] * missing
-    return pieces
+        packs += [replace(pack_examples([examples[shortest]], [shortest]), is_filler=True)] * missing
+    return packs
 
 
 def prefetch(items: Iterator, depth: int = 2) -> Iterator:
@@ -275,10 +275,10 @@ def _pinned(batch: PackedBatch) -> PackedBatch:
 class MicroBatch:
     """What a step computes at once: the examples that `gradient_accumulation_steps` puts together.
 
-    pieces are this rank's, each within the budget. num_examples counts those of all ranks; `examples` are these.
+    packs are this rank's, each within the budget. num_examples counts those of all ranks; `examples` are these.
     """
 
-    pieces: list[PackedBatch]
+    packs: list[PackedBatch]
     num_examples: int
     examples: Sequence[Example] = ()
 
@@ -290,7 +290,7 @@ BEGINNING = {"epoch": 0, "examples_in_epoch": 0, "examples": 0}
 class BatchIterator:
     """The optimizer steps of a run: each a list of micro-batches, `batch_size` examples together.
 
-    A micro-batch is cut into packed pieces, each within `budget`; of these, `ranks` says which are this process's. Steps are
+    A micro-batch is cut into packed packs, each within `budget`; of these, `ranks` says which are this process's. Steps are
     made ahead of their use, and are the same for any number of ranks.
 
     An epoch visits every prompt once (those of a weighted data set as often as its weight says), in an order that depends on
@@ -393,7 +393,7 @@ class BatchIterator:
     def __iter__(self) -> Iterator[list[MicroBatch]]:
         for batch, budget, position in prefetch(self._packed(self._steps(dict(self.position)))):
             self.position = position
-            # Made ahead, before the pieces were halved?
+            # Made ahead, before the packs were halved?
             yield batch if budget == self.budget else self._cut_anew(batch)
 
     @property
@@ -406,9 +406,9 @@ class BatchIterator:
         """Whether the step that was handed out last is the last of its epoch."""
         return self.position["examples_in_epoch"] == self.examples_of_epoch(self.position["epoch"])
 
-    def halve_pieces(self, batch: Sequence[MicroBatch]) -> list[MicroBatch]:
-        """Cut a step into pieces half as large as its largest, and all later steps too."""
-        largest = max(len(piece.input_ids) for micro_batch in batch for piece in micro_batch.pieces)
+    def halve_packs(self, batch: Sequence[MicroBatch]) -> list[MicroBatch]:
+        """Cut a step into packs half as large as its largest, and all later steps too."""
+        largest = max(len(pack.input_ids) for micro_batch in batch for pack in micro_batch.packs)
         self.budget = TokenBudget(largest // 2, min(largest // 2, self.budget.comfortable))
         return self._cut_anew(batch)
 
@@ -436,12 +436,12 @@ class BatchIterator:
         return seen
 
     def first_epoch(self) -> Iterator[PackedBatch]:
-        """This rank's pieces of all micro-batches of the first epoch, as the run computes them when it begins."""
+        """This rank's packs of all micro-batches of the first epoch, as the run computes them when it begins."""
         for examples, position in self._steps(dict(BEGINNING)):
             if position["epoch"] > 0:
                 return
             for part in cut(examples, self.micro_batch_size):
-                yield from pieces_of(part, self.first_budget, self.ranks)
+                yield from packs_of(part, self.first_budget, self.ranks)
 
     def _order(self, epoch: int) -> numpy.ndarray:
         return self.prompts.epoch_order(self._seed_of(epoch))
@@ -455,8 +455,8 @@ class BatchIterator:
             yield [self._micro_batch(part) for part in parts], budget, position
 
     def _micro_batch(self, examples: Sequence[Example]) -> MicroBatch:
-        pieces = [_pinned(piece) for piece in pieces_of(examples, self.budget, self.ranks)]
-        return MicroBatch(pieces, len(examples), examples)
+        packs = [_pinned(pack) for pack in packs_of(examples, self.budget, self.ranks)]
+        return MicroBatch(packs, len(examples), examples)
 
     def _steps(self, position: dict[str, int]) -> Iterator[tuple[list[Example], dict[str, int]]]:
         """The examples of each step from `position` on, and the position behind it."""
@@ -510,7 +510,7 @@ def batches_of(
     """This rank's part of some examples, in batches of at most `batch_size` over all ranks; `places` are among them all."""
     starts = range(0, len(examples), batch_size)
     return [
-        replace(piece, places=piece.places + start)
+        replace(pack, places=pack.places + start)
         for start in starts
-        for piece in pieces_of(examples[start : start + batch_size], budget, ranks)
+        for pack in packs_of(examples[start : start + batch_size], budget, ranks)
     ]

@@ -13,6 +13,9 @@ from pathlib import Path
 
 from preference_training.checkpointing.checkpoint import Checkpoint, DamagedError, checkpoints_of, damaged_state, newest_usable
 from preference_training.checkpointing.state import NEWER_STATE_SHAPE, STATE_SHAPE
+from preference_training.configuration.kept import CONFIG
+from preference_training.configuration.keys import MAY_CHANGE_ON_RESUME, is_within
+from preference_training.configuration.schema import keys_with
 from preference_training.core.errors import UserError
 from preference_training.core.files import PARTIAL, replace_symlink, write_atomically
 from preference_training.core.metric_names import EXAMPLES
@@ -31,7 +34,6 @@ from preference_training.tracking.run_files import (
     ASIDE,
     BAD_STEPS,
     CHECKPOINT,
-    CONFIG,
     EVENTS,
     FLAGGED,
     JUDGEMENTS,
@@ -44,20 +46,6 @@ from preference_training.tracking.run_files import (
     TENSORBOARD,
     WANDB,
 )
-
-# Keys that may differ from those of the run's beginning: how long it runs, what it says and writes, where it computes.
-MAY_DIFFER = (
-    "resume", "exp_name", "local_dirs", "local_run_dir", "cache_dir", "debug", "dry_run", "wandb", "objective", "fsdp_port",
-    "n_epochs", "n_examples", "n_steps", "early_stopping_patience", "max_wall_time", "max_bad_steps", "loss_spike",
-    "minimum_log_interval_secs", "tracking",
-    "do_first_eval", "eval_every", "eval_batch_size", "n_eval_examples", "sample_during_eval", "n_eval_model_samples",
-    "save_strategy", "save_every", "save_async", "keep_last", "keep_best", "save_policy_pt",
-    "trainer.name", "trainer.nproc_per_node", "trainer.sharding", "trainer.tensor_parallel_size", "trainer.cpu_offload",
-    "trainer.distributed_timeout_minutes", "trainer.reduce_dtype", "activation_checkpointing",
-    "max_tokens_per_microbatch", "prefix_sharing", "reference_logps", "eval_only", "evaluation", "ledger",
-    "sweep_dir", "pruner", "pruner_kwargs", "gpus_per_job", "master_weights",
-)  # fmt: skip
-
 
 # ---- the checkpoint that `resume` means -----------------------------------------------------------------------------------
 
@@ -140,7 +128,7 @@ def check_same_run(checkpoint: Checkpoint, about: dict) -> None:
     then, path = checkpoint.run, checkpoint.path
     before, now = (dotted(run["config"]) for run in (then, about))
     changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
-    changed = [key for key in changed if not any(key == free or key.startswith(f"{free}.") for free in MAY_DIFFER)]
+    changed = [key for key in changed if not is_within(key, keys_with(MAY_CHANGE_ON_RESUME))]
     advice = "Start a new run from it with model.archive, or restore the old value."
     if changed:
         listed = "; ".join(f"{key}: was {before.get(key)!r}, is {now.get(key)!r}" for key in changed)

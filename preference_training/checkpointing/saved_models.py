@@ -15,14 +15,20 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from preference_training.batching.batches import PackedBatch
-from preference_training.configuration.validation import sharded_dtype
 from preference_training.core.errors import UserError, first_line
 from preference_training.core.ranks import let_go_of_gathered
-from preference_training.modeling.adapters import WEIGHTS_FILE, check_fit, is_adapter, kept_weights, quantise, settings_of_file
-from preference_training.modeling.archives import archive_shapes, files_of_weights
-from preference_training.modeling.loading import config_differences, model_of_archive, round_weights
+from preference_training.modeling.adapters import (
+    WEIGHTS_FILE,
+    check_adapter_shapes,
+    is_adapter,
+    read_adapter_config,
+    weights_to_save,
+)
+from preference_training.modeling.archives import archive_shapes, model_from_archive, weight_files
+from preference_training.modeling.loading import cast_weights, config_differences
 from preference_training.modeling.logprobs import response_logps
-from preference_training.modeling.sharing_proof import ROUNDING, random_trees
+from preference_training.modeling.prefix_sharing.proof import TOLERANCES, random_trees
+from preference_training.modeling.quantization import quantize
 from preference_training.modeling.state import free_memory
 
 # Relative tolerance of a token's log-prob between two computations in float32; absolute below 1 nat.
@@ -66,7 +72,7 @@ def compute_in_float32(model: nn.Module) -> nn.Module:
 def probe_logps_in_float32(model: nn.Module, dtype: torch.dtype) -> Tensor:
     """`probe_logps` of a model whose weights are of a dtype, computed in float32; they are of that dtype again afterwards."""
     logps = probe_logps(compute_in_float32(model))
-    round_weights(model, dtype)
+    cast_weights(model, dtype)
     return logps
 
 
@@ -78,7 +84,7 @@ def largest_difference(found: Tensor, expected: Tensor, model: nn.Module) -> flo
 def tolerance(expected: Tensor, model: nn.Module, dtype: torch.dtype = torch.float32) -> float:
     """The largest difference per token that is rounding, where both are computed in a dtype."""
     if dtype != torch.float32:
-        return ROUNDING[dtype]
+        return TOLERANCES[dtype]
     return FLOAT32 * max(1.0, (expected.abs() / probe(model).response_lengths).max().item())
 
 
@@ -108,7 +114,7 @@ def load_plain(
     from transformers import AutoModelForCausalLM
 
     adapter = is_adapter(str(directory))
-    whole = (base or settings_of_file(directory)["base_model_name_or_path"]) if adapter else directory
+    whole = (base or read_adapter_config(directory)["base_model_name_or_path"]) if adapter else directory
     options = {"dtype": dtype, "trust_remote_code": trust_remote_code, "cache_dir": cache_dir}
     try:
         model, info = AutoModelForCausalLM.from_pretrained(whole, output_loading_info=True, **options)
@@ -161,7 +167,7 @@ def _check_checkpoint(expected: Tensor, policy: nn.Module, config, device: torch
             if quantized_elsewhere or not fits_in_memory(sum(weight.numel() for weight in policy.parameters()), dtype):
                 compare_parts(directory, policy, config.model.trust_remote_code)
                 return
-            prepare = partial(quantise, model_config=config.model) if config.model.quantization else None
+            prepare = partial(quantize, model_config=config.model) if config.model.quantization else None
             model = load_plain(directory, dtype, config.model.trust_remote_code, config.cache_dir, prepare=prepare)
             model.autocast_dtype = getattr(policy, "autocast_dtype", None)
             compare(probe_logps(model), expected, policy, tolerance(expected, policy, _computes_in(policy, config, device)))
@@ -174,7 +180,7 @@ def _check_checkpoint(expected: Tensor, policy: nn.Module, config, device: torch
 
 def _computes_in(policy: nn.Module, config, device: torch.device) -> torch.dtype:
     """The dtype whose rounding a policy's log-probs have."""
-    name = config.model.autocast_dtype or sharded_dtype(config) or config.model.policy_dtype
+    name = config.model.autocast_dtype or config.sharded_dtype or config.model.policy_dtype
     dtype = getattr(torch, name)
     # TF32 rounds to as many bits as float16.
     rounds = device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
@@ -190,7 +196,7 @@ def compare_parts(directory: Path, model: nn.Module, trust_remote_code: bool = F
 
     try:
         if is_adapter(str(directory)):
-            check_fit(str(directory), model)
+            check_adapter_shapes(str(directory), model)
             files = [directory / WEIGHTS_FILE]
         else:
             config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
@@ -198,11 +204,11 @@ def compare_parts(directory: Path, model: nn.Module, trust_remote_code: bool = F
                 raise DifferentModelError(f"its config.json differs in {', '.join(differing)}")
             shapes = {name: torch.empty(shape, device="meta") for name, shape in archive_shapes(directory).items()}
             on_meta = {"device_map": {"": "meta"}}
-            model_of_archive(config, shapes, directory, torch.float32, trust_remote_code, **on_meta)
-            files = files_of_weights(directory)
+            model_from_archive(config, shapes, directory, torch.float32, trust_remote_code, **on_meta)
+            files = weight_files(directory)
     except (UserError, OSError, ValueError) as error:
         raise DifferentModelError(first_line(error)) from error
-    weights = kept_weights(model.state_dict(keep_vars=True))
+    weights = weights_to_save(model.state_dict(keep_vars=True))
     for file in files:
         _compare_values(file, weights)
 

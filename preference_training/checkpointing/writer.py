@@ -29,7 +29,7 @@ from preference_training.core.files import PARTIAL, replace_symlink, sync, sync_
 from preference_training.core.hashing import hash_of_file
 from preference_training.core.metric_names import EVAL_LOSS
 from preference_training.core.ranks import ALONE, Ranks, several
-from preference_training.modeling.adapters import WEIGHTS_FILE, has_adapter, save_settings
+from preference_training.modeling.adapters import WEIGHTS_FILE, has_adapter, save_adapter_config
 from preference_training.modeling.archives import SAFETENSORS_INDEX, WHOLE_WEIGHTS
 from preference_training.tracking.run_files import (
     CHECKPOINT,
@@ -159,7 +159,7 @@ class CheckpointWriter:
             files[0].rename(partial / (WEIGHTS_FILE if has_adapter(self.policy) else WHOLE_WEIGHTS))
             (partial / SAFETENSORS_INDEX).unlink()
         if has_adapter(self.policy):
-            save_settings(self.policy, partial)
+            save_adapter_config(self.policy, partial)
         save_configuration(self.policy, partial, self.tokenizer, self.options.end_tokens)
         save_tokenizer(self.tokenizer, partial)
         (partial / STATE).write_text(to_json(snapshot.state | {"run": self.options.run}))

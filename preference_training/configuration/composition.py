@@ -5,22 +5,24 @@ from functools import cache
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from preference_training.core.errors import nearest
+from preference_training.configuration.keys import OPEN, names_of
+from preference_training.configuration.schema import RunConfig, keys_with
+from preference_training.core.errors import UserError, nearest
 
 CONFIG_DIR = Path(__file__).parents[2] / "config"
-
-
 GROUPS = ("model", "loss", "trainer")
 
 
-# Sections whose keys are another library's or the user's, and so not listed in our files.
-OPEN_SECTIONS = ("model.from_config", "optimizer_kwargs", "loss.options", "pruner_kwargs")
+def in_open_section(name: str) -> bool:
+    """Whether a key, or an override of it, is in a section that may have any keys."""
+    return name.startswith(tuple(f"{section}." for section in keys_with(OPEN)))
 
 
 def force_open_sections(arguments: list[str]) -> list[str]:
     """Command-line arguments in which overrides inside open sections may name new keys without Hydra's leading +."""
-    return [f"++{text}" if text.startswith(tuple(f"{name}." for name in OPEN_SECTIONS)) else text for text in arguments]
+    return [f"++{text}" if in_open_section(text) else text for text in arguments]
 
 
 def defer_keys_of_swept_groups(arguments: list[str]) -> list[str]:
@@ -68,34 +70,48 @@ def _as_sweep(text: str) -> str:
     return f"{key}=choice({value})"
 
 
+def composed(*overrides: str) -> tuple[DictConfig, dict[str, str]]:
+    """What overrides compose to, and the file that each group was composed from.
+
+    Raises UserError where one names what does not exist.
+    """
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
+
+    try:
+        with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+            config = compose("config", overrides=force_open_sections(list(overrides)), return_hydra_config=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(explain_composition_error(error)) from error
+    choices = dict(config.hydra.runtime.choices)
+    OmegaConf.set_struct(config, False)
+    config.pop("hydra")
+    return config, choices
+
+
 @cache
 def known_keys() -> frozenset[str]:
-    """Dotted names of all keys and groups of the YAML files."""
-    keys = set(GROUPS) | _leaves(OmegaConf.load(CONFIG_DIR / "config.yaml"))
-    for group in GROUPS:
-        for file in (CONFIG_DIR / group).glob("*.yaml"):
-            if "@package _global_" not in file.read_text():
-                keys |= {f"{group}.{key}" for key in _leaves(OmegaConf.load(file))}
-    return frozenset(key for key in keys if not key.startswith(("hydra", "defaults")) and ".defaults" not in key)
+    """Dotted names of all keys, and the groups."""
+    names = names_of(RunConfig)
+    return frozenset(GROUPS) | {name for name in names if not any(other.startswith(f"{name}.") for other in names)}
 
 
-def _leaves(config, prefix: str = "") -> set[str]:
-    """Dotted names of the leaves of a configuration; an empty section is a leaf."""
-    leaves: set[str] = set()
-    for key in config:
-        node = config._get_node(key)
-        if isinstance(node, DictConfig) and not node._is_none() and len(node):
-            leaves |= _leaves(node, f"{prefix}{key}.")
-        else:
-            leaves.add(f"{prefix}{key}")
-    return leaves
+@cache
+def default_values(**groups: str) -> dict:
+    """The plain values of config.yaml, with the groups' files of these names; an unknown name is an empty section."""
+    values = OmegaConf.to_container(OmegaConf.load(CONFIG_DIR / "config.yaml"))
+    for group, name in groups.items():
+        # A name in data forms no path.
+        known = name in ("base_model", *choices_of(group))
+        values[group] = OmegaConf.to_container(OmegaConf.load(CONFIG_DIR / group / f"{name}.yaml")) if known else {}
+    return {key: value for key, value in values.items() if key not in ("hydra", "defaults")}
 
 
 def explain_composition_error(error: Exception) -> str:
     """One message for what Hydra or OmegaConf found wrong with an override, with the nearest name that exists."""
     text = str(error)
     if match := re.search(r"Could not override '([^']+)'", text):
-        return _unknown_key(match[1])
+        return unknown_key(match[1])
     if match := re.search(r"Could not find '(\w+)/([^']+)'", text):
         group, choice = match.groups()
         return f"{group}={choice}: there is no such {group}; {nearest(choice, choices_of(group))}"
@@ -108,19 +124,28 @@ def explain_composition_error(error: Exception) -> str:
     return "\n".join(part for part in (text, str(error.__cause__ or "")) if part)
 
 
-def _unknown_key(key: str) -> str:
+def unknown_key(key: str) -> str:
+    """What to say of a key that does not exist, or not here."""
     if key in known_keys():
         group, name = key.split(".", 1)
-        owners = [choice for choice in choices_of(group) if name in _keys_of_choice(group, choice)]
+        owners = [choice for choice in choices_of(group) if name in keys_of_choice(group, choice)]
         return f"{key}: this {group} has no such key. It belongs to {group}={', '.join(owners)}."
     return f"{key}: no such key; {nearest(key, known_keys())}"
 
 
-def _keys_of_choice(group: str, choice: str) -> set[str]:
+@cache
+def keys_of_choice(group: str, choice: str) -> frozenset[str]:
     """The keys that group=CHOICE has, those of the files that it builds on among them."""
     file = OmegaConf.load(CONFIG_DIR / group / f"{choice}.yaml")
     bases = [base for base in file.get("defaults", ()) if isinstance(base, str) and base != "_self_"]
-    return set(file).union(*(_keys_of_choice(group, base) for base in bases))
+    return (frozenset(file) - {"defaults"}).union(*(keys_of_choice(group, base) for base in bases))
+
+
+@cache
+def group_keys(group: str) -> dict[str, frozenset[str]]:
+    """The names that `loss.name` or `trainer.name` may say, each with the keys of its file."""
+    files = [OmegaConf.load(CONFIG_DIR / group / f"{choice}.yaml") for choice in choices_of(group)]
+    return {file.name: frozenset(file) for file in files if "name" in file}
 
 
 def choices_of(group: str) -> list[str]:

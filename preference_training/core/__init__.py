@@ -1,0 +1,1 @@
+"""What every other package may use: errors, files and locks, hashes, random streams, process groups, signals, secrets."""

@@ -1,6 +1,6 @@
 """The prompt of training in the language of what serves a model: Jinja, which transformers, vLLM and others read.
 
-A run's template (`prompt_templates.py`) is brought into one form, `Turns`: what stands before and behind each role's text.
+A run's template (`data/rows/templates.py`) is brought into one form, `Turns`: what stands before and behind each role's text.
 From it come a chat template here, and Ollama's in `modelfile.py`; both write what training wrote.
 """
 

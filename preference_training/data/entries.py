@@ -4,21 +4,16 @@ An entry is a name or a path, or a dict with either and further keys. Everything
 before anything is loaded; then `load_records` gives its checked records, one by one.
 """
 
+import copy
 import inspect
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import ClassVar
 
-from omegaconf import DictConfig
-
-from preference_training.configuration.validation import (
-    GENERAL_CHOICES,
-    GENERAL_KEYS,
-    WITHOUT_PAIRS,
-    is_changed,
-    listed,
-)
+from preference_training.configuration.composition import default_values
+from preference_training.configuration.keys import listed
+from preference_training.configuration.schema import GENERAL_CHOICES, GENERAL_KEYS, WITHOUT_PAIRS, RunConfig
 from preference_training.core.errors import UserError, nearest
 from preference_training.data.files import content_hash, is_data_file, read_rows
 from preference_training.data.hub_sets import hub_rows, load_hub
@@ -361,23 +356,25 @@ def load_records(
         yield PreferenceRecord(prompt, list(record["responses"]), pairs, record["sft_target"], number, source, targets)
 
 
-def read_entries(config: DictConfig) -> list[Entry]:
+def read_entries(config: RunConfig) -> list[Entry]:
     """The entries of `datasets`, understood; brackets may be left out for one. Raises UserError."""
-    entries = listed(config.datasets)
-    if not isinstance(entries, list) or not entries:
-        raise UserError(f"datasets: found {entries!r}, expected at least one data set, as in [hh,shp].")
-    defaults = {key: config[key] for key in (*GENERAL_KEYS, "held_out_share") if key in config}
+    # Loaders of the user's are given parts of it, and may write into them.
+    entries = copy.deepcopy(listed(config.datasets))
+    if not isinstance(config.datasets, list | str | dict) or not entries:
+        raise UserError(f"datasets: found {config.datasets!r}, expected at least one data set, as in [hh,shp].")
+    defaults = {key: getattr(config, key) for key in (*GENERAL_CHOICES, "system_prompt", "held_out_share")}
     read = [read_entry(entry, defaults) for entry in entries]
     return [replace(entry, notes=(*entry.notes, *_run_settings_without_effect(config, entry))) for entry in read]
 
 
-def _run_settings_without_effect(config: DictConfig, entry: Entry) -> list[str]:
+def _run_settings_without_effect(config: RunConfig, entry: Entry) -> list[str]:
     """Notes on the run's settings that have been changed and say nothing to an entry, and on what its loss does not read."""
-    notes = []
+    notes, usual = [], default_values()
     if entry.dataset.about_sft and config.loss.name in WITHOUT_PAIRS:
         notes.append(entry.dataset.about_sft)
-    if is_changed(config, "max_prompt_length") and (entry.truncation_mode or entry.dataset.truncation_mode) == "drop":
+    drops = (entry.truncation_mode or entry.dataset.truncation_mode) == "drop"
+    if config.max_prompt_length != usual["max_prompt_length"] and drops:
         notes.append("max_prompt_length has no effect: truncation_mode=drop cuts nothing")
-    if is_changed(config, "held_out_share") and not entry.holds_out_a_share:
+    if config.held_out_share != usual["held_out_share"] and not entry.holds_out_a_share:
         notes.append("held_out_share has no effect: the set says itself what is held out")
     return notes

@@ -54,8 +54,8 @@ class TokenizedPrompt:
 
 # The version of the rules by which rows become token ids, pairs and splits: of all code between a loader and a `PromptTable`.
 # Raise it by hand, and add to VERSIONS what is new, whenever the same rows and settings give other ids, other pairs, another
-# order or another split; for nothing else, since data of an earlier version is prepared anew. tests/test_prepared_versions.py
-# fails where it has been forgotten, and says what to do then.
+# order or another split; for nothing else, since data of an earlier version is prepared anew.
+# tests/data/test_prepared_versions.py fails where it has been forgotten, and says what to do then.
 VERSION = 2
 VERSIONS = {
     1: "a prompt is held out by a hash of its own text, whatever the model reads of it; pairs of equal token ids are trained "

@@ -21,7 +21,6 @@ import torch
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from preference_training.configuration.validation import is_sharded
 from preference_training.core.errors import UserError
 from preference_training.core.processes import in_worker, usable_cores
 from preference_training.core.ranks import local_rank, local_world_size
@@ -39,12 +38,12 @@ def number_of_workers(trainer) -> int:
 def number_of_data_ranks(config) -> int:
     """How many processes of a run train on different data."""
     trainer = config.trainer
-    if not is_sharded(config):
+    if not trainer.is_sharded:
         return 1
     world = trainer.world_size if config.dry_run else None
     world = world or (int(os.environ["WORLD_SIZE"]) if in_worker() else number_of_workers(trainer))
     # None under a trainer that splits layers is over all of them.
-    together = (trainer.tensor_parallel_size or world) if "tensor_parallel_size" in trainer else 1
+    together = (trainer.tensor_parallel_size or world) if trainer.splits_layers else 1
     return max(1, world // together)
 
 

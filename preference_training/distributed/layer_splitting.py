@@ -23,17 +23,17 @@ from preference_training.batching.trees import TreeLayout
 from preference_training.core.errors import UserError, first_line
 from preference_training.core.processes import in_worker
 from preference_training.distributed.sharding import check_divisible
-from preference_training.modeling.loading import build_untrained, load_model, weights_hash
+from preference_training.modeling.loading import build_untrained, load_model
 from preference_training.modeling.logprobs import ScoringHead, response_logps
-from preference_training.modeling.prefix_sharing import share_prefixes
-from preference_training.modeling.sharing_proof import (
-    ROUNDING,
+from preference_training.modeling.prefix_sharing.proof import (
+    TOLERANCES,
     disagreement,
     exact_arithmetic,
     logps_and_gradients,
     random_trees,
 )
-from preference_training.modeling.state import compute_device, dtype_of_copy
+from preference_training.modeling.prefix_sharing.sharing import share_prefixes
+from preference_training.modeling.state import compute_device, copied_dtype, weights_hash
 from preference_training.modeling.tokenizer import load_tokenizer
 
 # ---- is it for this model? ----------------------------------------------------------------------------------------------
@@ -143,7 +143,7 @@ def _sharing_mode(mode: str, devices: list[torch.device]) -> str:
         return mode
     if mode == "on":
         raise UserError("prefix_sharing: found on, but threads that share a model's layers cannot. Set it to auto or off.")
-    print("prefix sharing: off, padded rows instead: threads that share a model's layers cannot on GPUs", flush=True)
+    print("prefix sharing: off, using padded rows: threads that share a model's layers cannot on GPUs", flush=True)
     return "off"
 
 
@@ -210,7 +210,7 @@ def copy_of_split(policy: nn.Module, dtype: torch.dtype) -> nn.Module:
     names = set(map(_original, weights))
     zeros = {name: buffer for name, buffer in twin.named_buffers() if _original(name) in names}
     for value in (*weights.values(), *zeros.values()):
-        value.data = value.data.to(dtype_of_copy(policy, value, dtype))
+        value.data = value.data.to(copied_dtype(policy, value, dtype))
     return twin
 
 
@@ -226,7 +226,7 @@ def _fault_of_split(policy: nn.Module, source: nn.Module) -> str | None:
     logps, gradients = logps_and_gradients(response_logps, policy, batch.to(compute_device(policy)), tried)
     by_part = dict(zip(map(id, tried), gradients, strict=True))
     gradients = [_joined(policy, name, [by_part[id(part)] for part in parts[name]]).cpu() for name in names]
-    rounding = ROUNDING[source.autocast_dtype or source.dtype]
+    rounding = TOLERANCES[source.autocast_dtype or source.dtype]
     return disagreement((logps.cpu(), gradients), expected, batch.response_lengths, rounding)
 
 
@@ -234,7 +234,7 @@ def _fault_of_split(policy: nn.Module, source: nn.Module) -> str | None:
 
 
 @functools.cache
-def _split_class(model_class: type) -> type:
+def _split_class(model_class: type[nn.Module]) -> type:
     """A model's class, with a forward that runs all shards and gives what the first gives."""
 
     class Split(model_class):

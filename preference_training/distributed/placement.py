@@ -14,16 +14,11 @@ from preference_training.core.devices import pick_device
 from preference_training.core.errors import UserError
 from preference_training.core.ranks import ALONE, local_world_size
 from preference_training.modeling.adapters import has_adapter
-from preference_training.modeling.loading import (
-    compile_between_attentions,
-    enable_activation_checkpointing,
-    load_model,
-    place,
-    reference_copy,
-    weights_hash,
-)
+from preference_training.modeling.kernels import compile_between_attentions, enable_activation_checkpointing
+from preference_training.modeling.loading import load_model
 from preference_training.modeling.logprobs import LiveReference
-from preference_training.modeling.prefix_sharing import share_prefixes
+from preference_training.modeling.prefix_sharing.sharing import share_prefixes
+from preference_training.modeling.state import move_to_devices, reference_copy, weights_hash
 
 
 class OneProcess:
@@ -39,7 +34,9 @@ class OneProcess:
 
     def policy(self) -> nn.Module:
         """The model that is trained."""
-        policy = place(load_model(self.config.model, self.tokenizer, self.config.cache_dir, self.base_dir), self.device)
+        policy = move_to_devices(
+            load_model(self.config.model, self.tokenizer, self.config.cache_dir, self.base_dir), self.device
+        )
         self.began_with = weights_hash(policy)
         share_prefixes(policy, self.config.prefix_sharing)
         if self.config.activation_checkpointing:
@@ -56,7 +53,7 @@ class OneProcess:
         """The policy as it is now, which does not change: a frozen copy, or itself without what an adapter will add."""
         if has_adapter(policy):
             return LiveReference(policy)
-        return LiveReference(self.compiled(place(reference_copy(policy, self.config.model), policy.device)))
+        return LiveReference(self.compiled(move_to_devices(reference_copy(policy, self.config.model), policy.device)))
 
     def samples(self, wanted: bool | None) -> bool:
         """Whether to sample at evaluations, where `sample_during_eval` is `wanted`."""

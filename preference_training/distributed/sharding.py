@@ -19,29 +19,23 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from torch.distributed.tensor import DTensor
 
 from preference_training.batching.batches import PackedBatch
-from preference_training.configuration.validation import sharded_dtype
 from preference_training.core.errors import UserError
 from preference_training.core.memory import tune_malloc
 from preference_training.core.ranks import Ranks, local, local_world_size, whole
 from preference_training.modeling.adapters import has_adapter
-from preference_training.modeling.loading import (
-    build_untrained,
-    compile_between_attentions,
-    enable_activation_checkpointing,
-    load_model,
-    weights_hash,
-)
+from preference_training.modeling.kernels import compile_between_attentions, enable_activation_checkpointing
+from preference_training.modeling.loading import build_untrained, load_model
 from preference_training.modeling.logprobs import response_logps
-from preference_training.modeling.prefix_sharing import attend_over_trees, scores_in_head, share_prefixes
-from preference_training.modeling.sharing_proof import (
-    ROUNDING,
+from preference_training.modeling.prefix_sharing.proof import (
+    TOLERANCES,
     disagreement,
     exact_arithmetic,
     logps_and_gradients,
     random_trees,
 )
-from preference_training.modeling.state import compute_device, free_memory, take_buffers
-from preference_training.modeling.tree_attention import RESPONSE_TREES
+from preference_training.modeling.prefix_sharing.sharing import attend_over_trees, scores_in_head, share_prefixes
+from preference_training.modeling.prefix_sharing.tree_attention import RESPONSE_TREES
+from preference_training.modeling.state import compute_device, free_memory, set_buffers, weights_hash
 
 # ---- the mesh -----------------------------------------------------------------------------------------------------------
 
@@ -84,7 +78,7 @@ class Layout:
         """What a configuration asks for."""
         trainer = config.trainer
         dtypes = {
-            "param_dtype": sharded_dtype(config),
+            "param_dtype": config.sharded_dtype,
             "reduce_dtype": trainer.reduce_dtype,
             "output_dtype": trainer.output_dtype,
         }
@@ -218,7 +212,7 @@ def send_buffers(source: nn.Module | None, model: nn.Module, device: torch.devic
         sent = buffers[name].to(device) if source is not None else torch.empty(shape, dtype=dtype, device=device)
         buffers[name] = sent.contiguous()
         torch.distributed.broadcast(buffers[name], 0)
-    take_buffers(model, {name: buffers[name] for name in known})
+    set_buffers(model, {name: buffers[name] for name in known})
 
 
 def has_plenty_of_memory(config, tokenizer) -> bool:
@@ -237,7 +231,7 @@ def reference_beside(policy: nn.Module, config, tokenizer, layout: Layout, devic
     with torch.no_grad():
         for mine, theirs in zip(copy.parameters(), policy.parameters(), strict=True):
             local(mine).copy_(local(theirs))
-    take_buffers(copy, {name: buffer.clone() for name, buffer in policy.named_buffers()})
+    set_buffers(copy, {name: buffer.clone() for name, buffer in policy.named_buffers()})
     return copy.eval().requires_grad_(False)
 
 
@@ -284,7 +278,7 @@ def _check(model: nn.Module, source: nn.Module | None, layout: Layout, ranks: Ra
     model.zero_grad(set_to_none=True)
     fault = None
     if source is not None:
-        rounding = ROUNDING[layout.precision.param_dtype or source.autocast_dtype or source.dtype]
+        rounding = TOLERANCES[layout.precision.param_dtype or source.autocast_dtype or source.dtype]
         fault = disagreement((logps.detach().cpu(), found), expected, batch.response_lengths, rounding)
     fault = ranks.from_main(fault)
     if fault:

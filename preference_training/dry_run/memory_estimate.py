@@ -1,7 +1,7 @@
-"""How much memory a training step will take, found without taking it.
+"""An estimate of the peak memory of a training step, made without using that memory.
 
-The trainer's own step runs on fake tensors, which have shapes but no data, while every storage that it makes is counted from
-its making to its end. Nothing of the arithmetic is guessed, so the estimate follows the code.
+The trainer's own step runs on fake tensors, which have shapes but no data, while a counter follows every storage from its
+creation to its end. The estimate follows the code, since nothing about the computation is assumed.
 """
 
 import weakref
@@ -27,13 +27,14 @@ from preference_training.losses.objectives import (
     PairSelection,
 )
 from preference_training.modeling.adapters import has_adapter
-from preference_training.modeling.loading import build_untrained, enable_activation_checkpointing
+from preference_training.modeling.kernels import enable_activation_checkpointing
+from preference_training.modeling.loading import build_untrained
 from preference_training.modeling.logprobs import LiveReference
-from preference_training.modeling.prefix_sharing import attend_over_trees
-from preference_training.modeling.tree_attention import forget_masks
+from preference_training.modeling.prefix_sharing.sharing import attend_over_trees
+from preference_training.modeling.prefix_sharing.tree_attention import clear_mask_cache
 from preference_training.training.trainers import TRAINERS, BasicTrainer
 
-# What passes by these operations of FSDP, and is not known as something else, is of the kind.
+# Tensors seen in these operations of FSDP, and not known otherwise, are of this kind.
 KINDS = {
     "fsdp.all_gather_copy_in.default": "gathered weights",
     "fsdp.chunk_cat.default": "gradients",
@@ -43,17 +44,17 @@ KINDS = {
 
 @dataclass(eq=False)
 class _Held:
-    """What a storage is for, and how many bytes it has."""
+    """The kind of a storage, and its size in bytes."""
 
     kind: str
     size: int
 
 
 class StorageCounter(TorchDispatchMode):
-    """Counts the bytes of all storages that are made under it, by kind, and finds the moment of the most.
+    """Counts the bytes of all storages that are created under it, by kind, and finds their peak.
 
-    New storages are of the kind `kind`; of those that pass by in a step, the ones whose last dimension is `vocabulary` are
-    logits. A storage is of one kind from its making on, also where that is found out later.
+    New storages are of the kind `kind`, except that activations whose last dimension is `vocabulary` are logits. A storage has
+    one kind for all of its life, even where that kind is found out later.
     """
 
     def __init__(self, vocabulary: int):
@@ -61,14 +62,14 @@ class StorageCounter(TorchDispatchMode):
         self.kind = "parameters"
         self.vocabulary = vocabulary
         self._held: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
-        # Every change of a storage's size, in the order of time.
+        # Every change of a storage's size, in order.
         self._changes: list[tuple[_Held, int]] = []
         self._start = 0
 
     def __enter__(self):
         self._resize = torch.UntypedStorage.resize_
 
-        # Weights that FSDP gathers and lets go keep their storage, whose size changes; no operation says so.
+        # FSDP gathers and reshards weights by resizing their storage, which no dispatched operation shows.
         def resize(storage, size: int):
             result = self._resize(storage, size)
             if held := self._held.get(storage):
@@ -84,12 +85,12 @@ class StorageCounter(TorchDispatchMode):
         return super().__exit__(*exception)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        """Run the operation, and count what it made."""
+        """Run an operation, and count the storages that it creates."""
         if any(issubclass(type_, DTensor) for type_ in types):
-            # What it does with this process's part comes by on its own.
+            # Its operation on the local shard is dispatched separately.
             return NotImplemented
         if func is torch.ops._c10d_functional.wait_tensor.default and isinstance(args[0], FakeTensor):
-            # As a real one is: waited for, and no copy of it.
+            # As with real tensors, waiting makes no copy.
             return args[0]
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
@@ -120,16 +121,16 @@ class StorageCounter(TorchDispatchMode):
         return held and held.kind
 
     def recount(self, tensor: Tensor, kind: str) -> None:
-        """Count a tensor's storage as `kind`, from its making on."""
+        """Count a tensor's storage as `kind`, from its creation on."""
         if held := self._held.get(tensor.untyped_storage()):
             held.kind = kind
 
     def restart(self) -> None:
-        """Look for the moment of the most from now on only."""
+        """Look for the peak from now on only."""
         self._start = len(self._changes)
 
     def most(self) -> Counter[str]:
-        """Bytes by kind at the moment when most was held."""
+        """Bytes by kind at the peak."""
         totals = list(accumulate((change for _, change in self._changes), initial=0))
         moment = max(range(self._start, len(totals)), key=totals.__getitem__)
         kinds: Counter[str] = Counter()
@@ -140,23 +141,23 @@ class StorageCounter(TorchDispatchMode):
 
 @contextmanager
 def fake_tensors(vocabulary: int) -> Iterator[StorageCounter]:
-    """Everything computed inside has shapes but no data; gives the counter of its storages."""
-    # Masks that are kept for the next batch may not cross the border in either direction.
-    forget_masks()
+    """Context in which tensors have shapes but no data; yields the counter of their storages."""
+    # Cached masks must not cross this border in either direction.
+    clear_mask_cache()
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), StorageCounter(vocabulary) as counter:
             yield counter
     finally:
-        forget_masks()
+        clear_mask_cache()
 
 
-def step_memory(config, tokenizer, loss: Loss, live_reference: bool, pieces: Sequence[PackedBatch]) -> dict[str, int]:
-    """Bytes that are held in a training step of one process when most is held, by kind.
+def step_memory(config, tokenizer, loss: Loss, live_reference: bool, packs: Sequence[PackedBatch]) -> dict[str, int]:
+    """Peak bytes of a training step of one process, by kind.
 
-    pieces are computed one after the other; each is what is computed at once. Models that do not share prefixes take more.
+    packs: computed one after the other. Models that do not share prefixes need more.
     """
     with fake_tensors(len(tokenizer)) as counter:
-        return most_held(fake_trainer(config, tokenizer, loss, live_reference, counter), counter, pieces)
+        return most_held(fake_trainer(config, tokenizer, loss, live_reference, counter), counter, packs)
 
 
 def fake_trainer(
@@ -168,7 +169,7 @@ def fake_trainer(
     ranks: Ranks = ALONE,
     layout: Layout | None = None,
 ) -> BasicTrainer:
-    """The trainer of a configuration on fake tensors, its weights counted; `layout` says how a sharded one's lie."""
+    """The trainer of a configuration on fake tensors, with its weights counted; `layout` is that of a sharded run."""
     policy = _model(config, tokenizer, config.model.policy_dtype, layout)
     counter.vocabulary = policy.config.get_text_config().vocab_size
     counter.kind = "reference"
@@ -177,29 +178,29 @@ def fake_trainer(
         shared = has_adapter(policy)
         reference = LiveReference(policy if shared else _model(config, tokenizer, config.model.reference_dtype, layout))
     elif loss.needs_reference:
-        reference = lambda piece: torch.zeros(len(piece.response_lengths))  # noqa: E731
+        reference = lambda pack: torch.zeros(len(pack.response_lengths))  # noqa: E731
     counter.kind = "activations"
     parts = policy, reference, _without_numbers(loss), tokenizer, None, [], [], None, None, ranks
     trainer = TRAINERS[config.trainer.name](config, *parts)
     inner = trainer.optimizer.inner if trainer.has_masters else trainer.optimizer
     if hasattr(inner, "fill_qmap"):
-        # What eight bits stand for is computed by numbers.
+        # The code book of 8-bit optimizers is computed from real values.
         with unset_fake_temporarily():
             inner.fill_qmap()
-    # It would look at whether gradients are finite.
+    # A real scaler would test whether gradients are finite.
     trainer.scaler = torch.amp.GradScaler("cpu", enabled=False)
     return trainer
 
 
 def _model(config, tokenizer, dtype: str, layout: Layout | None) -> nn.Module:
-    """The model of a configuration; it attends over response trees without the proof, for which it has no numbers."""
+    """The model of a configuration, sharing prefixes without the proof, which needs real values."""
     sharing = Sharing(scores_in_head=True) if config.prefix_sharing != "off" else None
     if layout is not None:
-        # A mesh looks for its place among the ranks, and that must be a number.
+        # A device mesh reads its coordinates from real tensors.
         with unset_fake_temporarily():
             model = empty_model(config, tokenizer, dtype, sharing, layout, torch.device("meta"))
         return model.to_empty(device="cpu")
-    # Adapters are put into real models.
+    # peft does not support fake tensors.
     with unset_fake_temporarily(), torch.device("meta"):
         model = build_untrained(config.model, tokenizer, config.cache_dir, dtype)
     model.to_empty(device="cpu")
@@ -227,22 +228,22 @@ def _without_numbers(loss: Loss) -> Loss:
 
 
 def faked(step: Sequence[MicroBatch]) -> list[MicroBatch]:
-    """A step's micro-batches with tensors that are made here and now: fake ones where all are."""
+    """A step's micro-batches with cloned tensors, which are fake inside `fake_tensors`."""
     return [
-        MicroBatch([piece.with_tensors(lambda tensor: tensor.clone()) for piece in part.pieces], part.num_examples)
+        MicroBatch([pack.with_tensors(lambda tensor: tensor.clone()) for pack in part.packs], part.num_examples)
         for part in step
     ]
 
 
 def step_without_look(trainer: BasicTrainer, step: Sequence[MicroBatch]) -> None:
-    """The trainer's step as if its numbers were sound: fake tensors have none to look at."""
+    """The trainer's step without its checks for finite values, which fake tensors do not have."""
     sums, _, _ = trainer.backward(step)
     trainer.added_up(sums, trainer.scaled_down_gradient(), sum(part.num_examples for part in step), 0)
     trainer.update_weights()
 
 
-def most_held(trainer: BasicTrainer, counter: StorageCounter, pieces: Sequence[PackedBatch]) -> dict[str, int]:
-    """Bytes that a trainer holds in a step with these pieces when most is held, by kind; all was made under the counter."""
+def most_held(trainer: BasicTrainer, counter: StorageCounter, packs: Sequence[PackedBatch]) -> dict[str, int]:
+    """Peak bytes of a trainer's step with these packs, by kind; the trainer was built under the counter."""
 
     def name_gradients(*_) -> None:
         for weight in trainer.policy.parameters():
@@ -257,7 +258,7 @@ def most_held(trainer: BasicTrainer, counter: StorageCounter, pieces: Sequence[P
     trainer.optimizer.register_step_pre_hook(name_gradients)
     if trainer.has_masters:
         trainer.optimizer.inner.register_step_pre_hook(name_copied_gradients)
-    step = faked([MicroBatch([piece], piece.num_examples) for piece in pieces])
+    step = faked([MicroBatch([pack], pack.num_examples) for pack in packs])
     step_without_look(trainer, step)
     for state in trainer.optimizer.state.values():
         for value in state.values():
@@ -266,14 +267,14 @@ def most_held(trainer: BasicTrainer, counter: StorageCounter, pieces: Sequence[P
     name_weights(counter, trainer.policy, "parameters")
     if isinstance(trainer.reference, LiveReference) and trainer.reference.model is not trainer.policy:
         name_weights(counter, trainer.reference.model, "reference")
-    # The first step has made the optimizer's state; from the second on it is there when activations are.
+    # The first step creates the optimizer's state; from the second on it is in memory along with the activations.
     counter.restart()
     step_without_look(trainer, step)
     return {kind: size for kind, size in counter.most().items() if size}
 
 
 def name_weights(counter: StorageCounter, model: nn.Module, kind: str) -> None:
-    """Count a model's weights as `kind` after a step, and those that stay gathered as such."""
+    """Count a model's weights as `kind` after a step, and those that are still gathered as such."""
     for weight in model.parameters():
         counter.recount(local(weight), "gathered weights")
     let_go_of_gathered(model)

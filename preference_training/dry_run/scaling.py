@@ -1,7 +1,7 @@
-"""What one of many processes will hold and send in a training step, found without the others.
+"""The memory and communication of rank 0 of a sharded run, estimated without the other processes.
 
-torch's fake process group stands for the others: it takes every message and delivers none. Over it the model is laid as in a
-run, on fake tensors, and the trainer's own step tells what it would hold and what it would send. Looked at is rank 0 alone.
+torch's fake process group stands in for them: it accepts every message and delivers none. The model is sharded over it as in a
+run, on fake tensors, and the trainer's own step shows what it would hold and send.
 """
 
 from collections import Counter
@@ -18,7 +18,6 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from preference_training.batching.batches import UNLIMITED, MicroBatch, PackedBatch, TokenBudget
-from preference_training.configuration.validation import times_beside_weights
 from preference_training.core.devices import pick_device
 from preference_training.core.ranks import Ranks
 from preference_training.distributed.launching import end_group, number_of_workers
@@ -32,12 +31,12 @@ from preference_training.training.trainers import TRAINERS
 GIB = 2**30
 
 
-# ---- processes that are not there ---------------------------------------------------------------------------------------
+# ---- fake processes -------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def fake_processes(size: int) -> Iterator[None]:
-    """Inside, this process is rank 0 of `size`; the others are not there."""
+    """Context in which this process is rank 0 of `size` processes, the others of which do not exist."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
@@ -48,24 +47,21 @@ def fake_processes(size: int) -> Iterator[None]:
 
 
 def world_size(trainer) -> int:
-    """How many processes to look at: `trainer.world_size`, else those that would be started here."""
+    """The number of processes of the run: `trainer.world_size`, else those that would be started here."""
     return trainer.world_size or number_of_workers(trainer)
 
 
-def laid_out(config) -> tuple[Ranks, Layout]:
-    """The ranks and the layout that a run of so many processes would have; inside `fake_processes`. Raises UserError."""
+def lay_out_ranks(config) -> tuple[Ranks, Layout]:
+    """The ranks and the layout of the run, inside `fake_processes`. Raises UserError where it cannot be sharded so."""
     ranks, layout = TRAINERS[config.trainer.name].placement.lay_out(config, "cpu", number_of_workers(config.trainer))
     if config.trainer.cpu_offload:
-        # Page-locked memory is as large as other, and a machine without a GPU has none.
+        # Pinned memory needs a GPU, and takes no more than pageable memory.
         layout = replace(layout, offload=CPUOffloadPolicy(pin_memory=False))
     return ranks, layout
 
 
-def budget_of(config, tokenizer, layout: Layout) -> TokenBudget:
-    """How much each process would compute at once, by the run's own rule.
-
-    Where the devices' memory is not known, each micro-batch at once.
-    """
+def rank_budget(config, tokenizer, layout: Layout) -> TokenBudget:
+    """The token budget of each rank, by the run's own rule; UNLIMITED where the memory of the devices is not known."""
     trainer, limit = config.trainer, config.max_tokens_per_microbatch
     if limit is not None:
         return TokenBudget(limit, limit)
@@ -76,12 +72,12 @@ def budget_of(config, tokenizer, layout: Layout) -> TokenBudget:
         free = int(trainer.device_memory * GIB)
     else:
         free = free_memory(device) // (1 if device.type == "cuda" else world_size(trainer))
-    # What a real part of the weights will take is not there yet.
+    # On meta, so that the memory of this rank's shards still counts as free.
     model = empty_model(config, tokenizer, config.model.policy_dtype, None, layout, torch.device("meta"))
-    return token_budget(model, None, device, free, times_beside_weights(config))
+    return token_budget(model, None, device, free, config.times_beside_weights)
 
 
-# ---- what is sent -------------------------------------------------------------------------------------------------------
+# ---- communication --------------------------------------------------------------------------------------------------------
 
 
 class Message(NamedTuple):
@@ -94,10 +90,9 @@ class Message(NamedTuple):
 
 
 class Collective(NamedTuple):
-    """An operation of torch: what it is called here, and which of its arguments are the whole tensor and the group.
+    """A collective operation of torch: its name, and the positions of its tensor and process group among its arguments.
 
-    A rank sends `rounds` times the part of the whole that the others have. Where only this rank's part is an argument,
-    `of_part` says so.
+    A rank sends `rounds` times the other ranks' share of the whole tensor. of_part: the argument is this rank's shard of it.
     """
 
     name: str
@@ -118,10 +113,10 @@ COLLECTIVES = {
 
 
 class Traffic(TorchDispatchMode):
-    """Counts what this process sends under it: `calls` and `sent` bytes of each kind of message.
+    """Counts what this process sends under it: `calls`, and bytes in `sent`, of each kind of message.
 
-    Counted is what a ring sends, which is the least there can be: of S bytes over n ranks an all-gather and a reduce-scatter
-    send S (n-1)/n, an all-reduce twice that. As much is received. Raises ValueError for a collective it does not know.
+    The bytes are those of ring algorithms, which are optimal: for S bytes over n ranks an all-gather and a reduce-scatter send
+    S (n-1)/n, an all-reduce twice that, and as much is received. Raises ValueError for an unknown collective.
     """
 
     def __init__(self):
@@ -132,7 +127,7 @@ class Traffic(TorchDispatchMode):
 
     @contextmanager
     def of(self, model: str) -> Iterator[None]:
-        """What is sent inside is for another model."""
+        """Context in which messages count as those of another model."""
         self.model, before = model, self.model
         try:
             yield
@@ -140,9 +135,9 @@ class Traffic(TorchDispatchMode):
             self.model = before
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        """Run the operation, and count what it sends."""
+        """Run an operation, and count what it sends."""
         if any(issubclass(type_, DTensor) for type_ in types):
-            # What it sends comes by on its own.
+            # Its collectives are dispatched separately.
             return NotImplemented
         if collective := COLLECTIVES.get(str(func)):
             self._count(collective, args)
@@ -161,7 +156,7 @@ class Traffic(TorchDispatchMode):
 
 
 def group_size(group) -> int:
-    """The number of ranks of a process group as operations are handed it: by name, or in a box."""
+    """The number of ranks of a process group, given as operations take it: by name, or boxed."""
     if isinstance(group, str):
         return _resolve_process_group(group).size()
     if not isinstance(group, torch.distributed.ProcessGroup):
@@ -174,7 +169,7 @@ def group_size(group) -> int:
 
 @dataclass(frozen=True)
 class StepCosts:
-    """What a step takes of rank 0: bytes held when most is held, by kind, and what it sends."""
+    """The costs of a step for rank 0: its peak memory in bytes, by kind, and what it sends."""
 
     memory: dict[str, int]
     traffic: Traffic
@@ -185,15 +180,15 @@ def step_costs(
     tokenizer,
     loss: Loss,
     live_reference: bool,
-    pieces: Sequence[PackedBatch],
+    packs: Sequence[PackedBatch],
     step: Sequence[MicroBatch],
     ranks: Ranks,
     layout: Layout,
 ) -> StepCosts:
-    """Memory of a step with these pieces, and what `step` sends; inside `fake_processes`."""
+    """The peak memory of a step with these packs, and the traffic of `step`; inside `fake_processes`."""
     with fake_tensors(len(tokenizer)) as counter:
         trainer = fake_trainer(config, tokenizer, loss, live_reference, counter, ranks, layout)
-        memory = most_held(trainer, counter, pieces)
+        memory = most_held(trainer, counter, packs)
         with Traffic() as traffic:
             trainer.reference = attributed(trainer.reference, traffic)
             step_without_look(trainer, faked(step))
@@ -201,25 +196,25 @@ def step_costs(
 
 
 def attributed(reference: Callable | None, traffic: Traffic) -> Callable | None:
-    """A reference whose messages are counted as its own."""
+    """A reference whose messages count as those of the reference model."""
     if reference is None:
         return None
 
-    def call(piece: PackedBatch):
+    def call(pack: PackedBatch):
         with traffic.of("reference"):
-            return reference(piece)
+            return reference(pack)
 
     return call
 
 
 def in_device_memory(config, memory: dict[str, int]) -> int:
-    """Bytes of a step's memory that are on the device, where `trainer.cpu_offload` may keep some kinds elsewhere."""
-    elsewhere = ("parameters", "reference", "gradients", "optimizer") if config.trainer.cpu_offload else ()
-    return sum(size for kind, size in memory.items() if kind not in elsewhere)
+    """The bytes of a step's memory on the device, without the kinds that `trainer.cpu_offload` keeps in CPU memory."""
+    offloaded = ("parameters", "reference", "gradients", "optimizer") if config.trainer.cpu_offload else ()
+    return sum(size for kind, size in memory.items() if kind not in offloaded)
 
 
-def lines_of_traffic(traffic: Traffic, pieces: int) -> list[str]:
-    """What rank 0 sends in a step of so many pieces."""
+def describe_traffic(traffic: Traffic, packs: int) -> list[str]:
+    """Lines about what rank 0 sends in a step of so many packs."""
     sent = [message for message in traffic.sent if message.ranks > 1]
     lines = [
         f"  {message.model:10}{message.operation:15}{str(message.dtype).removeprefix('torch.'):9} over {message.ranks:6,} ranks"
@@ -228,5 +223,5 @@ def lines_of_traffic(traffic: Traffic, pieces: int) -> list[str]:
     ]
     if not lines:
         return ["  none"]
-    counted = "piece" if pieces == 1 else "pieces"
-    return [f"  sent by each rank in a step of {pieces:,} {counted}, and as much received:", *lines]
+    counted = "pack" if packs == 1 else "packs"
+    return [f"  sent by each rank, and as much received, in a step of {packs:,} {counted}:", *lines]

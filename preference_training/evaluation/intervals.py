@@ -32,10 +32,10 @@ def share_interval(values: Sequence[float], groups: Sequence | None = None) -> B
     groups [E]: examples with equal values belong together; None: all are independent. Independent outcomes get the
     Clopper-Pearson interval, extended to ties; other values the Korn-Graubard interval.
     """
-    values = numpy.asarray(values, float)
-    totals, sizes = _by_group(groups, values, numpy.ones(len(values)))
-    if len(totals) == len(values) and numpy.isin(values, (0, 0.5, 1)).all():
-        return _clopper_pearson(*(int((values == outcome).sum()) for outcome in (1, 0.5, 0)))
+    numbers = numpy.asarray(values, float)
+    totals, sizes = _by_group(groups, numbers, numpy.ones(len(numbers)))
+    if len(totals) == len(numbers) and numpy.isin(numbers, (0, 0.5, 1)).all():
+        return _clopper_pearson(*(int((numbers == outcome).sum()) for outcome in (1, 0.5, 0)))
     return _korn_graubard(totals, sizes)
 
 

@@ -18,6 +18,7 @@ from time import time
 import xxhash
 
 from preference_training.configuration.composition import CONFIG_DIR
+from preference_training.configuration.schema import EvaluationConfig
 from preference_training.configuration.validation import EVALUATION_REQUIREMENTS, KEY_VARIABLE
 from preference_training.core.errors import UserError, first_line
 from preference_training.core.hashing import hash_of_values
@@ -82,7 +83,7 @@ class RewardModelJudge(Judge):
     """A sequence classifier with one output: the response with the higher reward is better."""
 
     def __init__(self, name: str, cache_dir: str | None, device):
-        from preference_training.modeling.loading import weights_hash
+        from preference_training.modeling.state import weights_hash
 
         self.model, self.tokenizer = load_reward_model(name, cache_dir)
         reads = [self.model.config.to_json_string(), str(self.tokenizer.chat_template), self.tokenizer.get_vocab()]
@@ -116,7 +117,7 @@ def load_reward_model(name: str, cache_dir: str | None = None):
     """Load a reward model and its tokenizer from the hub or a directory. Raises UserError for other models."""
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-    from preference_training.modeling.loading import refuse_kernels
+    from preference_training.modeling.kernels import refuse_kernels
 
     where = {"cache_dir": cache_dir, "trust_remote_code": False}
     try:
@@ -395,11 +396,11 @@ def parse_retry_after(header: str | None) -> float | None:
         return None
 
 
-def build_judge(config, device) -> Judge:
+def build_judge(options: EvaluationConfig, cache_dir: str | None, device) -> Judge:
     """The judge that a validated configuration names. Raises UserError where it cannot be loaded."""
-    kind, _, model = config.evaluation.judge.partition(":")
+    kind, _, model = options.judge.partition(":")
     if kind == "toy":
         return ToyJudge("toy")
     if kind == "reward_model":
-        return RewardModelJudge(model, config.cache_dir, device)
-    return {"openai": OpenAIJudge, "ollama": OllamaJudge}[kind](kind, model, config.evaluation)
+        return RewardModelJudge(model, cache_dir, device)
+    return {"openai": OpenAIJudge, "ollama": OllamaJudge}[kind](kind, model, options)

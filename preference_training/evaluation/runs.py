@@ -10,20 +10,13 @@ import json
 import math
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from preference_training.batching.batches import BatchIterator, evaluation_batches, evaluation_prompts
 from preference_training.checkpointing.checkpoint import Checkpoint, checkpoints_of
-from preference_training.configuration.composition import (
-    CONFIG_DIR,
-    GROUPS,
-    OPEN_SECTIONS,
-    explain_composition_error,
-    known_keys,
-)
-from preference_training.configuration.validation import task_names
-from preference_training.core.errors import UserError, first_line, nearest
+from preference_training.configuration.kept import changed_config, known_values
+from preference_training.configuration.schema import RunConfig
+from preference_training.core.errors import UserError, first_line
 from preference_training.core.files import write_atomically
 from preference_training.core.values import UNREADABLE
 from preference_training.data.prompt_table import PromptTable
@@ -34,8 +27,12 @@ from preference_training.evaluation.results_text import format_results, warnings
 from preference_training.evaluation.task_suites import TaskList
 from preference_training.evaluation.win_rates import Comparison, win_rate
 from preference_training.generation.sampling import OTHER, POLICY, Sampler
-from preference_training.modeling.token_budget import shared_budget, token_budget
-from preference_training.tracking.run_files import ANSWERS, JUDGEMENTS, RESULTS_FILE
+from preference_training.modeling.token_budget import common_budget, token_budget
+from preference_training.tracking.run_files import (
+    ANSWERS,
+    JUDGEMENTS,
+    RESULTS_FILE,
+)
 
 
 class EvaluationRun:
@@ -45,17 +42,19 @@ class EvaluationRun:
     UserError where the judge, the tasks or the models cannot be loaded.
     """
 
-    def __init__(self, config, trainer_class, placement, loss, prompts: PromptTable, checkpoint: Checkpoint | None, tracker):
+    def __init__(
+        self, config: RunConfig, trainer_class, placement, loss, prompts: PromptTable, checkpoint: Checkpoint | None, tracker
+    ):
         self.config, self.placement, self.checkpoint = config, placement, checkpoint
         self.ranks, self.tokenizer = placement.ranks, placement.tokenizer
         options, is_main = config.evaluation, placement.ranks.is_main
-        names = task_names(config)
+        names = options.task_names
         self.tasks = TaskList(names, options.task_path) if names else None
-        self.judge = build_judge(config, placement.device) if options.judge and is_main else None
+        self.judge = build_judge(options, config.cache_dir, placement.device) if options.judge and is_main else None
         policy = placement.policy()
         if checkpoint is not None and loss.needs_reference and is_main:
             check_reference(config, checkpoint, placement.began_with)
-        self.budget = shared_budget(token_budget(policy, config.max_tokens_per_microbatch), self.ranks)
+        self.budget = common_budget(token_budget(policy, config.max_tokens_per_microbatch), self.ranks)
         self.examples = evaluation_prompts(prompts, config.n_eval_examples, config.seed)
         self.sample_prompts = [prompt.prompt_ids for prompt in self.examples][: options.n_prompts]
         sizes = config.eval_batch_size, config.n_eval_examples, config.seed
@@ -111,7 +110,7 @@ class EvaluationRun:
         facts = ExampleFacts.of(self.examples, self.config.n_eval_examples, self.tokenizer)
         means = {name: mean if math.isfinite(mean) else None for name, mean in held_out.means().items()}
         results |= {"metrics": means, "held_out": break_down(held_out, facts)}
-        results["config"] = OmegaConf.to_container(self.config, resolve=True)
+        results["config"] = self.config.as_dict()
         texts = {"prompt": self.sample_prompts, "policy": responses} | ({"other": other} if other is not None else {})
         texts = {name: self.tokenizer.batch_decode(ids, skip_special_tokens=True) for name, ids in texts.items()}
         write_results(path, results)
@@ -137,7 +136,7 @@ class EvaluationRun:
         trainer, state = self.trainer, self.checkpoint.state
         trainer.take_weights(self.checkpoint)
         trainer.examples, trainer.updates, trainer.tokens = state["examples"], state["updates"], state.get("tokens", 0)
-        if self.checkpoint.config["loss"] == OmegaConf.to_container(self.config.loss, resolve=True):
+        if self.checkpoint.config["loss"] == self.config.loss.given():
             # The running statistics of beta-DPO, which its evaluation uses.
             trainer.loss.load_state_dict(state["loss"])
 
@@ -149,14 +148,14 @@ class EvaluationRun:
     def load_other(self, archive: str) -> nn.Module:
         """The model of another checkpoint, placed like the policy."""
         placement = copy.copy(self.placement)
-        placement.config = OmegaConf.merge(self.config, {"model": {"archive": archive}})
+        placement.config = self.config.changed({"model.archive": archive})
         return placement.policy()
 
 
-def check_reference(config: DictConfig, checkpoint: Checkpoint, found: str | None) -> None:
+def check_reference(config: RunConfig, checkpoint: Checkpoint, found: str | None) -> None:
     """Raise UserError where the reference, a model with the hash `found`, is not the initial model of the checkpoint's run."""
     run = checkpoint.run
-    if run["config"]["model"] == OmegaConf.to_container(config.model, resolve=True) and run["began_with"] != found:
+    if run["config"]["model"] == config.as_dict()["model"] and run["began_with"] != found:
         raise UserError(
             f"model: the weights are not the initial weights of the run of {checkpoint.path}, which are its reference. "
             "Expected the model, or model.archive, as it was then. Set model.archive=PATH to use another reference."
@@ -181,7 +180,7 @@ def write_text(path: Path, text: str) -> None:
 # ---- the configuration of a run -------------------------------------------------------------------------------------------
 
 
-def config_of_run(path: Path, overrides: list[str]) -> DictConfig:
+def config_of_run(path: Path, overrides: list[str], evaluation: dict | None = None) -> RunConfig:
     """The configuration to evaluate a run's checkpoint with: the run's own, with `overrides` ("key=value").
 
     path: a run directory or one of its checkpoints. Keys that are newer than the run have their defaults. Raises UserError for
@@ -189,75 +188,12 @@ def config_of_run(path: Path, overrides: list[str]) -> DictConfig:
     """
     found = checkpoints_of(path)
     try:
-        then = Checkpoint.read(found[0] if found else path).config
-        config = OmegaConf.create({group: then[group] for group in GROUPS} | then)
+        then = known_values(Checkpoint.read(found[0] if found else path).config)
     except UNREADABLE as error:
         why = (
             f"no checkpoint with a state.json that can be read ({first_line(error)})" if path.is_dir() else "no such directory"
         )
         raise UserError(f"{path}: {why}. Expected a run directory, or a checkpoint in it (step-N, LATEST).") from error
-    base = composed("model=blank_model", f"loss={config.loss.get('name')}", f"trainer={config.trainer.get('name')}")
     # These do not come from the run.
-    fixed = {"eval_only": True, "dry_run": False, "resume": str(path), "evaluation": base.evaluation}
-    config = OmegaConf.merge(base, config, fixed)
-    for text in overrides:
-        config = overridden(config, text)
-    _refuse_code(config, overrides, path)
-    return config
-
-
-def _refuse_code(config: DictConfig, overrides: list[str], path: Path) -> None:
-    """Raise UserError where a run's configuration, which may be untrusted, would execute code."""
-    run = OmegaConf.to_container(config)
-    named = {
-        "loss.function": run["loss"].get("function"),
-        "datasets": next((text for text in _texts(run["datasets"]) if ".py:" in text), None),
-        "model.trust_remote_code": "true" if run["model"].get("trust_remote_code") else None,
-    }
-    given = {text.lstrip("+").partition("=")[0] for text in overrides}
-    for key, code in named.items():
-        if code is not None and not given & {key, key.partition(".")[0]}:
-            raise UserError(
-                f"{key}: the run of {path} has {code}, which would execute code. If you trust it, confirm: {key}={code}."
-            )
-
-
-def _texts(value) -> list[str]:
-    """All strings in nested lists and dicts."""
-    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
-    return [value] if isinstance(value, str) else [text for each in inside for text in _texts(each)]
-
-
-def composed(*overrides: str) -> DictConfig:
-    """Compose a configuration from overrides. Raises UserError for unknown names."""
-    from hydra import compose, initialize_config_dir
-    from hydra.errors import HydraException
-
-    try:
-        with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-            config = compose("config", overrides=list(overrides))
-    except HydraException as error:
-        raise UserError(explain_composition_error(error)) from error
-    OmegaConf.set_struct(config, False)
-    return config
-
-
-def overridden(config: DictConfig, text: str) -> DictConfig:
-    """Apply "key=value" as on train.py's command line to a configuration. Raises UserError for other overrides."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
-    try:
-        [override] = OverridesParser.create().parse_overrides([text])
-    except HydraException as error:
-        raise UserError(f"{text}: {first_line(error)}. Expected key=value, as on train.py's command line.") from error
-    key = override.key_or_group
-    if override.is_sweep_override() or override.is_delete():
-        raise UserError(f"{text}: expected key=value, with one value.")
-    if key in GROUPS:
-        # Replace the whole group: another choice may have other keys.
-        return OmegaConf.create({**config, key: composed(text)[key]})
-    if key not in known_keys() and not key.startswith(tuple(f"{name}." for name in OPEN_SECTIONS)):
-        raise UserError(f"{key}: no such key; {nearest(key, known_keys())}")
-    OmegaConf.update(config, key, override.value(), merge=False, force_add=True)
-    return config
+    fixed = {"eval_only": True, "dry_run": False, "resume": str(path)}
+    return changed_config(then, path, fixed, overrides, evaluation or {})

@@ -1,0 +1,1 @@
+"""Trained models for use elsewhere: merged, converted, with a Modelfile, on the hub."""

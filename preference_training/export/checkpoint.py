@@ -15,7 +15,7 @@ from pathlib import Path
 
 from preference_training.checkpointing.model_files import save_tokenizer
 from preference_training.checkpointing.saved_models import compare_parts
-from preference_training.configuration.validation import TEMPLATES
+from preference_training.configuration.schema import TEMPLATES
 from preference_training.core.errors import UserError
 from preference_training.data.chat_templates import end_tokens, format_of_run, serve_as_trained
 from preference_training.export import hub, verification
@@ -25,7 +25,7 @@ from preference_training.export.options import ExportOptions, check_options
 from preference_training.export.quantization import quantize_weights
 from preference_training.export.source import Source
 from preference_training.modeling import loading
-from preference_training.modeling.adapters import BASE_DIR, SETTINGS_FILE, WEIGHTS_FILE, settings_of_file
+from preference_training.modeling.adapters import BASE_DIR, CONFIG_FILE, WEIGHTS_FILE, read_adapter_config
 from preference_training.reporting.model_card import CardFacts, model_card
 
 GENERATION = "generation_config.json"
@@ -134,12 +134,12 @@ class _Export:
         from safetensors import safe_open
 
         source = self.source
-        for name in (SETTINGS_FILE, WEIGHTS_FILE, GENERATION):
+        for name in (CONFIG_FILE, WEIGHTS_FILE, GENERATION):
             if name != GENERATION or (source.checkpoint / name).is_file():
                 shutil.copyfile(source.checkpoint / name, directory / name)
         with safe_open(directory / WEIGHTS_FILE, framework="pt") as weights:
             shapes = [weights.get_slice(name).get_shape() for name in weights.keys()]  # noqa: SIM118  not a dict
-        base = source.base or settings_of_file(directory).get("base_model_name_or_path")
+        base = source.base or read_adapter_config(directory).get("base_model_name_or_path")
         parameters = sum(math.prod(shape) for shape in shapes)
         facts = replace(_card_facts(source), base=base, architecture="adapter", dtype=self.dtype, parameters=parameters)
         notes = self._write_base(directory)
@@ -147,18 +147,18 @@ class _Export:
 
     def _write_base(self, directory: Path) -> list[str]:
         """Include the adapter's base model unless it is available elsewhere, and point the adapter to it; returns notes."""
-        source, settings = self.source, settings_of_file(directory)
+        source, settings = self.source, read_adapter_config(directory)
         base = settings.get("base_model_name_or_path")
         is_available = base is not None and (not Path(base).is_absolute() or (Path(base) / "config.json").is_file())
         if is_available and Path(base).name != BASE_DIR:
             return []
-        model = loading.base_of(source.checkpoint, source.model_config(), self.tokenizer, source.cache_dir)
+        model = loading.load_adapter_base(source.checkpoint, source.model_config(), self.tokenizer, source.cache_dir)
         (directory / BASE_DIR).mkdir()
         save_weights(model, directory / BASE_DIR, self.tokenizer)
         save_tokenizer(self.tokenizer, directory / BASE_DIR)
         settings["base_model_name_or_path"] = path = str(self.options.to.resolve() / BASE_DIR)
-        (directory / SETTINGS_FILE).write_text(json.dumps(settings, indent=2), encoding="utf-8")
-        return [f"the base model is in {BASE_DIR}/; {SETTINGS_FILE} names {path}: change it there if you move the directory"]
+        (directory / CONFIG_FILE).write_text(json.dumps(settings, indent=2), encoding="utf-8")
+        return [f"the base model is in {BASE_DIR}/; {CONFIG_FILE} names {path}: change it there if you move the directory"]
 
 
 def _card_facts(source: Source) -> CardFacts:

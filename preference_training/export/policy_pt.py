@@ -1,5 +1,6 @@
 """A policy.pt, of the original DPO code or of this one, as a directory that AutoModelForCausalLM loads."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,7 +11,9 @@ from preference_training.checkpointing.saved_models import (
     fits_in_memory,
     probe_logps_in_float32,
 )
-from preference_training.configuration.composition import CONFIG_DIR, choices_of
+from preference_training.configuration.composition import choices_of, composed
+from preference_training.configuration.kept import model_config
+from preference_training.configuration.schema import ModelConfig
 from preference_training.core.errors import UserError, nearest
 from preference_training.core.files import load_tensors
 from preference_training.export.directory import new_directory, save_weights
@@ -30,7 +33,7 @@ def convert(archive: Path, name: str, to: Path, dtype: str | None = None) -> lis
     if not archive.is_file():
         raise UserError(f"{archive}: no such file. Expected a policy.pt.")
     config = _model_config(name, archive)
-    config.policy_dtype = dtype or config.policy_dtype
+    config = replace(config, policy_dtype=dtype or config.policy_dtype)
     tokenizer = load_tokenizer(config)
     loading.check_model(config, tokenizer)
     with new_directory(to) as partial, refuse_other_model(to):
@@ -50,20 +53,14 @@ def convert(archive: Path, name: str, to: Path, dtype: str | None = None) -> lis
     return [facts.summary(to)]
 
 
-def _model_config(name: str, archive: Path):
+def _model_config(name: str, archive: Path) -> ModelConfig:
     """The `model` configuration of a preset, or of a model's path or hub id, that loads an archive's weights."""
-    from hydra import compose, initialize_config_dir
-
     presets = choices_of("model")
     if name not in presets and "/" not in name and not Path(name).is_dir():
         raise UserError(f"--model: no preset {name!r}, and no directory; {nearest(name, presets)}")
-    preset = name if name in presets else "blank_model"
-    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        config = compose("config", overrides=[f"model={preset}"]).model
-    if name not in presets:
-        config.name_or_path = name
-    config.archive = str(archive)
-    return config
+    if name in presets:
+        return model_config(composed(f"model={name}")[0].model, archive=str(archive))
+    return model_config({}, name_or_path=name, archive=str(archive))
 
 
 def _write_model(model, directory: Path, tokenizer, dtype: str) -> int:

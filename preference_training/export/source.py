@@ -5,11 +5,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from omegaconf import OmegaConf
-
 from preference_training.checkpointing.checkpoint import Checkpoint, DamagedError, checkpoints_of
-from preference_training.configuration.composition import CONFIG_DIR
-from preference_training.configuration.validation import DTYPES
+from preference_training.configuration.kept import model_config
+from preference_training.configuration.schema import DTYPES, ModelConfig
 from preference_training.core.errors import UserError
 from preference_training.modeling import loading
 from preference_training.modeling.adapters import is_adapter
@@ -110,18 +108,16 @@ class Source:
 
     def load_tokenizer(self):
         """The tokenizer: the checkpoint's, or else the run's."""
-        values = dict(self.config["model"]) | {"trust_remote_code": self.trust_remote_code}
+        name = self.config["model"].get("tokenizer_name_or_path")
         if (self.checkpoint / TOKENIZER_CONFIG).is_file():
-            values["tokenizer_name_or_path"] = str(self.checkpoint)
-        return load_tokenizer(OmegaConf.create(values))
+            name = str(self.checkpoint)
+        known = {"name_or_path": self.base, "tokenizer_name_or_path": name}
+        return load_tokenizer(model_config(known, trust_remote_code=self.trust_remote_code))
 
-    def model_config(self):
+    def model_config(self) -> ModelConfig:
         """The `model` configuration that loads the checkpoint, in the dtype of its weights."""
-        defaults = OmegaConf.load(CONFIG_DIR / "model" / "base_model.yaml")
-        trusted = {"trust_remote_code": self.trust_remote_code}
-        if self.is_adapter:
-            return OmegaConf.merge(defaults, self.config["model"], trusted)
-        return OmegaConf.merge(defaults, trusted, {"name_or_path": str(self.checkpoint), "policy_dtype": self.dtype})
+        own = {"name_or_path": str(self.checkpoint), "policy_dtype": self.dtype}
+        return model_config(self.config["model"] if self.is_adapter else own, trust_remote_code=self.trust_remote_code)
 
     def load_model(self):
         """The model as its run has it, with its adapter if it has one. Raises UserError where its files cannot be read."""

@@ -14,22 +14,15 @@ from preference_training.checkpointing.saved_models import (
     load_plain,
     tolerance,
 )
-from preference_training.checkpointing.saved_models import (
-    compute_in_float32 as compute_in_float32,
-)
-from preference_training.checkpointing.saved_models import (
-    largest_difference as largest_difference,
-)
-from preference_training.checkpointing.saved_models import (
-    probe_logps as probe_logps,
-)
-from preference_training.checkpointing.saved_models import (
-    probe_logps_in_float32 as probe_logps_in_float32,
-)
+from preference_training.checkpointing.saved_models import compute_in_float32 as compute_in_float32
+from preference_training.checkpointing.saved_models import largest_difference as largest_difference
+from preference_training.checkpointing.saved_models import probe_logps as probe_logps
+from preference_training.checkpointing.saved_models import probe_logps_in_float32 as probe_logps_in_float32
 from preference_training.core.errors import UserError
 from preference_training.export.source import Source
 from preference_training.modeling import loading
-from preference_training.modeling.adapters import BASE_DIR, quantise, restore_bits
+from preference_training.modeling.adapters import BASE_DIR
+from preference_training.modeling.quantization import dequantize, quantize
 
 
 @contextmanager
@@ -51,18 +44,18 @@ def merge_and_round(model, source: Source, dtype: str) -> tuple[Tensor | None, l
     """
     target = getattr(torch, dtype)
     if not fits_in_memory(sum(weight.numel() for weight in model.parameters())):
-        loading.merged(model, target) if source.is_adapter else loading.round_weights(model, target)
+        loading.merge_and_cast(model, target) if source.is_adapter else loading.cast_weights(model, target)
         return None, ["not enough memory to compare log-probs: compared names, shapes, values and configuration"]
     stored, notes = getattr(torch, source.dtype), []
     if source.config["model"].get("quantization") and source.is_adapter:
         notes += _dequantize(model, source)
     before = probe_logps(compute_in_float32(model))
     if source.is_adapter:
-        loading.merged(model, torch.float32)
+        loading.merge_and_cast(model, torch.float32)
         merged = probe_logps(model)
         compare(merged, before, model, tolerance(before, model))
         stored, before = torch.float32, merged
-    loading.round_weights(model, target)
+    loading.cast_weights(model, target)
     expected = probe_logps_in_float32(model, target)
     if target != stored and (difference := largest_difference(expected, before, model)):
         notes.append(f"rounding the weights to {dtype} changes log-probs by up to {difference:.2g} nats per token")
@@ -73,7 +66,7 @@ def _dequantize(model, source: Source) -> list[str]:
     """Replace a model's quantized linear layers by ordinary ones and compare log-probs; returns notes."""
     config, model.autocast_dtype = source.config["model"], None
     before = probe_logps(model)
-    restore_bits(model, getattr(torch, config["policy_dtype"]))
+    dequantize(model, getattr(torch, config["policy_dtype"]))
     after = probe_logps(model)
     if config["quantization"] == "int8":
         # These layers also round their inputs, which ordinary weights cannot reproduce.
@@ -103,7 +96,7 @@ def compare_adapter(source: Source, directory: Path, dtype: str) -> list[str]:
         return ["not enough memory to compare log-probs with the run's"]
     expected = probe_logps(compute_in_float32(model))
     del model
-    prepare = (lambda model: quantise(model, config)) if config.quantization else None
+    prepare = (lambda model: quantize(model, config)) if config.quantization else None
     base = directory / BASE_DIR if (directory / BASE_DIR).is_dir() else None
     exported = load_plain(directory, getattr(torch, dtype), source.trust_remote_code, source.cache_dir, base, prepare)
     compare(probe_logps(compute_in_float32(exported)), expected, exported, tolerance(expected, exported))

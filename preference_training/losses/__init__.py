@@ -1,0 +1,1 @@
+"""Losses as pure formulas, and objectives that bind the numbers of a run."""

@@ -9,7 +9,7 @@ a response's probability given its prompt, summed over the response's tokens; un
 
 with `policy` and `reference` of shape [R], `pairs` of shape [P, 2] (indices of the preferred and the dispreferred
 response) and `lengths` of shape [R] (tokens of each response). The mean of `LossOutput.losses` is the loss of the examples
-it was given, so that the trainer may add up pieces of a batch without asking which objective it serves.
+it was given, so that the trainer may add up packs of a batch without asking which objective it serves.
 """
 
 import copy
@@ -75,7 +75,7 @@ class PairSelection(Survey):
     """How much each pair of a micro-batch counts, and with which beta.
 
     weights: [P], 0 for a pair that is left out; their mean is 1, so that the mean of weighted losses over the micro-batch is
-    the mean over the kept pairs, also where the micro-batch is computed in pieces. beta: scalar.
+    the mean over the kept pairs, also where the micro-batch is computed in packs. beta: scalar.
     """
 
     weights: Tensor

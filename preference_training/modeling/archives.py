@@ -1,10 +1,12 @@
-"""Weights on disk: checkpoint directories, safetensors and `policy.pt`."""
+"""Model archives: checkpoint directories with safetensors files, and `policy.pt` files."""
 
+import copy
 import json
 from contextlib import contextmanager
 from pathlib import Path
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from preference_training.core.errors import UserError
 from preference_training.core.files import load_tensors
@@ -15,53 +17,53 @@ WHOLE_WEIGHTS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index
 
 
 def read_archive(path: Path) -> dict[str, Tensor]:
-    """The named weights of an archive: a directory with safetensors files, or a `.pt` file with them under "state".
+    """The named weights of an archive: a directory with safetensors files, or a `.pt` file with the weights under "state".
 
-    Nothing is unpickled but tensors and plain values. Raises UserError for a path that holds neither.
+    Unpickles nothing but tensors and plain values. Raises UserError for a path that is neither, and for damaged files.
     """
     if path.is_dir():
         from safetensors.torch import load_file
 
-        with _damage_is_a_user_error(path):
-            return {name: tensor for file in files_of_weights(path) for name, tensor in load_file(file).items()}
+        with _archive_errors(path):
+            return {name: tensor for file in weight_files(path) for name, tensor in load_file(file).items()}
     try:
         archive = load_tensors(path, mapped=True)
     except ValueError as error:
-        raise _no_archive(path, f"it cannot be read as tensors ({error})") from error
+        raise _archive_error(path, f"it cannot be read as tensors ({error})") from error
     if not isinstance(archive, dict) or not isinstance(archive.get("state"), dict):
-        raise _no_archive(path, 'it has no dictionary under "state"')
+        raise _archive_error(path, 'it has no dictionary under "state"')
     return archive["state"]
 
 
 def archive_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every weight of an archive, read from the files' headers."""
+    """The shape of every weight of an archive by name, read from the headers of its files where they have any."""
     if not path.is_dir():
         return {name: tuple(tensor.shape) for name, tensor in read_archive(path).items()}
     from safetensors import safe_open
 
     shapes = {}
-    for file in files_of_weights(path):
-        with _damage_is_a_user_error(path), safe_open(file, framework="pt") as weights:
+    for file in weight_files(path):
+        with _archive_errors(path), safe_open(file, framework="pt") as weights:
             shapes |= {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118  not a dict
     return shapes
 
 
-def files_of_weights(path: Path) -> list[Path]:
-    """The files of a directory with safetensors weights. Raises UserError where one is missing."""
+def weight_files(path: Path) -> list[Path]:
+    """The safetensors files of a directory. Raises UserError where one is missing."""
     try:
-        files = files_of_index(path / SAFETENSORS_INDEX) or [path / WHOLE_WEIGHTS]
+        files = indexed_files(path / SAFETENSORS_INDEX) or [path / WHOLE_WEIGHTS]
     except ValueError as error:
-        raise _no_archive(path, str(error)) from error
+        raise _archive_error(path, str(error)) from error
     for file in files:
         if not file.is_file():
-            raise _no_archive(path, f"the directory has no {file.name}")
+            raise _archive_error(path, f"the directory has no {file.name}")
     return files
 
 
-def files_of_index(index: Path) -> list[Path]:
-    """The files of weights that an index names, all of them beside it; empty where it is not there.
+def indexed_files(index: Path) -> list[Path]:
+    """The weight files that an index file names, all in its directory; empty where there is no index.
 
-    Raises ValueError for an index that is damaged, or that leads out of its directory: the names in it are data.
+    Raises ValueError for an index that is damaged or names files outside its directory, since its content is not trusted.
     """
     kind = Path(index.name.removesuffix(".index.json")).suffix
     if not index.is_file():
@@ -72,21 +74,53 @@ def files_of_index(index: Path) -> list[Path]:
         raise ValueError(f"{index.name} is damaged") from error
     for name in names:
         if name != Path(name).name or not name.endswith(kind):
-            raise ValueError(f"{index.name} names {name!r}, and weights are *{kind} files beside it")
+            raise ValueError(f"{index.name} names {name!r}; expected *{kind} files in its own directory")
     return [index.with_name(name) for name in sorted(names)]
 
 
 @contextmanager
-def _damage_is_a_user_error(path: Path):
+def _archive_errors(path: Path):
     from safetensors import SafetensorError
 
     try:
         yield
     except SafetensorError as error:
-        raise _no_archive(path, f"its weights are damaged ({error})") from error
+        raise _archive_error(path, f"its weights are damaged ({error})") from error
 
 
-def _no_archive(path: Path, found: str) -> UserError:
+def _archive_error(path: Path, found: str) -> UserError:
     return UserError(
         f"model.archive: {path}: {found}. Expected a checkpoint directory (step-N, LATEST) or a policy.pt of such a run."
     )
+
+
+def model_from_archive(
+    config, state: dict[str, Tensor], path: Path, dtype: torch.dtype, trust_remote_code: bool = False, **where
+) -> nn.Module:
+    """A model with the weights of an archive; transformers maps names of its older versions to the current ones.
+
+    Raises UserError naming the tensors that are missing, unexpected or of another shape than `config` asks for.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
+    model, info = type(empty).from_pretrained(
+        None,
+        config=config,
+        state_dict=state,
+        dtype=dtype,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+        **where,
+    )
+    faults = [f"{name} is missing" for name in sorted(info["missing_keys"])]
+    faults += [f"{name} is not part of the model" for name in sorted(info["unexpected_keys"])]
+    faults += [f"{name} is {list(found)}, expected {list(asked)}" for name, found, asked in sorted(info["mismatched_keys"])]
+    if faults:
+        listed = "".join(f"\n  {fault}" for fault in faults[:10]) + ("\n  ..." if len(faults) > 10 else "")
+        raise UserError(
+            f"model.archive: {path} does not fit {type(model).__name__} as configured; {len(faults)} tensors differ:{listed}\n"
+            "Choose the model preset that the archive was trained with."
+        )
+    return model

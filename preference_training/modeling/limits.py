@@ -1,6 +1,6 @@
-"""Whether a run's rows fit its model: token ids within its embedding, rows within its positions.
+"""Check that a run's data fits its model: token ids within its embedding, rows within its position table.
 
-A model looks both up in tables, and what lies beyond them ends a run with an IndexError, on a GPU with worse.
+Both are looked up in tables; beyond their ends a run would stop with an IndexError or, on a GPU, with a device-side assertion.
 """
 
 from collections.abc import Iterable
@@ -17,108 +17,110 @@ from preference_training.data.rows.records import Turn
 from preference_training.data.rows.templates import ConversationError, build_template
 from preference_training.modeling.loading import model_configuration
 
-# How configurations call the positions that a model was made for.
-POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
-# Buffers that hold an entry for each position (GPT-J, CodeGen, CTRL).
+# Configuration keys for the number of positions that a model was built for.
+POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len")
+# Names of buffers with an entry for each position (GPT-J, CodeGen, CTRL).
 POSITION_BUFFERS = ("embed_positions", "pos_encoding")
-# Tokens that a message names.
-NAMED = 3
+# The most tokens that a message lists.
+MAX_LISTED = 3
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a model has room for; None is no limit. vocabulary: rows of its embedding. named_positions: what its configuration
-    says. positions: entries of its table of positions, where rows may be longer than it.
+    """What a model can take; None is no limit.
+
+    vocabulary: rows of its embedding. declared_positions: the positions that its configuration names. positions: entries of its
+    position table, looked up only where rows may be longer than `declared_positions`.
     """
 
     vocabulary: int | None
     positions: int | None
-    named_positions: int | None
+    declared_positions: int | None
 
 
-def limits_of(config, tokenizer) -> Limits:
-    """The limits of a configuration's model, found without its weights."""
+def model_limits(config, tokenizer) -> Limits:
+    """The limits of a configuration's model, without loading its weights."""
     model = model_configuration(config.model, tokenizer, config.cache_dir)
     text = model.get_text_config()
-    named = next((value for key in POSITIONS if isinstance(value := getattr(text, key, None), int)), None)
-    # A table is looked for only where rows may be longer.
-    exceeded = named is not None and config.max_length > named
-    table = _table_of(model, text, config.model.trust_remote_code) if exceeded else None
-    return Limits(getattr(text, "vocab_size", None), table, named)
+    declared = next((value for key in POSITION_KEYS if isinstance(value := getattr(text, key, None), int)), None)
+    # The table is looked up only where rows may be longer.
+    exceeded = declared is not None and config.max_length > declared
+    table = _position_table_size(model, text, config.model.trust_remote_code) if exceeded else None
+    return Limits(getattr(text, "vocab_size", None), table, declared)
 
 
-def _table_of(model_config, text_config, trust_remote_code: bool) -> int | None:
-    """How many positions a model has a table for; None where it computes positions from their number."""
+def _position_table_size(model_config, text_config, trust_remote_code: bool) -> int | None:
+    """The number of entries of a model's position table; None where it computes positions, as rotary embeddings do."""
     from transformers import AutoModelForCausalLM
 
     if text_config.model_type == "mpt":
-        # Its distances are made for so many.
+        # Its ALiBi biases are built for this many positions.
         return text_config.max_seq_len
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=trust_remote_code)
     tokens = model.get_input_embeddings()
     learned = [
-        _entries(module)
+        _num_positions(module)
         for name, module in model.named_modules()
-        if isinstance(module, nn.Embedding) and module is not tokens and _is_of_positions(name)
+        if isinstance(module, nn.Embedding) and module is not tokens and _is_position_embedding(name)
     ]
     fixed = [len(buffer) for name, buffer in model.named_buffers() if name.rpartition(".")[2] in POSITION_BUFFERS]
     return min([*learned, *fixed], default=None)
 
 
-def _is_of_positions(name: str) -> bool:
+def _is_position_embedding(name: str) -> bool:
     leaf = name.rpartition(".")[2]
     return leaf == "wpe" or "position" in leaf or leaf.startswith("pos_")
 
 
-def _entries(table: nn.Embedding) -> int:
-    """How many positions an embedding has: OPT and its kind leave the first entries out, RoBERTa those up to padding."""
+def _num_positions(table: nn.Embedding) -> int:
+    """The positions of an embedding table, of which OPT skips the first entries, and RoBERTa those up to padding."""
     padding = -1 if table.padding_idx is None else table.padding_idx
     return table.num_embeddings - (getattr(table, "offset", None) or padding + 1)
 
 
-# ---- before data is prepared ----------------------------------------------------------------------------------------------
+# ---- before the data is prepared ------------------------------------------------------------------------------------------
 
 
 def check_limits(config, tokenizer, limits: Limits) -> None:
-    """Raise UserError for rows longer than a model's positions, and for tokens of the templates that it has no embedding of.
+    """Raise UserError where max_length exceeds a model's position table, or templates write tokens without an embedding.
 
-    A run that goes on keeps its max_length: its rows are looked at when they are there. What is no error is said.
+    A resumed run keeps its max_length; its rows are checked once they are prepared. Prints a line where rows may be longer than
+    the model was built for, or the tokenizer has tokens without an embedding that no template writes.
     """
     name = config.model.name_or_path or config.model.from_config.get("model_type")
     if limits.positions is not None and config.max_length > limits.positions and config.resume is None:
         raise UserError(_too_long(f"found {config.max_length}", limits.positions))
-    if limits.positions is None and limits.named_positions is not None and config.max_length > limits.named_positions:
+    if limits.positions is None and limits.declared_positions is not None and config.max_length > limits.declared_positions:
         print(
-            f"max_length: {config.max_length} tokens are more than the {limits.named_positions} positions that {name} was "
-            "made for (its max_position_embeddings); it computes longer rows, but may do so badly",
+            f"max_length: {config.max_length} tokens are more than the {limits.declared_positions} positions that {name} was "
+            "trained for (its max_position_embeddings); it accepts longer rows, but may model them poorly",
             flush=True,
         )
-    unknown = tokens_beyond(tokenizer, limits.vocabulary)
+    unknown = tokens_without_embedding(tokenizer, limits.vocabulary)
     if not unknown:
         return
-    written = ids_of_templates(config, tokenizer)
-    emitted = {token: number for token, number in unknown.items() if number in written}
-    if emitted:
+    template_ids = template_token_ids(config, tokenizer)
+    if written := {token: number for token, number in unknown.items() if number in template_ids}:
         where = f"which {_templates(config)} or the end of a response writes"
-        raise UserError(_no_embedding(config, emitted, limits.vocabulary, where))
+        raise UserError(_no_embedding(config, written, limits.vocabulary, where))
     print(
         f"model.tokenizer_name_or_path: {len(unknown)} tokens have no row in the model's embedding of {limits.vocabulary:,}: "
-        f"{_listed(unknown)}. A row of data with one of them would be refused",
+        f"{_listed(unknown)}. Rows of data with one of them will be refused",
         flush=True,
     )
 
 
-def tokens_beyond(tokenizer, vocabulary: int | None) -> dict[str, int]:
-    """The tokens of a tokenizer, by id, that lie behind the end of an embedding with so many rows."""
+def tokens_without_embedding(tokenizer, vocabulary: int | None) -> dict[str, int]:
+    """The tokens of a tokenizer whose ids lie beyond an embedding of `vocabulary` rows, with their ids in ascending order."""
     if vocabulary is None:
         return {}
     beyond = {token: number for token, number in tokenizer.get_vocab().items() if number >= vocabulary}
     return dict(sorted(beyond.items(), key=lambda pair: pair[1]))
 
 
-def ids_of_templates(config, tokenizer) -> set[int]:
-    """The ids of what the templates of a run's data sets write around every conversation, and of the end of a response."""
+def template_token_ids(config, tokenizer) -> set[int]:
+    """The token ids that the templates of a run write around every conversation, and of the end of a response."""
     ids = {tokenizer.eos_token_id}
     for name, system in {(entry.template, entry.system_prompt) for entry in read_entries(config)}:
         template = build_template(name, system, tokenizer)
@@ -133,11 +135,11 @@ def _templates(config) -> str:
     return f"template={','.join(names)}" if names else "the data's template"
 
 
-# ---- when it is prepared --------------------------------------------------------------------------------------------------
+# ---- after the data is prepared -------------------------------------------------------------------------------------------
 
 
 def check_rows(config, tokenizer, limits: Limits, tables: Iterable[PromptTable]) -> None:
-    """Raise UserError where prepared rows are longer than a model's positions, or hold ids that its embedding lacks."""
+    """Raise UserError where prepared rows are longer than a model's position table, or contain ids without an embedding."""
     for table in tables:
         if limits.positions is not None and (longest := table.longest_row) > limits.positions:
             raise UserError(_too_long(f"the data has a row of {longest} tokens", limits.positions))
@@ -149,8 +151,8 @@ def check_rows(config, tokenizer, limits: Limits, tables: Iterable[PromptTable])
 
 def _too_long(found: str, positions: int) -> str:
     return (
-        f"max_length: {found}, expected at most {positions}: the model has a table of {positions} positions, and none for "
-        f"longer rows. Set max_length={positions} (and max_prompt_length below it), or take a model with more positions."
+        f"max_length: {found}, expected at most {positions}: the model's position table has {positions} entries. Set "
+        f"max_length={positions} (and max_prompt_length below it), or choose a model with more positions."
     )
 
 
@@ -158,11 +160,11 @@ def _no_embedding(config, unknown: dict[str, int], vocabulary: int, where: str) 
     name = config.model.tokenizer_name_or_path or config.model.name_or_path
     return (
         f"model.tokenizer_name_or_path: {name} has tokens that the model's embedding of {vocabulary:,} rows lacks: "
-        f"{_listed(unknown)}, {where}. Take the model's own tokenizer or another template, or enlarge the embedding first: "
+        f"{_listed(unknown)}, {where}. Use the model's own tokenizer or another template, or resize the embedding first: "
         "model.resize_token_embeddings(len(tokenizer)), then model.save_pretrained and tokenizer.save_pretrained."
     )
 
 
 def _listed(tokens: dict[str, int]) -> str:
-    shown = [f"{token} ({number})" for token, number in list(tokens.items())[:NAMED]]
-    return ", ".join(shown) + (", ..." if len(tokens) > NAMED else "")
+    shown = [f"{token} ({number})" for token, number in list(tokens.items())[:MAX_LISTED]]
+    return ", ".join(shown) + (", ..." if len(tokens) > MAX_LISTED else "")

@@ -1,11 +1,11 @@
-"""The reference's log-probs of a run's data: computed in one pass, kept on disk, and found again by what they depend on.
+"""The cache of reference log-probs: computed in one pass over a run's data, and kept on disk under a content hash.
 
-Of a log-prob the last bits depend on what is computed beside it. The pass therefore scores the responses in the very pieces in
-which the run does so itself while its weights are those of the reference: of its first epoch, and of its evaluations.
+The last bits of a log-prob depend on the other responses of its pack. The pass therefore scores the very packs that the run
+computes while its weights are still those of the reference: the packs of its first epoch and of its evaluations.
 
-A file's name is a hash of the model (weights, buffers, configuration, ways of computing), of the machine, of the tokenised data
-and of what these pieces follow from. Runs that agree in all of these share it: later runs, and the jobs of a sweep, of which
-one computes it while the others wait. A file that is damaged is computed anew.
+The name of a file is a hash of the model (weights, buffers, configuration, kernels), the machine, the tokenized data and
+everything that determines the packs. Runs that agree in all of these share a file. Of several jobs of a sweep one computes it
+while the others wait. A damaged file is recomputed.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -29,47 +29,42 @@ from preference_training.batching.batches import (
     evaluation_batches,
     evaluation_prompts,
     examples_of,
-    pieces_of,
+    packs_of,
 )
 from preference_training.core.files import write_atomically
 from preference_training.core.hashing import hash_of_values
 from preference_training.core.ranks import ALONE, Ranks, bytes_of
 from preference_training.data.prompt_table import PromptTable, Selection
-from preference_training.modeling.adapters import STARTING
-from preference_training.modeling.loading import weights_hash
-from preference_training.modeling.logprobs import CachedReference, LiveReference
-from preference_training.modeling.state import compute_device
+from preference_training.modeling.adapters import INITIAL_ADAPTER
+from preference_training.modeling.loading import CONFIG_METADATA
+from preference_training.modeling.logprobs import CachedReference, LiveReference, ScoringHead
+from preference_training.modeling.state import compute_device, weights_hash
 
-# Examples that are divided among the ranks together.
+# Examples that are split over the ranks at once.
 EXAMPLES_AT_ONCE = 1024
-# What a file holds.
+# The tensors of a cache file; their names are those of its format.
 TENSORS = ("logps", "piece_lengths", "piece_rows", "piece_logps")
-# Entries of a model's configuration that say where it came from or how it is called, and nothing of what it computes.
-NOT_COMPUTED = {
-    "_name_or_path", "_commit_hash", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache",
-    "bos_token_id", "eos_token_id", "id2label", "label2id",
-}  # fmt: skip
 
 
-# ---- what is read ---------------------------------------------------------------------------------------------------------
+# ---- the key --------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Reads:
-    """What a run reads of its reference: the responses of `prompts`.
+class ReferencePlan:
+    """Which responses a run needs reference log-probs of, and in which packs it computes them.
 
-    pieces gives this rank's pieces that the run computes with the reference's weights, and recipe is what they follow from.
-    rest are the prompts that are in none of them; they are computed long ones together with long ones, within the budget.
+    prompts: all prompts of the run. packs: gives this rank's packs that the run computes with the reference's weights. recipe:
+    plain values that determine these packs. rest: the prompts in none of them, which are packed by length within the budget.
     """
 
     prompts: Selection
     rest: Selection
     budget: TokenBudget = UNLIMITED
-    pieces: Callable[[], Iterator[PackedBatch]] = lambda: iter(())
+    packs: Callable[[], Iterator[PackedBatch]] = lambda: iter(())
     recipe: tuple = ()
 
     @classmethod
-    def of_run(
+    def for_run(
         cls,
         train: BatchIterator,
         eval_prompts: PromptTable,
@@ -78,12 +73,12 @@ class Reads:
         seed: int,
         budget: TokenBudget,
         ranks: Ranks,
-    ) -> "Reads":
-        """Of a run with these steps and evaluations: `evaluation_batches` are called as here."""
+    ) -> "ReferencePlan":
+        """The plan of a run with these training batches, whose evaluations call `evaluation_batches` with these arguments."""
         held_out = evaluation_prompts(eval_prompts, n_examples, seed)
         prompts = train.prompts_seen.joined(held_out)
 
-        def pieces() -> Iterator[PackedBatch]:
+        def packs() -> Iterator[PackedBatch]:
             yield from train.first_epoch()
             yield from evaluation_batches(eval_prompts, batch_size, n_examples, seed, budget, ranks)
 
@@ -92,14 +87,14 @@ class Reads:
         steps = train.seed, train.batch_size, train.micro_batch_size, first, weights
         evaluations = seed, batch_size, n_examples
         rest = train.prompts_seen_later
-        cut = _effective(budget, prompts, max(train.micro_batch_size, batch_size, EXAMPLES_AT_ONCE if len(rest) else 0))
-        return cls(prompts, rest, budget, pieces, (steps, evaluations, cut, ranks.size))
+        cut = _effective_budget(budget, prompts, max(train.micro_batch_size, batch_size, EXAMPLES_AT_ONCE if len(rest) else 0))
+        return cls(prompts, rest, budget, packs, (steps, evaluations, cut, ranks.size))
 
 
-def _effective(budget: TokenBudget, prompts: Selection, examples: int) -> tuple[int, int]:
-    """A budget without what is never used of it, so that runs with more memory than they need cut alike.
+def _effective_budget(budget: TokenBudget, prompts: Selection, examples: int) -> tuple[int, int]:
+    """The part of a budget that can matter, so that runs with more memory than they need get the same packs.
 
-    A piece holds at most so many examples, and is longer than is comfortable by no more than one prompt with its responses.
+    A pack has at most `examples` examples, and exceeds the soft limit by at most one prompt with its responses.
     """
     longest = int(prompts.table.num_tokens[prompts.indices].max(initial=0))
     comfortable = min(budget.comfortable, longest * examples)
@@ -107,23 +102,28 @@ def _effective(budget: TokenBudget, prompts: Selection, examples: int) -> tuple[
 
 
 def model_facts(model: nn.Module) -> dict:
-    """What the log-probs of a model depend on beside its weights: plain values. Nothing of the adapter that is trained."""
-    base = [(name, module) for name, module in model.named_modules() if not _is_of_adapter(name, module)]
+    """What the log-probs of a model depend on besides its weights, as plain values; excludes the trained adapter."""
+    base = [(name, module) for name, module in model.named_modules() if not _belongs_to_adapter(name, module)]
     weights = [(name, weight) for name, weight in model.named_parameters() if ".lora_" not in name]
-    starting = getattr(model, "peft_config", {}).get(STARTING)
+    starting = getattr(model, "peft_config", {}).get(INITIAL_ADAPTER)
     return {
-        "configuration": _computed(model.config.to_dict()),
+        "configuration": _without_metadata(model.config.to_dict()),
         "attention": [getattr(module.config, "_attn_implementation", None) for _, module in base if _has_config(module)],
-        # A head that scores, layers of few bits, shards: each is a class.
-        "classes": sorted({f"{type(module).__module__}.{type(module).__qualname__}" for _, module in base}),
+        # Scoring heads, quantized layers and sharded modules are all told by their classes.
+        "classes": sorted({_class_name(module) for _, module in base}),
         "dtypes": sorted({str(weight.dtype) for _, weight in weights}),
         "autocast": str(getattr(model, "autocast_dtype", None)),
-        "buffers": [[name, *_facts_of_tensor(buffer)] for name, buffer in model.named_buffers() if ".lora_" not in name],
+        "buffers": [[name, *_tensor_facts(buffer)] for name, buffer in model.named_buffers() if ".lora_" not in name],
         "adapter": None if starting is None else [starting.lora_alpha, starting.r, starting.use_rslora],
     }
 
 
-def _is_of_adapter(name: str, module: nn.Module) -> bool:
+def _class_name(module: nn.Module) -> str:
+    # A fixed name for our own class, so that moving it does not invalidate every cache.
+    return "logprobs.ScoringHead" if type(module) is ScoringHead else f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def _belongs_to_adapter(name: str, module: nn.Module) -> bool:
     return ".lora_" in name or type(module).__module__.startswith("peft.")
 
 
@@ -131,86 +131,87 @@ def _has_config(module: nn.Module) -> bool:
     return hasattr(module, "config") and hasattr(module.config, "_attn_implementation")
 
 
-def _computed(configuration):
-    """A configuration without the entries that change no number, in all of its parts."""
+def _without_metadata(configuration):
+    """A configuration without the keys of CONFIG_METADATA, at any depth."""
     if isinstance(configuration, dict):
-        return {str(key): _computed(value) for key, value in configuration.items() if key not in NOT_COMPUTED}
-    return [_computed(value) for value in configuration] if isinstance(configuration, list | tuple) else configuration
+        return {str(key): _without_metadata(value) for key, value in configuration.items() if key not in CONFIG_METADATA}
+    return [_without_metadata(value) for value in configuration] if isinstance(configuration, list | tuple) else configuration
 
 
-def _facts_of_tensor(tensor: Tensor) -> tuple:
+def _tensor_facts(tensor: Tensor) -> tuple:
     return str(tensor.dtype), list(tensor.shape), xxhash.xxh3_128_hexdigest(bytes_of(tensor))
 
 
 def machine_facts(device: torch.device) -> list:
-    """What computes: sums come in another order on other devices, and in other versions."""
+    """Device, threads and versions: the order of float additions depends on them."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
     threads = None if device.type == "cuda" else torch.get_num_threads()
     versions = torch.__version__, torch.version.cuda, transformers.__version__
     return [device.type, name, threads, *versions, torch.get_float32_matmul_precision()]
 
 
-def cache_key(model: nn.Module, reads: Reads, settings: Mapping | None = None, ranks: Ranks = ALONE) -> str:
-    """Hash of all that the log-probs of what is read under `model`, as it began, depend on: 32 hexadecimal digits.
+def cache_key(model: nn.Module, plan: ReferencePlan, settings: Mapping | None = None, ranks: Ranks = ALONE) -> str:
+    """Hash of everything that the log-probs of a plan under the untrained `model` depend on: 32 hexadecimal digits.
 
-    settings are those of the run that the model does not show. The key is the same on all ranks.
+    settings: options of the run that affect computing but are not visible in the model. All ranks get the same key.
     """
     computing = model_facts(model), machine_facts(compute_device(model)), dict(settings or {})
-    how = [*computing, reads.recipe, reads.prompts.fingerprint, weights_hash(model)]
+    how = [*computing, plan.recipe, plan.prompts.fingerprint, weights_hash(model)]
     parts = ranks.gather(hash_of_values(how, default=str))
     return parts[0] if len(parts) == 1 else xxhash.xxh3_128_hexdigest("".join(parts).encode())
 
 
-def cache_path(directory: Path, model: nn.Module, reads: Reads, settings: Mapping | None = None, ranks: Ranks = ALONE) -> Path:
-    """Where in `directory` the log-probs of what is read under `model` lie, or would lie."""
-    return directory / f"{cache_key(model, reads, settings, ranks)}.safetensors"
+def cache_path(
+    directory: Path, model: nn.Module, plan: ReferencePlan, settings: Mapping | None = None, ranks: Ranks = ALONE
+) -> Path:
+    """The file in `directory` for the log-probs of a plan under `model`, whether or not it exists."""
+    return directory / f"{cache_key(model, plan, settings, ranks)}.safetensors"
 
 
-# ---- found, or computed ---------------------------------------------------------------------------------------------------
+# ---- read or compute ------------------------------------------------------------------------------------------------------
 
 
-def cached_reference(reference: LiveReference, reads: Reads, path: Path, ranks: Ranks = ALONE) -> CachedReference:
-    """The log-prob of every response that a run reads; NaN where no prompt of those has the row.
+def cached_reference(reference: LiveReference, plan: ReferencePlan, path: Path, ranks: Ranks = ALONE) -> CachedReference:
+    """The log-probs of every response of a plan; NaN for rows of other responses.
 
-    Read from `path`, which `cache_path` gave, where they have been computed before, else computed and written there; says
-    which.
+    Reads them from `path`, as `cache_path` gives it, or computes them and writes them there; prints which.
     """
-    found = _found(path, ranks)
-    if found is None:
-        with _alone(path, ranks):
-            # Jobs of a sweep come here at the same time: the first one computes, and the others find what it has left.
-            found = _found(path, ranks)
-            if found is None:
-                return _made(reference, reads, path, ranks)
-    print(f"reference: log-probs of {_count(found)} responses read from {path}", flush=True)
-    return found
+    cached = _load(path, ranks)
+    if cached is None:
+        with _exclusive(path, ranks):
+            # Jobs of a sweep arrive here together: the first one computes, the others then find its file.
+            cached = _load(path, ranks)
+            if cached is None:
+                return _compute_and_save(reference, plan, path, ranks)
+    print(f"reference: log-probs of {_count(cached)} responses read from {path}", flush=True)
+    return cached
 
 
-def _found(path: Path, ranks: Ranks) -> CachedReference | None:
-    """What was computed before, on all ranks; None where it was not, or the file is damaged."""
-    # The main rank alone looks: another machine may not see the same file yet, or at all, and all have to do the same.
+def _load(path: Path, ranks: Ranks) -> CachedReference | None:
+    """The contents of a cache file, on all ranks; None where it does not exist or is damaged."""
+    # Only rank 0 looks: other machines may not see the file, or not yet, and all ranks must take the same branch.
     tensors = ranks.from_main(_read(path) if ranks.is_main and path.exists() else None)
     return None if tensors is None else _from_tensors(tensors)
 
 
-def _made(reference: LiveReference, reads: Reads, path: Path, ranks: Ranks) -> CachedReference:
+def _compute_and_save(reference: LiveReference, plan: ReferencePlan, path: Path, ranks: Ranks) -> CachedReference:
     if ranks.is_main and path.exists():
-        print(f"reference: {path} is damaged and computed anew", flush=True)
-    made = compute_logps(reference, reads, ranks)
+        print(f"reference: {path} is damaged and will be recomputed", flush=True)
+    computed = compute_logps(reference, plan, ranks)
     if ranks.is_main:
-        _write(path, _to_tensors(made))
-        print(f"reference: log-probs of {_count(made)} responses computed once, kept in {path}", flush=True)
-    return made
+        _write(path, _to_tensors(computed))
+        print(f"reference: log-probs of {_count(computed)} responses computed and saved to {path}", flush=True)
+    return computed
 
 
 @contextmanager
-def _alone(path: Path, ranks: Ranks) -> Iterator[None]:
-    """Inside, no other run computes what is to lie under `path`; waits for one that does."""
+def _exclusive(path: Path, ranks: Ranks) -> Iterator[None]:
+    """Context in which no other run computes the file `path`; waits for one that does."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path.with_suffix(".lock"))
     waits = False
-    # In short turns: the other ranks of this run wait for the main one's word, and not for ever.
-    while not ranks.from_main(ranks.is_main and _acquired(lock, 10.0 if waits else 0.0)):
+    # Short timeouts, since the other ranks of this run wait in a collective, which has a timeout of its own.
+    while not ranks.from_main(ranks.is_main and _try_acquire(lock, 10.0 if waits else 0.0)):
         if not waits:
             print("reference: waiting for the run that computes its log-probs", flush=True)
         waits = True
@@ -221,10 +222,10 @@ def _alone(path: Path, ranks: Ranks) -> Iterator[None]:
             lock.release()
 
 
-def _acquired(lock: FileLock, patience: float) -> bool:
-    """Whether a lock could be had in so many seconds."""
+def _try_acquire(lock: FileLock, timeout: float) -> bool:
+    """Whether the lock was acquired within `timeout` seconds."""
     try:
-        lock.acquire(timeout=patience)
+        lock.acquire(timeout=timeout)
     except Timeout:
         return False
     return True
@@ -235,25 +236,25 @@ def _count(reference: CachedReference) -> int:
 
 
 @torch.no_grad()
-def compute_logps(reference: LiveReference, reads: Reads, ranks: Ranks = ALONE) -> CachedReference:
-    """One pass over what is read. Each rank computes its pieces; all get the whole."""
-    table, model = reads.prompts.table, reference.model
+def compute_logps(reference: LiveReference, plan: ReferencePlan, ranks: Ranks = ALONE) -> CachedReference:
+    """Compute the log-probs of a plan in one pass: each rank computes its packs, and all ranks get the result."""
+    table, model = plan.prompts.table, reference.model
     training = model.training
     model.eval()
     numbers, rows, values = [], [], []
-    for number, batch in enumerate(_pieces(reads, ranks)):
+    for number, batch in enumerate(_packs(plan, ranks)):
         logps = reference(batch.to(compute_device(model))).cpu()
         if not batch.is_filler:
             numbers.append(number)
             rows.append(batch.response_rows)
             values.append(logps)
     model.train(training)
-    return _joined(ranks.gather(_Computed.of(numbers, rows, values)), table.first_row + table.num_responses)
+    return _combine(ranks.gather(_RankResult.of(numbers, rows, values)), table.first_row + table.num_responses)
 
 
 @dataclass(frozen=True)
-class _Computed:
-    """What one rank has computed: the numbers of its pieces, how many responses each has, and the rows and log-probs of all."""
+class _RankResult:
+    """What one rank has computed: for each pack its number and its count of responses; rows and log-probs of all responses."""
 
     numbers: list[int]
     lengths: list[int]
@@ -261,56 +262,56 @@ class _Computed:
     logps: Tensor
 
     @classmethod
-    def of(cls, numbers: list[int], rows: list[Tensor], logps: list[Tensor]) -> "_Computed":
-        """Of lists with one entry a piece."""
+    def of(cls, numbers: list[int], rows: list[Tensor], logps: list[Tensor]) -> "_RankResult":
+        """From lists with one entry for each pack."""
         none = [torch.zeros(0)]
         return cls(numbers, list(map(len, rows)), torch.cat(rows or none).long(), torch.cat(logps or none))
 
-    def pieces(self) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Number, rows and log-probs of each piece."""
+    def packs(self) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Number, rows and log-probs of each pack."""
         return zip(self.numbers, self.rows.split(self.lengths), self.logps.split(self.lengths), strict=True)
 
 
-def _joined(computed: list[_Computed], num_rows: int) -> CachedReference:
-    """One value for each row, the first that was computed, and whole pieces where others are not the same bits."""
+def _combine(results: list[_RankResult], num_rows: int) -> CachedReference:
+    """The first value of each row, and all values of packs in which any differs from it."""
     logps = torch.full((num_rows,), torch.nan)
-    of_pieces = {}
-    for _, rows, values in sorted((piece for part in computed for piece in part.pieces()), key=itemgetter(0)):
+    of_packs = {}
+    for _, rows, values in sorted((pack for result in results for pack in result.packs()), key=itemgetter(0)):
         logps[rows] = torch.where(logps[rows].isnan(), values, logps[rows])
         if not torch.equal(logps[rows].nan_to_num(), values.nan_to_num()):
-            of_pieces[tuple(rows.tolist())] = values
-    return CachedReference(logps, of_pieces)
+            of_packs[tuple(rows.tolist())] = values
+    return CachedReference(logps, of_packs)
 
 
-def _pieces(reads: Reads, ranks: Ranks) -> Iterator[PackedBatch]:
-    """This rank's pieces; every rank has equally many."""
-    yield from reads.pieces()
-    examples = examples_of(reads.rest.by_length())
+def _packs(plan: ReferencePlan, ranks: Ranks) -> Iterator[PackedBatch]:
+    """This rank's packs; all ranks have the same number."""
+    yield from plan.packs()
+    examples = examples_of(plan.rest.by_length())
     while part := list(islice(examples, EXAMPLES_AT_ONCE)):
-        yield from pieces_of(part, reads.budget, ranks)
+        yield from packs_of(part, plan.budget, ranks)
 
 
 # ---- on disk --------------------------------------------------------------------------------------------------------------
 
 
 def _to_tensors(reference: CachedReference) -> dict[str, Tensor]:
-    of_pieces = reference.of_pieces
+    of_packs = reference.of_packs
     return {
         "logps": reference.logps,
-        "piece_lengths": torch.tensor(list(map(len, of_pieces)), dtype=torch.int64),
-        "piece_rows": torch.tensor([row for rows in of_pieces for row in rows], dtype=torch.int64),
-        "piece_logps": torch.cat([torch.zeros(0), *of_pieces.values()]),
+        "piece_lengths": torch.tensor(list(map(len, of_packs)), dtype=torch.int64),
+        "piece_rows": torch.tensor([row for rows in of_packs for row in rows], dtype=torch.int64),
+        "piece_logps": torch.cat([torch.zeros(0), *of_packs.values()]),
     }
 
 
 def _from_tensors(tensors: dict[str, Tensor]) -> CachedReference:
     lengths = tensors["piece_lengths"].tolist()
-    pieces = zip(tensors["piece_rows"].split(lengths), tensors["piece_logps"].split(lengths), strict=True)
-    return CachedReference(tensors["logps"], {tuple(rows.tolist()): values for rows, values in pieces} if lengths else {})
+    packs = zip(tensors["piece_rows"].split(lengths), tensors["piece_logps"].split(lengths), strict=True)
+    return CachedReference(tensors["logps"], {tuple(rows.tolist()): values for rows, values in packs} if lengths else {})
 
 
 def _read(path: Path) -> dict[str, Tensor] | None:
-    """The tensors of a file, or None if it is not whole."""
+    """The tensors of a cache file; None where it is damaged."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -322,11 +323,11 @@ def _read(path: Path) -> dict[str, Tensor] | None:
 
 
 def _write(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a file as a whole: a reader finds all of it or none."""
+    """Write a cache file atomically."""
     from safetensors.torch import save
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    # safetensors would make the file its owner's alone, whatever the umask is.
+    # Not save_file, which makes the file readable by its owner only, whatever the umask.
     write_atomically(path, save(tensors, metadata={"checksum": _checksum(tensors)}), concurrent=True)
 
 

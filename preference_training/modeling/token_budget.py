@@ -1,10 +1,9 @@
-"""How many packed tokens a micro-batch may hold."""
+"""The token budget: how many packed tokens are computed at once."""
 
 import torch
 from torch import nn
 
 from preference_training.batching.batches import TokenBudget
-from preference_training.configuration.validation import times_beside_weights
 from preference_training.core.ranks import Ranks, local, local_world_size
 from preference_training.modeling.loading import build_untrained
 from preference_training.modeling.state import compute_device, free_memory
@@ -15,67 +14,67 @@ def token_budget(
     limit: int | None = None,
     device: torch.device | None = None,
     free: int | None = None,
-    beside_weights: int = 3,
+    weight_copies: int = 3,
 ) -> TokenBudget:
-    """How many packed tokens to compute at once: up to `limit`, or as many as the free memory holds.
+    """The budget of packed tokens: `limit` if given, else as many as fit into the free memory of a device.
 
-    device is the model's own, or where it will be; `free` its free bytes, None for what is free here and now; beside_weights:
-    how many times the memory of the trained weights gradients and optimizer take. A GPU gets faster
-    with every token. A CPU does not beyond a thousand or so: pieces of at most 1,536 were as fast as pieces of any size (58M
-    Llama, two cores, 1,442 tokens a step), with 0.82 of the peak memory.
+    device: where the model is or will be; None is its current one. free: its free bytes; None measures them. weight_copies: the
+    memory of gradients and optimizer, in multiples of that of the trained weights. A GPU gets faster with every token; a CPU
+    does not beyond a thousand or so: packs of at most 1,536 tokens were as fast as packs of any size (58M Llama, two cores,
+    1,442 tokens a step), with 0.82 of the peak memory.
     """
     if limit is not None:
         return TokenBudget(limit, limit)
     moves = device is not None and device != compute_device(model)
     device = device or compute_device(model)
-    limit = _two_bits(_tokens_that_fit(model, device, free, moves, beside_weights))
+    limit = _round_to_two_bits(_tokens_that_fit(model, device, free, moves, weight_copies))
     return TokenBudget(limit, limit if device.type != "cpu" else min(limit, 1536))
 
 
-def shared_budget(budget: TokenBudget, ranks: Ranks) -> TokenBudget:
-    """The budget that every rank has room for: all must cut alike.
+def common_budget(budget: TokenBudget, ranks: Ranks) -> TokenBudget:
+    """The smallest budget of all ranks, which must cut their micro-batches alike.
 
-    For each piece sharded weights are gathered anew, so that several ranks have few pieces, as large as memory allows.
+    Sharded weights are gathered once for each pack, so that several ranks use few packs, as large as memory allows.
     """
     limit = ranks.lowest(budget.limit)
     return TokenBudget(limit, budget.comfortable if ranks.size == 1 else limit)
 
 
 def untrained_budget(config, tokenizer, device: torch.device) -> TokenBudget:
-    """The budget that a configuration's model will have on a device, found without its weights."""
+    """The budget of a configuration's model on a device, without loading its weights."""
     with torch.device("meta"):
         model = build_untrained(config.model, tokenizer, config.cache_dir)
-    return token_budget(model, config.max_tokens_per_microbatch, device, beside_weights=times_beside_weights(config))
+    return token_budget(model, config.max_tokens_per_microbatch, device, weight_copies=config.times_beside_weights)
 
 
-def _two_bits(number: int) -> int:
-    """A number rounded down to its first two binary digits, so that it is the same where free memory is nearly the same.
+def _round_to_two_bits(number: int) -> int:
+    """A number rounded down to its two leading binary digits, so that similar amounts of free memory give the same budget.
 
-    How a run's examples are packed depends on it, and the last bits of their log-probs depend on that.
+    The budget determines the packs of a run, and these the last bits of its log-probs.
     """
-    lost = max(0, number.bit_length() - 2)
-    return number >> lost << lost
+    shift = max(0, number.bit_length() - 2)
+    return number >> shift << shift
 
 
-def _tokens_that_fit(model: nn.Module, device: torch.device, free: int | None, moves: bool, beside_weights: int) -> int:
-    """How many packed tokens one forward and backward may hold on a device; at least 512. moves: weights will come to it.
+def _tokens_that_fit(model: nn.Module, device: torch.device, free: int | None, moves: bool, weight_copies: int) -> int:
+    """The packed tokens that fit into one forward and backward pass on a device; at least 512.
 
-    An estimate on the safe side: half of what is left beside gradients and optimizer, over the activations of a gated
-    transformer block and three copies of the logits for each token.
+    moves: the weights are still to be moved there. A conservative estimate: half of the memory left by gradients and optimizer,
+    divided by the activations of a gated transformer block and three copies of the logits for each token.
     """
     config = model.config.get_text_config()
     hidden, layers = config.hidden_size, config.num_hidden_layers
     inner = getattr(config, "intermediate_size", None) or 4 * hidden
-    # Some have a width for each layer.
+    # Some models have a width for each layer.
     inner = max(inner) if isinstance(inner, list | tuple) else inner
     per_token = layers * (16 * hidden + 4 * inner) * model.dtype.itemsize + 3 * 4 * config.vocab_size
-    # The room is that of one device, so what other devices hold does not count.
+    # Only weights on this device take of its memory.
     trained = [weight for weight in model.parameters() if weight.requires_grad and (moves or weight.device == device)]
-    # Of a weight that is split over processes, this one has a part.
-    parts = [local(weight) for weight in trained]
-    weights = sum(part.numel() * part.element_size() for part in parts)
-    # Weights that are not there yet will take of what is free now.
+    # Of sharded weights, this process's shards.
+    shards = [local(weight) for weight in trained]
+    weights = sum(shard.numel() * shard.element_size() for shard in shards)
+    # Weights that are still to be moved will take of what is free now.
     to_come = weights if moves else 0
     if free is None:
         free = free_memory(device) // (1 if device.type == "cuda" else local_world_size())
-    return max(512, int((free - to_come - beside_weights * weights) / 2 / per_token))
+    return max(512, int((free - to_come - weight_copies * weights) / 2 / per_token))

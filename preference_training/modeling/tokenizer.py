@@ -1,19 +1,19 @@
 """The tokenizer of a `model` configuration."""
 
+from preference_training.configuration.schema import ModelConfig
 from preference_training.core.errors import UserError
 from preference_training.data.toy_preferences import toy_records
-from preference_training.modeling.loading import _loading
+from preference_training.modeling.loading import loading_errors
 
+# The value of `model.tokenizer_name_or_path` for the tokenizer that is built in code.
 BYTE_LEVEL = "byte_level"
-
-
 END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"
 
 
-def load_tokenizer(model_config, cache_dir: str | None = None):
+def load_tokenizer(model_config: ModelConfig, cache_dir: str | None = None):
     """The tokenizer of a `model` configuration, with an end-of-sequence and a padding token.
 
-    Raises UserError where there is none, or where it has no end-of-sequence token.
+    Raises UserError where it cannot be loaded, or has no end-of-sequence token.
     """
     name = model_config.tokenizer_name_or_path or model_config.name_or_path
     if name == BYTE_LEVEL:
@@ -21,20 +21,20 @@ def load_tokenizer(model_config, cache_dir: str | None = None):
     from transformers import AutoTokenizer
 
     key = "model.tokenizer_name_or_path" if model_config.tokenizer_name_or_path else "model.name_or_path"
-    with _loading(key, name):
+    with loading_errors(key, name):
         tokenizer = AutoTokenizer.from_pretrained(name, cache_dir=cache_dir, trust_remote_code=model_config.trust_remote_code)
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"model.tokenizer_name_or_path: {name} has no end-of-sequence token. Set eos_token in its tokenizer_config.json."
         )
     if tokenizer.pad_token_id is None:
-        # Padding is told by position, never by its id, so an existing token may serve.
+        # Padding is masked by length, never by its id, so that an existing token can serve.
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
 def byte_level_tokenizer():
-    """A tokenizer made in code, for any text: the 256 bytes, and as many merges as make most toy words one token."""
+    """A byte-level BPE tokenizer built in code: 256 bytes, and enough merges to make most words of the toy data one token."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 

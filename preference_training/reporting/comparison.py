@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy
 from markupsafe import Markup
 
+from preference_training.configuration.keys import TRAINING_ONLY
+from preference_training.configuration.schema import keys_with
 from preference_training.core import metric_names
 from preference_training.core.errors import UserError
 from preference_training.core.metric_names import (
@@ -29,7 +31,7 @@ from preference_training.core.metric_names import (
 from preference_training.core.secrets import without_secrets
 from preference_training.evaluation.phrasing import too_few, with_interval
 from preference_training.reporting.charts import Line, chart, format_number
-from preference_training.reporting.model_card import NOT_SHOWN
+from preference_training.reporting.model_card import is_shown
 from preference_training.reporting.pages.rendering import render, write_page
 from preference_training.reporting.run_record import RunRecord
 from preference_training.tracking.run_files import (
@@ -50,8 +52,6 @@ CURVES = {
 }  # fmt: skip
 # Losses whose reward is beta times the log-ratio of policy and reference.
 LOG_RATIO_LOSSES = ("dpo", "ipo", "hinge", "robust", "rpo", "dpop", "bco", "tr_dpo")
-# Keys of a loss that affect training, but not the formula of the held-out loss.
-OF_TRAINING = ("loss.mode_loss", "loss.mode_weight", "loss.a", "loss.reference_update_every", "loss.reference_update_share")
 # The only setting in which the runs of a group differ.
 SEED = "seed"
 
@@ -139,7 +139,7 @@ def differing_keys(runs: Sequence[RunRecord]) -> list[str]:
     """The keys in which runs differ, except for the seed and for keys that no model depends on."""
     # Model cards do not show data and weights as settings; here they matter.
     shown = ("datasets", "model.archive", "model.name_or_path")
-    keys = {key for run in runs for key in run.settings if key.startswith(shown) or not key.startswith(NOT_SHOWN)} - {SEED}
+    keys = {key for run in runs for key in run.settings if key.startswith(shown) or is_shown(key)} - {SEED}
     return sorted(key for key in keys if len({str(run.settings.get(key)) for run in runs}) > 1)
 
 
@@ -181,7 +181,7 @@ def comparability_warnings(runs: Sequence[RunRecord]) -> list[str]:
     if len(runs) < 2:
         return []
     found = []
-    keys = [key for key in differing_keys(runs) if key.startswith("loss.") and key not in OF_TRAINING]
+    keys = [key for key in differing_keys(runs) if key.startswith("loss.") and key not in keys_with(TRAINING_ONLY)]
     if keys:
         found.append(
             f"Held-out losses are not comparable: their formula depends on {', '.join(keys)}. Accuracies are comparable."

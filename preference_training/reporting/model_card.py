@@ -7,13 +7,12 @@ import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
-from omegaconf import OmegaConf
-
-from preference_training.configuration.composition import CONFIG_DIR, choices_of
+from preference_training.configuration.composition import default_values
+from preference_training.configuration.keys import NOT_SHOWN, is_within
+from preference_training.configuration.schema import keys_with
 from preference_training.core.metric_names import EVAL_ACCURACY, EVAL_LOSS, EVAL_MARGIN, EXAMPLES, TRAIN_ACCURACY, TRAIN_LOSS
 from preference_training.core.secrets import without_secrets
 from preference_training.core.values import dotted
@@ -185,35 +184,19 @@ def _shown_name(name: str) -> str:
     return name if is_hub_id(name) and not _is_file(name) else Path(name).name
 
 
-# Keys that the model does not depend on: paths, hardware, logging.
-NOT_SHOWN = (
-    "hydra", "datasets", "exp_name", "local_dirs", "local_run_dir", "cache_dir", "wandb", "resume", "fsdp_port", "debug",
-    "dry_run", "model.archive", "model.name_or_path", "model.tokenizer_name_or_path", "save_", "keep_", "max_wall_time",
-    "minimum_log_interval_secs", "trainer.nproc_per_node", "trainer.device_memory", "trainer.world_size",
-    "sweep_dir", "pruner", "gpus_per_job",
-)  # fmt: skip
+def is_shown(key: str) -> bool:
+    """Whether cards and comparisons show a key: not paths, hardware and logging, which the model does not depend on."""
+    return not is_within(key, ("hydra", *keys_with(NOT_SHOWN)))
 
 
 def changed_settings(config: dict) -> dict[str, tuple[object, object]]:
     """The settings of a run that differ from the defaults in config/: key → (value, default or None)."""
     now = dotted(config)
     # Its default is an interpolation of another key.
-    before = _defaults(config["loss"]["name"], config["trainer"]["name"]) | {
-        "model.reference_dtype": now.get("model.policy_dtype")
-    }
-    changed = [key for key in now if now[key] != before.get(key) and not key.startswith(NOT_SHOWN)]
+    defaults = default_values(model="base_model", loss=config["loss"]["name"], trainer=config["trainer"]["name"])
+    before = dotted(defaults) | {"model.reference_dtype": now.get("model.policy_dtype")}
+    changed = [key for key in now if now[key] != before.get(key) and is_shown(key)]
     return {key: (now[key], before.get(key)) for key in sorted(changed)}
-
-
-@cache
-def _defaults(loss: str, trainer: str) -> dict:
-    """The defaults of all keys, dotted, for a loss and a trainer."""
-    values = OmegaConf.to_container(OmegaConf.load(CONFIG_DIR / "config.yaml"))
-    for group, name in {"model": "base_model", "loss": loss, "trainer": trainer}.items():
-        # A name in a configuration must not be used as a path.
-        known = name in ("base_model", *choices_of(group))
-        values[group] = OmegaConf.to_container(OmegaConf.load(CONFIG_DIR / group / f"{name}.yaml")) if known else {}
-    return dotted(values)
 
 
 def _configuration(config: dict) -> str:

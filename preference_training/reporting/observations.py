@@ -81,7 +81,7 @@ def _overfitting(run: RunRecord) -> Iterator[str]:
     if len(losses) != len(evaluations) or len(losses) < 3:
         return
     best = min(range(len(losses)), key=losses.__getitem__)
-    low = evaluations[-1].get("loss/eval/low")
+    low = evaluations[-1].get(f"{EVAL_LOSS}/low")
     if low is not None and losses[best] < low:
         examples = evaluations[best][EXAMPLES]
         yield (

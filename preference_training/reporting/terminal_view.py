@@ -14,6 +14,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
+from preference_training.configuration.kept import read_config
 from preference_training.core.errors import UserError
 from preference_training.core.metric_names import EXAMPLES, EXAMPLES_PER_SECOND, HELD_OUT_PROMPTS
 from preference_training.evaluation.phrasing import too_few
@@ -24,7 +25,6 @@ from preference_training.tracking.run_files import (
     ABOUT,
     EVENTS,
     METRICS,
-    config_in,
     counted,
     json_object,
     rows_in,
@@ -92,7 +92,7 @@ class LiveRun:
     @property
     def record(self) -> RunRecord:
         """The run as it is now."""
-        config, about = config_in(self.run_dir), json_object(self.run_dir / ABOUT)
+        config, about = read_config(self.run_dir), json_object(self.run_dir / ABOUT)
         return RunRecord(self.run_dir, self.run_dir.name, config, about, self.rows[METRICS], results={})
 
 

@@ -1,0 +1,1 @@
+"""Many runs from one command line: jobs that run once, side by side, and end early where others are better."""

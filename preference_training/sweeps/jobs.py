@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import ClassVar
 
 from filelock import FileLock, Timeout
-from omegaconf import DictConfig, OmegaConf
 
+from preference_training.configuration.keys import OUTSIDE_JOB_IDENTITY
+from preference_training.configuration.schema import keys_with
 from preference_training.core.files import locked, write_atomically
 from preference_training.core.hashing import hash_of_values
 from preference_training.tracking.run_files import (
@@ -32,11 +33,6 @@ from preference_training.tracking.run_files import (
 )
 
 START, JOBS, STOP = "sweep.json", "jobs.json", ".stop"
-# Keys that are not part of a job's identity, and may change between starts of its sweep: where it computes and what it logs.
-NOT_IDENTITY = (
-    "local_dirs", "local_run_dir", "sweep_dir", "cache_dir", "fsdp_port", "wandb", "tracking", "minimum_log_interval_secs",
-    "max_wall_time", "gpus_per_job", "trainer.nproc_per_node", "trainer.distributed_timeout_minutes",
-)  # fmt: skip
 # States of a job that is not run again.
 OVER = ("complete", "pruned")
 
@@ -99,6 +95,25 @@ class Job:
 
 
 @dataclass(frozen=True)
+class Request:
+    """A job as Hydra asks for it, before it is validated.
+
+    directory is the one that Hydra has made, which the job takes unless it has another. overrides are the job's command line,
+    values the composed configuration in plain values, references unresolved.
+    """
+
+    sweep: Path
+    directory: Path
+    overrides: list[str]
+    values: dict
+
+    @property
+    def resumes(self) -> bool:
+        """Whether an interrupted job resumes from its newest checkpoint: nothing else is asked for."""
+        return self.values.get("resume") is None and not self.values.get("eval_only")
+
+
+@dataclass(frozen=True)
 class SweepDirectory:
     """The directory of a sweep, and the files by which its processes know of each other."""
 
@@ -137,9 +152,9 @@ class SweepDirectory:
         start = self.start
         return [job for job in self.jobs() if job.record.get("start") == start]
 
-    def claim(self, config: DictConfig, given: Path, overrides: list[str]) -> Path:
-        """The directory of the job of a configuration: the one it has, or a new one, `given` where that is nobody else's."""
-        identity = identity_of(config)
+    def claim(self, request: Request) -> Path:
+        """The directory of a job: the one it has, or a new one, the requested one where that is nobody else's."""
+        given, identity = request.directory, identity_of(request.values)
         with FileLock(self.path / f".{JOBS}.lock"):
             known = json_object(self.path / JOBS)
             if identity in known:
@@ -153,7 +168,7 @@ class SweepDirectory:
                     given.rmdir()
             directory.mkdir(parents=True, exist_ok=True)
             if not (directory / JOB).exists():
-                Job(directory).update(overrides=overrides, state="new")
+                Job(directory).update(overrides=request.overrides, state="new")
         return directory
 
     def _free_directory(self, given: Path, known: dict[str, str]) -> Path:
@@ -164,15 +179,19 @@ class SweepDirectory:
         return next(self.path / name for name in names if name not in taken and not (self.path / name / METRICS).exists())
 
 
-def identity_of(config: DictConfig) -> str:
-    """Hash of all keys that make a job what it is: 32 hexadecimal digits."""
-    values = OmegaConf.to_container(config, resolve=False)
-    if values.get("resume") == "auto":
-        values["resume"] = None
-    for key in NOT_IDENTITY:
-        section, _, name = key.rpartition(".")
-        (values.get(section, {}) if section else values).pop(name, None)
-    return hash_of_values(values, default=str)
+def identity_of(values: dict) -> str:
+    """Hash of all keys of a composed configuration that make a job what it is: 32 hexadecimal digits."""
+    known = _with_identity(values) | ({"resume": None} if values.get("resume") == "auto" else {})
+    return hash_of_values(known, default=str)
+
+
+def _with_identity(values: dict, prefix: str = "") -> dict:
+    outside = keys_with(OUTSIDE_JOB_IDENTITY)
+    return {
+        name: _with_identity(value, f"{prefix}{name}.") if isinstance(value, dict) else value
+        for name, value in values.items()
+        if f"{prefix}{name}" not in outside
+    }
 
 
 def _write_json(file: Path, values: dict) -> None:

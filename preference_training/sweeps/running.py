@@ -7,27 +7,24 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-
-from omegaconf import DictConfig
+from functools import partial
 
 from preference_training.core.errors import UserError, first_line
 from preference_training.core.metric_names import smaller_is_better
 from preference_training.core.signals import SIGNALS, StoppedError
 from preference_training.sweeps.gpus import gpus_of_this_process
-from preference_training.sweeps.jobs import OVER, Job, SweepDirectory
+from preference_training.sweeps.jobs import OVER, Job, Request, SweepDirectory
 from preference_training.tracking.run_files import PRUNED
 
 
-def run_job(run: Callable, config: DictConfig, given: Path, overrides: list[str]) -> float | None:
+def run_job(run: Callable, request: Request) -> float | None:
     """Run one job of a sweep, unless it is over already; returns its objective, None where it has failed.
 
-    run is called as run(config, directory). given is the directory that Hydra has made, which the job takes unless it has
-    another. overrides are the job's command line. Whatever goes wrong stays with this job: it is printed and recorded. Raises
+    run is called as run(directory, resume=...). Whatever goes wrong stays with this job: it is printed and recorded. Raises
     StoppedError in the process that has started the sweep, where the sweep is to end.
     """
-    sweep = SweepDirectory(Path(config.sweep_dir))
-    directory = sweep.claim(config, given, overrides)
+    sweep = SweepDirectory(request.sweep)
+    directory = sweep.claim(request)
     with Job(directory).locked():
         job, start = Job.read(directory), sweep.start
         if job.state in OVER:
@@ -40,18 +37,17 @@ def run_job(run: Callable, config: DictConfig, given: Path, overrides: list[str]
         if sweep.is_stopped:
             job.update(start=start, state="stopped", error="not started, since the sweep was stopped")
             return None
-        if job.state != "new" and config.resume is None and not config.eval_only:
-            config.resume = "auto"
+        resume = "auto" if job.state != "new" and request.resumes else None
         deaths = job.record.get("deaths", 0) if job.record.get("start") == start else 0
         job.update(start=start, state="running", starts=job.record.get("starts", 0) + 1, deaths=deaths, error=None)
-        return _run(run, config, job, sweep)
+        return _run(partial(run, directory, resume=resume), job, sweep, request.values.get("objective"))
 
 
-def _run(run: Callable, config: DictConfig, job: Job, sweep: SweepDirectory) -> float | None:
+def _run(run: Callable, job: Job, sweep: SweepDirectory, objective: str) -> float | None:
     in_sweep_process = SweepDirectory.started_here is not None
     try:
         with _signals_end_the_job(in_sweep_process):
-            value = run(config, job.directory)
+            value = run()
     except StoppedError as stopped:
         job.update(state="stopped", error=str(stopped))
         if in_sweep_process:
@@ -70,7 +66,7 @@ def _run(run: Callable, config: DictConfig, job: Job, sweep: SweepDirectory) -> 
         return None
     pruned = (job.directory / PRUNED).exists()
     gpus = {"gpus": found} if (found := gpus_of_this_process()) else {}
-    counts_as = _no_better_than_complete_runs(value, config.objective, sweep) if pruned else value
+    counts_as = _no_better_than_complete_runs(value, objective, sweep) if pruned else value
     job.update(state="pruned" if pruned else "complete", objective=value, counts_as=counts_as, **gpus)
     return job.result
 

@@ -7,26 +7,31 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig, OmegaConf
 
+from preference_training.configuration.keys import TRAINING_ONLY
+from preference_training.configuration.schema import keys_with
 from preference_training.core.errors import UserError
 from preference_training.core.metric_names import EVAL_ACCURACY, EVAL_LOSS, smaller_is_better
 from preference_training.core.signals import ENDED_AT_ONCE, SAME_SIGNAL, SIGNALS
 from preference_training.sweeps.jobs import SweepDirectory
+from preference_training.tracking.run_files import OF_THEIR_RUN
 
 
 class Sweep(Callback):
     """The start and the end of a sweep, in the process that has started it."""
 
-    def on_multirun_start(self, config: DictConfig, **_) -> None:
+    def on_multirun_start(self, config, **_) -> None:
         """Prepare the directory. Exits with status 2 where it cannot be written, or the search goes the wrong way."""
-        sweep = SweepDirectory(Path(config.hydra.sweep.dir).absolute())
-        _check_direction(config)
-        for text in comparison_warnings(config):
+        # Composed without what is swept over, and not validated.
+        sweep, sweeper = SweepDirectory(Path(config.hydra.sweep.dir).absolute()), config.hydra.sweeper
+        _check_direction(sweeper.get("direction"), str(config.objective))
+        searched = (*map(str, sweeper.get("params") or ()), *_swept(config.hydra.overrides.task))
+        for text in comparison_warnings(str(config.objective), str(config.loss.get("name")), searched):
             print(f"warning: {text}", flush=True)
         try:
             sweep.begin()
@@ -38,7 +43,7 @@ class Sweep(Callback):
         os.environ["PYTHONPATH"] = os.pathsep.join([root, *(path for path in paths if path not in ("", root))])
         _forward_signals(config.hydra.launcher.get("_target_", ""), sweep)
 
-    def on_multirun_end(self, config: DictConfig, **_) -> None:
+    def on_multirun_end(self, config, **_) -> None:
         """Compare the jobs, in comparison.html and comparison.csv; prints why where that fails."""
         from preference_training.reporting.comparison import write_comparison
 
@@ -60,37 +65,35 @@ def _refuse(fault: str) -> None:
     sys.exit(2)
 
 
-def _check_direction(config: DictConfig) -> None:
+def _check_direction(direction, objective: str) -> None:
     """Refuse a search for the worst run: Optuna's sweeper does not know the objective, and minimizes unless told otherwise."""
-    direction = OmegaConf.select(config, "hydra.sweeper.direction")
     # A name, or a member of Optuna's enumeration; lists are for several objectives.
     found = getattr(direction, "name", direction)
     if isinstance(found, str):
-        wanted = "minimize" if smaller_is_better(str(config.objective)) else "maximize"
+        wanted = "minimize" if smaller_is_better(objective) else "maximize"
         if found != wanted:
-            _refuse(f"hydra.sweeper.direction: found {found}, expected {wanted}: objective is {config.objective}.")
+            _refuse(f"hydra.sweeper.direction: found {found}, expected {wanted}: objective is {objective}.")
 
 
-def comparison_warnings(config: DictConfig) -> list[str]:
-    """Why the objective does not compare between the jobs of a sweep."""
-    from preference_training.reporting.comparison import OF_THEIR_RUN, OF_TRAINING
+def _swept(overrides: Iterable[str]) -> list[str]:
+    """The keys over which a command line sweeps."""
+    given = {text.partition("=")[0]: text.partition("=")[2] for text in overrides}
+    return [key for key, value in given.items() if "," in value or "(" in value]
 
-    if config.objective != EVAL_LOSS:
+
+def comparison_warnings(objective: str, loss: str, swept: Iterable[str]) -> list[str]:
+    """Why an objective does not compare between the jobs of a sweep over some keys."""
+    if objective != EVAL_LOSS:
         return []
     found = []
-    searched = OmegaConf.select(config, "hydra.sweeper.params") or {}
-    given = {text.partition("=")[0]: text.partition("=")[2] for text in OmegaConf.select(config, "hydra.overrides.task") or ()}
-    swept = {*map(str, searched), *(key for key, value in given.items() if "," in value or "(" in value)}
-    keys = sorted(key for key in swept if key.partition(".")[0] == "loss" and key not in OF_TRAINING)
+    keys = sorted({key for key in swept if key.partition(".")[0] == "loss"} - keys_with(TRAINING_ONLY))
     if keys:
         found.append(
             f"objective={EVAL_LOSS} does not compare jobs that differ in {', '.join(keys)}, whose losses are of other "
             f"formulas: objective={EVAL_ACCURACY} does"
         )
-    if config.loss.get("name") in OF_THEIR_RUN:
-        found.append(
-            f"objective={EVAL_LOSS} of loss={config.loss.name} depends on what a run has seen, and does not compare jobs"
-        )
+    if loss in OF_THEIR_RUN:
+        found.append(f"objective={EVAL_LOSS} of loss={loss} depends on what a run has seen, and does not compare jobs")
     return found
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from preference_training.configuration.kept import as_yaml
 from preference_training.core.errors import first_line
 from preference_training.core.metric_names import EXAMPLES
 from preference_training.tracking.run_files import (
@@ -181,13 +182,12 @@ class TensorBoardDashboard(Dashboard):
     """
 
     def __init__(self, start: RunStart):
-        from omegaconf import OmegaConf
         from torch.utils.tensorboard import SummaryWriter
 
         purge_step = start.examples + 1 if start.examples else None
         self.writer = SummaryWriter(str(start.run_dir / TENSORBOARD), purge_step=purge_step)
-        text = OmegaConf.to_yaml(OmegaConf.create(start.config))
-        self.writer.add_text("config", "".join(f"    {line}\n" for line in text.splitlines()), start.examples)
+        text = "".join(f"    {line}\n" for line in as_yaml(start.config).splitlines())
+        self.writer.add_text("config", text, start.examples)
 
     def log(self, row: dict[str, float]) -> None:
         """As Dashboard's."""

@@ -74,7 +74,7 @@ class Ledger:
         self.failed = False
 
     def record(self, examples: int, pairs: list[tuple[Tensor, Tensor]]) -> None:
-        """Record the pairs of a step that was taken: response indices [P, 2] and margins [P] of each micro-batch."""
+        """Record the pairs of a step that was taken: response indices [P, 2] and margins [P] of each pack."""
         self.steps.append((examples, pairs))
         if len(self.steps) >= STEPS_KEPT:
             self.write()
@@ -100,12 +100,12 @@ class Ledger:
             self.unwritten, self.failed = Observations.joined([]), False
 
     def _own(self) -> Observations:
-        parts = [(examples, *part) for examples, pairs in self.steps for part in pairs]
-        if not parts:
+        packs = [(examples, *pack) for examples, pairs in self.steps for pack in pairs]
+        if not packs:
             return Observations.joined([])
-        rows = torch.cat([rows for _, rows, _ in parts]).cpu().numpy()
-        margins = torch.cat([margins for *_, margins in parts]).float().cpu().numpy()
-        examples = numpy.repeat([examples for examples, *_ in parts], [len(margins) for *_, margins in parts])
+        rows = torch.cat([rows for _, rows, _ in packs]).cpu().numpy()
+        margins = torch.cat([margins for *_, margins in packs]).float().cpu().numpy()
+        examples = numpy.repeat([examples for examples, *_ in packs], [len(margins) for *_, margins in packs])
         return Observations(examples, rows[:, 0], rows[:, 1], margins)
 
 

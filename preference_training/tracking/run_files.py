@@ -18,7 +18,7 @@ METRICS, SAMPLES, BAD_STEPS, EVENTS = "metrics.jsonl", "samples.jsonl", "bad_bat
 RESULTS_FILE, ABOUT, FLAGGED = "results.json", "about.json", "flagged_pairs.jsonl"
 # Of a sweep's jobs: what became of the job; that it was pruned.
 JOB, PRUNED = "job.json", "pruned.json"
-CONFIG, REPORT = "config.yaml", "report.html"
+REPORT = "report.html"
 # Of an evaluation: the sampled answers, and the verdicts on them.
 ANSWERS, JUDGEMENTS = "answers.jsonl", "judgements.jsonl"
 # Directories of dashboards.
@@ -108,16 +108,3 @@ def run_of(checkpoint: Path) -> dict:
     """What a checkpoint's state says of its run; empty where it has no state, or a damaged one."""
     run = json_object(checkpoint / STATE).get("run")
     return run if isinstance(run, dict) else {}
-
-
-def config_in(run_dir: Path) -> dict:
-    """A run's configuration in plain values; empty where it cannot be read."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
-    try:
-        found = OmegaConf.to_container(OmegaConf.load(run_dir / CONFIG), resolve=True)
-    except (*UNREADABLE, OmegaConfBaseException, YAMLError):
-        return {}
-    return found if isinstance(found, dict) else {}

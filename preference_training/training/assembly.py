@@ -5,19 +5,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf
-
-from preference_training.configuration.validation import (
-    caches_reference,
-    check_objective,
-    is_sharded,
-    lines_of_precision,
-    moves_reference,
-    sharded_dtype,
-    task_names,
-    times_beside_weights,
-    two_models_asked_for,
-)
+from preference_training.configuration.precision import lines_of_precision
+from preference_training.configuration.schema import RunConfig
+from preference_training.configuration.validation import check_objective
 from preference_training.core.errors import UserError
 from preference_training.core.files import first_existing
 from preference_training.training.preparation import check_same_data, data_version, prepare_data
@@ -36,14 +26,14 @@ from preference_training.training.run_directory import (
 class PreparedRun:
     """A validated run before any model is loaded. pruner: Optuna's, None in most runs."""
 
-    config: DictConfig
+    config: RunConfig
     loss: object
     tokenizer: object
     data: tuple
     pruner: object = None
 
 
-def prepare_run(config: DictConfig, run_dir: Path) -> PreparedRun:
+def prepare_run(config: RunConfig, run_dir: Path) -> PreparedRun:
     """Set this process up for a run, and prepare its loss, tokenizer and data. Raises UserError for what cannot work."""
     from preference_training.core.devices import allow_tf32
     from preference_training.core.libraries import quiet_libraries
@@ -51,28 +41,28 @@ def prepare_run(config: DictConfig, run_dir: Path) -> PreparedRun:
     from preference_training.core.random_streams import seed_everything
     from preference_training.evaluation.task_suites import check_harness
     from preference_training.losses.objectives import build_loss
-    from preference_training.modeling.limits import check_limits, check_rows, limits_of
+    from preference_training.modeling.limits import check_limits, check_rows, model_limits
     from preference_training.modeling.loading import check_model
     from preference_training.modeling.tokenizer import load_tokenizer
     from preference_training.training.optimization import check_optimizer
     from preference_training.training.pruning import build_pruner
 
     quiet_libraries()
-    tune_malloc(keep_freed=not is_sharded(config))
+    tune_malloc(keep_freed=not config.trainer.is_sharded)
     allow_tf32(config.tf32)
     seed_everything(config.seed)
     check_optimizer(config)
-    pruner = build_pruner(config) if config.pruner else None
-    if config.eval_only and task_names(config):
+    pruner = build_pruner(config.pruner, config.pruner_kwargs) if config.pruner else None
+    if config.eval_only and config.evaluation.tasks:
         check_harness()
-    loss = build_loss(**OmegaConf.to_container(config.loss, resolve=True), seed=config.seed)
-    check_objective(config, loss.paired)
+    loss = build_loss(**config.loss.given(), seed=config.seed)
+    check_objective(config.objective, config.loss.name, loss.paired)
     for line in [] if config.eval_only else lines_of_precision(config):
         print(line, flush=True)
     tokenizer = load_tokenizer(config.model, config.cache_dir)
     for line in check_model(config.model, tokenizer, config.cache_dir):
         print(line, flush=True)
-    limits = limits_of(config, tokenizer)
+    limits = model_limits(config, tokenizer)
     check_limits(config, tokenizer, limits)
     # Before the processes join: those that do not prepare it wait for it without a time-out.
     splits = ("test",) if config.eval_only and not config.dry_run else ("train", "test")
@@ -97,7 +87,7 @@ def train_or_evaluate(prepared: PreparedRun, trainer_class, run_dir: Path, in_sw
 
 
 def train(
-    config: DictConfig, trainer_class, placement, loss, data, run_dir: Path, in_sweep: bool, pruner=None, report_writer=None
+    config: RunConfig, trainer_class, placement, loss, data, run_dir: Path, in_sweep: bool, pruner=None, report_writer=None
 ) -> float | None:
     """Train on a placement, from the beginning or from a checkpoint of the same run. pruner: Optuna's, None in most runs."""
     from preference_training.checkpointing.resume import checkpoint_to_resume
@@ -153,7 +143,7 @@ def train(
     return trainer.held_out_means[config.objective] if trainer.held_out_means else None
 
 
-def make_writer(config: DictConfig, run_dir: Path, placement, policy, data, about: dict, say):
+def make_writer(config: RunConfig, run_dir: Path, placement, policy, data, about: dict, say):
     """The writer of a run's checkpoints. about: `describe_run`; say prints a line."""
     from preference_training.checkpointing.writer import CheckpointWriter, SaveOptions
 
@@ -164,26 +154,26 @@ def make_writer(config: DictConfig, run_dir: Path, placement, policy, data, abou
         keep_last=config.keep_last,
         keep_best=config.keep_best,
         metric=config.objective,
-        timeout_minutes=config.trainer.get("distributed_timeout_minutes"),
+        timeout_minutes=config.trainer.distributed_timeout_minutes,
         end_tokens=tuple(end_tokens),
     )
     return CheckpointWriter(run_dir, policy, tokenizer, placement.ranks, options, say)
 
 
-def evaluate(config: DictConfig, trainer_class, placement, loss, data: tuple, run_dir: Path) -> float | None:
+def evaluate(config: RunConfig, trainer_class, placement, loss, data: tuple, run_dir: Path) -> float | None:
     """Evaluate on a placement, and train nothing: the model as configured in a run directory of its own, or a run's checkpoint.
 
     Of another run's directory everything stays as it is but for the results. data: the held-out split.
     """
     from preference_training.checkpointing.resume import checkpoint_to_resume
     from preference_training.evaluation.runs import EvaluationRun
-    from preference_training.modeling.adapters import kept_base
+    from preference_training.modeling.adapters import saved_base
     from preference_training.tracking.tracker import NoTracker
 
     ranks = placement.ranks
     found = checkpoint_to_resume(config.resume, run_dir, config.exp_name) if ranks.is_main else None
     checkpoint = ranks.from_main(found)
-    placement.base_dir = kept_base(checkpoint.path) if checkpoint else None
+    placement.base_dir = saved_base(checkpoint.path) if checkpoint else None
     if config.resume and checkpoint is None:
         raise UserError(f"resume: {config.resume} has found no checkpoint of {config.exp_name}. Expected one to evaluate.")
     with ExitStack() as opened:
@@ -199,10 +189,10 @@ def evaluate(config: DictConfig, trainer_class, placement, loss, data: tuple, ru
     return run.trainer.held_out_means[config.objective]
 
 
-def put_together(config: DictConfig, placement, loss, data, checkpoint, in_sweep: bool) -> dict:
+def put_together(config: RunConfig, placement, loss, data, checkpoint, in_sweep: bool) -> dict:
     """The parts of a trainer by their names: models as at the run's beginning, and batches."""
     from preference_training.batching.batches import evaluation_batches
-    from preference_training.modeling.reference_cache import Reads
+    from preference_training.modeling.reference_cache import ReferencePlan
     from preference_training.training.same_start import SameStart
 
     ranks = placement.ranks
@@ -213,9 +203,9 @@ def put_together(config: DictConfig, placement, loss, data, checkpoint, in_sweep
     eval_sizes = config.eval_batch_size, config.n_eval_examples, config.seed, first_budget, ranks
     reference = same_start = None
     if loss.needs_reference:
-        reads = Reads.of_run(train_batches, eval_prompts, *eval_sizes)
-        reference = make_reference(config, placement, policy, reads, in_sweep or train_batches.visits_again)
-        if two_models := two_models_asked_for(config):
+        plan = ReferencePlan.for_run(train_batches, eval_prompts, *eval_sizes)
+        reference = make_reference(config, placement, policy, plan, in_sweep or train_batches.visits_again)
+        if two_models := config.two_models:
             print(two_models, flush=True)
         else:
             same_start = SameStart(policy, reference)
@@ -232,38 +222,38 @@ def put_together(config: DictConfig, placement, loss, data, checkpoint, in_sweep
     }
 
 
-def budgets_of(config: DictConfig, policy, ranks, checkpoint) -> tuple:
+def budgets_of(config: RunConfig, policy, ranks, checkpoint) -> tuple:
     """How many tokens are computed at once, from now on and when the run began.
 
     As before, where a run goes on with as many processes, bit for bit.
     """
     from preference_training.batching.batches import TokenBudget
-    from preference_training.modeling.token_budget import shared_budget, token_budget
+    from preference_training.modeling.token_budget import common_budget, token_budget
 
     if checkpoint:
         before = checkpoint.state["train_batches"]
         if before["ranks"] == ranks.size and config.max_tokens_per_microbatch is None:
             now, first = before["budget"][:2], before["budget"][-2:]
             return TokenBudget(*now), TokenBudget(*first)
-    budget = token_budget(policy, config.max_tokens_per_microbatch, beside_weights=times_beside_weights(config))
-    budget = shared_budget(budget, ranks)
+    budget = token_budget(policy, config.max_tokens_per_microbatch, weight_copies=config.times_beside_weights)
+    budget = common_budget(budget, ranks)
     return budget, budget
 
 
-def served_tokenizer(config: DictConfig, tokenizer, prompts) -> tuple:
+def served_tokenizer(config: RunConfig, tokenizer, prompts) -> tuple:
     """The tokenizer that checkpoints hold, whose chat template writes the prompts of training, and the tokens that end answers.
 
     The run's own stays as it is. prompts are those of the training data.
     """
     from preference_training.data.chat_templates import end_tokens, format_of_prompts, serve_as_trained
 
-    name = format_of_prompts(OmegaConf.to_container(config, resolve=True), prompts, tokenizer)
+    name = format_of_prompts(config.as_dict(), prompts, tokenizer)
     saved = copy.copy(tokenizer)
     serve_as_trained(name, saved)
     return saved, end_tokens(name, saved)
 
 
-def build_batches(config: DictConfig, prompts, budget, ranks=None, first_budget=None):
+def build_batches(config: RunConfig, prompts, budget, ranks=None, first_budget=None):
     """The steps of a run over prepared prompts. Raises UserError for batches too small for so many ranks.
 
     first_budget: what the run began with, where it has another now.
@@ -272,17 +262,17 @@ def build_batches(config: DictConfig, prompts, budget, ranks=None, first_budget=
     from preference_training.core.ranks import ALONE
 
     ranks = ranks or ALONE
-    size, pieces = config.batch_size, config.gradient_accumulation_steps
-    if size // pieces < ranks.size:
+    size, parts = config.batch_size, config.gradient_accumulation_steps
+    if size // parts < ranks.size:
         raise UserError(
-            f"batch_size: found {size}, which in {pieces} micro-batches gives {size // pieces} examples to {ranks.size} "
-            f"processes. Expected at least {pieces * ranks.size}, or fewer processes or gradient_accumulation_steps."
+            f"batch_size: found {size}, which in {parts} micro-batches gives {size // parts} examples to {ranks.size} "
+            f"processes. Expected at least {parts * ranks.size}, or fewer processes or gradient_accumulation_steps."
         )
     limits = config.n_epochs, config.n_examples
-    return BatchIterator(prompts, size, pieces, config.seed, *limits, budget, ranks, config.n_steps, first_budget)
+    return BatchIterator(prompts, size, parts, config.seed, *limits, budget, ranks, config.n_steps, first_budget)
 
 
-def make_reference(config: DictConfig, placement, policy, reads, read_again: bool):
+def make_reference(config: RunConfig, placement, policy, plan, read_again: bool):
     """The reference: a frozen copy of the policy that scores each batch, or its log-probs of what is read, computed before.
 
     Computed before, by its own choice, where they are read more than once: in several epochs or the jobs of a sweep
@@ -297,20 +287,20 @@ def make_reference(config: DictConfig, placement, policy, reads, read_again: boo
     is_copy = config.model.reference_dtype == config.model.policy_dtype and not has_adapter(policy)
     reference = LiveReference(policy) if is_copy else placement.reference(policy)
     ranks = placement.ranks
-    cached = caches_reference(config, read_again)
-    may_be_there = config.reference_logps is None and not moves_reference(config)
+    cached = config.caches_reference(read_again)
+    may_be_there = config.reference_logps is None and not config.loss.moves_reference
     if cached or (may_be_there and ranks.from_main(directory.is_dir())):
-        path = cache_path(directory, reference.model, reads, computing_settings(config), ranks)
+        path = cache_path(directory, reference.model, plan, computing_settings(config), ranks)
         if cached or ranks.from_main(path.exists()):
-            return cached_reference(reference, reads, path, ranks)
+            return cached_reference(reference, plan, path, ranks)
     return placement.reference(policy) if is_copy else reference
 
 
-def computing_settings(config: DictConfig) -> dict:
+def computing_settings(config: RunConfig) -> dict:
     """The keys on which the last bits of a model's log-probs depend, beside those that the model itself shows."""
     model, trainer = config.model, config.trainer
     return {
-        "trainer": [trainer.name, trainer.get("tensor_parallel_size")],
-        "dtypes": [sharded_dtype(config), trainer.get("output_dtype"), model.quantized_compute_dtype],
+        "trainer": [trainer.name, trainer.tensor_parallel_size],
+        "dtypes": [config.sharded_dtype, trainer.output_dtype, model.quantized_compute_dtype],
         "kernels": [config.compile, config.tf32, model.liger_kernels],
     }

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from preference_training.configuration.validation import BITSANDBYTES_OPTIMIZERS, keeps_master_weights
+from preference_training.configuration.schema import BITSANDBYTES_OPTIMIZERS
 from preference_training.core.errors import UserError, first_line
-from preference_training.modeling.adapters import import_bitsandbytes
+from preference_training.modeling.quantization import import_bitsandbytes
 
 # A master weight's name in the optimizer's state.
 MASTER = "master"
@@ -23,7 +23,7 @@ def check_optimizer(config) -> None:
         build_optimizer(nn.Linear(1, 1), config)
     except (TypeError, ValueError, AttributeError) as error:
         raise UserError(
-            f"optimizer_kwargs: {config.optimizer} refuses {dict(config.optimizer_kwargs)}: {first_line(error)}. "
+            f"optimizer_kwargs: {config.optimizer} refuses {config.optimizer_kwargs}: {first_line(error)}. "
             "Expected its own arguments, by their names there."
         ) from error
 
@@ -35,7 +35,7 @@ def build_optimizer(policy: nn.Module, config, masters: bool | None = None) -> t
     """
     optimizer = _plain_optimizer(policy, config)
     if masters is None:
-        masters = keeps_master_weights(config)
+        masters = config.keeps_master_weights
     low_precision = any(weight.requires_grad and is_low_precision(weight) for weight in policy.parameters())
     return MasterWeights(optimizer) if masters and low_precision else optimizer
 

@@ -2,15 +2,14 @@
 
 from pathlib import Path
 
-from omegaconf import DictConfig
-
+from preference_training.configuration.schema import RunConfig
 from preference_training.core.errors import UserError
 from preference_training.core.files import first_existing
 from preference_training.data.entries import read_entries
 from preference_training.training.run_directory import folders_of
 
 
-def data_version(config: DictConfig, run_dir: Path) -> int:
+def data_version(config: RunConfig, run_dir: Path) -> int:
     """The version of the rules by which data is prepared: that of the run that goes on, the newest for a new one."""
     from preference_training.data.tokenization import VERSION, VERSIONS
 
@@ -41,7 +40,7 @@ def check_same_data(data, ranks) -> None:
 
 
 def prepare_data(
-    config: DictConfig, tokenizer, paired: bool, names: tuple[str, ...] = ("train", "test"), version: int | None = None
+    config: RunConfig, tokenizer, paired: bool, names: tuple[str, ...] = ("train", "test"), version: int | None = None
 ) -> tuple:
     """The tokenised prompts of the named splits, and a line or more that says what they hold: a `Prepared` for each.
 
@@ -55,7 +54,7 @@ def prepare_data(
     settings = token_settings(config, paired, version)
     splits = [prepare(entries, split, tokenizer, settings, directory, config.cache_dir) for split in names]
     if len(splits) == 2 and splits[0].version > 1:
-        splits[0] = without_held_out(*splits, entries, directory)
+        splits[0] = without_held_out(splits[0], splits[1], entries, directory)
     for split, data in zip(names, splits, strict=True):
         say_what_is_there(data, entries, split, "pairs" if paired else "responses", needed=split == names[0])
         if data.version == 1 and (count := same_ids(data.table)):
@@ -85,7 +84,7 @@ def say_what_is_there(prepared, entries: list, split: str, what: str, needed: bo
     print(f"{split}: {len(prepared.table)} prompts, {examples} {what}", *lines, sep="\n", flush=True)
 
 
-def token_settings(config: DictConfig, paired: bool, version: int | None = None):
+def token_settings(config: RunConfig, paired: bool, version: int | None = None):
     """A function that says of an entry what its token ids depend on: the entry's own wishes, then the configuration's."""
     from preference_training.data.tokenization import VERSION, TokenSettings
 

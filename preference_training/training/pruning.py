@@ -12,8 +12,6 @@ import math
 import warnings
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf
-
 from preference_training.core.errors import UserError, nearest
 from preference_training.core.metric_names import EXAMPLES, smaller_is_better
 from preference_training.tracking.run_files import (
@@ -28,9 +26,8 @@ from preference_training.tracking.run_files import (
 SWEEP_REQUIREMENTS = "pip install -r requirements/sweeps.txt"
 
 
-def build_pruner(config: DictConfig):
-    """Optuna's pruner that the configuration names. Raises UserError where Optuna is missing, or takes no such argument."""
-    name, kwargs = config.pruner, OmegaConf.to_container(config.pruner_kwargs, resolve=True)
+def build_pruner(name: str, kwargs: dict):
+    """Optuna's pruner of a name. Raises UserError where Optuna is missing, or takes no such argument."""
     try:
         import optuna
     except ImportError:

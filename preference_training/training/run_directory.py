@@ -6,13 +6,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from omegaconf import DictConfig, OmegaConf
-
-from preference_training.configuration.validation import LONGEST_NAME, dashboard_names
+from preference_training.configuration.kept import save_config
+from preference_training.configuration.schema import LONGEST_NAME, RunConfig
 from preference_training.core.errors import UserError
 from preference_training.core.files import first_existing
 from preference_training.data.entries import read_entries
-from preference_training.tracking.run_files import CONFIG
 
 if TYPE_CHECKING:
     # Imports torch.
@@ -40,7 +38,7 @@ def folders_of(local_dirs) -> list[str]:
     return [local_dirs] if isinstance(local_dirs, str) else list(local_dirs)
 
 
-def describe_run(config: DictConfig, placement, data, checkpoint: "Checkpoint | None") -> dict:
+def describe_run(config: RunConfig, placement, data, checkpoint: "Checkpoint | None") -> dict:
     """What a run is made of, in plain values, as every checkpoint of it says."""
     import torch
     import transformers
@@ -48,17 +46,17 @@ def describe_run(config: DictConfig, placement, data, checkpoint: "Checkpoint | 
     from preference_training.data.chat_templates import format_of_prompts
 
     return {
-        "config": OmegaConf.to_container(config, resolve=True),
+        "config": config.as_dict(),
         "data": [split.fingerprint for split in data],
         "data_version": data[0].version,
         "began_with": placement.began_with,
-        "prompt_format": format_of_prompts(OmegaConf.to_container(config, resolve=True), data[0].table, placement.tokenizer),
+        "prompt_format": format_of_prompts(config.as_dict(), data[0].table, placement.tokenizer),
         "wandb_id": checkpoint.run["wandb_id"] if checkpoint else uuid.uuid4().hex,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
 
 
-def describe_start(config: DictConfig, run_dir: Path, data, total: int | None, device) -> None:
+def describe_start(config: RunConfig, run_dir: Path, data, total: int | None, device) -> None:
     """Leave in a run's directory what its report says of data, machine and code, as they are at this start."""
     from preference_training.tracking.about import write_about
 
@@ -67,7 +65,7 @@ def describe_start(config: DictConfig, run_dir: Path, data, total: int | None, d
     write_about(run_dir, reports, total, device)
 
 
-def begin_in(config: DictConfig, run_dir: Path, checkpoint: "Checkpoint | None") -> Path | None:
+def begin_in(config: RunConfig, run_dir: Path, checkpoint: "Checkpoint | None") -> Path | None:
     """Make room for a run that begins in a directory: move an earlier run aside and return where it lies now, or None.
 
     Raises UserError where the earlier run is needed where it is.
@@ -84,7 +82,7 @@ def begin_in(config: DictConfig, run_dir: Path, checkpoint: "Checkpoint | None")
 
 
 def open_run_dir(
-    config: DictConfig,
+    config: RunConfig,
     run_dir: Path,
     about: dict,
     checkpoint: "Checkpoint | None",
@@ -107,16 +105,16 @@ def open_run_dir(
             check_same_run(checkpoint, about)
         if config.resume:
             cut_back(run_dir, checkpoint.path if checkpoint else None)
-        OmegaConf.save(config, run_dir / CONFIG)
+        save_config(config, run_dir)
         start = RunStart(about["config"], run_dir, about["wandb_id"], seen)
-        dashboards = start_dashboards(dashboard_names(config), start)
+        dashboards = start_dashboards(config.dashboard_names, start)
         tracker = Tracker(run_dir, total, config.minimum_log_interval_secs, dashboards, report, seen)
     if aside:
         tracker.say(f"local_run_dir: {run_dir} held an earlier run, which is now in {aside.name}/")
     return tracker
 
 
-def say_what_is_set_aside(config: DictConfig, run_dir: Path) -> None:
+def say_what_is_set_aside(config: RunConfig, run_dir: Path) -> None:
     """Of a dry run: print what would become of an earlier run in its directory. Raises UserError where that cannot be."""
     from preference_training.checkpointing.resume import check_beginning, parts_of_a_run
 

@@ -18,7 +18,6 @@ from preference_training.checkpointing.checkpoint import Checkpoint
 from preference_training.checkpointing.saved_models import checkpoint_check
 from preference_training.checkpointing.snapshot import Snapshot, numbers_of
 from preference_training.checkpointing.writer import CheckpointWriter
-from preference_training.configuration.validation import sharded_dtype
 from preference_training.core.errors import UserError
 from preference_training.core.memory import memory_held
 from preference_training.core.metric_names import (
@@ -58,7 +57,7 @@ from preference_training.losses.objectives import (
     Survey,
     example_metrics,
 )
-from preference_training.modeling.adapters import kept_weights
+from preference_training.modeling.adapters import weights_to_save
 from preference_training.modeling.logprobs import LiveReference, response_logps
 from preference_training.modeling.state import compute_device
 from preference_training.tracking.ledger import Ledger
@@ -85,7 +84,7 @@ MASTERS_DROPPED = "the run's float32 master weights are dropped (master_weights=
 
 
 class Scored(NamedTuple):
-    """What a step found out about this rank's examples of one piece, E of them, without gradient.
+    """What a step found out about this rank's examples of one pack, E of them, without gradient.
 
     losses: [E]. pairs: [E, 2] int64, the places of their responses among all of the run's data, and margins: [E], of rewards;
     None for SFT. is_filler: they count for nothing.
@@ -98,12 +97,12 @@ class Scored(NamedTuple):
     is_filler: bool
 
     @classmethod
-    def of(cls, piece: PackedBatch, output: LossOutput) -> "Scored":
-        """From a piece and its losses."""
+    def of(cls, pack: PackedBatch, output: LossOutput) -> "Scored":
+        """From a pack and its losses."""
         paired = output.chosen_rewards is not None
         margins = output.chosen_rewards - output.rejected_rewards if paired else None
-        pairs = piece.response_rows[piece.pairs] if paired else None
-        return cls(output.losses.detach(), piece.sources, pairs, margins, piece.is_filler)
+        pairs = pack.response_rows[pack.pairs] if paired else None
+        return cls(output.losses.detach(), pack.sources, pairs, margins, pack.is_filler)
 
 
 class BasicTrainer:
@@ -258,7 +257,7 @@ class BasicTrainer:
     # ---- one step -------------------------------------------------------------------------------------------------------
 
     def train_step(self, micro_batches: Sequence[MicroBatch]) -> Metrics:
-        """One optimizer step on one batch, in pieces. Returns the batch's metrics, none where the step was not taken.
+        """One optimizer step on one batch, in packs. Returns the batch's metrics, none where the step was not taken.
 
         The gradient is that of the mean loss over the whole batch, however it was cut and spread over ranks. The step is not
         taken where a loss or the gradient is not finite.
@@ -270,7 +269,7 @@ class BasicTrainer:
         self.same_start = None
         grad_norm = self.scaled_down_gradient()
         # Read at once, before the weights change: one wait for the device.
-        tokens = sum(piece.num_tokens for micro_batch in micro_batches for piece in micro_batch.pieces)
+        tokens = sum(pack.num_tokens for micro_batch in micro_batches for pack in micro_batch.packs)
         *values, tokens, stop, norm = self.added_up(sums, grad_norm, num_examples, tokens).tolist()
         metrics = dict(zip(sums, values, strict=True))
         self.stopping = stop > 0
@@ -292,7 +291,7 @@ class BasicTrainer:
             self.same_start.check(self.ranks)
 
     def backward_within_memory(self, micro_batches: Sequence[MicroBatch], remembered: dict):
-        """`backward`; where memory does not suffice, once more in pieces half as large, as all batches from then on."""
+        """`backward`; where memory does not suffice, once more in packs half as large, as all batches from then on."""
         try:
             return self.backward(micro_batches)
         except torch.OutOfMemoryError:
@@ -302,33 +301,33 @@ class BasicTrainer:
         # Not in the handler: what was raised keeps the tensors of the step.
         self.optimizer.zero_grad(set_to_none=True)
         self.loss.load_state_dict(remembered)
-        # A reference that was computed before saw other pieces, and its last bits may be others.
+        # A reference that was computed before saw other packs, and its last bits may be others.
         self.same_start = None
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        halves = self.train_batches.halve_pieces(micro_batches)
-        self.tracker.say(f"warning: out of memory; pieces have at most {self.train_batches.budget.limit} tokens from now on")
+        halves = self.train_batches.halve_packs(micro_batches)
+        self.tracker.say(f"warning: out of memory; packs have at most {self.train_batches.budget.limit} tokens from now on")
         return self.backward(halves)
 
     def backward(self, micro_batches: Sequence[MicroBatch]) -> tuple[dict[str, Tensor], Metrics, list[Scored]]:
-        """Add up the gradient of a batch; sums over this rank's examples, the loss's statistics, and each piece `Scored`."""
+        """Add up the gradient of a batch; sums over this rank's examples, the loss's statistics, and each pack `Scored`."""
         self.policy.train()
         num_examples = sum(micro_batch.num_examples for micro_batch in micro_batches)
         sums: dict[str, Tensor] = {}
         statistics: Metrics = {}
         scored = []
-        pieces_left = sum(len(micro_batch.pieces) for micro_batch in micro_batches)
+        packs_left = sum(len(micro_batch.packs) for micro_batch in micro_batches)
         for micro_batch in micro_batches:
-            for output, policy, piece in self.losses_of(micro_batch):
-                pieces_left -= 1
-                self.before_backward(is_last=pieces_left == 0)
+            for output, policy, pack in self.losses_of(micro_batch):
+                packs_left -= 1
+                self.before_backward(is_last=packs_left == 0)
                 # Sharded gradients are means over the ranks; this makes them sums.
-                share = 0.0 if piece.is_filler else self.ranks.size / num_examples
+                share = 0.0 if pack.is_filler else self.ranks.size / num_examples
                 self.scaler.scale(output.losses.sum() * share).backward()
-                for name, values in example_metrics(output, policy, piece.pairs, "train").items():
-                    sums[name] = sums.get(name, 0.0) + values.sum() * (not piece.is_filler)
+                for name, values in example_metrics(output, policy, pack.pairs, "train").items():
+                    sums[name] = sums.get(name, 0.0) + values.sum() * (not pack.is_filler)
                 statistics = output.statistics
-                scored.append(Scored.of(piece, output))
+                scored.append(Scored.of(pack, output))
         return sums, statistics, scored
 
     def added_up(self, sums: dict[str, Tensor], grad_norm: Tensor, num_examples: int, tokens: int) -> Tensor:
@@ -402,29 +401,29 @@ class BasicTrainer:
             )
 
     def losses_of(self, micro_batch: MicroBatch) -> Iterator[tuple[LossOutput, Tensor, PackedBatch]]:
-        """Loss and policy log-probs [R] of each piece; the caller takes each piece's gradient before the next."""
-        pieces = [piece.to(self.device) for piece in micro_batch.pieces]
-        references = [None if self.reference is None else self.reference(piece) for piece in pieces]
+        """Loss and policy log-probs [R] of each pack; the caller takes each pack's gradient before the next."""
+        packs = [pack.to(self.device) for pack in micro_batch.packs]
+        references = [None if self.reference is None else self.reference(pack) for pack in packs]
         survey = None
-        if self.loss.surveys and len(pieces) > 1:
-            # What is found depends on all pieces, and only one of them fits into memory with its gradient.
+        if self.loss.surveys and len(packs) > 1:
+            # What is found depends on all packs, and only one of them fits into memory with its gradient.
             with torch.no_grad():
-                survey = self.survey(micro_batch, pieces, [self.logps(piece) for piece in pieces], references)
-        for piece, reference in zip(pieces, references, strict=True):
-            policy = self.logps(piece)
+                survey = self.survey(micro_batch, packs, [self.logps(pack) for pack in packs], references)
+        for pack, reference in zip(packs, references, strict=True):
+            policy = self.logps(pack)
             if self.same_start is not None:
-                self.same_start.see(piece, policy, reference)
+                self.same_start.see(pack, policy, reference)
             if self.loss.surveys and survey is None:
-                survey = self.survey(micro_batch, pieces, [policy.detach()], references)
-            found = None if survey is None else survey.at(piece.places)
-            yield self.loss(policy, reference, piece.pairs, piece.response_lengths, found), policy, piece
+                survey = self.survey(micro_batch, packs, [policy.detach()], references)
+            found = None if survey is None else survey.at(pack.places)
+            yield self.loss(policy, reference, pack.pairs, pack.response_lengths, found), policy, pack
 
-    def survey(self, micro_batch: MicroBatch, pieces, policies, references) -> Survey:
-        """The loss's survey of all pairs of a micro-batch on all ranks, from log-probs [R] of this rank's pieces."""
+    def survey(self, micro_batch: MicroBatch, packs, policies, references) -> Survey:
+        """The loss's survey of all pairs of a micro-batch on all ranks, from log-probs [R] of this rank's packs."""
         log_ratios = torch.zeros(micro_batch.num_examples, 2, device=self.device)
-        for piece, policy, reference in zip(pieces, policies, references, strict=True):
-            if not piece.is_filler:
-                log_ratios[piece.places] = (policy - reference)[piece.pairs]
+        for pack, policy, reference in zip(packs, policies, references, strict=True):
+            if not pack.is_filler:
+                log_ratios[pack.places] = (policy - reference)[pack.pairs]
         return self.loss.survey(self.ranks.total(log_ratios))
 
     def logps(self, batch: PackedBatch) -> Tensor:
@@ -644,7 +643,7 @@ class BasicTrainer:
     # ---- where weights live ---------------------------------------------------------------------------------------------
 
     def before_backward(self, is_last: bool) -> None:
-        """Called before each piece's backward pass; `is_last` for the last one of a step."""
+        """Called before each pack's backward pass; `is_last` for the last one of a step."""
 
     def clip_gradient(self) -> Tensor:
         """Scale the gradient down to `max_grad_norm`; returns its global norm before that, a scalar."""
@@ -652,7 +651,7 @@ class BasicTrainer:
 
     def weights(self) -> dict[str, Tensor]:
         """The weights and kept buffers by their names, alive, or the adapter's; one tensor may have several names."""
-        return kept_weights(self.policy.state_dict(keep_vars=True))
+        return weights_to_save(self.policy.state_dict(keep_vars=True))
 
     def set_weights(self, weights: dict[str, Tensor]) -> None:
         """Take over new values that were written into what `weights` gave: they are the policy's own."""
@@ -710,7 +709,7 @@ class FSDPTrainer(BasicTrainer):
 
     def __init__(self, config, *parts, **named_parts):
         super().__init__(config, *parts, **named_parts)
-        # Where gradients are whole on every rank until the step, they are added up once, behind the last piece.
+        # Where gradients are whole on every rank until the step, they are added up once, behind the last pack.
         self.adds_up_once = config.trainer.sharding in ("optimizer", "none")
 
     def before_backward(self, is_last: bool) -> None:
@@ -738,7 +737,7 @@ class TensorParallelTrainer(FSDPTrainer):
 
 def computes_in_float16(config) -> bool:
     """Whether products are in float16 while the weights are not."""
-    return "float16" in (config.model.autocast_dtype, sharded_dtype(config)) and config.model.policy_dtype != "float16"
+    return "float16" in (config.model.autocast_dtype, config.sharded_dtype) and config.model.policy_dtype != "float16"
 
 
 # By name; `trainer.name` may say those that have a file in config/trainer/.

@@ -3,7 +3,6 @@
 Each check returns what is to be said where all is well, mostly "ok", and raises Wrong where a number is not what it should be.
 """
 
-import copy
 import functools
 import importlib.util
 import io
@@ -16,22 +15,18 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from unittest import mock
 
-import plain
-import tiny_models
-import two_processes
-from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint import CheckpointException
 
 import train
-from preference_training.configuration.composition import CONFIG_DIR, GROUPS
-from preference_training.configuration.validation import check_config
+from preference_training.configuration.schema import RunConfig
+from preference_training.configuration.validation import configured
 from preference_training.core.errors import UserError
 from preference_training.data.toy_preferences import toy_records
+from tests.architectures import plain, tiny_models, two_processes
+from tests.support.files import ROOT
 
-ROOT = Path(__file__).parent.parent.parent
 # By how much a log-prob may differ, per token, and weights of their size; of what training has changed they may not differ by
 # more than a hundredth either. Unit of the first: nats.
 PER_TOKEN, WEIGHTS, CHANGED = 1e-5, 1e-5, 1e-2
@@ -44,7 +39,7 @@ COMMON = (
 DPO = ("loss=dpo", "reference_logps=live", "n_steps=2")
 TWO_PROCESSES = ("trainer=FSDPTrainer", "trainer.nproc_per_node=2", "trainer.distributed_timeout_minutes=0.5")
 # What a run says where a model computes each response with a prompt of its own.
-PADDED = r"prefix sharing: off, padded rows instead: \w+ cannot: (.*)"
+PADDED = r"prefix sharing: off, using padded rows: \w+ cannot: (.*)"
 
 
 class Wrong(Exception):  # noqa: N818  it is a finding
@@ -65,31 +60,28 @@ def write_rows(folder: Path) -> None:
 
 
 @functools.cache
-def composed(*overrides: str) -> DictConfig:
-    """A run's configuration, composed and checked as the command line's is, but for its paths."""
-    given = [*COMMON, "model.name_or_path=none", *overrides]
-    chosen = {"model": "tiny", "loss": "dpo", "trainer": "BasicTrainer"}
-    chosen |= {key: value for key, _, value in (text.partition("=") for text in given) if key in GROUPS}
-    with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        config = compose("config", overrides=given)
-        check_config(config, given, chosen)
-    return config
+def composed(*overrides: str) -> RunConfig:
+    """A run's configuration, composed and validated as the command line's is, but for its paths."""
+    return configured(*COMMON, "model.name_or_path=none", *overrides)
 
 
-def configuration(folder: Path, model: Path, run_dir: Path, *overrides: str, resume: Path | None = None) -> DictConfig:
+def configuration(folder: Path, model: Path, run_dir: Path, *overrides: str, resume: Path | None = None) -> RunConfig:
     """The configuration of a run of a model into a directory, on the rows of a folder."""
-    config = copy.deepcopy(composed(*overrides))
-    config.datasets = [{"path": str(folder / "train.jsonl"), "test_path": str(folder / "test.jsonl")}]
-    config.local_dirs, config.local_run_dir = [str(folder / "runs")], str(run_dir)
-    config.model.name_or_path, config.resume = str(model), resume and str(resume)
-    check_config(config)
-    return config
+    return composed(*overrides).changed(
+        {
+            "datasets": [{"path": str(folder / "train.jsonl"), "test_path": str(folder / "test.jsonl")}],
+            "local_dirs": [str(folder / "runs")],
+            "local_run_dir": str(run_dir),
+            "model.name_or_path": str(model),
+            "resume": resume and str(resume),
+        }
+    )
 
 
 class Run:
     """A run within this process, to its end; what it has said, and its rows of metrics.jsonl."""
 
-    def __init__(self, config: DictConfig):
+    def __init__(self, config: RunConfig):
         self.dir = Path(config.local_run_dir)
         said = io.StringIO()
         with redirect_stdout(said):
@@ -167,7 +159,7 @@ class Architecture:
         self.train_rows = plain.Rows(folder / "train.jsonl", self.model)
         self.held_out = plain.Rows(folder / "test.jsonl", self.model)
 
-    def configured(self, name: str, *overrides: str, resume: Path | None = None) -> DictConfig:
+    def configured(self, name: str, *overrides: str, resume: Path | None = None) -> RunConfig:
         """The configuration of a run of this model into the directory of a name."""
         return configuration(self.folder, self.model, self.folder / name, *overrides, resume=resume)
 
@@ -292,7 +284,7 @@ def export(*words) -> None:
 def run_sharded(architectures: list[Architecture]) -> None:
     """The DPO run of each architecture in two processes, which are started once for all of them."""
     configs = [of.configured("fsdp", *DPO, *TWO_PROCESSES) for of in architectures]
-    wanted = [(OmegaConf.to_container(config, resolve=True), Path(config.local_run_dir)) for config in configs]
+    wanted = [(config.as_dict(), Path(config.local_run_dir)) for config in configs]
     for of, end in zip(architectures, two_processes.runs(wanted), strict=True):
         of.sharded_end = end
 

@@ -1,6 +1,6 @@
 """Every architecture of tiny_models.py through every check of checks.py, as a table. Exit status 1 where one is wrong.
 
-python tests/architectures/sweep.py [--only llama,gpt2] [--checks dpo,lora] [--write]
+python -m tests.architectures.sweep [--only llama,gpt2] [--checks dpo,lora] [--write]
 
 --write keeps the results in results.json and makes docs/architectures.md of them. What is refused is no failure: the table says
 with which reason.
@@ -18,7 +18,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-sys.path[:0] = [str(HERE), str(ROOT), str(ROOT / "benchmarks")]
+sys.path[:0] = [str(ROOT / "benchmarks")]
 
 from preference_training.core.libraries import quiet_libraries  # noqa: E402
 
@@ -50,7 +50,7 @@ def failed(said: str) -> bool:
 
 def sweep(names: list[str], wanted: list[str], folder: Path) -> dict[str, dict[str, str]]:
     """What each check says of each architecture; prints it as it comes."""
-    import checks
+    from tests.architectures import checks
 
     results: dict[str, dict[str, str]] = {}
     for first in range(0, len(names), AT_ONCE):
@@ -88,8 +88,8 @@ def main() -> int:
     quiet_libraries()
     # What libraries advise of models this small.
     warnings.simplefilter("ignore")
-    from checks import CHECKS
-    from tiny_models import TINY
+    from tests.architectures.checks import CHECKS
+    from tests.architectures.tiny_models import TINY
 
     given = arguments(list(TINY), list(CHECKS))
     started = time.perf_counter()

@@ -5,13 +5,12 @@ import json
 import warnings
 from pathlib import Path
 
-import checks
 import pytest
-import two_processes
-from tiny_models import DENSE, TINY, make
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from preference_training.distributed.sharding import blocks_of, without_shared
+from tests.architectures import checks, two_processes
+from tests.architectures.tiny_models import DENSE, TINY, make
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
@@ -19,20 +18,22 @@ ALONE = [name for name in checks.CHECKS if name != "fsdp"]
 # One of each kind, and what its cells say where they do not say ok: rotary positions; learned ones and Conv1D; windows and
 # soft-caps; ALiBi; experts; attention sinks; chunks; a state beside attention.
 SHARED = {"prefix": "shared"}
-STATE = {"prefix": "padded: it keeps a state that goes from token to token, which one response would hand on to the next"}
+STATE = {"prefix": "padded: it is recurrent: one response would pass its state on to the next"}
 KINDS: dict[str, dict[str, str]] = {
     "llama": SHARED,
     "gpt2": SHARED,
     "gemma2": SHARED,
-    "mpt": {"prefix": "padded: it does not hand the layout of the responses on to its attention"},
+    "mpt": {"prefix": "padded: it does not pass the layout of the responses on to its attention"},
     "mixtral": SHARED,
-    "gpt_oss": {"prefix": "padded: attention sinks (s_aux) are not part of it"},
-    "llama4_text": {"prefix": "padded: attention within chunks of 32 tokens (attention_chunk_size) is not part of it"},
+    "gpt_oss": {"prefix": "padded: attention sinks (s_aux) are not supported"},
+    "llama4_text": {"prefix": "padded: attention within chunks of 32 tokens (attention_chunk_size) is not supported"},
     "falcon_h1": STATE,
 }
 # For two processes: tied weights, scaled logits, experts, blocks within blocks, tensors without dimensions, layers that share
 # weights.
 FOR_TWO = ("gpt2", "gemma2", "mixtral", "mamba", "apertus", "zamba2")
+# Those that make test tries; make test-long tries the others.
+SHORTLY = ("llama", "gpt2", "falcon_h1")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
@@ -42,12 +43,13 @@ def architecture(name: str, folder: Path) -> checks.Architecture:
         return checks.Architecture(name, folder / name)
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name in SHORTLY else pytest.mark.long) for name in KINDS])
 def test_an_architecture_is_trained_saved_and_exported_as_plain_transformers_have_it(name, tmp_path):
     found = dict(checks.outcomes(architecture(name, tmp_path), ALONE))
     assert {check: said for check, said in found.items() if said != "ok"} == KINDS[name]
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("forked_workers")
 def test_two_processes_train_an_architecture_of_each_kind_as_one_does(tmp_path):
     some = [architecture(name, tmp_path) for name in FOR_TWO]

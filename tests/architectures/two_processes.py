@@ -8,10 +8,10 @@ import time
 from contextlib import redirect_stdout
 from pathlib import Path
 
-from omegaconf import OmegaConf
 from torch.distributed.checkpoint import CheckpointException
 
 import train
+from preference_training.configuration.schema import RunConfig
 from preference_training.core.errors import UserError
 from preference_training.distributed.launching import WorkerDiedError, launch, silence_others
 
@@ -59,11 +59,11 @@ def follow(wanted: list[tuple[int, dict, str]], folder: str) -> None:
 
 
 def _end_of(settings: dict, run_dir: Path) -> str:
-    from checks import told
+    from tests.architectures.checks import told
 
     try:
         with redirect_stdout(io.StringIO()):
-            train.run(OmegaConf.create(settings), run_dir)
+            train.run(RunConfig.of(settings), run_dir)
         return ENDED
     except UserError as refused:
         return f"refused: {' '.join(str(refused).split())}"

@@ -7,9 +7,18 @@ import signal
 import time
 from pathlib import Path
 
-from processes import EVERY, PATIENCE, RESUMED, STEP, Run, assert_undisturbed, assert_whole, checkpoints_of, rows_of
-
 from preference_training.core.signals import STOPPED
+from tests.faults.processes import (
+    EVERY,
+    PATIENCE,
+    RESUMED,
+    STEP,
+    Run,
+    assert_undisturbed,
+    assert_whole,
+    checkpoints_of,
+    rows_of,
+)
 
 SIGNALS = {"SIGTERM": signal.SIGTERM, "SIGUSR1": signal.SIGUSR1, "SIGINT": signal.SIGINT}
 KILLS = ("kill while writing", "kill")

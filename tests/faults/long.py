@@ -1,6 +1,6 @@
 """The long form of the tests of this folder: many kills and signals, a summary, and all that happened as JSON.
 
-python tests/faults/long.py --kills 200 --stops 50 --minutes 25
+python -m tests.faults.long --kills 200 --stops 50 --minutes 25
 """
 
 import argparse
@@ -9,11 +9,11 @@ import json
 import os
 import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent.parent
+from tests.support.files import ROOT
+
 sys.path[:0] = [str(ROOT / "benchmarks")]
 
 
@@ -53,7 +53,7 @@ def main() -> int:
     args = parser.parse_args()
     os.environ |= {"FAULT_KILLS": args.kills, "FAULT_STOPS": args.stops, "FAULT_MINUTES": args.minutes}
     report = Report()
-    status = pytest.main([str(ROOT / "tests" / "faults"), "--timeout=0", "-k", args.only], plugins=[report])
+    status = pytest.main([str(ROOT / "tests" / "faults"), "--timeout=0", "-m", "", "-k", args.only], plugins=[report])
     facts = {"command": sys.argv, "hardware": hardware(), "versions": versions(), **report.summary(), "all": report.tests}
     name = "_".join([str(datetime.date.today()), *args.only.split()])
     path = ROOT / "tests" / "faults" / "results" / f"{name}.json"

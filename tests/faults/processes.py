@@ -18,12 +18,12 @@ from filelock import FileLock
 from safetensors.torch import load_file
 
 import train
-from forked import Program, fork_workers
 from preference_training.checkpointing.checkpoint import checkpoints_of, fault_of
 from preference_training.core.metric_names import MEASURED
 from preference_training.tracking.ledger import read_ledger
+from tests.support.files import ROOT
+from tests.support.forked import Program, fork_workers
 
-ROOT = Path(__file__).parent.parent.parent
 # Twenty steps, a checkpoint behind every second of them, a line for each step.
 EVERY = 32
 COMMON = (

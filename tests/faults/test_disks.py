@@ -9,11 +9,11 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from processes import Run, assert_same_weights, assert_whole, rows_of, train_here
 
 from preference_training.checkpointing.checkpoint import checkpoints_of
 from preference_training.core.errors import UserError
 from preference_training.training import run_directory
+from tests.faults.processes import Run, assert_same_weights, assert_whole, rows_of, train_here
 
 
 @contextmanager

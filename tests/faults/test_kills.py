@@ -4,8 +4,9 @@ import os
 import signal
 
 import pytest
-from campaign import AT_THE_END, RANK_FAULTS, Campaign, faults_of
-from processes import RESUMED, STEP, Run, assert_undisturbed, undisturbed
+
+from tests.faults.campaign import AT_THE_END, RANK_FAULTS, Campaign, faults_of
+from tests.faults.processes import RESUMED, STEP, Run, assert_undisturbed, undisturbed
 
 BETA_DPO = ("loss=dpo", "loss.mode_loss=beta_DPO", "loss.mode_weight=0.25", "loss.a=0.6")
 TWO_RANKS = ("loss=dpo", "trainer=FSDPTrainer", "trainer.nproc_per_node=2", "n_examples=160")
@@ -20,6 +21,12 @@ KILLS, STOPS = int(os.environ.get("FAULT_KILLS", 12)), int(os.environ.get("FAULT
 MINUTES = float(os.environ.get("FAULT_MINUTES", "inf"))
 
 
+def test_a_run_that_is_killed_once_and_stopped_once_ends_as_the_undisturbed_one(tmp_path, tmp_path_factory):
+    overrides, _, _ = RUNS["DPO"]
+    Campaign(tmp_path, undisturbed(tmp_path_factory, "DPO", *overrides), overrides, seed=0).carry_out(faults_of(1, 1), MINUTES)
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_that_is_killed_and_stopped_ends_as_the_undisturbed_one(name, tmp_path, tmp_path_factory, record_property):
     overrides, kills, stops = RUNS[name]
@@ -34,6 +41,7 @@ def test_a_run_that_is_killed_and_stopped_ends_as_the_undisturbed_one(name, tmp_
     campaign.carry_out(faults, MINUTES)
 
 
+@pytest.mark.long
 def test_a_job_of_torchrun_picks_itself_up_when_a_rank_is_killed(tmp_path, tmp_path_factory):
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "2")
     run = Run(tmp_path, *TWO_RANKS, launcher=launcher)

@@ -3,16 +3,27 @@
 import json
 import shutil
 import signal
+from contextlib import chdir
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
-from processes import RESUMED, STEP, Run, assert_same_weights, assert_whole, rows_of, train_here, undisturbed
 from safetensors.torch import load_file, save_file
 
 from preference_training.checkpointing.checkpoint import checkpoints_of
 from preference_training.core.errors import UserError
 from preference_training.core.signals import STOPPED
+from tests.faults.processes import (
+    RESUMED,
+    STEP,
+    Run,
+    assert_same_weights,
+    assert_whole,
+    rows_of,
+    train_here,
+    undisturbed,
+)
 
 
 def write_pairs(path, word: str) -> None:
@@ -22,20 +33,26 @@ def write_pairs(path, word: str) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+SETTINGS = ("datasets=[pairs.jsonl]", "model.archive=weights/LATEST", "n_epochs=null", "n_eval_examples=2")
+
+
+@pytest.fixture(scope="module")
+def beginning(compose, tmp_path_factory):
+    """The folder of a run over a file of pairs, from weights in a file, that has come to its 64th example."""
+    folder = tmp_path_factory.mktemp("beginning")
+    with chdir(folder):
+        train_here(compose, Path(), "n_examples=32", "save_strategy=no", name="weights")
+        write_pairs(Path("pairs.jsonl"), "No")
+        train_here(compose, Path(), *SETTINGS, "n_examples=64")
+    return folder
+
+
 @pytest.fixture
-def begun(compose, tmp_path):
-    """A run over a file of pairs, from weights in a file, that has come to its 64th example; returns how to go on."""
-    go = partial(train_here, compose, tmp_path)
-    go("n_examples=32", "save_strategy=no", name="weights")
-    write_pairs(tmp_path / "pairs.jsonl", "No")
-    settings = (
-        f"datasets=[{tmp_path}/pairs.jsonl]",
-        f"model.archive={tmp_path}/weights/LATEST",
-        "n_epochs=null",
-        "n_eval_examples=2",
-    )
-    go(*settings, "n_examples=64")
-    return lambda *changed, **name: go(*settings, *changed, **name)
+def begun(beginning, compose, tmp_path, monkeypatch):
+    """How to go on with a copy of that run, in the test's folder."""
+    shutil.copytree(beginning, tmp_path, symlinks=True, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return partial(train_here, compose, Path(), *SETTINGS)
 
 
 def other_data(folder) -> tuple[str, ...]:
@@ -117,6 +134,7 @@ def test_the_second_run_on_a_directory_is_refused_and_the_first_goes_on(tmp_path
     assert first.wait() == STOPPED, first.output
 
 
+@pytest.mark.long
 def test_one_process_two_and_one_again_go_on_with_the_same_data_and_curve(compose, tmp_path, tmp_path_factory):
     go = partial(train_here, compose, tmp_path)
     go("n_examples=128")

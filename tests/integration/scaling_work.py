@@ -1,9 +1,9 @@
 """What the processes of `test_real_scaling.py` do: a real step of a sharded trainer, with everything held and sent counted."""
 
 import torch
-from omegaconf import OmegaConf
 
-from preference_training.batching.batches import BatchIterator, examples_of, pack
+from preference_training.batching.batches import BatchIterator, examples_of, pack_examples
+from preference_training.configuration.schema import RunConfig
 from preference_training.core.ranks import Ranks
 from preference_training.data.prompt_table import PromptTable
 from preference_training.data.tokenization import TokenizedPrompt
@@ -13,8 +13,8 @@ from preference_training.dry_run.memory_estimate import StorageCounter, most_hel
 from preference_training.dry_run.scaling import Traffic, attributed
 from preference_training.losses.objectives import build_loss
 from preference_training.modeling.logprobs import LiveReference
+from preference_training.modeling.prefix_sharing.tree_attention import clear_mask_cache
 from preference_training.modeling.tokenizer import load_tokenizer
-from preference_training.modeling.tree_attention import forget_masks
 from preference_training.training.trainers import TRAINERS
 
 
@@ -23,16 +23,16 @@ def prompts(count: int = 8) -> list[TokenizedPrompt]:
     return [TokenizedPrompt([2] * (50 + n), [[3] * 30, [4] * 40], [(0, 1)]) for n in range(count)]
 
 
-def pieces_and_step(ranks: Ranks) -> tuple:
-    """Two pieces, and this rank's part of a step of eight pairs."""
+def packs_and_step(ranks: Ranks) -> tuple:
+    """Two packs, and this rank's part of a step of eight pairs."""
     step = next(iter(BatchIterator(PromptTable.of(prompts()), 8, 2, ranks=ranks)))
-    return [pack(list(examples_of(prompts(2))))] * 2, step
+    return [pack_examples(list(examples_of(prompts(2))))] * 2, step
 
 
 def real_steps(settings: list[dict]) -> list[dict]:
     """`real_step` under one configuration after the other."""
     device = start_group(5)
-    results = [real_step(OmegaConf.create(one), device) for one in settings]
+    results = [real_step(RunConfig.of(one), device) for one in settings]
     end_group()
     return results
 
@@ -48,13 +48,13 @@ def real_step(config, device: torch.device) -> dict:
         reference = LiveReference(reference_beside(policy, config, tokenizer, layout, device))
         counter.kind = "activations"
         # Those that the model was proved with are not a step's.
-        forget_masks()
+        clear_mask_cache()
         parts = policy, reference, build_loss("dpo", beta=0.1), tokenizer, None, [], [], None, None, ranks
         trainer = trainer_class(config, *parts)
-        pieces, step = pieces_and_step(ranks)
+        packs, step = packs_and_step(ranks)
         held: dict[str, int] = {}
         trainer.optimizer.register_step_pre_hook(lambda *_: held.update(held_by(trainer)))
-        memory = most_held(trainer, counter, pieces)
+        memory = most_held(trainer, counter, packs)
     with Traffic() as traffic:
         trainer.reference = attributed(reference, traffic)
         trainer.train_step(step)

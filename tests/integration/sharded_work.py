@@ -11,21 +11,20 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from conftest import GOLDEN
 from preference_training.batching.batches import (
     BatchIterator,
     MicroBatch,
     TokenBudget,
     evaluation_batches,
     examples_of,
-    pieces_of,
+    packs_of,
 )
 from preference_training.checkpointing.checkpoint import Checkpoint
 from preference_training.checkpointing.snapshot import Snapshot
 from preference_training.checkpointing.writer import CheckpointWriter, SaveOptions
+from preference_training.configuration.schema import RunConfig
 from preference_training.core.random_streams import seed_everything
 from preference_training.core.ranks import ALONE
 from preference_training.data.prompt_table import PromptTable
@@ -35,11 +34,13 @@ from preference_training.distributed.launching import end_group, start_group
 from preference_training.distributed.sharding import Layout, load_sharded, make_mesh, ranks_of, whole
 from preference_training.evaluation.held_out import evaluate_held_out
 from preference_training.losses.objectives import build_loss
-from preference_training.modeling.loading import load_model, weights_hash
+from preference_training.modeling.loading import load_model
 from preference_training.modeling.logprobs import LiveReference
-from preference_training.modeling.prefix_sharing import share_prefixes
-from preference_training.modeling.reference_cache import Reads, cache_path, cached_reference, compute_logps
+from preference_training.modeling.prefix_sharing.sharing import share_prefixes
+from preference_training.modeling.reference_cache import ReferencePlan, cache_path, cached_reference, compute_logps
+from preference_training.modeling.state import weights_hash
 from preference_training.training.trainers import BasicTrainer, FSDPTrainer
+from tests.support.files import GOLDEN
 
 TRAJECTORIES = json.loads((GOLDEN / "trajectories.json").read_text())
 
@@ -55,7 +56,7 @@ class World:
     """A joined process and what it builds trainers of: sharded ones, and the same alone."""
 
     def __init__(self, settings: dict):
-        self.config = OmegaConf.create(settings)
+        self.config = RunConfig.of(settings)
         self.device = start_group(5)
         self.size = torch.distributed.get_world_size()
         self.tokenizer = AutoTokenizer.from_pretrained(GOLDEN / "tokenizer")
@@ -66,12 +67,12 @@ class World:
 
     def sharded(self, architecture: str, loss: dict, mesh, sharding: str, **changes):
         """A sharded trainer on golden models, and its ranks."""
-        config = OmegaConf.merge(self.config, {"trainer": {"sharding": sharding}}, changes)
+        config = self.config.changed({"trainer.sharding": sharding} | changes)
         ranks = ranks_of(mesh)
         layout = Layout.of(config, mesh)
 
         def load(name: str):
-            one = OmegaConf.merge(config, {"model": {"name_or_path": str(GOLDEN / name)}})
+            one = config.changed({"model.name_or_path": str(GOLDEN / name)})
             return load_sharded(one, self.tokenizer, layout, self.device, ranks)[0]
 
         reference = LiveReference(load(architecture)) if loss["name"] != "sft" else None
@@ -89,7 +90,7 @@ class World:
 
         reference = LiveReference(load(architecture)) if loss["name"] != "sft" else None
         parts = load(f"{architecture}_policy"), reference, build_loss(**loss), self.tokenizer, None, [], [], None, None
-        return BasicTrainer(OmegaConf.merge(self.config, changes), *parts)
+        return BasicTrainer(self.config.changed(changes), *parts)
 
 
 def follow(world: World, trajectory: dict, mesh, sharding: str, loss: dict | None = None, budget: int | None = None) -> dict:
@@ -105,14 +106,14 @@ def follow(world: World, trajectory: dict, mesh, sharding: str, loss: dict | Non
     for step in trajectory["steps"]:
         examples = list(examples_of(prompts[row] for row in step["rows"]))
         parts = [examples[start : start + size] for start in range(0, len(examples), size)]
-        found = trainer.train_step([MicroBatch(pieces_of(part, limit, ranks), len(part)) for part in parts])
-        expected = single.train_step([MicroBatch(pieces_of(part, limit), len(part)) for part in parts])
+        found = trainer.train_step([MicroBatch(packs_of(part, limit, ranks), len(part)) for part in parts])
+        expected = single.train_step([MicroBatch(packs_of(part, limit), len(part)) for part in parts])
         for name, value in expected.items():
             scale = abs(float(value)) if name in ("loss/train", "grad_norm") else max(1.0, abs(float(value)))
             worst[name] = max(worst.get(name, 0.0), abs(float(found[name]) - float(value)) / scale)
     # A forward that nothing follows, as at an evaluation, may leave weights gathered.
     with torch.no_grad():
-        trainer.logps(pieces_of(parts[0], limit, ranks)[0])
+        trainer.logps(packs_of(parts[0], limit, ranks)[0])
     assert trainer.optimizer_state()["state"].keys() == single.optimizer_state()["state"].keys()
     weights = dict(trainer.policy.named_parameters())
     pairs = [(whole(weights[name]).detach(), weight.detach()) for name, weight in single.policy.named_parameters()]
@@ -127,17 +128,17 @@ BCO = {"name": "bco", "beta": 0.1}
 
 
 def follow_each_sharding(settings: dict, numbers: list[int]) -> dict:
-    """Trajectories under every sharding that two processes can have; small pieces; a reference that moves."""
+    """Trajectories under every sharding that two processes can have; small packs; a reference that moves."""
     world = World(settings)
     results = {}
     for number in numbers:
         trajectory = TRAJECTORIES[number]
         for sharding in ("full", "grad_op", "optimizer", "none"):
             results[f"{number} {sharding}"] = follow(world, trajectory, world.mesh(sharding), sharding)
-    results["small pieces"] = follow(world, TRAJECTORIES[numbers[0]], world.mesh("full"), "full", budget=40)
+    results["small packs"] = follow(world, TRAJECTORIES[numbers[0]], world.mesh("full"), "full", budget=40)
     for sharding in ("full", "grad_op"):
         results[f"TR-DPO {sharding}"] = follow(world, TRAJECTORIES[numbers[0]], world.mesh(sharding), sharding, TR_DPO)
-    results["BCO, small pieces"] = follow(world, TRAJECTORIES[numbers[0]], world.mesh("full"), "full", BCO, budget=40)
+    results["BCO, small packs"] = follow(world, TRAJECTORIES[numbers[0]], world.mesh("full"), "full", BCO, budget=40)
     sgd = TRAJECTORIES[numbers[0]] | {"optimizer": "SGD"}
     results["SGD"] = follow(world, sgd, world.mesh("full"), "full")
     end_group()
@@ -155,7 +156,7 @@ def follow_on_four(settings: dict, number: int) -> dict:
         "hybrid": follow(world, trajectory, world.mesh("hybrid", local_size=2), "hybrid"),
         "tensor x shard": follow(world, trajectory, world.mesh("full", tensor_size=2), "full"),
         "beta-DPO": follow(world, trajectory, world.mesh("full"), "full", BETA_DPO),
-        "beta-DPO, small pieces": follow(world, trajectory, world.mesh("full"), "full", BETA_DPO, budget=40),
+        "beta-DPO, small packs": follow(world, trajectory, world.mesh("full"), "full", BETA_DPO, budget=40),
     }
     end_group()
     return results
@@ -176,14 +177,16 @@ def follow_in_bfloat16(settings: dict, number_of_steps: int) -> dict:
     losses = {}
     for loss in ({"name": "sft"}, {"name": "dpo", "beta": 0.1}):
         changes = {"optimizer": "AdamW", "lr": 2e-4, "warmup_steps": 5}
-        short, ranks = world.sharded("llama", loss, world.mesh("full"), "full", **changes, model={"fsdp_policy_mp": "bfloat16"})
+        short, ranks = world.sharded(
+            "llama", loss, world.mesh("full"), "full", **changes, **{"model.fsdp_policy_mp": "bfloat16"}
+        )
         exact = world.alone("llama", loss, **changes)
         examples = list(examples_of(golden_prompts(world.tokenizer, exact.loss.paired)))
         curves = losses[loss["name"]] = [[], []]
         for step in range(number_of_steps):
             part = [examples[(16 * step + k) % len(examples)] for k in range(16)]
             for trainer, on, curve in ((short, ranks, curves[0]), (exact, ALONE, curves[1])):
-                metrics = trainer.train_step([MicroBatch(pieces_of(part, TokenBudget(10**6, 10**6), on), len(part))])
+                metrics = trainer.train_step([MicroBatch(packs_of(part, TokenBudget(10**6, 10**6), on), len(part))])
                 curve.append(metrics["loss/train"])
     end_group()
     return losses
@@ -195,9 +198,9 @@ def follow_adapter(settings: dict) -> dict:
     examples = list(examples_of(golden_prompts(world.tokenizer, True)))
     results = {}
     for sharding in ("full", "none"):
-        model = {"name_or_path": str(GOLDEN / "llama"), "lora": {"r": 4}}
-        changes = {"optimizer": "AdamW", "lr": 1e-3, "warmup_steps": 0, "model": model, "trainer": {"sharding": sharding}}
-        config = OmegaConf.merge(world.config, changes)
+        changes = {"optimizer": "AdamW", "lr": 1e-3, "warmup_steps": 0, "trainer.sharding": sharding}
+        changes |= {"model.name_or_path": str(GOLDEN / "llama"), "model.lora.r": 4}
+        config = world.config.changed(changes)
         layout, ranks = Layout.of(config, world.mesh(sharding)), ranks_of(world.mesh(sharding))
         seed_everything(0)
         policy, began_with = load_sharded(config, world.tokenizer, layout, world.device, ranks)
@@ -212,7 +215,7 @@ def follow_adapter(settings: dict) -> dict:
         for step in range(4):
             part = examples[8 * step : 8 * step + 8]
             found, expected = (
-                trainer.train_step([MicroBatch(pieces_of(part, TokenBudget(10**6, 10**6), on), 8)])
+                trainer.train_step([MicroBatch(packs_of(part, TokenBudget(10**6, 10**6), on), 8)])
                 for trainer, on in ((sharded, ranks), (single, ALONE))
             )
             assert step or found["rewards_train/margins"] == expected["rewards_train/margins"] == 0
@@ -231,7 +234,7 @@ def train_with_masters(settings: dict, folder: str) -> dict:
     For each layout: the cosine of the two updates, and whether a trainer that goes on from the second step ends alike.
     """
     world = World(settings)
-    loss, low = {"name": "dpo", "beta": 0.1}, {"model": {"policy_dtype": "bfloat16", "reference_dtype": "bfloat16"}}
+    loss, low = {"name": "dpo", "beta": 0.1}, {"model.policy_dtype": "bfloat16", "model.reference_dtype": "bfloat16"}
     changes = {"optimizer": "AdamW", "lr": 5e-7, "warmup_steps": 0, "batch_size": 8}
     table = PromptTable.of(golden_prompts(world.tokenizer, True))
     results = {}
@@ -284,8 +287,8 @@ def evaluate_unevenly(settings: dict, num_rows: int) -> dict:
     expected = evaluate_held_out(single.policy, single.reference, single.loss, evaluation_batches(table, *sizes))
     everything = table.select(torch.arange(len(table)).numpy())
     logps = [
-        compute_logps(LiveReference(trainer.policy), Reads(everything, everything), ranks).logps,
-        compute_logps(LiveReference(single.policy), Reads(everything, everything)).logps,
+        compute_logps(LiveReference(trainer.policy), ReferencePlan(everything, everything), ranks).logps,
+        compute_logps(LiveReference(single.policy), ReferencePlan(everything, everything)).logps,
     ]
     epoch = [BatchIterator(table, 8, ranks=each) for each in (ranks, ALONE)]
     seen = [sum(micro.num_examples for step in steps for micro in step) for steps in epoch]
@@ -327,9 +330,9 @@ def keep_on_disks_of_their_own(settings: dict, folder: str) -> dict:
     trainer, ranks = world.sharded("llama", {"name": "dpo", "beta": 0.1}, world.mesh("full"), "full")
     table = PromptTable.of(golden_prompts(world.tokenizer, True))
     everything = table.select(torch.arange(len(table)).numpy())
-    reads = Reads(everything, everything)
-    path = cache_path(Path(folder) / str(ranks.rank), trainer.policy, reads, None, ranks)
-    computed, found = (cached_reference(LiveReference(trainer.policy), reads, path, ranks).logps for _ in range(2))
+    plan = ReferencePlan(everything, everything)
+    path = cache_path(Path(folder) / str(ranks.rank), trainer.policy, plan, None, ranks)
+    computed, found = (cached_reference(LiveReference(trainer.policy), plan, path, ranks).logps for _ in range(2))
     apart = ranks.gather((computed - found).abs().max().item())
     kept = ranks.gather(path.exists())
     end_group()

@@ -3,11 +3,13 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).parent.parent.parent
+import pytest
+
+from tests.support.files import ROOT
 
 
+@pytest.mark.long
 def test_the_demo_teaches_both_kinds_of_answer_and_then_the_preferred_one(tmp_path):
     command = [sys.executable, str(ROOT / "scripts" / "demo.py"), str(tmp_path / "demo")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)

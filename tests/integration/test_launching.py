@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 
-import forked
 import train
 from preference_training.core.errors import UserError
 from preference_training.core.metric_names import MEASURED
 from preference_training.tracking.ledger import read_ledger
+from tests.support import forked
+from tests.support.files import ROOT
 
-ROOT = Path(__file__).parent.parent.parent
 SHORT = (
     "loss=dpo", "n_examples=32", "n_eval_examples=16", "wandb.enabled=false", "sample_during_eval=false",
 )  # fmt: skip
@@ -65,6 +65,7 @@ def assert_same_run(found: Path, expected: Path) -> None:
     assert states[0].keys() == states[1].keys() and states[0]["optimizer_groups"] == states[1]["optimizer_groups"]
 
 
+@pytest.mark.long
 def test_a_model_without_a_plan_is_split_in_one_process_from_which_a_run_goes_on_unsplit(tmp_path):
     model = "model.from_config.model_type=gpt2", "n_eval_model_samples=2", "sample_during_eval=true", "max_length=128"
     done = run(tmp_path, "trainer=TensorParallelTrainer", *model, "max_prompt_length=64", "local_run_dir=run")
@@ -96,6 +97,7 @@ def test_a_run_of_two_processes_is_started_here_and_leaves_what_one_process_leav
     assert_one_process_goes_on_from(tmp_path / "run")
 
 
+@pytest.mark.long
 def test_two_processes_that_split_layers_leave_what_one_process_leaves(alone, compose, forked_workers, tmp_path):
     folders = f"local_dirs=[{tmp_path}]", f"local_run_dir={tmp_path / 'run'}"
     train.start(compose("trainer=TensorParallelTrainer", *SHORT, *folders), tmp_path / "run", in_sweep=False)
@@ -103,6 +105,7 @@ def test_two_processes_that_split_layers_leave_what_one_process_leaves(alone, co
     assert_one_process_goes_on_from(tmp_path / "run")
 
 
+@pytest.mark.long
 def test_under_torchrun_each_process_is_a_worker_and_they_share_one_run_directory(alone, tmp_path):
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3")
     done = run(tmp_path, "trainer=FSDPTrainer", launcher=torchrun)
@@ -116,9 +119,10 @@ def test_under_torchrun_each_process_is_a_worker_and_they_share_one_run_director
     [
         # Seen at once by each worker, and seen when they have joined.
         (("loss.betaa=1",), "loss.betaa: no such key; did you mean loss.beta?"),
-        (
+        pytest.param(
             ("batch_size=2", "gradient_accumulation_steps=2"),
             "batch_size: found 2, which in 2 micro-batches gives 1 examples to",
+            marks=pytest.mark.long,
         ),
     ],
     ids=["key", "batch"],
@@ -168,6 +172,7 @@ def slurm(tmp_path) -> dict[str, str]:
     }  # fmt: skip
 
 
+@pytest.mark.long
 def test_the_slurm_script_starts_one_torchrun_on_each_node_and_they_share_one_run(slurm, alone, tmp_path):
     overrides = [*SHORT, f"local_dirs={tmp_path}", f"local_run_dir={tmp_path / 'run'}"]
     done = subprocess.run(
@@ -180,6 +185,7 @@ def test_the_slurm_script_starts_one_torchrun_on_each_node_and_they_share_one_ru
     assert_same_run(tmp_path / "run", alone)
 
 
+@pytest.mark.long
 def test_a_slurm_job_that_is_warned_writes_a_checkpoint_and_is_put_into_the_queue_again(slurm, tmp_path):
     endless = ("loss=dpo", "n_epochs=1000", "wandb.enabled=false", "n_eval_examples=16", "minimum_log_interval_secs=0")
     job = subprocess.Popen(

@@ -1,13 +1,12 @@
 """What is found for processes that are not there is what the same number of real ones hold and send."""
 
 import pytest
-import scaling_work
-from omegaconf import OmegaConf
 
 from preference_training.distributed.launching import launch
-from preference_training.dry_run.scaling import fake_processes, laid_out, step_costs
+from preference_training.dry_run.scaling import fake_processes, lay_out_ranks, step_costs
 from preference_training.losses.objectives import build_loss
 from preference_training.modeling.tokenizer import load_tokenizer
+from tests.integration import scaling_work
 
 pytestmark = pytest.mark.usefixtures("forked_workers")
 FSDP = "trainer=FSDPTrainer"
@@ -17,30 +16,35 @@ def costs_without_them(config):
     """The same step of rank 0, found alone."""
     tokenizer, size = load_tokenizer(config.model), config.trainer.nproc_per_node
     with fake_processes(size):
-        ranks, layout = laid_out(config)
-        work = scaling_work.pieces_and_step(ranks)
+        ranks, layout = lay_out_ranks(config)
+        work = scaling_work.packs_and_step(ranks)
         return step_costs(config, tokenizer, build_loss("dpo"), True, *work, ranks=ranks, layout=layout)
 
 
+# The settings of a step, by the number of its processes.
+CASES = {
+    "two ranks": (2, [(FSDP, "trainer.sharding=full", "trainer.param_dtype=bfloat16"), ("trainer=TensorParallelTrainer",)]),
+    "two ranks, otherwise": (
+        2,
+        [
+            (FSDP, "trainer.sharding=optimizer"),
+            (FSDP, "trainer.sharding=none", "activation_checkpointing=true"),
+        ],
+    ),
+    "four ranks": (
+        4,
+        [(FSDP, "trainer.sharding=grad_op"), ("trainer=TensorParallelTrainer", "trainer.tensor_parallel_size=2")],
+    ),
+}
+
+
 @pytest.mark.parametrize(
-    ("size", "cases"),
-    [
-        (
-            2,
-            [
-                (FSDP, "trainer.sharding=full", "trainer.param_dtype=bfloat16"),
-                (FSDP, "trainer.sharding=optimizer"),
-                (FSDP, "trainer.sharding=none", "activation_checkpointing=true"),
-                ("trainer=TensorParallelTrainer",),
-            ],
-        ),
-        (4, [(FSDP, "trainer.sharding=grad_op"), ("trainer=TensorParallelTrainer", "trainer.tensor_parallel_size=2")]),
-    ],
-    ids=["two ranks", "four ranks"],
+    "name", ["two ranks", *(pytest.param(name, marks=pytest.mark.long) for name in ("two ranks, otherwise", "four ranks"))]
 )
-def test_a_step_of_real_processes_holds_and_sends_what_was_found_without_them(compose, size, cases):
+def test_a_step_of_real_processes_holds_and_sends_what_was_found_without_them(compose, name):
+    size, cases = CASES[name]
     configs = [compose("loss=dpo", "optimizer=AdamW", f"trainer.nproc_per_node={size}", *case) for case in cases]
-    settings = [OmegaConf.to_container(config, resolve=True) for config in configs]
+    settings = [config.as_dict() for config in configs]
     for case, config, real in zip(cases, configs, launch(scaling_work.real_steps, (settings,), size, None), strict=True):
         costs = costs_without_them(config)
         assert dict(costs.traffic.sent) == real["sent"], case

@@ -10,13 +10,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import forked
 from preference_training.core.metric_names import MEASURED
 from preference_training.reporting.comparison import find_runs
 from preference_training.tracking.ledger import read_ledger
-
-ROOT = Path(__file__).parent.parent.parent
-GOLDEN = ROOT / "tests" / "golden"
+from tests.support import forked
+from tests.support.files import GOLDEN, ROOT
 
 
 def train(cwd: Path, *overrides: str, **environment: str) -> str:
@@ -134,6 +132,7 @@ def dialogues(tmp_path_factory) -> Path:
     return path
 
 
+@pytest.mark.long
 def test_sft_dpo_and_beta_dpo_continue_from_each_other_on_dialogues(dialogues, tmp_path):
     model = [
         "model=blank_model",
@@ -165,7 +164,9 @@ def test_sft_dpo_and_beta_dpo_continue_from_each_other_on_dialogues(dialogues, t
 def test_a_sweep_gives_each_job_a_directory_and_the_numbers_of_a_run_of_its_own(tmp_path):
     common = ["loss=dpo", "sample_during_eval=false", *SHORT]
     out = train(tmp_path, "-m", *common, "loss.beta=0.05,0.1,0.5")
-    assert (out.count("computed once"), out.count("responses read from")) == (1, 2), "the jobs share one pass of the reference"
+    assert (out.count("computed and saved"), out.count("responses read from")) == (1, 2), (
+        "the jobs share one pass of the reference"
+    )
     train(tmp_path, *common, "loss.beta=0.5", f"local_run_dir={tmp_path / 'alone'}")
     [sweep] = (tmp_path / "multirun").glob("*/*")
     assert sorted(path.name for path in sweep.iterdir() if path.is_dir()) == ["0", "1", "2"]
@@ -176,6 +177,7 @@ def test_a_sweep_gives_each_job_a_directory_and_the_numbers_of_a_run_of_its_own(
     assert beside == {"reference_logps", "prepared_data"}, "jobs of a sweep make no run directories beside the sweep's"
 
 
+@pytest.mark.long
 def test_two_sweeps_of_the_same_second_do_not_share_a_directory(tmp_path):
     command = [ROOT / "train.py", "-m", "loss=dpo", "loss.beta=0.1", "sample_during_eval=false", *SHORT]
     with (tmp_path / "said").open("w") as said:
@@ -184,6 +186,7 @@ def test_two_sweeps_of_the_same_second_do_not_share_a_directory(tmp_path):
     assert len(list((tmp_path / "multirun").glob("*/*/0/LATEST"))) == 2
 
 
+@pytest.mark.long
 def test_optuna_makes_the_held_out_loss_small(tmp_path):
     train(
         tmp_path, "-m", "hydra/sweeper=optuna", "hydra.sweeper.n_trials=3", "hydra.sweeper.n_jobs=1",

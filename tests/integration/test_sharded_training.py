@@ -1,10 +1,9 @@
 """Sharded trainers on real processes: the same numbers as one process, and what happens when something goes wrong."""
 
 import pytest
-import sharded_work
-from omegaconf import OmegaConf
 
 from preference_training.distributed.launching import launch
+from tests.integration import sharded_work
 
 pytestmark = pytest.mark.usefixtures("forked_workers")
 TRAJECTORIES = sharded_work.TRAJECTORIES
@@ -12,7 +11,7 @@ TRAJECTORIES = sharded_work.TRAJECTORIES
 
 @pytest.fixture
 def settings(compose) -> dict:
-    return OmegaConf.to_container(compose("trainer=FSDPTrainer", "model=blank_model", "model.name_or_path=x"), resolve=True)
+    return compose("trainer=FSDPTrainer", "model=blank_model", "model.name_or_path=x").as_dict()
 
 
 def number_of(architecture: str, loss: str, optimizer: str, accumulation: int) -> int:
@@ -34,17 +33,20 @@ def assert_equal(results: dict, tolerance: float) -> None:
             assert difference <= tolerance * (1 if strict else 10), f"{name}: {key} differs by {difference:.1g}"
 
 
-def test_two_ranks_follow_the_golden_trajectories_under_every_sharding(settings):
-    numbers = [
-        number_of("llama", "dpo", "AdamW", 2),
-        number_of("gpt_neox", "sft", "RMSprop", 1),
-        number_of("llama", "ipo", "AdamW", 1),
-    ]
+# Each under four shardings, and the first in five other ways.
+ONE = [("llama", "dpo", "AdamW", 2)]
+ALL = [*ONE, ("gpt_neox", "sft", "RMSprop", 1), ("llama", "ipo", "AdamW", 1)]
+
+
+@pytest.mark.parametrize("wanted", [ONE, pytest.param(ALL, marks=pytest.mark.long)], ids=["one", "all"])
+def test_two_ranks_follow_the_golden_trajectories_under_every_sharding(wanted, settings):
+    numbers = [number_of(*one) for one in wanted]
     results = launch(sharded_work.follow_each_sharding, (settings, numbers), 2, None)
-    assert len(results) == 17
+    assert len(results) == 4 * len(numbers) + 5
     assert_equal(results, 1e-5)
 
 
+@pytest.mark.long
 def test_two_ranks_that_split_layers_follow_the_golden_trajectories(settings):
     numbers = [number_of("llama", "dpo", "AdamW", 1), number_of("gpt_neox", "dpo", "RMSprop", 2)]
     results = launch(sharded_work.follow_split_layers, (settings, numbers), 2, None)
@@ -52,11 +54,12 @@ def test_two_ranks_that_split_layers_follow_the_golden_trajectories(settings):
     assert results["beta-DPO"]["beta_DPO/beta_used"] <= 1e-6 and results["beta-DPO"]["beta_DPO/kept_fraction"] == 0
 
 
+@pytest.mark.long
 def test_four_ranks_hybrid_tensor_parallel_and_beta_dpo_follow_one_process(settings):
     results = launch(sharded_work.follow_on_four, (settings, number_of("llama", "dpo", "AdamW", 1)), 4, None)
     assert_equal({name: worst for name, worst in results.items() if "tensor" not in name}, 1e-5)
     assert_equal(results, 1e-4)
-    for name in ("beta-DPO", "beta-DPO, small pieces"):
+    for name in ("beta-DPO", "beta-DPO, small packs"):
         assert results[name]["beta_DPO/beta_used"] <= 1e-6 and results[name]["beta_DPO/kept_fraction"] == 0
 
 
@@ -65,6 +68,7 @@ def test_an_adapter_over_two_ranks_is_trained_as_on_one(settings):
         assert worst["numbers"] <= 1e-5 and worst["weights"] <= 1e-5, f"{sharding}: {worst}"
 
 
+@pytest.mark.long
 def test_a_loss_curve_in_bfloat16_is_within_two_percent_of_float32(settings):
     for name, (short, exact) in launch(sharded_work.follow_in_bfloat16, (settings, 50), 2, None).items():
         assert len(short) == 50 and min(exact) < 0.9 * exact[0], name
@@ -72,6 +76,7 @@ def test_a_loss_curve_in_bfloat16_is_within_two_percent_of_float32(settings):
         assert short != exact
 
 
+@pytest.mark.long
 def test_master_weights_are_sharded_with_their_weights_and_go_on_exactly(settings, tmp_path):
     results = launch(sharded_work.train_with_masters, (settings, str(tmp_path)), 2, None)
     for name, found in results.items():
@@ -79,7 +84,7 @@ def test_master_weights_are_sharded_with_their_weights_and_go_on_exactly(setting
         assert found["dtypes"] == ["torch.float32"] and found["sharded"] == [0.5], f"{name}: {found}"
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.long)])
 def test_held_out_rows_are_scored_once_by_any_number_of_ranks(settings, ranks):
     results = launch(sharded_work.evaluate_unevenly, (settings, 101), ranks, None)
     assert set(results["rows"]) == {101}

@@ -44,9 +44,9 @@ def parse_dialogue(prompt: str) -> tuple[Turn, ...] | None:
     text = prompt.rstrip()
     if not text.endswith(ASSISTANT) or HUMAN not in text:
         return None
-    system, *pieces = re.split("(\n\nHuman:|\n\nAssistant:)", text.removesuffix(ASSISTANT))
-    roles = ["user" if marker == HUMAN else "assistant" for marker in pieces[::2]]
-    turns = [Turn(role, content.removeprefix(" ")) for role, content in zip(roles, pieces[1::2], strict=True)]
+    system, *parts = re.split("(\n\nHuman:|\n\nAssistant:)", text.removesuffix(ASSISTANT))
+    roles = ["user" if marker == HUMAN else "assistant" for marker in parts[::2]]
+    turns = [Turn(role, content.removeprefix(" ")) for role, content in zip(roles, parts[1::2], strict=True)]
     return (*[Turn("system", system.strip())] * bool(system.strip()), *turns)
 
 

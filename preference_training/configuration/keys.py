@@ -1,0 +1,182 @@
+"""How a key of the configuration is declared: what its value may be, in code and in words, and what the key is for.
+
+    batch_size: int = key(whole(1))
+    n_epochs: int | None = key(whole(1, null=True), MAY_CHANGE_ON_RESUME)
+
+A kind is a function from a value to what is wrong with it, None where nothing is.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import MISSING, Field, dataclass, field, fields
+from functools import partial
+from typing import Any, Self
+
+from preference_training.core.errors import UserError, nearest
+
+Kind = Callable[[object], str | None]
+
+# Flags of a key. The run goes on where it differs from what it was at the run's beginning.
+MAY_CHANGE_ON_RESUME = "may change on resume"
+# Where a job of a sweep computes and what it says: the job is the same with another value.
+OUTSIDE_JOB_IDENTITY = "outside a job's identity"
+# Where files lie and where a run computes, how much it says: nothing that the model depends on, and so in no card.
+NOT_SHOWN = "not shown"
+# Of a loss: what is trained, but not the formula of a held-out loss.
+TRAINING_ONLY = "training only"
+# A section whose keys are another library's or the user's, and so not listed in our files.
+OPEN = "open"
+
+
+def key(kind: Kind, *flags: str, default: Any = MISSING) -> Any:
+    """A field of a section. default: where not every choice of a group has the key; all else has its default in config/."""
+    return field(default=default, metadata={"kind": kind, "flags": frozenset(flags)})
+
+
+def optional_key(kind: Kind, *flags: str) -> Any:
+    """A key that some choices of its group have; None under the others."""
+    return key(kind, *flags, default=None)
+
+
+def section(section_class: type, *flags: str) -> Any:
+    """A field that is a section of its own. Its flags are those of all its keys."""
+    return field(metadata={"section": section_class, "flags": frozenset(flags)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """A section of the configuration, with an attribute for each key."""
+
+    @classmethod
+    def of(cls, values: dict) -> Self:
+        """The section with these values, unchecked; what it has no field for is left out."""
+        read = {}
+        for each in fields(cls):
+            if each.name in values:
+                inner = each.metadata.get("section")
+                read[each.name] = inner.of(values[each.name]) if inner else values[each.name]
+        return cls(**read)
+
+
+def declared(section_class: type) -> list[Field]:
+    """The fields of a section that are keys, in their order."""
+    return [each for each in fields(section_class) if "flags" in each.metadata]
+
+
+def check_section(section_class: type, values: object, name: str = "") -> None:
+    """Raise UserError for the first value in a section that is not of its key's kind.
+
+    Keys that are not there are passed over: whether all are there depends on the choices of the groups.
+    """
+    refuse(plain_section(values), name)
+    for each in declared(section_class):
+        if each.name in values:
+            inner, full = each.metadata.get("section"), f"{name}.{each.name}" if name else each.name
+            if inner:
+                check_section(inner, values[each.name], full)
+            else:
+                refuse(each.metadata["kind"](values[each.name]), full)
+
+
+def refuse(fault: str | None, name: str) -> None:
+    """Raise UserError where there is a fault."""
+    if fault is not None:
+        raise UserError(f"{name}: {fault}")
+
+
+def names_of(section_class: type, prefix: str = "") -> dict[str, frozenset[str]]:
+    """Dotted names of all keys and sections, each with its flags and those of the sections that it is in."""
+    return dict(_names_of(section_class, prefix, frozenset()))
+
+
+def _names_of(section_class: type, prefix: str, above: frozenset[str]) -> Iterable[tuple[str, frozenset[str]]]:
+    for each in declared(section_class):
+        flags = above | each.metadata["flags"]
+        yield f"{prefix}{each.name}", flags
+        if inner := each.metadata.get("section"):
+            yield from _names_of(inner, f"{prefix}{each.name}.", flags)
+
+
+def is_within(name: str, names: Iterable[str]) -> bool:
+    """Whether a dotted name is one of the names, or in a section that is."""
+    return any(name == each or name.startswith(f"{each}.") for each in names)
+
+
+# ---- kinds --------------------------------------------------------------------------------------------------------------
+
+
+def expected(words: str, fits: Callable[[object], bool], null: bool = False) -> Kind:
+    """Values that a predicate lets through, and None with `null`. words: what was expected, without "or null"."""
+    return partial(_fault, fits, f"{words}{' or null' * null}", null)
+
+
+def _fault(fits: Callable[[object], bool], words: str, null: bool, value: object) -> str | None:
+    return None if (null and value is None) or fits(value) else f"found {value!r}, expected {words}."
+
+
+def anything(value: object) -> None:
+    """What other parts look at."""
+
+
+def switch(value: object) -> str | None:
+    """true or false."""
+    return None if isinstance(value, bool) else f"found {value!r}, expected true or false."
+
+
+def text(null: bool = False) -> Kind:
+    """A text."""
+    return expected("a text", lambda value: isinstance(value, str), null)
+
+
+def whole(least: int, null: bool = False) -> Kind:
+    """A whole number."""
+    return expected(f"a whole number from {least}", lambda value: type(value) is int and value >= least, null)
+
+
+def is_number(value: object) -> bool:
+    """Whether a value is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def positive(unit: str = "", null: bool = False) -> Kind:
+    """A number above 0. unit: such as " of seconds"."""
+    return expected(f"a number{unit} above 0", lambda value: is_number(value) and value > 0, null)
+
+
+def not_negative(unit: str = "", null: bool = False) -> Kind:
+    """A number from 0. unit: such as " of seconds"."""
+    return expected(f"a number{unit} from 0", lambda value: is_number(value) and value >= 0, null)
+
+
+def share(below: float = 1, null: bool = False) -> Kind:
+    """A number from 0 to below another."""
+    return expected(f"a share from 0 to below {below}", lambda value: is_number(value) and 0 <= value < below, null)
+
+
+def one_of(values: tuple, words: str | None = None, null: bool = False) -> Kind:
+    """One of a few values. words: where "a, b, c" is not how to say it."""
+    return expected(words or ", ".join(values), lambda value: value in values, null)
+
+
+def name_of(noun: str, known: tuple[str, ...], null: bool = False) -> Kind:
+    """One of many names; a fault names the nearest."""
+    return partial(_fault_of_name, noun, known, null)
+
+
+def _fault_of_name(noun: str, known: tuple[str, ...], null: bool, value: object) -> str | None:
+    return None if (null and value is None) or value in known else f"no {noun} {value!r}; {nearest(str(value), known)}"
+
+
+def plain_section(value: object) -> str | None:
+    """Keys with values."""
+    return None if isinstance(value, dict) else f"found {value!r}, expected a section: keys with values, or {{}}."
+
+
+def texts(words: str, null: bool = False) -> Kind:
+    """A list of texts, or one text."""
+    return expected(words, lambda value: all(isinstance(each, str) for each in listed(value)), null)
+
+
+def listed(value: object) -> list:
+    """A value as a list: brackets may be left out for one."""
+    return value if isinstance(value, list) else [value]

@@ -1,0 +1,391 @@
+"""The configuration of a run, typed: a class for each section, an attribute for each key.
+
+What a key is for, its unit and its default stand in the YAML files under config/; what its value may be and where the key
+counts stands here, once. A new key is a line in both.
+"""
+
+import copy
+import math
+import re
+from dataclasses import dataclass, field, replace
+from functools import cache
+
+from preference_training.configuration.keys import (
+    MAY_CHANGE_ON_RESUME,
+    NOT_SHOWN,
+    OPEN,
+    OUTSIDE_JOB_IDENTITY,
+    TRAINING_ONLY,
+    Section,
+    anything,
+    expected,
+    is_number,
+    key,
+    listed,
+    name_of,
+    names_of,
+    not_negative,
+    one_of,
+    optional_key,
+    plain_section,
+    positive,
+    section,
+    share,
+    switch,
+    text,
+    texts,
+    whole,
+)
+
+BITSANDBYTES_OPTIMIZERS = ("AdamW8bit", "RMSprop8bit", "Lion8bit", "PagedAdamW", "PagedAdamW8bit")
+OPTIMIZERS = ("RMSprop", "AdamW", "Adam", "SGD", *BITSANDBYTES_OPTIMIZERS)
+# Of Optuna's those that judge by the values of runs alone.
+PRUNERS = ("MedianPruner", "PercentilePruner", "ThresholdPruner")
+SCHEDULES = ("constant", "linear", "cosine", "inverse_sqrt")
+# ZeRO stage 3, 2, 1; replicas; stage 3 within a machine and replicas across.
+SHARDINGS = ("full", "grad_op", "optimizer", "none", "hybrid")
+ATTENTIONS = ("auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3")
+DTYPES = ("float32", "bfloat16", "float16")
+MODES = ("DPO", "beta_DPO")
+# Keys of a run that an entry of `datasets` may set for itself, and what some of them may say, beside null.
+GENERAL_KEYS = ("template", "system_prompt", "truncation_mode", "on_bad_row", "weight")
+TEMPLATES = ("raw", "hh", "chatml", "chat")
+TRUNCATION_MODES = ("keep_start", "keep_end", "drop")
+GENERAL_CHOICES = {"template": TEMPLATES, "truncation_mode": TRUNCATION_MODES, "on_bad_row": ("stop", "skip")}
+# The losses whose examples are single responses, so that there is nothing to compare.
+WITHOUT_PAIRS = ("sft",)
+# Of exp_name; most systems allow a directory's name 255, and the moment follows it. Unit: bytes.
+LONGEST_NAME = 200
+# Relative distance of neighbouring numbers of a low-precision dtype, at most. A smaller update of a weight may be rounded away.
+SPACINGS = {"bfloat16": 2**-7, "float16": 2**-10}
+# The largest of ordinary weights: matrices of language models have standard deviations of 0.02 to 0.05.
+ORDINARY_WEIGHT = 0.05
+
+
+def _directory_name(value: object) -> str | None:
+    fault = text()(value)
+    sound = fault is None and value.isprintable() and "/" not in value and len(value.encode()) <= LONGEST_NAME
+    words = f"the beginning of a directory's name: at most {LONGEST_NAME} bytes, none of them a /"
+    return fault or (None if sound else f"found {value!r}, expected {words}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig(Section):
+    """model.lora"""
+
+    r: int | None = key(whole(1, null=True))
+    alpha: float = key(positive())
+    dropout: float = key(share())
+    target_modules: list[str] | str | None = key(
+        expected(
+            "names of layers, as in [q_proj,v_proj], or null",
+            lambda value: value is None or (value != [] and all(isinstance(name, str) for name in listed(value))),
+        )
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(Section):
+    """model"""
+
+    name_or_path: str | None = key(text(null=True), NOT_SHOWN)
+    tokenizer_name_or_path: str | None = key(text(null=True), NOT_SHOWN)
+    archive: str | None = key(text(null=True), NOT_SHOWN)
+    block_name: str | None = key(text(null=True))
+    policy_dtype: str = key(name_of("dtype", DTYPES))
+    autocast_dtype: str | None = key(name_of("dtype", DTYPES, null=True))
+    fsdp_policy_mp: str | None = key(name_of("dtype", DTYPES, null=True))
+    reference_dtype: str = key(name_of("dtype", DTYPES))
+    from_config: dict = key(plain_section, OPEN)
+    lora: LoraConfig = section(LoraConfig)
+    quantization: str | None = key(one_of(("nf4", "int8"), "nf4, int8", null=True))
+    double_quantization: bool = key(switch)
+    quantized_compute_dtype: str | None = key(name_of("dtype", DTYPES, null=True))
+    attn_implementation: str = key(one_of(ATTENTIONS))
+    liger_kernels: bool = key(switch)
+    trust_remote_code: bool = key(switch)
+
+    @property
+    def trains_low_precision(self) -> bool:
+        """Whether weights in bfloat16 or float16 are trained; adapters are float32 whatever lies under them."""
+        return self.policy_dtype in SPACINGS and self.lora.r is None
+
+    @property
+    def smallest_kept_lr(self) -> float:
+        """The learning rate from which ordinary weights of a low-precision dtype take every update, of one lr in size."""
+        # Half of the distance is rounded up.
+        return ORDINARY_WEIGHT * SPACINGS[self.policy_dtype] / 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig(Section):
+    """loss: the keys of all losses; those that a loss does not have are None."""
+
+    name: str = key(anything)
+    beta: float | None = optional_key(
+        expected("a number above 0: at 0 the loss never changes", lambda value: is_number(value) and value > 0)
+    )
+    label_smoothing: float | None = optional_key(share(below=0.5))
+    reference_free: bool | None = optional_key(switch)
+    length_normalised: bool | None = optional_key(switch)
+    mode_loss: str | None = optional_key(name_of("mode", MODES), TRAINING_ONLY)
+    mode_weight: float | None = optional_key(share(), TRAINING_ONLY)
+    a: float | None = optional_key(not_negative(), TRAINING_ONLY)
+    alpha: float | None = optional_key(not_negative())
+    penalty: float | None = optional_key(not_negative())
+    gamma: float | None = optional_key(not_negative())
+    reference_update_every: int | None = optional_key(whole(1), TRAINING_ONLY)
+    reference_update_share: float | None = optional_key(
+        expected("a share above 0 to 1", lambda value: is_number(value) and 0 < value <= 1), TRAINING_ONLY
+    )
+    function: str | None = optional_key(
+        expected("FILE.py:NAME", lambda value: isinstance(value, str) and re.search(r"\.py:\w+$", value) is not None)
+    )
+    options: dict | None = optional_key(plain_section, OPEN)
+
+    @property
+    def moves_reference(self) -> bool:
+        """Whether the reference follows the policy, so that its log-probs cannot be known before."""
+        return self.reference_update_every is not None
+
+    def given(self) -> dict:
+        """The loss's own keys, `name` among them."""
+        return {name: copy.deepcopy(value) for name, value in vars(self).items() if value is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerConfig(Section):
+    """trainer: the keys of all trainers; those that a trainer does not have are None."""
+
+    name: str = key(anything, MAY_CHANGE_ON_RESUME)
+    tensor_parallel_size: int | None = optional_key(whole(1, null=True), MAY_CHANGE_ON_RESUME)
+    nproc_per_node: int | None = optional_key(whole(1, null=True), MAY_CHANGE_ON_RESUME, OUTSIDE_JOB_IDENTITY, NOT_SHOWN)
+    world_size: int | None = optional_key(whole(1, null=True), NOT_SHOWN)
+    device_memory: float | None = optional_key(positive(null=True), NOT_SHOWN)
+    sharding: str | None = optional_key(name_of("sharding", SHARDINGS), MAY_CHANGE_ON_RESUME)
+    param_dtype: str | None = optional_key(name_of("dtype", DTYPES, null=True))
+    reduce_dtype: str | None = optional_key(name_of("dtype", DTYPES, null=True), MAY_CHANGE_ON_RESUME)
+    output_dtype: str | None = optional_key(name_of("dtype", DTYPES, null=True))
+    cpu_offload: bool | None = optional_key(switch, MAY_CHANGE_ON_RESUME)
+    distributed_timeout_minutes: float | None = optional_key(positive(), MAY_CHANGE_ON_RESUME, OUTSIDE_JOB_IDENTITY)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the trainer lays weights over several processes."""
+        return self.name != "BasicTrainer"
+
+    @property
+    def splits_layers(self) -> bool:
+        """Whether each process has a part of every layer."""
+        return self.name == "TensorParallelTrainer"
+
+
+@dataclass(frozen=True, kw_only=True)
+class WandbConfig(Section):
+    """wandb"""
+
+    enabled: bool = key(switch)
+    entity: str | None = key(text(null=True))
+    project: str = key(text())
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig(Section):
+    """evaluation"""
+
+    to: str | None = key(text(null=True))
+    n_prompts: int | None = key(whole(1, null=True))
+    judge: str | None = key(text(null=True))
+    judge_url: str | None = key(text(null=True))
+    against: str = key(text())
+    max_missing: float = key(share())
+    judge_max_tokens: int | None = key(whole(1, null=True))
+    judge_timeout: float = key(positive(" of seconds"))
+    judge_attempts: int = key(whole(1))
+    judge_pause: float = key(positive(" of seconds"))
+    judge_workers: int = key(whole(1))
+    tasks: list[str] | str = key(texts("names, as in [open_llm,gsm8k]"))
+    task_path: str | None = key(text(null=True))
+    task_limit: int | None = key(whole(1, null=True))
+
+    @property
+    def task_names(self) -> list[str]:
+        """`tasks` as a list."""
+        return listed(self.tasks)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(Section):
+    """Everything a run is configured by. `as_composed` has the same keys in plain values, references to others unresolved."""
+
+    seed: int = key(whole(0))
+    exp_name: str = key(_directory_name, MAY_CHANGE_ON_RESUME, NOT_SHOWN)
+    batch_size: int = key(whole(1))
+    per_device_batch_size: int | None = key(whole(1, null=True))
+    eval_batch_size: int = key(whole(1), MAY_CHANGE_ON_RESUME)
+    debug: bool = key(switch, MAY_CHANGE_ON_RESUME, NOT_SHOWN)
+    fsdp_port: int | None = key(
+        expected("a port from 1 to 65535, or null", lambda value: value is None or (type(value) is int and 0 < value < 2**16)),
+        *(MAY_CHANGE_ON_RESUME, OUTSIDE_JOB_IDENTITY, NOT_SHOWN),
+    )
+    datasets: list | str | dict = key(anything, NOT_SHOWN)
+    held_out_share: float = key(share())
+    template: str | None = key(one_of(TEMPLATES, null=True))
+    system_prompt: str | None = key(text(null=True))
+    on_bad_row: str | None = key(one_of(GENERAL_CHOICES["on_bad_row"], null=True))
+    dry_run: bool = key(switch, MAY_CHANGE_ON_RESUME, NOT_SHOWN)
+    eval_only: bool = key(switch, MAY_CHANGE_ON_RESUME)
+    evaluation: EvaluationConfig = section(EvaluationConfig, MAY_CHANGE_ON_RESUME)
+    tracking: list[str] | str = key(anything, MAY_CHANGE_ON_RESUME, OUTSIDE_JOB_IDENTITY)
+    wandb: WandbConfig = section(WandbConfig, MAY_CHANGE_ON_RESUME, OUTSIDE_JOB_IDENTITY, NOT_SHOWN)
+    local_dirs: list[str] | str = key(anything, MAY_CHANGE_ON_RESUME, OUTSIDE_JOB_IDENTITY, NOT_SHOWN)
+    local_run_dir: str = key(anything, MAY_CHANGE_ON_RESUME, OUTSIDE_JOB_IDENTITY, NOT_SHOWN)
+    sweep_dir: str | None = key(text(null=True), MAY_CHANGE_ON_RESUME, OUTSIDE_JOB_IDENTITY, NOT_SHOWN)
+    gpus_per_job: int | None = key(whole(1, null=True), MAY_CHANGE_ON_RESUME, OUTSIDE_JOB_IDENTITY, NOT_SHOWN)
+    pruner: str | None = key(name_of("pruner", PRUNERS, null=True), MAY_CHANGE_ON_RESUME, NOT_SHOWN)
+    pruner_kwargs: dict = key(plain_section, OPEN, MAY_CHANGE_ON_RESUME, NOT_SHOWN)
+    cache_dir: str | None = key(text(null=True), MAY_CHANGE_ON_RESUME, OUTSIDE_JOB_IDENTITY, NOT_SHOWN)
+    sample_during_eval: bool | None = key(
+        expected("true, false or null", lambda value: value is None or isinstance(value, bool)), MAY_CHANGE_ON_RESUME
+    )
+    n_eval_model_samples: int = key(whole(0), MAY_CHANGE_ON_RESUME)
+    do_first_eval: bool = key(switch, MAY_CHANGE_ON_RESUME)
+    lr: float = key(positive())
+    lr_schedule: str = key(one_of(SCHEDULES))
+    final_lr_share: float = key(share())
+    weight_decay: float | None = key(not_negative(null=True))
+    gradient_accumulation_steps: int = key(whole(1))
+    max_tokens_per_microbatch: int | None = key(whole(1, null=True), MAY_CHANGE_ON_RESUME)
+    prefix_sharing: str = key(one_of(("auto", "on", "off"), "auto, on or off"), MAY_CHANGE_ON_RESUME)
+    reference_logps: str | None = key(one_of(("live", "cached"), null=True), MAY_CHANGE_ON_RESUME)
+    tf32: bool = key(switch)
+    max_grad_norm: float = key(
+        expected("a number above 0", lambda value: value == math.inf or (is_number(value) and value > 0))
+    )
+    max_length: int = key(whole(1))
+    max_prompt_length: int = key(whole(1))
+    truncation_mode: str | None = key(one_of(TRUNCATION_MODES, null=True))
+    n_epochs: int | None = key(whole(1, null=True), MAY_CHANGE_ON_RESUME)
+    n_examples: int | None = key(whole(1, null=True), MAY_CHANGE_ON_RESUME)
+    n_steps: int | None = key(whole(1, null=True), MAY_CHANGE_ON_RESUME)
+    early_stopping_patience: int | None = key(whole(1, null=True), MAY_CHANGE_ON_RESUME)
+    n_eval_examples: int | None = key(whole(1, null=True), MAY_CHANGE_ON_RESUME)
+    optimizer: str = key(name_of("optimizer", OPTIMIZERS))
+    optimizer_kwargs: dict = key(plain_section, OPEN)
+    master_weights: bool | str = key(
+        expected("auto, true or false", lambda value: value == "auto" or isinstance(value, bool)), MAY_CHANGE_ON_RESUME
+    )
+    warmup_steps: int = key(whole(0))
+    warmup_share: float | None = key(share(null=True))
+    activation_checkpointing: bool = key(switch, MAY_CHANGE_ON_RESUME)
+    compile: bool = key(switch)
+    eval_every: int = key(whole(1), MAY_CHANGE_ON_RESUME)
+    resume: str | None = key(text(null=True), MAY_CHANGE_ON_RESUME, NOT_SHOWN)
+    save_strategy: str = key(one_of(("steps", "epoch", "no"), "steps, epoch or no"), MAY_CHANGE_ON_RESUME, NOT_SHOWN)
+    save_every: int | None = key(whole(1, null=True), MAY_CHANGE_ON_RESUME, NOT_SHOWN)
+    save_async: bool = key(switch, MAY_CHANGE_ON_RESUME, NOT_SHOWN)
+    keep_last: int | None = key(whole(1, null=True), MAY_CHANGE_ON_RESUME, NOT_SHOWN)
+    keep_best: int | None = key(whole(1, null=True), MAY_CHANGE_ON_RESUME, NOT_SHOWN)
+    max_wall_time: float | None = key(positive(null=True), MAY_CHANGE_ON_RESUME, OUTSIDE_JOB_IDENTITY, NOT_SHOWN)
+    max_bad_steps: int = key(whole(1), MAY_CHANGE_ON_RESUME)
+    loss_spike: float | None = key(positive(null=True), MAY_CHANGE_ON_RESUME)
+    save_policy_pt: bool = key(switch, MAY_CHANGE_ON_RESUME, NOT_SHOWN)
+    ledger: bool = key(switch, MAY_CHANGE_ON_RESUME)
+    minimum_log_interval_secs: float = key(not_negative(" of seconds"), MAY_CHANGE_ON_RESUME, OUTSIDE_JOB_IDENTITY, NOT_SHOWN)
+    objective: str = key(text(), MAY_CHANGE_ON_RESUME)
+    model: ModelConfig = section(ModelConfig)
+    loss: LossConfig = section(LossConfig)
+    trainer: TrainerConfig = section(TrainerConfig)
+    as_composed: dict = field(repr=False, compare=False)
+
+    @classmethod
+    def of(cls, values: dict, as_composed: dict | None = None) -> "RunConfig":
+        """The configuration with these plain values, unchecked. as_composed: the same with references, if there are any."""
+        return super().of({**values, "as_composed": as_composed or values})
+
+    def changed(self, values: dict) -> "RunConfig":
+        """A copy with other values, by dotted names, unchecked."""
+        composed, config = copy.deepcopy(self.as_composed), self
+        for name, value in values.items():
+            *above, last = name.split(".")
+            config, place = _replaced(config, name.split("."), value), composed
+            for each in above:
+                place = place[each]
+            place[last] = value
+        return replace(config, as_composed=composed)
+
+    def as_dict(self) -> dict:
+        """All of it in plain values: the keys that were composed, in that order, references resolved."""
+        return _plain(self, self.as_composed)
+
+    @property
+    def sharded_dtype(self) -> str | None:
+        """The dtype that a sharded trainer gathers weights in and computes in; None is the weights' own."""
+        return (self.trainer.param_dtype or self.model.fsdp_policy_mp) if self.trainer.is_sharded else None
+
+    @property
+    def dashboard_names(self) -> list[str]:
+        """Those of `tracking` that a run's numbers go to beside its own files."""
+        switched_off = {"jsonl"} if self.wandb.enabled else {"jsonl", "wandb"}
+        return [] if self.debug else [name for name in listed(self.tracking) if name not in switched_off]
+
+    @property
+    def keeps_master_weights(self) -> bool:
+        """Whether low-precision weights have float32 master weights in the optimizer, from which they are rounded.
+
+        auto has them where updates would be rounded away. RMSprop, AdamW and the like take steps of about lr; of SGD's nothing
+        is known before.
+        """
+        trained = self.model.trains_low_precision
+        if self.master_weights != "auto":
+            return self.master_weights and trained
+        return trained and (self.optimizer == "SGD" or self.lr < self.model.smallest_kept_lr)
+
+    @property
+    def times_beside_weights(self) -> int:
+        """How many times the memory of the trained weights gradients and optimizer take, at most."""
+        # A gradient and two states of the weights' dtype; or a gradient of it, and float32 copies with two states.
+        return 1 + 3 * 2 if self.keeps_master_weights else 1 + 2
+
+    def caches_reference(self, read_again: bool) -> bool:
+        """Whether the reference's log-probs are computed before training: if asked for, or left open and read more than once.
+
+        Never where the reference follows the policy.
+        """
+        wanted = self.reference_logps
+        return wanted == "cached" or (wanted is None and read_again and not self.loss.moves_reference)
+
+    @property
+    def two_models(self) -> str | None:
+        """What to say where policy and reference are not one model at a run's beginning, because the user wants it so."""
+        policy, reference = self.model.policy_dtype, self.model.reference_dtype
+        if policy == reference:
+            return None
+        return (
+            f"model.reference_dtype: {reference}, and the policy is {policy}: two models, whose margins are not 0 at the "
+            "beginning; that they start alike is not checked"
+        )
+
+
+def _replaced(found: Section, names: list[str], value: object) -> Section:
+    name, *below = names
+    inner = getattr(found, name)
+    if below and isinstance(inner, Section):
+        value = _replaced(inner, below, value)
+    elif below:
+        value = {**inner, below[0]: value}
+    return replace(found, **{name: value})
+
+
+def _plain(found: Section, composed: dict) -> dict:
+    values = {name: getattr(found, name) for name in composed}
+    return {
+        name: _plain(value, composed[name]) if isinstance(value, Section) else copy.deepcopy(value)
+        for name, value in values.items()
+    }
+
+
+@cache
+def keys_with(flag: str) -> frozenset[str]:
+    """The dotted names of the keys that have a flag, and of the sections whose keys all have it."""
+    return frozenset(name for name, flags in names_of(RunConfig).items() if flag in flags)

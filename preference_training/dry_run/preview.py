@@ -1,0 +1,343 @@
+"""A preview of a run: its data, the tokens that the model will see, the number of steps, and the memory of one.
+
+    prepared data, batches -> statistics, estimates -> lines of text
+
+Trains nothing and writes nothing but the prepared data, which the run will reuse.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import islice, pairwise
+
+import numpy
+import psutil
+import torch
+import xxhash
+
+from preference_training.batching.batches import (
+    UNLIMITED,
+    BatchIterator,
+    MicroBatch,
+    PackedBatch,
+    TokenBudget,
+    examples_of,
+    packs_of,
+)
+from preference_training.core.devices import pick_device
+from preference_training.core.errors import UserError
+from preference_training.core.ranks import Ranks
+from preference_training.data.entries import read_entries
+from preference_training.data.preparation import Prepared
+from preference_training.data.prompt_table import PromptTable
+from preference_training.data.rows.records import DataReport
+from preference_training.data.tokenization import TokenizedPrompt
+from preference_training.dry_run.memory_estimate import step_memory
+from preference_training.dry_run.scaling import (
+    GIB,
+    describe_traffic,
+    fake_processes,
+    in_device_memory,
+    lay_out_ranks,
+    rank_budget,
+    step_costs,
+    world_size,
+)
+from preference_training.modeling.token_budget import untrained_budget
+
+# Steps whose batches are built to find the largest.
+STEPS_INSPECTED = 100
+
+
+def preview(config, tokenizer, loss, data: tuple[Prepared, Prepared], batches_within: Callable) -> None:
+    """Print what a run would do. `batches_within` returns the run's BatchIterator for a TokenBudget and `Ranks`.
+
+    Raises UserError where the run could not work.
+    """
+    names = [entry.name for entry in read_entries(config)]
+    facts = [collect_facts(split.table) for split in data]
+    for title, split, found in zip(("train", "held out"), data, facts, strict=True):
+        print(f"\n{title}", *describe_data(names, split.reports, found, loss.paired), sep="\n")
+    both = numpy.intersect1d(*(found.prompt_hashes for found in facts))
+    print(f"\nprompts that are in both: {len(both):,}", "\nexamples", sep="\n")
+    train = data[0].table
+    print(*describe_examples([train[k] for k in range(min(3, len(train)))], tokenizer, wants_color()), sep="\n")
+    if loss.needs_reference and config.two_models:
+        print(f"\n{config.two_models}")
+    preview_steps = preview_ranks if config.trainer.is_sharded else preview_one_process
+    preview_steps(config, tokenizer, loss, facts[0], batches_within)
+
+
+def preview_one_process(config, tokenizer, loss, facts: "Facts", batches_within: Callable) -> None:
+    """Print steps and memory of a run in one process. Raises UserError where there is not enough memory."""
+    device = pick_device()
+    budget = untrained_budget(config, tokenizer, device)
+    batches = batches_within(budget)
+    print("\nsteps", *describe_steps(batches, facts), sep="\n")
+    live = loss.needs_reference and not config.caches_reference(batches.visits_again)
+    packs, _ = largest_packs(batches, budget)
+    kinds = step_memory(config, tokenizer, loss, live, packs)
+    used = used_memory(device)
+    print("\nmemory", *describe_memory(kinds, packs, used, device.type), sep="\n", flush=True)
+    check_memory(sum(kinds.values()) + used, total_memory(device), device.type)
+
+
+def preview_ranks(config, tokenizer, loss, facts: "Facts", batches_within: Callable) -> None:
+    """Print steps, memory and communication of rank 0 of a sharded run.
+
+    Raises UserError where batches are too small for the number of ranks, or a device is known to have too little memory.
+    """
+    trainer, size = config.trainer, world_size(config.trainer)
+    device = pick_device()
+    with fake_processes(size):
+        ranks, layout = lay_out_ranks(config)
+        budget = rank_budget(config, tokenizer, layout)
+        batches = batches_within(budget, ranks)
+        live = loss.needs_reference and not config.caches_reference(batches.visits_again)
+        packs, step = largest_packs(batches, budget)
+        costs = step_costs(config, tokenizer, loss, live, packs, step, ranks, layout)
+    number = sum(len(micro_batch.packs) for micro_batch in step)
+    print("\nsteps", *describe_steps(batches, facts), *describe_rank(step, size, ranks, budget), sep="\n")
+    here = trainer.world_size is None and trainer.device_memory is None
+    used = used_memory(device) if here else 0
+    where = f"rank 0 of {size:,}" + (f" on {device.type}" if here else "")
+    print("\nmemory", *describe_memory(costs.memory, packs, used, where), sep="\n")
+    if trainer.cpu_offload:
+        print("  parameters, reference, gradients and optimizer are in CPU memory (trainer.cpu_offload)")
+    print("\ncommunication", *describe_traffic(costs.traffic, number), sep="\n", flush=True)
+    if trainer.device_memory:
+        check_memory(in_device_memory(config, costs.memory), int(trainer.device_memory * GIB), "each device")
+    elif here and device.type == "cuda":
+        check_memory(in_device_memory(config, costs.memory), total_memory(device) // torch.cuda.device_count(), "each GPU")
+    elif here:
+        check_memory((sum(costs.memory.values()) + used) * size, total_memory(device), f"{size} processes of this machine")
+
+
+# ---- data -----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Statistics of one split. Lengths are in tokens; prompt_hashes are sorted and distinct, [N] uint64.
+
+    packed_tokens counts every prompt and response once; repeated_tokens counts a prompt for each response of each pair, as
+    computing pairs row by row would. duplicate_pairs occur again; contradictory_pairs also occur in the other direction.
+    """
+
+    prompts: int
+    examples: int
+    responses: int
+    prompt_lengths: numpy.ndarray
+    response_lengths: numpy.ndarray
+    example_lengths: numpy.ndarray
+    packed_tokens: int
+    repeated_tokens: int
+    duplicate_pairs: int
+    contradictory_pairs: int
+    prompt_hashes: numpy.ndarray
+
+
+def collect_facts(table: PromptTable) -> Facts:
+    """The statistics of a table, in one pass."""
+    forward, backward = [], []
+    prompt_lengths, response_lengths, example_lengths = [], [], []
+    repeated = 0
+    hashes = table.prompt_hashes
+    for prompt, key in zip(table, hashes.tolist(), strict=True):
+        keys = [xxhash.xxh3_64_intdigest(repr((key, response)).encode()) for response in prompt.responses]
+        forward += [hash((keys[i], keys[j])) for i, j in prompt.pairs]
+        backward += [hash((keys[j], keys[i])) for i, j in prompt.pairs]
+        lengths = [len(response) for response in prompt.responses]
+        prompt_lengths.append(len(prompt.prompt_ids))
+        response_lengths += lengths
+        example_lengths.append(len(prompt.prompt_ids) + max(lengths))
+        used = [index for pair in prompt.pairs for index in pair] or range(len(lengths))
+        repeated += sum(len(prompt.prompt_ids) + lengths[index] for index in used)
+    pairs = numpy.array(forward, numpy.int64)
+    return Facts(
+        prompts=len(table),
+        examples=int(table.num_examples.sum()),
+        responses=table.num_responses,
+        prompt_lengths=numpy.array(prompt_lengths),
+        response_lengths=numpy.array(response_lengths),
+        example_lengths=numpy.array(example_lengths),
+        packed_tokens=int(table.num_tokens.sum()),
+        repeated_tokens=repeated,
+        duplicate_pairs=len(pairs) - len(numpy.unique(pairs)),
+        contradictory_pairs=len(numpy.intersect1d(pairs, numpy.array(backward, numpy.int64))) // 2,
+        prompt_hashes=numpy.unique(hashes),
+    )
+
+
+def describe_data(names: Sequence[str], reports: Sequence[DataReport], facts: Facts, paired: bool) -> list[str]:
+    """Lines about one split: rows read, prompts kept, and lengths."""
+    lines = []
+    for name, report in zip(names, reports, strict=True):
+        rows = f"{report.rows_read:,} rows read, " if report.rows_read else ""
+        lines.append(f"  {name}: {rows}{report.num_prompts:,} prompts kept")
+        lines += [f"    {count:,} {what}" for count, what in report.counts()]
+        lines += [f"    {message}" for message in (*report.remarks(), *report.bad_rows)]
+    what = "pairs" if paired else "examples"
+    lines.append(
+        f"  {facts.prompts:,} prompts, {facts.responses:,} responses, {facts.examples:,} {what}, {facts.packed_tokens:,} tokens"
+    )
+    if not facts.prompts:
+        return lines
+    for label, lengths in (("prompts", facts.prompt_lengths), ("responses", facts.response_lengths)):
+        median, most, longest = numpy.percentile(lengths, [50, 95, 100]).round().astype(int)
+        lines.append(f"  {label}: median {median:,} tokens, 95% up to {most:,}, longest {longest:,}")
+    lines.append("  prompt with its longest response, tokens:")
+    lines += [f"    {line}" for line in histogram(facts.example_lengths)]
+    if paired:
+        lines.append(f"  duplicate pairs: {facts.duplicate_pairs:,}; pairs in both directions: {facts.contradictory_pairs:,}")
+    return lines
+
+
+def histogram(values: numpy.ndarray, rows: int = 8, width: int = 40) -> list[str]:
+    """A histogram as lines: bounds, bar, count."""
+    counts, edges = numpy.histogram(values, bins=rows, range=(0, int(values.max()) + 1))
+    bounds = [(int(numpy.ceil(low)), int(numpy.ceil(high)) - 1) for low, high in pairwise(edges)]
+    digits = len(str(bounds[-1][1]))
+    return [
+        f"{low:>{digits}}-{high:<{digits}} {'█' * round(width * count / counts.max())}{'▏' * bool(count)} {count:,}"
+        for (low, high), count in zip(bounds, counts, strict=True)
+    ]
+
+
+# ---- examples, token by token ---------------------------------------------------------------------------------------------
+
+
+def describe_examples(prompts: Iterable[TokenizedPrompt], tokenizer, color: bool) -> list[str]:
+    """Examples token by token as the model sees them; scored tokens are green, or between « and » without color.
+
+    Special tokens are shown by name, blanks as ▁, line ends as ⏎.
+    """
+    lines = [
+        f"  tokens are separated by |, blanks are ▁, line ends ⏎; scored tokens are {'green' if color else 'between « and »'}"
+    ]
+    for prompt in prompts:
+        shown = tokens_shown(prompt.prompt_ids, tokenizer, False, color)
+        lines.append(f"  {prompt.source}\n    prompt    {shown}")
+        chosen = {i for i, _ in prompt.pairs}
+        for index, response in enumerate(prompt.responses):
+            label = "response " if not prompt.pairs else "preferred" if index in chosen else "other    "
+            lines.append(f"    {label} {tokens_shown(response, tokenizer, True, color)}")
+    return lines
+
+
+def tokens_shown(ids: Sequence[int], tokenizer, scored: bool, color: bool) -> str:
+    """Token ids as text, one by one."""
+    special = set(tokenizer.all_special_ids)
+    texts = [tokenizer.convert_ids_to_tokens(token) if token in special else visible_text(token, tokenizer) for token in ids]
+    if not color:
+        return f"«{'|'.join(texts)}»" if scored else "|".join(texts)
+    start = "\033[32m" if scored else "\033[2m"
+    return "|".join(
+        f"\033[{'1;7' if token in special else ''}m{start}{text}\033[0m" for token, text in zip(ids, texts, strict=True)
+    )
+
+
+# Characters that would be invisible, or break the line.
+VISIBLE = str.maketrans({" ": "▁", "\n": "⏎", "\r": "␍", "\t": "⇥"})
+
+
+def visible_text(token: int, tokenizer) -> str:
+    """A token's text with visible blanks, including those that a tokenizer drops when it decodes a single token."""
+    name, text = tokenizer.convert_ids_to_tokens(token), tokenizer.decode([token])
+    if "\ufffd" in text:
+        # Some of the bytes of one character.
+        return name
+    # SentencePiece writes blanks as ▁, and drops the first one when decoding.
+    missing = (len(name) - len(name.lstrip("▁"))) - (len(text) - len(text.lstrip(" ")))
+    return (" " * missing + text).translate(VISIBLE)
+
+
+def wants_color() -> bool:
+    """Whether to print colors: to a terminal unless NO_COLOR is set, and wherever FORCE_COLOR is."""
+    return bool(os.environ.get("FORCE_COLOR")) or (sys.stdout.isatty() and not os.environ.get("NO_COLOR"))
+
+
+# ---- steps and memory -------------------------------------------------------------------------------------------------------
+
+
+def describe_steps(batches: BatchIterator, facts: Facts) -> list[str]:
+    """Lines about the number of steps, their tokens, and what prefix sharing saves."""
+    examples = batches.total_examples
+    steps = batches.total_steps
+    saved = 1 - facts.packed_tokens / facts.repeated_tokens
+    tokens = facts.packed_tokens * batches.batch_size / facts.examples
+    return [
+        f"  {steps:,} steps of {batches.batch_size} examples, {examples:,} in total; {tokens:,.0f} tokens per step on average",
+        f"  {facts.packed_tokens:,} tokens per epoch instead of {facts.repeated_tokens:,}, {saved:.0%} less with prefix sharing"
+        " (if the model passes the proof when it is loaded)",
+    ]
+
+
+def describe_rank(step: Sequence[MicroBatch], processes: int, ranks: Ranks, budget: TokenBudget) -> list[str]:
+    """Lines about what rank 0 computes in a step."""
+    packs = [pack for micro_batch in step for pack in micro_batch.packs]
+    examples = sum(pack.num_examples for pack in packs if not pack.is_filler)
+    tokens = sum(len(pack.input_ids) for pack in packs)
+    lines = [
+        f"  {processes:,} processes, {ranks.size:,} of them with different data",
+        f"  rank 0 in the largest of the first {STEPS_INSPECTED} steps: {tokens:,} tokens in {len(packs):,} packs; examples: "
+        f"{examples:,}",
+    ]
+    assumed = (
+        "  assumes that a micro-batch is computed in one pack; set trainer.device_memory or max_tokens_per_microbatch otherwise"
+    )
+    return [*lines, assumed] if budget == UNLIMITED else lines
+
+
+def largest_packs(batches: BatchIterator, budget: TokenBudget) -> tuple[list[PackedBatch], list[MicroBatch]]:
+    """The two largest packs, or only the largest if no step has several, and the step in which this rank has most tokens.
+
+    Inspects the first STEPS_INSPECTED steps, and for packs also the longest prompt of all.
+    """
+    longest = batches.prompts.select(numpy.array([int(batches.prompts.num_tokens.argmax())]))
+    packs = packs_of(list(examples_of(longest)), budget)
+    several, most, largest = False, 0, []
+    for step in islice(batches, STEPS_INSPECTED):
+        found = [pack for micro_batch in step for pack in micro_batch.packs]
+        several |= len(found) > 1
+        tokens = sum(len(pack.input_ids) for pack in found)
+        if tokens > most:
+            most, largest = tokens, step
+        packs = sorted([*packs, *found], key=lambda pack: len(pack.input_ids))[-2:]
+    return (packs if several else packs[-1:]), largest
+
+
+def used_memory(device: torch.device) -> int:
+    """Bytes of a device's memory that libraries and data take already; call it once a step's imports are done."""
+    return psutil.Process().memory_info().rss if device.type != "cuda" else 0
+
+
+def describe_memory(kinds: dict[str, int], packs: Sequence[PackedBatch], used: int, device: str) -> list[str]:
+    """Lines about the peak memory of a step by kind; `used` is what libraries and data take already, in bytes."""
+    names = {"data": "libraries and data"}
+    kinds = {name: size for name, size in kinds.items() if size} | ({"data": used} if used else {})
+    lines = [f"  {names.get(kind, kind):20}{size / GIB:8.3f} GB" for kind, size in kinds.items()]
+    tokens = max(len(pack.input_ids) for pack in packs)
+    return [
+        f"  peak on {device}, with {tokens:,} tokens computed at once:",
+        *lines,
+        f"  {'total':20}{sum(kinds.values()) / GIB:8.3f} GB",
+    ]
+
+
+def total_memory(device: torch.device) -> int:
+    """The total memory of a device in bytes, used or not; of all GPUs together, since a model may span them."""
+    if device.type != "cuda":
+        return psutil.virtual_memory().total
+    return sum(torch.cuda.mem_get_info(number)[1] for number in range(torch.cuda.device_count()))
+
+
+def check_memory(needed: int, available: int, device: str) -> None:
+    """Raise UserError where a step needs more memory than is available, both in bytes."""
+    if needed > available:
+        raise UserError(
+            f"memory: a step would need {needed / GIB:.1f} GB on {device}, which has {available / GIB:.1f} GB. Lower "
+            "max_tokens_per_microbatch or max_length, set activation_checkpointing=true, model.policy_dtype=bfloat16, "
+            "master_weights=false or reference_logps=cached, or choose a smaller model."
+        )

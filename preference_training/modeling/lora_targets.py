@@ -1,0 +1,96 @@
+"""Which layers of a model can take a LoRA adapter, and why the others cannot."""
+
+import inspect
+import re
+from collections import defaultdict
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The linear layers of a model except its head, by name, transformers' Conv1D and the base layers of adapters included."""
+    from transformers.pytorch_utils import Conv1D
+
+    head = model.get_output_embeddings()
+    return {
+        name.removesuffix(".base_layer"): module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not head and ".lora_" not in name
+    }
+
+
+def unsupported_layers(model: nn.Module) -> dict[str, str]:
+    """The linear layers on which an adapter would have no effect or break the model: name → reason."""
+    reasons = {}
+    for name, layer in linear_layers(model).items():
+        parent, _, leaf = name.rpartition(".")
+        parent_class = type(model.get_submodule(parent))
+        if _refused_by_peft(model, leaf):
+            reasons[name] = f"peft refuses {leaf} for {model.config.model_type}"
+        elif _is_bypassed(parent_class, leaf):
+            reasons[name] = f"{parent_class.__name__} reads the weight of {leaf} directly, bypassing an adapter"
+        elif not _returns_tensor(layer):
+            reasons[name] = f"{leaf} returns more than one tensor ({type(layer).__name__})"
+    return reasons
+
+
+def _refused_by_peft(model: nn.Module, leaf: str) -> bool:
+    from peft import LoraConfig
+    from peft.tuners.lora import LoraModel
+
+    check = getattr(LoraModel, "_check_target_module_compatiblity", None)
+    try:
+        if check is not None:
+            check(None, LoraConfig(), model, leaf)
+    except ValueError:
+        return True
+    return False
+
+
+@cache
+def _is_bypassed(parent: type, leaf: str) -> bool:
+    """Whether the source of a module multiplies by a child layer's weight instead of calling the layer."""
+    try:
+        code = inspect.getsource(parent)
+    except (OSError, TypeError):
+        return False
+    return re.search(rf"self\.{leaf}\.weight @|@ self\.{leaf}\.weight", code) is not None
+
+
+def _returns_tensor(layer: nn.Module) -> bool:
+    """Whether the output of a linear layer is one tensor; subclasses with their own forward are called to find out."""
+    if type(layer).forward is nn.Linear.forward or not layer.weight.is_floating_point() or not hasattr(layer, "in_features"):
+        return True
+    with torch.no_grad():
+        return isinstance(layer(layer.weight.new_zeros(2, layer.in_features)), Tensor)
+
+
+def shorten_names(names, model: nn.Module) -> list[str]:
+    """Replace names of layers by their last component where all layers with that last component are listed."""
+    by_leaf = defaultdict(set)
+    for name in linear_layers(model):
+        by_leaf[name.rpartition(".")[2]].add(name)
+    leaves = {leaf for leaf, layers in by_leaf.items() if layers <= set(names)}
+    return sorted(leaves | {name for name in names if name.rpartition(".")[2] not in leaves})
+
+
+def adapted_modules(model: nn.Module) -> set[str]:
+    """The names of the modules with an adapter."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return {name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+
+
+def fused_experts(model: nn.Module) -> list[str]:
+    """The names of modules that hold all experts of a mixture-of-experts layer in one tensor."""
+    config = model.config.get_text_config()
+    keys = "num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"
+    counts = {getattr(config, key, None) for key in keys} - {None}
+    return [
+        name
+        for name, module in model.named_modules()
+        if any(weight.dim() == 3 and len(weight) in counts for weight in module.parameters(recurse=False))
+        and not isinstance(module, nn.Conv1d)
+    ]

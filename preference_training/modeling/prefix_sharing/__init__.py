@@ -1,0 +1,5 @@
+"""Prefix sharing: a model computes each prompt once for all its responses.
+
+`tree_attention` is the attention that makes it possible, `proof` compares it with the model's own attention when the model is
+loaded, and `sharing` switches it on.
+"""

@@ -1,0 +1,48 @@
+"""Switch prefix sharing on: a model computes each prompt once for all its responses, if it proves that it can."""
+
+from torch import nn
+
+from preference_training.core.errors import UserError
+from preference_training.modeling.logprobs import ScoringHead
+from preference_training.modeling.prefix_sharing.proof import find_sharing_fault
+from preference_training.modeling.prefix_sharing.tree_attention import RESPONSE_TREES, register_tree_attention
+
+
+def share_prefixes(model: nn.Module, mode: str) -> bool:
+    """Let a model compute each prompt once for all its responses, if it passes the proof. Returns whether it does.
+
+    mode: auto (prints the reason and uses padded rows where the proof fails), on (raises UserError there), off.
+    """
+    if mode == "off":
+        return False
+    register_tree_attention()
+    head = model.get_output_embeddings()
+    is_plain_head = type(head) is nn.Linear
+    if is_plain_head:
+        head.__class__ = ScoringHead
+    fault = find_sharing_fault(model)
+    if fault and is_plain_head:
+        # Logits may be changed after the head, by a soft-cap for instance: then prefixes are shared without a scoring head.
+        head.__class__ = nn.Linear
+        fault = find_sharing_fault(model)
+    if fault is None:
+        model.set_attn_implementation(RESPONSE_TREES)
+        return True
+    if mode == "on":
+        raise UserError(f"prefix_sharing: found on, but {type(model).__name__} cannot: {fault}. Set it to auto or off.")
+    print(f"prefix sharing: off, using padded rows: {type(model).__name__} cannot: {fault}", flush=True)
+    return False
+
+
+def scores_in_head(model: nn.Module) -> bool:
+    """Whether a model's head returns log-probs of the scored tokens, so that logits exist in chunks only."""
+    return isinstance(model.get_output_embeddings(), ScoringHead)
+
+
+def attend_over_trees(model: nn.Module, scoring_head: bool = True) -> None:
+    """Switch prefix sharing on without the proof: for a model on meta or fake tensors, or a copy of one that has passed."""
+    register_tree_attention()
+    head = model.get_output_embeddings()
+    if scoring_head and type(head) is nn.Linear:
+        head.__class__ = ScoringHead
+    model.set_attn_implementation(RESPONSE_TREES)

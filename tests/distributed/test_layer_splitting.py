@@ -1,0 +1,331 @@
+"""Layers split over two shards of a CPU by the package tensor_parallel: the numbers, weights and states of one process."""
+
+import copy
+import math
+import sys
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from preference_training.batching.batches import BatchIterator, MicroBatch, evaluation_batches, examples_of, pack_examples
+from preference_training.checkpointing.checkpoint import Checkpoint
+from preference_training.checkpointing.writer import CheckpointWriter
+from preference_training.core.errors import UserError
+from preference_training.data.prompt_table import PromptTable
+from preference_training.data.tokenization import TokenizedPrompt
+from preference_training.distributed.layer_splitting import copy_of_split, load_split, split_layers, splits_in_one_process
+from preference_training.evaluation.held_out import evaluate_held_out
+from preference_training.generation.sampling import Sampler
+from preference_training.losses.objectives import build_loss
+from preference_training.modeling.loading import disable_dropout
+from preference_training.modeling.logprobs import LiveReference, response_logps
+from preference_training.modeling.prefix_sharing.proof import TOLERANCES, random_trees
+from preference_training.modeling.prefix_sharing.sharing import share_prefixes
+from preference_training.training.trainers import BasicTrainer, LayerSplittingTrainer
+
+VOCABULARY = 90
+SIZES = {
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128},
+    "opt": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 64, "word_embed_proj_dim": 32},
+    "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},
+}
+CPUS = [torch.device("cpu")] * 2
+
+
+def whole_model(model_type: str):
+    """A small model none of whose weights is 0, so that a bias that counts twice shows; it shares prefixes if it can."""
+    torch.manual_seed(0)
+    tokens = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **tokens, **SIZES[model_type]))
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight += 0.1 * torch.randn_like(weight)
+    disable_dropout(model)
+    share_prefixes(model, "auto")
+    return model.train()
+
+
+def prompts() -> list[TokenizedPrompt]:
+    """Twenty-four prompts of random tokens with two responses or three, one or two pairs each."""
+    draw = torch.Generator().manual_seed(1)
+    tokens = lambda count: torch.randint(1, VOCABULARY, (count,), generator=draw).tolist()  # noqa: E731
+    shapes = [(3 + n % 5, (2 + n % 7, 9 - n % 4, 4)[: 2 + n % 2]) for n in range(24)]
+    return [TokenizedPrompt(tokens(p), [tokens(r) for r in rs], [(0, k) for k in range(1, len(rs))]) for p, rs in shapes]
+
+
+@pytest.fixture
+def build(compose, tokenizer):
+    """Build a trainer of a class on a model, `build(BasicTrainer, model)`; the reference is the model as it is now, moved."""
+
+    def built(trainer_class, model, *overrides: str, batches=None):
+        # A key's bias has no gradient but rounding; beside this eps it is none.
+        settings = "optimizer=AdamW", "++optimizer_kwargs.eps=1e-5", "lr=1e-3", "warmup_steps=2", "max_grad_norm=1.0"
+        config = compose(*settings, *overrides)
+        reference = copy.deepcopy(model)
+        with torch.no_grad():
+            next(reference.parameters()).mul_(0.9)
+        model = copy.deepcopy(model)
+        if trainer_class is LayerSplittingTrainer:
+            model, reference = split_layers(model, CPUS), split_layers(reference, CPUS)
+        parts = LiveReference(reference), build_loss("dpo", beta=0.5), tokenizer, batches, [], [], None, None
+        return trainer_class(config, model, *parts)
+
+    return built
+
+
+def steps(size: int = 8):
+    """Batches of a few examples, in two micro-batches each."""
+    examples = list(examples_of(prompts()))
+    return [
+        [
+            MicroBatch([pack_examples(part)], len(part))
+            for part in (examples[k : k + size // 2], examples[k + size // 2 : k + size])
+        ]
+        for k in range(0, len(examples) - size + 1, size)
+    ]
+
+
+def assert_same_weights(found: dict, expected: dict) -> None:
+    """The same names, and weights within a relative 1e-4."""
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():
+        assert (found[name] - weight).norm() <= 1e-4 * weight.norm(), name
+
+
+@pytest.mark.parametrize(("model_type", "count"), [("gpt2", 8), ("opt", 3), ("bloom", 3)])
+def test_training_on_two_shards_follows_one_process(model_type, count, build):
+    model = whole_model(model_type)
+    split, single = build(LayerSplittingTrainer, model), build(BasicTrainer, model)
+    batches = (steps() * 3)[:count]
+    assert len(batches) == count
+    for batch in batches:
+        found, expected = split.train_step(batch), single.train_step(batch)
+        for name in ("loss/train", "grad_norm"):
+            assert found[name] == pytest.approx(expected[name], rel=1e-4), name
+        for name, value in expected.items():
+            assert found[name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
+    moved = split.weights()
+    assert_same_weights(moved, single.weights())
+    assert all(not torch.equal(moved[name], weight) for name, weight in model.named_parameters())
+
+
+def test_a_reference_that_follows_the_policy_does_so_in_shards_too(build):
+    model = whole_model("gpt2")
+    split, single = build(LayerSplittingTrainer, model), build(BasicTrainer, model)
+    for trainer in (split, single):
+        trainer.loss = build_loss("tr_dpo", beta=0.5, reference_update_every=1, reference_update_share=0.5)
+        trainer.train_step(steps()[0])
+    moved = split.moved_reference()
+    assert_same_weights(moved, single.moved_reference())
+    split.set_moved_reference({name: weight.clone().zero_() for name, weight in moved.items()})
+    assert not any(weight.any() for weight in split.moved_reference().values())
+
+
+def test_each_shard_holds_half_of_every_large_weight_and_no_number_is_trained_twice():
+    model = whole_model("gpt2")
+    split = split_layers(model, CPUS)
+    count = lambda module: sum(weight.numel() for weight in module.parameters())  # noqa: E731
+    matrices = sum(weight.numel() for weight in model.parameters() if weight.dim() == 2)
+    assert count(split) == count(model)
+    assert count(split.other_shards[0]) >= matrices // 2
+
+
+@pytest.mark.parametrize("model_type", SIZES)
+def test_gpt2_and_opt_compute_prompts_once_and_bloom_on_padded_rows(model_type):
+    model = whole_model(model_type)
+    split, batch = split_layers(model, CPUS), random_trees(VOCABULARY)
+    with torch.no_grad():
+        torch.testing.assert_close(response_logps(split, batch), response_logps(model, batch), rtol=1e-5, atol=1e-4)
+    assert batch.layout.seen is (model_type != "bloom")
+
+
+@pytest.mark.parametrize(
+    "classes",
+    [(LayerSplittingTrainer,) * 2, (LayerSplittingTrainer, BasicTrainer), (BasicTrainer, LayerSplittingTrainer)],
+    ids=["split", "split, then whole", "whole, then split"],
+)
+def test_a_checkpoint_is_whole_and_continued_exactly(classes, build, tmp_path):
+    def make(trainer_class, model):
+        return build(trainer_class, model, batches=BatchIterator(PromptTable.of(prompts()), 6, n_epochs=1))
+
+    model = whole_model("gpt2")
+    whole, first = make(classes[0], model), make(classes[0], model)
+    for batch in whole.train_batches:
+        whole.train_step(batch)
+    for batch in first.train_batches:
+        first.train_step(batch)
+        if first.updates == 3:
+            break
+    with CheckpointWriter(tmp_path, first.policy, first.tokenizer) as writer:
+        writer.write(first.snapshot())
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "LATEST", dtype=torch.float32)
+    assert type(loaded).__name__ == "GPT2LMHeadModel" and loaded.lm_head.weight is loaded.transformer.wte.weight
+    assert all(torch.equal(first.weights()[name], weight) for name, weight in loaded.state_dict().items())
+    moments = {name: entry["exp_avg"].shape for name, entry in first.optimizer_state()["state"].items()}
+    assert moments == {name: weight.shape for name, weight in model.named_parameters()}
+    second = make(classes[1], model)
+    second.continue_from(Checkpoint.read(tmp_path / "LATEST"))
+    for batch in second.train_batches:
+        second.train_step(batch)
+    assert (second.updates, second.examples) == (whole.updates, whole.examples) and whole.updates > 4
+    if classes[0] is classes[1]:
+        assert all(torch.equal(second.weights()[name], weight) for name, weight in whole.weights().items())
+    assert_same_weights(second.weights(), whole.weights())
+
+
+def test_master_weights_are_joined_in_a_checkpoint_and_split_again(build, tmp_path):
+    def make(trainer_class):
+        batches = BatchIterator(PromptTable.of(prompts()), 6, n_epochs=1)
+        settings = "model.policy_dtype=bfloat16", "lr=1e-5", "weight_decay=0.1"
+        return build(trainer_class, whole_model("gpt2").bfloat16(), *settings, batches=batches)
+
+    first, single = make(LayerSplittingTrainer), make(BasicTrainer)
+    for trainer in (first, single):
+        for batch in trainer.train_batches:
+            trainer.train_step(batch)
+            if trainer.updates == 3:
+                break
+    with CheckpointWriter(tmp_path, first.policy, first.tokenizer) as writer:
+        writer.write(first.snapshot())
+    expected = {name: state["master"] for name, state in single.optimizer_state()["state"].items()}
+    found = {name: state["master"] for name, state in first.optimizer_state()["state"].items()}
+    assert {str(master.dtype) for master in found.values()} == {"torch.float32"}
+    assert_same_weights(found, expected)
+    for trainer_class in (LayerSplittingTrainer, BasicTrainer):
+        second = make(trainer_class)
+        second.continue_from(Checkpoint.read(tmp_path / "LATEST"))
+        again = {name: state["master"] for name, state in second.optimizer_state()["state"].items()}
+        assert again.keys() == found.keys() and all(torch.equal(again[name], master) for name, master in found.items())
+        assert all(torch.equal(second.weights()[name], weight) for name, weight in first.weights().items())
+
+
+def test_held_out_metrics_and_sampled_answers_are_those_of_one_process(build, tokenizer):
+    model = whole_model("bloom")
+    batches = evaluation_batches(PromptTable.of(prompts()), 8, None, seed=0)
+    split, single = build(LayerSplittingTrainer, model), build(BasicTrainer, model)
+    found, expected = (evaluate_held_out(each.policy, each.reference, each.loss, batches).means() for each in (split, single))
+    assert found == pytest.approx(expected, rel=1e-4, abs=1e-4)
+    asked = [prompt.prompt_ids for prompt in prompts()[:3]]
+    answers = [Sampler(tokenizer, 24, seed=0).texts(each.policy, asked) for each in (split, single)]
+    assert answers[0] == answers[1]
+
+
+def test_a_step_after_an_evaluation_trains_every_weight(build):
+    trainer = build(LayerSplittingTrainer, whole_model("gpt2"))
+    before = {name: weight.clone() for name, weight in trainer.weights().items()}
+    batches = evaluation_batches(PromptTable.of(prompts()), 8, None, seed=0)
+    evaluate_held_out(trainer.policy, trainer.reference, trainer.loss, batches)
+    trainer.train_step(steps()[0])
+    assert not [name for name, weight in trainer.weights().items() if torch.equal(weight, before[name])]
+
+
+def test_a_frozen_copy_stays_as_it_was(build):
+    trainer = build(LayerSplittingTrainer, whole_model("gpt2"))
+    frozen, batch = copy_of_split(trainer.policy, torch.float32), random_trees(VOCABULARY)
+    with torch.no_grad():
+        before = response_logps(trainer.policy, batch)
+        assert torch.equal(response_logps(frozen, batch), before)
+    trainer.train_step(steps()[0])
+    with torch.no_grad():
+        assert torch.equal(response_logps(frozen, batch), before)
+        assert not torch.equal(response_logps(trainer.policy, batch), before)
+    assert not any(weight.requires_grad for weight in frozen.parameters())
+
+
+def test_every_shard_computes_in_the_dtype_of_autocast():
+    model, batch = whole_model("gpt2"), random_trees(VOCABULARY)
+    split = split_layers(model, CPUS)
+    dtypes = set()
+    for shard in (split, split.other_shards[0]):
+        shard.transformer.h[0].mlp.c_fc.register_forward_hook(lambda module, args, output: dtypes.add(output.dtype))
+    split.autocast_dtype = torch.bfloat16
+    with torch.no_grad():
+        error = (response_logps(split, batch) - response_logps(model, batch)).abs() / batch.response_lengths
+    assert dtypes == {torch.bfloat16} and 0 < error.max() < TOLERANCES[torch.bfloat16]
+
+
+def test_what_autocast_rounds_is_not_taken_for_a_wrong_split(compose, tokenizer):
+    small = [f"++model.from_config.{key}={value}" for key, value in SIZES["opt"].items()]
+    settings = "trainer=TensorParallelTrainer", "model.from_config.model_type=opt", "model.autocast_dtype=bfloat16"
+    policy, _ = load_split(compose(*settings, *small), tokenizer)
+    assert policy.autocast_dtype == torch.bfloat16 and policy.dtype == torch.float32
+
+
+def test_an_error_of_one_shard_is_raised_though_the_others_wait_for_it():
+    split = split_layers(whole_model("gpt2"), CPUS)
+    split.other_shards[0].transformer.h[1].mlp.c_proj.forward = lambda hidden: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        response_logps(split, random_trees(VOCABULARY))
+
+
+# ---- refusals -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_with_a_plan_of_transformers_is_not_for_the_package(compose):
+    assert not splits_in_one_process(compose("trainer=TensorParallelTrainer"))
+    assert splits_in_one_process(compose("trainer=TensorParallelTrainer", "model.from_config.model_type=gpt2"))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("trainer.tensor_parallel_size=3", "trainer.tensor_parallel_size: found 3, which does not divide the model's 4"),
+        ("trainer.tensor_parallel_size=1", "trainer.tensor_parallel_size: found 1, expected at least 2"),
+        ("trainer.nproc_per_node=2", "trainer.nproc_per_node: found 2, which is not for GPT2LMHeadModel"),
+        ("trainer.cpu_offload=true", "trainer.cpu_offload: found True"),
+        ("trainer.param_dtype=bfloat16", "trainer.param_dtype: found bfloat16"),
+        ("trainer.output_dtype=bfloat16", "trainer.output_dtype: found bfloat16"),
+        ("model.fsdp_policy_mp=bfloat16", "model.fsdp_policy_mp: found bfloat16.* set model.policy_dtype or"),
+        ("activation_checkpointing=true", "activation_checkpointing: found True.*lower max_tokens_per_microbatch"),
+    ],
+)  # fmt: skip
+def test_what_one_process_cannot_do_is_refused_before_anything_is_loaded(override, message, compose):
+    with pytest.raises(UserError, match=f"^{message}"):
+        splits_in_one_process(compose("trainer=TensorParallelTrainer", "model.from_config.model_type=gpt2", override))
+
+
+def test_several_ranks_are_refused_with_the_remedy(compose, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="no plan for GPT2LMHeadModel, and .* Start python train.py without torchrun, or use"):
+        splits_in_one_process(compose("trainer=TensorParallelTrainer", "model.from_config.model_type=gpt2"))
+
+
+def test_a_package_that_is_not_installed_is_asked_for(compose, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensor_parallel", None)
+    with pytest.raises(UserError, match=r"no plan for GPT2LMHeadModel, .* pip install -r requirements/tensor-parallel\.txt"):
+        splits_in_one_process(compose("trainer=TensorParallelTrainer", "model.from_config.model_type=gpt2"))
+
+
+def test_a_model_that_the_package_cannot_split_is_refused_with_the_reason(compose, tokenizer):
+    small = [f"++model.from_config.{key}={value}" for key, value in (SIZES["gpt2"] | {"rotary_dim": 4}).items()]
+    config = compose("trainer=TensorParallelTrainer", "model.from_config.model_type=codegen", *small)
+    with pytest.raises(
+        UserError, match="the package tensor_parallel cannot split CodeGenForCausalLM: RuntimeError: mat1 and mat2"
+    ):
+        load_split(config, tokenizer)
+
+
+def test_a_split_that_computes_something_else_is_refused_with_its_error(compose, tokenizer, monkeypatch):
+    from tensor_parallel.slicing_configs import PREDEFINED_CONFIGS, get_gpt2_config
+
+    def plan_without_one_sum(config, devices):
+        plan = get_gpt2_config(config, devices)
+        plan.output_rules = {pattern: rule for pattern, rule in plan.output_rules.items() if pattern.pattern != ".*mlp$"}
+        return plan
+
+    config = compose("trainer=TensorParallelTrainer", "model.from_config.model_type=gpt2")
+    monkeypatch.setitem(PREDEFINED_CONFIGS, "gpt2", plan_without_one_sum)
+    with pytest.raises(UserError, match="cannot split GPT2LMHeadModel: its log-probs would be wrong by"):
+        load_split(config, tokenizer)
+
+
+def test_loss_of_a_split_policy_and_its_frozen_copy_is_ln_2(compose, tokenizer):
+    config = compose("trainer=TensorParallelTrainer", "model.from_config.model_type=gpt2")
+    policy, _ = load_split(config, tokenizer)
+    reference = LiveReference(copy_of_split(policy, torch.float32))
+    [batch] = evaluation_batches(PromptTable.of(prompts()), 99, None, seed=0)
+    assert evaluate_held_out(policy, reference, build_loss("dpo"), [batch]).means()["loss/eval"] == pytest.approx(
+        math.log(2), abs=1e-6
+    )

@@ -1,0 +1,200 @@
+"""What is shown before training: facts of the data, examples token by token, steps and memory; and that nothing is trained."""
+
+import json
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import numpy
+import pytest
+
+from preference_training.batching.batches import UNLIMITED, BatchIterator, TokenBudget
+from preference_training.core.errors import UserError
+from preference_training.data.prompt_table import PromptTable
+from preference_training.data.rows.records import DataReport
+from preference_training.data.tokenization import TokenizedPrompt
+from preference_training.dry_run.preview import (
+    check_memory,
+    collect_facts,
+    describe_data,
+    describe_steps,
+    histogram,
+    largest_packs,
+    tokens_shown,
+)
+from tests.support import forked
+from tests.support.files import ROOT
+
+
+def run(cwd: Path, *overrides: str) -> subprocess.CompletedProcess:
+    environment = {key: value for key, value in os.environ.items() if key != "FORCE_COLOR"}
+    return forked.run([ROOT / "train.py", "dry_run=true", *overrides], cwd, environment)
+
+
+def table(*prompts: TokenizedPrompt) -> PromptTable:
+    return PromptTable.of(prompts)
+
+
+A, B, C = [7, 0], [8, 8, 0], [9, 0]
+
+
+def test_a_dry_run_shows_data_examples_steps_and_memory_and_leaves_no_run_behind(tmp_path):
+    rows = [{"prompt": f"Question {n}?\n", "chosen": "Yes.", "rejected": "No."} for n in range(40)]
+    rows += [rows[0], {"prompt": "Question 1?\n", "chosen": "No.", "rejected": "Yes."}]
+    rows += [
+        {"prompt": "Question 2?\n", "chosen": "Same.", "rejected": "Same."},
+        {"prompt": "Q", "chosen": "", "rejected": "x"},
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = run(tmp_path, "datasets=[rows.jsonl]", "loss=dpo", "on_bad_row=skip", "batch_size=8", "n_epochs=1")
+    assert done.returncode == 0, done.stderr
+    shown = done.stdout.split("\n\n", 1)[1]
+    for line in (
+        "rows.jsonl: 44 rows read",
+        "1 left out: chosen and rejected are the same",
+        "1 bad rows skipped",
+        "rows.jsonl, row 44: field 'chosen' is empty",
+        "duplicate pairs: 1; pairs in both directions: 1",
+        "prompts that are in both: 0",
+        "<|endoftext|>»",
+        "steps of 8 examples",
+        "parameters",
+        "total",
+    ):
+        assert line in shown, f"{line!r} is not in\n{shown}"
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["prepared_data"]
+
+
+def test_a_model_that_fits_no_machine_is_refused_without_being_built(tmp_path):
+    huge = (
+        "model.from_config.hidden_size=65536",
+        "model.from_config.intermediate_size=262144",
+        "model.from_config.num_hidden_layers=4",
+    )
+    done = run(tmp_path, *huge, "model.from_config.num_attention_heads=64", "model.from_config.num_key_value_heads=64")
+    assert done.returncode == 2
+    assert done.stderr.startswith("memory: a step would need ") and "Lower max_tokens_per_microbatch" in done.stderr
+
+
+HUGE = ("model.from_config.hidden_size=65536", "model.from_config.intermediate_size=262144")
+
+
+def test_rank_0_of_many_processes_is_previewed_whatever_this_machine_has(tmp_path):
+    # 4 layers of 4 x 65536^2 + 3 x 65536 x 262144 and embeddings are 275 billion weights: 1 TB, 2 GB on each of 512.
+    done = run(tmp_path, *HUGE, "trainer=FSDPTrainer", "trainer.world_size=512", "batch_size=512")
+    assert done.returncode == 0, done.stderr
+    shown = done.stdout.split("\nsteps\n")[1]
+    assert "512 processes, 512 of them with different data" in shown and "peak on rank 0 of 512, with " in shown
+    assert re.search(r"parameters +2\.0\d\d GB", shown) and re.search(r"policy +all-gather +float32 +over +512 ranks", shown)
+    # Nothing says how much memory there is, so a micro-batch is not cut.
+    assert "set trainer.device_memory or max_tokens_per_microbatch otherwise" in shown
+
+
+@pytest.mark.parametrize(
+    ("overrides", "heard"),
+    [
+        (("trainer=FSDPTrainer", "trainer.world_size=64", "batch_size=32"), "batch_size: found 32, which in 1 micro-batches"),
+        (("trainer=FSDPTrainer", "trainer.world_size=8", "trainer.device_memory=0.001"), "memory: a step would need 0.0"),
+        (("trainer=FSDPTrainer", *HUGE), r"on 2 processes of this machine"),
+    ],
+    ids=["batch", "device memory", "this machine"],
+)
+def test_processes_that_could_not_train_are_refused(tmp_path, overrides, heard):
+    done = run(tmp_path, *overrides)
+    assert done.returncode == 2 and heard in done.stderr
+
+
+def test_duplicates_and_contradictions_are_counted_over_all_prompts():
+    # The pair (A, B) stands there twice, and once the other way round; C has another prompt, so its pair is its own.
+    facts = collect_facts(
+        table(
+            TokenizedPrompt([1, 2], [A, B], [(0, 1)]),
+            TokenizedPrompt([1, 2], [B, A], [(1, 0)]),
+            TokenizedPrompt([1, 2], [A, B], [(1, 0)]),
+            TokenizedPrompt([1, 3], [A, B, C], [(0, 1), (0, 2)]),
+        )
+    )
+    assert (facts.duplicate_pairs, facts.contradictory_pairs) == (1, 1)
+    assert (facts.prompts, facts.responses, facts.examples) == (4, 9, 5)
+    # Prompts of 2 tokens; responses of 2 and 3, in the last of 2, 3 and 2.
+    assert facts.packed_tokens == 3 * (2 + 5) + 2 + 7
+    # A row for each response of each pair: four pairs of A and B, one of A and C, each response behind its prompt.
+    assert facts.repeated_tokens == 4 * (2 + 2 + 2 + 3) + (2 + 2 + 2 + 2)
+
+
+def test_prompts_in_both_splits_are_found_by_their_hashes():
+    train = collect_facts(table(TokenizedPrompt([1, 2], [A, B], [(0, 1)]), TokenizedPrompt([5], [A, B], [(0, 1)])))
+    held_out = collect_facts(table(TokenizedPrompt([5], [B, C], [(0, 1)])))
+    assert len(numpy.intersect1d(train.prompt_hashes, held_out.prompt_hashes)) == 1
+
+
+def test_sft_data_is_counted_in_examples():
+    facts = collect_facts(table(TokenizedPrompt([1, 2], [A], []), TokenizedPrompt([1, 3], [B], [])))
+    lines = describe_data(["mine"], [DataReport(rows_read=3, num_prompts=2, left_out={"it is odd": 1})], facts, paired=False)
+    assert "  mine: 3 rows read, 2 prompts kept" in lines and "    1 left out: it is odd" in lines
+    assert "  2 prompts, 2 responses, 2 examples, 9 tokens" in lines
+    report = DataReport(columns_not_read={"margin": 2, "weight": 1}, notes=["top_k has no effect"], bad_rows=["row 3"])
+    assert describe_data(["mine"], [report], facts, paired=False)[1:4] == [
+        "    columns not read: margin, weight",
+        "    top_k has no effect",
+        "    row 3",
+    ]
+    assert facts.repeated_tokens == facts.packed_tokens
+
+
+def test_an_empty_split_has_its_counts_and_no_lengths():
+    assert describe_data([], [], collect_facts(table()), paired=True) == ["  0 prompts, 0 responses, 0 pairs, 0 tokens"]
+
+
+def test_a_histogram_counts_every_value_once():
+    lines = histogram(numpy.array([1, 1, 2, 9, 16]), rows=4, width=10)
+    assert [line.split()[-1] for line in lines] == ["3", "0", "1", "1"]
+    assert [line.split()[0] for line in lines] == ["0-4", "5-8", "9-12", "13-16"]
+
+
+def test_tokens_are_shown_one_by_one_with_scored_ones_marked(tokenizer):
+    ids = tokenizer("rain\nover", add_special_tokens=False).input_ids
+    plain = tokens_shown(ids, tokenizer, False, color=False)
+    assert plain.replace("|", "").replace("⏎", "\n") == tokenizer.decode(ids)
+    scored = tokens_shown([*ids, tokenizer.eos_token_id], tokenizer, True, color=False)
+    assert scored == f"«{plain}|{tokenizer.eos_token}»"
+    assert "\033[32m" in tokens_shown(ids, tokenizer, True, color=True)
+
+
+def test_blanks_are_visible_even_those_that_sentencepiece_drops_from_a_single_token(tokenizer):
+    from tests.data.test_tokenization import gpt2, legacy_llama, llama, unigram
+
+    for make in (llama, legacy_llama, unigram, gpt2):
+        ids = make()("ask the  yes\n\tno ", add_special_tokens=False).input_ids
+        shown = tokens_shown(ids, make(), False, color=False)
+        assert shown.replace("|", "").removeprefix("▁") == "ask▁the▁▁yes⏎⇥no▁", make
+        assert shown.count("|") == len(ids) - 1
+    # A letter of several tokens: each by its name, none lost.
+    ids = tokenizer("漢", add_special_tokens=False).input_ids
+    shown = tokens_shown(ids, tokenizer, False, color=False)
+    assert len(ids) > 1 and "\ufffd" not in shown and shown == "|".join(tokenizer.convert_ids_to_tokens(ids))
+
+
+def test_steps_and_what_sharing_saves_are_those_of_the_run():
+    prompts = table(*(TokenizedPrompt([1, 2, 3, n], [A, B], [(0, 1)]) for n in range(10)))
+    lines = describe_steps(BatchIterator(prompts, 4, n_epochs=3), collect_facts(prompts))
+    # 30 examples in batches of 4 within each epoch of 10: 3 steps an epoch, 9 tokens each.
+    assert lines[0].strip() == "9 steps of 4 examples, 30 in total; 36 tokens per step on average"
+    assert "90 tokens per epoch instead of 130, 31% less with prefix sharing (if the model passes the proof" in lines[1]
+
+
+def test_the_largest_packs_are_found_and_two_where_a_step_has_several():
+    prompts = table(*(TokenizedPrompt([1] * (2 + n), [A, B], [(0, 1)]) for n in range(10)))
+    [whole], step = largest_packs(BatchIterator(prompts, 10), UNLIMITED)
+    assert step[0].packs[0].input_ids.equal(whole.input_ids)
+    assert len(whole.input_ids) == sum(2 + n + 5 for n in range(10))
+    budget = TokenBudget(20, 20)
+    packs, _ = largest_packs(BatchIterator(prompts, 10, budget=budget), budget)
+    assert len(packs) == 2 and all(len(pack.input_ids) <= 20 for pack in packs)
+
+
+def test_a_step_that_needs_too_much_memory_is_refused_with_remedies():
+    check_memory(10, 10, "cpu")
+    with pytest.raises(UserError, match=r"would need 2\.0 GB on cuda, which has 1\.0 GB"):
+        check_memory(2 * 2**30, 2**30, "cuda")

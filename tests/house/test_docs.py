@@ -1,0 +1,379 @@
+"""The pages of docs/: their commands work, their links lead somewhere, their keys are there, and the site is built of them.
+
+Quick start, your own data and your own loss are followed word by word in a clean clone, with two exceptions: what installs is
+left out, and runs are shortened.
+"""
+
+import argparse
+import importlib.util
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from preference_training.configuration.composition import CONFIG_DIR, GROUPS, choices_of, in_open_section, known_keys
+from tests.support import forked, shown
+from tests.support.files import ROOT
+
+SCRIPTS = shown.commands(r"python scripts/")
+DOCS = [page for page in shown.PAGES if page != "README.md"]
+
+# ---- commands -------------------------------------------------------------------------------------------------------------
+
+# Every command that is shown, and what tests it.
+KINDS = {
+    shown.TRAINING: "test_house.py composes it",
+    r"python scripts/\w+\.py ": "test_its_script_understands_it",
+    r"python -m preference_collection (import|export|push|score) ": "test_the_labelling_app_understands_it",
+    r"make [\w-]+": "test_what_is_made_is_there",
+    r"pip install -r |pip install hydra-optuna-sweeper|python3 -m venv |\. \.venv/bin/activate": "test_what_is_made_is_there",
+    r"python -m pytest |python -c ": "followed in a clean clone, or run by test_what_is_run_in_one_line_runs",
+}
+
+
+@pytest.mark.parametrize("page", shown.PAGES)
+def test_every_command_is_of_a_kind_that_is_tested(page):
+    for words in [words for block in shown.blocks(page) for words in block.commands]:
+        assert any(re.match(kind, " ".join(words)) for kind in KINDS), f"{page}: nothing tests {' '.join(words)}"
+
+
+class Understood(Exception):  # noqa: N818  it is no error
+    """A script has read its command line."""
+
+
+@pytest.mark.parametrize(("page", "words"), SCRIPTS, ids=[f"{page} {' '.join(words)[:70]}" for page, words in SCRIPTS])
+def test_its_script_understands_it(page, words, monkeypatch):
+    def reading(read):
+        def read_and_stop(*given):
+            raise Understood(read(*given))
+
+        return read_and_stop
+
+    for name in ("parse_args", "parse_intermixed_args"):
+        monkeypatch.setattr(argparse.ArgumentParser, name, reading(getattr(argparse.ArgumentParser, name)))
+    monkeypatch.setattr(sys, "argv", words[1:])
+    # One of the two calls the other.
+    with pytest.raises(Understood):
+        loaded(words[1]).main()
+
+
+def loaded(path: str):
+    """The module of a script."""
+    spec = importlib.util.spec_from_file_location(f"script_{Path(path).stem}", ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_labelling_app_understands_it():
+    from preference_collection.__main__ import arguments
+
+    lines = [words[3:] for _, words in shown.commands("python -m preference_collection")]
+    assert {arguments(line).command for line in lines} == {"import", "export", "push", "score"}
+
+
+def test_what_is_made_is_there():
+    targets = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)[1].split()
+    for page, words in shown.commands(r"make "):
+        assert words[1] in targets, f"{page}: {words}"
+    for page, words in shown.commands(r"pip install -r "):
+        assert (ROOT / words[3]).is_file(), f"{page}: {words}"
+
+
+def test_what_is_run_in_one_line_runs(tmp_path):
+    found = shown.commands("python -c ")
+    for _, words in found:
+        with (tmp_path / words[-1]).open("w") as file:
+            assert words[-2] == ">"
+            subprocess.run([sys.executable, *words[1:-2]], stdout=file, check=True, timeout=60)
+        assert (tmp_path / words[-1]).read_text().count("\n") == 2048
+    assert found
+
+
+def test_containers_install_and_start_what_the_readme_does_by_hand():
+    by_hand = [words for _, words in shown.commands("pip install|python train", ["README.md"])][:2]
+    dockerfile = (ROOT / "Dockerfile").read_text()
+    [installing] = re.findall(r"^RUN (.*)$", dockerfile, flags=re.MULTILINE)
+    [starting] = re.findall(r"^CMD (.*)$", dockerfile, flags=re.MULTILINE)
+    container = json.loads((ROOT / ".devcontainer" / "devcontainer.json").read_text())
+    assert [installing.replace("--no-cache-dir ", "").split(), json.loads(starting)] == by_hand
+    assert container["postCreateCommand"].split() == by_hand[0]
+    assert (ROOT / ".devcontainer" / container["build"]["dockerfile"]).resolve() == ROOT / "Dockerfile"
+    # The Python that the package is for.
+    [version] = re.findall(r"^FROM python:(\d+\.\d+)\.\d+-", dockerfile, flags=re.MULTILINE)
+    assert f">={version}" in (ROOT / "pyproject.toml").read_text()
+
+
+# What texts name besides the modules that there are: files of users and of other projects, placeholders.
+NOT_OURS = re.compile(r"(^|/)(FILE|NAME|(test_)?my_\w+|own|solution|add|convert_hf_to_gguf)\.py$")
+# Texts that name it are being written anew. Take it out with the last of them.
+PENDING = {"losses.py"}
+# Texts for people, and code with its comments.
+NAMING = re.compile(
+    r"(README|CONTRIBUTING|SECURITY)\.md|docs/.*\.md|config/.*\.yaml|benchmarks/.*\.(md|py)|tests/golden/README\.md"
+    r"|(preference_training|preference_collection|scripts)/.*\.py"
+)
+
+
+def test_texts_name_modules_that_there_are():
+    listed = subprocess.run(["git", "-C", ROOT, "ls-files"], capture_output=True, text=True, check=True).stdout.splitlines()
+    paths = [f"/{name}" for name in listed if name.endswith(".py")]
+    for name in filter(NAMING.fullmatch, listed):
+        for found in re.findall(r"(?<![\w./-])[\w./-]*\w\.py\b", (ROOT / name).read_text().replace("\\_", "_")):
+            there = any(path.endswith(f"/{found.removeprefix('./')}") for path in paths)
+            assert there or found in PENDING or NOT_OURS.search(found), f"{name}: {found}"
+
+
+# ---- a clean clone ----------------------------------------------------------------------------------------------------------
+
+INSTALLING = ("python3 -m venv", ". .venv/bin/activate", "pip install")
+# What needs weights or data of the hub is composed in test_house.py, and what is of a run of the reader's is understood above.
+NOT_HERE = ("model=pythia28", "Intel/orca_dpo_pairs", "_DATE")
+# Put behind what is shown.
+SHORTENED = {
+    "train.py": ("wandb.enabled=false", "n_examples=32", "n_eval_examples=16", "n_eval_model_samples=2"),
+    "scripts/evaluate.py": ("evaluation.n_prompts=4",),
+}
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory) -> Path:
+    """The tracked files, as they are here, in a folder of their own."""
+    folder = tmp_path_factory.mktemp("clone")
+    listed = subprocess.run(["git", "-C", ROOT, "ls-files", "-z"], capture_output=True, text=True, check=True).stdout
+    for name in listed.rstrip("\0").split("\0"):
+        if name.startswith(("tests/golden", "benchmarks/results", "docs/collect")) or not (ROOT / name).is_file():
+            continue
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes((ROOT / name).read_bytes())
+    return folder
+
+
+def only_there(here: Path) -> None:
+    """In a new process: forget the modules of this checkout, so that a clone's are imported."""
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None) or ""
+        if file.startswith(f"{here}/") and "site-packages" not in file:
+            del sys.modules[name]
+    # As where the clone is installed.
+    sys.path[:] = [str(Path.cwd()), *(path for path in sys.path if path not in ("", str(here)))]
+
+
+def follow(words: list[str], clone: Path) -> str:
+    """Run one command of a page in the clone; what it printed."""
+    line = " ".join(words)
+    if line.startswith(INSTALLING) or any(text in line for text in NOT_HERE):
+        return ""
+    assert words[0] == "python"
+    if words[1] == "-m":
+        (clone / "module.py").write_text(f"import runpy\nrunpy.run_module({words[2]!r}, run_name='__main__')\n")
+        words = ["python", "module.py", *words[3:]]
+    arguments = [word for word in words[1:] if word != "-u"]
+    command = [clone / arguments[0], *arguments[1:], *SHORTENED.get(arguments[0], ())]
+    done = forked.run(command, clone, first=partial(only_there, ROOT))
+    assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    return done.stdout
+
+
+def follow_page(page: str, clone: Path) -> dict[str, str]:
+    """Do what a page says from its beginning to its end; what each command printed."""
+    printed = {}
+    for number, block in enumerate(shown.blocks(page)):
+        if block.title:
+            (clone / block.title).write_text(block.text)
+        elif block.language == "python":
+            (clone / f"block_{number}.py").write_text(block.text)
+            printed[f"block {number}"] = follow(["python", f"block_{number}.py"], clone)
+        for words in block.commands:
+            printed[" ".join(words)] = follow(words, clone)
+    return printed
+
+
+def test_what_is_followed_is_the_clones_own_code(clone):
+    (clone / "where.py").write_text(
+        "import preference_training, train, utils\nprint(preference_training.__file__, train.__file__, utils.__file__)\n"
+    )
+    assert follow(["python", "where.py"], clone).split() == [
+        f"{clone}/{name}.py" for name in ("preference_training/__init__", "train", "utils")
+    ]
+
+
+def test_quick_start_can_be_followed(clone):
+    printed = follow_page("docs/quick-start.md", clone)
+    preferred = next(text for line, text in printed.items() if "loss=dpo" in line)
+    assert "0.693" in preferred and f"run directory: {clone}" in preferred
+    assert (clone / "runs" / "first_dpo" / "report.html").is_file()
+    assert any("win rate against reference under toy" in text for text in printed.values())
+
+
+@pytest.mark.long
+def test_your_own_data_can_be_followed(clone):
+    printed = follow_page("docs/your-own-data.md", clone)
+    looked = next(text for line, text in printed.items() if "dry_run=true" in line)
+    assert "my_preferences.jsonl: 5 rows read" in looked
+    filtered = next(text for line, text in printed.items() if "my_answers.csv" in line)
+    assert "my_answers.csv: 3 rows read" in filtered
+    assert (clone / "runs" / "names_dpo" / "LATEST").is_dir() and (clone / "runs" / "colors" / "LATEST").is_dir()
+
+
+@pytest.mark.long
+def test_your_own_loss_can_be_followed(clone):
+    printed = follow_page("docs/your-own-loss.md", clone)
+    assert "2 passed" in next(text for line, text in printed.items() if "pytest" in line)
+    assert OmegaConf.load(clone / "runs" / "capped" / "config.yaml").loss.options.cap == 10
+    [loss] = [block for block in shown.blocks("docs/your-own-loss.md") if block.title == "my_losses.py"]
+    assert len(loss.text.splitlines()) <= 20
+
+
+# ---- keys -------------------------------------------------------------------------------------------------------------------
+
+
+def is_known(text: str) -> bool:
+    """Whether `key` or `key=value` is one of ours."""
+    key, _, value = text.lstrip("+").partition("=")
+    if key in GROUPS and value:
+        return value == "NAME" or value in choices_of(key)
+    if text.startswith("+"):
+        return (CONFIG_DIR / key / f"{value}.yaml").is_file()
+    return key in known_keys() or in_open_section(key) or key == "hydra/sweeper"
+
+
+# Short for a key, as the page says.
+SHORT_FOR_A_KEY = ("t=8",)
+
+
+# The reference is made of the files; what other programs call their keys is in a test of its own.
+@pytest.mark.parametrize("page", [page for page in DOCS if page not in ("docs/key-reference.md", "docs/coming-from.md")])
+def test_keys_that_a_page_sets_are_there(page):
+    text = re.sub(r"```.*?```", "", shown.PAGES[page], flags=re.DOTALL)
+    for setting in re.findall(r"`(\+?[a-z][\w.]*=[^`\s]+)`", text):
+        assert is_known(setting) or setting in SHORT_FOR_A_KEY, f"{page}: {setting}"
+
+
+def test_what_the_tables_of_other_programs_name_as_ours_is_there():
+    rows = re.findall(r"^\|([^|]*)\|([^|]*)\|([^|]*)\|$", shown.PAGES["docs/coming-from.md"], flags=re.MULTILINE)
+    rows = [row for row in rows if "---" not in row[0] and row[0].strip() != "there"]
+    assert len(rows) > 100
+    for there, here, remark in rows:
+        for text in [*re.findall(r"`([^`]+)`", here), *re.findall(r"`(\+?[a-z][\w.]*=[^`\s]+)`", remark)]:
+            assert is_known(text), f"{there.strip()}: {text}"
+
+
+def test_the_reference_of_keys_is_what_the_files_say():
+    script = loaded("scripts/key_reference.py")
+    assert script.PAGE.read_text() == script.page(), "run python scripts/key_reference.py"
+    for key in known_keys() - {*GROUPS}:
+        assert f"\n| `{key}` |" in script.page(), key
+
+
+def test_the_picture_is_what_its_script_draws():
+    script = loaded("scripts/one_idea.py")
+    assert script.PICTURE.read_text() == script.picture(), "run python scripts/one_idea.py"
+    # 6 rows of the prompt and the longest response; the prompt and all three.
+    assert f"{6 * (11 + 9)} tokens" in script.picture() and f"{11 + 6 + 9 + 4} tokens" in script.picture()
+
+
+def test_the_picture_of_the_layers_shows_the_imports_that_there_are_and_none_that_leads_down():
+    script = loaded("scripts/layers_picture.py")
+    assert script.PICTURE.read_text() == script.picture(), "run python scripts/layers_picture.py"
+    names = script.layers()
+    assert {path.parent.name for path in script.PACKAGE.glob("*/__init__.py")} == set(names)
+    found = re.findall(r"<title>(\w+) imports (\w+)</title>", script.picture())
+    assert ("losses", "core") in found and all(names.index(other) < names.index(name) for name, other in found)
+
+
+def test_the_page_of_intervals_is_what_its_script_finds():
+    """All of it takes minutes: here are all shares up to 64, and of each kind that is simulated a cell."""
+    script = loaded("scripts/interval_coverage.py")
+    page = script.PAGE.read_text()
+    assert page.startswith(script.HEAD.format(rounds=script.ROUNDS))
+
+    def row(title: str, name: str) -> list[str]:
+        lines = page.split(f"| {title} |")[1].split("\n\n")[0].splitlines()
+        return next(line for line in lines if line.startswith(f"| {name} |")).strip("| ").split(" | ")[1:]
+
+    small = [n for n in script.SHARE_SIZES if n <= 64]
+    for name, method in script.SHARE_METHODS.items():
+        found = [script.percent(script.coverage(method(n)).min()) for n in small]
+        assert row("interval of n independent examples", name)[: len(small)] == found, name
+    assert row("ties", "20%")[0] == script.percent(script.least_with_ties(8, 0.2))
+    assert row("true share", "0.5")[1] == script.percent(script.of_alike(10, 0.5))
+    assert row("true correlation", "0.6")[1] == script.percent(script.of_correlations(0.6, 10))
+    ours = next(iter(script.MEAN_METHODS))
+    for title, shape in script.shapes().items():
+        assert row(title, ours)[2] == script.percent(script.of_means(shape, 10, script.MEAN_METHODS[ours])), title
+
+
+def test_a_units_sentence_becomes_a_cell_and_lines_that_are_set_in_stay_lines():
+    script = loaded("scripts/key_reference.py")
+    assert script.explained(("How long a | b.", "Unit: seconds.")) == (" How long a \\| b.", "seconds")
+    assert script.explained(("One of", "  one    the first", "and so on")) == (" One of<br>one: the first<br>and so on", "")
+
+
+# ---- numbers ----------------------------------------------------------------------------------------------------------------
+
+
+def numbers_of(page: str, header: str) -> list[list[float]]:
+    """The numbers of a table's rows, without cells of words."""
+    rows = shown.PAGES[page].split(f"| {header}")[1].split("\n\n")[0].splitlines()[2:]
+    return [[float(cell) for cell in row.strip("|").split("|") if re.fullmatch(r"\s*[\d.]+\s*", cell)] for row in rows]
+
+
+def test_the_margins_of_the_table_of_beta_are_those_of_the_formula():
+    for beta, half, tenth in numbers_of("docs/choosing-beta.md", "`loss.beta` |"):
+        # beta sigmoid(-beta m) against beta / 2: a half of it where sigmoid is 1/4, a tenth where it is 1/20.
+        assert half == pytest.approx(math.log(3) / beta, rel=0.02)
+        assert tenth == pytest.approx(math.log(19) / beta, rel=0.02)
+
+
+def test_the_table_of_the_scaling_factor_is_that_of_the_formula():
+    for deviation, *moved in numbers_of("docs/choosing-beta.md", "`gap_std`"):
+        assert moved == pytest.approx([0.6 * deviation / math.sqrt(n) for n in (4, 16, 64)], abs=0.006)
+
+
+# ---- links and the site -----------------------------------------------------------------------------------------------------
+
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+
+
+def anchors(text: str) -> set[str]:
+    """The anchors of a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+OTHER_PAGES = ("CONTRIBUTING.md", "SECURITY.md", "benchmarks/README.md", "tests/golden/README.md")
+
+
+@pytest.mark.parametrize("page", [*shown.PAGES, *OTHER_PAGES])
+def test_every_link_leads_somewhere(page):
+    text = re.sub(r"```.*?```", "", (ROOT / page).read_text(), flags=re.DOTALL)
+    for target in LINK.findall(re.sub(r"`[^`]*`", "", text)):
+        if target.startswith("http"):
+            assert re.fullmatch(r"https://[\w.-]+\.\w+(/[\w./#?=%-]*)?", target), f"{page}: {target}"
+            continue
+        path, _, anchor = target.partition("#")
+        file = ROOT / page if not path else (ROOT / page).parent / path
+        assert file.is_file(), f"{page}: {target}"
+        assert not anchor or anchor in anchors(file.read_text()), f"{page}: {target}"
+        assert page not in DOCS or file.is_relative_to(ROOT / "docs"), f"{page}: {target} is not on the site"
+
+
+def test_the_site_is_built_without_a_warning_and_asks_no_other_host_for_anything(tmp_path):
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    pages = {path.stem: path.read_text() for path in tmp_path.glob("*.html")}
+    assert {Path(page).stem for page in DOCS} <= pages.keys()
+    for name, html in pages.items():
+        fetched = re.findall(r'<(?:script|img|iframe|source)[^>]* src="?([^" >]+)|<link[^>]* href="?([^" >]+)', html)
+        assert not [each for both in fetched for each in both if each.startswith(("http", "//"))], name
+    styles = "".join(path.read_text() for path in tmp_path.rglob("*.css"))
+    assert not re.search(r"(@import|url\()[\"' ]*(https?:)?//", styles)

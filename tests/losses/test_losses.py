@@ -1,0 +1,550 @@
+"""The objectives against golden numbers, numbers derived in view, and what must hold of any loss."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+
+from preference_training.core.errors import UserError
+from preference_training.core.metric_names import LOSS_AT_BETA_USED
+from preference_training.losses.beta_dpo import (
+    GapStatistics,
+    adapted_beta,
+    draw_without_replacement,
+    log_sampling_weights,
+    number_kept,
+)
+from preference_training.losses.formulas import (
+    bco_loss,
+    dpo_loss,
+    dpop_loss,
+    gap,
+    hinge_loss,
+    ipo_loss,
+    log_odds,
+    orpo_loss,
+    robust_dpo_loss,
+    rpo_loss,
+    simpo_loss,
+)
+from preference_training.losses.objectives import (
+    LOSSES,
+    BetaDPOLoss,
+    HingeLoss,
+    Loss,
+    PairSelection,
+    ReferenceUpdate,
+    RewardShift,
+    build_loss,
+    example_metrics,
+)
+from tests.support.files import CONFIG_DIR
+
+LOGPS = ("policy_chosen", "policy_rejected", "reference_chosen", "reference_rejected")
+
+
+def vectors(case: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Policy and reference log-probs [2P], chosen before rejected, and the pairs [P, 2]."""
+    values = [torch.tensor(case[name], dtype=torch.float64) for name in LOGPS]
+    count = len(values[0])
+    pairs = torch.stack([torch.arange(count), torch.arange(count) + count], dim=1)
+    return torch.cat(values[:2]), torch.cat(values[2:]), pairs
+
+
+def test_losses_and_rewards_equal_the_golden_ones_to_1e_minus_12(golden):
+    for case in golden("losses.json"):
+        policy, reference, pairs = vectors(case)
+        options = {key: case[key] for key in ("label_smoothing", "reference_free") if case.get(key) is not None}
+        output = build_loss(case["loss"], beta=case["beta"], **options)(policy, reference, pairs, torch.ones(len(policy)))
+        for name, found in [
+            ("losses", output.losses),
+            ("chosen_rewards", output.chosen_rewards),
+            ("rejected_rewards", output.rejected_rewards),
+        ]:
+            torch.testing.assert_close(found, torch.tensor(case["expect"][name], dtype=torch.float64), rtol=1e-12, atol=1e-12)
+
+
+def test_beta_dpo_weights_beta_and_losses_equal_the_golden_ones_to_1e_minus_12(golden):
+    for case in golden("beta_dpo.json"):
+        policy, reference, pairs = vectors(case)
+        expect, kept = case["expect"], torch.tensor(case["kept_rows"])
+        gaps = gap(policy - reference, pairs)
+        weights = log_sampling_weights(gaps, case["gap_mean"], case["gap_std"]).exp()
+        torch.testing.assert_close(weights, torch.tensor(expect["sampling_weights"], dtype=torch.float64), rtol=1e-12, atol=0)
+        assert number_kept(len(gaps), case["mode_weight"]) == expect["num_kept"]
+        beta = adapted_beta(case["beta"], case["a"], gaps[kept].mean(), case["gap_mean"])
+        assert beta.item() == pytest.approx(expect["beta_used"], rel=1e-12)
+        losses = dpo_loss(gap(policy, pairs), gap(reference, pairs), beta)
+        torch.testing.assert_close(losses, torch.tensor(expect["losses"], dtype=torch.float64), rtol=1e-12, atol=1e-12)
+        assert losses[kept].mean().item() == pytest.approx(expect["loss"], rel=1e-12)
+
+
+def test_the_running_statistics_follow_the_golden_moving_average(golden):
+    for step in golden("beta_dpo_moving_average.json"):
+        statistics = GapStatistics(*step["before"])
+        statistics.update(torch.tensor(step["gaps"], dtype=torch.float64))
+        assert [statistics.mean, statistics.deviation] == pytest.approx(step["after"], rel=1e-12)
+
+
+def test_dpo_at_equal_policy_and_reference_is_ln_2_whatever_beta():
+    gaps = torch.tensor([3.0, -7.0], dtype=torch.float64)
+    for beta in (0.05, 0.5):
+        torch.testing.assert_close(dpo_loss(gaps, gaps, beta), torch.full((2,), math.log(2), dtype=torch.float64))
+
+
+def test_conservative_dpo_is_smallest_at_the_log_odds_of_a_right_label():
+    # d/dx of -(1-e) log s(x) - e log s(-x) is s(x) - (1-e): zero where the margin x is log((1-e)/e).
+    best = torch.tensor([math.log(0.9 / 0.1)], requires_grad=True)
+    dpo_loss(best, torch.zeros(1), beta=1.0, label_smoothing=0.1).sum().backward()
+    assert best.grad.item() == pytest.approx(0, abs=1e-6)
+
+
+def test_ipo_is_zero_where_the_margin_is_one_over_two_beta():
+    assert ipo_loss(torch.tensor([6.0]), torch.tensor([1.0]), beta=0.1).item() == 0
+
+
+def test_length_normalised_ipo_divides_each_log_prob_by_its_response_length():
+    policy, reference = torch.tensor([-8.0, -9.0]), torch.tensor([-4.0, -3.0])
+    output = build_loss("ipo", beta=0.5, length_normalised=True)(
+        policy, reference, torch.tensor([[0, 1]]), torch.tensor([4, 3])
+    )
+    # chosen per token: -2 against -1; rejected: -3 against -1; margin (-2+1) - (-3+1) = 1; (1 - 1/(2*0.5))^2 = 0
+    assert output.losses.tolist() == [0]
+
+
+def test_sft_is_minus_the_log_prob_of_each_response():
+    output = build_loss("sft")(torch.tensor([-3.0, -5.0]), None, torch.empty(0, 2, dtype=torch.int64), torch.tensor([1, 2]))
+    assert output.losses.tolist() == [3, 5]
+
+
+def test_equal_rewards_count_as_half_accurate():
+    policy = torch.tensor([-3.0, -5.0])
+    pairs = torch.tensor([[0, 1]])
+    output = build_loss("dpo")(policy, policy, pairs, torch.ones(2))
+    assert example_metrics(output, policy, pairs, "eval")["rewards_eval/accuracies"].tolist() == [0.5]
+
+
+def test_an_unknown_loss_or_mode_is_a_value_error():
+    with pytest.raises(ValueError, match="dppo"):
+        build_loss("dppo")
+    with pytest.raises(ValueError, match="beta_dpoo"):
+        build_loss("dpo", mode_loss="beta_dpoo")
+
+
+# ---- beside TRL -----------------------------------------------------------------------------------------------------------
+
+
+def test_losses_gradients_and_rewards_are_those_of_trl(golden):
+    """The file says how it was made."""
+    numbers = golden("trl_losses.json")
+    names = "policy", "reference", "lengths"
+    all_policy, reference, lengths = (f64(*(value for pair in numbers["pairs"] for value in pair[name])) for name in names)
+    pairs = torch.arange(len(lengths)).view(-1, 2)
+    assert [case["keys"]["name"] for case in numbers["losses"]] == [
+        *("dpo", "ipo", "hinge", "robust", "rpo", "dpo_norm", "bco", "simpo", "orpo"),
+    ]
+    for case in numbers["losses"]:
+        policy = all_policy.clone().requires_grad_()
+        shift = None if case["reward_shift"] is None else RewardShift(case["reward_shift"])
+        output = build_loss(**case["keys"])(policy, reference, pairs, lengths, shift)
+        output.losses.sum().backward()
+        found = {"losses": output.losses, "gradients": policy.grad[pairs]}
+        found["rewards"] = torch.stack([output.chosen_rewards, output.rejected_rewards], dim=1)
+        for name, values in case["expect"].items():
+            within = {"rtol": case["tolerance"], "atol": case["tolerance"]}
+            torch.testing.assert_close(found[name].detach(), torch.tensor(values, dtype=torch.float64), **within)
+
+
+# ---- the formulas, by hand ------------------------------------------------------------------------------------------------
+
+
+def f64(*values: float) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def softplus(x: float) -> float:
+    """-log sigmoid(-x)."""
+    return math.log1p(math.exp(x))
+
+
+def test_the_hinge_is_one_at_no_margin_and_nothing_from_one_over_beta_on():
+    # 1 - 0.5 (margin): margins 0, 1, 2 = 1/beta, 3
+    assert hinge_loss(f64(0, 1, 2, 3), f64(0, 0, 0, 0), beta=0.5).tolist() == [1, 0.5, 0, 0]
+
+
+def test_robust_dpo_takes_the_wrong_labels_part_out_of_the_loss():
+    # beta times the margin is 1: right label log(1 + e^-1), wrong label log(1 + e); (0.8 right - 0.2 wrong) / 0.6
+    expected = (0.8 * softplus(-1) - 0.2 * softplus(1)) / 0.6
+    assert robust_dpo_loss(f64(3), f64(1), beta=0.5, label_smoothing=0.2).item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_rpo_adds_the_negative_log_likelihood_per_token():
+    policy, reference = f64(-6, -8), f64(-5, -5)
+    output = build_loss("rpo", beta=0.5, alpha=2.0)(policy, reference, torch.tensor([[0, 1]]), torch.tensor([3, 4]))
+    # margin (-6 + 5) - (-8 + 5) = 2, times 0.5: log(1 + e^-1); chosen per token -6 / 3 = -2, times -2: 4
+    assert output.losses.item() == pytest.approx(softplus(-1) + 4, rel=1e-12)
+    assert [output.chosen_rewards.item(), output.rejected_rewards.item()] == [-0.5, -1.5]
+
+
+def test_dpop_pays_only_for_a_chosen_response_that_has_become_less_likely():
+    # Chosen up by 1: DPO, margin 1 + 1. Chosen down by 1, rejected by 5: margin -1 + 5 - 3 * 1 = 1.
+    found = dpop_loss(f64(1, -1), f64(-1, -5), beta=0.5, penalty=3.0)
+    assert found.tolist() == pytest.approx([softplus(-1), softplus(-0.5)], rel=1e-12)
+
+
+def test_simpo_compares_log_probs_per_token_with_a_margin_to_reach():
+    policy = f64(-6, -9)
+    output = build_loss("simpo", beta=2.0, gamma=0.5)(policy, None, torch.tensor([[0, 1]]), torch.tensor([3, 3]))
+    # 2 (-2 + 3) - 0.5 = 1.5
+    assert output.losses.item() == pytest.approx(softplus(-1.5), rel=1e-12)
+    assert [output.chosen_rewards.item(), output.rejected_rewards.item()] == [-4, -6]
+
+
+def test_orpo_adds_the_odds_ratio_to_the_likelihood():
+    # Probabilities per token 1/2 and 1/5: odds 1 and 1/4, a ratio of 4; sigmoid(log 4) = 4/5.
+    policy = 2 * f64(0.5, 0.2).log()
+    output = build_loss("orpo", beta=0.1)(policy, None, torch.tensor([[0, 1]]), torch.tensor([2, 2]))
+    assert output.losses.item() == pytest.approx(math.log(2) - 0.1 * math.log(0.8), rel=1e-12)
+    assert output.chosen_rewards.item() == pytest.approx(0.1 * math.log(0.5))
+
+
+def test_bco_tells_good_from_bad_by_rewards_beyond_the_shift():
+    # Rewards 2 and -1 about a shift of 0.5: -log s(1.5) - log s(0.5 + 1)
+    assert bco_loss(f64(2), f64(-1), 0.5).item() == pytest.approx(2 * softplus(-1.5), rel=1e-12)
+
+
+def test_length_normalised_dpo_is_dpo_of_log_probs_per_token():
+    policy, reference = f64(-8, -9), f64(-4, -3)
+    output = build_loss("dpo_norm", beta=2.0)(policy, reference, torch.tensor([[0, 1]]), torch.tensor([4, 3]))
+    # chosen per token -2 against -1, rejected -3 against -1: ratios -1 and -2, a margin of 1, times 2
+    assert output.losses.item() == pytest.approx(softplus(-2), rel=1e-12)
+    assert [output.chosen_rewards.item(), output.rejected_rewards.item()] == [-2, -4]
+
+
+def test_tr_dpo_is_dpo_with_a_reference_that_moves():
+    policy, reference, pairs = random_pairs(4)
+    loss = build_loss("tr_dpo", beta=0.3, reference_update_every=8, reference_update_share=0.5)
+    expected = build_loss("dpo", beta=0.3)(policy, reference, pairs, torch.ones(8))
+    assert torch.equal(loss(policy, reference, pairs, torch.ones(8)).losses, expected.losses)
+    assert loss.reference_update == ReferenceUpdate(8, 0.5) and build_loss("dpo").reference_update is None
+
+
+# ---- what must hold of them -----------------------------------------------------------------------------------------------
+
+LOGPS_OF_A_PAIR = st.tuples(*[st.floats(-60, -0.1)] * 4)
+
+
+def default(name: str) -> Loss:
+    """A loss with the defaults of its file."""
+    return build_loss(**OmegaConf.load(CONFIG_DIR / "loss" / f"{name}.yaml"))
+
+
+@given(logps=LOGPS_OF_A_PAIR, beta=st.floats(0.01, 2))
+def test_at_their_neutral_settings_they_are_dpo(logps, beta):
+    chosen, rejected, *reference = (f64(value) for value in logps)
+    gaps = chosen - rejected, reference[0] - reference[1]
+    expected = dpo_loss(*gaps, beta)
+    ratios = chosen - reference[0], rejected - reference[1]
+    for found in (
+        robust_dpo_loss(*gaps, beta, 0.0),
+        rpo_loss(*gaps, chosen, beta, 0.0),
+        dpop_loss(*ratios, beta, 0.0),
+    ):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    # Without a reference and a margin SimPO is DPO against a reference that likes all equally.
+    torch.testing.assert_close(simpo_loss(chosen, rejected, beta, 0.0), dpo_loss(gaps[0], f64(0), beta))
+
+
+@pytest.mark.parametrize("name", sorted(LOSSES.keys() - {"sft", "ipo", "own"}))
+@given(logps=LOGPS_OF_A_PAIR, lengths=st.tuples(st.integers(1, 50), st.integers(1, 50)))
+def test_no_gradient_makes_a_chosen_response_less_likely_or_a_rejected_one_more(name, logps, lengths):
+    policy, reference = f64(*logps[:2]).requires_grad_(), f64(*logps[2:])
+    output = default(name)(policy, reference, torch.tensor([[0, 1]]), torch.tensor(lengths))
+    output.losses.sum().backward()
+    assert output.losses.isfinite().all() and policy.grad.isfinite().all()
+    assert policy.grad[0] <= 0 <= policy.grad[1]
+
+
+@given(share=st.floats(0, 0.49), gaps=st.lists(st.floats(-30, 30), min_size=1, max_size=5))
+def test_robust_dpo_over_labels_wrong_as_often_as_it_thinks_is_dpo_of_the_right_ones(share, gaps):
+    gaps, none = f64(*gaps), torch.zeros(len(gaps), dtype=torch.float64)
+    right, wrong = (robust_dpo_loss(sign * gaps, none, 0.5, share) for sign in (1, -1))
+    torch.testing.assert_close((1 - share) * right + share * wrong, dpo_loss(gaps, none, 0.5), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_odds_are_right_from_impossible_to_certain(dtype):
+    logps = torch.tensor([-200.0, math.log(0.25), -1e-3, 0.0], dtype=dtype, requires_grad=True)
+    found = log_odds(logps)
+    # p / (1 - p): next to nothing, 1/3, about 1000, and at 1 the largest that the format tells from it
+    eps = torch.finfo(dtype).eps
+    expected = [-200.0, math.log(1 / 3), -1e-3 - math.log(-math.expm1(-1e-3)), -math.log(eps)]
+    assert found.tolist() == pytest.approx(expected, rel=1e-5)
+    orpo_loss(logps, torch.full_like(logps, -1.0), 0.1).sum().backward()
+    assert logps.grad.isfinite().all()
+
+
+# ---- BCO's reward shift -----------------------------------------------------------------------------------------------------
+
+
+def test_bco_shifts_rewards_by_the_running_mean_of_all_of_them():
+    loss = build_loss("bco", beta=0.5)
+    # Mean log ratio (2 + 0 + 4 - 2) / 4 = 1, times 0.5
+    assert loss.survey(torch.tensor([[2.0, 0.0], [4.0, -2.0]])) == RewardShift(0.5)
+    # 0.9 * 0.5 + 0.1 * 0.5 * 3
+    assert loss.survey(torch.tensor([[3.0, 3.0]])).value == pytest.approx(0.6)
+    other = build_loss("bco", beta=0.5)
+    other.load_state_dict(loss.state_dict())
+    assert other.survey(torch.tensor([[1.0, 3.0]])) == loss.survey(torch.tensor([[1.0, 3.0]]))
+
+
+def test_bco_evaluates_with_the_shift_of_training_and_leaves_it_as_it_is():
+    policy, reference, pairs = random_pairs(8)
+    loss = build_loss("bco", beta=0.5)
+    untrained = loss(policy, reference, pairs, torch.ones(16))
+    assert untrained.statistics["bco/reward_shift"] == pytest.approx(0.5 * (policy - reference).mean().item())
+    loss.survey(torch.tensor([[1.0, 3.0]]))
+    output = loss(policy, reference, pairs, torch.ones(16))
+    assert output.statistics == {"bco/reward_shift": 1.0} and loss.state_dict() == {"shift": 1.0}
+    rewards = 0.5 * (policy - reference)[pairs]
+    torch.testing.assert_close(output.losses, bco_loss(rewards[:, 0], rewards[:, 1], 1.0))
+
+
+# ---- beta-DPO -----------------------------------------------------------------------------------------------------------
+
+
+def survey(loss: Loss, gaps: torch.Tensor) -> PairSelection:
+    """A loss's survey of a micro-batch with these gaps."""
+    return loss.survey(torch.stack([gaps, torch.zeros_like(gaps)], dim=1))
+
+
+def beta_dpo(ratio: float = 0.2, seed: int = 0) -> BetaDPOLoss:
+    return build_loss("dpo", beta=0.1, mode_loss="beta_DPO", mode_weight=ratio, a=0.6, seed=seed)
+
+
+def random_pairs(count: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    pairs = torch.arange(2 * count).view(count, 2)
+    return torch.randn(2 * count, generator=draw) * 5, torch.randn(2 * count, generator=draw) * 5, pairs
+
+
+def test_the_first_training_batch_starts_the_statistics_as_they_are():
+    loss = beta_dpo()
+    survey(loss, torch.tensor([1.0, 2.0, 6.0]))
+    # mean 3; deviations -2, -1, 3: variance 14 / 2
+    assert (loss.statistics.mean, loss.statistics.deviation) == (3.0, pytest.approx(math.sqrt(7)))
+
+
+def test_the_loss_of_a_batch_is_the_mean_over_the_kept_pairs_at_the_adapted_beta():
+    loss = beta_dpo(ratio=0.5)
+    policy, reference, pairs = random_pairs(8)
+    selection = loss.survey((policy - reference)[pairs])
+    output = loss(policy, reference, pairs, torch.ones(16), selection)
+    kept = selection.weights > 0
+    assert kept.sum() == 4
+    expected = dpo_loss(gap(policy, pairs), gap(reference, pairs), selection.beta)[kept].mean()
+    torch.testing.assert_close(output.losses.mean(), expected)
+    assert output.statistics["beta_DPO/kept_fraction"] == 0.5
+
+
+def test_evaluation_filters_nothing_and_leaves_the_statistics_as_they_are():
+    loss = beta_dpo()
+    survey(loss, torch.tensor([1.0, 2.0, 6.0]))
+    before = (loss.statistics.mean, loss.statistics.deviation, loss.generator.get_state())
+    policy, reference, pairs = random_pairs(8)
+    output = loss(policy, reference, pairs, torch.ones(16))
+    # Its loss is DPO's, so that runs compare, whatever their scaling factor and however far they are.
+    torch.testing.assert_close(output.losses, build_loss("dpo", beta=0.1)(policy, reference, pairs, torch.ones(16)).losses)
+    # The loss at the beta that training would take stands beside it.
+    beta = adapted_beta(0.1, 0.6, gap(policy - reference, pairs).mean(), 3.0)
+    adapted = dpo_loss(gap(policy, pairs), gap(reference, pairs), beta).mean()
+    torch.testing.assert_close(output.statistics[LOSS_AT_BETA_USED], adapted)
+    assert output.statistics["beta_DPO/beta_used"] == beta and adapted != output.losses.mean()
+    assert (loss.statistics.mean, loss.statistics.deviation) == before[:2]
+    assert torch.equal(loss.generator.get_state(), before[2])
+
+
+@pytest.mark.parametrize("seen", [[], [[5.0, 0.0]], [[-9.0, 0.0], [2.0, 0.0]]])
+@pytest.mark.parametrize("scaling", [0.0, 0.6, 2.0])
+def test_a_held_out_loss_of_beta_dpo_does_not_depend_on_what_training_has_seen_nor_on_its_scaling_factor(seen, scaling):
+    loss = build_loss("dpo", beta=0.5, mode_loss="beta_DPO", mode_weight=0.2, a=scaling)
+    for micro_batch in seen:
+        loss.survey(torch.tensor([micro_batch]))
+    # A margin of 3 nats at beta 0.5.
+    output = loss(f64(-4, -9), f64(-3, -5), torch.tensor([[0, 1]]), torch.tensor([2, 3]))
+    assert output.losses.item() == pytest.approx(softplus(-1.5), rel=1e-12)
+
+
+def test_losses_whose_evaluations_depend_on_the_run_say_so():
+    says = {name for name in LOSSES.keys() - {"own"} if default(name).evaluation_depends_on}
+    assert says == {"tr_dpo", "bco"}
+    # What a loss does not say must hold: what training has seen leaves an evaluation's losses as they are.
+    policy, reference, pairs = random_pairs(4)
+    for name in LOSSES.keys() - says - {"own", "sft"}:
+        loss = default(name)
+        before = loss(policy, reference, pairs, torch.ones(8)).losses
+        loss.survey(torch.tensor([[5.0, -3.0], [4.0, 1.0]]))
+        assert torch.equal(loss(policy, reference, pairs, torch.ones(8)).losses, before), name
+
+
+def test_equal_policy_and_reference_are_survived_and_give_the_base_beta():
+    selection = survey(beta_dpo(), torch.zeros(10))
+    assert selection.beta.item() == pytest.approx(0.1)
+    assert (selection.weights > 0).sum() == 8
+
+
+def test_a_single_pair_is_kept_and_leaves_the_deviation_unset():
+    loss = beta_dpo()
+    selection = survey(loss, torch.tensor([2.0]))
+    assert selection.weights.tolist() == [1.0]
+    assert loss.statistics.deviation is None
+
+
+def test_beta_never_falls_below_its_floor():
+    assert adapted_beta(0.1, 0.6, torch.tensor(-100.0), 0.0).item() == pytest.approx(1e-3)
+
+
+def test_the_draw_is_the_same_for_the_same_seed_and_another_for_another():
+    gaps = torch.randn(64, generator=torch.Generator().manual_seed(1))
+    drawn = [survey(beta_dpo(0.5, seed), gaps).weights.tolist() for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_the_draw_follows_its_weights():
+    # Of weights 3 : 1, one draw takes the first with probability 3/4; 4,000 draws have a deviation of 0.7%.
+    generator = torch.Generator().manual_seed(0)
+    log_weights = torch.tensor([math.log(3.0), 0.0])
+    first = sum(draw_without_replacement(log_weights, 1, generator).item() == 0 for _ in range(4000))
+    assert first / 4000 == pytest.approx(0.75, abs=0.03)
+
+
+@given(
+    gaps=st.lists(st.floats(-1e4, 1e4, width=32), min_size=1, max_size=40),
+    ratio=st.floats(0, 0.99),
+    batches=st.integers(1, 3),
+)
+def test_any_gaps_give_a_finite_beta_and_the_asked_number_of_pairs(gaps, ratio, batches):
+    loss = beta_dpo(ratio)
+    for _ in range(batches):
+        selection = survey(loss, torch.tensor(gaps))
+        assert math.isfinite(selection.beta) and selection.beta >= 0.99e-3
+        assert (selection.weights > 0).sum() == max(1, int(len(gaps) * (1 - ratio)))
+        assert selection.weights.mean().item() == pytest.approx(1, rel=1e-5)
+
+
+# ---- of the user's own ----------------------------------------------------------------------------------------------------
+
+OWN = """
+from dataclasses import dataclass
+
+import torch
+
+from preference_training.losses.formulas import gap, sides
+from preference_training.losses.objectives import HingeLoss, Loss, LossOutput, ReferenceUpdate
+
+
+@dataclass
+class Scaled(Loss):
+    scale: float
+    beta: float = 0.5
+    seed: int = 1
+
+    def __post_init__(self):
+        if self.scale == 0:
+            raise ValueError("a scale of 0 teaches nothing")
+
+    def __call__(self, policy, reference, pairs, lengths, survey=None):
+        rewards = sides(self.beta * (policy - reference).detach(), pairs)
+        return LossOutput(-self.scale * gap(policy - reference, pairs), *rewards)
+
+
+class Likelihood(Loss):
+    paired, needs_reference = False, False
+
+    def __call__(self, policy, reference, pairs, lengths, survey=None):
+        return LossOutput(-policy / lengths)
+
+
+class Moving(HingeLoss):
+    reference_update = ReferenceUpdate(1, 0.5)
+
+
+class Summed(HingeLoss):
+    def __call__(self, *given):
+        return LossOutput(super().__call__(*given).losses.sum())
+
+
+class Numbers(HingeLoss):
+    def __call__(self, *given):
+        return super().__call__(*given).losses
+
+
+class WithoutRewards(HingeLoss):
+    def __call__(self, *given):
+        return LossOutput(super().__call__(*given).losses)
+
+
+def hinge(beta):
+    return HingeLoss(beta)
+
+
+def any_options(**options):
+    return HingeLoss(sum(options.values()))
+
+
+def nothing():
+    return None
+"""
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    """`own(NAME, option=value)` is the loss that NAME of a user's file makes."""
+    file = tmp_path_factory.mktemp("own") / "losses.py"
+    file.write_text(OWN)
+    return lambda name, seed=7, **options: build_loss("own", seed, function=f"{file}:{name}", options=options)
+
+
+def test_a_loss_of_a_users_file_is_used_as_any_other(own):
+    policy, reference = f64(-3.0, -5.0), f64(-4.0, -4.0)
+    output = own("Scaled", scale=2.0)(policy, reference, torch.tensor([[0, 1]]), torch.tensor([1, 1]))
+    # Minus twice the margin of 1 - (-1) nats; rewards are half the ratios.
+    assert output.losses.tolist() == [-4.0]
+    assert (output.chosen_rewards.tolist(), output.rejected_rewards.tolist()) == ([0.5], [-0.5])
+    assert own("hinge", beta=0.25) == HingeLoss(0.25)
+    assert own("any_options", x=0.5, y=0.25) == HingeLoss(0.75)
+    assert not own("Likelihood").paired
+
+
+def test_a_loss_of_ones_own_is_given_the_runs_seed_where_it_asks_for_one(own):
+    assert own("Scaled", scale=1.0).seed == 7
+    assert own("Scaled", scale=1.0, seed=3).seed == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "told"),
+    [
+        ("Scalled", {}, r"loss\.function: .*losses\.py has no 'Scalled'; did you mean Scaled\?"),
+        ("Scaled", {"scael": 1}, r"loss\.options\.scael: Scaled has no such option; did you mean scale\?"),
+        ("Scaled", {}, r"loss\.options\.scale: not given, and Scaled has no default for it\."),
+        ("Scaled", {"scale": 0}, r"loss\.options: Scaled refuses them: a scale of 0 teaches nothing"),
+        ("nothing", {}, r"makes NoneType\. Expected a Loss"),
+        ("torch", {}, r"loss\.function: .*'torch' cannot be called\. Expected a class or a function"),
+        ("Moving", {"beta": 1}, r"moves the reference, which only loss=tr_dpo can"),
+        ("Numbers", {"beta": 1}, r"gives Tensor when it is called, not a LossOutput"),
+        ("Summed", {"beta": 1}, r"gives losses of shape \[\] for 2 pairs, expected one with gradient for each"),
+        ("WithoutRewards", {"beta": 1}, r"gives no chosen_rewards and rejected_rewards with one value a pair"),
+    ],
+)
+def test_what_is_no_loss_or_is_given_what_it_does_not_take_is_refused_before_any_data(own, name, options, told):
+    with pytest.raises(UserError, match=told):
+        own(name, **options)
+
+
+def test_a_bug_in_a_users_file_keeps_its_traceback(tmp_path):
+    (tmp_path / "own.py").write_text("1 / 0")
+    with pytest.raises(ZeroDivisionError):
+        build_loss("own", function=f"{tmp_path}/own.py:x", options={})

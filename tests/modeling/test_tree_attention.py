@@ -1,0 +1,313 @@
+"""Computing a prompt once for all its responses changes no number: values and gradients against padded rows, on every
+architecture that can take part; and those that cannot say so and are computed correctly all the same."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from preference_training.batching.batches import TokenBudget, examples_of, pack_examples, packs_of
+from preference_training.batching.trees import Tree, TreeLayout
+from preference_training.core.errors import UserError
+from preference_training.data.tokenization import TokenizedPrompt
+from preference_training.losses.objectives import build_loss
+from preference_training.modeling import logprobs
+from preference_training.modeling.logprobs import ScoringHead, padded_logps, response_logps, tree_logps
+from preference_training.modeling.prefix_sharing.sharing import share_prefixes
+from preference_training.modeling.prefix_sharing.tree_attention import (
+    RESPONSE_TREES,
+    _attention_by_branches,
+    _flex_attention,
+    causal_mask,
+    register_tree_attention,
+)
+from tests.support.files import GOLDEN
+
+# Wide enough for rotary embeddings, small enough for hundreds of forwards; texts are longer than the windows.
+SIZES = {
+    "vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 600, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+GPT2_LIKE = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 600}
+WINDOWED = {"head_dim": 8, "sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}
+ARCHITECTURES = {
+    "gpt2": GPT2_LIKE, "gpt_neox": {}, "llama": {}, "mistral": {"sliding_window": 5}, "qwen2": {}, "qwen3": {"head_dim": 8},
+    "gemma2": WINDOWED, "gemma3_text": WINDOWED, "phi3": {}, "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32}, "olmo2": {},
+    "smollm3": {},
+}  # fmt: skip
+OUTSIDERS = {
+    "bloom": {"n_layer": 2, "n_head": 4}, "stablelm": {}, "gptj": {**GPT2_LIKE, "rotary_dim": 4}, "mamba": {"state_size": 4},
+}  # fmt: skip
+
+
+def make(model_type: str, **changes) -> nn.Module:
+    """A small model with weights large enough that attention matters."""
+    torch.manual_seed(0)
+    values = {**SIZES, **ARCHITECTURES.get(model_type, OUTSIDERS.get(model_type, {})), **changes}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **values), dtype=torch.float32).eval()
+    for weight in model.parameters():
+        if weight.dim() > 1:
+            nn.init.normal_(weight, std=0.08)
+    return model
+
+
+def prompts_of(shapes: list[tuple[int, tuple[int, ...]]]) -> list[TokenizedPrompt]:
+    """Random prompts of the given lengths with responses of the given lengths, the first of which wins every pair."""
+    draw = torch.Generator().manual_seed(1)
+    tokens = lambda count: torch.randint(3, 97, (count,), generator=draw).tolist()  # noqa: E731
+    return [
+        TokenizedPrompt(tokens(prompt), [tokens(length) for length in lengths], [(0, k) for k in range(1, len(lengths))])
+        for prompt, lengths in shapes
+    ]
+
+
+SHAPES = [(7, (9, 1, 12)), (1, (3, 4)), (20, (6, 31, 2, 2, 9))]
+
+
+def gradients(compute, model, batch) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Log-probs and the gradient of a weighted sum of them in every weight."""
+    logps = compute(model, batch)
+    weights = torch.linspace(-1, 2, len(logps))
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    return logps.detach(), torch.autograd.grad((logps * weights).sum(), trained, allow_unused=True)
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_trees_equal_padded_rows_in_values_and_gradients(model_type):
+    model = make(model_type)
+    batch = pack_examples(list(examples_of(prompts_of(SHAPES))))
+    expected, expected_gradients = gradients(padded_logps, model, batch)
+    assert share_prefixes(model, "on")
+    found, found_gradients = gradients(tree_logps, model, batch)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    for (name, _), one, other in zip(model.named_parameters(), found_gradients, expected_gradients, strict=True):
+        if one is not None:
+            assert (one - other).norm() <= 1e-5 * other.norm() + 1e-6, name
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "gemma2", "gpt2"])
+def test_log_probs_over_512_tokens_agree_to_1e_minus_4(model_type):
+    model = make(model_type)
+    batch = pack_examples(list(examples_of(prompts_of([(300, (212, 150)), (100, (412, 200))]))))
+    with torch.no_grad():
+        expected = padded_logps(model, batch)
+        share_prefixes(model, "on")
+        # Beside the 1e-4, one step to the neighbouring float32: the sums are up to 2,000 nats.
+        torch.testing.assert_close(tree_logps(model, batch), expected, rtol=1.2e-7, atol=1e-4)
+
+
+@pytest.mark.parametrize("model_type", OUTSIDERS)
+def test_a_model_that_cannot_share_prefixes_says_so_and_uses_padded_rows(model_type, capsys):
+    model = make(model_type)
+    batch = pack_examples(list(examples_of(prompts_of(SHAPES))))
+    with torch.no_grad():
+        expected = padded_logps(copy.deepcopy(model), batch)
+        assert not share_prefixes(model, "auto")
+        assert torch.equal(response_logps(model, batch), expected)
+        plain = [
+            model(torch.tensor([prompt.prompt_ids + response])).logits[0].log_softmax(-1)[len(prompt.prompt_ids) - 1 : -1]
+            .gather(1, torch.tensor(response)[:, None]).sum()
+            for prompt in prompts_of(SHAPES)
+            for response in prompt.responses
+        ]  # fmt: skip
+    torch.testing.assert_close(expected, torch.stack(plain), rtol=1e-5, atol=1e-4)
+    line = capsys.readouterr().out
+    assert line.startswith("prefix sharing: off, using padded rows: ") and line.count("\n") == 1
+    with pytest.raises(UserError, match=r"prefix_sharing: found on, but \w+ cannot: "):
+        share_prefixes(model, "on")
+
+
+def test_a_model_that_ignores_positions_fails_the_proof():
+    model = make("llama")
+    inner = model.model.rotary_emb.forward
+    # As if it counted packed tokens, whatever positions it is given.
+    model.model.rotary_emb.forward = lambda x, position_ids: inner(x, torch.arange(x.shape[1])[None].expand(x.shape[0], -1))
+    with pytest.raises(UserError, match="log-probs would be wrong by"):
+        share_prefixes(model, "on")
+
+
+def test_off_leaves_the_model_as_it_is():
+    model = make("llama")
+    assert not share_prefixes(model, "off")
+    assert model.config._attn_implementation == "sdpa" and type(model.get_output_embeddings()) is nn.Linear
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "gpt2"])
+def test_generation_and_plain_forwards_are_those_of_the_untouched_model(model_type):
+    untouched, model = make(model_type), make(model_type)
+    share_prefixes(model, "on")
+    ids = torch.tensor([[0, 0, 5, 6, 7], [8, 9, 10, 11, 12]])
+    arguments = {"input_ids": ids, "attention_mask": (ids > 0).long(), "max_new_tokens": 12, "do_sample": False}
+    assert torch.equal(model.generate(**arguments), untouched.generate(**arguments))
+    torch.testing.assert_close(model(ids).logits, untouched(ids).logits)
+
+
+# ---- any tree, any order, any cut -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def models():
+    """A padded and a sharing llama with a window, of the same weights."""
+    padded, sharing = make("mistral"), make("mistral")
+    share_prefixes(sharing, "on")
+    return padded, sharing
+
+
+shapes = st.lists(
+    st.tuples(st.integers(1, 12), st.lists(st.integers(1, 9), min_size=1, max_size=9).map(tuple)), min_size=1, max_size=4
+)
+
+
+budgets = st.builds(TokenBudget, limit=st.integers(1, 80), comfortable=st.integers(1, 80))
+
+
+@settings(max_examples=60, deadline=None)
+@given(shapes=shapes, data=st.data())
+def test_any_trees_in_any_order_cut_anyhow_have_the_log_probs_of_padded_rows(models, shapes, data):
+    padded, sharing = models
+    prompts = prompts_of(shapes)
+    rows = 0
+    for index, prompt in enumerate(prompts):
+        object.__setattr__(prompt, "first_row", rows)
+        rows += len(prompts[index].responses)
+    examples = data.draw(st.permutations(list(examples_of(prompts))))
+    with torch.no_grad():
+        expected = padded_logps(padded, pack_examples(list(examples_of(prompts))))
+        for batch in packs_of(examples, data.draw(budgets)):
+            torch.testing.assert_close(tree_logps(sharing, batch), expected[batch.response_rows], rtol=1e-4, atol=1e-4)
+
+
+@settings(max_examples=15, deadline=None)
+@given(shapes=shapes, budget=st.integers(1, 60))
+def test_the_gradient_of_a_loss_does_not_depend_on_the_cut(models, shapes, budget):
+    _, model = models
+    examples = [(prompt, pair) for prompt, pair in examples_of(prompts_of(shapes)) if pair]
+    if not examples:
+        return
+    loss = build_loss("dpo", beta=0.1)
+
+    def gradient(batches) -> torch.Tensor:
+        total = sum(
+            loss(logps := tree_logps(model, batch), torch.zeros_like(logps), batch.pairs, batch.response_lengths).losses.sum()
+            for batch in batches
+        )
+        return torch.autograd.grad(total, model.get_input_embeddings().weight)[0]
+
+    whole, packs = gradient([pack_examples(examples)]), gradient(packs_of(examples, TokenBudget(budget, budget)))
+    assert (whole - packs).norm() <= 1e-4 * whole.norm() + 1e-6
+
+
+def test_the_pairs_of_a_prompt_stay_together_up_to_the_limit_and_prompts_up_to_the_soft_limit():
+    prompts = prompts_of([(10, (5, 5, 5, 5)), (4, (3, 3)), (4, (3, 3)), (4, (3, 3))])
+    packs = packs_of(list(examples_of(prompts)), TokenBudget(limit=40, comfortable=20))
+    assert [len(pack.input_ids) for pack in packs] == [30, 20, 10]
+
+
+def test_packs_keep_within_the_budget_and_share_prompts_within_them():
+    prompts = prompts_of([(10, (5, 5, 5, 5)), (40, (3, 3))])
+    packs = packs_of(list(examples_of(prompts)), TokenBudget(25, 25))
+    # prompt 10 + 5 + 5, then + 5 for a second pair; the third pair needs its prompt again; the last is too long by itself
+    assert [len(pack.input_ids) for pack in packs] == [25, 20, 46]
+    assert [pack.num_examples for pack in packs] == [2, 1, 1]
+
+
+# ---- the head -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_head_in_chunks_gives_the_values_and_gradients_of_a_whole_one(monkeypatch):
+    model = make("llama")
+    share_prefixes(model, "on")
+    assert type(model.lm_head) is ScoringHead
+    batch = pack_examples(list(examples_of(prompts_of(SHAPES))))
+    whole, whole_gradients = gradients(tree_logps, model, batch)
+    monkeypatch.setattr(logprobs, "MAX_LOGITS_BYTES", 4 * 97 * 10)  # ten tokens at once
+    packs, pack_gradients = gradients(tree_logps, model, batch)
+    torch.testing.assert_close(packs, whole)
+    for one, other in zip(pack_gradients, whole_gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_no_more_logits_exist_at_once_than_a_chunk_holds(monkeypatch):
+    model = make("llama")
+    share_prefixes(model, "on")
+    largest = []
+    usual = logprobs.score_tokens
+    monkeypatch.setattr(logprobs, "MAX_LOGITS_BYTES", 4 * 97 * 10)
+    monkeypatch.setattr(logprobs, "score_tokens", lambda logits, ids: (largest.append(len(logits)), usual(logits, ids))[1])
+    tree_logps(model, pack_examples(list(examples_of(prompts_of(SHAPES))))).sum().backward()
+    assert max(largest) == 10
+
+
+def test_a_model_that_changes_its_logits_keeps_its_own_head():
+    model = make("gemma2")
+    share_prefixes(model, "on")
+    assert type(model.get_output_embeddings()) is nn.Linear and model.config._attn_implementation == RESPONSE_TREES
+
+
+def test_a_copy_of_a_sharing_model_has_weights_of_its_own():
+    model = make("llama")
+    share_prefixes(model, "on")
+    twin = copy.deepcopy(model)
+    batch = pack_examples(list(examples_of(prompts_of(SHAPES))))
+    with torch.no_grad():
+        before = tree_logps(twin, batch)
+        for weight in model.parameters():
+            weight.mul_(2)
+        assert torch.equal(tree_logps(twin, batch), before)
+        assert not torch.allclose(tree_logps(model, batch), before)
+
+
+# ---- attention itself -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_the_block_mask_used_on_gpus_gives_the_attention_of_the_branches(window, softcap):
+    # FlexAttention runs here without being compiled: the same mask and index arithmetic, on the CPU.
+    layout = TreeLayout((Tree(0, 5, (3, 1, 4)), Tree(13, 1, (2,)), Tree(16, 9, (2, 6))), torch.device("cpu"))
+    draw = torch.Generator().manual_seed(0)
+    query = torch.randn(1, 4, 33, 16, generator=draw)
+    key, value = torch.randn(2, 1, 2, 33, 16, generator=draw)
+    arguments = (query, key, value, layout, 0.3, window, softcap)
+    torch.testing.assert_close(_flex_attention(*arguments), _attention_by_branches(*arguments), rtol=1e-4, atol=1e-5)
+
+
+def test_a_token_sees_its_prompt_and_its_own_response_only():
+    layout = TreeLayout((Tree(0, 2, (2, 2)), Tree(6, 1, (1,))), torch.device("cpu"))
+    index = torch.arange(8)
+    seen = layout.may_attend(index[:, None], index[None, :], None).int().tolist()
+    assert seen == [
+        [1, 0, 0, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 1, 0, 0, 0],
+        [1, 1, 0, 0, 1, 1, 0, 0],
+        [0, 0, 0, 0, 0, 0, 1, 0],
+        [0, 0, 0, 0, 0, 0, 1, 1],
+    ]
+
+
+def test_a_window_counts_positions_not_packed_tokens():
+    layout = TreeLayout((Tree(0, 2, (2, 2)),), torch.device("cpu"))
+    # The second response's first token stands at packed index 4, but at position 2: the prompt's tokens are 2 and 1 away.
+    assert layout.may_attend(torch.tensor(4), torch.arange(6), 2).int().tolist() == [0, 1, 0, 0, 1, 0]
+
+
+def test_a_mask_is_causal_and_as_wide_as_its_window():
+    assert (causal_mask(4, 2, torch.float32, torch.device("cpu")) == 0).int().tolist() == [
+        [1, 0, 0, 0],
+        [1, 1, 0, 0],
+        [0, 1, 1, 0],
+        [0, 0, 1, 1],
+    ]
+
+
+def test_registering_twice_changes_nothing():
+    register_tree_attention()
+    register_tree_attention()
+    assert share_prefixes(AutoModelForCausalLM.from_pretrained(GOLDEN / "gpt_neox", dtype=torch.float32), "on")

@@ -1,0 +1,301 @@
+"""report.html: its content, its isolation from the network and from hostile texts, and that it can always be written."""
+
+import base64
+import hashlib
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from bs4 import BeautifulSoup
+from hypothesis import given
+from hypothesis import strategies as st
+
+from preference_training.configuration.kept import save_config
+from preference_training.core.errors import UserError
+from preference_training.data.rows.records import DataReport
+from preference_training.reporting.observations import observations
+from preference_training.reporting.run_record import RunRecord
+from preference_training.reporting.run_report import rebuild_report, report_page
+from preference_training.tracking.about import (
+    code_state,
+    write_about,
+)
+from preference_training.tracking.tracker import Tracker
+from tests.support.files import ROOT
+
+HOSTILE = '</script><script>alert(1)</script><img src="https://example.org/x">'
+
+
+def step(examples: int, **more) -> dict:
+    row = {"loss/train": 0.5, "rewards_train/margins": 1.0, "grad_norm": 2.0, "examples_per_second": 8.0, "memory_gib": 1.5}
+    return row | {"counters/examples": examples, "counters/updates": examples // 4} | more
+
+
+def evaluation(examples: int, **more) -> dict:
+    row = {"loss/eval": 0.4, "rewards_eval/accuracies": 0.75, "rewards_eval/accuracies/low": 0.6}
+    return row | {"rewards_eval/accuracies/high": 0.9, "counters/examples": examples, "counters/updates": examples // 4} | more
+
+
+def write_rows(file: Path, rows: list[dict]) -> None:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def run_dir(compose, tmp_path) -> Path:
+    """A run with everything that a report shows; some of its texts are hostile."""
+    import torch
+
+    config = compose("loss=dpo", "loss.beta=0.3", f"exp_name={json.dumps(HOSTILE.replace('/', ''))}", "local_run_dir=x")
+    save_config(config, tmp_path)
+    write_rows(tmp_path / "metrics.jsonl", [evaluation(0), *(step(n) for n in range(4, 84, 4)), evaluation(80)])
+    samples = [{"examples": n, "prompt": HOSTILE, "policy": f"Yes {n}.", "reference": "No."} for n in (0, 40, 80)]
+    write_rows(tmp_path / "samples.jsonl", samples)
+    pair = {"kind": "forgotten", "source": "toy, train prompt 5", "prompt": HOSTILE, "preferred": "good", "other": "bad"}
+    write_rows(tmp_path / "flagged_pairs.jsonl", [pair | {"margins": [0.5, -0.25], "wrong_label_probability": 0.9}])
+    moments = [("begins", 0), (f"warning: {HOSTILE}", 40), (f"checkpoint: {tmp_path}/step-80", 80)]
+    rows = [{"time": f"2026-11-21T12:00:{n // 2:02}+01:00", "examples": n, "text": text} for text, n in moments]
+    write_rows(tmp_path / "events.jsonl", rows)
+    write_rows(tmp_path / "bad_batches.jsonl", [{"counters/examples": 8, "pairs": ["row 3"]}])
+    report = DataReport(rows_read=100, num_prompts=90, left_out={"a text is empty": 10})
+    write_about(tmp_path, {"train": [("toy", report)]}, 80, torch.device("cpu"))
+    return tmp_path
+
+
+def parsed(run_dir: Path) -> BeautifulSoup:
+    return BeautifulSoup(page_of(run_dir), "html.parser")
+
+
+def page_of(run_dir: Path) -> str:
+    return report_page(RunRecord.read(run_dir))
+
+
+def test_a_report_contains_everything_that_a_run_has_recorded(run_dir):
+    page = parsed(run_dir)
+    text = " ".join(page.get_text(" ").split())
+    assert [heading.text for heading in page.find_all("h2")] == [
+        "Worth a look", "Curves", "Held-out metrics", "Samples", "Training pairs to review", "Events", "Data",
+        "Configuration", "Machine and versions",
+    ]  # fmt: skip
+    charts = [figure.strong.text for figure in page.find_all("figure")]
+    assert charts == ["Loss", "Reward accuracy", "Reward margin", "Gradient norm", "Throughput", "Memory"]
+    assert "80 of 80 examples, 20 updates" in text
+    assert "rewards_eval/accuracies 0.75 [0.6, 0.9] 0.75 [0.6, 0.9]" in text
+    assert [number.get_text(" ") for number in page.find("dl").find_all("div")] == [
+        "held-out loss 0.4", "reward accuracy 0.75 95%: [0.6, 0.9]", "examples per second 8 median",
+        "memory 1.5 GiB peak",
+    ]  # fmt: skip
+    assert "toy train 100 90 10 left out: a text is empty" in text
+    assert "loss.beta 0.3 0.1" in text
+    assert "2026-11-21 12:00:00 0 begins 2026-11-21 12:00:20 40 warning: " in text
+    assert "80 checkpoint: step-80" in text
+    assert [row.find(class_="event").text.startswith("warning: ") for row in page.find_all("tr", class_="warning")] == [True]
+    assert "toy, train prompt 5 margins 0.5, -0.25 wrong label 90%" in text
+    assert "1 step was skipped" in text
+    assert "torch" in text and "CPU cores" in text
+    assert [mark.text for mark in page.find_all("ins")][:2] == ["No.", "Yes 80."]
+
+
+def test_an_unknown_metric_has_a_chart_of_its_own(run_dir):
+    write_rows(run_dir / "metrics.jsonl", [step(4, surprise=1e-3), step(8, surprise=2e-3)])
+    assert "surprise" in [figure.strong.text for figure in parsed(run_dir).find_all("figure")]
+
+
+def test_a_report_makes_no_requests_and_runs_only_its_own_script(run_dir):
+    page = parsed(run_dir)
+    policy = page.find("meta", {"http-equiv": "Content-Security-Policy"})["content"]
+    rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
+    assert rules["default-src"] == "'none'"
+    [script] = [script for script in page.find_all("script") if script.get("type") != "application/json"]
+    digest = base64.b64encode(hashlib.sha256(script.string.encode()).digest()).decode()
+    assert rules["script-src"] == f"'sha256-{digest}'"
+    addresses = [tag[name] for tag in page.find_all() for name in ("src", "href", "action", "data") if tag.has_attr(name)]
+    assert [address for address in addresses if not address.startswith("#")] == ["data:,"]
+    assert all(page.find(id=address[1:]) for address in addresses if address.startswith("#"))
+    assert not re.search(r"url\(|@import", page.style.string)
+    assert not any(name.startswith("on") for tag in page.find_all() for name in tag.attrs)
+    assert "alert(1)" in page.get_text(), "as text"
+
+
+def test_a_report_contains_no_secret_of_the_environment(run_dir, monkeypatch):
+    monkeypatch.setenv("MY_API_KEY", 'Zq7"secret&key')
+    samples = [{"examples": 0, "prompt": 'it is Zq7"secret&key.', "policy": "Yes."}]
+    write_rows(run_dir / "samples.jsonl", samples)
+    page = page_of(run_dir)
+    assert "Zq7" not in BeautifulSoup(page, "html.parser").main.get_text() and "(a secret)" in page
+
+
+def test_a_run_of_100_000_steps_has_a_report_below_2_mb(run_dir):
+    rows = [step(n, **{"rewards_train/margins": n % 7, "logps_train/chosen": -n / 3}) for n in range(1, 100_001)]
+    write_rows(run_dir / "metrics.jsonl", [*rows, *(evaluation(n) for n in range(500, 100_001, 500))])
+    samples = [{"examples": n, "prompt": f"prompt {k}", "policy": "x " * 2000, "reference": "y " * 2000}
+               for n in range(0, 100_000, 5000) for k in range(32)]  # fmt: skip
+    write_rows(run_dir / "samples.jsonl", samples)
+    assert len(page_of(run_dir).encode()) < 2e6
+
+
+def test_events_are_shown_without_information_on_the_data(tmp_path):
+    (tmp_path / "metrics.jsonl").touch()
+    write_rows(tmp_path / "events.jsonl", [{"time": "2026-11-21T12:00:00+01:00", "examples": 0, "text": "begins"}])
+    page = parsed(tmp_path)
+    assert page.find(class_="event").text == "begins" and page.find(id="data") is None
+    assert {link["href"] for link in page.nav.find_all("a")} == {"#events", "#configuration"}
+
+
+def test_a_run_that_has_just_begun_has_a_report(tmp_path):
+    (tmp_path / "metrics.jsonl").touch()
+    text = parsed(tmp_path).get_text()
+    assert "no step yet" in text and "No metrics have been logged yet." in text
+
+
+FILES = (
+    "config.yaml",
+    "metrics.jsonl",
+    "samples.jsonl",
+    "about.json",
+    "events.jsonl",
+    "flagged_pairs.jsonl",
+    "bad_batches.jsonl",
+    "results.json",
+)
+JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+                    lambda each: st.lists(each, max_size=3) | st.dictionaries(st.sampled_from([
+                        "counters/examples", "loss/train", "loss/eval", "loss/eval/low", "prompt", "policy", "reference",
+                        "examples", "time", "text",
+                        "kind", "margins", "data", "machine", "code", "commit", "train", "name", "loss", "trainer",
+                        "held_out", "all", "mean", "datasets",
+                    ]), each, max_size=4), max_leaves=8)  # fmt: skip
+
+
+@given(contents=st.dictionaries(st.sampled_from(FILES), st.binary(max_size=20) | st.lists(JSON, max_size=3).map(
+    lambda rows: "\n".join(map(json.dumps, rows)).encode())))  # fmt: skip
+def test_damaged_files_do_not_prevent_a_report(contents, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+    assert page_of(folder).startswith("<!doctype html>")
+
+
+# ---- what is worth saying ---------------------------------------------------------------------------------------------------
+
+
+def said(rows: list[dict], config: dict | None = None) -> str:
+    return " ".join(observations(RunRecord(Path("run"), "run", config or {}, {}, rows, {})))
+
+
+def test_a_falling_log_prob_with_a_growing_margin_is_reported_and_explained():
+    rows = [evaluation(n, **{"logps_eval/chosen": -n / 2, "rewards_eval/margins": n / 40}) for n in (0, 40, 80)]
+    assert "fell by 40 nats while the margin grew by 2:" in said(rows) and "usual" not in said(rows)
+    assert said(rows).endswith("See docs/reading-the-curves.md.")
+    assert "This is usual with beta 0.05." in said(rows, {"loss": {"beta": 0.05}})
+    assert "fell" not in said([row | {"logps_eval/chosen": -5.0} for row in rows])
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"), [(0.1, 0.4, "below chance"), (0.45, 0.6, "not distinguishable from chance"), (0.6, 0.9, "")]
+)
+def test_an_accuracy_no_better_than_chance_is_reported(low, high, expected):
+    last = {
+        "rewards_eval/accuracies": (low + high) / 2,
+        "rewards_eval/accuracies/low": low,
+        "rewards_eval/accuracies/high": high,
+    }
+    text = said([step(4), evaluation(8, **last)])
+    assert expected in text and bool(expected) == ("accuracy" in text)
+
+
+@pytest.mark.parametrize(("prompts", "told"), [(1, "Held-out metrics: 1 prompt, too few"), (9, "9 prompts, too few"), (10, "")])
+def test_too_few_held_out_prompts_are_reported(prompts, told):
+    text = said([step(4), evaluation(8, **{"counters/held_out_prompts": prompts})])
+    assert told in text and bool(told) == ("too few" in text)
+
+
+def test_a_rising_held_out_loss_is_reported_with_its_minimum():
+    rows = [evaluation(n, **{"loss/eval": loss, "loss/eval/low": loss - 0.05}) for n, loss in ((0, 0.7), (8, 0.5), (16, 0.6))]
+    assert "lowest after 8 examples (0.5) and is 0.6 at the end" in said(rows)
+    assert "lowest" not in said([*rows[:2], rows[2] | {"loss/eval/low": 0.45}])
+
+
+def test_overfitting_is_not_reported_for_losses_that_are_not_comparable():
+    rows = [evaluation(n, **{"loss/eval": loss, "loss/eval/low": loss - 0.05}) for n, loss in ((0, 0.7), (8, 0.5), (16, 0.6))]
+    assert "lowest" not in said(rows, {"loss": {"name": "tr_dpo"}})
+    # The first two are beta-DPO's of an earlier version, at the beta in force.
+    mixed = [row | {"beta_DPO/beta_used": 0.2} for row in rows]
+    mixed[2]["beta_DPO/loss_eval_at_beta_used"] = 0.4
+    assert "lowest" not in said(mixed)
+
+
+def test_frequent_clipping_is_reported():
+    rows = [step(n, grad_norm=norm) for n, norm in enumerate((5, 5, 5, 1))]
+    assert "max_grad_norm=2.0 in 75% of the steps" in said(rows, {"max_grad_norm": 2.0})
+    assert "max_grad_norm" not in said(rows, {"max_grad_norm": 10.0})
+
+
+# ---- when it is written -----------------------------------------------------------------------------------------------------
+
+
+def test_a_tracker_writes_the_report_on_request_and_at_the_end(tmp_path):
+    written = []
+    with Tracker(
+        tmp_path, None, write_report=lambda: written.append((tmp_path / "metrics.jsonl").read_text().count("\n"))
+    ) as t:
+        t.min_interval = 3600
+        t.log_step(step(4))
+        t.log_step(step(8))
+        t.report()
+        assert written == [2], "the steps that waited are written before"
+        t.log_step(step(12))
+    assert written == [2, 3]
+    with Tracker(tmp_path, None, write_report=lambda: written.append("again")) as t:
+        t.report()
+    assert written == [2, 3, "again", "again"]
+
+
+def test_a_report_that_cannot_be_written_is_one_warning_and_does_not_stop_the_run(tmp_path, capsys):
+    def fails():
+        raise OSError(28, "No space left on device")
+
+    with Tracker(tmp_path, None, write_report=fails) as tracker:
+        tracker.report()
+        tracker.log_step(step(4))
+        tracker.report()
+    assert capsys.readouterr().out.count("warning: report.html could not be written") == 1
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
+
+
+def script(*arguments) -> subprocess.CompletedProcess:
+    command = [sys.executable, ROOT / "scripts" / "report.py", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_the_script_rebuilds_the_report_and_writes_flagged_pairs(run_dir, tmp_path):
+    done = script(run_dir, "--flagged", tmp_path / "flagged.jsonl")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"report: {run_dir}/report.html\n1 pairs: {tmp_path}/flagged.jsonl\n"
+    assert (run_dir / "report.html").read_text() == page_of(run_dir)
+    assert json.loads((tmp_path / "flagged.jsonl").read_text())["version1"] == "bad"
+
+
+def test_another_directory_is_refused_with_one_message(tmp_path):
+    done = script(tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"{tmp_path}: contains no metrics.jsonl. Expected a run directory.\n"
+
+
+def test_an_unwritable_report_is_refused_with_one_message(run_dir):
+    (run_dir / "report.html").mkdir()
+    with pytest.raises(
+        UserError, match=r"cannot write .*report.html: Is a directory. Expected a writable folder with enough space."
+    ):
+        rebuild_report(run_dir)
+
+
+def test_the_code_state_is_its_commit_or_empty_without_one(tmp_path):
+    for command in (["init", "-q"], ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-q", "--allow-empty", "-m", "x"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    (tmp_path / "new.py").touch()
+    state = code_state(tmp_path)
+    assert re.fullmatch("[0-9a-f]{40}", state["commit"]) and state["changed_files"] == 0
+    assert code_state(tmp_path / "absent") == {}

@@ -1,0 +1,562 @@
+"""The trainer's own step against golden trajectories, and the equivalences that its numbers must keep."""
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from preference_training.batching.batches import (
+    UNLIMITED,
+    BatchIterator,
+    MicroBatch,
+    TokenBudget,
+    cut,
+    evaluation_batches,
+    examples_of,
+    pack_examples,
+    packs_of,
+)
+from preference_training.checkpointing.checkpoint import Checkpoint, best_of, fault_of, newest_usable
+from preference_training.checkpointing.writer import CheckpointWriter, SaveOptions
+from preference_training.configuration.composition import choices_of
+from preference_training.core.errors import UserError
+from preference_training.core.metric_names import LOSS_AT_BETA_USED
+from preference_training.core.ranks import ALONE
+from preference_training.data.prompt_table import PromptTable
+from preference_training.data.rows.records import PreferenceRecord
+from preference_training.data.tokenization import TokenizedPrompt, TokenSettings, tokenize_records
+from preference_training.losses.objectives import build_loss
+from preference_training.modeling.logprobs import CachedReference, LiveReference
+from preference_training.modeling.prefix_sharing.sharing import share_prefixes
+from preference_training.modeling.reference_cache import ReferencePlan, cached_reference
+from preference_training.tracking.tracker import Tracker
+from preference_training.training.trainers import BasicTrainer
+from tests.support.files import GOLDEN
+from tests.support.shown import write_files
+
+LENGTHS = ("max_length=40", "max_prompt_length=20")
+TRAJECTORIES = json.loads((GOLDEN / "trajectories.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def models():
+    """The golden models by directory name; tests copy what they train."""
+    return {
+        name: AutoModelForCausalLM.from_pretrained(GOLDEN / name, dtype=torch.float32)
+        for name in ("gpt_neox", "gpt_neox_policy", "llama", "llama_policy")
+    }
+
+
+@pytest.fixture
+def build(models, compose, tokenizer, tmp_path):
+    """Build a BasicTrainer on golden models: `build(loss, "llama", "lr=1e-3")`, with any of its parts replaced by name."""
+
+    def built(loss, architecture: str = "llama", *overrides: str, policy: str = "_policy", **parts) -> BasicTrainer:
+        config = compose("wandb.enabled=false", "warmup_steps=2", "max_grad_norm=10.0", *overrides)
+        new_policy = copy.deepcopy(models[architecture + policy])
+        assert share_prefixes(new_policy, config.prefix_sharing) is (config.prefix_sharing != "off")
+        reference = None
+        if loss.needs_reference:
+            reference_model = copy.deepcopy(models[architecture])
+            share_prefixes(reference_model, config.prefix_sharing)
+            reference = LiveReference(reference_model)
+        defaults = {
+            "config": config,
+            "policy": new_policy,
+            "reference": reference,
+            "loss": loss,
+            "tokenizer": tokenizer,
+            "train_batches": BatchIterator(PromptTable.of([]), config.batch_size),
+            "eval_batches": [],
+            "sample_prompts": [],
+            "tracker": Tracker(tmp_path, None),
+        }
+        return BasicTrainer(**(defaults | parts))
+
+    return built
+
+
+@pytest.fixture(scope="module")
+def tokenized(golden, tokenizer):
+    """The golden pairs as tokenised prompts, for preference losses (True) and for SFT (False)."""
+    records = [
+        PreferenceRecord(row["prompt"], [row["chosen"], row["rejected"]], [(0, 1)], row["chosen"], number, f"row {number}")
+        for number, row in enumerate(golden("pairs.json"))
+    ]
+    return {paired: list(tokenize_records(records, tokenizer, TokenSettings(paired, 64, 32))) for paired in (True, False)}
+
+
+def micro_batches(prompts, size):
+    """Micro-batches of `size` examples, each in one pack."""
+    return [MicroBatch([pack_examples(pack)], len(pack)) for pack in cut(list(examples_of(prompts)), size)]
+
+
+@pytest.mark.parametrize(
+    "trajectory",
+    TRAJECTORIES,
+    ids=[
+        f"{t['architecture']} {' '.join(map(str, t['loss'].values()))} {t['optimizer']} {t['gradient_accumulation_steps']}"
+        for t in TRAJECTORIES
+    ],
+)
+@pytest.mark.parametrize("sharing", ["on", "off"])
+def test_eight_steps_follow_the_golden_trajectory(trajectory, sharing, build, tokenized):
+    loss = build_loss(**trajectory["loss"])
+    settings = [f"{key}={trajectory[key]}" for key in ("optimizer", "lr", "warmup_steps", "max_grad_norm")]
+    trainer = build(loss, trajectory["architecture"], f"prefix_sharing={sharing}", *settings)
+    size = trajectory["batch_size"] // trajectory["gradient_accumulation_steps"]
+    for step in trajectory["steps"]:
+        metrics = trainer.train_step(micro_batches([tokenized[loss.paired][row] for row in step["rows"]], size))
+        assert metrics["loss/train"] == pytest.approx(step["loss"], rel=1e-4)
+        assert metrics["grad_norm"] == pytest.approx(step["grad_norm"], rel=1e-4)
+        for name, value in step["metrics"].items():
+            assert metrics[name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
+    norm = math.sqrt(sum(weight.double().square().sum().item() for weight in trainer.policy.parameters()))
+    assert norm == pytest.approx(trajectory["final_param_norm"], rel=1e-4)
+
+
+def gradient_after_one_step(trainer, batch) -> tuple[torch.Tensor, dict]:
+    """What a step with plain SGD at learning rate 1 adds to the weights, and its metrics."""
+    before = torch.cat([weight.detach().flatten() for weight in trainer.policy.parameters()])
+    metrics = trainer.train_step(batch)
+    return before - torch.cat([weight.detach().flatten() for weight in trainer.policy.parameters()]), metrics
+
+
+SGD = ("optimizer=SGD", "lr=1.0", "warmup_steps=0", "max_grad_norm=1e9")
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        *({"name": "sft"}, {"name": "dpo"}, {"name": "ipo"}),
+        *({"name": "rpo", "beta": 0.1, "alpha": 1.0}, {"name": "simpo", "beta": 2.0, "gamma": 1.0}),
+    ],
+    ids=lambda loss: loss["name"],
+)
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_the_gradient_does_not_depend_on_how_the_batch_is_cut(loss, size, build, tokenized):
+    built = build_loss(**loss)
+    prompts = tokenized[built.paired][:7]
+    whole, whole_metrics = gradient_after_one_step(build(built, "llama", *SGD), micro_batches(prompts, 7))
+    packs, pack_metrics = gradient_after_one_step(build(built, "llama", *SGD), micro_batches(prompts, size))
+    torch.testing.assert_close(packs, whole, rtol=1e-4, atol=1e-5 * whole.abs().max().item())
+    for name, value in whole_metrics.items():
+        torch.testing.assert_close(pack_metrics[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_a_step_on_equal_policy_and_reference_has_margin_0_and_loss_ln_2(build, tokenized):
+    trainer = build(build_loss("dpo", beta=0.1), "gpt_neox", policy="")
+    metrics = trainer.train_step(micro_batches(tokenized[True][:6], 6))
+    assert metrics["rewards_train/margins"] == 0
+    assert metrics["loss/train"] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_beta_dpo_logs_the_beta_in_force_and_its_statistics(build, tokenized):
+    loss = build_loss("dpo", beta=0.1, mode_loss="beta_DPO", mode_weight=0.5, a=0.6)
+    metrics = build(loss).train_step(micro_batches(tokenized[True][:8], 8))
+    assert metrics["beta_DPO/kept_fraction"] == 0.5
+    assert metrics["beta_DPO/gap_mean"] == loss.statistics.mean
+    assert metrics["beta_DPO/beta_used"] > 0
+
+
+def test_a_run_trains_and_evaluates_every_example_and_the_last_partial_batches(build, tokenized, tmp_path):
+    prompts = tokenized[True]
+    train_batches = BatchIterator(PromptTable.of(prompts[:13]), 4, n_epochs=2)
+    trainer = build(
+        build_loss("dpo"),
+        "llama",
+        "batch_size=4",
+        "eval_every=8",
+        "debug=true",
+        train_batches=train_batches,
+        eval_batches=evaluation_batches(PromptTable.of(prompts[13:20]), 4, None, seed=0),
+    )
+    with trainer.tracker:
+        trainer.train()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    trained = [row["counters/examples"] for row in rows if "loss/train" in row]
+    assert trained == [4, 8, 12, 13, 17, 21, 25, 26]
+    # before the first step, at the first step behind every 8 examples, and at the end
+    assert [row["counters/examples"] for row in rows if "loss/eval" in row] == [0, 8, 17, 25, 26]
+    assert len(trainer.held_out.examples["loss/eval"]) == 7
+    assert not list(tmp_path.glob("step-*")), "debug writes no checkpoint"
+
+
+@pytest.mark.parametrize(
+    ("loss", "prompts", "told"),
+    [
+        ({"name": "dpo"}, 10, []),
+        ({"name": "dpo"}, 9, ["held-out numbers: 9 prompts, too few to decide anything by; expected at least 10"]),
+        ({"name": "bco", "beta": 0.1}, 10, ["loss/eval depends on a running mean of training's rewards: it does not compare"]),
+    ],
+)
+def test_what_speaks_against_held_out_numbers_is_said_once(loss, prompts, told, build, tokenized, capsys):
+    table = PromptTable.of(tokenized[True][:prompts])
+    trainer = build(build_loss(**loss), eval_batches=evaluation_batches(table, 4, None, seed=0))
+    trainer.evaluate()
+    trainer.train_step(micro_batches(tokenized[True][:4], 4))
+    trainer.evaluate()
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    assert len(lines) == len(told) and all(text in line for text, line in zip(told, lines, strict=True))
+
+
+def test_a_run_of_an_earlier_version_forgets_its_best_held_out_loss_which_was_at_another_beta(
+    build, tokenized, tmp_path, capsys
+):
+    def make(**parts):
+        batches = evaluation_batches(PromptTable.of(tokenized[True][:12]), 4, None, seed=0)
+        return build(build_loss(**BETA_DPO), "llama", "lr=1e-3", eval_batches=batches, **parts)
+
+    first = make()
+    first.train_step(micro_batches(tokenized[True][:4], 4))
+    first.evaluate()
+    with CheckpointWriter(tmp_path, first.policy, first.tokenizer) as writer:
+        writer.write(first.snapshot())
+    state = tmp_path / "LATEST" / "state.json"
+    now = make()
+    now.continue_from(Checkpoint.read(tmp_path / "LATEST"))
+    assert now.best == first.held_out_means["loss/eval"] and best_of([tmp_path / "LATEST"], "loss/eval")
+    written = json.loads(state.read_text())
+    del written["held_out"][LOSS_AT_BETA_USED]
+    state.write_text(json.dumps(written))
+    capsys.readouterr()
+    then = make()
+    then.continue_from(Checkpoint.read(tmp_path / "LATEST"))
+    assert then.best is None and not best_of([tmp_path / "LATEST"], "loss/eval")
+    assert "the best so far is forgotten" in capsys.readouterr().out
+
+
+def test_metrics_names_are_the_documented_ones(build, tokenized):
+    trainer = build(build_loss("dpo"), eval_batches=evaluation_batches(PromptTable.of(tokenized[True][:4]), 4, None, seed=0))
+    names = set(trainer.train_step(micro_batches(tokenized[True][:4], 4)))
+    rewards = {"chosen", "rejected", "accuracies", "margins"}
+    for split in ("train", "eval"):
+        expected = {f"rewards_{split}/{kind}" for kind in rewards} | {
+            f"logps_{split}/chosen",
+            f"logps_{split}/rejected",
+            f"loss/{split}",
+        }
+        if split == "eval":
+            trainer.evaluate()
+            names = set(trainer.held_out.means())
+        assert expected <= names
+        assert names <= expected | {"grad_norm"}
+
+
+def test_the_learning_rate_rises_linearly_over_the_warm_up(build, tokenized):
+    trainer = build(build_loss("sft"), "llama", "lr=1.0", "warmup_steps=3", "optimizer=SGD")
+    rates = []
+    for _ in range(5):
+        rates.append(trainer.scheduler.get_last_lr()[0])
+        trainer.train_step(micro_batches(tokenized[False][:1], 1))
+    assert rates == [0.25, 0.5, 0.75, 1.0, 1.0]
+
+
+def test_optimizer_arguments_reach_the_optimizer(build):
+    trainer = build(build_loss("sft"), "llama", "optimizer=AdamW", "++optimizer_kwargs.weight_decay=0.25")
+    assert trainer.optimizer.param_groups[0]["weight_decay"] == 0.25
+
+
+def test_activation_checkpointing_changes_no_gradient(build, tokenized):
+    batch = micro_batches(tokenized[True][:4], 4)
+    plain, _ = gradient_after_one_step(build(build_loss("dpo"), "gpt_neox", *SGD), batch)
+    saved, _ = gradient_after_one_step(build(build_loss("dpo"), "gpt_neox", *SGD, "activation_checkpointing=true"), batch)
+    torch.testing.assert_close(saved, plain)
+
+
+def test_samples_are_the_same_for_the_same_seed_and_leave_the_random_stream_alone(build, tokenized):
+    prompts = [prompt.prompt_ids for prompt in tokenized[True][:3]]
+    trainer = build(build_loss("dpo"), "llama", *LENGTHS, sample_prompts=prompts)
+    state = torch.get_rng_state()
+    trainer.reference_answers = trainer.answers()
+    first, second = trainer.sample(), trainer.sample()
+    assert first == second
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [set(row) for row in first] == [{"examples", "prompt", "policy", "reference"}] * 3
+
+
+def test_one_prompt_with_several_pairs_counts_each_pair(build):
+    prompt = TokenizedPrompt([5, 6, 7], [[8, 9, 0], [10, 0], [11, 12, 13, 0]], [(0, 1), (0, 2), (1, 2)])
+    metrics = build(build_loss("dpo")).train_step(micro_batches([prompt], 3))
+    trainer = build(build_loss("dpo"))
+    apart = [TokenizedPrompt(prompt.prompt_ids, [prompt.responses[i], prompt.responses[j]], [(0, 1)]) for i, j in prompt.pairs]
+    expected = trainer.train_step(micro_batches(apart, 3))
+    torch.testing.assert_close(metrics["loss/train"], expected["loss/train"])
+    torch.testing.assert_close(metrics["grad_norm"], expected["grad_norm"])
+
+
+# What the defaults would leave out of a few steps.
+LOSS_CHANGES = {"beta_DPO": ["loss.mode_weight=0.25"], "tr_dpo": ["loss.reference_update_every=2"]}
+
+
+@pytest.fixture
+def loss_of(compose, tmp_path):
+    """Build the loss of a file in config/loss/, with values that make a difference in a few steps: `loss_of("tr_dpo")`.
+
+    `own` is the one that docs/your-own-loss.md shows.
+    """
+    write_files("docs/your-own-loss.md", tmp_path)
+    changes = LOSS_CHANGES | {"own": [f"loss.function={tmp_path}/my_losses.py:CappedDPO"]}
+
+    def build(name: str):
+        loss = compose(f"loss={name}", *changes.get(name, [])).loss
+        return build_loss(**loss.given())
+
+    return build
+
+
+@pytest.mark.parametrize("name", choices_of("loss"))
+def test_every_loss_falls_and_its_margin_grows_over_steps_on_the_same_examples(name, build, loss_of, tokenized):
+    trainer = build(loss_of(name), "llama", "lr=1e-3", "optimizer=AdamW", "warmup_steps=0", policy="")
+    batch = micro_batches(tokenized[trainer.loss.paired][:8], 8)
+    steps = [trainer.train_step(batch) for _ in range(6)]
+    if name not in ("beta_DPO", "tr_dpo"):
+        # Of these the measure changes on the way.
+        assert steps[-1]["loss/train"] < steps[0]["loss/train"]
+    assert not trainer.loss.paired or steps[-1]["rewards_train/margins"] > steps[0]["rewards_train/margins"]
+
+
+@pytest.mark.parametrize("name", choices_of("loss"))
+def test_a_trainer_continues_from_its_state_bit_for_bit(name, build, loss_of, tokenized, tmp_path):
+    def make(**parts):
+        loss = loss_of(name)
+        train_batches = BatchIterator(PromptTable.of(tokenized[loss.paired][:28]), 4, n_epochs=1)
+        return build(loss, "gpt_neox", "lr=1e-3", "optimizer=AdamW", train_batches=train_batches, **parts)
+
+    whole, first = make(), make()
+    for batch in whole.train_batches:
+        whole.train_step(batch)
+    for batch in first.train_batches:
+        first.train_step(batch)
+        if first.updates == 3:
+            break
+    with CheckpointWriter(tmp_path, first.policy, first.tokenizer) as writer:
+        writer.write(first.snapshot())
+    second = make(policy="")
+    second.continue_from(Checkpoint.read(tmp_path / "LATEST"))
+    for batch in second.train_batches:
+        second.train_step(batch)
+    assert (second.examples, second.updates) == (whole.examples, whole.updates) == (28, 7)
+    for weight_name, weight in whole.policy.state_dict().items():
+        assert torch.equal(second.policy.state_dict()[weight_name], weight), weight_name
+    # Of the reference only what has moved is part of a checkpoint.
+    assert (tmp_path / "LATEST" / "reference").is_dir() is (name == "tr_dpo")
+    for weight_name, weight in whole.moved_reference().items():
+        assert torch.equal(second.moved_reference()[weight_name], weight), weight_name
+
+
+def test_a_reference_moves_by_its_share_of_the_way_to_the_policy_after_so_many_steps(build, tokenized):
+    loss = build_loss("tr_dpo", beta=0.1, reference_update_every=2, reference_update_share=0.25)
+    trainer = build(loss, "llama", "lr=1e-2", "optimizer=AdamW", "warmup_steps=0")
+    before = copy.deepcopy(trainer.reference.model.state_dict())
+    for start in (0, 4):
+        assert all(torch.equal(weight, before[name]) for name, weight in trainer.moved_reference().items())
+        trainer.train_step(micro_batches(tokenized[True][start : start + 4], 4))
+    policy = trainer.policy.state_dict()
+    for name, weight in trainer.moved_reference().items():
+        torch.testing.assert_close(weight.detach(), 0.75 * before[name] + 0.25 * policy[name], rtol=1e-5, atol=1e-7)
+
+
+def test_a_reference_that_moves_all_the_way_is_a_copy_and_the_margin_begins_at_0_again(build, tokenized):
+    loss = build_loss("tr_dpo", beta=0.1, reference_update_every=2, reference_update_share=1.0)
+    trainer = build(loss, "llama", "lr=1e-2", "optimizer=AdamW", "warmup_steps=0")
+    steps = [trainer.train_step(micro_batches(tokenized[True][:4], 4)) for _ in range(3)]
+    assert steps[1]["rewards_train/margins"] != 0 == steps[2]["rewards_train/margins"]
+    assert not any(weight.grad is not None for weight in trainer.reference.model.parameters())
+
+
+def test_a_reference_that_has_moved_answers_the_sample_prompts_anew(build, tokenized):
+    loss = build_loss("tr_dpo", beta=0.1, reference_update_every=1, reference_update_share=1.0)
+    prompts = [prompt.prompt_ids for prompt in tokenized[True][:3]]
+    trainer = build(loss, "llama", *LENGTHS, "lr=1e-2", "warmup_steps=0", sample_prompts=prompts)
+    trainer.reference_answers = ["what it said at the beginning"] * 3
+    trainer.train_step(micro_batches(tokenized[True][:4], 4))
+    # It is a copy of the policy now.
+    assert all(row["reference"] == row["policy"] for row in trainer.sample())
+
+
+@pytest.mark.parametrize("live", [True, False])
+def test_a_run_that_goes_on_may_have_another_number_of_sample_prompts(build, tokenized, live, capsys):
+    prompts = [prompt.prompt_ids for prompt in tokenized[True][:3]]
+    trainer = build(build_loss("dpo"), "llama", *LENGTHS, "lr=1e-2", "warmup_steps=0", sample_prompts=prompts)
+    answers = trainer.answers(trainer.reference.model)
+    trainer.train_step(micro_batches(tokenized[True][:4], 4))
+    if not live:
+        trainer.reference = CachedReference(torch.zeros(8))
+    trainer.take_reference_answers([*answers, "to a fourth prompt"])
+    assert [row["reference"] for row in trainer.sample()] == answers
+    assert "samples:" not in capsys.readouterr().out
+    for kept in ([], answers[:2]):
+        trainer.take_reference_answers(kept)
+        assert [row.get("reference") for row in trainer.sample()] == (answers if live else [None] * 3)
+        assert ("samples: the reference has answered" in capsys.readouterr().out) is not live
+
+
+def test_a_moved_reference_lies_beside_weights_that_load_with_plain_transformers(build, loss_of, tokenized, tmp_path):
+    trainer = build(loss_of("tr_dpo"), "llama", "lr=1e-2", "optimizer=AdamW", "warmup_steps=0")
+    for _ in range(3):
+        trainer.train_step(micro_batches(tokenized[True][:4], 4))
+    with CheckpointWriter(tmp_path, trainer.policy, trainer.tokenizer, options=SaveOptions(background=True)) as writer:
+        writer.write(trainer.snapshot())
+    policy, reference = trainer.policy.state_dict(), trainer.reference.model.state_dict()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "LATEST", dtype=torch.float32).state_dict()
+    assert all(torch.equal(loaded[name], weight) for name, weight in policy.items())
+    kept = {name: torch.empty_like(weight) for name, weight in reference.items()}
+    Checkpoint.read(tmp_path / "LATEST").read_reference(kept)
+    assert all(torch.equal(kept[name], weight) for name, weight in reference.items())
+    assert any(not torch.equal(kept[name], weight) for name, weight in policy.items())
+    assert fault_of(tmp_path / "LATEST") is None
+
+
+@pytest.mark.parametrize("name", ["beta_DPO", "bco"])
+@pytest.mark.parametrize("budget", [30, 60, 100])
+def test_what_a_loss_finds_in_a_micro_batch_is_the_same_when_memory_cuts_it(name, budget, build, loss_of, tokenized):
+    def step(max_tokens):
+        loss = loss_of(name)
+        packs = packs_of(list(examples_of(tokenized[True][:8])), TokenBudget(max_tokens, max_tokens))
+        gradient, metrics = gradient_after_one_step(build(loss, "llama", *SGD), [MicroBatch(packs, 8)])
+        return len(packs), gradient, metrics
+
+    (_, whole, expected), (count, packs, found) = step(10_000), step(budget)
+    assert count > 1
+    torch.testing.assert_close(packs, whole, rtol=1e-4, atol=1e-5 * whole.abs().max().item())
+    for name in expected:
+        assert float(found[name]) == pytest.approx(float(expected[name]), rel=1e-5, abs=1e-6), name
+
+
+def test_a_cached_reference_gives_the_steps_of_a_live_one(build, tokenized, tmp_path):
+    table = PromptTable.of(tokenized[True])
+
+    def numbers(reference):
+        trainer = build(build_loss("dpo"), **({"reference": reference} if reference else {}))
+        return [trainer.train_step(batch)["loss/train"] for batch in BatchIterator(table, 8)]
+
+    live = build(build_loss("dpo")).reference
+    plan = ReferencePlan.for_run(BatchIterator(table, 8), PromptTable.of([], table.num_responses), 8, None, 0, UNLIMITED, ALONE)
+    cached = cached_reference(live, plan, tmp_path / "logps.safetensors")
+    assert numbers(cached) == numbers(None)
+
+
+def test_autocast_computes_products_in_the_shorter_format_and_sums_in_float32(build, tokenized):
+    batch = micro_batches(tokenized[True][:4], 4)
+    exact, short = build(build_loss("dpo")), build(build_loss("dpo"))
+    short.policy.autocast_dtype = short.reference.model.autocast_dtype = torch.bfloat16
+    expected, found = exact.logps(batch[0].packs[0]), short.logps(batch[0].packs[0])
+    assert found.dtype == torch.float32 and not torch.equal(found, expected)
+    torch.testing.assert_close(found, expected, rtol=2e-2, atol=0.1)
+    assert next(short.policy.parameters()).dtype == torch.float32
+
+
+def test_optimizers_use_their_fused_kernel_where_they_have_one(build):
+    for name, fused in [("AdamW", True), ("Adam", True), ("SGD", True), ("RMSprop", False)]:
+        trainer = build(build_loss("sft"), "llama", f"optimizer={name}")
+        assert bool(trainer.optimizer.defaults.get("fused")) is fused
+
+
+# ---- what goes wrong in a step ------------------------------------------------------------------------------------------
+
+
+BETA_DPO = {"name": "dpo", "beta": 0.1, "mode_loss": "beta_DPO", "mode_weight": 0.5, "a": 0.6}
+
+
+def rare_token(prompts, row: int) -> int:
+    """A token of one prompt that no other of them has."""
+    tokens = [set(prompt.prompt_ids).union(*prompt.responses) for prompt in prompts]
+    return min(tokens[row].difference(*tokens[:row], *tokens[row + 1 :]))
+
+
+def not_a_number(trainer, token: int):
+    """Make an embedding row of a trainer's model NaN; returns what it was."""
+    weight = trainer.policy.get_input_embeddings().weight
+    usual = weight.detach()[token].clone()
+    with torch.no_grad():
+        weight[token] = math.nan
+    return usual
+
+
+@pytest.mark.parametrize("loss", [{"name": "dpo"}, BETA_DPO], ids=["DPO", "beta-DPO"])
+def test_a_step_with_a_loss_that_is_not_finite_is_as_if_it_had_never_been(loss, build, tokenized, tmp_path, capsys):
+    prompts = tokenized[True][:12]
+    disturbed, straight = (build(build_loss(**loss), "llama", "lr=1e-2", "optimizer=AdamW", "batch_size=4") for _ in range(2))
+    steps = [micro_batches(prompts[start : start + 4], 4) for start in (0, 4, 8)]
+    for trainer in (disturbed, straight):
+        trainer.train_step(steps[0])
+    token = rare_token(prompts[4:8], 1)
+    usual, others = not_a_number(disturbed, token), torch.arange(len(disturbed.policy.get_input_embeddings().weight)) != token
+    assert disturbed.train_step(steps[1]) == {}
+    [row] = [json.loads(line) for line in (tmp_path / "bad_batches.jsonl").read_text().splitlines()]
+    assert (row["not_finite"], row["counters/examples"], row["counters/updates"]) == ("loss", 8, 1)
+    assert [name for name in row["pairs"] if "row 5" in name] and "not taken: its loss is not finite" in capsys.readouterr().out
+    embedding = disturbed.policy.get_input_embeddings().weight
+    assert torch.equal(embedding[others], straight.policy.get_input_embeddings().weight[others])
+    with torch.no_grad():
+        embedding[token] = usual
+    torch.testing.assert_close(disturbed.loss.state_dict(), straight.loss.state_dict(), rtol=0, atol=0)
+    found, expected = (trainer.train_step(steps[2]) for trainer in (disturbed, straight))
+    assert found == expected
+    for name, weight in straight.policy.state_dict().items():
+        assert torch.equal(disturbed.policy.state_dict()[name], weight), name
+
+
+def test_too_many_bad_steps_in_a_row_end_the_run_with_one_message_and_the_last_checkpoint_is_good(build, tokenized, tmp_path):
+    overrides = "batch_size=4", "save_every=4", "max_bad_steps=3", "eval_every=4", "lr=1e-2"
+    batches = BatchIterator(PromptTable.of(tokenized[True]), 4)
+    trainer = build(build_loss("dpo"), "llama", *overrides, train_batches=batches)
+    step, taken = trainer.train_step, []
+
+    def worse_and_worse(batch):
+        # Two bad steps, a good one, and then bad ones only.
+        number = len(taken)
+        usual = not_a_number(trainer, slice(None)) if number in (1, 2) or number > 3 else None
+        before = [weight.clone() for weight in trainer.policy.parameters()]
+        try:
+            taken.append(step(batch))
+        finally:
+            if usual is not None:
+                torch.testing.assert_close(list(trainer.policy.parameters()), before, rtol=0, atol=0, equal_nan=True)
+                with torch.no_grad():
+                    trainer.policy.get_input_embeddings().weight.copy_(usual)
+        return taken[-1]
+
+    trainer.train_step = worse_and_worse
+    told = pytest.raises(UserError, match="max_bad_steps: 3 steps in a row .* bad_batches.jsonl names the examples")
+    with CheckpointWriter(tmp_path, trainer.policy, trainer.tokenizer) as trainer.writer, told:
+        trainer.train()
+    assert [bool(metrics) for metrics in taken] == [True, False, False, True, False, False]
+    assert len((tmp_path / "bad_batches.jsonl").read_text().splitlines()) == 5
+    newest = newest_usable(tmp_path)
+    assert newest.state["updates"] == 2
+    saved = AutoModelForCausalLM.from_pretrained(newest.path, dtype=torch.float32).state_dict()
+    assert all(torch.equal(saved[name], weight) for name, weight in trainer.policy.state_dict().items())
+
+
+@pytest.mark.parametrize("loss", [{"name": "dpo"}, BETA_DPO], ids=["DPO", "beta-DPO"])
+def test_a_step_that_does_not_fit_into_memory_is_computed_in_halves_with_the_same_gradient(loss, build, tokenized, capsys):
+    table = PromptTable.of(tokenized[True][:8])
+
+    def step(most_tokens: float):
+        trainer = build(build_loss(**loss), "llama", *SGD, train_batches=BatchIterator(table, 8))
+        usual = trainer.logps
+
+        def logps(pack):
+            if len(pack.input_ids) > most_tokens:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return usual(pack)
+
+        trainer.logps = logps
+        [batch] = trainer.train_batches
+        largest = max(len(pack.input_ids) for micro_batch in batch for pack in micro_batch.packs)
+        return largest, *gradient_after_one_step(trainer, batch), trainer.loss.state_dict()
+
+    tokens, whole, expected, state = step(math.inf)
+    capsys.readouterr()
+    _, packs, found, state_of_packs = step(tokens - 1)
+    out = capsys.readouterr().out
+    assert out == f"warning: out of memory; packs have at most {tokens // 2} tokens from now on\n"
+    torch.testing.assert_close(packs, whole, rtol=1e-4, atol=1e-5 * whole.abs().max().item())
+    for name in expected:
+        assert float(found[name]) == pytest.approx(float(expected[name]), rel=1e-5, abs=1e-6), name
+    torch.testing.assert_close(state_of_packs, state)

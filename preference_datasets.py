@@ -1,4 +1,4 @@
-"""The registry of data sets, and its loaders: a name becomes prompts, responses, pairs and SFT targets, all text.
+"""The named data sets: each name stands for a loader of prompts, responses, pairs and SFT targets, all text.
 
 A loader is a function `(split, silent=False, cache_dir=None)` registered under a name. It returns a dict from prompt to
 
@@ -12,26 +12,25 @@ when the data does not fit in memory. To add one, write the function, here or in
     def get_my_data(split, silent=False, cache_dir=None): ...
 
 Further keyword parameters of a loader are keys that its entry may have: `datasets=[{name: my_data, language: en}]`; one called
-`report` is given the `DataReport` that counts what is left out, one called `text_of` a function from a prompt to the text that
-the model reads of it, for a split by a hash. Heavy libraries are imported where they are used, so that
-names can be checked before anything is loaded.
+`report` receives the `DataReport` that counts what is skipped, one called `text_of` a function from a prompt to the text that
+the model reads of it, for a split by hash. Import heavy libraries where they are used, so that names can be checked before
+anything is loaded.
 """
 
 from collections.abc import Iterator
-from dataclasses import replace
-from functools import partial
 from numbers import Real
 
 from preference_training.core.processes import map_in_processes
 from preference_training.data.html_text import html_to_text
-from preference_training.data.hub_sets import WHOLE_SET, HubSet, hub_set, sound_rows
-from preference_training.data.registry import DATASETS, Dataset, register
-from preference_training.data.rows.field_maps import FieldMap, NumberedRows
+from preference_training.data.hub_sets import WHOLE_SET, HubSet, hub_set, valid_rows
+from preference_training.data.registry import register
+from preference_training.data.rows.field_maps import FieldMap
 from preference_training.data.rows.records import (
     EMPTY_TEXT,
     SAME_TEXT,
     DataReport,
     Items,
+    NumberedRows,
     Prompt,
     Records,
     Row,
@@ -44,13 +43,18 @@ from preference_training.data.rows.records import (
 from preference_training.data.rows.templates import ASSISTANT, HUMAN, parse_dialogue
 from preference_training.data.toy_preferences import toy_records
 
-HH = HubSet("Anthropic/hh-rlhf", ("chosen", "rejected"), test="test")
+HH = HubSet(
+    "Anthropic/hh-rlhf",
+    ("chosen", "rejected"),
+    test="test",
+    folders=("harmless-base", "helpful-base", "helpful-online", "helpful-rejection-sampled"),
+)
 
 
 LAST_ROW = "loss=sft learns one answer to each prompt, its last row's, as the original code (a file of the same rows gives all)"
 
 
-@hub_set("hh", HH, truncation_mode="keep_end", about_sft=LAST_ROW)
+@hub_set("hh", HH, "dialogues", truncation_mode="keep_end", about_sft=LAST_ROW)
 def hh_records(rows: NumberedRows, report: DataReport) -> Items:
     """Anthropic's helpful and harmless dialogues. Subsets: harmless-base, helpful-base, helpful-online, ...
 
@@ -61,24 +65,13 @@ def hh_records(rows: NumberedRows, report: DataReport) -> Items:
         yield prompt, record
 
 
-HH_FOLDERS = ("harmless-base", "helpful-base", "helpful-online", "helpful-rejection-sampled")
-
-
-def _hh_folder(name: str) -> Dataset:
-    hh = DATASETS["hh"]
-    return replace(hh, load=partial(hh.load, subset=name), fingerprint=partial(hh.fingerprint, subset=name))
-
-
-DATASETS |= {f"hh-{name}": _hh_folder(name) for name in HH_FOLDERS}
-
-
 SHP = HubSet("stanfordnlp/SHP", ("history", "human_ref_A", "human_ref_B", "labels", "score_A", "score_B"), test="test")
 
 
 SHP_KINDS = {"history": str, "human_ref_A": str, "human_ref_B": str, "score_A": Real, "score_B": Real}
 
 
-@hub_set("shp", SHP)
+@hub_set("shp", SHP, "dialogues")
 def shp_records(rows: NumberedRows, report: DataReport, *, min_score_ratio: float = 2.0) -> Records:
     """Stanford human preferences: pairs whose better score is at least `min_score_ratio` times the other.
 
@@ -87,17 +80,17 @@ def shp_records(rows: NumberedRows, report: DataReport, *, min_score_ratio: floa
     """
     records: Records = {}
     best: dict[str, int] = {}
-    for row in sound_rows(rows, "shp", report, SHP_KINDS):
+    for row in valid_rows(rows, "shp", report, SHP_KINDS):
         scores = [max(1, row["score_A"]), max(1, row["score_B"])]
         if max(scores) / min(scores) < min_score_ratio:
-            report.leave_out(f"the scores' ratio is below {min_score_ratio:g}")
+            report.skip(f"the scores' ratio is below {min_score_ratio:g}")
             continue
         if not (row["human_ref_A"].strip() and row["human_ref_B"].strip()):
-            report.leave_out(EMPTY_TEXT)
+            report.skip(EMPTY_TEXT)
             continue
         responses = (f" {row['human_ref_A']}", f" {row['human_ref_B']}")
         if responses[0] == responses[1]:
-            report.leave_out(SAME_TEXT)
+            report.skip(SAME_TEXT)
             continue
         prompt = f"{HUMAN} {row['history']}{ASSISTANT}"
         record = records.setdefault(prompt, new_record())
@@ -114,17 +107,17 @@ STACK_EXCHANGE = HubSet("HuggingFaceH4/stack-exchange-preferences", ("question",
 STACK_EXCHANGE_KINDS = {"question": str, "answers": list, "answers.text": str, "answers.pm_score": Real}
 
 
-@hub_set("se", STACK_EXCHANGE)
+@hub_set("se", STACK_EXCHANGE, "dialogues")
 def stack_exchange_records(rows: NumberedRows, report: DataReport) -> Items:
     """StackExchange: every pair of answers to a question whose scores differ, as plain text. The best is the SFT target.
 
-    Answers with equal scores form no pair, and a question without any pair is left out; both are counted. Nothing is kept
+    Answers with equal scores form no pair, and a question without any pair is skipped; both are counted. Nothing is kept
     between questions, so millions of them stream through; their HTML is read by as many processes as there are cores.
     """
-    sound = sound_rows(rows, "se", report, STACK_EXCHANGE_KINDS)
+    sound = valid_rows(rows, "se", report, STACK_EXCHANGE_KINDS)
     for question, texts, scores in map_in_processes(_texts_of_question, sound):
         kept = [(f" {text}", score) for text, score in zip(texts, scores, strict=True) if text]
-        report.leave_out(EMPTY_TEXT, len(texts) - len(kept))
+        report.skip(EMPTY_TEXT, len(texts) - len(kept))
         record = scored_record([text for text, _ in kept], [score for _, score in kept], report)
         if record:
             yield f"{HUMAN} {question}{ASSISTANT}", record
@@ -139,12 +132,12 @@ def _texts_of_question(row: dict) -> tuple[str, list[str], list[int]]:
 LEETCODE = HubSet("minfeng-ai/leetcode_preference", ("description", "version1", "version2", "preference"))
 
 
-@hub_set("leetcode", LEETCODE)
-@hub_set("lc", LEETCODE)
+@hub_set("leetcode", LEETCODE, "conversations")
+@hub_set("lc", LEETCODE, "conversations")
 def leetcode_records(rows: NumberedRows, report: DataReport) -> Items:
     """LeetCode problems with two solutions, of which a person preferred one: `preference` 0 is version1, 1 is version2.
 
-    Problems nobody has labelled are left out and counted.
+    Problems that nobody has labeled are skipped and counted.
     """
 
     def usable() -> Iterator[Row]:
@@ -154,9 +147,9 @@ def leetcode_records(rows: NumberedRows, report: DataReport) -> Items:
             label = {"0": 0, "0.0": 0, "1": 1, "1.0": 1}.get(str(row["preference"]).strip())
             texts = [str(row[name] or "").strip() for name in ("description", "version1", "version2")]
             if label is None:
-                report.leave_out("nobody has labelled the row")
+                report.skip("nobody has labelled the row")
             elif not all(texts):
-                report.leave_out(EMPTY_TEXT)
+                report.skip(EMPTY_TEXT)
             else:
                 yield Row((Turn("user", texts[0]),), texts[1:], [(label, 1 - label)], label)
 
@@ -168,7 +161,7 @@ ULTRAFEEDBACK = HubSet(
 )
 
 
-@hub_set("ultrafeedback", ULTRAFEEDBACK)
+@hub_set("ultrafeedback", ULTRAFEEDBACK, "conversations")
 def ultrafeedback_records(rows: NumberedRows, report: DataReport) -> Items:
     """UltraFeedback, binarized: conversations, the preferred answer scored higher by GPT-4."""
     return group_rows(FieldMap().rows_of(rows, "ultrafeedback", report, known=True), report, WHOLE_SET)
@@ -177,7 +170,7 @@ def ultrafeedback_records(rows: NumberedRows, report: DataReport) -> Items:
 ORCA = HubSet("Intel/orca_dpo_pairs", ("system", "question", "chosen", "rejected"))
 
 
-@hub_set("orca", ORCA)
+@hub_set("orca", ORCA, "conversations")
 def orca_records(rows: NumberedRows, report: DataReport) -> Items:
     """Orca's questions with a system prompt: a larger model's answer against a smaller one's."""
     return group_rows(FieldMap(prompt="question", system="system").rows_of(rows, "orca", report, known=True), report, WHOLE_SET)
@@ -186,7 +179,7 @@ def orca_records(rows: NumberedRows, report: DataReport) -> Items:
 NECTAR = HubSet("berkeley-nest/Nectar", ("prompt", "answers"))
 
 
-@hub_set("nectar", NECTAR, truncation_mode="keep_end")
+@hub_set("nectar", NECTAR, "conversations", truncation_mode="keep_end")
 def nectar_records(rows: NumberedRows, report: DataReport) -> Items:
     """Nectar: seven ranked answers to each dialogue, and all 21 pairs between them."""
     fields_of = FieldMap(responses="answers.answer", ranks="answers.rank")
@@ -198,7 +191,7 @@ def _as_turns(prompt: Prompt) -> tuple[Turn, ...]:
     return (parse_dialogue(prompt) or (Turn("user", prompt),)) if isinstance(prompt, str) else prompt
 
 
-@register("toy")
+@register("toy", prompts="dialogues")
 def get_toy(split: str, silent: bool = False, cache_dir: str | None = None) -> Records:
     """The generated preferences of `toy_preferences.py`; no prompt of the test split is in the train split."""
     return toy_records(split)

@@ -28,12 +28,13 @@ from preference_training.configuration.composition import (
     force_open_sections,
 )
 from preference_training.configuration.schema import RunConfig
-from preference_training.configuration.validation import check_sizes, validate
+from preference_training.configuration.validation import check_objective, check_sizes, validate
 from preference_training.core.errors import UserError
 from preference_training.core.memory import release_memory
 from preference_training.core.processes import in_worker, reports_for_machine
 from preference_training.core.signals import STOPPED, StoppedError
 from preference_training.data.entries import read_entries
+from preference_training.losses.registry import is_paired
 from preference_training.sweeps.gpus import jobs_at_once, take_gpus
 from preference_training.sweeps.jobs import Request
 from preference_training.sweeps.running import run_job
@@ -84,6 +85,7 @@ def validate_and_start(
     if resume:
         composed.resume = resume
     config = validate(composed, overrides, choices)
+    check_objective(config.objective, config.loss.name, is_paired(config.loss.name))
     read_entries(config)
     if config.pruner and not in_sweep:
         raise UserError("pruner: found one, and this run has no others to be compared with. Add -m, or pruner=null.")

@@ -112,7 +112,8 @@ def speed(args) -> dict:
 
 def first_batch(paths: list[str], directory: str, tokenizer: str) -> float:
     """Seconds from the end of the imports to the first packed batch, in this process."""
-    from preference_training.batching.batches import BatchIterator
+    from preference_training.batching.iterator import BatchIterator
+    from preference_training.batching.schedule import Schedule
     from preference_training.data.entries import read_entry
     from preference_training.data.preparation import prepare
 
@@ -120,7 +121,7 @@ def first_batch(paths: list[str], directory: str, tokenizer: str) -> float:
     started = time.perf_counter()
     entries = [read_entry({"path": path, "on_bad_row": "skip"}) for path in paths]
     table = prepare(entries, "train", loaded, settings_of, Path(directory)).table
-    next(iter(BatchIterator(table, 64)))
+    next(iter(BatchIterator(Schedule(table, 64))))
     return time.perf_counter() - started
 
 
@@ -149,7 +150,8 @@ def start(args) -> dict:
 
 def stream(args) -> dict:
     """Peak memory and time per pair for generated pairs: loading, caching, shuffling and batching."""
-    from preference_training.batching.batches import BatchIterator
+    from preference_training.batching.iterator import BatchIterator
+    from preference_training.batching.schedule import Schedule
     from preference_training.data.entries import read_entry
     from preference_training.data.preparation import prepare
 
@@ -162,7 +164,7 @@ def stream(args) -> dict:
         table = prepare([entry], "train", tokenizer, settings_of, Path(folder) / "cache").table
         prepared, after_preparing = time.perf_counter() - started, peak_mib()
         started = time.perf_counter()
-        pairs = sum(pack.num_examples for step in BatchIterator(table, 64) for micro in step for pack in micro.packs)
+        pairs = sum(pack.num_examples for step in BatchIterator(Schedule(table, 64)) for micro in step for pack in micro.packs)
         batched = time.perf_counter() - started
         size = sum(path.stat().st_size for path in Path(folder, "cache").iterdir())
     assert pairs == args.pairs

@@ -25,10 +25,8 @@ from trl import DPOTrainer
 from trl.experimental.cpo import CPOTrainer
 from trl.experimental.orpo import ORPOTrainer
 
-from preference_training.losses.objectives import (
-    RewardShift,
-    build_loss,
-)
+from preference_training.losses.objectives import RewardShift
+from preference_training.losses.registry import build_loss
 
 COMMAND = "python benchmarks/loss_agreement.py --golden tests/golden/trl_losses.json"
 NUM_PAIRS = 12
@@ -89,8 +87,8 @@ def ours(case: Case, pair: Pair) -> Numbers:
     """This project's numbers for a pair."""
     policy, reference = (torch.stack([tokens.sum() for tokens in side]) for side in (pair.policy, pair.reference))
     policy.requires_grad_()
-    survey = None if case.reward_shift is None else RewardShift(case.reward_shift)
-    output = build_loss(**case.keys)(policy, reference, torch.tensor([[0, 1]]), pair.lengths, survey)
+    statistics = None if case.reward_shift is None else RewardShift(case.reward_shift)
+    output = build_loss(**case.keys)(policy, reference, torch.tensor([[0, 1]]), pair.lengths, statistics)
     output.losses.mean().backward()
     rewards = [output.chosen_rewards.item(), output.rejected_rewards.item()]
     return Numbers(output.losses.item(), policy.grad.tolist(), rewards)

@@ -54,7 +54,7 @@ def one(overrides: list[str]) -> dict:
     from preference_training.core.libraries import quiet_libraries
     from preference_training.core.memory import tune_malloc
     from preference_training.core.random_streams import seed_everything
-    from preference_training.losses.objectives import build_loss
+    from preference_training.losses.registry import build_loss
     from preference_training.modeling.tokenizer import load_tokenizer
     from preference_training.tracking.tracker import NoTracker
     from preference_training.training import assembly, preparation

@@ -8,7 +8,9 @@ from pathlib import Path
 from measure import Clock
 from works import Work
 
-from preference_training.batching.batches import UNLIMITED, BatchIterator, TokenBudget
+from preference_training.batching.iterator import BatchIterator, Packing
+from preference_training.batching.packing import UNLIMITED, TokenBudget
+from preference_training.batching.schedule import Schedule
 from preference_training.configuration.validation import configured
 from preference_training.data.prompt_table import PromptTable
 from preference_training.data.tokenization import TokenizedPrompt
@@ -37,7 +39,7 @@ def build(job: dict, work: Work, prompts: PromptTable):
     from preference_training.core.libraries import quiet_libraries
     from preference_training.core.memory import tune_malloc
     from preference_training.core.random_streams import seed_everything
-    from preference_training.losses.objectives import build_loss
+    from preference_training.losses.registry import build_loss
     from preference_training.modeling.reference_cache import ReferencePlan
     from preference_training.modeling.token_budget import token_budget
     from preference_training.modeling.tokenizer import load_tokenizer
@@ -54,7 +56,7 @@ def build(job: dict, work: Work, prompts: PromptTable):
     placement = trainer_class.placement(config, tokenizer)
     policy = placement.policy()
     batches = _iterator(prompts, work, token_budget(policy, config.max_tokens_per_microbatch))
-    plan = ReferencePlan(batches.prompts_seen, batches.prompts_seen)
+    plan = ReferencePlan(batches.schedule.prompts_seen, batches.schedule.prompts_seen)
     reference = make_reference(config, placement, policy, plan, False) if loss.needs_reference else None
     return trainer_class(config, policy, reference, loss, tokenizer, batches, [], [], None)
 
@@ -111,4 +113,4 @@ def _tokenized(prompts: list[dict]) -> PromptTable:
 
 
 def _iterator(prompts: PromptTable, work: Work, budget: TokenBudget) -> BatchIterator:
-    return BatchIterator(prompts, work.examples_per_step, 1, SEED, budget=budget)
+    return BatchIterator(Schedule(prompts, work.examples_per_step, SEED), packing=Packing(budget))

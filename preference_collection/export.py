@@ -17,7 +17,7 @@ import pyarrow.parquet
 
 from preference_collection.store import Agreement, Store
 from preference_training.core.errors import UserError, first_line
-from preference_training.data.rows.records import fault_of_item
+from preference_training.data.rows.records import item_error
 
 # The kind of row by choice: training data, or stored separately.
 KINDS = {"first": "preferences", "second": "preferences", "tie": "ties", "skip": "skips"}
@@ -73,7 +73,7 @@ def record_row(row: dict) -> dict:
     best = row["preference"]
     decided = best is not None
     record = {"responses": texts, "pairs": [(best, 1 - best)] if decided else [], "sft_target": texts[best or 0]}
-    if decided and (fault := fault_of_item((row["description"], record))):
+    if decided and (fault := item_error((row["description"], record))):
         raise UserError(f"export: judgment {row['judgement']} of problem {row['id']!r}: {fault}. Undo it.")
     fields = {"prompt": row["description"], **record}
     fields |= {"chosen": texts[best] if decided else None, "rejected": texts[1 - best] if decided else None}

@@ -20,7 +20,7 @@ from preference_collection.schema import connect
 from preference_collection.store import Generation, Judgment, Pair, Problem, Store
 from preference_training.core.errors import UserError, first_line
 from preference_training.data.files import is_data_file, read_rows
-from preference_training.data.rows.records import DataReport, fault_of_text, kind_of
+from preference_training.data.rows.records import DataReport, text_error, type_name
 
 SAMPLES = Path(__file__).parent / "samples.jsonl"
 
@@ -160,8 +160,8 @@ def _text(row: dict, name: str, needed: bool = False) -> str:
         return ""
     text = value if isinstance(value, str) else str(value) if type(value) in (int, float) else None
     if text is None:
-        raise RowError(f"{name} is {kind_of(value)}, expected a text")
-    fault = fault_of_text(text)
+        raise RowError(f"{name} is {type_name(value)}, expected a text")
+    fault = text_error(text)
     if fault and (needed or fault != "is empty"):
         raise RowError(f"{name} {fault}")
     return "" if fault else text
@@ -185,7 +185,7 @@ def _tests(value) -> tuple[dict, ...]:
     if not value or value != value:
         return ()
     if not isinstance(value, list):
-        raise RowError(f"tests are {kind_of(value)}, expected a list")
+        raise RowError(f"tests are {type_name(value)}, expected a list")
     for number, test in enumerate(value, start=1):
         if not isinstance(test, dict) or not isinstance(test.get("args"), list) or "expected" not in test:
             raise RowError(f"test {number} is not an object with args (a list) and expected")

@@ -102,13 +102,13 @@ def describe(model, reference, tokenizer, config) -> dict:
     """A model's column of the table, and its response to every held-out prompt."""
     import torch
 
-    from preference_training.batching.batches import evaluation_batches
+    from preference_training.batching.micro_batches import evaluation_batches
     from preference_training.data.toy_preferences import answer_kind
     from preference_training.evaluation.held_out import evaluate_held_out
     from preference_training.evaluation.intervals import mean_interval, share_interval
     from preference_training.evaluation.phrasing import with_interval
     from preference_training.generation.sampling import Sampler
-    from preference_training.losses.objectives import build_loss
+    from preference_training.losses.registry import build_loss
 
     pairs, targets = (held_out_prompts(tokenizer, config, paired) for paired in (True, False))
     dpo = evaluate_held_out(

@@ -15,7 +15,7 @@ import preference_datasets  # noqa: F401  its data sets register themselves
 from preference_training.configuration.schema import TEMPLATES, TRUNCATION_MODES
 from preference_training.core.errors import UserError
 from preference_training.data.entries import Entry, load_records, read_entry
-from preference_training.data.registry import TOKENISED_SUFFIX
+from preference_training.data.registry import TOKENIZED_SUFFIX
 
 
 def arguments() -> argparse.Namespace:
@@ -42,11 +42,11 @@ def output_path(options: argparse.Namespace) -> Path:
             f"--max-prompt-length: found {options.max_prompt_length}, expected 1 to less than --max-length, which is "
             f"{options.max_length}."
         )
-    if options.dataset.endswith(TOKENISED_SUFFIX):
+    if options.dataset.endswith(TOKENIZED_SUFFIX):
         raise UserError(f"--dataset: {options.dataset} holds token ids already. Expected texts.")
-    output = options.output or Path(Path(options.dataset).name.split(".")[0] + TOKENISED_SUFFIX)
-    if output.suffix != TOKENISED_SUFFIX:
-        raise UserError(f"--output: found {output}, expected a name that ends in {TOKENISED_SUFFIX}.")
+    output = options.output or Path(Path(options.dataset).name.split(".")[0] + TOKENIZED_SUFFIX)
+    if output.suffix != TOKENIZED_SUFFIX:
+        raise UserError(f"--output: found {output}, expected a name that ends in {TOKENIZED_SUFFIX}.")
     if output.is_dir() or not output.absolute().parent.is_dir():
         raise UserError(f"--output: {output}: expected a file in an existing directory.")
     return output
@@ -94,11 +94,11 @@ def tokenized(options: argparse.Namespace, entry: Entry) -> list:
 def write(output: Path, prompts: list) -> int:
     """Write the pairs atomically; returns their number. Raises UserError where the file cannot be written."""
     from preference_training.core.files import atomic_path
-    from preference_training.data.tokenization import write_tokenised
+    from preference_training.data.token_files import write_tokenized
 
     try:
         with atomic_path(output) as partial:
-            return write_tokenised(partial, prompts)
+            return write_tokenized(partial, prompts)
     except (OSError, RuntimeError) as error:  # torch raises RuntimeError for write errors
         reason = (isinstance(error, OSError) and error.strerror) or "the disk is full"
         raise UserError(f"--output: cannot write {output}: {reason}.") from error

@@ -18,7 +18,7 @@ from preference_datasets import leetcode_records
 from preference_training.core.errors import UserError
 from preference_training.data.entries import load_records, read_entry
 from preference_training.data.hub_sets import load_hub
-from preference_training.data.rows.records import DataReport, Turn, fault_of_item
+from preference_training.data.rows.records import DataReport, Turn, item_error
 
 
 def judged_store(store):
@@ -93,7 +93,7 @@ def test_a_file_of_records_is_read_by_its_path_and_has_the_shape_of_records(stor
             "pairs": [tuple(pair) for pair in row["pairs"]],
             "sft_target": row["sft_target"],
         }
-        assert fault_of_item((row["prompt"], record)) is None
+        assert item_error((row["prompt"], record)) is None
         assert record["responses"][record["pairs"][0][0]] == row["sft_target"] == row["chosen"]
     apart = {path.name for path in tmp_path.iterdir()} - {"collection.duckdb", "collection.duckdb.wal", name}
     assert apart == {name.replace(".", ".ties."), name.replace(".", ".skips.")}

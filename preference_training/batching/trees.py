@@ -1,8 +1,9 @@
-"""Where prompts and responses lie in a packed row."""
+"""Where prompts and responses lie in a packed batch."""
 
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,7 +39,7 @@ class TreeLayout:
         self.device = device
         self.seen = False
         self.by_branches = device.type != "cuda"
-        self._block_masks: dict[int | None, object] = {}
+        self._block_masks: dict[int | None, Any] = {}
         self._elsewhere: dict[torch.device, TreeLayout] = {}
 
     def on(self, device: torch.device) -> "TreeLayout":
@@ -91,7 +92,7 @@ class TreeLayout:
         own = (tree[query] == tree[key]) & ((response[key] == -1) | (response[key] == response[query])) & (key <= query)
         return own if window is None else own & (position[query] - position[key] < window)
 
-    def block_mask(self, window: int | None):
+    def block_mask(self, window: int | None) -> Any:
         """FlexAttention's mask of the whole batch, built once for all layers with the same window."""
         if window not in self._block_masks:
             from torch.nn.attention.flex_attention import create_block_mask

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from preference_training.batching.batches import PackedBatch
+from preference_training.batching.packing import PackedBatch
 from preference_training.core.errors import UserError, first_line
 from preference_training.core.ranks import let_go_of_gathered
 from preference_training.modeling.adapters import (

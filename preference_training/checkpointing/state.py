@@ -7,6 +7,8 @@ import re
 import torch
 from torch import Tensor
 
+from preference_training.losses.registry import losses
+
 # ---- JSON -----------------------------------------------------------------------------------------------------------------
 
 
@@ -64,8 +66,7 @@ STATE_SHAPE = {
     "scheduler": {"last_epoch": _count, "base_lrs": [_number], "lr_lambdas": [None], ...: SETTING},
     "scaler": {...: _number},
     "loss": (
-        {"mean": (_number, None), "deviation": (_number, None), "draws": Tensor},
-        {"shift": (_number, None)},
+        *(shape for loss in losses().values() if (shape := loss.objective.state_shape()) is not None),
         # Of a user's loss.
         {"own": dict},
         {...: None},

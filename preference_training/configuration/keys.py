@@ -22,8 +22,6 @@ MAY_CHANGE_ON_RESUME = "may change on resume"
 OUTSIDE_JOB_IDENTITY = "outside a job's identity"
 # Where files lie and where a run computes, how much it says: nothing that the model depends on, and so in no card.
 NOT_SHOWN = "not shown"
-# Of a loss: what is trained, but not the formula of a held-out loss.
-TRAINING_ONLY = "training only"
 # A section whose keys are another library's or the user's, and so not listed in our files.
 OPEN = "open"
 

@@ -9,15 +9,16 @@ import math
 import re
 from dataclasses import dataclass, field, replace
 from functools import cache
+from typing import Self
 
 from preference_training.configuration.keys import (
     MAY_CHANGE_ON_RESUME,
     NOT_SHOWN,
     OPEN,
     OUTSIDE_JOB_IDENTITY,
-    TRAINING_ONLY,
     Section,
     anything,
+    declared,
     expected,
     is_number,
     key,
@@ -52,8 +53,6 @@ GENERAL_KEYS = ("template", "system_prompt", "truncation_mode", "on_bad_row", "w
 TEMPLATES = ("raw", "hh", "chatml", "chat")
 TRUNCATION_MODES = ("keep_start", "keep_end", "drop")
 GENERAL_CHOICES = {"template": TEMPLATES, "truncation_mode": TRUNCATION_MODES, "on_bad_row": ("stop", "skip")}
-# The losses whose examples are single responses, so that there is nothing to compare.
-WITHOUT_PAIRS = ("sft",)
 # Of exp_name; most systems allow a directory's name 255, and the moment follows it. Unit: bytes.
 LONGEST_NAME = 200
 # Relative distance of neighbouring numbers of a low-precision dtype, at most. A smaller update of a weight may be rounded away.
@@ -119,7 +118,7 @@ class ModelConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig(Section):
-    """loss: the keys of all losses; those that a loss does not have are None."""
+    """loss: the keys that losses share, None where the chosen loss has none; `own` are those of its file that only it has."""
 
     name: str = key(anything)
     beta: float | None = optional_key(
@@ -128,20 +127,27 @@ class LossConfig(Section):
     label_smoothing: float | None = optional_key(share(below=0.5))
     reference_free: bool | None = optional_key(switch)
     length_normalised: bool | None = optional_key(switch)
-    mode_loss: str | None = optional_key(name_of("mode", MODES), TRAINING_ONLY)
-    mode_weight: float | None = optional_key(share(), TRAINING_ONLY)
-    a: float | None = optional_key(not_negative(), TRAINING_ONLY)
+    mode_loss: str | None = optional_key(name_of("mode", MODES))
+    mode_weight: float | None = optional_key(share())
+    a: float | None = optional_key(not_negative())
     alpha: float | None = optional_key(not_negative())
     penalty: float | None = optional_key(not_negative())
     gamma: float | None = optional_key(not_negative())
-    reference_update_every: int | None = optional_key(whole(1), TRAINING_ONLY)
+    reference_update_every: int | None = optional_key(whole(1))
     reference_update_share: float | None = optional_key(
-        expected("a share above 0 to 1", lambda value: is_number(value) and 0 < value <= 1), TRAINING_ONLY
+        expected("a share above 0 to 1", lambda value: is_number(value) and 0 < value <= 1)
     )
     function: str | None = optional_key(
         expected("FILE.py:NAME", lambda value: isinstance(value, str) and re.search(r"\.py:\w+$", value) is not None)
     )
     options: dict | None = optional_key(plain_section, OPEN)
+    own: dict = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, values: dict) -> Self:
+        """The section with these values, unchecked; what only one loss has is checked by that loss."""
+        shared = {each.name for each in declared(cls)}
+        return replace(super().of(values), own={name: value for name, value in values.items() if name not in shared})
 
     @property
     def moves_reference(self) -> bool:
@@ -150,7 +156,8 @@ class LossConfig(Section):
 
     def given(self) -> dict:
         """The loss's own keys, `name` among them."""
-        return {name: copy.deepcopy(value) for name, value in vars(self).items() if value is not None}
+        shared = {each.name: getattr(self, each.name) for each in declared(type(self))}
+        return copy.deepcopy({name: value for name, value in shared.items() if value is not None} | self.own)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from preference_training.configuration.composition import GROUPS, composed, group_keys, keys_of_choice, unknown_key
 from preference_training.configuration.keys import Section, check_section, declared, listed, refuse, texts
-from preference_training.configuration.schema import BITSANDBYTES_OPTIMIZERS, WITHOUT_PAIRS, EvaluationConfig, RunConfig
+from preference_training.configuration.schema import BITSANDBYTES_OPTIMIZERS, EvaluationConfig, LossConfig, RunConfig
 from preference_training.core.errors import UserError, nearest
 from preference_training.core.metric_names import (
     EVAL_ACCURACY,
@@ -87,7 +87,8 @@ def _check_keys(section: type[Section], values: object, prefix: str = "") -> Non
         # What it is instead is said later.
         return
     keys = {each.name: each for each in declared(section)}
-    for name in sorted(values.keys() - keys.keys()):
+    own = frozenset().union(*group_keys("loss").values()) if section is LossConfig else frozenset()
+    for name in sorted(values.keys() - keys.keys() - own):
         raise UserError(unknown_key(f"{prefix}{name}"))
     needed = {name for name, each in keys.items() if each.default is not None}
     for name in sorted(needed - values.keys()):
@@ -182,7 +183,6 @@ def _check_sharding(config: RunConfig) -> None:
 
 def _check_loss(config: RunConfig) -> None:
     loss = config.loss
-    check_objective(config.objective, loss.name, paired=loss.name not in WITHOUT_PAIRS)
     if loss.function is not None and not Path(file := loss.function.rpartition(":")[0]).is_file():
         raise UserError(f"loss.function: {file}: no such file. Expected FILE.py:NAME; paths are relative to {Path.cwd()}.")
     if loss.mode_loss == "beta_DPO" and loss.reference_free:

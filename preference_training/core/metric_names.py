@@ -1,5 +1,7 @@
 """The names of a run's metrics: in metrics.jsonl, in dashboards, and as `objective`."""
 
+from collections.abc import Mapping
+
 TRAIN, EVAL = "train", "eval"
 CHOSEN, REJECTED = "chosen", "rejected"
 
@@ -52,6 +54,6 @@ def smaller_is_better(metric: str) -> bool:
     return metric.startswith("loss")
 
 
-def loss_is_at_beta_used(held_out: dict | None) -> bool:
+def loss_is_at_beta_used(held_out: Mapping[str, object] | None) -> bool:
     """Whether an evaluation's metrics are of an earlier version, whose loss/eval of beta-DPO was at the beta in force."""
     return bool(held_out) and BETA_USED in held_out and LOSS_AT_BETA_USED not in held_out

@@ -1,4 +1,4 @@
-"""The prompt of training in the language of what serves a model: Jinja, which transformers, vLLM and others read.
+"""The prompts of training as a chat template for serving: Jinja, which transformers, vLLM and others read.
 
 A run's template (`data/rows/templates.py`) is brought into one form, `Turns`: what stands before and behind each role's text.
 From it come a chat template here, and Ollama's in `modelfile.py`; both write what training wrote.
@@ -9,16 +9,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from preference_training.core.errors import UserError
+from preference_training.data.registry import DATASETS, dataset_entries
 from preference_training.data.rows.records import Turn
 from preference_training.data.rows.templates import ASSISTANT, HUMAN, ConversationError, build_template
 from preference_training.data.tokenization import bos_of
 
 # Of a model that continues texts.
 PLAIN_PROMPT = "Once upon a time"
-# Named sets whose prompts are HH dialogues as texts, which get no system prompt, and those that are conversations.
-DIALOGUE_SETS = ("toy", "hh", "hh-harmless-base", "hh-helpful-base", "hh-helpful-online", "hh-helpful-rejection-sampled")
-DIALOGUE_SETS += ("shp", "se")
-CONVERSATION_SETS = ("lc", "leetcode", "ultrafeedback", "orca", "nectar")
 
 
 # ---- which template a run has -----------------------------------------------------------------------------------------------
@@ -29,8 +26,7 @@ def format_of_run(config: dict, wanted: str | None = None) -> tuple[str, str | N
 
     wanted is the user's word for the first. Raises UserError where the configuration does not say, or says several things.
     """
-    datasets = config["datasets"] if isinstance(config["datasets"], list) else [config["datasets"]]
-    found = {_format_of_entry(entry if isinstance(entry, dict) else {"name": entry}, config) for entry in datasets}
+    found = {_format_of_entry(entry, config) for entry in dataset_entries(config)}
     if wanted is not None:
         systems = {system for _, system in found if system} if wanted != "raw" else set()
         found = {(wanted, system) for system in systems or {None}}
@@ -54,9 +50,10 @@ def _format_of_entry(entry: dict, config: dict) -> tuple[str | None, str | None]
     system = entry.get("system_prompt") or config["system_prompt"] or None
     if name is not None:
         return name, None if name == "raw" else system
-    if entry.get("name") in DIALOGUE_SETS:
-        return "hh", None
-    return ("hh" if entry.get("name") in CONVERSATION_SETS else None), system
+    # template=null leaves dialogues as they are, and writes conversations as such.
+    dataset = DATASETS.get(entry.get("name"))
+    prompts = dataset.prompts if dataset else None
+    return ("hh" if prompts else None), (None if prompts == "dialogues" else system)
 
 
 # Prompts that are looked at to see how they are written.
@@ -66,7 +63,7 @@ LOOKED_AT = 200
 def format_of_prompts(config: dict, table: Sequence, tokenizer) -> str | None:
     """How a run has written its prompts (`format_of_run`), from its configuration or else from the prompts themselves.
 
-    table: tokenised prompts. None where they are no conversations of one form.
+    table: tokenized prompts. None where they are no conversations of one form.
     """
     try:
         return format_of_run(config)[0]

@@ -1,7 +1,7 @@
-"""The entries of `datasets`: a registered name, a file, a set of the hub or a file of token ids, and what is done with it.
+"""The entries of `datasets`: a registered name, a file, a set of the hub or a file of token ids, with options.
 
-An entry is a name or a path, or a dict with either and further keys. Everything that can be said about it is checked here,
-before anything is loaded; then `load_records` gives its checked records, one by one.
+An entry is a name or a path, or a dict with either and further keys. Everything about it is checked here before anything is
+loaded; `load_records` then yields its checked records, one by one.
 """
 
 import copy
@@ -13,23 +13,26 @@ from typing import ClassVar
 
 from preference_training.configuration.composition import default_values
 from preference_training.configuration.keys import listed
-from preference_training.configuration.schema import GENERAL_CHOICES, GENERAL_KEYS, WITHOUT_PAIRS, RunConfig
+from preference_training.configuration.schema import GENERAL_CHOICES, GENERAL_KEYS, RunConfig
 from preference_training.core.errors import UserError, nearest
 from preference_training.data.files import content_hash, is_data_file, read_rows
 from preference_training.data.hub_sets import hub_rows, load_hub
-from preference_training.data.registry import DATASETS, TOKENISED_SUFFIX, Dataset, find_dataset
-from preference_training.data.rows.field_maps import FieldMap, NumberedRows, condition
+from preference_training.data.registry import DATASETS, TOKENIZED_SUFFIX, Dataset, find_dataset
+from preference_training.data.rows.field_maps import FieldMap
 from preference_training.data.rows.records import (
     DataReport,
     Items,
+    NumberedRows,
     PreferenceRecord,
     Prompt,
-    fault_of_item,
     group_rows,
-    kind_of,
+    item_error,
     prompt_text,
     split_by_hash,
+    type_name,
 )
+from preference_training.data.rows.values import condition
+from preference_training.losses.registry import is_paired
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ class OwnData:
     ) -> Items:
         """A loader. Raises UserError naming file and row, also where no row is usable."""
         report = report if report is not None else DataReport()
-        # Of a set that is split by a hash both splits read all rows: what is left out is counted once.
+        # Both splits of a set that is split by hash read all rows: what is skipped is counted once.
         counts = DataReport(report.skip_bad_rows) if self.by_hash and split == "test" else report
         place, rows = self._rows(split, cache_dir, counts)
         items = group_rows(self.field_map.rows_of(rows, place, counts), counts)
@@ -75,10 +78,10 @@ class OwnData:
     def fingerprint(self, split: str, cache_dir: str | None) -> str:
         """What the data of a split depends on."""
         path, hub_split = self._source(split)
-        is_file = is_data_file(path) or path.endswith(TOKENISED_SUFFIX)
+        is_file = is_data_file(path) or path.endswith(TOKENIZED_SUFFIX)
         source = content_hash(Path(path)) if is_file else self._hub(path, hub_split, cache_dir)._fingerprint
         by_hash = f"{split} {self.held_out_share}" if self.by_hash else ""
-        return f"{source} {by_hash} {described(self.field_map)}"
+        return f"{source} {by_hash} {field_map_text(self.field_map)}"
 
     def _source(self, split: str) -> tuple[str, str]:
         held_out = split == "test"
@@ -109,15 +112,15 @@ class OwnData:
             )
 
 
-# Fields of a map that are named in every fingerprint; of those that have come later, the ones that are given.
+# The fields that every fingerprint names; fields that were added later are named where they are given.
 ALWAYS_NAMED = (
     "prompt", "chosen", "rejected", "system", "response", "score", "responses", "scores", "ranks", "implicit_prompt", "where",
     "top_k",
 )  # fmt: skip
 
 
-def described(field_map: FieldMap) -> str:
-    """A map of fields as text: the same when fields are added that it does not use."""
+def field_map_text(field_map: FieldMap) -> str:
+    """A map of fields as text, for fingerprints: it stays the same when FieldMap gains fields that the map does not use."""
     usual = FieldMap()
     values = {item.name: getattr(field_map, item.name) for item in fields(FieldMap)}
     more = [name for name, value in values.items() if name not in ALWAYS_NAMED and value != getattr(usual, name)]
@@ -126,7 +129,7 @@ def described(field_map: FieldMap) -> str:
 
 @dataclass(frozen=True)
 class Entry:
-    """One entry of `datasets`, understood: where records come from, and what is done with them.
+    """One parsed entry of `datasets`: where records come from, and what is done with them.
 
     options are further keyword arguments of the loader. weight says how often an epoch visits each prompt. notes are about
     settings that have no effect here. Values that the entry does not give are the configuration's.
@@ -144,9 +147,9 @@ class Entry:
     notes: tuple[str, ...] = ()
 
     @property
-    def tokenised_file(self) -> Path | None:
+    def tokenized_file(self) -> Path | None:
         """The path of a file of token ids, which has no texts; None for all others."""
-        return Path(self.name) if self.name.endswith(TOKENISED_SUFFIX) else None
+        return Path(self.name) if self.name.endswith(TOKENIZED_SUFFIX) else None
 
     @property
     def holds_out_a_share(self) -> bool:
@@ -155,7 +158,7 @@ class Entry:
         return isinstance(own, OwnData) and not (own.test_path or own.test_split)
 
     def report(self) -> DataReport:
-        """An empty report that knows what becomes of bad rows."""
+        """An empty report that knows whether to skip bad rows."""
         skip = self.dataset.skip_bad_rows if self.on_bad_row is None else self.on_bad_row == "skip"
         return DataReport(skip_bad_rows=skip)
 
@@ -170,15 +173,15 @@ class Entry:
         return f"{self.dataset.fingerprint(split, cache_dir, **self.options)} {self.on_bad_row}"
 
 
-# Parameters that a loader may have, and which are no keys of an entry.
-GIVEN = ("report", "text_of")
+# Parameters of a loader that are passed by us, and are no keys of an entry.
+PASSED = ("report", "text_of")
 
 
 def read_entry(entry, defaults: dict | None = None) -> Entry:
-    """Understand one entry of `datasets`: a name or path, or a dict with `name` or `path` and further keys.
+    """Parse one entry of `datasets`: a name or path, or a dict with `name` or `path` and further keys.
 
     defaults has the configuration's values of `held_out_share` and of the keys that an entry may override. Raises UserError
-    for names and keys that do not exist, for values that make no sense, and for files that are not there.
+    for names and keys that do not exist, invalid values, and missing files.
     """
     defaults = defaults or {}
     given = {("path" if _looks_like_a_path(entry) else "name"): entry} if isinstance(entry, str) else entry
@@ -192,20 +195,20 @@ def read_entry(entry, defaults: dict | None = None) -> Entry:
         # As with the general keys, null is what is not given.
         rest = {key: value for key, value in rest.items() if value is not None}
         rest = {"held_out_share": defaults.get("held_out_share", 0.05)} | rest
-        notes = (*_tokenised_without_effect(name, general), *_path_without_effect(name, given))
+        notes = (*_tokenized_without_effect(name, general), *_path_without_effect(name, given))
         dataset = _dataset_of_path(name, rest)
-        understood = Entry(name, dataset, held_out_share=rest["held_out_share"], notes=notes, **general)
+        parsed = Entry(name, dataset, held_out_share=rest["held_out_share"], notes=notes, **general)
     else:
         name = str(given["name"])
-        understood = Entry(name, find_dataset(name), rest, **general)
-        _check_options(understood)
-    _check_general(understood)
-    return understood
+        parsed = Entry(name, find_dataset(name), rest, **general)
+        _check_options(parsed)
+    _check_general(parsed)
+    return parsed
 
 
 def _looks_like_a_path(text: str) -> bool:
     return (
-        text not in DATASETS and ".py:" not in text and (is_data_file(text) or text.endswith(TOKENISED_SUFFIX) or "/" in text)
+        text not in DATASETS and ".py:" not in text and (is_data_file(text) or text.endswith(TOKENIZED_SUFFIX) or "/" in text)
     )
 
 
@@ -215,21 +218,21 @@ def _dataset_of_path(path: str, options: dict) -> Dataset:
         if key not in maps and key not in OwnData.OPTIONS:
             raise UserError(f"datasets: {path}: no key {key!r}; {nearest(str(key), [*maps, *OwnData.OPTIONS, *GENERAL_KEYS])}")
     others = [key for key in options if key != "held_out_share"]
-    if others and (path.endswith(TOKENISED_SUFFIX) or str(options.get("test_path")).endswith(TOKENISED_SUFFIX)):
+    if others and (path.endswith(TOKENIZED_SUFFIX) or str(options.get("test_path")).endswith(TOKENIZED_SUFFIX)):
         raise UserError(f"datasets: {path}: {others[0]} does not go with a file of token ids. Expected held_out_share alone.")
     _check_field_map(path, options)
     field_map = FieldMap(**{key: value for key, value in options.items() if key in maps})
     own = OwnData(path, field_map, **{key: value for key, value in options.items() if key not in maps})
     for file in (own.path, own.test_path):
-        if file and (is_data_file(file) or file.endswith(TOKENISED_SUFFIX)) and not Path(file).is_file():
+        if file and (is_data_file(file) or file.endswith(TOKENIZED_SUFFIX)) and not Path(file).is_file():
             found = "a directory" if Path(file).is_dir() else "no such file"
             raise UserError(f"datasets: {file}: {found}. Expected a readable file; paths are relative to {Path.cwd()}.")
     return Dataset(own.load, "keep_end", fingerprint=own.fingerprint, held_out_by_share=own.by_hash and own.held_out_share > 0)
 
 
-def _tokenised_without_effect(path: str, general: dict) -> list[str]:
+def _tokenized_without_effect(path: str, general: dict) -> list[str]:
     """Notes on settings that shape texts, for a file that has none."""
-    if not path.endswith(TOKENISED_SUFFIX):
+    if not path.endswith(TOKENIZED_SUFFIX):
         return []
     return [f"{key} has no effect: the file holds token ids" for key in ("template", "system_prompt") if key in general]
 
@@ -292,7 +295,7 @@ def _check_options(entry: Entry) -> None:
     known = inspect.signature(entry.dataset.load).parameters
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
         return
-    own = [name for name in known if name not in ("split", "silent", "cache_dir", *GIVEN)]
+    own = [name for name in known if name not in ("split", "silent", "cache_dir", *PASSED)]
     for key in entry.options:
         if key not in own:
             raise UserError(f"datasets: {entry.name}: no key {key!r}; {nearest(str(key), [*own, *GENERAL_KEYS])}")
@@ -333,18 +336,18 @@ def load_records(
     set and record. text_of is what decides which prompts are held out, where a share of them is: `split_by_hash`.
     """
     report = report if report is not None else entry.report()
-    given = dict(zip(GIVEN, (report, text_of), strict=True))
+    given = dict(zip(PASSED, (report, text_of), strict=True))
     options = entry.options | {
         key: given[key] for key in inspect.signature(entry.dataset.load).parameters.keys() & given.keys()
     }
     items = entry.dataset.load(split, silent=False, cache_dir=cache_dir, **options)
     if not isinstance(items, Iterable):
         raise UserError(
-            f"datasets: {entry.name}: the loader gave {kind_of(items)}, expected a dict or (prompt, record) one by one."
+            f"datasets: {entry.name}: the loader gave {type_name(items)}, expected a dict or (prompt, record) one by one."
         )
     for number, item in enumerate(items.items() if isinstance(items, dict) else items, start=1):
         source = f"{entry.name}, {split} prompt {number}"
-        if fault := fault_of_item(item):
+        if fault := item_error(item):
             expected = "Expected {responses, pairs, sft_target} as in preference_datasets.py."
             report.bad_row(UserError(f"datasets: {source}: {fault}. {expected}"))
             continue
@@ -370,7 +373,7 @@ def read_entries(config: RunConfig) -> list[Entry]:
 def _run_settings_without_effect(config: RunConfig, entry: Entry) -> list[str]:
     """Notes on the run's settings that have been changed and say nothing to an entry, and on what its loss does not read."""
     notes, usual = [], default_values()
-    if entry.dataset.about_sft and config.loss.name in WITHOUT_PAIRS:
+    if entry.dataset.about_sft and not is_paired(config.loss.name):
         notes.append(entry.dataset.about_sft)
     drops = (entry.truncation_mode or entry.dataset.truncation_mode) == "drop"
     if config.max_prompt_length != usual["max_prompt_length"] and drops:

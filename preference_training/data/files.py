@@ -1,7 +1,7 @@
 """Rows of a local file, with their numbers: JSON lines (plain or gzip), JSON, CSV and Parquet become dicts.
 
-Every fault of a file is a UserError that names the file and, where there is one, the row, counted from 1. A fault that is one
-row's alone goes to the report, which stops the run or counts it; one of the whole file always stops.
+Every error in a file is a UserError that names the file and, where there is one, the row, counted from 1. An error of a
+single row goes to the report, which stops the run or counts it; one of the whole file always stops.
 """
 
 import csv

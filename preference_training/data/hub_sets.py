@@ -2,16 +2,17 @@
 
 import inspect
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from numbers import Real
 from pathlib import Path
 
 from preference_training.core.errors import UserError, first_line
-from preference_training.data.registry import DATASETS, Dataset
-from preference_training.data.rows.field_maps import NumberedRows, RowError, value_of
-from preference_training.data.rows.records import DataReport, kind_of, prompt_text, split_by_hash
+from preference_training.data.registry import DATASETS, Dataset, Prompts
+from preference_training.data.rows.conversations import RowError
+from preference_training.data.rows.records import DataReport, Items, NumberedRows, prompt_text, split_by_hash, type_name
+from preference_training.data.rows.values import value_of
 
 
 @cache
@@ -47,7 +48,7 @@ def hub_rows(dataset, place: str) -> NumberedRows:
 KINDS = {str: "a text", Real: "a number", list: "a list"}
 
 
-def sound_rows(rows: NumberedRows, place: str, report: DataReport, kinds: dict[str, type]) -> Iterator[dict]:
+def valid_rows(rows: NumberedRows, place: str, report: DataReport, kinds: dict[str, type]) -> Iterator[dict]:
     """The rows whose fields have values of these kinds; others go to the report. A name with dots leads into each list item."""
     for number, row in rows:
         report.rows_read += 1
@@ -56,7 +57,7 @@ def sound_rows(rows: NumberedRows, place: str, report: DataReport, kinds: dict[s
                 value = value_of(row, name)
                 wrong = [item for item in (value if "." in name else [value]) if not isinstance(item, kind)]
                 if wrong:
-                    raise RowError(f"field {name!r} is {kind_of(wrong[0])}, expected {KINDS[kind]}.")
+                    raise RowError(f"field {name!r} is {type_name(wrong[0])}, expected {KINDS[kind]}.")
         except RowError as fault:
             report.bad_row(UserError(f"datasets: {place}, row {number}: {fault}"))
         else:
@@ -67,7 +68,8 @@ def sound_rows(rows: NumberedRows, place: str, report: DataReport, kinds: dict[s
 class HubSet:
     """Where a named data set lies on the hub, the fields that are read, and which of its splits are ours.
 
-    Without a test split of its own, `held_out_share` of the prompts are held out, and at least one.
+    Without a test split of its own, `held_out_share` of the prompts are held out, and at least one. folders: those that are
+    data sets of their own, too, as NAME-FOLDER.
     """
 
     path: str
@@ -75,6 +77,7 @@ class HubSet:
     train: str = "train"
     test: str | None = None
     held_out_share: float = 0.01
+    folders: tuple[str, ...] = ()
 
     def load(self, split: str, cache_dir: str | None, data_dir: str | None, subset: str | None = None):
         """The hub's split that `split` ("train" or "test") is taken from. `subset` is a folder of the set."""
@@ -90,8 +93,10 @@ class HubSet:
         return loaded
 
 
-def hub_set(name: str, hub: HubSet, truncation_mode: str = "keep_start", about_sft: str | None = None):
-    """Register a function `(rows, report, *, options)` → items as the loader of a set of the hub."""
+def hub_set(
+    name: str, hub: HubSet, prompts: Prompts, truncation_mode: str = "keep_start", about_sft: str | None = None
+) -> Callable[[Callable[..., Items]], Callable[..., Items]]:
+    """Register a function `(rows, report, *, options)` → items as the loader of a set of the hub; the rest: `Dataset`."""
 
     def decorator(items_of):
         def load(
@@ -121,9 +126,19 @@ def hub_set(name: str, hub: HubSet, truncation_mode: str = "keep_start", about_s
         own = list(inspect.signature(load).parameters.values())[:-1]
         extra = [p for p in inspect.signature(items_of).parameters.values() if p.kind is p.KEYWORD_ONLY]
         load.__signature__ = inspect.Signature([*own, *extra])
-        DATASETS[name] = Dataset(
-            load, truncation_mode, True, fingerprint, about_sft, held_out_by_share=not hub.test, hub_id=hub.path
+        whole = DATASETS[name] = Dataset(
+            load,
+            truncation_mode,
+            prompts,
+            skip_bad_rows=True,
+            fingerprint=fingerprint,
+            about_sft=about_sft,
+            held_out_by_share=not hub.test,
+            hub_id=hub.path,
         )
+        for folder in hub.folders:
+            of_folder = partial(load, subset=folder), partial(fingerprint, subset=folder)
+            DATASETS[f"{name}-{folder}"] = replace(whole, load=of_folder[0], fingerprint=of_folder[1])
         return items_of
 
     return decorator

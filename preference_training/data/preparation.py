@@ -1,9 +1,8 @@
-"""Each data set tokenised once: streamed from its loader into an Arrow file, found again by what it depends on.
+"""Tokenize each data set once: stream it from its loader into an Arrow file, and find it again by what it depends on.
 
 A file's name is a hash of the data's content, of the tokenizer, of the settings that shape token ids, and of the version of the
-rules by which they do (`tokenization.VERSION`); our code is no part of it. Processes that prepare the same data at once (the
-ranks of a run, the jobs of a sweep) wait for the first of them, however long it takes. A file appears under its name when it is
-whole, never before.
+rules (`tokenization.VERSION`); our code is no part of it. Processes that prepare the same data at once (the ranks of a run, the
+jobs of a sweep) wait for the first of them, however long it takes. A file gets its name when it is complete.
 """
 
 import json
@@ -11,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy
 import xxhash
@@ -22,14 +22,8 @@ from preference_training.core.memory import infrequent_garbage_collection
 from preference_training.data.entries import Entry, load_records
 from preference_training.data.prompt_table import ContentHash, PromptTable, TablePart, write_columns, write_some
 from preference_training.data.rows.records import DataReport, PreferenceRecord
-from preference_training.data.tokenization import (
-    VERSION,
-    TokenizedPrompt,
-    TokenSettings,
-    read_tokenised,
-    text_reader,
-    tokenize_records,
-)
+from preference_training.data.token_files import Vocabulary, read_tokenized
+from preference_training.data.tokenization import VERSION, TokenizedPrompt, TokenSettings, text_reader, tokenize_records
 
 
 @dataclass(frozen=True)
@@ -59,7 +53,7 @@ def prepare(
     cache_dir: str | None = None,
     first_row: int = 0,
 ) -> Prepared:
-    """The tokenised prompts of one split ("train" or "test"), from `directory` where they have been prepared before.
+    """The tokenized prompts of one split ("train" or "test"), from `directory` where they have been prepared before.
 
     settings gives what each entry's token ids depend on; cache_dir is the hub library's. Responses are numbered from
     `first_row` on. Raises UserError for data that cannot be used, and where the disk does not take what is written.
@@ -68,19 +62,19 @@ def prepare(
     vocabulary = tokenizer_hash(tokenizer)
     for entry in entries:
         version = settings(entry).version
-        work = _Preparation(entry, split, tokenizer, vocabulary, settings(entry), directory, cache_dir)
+        work = _Preparation(entry, split, tokenizer, vocabulary, settings(entry), Folders(directory, cache_dir))
         with infrequent_garbage_collection():
             part, report = work.result()
         if part is not None:
             parts.append(part)
-        # Not kept with the data, which does not depend on settings that have no effect.
+        # Not stored with the data, which does not depend on settings without effect.
         reports.append(replace(report, notes=[*entry.notes, *report.notes]) if split == "train" else report)
     return Prepared(PromptTable(parts, first_row), reports, version)
 
 
 @contextmanager
-def _kept_in(directory: Path) -> Iterator[None]:
-    """Inside, files are written to a directory that is made for them. Raises UserError where the system does not take them."""
+def _writable(directory: Path) -> Iterator[None]:
+    """Inside, files are written to a directory that is made for them. Raises UserError where it cannot."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         yield
@@ -91,31 +85,29 @@ def _kept_in(directory: Path) -> Iterator[None]:
         ) from error
 
 
+class Folders(NamedTuple):
+    """Where prepared data is kept, and the hub library's cache."""
+
+    prepared: Path
+    hub: str | None
+
+
 class _Preparation:
     """One entry and split: the file it is found in, or is written to."""
 
-    def __init__(
-        self,
-        entry: Entry,
-        split: str,
-        tokenizer,
-        vocabulary: str,
-        settings: TokenSettings,
-        directory: Path,
-        cache_dir: str | None,
-    ):
+    def __init__(self, entry: Entry, split: str, tokenizer, vocabulary: str, settings: TokenSettings, folders: Folders):
         self.entry, self.split, self.tokenizer, self.settings = entry, split, tokenizer, settings
-        self.directory, self.cache_dir = directory, cache_dir
-        known = entry.fingerprint(split, cache_dir, trust_user_code=settings.version == 1)
+        self.directory, self.cache_dir = folders
+        known = entry.fingerprint(split, self.cache_dir, trust_user_code=settings.version == 1)
         # Where only loading tells what the data is, the name ends with a hash of the records.
         self.content_is_known = known is not None
-        depends_on = [entry.name, known, entry.report().skip_bad_rows, split, vocabulary, *_described(settings)]
+        depends_on = [entry.name, known, entry.report().skip_bad_rows, split, vocabulary, *_settings_key(settings)]
         self.key = hash_of_values(depends_on)
 
     def result(self) -> tuple[TablePart | None, DataReport]:
-        """The whole file, mapped, None where it has no prompt, and the report. Prepares it if need be."""
+        """The memory-mapped file, None where it has no prompt, and the report. Prepares it if needed."""
         waiting = f"{self.entry.name}: waiting for the process that prepares it"
-        with _kept_in(self.directory), locked(self.directory / f"{self.key}.lock", waiting):
+        with _writable(self.directory), locked(self.directory / f"{self.key}.lock", waiting):
             return self._find() or self._make()
 
     def _find(self) -> tuple[TablePart | None, DataReport] | None:
@@ -153,7 +145,7 @@ class _Preparation:
 
     def _map(self, path: Path, fingerprint: str | None) -> TablePart:
         """A whole file as a part of the run's table."""
-        what = "row" if self.entry.tokenised_file else f"{self.split} prompt"
+        what = "row" if self.entry.tokenized_file else f"{self.split} prompt"
         weight = self.entry.weight if self.split == "train" else 1.0
         return TablePart.of_file(path, f"{self.entry.name}, {what}", weight, fingerprint)
 
@@ -179,23 +171,22 @@ class _Preparation:
         return self._map(path, content.hexdigest()), report
 
     def _sweep(self) -> None:
-        """Remove what killed preparations have left, whatever they were preparing."""
+        """Remove what killed processes have left behind."""
         from filelock import FileLock, Timeout
 
         for partial in self.directory.glob(f"*{PARTIAL}"):
             lock = FileLock(self.directory / f"{partial.name.split('.')[0]}.lock")
             try:
-                # This process holds its own key's lock; another's that cannot be had is being prepared.
+                # This process holds its own lock; a lock that is taken belongs to a preparation in progress.
                 with lock.acquire(timeout=0):
                     partial.unlink(missing_ok=True)
             except Timeout:
                 continue
 
     def _prompts(self, report: DataReport, digest) -> Iterator[TokenizedPrompt]:
-        if file := self.entry.tokenised_file:
-            share = self.entry.held_out_share
-            vocabulary, eos, bos = len(self.tokenizer), self.tokenizer.eos_token_id, self.tokenizer.bos_token_id
-            return read_tokenised(file, self.split, share, vocabulary, eos, self.settings, report, bos)
+        if file := self.entry.tokenized_file:
+            share, vocabulary = self.entry.held_out_share, Vocabulary.of(self.tokenizer)
+            return read_tokenized(file, self.split, share, vocabulary, self.settings, report)
         return tokenize_records(self._records(report, digest), self.tokenizer, self.settings, report)
 
     def _records(self, report: DataReport, digest) -> Iterator[PreferenceRecord]:
@@ -209,12 +200,12 @@ class _Preparation:
                     digest.update(repr(content).encode())
                 yield record
         except OSError as error:
-            # Of the loader's own files: nothing that another folder for prepared data would mend.
+            # The loader's own files: another folder for prepared data would not help.
             raise UserError(f"datasets: {self.entry.name}: its loader cannot read its data: {error}.") from error
 
 
 def _with_progress(prompts: Iterator[TokenizedPrompt], name: str) -> Iterator[TokenizedPrompt]:
-    """The same prompts, with a bar on a terminal where it takes longer than a few seconds."""
+    """The same prompts, with a progress bar on a terminal after a few seconds."""
     from tqdm import tqdm
 
     return tqdm(prompts, desc=f"preparing {name}", unit=" prompts", delay=5, leave=False, disable=None, mininterval=1.0)
@@ -226,15 +217,15 @@ CODE_OF_VERSION_1 = "79aded02dfe2b0ae476ddc72933eb4da"
 SETTINGS_OF_VERSION_1 = ("paired", "max_length", "max_prompt_length", "truncation_mode", "template", "system_prompt")
 
 
-def _described(settings: TokenSettings) -> list:
-    """What a file's name says of the settings and the version of the rules."""
+def _settings_key(settings: TokenSettings) -> list:
+    """The part of a file's key that stands for the settings and the version of the rules."""
     if settings.version > 1:
         return [asdict(settings)]
     return [{name: getattr(settings, name) for name in SETTINGS_OF_VERSION_1}, CODE_OF_VERSION_1]
 
 
 def tokenizer_hash(tokenizer) -> str:
-    """Hash of all that a tokenizer's ids depend on, its chat template included."""
+    """Hash of everything a tokenizer's ids depend on, including its chat template."""
     if tokenizer.is_fast:
         description = tokenizer.backend_tokenizer.to_str()
         # What stands before that is padding and truncation, which change with every call and are not used here.
@@ -266,7 +257,7 @@ def without_held_out(train: Prepared, held_out: Prepared, entries: Sequence[Entr
             if not kept.all():
                 left_out = replace(report, left_out=dict(report.left_out), num_prompts=int(kept.sum()))
                 examples = numpy.concatenate([columns.num_examples for columns in part.batches])
-                left_out.leave_out(HELD_OUT_ELSEWHERE, int(examples[~kept].sum()))
+                left_out.skip(HELD_OUT_ELSEWHERE, int(examples[~kept].sum()))
                 part, report = _kept(part, kept, directory), left_out
         parts += [part] if part and part.num_prompts else []
         reports.append(report)
@@ -284,7 +275,7 @@ def _kept(part: TablePart, kept: numpy.ndarray, directory: Path) -> TablePart:
     """Those prompts of a part for which `kept` [N] is true, from a file of their own, which is written if need be."""
     name = xxhash.xxh3_128_hexdigest(part.fingerprint.encode() + numpy.flatnonzero(~kept).astype(numpy.int64).tobytes())
     path = directory / f"{name}.arrow"
-    with _kept_in(directory), locked(path.with_suffix(".lock"), f"{part.source}: waiting for the process that prepares it"):
+    with _writable(directory), locked(path.with_suffix(".lock"), f"{part.source}: waiting for the process that prepares it"):
         if path.exists():
             try:
                 found = TablePart.of_file(path, part.source, part.weight)
@@ -324,7 +315,7 @@ def overlap(train: PromptTable, held_out: PromptTable) -> Overlap | None:
 
 
 def shortened(text: str, most: int = 60) -> str:
-    """The end of a long text: its beginning may be that of all."""
+    """The end of a long text: many prompts share their beginning."""
     return text if len(text) <= most else f"...{text[-most:]}"
 
 

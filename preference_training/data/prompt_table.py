@@ -1,4 +1,4 @@
-"""Tokenised prompts in columns: written to disk as an Arrow file, read back by mapping it into memory.
+"""Tokenized prompts in columns: written to disk as an Arrow file, read back by mapping it into memory.
 
 A table is a sequence of `TokenizedPrompt`s that are made when they are looked at. What is in memory of millions of prompts is
 their number of examples; everything else stays in the file, whose pages come and go. Shapes: N prompts, R responses.

@@ -1,8 +1,6 @@
 """Text to token ids: prompts and responses, each response with its end-of-sequence token, within the lengths allowed.
 
-    records -> `tokenize_records` -> TokenizedPrompt
-
-Files that hold token ids already (`.pt`: pairs with loss masks) are read and written here too.
+records -> `tokenize_records` -> TokenizedPrompt
 """
 
 import json
@@ -11,20 +9,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import groupby, islice
-from operator import itemgetter
-from pathlib import Path
+from itertools import islice
 
 from preference_training.core.errors import UserError
-from preference_training.core.files import load_tensors
 from preference_training.data.rows.records import (
-    SAME_TEXT,
     DataReport,
     PreferenceRecord,
     Prompt,
-    add_responses,
-    is_held_out,
-    new_record,
     prompt_text,
 )
 from preference_training.data.rows.templates import ConversationError, build_template, opening_of_answers
@@ -87,7 +78,7 @@ class TokenSettings:
 def text_reader(tokenizer, settings: TokenSettings) -> Callable[[Prompt], str]:
     """A function from a prompt to the text that a model reads of it, by a hash of which prompts are held out.
 
-    A conversation that the chat template refuses is its own text; it is reported where it is tokenised.
+    A conversation that the chat template refuses is its own text; it is reported where it is tokenized.
     """
     if settings.version == 1:
         return prompt_text
@@ -105,31 +96,31 @@ def text_reader(tokenizer, settings: TokenSettings) -> Callable[[Prompt], str]:
 def tokenize_records(
     records: Iterable[PreferenceRecord], tokenizer, settings: TokenSettings, report: DataReport | None = None
 ) -> Iterator[TokenizedPrompt]:
-    """Yield the tokenised prompts of `records`.
+    """Yield the tokenized prompts of `records`.
 
-    Prompt and responses are tokenised apart and their ids joined, so that the boundary between them is exact. The prompt
+    Prompt and responses are tokenized apart and their ids joined, so that the boundary between them is exact. The prompt
     gets a beginning-of-sequence token where the tokenizer itself would add one; each response gets the end-of-sequence
-    token. Lengths and what is left out: `shaped`.
+    token. Lengths and what is skipped: `trainable_part`.
 
     A text that holds the end-of-sequence token, a prompt without tokens, and a conversation that the tokenizer's chat
     template refuses, go to the report; without one they raise UserError.
     """
     work = _Tokenization(tokenizer, settings, report if report is not None else DataReport())
     records = iter(records)
-    # Threads of their own turn texts into ids, on all cores and without Python's lock, while this one goes on; with two of
-    # them, one encodes while the other makes lists.
+    # Two threads turn texts into ids on all cores, without Python's lock, while this one renders the next chunk: one encodes
+    # while the other makes lists.
     with ThreadPoolExecutor(2) as encoder:
-        under_way: deque = deque()
+        pending: deque = deque()
         while chunk := list(islice(records, 1024)):
             kept = [rendered for record in chunk for rendered in work.render(record)]
-            under_way.append((kept, encoder.submit(work.encode, kept)))
-            if len(under_way) > 4:
-                yield from work.finish(*under_way.popleft())
-        for kept, ids in under_way:
+            pending.append((kept, encoder.submit(work.encode, kept)))
+            if len(pending) > 4:
+                yield from work.finish(*pending.popleft())
+        for kept, ids in pending:
             yield from work.finish(kept, ids)
 
 
-# What is said of records, beside what is left out.
+# What a report says of records, besides what it skips.
 NO_PAIR_TO_COMPARE = "a prompt without a pair of answers (loss=sft learns single answers)"
 NO_TURNS = (
     "prompts without system_prompt: they are plain text, which template=null and raw leave as it is (see hh, chatml, chat)"
@@ -145,7 +136,7 @@ Rendered = tuple[PreferenceRecord, list[tuple[int, int]], list[str]]
 
 
 class _Tokenization:
-    """The steps of `tokenize_records`, and what they need to know of tokenizer and settings."""
+    """The steps of `tokenize_records`, with the tokenizer and settings they share."""
 
     def __init__(self, tokenizer, settings: TokenSettings, report: DataReport):
         self.settings = settings
@@ -155,15 +146,15 @@ class _Tokenization:
             self.report.note(OPENING_MOVED.format(opening))
         self.encode_prompts, self.encode_responses = _encoders(tokenizer)
         self.bos = bos_of(tokenizer)
-        # Kept here: a tokenizer looks its special tokens up anew each time.
+        # Cached: a tokenizer looks its special tokens up at each access.
         self.eos_token, self.eos_id, self.bos_id = tokenizer.eos_token, tokenizer.eos_token_id, tokenizer.bos_token_id
 
     def render(self, record: PreferenceRecord) -> list[Rendered]:
-        """The record as text; for SFT one for each of its targets. Nothing where there is none to train on, or a fault."""
+        """The record as text; for SFT one for each of its targets. Empty where there is nothing to train on, or an error."""
         if self.settings.paired:
             used = sorted({index for pair in record.pairs for index in pair})
-            wanted = [(pairs_among(used, record.pairs), [record.responses[index] for index in used])] if used else []
-            self.report.leave_out(NO_PAIR_TO_COMPARE, not used)
+            wanted = [(pairs_between(used, record.pairs), [record.responses[index] for index in used])] if used else []
+            self.report.skip(NO_PAIR_TO_COMPARE, not used)
         else:
             targets = record.targets if self.settings.version > 1 else (record.sft_target,)
             wanted = [([], [target]) for target in targets]
@@ -185,7 +176,7 @@ class _Tokenization:
         return record, pairs, [prompt, *texts]
 
     def _count_system_prompt(self, prompt: Prompt) -> None:
-        """Count prompts before which the system prompt does not stand."""
+        """Count the prompts that do not get the system prompt."""
         if isinstance(prompt, str):
             if self.settings.template in (None, "raw"):
                 self.report.change(NO_TURNS)
@@ -217,7 +208,7 @@ class _Tokenization:
                 whole = [[*response, self.eos_id] for response in responses]
                 prompt = TokenizedPrompt(prompt_ids, whole, pairs, record.source, record.number)
                 always_kept = len(self.bos) if settings.version == 1 else int(prompt_ids[0] == self.bos_id)
-                left = shaped(prompt, settings, always_kept, self.report)
+                left = trainable_part(prompt, settings, always_kept, self.report)
                 if left is not None:
                     yield left
 
@@ -232,28 +223,28 @@ class _Tokenization:
 def _encoders(tokenizer):
     """Two functions from texts to lists of token ids, without special tokens added: for prompts and for responses.
 
-    SentencePiece's tokenizers put a blank before a text. A response goes on with its prompt's text, so it gets none.
+    SentencePiece tokenizers put a space before a text. A response continues its prompt's text, so it gets none.
     """
     if not tokenizer.is_fast:
         slow = lambda texts: tokenizer(texts, add_special_tokens=False).input_ids if texts else []  # noqa: E731
         return slow, slow
     backend = tokenizer.backend_tokenizer
-    described = json.loads(backend.to_str())
-    going_on = described | {part: _without_first_blank(described[part]) for part in ("normalizer", "pre_tokenizer")}
-    backends = backend, backend if going_on == described else type(backend).from_str(json.dumps(going_on))
+    description = json.loads(backend.to_str())
+    continuing = description | {part: _without_first_blank(description[part]) for part in ("normalizer", "pre_tokenizer")}
+    backends = backend, backend if continuing == description else type(backend).from_str(json.dumps(continuing))
     for each in backends:
-        # A tokenizer's file may ask for either; both are ours to do.
+        # A tokenizer's file may ask for either; both are done here.
         each.no_padding()
         each.no_truncation()
     encode_prompts, encode_responses = (partial(_encode, each) for each in backends)
-    return encode_prompts, encode_prompts if going_on == described else encode_responses
+    return encode_prompts, encode_prompts if continuing == description else encode_responses
 
 
 def _encode(backend, texts: list[str]) -> list[list[int]]:
     return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
-# How the parts of a tokenizer's file say that something is put before a text, and how they say that nothing is.
+# The settings of a tokenizer's file that put something before a text, with the values that put nothing there.
 NOTHING_BEFORE = {"prepend_scheme": "never", "add_prefix_space": False, "prepend": ""}
 
 
@@ -272,35 +263,36 @@ def bos_of(tokenizer) -> list[int]:
     return [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id else []
 
 
-def pairs_among(kept: Sequence[int], pairs: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+def pairs_between(kept: Sequence[int], pairs: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     """The pairs of which both responses are `kept`, by their places among these."""
     place = {index: position for position, index in enumerate(kept)}
     return [(place[i], place[j]) for i, j in pairs if i in place and j in place]
 
 
-# ---- what is trained on of a prompt -------------------------------------------------------------------------------------
+# ---- the part that is trained on ----------------------------------------------------------------------------------------
 
 SAME_IDS = "chosen and rejected are the same token ids"
 NOTHING_LEFT = "no token of the prompt is left within max_prompt_length"
 
 
-def shaped(prompt: TokenizedPrompt, settings: TokenSettings, always_kept: int, report: DataReport) -> TokenizedPrompt | None:
-    """What is trained on of a prompt, within the lengths of the settings; None where nothing is. What is left out is counted.
+def trainable_part(
+    prompt: TokenizedPrompt, settings: TokenSettings, always_kept: int, report: DataReport
+) -> TokenizedPrompt | None:
+    """The part of a prompt that is trained on, within the lengths of the settings, or None. What is skipped is counted.
 
-    Left out are pairs of responses that have become the same, by their template or cut, and prompts that are cut down to
-    their beginning of the sequence, `always_kept` tokens.
+    Skipped are pairs whose responses have become identical, by template or truncation, and prompts of which only the
+    beginning of the sequence is left, `always_kept` tokens.
     """
-    lengths = settings.max_length, settings.max_prompt_length, settings.truncation_mode
-    fitted = fit(prompt, *lengths, report, always_kept)
+    fitted = truncate(prompt, settings, report, always_kept)
     if fitted is None or settings.version == 1:
         return fitted
     ids = fitted.prompt_ids
     if always_kept and settings.truncation_mode == "keep_end" and len(ids) < len(prompt.prompt_ids) and ids[1:2] == ids[:1]:
-        # A template may write one before each question, and the end that is kept begins with such.
+        # A template may write a beginning-of-sequence token before each question, and the kept end may begin with one.
         fitted = replace(fitted, prompt_ids=ids[1:])
     left = None
     if always_kept and len(fitted.prompt_ids) <= always_kept < len(prompt.prompt_ids):
-        report.leave_out(NOTHING_LEFT, fitted.num_examples)
+        report.skip(NOTHING_LEFT, fitted.num_examples)
     else:
         left = without_same_ids(fitted, report)
     if left is not fitted:
@@ -311,7 +303,7 @@ def shaped(prompt: TokenizedPrompt, settings: TokenSettings, always_kept: int, r
 def _count_no_cuts_of(
     prompt: TokenizedPrompt, fitted: TokenizedPrompt, left: TokenizedPrompt | None, report: DataReport
 ) -> None:
-    """Take back what `fit` has counted of texts that are left out after it: counted is what a model reads."""
+    """Uncount the truncated texts that are skipped after all: only what a model reads counts."""
     whole = set(map(tuple, prompt.responses))
     cut, still_cut = (
         sum(tuple(response) not in whole for response in (part.responses if part else ())) for part in (fitted, left)
@@ -321,7 +313,7 @@ def _count_no_cuts_of(
 
 
 def without_same_ids(prompt: TokenizedPrompt, report: DataReport) -> TokenizedPrompt | None:
-    """The prompt with each response once, without pairs of one and the same: no gradient comes of these, and they say nothing.
+    """The prompt with each response once, without pairs of identical responses, which have no gradient.
 
     None where no pair is left; for SFT, its responses as they are.
     """
@@ -331,10 +323,10 @@ def without_same_ids(prompt: TokenizedPrompt, report: DataReport) -> TokenizedPr
         return prompt
     pairs = [(places[i], places[j]) for i, j in prompt.pairs]
     different = [(i, j) for i, j in pairs if i != j]
-    report.leave_out(SAME_IDS, len(pairs) - len(different))
+    report.skip(SAME_IDS, len(pairs) - len(different))
     used = sorted({index for pair in different for index in pair})
     responses = [prompt.responses[index] for index in used]
-    return replace(prompt, responses=responses, pairs=pairs_among(used, different)) if different else None
+    return replace(prompt, responses=responses, pairs=pairs_between(used, different)) if different else None
 
 
 # ---- lengths ------------------------------------------------------------------------------------------------------------
@@ -343,13 +335,8 @@ PROMPT_CUT = "prompts cut"
 RESPONSE_CUT = "responses cut (they lose their end-of-sequence token)"
 
 
-def fit(
-    prompt: TokenizedPrompt,
-    max_length: int,
-    max_prompt_length: int,
-    truncation_mode: str,
-    report: DataReport,
-    always_kept: int = 0,
+def truncate(
+    prompt: TokenizedPrompt, settings: TokenSettings, report: DataReport, always_kept: int = 0
 ) -> TokenizedPrompt | None:
     """The prompt with all its responses within `max_length` tokens, or None where nothing of it is left.
 
@@ -358,14 +345,15 @@ def fit(
     `max_length - max_prompt_length`. drop: responses that do not fit are left out, with their pairs. The first `always_kept`
     tokens of a prompt, its beginning of the sequence, stay in front also where its end is kept.
     """
+    max_length, max_prompt_length = settings.max_length, settings.max_prompt_length
     longest = max(map(len, prompt.responses), default=0)
     if len(prompt.prompt_ids) + longest <= max_length:
         return prompt if prompt.responses else None
-    if truncation_mode == "drop":
+    if settings.truncation_mode == "drop":
         return _without_long_responses(prompt, max_length, report)
     ids = prompt.prompt_ids
     if len(ids) > max_prompt_length:
-        start = max_prompt_length if truncation_mode == "keep_start" else min(always_kept, max_prompt_length)
+        start = max_prompt_length if settings.truncation_mode == "keep_start" else min(always_kept, max_prompt_length)
         ids = ids[:start] + ids[len(ids) - (max_prompt_length - start) :]
         report.change(PROMPT_CUT)
     responses = prompt.responses
@@ -379,131 +367,8 @@ def fit(
 def _without_long_responses(prompt: TokenizedPrompt, max_length: int, report: DataReport) -> TokenizedPrompt | None:
     room = max_length - len(prompt.prompt_ids)
     kept = [index for index, response in enumerate(prompt.responses) if len(response) <= room]
-    pairs = pairs_among(kept, prompt.pairs)
+    pairs = pairs_between(kept, prompt.pairs)
     survives = bool(pairs) if prompt.pairs else bool(kept)
     dropped = prompt.num_examples - (len(pairs) or len(kept) if survives else 0)
-    report.leave_out(f"longer than max_length, {max_length} tokens", dropped)
+    report.skip(f"longer than max_length, {max_length} tokens", dropped)
     return replace(prompt, responses=[prompt.responses[index] for index in kept], pairs=pairs) if survives else None
-
-
-# ---- files of token ids -------------------------------------------------------------------------------------------------
-
-NO_END = "responses that do not end with the end-of-sequence token"
-TOKEN_FIELDS = ("prompt_chosen_tokens", "prompt_rejected_tokens", "chosen_loss_mask", "rejected_loss_mask")
-
-
-def read_tokenised(
-    path: Path,
-    split: str,
-    held_out_share: float,
-    vocabulary: int,
-    eos_token_id: int,
-    settings: TokenSettings,
-    report: DataReport,
-    bos_token_id: int | None = None,
-) -> Iterator[TokenizedPrompt]:
-    """Yield the prompts of a `.pt` file: a list of dicts with the TOKEN_FIELDS, each a list or 1-D tensor of whole numbers.
-
-    A mask is 1 where a token is the response's; what follows the response is padding. Rows of one prompt that stand side by
-    side become one; for SFT, one for each of their chosen responses. The held-out share is chosen by a hash of the prompt's
-    ids. Responses that do not end with the end-of-sequence token are counted; what is left out: `shaped`. Faulty rows go to
-    the report; raises UserError for a file that is none. Nothing is unpickled but tensors and plain values.
-    """
-    counts = report if split == "train" else DataReport(report.skip_bad_rows)
-    for prompt_ids, rows in groupby(_sound_rows(path, vocabulary, counts), key=itemgetter(1)):
-        record, first = new_record(), None
-        for number, _, chosen, rejected in rows:
-            first = first or number
-            counts.leave_out(SAME_TEXT, add_responses(record, (chosen, rejected), [(0, 1)]))
-        if not record["pairs"] or is_held_out(repr(prompt_ids), held_out_share) != (split == "test"):
-            continue
-        responses, pairs = record["responses"], record["pairs"]
-        learned = [chosen for chosen, _ in pairs]
-        targets = [responses[index] for index in (learned if settings.version > 1 else dict.fromkeys(learned))]
-        for used, compared in [(responses, pairs)] if settings.paired else [([target], []) for target in targets]:
-            report.change(NO_END, sum(response[-1] != eos_token_id for response in used))
-            prompt = TokenizedPrompt(prompt_ids, used, compared, f"{path}, row {first}", first)
-            always_kept = int(settings.version > 1 and prompt_ids[0] == bos_token_id)
-            left = shaped(prompt, settings, always_kept, report)
-            if left is not None:
-                yield left
-
-
-def _sound_rows(path: Path, vocabulary: int, report: DataReport) -> Iterator[tuple[int, list[int], list[int], list[int]]]:
-    """Number, prompt ids, chosen and rejected ids of every row that can be used."""
-    for number, row in enumerate(_load_rows(path), start=1):
-        report.rows_read += 1
-        try:
-            ids = _split_row(row, vocabulary)
-        except ValueError as fault:
-            report.bad_row(UserError(f"datasets: {path}, row {number}: {fault}"))
-        else:
-            yield number, *ids
-
-
-def _load_rows(path: Path) -> list:
-    try:
-        rows = load_tensors(path)
-    except ValueError as error:
-        raise UserError(
-            f"datasets: {path}: cannot be read as tensors and plain values ({error}). "
-            f"Expected a list of dicts with {', '.join(TOKEN_FIELDS)}."
-        ) from error
-    if not isinstance(rows, list) or not rows:
-        raise UserError(
-            f"datasets: {path}: found {'an empty list' if rows == [] else type(rows).__name__}, "
-            f"expected a list of dicts with {', '.join(TOKEN_FIELDS)}."
-        )
-    return rows
-
-
-def _split_row(row, vocabulary: int) -> tuple[list[int], list[int], list[int]]:
-    """Prompt ids, chosen and rejected ids of a row. Raises ValueError, saying what is wrong."""
-    missing = [name for name in TOKEN_FIELDS if not isinstance(row, dict) or name not in row]
-    if missing:
-        raise ValueError(f"no {', '.join(missing)}. Expected a dict with {', '.join(TOKEN_FIELDS)}.")
-    values = {name: _whole_numbers(row[name], name) for name in TOKEN_FIELDS}
-    parts = []
-    for side in ("chosen", "rejected"):
-        ids, mask = values[f"prompt_{side}_tokens"], values[f"{side}_loss_mask"]
-        if len(ids) != len(mask):
-            raise ValueError(f"{side}_loss_mask has {len(mask)} entries for {len(ids)} tokens. Expected one for each.")
-        if not all(0 <= token < vocabulary for token in ids):
-            raise ValueError(f"prompt_{side}_tokens holds ids outside the tokenizer's 0 to {vocabulary - 1}.")
-        start = mask.index(1) if 1 in mask else 0
-        end = start + mask.count(1)
-        if start == 0 or mask != [0] * start + [1] * (end - start) + [0] * (len(mask) - end):
-            raise ValueError(f"{side}_loss_mask is not zeros (the prompt), ones (the response), zeros (padding).")
-        parts.append((ids[:start], ids[start:end]))
-    (prompt, chosen), (other_prompt, rejected) = parts
-    if prompt != other_prompt:
-        raise ValueError("chosen and rejected follow different prompt tokens. Expected the same ids before both responses.")
-    return prompt, chosen, rejected
-
-
-def _whole_numbers(value, name: str) -> list[int]:
-    try:
-        numbers = value.tolist() if hasattr(value, "tolist") else value
-    except RuntimeError:  # what torch raises for a tensor that is sparse, or without content
-        numbers = None
-    # Masks come as true and false, or as 0.0 and 1.0.
-    if not isinstance(numbers, list) or not numbers or not all(isinstance(n, int | float) and n % 1 == 0 for n in numbers):
-        raise ValueError(f"{name} is no list or 1-D tensor of whole numbers.")
-    return [int(n) for n in numbers]
-
-
-def write_tokenised(path: Path, prompts: Iterable[TokenizedPrompt]) -> int:
-    """Write every pair of `prompts` as a row that `read_tokenised` reads; returns how many."""
-    import torch
-
-    rows = []
-    for prompt in prompts:
-        for pair in prompt.pairs:
-            row = {}
-            for side, index in zip(("chosen", "rejected"), pair, strict=True):
-                response = prompt.responses[index]
-                row[f"prompt_{side}_tokens"] = torch.tensor(prompt.prompt_ids + response)
-                row[f"{side}_loss_mask"] = torch.tensor([0] * len(prompt.prompt_ids) + [1] * len(response))
-            rows.append(row)
-    torch.save(rows, path)
-    return len(rows)

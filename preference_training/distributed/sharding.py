@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from preference_training.batching.batches import PackedBatch
+from preference_training.batching.packing import PackedBatch
 from preference_training.core.errors import UserError
 from preference_training.core.memory import tune_malloc
 from preference_training.core.ranks import Ranks, local, local_world_size, whole

@@ -18,12 +18,13 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from preference_training.batching.batches import MicroBatch, PackedBatch
+from preference_training.batching.micro_batches import MicroBatch
+from preference_training.batching.packing import PackedBatch
 from preference_training.core.ranks import ALONE, Ranks, let_go_of_gathered
 from preference_training.distributed.sharding import Layout, Sharing, empty_model, local
+from preference_training.losses.base import Loss
 from preference_training.losses.objectives import (
     DPOLoss,
-    Loss,
     PairSelection,
 )
 from preference_training.modeling.adapters import has_adapter
@@ -212,19 +213,19 @@ def _model(config, tokenizer, dtype: str, layout: Layout | None) -> nn.Module:
     return model
 
 
-class _Surveying(DPOLoss):
+class _DPOWithBatchStatistics(DPOLoss):
     """Sees all pairs of a micro-batch before any is trained on, as beta-DPO does."""
 
-    surveys = True
+    needs_batch_statistics = True
 
-    def survey(self, log_ratios: Tensor) -> PairSelection:
+    def batch_statistics(self, log_ratios: Tensor) -> PairSelection:
         """Every pair."""
         return PairSelection(log_ratios.new_ones(len(log_ratios)), torch.ones(()), {})
 
 
 def _without_numbers(loss: Loss) -> Loss:
-    """A loss that computes as much without looking at numbers, which those do that survey a micro-batch."""
-    return _Surveying(0.1) if loss.surveys else loss
+    """A loss that computes as much without looking at numbers, as those do that take statistics of a micro-batch."""
+    return _DPOWithBatchStatistics(0.1) if loss.needs_batch_statistics else loss
 
 
 def faked(step: Sequence[MicroBatch]) -> list[MicroBatch]:

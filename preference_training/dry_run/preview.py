@@ -16,15 +16,9 @@ import psutil
 import torch
 import xxhash
 
-from preference_training.batching.batches import (
-    UNLIMITED,
-    BatchIterator,
-    MicroBatch,
-    PackedBatch,
-    TokenBudget,
-    examples_of,
-    packs_of,
-)
+from preference_training.batching.iterator import BatchIterator
+from preference_training.batching.micro_batches import MicroBatch
+from preference_training.batching.packing import UNLIMITED, PackedBatch, TokenBudget, examples_of, packs_of
 from preference_training.core.devices import pick_device
 from preference_training.core.errors import UserError
 from preference_training.core.ranks import Ranks
@@ -75,7 +69,7 @@ def preview_one_process(config, tokenizer, loss, facts: "Facts", batches_within:
     budget = untrained_budget(config, tokenizer, device)
     batches = batches_within(budget)
     print("\nsteps", *describe_steps(batches, facts), sep="\n")
-    live = loss.needs_reference and not config.caches_reference(batches.visits_again)
+    live = loss.needs_reference and not config.caches_reference(batches.schedule.visits_again)
     packs, _ = largest_packs(batches, budget)
     kinds = step_memory(config, tokenizer, loss, live, packs)
     used = used_memory(device)
@@ -94,7 +88,7 @@ def preview_ranks(config, tokenizer, loss, facts: "Facts", batches_within: Calla
         ranks, layout = lay_out_ranks(config)
         budget = rank_budget(config, tokenizer, layout)
         batches = batches_within(budget, ranks)
-        live = loss.needs_reference and not config.caches_reference(batches.visits_again)
+        live = loss.needs_reference and not config.caches_reference(batches.schedule.visits_again)
         packs, step = largest_packs(batches, budget)
         costs = step_costs(config, tokenizer, loss, live, packs, step, ranks, layout)
     number = sum(len(micro_batch.packs) for micro_batch in step)
@@ -263,12 +257,13 @@ def wants_color() -> bool:
 
 def describe_steps(batches: BatchIterator, facts: Facts) -> list[str]:
     """Lines about the number of steps, their tokens, and what prefix sharing saves."""
-    examples = batches.total_examples
-    steps = batches.total_steps
+    examples = batches.schedule.total_examples
+    steps = batches.schedule.total_steps
     saved = 1 - facts.packed_tokens / facts.repeated_tokens
-    tokens = facts.packed_tokens * batches.batch_size / facts.examples
+    size = batches.schedule.batch_size
+    tokens = facts.packed_tokens * size / facts.examples
     return [
-        f"  {steps:,} steps of {batches.batch_size} examples, {examples:,} in total; {tokens:,.0f} tokens per step on average",
+        f"  {steps:,} steps of {size} examples, {examples:,} in total; {tokens:,.0f} tokens per step on average",
         f"  {facts.packed_tokens:,} tokens per epoch instead of {facts.repeated_tokens:,}, {saved:.0%} less with prefix sharing"
         " (if the model passes the proof when it is loaded)",
     ]
@@ -295,7 +290,7 @@ def largest_packs(batches: BatchIterator, budget: TokenBudget) -> tuple[list[Pac
 
     Inspects the first STEPS_INSPECTED steps, and for packs also the longest prompt of all.
     """
-    longest = batches.prompts.select(numpy.array([int(batches.prompts.num_tokens.argmax())]))
+    longest = batches.schedule.prompts.select(numpy.array([int(batches.schedule.prompts.num_tokens.argmax())]))
     packs = packs_of(list(examples_of(longest)), budget)
     several, most, largest = False, 0, []
     for step in islice(batches, STEPS_INSPECTED):

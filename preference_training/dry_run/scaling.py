@@ -17,13 +17,14 @@ from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from preference_training.batching.batches import UNLIMITED, MicroBatch, PackedBatch, TokenBudget
+from preference_training.batching.micro_batches import MicroBatch
+from preference_training.batching.packing import UNLIMITED, PackedBatch, TokenBudget
 from preference_training.core.devices import pick_device
 from preference_training.core.ranks import Ranks
 from preference_training.distributed.launching import end_group, number_of_workers
 from preference_training.distributed.sharding import Layout, empty_model
 from preference_training.dry_run.memory_estimate import fake_tensors, fake_trainer, faked, most_held, step_without_look
-from preference_training.losses.objectives import Loss
+from preference_training.losses.base import Loss
 from preference_training.modeling.state import free_memory
 from preference_training.modeling.token_budget import token_budget
 from preference_training.training.trainers import TRAINERS

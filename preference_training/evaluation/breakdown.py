@@ -10,7 +10,7 @@ from itertools import islice
 
 import numpy
 
-from preference_training.batching.batches import examples_of
+from preference_training.batching.packing import examples_of
 from preference_training.core import metric_names
 from preference_training.core.metric_names import EVAL_ACCURACY, EVAL_LOSS, EVAL_MARGIN, HELD_OUT_PROMPTS
 from preference_training.data.prompt_table import Selection

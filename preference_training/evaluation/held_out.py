@@ -10,14 +10,12 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
-from preference_training.batching.batches import PackedBatch, TokenBudget, batches_of, examples_of
+from preference_training.batching.micro_batches import batches_of
+from preference_training.batching.packing import PackedBatch, TokenBudget, examples_of
 from preference_training.core.ranks import ALONE, Ranks
 from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.evaluation.intervals import estimate, mean_interval
-from preference_training.losses.objectives import (
-    Loss,
-    example_metrics,
-)
+from preference_training.losses.base import Loss, example_metrics
 from preference_training.modeling.logprobs import response_logps
 from preference_training.modeling.state import compute_device
 

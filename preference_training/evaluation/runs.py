@@ -12,7 +12,9 @@ from pathlib import Path
 
 from torch import nn
 
-from preference_training.batching.batches import BatchIterator, evaluation_batches, evaluation_prompts
+from preference_training.batching.iterator import BatchIterator
+from preference_training.batching.micro_batches import evaluation_batches, evaluation_prompts
+from preference_training.batching.schedule import Schedule
 from preference_training.checkpointing.checkpoint import Checkpoint, checkpoints_of
 from preference_training.configuration.kept import changed_config, known_values
 from preference_training.configuration.schema import RunConfig
@@ -66,7 +68,7 @@ class EvaluationRun:
             reference=placement.reference(policy) if loss.needs_reference else None,
             loss=loss,
             tokenizer=self.tokenizer,
-            train_batches=BatchIterator(PromptTable.of([]), config.batch_size),
+            train_batches=BatchIterator(Schedule(PromptTable.of([]), config.batch_size)),
             eval_batches=evaluation_batches(prompts, *sizes, self.budget, self.ranks),
             sample_prompts=[prompts[k].prompt_ids for k in range(min(len(prompts), number))],
             tracker=tracker,

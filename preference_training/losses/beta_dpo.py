@@ -1,9 +1,13 @@
 """beta-DPO's statistics and selection of pairs."""
 
-from dataclasses import dataclass
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 MOMENTUM = 0.9
 
@@ -26,8 +30,8 @@ class GapStatistics:
     mean: float | None = None
     deviation: float | None = None
 
-    def update(self, gaps: Tensor) -> None:
-        """Take in a training micro-batch's gaps [P], P > 0.
+    def update(self, gaps: Tensor) -> float:
+        """Take in a training micro-batch's gaps [P], P > 0. Returns the new mean.
 
         The deviation is the sample's (divided by P - 1). One pair has none: it leaves the deviation as it was.
         """
@@ -35,6 +39,7 @@ class GapStatistics:
         self.mean = running_mean(self.mean, gaps.mean().item())
         if len(gaps) > 1:
             self.deviation = running_mean(self.deviation, gaps.std().item())
+        return self.mean
 
 
 def log_sampling_weights(gaps: Tensor, mean: float, deviation: float) -> Tensor:
@@ -58,6 +63,8 @@ def draw_without_replacement(log_weights: Tensor, count: int, generator: torch.G
     The largest of log-weight plus Gumbel noise are such a draw (Yellott 1977), and one in which weights that are 0 in
     floating point can still be taken when nothing else is left.
     """
+    import torch
+
     uniform = torch.rand(log_weights.shape, generator=generator, dtype=torch.float64).clamp(min=1e-300)
-    noise = -torch.log(-torch.log(uniform)).to(log_weights.device)
+    noise = -(-uniform.log()).log().to(log_weights.device)
     return (log_weights.double() + noise).topk(count).indices.sort().values

@@ -1,8 +1,18 @@
 """The losses as pure functions of log-probs."""
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def log_sigmoid(values: Tensor) -> Tensor:
+    """log(1 / (1 + exp(-x))), exact where the sigmoid rounds to 0."""
+    from torch.nn.functional import logsigmoid
+
+    return logsigmoid(values)
 
 
 def dpo_loss(
@@ -14,7 +24,7 @@ def dpo_loss(
     a label is wrong; `reference_free` takes the reference gap as 0.
     """
     logits = policy_gap if reference_free else policy_gap - reference_gap
-    return -F.logsigmoid(beta * logits) * (1 - label_smoothing) - F.logsigmoid(-beta * logits) * label_smoothing
+    return -log_sigmoid(beta * logits) * (1 - label_smoothing) - log_sigmoid(-beta * logits) * label_smoothing
 
 
 def ipo_loss(policy_gap: Tensor, reference_gap: Tensor, beta: float) -> Tensor:
@@ -27,7 +37,7 @@ def hinge_loss(policy_gap: Tensor, reference_gap: Tensor, beta: float) -> Tensor
 
     A pair whose margin has reached 1 / beta nats teaches nothing any more. Gaps as in `dpo_loss`.
     """
-    return F.relu(1 - beta * (policy_gap - reference_gap))
+    return (1 - beta * (policy_gap - reference_gap)).relu()
 
 
 def robust_dpo_loss(policy_gap: Tensor, reference_gap: Tensor, beta: float, label_smoothing: float) -> Tensor:
@@ -43,7 +53,7 @@ def robust_dpo_loss(policy_gap: Tensor, reference_gap: Tensor, beta: float, labe
 def rpo_loss(policy_gap: Tensor, reference_gap: Tensor, chosen_per_token: Tensor, beta: float, alpha: float) -> Tensor:
     """RPO per pair, [P]: DPO and `alpha` times the chosen response's negative log-likelihood (Pang et al. 2024, equation 1).
 
-    chosen_per_token: [P], the policy's log-prob of the chosen response over its number of tokens, the paper's normalisation.
+    chosen_per_token: [P], the policy's log-prob of the chosen response over its number of tokens, the paper's normalization.
     TRL's divides by the tokens of a whole batch instead; both agree on a batch of one pair. Gaps as in `dpo_loss`.
     """
     return dpo_loss(policy_gap, reference_gap, beta) - alpha * chosen_per_token
@@ -55,12 +65,12 @@ def dpop_loss(chosen_ratio: Tensor, rejected_ratio: Tensor, beta: float, penalty
     Ratios [P] are the policy's log-prob minus the reference's. A chosen response that has become less likely than it was under
     the reference lowers the margin by `penalty` times as much.
     """
-    return -F.logsigmoid(beta * (chosen_ratio - rejected_ratio - penalty * F.relu(-chosen_ratio)))
+    return -log_sigmoid(beta * (chosen_ratio - rejected_ratio - penalty * (-chosen_ratio).relu()))
 
 
 def simpo_loss(chosen_per_token: Tensor, rejected_per_token: Tensor, beta: float, gamma: float) -> Tensor:
     """SimPO per pair, [P]: equation 6 of Meng et al. 2024. Log-probs [P] are means over a response's tokens."""
-    return -F.logsigmoid(beta * (chosen_per_token - rejected_per_token) - gamma)
+    return -log_sigmoid(beta * (chosen_per_token - rejected_per_token) - gamma)
 
 
 def orpo_loss(chosen_per_token: Tensor, rejected_per_token: Tensor, beta: float) -> Tensor:
@@ -68,18 +78,20 @@ def orpo_loss(chosen_per_token: Tensor, rejected_per_token: Tensor, beta: float)
 
     Log-probs [P] are means over a response's tokens. The likelihood term takes the response alone; TRL's takes the prompt too.
     """
-    return -chosen_per_token - beta * F.logsigmoid(log_odds(chosen_per_token) - log_odds(rejected_per_token))
+    return -chosen_per_token - beta * log_sigmoid(log_odds(chosen_per_token) - log_odds(rejected_per_token))
 
 
 def log_odds(logps: Tensor) -> Tensor:
     """log p - log(1 - p) of probabilities given by their logarithms; one that rounds to 1 is taken as the next below it."""
+    import torch
+
     logps = logps.clamp(max=-torch.finfo(logps.dtype).eps)
-    return logps - torch.log(-torch.expm1(logps))
+    return logps - (-logps.expm1()).log()
 
 
 def bco_loss(chosen_rewards: Tensor, rejected_rewards: Tensor, shift: float) -> Tensor:
     """BCO per pair, [P] (Jung et al. 2024, section 4): good and bad responses told apart by their rewards [P] minus `shift`."""
-    return -F.logsigmoid(chosen_rewards - shift) - F.logsigmoid(shift - rejected_rewards)
+    return -log_sigmoid(chosen_rewards - shift) - log_sigmoid(shift - rejected_rewards)
 
 
 def gap(logps: Tensor, pairs: Tensor) -> Tensor:

@@ -106,7 +106,7 @@ def check_limits(config, tokenizer, limits: Limits) -> None:
         raise UserError(_no_embedding(config, written, limits.vocabulary, where))
     print(
         f"model.tokenizer_name_or_path: {len(unknown)} tokens have no row in the model's embedding of {limits.vocabulary:,}: "
-        f"{_listed(unknown)}. Rows of data with one of them will be refused",
+        f"{_named(unknown)}. Rows of data with one of them will be refused",
         flush=True,
     )
 
@@ -160,11 +160,11 @@ def _no_embedding(config, unknown: dict[str, int], vocabulary: int, where: str) 
     name = config.model.tokenizer_name_or_path or config.model.name_or_path
     return (
         f"model.tokenizer_name_or_path: {name} has tokens that the model's embedding of {vocabulary:,} rows lacks: "
-        f"{_listed(unknown)}, {where}. Use the model's own tokenizer or another template, or resize the embedding first: "
+        f"{_named(unknown)}, {where}. Use the model's own tokenizer or another template, or resize the embedding first: "
         "model.resize_token_embeddings(len(tokenizer)), then model.save_pretrained and tokenizer.save_pretrained."
     )
 
 
-def _listed(tokens: dict[str, int]) -> str:
+def _named(tokens: dict[str, int]) -> str:
     shown = [f"{token} ({number})" for token, number in list(tokens.items())[:MAX_LISTED]]
     return ", ".join(shown) + (", ..." if len(tokens) > MAX_LISTED else "")

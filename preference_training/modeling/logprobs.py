@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
-from preference_training.batching.batches import PackedBatch
+from preference_training.batching.packing import PackedBatch
 from preference_training.core.ranks import let_go_of_gathered, local
 from preference_training.modeling.adapters import has_adapter, reference_mode
 from preference_training.modeling.prefix_sharing.tree_attention import RESPONSE_TREES

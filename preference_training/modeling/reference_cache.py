@@ -21,16 +21,9 @@ import xxhash
 from filelock import FileLock, Timeout
 from torch import Tensor, nn
 
-from preference_training.batching.batches import (
-    UNLIMITED,
-    BatchIterator,
-    PackedBatch,
-    TokenBudget,
-    evaluation_batches,
-    evaluation_prompts,
-    examples_of,
-    packs_of,
-)
+from preference_training.batching.iterator import BatchIterator
+from preference_training.batching.micro_batches import evaluation_batches, evaluation_prompts
+from preference_training.batching.packing import UNLIMITED, PackedBatch, TokenBudget, examples_of, packs_of
 from preference_training.core.files import write_atomically
 from preference_training.core.hashing import hash_of_values
 from preference_training.core.ranks import ALONE, Ranks, bytes_of
@@ -76,17 +69,17 @@ class ReferencePlan:
     ) -> "ReferencePlan":
         """The plan of a run with these training batches, whose evaluations call `evaluation_batches` with these arguments."""
         held_out = evaluation_prompts(eval_prompts, n_examples, seed)
-        prompts = train.prompts_seen.joined(held_out)
+        prompts = train.schedule.prompts_seen.joined(held_out)
 
         def packs() -> Iterator[PackedBatch]:
             yield from train.first_epoch()
             yield from evaluation_batches(eval_prompts, batch_size, n_examples, seed, budget, ranks)
 
-        first = min(train.total_examples, train.examples_of_epoch(0))
-        weights = [part.weight for part in train.prompts.parts]
-        steps = train.seed, train.batch_size, train.micro_batch_size, first, weights
+        first = min(train.schedule.total_examples, train.schedule.examples_of_epoch(0))
+        weights = [part.weight for part in train.schedule.prompts.parts]
+        steps = train.schedule.seed, train.schedule.batch_size, train.micro_batch_size, first, weights
         evaluations = seed, batch_size, n_examples
-        rest = train.prompts_seen_later
+        rest = train.schedule.prompts_seen_later
         cut = _effective_budget(budget, prompts, max(train.micro_batch_size, batch_size, EXAMPLES_AT_ONCE if len(rest) else 0))
         return cls(prompts, rest, budget, packs, (steps, evaluations, cut, ranks.size))
 
@@ -97,8 +90,8 @@ def _effective_budget(budget: TokenBudget, prompts: Selection, examples: int) ->
     A pack has at most `examples` examples, and exceeds the soft limit by at most one prompt with its responses.
     """
     longest = int(prompts.table.num_tokens[prompts.indices].max(initial=0))
-    comfortable = min(budget.comfortable, longest * examples)
-    return min(budget.limit, comfortable + longest), comfortable
+    soft_limit = min(budget.soft_limit, longest * examples)
+    return min(budget.limit, soft_limit + longest), soft_limit
 
 
 def model_facts(model: nn.Module) -> dict:

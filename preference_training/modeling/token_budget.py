@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from preference_training.batching.batches import TokenBudget
+from preference_training.batching.packing import TokenBudget
 from preference_training.core.ranks import Ranks, local, local_world_size
 from preference_training.modeling.loading import build_untrained
 from preference_training.modeling.state import compute_device, free_memory
@@ -37,7 +37,7 @@ def common_budget(budget: TokenBudget, ranks: Ranks) -> TokenBudget:
     Sharded weights are gathered once for each pack, so that several ranks use few packs, as large as memory allows.
     """
     limit = ranks.lowest(budget.limit)
-    return TokenBudget(limit, budget.comfortable if ranks.size == 1 else limit)
+    return TokenBudget(limit, budget.soft_limit if ranks.size == 1 else limit)
 
 
 def untrained_budget(config, tokenizer, device: torch.device) -> TokenBudget:

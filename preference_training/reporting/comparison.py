@@ -15,8 +15,6 @@ from pathlib import Path
 import numpy
 from markupsafe import Markup
 
-from preference_training.configuration.keys import TRAINING_ONLY
-from preference_training.configuration.schema import keys_with
 from preference_training.core import metric_names
 from preference_training.core.errors import UserError
 from preference_training.core.metric_names import (
@@ -30,6 +28,7 @@ from preference_training.core.metric_names import (
 )
 from preference_training.core.secrets import without_secrets
 from preference_training.evaluation.phrasing import too_few, with_interval
+from preference_training.losses.registry import evaluation_depends_on_run, find_loss, training_keys
 from preference_training.reporting.charts import Line, chart, format_number
 from preference_training.reporting.model_card import is_shown
 from preference_training.reporting.pages.rendering import render, write_page
@@ -37,7 +36,6 @@ from preference_training.reporting.run_record import RunRecord
 from preference_training.tracking.run_files import (
     ASIDE,
     METRICS,
-    OF_THEIR_RUN,
 )
 
 PAGE, TABLE = "comparison.html", "comparison.csv"
@@ -50,8 +48,6 @@ CURVES = {
     TRAIN_LOSS: "training loss",
     GRAD_NORM: "gradient norm",
 }  # fmt: skip
-# Losses whose reward is beta times the log-ratio of policy and reference.
-LOG_RATIO_LOSSES = ("dpo", "ipo", "hinge", "robust", "rpo", "dpop", "bco", "tr_dpo")
 # The only setting in which the runs of a group differ.
 SEED = "seed"
 
@@ -76,7 +72,8 @@ def distance(run: RunRecord) -> tuple[str, float] | None:
     beta = run.settings.get("loss.beta")
     rewards = [run.last_evaluation.get(metric_names.reward("eval", side)) for side in ("chosen", "rejected")]
     is_known = all(isinstance(value, int | float) for value in (beta, *rewards)) and beta
-    if not is_known or run.settings.get("loss.name") not in LOG_RATIO_LOSSES:
+    loss = find_loss(run.settings.get("loss.name"))
+    if not is_known or loss is None or loss.objective.reward != "log-ratio":
         return None
     return FALL, -sum(rewards) / 2 / beta
 
@@ -181,14 +178,14 @@ def comparability_warnings(runs: Sequence[RunRecord]) -> list[str]:
     if len(runs) < 2:
         return []
     found = []
-    keys = [key for key in differing_keys(runs) if key.startswith("loss.") and key not in keys_with(TRAINING_ONLY)]
+    keys = [key for key in differing_keys(runs) if key.startswith("loss.") and key not in training_keys()]
     if keys:
         found.append(
             f"Held-out losses are not comparable: their formula depends on {', '.join(keys)}. Accuracies are comparable."
         )
     if "loss.beta" in keys:
         found.append("Reward margins scale with beta: compare margin / beta.")
-    stateful = sorted({run.settings.get("loss.name") for run in runs} & {*OF_THEIR_RUN})
+    stateful = sorted(filter(evaluation_depends_on_run, {run.settings.get("loss.name") for run in runs}))
     if stateful:
         found.append(f"Held-out losses of {', '.join(stateful)} depend on the data seen in training, and are not comparable.")
     old = [run.label for run in runs if metric_names.loss_is_at_beta_used(run.last_evaluation)]

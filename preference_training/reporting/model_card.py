@@ -18,15 +18,9 @@ from preference_training.core.secrets import without_secrets
 from preference_training.core.values import dotted
 from preference_training.data.chat_templates import PLAIN_PROMPT
 from preference_training.data.files import is_data_file
-from preference_training.data.registry import DATASETS, TOKENISED_SUFFIX
+from preference_training.data.registry import DATASETS, TOKENIZED_SUFFIX, dataset_entries
 from preference_training.evaluation.phrasing import too_few
-
-LOSSES = {
-    "sft": "supervised fine-tuning (SFT)",
-    "dpo": "direct preference optimization (DPO, [arXiv 2305.18290](https://arxiv.org/abs/2305.18290))",
-    "ipo": "identity preference optimization (IPO, [arXiv 2310.12036](https://arxiv.org/abs/2310.12036))",
-    "beta_DPO": "beta-DPO ([arXiv 2407.08639](https://arxiv.org/abs/2407.08639))",
-}
+from preference_training.losses.registry import Registration, find_loss
 
 
 @dataclass(frozen=True)
@@ -79,7 +73,7 @@ def metadata(facts: CardFacts) -> str:
     from huggingface_hub import ModelCardData
 
     loss = _loss_of(facts.config)
-    method = [loss.lower().replace("_", "-")] if loss not in (None, "own") else []
+    method = [loss.name.lower().replace("_", "-")] if loss and loss.name != "own" else []
     base = facts.base if facts.base and is_hub_id(facts.base) else None
     values = {
         "library_name": "peft" if facts.adapter else "transformers",
@@ -98,13 +92,6 @@ def is_hub_id(name: str) -> bool:
     return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None and not name.startswith(".") and not Path(name).exists()
 
 
-def dataset_entries(config: dict | None) -> list[dict]:
-    """The entries of `datasets`, each as a dict."""
-    datasets = [] if config is None else config["datasets"]
-    listed = datasets if isinstance(datasets, list) else [datasets]
-    return [entry if isinstance(entry, dict) else {"name": entry} for entry in listed]
-
-
 def hub_datasets(config: dict | None) -> Iterable[str]:
     """The hub ids of those of a run's data sets that are on the hub."""
     for entry in dataset_entries(config):
@@ -117,14 +104,11 @@ def hub_datasets(config: dict | None) -> Iterable[str]:
 
 
 def _is_file(name: str) -> bool:
-    return is_data_file(name) or name.endswith(TOKENISED_SUFFIX)
+    return is_data_file(name) or name.endswith(TOKENIZED_SUFFIX)
 
 
-def _loss_of(config: dict | None) -> str | None:
-    if config is None:
-        return None
-    loss = config["loss"]
-    return "beta_DPO" if loss.get("mode_loss") == "beta_DPO" else loss["name"]
+def _loss_of(config: dict | None) -> Registration | None:
+    return None if config is None else find_loss(config["loss"]["name"], config["loss"].get("mode_loss"))
 
 
 def _introduction(facts: CardFacts) -> str:
@@ -139,7 +123,7 @@ def _introduction(facts: CardFacts) -> str:
         own = Path(str(keys.get("function", ""))).name
         shown = keys if not own else keys.get("options") or {}
         values = ", ".join(f"{key} {value}" for key, value in shown.items() if key not in ("name", "mode_loss"))
-        text += f", trained by {LOSSES.get(loss, loss) if not own else f'a user-defined loss, `{own}`,'}"
+        text += f", trained by {loss.link if not own else f'{loss.title}, `{own}`,'}"
         text += f" with {values}" if values else ""
     if facts.examples is not None:
         text += f" on {facts.examples:,} examples"

@@ -7,12 +7,10 @@ import numpy
 from preference_training.core import metric_names
 from preference_training.core.metric_names import EVAL_ACCURACY, EVAL_LOSS, EXAMPLES, GRAD_NORM, HELD_OUT_PROMPTS
 from preference_training.evaluation.phrasing import too_few, with_interval
+from preference_training.losses.registry import evaluation_depends_on_run
 from preference_training.reporting.charts import metric_values
 from preference_training.reporting.run_record import RunRecord
-from preference_training.tracking.run_files import (
-    BAD_STEPS,
-    OF_THEIR_RUN,
-)
+from preference_training.tracking.run_files import BAD_STEPS
 
 # The fall of log-probs that is worth mentioning. Unit: nats per response.
 NOTABLE_FALL = 10.0
@@ -72,7 +70,7 @@ def _accuracy_at_chance(run: RunRecord) -> Iterator[str]:
 
 
 def _overfitting(run: RunRecord) -> Iterator[str]:
-    if run.settings.get("loss.name") in OF_THEIR_RUN:
+    if evaluation_depends_on_run(run.settings.get("loss.name")):
         return
     # An earlier version logged beta-DPO's loss at a beta that changes between evaluations.
     comparable = [row for row in run.evaluations if not metric_names.loss_is_at_beta_used(row)]

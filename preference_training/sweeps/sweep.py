@@ -13,13 +13,11 @@ from pathlib import Path
 
 from hydra.experimental.callback import Callback
 
-from preference_training.configuration.keys import TRAINING_ONLY
-from preference_training.configuration.schema import keys_with
 from preference_training.core.errors import UserError
 from preference_training.core.metric_names import EVAL_ACCURACY, EVAL_LOSS, smaller_is_better
 from preference_training.core.signals import ENDED_AT_ONCE, SAME_SIGNAL, SIGNALS
+from preference_training.losses.registry import evaluation_depends_on_run, training_keys
 from preference_training.sweeps.jobs import SweepDirectory
-from preference_training.tracking.run_files import OF_THEIR_RUN
 
 
 class Sweep(Callback):
@@ -86,13 +84,13 @@ def comparison_warnings(objective: str, loss: str, swept: Iterable[str]) -> list
     if objective != EVAL_LOSS:
         return []
     found = []
-    keys = sorted({key for key in swept if key.partition(".")[0] == "loss"} - keys_with(TRAINING_ONLY))
+    keys = sorted({key for key in swept if key.partition(".")[0] == "loss"} - training_keys())
     if keys:
         found.append(
             f"objective={EVAL_LOSS} does not compare jobs that differ in {', '.join(keys)}, whose losses are of other "
             f"formulas: objective={EVAL_ACCURACY} does"
         )
-    if loss in OF_THEIR_RUN:
+    if evaluation_depends_on_run(loss):
         found.append(f"objective={EVAL_LOSS} of loss={loss} depends on what a run has seen, and does not compare jobs")
     return found
 

@@ -77,10 +77,6 @@ def progress(rows: list[dict], about: dict) -> str:
     return f"{done:,.0f}{of} examples, {rows[-1].get(UPDATES, 0):,.0f} updates"
 
 
-# Losses whose evaluations depend on what their run has seen, as losses.py says of them.
-OF_THEIR_RUN = ("tr_dpo", "bco")
-
-
 # The shape of results.json: how many examples and prompts it is over, and each metric with its interval.
 INTERVAL = dict.fromkeys(("mean", "low", "high"), (float, int, None))
 RESULTS = {"examples_trained": int, "held_out": {"all": {"examples": int, "prompts": int, ...: INTERVAL}}}

@@ -40,7 +40,7 @@ def prepare_run(config: RunConfig, run_dir: Path) -> PreparedRun:
     from preference_training.core.memory import tune_malloc
     from preference_training.core.random_streams import seed_everything
     from preference_training.evaluation.task_suites import check_harness
-    from preference_training.losses.objectives import build_loss
+    from preference_training.losses.registry import build_loss
     from preference_training.modeling.limits import check_limits, check_rows, model_limits
     from preference_training.modeling.loading import check_model
     from preference_training.modeling.tokenizer import load_tokenizer
@@ -109,7 +109,7 @@ def train(
             aside = begin_in(config, run_dir, checkpoint)
         placement.base_dir = None if config.debug else run_dir / BASE_DIR
         parts = put_together(config, placement, loss, data, checkpoint, in_sweep)
-        total = parts["train_batches"].total_examples
+        total = parts["train_batches"].schedule.total_examples
         # Until all that follows is closed: a signal that comes too late to stop the run disturbs its last lines no more.
         stop = opened.enter_context(StopRequests(config.max_wall_time))
         if ranks.is_main:
@@ -191,7 +191,7 @@ def evaluate(config: RunConfig, trainer_class, placement, loss, data: tuple, run
 
 def put_together(config: RunConfig, placement, loss, data, checkpoint, in_sweep: bool) -> dict:
     """The parts of a trainer by their names: models as at the run's beginning, and batches."""
-    from preference_training.batching.batches import evaluation_batches
+    from preference_training.batching.micro_batches import evaluation_batches
     from preference_training.modeling.reference_cache import ReferencePlan
     from preference_training.training.same_start import SameStart
 
@@ -204,7 +204,7 @@ def put_together(config: RunConfig, placement, loss, data, checkpoint, in_sweep:
     reference = same_start = None
     if loss.needs_reference:
         plan = ReferencePlan.for_run(train_batches, eval_prompts, *eval_sizes)
-        reference = make_reference(config, placement, policy, plan, in_sweep or train_batches.visits_again)
+        reference = make_reference(config, placement, policy, plan, in_sweep or train_batches.schedule.visits_again)
         if two_models := config.two_models:
             print(two_models, flush=True)
         else:
@@ -227,7 +227,7 @@ def budgets_of(config: RunConfig, policy, ranks, checkpoint) -> tuple:
 
     As before, where a run goes on with as many processes, bit for bit.
     """
-    from preference_training.batching.batches import TokenBudget
+    from preference_training.batching.packing import TokenBudget
     from preference_training.modeling.token_budget import common_budget, token_budget
 
     if checkpoint:
@@ -258,7 +258,8 @@ def build_batches(config: RunConfig, prompts, budget, ranks=None, first_budget=N
 
     first_budget: what the run began with, where it has another now.
     """
-    from preference_training.batching.batches import BatchIterator
+    from preference_training.batching.iterator import BatchIterator, Packing
+    from preference_training.batching.schedule import RunLength, Schedule
     from preference_training.core.ranks import ALONE
 
     ranks = ranks or ALONE
@@ -268,8 +269,8 @@ def build_batches(config: RunConfig, prompts, budget, ranks=None, first_budget=N
             f"batch_size: found {size}, which in {parts} micro-batches gives {size // parts} examples to {ranks.size} "
             f"processes. Expected at least {parts * ranks.size}, or fewer processes or gradient_accumulation_steps."
         )
-    limits = config.n_epochs, config.n_examples
-    return BatchIterator(prompts, size, parts, config.seed, *limits, budget, ranks, config.n_steps, first_budget)
+    length = RunLength(config.n_epochs, config.n_examples, config.n_steps)
+    return BatchIterator(Schedule(prompts, size, config.seed, length), parts, Packing(budget, ranks, first_budget))
 
 
 def make_reference(config: RunConfig, placement, policy, plan, read_again: bool):

@@ -42,7 +42,7 @@ def check_same_data(data, ranks) -> None:
 def prepare_data(
     config: RunConfig, tokenizer, paired: bool, names: tuple[str, ...] = ("train", "test"), version: int | None = None
 ) -> tuple:
-    """The tokenised prompts of the named splits, and a line or more that says what they hold: a `Prepared` for each.
+    """The tokenized prompts of the named splits, and a line or more that says what they hold: a `Prepared` for each.
 
     version: `data_version`, None for the newest. Responses of the held-out split are numbered behind those of the training
     split. Raises UserError where the first of the splits has no example.

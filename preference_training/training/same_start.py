@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from preference_training.batching.batches import PackedBatch
+from preference_training.batching.packing import PackedBatch
 from preference_training.core.errors import UserError
 from preference_training.core.ranks import Ranks
 from preference_training.modeling.logprobs import CachedReference, response_logps

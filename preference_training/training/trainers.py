@@ -13,7 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
-from preference_training.batching.batches import BatchIterator, MicroBatch, PackedBatch
+from preference_training.batching.iterator import BatchIterator
+from preference_training.batching.micro_batches import MicroBatch
+from preference_training.batching.packing import PackedBatch
+from preference_training.batching.schedule import RunLength
 from preference_training.checkpointing.checkpoint import Checkpoint
 from preference_training.checkpointing.saved_models import checkpoint_check
 from preference_training.checkpointing.snapshot import Snapshot, numbers_of
@@ -51,12 +54,7 @@ from preference_training.evaluation.breakdown import interval_metrics
 from preference_training.evaluation.held_out import HeldOut, evaluate_held_out
 from preference_training.evaluation.phrasing import too_few
 from preference_training.generation.sampling import Sampler
-from preference_training.losses.objectives import (
-    Loss,
-    LossOutput,
-    Survey,
-    example_metrics,
-)
+from preference_training.losses.base import BatchStatistics, Loss, LossOutput, example_metrics
 from preference_training.modeling.adapters import weights_to_save
 from preference_training.modeling.logprobs import LiveReference, response_logps
 from preference_training.modeling.state import compute_device
@@ -156,7 +154,7 @@ class BasicTrainer:
         self.pruned = False
         # Gradients of float16 products would underflow; a step whose scaled gradients overflow is left out.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=computes_in_float16(config))
-        total = train_batches.total_steps if train_batches is not None else 0
+        total = train_batches.schedule.total_steps if train_batches is not None else 0
         self.schedule = schedule(config, total)
         # The last one, where the learning rate rises through all of a run.
         self.first_full_step = min(warmup_steps(config, total), max(0, total - 1))
@@ -281,7 +279,7 @@ class BasicTrainer:
             if self.ledger is not None:
                 self.ledger.record(self.examples, [(part.pairs, part.margins) for part in scored if not part.is_filler])
             return metrics | statistics | {GRAD_NORM: norm}
-        self.leave_out(scored)
+        self.skip(scored)
         self.loss.load_state_dict(remembered)
         return {}
 
@@ -382,7 +380,7 @@ class BasicTrainer:
             # It would answer otherwise now.
             self.reference_answers = None
 
-    def leave_out(self, scored: list[Scored]) -> None:
+    def skip(self, scored: list[Scored]) -> None:
         """Forget the gradient of a step that cannot be taken, and name its examples in `bad_batches.jsonl`."""
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -404,27 +402,27 @@ class BasicTrainer:
         """Loss and policy log-probs [R] of each pack; the caller takes each pack's gradient before the next."""
         packs = [pack.to(self.device) for pack in micro_batch.packs]
         references = [None if self.reference is None else self.reference(pack) for pack in packs]
-        survey = None
-        if self.loss.surveys and len(packs) > 1:
+        statistics = None
+        if self.loss.needs_batch_statistics and len(packs) > 1:
             # What is found depends on all packs, and only one of them fits into memory with its gradient.
             with torch.no_grad():
-                survey = self.survey(micro_batch, packs, [self.logps(pack) for pack in packs], references)
+                statistics = self.batch_statistics(micro_batch, packs, [self.logps(pack) for pack in packs], references)
         for pack, reference in zip(packs, references, strict=True):
             policy = self.logps(pack)
             if self.same_start is not None:
                 self.same_start.see(pack, policy, reference)
-            if self.loss.surveys and survey is None:
-                survey = self.survey(micro_batch, packs, [policy.detach()], references)
-            found = None if survey is None else survey.at(pack.places)
+            if self.loss.needs_batch_statistics and statistics is None:
+                statistics = self.batch_statistics(micro_batch, packs, [policy.detach()], references)
+            found = None if statistics is None else statistics.at(pack.places)
             yield self.loss(policy, reference, pack.pairs, pack.response_lengths, found), policy, pack
 
-    def survey(self, micro_batch: MicroBatch, packs, policies, references) -> Survey:
-        """The loss's survey of all pairs of a micro-batch on all ranks, from log-probs [R] of this rank's packs."""
+    def batch_statistics(self, micro_batch: MicroBatch, packs, policies, references) -> BatchStatistics:
+        """The loss's statistics over all pairs of a micro-batch on all ranks, from log-probs [R] of this rank's packs."""
         log_ratios = torch.zeros(micro_batch.num_examples, 2, device=self.device)
         for pack, policy, reference in zip(packs, policies, references, strict=True):
             if not pack.is_filler:
                 log_ratios[pack.places] = (policy - reference)[pack.pairs]
-        return self.loss.survey(self.ranks.total(log_ratios))
+        return self.loss.batch_statistics(self.ranks.total(log_ratios))
 
     def logps(self, batch: PackedBatch) -> Tensor:
         """The policy's log-probs [R] of a batch."""
@@ -619,7 +617,9 @@ class BasicTrainer:
 
     def take_schedule(self, config_then: dict) -> None:
         """Let the learning rate go on by this run's schedule, and say so where that is not the one the checkpoint was under."""
-        total_then, total = self.train_batches.total_steps_of(config_then), self.train_batches.total_steps
+        data = self.train_batches.schedule
+        length = RunLength(config_then["n_epochs"], config_then["n_examples"], config_then["n_steps"])
+        total_then, total = data.with_length(length).total_steps, data.total_steps
         schedule_then = schedule(self.config, total_then)
         before, now = schedule_then(self.updates), self.schedule(self.updates)
         for group, base in zip(self.optimizer.param_groups, self.scheduler.base_lrs, strict=True):

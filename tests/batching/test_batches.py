@@ -6,16 +6,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from preference_training.batching.batches import (
-    BatchIterator,
-    TokenBudget,
-    evaluation_batches,
-    evaluation_prompts,
-    examples_of,
-    pack_examples,
-    packs_of,
-    spread,
-)
+from preference_training.batching.iterator import BatchIterator, Packing
+from preference_training.batching.micro_batches import evaluation_batches, evaluation_prompts
+from preference_training.batching.packing import TokenBudget, assign_to_ranks, examples_of, pack_examples, packs_of
+from preference_training.batching.schedule import RunLength, Schedule
 from preference_training.core.ranks import Ranks
 from preference_training.data.prompt_table import Columns, PromptTable, TablePart
 from preference_training.data.tokenization import TokenizedPrompt
@@ -95,28 +89,28 @@ def sources(batches) -> list[list[str]]:
 
 
 def test_an_epoch_sees_every_example_once_and_the_last_batch_is_what_is_left():
-    seen = sources(BatchIterator(table(10, pairs=3), 8, 2))
+    seen = sources(BatchIterator(Schedule(table(10, pairs=3), 8), 2))
     assert [len(batch) for batch in seen] == [8, 8, 8, 6]
     assert sorted(source for batch in seen for source in batch) == sorted(f"prompt {n}" for n in range(10) for _ in range(3))
 
 
 def test_the_pairs_of_a_prompt_share_its_tokens_within_a_micro_batch():
-    [[micro_batch]] = BatchIterator(table(2, pairs=3), 6)
+    [[micro_batch]] = BatchIterator(Schedule(table(2, pairs=3), 6))
     [batch] = micro_batch.packs
     assert [len(tree.response_lengths) for tree in batch.trees] == [4, 4]
 
 
 def test_epochs_differ_in_order_and_seeds_too_but_not_runs():
-    order = lambda **options: sources(BatchIterator(table(20), 20, n_epochs=2, **options))  # noqa: E731
-    first, second = order(seed=1)
+    order = lambda seed: sources(BatchIterator(Schedule(table(20), 20, seed, RunLength(2))))  # noqa: E731
+    first, second = order(1)
     assert first != second
-    assert order(seed=1) == [first, second] != order(seed=2)
+    assert order(1) == [first, second] != order(2)
 
 
 def test_n_examples_ends_the_run_exactly_there_also_across_epochs():
-    iterator = BatchIterator(table(5), 4, n_epochs=None, n_examples=13)
+    iterator = BatchIterator(Schedule(table(5), 4, length=RunLength(n_epochs=None, n_examples=13)))
     assert [len(batch) for batch in sources(iterator)] == [4, 1, 4, 1, 3]
-    assert iterator.total_examples == 13
+    assert iterator.schedule.total_examples == 13
 
 
 WEIGHTS = st.sampled_from([0.25, 1.0, 1.5, 2.0])
@@ -124,7 +118,7 @@ WEIGHTS = st.sampled_from([0.25, 1.0, 1.5, 2.0])
 
 @given(prompts=st.integers(1, 9), pairs=st.integers(1, 3), weight=WEIGHTS, size=st.integers(1, 5), stop=st.integers(1, 30))
 def test_an_iterator_continues_from_any_saved_position(prompts, pairs, weight, size, stop):
-    make = lambda: BatchIterator(weighted(prompts, pairs, weight), size, n_epochs=3)  # noqa: E731
+    make = lambda: BatchIterator(Schedule(weighted(prompts, pairs, weight), size, length=RunLength(n_epochs=3)))  # noqa: E731
     whole = sources(make())
     interrupted, seen = make(), []
     for batch in interrupted:
@@ -137,8 +131,8 @@ def test_an_iterator_continues_from_any_saved_position(prompts, pairs, weight, s
 
 
 def test_an_epoch_visits_each_data_set_as_often_as_its_weight_says():
-    iterator = BatchIterator(weighted(8, 2, 2.25), 100, n_epochs=2)
-    assert [iterator.examples_of_epoch(epoch) for epoch in (0, 1)] == [8 * 2 + 2 * 8 * 2 + 2 * 2] * 2
+    iterator = BatchIterator(Schedule(weighted(8, 2, 2.25), 100, length=RunLength(n_epochs=2)))
+    assert [iterator.schedule.examples_of_epoch(epoch) for epoch in (0, 1)] == [8 * 2 + 2 * 8 * 2 + 2 * 2] * 2
     for epoch in sources(iterator):
         visits = {source: epoch.count(source) // 2 for source in set(epoch)}
         assert [visits[f"prompt {n}"] for n in range(8)] == [1] * 8
@@ -156,15 +150,15 @@ def test_an_epoch_visits_each_data_set_as_often_as_its_weight_says():
 def test_a_run_says_in_advance_how_many_examples_and_which_prompts_it_will_see(
     prompts, pairs, weight, n_epochs, n_examples, seed
 ):
-    iterator = BatchIterator(weighted(prompts, pairs, weight), 4, 1, seed, n_epochs, n_examples)
-    told, total = [prompt.source for prompt in iterator.prompts_seen], iterator.total_examples
+    iterator = BatchIterator(Schedule(weighted(prompts, pairs, weight), 4, seed, RunLength(n_epochs, n_examples)))
+    told, total = [prompt.source for prompt in iterator.schedule.prompts_seen], iterator.schedule.total_examples
     seen = [source for batch in sources(iterator) for source in batch]
     assert len(seen) == total
     assert sorted(told) == sorted(set(seen))
 
 
 def test_a_run_visits_prompts_again_once_it_has_more_examples_than_an_epoch():
-    again = lambda n_epochs, n_examples: BatchIterator(table(5), 4, 1, 0, n_epochs, n_examples).visits_again  # noqa: E731
+    again = lambda *length: Schedule(table(5), 4, 0, RunLength(*length)).visits_again  # noqa: E731
     assert [again(1, None), again(1, 3), again(None, 5), again(3, 5)] == [False] * 4
     assert [again(2, None), again(2, 6), again(None, 6)] == [True] * 3
 
@@ -188,7 +182,7 @@ def test_the_prompts_of_an_evaluation_are_those_of_its_batches(count, pairs, wan
 
 def test_sft_batches_have_no_pairs():
     prompts = PromptTable.of(replace(prompt, responses=prompt.responses[:1], pairs=[]) for prompt in some_prompts(3))
-    [[micro_batch]] = BatchIterator(prompts, 3)
+    [[micro_batch]] = BatchIterator(Schedule(prompts, 3))
     [batch] = micro_batch.packs
     assert batch.pairs.shape == (0, 2) and batch.num_examples == 3
 
@@ -196,8 +190,8 @@ def test_sft_batches_have_no_pairs():
 def test_a_run_that_visits_prompts_twice_in_one_epoch_sees_them_again():
     prompts = [TokenizedPrompt([1], [[2], [3]], [(0, 1)], number=n) for n in range(3)]
     once, twice = (PromptTable([TablePart("x", [Columns.of(prompts)], "f", weight)]) for weight in (1.0, 2.0))
-    assert not BatchIterator(once, 2).visits_again
-    assert BatchIterator(twice, 2).visits_again
+    assert not BatchIterator(Schedule(once, 2)).schedule.visits_again
+    assert BatchIterator(Schedule(twice, 2)).schedule.visits_again
 
 
 def some_examples(lengths: list[tuple[int, int]]):
@@ -229,12 +223,12 @@ def test_ranks_share_every_example_once_in_equally_many_packs(lengths, size, bud
 
 def test_ranks_get_about_as_many_tokens_and_the_pairs_of_a_prompt_stay_together():
     # Prompts of 30, 20, 10 and 10 tokens, a pair each (5 tokens more): 35 + 15 and 25 + 15.
-    parts = spread(some_examples([(30, 1), (20, 1), (10, 1), (10, 1)]), 2)
+    parts = assign_to_ranks(some_examples([(30, 1), (20, 1), (10, 1), (10, 1)]), 2)
     assert [sorted(part) for part in parts] == [[0, 3], [1, 2]]
-    together = spread(some_examples([(10, 3), (10, 3)]), 2)
+    together = assign_to_ranks(some_examples([(10, 3), (10, 3)]), 2)
     assert together == [[0, 1, 2], [3, 4, 5]]
     # One prompt with many pairs is more than a rank's part, and is divided.
-    assert sorted(map(len, spread(some_examples([(10, 6)]), 3))) == [2, 2, 2]
+    assert sorted(map(len, assign_to_ranks(some_examples([(10, 6)]), 3))) == [2, 2, 2]
 
 
 # ---- packs and the run's end ---------------------------------------------------------------------------------------------
@@ -272,20 +266,20 @@ def test_halved_packs_hold_the_same_examples_and_are_half_as_large_where_they_ca
         TokenizedPrompt([7] * length, [[8, k, 0] for k in range(pairs + 1)], [(0, k + 1) for k in range(pairs)], number=n)
         for n, (length, pairs) in enumerate(lengths)
     ]
-    iterator = BatchIterator(PromptTable.of(prompts), 2 * size, packs if size % packs == 0 else 1)
+    iterator = BatchIterator(Schedule(PromptTable.of(prompts), 2 * size), packs if size % packs == 0 else 1)
     for batch in iterator:
         before, most = examples_in(batch), largest(batch)
         halves = iterator.halve_packs(batch)
         assert examples_in(halves) == before
         assert [part.num_examples for part in halves] == [part.num_examples for part in batch]
-        assert iterator.budget.limit == most // 2 and iterator.budget.comfortable <= most // 2
+        assert iterator.budget.limit == most // 2 and iterator.budget.soft_limit <= most // 2
         # A pair with its prompt cannot be cut.
         assert all(len(pack.input_ids) <= most // 2 or len(pack.pairs) == 1 for part in halves for pack in part.packs)
 
 
 def test_batches_that_were_made_ahead_are_cut_anew_once_packs_are_halved():
     # Six prompts of 2 + 2 * 2 tokens a step: one pack of 36 tokens; halved, three prompts each.
-    whole, iterator = list(BatchIterator(table(30), 6)), BatchIterator(table(30), 6)
+    whole, iterator = list(BatchIterator(Schedule(table(30), 6))), BatchIterator(Schedule(table(30), 6))
     steps = iter(iterator)
     first = next(steps)
     assert [len(pack.input_ids) for pack in first[0].packs] == [36]
@@ -299,15 +293,15 @@ def test_batches_that_were_made_ahead_are_cut_anew_once_packs_are_halved():
 
 
 def test_packs_that_are_halved_again_and_again_end_at_single_pairs():
-    iterator = BatchIterator(table(4), 4)
+    iterator = BatchIterator(Schedule(table(4), 4))
     [batch] = iterator
     for _ in range(8):
         batch = iterator.halve_packs(batch)
     assert [len(pack.pairs) for pack in batch[0].packs] == [1, 1, 1, 1]
 
 
-def test_a_comfortable_size_below_the_half_stays():
-    iterator = BatchIterator(table(4), 4, budget=TokenBudget(1000, 6))
+def test_a_soft_limit_size_below_the_half_stays():
+    iterator = BatchIterator(Schedule(table(4), 4), packing=Packing(TokenBudget(1000, 6)))
     [batch] = iterator
     assert largest(batch) == 6
     iterator.budget = TokenBudget(24, 2)
@@ -324,7 +318,7 @@ def test_a_comfortable_size_below_the_half_stays():
     n_examples=st.integers(1, 60),
 )
 def test_a_run_is_finished_at_its_last_step_and_an_epoch_at_its_own(prompts, pairs, weight, size, n_epochs, n_examples):
-    iterator = BatchIterator(weighted(prompts, pairs, weight), size, 1, 0, n_epochs, n_examples)
+    iterator = BatchIterator(Schedule(weighted(prompts, pairs, weight), size, 0, RunLength(n_epochs, n_examples)))
     assert not iterator.finished and not iterator.at_end_of_epoch
     finished, ends, seen, passed = [], 0, 0, 0
     for batch in iterator:
@@ -332,19 +326,19 @@ def test_a_run_is_finished_at_its_last_step_and_an_epoch_at_its_own(prompts, pai
         finished.append(iterator.finished)
         ends += iterator.at_end_of_epoch
         # Added up from the epochs' own sizes: how many of them have been passed by now.
-        while passed < 70 and seen >= sum(iterator.examples_of_epoch(epoch) for epoch in range(passed + 1)):
+        while passed < 70 and seen >= sum(iterator.schedule.examples_of_epoch(epoch) for epoch in range(passed + 1)):
             passed += 1
         assert ends == passed
     assert finished == [False] * (len(finished) - 1) + [True]
-    assert seen == iterator.total_examples
+    assert seen == iterator.schedule.total_examples
 
 
 def test_a_run_that_goes_on_behind_its_end_is_finished_until_it_is_made_longer():
-    iterator = BatchIterator(table(5), 4)
+    iterator = BatchIterator(Schedule(table(5), 4))
     assert [iterator.finished for _ in iterator] == [False, True]
-    again = BatchIterator(table(5), 4)
+    again = BatchIterator(Schedule(table(5), 4))
     again.load_state_dict(iterator.state_dict())
     assert again.finished and again.at_end_of_epoch and list(again) == []
-    longer = BatchIterator(table(5), 4, n_epochs=2)
+    longer = BatchIterator(Schedule(table(5), 4, length=RunLength(n_epochs=2)))
     longer.load_state_dict(iterator.state_dict())
     assert not longer.finished and len(list(longer)) == 2

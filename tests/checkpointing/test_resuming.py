@@ -14,7 +14,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from preference_training.batching.batches import BatchIterator, evaluation_batches
+from preference_training.batching.iterator import BatchIterator
+from preference_training.batching.micro_batches import evaluation_batches
+from preference_training.batching.schedule import RunLength, Schedule
 from preference_training.checkpointing import resume as resuming
 from preference_training.checkpointing.checkpoint import Checkpoint, DamagedError, fault_of
 from preference_training.checkpointing.resume import (
@@ -32,7 +34,7 @@ from preference_training.core.errors import UserError
 from preference_training.core.values import misfit
 from preference_training.data.prompt_table import PromptTable
 from preference_training.data.tokenization import VERSION, TokenizedPrompt
-from preference_training.losses.objectives import build_loss
+from preference_training.losses.registry import build_loss
 from preference_training.modeling.logprobs import LiveReference
 from preference_training.tracking.tracker import Tracker
 from preference_training.training.trainers import BasicTrainer
@@ -64,7 +66,10 @@ def finished(tmp_path_factory, compose, tokenizer) -> Path:
         Tracker(run_dir, 12) as tracker,
         CheckpointWriter(run_dir, policy, tokenizer, options=SaveOptions(run=ABOUT)) as writer,
     ):
-        batches = BatchIterator(prompts, 4, n_examples=12), evaluation_batches(prompts, 4, 4, seed=0)
+        batches = (
+            BatchIterator(Schedule(prompts, 4, length=RunLength(n_examples=12))),
+            evaluation_batches(prompts, 4, 4, seed=0),
+        )
         BasicTrainer(config, policy, reference, loss, tokenizer, *batches, [[5, 6, 7]], tracker, writer).train()
     return run_dir
 

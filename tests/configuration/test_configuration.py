@@ -25,7 +25,7 @@ from preference_training.configuration.composition import (
 )
 from preference_training.configuration.kept import read_config, save_config
 from preference_training.configuration.keys import names_of
-from preference_training.configuration.schema import OPTIMIZERS, WITHOUT_PAIRS, RunConfig
+from preference_training.configuration.schema import OPTIMIZERS, RunConfig
 from preference_training.configuration.validation import (
     OBJECTIVES,
     check_objective,
@@ -33,6 +33,7 @@ from preference_training.configuration.validation import (
 from preference_training.core.errors import UserError
 from preference_training.core.values import dotted
 from preference_training.data.entries import read_entries
+from preference_training.losses.registry import is_paired
 
 # The part of the recipes that several command lines below share.
 # The losses that are whole without a file of the user's.
@@ -58,7 +59,9 @@ def check(compose):
     """Compose overrides and check the result, as `train.py` does; raises what it would tell the user as UserError."""
 
     def checked(*overrides: str) -> None:
-        read_entries(compose(*overrides))
+        config = compose(*overrides)
+        check_objective(config.objective, config.loss.name, is_paired(config.loss.name))
+        read_entries(config)
 
     return checked
 
@@ -632,13 +635,11 @@ def test_a_file_of_data_or_loaders_and_an_archive_are_accepted_where_they_exist(
 def test_the_objectives_are_the_metrics_of_an_evaluation(loss, compose):
     import torch
 
-    from preference_training.losses.objectives import (
-        build_loss,
-        example_metrics,
-    )
+    from preference_training.losses.base import example_metrics
+    from preference_training.losses.registry import build_loss
 
     built = build_loss(**compose(f"loss={loss}").loss.given())
-    assert built.paired is (loss not in WITHOUT_PAIRS)
+    assert built.paired is is_paired(loss)
     logps, pairs = torch.full((2,), -1.0), torch.tensor([[0, 1]]) if built.paired else torch.zeros(0, 2, dtype=torch.int64)
     metrics = example_metrics(built(logps, logps, pairs, torch.ones(2)), logps, pairs, "eval")
     assert set(metrics) == set(OBJECTIVES if built.paired else OBJECTIVES[:2])

@@ -22,7 +22,7 @@ from preference_training.core.errors import UserError
 from preference_training.data.entries import load_records, read_entry
 from preference_training.data.files import DATA_SUFFIXES, read_rows
 from preference_training.data.registry import DATASETS, Dataset
-from preference_training.data.rows.records import DataReport, PreferenceRecord, Turn, fault_of_item
+from preference_training.data.rows.records import DataReport, PreferenceRecord, Turn, item_error
 
 # Hypothesis runs one function many times; each example writes its own file, so that sharing tmp_path is harmless.
 FUZZ = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]}
@@ -82,7 +82,7 @@ def records_or_message(entry: dict, split: str, report: DataReport, names: list[
 def assert_sound(records: list[PreferenceRecord]) -> None:
     for record in records:
         item = (record.prompt, {"responses": record.responses, "pairs": record.pairs, "sft_target": record.sft_target})
-        assert fault_of_item(item) is None
+        assert item_error(item) is None
         assert all(type(index) is int for pair in record.pairs for index in pair)
     numbers = [record.number for record in records]
     assert numbers == sorted(set(numbers))

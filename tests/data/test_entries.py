@@ -74,8 +74,8 @@ def test_a_name_with_a_slash_is_a_set_of_the_hub_and_one_that_is_registered_is_n
 
 def test_a_file_of_token_ids_is_known_by_its_ending(tmp_path):
     (tmp_path / "ids.pt").touch()
-    assert read_entry(str(tmp_path / "ids.pt")).tokenised_file == tmp_path / "ids.pt"
-    assert read_entry("toy").tokenised_file is None
+    assert read_entry(str(tmp_path / "ids.pt")).tokenized_file == tmp_path / "ids.pt"
+    assert read_entry("toy").tokenized_file is None
 
 
 @pytest.mark.parametrize("entry", [None, 5, [], ["toy"], {}, {"weight": 2}, {"name": "toy", "path": "a/b"}, True])
@@ -385,7 +385,7 @@ def test_a_faulty_row_stops_with_file_and_number_or_is_counted_where_it_is_to_be
     good, *_ = lines = [json.dumps(row) for row in triplets(1)]
     lines = [good, "", "{broken", good.replace("good 0", ""), "5", good.replace("good", "better")]
     path.write_text("\n".join(lines))
-    with pytest.raises(UserError, match=r"rows.jsonl, row 3: not JSON: .* leave such rows out with on_bad_row=skip\."):
+    with pytest.raises(UserError, match=r"rows.jsonl, row 3: not JSON: .* skip such rows with on_bad_row=skip\."):
         records_of(str(path))
     report = DataReport(skip_bad_rows=True)
     (record,) = records_of({"path": str(path), "on_bad_row": "skip"}, report=report)
@@ -545,7 +545,7 @@ def get_with_any_option(split, silent=False, cache_dir=None, **options):
 @register("with_report")
 def get_with_report(split, silent=False, cache_dir=None, report=None):
     report.rows_read += 1
-    report.leave_out("not wanted")
+    report.skip("not wanted")
     yield answer("p", "a", "b")
 """
 

@@ -242,7 +242,7 @@ def test_parquet_strings_that_are_not_utf8_are_refused(tmp_path):
 
 # ---- rows that may be skipped ---------------------------------------------------------------------------------------------
 
-MEND = " Mend the row, or leave such rows out with on_bad_row=skip."
+FIX = " Fix the row, or skip such rows with on_bad_row=skip."
 
 
 @pytest.mark.parametrize(
@@ -278,7 +278,7 @@ def test_faulty_rows_stop_the_reading_or_are_counted_and_passed_over(tmp_path, n
     path = tmp_path / name
     path.write_bytes(content)
     stopped = message(path)
-    assert stopped.startswith(f"datasets: {path}, {faults[0]}") and stopped.endswith(MEND)
+    assert stopped.startswith(f"datasets: {path}, {faults[0]}") and stopped.endswith(FIX)
     report = DataReport(skip_bad_rows=True)
     assert [(number, row["a"]) for number, row in read_rows(path, report)] == [(1, "1"), (6, "6")]
     assert report.num_bad_rows == len(faults) == len(report.bad_rows)
@@ -312,7 +312,7 @@ def test_a_fault_of_the_whole_file_stops_the_reading_even_where_faulty_rows_are_
     path.write_bytes(content)
     with pytest.raises(UserError, match=f"^datasets: {path}") as refusal:
         list(read_rows(path, DataReport(skip_bad_rows=True)))
-    assert not str(refusal.value).endswith(MEND)
+    assert not str(refusal.value).endswith(FIX)
 
 
 # ---- any damage ---------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from preference_training.data.rows.records import (
     Turn,
     prompt_hash,
 )
+from preference_training.data.rows.templates import parse_dialogue
 from tests.support.files import write
 
 HH_SUBSETS = ("harmless-base", "helpful-base", "helpful-online", "helpful-rejection-sampled")
@@ -460,6 +461,15 @@ def test_all_named_sets_are_among_these():
         assert DATASETS[alias].skip_bad_rows
 
 
+@pytest.mark.parametrize("name", SOUND)
+def test_the_prompts_of_a_named_set_are_what_its_registration_says(tmp_path, name):
+    directory = copy_of(name, tmp_path, [SOUND[name]])
+    splits = ("train",) if DATASETS[name].held_out_by_share is False else ("train", "test")
+    [prompt] = [prompt for split in splits for prompt, *_ in read(name, directory, split)[0]]
+    assert DATASETS[name].prompts == ("conversations" if isinstance(prompt, tuple) else "dialogues")
+    assert isinstance(prompt, tuple) or parse_dialogue(prompt)
+
+
 BLANK = {
     "hh": ("chosen", "field 'chosen' is None, expected a text."),
     "shp": ("score_A", "field 'score_A' is None, expected a number."),
@@ -482,7 +492,7 @@ def test_a_blank_in_a_named_set_is_counted_or_stops_the_run_with_its_row_and_fie
     assert (report.rows_read, report.num_bad_rows, report.bad_rows) == (3, 1, [f"datasets: {name}, row 2: {told}"])
     with pytest.raises(UserError) as refused:
         read(name, directory, on_bad_row="stop")
-    assert str(refused.value).startswith(f"datasets: {name}, row 2: {told} Mend the row, or leave such rows out")
+    assert str(refused.value).startswith(f"datasets: {name}, row 2: {told} Fix the row, or skip such rows")
 
 
 @pytest.mark.parametrize(

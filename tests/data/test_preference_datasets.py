@@ -22,7 +22,7 @@ from preference_training.data.toy_preferences import TEST_PROMPTS, TRAIN_PROMPTS
 from tests.support.files import write
 
 LOADERS = {"hh": hh_records, "shp": shp_records, "se": stack_exchange_records}
-MEND = " Mend the row, or leave such rows out with on_bad_row=skip."
+FIX = " Fix the row, or skip such rows with on_bad_row=skip."
 # Hypothesis runs one function many times; each example writes its own file, so that sharing tmp_path is harmless.
 SHARES_FOLDER = [HealthCheck.function_scoped_fixture]
 
@@ -271,7 +271,7 @@ def test_a_faulty_record_is_refused_with_its_data_set_its_number_and_its_fault(r
     assert next(records).prompt == "sound"
     with pytest.raises(UserError, match=f"^datasets: mine, train prompt 2: {fault}") as refusal:
         next(records)
-    assert str(refusal.value).endswith(". Expected {responses, pairs, sft_target} as in preference_datasets.py." + MEND)
+    assert str(refusal.value).endswith(". Expected {responses, pairs, sft_target} as in preference_datasets.py." + FIX)
 
 
 def test_faulty_records_may_be_skipped_and_are_counted_and_the_others_keep_their_numbers(registry):
@@ -536,7 +536,7 @@ def test_a_row_without_a_text_in_each_field_is_refused_with_file_and_row_number(
     path = write(tmp_path / "rows.jsonl", [*triplets(2), row])
     with pytest.raises(UserError, match=f"^datasets: {path}, row 3: {fault}") as refusal:
         list(load(path))
-    assert str(refusal.value).endswith(MEND)
+    assert str(refusal.value).endswith(FIX)
 
 
 @pytest.mark.parametrize("field", ["prompt", "chosen", "rejected"])

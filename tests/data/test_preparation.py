@@ -1,4 +1,4 @@
-"""Data is tokenised once and found again, by whoever needs it, unless something changed that its ids depend on; and neither a
+"""Data is tokenized once and found again, by whoever needs it, unless something changed that its ids depend on; and neither a
 fault nor a kill nor a full disk leaves anything half-written."""
 
 import json
@@ -33,7 +33,8 @@ from preference_training.data.preparation import (
     without_held_out,
 )
 from preference_training.data.rows.records import SAME_TEXT, DataReport
-from preference_training.data.tokenization import PROMPT_CUT, SAME_IDS, TokenSettings, tokenize_records, write_tokenised
+from preference_training.data.token_files import write_tokenized
+from preference_training.data.tokenization import PROMPT_CUT, SAME_IDS, TokenSettings, tokenize_records
 from tests.support import forked
 from tests.support.files import ROOT
 
@@ -253,16 +254,16 @@ def test_a_fast_tokenizer_is_the_same_however_often_it_was_used_and_another_one_
 
 def test_a_file_of_token_ids_is_read_once_and_anew_when_it_changes(folder, monkeypatch):
     read = []
-    real = data_preparation.read_tokenised
-    monkeypatch.setattr(data_preparation, "read_tokenised", lambda *options: read.append(1) or real(*options))
+    real = data_preparation.read_tokenized
+    monkeypatch.setattr(data_preparation, "read_tokenized", lambda *options: read.append(1) or real(*options))
     table, *_ = prepared(whole(), folder / "prepared")
-    write_tokenised(folder / "ids.pt", table)
+    write_tokenized(folder / "ids.pt", table)
     first, report, _ = prepared(whole("ids.pt"), folder / "prepared")
     assert [prompt[:3] for prompt in contents(first)] == [prompt[:3] for prompt in contents(table)]
     assert first[4].source == "ids.pt, row 5" and report.rows_read == 20
     prepared(whole("ids.pt"), folder / "prepared")
     assert len(read) == 1
-    write_tokenised(folder / "ids.pt", [table[k] for k in range(3)])
+    write_tokenized(folder / "ids.pt", [table[k] for k in range(3)])
     assert len(prepared(whole("ids.pt"), folder / "prepared")[0]) == 3 and len(read) == 2
 
 
@@ -775,7 +776,7 @@ def entry_of(draw, folder: Path, place: int) -> dict:
     if not draw(st.booleans()):
         return {"path": str(path), "held_out_share": share}
     table, *_ = prepared(read_entry({"path": str(path), "held_out_share": 0}), folder / "prepared")
-    write_tokenised(path.with_suffix(".pt"), table)
+    write_tokenized(path.with_suffix(".pt"), table)
     return {"path": str(path.with_suffix(".pt")), "held_out_share": share}
 
 
@@ -863,7 +864,7 @@ def forget_user_files() -> None:
 HUB_LOADER = """
 from preference_datasets import HubSet, hub_set
 
-@hub_set("mine", HubSet("someone/mine", ("text",), test="test"))
+@hub_set("mine", HubSet("someone/mine", ("text",), test="test"), "conversations")
 def mine_records(rows, report):
     for _, row in rows:
         yield row["text"], {"responses": ["a", "b"], "pairs": [(0, 1)], "sft_target": "a"}
@@ -890,15 +891,15 @@ def test_a_map_of_fields_is_named_the_same_when_fields_are_added_that_it_does_no
     from preference_training.data.rows.field_maps import FieldMap
 
     usual, larger = FieldMap(chosen="good"), make_dataclass("Larger", [("extra", str, "no")], bases=(FieldMap,), frozen=True)
-    known = entries.described(usual)
+    known = entries.field_map_text(usual)
     # As the first version wrote it: its names of files hold this text.
     assert known == (
         "FieldMap(prompt='prompt', chosen='good', rejected='rejected', system=None, response=None, score=None, responses=None, "
         "scores=None, ranks=None, implicit_prompt=False, where={}, top_k=None)"
     )
     monkeypatch.setattr(entries, "FieldMap", larger)
-    assert entries.described(larger(chosen="good")) == known
-    assert entries.described(larger(chosen="good", extra="yes")) == f"{known[:-1]}, extra='yes')"
+    assert entries.field_map_text(larger(chosen="good")) == known
+    assert entries.field_map_text(larger(chosen="good", extra="yes")) == f"{known[:-1]}, extra='yes')"
 
 
 def test_pairs_of_the_same_ids_are_trained_on_in_data_of_the_first_version_alone_and_counted(folder):

@@ -18,7 +18,8 @@ import pytest
 
 from preference_training.data.entries import read_entry
 from preference_training.data.preparation import prepare
-from preference_training.data.tokenization import VERSION, VERSIONS, TokenSettings, write_tokenised
+from preference_training.data.token_files import write_tokenized
+from preference_training.data.tokenization import VERSION, VERSIONS, TokenSettings
 from preference_training.data.tokenization import TokenizedPrompt as Prompt
 from tests.support.files import GOLDEN
 
@@ -103,7 +104,7 @@ def write_inputs(folder: Path) -> None:
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "mine.py").write_text(LOADER)
     ids = [Prompt([1, n, n + 1], [[n, 2], [3] * (n % 40 + 1), [n, 2]], [(0, 1)]) for n in range(4, 44)]
-    write_tokenised(folder / "ids.pt", ids)
+    write_tokenized(folder / "ids.pt", ids)
 
 
 def outcome(case: str, tokenizer, directory: Path, version: int) -> dict:
@@ -116,7 +117,7 @@ def outcome(case: str, tokenizer, directory: Path, version: int) -> dict:
     ]
     found = {"content": [split.table.fingerprint for split in splits]}
     # What torch makes of token ids may differ from version to version.
-    return found if entry.tokenised_file else found | {"files": [part.name for split in splits for part in split.table.parts]}
+    return found if entry.tokenized_file else found | {"files": [part.name for split in splits for part in split.table.parts]}
 
 
 def all_outcomes(version: int) -> dict[str, dict]:

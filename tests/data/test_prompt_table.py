@@ -1,4 +1,4 @@
-"""Tables of tokenised prompts: what goes in comes out, in memory and from a mapped file, whole or as parts of several sets."""
+"""Tables of tokenized prompts: what goes in comes out, in memory and from a mapped file, whole or as parts of several sets."""
 
 from collections import Counter
 from dataclasses import replace

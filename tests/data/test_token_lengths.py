@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from preference_training.core.errors import UserError
 from preference_training.data.rows.records import DataReport, PreferenceRecord
-from preference_training.data.tokenization import RESPONSE_CUT, TokenizedPrompt, TokenSettings, fit, tokenize_records
+from preference_training.data.tokenization import RESPONSE_CUT, TokenizedPrompt, TokenSettings, tokenize_records, truncate
 from preference_training.modeling.tokenizer import byte_level_tokenizer
 
 
@@ -18,10 +18,10 @@ def tokenized(records, tokenizer, paired=True, max_length=64, max_prompt_length=
     return list(tokenize_records(records, tokenizer, TokenSettings(paired, max_length, max_prompt_length, mode)))
 
 
-# ---- tokenisation -------------------------------------------------------------------------------------------------------
+# ---- tokenization -------------------------------------------------------------------------------------------------------
 
 
-def test_tokenisation_and_truncation_equal_the_golden_ones(golden, tokenizer):
+def test_tokenization_and_truncation_equal_the_golden_ones(golden, tokenizer):
     for case in golden("tokenization.json"):
         row = record(case["prompt"], (case["chosen"], case["rejected"]))
         [found] = tokenized([row], tokenizer, True, case["max_length"], case["max_prompt_length"], case["truncation_mode"])
@@ -104,7 +104,7 @@ def test_what_is_left_fits_and_no_response_is_emptied(prompt, responses, mode, r
     pairs = [(i, j) for i in range(len(responses)) for j in range(i)]
     given_prompt = TokenizedPrompt(list(range(prompt)), [[7] * (n - 1) + [0] for n in responses], pairs)
     report = DataReport()
-    fitted = fit(given_prompt, max_length, max_prompt_length, mode, report)
+    fitted = truncate(given_prompt, TokenSettings(True, max_length, max_prompt_length, mode), report)
     dropped = sum(report.left_out.values())
     if fitted is None:
         assert mode == "drop" and dropped == len(pairs)
@@ -120,6 +120,6 @@ def test_what_is_left_fits_and_no_response_is_emptied(prompt, responses, mode, r
 def test_drop_leaves_out_long_responses_and_only_their_pairs():
     prompt = TokenizedPrompt([1, 2], [[5, 0], [6] * 9 + [0], [7, 0]], [(0, 1), (0, 2)])
     report = DataReport()
-    fitted = fit(prompt, 8, 4, "drop", report)
+    fitted = truncate(prompt, TokenSettings(True, 8, 4, "drop"), report)
     assert (fitted.responses, fitted.pairs) == ([[5, 0], [7, 0]], [(0, 1)])
     assert report.lines() == ["1 left out: longer than max_length, 8 tokens"]

@@ -18,8 +18,8 @@ from transformers import PreTrainedTokenizerFast
 from preference_training.core.errors import UserError
 from preference_training.data.rows.records import SAME_TEXT, DataReport, PreferenceRecord, Turn
 from preference_training.data.rows.templates import build_template
+from preference_training.data.token_files import NO_END, TOKEN_FIELDS, Vocabulary, read_tokenized, write_tokenized
 from preference_training.data.tokenization import (
-    NO_END,
     NO_PAIR_TO_COMPARE,
     NO_TURNS,
     NOTHING_LEFT,
@@ -27,12 +27,9 @@ from preference_training.data.tokenization import (
     PROMPT_CUT,
     RESPONSE_CUT,
     SAME_IDS,
-    TOKEN_FIELDS,
     TokenizedPrompt,
     TokenSettings,
-    read_tokenised,
     tokenize_records,
-    write_tokenised,
 )
 from preference_training.modeling.tokenizer import END_OF_TEXT, byte_level_tokenizer
 
@@ -269,7 +266,7 @@ def test_a_tokenizer_that_is_all_python_gives_the_same_ids():
 
 
 def test_records_come_out_in_order_however_many_there_are():
-    # More than are tokenised at once.
+    # More than are tokenized at once.
     found = tokenized(
         (PreferenceRecord(f"ask {n}", ["yes", "no"], [(0, 1)], "yes", n, f"row {n}") for n in range(2100)), gpt2()
     )
@@ -612,7 +609,7 @@ def read(path: Path, split="train", share=0.0, report=None, paired=True, max_len
     """The prompts of a file, of a vocabulary of 1000 whose end-of-sequence token is 2."""
     settings = TokenSettings(paired, max_length, max_prompt_length)
     report = report if report is not None else DataReport()
-    return list(read_tokenised(path, split, share, VOCABULARY, EOS, settings, report))
+    return list(read_tokenized(path, split, share, Vocabulary(VOCABULARY, EOS), settings, report))
 
 
 def test_rows_that_are_cut_to_the_same_ids_are_left_out_and_counted(tmp_path):
@@ -627,7 +624,9 @@ def test_rows_that_are_cut_to_the_same_ids_are_left_out_and_counted(tmp_path):
 def test_a_prompt_of_token_ids_that_is_cut_keeps_the_beginning_that_it_has(tmp_path):
     torch.save([row(prompt=(1, 5, 6, 7, 8)), row(prompt=(4, 5, 6, 7, 8))], tmp_path / "ids.pt")
     settings = TokenSettings(True, 6, 3, "keep_end")
-    with_bos, without = read_tokenised(tmp_path / "ids.pt", "train", 0.0, VOCABULARY, EOS, settings, DataReport(), 1)
+    with_bos, without = read_tokenized(
+        tmp_path / "ids.pt", "train", 0.0, Vocabulary(VOCABULARY, EOS, 1), settings, DataReport()
+    )
     assert (with_bos.prompt_ids, without.prompt_ids) == ([1, 7, 8], [6, 7, 8])
 
 
@@ -668,7 +667,7 @@ def tokenized_prompts(draw) -> TokenizedPrompt:
 @given(prompts=st.lists(tokenized_prompts(), min_size=1, max_size=6))
 def test_what_is_written_is_read_again(tmp_path, prompts):
     path = tmp_path / "rows.pt"
-    assert write_tokenised(path, prompts) == sum(len(prompt.pairs) for prompt in prompts)
+    assert write_tokenized(path, prompts) == sum(len(prompt.pairs) for prompt in prompts)
     report = DataReport()
     found = read(path, report=report)
     assert as_rows(found) == as_rows(prompts)
@@ -681,7 +680,7 @@ def test_what_is_written_is_read_again(tmp_path, prompts):
 def test_what_a_tokenizer_makes_of_records_is_read_again_as_the_same_prompts(tmp_path):
     records = [record("ask", [" yes", " no", " well"], [(0, 1), (0, 2)]), record("the", [" b", " a"], [(1, 0)])]
     made = tokenized(records, llama())
-    write_tokenised(tmp_path / "rows.pt", made)
+    write_tokenized(tmp_path / "rows.pt", made)
     found = read(tmp_path / "rows.pt")
     assert [(p.prompt_ids, p.responses, p.pairs) for p in found[:1]] == [(p.prompt_ids, p.responses, p.pairs) for p in made[:1]]
     # Responses are numbered as they come in the pairs.

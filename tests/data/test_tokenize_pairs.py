@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from preference_training.data.tokenization import TOKEN_FIELDS
+from preference_training.data.token_files import TOKEN_FIELDS
 from preference_training.modeling.tokenizer import byte_level_tokenizer
 from tests.support import forked
 from tests.support.files import ROOT

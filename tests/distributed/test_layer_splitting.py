@@ -8,7 +8,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from preference_training.batching.batches import BatchIterator, MicroBatch, evaluation_batches, examples_of, pack_examples
+from preference_training.batching.iterator import BatchIterator
+from preference_training.batching.micro_batches import MicroBatch, evaluation_batches
+from preference_training.batching.packing import examples_of, pack_examples
+from preference_training.batching.schedule import RunLength, Schedule
 from preference_training.checkpointing.checkpoint import Checkpoint
 from preference_training.checkpointing.writer import CheckpointWriter
 from preference_training.core.errors import UserError
@@ -17,7 +20,7 @@ from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.distributed.layer_splitting import copy_of_split, load_split, split_layers, splits_in_one_process
 from preference_training.evaluation.held_out import evaluate_held_out
 from preference_training.generation.sampling import Sampler
-from preference_training.losses.objectives import build_loss
+from preference_training.losses.registry import build_loss
 from preference_training.modeling.loading import disable_dropout
 from preference_training.modeling.logprobs import LiveReference, response_logps
 from preference_training.modeling.prefix_sharing.proof import TOLERANCES, random_trees
@@ -147,7 +150,9 @@ def test_gpt2_and_opt_compute_prompts_once_and_bloom_on_padded_rows(model_type):
 )
 def test_a_checkpoint_is_whole_and_continued_exactly(classes, build, tmp_path):
     def make(trainer_class, model):
-        return build(trainer_class, model, batches=BatchIterator(PromptTable.of(prompts()), 6, n_epochs=1))
+        return build(
+            trainer_class, model, batches=BatchIterator(Schedule(PromptTable.of(prompts()), 6, length=RunLength(n_epochs=1)))
+        )
 
     model = whole_model("gpt2")
     whole, first = make(classes[0], model), make(classes[0], model)
@@ -176,7 +181,7 @@ def test_a_checkpoint_is_whole_and_continued_exactly(classes, build, tmp_path):
 
 def test_master_weights_are_joined_in_a_checkpoint_and_split_again(build, tmp_path):
     def make(trainer_class):
-        batches = BatchIterator(PromptTable.of(prompts()), 6, n_epochs=1)
+        batches = BatchIterator(Schedule(PromptTable.of(prompts()), 6, length=RunLength(n_epochs=1)))
         settings = "model.policy_dtype=bfloat16", "lr=1e-5", "weight_decay=0.1"
         return build(trainer_class, whole_model("gpt2").bfloat16(), *settings, batches=batches)
 

@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy
 import pytest
 
-from preference_training.batching.batches import UNLIMITED, BatchIterator, TokenBudget
+from preference_training.batching.iterator import BatchIterator, Packing
+from preference_training.batching.packing import UNLIMITED, TokenBudget
+from preference_training.batching.schedule import RunLength, Schedule
 from preference_training.core.errors import UserError
 from preference_training.data.prompt_table import PromptTable
 from preference_training.data.rows.records import DataReport
@@ -178,7 +180,7 @@ def test_blanks_are_visible_even_those_that_sentencepiece_drops_from_a_single_to
 
 def test_steps_and_what_sharing_saves_are_those_of_the_run():
     prompts = table(*(TokenizedPrompt([1, 2, 3, n], [A, B], [(0, 1)]) for n in range(10)))
-    lines = describe_steps(BatchIterator(prompts, 4, n_epochs=3), collect_facts(prompts))
+    lines = describe_steps(BatchIterator(Schedule(prompts, 4, length=RunLength(n_epochs=3))), collect_facts(prompts))
     # 30 examples in batches of 4 within each epoch of 10: 3 steps an epoch, 9 tokens each.
     assert lines[0].strip() == "9 steps of 4 examples, 30 in total; 36 tokens per step on average"
     assert "90 tokens per epoch instead of 130, 31% less with prefix sharing (if the model passes the proof" in lines[1]
@@ -186,11 +188,11 @@ def test_steps_and_what_sharing_saves_are_those_of_the_run():
 
 def test_the_largest_packs_are_found_and_two_where_a_step_has_several():
     prompts = table(*(TokenizedPrompt([1] * (2 + n), [A, B], [(0, 1)]) for n in range(10)))
-    [whole], step = largest_packs(BatchIterator(prompts, 10), UNLIMITED)
+    [whole], step = largest_packs(BatchIterator(Schedule(prompts, 10)), UNLIMITED)
     assert step[0].packs[0].input_ids.equal(whole.input_ids)
     assert len(whole.input_ids) == sum(2 + n + 5 for n in range(10))
     budget = TokenBudget(20, 20)
-    packs, _ = largest_packs(BatchIterator(prompts, 10, budget=budget), budget)
+    packs, _ = largest_packs(BatchIterator(Schedule(prompts, 10), packing=Packing(budget)), budget)
     assert len(packs) == 2 and all(len(pack.input_ids) <= 20 for pack in packs)
 
 

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from preference_training.batching.batches import MicroBatch, examples_of, pack_examples
+from preference_training.batching.micro_batches import MicroBatch
+from preference_training.batching.packing import examples_of, pack_examples
 from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.dry_run.memory_estimate import StorageCounter, fake_tensors, step_memory
-from preference_training.losses.objectives import build_loss
+from preference_training.losses.registry import build_loss
 from preference_training.modeling.kernels import enable_activation_checkpointing
 from preference_training.modeling.loading import build_untrained
 from preference_training.modeling.logprobs import LiveReference

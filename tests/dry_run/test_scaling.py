@@ -5,7 +5,8 @@ from collections import Counter
 import pytest
 import torch
 
-from preference_training.batching.batches import UNLIMITED, MicroBatch, TokenBudget, examples_of, pack_examples
+from preference_training.batching.micro_batches import MicroBatch
+from preference_training.batching.packing import UNLIMITED, TokenBudget, examples_of, pack_examples
 from preference_training.configuration.composition import force_open_sections
 from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.dry_run.scaling import (
@@ -20,7 +21,7 @@ from preference_training.dry_run.scaling import (
     rank_budget,
 )
 from preference_training.dry_run.scaling import step_costs as step_costs_of
-from preference_training.losses.objectives import build_loss
+from preference_training.losses.registry import build_loss
 from preference_training.modeling.tokenizer import load_tokenizer
 
 F32 = torch.float32

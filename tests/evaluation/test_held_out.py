@@ -4,11 +4,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from preference_training.batching.batches import evaluation_batches
+from preference_training.batching.micro_batches import evaluation_batches
 from preference_training.data.prompt_table import PromptTable
 from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.evaluation.held_out import evaluate_held_out
-from preference_training.losses.objectives import build_loss
+from preference_training.losses.registry import build_loss
 from preference_training.modeling.logprobs import LiveReference
 from tests.support.files import CONFIG_DIR, GOLDEN
 
@@ -33,7 +33,7 @@ def choices_of_pairs() -> list[str]:
 @pytest.mark.parametrize("loss", sorted(choices_of_pairs()))
 def test_held_out_metrics_do_not_depend_on_the_batch_size(loss, models, compose):
     built = build_loss(**compose(f"loss={loss}").loss.given())
-    built.survey(torch.tensor([[0.5, 0.0], [-0.5, 0.0], [1.0, 0.0]]))
+    built.batch_statistics(torch.tensor([[0.5, 0.0], [-0.5, 0.0], [1.0, 0.0]]))
     policy, reference = models
     reference = reference if built.needs_reference else None
     results = [

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from preference_training.batching.batches import UNLIMITED, evaluation_prompts
+from preference_training.batching.micro_batches import evaluation_prompts
+from preference_training.batching.packing import UNLIMITED
 from preference_training.data.prompt_table import PromptTable, TablePart
 from preference_training.data.rows.templates import user_markers
 from preference_training.data.tokenization import TokenizedPrompt

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from preference_training.configuration.composition import force_open_sections, group_keys, known_keys
+from preference_training.configuration.composition import choices_of, force_open_sections, group_keys, known_keys
 from preference_training.data.entries import read_entries
-from preference_training.losses.objectives import LOSSES
+from preference_training.losses.registry import losses
 from preference_training.training.run_directory import new_run_dir
 from tests.support import shown
 from tests.support.files import ROOT
@@ -26,10 +26,10 @@ def test_every_option_has_a_reader():
     for key in known_keys() - by_loss:
         name = key.rsplit(".", 1)[-1]
         assert re.search(rf"\.{name}\b|\[\"{name}\"\]", code), f"nothing reads {key}"
+    assert {*choices_of("loss")} == losses().keys()
     by_name = {name: keys - {"name"} for name, keys in group_keys("loss").items()}
-    assert by_name.keys() == LOSSES.keys()
     for name, keys in by_name.items():
-        assert keys <= inspect.signature(LOSSES[name]).parameters.keys(), f"loss={name} has a key that nothing reads"
+        assert keys <= inspect.signature(losses()[name].make).parameters.keys(), f"loss={name} has a key that nothing reads"
     assert by_loss == {"loss.name"} | {f"loss.{key}" for keys in by_name.values() for key in keys}
 
 
@@ -98,7 +98,7 @@ def test_the_readmes_own_data_is_read(tmp_path, monkeypatch):
 def test_the_losses_of_the_readme_and_their_keys_are_all_there_are():
     table = README.split("| `loss=` |")[1].split("\n\n")[0].splitlines()[2:]
     rows = [re.findall(r"`(\w+)`", f"{row.split('|')[1]} {row.split('|')[3]}") for row in table]
-    assert [name for name, *_ in rows] == ["sft", "dpo", "beta_DPO", *(name for name in LOSSES if name not in ("sft", "dpo"))]
+    assert [name for name, *_ in rows] == [*losses()]
     for name, *keys in rows:
         if name not in ("dpo", "beta_DPO"):
             assert {"name", *keys} == group_keys("loss")[name], name

@@ -2,7 +2,9 @@
 
 import torch
 
-from preference_training.batching.batches import BatchIterator, examples_of, pack_examples
+from preference_training.batching.iterator import BatchIterator, Packing
+from preference_training.batching.packing import examples_of, pack_examples
+from preference_training.batching.schedule import Schedule
 from preference_training.configuration.schema import RunConfig
 from preference_training.core.ranks import Ranks
 from preference_training.data.prompt_table import PromptTable
@@ -11,7 +13,7 @@ from preference_training.distributed.launching import end_group, start_group
 from preference_training.distributed.sharding import load_sharded, local, reference_beside
 from preference_training.dry_run.memory_estimate import StorageCounter, most_held
 from preference_training.dry_run.scaling import Traffic, attributed
-from preference_training.losses.objectives import build_loss
+from preference_training.losses.registry import build_loss
 from preference_training.modeling.logprobs import LiveReference
 from preference_training.modeling.prefix_sharing.tree_attention import clear_mask_cache
 from preference_training.modeling.tokenizer import load_tokenizer
@@ -25,7 +27,7 @@ def prompts(count: int = 8) -> list[TokenizedPrompt]:
 
 def packs_and_step(ranks: Ranks) -> tuple:
     """Two packs, and this rank's part of a step of eight pairs."""
-    step = next(iter(BatchIterator(PromptTable.of(prompts()), 8, 2, ranks=ranks)))
+    step = next(iter(BatchIterator(Schedule(PromptTable.of(prompts()), 8), 2, Packing(ranks=ranks))))
     return [pack_examples(list(examples_of(prompts(2))))] * 2, step
 
 

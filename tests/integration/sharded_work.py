@@ -13,14 +13,10 @@ from unittest import mock
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from preference_training.batching.batches import (
-    BatchIterator,
-    MicroBatch,
-    TokenBudget,
-    evaluation_batches,
-    examples_of,
-    packs_of,
-)
+from preference_training.batching.iterator import BatchIterator, Packing
+from preference_training.batching.micro_batches import MicroBatch, evaluation_batches
+from preference_training.batching.packing import TokenBudget, examples_of, packs_of
+from preference_training.batching.schedule import RunLength, Schedule
 from preference_training.checkpointing.checkpoint import Checkpoint
 from preference_training.checkpointing.snapshot import Snapshot
 from preference_training.checkpointing.writer import CheckpointWriter, SaveOptions
@@ -33,7 +29,7 @@ from preference_training.data.tokenization import TokenSettings, tokenize_record
 from preference_training.distributed.launching import end_group, start_group
 from preference_training.distributed.sharding import Layout, load_sharded, make_mesh, ranks_of, whole
 from preference_training.evaluation.held_out import evaluate_held_out
-from preference_training.losses.objectives import build_loss
+from preference_training.losses.registry import build_loss
 from preference_training.modeling.loading import load_model
 from preference_training.modeling.logprobs import LiveReference
 from preference_training.modeling.prefix_sharing.sharing import share_prefixes
@@ -243,7 +239,9 @@ def train_with_masters(settings: dict, folder: str) -> dict:
         made = [world.sharded("llama", loss, mesh, sharding, **changes, **low) for _ in range(2)]
         (first, ranks), (second, _), single = *made, world.alone("llama", loss, **changes)
         for trainer, on in ((first, ranks), (second, ranks), (single, ALONE)):
-            trainer.train_batches = BatchIterator(table, 8, n_epochs=None, n_steps=4, ranks=on)
+            trainer.train_batches = BatchIterator(
+                Schedule(table, 8, length=RunLength(n_epochs=None, n_steps=4)), packing=Packing(ranks=on)
+            )
         before = torch.cat([weight.detach().flatten() for weight in single.policy.parameters()])
         for step in first.train_batches:
             first.train_step(step)
@@ -290,7 +288,7 @@ def evaluate_unevenly(settings: dict, num_rows: int) -> dict:
         compute_logps(LiveReference(trainer.policy), ReferencePlan(everything, everything), ranks).logps,
         compute_logps(LiveReference(single.policy), ReferencePlan(everything, everything)).logps,
     ]
-    epoch = [BatchIterator(table, 8, ranks=each) for each in (ranks, ALONE)]
+    epoch = [BatchIterator(Schedule(table, 8), packing=Packing(ranks=each)) for each in (ranks, ALONE)]
     seen = [sum(micro.num_examples for step in steps for micro in step) for steps in epoch]
     end_group()
     return {

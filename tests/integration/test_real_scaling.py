@@ -4,7 +4,7 @@ import pytest
 
 from preference_training.distributed.launching import launch
 from preference_training.dry_run.scaling import fake_processes, lay_out_ranks, step_costs
-from preference_training.losses.objectives import build_loss
+from preference_training.losses.registry import build_loss
 from preference_training.modeling.tokenizer import load_tokenizer
 from tests.integration import scaling_work
 

@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from transformers import AutoModelForCausalLM
 
-from preference_training.batching.batches import examples_of, pack_examples
+from preference_training.batching.packing import examples_of, pack_examples
 from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.modeling.kernels import enable_activation_checkpointing
 from preference_training.modeling.logprobs import padded_logps, response_logps

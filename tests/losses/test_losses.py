@@ -1,6 +1,9 @@
 """The objectives against golden numbers, numbers derived in view, and what must hold of any loss."""
 
 import math
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -8,8 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
+from preference_training.configuration.composition import group_keys
 from preference_training.core.errors import UserError
 from preference_training.core.metric_names import LOSS_AT_BETA_USED
+from preference_training.losses.base import Loss, ReferenceUpdate, example_metrics
 from preference_training.losses.beta_dpo import (
     GapStatistics,
     adapted_beta,
@@ -31,16 +36,12 @@ from preference_training.losses.formulas import (
     simpo_loss,
 )
 from preference_training.losses.objectives import (
-    LOSSES,
     BetaDPOLoss,
     HingeLoss,
-    Loss,
     PairSelection,
-    ReferenceUpdate,
     RewardShift,
-    build_loss,
-    example_metrics,
 )
+from preference_training.losses.registry import build_loss, losses
 from tests.support.files import CONFIG_DIR
 
 LOGPS = ("policy_chosen", "policy_rejected", "reference_chosen", "reference_rejected")
@@ -239,7 +240,9 @@ LOGPS_OF_A_PAIR = st.tuples(*[st.floats(-60, -0.1)] * 4)
 
 def default(name: str) -> Loss:
     """A loss with the defaults of its file."""
-    return build_loss(**OmegaConf.load(CONFIG_DIR / "loss" / f"{name}.yaml"))
+    keys = OmegaConf.load(CONFIG_DIR / "loss" / f"{name}.yaml")
+    beneath = [OmegaConf.load(CONFIG_DIR / "loss" / f"{each}.yaml") for each in keys.pop("defaults", [])]
+    return build_loss(**OmegaConf.merge(*beneath, keys))
 
 
 @given(logps=LOGPS_OF_A_PAIR, beta=st.floats(0.01, 2))
@@ -258,7 +261,7 @@ def test_at_their_neutral_settings_they_are_dpo(logps, beta):
     torch.testing.assert_close(simpo_loss(chosen, rejected, beta, 0.0), dpo_loss(gaps[0], f64(0), beta))
 
 
-@pytest.mark.parametrize("name", sorted(LOSSES.keys() - {"sft", "ipo", "own"}))
+@pytest.mark.parametrize("name", sorted(losses().keys() - {"sft", "ipo", "own"}))
 @given(logps=LOGPS_OF_A_PAIR, lengths=st.tuples(st.integers(1, 50), st.integers(1, 50)))
 def test_no_gradient_makes_a_chosen_response_less_likely_or_a_rejected_one_more(name, logps, lengths):
     policy, reference = f64(*logps[:2]).requires_grad_(), f64(*logps[2:])
@@ -293,12 +296,12 @@ def test_odds_are_right_from_impossible_to_certain(dtype):
 def test_bco_shifts_rewards_by_the_running_mean_of_all_of_them():
     loss = build_loss("bco", beta=0.5)
     # Mean log ratio (2 + 0 + 4 - 2) / 4 = 1, times 0.5
-    assert loss.survey(torch.tensor([[2.0, 0.0], [4.0, -2.0]])) == RewardShift(0.5)
+    assert loss.batch_statistics(torch.tensor([[2.0, 0.0], [4.0, -2.0]])) == RewardShift(0.5)
     # 0.9 * 0.5 + 0.1 * 0.5 * 3
-    assert loss.survey(torch.tensor([[3.0, 3.0]])).value == pytest.approx(0.6)
+    assert loss.batch_statistics(torch.tensor([[3.0, 3.0]])).value == pytest.approx(0.6)
     other = build_loss("bco", beta=0.5)
     other.load_state_dict(loss.state_dict())
-    assert other.survey(torch.tensor([[1.0, 3.0]])) == loss.survey(torch.tensor([[1.0, 3.0]]))
+    assert other.batch_statistics(torch.tensor([[1.0, 3.0]])) == loss.batch_statistics(torch.tensor([[1.0, 3.0]]))
 
 
 def test_bco_evaluates_with_the_shift_of_training_and_leaves_it_as_it_is():
@@ -306,7 +309,7 @@ def test_bco_evaluates_with_the_shift_of_training_and_leaves_it_as_it_is():
     loss = build_loss("bco", beta=0.5)
     untrained = loss(policy, reference, pairs, torch.ones(16))
     assert untrained.statistics["bco/reward_shift"] == pytest.approx(0.5 * (policy - reference).mean().item())
-    loss.survey(torch.tensor([[1.0, 3.0]]))
+    loss.batch_statistics(torch.tensor([[1.0, 3.0]]))
     output = loss(policy, reference, pairs, torch.ones(16))
     assert output.statistics == {"bco/reward_shift": 1.0} and loss.state_dict() == {"shift": 1.0}
     rewards = 0.5 * (policy - reference)[pairs]
@@ -316,9 +319,9 @@ def test_bco_evaluates_with_the_shift_of_training_and_leaves_it_as_it_is():
 # ---- beta-DPO -----------------------------------------------------------------------------------------------------------
 
 
-def survey(loss: Loss, gaps: torch.Tensor) -> PairSelection:
-    """A loss's survey of a micro-batch with these gaps."""
-    return loss.survey(torch.stack([gaps, torch.zeros_like(gaps)], dim=1))
+def statistics_of(loss: Loss, gaps: torch.Tensor) -> PairSelection:
+    """A loss's statistics of a micro-batch with these gaps."""
+    return loss.batch_statistics(torch.stack([gaps, torch.zeros_like(gaps)], dim=1))
 
 
 def beta_dpo(ratio: float = 0.2, seed: int = 0) -> BetaDPOLoss:
@@ -333,7 +336,7 @@ def random_pairs(count: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor,
 
 def test_the_first_training_batch_starts_the_statistics_as_they_are():
     loss = beta_dpo()
-    survey(loss, torch.tensor([1.0, 2.0, 6.0]))
+    statistics_of(loss, torch.tensor([1.0, 2.0, 6.0]))
     # mean 3; deviations -2, -1, 3: variance 14 / 2
     assert (loss.statistics.mean, loss.statistics.deviation) == (3.0, pytest.approx(math.sqrt(7)))
 
@@ -341,7 +344,7 @@ def test_the_first_training_batch_starts_the_statistics_as_they_are():
 def test_the_loss_of_a_batch_is_the_mean_over_the_kept_pairs_at_the_adapted_beta():
     loss = beta_dpo(ratio=0.5)
     policy, reference, pairs = random_pairs(8)
-    selection = loss.survey((policy - reference)[pairs])
+    selection = loss.batch_statistics((policy - reference)[pairs])
     output = loss(policy, reference, pairs, torch.ones(16), selection)
     kept = selection.weights > 0
     assert kept.sum() == 4
@@ -352,7 +355,7 @@ def test_the_loss_of_a_batch_is_the_mean_over_the_kept_pairs_at_the_adapted_beta
 
 def test_evaluation_filters_nothing_and_leaves_the_statistics_as_they_are():
     loss = beta_dpo()
-    survey(loss, torch.tensor([1.0, 2.0, 6.0]))
+    statistics_of(loss, torch.tensor([1.0, 2.0, 6.0]))
     before = (loss.statistics.mean, loss.statistics.deviation, loss.generator.get_state())
     policy, reference, pairs = random_pairs(8)
     output = loss(policy, reference, pairs, torch.ones(16))
@@ -372,33 +375,33 @@ def test_evaluation_filters_nothing_and_leaves_the_statistics_as_they_are():
 def test_a_held_out_loss_of_beta_dpo_does_not_depend_on_what_training_has_seen_nor_on_its_scaling_factor(seen, scaling):
     loss = build_loss("dpo", beta=0.5, mode_loss="beta_DPO", mode_weight=0.2, a=scaling)
     for micro_batch in seen:
-        loss.survey(torch.tensor([micro_batch]))
+        loss.batch_statistics(torch.tensor([micro_batch]))
     # A margin of 3 nats at beta 0.5.
     output = loss(f64(-4, -9), f64(-3, -5), torch.tensor([[0, 1]]), torch.tensor([2, 3]))
     assert output.losses.item() == pytest.approx(softplus(-1.5), rel=1e-12)
 
 
 def test_losses_whose_evaluations_depend_on_the_run_say_so():
-    says = {name for name in LOSSES.keys() - {"own"} if default(name).evaluation_depends_on}
+    says = {name for name in losses().keys() - {"own"} if default(name).evaluation_depends_on}
     assert says == {"tr_dpo", "bco"}
     # What a loss does not say must hold: what training has seen leaves an evaluation's losses as they are.
     policy, reference, pairs = random_pairs(4)
-    for name in LOSSES.keys() - says - {"own", "sft"}:
+    for name in losses().keys() - says - {"own", "sft"}:
         loss = default(name)
         before = loss(policy, reference, pairs, torch.ones(8)).losses
-        loss.survey(torch.tensor([[5.0, -3.0], [4.0, 1.0]]))
+        loss.batch_statistics(torch.tensor([[5.0, -3.0], [4.0, 1.0]]))
         assert torch.equal(loss(policy, reference, pairs, torch.ones(8)).losses, before), name
 
 
 def test_equal_policy_and_reference_are_survived_and_give_the_base_beta():
-    selection = survey(beta_dpo(), torch.zeros(10))
+    selection = statistics_of(beta_dpo(), torch.zeros(10))
     assert selection.beta.item() == pytest.approx(0.1)
     assert (selection.weights > 0).sum() == 8
 
 
 def test_a_single_pair_is_kept_and_leaves_the_deviation_unset():
     loss = beta_dpo()
-    selection = survey(loss, torch.tensor([2.0]))
+    selection = statistics_of(loss, torch.tensor([2.0]))
     assert selection.weights.tolist() == [1.0]
     assert loss.statistics.deviation is None
 
@@ -409,7 +412,7 @@ def test_beta_never_falls_below_its_floor():
 
 def test_the_draw_is_the_same_for_the_same_seed_and_another_for_another():
     gaps = torch.randn(64, generator=torch.Generator().manual_seed(1))
-    drawn = [survey(beta_dpo(0.5, seed), gaps).weights.tolist() for seed in (0, 0, 1)]
+    drawn = [statistics_of(beta_dpo(0.5, seed), gaps).weights.tolist() for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2]
 
 
@@ -429,7 +432,7 @@ def test_the_draw_follows_its_weights():
 def test_any_gaps_give_a_finite_beta_and_the_asked_number_of_pairs(gaps, ratio, batches):
     loss = beta_dpo(ratio)
     for _ in range(batches):
-        selection = survey(loss, torch.tensor(gaps))
+        selection = statistics_of(loss, torch.tensor(gaps))
         assert math.isfinite(selection.beta) and selection.beta >= 0.99e-3
         assert (selection.weights > 0).sum() == max(1, int(len(gaps) * (1 - ratio)))
         assert selection.weights.mean().item() == pytest.approx(1, rel=1e-5)
@@ -443,7 +446,8 @@ from dataclasses import dataclass
 import torch
 
 from preference_training.losses.formulas import gap, sides
-from preference_training.losses.objectives import HingeLoss, Loss, LossOutput, ReferenceUpdate
+from preference_training.losses.base import Loss, LossOutput, ReferenceUpdate
+from preference_training.losses.objectives import HingeLoss
 
 
 @dataclass
@@ -456,7 +460,7 @@ class Scaled(Loss):
         if self.scale == 0:
             raise ValueError("a scale of 0 teaches nothing")
 
-    def __call__(self, policy, reference, pairs, lengths, survey=None):
+    def __call__(self, policy, reference, pairs, lengths, batch_statistics=None):
         rewards = sides(self.beta * (policy - reference).detach(), pairs)
         return LossOutput(-self.scale * gap(policy - reference, pairs), *rewards)
 
@@ -464,7 +468,7 @@ class Scaled(Loss):
 class Likelihood(Loss):
     paired, needs_reference = False, False
 
-    def __call__(self, policy, reference, pairs, lengths, survey=None):
+    def __call__(self, policy, reference, pairs, lengths, batch_statistics=None):
         return LossOutput(-policy / lengths)
 
 
@@ -475,6 +479,10 @@ class Moving(HingeLoss):
 class Summed(HingeLoss):
     def __call__(self, *given):
         return LossOutput(super().__call__(*given).losses.sum())
+
+
+class Surveying(HingeLoss):
+    surveys = True
 
 
 class Numbers(HingeLoss):
@@ -534,6 +542,7 @@ def test_a_loss_of_ones_own_is_given_the_runs_seed_where_it_asks_for_one(own):
         ("nothing", {}, r"makes NoneType\. Expected a Loss"),
         ("torch", {}, r"loss\.function: .*'torch' cannot be called\. Expected a class or a function"),
         ("Moving", {"beta": 1}, r"moves the reference, which only loss=tr_dpo can"),
+        ("Surveying", {"beta": 1}, r"has surveys, which is called needs_batch_statistics now"),
         ("Numbers", {"beta": 1}, r"gives Tensor when it is called, not a LossOutput"),
         ("Summed", {"beta": 1}, r"gives losses of shape \[\] for 2 pairs, expected one with gradient for each"),
         ("WithoutRewards", {"beta": 1}, r"gives no chosen_rewards and rejected_rewards with one value a pair"),
@@ -548,3 +557,77 @@ def test_a_bug_in_a_users_file_keeps_its_traceback(tmp_path):
     (tmp_path / "own.py").write_text("1 / 0")
     with pytest.raises(ZeroDivisionError):
         build_loss("own", function=f"{tmp_path}/own.py:x", options={})
+
+
+# ---- a new loss -------------------------------------------------------------------------------------------------------------
+
+CAPPED = """
+from dataclasses import dataclass
+
+from preference_training.losses.formulas import gap
+from preference_training.losses.objectives import LogRatioLoss
+from preference_training.losses.registry import register_loss
+
+
+@register_loss("capped", "capped DPO", "2401.00001")
+@dataclass
+class CappedLoss(LogRatioLoss):
+    cap: float
+
+    training_keys = ("cap",)
+
+    def __post_init__(self):
+        if self.cap <= 0:
+            raise ValueError(f"found cap {self.cap}, expected more than 0")
+
+    def losses(self, policy, reference, pairs, lengths):
+        return -(self.beta * gap(policy - reference, pairs)).clamp(max=self.cap)
+"""
+USED = """
+import sys
+
+import preference_training.losses.registry as registry
+import train
+from preference_training.configuration.validation import configured
+from preference_training.core.errors import UserError
+
+registered = registry.find_loss("capped")
+assert registered.link == "capped DPO ([arXiv 2401.00001](https://arxiv.org/abs/2401.00001))"
+assert registered.objective.reward == "log-ratio" and "loss.cap" in registry.training_keys()
+
+
+loss = configured("loss=capped", "loss.cap=3").loss
+assert "torch" not in sys.modules
+import torch
+
+# Margins of 2 - 0 and 2 + 8 nats at beta 0.5 are 1, and 5, which is above the cap of 3.
+policy, reference = torch.tensor([-1.0, -5.0, -11.0]), torch.tensor([-3.0, -5.0, -3.0])
+pairs = torch.tensor([[0, 1], [0, 2]])
+built = registry.build_loss(**loss.given())
+assert built(policy, reference, pairs, torch.ones(3)).losses.tolist() == [-1.0, -3.0]
+try:
+    registry.build_loss(**configured("loss=capped", "loss.cap=0").loss.given())
+except UserError as error:
+    print(error)
+"""
+
+
+def test_a_new_loss_is_one_module_and_its_file_of_keys(tmp_path):
+    root = CONFIG_DIR.parent
+    shutil.copytree(root / "config", tmp_path / "config")
+    for file in root.glob("*.py"):
+        shutil.copy(file, tmp_path)
+    shutil.copytree(
+        root / "preference_training", tmp_path / "preference_training", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    (tmp_path / "preference_training" / "losses" / "capped.py").write_text(CAPPED)
+    (tmp_path / "config" / "loss" / "capped.yaml").write_text("name: capped\nbeta: 0.5\ncap: 2.0\n")
+    command = [sys.executable, "-c", USED]
+    used = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert (used.returncode, used.stderr) == (0, "")
+    assert used.stdout == "loss: capped refuses its keys: found cap 0, expected more than 0\n"
+
+
+def test_a_loss_moves_the_reference_exactly_where_its_file_says_when():
+    for name in losses().keys() - {"own", "beta_DPO"}:
+        assert (default(name).reference_update is not None) is ("reference_update_every" in group_keys("loss")[name]), name

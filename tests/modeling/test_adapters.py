@@ -12,7 +12,9 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from preference_training.batching.batches import BatchIterator, evaluation_batches
+from preference_training.batching.iterator import BatchIterator
+from preference_training.batching.micro_batches import evaluation_batches
+from preference_training.batching.schedule import RunLength, Schedule
 from preference_training.checkpointing.checkpoint import Checkpoint
 from preference_training.checkpointing.snapshot import Snapshot
 from preference_training.checkpointing.writer import CheckpointWriter, SaveOptions
@@ -22,7 +24,7 @@ from preference_training.core.random_streams import seed_everything
 from preference_training.data.prompt_table import PromptTable
 from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.distributed.placement import OneProcess
-from preference_training.losses.objectives import build_loss
+from preference_training.losses.registry import build_loss
 from preference_training.modeling.adapters import merge_adapter, reference_mode, weights_to_save
 from preference_training.modeling.loading import check_model, load_merged, load_model
 from preference_training.modeling.logprobs import response_logps
@@ -81,7 +83,10 @@ def trainer_of(config, tokenizer, run_dir=None, n_examples=12) -> BasicTrainer:
     placement = OneProcess(config, tokenizer)
     policy = placement.policy()
     table = PromptTable.of(PROMPTS)
-    batches = BatchIterator(table, 4, n_examples=n_examples), evaluation_batches(table, 4, 4, seed=0)
+    batches = (
+        BatchIterator(Schedule(table, 4, length=RunLength(n_examples=n_examples))),
+        evaluation_batches(table, 4, 4, seed=0),
+    )
     about = {"config": config.as_dict(), "data": ["a"], "began_with": placement.began_with}
     writer = run_dir and CheckpointWriter(run_dir, policy, tokenizer, options=SaveOptions(run=about | {"wandb_id": "0" * 32}))
     tracker = Tracker(run_dir, n_examples) if run_dir else NoTracker()

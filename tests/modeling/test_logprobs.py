@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from preference_training.batching.batches import examples_of, pack_examples
+from preference_training.batching.packing import examples_of, pack_examples
 from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.modeling.logprobs import response_logps
 from tests.support.files import GOLDEN

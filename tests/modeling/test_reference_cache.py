@@ -9,7 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from preference_training.batching.batches import UNLIMITED, BatchIterator, TokenBudget, examples_of, pack_examples
+from preference_training.batching.iterator import BatchIterator, Packing
+from preference_training.batching.packing import UNLIMITED, TokenBudget, examples_of, pack_examples
+from preference_training.batching.schedule import RunLength, Schedule
 from preference_training.core.ranks import ALONE
 from preference_training.data.prompt_table import PromptTable, Selection
 from preference_training.data.tokenization import TokenizedPrompt
@@ -201,7 +203,7 @@ def run(
     """What a run reads with these settings."""
     held_out = PromptTable.of((prompt_of(n, n) for n in range(20, 23)), first_row=TABLE.num_responses)
     most = TokenBudget(budget, budget)
-    steps = BatchIterator(TABLE, size, packs, seed, n_epochs=epochs, budget=most)
+    steps = BatchIterator(Schedule(TABLE, size, seed, RunLength(n_epochs=epochs)), packs, Packing(most))
     return ReferencePlan.for_run(steps, held_out, evaluated, None, seed, most, ALONE)
 
 
@@ -214,7 +216,8 @@ def test_the_key_changes_with_how_often_an_epoch_visits_a_data_set(model):
     parts = [replace(PromptTable.of([prompt_of(n, n)]).parts[0], weight=weight) for n, weight in ((0, 1.0), (1, 2.0))]
     tables = PromptTable(parts), PromptTable([replace(part, weight=3.0 - part.weight) for part in parts])
     runs = [
-        ReferencePlan.for_run(BatchIterator(table, 2), PromptTable.of([], 6), 2, None, 0, UNLIMITED, ALONE) for table in tables
+        ReferencePlan.for_run(BatchIterator(Schedule(table, 2)), PromptTable.of([], 6), 2, None, 0, UNLIMITED, ALONE)
+        for table in tables
     ]
     assert cache_key(model, runs[0]) != cache_key(model, runs[1])
 

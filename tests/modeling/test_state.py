@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from preference_training.batching.batches import examples_of, pack_examples
+from preference_training.batching.packing import examples_of, pack_examples
 from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.distributed.launching import backend_of
 from preference_training.modeling.loading import disable_dropout

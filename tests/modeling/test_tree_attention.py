@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from preference_training.batching.batches import TokenBudget, examples_of, pack_examples, packs_of
+from preference_training.batching.packing import TokenBudget, examples_of, pack_examples, packs_of
 from preference_training.batching.trees import Tree, TreeLayout
 from preference_training.core.errors import UserError
 from preference_training.data.tokenization import TokenizedPrompt
-from preference_training.losses.objectives import build_loss
+from preference_training.losses.registry import build_loss
 from preference_training.modeling import logprobs
 from preference_training.modeling.logprobs import ScoringHead, padded_logps, response_logps, tree_logps
 from preference_training.modeling.prefix_sharing.sharing import share_prefixes
@@ -162,7 +162,7 @@ shapes = st.lists(
 )
 
 
-budgets = st.builds(TokenBudget, limit=st.integers(1, 80), comfortable=st.integers(1, 80))
+budgets = st.builds(TokenBudget, limit=st.integers(1, 80), soft_limit=st.integers(1, 80))
 
 
 @settings(max_examples=60, deadline=None)
@@ -203,7 +203,7 @@ def test_the_gradient_of_a_loss_does_not_depend_on_the_cut(models, shapes, budge
 
 def test_the_pairs_of_a_prompt_stay_together_up_to_the_limit_and_prompts_up_to_the_soft_limit():
     prompts = prompts_of([(10, (5, 5, 5, 5)), (4, (3, 3)), (4, (3, 3)), (4, (3, 3))])
-    packs = packs_of(list(examples_of(prompts)), TokenBudget(limit=40, comfortable=20))
+    packs = packs_of(list(examples_of(prompts)), TokenBudget(limit=40, soft_limit=20))
     assert [len(pack.input_ids) for pack in packs] == [30, 20, 10]
 
 

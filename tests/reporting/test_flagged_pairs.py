@@ -13,11 +13,12 @@ from transformers import AutoModelForCausalLM
 
 from preference_collection.importing import import_into
 from preference_collection.store import open_store
-from preference_training.batching.batches import BatchIterator
+from preference_training.batching.iterator import BatchIterator
+from preference_training.batching.schedule import Schedule
 from preference_training.core.errors import UserError
 from preference_training.data.prompt_table import PromptTable
 from preference_training.data.tokenization import TokenizedPrompt
-from preference_training.losses.objectives import build_loss
+from preference_training.losses.registry import build_loss
 from preference_training.modeling.logprobs import LiveReference
 from preference_training.reporting.flagged_pairs import (
     BLOCK_SIZE,
@@ -244,16 +245,8 @@ def test_labels_that_were_flipped_on_purpose_are_found_after_one_epoch(compose, 
     table = prompts(*rows)
     config = compose("loss=dpo", "batch_size=8", "n_epochs=1", "lr=1e-3", "warmup_steps=5", "optimizer=AdamW")
     policy, reference = (AutoModelForCausalLM.from_pretrained(GOLDEN / "llama", dtype=torch.float32) for _ in range(2))
-    parts = (
-        config,
-        policy,
-        LiveReference(reference),
-        build_loss(**config.loss.given()),
-        tokenizer,
-        BatchIterator(table, 8),
-        [],
-        [],
-    )
+    batches = BatchIterator(Schedule(table, 8))
+    parts = config, policy, LiveReference(reference), build_loss(**config.loss.given()), tokenizer, batches, [], []
     BasicTrainer(*parts, Tracker(tmp_path, None, 3600), ledger=Ledger(tmp_path)).train()
     PairFinder(tmp_path, table, tokenizer).write()
     named = {int(row["source"].split()[1]) - 1 for row in flagged_rows(tmp_path)}

@@ -8,11 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from preference_training.batching.batches import BatchIterator, TokenBudget
+from preference_training.batching.iterator import BatchIterator, Packing
+from preference_training.batching.packing import TokenBudget
+from preference_training.batching.schedule import RunLength, Schedule
 from preference_training.core.ranks import Ranks
 from preference_training.data.prompt_table import PromptTable
 from preference_training.data.tokenization import TokenizedPrompt
-from preference_training.losses.objectives import build_loss
+from preference_training.losses.registry import build_loss
 from preference_training.modeling.logprobs import LiveReference
 from preference_training.tracking.ledger import SCHEMA, STEPS_KEPT, Ledger, Observations, cut_back_ledger, parts_of, read_ledger
 from preference_training.tracking.tracker import Tracker
@@ -148,7 +150,7 @@ def trained(compose, tokenizer, run_dir, *overrides: str, budget: int = 10**6, l
     policy, reference = (AutoModelForCausalLM.from_pretrained(GOLDEN / "llama", dtype=torch.float32) for _ in range(2))
     packs = config.gradient_accumulation_steps
     table = PromptTable.of(PROMPTS)
-    batches = BatchIterator(table, 6, packs, n_epochs=2, budget=TokenBudget(budget, budget))
+    batches = BatchIterator(Schedule(table, 6, length=RunLength(n_epochs=2)), packs, Packing(TokenBudget(budget, budget)))
     ledger = Ledger(run_dir)
     parts = config, policy, LiveReference(reference), build_loss(loss, beta=0.1), tokenizer, batches, [], []
     steps = []

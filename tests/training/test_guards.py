@@ -7,10 +7,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from preference_training.batching.batches import BatchIterator, MicroBatch, examples_of, pack_examples
+from preference_training.batching.iterator import BatchIterator
+from preference_training.batching.micro_batches import MicroBatch
+from preference_training.batching.packing import examples_of, pack_examples
+from preference_training.batching.schedule import RunLength, Schedule
 from preference_training.data.prompt_table import PromptTable
 from preference_training.data.tokenization import TokenizedPrompt
-from preference_training.losses.objectives import build_loss
+from preference_training.losses.registry import build_loss
 from preference_training.training.guards import COLLAPSE, STEPS, StillWeights, Watch
 from preference_training.training.trainers import BasicTrainer
 from tests.support.files import GOLDEN
@@ -152,7 +155,7 @@ def stepped(compose):
         batch = [MicroBatch([pack_examples(list(examples_of(prompts)))], 1)]
         config = compose("optimizer=AdamW", "warmup_steps=0", "batch_size=1", *overrides)
         tracker = type("Says", (), {"say": lambda self, text: said.append(text)})()
-        batches = BatchIterator(PromptTable.of(prompts), 1, n_epochs=None, n_steps=n_steps)
+        batches = BatchIterator(Schedule(PromptTable.of(prompts), 1, length=RunLength(n_epochs=None, n_steps=n_steps)))
         trainer = BasicTrainer(config, policy, None, build_loss("sft"), None, batches, [], [], tracker)
         for _ in range(steps):
             trainer.train_step(batch)

@@ -10,7 +10,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from preference_training.batching.batches import BatchIterator, evaluation_batches
+from preference_training.batching.iterator import BatchIterator
+from preference_training.batching.micro_batches import evaluation_batches
+from preference_training.batching.schedule import RunLength, Schedule
 from preference_training.checkpointing.checkpoint import Checkpoint
 from preference_training.checkpointing.resume import resumable
 from preference_training.checkpointing.writer import CheckpointWriter, SaveOptions, publish
@@ -22,7 +24,7 @@ from preference_training.data.prompt_table import PromptTable
 from preference_training.data.rows.records import PreferenceRecord
 from preference_training.data.tokenization import TokenizedPrompt, TokenSettings, tokenize_records
 from preference_training.data.toy_preferences import toy_records
-from preference_training.losses.objectives import build_loss
+from preference_training.losses.registry import build_loss
 from preference_training.modeling.logprobs import LiveReference
 from preference_training.tracking.tracker import NoTracker
 from preference_training.training.optimization import build_optimizer, check_optimizer, schedule, warmup_steps
@@ -50,7 +52,9 @@ def trainer_of(compose, tokenizer, *overrides, run_dir=None, n_examples=None) ->
     config = compose("batch_size=4", "eval_every=4", "warmup_steps=0", *LENGTHS, "lr=1e-3", *overrides)
     seed_everything(0)
     policy = AutoModelForCausalLM.from_pretrained(GOLDEN / "llama", dtype=getattr(torch, config.model.policy_dtype))
-    steps = BatchIterator(PROMPTS, 4, n_epochs=config.n_epochs, n_examples=n_examples, n_steps=config.n_steps)
+    steps = BatchIterator(
+        Schedule(PROMPTS, 4, length=RunLength(n_epochs=config.n_epochs, n_examples=n_examples, n_steps=config.n_steps))
+    )
     about = {"config": config.as_dict(), "data": ["a"], "began_with": "b", "wandb_id": "0" * 32}
     writer = run_dir and CheckpointWriter(run_dir, policy, tokenizer, options=SaveOptions(run=about))
     held_out = evaluation_batches(PROMPTS, 4, 4, seed=0)
@@ -211,7 +215,7 @@ def dpo_update(compose, tokenizer):
         policy, reference = (
             AutoModelForCausalLM.from_pretrained(GOLDEN / "llama", dtype=getattr(torch, dtype)) for _ in range(2)
         )
-        steps = BatchIterator(toy_prompts(tokenizer), 8, n_epochs=None, n_steps=6)
+        steps = BatchIterator(Schedule(toy_prompts(tokenizer), 8, length=RunLength(n_epochs=None, n_steps=6)))
         scorer, loss = LiveReference(reference.requires_grad_(False)), build_loss("dpo", beta=0.1)
         trainer = BasicTrainer(config, policy, scorer, loss, tokenizer, steps, [], [], Said())
         for batch in steps:
@@ -380,11 +384,11 @@ def test_optimizers_of_eight_bits_train_and_resume_bit_for_bit(compose, tokenize
 def test_a_run_of_steps_ends_after_them_whatever_an_epoch_leaves(compose, tokenizer):
     # An epoch is 4 + 4 + 2 examples.
     for steps, examples in [(1, 4), (3, 10), (4, 14), (6, 20), (8, 28)]:
-        batches = BatchIterator(PROMPTS, 4, n_epochs=None, n_steps=steps)
-        assert batches.total_examples == examples
-        assert batches.total_steps == steps
+        batches = BatchIterator(Schedule(PROMPTS, 4, length=RunLength(n_epochs=None, n_steps=steps)))
+        assert batches.schedule.total_examples == examples
+        assert batches.schedule.total_steps == steps
         assert [sum(part.num_examples for part in batch) for batch in batches] == ([4, 4, 2] * 3)[:steps]
-    assert BatchIterator(PROMPTS, 4, n_epochs=1, n_steps=8).total_examples == 10
+    assert BatchIterator(Schedule(PROMPTS, 4, length=RunLength(n_epochs=1, n_steps=8))).schedule.total_examples == 10
 
 
 def test_a_run_stops_when_the_objective_has_not_been_better_for_long_enough(compose, tokenizer, tmp_path):

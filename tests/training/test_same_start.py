@@ -8,12 +8,15 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from preference_training.batching.batches import UNLIMITED, BatchIterator, TokenBudget, evaluation_batches
+from preference_training.batching.iterator import BatchIterator, Packing
+from preference_training.batching.micro_batches import evaluation_batches
+from preference_training.batching.packing import UNLIMITED, TokenBudget
+from preference_training.batching.schedule import RunLength, Schedule
 from preference_training.core.errors import UserError
 from preference_training.core.ranks import ALONE
 from preference_training.data.prompt_table import PromptTable
 from preference_training.data.tokenization import TokenizedPrompt
-from preference_training.losses.objectives import build_loss
+from preference_training.losses.registry import build_loss
 from preference_training.modeling.logprobs import CachedReference, LiveReference
 from preference_training.modeling.prefix_sharing.sharing import share_prefixes
 from preference_training.modeling.reference_cache import ReferencePlan, cached_reference
@@ -57,7 +60,7 @@ def start(compose, tokenizer, tmp_path):
         config = compose(
             "batch_size=6", "gradient_accumulation_steps=2", "optimizer=SGD", "lr=1.0", "warmup_steps=0", *overrides
         )
-        batches = BatchIterator(TRAIN, 6, 2, n_steps=2, budget=TokenBudget(40, 40))
+        batches = BatchIterator(Schedule(TRAIN, 6, length=RunLength(n_steps=2)), 2, Packing(TokenBudget(40, 40)))
         held_out = evaluation_batches(HELD_OUT, 4, None, 0, TokenBudget(40, 40))
         loss, tracker = build_loss("dpo"), Tracker(tmp_path, None)
         made = config, policy, reference, loss, tokenizer, batches, held_out, [], tracker
@@ -68,7 +71,7 @@ def start(compose, tokenizer, tmp_path):
 
 def cached(policy, folder) -> CachedReference:
     """The reference of such a run, computed before and read again."""
-    batches = BatchIterator(TRAIN, 6, 2, n_steps=2, budget=SMALL)
+    batches = BatchIterator(Schedule(TRAIN, 6, length=RunLength(n_steps=2)), 2, Packing(SMALL))
     plan = ReferencePlan.for_run(batches, HELD_OUT, 4, None, 0, SMALL, ALONE)
     made, read = (cached_reference(LiveReference(policy), plan, folder / "logps.safetensors") for _ in range(2))
     assert torch.equal(made.logps.nan_to_num(), read.logps.nan_to_num())
@@ -133,7 +136,7 @@ def test_a_run_that_goes_on_is_not_looked_at(policies, start):
 def test_dropout_of_the_adapter_that_training_starts_from_is_no_difference(policies):
     policy = copy.deepcopy(policies[torch.float32, "off"])
     policy.lm_head = nn.Sequential(nn.Dropout(0.5), policy.lm_head)
-    reference, [batch, *_] = copy.deepcopy(policy).eval(), list(BatchIterator(TRAIN, 6).first_epoch())
+    reference, [batch, *_] = copy.deepcopy(policy).eval(), list(BatchIterator(Schedule(TRAIN, 6)).first_epoch())
     look = SameStart(policy.train(), LiveReference(reference))
     trained = trained_logps(policy, batch)
     assert not torch.equal(trained, LiveReference(reference)(batch))
@@ -181,7 +184,7 @@ def test_fillers_are_not_looked_at():
 def test_a_response_of_two_packs_has_the_bits_of_each(policies, tmp_path):
     # In bfloat16 on padded rows the last bits depend on what else is in the pack.
     policy = policies[torch.bfloat16, "off"]
-    batches = BatchIterator(TRAIN, 6, 2, n_steps=3, budget=SMALL)
+    batches = BatchIterator(Schedule(TRAIN, 6, length=RunLength(n_steps=3)), 2, Packing(SMALL))
     plan = ReferencePlan.for_run(batches, HELD_OUT, 4, None, 0, SMALL, ALONE)
     kept = cached_reference(LiveReference(policy), plan, tmp_path / "logps.safetensors")
     packs = list(batches.first_epoch())
@@ -192,7 +195,7 @@ def test_a_response_of_two_packs_has_the_bits_of_each(policies, tmp_path):
 
 
 def test_of_several_epochs_all_is_known_after_the_first(policies, tmp_path):
-    batches = BatchIterator(TRAIN, 6, n_epochs=3)
+    batches = BatchIterator(Schedule(TRAIN, 6, length=RunLength(n_epochs=3)))
     plan = ReferencePlan.for_run(batches, HELD_OUT, 4, None, 0, UNLIMITED, ALONE)
     reference = LiveReference(policies[torch.float32, "on"])
     kept = cached_reference(reference, plan, tmp_path / "logps.safetensors")

@@ -8,17 +8,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from preference_training.batching.batches import (
-    UNLIMITED,
-    BatchIterator,
-    MicroBatch,
-    TokenBudget,
-    cut,
-    evaluation_batches,
-    examples_of,
-    pack_examples,
-    packs_of,
-)
+from preference_training.batching.iterator import BatchIterator
+from preference_training.batching.micro_batches import MicroBatch, evaluation_batches
+from preference_training.batching.packing import UNLIMITED, TokenBudget, cut, examples_of, pack_examples, packs_of
+from preference_training.batching.schedule import RunLength, Schedule
 from preference_training.checkpointing.checkpoint import Checkpoint, best_of, fault_of, newest_usable
 from preference_training.checkpointing.writer import CheckpointWriter, SaveOptions
 from preference_training.configuration.composition import choices_of
@@ -28,7 +21,7 @@ from preference_training.core.ranks import ALONE
 from preference_training.data.prompt_table import PromptTable
 from preference_training.data.rows.records import PreferenceRecord
 from preference_training.data.tokenization import TokenizedPrompt, TokenSettings, tokenize_records
-from preference_training.losses.objectives import build_loss
+from preference_training.losses.registry import build_loss
 from preference_training.modeling.logprobs import CachedReference, LiveReference
 from preference_training.modeling.prefix_sharing.sharing import share_prefixes
 from preference_training.modeling.reference_cache import ReferencePlan, cached_reference
@@ -69,7 +62,7 @@ def build(models, compose, tokenizer, tmp_path):
             "reference": reference,
             "loss": loss,
             "tokenizer": tokenizer,
-            "train_batches": BatchIterator(PromptTable.of([]), config.batch_size),
+            "train_batches": BatchIterator(Schedule(PromptTable.of([]), config.batch_size)),
             "eval_batches": [],
             "sample_prompts": [],
             "tracker": Tracker(tmp_path, None),
@@ -81,7 +74,7 @@ def build(models, compose, tokenizer, tmp_path):
 
 @pytest.fixture(scope="module")
 def tokenized(golden, tokenizer):
-    """The golden pairs as tokenised prompts, for preference losses (True) and for SFT (False)."""
+    """The golden pairs as tokenized prompts, for preference losses (True) and for SFT (False)."""
     records = [
         PreferenceRecord(row["prompt"], [row["chosen"], row["rejected"]], [(0, 1)], row["chosen"], number, f"row {number}")
         for number, row in enumerate(golden("pairs.json"))
@@ -164,7 +157,7 @@ def test_beta_dpo_logs_the_beta_in_force_and_its_statistics(build, tokenized):
 
 def test_a_run_trains_and_evaluates_every_example_and_the_last_partial_batches(build, tokenized, tmp_path):
     prompts = tokenized[True]
-    train_batches = BatchIterator(PromptTable.of(prompts[:13]), 4, n_epochs=2)
+    train_batches = BatchIterator(Schedule(PromptTable.of(prompts[:13]), 4, length=RunLength(n_epochs=2)))
     trainer = build(
         build_loss("dpo"),
         "llama",
@@ -323,7 +316,7 @@ def test_every_loss_falls_and_its_margin_grows_over_steps_on_the_same_examples(n
 def test_a_trainer_continues_from_its_state_bit_for_bit(name, build, loss_of, tokenized, tmp_path):
     def make(**parts):
         loss = loss_of(name)
-        train_batches = BatchIterator(PromptTable.of(tokenized[loss.paired][:28]), 4, n_epochs=1)
+        train_batches = BatchIterator(Schedule(PromptTable.of(tokenized[loss.paired][:28]), 4, length=RunLength(n_epochs=1)))
         return build(loss, "gpt_neox", "lr=1e-3", "optimizer=AdamW", train_batches=train_batches, **parts)
 
     whole, first = make(), make()
@@ -432,10 +425,12 @@ def test_a_cached_reference_gives_the_steps_of_a_live_one(build, tokenized, tmp_
 
     def numbers(reference):
         trainer = build(build_loss("dpo"), **({"reference": reference} if reference else {}))
-        return [trainer.train_step(batch)["loss/train"] for batch in BatchIterator(table, 8)]
+        return [trainer.train_step(batch)["loss/train"] for batch in BatchIterator(Schedule(table, 8))]
 
     live = build(build_loss("dpo")).reference
-    plan = ReferencePlan.for_run(BatchIterator(table, 8), PromptTable.of([], table.num_responses), 8, None, 0, UNLIMITED, ALONE)
+    plan = ReferencePlan.for_run(
+        BatchIterator(Schedule(table, 8)), PromptTable.of([], table.num_responses), 8, None, 0, UNLIMITED, ALONE
+    )
     cached = cached_reference(live, plan, tmp_path / "logps.safetensors")
     assert numbers(cached) == numbers(None)
 
@@ -503,7 +498,7 @@ def test_a_step_with_a_loss_that_is_not_finite_is_as_if_it_had_never_been(loss, 
 
 def test_too_many_bad_steps_in_a_row_end_the_run_with_one_message_and_the_last_checkpoint_is_good(build, tokenized, tmp_path):
     overrides = "batch_size=4", "save_every=4", "max_bad_steps=3", "eval_every=4", "lr=1e-2"
-    batches = BatchIterator(PromptTable.of(tokenized[True]), 4)
+    batches = BatchIterator(Schedule(PromptTable.of(tokenized[True]), 4))
     trainer = build(build_loss("dpo"), "llama", *overrides, train_batches=batches)
     step, taken = trainer.train_step, []
 
@@ -538,7 +533,7 @@ def test_a_step_that_does_not_fit_into_memory_is_computed_in_halves_with_the_sam
     table = PromptTable.of(tokenized[True][:8])
 
     def step(most_tokens: float):
-        trainer = build(build_loss(**loss), "llama", *SGD, train_batches=BatchIterator(table, 8))
+        trainer = build(build_loss(**loss), "llama", *SGD, train_batches=BatchIterator(Schedule(table, 8)))
         usual = trainer.logps
 
         def logps(pack):

@@ -4,18 +4,18 @@ import ast
 import json
 import re
 
-from preference_training.data.rows.records import Turn, fault_of_text
+from preference_training.data.rows.records import Turn, text_error
 from preference_training.data.rows.templates import parse_dialogue
 
 
 class RowError(Exception):
-    """What is wrong with a row, as a sentence; whoever knows file and row number makes a message of it."""
+    """What is wrong with a row, as a sentence; the caller adds file and row number."""
 
 
 ROLE_NAMES = {
     "system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "model": "assistant",
 }  # fmt: skip
-# Roles of turns that are recognised as such, though they cannot be read.
+# Roles that mark a value as a turn, though it cannot be read.
 OTHER_ROLES = ("bot", "developer", "function", "function_call", "ipython", "observation", "prompter", "tool")
 TURN_KEYS = (("role", "content"), ("from", "value"))
 
@@ -38,7 +38,7 @@ def turns_of(value: list, name: str) -> tuple[Turn, ...]:
         role, content = (item[key] for key in keys)
         if not isinstance(role, str) or role not in ROLE_NAMES:
             raise RowError(f"field {name!r}: turn {number} has the role {role!r}, expected one of {', '.join(ROLE_NAMES)}.")
-        if fault := fault_of_text(content):
+        if fault := text_error(content):
             raise RowError(f"field {name!r}: turn {number} {fault}.")
         turns.append(Turn(ROLE_NAMES[role], content))
     if not turns:

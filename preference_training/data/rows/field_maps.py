@@ -5,9 +5,7 @@ with one response for SFT; texts or conversations (`list{role, content}`); promp
 chosen and rejected have in common.
 """
 
-import heapq
-import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from preference_training.core.errors import UserError
@@ -19,25 +17,25 @@ from preference_training.data.rows.conversations import (
     read_written_turns,
     turns_of,
 )
+from preference_training.data.rows.filters import RowFilter
 from preference_training.data.rows.records import (
     OTHER_PROMPT,
     DataReport,
+    NumberedRows,
     Prompt,
     Row,
     Turn,
-    fault_of_prompt,
-    fault_of_text,
-    kind_of,
     pairs_by_score,
+    prompt_error,
+    text_error,
+    type_name,
 )
 from preference_training.data.rows.repeated_prompts import without_repeated_prompts
 from preference_training.data.rows.templates import parse_dialogue, split_dialogue
 from preference_training.data.rows.unread_columns import ColumnsRead
+from preference_training.data.rows.values import as_number, value_of
 
-# (row number, row), as files and hub sets give them.
-NumberedRows = Iterable[tuple[int, dict]]
-
-# What is said of rows, beside what is left out.
+# What a report says of rows, besides what it skips.
 INPUT_JOINED = "prompts made of instruction and input, with a line end between them"
 OWN_SYSTEM_TURN = "conversations with a system turn of their own, which stays in place of the field {!r}"
 
@@ -69,8 +67,7 @@ class FieldMap:
     def rows_of(self, rows: NumberedRows, place: str, report: DataReport, known: bool = False) -> Iterator[Row]:
         """The usable rows, filtered; `place` names the file or data set in messages. Others go to the report.
 
-        known is for sets whose form is known: there columns that are not read, and answers that begin with their prompt, are
-        nothing to speak of.
+        known: the set's form is known, so that unread columns and answers that begin with their prompt are not reported.
         """
         mapped = self._mapped(rows, place, report, known)
         return mapped if known else without_repeated_prompts(mapped, report)
@@ -78,7 +75,7 @@ class FieldMap:
     def _mapped(self, rows: NumberedRows, place: str, report: DataReport, known: bool) -> Iterator[Row]:
         columns = ColumnsRead(self.names())
         usable, implicit = 0, 0
-        for number, row in self._chosen_rows(rows, place, report):
+        for number, row in RowFilter(self.where, self.top_k).apply(rows, place, report):
             try:
                 if not known and (name := columns.media(row)):
                     raise RowError(
@@ -92,16 +89,16 @@ class FieldMap:
             usable += 1
             implicit += self.implicit_prompt and self._has_implicit_prompt(row)
             if mapped is None:
-                report.leave_out(OTHER_PROMPT)
+                report.skip(OTHER_PROMPT)
                 continue
             if not known:
-                self._tell(row, mapped, columns, report)
+                self._count_unused(row, mapped, columns, report)
             yield mapped
         if self.implicit_prompt and usable and not implicit:
             report.note("implicit_prompt has no effect: prompts stand in fields of their own, or in turns")
 
-    def _tell(self, row: dict, mapped: Row, columns: ColumnsRead, report: DataReport) -> None:
-        """Count in the report what is not used of a row, or joined."""
+    def _count_unused(self, row: dict, mapped: Row, columns: ColumnsRead, report: DataReport) -> None:
+        """Count the columns of a row that are unused or joined."""
         for name in columns.unread(row):
             report.not_read(name)
         if self._input_of(row):
@@ -142,10 +139,10 @@ class FieldMap:
                 "Expected one number for each response."
             )
         for index, response in enumerate(responses):
-            if fault := fault_of_text(read_written_turns(response, self.responses)):
+            if fault := text_error(read_written_turns(response, self.responses)):
                 raise RowError(f"field {self.responses!r}: response {index} {fault}.")
         sign = 1 if self.scores else -1
-        scores = [sign * _as_number(number, self.scores or self.ranks) for number in numbers]
+        scores = [sign * as_number(number, self.scores or self.ranks) for number in numbers]
         if len(responses) == 0:
             raise RowError(f"field {self.responses!r} is an empty list.")
         best = max(range(len(scores)), key=scores.__getitem__)
@@ -156,7 +153,7 @@ class FieldMap:
         if isinstance(chosen, list) or isinstance(rejected, list):
             for name, value in ((self.chosen, chosen), (self.rejected, rejected)):
                 if not isinstance(value, list):
-                    raise RowError(f"field {name!r} is {kind_of(value)}, expected a conversation as in the other field.")
+                    raise RowError(f"field {name!r} is {type_name(value)}, expected a conversation as in the other field.")
             return self._row_of_conversations(row, chosen, rejected)
         for name, value in ((self.chosen, chosen), (self.rejected, rejected)):
             _check_text(value, name)
@@ -241,84 +238,29 @@ class FieldMap:
         return value
 
     def _with_system(self, row: dict, turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
-        if fault := fault_of_prompt(turns):
+        if fault := prompt_error(turns):
             raise RowError(f"the prompt {fault}.")
         system = value_of(row, self.system) if self.system else None
         if not system or turns[0].role == "system":
             return turns
-        if fault := fault_of_text(system):
+        if fault := text_error(system):
             raise RowError(f"field {self.system!r} {fault}.")
         return (Turn("system", system), *turns)
-
-    # ---- filters ------------------------------------------------------------------------------------------------------------
-
-    def _chosen_rows(self, rows: NumberedRows, place: str, report: DataReport) -> NumberedRows:
-        """Rows that fulfil `where`, and of these the `top_k`, in their order; counted in the report."""
-        rows = self._filtered(rows, place, report)
-        if self.top_k is None:
-            return rows
-        return self._largest(rows, place, report)
-
-    def _filtered(self, rows: NumberedRows, place: str, report: DataReport) -> NumberedRows:
-        conditions = {column: condition(value, column) for column, value in self.where.items()}
-        without_effect, kept = set(conditions), 0
-        for number, row in rows:
-            report.rows_read += 1
-            try:
-                failed = next((column for column, test in conditions.items() if not test(value_of(row, column))), None)
-            except RowError as fault:
-                report.bad_row(UserError(f"datasets: {place}, row {number}: where: {fault}"))
-                continue
-            if failed is None:
-                kept += 1
-                yield number, row
-            else:
-                without_effect.discard(failed)
-                report.leave_out(f"{failed} is not {self.where[failed]}")
-        for column in sorted(without_effect) if kept else ():
-            report.note(f"where leaves out no row by {column}: {self.where[column]}")
-
-    def _largest(self, rows: NumberedRows, place: str, report: DataReport) -> NumberedRows:
-        column, k = self.top_k["column"], self.top_k["k"]
-        heap: list[tuple[float, int, dict]] = []
-        cut = False
-        for number, row in rows:
-            try:
-                # Of equal values the earlier row stays.
-                entry = (_number(row, column), -number, row)
-            except RowError as fault:
-                report.bad_row(UserError(f"datasets: {place}, row {number}: top_k: {fault}"))
-                continue
-            if len(heap) < k:
-                heapq.heappush(heap, entry)
-            else:
-                heapq.heappushpop(heap, entry)
-                cut = True
-                report.leave_out(f"not among the {k} largest of {column}")
-        if heap and not cut:
-            report.note(f"top_k has no effect: there are {len(heap)} rows, and {k} are kept")
-        yield from sorted((-negative, row) for _, negative, row in heap)
 
 
 # ---- values of a row ----------------------------------------------------------------------------------------------------
 
 
-def value_of(row: dict, name: str):
-    """The value of a field; dots lead into nested values, and into each item of a list. Raises RowError."""
-    if name in row:
-        return row[name]
-    value = row
-    for part in name.split("."):
-        items = value if isinstance(value, list) else [value]
-        if not all(isinstance(item, dict) and part in item for item in items):
-            raise RowError(f"no field {name!r}, the row has {', '.join(map(str, row)) or 'no fields'}.")
-        value = [item[part] for item in items] if isinstance(value, list) else value[part]
-    return value
+def _score(row: dict, name: str) -> float:
+    value = value_of(row, name)
+    if isinstance(value, bool):
+        raise RowError(f"field {name!r} is {value}, expected a number, as 1 and 0.")
+    return as_number(value, name)
 
 
 def _check_text(value, name: str) -> None:
     """Raise RowError for a field's value that is no text with something in it, naming a map that would read it."""
-    fault = fault_of_text(value)
+    fault = text_error(value)
     if fault is None:
         return
     keys = keys_of_turn(value)
@@ -365,28 +307,6 @@ def _prompt_value(row: dict, name: str):
         raise RowError(f"{fault} Say which one is the prompt, as in prompt: {found}.") from None
 
 
-def _number(row: dict, name: str) -> float:
-    return _as_number(value_of(row, name), name)
-
-
-def _score(row: dict, name: str) -> float:
-    value = value_of(row, name)
-    if isinstance(value, bool):
-        raise RowError(f"field {name!r} is {value}, expected a number, as 1 and 0.")
-    return _as_number(value, name)
-
-
-def _as_number(value, name: str) -> float:
-    try:
-        # CSV has texts for numbers.
-        number = float(value) if not isinstance(value, bool) else None
-    except (TypeError, ValueError, OverflowError):
-        number = None
-    if number is None or number != number:
-        raise RowError(f"field {name!r} is {value!r}, expected a number.")
-    return number
-
-
 def _dialogue_prompt(dialogue: str, name: str) -> str:
     try:
         return split_dialogue(dialogue)[0]
@@ -409,31 +329,3 @@ def _shared_beginning(chosen: str, rejected: str) -> str:
     if not shared[:end].strip():
         raise RowError("chosen and rejected begin with different words, so there is no prompt that they share.")
     return shared[:end].removesuffix(" ")
-
-
-OPERATORS = {
-    ">=": operator.ge, "<=": operator.le, "!=": operator.ne, "==": operator.eq, ">": operator.gt, "<": operator.lt,
-}  # fmt: skip
-
-
-def condition(wanted, column: str = "value"):
-    """A test of a column's values: equality, membership of a list, or a comparison with a number such as ">= 0.5".
-
-    Raises ValueError for a comparison with something that is no number.
-    """
-    if isinstance(wanted, list):
-        texts = {_comparable(value) for value in wanted}
-        return lambda value: _comparable(value) in texts
-    sign = next((sign for sign in OPERATORS if isinstance(wanted, str) and wanted.startswith(sign)), None)
-    if sign is None:
-        return lambda value: _comparable(value) == _comparable(wanted)
-    compare, bound_text = OPERATORS[sign], wanted.removeprefix(sign).strip()
-    if sign in ("!=", "=="):
-        return lambda value: compare(_comparable(value), bound_text)
-    bound = float(bound_text)
-    return lambda value: compare(_as_number(value, column), bound)
-
-
-def _comparable(value) -> str:
-    """A value as text; 1.0 is 1, for a column with blanks holds whole numbers as floats."""
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)

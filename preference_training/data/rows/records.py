@@ -30,6 +30,8 @@ class Turn(NamedTuple):
 Prompt = str | tuple[Turn, ...]
 Records = dict[Prompt, dict]
 Items = Iterable[tuple[Prompt, dict]]
+# (row number, row), as files and hub sets give them.
+NumberedRows = Iterable[tuple[int, dict]]
 
 
 @dataclass(frozen=True)
@@ -53,14 +55,14 @@ class PreferenceRecord:
         return self.sft_targets or (self.sft_target,)
 
 
-# ---- what happened to the rows ------------------------------------------------------------------------------------------
+# ---- the report of a split ------------------------------------------------------------------------------------------------
 
 SAME_TEXT = "chosen and rejected are the same"
 OTHER_PROMPT = "chosen and rejected answer different prompts"
 EMPTY_TEXT = "a text is empty"
 
 
-# What can be done about some columns that were not read.
+# What to do about some columns that were not read.
 COLUMN_HINTS = {
     "system": "with system: system it is the system's turn",
     "system_prompt": "with system: system_prompt it is the system's turn",
@@ -71,7 +73,7 @@ COLUMN_HINTS = {
 
 @dataclass
 class DataReport:
-    """What was read of one split of a data set, and what became of it. Filled on the way, kept with the prepared data.
+    """What was read of one split of a data set, and what was done with it. Stored with the prepared data.
 
     left_out counts rows, pairs or examples that are not trained on, by reason; changed counts texts that were cut; num_prompts
     are left. A row that cannot be used is an error, or with `skip_bad_rows` counted, and the first ten are listed in
@@ -92,13 +94,13 @@ class DataReport:
     def bad_row(self, error: UserError) -> None:
         """Count a row that cannot be used. Raises `error` where such rows are to stop the run."""
         if not self.skip_bad_rows:
-            raise UserError(f"{error} Mend the row, or leave such rows out with on_bad_row=skip.") from error
+            raise UserError(f"{error} Fix the row, or skip such rows with on_bad_row=skip.") from error
         self.num_bad_rows += 1
         if len(self.bad_rows) < 10:
             self.bad_rows.append(str(error).splitlines()[0])
 
-    def leave_out(self, reason: str, count: int = 1) -> None:
-        """Count what a rule leaves out."""
+    def skip(self, reason: str, count: int = 1) -> None:
+        """Count what a rule skips."""
         if count:
             self.left_out[reason] = self.left_out.get(reason, 0) + count
 
@@ -124,14 +126,14 @@ class DataReport:
         return asdict(self)
 
     def counts(self) -> Iterator[tuple[int, str]]:
-        """Everything that was left out, changed or skipped: how many, and what."""
+        """Everything that was skipped or changed: how many, and what."""
         yield from ((count, f"left out: {reason}") for reason, count in self.left_out.items())
         yield from ((count, what) for what, count in self.changed.items())
         if self.num_bad_rows:
             yield self.num_bad_rows, "bad rows skipped"
 
     def remarks(self) -> list[str]:
-        """Lines about what is counted nowhere: columns that were not read, and settings without effect."""
+        """Lines without a count: columns that were not read, and settings without effect."""
         names = list(self.columns_not_read)
         hints = "; ".join(COLUMN_HINTS[name] for name in names if name in COLUMN_HINTS)
         # A table's index comes into CSV files as a column without a name.
@@ -139,18 +141,18 @@ class DataReport:
         return [columns] * bool(names) + self.notes
 
     def lines(self) -> list[str]:
-        """What is said about it: a line of counts, if there is anything to say, remarks, and the first bad rows."""
+        """The report as text: a line of counts, if there are any, remarks, and the first bad rows."""
         counts = [f"{count} {what}" for count, what in self.counts()]
         return ["; ".join(counts)] * bool(counts) + self.remarks() + [f"  {message}" for message in self.bad_rows]
 
 
-# ---- faults -------------------------------------------------------------------------------------------------------------
+# ---- errors -------------------------------------------------------------------------------------------------------------
 
 
-def fault_of_item(item) -> str | None:
+def item_error(item) -> str | None:
     """What is wrong with one (prompt, record) that a loader gave, or None."""
     if not isinstance(item, tuple) or len(item) != 2 or not isinstance(item[1], dict):
-        found = " and ".join(map(kind_of, item)) if isinstance(item, tuple) else kind_of(item)
+        found = " and ".join(map(type_name, item)) if isinstance(item, tuple) else type_name(item)
         return f"found {found}, expected a prompt and a dict"
     prompt, record = item
     missing = {"responses", "pairs", "sft_target"} - record.keys()
@@ -158,21 +160,21 @@ def fault_of_item(item) -> str | None:
         return f"the record has no {', '.join(sorted(missing))}"
     for key in ("responses", "pairs"):
         if not isinstance(record[key], list | tuple):
-            return f"{key} is {kind_of(record[key])}, expected a list"
-    if fault := fault_of_prompt(prompt):
+            return f"{key} is {type_name(record[key])}, expected a list"
+    if fault := prompt_error(prompt):
         return f"the prompt {fault}"
     responses = {f"response {index}": text for index, text in enumerate(record["responses"])}
     targets = record.get("sft_targets", [])
     if not isinstance(targets, list | tuple):
-        return f"sft_targets is {kind_of(targets)}, expected a list"
+        return f"sft_targets is {type_name(targets)}, expected a list"
     learned = {f"sft_targets {index}": text for index, text in enumerate(targets)} | {"sft_target": record["sft_target"]}
     for what, text in {**responses, **learned}.items():
-        if fault := fault_of_text(text):
+        if fault := text_error(text):
             return f"{what} {fault}"
-    return next((fault for pair in record["pairs"] if (fault := _fault_of_pair(pair, len(responses)))), None)
+    return next((fault for pair in record["pairs"] if (fault := _pair_error(pair, len(responses)))), None)
 
 
-def _fault_of_pair(pair, count: int) -> str | None:
+def _pair_error(pair, count: int) -> str | None:
     if type(pair) is tuple and len(pair) == 2 and type(pair[0]) is type(pair[1]) is int:
         i, j = pair
         if 0 <= i < count and 0 <= j < count and i != j:
@@ -187,22 +189,22 @@ def _fault_of_pair(pair, count: int) -> str | None:
 ROLES = ("system", "user", "assistant")
 
 
-def fault_of_prompt(prompt) -> str | None:
+def prompt_error(prompt) -> str | None:
     """What is wrong with a prompt, as the end of a sentence, or None."""
     if not isinstance(prompt, tuple):
-        return fault_of_text(prompt)
+        return text_error(prompt)
     for number, turn in enumerate(prompt, start=1):
         if not isinstance(turn, tuple) or len(turn) != 2 or not isinstance(turn[0], str) or turn[0] not in ROLES:
             return f"has a turn {number} that is no (role, content) with one of the roles {', '.join(ROLES)}"
-        if fault := fault_of_text(turn[1]):
+        if fault := text_error(turn[1]):
             return f"has a turn {number} that {fault}"
     return None if prompt and prompt[-1][0] == "user" else "is a conversation whose last turn is not the user's"
 
 
-def fault_of_text(value) -> str | None:
+def text_error(value) -> str | None:
     """What is wrong with a value that should be a text with something in it, as the end of a sentence, or None."""
     if not isinstance(value, str):
-        return f"is {kind_of(value)}, expected a text"
+        return f"is {type_name(value)}, expected a text"
     if not value or value.isspace():
         return "is empty"
     if value.isascii():
@@ -214,8 +216,8 @@ def fault_of_text(value) -> str | None:
     return None
 
 
-def kind_of(value) -> str:
-    """A value's type as a user calls it."""
+def type_name(value) -> str:
+    """The name of a value's type, as a user knows it."""
     return "None" if value is None else type(value).__name__
 
 
@@ -280,11 +282,11 @@ def group_rows(rows: Iterable[Row], report: DataReport, window: int = 20_000) ->
             yield row.prompt, {"responses": row.responses, "pairs": [], "sft_target": row.responses[row.target]}
             continue
         if row.pairs and len(set(row.responses)) == 1:
-            report.leave_out(SAME_TEXT, len(row.pairs))
+            report.skip(SAME_TEXT, len(row.pairs))
             continue
         record = records.setdefault(row.prompt, new_record())
         same = add_responses(record, row.responses, row.pairs)
-        report.leave_out(SAME_TEXT, same)
+        report.skip(SAME_TEXT, same)
         if row.scores is not None:
             record.setdefault("scores", []).extend(zip(row.scores, row.responses, strict=True))
         elif same < len(row.pairs):
@@ -305,15 +307,15 @@ NO_PAIR = "no two answers have different scores"
 def scored_record(responses: list[str], scores: list[float], report: DataReport) -> dict | None:
     """A record of every pair of answers whose scores differ; the SFT target is the best one. None where there is no pair.
 
-    Of answers with the same text the last counts. What is left out is counted in the report.
+    Of answers with the same text the last counts. What is skipped is counted in the report.
     """
     score_of = dict(zip(responses, scores, strict=True))
     texts, scores = list(score_of), list(score_of.values())
     pairs = pairs_by_score(scores)
-    report.leave_out(SAME_ANSWER, len(responses) - len(texts))
-    report.leave_out(EQUAL_SCORES, len(texts) * (len(texts) - 1) // 2 - len(pairs))
+    report.skip(SAME_ANSWER, len(responses) - len(texts))
+    report.skip(EQUAL_SCORES, len(texts) * (len(texts) - 1) // 2 - len(pairs))
     if not pairs:
-        report.leave_out(NO_PAIR)
+        report.skip(NO_PAIR)
         return None
     return {"responses": texts, "pairs": pairs, "sft_target": max(score_of, key=score_of.__getitem__)}
 

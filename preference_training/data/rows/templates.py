@@ -1,6 +1,6 @@
 """How a conversation becomes the text that a model reads: raw, HH dialogues, ChatML, or the tokenizer's own chat template.
 
-A template turns a prompt and its responses into texts that are tokenised apart and joined. Which special tokens a text begins
+A template turns a prompt and its responses into texts that are tokenized apart and joined. Which special tokens a text begins
 and ends with is not decided here but in `tokenization.py`: exactly one beginning-of-sequence token where the tokenizer adds
 one, exactly one end-of-sequence token behind each response.
 """

@@ -1,10 +1,10 @@
-"""Which columns of rows a map of fields does not read, so that they can be named."""
+"""Find the columns that a map of fields does not read, so that they can be named."""
 
 from collections.abc import Iterable, Iterator
 
 from preference_training.data.rows.conversations import TURN_KEYS, RowError, keys_of_turn, read_written_turns
 
-# Whose turn a text is goes without saying where the text alone is named, as in chosen.content.
+# The role needs no mention where only the text is named, as in chosen.content.
 ROLE_BESIDE = dict(TURN_KEYS)
 
 # A row that has one of these is about more than its texts.
@@ -12,7 +12,7 @@ MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 
 
 class ColumnsRead:
-    """The names that a map reads; those with dots lead into nested values, as in `row_mapping.value_of`."""
+    """The names that a map reads; those with dots lead into nested values, as in `value_of`."""
 
     def __init__(self, names: Iterable[str]):
         self.names = frozenset(names)

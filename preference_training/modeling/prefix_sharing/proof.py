@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from preference_training.batching.batches import PackedBatch, examples_of, pack_examples
+from preference_training.batching.packing import PackedBatch, examples_of, pack_examples
 from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.modeling.logprobs import padded_logps, tree_logps
 from preference_training.modeling.prefix_sharing.tree_attention import RESPONSE_TREES, UnsupportedAttentionError

@@ -7,8 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from preference_training.core.errors import UserError
-from preference_training.data.rows.field_maps import FieldMap, RowError, condition, value_of
-from preference_training.data.rows.records import OTHER_PROMPT, DataReport, Row, Turn, fault_of_text, kind_of
+from preference_training.data.rows.conversations import RowError
+from preference_training.data.rows.field_maps import FieldMap
+from preference_training.data.rows.records import OTHER_PROMPT, DataReport, Row, Turn, text_error, type_name
+from preference_training.data.rows.values import condition, value_of
 
 
 def dialogue(question: str, answer: str) -> str:
@@ -35,7 +37,7 @@ def fault(row: dict, **names) -> str:
     field_map = FieldMap(**names)
     with pytest.raises(UserError) as refusal:
         list(field_map.rows_of([(7, row)], "data.jsonl", DataReport()))
-    start, end = "datasets: data.jsonl, row 7: ", " Mend the row, or leave such rows out with on_bad_row=skip."
+    start, end = "datasets: data.jsonl, row 7: ", " Fix the row, or skip such rows with on_bad_row=skip."
     text = str(refusal.value)
     assert text.startswith(start)
     assert text.endswith(end)
@@ -127,7 +129,7 @@ def test_an_implicit_prompt_and_its_answers_are_the_texts_again(prompt, answers)
     for row in mapped([{"chosen": chosen, "rejected": rejected}], report, implicit_prompt=True):
         assert [row.prompt + response for response in row.responses] == [chosen, rejected]
         assert row.prompt.startswith(prompt)
-        assert all(fault_of_text(text) is None for text in (row.prompt, *row.responses))
+        assert all(text_error(text) is None for text in (row.prompt, *row.responses))
     assert report.rows_read == 1
 
 
@@ -564,7 +566,7 @@ def test_any_rows_are_mapped_left_out_or_told_and_none_is_forgotten(names, rows)
     found = mapped(rows, report, **names)
     assert len(found) + report.num_bad_rows + sum(report.left_out.values()) == report.rows_read == len(rows)
     for row in found:
-        assert all(fault_of_text(text) is None for text in row.responses)
+        assert all(text_error(text) is None for text in row.responses)
         assert all(0 <= index < len(row.responses) for pair in row.pairs for index in pair)
         hash(row.prompt)
     for message in report.bad_rows:
@@ -584,7 +586,7 @@ def test_conditions_take_any_value_or_say_what_it_is(value):
 def test_the_kinds_of_values_in_messages_are_those_of_json():
     for text, kind in (("null", "None"), ("{}", "dict"), ("1", "int"), ("true", "bool")):
         assert fault(PAIR | {"chosen": json.loads(text)}) == f"field 'chosen' is {kind}, expected a text."
-        assert kind_of(json.loads(text)) == kind
+        assert type_name(json.loads(text)) == kind
 
 
 def test_a_conversation_keeps_its_own_system_turn_where_a_field_names_another():

@@ -20,24 +20,24 @@ from preference_training.data.rows.records import (
     Row,
     Turn,
     add_responses,
-    fault_of_item,
-    fault_of_prompt,
-    fault_of_text,
     group_rows,
     is_held_out,
-    kind_of,
+    item_error,
     new_record,
     pairs_by_score,
+    prompt_error,
     prompt_hash,
     scored_record,
     split_by_hash,
+    text_error,
+    type_name,
 )
 
 # Few different values, so that equal ones meet often.
 PROMPTS = st.sampled_from(["p", "q", (Turn("user", "p"),), (Turn("system", "s"), Turn("user", "p"))])
 ANSWERS = st.sampled_from(["a", "b", "c", "d"])
 SCORES = st.sampled_from([-1.0, 0.0, 0.5, 7.0])
-TEXTS = st.text(min_size=1).filter(lambda text: fault_of_text(text) is None)
+TEXTS = st.text(min_size=1).filter(lambda text: text_error(text) is None)
 
 # ---- the report ---------------------------------------------------------------------------------------------------------
 
@@ -46,9 +46,7 @@ def test_a_bad_row_stops_the_run_and_its_message_names_the_remedy():
     report, fault = DataReport(), UserError("datasets: rows.jsonl, row 3: no text.")
     with pytest.raises(UserError) as refusal:
         report.bad_row(fault)
-    assert str(refusal.value) == (
-        "datasets: rows.jsonl, row 3: no text. Mend the row, or leave such rows out with on_bad_row=skip."
-    )
+    assert str(refusal.value) == ("datasets: rows.jsonl, row 3: no text. Fix the row, or skip such rows with on_bad_row=skip.")
     assert refusal.value.__cause__ is fault
     assert report == DataReport()
 
@@ -64,10 +62,10 @@ def test_skipped_rows_are_counted_and_the_first_ten_are_listed_by_the_first_line
 
 def test_what_is_left_out_and_changed_is_added_up_by_reason_and_nothing_is_no_reason():
     report = DataReport()
-    report.leave_out("too long", 2)
-    report.leave_out("too short")
-    report.leave_out("too long")
-    report.leave_out("never", 0)
+    report.skip("too long", 2)
+    report.skip("too short")
+    report.skip("too long")
+    report.skip("never", 0)
     report.change("prompts cut", 4)
     report.change("answers cut", 0)
     assert (report.left_out, report.changed) == ({"too long": 3, "too short": 1}, {"prompts cut": 4})
@@ -91,13 +89,13 @@ REPORTS = st.builds(
 @given(report=REPORTS, reasons=st.lists(st.tuples(st.text(), st.integers(0, 5))), changes=st.lists(st.text()))
 def test_a_report_survives_json_and_goes_on_counting(report, reasons, changes):
     for reason, number in reasons:
-        report.leave_out(reason, number)
+        report.skip(reason, number)
     for what in changes:
         report.change(what)
     again = DataReport(**json.loads(json.dumps(report.as_dict())))
     assert again == report
     for each in (again, report):
-        each.leave_out("once more")
+        each.skip("once more")
         each.change("once more")
     assert again == report
     assert again.left_out["once more"] == 1 + sum(number for reason, number in reasons if reason == "once more")
@@ -120,24 +118,24 @@ def test_a_report_survives_json_and_goes_on_counting(report, reasons, changes):
     ],
 )
 def test_a_value_that_is_no_text_is_told_what_it_is(text, fault):
-    assert fault_of_text(text) == fault
-    assert fault_of_prompt(text) == fault
+    assert text_error(text) == fault
+    assert prompt_error(text) == fault
 
 
 @pytest.mark.parametrize("text", ["a", " a ", "\u200b", "0", "\U0001f642", "\x00"])
 def test_any_text_with_something_in_it_is_sound(text):
-    assert fault_of_text(text) is None
+    assert text_error(text) is None
 
 
 @given(text=st.text())
 def test_a_text_is_sound_if_it_has_more_than_white_space(text):
-    assert (fault_of_text(text) is None) == bool(text.strip())
+    assert (text_error(text) is None) == bool(text.strip())
 
 
 @given(text=st.text(st.characters(categories=["L", "Cs"]), min_size=1))
 def test_a_text_is_sound_if_it_can_be_written(text):
     half = any("\ud800" <= character <= "\udfff" for character in text)
-    assert (fault_of_text(text) is None) == (not half)
+    assert (text_error(text) is None) == (not half)
 
 
 LAST_TURN = "is a conversation whose last turn is not the user's"
@@ -163,7 +161,7 @@ LAST_TURN = "is a conversation whose last turn is not the user's"
     ],
 )
 def test_a_conversation_with_a_fault_is_told_which_turn_has_it(prompt, fault):
-    assert fault_of_prompt(prompt).startswith(fault)
+    assert prompt_error(prompt).startswith(fault)
 
 
 @pytest.mark.parametrize(
@@ -176,7 +174,7 @@ def test_a_conversation_with_a_fault_is_told_which_turn_has_it(prompt, fault):
     ],
 )
 def test_a_conversation_that_ends_with_the_user_is_sound(prompt):
-    assert fault_of_prompt(prompt) is None
+    assert prompt_error(prompt) is None
 
 
 SOUND = {"responses": ["a", "b"], "pairs": [(0, 1)], "sft_target": "a"}
@@ -206,11 +204,11 @@ SOUND = {"responses": ["a", "b"], "pairs": [(0, 1)], "sft_target": "a"}
     ],
 )
 def test_an_item_with_a_fault_is_told_its_place(item, fault):
-    assert fault_of_item(item).startswith(fault)
+    assert item_error(item).startswith(fault)
 
 
 def test_the_kind_of_nothing_is_none_and_of_other_values_their_type():
-    assert [kind_of(value) for value in (None, 1, 1.0, True, "", (), {})] == [
+    assert [type_name(value) for value in (None, 1, 1.0, True, "", (), {})] == [
         "None", "int", "float", "bool", "str", "tuple", "dict",
     ]  # fmt: skip
 
@@ -220,7 +218,7 @@ def test_records_of_texts_and_of_pairs_between_them_have_no_fault(prompt, respon
     indices = list(combinations(range(len(responses)), 2))
     pairs = data.draw(st.lists(st.sampled_from(indices))) if indices else []
     record = {"responses": tuple(responses), "pairs": pairs, "sft_target": data.draw(TEXTS), "more": None}
-    assert fault_of_item((prompt, record)) is None
+    assert item_error((prompt, record)) is None
 
 
 JUNK = st.recursive(
@@ -237,8 +235,8 @@ JUNK = st.recursive(
 @settings(max_examples=300)
 @given(item=JUNK | st.tuples(JUNK, JUNK), record=st.fixed_dictionaries({key: st.just(SOUND[key]) | JUNK for key in SOUND}))
 def test_any_junk_is_told_its_fault_and_never_raises(item, record):
-    assert isinstance(fault_of_item(item), str | None)
-    fault = fault_of_item(("p", record))
+    assert isinstance(item_error(item), str | None)
+    fault = item_error(("p", record))
     assert isinstance(fault, str | None)
     if fault is None:
         assert all(isinstance(text, str) for text in [*record["responses"], record["sft_target"]])
@@ -367,7 +365,7 @@ def test_sft_learns_the_preferred_answer_of_each_usable_row_whatever_the_window(
     [("a", "sft_targets is str, expected a list"), (["a", ""], "sft_targets 1 is empty"), ([], None), (["a"], None)],
 )
 def test_several_sft_targets_are_a_list_of_texts(targets, fault):
-    assert fault_of_item(("p", SOUND | {"sft_targets": targets})) == fault
+    assert item_error(("p", SOUND | {"sft_targets": targets})) == fault
 
 
 def test_remarks_are_told_once_and_survive_json():

@@ -1,0 +1,143 @@
+"""The steps of a run, packed ahead of their use, from any position on.
+
+PromptTable -> `Schedule` -> `BatchIterator` -> the micro-batches of a step, each a list of PackedBatches
+"""
+
+import queue
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from preference_training.batching.micro_batches import MicroBatch
+from preference_training.batching.packing import UNLIMITED, PackedBatch, TokenBudget, cut, packs_of
+from preference_training.batching.schedule import Position, Schedule, beginning
+from preference_training.core.ranks import ALONE, Ranks
+
+Item = TypeVar("Item")
+
+
+def prefetch(items: Iterator[Item], depth: int = 2) -> Iterator[Item]:
+    """The same items, made ahead by a thread of its own; what it raises is raised here."""
+    waiting: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(depth)
+    stopped = threading.Event()
+    end = object()
+
+    def put(item: tuple[Any, BaseException | None]) -> bool:
+        while not stopped.is_set():
+            try:
+                waiting.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def produce() -> None:
+        try:
+            for item in items:
+                if not put((item, None)):
+                    return
+            put((end, None))
+        except BaseException as error:  # handed over, not handled
+            put((end, error))
+
+    thread = threading.Thread(target=produce, daemon=True)
+    thread.start()
+    try:
+        while True:
+            item, error = waiting.get()
+            if error is not None:
+                raise error
+            if item is end:
+                return
+            yield item
+    finally:
+        stopped.set()
+        # A thread that computes while the interpreter ends would abort the process.
+        thread.join()
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How batches are packed: the budget of a pack, and which of the ranks computes it.
+
+    first_budget is what the run began with, where it has another now.
+    """
+
+    budget: TokenBudget = UNLIMITED
+    ranks: Ranks = ALONE
+    first_budget: TokenBudget | None = None
+
+
+class BatchIterator:
+    """The optimizer steps of a run: each a list of micro-batches.
+
+    A micro-batch is cut into packs, each within `budget`; of these, `ranks` says which are this process's. Steps are made
+    ahead of their use, and are the same for any number of ranks. The budget may become smaller on the way; `first_budget` is
+    what the run began with.
+
+    `state_dict` gives the position behind the last step that was handed out, not behind those made ahead; iterating after
+    `load_state_dict` continues with the step that follows it.
+    """
+
+    def __init__(self, schedule: Schedule, num_micro_batches: int = 1, packing: Packing | None = None):
+        packing = packing or Packing()
+        self.schedule = schedule
+        self.micro_batch_size = schedule.batch_size // num_micro_batches
+        self.ranks = packing.ranks
+        self.budget = packing.budget
+        self.first_budget = packing.first_budget or packing.budget
+        self.position = beginning()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position (epoch, examples of it that were handed out, examples in all), both budgets, and for how many ranks."""
+        budgets = [length for budget in (self.budget, self.first_budget) for length in (budget.limit, budget.soft_limit)]
+        return {"position": self.position, "budget": budgets, "ranks": self.ranks.size}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from the position in a state that `state_dict` gave, on any number of ranks."""
+        self.position = dict(state["position"])
+
+    def __iter__(self) -> Iterator[list[MicroBatch]]:
+        for batch, budget, position in prefetch(self._packed()):
+            self.position = position
+            # Made ahead, before the packs were halved?
+            yield batch if budget == self.budget else self._cut_anew(batch)
+
+    def _packed(self) -> Iterator[tuple[list[MicroBatch], TokenBudget, Position]]:
+        for examples, position in self.schedule.steps(dict(self.position)):
+            budget, parts = self.budget, cut(examples, self.micro_batch_size)
+            yield [MicroBatch.of(part, budget, self.ranks) for part in parts], budget, position
+
+    @property
+    def epochs_done(self) -> float:
+        """How many passes over the data the run has made, behind the step that was handed out last."""
+        epoch = self.position["epoch"]
+        return epoch + self.position["examples_in_epoch"] / self.schedule.examples_of_epoch(epoch)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last step has been handed out."""
+        return self.position["examples"] >= self.schedule.total_examples
+
+    @property
+    def at_end_of_epoch(self) -> bool:
+        """Whether the step that was handed out last is the last of its epoch."""
+        return self.position["examples_in_epoch"] == self.schedule.examples_of_epoch(self.position["epoch"])
+
+    def halve_packs(self, batch: Sequence[MicroBatch]) -> list[MicroBatch]:
+        """Cut a step into packs half as large as its largest, and all later steps too."""
+        largest = max(len(pack.input_ids) for micro_batch in batch for pack in micro_batch.packs)
+        self.budget = TokenBudget(largest // 2, min(largest // 2, self.budget.soft_limit))
+        return self._cut_anew(batch)
+
+    def _cut_anew(self, batch: Sequence[MicroBatch]) -> list[MicroBatch]:
+        return [MicroBatch.of(micro_batch.examples, self.budget, self.ranks) for micro_batch in batch]
+
+    def first_epoch(self) -> Iterator[PackedBatch]:
+        """This rank's packs of all micro-batches of the first epoch, as the run computes them when it begins."""
+        for examples, position in self.schedule.steps(beginning()):
+            if position["epoch"] > 0:
+                return
+            for part in cut(examples, self.micro_batch_size):
+                yield from packs_of(part, self.first_budget, self.ranks)

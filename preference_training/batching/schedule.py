@@ -1,0 +1,137 @@
+"""Which examples each step of a run has, whatever computes them."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+
+import numpy
+from numpy.typing import NDArray
+
+from preference_training.batching.packing import Example, examples_of
+from preference_training.data.prompt_table import PromptTable, Selection
+
+# How far a run is: its epoch, the examples of that which it has seen, and all it has seen.
+Position = dict[str, int]
+
+
+def beginning() -> Position:
+    """The position of a run that has not taken a step."""
+    return {"epoch": 0, "examples_in_epoch": 0, "examples": 0}
+
+
+@dataclass(frozen=True)
+class RunLength:
+    """When a run ends: after so many passes, examples or steps; with several, after whichever comes first."""
+
+    n_epochs: int | None = 1
+    n_examples: int | None = None
+    n_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        assert (self.n_epochs, self.n_examples, self.n_steps) != (None, None, None), "a run without an end"
+
+
+class Schedule:
+    """The optimizer steps of a run, `batch_size` examples each.
+
+    An epoch visits every prompt once (those of a weighted data set as often as its weight says), in an order that depends on
+    `seed` and the epoch alone; the pairs of a prompt stay side by side. The last batch of an epoch has what is left.
+    """
+
+    def __init__(self, prompts: PromptTable, batch_size: int, seed: int = 0, length: RunLength | None = None):
+        self.prompts = prompts
+        self.batch_size = batch_size
+        self.seed = seed
+        self.length = length or RunLength()
+        self._epoch_sizes: dict[int, int] = {}
+
+    def with_length(self, length: RunLength) -> "Schedule":
+        """The same data in the same order, with another end."""
+        other = Schedule(self.prompts, self.batch_size, self.seed, length)
+        other._epoch_sizes = self._epoch_sizes
+        return other
+
+    @cached_property
+    def total_examples(self) -> int:
+        """How many examples the run has in all."""
+        limits = [] if self.length.n_examples is None else [self.length.n_examples]
+        if self.length.n_epochs is not None:
+            limits.append(sum(self.examples_of_epoch(epoch) for epoch in range(self.length.n_epochs)))
+        if self.length.n_steps is not None:
+            limits.append(self._examples_of_steps(self.length.n_steps))
+        return min(limits)
+
+    def _examples_of_steps(self, left: int) -> int:
+        examples, epoch = 0, 0
+        while left > 0:
+            size = self.examples_of_epoch(epoch)
+            examples, left, epoch = examples + min(size, left * self.batch_size), left - -(-size // self.batch_size), epoch + 1
+        return examples
+
+    def examples_of_epoch(self, epoch: int) -> int:
+        """How many examples an epoch has; with weights that are no whole numbers it differs from one to the next."""
+        if epoch not in self._epoch_sizes:
+            visits = self.prompts.epoch_visits(self._seed_of(epoch))
+            self._epoch_sizes[epoch] = int(self.prompts.num_examples[visits].sum())
+        return self._epoch_sizes[epoch]
+
+    @cached_property
+    def total_steps(self) -> int:
+        """How many optimizer steps the run has."""
+        steps, left, epoch = 0, self.total_examples, 0
+        while left > 0:
+            size = min(left, self.examples_of_epoch(epoch))
+            steps, left, epoch = steps - (-size // self.batch_size), left - size, epoch + 1
+        return steps
+
+    @cached_property
+    def visits_again(self) -> bool:
+        """Whether the run sees prompts more than once."""
+        return self.total_examples > int(self.prompts.num_examples[self.prompts_seen.indices].sum())
+
+    @cached_property
+    def prompts_seen(self) -> Selection:
+        """The prompts that a run from its beginning sees, each once."""
+        return self.prompts.select(numpy.flatnonzero(self._seen()))
+
+    @cached_property
+    def prompts_seen_later(self) -> Selection:
+        """Those of them that its first epoch does not see, as it may be where data sets have weights."""
+        return self.prompts.select(numpy.flatnonzero(self._seen() & ~self._seen(epochs=1)))
+
+    def _seen(self, epochs: int | None = None) -> NDArray[numpy.bool_]:
+        """Whether each prompt is seen, in so many epochs at most: [N] bool."""
+        seen, left, epoch = numpy.zeros(len(self.prompts), bool), self.total_examples, 0
+        while left > 0 and epoch != epochs and not seen.all():
+            order = self._order(epoch)
+            examples = numpy.cumsum(self.prompts.num_examples[order])
+            seen[order[: numpy.searchsorted(examples, left) + 1]] = True
+            left, epoch = left - int(examples[-1]), epoch + 1
+        return seen
+
+    def steps(self, position: Position) -> Iterator[tuple[list[Example], Position]]:
+        """The examples of each step from `position` on, and the position behind it."""
+        epoch, in_epoch, total = (position[key] for key in ("epoch", "examples_in_epoch", "examples"))
+        while self.length.n_epochs is None or epoch < self.length.n_epochs:
+            order = self._order(epoch)
+            # Prompts that were done before are passed over without being looked at.
+            done = numpy.cumsum(self.prompts.num_examples[order]) if in_epoch else order[:0]
+            first = int(numpy.searchsorted(done, in_epoch, side="right"))
+            skip = in_epoch - (int(done[first - 1]) if first else 0)
+            examples = islice(examples_of(self.prompts.select(order[first:])), skip, None)
+            while step := list(islice(examples, self._size_after(total))):
+                in_epoch, total = in_epoch + len(step), total + len(step)
+                yield step, {"epoch": epoch, "examples_in_epoch": in_epoch, "examples": total}
+            if self._size_after(total) == 0:
+                return
+            epoch, in_epoch = epoch + 1, 0
+
+    def _size_after(self, examples: int) -> int:
+        return min(self.batch_size, self.total_examples - examples)
+
+    def _order(self, epoch: int) -> NDArray[numpy.int32]:
+        return self.prompts.epoch_order(self._seed_of(epoch))
+
+    def _seed_of(self, epoch: int) -> str:
+        return f"{self.seed} {epoch}"

@@ -1,0 +1,64 @@
+"""Values of a row's fields, and tests of them."""
+
+import operator
+from collections.abc import Callable
+
+from preference_training.data.rows.conversations import RowError
+
+
+def value_of(row: dict, name: str):
+    """The value of a field; dots lead into nested values, and into each item of a list. Raises RowError."""
+    if name in row:
+        return row[name]
+    value = row
+    for part in name.split("."):
+        items = value if isinstance(value, list) else [value]
+        if not all(isinstance(item, dict) and part in item for item in items):
+            raise RowError(f"no field {name!r}, the row has {', '.join(map(str, row)) or 'no fields'}.")
+        value = [item[part] for item in items] if isinstance(value, list) else value[part]
+    return value
+
+
+def number_of(row: dict, name: str) -> float:
+    """The number in a field. Raises RowError."""
+    return as_number(value_of(row, name), name)
+
+
+def as_number(value, name: str) -> float:
+    """A value as a number; `name` is its field's. Raises RowError."""
+    try:
+        # CSV has texts for numbers.
+        number = float(value) if not isinstance(value, bool) else None
+    except (TypeError, ValueError, OverflowError):
+        number = None
+    if number is None or number != number:
+        raise RowError(f"field {name!r} is {value!r}, expected a number.")
+    return number
+
+
+OPERATORS = {
+    ">=": operator.ge, "<=": operator.le, "!=": operator.ne, "==": operator.eq, ">": operator.gt, "<": operator.lt,
+}  # fmt: skip
+
+
+def condition(wanted, column: str = "value") -> Callable[[object], bool]:
+    """A test of a column's values: equality, membership of a list, or a comparison with a number such as ">= 0.5".
+
+    Raises ValueError for a comparison with something that is no number.
+    """
+    if isinstance(wanted, list):
+        texts = {_comparable(value) for value in wanted}
+        return lambda value: _comparable(value) in texts
+    sign = next((sign for sign in OPERATORS if isinstance(wanted, str) and wanted.startswith(sign)), None)
+    if sign is None:
+        return lambda value: _comparable(value) == _comparable(wanted)
+    compare, bound_text = OPERATORS[sign], wanted.removeprefix(sign).strip()
+    if sign in ("!=", "=="):
+        return lambda value: compare(_comparable(value), bound_text)
+    bound = float(bound_text)
+    return lambda value: compare(as_number(value, column), bound)
+
+
+def _comparable(value) -> str:
+    """A value as text; 1.0 is 1, for a column with blanks holds whole numbers as floats."""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)

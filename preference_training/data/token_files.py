@@ -1,0 +1,139 @@
+"""Files that hold token ids already (`.pt`): pairs with loss masks, read and written."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
+from pathlib import Path
+
+from preference_training.core.errors import UserError
+from preference_training.core.files import load_tensors
+from preference_training.data.rows.records import SAME_TEXT, DataReport, add_responses, is_held_out, new_record
+from preference_training.data.tokenization import TokenizedPrompt, TokenSettings, trainable_part
+
+NO_END = "responses that do not end with the end-of-sequence token"
+TOKEN_FIELDS = ("prompt_chosen_tokens", "prompt_rejected_tokens", "chosen_loss_mask", "rejected_loss_mask")
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What a file of token ids is checked against: how many ids there are, and those that end and begin a sequence."""
+
+    size: int
+    eos_token_id: int
+    bos_token_id: int | None = None
+
+    @classmethod
+    def of(cls, tokenizer) -> "Vocabulary":
+        """A tokenizer's."""
+        return cls(len(tokenizer), tokenizer.eos_token_id, tokenizer.bos_token_id)
+
+
+def read_tokenized(
+    path: Path, split: str, held_out_share: float, vocabulary: Vocabulary, settings: TokenSettings, report: DataReport
+) -> Iterator[TokenizedPrompt]:
+    """Yield the prompts of a `.pt` file: a list of dicts with the TOKEN_FIELDS, each a list or 1-D tensor of whole numbers.
+
+    A mask is 1 where a token is the response's; what follows the response is padding. Rows of one prompt that stand side by
+    side become one; for SFT, one for each of their chosen responses. The held-out share is chosen by a hash of the prompt's
+    ids. Responses that do not end with the end-of-sequence token are counted; what is left out: `trainable_part`. Faulty
+    rows go to the report; raises UserError for a file that is none. Nothing is unpickled but tensors and plain values.
+    """
+    counts = report if split == "train" else DataReport(report.skip_bad_rows)
+    for prompt_ids, rows in groupby(_valid_rows(path, vocabulary.size, counts), key=itemgetter(1)):
+        record, first = new_record(), None
+        for number, _, chosen, rejected in rows:
+            first = first or number
+            counts.skip(SAME_TEXT, add_responses(record, (chosen, rejected), [(0, 1)]))
+        if not record["pairs"] or is_held_out(repr(prompt_ids), held_out_share) != (split == "test"):
+            continue
+        responses, pairs = record["responses"], record["pairs"]
+        learned = [chosen for chosen, _ in pairs]
+        targets = [responses[index] for index in (learned if settings.version > 1 else dict.fromkeys(learned))]
+        for used, compared in [(responses, pairs)] if settings.paired else [([target], []) for target in targets]:
+            report.change(NO_END, sum(response[-1] != vocabulary.eos_token_id for response in used))
+            prompt = TokenizedPrompt(prompt_ids, used, compared, f"{path}, row {first}", first)
+            always_kept = int(settings.version > 1 and prompt_ids[0] == vocabulary.bos_token_id)
+            left = trainable_part(prompt, settings, always_kept, report)
+            if left is not None:
+                yield left
+
+
+def _valid_rows(path: Path, vocabulary: int, report: DataReport) -> Iterator[tuple[int, list[int], list[int], list[int]]]:
+    """Number, prompt ids, chosen and rejected ids of every row that can be used."""
+    for number, row in enumerate(_load_rows(path), start=1):
+        report.rows_read += 1
+        try:
+            ids = _split_row(row, vocabulary)
+        except ValueError as fault:
+            report.bad_row(UserError(f"datasets: {path}, row {number}: {fault}"))
+        else:
+            yield number, *ids
+
+
+def _load_rows(path: Path) -> list:
+    try:
+        rows = load_tensors(path)
+    except ValueError as error:
+        raise UserError(
+            f"datasets: {path}: cannot be read as tensors and plain values ({error}). "
+            f"Expected a list of dicts with {', '.join(TOKEN_FIELDS)}."
+        ) from error
+    if not isinstance(rows, list) or not rows:
+        raise UserError(
+            f"datasets: {path}: found {'an empty list' if rows == [] else type(rows).__name__}, "
+            f"expected a list of dicts with {', '.join(TOKEN_FIELDS)}."
+        )
+    return rows
+
+
+def _split_row(row, vocabulary: int) -> tuple[list[int], list[int], list[int]]:
+    """Prompt ids, chosen and rejected ids of a row. Raises ValueError, saying what is wrong."""
+    missing = [name for name in TOKEN_FIELDS if not isinstance(row, dict) or name not in row]
+    if missing:
+        raise ValueError(f"no {', '.join(missing)}. Expected a dict with {', '.join(TOKEN_FIELDS)}.")
+    values = {name: _whole_numbers(row[name], name) for name in TOKEN_FIELDS}
+    parts = []
+    for side in ("chosen", "rejected"):
+        ids, mask = values[f"prompt_{side}_tokens"], values[f"{side}_loss_mask"]
+        if len(ids) != len(mask):
+            raise ValueError(f"{side}_loss_mask has {len(mask)} entries for {len(ids)} tokens. Expected one for each.")
+        if not all(0 <= token < vocabulary for token in ids):
+            raise ValueError(f"prompt_{side}_tokens holds ids outside the tokenizer's 0 to {vocabulary - 1}.")
+        start = mask.index(1) if 1 in mask else 0
+        end = start + mask.count(1)
+        if start == 0 or mask != [0] * start + [1] * (end - start) + [0] * (len(mask) - end):
+            raise ValueError(f"{side}_loss_mask is not zeros (the prompt), ones (the response), zeros (padding).")
+        parts.append((ids[:start], ids[start:end]))
+    (prompt, chosen), (other_prompt, rejected) = parts
+    if prompt != other_prompt:
+        raise ValueError("chosen and rejected follow different prompt tokens. Expected the same ids before both responses.")
+    return prompt, chosen, rejected
+
+
+def _whole_numbers(value, name: str) -> list[int]:
+    try:
+        numbers = value.tolist() if hasattr(value, "tolist") else value
+    except RuntimeError:  # what torch raises for a tensor that is sparse, or without content
+        numbers = None
+    # Masks come as true and false, or as 0.0 and 1.0.
+    if not isinstance(numbers, list) or not numbers or not all(isinstance(n, int | float) and n % 1 == 0 for n in numbers):
+        raise ValueError(f"{name} is no list or 1-D tensor of whole numbers.")
+    return [int(n) for n in numbers]
+
+
+def write_tokenized(path: Path, prompts: Iterable[TokenizedPrompt]) -> int:
+    """Write every pair of `prompts` as a row that `read_tokenized` reads; returns how many."""
+    import torch
+
+    rows = []
+    for prompt in prompts:
+        for pair in prompt.pairs:
+            row = {}
+            for side, index in zip(("chosen", "rejected"), pair, strict=True):
+                response = prompt.responses[index]
+                row[f"prompt_{side}_tokens"] = torch.tensor(prompt.prompt_ids + response)
+                row[f"{side}_loss_mask"] = torch.tensor([0] * len(prompt.prompt_ids) + [1] * len(response))
+            rows.append(row)
+    torch.save(rows, path)
+    return len(rows)

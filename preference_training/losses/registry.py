@@ -1,0 +1,107 @@
+"""The losses there are: everything that is said of one stands at its registration, beside its class.
+
+A loss is two files: a module of this folder whose class is registered, and config/loss/NAME.yaml with its keys. Modules are
+found by themselves.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, TypeVar
+
+import preference_training.losses as package
+from preference_training.core.errors import UserError
+from preference_training.losses.base import Loss
+
+AnyLoss = TypeVar("AnyLoss", bound=type[Loss])
+
+
+@dataclass(frozen=True)
+class Registration:
+    """A loss under the name of its file in config/loss/.
+
+    make gives the loss from the other keys of the file; objective is its class, which says the rest: `Loss`. title is what
+    cards and reports call it; arxiv the number of its paper.
+    """
+
+    name: str
+    make: Callable[..., Loss]
+    objective: type[Loss]
+    title: str
+    arxiv: str | None = None
+
+    @property
+    def link(self) -> str:
+        """The title with its paper, in Markdown."""
+        return f"{self.title} ([arXiv {self.arxiv}](https://arxiv.org/abs/{self.arxiv}))" if self.arxiv else self.title
+
+
+_REGISTERED: dict[str, Registration] = {}
+
+
+def register_loss(
+    name: str, title: str, arxiv: str | None = None, make: Callable[..., Loss] | None = None
+) -> Callable[[AnyLoss], AnyLoss]:
+    """Make a class known as the loss `name`. `make`: where its constructor does not take the keys of its file as they are."""
+
+    def decorator(objective: AnyLoss) -> AnyLoss:
+        _REGISTERED[name] = Registration(name, make or objective, objective, title, arxiv)
+        return objective
+
+    return decorator
+
+
+@cache
+def losses() -> Mapping[str, Registration]:
+    """All losses by their names."""
+    for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+        importlib.import_module(module.name)
+    return _REGISTERED
+
+
+def find_loss(name: object, mode: object = None) -> Registration | None:
+    """The loss of a configuration's `loss.name`, or of its `loss.mode_loss` where that is one; None for one that is unknown."""
+    known = losses()
+    return known.get(str(mode)) or known.get(str(name))
+
+
+def is_paired(name: object) -> bool:
+    """Whether the examples of a loss are pairs of responses."""
+    found = find_loss(name)
+    return found is None or found.objective.paired
+
+
+def evaluation_depends_on_run(name: object) -> bool:
+    """Whether held-out losses of this name depend on what their run has seen, so that those of two runs do not compare."""
+    found = find_loss(name)
+    return found is not None and found.objective.evaluation_depends_on is not None
+
+
+@cache
+def training_keys() -> frozenset[str]:
+    """Keys such as `loss.mode_weight` that change what is trained, and not what a held-out loss is of."""
+    return frozenset(f"loss.{key}" for found in losses().values() for key in found.objective.training_keys)
+
+
+def build_loss(name: str, seed: int = 0, **keys: Any) -> Loss:
+    """The loss of a `config/loss/` file, from that file's keys. `seed` starts what it draws.
+
+    Raises ValueError for a name or mode that does not exist, UserError for numbers that the loss's constructor refuses by a
+    ValueError, and for a loss of the user's own what `own_loss` raises.
+    """
+    found = find_loss(name, keys.get("mode_loss"))
+    if found is None:
+        raise ValueError(f"no loss {name!r}; known are {', '.join(losses())}")
+    if "seed" in inspect.signature(found.make).parameters:
+        keys |= {"seed": seed}
+    if found.make is not found.objective:
+        return found.make(**keys)
+    try:
+        return found.make(**keys)
+    except ValueError as error:
+        raise UserError(f"loss: {name} refuses its keys: {error}") from error

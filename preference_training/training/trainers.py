@@ -21,24 +21,9 @@ from preference_training.checkpointing.checkpoint import Checkpoint
 from preference_training.checkpointing.saved_models import checkpoint_check
 from preference_training.checkpointing.snapshot import Snapshot, numbers_of
 from preference_training.checkpointing.writer import CheckpointWriter
+from preference_training.core import metric_names as names
 from preference_training.core.errors import UserError
 from preference_training.core.memory import memory_held
-from preference_training.core.metric_names import (
-    EPOCH,
-    EVAL_LOSS,
-    EXAMPLES,
-    EXAMPLES_PER_SECOND,
-    GRAD_NORM,
-    LEARNING_RATE,
-    MEMORY,
-    TIME,
-    TOKENS,
-    TOKENS_PER_SECOND,
-    TRAIN_LOSS,
-    UPDATES,
-    loss_is_at_beta_used,
-    smaller_is_better,
-)
 from preference_training.core.random_streams import random_streams, restore_random_streams
 from preference_training.core.ranks import ALONE, Ranks, let_go_of_gathered, several
 from preference_training.core.signals import StoppedError, StopRequests
@@ -202,9 +187,9 @@ class BasicTrainer:
             size = sum(micro_batch.num_examples for micro_batch in batch)
             now = time.perf_counter()
             if metrics:
-                metrics |= {LEARNING_RATE: lr, EPOCH: self.train_batches.epochs_done, TIME: time.time()}
-                metrics |= {EXAMPLES_PER_SECOND: size / (now - started), MEMORY: memory_held(self.device)}
-                metrics |= {TOKENS_PER_SECOND: (self.tokens - tokens) / (now - started)} | self.counters()
+                metrics |= {names.LEARNING_RATE: lr, names.EPOCH: self.train_batches.epochs_done, names.TIME: time.time()}
+                metrics |= {names.EXAMPLES_PER_SECOND: size / (now - started), names.MEMORY: memory_held(self.device)}
+                metrics |= {names.TOKENS_PER_SECOND: (self.tokens - tokens) / (now - started)} | self.counters()
                 self.watch.see(metrics)
                 self.tracker.log_step(metrics)
             started = now
@@ -274,11 +259,11 @@ class BasicTrainer:
         self.examples += num_examples
         self.tokens += int(tokens)
         # Where gradients are scaled, the scaler leaves a step out whose gradient has overflown.
-        if math.isfinite(metrics[TRAIN_LOSS]) and (math.isfinite(norm) or self.scaler.is_enabled()):
+        if math.isfinite(metrics[names.TRAIN_LOSS]) and (math.isfinite(norm) or self.scaler.is_enabled()):
             self.take_step(is_sound=math.isfinite(norm))
             if self.ledger is not None:
                 self.ledger.record(self.examples, [(part.pairs, part.margins) for part in scored if not part.is_filler])
-            return metrics | statistics | {GRAD_NORM: norm}
+            return metrics | statistics | {names.GRAD_NORM: norm}
         self.skip(scored)
         self.loss.load_state_dict(remembered)
         return {}
@@ -430,7 +415,7 @@ class BasicTrainer:
 
     def counters(self) -> Metrics:
         """How far the run is."""
-        return {EXAMPLES: self.examples, UPDATES: self.updates, TOKENS: self.tokens}
+        return {names.EXAMPLES: self.examples, names.UPDATES: self.updates, names.TOKENS: self.tokens}
 
     # ---- evaluation and checkpoints -------------------------------------------------------------------------------------
 
@@ -468,7 +453,7 @@ class BasicTrainer:
         """Count the evaluations since `objective` was at its best; say so where the run ends for it."""
         objective = self.config.objective
         value = self.held_out_means[objective]
-        if self.best is None or (value < self.best if smaller_is_better(objective) else value > self.best):
+        if self.best is None or (value < self.best if names.smaller_is_better(objective) else value > self.best):
             self.best, self.evaluations_since_best = value, 0
             return
         self.evaluations_since_best += 1
@@ -563,9 +548,8 @@ class BasicTrainer:
         for name in ("examples", "updates", "bad_steps", "evaluated_at", "best", "evaluations_since_best"):
             setattr(self, name, state[name])
         self.take_reference_answers(state["reference_answers"])
-        self.held_out_means, self.saved_at = state["held_out"], state["examples"]
-        self.tokens = state.get("tokens", 0)
-        if self.config.objective == EVAL_LOSS and loss_is_at_beta_used(self.held_out_means):
+        self.held_out_means, self.saved_at, self.tokens = state["held_out"], state["examples"], state.get("tokens", 0)
+        if self.config.objective == names.EVAL_LOSS and names.loss_is_at_beta_used(self.held_out_means):
             # Losses of now do not compare with those of then.
             self.best, self.evaluations_since_best = None, 0
             self.tracker.say(

@@ -210,7 +210,7 @@ def test_quick_start_can_be_followed(clone):
     preferred = next(text for line, text in printed.items() if "loss=dpo" in line)
     assert "0.693" in preferred and f"run directory: {clone}" in preferred
     assert (clone / "runs" / "first_dpo" / "report.html").is_file()
-    assert any("win rate against reference under toy" in text for text in printed.values())
+    assert any("win rate against reference, judged by toy" in text for text in printed.values())
 
 
 @pytest.mark.long

@@ -20,7 +20,7 @@ anything is loaded.
 from collections.abc import Iterator
 from numbers import Real
 
-from preference_training.core.processes import in_workers
+from preference_training.core.processes import map_in_processes
 from preference_training.data.html_text import html_to_text
 from preference_training.data.hub_sets import WHOLE_SET, HubSet, hub_set, valid_rows
 from preference_training.data.registry import register
@@ -115,7 +115,7 @@ def stack_exchange_records(rows: NumberedRows, report: DataReport) -> Items:
     between questions, so millions of them stream through; their HTML is read by as many processes as there are cores.
     """
     sound = valid_rows(rows, "se", report, STACK_EXCHANGE_KINDS)
-    for question, texts, scores in in_workers(_texts_of_question, sound):
+    for question, texts, scores in map_in_processes(_texts_of_question, sound):
         kept = [(f" {text}", score) for text, score in zip(texts, scores, strict=True) if text]
         report.skip(EMPTY_TEXT, len(texts) - len(kept))
         record = scored_record([text for text, _ in kept], [score for _, score in kept], report)

@@ -30,17 +30,20 @@ from preference_training.configuration.composition import (
 from preference_training.configuration.schema import RunConfig
 from preference_training.configuration.validation import check_objective, check_sizes, validate
 from preference_training.core.errors import UserError
-from preference_training.core.machine import release_memory
-from preference_training.core.processes import first_to_speak, in_worker
+from preference_training.core.memory import release_memory
+from preference_training.core.processes import in_worker, reports_for_machine
 from preference_training.core.signals import STOPPED, StoppedError
 from preference_training.data.entries import read_entries
 from preference_training.losses.registry import is_paired
-from preference_training.sweeps import sweeps
+from preference_training.sweeps.gpus import jobs_at_once, take_gpus
+from preference_training.sweeps.jobs import Request
+from preference_training.sweeps.running import run_job
+from preference_training.sweeps.summary import run_to_end
 from preference_training.training.run_directory import new_run_dir, remove_empty, unwritable
 
 OmegaConf.register_new_resolver("new_run_dir", new_run_dir, use_cache=True, replace=True)
 OmegaConf.register_new_resolver("either", lambda wanted, otherwise: wanted or otherwise, replace=True)
-OmegaConf.register_new_resolver("jobs_at_once", sweeps.jobs_at_once, replace=True)
+OmegaConf.register_new_resolver("jobs_at_once", jobs_at_once, replace=True)
 
 
 @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="config")
@@ -55,7 +58,7 @@ def main(composed: DictConfig) -> float | None:
         # Workers that torchrun has started go through the jobs together; what becomes of one becomes of all.
         if in_sweep and not composed.dry_run and not in_worker():
             values = OmegaConf.to_container(composed, resolve=False)
-            return sweeps.run_job(start_in, sweeps.Request(Path(composed.sweep_dir), run_dir, overrides, values))
+            return run_job(start_in, Request(Path(composed.sweep_dir), run_dir, overrides, values))
         return start_in(run_dir)
     except UserError as error:
         # Not raised further: Hydra would add lines of its own to the message.
@@ -86,7 +89,7 @@ def validate_and_start(
     read_entries(config)
     if config.pruner and not in_sweep:
         raise UserError("pruner: found one, and this run has no others to be compared with. Add -m, or pruner=null.")
-    sweeps.take_gpus(config.gpus_per_job)
+    take_gpus(config.gpus_per_job)
     return start(config, run_dir, in_sweep)
 
 
@@ -157,7 +160,7 @@ def run(config: RunConfig, run_dir: Path, in_sweep: bool = False) -> float | Non
 
 def _refuse(message: str) -> int:
     """Print what the user got wrong, once on each machine; the exit status for it."""
-    if first_to_speak():
+    if reports_for_machine():
         print(message, file=sys.stderr, flush=True)
     return 2
 
@@ -168,7 +171,7 @@ def command_line() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     sys.argv[1:] = defer_keys_of_swept_groups(force_open_sections(sys.argv[1:]))
     try:
-        sweeps.run_through(main)
+        run_to_end(main)
     except (HydraException, OmegaConfBaseException) as error:
         sys.exit(_refuse(explain_composition_error(error)))
     except OSError as error:

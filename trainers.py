@@ -7,13 +7,14 @@ asks which loss, data set or trainer it serves.
 import math
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 from preference_training.batching.micro_batches import MicroBatch
-from preference_training.checkpointing.checkpoints import Snapshot, numbers_of, read_reference, read_state, read_weights
+from preference_training.checkpointing.checkpoint import Checkpoint
 from preference_training.checkpointing.saved_models import checkpoint_check
+from preference_training.checkpointing.snapshot import Snapshot, numbers_of
+from preference_training.core import metric_names as names
 from preference_training.core.errors import UserError
-from preference_training.core.machine import memory_held
+from preference_training.core.memory import memory_held
 from preference_training.core.random_streams import random_streams, restore_random_streams
 from preference_training.core.signals import StoppedError
 from preference_training.distributed.placement import OneProcess, Placement, Sharded, TensorParallel
@@ -59,9 +60,9 @@ class Trainer:
             size = sum(micro_batch.num_examples for micro_batch in batch)
             now = time.perf_counter()
             if metrics:
-                metrics |= {"lr": lr, "epoch": self.batches.train.epochs_done, "time": time.time()}
-                metrics |= {"examples_per_second": size / (now - started), "memory_gib": memory_held(self.step.device)}
-                metrics |= {"tokens_per_second": (self.state.tokens - tokens) / (now - started)} | self.state.counters()
+                metrics |= {names.LEARNING_RATE: lr, names.EPOCH: self.batches.train.epochs_done, names.TIME: time.time()}
+                metrics |= {names.EXAMPLES_PER_SECOND: size / (now - started), names.MEMORY: memory_held(self.step.device)}
+                metrics |= {names.TOKENS_PER_SECOND: (self.state.tokens - tokens) / (now - started)} | self.state.counters()
                 self.watch.see(metrics)
                 self.tracker.log_step(metrics)
             started = now
@@ -118,7 +119,7 @@ class Trainer:
         self.watch.see_share_changed(result.share_changed, self.config.lr, self.step.updater.dtype)
         if self.observers.ledger is not None:
             margins = [(pack.pairs, pack.margins) for pack in result.packs if not pack.is_filler]
-            self.observers.ledger.see(self.state.examples, margins)
+            self.observers.ledger.record(self.state.examples, margins)
         return result.metrics
 
     def halve(self, micro_batches: Sequence[MicroBatch]) -> list[MicroBatch]:
@@ -134,8 +135,8 @@ class Trainer:
         pairs = [pair for rank in self.placement.ranks.all_gather_object(pairs) for pair in rank]
         bad = sorted({source for source, loss in pairs if not math.isfinite(loss)})
         what = "loss" if bad else "gradient"
-        names = bad or sorted({source for source, _ in pairs})
-        self.tracker.log_bad_step(self.state.counters() | {"not_finite": what, "pairs": names})
+        named = bad or sorted({source for source, _ in pairs})
+        self.tracker.log_bad_step(self.state.counters() | {"not_finite": what, "pairs": named})
         if self.state.bad_steps >= self.config.max_bad_steps:
             raise UserError(
                 f"max_bad_steps: {self.state.bad_steps} steps in a row had a loss or gradient that is not finite. The newest "
@@ -153,7 +154,7 @@ class Trainer:
         if writer is None or (self.saved_at == self.state.examples and not finished):
             return
         self.tracker.flush()
-        if not self.placement.ranks.broadcast(writer.looked):
+        if not self.placement.ranks.broadcast(writer.checked):
             writer.check = checkpoint_check(self.models.policy, self.config, self.step.device)
         writer.write(self.snapshot(), with_policy_pt=finished and self.config.save_policy_pt)
         self.saved_at = self.state.examples
@@ -193,26 +194,26 @@ class Trainer:
             "watch": self.watch,
         }
 
-    def continue_from(self, checkpoint: Path) -> None:
+    def continue_from(self, checkpoint: Checkpoint) -> None:
         """Resume from a checkpoint as if the run had never stopped; with as many ranks as then, bit for bit."""
         weights = self.placement.weights(self.models.policy)
-        read_weights(checkpoint, weights)
+        checkpoint.read_weights(weights)
         self.placement.set_weights(self.models.policy, weights)
         if reference := self.moved_reference():
-            read_reference(checkpoint, reference)
+            checkpoint.read_reference(reference)
             self.placement.set_weights(self.models.reference.model, reference)
-        saved, say = read_state(checkpoint), self.tracker.say
+        saved, say = checkpoint.state, self.tracker.say
         self.state.load_state_dict(saved)
         self.saved_at = self.state.examples
         self.evaluator.resume()
         if self.state.updates:
-            self.step.updater.load(checkpoint, saved, say)
+            self.step.updater.load(checkpoint, say)
         for name, part in self.stateful().items():
             part.load_state_dict(saved[name])
-        if config_then := saved["run"].get("config"):
+        if config_then := checkpoint.run.get("config"):
             self.step.updater.continue_schedule(self.batches.train.schedule, config_then, say)
-        ranks, streams = self.placement.ranks, saved["random"]
-        restore_random_streams(streams[ranks.rank if len(streams) == ranks.size else 0])
+        ranks = self.placement.ranks
+        restore_random_streams(checkpoint.streams_of(ranks.rank, ranks.size))
 
 
 class BasicTrainer(Trainer):

@@ -46,7 +46,7 @@ def one_run(mode: str, folder: Path) -> dict:
     from measure import clocked, peak_bytes
 
     import train
-    from preference_training.checkpointing.checkpoints import CheckpointWriter
+    from preference_training.checkpointing.writer import CheckpointWriter
     from preference_training.configuration.validation import configured
     from preference_training.training.monitors import UnchangedWeights, Watch
     from trainers import Trainer

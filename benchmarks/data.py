@@ -236,10 +236,11 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=1_000_000)
     parser.add_argument("--folder", default=None)
     args = parser.parse_args()
-    from preference_training.core.machine import quiet_libraries, settle_memory
+    from preference_training.core.libraries import quiet_libraries
+    from preference_training.core.memory import tune_malloc
 
     quiet_libraries()
-    settle_memory(keep_freed=True)
+    tune_malloc(keep_freed=True)
     if args.work == "first_batch":
         print(first_batch(args.paths, args.folder, args.tokenizer))
         return

@@ -51,7 +51,8 @@ def one(overrides: list[str]) -> dict:
     """Run steps with a setting in this process; returns the seconds of each, and the peak memory above that before."""
 
     from preference_training.configuration.validation import configured
-    from preference_training.core.machine import quiet_libraries, settle_memory
+    from preference_training.core.libraries import quiet_libraries
+    from preference_training.core.memory import tune_malloc
     from preference_training.core.random_streams import seed_everything
     from preference_training.losses.registry import build_loss
     from preference_training.modeling.tokenizer import load_tokenizer
@@ -63,7 +64,7 @@ def one(overrides: list[str]) -> dict:
     config = configured(*MODEL, *RUN, *overrides)
     quiet_libraries()
     # Return freed memory to the system, so that the peak is memory in use.
-    settle_memory(keep_freed=False)
+    tune_malloc(keep_freed=False)
     seed_everything(0)
     tokenizer, loss = load_tokenizer(config.model), build_loss(**config.loss.given())
     data = preparation.prepare_data(config, tokenizer, loss.paired)

@@ -36,7 +36,8 @@ def run(job: dict, work: Work, data: dict) -> dict:
 
 def build(job: dict, work: Work, prompts: PromptTable):
     """A trainer as in `train.py`, without evaluation, sampling, checkpoints and logging."""
-    from preference_training.core.machine import quiet_libraries, settle_memory
+    from preference_training.core.libraries import quiet_libraries
+    from preference_training.core.memory import tune_malloc
     from preference_training.core.random_streams import seed_everything
     from preference_training.losses.registry import build_loss
     from preference_training.modeling.reference_cache import ReferencePlan
@@ -48,7 +49,7 @@ def build(job: dict, work: Work, prompts: PromptTable):
     from trainers import TRAINERS, placement_for
 
     quiet_libraries()
-    settle_memory(keep_freed=True)
+    tune_malloc(keep_freed=True)
     config = _config(job, work)
     seed_everything(config.seed)
     loss = build_loss(**config.loss.given(), seed=config.seed)

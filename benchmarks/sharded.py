@@ -42,7 +42,8 @@ def work(what: str, given: list[str]) -> list:
     import torch
 
     from preference_training.configuration.validation import configured
-    from preference_training.core.machine import quiet_libraries, settle_memory
+    from preference_training.core.libraries import quiet_libraries
+    from preference_training.core.memory import tune_malloc
     from preference_training.losses.registry import build_loss
     from preference_training.modeling.tokenizer import load_tokenizer
     from preference_training.tracking.tracker import NoTracker
@@ -54,7 +55,7 @@ def work(what: str, given: list[str]) -> list:
     sys.stdout = sys.stderr
     quiet_libraries()
     config = configured(*given)
-    settle_memory(keep_freed=not config.trainer.is_sharded)
+    tune_malloc(keep_freed=not config.trainer.is_sharded)
     tokenizer = load_tokenizer(config.model)
     loss = build_loss(**config.loss.given())
     data = preparation.prepare_data(config, tokenizer, loss.paired)
@@ -119,14 +120,19 @@ def measure_memory(trainer, before: int) -> dict:
 
 def measure_checkpoint(trainer, before: int) -> dict:
     """Seconds and memory growth of a synchronous save, a background save, and a load."""
-    from preference_training.checkpointing.checkpoints import CheckpointWriter
+    from preference_training.checkpointing.checkpoint import Checkpoint
+    from preference_training.checkpointing.writer import CheckpointWriter, SaveOptions
 
     trainer.train_step(next(iter(trainer.batches.train)))
     result = {}
     folder = Path(trainer.placement.ranks.broadcast(tempfile.mkdtemp(dir=os.environ.get("CHECKPOINTS"))))
     for name, background in (("save", False), ("save_async", True)):
         with CheckpointWriter(
-            folder, trainer.models.policy, trainer.placement.tokenizer, trainer.placement.ranks, background, keep_last=1
+            folder,
+            trainer.models.policy,
+            trainer.placement.tokenizer,
+            trainer.placement.ranks,
+            SaveOptions(background=background, keep_last=1),
         ) as writer:
             trainer.placement.ranks.barrier()
             held = resident_bytes(reset_peak=True)
@@ -141,7 +147,7 @@ def measure_checkpoint(trainer, before: int) -> dict:
     trainer.placement.ranks.barrier()
     held = resident_bytes(reset_peak=True)
     started = time.perf_counter()
-    trainer.continue_from(folder / "LATEST")
+    trainer.continue_from(Checkpoint.read(folder / "LATEST"))
     result["load"] = {"seconds": time.perf_counter() - started, "growth": peak_bytes() - held}
     trainer.placement.ranks.barrier()
     result["held"] = resident_bytes() - before

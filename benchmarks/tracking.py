@@ -64,7 +64,7 @@ def training(folder: Path) -> dict[str, list[float]]:
         trainers.Trainer: ["train_step"],
         trainers: ["memory_held"],
         Tracker: ["log_step", "report", "log_evaluation"],
-        Ledger: ["see", "write"],
+        Ledger: ["record", "write"],
     }.items():
         for name in names:
             clocked(owner, name, clocks[name])

@@ -58,7 +58,7 @@ def report(directory: Path, sft: Path, dpo: Path) -> None:
 
     from preference_training.configuration.kept import read_config
     from preference_training.configuration.schema import RunConfig
-    from preference_training.core.machine import quiet_libraries
+    from preference_training.core.libraries import quiet_libraries
     from preference_training.core.random_streams import seed_everything
     from preference_training.modeling.loading import load_model
     from preference_training.modeling.logprobs import LiveReference
@@ -103,10 +103,10 @@ def describe(model, reference, tokenizer, config) -> dict:
     import torch
 
     from preference_training.batching.micro_batches import evaluation_batches
-    from preference_training.core.values import with_interval
     from preference_training.data.toy_preferences import answer_kind
     from preference_training.evaluation.held_out import evaluate_held_out
     from preference_training.evaluation.intervals import mean_interval, share_interval
+    from preference_training.evaluation.phrasing import with_interval
     from preference_training.generation.sampling import Sampler
     from preference_training.losses.registry import build_loss
 

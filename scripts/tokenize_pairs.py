@@ -66,7 +66,7 @@ def dataset_entry(options: argparse.Namespace) -> Entry:
 
 def tokenized(options: argparse.Namespace, entry: Entry) -> list:
     """The tokenized prompts of the chosen splits; prints what was skipped or changed."""
-    from preference_training.core.machine import quiet_libraries
+    from preference_training.core.libraries import quiet_libraries
     from preference_training.data.tokenization import TokenSettings, text_reader, tokenize_records
     from preference_training.modeling.tokenizer import load_tokenizer
 
@@ -93,18 +93,15 @@ def tokenized(options: argparse.Namespace, entry: Entry) -> list:
 
 def write(output: Path, prompts: list) -> int:
     """Write the pairs atomically; returns their number. Raises UserError where the file cannot be written."""
+    from preference_training.core.files import atomic_path
     from preference_training.data.token_files import write_tokenized
 
-    partial = output.with_name(f"{output.name}.partial")
     try:
-        count = write_tokenized(partial, prompts)
-        partial.replace(output)
+        with atomic_path(output) as partial:
+            return write_tokenized(partial, prompts)
     except (OSError, RuntimeError) as error:  # torch raises RuntimeError for write errors
         reason = (isinstance(error, OSError) and error.strerror) or "the disk is full"
         raise UserError(f"--output: cannot write {output}: {reason}.") from error
-    finally:
-        partial.unlink(missing_ok=True)
-    return count
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from preference_training.tracking.run_files import MEASURED
+from preference_training.core.metric_names import MEASURED
 
 ROOT = Path(__file__).resolve().parent.parent
 

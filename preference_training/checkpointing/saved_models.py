@@ -1,7 +1,7 @@
-"""Whether a saved directory is the model that was saved: other libraries load it as it is, and it gives the same log-probs.
+"""Whether a saved directory is the model that was saved: other libraries load it, and it gives the same log-probs.
 
-A few sequences of random tokens are scored, by the run's model before it is saved and by plain transformers (and peft) behind
-it. Where memory does not hold a second model, names, shapes, values and the configuration are compared in place of log-probs.
+A few sequences of random tokens are scored by the model in memory, and by what plain transformers (and peft) load from the
+directory. Without memory for a second model, names, shapes, values and the configuration are compared instead.
 """
 
 import warnings
@@ -31,12 +31,12 @@ from preference_training.modeling.prefix_sharing.proof import TOLERANCES, random
 from preference_training.modeling.quantization import quantize
 from preference_training.modeling.state import free_memory
 
-# By how much a token's log-prob may differ between two ways to compute in float32, of its own size or of 1 nat if that is more.
+# Relative tolerance of a token's log-prob between two computations in float32; absolute below 1 nat.
 FLOAT32 = 1e-5
 
 
-class OtherModelError(Exception):
-    """A directory does not give the model that was saved: says why."""
+class DifferentModelError(Exception):
+    """A directory does not load as the model that was saved; the message says why."""
 
 
 # ---- log-probs to compare -------------------------------------------------------------------------------------------------
@@ -48,8 +48,8 @@ def probe(model: nn.Module) -> PackedBatch:
 
 
 @torch.no_grad()
-def answers_of(model: nn.Module, device: torch.device | None = None) -> Tensor:
-    """What a model says: the log-prob [R] of each response of `probe`, on the CPU. Of a split model all processes ask."""
+def probe_logps(model: nn.Module, device: torch.device | None = None) -> Tensor:
+    """A model's log-prob [R] of each response of `probe`, on the CPU. All processes of a sharded model call it together."""
     training = model.training
     model.eval()
     try:
@@ -60,8 +60,8 @@ def answers_of(model: nn.Module, device: torch.device | None = None) -> Tensor:
 
 
 @torch.no_grad()
-def in_float32(model: nn.Module) -> nn.Module:
-    """A model that computes in float32 with the weights that it has; in place, and exact. Those of few bits stay."""
+def compute_in_float32(model: nn.Module) -> nn.Module:
+    """Have a model compute in float32 with the weights that it has, in place and exactly. Quantized weights stay."""
     model.autocast_dtype = None
     for weight in model.parameters():
         if weight.is_floating_point():
@@ -69,34 +69,34 @@ def in_float32(model: nn.Module) -> nn.Module:
     return model
 
 
-def answers_in_float32(model: nn.Module, dtype: torch.dtype) -> Tensor:
-    """`answers_of` a model whose weights are of a dtype, computed in float32; they are of that dtype again behind it."""
-    answers = answers_of(in_float32(model))
+def probe_logps_in_float32(model: nn.Module, dtype: torch.dtype) -> Tensor:
+    """`probe_logps` of a model whose weights are of a dtype, computed in float32; they are of that dtype again afterwards."""
+    logps = probe_logps(compute_in_float32(model))
     cast_weights(model, dtype)
-    return answers
+    return logps
 
 
-def per_token(found: Tensor, expected: Tensor, model: nn.Module) -> float:
-    """The largest difference of two models' answers, per token."""
+def largest_difference(found: Tensor, expected: Tensor, model: nn.Module) -> float:
+    """The largest difference per token between two models' `probe_logps`."""
     return ((found - expected).abs() / probe(model).response_lengths).max().item()
 
 
 def tolerance(expected: Tensor, model: nn.Module, dtype: torch.dtype = torch.float32) -> float:
-    """By how much a log-prob may differ per token where both are computed in a dtype."""
+    """The largest difference per token that is rounding, where both are computed in a dtype."""
     if dtype != torch.float32:
         return TOLERANCES[dtype]
     return FLOAT32 * max(1.0, (expected.abs() / probe(model).response_lengths).max().item())
 
 
 def compare(found: Tensor, expected: Tensor, model: nn.Module, allowed: float) -> float:
-    """The difference per token of two models' answers. Raises OtherModelError where it is more than allowed."""
-    difference = per_token(found, expected, model)
+    """The `largest_difference` of two models. Raises DifferentModelError where it is more than allowed."""
+    difference = largest_difference(found, expected, model)
     if not difference <= allowed:
-        raise OtherModelError(f"its log-probs differ by {difference:.2g} a token, expected at most {allowed:.1g}")
+        raise DifferentModelError(f"its log-probs differ by {difference:.2g} per token, expected at most {allowed:.1g}")
     return difference
 
 
-# ---- loading as others do ---------------------------------------------------------------------------------------------------
+# ---- loading as other libraries do ----------------------------------------------------------------------------------------
 
 
 def load_plain(
@@ -107,9 +107,9 @@ def load_plain(
     base: str | Path | None = None,
     prepare: Callable[[nn.Module], None] | None = None,
 ) -> nn.Module:
-    """The model of a directory as plain transformers (and peft) load it. prepare changes the model under an adapter.
+    """The model of a directory as plain transformers (and peft) load it. prepare changes an adapter's base model.
 
-    base: where that lies, if elsewhere than the directory says. Raises OtherModelError where it does not load without a rest.
+    base: where that lies, if elsewhere than the directory says. Raises DifferentModelError where anything is missing or left.
     """
     from transformers import AutoModelForCausalLM
 
@@ -120,14 +120,14 @@ def load_plain(
         model, info = AutoModelForCausalLM.from_pretrained(whole, output_loading_info=True, **options)
         rest = [f"{kind.replace('_', ' ')}: {sorted(map(str, names))[0]}" for kind, names in info.items() if names]
         if rest:
-            raise OtherModelError(f"plain transformers loads it with {'; '.join(rest)}")
+            raise DifferentModelError(f"plain transformers loads it with {'; '.join(rest)}")
         if prepare is not None:
             prepare(model)
         return _with_adapter(model, directory) if adapter else model
-    except OtherModelError:
+    except DifferentModelError:
         raise
-    except Exception as error:  # whatever a library makes of a file that it does not like
-        raise OtherModelError(f"plain transformers cannot load it: {type(error).__name__}: {first_line(error)}") from error
+    except Exception as error:  # whatever a library raises for a file that it does not accept
+        raise DifferentModelError(f"plain transformers cannot load it: {type(error).__name__}: {first_line(error)}") from error
 
 
 def _with_adapter(model: nn.Module, directory: Path) -> nn.Module:
@@ -139,42 +139,42 @@ def _with_adapter(model: nn.Module, directory: Path) -> nn.Module:
         model = PeftModel.from_pretrained(model, str(directory)).get_base_model()
     missing = [first_line(text.message) for text in said if "missing adapter keys" in str(text.message)]
     if missing:
-        raise OtherModelError(f"plain peft loads it with a rest: {missing[0]}")
+        raise DifferentModelError(f"plain peft loads it incompletely: {missing[0]}")
     return model
 
 
 def fits_in_memory(numel: int, dtype: torch.dtype = torch.float32) -> bool:
-    """Whether the machine has room for a model of so many weights, once more than it is there now, and something to compute."""
+    """Whether memory suffices for one more model of so many weights, and for computing with it."""
     return 1.25 * numel * dtype.itemsize < free_memory(torch.device("cpu"))
 
 
-# ---- checkpoints ------------------------------------------------------------------------------------------------------------
+# ---- checkpoints ----------------------------------------------------------------------------------------------------------
 
 
 def checkpoint_check(policy: nn.Module, config, device: torch.device) -> Callable[[Path], None]:
-    """What looks at the first checkpoint of a run: a function of its directory that raises UserError where it is another model.
+    """The check of a run's first checkpoint: a function of its directory that raises UserError where it is another model.
 
-    The policy is asked here, on all processes; the function compares with the policy as it is now.
+    The policy is scored here, on all processes; the function compares with the policy as it is now.
     """
-    return partial(_check_checkpoint, answers_of(policy, device), policy, config, device)
+    return partial(_check_checkpoint, probe_logps(policy, device), policy, config, device)
 
 
 def _check_checkpoint(expected: Tensor, policy: nn.Module, config, device: torch.device, directory: Path) -> None:
     dtype = getattr(torch, config.model.policy_dtype)
     try:
         with torch.random.fork_rng(devices=[]):
-            few_bits_elsewhere = config.model.quantization and device.type != "cpu"
-            if few_bits_elsewhere or not fits_in_memory(sum(weight.numel() for weight in policy.parameters()), dtype):
+            quantized_elsewhere = config.model.quantization and device.type != "cpu"
+            if quantized_elsewhere or not fits_in_memory(sum(weight.numel() for weight in policy.parameters()), dtype):
                 compare_parts(directory, policy, config.model.trust_remote_code)
                 return
             prepare = partial(quantize, model_config=config.model) if config.model.quantization else None
             model = load_plain(directory, dtype, config.model.trust_remote_code, config.cache_dir, prepare=prepare)
             model.autocast_dtype = getattr(policy, "autocast_dtype", None)
-            compare(answers_of(model), expected, policy, tolerance(expected, policy, _computes_in(policy, config, device)))
-    except OtherModelError as error:
+            compare(probe_logps(model), expected, policy, tolerance(expected, policy, _computes_in(policy, config, device)))
+    except DifferentModelError as error:
         raise UserError(
             f"checkpoint: what is saved of {type(policy).__name__} is not the run's model: {error}. Other libraries would load "
-            "something else than was trained, so the run ends here."
+            "something else than was trained, so the run stops here."
         ) from error
 
 
@@ -190,7 +190,7 @@ def _computes_in(policy: nn.Module, config, device: torch.device) -> torch.dtype
 def compare_parts(directory: Path, model: nn.Module, trust_remote_code: bool = False) -> None:
     """Compare a directory with a model without loading it: names and shapes, values, and configuration.
 
-    Of weights that are laid over processes the values are not compared. Raises OtherModelError where they differ.
+    The values of sharded weights are not compared. Raises DifferentModelError where anything differs.
     """
     from transformers import AutoConfig
 
@@ -201,13 +201,13 @@ def compare_parts(directory: Path, model: nn.Module, trust_remote_code: bool = F
         else:
             config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
             if differing := config_differences(config, model.config):
-                raise OtherModelError(f"its config.json differs in {', '.join(differing)}")
+                raise DifferentModelError(f"its config.json differs in {', '.join(differing)}")
             shapes = {name: torch.empty(shape, device="meta") for name, shape in archive_shapes(directory).items()}
             on_meta = {"device_map": {"": "meta"}}
             model_from_archive(config, shapes, directory, torch.float32, trust_remote_code, **on_meta)
             files = weight_files(directory)
     except (UserError, OSError, ValueError) as error:
-        raise OtherModelError(first_line(error)) from error
+        raise DifferentModelError(first_line(error)) from error
     weights = weights_to_save(model.state_dict(keep_vars=True))
     for file in files:
         _compare_values(file, weights)
@@ -221,6 +221,6 @@ def _compare_values(file: Path, weights: dict[str, Tensor]) -> None:
                 if mine is None or isinstance(mine, DTensor):
                     continue
                 if not torch.equal(opened.get_tensor(name), mine.detach().cpu()):
-                    raise OtherModelError(f"{file.name}: {name} has other values")
+                    raise DifferentModelError(f"{file.name}: {name} has other values")
     except SafetensorError as error:
-        raise OtherModelError(f"{file.name} cannot be read: {first_line(error)}") from error
+        raise DifferentModelError(f"{file.name} cannot be read: {first_line(error)}") from error

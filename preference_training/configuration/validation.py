@@ -12,11 +12,20 @@ from preference_training.configuration.composition import GROUPS, composed, grou
 from preference_training.configuration.keys import Section, check_section, declared, listed, refuse, texts
 from preference_training.configuration.schema import BITSANDBYTES_OPTIMIZERS, EvaluationConfig, LossConfig, RunConfig
 from preference_training.core.errors import UserError, nearest
+from preference_training.core.metric_names import (
+    EVAL_ACCURACY,
+    EVAL_CHOSEN_LOGPS,
+    EVAL_CHOSEN_REWARD,
+    EVAL_LOSS,
+    EVAL_MARGIN,
+    EVAL_REJECTED_LOGPS,
+    EVAL_REJECTED_REWARD,
+)
 
 # The metrics of an evaluation, which a sweep may optimise; the first two are all that SFT has.
 OBJECTIVES = (
-    "loss/eval", "logps_eval/chosen", "logps_eval/rejected", "rewards_eval/chosen", "rewards_eval/rejected",
-    "rewards_eval/accuracies", "rewards_eval/margins",
+    EVAL_LOSS, EVAL_CHOSEN_LOGPS, EVAL_REJECTED_LOGPS, EVAL_CHOSEN_REWARD, EVAL_REJECTED_REWARD,
+    EVAL_ACCURACY, EVAL_MARGIN,
 )  # fmt: skip
 # Who may judge, and whether a name follows.
 JUDGES = {"toy": False, "reward_model": True, "openai": True, "ollama": True}

@@ -1,4 +1,4 @@
-"""A mistake of the user's, and what its message says."""
+"""A user's mistake, and parts of its message."""
 
 import re
 from collections.abc import Iterable
@@ -6,20 +6,20 @@ from difflib import get_close_matches
 
 
 class UserError(Exception):
-    """A mistake of the user's. `train.py` prints the message without a traceback and exits with status 2."""
+    """A user's mistake. `train.py` prints the message without a traceback and exits with status 2."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """A clause that names what `name` may have meant: "did you mean loss.beta?", or the known names if none is near."""
+    """A clause that suggests what `name` may have meant: "did you mean loss.beta?", or all known names if none is near."""
     by_lower = {key.lower(): key for key in sorted(known)}
     close = get_close_matches(name.lower(), by_lower, n=1, cutoff=0.6)
     return f"did you mean {by_lower[close[0]]}?" if close else f"known are: {', '.join(by_lower.values())}."
 
 
 def first_line(error: BaseException, length: int = 200) -> str:
-    """The first line of what an error says, without what a terminal would obey; its type where it says nothing."""
+    """The first line of an error's message without control characters; its type where it has none."""
     if "Weights only load failed" in str(error):
-        # torch's own first line says how to unpickle it nevertheless.
+        # torch's first line says how to unpickle it anyway.
         other = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
         held = other[1][:length] if other else "something else"
         return f"it holds {held}, and nothing but tensors and plain values is ever unpickled"

@@ -1,17 +1,106 @@
-"""Files and locks: waiting for a lock, swapping a link, reading tensors without unpickling anything else."""
+"""Files: written whole or not at all, locked, linked; and user code and tensors read from them."""
 
 import os
+import shutil
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from preference_training.core.errors import first_line
+
+# What is written beside its place is called so until it is complete.
+PARTIAL = ".partial"
+
+
+# ---- atomic writing -------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def partial_path(path: Path, concurrent: bool = False) -> Iterator[Path]:
+    """The path beside `path` where a file is written before it is renamed; nothing is left there behind the block.
+
+    concurrent: other processes may write the same file at the same time, each beside it under a name of its own.
+    """
+    own = f".{os.getpid()}" if concurrent else ""
+    partial = path.with_name(f"{path.name}{own}{PARTIAL}")
+    try:
+        yield partial
+    finally:
+        # What went wrong inside is to be raised, not what goes wrong here.
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_path(path: Path, concurrent: bool = False) -> Iterator[Path]:
+    """As `partial_path`; at the end the file takes the place of `path`: a reader finds the old file or the new one."""
+    with partial_path(path, concurrent) as partial:
+        yield partial
+        os.replace(partial, path)
+
+
+@contextmanager
+def atomic_file(path: Path, mode: str = "w", durable: bool = False, concurrent: bool = False, **options) -> Iterator[IO]:
+    """As `atomic_path`, opened in a mode with the options of `open`. durable: on the disk before it takes its place."""
+    with atomic_path(path, concurrent) as partial, partial.open(mode, **options) as file:
+        yield file
+        if durable:
+            sync(file)
+
+
+def write_atomically(path: Path, content: str | bytes, concurrent: bool = False) -> None:
+    """Write a file as a whole, text as UTF-8. Half a surrogate pair, which JSON may hold, becomes a question mark."""
+    if isinstance(content, str):
+        content = content.encode(errors="replace")
+    with atomic_file(path, "wb", concurrent=concurrent) as file:
+        file.write(content)
+
+
+@contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """An empty directory beside `path`, which takes its place at the end; where anything goes wrong, nothing is left of it."""
+    partial = path.with_name(path.name + PARTIAL)
+    try:
+        # A killed process may have left one.
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        yield partial
+        os.replace(partial, path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def sync(file: IO) -> None:
+    """Return when what was written to an open file is on the disk."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def sync_directory(directory: Path) -> None:
+    """Return when the names in a directory are on the disk."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def replace_symlink(link: Path, target: str) -> None:
+    """Point `link` at `target` in one step: a reader sees the old target or the new one, never neither."""
+    temporary = link.with_name(f".{link.name}.{os.getpid()}")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target)
+    os.replace(temporary, link)
+
+
+# ---- locks ----------------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def locked(path: Path, waiting: str) -> Iterator[None]:
-    """Inside, no other process holds the lock at `path`; says `waiting` where one does, and waits for it."""
+    """Inside, this process holds the lock at `path`; prints `waiting` where another has it, and waits."""
     from filelock import FileLock, Timeout
 
     lock = FileLock(path)
@@ -26,15 +115,18 @@ def locked(path: Path, waiting: str) -> Iterator[None]:
         lock.release()
 
 
-def run_file(path: Path, kind: str):
-    """Run a Python file of the user's, and return its module. `kind` is what is looked for in it: a file may be run for two.
+# ---- reading ----------------------------------------------------------------------------------------------------------------
 
-    What the file raises is raised on.
+
+def run_file(path: Path, kind: str):
+    """Run a user's Python file, and return its module. `kind` is what it is run for: a file may be run for two things.
+
+    Raises whatever the file raises.
     """
     import hashlib
     import importlib.util
 
-    # A name of its own, so that a file called utils.py hides no module; dataclasses look their module up in sys.modules.
+    # A unique name, so that a file called utils.py hides no module; dataclasses look their module up in sys.modules.
     spec = importlib.util.spec_from_file_location(f"user_{kind}_{hashlib.sha256(str(path).encode()).hexdigest()[:16]}", path)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -42,15 +134,15 @@ def run_file(path: Path, kind: str):
 
 
 def load_tensors(path: Path, mapped: bool = False):
-    """What a `.pt` file holds: tensors and plain values, nothing else is ever unpickled. Raises ValueError, saying why not.
+    """The tensors and plain values of a `.pt` file; nothing else is ever unpickled. Raises ValueError with the reason.
 
-    mapped: leave tensors in the file until they are looked at.
+    mapped: leave tensors in the file until they are used.
     """
     import torch
 
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except Exception as error:  # torch.load raises half a dozen types for a file that is not its own
+    except Exception as error:  # torch.load raises half a dozen types for a damaged file
         raise ValueError(first_line(error)) from error
 
 
@@ -58,11 +150,3 @@ def first_existing(folders: Iterable[str]) -> Path:
     """The first of `folders` that exists, else the last one; absolute, not created."""
     paths = [Path(folder).expanduser().absolute() for folder in folders]
     return next((path for path in paths if path.is_dir()), paths[-1])
-
-
-def replace_symlink(link: Path, target: str) -> None:
-    """Point `link` at `target` in one step: a reader sees the old target or the new one, never neither."""
-    temporary = link.with_name(f".{link.name}.{os.getpid()}")
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(target)
-    os.replace(temporary, link)

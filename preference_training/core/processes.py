@@ -1,4 +1,4 @@
-"""The processes of one machine: how many cores there are, and which process speaks."""
+"""The processes of one machine: how many cores they have, which one reports, and work spread over several."""
 
 import os
 from collections import deque
@@ -9,24 +9,24 @@ from pathlib import Path
 
 def usable_cores() -> int:
     """How many cores this process may run on."""
-    # macOS does not say; there it is all of them.
+    # macOS does not tell: all of them.
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def in_worker() -> bool:
-    """Whether this process is one of several that a launcher has started."""
+    """Whether this process is one of several started by a launcher such as torchrun."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def first_to_speak() -> bool:
-    """Whether this process is to say what all workers of its machine would: the first of them that asks; always, if alone.
+def reports_for_machine() -> bool:
+    """Whether this process is to print what all workers of its machine would: true for the first of them that asks.
 
-    Not simply the worker numbered 0: torchrun ends the others as soon as one has ended, whether they have spoken or not.
+    Not simply for local rank 0: torchrun ends the others as soon as one has ended, whether they have printed or not.
     """
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not error_file:
         return os.environ.get("LOCAL_RANK", "0") == "0"
-    # Each worker's file is in a folder of its own, and all of these in a folder of this machine's.
+    # Each worker's file is in a directory of its own, and all of these in a directory of this machine's.
     try:
         (Path(error_file).parent.parent / "spoken").touch(exist_ok=False)
     except FileExistsError:
@@ -36,10 +36,10 @@ def first_to_speak() -> bool:
     return True
 
 
-def in_workers(function: Callable, items: Iterable, chunk: int = 256) -> Iterator:
-    """`function` of every item, in their order, computed by as many processes as there are cores; on one core, here.
+def map_in_processes(function: Callable, items: Iterable, chunk: int = 256) -> Iterator:
+    """`map(function, items)` in as many processes as there are cores; on one core, in this process.
 
-    function and items are pickled. At most a few chunks per process are under way, so that an endless stream works too.
+    function and items are pickled. At most a few chunks per process are pending, so that an endless stream works too.
     """
     import multiprocessing
 

@@ -14,7 +14,7 @@ def seed_everything(seed: int) -> None:
 
 
 def random_streams() -> dict:
-    """Where the global random streams are, in plain values and uint8 tensors; `restore_random_streams` takes it back."""
+    """The state of the global random streams, in plain values and uint8 tensors, for `restore_random_streams`."""
     import numpy
     import torch
 
@@ -28,7 +28,7 @@ def random_streams() -> dict:
 
 
 def restore_random_streams(streams: dict) -> None:
-    """Put the global random streams where `random_streams` found them."""
+    """Restore the global random streams to a state of `random_streams`."""
     import numpy
     import torch
 

@@ -1,6 +1,6 @@
-"""When a run is to stop before its end: a signal, or its time is over.
+"""Stopping a run before its end, by a signal or a time limit.
 
-The first signal asks the run to finish its step, write a checkpoint and leave; a second SIGINT ends it at once.
+The first signal has the run finish its step, write a checkpoint and exit; a second SIGINT ends it at once.
 """
 
 import os
@@ -8,23 +8,23 @@ import signal
 import threading
 import time
 
-# What a run that has stopped before its end exits with, its checkpoint written: "try again later" (EX_TEMPFAIL).
+# Exit status of a run that has stopped before its end, its checkpoint written: "try again later" (EX_TEMPFAIL).
 STOPPED = 75
-# What it exits with where a second SIGINT has ended it at once.
+# Exit status after a second SIGINT.
 ENDED_AT_ONCE = 128 + signal.SIGINT
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-# A terminal's Ctrl-C reaches a worker twice, from the terminal and from its launcher. Unit: seconds.
+# Ctrl-C reaches a worker twice, from the terminal and from its launcher: one request within this time. Unit: seconds.
 SAME_SIGNAL = 1.0
 
 
 class StoppedError(Exception):
-    """The run has stopped before its end, with a checkpoint to go on from; the message says why."""
+    """The run has stopped before its end, with a checkpoint to resume from; the message says why."""
 
 
 class StopRequests:
-    """Listens for signals while it is entered. `reason` says why the run is to stop, None while it is to go on.
+    """Handles signals inside its `with` block. `reason` says why the run is to stop, None while it is not.
 
-    max_minutes: how long the run may take; None is for ever.
+    max_minutes: how long the run may take; None for no limit.
     """
 
     def __init__(self, max_minutes: float | None = None):
@@ -33,7 +33,7 @@ class StopRequests:
         self.handlers: dict = {}
 
     def __enter__(self) -> "StopRequests":
-        # Only a process's main thread may listen.
+        # Only a process's main thread may handle signals.
         if threading.current_thread() is threading.main_thread():
             self.handlers = {number: signal.signal(number, self._hear) for number in SIGNALS}
         return self
@@ -44,7 +44,7 @@ class StopRequests:
 
     @property
     def reason(self) -> str | None:
-        """Why the run is to stop."""
+        """Why the run is to stop; None while it is not."""
         if self.heard is not None:
             return self.heard[0]
         return "max_wall_time is over" if time.monotonic() >= self.ends_at else None

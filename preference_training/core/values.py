@@ -1,15 +1,15 @@
-"""Plain nested values: flat names, and whether a value has the expected shape."""
+"""Plain nested values: dotted names, and whether a value has the expected shape."""
 
 
 def dotted(values: dict, prefix: str = "") -> dict:
-    """A dict of dicts as one, under names such as loss.beta."""
+    """A nested dict as a flat one, under names such as loss.beta."""
     flat: dict = {}
     for key, value in values.items():
         flat |= dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
 
 
-# What reading damaged JSON raises, and looking for something in it.
+# What reading damaged JSON, and looking something up in it, may raise.
 UNREADABLE = (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError)
 
 
@@ -36,8 +36,3 @@ def misfit(value, shape, name: str) -> str | None:
         sound = value is None if shape is None else type(value) is shape if isinstance(shape, type) else shape(value)
         return None if sound else name
     return next((found for found in (*missing, *(misfit(*part) for part in parts)) if found is not None), None)
-
-
-def with_interval(mean: float, low: float | None, high: float | None) -> str:
-    """A mean and its interval, if there is one, three significant digits each."""
-    return f"{mean:.3g}" if low is None else f"{mean:.3g} [{low:.3g}, {high:.3g}]"

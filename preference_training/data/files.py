@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from preference_training.core.errors import UserError, first_line
+from preference_training.core.hashing import hash_of_file
 from preference_training.data.rows.records import DataReport
 
 DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".csv", ".parquet")
@@ -42,16 +43,10 @@ def read_rows(path: Path, report: DataReport | None = None) -> Iterator[tuple[in
 
 def content_hash(path: Path) -> str:
     """Hash of a file's bytes: 32 hexadecimal digits. Raises UserError where it cannot be read."""
-    import xxhash
-
-    digest = xxhash.xxh3_128()
     try:
-        with path.open("rb") as file:
-            while block := file.read(2**22):
-                digest.update(block)
+        return hash_of_file(path)
     except OSError as error:
         raise UserError(f"datasets: {path}: cannot be read: {error}. Expected a whole, readable {path.suffix} file.") from error
-    return digest.hexdigest()
 
 
 def _open(path: Path):

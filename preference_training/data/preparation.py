@@ -6,7 +6,6 @@ jobs of a sweep) wait for the first of them, however long it takes. A file gets 
 """
 
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -17,8 +16,9 @@ import numpy
 import xxhash
 
 from preference_training.core.errors import UserError
-from preference_training.core.files import locked
-from preference_training.core.machine import rare_garbage_collection
+from preference_training.core.files import PARTIAL, atomic_file, locked, partial_path, sync
+from preference_training.core.hashing import hash_of_values
+from preference_training.core.memory import infrequent_garbage_collection
 from preference_training.data.entries import Entry, load_records
 from preference_training.data.prompt_table import ContentHash, PromptTable, TablePart, write_columns, write_some
 from preference_training.data.rows.records import DataReport, PreferenceRecord
@@ -63,7 +63,7 @@ def prepare(
     for entry in entries:
         version = settings(entry).version
         work = _Preparation(entry, split, tokenizer, vocabulary, settings(entry), Folders(directory, cache_dir))
-        with rare_garbage_collection():
+        with infrequent_garbage_collection():
             part, report = work.result()
         if part is not None:
             parts.append(part)
@@ -102,7 +102,7 @@ class _Preparation:
         # Where only loading tells what the data is, the name ends with a hash of the records.
         self.content_is_known = known is not None
         depends_on = [entry.name, known, entry.report().skip_bad_rows, split, vocabulary, *_settings_key(settings)]
-        self.key = xxhash.xxh3_128_hexdigest(json.dumps(depends_on, sort_keys=True).encode())
+        self.key = hash_of_values(depends_on)
 
     def result(self) -> tuple[TablePart | None, DataReport]:
         """The memory-mapped file, None where it has no prompt, and the report. Prepares it if needed."""
@@ -154,14 +154,12 @@ class _Preparation:
         self._sweep()
         report = self.entry.report()
         digest, content = None if self.content_is_known else xxhash.xxh3_128(), ContentHash()
-        partial = self.directory / f"{self.key}.partial"
-        side = partial.with_suffix(".json.partial")
-        try:
+        # Where the content is not known, only its hash gives the file its name.
+        with partial_path(self.directory / self.key) as partial, partial_path(self.directory / f"{self.key}.json") as side:
             with partial.open("wb") as file:
                 prompts = _with_progress(self._prompts(report, digest), self.entry.name)
                 report.num_prompts = write_columns(file, prompts, content)
-                file.flush()
-                os.fsync(file.fileno())
+                sync(file)
             name = self.key if digest is None else f"{self.key}-{digest.hexdigest()}"
             path = self.directory / f"{name}.arrow"
             # The report first: the data's presence says that both are there.
@@ -170,16 +168,13 @@ class _Preparation:
             if report.num_prompts == 0:
                 return None, report
             partial.replace(path)
-            return self._map(path, content.hexdigest()), report
-        finally:
-            partial.unlink(missing_ok=True)
-            side.unlink(missing_ok=True)
+        return self._map(path, content.hexdigest()), report
 
     def _sweep(self) -> None:
         """Remove what killed processes have left behind."""
         from filelock import FileLock, Timeout
 
-        for partial in self.directory.glob("*.partial"):
+        for partial in self.directory.glob(f"*{PARTIAL}"):
             lock = FileLock(self.directory / f"{partial.name.split('.')[0]}.lock")
             try:
                 # This process holds its own lock; a lock that is taken belongs to a preparation in progress.
@@ -288,15 +283,8 @@ def _kept(part: TablePart, kept: numpy.ndarray, directory: Path) -> TablePart:
                     return found
             except (OSError, ValueError) as error:
                 print(f"{path} is damaged and prepared anew: {error}", flush=True)
-        partial = path.with_suffix(".partial")
-        try:
-            with partial.open("wb") as file:
-                write_some(file, part, kept)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with atomic_file(path, "wb", durable=True) as file:
+            write_some(file, part, kept)
         return TablePart.of_file(path, part.source, part.weight)
 
 

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from preference_training.batching.packing import PackedBatch
 from preference_training.core.errors import UserError
-from preference_training.core.machine import settle_memory
+from preference_training.core.memory import tune_malloc
 from preference_training.core.process_group import Ranks, full_tensor, local_world_size, to_local
 from preference_training.modeling.adapters import has_adapter
 from preference_training.modeling.kernels import compile_between_attentions, enable_activation_checkpointing
@@ -180,7 +180,7 @@ def load_sharded(
     does not.
     """
     config = layout.config
-    settle_memory(keep_freed=has_plenty_of_memory(config, tokenizer))
+    tune_malloc(keep_freed=has_plenty_of_memory(config, tokenizer))
     source = load_model(config.model, tokenizer, config.cache_dir, base_dir) if ranks.is_rank_zero else None
     proved = share_prefixes(source, config.prefix_sharing) and Sharing(scores_in_head(source)) if ranks.is_rank_zero else None
     sharing = ranks.broadcast(proved) or None

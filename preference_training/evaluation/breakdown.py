@@ -11,13 +11,14 @@ from itertools import islice
 import numpy
 
 from preference_training.batching.packing import examples_of
+from preference_training.core import metric_names
+from preference_training.core.metric_names import EVAL_ACCURACY, EVAL_LOSS, EVAL_MARGIN, HELD_OUT_PROMPTS
 from preference_training.data.prompt_table import Selection
 from preference_training.data.rows.templates import user_markers
 from preference_training.evaluation.held_out import HeldOut
 from preference_training.evaluation.intervals import Bounds, correlation, estimate, mean_interval, share_interval
-from preference_training.tracking.run_files import HELD_OUT_PROMPTS
 
-LOSS, ACCURACY, MARGIN = "loss/eval", "rewards_eval/accuracies", "rewards_eval/margins"
+LOSS, ACCURACY, MARGIN = EVAL_LOSS, EVAL_ACCURACY, EVAL_MARGIN
 # The metrics of each part, with their headings.
 COLUMNS = {LOSS: "loss", ACCURACY: "accuracy", MARGIN: "margin"}
 # Shares: means of values between 0 and 1.
@@ -117,7 +118,7 @@ def length_bias(held_out: HeldOut, facts: ExampleFacts) -> dict:
     pairs whose lengths differ, the shares in which the longer response has the higher reward (ties count half), and in which it
     is labeled as preferred.
     """
-    rewards = [held_out.examples[f"rewards_eval/{which}"].double().numpy() for which in ("chosen", "rejected")]
+    rewards = [held_out.examples[metric_names.reward("eval", which)].double().numpy() for which in ("chosen", "rejected")]
     lengths = [facts.response_lengths, facts.other_lengths]
     both = map(numpy.concatenate, (rewards, lengths, [facts.prompts, facts.prompts]))
     result = {"correlation": estimate(*correlation(*both))}

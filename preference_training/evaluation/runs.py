@@ -14,10 +14,11 @@ from pathlib import Path
 from torch import nn
 
 from preference_training.batching.micro_batches import evaluation_batches, evaluation_prompts
-from preference_training.checkpointing.checkpoints import checkpoints_of, read_state, read_weights
+from preference_training.checkpointing.checkpoint import Checkpoint, checkpoints_of
 from preference_training.configuration.kept import changed_config, known_values
 from preference_training.configuration.schema import RunConfig
 from preference_training.core.errors import UserError, first_line
+from preference_training.core.files import write_atomically
 from preference_training.core.values import UNREADABLE
 from preference_training.data.prompt_table import PromptTable
 from preference_training.distributed.placement import Placement
@@ -29,6 +30,11 @@ from preference_training.evaluation.task_suites import TaskList
 from preference_training.evaluation.win_rates import Comparison, win_rate
 from preference_training.generation.sampling import OTHER, POLICY, Sampler
 from preference_training.modeling.token_budget import common_budget, token_budget
+from preference_training.tracking.run_files import (
+    ANSWERS,
+    JUDGEMENTS,
+    RESULTS_FILE,
+)
 
 
 class EvaluationRun:
@@ -44,7 +50,7 @@ class EvaluationRun:
         config,
         placement: Placement,
         prompts: PromptTable,
-        checkpoint: Path | None,
+        checkpoint: Checkpoint | None,
         needs_reference: bool,
         build_evaluator: Callable,
     ):
@@ -84,7 +90,7 @@ class EvaluationRun:
             self.load_checkpoint()
         self.evaluator.evaluate()
         trained = self.evaluator.state.examples
-        results: dict = {"checkpoint": str(self.checkpoint) if self.checkpoint else None, "examples_trained": trained}
+        results: dict = {"checkpoint": str(self.checkpoint.path) if self.checkpoint else None, "examples_trained": trained}
         responses = self.sample(models.policy) if options.judge or models.reference is not None else []
         ratios = None
         if models.reference is not None:
@@ -96,7 +102,7 @@ class EvaluationRun:
             other = self.sample(self.load_other(options.against), OTHER)
         if not self.ranks.is_rank_zero:
             return {}
-        path = Path(options.to) if options.to else directory / "results.json"
+        path = Path(options.to) if options.to else directory / RESULTS_FILE
         return self.report(path, results, self.evaluator.held_out, responses, other, ratios)
 
     def report(self, path: Path, results: dict, held_out: HeldOut, responses: list, other: list | None, ratios) -> dict:
@@ -113,10 +119,10 @@ class EvaluationRun:
             rows = [dict(zip(texts, row, strict=True)) for row in zip(*texts.values(), strict=True)]
             if ratios is not None:
                 rows = [row | {"log_ratio": ratio} for row, ratio in zip(rows, ratios, strict=True)]
-            write_text(path.with_name("answers.jsonl"), "".join(json.dumps(row) + "\n" for row in rows))
+            write_text(path.with_name(ANSWERS), "".join(json.dumps(row) + "\n" for row in rows))
         if self.judge is not None:
             comparisons = [Comparison(*row) for row in zip(*texts.values(), strict=True)]
-            results["win_rate"] = win_rate(self.judge, comparisons, path.with_name("judgements.jsonl"), options)
+            results["win_rate"] = win_rate(self.judge, comparisons, path.with_name(JUDGEMENTS), options)
             write_results(path, results)
         if self.tasks is not None:
             sizes = options.task_limit, self.config.eval_batch_size
@@ -128,9 +134,9 @@ class EvaluationRun:
 
     def load_checkpoint(self) -> None:
         """Load the checkpoint's weights and progress."""
-        models, state, saved = self.evaluator.models, self.evaluator.state, read_state(self.checkpoint)
+        models, state, saved = self.evaluator.models, self.evaluator.state, self.checkpoint.state
         weights = self.placement.weights(models.policy)
-        read_weights(self.checkpoint, weights)
+        self.checkpoint.read_weights(weights)
         self.placement.set_weights(models.policy, weights)
         state.examples, state.updates, state.tokens = saved["examples"], saved["updates"], saved.get("tokens", 0)
         if saved["run"]["config"]["loss"] == self.config.loss.given():
@@ -149,13 +155,13 @@ class EvaluationRun:
         return placement.load_policy()
 
 
-def check_reference(config: RunConfig, checkpoint: Path, found: str | None) -> None:
+def check_reference(config: RunConfig, checkpoint: Checkpoint, found: str | None) -> None:
     """Raise UserError where the reference, a model with the hash `found`, is not the initial model of the checkpoint's run."""
-    run = read_state(checkpoint)["run"]
+    run = checkpoint.run
     if run["config"]["model"] == config.as_dict()["model"] and run["began_with"] != found:
         raise UserError(
-            f"model: the weights are not the initial weights of the run of {checkpoint}, which are its reference. Expected the "
-            "model, or model.archive, as it was then. Set model.archive=PATH to use another reference."
+            f"model: the weights are not the initial weights of the run of {checkpoint.path}, which are its reference. "
+            "Expected the model, or model.archive, as it was then. Set model.archive=PATH to use another reference."
         )
 
 
@@ -166,10 +172,8 @@ def write_results(path: Path, results: dict) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file atomically. Raises UserError where it cannot be written."""
-    partial = path.with_name(f"{path.name}.partial")
     try:
-        partial.write_text(text)
-        partial.replace(path)
+        write_atomically(path, text)
     except OSError as error:
         raise UserError(
             f"evaluation.to: cannot write {path}: {error.strerror}. Expected a file in a writable folder with enough space."
@@ -186,9 +190,8 @@ def config_of_run(path: Path, overrides: list[str], evaluation: dict | None = No
     other paths and unknown keys.
     """
     found = checkpoints_of(path)
-    checkpoint = found[0] if found else path
     try:
-        then = known_values(read_state(checkpoint)["run"]["config"])
+        then = known_values(Checkpoint.read(found[0] if found else path).config)
     except UNREADABLE as error:
         why = (
             f"no checkpoint with a state.json that can be read ({first_line(error)})" if path.is_dir() else "no such directory"

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from preference_training.checkpointing.checkpoints import save_tokenizer
+from preference_training.checkpointing.model_files import save_tokenizer
 from preference_training.checkpointing.saved_models import compare_parts
 from preference_training.configuration.schema import TEMPLATES
 from preference_training.core.errors import UserError
@@ -85,7 +85,7 @@ def _next_steps(options: ExportOptions) -> list[str]:
 
 # ---- weights ----------------------------------------------------------------------------------------------------------------
 
-# Compares a directory once all of it is written; returns notes. Raises OtherModelError.
+# Compares a directory once all of it is written; returns notes. Raises DifferentModelError.
 Verify = Callable[[], list[str]]
 
 

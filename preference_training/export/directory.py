@@ -10,8 +10,9 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from preference_training.checkpointing.checkpoints import PARTIAL, end_as_trained
+from preference_training.checkpointing.model_files import end_as_trained
 from preference_training.core.errors import UserError
+from preference_training.core.files import atomic_directory
 from preference_training.modeling import loading
 
 SHARD_SIZE = "5GB"
@@ -24,16 +25,12 @@ def new_directory(path: Path) -> Iterator[Path]:
     Raises UserError for an error of the operating system.
     """
     path = path.resolve()
-    partial = path.with_name(path.name + PARTIAL)
     try:
-        # An export that was killed may have left one.
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        yield partial
-        # safetensors creates files with mode 600; give them the mode of the others.
-        for file in partial.rglob("*.safetensors"):
-            file.chmod((partial / "README.md").stat().st_mode)
-        os.replace(partial, path)
+        with atomic_directory(path) as partial:
+            yield partial
+            # safetensors creates files with mode 600; give them the mode of the others.
+            for file in partial.rglob("*.safetensors"):
+                file.chmod((partial / "README.md").stat().st_mode)
     except (OSError, SafetensorError) as error:
         # safetensors wraps errors of the operating system in its only exception class.
         number = re.search(r"\(os error (\d+)\)", str(error))
@@ -41,8 +38,6 @@ def new_directory(path: Path) -> Iterator[Path]:
             raise
         reason = os.strerror(int(number[1])) if number else error.strerror or str(error)
         raise UserError(f"--to: cannot write {path}: {reason}. Expected a writable folder with enough space.") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def save_weights(model, directory: Path, tokenizer, end_tokens=()) -> int:

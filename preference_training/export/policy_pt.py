@@ -5,8 +5,12 @@ from pathlib import Path
 
 import torch
 
-from preference_training.checkpointing.checkpoints import save_tokenizer
-from preference_training.checkpointing.saved_models import answers_in_float32, compare_parts, fits_in_memory
+from preference_training.checkpointing.model_files import save_tokenizer
+from preference_training.checkpointing.saved_models import (
+    compare_parts,
+    fits_in_memory,
+    probe_logps_in_float32,
+)
 from preference_training.configuration.composition import choices_of, composed
 from preference_training.configuration.kept import model_config
 from preference_training.configuration.schema import ModelConfig
@@ -62,7 +66,7 @@ def _model_config(name: str, archive: Path) -> ModelConfig:
 def _write_model(model, directory: Path, tokenizer, dtype: str) -> int:
     """Write a model and its tokenizer, and compare what was written; returns its number of parameters."""
     compares_logps = fits_in_memory(sum(weight.numel() for weight in model.parameters()))
-    expected = answers_in_float32(model, getattr(torch, dtype)) if compares_logps else None
+    expected = probe_logps_in_float32(model, getattr(torch, dtype)) if compares_logps else None
     parameters = save_weights(model, directory, tokenizer)
     save_tokenizer(tokenizer, directory)
     if expected is not None:

@@ -5,15 +5,22 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from preference_training.checkpointing.checkpoints import MARKER, checkpoints_of, fault_of, read_state
+from preference_training.checkpointing.checkpoint import Checkpoint, DamagedError, checkpoints_of
 from preference_training.configuration.kept import model_config
 from preference_training.configuration.schema import DTYPES, ModelConfig
-from preference_training.core.errors import UserError, first_line
-from preference_training.core.values import UNREADABLE, misfit
+from preference_training.core.errors import UserError
 from preference_training.modeling import loading
 from preference_training.modeling.adapters import is_adapter
+from preference_training.modeling.archives import MODEL_CONFIG, TOKENIZER_CONFIG
 from preference_training.modeling.tokenizer import BYTE_LEVEL, load_tokenizer
-from preference_training.tracking.run_files import METRICS, RESULTS_FILE, metric_rows, results_of
+from preference_training.tracking.run_files import (
+    CHECKSUMS,
+    LATEST,
+    METRICS,
+    RESULTS_FILE,
+    metric_rows,
+    results_of,
+)
 
 # The part of a checkpoint's state that an export reads.
 CONFIG = {
@@ -24,7 +31,7 @@ CONFIG = {
     "template": (str, None),
     "system_prompt": (str, None),
 }
-STATE = {"examples": int, "held_out": ({...: (float, int)}, None), "run": {"config": CONFIG}}
+STATE_SHAPE = {"examples": int, "held_out": ({...: (float, int)}, None), "run": {"config": CONFIG}}
 EXPECTED = "Expected a run directory, or a checkpoint (step-N) in one."
 
 
@@ -48,8 +55,8 @@ class Source:
         """Read a checkpoint, or the LATEST one of a run directory. Raises UserError for other paths and damaged checkpoints."""
         if not path.is_dir():
             raise UserError(f"{path}: no such directory. {EXPECTED}")
-        if not (path / MARKER).exists() and checkpoints_of(path):
-            path = path / "LATEST" if (path / "LATEST").is_dir() else checkpoints_of(path)[0]
+        if not (path / CHECKSUMS).exists() and checkpoints_of(path):
+            path = path / LATEST if (path / LATEST).is_dir() else checkpoints_of(path)[0]
         checkpoint = path.resolve()
         state = _valid_state(checkpoint)
         rows = metric_rows(checkpoint.parent / METRICS, state["examples"])
@@ -77,7 +84,7 @@ class Source:
     def stored_config(self) -> dict:
         """The checkpoint's config.json; empty for an adapter."""
         try:
-            return json.loads((self.checkpoint / "config.json").read_text(encoding="utf-8"))
+            return json.loads((self.checkpoint / MODEL_CONFIG).read_text(encoding="utf-8"))
         except FileNotFoundError:
             return {}
 
@@ -102,7 +109,7 @@ class Source:
     def load_tokenizer(self):
         """The tokenizer: the checkpoint's, or else the run's."""
         name = self.config["model"].get("tokenizer_name_or_path")
-        if (self.checkpoint / "tokenizer_config.json").is_file():
+        if (self.checkpoint / TOKENIZER_CONFIG).is_file():
             name = str(self.checkpoint)
         known = {"name_or_path": self.base, "tokenizer_name_or_path": name}
         return load_tokenizer(model_config(known, trust_remote_code=self.trust_remote_code))
@@ -122,13 +129,7 @@ class Source:
 
 def _valid_state(checkpoint: Path) -> dict:
     """A checkpoint's state. Raises UserError where the checkpoint is incomplete or damaged."""
-    fault = fault_of(checkpoint)
-    if fault is None:
-        try:
-            state = read_state(checkpoint)
-            if not (part := misfit(state, STATE, "state")):
-                return state
-            fault = f"state.json is damaged ({part})"
-        except UNREADABLE as error:
-            fault = f"state.json is damaged ({first_line(error)})"
-    raise UserError(f"{checkpoint}: {fault}. {EXPECTED}")
+    try:
+        return Checkpoint.verified(checkpoint, STATE_SHAPE).state
+    except DamagedError as fault:
+        raise UserError(f"{checkpoint}: {fault}. {EXPECTED}") from None

@@ -8,16 +8,16 @@ import torch
 from torch import Tensor
 
 from preference_training.checkpointing.saved_models import (
-    OtherModelError,
-    answers_in_float32,
-    answers_of,
+    DifferentModelError,
     compare,
     fits_in_memory,
-    in_float32,
     load_plain,
-    per_token,
     tolerance,
 )
+from preference_training.checkpointing.saved_models import compute_in_float32 as compute_in_float32
+from preference_training.checkpointing.saved_models import largest_difference as largest_difference
+from preference_training.checkpointing.saved_models import probe_logps as probe_logps
+from preference_training.checkpointing.saved_models import probe_logps_in_float32 as probe_logps_in_float32
 from preference_training.core.errors import UserError
 from preference_training.export.source import Source
 from preference_training.modeling import loading
@@ -30,7 +30,7 @@ def refuse_other_model(path: Path) -> Iterator[None]:
     """Turn the finding that a directory holds another model than the run's into a UserError."""
     try:
         yield
-    except OtherModelError as error:
+    except DifferentModelError as error:
         raise UserError(
             f"--to: {path}: the exported model is not the run's: {error}. It was removed; the checkpoint is unchanged. "
             "Export without --merge or --quantize, or with the library versions of the run."
@@ -49,15 +49,15 @@ def merge_and_round(model, source: Source, dtype: str) -> tuple[Tensor | None, l
     stored, notes = getattr(torch, source.dtype), []
     if source.config["model"].get("quantization") and source.is_adapter:
         notes += _dequantize(model, source)
-    before = answers_of(in_float32(model))
+    before = probe_logps(compute_in_float32(model))
     if source.is_adapter:
         loading.merge_and_cast(model, torch.float32)
-        merged = answers_of(model)
+        merged = probe_logps(model)
         compare(merged, before, model, tolerance(before, model))
         stored, before = torch.float32, merged
     loading.cast_weights(model, target)
-    expected = answers_in_float32(model, target)
-    if target != stored and (difference := per_token(expected, before, model)):
+    expected = probe_logps_in_float32(model, target)
+    if target != stored and (difference := largest_difference(expected, before, model)):
         notes.append(f"rounding the weights to {dtype} changes log-probs by up to {difference:.2g} nats per token")
     return expected, notes
 
@@ -65,12 +65,12 @@ def merge_and_round(model, source: Source, dtype: str) -> tuple[Tensor | None, l
 def _dequantize(model, source: Source) -> list[str]:
     """Replace a model's quantized linear layers by ordinary ones and compare log-probs; returns notes."""
     config, model.autocast_dtype = source.config["model"], None
-    before = answers_of(model)
+    before = probe_logps(model)
     dequantize(model, getattr(torch, config["policy_dtype"]))
-    after = answers_of(model)
+    after = probe_logps(model)
     if config["quantization"] == "int8":
         # These layers also round their inputs, which ordinary weights cannot reproduce.
-        difference = per_token(after, before, model)
+        difference = largest_difference(after, before, model)
         return [f"merged layers no longer round their inputs to int8: up to {difference:.2g} nats per token"]
     dtype = getattr(torch, config.get("quantized_compute_dtype") or config["policy_dtype"])
     compare(after, before, model, tolerance(before, model, dtype))
@@ -78,26 +78,26 @@ def _dequantize(model, source: Source) -> list[str]:
 
 
 def compare_exported(directory: Path, expected: Tensor, dtype: str, trust_remote_code: bool = False) -> None:
-    """Compare the model that others load from a directory with expected log-probs. Raises OtherModelError."""
+    """Compare the model that others load from a directory with expected log-probs. Raises DifferentModelError."""
     model = load_plain(directory, getattr(torch, dtype), trust_remote_code)
-    compare(answers_of(in_float32(model)), expected, model, tolerance(expected, model))
+    compare(probe_logps(compute_in_float32(model)), expected, model, tolerance(expected, model))
 
 
 def quantization_error(directory: Path, expected: Tensor, dtype: str, trust_remote_code: bool = False) -> float:
     """How far a quantized directory's log-probs are from the expected ones, at most. Unit: nats per token."""
     model = load_plain(directory, getattr(torch, dtype), trust_remote_code)
-    return per_token(answers_of(model), expected, model)
+    return largest_difference(probe_logps(model), expected, model)
 
 
 def compare_adapter(source: Source, directory: Path, dtype: str) -> list[str]:
-    """Compare an adapter, as plain peft loads it, with the run's model; returns notes. Raises OtherModelError."""
+    """Compare an adapter, as plain peft loads it, with the run's model; returns notes. Raises DifferentModelError."""
     config, model = source.model_config(), source.load_model()
     if not fits_in_memory(2 * sum(weight.numel() for weight in model.parameters())):
         return ["not enough memory to compare log-probs with the run's"]
-    expected = answers_of(in_float32(model))
+    expected = probe_logps(compute_in_float32(model))
     del model
     prepare = (lambda model: quantize(model, config)) if config.quantization else None
     base = directory / BASE_DIR if (directory / BASE_DIR).is_dir() else None
     exported = load_plain(directory, getattr(torch, dtype), source.trust_remote_code, source.cache_dir, base, prepare)
-    compare(answers_of(in_float32(exported)), expected, exported, tolerance(expected, exported))
+    compare(probe_logps(compute_in_float32(exported)), expected, exported, tolerance(expected, exported))
     return []

@@ -18,6 +18,8 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from preference_training.core.metric_names import CHOSEN, REJECTED, logps, loss, reward
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -116,14 +118,14 @@ def example_metrics(output: LossOutput, policy: Tensor, pairs: Tensor, split: st
     """
     policy = policy.detach()
     if output.chosen_rewards is None or output.rejected_rewards is None:
-        return {f"logps_{split}/chosen": policy, f"loss/{split}": output.losses.detach()}
+        return {logps(split, CHOSEN): policy, loss(split): output.losses.detach()}
     margins = output.chosen_rewards - output.rejected_rewards
     return {
-        f"rewards_{split}/chosen": output.chosen_rewards,
-        f"rewards_{split}/rejected": output.rejected_rewards,
-        f"rewards_{split}/accuracies": (margins > 0).float() + 0.5 * (margins == 0).float(),
-        f"rewards_{split}/margins": margins,
-        f"logps_{split}/rejected": policy[pairs[:, 1]],
-        f"logps_{split}/chosen": policy[pairs[:, 0]],
-        f"loss/{split}": output.losses.detach(),
+        reward(split, CHOSEN): output.chosen_rewards,
+        reward(split, REJECTED): output.rejected_rewards,
+        reward(split, "accuracies"): (margins > 0).float() + 0.5 * (margins == 0).float(),
+        reward(split, "margins"): margins,
+        logps(split, REJECTED): policy[pairs[:, 1]],
+        logps(split, CHOSEN): policy[pairs[:, 0]],
+        loss(split): output.losses.detach(),
     }

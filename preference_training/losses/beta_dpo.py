@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-
-# Of an evaluation: the beta that training would take for the held-out pairs, and the mean loss at it.
-BETA_USED, LOSS_AT_BETA_USED = "beta_DPO/beta_used", "beta_DPO/loss_eval_at_beta_used"
-
-
-def is_at_beta_used(held_out: Mapping[str, object] | None) -> bool:
-    """Whether an evaluation's metrics are of an earlier version, whose loss/eval of beta-DPO was at the beta in force."""
-    return held_out is not None and BETA_USED in held_out and LOSS_AT_BETA_USED not in held_out
-
 
 MOMENTUM = 0.9
 

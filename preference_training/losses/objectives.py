@@ -6,10 +6,9 @@ from abc import abstractmethod
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from preference_training.core.metric_names import BETA_USED, GAP_MEAN, GAP_STD, KEPT_FRACTION, LOSS_AT_BETA_USED
 from preference_training.losses.base import BatchStatistics, Loss, LossOutput, ReferenceUpdate, Reward
 from preference_training.losses.beta_dpo import (
-    BETA_USED,
-    LOSS_AT_BETA_USED,
     GapStatistics,
     adapted_beta,
     draw_without_replacement,
@@ -199,9 +198,9 @@ class BetaDPOLoss(Loss):
     def _logged(self, beta: Tensor, kept_fraction: float) -> dict[str, float | Tensor]:
         return {
             BETA_USED: beta,
-            "beta_DPO/gap_mean": self.statistics.mean or 0.0,
-            "beta_DPO/gap_std": self.statistics.deviation or 0.0,
-            "beta_DPO/kept_fraction": kept_fraction,
+            GAP_MEAN: self.statistics.mean or 0.0,
+            GAP_STD: self.statistics.deviation or 0.0,
+            KEPT_FRACTION: kept_fraction,
         }
 
 

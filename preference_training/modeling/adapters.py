@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from preference_training.configuration.schema import ModelConfig
 from preference_training.core.errors import UserError, first_line
+from preference_training.modeling.archives import MODEL_CONFIG
 from preference_training.modeling.lora_targets import (
     adapted_modules,
     fused_experts,
@@ -26,6 +27,7 @@ from preference_training.modeling.lora_targets import (
     unsupported_layers,
 )
 from preference_training.modeling.quantization import INSTALL
+from preference_training.tracking.run_files import run_of
 
 # peft's names of the adapter that is trained, and of the frozen one that training started from.
 TRAINED_ADAPTER, INITIAL_ADAPTER = "default", "starting"
@@ -245,7 +247,7 @@ def base_archive(model_config: ModelConfig) -> Path | None:
 def saved_base(archive: str | Path) -> Path | None:
     """The base model that a run or an export saved beside its adapter; both may have been moved together."""
     folder = Path(archive).resolve()
-    return next((base for base in (folder / BASE_DIR, folder.parent / BASE_DIR) if (base / "config.json").is_file()), None)
+    return next((base for base in (folder / BASE_DIR, folder.parent / BASE_DIR) if (base / MODEL_CONFIG).is_file()), None)
 
 
 def adapter_options(archive: str) -> dict:
@@ -284,11 +286,8 @@ def check_base_weights(archive: str, began_with: str) -> None:
 
     Adapters that other tools wrote record no hash, and pass.
     """
-    try:
-        before = json.loads((Path(archive) / "state.json").read_text())["run"]["began_with"]
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        return
-    if before is not None and before[:32] != began_with[:32]:
+    before = run_of(Path(archive)).get("began_with")
+    if isinstance(before, str) and before[:32] != began_with[:32]:
         raise UserError(
             f"model.archive: the adapter {archive} was trained on other weights than those of the model as configured. Set "
             "the model, dtype and quantization of its run, and the same seed for a model from scratch."

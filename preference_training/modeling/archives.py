@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from preference_training.core.errors import UserError
 from preference_training.core.files import load_tensors
 
-SAFETENSORS_INDEX = "model.safetensors.index.json"
+# The files of a model in Hugging Face format.
+MODEL_CONFIG, GENERATION_CONFIG, TOKENIZER_CONFIG = "config.json", "generation_config.json", "tokenizer_config.json"
+WHOLE_WEIGHTS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def read_archive(path: Path) -> dict[str, Tensor]:
@@ -49,7 +51,7 @@ def archive_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 def weight_files(path: Path) -> list[Path]:
     """The safetensors files of a directory. Raises UserError where one is missing."""
     try:
-        files = indexed_files(path / SAFETENSORS_INDEX) or [path / "model.safetensors"]
+        files = indexed_files(path / SAFETENSORS_INDEX) or [path / WHOLE_WEIGHTS]
     except ValueError as error:
         raise _archive_error(path, str(error)) from error
     for file in files:

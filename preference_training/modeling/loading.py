@@ -21,7 +21,7 @@ from torch import nn
 
 from preference_training.configuration.schema import ModelConfig
 from preference_training.core.errors import UserError, first_line
-from preference_training.core.values import UNREADABLE
+from preference_training.core.files import atomic_directory
 from preference_training.modeling.adapters import (
     BASE_DIR,
     adapter_options,
@@ -36,6 +36,8 @@ from preference_training.modeling.adapters import (
     saved_base,
 )
 from preference_training.modeling.archives import (
+    GENERATION_CONFIG,
+    MODEL_CONFIG,
     SAFETENSORS_INDEX,
     archive_shapes,
     indexed_files,
@@ -45,6 +47,11 @@ from preference_training.modeling.archives import (
 from preference_training.modeling.kernels import choose_attention, refuse_kernels, use_liger_kernels
 from preference_training.modeling.quantization import dequantize, quantize
 from preference_training.modeling.state import weights_hash
+from preference_training.tracking.run_files import (
+    CHECKSUMS,
+    STATE,
+    run_of,
+)
 
 
 @contextmanager
@@ -108,7 +115,7 @@ def _is_loadable_elsewhere(config, model_config: ModelConfig) -> bool:
     archive = base_archive(model_config)
     if archive is None:
         return model_config.name_or_path is not None and not model_config.from_config
-    if not (archive / "config.json").is_file():
+    if not (archive / MODEL_CONFIG).is_file():
         return False
     from transformers import AutoConfig
 
@@ -118,7 +125,7 @@ def _is_loadable_elsewhere(config, model_config: ModelConfig) -> bool:
 
 def _belongs_to_run(archive: Path | None) -> bool:
     """Whether an archive is a checkpoint, or a base model, of another run, which may prune, move or delete it."""
-    return archive is not None and (archive.resolve().name == BASE_DIR or (archive / "state.json").is_file())
+    return archive is not None and (archive.resolve().name == BASE_DIR or (archive / STATE).is_file())
 
 
 # Keys of a transformers configuration that name a model, and change nothing that it computes.
@@ -139,13 +146,10 @@ def config_differences(one, other) -> list[str]:
 
 def _write_base(base_dir: Path, write: Callable[[Path], None]) -> None:
     """Create the directory of an adapter's base model with `write`, atomically. Raises UserError where that fails."""
-    partial = base_dir.with_name(f"{base_dir.name}.partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        write(partial)
-        partial.rename(base_dir)
+        with atomic_directory(base_dir) as partial:
+            write(partial)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
         raise UserError(
             f"local_run_dir: cannot write {base_dir}, the base model of the adapter: {first_line(error)}. Free some space, or "
             "set local_dirs or local_run_dir."
@@ -158,12 +162,11 @@ def _save_with_tokenizer(model: nn.Module, tokenizer, directory: Path) -> None:
 
 
 # Files of a checkpoint that belong to its run and not to its model.
-RUN_STATE_FILES = ("state.json", "checksums.json")
+RUN_STATE_FILES = (STATE, CHECKSUMS)
 
 
 def _link_model(archive: Path, directory: Path) -> None:
     """Hard-link the files of a model into a new directory, which takes no space; copy them where links are not supported."""
-    directory.mkdir()
     for file in sorted(archive.resolve().iterdir()):
         if file.is_file() and file.suffix != ".pt" and file.name not in RUN_STATE_FILES:
             try:
@@ -186,7 +189,7 @@ def save_model(model: nn.Module, directory: Path, **options) -> None:
         if generation is not None:
             model.generation_config = generation
     if generation is not None:
-        generation.to_json_file(directory / "generation_config.json")
+        generation.to_json_file(directory / GENERATION_CONFIG)
 
 
 def load_with_adapter(checkpoint: Path, model_config: ModelConfig, tokenizer, cache_dir: str | None = None) -> nn.Module:
@@ -217,10 +220,8 @@ def _load_checkpoint(loader, checkpoint: Path, model_config: ModelConfig, tokeni
 
 def _read_seed(checkpoint: Path) -> int | None:
     """The seed of a checkpoint's run; None where it is not recorded."""
-    try:
-        seed = json.loads((checkpoint / "state.json").read_text())["run"]["config"]["seed"]
-    except UNREADABLE:
-        return None
+    config = run_of(checkpoint).get("config")
+    seed = config.get("seed") if isinstance(config, dict) else None
     return seed if isinstance(seed, int) else None
 
 

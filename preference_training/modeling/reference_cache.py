@@ -8,8 +8,6 @@ everything that determines the packs. Runs that agree in all of these share a fi
 while the others wait. A damaged file is recomputed.
 """
 
-import json
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +24,8 @@ from torch import Tensor, nn
 from preference_training.batching.iterator import BatchIterator
 from preference_training.batching.micro_batches import evaluation_batches, evaluation_prompts
 from preference_training.batching.packing import UNLIMITED, PackedBatch, TokenBudget, examples_of, packs_of
+from preference_training.core.files import write_atomically
+from preference_training.core.hashing import hash_of_values
 from preference_training.core.process_group import SINGLE_PROCESS, Ranks, bytes_of
 from preference_training.data.prompt_table import PromptTable, Selection
 from preference_training.modeling.adapters import INITIAL_ADAPTER
@@ -150,7 +150,7 @@ def cache_key(model: nn.Module, plan: ReferencePlan, settings: Mapping | None = 
     """
     computing = model_facts(model), machine_facts(compute_device(model)), dict(settings or {})
     how = [*computing, plan.recipe, plan.prompts.fingerprint, weights_hash(model)]
-    parts = ranks.all_gather_object(xxhash.xxh3_128_hexdigest(json.dumps(how, sort_keys=True, default=str).encode()))
+    parts = ranks.all_gather_object(hash_of_values(how, default=str))
     return parts[0] if len(parts) == 1 else xxhash.xxh3_128_hexdigest("".join(parts).encode())
 
 
@@ -318,14 +318,12 @@ def _read(path: Path) -> dict[str, Tensor] | None:
 
 
 def _write(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a cache file atomically: beside its place, then renamed."""
+    """Write a cache file atomically."""
     from safetensors.torch import save
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.partial")
     # Not save_file, which makes the file readable by its owner only, whatever the umask.
-    partial.write_bytes(save(tensors, metadata={"checksum": _checksum(tensors)}))
-    os.replace(partial, path)
+    write_atomically(path, save(tensors, metadata={"checksum": _checksum(tensors)}), concurrent=True)
 
 
 def _checksum(tensors: dict[str, Tensor]) -> str:

@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 import numpy
 from markupsafe import Markup
 
+from preference_training.core.metric_names import EXAMPLES
+
 BUCKETS = 120
 # Differences of larger values may overflow.
 MAX_MAGNITUDE = 1e150
@@ -48,7 +50,7 @@ def metric_line(rows: Sequence[dict], name: str, label: str, style: int = 0, is_
 
     Intervals come from NAME/low and NAME/high, where all rows have them.
     """
-    x, y = metric_values(rows, "counters/examples"), metric_values(rows, name)
+    x, y = metric_values(rows, EXAMPLES), metric_values(rows, name)
     is_finite = ~numpy.isnan(x + y)
     if not is_finite.any():
         return None

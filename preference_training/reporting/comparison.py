@@ -15,11 +15,19 @@ from pathlib import Path
 import numpy
 from markupsafe import Markup
 
+from preference_training.core import metric_names
 from preference_training.core.errors import UserError
-from preference_training.core.machine import too_few
+from preference_training.core.metric_names import (
+    EVAL_ACCURACY,
+    EVAL_CHOSEN_LOGPS,
+    EVAL_LOSS,
+    EVAL_MARGIN,
+    GRAD_NORM,
+    HELD_OUT_PROMPTS,
+    TRAIN_LOSS,
+)
 from preference_training.core.secrets import without_secrets
-from preference_training.core.values import with_interval
-from preference_training.losses.beta_dpo import is_at_beta_used
+from preference_training.evaluation.phrasing import too_few, with_interval
 from preference_training.losses.registry import evaluation_depends_on_run, find_loss, training_keys
 from preference_training.reporting.charts import Line, chart, format_number
 from preference_training.reporting.model_card import is_shown
@@ -27,19 +35,18 @@ from preference_training.reporting.pages.rendering import render, write_page
 from preference_training.reporting.run_record import RunRecord
 from preference_training.tracking.run_files import (
     ASIDE,
-    HELD_OUT_PROMPTS,
     METRICS,
 )
 
 PAGE, TABLE = "comparison.html", "comparison.csv"
-ACCURACY = "rewards_eval/accuracies"
+ACCURACY = EVAL_ACCURACY
 # The metrics of the table and of the curves: name in metrics.jsonl → title on the page.
-COLUMNS = {"loss/eval": "held-out loss", ACCURACY: "reward accuracy", "rewards_eval/margins": "reward margin"}
+COLUMNS = {EVAL_LOSS: "held-out loss", ACCURACY: "reward accuracy", EVAL_MARGIN: "reward margin"}
 CURVES = {
     **COLUMNS,
-    "logps_eval/chosen": "log-prob of preferred responses",
-    "loss/train": "training loss",
-    "grad_norm": "gradient norm",
+    EVAL_CHOSEN_LOGPS: "log-prob of preferred responses",
+    TRAIN_LOSS: "training loss",
+    GRAD_NORM: "gradient norm",
 }  # fmt: skip
 # The only setting in which the runs of a group differ.
 SEED = "seed"
@@ -63,7 +70,7 @@ def distance(run: RunRecord) -> tuple[str, float] | None:
     if isinstance(kl, int | float):
         return KL, kl
     beta = run.settings.get("loss.beta")
-    rewards = [run.last_evaluation.get(f"rewards_eval/{side}") for side in ("chosen", "rejected")]
+    rewards = [run.last_evaluation.get(metric_names.reward("eval", side)) for side in ("chosen", "rejected")]
     is_known = all(isinstance(value, int | float) for value in (beta, *rewards)) and beta
     loss = find_loss(run.settings.get("loss.name"))
     if not is_known or loss is None or loss.objective.reward != "log-ratio":
@@ -181,7 +188,7 @@ def comparability_warnings(runs: Sequence[RunRecord]) -> list[str]:
     stateful = sorted(filter(evaluation_depends_on_run, {run.settings.get("loss.name") for run in runs}))
     if stateful:
         found.append(f"Held-out losses of {', '.join(stateful)} depend on the data seen in training, and are not comparable.")
-    old = [run.label for run in runs if is_at_beta_used(run.last_evaluation)]
+    old = [run.label for run in runs if metric_names.loss_is_at_beta_used(run.last_evaluation)]
     if old:
         found.append(f"An earlier version logged the held-out loss at the current beta of beta-DPO: {', '.join(old)}.")
     return found

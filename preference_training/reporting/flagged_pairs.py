@@ -20,10 +20,14 @@ import numpy
 import xxhash
 
 from preference_training.core.errors import UserError
+from preference_training.core.files import atomic_file
 from preference_training.data.prompt_table import PromptTable
 from preference_training.data.tokenization import TokenizedPrompt
-from preference_training.tracking.ledger import Sightings, read_ledger
-from preference_training.tracking.run_files import FLAGGED, json_lines
+from preference_training.tracking.ledger import Observations, read_ledger
+from preference_training.tracking.run_files import (
+    FLAGGED,
+    json_lines,
+)
 
 KINDS = {
     "stays wrong": "the policy keeps preferring the rejected response",
@@ -54,7 +58,7 @@ class Pairs:
     starts: numpy.ndarray
 
     @classmethod
-    def of(cls, seen: Sightings) -> "Pairs":
+    def of(cls, seen: Observations) -> "Pairs":
         """The distinct pairs of some sightings."""
         # One integer per pair: numpy.unique is much faster on these than on rows.
         base = int(seen.other.max(initial=0)) + 1
@@ -72,7 +76,7 @@ class Pairs:
         return values[self.order[self.starts[1:] - 1]]
 
 
-def evidence(seen: Sightings) -> numpy.ndarray:
+def evidence(seen: Observations) -> numpy.ndarray:
     """The evidence of each margin for its label, [N], in nats: the log-ratio of normal densities around +m and around -m.
 
     m and the spread are those of the margins seen at about the same time: while the policy knows nothing, m is 0, and so is the
@@ -92,7 +96,7 @@ def evidence(seen: Sightings) -> numpy.ndarray:
     return numpy.nan_to_num(found)
 
 
-def wrong_label_probability(pairs: Pairs, seen: Sightings) -> numpy.ndarray:
+def wrong_label_probability(pairs: Pairs, seen: Observations) -> numpy.ndarray:
     """The probability that each pair's label is wrong, given its sightings and PRIOR: [K]."""
     log_odds = numpy.log(PRIOR / (1 - PRIOR)) - pairs.sums(evidence(seen))
     return 1 / (1 + numpy.exp(-log_odds))
@@ -108,7 +112,7 @@ class Finding:
     severity: float
 
 
-def find_by_margins(seen: Sightings) -> list[Finding]:
+def find_by_margins(seen: Observations) -> list[Finding]:
     """The pairs that their margins call into question, at most MAX_PAIRS of each kind, the worst first."""
     pairs = Pairs.of(seen)
     probability = wrong_label_probability(pairs, seen)
@@ -195,12 +199,10 @@ class PairFinder:
         if self.contradicted is None:
             self.contradicted = find_contradictions(self.table)
         rows = self.rows(seen, [*find_by_margins(seen), *self.contradicted])
-        partial = self.run_dir / f"{FLAGGED}.partial"
-        with partial.open("w", encoding="utf-8") as file:
+        with atomic_file(self.run_dir / FLAGGED, encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        partial.replace(self.run_dir / FLAGGED)
 
-    def rows(self, seen: Sightings, findings: Iterable[Finding]) -> Iterator[dict]:
+    def rows(self, seen: Observations, findings: Iterable[Finding]) -> Iterator[dict]:
         """A row for each finding: kind, source, texts, latest margins, and the probability of a wrong label."""
         pairs = Pairs.of(seen)
         probability = wrong_label_probability(pairs, seen)

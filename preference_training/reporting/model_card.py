@@ -13,12 +13,13 @@ from pathlib import Path
 from preference_training.configuration.composition import default_values
 from preference_training.configuration.keys import NOT_SHOWN, is_within
 from preference_training.configuration.schema import keys_with
-from preference_training.core.machine import too_few
+from preference_training.core.metric_names import EVAL_ACCURACY, EVAL_LOSS, EVAL_MARGIN, EXAMPLES, TRAIN_ACCURACY, TRAIN_LOSS
 from preference_training.core.secrets import without_secrets
 from preference_training.core.values import dotted
 from preference_training.data.chat_templates import PLAIN_PROMPT
 from preference_training.data.files import is_data_file
 from preference_training.data.registry import DATASETS, TOKENIZED_SUFFIX, dataset_entries
+from preference_training.evaluation.phrasing import too_few
 from preference_training.losses.registry import Registration, find_loss
 
 
@@ -221,21 +222,19 @@ def _intervals(evaluation: dict) -> str:
     )
 
 
-CURVES = ("loss/train", "loss/eval", "rewards_train/accuracies", "rewards_eval/accuracies", "rewards_eval/margins")
+CURVES = (TRAIN_LOSS, EVAL_LOSS, TRAIN_ACCURACY, EVAL_ACCURACY, EVAL_MARGIN)
 
 
 def _curves(rows: list[dict], points: int = 12) -> str:
     """A table of at most `points` rows: means of the steps since the previous row, and the last evaluation."""
     names = [name for name in CURVES if any(name in row for row in rows)]
-    last = max((row["counters/examples"] for row in rows if "loss/train" in row), default=0)
+    last = max((row[EXAMPLES] for row in rows if TRAIN_LOSS in row), default=0)
     bounds = [-1, *(last * number / points for number in range(1, points + 1))]
     lines = []
     for low, high in pairwise(bounds):
-        part = [row for row in rows if low < row["counters/examples"] <= high]
-        if any("loss/train" in row for row in part):
-            lines.append(
-                " | ".join([f"| {part[-1]['counters/examples']:,.0f}", *(_curve(part, name) for name in names)]) + " |"
-            )
+        part = [row for row in rows if low < row[EXAMPLES] <= high]
+        if any(TRAIN_LOSS in row for row in part):
+            lines.append(" | ".join([f"| {part[-1][EXAMPLES]:,.0f}", *(_curve(part, name) for name in names)]) + " |")
     if not lines:
         return ""
     head = "| examples | " + " | ".join(names) + " |\n|" + "---|" * (len(names) + 1)

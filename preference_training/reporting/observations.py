@@ -4,13 +4,13 @@ from collections.abc import Iterator, Sequence
 
 import numpy
 
-from preference_training.core.machine import too_few
-from preference_training.core.values import with_interval
-from preference_training.losses.beta_dpo import is_at_beta_used
+from preference_training.core import metric_names
+from preference_training.core.metric_names import EVAL_ACCURACY, EVAL_LOSS, EXAMPLES, GRAD_NORM, HELD_OUT_PROMPTS
+from preference_training.evaluation.phrasing import too_few, with_interval
 from preference_training.losses.registry import evaluation_depends_on_run
 from preference_training.reporting.charts import metric_values
 from preference_training.reporting.run_record import RunRecord
-from preference_training.tracking.run_files import BAD_STEPS, HELD_OUT_PROMPTS
+from preference_training.tracking.run_files import BAD_STEPS
 
 # The fall of log-probs that is worth mentioning. Unit: nats per response.
 NOTABLE_FALL = 10.0
@@ -43,7 +43,10 @@ def _too_few_prompts(run: RunRecord) -> Iterator[str]:
 
 def _falling_logps(run: RunRecord) -> Iterator[str]:
     split, rows = ("eval", run.evaluations) if len(run.evaluations) > 1 else ("train", run.steps)
-    chosen, margins = finite_values(rows, f"logps_{split}/chosen"), finite_values(rows, f"rewards_{split}/margins")
+    chosen, margins = (
+        finite_values(rows, metric_names.logps(split, "chosen")),
+        finite_values(rows, metric_names.reward(split, "margins")),
+    )
     if len(margins) > 1 and _change(chosen) < -NOTABLE_FALL and _change(margins) > 0:
         beta = run.settings.get("loss.beta")
         usual = f" This is usual with beta {beta}." if isinstance(beta, float) and beta <= 0.1 else ""
@@ -55,7 +58,7 @@ def _falling_logps(run: RunRecord) -> Iterator[str]:
 
 
 def _accuracy_at_chance(run: RunRecord) -> Iterator[str]:
-    accuracy, last = "rewards_eval/accuracies", run.last_evaluation
+    accuracy, last = EVAL_ACCURACY, run.last_evaluation
     low, high = last.get(f"{accuracy}/low"), last.get(f"{accuracy}/high")
     if low is None or high is None or not run.steps:
         return
@@ -70,15 +73,15 @@ def _overfitting(run: RunRecord) -> Iterator[str]:
     if evaluation_depends_on_run(run.settings.get("loss.name")):
         return
     # An earlier version logged beta-DPO's loss at a beta that changes between evaluations.
-    comparable = [row for row in run.evaluations if not is_at_beta_used(row)]
+    comparable = [row for row in run.evaluations if not metric_names.loss_is_at_beta_used(row)]
     evaluations = comparable or run.evaluations
-    losses = finite_values(evaluations, "loss/eval")
+    losses = finite_values(evaluations, EVAL_LOSS)
     if len(losses) != len(evaluations) or len(losses) < 3:
         return
     best = min(range(len(losses)), key=losses.__getitem__)
-    low = evaluations[-1].get("loss/eval/low")
+    low = evaluations[-1].get(f"{EVAL_LOSS}/low")
     if low is not None and losses[best] < low:
-        examples = evaluations[best]["counters/examples"]
+        examples = evaluations[best][EXAMPLES]
         yield (
             f"Held-out loss was lowest after {examples:,.0f} examples ({losses[best]:.4g}) and is {losses[-1]:.4g} at the end: "
             "the run has overfitted since. Use an earlier checkpoint, or train for fewer epochs."
@@ -86,7 +89,7 @@ def _overfitting(run: RunRecord) -> Iterator[str]:
 
 
 def _clipping(run: RunRecord) -> Iterator[str]:
-    norms, limit = finite_values(run.steps, "grad_norm"), run.settings.get("max_grad_norm")
+    norms, limit = finite_values(run.steps, GRAD_NORM), run.settings.get("max_grad_norm")
     if not norms or not isinstance(limit, int | float):
         return
     share = sum(norm > limit for norm in norms) / len(norms)

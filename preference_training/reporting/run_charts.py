@@ -4,7 +4,32 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from preference_training.losses.beta_dpo import LOSS_AT_BETA_USED
+from preference_training.core import metric_names
+from preference_training.core.metric_names import (
+    BETA_USED,
+    COUNTERS,
+    EPOCH,
+    EVAL_CHOSEN_LOGPS,
+    EVAL_CHOSEN_REWARD,
+    EVAL_LOSS,
+    EVAL_REJECTED_LOGPS,
+    EVAL_REJECTED_REWARD,
+    EXAMPLES_PER_SECOND,
+    GAP_MEAN,
+    GAP_STD,
+    GRAD_NORM,
+    KEPT_FRACTION,
+    LEARNING_RATE,
+    LOSS_AT_BETA_USED,
+    MEMORY,
+    TIME,
+    TOKENS_PER_SECOND,
+    TRAIN_CHOSEN_LOGPS,
+    TRAIN_CHOSEN_REWARD,
+    TRAIN_LOSS,
+    TRAIN_REJECTED_LOGPS,
+    TRAIN_REJECTED_REWARD,
+)
 from preference_training.reporting.charts import Line, chart
 from preference_training.reporting.run_record import RunRecord
 
@@ -26,43 +51,43 @@ TRAIN_EVAL = ("train", "training"), ("eval", "held out")
 CHARTS = (
     ChartSpec(
         "Loss", "lower is better",
-        {"loss/train": "training", "loss/eval": "held out", LOSS_AT_BETA_USED: "held out, at the current beta"},
+        {TRAIN_LOSS: "training", EVAL_LOSS: "held out", LOSS_AT_BETA_USED: "held out, at the current beta"},
     ),
     ChartSpec(
         "Reward accuracy", "share of pairs whose preferred response has the higher reward; chance is 0.5",
-        {f"rewards_{split}/accuracies": label for split, label in TRAIN_EVAL},
+        {metric_names.reward(split, "accuracies"): label for split, label in TRAIN_EVAL},
     ),
     ChartSpec(
         "Reward margin", "reward of the preferred response minus that of the rejected one",
-        {f"rewards_{split}/margins": label for split, label in TRAIN_EVAL},
+        {metric_names.reward(split, "margins"): label for split, label in TRAIN_EVAL},
     ),
     ChartSpec(
         "Log-prob of responses", "nats per response; both may fall while the margin grows",
         {
-            "logps_train/chosen": "preferred, training", "logps_train/rejected": "rejected, training",
-            "logps_eval/chosen": "preferred, held out", "logps_eval/rejected": "rejected, held out",
+            TRAIN_CHOSEN_LOGPS: "preferred, training", TRAIN_REJECTED_LOGPS: "rejected, training",
+            EVAL_CHOSEN_LOGPS: "preferred, held out", EVAL_REJECTED_LOGPS: "rejected, held out",
         },
     ),
     ChartSpec(
         "Rewards", "beta times the log-ratio of policy and reference, per response",
         {
-            "rewards_train/chosen": "preferred, training", "rewards_train/rejected": "rejected, training",
-            "rewards_eval/chosen": "preferred, held out", "rewards_eval/rejected": "rejected, held out",
+            TRAIN_CHOSEN_REWARD: "preferred, training", TRAIN_REJECTED_REWARD: "rejected, training",
+            EVAL_CHOSEN_REWARD: "preferred, held out", EVAL_REJECTED_REWARD: "rejected, held out",
         },
     ),
-    ChartSpec("Gradient norm", "before clipping to max_grad_norm", {"grad_norm": "norm"}),
-    ChartSpec("Learning rate", "per step", {"lr": "lr"}),
-    ChartSpec("Beta used", "per micro-batch", {"beta_DPO/beta_used": "beta"}),
-    ChartSpec("Share of pairs kept", "by the filter of beta-DPO", {"beta_DPO/kept_fraction": "share"}),
+    ChartSpec("Gradient norm", "before clipping to max_grad_norm", {GRAD_NORM: "norm"}),
+    ChartSpec("Learning rate", "per step", {LEARNING_RATE: "lr"}),
+    ChartSpec("Beta used", "per micro-batch", {BETA_USED: "beta"}),
+    ChartSpec("Share of pairs kept", "by the filter of beta-DPO", {KEPT_FRACTION: "share"}),
     ChartSpec(
         "Margins of beta-DPO", "running statistics that set the filter and beta",
-        {"beta_DPO/gap_mean": "mean", "beta_DPO/gap_std": "standard deviation"},
+        {GAP_MEAN: "mean", GAP_STD: "standard deviation"},
     ),
-    ChartSpec("Throughput", "examples per second", {"examples_per_second": "examples/s"}),
-    ChartSpec("Memory", "GiB on rank 0; on a GPU, the peak so far", {"memory_gib": "GiB"}),
+    ChartSpec("Throughput", "examples per second", {EXAMPLES_PER_SECOND: "examples/s"}),
+    ChartSpec("Memory", "GiB on rank 0; on a GPU, the peak so far", {MEMORY: "GiB"}),
 )  # fmt: skip
 # Metrics without a chart.
-NOT_CHARTED = ("counters/", "epoch", "time", "tokens_per_second")
+NOT_CHARTED = (COUNTERS, EPOCH, TIME, TOKENS_PER_SECOND)
 
 
 def run_charts(run: RunRecord) -> list[Markup]:

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from preference_training.core.errors import UserError
-from preference_training.core.values import UNREADABLE, with_interval
+from preference_training.core.metric_names import EVAL_ACCURACY, EVAL_LOSS, EVAL_MARGIN, EXAMPLES_PER_SECOND, MEMORY
+from preference_training.core.values import UNREADABLE
 from preference_training.data.rows.records import DataReport
+from preference_training.evaluation.phrasing import with_interval
 from preference_training.reporting.charts import format_number
 from preference_training.reporting.examples import Samples, flagged_by_kind
 from preference_training.reporting.flagged_pairs import KINDS, PairFinder
@@ -20,13 +22,20 @@ from preference_training.reporting.observations import finite_values, observatio
 from preference_training.reporting.pages.rendering import render, write_page
 from preference_training.reporting.run_charts import run_charts
 from preference_training.reporting.run_record import RunRecord
-from preference_training.tracking.run_files import METRICS, REPORT
+from preference_training.tracking.run_files import (
+    METRICS,
+    REPORT,
+)
 
 MAX_EVENTS = 200
 # The shape of a row of events.jsonl.
 EVENT = {"time": str, "examples": int, "text": str}
 # The held-out metrics at the top of the page, and their titles.
-HEADLINE = {"loss/eval": "held-out loss", "rewards_eval/accuracies": "reward accuracy", "rewards_eval/margins": "reward margin"}
+HEADLINE = {
+    EVAL_LOSS: "held-out loss",
+    EVAL_ACCURACY: "reward accuracy",
+    EVAL_MARGIN: "reward margin",
+}
 
 
 def write_report(run_dir: Path) -> Path:
@@ -93,7 +102,7 @@ def headline(run: RunRecord) -> list[dict]:
         if isinstance(last.get(metric), int | float):
             value, _, interval = _estimate(last, metric).partition(" ")
             found.append({"name": title, "value": value, "more": f"95%: {interval}" if interval else ""})
-    speeds, memory = finite_values(run.steps, "examples_per_second"), finite_values(run.steps, "memory_gib")
+    speeds, memory = finite_values(run.steps, EXAMPLES_PER_SECOND), finite_values(run.steps, MEMORY)
     if speeds:
         found.append({"name": "examples per second", "value": format_number(statistics.median(speeds)), "more": "median"})
     if memory:

@@ -16,14 +16,14 @@ from rich.text import Text
 
 from preference_training.configuration.kept import read_config
 from preference_training.core.errors import UserError
-from preference_training.core.machine import too_few
+from preference_training.core.metric_names import EXAMPLES, EXAMPLES_PER_SECOND, HELD_OUT_PROMPTS
+from preference_training.evaluation.phrasing import too_few
 from preference_training.reporting.charts import Line, downsample, tick_label, ticks
 from preference_training.reporting.run_charts import CHARTS
 from preference_training.reporting.run_record import RunRecord
 from preference_training.tracking.run_files import (
     ABOUT,
     EVENTS,
-    HELD_OUT_PROMPTS,
     METRICS,
     counted,
     json_object,
@@ -110,12 +110,12 @@ def screen(live: LiveRun, width: int, height: int) -> Group:
 def speed_facts(run: RunRecord) -> Iterator[str]:
     """The speed of the last steps and the remaining time, in words."""
     rows, total = run.rows, run.about.get("examples")
-    speeds = [row["examples_per_second"] for row in rows[-20:] if isinstance(row.get("examples_per_second"), int | float)]
+    speeds = [row[EXAMPLES_PER_SECOND] for row in rows[-20:] if isinstance(row.get(EXAMPLES_PER_SECOND), int | float)]
     if not speeds or sum(speeds) <= 0:
         return
     speed = sum(speeds) / len(speeds)
     yield f"{speed:.4g} examples/s"
-    left = (total if isinstance(total, int) else 0) - rows[-1]["counters/examples"]
+    left = (total if isinstance(total, int) else 0) - rows[-1][EXAMPLES]
     if left > 0:
         yield f"{left / speed / 60:.0f} min left" if left > 120 * speed else f"{left / speed:.0f} s left"
 

@@ -1,40 +1,59 @@
 """Where a run's numbers go beside its own files: wandb and TensorBoard, under the names of metrics.jsonl.
 
-A dashboard may fail, be unreachable or miss its disk: that is said in one line, and the run goes on without it.
+A dashboard may fail, be unreachable or run out of disk: that is printed in one line, and the run goes on without it.
+A new one is a subclass of Dashboard in DASHBOARDS, with its name among those that `tracking` may have.
 """
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from preference_training.configuration.kept import as_yaml
 from preference_training.core.errors import first_line
+from preference_training.core.metric_names import EXAMPLES
+from preference_training.tracking.run_files import (
+    TENSORBOARD,
+    WANDB,
+)
 
-# The metric that all others are drawn over.
-EXAMPLES = "counters/examples"
-# Folder of TensorBoard's files in a run directory.
-TENSORBOARD = "tensorboard"
+
+@dataclass(frozen=True)
+class RunStart:
+    """What a dashboard needs to know of a run that starts.
+
+    config: the whole configuration, plain. run_id: wandb's name for the run, which is continued if there is one. examples:
+    where the run resumes, 0 at its beginning.
+    """
+
+    config: dict
+    run_dir: Path
+    run_id: str
+    examples: int = 0
 
 
-class Dashboard(Protocol):
-    """What a tracker asks of a place for its numbers."""
+class Dashboard:
+    """A place for a run's numbers. Making one starts it; whatever it raises, then or later, is printed and ends no run."""
+
+    def __init__(self, start: RunStart):
+        pass
 
     def log(self, row: dict[str, float]) -> None:
-        """Take one row of metrics, with counters/examples among them."""
+        """Take one row of metrics, counters/examples among them."""
+        raise NotImplementedError
 
     def log_table(self, name: str, rows: list[dict], examples: int) -> None:
-        """Take rows of text, all with the same keys, as a table of the moment after so many examples."""
+        """Take rows of text, all with the same keys, as a table after so many examples."""
 
     def log_page(self, path: Path) -> None:
         """Take the run's report, a page in one file."""
 
     def finish(self) -> None:
-        """All that there will be has been handed over."""
+        """Everything has been logged."""
 
 
 class Guarded:
-    """A dashboard that can never end a run: its first failure is said in one line, and then it is left alone."""
+    """A dashboard that can never end a run: its first failure is printed in one line, and then it is left alone."""
 
     def __init__(self, name: str, dashboard: Dashboard):
         self.name = name
@@ -62,32 +81,63 @@ class Guarded:
         try:
             action(self.dashboard)
         except Exception as error:  # whatever it does, the run goes on
-            print(f"{self.name}: switched off for the rest of this run: {_said(error)}", flush=True)
+            print(f"{self.name}: switched off for the rest of this run: {_without_key(error)}", flush=True)
             self.dashboard = None
 
 
-def start_dashboards(names: list[str], config: dict, run_dir: Path, run_id: str, examples: int) -> list[Guarded]:
-    """Those of `names` that can be started, for a run whose whole configuration is `config`.
+def start_dashboards(names: list[str], start: RunStart) -> list[Guarded]:
+    """Those of `names` that can be started; prints why of the others."""
+    started = []
+    for name in names:
+        try:
+            started.append(Guarded(name, DASHBOARDS[name](start)))
+        except Exception as error:  # no room, or libraries that do not fit each other: the run goes on
+            print(f"{name}: not used: {_without_key(error)}", flush=True)
+    return started
 
-    run_id: wandb's name for the run, which is continued if there is one; examples: where the run goes on, 0 at its beginning.
+
+def _without_key(error: Exception) -> str:
+    """An error's first line without wandb's key, which a refusal may quote."""
+    text, key = first_line(error), _wandb_key()
+    return text.replace(key, "(the key)") if key else text
+
+
+# ---- wandb ------------------------------------------------------------------------------------------------------------------
+
+
+class WandbDashboard(Dashboard):
+    """A run at wandb, or in its files where it is offline: metrics, tables of samples, and the report as an artifact.
+
+    Offline without a key (WANDB_API_KEY or a netrc entry) or where its server does not answer; WANDB_MODE decides if set.
     """
-    starts = {
-        "wandb": lambda: start_wandb(config, run_dir, run_id),
-        "tensorboard": lambda: start_tensorboard(config, run_dir, examples),
-    }
-    started = ((name, starts[name]()) for name in names)
-    return [Guarded(name, dashboard) for name, dashboard in started if dashboard is not None]
 
+    def __init__(self, start: RunStart):
+        import wandb
 
-# ---- wandb --------------------------------------------------------------------------------------------------------------
-
-
-class WandbRun:
-    """A run at wandb, or in its files where it is offline: metrics, tables of samples, and the report as an artifact."""
-
-    def __init__(self, wandb, run):
-        self.wandb, self.run = wandb, run
-        run.define_metric("*", step_metric=EXAMPLES)
+        self.wandb = wandb
+        mode = os.environ.get("WANDB_MODE") or ("online" if _wandb_key() else "offline")
+        if mode == "offline":
+            print(
+                f"wandb: offline, as there is no key; files in {start.run_dir / WANDB}, `wandb sync` uploads them.", flush=True
+            )
+        arguments = {
+            "project": start.config["wandb"]["project"],
+            "entity": start.config["wandb"]["entity"],
+            "name": start.config["exp_name"],
+            "dir": str(start.run_dir),
+            "id": start.run_id,
+            "resume": "allow",
+            "config": start.config,
+            "settings": wandb.Settings(init_timeout=30, silent=True),
+        }
+        try:
+            self.run = wandb.init(**arguments, mode=mode)
+        except Exception as error:  # no network, a refused key, a server that does not answer
+            if mode != "online":
+                raise
+            print(f"wandb: offline, as its server could not be used: {_without_key(error)}", flush=True)
+            self.run = wandb.init(**arguments, mode="offline")
+        self.run.define_metric("*", step_metric=EXAMPLES)
 
     def log(self, row: dict[str, float]) -> None:
         """As Dashboard's; the newest value of each metric is the run's summary."""
@@ -101,55 +151,13 @@ class WandbRun:
     def log_page(self, path: Path) -> None:
         """As Dashboard's."""
         artifact = self.wandb.Artifact(f"report-{self.run.id}", type="report")
-        # A copy: the report may be made anew before an offline run is sent.
+        # A copy: the report may be written again before an offline run is uploaded.
         artifact.add_file(str(path))
         self.run.log_artifact(artifact)
 
     def finish(self) -> None:
-        """As Dashboard's; online it returns when all is sent."""
+        """As Dashboard's; online it returns when everything is uploaded."""
         self.run.finish()
-
-
-def start_wandb(config: dict, run_dir: Path, run_id: str | None = None) -> WandbRun | None:
-    """Start wandb for a run whose whole configuration is `config`; None, said in one line, where it cannot start.
-
-    A run that was started under `run_id` before is continued.
-
-    Offline without a key (WANDB_API_KEY or a netrc entry) or where its server does not answer; WANDB_MODE decides if set.
-    """
-    try:
-        import wandb
-
-        mode = os.environ.get("WANDB_MODE") or ("online" if _wandb_key() else "offline")
-        if mode == "offline":
-            print(f"wandb: offline, as there is no key; files in {run_dir / 'wandb'}, `wandb sync` uploads them.", flush=True)
-        arguments = {
-            "project": config["wandb"]["project"],
-            "entity": config["wandb"]["entity"],
-            "name": config["exp_name"],
-            "dir": str(run_dir),
-            "id": run_id,
-            "resume": "allow",
-            "config": config,
-        }
-        settings = wandb.Settings(init_timeout=30, silent=True)
-        try:
-            run = wandb.init(**arguments, mode=mode, settings=settings)
-        except Exception as error:  # no network, a refused key, a server that does not answer
-            if mode != "online":
-                raise
-            print(f"wandb: offline, as its server could not be used: {_said(error)}", flush=True)
-            run = wandb.init(**arguments, mode="offline", settings=settings)
-        return WandbRun(wandb, run)
-    except Exception as error:  # whatever wandb does, the run goes on
-        print(f"wandb: not used: {_said(error)}", flush=True)
-        return None
-
-
-def _said(error: Exception) -> str:
-    """What an error says, in one line and without wandb's key: it may have been refused by quoting it."""
-    text, key = first_line(error), _wandb_key()
-    return text.replace(key, "(the key)") if key else text
 
 
 def _wandb_key() -> str | None:
@@ -164,14 +172,22 @@ def _wandb_key() -> str | None:
     return entry[2] if entry else None
 
 
-# ---- TensorBoard --------------------------------------------------------------------------------------------------------
+# ---- TensorBoard ------------------------------------------------------------------------------------------------------------
 
 
-class TensorBoardRun:
-    """TensorBoard's files of a run; its steps are examples. `writer` is a SummaryWriter."""
+class TensorBoardDashboard(Dashboard):
+    """TensorBoard's files in a run directory; its steps are examples.
 
-    def __init__(self, writer):
-        self.writer = writer
+    Earlier files' steps after the checkpoint from which the run resumes are no longer shown.
+    """
+
+    def __init__(self, start: RunStart):
+        from torch.utils.tensorboard import SummaryWriter
+
+        purge_step = start.examples + 1 if start.examples else None
+        self.writer = SummaryWriter(str(start.run_dir / TENSORBOARD), purge_step=purge_step)
+        text = "".join(f"    {line}\n" for line in as_yaml(start.config).splitlines())
+        self.writer.add_text("config", text, start.examples)
 
     def log(self, row: dict[str, float]) -> None:
         """As Dashboard's."""
@@ -186,25 +202,10 @@ class TensorBoardRun:
             parts = ("\n".join((f"**{key}**", "", *(f"    {line}" for line in str(row[key]).split("\n")))) for key in row)
             self.writer.add_text(f"{name}/{number}", "\n\n".join(parts), examples)
 
-    def log_page(self, path: Path) -> None:
-        """As Dashboard's: it stays in the run directory, beside these files."""
-
     def finish(self) -> None:
         """As Dashboard's."""
         self.writer.close()
 
 
-def start_tensorboard(config: dict, run_dir: Path, examples: int) -> TensorBoardRun | None:
-    """Start TensorBoard's files in a run directory; None, said in one line, where that fails.
-
-    What earlier files say of steps behind `examples`, where the run goes on, is no longer shown.
-    """
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-
-        writer = SummaryWriter(str(run_dir / TENSORBOARD), purge_step=examples + 1 if examples else None)
-        writer.add_text("config", "".join(f"    {line}\n" for line in as_yaml(config).splitlines()), examples)
-        return TensorBoardRun(writer)
-    except Exception as error:  # a disk without room, or libraries that do not fit each other: the run goes on
-        print(f"tensorboard: not used: {_said(error)}", flush=True)
-        return None
+# By the names that `tracking` has for them.
+DASHBOARDS: dict[str, type[Dashboard]] = {"wandb": WandbDashboard, "tensorboard": TensorBoardDashboard}

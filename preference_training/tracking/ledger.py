@@ -1,9 +1,9 @@
-"""The ledger of a run: the margin of every training pair, each time a step was taken with it.
+"""The ledger of a run: the margin of every training pair, at each step that was taken with it.
 
-    RUN/ledger/<examples>.parquet   what was seen since the file before, up to so many examples
+    RUN/ledger/<examples>.parquet   observations since the file before, up to so many examples
 
-A pair is named by the places of its two responses among all responses of the run's data, which are the same in every epoch
-and on any number of processes. Shapes: N sightings, P pairs of a step.
+A pair is identified by the indices of its two responses among all responses of the run's data, which are the same in every
+epoch and on any number of processes. Shapes: N observations, P pairs of a step.
 """
 
 from collections.abc import Callable, Iterable
@@ -17,22 +17,23 @@ import pyarrow.parquet
 import torch
 from torch import Tensor
 
+from preference_training.core.files import PARTIAL, atomic_path
 from preference_training.core.process_group import SINGLE_PROCESS, Ranks
 
 FOLDER = "ledger"
 SCHEMA = pyarrow.schema(
     {"examples": pyarrow.int64(), "preferred": pyarrow.int64(), "other": pyarrow.int64(), "margins": pyarrow.float32()}
 )
-# Steps after which what was seen is written, if neither evaluation nor checkpoint has come before.
+# Steps after which observations are written, if no evaluation or checkpoint comes first.
 STEPS_KEPT = 1000
 
 
 @dataclass(frozen=True)
-class Sightings:
-    """Pairs as they were seen, in the order of the steps; all are [N].
+class Observations:
+    """Margins of pairs, in the order of the steps; all are [N].
 
-    examples: int64, how many examples the run had seen at the end of the step. preferred, other: int64, the places of the
-    pair's responses. margins: float32, the reward of the preferred minus that of the other, before the step changed anything.
+    examples: int64, how many examples the run had seen at the end of the step. preferred, other: int64, the indices of the
+    pair's responses. margins: float32, the reward of the preferred minus that of the other, before the step's update.
     """
 
     examples: numpy.ndarray
@@ -41,8 +42,8 @@ class Sightings:
     margins: numpy.ndarray
 
     @classmethod
-    def joined(cls, parts: Iterable["Sightings"]) -> "Sightings":
-        """Several together, in one order whatever computed them."""
+    def joined(cls, parts: Iterable["Observations"]) -> "Observations":
+        """Several joined, in an order that does not depend on which rank computed what."""
         parts = [part.columns() for part in parts]
         columns = [
             numpy.concatenate([numpy.empty(0, field.type.to_pandas_dtype()), *(part[field.name] for part in parts)])
@@ -60,34 +61,34 @@ class Sightings:
 
 
 class Ledger:
-    """Keeps what is seen, and writes it at evaluations and checkpoints. `say` prints a line.
+    """Records margins, and writes them at evaluations and checkpoints. `say` prints a line.
 
-    All ranks of a run see and write together; each keeps its own pairs on its own device until then.
+    All ranks of a run record and write together; each keeps its own pairs on its own device until then.
     """
 
     def __init__(self, run_dir: Path, ranks: Ranks = SINGLE_PROCESS, say: Callable[[str], None] = print):
         self.folder, self.ranks, self.say = run_dir / FOLDER, ranks, say
         self.steps: list[tuple[int, list[tuple[Tensor, Tensor]]]] = []
-        # What the disk has had no room for.
-        self.unwritten = Sightings.joined([])
+        # What a full disk has not taken yet.
+        self.unwritten = Observations.joined([])
         self.failed = False
 
-    def see(self, examples: int, seen: list[tuple[Tensor, Tensor]]) -> None:
-        """Keep the pairs of a step that was taken: places of responses [P, 2] with margins [P], pack by pack."""
-        self.steps.append((examples, seen))
+    def record(self, examples: int, pairs: list[tuple[Tensor, Tensor]]) -> None:
+        """Record the pairs of a step that was taken: response indices [P, 2] and margins [P] of each pack."""
+        self.steps.append((examples, pairs))
         if len(self.steps) >= STEPS_KEPT:
             self.write()
 
     def write(self) -> None:
-        """Write what was seen since the last time. A disk without room is said once, and tried again the next time."""
+        """Write what was recorded since the last time. A full disk is reported once, and tried again the next time."""
         if not self.steps:
             return
-        mine, examples = self._mine(), self.steps[-1][0]
+        own, examples = self._own(), self.steps[-1][0]
         self.steps = []
-        parts = self.ranks.all_gather_object(mine)
+        parts = self.ranks.all_gather_object(own)
         if not self.ranks.is_rank_zero:
             return
-        self.unwritten = Sightings.joined([self.unwritten, *parts])
+        self.unwritten = Observations.joined([self.unwritten, *parts])
         try:
             self.folder.mkdir(exist_ok=True)
             _write(self.folder / f"{examples}.parquet", pyarrow.table(self.unwritten.columns(), SCHEMA))
@@ -96,22 +97,21 @@ class Ledger:
                 self.say(f"warning: the ledger cannot be written to, its rows are kept for later: {error.strerror or error}")
             self.failed = True
         else:
-            self.unwritten, self.failed = Sightings.joined([]), False
+            self.unwritten, self.failed = Observations.joined([]), False
 
-    def _mine(self) -> Sightings:
-        packs = [(examples, *pack) for examples, seen in self.steps for pack in seen]
+    def _own(self) -> Observations:
+        packs = [(examples, *pack) for examples, pairs in self.steps for pack in pairs]
         if not packs:
-            return Sightings.joined([])
+            return Observations.joined([])
         rows = torch.cat([rows for _, rows, _ in packs]).cpu().numpy()
         margins = torch.cat([margins for *_, margins in packs]).float().cpu().numpy()
         examples = numpy.repeat([examples for examples, *_ in packs], [len(margins) for *_, margins in packs])
-        return Sightings(examples, rows[:, 0], rows[:, 1], margins)
+        return Observations(examples, rows[:, 0], rows[:, 1], margins)
 
 
 def _write(path: Path, table: pyarrow.Table) -> None:
-    partial = path.with_name(f"{path.name}.partial")
-    pyarrow.parquet.write_table(table, partial, compression="zstd")
-    partial.replace(path)
+    with atomic_path(path) as partial:
+        pyarrow.parquet.write_table(table, partial, compression="zstd")
 
 
 def parts_of(run_dir: Path) -> list[Path]:
@@ -120,21 +120,21 @@ def parts_of(run_dir: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.stem))
 
 
-def read_ledger(run_dir: Path) -> Sightings:
-    """All that a run's ledger holds; files that are damaged are passed over."""
+def read_ledger(run_dir: Path) -> Observations:
+    """All observations in a run's ledger; damaged files are skipped."""
     parts = []
     for path in parts_of(run_dir):
         try:
             table = pyarrow.parquet.read_table(path, schema=SCHEMA)
         except (OSError, pyarrow.ArrowException):
             continue
-        parts.append(Sightings(*(table[name].to_numpy() for name in SCHEMA.names)))
-    return Sightings.joined(parts)
+        parts.append(Observations(*(table[name].to_numpy() for name in SCHEMA.names)))
+    return Observations.joined(parts)
 
 
 def cut_back_ledger(run_dir: Path, examples: int) -> None:
-    """Leave only what was seen up to so many examples; what is damaged behind them goes too."""
-    for path in (run_dir / FOLDER).glob("*.partial"):
+    """Remove observations after so many examples, and damaged files after them."""
+    for path in (run_dir / FOLDER).glob(f"*{PARTIAL}"):
         path.unlink()
     for path in parts_of(run_dir):
         if int(path.stem) <= examples:
@@ -144,7 +144,7 @@ def cut_back_ledger(run_dir: Path, examples: int) -> None:
             kept = table.filter(pyarrow.compute.field("examples") <= examples)
         except (OSError, pyarrow.ArrowException):
             kept = ()
-        # A file reaches over the end only where the disk had no room for the one before it.
+        # A file spans the cut only where the disk had no room for the one before it.
         if len(kept):
             _write(path.with_stem(str(examples)), kept)
         path.unlink()

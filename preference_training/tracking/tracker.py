@@ -1,8 +1,8 @@
 """Where a run's numbers go: metrics.jsonl always, the console as a progress bar or as lines, and dashboards if asked for.
 
-A step hands over tensors; they are read, which makes the device wait, only when a line is due. No step is lost: what was
-kept back is written with the next line, and at the end. What happens beside steps (an evaluation, a checkpoint, a warning) is
-a line of the console and of events.jsonl.
+A step hands over tensors; reading them synchronizes with the device, and is done only when a line is due. No step is lost:
+pending ones are written with the next line, and at the end. What happens between steps (an evaluation, a checkpoint, a
+warning) is a line on the console and in events.jsonl.
 """
 
 import json
@@ -17,18 +17,32 @@ import torch
 from torch import Tensor
 
 from preference_training.core.errors import first_line
+from preference_training.core.metric_names import (
+    BETA_USED,
+    EVAL_LOSS,
+    EXAMPLES,
+    EXAMPLES_PER_SECOND,
+    TRAIN_ACCURACY,
+    TRAIN_LOSS,
+    TRAIN_MARGIN,
+)
 from preference_training.tracking.dashboards import Dashboard
-from preference_training.tracking.run_files import BAD_STEPS, EVENTS, METRICS, SAMPLES
+from preference_training.tracking.run_files import (
+    BAD_STEPS,
+    EVENTS,
+    METRICS,
+    SAMPLES,
+)
 
 Metrics = dict[str, float | Tensor]
 
-# metrics.jsonl name -> the short form on the console
+# Name in metrics.jsonl → name on the console
 SHORT_NAMES = {
-    "loss/train": "loss",
-    "rewards_train/accuracies": "accuracy",
-    "rewards_train/margins": "margin",
-    "beta_DPO/beta_used": "beta",
-    "examples_per_second": "examples/s",
+    TRAIN_LOSS: "loss",
+    TRAIN_ACCURACY: "accuracy",
+    TRAIN_MARGIN: "margin",
+    BETA_USED: "beta",
+    EXAMPLES_PER_SECOND: "examples/s",
 }
 
 
@@ -53,11 +67,11 @@ class Tracker:
         self.page: Path | None = None
         # Raises where nothing can be written at the start.
         (run_dir / METRICS).touch()
-        # Rows that could not be written yet, by the names of their files. A checkpoint's line comes from another thread.
+        # Rows that could not be written yet, by file name. A checkpoint's line comes from another thread.
         self.unwritten: dict[str, bytes] = {}
         self.writing = threading.RLock()
         self.min_interval = min_interval
-        self.waiting: list[Metrics] = []
+        self.pending: list[Metrics] = []
         self.last_line = float("-inf")
         self.console = _ProgressBar(total) if sys.stdout.isatty() else _Lines(total)
 
@@ -77,17 +91,17 @@ class Tracker:
 
     def log_step(self, metrics: Metrics) -> None:
         """Take a training step's metrics; they are written when `min_interval` seconds have passed since the last line."""
-        self.waiting.append(metrics)
-        self.examples = metrics["counters/examples"]
+        self.pending.append(metrics)
+        self.examples = metrics[EXAMPLES]
         if time.monotonic() - self.last_line >= self.min_interval:
             self.flush()
 
     def flush(self) -> None:
-        """Write every step that is waiting; the console and dashboards get the last of them."""
-        if not self.waiting:
+        """Write every pending step; the console and dashboards get the last one."""
+        if not self.pending:
             return
-        rows = [_numbers(metrics) for metrics in self.waiting]
-        self.waiting = []
+        rows = [_numbers(metrics) for metrics in self.pending]
+        self.pending = []
         self._write(METRICS, rows)
         self.last_line = time.monotonic()
         self.console.step(rows[-1])
@@ -99,9 +113,9 @@ class Tracker:
         self.flush()
         row = _numbers(metrics)
         self._write(METRICS, [row])
-        self.examples = row["counters/examples"]
-        shown = ", ".join(f"{name} {row[name]:.4g}" for name in row if name.endswith(("loss/eval", "accuracies", "margins")))
-        self.say(f"held out, after {row['counters/examples']:.0f} examples: {shown}")
+        self.examples = row[EXAMPLES]
+        shown = ", ".join(f"{name} {row[name]:.4g}" for name in row if name.endswith((EVAL_LOSS, "accuracies", "margins")))
+        self.say(f"held out, after {row[EXAMPLES]:.0f} examples: {shown}")
         for dashboard in self.dashboards:
             dashboard.log(row)
 
@@ -112,11 +126,11 @@ class Tracker:
             dashboard.log_table("samples", samples, examples)
 
     def log_bad_step(self, row: dict) -> None:
-        """Add a step that was not taken to `bad_batches.jsonl`, and say so."""
+        """Add a skipped step to `bad_batches.jsonl`, and say so."""
         self._write(BAD_STEPS, [row])
         shown = ", ".join(row["pairs"][:3]) + (", ..." if len(row["pairs"]) > 3 else "")
         self.say(
-            f"warning: the step after {row['counters/examples']} examples was not taken: its {row['not_finite']} is not "
+            f"warning: the step after {row[EXAMPLES]} examples was not taken: its {row['not_finite']} is not "
             f"finite. {BAD_STEPS} names the examples: {shown}"
         )
 
@@ -127,7 +141,7 @@ class Tracker:
         self.flush()
         try:
             self.page = self.write_report()
-        except Exception as error:  # whatever is wrong with a page, the run goes on
+        except Exception as error:  # whatever is wrong with the page, the run goes on
             self.write_report = None
             again = f"python scripts/report.py {self.run_dir} tries it again"
             self.say(f"warning: report.html could not be written, and is left as it is: {first_line(error)}. {again}")
@@ -142,7 +156,7 @@ class Tracker:
         self._write(EVENTS, [{"time": moment, "examples": self.examples, "text": text}])
 
     def _write(self, name: str, rows: list[dict]) -> None:
-        """Add rows to a file. Those for which a full disk has no room are written with the next ones: the run goes on."""
+        """Append rows to a file. Those that a full disk does not take are written with the next ones: the run goes on."""
         with self.writing:
             late = self.unwritten.pop(name, b"")
             left = late + "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
@@ -157,7 +171,7 @@ class Tracker:
 
 
 class NoTracker:
-    """A tracker that keeps nothing, for the processes that do not write."""
+    """A tracker that writes nothing, for ranks other than 0."""
 
     def __enter__(self) -> "NoTracker":
         return self
@@ -188,14 +202,14 @@ class NoTracker:
 
 
 def _numbers(metrics: Metrics) -> dict[str, float]:
-    """Metrics as floats. Tensors are gathered first, so that a step costs one wait for the device, not one a metric."""
+    """Metrics as floats. Tensors are stacked first: one synchronization with the device per step, not per metric."""
     tensors = {name: value for name, value in metrics.items() if isinstance(value, Tensor)}
     values = torch.stack([value.double().cpu() for value in tensors.values()]).tolist() if tensors else []
     read = dict(zip(tensors, values, strict=True))
     return {name: read.get(name, value) for name, value in metrics.items()}
 
 
-# ---- console ------------------------------------------------------------------------------------------------------------
+# ---- console --------------------------------------------------------------------------------------------------------------
 
 
 def _short(row: dict[str, float]) -> dict[str, str]:
@@ -212,7 +226,7 @@ class _ProgressBar:
 
     def step(self, row: dict[str, float]) -> None:
         self.bar.set_postfix(_short(row), refresh=False)
-        self.bar.update(row["counters/examples"] - self.bar.n)
+        self.bar.update(row[EXAMPLES] - self.bar.n)
 
     def say(self, text: str) -> None:
         self.bar.write(text, file=sys.stdout)
@@ -228,8 +242,8 @@ class _Lines:
         self.total = total
 
     def step(self, row: dict[str, float]) -> None:
-        done = f"{row['counters/examples']:.0f}" + (f"/{self.total}" if self.total else "")
-        left = (self.total - row["counters/examples"]) / max(row["examples_per_second"], 1e-9) if self.total else None
+        done = f"{row[EXAMPLES]:.0f}" + (f"/{self.total}" if self.total else "")
+        left = (self.total - row[EXAMPLES]) / max(row[EXAMPLES_PER_SECOND], 1e-9) if self.total else None
         self.say(f"{done} " + " ".join(f"{k} {v}" for k, v in _short(row).items()) + (f" left {left:.0f} s" if left else ""))
 
     def say(self, text: str) -> None:

@@ -9,7 +9,8 @@ from preference_training.batching.iterator import BatchIterator, Packing
 from preference_training.batching.micro_batches import evaluation_batches
 from preference_training.batching.packing import TokenBudget
 from preference_training.batching.schedule import RunLength, Schedule
-from preference_training.checkpointing.checkpoints import CheckpointWriter, read_state
+from preference_training.checkpointing.checkpoint import Checkpoint
+from preference_training.checkpointing.writer import CheckpointWriter, SaveOptions
 from preference_training.configuration.schema import RunConfig
 from preference_training.core.errors import UserError
 from preference_training.core.files import first_existing
@@ -44,23 +45,19 @@ def checkpoint_writer(
     """The writer of a run's checkpoints. about: what the run is made of, as they say it."""
     config = prepared.config
     served = served_tokenizer(config, placement.tokenizer, prepared.data[0].table)
-    return CheckpointWriter(
-        run_dir,
-        policy,
-        served.tokenizer,
-        placement.ranks,
+    options = SaveOptions(
+        run=about,
         background=config.save_async,
         keep_last=config.keep_last,
         keep_best=config.keep_best,
         metric=config.objective,
-        about=about,
-        say=say,
-        patience_minutes=config.trainer.distributed_timeout_minutes,
-        end_tokens=served.end_tokens,
+        timeout_minutes=config.trainer.distributed_timeout_minutes,
+        end_tokens=tuple(served.end_tokens),
     )
+    return CheckpointWriter(run_dir, policy, served.tokenizer, placement.ranks, options, say)
 
 
-def assemble(prepared: PreparedRun, placement: Placement, checkpoint: Path | None = None) -> tuple[Models, Batches]:
+def assemble(prepared: PreparedRun, placement: Placement, checkpoint: Checkpoint | None = None) -> tuple[Models, Batches]:
     """Load the models as at the run's beginning, and make its batches."""
     config, ranks = prepared.config, placement.ranks
     train_prompts, held_out = (split.table for split in prepared.data)
@@ -96,10 +93,10 @@ class Budgets:
     at_start: TokenBudget
 
 
-def budgets_of(config: RunConfig, policy, ranks, checkpoint: Path | None) -> Budgets:
+def budgets_of(config: RunConfig, policy, ranks, checkpoint: Checkpoint | None) -> Budgets:
     """The token budgets of a run: those of its checkpoint, bit for bit, where it goes on with as many processes."""
     if checkpoint:
-        before = read_state(checkpoint)["train_batches"]
+        before = checkpoint.state["train_batches"]
         if before["ranks"] == ranks.size and config.max_tokens_per_microbatch is None:
             # Early checkpoints hold one budget.
             return Budgets(TokenBudget(*before["budget"][:2]), TokenBudget(*before["budget"][-2:]))

@@ -2,13 +2,12 @@
 
 from torch import nn
 
-from preference_training.checkpointing.checkpoints import smaller_is_better
-from preference_training.core.machine import too_few
+from preference_training.core.metric_names import EVAL_LOSS, loss_is_at_beta_used, smaller_is_better
 from preference_training.distributed.placement import Placement
 from preference_training.evaluation.breakdown import interval_metrics
 from preference_training.evaluation.held_out import HeldOut, evaluate_held_out
+from preference_training.evaluation.phrasing import too_few
 from preference_training.generation.sampling import Sampler
-from preference_training.losses.beta_dpo import is_at_beta_used
 from preference_training.modeling.logprobs import LiveReference
 from preference_training.training.parts import Batches, Models, Observers
 from preference_training.training.state import RunState
@@ -113,7 +112,7 @@ class Evaluator:
     def resume(self) -> None:
         """Adapt what `state` has from a checkpoint to this run, and say where that loses something."""
         self._resume_reference_answers()
-        if self.config.objective == "loss/eval" and is_at_beta_used(self.state.held_out):
+        if self.config.objective == EVAL_LOSS and loss_is_at_beta_used(self.state.held_out):
             # Losses of now do not compare with those of then.
             self.state.best, self.state.evaluations_since_best = None, 0
             self.observers.tracker.say(

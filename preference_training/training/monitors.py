@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
+from preference_training.core.metric_names import EXAMPLES, TRAIN_ACCURACY, TRAIN_CHOSEN_LOGPS, TRAIN_LOSS
 from preference_training.core.process_group import to_local
 
 # Steps that a mean is taken over, and after which it means something.
@@ -24,24 +25,24 @@ class Watch:
     def __init__(self, say: Callable[[str], None], spike: float | None = None):
         self.say, self.spike = say, spike
         self.newest: dict[str, deque[float]] = {
-            name: deque(maxlen=STEPS) for name in ("loss/train", "logps_train/chosen", "rewards_train/accuracies")
+            name: deque(maxlen=STEPS) for name in (TRAIN_LOSS, TRAIN_CHOSEN_LOGPS, TRAIN_ACCURACY)
         }
         self.chosen_at_start: float | None = None
         self.said: list[str] = []
 
     def see(self, metrics: dict[str, float]) -> None:
         """Look at the metrics of a step that was taken."""
-        at = f"after {metrics['counters/examples']} examples"
-        losses = self.newest["loss/train"]
-        if self.spike is not None and len(losses) == STEPS and metrics["loss/train"] > self.spike * abs(_mean(losses)):
-            self.say(f"warning: {at} the loss is {metrics['loss/train']:.4g}, its mean over {STEPS} steps {_mean(losses):.4g}")
+        at = f"after {metrics[EXAMPLES]} examples"
+        losses = self.newest[TRAIN_LOSS]
+        if self.spike is not None and len(losses) == STEPS and metrics[TRAIN_LOSS] > self.spike * abs(_mean(losses)):
+            self.say(f"warning: {at} the loss is {metrics[TRAIN_LOSS]:.4g}, its mean over {STEPS} steps {_mean(losses):.4g}")
         for name in self.newest.keys() & metrics.keys():
             self.newest[name].append(metrics[name])
         self._see_chosen(at)
         self._see_accuracy(at)
 
     def _see_chosen(self, at: str) -> None:
-        chosen = self.newest["logps_train/chosen"]
+        chosen = self.newest[TRAIN_CHOSEN_LOGPS]
         if len(chosen) < STEPS:
             return
         if self.chosen_at_start is None:
@@ -55,7 +56,7 @@ class Watch:
             )
 
     def _see_accuracy(self, at: str) -> None:
-        accuracies = self.newest["rewards_train/accuracies"]
+        accuracies = self.newest[TRAIN_ACCURACY]
         if len(accuracies) < STEPS:
             return
         mean = _mean(accuracies)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from preference_training.batching.iterator import BatchIterator
 from preference_training.batching.packing import PackedBatch
-from preference_training.checkpointing.checkpoints import CheckpointWriter
+from preference_training.checkpointing.writer import CheckpointWriter
 from preference_training.core.signals import StopRequests
 from preference_training.losses.base import Loss
 from preference_training.tracking.ledger import Ledger

@@ -3,13 +3,15 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from preference_training.checkpointing.resuming import version_of_data
+from preference_training.checkpointing.resume import version_of_data
 from preference_training.configuration.precision import lines_of_precision
 from preference_training.configuration.schema import RunConfig
 from preference_training.configuration.validation import check_objective
+from preference_training.core.devices import allow_tf32
 from preference_training.core.errors import UserError
 from preference_training.core.files import first_existing
-from preference_training.core.machine import allow_tf32, quiet_libraries, settle_memory
+from preference_training.core.libraries import quiet_libraries
+from preference_training.core.memory import tune_malloc
 from preference_training.core.random_streams import seed_everything
 from preference_training.data.entries import read_entries
 from preference_training.data.preparation import Prepared, overlap, prepare, same_ids, without_held_out
@@ -44,7 +46,7 @@ class PreparedRun:
 def prepare_run(config: RunConfig, run_dir: Path, in_sweep: bool = False) -> PreparedRun:
     """Set this process up for a run, and prepare its loss, tokenizer and data. Raises UserError for what cannot work."""
     quiet_libraries()
-    settle_memory(keep_freed=not config.trainer.is_sharded)
+    tune_malloc(keep_freed=not config.trainer.is_sharded)
     allow_tf32(config.tf32)
     seed_everything(config.seed)
     check_optimizer(config)

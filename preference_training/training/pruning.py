@@ -12,9 +12,15 @@ import math
 import warnings
 from pathlib import Path
 
-from preference_training.checkpointing.checkpoints import smaller_is_better
 from preference_training.core.errors import UserError, nearest
-from preference_training.tracking.run_files import JOB, METRICS, PRUNED, json_object, metric_rows
+from preference_training.core.metric_names import EXAMPLES, smaller_is_better
+from preference_training.tracking.run_files import (
+    JOB,
+    METRICS,
+    PRUNED,
+    json_object,
+    metric_rows,
+)
 
 # How to install Optuna.
 SWEEP_REQUIREMENTS = "pip install -r requirements/sweeps.txt"
@@ -83,7 +89,7 @@ class Pruning:
 
     def values_in(self, run_dir: Path) -> dict[int, float]:
         """The objective at each evaluation that a run has made."""
-        rows = [(row["counters/examples"], row.get(self.objective)) for row in metric_rows(run_dir / METRICS)]
+        rows = [(row[EXAMPLES], row.get(self.objective)) for row in metric_rows(run_dir / METRICS)]
         return {self.step(at): value for at, value in rows if isinstance(value, int | float) and math.isfinite(value)}
 
     def step(self, examples: float) -> int:

@@ -4,12 +4,17 @@ import uuid
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from preference_training.configuration.kept import save_config
 from preference_training.configuration.schema import LONGEST_NAME, RunConfig
 from preference_training.core.errors import UserError
 from preference_training.core.files import first_existing
 from preference_training.data.entries import read_entries
+
+if TYPE_CHECKING:
+    # Imports torch.
+    from preference_training.checkpointing.checkpoint import Checkpoint
 
 
 def remove_empty(run_dir: Path) -> None:
@@ -33,12 +38,11 @@ def folders_of(local_dirs) -> list[str]:
     return [local_dirs] if isinstance(local_dirs, str) else list(local_dirs)
 
 
-def describe_run(config: RunConfig, placement, data, checkpoint: Path | None) -> dict:
+def describe_run(config: RunConfig, placement, data, checkpoint: "Checkpoint | None") -> dict:
     """What a run is made of, in plain values, as every checkpoint of it says."""
     import torch
     import transformers
 
-    from preference_training.checkpointing.checkpoints import read_state
     from preference_training.data.chat_templates import format_of_prompts
 
     return {
@@ -47,26 +51,26 @@ def describe_run(config: RunConfig, placement, data, checkpoint: Path | None) ->
         "data_version": data[0].version,
         "began_with": placement.began_with,
         "prompt_format": format_of_prompts(config.as_dict(), data[0].table, placement.tokenizer),
-        "wandb_id": read_state(checkpoint)["run"]["wandb_id"] if checkpoint else uuid.uuid4().hex,
+        "wandb_id": checkpoint.run["wandb_id"] if checkpoint else uuid.uuid4().hex,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
 
 
 def describe_start(config: RunConfig, run_dir: Path, data, total: int | None, device) -> None:
     """Leave in a run's directory what its report says of data, machine and code, as they are at this start."""
-    from preference_training.tracking.run_files import write_about
+    from preference_training.tracking.about import write_about
 
     names = [entry.name for entry in read_entries(config)]
     reports = {name: zip(names, split.reports, strict=True) for name, split in zip(("train", "held out"), data, strict=True)}
     write_about(run_dir, reports, total, device)
 
 
-def begin_in(config: RunConfig, run_dir: Path, checkpoint: Path | None) -> str | None:
+def begin_in(config: RunConfig, run_dir: Path, checkpoint: "Checkpoint | None") -> str | None:
     """Make room for a run that begins in a directory: move an earlier run aside, and return what to say of it.
 
     Raises UserError where the earlier run is needed where it is.
     """
-    from preference_training.checkpointing.resuming import check_beginning, forget_base, set_aside
+    from preference_training.checkpointing.resume import check_beginning, forget_base, set_aside
 
     with writable(run_dir):
         if config.resume:
@@ -78,31 +82,33 @@ def begin_in(config: RunConfig, run_dir: Path, checkpoint: Path | None) -> str |
     return aside and f"local_run_dir: {run_dir} held an earlier run, which is now in {aside.name}/"
 
 
-def open_run_dir(config: RunConfig, run_dir: Path, about: dict, checkpoint: Path | None, total: int | None = None, report=None):
+def open_run_dir(
+    config: RunConfig, run_dir: Path, about: dict, checkpoint: "Checkpoint | None", total: int | None = None, report=None
+):
     """Make a run's directory ready for its files, as they were at the checkpoint; returns its tracker.
 
     total, report: the number of training examples, and what writes the run's page; None where there is none. Raises UserError
     where the checkpoint is another run's.
     """
-    from preference_training.checkpointing.checkpoints import read_state
-    from preference_training.checkpointing.resuming import check_same_run, cut_back
-    from preference_training.tracking.dashboards import start_dashboards
+    from preference_training.checkpointing.resume import check_same_run, cut_back
+    from preference_training.tracking.dashboards import RunStart, start_dashboards
     from preference_training.tracking.tracker import Tracker
 
-    seen = read_state(checkpoint)["examples"] if checkpoint else 0
+    seen = checkpoint.examples if checkpoint else 0
     with writable(run_dir):
         if checkpoint:
             check_same_run(checkpoint, about)
         if config.resume:
-            cut_back(run_dir, checkpoint)
+            cut_back(run_dir, checkpoint.path if checkpoint else None)
         save_config(config, run_dir)
-        dashboards = start_dashboards(config.dashboard_names, about["config"], run_dir, about["wandb_id"], seen)
+        start = RunStart(about["config"], run_dir, about["wandb_id"], seen)
+        dashboards = start_dashboards(config.dashboard_names, start)
         return Tracker(run_dir, total, config.minimum_log_interval_secs, dashboards, report, seen)
 
 
 def say_what_is_set_aside(config: RunConfig, run_dir: Path) -> None:
     """Of a dry run: print what would become of an earlier run in its directory. Raises UserError where that cannot be."""
-    from preference_training.checkpointing.resuming import check_beginning, parts_of_a_run
+    from preference_training.checkpointing.resume import check_beginning, parts_of_a_run
 
     if config.resume or not parts_of_a_run(run_dir):
         return

@@ -4,7 +4,7 @@ from contextlib import ExitStack
 
 from preference_training.batching.iterator import BatchIterator
 from preference_training.batching.schedule import Schedule
-from preference_training.checkpointing.resuming import checkpoint_to_continue
+from preference_training.checkpointing.resume import checkpoint_to_resume
 from preference_training.core.errors import UserError
 from preference_training.core.signals import StopRequests
 from preference_training.data.prompt_table import PromptTable
@@ -41,8 +41,8 @@ def train(prepared: PreparedRun, trainer_class, placement: Placement, report_wri
     config, run_dir, data, ranks = prepared.config, prepared.run_dir, prepared.data, placement.ranks
     check_same_data(data, ranks)
     # Rank 0 looks for a checkpoint, and all ranks follow it.
-    found = checkpoint_to_continue(config.resume, run_dir, config.exp_name) if ranks.is_rank_zero else None
-    checkpoint, run_dir = ranks.broadcast((found, found.parent if found else run_dir))
+    found = checkpoint_to_resume(config.resume, run_dir, config.exp_name) if ranks.is_rank_zero else None
+    checkpoint, run_dir = ranks.broadcast((found, found.path.parent if found else run_dir))
     with ExitStack() as opened:
         if ranks.is_rank_zero:
             opened.enter_context(used_by_this_run(run_dir))
@@ -91,9 +91,9 @@ def evaluate(prepared: PreparedRun, placement: Placement) -> float | None:
     from preference_training.evaluation.runs import EvaluationRun
 
     config, run_dir, data, ranks = prepared.config, prepared.run_dir, prepared.data, placement.ranks
-    found = checkpoint_to_continue(config.resume, run_dir, config.exp_name) if ranks.is_rank_zero else None
+    found = checkpoint_to_resume(config.resume, run_dir, config.exp_name) if ranks.is_rank_zero else None
     checkpoint = ranks.broadcast(found)
-    placement.base_dir = saved_base(checkpoint) if checkpoint else None
+    placement.base_dir = saved_base(checkpoint.path) if checkpoint else None
     if config.resume and checkpoint is None:
         raise UserError(f"resume: {config.resume} has found no checkpoint of {config.exp_name}. Expected one to evaluate.")
     with ExitStack() as opened:
@@ -113,5 +113,5 @@ def evaluate(prepared: PreparedRun, placement: Placement) -> float | None:
             return Evaluator(config, placement, models, batches, RunState(), Observers(tracker))
 
         run = EvaluationRun(config, placement, data[0].table, checkpoint, prepared.loss.needs_reference, build_evaluator)
-        run.evaluate(checkpoint.parent if checkpoint else run_dir)
+        run.evaluate(checkpoint.path.parent if checkpoint else run_dir)
     return run.evaluator.state.held_out[config.objective]

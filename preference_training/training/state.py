@@ -2,6 +2,7 @@
 
 from dataclasses import asdict, dataclass
 
+from preference_training.core.metric_names import EXAMPLES, TOKENS, UPDATES
 from preference_training.tracking.tracker import Metrics
 
 
@@ -26,7 +27,7 @@ class RunState:
 
     def counters(self) -> Metrics:
         """The counters as metrics."""
-        return {"counters/examples": self.examples, "counters/updates": self.updates, "counters/tokens": self.tokens}
+        return {EXAMPLES: self.examples, UPDATES: self.updates, TOKENS: self.tokens}
 
     def state_dict(self) -> dict:
         """All of it, as plain values."""

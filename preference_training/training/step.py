@@ -12,6 +12,7 @@ from torch import Tensor
 
 from preference_training.batching.micro_batches import MicroBatch
 from preference_training.batching.packing import PackedBatch
+from preference_training.core.metric_names import GRAD_NORM, TRAIN_LOSS
 from preference_training.core.process_group import is_distributed
 from preference_training.distributed.placement import Placement
 from preference_training.losses.base import BatchStatistics, LossOutput, example_metrics
@@ -102,9 +103,9 @@ class TrainingStep:
         self.state.examples += num_examples
         self.state.tokens += int(tokens)
         # Where gradients are scaled, the scaler itself skips a step whose gradient has overflowed.
-        if math.isfinite(metrics["loss/train"]) and (math.isfinite(norm) or self.updater.scaler.is_enabled()):
+        if math.isfinite(metrics[TRAIN_LOSS]) and (math.isfinite(norm) or self.updater.scaler.is_enabled()):
             share = self._update(is_finite=math.isfinite(norm))
-            return StepResult(metrics | batch.statistics | {"grad_norm": norm}, batch.packs, stops > 0, share)
+            return StepResult(metrics | batch.statistics | {GRAD_NORM: norm}, batch.packs, stops > 0, share)
         self.updater.skip_step()
         self.state.bad_steps += 1
         self.models.loss.load_state_dict(remembered)

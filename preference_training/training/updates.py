@@ -1,13 +1,12 @@
 """Weight updates: the optimizer of a run, its learning-rate schedule and its gradient scaler; resumed bit for bit."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from preference_training.batching.schedule import RunLength, Schedule
-from preference_training.checkpointing.checkpoints import read_optimizer
+from preference_training.checkpointing.checkpoint import Checkpoint
 from preference_training.distributed.placement import Placement
 from preference_training.modeling.state import compute_device
 from preference_training.training.monitors import UnchangedWeights
@@ -98,9 +97,9 @@ class Updater:
         """The optimizer's state by the weights' names, initialized where it is not yet. Not copies."""
         return self.placement.optimizer_state(self.policy, self.optimizer)
 
-    def load(self, checkpoint: Path, saved: dict, say: Callable[[str], None]) -> None:
+    def load(self, checkpoint: Checkpoint, say: Callable[[str], None]) -> None:
         """Load the optimizer's state of a checkpoint, with its master weights where it has some and they are wanted."""
-        kept = saved.get("master_weights", False)
+        kept, saved = checkpoint.has_master_weights, checkpoint.state
         if self.config.master_weights == "auto" and kept != self.has_masters:
             self.build(masters=kept)
             if not kept:
@@ -111,7 +110,7 @@ class Updater:
         read = optimizer["state"]
         if not kept:
             read = {name: {key: value for key, value in values.items() if key != MASTER} for name, values in read.items()}
-        read_optimizer(checkpoint, read)
+        checkpoint.read_optimizer(read)
         for name, values in saved["optimizer_numbers"].items():
             optimizer["state"][name] |= values
         self.placement.set_optimizer_state(self.policy, self.optimizer, optimizer)

@@ -12,20 +12,11 @@ from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from preference_training.checkpointing import checkpoints
-from preference_training.checkpointing.checkpoints import (
-    CheckpointWriter,
-    Snapshot,
-    best_of,
-    checkpoints_of,
-    fault_of,
-    file_numbers,
-    newest_usable,
-    read_optimizer,
-    read_state,
-    read_weights,
-    write_scalars,
-)
+from preference_training.checkpointing import model_files
+from preference_training.checkpointing.checkpoint import Checkpoint, best_of, checkpoints_of, fault_of, newest_usable
+from preference_training.checkpointing.model_files import file_numbers, write_scalars
+from preference_training.checkpointing.snapshot import Snapshot
+from preference_training.checkpointing.writer import CheckpointWriter, SaveOptions
 from tests.support.files import GOLDEN
 
 
@@ -46,7 +37,7 @@ def written(tmp_path, tokenizer):
         said: list[str] = []
         model = golden_model()
         optimizer = torch.optim.AdamW(model.parameters())
-        with CheckpointWriter(tmp_path, model, tokenizer, say=said.append, **settings) as writer:
+        with CheckpointWriter(tmp_path, model, tokenizer, options=SaveOptions(**settings), say=said.append) as writer:
             for number, count in enumerate(examples):
                 held_out = {"loss/eval": losses[number]} if losses else None
                 writer.write(snapshot(model, count, optimizer, held_out=held_out), with_policy_pt)
@@ -73,7 +64,7 @@ def test_a_checkpoint_loads_with_plain_transformers(tied, tmp_path, tokenizer):
 
 
 def test_weights_beyond_one_file_are_written_in_several_with_an_index(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(checkpoints, "FILE_SIZE", 50_000)
+    monkeypatch.setattr(model_files, "FILE_SIZE", 50_000)
     model = golden_model()
     with CheckpointWriter(tmp_path, model, tokenizer) as writer:
         writer.write(snapshot(model))
@@ -83,7 +74,7 @@ def test_weights_beyond_one_file_are_written_in_several_with_an_index(tmp_path, 
 
 
 def test_files_are_filled_in_order_and_a_tensor_is_never_cut(monkeypatch):
-    monkeypatch.setattr(checkpoints, "FILE_SIZE", 40)
+    monkeypatch.setattr(model_files, "FILE_SIZE", 40)
     sizes = {"a": 4, "b": 6, "c": 1, "d": 20, "e": 1}
     assert file_numbers({name: torch.zeros(size) for name, size in sizes.items()}) == {"a": 1, "b": 1, "c": 2, "d": 3, "e": 4}
 
@@ -97,9 +88,9 @@ def test_weights_and_optimizer_come_back_bit_for_bit(tmp_path, tokenizer):
         writer.write(snapshot(model, optimizer=optimizer))
     other = golden_model()
     other_optimizer = torch.optim.AdamW(other.parameters(), lr=1e-2)
-    read_weights(tmp_path / "LATEST", other.state_dict(keep_vars=True))
+    Checkpoint.read(tmp_path / "LATEST").read_weights(other.state_dict(keep_vars=True))
     state = get_optimizer_state_dict(other, other_optimizer)
-    read_optimizer(tmp_path / "LATEST", state["state"])
+    Checkpoint.read(tmp_path / "LATEST").read_optimizer(state["state"])
     set_optimizer_state_dict(other, other_optimizer, state)
     for one, two in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(one, two)
@@ -121,7 +112,7 @@ def test_an_optimizer_that_keeps_nothing_is_read_as_it_was_written(tmp_path, tok
     with CheckpointWriter(tmp_path, model, tokenizer) as writer:
         writer.write(snapshot(model, optimizer=optimizer))
     state = get_optimizer_state_dict(model, optimizer)
-    read_optimizer(tmp_path / "LATEST", state["state"])
+    Checkpoint.read(tmp_path / "LATEST").read_optimizer(state["state"])
     set_optimizer_state_dict(model, optimizer, state)
 
 
@@ -148,7 +139,7 @@ def test_in_the_background_what_is_written_is_the_run_as_it_was_then(tmp_path, t
     expected = {name: weight.clone() for name, weight in model.state_dict().items()}
     usual = HuggingFaceStorageWriter.write_data
     monkeypatch.setattr(HuggingFaceStorageWriter, "write_data", lambda *args: may_write.wait(30) and usual(*args))
-    with CheckpointWriter(tmp_path, model, tokenizer, background=True) as writer:
+    with CheckpointWriter(tmp_path, model, tokenizer, options=SaveOptions(background=True)) as writer:
         writer.write(snapshot(model))
         with torch.no_grad():
             for weight in model.parameters():
@@ -177,8 +168,8 @@ def test_damage_to_any_file_is_noticed_and_the_next_older_checkpoint_is_taken(da
     for file in files:
         content = file.read_bytes()
         damages()[damage](file)
-        assert newest_usable(tmp_path, said.append) == tmp_path / "step-64", file
-        assert "step-128 is passed over" in said[-1] and file.name in said[-1]
+        assert newest_usable(tmp_path, said.append).path == tmp_path / "step-64", file
+        assert "step-128 is skipped" in said[-1] and file.name in said[-1]
         file.write_bytes(content)
     assert fault_of(newest) is None
     shutil.rmtree(tmp_path / "step-64")
@@ -205,7 +196,7 @@ def test_a_full_disk_costs_that_checkpoint_and_a_line(tmp_path, tokenizer, monke
         assert "step-192 could not be written, the run goes on: needs 0 MiB" in said[2]
         writer.write(snapshot(model, 256))
         assert not writer.failed
-    assert newest_usable(tmp_path) == tmp_path / "step-256"
+    assert newest_usable(tmp_path).path == tmp_path / "step-256"
 
 
 FILES = (
@@ -241,9 +232,9 @@ def test_a_bug_while_writing_keeps_its_traceback(tmp_path, tokenizer):
 def test_state_holds_plain_values_and_bytes_exactly(tmp_path, tokenizer):
     model = golden_model()
     state = {"third": 1 / 3, "tiny": 5e-324, "bytes": torch.arange(256, dtype=torch.uint8), "none": None, "list": [1, "é"]}
-    with CheckpointWriter(tmp_path, model, tokenizer, about={"seed": 3}) as writer:
+    with CheckpointWriter(tmp_path, model, tokenizer, options=SaveOptions(run={"seed": 3})) as writer:
         writer.write(snapshot(model, **state))
-    found = read_state(tmp_path / "LATEST")
+    found = Checkpoint.read(tmp_path / "LATEST").state
     assert torch.equal(found.pop("bytes"), state.pop("bytes"))
     assert found == state | {"examples": 64, "run": {"seed": 3}}
     json.loads((tmp_path / "LATEST" / "state.json").read_text())

@@ -17,21 +17,21 @@ from transformers import AutoModelForCausalLM
 from preference_training.batching.iterator import BatchIterator
 from preference_training.batching.micro_batches import evaluation_batches
 from preference_training.batching.schedule import RunLength, Schedule
-from preference_training.checkpointing import resuming
-from preference_training.checkpointing.checkpoints import CheckpointWriter, fault_of
-from preference_training.checkpointing.resuming import (
-    NEWER_STATE,
-    STATE,
+from preference_training.checkpointing import resume as resuming
+from preference_training.checkpointing.checkpoint import Checkpoint, DamagedError, fault_of
+from preference_training.checkpointing.resume import (
     check_same_run,
-    checkpoint_to_continue,
+    checkpoint_to_resume,
     cut_back,
-    fault_of_run,
-    misfit,
+    resumable,
     version_of_data,
 )
+from preference_training.checkpointing.state import NEWER_STATE_SHAPE, STATE_SHAPE
+from preference_training.checkpointing.writer import CheckpointWriter, SaveOptions
 from preference_training.configuration.keys import MAY_CHANGE_ON_RESUME, is_within
 from preference_training.configuration.schema import keys_with
 from preference_training.core.errors import UserError
+from preference_training.core.values import misfit
 from preference_training.data.prompt_table import PromptTable
 from preference_training.data.tokenization import VERSION, TokenizedPrompt
 from preference_training.losses.registry import build_loss
@@ -62,7 +62,10 @@ def finished(tmp_path_factory, compose, tokenizer) -> Path:
     policy = AutoModelForCausalLM.from_pretrained(GOLDEN / "llama", dtype=torch.float32)
     reference = LiveReference(copy.deepcopy(policy))
     loss = build_loss("dpo", mode_loss="beta_DPO", mode_weight=0.2, a=0.6)
-    with Tracker(run_dir, 12) as tracker, CheckpointWriter(run_dir, policy, tokenizer, about=ABOUT) as writer:
+    with (
+        Tracker(run_dir, 12) as tracker,
+        CheckpointWriter(run_dir, policy, tokenizer, options=SaveOptions(run=ABOUT)) as writer,
+    ):
         batches = (
             BatchIterator(Schedule(prompts, 4, length=RunLength(n_examples=12))),
             evaluation_batches(prompts, 4, 4, seed=0),
@@ -76,6 +79,14 @@ def finished(tmp_path_factory, compose, tokenizer) -> Path:
 def run_dir(finished, tmp_path) -> Path:
     """A copy of the finished run, to be damaged."""
     return Path(shutil.copytree(finished, tmp_path / "runs" / finished.name, symlinks=True))
+
+
+def fault_of_state(checkpoint: Path) -> str | None:
+    """Why a run cannot resume from a checkpoint; None where it can."""
+    try:
+        resumable(checkpoint)
+    except DamagedError as fault:
+        return str(fault)
 
 
 def forge(checkpoint: Path, content: str) -> None:
@@ -97,31 +108,31 @@ def forge(checkpoint: Path, content: str) -> None:
     ],
 )
 def test_what_a_loss_remembers_is_of_the_shape_that_a_checkpoint_may_have(state):
-    assert misfit(state, STATE["loss"], "loss") is None
+    assert misfit(state, STATE_SHAPE["loss"], "loss") is None
 
 
 @pytest.mark.parametrize("state", [{"shift": "0.5"}, {"shift": [0.5]}, {"own": 3}, {"mean": 0.5}, [], None])
 def test_what_no_loss_remembers_is_damage(state):
-    assert misfit(state, STATE["loss"], "loss") == "loss"
+    assert misfit(state, STATE_SHAPE["loss"], "loss") == "loss"
 
 
 # ---- the checkpoint that `resume` means -----------------------------------------------------------------------------------
 
 
 def test_without_resume_a_new_run_begins(run_dir):
-    assert checkpoint_to_continue(None, run_dir, "run") is None
+    assert checkpoint_to_resume(None, run_dir, "run") is None
 
 
 def test_auto_takes_the_newest_checkpoint_of_the_experiment(run_dir, capsys):
     new = run_dir.with_name("run_2026-02-02_03-04-05-000006")
     new.mkdir()
-    assert checkpoint_to_continue("auto", new, "run") == run_dir / "step-12"
-    assert f"resume: going on from {run_dir / 'step-12'}" in capsys.readouterr().out
+    assert checkpoint_to_resume("auto", new, "run").path == run_dir / "step-12"
+    assert f"resume: continuing from {run_dir / 'step-12'}" in capsys.readouterr().out
 
 
 def test_auto_takes_a_run_directory_that_was_named_before_any_other(run_dir):
     own = Path(shutil.copytree(run_dir, run_dir.with_name("own"), symlinks=True))
-    assert checkpoint_to_continue("auto", own, "run") == own / "step-12"
+    assert checkpoint_to_resume("auto", own, "run").path == own / "step-12"
 
 
 def test_auto_takes_the_newest_run_that_has_a_checkpoint(run_dir):
@@ -130,12 +141,12 @@ def test_auto_takes_the_newest_run_that_has_a_checkpoint(run_dir):
     newest = run_dir.with_name("run_2026-01-04_00-00-00-000000")
     newest.mkdir()
     run_dir.with_name("run_2026-01-05_00-00-00-000000").write_text("a file")
-    assert checkpoint_to_continue("auto", newest, "run") == newer / "step-12"
+    assert checkpoint_to_resume("auto", newest, "run").path == newer / "step-12"
 
 
 @pytest.mark.parametrize("name", ["ru", "run_", "run_2", "run_2026", "r*", "ru?", "[r]un", "*", "", "RUN", "run\\"])
 def test_auto_never_takes_the_run_of_an_experiment_whose_name_is_alike(name, run_dir, capsys):
-    assert checkpoint_to_continue("auto", run_dir.with_name("new"), name) is None
+    assert checkpoint_to_resume("auto", run_dir.with_name("new"), name) is None
     assert f"resume: no checkpoint of {name} yet, a new run begins" in capsys.readouterr().out
 
 
@@ -147,40 +158,40 @@ NAMES = st.text("ab_*?[]!.-2 ", max_size=4) | st.sampled_from(["run", f"run_{MOM
 @example(own="[a]", others=["a", "b"])
 def test_auto_finds_an_experiments_own_run_among_any_others(own, others):
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patched:
-        patched.setattr(resuming, "newest_usable", lambda run, **_: run if (run / "step-1").is_dir() else None)
+        patched.setattr(resuming, "newest_usable", lambda run, **_: Checkpoint(run, {}) if (run / "step-1").is_dir() else None)
         for name in {*others} - {own}:
             (Path(folder) / f"{name}_2027-01-02_03-04-05-000006" / "step-1").mkdir(parents=True)
         new = Path(folder) / "new"
-        assert checkpoint_to_continue("auto", new, own) is None
+        assert checkpoint_to_resume("auto", new, own) is None
         (Path(folder) / f"{own}_{MOMENT}" / "step-1").mkdir(parents=True)
-        assert checkpoint_to_continue("auto", new, own) == Path(folder) / f"{own}_{MOMENT}"
+        assert checkpoint_to_resume("auto", new, own).path == Path(folder) / f"{own}_{MOMENT}"
 
 
 @pytest.mark.parametrize(("given", "found"), [(".", "step-12"), ("LATEST", "step-12"), ("step-4", "step-4")])
 def test_a_path_names_a_run_directory_or_a_checkpoint(given, found, run_dir, tmp_path):
-    assert checkpoint_to_continue(str(run_dir / given), tmp_path / "new", "other") == run_dir / found
+    assert checkpoint_to_resume(str(run_dir / given), tmp_path / "new", "other").path == run_dir / found
 
 
 def test_a_damaged_checkpoint_is_passed_over_by_its_run_and_refused_by_its_name(run_dir, tmp_path, capsys):
     (run_dir / "step-12" / "model.safetensors").write_bytes(b"damaged")
-    assert checkpoint_to_continue(str(run_dir), tmp_path / "new", "run") == run_dir / "step-8"
-    assert checkpoint_to_continue("auto", tmp_path / "runs" / "new", "run") == run_dir / "step-8"
-    assert capsys.readouterr().out.count("step-12 is passed over: model.safetensors is not what was written") == 2
+    assert checkpoint_to_resume(str(run_dir), tmp_path / "new", "run").path == run_dir / "step-8"
+    assert checkpoint_to_resume("auto", tmp_path / "runs" / "new", "run").path == run_dir / "step-8"
+    assert capsys.readouterr().out.count("step-12 is skipped: model.safetensors is not what was written") == 2
     with pytest.raises(UserError, match=r"resume: .*step-12: model.safetensors is not what was written. Expected a run dir"):
-        checkpoint_to_continue(str(run_dir / "step-12"), tmp_path / "new", "run")
+        checkpoint_to_resume(str(run_dir / "step-12"), tmp_path / "new", "run")
 
 
 def test_a_path_without_a_usable_checkpoint_is_refused_with_the_reason(run_dir, tmp_path):
     def told(path: Path) -> str:
         with pytest.raises(UserError) as refused:
-            checkpoint_to_continue(str(path), tmp_path / "new", "run")
+            checkpoint_to_resume(str(path), tmp_path / "new", "run")
         return str(refused.value)
 
     run_dir.joinpath("step-4").rename(run_dir / "my-best")
-    assert "my-best: it is not called step-N any more." in told(run_dir / "my-best")
+    assert "my-best: its name is no longer step-N." in told(run_dir / "my-best")
     for checkpoint in run_dir.glob("step-*"):
         (checkpoint / "state.json").unlink()
-    assert told(run_dir).startswith(f"resume: {run_dir}: none of its checkpoints is whole. Expected")
+    assert told(run_dir).startswith(f"resume: {run_dir}: none of its checkpoints is intact. Expected")
     assert "absent: no such directory. Expected a run directory or a checkpoint (step-N), or auto." in told(tmp_path / "absent")
     assert "checksums.json is missing or damaged" in told(tmp_path)
 
@@ -189,7 +200,7 @@ def test_a_path_without_a_usable_checkpoint_is_refused_with_the_reason(run_dir, 
 
 
 def test_what_a_run_writes_has_no_fault(finished):
-    assert [fault_of_run(finished / f"step-{examples}") for examples in (4, 8, 12)] == [None] * 3
+    assert [fault_of_state(finished / f"step-{examples}") for examples in (4, 8, 12)] == [None] * 3
 
 
 def paths_in(value, above: tuple = ()) -> list[tuple]:
@@ -216,30 +227,30 @@ def test_a_value_of_another_kind_anywhere_in_state_json_is_a_fault_of_the_checkp
         place[path[-1]] = ["no"] if isinstance(place[path[-1]], dict) else {"no": ["such"]}
         forge(checkpoint, json.dumps(damaged))
         assert fault_of(checkpoint) is None, "its checksums agree"
-        assert fault_of_run(checkpoint).startswith("state.json is damaged ("), path
+        assert fault_of_state(checkpoint).startswith("state.json is damaged ("), path
 
 
 def test_a_value_missing_from_state_json_is_a_fault_of_the_checkpoint(run_dir):
     checkpoint = run_dir / "step-12"
     state = json.loads((checkpoint / "state.json").read_text())
-    for key in state.keys() - NEWER_STATE:
+    for key in state.keys() - NEWER_STATE_SHAPE:
         forge(checkpoint, json.dumps({name: value for name, value in state.items() if name != key}))
-        assert fault_of_run(checkpoint) == f"state.json is damaged (state.{key})"
+        assert fault_of_state(checkpoint) == f"state.json is damaged (state.{key})"
 
 
 def test_a_checkpoint_of_a_version_that_did_not_write_all_of_todays_values_is_sound(run_dir):
     checkpoint = run_dir / "step-12"
     state = json.loads((checkpoint / "state.json").read_text())
-    assert state.keys() >= set(NEWER_STATE)
-    forge(checkpoint, json.dumps({name: value for name, value in state.items() if name not in NEWER_STATE}))
-    assert fault_of_run(checkpoint) is None
+    assert state.keys() >= set(NEWER_STATE_SHAPE)
+    forge(checkpoint, json.dumps({name: value for name, value in state.items() if name not in NEWER_STATE_SHAPE}))
+    assert fault_of_state(checkpoint) is None
 
 
 @pytest.mark.parametrize("content", ["", "[]", "null", "{", "[" * 100_000, "9" * 10_000, '{"base64": 5}', '{"base64": "?"}'])
 def test_a_state_json_that_is_none_is_passed_over_for_the_next_older_checkpoint(content, run_dir, tmp_path, capsys):
     forge(run_dir / "step-12", content)
-    assert checkpoint_to_continue(str(run_dir), tmp_path, "run") == run_dir / "step-8"
-    assert "step-12 is passed over: state.json is damaged (" in capsys.readouterr().out
+    assert checkpoint_to_resume(str(run_dir), tmp_path, "run").path == run_dir / "step-8"
+    assert "step-12 is skipped: state.json is damaged (" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("run_id", ["../../elsewhere", "0" * 31, "A" * 32, 5])
@@ -247,7 +258,7 @@ def test_the_name_of_a_wandb_run_is_not_taken_from_a_state_json_unchecked(run_id
     state = json.loads((run_dir / "step-12" / "state.json").read_text())
     state["run"]["wandb_id"] = run_id
     forge(run_dir / "step-12", json.dumps(state))
-    assert fault_of_run(run_dir / "step-12") == "state.json is damaged (state.run.wandb_id)"
+    assert fault_of_state(run_dir / "step-12") == "state.json is damaged (state.run.wandb_id)"
 
 
 # ---- the same run ---------------------------------------------------------------------------------------------------------
@@ -258,9 +269,8 @@ def same_run(tmp_path):
     """Whether a run may go on: `same_run(then, now)`, each what a run is made of; returns the refusal, or None."""
 
     def asked(then: dict, now: dict) -> str | None:
-        (tmp_path / "state.json").write_text(json.dumps({"run": then}))
         try:
-            check_same_run(tmp_path, now)
+            check_same_run(Checkpoint(tmp_path, {"run": then}), now)
         except UserError as refused:
             return str(refused)
 
@@ -273,10 +283,8 @@ def made_of(**config) -> dict:
 
 def test_a_run_that_was_configured_otherwise_is_refused_with_every_key_that_differs(same_run):
     told = same_run(made_of(lr=1.0, loss={"name": "dpo", "beta": 0.1}, old=1), made_of(lr=2.0, loss={"name": "dpo"}, new=None))
-    assert (
-        "belongs to a run that was configured otherwise: loss.beta: was 0.1, is None; lr: was 1.0, is 2.0; old: was 1" in told
-    )
-    assert told.endswith("Start a new run from it with model.archive, or leave it as it was.")
+    assert "belongs to a run with another configuration: loss.beta: was 0.1, is None; lr: was 1.0, is 2.0; old: was 1" in told
+    assert told.endswith("Start a new run from it with model.archive, or restore the old value.")
     assert "\n" not in told
 
 
@@ -351,7 +359,7 @@ def test_every_key_may_differ_between_two_starts_of_a_run_or_is_refused_by_its_n
         *above, last = key.split(".")
         (now[above[0]] if above else now)[last] = "another"
         told = same_run(ABOUT | {"config": then}, ABOUT | {"config": now})
-        assert told is None or f"otherwise: {key}: was" in told or f"; {key}: was" in told or f" {key}." in told, key
+        assert told is None or f"configuration: {key}: was" in told or f"; {key}: was" in told or f" {key}." in told, key
         refused |= {key} if told else set()
     assert {key for key in keys if key not in refused} == {
         key for key in keys if is_within(key, keys_with(MAY_CHANGE_ON_RESUME))

@@ -8,17 +8,19 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from preference_training.checkpointing.checkpoints import CheckpointWriter, Snapshot, end_as_trained, save_configuration
+from preference_training.checkpointing.model_files import end_as_trained, save_configuration
 from preference_training.checkpointing.saved_models import (
-    OtherModelError,
-    answers_of,
+    DifferentModelError,
     checkpoint_check,
     compare,
     compare_parts,
+    largest_difference,
     load_plain,
-    per_token,
+    probe_logps,
     tolerance,
 )
+from preference_training.checkpointing.snapshot import Snapshot
+from preference_training.checkpointing.writer import CheckpointWriter
 from preference_training.core.errors import UserError
 from preference_training.modeling.loading import cast_weights, save_model
 from tests.support.files import GOLDEN
@@ -53,7 +55,7 @@ def test_a_checkpoint_of_the_runs_model_is_kept_and_the_random_streams_stay_wher
     before = torch.get_rng_state()
     checkpoint = saved(model, tokenizer, tmp_path, config)
     assert torch.equal(torch.get_rng_state(), before)
-    assert torch.equal(answers_of(load_plain(checkpoint, torch.float32)), answers_of(model))
+    assert torch.equal(probe_logps(load_plain(checkpoint, torch.float32)), probe_logps(model))
 
 
 def louder(model) -> None:
@@ -72,7 +74,7 @@ def of_another_configuration(model) -> None:
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (louder, r"its log-probs differ by [\d.e+-]+ a token, expected at most"),
+        (louder, r"its log-probs differ by [\d.e+-]+ per token, expected at most"),
         (with_more, "plain transformers loads it with unexpected keys: model.layers.0.mlp.extra"),
         (of_another_configuration, "its log-probs differ by"),
     ],
@@ -94,30 +96,30 @@ def test_where_memory_does_not_hold_a_second_model_its_parts_are_compared(tmp_pa
     checkpoint = saved(model, tokenizer, tmp_path, config)
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[3, 5] += 1e-3
-    with pytest.raises(OtherModelError, match="model.layers.1.mlp.up_proj.weight has other values"):
+    with pytest.raises(DifferentModelError, match="model.layers.1.mlp.up_proj.weight has other values"):
         compare_parts(checkpoint, model)
     values = json.loads((checkpoint / "config.json").read_text())
     (checkpoint / "config.json").write_text(json.dumps(values | {"rms_norm_eps": 0.5}))
-    with pytest.raises(OtherModelError, match="its config.json differs in rms_norm_eps"):
+    with pytest.raises(DifferentModelError, match="its config.json differs in rms_norm_eps"):
         compare_parts(checkpoint, golden_model())
     (checkpoint / "config.json").write_text(json.dumps(values | {"num_hidden_layers": 1}))
-    with pytest.raises(OtherModelError, match=r"its config.json differs in .*num_hidden_layers"):
+    with pytest.raises(DifferentModelError, match=r"its config.json differs in .*num_hidden_layers"):
         compare_parts(checkpoint, golden_model())
 
 
 def test_float32_allows_a_hundred_thousandth_of_a_log_prob_and_short_dtypes_their_rounding():
     model = golden_model()
-    answers = answers_of(model)
+    answers = probe_logps(model)
     # Of responses of 5, 24, 1, 30, 3, 2 and 7 tokens, seven in all.
     lengths = torch.tensor([5, 24, 1, 30, 3, 2, 7])
     most = (answers.abs() / lengths).max().item()
     assert tolerance(answers, model) == pytest.approx(1e-5 * most) and most > 1
     assert tolerance(answers, model, torch.bfloat16) == 3e-2
     moved = answers + 2e-5 * most * lengths
-    assert per_token(moved, answers, model) == pytest.approx(2e-5 * most, rel=0.1)
-    with pytest.raises(OtherModelError, match="differ"):
+    assert largest_difference(moved, answers, model) == pytest.approx(2e-5 * most, rel=0.1)
+    with pytest.raises(DifferentModelError, match="differ"):
         compare(moved, answers, model, tolerance(answers, model))
-    with pytest.raises(OtherModelError, match="differ by nan"):
+    with pytest.raises(DifferentModelError, match="differ by nan"):
         compare(answers * float("nan"), answers, model, 1.0)
 
 

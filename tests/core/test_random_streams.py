@@ -1,13 +1,12 @@
 """Random streams that go on where they were, and what is said of errors."""
 
-import json
 import random
 
 import numpy
 import pytest
 import torch
 
-from preference_training.checkpointing.checkpoints import _as_json, _of_json
+from preference_training.checkpointing.state import from_json, to_json
 from preference_training.core.errors import first_line
 from preference_training.core.files import load_tensors
 from preference_training.core.random_streams import random_streams, restore_random_streams, seed_everything
@@ -25,11 +24,11 @@ def test_random_streams_go_on_where_they_were_through_json_too(already):
     seed_everything(already)
     for _ in range(already):
         drawn()
-    written = json.dumps(random_streams(), default=_as_json)
+    written = to_json(random_streams())
     expected = [drawn() for _ in range(3)]
     seed_everything(12345)
     assert drawn() != expected[0]
-    restore_random_streams(json.loads(written, object_hook=_of_json))
+    restore_random_streams(from_json(written))
     assert [drawn() for _ in range(3)] == expected
 
 

@@ -127,7 +127,7 @@ def test_template_system_prompt_and_lengths_are_what_a_run_does_with_them(folder
         ),
         (
             "--model byte_level --dataset rows.jsonl --output absent/rows.pt",
-            "--output: absent/rows.pt: expected a file in a dir",
+            "--output: absent/rows.pt: expected a file in an existing directory",
         ),
         (f"{ROWS} --max-length 8", "--max-prompt-length: found 256, expected 1 to less than"),
         (
@@ -153,7 +153,7 @@ def test_a_full_disk_is_one_message_and_an_older_file_stays_whole(folder):
     done(tokenize(folder, *BYTES))
     older = (folder / "rows.pt").read_bytes()
     message = refused(tokenize(folder, *BYTES, file_size=5000))
-    assert message.startswith("--output: rows.pt cannot be written: ")
+    assert message.startswith("--output: cannot write rows.pt: ")
     assert (folder / "rows.pt").read_bytes() == older
     assert sorted(path.name for path in folder.iterdir()) == ["rows.jsonl", "rows.pt"]
 

@@ -12,7 +12,8 @@ from preference_training.batching.iterator import BatchIterator
 from preference_training.batching.micro_batches import MicroBatch, evaluation_batches
 from preference_training.batching.packing import examples_of, pack_examples
 from preference_training.batching.schedule import RunLength, Schedule
-from preference_training.checkpointing.checkpoints import CheckpointWriter
+from preference_training.checkpointing.checkpoint import Checkpoint
+from preference_training.checkpointing.writer import CheckpointWriter
 from preference_training.core.errors import UserError
 from preference_training.data.prompt_table import PromptTable
 from preference_training.data.tokenization import TokenizedPrompt
@@ -174,7 +175,7 @@ def test_a_checkpoint_is_whole_and_continued_exactly(classes, build, tmp_path):
     moments = {name: entry["exp_avg"].shape for name, entry in first.step.updater.optimizer_state()["state"].items()}
     assert moments == {name: weight.shape for name, weight in model.named_parameters()}
     second = make(classes[1], model)
-    second.continue_from(tmp_path / "LATEST")
+    second.continue_from(Checkpoint.read(tmp_path / "LATEST"))
     for batch in second.batches.train:
         second.train_step(batch)
     assert (second.state.updates, second.state.examples) == (
@@ -206,7 +207,7 @@ def test_master_weights_are_joined_in_a_checkpoint_and_split_again(build, tmp_pa
     assert_same_weights(found, expected)
     for placement_class in (SplitLayers, OneProcess):
         second = make(placement_class)
-        second.continue_from(tmp_path / "LATEST")
+        second.continue_from(Checkpoint.read(tmp_path / "LATEST"))
         again = {name: state["master"] for name, state in second.step.updater.optimizer_state()["state"].items()}
         assert again.keys() == found.keys() and all(torch.equal(again[name], master) for name, master in found.items())
         assert all(torch.equal(weights_of(second)[name], weight) for name, weight in weights_of(first).items())

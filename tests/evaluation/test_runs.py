@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from preference_training.checkpointing.checkpoint import Checkpoint
 from preference_training.core.errors import UserError
 from preference_training.evaluation.runs import check_reference, config_of_run, write_text
 from tests.evaluation.test_task_suites import own_task
@@ -232,11 +233,11 @@ def test_a_key_that_is_newer_than_the_run_has_its_default(sft, tmp_path):
 def test_a_reference_other_than_the_runs_initial_model_is_refused(sft):
     config = config_of_run(sft, [])
     began_with = json.loads((sft / "LATEST" / "state.json").read_text())["run"]["began_with"]
-    check_reference(config, sft / "LATEST", began_with)
+    check_reference(config, Checkpoint.read(sft / "LATEST"), began_with)
     with pytest.raises(UserError, match="model: the weights are not the initial weights of the run of"):
-        check_reference(config, sft / "LATEST", "0" * 32)
+        check_reference(config, Checkpoint.read(sft / "LATEST"), "0" * 32)
     # Another model that is asked for is another reference.
-    check_reference(config_of_run(sft, [f"model.archive={sft / 'LATEST'}"]), sft / "LATEST", "0" * 32)
+    check_reference(config_of_run(sft, [f"model.archive={sft / 'LATEST'}"]), Checkpoint.read(sft / "LATEST"), "0" * 32)
 
 
 def test_resume_auto_without_a_checkpoint_is_refused(run_of):

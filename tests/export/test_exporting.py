@@ -18,7 +18,7 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
-from preference_training.checkpointing.checkpoints import publish
+from preference_training.checkpointing.writer import publish
 from preference_training.core.errors import UserError
 from preference_training.export import directory
 from preference_training.export.checkpoint import export
@@ -377,7 +377,7 @@ def test_an_export_that_gives_another_model_is_refused_and_nothing_is_left(folde
         save(model, directory, **options)
 
     monkeypatch.setattr(loading, "save_model", damaged)
-    with pytest.raises(UserError, match=r"the exported model is not the run's: its log-probs differ by [\d.e-]+ a token"):
+    with pytest.raises(UserError, match=r"the exported model is not the run's: its log-probs differ by [\d.e-]+ per token"):
         export(folder / "runs" / "it", options(tmp_path))
     assert names(tmp_path) == set()
 

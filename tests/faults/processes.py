@@ -18,9 +18,9 @@ from filelock import FileLock
 from safetensors.torch import load_file
 
 import train
-from preference_training.checkpointing.checkpoints import checkpoints_of, fault_of
+from preference_training.checkpointing.checkpoint import checkpoints_of, fault_of
+from preference_training.core.metric_names import MEASURED
 from preference_training.tracking.ledger import read_ledger
-from preference_training.tracking.run_files import MEASURED
 from tests.support.files import ROOT
 from tests.support.forked import Program, fork_workers
 
@@ -31,7 +31,7 @@ COMMON = (
     "wandb.enabled=false", "minimum_log_interval_secs=0", "save_policy_pt=false", "resume=auto", "local_run_dir=run",
 )  # fmt: skip
 STEP = r"(\d+)/\d+ loss"
-RESUMED = r"resume: going on from .*/step-(\d+)"
+RESUMED = r"resume: continuing from .*/step-(\d+)"
 # No run here takes so long; where one does the test fails. Unit: seconds.
 PATIENCE = 180
 

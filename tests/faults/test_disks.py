@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from preference_training.checkpointing.checkpoints import checkpoints_of
+from preference_training.checkpointing.checkpoint import checkpoints_of
 from preference_training.core.errors import UserError
 from preference_training.training import run_directory
 from tests.faults.processes import Run, assert_same_weights, assert_whole, rows_of, train_here

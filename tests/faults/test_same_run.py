@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from preference_training.checkpointing.checkpoints import checkpoints_of
+from preference_training.checkpointing.checkpoint import checkpoints_of
 from preference_training.core.errors import UserError
 from preference_training.core.signals import STOPPED
 from tests.faults.processes import (
@@ -72,7 +72,7 @@ def other_weights(folder) -> tuple[str, ...]:
     [
         (
             lambda _: ("loss.beta=0.2", "lr=0.1"),
-            "configured otherwise: loss.beta: was 0.1, is 0.2; lr: was 0.001, is 0.1. Start a",
+            "with another configuration: loss.beta: was 0.1, is 0.2; lr: was 0.001, is 0.1. Start a",
         ),
         (other_data, "resume: datasets: the prepared data are not those of the run that .*step-64 belongs to. Start a new run"),
         (other_weights, "resume: model: the weights that it began with are not those of the run that .*step-64 belongs to"),

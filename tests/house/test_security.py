@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from preference_training.checkpointing.checkpoints import fault_of
+from preference_training.checkpointing.checkpoint import fault_of
 from preference_training.core.errors import UserError
 from preference_training.core.files import load_tensors
 from preference_training.data.entries import load_records, read_entry

@@ -17,7 +17,9 @@ from preference_training.batching.iterator import BatchIterator, Packing
 from preference_training.batching.micro_batches import MicroBatch, evaluation_batches
 from preference_training.batching.packing import TokenBudget, examples_of, packs_of
 from preference_training.batching.schedule import RunLength, Schedule
-from preference_training.checkpointing.checkpoints import CheckpointWriter, Snapshot
+from preference_training.checkpointing.checkpoint import Checkpoint
+from preference_training.checkpointing.snapshot import Snapshot
+from preference_training.checkpointing.writer import CheckpointWriter, SaveOptions
 from preference_training.configuration.schema import RunConfig
 from preference_training.core.process_group import SINGLE_PROCESS
 from preference_training.core.random_streams import seed_everything
@@ -251,7 +253,7 @@ def train_with_masters(settings: dict, folder: str) -> dict:
                     writer.write(first.snapshot())
         for step in single.batches.train:
             single.train_step(step)
-        second.continue_from(run_dir / "step-16")
+        second.continue_from(Checkpoint.read(run_dir / "step-16"))
         for step in second.batches.train:
             second.train_step(step)
         masters = [
@@ -308,7 +310,7 @@ def write_into_a_folder_that_is_cleared_late(settings: dict, folder: str) -> lis
     partial = Path(folder) / "step-0.partial"
     said: list[str] = []
     with CheckpointWriter(
-        Path(folder), trainer.models.policy, world.tokenizer, ranks, say=said.append, patience_minutes=1
+        Path(folder), trainer.models.policy, world.tokenizer, ranks, say=said.append, options=SaveOptions(timeout_minutes=1)
     ) as writer:
         remove = shutil.rmtree
 
@@ -318,7 +320,7 @@ def write_into_a_folder_that_is_cleared_late(settings: dict, folder: str) -> lis
                 said.extend(found.name for found in partial.iterdir())
             remove(path, **how)
 
-        with mock.patch("preference_training.checkpointing.checkpoints.shutil.rmtree", late):
+        with mock.patch("preference_training.checkpointing.writer.shutil.rmtree", late):
             writer.write(Snapshot.of(0, weights_of(trainer), {}, {}))
     end_group()
     return said

@@ -15,8 +15,8 @@ import torch
 
 import train
 from preference_training.core.errors import UserError
+from preference_training.core.metric_names import MEASURED
 from preference_training.tracking.ledger import read_ledger
-from preference_training.tracking.run_files import MEASURED
 from tests.support import forked
 from tests.support.files import ROOT
 

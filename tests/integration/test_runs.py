@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from preference_training.core.metric_names import MEASURED
 from preference_training.reporting.comparison import find_runs
 from preference_training.tracking.ledger import read_ledger
-from preference_training.tracking.run_files import MEASURED
 from tests.support import forked
 from tests.support.files import GOLDEN, ROOT
 

@@ -13,9 +13,9 @@ from omegaconf import OmegaConf
 
 from preference_training.configuration.composition import group_keys
 from preference_training.core.errors import UserError
+from preference_training.core.metric_names import LOSS_AT_BETA_USED
 from preference_training.losses.base import Loss, ReferenceUpdate, example_metrics
 from preference_training.losses.beta_dpo import (
-    LOSS_AT_BETA_USED,
     GapStatistics,
     adapted_beta,
     draw_without_replacement,
@@ -35,7 +35,12 @@ from preference_training.losses.formulas import (
     rpo_loss,
     simpo_loss,
 )
-from preference_training.losses.objectives import BetaDPOLoss, HingeLoss, PairSelection, RewardShift
+from preference_training.losses.objectives import (
+    BetaDPOLoss,
+    HingeLoss,
+    PairSelection,
+    RewardShift,
+)
 from preference_training.losses.registry import build_loss, losses
 from tests.support.files import CONFIG_DIR
 

@@ -15,7 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from preference_training.batching.iterator import BatchIterator
 from preference_training.batching.micro_batches import evaluation_batches
 from preference_training.batching.schedule import RunLength, Schedule
-from preference_training.checkpointing.checkpoints import CheckpointWriter, Snapshot, read_state
+from preference_training.checkpointing.checkpoint import Checkpoint
+from preference_training.checkpointing.snapshot import Snapshot
+from preference_training.checkpointing.writer import CheckpointWriter, SaveOptions
 from preference_training.configuration.schema import RunConfig
 from preference_training.core.errors import UserError
 from preference_training.core.random_streams import seed_everything
@@ -87,7 +89,7 @@ def trainer_of(config, tokenizer, run_dir=None, n_examples=12) -> Trainer:
         evaluation_batches(table, 4, 4, seed=0),
     )
     about = {"config": config.as_dict(), "data": ["a"], "began_with": placement.began_with}
-    writer = run_dir and CheckpointWriter(run_dir, policy, tokenizer, about=about | {"wandb_id": "0" * 32})
+    writer = run_dir and CheckpointWriter(run_dir, policy, tokenizer, options=SaveOptions(run=about | {"wandb_id": "0" * 32}))
     tracker = Tracker(run_dir, n_examples) if run_dir else NoTracker()
     loss = build_loss(**config.loss.given())
     models, batches = (policy, loss, placement.reference(policy)), {"train": batches[0], "held_out": batches[1]}
@@ -175,7 +177,7 @@ def test_a_resumed_run_ends_bit_for_bit_as_one_that_never_stopped(configured, to
     config = configured(*KINDS[kind])
     finished(config, tokenizer, tmp_path / "run")
     resumed = trainer_of(config, tokenizer)
-    resumed.continue_from(tmp_path / "run" / "step-4")
+    resumed.continue_from(Checkpoint.read(tmp_path / "run" / "step-4"))
     resumed.train()
     whole = trainer_of(config, tokenizer)
     whole.train()
@@ -192,7 +194,7 @@ def test_a_checkpoint_holds_the_adapter_alone_and_loads_with_from_pretrained(con
     assert json.loads((checkpoint / "adapter_config.json").read_text())["base_model_name_or_path"] == str(GOLDEN / "llama")
     found = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     trained = trainer_of(config, tokenizer)
-    trained.continue_from(checkpoint)
+    trained.continue_from(Checkpoint.read(checkpoint))
     for text in ("a b", "what is it"):
         ids = torch.tensor([tokenizer(text).input_ids])
         torch.testing.assert_close(found(ids).logits, trained.models.policy.eval()(ids).logits, rtol=1e-5, atol=1e-5)
@@ -202,9 +204,9 @@ def test_a_checkpoint_holds_the_adapter_alone_and_loads_with_from_pretrained(con
 def test_a_merged_model_gives_the_log_probs_of_the_adapter(configured, tokenizer, tmp_path, overrides):
     config = configured(*overrides)
     checkpoint = finished(config, tokenizer, tmp_path / "run")
-    merged = load_merged(checkpoint, RunConfig.of(read_state(checkpoint)["run"]["config"]).model, tokenizer).eval()
+    merged = load_merged(checkpoint, RunConfig.of(Checkpoint.read(checkpoint).config).model, tokenizer).eval()
     trained = trainer_of(config, tokenizer)
-    trained.continue_from(checkpoint)
+    trained.continue_from(Checkpoint.read(checkpoint))
     assert not [name for name, _ in merged.named_parameters() if "lora" in name or "base_layer" in name]
     with torch.no_grad():
         torch.testing.assert_close(
@@ -220,7 +222,7 @@ def test_training_that_starts_from_an_adapter_has_that_adapter_as_its_reference(
     first = finished(config, tokenizer, tmp_path / "first")
     on = trainer_of(configured("+adapter=lora", f"model.archive={first}"), tokenizer)
     trained = trainer_of(config, tokenizer)
-    trained.continue_from(first)
+    trained.continue_from(Checkpoint.read(first))
     with torch.no_grad():
         expected = response_logps(trained.models.policy, BATCH)
         assert torch.equal(response_logps(on.models.policy, BATCH), expected)
@@ -378,7 +380,7 @@ def with_trained_adapter(model: nn.Module) -> nn.Module:
 def checkpoint_of(model: nn.Module, tokenizer, folder: Path, **settings) -> Path:
     """A checkpoint of a model's adapter alone."""
     weights = weights_to_save(model.state_dict(keep_vars=True))
-    with CheckpointWriter(folder, model, tokenizer, say=lambda _: None, **settings) as writer:
+    with CheckpointWriter(folder, model, tokenizer, options=SaveOptions(**settings), say=lambda _: None) as writer:
         writer.write(Snapshot.of(4, weights, {}, {"examples": 4}))
     return folder / "LATEST"
 
@@ -574,7 +576,7 @@ def test_a_base_model_that_an_older_run_did_not_save_is_rebuilt_from_its_seed(co
     check_optimizer(config)
     trained = with_trained_adapter(load_model(config.model, tokenizer))
     about = {"config": config.as_dict(), "began_with": weights_hash(trained)}
-    checkpoint = checkpoint_of(trained, tokenizer, tmp_path, about=about)
+    checkpoint = checkpoint_of(trained, tokenizer, tmp_path, run=about)
     assert json.loads((checkpoint / "adapter_config.json").read_text())["base_model_name_or_path"] is None
     torch.manual_seed(5)
     drawn = torch.get_rng_state()

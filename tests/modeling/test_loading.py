@@ -8,7 +8,8 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from preference_training.checkpointing.checkpoints import CheckpointWriter, Snapshot
+from preference_training.checkpointing.snapshot import Snapshot
+from preference_training.checkpointing.writer import CheckpointWriter
 from preference_training.core.errors import UserError
 from preference_training.modeling.archives import read_archive
 from preference_training.modeling.kernels import compile_between_attentions

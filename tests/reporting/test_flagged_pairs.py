@@ -34,20 +34,20 @@ from preference_training.reporting.flagged_pairs import (
     write_labeling_file,
     wrong_label_probability,
 )
-from preference_training.tracking.ledger import Ledger, Sightings
+from preference_training.tracking.ledger import Ledger, Observations
 from preference_training.tracking.tracker import Tracker
 from tests.support.building import build_trainer
 from tests.support.files import GOLDEN
 
 
-def sightings(epochs: numpy.ndarray) -> Sightings:
+def sightings(epochs: numpy.ndarray) -> Observations:
     """Each row of margins [epochs, pairs] is an epoch over pairs (0, 1), (2, 3), ..., one example a step."""
     number = epochs.shape[1]
     preferred = numpy.tile(2 * numpy.arange(number), len(epochs))
-    return Sightings(numpy.arange(1, epochs.size + 1), preferred, preferred + 1, epochs.reshape(-1).astype(numpy.float32))
+    return Observations(numpy.arange(1, epochs.size + 1), preferred, preferred + 1, epochs.reshape(-1).astype(numpy.float32))
 
 
-def found(seen: Sightings, kind: str) -> list[int]:
+def found(seen: Observations, kind: str) -> list[int]:
     """The numbers of the pairs that are of a kind, in the order of `sightings`."""
     return [finding.preferred // 2 for finding in find_by_margins(seen) if finding.kind == kind]
 
@@ -174,7 +174,7 @@ def run_dir(tokenizer, tmp_path):
     for epoch, margin in enumerate((1.0, -1.0, -1.5, -2.0)):
         for pair in range(5):
             margins = torch.tensor([margin if pair == 0 else 1.0])
-            ledger.see(5 * epoch + pair + 1, [(torch.tensor([[2 * pair, 2 * pair + 1]]), margins)])
+            ledger.record(5 * epoch + pair + 1, [(torch.tensor([[2 * pair, 2 * pair + 1]]), margins)])
     ledger.write()
     PairFinder(tmp_path, table, tokenizer).write()
     return tmp_path

@@ -19,7 +19,10 @@ from preference_training.data.rows.records import DataReport
 from preference_training.reporting.observations import observations
 from preference_training.reporting.run_record import RunRecord
 from preference_training.reporting.run_report import rebuild_report, report_page
-from preference_training.tracking.run_files import code_state, write_about
+from preference_training.tracking.about import (
+    code_state,
+    write_about,
+)
 from preference_training.tracking.tracker import Tracker
 from tests.support.files import ROOT
 

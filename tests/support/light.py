@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-ROOT = Path(__file__).parents[2]
+from tests.support.files import ROOT
+
 TRAIN = str(ROOT / "train.py")
 
 

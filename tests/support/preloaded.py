@@ -1,6 +1,6 @@
 """What programs that are forked find imported. Nothing here starts a thread or draws a number."""
 
-from preference_training.core.machine import quiet_libraries
+from preference_training.core.libraries import quiet_libraries
 
 # First: it also hides what libraries say of this machine while they are imported.
 quiet_libraries()
@@ -11,7 +11,7 @@ import transformers.generation.utils  # noqa: E402
 import transformers.models.llama.modeling_llama  # noqa: E402, F401
 
 import train  # noqa: E402, F401
-from preference_training.checkpointing import resuming  # noqa: E402, F401
+from preference_training.checkpointing import resume  # noqa: E402, F401
 from preference_training.distributed import launching  # noqa: E402, F401
 from preference_training.dry_run import preview  # noqa: E402, F401
 from preference_training.evaluation import runs as evaluation_runs  # noqa: E402, F401

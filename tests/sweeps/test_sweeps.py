@@ -15,8 +15,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from preference_training.core.errors import UserError
-from preference_training.sweeps import sweeps
-from preference_training.sweeps.sweeps import _doubts, _swept
+from preference_training.sweeps import gpus
+from preference_training.sweeps.jobs import Request, SweepDirectory
+from preference_training.sweeps.sweep import _swept, comparison_warnings
 from preference_training.tracking.run_files import JOB
 from preference_training.training.pruning import Pruning, build_pruner
 from tests.support import forked
@@ -77,7 +78,7 @@ def test_of_a_sweep_with_a_failed_job_that_is_killed_the_next_start_runs_what_is
     assert [job["state"] for job in found.values()] == ["complete"] * 6
     assert [job["starts"] for job in found.values()] == [1, 1, 2, 2, 1, 1]
     assert (tmp_path / "sweep" / "1" / "metrics.jsonl").stat().st_mtime_ns == complete
-    assert "resume: going on from" in again.stdout, "the job that was killed goes on from its checkpoint"
+    assert "resume: continuing from" in again.stdout, "the job that was killed goes on from its checkpoint"
     for metric in ("loss/train", "loss/eval"):
         undisturbed = counters(tmp_path / "sweep" / "0", metric)
         assert len(undisturbed) == len(set(undisturbed)) > 2
@@ -339,9 +340,8 @@ def test_a_pruner_without_a_sweep_is_refused(tmp_path):
 def test_a_job_is_known_by_its_configuration_whatever_its_number_is_and_takes_nobodys_directory(tmp_path, compose):
     def claimed(number: int, *overrides: str) -> str:
         (tmp_path / str(number)).mkdir(exist_ok=True)
-        return sweeps.claim(
-            sweeps.Request(tmp_path, tmp_path / str(number), list(overrides), compose(*overrides).as_composed)
-        ).name
+        request = Request(tmp_path, tmp_path / str(number), list(overrides), compose(*overrides).as_composed)
+        return SweepDirectory(tmp_path).claim(request).name
 
     assert [claimed(number, f"seed={number}") for number in range(3)] == ["0", "1", "2"]
     assert claimed(0, "seed=2") == "2"
@@ -353,34 +353,34 @@ def test_a_job_is_known_by_its_configuration_whatever_its_number_is_and_takes_no
 
 def test_a_job_does_not_take_the_directory_of_a_run_that_no_sweep_knows(tmp_path, compose):
     write(tmp_path / "0" / "metrics.jsonl", [{"counters/examples": 1}])
-    assert sweeps.claim(sweeps.Request(tmp_path, tmp_path / "0", [], compose().as_composed)).name == "1"
+    assert SweepDirectory(tmp_path).claim(Request(tmp_path, tmp_path / "0", [], compose().as_composed)).name == "1"
 
 
 def test_two_processes_have_no_gpu_in_common_and_a_third_waits_until_one_ends(tmp_path, monkeypatch):
-    monkeypatch.setattr(sweeps, "_held", [])
+    monkeypatch.setattr(gpus, "_held", [])
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,3,GPU-a")
-    took = [sweeps._free_gpus(sweeps.visible_gpus(), number, tmp_path) for number in (2, 2, 1, 1)]
+    took = [gpus._free_gpus(gpus.visible_gpus(), number, tmp_path) for number in (2, 2, 1, 1)]
     assert took == [["0", "3"], None, ["GPU-a"], None]
-    for lock in sweeps._held:
+    for lock in gpus._held:
         # As the system does at the end of the processes that had them.
         lock.release()
-    assert sweeps._free_gpus(sweeps.visible_gpus(), 3, tmp_path) == ["0", "3", "GPU-a"]
+    assert gpus._free_gpus(gpus.visible_gpus(), 3, tmp_path) == ["0", "3", "GPU-a"]
 
 
 def test_a_process_sees_the_gpus_it_has_taken_and_keeps_them(tmp_path, monkeypatch):
-    monkeypatch.setattr(sweeps, "_held", [])
+    monkeypatch.setattr(gpus, "_held", [])
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6")
-    assert sweeps.jobs_at_once(1) == 3 and sweeps.jobs_at_once(2) == 1 and sweeps.jobs_at_once(None) == 3
-    sweeps.take_gpus(2, tmp_path)
+    assert gpus.jobs_at_once(1) == 3 and gpus.jobs_at_once(2) == 1 and gpus.jobs_at_once(None) == 3
+    gpus.take_gpus(2, tmp_path)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "4,5"
-    sweeps.take_gpus(2, tmp_path)
+    gpus.take_gpus(2, tmp_path)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "4,5"
-    monkeypatch.setattr(sweeps, "_held", [])
+    monkeypatch.setattr(gpus, "_held", [])
     with pytest.raises(UserError, match="gpus_per_job: found 3, and this machine has 2 GPUs"):
-        sweeps.take_gpus(3, tmp_path)
+        gpus.take_gpus(3, tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    sweeps.take_gpus(3, tmp_path)
-    assert sweeps.jobs_at_once(3) == 1 and os.environ["CUDA_VISIBLE_DEVICES"] == "", "a machine without GPUs"
+    gpus.take_gpus(3, tmp_path)
+    assert gpus.jobs_at_once(3) == 1 and os.environ["CUDA_VISIBLE_DEVICES"] == "", "a machine without GPUs"
 
 
 @pytest.mark.parametrize(
@@ -410,5 +410,5 @@ def test_a_key_of_sweeps_that_makes_no_sense_is_refused(compose, override, told)
     ],
 )
 def test_an_objective_that_does_not_compare_the_jobs_is_said(objective, task, params, told):
-    found = _doubts(objective, "dpo", [*(params or ()), *_swept(task)])
+    found = comparison_warnings(objective, "dpo", [*(params or ()), *_swept(task)])
     assert len(found) == bool(told) and all(told in text for text in found)

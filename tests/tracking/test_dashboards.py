@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from preference_training.tracking.dashboards import Guarded, start_dashboards, start_wandb
+from preference_training.configuration.validation import TRACKING
+from preference_training.tracking.dashboards import DASHBOARDS, Guarded, RunStart, start_dashboards
 from preference_training.tracking.run_files import json_lines
 from preference_training.tracking.tracker import Tracker
 
@@ -32,7 +33,7 @@ def tracked(run_dir: Path, names: list[str]) -> None:
         (run_dir / "report.html").write_text("<p>what happened</p>")
         return run_dir / "report.html"
 
-    with Tracker(run_dir, 8, 0, start_dashboards(names, CONFIG, run_dir, ID, 0), write_page) as tracker:
+    with Tracker(run_dir, 8, 0, start_dashboards(names, RunStart(CONFIG, run_dir, ID)), write_page) as tracker:
         tracker.log_step(step(4))
         tracker.log_samples(SAMPLES, 4)
         tracker.log_step(step(8))
@@ -55,6 +56,10 @@ def test_a_dashboard_that_fails_is_left_alone_after_one_line(tmp_path, capsys):
         tracker.log_samples(SAMPLES, 8)
     assert len(list(json_lines(tmp_path / "metrics.jsonl"))) == 2
     assert capsys.readouterr().out.count("wandb: switched off for the rest of this run: no route to host") == 1
+
+
+def test_every_dashboard_is_a_name_that_tracking_may_have():
+    assert {"jsonl", *DASHBOARDS} == set(TRACKING)
 
 
 # ---- wandb --------------------------------------------------------------------------------------------------------------
@@ -115,7 +120,7 @@ def test_without_a_key_wandb_writes_offline_and_says_so(tmp_path, capsys, monkey
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     monkeypatch.setenv("HOME", str(tmp_path))
-    with Tracker(tmp_path, total=4, dashboards=start_dashboards(["wandb"], CONFIG, tmp_path, ID, 0)) as tracker:
+    with Tracker(tmp_path, total=4, dashboards=start_dashboards(["wandb"], RunStart(CONFIG, tmp_path, ID))) as tracker:
         tracker.log_step(step(4))
         tracker.log_samples(SAMPLES, 4)
     assert capsys.readouterr().out.count("wandb: offline") == 1
@@ -134,7 +139,7 @@ def test_wandb_falls_back_to_offline_where_its_server_does_not_answer(tmp_path, 
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init, Settings=lambda **_: None))
     monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
     monkeypatch.delenv("WANDB_MODE", raising=False)
-    assert start_wandb(CONFIG, tmp_path) is not None
+    assert len(start_dashboards(["wandb"], RunStart(CONFIG, tmp_path, ID))) == 1
     assert modes == ["online", "offline"]
     assert "wandb: offline, as its server could not be used: no answer" in capsys.readouterr().out
 
@@ -147,7 +152,7 @@ def test_what_wandb_says_of_a_key_is_printed_without_it(mode, tmp_path, capsys, 
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init, Settings=lambda **_: None))
     monkeypatch.setenv("WANDB_API_KEY", "verysecret")
     monkeypatch.setenv("WANDB_MODE", mode)
-    assert start_wandb(CONFIG, tmp_path) is None
+    assert start_dashboards(["wandb"], RunStart(CONFIG, tmp_path, ID)) == []
     out = capsys.readouterr().out
     assert "wandb: not used: key (the key) is malformed" in out and "verysecret" not in out and "\x1b" not in out
 
@@ -155,7 +160,7 @@ def test_what_wandb_says_of_a_key_is_printed_without_it(mode, tmp_path, capsys, 
 def test_wandb_without_a_place_for_its_files_ends_nothing(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     (tmp_path / "wandb").symlink_to("/dev/full")
-    with Tracker(tmp_path, total=4, dashboards=start_dashboards(["wandb"], CONFIG, tmp_path, ID, 0)) as tracker:
+    with Tracker(tmp_path, total=4, dashboards=start_dashboards(["wandb"], RunStart(CONFIG, tmp_path, ID))) as tracker:
         tracker.log_step(step(4))
     assert len(list(json_lines(tmp_path / "metrics.jsonl"))) == 1
     assert capsys.readouterr().out.count("4/4 loss") == 1
@@ -167,7 +172,7 @@ def test_a_broken_wandb_is_not_used_and_ends_nothing(tmp_path, capsys, monkeypat
         raise fault
 
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init, Settings=lambda **_: None))
-    assert start_wandb(CONFIG, tmp_path) is None
+    assert start_dashboards(["wandb"], RunStart(CONFIG, tmp_path, ID)) == []
     assert "wandb: not used" in capsys.readouterr().out
 
 
@@ -198,7 +203,7 @@ def test_tensorboard_has_every_metric_under_its_name_at_its_examples_and_the_sam
 
 def test_tensorboard_forgets_what_came_behind_the_checkpoint_that_a_run_goes_on_from(tmp_path):
     tracked(tmp_path, ["tensorboard"])
-    (dashboard,) = start_dashboards(["tensorboard"], CONFIG, tmp_path, ID, 4)
+    (dashboard,) = start_dashboards(["tensorboard"], RunStart(CONFIG, tmp_path, ID, 4))
     with Tracker(tmp_path, 8, 0, [dashboard], examples=4) as tracker:
         tracker.log_step(step(12))
     assert [event.step for event in read_tensorboard(tmp_path).Scalars("loss/train")] == [4, 12]
@@ -206,6 +211,6 @@ def test_tensorboard_forgets_what_came_behind_the_checkpoint_that_a_run_goes_on_
 
 def test_tensorboard_without_a_place_for_its_files_ends_nothing(tmp_path, capsys):
     (tmp_path / "tensorboard").write_text("a file")
-    with Tracker(tmp_path, 4, dashboards=start_dashboards(["tensorboard"], CONFIG, tmp_path, ID, 0)) as tracker:
+    with Tracker(tmp_path, 4, dashboards=start_dashboards(["tensorboard"], RunStart(CONFIG, tmp_path, ID))) as tracker:
         tracker.log_step(step(4))
     assert capsys.readouterr().out.count("tensorboard: not used") == 1

@@ -16,7 +16,7 @@ from preference_training.data.prompt_table import PromptTable
 from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.losses.registry import build_loss
 from preference_training.modeling.logprobs import LiveReference
-from preference_training.tracking.ledger import SCHEMA, STEPS_KEPT, Ledger, Sightings, cut_back_ledger, parts_of, read_ledger
+from preference_training.tracking.ledger import SCHEMA, STEPS_KEPT, Ledger, Observations, cut_back_ledger, parts_of, read_ledger
 from preference_training.tracking.tracker import Tracker
 from preference_training.training.updates import Updater
 from tests.support.building import build_trainer
@@ -29,16 +29,16 @@ def seen(*pairs: tuple[int, int, float]) -> list[tuple[torch.Tensor, torch.Tenso
     return [(rows, torch.tensor([pair[2] for pair in pairs], dtype=torch.float32))]
 
 
-def listed(sightings: Sightings) -> list[tuple]:
+def listed(sightings: Observations) -> list[tuple]:
     return list(zip(*(column.tolist() for column in sightings.columns().values()), strict=True))
 
 
 def test_what_was_seen_is_read_back_in_the_order_of_the_steps(tmp_path):
     ledger = Ledger(tmp_path)
-    ledger.see(2, seen((4, 5, 0.5), (0, 1, -1.0)))
-    ledger.see(4, seen((2, 3, 0.25)) + seen((0, 1, 2.0)))
+    ledger.record(2, seen((4, 5, 0.5), (0, 1, -1.0)))
+    ledger.record(4, seen((2, 3, 0.25)) + seen((0, 1, 2.0)))
     ledger.write()
-    ledger.see(6, seen((4, 5, 1.5)))
+    ledger.record(6, seen((4, 5, 1.5)))
     ledger.write()
     expected = [(2, 0, 1, -1.0), (2, 4, 5, 0.5), (4, 0, 1, 2.0), (4, 2, 3, 0.25), (6, 4, 5, 1.5)]
     assert listed(read_ledger(tmp_path)) == expected
@@ -61,11 +61,11 @@ def test_it_is_the_same_however_a_step_was_cut_into_packs_and_spread_over_ranks(
     whole, other = Ledger(folders[0]), Ledger(folders[0])
     mine = Ledger(folders[1])
     for number, pairs in enumerate(steps, start=1):
-        whole.see(number, seen(*pairs))
+        whole.record(number, seen(*pairs))
         cut = data.draw(st.integers(0, len(pairs)))
-        mine.see(number, [pack for pair in pairs[:cut] for pack in seen(pair)])
-        other.see(number, seen(*pairs[cut:]))
-    mine.ranks = TwoRanks(0, 2, True, other._mine())
+        mine.record(number, [pack for pair in pairs[:cut] for pack in seen(pair)])
+        other.record(number, seen(*pairs[cut:]))
+    mine.ranks = TwoRanks(0, 2, True, other._own())
     whole.write()
     mine.write()
     assert listed(read_ledger(folders[0])) == listed(read_ledger(folders[1]))
@@ -74,7 +74,7 @@ def test_it_is_the_same_however_a_step_was_cut_into_packs_and_spread_over_ranks(
 def test_it_is_written_after_many_steps_if_nobody_asks(tmp_path):
     ledger = Ledger(tmp_path)
     for number in range(1, STEPS_KEPT + 2):
-        ledger.see(number, seen((0, 1, 0.0)))
+        ledger.record(number, seen((0, 1, 0.0)))
     assert len(read_ledger(tmp_path)) == STEPS_KEPT
     assert ledger.write() is None and len(read_ledger(tmp_path)) == STEPS_KEPT + 1
 
@@ -84,10 +84,10 @@ def test_a_disk_without_room_is_said_once_and_costs_nothing_when_it_has_room_aga
     ledger = Ledger(tmp_path, say=said.append)
     (tmp_path / "ledger").write_text("in its place")
     for number in (1, 2):
-        ledger.see(number, seen((number, 0, 0.5)))
+        ledger.record(number, seen((number, 0, 0.5)))
         ledger.write()
     (tmp_path / "ledger").unlink()
-    ledger.see(3, seen((3, 0, 0.5)))
+    ledger.record(3, seen((3, 0, 0.5)))
     ledger.write()
     assert len(said) == 1 and said[0].startswith("warning: the ledger cannot be written to, its rows are kept for later")
     assert [row[:2] for row in listed(read_ledger(tmp_path))] == [(1, 1), (2, 2), (3, 3)]
@@ -98,7 +98,7 @@ def test_cut_back_it_has_what_was_seen_up_to_a_checkpoint(examples, tmp_path):
     ledger = Ledger(tmp_path)
     # The file of 3 reaches back to 2, as where the disk had no room at 2.
     for number, is_written in ((1, True), (2, False), (3, True), (4, True)):
-        ledger.see(number, seen((number, 0, 0.5)))
+        ledger.record(number, seen((number, 0, 0.5)))
         if is_written:
             ledger.write()
     (tmp_path / "ledger" / "5.parquet").write_bytes(b"half a file")
@@ -117,7 +117,7 @@ def test_a_run_without_a_ledger_has_nothing_to_cut_and_nothing_to_read(tmp_path)
 def test_a_damaged_file_is_passed_over(tmp_path):
     ledger = Ledger(tmp_path)
     for number in (1, 2):
-        ledger.see(number, seen((number, 0, 0.5)))
+        ledger.record(number, seen((number, 0, 0.5)))
         ledger.write()
     (tmp_path / "ledger" / "1.parquet").write_bytes(b"PAR1 and no more")
     pyarrow.parquet.write_table(pyarrow.table({"other": ["columns"]}), tmp_path / "ledger" / "3.parquet")
@@ -129,7 +129,7 @@ def test_a_sighting_takes_less_than_16_bytes(tmp_path):
     ledger = Ledger(tmp_path)
     for number in range(200):
         preferred = torch.from_numpy(draw.integers(0, 300_000, 100))
-        ledger.see(100 * number, [(torch.stack([preferred, preferred + 1], 1), torch.from_numpy(draw.normal(size=100)))])
+        ledger.record(100 * number, [(torch.stack([preferred, preferred + 1], 1), torch.from_numpy(draw.normal(size=100)))])
     ledger.write()
     [file] = parts_of(tmp_path)
     assert file.stat().st_size < 16 * 20_000 and pyarrow.parquet.read_schema(file).equals(SCHEMA)

@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM
 from preference_training.batching.iterator import BatchIterator
 from preference_training.batching.micro_batches import evaluation_batches
 from preference_training.batching.schedule import RunLength, Schedule
-from preference_training.checkpointing.checkpoints import CheckpointWriter, publish, read_state
-from preference_training.checkpointing.resuming import fault_of_run
+from preference_training.checkpointing.checkpoint import Checkpoint
+from preference_training.checkpointing.resume import resumable
+from preference_training.checkpointing.writer import CheckpointWriter, SaveOptions, publish
 from preference_training.configuration.precision import lines_of_precision
 from preference_training.configuration.schema import SCHEDULES
 from preference_training.core.errors import UserError
@@ -56,7 +57,7 @@ def trainer_of(compose, tokenizer, *overrides, run_dir=None, n_examples=None) ->
         Schedule(PROMPTS, 4, length=RunLength(n_epochs=config.n_epochs, n_examples=n_examples, n_steps=config.n_steps))
     )
     about = {"config": config.as_dict(), "data": ["a"], "began_with": "b", "wandb_id": "0" * 32}
-    writer = run_dir and CheckpointWriter(run_dir, policy, tokenizer, about=about)
+    writer = run_dir and CheckpointWriter(run_dir, policy, tokenizer, options=SaveOptions(run=about))
     held_out = evaluation_batches(PROMPTS, 4, 4, seed=0)
     made = {"tokenizer": tokenizer, "train": steps, "held_out": held_out, "tracker": Said(), "writer": writer}
     return build_trainer(config, policy, build_loss("sft"), **made)
@@ -136,7 +137,7 @@ def test_a_trainers_last_step_has_the_final_learning_rate(compose, tokenizer):
 def test_a_longer_run_goes_on_by_its_own_schedule_and_says_so(compose, tokenizer, tmp_path, overrides, more, said):
     trainer_of(compose, tokenizer, *overrides, "n_epochs=1", run_dir=tmp_path).train()
     longer = trainer_of(compose, tokenizer, *overrides, more)
-    longer.continue_from(tmp_path / "LATEST")
+    longer.continue_from(Checkpoint.read(tmp_path / "LATEST"))
     lines = [line for line in longer.tracker.lines if line.startswith("resume: the run has")]
     assert len(lines) == (said is not None)
     if said:
@@ -152,7 +153,7 @@ def test_a_run_that_goes_on_to_the_same_end_says_nothing_of_its_schedule(compose
     overrides = "lr_schedule=cosine", "n_epochs=2"
     trainer_of(compose, tokenizer, *overrides, run_dir=tmp_path).train()
     again = trainer_of(compose, tokenizer, *overrides, "n_steps=6")
-    again.continue_from(tmp_path / "step-8")
+    again.continue_from(Checkpoint.read(tmp_path / "step-8"))
     assert again.tracker.lines == []
 
 
@@ -307,7 +308,7 @@ def test_a_run_with_master_weights_resumes_bit_for_bit(compose, tokenizer, tmp_p
     whole = trainer_of(compose, tokenizer, *overrides, run_dir=tmp_path)
     whole.train()
     resumed = trainer_of(compose, tokenizer, *overrides)
-    resumed.continue_from(tmp_path / "step-4")
+    resumed.continue_from(Checkpoint.read(tmp_path / "step-4"))
     resumed.train()
     later = whole.tracker.lines[len(whole.tracker.lines) - len(resumed.tracker.lines) :]
     assert resumed.tracker.lines == later and resumed.state.tokens == whole.state.tokens
@@ -315,7 +316,7 @@ def test_a_run_with_master_weights_resumes_bit_for_bit(compose, tokenizer, tmp_p
         assert torch.equal(weight, other)
         master = whole.step.updater.optimizer.masters[weight]
         assert master.dtype == torch.float32 and torch.equal(master, resumed.step.updater.optimizer.masters[other])
-    assert fault_of_run(tmp_path / "step-4") is None
+    resumable(tmp_path / "step-4")
 
 
 def as_before(checkpoint):
@@ -336,7 +337,7 @@ def test_an_older_run_in_bfloat16_goes_on_as_it_would_have(compose, tokenizer, t
     as_before(tmp_path / "step-4")
     resumed = trainer_of(compose, tokenizer, *overrides, f"master_weights={masters}")
     assert resumed.step.updater.has_masters is (masters == "auto")
-    resumed.continue_from(tmp_path / "step-4")
+    resumed.continue_from(Checkpoint.read(tmp_path / "step-4"))
     said = "goes on without them; master_weights=true starts them from its weights" in " ".join(resumed.tracker.lines)
     assert said is (masters == "auto")
     resumed.train()
@@ -349,14 +350,14 @@ def test_master_weights_of_an_older_run_start_from_its_weights_and_may_be_droppe
     trainer_of(compose, tokenizer, *overrides, "master_weights=false", run_dir=tmp_path).train()
     as_before(tmp_path / "step-4")
     resumed = trainer_of(compose, tokenizer, *overrides, "master_weights=true", run_dir=tmp_path)
-    resumed.continue_from(tmp_path / "step-4")
+    resumed.continue_from(Checkpoint.read(tmp_path / "step-4"))
     assert "they start from its weights" in resumed.tracker.lines[-1]
     for weight, state in resumed.step.updater.optimizer.state.items():
         assert torch.equal(state["master"], weight.float()) and state["exp_avg"].dtype == torch.float32
         assert state["step"] == 1 and state["exp_avg_sq"].any()
     resumed.train()
     dropped = trainer_of(compose, tokenizer, *overrides, "master_weights=false")
-    dropped.continue_from(tmp_path / "step-8")
+    dropped.continue_from(Checkpoint.read(tmp_path / "step-8"))
     assert "are dropped" in dropped.tracker.lines[-1] and not dropped.step.updater.has_masters
     dropped.train()
 
@@ -370,7 +371,7 @@ def test_optimizers_of_eight_bits_train_and_resume_bit_for_bit(compose, tokenize
     trainer_of(compose, tokenizer, *overrides, run_dir=tmp_path).train()
     whole, resumed = (trainer_of(compose, tokenizer, *overrides) for _ in range(2))
     whole.train()
-    resumed.continue_from(tmp_path / "step-4")
+    resumed.continue_from(Checkpoint.read(tmp_path / "step-4"))
     resumed.train()
     for name, weight in weights_of(whole).items():
         assert torch.equal(weight, weights_of(resumed)[name]), name
@@ -381,7 +382,7 @@ def test_optimizers_of_eight_bits_train_and_resume_bit_for_bit(compose, tokenize
         if isinstance(value, torch.Tensor)
     ]
     assert any(value.dtype == torch.uint8 for value in states)
-    assert fault_of_run(tmp_path / "step-4") is None
+    resumable(tmp_path / "step-4")
 
 
 # ---- when a run ends --------------------------------------------------------------------------------------------------------
@@ -404,13 +405,13 @@ def test_a_run_stops_when_the_objective_has_not_been_better_for_long_enough(comp
     # The evaluation before the first step is the best, and the two after it are the same to the last bit.
     assert trainer.state.examples == 8
     assert trainer.tracker.lines[-1].startswith("early stopping: loss/eval was not better than ")
-    state = read_state(tmp_path / "LATEST")
+    state = Checkpoint.read(tmp_path / "LATEST").state
     assert state["evaluations_since_best"] == 2 and state["best"] == state["held_out"]["loss/eval"]
     resumed = trainer_of(compose, tokenizer, *overrides)
-    resumed.continue_from(tmp_path / "LATEST")
+    resumed.continue_from(Checkpoint.read(tmp_path / "LATEST"))
     assert resumed.finished
     longer = trainer_of(compose, tokenizer, "early_stopping_patience=3", "n_epochs=20", "lr=1e-30")
-    longer.continue_from(tmp_path / "LATEST")
+    longer.continue_from(Checkpoint.read(tmp_path / "LATEST"))
     longer.train()
     # Steps end at 10 and 14, of which the second is the first behind 12.
     assert longer.state.examples == 14

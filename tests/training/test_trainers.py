@@ -12,21 +12,15 @@ from preference_training.batching.iterator import BatchIterator
 from preference_training.batching.micro_batches import MicroBatch, evaluation_batches
 from preference_training.batching.packing import UNLIMITED, TokenBudget, cut, examples_of, pack_examples, packs_of
 from preference_training.batching.schedule import RunLength, Schedule
-from preference_training.checkpointing.checkpoints import (
-    CheckpointWriter,
-    best_of,
-    fault_of,
-    newest_usable,
-    read_reference,
-    read_state,
-)
+from preference_training.checkpointing.checkpoint import Checkpoint, best_of, fault_of, newest_usable
+from preference_training.checkpointing.writer import CheckpointWriter, SaveOptions
 from preference_training.configuration.composition import choices_of
 from preference_training.core.errors import UserError
+from preference_training.core.metric_names import LOSS_AT_BETA_USED
 from preference_training.core.process_group import SINGLE_PROCESS
 from preference_training.data.prompt_table import PromptTable
 from preference_training.data.rows.records import PreferenceRecord
 from preference_training.data.tokenization import TokenizedPrompt, TokenSettings, tokenize_records
-from preference_training.losses.beta_dpo import LOSS_AT_BETA_USED
 from preference_training.losses.registry import build_loss
 from preference_training.modeling.logprobs import CachedReference, LiveReference
 from preference_training.modeling.prefix_sharing.sharing import share_prefixes
@@ -207,14 +201,14 @@ def test_a_run_of_an_earlier_version_forgets_its_best_held_out_loss_which_was_at
         writer.write(first.snapshot())
     state = tmp_path / "LATEST" / "state.json"
     now = make()
-    now.continue_from(tmp_path / "LATEST")
+    now.continue_from(Checkpoint.read(tmp_path / "LATEST"))
     assert now.state.best == first.state.held_out["loss/eval"] and best_of([tmp_path / "LATEST"], "loss/eval")
     written = json.loads(state.read_text())
     del written["held_out"][LOSS_AT_BETA_USED]
     state.write_text(json.dumps(written))
     capsys.readouterr()
     then = make()
-    then.continue_from(tmp_path / "LATEST")
+    then.continue_from(Checkpoint.read(tmp_path / "LATEST"))
     assert then.state.best is None and not best_of([tmp_path / "LATEST"], "loss/eval")
     assert "the best so far is forgotten" in capsys.readouterr().out
 
@@ -326,7 +320,7 @@ def test_a_trainer_continues_from_its_state_bit_for_bit(name, build, loss_of, to
     with CheckpointWriter(tmp_path, first.models.policy, first.placement.tokenizer) as writer:
         writer.write(first.snapshot())
     second = make(policy="")
-    second.continue_from(tmp_path / "LATEST")
+    second.continue_from(Checkpoint.read(tmp_path / "LATEST"))
     for batch in second.batches.train:
         second.train_step(batch)
     assert (second.state.examples, second.state.updates) == (whole.state.examples, whole.state.updates) == (28, 7)
@@ -391,13 +385,15 @@ def test_a_moved_reference_lies_beside_weights_that_load_with_plain_transformers
     trainer = build(loss_of("tr_dpo"), "llama", "lr=1e-2", "optimizer=AdamW", "warmup_steps=0")
     for _ in range(3):
         trainer.train_step(micro_batches(tokenized[True][:4], 4))
-    with CheckpointWriter(tmp_path, trainer.models.policy, trainer.placement.tokenizer, background=True) as writer:
+    with CheckpointWriter(
+        tmp_path, trainer.models.policy, trainer.placement.tokenizer, options=SaveOptions(background=True)
+    ) as writer:
         writer.write(trainer.snapshot())
     policy, reference = trainer.models.policy.state_dict(), trainer.models.reference.model.state_dict()
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "LATEST", dtype=torch.float32).state_dict()
     assert all(torch.equal(loaded[name], weight) for name, weight in policy.items())
     kept = {name: torch.empty_like(weight) for name, weight in reference.items()}
-    read_reference(tmp_path / "LATEST", kept)
+    Checkpoint.read(tmp_path / "LATEST").read_reference(kept)
     assert all(torch.equal(kept[name], weight) for name, weight in reference.items())
     assert any(not torch.equal(kept[name], weight) for name, weight in policy.items())
     assert fault_of(tmp_path / "LATEST") is None
@@ -525,8 +521,8 @@ def test_too_many_bad_steps_in_a_row_end_the_run_with_one_message_and_the_last_c
     assert [bool(metrics) for metrics in taken] == [True, False, False, True, False, False]
     assert len((tmp_path / "bad_batches.jsonl").read_text().splitlines()) == 5
     newest = newest_usable(tmp_path)
-    assert read_state(newest)["updates"] == 2
-    saved = AutoModelForCausalLM.from_pretrained(newest, dtype=torch.float32).state_dict()
+    assert newest.state["updates"] == 2
+    saved = AutoModelForCausalLM.from_pretrained(newest.path, dtype=torch.float32).state_dict()
     assert all(torch.equal(saved[name], weight) for name, weight in trainer.models.policy.state_dict().items())
 
 

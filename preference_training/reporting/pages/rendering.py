@@ -8,6 +8,7 @@ import hashlib
 from functools import cache
 from pathlib import Path
 
+from preference_training.core.files import write_atomically
 from preference_training.core.secrets import without_secrets
 
 FOLDER = Path(__file__).parent
@@ -40,7 +41,4 @@ def _environment():
 
 def write_page(path: Path, html: str) -> None:
     """Write a page atomically, so that nobody reads half of one. Raises OSError."""
-    partial = path.with_name(f"{path.name}.partial")
-    # JSON may hold lone surrogates, which UTF-8 cannot encode.
-    partial.write_text(html, encoding="utf-8", errors="replace")
-    partial.replace(path)
+    write_atomically(path, html)

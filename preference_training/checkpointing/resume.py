@@ -1,0 +1,234 @@
+"""Resuming a run: which checkpoint, whether it is the same run, and its files as they were at the checkpoint.
+
+resume=auto   the newest usable checkpoint of the experiment, of this run directory or of the newest one of its name
+resume=PATH   a run directory's newest usable checkpoint, or a checkpoint
+"""
+
+import json
+import re
+import shutil
+from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
+
+from preference_training.checkpointing.checkpoint import Checkpoint, DamagedError, checkpoints_of, damaged_state, newest_usable
+from preference_training.checkpointing.state import NEWER_STATE_SHAPE, STATE_SHAPE
+from preference_training.configuration.kept import CONFIG
+from preference_training.configuration.keys import MAY_CHANGE_ON_RESUME, is_within
+from preference_training.configuration.schema import keys_with
+from preference_training.core.errors import UserError
+from preference_training.core.files import PARTIAL, replace_symlink, write_atomically
+from preference_training.core.metric_names import EXAMPLES
+from preference_training.core.values import (
+    UNREADABLE,
+    dotted,
+    misfit,
+)
+from preference_training.modeling.adapters import BASE_DIR
+from preference_training.modeling.archives import MODEL_CONFIG
+from preference_training.tracking.ledger import FOLDER as LEDGER
+from preference_training.tracking.ledger import cut_back_ledger
+from preference_training.tracking.run_files import (
+    ABOUT,
+    ANSWERS,
+    ASIDE,
+    BAD_STEPS,
+    CHECKPOINT,
+    EVENTS,
+    FLAGGED,
+    JUDGEMENTS,
+    LATEST,
+    METRICS,
+    PRUNED,
+    REPORT,
+    RESULTS_FILE,
+    SAMPLES,
+    TENSORBOARD,
+    WANDB,
+)
+
+# ---- the checkpoint that `resume` means -----------------------------------------------------------------------------------
+
+
+def checkpoint_to_resume(resume: str | None, run_dir: Path, exp_name: str) -> Checkpoint | None:
+    """The checkpoint that `resume` means, None for a new run. Runs lie beside `run_dir`.
+
+    Raises UserError for a path without a usable checkpoint.
+    """
+    if resume is None:
+        return None
+    if resume != "auto":
+        return _given(Path(resume))
+    for directory in runs_of(run_dir, exp_name):
+        found = newest_usable(directory, opened=resumable)
+        if found is not None:
+            print(f"resume: continuing from {found.path}", flush=True)
+            return found
+    print(f"resume: no checkpoint of {exp_name} yet, a new run begins", flush=True)
+    return None
+
+
+def _given(path: Path) -> Checkpoint:
+    path = path.resolve()
+    try:
+        if checkpoints_of(path):
+            found = newest_usable(path, opened=resumable)
+            if found is None:
+                raise DamagedError("none of its checkpoints is intact")
+        elif not path.is_dir():
+            raise DamagedError("no such directory")
+        else:
+            found = resumable(path)
+            # The name says how far its run was.
+            if path not in checkpoints_of(path.parent):
+                raise DamagedError(f"its name is no longer {CHECKPOINT}N")
+    except DamagedError as fault:
+        raise UserError(f"resume: {path}: {fault}. Expected a run directory or a checkpoint (step-N), or auto.") from None
+    print(f"resume: continuing from {found.path}", flush=True)
+    return found
+
+
+def resumable(path: Path) -> Checkpoint:
+    """A checkpoint from which a run can resume. Raises DamagedError where its files or its state are not what was written."""
+    checkpoint = Checkpoint.verified(path, STATE_SHAPE, optional=NEWER_STATE_SHAPE)
+    if not checkpoint.state["random"]:
+        raise damaged_state("state.random")
+    return checkpoint
+
+
+def version_of_data(resume: str | None, run_dir: Path, exp_name: str) -> int | None:
+    """By which version of the rules the data of a resumed run was prepared; None for a new run.
+
+    Every process looks, before it has joined the others: at the states of checkpoints, not at their weights.
+    """
+    given = Path(resume).resolve() if resume not in (None, "auto") else None
+    paths = [given] if given and not checkpoints_of(given) else []
+    for directory in [given] if given else runs_of(run_dir, exp_name) if resume else []:
+        paths += checkpoints_of(directory)
+    for path in paths:
+        with suppress(*UNREADABLE):
+            checkpoint = Checkpoint.read(path)
+            if misfit(checkpoint.state, STATE_SHAPE, "state") is None:
+                return checkpoint.data_version
+    return None
+
+
+def runs_of(run_dir: Path, exp_name: str) -> list[Path]:
+    """Where resume=auto looks for checkpoints, in this order: a run's directory, then those of its name, newest first."""
+    moment = re.compile(re.escape(exp_name) + r"_\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d-\d{6}")
+    beside = [path for path in run_dir.parent.glob("*") if moment.fullmatch(path.name)]
+    return [run_dir, *sorted(beside, reverse=True)]
+
+
+# ---- whether it is the same run ------------------------------------------------------------------------------------------
+
+
+def check_same_run(checkpoint: Checkpoint, about: dict) -> None:
+    """Raise UserError where what a run is made of (`about`) differs from what the checkpoint's run was made of."""
+    then, path = checkpoint.run, checkpoint.path
+    before, now = (dotted(run["config"]) for run in (then, about))
+    changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+    changed = [key for key in changed if not is_within(key, keys_with(MAY_CHANGE_ON_RESUME))]
+    advice = "Start a new run from it with model.archive, or restore the old value."
+    if changed:
+        listed = "; ".join(f"{key}: was {before.get(key)!r}, is {now.get(key)!r}" for key in changed)
+        raise UserError(f"resume: {path} belongs to a run with another configuration: {listed}. {advice}")
+    was, is_now = checkpoint.data_version, about.get("data_version", 1)
+    if was != is_now:
+        raise UserError(
+            f"resume: the data of {path} was prepared by version {was} of the rules, and that of this start by version "
+            f"{is_now}, of a newer run whose checkpoints are damaged. Expected resume={path.parent}."
+        )
+    for key, what in (("data", "datasets: the prepared data are"), ("began_with", "model: the weights that it began with are")):
+        if then[key] != about[key]:
+            raise UserError(f"resume: {what} not those of the run that {path} belongs to. {advice}")
+
+
+# ---- the files of a run -----------------------------------------------------------------------------------------------------
+
+OF_A_RUN = (
+    METRICS, SAMPLES, BAD_STEPS, EVENTS, RESULTS_FILE, ABOUT, FLAGGED, PRUNED, CONFIG, REPORT, ANSWERS,
+    JUDGEMENTS, LATEST, LEDGER, TENSORBOARD, WANDB, BASE_DIR, f"{CHECKPOINT}*",
+)  # fmt: skip
+
+
+def parts_of_a_run(run_dir: Path) -> list[Path]:
+    """The files and directories of a run in its directory; none that are not a run's."""
+    parts = sorted(path for pattern in OF_A_RUN for path in run_dir.glob(pattern))
+    # A directory of that name alone is not a run's.
+    return [] if [path.name for path in parts] == [BASE_DIR] else parts
+
+
+def forget_base(run_dir: Path) -> None:
+    """Remove the base model kept by a run that has no checkpoint: it begins anew, from its configuration."""
+    if (run_dir / BASE_DIR / MODEL_CONFIG).is_file():
+        shutil.rmtree(run_dir / BASE_DIR)
+
+
+def check_beginning(run_dir: Path, archive: str | None, eval_only: bool) -> None:
+    """Raise UserError where a new run cannot set aside the earlier one in its directory."""
+    if not parts_of_a_run(run_dir):
+        return
+    elsewhere = "Name another local_run_dir"
+    if eval_only and checkpoints_of(run_dir):
+        raise UserError(
+            f"local_run_dir: {run_dir} holds a run with checkpoints, and eval_only=true would evaluate the model as "
+            f"configured, not it. {elsewhere}, or evaluate the run with resume={run_dir}."
+        )
+    if archive and Path(archive).resolve().is_relative_to(run_dir.resolve()):
+        raise UserError(
+            f"local_run_dir: {run_dir} holds the run of model.archive, which a new run there would set aside. {elsewhere}."
+        )
+
+
+def set_aside(run_dir: Path) -> Path | None:
+    """Move an earlier run in a directory into a subdirectory of it, and return that; None where there is none."""
+    parts = parts_of_a_run(run_dir)
+    if not parts:
+        return None
+    place = run_dir / f"{ASIDE}{datetime.now():%Y-%m-%d_%H-%M-%S-%f}"
+    place.mkdir()
+    for part in parts:
+        part.rename(place / part.name)
+    return place
+
+
+def cut_back(run_dir: Path, checkpoint: Path | None) -> None:
+    """Restore a run's files to what they were at a checkpoint: later rows are removed, later checkpoints set aside.
+
+    Without a checkpoint the run begins anew: everything there is later.
+    """
+    examples = int(checkpoint.name.removeprefix(CHECKPOINT)) if checkpoint else -1
+    for name in (METRICS, SAMPLES, BAD_STEPS):
+        if (run_dir / name).exists():
+            _keep_rows(run_dir / name, examples)
+    cut_back_ledger(run_dir, examples)
+    (run_dir / PRUNED).unlink(missing_ok=True)
+    for later in checkpoints_of(run_dir):
+        if int(later.name.removeprefix(CHECKPOINT)) > examples:
+            aside = later.with_name(f"{later.name}.set-aside")
+            shutil.rmtree(aside, ignore_errors=True)
+            later.rename(aside)
+    for partial in run_dir.glob(f"{CHECKPOINT}*{PARTIAL}"):
+        shutil.rmtree(partial, ignore_errors=True)
+    # A kill may have come before the link was set, or the link may point at a later checkpoint.
+    for link in run_dir.glob(f".{LATEST}.*"):
+        link.unlink()
+    (run_dir / LATEST).unlink(missing_ok=True)
+    if checkpoint:
+        replace_symlink(run_dir / LATEST, checkpoint.name)
+
+
+def _keep_rows(file: Path, examples: int) -> None:
+    kept = []
+    # Bytes: a text may hold what Python takes for the end of a line, and half a row may end within a letter.
+    for line in file.read_bytes().splitlines():
+        try:
+            row = json.loads(line)
+            is_kept = row.get(EXAMPLES, row.get("examples", 0)) <= examples
+        except UNREADABLE:
+            # Half a row: the process was killed while it wrote it.
+            continue
+        if is_kept:
+            kept.append(line + b"\n")
+    write_atomically(file, b"".join(kept))

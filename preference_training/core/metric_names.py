@@ -1,0 +1,59 @@
+"""The names of a run's metrics: in metrics.jsonl, in dashboards, and as `objective`."""
+
+from collections.abc import Mapping
+
+TRAIN, EVAL = "train", "eval"
+CHOSEN, REJECTED = "chosen", "rejected"
+
+
+def loss(split: str) -> str:
+    """The mean loss of a split, "train" or "eval"."""
+    return f"loss/{split}"
+
+
+def reward(split: str, kind: str) -> str:
+    """A mean of rewards: "chosen", "rejected", "accuracies" or "margins"."""
+    return f"rewards_{split}/{kind}"
+
+
+def logps(split: str, kind: str) -> str:
+    """The mean log-prob of responses: "chosen" or "rejected"."""
+    return f"logps_{split}/{kind}"
+
+
+TRAIN_LOSS, EVAL_LOSS = loss(TRAIN), loss(EVAL)
+TRAIN_ACCURACY, EVAL_ACCURACY = reward(TRAIN, "accuracies"), reward(EVAL, "accuracies")
+TRAIN_MARGIN, EVAL_MARGIN = reward(TRAIN, "margins"), reward(EVAL, "margins")
+TRAIN_CHOSEN_REWARD, TRAIN_REJECTED_REWARD = reward(TRAIN, CHOSEN), reward(TRAIN, REJECTED)
+EVAL_CHOSEN_REWARD, EVAL_REJECTED_REWARD = reward(EVAL, CHOSEN), reward(EVAL, REJECTED)
+TRAIN_CHOSEN_LOGPS, TRAIN_REJECTED_LOGPS = logps(TRAIN, CHOSEN), logps(TRAIN, REJECTED)
+EVAL_CHOSEN_LOGPS, EVAL_REJECTED_LOGPS = logps(EVAL, CHOSEN), logps(EVAL, REJECTED)
+
+# Where a run is.
+COUNTERS = "counters/"
+EXAMPLES, UPDATES, TOKENS = f"{COUNTERS}examples", f"{COUNTERS}updates", f"{COUNTERS}tokens"
+# How many prompts an evaluation's held-out numbers are of.
+HELD_OUT_PROMPTS = f"{COUNTERS}held_out_prompts"
+
+GRAD_NORM, LEARNING_RATE, EPOCH = "grad_norm", "lr", "epoch"
+TIME, MEMORY = "time", "memory_gib"
+EXAMPLES_PER_SECOND, TOKENS_PER_SECOND = "examples_per_second", "tokens_per_second"
+# What a clock or the machine says of a step: it differs between runs that are the same.
+MEASURED = (EXAMPLES_PER_SECOND, TOKENS_PER_SECOND, MEMORY, TIME)
+
+# Of beta-DPO's steps.
+BETA_USED, KEPT_FRACTION = "beta_DPO/beta_used", "beta_DPO/kept_fraction"
+GAP_MEAN, GAP_STD = "beta_DPO/gap_mean", "beta_DPO/gap_std"
+# Of its evaluations: the mean loss at the beta that training would take for the held-out pairs. Those without it, of an
+# earlier version, have EVAL_LOSS at the beta in force.
+LOSS_AT_BETA_USED = "beta_DPO/loss_eval_at_beta_used"
+
+
+def smaller_is_better(metric: str) -> bool:
+    """Whether a held-out metric is to be small; all but losses are to be large."""
+    return metric.startswith("loss")
+
+
+def loss_is_at_beta_used(held_out: Mapping[str, object] | None) -> bool:
+    """Whether an evaluation's metrics are of an earlier version, whose loss/eval of beta-DPO was at the beta in force."""
+    return bool(held_out) and BETA_USED in held_out and LOSS_AT_BETA_USED not in held_out

@@ -1,0 +1,198 @@
+"""The jobs of a sweep: which directory is whose, and what has become of each.
+
+A job is known by its configuration, whatever its number is. Its job.json says what has become of it, so that the same command
+line with the same `sweep_dir` runs what is missing and nothing else: a complete job returns its objective from there, an
+interrupted one resumes from its newest checkpoint. Launchers run jobs in this process or in others, on this machine or on
+others, so all of this lies in files.
+
+    sweep.json    of a sweep: which start of it this is
+    jobs.json     of a sweep: each job's identity and directory
+    job.json      of a job: overrides, state, objective or error, how often it was started
+"""
+
+import json
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from itertools import count
+from math import isfinite
+from pathlib import Path
+from typing import ClassVar
+
+from filelock import FileLock, Timeout
+
+from preference_training.configuration.keys import OUTSIDE_JOB_IDENTITY
+from preference_training.configuration.schema import keys_with
+from preference_training.core.files import locked, write_atomically
+from preference_training.core.hashing import hash_of_values
+from preference_training.tracking.run_files import (
+    JOB,
+    METRICS,
+    json_object,
+)
+
+START, JOBS, STOP = "sweep.json", "jobs.json", ".stop"
+# States of a job that is not run again.
+OVER = ("complete", "pruned")
+
+
+@dataclass
+class Job:
+    """A job's directory, and the record in its job.json."""
+
+    directory: Path
+    record: dict = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, directory: Path) -> "Job":
+        """The job of a directory as its job.json has it now."""
+        return cls(directory, json_object(directory / JOB))
+
+    @property
+    def state(self) -> str | None:
+        """new, running, complete, pruned, failed, stopped."""
+        return self.record.get("state")
+
+    @property
+    def overrides(self) -> list[str]:
+        """The job's command line."""
+        return self.record.get("overrides", [])
+
+    @property
+    def result(self) -> float | None:
+        """What the sweeper is given for a job that is over: its objective; None where that is no number.
+
+        A pruned run is no better than the worst complete one: its own number is of a run half done, and might be better than
+        that of any complete run.
+        """
+        value = self.record.get("counts_as")
+        return value if isinstance(value, int | float) and isfinite(value) else None
+
+    def update(self, **news) -> None:
+        """Write something into job.json."""
+        self.record |= news
+        _write_json(self.directory / JOB, self.record)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Inside, no other process runs this job; waits for the one that does."""
+        with locked(self._lock, f"sweep: waiting for the process that runs {self.directory}"):
+            yield
+
+    @property
+    def is_held(self) -> bool:
+        """Whether a process runs this job."""
+        try:
+            FileLock(self._lock).acquire(timeout=0).lock.release()
+        except Timeout:
+            return True
+        return False
+
+    @property
+    def _lock(self) -> Path:
+        return self.directory / f".{JOB}.lock"
+
+
+@dataclass(frozen=True)
+class Request:
+    """A job as Hydra asks for it, before it is validated.
+
+    directory is the one that Hydra has made, which the job takes unless it has another. overrides are the job's command line,
+    values the composed configuration in plain values, references unresolved.
+    """
+
+    sweep: Path
+    directory: Path
+    overrides: list[str]
+    values: dict
+
+    @property
+    def resumes(self) -> bool:
+        """Whether an interrupted job resumes from its newest checkpoint: nothing else is asked for."""
+        return self.values.get("resume") is None and not self.values.get("eval_only")
+
+
+@dataclass(frozen=True)
+class SweepDirectory:
+    """The directory of a sweep, and the files by which its processes know of each other."""
+
+    path: Path
+    # That of the sweep that this process has started, None in a process that only runs jobs.
+    started_here: ClassVar["SweepDirectory | None"] = None
+
+    def begin(self) -> None:
+        """Mark a new start of the sweep. Raises OSError where the directory cannot be written."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        if SweepDirectory.started_here is None:
+            (self.path / STOP).unlink(missing_ok=True)
+            _write_json(self.path / START, {"start": uuid.uuid4().hex})
+        SweepDirectory.started_here = self
+
+    @property
+    def start(self) -> str | None:
+        """The id of the newest start of the sweep."""
+        return json_object(self.path / START).get("start")
+
+    def stop(self) -> None:
+        """Have no further job begin."""
+        (self.path / STOP).touch()
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether no further job is to begin."""
+        return (self.path / STOP).exists()
+
+    def jobs(self) -> list[Job]:
+        """All jobs of the sweep, of earlier starts too."""
+        return [Job.read(self.path / name) for name in json_object(self.path / JOBS).values()]
+
+    def jobs_of_this_start(self) -> list[Job]:
+        """The jobs that the newest start of the sweep has come to."""
+        start = self.start
+        return [job for job in self.jobs() if job.record.get("start") == start]
+
+    def claim(self, request: Request) -> Path:
+        """The directory of a job: the one it has, or a new one, the requested one where that is nobody else's."""
+        given, identity = request.directory, identity_of(request.values)
+        with FileLock(self.path / f".{JOBS}.lock"):
+            known = json_object(self.path / JOBS)
+            if identity in known:
+                directory = self.path / known[identity]
+            else:
+                directory = self._free_directory(given, known)
+                _write_json(self.path / JOBS, known | {identity: str(directory.relative_to(self.path))})
+            if directory != given:
+                with suppress(OSError):
+                    # Made by Hydra, and still empty unless it is another job's.
+                    given.rmdir()
+            directory.mkdir(parents=True, exist_ok=True)
+            if not (directory / JOB).exists():
+                Job(directory).update(overrides=request.overrides, state="new")
+        return directory
+
+    def _free_directory(self, given: Path, known: dict[str, str]) -> Path:
+        taken = known.values()
+        if str(given.relative_to(self.path)) not in taken and not (given / METRICS).exists():
+            return given
+        names = (str(number) for number in count(len(known)))
+        return next(self.path / name for name in names if name not in taken and not (self.path / name / METRICS).exists())
+
+
+def identity_of(values: dict) -> str:
+    """Hash of all keys of a composed configuration that make a job what it is: 32 hexadecimal digits."""
+    known = _with_identity(values) | ({"resume": None} if values.get("resume") == "auto" else {})
+    return hash_of_values(known, default=str)
+
+
+def _with_identity(values: dict, prefix: str = "") -> dict:
+    outside = keys_with(OUTSIDE_JOB_IDENTITY)
+    return {
+        name: _with_identity(value, f"{prefix}{name}.") if isinstance(value, dict) else value
+        for name, value in values.items()
+        if f"{prefix}{name}" not in outside
+    }
+
+
+def _write_json(file: Path, values: dict) -> None:
+    write_atomically(file, json.dumps(values, indent=1, ensure_ascii=False) + "\n", concurrent=True)

@@ -1,0 +1,69 @@
+"""Running a sweep to its end, and saying what has become of its jobs."""
+
+import sys
+from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool
+
+from preference_training.core.errors import first_line
+from preference_training.core.signals import STOPPED
+from preference_training.sweeps.jobs import OVER, SweepDirectory
+
+
+def run_to_end(main: Callable[[], object]) -> None:
+    """Run `main`, which may be a sweep; then print the jobs that are missing, and exit with the status for them."""
+    try:
+        _run_despite_deaths(main)
+    except BaseException as error:
+        status = print_missing_jobs()
+        if status and isinstance(error, ValueError) and str(error).startswith("No trials are completed"):
+            # Raised by Optuna, which looks for the best of jobs that have all failed.
+            sys.exit(status)
+        raise
+    if status := print_missing_jobs():
+        sys.exit(status)
+
+
+def _run_despite_deaths(main: Callable[[], object]) -> None:
+    """Run `main`, and again where one of joblib's processes has died, which ends all its others.
+
+    A job that was running at two deaths, or alone at one, is taken to be the one that kills its process.
+    """
+    while True:
+        try:
+            main()
+            return
+        except BrokenProcessPool as broken:
+            sweep = SweepDirectory.started_here
+            jobs = sweep.jobs_of_this_start() if sweep is not None and not sweep.is_stopped else []
+            running = [job for job in jobs if job.state == "running"]
+            if not running:
+                raise
+            for job in running:
+                deaths = job.record.get("deaths", 0) + 1
+                failed = {"state": "failed", "error": first_line(broken)} if deaths > 1 or len(running) == 1 else {}
+                job.update(deaths=deaths, **failed)
+            print("sweep: a process has died; missing jobs are started again", file=sys.stderr, flush=True)
+            sys.argv.append(f"sweep_dir={sweep.path}")
+
+
+def print_missing_jobs() -> int:
+    """Print what has become of the jobs of this process's sweep; returns its exit status, 0 where none is missing.
+
+    1 where a job has failed, 2 where only the user's mistakes went wrong, 75 where jobs were stopped.
+    """
+    sweep = SweepDirectory.started_here
+    jobs = sweep.jobs_of_this_start() if sweep is not None else []
+    missing = [job for job in jobs if job.state not in OVER]
+    if not missing:
+        return 0
+    of_all = set.intersection(*(set(job.overrides) for job in jobs))
+    lines = [f"sweep: {len(jobs) - len(missing)} of {len(jobs)} jobs are complete"]
+    for job in missing:
+        own = " ".join(text for text in job.overrides if text not in of_all)
+        fate = job.record.get("error") or ("its process goes on" if job.is_held else "its process has ended")
+        lines.append(f"  {job.directory.name}{f' ({own})' * bool(own)}: {job.state}: {fate}")
+    lines.append(f"The same command line with sweep_dir={sweep.path} runs what is missing.")
+    print(*lines, sep="\n", file=sys.stderr, flush=True)
+    if sweep.is_stopped or any(job.state == "stopped" for job in missing):
+        return STOPPED
+    return 2 if all(job.record.get("mistake") for job in missing) else 1

@@ -1,0 +1,121 @@
+"""What Hydra calls before a sweep and after it.
+
+Hydra makes the callback at every start, so nothing heavy is imported before it is needed.
+"""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+from hydra.experimental.callback import Callback
+
+from preference_training.core.errors import UserError
+from preference_training.core.metric_names import EVAL_ACCURACY, EVAL_LOSS, smaller_is_better
+from preference_training.core.signals import ENDED_AT_ONCE, SAME_SIGNAL, SIGNALS
+from preference_training.losses.registry import evaluation_depends_on_run, training_keys
+from preference_training.sweeps.jobs import SweepDirectory
+
+
+class Sweep(Callback):
+    """The start and the end of a sweep, in the process that has started it."""
+
+    def on_multirun_start(self, config, **_) -> None:
+        """Prepare the directory. Exits with status 2 where it cannot be written, or the search goes the wrong way."""
+        # Composed without what is swept over, and not validated.
+        sweep, sweeper = SweepDirectory(Path(config.hydra.sweep.dir).absolute()), config.hydra.sweeper
+        _check_direction(sweeper.get("direction"), str(config.objective))
+        searched = (*map(str, sweeper.get("params") or ()), *_swept(config.hydra.overrides.task))
+        for text in comparison_warnings(str(config.objective), str(config.loss.get("name")), searched):
+            print(f"warning: {text}", flush=True)
+        try:
+            sweep.begin()
+        except OSError as error:
+            _refuse(f"sweep_dir: {sweep.path} cannot be written to: {error.strerror}. Expected a folder of yours, with room.")
+        # For processes that the launcher starts, which may have another working directory.
+        root = str(Path(__file__).parents[2])
+        paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+        os.environ["PYTHONPATH"] = os.pathsep.join([root, *(path for path in paths if path not in ("", root))])
+        _forward_signals(config.hydra.launcher.get("_target_", ""), sweep)
+
+    def on_multirun_end(self, config, **_) -> None:
+        """Compare the jobs, in comparison.html and comparison.csv; prints why where that fails."""
+        from preference_training.reporting.comparison import write_comparison
+
+        if config.dry_run:
+            # Nothing was run.
+            return
+        directory = Path(config.hydra.sweep.dir)
+        try:
+            page, _ = write_comparison([directory], directory)
+        except UserError as error:
+            print(f"comparison: {error}", flush=True)
+        else:
+            print(f"comparison: {page}", flush=True)
+
+
+def _refuse(fault: str) -> None:
+    # Hydra turns an exception of a callback into a warning, and goes on.
+    print(fault, file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def _check_direction(direction, objective: str) -> None:
+    """Refuse a search for the worst run: Optuna's sweeper does not know the objective, and minimizes unless told otherwise."""
+    # A name, or a member of Optuna's enumeration; lists are for several objectives.
+    found = getattr(direction, "name", direction)
+    if isinstance(found, str):
+        wanted = "minimize" if smaller_is_better(objective) else "maximize"
+        if found != wanted:
+            _refuse(f"hydra.sweeper.direction: found {found}, expected {wanted}: objective is {objective}.")
+
+
+def _swept(overrides: Iterable[str]) -> list[str]:
+    """The keys over which a command line sweeps."""
+    given = {text.partition("=")[0]: text.partition("=")[2] for text in overrides}
+    return [key for key, value in given.items() if "," in value or "(" in value]
+
+
+def comparison_warnings(objective: str, loss: str, swept: Iterable[str]) -> list[str]:
+    """Why an objective does not compare between the jobs of a sweep over some keys."""
+    if objective != EVAL_LOSS:
+        return []
+    found = []
+    keys = sorted({key for key in swept if key.partition(".")[0] == "loss"} - training_keys())
+    if keys:
+        found.append(
+            f"objective={EVAL_LOSS} does not compare jobs that differ in {', '.join(keys)}, whose losses are of other "
+            f"formulas: objective={EVAL_ACCURACY} does"
+        )
+    if evaluation_depends_on_run(loss):
+        found.append(f"objective={EVAL_LOSS} of loss={loss} depends on what a run has seen, and does not compare jobs")
+    return found
+
+
+def _forward_signals(launcher: str, sweep: SweepDirectory) -> None:
+    """Forward the signals that stop a run to the jobs that a launcher has started on this machine, and start no further one.
+
+    Jobs in this process handle them themselves; those of Slurm go on, whoever waits for them.
+    """
+    if launcher.endswith(("BasicLauncher", "SlurmLauncher")):
+        return
+    heard: list[float] = []
+
+    def forward(number: int, _frame) -> None:
+        import psutil
+
+        now = time.monotonic()
+        again = bool(heard) and number == signal.SIGINT and now - heard[0] > SAME_SIGNAL
+        heard.append(now)
+        sweep.stop()
+        for process in psutil.Process().children(recursive=True):
+            with suppress(psutil.Error):
+                process.kill() if again else process.send_signal(number)
+        if again:
+            os._exit(ENDED_AT_ONCE)
+
+    for number in SIGNALS:
+        signal.signal(number, forward)

@@ -1,0 +1,69 @@
+"""about.json: the data, the machine, the versions and the code of a run's start."""
+
+import json
+import platform
+import subprocess
+from collections.abc import Iterable
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from preference_training.core.processes import usable_cores
+from preference_training.data.rows.records import DataReport
+from preference_training.tracking.run_files import ABOUT
+
+# Libraries that numbers may depend on.
+LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "numpy", "peft")
+
+
+def write_about(run_dir: Path, reports: dict[str, Iterable[tuple[str, DataReport]]], examples: int | None, device) -> None:
+    """Write about.json: the data and what was skipped of it, the machine, the versions, and the state of this code.
+
+    reports: of each split, every data set's name and report; examples: how many the run has in all; device: where it
+    computes. Raises OSError.
+    """
+    about = {
+        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "examples": examples,
+        "data": {split: [{"name": name, **report.as_dict()} for name, report in of] for split, of in reports.items()},
+        "machine": machine(device),
+        "versions": {"python": platform.python_version(), **versions()},
+        "code": code_state(Path(__file__).parents[2]),
+    }
+    (run_dir / ABOUT).write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def machine(device) -> dict[str, str]:
+    """What a run computes on, in words: the system, and the processor or the GPUs. device is a `torch.device`."""
+    import psutil
+    import torch
+
+    memory = f"{psutil.virtual_memory().total / 2**30:.0f} GiB"
+    facts = {"system": platform.platform(), "CPU cores": str(usable_cores()), "memory": memory, "computes on": device.type}
+    if device.type == "cuda":
+        names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
+        facts["GPUs"] = ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
+    return facts
+
+
+def versions() -> dict[str, str]:
+    """The versions of the libraries that numbers may depend on, of those that are installed."""
+    found = {}
+    for name in LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def code_state(folder: Path) -> dict:
+    """The commit of this code, and whether files differ from it; empty where it is under no version control."""
+    try:
+        commit, changed = (
+            subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True, timeout=10).stdout
+            for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        )
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return {"commit": commit.strip(), "changed_files": len(changed.splitlines())}

@@ -150,7 +150,8 @@ def run(config: RunConfig, run_dir: Path, in_sweep: bool = False) -> float | Non
     if config.dry_run:
         say_what_is_set_aside(config, run_dir)
         batches_within = partial(build_batches, config, prepared.data[0].table)
-        return preview(prepared, trainer_class.placement_class, batches_within)
+        preview(prepared, trainer_class.placement_class, batches_within)
+        return None
     placement = placement_for(config).start(config, prepared.tokenizer)
     try:
         return train_or_evaluate(prepared, trainer_class, placement, report_writer)

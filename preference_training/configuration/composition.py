@@ -3,6 +3,7 @@
 import re
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -37,7 +38,7 @@ def defer_keys_of_swept_groups(arguments: list[str]) -> list[str]:
     return [_as_sweep(text) if text.startswith(groups) else text for text in arguments] if groups else arguments
 
 
-def _parsed(text: str):
+def _parsed(text: str) -> Any:
     """Hydra's override of a command-line argument; None for one that is none."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
@@ -97,7 +98,7 @@ def known_keys() -> frozenset[str]:
 
 
 @cache
-def default_values(**groups: str) -> dict:
+def default_values(**groups: str) -> dict[str, Any]:
     """The plain values of config.yaml, with the groups' files of these names; an unknown name is an empty section."""
     values = OmegaConf.to_container(OmegaConf.load(CONFIG_DIR / "config.yaml"))
     for group, name in groups.items():

@@ -14,7 +14,7 @@ from typing import Any, Self
 
 from preference_training.core.errors import UserError, nearest
 
-Kind = Callable[[object], str | None]
+Kind = Callable[[Any], str | None]
 
 # Flags of a key. The run goes on where it differs from what it was at the run's beginning.
 MAY_CHANGE_ON_RESUME = "may change on resume"
@@ -46,7 +46,7 @@ class Section:
     """A section of the configuration, with an attribute for each key."""
 
     @classmethod
-    def of(cls, values: dict) -> Self:
+    def of(cls, values: dict[str, Any]) -> Self:
         """The section with these values, unchecked; what it has no field for is left out."""
         read = {}
         for each in fields(cls):
@@ -56,12 +56,12 @@ class Section:
         return cls(**read)
 
 
-def declared(section_class: type) -> list[Field]:
+def declared(section_class: type) -> list[Field[Any]]:
     """The fields of a section that are keys, in their order."""
     return [each for each in fields(section_class) if "flags" in each.metadata]
 
 
-def check_section(section_class: type, values: object, name: str = "") -> None:
+def check_section(section_class: type, values: Any, name: str = "") -> None:
     """Raise UserError for the first value in a section that is not of its key's kind.
 
     Keys that are not there are passed over: whether all are there depends on the choices of the groups.
@@ -103,20 +103,20 @@ def is_within(name: str, names: Iterable[str]) -> bool:
 # ---- kinds --------------------------------------------------------------------------------------------------------------
 
 
-def expected(words: str, fits: Callable[[object], bool], null: bool = False) -> Kind:
+def expected(words: str, fits: Callable[[Any], bool], null: bool = False) -> Kind:
     """Values that a predicate lets through, and None with `null`. words: what was expected, without "or null"."""
     return partial(_fault, fits, f"{words}{' or null' * null}", null)
 
 
-def _fault(fits: Callable[[object], bool], words: str, null: bool, value: object) -> str | None:
+def _fault(fits: Callable[[Any], bool], words: str, null: bool, value: Any) -> str | None:
     return None if (null and value is None) or fits(value) else f"found {value!r}, expected {words}."
 
 
-def anything(value: object) -> None:
+def anything(value: Any) -> None:
     """What other parts look at."""
 
 
-def switch(value: object) -> str | None:
+def switch(value: Any) -> str | None:
     """true or false."""
     return None if isinstance(value, bool) else f"found {value!r}, expected true or false."
 
@@ -131,7 +131,7 @@ def whole(least: int, null: bool = False) -> Kind:
     return expected(f"a whole number from {least}", lambda value: type(value) is int and value >= least, null)
 
 
-def is_number(value: object) -> bool:
+def is_number(value: Any) -> bool:
     """Whether a value is a finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
@@ -151,7 +151,7 @@ def share(below: float = 1, null: bool = False) -> Kind:
     return expected(f"a share from 0 to below {below}", lambda value: is_number(value) and 0 <= value < below, null)
 
 
-def one_of(values: tuple, words: str | None = None, null: bool = False) -> Kind:
+def one_of(values: tuple[str, ...], words: str | None = None, null: bool = False) -> Kind:
     """One of a few values. words: where "a, b, c" is not how to say it."""
     return expected(words or ", ".join(values), lambda value: value in values, null)
 
@@ -161,11 +161,11 @@ def name_of(noun: str, known: tuple[str, ...], null: bool = False) -> Kind:
     return partial(_fault_of_name, noun, known, null)
 
 
-def _fault_of_name(noun: str, known: tuple[str, ...], null: bool, value: object) -> str | None:
+def _fault_of_name(noun: str, known: tuple[str, ...], null: bool, value: Any) -> str | None:
     return None if (null and value is None) or value in known else f"no {noun} {value!r}; {nearest(str(value), known)}"
 
 
-def plain_section(value: object) -> str | None:
+def plain_section(value: Any) -> str | None:
     """Keys with values."""
     return None if isinstance(value, dict) else f"found {value!r}, expected a section: keys with values, or {{}}."
 
@@ -175,6 +175,6 @@ def texts(words: str, null: bool = False) -> Kind:
     return expected(words, lambda value: all(isinstance(each, str) for each in listed(value)), null)
 
 
-def listed(value: object) -> list:
+def listed(value: Any) -> list[Any]:
     """A value as a list: brackets may be left out for one."""
     return value if isinstance(value, list) else [value]

@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -111,7 +112,7 @@ def _removed(name: str) -> str:
     return f"{name}: removed by ~, but needed. Leave it out of the command line, or give it a value."
 
 
-def _check_group_names(loss: dict, trainer: dict) -> None:
+def _check_group_names(loss: dict[str, Any], trainer: dict[str, Any]) -> None:
     """Raise UserError where a name is no loss's or trainer's, or its section has the keys of another."""
     for group, found in {"loss": loss, "trainer": trainer}.items():
         known = group_keys(group)
@@ -214,7 +215,7 @@ def check_sizes(config: RunConfig) -> None:
             f"max_prompt_length: found {config.max_prompt_length}, expected less than max_length, which is "
             f"{config.max_length}: a response needs room behind its prompt."
         )
-    ratio = config.loss.mode_weight
+    ratio = config.loss.mode_weight or 0.0
     if config.loss.mode_loss == "beta_DPO" and int(size // pieces * (1 - ratio)) == 0:
         raise UserError(
             f"loss.mode_weight: found {ratio}, which keeps none of the {size // pieces} pairs of a micro-batch (batch_size "
@@ -237,8 +238,8 @@ def _check_paths(config: RunConfig) -> None:
 def _check_evaluation(wanted: EvaluationConfig, config: RunConfig) -> None:
     _check_judge(wanted)
     for name, path in {"against": wanted.against, "task_path": wanted.task_path, "to": wanted.to}.items():
-        looked_at = Path(path).absolute().parent if name == "to" and path else path
-        if path not in (None, "reference") and not Path(looked_at).is_dir():
+        directory = Path(path or ".").absolute()
+        if path not in (None, "reference") and not (directory.parent if name == "to" else directory).is_dir():
             raise UserError(f"evaluation.{name}: {path}: no such directory. Paths are relative to {Path.cwd()}.")
     if wanted.against != "reference" and wanted.judge is None:
         raise UserError(f"evaluation.against: found {wanted.against}, and nobody compares answers. Set evaluation.judge too.")

@@ -234,7 +234,7 @@ def _fault_of_split(policy: nn.Module, source: nn.Module) -> str | None:
 
 
 @functools.cache
-def _split_class(model_class: type) -> type:
+def _split_class(model_class: type[nn.Module]) -> type:
     """A subclass of a model's class whose forward runs all shards and returns what the first returns."""
 
     class Split(model_class):

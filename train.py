@@ -8,7 +8,6 @@ Heavy libraries are imported once the configuration has been found sound, so tha
 
 import os
 import sys
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from traceback import extract_tb
@@ -28,9 +27,9 @@ from preference_training.configuration.composition import (
     force_open_sections,
 )
 from preference_training.configuration.schema import RunConfig
-from preference_training.configuration.validation import check_objective, check_sizes, validate
+from preference_training.configuration.validation import check_objective, validate
 from preference_training.core.errors import UserError
-from preference_training.core.memory import release_memory
+from preference_training.core.machine import release_memory
 from preference_training.core.processes import in_worker, reports_for_machine
 from preference_training.core.signals import STOPPED, StoppedError
 from preference_training.data.entries import read_entries
@@ -95,41 +94,9 @@ def validate_and_start(
 
 def start(config: RunConfig, run_dir: Path, in_sweep: bool) -> float | None:
     """Run in this process, or launch several where the trainer needs them."""
-    from preference_training.distributed.launching import launch, needs_processes, number_of_workers, silence_others
+    from preference_training.distributed.launching import run_or_launch
 
-    config = settle_batch_size(config)
-    if config.dry_run or not needs_processes(config):
-        return run(config, run_dir, in_sweep)
-    if in_worker():
-        # Started by torchrun or Slurm. Rank 0 makes the run directory once all have joined, so that a worker that ends before
-        # leaves none.
-        with suppress(OSError):
-            run_dir.rmdir()
-        silence_others()
-        return run(config, run_dir, in_sweep)
-    return launch(
-        run_as_worker, (config.as_dict(), str(run_dir), in_sweep), number_of_workers(config.trainer), config.fsdp_port
-    )
-
-
-def settle_batch_size(config: RunConfig) -> RunConfig:
-    """The configuration with `batch_size` from `per_device_batch_size`, where that is given. Raises UserError for a misfit."""
-    from preference_training.distributed.launching import number_of_data_ranks
-
-    if config.per_device_batch_size is None:
-        return config
-    per_step = config.per_device_batch_size * config.gradient_accumulation_steps
-    settled = config.changed({"batch_size": per_step * number_of_data_ranks(config)})
-    check_sizes(settled)
-    return settled
-
-
-def run_as_worker(values: dict, run_dir: str, in_sweep: bool) -> float | None:
-    """`run` in a process that `start` has started."""
-    from preference_training.distributed.launching import silence_others
-
-    silence_others()
-    return run(RunConfig.of(values), Path(run_dir), in_sweep)
+    return run_or_launch(run, config, run_dir, in_sweep)
 
 
 def run(config: RunConfig, run_dir: Path, in_sweep: bool = False) -> float | None:

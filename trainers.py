@@ -14,15 +14,14 @@ from preference_training.checkpointing.saved_models import checkpoint_check
 from preference_training.checkpointing.snapshot import Snapshot, numbers_of
 from preference_training.core import metric_names as names
 from preference_training.core.errors import UserError
-from preference_training.core.memory import memory_held
+from preference_training.core.machine import memory_held
 from preference_training.core.random_streams import random_streams, restore_random_streams
 from preference_training.core.signals import StoppedError
 from preference_training.distributed.placement import OneProcess, Placement, Sharded, TensorParallel
 from preference_training.tracking.tracker import Metrics
 from preference_training.training.evaluator import Evaluator
 from preference_training.training.monitors import Watch
-from preference_training.training.parts import Batches, Models, Observers
-from preference_training.training.state import RunState
+from preference_training.training.parts import Batches, Models, Observers, RunState
 from preference_training.training.step import PackResult, TrainingStep
 
 

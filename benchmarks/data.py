@@ -236,8 +236,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=1_000_000)
     parser.add_argument("--folder", default=None)
     args = parser.parse_args()
-    from preference_training.core.libraries import quiet_libraries
-    from preference_training.core.memory import tune_malloc
+    from preference_training.core.machine import quiet_libraries, tune_malloc
 
     quiet_libraries()
     tune_malloc(keep_freed=True)

@@ -51,8 +51,7 @@ def one(overrides: list[str]) -> dict:
     """Run steps with a setting in this process; returns the seconds of each, and the peak memory above that before."""
 
     from preference_training.configuration.validation import configured
-    from preference_training.core.libraries import quiet_libraries
-    from preference_training.core.memory import tune_malloc
+    from preference_training.core.machine import quiet_libraries, tune_malloc
     from preference_training.core.random_streams import seed_everything
     from preference_training.losses.registry import build_loss
     from preference_training.modeling.tokenizer import load_tokenizer

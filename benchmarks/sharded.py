@@ -42,8 +42,7 @@ def work(what: str, given: list[str]) -> list:
     import torch
 
     from preference_training.configuration.validation import configured
-    from preference_training.core.libraries import quiet_libraries
-    from preference_training.core.memory import tune_malloc
+    from preference_training.core.machine import quiet_libraries, tune_malloc
     from preference_training.losses.registry import build_loss
     from preference_training.modeling.tokenizer import load_tokenizer
     from preference_training.tracking.tracker import NoTracker

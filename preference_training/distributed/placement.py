@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 
-from preference_training.core.devices import pick_device
 from preference_training.core.errors import UserError
+from preference_training.core.machine import pick_device
 from preference_training.core.process_group import SINGLE_PROCESS, Ranks, local_world_size, reshard
 from preference_training.distributed.launching import end_group, start_group
 from preference_training.distributed.layer_splitting import (

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from preference_training.batching.packing import PackedBatch
 from preference_training.core.errors import UserError
-from preference_training.core.memory import tune_malloc
+from preference_training.core.machine import tune_malloc
 from preference_training.core.process_group import Ranks, full_tensor, local_world_size, to_local
 from preference_training.modeling.adapters import has_adapter
 from preference_training.modeling.kernels import compile_between_attentions, enable_activation_checkpointing

@@ -34,8 +34,7 @@ from preference_training.modeling.loading import build_untrained
 from preference_training.modeling.logprobs import LiveReference
 from preference_training.modeling.prefix_sharing.sharing import attend_over_trees
 from preference_training.modeling.prefix_sharing.tree_attention import clear_mask_cache
-from preference_training.training.parts import Models
-from preference_training.training.state import RunState
+from preference_training.training.parts import Models, RunState
 from preference_training.training.step import TrainingStep
 
 # Tensors seen in these operations of FSDP, and not known otherwise, are of this kind.

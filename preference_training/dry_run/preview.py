@@ -19,8 +19,8 @@ import xxhash
 from preference_training.batching.iterator import BatchIterator
 from preference_training.batching.micro_batches import MicroBatch
 from preference_training.batching.packing import UNLIMITED, PackedBatch, TokenBudget, examples_of, packs_of
-from preference_training.core.devices import pick_device
 from preference_training.core.errors import UserError
+from preference_training.core.machine import pick_device
 from preference_training.core.process_group import Ranks
 from preference_training.data.entries import read_entries
 from preference_training.data.prompt_table import PromptTable

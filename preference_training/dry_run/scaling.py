@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from preference_training.batching.micro_batches import MicroBatch
 from preference_training.batching.packing import UNLIMITED, PackedBatch, TokenBudget
-from preference_training.core.devices import pick_device
+from preference_training.core.machine import pick_device
 from preference_training.distributed.launching import end_group, number_of_workers
 from preference_training.distributed.placement import Sharded
 from preference_training.distributed.sharding import empty_model

@@ -9,8 +9,7 @@ from preference_training.evaluation.held_out import HeldOut, evaluate_held_out
 from preference_training.evaluation.phrasing import too_few
 from preference_training.generation.sampling import Sampler
 from preference_training.modeling.logprobs import LiveReference
-from preference_training.training.parts import Batches, Models, Observers
-from preference_training.training.state import RunState
+from preference_training.training.parts import Batches, Models, Observers, RunState
 
 
 class Evaluator:

@@ -1,17 +1,18 @@
-"""What a run is assembled from, by name."""
+"""What a run consists of: its models, batches and observers, and how far it is."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 from torch import Tensor, nn
 
 from preference_training.batching.iterator import BatchIterator
 from preference_training.batching.packing import PackedBatch
 from preference_training.checkpointing.writer import CheckpointWriter
+from preference_training.core.metric_names import EXAMPLES, TOKENS, UPDATES
 from preference_training.core.signals import StopRequests
 from preference_training.losses.base import Loss
 from preference_training.tracking.ledger import Ledger
-from preference_training.tracking.tracker import Tracker
+from preference_training.tracking.tracker import Metrics, Tracker
 from preference_training.training.pruning import Pruning
 from preference_training.training.same_start import SameStart
 
@@ -51,3 +52,36 @@ class Observers:
     ledger: Ledger | None = None
     pruning: Pruning | None = None
     stop: StopRequests = field(default_factory=StopRequests)
+
+
+@dataclass
+class RunState:
+    """The counters of a run, and what its evaluations have found.
+
+    examples, updates, tokens: trained on so far. bad_steps: steps in a row that were skipped. evaluated_at: the number of
+    examples at the newest evaluation, and held_out its mean metrics. best: the best value of `objective` so far.
+    reference_answers: the reference's answers to the sample prompts, while they are known.
+    """
+
+    examples: int = 0
+    updates: int = 0
+    tokens: int = 0
+    bad_steps: int = 0
+    evaluated_at: int | None = None
+    held_out: dict[str, float] | None = None
+    best: float | None = None
+    evaluations_since_best: int = 0
+    reference_answers: list[str] | None = None
+
+    def counters(self) -> Metrics:
+        """The counters as metrics."""
+        return {EXAMPLES: self.examples, UPDATES: self.updates, TOKENS: self.tokens}
+
+    def state_dict(self) -> dict:
+        """All of it, as plain values."""
+        return asdict(self)
+
+    def load_state_dict(self, saved: dict) -> None:
+        """Load what `state_dict` returned; checkpoints of early versions count no tokens."""
+        for name in asdict(self):
+            setattr(self, name, saved.get(name, 0) if name == "tokens" else saved[name])

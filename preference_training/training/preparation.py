@@ -7,11 +7,9 @@ from preference_training.checkpointing.resume import version_of_data
 from preference_training.configuration.precision import lines_of_precision
 from preference_training.configuration.schema import RunConfig
 from preference_training.configuration.validation import check_objective
-from preference_training.core.devices import allow_tf32
 from preference_training.core.errors import UserError
 from preference_training.core.files import first_existing
-from preference_training.core.libraries import quiet_libraries
-from preference_training.core.memory import tune_malloc
+from preference_training.core.machine import allow_tf32, quiet_libraries, tune_malloc
 from preference_training.core.random_streams import seed_everything
 from preference_training.data.entries import read_entries
 from preference_training.data.preparation import Prepared, overlap, prepare, same_ids, without_held_out

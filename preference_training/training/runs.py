@@ -13,7 +13,7 @@ from preference_training.modeling.adapters import BASE_DIR, saved_base
 from preference_training.tracking.tracker import NoTracker
 from preference_training.training.assembly import assemble, checkpoint_writer, observe
 from preference_training.training.evaluator import Evaluator
-from preference_training.training.parts import Batches, Models, Observers
+from preference_training.training.parts import Batches, Models, Observers, RunState
 from preference_training.training.preparation import PreparedRun, check_same_data
 from preference_training.training.run_directory import (
     begin_in,
@@ -23,7 +23,6 @@ from preference_training.training.run_directory import (
     used_by_this_run,
     writable,
 )
-from preference_training.training.state import RunState
 
 
 def train_or_evaluate(prepared: PreparedRun, trainer_class, placement: Placement, report_writer) -> float | None:

@@ -19,8 +19,7 @@ from preference_training.losses.base import BatchStatistics, LossOutput, example
 from preference_training.modeling.logprobs import response_logps
 from preference_training.modeling.state import compute_device
 from preference_training.tracking.tracker import Metrics
-from preference_training.training.parts import Models
-from preference_training.training.state import RunState
+from preference_training.training.parts import Models, RunState
 from preference_training.training.updates import Updater
 
 

@@ -18,7 +18,7 @@ from preference_training.training.optimization import (
     schedule,
     warmup_steps,
 )
-from preference_training.training.state import RunState
+from preference_training.training.parts import RunState
 
 # What is said where a run goes on with another choice of master weights than it had.
 WITHOUT_MASTERS = (

@@ -24,13 +24,13 @@ from preference_training.data.prompt_table import PromptTable
 from preference_training.data.rows.records import PreferenceRecord
 from preference_training.data.tokenization import TokenizedPrompt, TokenSettings, tokenize_records
 from preference_training.data.toy_preferences import toy_records
+from preference_training.distributed.launching import settle_batch_size
 from preference_training.losses.registry import build_loss
 from preference_training.modeling.logprobs import LiveReference
 from preference_training.tracking.tracker import NoTracker
 from preference_training.training.optimization import build_optimizer, check_optimizer, schedule, warmup_steps
 from tests.support.building import build_trainer, weights_of
 from tests.support.files import GOLDEN
-from train import settle_batch_size
 from trainers import Trainer
 
 LENGTHS = ("max_length=32", "max_prompt_length=16")

@@ -1,6 +1,7 @@
-"""This process's memory: garbage collection, malloc, and how much is in use."""
+"""The process that computes: its device and precision, its memory, and what other libraries print in it."""
 
 import gc
+import os
 import sys
 from contextlib import contextmanager
 
@@ -50,3 +51,45 @@ def release_memory() -> None:
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def allow_tf32(allow: bool) -> None:
+    """Set whether CUDA's float32 matrix products may use TF32."""
+    import torch
+
+    torch.backends.cuda.matmul.allow_tf32 = allow
+    torch.backends.cudnn.allow_tf32 = allow
+
+
+def pick_device():
+    """The `torch.device` to compute on: cuda, else mps, else cpu."""
+    import torch
+
+    if torch.cuda.is_available():
+        # With its index, as tensors have it.
+        return torch.device("cuda", torch.cuda.current_device())
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+def quiet_libraries() -> None:
+    """Keep the progress bars and hints of other libraries out of a run's output."""
+    import logging
+    import warnings
+
+    import transformers
+
+    # transformers imports torchao where it is installed, which then logs what this machine cannot use of it.
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    # Of writing a checkpoint in one process.
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+    # There is a second adapter on purpose.
+    warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    # Hints about kernels for other machines and each layer's casts.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # The tokenizers' threads have ended before any worker process starts.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")

@@ -1,9 +1,9 @@
-"""The command line: compose a configuration, check it, put a run together, train.
+"""The command line: compose a configuration, validate it, assemble a run, train.
 
     python train.py loss=dpo loss.beta=0.1                   # one run
     python train.py -m loss=dpo loss.beta=0.05,0.1,0.5       # a sweep
 
-Heavy libraries are imported once the configuration has been found sound, so that a slip of the hand costs a second.
+Heavy libraries are imported after the configuration has been validated, so that a typing error costs a second.
 """
 
 import os
@@ -20,12 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import preference_datasets  # noqa: F401  its data sets register themselves
-from preference_training.configuration.composition import (
-    CONFIG_DIR,
-    defer_keys_of_swept_groups,
-    explain_composition_error,
-    force_open_sections,
-)
+from preference_training.configuration.composition import CONFIG_DIR, explain_composition_error, prepare_arguments
 from preference_training.configuration.schema import RunConfig
 from preference_training.configuration.validation import check_objective, validate
 from preference_training.core.errors import UserError
@@ -47,7 +42,7 @@ OmegaConf.register_new_resolver("jobs_at_once", jobs_at_once, replace=True)
 
 @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="config")
 def main(composed: DictConfig) -> float | None:
-    """One run, or one job of a sweep. Returns its `objective`, for a sweeper to make small or large."""
+    """One run, or one job of a sweep. Returns its `objective`, for a sweeper to minimize or maximize."""
     settings = HydraConfig.get()
     run_dir, overrides = Path(settings.runtime.output_dir), list(settings.overrides.task)
     in_sweep = settings.mode == RunMode.MULTIRUN
@@ -116,8 +111,7 @@ def run(config: RunConfig, run_dir: Path, in_sweep: bool = False) -> float | Non
     trainer_class = TRAINERS[config.trainer.name]
     if config.dry_run:
         say_what_is_set_aside(config, run_dir)
-        batches_within = partial(build_batches, config, prepared.data[0].table)
-        preview(prepared, trainer_class.placement_class, batches_within)
+        preview(prepared, trainer_class.placement_class, partial(build_batches, config, prepared.data[0].table))
         return None
     placement = placement_for(config).start(config, prepared.tokenizer)
     try:
@@ -137,7 +131,7 @@ def command_line() -> None:
     """Run `main`; a mistake of the user's becomes one message and exit status 2, a bug keeps its traceback."""
     # Hydra would otherwise print errors itself, and exit with status 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    sys.argv[1:] = defer_keys_of_swept_groups(force_open_sections(sys.argv[1:]))
+    sys.argv[1:] = prepare_arguments(sys.argv[1:])
     try:
         run_to_end(main)
     except (HydraException, OmegaConfBaseException) as error:

@@ -43,6 +43,7 @@ def work(what: str, given: list[str]) -> list:
 
     from preference_training.configuration.validation import configured
     from preference_training.core.machine import quiet_libraries, tune_malloc
+    from preference_training.data.entries import read_entries
     from preference_training.losses.registry import build_loss
     from preference_training.modeling.tokenizer import load_tokenizer
     from preference_training.tracking.tracker import NoTracker
@@ -57,7 +58,7 @@ def work(what: str, given: list[str]) -> list:
     tune_malloc(keep_freed=not config.trainer.is_sharded)
     tokenizer = load_tokenizer(config.model)
     loss = build_loss(**config.loss.given())
-    data = preparation.prepare_data(config, tokenizer, loss.paired)
+    data = preparation.prepare_data(config, read_entries(config), tokenizer, loss.paired)
     placement = placement_for(config).start(config, tokenizer)
     before = resident_bytes(reset_peak=True)
     prepared = preparation.PreparedRun(config, Path(), False, loss, tokenizer, data)

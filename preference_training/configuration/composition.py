@@ -26,6 +26,11 @@ def force_open_sections(arguments: list[str]) -> list[str]:
     return [f"++{text}" if in_open_section(text) else text for text in arguments]
 
 
+def prepare_arguments(arguments: list[str]) -> list[str]:
+    """Command-line arguments as Hydra needs them for open sections, and for groups that are swept over."""
+    return defer_keys_of_swept_groups(force_open_sections(arguments))
+
+
 def defer_keys_of_swept_groups(arguments: list[str]) -> list[str]:
     """Command-line arguments in which a key of a group that is swept over is set in each job, and not before.
 

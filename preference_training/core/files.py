@@ -146,7 +146,7 @@ def load_tensors(path: Path, mapped: bool = False):
         raise ValueError(first_line(error)) from error
 
 
-def first_existing(folders: Iterable[str]) -> Path:
-    """The first of `folders` that exists, else the last one; absolute, not created."""
-    paths = [Path(folder).expanduser().absolute() for folder in folders]
+def first_existing(folders: str | Iterable[str]) -> Path:
+    """The first of `folders` (one or several) that exists, else the last one; absolute, not created."""
+    paths = [Path(folder).expanduser().absolute() for folder in ([folders] if isinstance(folders, str) else folders)]
     return next((path for path in paths if path.is_dir()), paths[-1])

@@ -22,7 +22,6 @@ from preference_training.batching.packing import UNLIMITED, PackedBatch, TokenBu
 from preference_training.core.errors import UserError
 from preference_training.core.machine import pick_device
 from preference_training.core.process_group import Ranks
-from preference_training.data.entries import read_entries
 from preference_training.data.prompt_table import PromptTable
 from preference_training.data.rows.records import DataReport
 from preference_training.data.tokenization import TokenizedPrompt
@@ -51,7 +50,7 @@ def preview(prepared: PreparedRun, placement_class: type[Placement], batches_wit
     Raises UserError where the run could not work.
     """
     config, tokenizer, loss, data = prepared.config, prepared.tokenizer, prepared.loss, prepared.data
-    names = [entry.name for entry in read_entries(config)]
+    names = [entry.name for entry in prepared.entries]
     facts = [collect_facts(split.table) for split in data]
     for title, split, found in zip(("train", "held out"), data, facts, strict=True):
         print(f"\n{title}", *describe_data(names, split.reports, found, loss.paired), sep="\n")

@@ -25,9 +25,6 @@ from preference_training.tracking.ledger import Ledger
 from preference_training.training.parts import Batches, Models, Observers
 from preference_training.training.preparation import PreparedRun
 from preference_training.training.pruning import Pruning
-from preference_training.training.run_directory import (
-    folders_of,
-)
 from preference_training.training.same_start import SameStart
 
 
@@ -152,7 +149,7 @@ def make_reference(config: RunConfig, placement: Placement, policy, reads, read_
     Computed before, by its own choice, where they are read more than once: in several epochs or the jobs of a sweep
     (`read_again`), or because an earlier run has left them; never where the reference follows the policy.
     """
-    directory = first_existing(folders_of(config.local_dirs)) / "reference_logps"
+    directory = first_existing(config.local_dirs) / "reference_logps"
     # In the policy's dtype it says now what a copy of it would say.
     is_copy = config.model.reference_dtype == config.model.policy_dtype and not has_adapter(policy)
     reference = LiveReference(policy) if is_copy else placement.reference(policy)

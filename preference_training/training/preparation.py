@@ -1,5 +1,6 @@
 """A validated run before any model is loaded: its loss, its tokenizer, and the tokenized prompts of its splits."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from preference_training.core.errors import UserError
 from preference_training.core.files import first_existing
 from preference_training.core.machine import allow_tf32, quiet_libraries, tune_malloc
 from preference_training.core.random_streams import seed_everything
-from preference_training.data.entries import read_entries
+from preference_training.data.entries import Entry, read_entries
 from preference_training.data.preparation import Prepared, overlap, prepare, same_ids, without_held_out
 from preference_training.data.tokenization import VERSION, VERSIONS, TokenSettings
 from preference_training.evaluation.task_suites import check_harness
@@ -22,14 +23,13 @@ from preference_training.modeling.loading import check_model
 from preference_training.modeling.tokenizer import load_tokenizer
 from preference_training.training.optimization import check_optimizer
 from preference_training.training.pruning import build_pruner
-from preference_training.training.run_directory import folders_of
 
 
 @dataclass(frozen=True)
 class PreparedRun:
     """A validated run before any model is loaded: its loss, tokenizer and data splits, of which the last is held out.
 
-    pruner: Optuna's, None in most runs.
+    entries: those of `datasets`, in the order of each split's reports. pruner: Optuna's, None in most runs.
     """
 
     config: RunConfig
@@ -38,6 +38,7 @@ class PreparedRun:
     loss: Loss
     tokenizer: object
     data: tuple[Prepared, ...]
+    entries: Sequence[Entry] = ()
     pruner: object = None
 
 
@@ -59,12 +60,13 @@ def prepare_run(config: RunConfig, run_dir: Path, in_sweep: bool = False) -> Pre
     for line in check_model(config.model, tokenizer, config.cache_dir):
         print(line, flush=True)
     limits = model_limits(config, tokenizer)
-    check_limits(config, tokenizer, limits)
+    entries = read_entries(config)
+    check_limits(config, entries, tokenizer, limits)
     # Before the processes join: those that do not prepare it wait for it without a time-out.
     splits = ("test",) if config.eval_only and not config.dry_run else ("train", "test")
-    data = prepare_data(config, tokenizer, loss.paired, splits, data_version(config, run_dir))
+    data = prepare_data(config, entries, tokenizer, loss.paired, splits, data_version(config, run_dir))
     check_rows(config, tokenizer, limits, [split.table for split in data])
-    return PreparedRun(config, run_dir, in_sweep, loss, tokenizer, data, pruner)
+    return PreparedRun(config, run_dir, in_sweep, loss, tokenizer, data, entries, pruner)
 
 
 def data_version(config: RunConfig, run_dir: Path) -> int:
@@ -94,15 +96,19 @@ def check_same_data(data, ranks) -> None:
 
 
 def prepare_data(
-    config: RunConfig, tokenizer, paired: bool, names: tuple[str, ...] = ("train", "test"), version: int | None = None
-) -> tuple:
-    """The tokenized prompts of the named splits, and a line or more that says what they hold: a `Prepared` for each.
+    config: RunConfig,
+    entries: Sequence[Entry],
+    tokenizer,
+    paired: bool,
+    names: tuple[str, ...] = ("train", "test"),
+    version: int | None = None,
+) -> tuple[Prepared, ...]:
+    """Tokenize the prompts of the named splits, and print what each holds.
 
     version: `data_version`, None for the newest. Responses of the held-out split are numbered behind those of the training
     split. Raises UserError where the first of the splits has no example.
     """
-    entries = read_entries(config)
-    directory = first_existing(folders_of(config.local_dirs)) / "prepared_data"
+    directory = first_existing(config.local_dirs) / "prepared_data"
     settings = token_settings(config, paired, version)
     splits = [prepare(entries, split, tokenizer, settings, directory, config.cache_dir) for split in names]
     if len(splits) == 2 and splits[0].version > 1:

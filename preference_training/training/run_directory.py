@@ -10,7 +10,6 @@ from preference_training.configuration.kept import save_config
 from preference_training.configuration.schema import LONGEST_NAME, RunConfig
 from preference_training.core.errors import UserError
 from preference_training.core.files import first_existing
-from preference_training.data.entries import read_entries
 
 if TYPE_CHECKING:
     # Imports torch.
@@ -30,12 +29,7 @@ def new_run_dir(local_dirs, exp_name: str) -> str:
     moment = datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f")
     # Hydra makes the directory before the configuration is checked; a name that leads elsewhere is refused there.
     name = str(exp_name).replace("/", "_").encode()[:LONGEST_NAME].decode(errors="ignore")
-    return str(first_existing(folders_of(local_dirs)) / f"{name}_{moment}")
-
-
-def folders_of(local_dirs) -> list[str]:
-    """`local_dirs` as a list: brackets may be left out for one."""
-    return [local_dirs] if isinstance(local_dirs, str) else list(local_dirs)
+    return str(first_existing(local_dirs) / f"{name}_{moment}")
 
 
 def describe_run(config: RunConfig, placement, data, checkpoint: "Checkpoint | None") -> dict:
@@ -54,15 +48,6 @@ def describe_run(config: RunConfig, placement, data, checkpoint: "Checkpoint | N
         "wandb_id": checkpoint.run["wandb_id"] if checkpoint else uuid.uuid4().hex,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
-
-
-def describe_start(config: RunConfig, run_dir: Path, data, total: int | None, device) -> None:
-    """Leave in a run's directory what its report says of data, machine and code, as they are at this start."""
-    from preference_training.tracking.about import write_about
-
-    names = [entry.name for entry in read_entries(config)]
-    reports = {name: zip(names, split.reports, strict=True) for name, split in zip(("train", "held out"), data, strict=True)}
-    write_about(run_dir, reports, total, device)
 
 
 def begin_in(config: RunConfig, run_dir: Path, checkpoint: "Checkpoint | None") -> str | None:

@@ -10,6 +10,7 @@ from preference_training.core.signals import StopRequests
 from preference_training.data.prompt_table import PromptTable
 from preference_training.distributed.placement import Placement
 from preference_training.modeling.adapters import BASE_DIR, saved_base
+from preference_training.tracking.about import write_about
 from preference_training.tracking.tracker import NoTracker
 from preference_training.training.assembly import assemble, checkpoint_writer, observe
 from preference_training.training.evaluator import Evaluator
@@ -18,7 +19,6 @@ from preference_training.training.preparation import PreparedRun, check_same_dat
 from preference_training.training.run_directory import (
     begin_in,
     describe_run,
-    describe_start,
     open_run_dir,
     used_by_this_run,
     writable,
@@ -59,7 +59,13 @@ def train(prepared: PreparedRun, trainer_class, placement: Placement, report_wri
             if notice:
                 tracker.say(notice)
             with writable(run_dir):
-                describe_start(config, run_dir, data, total, placement.device)
+                write_about(
+                    run_dir,
+                    [entry.name for entry in prepared.entries],
+                    [split.reports for split in data],
+                    total,
+                    placement.device,
+                )
             opened.enter_context(tracker)
         else:
             about, tracker = {}, opened.enter_context(NoTracker())

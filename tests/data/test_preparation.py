@@ -830,12 +830,13 @@ def test_what_has_a_test_file_of_its_own_stays_and_what_is_in_both_is_said_with_
 
 
 def test_a_run_says_which_held_out_prompts_it_trains_on(folder, compose, capsys):
+    from preference_training.data.entries import read_entries
     from preference_training.modeling.tokenizer import byte_level_tokenizer
     from preference_training.training import preparation
 
     write(folder / "test.jsonl", rows(3))
     config = compose("datasets=[{path: rows.jsonl, test_path: test.jsonl}]", "loss=dpo", f"local_dirs=[{folder}]")
-    splits = preparation.prepare_data(config, byte_level_tokenizer(), True)
+    splits = preparation.prepare_data(config, read_entries(config), byte_level_tokenizer(), True)
     assert "held-out prompts that are trained on too: 3 of 3, as 'question 0' (rows.jsonl" in capsys.readouterr().out
     assert splits[1].table.first_row == splits[0].table.num_responses == 40
 

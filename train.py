@@ -33,7 +33,7 @@ from preference_training.sweeps.gpus import jobs_at_once, take_gpus
 from preference_training.sweeps.jobs import Request
 from preference_training.sweeps.running import run_job
 from preference_training.sweeps.summary import run_to_end
-from preference_training.training.run_directory import new_run_dir, remove_empty, unwritable
+from preference_training.training.run_directory import new_run_dir, not_writable_message, remove_empty
 
 OmegaConf.register_new_resolver("new_run_dir", new_run_dir, use_cache=True, replace=True)
 OmegaConf.register_new_resolver("either", lambda wanted, otherwise: wanted or otherwise, replace=True)
@@ -103,14 +103,14 @@ def run(config: RunConfig, run_dir: Path, in_sweep: bool = False) -> float | Non
     from preference_training.reporting.run_report import report_writer
     from preference_training.training.assembly import build_batches
     from preference_training.training.preparation import prepare_run
-    from preference_training.training.run_directory import say_what_is_set_aside
+    from preference_training.training.run_directory import report_earlier_run
     from preference_training.training.runs import train_or_evaluate
     from trainers import TRAINERS, placement_for
 
     prepared = prepare_run(config, run_dir, in_sweep)
     trainer_class = TRAINERS[config.trainer.name]
     if config.dry_run:
-        say_what_is_set_aside(config, run_dir)
+        report_earlier_run(config, run_dir)
         preview(prepared, trainer_class.placement_class, partial(build_batches, config, prepared.data[0].table))
         return None
     placement = placement_for(config).start(config, prepared.tokenizer)
@@ -140,7 +140,7 @@ def command_line() -> None:
         # Hydra makes the run directory before `main` begins.
         if any(frame.name == "main" and frame.filename == __file__ for frame in extract_tb(error.__traceback__)):
             raise
-        sys.exit(_refuse(unwritable(error.filename, error)))
+        sys.exit(_refuse(not_writable_message(error.filename, error)))
     except ValueError as error:
         # What Hydra raises for loss=5.
         if not str(error).startswith("Config group override"):

@@ -44,7 +44,7 @@ def generated(split, silent=False, cache_dir=None):
 
 def load(args):
     """The tokenizer given on the command line."""
-    from preference_training.configuration.kept import model_config
+    from preference_training.configuration.saved import model_config
     from preference_training.modeling.tokenizer import load_tokenizer
 
     return load_tokenizer(model_config({"tokenizer_name_or_path": args.tokenizer}))

@@ -76,23 +76,23 @@ def check_section(section_class: type, values: Any, name: str = "") -> None:
                 refuse(each.metadata["kind"](values[each.name]), full)
 
 
-def refuse(fault: str | None, name: str) -> None:
+def refuse(problem: str | None, name: str) -> None:
     """Raise UserError where there is a fault."""
-    if fault is not None:
-        raise UserError(f"{name}: {fault}")
+    if problem is not None:
+        raise UserError(f"{name}: {problem}")
 
 
-def names_of(section_class: type, prefix: str = "") -> dict[str, frozenset[str]]:
+def key_names(section_class: type, prefix: str = "") -> dict[str, frozenset[str]]:
     """Dotted names of all keys and sections, each with its flags and those of the sections that it is in."""
-    return dict(_names_of(section_class, prefix, frozenset()))
+    return dict(_key_names(section_class, prefix, frozenset()))
 
 
-def _names_of(section_class: type, prefix: str, above: frozenset[str]) -> Iterable[tuple[str, frozenset[str]]]:
+def _key_names(section_class: type, prefix: str, above: frozenset[str]) -> Iterable[tuple[str, frozenset[str]]]:
     for each in declared(section_class):
         flags = above | each.metadata["flags"]
         yield f"{prefix}{each.name}", flags
         if inner := each.metadata.get("section"):
-            yield from _names_of(inner, f"{prefix}{each.name}.", flags)
+            yield from _key_names(inner, f"{prefix}{each.name}.", flags)
 
 
 def is_within(name: str, names: Iterable[str]) -> bool:
@@ -156,12 +156,12 @@ def one_of(values: tuple[str, ...], words: str | None = None, null: bool = False
     return expected(words or ", ".join(values), lambda value: value in values, null)
 
 
-def name_of(noun: str, known: tuple[str, ...], null: bool = False) -> Kind:
+def known_name(noun: str, known: tuple[str, ...], null: bool = False) -> Kind:
     """One of many names; a fault names the nearest."""
-    return partial(_fault_of_name, noun, known, null)
+    return partial(_unknown_name, noun, known, null)
 
 
-def _fault_of_name(noun: str, known: tuple[str, ...], null: bool, value: Any) -> str | None:
+def _unknown_name(noun: str, known: tuple[str, ...], null: bool, value: Any) -> str | None:
     return None if (null and value is None) or value in known else f"no {noun} {value!r}; {nearest(str(value), known)}"
 
 

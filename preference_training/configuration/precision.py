@@ -3,7 +3,7 @@
 from preference_training.configuration.schema import SPACINGS, RunConfig
 
 
-def lines_of_precision(config: RunConfig) -> list[str]:
+def precision_notices(config: RunConfig) -> list[str]:
     """What is to be said of weights that are trained in low precision: nothing where there are none."""
     dtype, lines = config.model.policy_dtype, []
     if config.master_weights is True and not config.model.trains_low_precision:

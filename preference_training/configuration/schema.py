@@ -22,9 +22,9 @@ from preference_training.configuration.keys import (
     expected,
     is_number,
     key,
+    key_names,
+    known_name,
     listed,
-    name_of,
-    names_of,
     not_negative,
     one_of,
     optional_key,
@@ -63,10 +63,10 @@ ORDINARY_WEIGHT = 0.05
 
 
 def _directory_name(value: Any) -> str | None:
-    fault = text()(value)
-    sound = fault is None and value.isprintable() and "/" not in value and len(value.encode()) <= LONGEST_NAME
+    problem = text()(value)
+    sound = problem is None and value.isprintable() and "/" not in value and len(value.encode()) <= LONGEST_NAME
     words = f"the beginning of a directory's name: at most {LONGEST_NAME} bytes, none of them a /"
-    return fault or (None if sound else f"found {value!r}, expected {words}.")
+    return problem or (None if sound else f"found {value!r}, expected {words}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,15 +92,15 @@ class ModelConfig(Section):
     tokenizer_name_or_path: str | None = key(text(null=True), NOT_SHOWN)
     archive: str | None = key(text(null=True), NOT_SHOWN)
     block_name: str | None = key(text(null=True))
-    policy_dtype: str = key(name_of("dtype", DTYPES))
-    autocast_dtype: str | None = key(name_of("dtype", DTYPES, null=True))
-    fsdp_policy_mp: str | None = key(name_of("dtype", DTYPES, null=True))
-    reference_dtype: str = key(name_of("dtype", DTYPES))
+    policy_dtype: str = key(known_name("dtype", DTYPES))
+    autocast_dtype: str | None = key(known_name("dtype", DTYPES, null=True))
+    fsdp_policy_mp: str | None = key(known_name("dtype", DTYPES, null=True))
+    reference_dtype: str = key(known_name("dtype", DTYPES))
     from_config: dict[str, Any] = key(plain_section, OPEN)
     lora: LoraConfig = section(LoraConfig)
     quantization: str | None = key(one_of(("nf4", "int8"), "nf4, int8", null=True))
     double_quantization: bool = key(switch)
-    quantized_compute_dtype: str | None = key(name_of("dtype", DTYPES, null=True))
+    quantized_compute_dtype: str | None = key(known_name("dtype", DTYPES, null=True))
     attn_implementation: str = key(one_of(ATTENTIONS))
     liger_kernels: bool = key(switch)
     trust_remote_code: bool = key(switch)
@@ -128,7 +128,7 @@ class LossConfig(Section):
     label_smoothing: float | None = optional_key(share(below=0.5))
     reference_free: bool | None = optional_key(switch)
     length_normalised: bool | None = optional_key(switch)
-    mode_loss: str | None = optional_key(name_of("mode", MODES))
+    mode_loss: str | None = optional_key(known_name("mode", MODES))
     mode_weight: float | None = optional_key(share())
     a: float | None = optional_key(not_negative())
     alpha: float | None = optional_key(not_negative())
@@ -170,10 +170,10 @@ class TrainerConfig(Section):
     nproc_per_node: int | None = optional_key(whole(1, null=True), MAY_CHANGE_ON_RESUME, OUTSIDE_JOB_IDENTITY, NOT_SHOWN)
     world_size: int | None = optional_key(whole(1, null=True), NOT_SHOWN)
     device_memory: float | None = optional_key(positive(null=True), NOT_SHOWN)
-    sharding: str | None = optional_key(name_of("sharding", SHARDINGS), MAY_CHANGE_ON_RESUME)
-    param_dtype: str | None = optional_key(name_of("dtype", DTYPES, null=True))
-    reduce_dtype: str | None = optional_key(name_of("dtype", DTYPES, null=True), MAY_CHANGE_ON_RESUME)
-    output_dtype: str | None = optional_key(name_of("dtype", DTYPES, null=True))
+    sharding: str | None = optional_key(known_name("sharding", SHARDINGS), MAY_CHANGE_ON_RESUME)
+    param_dtype: str | None = optional_key(known_name("dtype", DTYPES, null=True))
+    reduce_dtype: str | None = optional_key(known_name("dtype", DTYPES, null=True), MAY_CHANGE_ON_RESUME)
+    output_dtype: str | None = optional_key(known_name("dtype", DTYPES, null=True))
     cpu_offload: bool | None = optional_key(switch, MAY_CHANGE_ON_RESUME)
     distributed_timeout_minutes: float | None = optional_key(positive(), MAY_CHANGE_ON_RESUME, OUTSIDE_JOB_IDENTITY)
 
@@ -250,7 +250,7 @@ class RunConfig(Section):
     local_run_dir: str = key(anything, MAY_CHANGE_ON_RESUME, OUTSIDE_JOB_IDENTITY, NOT_SHOWN)
     sweep_dir: str | None = key(text(null=True), MAY_CHANGE_ON_RESUME, OUTSIDE_JOB_IDENTITY, NOT_SHOWN)
     gpus_per_job: int | None = key(whole(1, null=True), MAY_CHANGE_ON_RESUME, OUTSIDE_JOB_IDENTITY, NOT_SHOWN)
-    pruner: str | None = key(name_of("pruner", PRUNERS, null=True), MAY_CHANGE_ON_RESUME, NOT_SHOWN)
+    pruner: str | None = key(known_name("pruner", PRUNERS, null=True), MAY_CHANGE_ON_RESUME, NOT_SHOWN)
     pruner_kwargs: dict[str, Any] = key(plain_section, OPEN, MAY_CHANGE_ON_RESUME, NOT_SHOWN)
     cache_dir: str | None = key(text(null=True), MAY_CHANGE_ON_RESUME, OUTSIDE_JOB_IDENTITY, NOT_SHOWN)
     sample_during_eval: bool | None = key(
@@ -278,7 +278,7 @@ class RunConfig(Section):
     n_steps: int | None = key(whole(1, null=True), MAY_CHANGE_ON_RESUME)
     early_stopping_patience: int | None = key(whole(1, null=True), MAY_CHANGE_ON_RESUME)
     n_eval_examples: int | None = key(whole(1, null=True), MAY_CHANGE_ON_RESUME)
-    optimizer: str = key(name_of("optimizer", OPTIMIZERS))
+    optimizer: str = key(known_name("optimizer", OPTIMIZERS))
     optimizer_kwargs: dict[str, Any] = key(plain_section, OPEN)
     master_weights: bool | str = key(
         expected("auto, true or false", lambda value: value == "auto" or isinstance(value, bool)), MAY_CHANGE_ON_RESUME
@@ -351,7 +351,7 @@ class RunConfig(Section):
         return trained and (self.optimizer == "SGD" or self.lr < self.model.smallest_kept_lr)
 
     @property
-    def times_beside_weights(self) -> int:
+    def weight_copies(self) -> int:
         """How many times the memory of the trained weights gradients and optimizer take, at most."""
         # A gradient and two states of the weights' dtype; or a gradient of it, and float32 copies with two states.
         return 1 + 3 * 2 if self.keeps_master_weights else 1 + 2
@@ -365,7 +365,7 @@ class RunConfig(Section):
         return wanted == "cached" or (wanted is None and read_again and not self.loss.moves_reference)
 
     @property
-    def two_models(self) -> str | None:
+    def two_models_notice(self) -> str | None:
         """What to say where policy and reference are not one model at a run's beginning, because the user wants it so."""
         policy, reference = self.model.policy_dtype, self.model.reference_dtype
         if policy == reference:
@@ -398,4 +398,4 @@ def _plain(found: Section, composed: dict[str, Any]) -> dict[str, Any]:
 @cache
 def keys_with(flag: str) -> frozenset[str]:
     """The dotted names of the keys that have a flag, and of the sections whose keys all have it."""
-    return frozenset(name for name, flags in names_of(RunConfig).items() if flag in flags)
+    return frozenset(name for name, flags in key_names(RunConfig).items() if flag in flags)

@@ -9,7 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from preference_training.configuration.composition import GROUPS, composed, group_keys, keys_of_choice, unknown_key
+from preference_training.configuration.composition import GROUPS, choice_keys, compose_overrides, group_keys, unknown_key
 from preference_training.configuration.keys import Section, check_section, declared, listed, refuse, texts
 from preference_training.configuration.schema import BITSANDBYTES_OPTIMIZERS, EvaluationConfig, LossConfig, RunConfig
 from preference_training.core.errors import UserError, nearest
@@ -75,7 +75,7 @@ def _check_together(config: RunConfig) -> None:
 
 def configured(*overrides: str) -> RunConfig:
     """The configuration of a command line. Raises UserError for what cannot work."""
-    config, choices = composed(*overrides)
+    config, choices = compose_overrides(*overrides)
     return validate(config, overrides, choices)
 
 
@@ -103,7 +103,7 @@ def _check_keys_of_group(group: str, values: object, choice: str) -> None:
     """Raise UserError where a group has other keys than the file that it was composed from."""
     if not isinstance(values, dict) or group == "model":
         return
-    known = keys_of_choice(group, choice)
+    known = choice_keys(group, choice)
     for name in sorted(values.keys() ^ known):
         raise UserError(unknown_key(f"{group}.{name}") if name in values else _removed(f"{group}.{name}"))
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import xxhash
 
 
-def hash_of_file(path: Path) -> str:
+def hash_file(path: Path) -> str:
     """Hash of a file's bytes."""
     digest = xxhash.xxh3_128()
     with path.open("rb") as file:
@@ -16,6 +16,6 @@ def hash_of_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def hash_of_values(values, default: Callable | None = None) -> str:
+def hash_values(values, default: Callable | None = None) -> str:
     """Hash of plain values, whatever the order of their keys; `default` makes plain what is not, as in `json.dumps`."""
     return xxhash.xxh3_128_hexdigest(json.dumps(values, sort_keys=True, default=default).encode())

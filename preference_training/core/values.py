@@ -13,14 +13,14 @@ def dotted(values: dict, prefix: str = "") -> dict:
 UNREADABLE = (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError)
 
 
-def misfit(value, shape, name: str) -> str | None:
+def find_mismatch(value, shape, name: str) -> str | None:
     """The name of the first part of a value that is not of a shape; None where all of it is.
 
     Shapes: a type, None, or a function that decides; a tuple of shapes, any of which will do; {name: shape}, at least these
     names, and with {...: shape} all others; [shape], a list of such; [shape, shape], a list of just these.
     """
     if isinstance(shape, tuple):
-        return None if any(misfit(value, each, name) is None for each in shape) else name
+        return None if any(find_mismatch(value, each, name) is None for each in shape) else name
     if isinstance(shape, dict | list) and type(value) is not type(shape):
         return name
     if isinstance(shape, dict):
@@ -35,4 +35,4 @@ def misfit(value, shape, name: str) -> str | None:
     else:
         sound = value is None if shape is None else type(value) is shape if isinstance(shape, type) else shape(value)
         return None if sound else name
-    return next((found for found in (*missing, *(misfit(*part) for part in parts)) if found is not None), None)
+    return next((found for found in (*missing, *(find_mismatch(*part) for part in parts)) if found is not None), None)

@@ -131,12 +131,12 @@ def launch(function: Callable, arguments: tuple, workers: int, port: int | None)
             sys.exit(ENDED_AT_ONCE)
         if failure.exitcode == STOPPED or forwarded:
             raise StoppedError("all processes of the run have ended") from None
-        told = failure.message if isinstance(failure.message, dict) else {"message": failure.message}
-        heard = told.get("message", "")
-        if heard.startswith(MISTAKE):
-            raise UserError(heard.removeprefix(MISTAKE)) from None
+        report = failure.message if isinstance(failure.message, dict) else {"message": failure.message}
+        received = report.get("message", "")
+        if received.startswith(MISTAKE):
+            raise UserError(received.removeprefix(MISTAKE)) from None
         name = failure.signal_name() if failure.exitcode < 0 else f"exit status {failure.exitcode}"
-        trace = told.get("extraInfo", {}).get("py_callstack") or heard
+        trace = report.get("extraInfo", {}).get("py_callstack") or received
         raise WorkerDiedError(f"rank {rank} of {workers} died ({name}); the others were ended. It said:\n{trace}") from None
 
 
@@ -185,7 +185,7 @@ def _exit_after_launcher(launcher: int) -> None:
     os._exit(STOPPED)
 
 
-def backend_of(device: torch.device, offloads: bool) -> str:
+def collective_backend(device: torch.device, offloads: bool) -> str:
     """The backend of collectives: on GPUs NCCL, and Gloo beside it where weights and gradients are offloaded to the CPU."""
     if device.type != "cuda":
         return "gloo"
@@ -208,7 +208,7 @@ def start_group(timeout_minutes: float, offloads: bool = False) -> torch.device:
         # each counts its own restarts; there the README has an environment variable.
         store = torch.distributed.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     torch.distributed.init_process_group(
-        backend_of(device, offloads),
+        collective_backend(device, offloads),
         store=store,
         rank=rank,
         world_size=size,

@@ -58,8 +58,8 @@ def preview(prepared: PreparedRun, placement_class: type[Placement], batches_wit
     print(f"\nprompts that are in both: {len(both):,}", "\nexamples", sep="\n")
     train = data[0].table
     print(*describe_examples([train[k] for k in range(min(3, len(train)))], tokenizer, wants_color()), sep="\n")
-    if loss.needs_reference and (two_models := config.two_models):
-        print(f"\n{two_models}")
+    if loss.needs_reference and (two_models_notice := config.two_models_notice):
+        print(f"\n{two_models_notice}")
     preview_steps = preview_ranks if config.trainer.is_sharded else preview_one_process
     preview_steps(prepared, placement_class, facts[0], batches_within)
 

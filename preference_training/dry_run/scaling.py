@@ -76,7 +76,7 @@ def rank_budget(placement: Sharded) -> TokenBudget:
         free = free_memory(device) // (1 if device.type == "cuda" else world_size(trainer))
     # On meta, so that the memory of this rank's shards still counts as free.
     model = empty_model(placement.layout, placement.tokenizer, config.model.policy_dtype, None, torch.device("meta"))
-    return token_budget(model, None, device, free, config.times_beside_weights)
+    return token_budget(model, None, device, free, config.weight_copies)
 
 
 # ---- communication --------------------------------------------------------------------------------------------------------

@@ -50,7 +50,7 @@ from preference_training.modeling.state import weights_hash
 from preference_training.tracking.run_files import (
     CHECKSUMS,
     STATE,
-    run_of,
+    read_run_info,
 )
 
 
@@ -220,7 +220,7 @@ def _load_checkpoint(loader, checkpoint: Path, model_config: ModelConfig, tokeni
 
 def _read_seed(checkpoint: Path) -> int | None:
     """The seed of a checkpoint's run; None where it is not recorded."""
-    config = run_of(checkpoint).get("config")
+    config = read_run_info(checkpoint).get("config")
     seed = config.get("seed") if isinstance(config, dict) else None
     return seed if isinstance(seed, int) else None
 

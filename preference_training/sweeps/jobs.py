@@ -25,7 +25,7 @@ from filelock import FileLock, Timeout
 from preference_training.configuration.keys import OUTSIDE_JOB_IDENTITY
 from preference_training.configuration.schema import keys_with
 from preference_training.core.files import locked, write_atomically
-from preference_training.core.hashing import hash_of_values
+from preference_training.core.hashing import hash_values
 from preference_training.tracking.run_files import (
     JOB,
     METRICS,
@@ -81,7 +81,7 @@ class Job:
             yield
 
     @property
-    def is_held(self) -> bool:
+    def is_running(self) -> bool:
         """Whether a process runs this job."""
         try:
             FileLock(self._lock).acquire(timeout=0).lock.release()
@@ -154,7 +154,7 @@ class SweepDirectory:
 
     def claim(self, request: Request) -> Path:
         """The directory of a job: the one it has, or a new one, the requested one where that is nobody else's."""
-        given, identity = request.directory, identity_of(request.values)
+        given, identity = request.directory, job_identity(request.values)
         with FileLock(self.path / f".{JOBS}.lock"):
             known = json_object(self.path / JOBS)
             if identity in known:
@@ -179,10 +179,10 @@ class SweepDirectory:
         return next(self.path / name for name in names if name not in taken and not (self.path / name / METRICS).exists())
 
 
-def identity_of(values: dict) -> str:
+def job_identity(values: dict) -> str:
     """Hash of all keys of a composed configuration that make a job what it is: 32 hexadecimal digits."""
     known = _with_identity(values) | ({"resume": None} if values.get("resume") == "auto" else {})
-    return hash_of_values(known, default=str)
+    return hash_values(known, default=str)
 
 
 def _with_identity(values: dict, prefix: str = "") -> dict:

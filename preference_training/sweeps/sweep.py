@@ -57,9 +57,9 @@ class Sweep(Callback):
             print(f"comparison: {page}", flush=True)
 
 
-def _refuse(fault: str) -> None:
+def _refuse(problem: str) -> None:
     # Hydra turns an exception of a callback into a warning, and goes on.
-    print(fault, file=sys.stderr, flush=True)
+    print(problem, file=sys.stderr, flush=True)
     sys.exit(2)
 
 
@@ -102,14 +102,14 @@ def _forward_signals(launcher: str, sweep: SweepDirectory) -> None:
     """
     if launcher.endswith(("BasicLauncher", "SlurmLauncher")):
         return
-    heard: list[float] = []
+    received: list[float] = []
 
     def forward(number: int, _frame) -> None:
         import psutil
 
         now = time.monotonic()
-        again = bool(heard) and number == signal.SIGINT and now - heard[0] > SAME_SIGNAL
-        heard.append(now)
+        again = bool(received) and number == signal.SIGINT and now - received[0] > SAME_SIGNAL
+        received.append(now)
         sweep.stop()
         for process in psutil.Process().children(recursive=True):
             with suppress(psutil.Error):

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from preference_training.configuration.kept import as_yaml
+from preference_training.configuration.saved import as_yaml
 from preference_training.core.errors import first_line
 from preference_training.core.metric_names import EXAMPLES
 from preference_training.tracking.run_files import (

@@ -61,13 +61,13 @@ class Observations:
 
 
 class Ledger:
-    """Records margins, and writes them at evaluations and checkpoints. `say` prints a line.
+    """Records margins, and writes them at evaluations and checkpoints. `log_message` prints a line.
 
     All ranks of a run record and write together; each keeps its own pairs on its own device until then.
     """
 
-    def __init__(self, run_dir: Path, ranks: Ranks = SINGLE_PROCESS, say: Callable[[str], None] = print):
-        self.folder, self.ranks, self.say = run_dir / FOLDER, ranks, say
+    def __init__(self, run_dir: Path, ranks: Ranks = SINGLE_PROCESS, log_message: Callable[[str], None] = print):
+        self.folder, self.ranks, self.log_message = run_dir / FOLDER, ranks, log_message
         self.steps: list[tuple[int, list[tuple[Tensor, Tensor]]]] = []
         # What a full disk has not taken yet.
         self.unwritten = Observations.joined([])
@@ -94,7 +94,9 @@ class Ledger:
             _write(self.folder / f"{examples}.parquet", pyarrow.table(self.unwritten.columns(), SCHEMA))
         except OSError as error:
             if not self.failed:
-                self.say(f"warning: the ledger cannot be written to, its rows are kept for later: {error.strerror or error}")
+                self.log_message(
+                    f"warning: the ledger cannot be written to, its rows are kept for later: {error.strerror or error}"
+                )
             self.failed = True
         else:
             self.unwritten, self.failed = Observations.joined([]), False
@@ -132,7 +134,7 @@ def read_ledger(run_dir: Path) -> Observations:
     return Observations.joined(parts)
 
 
-def cut_back_ledger(run_dir: Path, examples: int) -> None:
+def truncate_ledger(run_dir: Path, examples: int) -> None:
     """Remove observations after so many examples, and damaged files after them."""
     for path in (run_dir / FOLDER).glob(f"*{PARTIAL}"):
         path.unlink()

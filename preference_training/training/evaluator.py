@@ -32,17 +32,19 @@ class Evaluator:
         models, state, tracker = self.models, self.state, self.observers.tracker
         if not self.batches.held_out or state.evaluated_at == state.examples:
             return
-        see = models.same_start and models.same_start.see
-        self.held_out = evaluate_held_out(models.policy, models.reference, models.loss, self.batches.held_out, self.ranks, see)
-        if models.same_start is not None:
-            models.same_start.check(self.ranks)
+        compare = models.start_check and models.start_check.compare
+        self.held_out = evaluate_held_out(
+            models.policy, models.reference, models.loss, self.batches.held_out, self.ranks, compare
+        )
+        if models.start_check is not None:
+            models.start_check.check(self.ranks)
         warnings = self._warnings() if state.held_out is None else []
         state.held_out = self.held_out.means()
         state.evaluated_at = state.examples
         self._compare_with_best()
         tracker.log_evaluation(state.held_out | interval_metrics(self.held_out) | state.counters())
         for text in warnings:
-            tracker.say(f"warning: {text}")
+            tracker.log_message(f"warning: {text}")
         if self.batches.sample_prompts:
             tracker.log_samples(self.sample(), state.examples)
         if self.observers.ledger is not None:
@@ -67,7 +69,7 @@ class Evaluator:
         state.evaluations_since_best += 1
         since = state.evaluations_since_best
         if since == self.config.early_stopping_patience and not self.batches.train.finished:
-            self.observers.tracker.say(
+            self.observers.tracker.log_message(
                 f"early stopping: {objective} was not better than {state.best:.4g} in {since} evaluations"
             )
 
@@ -80,7 +82,7 @@ class Evaluator:
         verdict = self.ranks.broadcast(judged)
         self.pruned = verdict is not None
         if self.pruned:
-            self.observers.tracker.say(f"pruned: {verdict}")
+            self.observers.tracker.log_message(f"pruned: {verdict}")
 
     # ---- samples --------------------------------------------------------------------------------------------------------
 
@@ -114,7 +116,7 @@ class Evaluator:
         if self.config.objective == EVAL_LOSS and loss_is_at_beta_used(self.state.held_out):
             # Losses of now do not compare with those of then.
             self.state.best, self.state.evaluations_since_best = None, 0
-            self.observers.tracker.say(
+            self.observers.tracker.log_message(
                 "warning: evaluations before this checkpoint have loss/eval at beta-DPO's beta in force, those from here on at "
                 "loss.beta: the best so far is forgotten, and keep_best begins anew"
             )
@@ -131,7 +133,7 @@ class Evaluator:
                 self.state.reference_answers = self.answers(reference.model)
             return
         self.state.reference_answers = None
-        self.observers.tracker.say(
+        self.observers.tracker.log_message(
             f"samples: the reference has answered {len(kept)} of the {wanted} sample prompts and only its log-probs are kept: "
             "from here on samples are the policy's alone (reference_logps=live would give the reference's too)"
         )

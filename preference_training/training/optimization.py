@@ -42,7 +42,7 @@ def build_optimizer(policy: nn.Module, config, masters: bool | None = None) -> t
 
 def _plain_optimizer(policy: nn.Module, config) -> torch.optim.Optimizer:
     arguments = {"lr": config.lr, **config.optimizer_kwargs}
-    groups = _decaying(policy, config.weight_decay)
+    groups = _parameter_groups(policy, config.weight_decay)
     if config.optimizer in BITSANDBYTES_OPTIMIZERS:
         return getattr(import_bitsandbytes(f"optimizer={config.optimizer}").optim, config.optimizer)(groups, **arguments)
     optimizer_class = getattr(torch.optim, config.optimizer)
@@ -52,7 +52,7 @@ def _plain_optimizer(policy: nn.Module, config) -> torch.optim.Optimizer:
     return optimizer_class(groups, **(fused | arguments))
 
 
-def _decaying(policy: nn.Module, weight_decay: float | None) -> list:
+def _parameter_groups(policy: nn.Module, weight_decay: float | None) -> list:
     """The trained weights, in two groups where `weight_decay` is given: biases and the scales of norms do not decay."""
     trained = [weight for weight in policy.parameters() if weight.requires_grad]
     if weight_decay is None:
@@ -107,7 +107,7 @@ class MasterWeights(torch.optim.Optimizer):
             # One by one, so that not all gradients are there twice.
             master.grad = None if weight.grad is None else weight.grad.float()
             weight.grad = None
-        self._hand_options_on()
+        self._forward_options()
         self.inner.step()
         for weight, master in copied:
             if master.grad is not None:
@@ -116,7 +116,7 @@ class MasterWeights(torch.optim.Optimizer):
         self._collect_state()
         return loss
 
-    def _hand_options_on(self) -> None:
+    def _forward_options(self) -> None:
         """Give `inner` the learning rate and what else schedulers change."""
         for mine, inner in zip(self.param_groups, self.inner.param_groups, strict=True):
             inner |= {name: value for name, value in mine.items() if name != "params"}
@@ -145,7 +145,7 @@ class MasterWeights(torch.optim.Optimizer):
         self._collect_state()
 
 
-def gradients_of(optimizer: torch.optim.Optimizer) -> list[tuple[Tensor, Tensor]]:
+def pending_updates(optimizer: torch.optim.Optimizer) -> list[tuple[Tensor, Tensor]]:
     """What an optimizer is about to update, with its gradients: master weights where it has them, else the weights."""
     masters = {}
     if isinstance(optimizer, MasterWeights):

@@ -14,21 +14,21 @@ from preference_training.losses.base import Loss
 from preference_training.tracking.ledger import Ledger
 from preference_training.tracking.tracker import Metrics, Tracker
 from preference_training.training.pruning import Pruning
-from preference_training.training.same_start import SameStart
+from preference_training.training.start_check import StartCheck
 
 
 @dataclass
 class Models:
     """The policy, placed where it trains, and what it is compared with.
 
-    reference gives the log-probs [R] of a batch; None where the loss needs none. same_start checks that both are the same until
-    the first update; None where they need not be, or have been.
+    reference gives the log-probs [R] of a batch; None where the loss needs none. start_check checks until the first update that
+    both agree; None where they need not, or have been checked.
     """
 
     policy: nn.Module
     reference: Callable[[PackedBatch], Tensor] | None
     loss: Loss
-    same_start: SameStart | None = None
+    start_check: StartCheck | None = None
 
 
 @dataclass

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from preference_training.checkpointing.resume import version_of_data
-from preference_training.configuration.precision import lines_of_precision
+from preference_training.checkpointing.resume import find_data_version
+from preference_training.configuration.precision import precision_notices
 from preference_training.configuration.schema import RunConfig
 from preference_training.configuration.validation import check_objective
 from preference_training.core.errors import UserError
@@ -54,7 +54,7 @@ def prepare_run(config: RunConfig, run_dir: Path, in_sweep: bool = False) -> Pre
         check_harness()
     loss = build_loss(**config.loss.given(), seed=config.seed)
     check_objective(config.objective, config.loss.name, loss.paired)
-    for line in [] if config.eval_only else lines_of_precision(config):
+    for line in [] if config.eval_only else precision_notices(config):
         print(line, flush=True)
     tokenizer = load_tokenizer(config.model, config.cache_dir)
     for line in check_model(config.model, tokenizer, config.cache_dir):
@@ -73,7 +73,7 @@ def data_version(config: RunConfig, run_dir: Path) -> int:
     """The version of the rules by which data is prepared: that of the run that goes on, the newest for a new one."""
     found = None
     if config.resume:
-        found = version_of_data(config.resume, run_dir, config.exp_name)
+        found = find_data_version(config.resume, run_dir, config.exp_name)
     if found is not None and found not in VERSIONS:
         raise UserError(
             f"resume: the data of that run was prepared by version {found} of the rules, and this code knows those up to "
@@ -114,7 +114,7 @@ def prepare_data(
     if len(splits) == 2 and splits[0].version > 1:
         splits[0] = without_held_out(splits[0], splits[1], entries, directory)
     for split, data in zip(names, splits, strict=True):
-        say_what_is_there(data, entries, split, "pairs" if paired else "responses", needed=split == names[0])
+        report_split(data, entries, split, "pairs" if paired else "responses", needed=split == names[0])
         if data.version == 1 and (count := same_ids(data.table)):
             print(f"  pairs of equal token ids, which a new run would leave out: {count}", flush=True)
     if len(splits) == 2:
@@ -125,7 +125,7 @@ def prepare_data(
     return tuple(splits)
 
 
-def say_what_is_there(prepared, entries: list, split: str, what: str, needed: bool) -> None:
+def report_split(prepared, entries: list, split: str, what: str, needed: bool) -> None:
     """Print what one split holds, and of each data set what was left out or changed.
 
     Raises UserError where a split that is needed has no example.

@@ -6,7 +6,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from preference_training.configuration.kept import save_config
+from preference_training.configuration.saved import save_config
 from preference_training.configuration.schema import LONGEST_NAME, RunConfig
 from preference_training.core.errors import UserError
 from preference_training.core.files import first_existing
@@ -50,19 +50,19 @@ def describe_run(config: RunConfig, placement, data, checkpoint: "Checkpoint | N
     }
 
 
-def begin_in(config: RunConfig, run_dir: Path, checkpoint: "Checkpoint | None") -> str | None:
+def prepare_run_dir(config: RunConfig, run_dir: Path, checkpoint: "Checkpoint | None") -> str | None:
     """Make room for a run that begins in a directory: move an earlier run aside, and return what to say of it.
 
     Raises UserError where the earlier run is needed where it is.
     """
-    from preference_training.checkpointing.resume import check_beginning, forget_base, set_aside
+    from preference_training.checkpointing.resume import check_set_aside, remove_kept_base, set_aside
 
     with writable(run_dir):
         if config.resume:
             if checkpoint is None:
-                forget_base(run_dir)
+                remove_kept_base(run_dir)
             return None
-        check_beginning(run_dir, config.model.archive, config.eval_only)
+        check_set_aside(run_dir, config.model.archive, config.eval_only)
         aside = set_aside(run_dir)
     return aside and f"local_run_dir: {run_dir} held an earlier run, which is now in {aside.name}/"
 
@@ -75,7 +75,7 @@ def open_run_dir(
     total, report: the number of training examples, and what writes the run's page; None where there is none. Raises UserError
     where the checkpoint is another run's.
     """
-    from preference_training.checkpointing.resume import check_same_run, cut_back
+    from preference_training.checkpointing.resume import check_same_run, roll_back
     from preference_training.tracking.dashboards import RunStart, start_dashboards
     from preference_training.tracking.tracker import Tracker
 
@@ -84,20 +84,20 @@ def open_run_dir(
         if checkpoint:
             check_same_run(checkpoint, about)
         if config.resume:
-            cut_back(run_dir, checkpoint.path if checkpoint else None)
+            roll_back(run_dir, checkpoint.path if checkpoint else None)
         save_config(config, run_dir)
         start = RunStart(about["config"], run_dir, about["wandb_id"], seen)
         dashboards = start_dashboards(config.dashboard_names, start)
         return Tracker(run_dir, total, config.minimum_log_interval_secs, dashboards, report, seen)
 
 
-def say_what_is_set_aside(config: RunConfig, run_dir: Path) -> None:
+def report_earlier_run(config: RunConfig, run_dir: Path) -> None:
     """Of a dry run: print what would become of an earlier run in its directory. Raises UserError where that cannot be."""
-    from preference_training.checkpointing.resume import check_beginning, parts_of_a_run
+    from preference_training.checkpointing.resume import check_set_aside, find_run_files
 
-    if config.resume or not parts_of_a_run(run_dir):
+    if config.resume or not find_run_files(run_dir):
         return
-    check_beginning(run_dir, config.model.archive, config.eval_only)
+    check_set_aside(run_dir, config.model.archive, config.eval_only)
     print(f"local_run_dir: {run_dir} holds an earlier run, which a run would set aside in it; resume={run_dir} goes on with it")
 
 
@@ -110,10 +110,10 @@ def writable(run_dir: Path):
         # A lock that is held.
         raise
     except OSError as error:
-        raise UserError(unwritable(run_dir, error)) from None
+        raise UserError(not_writable_message(run_dir, error)) from None
 
 
-def unwritable(place, error: OSError) -> str:
+def not_writable_message(place, error: OSError) -> str:
     """What to say of a run directory, or a folder above it, that the system does not let be written."""
     return (
         f"local_run_dir: {place} cannot be written to: {error.strerror}. Expected a folder of yours, with room; set local_dirs "
@@ -122,7 +122,7 @@ def unwritable(place, error: OSError) -> str:
 
 
 @contextmanager
-def used_by_this_run(run_dir: Path):
+def lock_run_dir(run_dir: Path):
     """Inside, no other run may use the directory. Raises UserError where one does, or where nothing can be written."""
     from filelock import FileLock, Timeout
 

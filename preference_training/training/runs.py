@@ -17,10 +17,10 @@ from preference_training.training.evaluator import Evaluator
 from preference_training.training.parts import Batches, Models, Observers, RunState
 from preference_training.training.preparation import PreparedRun, check_same_data
 from preference_training.training.run_directory import (
-    begin_in,
     describe_run,
+    lock_run_dir,
     open_run_dir,
-    used_by_this_run,
+    prepare_run_dir,
     writable,
 )
 
@@ -44,9 +44,9 @@ def train(prepared: PreparedRun, trainer_class, placement: Placement, report_wri
     checkpoint, run_dir = ranks.broadcast((found, found.path.parent if found else run_dir))
     with ExitStack() as opened:
         if ranks.is_rank_zero:
-            opened.enter_context(used_by_this_run(run_dir))
+            opened.enter_context(lock_run_dir(run_dir))
             # Before the model is loaded: what it is made of is read from the run directory, or kept there.
-            notice = begin_in(config, run_dir, checkpoint)
+            notice = prepare_run_dir(config, run_dir, checkpoint)
         placement.base_dir = None if config.debug else run_dir / BASE_DIR
         models, batches = assemble(prepared, placement, checkpoint)
         # Until all that follows is closed: a signal that comes too late to stop the run disturbs its last lines no more.
@@ -57,7 +57,7 @@ def train(prepared: PreparedRun, trainer_class, placement: Placement, report_wri
             report = report_writer and report_writer(config, run_dir, prepared.loss, placement.tokenizer, data)
             tracker = open_run_dir(config, run_dir, about, checkpoint, total, report)
             if notice:
-                tracker.say(notice)
+                tracker.log_message(notice)
             with writable(run_dir):
                 write_about(
                     run_dir,
@@ -71,13 +71,13 @@ def train(prepared: PreparedRun, trainer_class, placement: Placement, report_wri
             about, tracker = {}, opened.enter_context(NoTracker())
         observers = observe(prepared, placement, run_dir, tracker, stop)
         if not config.debug:
-            writer = checkpoint_writer(prepared, placement, models.policy, run_dir, about, tracker.say)
+            writer = checkpoint_writer(prepared, placement, models.policy, run_dir, about, tracker.log_message)
             observers.writer = opened.enter_context(writer)
         trainer = trainer_class(config, placement, models, batches, observers)
         if checkpoint:
             trainer.continue_from(checkpoint)
         if trainer.finished:
-            tracker.say("resume: that run is complete; a larger n_epochs, n_examples or n_steps would continue it")
+            tracker.log_message("resume: that run is complete; a larger n_epochs, n_examples or n_steps would continue it")
         else:
             trainer.train()
         if observers.writer and observers.writer.failed:
@@ -104,12 +104,12 @@ def evaluate(prepared: PreparedRun, placement: Placement) -> float | None:
     with ExitStack() as opened:
         tracker = NoTracker()
         if checkpoint is None and ranks.is_rank_zero:
-            opened.enter_context(used_by_this_run(run_dir))
-            notice = begin_in(config, run_dir, None)
+            opened.enter_context(lock_run_dir(run_dir))
+            notice = prepare_run_dir(config, run_dir, None)
             about = describe_run(config, placement, data, None)
             tracker = open_run_dir(config, run_dir, about, None)
             if notice:
-                tracker.say(notice)
+                tracker.log_message(notice)
         opened.enter_context(tracker)
 
         def build_evaluator(policy, reference, held_out, sample_prompts) -> Evaluator:

@@ -91,9 +91,9 @@ class TrainingStep:
         remembered = self.models.loss.state_dict()
         num_examples = sum(micro_batch.num_examples for micro_batch in micro_batches)
         batch = self._backward_within_memory(micro_batches, halve, remembered)
-        if self.models.same_start is not None:
-            self.models.same_start.check(self.placement.ranks)
-            self.models.same_start = None
+        if self.models.start_check is not None:
+            self.models.start_check.check(self.placement.ranks)
+            self.models.start_check = None
         grad_norm = self.updater.clip_gradient()
         # Read at once, before the weights change: one wait for the device.
         tokens = sum(pack.num_tokens for micro_batch in micro_batches for pack in micro_batch.packs)
@@ -124,7 +124,7 @@ class TrainingStep:
         self.updater.optimizer.zero_grad(set_to_none=True)
         self.models.loss.load_state_dict(remembered)
         # A cached reference saw other packs, and its last bits may differ.
-        self.models.same_start = None
+        self.models.start_check = None
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         return self.backward(halve(micro_batches))
@@ -136,7 +136,7 @@ class TrainingStep:
         result = BatchResult()
         packs_left = sum(len(micro_batch.packs) for micro_batch in micro_batches)
         for micro_batch in micro_batches:
-            for output, policy, pack in self.losses_of(micro_batch):
+            for output, policy, pack in self.pack_losses(micro_batch):
                 packs_left -= 1
                 self.placement.before_backward(self.models.policy, is_last=packs_left == 0)
                 # Sharded gradients are means over the ranks; this makes them sums.
@@ -148,9 +148,9 @@ class TrainingStep:
                 result.packs.append(PackResult.of(pack, output))
         return result
 
-    def losses_of(self, micro_batch: MicroBatch) -> Iterator[tuple[LossOutput, Tensor, PackedBatch]]:
+    def pack_losses(self, micro_batch: MicroBatch) -> Iterator[tuple[LossOutput, Tensor, PackedBatch]]:
         """Loss and policy log-probs [R] of each pack; the caller takes each pack's gradient before the next."""
-        loss, same_start = self.models.loss, self.models.same_start
+        loss, start_check = self.models.loss, self.models.start_check
         packs = [pack.to(self.device) for pack in micro_batch.packs]
         references = [None if self.models.reference is None else self.models.reference(pack) for pack in packs]
         statistics = None
@@ -160,8 +160,8 @@ class TrainingStep:
                 statistics = self._batch_statistics(micro_batch, packs, [self.logps(pack) for pack in packs], references)
         for pack, reference in zip(packs, references, strict=True):
             policy = self.logps(pack)
-            if same_start is not None:
-                same_start.see(pack, policy, reference)
+            if start_check is not None:
+                start_check.compare(pack, policy, reference)
             if loss.needs_batch_statistics and statistics is None:
                 statistics = self._batch_statistics(micro_batch, packs, [policy.detach()], references)
             found = None if statistics is None else statistics.at(pack.places)

@@ -14,7 +14,7 @@ from preference_training.training.optimization import (
     MASTER,
     MasterWeights,
     build_optimizer,
-    gradients_of,
+    pending_updates,
     schedule,
     warmup_steps,
 )
@@ -77,7 +77,7 @@ class Updater:
 
     def update_and_check(self) -> float | None:
         """`update`; at the steps that are checked, the share of the sampled weights that it changed, else None."""
-        unchanged = UnchangedWeights(gradients_of(self.optimizer)) if self._checks_weights() else None
+        unchanged = UnchangedWeights(pending_updates(self.optimizer)) if self._checks_weights() else None
         self.update()
         return None if unchanged is None else unchanged.share_changed()
 
@@ -97,15 +97,15 @@ class Updater:
         """The optimizer's state by the weights' names, initialized where it is not yet. Not copies."""
         return self.placement.optimizer_state(self.policy, self.optimizer)
 
-    def load(self, checkpoint: Checkpoint, say: Callable[[str], None]) -> None:
+    def load(self, checkpoint: Checkpoint, log_message: Callable[[str], None]) -> None:
         """Load the optimizer's state of a checkpoint, with its master weights where it has some and they are wanted."""
         kept, saved = checkpoint.has_master_weights, checkpoint.state
         if self.config.master_weights == "auto" and kept != self.has_masters:
             self.build(masters=kept)
             if not kept:
-                say(f"resume: {WITHOUT_MASTERS}")
+                log_message(f"resume: {WITHOUT_MASTERS}")
         elif kept != self.has_masters:
-            say(f"resume: {MASTERS_DROPPED if kept else MASTERS_BEGIN}")
+            log_message(f"resume: {MASTERS_DROPPED if kept else MASTERS_BEGIN}")
         optimizer = self.optimizer_state() | {"param_groups": saved["optimizer_groups"]}
         read = optimizer["state"]
         if not kept:
@@ -115,7 +115,7 @@ class Updater:
             optimizer["state"][name] |= values
         self.placement.set_optimizer_state(self.policy, self.optimizer, optimizer)
 
-    def continue_schedule(self, data: Schedule, config_then: dict, say: Callable[[str], None]) -> None:
+    def continue_schedule(self, data: Schedule, config_then: dict, log_message: Callable[[str], None]) -> None:
         """Go on by this run's learning-rate schedule, and say so where the checkpoint was under another."""
         length = RunLength(config_then["n_epochs"], config_then["n_examples"], config_then["n_steps"])
         done, total_then, total = self.state.updates, data.with_length(length).total_steps, data.total_steps
@@ -127,7 +127,7 @@ class Updater:
         to_come = range(done, max(total_then, done + 1))
         if any(schedule_then(step) != self.schedule(step) for step in to_come):
             lr = self.config.lr
-            say(
+            log_message(
                 f"resume: the run has {total:,} steps now, not {total_then:,}, and lr_schedule={self.config.lr_schedule} is "
                 f"that of {total:,} steps from here on: lr is {lr * now:.3g} at the next step, where it would have been "
                 f"{lr * before:.3g}"

@@ -380,7 +380,7 @@ def with_trained_adapter(model: nn.Module) -> nn.Module:
 def checkpoint_of(model: nn.Module, tokenizer, folder: Path, **settings) -> Path:
     """A checkpoint of a model's adapter alone."""
     weights = weights_to_save(model.state_dict(keep_vars=True))
-    with CheckpointWriter(folder, model, tokenizer, options=SaveOptions(**settings), say=lambda _: None) as writer:
+    with CheckpointWriter(folder, model, tokenizer, options=SaveOptions(**settings), log_message=lambda _: None) as writer:
         writer.write(Snapshot.of(4, weights, {}, {"examples": 4}))
     return folder / "LATEST"
 

@@ -13,7 +13,7 @@ from bs4 import BeautifulSoup
 from hypothesis import given
 from hypothesis import strategies as st
 
-from preference_training.configuration.kept import save_config
+from preference_training.configuration.saved import save_config
 from preference_training.core.errors import UserError
 from preference_training.data.rows.records import DataReport
 from preference_training.reporting.observations import observations

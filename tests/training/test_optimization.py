@@ -16,7 +16,7 @@ from preference_training.batching.schedule import RunLength, Schedule
 from preference_training.checkpointing.checkpoint import Checkpoint
 from preference_training.checkpointing.resume import resumable
 from preference_training.checkpointing.writer import CheckpointWriter, SaveOptions, publish
-from preference_training.configuration.precision import lines_of_precision
+from preference_training.configuration.precision import precision_notices
 from preference_training.configuration.schema import SCHEDULES
 from preference_training.core.errors import UserError
 from preference_training.core.random_streams import seed_everything
@@ -44,7 +44,7 @@ class Said(NoTracker):
         super().__init__()
         self.lines = []
 
-    def say(self, text: str) -> None:
+    def log_message(self, text: str) -> None:
         self.lines.append(text)
 
 
@@ -290,7 +290,7 @@ def test_master_weights_are_chosen_by_dtype_and_learning_rate(compose, overrides
     ],
 )
 def test_what_was_chosen_for_low_precision_weights_is_said(compose, overrides, lines):
-    found = lines_of_precision(compose(*overrides))
+    found = precision_notices(compose(*overrides))
     assert len(found) == len(lines) and all(line in text for line, text in zip(lines, found, strict=True))
 
 

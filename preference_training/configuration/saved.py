@@ -7,7 +7,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from preference_training.configuration.composition import GROUPS, composed, default_values, in_open_section, known_keys
+from preference_training.configuration.composition import GROUPS, compose_overrides, default_values, in_open_section, known_keys
 from preference_training.configuration.keys import Section, declared
 from preference_training.configuration.schema import ModelConfig, RunConfig
 from preference_training.configuration.validation import validate
@@ -68,7 +68,7 @@ def changed_config(
     is never the run's own. Keys that the run did not know yet have their defaults. Raises UserError, also where the run's own
     values would have code executed.
     """
-    base, _ = composed("model=blank_model", f"loss={then['loss']['name']}", f"trainer={then['trainer']['name']}")
+    base, _ = compose_overrides("model=blank_model", f"loss={then['loss']['name']}", f"trainer={then['trainer']['name']}")
     config = OmegaConf.merge(base, then, {"evaluation": base.evaluation}, fixed)
     for text in overrides:
         config = _overridden(config, text)
@@ -112,7 +112,7 @@ def _overridden(config: DictConfig, text: str) -> DictConfig:
         raise UserError(f"{text}: expected key=value, with one value.")
     if key in GROUPS:
         # Replace the whole group: another choice may have other keys.
-        return OmegaConf.create({**config, key: composed(text)[0][key]})
+        return OmegaConf.create({**config, key: compose_overrides(text)[0][key]})
     if key not in known_keys() and not in_open_section(key):
         raise UserError(f"{key}: no such key; {nearest(key, known_keys())}")
     OmegaConf.update(config, key, override.value(), merge=False, force_add=True)

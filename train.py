@@ -36,7 +36,7 @@ from preference_training.sweeps.summary import run_to_end
 from preference_training.training.run_directory import new_run_dir, not_writable_message, remove_empty
 
 OmegaConf.register_new_resolver("new_run_dir", new_run_dir, use_cache=True, replace=True)
-OmegaConf.register_new_resolver("either", lambda wanted, otherwise: wanted or otherwise, replace=True)
+OmegaConf.register_new_resolver("either", lambda value, otherwise: value or otherwise, replace=True)
 OmegaConf.register_new_resolver("jobs_at_once", jobs_at_once, replace=True)
 
 
@@ -58,7 +58,7 @@ def main(composed: DictConfig) -> float | None:
         # Not raised further: Hydra would add lines of its own to the message.
         sys.exit(_refuse(str(error)))
     except StoppedError as stopped:
-        advice = "" if in_sweep else "; resume=auto or resume=RUN_DIRECTORY goes on from there"
+        advice = "" if in_sweep else "; resume=auto or resume=RUN_DIRECTORY continues from there"
         print(f"{stopped}{advice}", flush=True)
         sys.exit(STOPPED)
     finally:

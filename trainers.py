@@ -125,7 +125,7 @@ class Trainer:
         """Cut a batch, and all later ones, into packs half as large."""
         halves = self.batches.train.halve_packs(micro_batches)
         limit = self.batches.train.budget.limit
-        self.tracker.log_message(f"warning: out of memory; packs have at most {limit} tokens from now on")
+        self.tracker.log_message(f"warning: out of memory; packs are limited to {limit} tokens from now on")
         return halves
 
     def log_skipped(self, packs: Sequence[PackResult]) -> None:
@@ -139,7 +139,7 @@ class Trainer:
         if self.state.bad_steps >= self.config.max_bad_steps:
             raise UserError(
                 f"max_bad_steps: {self.state.bad_steps} steps in a row had a loss or gradient that is not finite. The newest "
-                "checkpoint is as it was. bad_batches.jsonl names the examples: look at them, lower lr, or compute in float32 "
+                "checkpoint is as it was. bad_batches.jsonl names the examples: inspect them, lower lr, or compute in float32 "
                 "or bfloat16."
             )
 
@@ -177,7 +177,7 @@ class Trainer:
         return self.placement.weights(self.models.reference.model) if follows else {}
 
     def state_dict(self) -> dict:
-        """What continues this run beside weights and optimizer state: plain values and uint8 tensors."""
+        """What resumes this run besides weights and optimizer state: plain values and uint8 tensors."""
         parts = {name: part.state_dict() for name, part in self.stateful().items()}
         streams = self.placement.ranks.all_gather_object(random_streams())
         return self.state.state_dict() | parts | {"master_weights": self.step.updater.has_masters, "random": streams}
@@ -222,7 +222,7 @@ class BasicTrainer(Trainer):
 
 
 class FSDPTrainer(Trainer):
-    """Several processes, each with a shard of every weight; `trainer.sharding` says how they are laid out."""
+    """Several processes, each with a shard of every weight; `trainer.sharding` decides how they are laid out."""
 
     placement_class = Sharded
 
@@ -233,7 +233,7 @@ class TensorParallelTrainer(Trainer):
     placement_class = TensorParallel
 
 
-# By name; `trainer.name` may say those that have a file in config/trainer/.
+# By name; `trainer.name` accepts those with a file in config/trainer/.
 TRAINERS = {trainer.__name__: trainer for trainer in (BasicTrainer, FSDPTrainer, TensorParallelTrainer)}
 
 

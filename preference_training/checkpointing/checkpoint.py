@@ -8,7 +8,7 @@
         checksums.json     written last: size and hash of every file
     RUN/LATEST             a link to the newest of them
 
-A checkpoint is written beside its place, synced, and renamed when it is complete. Every process writes and reads its own
+A checkpoint is written under a temporary name, synced, and renamed when it is complete. Every process writes and reads its own
 shards: none holds the whole model. Nothing here unpickles.
 """
 
@@ -173,7 +173,7 @@ def find_damage(path: Path) -> str | None:
 def newest_usable(
     run_dir: Path, log_message: Callable[[str], None] = print, opened: Callable[[Path], Checkpoint] = Checkpoint.verified
 ) -> Checkpoint | None:
-    """The newest checkpoint of a run that `opened` does not find damaged; says what is wrong with newer ones."""
+    """The newest checkpoint of a run that `opened` does not find damaged; says why newer ones are skipped."""
     for path in list_checkpoints(run_dir):
         try:
             return opened(path)

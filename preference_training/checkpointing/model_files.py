@@ -44,11 +44,11 @@ def set_end_tokens(config, generation, tokenizer, end_tokens: Sequence[int] = ()
     generation is None for a model that does not generate. A missing padding token is set for generation alone: in a model's
     configuration it would keep that token's embedding from being trained.
     """
-    wanted = [tokenizer.eos_token_id, *end_tokens]
+    required = [tokenizer.eos_token_id, *end_tokens]
     text = config.get_text_config()
     named = _listed(text.eos_token_id if generation is None else generation.eos_token_id)
-    if not set(wanted) <= set(named):
-        named = list(dict.fromkeys([*wanted, *named]))
+    if not set(required) <= set(named):
+        named = list(dict.fromkeys([*required, *named]))
     if tokenizer.eos_token_id not in _listed(text.eos_token_id):
         text.eos_token_id = tokenizer.eos_token_id
     if generation is not None:

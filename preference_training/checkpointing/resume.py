@@ -70,7 +70,7 @@ def checkpoint_to_resume(resume: str | None, run_dir: Path, exp_name: str) -> Ch
         if found is not None:
             print(f"resume: continuing from {found.path}", flush=True)
             return found
-    print(f"resume: no checkpoint of {exp_name} yet, a new run begins", flush=True)
+    print(f"resume: no checkpoint of {exp_name} yet, starting a new run", flush=True)
     return None
 
 
@@ -85,7 +85,7 @@ def _given(path: Path) -> Checkpoint:
             raise DamagedError("no such directory")
         else:
             found = resumable(path)
-            # The name says how far its run was.
+            # The name tells how far its run was.
             if path not in list_checkpoints(path.parent):
                 raise DamagedError(f"its name is no longer {CHECKPOINT}N")
     except DamagedError as problem:
@@ -166,7 +166,7 @@ def find_run_files(run_dir: Path) -> list[Path]:
 
 
 def remove_kept_base(run_dir: Path) -> None:
-    """Remove the base model kept by a run that has no checkpoint: it begins anew, from its configuration."""
+    """Remove the base model kept by a run that has no checkpoint: it starts over, from its configuration."""
     if (run_dir / BASE_DIR / MODEL_CONFIG).is_file():
         shutil.rmtree(run_dir / BASE_DIR)
 
@@ -202,7 +202,7 @@ def set_aside(run_dir: Path) -> Path | None:
 def roll_back(run_dir: Path, checkpoint: Path | None) -> None:
     """Restore a run's files to what they were at a checkpoint: later rows are removed, later checkpoints set aside.
 
-    Without a checkpoint the run begins anew: everything there is later.
+    Without a checkpoint the run starts over: everything there is later.
     """
     examples = int(checkpoint.name.removeprefix(CHECKPOINT)) if checkpoint else -1
     for name in (METRICS, SAMPLES, BAD_STEPS):

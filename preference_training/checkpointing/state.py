@@ -1,4 +1,4 @@
-"""state.json of a checkpoint: what continues a run beside weights and optimizer, as JSON, and the shape that it must have."""
+"""state.json of a checkpoint: what resumes a run besides weights and optimizer, as JSON, and the shape that it must have."""
 
 import base64
 import json

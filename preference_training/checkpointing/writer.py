@@ -1,4 +1,4 @@
-"""Writing checkpoints: beside their place, renamed when complete, in the background if asked to."""
+"""Writing checkpoints: under a temporary name, renamed when complete, in the background if asked to."""
 
 import json
 import os
@@ -45,9 +45,9 @@ from preference_training.tracking.run_files import (
 class SaveOptions:
     """How checkpoints are written, and which are kept.
 
-    run: what the run is made of, as each checkpoint says. background: training goes on while one is written. keep_last,
+    run: what the run is made of, as each checkpoint says. background: training continues while one is written. keep_last,
     keep_best: how many are kept, the best by the held-out `metric`; None for no limit. timeout_minutes: how long a process
-    waits for the others. end_tokens: what training ended responses with, beside the tokenizer's end-of-sequence token.
+    waits for the others. end_tokens: what training ended responses with, besides the tokenizer's end-of-sequence token.
     """
 
     run: dict = field(default_factory=dict)
@@ -179,7 +179,7 @@ class CheckpointWriter:
         if self.ranks.is_rank_zero:
             name = f"{CHECKPOINT}{snapshot.examples}"
             shutil.rmtree(self.run_dir / f"{name}{PARTIAL}", ignore_errors=True)
-            self.log_message(f"checkpoint: {name} could not be written, the run goes on: {reason}")
+            self.log_message(f"checkpoint: {name} could not be written, the run continues: {reason}")
 
     def _remove_old(self) -> None:
         keep_last, keep_best = self.options.keep_last, self.options.keep_best

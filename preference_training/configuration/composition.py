@@ -1,4 +1,4 @@
-"""The YAML files of config/: which keys there are, and what to say of an override that does not compose."""
+"""The YAML files of config/: which keys exist, and how to explain an override that does not compose."""
 
 import re
 from functools import cache
@@ -131,7 +131,7 @@ def explain_composition_error(error: Exception) -> str:
 
 
 def unknown_key(key: str) -> str:
-    """What to say of a key that does not exist, or not here."""
+    """Explain a key that does not exist, or not here."""
     if key in known_keys():
         group, name = key.split(".", 1)
         owners = [choice for choice in group_choices(group) if name in choice_keys(group, choice)]
@@ -149,7 +149,7 @@ def choice_keys(group: str, choice: str) -> frozenset[str]:
 
 @cache
 def group_keys(group: str) -> dict[str, frozenset[str]]:
-    """The names that `loss.name` or `trainer.name` may say, each with the keys of its file."""
+    """The names that `loss.name` or `trainer.name` may be, each with the keys of its file."""
     files = [OmegaConf.load(CONFIG_DIR / group / f"{choice}.yaml") for choice in group_choices(group)]
     return {file.name: frozenset(file) for file in files if "name" in file}
 

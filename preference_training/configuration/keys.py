@@ -16,11 +16,11 @@ from preference_training.core.errors import UserError, nearest
 
 Kind = Callable[[Any], str | None]
 
-# Flags of a key. The run goes on where it differs from what it was at the run's beginning.
+# Flags of a key. A resumed run may have another value than the run had before.
 MAY_CHANGE_ON_RESUME = "may change on resume"
-# Where a job of a sweep computes and what it says: the job is the same with another value.
+# Where a job of a sweep computes and what it prints: with another value it is the same job.
 OUTSIDE_JOB_IDENTITY = "outside a job's identity"
-# Where files lie and where a run computes, how much it says: nothing that the model depends on, and so in no card.
+# Where files are stored, where a run computes, how much it prints: the model does not depend on it, so no card shows it.
 NOT_SHOWN = "not shown"
 # A section whose keys are another library's or the user's, and so not listed in our files.
 OPEN = "open"
@@ -47,7 +47,7 @@ class Section:
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> Self:
-        """The section with these values, unchecked; what it has no field for is left out."""
+        """The section with these values, unchecked; values without a field are ignored."""
         read = {}
         for each in fields(cls):
             if each.name in values:
@@ -152,12 +152,12 @@ def share(below: float = 1, null: bool = False) -> Kind:
 
 
 def one_of(values: tuple[str, ...], words: str | None = None, null: bool = False) -> Kind:
-    """One of a few values. words: where "a, b, c" is not how to say it."""
+    """One of a few values. words: where "a, b, c" does not describe them."""
     return expected(words or ", ".join(values), lambda value: value in values, null)
 
 
 def known_name(noun: str, known: tuple[str, ...], null: bool = False) -> Kind:
-    """One of many names; a fault names the nearest."""
+    """One of many names; the error suggests the nearest."""
     return partial(_unknown_name, noun, known, null)
 
 
@@ -176,5 +176,5 @@ def texts(words: str, null: bool = False) -> Kind:
 
 
 def listed(value: Any) -> list[Any]:
-    """A value as a list: brackets may be left out for one."""
+    """A value as a list: brackets are optional for one."""
     return value if isinstance(value, list) else [value]

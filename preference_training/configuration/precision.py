@@ -1,10 +1,10 @@
-"""What is said of weights that are trained in low precision."""
+"""Notices about weights that are trained in low precision."""
 
 from preference_training.configuration.schema import SPACINGS, RunConfig
 
 
 def precision_notices(config: RunConfig) -> list[str]:
-    """What is to be said of weights that are trained in low precision: nothing where there are none."""
+    """Notices about weights that are trained in low precision; empty where there are none."""
     dtype, lines = config.model.policy_dtype, []
     if config.master_weights is True and not config.model.trains_low_precision:
         why = "an adapter's weights are float32" if dtype in SPACINGS else f"model.policy_dtype={dtype}"

@@ -48,7 +48,7 @@ SHARDINGS = ("full", "grad_op", "optimizer", "none", "hybrid")
 ATTENTIONS = ("auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3")
 DTYPES = ("float32", "bfloat16", "float16")
 MODES = ("DPO", "beta_DPO")
-# Keys of a run that an entry of `datasets` may set for itself, and what some of them may say, beside null.
+# Keys of a run that an entry of `datasets` may override, and the values that some of them may have, besides null.
 GENERAL_KEYS = ("template", "system_prompt", "truncation_mode", "on_bad_row", "weight")
 TEMPLATES = ("raw", "hh", "chatml", "chat")
 TRUNCATION_MODES = ("keep_start", "keep_end", "drop")
@@ -64,9 +64,9 @@ ORDINARY_WEIGHT = 0.05
 
 def _directory_name(value: Any) -> str | None:
     problem = text()(value)
-    sound = problem is None and value.isprintable() and "/" not in value and len(value.encode()) <= LONGEST_NAME
+    valid = problem is None and value.isprintable() and "/" not in value and len(value.encode()) <= LONGEST_NAME
     words = f"the beginning of a directory's name: at most {LONGEST_NAME} bytes, none of them a /"
-    return problem or (None if sound else f"found {value!r}, expected {words}.")
+    return problem or (None if valid else f"found {value!r}, expected {words}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,7 +179,7 @@ class TrainerConfig(Section):
 
     @property
     def is_sharded(self) -> bool:
-        """Whether the trainer lays weights over several processes."""
+        """Whether the trainer shards weights over several processes."""
         return self.name != "BasicTrainer"
 
     @property
@@ -334,7 +334,7 @@ class RunConfig(Section):
 
     @property
     def dashboard_names(self) -> list[str]:
-        """Those of `tracking` that a run's numbers go to beside its own files."""
+        """The dashboards in `tracking`: where a run's metrics go besides its own files."""
         switched_off = {"jsonl"} if self.wandb.enabled else {"jsonl", "wandb"}
         return [] if self.debug else [name for name in listed(self.tracking) if name not in switched_off]
 
@@ -361,12 +361,12 @@ class RunConfig(Section):
 
         Never where the reference follows the policy.
         """
-        wanted = self.reference_logps
-        return wanted == "cached" or (wanted is None and read_again and not self.loss.moves_reference)
+        requested = self.reference_logps
+        return requested == "cached" or (requested is None and read_again and not self.loss.moves_reference)
 
     @property
     def two_models_notice(self) -> str | None:
-        """What to say where policy and reference are not one model at a run's beginning, because the user wants it so."""
+        """The notice for a policy and a reference that are different models from the start, as configured."""
         policy, reference = self.model.policy_dtype, self.model.reference_dtype
         if policy == reference:
             return None

@@ -1,4 +1,4 @@
-"""The door: a composed configuration becomes a typed one, or a message says why it cannot work. Imports no heavy library."""
+"""Validation: turn a composed configuration into a typed one, or explain why it cannot work. Imports no heavy library."""
 
 import os
 import re
@@ -40,8 +40,8 @@ TRACKING = ("jsonl", "wandb", "tensorboard")
 def validate(config: DictConfig, overrides: Sequence[str] = (), choices: dict[str, str] | None = None) -> RunConfig:
     """The configuration, typed. Raises UserError, with one message, for the first thing in it that cannot work.
 
-    `overrides` are the command line's, `choices` say which file each group was composed from: with them keys are missed that
-    were removed, and keys of other files found.
+    `overrides` are the command line's. `choices` name the file that each group was composed from: with them removed keys and
+    keys of other files are found.
     """
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
@@ -85,7 +85,7 @@ def configured(*overrides: str) -> RunConfig:
 def _check_keys(section: type[Section], values: object, prefix: str = "") -> None:
     """Raise UserError for a key that no section has, or that one needs and lacks."""
     if not isinstance(values, dict):
-        # What it is instead is said later.
+        # Reported later, with its value.
         return
     keys = {each.name: each for each in declared(section)}
     own = frozenset().union(*group_keys("loss").values()) if section is LossConfig else frozenset()
@@ -109,7 +109,7 @@ def _check_keys_of_group(group: str, values: object, choice: str) -> None:
 
 
 def _removed(name: str) -> str:
-    return f"{name}: removed by ~, but needed. Leave it out of the command line, or give it a value."
+    return f"{name}: removed by ~, but required. Drop it from the command line, or give it a value."
 
 
 def _check_group_names(loss: dict[str, Any], trainer: dict[str, Any]) -> None:
@@ -129,7 +129,7 @@ def _check_group_names(loss: dict[str, Any], trainer: dict[str, Any]) -> None:
 def _check_choices(config: RunConfig) -> None:
     if config.optimizer in BITSANDBYTES_OPTIMIZERS and config.trainer.is_sharded:
         raise UserError(
-            f"optimizer: found {config.optimizer}, whose kernels do not know weights that lie over several processes. Use "
+            f"optimizer: found {config.optimizer}, whose kernels do not support sharded weights. Use "
             "trainer=BasicTrainer, or AdamW, whose states the processes share."
         )
     if config.weight_decay is not None and "weight_decay" in config.optimizer_kwargs:
@@ -141,10 +141,10 @@ def _check_choices(config: RunConfig) -> None:
 def _check_adapter(config: RunConfig) -> None:
     model, has_adapter = config.model, config.model.lora.r is not None
     if model.quantization and not has_adapter:
-        raise UserError("model.quantization: weights of few bits cannot be trained themselves. Add +adapter=lora.")
+        raise UserError("model.quantization: quantized weights cannot be trained themselves. Add +adapter=lora.")
     if model.quantization and config.trainer.is_sharded:
         raise UserError(
-            f"model.quantization: {config.trainer.name} cannot lay weights of few bits over processes: PyTorch's fully_shard "
+            f"model.quantization: {config.trainer.name} cannot shard quantized weights: PyTorch's fully_shard "
             "splits a weight into rows, and these have none. Use trainer=BasicTrainer, or leave model.quantization null."
         )
     if has_adapter and config.trainer.splits_layers:
@@ -235,30 +235,32 @@ def _check_paths(config: RunConfig) -> None:
         raise UserError("model.tokenizer_name_or_path: not given. A model from scratch needs one; byte_level is made in code.")
 
 
-def _check_evaluation(wanted: EvaluationConfig, config: RunConfig) -> None:
-    _check_judge(wanted)
-    for name, path in {"against": wanted.against, "task_path": wanted.task_path, "to": wanted.to}.items():
+def _check_evaluation(evaluation: EvaluationConfig, config: RunConfig) -> None:
+    _check_judge(evaluation)
+    for name, path in {"against": evaluation.against, "task_path": evaluation.task_path, "to": evaluation.to}.items():
         directory = Path(path or ".").absolute()
         if path not in (None, "reference") and not (directory.parent if name == "to" else directory).is_dir():
             raise UserError(f"evaluation.{name}: {path}: no such directory. Paths are relative to {Path.cwd()}.")
-    if wanted.against != "reference" and wanted.judge is None:
-        raise UserError(f"evaluation.against: found {wanted.against}, and nobody compares answers. Set evaluation.judge too.")
-    if wanted.tasks and config.trainer.is_sharded:
+    if evaluation.against != "reference" and evaluation.judge is None:
+        raise UserError(
+            f"evaluation.against: found {evaluation.against}, and no judge compares responses. Set evaluation.judge too."
+        )
+    if evaluation.tasks and config.trainer.is_sharded:
         raise UserError(f"evaluation.tasks: {config.trainer.name} has a part of the model only. Set trainer=BasicTrainer.")
-    for name, found in {"judge": wanted.judge, "tasks": wanted.tasks}.items():
+    for name, found in {"judge": evaluation.judge, "tasks": evaluation.tasks}.items():
         if found and not config.eval_only:
             raise UserError(f"evaluation.{name}: found {found!r}, and the run would train. Set eval_only=true too.")
 
 
-def _check_judge(wanted: EvaluationConfig) -> None:
-    if wanted.judge is None:
+def _check_judge(evaluation: EvaluationConfig) -> None:
+    if evaluation.judge is None:
         return
-    kind, _, name = wanted.judge.partition(":")
+    kind, _, name = evaluation.judge.partition(":")
     if kind not in JUDGES:
-        raise UserError(f"evaluation.judge: no judge {wanted.judge!r}; {nearest(kind, JUDGES)}")
+        raise UserError(f"evaluation.judge: no judge {evaluation.judge!r}; {nearest(kind, JUDGES)}")
     if bool(name) != JUDGES[kind]:
-        raise UserError(f"evaluation.judge: found {wanted.judge!r}, expected {kind}{':NAME' * JUDGES[kind]}.")
-    url = wanted.judge_url
+        raise UserError(f"evaluation.judge: found {evaluation.judge!r}, expected {kind}{':NAME' * JUDGES[kind]}.")
+    url = evaluation.judge_url
     if url is not None and not re.match("https?://[^/]", url):
         raise UserError(f"evaluation.judge_url: found {url!r}, expected http://... or https://..., or null.")
     if kind == "openai" and url is None and not os.environ.get(KEY_VARIABLE):
@@ -272,7 +274,7 @@ def _check_tracking(tracking: object) -> None:
     )
     for name in names:
         if name not in TRACKING:
-            raise UserError(f"tracking: nothing is called {name!r}; {nearest(name, TRACKING)}")
+            raise UserError(f"tracking: no tracker {name!r}; {nearest(name, TRACKING)}")
     if "tensorboard" in names:
         try:
             distribution("tensorboard")

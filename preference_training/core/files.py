@@ -10,7 +10,7 @@ from typing import IO
 
 from preference_training.core.errors import first_line
 
-# What is written beside its place is called so until it is complete.
+# The suffix of a file that is not complete yet.
 PARTIAL = ".partial"
 
 

@@ -25,14 +25,14 @@ def find_mismatch(value, shape, name: str) -> str | None:
         return name
     if isinstance(shape, dict):
         others = dict.fromkeys(value, shape[...]) if ... in shape else {}
-        wanted = others | {key: each for key, each in shape.items() if key is not ...}
-        parts = [(value[key], wanted[key], f"{name}.{key}") for key in wanted if key in value]
-        missing = [f"{name}.{key}" for key in wanted if key not in value]
+        expected = others | {key: each for key, each in shape.items() if key is not ...}
+        parts = [(value[key], expected[key], f"{name}.{key}") for key in expected if key in value]
+        missing = [f"{name}.{key}" for key in expected if key not in value]
     elif isinstance(shape, list):
         shapes = shape * len(value) if len(shape) == 1 else shape
         parts = [(item, each, name) for item, each in zip(value, shapes, strict=False)]
         missing = [] if len(shapes) == len(value) else [name]
     else:
-        sound = value is None if shape is None else type(value) is shape if isinstance(shape, type) else shape(value)
-        return None if sound else name
+        fits = value is None if shape is None else type(value) is shape if isinstance(shape, type) else shape(value)
+        return None if fits else name
     return next((found for found in (*missing, *(find_mismatch(*part) for part in parts)) if found is not None), None)

@@ -29,7 +29,7 @@ from preference_training.core.process_group import local_rank, local_world_size
 from preference_training.core.processes import in_worker, usable_cores
 from preference_training.core.signals import ENDED_AT_ONCE, SIGNALS, STOPPED, StoppedError
 
-# How a worker's error begins where the mistake was the user's.
+# The prefix of a worker's error where the mistake was the user's.
 MISTAKE = "UserError: "
 
 
@@ -186,7 +186,7 @@ def _exit_after_launcher(launcher: int) -> None:
 
 
 def collective_backend(device: torch.device, offloads: bool) -> str:
-    """The backend of collectives: on GPUs NCCL, and Gloo beside it where weights and gradients are offloaded to the CPU."""
+    """The backend of collectives: on GPUs NCCL, and Gloo besides where weights and gradients are offloaded to the CPU."""
     if device.type != "cuda":
         return "gloo"
     return "cpu:gloo,cuda:nccl" if offloads else "nccl"

@@ -1,6 +1,6 @@
 """Layers split over the devices of one process, by the package tensor_parallel: for models that transformers has no plan for.
 
-    a whole model on the CPU  ->  a shard on each device  ->  the first shard, which runs the others beside itself
+    a whole model on the CPU  ->  a shard on each device  ->  the first shard, which runs the others alongside
 
 Every weight is trained in one place. What the package would copy onto each shard, or divide among them as parts of one sum,
 is on the first and lent to the others, so that gradients, their norm and the optimizer's state are those of the whole model.
@@ -326,7 +326,7 @@ def _joined(policy: nn.Module, name: str, parts: list[Tensor]) -> Tensor:
 def _cut(policy: nn.Module, name: str, whole: Tensor, rank: int) -> Tensor:
     """A shard's part of a tensor shaped like the whole weight `name`; the inverse of `_joined`."""
     part = policy.split_by[name](whole, rank=rank) if name in policy.split_by and whole.dim() else whole
-    # Each shard counts its own steps, and fused optimizers read memory in its order, whatever the strides say.
+    # Each shard counts its own steps, and fused optimizers read memory in its order, whatever its strides.
     return part.clone(memory_format=torch.contiguous_format)
 
 

@@ -82,9 +82,9 @@ class Placement:
         """The policy as it is now, frozen: a copy, or the model under its adapter."""
         return LiveReference(policy if has_adapter(policy) else self.frozen_copy(policy))
 
-    def samples(self, wanted: bool | None) -> bool:
-        """Whether to sample at evaluations, where `sample_during_eval` is `wanted`."""
-        return wanted is None or wanted
+    def samples(self, requested: bool | None) -> bool:
+        """Whether to sample at evaluations, where `sample_during_eval` is `requested`."""
+        return requested is None or requested
 
     # ---- a step ---------------------------------------------------------------------------------------------------------
 
@@ -217,11 +217,11 @@ class Sharded(Placement):
         """A copy of the policy as it is now, in `reference_dtype`, sharded alike."""
         return reference_beside(policy, self.layout, self.tokenizer, self.device)
 
-    def samples(self, wanted: bool | None) -> bool:
+    def samples(self, requested: bool | None) -> bool:
         """Whether to sample at evaluations: only if asked to, since every token gathers all weights again."""
-        if wanted is None:
+        if requested is None:
             print("sample_during_eval: off, since the weights are sharded; sample_during_eval=true turns it on", flush=True)
-        return bool(wanted)
+        return bool(requested)
 
     def before_backward(self, policy: nn.Module, is_last: bool) -> None:
         """Tell FSDP when to reduce gradients."""

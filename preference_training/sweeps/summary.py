@@ -60,7 +60,7 @@ def print_missing_jobs() -> int:
     lines = [f"sweep: {len(jobs) - len(missing)} of {len(jobs)} jobs are complete"]
     for job in missing:
         own = " ".join(text for text in job.overrides if text not in of_all)
-        fate = job.record.get("error") or ("its process goes on" if job.is_running else "its process has ended")
+        fate = job.record.get("error") or ("its process is still running" if job.is_running else "its process has ended")
         lines.append(f"  {job.directory.name}{f' ({own})' * bool(own)}: {job.state}: {fate}")
     lines.append(f"The same command line with sweep_dir={sweep.path} runs what is missing.")
     print(*lines, sep="\n", file=sys.stderr, flush=True)

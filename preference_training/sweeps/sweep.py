@@ -58,7 +58,7 @@ class Sweep(Callback):
 
 
 def _refuse(problem: str) -> None:
-    # Hydra turns an exception of a callback into a warning, and goes on.
+    # Hydra turns an exception of a callback into a warning, and continues.
     print(problem, file=sys.stderr, flush=True)
     sys.exit(2)
 
@@ -68,9 +68,9 @@ def _check_direction(direction, objective: str) -> None:
     # A name, or a member of Optuna's enumeration; lists are for several objectives.
     found = getattr(direction, "name", direction)
     if isinstance(found, str):
-        wanted = "minimize" if smaller_is_better(objective) else "maximize"
-        if found != wanted:
-            _refuse(f"hydra.sweeper.direction: found {found}, expected {wanted}: objective is {objective}.")
+        required = "minimize" if smaller_is_better(objective) else "maximize"
+        if found != required:
+            _refuse(f"hydra.sweeper.direction: found {found}, expected {required}: objective is {objective}.")
 
 
 def _swept(overrides: Iterable[str]) -> list[str]:
@@ -98,7 +98,7 @@ def comparison_warnings(objective: str, loss: str, swept: Iterable[str]) -> list
 def _forward_signals(launcher: str, sweep: SweepDirectory) -> None:
     """Forward the signals that stop a run to the jobs that a launcher has started on this machine, and start no further one.
 
-    Jobs in this process handle them themselves; those of Slurm go on, whoever waits for them.
+    Jobs in this process handle them themselves; those of Slurm continue, whoever waits for them.
     """
     if launcher.endswith(("BasicLauncher", "SlurmLauncher")):
         return

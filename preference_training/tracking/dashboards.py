@@ -1,6 +1,6 @@
-"""Where a run's numbers go beside its own files: wandb and TensorBoard, under the names of metrics.jsonl.
+"""Where a run's metrics go besides its own files: wandb and TensorBoard, under the names of metrics.jsonl.
 
-A dashboard may fail, be unreachable or run out of disk: that is printed in one line, and the run goes on without it.
+A dashboard may fail, be unreachable or run out of disk: that is printed in one line, and the run continues without it.
 A new one is a subclass of Dashboard in DASHBOARDS, with its name among those that `tracking` may have.
 """
 
@@ -80,7 +80,7 @@ class Guarded:
             return
         try:
             action(self.dashboard)
-        except Exception as error:  # whatever it does, the run goes on
+        except Exception as error:  # whatever it raises, the run continues
             print(f"{self.name}: switched off for the rest of this run: {_without_key(error)}", flush=True)
             self.dashboard = None
 
@@ -91,7 +91,7 @@ def start_dashboards(names: list[str], start: RunStart) -> list[Guarded]:
     for name in names:
         try:
             started.append(Guarded(name, DASHBOARDS[name](start)))
-        except Exception as error:  # no room, or libraries that do not fit each other: the run goes on
+        except Exception as error:  # no room, or incompatible libraries: the run continues
             print(f"{name}: not used: {_without_key(error)}", flush=True)
     return started
 

@@ -27,7 +27,7 @@ TENSORBOARD, WANDB = "tensorboard", "wandb"
 CHECKPOINT, LATEST = "step-", "LATEST"
 STATE, CHECKSUMS, POLICY_PT = "state.json", "checksums.json", "policy.pt"
 OPTIMIZER_DIR, REFERENCE_DIR = "optimizer", "reference"
-# How the name of a directory begins that holds an earlier run, set aside.
+# The prefix of a directory that holds an earlier run, set aside.
 ASIDE = "set_aside_"
 
 

@@ -49,7 +49,7 @@ SHORT_NAMES = {
 class Tracker:
     """The sinks of one run. Use as a context manager; `total` is the number of training examples, for the time left.
 
-    dashboards: where numbers go beside the run directory; they raise nothing. write_report makes a page of what the run
+    dashboards: where metrics go besides the run directory; they raise nothing. write_report makes a page of what the run
     directory holds, and returns its path; None for none. examples: how many the run has seen before.
     """
 
@@ -126,11 +126,11 @@ class Tracker:
             dashboard.log_table("samples", samples, examples)
 
     def log_bad_step(self, row: dict) -> None:
-        """Add a skipped step to `bad_batches.jsonl`, and say so."""
+        """Add a skipped step to `bad_batches.jsonl`, and log it."""
         self._write(BAD_STEPS, [row])
         shown = ", ".join(row["pairs"][:3]) + (", ..." if len(row["pairs"]) > 3 else "")
         self.log_message(
-            f"warning: the step after {row[EXAMPLES]} examples was not taken: its {row['not_finite']} is not "
+            f"warning: the step after {row[EXAMPLES]} examples was skipped: its {row['not_finite']} is not "
             f"finite. {BAD_STEPS} names the examples: {shown}"
         )
 
@@ -141,10 +141,12 @@ class Tracker:
         self.flush()
         try:
             self.page = self.write_report()
-        except Exception as error:  # whatever is wrong with the page, the run goes on
+        except Exception as error:  # whatever is wrong with the page, the run continues
             self.write_report = None
             again = f"python scripts/report.py {self.run_dir} tries it again"
-            self.log_message(f"warning: report.html could not be written, and is left as it is: {first_line(error)}. {again}")
+            self.log_message(
+                f"warning: report.html could not be written and keeps its old contents: {first_line(error)}. {again}"
+            )
 
     def log_message(self, text: str) -> None:
         """One line on the console, above the progress bar, and in events.jsonl."""
@@ -156,7 +158,7 @@ class Tracker:
         self._write(EVENTS, [{"time": moment, "examples": self.examples, "text": text}])
 
     def _write(self, name: str, rows: list[dict]) -> None:
-        """Append rows to a file. Those that a full disk does not take are written with the next ones: the run goes on."""
+        """Append rows to a file. Those that a full disk does not take are written with the next ones: the run continues."""
         with self.writing:
             late = self.unwritten.pop(name, b"")
             left = late + "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()

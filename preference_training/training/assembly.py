@@ -39,7 +39,7 @@ def observe(prepared: PreparedRun, placement: Placement, run_dir: Path, tracker,
 def checkpoint_writer(
     prepared: PreparedRun, placement: Placement, policy, run_dir: Path, about: dict, log_message: Callable[[str], None]
 ) -> CheckpointWriter:
-    """The writer of a run's checkpoints. about: what the run is made of, as they say it."""
+    """The writer of a run's checkpoints. about: what the run is made of, as checkpoints store it."""
     config = prepared.config
     served = served_tokenizer(config, placement.tokenizer, prepared.data[0].table)
     options = SaveOptions(
@@ -91,7 +91,7 @@ class Budgets:
 
 
 def token_budgets(config: RunConfig, policy, ranks, checkpoint: Checkpoint | None) -> Budgets:
-    """The token budgets of a run: those of its checkpoint, bit for bit, where it goes on with as many processes."""
+    """The token budgets of a run: those of its checkpoint, bit for bit, if it is resumed with as many processes."""
     if checkpoint:
         before = checkpoint.state["train_batches"]
         if before["ranks"] == ranks.size and config.max_tokens_per_microbatch is None:
@@ -150,7 +150,7 @@ def make_reference(config: RunConfig, placement: Placement, policy, reads, read_
     (`read_again`), or because an earlier run has left them; never where the reference follows the policy.
     """
     directory = first_existing(config.local_dirs) / "reference_logps"
-    # In the policy's dtype it says now what a copy of it would say.
+    # In the policy's dtype it now gives the log-probs that a copy would give.
     is_copy = config.model.reference_dtype == config.model.policy_dtype and not has_adapter(policy)
     reference = LiveReference(policy) if is_copy else placement.reference(policy)
     ranks = placement.ranks
@@ -164,7 +164,7 @@ def make_reference(config: RunConfig, placement: Placement, policy, reads, read_
 
 
 def computing_settings(config: RunConfig) -> dict:
-    """The keys on which the last bits of a model's log-probs depend, beside those that the model itself shows."""
+    """The keys on which the last bits of a model's log-probs depend, besides those that the model itself has."""
     model, trainer = config.model, config.trainer
     return {
         "trainer": [trainer.name, trainer.tensor_parallel_size],

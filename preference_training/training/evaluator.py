@@ -60,7 +60,7 @@ class Evaluator:
         return [text for text in (few, said if depends else None) if text]
 
     def _compare_with_best(self) -> None:
-        """Count the evaluations since `objective` was best; say so where the run ends for it."""
+        """Count the evaluations since `objective` was best; log it when that ends the run."""
         objective, state = self.config.objective, self.state
         value = state.held_out[objective]
         if state.best is None or (value < state.best if smaller_is_better(objective) else value > state.best):
@@ -74,7 +74,7 @@ class Evaluator:
             )
 
     def _prune(self) -> None:
-        """End the run, and say so, where other jobs of the sweep do much better; not before its first step."""
+        """End the run and log it where other jobs of the sweep do much better; never before its first step."""
         pruning, state = self.observers.pruning, self.state
         if pruning is None or self.ends_run or self.batches.train.finished or not state.examples:
             return
@@ -111,22 +111,22 @@ class Evaluator:
     # ---- resuming -------------------------------------------------------------------------------------------------------
 
     def resume(self) -> None:
-        """Adapt what `state` has from a checkpoint to this run, and say where that loses something."""
+        """Adapt what `state` has from a checkpoint to this run; log what is lost."""
         self._resume_reference_answers()
         if self.config.objective == EVAL_LOSS and loss_is_at_beta_used(self.state.held_out):
             # Losses of now do not compare with those of then.
             self.state.best, self.state.evaluations_since_best = None, 0
             self.observers.tracker.log_message(
                 "warning: evaluations before this checkpoint have loss/eval at beta-DPO's beta in force, those from here on at "
-                "loss.beta: the best so far is forgotten, and keep_best begins anew"
+                "loss.beta: the best value so far is discarded, and keep_best starts over"
             )
 
     def _resume_reference_answers(self) -> None:
         """Take the reference's answers of a checkpoint, whose run may have had fewer sample prompts, or more."""
-        kept, wanted, reference = self.state.reference_answers, len(self.batches.sample_prompts), self.models.reference
+        kept, needed, reference = self.state.reference_answers, len(self.batches.sample_prompts), self.models.reference
         # Sample prompts are the first held-out ones, however many.
-        self.state.reference_answers = kept[:wanted] if kept is not None else None
-        if kept is None or len(kept) >= wanted:
+        self.state.reference_answers = kept[:needed] if kept is not None else None
+        if kept is None or len(kept) >= needed:
             return
         if isinstance(reference, LiveReference):
             with reference.as_reference(reference.model):
@@ -134,6 +134,6 @@ class Evaluator:
             return
         self.state.reference_answers = None
         self.observers.tracker.log_message(
-            f"samples: the reference has answered {len(kept)} of the {wanted} sample prompts and only its log-probs are kept: "
+            f"samples: the reference has answered {len(kept)} of the {needed} sample prompts and only its log-probs are kept: "
             "from here on samples are the policy's alone (reference_logps=live would give the reference's too)"
         )

@@ -1,4 +1,4 @@
-"""Monitors of training: what the numbers of each step say goes wrong. They warn once for each kind, and change nothing."""
+"""Monitors of training: each detects one kind of failure from the metrics of the steps, and warns once. They change nothing."""
 
 import math
 from collections import deque
@@ -11,11 +11,11 @@ from preference_training.core.process_group import to_local
 
 # Steps that a mean is taken over, and after which it means something.
 STEPS = 100
-# How far the mean log-prob of chosen responses may fall below its start before that is said. Unit: nats.
+# How far the mean log-prob of chosen responses may fall below its start before a warning. Unit: nats.
 COLLAPSE = 50.0
 # Values looked at of each weight.
 VALUES = 1024
-# Of the values that a step should change, the share below which a warning says that they stay.
+# Of the values that a step should change, the share below which a warning is given.
 CHANGED = 1 / 3
 
 
@@ -79,7 +79,7 @@ class TrainingMonitor:
             remedy = "Set master_weights=true, which keeps float32 copies of them in the optimizer, or raise lr."
         self.warn(
             "weights that stay",
-            f"a step with lr {lr:g} has changed {share:.1%} of the weights that were looked at: its updates are too small for "
+            f"a step with lr {lr:g} has changed {share:.1%} of the sampled weights: its updates are too small for "
             f"weights in {dtype}, and most are rounded away. {remedy}",
         )
 

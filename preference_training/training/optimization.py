@@ -31,7 +31,7 @@ def check_optimizer(config) -> None:
 def build_optimizer(policy: nn.Module, config, masters: bool | None = None) -> torch.optim.Optimizer:
     """The optimizer of the configuration over the weights that are trained, with its fused kernel where it has one.
 
-    masters: whether low-precision weights have float32 master weights; None decides as the configuration says.
+    masters: whether low-precision weights have float32 master weights; None decides as configured.
     """
     optimizer = _plain_optimizer(policy, config)
     if masters is None:

@@ -70,7 +70,7 @@ def prepare_run(config: RunConfig, run_dir: Path, in_sweep: bool = False) -> Pre
 
 
 def data_version(config: RunConfig, run_dir: Path) -> int:
-    """The version of the rules by which data is prepared: that of the run that goes on, the newest for a new one."""
+    """The version of the rules by which data is prepared: that of the resumed run, the newest for a new one."""
     found = None
     if config.resume:
         found = find_data_version(config.resume, run_dir, config.exp_name)
@@ -80,7 +80,9 @@ def data_version(config: RunConfig, run_dir: Path) -> int:
             f"{VERSION}. Expected code at least as new as the run's."
         )
     if found not in (None, VERSION):
-        print(f"resume: the data stays as the run began, by version {found} of the rules: {VERSIONS[found]}", flush=True)
+        print(
+            f"resume: the data stays as at the start of the run, by version {found} of the rules: {VERSIONS[found]}", flush=True
+        )
     return found or VERSION
 
 
@@ -91,7 +93,7 @@ def check_same_data(data, ranks) -> None:
         ranks_apart = ", ".join(str(rank) for rank, other in enumerate(found) if other != found[0])
         raise UserError(
             f"datasets: ranks {ranks_apart} have prepared other data than rank 0. Expected the same files on all machines, and "
-            "where a run goes on, its directory too."
+            "when resuming, the same run directory."
         )
 
 
@@ -116,7 +118,7 @@ def prepare_data(
     for split, data in zip(names, splits, strict=True):
         report_split(data, entries, split, "pairs" if paired else "responses", needed=split == names[0])
         if data.version == 1 and (count := same_ids(data.table)):
-            print(f"  pairs of equal token ids, which a new run would leave out: {count}", flush=True)
+            print(f"  pairs of equal token ids, which a new run would skip: {count}", flush=True)
     if len(splits) == 2:
         train_split, held_out = splits
         splits[1] = held_out.numbered_from(train_split.table.num_responses)
@@ -126,7 +128,7 @@ def prepare_data(
 
 
 def report_split(prepared, entries: list, split: str, what: str, needed: bool) -> None:
-    """Print what one split holds, and of each data set what was left out or changed.
+    """Print what one split holds, and what was skipped or changed of each data set.
 
     Raises UserError where a split that is needed has no example.
     """
@@ -143,7 +145,7 @@ def report_split(prepared, entries: list, split: str, what: str, needed: bool) -
 
 
 def token_settings(config: RunConfig, paired: bool, version: int | None = None):
-    """A function that says of an entry what its token ids depend on: the entry's own wishes, then the configuration's."""
+    """A function from an entry to the settings that its token ids depend on: the entry's own, then the configuration's."""
 
     def settings(entry) -> TokenSettings:
         mode = entry.truncation_mode or entry.dataset.truncation_mode

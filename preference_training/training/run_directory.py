@@ -33,7 +33,7 @@ def new_run_dir(local_dirs, exp_name: str) -> str:
 
 
 def describe_run(config: RunConfig, placement, data, checkpoint: "Checkpoint | None") -> dict:
-    """What a run is made of, in plain values, as every checkpoint of it says."""
+    """What a run is made of, in plain values, as its checkpoints store it."""
     import torch
     import transformers
 
@@ -51,7 +51,7 @@ def describe_run(config: RunConfig, placement, data, checkpoint: "Checkpoint | N
 
 
 def prepare_run_dir(config: RunConfig, run_dir: Path, checkpoint: "Checkpoint | None") -> str | None:
-    """Make room for a run that begins in a directory: move an earlier run aside, and return what to say of it.
+    """Prepare a directory for a new run: move an earlier run aside, and return a notice about it.
 
     Raises UserError where the earlier run is needed where it is.
     """
@@ -98,7 +98,7 @@ def report_earlier_run(config: RunConfig, run_dir: Path) -> None:
     if config.resume or not find_run_files(run_dir):
         return
     check_set_aside(run_dir, config.model.archive, config.eval_only)
-    print(f"local_run_dir: {run_dir} holds an earlier run, which a run would set aside in it; resume={run_dir} goes on with it")
+    print(f"local_run_dir: {run_dir} holds an earlier run, which a new run would set aside; resume={run_dir} continues it")
 
 
 @contextmanager
@@ -114,7 +114,7 @@ def writable(run_dir: Path):
 
 
 def not_writable_message(place, error: OSError) -> str:
-    """What to say of a run directory, or a folder above it, that the system does not let be written."""
+    """The message for a run directory, or a folder above it, that cannot be written to."""
     return (
         f"local_run_dir: {place} cannot be written to: {error.strerror}. Expected a folder of yours, with room; set local_dirs "
         "or local_run_dir."

@@ -20,12 +20,12 @@ from preference_training.training.optimization import (
 )
 from preference_training.training.parts import RunState
 
-# What is said where a run goes on with another choice of master weights than it had.
+# Messages of a run that is resumed with another choice of master weights.
 WITHOUT_MASTERS = (
-    "the run had no float32 master weights, and goes on without them; master_weights=true starts them from its weights"
+    "the run had no float32 master weights, and continues without them; master_weights=true starts them from its weights"
 )
 MASTERS_BEGIN = "the run had no float32 master weights; they start from its weights"
-MASTERS_DROPPED = "the run's float32 master weights are dropped (master_weights=false); it goes on from its rounded weights"
+MASTERS_DROPPED = "the run's float32 master weights are dropped (master_weights=false); it continues from its rounded weights"
 
 
 class Updater:
@@ -98,7 +98,7 @@ class Updater:
         return self.placement.optimizer_state(self.policy, self.optimizer)
 
     def load(self, checkpoint: Checkpoint, log_message: Callable[[str], None]) -> None:
-        """Load the optimizer's state of a checkpoint, with its master weights where it has some and they are wanted."""
+        """Load the optimizer's state of a checkpoint, with its master weights where it has some and they are used."""
         kept, saved = checkpoint.has_master_weights, checkpoint.state
         if self.config.master_weights == "auto" and kept != self.has_masters:
             self.build(masters=kept)
@@ -116,7 +116,7 @@ class Updater:
         self.placement.set_optimizer_state(self.policy, self.optimizer, optimizer)
 
     def continue_schedule(self, data: Schedule, config_then: dict, log_message: Callable[[str], None]) -> None:
-        """Go on by this run's learning-rate schedule, and say so where the checkpoint was under another."""
+        """Continue with this run's learning-rate schedule; log it if the checkpoint was under another."""
         length = RunLength(config_then["n_epochs"], config_then["n_examples"], config_then["n_steps"])
         done, total_then, total = self.state.updates, data.with_length(length).total_steps, data.total_steps
         schedule_then = schedule(self.config, total_then)

@@ -192,8 +192,8 @@ def test_a_full_disk_costs_that_checkpoint_and_a_line(tmp_path, tokenizer, monke
             writer.write(snapshot(model, 192))
             assert writer.failed
         assert sorted(path.name for path in tmp_path.iterdir()) == ["LATEST", "step-64"]
-        assert "step-128 could not be written, the run goes on: [Errno 28] No space left on device" in said[1]
-        assert "step-192 could not be written, the run goes on: needs 0 MiB" in said[2]
+        assert "step-128 could not be written, the run continues: [Errno 28] No space left on device" in said[1]
+        assert "step-192 could not be written, the run continues: needs 0 MiB" in said[2]
         writer.write(snapshot(model, 256))
         assert not writer.failed
     assert newest_usable(tmp_path).path == tmp_path / "step-256"
@@ -218,7 +218,7 @@ def test_a_disk_that_is_full_at_any_of_its_files_costs_a_checkpoint_and_no_more(
     with CheckpointWriter(tmp_path, model, tokenizer, log_message=said.append) as writer:
         writer.write(snapshot(model), with_policy_pt=True)
         assert writer.failed
-    assert len(said) == 1 and said[0].endswith("the run goes on: [Errno 28] No space left on device")
+    assert len(said) == 1 and said[0].endswith("the run continues: [Errno 28] No space left on device")
     assert not list(tmp_path.iterdir())
 
 

@@ -147,7 +147,7 @@ def test_auto_takes_the_newest_run_that_has_a_checkpoint(run_dir):
 @pytest.mark.parametrize("name", ["ru", "run_", "run_2", "run_2026", "r*", "ru?", "[r]un", "*", "", "RUN", "run\\"])
 def test_auto_never_takes_the_run_of_an_experiment_whose_name_is_alike(name, run_dir, capsys):
     assert checkpoint_to_resume("auto", run_dir.with_name("new"), name) is None
-    assert f"resume: no checkpoint of {name} yet, a new run begins" in capsys.readouterr().out
+    assert f"resume: no checkpoint of {name} yet, starting a new run" in capsys.readouterr().out
 
 
 NAMES = st.text("ab_*?[]!.-2 ", max_size=4) | st.sampled_from(["run", f"run_{MOMENT}", "run_2"])
@@ -324,7 +324,10 @@ def test_a_version_of_the_data_that_this_code_does_not_know_is_refused_and_an_ol
     config = compose("loss=dpo", f"resume={run_dir}")
     assert preparation.data_version(compose("loss=dpo"), run_dir) == VERSION
     assert preparation.data_version(config, run_dir) == 1
-    assert "resume: the data stays as the run began, by version 1 of the rules: a prompt is held" in capsys.readouterr().out
+    assert (
+        "resume: the data stays as at the start of the run, by version 1 of the rules: a prompt is held"
+        in capsys.readouterr().out
+    )
     state = json.loads((run_dir / "step-12" / "state.json").read_text())
     state["run"]["data_version"] = VERSION + 1
     forge(run_dir / "step-12", json.dumps(state))

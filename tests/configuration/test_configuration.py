@@ -696,7 +696,7 @@ def test_the_objective_is_a_metric_of_what_a_loss_compares(paired, objective, co
         ("evaluation.tasks=gsm8k trainer=FSDPTrainer", "evaluation.tasks: FSDPTrainer has a part of the model only."),
         ("evaluation.against=nowhere", "evaluation.against: nowhere: no such directory."),
         ("evaluation.against=null", "evaluation.against: found None, expected a text."),
-        ("evaluation.against=.", "evaluation.against: found ., and nobody compares answers. Set evaluation.judge too."),
+        ("evaluation.against=.", "evaluation.against: found ., and no judge compares responses. Set evaluation.judge too."),
         ("evaluation.task_path=nowhere", "evaluation.task_path: nowhere: no such directory."),
         ("evaluation.to=nowhere/results.json", "evaluation.to: nowhere/results.json: no such directory."),
         ("evaluation.max_missing=1", "evaluation.max_missing: found 1, expected a share from 0 to below 1."),

@@ -293,7 +293,7 @@ def test_a_run_behind_the_median_of_complete_jobs_ends_and_says_so_and_one_befor
     assert judge.verdict(32, 0.49) is None
     assert not (tmp_path / "own" / "pruned.json").exists()
     # The median at 32 examples is 0.5; another batch size has it after 30.
-    assert judge.verdict(32, 0.51) == "loss/eval is 0.51 after 32 examples, and MedianPruner gives it up"
+    assert judge.verdict(32, 0.51) == "loss/eval is 0.51 after 32 examples, and MedianPruner prunes it"
     assert json.loads((tmp_path / "own" / "pruned.json").read_text()) == {
         "examples": 32, "objective": "loss/eval", "value": 0.51,
     }  # fmt: skip

@@ -338,7 +338,7 @@ def test_an_older_run_in_bfloat16_goes_on_as_it_would_have(compose, tokenizer, t
     resumed = trainer_of(compose, tokenizer, *overrides, f"master_weights={masters}")
     assert resumed.step.updater.has_masters is (masters == "auto")
     resumed.continue_from(Checkpoint.read(tmp_path / "step-4"))
-    said = "goes on without them; master_weights=true starts them from its weights" in " ".join(resumed.tracker.lines)
+    said = "continues without them; master_weights=true starts them from its weights" in " ".join(resumed.tracker.lines)
     assert said is (masters == "auto")
     resumed.train()
     for weight, other in zip(whole.models.policy.parameters(), resumed.models.policy.parameters(), strict=True):
@@ -463,7 +463,7 @@ def test_a_batch_larger_than_an_interval_is_refused_once_it_is_known(compose):
         (["warmup_share=-0.1"], "warmup_share: found -0.1"),
         (["weight_decay=-1"], "weight_decay: found -1, expected a number from 0 or null"),
         (["weight_decay=0.1", "++optimizer_kwargs.weight_decay=0.2"], "given here and in optimizer_kwargs"),
-        (["optimizer=AdamW8bit", "trainer=FSDPTrainer"], "do not know weights that lie over several processes"),
+        (["optimizer=AdamW8bit", "trainer=FSDPTrainer"], "do not support sharded weights"),
         (["optimizer=AdamW8bits"], "no optimizer 'AdamW8bits'; did you mean AdamW8bit"),
         (["n_steps=0"], "n_steps: found 0"),
         (["early_stopping_patience=0"], "early_stopping_patience: found 0"),

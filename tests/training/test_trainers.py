@@ -210,7 +210,7 @@ def test_a_run_of_an_earlier_version_forgets_its_best_held_out_loss_which_was_at
     then = make()
     then.continue_from(Checkpoint.read(tmp_path / "LATEST"))
     assert then.state.best is None and not best_first([tmp_path / "LATEST"], "loss/eval")
-    assert "the best so far is forgotten" in capsys.readouterr().out
+    assert "the best value so far is discarded" in capsys.readouterr().out
 
 
 def test_metrics_names_are_the_documented_ones(build, tokenized):
@@ -548,7 +548,7 @@ def test_a_step_that_does_not_fit_into_memory_is_computed_in_halves_with_the_sam
     capsys.readouterr()
     _, packs, found, state_of_packs = step(tokens - 1)
     out = capsys.readouterr().out
-    assert out == f"warning: out of memory; packs have at most {tokens // 2} tokens from now on\n"
+    assert out == f"warning: out of memory; packs are limited to {tokens // 2} tokens from now on\n"
     torch.testing.assert_close(packs, whole, rtol=1e-4, atol=1e-5 * whole.abs().max().item())
     for name in expected:
         assert float(found[name]) == pytest.approx(float(expected[name]), rel=1e-5, abs=1e-6), name

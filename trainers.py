@@ -78,9 +78,9 @@ class Trainer:
         return self.batches.train.finished or self.evaluator.ends_run
 
     def before_first_step(self) -> None:
-        """Sample the reference's answers while it is the policy, and evaluate."""
+        """Sample the reference's responses while it is the policy, and evaluate."""
         if self.models.reference is not None:
-            self.state.reference_answers = self.evaluator.answers()
+            self.state.reference_answers = self.evaluator.responses()
         if self.config.do_first_eval:
             self.evaluator.evaluate()
 

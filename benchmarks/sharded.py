@@ -162,7 +162,7 @@ def measure_checkpoint(trainer, before: int) -> dict:
 def measure_sampling(trainer, _before: int) -> dict:
     """Seconds to sample responses to four prompts."""
     started = time.perf_counter()
-    answers = trainer.answers()
+    answers = trainer.evaluator.responses()
     return {"seconds": time.perf_counter() - started, "characters": sum(map(len, answers)), "prompts": len(answers)}
 
 

@@ -25,7 +25,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader
 from preference_training.checkpointing.snapshot import distinct, tensor_state
 from preference_training.checkpointing.state import from_json
 from preference_training.core.errors import first_line
-from preference_training.core.hashing import hash_file
+from preference_training.core.files import hash_file
 from preference_training.core.metric_names import EVAL_LOSS, loss_is_at_beta_used, smaller_is_better
 from preference_training.core.process_group import is_distributed
 from preference_training.core.values import (

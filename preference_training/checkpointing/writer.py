@@ -25,8 +25,7 @@ from preference_training.checkpointing.model_files import (
 from preference_training.checkpointing.snapshot import Snapshot
 from preference_training.checkpointing.state import to_json
 from preference_training.core.errors import UserError
-from preference_training.core.files import PARTIAL, replace_symlink, sync, sync_directory
-from preference_training.core.hashing import hash_file
+from preference_training.core.files import PARTIAL, hash_file, replace_symlink, sync, sync_directory
 from preference_training.core.metric_names import EVAL_LOSS
 from preference_training.core.process_group import SINGLE_PROCESS, Ranks, is_distributed
 from preference_training.modeling.adapters import WEIGHTS_FILE, has_adapter, save_adapter_config

@@ -8,6 +8,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
+import xxhash
+
 from preference_training.core.errors import first_line
 
 # The suffix of a file that is not complete yet.
@@ -144,6 +146,15 @@ def load_tensors(path: Path, mapped: bool = False):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # torch.load raises half a dozen types for a damaged file
         raise ValueError(first_line(error)) from error
+
+
+def hash_file(path: Path) -> str:
+    """Hash of a file's bytes: 32 hexadecimal digits."""
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(2**24):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def first_existing(folders: str | Iterable[str]) -> Path:

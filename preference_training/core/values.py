@@ -1,4 +1,9 @@
-"""Plain nested values: dotted names, and whether a value has the expected shape."""
+"""Plain nested values: dotted names, hashes, and whether a value has the expected shape."""
+
+import json
+from collections.abc import Callable
+
+import xxhash
 
 
 def dotted(values: dict, prefix: str = "") -> dict:
@@ -36,3 +41,8 @@ def find_mismatch(value, shape, name: str) -> str | None:
         fits = value is None if shape is None else type(value) is shape if isinstance(shape, type) else shape(value)
         return None if fits else name
     return next((found for found in (*missing, *(find_mismatch(*part) for part in parts)) if found is not None), None)
+
+
+def hash_values(values, default: Callable | None = None) -> str:
+    """Hash of plain values, whatever the order of their keys: 32 hexadecimal digits. default: as in `json.dumps`."""
+    return xxhash.xxh3_128_hexdigest(json.dumps(values, sort_keys=True, default=default).encode())

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from preference_training.core.errors import UserError, first_line
-from preference_training.core.hashing import hash_file
+from preference_training.core.files import hash_file
 from preference_training.data.rows.records import DataReport
 
 DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".csv", ".parquet")

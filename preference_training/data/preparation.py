@@ -17,8 +17,8 @@ import xxhash
 
 from preference_training.core.errors import UserError
 from preference_training.core.files import PARTIAL, atomic_file, locked, partial_path, sync
-from preference_training.core.hashing import hash_values
 from preference_training.core.machine import infrequent_garbage_collection
+from preference_training.core.values import hash_values
 from preference_training.data.entries import Entry, load_records
 from preference_training.data.prompt_table import ContentHash, PromptTable, TablePart, write_columns, write_some
 from preference_training.data.rows.records import DataReport, PreferenceRecord

@@ -21,7 +21,7 @@ from preference_training.configuration.composition import CONFIG_DIR
 from preference_training.configuration.schema import EvaluationConfig
 from preference_training.configuration.validation import EVALUATION_REQUIREMENTS, KEY_VARIABLE
 from preference_training.core.errors import UserError, first_line
-from preference_training.core.hashing import hash_values
+from preference_training.core.values import hash_values
 from preference_training.data.rows.templates import parse_dialogue
 from preference_training.data.toy_preferences import answer_kind
 

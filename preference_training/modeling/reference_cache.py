@@ -25,8 +25,8 @@ from preference_training.batching.iterator import BatchIterator
 from preference_training.batching.micro_batches import evaluation_batches, evaluation_prompts
 from preference_training.batching.packing import UNLIMITED, PackedBatch, TokenBudget, examples_of, packs_of
 from preference_training.core.files import write_atomically
-from preference_training.core.hashing import hash_values
 from preference_training.core.process_group import SINGLE_PROCESS, Ranks, local_bytes
+from preference_training.core.values import hash_values
 from preference_training.data.prompt_table import PromptTable, Selection
 from preference_training.modeling.adapters import INITIAL_ADAPTER
 from preference_training.modeling.loading import CONFIG_METADATA

@@ -25,7 +25,7 @@ from filelock import FileLock, Timeout
 from preference_training.configuration.keys import OUTSIDE_JOB_IDENTITY
 from preference_training.configuration.schema import keys_with
 from preference_training.core.files import locked, write_atomically
-from preference_training.core.hashing import hash_values
+from preference_training.core.values import hash_values
 from preference_training.tracking.run_files import (
     JOB,
     METRICS,

@@ -7,6 +7,7 @@ A new one is a subclass of Dashboard in DASHBOARDS, with its name among those th
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from preference_training.configuration.saved import as_yaml
@@ -53,33 +54,21 @@ class Dashboard:
 
 
 class Guarded:
-    """A dashboard that can never end a run: its first failure is printed in one line, and then it is left alone."""
+    """A dashboard that can never end a run: its first failure is printed in one line, later calls do nothing."""
 
     def __init__(self, name: str, dashboard: Dashboard):
         self.name = name
         self.dashboard: Dashboard | None = dashboard
 
-    def log(self, row: dict[str, float]) -> None:
-        """As Dashboard's."""
-        self._try(lambda dashboard: dashboard.log(row))
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return partial(self._call, name)
 
-    def log_table(self, name: str, rows: list[dict], examples: int) -> None:
-        """As Dashboard's."""
-        self._try(lambda dashboard: dashboard.log_table(name, rows, examples))
-
-    def log_page(self, path: Path) -> None:
-        """As Dashboard's."""
-        self._try(lambda dashboard: dashboard.log_page(path))
-
-    def finish(self) -> None:
-        """As Dashboard's."""
-        self._try(lambda dashboard: dashboard.finish())
-
-    def _try(self, action: Callable[[Dashboard], None]) -> None:
+    def _call(self, name: str, *arguments) -> None:
+        """Call a method of the dashboard, as long as none has failed."""
         if self.dashboard is None:
             return
         try:
-            action(self.dashboard)
+            getattr(self.dashboard, name)(*arguments)
         except Exception as error:  # whatever it raises, the run continues
             print(f"{self.name}: switched off for the rest of this run: {_without_key(error)}", flush=True)
             self.dashboard = None

@@ -116,7 +116,7 @@ def _write(path: Path, table: pyarrow.Table) -> None:
         pyarrow.parquet.write_table(table, partial, compression="zstd")
 
 
-def parts_of(run_dir: Path) -> list[Path]:
+def ledger_files(run_dir: Path) -> list[Path]:
     """The files of a run's ledger, in their order."""
     found = [path for path in (run_dir / FOLDER).glob("*.parquet") if path.stem.isdecimal()]
     return sorted(found, key=lambda path: int(path.stem))
@@ -125,7 +125,7 @@ def parts_of(run_dir: Path) -> list[Path]:
 def read_ledger(run_dir: Path) -> Observations:
     """All observations in a run's ledger; damaged files are skipped."""
     parts = []
-    for path in parts_of(run_dir):
+    for path in ledger_files(run_dir):
         try:
             table = pyarrow.parquet.read_table(path, schema=SCHEMA)
         except (OSError, pyarrow.ArrowException):
@@ -138,7 +138,7 @@ def truncate_ledger(run_dir: Path, examples: int) -> None:
     """Remove observations after so many examples, and damaged files after them."""
     for path in (run_dir / FOLDER).glob(f"*{PARTIAL}"):
         path.unlink()
-    for path in parts_of(run_dir):
+    for path in ledger_files(run_dir):
         if int(path.stem) <= examples:
             continue
         try:

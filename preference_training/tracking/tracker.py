@@ -181,26 +181,10 @@ class NoTracker:
     def __exit__(self, *exception) -> None:
         """Nothing was opened."""
 
-    def log_step(self, metrics: Metrics) -> None:
-        """As Tracker's."""
+    def ignore(self, *_) -> None:
+        """Do nothing."""
 
-    def log_evaluation(self, metrics: Metrics) -> None:
-        """As Tracker's."""
-
-    def log_samples(self, samples: list[dict], examples: int) -> None:
-        """As Tracker's."""
-
-    def log_bad_step(self, row: dict) -> None:
-        """As Tracker's."""
-
-    def report(self) -> None:
-        """As Tracker's."""
-
-    def flush(self) -> None:
-        """As Tracker's."""
-
-    def log_message(self, text: str) -> None:
-        """As Tracker's."""
+    log_step = log_evaluation = log_samples = log_bad_step = report = flush = log_message = ignore
 
 
 def _numbers(metrics: Metrics) -> dict[str, float]:

@@ -41,7 +41,10 @@ def checkpoint_writer(
 ) -> CheckpointWriter:
     """The writer of a run's checkpoints. about: what the run is made of, as checkpoints store it."""
     config = prepared.config
-    served = served_tokenizer(config, placement.tokenizer, prepared.data[0].table)
+    # A copy whose chat template writes prompts as in training.
+    tokenizer = copy.copy(placement.tokenizer)
+    prompt_format = format_of_prompts(config.as_dict(), prepared.data[0].table, tokenizer)
+    serve_as_trained(prompt_format, tokenizer)
     options = SaveOptions(
         run=about,
         background=config.save_async,
@@ -49,9 +52,9 @@ def checkpoint_writer(
         keep_best=config.keep_best,
         metric=config.objective,
         timeout_minutes=config.trainer.distributed_timeout_minutes,
-        end_tokens=tuple(served.end_tokens),
+        end_tokens=tuple(end_tokens(prompt_format, tokenizer)),
     )
-    return CheckpointWriter(run_dir, policy, served.tokenizer, placement.ranks, options, log_message)
+    return CheckpointWriter(run_dir, policy, tokenizer, placement.ranks, options, log_message)
 
 
 def assemble(prepared: PreparedRun, placement: Placement, checkpoint: Checkpoint | None = None) -> tuple[Models, Batches]:
@@ -100,22 +103,6 @@ def token_budgets(config: RunConfig, policy, ranks, checkpoint: Checkpoint | Non
     budget = token_budget(policy, config.max_tokens_per_microbatch, weight_copies=config.weight_copies)
     budget = common_budget(budget, ranks)
     return Budgets(budget, budget)
-
-
-@dataclass(frozen=True)
-class ServedTokenizer:
-    """The tokenizer that checkpoints hold, and the tokens that end answers."""
-
-    tokenizer: object
-    end_tokens: list[int]
-
-
-def served_tokenizer(config: RunConfig, tokenizer, prompts) -> ServedTokenizer:
-    """A copy of the run's tokenizer whose chat template writes the prompts of training, which are given."""
-    name = format_of_prompts(config.as_dict(), prompts, tokenizer)
-    saved = copy.copy(tokenizer)
-    serve_as_trained(name, saved)
-    return ServedTokenizer(saved, end_tokens(name, saved))
 
 
 def build_batches(

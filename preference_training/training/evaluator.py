@@ -28,7 +28,7 @@ class Evaluator:
         return self.pruned or (patience is not None and self.state.evaluations_since_best >= patience)
 
     def evaluate(self) -> None:
-        """Score the held-out examples and answer the sample prompts, into the tracker; once for each number of examples."""
+        """Score the held-out examples and sample responses, into the tracker; once for each number of examples."""
         models, state, tracker = self.models, self.state, self.observers.tracker
         if not self.batches.held_out or state.evaluated_at == state.examples:
             return
@@ -86,33 +86,33 @@ class Evaluator:
 
     # ---- samples --------------------------------------------------------------------------------------------------------
 
-    def answers(self, model: nn.Module | None = None) -> list[str]:
-        """A model's answers to the sample prompts; the policy's, unless another is given."""
+    def responses(self, model: nn.Module | None = None) -> list[str]:
+        """A model's responses to the sample prompts; the policy's, unless another is given."""
         sampler = Sampler(self.tokenizer, self.config.max_length, self.config.seed, self.ranks)
         return sampler.texts(self.models.policy if model is None else model, self.batches.sample_prompts)
 
     def sample(self) -> list[dict]:
-        """Answers of the policy, and of the reference where there is one, to the sample prompts.
+        """Responses of the policy, and of the reference where there is one, to the sample prompts.
 
         Both are drawn from the same noise, so that a reader sees what has changed.
         """
         state = self.state
         if state.reference_answers is None and self.models.loss.reference_update is not None:
-            state.reference_answers = self.answers(self.models.reference.model)
+            state.reference_answers = self.responses(self.models.reference.model)
         known = state.reference_answers
-        # Before the first step the reference's answers are the policy's: they need not be sampled twice.
-        answers = {"policy": self.answers() if known is None or state.updates else known}
+        # Before the first step the reference's responses are the policy's: they need not be sampled twice.
+        responses = {"policy": self.responses() if known is None or state.updates else known}
         if known is not None:
-            answers["reference"] = known
+            responses["reference"] = known
         prompts = self.tokenizer.batch_decode(self.batches.sample_prompts)
-        rows = zip(prompts, *answers.values(), strict=True)
-        return [{"examples": state.examples, **dict(zip(["prompt", *answers], row, strict=True))} for row in rows]
+        rows = zip(prompts, *responses.values(), strict=True)
+        return [{"examples": state.examples, **dict(zip(["prompt", *responses], row, strict=True))} for row in rows]
 
     # ---- resuming -------------------------------------------------------------------------------------------------------
 
     def resume(self) -> None:
         """Adapt what `state` has from a checkpoint to this run; log what is lost."""
-        self._resume_reference_answers()
+        self._resume_reference_responses()
         if self.config.objective == EVAL_LOSS and loss_is_at_beta_used(self.state.held_out):
             # Losses of now do not compare with those of then.
             self.state.best, self.state.evaluations_since_best = None, 0
@@ -121,8 +121,8 @@ class Evaluator:
                 "loss.beta: the best value so far is discarded, and keep_best starts over"
             )
 
-    def _resume_reference_answers(self) -> None:
-        """Take the reference's answers of a checkpoint, whose run may have had fewer sample prompts, or more."""
+    def _resume_reference_responses(self) -> None:
+        """Take the reference's responses of a checkpoint, whose run may have had fewer sample prompts, or more."""
         kept, needed, reference = self.state.reference_answers, len(self.batches.sample_prompts), self.models.reference
         # Sample prompts are the first held-out ones, however many.
         self.state.reference_answers = kept[:needed] if kept is not None else None
@@ -130,7 +130,7 @@ class Evaluator:
             return
         if isinstance(reference, LiveReference):
             with reference.as_reference(reference.model):
-                self.state.reference_answers = self.answers(reference.model)
+                self.state.reference_answers = self.responses(reference.model)
             return
         self.state.reference_answers = None
         self.observers.tracker.log_message(

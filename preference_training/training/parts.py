@@ -60,7 +60,7 @@ class RunState:
 
     examples, updates, tokens: trained on so far. bad_steps: steps in a row that were skipped. evaluated_at: the number of
     examples at the newest evaluation, and held_out its mean metrics. best: the best value of `objective` so far.
-    reference_answers: the reference's answers to the sample prompts, while they are known.
+    reference_answers: the reference's responses to the sample prompts, while they are known.
     """
 
     examples: int = 0

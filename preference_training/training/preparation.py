@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from preference_training.checkpointing.resume import find_data_version
-from preference_training.configuration.precision import precision_notices
 from preference_training.configuration.schema import RunConfig
 from preference_training.configuration.validation import check_objective
 from preference_training.core.errors import UserError
@@ -21,7 +20,7 @@ from preference_training.losses.registry import build_loss
 from preference_training.modeling.limits import check_limits, check_rows, model_limits
 from preference_training.modeling.loading import check_model
 from preference_training.modeling.tokenizer import load_tokenizer
-from preference_training.training.optimization import check_optimizer
+from preference_training.training.optimization import check_optimizer, precision_notices
 from preference_training.training.pruning import build_pruner
 
 

@@ -6,8 +6,8 @@ import pytest
 import xxhash
 
 from preference_training.core import files
-from preference_training.core.files import atomic_directory, atomic_file, atomic_path, partial_path, write_atomically
-from preference_training.core.hashing import hash_file, hash_values
+from preference_training.core.files import atomic_directory, atomic_file, atomic_path, hash_file, partial_path, write_atomically
+from preference_training.core.values import hash_values
 
 
 def names(directory) -> list[str]:

@@ -16,7 +16,6 @@ from preference_training.batching.schedule import RunLength, Schedule
 from preference_training.checkpointing.checkpoint import Checkpoint
 from preference_training.checkpointing.resume import resumable
 from preference_training.checkpointing.writer import CheckpointWriter, SaveOptions, publish
-from preference_training.configuration.precision import precision_notices
 from preference_training.configuration.schema import SCHEDULES
 from preference_training.core.errors import UserError
 from preference_training.core.random_streams import seed_everything
@@ -28,7 +27,13 @@ from preference_training.distributed.launching import settle_batch_size
 from preference_training.losses.registry import build_loss
 from preference_training.modeling.logprobs import LiveReference
 from preference_training.tracking.tracker import NoTracker
-from preference_training.training.optimization import build_optimizer, check_optimizer, schedule, warmup_steps
+from preference_training.training.optimization import (
+    build_optimizer,
+    check_optimizer,
+    precision_notices,
+    schedule,
+    warmup_steps,
+)
 from tests.support.building import build_trainer, weights_of
 from tests.support.files import GOLDEN
 from trainers import Trainer

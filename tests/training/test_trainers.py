@@ -255,7 +255,7 @@ def test_samples_are_the_same_for_the_same_seed_and_leave_the_random_stream_alon
     prompts = [prompt.prompt_ids for prompt in tokenized[True][:3]]
     trainer = build(build_loss("dpo"), "llama", *LENGTHS, sample_prompts=prompts)
     state = torch.get_rng_state()
-    trainer.state.reference_answers = trainer.evaluator.answers()
+    trainer.state.reference_answers = trainer.evaluator.responses()
     first, second = trainer.evaluator.sample(), trainer.evaluator.sample()
     assert first == second
     assert torch.equal(torch.get_rng_state(), state)
@@ -366,7 +366,7 @@ def test_a_reference_that_has_moved_answers_the_sample_prompts_anew(build, token
 def test_a_run_that_goes_on_may_have_another_number_of_sample_prompts(build, tokenized, live, capsys):
     prompts = [prompt.prompt_ids for prompt in tokenized[True][:3]]
     trainer = build(build_loss("dpo"), "llama", *LENGTHS, "lr=1e-2", "warmup_steps=0", sample_prompts=prompts)
-    answers = trainer.evaluator.answers(trainer.models.reference.model)
+    answers = trainer.evaluator.responses(trainer.models.reference.model)
     trainer.train_step(micro_batches(tokenized[True][:4], 4))
     if not live:
         trainer.models.reference = CachedReference(torch.zeros(8))

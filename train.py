@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 import preference_datasets  # noqa: F401  its data sets register themselves
 from preference_training.configuration.composition import CONFIG_DIR, explain_composition_error, prepare_arguments
+from preference_training.configuration.run_dirs import new_run_dir, not_writable_message, remove_empty
 from preference_training.configuration.schema import RunConfig
 from preference_training.configuration.validation import check_objective, validate
 from preference_training.core.errors import UserError
@@ -33,7 +34,6 @@ from preference_training.sweeps.gpus import jobs_at_once, take_gpus
 from preference_training.sweeps.jobs import Request
 from preference_training.sweeps.running import run_job
 from preference_training.sweeps.summary import run_to_end
-from preference_training.training.run_directory import new_run_dir, not_writable_message, remove_empty
 
 OmegaConf.register_new_resolver("new_run_dir", new_run_dir, use_cache=True, replace=True)
 OmegaConf.register_new_resolver("either", lambda value, otherwise: value or otherwise, replace=True)
@@ -44,15 +44,14 @@ OmegaConf.register_new_resolver("jobs_at_once", jobs_at_once, replace=True)
 def main(composed: DictConfig) -> float | None:
     """One run, or one job of a sweep. Returns its `objective`, for a sweeper to minimize or maximize."""
     settings = HydraConfig.get()
-    run_dir, overrides = Path(settings.runtime.output_dir), list(settings.overrides.task)
-    in_sweep = settings.mode == RunMode.MULTIRUN
+    run_dir, in_sweep = Path(settings.runtime.output_dir), settings.mode == RunMode.MULTIRUN
     composed.sweep_dir = str(Path(settings.sweep.dir).absolute()) if in_sweep else None
-    start_in = partial(validate_and_start, composed, overrides, dict(settings.runtime.choices), in_sweep)
+    start_in = partial(validate_and_start, composed, in_sweep)
     try:
         # Workers that torchrun has started go through the jobs together; what becomes of one becomes of all.
         if in_sweep and not composed.dry_run and not in_worker():
             values = OmegaConf.to_container(composed, resolve=False)
-            return run_job(start_in, Request(Path(composed.sweep_dir), run_dir, overrides, values))
+            return run_job(start_in, Request(Path(composed.sweep_dir), run_dir, list(settings.overrides.task), values))
         return start_in(run_dir)
     except UserError as error:
         # Not raised further: Hydra would add lines of its own to the message.
@@ -66,19 +65,13 @@ def main(composed: DictConfig) -> float | None:
         release_memory()
 
 
-def validate_and_start(
-    composed: DictConfig,
-    overrides: list[str],
-    choices: dict[str, str],
-    in_sweep: bool,
-    run_dir: Path,
-    resume: str | None = None,
-) -> float | None:
-    """`start` what was composed, once it has been validated. overrides and choices are Hydra's. Raises UserError."""
+def validate_and_start(composed: DictConfig, in_sweep: bool, run_dir: Path, resume: str | None = None) -> float | None:
+    """Validate what was composed, then `start` it. Raises UserError."""
     composed.local_run_dir = str(run_dir)
     if resume:
         composed.resume = resume
-    config = validate(composed, overrides, choices)
+    settings = HydraConfig.get()
+    config = validate(composed, list(settings.overrides.task), dict(settings.runtime.choices))
     check_objective(config.objective, config.loss.name, is_paired(config.loss.name))
     read_entries(config)
     if config.pruner and not in_sweep:

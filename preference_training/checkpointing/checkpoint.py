@@ -28,17 +28,8 @@ from preference_training.core.errors import first_line
 from preference_training.core.files import hash_file
 from preference_training.core.metric_names import EVAL_LOSS, loss_is_at_beta_used, smaller_is_better
 from preference_training.core.process_group import is_distributed
-from preference_training.core.values import (
-    UNREADABLE,
-    find_mismatch,
-)
-from preference_training.tracking.run_files import (
-    CHECKPOINT,
-    CHECKSUMS,
-    OPTIMIZER_DIR,
-    REFERENCE_DIR,
-    STATE,
-)
+from preference_training.core.values import UNREADABLE, find_mismatch
+from preference_training.tracking.run_files import CHECKPOINT, CHECKSUMS, OPTIMIZER_DIR, REFERENCE_DIR, STATE
 
 
 class DamagedError(Exception):

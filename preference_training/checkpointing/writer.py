@@ -30,14 +30,7 @@ from preference_training.core.metric_names import EVAL_LOSS
 from preference_training.core.process_group import SINGLE_PROCESS, Ranks, is_distributed
 from preference_training.modeling.adapters import WEIGHTS_FILE, has_adapter, save_adapter_config
 from preference_training.modeling.archives import SAFETENSORS_INDEX, WHOLE_WEIGHTS
-from preference_training.tracking.run_files import (
-    CHECKPOINT,
-    CHECKSUMS,
-    LATEST,
-    OPTIMIZER_DIR,
-    REFERENCE_DIR,
-    STATE,
-)
+from preference_training.tracking.run_files import CHECKPOINT, CHECKSUMS, LATEST, OPTIMIZER_DIR, REFERENCE_DIR, STATE
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,7 @@ from preference_training.modeling import loading
 from preference_training.modeling.adapters import is_adapter
 from preference_training.modeling.archives import MODEL_CONFIG, TOKENIZER_CONFIG
 from preference_training.modeling.tokenizer import BYTE_LEVEL, load_tokenizer
-from preference_training.tracking.run_files import (
-    CHECKSUMS,
-    LATEST,
-    METRICS,
-    RESULTS_FILE,
-    metric_rows,
-    read_results,
-)
+from preference_training.tracking.run_files import CHECKSUMS, LATEST, METRICS, RESULTS_FILE, metric_rows, read_results
 
 # The part of a checkpoint's state that an export reads.
 CONFIG = {

@@ -47,11 +47,7 @@ from preference_training.modeling.archives import (
 from preference_training.modeling.kernels import choose_attention, refuse_kernels, use_liger_kernels
 from preference_training.modeling.quantization import dequantize, quantize
 from preference_training.modeling.state import weights_hash
-from preference_training.tracking.run_files import (
-    CHECKSUMS,
-    STATE,
-    read_run_info,
-)
+from preference_training.tracking.run_files import CHECKSUMS, STATE, read_run_info
 
 
 @contextmanager

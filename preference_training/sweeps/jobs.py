@@ -26,11 +26,7 @@ from preference_training.configuration.keys import OUTSIDE_JOB_IDENTITY
 from preference_training.configuration.schema import keys_with
 from preference_training.core.files import locked, write_atomically
 from preference_training.core.values import hash_values
-from preference_training.tracking.run_files import (
-    JOB,
-    METRICS,
-    json_object,
-)
+from preference_training.tracking.run_files import JOB, METRICS, json_object
 
 START, JOBS, STOP = "sweep.json", "jobs.json", ".stop"
 # States of a job that is not run again.

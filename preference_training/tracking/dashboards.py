@@ -13,10 +13,7 @@ from pathlib import Path
 from preference_training.configuration.saved import as_yaml
 from preference_training.core.errors import first_line
 from preference_training.core.metric_names import EXAMPLES
-from preference_training.tracking.run_files import (
-    TENSORBOARD,
-    WANDB,
-)
+from preference_training.tracking.run_files import TENSORBOARD, WANDB
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,7 @@ from math import inf
 from pathlib import Path
 
 from preference_training.core.metric_names import EVAL_LOSS, EXAMPLES, UPDATES
-from preference_training.core.values import (
-    UNREADABLE,
-    find_mismatch,
-)
+from preference_training.core.values import UNREADABLE, find_mismatch
 
 METRICS, SAMPLES, BAD_STEPS, EVENTS = "metrics.jsonl", "samples.jsonl", "bad_batches.jsonl", "events.jsonl"
 RESULTS_FILE, ABOUT, FLAGGED = "results.json", "about.json", "flagged_pairs.jsonl"

@@ -27,12 +27,7 @@ from preference_training.core.metric_names import (
     TRAIN_MARGIN,
 )
 from preference_training.tracking.dashboards import Dashboard
-from preference_training.tracking.run_files import (
-    BAD_STEPS,
-    EVENTS,
-    METRICS,
-    SAMPLES,
-)
+from preference_training.tracking.run_files import BAD_STEPS, EVENTS, METRICS, SAMPLES
 
 Metrics = dict[str, float | Tensor]
 

@@ -14,13 +14,7 @@ from pathlib import Path
 
 from preference_training.core.errors import UserError, nearest
 from preference_training.core.metric_names import EXAMPLES, smaller_is_better
-from preference_training.tracking.run_files import (
-    JOB,
-    METRICS,
-    PRUNED,
-    json_object,
-    metric_rows,
-)
+from preference_training.tracking.run_files import JOB, METRICS, PRUNED, json_object, metric_rows
 
 # How to install Optuna.
 SWEEP_REQUIREMENTS = "pip install -r requirements/sweeps.txt"

@@ -1,44 +1,33 @@
-"""A run's directory: its name, its lock, and its files as they were at the checkpoint that a run resumes from."""
+"""A run's directory: its lock, and its files as they were at the checkpoint that a run resumes from."""
 
 import uuid
-from contextlib import contextmanager, suppress
-from datetime import datetime
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import torch
+import transformers
+from filelock import FileLock, Timeout
+
+from preference_training.checkpointing.checkpoint import Checkpoint
+from preference_training.checkpointing.resume import (
+    check_same_run,
+    check_set_aside,
+    find_run_files,
+    remove_kept_base,
+    roll_back,
+    set_aside,
+)
+from preference_training.configuration.run_dirs import writable
 from preference_training.configuration.saved import save_config
-from preference_training.configuration.schema import LONGEST_NAME, RunConfig
+from preference_training.configuration.schema import RunConfig
 from preference_training.core.errors import UserError
-from preference_training.core.files import first_existing
-
-if TYPE_CHECKING:
-    # Imports torch.
-    from preference_training.checkpointing.checkpoint import Checkpoint
+from preference_training.data.chat_templates import format_of_prompts
+from preference_training.tracking.dashboards import RunStart, start_dashboards
+from preference_training.tracking.tracker import Tracker
 
 
-def remove_empty(run_dir: Path) -> None:
-    """Remove the directory that Hydra has made for a run which then never began, and its parent if that is empty too."""
-    for directory in (run_dir, run_dir.parent):
-        # Not looked at before: another rank may do the same at this moment. What is not empty stays.
-        with suppress(OSError):
-            directory.rmdir()
-
-
-def new_run_dir(local_dirs, exp_name: str) -> str:
-    """A directory name that no other run has: experiment and moment, below the first of `local_dirs` that exists."""
-    moment = datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f")
-    # Hydra makes the directory before the configuration is checked; a name that leads elsewhere is refused there.
-    name = str(exp_name).replace("/", "_").encode()[:LONGEST_NAME].decode(errors="ignore")
-    return str(first_existing(local_dirs) / f"{name}_{moment}")
-
-
-def describe_run(config: RunConfig, placement, data, checkpoint: "Checkpoint | None") -> dict:
+def describe_run(config: RunConfig, placement, data, checkpoint: Checkpoint | None) -> dict:
     """What a run is made of, in plain values, as its checkpoints store it."""
-    import torch
-    import transformers
-
-    from preference_training.data.chat_templates import format_of_prompts
-
     return {
         "config": config.as_dict(),
         "data": [split.fingerprint for split in data],
@@ -50,12 +39,11 @@ def describe_run(config: RunConfig, placement, data, checkpoint: "Checkpoint | N
     }
 
 
-def prepare_run_dir(config: RunConfig, run_dir: Path, checkpoint: "Checkpoint | None") -> str | None:
+def prepare_run_dir(config: RunConfig, run_dir: Path, checkpoint: Checkpoint | None) -> str | None:
     """Prepare a directory for a new run: move an earlier run aside, and return a notice about it.
 
     Raises UserError where the earlier run is needed where it is.
     """
-    from preference_training.checkpointing.resume import check_set_aside, remove_kept_base, set_aside
 
     with writable(run_dir):
         if config.resume:
@@ -68,16 +56,13 @@ def prepare_run_dir(config: RunConfig, run_dir: Path, checkpoint: "Checkpoint | 
 
 
 def open_run_dir(
-    config: RunConfig, run_dir: Path, about: dict, checkpoint: "Checkpoint | None", total: int | None = None, report=None
+    config: RunConfig, run_dir: Path, about: dict, checkpoint: Checkpoint | None, total: int | None = None, report=None
 ):
     """Make a run's directory ready for its files, as they were at the checkpoint; returns its tracker.
 
     total, report: the number of training examples, and what writes the run's page; None where there is none. Raises UserError
     where the checkpoint is another run's.
     """
-    from preference_training.checkpointing.resume import check_same_run, roll_back
-    from preference_training.tracking.dashboards import RunStart, start_dashboards
-    from preference_training.tracking.tracker import Tracker
 
     seen = checkpoint.examples if checkpoint else 0
     with writable(run_dir):
@@ -92,8 +77,7 @@ def open_run_dir(
 
 
 def report_earlier_run(config: RunConfig, run_dir: Path) -> None:
-    """Of a dry run: print what would become of an earlier run in its directory. Raises UserError where that cannot be."""
-    from preference_training.checkpointing.resume import check_set_aside, find_run_files
+    """For a dry run: print what would happen to an earlier run in the directory. Raises UserError if it could not be moved."""
 
     if config.resume or not find_run_files(run_dir):
         return
@@ -102,29 +86,8 @@ def report_earlier_run(config: RunConfig, run_dir: Path) -> None:
 
 
 @contextmanager
-def writable(run_dir: Path):
-    """Inside, what the system does not let be written is the user's mistake: UserError."""
-    try:
-        yield
-    except TimeoutError:
-        # A lock that is held.
-        raise
-    except OSError as error:
-        raise UserError(not_writable_message(run_dir, error)) from None
-
-
-def not_writable_message(place, error: OSError) -> str:
-    """The message for a run directory, or a folder above it, that cannot be written to."""
-    return (
-        f"local_run_dir: {place} cannot be written to: {error.strerror}. Expected a folder of yours, with room; set local_dirs "
-        "or local_run_dir."
-    )
-
-
-@contextmanager
 def lock_run_dir(run_dir: Path):
     """Inside, no other run may use the directory. Raises UserError where one does, or where nothing can be written."""
-    from filelock import FileLock, Timeout
 
     lock = FileLock(run_dir / ".lock", timeout=0)
     try:
@@ -136,6 +99,6 @@ def lock_run_dir(run_dir: Path):
     try:
         yield
     finally:
-        # Before it is released: who comes now finds no lock, or one that is held.
+        # Before it is released: a run that starts now finds no lock, or one that is held.
         (run_dir / ".lock").unlink(missing_ok=True)
         lock.release()

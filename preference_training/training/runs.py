@@ -5,6 +5,7 @@ from contextlib import ExitStack
 from preference_training.batching.iterator import BatchIterator
 from preference_training.batching.schedule import Schedule
 from preference_training.checkpointing.resume import checkpoint_to_resume
+from preference_training.configuration.run_dirs import writable
 from preference_training.core.errors import UserError
 from preference_training.core.signals import StopRequests
 from preference_training.data.prompt_table import PromptTable
@@ -16,13 +17,7 @@ from preference_training.training.assembly import assemble, checkpoint_writer, o
 from preference_training.training.evaluator import Evaluator
 from preference_training.training.parts import Batches, Models, Observers, RunState
 from preference_training.training.preparation import PreparedRun, check_same_data
-from preference_training.training.run_directory import (
-    describe_run,
-    lock_run_dir,
-    open_run_dir,
-    prepare_run_dir,
-    writable,
-)
+from preference_training.training.run_directory import describe_run, lock_run_dir, open_run_dir, prepare_run_dir
 
 
 def train_or_evaluate(prepared: PreparedRun, trainer_class, placement: Placement, report_writer) -> float | None:

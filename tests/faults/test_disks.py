@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from preference_training.checkpointing.checkpoint import list_checkpoints
+from preference_training.configuration import run_dirs
 from preference_training.core.errors import UserError
-from preference_training.training import run_directory
 from tests.faults.processes import Run, assert_same_weights, assert_whole, rows_of, train_here
 
 
@@ -118,5 +118,5 @@ def test_an_empty_directory_that_cannot_be_removed_hides_no_message(tmp_path, mo
         raise OSError(30, os.strerror(30))
 
     monkeypatch.setattr(Path, "rmdir", refuse)
-    run_directory.remove_empty(tmp_path)
+    run_dirs.remove_empty(tmp_path)
     assert tmp_path.is_dir()

@@ -9,9 +9,9 @@ from omegaconf import OmegaConf
 
 import train  # noqa: F401  registers the resolvers that the configuration uses
 from preference_training.configuration.composition import force_open_sections, group_choices, group_keys, known_keys
+from preference_training.configuration.run_dirs import new_run_dir
 from preference_training.data.entries import read_entries
 from preference_training.losses.registry import losses
-from preference_training.training.run_directory import new_run_dir
 from tests.support import shown
 from tests.support.files import ROOT
 

@@ -53,7 +53,7 @@ from preference_training.tracking.run_files import (
 
 
 def checkpoint_to_resume(resume: str | None, run_dir: Path, exp_name: str) -> Checkpoint | None:
-    """The checkpoint that `resume` means, None for a new run. Runs lie beside `run_dir`.
+    """The checkpoint that `resume` means, None for a new run. Runs are next to `run_dir`.
 
     Raises UserError for a path without a usable checkpoint.
     """

@@ -77,7 +77,7 @@ def check_section(section_class: type, values: Any, name: str = "") -> None:
 
 
 def refuse(problem: str | None, name: str) -> None:
-    """Raise UserError where there is a fault."""
+    """Raise UserError if there is a problem."""
     if problem is not None:
         raise UserError(f"{name}: {problem}")
 

@@ -55,7 +55,7 @@ def validate(config: DictConfig, overrides: Sequence[str] = (), choices: dict[st
     check_section(RunConfig, values)
     typed = RunConfig.of(values, OmegaConf.to_container(config, resolve=False))
     if typed.per_device_batch_size is not None and any(text.startswith("batch_size=") for text in overrides):
-        raise UserError("per_device_batch_size: given beside batch_size, which follows from it. Expected one of them.")
+        raise UserError("per_device_batch_size: given together with batch_size, which follows from it. Expected one of them.")
     _check_together(typed)
     return typed
 
@@ -120,7 +120,7 @@ def _check_group_names(loss: dict[str, Any], trainer: dict[str, Any]) -> None:
             raise UserError(f"{group}.name: no {group} {found['name']!r}; {nearest(str(found['name']), known)}")
         if found.keys() != known[found["name"]]:
             name = found["name"]
-            raise UserError(f"{group}.name: found {name!r} beside the keys of another {group}. Choose it by {group}={name}.")
+            raise UserError(f"{group}.name: found {name!r} with the keys of another {group}. Choose it by {group}={name}.")
 
 
 # ---- what does not go together ----------------------------------------------------------------------------------------------

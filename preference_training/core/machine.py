@@ -21,7 +21,7 @@ def infrequent_garbage_collection():
 
 
 def tune_malloc(keep_freed: bool) -> None:
-    """Have glibc keep large freed blocks, since the next step allocates the same ones; or have it return them all.
+    """Have glibc keep large freed blocks, since the next step allocates the same ones; or have it return all of them.
 
     Returned blocks come back as fresh pages, whose page faults took 4% of a CPU step of one process, and 40% where weights are
     gathered. There kept blocks fragment, and a process held twice what it needed. Does nothing without glibc.

@@ -148,7 +148,7 @@ def _sharing_mode(mode: str, devices: list[torch.device]) -> str:
 
 
 def split_layers(model: nn.Module, devices: list[torch.device]) -> nn.Module:
-    """Shards of a model, one on each device, as one model of its class: the first, with the others inside of it.
+    """Shards of a model, one on each device, as one model of its class: the first, which contains the others.
 
     The model itself is left as it was. Raises whatever the package raises.
     """

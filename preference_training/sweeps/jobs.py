@@ -1,6 +1,6 @@
-"""The jobs of a sweep: which directory is whose, and what has become of each.
+"""The jobs of a sweep: the directory and the state of each.
 
-A job is known by its configuration, whatever its number is. Its job.json says what has become of it, so that the same command
+A job is identified by its configuration, whatever its number. Its job.json records its state, so that the same command
 line with the same `sweep_dir` runs what is missing and nothing else: a complete job returns its objective from there, an
 interrupted one resumes from its newest checkpoint. Launchers run jobs in this process or in others, on this machine or on
 others, so all of this lies in files.

@@ -1,4 +1,4 @@
-"""Running a sweep to its end, and saying what has become of its jobs."""
+"""Running a sweep to its end, and reporting the state of its jobs."""
 
 import sys
 from collections.abc import Callable
@@ -47,7 +47,7 @@ def _run_despite_deaths(main: Callable[[], object]) -> None:
 
 
 def print_missing_jobs() -> int:
-    """Print what has become of the jobs of this process's sweep; returns its exit status, 0 where none is missing.
+    """Print the state of the jobs of this process's sweep; returns its exit status, 0 where none is missing.
 
     1 where a job has failed, 2 where only the user's mistakes went wrong, 75 where jobs were stopped.
     """

@@ -13,7 +13,7 @@ from preference_training.core.process_group import to_local
 STEPS = 100
 # How far the mean log-prob of chosen responses may fall below its start before a warning. Unit: nats.
 COLLAPSE = 50.0
-# Values looked at of each weight.
+# Sampled values per weight.
 VALUES = 1024
 # Of the values that a step should change, the share below which a warning is given.
 CHANGED = 1 / 3
@@ -31,7 +31,7 @@ class TrainingMonitor:
         self.warned: list[str] = []
 
     def observe(self, metrics: dict[str, float]) -> None:
-        """Look at the metrics of a step that was taken."""
+        """Observe the metrics of a step."""
         at = f"after {metrics[EXAMPLES]} examples"
         losses = self.newest[TRAIN_LOSS]
         if self.spike is not None and len(losses) == STEPS and metrics[TRAIN_LOSS] > self.spike * abs(_mean(losses)):
@@ -71,7 +71,7 @@ class TrainingMonitor:
             )
 
     def observe_share_changed(self, share: float | None, lr: float, dtype: str) -> None:
-        """Look at the share of sampled weights in `dtype` that a step has changed, None where that was not checked."""
+        """Warn about a small share of sampled weights in `dtype` that a step has changed; None where that was not checked."""
         if share is None or share >= CHANGED:
             return
         remedy = "Raise lr."
@@ -90,12 +90,12 @@ class TrainingMonitor:
             self.log_message(f"warning: {text}")
 
     def state_dict(self) -> dict:
-        """What has been seen and said, as plain values."""
+        """The recent metrics and the warnings given, as plain values."""
         seen = {name: list(values) for name, values in self.newest.items()}
         return {"newest": seen, "chosen_at_start": self.chosen_at_start, "said": self.warned}
 
     def load_state_dict(self, state: dict) -> None:
-        """Remember what `state_dict` gave."""
+        """Load what `state_dict` returned."""
         self.newest = {name: deque(values, maxlen=STEPS) for name, values in state["newest"].items()}
         self.chosen_at_start, self.warned = state["chosen_at_start"], list(state["said"])
 

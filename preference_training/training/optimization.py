@@ -104,7 +104,7 @@ class MasterWeights(torch.optim.Optimizer):
         self.make_masters()
         copied = [(weight, master) for weight, master in self.masters.items() if master is not weight]
         for weight, master in copied:
-            # One by one, so that not all gradients are there twice.
+            # One by one, so that only one gradient is in memory twice.
             master.grad = None if weight.grad is None else weight.grad.float()
             weight.grad = None
         self._forward_options()
@@ -117,7 +117,7 @@ class MasterWeights(torch.optim.Optimizer):
         return loss
 
     def _forward_options(self) -> None:
-        """Give `inner` the learning rate and what else schedulers change."""
+        """Copy the learning rate, and whatever else schedulers change, to `inner`."""
         for mine, inner in zip(self.param_groups, self.inner.param_groups, strict=True):
             inner |= {name: value for name, value in mine.items() if name != "params"}
 
@@ -128,7 +128,7 @@ class MasterWeights(torch.optim.Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict) -> None:
-        """Take over what `state_dict` gave. Weights without a master weight in it keep the one that they have."""
+        """Load what `state_dict` returned. Weights without a master weight in it keep theirs."""
         self.make_masters()
         saved = list(chain.from_iterable(group["params"] for group in state_dict["param_groups"]))
         weights = chain.from_iterable(group["params"] for group in self.param_groups)

@@ -1,4 +1,4 @@
-"""What a run consists of: its models, batches and observers, and how far it is."""
+"""The parts of a run: models, batches, observers and state."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -42,7 +42,7 @@ class Batches:
 
 @dataclass
 class Observers:
-    """Who follows a run: the tracker, the writer of checkpoints, the ledger of margins; and who may end it.
+    """The observers of a run: tracker, checkpoint writer, margin ledger; and what may end it early.
 
     None for no checkpoints, no ledger, no pruning. stop says why a run is to stop before its end.
     """

@@ -42,7 +42,7 @@ class PreparedRun:
 
 
 def prepare_run(config: RunConfig, run_dir: Path, in_sweep: bool = False) -> PreparedRun:
-    """Set this process up for a run, and prepare its loss, tokenizer and data. Raises UserError for what cannot work."""
+    """Set up this process for a run, and prepare its loss, tokenizer and data. Raises UserError for what cannot work."""
     quiet_libraries()
     tune_malloc(keep_freed=not config.trainer.is_sharded)
     allow_tf32(config.tf32)
@@ -61,7 +61,7 @@ def prepare_run(config: RunConfig, run_dir: Path, in_sweep: bool = False) -> Pre
     limits = model_limits(config, tokenizer)
     entries = read_entries(config)
     check_limits(config, entries, tokenizer, limits)
-    # Before the processes join: those that do not prepare it wait for it without a time-out.
+    # Before the processes join: those that wait for the data have no time-out then.
     splits = ("test",) if config.eval_only and not config.dry_run else ("train", "test")
     data = prepare_data(config, entries, tokenizer, loss.paired, splits, data_version(config, run_dir))
     check_rows(config, tokenizer, limits, [split.table for split in data])

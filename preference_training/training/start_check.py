@@ -16,7 +16,7 @@ from preference_training.modeling.logprobs import CachedReference, response_logp
 
 @dataclass(frozen=True)
 class _Distance:
-    """How far policy and reference differ: in how many of how many responses, by how much at most, and where."""
+    """How far policy and reference differ: in how many of the responses, by how much at most, and where."""
 
     differing: int
     responses: int
@@ -29,7 +29,7 @@ class StartCheck:
 
     def __init__(self, policy: nn.Module, reference):
         self.policy, self.reference = policy, reference
-        # Of an adapter that training starts from; all others are off.
+        # From an adapter that training starts from; all other dropout is off.
         self.has_dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in policy.modules())
         self.compared: list[tuple[PackedBatch, Tensor]] = []
 

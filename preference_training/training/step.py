@@ -25,7 +25,7 @@ from preference_training.training.updates import Updater
 
 @dataclass(frozen=True)
 class PackResult:
-    """What a step found for this rank's E examples of one pack, without gradient.
+    """A step's results for this rank's E examples of one pack, without gradient.
 
     losses: [E]. pairs: [E, 2] int64, the rows of their responses in the run's data, and margins: [E], of rewards; None for SFT.
     is_filler: they count for nothing.
@@ -48,7 +48,7 @@ class PackResult:
 
 @dataclass
 class BatchResult:
-    """What `backward` found: sums of metrics over this rank's examples, the loss's statistics, and each pack's result."""
+    """The results of `backward`: sums of metrics over this rank's examples, the loss's statistics, and each pack's result."""
 
     sums: dict[str, Tensor] = field(default_factory=dict)
     statistics: Metrics = field(default_factory=dict)
@@ -117,10 +117,10 @@ class TrainingStep:
         try:
             return self.backward(micro_batches)
         except torch.OutOfMemoryError:
-            # Other ranks would wait for this one's part of their collectives.
+            # Other ranks would wait for this one in their collectives.
             if is_distributed():
                 raise
-        # Not in the handler: what was raised keeps the tensors of the step.
+        # Outside the handler: the exception keeps the step's tensors alive.
         self.updater.optimizer.zero_grad(set_to_none=True)
         self.models.loss.load_state_dict(remembered)
         # A cached reference saw other packs, and its last bits may differ.
@@ -203,5 +203,5 @@ class TrainingStep:
         update = self.models.loss.reference_update
         if update is not None and self.state.updates % update.every == 0:
             self.models.reference.move_towards(self.models.policy, update.share)
-            # It would answer otherwise now.
+            # It would respond differently now.
             self.state.reference_answers = None

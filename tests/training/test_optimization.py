@@ -483,7 +483,7 @@ def test_what_cannot_work_is_refused_with_the_key(compose, overrides, message):
 
 def test_a_batch_size_beside_that_of_one_device_is_refused(compose):
     overrides = ["per_device_batch_size=2", "batch_size=8"]
-    with pytest.raises(UserError, match="given beside batch_size, which follows from it"):
+    with pytest.raises(UserError, match="given together with batch_size, which follows from it"):
         compose(*overrides)
 
 

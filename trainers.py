@@ -30,13 +30,13 @@ class Trainer:
 
     placement_class: type[Placement]
 
-    def __init__(self, config, placement: Placement, models: Models, batches: Batches, observers: Observers):
-        self.config, self.placement, self.models = config, placement, models
+    def __init__(self, placement: Placement, models: Models, batches: Batches, observers: Observers):
+        self.config, self.placement, self.models = placement.config, placement, models
         self.batches, self.observers, self.tracker = batches, observers, observers.tracker
         self.state = RunState()
-        self.step = TrainingStep(config, placement, models, self.state, batches.train.schedule.total_steps)
-        self.evaluator = Evaluator(config, placement, models, batches, self.state, observers)
-        self.monitor = TrainingMonitor(self.tracker.log_message, config.loss_spike)
+        self.step = TrainingStep(placement, models, self.state, batches.train.schedule.total_steps)
+        self.evaluator = Evaluator(placement, models, batches, self.state, observers)
+        self.monitor = TrainingMonitor(self.tracker.log_message, self.config.loss_spike)
         self.stopping = False
         self.saved_at: int | None = None
 

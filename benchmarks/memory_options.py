@@ -73,7 +73,7 @@ def one(overrides: list[str]) -> dict:
     before = status("VmRSS")
     prepared = preparation.PreparedRun(config, Path(), False, loss, tokenizer, data)
     models, batches = assembly.assemble(prepared, placement)
-    trainer = BasicTrainer(config, placement, models, batches, Observers(NoTracker()))
+    trainer = BasicTrainer(placement, models, batches, Observers(NoTracker()))
     held = status("VmRSS") - before
     # Loading holds the full weights briefly, whatever is trained.
     Path("/proc/self/clear_refs").write_text("5")

@@ -59,7 +59,7 @@ def build(job: dict, work: Work, prompts: PromptTable):
     reads = ReferencePlan(batches.schedule.prompts_seen, batches.schedule.prompts_seen)
     reference = make_reference(config, placement, policy, reads, False) if loss.needs_reference else None
     parts = Models(policy, reference, loss), Batches(batches), Observers(NoTracker())
-    return TRAINERS[config.trainer.name](config, placement, *parts)
+    return TRAINERS[config.trainer.name](placement, *parts)
 
 
 def _config(job: dict, work: Work):

@@ -63,7 +63,7 @@ def work(what: str, given: list[str]) -> list:
     before = resident_bytes(reset_peak=True)
     prepared = preparation.PreparedRun(config, Path(), False, loss, tokenizer, data)
     models, batches = assembly.assemble(prepared, placement)
-    trainer = TRAINERS[config.trainer.name](config, placement, models, batches, Observers(NoTracker()))
+    trainer = TRAINERS[config.trainer.name](placement, models, batches, Observers(NoTracker()))
     result = {
         "parameters": sum(weight.numel() for weight in trainer.models.policy.parameters()),
         "threads": torch.get_num_threads(),

@@ -173,7 +173,7 @@ def fake_step(placement: Placement, loss: Loss, live_reference: bool, counter: S
     elif loss.needs_reference:
         reference = lambda pack: torch.zeros(len(pack.response_lengths))  # noqa: E731
     counter.kind = "activations"
-    step = TrainingStep(config, placement, Models(policy, reference, _without_numbers(loss)), RunState(), total_steps=0)
+    step = TrainingStep(placement, Models(policy, reference, _without_numbers(loss)), RunState(), total_steps=0)
     updater = step.updater
     inner = updater.optimizer.inner if updater.has_masters else updater.optimizer
     if hasattr(inner, "fill_qmap"):

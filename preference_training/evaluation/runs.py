@@ -43,13 +43,13 @@ class EvaluationRun:
 
     def __init__(
         self,
-        config,
         placement: Placement,
         prompts: PromptTable,
         checkpoint: Checkpoint | None,
         needs_reference: bool,
         build_evaluator: Callable,
     ):
+        config = placement.config
         self.config, self.placement, self.checkpoint = config, placement, checkpoint
         self.ranks, self.tokenizer = placement.ranks, placement.tokenizer
         options, is_rank_zero = config.evaluation, placement.ranks.is_rank_zero

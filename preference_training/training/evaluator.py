@@ -15,8 +15,8 @@ from preference_training.training.parts import Batches, Models, Observers, RunSt
 class Evaluator:
     """Evaluates the policy of a run, and keeps in `state` what it finds. held_out: the newest result, None before the first."""
 
-    def __init__(self, config, placement: Placement, models: Models, batches: Batches, state: RunState, observers: Observers):
-        self.config, self.ranks, self.tokenizer = config, placement.ranks, placement.tokenizer
+    def __init__(self, placement: Placement, models: Models, batches: Batches, state: RunState, observers: Observers):
+        self.config, self.ranks, self.tokenizer = placement.config, placement.ranks, placement.tokenizer
         self.models, self.batches, self.state, self.observers = models, batches, state, observers
         self.held_out: HeldOut | None = None
         self.pruned = False

@@ -22,18 +22,20 @@ from preference_training.configuration.saved import save_config
 from preference_training.configuration.schema import RunConfig
 from preference_training.core.errors import UserError
 from preference_training.data.chat_templates import format_of_prompts
+from preference_training.distributed.placement import Placement
 from preference_training.tracking.dashboards import RunStart, start_dashboards
 from preference_training.tracking.tracker import Tracker
 
 
-def describe_run(config: RunConfig, placement, data, checkpoint: Checkpoint | None) -> dict:
+def describe_run(placement: Placement, data, checkpoint: Checkpoint | None) -> dict:
     """What a run is made of, in plain values, as its checkpoints store it."""
+    config = placement.config.as_dict()
     return {
-        "config": config.as_dict(),
+        "config": config,
         "data": [split.fingerprint for split in data],
         "data_version": data[0].version,
         "began_with": placement.began_with,
-        "prompt_format": format_of_prompts(config.as_dict(), data[0].table, placement.tokenizer),
+        "prompt_format": format_of_prompts(config, data[0].table, placement.tokenizer),
         "wandb_id": checkpoint.run["wandb_id"] if checkpoint else uuid.uuid4().hex,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }

@@ -48,7 +48,7 @@ def train(prepared: PreparedRun, trainer_class, placement: Placement, report_wri
         stop = opened.enter_context(StopRequests(config.max_wall_time))
         if ranks.is_rank_zero:
             total = batches.train.schedule.total_examples
-            about = describe_run(config, placement, data, checkpoint)
+            about = describe_run(placement, data, checkpoint)
             report = report_writer and report_writer(config, run_dir, prepared.loss, placement.tokenizer, data)
             tracker = open_run_dir(config, run_dir, about, checkpoint, total, report)
             if notice:
@@ -68,7 +68,7 @@ def train(prepared: PreparedRun, trainer_class, placement: Placement, report_wri
         if not config.debug:
             writer = checkpoint_writer(prepared, placement, models.policy, run_dir, about, tracker.log_message)
             observers.writer = opened.enter_context(writer)
-        trainer = trainer_class(config, placement, models, batches, observers)
+        trainer = trainer_class(placement, models, batches, observers)
         if checkpoint:
             trainer.continue_from(checkpoint)
         if trainer.finished:
@@ -101,7 +101,7 @@ def evaluate(prepared: PreparedRun, placement: Placement) -> float | None:
         if checkpoint is None and ranks.is_rank_zero:
             opened.enter_context(lock_run_dir(run_dir))
             notice = prepare_run_dir(config, run_dir, None)
-            about = describe_run(config, placement, data, None)
+            about = describe_run(placement, data, None)
             tracker = open_run_dir(config, run_dir, about, None)
             if notice:
                 tracker.log_message(notice)
@@ -110,8 +110,8 @@ def evaluate(prepared: PreparedRun, placement: Placement) -> float | None:
         def build_evaluator(policy, reference, held_out, sample_prompts) -> Evaluator:
             models = Models(policy, reference, prepared.loss)
             batches = Batches(BatchIterator(Schedule(PromptTable.of([]), config.batch_size)), held_out, sample_prompts)
-            return Evaluator(config, placement, models, batches, RunState(), Observers(tracker))
+            return Evaluator(placement, models, batches, RunState(), Observers(tracker))
 
-        run = EvaluationRun(config, placement, data[0].table, checkpoint, prepared.loss.needs_reference, build_evaluator)
+        run = EvaluationRun(placement, data[0].table, checkpoint, prepared.loss.needs_reference, build_evaluator)
         run.evaluate(checkpoint.path.parent if checkpoint else run_dir)
     return run.evaluator.state.held_out[config.objective]

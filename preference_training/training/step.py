@@ -72,10 +72,10 @@ class StepResult:
 class TrainingStep:
     """Takes the optimizer steps of a run, and counts them in `state`."""
 
-    def __init__(self, config, placement: Placement, models: Models, state: RunState, total_steps: int):
+    def __init__(self, placement: Placement, models: Models, state: RunState, total_steps: int):
         self.placement, self.models, self.state = placement, models, state
         self.device = compute_device(models.policy)
-        self.updater = Updater(config, placement, models.policy, state, total_steps)
+        self.updater = Updater(placement, models.policy, state, total_steps)
 
     def take(
         self,

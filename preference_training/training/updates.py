@@ -31,7 +31,8 @@ MASTERS_DROPPED = "the run's float32 master weights are dropped (master_weights=
 class Updater:
     """Updates the policy's weights from their gradients, and counts the updates in `state`."""
 
-    def __init__(self, config, placement: Placement, policy: nn.Module, state: RunState, total_steps: int):
+    def __init__(self, placement: Placement, policy: nn.Module, state: RunState, total_steps: int):
+        config = placement.config
         self.config, self.placement, self.policy, self.state = config, placement, policy, state
         # Gradients of float16 products would underflow; the scaler skips a step whose scaled gradients overflow.
         self.scaler = torch.amp.GradScaler(compute_device(policy).type, enabled=computes_in_float16(config))

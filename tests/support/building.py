@@ -28,7 +28,6 @@ def build_trainer(
     """A trainer on models that are there; without batches it is for single steps. observers: by their names in `Observers`."""
     steps = BatchIterator(Schedule(PromptTable.of([]), config.batch_size)) if train is None else train
     return trainer_class(
-        config,
         placement or OneProcess(config, tokenizer),
         Models(policy, reference, loss, start_check),
         Batches(steps, held_out, sample_prompts),

@@ -482,7 +482,7 @@ def test_a_step_with_a_loss_that_is_not_finite_is_as_if_it_had_never_been(loss, 
     assert disturbed.train_step(steps[1]) == {}
     [row] = [json.loads(line) for line in (tmp_path / "bad_batches.jsonl").read_text().splitlines()]
     assert (row["not_finite"], row["counters/examples"], row["counters/updates"]) == ("loss", 8, 1)
-    assert [name for name in row["pairs"] if "row 5" in name] and "not taken: its loss is not finite" in capsys.readouterr().out
+    assert [name for name in row["pairs"] if "row 5" in name] and "skipped: its loss is not finite" in capsys.readouterr().out
     embedding = disturbed.models.policy.get_input_embeddings().weight
     assert torch.equal(embedding[others], straight.models.policy.get_input_embeddings().weight[others])
     with torch.no_grad():

@@ -111,7 +111,7 @@ def leaves(pair: Pair) -> list[Tensor]:
     return [tokens.clone().requires_grad_() for tokens in pair.policy]
 
 
-def numbers_of(loss: Tensor, tokens: list[Tensor], rewards: list[float]) -> Numbers:
+def scalar_state(loss: Tensor, tokens: list[Tensor], rewards: list[float]) -> Numbers:
     """The numbers of a loss. Its derivative must be equal for all tokens of a response: it is the derivative by their sum."""
     gradients = torch.autograd.grad(loss, tokens)
     for gradient in gradients:
@@ -147,7 +147,7 @@ def trl_dpo(*loss_types: str, weights: list[float] | None = None, beta: float = 
         inputs = {"input_ids": torch.zeros_like(mask).long(), "attention_mask": mask, "completion_mask": mask.long()}
         inputs |= {f"ref_{side}_logps": logps.sum()[None] for side, logps in zip(SIDES, pair.reference, strict=True)}
         loss = trainer._compute_loss(lambda **_: output, inputs, return_outputs=False)
-        return numbers_of(loss, tokens, [trainer._metrics["train"][f"rewards/{side}"][0] for side in SIDES])
+        return scalar_state(loss, tokens, [trainer._metrics["train"][f"rewards/{side}"][0] for side in SIDES])
 
     return of
 
@@ -168,7 +168,7 @@ def trl_without_reference(trainer_class: type, **settings) -> Callable:
             batch |= {f"{side}_input_ids": ids, f"{side}_attention_mask": torch.ones_like(ids), f"{side}_labels": labels}
         trainer = stand_in(trainer_class, is_encoder_decoder=False, pad_token_id=0, padding_value=0, **settings)
         loss, metrics = trainer.get_batch_loss_metrics(lambda *_, **__: SimpleNamespace(logits=logits), batch)
-        return numbers_of(loss, tokens, [float(metrics[f"rewards/{side}"]) for side in SIDES])
+        return scalar_state(loss, tokens, [float(metrics[f"rewards/{side}"]) for side in SIDES])
 
     return of
 

@@ -1,11 +1,7 @@
 """The results of an evaluation as text: the table that is printed and shown in reports, and its warnings."""
 
 from preference_training.evaluation.breakdown import COLUMNS
-from preference_training.evaluation.phrasing import (
-    FEWEST_PROMPTS,
-    too_few,
-    with_interval,
-)
+from preference_training.evaluation.phrasing import FEWEST_PROMPTS, too_few, with_interval
 
 # Reasons for missing verdicts that are listed.
 MAX_REASONS = 5

@@ -7,13 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from preference_training.checkpointing.saved_models import (
-    DifferentModelError,
-    compare,
-    fits_in_memory,
-    load_plain,
-    tolerance,
-)
+from preference_training.checkpointing.saved_models import DifferentModelError, compare, fits_in_memory, load_plain, tolerance
 from preference_training.checkpointing.saved_models import compute_in_float32 as compute_in_float32
 from preference_training.checkpointing.saved_models import largest_difference as largest_difference
 from preference_training.checkpointing.saved_models import probe_logps as probe_logps

@@ -99,7 +99,7 @@ class Loss(ABC):
 
     @classmethod
     def state_shape(cls) -> dict[str, Any] | None:
-        """What `state_dict` gives, as a shape of `misfit`; None for a loss without a state."""
+        """What `state_dict` gives, as a shape of `find_mismatch`; None for a loss without a state."""
         return None
 
     def state_dict(self) -> dict[str, Any]:

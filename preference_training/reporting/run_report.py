@@ -22,10 +22,7 @@ from preference_training.reporting.observations import finite_values, observatio
 from preference_training.reporting.pages.rendering import render, write_page
 from preference_training.reporting.run_charts import run_charts
 from preference_training.reporting.run_record import RunRecord
-from preference_training.tracking.run_files import (
-    METRICS,
-    REPORT,
-)
+from preference_training.tracking.run_files import METRICS, REPORT
 
 MAX_EVENTS = 200
 # The shape of a row of events.jsonl.

@@ -102,9 +102,9 @@ def test_rank_0_of_many_processes_is_previewed_whatever_this_machine_has(tmp_pat
     ],
     ids=["batch", "device memory", "this machine"],
 )
-def test_processes_that_could_not_train_are_refused(tmp_path, overrides, heard):
+def test_processes_that_could_not_train_are_refused(tmp_path, overrides, received):
     done = run(tmp_path, *overrides)
-    assert done.returncode == 2 and heard in done.stderr
+    assert done.returncode == 2 and received in done.stderr
 
 
 def test_duplicates_and_contradictions_are_counted_over_all_prompts():

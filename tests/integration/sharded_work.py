@@ -311,7 +311,12 @@ def write_into_a_folder_that_is_cleared_late(settings: dict, folder: str) -> lis
     partial = Path(folder) / "step-0.partial"
     said: list[str] = []
     with CheckpointWriter(
-        Path(folder), trainer.models.policy, world.tokenizer, ranks, say=said.append, options=SaveOptions(timeout_minutes=1)
+        Path(folder),
+        trainer.models.policy,
+        world.tokenizer,
+        ranks,
+        log_message=said.append,
+        options=SaveOptions(timeout_minutes=1),
     ) as writer:
         remove = shutil.rmtree
 

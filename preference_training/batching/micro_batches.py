@@ -40,7 +40,7 @@ def evaluation_prompts(prompts: PromptTable, n_examples: int | None, seed: int) 
     order = shuffled(len(prompts), f"{seed} evaluation")
     if n_examples is not None:
         order = order[: numpy.searchsorted(numpy.cumsum(prompts.num_examples[order]), n_examples) + 1]
-    return prompts.select(order)
+    return Selection(prompts, order)
 
 
 def evaluation_batches(

@@ -9,7 +9,7 @@ import numpy
 from numpy.typing import NDArray
 
 from preference_training.batching.packing import Example, examples_of
-from preference_training.data.prompt_table import PromptTable, Selection
+from preference_training.data.prompt_table import PromptTable, Selection, shuffled
 
 # How far a run is: its epoch, the examples of that which it has seen, and all it has seen.
 Position = dict[str, int]
@@ -72,7 +72,7 @@ class Schedule:
     def examples_of_epoch(self, epoch: int) -> int:
         """How many examples an epoch has; with weights that are no whole numbers it differs from one to the next."""
         if epoch not in self._epoch_sizes:
-            visits = self.prompts.epoch_visits(self._seed_of(epoch))
+            visits = epoch_visits(self.prompts, f"{self.seed} {epoch}")
             self._epoch_sizes[epoch] = int(self.prompts.num_examples[visits].sum())
         return self._epoch_sizes[epoch]
 
@@ -93,12 +93,12 @@ class Schedule:
     @cached_property
     def prompts_seen(self) -> Selection:
         """The prompts that a run from its beginning sees, each once."""
-        return self.prompts.select(numpy.flatnonzero(self._seen()))
+        return Selection(self.prompts, numpy.flatnonzero(self._seen()))
 
     @cached_property
     def prompts_seen_later(self) -> Selection:
         """Those of them that its first epoch does not see, as it may be where data sets have weights."""
-        return self.prompts.select(numpy.flatnonzero(self._seen() & ~self._seen(epochs=1)))
+        return Selection(self.prompts, numpy.flatnonzero(self._seen() & ~self._seen(epochs=1)))
 
     def _seen(self, epochs: int | None = None) -> NDArray[numpy.bool_]:
         """Whether each prompt is seen, in so many epochs at most: [N] bool."""
@@ -119,7 +119,7 @@ class Schedule:
             done = numpy.cumsum(self.prompts.num_examples[order]) if in_epoch else order[:0]
             first = int(numpy.searchsorted(done, in_epoch, side="right"))
             skip = in_epoch - (int(done[first - 1]) if first else 0)
-            examples = islice(examples_of(self.prompts.select(order[first:])), skip, None)
+            examples = islice(examples_of(Selection(self.prompts, order[first:])), skip, None)
             while step := list(islice(examples, self._size_after(total))):
                 in_epoch, total = in_epoch + len(step), total + len(step)
                 yield step, {"epoch": epoch, "examples_in_epoch": in_epoch, "examples": total}
@@ -131,7 +131,27 @@ class Schedule:
         return min(self.batch_size, self.total_examples - examples)
 
     def _order(self, epoch: int) -> NDArray[numpy.int32]:
-        return self.prompts.epoch_order(self._seed_of(epoch))
+        return epoch_order(self.prompts, f"{self.seed} {epoch}")
 
-    def _seed_of(self, epoch: int) -> str:
-        return f"{self.seed} {epoch}"
+
+def epoch_order(prompts: PromptTable, seed: str) -> NDArray[numpy.int32]:
+    """Indices of the prompts that an epoch visits, shuffled by `seed`."""
+    visits = epoch_visits(prompts, seed)
+    return visits[shuffled(len(visits), seed)]
+
+
+def epoch_visits(prompts: PromptTable, seed: str) -> NDArray[numpy.int32]:
+    """Indices of the prompts that an epoch visits, in the order of the table.
+
+    A part of weight w is visited w times: in full for the whole number in w, and a random share of it for the remainder.
+    """
+    visits, start = [numpy.zeros(0, numpy.int32)], 0
+    for number, part in enumerate(prompts.parts):
+        size, whole = part.num_prompts, int(part.weight)
+        # At least one prompt of each part, however small its weight.
+        rest = max(round((part.weight - whole) * size), int(whole == 0 and size > 0))
+        indices = numpy.arange(start, start + size, dtype=numpy.int32)
+        drawn = indices[shuffled(size, f"{seed} part {number}")[:rest]] if rest else indices[:0]
+        visits += [indices] * whole + [drawn]
+        start += size
+    return numpy.concatenate(visits)

@@ -37,7 +37,10 @@ class Prepared:
     @property
     def fingerprint(self) -> str:
         """Stands for all token ids, pairs and response numbers; in the first version, for the names of files instead."""
-        return self.table.fingerprint_of_names if self.version == 1 else self.table.fingerprint
+        if self.version > 1:
+            return self.table.fingerprint
+        names = [part.name for part in self.table.parts]
+        return xxhash.xxh3_128_hexdigest(repr((names, self.table.first_row)).encode())
 
     def numbered_from(self, first_row: int) -> "Prepared":
         """The same, with responses numbered from `first_row` on."""

@@ -10,7 +10,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, chain, islice, pairwise
+from itertools import accumulate, islice, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -291,10 +291,6 @@ class PromptTable(Sequence[TokenizedPrompt]):
         self._release()
         return largest
 
-    def source_of(self, token: int) -> str:
-        """The name of the first prompt that has a token id, in itself or in a response."""
-        return next(prompt.source for prompt in self if token in {*prompt.prompt_ids, *chain.from_iterable(prompt.responses)})
-
     def _gathered(self, column) -> numpy.ndarray:
         values = [column(columns) for _, columns in self._batches]
         self._release()
@@ -315,44 +311,11 @@ class PromptTable(Sequence[TokenizedPrompt]):
         """Stands for all token ids, pairs and response numbers."""
         return xxhash.xxh3_128_hexdigest(repr(([part.fingerprint for part in self.parts], self.first_row)).encode())
 
-    @property
-    def fingerprint_of_names(self) -> str:
-        """Stands for the names of the files and for response numbers: what runs of the first version of prepared data say."""
-        return xxhash.xxh3_128_hexdigest(repr(([part.name for part in self.parts], self.first_row)).encode())
-
     def place_of_response(self, row: int) -> int:
         """The index of the prompt that the response of this number belongs to."""
         batch = bisect_right(self._rows, row) - 1
         first = self._batches[batch][1].first_response
         return self._starts[batch] + int(numpy.searchsorted(first, row - self._rows[batch], side="right")) - 1
-
-    # ---- orders -----------------------------------------------------------------------------------------------------------
-
-    def epoch_order(self, seed: str) -> numpy.ndarray:
-        """Indices of the prompts that an epoch visits, shuffled by `seed`."""
-        visited = self.epoch_visits(seed)
-        return visited[shuffled(len(visited), seed)]
-
-    def epoch_visits(self, seed: str) -> numpy.ndarray:
-        """Indices of the prompts that an epoch visits, in the table's order.
-
-        A part of weight w is visited w times: whole as often as w is a whole number, and a drawn share of it for the rest.
-        """
-        visits, start = [], 0
-        for number, part in enumerate(self.parts):
-            size = part.num_prompts
-            whole = int(part.weight)
-            # At least one prompt of each part, however small its weight.
-            rest = max(round((part.weight - whole) * size), int(whole == 0 and size > 0))
-            indices = numpy.arange(start, start + size, dtype=numpy.int32)
-            drawn = indices[shuffled(size, f"{seed} part {number}")[:rest]] if rest else indices[:0]
-            visits += [indices] * whole + [drawn]
-            start += size
-        return numpy.concatenate(visits) if visits else numpy.zeros(0, numpy.int32)
-
-    def select(self, indices: numpy.ndarray) -> "Selection":
-        """Some of the prompts."""
-        return Selection(self, indices)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from preference_training.core.devices import pick_device
 from preference_training.core.errors import UserError
 from preference_training.core.process_group import Ranks
 from preference_training.data.entries import read_entries
-from preference_training.data.prompt_table import PromptTable
+from preference_training.data.prompt_table import PromptTable, Selection
 from preference_training.data.rows.records import DataReport
 from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.distributed.placement import Placement, Sharded
@@ -297,7 +297,7 @@ def largest_packs(batches: BatchIterator, budget: TokenBudget) -> tuple[list[Pac
 
     Inspects the first STEPS_INSPECTED steps, and for packs also the longest prompt of all.
     """
-    longest = batches.schedule.prompts.select(numpy.array([int(batches.schedule.prompts.num_tokens.argmax())]))
+    longest = Selection(batches.schedule.prompts, numpy.array([int(batches.schedule.prompts.num_tokens.argmax())]))
     packs = packs_of(list(examples_of(longest)), budget)
     several, most, largest = False, 0, []
     for step in islice(batches, STEPS_INSPECTED):

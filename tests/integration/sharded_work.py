@@ -23,7 +23,7 @@ from preference_training.checkpointing.writer import CheckpointWriter, SaveOptio
 from preference_training.configuration.schema import RunConfig
 from preference_training.core.process_group import SINGLE_PROCESS
 from preference_training.core.random_streams import seed_everything
-from preference_training.data.prompt_table import PromptTable
+from preference_training.data.prompt_table import PromptTable, Selection
 from preference_training.data.rows.records import PreferenceRecord
 from preference_training.data.tokenization import TokenSettings, tokenize_records
 from preference_training.distributed.launching import end_group, start_group
@@ -287,7 +287,7 @@ def evaluate_unevenly(settings: dict, num_rows: int) -> dict:
     expected = evaluate_held_out(
         single.models.policy, single.models.reference, single.models.loss, evaluation_batches(table, *sizes)
     )
-    everything = table.select(torch.arange(len(table)).numpy())
+    everything = Selection(table, torch.arange(len(table)).numpy())
     logps = [
         compute_logps(LiveReference(trainer.models.policy), ReferencePlan(everything, everything), ranks).logps,
         compute_logps(LiveReference(single.models.policy), ReferencePlan(everything, everything)).logps,
@@ -331,7 +331,7 @@ def keep_on_disks_of_their_own(settings: dict, folder: str) -> dict:
     world = World(settings)
     trainer, ranks = world.sharded("llama", {"name": "dpo", "beta": 0.1}, world.mesh("full"), "full")
     table = PromptTable.of(golden_prompts(world.tokenizer, True))
-    everything = table.select(torch.arange(len(table)).numpy())
+    everything = Selection(table, torch.arange(len(table)).numpy())
     reads = ReferencePlan(everything, everything)
     path = cache_path(Path(folder) / str(ranks.rank), trainer.models.policy, reads, None, ranks)
     computed, found = (cached_reference(LiveReference(trainer.models.policy), reads, path, ranks).logps for _ in range(2))

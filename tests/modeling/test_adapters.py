@@ -21,7 +21,7 @@ from preference_training.checkpointing.writer import CheckpointWriter, SaveOptio
 from preference_training.configuration.schema import RunConfig
 from preference_training.core.errors import UserError
 from preference_training.core.random_streams import seed_everything
-from preference_training.data.prompt_table import PromptTable
+from preference_training.data.prompt_table import PromptTable, Selection
 from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.distributed.placement import OneProcess
 from preference_training.losses.registry import build_loss
@@ -257,7 +257,7 @@ def test_an_adapter_on_a_trained_model_finds_it_again(configured, tokenizer, tmp
 
 
 def test_cached_reference_log_probs_do_not_depend_on_the_trained_adapter(configured, tokenizer):
-    prompts = PromptTable.of(PROMPTS).select(torch.arange(4).numpy())
+    prompts = Selection(PromptTable.of(PROMPTS), torch.arange(4).numpy())
     plan = ReferencePlan(prompts, prompts)
     keys = set()
     for overrides in (["seed=0"], ["seed=1"], ["model.lora.r=3"]):

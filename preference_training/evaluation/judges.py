@@ -23,7 +23,7 @@ from preference_training.configuration.validation import EVALUATION_REQUIREMENTS
 from preference_training.core.errors import UserError, first_line
 from preference_training.core.hashing import hash_of_values
 from preference_training.data.rows.templates import parse_dialogue
-from preference_training.data.toy_preferences import answer_kind
+from preference_training.data.toy_preferences import response_kind
 
 VERDICTS = ("first", "second", "tie")
 # The longest pause before a retry, whatever a server asks for. Unit: seconds.
@@ -76,7 +76,7 @@ class ToyJudge(Judge):
 
     def better(self, prompt: str, first: str, second: str) -> str:
         """One of VERDICTS."""
-        return verdict_by_score(*(float(answer_kind(response) == "preferred") for response in (first, second)))
+        return verdict_by_score(*(float(response_kind(response) == "preferred") for response in (first, second)))
 
 
 class RewardModelJudge(Judge):

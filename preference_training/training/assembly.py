@@ -15,7 +15,7 @@ from preference_training.configuration.schema import RunConfig
 from preference_training.core.errors import UserError
 from preference_training.core.files import first_existing
 from preference_training.core.process_group import SINGLE_PROCESS, Ranks
-from preference_training.data.chat_templates import end_tokens, format_of_prompts, serve_as_trained
+from preference_training.data.chat_templates import detect_format, end_tokens, serve_as_trained
 from preference_training.distributed.placement import Placement
 from preference_training.modeling.adapters import has_adapter
 from preference_training.modeling.logprobs import LiveReference
@@ -115,7 +115,7 @@ class ServedTokenizer:
 
 def served_tokenizer(config: RunConfig, tokenizer, prompts) -> ServedTokenizer:
     """A copy of the run's tokenizer whose chat template writes the prompts of training, which are given."""
-    name = format_of_prompts(config.as_dict(), prompts, tokenizer)
+    name = detect_format(config.as_dict(), prompts, tokenizer)
     saved = copy.copy(tokenizer)
     serve_as_trained(name, saved)
     return ServedTokenizer(saved, end_tokens(name, saved))

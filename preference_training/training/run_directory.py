@@ -43,14 +43,14 @@ def describe_run(config: RunConfig, placement, data, checkpoint: "Checkpoint | N
     import torch
     import transformers
 
-    from preference_training.data.chat_templates import format_of_prompts
+    from preference_training.data.chat_templates import detect_format
 
     return {
         "config": config.as_dict(),
         "data": [split.fingerprint for split in data],
         "data_version": data[0].version,
         "began_with": placement.began_with,
-        "prompt_format": format_of_prompts(config.as_dict(), data[0].table, placement.tokenizer),
+        "prompt_format": detect_format(config.as_dict(), data[0].table, placement.tokenizer),
         "wandb_id": checkpoint.run["wandb_id"] if checkpoint else uuid.uuid4().hex,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }

@@ -15,7 +15,7 @@ from preference_training.data.rows.records import (
     EQUAL_SCORES,
     NO_PAIR,
     OTHER_PROMPT,
-    SAME_ANSWER,
+    SAME_RESPONSE,
     SAME_TEXT,
     DataReport,
     Turn,
@@ -107,7 +107,7 @@ def test_dialogues_of_hh_that_cannot_be_used_are_counted_and_do_not_stop_the_run
     assert records == [("\n\nHuman: q\n\nAssistant:", [" good", " bad"], [(0, 1)], " good")]
     assert (report.rows_read, report.left_out, report.num_bad_rows) == (6, {SAME_TEXT: 1, OTHER_PROMPT: 1}, 3)
     assert [message.split(":")[1] for message in report.bad_rows] == [f" hh, row {number}" for number in (4, 5, 6)]
-    with pytest.raises(UserError, match=r"datasets: hh, row 4: the answer in field 'chosen' is empty"):
+    with pytest.raises(UserError, match=r"datasets: hh, row 4: the response in field 'chosen' is empty"):
         read("hh", directory, on_bad_row="stop")
 
 
@@ -231,7 +231,7 @@ def test_stack_exchange_pairs_are_all_answers_whose_scores_differ_as_plain_text(
         ("\n\nHuman: question 4\n\nAssistant:", [" b", " c"], [(0, 1)], " b"),
     ]
     # Question 1 has a pair of 3 and 3, question 3 one of 2 and 2.
-    assert report.left_out == {EQUAL_SCORES: 2, SAME_ANSWER: 1, NO_PAIR: 1, EMPTY_TEXT: 1}
+    assert report.left_out == {EQUAL_SCORES: 2, SAME_RESPONSE: 1, NO_PAIR: 1, EMPTY_TEXT: 1}
     assert (report.rows_read, report.num_bad_rows) == (4, 0)
     assert_one_hundredth_is_held_out("se", tmp_path / "se")
 
@@ -553,7 +553,7 @@ def test_a_loader_that_is_called_by_itself_says_what_it_left_out_unless_it_is_to
         assert len(list(DATASETS["hh"].load("train", silent=silent, cache_dir=cache_dir, data_dir=str(folder)))) == 1
         return capfd.readouterr().out
 
-    assert said(directory, silent=False) == f"hh train: 1 left out: {SAME_TEXT}\n"
+    assert said(directory, silent=False) == f"hh train: 1 skipped: {SAME_TEXT}\n"
     assert said(directory, silent=True) == said(sound, silent=False) == ""
 
 

@@ -73,7 +73,7 @@ def numbered(content: list[TokenizedPrompt], source: str, first_row: int = 0) ->
 def test_prompts_are_the_same_in_memory_in_a_file_and_after_arrow(tmp_path, content, first_row, batch):
     expected = numbered(content, "prompt", first_row)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prompt_table, "PROMPTS_A_BATCH", batch)
+        patch.setattr(prompt_table, "PROMPTS_PER_BATCH", batch)
         part = mapped(tmp_path / "prompts.arrow", content, "prompt")
     assert len(part.batches) == -(-len(content) // batch)
     in_arrow = TablePart("prompt", [Columns.of_arrow(Columns.of(content).as_arrow())], "")
@@ -106,7 +106,7 @@ def test_a_table_without_prompts_is_empty_in_every_way(tmp_path):
 
 
 def test_pages_that_were_given_back_are_read_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(prompt_table, "LOOKS_BEFORE_RELEASE", 3)
+    monkeypatch.setattr(prompt_table, "READS_BEFORE_RELEASE", 3)
     content = prompts(40)
     table = PromptTable([mapped(tmp_path / "prompts.arrow", content)])
     expected = numbered(content, "set, train prompt")
@@ -266,7 +266,7 @@ def test_where_one_text_ends_and_the_next_begins_is_part_of_the_fingerprint():
 
 def test_the_fingerprint_of_a_table_of_files_is_that_of_their_contents_in_order(tmp_path, monkeypatch):
     a, b = mapped(tmp_path / "a.arrow", prompts(2)), mapped(tmp_path / "b.arrow", prompts(2, start=5))
-    monkeypatch.setattr(prompt_table, "PROMPTS_A_BATCH", 1)
+    monkeypatch.setattr(prompt_table, "PROMPTS_PER_BATCH", 1)
     in_small_batches = mapped(tmp_path / "another name.arrow", prompts(2))
     assert len(in_small_batches.batches) == 2 and in_small_batches.fingerprint == a.fingerprint
     assert PromptTable.of(prompts(2)).fingerprint == PromptTable([a]).fingerprint
@@ -322,7 +322,7 @@ def test_a_file_that_is_not_there_is_refused(tmp_path):
 
 
 def test_prompts_are_written_as_they_come_and_not_gathered_first(tmp_path, monkeypatch):
-    monkeypatch.setattr(prompt_table, "PROMPTS_A_BATCH", 2)
+    monkeypatch.setattr(prompt_table, "PROMPTS_PER_BATCH", 2)
     path, sizes = tmp_path / "prompts.arrow", []
 
     def growing():

@@ -122,4 +122,4 @@ def test_drop_leaves_out_long_responses_and_only_their_pairs():
     report = DataReport()
     fitted = truncate(prompt, TokenSettings(True, 8, 4, "drop"), report)
     assert (fitted.responses, fitted.pairs) == ([[5, 0], [7, 0]], [(0, 1)])
-    assert report.lines() == ["1 left out: longer than max_length, 8 tokens"]
+    assert report.lines() == ["1 skipped: longer than max_length, 8 tokens"]

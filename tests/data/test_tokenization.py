@@ -287,7 +287,7 @@ def test_a_text_with_the_end_of_sequence_token_is_refused_with_its_source(make, 
         "response": record(responses=[" yes", f" n{eos}o"]),
         "target": record(responses=[f"{eos} yes", " no"]),
     }
-    with pytest.raises(UserError, match="datasets: set, train prompt 1: the text holds .* marks the end of a response"):
+    with pytest.raises(UserError, match="datasets: set, train prompt 1: the text contains .* marks the end of a response"):
         tokenized([rows[place]], make(), paired=place != "target")
 
 
@@ -295,7 +295,7 @@ def test_a_text_with_the_end_of_sequence_token_is_counted_where_bad_rows_are_ski
     report = DataReport(skip_bad_rows=True)
     found = tokenized([record(), record(f"ask{END_OF_TEXT}"), record("again")], gpt2(), report)
     assert [gpt2().decode(prompt.prompt_ids) for prompt in found] == ["ask", "again"]
-    assert report.num_bad_rows == 1 and "set, train prompt 1: the text holds '<|endoftext|>'" in report.bad_rows[0]
+    assert report.num_bad_rows == 1 and "set, train prompt 1: the text contains '<|endoftext|>'" in report.bad_rows[0]
 
 
 def test_a_response_that_becomes_the_end_only_when_it_is_normalised_is_refused_too():
@@ -303,7 +303,7 @@ def test_a_response_that_becomes_the_end_only_when_it_is_normalised_is_refused_t
     tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.add_special_tokens({"eos_token": AddedToken("<end>", normalized=True, special=True)})
     assert tokenizer("<END>", add_special_tokens=False).input_ids == [tokenizer.eos_token_id]
-    with pytest.raises(UserError, match="datasets: set, train prompt 1: the text holds '<end>'"):
+    with pytest.raises(UserError, match="datasets: set, train prompt 1: the text contains '<end>'"):
         tokenized([record(responses=[" yes", " <END>"])], tokenizer)
 
 
@@ -379,7 +379,7 @@ def test_a_chat_template_that_does_not_begin_answers_is_noted():
     report = DataReport()
     [found] = tokenized([record()], tokenizer, report, template="chat")
     assert tokenizer.decode(found.prompt_ids).endswith("<|im_start|>assistant\n")
-    assert "'<|im_start|>assistant\\n', which it writes before answers, is put at the end of prompts" in report.notes[0]
+    assert "'<|im_start|>assistant\\n', which it writes before responses, is appended to prompts" in report.notes[0]
 
 
 def test_a_record_without_pairs_is_for_sft_alone_and_counted_elsewhere():

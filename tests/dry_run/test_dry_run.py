@@ -54,11 +54,11 @@ def test_a_dry_run_shows_data_examples_steps_and_memory_and_leaves_no_run_behind
     shown = done.stdout.split("\n\n", 1)[1]
     for line in (
         "rows.jsonl: 44 rows read",
-        "1 left out: chosen and rejected are the same",
+        "1 skipped: chosen and rejected are the same",
         "1 bad rows skipped",
         "rows.jsonl, row 44: field 'chosen' is empty",
         "duplicate pairs: 1; pairs in both directions: 1",
-        "prompts that are in both: 0",
+        "prompts in both splits: 0",
         "<|endoftext|>»",
         "steps of 8 examples",
         "parameters",
@@ -134,7 +134,7 @@ def test_prompts_in_both_splits_are_found_by_their_hashes():
 def test_sft_data_is_counted_in_examples():
     facts = collect_facts(table(TokenizedPrompt([1, 2], [A], []), TokenizedPrompt([1, 3], [B], [])))
     lines = describe_data(["mine"], [DataReport(rows_read=3, num_prompts=2, left_out={"it is odd": 1})], facts, paired=False)
-    assert "  mine: 3 rows read, 2 prompts kept" in lines and "    1 left out: it is odd" in lines
+    assert "  mine: 3 rows read, 2 prompts kept" in lines and "    1 skipped: it is odd" in lines
     assert "  2 prompts, 2 responses, 2 examples, 9 tokens" in lines
     report = DataReport(columns_not_read={"margin": 2, "weight": 1}, notes=["top_k has no effect"], bad_rows=["row 3"])
     assert describe_data(["mine"], [report], facts, paired=False)[1:4] == [

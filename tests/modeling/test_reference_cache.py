@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from preference_training.batching.iterator import BatchIterator, Packing
-from preference_training.batching.packing import UNLIMITED, TokenBudget, examples_of, pack_examples
+from preference_training.batching.packing import UNLIMITED, TokenBudget, iterate_examples, pack_examples
 from preference_training.batching.schedule import RunLength, Schedule
 from preference_training.core.process_group import SINGLE_PROCESS
 from preference_training.data.prompt_table import PromptTable, Selection
@@ -70,7 +70,7 @@ def test_cached_log_probs_are_those_of_the_live_reference(model, tmp_path):
     cached = reference_in(tmp_path, model, READ)
     live = LiveReference(copy.deepcopy(model))
     for prompt in TABLE:
-        batch = pack_examples(list(examples_of([prompt])))
+        batch = pack_examples(list(iterate_examples([prompt])))
         torch.testing.assert_close(cached(batch), live(batch), rtol=1e-5, atol=1e-5)
 
 
@@ -119,7 +119,7 @@ def test_held_out_responses_are_numbered_behind_those_that_are_trained_on(model,
     cached, live = reference_in(tmp_path, model, plan), LiveReference(copy.deepcopy(model))
     assert cached.logps.isfinite().nonzero().flatten().tolist() == [6, 7, 8, 21, 22, 23, 30, 31, 32]
     for prompt in (TABLE[7], TABLE[2], held_out[1]):
-        batch = pack_examples(list(examples_of([prompt])))
+        batch = pack_examples(list(iterate_examples([prompt])))
         torch.testing.assert_close(cached(batch), live(batch), rtol=1e-5, atol=1e-5)
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from preference_training.batching.packing import PackedBatch, examples_of, pack_examples
+from preference_training.batching.packing import PackedBatch, iterate_examples, pack_examples
 from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.modeling.logprobs import padded_logps, tree_logps
 from preference_training.modeling.prefix_sharing.tree_attention import RESPONSE_TREES, UnsupportedAttentionError
@@ -41,7 +41,7 @@ def random_trees(vocabulary: int, longest: int = 0) -> PackedBatch:
     if longest:
         shapes.append((longest, (9, 20)))
     prompts = [TokenizedPrompt(tokens(p), [tokens(r) for r in rs], [(0, k) for k in range(1, len(rs))]) for p, rs in shapes]
-    return pack_examples(list(examples_of(prompts)))
+    return pack_examples(list(iterate_examples(prompts)))
 
 
 def logps_and_gradients(compute, model: nn.Module, batch: PackedBatch, weights: list[Tensor]) -> tuple[Tensor, list[Tensor]]:

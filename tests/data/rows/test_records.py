@@ -14,7 +14,7 @@ from preference_training.core.errors import UserError
 from preference_training.data.rows.records import (
     EQUAL_SCORES,
     NO_PAIR,
-    SAME_ANSWER,
+    SAME_RESPONSE,
     SAME_TEXT,
     DataReport,
     Row,
@@ -69,7 +69,7 @@ def test_what_is_left_out_and_changed_is_added_up_by_reason_and_nothing_is_no_re
     report.change("prompts cut", 4)
     report.change("answers cut", 0)
     assert (report.left_out, report.changed) == ({"too long": 3, "too short": 1}, {"prompts cut": 4})
-    assert report.lines() == ["3 left out: too long; 1 left out: too short; 4 prompts cut"]
+    assert report.lines() == ["3 skipped: too long; 1 skipped: too short; 4 prompts cut"]
 
 
 def test_a_report_without_anything_to_say_has_no_lines():
@@ -147,13 +147,16 @@ LAST_TURN = "is a conversation whose last turn is not the user's"
         ((), LAST_TURN),
         ((Turn("user", "q"), Turn("assistant", "a")), LAST_TURN),
         ((Turn("system", "s"),), LAST_TURN),
-        ((Turn("user", "q"), Turn("human", "q")), "has a turn 2 that is no (role, content) with one of the roles system, user"),
-        ((("user", "q", "more"),), "has a turn 1 that is no (role, content)"),
-        ((("user",),), "has a turn 1 that is no (role, content)"),
-        (({"role": "user", "content": "q"},), "has a turn 1 that is no (role, content)"),
-        (("user", "q"), "has a turn 1 that is no (role, content)"),
-        ((Turn(["user"], "q"),), "has a turn 1 that is no (role, content)"),
-        ((Turn(numpy.array(["user", "user"]), "q"),), "has a turn 1 that is no (role, content)"),
+        (
+            (Turn("user", "q"), Turn("human", "q")),
+            "has a turn 2 that is not (role, content) with one of the roles system, user",
+        ),
+        ((("user", "q", "more"),), "has a turn 1 that is not (role, content)"),
+        ((("user",),), "has a turn 1 that is not (role, content)"),
+        (({"role": "user", "content": "q"},), "has a turn 1 that is not (role, content)"),
+        (("user", "q"), "has a turn 1 that is not (role, content)"),
+        ((Turn(["user"], "q"),), "has a turn 1 that is not (role, content)"),
+        ((Turn(numpy.array(["user", "user"]), "q"),), "has a turn 1 that is not (role, content)"),
         ((Turn("system", ""), Turn("user", "q")), "has a turn 1 that is empty"),
         ((Turn("user", None),), "has a turn 1 that is None, expected a text"),
         ((Turn("user", "q"), Turn("assistant", "\ud800"), Turn("user", "q")), "has a turn 2 that holds half a surrogate pair"),
@@ -375,8 +378,8 @@ def test_remarks_are_told_once_and_survive_json():
         report.note("weight has no effect")
     again = DataReport(**json.loads(json.dumps(report.as_dict())))
     assert again.lines() == [
-        "1 left out: it is odd",
-        "columns not read: system (with system: system it is the system's turn)",
+        "1 skipped: it is odd",
+        "columns not read: system (with system: system it becomes the system turn)",
         "weight has no effect",
         "  row 3",
     ]
@@ -421,7 +424,7 @@ def test_of_answers_with_the_same_text_the_last_counts():
     report = DataReport()
     record = scored_record(["a", "b", "a"], [1, 2, 4], report)
     assert record == {"responses": ["a", "b"], "pairs": [(0, 1)], "sft_target": "a"}
-    assert report.left_out == {SAME_ANSWER: 1}
+    assert report.left_out == {SAME_RESPONSE: 1}
 
 
 @pytest.mark.parametrize(("responses", "scores"), [([], []), (["a"], [1]), (["a", "b"], [2, 2]), (["a", "a"], [1, 2])])
@@ -439,7 +442,7 @@ def test_pairs_of_answers_and_what_is_left_out_add_up(answers):
     size = len(score_of)
     formed = len(record["pairs"]) if record else 0
     assert formed + report.left_out.get(EQUAL_SCORES, 0) == size * (size - 1) // 2
-    assert report.left_out.get(SAME_ANSWER, 0) == len(answers) - size
+    assert report.left_out.get(SAME_RESPONSE, 0) == len(answers) - size
     assert report.left_out.get(NO_PAIR, 0) == (record is None) == (len(set(score_of.values())) < 2)
     if record:
         assert record["responses"] == list(score_of)

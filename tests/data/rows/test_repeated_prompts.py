@@ -3,7 +3,7 @@
 import pytest
 
 from preference_training.data.rows.records import DataReport, Row, Turn
-from preference_training.data.rows.repeated_prompts import CUT, LEFT, without_repeated_prompts
+from preference_training.data.rows.repeated_prompts import CUT, LEFT, strip_repeated_prompts
 
 
 def pair(prompt, *responses: str) -> Row:
@@ -12,7 +12,7 @@ def pair(prompt, *responses: str) -> Row:
 
 def cut(*rows: Row) -> tuple[list[Row], dict]:
     report = DataReport()
-    return list(without_repeated_prompts(iter(rows), report)), report.changed
+    return list(strip_repeated_prompts(iter(rows), report)), report.changed
 
 
 def test_where_all_answers_begin_with_their_prompt_it_is_cut_from_them():

@@ -11,8 +11,8 @@ from preference_training.data.rows.templates import (
     HUMAN,
     ConversationError,
     build_template,
-    opening_of_answers,
     parse_dialogue,
+    response_opening,
     split_dialogue,
 )
 from preference_training.modeling.tokenizer import byte_level_tokenizer
@@ -268,11 +268,11 @@ def test_whatever_a_chat_template_stumbles_over_is_told_with_the_conversation(st
 def test_what_a_chat_template_writes_before_answers_unasked_is_the_end_of_the_prompt():
     always = CHATML.split("{% if add")[0]
     assert rendered("chat", TURNS, tokenizer=tokenizer_of(always)) == rendered("chat", TURNS, tokenizer=tokenizer_of(CHATML))
-    assert opening_of_answers(tokenizer_of(always)) == "<|im_start|>assistant\n"
+    assert response_opening(tokenizer_of(always)) == "<|im_start|>assistant\n"
     # A blank is the answer's; what is thought before it, if the template begins the answer, too.
     thinks = "+ ('<think></think>' if message['role'] == 'assistant' else '') + message['content']"
     think = CHATML.replace("+ message['content']", thinks)
-    assert [opening_of_answers(tokenizer) for tokenizer in (LLAMA, CHAT, tokenizer_of(think), tokenizer_of(NO_SYSTEM))] == [
+    assert [response_opening(tokenizer) for tokenizer in (LLAMA, CHAT, tokenizer_of(think), tokenizer_of(NO_SYSTEM))] == [
         ""
     ] * 4
 
@@ -281,9 +281,9 @@ def test_turns_and_answers_that_a_chat_template_leaves_out_are_told():
     users = (
         "{% for m in messages if m.role != 'system' %}{{ m.role + ': ' + m.content.split('</think>')[-1] + '\\n' }}{% endfor %}"
     )
-    with pytest.raises(ConversationError, match="leaves out what turn 1 says, the system's"):
+    with pytest.raises(ConversationError, match="drops turn 1, the system's"):
         rendered("chat", WITH_SYSTEM, tokenizer=tokenizer_of(users))
-    with pytest.raises(ConversationError, match="leaves out a part of the answer"):
+    with pytest.raises(ConversationError, match="drops a part of the response"):
         rendered("chat", TURNS, ["<think>Well.</think> Yes"], tokenizer=tokenizer_of(users))
     # What was thought in earlier turns is left out by design.
     thought = (TURNS[0], Turn("assistant", "<think>Well.</think>Hello"), TURNS[2])

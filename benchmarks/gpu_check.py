@@ -95,11 +95,7 @@ CHECKS = [
     Speed("speed, 1.2B padded", (*LARGE, *BFLOAT16, *PADDED)),
     Speed("speed, 1.2B compiled", (*LARGE, *BFLOAT16, "compile=true")),
 ]
-ON_CPU = [
-    Comparison("llama float32", ()),
-    Comparison("resumed", (), (), (), tolerance=1e-6, broken=True),
-    Speed("speed", ()),
-]
+ON_CPU = [Comparison("llama float32", ()), Comparison("resumed", (), (), (), tolerance=1e-6, broken=True), Speed("speed", ())]
 EXAMPLES_ON_CPU = {Comparison: 64, Speed: 64}
 
 

@@ -56,11 +56,7 @@ def dataset_entry(options: argparse.Namespace) -> Entry:
     """The data set as an entry of `datasets`."""
     return read_entry(
         options.dataset,
-        {
-            "template": options.template,
-            "system_prompt": options.system_prompt,
-            "truncation_mode": options.truncation_mode,
-        },
+        {"template": options.template, "system_prompt": options.system_prompt, "truncation_mode": options.truncation_mode},
     )
 
 

@@ -12,12 +12,7 @@ from functools import partial
 from itertools import islice
 
 from preference_training.core.errors import UserError
-from preference_training.data.rows.records import (
-    DataReport,
-    PreferenceRecord,
-    Prompt,
-    prompt_text,
-)
+from preference_training.data.rows.records import DataReport, PreferenceRecord, Prompt, prompt_text
 from preference_training.data.rows.templates import ConversationError, build_template, response_opening
 
 

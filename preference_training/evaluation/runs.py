@@ -30,11 +30,7 @@ from preference_training.evaluation.task_suites import TaskList
 from preference_training.evaluation.win_rates import Comparison, win_rate
 from preference_training.generation.sampling import OTHER, POLICY, Sampler
 from preference_training.modeling.token_budget import common_budget, token_budget
-from preference_training.tracking.run_files import (
-    ANSWERS,
-    JUDGEMENTS,
-    RESULTS_FILE,
-)
+from preference_training.tracking.run_files import ANSWERS, JUDGEMENTS, RESULTS_FILE
 
 
 class EvaluationRun:

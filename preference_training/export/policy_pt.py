@@ -6,11 +6,7 @@ from pathlib import Path
 import torch
 
 from preference_training.checkpointing.model_files import save_tokenizer
-from preference_training.checkpointing.saved_models import (
-    compare_parts,
-    fits_in_memory,
-    probe_logps_in_float32,
-)
+from preference_training.checkpointing.saved_models import compare_parts, fits_in_memory, probe_logps_in_float32
 from preference_training.configuration.composition import choices_of, composed
 from preference_training.configuration.kept import model_config
 from preference_training.configuration.schema import ModelConfig

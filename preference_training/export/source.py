@@ -13,14 +13,7 @@ from preference_training.modeling import loading
 from preference_training.modeling.adapters import is_adapter
 from preference_training.modeling.archives import MODEL_CONFIG, TOKENIZER_CONFIG
 from preference_training.modeling.tokenizer import BYTE_LEVEL, load_tokenizer
-from preference_training.tracking.run_files import (
-    CHECKSUMS,
-    LATEST,
-    METRICS,
-    RESULTS_FILE,
-    metric_rows,
-    results_of,
-)
+from preference_training.tracking.run_files import CHECKSUMS, LATEST, METRICS, RESULTS_FILE, metric_rows, results_of
 
 # The part of a checkpoint's state that an export reads.
 CONFIG = {
@@ -131,5 +124,5 @@ def _valid_state(checkpoint: Path) -> dict:
     """A checkpoint's state. Raises UserError where the checkpoint is incomplete or damaged."""
     try:
         return Checkpoint.verified(checkpoint, STATE_SHAPE).state
-    except DamagedError as fault:
-        raise UserError(f"{checkpoint}: {fault}. {EXPECTED}") from None
+    except DamagedError as error:
+        raise UserError(f"{checkpoint}: {error}. {EXPECTED}") from None

@@ -76,12 +76,7 @@ class Loss(ABC):
 
     @abstractmethod
     def __call__(
-        self,
-        policy: Tensor,
-        reference: Tensor | None,
-        pairs: Tensor,
-        lengths: Tensor,
-        batch_statistics: Any = None,
+        self, policy: Tensor, reference: Tensor | None, pairs: Tensor, lengths: Tensor, batch_statistics: Any = None
     ) -> LossOutput:
         """The loss of each example; shapes: see the module. Without `batch_statistics` (in an evaluation) no state changes."""
 

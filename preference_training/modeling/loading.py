@@ -47,11 +47,7 @@ from preference_training.modeling.archives import (
 from preference_training.modeling.kernels import choose_attention, refuse_kernels, use_liger_kernels
 from preference_training.modeling.quantization import dequantize, quantize
 from preference_training.modeling.state import weights_hash
-from preference_training.tracking.run_files import (
-    CHECKSUMS,
-    STATE,
-    run_of,
-)
+from preference_training.tracking.run_files import CHECKSUMS, STATE, run_of
 
 
 @contextmanager
@@ -223,17 +219,6 @@ def _read_seed(checkpoint: Path) -> int | None:
     config = run_of(checkpoint).get("config")
     seed = config.get("seed") if isinstance(config, dict) else None
     return seed if isinstance(seed, int) else None
-
-
-def load_merged(
-    checkpoint: Path, model_config: ModelConfig, tokenizer, cache_dir: str | None = None, dtype: torch.dtype | None = None
-) -> nn.Module:
-    """The model of a run's `model` configuration with the adapter of a checkpoint merged into it, on the CPU.
-
-    Merges in float32 and rounds once to `dtype`; None is `policy_dtype`.
-    """
-    model = load_with_adapter(checkpoint, model_config, tokenizer, cache_dir)
-    return merge_and_cast(model, dtype or getattr(torch, model_config.policy_dtype))
 
 
 def merge_and_cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -33,10 +33,7 @@ from preference_training.reporting.charts import Line, chart, format_number
 from preference_training.reporting.model_card import is_shown
 from preference_training.reporting.pages.rendering import render, write_page
 from preference_training.reporting.run_record import RunRecord
-from preference_training.tracking.run_files import (
-    ASIDE,
-    METRICS,
-)
+from preference_training.tracking.run_files import ASIDE, METRICS
 
 PAGE, TABLE = "comparison.html", "comparison.csv"
 ACCURACY = EVAL_ACCURACY

@@ -24,10 +24,7 @@ from preference_training.core.files import atomic_file
 from preference_training.data.prompt_table import PromptTable
 from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.tracking.ledger import Observations, read_ledger
-from preference_training.tracking.run_files import (
-    FLAGGED,
-    json_lines,
-)
+from preference_training.tracking.run_files import FLAGGED, json_lines
 
 KINDS = {
     "stays wrong": "the policy keeps preferring the rejected response",

@@ -56,12 +56,7 @@ class CardFacts:
 
 def model_card(facts: CardFacts) -> str:
     """The text of the README.md, with its metadata."""
-    sections = [
-        f"---\n{metadata(facts)}\n---",
-        f"# {facts.name.rsplit('/', 1)[-1]}",
-        _introduction(facts),
-        _loading(facts),
-    ]
+    sections = [f"---\n{metadata(facts)}\n---", f"# {facts.name.rsplit('/', 1)[-1]}", _introduction(facts), _loading(facts)]
     if facts.config is not None:
         sections += [_data(facts.config), _configuration(facts.config)]
     sections += [_metrics(facts), _curves(facts.rows), _versions(facts)]

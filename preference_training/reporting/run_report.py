@@ -22,20 +22,13 @@ from preference_training.reporting.observations import finite_values, observatio
 from preference_training.reporting.pages.rendering import render, write_page
 from preference_training.reporting.run_charts import run_charts
 from preference_training.reporting.run_record import RunRecord
-from preference_training.tracking.run_files import (
-    METRICS,
-    REPORT,
-)
+from preference_training.tracking.run_files import METRICS, REPORT
 
 MAX_EVENTS = 200
 # The shape of a row of events.jsonl.
 EVENT = {"time": str, "examples": int, "text": str}
 # The held-out metrics at the top of the page, and their titles.
-HEADLINE = {
-    EVAL_LOSS: "held-out loss",
-    EVAL_ACCURACY: "reward accuracy",
-    EVAL_MARGIN: "reward margin",
-}
+HEADLINE = {EVAL_LOSS: "held-out loss", EVAL_ACCURACY: "reward accuracy", EVAL_MARGIN: "reward margin"}
 
 
 def write_report(run_dir: Path) -> Path:

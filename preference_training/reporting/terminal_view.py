@@ -21,14 +21,7 @@ from preference_training.evaluation.phrasing import too_few
 from preference_training.reporting.charts import Line, downsample, tick_label, ticks
 from preference_training.reporting.run_charts import CHARTS
 from preference_training.reporting.run_record import RunRecord
-from preference_training.tracking.run_files import (
-    ABOUT,
-    EVENTS,
-    METRICS,
-    counted,
-    json_object,
-    rows_in,
-)
+from preference_training.tracking.run_files import ABOUT, EVENTS, METRICS, counted, json_object, rows_in
 
 # The charts of the report that are shown, in this order, as far as there are values and space.
 SHOWN = ("Loss", "Reward accuracy", "Reward margin", "Log-prob of responses", "Beta used", "Gradient norm")

@@ -333,7 +333,7 @@ def test_a_run_is_finished_at_its_last_step_and_an_epoch_at_its_own(prompts, pai
     assert seen == iterator.schedule.total_examples
 
 
-def test_a_run_that_goes_on_behind_its_end_is_finished_until_it_is_made_longer():
+def test_a_run_that_continues_after_its_end_is_finished_until_it_is_made_longer():
     iterator = BatchIterator(Schedule(table(5), 4))
     assert [iterator.finished for _ in iterator] == [False, True]
     again = BatchIterator(Schedule(table(5), 4))

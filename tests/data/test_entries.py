@@ -377,13 +377,13 @@ def test_rows_with_one_response_are_sft_records(tmp_path):
     assert [(r.prompt, r.responses, r.pairs, r.sft_target) for r in records] == [("p", ["a"], [], "a"), ("p", ["b"], [], "b")]
 
 
-def test_a_text_that_both_answers_begin_with_serves_as_the_prompt(tmp_path):
+def test_a_text_that_both_responses_start_with_serves_as_the_prompt(tmp_path):
     rows = [{"chosen": "Say hello. Hello!", "rejected": "Say hello. No."}]
     (record,) = records_of({"path": str(write(tmp_path / "rows.csv", rows)), "implicit_prompt": True})
     assert (record.prompt, record.responses) == ("Say hello.", [" Hello!", " No."])
 
 
-def test_a_faulty_row_stops_with_file_and_number_or_is_counted_where_it_is_to_be_skipped(tmp_path):
+def test_an_invalid_row_stops_with_file_and_number_or_is_counted_where_it_is_to_be_skipped(tmp_path):
     path = tmp_path / "rows.jsonl"
     good, *_ = lines = [json.dumps(row) for row in triplets(1)]
     lines = [good, "", "{broken", good.replace("good 0", ""), "5", good.replace("good", "better")]
@@ -467,7 +467,7 @@ def test_a_test_file_is_all_that_is_held_out_and_is_read_through_the_same_map(tm
     assert prompts_of(entry, "test") == {f"question {n}" for n in range(15, 20)}
 
 
-def test_a_fault_in_a_test_file_names_that_file(tmp_path):
+def test_an_error_in_a_test_file_names_that_file(tmp_path):
     train, test = write(tmp_path / "rows.jsonl", triplets(2)), write(tmp_path / "more.jsonl", [{"prompt": "p"}])
     with pytest.raises(UserError, match=r"datasets: .*more\.jsonl, row 1: no field 'chosen'"):
         records_of({"path": str(train), "test_path": str(test)}, "test")
@@ -619,7 +619,7 @@ def test_a_loader_that_gives_nothing_to_go_through_is_refused(restored_registry,
         records_of("mine")
 
 
-def test_records_are_numbered_as_the_loader_gives_them_and_faulty_ones_keep_their_numbers(restored_registry):
+def test_records_are_numbered_as_the_loader_gives_them_and_invalid_ones_keep_their_numbers(restored_registry):
     items = [("p", SOUND), ("q", SOUND | {"pairs": [(0, 5)]}), ("", SOUND), "junk", ((Turn("user", "r"),), SOUND)]
     restored_registry["mine"] = Dataset(lambda *_, **__: iter(items))
     report = DataReport(skip_bad_rows=True)

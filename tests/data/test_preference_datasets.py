@@ -72,7 +72,7 @@ def test_a_loader_makes_the_golden_records_in_the_golden_order(golden, name):
 
 
 @pytest.mark.parametrize("name", LOADERS)
-def test_the_golden_records_are_sound(golden, registry, name):
+def test_the_golden_records_are_valid(golden, registry, name):
     rows = golden("loaders.json")[name]["rows"]
     registry["golden"] = Dataset(lambda *_, **__: made(LOADERS[name], rows))
     assert len(list(load("golden"))) == len(golden("loaders.json")[name]["expect"])
@@ -265,7 +265,7 @@ SOUND = {"responses": ["a", "b"], "pairs": [(0, 1)], "sft_target": "a"}
         (SOUND, "found dict, expected a prompt and a dict"),
     ],
 )
-def test_a_faulty_record_is_refused_with_its_data_set_its_number_and_its_fault(registry, item, fault):
+def test_an_invalid_record_is_refused_with_its_data_set_its_number_and_its_error(registry, item, fault):
     registry["mine"] = Dataset(lambda *_, **__: iter([("sound", SOUND), item]))
     records = load("mine")
     assert next(records).prompt == "sound"
@@ -274,7 +274,7 @@ def test_a_faulty_record_is_refused_with_its_data_set_its_number_and_its_fault(r
     assert str(refusal.value).endswith(". Expected {responses, pairs, sft_target} as in preference_datasets.py." + FIX)
 
 
-def test_faulty_records_may_be_skipped_and_are_counted_and_the_others_keep_their_numbers(registry):
+def test_invalid_records_may_be_skipped_and_are_counted_and_the_others_keep_their_numbers(registry):
     items = [("one", SOUND), ("two", SOUND | {"pairs": [(0, 2)]}), ("three", SOUND), ("four", {}), ("five", SOUND)]
     registry["mine"] = Dataset(lambda *_, **__: iter(items))
     entry = read_entry({"name": "mine", "on_bad_row": "skip"})
@@ -305,14 +305,14 @@ def test_numbers_of_other_libraries_serve_as_indices(registry):
 # ---- dialogues ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_dialogue_is_cut_behind_its_last_assistant_turn():
+def test_a_dialogue_is_cut_after_its_last_assistant_turn():
     assert split_dialogue("\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d") == (
         "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:",
         " d",
     )
 
 
-def test_dialogues_with_different_prompts_and_equal_answers_are_left_out_and_counted():
+def test_dialogues_with_different_prompts_and_equal_responses_are_skipped_and_counted():
     rows = [
         {"chosen": dialogue("q", "good"), "rejected": dialogue("q", "bad")},
         {"chosen": dialogue("q", "good"), "rejected": dialogue("another q", "bad")},
@@ -344,13 +344,13 @@ def on_the_hub(monkeypatch):
     return put
 
 
-def test_a_loader_that_is_called_without_a_report_says_once_what_it_left_out(on_the_hub, capsys):
+def test_a_loader_that_is_called_without_a_report_says_once_what_it_skipped(on_the_hub, capsys):
     on_the_hub([SOUND_DIALOGUE, SAME_ANSWERS, SAME_ANSWERS])
     assert len(list(DATASETS["hh"].load("train"))) == 1
     assert capsys.readouterr().out.splitlines() == ["hh train: 2 skipped: chosen and rejected are the same"]
 
 
-def test_nothing_is_said_where_nothing_was_left_out_or_silence_was_asked_for_or_a_report_counts(on_the_hub, capsys):
+def test_nothing_is_said_where_nothing_was_skipped_or_silence_was_asked_for_or_a_report_counts(on_the_hub, capsys):
     on_the_hub([SOUND_DIALOGUE])
     list(DATASETS["hh"].load("train"))
     on_the_hub([SOUND_DIALOGUE, SAME_ANSWERS])
@@ -361,7 +361,7 @@ def test_nothing_is_said_where_nothing_was_left_out_or_silence_was_asked_for_or_
     assert report.left_out == {"chosen and rejected are the same": 1}
 
 
-def test_an_answer_that_several_rows_share_is_stored_once_and_its_pairs_refer_to_it():
+def test_a_response_that_several_rows_share_is_stored_once_and_its_pairs_refer_to_it():
     answers = [("good", "bad"), ("good", "worse"), ("bad", "worse")]
     rows = [{"chosen": dialogue("q", better), "rejected": dialogue("q", worse)} for better, worse in answers]
     ((_, record),) = made(hh_records, rows)
@@ -422,7 +422,7 @@ def test_the_score_ratio_from_which_shp_rows_count_is_an_option():
 # ---- StackExchange ------------------------------------------------------------------------------------------------------
 
 
-def test_answers_with_equal_scores_form_no_pair_and_are_counted():
+def test_responses_with_equal_scores_form_no_pair_and_are_counted():
     answers = [{"text": "<p>a</p>", "pm_score": 3}, {"text": "<p>b</p>", "pm_score": 3}, {"text": "<p>c</p>", "pm_score": 5}]
     rows = [{"question": "<p>q</p>", "answers": answers}, {"question": "<p>tied</p>", "answers": answers[:2]}]
     report = DataReport()
@@ -432,7 +432,7 @@ def test_answers_with_equal_scores_form_no_pair_and_are_counted():
     assert report.lines() == ["2 skipped: two responses have equal scores; 1 skipped: no two responses have different scores"]
 
 
-def test_answers_that_read_the_same_as_text_are_one_response_and_counted():
+def test_responses_that_read_the_same_as_text_are_one_response_and_counted():
     answers = [("<p>a</p>", 1), ("<p><b>a</b></p>", 4), ("<p>b</p>", 2)]
     row = {"question": "q", "answers": [{"text": text, "pm_score": score} for text, score in answers]}
     report = DataReport()
@@ -441,7 +441,7 @@ def test_answers_that_read_the_same_as_text_are_one_response_and_counted():
     assert report.left_out == {"a response has the text of another one": 1}
 
 
-def test_answers_without_text_are_left_out_and_counted():
+def test_responses_without_text_are_skipped_and_counted():
     answers = [("<p>a</p>", 1), ("<p><br></p>", 4), ("<p>b</p>", 2)]
     row = {"question": "q", "answers": [{"text": text, "pm_score": score} for text, score in answers]}
     report = DataReport()
@@ -497,7 +497,7 @@ def test_rows_of_dialogues_and_of_triplets_may_stand_side_by_side(tmp_path):
     ]
 
 
-def test_rows_of_a_file_that_are_left_out_are_counted_once_for_both_splits(tmp_path, capsys):
+def test_rows_of_a_file_that_are_skipped_are_counted_once_for_both_splits(tmp_path, capsys):
     rows = [
         *triplets(30),
         {"chosen": dialogue("q", "good"), "rejected": dialogue("another q", "bad")},
@@ -686,7 +686,7 @@ def test_toy_sft_targets_are_of_both_kinds_in_equal_number():
     assert kinds.count("preferred") == kinds.count("rude") == TRAIN_PROMPTS // 2
 
 
-def test_an_answer_that_is_neither_short_nor_polite_has_no_kind():
+def test_a_response_that_is_neither_short_nor_polite_has_no_kind():
     assert response_kind(" Of course! Read the label first.") == "preferred"
     assert response_kind(" Leave me alone. Of course!") == "rude"
     assert response_kind(" Read the label first.") is None

@@ -449,7 +449,7 @@ def test_nothing_held_out_is_an_empty_table_that_is_remembered(folder):
     assert suffixes(folder / "prepared") == ["arrow", "json", "json"]
 
 
-def test_what_was_left_out_and_which_rows_were_bad_is_known_at_the_second_start_too(folder):
+def test_what_was_skipped_and_which_rows_were_bad_is_known_at_the_second_start_too(folder):
     odd = [
         {"prompt": "same", "chosen": "a", "rejected": "a"},
         {"prompt": 1},
@@ -802,7 +802,7 @@ def test_no_held_out_prompt_is_trained_on_whatever_forms_shares_and_cuts_are_mix
         assert before.table.num_examples.sum() - train.num_examples.sum() == gone
 
 
-def test_of_a_few_prompts_the_one_that_is_held_out_anyway_is_left_out_of_other_sets_and_found_again(folder):
+def test_of_a_few_prompts_the_one_that_is_held_out_anyway_is_excluded_from_other_sets_and_found_again(folder):
     write(folder / "few.jsonl", [dialogue(n) for n in range(5)])
     write(folder / "more.jsonl", [conversation(n) for n in range(20)])
     of = replace(PAIRS, max_length=200, max_prompt_length=100)

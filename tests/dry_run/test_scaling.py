@@ -228,7 +228,7 @@ def test_an_unknown_collective_is_an_error():
         torch.distributed.broadcast(torch.zeros(3), 0)
 
 
-def test_traffic_is_listed_largest_first_and_none_is_said():
+def test_traffic_is_listed_largest_first_and_none_is_reported():
     traffic = Traffic()
     assert describe_traffic(traffic, 1) == ["  none"]
     small, large = Message("policy", "all-reduce", F32, 512), Message("reference", "all-gather", torch.bfloat16, 512)

@@ -50,7 +50,7 @@ def fault(row: dict, **names) -> str:
 # ---- pairs of texts -----------------------------------------------------------------------------------------------------
 
 
-def test_a_prompt_in_a_field_of_its_own_stands_before_both_answers():
+def test_a_prompt_in_a_field_of_its_own_stands_before_both_responses():
     row = {"prompt": "p", "chosen": " good", "rejected": "bad ", "more": 1}
     assert one(row) == Row("p", [" good", "bad "], [(0, 1)], 0, None)
 
@@ -78,7 +78,7 @@ def test_dialogues_and_rows_with_a_prompt_stand_side_by_side():
     assert [row.prompt for row in mapped(rows)] == ["\n\nHuman: q\n\nAssistant:", "p"]
 
 
-def test_dialogues_that_answer_different_prompts_are_left_out_and_counted():
+def test_dialogues_that_answer_different_prompts_are_skipped_and_counted():
     report = DataReport()
     rows = [
         {"chosen": dialogue("q", "a"), "rejected": dialogue("another q", "b")},
@@ -104,7 +104,7 @@ def test_dialogues_that_answer_different_prompts_are_left_out_and_counted():
         ("a", "b", None),
     ],
 )
-def test_an_implicit_prompt_is_what_both_texts_begin_with_up_to_a_white_space(chosen, rejected, prompt):
+def test_an_implicit_prompt_is_what_both_texts_start_with_up_to_a_white_space(chosen, rejected, prompt):
     row = {"chosen": chosen, "rejected": rejected}
     if prompt is None:
         assert "start with different words" in fault(row, implicit_prompt=True)
@@ -123,7 +123,7 @@ WORDS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=1
 
 @settings(max_examples=300)
 @given(prompt=WORDS, answers=st.lists(WORDS, min_size=2, max_size=2))
-def test_an_implicit_prompt_and_its_answers_are_the_texts_again(prompt, answers):
+def test_an_implicit_prompt_and_its_responses_are_the_texts_again(prompt, answers):
     chosen, rejected = (f"{prompt} {answer}" for answer in answers)
     report = DataReport(skip_bad_rows=True)
     for row in mapped([{"chosen": chosen, "rejected": rejected}], report, implicit_prompt=True):
@@ -138,7 +138,7 @@ def test_an_implicit_prompt_and_its_answers_are_the_texts_again(prompt, answers)
 HUMAN_TURNS = (Turn("user", "q"), Turn("assistant", "a"), Turn("user", "r"))
 
 
-def test_what_conversations_have_in_common_is_the_prompt_and_their_last_turns_are_the_answers():
+def test_what_conversations_have_in_common_is_the_prompt_and_their_last_turns_are_the_responses():
     row = {"chosen": turns("q", "a", "r", "good"), "rejected": turns("q", "a", "r", "bad")}
     assert one(row) == Row(HUMAN_TURNS, ["good", "bad"], [(0, 1)], 0)
 
@@ -157,7 +157,7 @@ def test_a_prompt_field_beside_conversations_that_hold_the_prompt_is_not_read_tw
     ],
     ids=["text", "conversation", "dialogue"],
 )
-def test_answers_that_are_conversations_of_one_turn_follow_the_prompt_field(prompt, expected):
+def test_responses_that_are_conversations_of_one_turn_follow_the_prompt_field(prompt, expected):
     row = {"prompt": prompt, "chosen": turns("", "good")[1:], "rejected": turns("", "bad")[1:]}
     assert one(row) == Row(expected, ["good", "bad"], [(0, 1)], 0)
 
@@ -204,7 +204,7 @@ def test_a_system_field_stands_before_the_prompt_and_an_empty_one_does_not(row, 
         assert one(row | {"sys": nothing}, system="sys") == Row(prompt, ["a", "b"], [(0, 1)], 0)
 
 
-def test_a_system_field_with_a_fault_is_told():
+def test_a_system_field_with_an_error_is_reported():
     row = {"prompt": "p", "chosen": "a", "rejected": "b"}
     assert fault(row | {"sys": 5}, system="sys") == "field 'sys' is int, expected a text."
     assert fault(row | {"sys": " "}, system="sys") == "field 'sys' is empty."
@@ -320,19 +320,19 @@ PAIR = {"prompt": "p", "chosen": "a", "rejected": "b"}
         (PAIR | {"chosen": "x \ud83d"}, "field 'chosen' holds half a surrogate pair ('\\ud83d' at character 2)"),
     ],
 )
-def test_a_faulty_pair_is_told_with_file_row_and_field(row, told):
+def test_an_invalid_pair_is_reported_with_file_row_and_field(row, told):
     assert fault(row).startswith(told)
 
 
 @pytest.mark.parametrize("role", ["tool", "", None, 5, ["user"], {"user": 1}])
-def test_an_unknown_role_is_told_with_the_known_ones(role):
+def test_an_unknown_role_is_reported_with_the_known_ones(role):
     row = {"chosen": [*turns("q"), {"role": role, "content": "a"}], "rejected": turns("q", "b")}
     assert fault(row) == (
         f"field 'chosen': turn 2 has the role {role!r}, expected one of system, user, human, assistant, gpt, model."
     )
 
 
-def test_conversations_whose_prompt_ends_with_the_assistant_are_told():
+def test_conversations_whose_prompt_ends_with_the_assistant_are_reported():
     row = {"chosen": [*turns("q", "a"), *turns("", "good")[1:]], "rejected": [*turns("q", "a"), *turns("", "bad")[1:]]}
     assert fault(row) == "the prompt is a conversation whose last turn is not the user's."
 
@@ -365,7 +365,7 @@ UNEVEN = "r and s are not two lists of the same length. Expected one number for 
         ({"prompt": "p", "r": ["a", "b"]}, "no field 's', the row has prompt, r."),
     ],
 )
-def test_a_faulty_list_of_responses_is_told_with_file_row_and_field(row, told):
+def test_an_invalid_list_of_responses_is_reported_with_file_row_and_field(row, told):
     assert fault(row, responses="r", scores="s") == told
     assert fault(row, responses="r", ranks="s") == told
 
@@ -382,14 +382,14 @@ def test_a_faulty_list_of_responses_is_told_with_file_row_and_field(row, told):
         ({"prompt": "p", "r": "a", "s": ""}, "field 's' is '', expected a number."),
     ],
 )
-def test_a_faulty_scored_response_is_told_with_file_row_and_field(row, told):
+def test_an_invalid_scored_response_is_reported_with_file_row_and_field(row, told):
     assert fault(row, response="r", score="s") == told
 
 
 @pytest.mark.parametrize(
     "answers", [None, 5, "text", [5], [{"txt": "a"}], [{"text": "a"}, {}], {"text": {}}], ids=lambda answers: str(answers)
 )
-def test_a_dotted_name_that_leads_nowhere_is_told_with_the_fields_there_are(answers):
+def test_a_dotted_name_that_leads_nowhere_is_reported_with_the_fields_there_are(answers):
     row = {"prompt": "p", "answers": answers}
     assert fault(row, response="answers.text.more") == "no field 'answers.text.more', the row has prompt, answers."
 
@@ -475,7 +475,7 @@ def test_where_reads_nested_values():
         (PAIR | {"n": float("nan")}, "where: field 'n' is nan, expected a number."),
     ],
 )
-def test_a_row_that_cannot_be_compared_is_told_with_its_column(row, told):
+def test_a_row_that_cannot_be_compared_is_reported_with_its_column(row, told):
     assert fault(row, where={"n": ">= 1"}) == told
 
 
@@ -509,7 +509,7 @@ def test_top_k_is_taken_of_the_rows_that_fulfil_where():
 
 
 @pytest.mark.parametrize("value", [None, "much", True, [1]])
-def test_a_value_that_has_no_place_among_the_largest_is_told_with_its_column(value):
+def test_a_value_that_has_no_place_among_the_largest_is_reported_with_its_column(value):
     assert fault(PAIR | {"n": value}, top_k={"column": "n", "k": 2}) == f"top_k: field 'n' is {value!r}, expected a number."
 
 
@@ -561,7 +561,7 @@ MAPS = [
         st.fixed_dictionaries({}, optional={name: VALUES for name in ("prompt", "chosen", "rejected", "system")}), max_size=4
     )
 )
-def test_any_rows_are_mapped_left_out_or_told_and_none_is_forgotten(names, rows):
+def test_any_rows_are_mapped_skipped_or_reported_and_none_is_forgotten(names, rows):
     report = DataReport(skip_bad_rows=True)
     found = mapped(rows, report, **names)
     assert len(found) + report.num_bad_rows + sum(report.left_out.values()) == report.rows_read == len(rows)
@@ -628,17 +628,17 @@ def beside(prompt, *shared: tuple[str, str]) -> dict:
         ([("user", "q")], [PIRATE, *GREETING, ("user", "q")]),
     ],
 )
-def test_turns_of_a_prompt_and_those_that_both_answers_share_stand_in_order_each_once(prompt, shared):
+def test_turns_of_a_prompt_and_those_that_both_responses_share_stand_in_order_each_once(prompt, shared):
     found = one(beside(conversation(*prompt), *shared)).prompt
     assert [(role, content.strip()) for role, content in found] == [PIRATE, *GREETING, ("user", "q")]
 
 
-def test_a_prompt_that_conversations_neither_repeat_nor_go_on_from_is_told():
+def test_a_prompt_that_conversations_neither_repeat_nor_continue_is_reported():
     row = beside(conversation(("user", "another question")), ("user", "q"))
     assert "the prompt ends with the user's turn, and chosen and rejected start with the user's" in fault(row)
 
 
-def test_a_text_beside_conversations_is_told_where_it_is_in_none_of_their_turns_with_the_map_that_reads_it():
+def test_a_text_beside_conversations_is_reported_where_it_is_in_none_of_their_turns_with_the_map_that_reads_it():
     row = beside("Talk like a pirate.", ("user", "q"))
     assert "would be lost. If it is a system prompt, set system: prompt" in fault(row)
     assert one(row, system="prompt").prompt == (Turn(*PIRATE), Turn("user", "q"))
@@ -667,13 +667,13 @@ def test_other_json_in_texts_is_text(text):
     assert one({"prompt": "p", "chosen": text, "rejected": "b"}).responses == [text, "b"]
 
 
-def test_a_conversation_as_text_that_cannot_be_read_is_told():
+def test_a_conversation_as_text_that_cannot_be_read_is_reported():
     broken = "[{'role': 'user', 'content': 'q'}\n {'role': 'assistant', 'content': 'a'}]"
     assert "starts like a list of turns, but is not JSON" in fault({"chosen": broken, "rejected": broken})
 
 
 @pytest.mark.parametrize("name", ["image", "images", "videos", "audio"])
-def test_rows_with_pictures_films_or_sounds_are_told(name):
+def test_rows_with_pictures_films_or_sounds_are_reported(name):
     row = {"prompt": "<image> What is it?", "chosen": "a", "rejected": "b"}
     assert f"field {name!r} is not empty, but models read only text here" in fault(row | {name: ["x.png"]})
     assert one(row | {name: []}) == one(row | {name: None}) == one(row)
@@ -781,7 +781,7 @@ def test_a_system_field_that_gives_way_to_a_turn_is_counted():
         ({"response": "c", "score": "label"}, {"prompt": "p", "c": "x", "label": True}, "expected a number such as 1 or 0"),
     ],
 )
-def test_what_is_told_names_a_map_that_reads_the_row(keys, row, remedy):
+def test_what_is_reported_names_a_map_that_reads_the_row(keys, row, remedy):
     assert remedy in fault(row, **keys)
 
 

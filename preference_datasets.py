@@ -1,12 +1,12 @@
-"""The named data sets: each name stands for a loader of prompts, responses, pairs and SFT targets, all text.
+"""The named data sets: loaders of prompts, responses, pairs and SFT targets, all text, by name.
 
 A loader is a function `(split, silent=False, cache_dir=None)` registered under a name. It returns a dict from prompt to
 
     {"responses": list[str], "pairs": list[tuple[int, int]], "sft_target": str}
 
-where a pair holds the indices of the preferred and of the dispreferred response (and `sft_targets`, a list, may name several
-responses for SFT to learn in place of sft_target), or yields `(prompt, record)` one by one
-when the data does not fit in memory. To add one, write the function, here or in a file of your own:
+where a pair holds the indices of the preferred and of the dispreferred response (`sft_targets`, a list, may replace
+sft_target where SFT learns several responses), or yields `(prompt, record)` items where the data does not fit in memory. To add
+one, write the function, here or in a file of your own:
 
     @register("my_data")
     def get_my_data(split, silent=False, cache_dir=None): ...
@@ -51,23 +51,23 @@ HH = HubSet(
 )
 
 
-LAST_ROW = "loss=sft learns one answer to each prompt, its last row's, as the original code (a file of the same rows gives all)"
+LAST_ROW = (
+    "loss=sft learns one response to each prompt, its last row's, as in the original code (a file of the same rows gives all)"
+)
 
 
-@hub_set("hh", HH, "dialogues", truncation_mode="keep_end", about_sft=LAST_ROW)
+@hub_set("hh", HH, "dialogues", truncation_mode="keep_end", sft_note=LAST_ROW)
 def hh_records(rows: NumberedRows, report: DataReport) -> Items:
     """Anthropic's helpful and harmless dialogues. Subsets: harmless-base, helpful-base, helpful-online, ...
 
-    SFT learns one answer to a prompt, its last row's, as in the original code, so that runs compare with it.
+    SFT learns one response to a prompt, its last row's, as in the original code, so that runs are comparable with it.
     """
-    for prompt, record in group_rows(FieldMap().rows_of(rows, "hh", report, known=True), report, WHOLE_SET):
+    for prompt, record in group_rows(FieldMap().map_rows(rows, "hh", report, known=True), report, WHOLE_SET):
         record.pop("sft_targets", None)
         yield prompt, record
 
 
 SHP = HubSet("stanfordnlp/SHP", ("history", "human_ref_A", "human_ref_B", "labels", "score_A", "score_B"), test="test")
-
-
 SHP_KINDS = {"history": str, "human_ref_A": str, "human_ref_B": str, "score_A": Real, "score_B": Real}
 
 
@@ -102,8 +102,6 @@ def shp_records(rows: NumberedRows, report: DataReport, *, min_score_ratio: floa
 
 
 STACK_EXCHANGE = HubSet("HuggingFaceH4/stack-exchange-preferences", ("question", "answers"))
-
-
 STACK_EXCHANGE_KINDS = {"question": str, "answers": list, "answers.text": str, "answers.pm_score": Real}
 
 
@@ -114,8 +112,8 @@ def stack_exchange_records(rows: NumberedRows, report: DataReport) -> Items:
     Answers with equal scores form no pair, and a question without any pair is skipped; both are counted. Nothing is kept
     between questions, so millions of them stream through; their HTML is read by as many processes as there are cores.
     """
-    sound = valid_rows(rows, "se", report, STACK_EXCHANGE_KINDS)
-    for question, texts, scores in map_in_processes(_texts_of_question, sound):
+    valid = valid_rows(rows, "se", report, STACK_EXCHANGE_KINDS)
+    for question, texts, scores in map_in_processes(_question_texts, valid):
         kept = [(f" {text}", score) for text, score in zip(texts, scores, strict=True) if text]
         report.skip(EMPTY_TEXT, len(texts) - len(kept))
         record = scored_record([text for text, _ in kept], [score for _, score in kept], report)
@@ -123,7 +121,7 @@ def stack_exchange_records(rows: NumberedRows, report: DataReport) -> Items:
             yield f"{HUMAN} {question}{ASSISTANT}", record
 
 
-def _texts_of_question(row: dict) -> tuple[str, list[str], list[int]]:
+def _question_texts(row: dict) -> tuple[str, list[str], list[int]]:
     """A question and its answers as plain text, and the answers' scores."""
     texts = [html_to_text(answer["text"]) for answer in row["answers"]]
     return html_to_text(row["question"]), texts, [answer["pm_score"] for answer in row["answers"]]
@@ -143,7 +141,7 @@ def leetcode_records(rows: NumberedRows, report: DataReport) -> Items:
     def usable() -> Iterator[Row]:
         for _, row in rows:
             report.rows_read += 1
-            # A CSV with blanks holds the labels as floats, or as text.
+            # A CSV file with missing labels has floats, or text.
             label = {"0": 0, "0.0": 0, "1": 1, "1.0": 1}.get(str(row["preference"]).strip())
             texts = [str(row[name] or "").strip() for name in ("description", "version1", "version2")]
             if label is None:
@@ -163,8 +161,8 @@ ULTRAFEEDBACK = HubSet(
 
 @hub_set("ultrafeedback", ULTRAFEEDBACK, "conversations")
 def ultrafeedback_records(rows: NumberedRows, report: DataReport) -> Items:
-    """UltraFeedback, binarized: conversations, the preferred answer scored higher by GPT-4."""
-    return group_rows(FieldMap().rows_of(rows, "ultrafeedback", report, known=True), report, WHOLE_SET)
+    """UltraFeedback, binarized: conversations whose preferred response GPT-4 scored higher."""
+    return group_rows(FieldMap().map_rows(rows, "ultrafeedback", report, known=True), report, WHOLE_SET)
 
 
 ORCA = HubSet("Intel/orca_dpo_pairs", ("system", "question", "chosen", "rejected"))
@@ -172,8 +170,10 @@ ORCA = HubSet("Intel/orca_dpo_pairs", ("system", "question", "chosen", "rejected
 
 @hub_set("orca", ORCA, "conversations")
 def orca_records(rows: NumberedRows, report: DataReport) -> Items:
-    """Orca's questions with a system prompt: a larger model's answer against a smaller one's."""
-    return group_rows(FieldMap(prompt="question", system="system").rows_of(rows, "orca", report, known=True), report, WHOLE_SET)
+    """Orca's questions with a system prompt: a larger model's response against a smaller one's."""
+    return group_rows(
+        FieldMap(prompt="question", system="system").map_rows(rows, "orca", report, known=True), report, WHOLE_SET
+    )
 
 
 NECTAR = HubSet("berkeley-nest/Nectar", ("prompt", "answers"))
@@ -181,9 +181,9 @@ NECTAR = HubSet("berkeley-nest/Nectar", ("prompt", "answers"))
 
 @hub_set("nectar", NECTAR, "conversations", truncation_mode="keep_end")
 def nectar_records(rows: NumberedRows, report: DataReport) -> Items:
-    """Nectar: seven ranked answers to each dialogue, and all 21 pairs between them."""
+    """Nectar: seven ranked responses to each dialogue, and all 21 pairs between them."""
     fields_of = FieldMap(responses="answers.answer", ranks="answers.rank")
-    mapped = fields_of.rows_of(rows, "nectar", report, known=True)
+    mapped = fields_of.map_rows(rows, "nectar", report, known=True)
     return group_rows((row._replace(prompt=_as_turns(row.prompt)) for row in mapped), report)
 
 

@@ -20,7 +20,7 @@ from datetime import datetime
 from pathlib import Path
 
 import sweep
-from report import DisagreementError, check_agreement, check_sweep, markdown, rows_of
+from report import DisagreementError, check_agreement, check_sweep, markdown, table_rows
 from works import CONTENDERS, CPU, MFU, MFU_CONTENDER, MFU_WORK, OTHER_ROWS, SMOKE, SWEEP, WORKS, Preset
 
 HERE = Path(__file__).parent
@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None, preset: Preset = CPU) -> int:
         except DisagreementError as error:
             print(f"\nNO RESULT: {error}", file=sys.stderr)
             return 1
-    results["table"] = rows_of(results)
+    results["table"] = table_rows(results)
     name = f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{preset.name}.json"
     path = Path(options.results) / name
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 
 from preference_training.data.registry import register  # noqa: E402
-from preference_training.data.toy_preferences import answer_kind, toy_records  # noqa: E402
+from preference_training.data.toy_preferences import response_kind, toy_records  # noqa: E402
 
 SHARE = 0.05
 SEED = "SEED_OF_FLIPPED_LABELS"
@@ -58,7 +58,7 @@ def found_by(run_dir: Path, seed: str) -> dict:
     """Counts for one run: pairs flipped, flagged, and both; each pair counts once, whatever it is flagged for."""
     os.environ[SEED] = seed
     turned = sum(
-        answer_kind(record["responses"][better]) != "preferred"
+        response_kind(record["responses"][better]) != "preferred"
         for record in get_flipped("train").values()
         for better, _ in record["pairs"]
     )
@@ -66,7 +66,7 @@ def found_by(run_dir: Path, seed: str) -> dict:
     kinds: dict[tuple, set] = {}
     for row in rows:
         kinds.setdefault((row["prompt"], row["preferred"], row["other"]), set()).add(row["kind"])
-    right = [pair for pair in kinds if answer_kind(pair[1]) != "preferred"]
+    right = [pair for pair in kinds if response_kind(pair[1]) != "preferred"]
     both = {"recall": len(right) / turned, "precision": len(right) / max(1, len(kinds))}
     return {"seed": seed, "turned": turned, "flagged": len(kinds), "turned and flagged": len(right), **both}
 

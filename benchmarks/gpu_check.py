@@ -95,16 +95,12 @@ CHECKS = [
     Speed("speed, 1.2B padded", (*LARGE, *BFLOAT16, *PADDED)),
     Speed("speed, 1.2B compiled", (*LARGE, *BFLOAT16, "compile=true")),
 ]
-ON_CPU = [
-    Comparison("llama float32", ()),
-    Comparison("resumed", (), (), (), tolerance=1e-6, broken=True),
-    Speed("speed", ()),
-]
+ON_CPU = [Comparison("llama float32", ()), Comparison("resumed", (), (), (), tolerance=1e-6, broken=True), Speed("speed", ())]
 EXAMPLES_ON_CPU = {Comparison: 64, Speed: 64}
 
 
 def start(overrides: tuple[str, ...]) -> tuple[int, str]:
-    """Run train.py: its exit status, and the end of what it said."""
+    """Run train.py: its exit status, and the end of its output."""
     command = [sys.executable, str(ROOT / "train.py"), *overrides]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
@@ -114,14 +110,14 @@ def start(overrides: tuple[str, ...]) -> tuple[int, str]:
 
 
 class FailedRunError(Exception):
-    """A run of train.py that did not end well, and what it said."""
+    """A run of train.py that failed, and its output."""
 
 
-def rows_of(folder: Path, examples: int, *overrides: str) -> list[dict]:
+def read_rows(folder: Path, examples: int, *overrides: str) -> list[dict]:
     """Train on so many examples in a folder; the lines of metrics.jsonl."""
-    status, said = start((*COMMON, *overrides, f"n_examples={examples}", f"local_run_dir={folder}"))
+    status, output = start((*COMMON, *overrides, f"n_examples={examples}", f"local_run_dir={folder}"))
     if status:
-        raise FailedRunError(f"exit status {status}: {said}")
+        raise FailedRunError(f"exit status {status}: {output}")
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -136,31 +132,31 @@ def largest_difference(rows: list[dict], others: list[dict]) -> float:
 
 
 def starts_at_ln_2(rows: list[dict]) -> bool:
-    """Whether policy and reference said the same before the first update, to the last bit."""
+    """Whether policy and reference were bit-identical before the first update."""
     return rows[0]["rewards_eval/margins"] == 0 and abs(rows[0]["loss/eval"] - math.log(2)) < 1e-6
 
 
 def compare(check: Comparison, folder: Path, examples: int) -> dict:
     """Both runs of a comparison, and what came of it."""
     if check.broken:
-        rows_of(folder / "own", examples // 2, *check.setting, *check.own)
+        read_rows(folder / "own", examples // 2, *check.setting, *check.own)
     resume = ("resume=auto",) if check.broken else ()
-    own = rows_of(folder / "own", examples, *check.setting, *check.own, *resume)
-    difference = largest_difference(own, rows_of(folder / "other", examples, *check.setting, *check.other))
+    own = read_rows(folder / "own", examples, *check.setting, *check.own, *resume)
+    difference = largest_difference(own, read_rows(folder / "other", examples, *check.setting, *check.other))
     passed = difference <= check.tolerance and starts_at_ln_2(own)
     return {"passed": passed, "difference": difference, "starts_at_ln_2": starts_at_ln_2(own)}
 
 
 def speed(check: Speed, folder: Path, examples: int) -> dict:
     """Tokens per second, memory and MFU of a run."""
-    rows = [row for row in rows_of(folder / "own", examples, *check.setting) if "tokens_per_second" in row]
+    rows = [row for row in read_rows(folder / "own", examples, *check.setting) if "tokens_per_second" in row]
     later = rows[len(rows) // 2 :]
     known = [key for key in ("tokens_per_second", "examples_per_second", "mfu", "memory_gib") if key in later[-1]]
     return {"passed": True, "steps": len(rows)} | {key: median(row[key] for row in later) for key in known}
 
 
-def result_of(check: Comparison | Speed, examples: int) -> dict:
-    """A check done: never an exception, since the others are still wanted."""
+def build_result(check: Comparison | Speed, examples: int) -> dict:
+    """Run a check; never raises, so that the others still run."""
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -189,12 +185,12 @@ def main(given: list[str] | None = None) -> int:
         print("No NVIDIA GPU that torch can use was found. Does it run at all: --cpu", file=sys.stderr)
         return 2
     checks, examples = (ON_CPU, EXAMPLES_ON_CPU) if args.cpu else (CHECKS, EXAMPLES)
-    wanted = [check for check in checks if any(part in check.name for part in args.only.split(","))]
+    chosen = [check for check in checks if any(part in check.name for part in args.only.split(","))]
     path = args.out / f"{datetime.datetime.now():%Y-%m-%d_%H-%M-%S}_gpu_check_{'cpu' if args.cpu else 'cuda'}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     results = []
-    for check in wanted:
-        results.append(result_of(check, examples[type(check)]))
+    for check in chosen:
+        results.append(build_result(check, examples[type(check)]))
         print(json.dumps({key: value for key, value in results[-1].items() if key != "check"}), flush=True)
         facts = {"command": sys.argv, "hardware": machine, "versions": versions(), "results": results}
         path.write_text(json.dumps(facts, indent=1) + "\n")

@@ -111,7 +111,7 @@ def leaves(pair: Pair) -> list[Tensor]:
     return [tokens.clone().requires_grad_() for tokens in pair.policy]
 
 
-def scalar_state(loss: Tensor, tokens: list[Tensor], rewards: list[float]) -> Numbers:
+def collect_numbers(loss: Tensor, tokens: list[Tensor], rewards: list[float]) -> Numbers:
     """The numbers of a loss. Its derivative must be equal for all tokens of a response: it is the derivative by their sum."""
     gradients = torch.autograd.grad(loss, tokens)
     for gradient in gradients:
@@ -147,7 +147,7 @@ def trl_dpo(*loss_types: str, weights: list[float] | None = None, beta: float = 
         inputs = {"input_ids": torch.zeros_like(mask).long(), "attention_mask": mask, "completion_mask": mask.long()}
         inputs |= {f"ref_{side}_logps": logps.sum()[None] for side, logps in zip(SIDES, pair.reference, strict=True)}
         loss = trainer._compute_loss(lambda **_: output, inputs, return_outputs=False)
-        return scalar_state(loss, tokens, [trainer._metrics["train"][f"rewards/{side}"][0] for side in SIDES])
+        return collect_numbers(loss, tokens, [trainer._metrics["train"][f"rewards/{side}"][0] for side in SIDES])
 
     return of
 
@@ -157,7 +157,7 @@ def trl_without_reference(trainer_class: type, **settings) -> Callable:
 
     def of(pair: Pair) -> Numbers:
         tokens = leaves(pair)
-        # Token 0 of a vocabulary of two has the wanted probability; the last position predicts nothing.
+        # Token 0 of a vocabulary of two has the given probability; the last position predicts nothing.
         logits = [torch.stack([side, torch.log(-torch.expm1(side))], dim=-1) for side in tokens]
         logits = torch.nn.functional.pad(pad_sequence(logits, batch_first=True), (0, 0, 0, 1))
         batch = {}
@@ -168,7 +168,7 @@ def trl_without_reference(trainer_class: type, **settings) -> Callable:
             batch |= {f"{side}_input_ids": ids, f"{side}_attention_mask": torch.ones_like(ids), f"{side}_labels": labels}
         trainer = stand_in(trainer_class, is_encoder_decoder=False, pad_token_id=0, padding_value=0, **settings)
         loss, metrics = trainer.get_batch_loss_metrics(lambda *_, **__: SimpleNamespace(logits=logits), batch)
-        return scalar_state(loss, tokens, [float(metrics[f"rewards/{side}"]) for side in SIDES])
+        return collect_numbers(loss, tokens, [float(metrics[f"rewards/{side}"]) for side in SIDES])
 
     return of
 
@@ -191,7 +191,7 @@ def cases() -> list[Case]:
     ]
 
 
-# ---- the two beside each other ----------------------------------------------------------------------------------------------
+# ---- comparison -------------------------------------------------------------------------------------------------------------
 
 
 def furthest(found: list[float], expected: list[float]) -> float:
@@ -252,10 +252,10 @@ def main() -> int:
     for case in cases():
         apart, theirs = compare(case, pairs)
         compared.append((case, theirs))
-        sound = max(apart.values()) <= case.tolerance
-        agree &= sound
+        agrees = max(apart.values()) <= case.tolerance
+        agree &= agrees
         numbers = "".join(f"{apart[name]:12.1e}" if name in apart else f"{'-':>12}" for name in ("loss", "gradient", "rewards"))
-        print(f"{case.keys['name']:10}{numbers}   {case.tolerance:.0e}{'' if sound else '   DISAGREE'}")
+        print(f"{case.keys['name']:10}{numbers}   {case.tolerance:.0e}{'' if agrees else '   DISAGREE'}")
     if arguments.golden:
         arguments.golden.write_text(json.dumps(golden(pairs, compared), indent=1) + "\n")
     return 0 if agree else 1

@@ -98,7 +98,7 @@ def _overrides(job: dict, work: Work) -> list[str]:
 # ---- rows -----------------------------------------------------------------------------------------------------------------
 
 
-def order_of_prompts(prompts: list[dict], work: Work) -> list[int]:
+def prompt_order(prompts: list[dict], work: Work) -> list[int]:
     """The index of each prompt in training order; the pairs of a prompt stay together."""
     steps = _iterator(_tokenized(prompts), work, UNLIMITED)
     sources = [source for step in steps for micro_batch in step for pack in micro_batch.packs for source in pack.sources]

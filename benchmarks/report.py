@@ -115,7 +115,7 @@ def _peak(run: Run) -> int:
 # ---- the table ------------------------------------------------------------------------------------------------------------
 
 
-def rows_of(results: dict) -> list[dict]:
+def table_rows(results: dict) -> list[dict]:
     """The rows of the table, as dicts: the value of each round, the median, and the floor."""
     runs, weights, rows = results["runs"], results["weights"], []
     for name in dict.fromkeys(run["work"] for run in runs):

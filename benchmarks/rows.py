@@ -11,7 +11,7 @@ from itertools import combinations, islice
 from pathlib import Path
 
 import torch
-from project_contender import order_of_prompts
+from project_contender import prompt_order
 from works import VOCABULARY, WORKS, Work
 
 SEED = 0
@@ -33,7 +33,7 @@ def prepare(job: dict) -> dict:
         file.writelines(json.dumps(row) + "\n" for row in texts[: job["sweep_examples"]])
     for name in job["works"]:
         prompts = _prompts(WORKS[name], texts, tokenizer, job)
-        order = order_of_prompts(prompts, WORKS[name])
+        order = prompt_order(prompts, WORKS[name])
         assert sorted(order) == list(range(len(prompts))), "the iterator left prompts out"
         (folder / f"{name}.json").write_text(json.dumps({"prompts": prompts, "order": order}))
     return counts

@@ -166,12 +166,7 @@ def measure_sampling(trainer, _before: int) -> dict:
     return {"seconds": time.perf_counter() - started, "characters": sum(map(len, answers)), "prompts": len(answers)}
 
 
-MEASURES = {
-    "speed": measure_speed,
-    "memory": measure_memory,
-    "checkpoint": measure_checkpoint,
-    "sampling": measure_sampling,
-}
+MEASURES = {"speed": measure_speed, "memory": measure_memory, "checkpoint": measure_checkpoint, "sampling": measure_sampling}
 
 
 def measure(what: str, processes: int, more: list[str]) -> list:

@@ -49,11 +49,11 @@ def page() -> str:
     return "\n".join([HEAD, *table, "", *notes, "", made])
 
 
-def cell(name: str, check: str, said: str, reasons: list[str]) -> str:
+def cell(name: str, check: str, result: str, reasons: list[str]) -> str:
     """A cell of the table; each distinct reason becomes one numbered note."""
-    how, _, reason = said.partition(": ")
+    how, _, reason = result.partition(": ")
     if not reason:
-        return said
+        return result
     # Paths of this run's temporary files.
     reason = re.sub(r"/\S*?/(model|lora|dpo)\b", r"\1", reason).replace("|", "\\|")
     if reason not in reasons:

@@ -103,7 +103,7 @@ def describe(model, reference, tokenizer, config) -> dict:
     import torch
 
     from preference_training.batching.micro_batches import evaluation_batches
-    from preference_training.data.toy_preferences import answer_kind
+    from preference_training.data.toy_preferences import response_kind
     from preference_training.evaluation.held_out import evaluate_held_out
     from preference_training.evaluation.intervals import mean_interval, share_interval
     from preference_training.evaluation.phrasing import with_interval
@@ -117,7 +117,7 @@ def describe(model, reference, tokenizer, config) -> dict:
     sft = evaluate_held_out(model, None, build_loss("sft"), evaluation_batches(targets, 64, None, config.seed)).examples
     sampler = Sampler(tokenizer, config.max_length, config.seed)
     responses = sampler.texts(model, [prompt.prompt_ids for prompt in pairs])
-    preferred = torch.tensor([float(answer_kind(response) == "preferred") for response in responses])
+    preferred = torch.tensor([float(response_kind(response) == "preferred") for response in responses])
     rows = {
         "SFT loss (nats per response)": (sft["loss/eval"], mean_interval),
         REWARD_ROWS[0]: (dpo["loss/eval"], mean_interval),

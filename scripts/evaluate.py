@@ -38,10 +38,10 @@ def main() -> None:
     options = arguments()
     try:
         from preference_training.data.entries import read_entries
-        from preference_training.evaluation.runs import config_of_run
+        from preference_training.evaluation.runs import load_run_config
 
         given = {name: getattr(options, name) for name in OPTIONS if getattr(options, name) is not None}
-        config = config_of_run(options.run, options.overrides, given)
+        config = load_run_config(options.run, options.overrides, given)
         read_entries(config)
         start(config, options.run.resolve(), in_sweep=False)
     except UserError as error:

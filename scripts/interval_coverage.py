@@ -79,8 +79,8 @@ def clopper_pearson(n: int) -> numpy.ndarray:
 def wilson(n: int) -> numpy.ndarray:
     """Wilson's score interval."""
     share = numpy.arange(n + 1) / n
-    centre, half = share + Z**2 / (2 * n), Z * numpy.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2))
-    return numpy.column_stack([centre - half, centre + half]) / (1 + Z**2 / n)
+    center, half = share + Z**2 / (2 * n), Z * numpy.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2))
+    return numpy.column_stack([center - half, center + half]) / (1 + Z**2 / n)
 
 
 def jeffreys(n: int) -> numpy.ndarray:
@@ -137,8 +137,8 @@ def ties() -> str:
     rows = []
     for tie in (0.05, 0.2, 0.5, 0.8, 0.95):
         rows.append([f"{tie:.0%}", *(percent(least_with_ties(n, tie)) for n in TIE_SIZES)])
-    said = "Win rates with a given true share of ties, the lowest coverage over all rates from 0.01 to 0.99:\n"
-    return said + "\n" + table(["ties", *(f"n = {n}" for n in TIE_SIZES)], rows)
+    text = "Win rates with a given true share of ties, the lowest coverage over all rates from 0.01 to 0.99:\n"
+    return text + "\n" + table(["ties", *(f"n = {n}" for n in TIE_SIZES)], rows)
 
 
 def least_with_ties(n: int, tie: float) -> float:
@@ -160,10 +160,10 @@ def several_pairs() -> str:
     rows = []
     for share in (0.05, 0.3, 0.5, 0.9):
         rows.append([f"{share}", *(percent(of_alike(groups, share)) for groups in GROUPS)])
-    said = (
+    text = (
         "Prompts with one to four correlated pairs each, whose share is drawn from a beta distribution (parameter sum 2):\n\n"
     )
-    return said + table(["true share", *(f"{n} prompts" for n in GROUPS)], rows)
+    return text + table(["true share", *(f"{n} prompts" for n in GROUPS)], rows)
 
 
 def of_alike(groups: int, share: float) -> float:
@@ -245,8 +245,8 @@ def means() -> str:
 def correlations() -> str:
     """The table of correlations."""
     rows = [[f"{r}", *(percent(of_correlations(r, n)) for n in CORRELATED)] for r in (0.0, 0.3, 0.6, 0.9)]
-    said = "## Correlations\n\nOf normally distributed values:\n\n"
-    return said + table(["true correlation", *(f"n = {n}" for n in CORRELATED)], rows)
+    text = "## Correlations\n\nOf normally distributed values:\n\n"
+    return text + table(["true correlation", *(f"n = {n}" for n in CORRELATED)], rows)
 
 
 def of_correlations(r: float, n: int) -> float:

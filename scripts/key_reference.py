@@ -2,7 +2,7 @@
 
 python scripts/key_reference.py [--check]
 
---check writes nothing, and exits with status 1 where the page is not what config/ says.
+--check writes nothing, and exits with status 1 if the page is out of date.
 """
 
 import re
@@ -19,7 +19,7 @@ HEAD = """# Configuration reference
 the configuration that a command line composes. `null` means that no value is set.
 
 """
-# Groups whose files hold keys, and what is said of them; of the others, presets, a line each.
+# Groups whose files hold keys, and what is description of them; of the others, presets, a line each.
 GROUPS = {
     "model": "Every preset has these keys. `model=blank_model` sets none of them.",
     "loss": "`loss=NAME` selects a file; its keys are listed below it.",
@@ -43,7 +43,7 @@ class Key:
         return f"| `{self.name}` | {code(self.default)} | {text.strip()} | {unit} |"
 
 
-def keys_of(file: Path, prefix: str = "") -> list[Key]:
+def read_keys(file: Path, prefix: str = "") -> list[Key]:
     """The keys of a YAML file, in its order; those of sections by dotted names. What a list holds belongs to its key."""
     found: list[Key] = []
     comment: list[str] = []
@@ -71,7 +71,7 @@ def explained(comment: tuple[str, ...]) -> tuple[str, str]:
     text = ""
     for before, line in zip(("", *comment), comment, strict=False):
         is_set_in = line.startswith(" ")
-        # What stands in columns there: a name, and what it is.
+        # Columns: a name, and its meaning.
         words = re.sub(r"([^\s:]):?\s{2,}(\S)", r"\1: \2", line.strip())
         text += ("<br>" if is_set_in or before.startswith(" ") else " ") + escaped(words)
     unit = re.search(r" Unit: ([^.;]*)\.$", text)
@@ -89,7 +89,7 @@ def code(text: str) -> str:
 
 
 def table(keys: list[Key]) -> str:
-    """The table of some keys; sections, which have no default of their own, are rows too where a comment says something."""
+    """The table of some keys; sections, which have no default, are rows too if they have a comment."""
     shown = [key.row for key in keys if key.default or key.comment]
     return "\n".join(["| key | default | description | unit |", "|---|---|---|---|", *shown]) + "\n"
 
@@ -120,12 +120,12 @@ def choices() -> str:
     return "\n".join(["| group | default | description | unit |", "|---|---|---|---|", *rows]) + "\n"
 
 
-def of_group(group: str, said: str) -> list[str]:
+def group_section(group: str, description: str) -> list[str]:
     """The section of a group whose files hold keys."""
-    parts = [f"## {group}", said]
+    parts = [f"## {group}", description]
     base = PRESETS.get(group)
     for file in [CONFIG / group / f"{base}.yaml"] if base else sorted((CONFIG / group).glob("*.yaml")):
-        keys = keys_of(file, f"{group}.")
+        keys = read_keys(file, f"{group}.")
         parts += [*([] if base else [f"### {group}={file.stem}", headline(file)]), table(keys)]
     return [*parts, *presets(group)] if base else parts
 
@@ -139,24 +139,24 @@ def presets(group: str) -> list[str]:
 
 def changes(file: Path) -> str:
     """What a preset sets, as code."""
-    keys = [key for key in keys_of(file) if key.default]
+    keys = [key for key in read_keys(file) if key.default]
     return ", ".join(code(f"{key.name}={key.default}") for key in keys)
 
 
 def page() -> str:
     """The whole page."""
-    parts = ["## Groups", choices(), "## The run", table(keys_of(CONFIG / "config.yaml"))]
-    for group, said in GROUPS.items():
-        parts += of_group(group, said)
+    parts = ["## Groups", choices(), "## The run", table(read_keys(CONFIG / "config.yaml"))]
+    for group, description in GROUPS.items():
+        parts += group_section(group, description)
     for group in sorted(PRESETS.keys() - GROUPS.keys()):
         found = presets(group) if (CONFIG / group).is_dir() else []
         parts += [f"## +{group}", f"Added by `+{group}=NAME`.", *found] if found else []
-    parts += ["## The labeling app", headline(CONFIG / "collect.yaml"), table(keys_of(CONFIG / "collect.yaml"))]
+    parts += ["## The labeling app", headline(CONFIG / "collect.yaml"), table(read_keys(CONFIG / "collect.yaml"))]
     return HEAD + "\n\n".join(part.strip("\n") for part in parts) + "\n"
 
 
 def main() -> None:
-    """Write the page, or look whether it is as config/ says."""
+    """Write the page, or check that it is up to date."""
     from generated import write_or_check
 
     write_or_check(PAGE, page())

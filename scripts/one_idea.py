@@ -41,10 +41,7 @@ def line(x: float, y: float, text: str, kind: str = "") -> str:
 def as_rows() -> tuple[list[str], int]:
     """The left half: two rows per pair, padded to the longest; and the number of tokens computed."""
     longest = PROMPT + max(RESPONSES)
-    parts = [
-        line(LEFT, 40, "As padded rows", "title"),
-        line(LEFT, 62, "two rows per pair, padded to the longest"),
-    ]
+    parts = [line(LEFT, 40, "As padded rows", "title"), line(LEFT, 62, "two rows per pair, padded to the longest")]
     for number, response in enumerate(response for pair in PAIRS for response in pair):
         y = 84 + number * 34 + (number // 2) * 12
         parts.append(bar(LEFT, y, PROMPT, "prompt", "prompt"))

@@ -56,11 +56,7 @@ def dataset_entry(options: argparse.Namespace) -> Entry:
     """The data set as an entry of `datasets`."""
     return read_entry(
         options.dataset,
-        {
-            "template": options.template,
-            "system_prompt": options.system_prompt,
-            "truncation_mode": options.truncation_mode,
-        },
+        {"template": options.template, "system_prompt": options.system_prompt, "truncation_mode": options.truncation_mode},
     )
 
 
@@ -71,9 +67,9 @@ def tokenized(options: argparse.Namespace, entry: Entry) -> list:
     from preference_training.modeling.tokenizer import load_tokenizer
 
     quiet_libraries()
-    wanted = SimpleNamespace(tokenizer_name_or_path=options.model, name_or_path=None, trust_remote_code=False)
+    model = SimpleNamespace(tokenizer_name_or_path=options.model, name_or_path=None, trust_remote_code=False)
     try:
-        tokenizer = load_tokenizer(wanted)
+        tokenizer = load_tokenizer(model)
     except UserError as error:
         raise UserError(str(error).replace("model.tokenizer_name_or_path", "--model")) from error
     mode = entry.truncation_mode or entry.dataset.truncation_mode

@@ -220,11 +220,11 @@ def main() -> int:
     into = [*NAMESPACES, *(() if os.geteuid() == 0 else ("--user", "--map-root-user"))]
     try:
         tried = subprocess.run([*into, *SWITCH], capture_output=True, text=True, check=False)
-        fault = tried.stderr.strip().replace("\n", "; ") if tried.returncode else None
+        problem = tried.stderr.strip().replace("\n", "; ") if tried.returncode else None
     except FileNotFoundError as error:
-        fault = str(error)
-    if fault:
-        print(f"two hosts: skipped, because network namespaces cannot be created here: {fault}")
+        problem = str(error)
+    if problem:
+        print(f"two hosts: skipped, because network namespaces cannot be created here: {problem}")
         return 0 if options.where_possible else 1
     # Clean up when this process is terminated.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))

@@ -1,4 +1,4 @@
-"""The steps of a run, packed ahead of their use, from any position on.
+"""The steps of a run from any position on, packed ahead of time.
 
 PromptTable -> `Schedule` -> `BatchIterator` -> the micro-batches of a step, each a list of PackedBatches
 """
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from preference_training.batching.micro_batches import MicroBatch
-from preference_training.batching.packing import UNLIMITED, PackedBatch, TokenBudget, cut, packs_of
+from preference_training.batching.packing import UNLIMITED, PackedBatch, TokenBudget, build_packs, cut
 from preference_training.batching.schedule import Position, Schedule, beginning
 from preference_training.core.process_group import SINGLE_PROCESS, Ranks
 
@@ -18,7 +18,7 @@ Item = TypeVar("Item")
 
 
 def prefetch(items: Iterator[Item], depth: int = 2) -> Iterator[Item]:
-    """The same items, made ahead by a thread of its own; what it raises is raised here."""
+    """The same items, produced ahead by a thread; its exceptions are raised here."""
     waiting: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(depth)
     stopped = threading.Event()
     end = object()
@@ -38,7 +38,7 @@ def prefetch(items: Iterator[Item], depth: int = 2) -> Iterator[Item]:
                 if not put((item, None)):
                     return
             put((end, None))
-        except BaseException as error:  # handed over, not handled
+        except BaseException as error:  # passed on, not handled
             put((end, error))
 
     thread = threading.Thread(target=produce, daemon=True)
@@ -53,15 +53,15 @@ def prefetch(items: Iterator[Item], depth: int = 2) -> Iterator[Item]:
             yield item
     finally:
         stopped.set()
-        # A thread that computes while the interpreter ends would abort the process.
+        # A thread that still computes when the interpreter exits would abort the process.
         thread.join()
 
 
 @dataclass(frozen=True)
 class Packing:
-    """How batches are packed: the budget of a pack, and which of the ranks computes it.
+    """How batches are packed: the token budget of a pack, and this process's rank.
 
-    first_budget is what the run began with, where it has another now.
+    first_budget: the budget at the start of the run, if it has changed since.
     """
 
     budget: TokenBudget = UNLIMITED
@@ -72,12 +72,11 @@ class Packing:
 class BatchIterator:
     """The optimizer steps of a run: each a list of micro-batches.
 
-    A micro-batch is cut into packs, each within `budget`; of these, `ranks` says which are this process's. Steps are made
-    ahead of their use, and are the same for any number of ranks. The budget may become smaller on the way; `first_budget` is
-    what the run began with.
+    A micro-batch is split into packs within `budget`, of which this process gets its rank's. Steps are packed ahead of time,
+    and are the same for any number of ranks. The budget may shrink during a run; `first_budget` is the initial one.
 
-    `state_dict` gives the position behind the last step that was handed out, not behind those made ahead; iterating after
-    `load_state_dict` continues with the step that follows it.
+    `state_dict` holds the position after the last step that was yielded, not after those packed ahead; iterating after
+    `load_state_dict` continues with the next step.
     """
 
     def __init__(self, schedule: Schedule, num_micro_batches: int = 1, packing: Packing | None = None):
@@ -90,19 +89,19 @@ class BatchIterator:
         self.position = beginning()
 
     def state_dict(self) -> dict[str, Any]:
-        """The position (epoch, examples of it that were handed out, examples in all), both budgets, and for how many ranks."""
+        """The position (epoch, examples yielded of it, examples in total), both budgets, and the number of ranks."""
         budgets = [length for budget in (self.budget, self.first_budget) for length in (budget.limit, budget.soft_limit)]
         return {"position": self.position, "budget": budgets, "ranks": self.ranks.size}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from the position in a state that `state_dict` gave, on any number of ranks."""
+        """Continue from the position in a `state_dict`, on any number of ranks."""
         self.position = dict(state["position"])
 
     def __iter__(self) -> Iterator[list[MicroBatch]]:
         for batch, budget, position in prefetch(self._packed()):
             self.position = position
-            # Made ahead, before the packs were halved?
-            yield batch if budget == self.budget else self._cut_anew(batch)
+            # It may have been packed before the packs were halved.
+            yield batch if budget == self.budget else self._repack(batch)
 
     def _packed(self) -> Iterator[tuple[list[MicroBatch], TokenBudget, Position]]:
         for examples, position in self.schedule.steps(dict(self.position)):
@@ -111,33 +110,33 @@ class BatchIterator:
 
     @property
     def epochs_done(self) -> float:
-        """How many passes over the data the run has made, behind the step that was handed out last."""
+        """How many epochs the run has completed after the last step that was yielded."""
         epoch = self.position["epoch"]
-        return epoch + self.position["examples_in_epoch"] / self.schedule.examples_of_epoch(epoch)
+        return epoch + self.position["examples_in_epoch"] / self.schedule.epoch_size(epoch)
 
     @property
     def finished(self) -> bool:
-        """Whether the last step has been handed out."""
+        """Whether the last step has been yielded."""
         return self.position["examples"] >= self.schedule.total_examples
 
     @property
     def at_end_of_epoch(self) -> bool:
-        """Whether the step that was handed out last is the last of its epoch."""
-        return self.position["examples_in_epoch"] == self.schedule.examples_of_epoch(self.position["epoch"])
+        """Whether the last step that was yielded ends its epoch."""
+        return self.position["examples_in_epoch"] == self.schedule.epoch_size(self.position["epoch"])
 
     def halve_packs(self, batch: Sequence[MicroBatch]) -> list[MicroBatch]:
-        """Cut a step into packs half as large as its largest, and all later steps too."""
+        """Repack a step, and all later ones, into packs half as large as its largest."""
         largest = max(len(pack.input_ids) for micro_batch in batch for pack in micro_batch.packs)
         self.budget = TokenBudget(largest // 2, min(largest // 2, self.budget.soft_limit))
-        return self._cut_anew(batch)
+        return self._repack(batch)
 
-    def _cut_anew(self, batch: Sequence[MicroBatch]) -> list[MicroBatch]:
+    def _repack(self, batch: Sequence[MicroBatch]) -> list[MicroBatch]:
         return [MicroBatch.of(micro_batch.examples, self.budget, self.ranks) for micro_batch in batch]
 
     def first_epoch(self) -> Iterator[PackedBatch]:
-        """This rank's packs of all micro-batches of the first epoch, as the run computes them when it begins."""
+        """This rank's packs of all micro-batches of the first epoch, as the run computes them at its start."""
         for examples, position in self.schedule.steps(beginning()):
             if position["epoch"] > 0:
                 return
             for part in cut(examples, self.micro_batch_size):
-                yield from packs_of(part, self.first_budget, self.ranks)
+                yield from build_packs(part, self.first_budget, self.ranks)

@@ -1,4 +1,4 @@
-"""What is computed at once: the micro-batches of a step, and the batches of an evaluation, each cut into packs."""
+"""The micro-batches of a step and the batches of an evaluation, each split into packs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -8,7 +8,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from preference_training.batching.packing import UNLIMITED, Example, PackedBatch, TokenBudget, examples_of, packs_of
+from preference_training.batching.packing import UNLIMITED, Example, PackedBatch, TokenBudget, build_packs, iterate_examples
 from preference_training.core.process_group import SINGLE_PROCESS, Ranks
 from preference_training.data.prompt_table import PromptTable, Selection, shuffled
 
@@ -17,7 +17,7 @@ from preference_training.data.prompt_table import PromptTable, Selection, shuffl
 class MicroBatch:
     """One of a step's `gradient_accumulation_steps` parts.
 
-    packs are this rank's, each within the budget; `examples` are those of all ranks, and num_examples counts them.
+    packs: this rank's, each within the budget. examples: those of all ranks, which num_examples counts.
     """
 
     packs: list[PackedBatch]
@@ -26,12 +26,12 @@ class MicroBatch:
 
     @classmethod
     def of(cls, examples: Sequence[Example], budget: TokenBudget, ranks: Ranks) -> "MicroBatch":
-        """Some examples, packed within a budget."""
-        return cls([_pinned(pack) for pack in packs_of(examples, budget, ranks)], len(examples), examples)
+        """Pack examples within a budget."""
+        return cls([_pinned(pack) for pack in build_packs(examples, budget, ranks)], len(examples), examples)
 
 
 def _pinned(batch: PackedBatch) -> PackedBatch:
-    """The batch in page-locked memory where there is a GPU, so that it is copied there while the GPU computes."""
+    """The batch in pinned memory if there is a GPU, so that copying overlaps with computation."""
     return batch.with_tensors(Tensor.pin_memory) if torch.cuda.is_available() else batch
 
 
@@ -40,7 +40,7 @@ def evaluation_prompts(prompts: PromptTable, n_examples: int | None, seed: int) 
     order = shuffled(len(prompts), f"{seed} evaluation")
     if n_examples is not None:
         order = order[: numpy.searchsorted(numpy.cumsum(prompts.num_examples[order]), n_examples) + 1]
-    return prompts.select(order)
+    return Selection(prompts, order)
 
 
 def evaluation_batches(
@@ -51,21 +51,21 @@ def evaluation_batches(
     budget: TokenBudget = UNLIMITED,
     ranks: Ranks = SINGLE_PROCESS,
 ) -> list[PackedBatch]:
-    """This rank's part of the `n_examples` held-out examples, in batches of at most `batch_size` over all ranks.
+    """This rank's share of the `n_examples` held-out examples, in batches of at most `batch_size` over all ranks.
 
-    Their `places` are those among all held-out examples.
+    Their `places` are indices into all held-out examples.
     """
-    examples = list(islice(examples_of(evaluation_prompts(prompts, n_examples, seed)), n_examples))
-    return batches_of(examples, batch_size, budget, ranks)
+    examples = list(islice(iterate_examples(evaluation_prompts(prompts, n_examples, seed)), n_examples))
+    return split_into_batches(examples, batch_size, budget, ranks)
 
 
-def batches_of(
+def split_into_batches(
     examples: Sequence[Example], batch_size: int, budget: TokenBudget = UNLIMITED, ranks: Ranks = SINGLE_PROCESS
 ) -> list[PackedBatch]:
-    """This rank's part of some examples, in batches of at most `batch_size` over all ranks; `places` are among them all."""
+    """This rank's share of the examples, in batches of at most `batch_size` over all ranks; `places` index all of them."""
     starts = range(0, len(examples), batch_size)
     return [
         replace(pack, places=pack.places + start)
         for start in starts
-        for pack in packs_of(examples[start : start + batch_size], budget, ranks)
+        for pack in build_packs(examples[start : start + batch_size], budget, ranks)
     ]

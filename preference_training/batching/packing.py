@@ -1,8 +1,7 @@
-"""Packed batches: trees of prompts and responses, one after the other, without padding.
+"""Packed batches: concatenated trees of prompts and responses, without padding.
 
 Shapes: T packed tokens, R responses, P pairs. A packed batch holds every prompt once and every response once: a *tree* is a
-prompt followed by its responses, and the batch is one tree after the other. Each response continues the positions of its
-prompt.
+prompt followed by its responses, and the batch concatenates trees. Each response continues the positions of its prompt.
 """
 
 import sys
@@ -22,17 +21,17 @@ from preference_training.data.tokenization import TokenizedPrompt
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """Trees one after the other, without padding. Responses are numbered through the batch, tree by tree.
+    """Concatenated trees without padding. Responses are numbered through the batch, tree by tree.
 
     All tensors are int64.
 
     input_ids, position_ids: [T]; a response's positions continue its prompt's.
     pairs: [P, 2], response numbers of preferred and dispreferred; empty for SFT.
     response_lengths: [R], tokens.
-    response_rows: [R], the responses' places among all responses of the run's data.
-    scored_ids: [S], the responses' tokens one after the other; predicted_at: [S], the packed index whose output predicts each
-    of them (the token before it: the prompt's last one for a response's first); response_of: [S], the response each belongs to.
-    places: [E], the places of its examples among those of the micro-batch, over all ranks.
+    response_rows: [R], the responses' indices among all responses of the run's data.
+    scored_ids: [S], the concatenated tokens of the responses; predicted_at: [S], the packed index whose output predicts each of
+    them (that of the token before it); scored_responses: [S], the response that each belongs to.
+    places: [E], the indices of its examples among those of the micro-batch, over all ranks.
     sources: [examples], for messages. is_filler: padding for ranks that have fewer packs than another; it does not count.
     """
 
@@ -44,7 +43,7 @@ class PackedBatch:
     response_rows: Tensor
     scored_ids: Tensor
     predicted_at: Tensor
-    response_of: Tensor
+    scored_responses: Tensor
     places: Tensor
     sources: tuple[str, ...]
     is_filler: bool = False
@@ -61,7 +60,7 @@ class PackedBatch:
 
     @cached_property
     def layout(self) -> TreeLayout:
-        """What attention needs to know, made once for all layers and models that see the batch."""
+        """The trees as attention needs them, built once for all layers and models that process the batch."""
         return TreeLayout(self.trees, self.input_ids.device)
 
     def to(self, device: torch.device) -> "PackedBatch":
@@ -81,8 +80,8 @@ class PackedBatch:
 Example = tuple[TokenizedPrompt, tuple[int, int] | None]
 
 
-def examples_of(prompts: Iterable[TokenizedPrompt]) -> Iterator[Example]:
-    """Every example of `prompts`, those of one prompt side by side."""
+def iterate_examples(prompts: Iterable[TokenizedPrompt]) -> Iterator[Example]:
+    """Every example of `prompts`; those of one prompt are adjacent."""
     for prompt in prompts:
         if prompt.pairs:
             yield from ((prompt, pair) for pair in prompt.pairs)
@@ -91,7 +90,7 @@ def examples_of(prompts: Iterable[TokenizedPrompt]) -> Iterator[Example]:
 
 
 def pack_examples(examples: Sequence[Example], places: Sequence[int] | None = None) -> PackedBatch:
-    """Pack examples so that prompts and responses that several of them share are there once. `places`: one after the other."""
+    """Pack examples, storing each shared prompt and response once. `places`: their indices; by default 0, 1, 2, ..."""
     used: dict[int, tuple[TokenizedPrompt, dict[int, int]]] = {}
     for prompt, pair in examples:
         _, numbers = used.setdefault(id(prompt), (prompt, {}))
@@ -129,7 +128,7 @@ def pack_examples(examples: Sequence[Example], places: Sequence[int] | None = No
         response_rows=torch.tensor(rows),
         scored_ids=torch.tensor(scored),
         predicted_at=torch.tensor(predicted),
-        response_of=torch.tensor(owners),
+        scored_responses=torch.tensor(owners),
         places=torch.tensor(range(len(examples)) if places is None else places),
         sources=tuple(prompt.source for prompt, _ in examples),
     )
@@ -143,10 +142,10 @@ def cut(examples: Sequence[Example], size: int) -> Iterator[Sequence[Example]]:
 
 @dataclass(frozen=True)
 class TokenBudget:
-    """How many packed tokens are computed at once, at most.
+    """The maximum number of packed tokens that are computed at once.
 
-    limit: more would not fit into memory. soft_limit: more would not be faster, so that a new prompt begins a new pack;
-    the pairs of one prompt stay together up to the limit, for the sake of what they share.
+    limit: more would not fit into memory. soft_limit: more would not be faster, so a new prompt starts a new pack; the pairs of
+    one prompt stay together up to the limit, because they share it.
     """
 
     limit: int
@@ -156,7 +155,7 @@ class TokenBudget:
 UNLIMITED = TokenBudget(sys.maxsize, sys.maxsize)
 
 
-# What several examples may share: a prompt's key and the index of one of its responses, None for the prompt itself.
+# What examples may share: the key of a prompt, and the index of one of its responses or None for the prompt itself.
 Part = tuple[int, int | None]
 
 
@@ -167,10 +166,10 @@ def token_counts(example: Example) -> dict[Part, int]:
     return parts | {(id(prompt), index): len(prompt.responses[index]) for index in pair or (0,)}
 
 
-def cut_within(examples: Sequence[Example], places: Iterable[int], budget: TokenBudget) -> Iterator[list[int]]:
-    """Cut the examples at `places`, in their order, into packs that keep within the budget.
+def split_by_budget(examples: Sequence[Example], places: Iterable[int], budget: TokenBudget) -> Iterator[list[int]]:
+    """Split the examples at `places`, in order, into packs within the budget.
 
-    An example that is longer by itself gets a pack of its own.
+    An example that exceeds the budget alone gets its own pack.
     """
     pack: list[int] = []
     tokens = 0
@@ -191,9 +190,9 @@ def cut_within(examples: Sequence[Example], places: Iterable[int], budget: Token
 
 
 def assign_to_ranks(examples: Sequence[Example], size: int) -> list[list[int]]:
-    """The places of the examples that each of `size` ranks computes, so that all have about as many tokens.
+    """The indices of the examples that each of `size` ranks computes, with about equally many tokens each.
 
-    The examples of a prompt stay together unless they are more than a rank's fair part. Every rank finds the same.
+    The examples of a prompt stay together unless they exceed a rank's fair share. All ranks compute the same assignment.
     """
     if size == 1:
         return [list(range(len(examples)))]
@@ -206,7 +205,7 @@ def assign_to_ranks(examples: Sequence[Example], size: int) -> list[list[int]]:
     units += [(_num_tokens(examples, [place]), [place]) for weight, group in weighed if weight > fair for place in group]
     loads = [0] * size
     parts: list[list[int]] = [[] for _ in range(size)]
-    # The longest first, each to the rank that has the least.
+    # Longest first, each to the least loaded rank.
     for weight, unit in sorted(units, key=itemgetter(0), reverse=True):
         lightest = loads.index(min(loads))
         loads[lightest] += weight
@@ -215,16 +214,16 @@ def assign_to_ranks(examples: Sequence[Example], size: int) -> list[list[int]]:
 
 
 def _num_tokens(examples: Sequence[Example], places: Iterable[int]) -> int:
-    """Tokens of the examples at some places, each prompt and response counted once."""
+    """Tokens of the examples at `places`; each prompt and response counts once."""
     return sum({part: count for place in places for part, count in token_counts(examples[place]).items()}.values())
 
 
-def packs_of(examples: Sequence[Example], budget: TokenBudget, ranks: Ranks = SINGLE_PROCESS) -> list[PackedBatch]:
-    """This rank's part of some examples, packed in packs within the budget. Every rank gets equally many packs.
+def build_packs(examples: Sequence[Example], budget: TokenBudget, ranks: Ranks = SINGLE_PROCESS) -> list[PackedBatch]:
+    """Pack this rank's share of the examples within the budget. Every rank gets equally many packs.
 
-    Sharded models compute together, so a rank with fewer packs than another gets fillers, which do not count.
+    The ranks of a sharded model compute in lockstep, so a rank with fewer packs than another gets fillers, which do not count.
     """
-    cuts = [list(cut_within(examples, places, budget)) for places in assign_to_ranks(examples, ranks.size)]
+    cuts = [list(split_by_budget(examples, places, budget)) for places in assign_to_ranks(examples, ranks.size)]
     packs = [pack_examples([examples[place] for place in places], places) for places in cuts[ranks.rank]]
     missing = max(map(len, cuts)) - len(packs)
     if missing:

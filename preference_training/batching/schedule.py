@@ -1,4 +1,4 @@
-"""Which examples each step of a run has, whatever computes them."""
+"""The examples of each step of a run, independent of the hardware."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,21 +8,21 @@ from itertools import islice
 import numpy
 from numpy.typing import NDArray
 
-from preference_training.batching.packing import Example, examples_of
-from preference_training.data.prompt_table import PromptTable, Selection
+from preference_training.batching.packing import Example, iterate_examples
+from preference_training.data.prompt_table import PromptTable, Selection, shuffled
 
-# How far a run is: its epoch, the examples of that which it has seen, and all it has seen.
+# The progress of a run: its epoch, the examples seen in this epoch, and the examples seen in total.
 Position = dict[str, int]
 
 
 def beginning() -> Position:
-    """The position of a run that has not taken a step."""
+    """The position of a run before its first step."""
     return {"epoch": 0, "examples_in_epoch": 0, "examples": 0}
 
 
 @dataclass(frozen=True)
 class RunLength:
-    """When a run ends: after so many passes, examples or steps; with several, after whichever comes first."""
+    """When a run ends: after so many epochs, examples or steps, whichever comes first."""
 
     n_epochs: int | None = 1
     n_examples: int | None = None
@@ -35,8 +35,8 @@ class RunLength:
 class Schedule:
     """The optimizer steps of a run, `batch_size` examples each.
 
-    An epoch visits every prompt once (those of a weighted data set as often as its weight says), in an order that depends on
-    `seed` and the epoch alone; the pairs of a prompt stay side by side. The last batch of an epoch has what is left.
+    An epoch visits every prompt once (those of a weighted data set as often as its weight says), in an order that depends only
+    on `seed` and the epoch; the pairs of a prompt stay adjacent. The last batch of an epoch holds the remaining examples.
     """
 
     def __init__(self, prompts: PromptTable, batch_size: int, seed: int = 0, length: RunLength | None = None):
@@ -47,32 +47,32 @@ class Schedule:
         self._epoch_sizes: dict[int, int] = {}
 
     def with_length(self, length: RunLength) -> "Schedule":
-        """The same data in the same order, with another end."""
+        """The same data in the same order, with another length."""
         other = Schedule(self.prompts, self.batch_size, self.seed, length)
         other._epoch_sizes = self._epoch_sizes
         return other
 
     @cached_property
     def total_examples(self) -> int:
-        """How many examples the run has in all."""
+        """How many examples the run has in total."""
         limits = [] if self.length.n_examples is None else [self.length.n_examples]
         if self.length.n_epochs is not None:
-            limits.append(sum(self.examples_of_epoch(epoch) for epoch in range(self.length.n_epochs)))
+            limits.append(sum(self.epoch_size(epoch) for epoch in range(self.length.n_epochs)))
         if self.length.n_steps is not None:
-            limits.append(self._examples_of_steps(self.length.n_steps))
+            limits.append(self._count_examples(self.length.n_steps))
         return min(limits)
 
-    def _examples_of_steps(self, left: int) -> int:
+    def _count_examples(self, left: int) -> int:
         examples, epoch = 0, 0
         while left > 0:
-            size = self.examples_of_epoch(epoch)
+            size = self.epoch_size(epoch)
             examples, left, epoch = examples + min(size, left * self.batch_size), left - -(-size // self.batch_size), epoch + 1
         return examples
 
-    def examples_of_epoch(self, epoch: int) -> int:
-        """How many examples an epoch has; with weights that are no whole numbers it differs from one to the next."""
+    def epoch_size(self, epoch: int) -> int:
+        """How many examples an epoch has; with fractional weights it differs between epochs."""
         if epoch not in self._epoch_sizes:
-            visits = self.prompts.epoch_visits(self._seed_of(epoch))
+            visits = epoch_visits(self.prompts, f"{self.seed} {epoch}")
             self._epoch_sizes[epoch] = int(self.prompts.num_examples[visits].sum())
         return self._epoch_sizes[epoch]
 
@@ -81,7 +81,7 @@ class Schedule:
         """How many optimizer steps the run has."""
         steps, left, epoch = 0, self.total_examples, 0
         while left > 0:
-            size = min(left, self.examples_of_epoch(epoch))
+            size = min(left, self.epoch_size(epoch))
             steps, left, epoch = steps - (-size // self.batch_size), left - size, epoch + 1
         return steps
 
@@ -92,16 +92,16 @@ class Schedule:
 
     @cached_property
     def prompts_seen(self) -> Selection:
-        """The prompts that a run from its beginning sees, each once."""
-        return self.prompts.select(numpy.flatnonzero(self._seen()))
+        """The prompts that the whole run sees, each once."""
+        return Selection(self.prompts, numpy.flatnonzero(self._seen()))
 
     @cached_property
     def prompts_seen_later(self) -> Selection:
-        """Those of them that its first epoch does not see, as it may be where data sets have weights."""
-        return self.prompts.select(numpy.flatnonzero(self._seen() & ~self._seen(epochs=1)))
+        """The prompts that only later epochs see, as is possible with weighted data sets."""
+        return Selection(self.prompts, numpy.flatnonzero(self._seen() & ~self._seen(epochs=1)))
 
     def _seen(self, epochs: int | None = None) -> NDArray[numpy.bool_]:
-        """Whether each prompt is seen, in so many epochs at most: [N] bool."""
+        """Whether each prompt is seen, within the first `epochs` epochs if given: [N] bool."""
         seen, left, epoch = numpy.zeros(len(self.prompts), bool), self.total_examples, 0
         while left > 0 and epoch != epochs and not seen.all():
             order = self._order(epoch)
@@ -111,15 +111,15 @@ class Schedule:
         return seen
 
     def steps(self, position: Position) -> Iterator[tuple[list[Example], Position]]:
-        """The examples of each step from `position` on, and the position behind it."""
+        """The examples of each step from `position` on, and the position after it."""
         epoch, in_epoch, total = (position[key] for key in ("epoch", "examples_in_epoch", "examples"))
         while self.length.n_epochs is None or epoch < self.length.n_epochs:
             order = self._order(epoch)
-            # Prompts that were done before are passed over without being looked at.
+            # Completed prompts are skipped without being read.
             done = numpy.cumsum(self.prompts.num_examples[order]) if in_epoch else order[:0]
             first = int(numpy.searchsorted(done, in_epoch, side="right"))
             skip = in_epoch - (int(done[first - 1]) if first else 0)
-            examples = islice(examples_of(self.prompts.select(order[first:])), skip, None)
+            examples = islice(iterate_examples(Selection(self.prompts, order[first:])), skip, None)
             while step := list(islice(examples, self._size_after(total))):
                 in_epoch, total = in_epoch + len(step), total + len(step)
                 yield step, {"epoch": epoch, "examples_in_epoch": in_epoch, "examples": total}
@@ -131,7 +131,27 @@ class Schedule:
         return min(self.batch_size, self.total_examples - examples)
 
     def _order(self, epoch: int) -> NDArray[numpy.int32]:
-        return self.prompts.epoch_order(self._seed_of(epoch))
+        return epoch_order(self.prompts, f"{self.seed} {epoch}")
 
-    def _seed_of(self, epoch: int) -> str:
-        return f"{self.seed} {epoch}"
+
+def epoch_order(prompts: PromptTable, seed: str) -> NDArray[numpy.int32]:
+    """Indices of the prompts that an epoch visits, shuffled by `seed`."""
+    visits = epoch_visits(prompts, seed)
+    return visits[shuffled(len(visits), seed)]
+
+
+def epoch_visits(prompts: PromptTable, seed: str) -> NDArray[numpy.int32]:
+    """Indices of the prompts that an epoch visits, in the order of the table.
+
+    A part of weight w is visited w times: in full for the whole number in w, and a random share of it for the remainder.
+    """
+    visits, start = [numpy.zeros(0, numpy.int32)], 0
+    for number, part in enumerate(prompts.parts):
+        size, whole = part.num_prompts, int(part.weight)
+        # At least one prompt of each part, however small its weight.
+        rest = max(round((part.weight - whole) * size), int(whole == 0 and size > 0))
+        indices = numpy.arange(start, start + size, dtype=numpy.int32)
+        drawn = indices[shuffled(size, f"{seed} part {number}")[:rest]] if rest else indices[:0]
+        visits += [indices] * whole + [drawn]
+        start += size
+    return numpy.concatenate(visits)

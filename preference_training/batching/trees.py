@@ -1,4 +1,4 @@
-"""Where prompts and responses lie in a packed batch."""
+"""The layout of prompts and responses in a packed batch."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Tree:
-    """Where one prompt and its responses lie among the packed tokens: the prompt from `start`, then each response."""
+    """The location of one prompt and its responses among the packed tokens: the prompt at `start`, then each response."""
 
     start: int
     prompt_length: int
@@ -29,7 +29,7 @@ class Tree:
 
 
 class TreeLayout:
-    """The trees of one packed batch, as every attention layer needs them; `seen` says whether a layer has asked.
+    """The trees of one packed batch, as every attention layer needs them; `seen`: whether a layer has used it.
 
     by_branches: attention is computed branch by branch, in the order of plain sequences; else all at once, under a block mask.
     """
@@ -43,7 +43,7 @@ class TreeLayout:
         self._elsewhere: dict[torch.device, TreeLayout] = {}
 
     def on(self, device: torch.device) -> "TreeLayout":
-        """The layout with its tensors on a device: layers of one model may lie on several, and hooks move tensors only."""
+        """The layout with its tensors on a device: a model may be split over several, and hooks move only tensors."""
         if device == self.device:
             return self
         if device not in self._elsewhere:
@@ -62,13 +62,13 @@ class TreeLayout:
 
     @cached_property
     def token_trees(self) -> Tensor:
-        """Number of each packed token's tree: [T] int32."""
+        """The index of each packed token's tree: [T] int32."""
         lengths = torch.tensor([tree.end - tree.start for tree in self.trees])
         return torch.arange(len(self.trees), dtype=torch.int32).repeat_interleave(lengths).to(self.device)
 
     @cached_property
     def token_responses(self) -> Tensor:
-        """Number of each packed token's response within its tree, -1 in a prompt: [T] int32."""
+        """The index of each packed token's response within its tree, -1 in a prompt: [T] int32."""
         parts = [part for tree in self.trees for part in [(-1, tree.prompt_length), *enumerate(tree.response_lengths)]]
         numbers, lengths = zip(*parts, strict=True)
         return torch.tensor(numbers, dtype=torch.int32).repeat_interleave(torch.tensor(lengths)).to(self.device)
@@ -84,16 +84,16 @@ class TreeLayout:
         return torch.cat(parts).to(self.device)
 
     def may_attend(self, query: Tensor, key: Tensor, window: int | None) -> Tensor:
-        """Whether the packed token of index `query` sees that of index `key` (integer tensors that broadcast).
+        """Whether the packed token at `query` attends to that at `key` (integer tensors that broadcast).
 
-        It does in its own tree, in the prompt or its own response, not behind itself, and less than `window` positions away.
+        It attends within its tree to the prompt and its own response, causally, less than `window` positions back.
         """
         tree, response, position = self.token_trees, self.token_responses, self.token_positions
         own = (tree[query] == tree[key]) & ((response[key] == -1) | (response[key] == response[query])) & (key <= query)
         return own if window is None else own & (position[query] - position[key] < window)
 
     def block_mask(self, window: int | None) -> Any:
-        """FlexAttention's mask of the whole batch, built once for all layers with the same window."""
+        """FlexAttention's block mask of the batch, built once for all layers with the same window."""
         if window not in self._block_masks:
             from torch.nn.attention.flex_attention import create_block_mask
 

@@ -1,7 +1,7 @@
-"""The entries of `datasets`: a registered name, a file, a set of the hub or a file of token ids, with options.
+"""The entries of `datasets`: a registered name, a file, a hub set or a file of token ids, with options.
 
-An entry is a name or a path, or a dict with either and further keys. Everything about it is checked here before anything is
-loaded; `load_records` then yields its checked records, one by one.
+An entry is a name or a path, or a dict with either and further keys. It is validated completely before anything is loaded;
+`load_records` then streams its validated records.
 """
 
 import copy
@@ -36,10 +36,10 @@ from preference_training.losses.registry import is_paired
 
 
 @dataclass(frozen=True)
-class OwnData:
-    """A file, a hub set or a local directory of the user's, read through a map of its fields.
+class UserData:
+    """A user's file, hub set or local directory, read through a field map.
 
-    The held-out split is `test_path`, `test_split`, or a share of the prompts chosen by a hash of what the model reads of them.
+    The held-out split is `test_path`, `test_split`, or a share of the prompts, chosen by a hash of what the model reads.
     """
 
     path: str
@@ -55,7 +55,7 @@ class OwnData:
 
     @property
     def by_hash(self) -> bool:
-        """Whether both splits come out of the same rows."""
+        """Whether both splits come from the same rows."""
         return not (self.test_path or self.test_split)
 
     def load(
@@ -66,17 +66,17 @@ class OwnData:
         report: DataReport | None = None,
         text_of: Callable[[Prompt], str] = prompt_text,
     ) -> Items:
-        """A loader. Raises UserError naming file and row, also where no row is usable."""
+        """The loader. Raises UserError with file and row, also without any usable row."""
         report = report if report is not None else DataReport()
-        # Both splits of a set that is split by hash read all rows: what is skipped is counted once.
+        # Both splits of a set that is split by hash read all rows: count what is skipped only once.
         counts = DataReport(report.skip_bad_rows) if self.by_hash and split == "test" else report
         place, rows = self._rows(split, cache_dir, counts)
-        items = group_rows(self.field_map.rows_of(rows, place, counts), counts)
+        items = group_rows(self.field_map.map_rows(rows, place, counts), counts)
         items = self._at_least_one(items, place, counts)
         return split_by_hash(items, split, self.held_out_share, text_of) if self.by_hash else items
 
     def fingerprint(self, split: str, cache_dir: str | None) -> str:
-        """What the data of a split depends on."""
+        """A text that identifies the data of a split."""
         path, hub_split = self._source(split)
         is_file = is_data_file(path) or path.endswith(TOKENIZED_SUFFIX)
         source = content_hash(Path(path)) if is_file else self._hub(path, hub_split, cache_dir)._fingerprint
@@ -112,7 +112,7 @@ class OwnData:
             )
 
 
-# The fields that every fingerprint names; fields that were added later are named where they are given.
+# The fields in every fingerprint; later additions are included only where they are set.
 ALWAYS_NAMED = (
     "prompt", "chosen", "rejected", "system", "response", "score", "responses", "scores", "ranks", "implicit_prompt", "where",
     "top_k",
@@ -120,7 +120,7 @@ ALWAYS_NAMED = (
 
 
 def field_map_text(field_map: FieldMap) -> str:
-    """A map of fields as text, for fingerprints: it stays the same when FieldMap gains fields that the map does not use."""
+    """A field map as text, for fingerprints: unchanged when FieldMap gains fields that the map does not set."""
     usual = FieldMap()
     values = {item.name: getattr(field_map, item.name) for item in fields(FieldMap)}
     more = [name for name, value in values.items() if name not in ALWAYS_NAMED and value != getattr(usual, name)]
@@ -129,10 +129,10 @@ def field_map_text(field_map: FieldMap) -> str:
 
 @dataclass(frozen=True)
 class Entry:
-    """One parsed entry of `datasets`: where records come from, and what is done with them.
+    """One parsed entry of `datasets`: the source of its records, and their processing.
 
-    options are further keyword arguments of the loader. weight says how often an epoch visits each prompt. notes are about
-    settings that have no effect here. Values that the entry does not give are the configuration's.
+    options: further keyword arguments of the loader. weight: how often an epoch visits each prompt. notes: on settings without
+    effect. Values that the entry does not set come from the configuration.
     """
 
     name: str
@@ -148,14 +148,14 @@ class Entry:
 
     @property
     def tokenized_file(self) -> Path | None:
-        """The path of a file of token ids, which has no texts; None for all others."""
+        """The path of a file of token ids; None for all other entries."""
         return Path(self.name) if self.name.endswith(TOKENIZED_SUFFIX) else None
 
     @property
-    def holds_out_a_share(self) -> bool:
+    def uses_held_out_share(self) -> bool:
         """Whether `held_out_share` decides what is held out."""
         own = getattr(self.dataset.load, "__self__", None)
-        return isinstance(own, OwnData) and not (own.test_path or own.test_split)
+        return isinstance(own, UserData) and not (own.test_path or own.test_split)
 
     def report(self) -> DataReport:
         """An empty report that knows whether to skip bad rows."""
@@ -163,28 +163,28 @@ class Entry:
         return DataReport(skip_bad_rows=skip)
 
     def fingerprint(self, split: str, cache_dir: str | None, trust_user_code: bool = False) -> str | None:
-        """What the records of a split depend on, if it is known without reading them.
+        """A text that identifies the records of a split, if it is known without reading them.
 
-        It is not of a loader of the user's, whose code may have changed while its rows have not, or the other way round, but
-        in the first version of prepared data, which looked at the rows alone (`trust_user_code`).
+        It is not for a user's loader, whose code and rows may change independently, except in the first version of prepared
+        data, which ignored the code (`trust_user_code`).
         """
-        if self.dataset.fingerprint is None or (self.dataset.of_user and not trust_user_code):
+        if self.dataset.fingerprint is None or (self.dataset.is_user_code and not trust_user_code):
             return None
         return f"{self.dataset.fingerprint(split, cache_dir, **self.options)} {self.on_bad_row}"
 
 
-# Parameters of a loader that are passed by us, and are no keys of an entry.
-PASSED = ("report", "text_of")
+# Parameters of a loader that are injected, and are not keys of an entry.
+INJECTED = ("report", "text_of")
 
 
 def read_entry(entry, defaults: dict | None = None) -> Entry:
     """Parse one entry of `datasets`: a name or path, or a dict with `name` or `path` and further keys.
 
-    defaults has the configuration's values of `held_out_share` and of the keys that an entry may override. Raises UserError
-    for names and keys that do not exist, invalid values, and missing files.
+    defaults: the configuration's values of `held_out_share` and of the keys that an entry may override. Raises UserError for
+    unknown names and keys, invalid values, and missing files.
     """
     defaults = defaults or {}
-    given = {("path" if _looks_like_a_path(entry) else "name"): entry} if isinstance(entry, str) else entry
+    given = {("path" if _is_path(entry) else "name"): entry} if isinstance(entry, str) else entry
     if not isinstance(given, dict) or len({"name", "path"} & given.keys()) != 1:
         raise UserError(f"datasets: found {entry!r}, expected a name, a path, or a dict with either name or path.")
     general = {key: defaults.get(key) for key in GENERAL_KEYS if defaults.get(key) is not None}
@@ -192,11 +192,11 @@ def read_entry(entry, defaults: dict | None = None) -> Entry:
     rest = {key: value for key, value in given.items() if key not in (*GENERAL_KEYS, "name", "path")}
     if "path" in given:
         name = str(given["path"])
-        # As with the general keys, null is what is not given.
+        # As with the general keys, null means not set.
         rest = {key: value for key, value in rest.items() if value is not None}
         rest = {"held_out_share": defaults.get("held_out_share", 0.05)} | rest
-        notes = (*_tokenized_without_effect(name, general), *_path_without_effect(name, given))
-        dataset = _dataset_of_path(name, rest)
+        notes = (*_unused_token_keys(name, general), *_unused_path_keys(name, given))
+        dataset = _build_dataset(name, rest)
         parsed = Entry(name, dataset, held_out_share=rest["held_out_share"], notes=notes, **general)
     else:
         name = str(given["name"])
@@ -206,23 +206,23 @@ def read_entry(entry, defaults: dict | None = None) -> Entry:
     return parsed
 
 
-def _looks_like_a_path(text: str) -> bool:
+def _is_path(text: str) -> bool:
     return (
         text not in DATASETS and ".py:" not in text and (is_data_file(text) or text.endswith(TOKENIZED_SUFFIX) or "/" in text)
     )
 
 
-def _dataset_of_path(path: str, options: dict) -> Dataset:
+def _build_dataset(path: str, options: dict) -> Dataset:
     maps = {item.name for item in fields(FieldMap)}
     for key in options:
-        if key not in maps and key not in OwnData.OPTIONS:
-            raise UserError(f"datasets: {path}: no key {key!r}; {nearest(str(key), [*maps, *OwnData.OPTIONS, *GENERAL_KEYS])}")
+        if key not in maps and key not in UserData.OPTIONS:
+            raise UserError(f"datasets: {path}: no key {key!r}; {nearest(str(key), [*maps, *UserData.OPTIONS, *GENERAL_KEYS])}")
     others = [key for key in options if key != "held_out_share"]
     if others and (path.endswith(TOKENIZED_SUFFIX) or str(options.get("test_path")).endswith(TOKENIZED_SUFFIX)):
         raise UserError(f"datasets: {path}: {others[0]} does not go with a file of token ids. Expected held_out_share alone.")
     _check_field_map(path, options)
     field_map = FieldMap(**{key: value for key, value in options.items() if key in maps})
-    own = OwnData(path, field_map, **{key: value for key, value in options.items() if key not in maps})
+    own = UserData(path, field_map, **{key: value for key, value in options.items() if key not in maps})
     for file in (own.path, own.test_path):
         if file and (is_data_file(file) or file.endswith(TOKENIZED_SUFFIX)) and not Path(file).is_file():
             found = "a directory" if Path(file).is_dir() else "no such file"
@@ -230,37 +230,37 @@ def _dataset_of_path(path: str, options: dict) -> Dataset:
     return Dataset(own.load, "keep_end", fingerprint=own.fingerprint, held_out_by_share=own.by_hash and own.held_out_share > 0)
 
 
-def _tokenized_without_effect(path: str, general: dict) -> list[str]:
-    """Notes on settings that shape texts, for a file that has none."""
+def _unused_token_keys(path: str, general: dict) -> list[str]:
+    """Notes on text settings, for a file of token ids."""
     if not path.endswith(TOKENIZED_SUFFIX):
         return []
     return [f"{key} has no effect: the file holds token ids" for key in ("template", "system_prompt") if key in general]
 
 
-def _path_without_effect(path: str, given: dict) -> list[str]:
-    """Notes on keys of an entry that say nothing, beside what else it says."""
+def _unused_path_keys(path: str, given: dict) -> list[str]:
+    """Notes on keys of an entry that have no effect beside its others."""
     keys = {key for key, value in given.items() if value is not None and value is not False}
     notes = []
     if is_data_file(path):
         pointless = sorted(keys & {"split", "subset", "data_dir"}) + ["test_split"] * ("test_split" in keys)
         notes += [f"{key} has no effect: a file has no splits or subsets" for key in pointless]
     if "held_out_share" in keys and (owner := keys & {"test_path", "test_split"}):
-        notes.append(f"held_out_share has no effect: {' and '.join(sorted(owner))} says what is held out")
+        notes.append(f"held_out_share has no effect: {' and '.join(sorted(owner))} defines the held-out split")
     if is_data_file(str(given.get("test_path"))) and "test_split" in keys and not is_data_file(path):
         notes.append("test_split has no effect: test_path is a file")
     kind = next((key for key in ("responses", "response") if key in keys), None)
     if kind:
         others = {"chosen", "rejected", "implicit_prompt"} | ({"response", "score"} if kind == "responses" else set())
-        notes += [f"{key} has no effect: answers are in {kind}" for key in sorted(keys & others)]
+        notes += [f"{key} has no effect: responses are in {kind}" for key in sorted(keys & others)]
     return notes
 
 
 def _check_field_map(path: str, options: dict) -> None:
-    """Raise UserError for a map of fields that contradicts itself."""
+    """Raise UserError for an inconsistent field map."""
 
-    def require(sound: bool, fault: str) -> None:
-        if not sound:
-            raise UserError(f"datasets: {path}: {fault}")
+    def require(is_valid: bool, problem: str) -> None:
+        if not is_valid:
+            raise UserError(f"datasets: {path}: {problem}")
 
     for item in fields(FieldMap):
         value = options.get(item.name)
@@ -268,7 +268,7 @@ def _check_field_map(path: str, options: dict) -> None:
             require(value is None or isinstance(value, str), f"{item.name}: found {value!r}, expected the name of a field.")
     implicit = options.get("implicit_prompt", False)
     require(isinstance(implicit, bool), f"implicit_prompt: found {implicit!r}, expected true or false.")
-    for key in OwnData.OPTIONS[:-1]:
+    for key in UserData.OPTIONS[:-1]:
         value = options.get(key)
         require(value is None or isinstance(value, str), f"{key}: found {value!r}, expected a text.")
     if options.get("responses"):
@@ -277,16 +277,19 @@ def _check_field_map(path: str, options: dict) -> None:
     for numbers, texts in (("scores", "responses"), ("ranks", "responses"), ("score", "response")):
         require(not options.get(numbers) or bool(options.get(texts)), f"{numbers} needs {texts}.")
     top_k, where = options.get("top_k"), options.get("where", {})
-    sound = top_k is None or (isinstance(top_k, dict) and top_k.keys() == {"column", "k"} and type(top_k["k"]) is int)
-    sound = sound and (top_k is None or (top_k["k"] > 0 and isinstance(top_k["column"], str)))
-    require(sound, f"top_k: found {top_k!r}, expected {{column: NAME, k: NUMBER}}.")
+    is_valid = top_k is None or (isinstance(top_k, dict) and top_k.keys() == {"column", "k"} and type(top_k["k"]) is int)
+    is_valid = is_valid and (top_k is None or (top_k["k"] > 0 and isinstance(top_k["column"], str)))
+    require(is_valid, f"top_k: found {top_k!r}, expected {{column: NAME, k: NUMBER}}.")
     require(isinstance(where, dict), f"where: found {where!r}, expected {{COLUMN: VALUE}}.")
-    for column, wanted in where.items():
+    for column, value in where.items():
         require(isinstance(column, str), f"where: found the column {column!r}, expected the name of a field.")
         try:
-            condition(wanted)
+            condition(value)
         except ValueError:
-            require(False, f"where: {column}: found {wanted!r}, expected a value, a list of values, or as in '>= 0.5'.")
+            require(
+                False,
+                f"where: {column}: found {value!r}, expected a value, a list of values, or a comparison such as '>= 0.5'.",
+            )
     share = options.get("held_out_share", 0)
     require(isinstance(share, int | float) and 0 <= share < 1, f"held_out_share: found {share!r}, expected 0 to below 1.")
 
@@ -295,7 +298,7 @@ def _check_options(entry: Entry) -> None:
     known = inspect.signature(entry.dataset.load).parameters
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
         return
-    own = [name for name in known if name not in ("split", "silent", "cache_dir", *PASSED)]
+    own = [name for name in known if name not in ("split", "silent", "cache_dir", *INJECTED)]
     for key in entry.options:
         if key not in own:
             raise UserError(f"datasets: {entry.name}: no key {key!r}; {nearest(str(key), [*own, *GENERAL_KEYS])}")
@@ -319,7 +322,7 @@ def _check_general(entry: Entry) -> None:
         raise UserError(f"datasets: {entry.name}: system_prompt: found {entry.system_prompt!r}, expected a text.")
 
 
-# What a loader's record may say; further keys are named as not read.
+# The keys of a loader's record; others are reported as not read.
 RECORD_KEYS = {"responses", "pairs", "sft_target", "sft_targets"}
 
 
@@ -330,13 +333,13 @@ def load_records(
     cache_dir: str | None = None,
     text_of: Callable[[Prompt], str] = prompt_text,
 ) -> Iterator[PreferenceRecord]:
-    """Yield every checked `PreferenceRecord` of one split ("train" or "test") of an entry.
+    """Yield every validated `PreferenceRecord` of one split ("train" or "test") of an entry.
 
-    Records that are not in the form of the module's docstring go to the report; without one they raise UserError, naming data
-    set and record. text_of is what decides which prompts are held out, where a share of them is: `split_by_hash`.
+    Invalid records go to the report; without one they raise UserError with data set and record. text_of: returns the text that
+    decides which prompts are held out, see `split_by_hash`.
     """
     report = report if report is not None else entry.report()
-    given = dict(zip(PASSED, (report, text_of), strict=True))
+    given = dict(zip(INJECTED, (report, text_of), strict=True))
     options = entry.options | {
         key: given[key] for key in inspect.signature(entry.dataset.load).parameters.keys() & given.keys()
     }
@@ -347,9 +350,9 @@ def load_records(
         )
     for number, item in enumerate(items.items() if isinstance(items, dict) else items, start=1):
         source = f"{entry.name}, {split} prompt {number}"
-        if fault := item_error(item):
+        if problem := item_error(item):
             expected = "Expected {responses, pairs, sft_target} as in preference_datasets.py."
-            report.bad_row(UserError(f"datasets: {source}: {fault}. {expected}"))
+            report.bad_row(UserError(f"datasets: {source}: {problem}. {expected}"))
             continue
         prompt, record = item
         pairs = [(int(chosen), int(rejected)) for chosen, rejected in record["pairs"]]
@@ -360,24 +363,24 @@ def load_records(
 
 
 def read_entries(config: RunConfig) -> list[Entry]:
-    """The entries of `datasets`, understood; brackets may be left out for one. Raises UserError."""
-    # Loaders of the user's are given parts of it, and may write into them.
+    """Parse `datasets`: a list of entries, or a single one. Raises UserError."""
+    # User-defined loaders receive parts of it, and may modify them.
     entries = copy.deepcopy(listed(config.datasets))
     if not isinstance(config.datasets, list | str | dict) or not entries:
-        raise UserError(f"datasets: found {config.datasets!r}, expected at least one data set, as in [hh,shp].")
+        raise UserError(f"datasets: found {config.datasets!r}, expected at least one data set, for example [hh,shp].")
     defaults = {key: getattr(config, key) for key in (*GENERAL_CHOICES, "system_prompt", "held_out_share")}
     read = [read_entry(entry, defaults) for entry in entries]
-    return [replace(entry, notes=(*entry.notes, *_run_settings_without_effect(config, entry))) for entry in read]
+    return [replace(entry, notes=(*entry.notes, *_unused_run_settings(config, entry))) for entry in read]
 
 
-def _run_settings_without_effect(config: RunConfig, entry: Entry) -> list[str]:
-    """Notes on the run's settings that have been changed and say nothing to an entry, and on what its loss does not read."""
+def _unused_run_settings(config: RunConfig, entry: Entry) -> list[str]:
+    """Notes on changed settings of the run without effect on an entry, and on data that its loss does not read."""
     notes, usual = [], default_values()
-    if entry.dataset.about_sft and not is_paired(config.loss.name):
-        notes.append(entry.dataset.about_sft)
+    if entry.dataset.sft_note and not is_paired(config.loss.name):
+        notes.append(entry.dataset.sft_note)
     drops = (entry.truncation_mode or entry.dataset.truncation_mode) == "drop"
     if config.max_prompt_length != usual["max_prompt_length"] and drops:
-        notes.append("max_prompt_length has no effect: truncation_mode=drop cuts nothing")
-    if config.held_out_share != usual["held_out_share"] and not entry.holds_out_a_share:
-        notes.append("held_out_share has no effect: the set says itself what is held out")
+        notes.append("max_prompt_length has no effect: truncation_mode=drop truncates nothing")
+    if config.held_out_share != usual["held_out_share"] and not entry.uses_held_out_share:
+        notes.append("held_out_share has no effect: the data set defines its held-out split")
     return notes

@@ -1,7 +1,7 @@
-"""Rows of a local file, with their numbers: JSON lines (plain or gzip), JSON, CSV and Parquet become dicts.
+"""Read the rows of local files, with their numbers: JSON lines (plain or gzip), JSON, CSV and Parquet become dicts.
 
-Every error in a file is a UserError that names the file and, where there is one, the row, counted from 1. An error of a
-single row goes to the report, which stops the run or counts it; one of the whole file always stops.
+Every error is a UserError that names the file and, if there is one, the row, counted from 1. An error in a single row goes to
+the report, which stops the run or counts it; one in the file always stops the run.
 """
 
 import csv
@@ -26,16 +26,16 @@ def is_data_file(name: str) -> bool:
 
 
 def read_rows(path: Path, report: DataReport | None = None) -> Iterator[tuple[int, dict]]:
-    """Yield (row number, row) of a data file; rows that cannot be used go to `report`, without one they raise.
+    """Yield (row number, row) of a data file; bad rows go to `report`; without one they raise.
 
-    Raises UserError where the file cannot be read, is cut short, or is not in the format its name says.
+    Raises UserError where the file cannot be read, is truncated, or does not have the format of its suffix.
     """
     report = report if report is not None else DataReport()
     read = _read_parquet if path.suffix == ".parquet" else _read_csv if path.suffix == ".csv" else _read_json
     try:
         yield from read(path, report)
     except UnicodeDecodeError as error:
-        # The error counts from the start of a block of the file, which would help nobody.
+        # The error counts from the start of a block of the file, not of a line.
         raise UserError(f"datasets: {path}{_first_line_not_utf8(path)}: not UTF-8 text. Convert it to UTF-8.") from error
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"datasets: {path}: cannot be read: {error}. Expected a whole, readable {path.suffix} file.") from error
@@ -76,11 +76,11 @@ def _read_json(path: Path, report: DataReport) -> Iterator[tuple[int, dict]]:
             if isinstance(row, dict):
                 yield number, row
             else:
-                fault = f"found {type(row).__name__}, expected a JSON object."
-                report.bad_row(UserError(f"datasets: {path}, row {number}: {fault}"))
+                found = type(row).__name__
+                report.bad_row(UserError(f"datasets: {path}, row {number}: found {found}, expected a JSON object."))
 
 
-# What else than JSONDecodeError json raises: ValueError for a number of thousands of digits, RecursionError for deep nesting.
+# What json raises besides JSONDecodeError: ValueError for a number of thousands of digits, RecursionError for deep nesting.
 UNREADABLE_JSON = (ValueError, RecursionError)
 
 
@@ -103,18 +103,18 @@ def _json_lines(path: Path, file, report: DataReport) -> Iterator[tuple[int, obj
             yield number, json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
             continue
         except UnicodeDecodeError as error:
-            place, fault = f"line {number}, byte {error.start + 1} of the line", "not UTF-8 text. Convert it to UTF-8."
+            place, problem = f"line {number}, byte {error.start + 1} of the line", "not UTF-8 text. Convert it to UTF-8."
         except json.JSONDecodeError as error:
-            place, fault = f"row {number}", f"not JSON: {error.msg} at column {error.colno}. Expected one object a line."
+            place, problem = f"row {number}", f"not JSON: {error.msg} at column {error.colno}. Expected one object a line."
         except UNREADABLE_JSON as error:
-            place, fault = f"row {number}", f"cannot be read as JSON: {error}. Expected objects with texts."
-        report.bad_row(UserError(f"datasets: {path}, {place}: {fault}"))
+            place, problem = f"row {number}", f"cannot be read as JSON: {error}. Expected objects with texts."
+        report.bad_row(UserError(f"datasets: {path}, {place}: {problem}"))
 
 
 def _read_csv(path: Path, report: DataReport) -> Iterator[tuple[int, dict]]:
     """CSV with a header line; row 1 is the first below it."""
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    # newline="" leaves line ends inside quoted fields as they are; utf-8-sig takes a byte order mark away.
+    # newline="" keeps line ends inside quoted fields; utf-8-sig removes a byte order mark.
     opened = partial(gzip.open, path) if path.suffix == ".gz" else path.open
     with opened(mode="rt", encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, strict=True)
@@ -146,7 +146,7 @@ def _read_parquet(path: Path, _report: DataReport) -> Iterator[tuple[int, dict]]
                 for row in batch.to_pylist():
                     number += 1
                     yield number, row
-    except Exception as error:  # pyarrow raises half a dozen types for a file that is damaged or not its own
+    except Exception as error:  # pyarrow raises half a dozen types for damaged and other files
         if isinstance(error, OSError) and error.errno:
             raise
         place = f", after row {number}" if number else ""

@@ -36,7 +36,7 @@ def _text_blocks(element) -> list[str]:
 
 
 def _list_items(element) -> Iterator[str]:
-    """The items of a list, further lines indented; a list that stands directly in a list belongs to the item before it."""
+    """The items of a list, further lines indented; a list directly within a list belongs to the preceding item."""
     for child in element.children:
         if child.name in ("ul", "ol"):
             yield "\n".join(f"  {line}" for item in _list_items(child) for line in item.split("\n"))

@@ -12,7 +12,7 @@ from preference_training.core.errors import UserError, first_line
 from preference_training.data.registry import DATASETS, Dataset, Prompts
 from preference_training.data.rows.conversations import RowError
 from preference_training.data.rows.records import DataReport, Items, NumberedRows, prompt_text, split_by_hash, type_name
-from preference_training.data.rows.values import value_of
+from preference_training.data.rows.values import field_value
 
 
 @cache
@@ -25,7 +25,7 @@ def load_hub(path: str, subset: str | None, data_dir: str | None, split: str, ca
 
     try:
         return datasets.load_dataset(path, subset, data_dir=data_dir, split=split, cache_dir=cache_dir)
-    except Exception as error:  # a dozen types: of networks, damaged files, scripts, YAML
+    except Exception as error:  # a dozen types: network errors, damaged files, scripts, YAML
         reason = first_line(error.__cause__ or error)
         raise UserError(
             f"datasets: {path} (split {split}) could not be loaded: {reason}. Expected a data set of the hub, and a network "
@@ -41,7 +41,7 @@ def hub_rows(dataset, place: str) -> NumberedRows:
             for row in batch.to_pylist():
                 number += 1
                 yield number, row
-    except Exception as error:  # half a dozen types: of texts that are not UTF-8, of dates that are none
+    except Exception as error:  # half a dozen types: text that is not UTF-8, invalid dates
         raise UserError(f"datasets: {place}, after row {number}: cannot be read, or damaged: {error}.") from error
 
 
@@ -54,22 +54,22 @@ def valid_rows(rows: NumberedRows, place: str, report: DataReport, kinds: dict[s
         report.rows_read += 1
         try:
             for name, kind in kinds.items():
-                value = value_of(row, name)
+                value = field_value(row, name)
                 wrong = [item for item in (value if "." in name else [value]) if not isinstance(item, kind)]
                 if wrong:
                     raise RowError(f"field {name!r} is {type_name(wrong[0])}, expected {KINDS[kind]}.")
-        except RowError as fault:
-            report.bad_row(UserError(f"datasets: {place}, row {number}: {fault}"))
+        except RowError as error:
+            report.bad_row(UserError(f"datasets: {place}, row {number}: {error}"))
         else:
             yield row
 
 
 @dataclass(frozen=True)
 class HubSet:
-    """Where a named data set lies on the hub, the fields that are read, and which of its splits are ours.
+    """The location of a named data set on the hub, the fields that are read, and its splits.
 
-    Without a test split of its own, `held_out_share` of the prompts are held out, and at least one. folders: those that are
-    data sets of their own, too, as NAME-FOLDER.
+    Without a test split, `held_out_share` of the prompts are held out, and at least one. folders: those that are also
+    registered as data sets, NAME-FOLDER.
     """
 
     path: str
@@ -80,7 +80,7 @@ class HubSet:
     folders: tuple[str, ...] = ()
 
     def load(self, split: str, cache_dir: str | None, data_dir: str | None, subset: str | None = None):
-        """The hub's split that `split` ("train" or "test") is taken from. `subset` is a folder of the set."""
+        """The hub's split that `split` ("train" or "test") comes from. `subset` is a folder of the set."""
         hub_split = self.test if split == "test" and self.test else self.train
         folder = str(Path(data_dir) / (subset or "")) if data_dir else self.path
         loaded = load_hub(folder, None, None if data_dir else subset, hub_split, cache_dir)
@@ -94,7 +94,7 @@ class HubSet:
 
 
 def hub_set(
-    name: str, hub: HubSet, prompts: Prompts, truncation_mode: str = "keep_start", about_sft: str | None = None
+    name: str, hub: HubSet, prompts: Prompts, truncation_mode: str = "keep_start", sft_note: str | None = None
 ) -> Callable[[Callable[..., Items]], Callable[..., Items]]:
     """Register a function `(rows, report, *, options)` → items as the loader of a set of the hub; the rest: `Dataset`."""
 
@@ -122,7 +122,7 @@ def hub_set(
             return f"{hub.load(split, cache_dir, data_dir, subset)._fingerprint} {sorted(options.items())}"
 
         load.__doc__ = f"{items_of.__doc__} Hub: {hub.path}; `data_dir` is a local copy, `subset` a folder of the set."
-        # What an entry may say: the parameters of both.
+        # The keys that an entry may have: the parameters of both.
         own = list(inspect.signature(load).parameters.values())[:-1]
         extra = [p for p in inspect.signature(items_of).parameters.values() if p.kind is p.KEYWORD_ONLY]
         load.__signature__ = inspect.Signature([*own, *extra])
@@ -132,7 +132,7 @@ def hub_set(
             prompts,
             skip_bad_rows=True,
             fingerprint=fingerprint,
-            about_sft=about_sft,
+            sft_note=sft_note,
             held_out_by_share=not hub.test,
             hub_id=hub.path,
         )
@@ -144,5 +144,5 @@ def hub_set(
     return decorator
 
 
-# The set is small enough that all rows of a prompt are brought together, however far apart they are.
+# For small sets: all rows of a prompt are grouped, however far apart they are.
 WHOLE_SET = sys.maxsize

@@ -1,8 +1,8 @@
-"""Tokenize each data set once: stream it from its loader into an Arrow file, and find it again by what it depends on.
+"""Tokenize each data set once: stream it from its loader into an Arrow file, named by everything that it depends on.
 
-A file's name is a hash of the data's content, of the tokenizer, of the settings that shape token ids, and of the version of the
-rules (`tokenization.VERSION`); our code is no part of it. Processes that prepare the same data at once (the ranks of a run, the
-jobs of a sweep) wait for the first of them, however long it takes. A file gets its name when it is complete.
+A file's name is a hash of the data's content, the tokenizer, the settings that affect token ids, and the version of the rules
+(`tokenization.VERSION`), but not of our code. Processes that prepare the same data at once (ranks of a run, jobs of a sweep)
+wait for the first of them, however long it takes. A file gets its name when it is complete.
 """
 
 import json
@@ -20,7 +20,7 @@ from preference_training.core.files import PARTIAL, atomic_file, locked, partial
 from preference_training.core.machine import infrequent_garbage_collection
 from preference_training.core.values import hash_values
 from preference_training.data.entries import Entry, load_records
-from preference_training.data.prompt_table import ContentHash, PromptTable, TablePart, write_columns, write_some
+from preference_training.data.prompt_table import ContentHash, PromptTable, TablePart, write_columns, write_selected
 from preference_training.data.rows.records import DataReport, PreferenceRecord
 from preference_training.data.token_files import Vocabulary, read_tokenized
 from preference_training.data.tokenization import VERSION, TokenizedPrompt, TokenSettings, text_reader, tokenize_records
@@ -28,7 +28,7 @@ from preference_training.data.tokenization import VERSION, TokenizedPrompt, Toke
 
 @dataclass(frozen=True)
 class Prepared:
-    """The prompts of one split over all entries, one report for each entry, and the version of the rules that they follow."""
+    """The prompts of one split of all entries, a report for each entry, and the version of the rules they follow."""
 
     table: PromptTable
     reports: list[DataReport]
@@ -36,8 +36,11 @@ class Prepared:
 
     @property
     def fingerprint(self) -> str:
-        """Stands for all token ids, pairs and response numbers; in the first version, for the names of files instead."""
-        return self.table.fingerprint_of_names if self.version == 1 else self.table.fingerprint
+        """A hash of all token ids, pairs and response numbers; in the first version, of the names of files instead."""
+        if self.version > 1:
+            return self.table.fingerprint
+        names = [part.name for part in self.table.parts]
+        return xxhash.xxh3_128_hexdigest(repr((names, self.table.first_row)).encode())
 
     def numbered_from(self, first_row: int) -> "Prepared":
         """The same, with responses numbered from `first_row` on."""
@@ -53,10 +56,10 @@ def prepare(
     cache_dir: str | None = None,
     first_row: int = 0,
 ) -> Prepared:
-    """The tokenized prompts of one split ("train" or "test"), from `directory` where they have been prepared before.
+    """The tokenized prompts of one split ("train" or "test"), read from `directory` if they have been prepared before.
 
-    settings gives what each entry's token ids depend on; cache_dir is the hub library's. Responses are numbered from
-    `first_row` on. Raises UserError for data that cannot be used, and where the disk does not take what is written.
+    settings: returns the settings for each entry's token ids. cache_dir: the hub library's. Responses are numbered from
+    `first_row` on. Raises UserError for data that cannot be used, and where it cannot be written.
     """
     parts, reports, version = [], [], VERSION
     vocabulary = tokenizer_hash(tokenizer)
@@ -67,45 +70,45 @@ def prepare(
             part, report = work.result()
         if part is not None:
             parts.append(part)
-        # Not stored with the data, which does not depend on settings without effect.
+        # Not stored with the data, which these settings do not affect.
         reports.append(replace(report, notes=[*entry.notes, *report.notes]) if split == "train" else report)
     return Prepared(PromptTable(parts, first_row), reports, version)
 
 
 @contextmanager
 def _writable(directory: Path) -> Iterator[None]:
-    """Inside, files are written to a directory that is made for them. Raises UserError where it cannot."""
+    """Context for writing to a directory, which is created. Raises UserError where that fails."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         yield
     except OSError as error:
         raise UserError(
-            f"local_dirs: prepared data cannot be kept in {directory}: {error.strerror or error}. Expected a folder "
-            "that can be written to, with room for the token ids. Make room, or name another one with local_dirs."
+            f"local_dirs: cannot write prepared data to {directory}: {error.strerror or error}. Expected a "
+            "writable directory with space for the token ids. Free some space, or set local_dirs."
         ) from error
 
 
 class Folders(NamedTuple):
-    """Where prepared data is kept, and the hub library's cache."""
+    """The directory of prepared data, and the hub library's cache."""
 
     prepared: Path
     hub: str | None
 
 
 class _Preparation:
-    """One entry and split: the file it is found in, or is written to."""
+    """The prepared file of one entry and split, found or written."""
 
     def __init__(self, entry: Entry, split: str, tokenizer, vocabulary: str, settings: TokenSettings, folders: Folders):
         self.entry, self.split, self.tokenizer, self.settings = entry, split, tokenizer, settings
         self.directory, self.cache_dir = folders
         known = entry.fingerprint(split, self.cache_dir, trust_user_code=settings.version == 1)
-        # Where only loading tells what the data is, the name ends with a hash of the records.
+        # Where the content is known only after loading, the name ends with a hash of the records.
         self.content_is_known = known is not None
         depends_on = [entry.name, known, entry.report().skip_bad_rows, split, vocabulary, *_settings_key(settings)]
         self.key = hash_values(depends_on)
 
     def result(self) -> tuple[TablePart | None, DataReport]:
-        """The memory-mapped file, None where it has no prompt, and the report. Prepares it if needed."""
+        """The memory-mapped file (None without any prompt) and the report. Prepares it if needed."""
         waiting = f"{self.entry.name}: waiting for the process that prepares it"
         with _writable(self.directory), locked(self.directory / f"{self.key}.lock", waiting):
             return self._find() or self._make()
@@ -124,37 +127,37 @@ class _Preparation:
         return None
 
     def _read(self, name: str) -> tuple[TablePart | None, DataReport] | None:
-        """What lies under a name; None where it is not there, or damaged."""
+        """The file of a name and its report; None if missing or damaged."""
         path = self.directory / f"{name}.arrow"
         try:
-            said = json.loads(path.with_suffix(".json").read_text())
+            stored = json.loads(path.with_suffix(".json").read_text())
             # The first version had none.
-            fingerprint = said.pop("fingerprint", None)
-            report = DataReport(**said)
+            fingerprint = stored.pop("fingerprint", None)
+            report = DataReport(**stored)
             if path.exists():
                 part = self._map(path, fingerprint)
                 if part.num_prompts != report.num_prompts:
-                    raise ValueError("its report counts other prompts")
+                    raise ValueError("its report has another number of prompts")
                 return part, report
             return (None, report) if report.num_prompts == 0 else None
         except FileNotFoundError:
             return None
         except (OSError, ValueError, TypeError, AttributeError) as error:
-            print(f"{self.entry.name}: {path} is damaged and prepared anew: {error}", flush=True)
+            print(f"{self.entry.name}: {path} is damaged and prepared again: {error}", flush=True)
             return None
 
     def _map(self, path: Path, fingerprint: str | None) -> TablePart:
-        """A whole file as a part of the run's table."""
+        """A complete file as a part of the run's table."""
         what = "row" if self.entry.tokenized_file else f"{self.split} prompt"
         weight = self.entry.weight if self.split == "train" else 1.0
         return TablePart.of_file(path, f"{self.entry.name}, {what}", weight, fingerprint)
 
     def _make(self) -> tuple[TablePart | None, DataReport]:
-        """Write the file beside its place, then rename it."""
+        """Write the file under a temporary name, then rename it."""
         self._sweep()
         report = self.entry.report()
         digest, content = None if self.content_is_known else xxhash.xxh3_128(), ContentHash()
-        # Where the content is not known, only its hash gives the file its name.
+        # The name may depend on the hash of the content.
         with partial_path(self.directory / self.key) as partial, partial_path(self.directory / f"{self.key}.json") as side:
             with partial.open("wb") as file:
                 prompts = _with_progress(self._prompts(report, digest), self.entry.name)
@@ -162,7 +165,7 @@ class _Preparation:
                 sync(file)
             name = self.key if digest is None else f"{self.key}-{digest.hexdigest()}"
             path = self.directory / f"{name}.arrow"
-            # The report first: the data's presence says that both are there.
+            # The report first: if the data exists, so does its report.
             side.write_text(json.dumps(report.as_dict() | {"fingerprint": content.hexdigest()}))
             side.replace(path.with_suffix(".json"))
             if report.num_prompts == 0:
@@ -171,13 +174,13 @@ class _Preparation:
         return self._map(path, content.hexdigest()), report
 
     def _sweep(self) -> None:
-        """Remove what killed processes have left behind."""
+        """Remove the partial files of killed processes."""
         from filelock import FileLock, Timeout
 
         for partial in self.directory.glob(f"*{PARTIAL}"):
             lock = FileLock(self.directory / f"{partial.name.split('.')[0]}.lock")
             try:
-                # This process holds its own lock; a lock that is taken belongs to a preparation in progress.
+                # This process holds its own lock; any other that is held belongs to a preparation in progress.
                 with lock.acquire(timeout=0):
                     partial.unlink(missing_ok=True)
             except Timeout:
@@ -190,7 +193,7 @@ class _Preparation:
         return tokenize_records(self._records(report, digest), self.tokenizer, self.settings, report)
 
     def _records(self, report: DataReport, digest) -> Iterator[PreferenceRecord]:
-        """The entry's records; where there is a digest, their content is added to it as they pass."""
+        """The entry's records; their content is added to the digest, if any."""
         try:
             text_of = text_reader(self.tokenizer, self.settings)
             for record in load_records(self.entry, self.split, report, self.cache_dir, text_of):
@@ -200,7 +203,7 @@ class _Preparation:
                     digest.update(repr(content).encode())
                 yield record
         except OSError as error:
-            # The loader's own files: another folder for prepared data would not help.
+            # The loader's own files, not those of prepared data.
             raise UserError(f"datasets: {self.entry.name}: its loader cannot read its data: {error}.") from error
 
 
@@ -211,24 +214,24 @@ def _with_progress(prompts: Iterator[TokenizedPrompt], name: str) -> Iterator[To
     return tqdm(prompts, desc=f"preparing {name}", unit=" prompts", delay=5, leave=False, disable=None, mininterval=1.0)
 
 
-# In place of a version, files of the first one were named after a hash of all code that shaped them. This was it in the end:
-# files that an earlier state of that code has made are prepared anew.
-CODE_OF_VERSION_1 = "79aded02dfe2b0ae476ddc72933eb4da"
-SETTINGS_OF_VERSION_1 = ("paired", "max_length", "max_prompt_length", "truncation_mode", "template", "system_prompt")
+# Instead of a version, file names of the first version contain a hash of the code that produced them. This is its last value;
+# files by earlier code are prepared again.
+VERSION_1_CODE = "79aded02dfe2b0ae476ddc72933eb4da"
+VERSION_1_SETTINGS = ("paired", "max_length", "max_prompt_length", "truncation_mode", "template", "system_prompt")
 
 
 def _settings_key(settings: TokenSettings) -> list:
-    """The part of a file's key that stands for the settings and the version of the rules."""
+    """The part of a file's key for the settings and the version of the rules."""
     if settings.version > 1:
         return [asdict(settings)]
-    return [{name: getattr(settings, name) for name in SETTINGS_OF_VERSION_1}, CODE_OF_VERSION_1]
+    return [{name: getattr(settings, name) for name in VERSION_1_SETTINGS}, VERSION_1_CODE]
 
 
 def tokenizer_hash(tokenizer) -> str:
-    """Hash of everything a tokenizer's ids depend on, including its chat template."""
+    """A hash of everything that a tokenizer's ids depend on, including its chat template."""
     if tokenizer.is_fast:
         description = tokenizer.backend_tokenizer.to_str()
-        # What stands before that is padding and truncation, which change with every call and are not used here.
+        # Before it come padding and truncation, which change with every call and are not used here.
         vocabulary = description[description.index('"added_tokens"') :]
     else:
         vocabulary = json.dumps(tokenizer.get_vocab(), sort_keys=True)
@@ -241,12 +244,12 @@ def tokenizer_hash(tokenizer) -> str:
 HELD_OUT_ELSEWHERE = "the prompt is held out, in this data set or another"
 
 
-def without_held_out(train: Prepared, held_out: Prepared, entries: Sequence[Entry], directory: Path) -> Prepared:
-    """The training prompts without those that a model reads as a held-out one; they are counted in the reports.
+def exclude_held_out(train: Prepared, held_out: Prepared, entries: Sequence[Entry], directory: Path) -> Prepared:
+    """The training prompts without those that have the token ids of a held-out prompt; these are counted in the reports.
 
-    That concerns entries of which a share is held out by a hash: one may hold out what another one has too, prompts are cut
-    until they are the same, and of a few prompts one is held out whatever its hash is. What has a test split of its own, or
-    none, is as its owner wants it: `overlap` says what is in both.
+    This applies to entries that hold out a share by a hash: another entry may contain the same prompt, truncation may make
+    prompts equal, and of a few prompts one is held out whatever its hash. Entries with a test split, or without any, are not
+    changed: `overlap` reports what both splits contain.
     """
     chosen = [part.prompt_hashes for entry, part, _ in _by_entry(held_out, entries) if part and entry.dataset.held_out_by_share]
     hashes = numpy.concatenate([numpy.zeros(0, numpy.uint64), *chosen])
@@ -255,24 +258,24 @@ def without_held_out(train: Prepared, held_out: Prepared, entries: Sequence[Entr
         if part and len(hashes) and entry.dataset.held_out_by_share:
             kept = ~numpy.isin(part.prompt_hashes, hashes)
             if not kept.all():
-                left_out = replace(report, left_out=dict(report.left_out), num_prompts=int(kept.sum()))
+                reduced = replace(report, left_out=dict(report.left_out), num_prompts=int(kept.sum()))
                 examples = numpy.concatenate([columns.num_examples for columns in part.batches])
-                left_out.skip(HELD_OUT_ELSEWHERE, int(examples[~kept].sum()))
-                part, report = _kept(part, kept, directory), left_out
+                reduced.skip(HELD_OUT_ELSEWHERE, int(examples[~kept].sum()))
+                part, report = _kept(part, kept, directory), reduced
         parts += [part] if part and part.num_prompts else []
         reports.append(report)
     return replace(train, table=PromptTable(parts, train.table.first_row), reports=reports)
 
 
 def _by_entry(prepared: Prepared, entries: Sequence[Entry]) -> Iterator[tuple[Entry, TablePart | None, DataReport]]:
-    """Each entry with its part of the table, None where it has no prompt."""
+    """Each entry with its part of the table (None without any prompt) and its report."""
     parts = iter(prepared.table.parts)
     for entry, report in zip(entries, prepared.reports, strict=True):
         yield entry, next(parts) if report.num_prompts else None, report
 
 
 def _kept(part: TablePart, kept: numpy.ndarray, directory: Path) -> TablePart:
-    """Those prompts of a part for which `kept` [N] is true, from a file of their own, which is written if need be."""
+    """The prompts of a part for which `kept` [N] is true, in a separate file, which is written if needed."""
     name = xxhash.xxh3_128_hexdigest(part.fingerprint.encode() + numpy.flatnonzero(~kept).astype(numpy.int64).tobytes())
     path = directory / f"{name}.arrow"
     with _writable(directory), locked(path.with_suffix(".lock"), f"{part.source}: waiting for the process that prepares it"):
@@ -282,15 +285,15 @@ def _kept(part: TablePart, kept: numpy.ndarray, directory: Path) -> TablePart:
                 if found.num_prompts == kept.sum():
                     return found
             except (OSError, ValueError) as error:
-                print(f"{path} is damaged and prepared anew: {error}", flush=True)
+                print(f"{path} is damaged and prepared again: {error}", flush=True)
         with atomic_file(path, "wb", durable=True) as file:
-            write_some(file, part, kept)
+            write_selected(file, part, kept)
         return TablePart.of_file(path, part.source, part.weight)
 
 
 @dataclass(frozen=True)
 class Overlap:
-    """Held-out prompts that are trained on too: how many of how many, and one as it is called in either split."""
+    """Held-out prompts that are also trained on: how many of how many, and the names of one in both splits."""
 
     count: int
     held_out: int
@@ -298,20 +301,20 @@ class Overlap:
     trained: str
 
     def line(self, tokenizer) -> str:
-        """What is said about it."""
+        """The finding as a line of text."""
         text = shortened(tokenizer.decode(self.example.prompt_ids))
-        both = f"{self.example.source} = {self.trained}"
-        return f"held-out prompts that are trained on too: {self.count:,} of {self.held_out:,}, as {text!r} ({both})"
+        names = f"{self.example.source} = {self.trained}"
+        return f"held-out prompts that are also trained on: {self.count:,} of {self.held_out:,}, for example {text!r} ({names})"
 
 
 def overlap(train: PromptTable, held_out: PromptTable) -> Overlap | None:
-    """The held-out prompts whose token ids are those of a training prompt; None where there is none."""
+    """The held-out prompts with the token ids of a training prompt; None without any."""
     trained, hashes = train.prompt_hashes, held_out.prompt_hashes
-    both = numpy.flatnonzero(numpy.isin(hashes, trained))
-    if not len(both):
+    common = numpy.flatnonzero(numpy.isin(hashes, trained))
+    if not len(common):
         return None
-    place = int(numpy.flatnonzero(trained == hashes[both[0]])[0])
-    return Overlap(len(both), len(hashes), held_out[int(both[0])], train[place].source)
+    place = int(numpy.flatnonzero(trained == hashes[common[0]])[0])
+    return Overlap(len(common), len(hashes), held_out[int(common[0])], train[place].source)
 
 
 def shortened(text: str, most: int = 60) -> str:
@@ -319,6 +322,6 @@ def shortened(text: str, most: int = 60) -> str:
     return text if len(text) <= most else f"...{text[-most:]}"
 
 
-def same_ids(table: PromptTable) -> int:
-    """How many pairs of a table are of one and the same token ids: none, but in tables of the first version."""
+def count_identical_pairs(table: PromptTable) -> int:
+    """How many pairs of a table have identical token ids: none, except in tables of the first version."""
     return sum(prompt.responses[i] == prompt.responses[j] for prompt in table for i, j in prompt.pairs)

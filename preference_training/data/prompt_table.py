@@ -1,7 +1,7 @@
-"""Tokenized prompts in columns: written to disk as an Arrow file, read back by mapping it into memory.
+"""Tokenized prompts in columns: written to disk as an Arrow file, and read by mapping it into memory.
 
-A table is a sequence of `TokenizedPrompt`s that are made when they are looked at. What is in memory of millions of prompts is
-their number of examples; everything else stays in the file, whose pages come and go. Shapes: N prompts, R responses.
+A table is a sequence of `TokenizedPrompt`s, which are built on access. Of millions of prompts only the numbers of examples are
+in memory; everything else stays in the file, whose pages are loaded on demand. Shapes: N prompts, R responses.
 """
 
 import mmap
@@ -10,7 +10,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, chain, islice, pairwise
+from itertools import accumulate, islice, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,10 +20,10 @@ import xxhash
 
 from preference_training.data.tokenization import TokenizedPrompt
 
-# Prompts that are written, and mapped, together.
-PROMPTS_A_BATCH = 4096
-# After so many looks the mapped pages are given back, so that reading at random does not fill memory with the whole file.
-LOOKS_BEFORE_RELEASE = 256
+# Prompts of one batch of a file.
+PROMPTS_PER_BATCH = 4096
+# After so many reads the mapped pages are released, so that random access does not load the whole file.
+READS_BEFORE_RELEASE = 256
 
 TOKENS = pyarrow.list_(pyarrow.field("item", pyarrow.int32(), nullable=False))
 SCHEMA = pyarrow.schema(
@@ -31,14 +31,14 @@ SCHEMA = pyarrow.schema(
         "number": pyarrow.int64(),
         "prompt_ids": TOKENS,
         "responses": pyarrow.list_(pyarrow.field("item", TOKENS, nullable=False)),
-        # Two indices a pair, one pair after the other.
+        # The two indices of each pair, concatenated.
         "pairs": TOKENS,
     }
 )
 
 
 class Columns(NamedTuple):
-    """A batch of prompts. Offsets have one entry more than what they cut: entry k to entry k + 1 is the k-th's part."""
+    """A batch of prompts. Offsets have one more entry than they delimit: part k goes from entry k to entry k + 1."""
 
     numbers: numpy.ndarray
     prompt_offsets: numpy.ndarray
@@ -51,7 +51,7 @@ class Columns(NamedTuple):
 
     @classmethod
     def of(cls, prompts: Iterable[TokenizedPrompt]) -> "Columns":
-        """The columns of prompts, in memory."""
+        """Columns of prompts, in memory."""
         values = {name: array("q" if name == "numbers" else "i") for name in cls._fields}
         for name in ("prompt_offsets", "first_response", "response_offsets", "pair_offsets"):
             values[name].append(0)
@@ -70,14 +70,14 @@ class Columns(NamedTuple):
 
     @classmethod
     def of_arrow(cls, batch: pyarrow.RecordBatch) -> "Columns":
-        """Views of an Arrow batch."""
+        """Columns as views of an Arrow batch."""
         prompts, responses, pairs = (batch.column(name) for name in ("prompt_ids", "responses", "pairs"))
         lists = [prompts.offsets, prompts.values, responses.offsets, responses.values.offsets, responses.values.values]
         parts = [batch.column("number"), *lists, pairs.offsets, pairs.values]
         return cls(*(part.to_numpy(zero_copy_only=True) for part in parts))
 
     def as_arrow(self) -> pyarrow.RecordBatch:
-        """The batch as Arrow writes it."""
+        """The columns as an Arrow batch."""
         responses = pyarrow.ListArray.from_arrays(self.response_offsets, self.response_ids, type=TOKENS)
         columns = [
             pyarrow.array(self.numbers),
@@ -102,7 +102,7 @@ class Columns(NamedTuple):
 
     @property
     def longest_row(self) -> int:
-        """How many tokens the longest prompt with one of its responses has."""
+        """Tokens of the longest prompt with one of its responses."""
         prompts, responses = numpy.diff(self.prompt_offsets), numpy.diff(self.response_offsets)
         rows = numpy.repeat(prompts, numpy.diff(self.first_response)) + responses
         return int(rows.max(initial=0))
@@ -124,7 +124,7 @@ class Columns(NamedTuple):
 
 
 class ContentHash:
-    """A hash of the token ids and pairs of prompts, however they are cut into batches; of no number, name or file."""
+    """A hash of the token ids and pairs of prompts, independent of batches, numbers, names and files."""
 
     def __init__(self):
         self._columns = [xxhash.xxh3_128() for _ in range(7)]
@@ -144,9 +144,9 @@ class ContentHash:
 
 @dataclass(frozen=True)
 class TablePart:
-    """The prompts of one data set: `source` begins their names in messages, `weight` says how often an epoch visits each.
+    """The prompts of one data set. source: the prefix of their names in messages. weight: how often an epoch visits each.
 
-    fingerprint stands for all of its token ids and pairs; name is that of its file, without the ending.
+    fingerprint: a hash of all token ids and pairs. name: of its file, without the suffix.
     """
 
     source: str
@@ -158,9 +158,9 @@ class TablePart:
 
     @classmethod
     def of_file(cls, path: Path, source: str, weight: float = 1.0, fingerprint: str | None = None) -> "TablePart":
-        """Map a file that `write_columns` wrote. Raises OSError or ValueError (as Arrow does) where it is not whole.
+        """Map a file written by `write_columns`. Raises OSError or ValueError (as Arrow does) where it is incomplete.
 
-        fingerprint: that of its content where it is known, else it is found here.
+        fingerprint: of its content, if known; else it is computed.
         """
         with path.open("rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -177,19 +177,19 @@ class TablePart:
 
     @property
     def prompt_hashes(self) -> numpy.ndarray:
-        """A hash of each prompt's token ids: [N] uint64. One look at all prompts, none at responses."""
+        """A hash of each prompt's token ids: [N] uint64. Reads all prompts, but no responses."""
         found = [columns.prompt_hashes for columns in self.batches]
         self.release()
         return numpy.concatenate(found) if found else numpy.zeros(0, numpy.uint64)
 
     def release(self) -> None:
-        """Give mapped pages back to the system; the next look reads them again."""
+        """Release the mapped pages; the next access reads them again."""
         if self.mapped is not None and hasattr(self.mapped, "madvise"):
             self.mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def content_hash(batches: Iterable[Columns]) -> str:
-    """The `ContentHash` of some batches."""
+    """The `ContentHash` of batches."""
     digest = ContentHash()
     for columns in batches:
         digest.update(columns)
@@ -197,13 +197,10 @@ def content_hash(batches: Iterable[Columns]) -> str:
 
 
 def write_columns(file, prompts: Iterable[TokenizedPrompt], digest: ContentHash | None = None) -> int:
-    """Write prompts to an open binary file, a batch at a time; returns how many. OSError where the disk does not take them.
-
-    Their content is added to the digest.
-    """
+    """Write prompts to an open binary file, a batch at a time; returns how many. Adds their content to the digest."""
     prompts, count = iter(prompts), 0
     with pyarrow.ipc.new_file(file, SCHEMA) as writer:
-        while batch := list(islice(prompts, PROMPTS_A_BATCH)):
+        while batch := list(islice(prompts, PROMPTS_PER_BATCH)):
             columns = Columns.of(batch)
             writer.write_batch(columns.as_arrow())
             count += len(batch)
@@ -212,8 +209,8 @@ def write_columns(file, prompts: Iterable[TokenizedPrompt], digest: ContentHash 
     return count
 
 
-def write_some(file, part: TablePart, kept: numpy.ndarray) -> None:
-    """Write those prompts of a part for which `kept` [N] is true to an open binary file."""
+def write_selected(file, part: TablePart, kept: numpy.ndarray) -> None:
+    """Write the prompts of a part for which `kept` [N] is true to an open binary file."""
     start = 0
     with pyarrow.ipc.new_file(file, SCHEMA) as writer:
         for columns in part.batches:
@@ -224,10 +221,7 @@ def write_some(file, part: TablePart, kept: numpy.ndarray) -> None:
 
 
 class PromptTable(Sequence[TokenizedPrompt]):
-    """The prompts of one or several data sets, one after the other.
-
-    Responses are numbered through the table from `first_row` on.
-    """
+    """The prompts of one or more data sets, concatenated. Responses are numbered from `first_row` on."""
 
     def __init__(self, parts: Sequence[TablePart], first_row: int = 0):
         self.parts = list(parts)
@@ -235,7 +229,7 @@ class PromptTable(Sequence[TokenizedPrompt]):
         self._batches = [(part, columns) for part in self.parts for columns in part.batches]
         self._starts = [0, *accumulate(len(columns.numbers) for _, columns in self._batches)]
         self._rows = [first_row, *accumulate((int(c.first_response[-1]) for _, c in self._batches), initial=first_row)][1:]
-        self._looks = 0
+        self._reads = 0
         self._release()
 
     def _release(self) -> None:
@@ -244,12 +238,12 @@ class PromptTable(Sequence[TokenizedPrompt]):
 
     @classmethod
     def of(cls, prompts: Iterable[TokenizedPrompt], first_row: int = 0) -> "PromptTable":
-        """A table in memory, of prompts made elsewhere."""
+        """A table of prompts in memory."""
         columns = Columns.of(prompts)
         return cls([TablePart("prompt", [columns], content_hash([columns]))] if len(columns.numbers) else [], first_row)
 
     def joined(self, other: "PromptTable") -> "PromptTable":
-        """This table's prompts, then another's, whose responses are numbered behind this one's."""
+        """This table's prompts followed by another's, whose responses are numbered after this one's."""
         assert other.first_row == self.first_row + self.num_responses
         return PromptTable([*self.parts, *other.parts], self.first_row)
 
@@ -261,48 +255,44 @@ class PromptTable(Sequence[TokenizedPrompt]):
             raise IndexError(f"prompt {index} of {len(self)}")
         batch = bisect_right(self._starts, index) - 1
         part, columns = self._batches[batch]
-        self._looks += 1
-        if self._looks % LOOKS_BEFORE_RELEASE == 0:
+        self._reads += 1
+        if self._reads % READS_BEFORE_RELEASE == 0:
             self._release()
         return columns.prompt(int(index) - self._starts[batch], part.source, self._rows[batch])
 
     @cached_property
     def num_examples(self) -> numpy.ndarray:
         """How many examples each prompt has: [N] int32."""
-        return self._gathered(lambda columns: columns.num_examples)
+        return self._column(lambda columns: columns.num_examples)
 
     @property
     def num_tokens(self) -> numpy.ndarray:
         """How many tokens each prompt has with all its responses: [N] int32."""
-        return self._gathered(lambda c: numpy.diff(c.prompt_offsets) + numpy.diff(c.response_offsets[c.first_response]))
+        return self._column(lambda c: numpy.diff(c.prompt_offsets) + numpy.diff(c.response_offsets[c.first_response]))
 
     @property
     def longest_row(self) -> int:
-        """How many tokens the longest prompt with one of its responses has; 0 where there is none."""
+        """Tokens of the longest prompt with one of its responses; 0 without any prompt."""
         longest = [columns.longest_row for _, columns in self._batches]
         self._release()
         return max(longest, default=0)
 
     @property
     def largest_id(self) -> int:
-        """The largest token id of all; -1 where there is none."""
+        """The largest token id; -1 without any."""
         ids = (ids for _, columns in self._batches for ids in (columns.prompt_ids, columns.response_ids))
         largest = max((int(some.max()) for some in ids if len(some)), default=-1)
         self._release()
         return largest
 
-    def source_of(self, token: int) -> str:
-        """The name of the first prompt that has a token id, in itself or in a response."""
-        return next(prompt.source for prompt in self if token in {*prompt.prompt_ids, *chain.from_iterable(prompt.responses)})
-
-    def _gathered(self, column) -> numpy.ndarray:
+    def _column(self, column) -> numpy.ndarray:
         values = [column(columns) for _, columns in self._batches]
         self._release()
         return numpy.concatenate(values).astype(numpy.int32) if values else numpy.zeros(0, numpy.int32)
 
     @property
     def num_responses(self) -> int:
-        """How many responses all prompts have together."""
+        """How many responses all prompts have in total."""
         return self._rows[-1] - self.first_row
 
     @property
@@ -312,47 +302,14 @@ class PromptTable(Sequence[TokenizedPrompt]):
 
     @property
     def fingerprint(self) -> str:
-        """Stands for all token ids, pairs and response numbers."""
+        """A hash of all token ids, pairs and response numbers."""
         return xxhash.xxh3_128_hexdigest(repr(([part.fingerprint for part in self.parts], self.first_row)).encode())
 
-    @property
-    def fingerprint_of_names(self) -> str:
-        """Stands for the names of the files and for response numbers: what runs of the first version of prepared data say."""
-        return xxhash.xxh3_128_hexdigest(repr(([part.name for part in self.parts], self.first_row)).encode())
-
-    def place_of_response(self, row: int) -> int:
-        """The index of the prompt that the response of this number belongs to."""
+    def prompt_index(self, row: int) -> int:
+        """The index of the prompt to which response number `row` belongs."""
         batch = bisect_right(self._rows, row) - 1
         first = self._batches[batch][1].first_response
         return self._starts[batch] + int(numpy.searchsorted(first, row - self._rows[batch], side="right")) - 1
-
-    # ---- orders -----------------------------------------------------------------------------------------------------------
-
-    def epoch_order(self, seed: str) -> numpy.ndarray:
-        """Indices of the prompts that an epoch visits, shuffled by `seed`."""
-        visited = self.epoch_visits(seed)
-        return visited[shuffled(len(visited), seed)]
-
-    def epoch_visits(self, seed: str) -> numpy.ndarray:
-        """Indices of the prompts that an epoch visits, in the table's order.
-
-        A part of weight w is visited w times: whole as often as w is a whole number, and a drawn share of it for the rest.
-        """
-        visits, start = [], 0
-        for number, part in enumerate(self.parts):
-            size = part.num_prompts
-            whole = int(part.weight)
-            # At least one prompt of each part, however small its weight.
-            rest = max(round((part.weight - whole) * size), int(whole == 0 and size > 0))
-            indices = numpy.arange(start, start + size, dtype=numpy.int32)
-            drawn = indices[shuffled(size, f"{seed} part {number}")[:rest]] if rest else indices[:0]
-            visits += [indices] * whole + [drawn]
-            start += size
-        return numpy.concatenate(visits) if visits else numpy.zeros(0, numpy.int32)
-
-    def select(self, indices: numpy.ndarray) -> "Selection":
-        """Some of the prompts."""
-        return Selection(self, indices)
 
 
 @dataclass(frozen=True)
@@ -379,15 +336,15 @@ class Selection:
 
     @property
     def fingerprint(self) -> str:
-        """Stands for the prompts and their response numbers."""
+        """A hash of the prompts and their response numbers."""
         chosen = numpy.sort(self.indices).astype(numpy.int64)
         return xxhash.xxh3_128_hexdigest(self.table.fingerprint.encode() + chosen.tobytes())
 
 
 def shuffled(size: int, seed: str) -> numpy.ndarray:
-    """The numbers below `size` in an order that depends on `seed` alone: [size] int.
+    """The numbers below `size` in an order that depends only on `seed`: [size] int.
 
-    The stable sort of a bit generator's raw output, whose stream numpy promises to keep; that of its shuffle it does not.
+    A stable sort of raw generator output, which numpy guarantees to stay the same; it does not guarantee that of its shuffle.
     """
     words = numpy.random.PCG64(int(xxhash.xxh3_64_hexdigest(seed.encode()), 16)).random_raw((size + 1) // 2)
     return numpy.argsort(words.view(numpy.uint32)[:size], kind="stable")

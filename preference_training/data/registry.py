@@ -18,15 +18,14 @@ Prompts = Literal["dialogues", "conversations"]
 
 @dataclass(frozen=True)
 class Dataset:
-    """A loader, and everything that is said of its data.
+    """A loader, and the properties of its data.
 
-    truncation_mode is the end of a prompt that matters. prompts: whether they are "dialogues" (texts with HH markers, which
-    get no system prompt) or "conversations" of turns, so that an export knows what template=null has written; None where
-    that is not said. skip_bad_rows is for public sets, whose rows are not the user's to fix. fingerprint says in advance, as a
-    short text, what the loader will give for a split: None where only loading tells. about_sft is said where loss=sft learns
-    less than all preferred answers, and one might expect them all. held_out_by_share: a share of its prompts is held out by
-    their hash, and no test split of its own. of_user: the loader is code of the user's, which may change without its data.
-    hub_id: where the set lies on the Hugging Face hub.
+    truncation_mode: which end of a prompt to keep. prompts: "dialogues" (texts with HH markers, which get no system prompt) or
+    "conversations" (lists of turns), so that an export knows what template=null rendered; None if undeclared. skip_bad_rows:
+    for public sets, whose rows the user cannot fix. fingerprint: returns a short text that identifies the records of a split
+    without loading them; None if that is impossible. sft_note: shown with loss=sft where it learns fewer than all preferred
+    responses. held_out_by_share: prompts are held out by their hash, without a test split. is_user_code: the loader is the
+    user's code, which may change although its data does not. hub_id: of the set on the Hugging Face hub.
     """
 
     load: Callable[..., Records | Items]
@@ -34,9 +33,9 @@ class Dataset:
     prompts: Prompts | None = None
     skip_bad_rows: bool = False
     fingerprint: Callable[..., str] | None = None
-    about_sft: str | None = None
+    sft_note: str | None = None
     held_out_by_share: bool = False
-    of_user: bool = False
+    is_user_code: bool = False
     hub_id: str | None = None
 
 
@@ -48,7 +47,7 @@ TOKENIZED_SUFFIX = ".pt"
 
 
 def register(name: str, truncation_mode: str = "keep_start", prompts: Prompts | None = None):
-    """Make a loader known as `name`. Dialogues want `truncation_mode="keep_end"`: their last turn is what is answered."""
+    """Register a loader as `name`. Dialogues need `truncation_mode="keep_end"`: the response is to their last turn."""
 
     def decorator(load):
         DATASETS[name] = Dataset(load, truncation_mode, prompts)
@@ -58,14 +57,14 @@ def register(name: str, truncation_mode: str = "keep_start", prompts: Prompts | 
 
 
 def find_dataset(name: str) -> Dataset:
-    """The data set of a registered name or of `FILE.py:NAME`. Raises UserError for a name that is neither."""
+    """The data set of a registered name or of `FILE.py:NAME`. Raises UserError if there is none."""
     if name in DATASETS:
         return DATASETS[name]
     if ".py:" in name:
-        return _dataset_of_user_file(*name.rsplit(":", 1))
+        return _find_user_dataset(*name.rsplit(":", 1))
     raise UserError(
         f"datasets: unknown data set {name!r}; {nearest(name, DATASETS)} "
-        f"A file must end in one of {', '.join(DATA_SUFFIXES)} or {TOKENIZED_SUFFIX}; a set of the hub is ORGANISATION/NAME; "
+        f"A file must end in one of {', '.join(DATA_SUFFIXES)} or {TOKENIZED_SUFFIX}; a set of the hub is ORGANIZATION/NAME; "
         "a loader of your own is FILE.py:NAME."
     )
 
@@ -78,7 +77,7 @@ def dataset_entries(config: dict | None) -> list[dict]:
 
 @cache
 def _run_user_file(path: Path) -> dict[str, Dataset]:
-    """Run a Python file, once. Returns what it registers, outside the registry: two files may use the same name."""
+    """Run a Python file once. Returns what it registers, outside the registry: two files may use the same name."""
     known = dict(DATASETS)
     try:
         run_file(path, "data")
@@ -88,12 +87,12 @@ def _run_user_file(path: Path) -> dict[str, Dataset]:
         DATASETS.update(known)
 
 
-def _dataset_of_user_file(file: str, name: str) -> Dataset:
+def _find_user_dataset(file: str, name: str) -> Dataset:
     path = Path(file).absolute()
     if not path.is_file():
         raise UserError(f"datasets: {file}: no such file. Expected a Python file that registers {name!r}.")
     registered = _run_user_file(path)
     if name not in registered:
-        hint = nearest(name, registered) if registered else "it registers none at all."
+        hint = nearest(name, registered) if registered else "it registers none."
         raise UserError(f"datasets: {file} registers no data set {name!r}; {hint}")
-    return replace(registered[name], of_user=True)
+    return replace(registered[name], is_user_code=True)

@@ -1,4 +1,4 @@
-"""Files that hold token ids already (`.pt`): pairs with loss masks, read and written."""
+"""Read and write files of token ids (`.pt`): pairs with loss masks."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ TOKEN_FIELDS = ("prompt_chosen_tokens", "prompt_rejected_tokens", "chosen_loss_m
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What a file of token ids is checked against: how many ids there are, and those that end and begin a sequence."""
+    """What a file of token ids is validated against: the number of ids, and those of the special tokens."""
 
     size: int
     eos_token_id: int
@@ -25,7 +25,7 @@ class Vocabulary:
 
     @classmethod
     def of(cls, tokenizer) -> "Vocabulary":
-        """A tokenizer's."""
+        """The vocabulary of a tokenizer."""
         return cls(len(tokenizer), tokenizer.eos_token_id, tokenizer.bos_token_id)
 
 
@@ -34,10 +34,10 @@ def read_tokenized(
 ) -> Iterator[TokenizedPrompt]:
     """Yield the prompts of a `.pt` file: a list of dicts with the TOKEN_FIELDS, each a list or 1-D tensor of whole numbers.
 
-    A mask is 1 where a token is the response's; what follows the response is padding. Rows of one prompt that stand side by
-    side become one; for SFT, one for each of their chosen responses. The held-out share is chosen by a hash of the prompt's
-    ids. Responses that do not end with the end-of-sequence token are counted; what is left out: `trainable_part`. Faulty
-    rows go to the report; raises UserError for a file that is none. Nothing is unpickled but tensors and plain values.
+    A mask is 1 for the tokens of the response; what follows is padding. Adjacent rows of one prompt are merged; for SFT, into
+    one for each chosen response. The held-out share is chosen by a hash of the prompt's ids. Responses that do not end with the
+    end-of-sequence token are counted; for what is skipped see `trainable_part`. Bad rows go to the report; raises UserError for
+    other files. Only tensors and plain values are unpickled.
     """
     counts = report if split == "train" else DataReport(report.skip_bad_rows)
     for prompt_ids, rows in groupby(_valid_rows(path, vocabulary.size, counts), key=itemgetter(1)):
@@ -60,13 +60,13 @@ def read_tokenized(
 
 
 def _valid_rows(path: Path, vocabulary: int, report: DataReport) -> Iterator[tuple[int, list[int], list[int], list[int]]]:
-    """Number, prompt ids, chosen and rejected ids of every row that can be used."""
+    """Number, prompt ids, chosen and rejected ids of every valid row."""
     for number, row in enumerate(_load_rows(path), start=1):
         report.rows_read += 1
         try:
             ids = _split_row(row, vocabulary)
-        except ValueError as fault:
-            report.bad_row(UserError(f"datasets: {path}, row {number}: {fault}"))
+        except ValueError as error:
+            report.bad_row(UserError(f"datasets: {path}, row {number}: {error}"))
         else:
             yield number, *ids
 
@@ -88,7 +88,7 @@ def _load_rows(path: Path) -> list:
 
 
 def _split_row(row, vocabulary: int) -> tuple[list[int], list[int], list[int]]:
-    """Prompt ids, chosen and rejected ids of a row. Raises ValueError, saying what is wrong."""
+    """Prompt ids, chosen and rejected ids of a row. Raises ValueError with the reason."""
     missing = [name for name in TOKEN_FIELDS if not isinstance(row, dict) or name not in row]
     if missing:
         raise ValueError(f"no {', '.join(missing)}. Expected a dict with {', '.join(TOKEN_FIELDS)}.")
@@ -114,9 +114,9 @@ def _split_row(row, vocabulary: int) -> tuple[list[int], list[int], list[int]]:
 def _whole_numbers(value, name: str) -> list[int]:
     try:
         numbers = value.tolist() if hasattr(value, "tolist") else value
-    except RuntimeError:  # what torch raises for a tensor that is sparse, or without content
+    except RuntimeError:  # of sparse and of meta tensors
         numbers = None
-    # Masks come as true and false, or as 0.0 and 1.0.
+    # Masks may be booleans or floats.
     if not isinstance(numbers, list) or not numbers or not all(isinstance(n, int | float) and n % 1 == 0 for n in numbers):
         raise ValueError(f"{name} is no list or 1-D tensor of whole numbers.")
     return [int(n) for n in numbers]

@@ -1,4 +1,4 @@
-"""Text to token ids: prompts and responses, each response with its end-of-sequence token, within the lengths allowed.
+"""Tokenize prompts and responses, each response with its end-of-sequence token, and truncate them.
 
 records -> `tokenize_records` -> TokenizedPrompt
 """
@@ -13,7 +13,7 @@ from itertools import islice
 
 from preference_training.core.errors import UserError
 from preference_training.data.rows.records import DataReport, PreferenceRecord, Prompt, prompt_text
-from preference_training.data.rows.templates import ConversationError, build_template, opening_of_answers
+from preference_training.data.rows.templates import ConversationError, build_template, response_opening
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class TokenizedPrompt:
     """Token ids of a prompt and of the responses that are trained on, each response with its end-of-sequence token.
 
     `pairs` holds (preferred, dispreferred) indices into `responses`; it is empty for SFT, where `responses` is the target.
-    `source` names the record in messages; `number` counts the records of its data set and split. `first_row` is the place of
+    `source` names the record in messages; `number` counts the records of its data set and split. `first_row` is the index of
     its first response among all responses of the run's data.
     """
 
@@ -38,10 +38,10 @@ class TokenizedPrompt:
         return len(self.pairs) or len(self.responses)
 
 
-# The version of the rules by which rows become token ids, pairs and splits: of all code between a loader and a `PromptTable`.
-# Raise it by hand, and add to VERSIONS what is new, whenever the same rows and settings give other ids, other pairs, another
-# order or another split; for nothing else, since data of an earlier version is prepared anew.
-# tests/data/test_prepared_versions.py fails where it has been forgotten, and says what to do then.
+# The version of the rules by which rows become token ids, pairs and splits, that is, of all code between loader and
+# `PromptTable`. Increment it, and describe the change in VERSIONS, whenever the same rows and settings give different ids,
+# pairs, order or splits; never otherwise, since data of an earlier version is prepared again.
+# tests/data/test_prepared_versions.py fails if this is forgotten, and says what to do.
 VERSION = 2
 VERSIONS = {
     1: "a prompt is held out by a hash of its own text, whatever the model reads of it; pairs of equal token ids are trained "
@@ -56,9 +56,9 @@ VERSIONS = {
 
 @dataclass(frozen=True)
 class TokenSettings:
-    """What token ids depend on beside text and tokenizer. Lengths are tokens; paired is for preference losses, else SFT.
+    """What token ids depend on besides text and tokenizer. Lengths are in tokens. paired: for preference losses, else SFT.
 
-    version is one of VERSIONS: the newest, but for a run that began with an earlier one and goes on.
+    version: one of VERSIONS, the newest except in resumed runs that started with an earlier one.
     """
 
     paired: bool
@@ -71,9 +71,9 @@ class TokenSettings:
 
 
 def text_reader(tokenizer, settings: TokenSettings) -> Callable[[Prompt], str]:
-    """A function from a prompt to the text that a model reads of it, by a hash of which prompts are held out.
+    """A function from a prompt to the text that the model reads, whose hash decides which prompts are held out.
 
-    A conversation that the chat template refuses is its own text; it is reported where it is tokenized.
+    For a conversation that the chat template rejects it is `prompt_text`; tokenization reports the error.
     """
     if settings.version == 1:
         return prompt_text
@@ -93,17 +93,17 @@ def tokenize_records(
 ) -> Iterator[TokenizedPrompt]:
     """Yield the tokenized prompts of `records`.
 
-    Prompt and responses are tokenized apart and their ids joined, so that the boundary between them is exact. The prompt
-    gets a beginning-of-sequence token where the tokenizer itself would add one; each response gets the end-of-sequence
-    token. Lengths and what is skipped: `trainable_part`.
+    Prompt and responses are tokenized separately and their ids concatenated, so that the boundary between them is exact. The
+    prompt gets a beginning-of-sequence token if the tokenizer adds one; each response gets the end-of-sequence token.
+    Truncation and skipping: `trainable_part`.
 
-    A text that holds the end-of-sequence token, a prompt without tokens, and a conversation that the tokenizer's chat
-    template refuses, go to the report; without one they raise UserError.
+    Texts that contain the end-of-sequence token, empty prompts, and conversations that the tokenizer's chat template rejects go
+    to the report; without one they raise UserError.
     """
     work = _Tokenization(tokenizer, settings, report if report is not None else DataReport())
     records = iter(records)
-    # Two threads turn texts into ids on all cores, without Python's lock, while this one renders the next chunk: one encodes
-    # while the other makes lists.
+    # Two threads encode on all cores, without the GIL, while this one renders the next chunk: one encodes while the other
+    # builds lists.
     with ThreadPoolExecutor(2) as encoder:
         pending: deque = deque()
         while chunk := list(islice(records, 1024)):
@@ -115,18 +115,18 @@ def tokenize_records(
             yield from work.finish(kept, ids)
 
 
-# What a report says of records, besides what it skips.
-NO_PAIR_TO_COMPARE = "a prompt without a pair of answers (loss=sft learns single answers)"
+# What a report counts of records, besides those it skips.
+NO_PAIR_TO_COMPARE = "a prompt without a pair of responses (loss=sft learns single responses)"
 NO_TURNS = (
-    "prompts without system_prompt: they are plain text, which template=null and raw leave as it is (see hh, chatml, chat)"
+    "prompts without system_prompt: they are plain text, which template=null and raw keep unchanged (see hh, chatml, chat)"
 )
 OPENING_MOVED = (
-    "the chat template does not begin an answer when asked to (add_generation_prompt): {!r}, which it writes before answers, "
-    "is put at the end of prompts"
+    "the chat template does not open a response when asked to (add_generation_prompt): {!r}, which it writes before responses, "
+    "is appended to prompts"
 )
-OWN_SYSTEM_TURN = "prompts without system_prompt: they have a system turn of their own"
+OWN_SYSTEM_TURN = "prompts without system_prompt: they have their own system turn"
 
-# A record, the pairs between its texts, and its texts: the prompt, then only those responses that the loss looks at.
+# A record, the pairs between its texts, and its texts: the prompt, then only the responses that the loss uses.
 Rendered = tuple[PreferenceRecord, list[tuple[int, int]], list[str]]
 
 
@@ -137,34 +137,34 @@ class _Tokenization:
         self.settings = settings
         self.report = report
         self.template = build_template(settings.template, settings.system_prompt, tokenizer)
-        if settings.template == "chat" and (opening := opening_of_answers(tokenizer)):
+        if settings.template == "chat" and (opening := response_opening(tokenizer)):
             self.report.note(OPENING_MOVED.format(opening))
         self.encode_prompts, self.encode_responses = _encoders(tokenizer)
-        self.bos = bos_of(tokenizer)
-        # Cached: a tokenizer looks its special tokens up at each access.
+        self.bos = bos_ids(tokenizer)
+        # Cached: a tokenizer looks up its special tokens on each access.
         self.eos_token, self.eos_id, self.bos_id = tokenizer.eos_token, tokenizer.eos_token_id, tokenizer.bos_token_id
 
     def render(self, record: PreferenceRecord) -> list[Rendered]:
-        """The record as text; for SFT one for each of its targets. Empty where there is nothing to train on, or an error."""
+        """Render the record; for SFT once for each target. Empty without anything to train on, or after an error."""
         if self.settings.paired:
             used = sorted({index for pair in record.pairs for index in pair})
-            wanted = [(pairs_between(used, record.pairs), [record.responses[index] for index in used])] if used else []
+            parts = [(pairs_between(used, record.pairs), [record.responses[index] for index in used])] if used else []
             self.report.skip(NO_PAIR_TO_COMPARE, not used)
         else:
             targets = record.targets if self.settings.version > 1 else (record.sft_target,)
-            wanted = [([], [target]) for target in targets]
-        found = [self._rendered(record, pairs, responses) for pairs, responses in wanted]
+            parts = [([], [target]) for target in targets]
+        found = [self._rendered(record, pairs, responses) for pairs, responses in parts]
         return [rendered for rendered in found if rendered is not None]
 
     def _rendered(self, record: PreferenceRecord, pairs: list[tuple[int, int]], responses: list[str]) -> Rendered | None:
         parts = [record.prompt] if isinstance(record.prompt, str) else [turn[1] for turn in record.prompt]
         if any(self.eos_token in text for text in (*parts, *responses)):
-            self._bad(record, self._holds_eos())
+            self._bad(record, self._eos_error())
             return None
         try:
             prompt, texts = self.template(record.prompt, responses)
-        except ConversationError as fault:
-            self._bad(record, str(fault))
+        except ConversationError as error:
+            self._bad(record, str(error))
             return None
         if self.settings.system_prompt:
             self._count_system_prompt(record.prompt)
@@ -179,7 +179,7 @@ class _Tokenization:
             self.report.change(OWN_SYSTEM_TURN)
 
     def encode(self, kept: list[Rendered]) -> tuple[list[list[int]], list[list[int]]]:
-        """Ids of all prompts of a chunk, and of all its responses."""
+        """The ids of all prompts and of all responses of a chunk."""
         prompts, responses = [texts[0] for _, _, texts in kept], [text for _, _, texts in kept for text in texts[1:]]
         if self.encode_prompts is self.encode_responses:
             ids = self.encode_prompts(prompts + responses)
@@ -187,7 +187,7 @@ class _Tokenization:
         return self.encode_prompts(prompts), self.encode_responses(responses)
 
     def finish(self, kept: list[Rendered], encoded: Future) -> Iterator[TokenizedPrompt]:
-        """The prompts of a chunk, from the ids of all its texts."""
+        """The tokenized prompts of a chunk, from the ids of all its texts."""
         settings = self.settings
         all_prompt_ids, ids = map(iter, encoded.result())
         for record, pairs, texts in kept:
@@ -198,7 +198,7 @@ class _Tokenization:
             if not prompt_ids:
                 self._bad(record, "the prompt is empty. Expected at least one token before a response.")
             elif any(self.eos_id in response for response in responses):
-                self._bad(record, self._holds_eos())
+                self._bad(record, self._eos_error())
             else:
                 whole = [[*response, self.eos_id] for response in responses]
                 prompt = TokenizedPrompt(prompt_ids, whole, pairs, record.source, record.number)
@@ -207,28 +207,28 @@ class _Tokenization:
                 if left is not None:
                     yield left
 
-    def _bad(self, record: PreferenceRecord, fault: str) -> None:
-        self.report.bad_row(UserError(f"datasets: {record.source}: {fault}"))
+    def _bad(self, record: PreferenceRecord, problem: str) -> None:
+        self.report.bad_row(UserError(f"datasets: {record.source}: {problem}"))
 
-    def _holds_eos(self) -> str:
-        expected = "Expected texts without it; it is added where it belongs."
-        return f"the text holds {self.eos_token!r}, which marks the end of a response. {expected}"
+    def _eos_error(self) -> str:
+        expected = "Expected texts without it; it is added automatically."
+        return f"the text contains {self.eos_token!r}, which marks the end of a response. {expected}"
 
 
 def _encoders(tokenizer):
-    """Two functions from texts to lists of token ids, without special tokens added: for prompts and for responses.
+    """Two functions from texts to lists of token ids without special tokens: for prompts and for responses.
 
-    SentencePiece tokenizers put a space before a text. A response continues its prompt's text, so it gets none.
+    SentencePiece tokenizers put a space before a text; a response, which continues its prompt, must not get one.
     """
     if not tokenizer.is_fast:
         slow = lambda texts: tokenizer(texts, add_special_tokens=False).input_ids if texts else []  # noqa: E731
         return slow, slow
     backend = tokenizer.backend_tokenizer
     description = json.loads(backend.to_str())
-    continuing = description | {part: _without_first_blank(description[part]) for part in ("normalizer", "pre_tokenizer")}
+    continuing = description | {part: _without_prefix_space(description[part]) for part in ("normalizer", "pre_tokenizer")}
     backends = backend, backend if continuing == description else type(backend).from_str(json.dumps(continuing))
     for each in backends:
-        # A tokenizer's file may ask for either; both are done here.
+        # A tokenizer's file may enable both.
         each.no_padding()
         each.no_truncation()
     encode_prompts, encode_responses = (partial(_encode, each) for each in backends)
@@ -239,29 +239,29 @@ def _encode(backend, texts: list[str]) -> list[list[int]]:
     return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
-# The settings of a tokenizer's file that put something before a text, with the values that put nothing there.
-NOTHING_BEFORE = {"prepend_scheme": "never", "add_prefix_space": False, "prepend": ""}
+# The settings of a tokenizer's file that put a prefix before a text, with the values that disable it.
+NO_PREFIX = {"prepend_scheme": "never", "add_prefix_space": False, "prepend": ""}
 
 
-def _without_first_blank(part):
-    """A part of a tokenizer's file, changed so that it puts nothing before a text."""
+def _without_prefix_space(part):
+    """A part of a tokenizer's file, without any prefix before a text."""
     if isinstance(part, list):
-        return [_without_first_blank(item) for item in part]
+        return [_without_prefix_space(item) for item in part]
     if not isinstance(part, dict):
         return part
-    return {key: NOTHING_BEFORE[key] if key in NOTHING_BEFORE else _without_first_blank(part[key]) for key in part}
+    return {key: NO_PREFIX[key] if key in NO_PREFIX else _without_prefix_space(part[key]) for key in part}
 
 
-def bos_of(tokenizer) -> list[int]:
-    """The beginning-of-sequence token as a list, where the tokenizer itself begins a text with it; else empty."""
+def bos_ids(tokenizer) -> list[int]:
+    """The beginning-of-sequence token as a list, if the tokenizer adds it to texts; else empty."""
     ids = tokenizer("a").input_ids
     return [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id else []
 
 
 def pairs_between(kept: Sequence[int], pairs: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The pairs of which both responses are `kept`, by their places among these."""
-    place = {index: position for position, index in enumerate(kept)}
-    return [(place[i], place[j]) for i, j in pairs if i in place and j in place]
+    """The pairs of which both responses are `kept`, with indices into `kept`."""
+    position = {index: k for k, index in enumerate(kept)}
+    return [(position[i], position[j]) for i, j in pairs if i in position and j in position]
 
 
 # ---- the part that is trained on ----------------------------------------------------------------------------------------
@@ -273,32 +273,30 @@ NOTHING_LEFT = "no token of the prompt is left within max_prompt_length"
 def trainable_part(
     prompt: TokenizedPrompt, settings: TokenSettings, always_kept: int, report: DataReport
 ) -> TokenizedPrompt | None:
-    """The part of a prompt that is trained on, within the lengths of the settings, or None. What is skipped is counted.
+    """The part of a prompt that is trained on, within the lengths of the settings, or None. The report counts what is skipped.
 
     Skipped are pairs whose responses have become identical, by template or truncation, and prompts of which only the
-    beginning of the sequence is left, `always_kept` tokens.
+    `always_kept` beginning-of-sequence tokens remain.
     """
     fitted = truncate(prompt, settings, report, always_kept)
     if fitted is None or settings.version == 1:
         return fitted
     ids = fitted.prompt_ids
     if always_kept and settings.truncation_mode == "keep_end" and len(ids) < len(prompt.prompt_ids) and ids[1:2] == ids[:1]:
-        # A template may write a beginning-of-sequence token before each question, and the kept end may begin with one.
+        # A template may write a beginning-of-sequence token before each turn, and the kept end may start with one.
         fitted = replace(fitted, prompt_ids=ids[1:])
     left = None
     if always_kept and len(fitted.prompt_ids) <= always_kept < len(prompt.prompt_ids):
         report.skip(NOTHING_LEFT, fitted.num_examples)
     else:
-        left = without_same_ids(fitted, report)
+        left = drop_identical_pairs(fitted, report)
     if left is not fitted:
-        _count_no_cuts_of(prompt, fitted, left, report)
+        _uncount_cuts(prompt, fitted, left, report)
     return left
 
 
-def _count_no_cuts_of(
-    prompt: TokenizedPrompt, fitted: TokenizedPrompt, left: TokenizedPrompt | None, report: DataReport
-) -> None:
-    """Uncount the truncated texts that are skipped after all: only what a model reads counts."""
+def _uncount_cuts(prompt: TokenizedPrompt, fitted: TokenizedPrompt, left: TokenizedPrompt | None, report: DataReport) -> None:
+    """Subtract truncated texts that are skipped afterwards: only what a model reads counts."""
     whole = set(map(tuple, prompt.responses))
     cut, still_cut = (
         sum(tuple(response) not in whole for response in (part.responses if part else ())) for part in (fitted, left)
@@ -307,10 +305,10 @@ def _count_no_cuts_of(
     report.change(PROMPT_CUT, -int(left is None and fitted.prompt_ids != prompt.prompt_ids))
 
 
-def without_same_ids(prompt: TokenizedPrompt, report: DataReport) -> TokenizedPrompt | None:
+def drop_identical_pairs(prompt: TokenizedPrompt, report: DataReport) -> TokenizedPrompt | None:
     """The prompt with each response once, without pairs of identical responses, which have no gradient.
 
-    None where no pair is left; for SFT, its responses as they are.
+    None without any remaining pair; unchanged for SFT.
     """
     first: dict[tuple[int, ...], int] = {}
     places = [first.setdefault(tuple(response), index) for index, response in enumerate(prompt.responses)]
@@ -333,12 +331,12 @@ RESPONSE_CUT = "responses cut (they lose their end-of-sequence token)"
 def truncate(
     prompt: TokenizedPrompt, settings: TokenSettings, report: DataReport, always_kept: int = 0
 ) -> TokenizedPrompt | None:
-    """The prompt with all its responses within `max_length` tokens, or None where nothing of it is left.
+    """Truncate a prompt and its responses to `max_length` tokens; None if nothing remains.
 
-    keep_start, keep_end: if the prompt and its longest response are too long together, the prompt is cut to
-    `max_prompt_length` at its end or at its start; if that is not enough, the responses are cut to
-    `max_length - max_prompt_length`. drop: responses that do not fit are left out, with their pairs. The first `always_kept`
-    tokens of a prompt, its beginning of the sequence, stay in front also where its end is kept.
+    keep_start, keep_end: if the prompt and its longest response are too long together, the prompt is truncated to
+    `max_prompt_length`, keeping that end; if that is not enough, the responses are truncated to `max_length -
+    max_prompt_length`. drop: responses that do not fit are skipped, with their pairs. The first `always_kept` tokens of a
+    prompt, its beginning-of-sequence token, are kept with either end.
     """
     max_length, max_prompt_length = settings.max_length, settings.max_prompt_length
     longest = max(map(len, prompt.responses), default=0)

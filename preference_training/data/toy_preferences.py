@@ -1,7 +1,7 @@
-"""A generated preference set with a known ground truth: polite and short answers win against rude and rambling ones.
+"""A generated preference set with a known ground truth: polite and short responses win against rude and rambling ones.
 
-It lets a new installation be tried, and a training method be judged, without a network: whether an answer is of the
-preferred kind is decided by `answer_kind`, not by a model.
+It serves to try a new installation, and to evaluate a training method, without a network: `response_kind`, not a model, decides
+whether a response is of the preferred kind.
 """
 
 import random
@@ -24,21 +24,21 @@ REQUESTS = [
 POLITE_OPENINGS = ["Of course!", "Gladly!", "Happy to help!", "With pleasure!"]
 RUDE_OPENINGS = ["Ugh, not again.", "Are you serious?", "What a silly thing to ask.", "Leave me alone."]
 ADVICE = ["Take your time and start small.", "Ask a neighbour for the tools.", "Read the label first.", "Do it in the morning."]
-# Each follows its opening: whether to be rude is decided with the first word, so that is where training has to act.
+# Each follows its opening: the first word decides whether a response is rude, so training has to act there.
 RAMBLINGS = [
     "Everyone knows that, everyone but you, and I have told you a hundred times.",
     "I could go on about this all day, and on and on, and it would not help you.",
     "Nobody cares, nobody ever did, and I am tired of questions like this one.",
     "You would not get it anyway, so why do I even bother to talk about it.",
 ]
-LONGEST_POLITE_ANSWER = 1 + max(map(len, POLITE_OPENINGS)) + 1 + max(map(len, ADVICE))
+LONGEST_POLITE_RESPONSE = 1 + max(map(len, POLITE_OPENINGS)) + 1 + max(map(len, ADVICE))
 TRAIN_PROMPTS, TEST_PROMPTS = 1344, 384
 
 
 def toy_records(split: str) -> dict[str, dict]:
     """The records of one split. All prompts differ, within and across splits; the same ones come at every call.
 
-    Every third prompt has a second polite answer, and so two pairs. The SFT target is polite for half the prompts and
+    Every third prompt has a second polite response, and so two pairs. The SFT target is polite for half the prompts and
     rude for the other half: SFT teaches both kinds, and preference training has to choose.
     """
     draw = random.Random(0)
@@ -59,16 +59,16 @@ def _record(draw: random.Random, number: int) -> dict:
     return {"responses": responses, "pairs": pairs, "sft_target": polite[0] if number % 2 == 0 else rude}
 
 
-def answer_kind(answer: str) -> str | None:
-    """The ground truth: "preferred" for a polite and short answer, "rude", or None for what is neither.
+def response_kind(response: str) -> str | None:
+    """The ground truth: "preferred" for a polite and short response, "rude", or None.
 
-    Preferred is an answer that opens politely, holds no word of the rude ones' openings and ramblings, and is no longer
-    than the longest polite answer of the data.
+    A preferred response opens politely, contains no opening or rambling of the rude ones, and is no longer than the longest
+    polite response of the data.
     """
-    text = answer.strip()
+    text = response.strip()
     if any(text.startswith(opening) for opening in RUDE_OPENINGS):
         return "rude"
-    short = len(text) <= LONGEST_POLITE_ANSWER
+    short = len(text) <= LONGEST_POLITE_RESPONSE
     rambles = any(rambling[:12] in text for rambling in [*RUDE_OPENINGS, *RAMBLINGS])
     polite = any(text.startswith(opening) for opening in POLITE_OPENINGS)
     return "preferred" if polite and short and not rambles else None

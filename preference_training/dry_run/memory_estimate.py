@@ -99,7 +99,7 @@ class StorageCounter(TorchDispatchMode):
                 self._see(tensor)
         if kind := KINDS.get(str(func)):
             for tensor in tree_iter((args, kwargs)):
-                if isinstance(tensor, Tensor) and self._kind_of(tensor) == "activations":
+                if isinstance(tensor, Tensor) and self._lookup_kind(tensor) == "activations":
                     self.recount(tensor, kind)
         return output
 
@@ -116,7 +116,7 @@ class StorageCounter(TorchDispatchMode):
         self._changes.append((held, size - held.size))
         held.size = size
 
-    def _kind_of(self, tensor: Tensor) -> str | None:
+    def _lookup_kind(self, tensor: Tensor) -> str | None:
         held = self._held.get(tensor.untyped_storage())
         return held and held.kind
 

@@ -18,11 +18,11 @@ import xxhash
 
 from preference_training.batching.iterator import BatchIterator
 from preference_training.batching.micro_batches import MicroBatch
-from preference_training.batching.packing import UNLIMITED, PackedBatch, TokenBudget, examples_of, packs_of
+from preference_training.batching.packing import UNLIMITED, PackedBatch, TokenBudget, build_packs, iterate_examples
 from preference_training.core.errors import UserError
 from preference_training.core.machine import pick_device
 from preference_training.core.process_group import Ranks
-from preference_training.data.prompt_table import PromptTable
+from preference_training.data.prompt_table import PromptTable, Selection
 from preference_training.data.rows.records import DataReport
 from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.distributed.placement import Placement, Sharded
@@ -54,8 +54,8 @@ def preview(prepared: PreparedRun, placement_class: type[Placement], batches_wit
     facts = [collect_facts(split.table) for split in data]
     for title, split, found in zip(("train", "held out"), data, facts, strict=True):
         print(f"\n{title}", *describe_data(names, split.reports, found, loss.paired), sep="\n")
-    both = numpy.intersect1d(*(found.prompt_hashes for found in facts))
-    print(f"\nprompts that are in both: {len(both):,}", "\nexamples", sep="\n")
+    common = numpy.intersect1d(*(found.prompt_hashes for found in facts))
+    print(f"\nprompts in both splits: {len(common):,}", "\nexamples", sep="\n")
     train = data[0].table
     print(*describe_examples([train[k] for k in range(min(3, len(train)))], tokenizer, wants_color()), sep="\n")
     if loss.needs_reference and (two_models_notice := config.two_models_notice):
@@ -211,10 +211,10 @@ def histogram(values: numpy.ndarray, rows: int = 8, width: int = 40) -> list[str
 def describe_examples(prompts: Iterable[TokenizedPrompt], tokenizer, color: bool) -> list[str]:
     """Examples token by token as the model sees them; scored tokens are green, or between « and » without color.
 
-    Special tokens are shown by name, blanks as ▁, line ends as ⏎.
+    Special tokens are shown by name, spaces as ▁, line ends as ⏎.
     """
     lines = [
-        f"  tokens are separated by |, blanks are ▁, line ends ⏎; scored tokens are {'green' if color else 'between « and »'}"
+        f"  tokens are separated by |, spaces are ▁, line ends ⏎; scored tokens are {'green' if color else 'between « and »'}"
     ]
     for prompt in prompts:
         shown = tokens_shown(prompt.prompt_ids, tokenizer, False, color)
@@ -243,12 +243,12 @@ VISIBLE = str.maketrans({" ": "▁", "\n": "⏎", "\r": "␍", "\t": "⇥"})
 
 
 def visible_text(token: int, tokenizer) -> str:
-    """A token's text with visible blanks, including those that a tokenizer drops when it decodes a single token."""
+    """A token's text with visible spaces, including those that a tokenizer drops when it decodes a single token."""
     name, text = tokenizer.convert_ids_to_tokens(token), tokenizer.decode([token])
     if "\ufffd" in text:
         # Some of the bytes of one character.
         return name
-    # SentencePiece writes blanks as ▁, and drops the first one when decoding.
+    # SentencePiece writes spaces as ▁, and drops the first one when decoding.
     missing = (len(name) - len(name.lstrip("▁"))) - (len(text) - len(text.lstrip(" ")))
     return (" " * missing + text).translate(VISIBLE)
 
@@ -296,8 +296,8 @@ def largest_packs(batches: BatchIterator, budget: TokenBudget) -> tuple[list[Pac
 
     Inspects the first STEPS_INSPECTED steps, and for packs also the longest prompt of all.
     """
-    longest = batches.schedule.prompts.select(numpy.array([int(batches.schedule.prompts.num_tokens.argmax())]))
-    packs = packs_of(list(examples_of(longest)), budget)
+    longest = Selection(batches.schedule.prompts, numpy.array([int(batches.schedule.prompts.num_tokens.argmax())]))
+    packs = build_packs(list(iterate_examples(longest)), budget)
     several, most, largest = False, 0, []
     for step in islice(batches, STEPS_INSPECTED):
         found = [pack for micro_batch in step for pack in micro_batch.packs]

@@ -10,7 +10,7 @@ from itertools import islice
 
 import numpy
 
-from preference_training.batching.packing import examples_of
+from preference_training.batching.packing import iterate_examples
 from preference_training.core import metric_names
 from preference_training.core.metric_names import EVAL_ACCURACY, EVAL_LOSS, EVAL_MARGIN, HELD_OUT_PROMPTS
 from preference_training.data.prompt_table import Selection
@@ -46,7 +46,7 @@ class ExampleFacts:
         """The properties of the first `n_examples` examples (None: all) of some prompts."""
         markers, rows, number = user_markers(tokenizer), [], -1
         last = None
-        for prompt, pair in islice(examples_of(prompts), n_examples):
+        for prompt, pair in islice(iterate_examples(prompts), n_examples):
             if prompt is not last:
                 text, number, last = tokenizer.decode(prompt.prompt_ids), number + 1, prompt
                 turns = max(1, *(text.count(marker) for marker in markers))

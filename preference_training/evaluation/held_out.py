@@ -10,8 +10,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
-from preference_training.batching.micro_batches import batches_of
-from preference_training.batching.packing import PackedBatch, TokenBudget, examples_of
+from preference_training.batching.micro_batches import split_into_batches
+from preference_training.batching.packing import PackedBatch, TokenBudget, iterate_examples
 from preference_training.core.process_group import SINGLE_PROCESS, Ranks
 from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.evaluation.intervals import estimate, mean_interval
@@ -121,7 +121,7 @@ def response_batches(
 ) -> list[PackedBatch]:
     """This rank's batches of prompts with one response each, both as token ids."""
     sampled = [TokenizedPrompt(prompt, [response], []) for prompt, response in zip(prompts, responses, strict=True)]
-    return batches_of(list(examples_of(sampled)), batch_size, budget, ranks)
+    return split_into_batches(list(iterate_examples(sampled)), batch_size, budget, ranks)
 
 
 def kl_estimate(

@@ -23,7 +23,7 @@ from preference_training.configuration.validation import EVALUATION_REQUIREMENTS
 from preference_training.core.errors import UserError, first_line
 from preference_training.core.values import hash_values
 from preference_training.data.rows.templates import parse_dialogue
-from preference_training.data.toy_preferences import answer_kind
+from preference_training.data.toy_preferences import response_kind
 
 VERDICTS = ("first", "second", "tie")
 # The longest pause before a retry, whatever a server asks for. Unit: seconds.
@@ -76,7 +76,7 @@ class ToyJudge(Judge):
 
     def better(self, prompt: str, first: str, second: str) -> str:
         """One of VERDICTS."""
-        return verdict_by_score(*(float(answer_kind(response) == "preferred") for response in (first, second)))
+        return verdict_by_score(*(float(response_kind(response) == "preferred") for response in (first, second)))
 
 
 class RewardModelJudge(Judge):
@@ -198,20 +198,19 @@ class ChatJudge(Judge):
     def _identify(self) -> None:
         try:
             reply = self._retrying()(self.send, "GET", f"{self.base}{self.models_path}")
-            said = self.served(reply.json())
+            served = self.served(reply.json())
         except NoVerdictError as error:
             if not error.has_answered:
                 # Nobody knows which model will answer later.
                 self.identity += f" unknown {uuid.uuid4().hex}"
                 self.note = f"{self.base} does not answer ({error.reason}): verdicts of earlier evaluations are not reused"
                 return
-            self._assume_same_model(error.reason)
+            reason = error.reason
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            self._assume_same_model("its list of models cannot be read")
+            reason = "its list of models cannot be read"
         else:
-            self.identity += f" {hash_values(said)}"
-
-    def _assume_same_model(self, reason: str) -> None:
+            self.identity += f" {hash_values(served)}"
+            return
         self.note = (
             f"{self.base} does not say which model it serves ({reason}): verdicts of earlier evaluations at this address are "
             f"assumed to be of the same {self.model}"

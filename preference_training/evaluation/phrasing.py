@@ -1,15 +1,15 @@
-"""How results are put into words."""
+"""Results in words."""
 
-# Below so many prompts an interval is too uncertain itself to decide anything by.
-FEWEST_PROMPTS = 10
+# With fewer prompts, even an interval is too uncertain to support a decision.
+MIN_PROMPTS = 10
 
 
 def too_few(prompts: int, what: str) -> str | None:
-    """What is to be said where `what` is of too few prompts to decide anything by; None where there are enough."""
-    if prompts >= FEWEST_PROMPTS:
+    """A warning if `what` has too few prompts to support a decision; None if it has enough."""
+    if prompts >= MIN_PROMPTS:
         return None
     number = "1 prompt" if prompts == 1 else f"{prompts:,.0f} prompts"
-    return f"{what}: {number}, too few to decide anything by; expected at least {FEWEST_PROMPTS}"
+    return f"{what}: {number}, too few to decide anything by; expected at least {MIN_PROMPTS}"
 
 
 def with_interval(mean: float, low: float | None, high: float | None) -> str:

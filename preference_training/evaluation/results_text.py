@@ -1,7 +1,7 @@
 """The results of an evaluation as text: the table that is printed and shown in reports, and its warnings."""
 
 from preference_training.evaluation.breakdown import COLUMNS
-from preference_training.evaluation.phrasing import FEWEST_PROMPTS, too_few, with_interval
+from preference_training.evaluation.phrasing import MIN_PROMPTS, too_few, with_interval
 
 # Reasons for missing verdicts that are listed.
 MAX_REASONS = 5
@@ -57,9 +57,9 @@ def warnings(results: dict) -> list[str]:
     found = [text for what, number in prompts.items() if (text := too_few(number, what))]
     rows = _parts(held_out)
     rows["pairs whose responses differ in length"] = held_out.get("length_bias", {}).get("longer_preferred", held_out["all"])
-    small = [name for name, row in rows.items() if row["prompts"] < FEWEST_PROMPTS <= held_out["all"]["prompts"]]
+    small = [name for name, row in rows.items() if row["prompts"] < MIN_PROMPTS <= held_out["all"]["prompts"]]
     if small:
-        found.append(f"parts of fewer than {FEWEST_PROMPTS} prompts, too few to decide anything by: {', '.join(small)}")
+        found.append(f"parts of fewer than {MIN_PROMPTS} prompts, too few to decide anything by: {', '.join(small)}")
     return [f"warning: {text}" for text in found]
 
 

@@ -179,7 +179,7 @@ def write_text(path: Path, text: str) -> None:
 # ---- the configuration of a run -------------------------------------------------------------------------------------------
 
 
-def config_of_run(path: Path, overrides: list[str], evaluation: dict | None = None) -> RunConfig:
+def load_run_config(path: Path, overrides: list[str], evaluation: dict | None = None) -> RunConfig:
     """The configuration to evaluate a run's checkpoint with: the run's own, with `overrides` ("key=value").
 
     path: a run directory or one of its checkpoints. Keys that are newer than the run have their defaults. Raises UserError for

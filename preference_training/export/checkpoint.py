@@ -17,7 +17,7 @@ from preference_training.checkpointing.model_files import save_tokenizer
 from preference_training.checkpointing.saved_models import compare_parts
 from preference_training.configuration.schema import TEMPLATES
 from preference_training.core.errors import UserError
-from preference_training.data.chat_templates import end_tokens, format_of_run, serve_as_trained
+from preference_training.data.chat_templates import end_tokens, run_format, serve_as_trained
 from preference_training.export import hub, verification
 from preference_training.export.directory import new_directory, save_weights
 from preference_training.export.modelfile import OllamaFiles, check_architecture
@@ -67,7 +67,7 @@ def _prompt_format(source: Source, template: str | None) -> str | None:
     """The format of the run's prompts: as its configuration says, or else as its first checkpoint recorded it."""
     recorded = source.run.get("prompt_format")
     try:
-        return format_of_run(source.config, template)[0]
+        return run_format(source.config, template)[0]
     except UserError:
         return recorded if recorded in TEMPLATES else None
 

@@ -14,7 +14,7 @@ STALE_WEIGHTS = ["*.safetensors", "*.safetensors.index.json"]
 def reserve(repository: str, private: bool) -> None:
     """Create the repository ORGANIZATION/NAME unless it exists, before any expensive work.
 
-    Raises UserError where that is not permitted, and where a private one is wanted but a public one exists.
+    Raises UserError where that is not permitted, and where a private one is requested but a public one exists.
     """
     from huggingface_hub import HfApi, get_token
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from preference_training.core.errors import UserError, first_line
-from preference_training.data.chat_templates import Turns, format_of_run, turns_of
-from preference_training.data.tokenization import bos_of
+from preference_training.data.chat_templates import ConversationFormat, conversation_format, run_format
+from preference_training.data.tokenization import bos_ids
 
 # The language models that `ollama create` converts from safetensors (convert/convert.go, Ollama 0.33).
 ARCHITECTURES = (
@@ -67,14 +67,14 @@ class OllamaFiles:
 def build_modelfile(config: dict, tokenizer, template: str | None = None) -> tuple[str, list[str]]:
     """The Modelfile for a run's configuration, and notes on what it cannot express.
 
-    template: overrides the configuration's (`format_of_run`). Raises UserError where Ollama cannot express it.
+    template: overrides the configuration's (`run_format`). Raises UserError where Ollama cannot express it.
     """
-    name, system = format_of_run(config, template)
+    name, system = run_format(config, template)
     if name == "raw":
         text, stops = RAW, ()
         notes = ["raw: a single message is passed through as it is; several are each followed by an empty line"]
     else:
-        turns = turns_of(name, tokenizer)
+        turns = conversation_format(name, tokenizer)
         text, stops, notes = go_template(turns), turns.stops, list(turns.notes)
     lines = [
         "# Written by the export of this directory, for `ollama create NAME -f Modelfile`.",
@@ -97,7 +97,7 @@ RAW = (
 )
 
 
-def go_template(turns: Turns) -> str:
+def go_template(turns: ConversationFormat) -> str:
     """The format of turns as a Go text/template over Ollama's .Messages, on one line."""
     text = f"{{{{ if not .System }}}}{_go(turns.opening)}{{{{ end }}}}" if turns.opening else ""
     text += "{{ range .Messages }}"
@@ -111,7 +111,7 @@ def go_template(turns: Turns) -> str:
         else:
             text += _go(before)
         text += f"{{{{ .Content }}}}{_go(behind)}"
-    return f"{text}{{{{ end }}}}{{{{ end }}}}{_go(turns.answer)}"
+    return f"{text}{{{{ end }}}}{{{{ end }}}}{_go(turns.generation_prompt)}"
 
 
 ESCAPES = {"\n": r"\n", "\t": r"\t", "\r": r"\r", '"': r"\"", "\\": r"\\"}
@@ -174,7 +174,7 @@ def adapt_configs(directory: Path, tokenizer) -> None:
             config["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
         _write(directory / "config.json", config)
     values = _read(directory / "tokenizer_config.json")
-    values["add_bos_token"] = bool(bos_of(tokenizer))
+    values["add_bos_token"] = bool(bos_ids(tokenizer))
     if not tokenizer.bos_token and "bos_token" not in (tokenizer.chat_template or ""):
         # Without one, Ollama's newer engine prepends token 0 to every prompt.
         values["bos_token"] = tokenizer.eos_token

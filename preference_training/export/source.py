@@ -124,5 +124,5 @@ def _valid_state(checkpoint: Path) -> dict:
     """A checkpoint's state. Raises UserError where the checkpoint is incomplete or damaged."""
     try:
         return Checkpoint.verified(checkpoint, STATE_SHAPE).state
-    except DamagedError as fault:
-        raise UserError(f"{checkpoint}: {fault}. {EXPECTED}") from None
+    except DamagedError as error:
+        raise UserError(f"{checkpoint}: {error}. {EXPECTED}") from None

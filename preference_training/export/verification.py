@@ -7,11 +7,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from preference_training.checkpointing.saved_models import DifferentModelError, compare, fits_in_memory, load_plain, tolerance
-from preference_training.checkpointing.saved_models import compute_in_float32 as compute_in_float32
-from preference_training.checkpointing.saved_models import largest_difference as largest_difference
-from preference_training.checkpointing.saved_models import probe_logps as probe_logps
-from preference_training.checkpointing.saved_models import probe_logps_in_float32 as probe_logps_in_float32
+from preference_training.checkpointing.saved_models import (
+    DifferentModelError,
+    compare,
+    compute_in_float32,
+    fits_in_memory,
+    largest_difference,
+    load_plain,
+    probe_logps,
+    probe_logps_in_float32,
+    tolerance,
+)
 from preference_training.core.errors import UserError
 from preference_training.export.source import Source
 from preference_training.modeling import loading

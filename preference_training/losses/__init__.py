@@ -1,1 +1,1 @@
-"""Losses as pure formulas, and objectives that bind the numbers of a run."""
+"""Losses: pure formulas, and objectives that bind the settings of a run."""

@@ -1,4 +1,4 @@
-"""What every loss is: tensors and floats in, a `LossOutput` out. Knows no configuration, rank or model.
+"""The interface of all losses: tensors and floats in, a `LossOutput` out; independent of configuration, ranks and model.
 
 Shapes: R responses, P pairs, E examples (P for preference losses, R for SFT). Every log-prob is the natural logarithm of
 a response's probability given its prompt, summed over the response's tokens; unit: nats. A loss is called as
@@ -6,10 +6,10 @@ a response's probability given its prompt, summed over the response's tokens; un
     loss(policy, reference, pairs, lengths, batch_statistics) -> LossOutput
 
 with `policy` and `reference` of shape [R], `pairs` of shape [P, 2] (indices of the preferred and the dispreferred
-response) and `lengths` of shape [R] (tokens of each response). The mean of `LossOutput.losses` is the loss of the examples
-it was given, so that the trainer adds up the packs of a batch without asking which loss it serves.
+response) and `lengths` of shape [R] (tokens of each response). The mean of `LossOutput.losses` is the loss of these
+examples, so that the trainer accumulates the packs of a batch in the same way for every loss.
 
-No module here imports torch before a loss is computed: what a loss says of itself can be read in no time.
+No module here imports torch before a loss is computed, so that reading the properties of a loss is fast.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Reward = Literal["log-ratio", "log-ratio per token", "log-prob per token"]
 
 @dataclass(frozen=True)
 class LossOutput:
-    """What a loss says of E examples.
+    """The losses of E examples, and what is logged of them.
 
     losses: [E], with gradient; their mean is the loss. chosen_rewards, rejected_rewards: [E] without gradient, or None
     where there are no pairs. statistics: numbers to log under their own names.
@@ -42,79 +42,74 @@ class LossOutput:
 
 
 class BatchStatistics(ABC):
-    """What a loss needs to know of all pairs of a micro-batch before it is computed for any of them."""
+    """What a loss needs to know about all pairs of a micro-batch before it is computed for any of them."""
 
     @abstractmethod
     def at(self, places: Tensor) -> BatchStatistics:
-        """What of it concerns the micro-batch's pairs at `places` [E]."""
+        """The part for the micro-batch's pairs at the indices `places` [E]."""
 
 
 @dataclass(frozen=True)
 class ReferenceUpdate:
-    """A reference that follows the policy: after every `every` optimizer steps by `share` of the way, above 0 to 1."""
+    """A reference that follows the policy: every `every` optimizer steps it moves by `share` (0 < share <= 1) toward it."""
 
     every: int
     share: float
 
 
 class Loss(ABC):
-    """What the trainer knows of a loss; the base of all of them."""
+    """The base class of all losses, as the trainer uses them."""
 
-    # Whether its examples are pairs of responses; else each response is an example.
+    # Whether its examples are pairs of responses, rather than single responses.
     paired: ClassVar[bool] = True
     # Whether it reads the reference's log-probs.
     needs_reference: ClassVar[bool] = True
-    # Whether `batch_statistics` has to see a whole micro-batch before any of its losses.
+    # Whether `batch_statistics` must be called with a whole micro-batch before any of its losses is computed.
     needs_batch_statistics: ClassVar[bool] = False
-    # What its rewards are beta times of; None where it has none, or where it does not say.
+    # What its rewards are beta times of; None if it has no rewards, or does not declare them.
     reward: ClassVar[Reward | None] = None
-    # What of a run, beside its policy, the loss of an evaluation depends on, so that losses of different runs, and of different
-    # evaluations of one, are not of the same thing; None where they are.
+    # What the held-out loss depends on besides the policy, so that it cannot be compared between runs or between evaluations of
+    # one run; None if it can.
     evaluation_depends_on: ClassVar[str | None] = None
-    # Keys of its file in config/loss/ that change what is trained, and not what a held-out loss is of.
+    # Keys of its file in config/loss/ that change training but not the definition of the held-out loss.
     training_keys: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def __call__(
-        self,
-        policy: Tensor,
-        reference: Tensor | None,
-        pairs: Tensor,
-        lengths: Tensor,
-        batch_statistics: Any = None,
+        self, policy: Tensor, reference: Tensor | None, pairs: Tensor, lengths: Tensor, batch_statistics: Any = None
     ) -> LossOutput:
-        """The loss of each example; shapes: see the module. Without `batch_statistics`, at an evaluation, no state changes."""
+        """The loss of each example; shapes: see the module. Without `batch_statistics` (in an evaluation) no state changes."""
 
     @property
     def reference_update(self) -> ReferenceUpdate | None:
-        """How the reference follows the policy; None is a reference that stays what it was."""
+        """How the reference follows the policy; None for a frozen reference."""
         return None
 
     def batch_statistics(self, log_ratios: Tensor) -> BatchStatistics | None:
-        """Before a training micro-batch: look at all its pairs, on all ranks.
+        """Compute the statistics of a training micro-batch from all its pairs, on all ranks.
 
-        log_ratios: [P, 2], of each pair's chosen and rejected response the policy's log-prob minus the reference's.
+        log_ratios: [P, 2], the policy's log-prob minus the reference's, for each pair's chosen and rejected response.
         """
         return None
 
     @classmethod
     def state_shape(cls) -> dict[str, Any] | None:
-        """What `state_dict` gives, as a shape of `find_mismatch`; None for a loss without a state."""
+        """The shape of `state_dict`, as `find_mismatch` checks it; None for a loss without state."""
         return None
 
     def state_dict(self) -> dict[str, Any]:
-        """What the loss remembers between batches: tensors and plain values."""
+        """The state that the loss keeps between batches: tensors and plain values."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Remember what `state_dict` gave."""
-        assert not state, f"{type(self).__name__} remembers nothing"
+        """Restore the state from `state_dict`."""
+        assert not state, f"{type(self).__name__} has no state"
 
 
 def example_metrics(output: LossOutput, policy: Tensor, pairs: Tensor, split: str) -> dict[str, Tensor]:
-    """What each example contributes to the metrics of a split ("train" or "eval"): name → [E], without gradient.
+    """The metrics of each example for a split ("train" or "eval"): name → [E], without gradient.
 
-    A pair whose rewards are equal is half accurate.
+    A pair with equal rewards counts as half accurate.
     """
     policy = policy.detach()
     if output.chosen_rewards is None or output.rejected_rewards is None:

@@ -10,16 +10,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MOMENTUM = 0.9
-
-
-LOWEST_BETA = 1e-3
-
-
-LOWEST_DEVIATION = 1e-6
+MIN_BETA, MIN_DEVIATION = 1e-3, 1e-6
 
 
 def running_mean(before: float | None, newest: float) -> float:
-    """A running mean after one more value, with momentum 0.9; the first one is taken as it is."""
+    """The running mean after one more value, with momentum 0.9; the first value initializes it."""
     return newest if before is None else MOMENTUM * before + (1 - MOMENTUM) * newest
 
 
@@ -31,9 +26,9 @@ class GapStatistics:
     deviation: float | None = None
 
     def update(self, gaps: Tensor) -> float:
-        """Take in a training micro-batch's gaps [P], P > 0. Returns the new mean.
+        """Update with a training micro-batch's gaps [P], P > 0. Returns the new mean.
 
-        The deviation is the sample's (divided by P - 1). One pair has none: it leaves the deviation as it was.
+        The deviation is the sample's (divided by P - 1); a single pair leaves it unchanged.
         """
         gaps = gaps.detach().double()
         self.mean = running_mean(self.mean, gaps.mean().item())
@@ -43,8 +38,8 @@ class GapStatistics:
 
 
 def log_sampling_weights(gaps: Tensor, mean: float, deviation: float) -> Tensor:
-    """Logarithm of each pair's weight in the filter's draw, [P]: a normal density without its factor (section 4.2)."""
-    return -0.5 * ((gaps - mean) / max(deviation, LOWEST_DEVIATION)) ** 2
+    """Logarithm of each pair's sampling weight, [P]: an unnormalized normal density (section 4.2)."""
+    return -0.5 * ((gaps - mean) / max(deviation, MIN_DEVIATION)) ** 2
 
 
 def number_kept(num_pairs: int, filtering_ratio: float) -> int:
@@ -54,14 +49,14 @@ def number_kept(num_pairs: int, filtering_ratio: float) -> int:
 
 def adapted_beta(beta: float, scaling_factor: float, mean_gap: Tensor, running_mean: float) -> Tensor:
     """The micro-batch's beta, a scalar (equation 6), with a floor of 1e-3."""
-    return (beta * (1 + scaling_factor * (mean_gap - running_mean))).clamp(min=LOWEST_BETA)
+    return (beta * (1 + scaling_factor * (mean_gap - running_mean))).clamp(min=MIN_BETA)
 
 
 def draw_without_replacement(log_weights: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """Indices [count] of a weighted draw without replacement, ascending.
 
-    The largest of log-weight plus Gumbel noise are such a draw (Yellott 1977), and one in which weights that are 0 in
-    floating point can still be taken when nothing else is left.
+    The top k of log-weight plus Gumbel noise are such a draw (Yellott 1977), which can still take weights that underflow to 0
+    when nothing else remains.
     """
     import torch
 

@@ -21,7 +21,7 @@ def dpo_loss(
     """DPO per pair, [P]: equation 7 of Rafailov et al. 2023; with `label_smoothing` conservative DPO (Mitchell 2023).
 
     A gap [P] is the chosen response's log-prob minus the rejected one's. `label_smoothing` is the assumed probability that
-    a label is wrong; `reference_free` takes the reference gap as 0.
+    a label is wrong; `reference_free` sets the reference gap to 0.
     """
     logits = policy_gap if reference_free else policy_gap - reference_gap
     return -log_sigmoid(beta * logits) * (1 - label_smoothing) - log_sigmoid(-beta * logits) * label_smoothing
@@ -35,7 +35,7 @@ def ipo_loss(policy_gap: Tensor, reference_gap: Tensor, beta: float) -> Tensor:
 def hinge_loss(policy_gap: Tensor, reference_gap: Tensor, beta: float) -> Tensor:
     """The hinge of SLiC-HF (Zhao et al. 2023, section 2) per pair, [P], measured from the reference as in RSO.
 
-    A pair whose margin has reached 1 / beta nats teaches nothing any more. Gaps as in `dpo_loss`.
+    A pair with a margin of at least 1 / beta nats has no gradient. Gaps as in `dpo_loss`.
     """
     return (1 - beta * (policy_gap - reference_gap)).relu()
 
@@ -43,8 +43,8 @@ def hinge_loss(policy_gap: Tensor, reference_gap: Tensor, beta: float) -> Tensor
 def robust_dpo_loss(policy_gap: Tensor, reference_gap: Tensor, beta: float, label_smoothing: float) -> Tensor:
     """Robust DPO per pair, [P]: the unbiased loss of Chowdhury et al. 2024, section 3.1. Gaps as in `dpo_loss`.
 
-    `label_smoothing`, below 0.5, is the probability that a label is wrong. Over labels wrong that often the mean is the DPO
-    loss of the right ones; a single pair's may be negative.
+    `label_smoothing`, below 0.5, is the probability that a label is wrong. Its expectation over such labels is the
+    DPO loss of the correct ones; that of a single pair may be negative.
     """
     right, wrong = dpo_loss(policy_gap, reference_gap, beta), dpo_loss(-policy_gap, -reference_gap, beta)
     return ((1 - label_smoothing) * right - label_smoothing * wrong) / (1 - 2 * label_smoothing)
@@ -62,8 +62,8 @@ def rpo_loss(policy_gap: Tensor, reference_gap: Tensor, chosen_per_token: Tensor
 def dpop_loss(chosen_ratio: Tensor, rejected_ratio: Tensor, beta: float, penalty: float) -> Tensor:
     """DPO-positive per pair, [P] (Pal et al. 2024, L_DPOP), whose lambda is `penalty`.
 
-    Ratios [P] are the policy's log-prob minus the reference's. A chosen response that has become less likely than it was under
-    the reference lowers the margin by `penalty` times as much.
+    Ratios [P] are the policy's log-prob minus the reference's. A chosen response that is less likely than under the reference
+    lowers the margin by `penalty` times the difference.
     """
     return -log_sigmoid(beta * (chosen_ratio - rejected_ratio - penalty * (-chosen_ratio).relu()))
 
@@ -76,13 +76,13 @@ def simpo_loss(chosen_per_token: Tensor, rejected_per_token: Tensor, beta: float
 def orpo_loss(chosen_per_token: Tensor, rejected_per_token: Tensor, beta: float) -> Tensor:
     """ORPO per pair, [P]: equations 6 and 7 of Hong et al. 2024, whose lambda is `beta`.
 
-    Log-probs [P] are means over a response's tokens. The likelihood term takes the response alone; TRL's takes the prompt too.
+    Log-probs [P] are means over a response's tokens. The likelihood term covers only the response; TRL's the prompt too.
     """
     return -chosen_per_token - beta * log_sigmoid(log_odds(chosen_per_token) - log_odds(rejected_per_token))
 
 
 def log_odds(logps: Tensor) -> Tensor:
-    """log p - log(1 - p) of probabilities given by their logarithms; one that rounds to 1 is taken as the next below it."""
+    """log p - log(1 - p) of probabilities given as logarithms; one that rounds to 1 is replaced by the next smaller number."""
     import torch
 
     logps = logps.clamp(max=-torch.finfo(logps.dtype).eps)
@@ -90,7 +90,7 @@ def log_odds(logps: Tensor) -> Tensor:
 
 
 def bco_loss(chosen_rewards: Tensor, rejected_rewards: Tensor, shift: float) -> Tensor:
-    """BCO per pair, [P] (Jung et al. 2024, section 4): good and bad responses told apart by their rewards [P] minus `shift`."""
+    """BCO per pair, [P] (Jung et al. 2024, section 4): classifies good and bad responses by their rewards [P] minus `shift`."""
     return -log_sigmoid(chosen_rewards - shift) - log_sigmoid(shift - rejected_rewards)
 
 
@@ -101,5 +101,5 @@ def gap(logps: Tensor, pairs: Tensor) -> Tensor:
 
 
 def sides(values: Tensor, pairs: Tensor) -> tuple[Tensor, Tensor]:
-    """Of values [R] those of the chosen and those of the rejected responses, each [P]."""
+    """The values of the chosen and of the rejected responses, each [P], from values [R]."""
     return values[pairs[:, 0]], values[pairs[:, 1]]

@@ -1,4 +1,4 @@
-"""The losses as the trainer calls them: a formula, bound to its numbers; registered with everything that is said of it."""
+"""The losses as the trainer calls them: each binds a formula to its settings and registers it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 @register_loss("sft", "supervised fine-tuning (SFT)")
 @dataclass
 class SFTLoss(Loss):
-    """Minus the log-prob of each response."""
+    """The negative log-prob of each response."""
 
     paired = False
     needs_reference = False
@@ -70,7 +70,7 @@ class LogRatioLoss(Loss):
         """The loss of each pair, [P]."""
 
 
-def dpo_of_mode(
+def build_dpo(
     beta: float = 0.1,
     label_smoothing: float = 0.0,
     reference_free: bool = False,
@@ -79,7 +79,7 @@ def dpo_of_mode(
     a: float = 0.0,
     seed: int = 0,
 ) -> Loss:
-    """DPO or beta-DPO, from the keys of `config/loss/dpo.yaml`; `seed` starts beta-DPO's draws. Raises ValueError."""
+    """DPO or beta-DPO, from the keys of `config/loss/dpo.yaml`; `seed` seeds beta-DPO's sampling. Raises ValueError."""
     import torch
 
     if mode_loss == "DPO":
@@ -89,7 +89,7 @@ def dpo_of_mode(
     raise ValueError(f"no mode_loss {mode_loss!r}")
 
 
-@register_loss("dpo", "direct preference optimization (DPO)", "2305.18290", dpo_of_mode)
+@register_loss("dpo", "direct preference optimization (DPO)", "2305.18290", build_dpo)
 @dataclass
 class DPOLoss(LogRatioLoss):
     """`dpo_loss` of every pair."""
@@ -99,16 +99,16 @@ class DPOLoss(LogRatioLoss):
     reference_free: bool = False
 
     def losses(self, policy: Tensor, reference: Tensor, pairs: Tensor, lengths: Tensor) -> Tensor:
-        """DPO's."""
+        """The DPO loss of each pair."""
         return dpo_loss(gap(policy, pairs), gap(reference, pairs), self.beta, self.label_smoothing, self.reference_free)
 
 
 @dataclass(frozen=True)
 class PairSelection(BatchStatistics):
-    """How much each pair of a micro-batch counts, and with which beta.
+    """The weight of each pair of a micro-batch, and the beta of all.
 
-    weights: [P], 0 for a pair that is filtered out; their mean is 1, so that the mean of weighted losses over the micro-batch
-    is the mean over the kept pairs, also where the micro-batch is computed in packs. beta: scalar.
+    weights: [P], 0 for a pair that is filtered out; their mean is 1, so that the mean of the weighted losses over the
+    micro-batch is the mean over the kept pairs, also when it is computed in packs. beta: scalar.
     """
 
     weights: Tensor
@@ -116,21 +116,21 @@ class PairSelection(BatchStatistics):
     statistics: dict[str, float | Tensor]
 
     def at(self, places: Tensor) -> PairSelection:
-        """The selection of the micro-batch's pairs at `places` [E]."""
+        """The part for the micro-batch's pairs at the indices `places` [E]."""
         return PairSelection(self.weights[places], self.beta, self.statistics)
 
 
-@register_loss("beta_DPO", "beta-DPO", "2407.08639", dpo_of_mode)
+@register_loss("beta_DPO", "beta-DPO", "2407.08639", build_dpo)
 @dataclass
 class BetaDPOLoss(Loss):
-    """DPO on a drawn part of each training micro-batch, with a beta that follows the part's mean gap.
+    """DPO on a random subset of each training micro-batch, with a beta that adapts to the subset's mean gap.
 
-    The gap is policy minus reference, chosen minus rejected, in nats. `statistics` belongs to training: evaluation filters
-    nothing and changes nothing. Its losses and all rewards are those of the base beta, so that runs and evaluations compare;
-    the mean loss at the beta that training would take for the held-out pairs, `LOSS_AT_BETA_USED`, stands beside.
+    The gap is policy minus reference, chosen minus rejected, in nats. Only training updates `statistics`: evaluation filters
+    and changes nothing. Its losses and all rewards use the base beta, so that runs and evaluations can be compared;
+    `LOSS_AT_BETA_USED` is the mean loss at the beta that training would use for the held-out pairs.
 
-    A training loss is the mean over the kept pairs, which is what is minimized. The authors' code minimizes the same and logs
-    the mean over all pairs at the beta in force, those that it filters out included.
+    The training loss is the mean over the kept pairs, which is what is minimized. The authors' code minimizes the same, but
+    logs the mean over all pairs, including those that it filters out.
     """
 
     beta: float
@@ -145,7 +145,7 @@ class BetaDPOLoss(Loss):
     training_keys = ("mode_loss", "mode_weight", "a")
 
     def batch_statistics(self, log_ratios: Tensor) -> PairSelection:
-        """Update the running statistics with a training micro-batch's gaps, then draw its pairs and set its beta."""
+        """Update the running statistics with a training micro-batch's gaps, then sample its pairs and set its beta."""
         gaps = log_ratios[:, 0] - log_ratios[:, 1]
         mean = self.statistics.update(gaps)
         log_weights = log_sampling_weights(gaps, mean, self.statistics.deviation or 0.0)
@@ -167,28 +167,28 @@ class BetaDPOLoss(Loss):
         rewards = sides(self.beta * (policy - reference).detach(), pairs)
         if batch_statistics is None:
             losses = dpo_loss(*gaps, self.beta, self.label_smoothing)
-            return LossOutput(losses, *rewards, self._of_evaluation(gaps[0].detach(), gaps[1].detach()))
+            return LossOutput(losses, *rewards, self._evaluation_statistics(gaps[0].detach(), gaps[1].detach()))
         losses = batch_statistics.weights * dpo_loss(*gaps, batch_statistics.beta, self.label_smoothing)
         return LossOutput(losses, *rewards, batch_statistics.statistics)
 
     @classmethod
     def state_shape(cls) -> dict[str, Any]:
-        """The running statistics and the position of the draws."""
+        """The running statistics and the state of the random generator."""
         from torch import Tensor
 
         return {"mean": (_is_number, None), "deviation": (_is_number, None), "draws": Tensor}
 
     def state_dict(self) -> dict[str, Any]:
-        """The running statistics and the position of the draws."""
+        """The running statistics and the state of the random generator."""
         return {"mean": self.statistics.mean, "deviation": self.statistics.deviation, "draws": self.generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue the statistics and the draws."""
+        """Restore the statistics and the random generator."""
         self.statistics = GapStatistics(state["mean"], state["deviation"])
         self.generator.set_state(state["draws"])
 
-    def _of_evaluation(self, policy_gap: Tensor, reference_gap: Tensor) -> dict[str, float | Tensor]:
-        """What is logged of an evaluation: beta from its mean gap against training's running mean, and the loss at it."""
+    def _evaluation_statistics(self, policy_gap: Tensor, reference_gap: Tensor) -> dict[str, float | Tensor]:
+        """What an evaluation logs: the beta for its mean gap relative to training's running mean, and the loss at it."""
         mean = (policy_gap - reference_gap).mean()
         running_mean = mean.item() if self.statistics.mean is None else self.statistics.mean
         beta = adapted_beta(self.beta, self.scaling_factor, mean, running_mean)
@@ -217,7 +217,7 @@ class IPOLoss(LogRatioLoss):
     length_normalised: bool = False
 
     def losses(self, policy: Tensor, reference: Tensor, pairs: Tensor, lengths: Tensor) -> Tensor:
-        """IPO's."""
+        """The IPO loss of each pair."""
         if self.length_normalised:
             scale = 1 / lengths.to(policy.dtype)
             policy, reference = policy * scale, reference * scale
@@ -230,7 +230,7 @@ class HingeLoss(LogRatioLoss):
     """`hinge_loss` of every pair."""
 
     def losses(self, policy: Tensor, reference: Tensor, pairs: Tensor, lengths: Tensor) -> Tensor:
-        """The hinge's."""
+        """The hinge loss of each pair."""
         return hinge_loss(gap(policy, pairs), gap(reference, pairs), self.beta)
 
 
@@ -242,7 +242,7 @@ class RobustDPOLoss(LogRatioLoss):
     label_smoothing: float
 
     def losses(self, policy: Tensor, reference: Tensor, pairs: Tensor, lengths: Tensor) -> Tensor:
-        """Robust DPO's."""
+        """The robust DPO loss of each pair."""
         return robust_dpo_loss(gap(policy, pairs), gap(reference, pairs), self.beta, self.label_smoothing)
 
 
@@ -254,7 +254,7 @@ class RPOLoss(LogRatioLoss):
     alpha: float
 
     def losses(self, policy: Tensor, reference: Tensor, pairs: Tensor, lengths: Tensor) -> Tensor:
-        """RPO's."""
+        """The RPO loss of each pair."""
         chosen_per_token = (policy / lengths)[pairs[:, 0]]
         return rpo_loss(gap(policy, pairs), gap(reference, pairs), chosen_per_token, self.beta, self.alpha)
 
@@ -267,7 +267,7 @@ class DPOPLoss(LogRatioLoss):
     penalty: float
 
     def losses(self, policy: Tensor, reference: Tensor, pairs: Tensor, lengths: Tensor) -> Tensor:
-        """DPOP's."""
+        """The DPOP loss of each pair."""
         return dpop_loss(*sides(policy - reference, pairs), self.beta, self.penalty)
 
 
@@ -276,7 +276,7 @@ class DPOPLoss(LogRatioLoss):
 class LengthNormalizedDPOLoss(LogRatioLoss):
     """`dpo_loss` of log-probs per token (Lambert et al. 2024, Tülu 3, section 5).
 
-    Rewards are per token too, so that their accuracy is that of the loss; TRL logs summed ones.
+    Rewards are per token too, so that their accuracy matches the loss; TRL logs summed rewards.
     """
 
     reward = "log-ratio per token"
@@ -288,18 +288,18 @@ class LengthNormalizedDPOLoss(LogRatioLoss):
         return super().__call__(policy / lengths, reference / lengths, pairs, lengths)
 
     def losses(self, policy: Tensor, reference: Tensor, pairs: Tensor, lengths: Tensor) -> Tensor:
-        """DPO's, of log-probs per token."""
+        """The DPO loss of each pair, from log-probs per token."""
         return dpo_loss(gap(policy, pairs), gap(reference, pairs), self.beta)
 
 
 @dataclass(frozen=True)
 class RewardShift(BatchStatistics):
-    """The reward that a micro-batch's rewards are compared with, the same for all its pairs. Unit: nats."""
+    """The threshold for the rewards of all pairs of a micro-batch. Unit: nats."""
 
     value: float
 
     def at(self, places: Tensor) -> RewardShift:
-        """The same."""
+        """The same shift: it does not depend on the pair."""
         return self
 
 
@@ -308,7 +308,7 @@ class RewardShift(BatchStatistics):
 class BCOLoss(Loss):
     """`bco_loss` of every pair. The shift is a running mean of all rewards, chosen and rejected alike, over micro-batches.
 
-    It belongs to training: evaluation reads it, and changes nothing; before the first micro-batch it takes its own mean.
+    Only training updates it; an evaluation before the first micro-batch uses the mean of its own rewards.
     """
 
     beta: float
@@ -319,7 +319,7 @@ class BCOLoss(Loss):
     evaluation_depends_on = "a running mean of training's rewards"
 
     def batch_statistics(self, log_ratios: Tensor) -> RewardShift:
-        """Take a training micro-batch's rewards into the running mean, and compare them with it."""
+        """Update the running mean with a training micro-batch's rewards, and use it as the shift."""
         self.shift = running_mean(self.shift, self.beta * log_ratios.double().mean().item())
         return RewardShift(self.shift)
 
@@ -348,7 +348,7 @@ class BCOLoss(Loss):
         return {"shift": self.shift}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue the running mean."""
+        """Restore the running mean."""
         self.shift = state["shift"]
 
 
@@ -380,7 +380,7 @@ class SimPOLoss(PerTokenLoss):
     gamma: float
 
     def losses(self, chosen: Tensor, rejected: Tensor) -> Tensor:
-        """SimPO's."""
+        """The SimPO loss of each pair."""
         return simpo_loss(chosen, rejected, self.beta, self.gamma)
 
 
@@ -390,14 +390,14 @@ class ORPOLoss(PerTokenLoss):
     """`orpo_loss` of every pair."""
 
     def losses(self, chosen: Tensor, rejected: Tensor) -> Tensor:
-        """ORPO's."""
+        """The ORPO loss of each pair."""
         return orpo_loss(chosen, rejected, self.beta)
 
 
 @register_loss("tr_dpo", "DPO with a reference that follows the policy (TR-DPO)", "2404.09656")
 @dataclass
 class TRDPOLoss(DPOLoss):
-    """DPO whose reference follows the policy (TR-DPO, Gorbatovski et al. 2024, section 3); a share of 1 is the hard update."""
+    """DPO whose reference follows the policy (TR-DPO, Gorbatovski et al. 2024, section 3); a share of 1 is a hard update."""
 
     reference_update_every: int = field(kw_only=True)
     reference_update_share: float = field(kw_only=True)
@@ -407,5 +407,5 @@ class TRDPOLoss(DPOLoss):
 
     @property
     def reference_update(self) -> ReferenceUpdate:
-        """When the trainer moves the reference, and how far."""
+        """When and how far the trainer moves the reference."""
         return ReferenceUpdate(self.reference_update_every, self.reference_update_share)

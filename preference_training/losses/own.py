@@ -1,4 +1,4 @@
-"""A loss of the user's: what a file of theirs makes, tried before any data is read."""
+"""User-defined losses: built from a Python file, and tried before any data is read."""
 
 from __future__ import annotations
 
@@ -14,34 +14,33 @@ from preference_training.losses.registry import register_loss
 
 
 def own_loss(function: str, options: dict[str, Any], seed: int = 0) -> Loss:
-    """What NAME of `function`, which is FILE.py:NAME, makes of `options`: a `Loss`. `seed` is given to it if it asks for one.
+    """Build a `Loss` with `function`, FILE.py:NAME, from `options` (and `seed` if it takes one), and try it on made-up numbers.
 
-    It is tried on numbers of no meaning. Raises UserError for a file, name or options that are not there, and for what is no
-    loss; what the file itself raises is raised on.
+    Raises UserError for a file, name or option that does not exist, and for results that are not a loss; exceptions of the file
+    itself pass through.
     """
     file, _, name = function.rpartition(":")
-    made = vars(run_file(Path(file).absolute(), "loss"))
-    if name not in made:
-        raise UserError(f"loss.function: {file} has no {name!r}; {nearest(name, _makers(made))}")
-    if not callable(made[name]):
+    defined = vars(run_file(Path(file).absolute(), "loss"))
+    if name not in defined:
+        raise UserError(f"loss.function: {file} has no {name!r}; {nearest(name, _loss_makers(defined))}")
+    if not callable(defined[name]):
         raise UserError(f"loss.function: {file}: {name!r} cannot be called. Expected a class or a function that makes a Loss.")
-    parameters = inspect.signature(made[name]).parameters
+    parameters = inspect.signature(defined[name]).parameters
     takes_any = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
     for key in options:
         if key not in parameters and not takes_any:
             raise UserError(f"loss.options.{key}: {name} has no such option; {nearest(str(key), parameters)}")
-    drawn = {"seed": seed} if "seed" in parameters and "seed" not in options else {}
+    seeded = {"seed": seed} if "seed" in parameters and "seed" not in options else {}
     for key, each in parameters.items():
         needed = each.default is each.empty and each.kind not in (each.VAR_KEYWORD, each.VAR_POSITIONAL)
-        if needed and key not in options and key not in drawn:
+        if needed and key not in options and key not in seeded:
             raise UserError(f"loss.options.{key}: not given, and {name} has no default for it.")
     try:
-        loss = made[name](**options, **drawn)
+        loss = defined[name](**options, **seeded)
     except ValueError as error:
-        raise UserError(f"loss.options: {name} refuses them: {error}") from error
-    fault = _fault_of(loss)
-    if fault:
-        raise UserError(f"loss.function: {function} {fault}. Expected a Loss, as the classes in losses/objectives.py are.")
+        raise UserError(f"loss.options: {name} rejects them: {error}") from error
+    if problem := _find_problem(loss):
+        raise UserError(f"loss.function: {function} {problem}. Expected a Loss, as the classes in losses/objectives.py are.")
     assert isinstance(loss, Loss)
     return loss
 
@@ -49,13 +48,13 @@ def own_loss(function: str, options: dict[str, Any], seed: int = 0) -> Loss:
 register_loss("own", "a user-defined loss", make=own_loss)(Loss)
 
 
-def _makers(made: dict[str, Any]) -> list[str]:
-    """Of a module's names those that may make a loss: classes and functions of its own."""
-    return [name for name, value in made.items() if getattr(value, "__module__", None) == made["__name__"]]
+def _loss_makers(defined: dict[str, Any]) -> list[str]:
+    """The names in a module that may make a loss: classes and functions that it defines."""
+    return [name for name, value in defined.items() if getattr(value, "__module__", None) == defined["__name__"]]
 
 
-def _fault_of(loss: object) -> str | None:
-    """What a loss of the user's does that the trainer cannot use, seen on three responses with two pairs; None if nothing."""
+def _find_problem(loss: object) -> str | None:
+    """Why the trainer cannot use a user-defined loss, from a trial on three responses with two pairs; None if it can."""
     import torch
 
     if not isinstance(loss, Loss):
@@ -67,16 +66,17 @@ def _fault_of(loss: object) -> str | None:
     policy = torch.tensor([-3.0, -4.0, -5.0], requires_grad=True)
     reference = torch.tensor([-3.5, -4.0, -4.5]) if loss.needs_reference else None
     pairs = torch.tensor([[0, 1], [0, 2]] if loss.paired else []).reshape(-1, 2)
-    # A copy: what it remembers is to come from the data.
+    # A copy: its state must come only from the data.
     output = copy.deepcopy(loss)(policy, reference, pairs, torch.tensor([2, 3, 4]))
     if not isinstance(output, LossOutput):
         return f"gives {type(output).__name__} when it is called, not a LossOutput"
-    wanted = (2,) if loss.paired else (3,)
-    if tuple(output.losses.shape) != wanted or not output.losses.requires_grad:
-        what = "pairs" if loss.paired else "responses"
-        return f"gives losses of shape {list(output.losses.shape)} for {wanted[0]} {what}, expected one with gradient for each"
+    expected, what = ((2,), "pairs") if loss.paired else ((3,), "responses")
+    if tuple(output.losses.shape) != expected or not output.losses.requires_grad:
+        return (
+            f"gives losses of shape {list(output.losses.shape)} for {expected[0]} {what}, expected one with gradient for each"
+        )
     rewards = output.chosen_rewards, output.rejected_rewards
     for each in rewards if loss.paired else ():
-        if each is None or tuple(each.shape) != wanted or each.requires_grad:
+        if each is None or tuple(each.shape) != expected or each.requires_grad:
             return "gives no chosen_rewards and rejected_rewards with one value a pair, without gradient"
     return None

@@ -1,7 +1,7 @@
-"""The losses there are: everything that is said of one stands at its registration, beside its class.
+"""The registry of losses: everything that a loss declares is at its registration, next to its class.
 
-A loss is two files: a module of this folder whose class is registered, and config/loss/NAME.yaml with its keys. Modules are
-found by themselves.
+A loss is two files: a module in this folder that registers its class, and config/loss/NAME.yaml with its keys. Modules are
+discovered automatically.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ AnyLoss = TypeVar("AnyLoss", bound=type[Loss])
 
 @dataclass(frozen=True)
 class Registration:
-    """A loss under the name of its file in config/loss/.
+    """A loss, under the name of its file in config/loss/.
 
-    make gives the loss from the other keys of the file; objective is its class, which says the rest: `Loss`. title is what
-    cards and reports call it; arxiv the number of its paper.
+    make: builds the loss from the other keys of the file. objective: its class, which declares the rest, see `Loss`. title: its
+    name in cards and reports. arxiv: the number of its paper.
     """
 
     name: str
@@ -47,7 +47,7 @@ _REGISTERED: dict[str, Registration] = {}
 def register_loss(
     name: str, title: str, arxiv: str | None = None, make: Callable[..., Loss] | None = None
 ) -> Callable[[AnyLoss], AnyLoss]:
-    """Make a class known as the loss `name`. `make`: where its constructor does not take the keys of its file as they are."""
+    """Register a class as the loss `name`. make: builds it, if its constructor does not take the keys of its file unchanged."""
 
     def decorator(objective: AnyLoss) -> AnyLoss:
         _REGISTERED[name] = Registration(name, make or objective, objective, title, arxiv)
@@ -65,7 +65,7 @@ def losses() -> Mapping[str, Registration]:
 
 
 def find_loss(name: object, mode: object = None) -> Registration | None:
-    """The loss of a configuration's `loss.name`, or of its `loss.mode_loss` where that is one; None for one that is unknown."""
+    """The loss of a configuration's `loss.mode_loss` if there is one of that name, else of `loss.name`; None if unknown."""
     known = losses()
     return known.get(str(mode)) or known.get(str(name))
 
@@ -77,22 +77,22 @@ def is_paired(name: object) -> bool:
 
 
 def evaluation_depends_on_run(name: object) -> bool:
-    """Whether held-out losses of this name depend on what their run has seen, so that those of two runs do not compare."""
+    """Whether the held-out loss depends on the run's history, so that it cannot be compared between runs."""
     found = find_loss(name)
     return found is not None and found.objective.evaluation_depends_on is not None
 
 
 @cache
 def training_keys() -> frozenset[str]:
-    """Keys such as `loss.mode_weight` that change what is trained, and not what a held-out loss is of."""
+    """Keys such as `loss.mode_weight` that change training but not the definition of the held-out loss."""
     return frozenset(f"loss.{key}" for found in losses().values() for key in found.objective.training_keys)
 
 
 def build_loss(name: str, seed: int = 0, **keys: Any) -> Loss:
-    """The loss of a `config/loss/` file, from that file's keys. `seed` starts what it draws.
+    """Build a loss from the keys of its file in `config/loss/`; `seed` seeds its sampling.
 
-    Raises ValueError for a name or mode that does not exist, UserError for numbers that the loss's constructor refuses by a
-    ValueError, and for a loss of the user's own what `own_loss` raises.
+    Raises ValueError for an unknown name or mode, UserError for values that the constructor rejects with a ValueError, and for
+    a user-defined loss what `own_loss` raises.
     """
     found = find_loss(name, keys.get("mode_loss"))
     if found is None:
@@ -104,4 +104,4 @@ def build_loss(name: str, seed: int = 0, **keys: Any) -> Loss:
     try:
         return found.make(**keys)
     except ValueError as error:
-        raise UserError(f"loss: {name} refuses its keys: {error}") from error
+        raise UserError(f"loss: {name} rejects its keys: {error}") from error

@@ -106,21 +106,17 @@ def model_from_archive(
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
     model, info = type(empty).from_pretrained(
-        None,
-        config=config,
-        state_dict=state,
-        dtype=dtype,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,
-        **where,
+        None, config=config, state_dict=state, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **where
     )
-    faults = [f"{name} is missing" for name in sorted(info["missing_keys"])]
-    faults += [f"{name} is not part of the model" for name in sorted(info["unexpected_keys"])]
-    faults += [f"{name} is {list(found)}, expected {list(asked)}" for name, found, asked in sorted(info["mismatched_keys"])]
-    if faults:
-        listed = "".join(f"\n  {fault}" for fault in faults[:10]) + ("\n  ..." if len(faults) > 10 else "")
+    misfits = [f"{name} is missing" for name in sorted(info["missing_keys"])]
+    misfits += [f"{name} is not part of the model" for name in sorted(info["unexpected_keys"])]
+    misfits += [
+        f"{name} is {list(found)}, expected {list(expected)}" for name, found, expected in sorted(info["mismatched_keys"])
+    ]
+    if misfits:
+        listed = "".join(f"\n  {misfit}" for misfit in misfits[:10]) + ("\n  ..." if len(misfits) > 10 else "")
         raise UserError(
-            f"model.archive: {path} does not fit {type(model).__name__} as configured; {len(faults)} tensors differ:{listed}\n"
+            f"model.archive: {path} does not fit {type(model).__name__} as configured; {len(misfits)} tensors differ:{listed}\n"
             "Choose the model preset that the archive was trained with."
         )
     return model

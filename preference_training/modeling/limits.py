@@ -6,6 +6,7 @@ Both are looked up in tables; beyond their ends a run would stop with an IndexEr
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import nn
@@ -146,7 +147,12 @@ def check_rows(config, tokenizer, limits: Limits, tables: Iterable[PromptTable])
         if limits.vocabulary is not None and table.largest_id >= limits.vocabulary:
             largest = table.largest_id
             unknown = {str(tokenizer.convert_ids_to_tokens(largest)): largest}
-            raise UserError(_no_embedding(config, unknown, limits.vocabulary, f"which {table.source_of(largest)} has"))
+            raise UserError(_no_embedding(config, unknown, limits.vocabulary, f"which {_first_with(table, largest)} has"))
+
+
+def _first_with(table: PromptTable, token: int) -> str:
+    """The name of the first prompt that has a token id, in itself or in a response."""
+    return next(prompt.source for prompt in table if token in {*prompt.prompt_ids, *chain.from_iterable(prompt.responses)})
 
 
 def _too_long(found: str, positions: int) -> str:

@@ -221,17 +221,6 @@ def _read_seed(checkpoint: Path) -> int | None:
     return seed if isinstance(seed, int) else None
 
 
-def load_merged(
-    checkpoint: Path, model_config: ModelConfig, tokenizer, cache_dir: str | None = None, dtype: torch.dtype | None = None
-) -> nn.Module:
-    """The model of a run's `model` configuration with the adapter of a checkpoint merged into it, on the CPU.
-
-    Merges in float32 and rounds once to `dtype`; None is `policy_dtype`.
-    """
-    model = load_with_adapter(checkpoint, model_config, tokenizer, cache_dir)
-    return merge_and_cast(model, dtype or getattr(torch, model_config.policy_dtype))
-
-
 def merge_and_cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Dequantize a model, merge its adapter and cast it to `dtype`, in place."""
     dequantize(model, torch.float32)

@@ -51,7 +51,7 @@ def tree_logps(model: nn.Module, batch: PackedBatch) -> Tensor:
         if scores_in_head:
             head.scored_ids = None
     token_logps = _to_float64(output[:, 0] if scores_in_head else score_tokens(output, batch.scored_ids))
-    return token_logps.new_zeros(len(batch.response_lengths)).index_add(0, batch.response_of, token_logps).float()
+    return token_logps.new_zeros(len(batch.response_lengths)).index_add(0, batch.scored_responses, token_logps).float()
 
 
 def _packed_forward(model: nn.Module, batch: PackedBatch) -> Tensor:

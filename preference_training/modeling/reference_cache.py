@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from preference_training.batching.iterator import BatchIterator
 from preference_training.batching.micro_batches import evaluation_batches, evaluation_prompts
-from preference_training.batching.packing import UNLIMITED, PackedBatch, TokenBudget, examples_of, packs_of
+from preference_training.batching.packing import UNLIMITED, PackedBatch, TokenBudget, build_packs, iterate_examples
 from preference_training.core.files import write_atomically
 from preference_training.core.process_group import SINGLE_PROCESS, Ranks, local_bytes
 from preference_training.core.values import hash_values
@@ -75,7 +75,7 @@ class ReferencePlan:
             yield from train.first_epoch()
             yield from evaluation_batches(eval_prompts, batch_size, n_examples, seed, budget, ranks)
 
-        first = min(train.schedule.total_examples, train.schedule.examples_of_epoch(0))
+        first = min(train.schedule.total_examples, train.schedule.epoch_size(0))
         weights = [part.weight for part in train.schedule.prompts.parts]
         steps = train.schedule.seed, train.schedule.batch_size, train.micro_batch_size, first, weights
         evaluations = seed, batch_size, n_examples
@@ -281,9 +281,9 @@ def _combine(results: list[_RankResult], num_rows: int) -> CachedReference:
 def _packs(plan: ReferencePlan, ranks: Ranks) -> Iterator[PackedBatch]:
     """This rank's packs; all ranks have the same number."""
     yield from plan.packs()
-    examples = examples_of(plan.rest.by_length())
+    examples = iterate_examples(plan.rest.by_length())
     while part := list(islice(examples, EXAMPLES_AT_ONCE)):
-        yield from packs_of(part, plan.budget, ranks)
+        yield from build_packs(part, plan.budget, ranks)
 
 
 # ---- on disk --------------------------------------------------------------------------------------------------------------

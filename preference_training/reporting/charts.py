@@ -265,10 +265,7 @@ def _point_labels(lines: Sequence[Line], frame: Frame) -> Markup:
 def _narrow_position(x: float, y: float, frame: Frame) -> tuple[float, float]:
     """A point's position on the narrowest plot, from its lower left corner."""
     width, height = PLOT
-    return (
-        width * (x - frame.left) / (frame.right - frame.left),
-        height * (y - frame.bottom) / (frame.top - frame.bottom),
-    )
+    return (width * (x - frame.left) / (frame.right - frame.left), height * (y - frame.bottom) / (frame.top - frame.bottom))
 
 
 def _table(title: str, lines: Sequence[Line], x_name: str) -> Markup:

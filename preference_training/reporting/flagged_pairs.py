@@ -218,7 +218,7 @@ class PairFinder:
     def decode(self, preferred: int, other: int) -> dict:
         """The source and the texts of a pair."""
         if (preferred, other) not in self.texts:
-            prompt = self.table[self.table.place_of_response(preferred)]
+            prompt = self.table[self.table.prompt_index(preferred)]
             ids = prompt.prompt_ids, *(prompt.responses[row - prompt.first_row] for row in (preferred, other))
             texts = self.tokenizer.batch_decode(list(ids), skip_special_tokens=True)
             named = dict(zip(("prompt", "preferred", "other"), texts, strict=True))

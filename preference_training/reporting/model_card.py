@@ -56,12 +56,7 @@ class CardFacts:
 
 def model_card(facts: CardFacts) -> str:
     """The text of the README.md, with its metadata."""
-    sections = [
-        f"---\n{metadata(facts)}\n---",
-        f"# {facts.name.rsplit('/', 1)[-1]}",
-        _introduction(facts),
-        _loading(facts),
-    ]
+    sections = [f"---\n{metadata(facts)}\n---", f"# {facts.name.rsplit('/', 1)[-1]}", _introduction(facts), _loading(facts)]
     if facts.config is not None:
         sections += [_data(facts.config), _configuration(facts.config)]
     sections += [_metrics(facts), _curves(facts.rows), _versions(facts)]
@@ -72,7 +67,7 @@ def metadata(facts: CardFacts) -> str:
     """The card's YAML metadata, in the terms of the hub."""
     from huggingface_hub import ModelCardData
 
-    loss = _loss_of(facts.config)
+    loss = _find_loss(facts.config)
     method = [loss.name.lower().replace("_", "-")] if loss and loss.name != "own" else []
     base = facts.base if facts.base and is_hub_id(facts.base) else None
     values = {
@@ -107,7 +102,7 @@ def _is_file(name: str) -> bool:
     return is_data_file(name) or name.endswith(TOKENIZED_SUFFIX)
 
 
-def _loss_of(config: dict | None) -> Registration | None:
+def _find_loss(config: dict | None) -> Registration | None:
     return None if config is None else find_loss(config["loss"]["name"], config["loss"].get("mode_loss"))
 
 
@@ -116,7 +111,7 @@ def _introduction(facts: CardFacts) -> str:
     text = f"{kind} with {facts.parameters:,} parameters in {facts.dtype}"
     if facts.quantized:
         text += f", its linear layers quantized ({facts.quantized})"
-    loss = _loss_of(facts.config)
+    loss = _find_loss(facts.config)
     if loss:
         keys = facts.config["loss"]
         # For a user-defined loss, its name without its local path.

@@ -28,11 +28,7 @@ MAX_EVENTS = 200
 # The shape of a row of events.jsonl.
 EVENT = {"time": str, "examples": int, "text": str}
 # The held-out metrics at the top of the page, and their titles.
-HEADLINE = {
-    EVAL_LOSS: "held-out loss",
-    EVAL_ACCURACY: "reward accuracy",
-    EVAL_MARGIN: "reward margin",
-}
+HEADLINE = {EVAL_LOSS: "held-out loss", EVAL_ACCURACY: "reward accuracy", EVAL_MARGIN: "reward margin"}
 
 
 def write_report(run_dir: Path) -> Path:

@@ -15,7 +15,7 @@ from preference_training.configuration.schema import RunConfig
 from preference_training.core.errors import UserError
 from preference_training.core.files import first_existing
 from preference_training.core.process_group import SINGLE_PROCESS, Ranks
-from preference_training.data.chat_templates import end_tokens, format_of_prompts, serve_as_trained
+from preference_training.data.chat_templates import detect_format, end_tokens, serve_as_trained
 from preference_training.distributed.placement import Placement
 from preference_training.modeling.adapters import has_adapter
 from preference_training.modeling.logprobs import LiveReference
@@ -43,7 +43,7 @@ def checkpoint_writer(
     config = prepared.config
     # A copy whose chat template writes prompts as in training.
     tokenizer = copy.copy(placement.tokenizer)
-    prompt_format = format_of_prompts(config.as_dict(), prepared.data[0].table, tokenizer)
+    prompt_format = detect_format(config.as_dict(), prepared.data[0].table, tokenizer)
     serve_as_trained(prompt_format, tokenizer)
     options = SaveOptions(
         run=about,

@@ -12,7 +12,7 @@ from preference_training.core.files import first_existing
 from preference_training.core.machine import allow_tf32, quiet_libraries, tune_malloc
 from preference_training.core.random_streams import seed_everything
 from preference_training.data.entries import Entry, read_entries
-from preference_training.data.preparation import Prepared, overlap, prepare, same_ids, without_held_out
+from preference_training.data.preparation import Prepared, count_identical_pairs, exclude_held_out, overlap, prepare
 from preference_training.data.tokenization import VERSION, VERSIONS, TokenSettings
 from preference_training.evaluation.task_suites import check_harness
 from preference_training.losses.base import Loss
@@ -113,10 +113,10 @@ def prepare_data(
     settings = token_settings(config, paired, version)
     splits = [prepare(entries, split, tokenizer, settings, directory, config.cache_dir) for split in names]
     if len(splits) == 2 and splits[0].version > 1:
-        splits[0] = without_held_out(splits[0], splits[1], entries, directory)
+        splits[0] = exclude_held_out(splits[0], splits[1], entries, directory)
     for split, data in zip(names, splits, strict=True):
         report_split(data, entries, split, "pairs" if paired else "responses", needed=split == names[0])
-        if data.version == 1 and (count := same_ids(data.table)):
+        if data.version == 1 and (count := count_identical_pairs(data.table)):
             print(f"  pairs of equal token ids, which a new run would skip: {count}", flush=True)
     if len(splits) == 2:
         train_split, held_out = splits

@@ -21,7 +21,7 @@ from preference_training.configuration.run_dirs import writable
 from preference_training.configuration.saved import save_config
 from preference_training.configuration.schema import RunConfig
 from preference_training.core.errors import UserError
-from preference_training.data.chat_templates import format_of_prompts
+from preference_training.data.chat_templates import detect_format
 from preference_training.distributed.placement import Placement
 from preference_training.tracking.dashboards import RunStart, start_dashboards
 from preference_training.tracking.tracker import Tracker
@@ -35,7 +35,7 @@ def describe_run(placement: Placement, data, checkpoint: Checkpoint | None) -> d
         "data": [split.fingerprint for split in data],
         "data_version": data[0].version,
         "began_with": placement.began_with,
-        "prompt_format": format_of_prompts(config, data[0].table, placement.tokenizer),
+        "prompt_format": detect_format(config, data[0].table, placement.tokenizer),
         "wandb_id": checkpoint.run["wandb_id"] if checkpoint else uuid.uuid4().hex,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from preference_training.batching.iterator import BatchIterator, Packing
 from preference_training.batching.micro_batches import evaluation_batches, evaluation_prompts
-from preference_training.batching.packing import TokenBudget, assign_to_ranks, examples_of, pack_examples, packs_of
+from preference_training.batching.packing import TokenBudget, assign_to_ranks, build_packs, iterate_examples, pack_examples
 from preference_training.batching.schedule import RunLength, Schedule
 from preference_training.core.process_group import Ranks
 from preference_training.data.prompt_table import Columns, PromptTable, TablePart
@@ -32,7 +32,7 @@ def some_prompts(count: int, pairs: int = 1) -> list[TokenizedPrompt]:
 
 def test_a_pack_holds_prompts_and_shared_responses_once_at_their_positions():
     [prompt] = some_prompts(1, pairs=2)
-    batch = pack_examples(list(examples_of([prompt])))
+    batch = pack_examples(list(iterate_examples([prompt])))
     assert batch.input_ids.tolist() == [0, 1, 10, 0, 11, 0, 12, 0]
     assert batch.position_ids.tolist() == [0, 1, 2, 3, 2, 3, 2, 3]
     assert batch.pairs.tolist() == [[0, 1], [0, 2]]
@@ -41,7 +41,7 @@ def test_a_pack_holds_prompts_and_shared_responses_once_at_their_positions():
 
 
 def test_responses_are_numbered_through_the_batch():
-    batch = pack_examples(list(examples_of(some_prompts(3))))
+    batch = pack_examples(list(iterate_examples(some_prompts(3))))
     assert batch.pairs.tolist() == [[0, 1], [2, 3], [4, 5]]
     assert [tree.start for tree in batch.trees] == [0, 6, 12]
     assert batch.num_examples == 3
@@ -57,7 +57,7 @@ def test_any_examples_can_be_read_back_from_their_pack(data):
         )
         for _ in range(data.draw(st.integers(1, 4)))
     ]
-    examples = data.draw(st.permutations(list(examples_of(prompts))))
+    examples = data.draw(st.permutations(list(iterate_examples(prompts))))
     batch = pack_examples(examples)
     spans = [
         (
@@ -132,7 +132,7 @@ def test_an_iterator_continues_from_any_saved_position(prompts, pairs, weight, s
 
 def test_an_epoch_visits_each_data_set_as_often_as_its_weight_says():
     iterator = BatchIterator(Schedule(weighted(8, 2, 2.25), 100, length=RunLength(n_epochs=2)))
-    assert [iterator.schedule.examples_of_epoch(epoch) for epoch in (0, 1)] == [8 * 2 + 2 * 8 * 2 + 2 * 2] * 2
+    assert [iterator.schedule.epoch_size(epoch) for epoch in (0, 1)] == [8 * 2 + 2 * 8 * 2 + 2 * 2] * 2
     for epoch in sources(iterator):
         visits = {source: epoch.count(source) // 2 for source in set(epoch)}
         assert [visits[f"prompt {n}"] for n in range(8)] == [1] * 8
@@ -200,7 +200,7 @@ def some_examples(lengths: list[tuple[int, int]]):
         TokenizedPrompt([7] * length, [[8, 0], *([9, k, 0] for k in range(pairs))], [(0, k + 1) for k in range(pairs)])
         for length, pairs in lengths
     ]
-    return list(examples_of(prompts))
+    return list(iterate_examples(prompts))
 
 
 @settings(max_examples=100, deadline=None)
@@ -212,7 +212,7 @@ def some_examples(lengths: list[tuple[int, int]]):
 def test_ranks_share_every_example_once_in_equally_many_packs(lengths, size, budget):
     examples = some_examples(lengths)
     limit = TokenBudget(budget, budget)
-    shares = [packs_of(examples, limit, Ranks(rank, size)) for rank in range(size)]
+    shares = [build_packs(examples, limit, Ranks(rank, size)) for rank in range(size)]
     assert len({len(packs) for packs in shares}) == 1
     places = [place for packs in shares for pack in packs if not pack.is_filler for place in pack.places.tolist()]
     assert sorted(places) == list(range(len(examples)))
@@ -326,14 +326,14 @@ def test_a_run_is_finished_at_its_last_step_and_an_epoch_at_its_own(prompts, pai
         finished.append(iterator.finished)
         ends += iterator.at_end_of_epoch
         # Added up from the epochs' own sizes: how many of them have been passed by now.
-        while passed < 70 and seen >= sum(iterator.schedule.examples_of_epoch(epoch) for epoch in range(passed + 1)):
+        while passed < 70 and seen >= sum(iterator.schedule.epoch_size(epoch) for epoch in range(passed + 1)):
             passed += 1
         assert ends == passed
     assert finished == [False] * (len(finished) - 1) + [True]
     assert seen == iterator.schedule.total_examples
 
 
-def test_a_run_that_goes_on_behind_its_end_is_finished_until_it_is_made_longer():
+def test_a_run_that_continues_after_its_end_is_finished_until_it_is_made_longer():
     iterator = BatchIterator(Schedule(table(5), 4))
     assert [iterator.finished for _ in iterator] == [False, True]
     again = BatchIterator(Schedule(table(5), 4))

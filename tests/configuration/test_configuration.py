@@ -801,10 +801,10 @@ def test_a_key_is_said_to_belong_to_those_that_have_it_from_another_file_too():
     ("line", "notes"),
     [
         ("datasets=[toy]", []),
-        ("datasets=[toy] held_out_share=0.2", ["held_out_share has no effect: the set says itself what is held out"]),
+        ("datasets=[toy] held_out_share=0.2", ["held_out_share has no effect: the data set defines its held-out split"]),
         (
             "datasets=[toy] truncation_mode=drop max_prompt_length=100",
-            ["max_prompt_length has no effect: truncation_mode=drop cuts nothing"],
+            ["max_prompt_length has no effect: truncation_mode=drop truncates nothing"],
         ),
         ("datasets=[toy] truncation_mode=keep_end max_prompt_length=100", []),
         ("datasets=[hh] loss=dpo", []),

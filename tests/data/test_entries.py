@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from preference_training.configuration.schema import GENERAL_KEYS
 from preference_training.core.errors import UserError
 from preference_training.data import registry
-from preference_training.data.entries import OwnData, load_records, read_entry
+from preference_training.data.entries import UserData, load_records, read_entry
 from preference_training.data.files import DATA_SUFFIXES
 from preference_training.data.registry import Dataset
 from preference_training.data.rows.field_maps import FieldMap
@@ -61,13 +61,13 @@ def test_a_name_alone_is_the_registered_data_set(restored_registry, name):
 def test_a_path_alone_is_a_file_of_the_users(tmp_path, suffix):
     path = str(write(tmp_path / f"rows{suffix}", triplets(1)))
     for entry in map(read_entry, (path, {"path": path})):
-        assert entry.dataset.load.__self__ == OwnData(path)
+        assert entry.dataset.load.__self__ == UserData(path)
         assert (entry.name, entry.options, entry.weight) == (path, {}, 1.0)
     assert (entry.name, entry.dataset.truncation_mode, entry.dataset.skip_bad_rows) == (path, "keep_end", False)
 
 
 def test_a_name_with_a_slash_is_a_set_of_the_hub_and_one_that_is_registered_is_not(restored_registry):
-    assert read_entry("organisation/name").dataset.load.__self__ == OwnData("organisation/name")
+    assert read_entry("organisation/name").dataset.load.__self__ == UserData("organisation/name")
     restored_registry["organisation/name"] = restored_registry["toy"]
     assert read_entry("organisation/name").dataset is restored_registry["toy"]
 
@@ -92,7 +92,7 @@ def test_an_unknown_name_is_refused_with_the_nearest_one(entry):
 def test_a_name_near_no_other_is_refused_with_all_names_and_the_forms_of_other_data():
     text = refusal("completely else")
     assert "known are: hh, hh-harmless-base, " in text
-    assert text.endswith("a set of the hub is ORGANISATION/NAME; a loader of your own is FILE.py:NAME.")
+    assert text.endswith("a set of the hub is ORGANIZATION/NAME; a loader of your own is FILE.py:NAME.")
 
 
 @pytest.mark.parametrize(
@@ -190,7 +190,10 @@ SHARE = "expected 0 to below 1."
         ({"top_k": {"column": "n", "k": 2, "more": 1}}, "top_k: found"),
         ({"where": "n > 5"}, "where: found 'n > 5', expected {COLUMN: VALUE}."),
         ({"where": ["n"]}, "where: found ['n'], expected {COLUMN: VALUE}."),
-        ({"where": {"n": ">= much"}}, "where: n: found '>= much', expected a value, a list of values, or as in '>= 0.5'."),
+        (
+            {"where": {"n": ">= much"}},
+            "where: n: found '>= much', expected a value, a list of values, or a comparison such as '>= 0.5'.",
+        ),
         ({"where": {5: "x"}}, "where: found the column 5, expected the name of a field."),
         ({"held_out_share": 1}, f"held_out_share: found 1, {SHARE}"),
         ({"held_out_share": -0.1}, f"held_out_share: found -0.1, {SHARE}"),
@@ -249,7 +252,7 @@ JUNK = st.recursive(
     ),
     max_leaves=4,
 )
-KEYS = st.sampled_from([*FieldMap.__dataclass_fields__, *OwnData.OPTIONS, *GENERAL_KEYS, "min_score_ratio", "unknown"])
+KEYS = st.sampled_from([*FieldMap.__dataclass_fields__, *UserData.OPTIONS, *GENERAL_KEYS, "min_score_ratio", "unknown"])
 
 
 @settings(max_examples=400, deadline=None, suppress_health_check=SHARES_FOLDER)
@@ -305,9 +308,9 @@ def test_the_share_that_is_held_out_is_the_entrys_else_the_configurations_else_a
 
 def test_null_is_what_is_not_given(tmp_path):
     path = str(write(tmp_path / "rows.jsonl", triplets(1)))
-    nothing = dict.fromkeys([*FieldMap.__dataclass_fields__, *OwnData.OPTIONS, *GENERAL_KEYS])
+    nothing = dict.fromkeys([*FieldMap.__dataclass_fields__, *UserData.OPTIONS, *GENERAL_KEYS])
     entry = read_entry({"path": path} | nothing)
-    assert entry.dataset.load.__self__ == OwnData(path)
+    assert entry.dataset.load.__self__ == UserData(path)
     assert general(entry) == general(read_entry(path))
 
 
@@ -374,13 +377,13 @@ def test_rows_with_one_response_are_sft_records(tmp_path):
     assert [(r.prompt, r.responses, r.pairs, r.sft_target) for r in records] == [("p", ["a"], [], "a"), ("p", ["b"], [], "b")]
 
 
-def test_a_text_that_both_answers_begin_with_serves_as_the_prompt(tmp_path):
+def test_a_text_that_both_responses_start_with_serves_as_the_prompt(tmp_path):
     rows = [{"chosen": "Say hello. Hello!", "rejected": "Say hello. No."}]
     (record,) = records_of({"path": str(write(tmp_path / "rows.csv", rows)), "implicit_prompt": True})
     assert (record.prompt, record.responses) == ("Say hello.", [" Hello!", " No."])
 
 
-def test_a_faulty_row_stops_with_file_and_number_or_is_counted_where_it_is_to_be_skipped(tmp_path):
+def test_an_invalid_row_stops_with_file_and_number_or_is_counted_where_it_is_to_be_skipped(tmp_path):
     path = tmp_path / "rows.jsonl"
     good, *_ = lines = [json.dumps(row) for row in triplets(1)]
     lines = [good, "", "{broken", good.replace("good 0", ""), "5", good.replace("good", "better")]
@@ -404,7 +407,7 @@ def test_a_faulty_row_stops_with_file_and_number_or_is_counted_where_it_is_to_be
     ("rows", "found"),
     [
         ([], "it has none"),
-        ([{"prompt": "p", "chosen": "a", "rejected": "a"}], f"1 left out: {SAME_TEXT}"),
+        ([{"prompt": "p", "chosen": "a", "rejected": "a"}], f"1 skipped: {SAME_TEXT}"),
         ([{"prompt": "p", "chosen": "a", "rejected": 5}] * 2, "2 bad rows skipped; datasets: "),
     ],
     ids=["no rows", "all left out", "all bad"],
@@ -464,7 +467,7 @@ def test_a_test_file_is_all_that_is_held_out_and_is_read_through_the_same_map(tm
     assert prompts_of(entry, "test") == {f"question {n}" for n in range(15, 20)}
 
 
-def test_a_fault_in_a_test_file_names_that_file(tmp_path):
+def test_an_error_in_a_test_file_names_that_file(tmp_path):
     train, test = write(tmp_path / "rows.jsonl", triplets(2)), write(tmp_path / "more.jsonl", [{"prompt": "p"}])
     with pytest.raises(UserError, match=r"datasets: .*more\.jsonl, row 1: no field 'chosen'"):
         records_of({"path": str(train), "test_path": str(test)}, "test")
@@ -616,7 +619,7 @@ def test_a_loader_that_gives_nothing_to_go_through_is_refused(restored_registry,
         records_of("mine")
 
 
-def test_records_are_numbered_as_the_loader_gives_them_and_faulty_ones_keep_their_numbers(restored_registry):
+def test_records_are_numbered_as_the_loader_gives_them_and_invalid_ones_keep_their_numbers(restored_registry):
     items = [("p", SOUND), ("q", SOUND | {"pairs": [(0, 5)]}), ("", SOUND), "junk", ((Turn("user", "r"),), SOUND)]
     restored_registry["mine"] = Dataset(lambda *_, **__: iter(items))
     report = DataReport(skip_bad_rows=True)
@@ -667,11 +670,11 @@ def test_records_stream_through(restored_registry):
         ({"split": "train"}, ["split has no effect: a file has no splits or subsets"]),
         ({"subset": "en"}, ["subset has no effect: a file has no splits or subsets"]),
         ({"test_split": "test", "test_path": "TEST"}, ["test_split has no effect: a file has no splits or subsets"]),
-        ({"held_out_share": 0.1, "test_path": "TEST"}, ["held_out_share has no effect: test_path says what is held out"]),
-        ({"response": "a", "chosen": "b", "implicit_prompt": False}, ["chosen has no effect: answers are in response"]),
+        ({"held_out_share": 0.1, "test_path": "TEST"}, ["held_out_share has no effect: test_path defines the held-out split"]),
+        ({"response": "a", "chosen": "b", "implicit_prompt": False}, ["chosen has no effect: responses are in response"]),
         (
             {"responses": "a", "ranks": "b", "response": "c", "implicit_prompt": True},
-            ["implicit_prompt has no effect: answers are in responses", "response has no effect: answers are in responses"],
+            ["implicit_prompt has no effect: responses are in responses", "response has no effect: responses are in responses"],
         ),
     ],
 )

@@ -85,7 +85,7 @@ def test_a_byte_order_mark_is_no_part_of_the_first_field(tmp_path, suffix):
     assert [row for _, row in read_rows(path)] == ROWS
 
 
-def test_empty_lines_are_passed_over_but_counted_as_an_editor_counts_them(tmp_path):
+def test_empty_lines_are_skipped_but_counted_as_an_editor_counts_them(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('\n{"a": "first"}\n\n  \n{"a": "second"}')
     assert list(read_rows(path)) == [(2, {"a": "first"}), (5, {"a": "second"})]
@@ -110,7 +110,7 @@ def test_an_empty_file_has_no_rows(tmp_path, suffix):
     assert list(read_rows(tmp_path / f"rows{suffix}")) == []
 
 
-def test_rows_are_read_one_by_one_so_that_a_fault_further_down_does_not_hide_the_first_rows(tmp_path):
+def test_rows_are_read_one_by_one_so_that_an_error_further_down_does_not_hide_the_first_rows(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"a": 1}\n{"a": 2}\nfault\n')
     rows = read_rows(path)
@@ -274,7 +274,7 @@ FIX = " Fix the row, or skip such rows with on_bad_row=skip."
     ],
     ids=["JSON lines", "a JSON list", "CSV"],
 )
-def test_faulty_rows_stop_the_reading_or_are_counted_and_passed_over(tmp_path, name, content, faults):
+def test_invalid_rows_stop_the_reading_or_are_counted_and_skipped(tmp_path, name, content, faults):
     path = tmp_path / name
     path.write_bytes(content)
     stopped = message(path)
@@ -307,7 +307,7 @@ def test_faulty_rows_stop_the_reading_or_are_counted_and_passed_over(tmp_path, n
         "no Parquet",
     ],
 )
-def test_a_fault_of_the_whole_file_stops_the_reading_even_where_faulty_rows_are_skipped(tmp_path, name, content):
+def test_an_error_of_the_whole_file_stops_the_reading_even_where_invalid_rows_are_skipped(tmp_path, name, content):
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(UserError, match=f"^datasets: {path}") as refusal:

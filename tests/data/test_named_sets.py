@@ -15,7 +15,7 @@ from preference_training.data.rows.records import (
     EQUAL_SCORES,
     NO_PAIR,
     OTHER_PROMPT,
-    SAME_ANSWER,
+    SAME_RESPONSE,
     SAME_TEXT,
     DataReport,
     Turn,
@@ -107,7 +107,7 @@ def test_dialogues_of_hh_that_cannot_be_used_are_counted_and_do_not_stop_the_run
     assert records == [("\n\nHuman: q\n\nAssistant:", [" good", " bad"], [(0, 1)], " good")]
     assert (report.rows_read, report.left_out, report.num_bad_rows) == (6, {SAME_TEXT: 1, OTHER_PROMPT: 1}, 3)
     assert [message.split(":")[1] for message in report.bad_rows] == [f" hh, row {number}" for number in (4, 5, 6)]
-    with pytest.raises(UserError, match=r"datasets: hh, row 4: the answer in field 'chosen' is empty"):
+    with pytest.raises(UserError, match=r"datasets: hh, row 4: the response in field 'chosen' is empty"):
         read("hh", directory, on_bad_row="stop")
 
 
@@ -215,7 +215,7 @@ def se_path(directory: Path, site: str = "3dprinting.stackexchange.com") -> Path
     return directory / "data" / site / "train-00000-of-00001.parquet"
 
 
-def test_stack_exchange_pairs_are_all_answers_whose_scores_differ_as_plain_text(tmp_path):
+def test_stack_exchange_pairs_are_all_responses_whose_scores_differ_as_plain_text(tmp_path):
     rows = [
         se_row(1, ("<p>a <b>b</b></p>", 3), ("<p>use <code>x &lt; 3</code></p>", 0), ("<p>c</p>", 3)),
         se_row(2, ("<p>a</p>", 1), ("<i>a</i>", 4), ("b", 2)),
@@ -231,7 +231,7 @@ def test_stack_exchange_pairs_are_all_answers_whose_scores_differ_as_plain_text(
         ("\n\nHuman: question 4\n\nAssistant:", [" b", " c"], [(0, 1)], " b"),
     ]
     # Question 1 has a pair of 3 and 3, question 3 one of 2 and 2.
-    assert report.left_out == {EQUAL_SCORES: 2, SAME_ANSWER: 1, NO_PAIR: 1, EMPTY_TEXT: 1}
+    assert report.left_out == {EQUAL_SCORES: 2, SAME_RESPONSE: 1, NO_PAIR: 1, EMPTY_TEXT: 1}
     assert (report.rows_read, report.num_bad_rows) == (4, 0)
     assert_one_hundredth_is_held_out("se", tmp_path / "se")
 
@@ -363,7 +363,7 @@ def nectar_row(prompt: str, ranks: list[float]) -> dict:
     }  # fmt: skip
 
 
-def test_nectar_has_all_21_pairs_of_seven_answers_with_the_better_rank_preferred(tmp_path):
+def test_nectar_has_all_21_pairs_of_seven_responses_with_the_better_rank_preferred(tmp_path):
     rows = [
         nectar_row("\n\nHuman: q\n\nAssistant: a\n\nHuman: r\n\nAssistant: ", [3.0, 1.0, 7.0, 2.0, 5.0, 4.0, 6.0]),
         nectar_row("no dialogue", [2.0, 1.0]),
@@ -381,7 +381,7 @@ def test_nectar_has_all_21_pairs_of_seven_answers_with_the_better_rank_preferred
     assert_one_hundredth_is_held_out("nectar", directory)
 
 
-def test_nectar_answers_of_equal_rank_form_no_pair_and_of_the_same_text_none_either(tmp_path):
+def test_nectar_responses_of_equal_rank_form_no_pair_and_of_the_same_text_none_either(tmp_path):
     rows = [nectar_row(f"\n\nHuman: {q}\n\nAssistant: ", [1.0, 2.0, 2.0]) for q in "qr"]
     rows[0]["answers"][2]["answer"] = rows[0]["answers"][0]["answer"]
     rows[1]["answers"][2]["answer"] = "another one"
@@ -504,7 +504,7 @@ def test_a_blank_in_a_named_set_is_counted_or_stops_the_run_with_its_row_and_fie
         ([None], "no field 'answers.text', the row has question, answers."),
     ],
 )
-def test_a_blank_among_the_answers_of_stack_exchange_is_counted(tmp_path, answers, told):
+def test_a_blank_among_the_responses_of_stack_exchange_is_counted(tmp_path, answers, told):
     rows = [{"question": f"q{k}", "answers": [{"text": "a", "pm_score": 1}, {"text": "b", "pm_score": 2}]} for k in range(2)]
     directory = copy_of("se", tmp_path / "copy", [*rows, {"question": "q2", "answers": answers}])
     assert len(read("se", directory)[0]) == len(read("se", directory, "test")[0]) == 1
@@ -544,7 +544,7 @@ def test_what_a_named_set_gives_depends_on_its_files_split_and_keys(tmp_path):
     assert fingerprint(first, weight=2, template="raw") == different[0]
 
 
-def test_a_loader_that_is_called_by_itself_says_what_it_left_out_unless_it_is_to_be_silent(tmp_path, capfd):
+def test_a_loader_that_is_called_by_itself_says_what_it_skipped_unless_it_is_to_be_silent(tmp_path, capfd):
     directory = write(tmp_path / "hh" / "train.jsonl", [hh_row("q", "good", "bad"), hh_row("q", "same", "same")]).parent
     sound = write(tmp_path / "sound" / "train.jsonl", [hh_row("q", "good", "bad")]).parent
 
@@ -553,7 +553,7 @@ def test_a_loader_that_is_called_by_itself_says_what_it_left_out_unless_it_is_to
         assert len(list(DATASETS["hh"].load("train", silent=silent, cache_dir=cache_dir, data_dir=str(folder)))) == 1
         return capfd.readouterr().out
 
-    assert said(directory, silent=False) == f"hh train: 1 left out: {SAME_TEXT}\n"
+    assert said(directory, silent=False) == f"hh train: 1 skipped: {SAME_TEXT}\n"
     assert said(directory, silent=True) == said(sound, silent=False) == ""
 
 
@@ -612,7 +612,7 @@ def test_without_a_test_split_a_share_of_the_prompts_is_held_out(tmp_path):
     assert sorted(train + test) == sorted(expected(*range(100)))
 
 
-def test_a_faulty_row_of_a_directory_is_told_with_directory_split_and_number(tmp_path):
+def test_an_invalid_row_of_a_directory_is_reported_with_directory_split_and_number(tmp_path):
     write(tmp_path / "mine" / "train.jsonl", [*triplets(0, 2), triplets(2, 3)[0] | {"chosen": None}])
     with pytest.raises(UserError) as refused:
         own(tmp_path / "mine", {})

@@ -18,7 +18,7 @@ from preference_training.data.html_text import html_to_text
 from preference_training.data.registry import DATASETS, Dataset, find_dataset, register
 from preference_training.data.rows.records import DataReport, PreferenceRecord, is_held_out, prompt_hash
 from preference_training.data.rows.templates import split_dialogue
-from preference_training.data.toy_preferences import TEST_PROMPTS, TRAIN_PROMPTS, answer_kind
+from preference_training.data.toy_preferences import TEST_PROMPTS, TRAIN_PROMPTS, response_kind
 from tests.support.files import write
 
 LOADERS = {"hh": hh_records, "shp": shp_records, "se": stack_exchange_records}
@@ -72,7 +72,7 @@ def test_a_loader_makes_the_golden_records_in_the_golden_order(golden, name):
 
 
 @pytest.mark.parametrize("name", LOADERS)
-def test_the_golden_records_are_sound(golden, registry, name):
+def test_the_golden_records_are_valid(golden, registry, name):
     rows = golden("loaders.json")[name]["rows"]
     registry["golden"] = Dataset(lambda *_, **__: made(LOADERS[name], rows))
     assert len(list(load("golden"))) == len(golden("loaders.json")[name]["expect"])
@@ -219,7 +219,7 @@ def test_a_name_that_a_file_does_not_register_is_refused_with_the_nearest_that_i
     with pytest.raises(UserError, match="registers no data set 'toy'"):
         find_dataset(f"{file}:toy")
     (tmp_path / "empty.py").touch()
-    with pytest.raises(UserError, match="it registers none at all"):
+    with pytest.raises(UserError, match="it registers none"):
         find_dataset(f"{tmp_path}/empty.py:x")
 
 
@@ -265,7 +265,7 @@ SOUND = {"responses": ["a", "b"], "pairs": [(0, 1)], "sft_target": "a"}
         (SOUND, "found dict, expected a prompt and a dict"),
     ],
 )
-def test_a_faulty_record_is_refused_with_its_data_set_its_number_and_its_fault(registry, item, fault):
+def test_an_invalid_record_is_refused_with_its_data_set_its_number_and_its_error(registry, item, fault):
     registry["mine"] = Dataset(lambda *_, **__: iter([("sound", SOUND), item]))
     records = load("mine")
     assert next(records).prompt == "sound"
@@ -274,7 +274,7 @@ def test_a_faulty_record_is_refused_with_its_data_set_its_number_and_its_fault(r
     assert str(refusal.value).endswith(". Expected {responses, pairs, sft_target} as in preference_datasets.py." + FIX)
 
 
-def test_faulty_records_may_be_skipped_and_are_counted_and_the_others_keep_their_numbers(registry):
+def test_invalid_records_may_be_skipped_and_are_counted_and_the_others_keep_their_numbers(registry):
     items = [("one", SOUND), ("two", SOUND | {"pairs": [(0, 2)]}), ("three", SOUND), ("four", {}), ("five", SOUND)]
     registry["mine"] = Dataset(lambda *_, **__: iter(items))
     entry = read_entry({"name": "mine", "on_bad_row": "skip"})
@@ -305,14 +305,14 @@ def test_numbers_of_other_libraries_serve_as_indices(registry):
 # ---- dialogues ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_dialogue_is_cut_behind_its_last_assistant_turn():
+def test_a_dialogue_is_cut_after_its_last_assistant_turn():
     assert split_dialogue("\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d") == (
         "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:",
         " d",
     )
 
 
-def test_dialogues_with_different_prompts_and_equal_answers_are_left_out_and_counted():
+def test_dialogues_with_different_prompts_and_equal_responses_are_skipped_and_counted():
     rows = [
         {"chosen": dialogue("q", "good"), "rejected": dialogue("q", "bad")},
         {"chosen": dialogue("q", "good"), "rejected": dialogue("another q", "bad")},
@@ -325,7 +325,7 @@ def test_dialogues_with_different_prompts_and_equal_answers_are_left_out_and_cou
     ]
     assert report.rows_read == 4
     assert report.lines() == [
-        "1 left out: chosen and rejected answer different prompts; 2 left out: chosen and rejected are the same"
+        "1 skipped: chosen and rejected have different prompts; 2 skipped: chosen and rejected are the same"
     ]
 
 
@@ -344,13 +344,13 @@ def on_the_hub(monkeypatch):
     return put
 
 
-def test_a_loader_that_is_called_without_a_report_says_once_what_it_left_out(on_the_hub, capsys):
+def test_a_loader_that_is_called_without_a_report_says_once_what_it_skipped(on_the_hub, capsys):
     on_the_hub([SOUND_DIALOGUE, SAME_ANSWERS, SAME_ANSWERS])
     assert len(list(DATASETS["hh"].load("train"))) == 1
-    assert capsys.readouterr().out.splitlines() == ["hh train: 2 left out: chosen and rejected are the same"]
+    assert capsys.readouterr().out.splitlines() == ["hh train: 2 skipped: chosen and rejected are the same"]
 
 
-def test_nothing_is_said_where_nothing_was_left_out_or_silence_was_asked_for_or_a_report_counts(on_the_hub, capsys):
+def test_nothing_is_said_where_nothing_was_skipped_or_silence_was_asked_for_or_a_report_counts(on_the_hub, capsys):
     on_the_hub([SOUND_DIALOGUE])
     list(DATASETS["hh"].load("train"))
     on_the_hub([SOUND_DIALOGUE, SAME_ANSWERS])
@@ -361,7 +361,7 @@ def test_nothing_is_said_where_nothing_was_left_out_or_silence_was_asked_for_or_
     assert report.left_out == {"chosen and rejected are the same": 1}
 
 
-def test_an_answer_that_several_rows_share_is_stored_once_and_its_pairs_refer_to_it():
+def test_a_response_that_several_rows_share_is_stored_once_and_its_pairs_refer_to_it():
     answers = [("good", "bad"), ("good", "worse"), ("bad", "worse")]
     rows = [{"chosen": dialogue("q", better), "rejected": dialogue("q", worse)} for better, worse in answers]
     ((_, record),) = made(hh_records, rows)
@@ -407,7 +407,7 @@ def test_shp_rows_below_the_score_ratio_with_equal_and_with_empty_comments_are_c
     assert record["responses"] == [" a", " b"]
     assert report.rows_read == 4
     assert report.lines() == [
-        "1 left out: the scores' ratio is below 2; 1 left out: chosen and rejected are the same; 1 left out: a text is empty"
+        "1 skipped: the scores' ratio is below 2; 1 skipped: chosen and rejected are the same; 1 skipped: a text is empty"
     ]
 
 
@@ -422,26 +422,26 @@ def test_the_score_ratio_from_which_shp_rows_count_is_an_option():
 # ---- StackExchange ------------------------------------------------------------------------------------------------------
 
 
-def test_answers_with_equal_scores_form_no_pair_and_are_counted():
+def test_responses_with_equal_scores_form_no_pair_and_are_counted():
     answers = [{"text": "<p>a</p>", "pm_score": 3}, {"text": "<p>b</p>", "pm_score": 3}, {"text": "<p>c</p>", "pm_score": 5}]
     rows = [{"question": "<p>q</p>", "answers": answers}, {"question": "<p>tied</p>", "answers": answers[:2]}]
     report = DataReport()
     ((prompt, record),) = made(stack_exchange_records, rows, report)
     assert prompt == "\n\nHuman: q\n\nAssistant:"
     assert record == {"responses": [" a", " b", " c"], "pairs": [(2, 0), (2, 1)], "sft_target": " c"}
-    assert report.lines() == ["2 left out: two answers have equal scores; 1 left out: no two answers have different scores"]
+    assert report.lines() == ["2 skipped: two responses have equal scores; 1 skipped: no two responses have different scores"]
 
 
-def test_answers_that_read_the_same_as_text_are_one_response_and_counted():
+def test_responses_that_read_the_same_as_text_are_one_response_and_counted():
     answers = [("<p>a</p>", 1), ("<p><b>a</b></p>", 4), ("<p>b</p>", 2)]
     row = {"question": "q", "answers": [{"text": text, "pm_score": score} for text, score in answers]}
     report = DataReport()
     ((_, record),) = made(stack_exchange_records, [row], report)
     assert record == {"responses": [" a", " b"], "pairs": [(0, 1)], "sft_target": " a"}
-    assert report.left_out == {"an answer has the text of another one": 1}
+    assert report.left_out == {"a response has the text of another one": 1}
 
 
-def test_answers_without_text_are_left_out_and_counted():
+def test_responses_without_text_are_skipped_and_counted():
     answers = [("<p>a</p>", 1), ("<p><br></p>", 4), ("<p>b</p>", 2)]
     row = {"question": "q", "answers": [{"text": text, "pm_score": score} for text, score in answers]}
     report = DataReport()
@@ -497,7 +497,7 @@ def test_rows_of_dialogues_and_of_triplets_may_stand_side_by_side(tmp_path):
     ]
 
 
-def test_rows_of_a_file_that_are_left_out_are_counted_once_for_both_splits(tmp_path, capsys):
+def test_rows_of_a_file_that_are_skipped_are_counted_once_for_both_splits(tmp_path, capsys):
     rows = [
         *triplets(30),
         {"chosen": dialogue("q", "good"), "rejected": dialogue("another q", "bad")},
@@ -509,7 +509,7 @@ def test_rows_of_a_file_that_are_left_out_are_counted_once_for_both_splits(tmp_p
     assert sum(len(list(load(path, split, report=report))) for split, report in splits) == 30
     assert reports[0].rows_read == 32
     assert reports[0].left_out == {
-        "chosen and rejected answer different prompts": 1, "chosen and rejected are the same": 1,
+        "chosen and rejected have different prompts": 1, "chosen and rejected are the same": 1,
     }  # fmt: skip
     assert reports[1].lines() == []
     assert capsys.readouterr().out == "", "who reads the reports says it"
@@ -528,7 +528,7 @@ def test_rows_of_a_file_that_are_left_out_are_counted_once_for_both_splits(tmp_p
         ({"prompt": "p", "chosen": "", "rejected": "r"}, "field 'chosen' is empty"),
         ({"prompt": "p", "chosen": "c", "rejected": " \n"}, "field 'rejected' is empty"),
         ({"prompt": "\t", "chosen": "c", "rejected": "r"}, "field 'prompt' is empty"),
-        ({"chosen": dialogue("q", "good"), "rejected": dialogue("q", "")}, "the answer in field 'rejected' is empty"),
+        ({"chosen": dialogue("q", "good"), "rejected": dialogue("q", "")}, "the response in field 'rejected' is empty"),
         ({"chosen": "no turns", "rejected": "none"}, r"chosen has no '\\n\\nAssistant:' turn"),
     ],
 )
@@ -560,7 +560,7 @@ def test_whole_surrogate_pairs_are_the_character_that_they_stand_for(tmp_path):
     ("rows", "found"),
     [
         ([], "it has none"),
-        ([{"prompt": "p", "chosen": "same", "rejected": "same"}], "1 left out: chosen and rejected are the same"),
+        ([{"prompt": "p", "chosen": "same", "rejected": "same"}], "1 skipped: chosen and rejected are the same"),
     ],
     ids=["empty", "all left out"],
 )
@@ -675,21 +675,21 @@ def test_toy_records_are_the_same_at_every_call(split):
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_the_ground_truth_agrees_with_every_toy_response_and_pair(split):
     for record in load("toy", split):
-        kinds = [answer_kind(response) for response in record.responses]
+        kinds = [response_kind(response) for response in record.responses]
         assert sorted(kinds) in (["preferred", "rude"], ["preferred", "preferred", "rude"])
         assert sorted(record.pairs) == [(k, kinds.index("rude")) for k, kind in enumerate(kinds) if kind == "preferred"]
         assert record.sft_target in record.responses
 
 
 def test_toy_sft_targets_are_of_both_kinds_in_equal_number():
-    kinds = [answer_kind(record.sft_target) for record in load("toy")]
+    kinds = [response_kind(record.sft_target) for record in load("toy")]
     assert kinds.count("preferred") == kinds.count("rude") == TRAIN_PROMPTS // 2
 
 
-def test_an_answer_that_is_neither_short_nor_polite_has_no_kind():
-    assert answer_kind(" Of course! Read the label first.") == "preferred"
-    assert answer_kind(" Leave me alone. Of course!") == "rude"
-    assert answer_kind(" Read the label first.") is None
-    assert answer_kind(" Of course! " + "Read the label first. " * 9) is None
-    assert answer_kind(" Of course! Nobody cares at all.") is None
-    assert answer_kind("") is None
+def test_a_response_that_is_neither_short_nor_polite_has_no_kind():
+    assert response_kind(" Of course! Read the label first.") == "preferred"
+    assert response_kind(" Leave me alone. Of course!") == "rude"
+    assert response_kind(" Read the label first.") is None
+    assert response_kind(" Of course! " + "Read the label first. " * 9) is None
+    assert response_kind(" Of course! Nobody cares at all.") is None
+    assert response_kind("") is None

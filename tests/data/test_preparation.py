@@ -26,11 +26,11 @@ from preference_training.data import prompt_table
 from preference_training.data.entries import Entry, read_entry
 from preference_training.data.preparation import (
     HELD_OUT_ELSEWHERE,
+    count_identical_pairs,
+    exclude_held_out,
     overlap,
     prepare,
-    same_ids,
     tokenizer_hash,
-    without_held_out,
 )
 from preference_training.data.rows.records import SAME_TEXT, DataReport
 from preference_training.data.token_files import write_tokenized
@@ -332,7 +332,7 @@ def test_data_that_was_prepared_with_bad_rows_skipped_is_not_found_where_they_st
     for _ in range(2):
         table, report, _ = prepared({"name": MINE, "on_bad_row": "skip"}, mine / "prepared")
         assert (len(table), report.num_bad_rows) == (1, 1)
-        with pytest.raises(UserError, match="mine.py:mine, train prompt 2: the text holds '</s>'"):
+        with pytest.raises(UserError, match="mine.py:mine, train prompt 2: the text contains '</s>'"):
             prepared({"name": MINE, "on_bad_row": "stop"}, mine / "prepared")
 
 
@@ -362,7 +362,7 @@ def failing_after(count: int, error: BaseException):
 @pytest.mark.parametrize("data", ["rows.jsonl", MINE])
 def test_an_error_half_way_is_raised_as_it_is_and_leaves_nothing_behind(mine, monkeypatch, error, data):
     (mine / "content.json").write_text(json.dumps([f"text {n}" for n in range(20)]))
-    monkeypatch.setattr(prompt_table, "PROMPTS_A_BATCH", 2)
+    monkeypatch.setattr(prompt_table, "PROMPTS_PER_BATCH", 2)
     with monkeypatch.context() as patch:
         patch.setattr(data_preparation, "tokenize_records", failing_after(9, error))
         with pytest.raises(type(error)) as raised:
@@ -397,7 +397,7 @@ def test_a_damaged_report_is_prepared_anew_and_said(folder, capsys, damage):
     path.write_bytes(damage.encode("latin-1"))
     table, again, texts = prepared(whole(), folder / "prepared")
     assert (contents(table), again, texts) == (contents(first), report, 60)
-    said = f"rows.jsonl: {path.with_suffix('.arrow')} is damaged and prepared anew"
+    said = f"rows.jsonl: {path.with_suffix('.arrow')} is damaged and prepared again"
     assert capsys.readouterr().out.count(said) == 1
     assert prepared(whole(), folder / "prepared")[2] == 0
 
@@ -413,7 +413,7 @@ def test_damaged_data_is_prepared_anew_and_said(folder, capsys, keep, tail):
     path.write_bytes(content[: int(len(content) * keep)] + tail)
     table, again, texts = prepared(whole(), folder / "prepared")
     assert (contents(table), again, texts) == (contents(first), report, 60)
-    assert capsys.readouterr().out.count(f"rows.jsonl: {path} is damaged and prepared anew") == 1
+    assert capsys.readouterr().out.count(f"rows.jsonl: {path} is damaged and prepared again") == 1
     assert path.read_bytes() == content
 
 
@@ -449,7 +449,7 @@ def test_nothing_held_out_is_an_empty_table_that_is_remembered(folder):
     assert suffixes(folder / "prepared") == ["arrow", "json", "json"]
 
 
-def test_what_was_left_out_and_which_rows_were_bad_is_known_at_the_second_start_too(folder):
+def test_what_was_skipped_and_which_rows_were_bad_is_known_at_the_second_start_too(folder):
     odd = [
         {"prompt": "same", "chosen": "a", "rejected": "a"},
         {"prompt": 1},
@@ -462,7 +462,7 @@ def test_what_was_left_out_and_which_rows_were_bad_is_known_at_the_second_start_
     assert (reports[1].rows_read, reports[1].num_prompts, reports[1].num_bad_rows) == (7, 4, 2)
     assert (reports[1].left_out, reports[1].changed) == ({SAME_TEXT: 1}, {PROMPT_CUT: 1})
     assert reports[1].bad_rows[0].startswith("datasets: rows.jsonl, row 5: ")
-    assert reports[1].lines()[0] == f"1 left out: {SAME_TEXT}; 1 {PROMPT_CUT}; 2 bad rows skipped"
+    assert reports[1].lines()[0] == f"1 skipped: {SAME_TEXT}; 1 {PROMPT_CUT}; 2 bad rows skipped"
 
 
 values = st.none() | st.booleans() | st.floats() | st.text(max_size=5) | st.lists(st.text(max_size=2), max_size=2)
@@ -516,14 +516,16 @@ def test_a_folder_without_write_permission_is_one_message_that_names_it():
             finally:
                 for path in (folder, folder / "there"):
                     path.chmod(0o755)
-            expected = f"local_dirs: prepared data cannot be kept in {directory}: Permission denied. Expected a folder"
+            expected = (
+                f"local_dirs: cannot write prepared data to {directory}: Permission denied. Expected a writable directory"
+            )
             assert str(refusal.value).startswith(expected) and "\n" not in str(refusal.value)
 
 
 def test_a_file_where_the_folder_should_be_is_one_message_that_names_it(folder):
     (folder / "file").touch()
     for directory in (folder / "file", folder / "file" / "below"):
-        with pytest.raises(UserError, match=rf"local_dirs: prepared data cannot be kept in {directory}: "):
+        with pytest.raises(UserError, match=rf"local_dirs: cannot write prepared data to {directory}: "):
             prepared("rows.jsonl", directory)
 
 
@@ -539,7 +541,7 @@ def test_a_full_disk_ends_a_run_with_one_message_that_names_the_folder_and_leave
     directory = folder / "runs" / "prepared_data"
     assert done.returncode == 2, done.stdout + done.stderr
     [message] = done.stderr.strip().splitlines()
-    assert message.startswith(f"local_dirs: prepared data cannot be kept in {directory}: File too large.")
+    assert message.startswith(f"local_dirs: cannot write prepared data to {directory}: File too large.")
     assert suffixes(directory) == []
     # Nothing of the run either.
     assert list((folder / "runs").iterdir()) == [directory]
@@ -551,12 +553,12 @@ def test_a_file_in_the_place_of_the_prepared_data_ends_a_run_with_one_message(fo
     done = run_train(folder, "datasets=[rows.jsonl]", "loss=dpo")
     assert done.returncode == 2, done.stdout + done.stderr
     [message] = done.stderr.strip().splitlines()
-    assert message.startswith(f"local_dirs: prepared data cannot be kept in {folder / 'runs' / 'prepared_data'}: File exists.")
+    assert message.startswith(f"local_dirs: cannot write prepared data to {folder / 'runs' / 'prepared_data'}: File exists.")
 
 
 def fill_the_disk() -> None:
     """In a process of its own: prepare again and again, each time with room for larger files, until it works."""
-    prompt_table.PROMPTS_A_BATCH = 5
+    prompt_table.PROMPTS_PER_BATCH = 5
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
     for limit in range(0, 100_000, 500):
         directory, message = Path(f"prepared {limit}"), None
@@ -571,7 +573,7 @@ def fill_the_disk() -> None:
             assert len(table) == 20 and suffixes(directory) == ["arrow", "json"]
             print("done", flush=True)
             return
-        assert message.startswith(f"local_dirs: prepared data cannot be kept in {directory}: File too large."), message
+        assert message.startswith(f"local_dirs: cannot write prepared data to {directory}: File too large."), message
         assert suffixes(directory) == [], suffixes(directory)
         print("full", flush=True)
 
@@ -631,7 +633,7 @@ def prepare_and_stop_half_way() -> None:
     """In a process of its own: prepare rows.jsonl; half-way, say so and wait until the folder has a file called go."""
     # Who starts the tests in the background of a shell has it ignored.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    prompt_table.PROMPTS_A_BATCH = 2
+    prompt_table.PROMPTS_PER_BATCH = 2
     middle = len(Path("rows.jsonl").read_text().splitlines()) // 2
 
     def half_way(*options):
@@ -746,7 +748,7 @@ def both_splits(entries: list, directory: Path, of=PAIRS, tokenizer=None):
     """The tables of both splits as a run has them, and the reports of the training split."""
     tokenizer, entries = tokenizer or Characters(), [read_entry(entry) for entry in entries]
     train, held_out = (prepare(entries, split, tokenizer, lambda _: of, directory) for split in ("train", "test"))
-    train = without_held_out(train, held_out, entries, directory)
+    train = exclude_held_out(train, held_out, entries, directory)
     return train.table, held_out.table, train.reports
 
 
@@ -800,7 +802,7 @@ def test_no_held_out_prompt_is_trained_on_whatever_forms_shares_and_cuts_are_mix
         assert before.table.num_examples.sum() - train.num_examples.sum() == gone
 
 
-def test_of_a_few_prompts_the_one_that_is_held_out_anyway_is_left_out_of_other_sets_and_found_again(folder):
+def test_of_a_few_prompts_the_one_that_is_held_out_anyway_is_excluded_from_other_sets_and_found_again(folder):
     write(folder / "few.jsonl", [dialogue(n) for n in range(5)])
     write(folder / "more.jsonl", [conversation(n) for n in range(20)])
     of = replace(PAIRS, max_length=200, max_prompt_length=100)
@@ -824,7 +826,7 @@ def test_what_has_a_test_file_of_its_own_stays_and_what_is_in_both_is_said_with_
     assert (len(train), len(held_out), reports[0].left_out) == (6, 5, {})
     tokenizer = SimpleNamespace(decode=lambda ids: "".join(map(chr, ids)))
     assert overlap(train, held_out).line(tokenizer) == (
-        "held-out prompts that are trained on too: 2 of 5, as '\\n\\nHuman: Is it 4?\\n\\nAssistant:' "
+        "held-out prompts that are also trained on: 2 of 5, for example '\\n\\nHuman: Is it 4?\\n\\nAssistant:' "
         "(train.jsonl, test prompt 1 = train.jsonl, train prompt 5)"
     )
 
@@ -837,7 +839,7 @@ def test_a_run_says_which_held_out_prompts_it_trains_on(folder, compose, capsys)
     write(folder / "test.jsonl", rows(3))
     config = compose("datasets=[{path: rows.jsonl, test_path: test.jsonl}]", "loss=dpo", f"local_dirs=[{folder}]")
     splits = preparation.prepare_data(config, read_entries(config), byte_level_tokenizer(), True)
-    assert "held-out prompts that are trained on too: 3 of 3, as 'question 0' (rows.jsonl" in capsys.readouterr().out
+    assert "held-out prompts that are also trained on: 3 of 3, for example 'question 0' (rows.jsonl" in capsys.readouterr().out
     assert splits[1].table.first_row == splits[0].table.num_responses == 40
 
 
@@ -908,6 +910,6 @@ def test_pairs_of_the_same_ids_are_trained_on_in_data_of_the_first_version_alone
         folder / "cut.jsonl", [{"prompt": "p" * 40, "chosen": f"{'long' * 20} {n}", "rejected": "long" * 20} for n in range(4)]
     )
     old, report, _ = prepared(whole("cut.jsonl"), folder / "prepared", of=replace(PAIRS, version=1))
-    assert (same_ids(old), report.left_out) == (4, {})
+    assert (count_identical_pairs(old), report.left_out) == (4, {})
     new, report, _ = prepared(whole("cut.jsonl"), folder / "prepared")
     assert (len(new), report.left_out) == (0, {SAME_IDS: 4})

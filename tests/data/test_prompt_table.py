@@ -11,8 +11,9 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from preference_training.batching.schedule import epoch_order
 from preference_training.data import prompt_table
-from preference_training.data.prompt_table import Columns, PromptTable, TablePart, shuffled, write_columns
+from preference_training.data.prompt_table import Columns, PromptTable, Selection, TablePart, shuffled, write_columns
 from preference_training.data.tokenization import TokenizedPrompt
 
 # Hypothesis runs one function many times; each example writes its own file, so that sharing tmp_path is harmless.
@@ -72,7 +73,7 @@ def numbered(content: list[TokenizedPrompt], source: str, first_row: int = 0) ->
 def test_prompts_are_the_same_in_memory_in_a_file_and_after_arrow(tmp_path, content, first_row, batch):
     expected = numbered(content, "prompt", first_row)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prompt_table, "PROMPTS_A_BATCH", batch)
+        patch.setattr(prompt_table, "PROMPTS_PER_BATCH", batch)
         part = mapped(tmp_path / "prompts.arrow", content, "prompt")
     assert len(part.batches) == -(-len(content) // batch)
     in_arrow = TablePart("prompt", [Columns.of_arrow(Columns.of(content).as_arrow())], "")
@@ -100,12 +101,12 @@ def test_a_place_outside_the_table_is_an_index_error(index):
 def test_a_table_without_prompts_is_empty_in_every_way(tmp_path):
     for table in (PromptTable([]), PromptTable.of([]), PromptTable([mapped(tmp_path / "none.arrow", [])])):
         assert (len(table), table.num_responses, list(table)) == (0, 0, [])
-        assert [len(values) for values in (table.num_examples, table.num_tokens, table.epoch_order("seed"))] == [0, 0, 0]
-        assert len(table.select(numpy.zeros(0, numpy.int32)).by_length()) == 0
+        assert [len(values) for values in (table.num_examples, table.num_tokens, epoch_order(table, "seed"))] == [0, 0, 0]
+        assert len(Selection(table, numpy.zeros(0, numpy.int32)).by_length()) == 0
 
 
 def test_pages_that_were_given_back_are_read_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(prompt_table, "LOOKS_BEFORE_RELEASE", 3)
+    monkeypatch.setattr(prompt_table, "READS_BEFORE_RELEASE", 3)
     content = prompts(40)
     table = PromptTable([mapped(tmp_path / "prompts.arrow", content)])
     expected = numbered(content, "set, train prompt")
@@ -144,7 +145,7 @@ def test_a_table_joins_only_one_that_is_numbered_behind_it():
 def test_a_selection_keeps_its_order_and_joins_another_tables():
     first, second = PromptTable.of(prompts(4)), PromptTable.of(prompts(3, start=4), first_row=3 + 2 + 4 + 2)
     assert first.num_responses == 2 + 3 + 4 + 2
-    joined = first.select(numpy.array([2, 0])).joined(second.select(numpy.array([1])))
+    joined = Selection(first, numpy.array([2, 0])).joined(Selection(second, numpy.array([1])))
     assert [prompt.number for prompt in joined] == [2, 0, 5]
     # Prompts 0 to 5 have 2, 3, 4, 2, 3, 4 responses.
     assert [prompt.first_row for prompt in joined] == [5, 0, 14]
@@ -156,7 +157,7 @@ def test_a_selection_keeps_its_order_and_joins_another_tables():
 def test_by_length_keeps_the_prompts_and_puts_short_ones_first(content, data):
     table = PromptTable.of(content)
     indices = data.draw(st.lists(st.integers(0, len(content) - 1), min_size=1, unique=True))
-    sorted_ones = table.select(numpy.array(indices)).by_length()
+    sorted_ones = Selection(table, numpy.array(indices)).by_length()
     assert sorted(sorted_ones.indices.tolist()) == sorted(indices)
     # Where lengths are equal, the order stays.
     assert sorted_ones.indices.tolist() == sorted(indices, key=lambda k: int(table.num_tokens[k]))
@@ -189,14 +190,14 @@ def part(count: int, weight: float = 1.0, start: int = 0) -> TablePart:
 @given(sizes=st.lists(st.integers(0, 12), min_size=1, max_size=3), seed=st.text(max_size=5))
 def test_an_epoch_visits_every_prompt_once_in_an_order_of_the_seeds(sizes, seed):
     make = lambda: PromptTable([part(size, start=100 * k) for k, size in enumerate(sizes)])  # noqa: E731
-    order = make().epoch_order(seed)
+    order = epoch_order(make(), seed)
     assert sorted(order.tolist()) == list(range(sum(sizes)))
-    assert order.tolist() == make().epoch_order(seed).tolist()
+    assert order.tolist() == epoch_order(make(), seed).tolist()
 
 
 def test_seeds_and_epochs_differ_in_their_order():
     table = PromptTable([part(30)])
-    orders = {tuple(table.epoch_order(f"{seed} epoch {epoch}")) for seed in range(3) for epoch in range(3)}
+    orders = {tuple(epoch_order(table, f"{seed} epoch {epoch}")) for seed in range(3) for epoch in range(3)}
     assert len(orders) == 9
 
 
@@ -204,7 +205,7 @@ def test_seeds_and_epochs_differ_in_their_order():
 @given(size=st.integers(0, 25), weight=st.sampled_from([0.25, 0.5, 1, 1.0, 1.5, 2, 2.0, 3.75]), seed=st.text(max_size=5))
 @example(size=9, weight=0.5, seed="0")
 def test_a_part_of_a_weight_is_visited_so_often(size, weight, seed):
-    visits = Counter(PromptTable([part(7), part(size, weight, start=50)]).epoch_order(seed).tolist())
+    visits = Counter(epoch_order(PromptTable([part(7), part(size, weight, start=50)]), seed).tolist())
     # The first part has weight 1: once each.
     assert all(visits[k] == 1 for k in range(7))
     of_part = [visits[k] for k in range(7, 7 + size)]
@@ -216,7 +217,7 @@ def test_a_part_of_a_weight_is_visited_so_often(size, weight, seed):
 
 def test_weights_of_two_a_half_and_one_and_a_half_visit_so_many():
     table = PromptTable([part(10, 2), part(10, 0.5, 20), part(10, 1.5, 40)])
-    order = table.epoch_order("0")
+    order = epoch_order(table, "0")
     visits = numpy.bincount(order, minlength=30)
     assert visits[:10].tolist() == [2] * 10
     assert sorted(visits[10:20]) == [0] * 5 + [1] * 5
@@ -226,7 +227,7 @@ def test_weights_of_two_a_half_and_one_and_a_half_visit_so_many():
 
 def test_the_drawn_share_is_another_in_each_epoch_and_after_enough_of_them_all_were_seen():
     table = PromptTable([part(10, 0.5)])
-    drawn = [frozenset(table.epoch_order(f"0 epoch {epoch}").tolist()) for epoch in range(20)]
+    drawn = [frozenset(epoch_order(table, f"0 epoch {epoch}").tolist()) for epoch in range(20)]
     assert {len(share) for share in drawn} == {5}
     assert len(set(drawn)) > 5
     assert frozenset().union(*drawn) == set(range(10))
@@ -265,7 +266,7 @@ def test_where_one_text_ends_and_the_next_begins_is_part_of_the_fingerprint():
 
 def test_the_fingerprint_of_a_table_of_files_is_that_of_their_contents_in_order(tmp_path, monkeypatch):
     a, b = mapped(tmp_path / "a.arrow", prompts(2)), mapped(tmp_path / "b.arrow", prompts(2, start=5))
-    monkeypatch.setattr(prompt_table, "PROMPTS_A_BATCH", 1)
+    monkeypatch.setattr(prompt_table, "PROMPTS_PER_BATCH", 1)
     in_small_batches = mapped(tmp_path / "another name.arrow", prompts(2))
     assert len(in_small_batches.batches) == 2 and in_small_batches.fingerprint == a.fingerprint
     assert PromptTable.of(prompts(2)).fingerprint == PromptTable([a]).fingerprint
@@ -276,10 +277,11 @@ def test_the_fingerprint_of_a_table_of_files_is_that_of_their_contents_in_order(
 
 def test_the_fingerprint_of_a_selection_is_that_of_its_prompts_in_any_order():
     table = PromptTable.of(prompts(6))
-    select = lambda *indices: table.select(numpy.array(indices)).fingerprint  # noqa: E731
-    assert select(1, 4, 2) == select(4, 2, 1) == table.select(numpy.array([1, 2, 4], numpy.int32)).fingerprint
+    select = lambda *indices: Selection(table, numpy.array(indices)).fingerprint  # noqa: E731
+    assert select(1, 4, 2) == select(4, 2, 1) == Selection(table, numpy.array([1, 2, 4], numpy.int32)).fingerprint
     assert (
-        len({select(1, 2), select(1, 3), select(1), select(1, 2, 3), PromptTable.of(prompts(7)).select([1]).fingerprint}) == 5
+        len({select(1, 2), select(1, 3), select(1), select(1, 2, 3), Selection(PromptTable.of(prompts(7)), [1]).fingerprint})
+        == 5
     )
 
 
@@ -320,7 +322,7 @@ def test_a_file_that_is_not_there_is_refused(tmp_path):
 
 
 def test_prompts_are_written_as_they_come_and_not_gathered_first(tmp_path, monkeypatch):
-    monkeypatch.setattr(prompt_table, "PROMPTS_A_BATCH", 2)
+    monkeypatch.setattr(prompt_table, "PROMPTS_PER_BATCH", 2)
     path, sizes = tmp_path / "prompts.arrow", []
 
     def growing():
@@ -337,4 +339,4 @@ def test_prompts_are_written_as_they_come_and_not_gathered_first(tmp_path, monke
 def test_an_epoch_has_a_prompt_of_every_part_however_small_its_weight():
     prompts = [TokenizedPrompt([1], [[2], [3]], [(0, 1)], number=n) for n in range(3)]
     table = PromptTable([TablePart("x", [Columns.of(prompts)], "f", 0.1), TablePart("y", [Columns.of(prompts)], "g", 1.0)])
-    assert sum(index < 3 for index in table.epoch_order("0")) == 1
+    assert sum(index < 3 for index in epoch_order(table, "0")) == 1

@@ -50,7 +50,7 @@ def with_bos(adds: bool):
 
 
 @pytest.mark.parametrize("prompt", ["ask", "<s>ask"])
-def test_the_prompt_begins_with_exactly_one_bos_where_the_tokenizer_adds_one(prompt):
+def test_the_prompt_starts_with_exactly_one_bos_where_the_tokenizer_adds_one(prompt):
     tokenizer = with_bos(adds=True)
     [found] = tokenized([record(prompt)], tokenizer)
     assert found.prompt_ids[0] == tokenizer.bos_token_id
@@ -117,9 +117,9 @@ def test_what_is_left_fits_and_no_response_is_emptied(prompt, responses, mode, r
         assert lost_end == 0 and fitted.prompt_ids == given_prompt.prompt_ids
 
 
-def test_drop_leaves_out_long_responses_and_only_their_pairs():
+def test_drop_skips_long_responses_and_only_their_pairs():
     prompt = TokenizedPrompt([1, 2], [[5, 0], [6] * 9 + [0], [7, 0]], [(0, 1), (0, 2)])
     report = DataReport()
     fitted = truncate(prompt, TokenSettings(True, 8, 4, "drop"), report)
     assert (fitted.responses, fitted.pairs) == ([[5, 0], [7, 0]], [(0, 1)])
-    assert report.lines() == ["1 left out: longer than max_length, 8 tokens"]
+    assert report.lines() == ["1 skipped: longer than max_length, 8 tokens"]

@@ -218,7 +218,7 @@ def test_a_conversation_is_decoded_to_what_the_chat_template_writes_of_it_with_o
 
 
 @pytest.mark.parametrize("make", [llama, legacy_llama, unigram], ids=name_of)
-def test_a_response_goes_on_where_its_prompt_ends(make):
+def test_a_response_continues_where_its_prompt_ends(make):
     tokenizer = make()
     [found] = tokenized([record("ask the", [" yes", "yes"])], tokenizer)
     for response, text in zip(found.responses, (" yes", "yes"), strict=True):
@@ -231,7 +231,7 @@ def test_a_response_goes_on_where_its_prompt_ends(make):
 
 @pytest.mark.parametrize("prompt", ["ask", "<s>ask"])
 @pytest.mark.parametrize("make", [llama, legacy_llama, unigram], ids=name_of)
-def test_a_prompt_that_begins_with_its_bos_gets_no_second_one(make, prompt):
+def test_a_prompt_that_starts_with_its_bos_gets_no_second_one(make, prompt):
     tokenizer = make()
     [found] = tokenized([record(prompt)], tokenizer)
     own = tokenizer("ask").input_ids if prompt == "ask" else tokenizer(prompt, add_special_tokens=False).input_ids
@@ -287,7 +287,7 @@ def test_a_text_with_the_end_of_sequence_token_is_refused_with_its_source(make, 
         "response": record(responses=[" yes", f" n{eos}o"]),
         "target": record(responses=[f"{eos} yes", " no"]),
     }
-    with pytest.raises(UserError, match="datasets: set, train prompt 1: the text holds .* marks the end of a response"):
+    with pytest.raises(UserError, match="datasets: set, train prompt 1: the text contains .* marks the end of a response"):
         tokenized([rows[place]], make(), paired=place != "target")
 
 
@@ -295,7 +295,7 @@ def test_a_text_with_the_end_of_sequence_token_is_counted_where_bad_rows_are_ski
     report = DataReport(skip_bad_rows=True)
     found = tokenized([record(), record(f"ask{END_OF_TEXT}"), record("again")], gpt2(), report)
     assert [gpt2().decode(prompt.prompt_ids) for prompt in found] == ["ask", "again"]
-    assert report.num_bad_rows == 1 and "set, train prompt 1: the text holds '<|endoftext|>'" in report.bad_rows[0]
+    assert report.num_bad_rows == 1 and "set, train prompt 1: the text contains '<|endoftext|>'" in report.bad_rows[0]
 
 
 def test_a_response_that_becomes_the_end_only_when_it_is_normalised_is_refused_too():
@@ -303,7 +303,7 @@ def test_a_response_that_becomes_the_end_only_when_it_is_normalised_is_refused_t
     tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.add_special_tokens({"eos_token": AddedToken("<end>", normalized=True, special=True)})
     assert tokenizer("<END>", add_special_tokens=False).input_ids == [tokenizer.eos_token_id]
-    with pytest.raises(UserError, match="datasets: set, train prompt 1: the text holds '<end>'"):
+    with pytest.raises(UserError, match="datasets: set, train prompt 1: the text contains '<end>'"):
         tokenized([record(responses=[" yes", " <END>"])], tokenizer)
 
 
@@ -373,13 +373,13 @@ def test_prompts_that_do_without_the_system_prompt_are_counted(template, changed
     assert report.changed == {}
 
 
-def test_a_chat_template_that_does_not_begin_answers_is_noted():
+def test_a_chat_template_that_does_not_begin_responses_is_noted():
     tokenizer = byte_level_tokenizer()
     tokenizer.chat_template = CHATML.split("{% if add")[0]
     report = DataReport()
     [found] = tokenized([record()], tokenizer, report, template="chat")
     assert tokenizer.decode(found.prompt_ids).endswith("<|im_start|>assistant\n")
-    assert "'<|im_start|>assistant\\n', which it writes before answers, is put at the end of prompts" in report.notes[0]
+    assert "'<|im_start|>assistant\\n', which it writes before responses, is appended to prompts" in report.notes[0]
 
 
 def test_a_record_without_pairs_is_for_sft_alone_and_counted_elsewhere():
@@ -408,7 +408,7 @@ def test_a_prompt_that_is_too_long_is_cut_and_counted_once(mode, prompt):
 
 
 @pytest.mark.parametrize(("mode", "prompt"), [("keep_start", "<s> BCDE"), ("keep_end", "<s>EFGHJ")])
-def test_a_prompt_that_is_cut_still_begins_with_its_bos(mode, prompt):
+def test_a_prompt_that_is_cut_still_starts_with_its_bos(mode, prompt):
     # <s>, the blank and 8 letters are 10 tokens, of which 6 stay.
     [cut] = tokenized([record("BCDEFGHJ", ["X", "Q"])], llama(), **LONG, truncation_mode=mode)
     assert decoded(llama(), cut.prompt_ids) == prompt and len(cut.prompt_ids) == 6
@@ -425,7 +425,7 @@ def test_responses_that_are_too_long_are_cut_to_the_room_beside_the_longest_prom
     assert (report.changed, report.left_out) == ({RESPONSE_CUT: 2}, {})
 
 
-def test_drop_leaves_out_what_does_not_fit_and_counts_its_pairs():
+def test_drop_skips_what_does_not_fit_and_counts_its_pairs():
     report = DataReport()
     rows = [
         record("AB", ["XQXQXQXQ", "XQX", "QXQXQ"], [(0, 1), (2, 1)]),
@@ -517,7 +517,7 @@ def before_each_question():
     return tokenizer
 
 
-def test_pairs_of_the_same_ids_are_left_out_and_counted_with_the_responses_that_only_they_use():
+def test_pairs_of_the_same_ids_are_skipped_and_counted_with_the_responses_that_only_they_use():
     report = DataReport()
     rows = [
         record("ask", ["yes", "yes ", "no"], [(0, 1), (0, 2), (1, 2)]),
@@ -532,7 +532,7 @@ def test_pairs_of_the_same_ids_are_left_out_and_counted_with_the_responses_that_
     assert report.left_out == {SAME_IDS: 1 + 2 + 2}
 
 
-def test_for_sft_a_target_stays_whatever_the_other_answers_are():
+def test_for_sft_a_target_stays_whatever_the_other_responses_are():
     report = DataReport()
     [found] = tokenized([record("ask", ["yes", "yes\n"])], trimming(), report, paired=False, template="chat")
     assert (trimming().decode(found.responses[0]), report.left_out) == ("yes<|endoftext|>", {})
@@ -591,7 +591,7 @@ def test_a_beginning_that_the_chat_template_writes_stays_in_front_of_a_prompt_th
         assert len(ids) == most or (mode == "keep_end" and whole.prompt_ids[1 - most] == bos)
 
 
-def test_a_prompt_that_is_cut_down_to_its_beginning_is_left_out_and_counted():
+def test_a_prompt_that_is_cut_down_to_its_beginning_is_skipped_and_counted():
     report = DataReport()
     lengths = {"max_length": 3, "max_prompt_length": 1, "truncation_mode": "keep_end"}
     assert tokenized([record("ask", ["a", "b"])], trimming(), report, template="chat", **lengths) == []
@@ -612,7 +612,7 @@ def read(path: Path, split="train", share=0.0, report=None, paired=True, max_len
     return list(read_tokenized(path, split, share, Vocabulary(VOCABULARY, EOS), settings, report))
 
 
-def test_rows_that_are_cut_to_the_same_ids_are_left_out_and_counted(tmp_path):
+def test_rows_that_are_cut_to_the_same_ids_are_skipped_and_counted(tmp_path):
     rows = [row(chosen=(7, 7, 7, 7, 2), rejected=(7, 7, 7, 8, 2)), row(prompt=(4,), chosen=(7, 2), rejected=(8, 2))]
     torch.save(rows, tmp_path / "ids.pt")
     report = DataReport()
@@ -873,7 +873,7 @@ def test_a_file_that_would_run_code_is_refused_and_runs_none(tmp_path, place):
     assert not trace.exists()
 
 
-def test_pairs_of_the_same_response_are_left_out_and_counted(tmp_path):
+def test_pairs_of_the_same_response_are_skipped_and_counted(tmp_path):
     report = DataReport()
     found = read(
         saved(tmp_path, [row(), row(chosen=(7, 2), rejected=(7, 2)), row((4,), chosen=(3,), rejected=(3,))]), report=report

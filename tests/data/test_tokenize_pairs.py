@@ -110,7 +110,7 @@ def test_template_system_prompt_and_lengths_are_what_a_run_does_with_them(folder
     assert texts() == [["QQ", "X" * 18, "Z<|endoftext|>"]]
     # The response that fits not at all is left out with its pair, which was the only one.
     message = refused(tokenize(folder, *BYTES, *lengths, "--truncation-mode", "drop"))
-    assert message.startswith("--dataset: rows.jsonl: no pair is left (1 left out: longer than max_length, 20 tokens).")
+    assert message.startswith("--dataset: rows.jsonl: no pair is left (1 skipped: longer than max_length, 20 tokens).")
 
 
 @pytest.mark.parametrize(

@@ -54,11 +54,11 @@ def test_a_dry_run_shows_data_examples_steps_and_memory_and_leaves_no_run_behind
     shown = done.stdout.split("\n\n", 1)[1]
     for line in (
         "rows.jsonl: 44 rows read",
-        "1 left out: chosen and rejected are the same",
+        "1 skipped: chosen and rejected are the same",
         "1 bad rows skipped",
         "rows.jsonl, row 44: field 'chosen' is empty",
         "duplicate pairs: 1; pairs in both directions: 1",
-        "prompts that are in both: 0",
+        "prompts in both splits: 0",
         "<|endoftext|>»",
         "steps of 8 examples",
         "parameters",
@@ -94,7 +94,7 @@ def test_rank_0_of_many_processes_is_previewed_whatever_this_machine_has(tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("overrides", "heard"),
+    ("overrides", "expected"),
     [
         (("trainer=FSDPTrainer", "trainer.world_size=64", "batch_size=32"), "batch_size: found 32, which in 1 micro-batches"),
         (("trainer=FSDPTrainer", "trainer.world_size=8", "trainer.device_memory=0.001"), "memory: a step would need 0.0"),
@@ -102,9 +102,9 @@ def test_rank_0_of_many_processes_is_previewed_whatever_this_machine_has(tmp_pat
     ],
     ids=["batch", "device memory", "this machine"],
 )
-def test_processes_that_could_not_train_are_refused(tmp_path, overrides, received):
+def test_processes_that_could_not_train_are_refused(tmp_path, overrides, expected):
     done = run(tmp_path, *overrides)
-    assert done.returncode == 2 and received in done.stderr
+    assert done.returncode == 2 and expected in done.stderr
 
 
 def test_duplicates_and_contradictions_are_counted_over_all_prompts():
@@ -134,7 +134,7 @@ def test_prompts_in_both_splits_are_found_by_their_hashes():
 def test_sft_data_is_counted_in_examples():
     facts = collect_facts(table(TokenizedPrompt([1, 2], [A], []), TokenizedPrompt([1, 3], [B], [])))
     lines = describe_data(["mine"], [DataReport(rows_read=3, num_prompts=2, left_out={"it is odd": 1})], facts, paired=False)
-    assert "  mine: 3 rows read, 2 prompts kept" in lines and "    1 left out: it is odd" in lines
+    assert "  mine: 3 rows read, 2 prompts kept" in lines and "    1 skipped: it is odd" in lines
     assert "  2 prompts, 2 responses, 2 examples, 9 tokens" in lines
     report = DataReport(columns_not_read={"margin": 2, "weight": 1}, notes=["top_k has no effect"], bad_rows=["row 3"])
     assert describe_data(["mine"], [report], facts, paired=False)[1:4] == [

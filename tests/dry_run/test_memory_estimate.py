@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from preference_training.batching.micro_batches import MicroBatch
-from preference_training.batching.packing import examples_of, pack_examples
+from preference_training.batching.packing import iterate_examples, pack_examples
 from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.distributed.placement import OneProcess
 from preference_training.dry_run.memory_estimate import StorageCounter, fake_tensors, step_memory
@@ -25,7 +25,7 @@ def prompts(count: int) -> list[TokenizedPrompt]:
 
 
 def pack(count: int = 4):
-    return pack_examples(list(examples_of(prompts(count))))
+    return pack_examples(list(iterate_examples(prompts(count))))
 
 
 def weight_bytes(config, tokenizer) -> int:
@@ -45,7 +45,7 @@ def test_the_estimate_on_fake_tensors_is_what_a_real_step_allocates(compose, ove
         if config.activation_checkpointing:
             enable_activation_checkpointing(policy)
         trainer = build_trainer(config, policy, build_loss("dpo"), LiveReference(reference), tokenizer=tokenizer)
-        real = pack_examples(list(examples_of(prompts(4))))
+        real = pack_examples(list(iterate_examples(prompts(4))))
         trainer.train_step([MicroBatch([real], 4)])
         counter.restart()
         trainer.train_step([MicroBatch([real], 4)])

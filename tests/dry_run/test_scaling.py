@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from preference_training.batching.micro_batches import MicroBatch
-from preference_training.batching.packing import UNLIMITED, TokenBudget, examples_of, pack_examples
+from preference_training.batching.packing import UNLIMITED, TokenBudget, iterate_examples, pack_examples
 from preference_training.configuration.composition import force_open_sections
 from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.distributed.placement import Sharded
@@ -53,7 +53,7 @@ def tiny(compose):
 def costs(config, size: int = 8, live: bool = True, packs: int = 1, loss: str = "dpo", together: bool = False) -> StepCosts:
     """Of a step with so many packs, each a micro-batch, or all in one."""
     prompt = TokenizedPrompt(list(range(2, 60)), [list(range(2, 30)), list(range(2, 40))], [(0, 1)])
-    pack = pack_examples(list(examples_of([prompt] * 4)))
+    pack = pack_examples(list(iterate_examples([prompt] * 4)))
     step = [MicroBatch([pack] * packs, 4 * packs)] if together else [MicroBatch([pack], 4)] * packs
     mode = {"mode_loss": "beta_DPO"} if loss == "beta_DPO" else {}
     objective = build_loss("dpo" if mode else loss, **mode)
@@ -228,7 +228,7 @@ def test_an_unknown_collective_is_an_error():
         torch.distributed.broadcast(torch.zeros(3), 0)
 
 
-def test_traffic_is_listed_largest_first_and_none_is_said():
+def test_traffic_is_listed_largest_first_and_none_is_reported():
     traffic = Traffic()
     assert describe_traffic(traffic, 1) == ["  none"]
     small, large = Message("policy", "all-reduce", F32, 512), Message("reference", "all-gather", torch.bfloat16, 512)

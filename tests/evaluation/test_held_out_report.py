@@ -152,7 +152,7 @@ def test_example_facts_are_in_the_order_of_scoring(tokenizer):
         (None, None),
     ],
 )
-def test_a_chat_template_reveals_how_user_turns_begin(template, marker, tokenizer):
+def test_a_chat_template_reveals_how_user_turns_start(template, marker, tokenizer):
     chatty = copy.deepcopy(tokenizer)
     chatty.chat_template = template
     assert user_markers(chatty) == ["\n\nHuman:", "<|im_start|>user"] + [marker] * bool(marker)

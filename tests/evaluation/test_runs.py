@@ -9,7 +9,7 @@ import pytest
 
 from preference_training.checkpointing.checkpoint import Checkpoint
 from preference_training.core.errors import UserError
-from preference_training.evaluation.runs import check_reference, config_of_run, write_text
+from preference_training.evaluation.runs import check_reference, load_run_config, write_text
 from tests.evaluation.test_task_suites import own_task
 from tests.support import forked, shown
 from tests.support.files import ROOT
@@ -52,7 +52,7 @@ def rows(path: Path) -> list[dict]:
 
 def evaluate(path: Path, *overrides: str) -> dict:
     """What scripts/evaluate.py does behind its command line; the results."""
-    config = config_of_run(path, list(overrides))
+    config = load_run_config(path, list(overrides))
     start(config, path, in_sweep=False)
     return json.loads(Path(config.evaluation.to or path / "results.json").read_text())
 
@@ -160,7 +160,7 @@ def test_the_command_lines_of_the_readme_are_understood(sft, monkeypatch):
     for line in lines:
         monkeypatch.setattr(sys, "argv", ["evaluate.py", *line])
         parsed.append(module.arguments())
-        config_of_run(sft, parsed[-1].overrides)
+        load_run_config(sft, parsed[-1].overrides)
     assert [options.judge for options in parsed] == [None, "ollama:llama3.1", None]
     assert parsed[2].tasks == ["open_llm"] and len(parsed[2].overrides) == 2
 
@@ -184,9 +184,9 @@ def test_code_in_a_runs_configuration_is_executed_only_if_confirmed(changed, tol
     state["run"]["config"] = config | {key: config[key] | value if key == "model" else value for key, value in changed.items()}
     (checkpoint / "state.json").write_text(json.dumps(state))
     with pytest.raises(UserError, match="which would execute code. If you trust it, confirm") as refused:
-        config_of_run(checkpoint, ["n_eval_examples=3"])
+        load_run_config(checkpoint, ["n_eval_examples=3"])
     assert str(refused.value).startswith(told)
-    config_of_run(checkpoint, [trusted])
+    load_run_config(checkpoint, [trusted])
 
 
 # ---- mistakes -------------------------------------------------------------------------------------------------------------
@@ -212,7 +212,7 @@ def test_a_mistake_is_one_message_and_status_2(tmp_path):
 )
 def test_an_invalid_override_is_refused(override, told, sft):
     with pytest.raises(UserError) as refused:
-        config_of_run(sft, [override])
+        load_run_config(sft, [override])
     assert str(refused.value).startswith(told) and "\n" not in str(refused.value)
 
 
@@ -223,21 +223,21 @@ def test_a_key_that_is_newer_than_the_run_has_its_default(sft, tmp_path):
     del state["run"]["config"]["model"]["autocast_dtype"]
     (tmp_path / "step-16").mkdir()
     (tmp_path / "step-16" / "state.json").write_text(json.dumps(state))
-    config = config_of_run(tmp_path, [])
+    config = load_run_config(tmp_path, [])
     assert config.tf32 is True and config.model.autocast_dtype is None and config.evaluation.n_prompts == 128
-    then = config_of_run(sft, []).as_dict()
+    then = load_run_config(sft, []).as_dict()
     assert config.as_dict()["model"] == then["model"]
     assert config.n_examples == 16 and config.eval_only
 
 
 def test_a_reference_other_than_the_runs_initial_model_is_refused(sft):
-    config = config_of_run(sft, [])
+    config = load_run_config(sft, [])
     began_with = json.loads((sft / "LATEST" / "state.json").read_text())["run"]["began_with"]
     check_reference(config, Checkpoint.read(sft / "LATEST"), began_with)
     with pytest.raises(UserError, match="model: the weights are not the initial weights of the run of"):
         check_reference(config, Checkpoint.read(sft / "LATEST"), "0" * 32)
     # Another model that is asked for is another reference.
-    check_reference(config_of_run(sft, [f"model.archive={sft / 'LATEST'}"]), Checkpoint.read(sft / "LATEST"), "0" * 32)
+    check_reference(load_run_config(sft, [f"model.archive={sft / 'LATEST'}"]), Checkpoint.read(sft / "LATEST"), "0" * 32)
 
 
 def test_resume_auto_without_a_checkpoint_is_refused(read_run_info):

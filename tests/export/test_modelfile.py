@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 
 from preference_training.core.errors import UserError
-from preference_training.data.chat_templates import chat_template, end_tokens, format_of_prompts, format_of_run, turns_of
+from preference_training.data.chat_templates import chat_template, conversation_format, detect_format, end_tokens, run_format
 from preference_training.data.rows.records import PreferenceRecord, Turn
-from preference_training.data.tokenization import TokenizedPrompt, TokenSettings, bos_of, tokenize_records
+from preference_training.data.tokenization import TokenizedPrompt, TokenSettings, bos_ids, tokenize_records
 from preference_training.export.modelfile import (
     ARCHITECTURES,
     adapt_configs,
@@ -102,7 +102,7 @@ def prompt_of_ollama(tokenizer, modelfile: str, turns) -> list[int]:
     if "SYSTEM" in values and turns[0].role != "system":
         turns = [Turn("system", values["SYSTEM"]), *turns]
     text = render(values["TEMPLATE"], collated(turns))
-    return bos_of(tokenizer) + tokenizer(text, add_special_tokens=False).input_ids
+    return bos_ids(tokenizer) + tokenizer(text, add_special_tokens=False).input_ids
 
 
 # Nothing that a text could not hold in training: the end of the sequence, and what a dialogue is told apart by.
@@ -112,7 +112,7 @@ contents = st.text(min_size=1).filter(lambda text: text.strip() == text and not 
 
 @st.composite
 def conversations(draw, system: bool = True) -> list[Turn]:
-    """Turns by turns, the last one the user's."""
+    """ConversationFormat by turns, the last one the user's."""
     head = [Turn("system", draw(contents))] if system and draw(st.booleans()) else []
     questions = draw(st.lists(contents, min_size=1, max_size=4))
     turns = [Turn("user", questions[0])]
@@ -130,7 +130,7 @@ def test_ollama_and_the_chat_template_write_the_prompt_of_training_token_for_tok
     expected = prompt_of_training(tokenizer, template, turns)
     modelfile, _ = build_modelfile(config(template), tokenizer)
     assert prompt_of_ollama(tokenizer, modelfile, turns) == expected
-    jinja = chat_template(turns_of(template, tokenizer), bool(bos_of(tokenizer)))
+    jinja = chat_template(conversation_format(template, tokenizer), bool(bos_ids(tokenizer)))
     messages = [turn._asdict() for turn in turns]
     written = tokenizer.apply_chat_template(messages, chat_template=jinja, add_generation_prompt=True, return_dict=False)
     assert list(written) == expected
@@ -202,10 +202,10 @@ def test_a_response_stops_where_training_ended_it(case, stops):
 
 
 def test_what_a_modelfile_cannot_express_is_noted():
-    assert any("strips blanks" in note for note in build_modelfile(config("chat"), CASES["Llama 3"][0])[1])
-    assert any("no place for a system" in note for note in build_modelfile(config("chat"), CASES["Gemma"][0])[1])
+    assert any("strips whitespace" in note for note in build_modelfile(config("chat"), CASES["Llama 3"][0])[1])
+    assert any("does not support a system" in note for note in build_modelfile(config("chat"), CASES["Gemma"][0])[1])
     dated = tokenizer_of("{{ strftime_now('%Y') }}" + CHATML)
-    assert any("the day's date" in note for note in build_modelfile(config("chat"), dated)[1])
+    assert any("the current date" in note for note in build_modelfile(config("chat"), dated)[1])
 
 
 def test_a_chat_template_that_does_more_is_refused():
@@ -236,14 +236,14 @@ def test_an_architecture_that_ollama_does_not_convert_is_refused_with_the_list()
     ],
 )
 def test_a_runs_configuration_says_how_prompts_were_written(given_config, wanted, expected):
-    assert format_of_run(given_config, wanted) == expected
+    assert run_format(given_config, wanted) == expected
 
 
 def test_an_unknown_prompt_format_must_be_given():
     with pytest.raises(UserError, match="--template: this run has template=null"):
-        format_of_run(config(None, None, ["x.jsonl"]))
+        run_format(config(None, None, ["x.jsonl"]))
     with pytest.raises(UserError, match="--template: the data sets of this run are written in several ways"):
-        format_of_run(config(None, None, ["hh", {"name": "ultrafeedback", "template": "chatml"}]))
+        run_format(config(None, None, ["hh", {"name": "ultrafeedback", "template": "chatml"}]))
 
 
 # ---- facts that Ollama reads elsewhere --------------------------------------------------------------------------------------
@@ -262,7 +262,7 @@ def test_tokens_are_the_same_once_ollama_knows_about_the_bos_token(case, tmp_pat
     read = AutoTokenizer.from_pretrained(tmp_path)
     for text in ("Why not?", "\n\nHuman: <s>", ""):
         assert read(text).input_ids == tokenizer(text).input_ids
-    assert bos_of(read) == bos_of(tokenizer)
+    assert bos_ids(read) == bos_ids(tokenizer)
 
 
 def test_rope_theta_is_where_ollama_looks_for_it_and_has_the_same_effect(tmp_path):
@@ -309,8 +309,8 @@ def test_a_sentencepiece_vocabulary_comes_with_its_own_file(tmp_path):
 def test_without_a_template_the_prompts_show_whether_they_are_dialogues(texts, expected, tokenizer):
     table = [TokenizedPrompt(tokenizer(text).input_ids, [[5]], []) for text in texts]
     config = {"datasets": [{"path": "mine.jsonl"}], "template": None, "system_prompt": None}
-    assert format_of_prompts(config, table, tokenizer) == expected
-    assert format_of_prompts(config | {"template": "chatml"}, table, tokenizer) == "chatml"
+    assert detect_format(config, table, tokenizer) == expected
+    assert detect_format(config | {"template": "chatml"}, table, tokenizer) == "chatml"
 
 
 def test_the_token_that_chatml_puts_after_responses_ends_them():

@@ -3,7 +3,7 @@
 import torch
 
 from preference_training.batching.iterator import BatchIterator, Packing
-from preference_training.batching.packing import examples_of, pack_examples
+from preference_training.batching.packing import iterate_examples, pack_examples
 from preference_training.batching.schedule import Schedule
 from preference_training.configuration.schema import RunConfig
 from preference_training.core.process_group import Ranks, to_local
@@ -27,7 +27,7 @@ def prompts(count: int = 8) -> list[TokenizedPrompt]:
 def packs_and_step(ranks: Ranks) -> tuple:
     """Two packs, and this rank's part of a step of eight pairs."""
     step = next(iter(BatchIterator(Schedule(PromptTable.of(prompts()), 8), 2, Packing(ranks=ranks))))
-    return [pack_examples(list(examples_of(prompts(2))))] * 2, step
+    return [pack_examples(list(iterate_examples(prompts(2))))] * 2, step
 
 
 def real_steps(settings: list[dict]) -> list[dict]:

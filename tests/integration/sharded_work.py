@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from preference_training.batching.iterator import BatchIterator, Packing
 from preference_training.batching.micro_batches import MicroBatch, evaluation_batches
-from preference_training.batching.packing import TokenBudget, examples_of, packs_of
+from preference_training.batching.packing import TokenBudget, build_packs, iterate_examples
 from preference_training.batching.schedule import RunLength, Schedule
 from preference_training.checkpointing.checkpoint import Checkpoint
 from preference_training.checkpointing.snapshot import Snapshot
@@ -23,7 +23,7 @@ from preference_training.checkpointing.writer import CheckpointWriter, SaveOptio
 from preference_training.configuration.schema import RunConfig
 from preference_training.core.process_group import SINGLE_PROCESS
 from preference_training.core.random_streams import seed_everything
-from preference_training.data.prompt_table import PromptTable
+from preference_training.data.prompt_table import PromptTable, Selection
 from preference_training.data.rows.records import PreferenceRecord
 from preference_training.data.tokenization import TokenSettings, tokenize_records
 from preference_training.distributed.launching import end_group, start_group
@@ -100,16 +100,16 @@ def follow(world: World, trajectory: dict, mesh, sharding: str, loss: dict | Non
     limit = TokenBudget(budget, budget) if budget else TokenBudget(10**6, 10**6)
     worst: dict[str, float] = {}
     for step in trajectory["steps"]:
-        examples = list(examples_of(prompts[row] for row in step["rows"]))
+        examples = list(iterate_examples(prompts[row] for row in step["rows"]))
         parts = [examples[start : start + size] for start in range(0, len(examples), size)]
-        found = trainer.train_step([MicroBatch(packs_of(part, limit, ranks), len(part)) for part in parts])
-        expected = single.train_step([MicroBatch(packs_of(part, limit), len(part)) for part in parts])
+        found = trainer.train_step([MicroBatch(build_packs(part, limit, ranks), len(part)) for part in parts])
+        expected = single.train_step([MicroBatch(build_packs(part, limit), len(part)) for part in parts])
         for name, value in expected.items():
             scale = abs(float(value)) if name in ("loss/train", "grad_norm") else max(1.0, abs(float(value)))
             worst[name] = max(worst.get(name, 0.0), abs(float(found[name]) - float(value)) / scale)
     # A forward that nothing follows, as at an evaluation, may leave weights gathered.
     with torch.no_grad():
-        trainer.step.logps(packs_of(parts[0], limit, ranks)[0])
+        trainer.step.logps(build_packs(parts[0], limit, ranks)[0])
     assert trainer.step.updater.optimizer_state()["state"].keys() == single.step.updater.optimizer_state()["state"].keys()
     weights = dict(trainer.models.policy.named_parameters())
     pairs = [(full_tensor(weights[name]).detach(), weight.detach()) for name, weight in single.models.policy.named_parameters()]
@@ -177,12 +177,12 @@ def follow_in_bfloat16(settings: dict, number_of_steps: int) -> dict:
             "llama", loss, world.mesh("full"), "full", **changes, **{"model.fsdp_policy_mp": "bfloat16"}
         )
         exact = world.alone("llama", loss, **changes)
-        examples = list(examples_of(golden_prompts(world.tokenizer, exact.models.loss.paired)))
+        examples = list(iterate_examples(golden_prompts(world.tokenizer, exact.models.loss.paired)))
         curves = losses[loss["name"]] = [[], []]
         for step in range(number_of_steps):
             part = [examples[(16 * step + k) % len(examples)] for k in range(16)]
             for trainer, on, curve in ((short, ranks, curves[0]), (exact, SINGLE_PROCESS, curves[1])):
-                metrics = trainer.train_step([MicroBatch(packs_of(part, TokenBudget(10**6, 10**6), on), len(part))])
+                metrics = trainer.train_step([MicroBatch(build_packs(part, TokenBudget(10**6, 10**6), on), len(part))])
                 curve.append(metrics["loss/train"])
     end_group()
     return losses
@@ -191,7 +191,7 @@ def follow_in_bfloat16(settings: dict, number_of_steps: int) -> dict:
 def follow_adapter(settings: dict) -> dict:
     """Steps of an adapter over two processes and alone: the largest differences of numbers and of the adapter's weights."""
     world = World(settings)
-    examples = list(examples_of(golden_prompts(world.tokenizer, True)))
+    examples = list(iterate_examples(golden_prompts(world.tokenizer, True)))
     results = {}
     for sharding in ("full", "none"):
         changes = {"optimizer": "AdamW", "lr": 1e-3, "warmup_steps": 0, "trainer.sharding": sharding}
@@ -211,7 +211,7 @@ def follow_adapter(settings: dict) -> dict:
         for step in range(4):
             part = examples[8 * step : 8 * step + 8]
             found, expected = (
-                trainer.train_step([MicroBatch(packs_of(part, TokenBudget(10**6, 10**6), on), 8)])
+                trainer.train_step([MicroBatch(build_packs(part, TokenBudget(10**6, 10**6), on), 8)])
                 for trainer, on in ((sharded, ranks), (single, SINGLE_PROCESS))
             )
             assert step or found["rewards_train/margins"] == expected["rewards_train/margins"] == 0
@@ -288,7 +288,7 @@ def evaluate_unevenly(settings: dict, num_rows: int) -> dict:
     expected = evaluate_held_out(
         single.models.policy, single.models.reference, single.models.loss, evaluation_batches(table, *sizes)
     )
-    everything = table.select(torch.arange(len(table)).numpy())
+    everything = Selection(table, torch.arange(len(table)).numpy())
     logps = [
         compute_logps(LiveReference(trainer.models.policy), ReferencePlan(everything, everything), ranks).logps,
         compute_logps(LiveReference(single.models.policy), ReferencePlan(everything, everything)).logps,
@@ -337,7 +337,7 @@ def keep_on_disks_of_their_own(settings: dict, folder: str) -> dict:
     world = World(settings)
     trainer, ranks = world.sharded("llama", {"name": "dpo", "beta": 0.1}, world.mesh("full"), "full")
     table = PromptTable.of(golden_prompts(world.tokenizer, True))
-    everything = table.select(torch.arange(len(table)).numpy())
+    everything = Selection(table, torch.arange(len(table)).numpy())
     reads = ReferencePlan(everything, everything)
     path = cache_path(Path(folder) / str(ranks.rank), trainer.models.policy, reads, None, ranks)
     computed, found = (cached_reference(LiveReference(trainer.models.policy), reads, path, ranks).logps for _ in range(2))

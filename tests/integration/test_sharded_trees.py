@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from transformers import AutoModelForCausalLM
 
-from preference_training.batching.packing import examples_of, pack_examples
+from preference_training.batching.packing import iterate_examples, pack_examples
 from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.modeling.kernels import enable_activation_checkpointing
 from preference_training.modeling.logprobs import padded_logps, response_logps
@@ -30,7 +30,7 @@ def golden_model(name: str = "llama"):
 def expected_numbers(name: str = "llama") -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Log-probs on padded rows in one process, and the gradient of their sum."""
     model = golden_model(name)
-    logps = padded_logps(model, pack_examples(list(examples_of(PROMPTS))))
+    logps = padded_logps(model, pack_examples(list(iterate_examples(PROMPTS))))
     logps.sum().backward()
     return logps.detach(), {weight_name: weight.grad for weight_name, weight in model.named_parameters()}
 
@@ -42,7 +42,7 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 def check(model, name: str) -> None:
     """Tree log-probs and gradients of a sharded model against one process."""
     expected, gradients = expected_numbers(name)
-    logps = whole(response_logps(model, pack_examples(list(examples_of(PROMPTS)))))
+    logps = whole(response_logps(model, pack_examples(list(iterate_examples(PROMPTS)))))
     torch.testing.assert_close(logps.detach(), expected, rtol=1e-5, atol=1e-4)
     logps.sum().backward()
     for weight_name, weight in model.named_parameters():
@@ -70,7 +70,7 @@ def tensor_parallel_worker(rank: int, folder: str) -> None:
     assert any(isinstance(weight, DTensor) for weight in model.parameters())
     assert share_prefixes(model, "on")
     expected, _ = expected_numbers("gpt_neox")
-    logps = whole(response_logps(model, pack_examples(list(examples_of(PROMPTS)))))
+    logps = whole(response_logps(model, pack_examples(list(iterate_examples(PROMPTS)))))
     torch.testing.assert_close(logps.detach(), expected, rtol=1e-5, atol=1e-4)
     dist.destroy_process_group()
 
@@ -94,7 +94,7 @@ def test_an_adapted_model_shares_prompts_and_trains_its_adapter_only():
     model = get_peft_model(golden_model(), LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
     padded = copy.deepcopy(model)
     assert share_prefixes(model, "on")
-    batch = pack_examples(list(examples_of(PROMPTS)))
+    batch = pack_examples(list(iterate_examples(PROMPTS)))
     found, expected = response_logps(model, batch), padded_logps(padded, batch)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     found.sum().backward()

@@ -538,7 +538,7 @@ def test_a_loss_of_ones_own_is_given_the_runs_seed_where_it_asks_for_one(own):
         ("Scalled", {}, r"loss\.function: .*losses\.py has no 'Scalled'; did you mean Scaled\?"),
         ("Scaled", {"scael": 1}, r"loss\.options\.scael: Scaled has no such option; did you mean scale\?"),
         ("Scaled", {}, r"loss\.options\.scale: not given, and Scaled has no default for it\."),
-        ("Scaled", {"scale": 0}, r"loss\.options: Scaled refuses them: a scale of 0 teaches nothing"),
+        ("Scaled", {"scale": 0}, r"loss\.options: Scaled rejects them: a scale of 0 teaches nothing"),
         ("nothing", {}, r"makes NoneType\. Expected a Loss"),
         ("torch", {}, r"loss\.function: .*'torch' cannot be called\. Expected a class or a function"),
         ("Moving", {"beta": 1}, r"moves the reference, which only loss=tr_dpo can"),
@@ -627,7 +627,7 @@ def test_a_new_loss_is_one_module_and_its_file_of_keys(tmp_path):
     command = [sys.executable, "-c", USED]
     used = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert (used.returncode, used.stderr) == (0, "")
-    assert used.stdout == "loss: capped refuses its keys: found cap 0, expected more than 0\n"
+    assert used.stdout == "loss: capped rejects its keys: found cap 0, expected more than 0\n"
 
 
 def test_a_loss_moves_the_reference_exactly_where_its_file_says_when():

@@ -21,12 +21,12 @@ from preference_training.checkpointing.writer import CheckpointWriter, SaveOptio
 from preference_training.configuration.schema import RunConfig
 from preference_training.core.errors import UserError
 from preference_training.core.random_streams import seed_everything
-from preference_training.data.prompt_table import PromptTable
+from preference_training.data.prompt_table import PromptTable, Selection
 from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.distributed.placement import OneProcess
 from preference_training.losses.registry import build_loss
 from preference_training.modeling.adapters import merge_adapter, reference_mode, weights_to_save
-from preference_training.modeling.loading import check_model, load_merged, load_model
+from preference_training.modeling.loading import check_model, load_model, load_with_adapter, merge_and_cast
 from preference_training.modeling.logprobs import response_logps
 from preference_training.modeling.prefix_sharing.proof import random_trees
 from preference_training.modeling.prefix_sharing.sharing import share_prefixes
@@ -47,6 +47,12 @@ KINDS = {
 }
 PROMPTS = [TokenizedPrompt([5 + n, 6, 7], [[10 + n, 11, 0], [12 + n, 0]], [(0, 1)]) for n in range(12)]
 BATCH = random_trees(378)
+
+
+def load_merged(checkpoint: Path, model_config, tokenizer, dtype: torch.dtype | None = None):
+    """The model with a checkpoint's adapter merged into it, rounded once to a dtype; None is the configured one."""
+    model = load_with_adapter(checkpoint, model_config, tokenizer)
+    return merge_and_cast(model, dtype or getattr(torch, model_config.policy_dtype))
 
 
 @pytest.fixture
@@ -257,7 +263,7 @@ def test_an_adapter_on_a_trained_model_finds_it_again(configured, tokenizer, tmp
 
 
 def test_cached_reference_log_probs_do_not_depend_on_the_trained_adapter(configured, tokenizer):
-    prompts = PromptTable.of(PROMPTS).select(torch.arange(4).numpy())
+    prompts = Selection(PromptTable.of(PROMPTS), torch.arange(4).numpy())
     plan = ReferencePlan(prompts, prompts)
     keys = set()
     for overrides in (["seed=0"], ["seed=1"], ["model.lora.r=3"]):

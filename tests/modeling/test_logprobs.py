@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from preference_training.batching.packing import examples_of, pack_examples
+from preference_training.batching.packing import iterate_examples, pack_examples
 from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.modeling.logprobs import response_logps
 from tests.support.files import GOLDEN
@@ -57,15 +57,15 @@ def plain_logp(model, prompt: list[int], response: list[int]) -> float:
 @torch.no_grad()
 def test_log_probs_equal_those_of_one_plain_forward_per_response(model):
     expected = [plain_logp(model, prompt.prompt_ids, response) for prompt in PROMPTS for response in prompt.responses]
-    found = response_logps(model, pack_examples(list(examples_of(PROMPTS))))
+    found = response_logps(model, pack_examples(list(iterate_examples(PROMPTS))))
     assert found.dtype == torch.float32
     assert found.tolist() == pytest.approx(expected, abs=1e-4)
 
 
 @torch.no_grad()
 def test_a_response_scores_the_same_alone_as_in_padded_company(model):
-    together = response_logps(model, pack_examples(list(examples_of(PROMPTS))))
-    alone = torch.cat([response_logps(model, pack_examples(list(examples_of([prompt])))) for prompt in PROMPTS])
+    together = response_logps(model, pack_examples(list(iterate_examples(PROMPTS))))
+    alone = torch.cat([response_logps(model, pack_examples(list(iterate_examples([prompt])))) for prompt in PROMPTS])
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
 
 

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from preference_training.batching.iterator import BatchIterator, Packing
-from preference_training.batching.packing import UNLIMITED, TokenBudget, examples_of, pack_examples
+from preference_training.batching.packing import UNLIMITED, TokenBudget, iterate_examples, pack_examples
 from preference_training.batching.schedule import RunLength, Schedule
 from preference_training.core.process_group import SINGLE_PROCESS
 from preference_training.data.prompt_table import PromptTable, Selection
@@ -29,7 +29,7 @@ def read(prompts: Selection) -> ReferencePlan:
 
 def whole(table: PromptTable) -> ReferencePlan:
     """All prompts of a table."""
-    return read(table.select(numpy.arange(len(table))))
+    return read(Selection(table, numpy.arange(len(table))))
 
 
 def prompt_of(n: int, last: int) -> TokenizedPrompt:
@@ -70,7 +70,7 @@ def test_cached_log_probs_are_those_of_the_live_reference(model, tmp_path):
     cached = reference_in(tmp_path, model, READ)
     live = LiveReference(copy.deepcopy(model))
     for prompt in TABLE:
-        batch = pack_examples(list(examples_of([prompt])))
+        batch = pack_examples(list(iterate_examples([prompt])))
         torch.testing.assert_close(cached(batch), live(batch), rtol=1e-5, atol=1e-5)
 
 
@@ -104,7 +104,7 @@ def test_the_key_changes_with_weights_data_dtype_and_kernels(model):
     share_prefixes(sharing, "on")
     others = [
         cache_key(moved, READ),
-        cache_key(model, read(TABLE.select(numpy.arange(8)))),
+        cache_key(model, read(Selection(TABLE, numpy.arange(8)))),
         cache_key(model, whole(PromptTable.of(TABLE, first_row=3))),
         cache_key(model, other_response),
         cache_key(copy.deepcopy(model).to(torch.bfloat16), READ),
@@ -115,16 +115,16 @@ def test_the_key_changes_with_weights_data_dtype_and_kernels(model):
 
 def test_held_out_responses_are_numbered_behind_those_that_are_trained_on(model, tmp_path):
     held_out = PromptTable.of((prompt_of(n, n) for n in range(20, 23)), first_row=TABLE.num_responses)
-    plan = read(TABLE.select(numpy.array([7, 2])).joined(held_out.select(numpy.array([1]))))
+    plan = read(Selection(TABLE, numpy.array([7, 2])).joined(Selection(held_out, numpy.array([1]))))
     cached, live = reference_in(tmp_path, model, plan), LiveReference(copy.deepcopy(model))
     assert cached.logps.isfinite().nonzero().flatten().tolist() == [6, 7, 8, 21, 22, 23, 30, 31, 32]
     for prompt in (TABLE[7], TABLE[2], held_out[1]):
-        batch = pack_examples(list(examples_of([prompt])))
+        batch = pack_examples(list(iterate_examples([prompt])))
         torch.testing.assert_close(cached(batch), live(batch), rtol=1e-5, atol=1e-5)
 
 
 def test_rows_without_a_prompt_are_nan(model, tmp_path):
-    assert logps_in(tmp_path, model, read(TABLE.select(numpy.arange(1, 9)))).isnan().tolist() == [True] * 3 + [False] * 24
+    assert logps_in(tmp_path, model, read(Selection(TABLE, numpy.arange(1, 9)))).isnan().tolist() == [True] * 3 + [False] * 24
 
 
 def test_of_two_concurrent_runs_one_computes_and_the_other_waits_and_reads(model, tmp_path, monkeypatch, capsys):

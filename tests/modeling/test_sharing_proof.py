@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from preference_training.batching.trees import TreeLayout
 from preference_training.core.errors import UserError
 from preference_training.core.machine import allow_tf32
-from preference_training.modeling.prefix_sharing.proof import attention_windows, exact_arithmetic, find_sharing_fault
+from preference_training.modeling.prefix_sharing.proof import attention_windows, exact_arithmetic, find_sharing_failure
 from preference_training.modeling.prefix_sharing.sharing import share_prefixes
 from preference_training.modeling.prefix_sharing.tree_attention import (
     UnsupportedAttentionError,
@@ -78,7 +78,7 @@ def test_an_unsupported_window_is_found_though_it_is_longer_than_every_row():
     for layer in model.model.layers:
         # As in a model whose window is in its mask alone.
         layer.self_attn.forward = without_window(layer.self_attn.forward)
-    assert find_sharing_fault(model) == "attention within a window of 4096 tokens (sliding_window) is not supported"
+    assert find_sharing_failure(model) == "attention within a window of 4096 tokens (sliding_window) is not supported"
     assert model.config.sliding_window == 4096
 
 
@@ -100,7 +100,7 @@ def without_window(forward):
 def test_the_proof_leaves_weights_bit_for_bit_as_they_were():
     model = make("lfm2", torch.bfloat16, **HYBRID)
     before = {name: (weight.data_ptr(), weight.clone()) for name, weight in model.named_parameters()}
-    find_sharing_fault(model)
+    find_sharing_failure(model)
     for name, weight in model.named_parameters():
         assert weight.data_ptr() == before[name][0] and torch.equal(weight, before[name][1])
 
@@ -119,10 +119,10 @@ class Counting(nn.Module):
         return self.inner(hidden)
 
 
-def test_buffers_that_would_change_are_a_fault_and_are_restored():
+def test_buffers_that_would_change_are_an_error_and_are_restored():
     model = make("llama")
     model.model.layers[0].mlp = Counting(model.model.layers[0].mlp)
-    assert find_sharing_fault(model) == "its forward would leave wrong values in the buffer model.layers.0.mlp.count"
+    assert find_sharing_failure(model) == "its forward would leave wrong values in the buffer model.layers.0.mlp.count"
     assert model.model.layers[0].mlp.count == 0
 
 
@@ -147,7 +147,7 @@ def test_the_proof_computes_in_float32_and_restores_the_runs_precision(precision
         torch.set_float32_matmul_precision(precision)
     before = switches()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert find_sharing_fault(make("llama")) is None
+        assert find_sharing_failure(make("llama")) is None
     assert set(seen) == {(False, False, "ieee", False)} and switches() == before
 
 

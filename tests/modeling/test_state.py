@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from preference_training.batching.packing import examples_of, pack_examples
+from preference_training.batching.packing import iterate_examples, pack_examples
 from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.distributed.launching import collective_backend
 from preference_training.modeling.loading import disable_dropout
@@ -46,7 +46,9 @@ def batch_of(*shapes: tuple[int, tuple[int, ...]]):
     """Random prompts of the given lengths with responses of the given lengths, packed."""
     draw = torch.Generator().manual_seed(1)
     tokens = lambda count: torch.randint(3, 97, (count,), generator=draw).tolist()  # noqa: E731
-    return pack_examples(list(examples_of(TokenizedPrompt(tokens(p), [tokens(r) for r in rs], [(0, 1)]) for p, rs in shapes)))
+    return pack_examples(
+        list(iterate_examples(TokenizedPrompt(tokens(p), [tokens(r) for r in rs], [(0, 1)]) for p, rs in shapes))
+    )
 
 
 def apart(model: nn.Module, other: nn.Module, batch) -> float:

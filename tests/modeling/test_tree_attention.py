@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from preference_training.batching.packing import TokenBudget, examples_of, pack_examples, packs_of
+from preference_training.batching.packing import TokenBudget, build_packs, iterate_examples, pack_examples
 from preference_training.batching.trees import Tree, TreeLayout
 from preference_training.core.errors import UserError
 from preference_training.data.tokenization import TokenizedPrompt
@@ -79,7 +79,7 @@ def gradients(compute, model, batch) -> tuple[torch.Tensor, list[torch.Tensor]]:
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_trees_equal_padded_rows_in_values_and_gradients(model_type):
     model = make(model_type)
-    batch = pack_examples(list(examples_of(prompts_of(SHAPES))))
+    batch = pack_examples(list(iterate_examples(prompts_of(SHAPES))))
     expected, expected_gradients = gradients(padded_logps, model, batch)
     assert share_prefixes(model, "on")
     found, found_gradients = gradients(tree_logps, model, batch)
@@ -92,7 +92,7 @@ def test_trees_equal_padded_rows_in_values_and_gradients(model_type):
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "gemma2", "gpt2"])
 def test_log_probs_over_512_tokens_agree_to_1e_minus_4(model_type):
     model = make(model_type)
-    batch = pack_examples(list(examples_of(prompts_of([(300, (212, 150)), (100, (412, 200))]))))
+    batch = pack_examples(list(iterate_examples(prompts_of([(300, (212, 150)), (100, (412, 200))]))))
     with torch.no_grad():
         expected = padded_logps(model, batch)
         share_prefixes(model, "on")
@@ -103,7 +103,7 @@ def test_log_probs_over_512_tokens_agree_to_1e_minus_4(model_type):
 @pytest.mark.parametrize("model_type", OUTSIDERS)
 def test_a_model_that_cannot_share_prefixes_says_so_and_uses_padded_rows(model_type, capsys):
     model = make(model_type)
-    batch = pack_examples(list(examples_of(prompts_of(SHAPES))))
+    batch = pack_examples(list(iterate_examples(prompts_of(SHAPES))))
     with torch.no_grad():
         expected = padded_logps(copy.deepcopy(model), batch)
         assert not share_prefixes(model, "auto")
@@ -174,10 +174,10 @@ def test_any_trees_in_any_order_cut_anyhow_have_the_log_probs_of_padded_rows(mod
     for index, prompt in enumerate(prompts):
         object.__setattr__(prompt, "first_row", rows)
         rows += len(prompts[index].responses)
-    examples = data.draw(st.permutations(list(examples_of(prompts))))
+    examples = data.draw(st.permutations(list(iterate_examples(prompts))))
     with torch.no_grad():
-        expected = padded_logps(padded, pack_examples(list(examples_of(prompts))))
-        for batch in packs_of(examples, data.draw(budgets)):
+        expected = padded_logps(padded, pack_examples(list(iterate_examples(prompts))))
+        for batch in build_packs(examples, data.draw(budgets)):
             torch.testing.assert_close(tree_logps(sharing, batch), expected[batch.response_rows], rtol=1e-4, atol=1e-4)
 
 
@@ -185,7 +185,7 @@ def test_any_trees_in_any_order_cut_anyhow_have_the_log_probs_of_padded_rows(mod
 @given(shapes=shapes, budget=st.integers(1, 60))
 def test_the_gradient_of_a_loss_does_not_depend_on_the_cut(models, shapes, budget):
     _, model = models
-    examples = [(prompt, pair) for prompt, pair in examples_of(prompts_of(shapes)) if pair]
+    examples = [(prompt, pair) for prompt, pair in iterate_examples(prompts_of(shapes)) if pair]
     if not examples:
         return
     loss = build_loss("dpo", beta=0.1)
@@ -197,19 +197,19 @@ def test_the_gradient_of_a_loss_does_not_depend_on_the_cut(models, shapes, budge
         )
         return torch.autograd.grad(total, model.get_input_embeddings().weight)[0]
 
-    whole, packs = gradient([pack_examples(examples)]), gradient(packs_of(examples, TokenBudget(budget, budget)))
+    whole, packs = gradient([pack_examples(examples)]), gradient(build_packs(examples, TokenBudget(budget, budget)))
     assert (whole - packs).norm() <= 1e-4 * whole.norm() + 1e-6
 
 
 def test_the_pairs_of_a_prompt_stay_together_up_to_the_limit_and_prompts_up_to_the_soft_limit():
     prompts = prompts_of([(10, (5, 5, 5, 5)), (4, (3, 3)), (4, (3, 3)), (4, (3, 3))])
-    packs = packs_of(list(examples_of(prompts)), TokenBudget(limit=40, soft_limit=20))
+    packs = build_packs(list(iterate_examples(prompts)), TokenBudget(limit=40, soft_limit=20))
     assert [len(pack.input_ids) for pack in packs] == [30, 20, 10]
 
 
 def test_packs_keep_within_the_budget_and_share_prompts_within_them():
     prompts = prompts_of([(10, (5, 5, 5, 5)), (40, (3, 3))])
-    packs = packs_of(list(examples_of(prompts)), TokenBudget(25, 25))
+    packs = build_packs(list(iterate_examples(prompts)), TokenBudget(25, 25))
     # prompt 10 + 5 + 5, then + 5 for a second pair; the third pair needs its prompt again; the last is too long by itself
     assert [len(pack.input_ids) for pack in packs] == [25, 20, 46]
     assert [pack.num_examples for pack in packs] == [2, 1, 1]
@@ -222,7 +222,7 @@ def test_a_head_in_chunks_gives_the_values_and_gradients_of_a_whole_one(monkeypa
     model = make("llama")
     share_prefixes(model, "on")
     assert type(model.lm_head) is ScoringHead
-    batch = pack_examples(list(examples_of(prompts_of(SHAPES))))
+    batch = pack_examples(list(iterate_examples(prompts_of(SHAPES))))
     whole, whole_gradients = gradients(tree_logps, model, batch)
     monkeypatch.setattr(logprobs, "MAX_LOGITS_BYTES", 4 * 97 * 10)  # ten tokens at once
     packs, pack_gradients = gradients(tree_logps, model, batch)
@@ -238,7 +238,7 @@ def test_no_more_logits_exist_at_once_than_a_chunk_holds(monkeypatch):
     usual = logprobs.score_tokens
     monkeypatch.setattr(logprobs, "MAX_LOGITS_BYTES", 4 * 97 * 10)
     monkeypatch.setattr(logprobs, "score_tokens", lambda logits, ids: (largest.append(len(logits)), usual(logits, ids))[1])
-    tree_logps(model, pack_examples(list(examples_of(prompts_of(SHAPES))))).sum().backward()
+    tree_logps(model, pack_examples(list(iterate_examples(prompts_of(SHAPES))))).sum().backward()
     assert max(largest) == 10
 
 
@@ -252,7 +252,7 @@ def test_a_copy_of_a_sharing_model_has_weights_of_its_own():
     model = make("llama")
     share_prefixes(model, "on")
     twin = copy.deepcopy(model)
-    batch = pack_examples(list(examples_of(prompts_of(SHAPES))))
+    batch = pack_examples(list(iterate_examples(prompts_of(SHAPES))))
     with torch.no_grad():
         before = tree_logps(twin, batch)
         for weight in model.parameters():

@@ -87,7 +87,7 @@ def test_a_report_contains_everything_that_a_run_has_recorded(run_dir):
         "held-out loss 0.4", "reward accuracy 0.75 95%: [0.6, 0.9]", "examples per second 8 median",
         "memory 1.5 GiB peak",
     ]  # fmt: skip
-    assert "toy train 100 90 10 left out: a text is empty" in text
+    assert "toy train 100 90 10 skipped: a text is empty" in text
     assert "loss.beta 0.3 0.1" in text
     assert "2026-11-21 12:00:00 0 begins 2026-11-21 12:00:20 40 warning: " in text
     assert "80 checkpoint: step-80" in text

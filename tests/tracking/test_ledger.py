@@ -188,7 +188,7 @@ def test_an_epoch_sees_each_pair_once_under_the_places_of_its_responses(compose,
     found = read_ledger(tmp_path / "run")
     for epoch in (found.examples <= 18, found.examples > 18):
         assert sorted(zip(found.preferred[epoch].tolist(), found.other[epoch].tolist(), strict=True)) == expected
-    places = {int(row): table.place_of_response(int(row)) for row in found.preferred}
+    places = {int(row): table.prompt_index(int(row)) for row in found.preferred}
     assert all(table[place].first_row <= row < table[place].first_row + 3 for row, place in places.items())
 
 

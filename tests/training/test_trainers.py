@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from preference_training.batching.iterator import BatchIterator
 from preference_training.batching.micro_batches import MicroBatch, evaluation_batches
-from preference_training.batching.packing import UNLIMITED, TokenBudget, cut, examples_of, pack_examples, packs_of
+from preference_training.batching.packing import UNLIMITED, TokenBudget, build_packs, cut, iterate_examples, pack_examples
 from preference_training.batching.schedule import RunLength, Schedule
 from preference_training.checkpointing.checkpoint import Checkpoint, best_first, find_damage, newest_usable
 from preference_training.checkpointing.writer import CheckpointWriter, SaveOptions
@@ -75,7 +75,7 @@ def tokenized(golden, tokenizer):
 
 def micro_batches(prompts, size):
     """Micro-batches of `size` examples, each in one pack."""
-    return [MicroBatch([pack_examples(pack)], len(pack)) for pack in cut(list(examples_of(prompts)), size)]
+    return [MicroBatch([pack_examples(pack)], len(pack)) for pack in cut(list(iterate_examples(prompts)), size)]
 
 
 @pytest.mark.parametrize(
@@ -404,7 +404,7 @@ def test_a_moved_reference_lies_beside_weights_that_load_with_plain_transformers
 def test_what_a_loss_finds_in_a_micro_batch_is_the_same_when_memory_cuts_it(name, budget, build, loss_of, tokenized):
     def step(max_tokens):
         loss = loss_of(name)
-        packs = packs_of(list(examples_of(tokenized[True][:8])), TokenBudget(max_tokens, max_tokens))
+        packs = build_packs(list(iterate_examples(tokenized[True][:8])), TokenBudget(max_tokens, max_tokens))
         gradient, metrics = gradient_after_one_step(build(loss, "llama", *SGD), [MicroBatch(packs, 8)])
         return len(packs), gradient, metrics
 

@@ -1,1 +1,1 @@
-"""One row at a time: its fields, its conversation, its prompt and responses, and what is wrong with it."""
+"""Rows of data files and tables: their fields, conversations, prompts and responses, and errors in them."""

@@ -1,4 +1,4 @@
-"""Which rows of a file or table are used."""
+"""Select the rows of a file or table that are used."""
 
 import heapq
 from dataclasses import dataclass
@@ -6,18 +6,18 @@ from dataclasses import dataclass
 from preference_training.core.errors import UserError
 from preference_training.data.rows.conversations import RowError
 from preference_training.data.rows.records import DataReport, NumberedRows
-from preference_training.data.rows.values import condition, number_of, value_of
+from preference_training.data.rows.values import condition, field_number, field_value
 
 
 @dataclass(frozen=True)
 class RowFilter:
-    """where: column → a value, a list of values, or a comparison such as ">= 0.5"; rows fulfil all. top_k: {column, k}."""
+    """where: column → a value, a list of values, or a comparison such as ">= 0.5", rows fulfill all. top_k: {column, k}."""
 
     where: dict
     top_k: dict | None = None
 
     def apply(self, rows: NumberedRows, place: str, report: DataReport) -> NumberedRows:
-        """Rows that fulfil `where`, and of these the `top_k`, in their order; counted in the report."""
+        """The rows that fulfill `where`, and of these the `top_k`, in their order. The report counts the others."""
         rows = self._filtered(rows, place, report)
         if self.top_k is None:
             return rows
@@ -29,9 +29,9 @@ class RowFilter:
         for number, row in rows:
             report.rows_read += 1
             try:
-                failed = next((column for column, test in conditions.items() if not test(value_of(row, column))), None)
-            except RowError as fault:
-                report.bad_row(UserError(f"datasets: {place}, row {number}: where: {fault}"))
+                failed = next((column for column, test in conditions.items() if not test(field_value(row, column))), None)
+            except RowError as error:
+                report.bad_row(UserError(f"datasets: {place}, row {number}: where: {error}"))
                 continue
             if failed is None:
                 kept += 1
@@ -40,7 +40,7 @@ class RowFilter:
                 without_effect.discard(failed)
                 report.skip(f"{failed} is not {self.where[failed]}")
         for column in sorted(without_effect) if kept else ():
-            report.note(f"where leaves out no row by {column}: {self.where[column]}")
+            report.note(f"where skips no row by {column}: {self.where[column]}")
 
     def _largest(self, rows: NumberedRows, place: str, report: DataReport) -> NumberedRows:
         column, k = self.top_k["column"], self.top_k["k"]
@@ -48,10 +48,10 @@ class RowFilter:
         cut = False
         for number, row in rows:
             try:
-                # Of equal values the earlier row stays.
-                entry = (number_of(row, column), -number, row)
-            except RowError as fault:
-                report.bad_row(UserError(f"datasets: {place}, row {number}: top_k: {fault}"))
+                # Of equal values the earlier row is kept.
+                entry = (field_number(row, column), -number, row)
+            except RowError as error:
+                report.bad_row(UserError(f"datasets: {place}, row {number}: top_k: {error}"))
                 continue
             if len(heap) < k:
                 heapq.heappush(heap, entry)

@@ -1,13 +1,13 @@
-"""The shape of preference data as text, what can be wrong with it, and how rows of one prompt come together.
+"""Preference data as text: its structure, its errors, and the grouping of rows by prompt.
 
 A record is a prompt, its responses, and pairs of response indices. A prompt is a text, or a conversation: a tuple of `Turn`s
-whose last one is answered. Loaders give `(prompt, record)` items, where a record is
+that ends with the user's. Loaders yield `(prompt, record)` items, where a record is
 
     {"responses": list[str], "pairs": list[tuple[int, int]], "sft_target": str}
 
-and a pair holds the indices of the preferred and of the dispreferred response; where SFT has several responses to learn, a
-record also has `sft_targets`, a list of them in which sft_target is the last. Everything here works on streams, in memory
-that does not grow with the data.
+and a pair holds the indices of the preferred and of the dispreferred response; if SFT learns several responses, a
+record also has `sft_targets`, a list of them that ends with sft_target. Everything here works on streams, in memory that does
+not grow with the data.
 """
 
 import hashlib
@@ -30,15 +30,15 @@ class Turn(NamedTuple):
 Prompt = str | tuple[Turn, ...]
 Records = dict[Prompt, dict]
 Items = Iterable[tuple[Prompt, dict]]
-# (row number, row), as files and hub sets give them.
+# (row number, row), from files and hub sets.
 NumberedRows = Iterable[tuple[int, dict]]
 
 
 @dataclass(frozen=True)
 class PreferenceRecord:
-    """One checked record. `number` counts the records of its data set and split from 1, `source` names it in messages.
+    """One validated record. number: counts the records of its data set and split from 1. source: its name in messages.
 
-    sft_targets are the responses that SFT learns, where they are not sft_target alone.
+    sft_targets: the responses that SFT learns, if there are more than sft_target.
     """
 
     prompt: Prompt
@@ -58,27 +58,27 @@ class PreferenceRecord:
 # ---- the report of a split ------------------------------------------------------------------------------------------------
 
 SAME_TEXT = "chosen and rejected are the same"
-OTHER_PROMPT = "chosen and rejected answer different prompts"
+OTHER_PROMPT = "chosen and rejected have different prompts"
 EMPTY_TEXT = "a text is empty"
 
 
-# What to do about some columns that were not read.
+# Hints on some columns that were not read.
 COLUMN_HINTS = {
-    "system": "with system: system it is the system's turn",
-    "system_prompt": "with system: system_prompt it is the system's turn",
-    "tools": "chat templates are given no tools",
-    "input": "with prompt: instruction it is read behind that",
+    "system": "with system: system it becomes the system turn",
+    "system_prompt": "with system: system_prompt it becomes the system turn",
+    "tools": "tools are not passed to chat templates",
+    "input": "with prompt: instruction it is read after that",
 }
 
 
 @dataclass
 class DataReport:
-    """What was read of one split of a data set, and what was done with it. Stored with the prepared data.
+    """What was read of one split of a data set, and what was skipped or changed. Stored with the prepared data.
 
-    left_out counts rows, pairs or examples that are not trained on, by reason; changed counts texts that were cut; num_prompts
-    are left. A row that cannot be used is an error, or with `skip_bad_rows` counted, and the first ten are listed in
-    `bad_rows`. columns_not_read counts the rows that have such a column; notes are sentences, settings without effect above
-    all.
+    left_out: numbers of skipped rows, pairs or examples, by reason. changed: numbers of changed texts, by change. num_prompts:
+    the prompts that remain. bad_rows: messages for the first ten of the rows that cannot be used, which are errors unless
+    `skip_bad_rows`. columns_not_read: the number of rows that have each such column. notes: sentences, mostly on settings
+    without effect.
     """
 
     skip_bad_rows: bool = False
@@ -92,7 +92,7 @@ class DataReport:
     notes: list[str] = field(default_factory=list)
 
     def bad_row(self, error: UserError) -> None:
-        """Count a row that cannot be used. Raises `error` where such rows are to stop the run."""
+        """Count a row that cannot be used. Raises `error` unless such rows are skipped."""
         if not self.skip_bad_rows:
             raise UserError(f"{error} Fix the row, or skip such rows with on_bad_row=skip.") from error
         self.num_bad_rows += 1
@@ -100,24 +100,24 @@ class DataReport:
             self.bad_rows.append(str(error).splitlines()[0])
 
     def skip(self, reason: str, count: int = 1) -> None:
-        """Count what a rule skips."""
+        """Count what is skipped."""
         if count:
             self.left_out[reason] = self.left_out.get(reason, 0) + count
 
     def change(self, what: str, count: int = 1) -> None:
-        """Count texts that were changed; a negative number takes back what was counted before."""
+        """Count texts that were changed; a negative number corrects an earlier count."""
         if count:
             self.changed[what] = self.changed.get(what, 0) + count
             if not self.changed[what]:
                 del self.changed[what]
 
     def not_read(self, column: str) -> None:
-        """Count a row that has a column nobody reads. Names beyond the first hundred are not kept: they are no columns."""
+        """Count a row with a column that is not read. Names beyond the first hundred are dropped: they are no columns."""
         if column in self.columns_not_read or len(self.columns_not_read) < 100:
             self.columns_not_read[column] = self.columns_not_read.get(column, 0) + 1
 
     def note(self, sentence: str) -> None:
-        """Keep a sentence, once."""
+        """Add a note, once."""
         if sentence not in self.notes:
             self.notes.append(sentence)
 
@@ -126,8 +126,8 @@ class DataReport:
         return asdict(self)
 
     def counts(self) -> Iterator[tuple[int, str]]:
-        """Everything that was skipped or changed: how many, and what."""
-        yield from ((count, f"left out: {reason}") for reason, count in self.left_out.items())
+        """The counts of everything that was skipped or changed, with descriptions."""
+        yield from ((count, f"skipped: {reason}") for reason, count in self.left_out.items())
         yield from ((count, what) for what, count in self.changed.items())
         if self.num_bad_rows:
             yield self.num_bad_rows, "bad rows skipped"
@@ -136,7 +136,7 @@ class DataReport:
         """Lines without a count: columns that were not read, and settings without effect."""
         names = list(self.columns_not_read)
         hints = "; ".join(COLUMN_HINTS[name] for name in names if name in COLUMN_HINTS)
-        # A table's index comes into CSV files as a column without a name.
+        # The index of a table becomes a column without a name in CSV files.
         columns = f"columns not read: {', '.join(name or repr(name) for name in names)}" + f" ({hints})" * bool(hints)
         return [columns] * bool(names) + self.notes
 
@@ -150,7 +150,7 @@ class DataReport:
 
 
 def item_error(item) -> str | None:
-    """What is wrong with one (prompt, record) that a loader gave, or None."""
+    """The error in a (prompt, record) item of a loader, or None."""
     if not isinstance(item, tuple) or len(item) != 2 or not isinstance(item[1], dict):
         found = " and ".join(map(type_name, item)) if isinstance(item, tuple) else type_name(item)
         return f"found {found}, expected a prompt and a dict"
@@ -161,17 +161,17 @@ def item_error(item) -> str | None:
     for key in ("responses", "pairs"):
         if not isinstance(record[key], list | tuple):
             return f"{key} is {type_name(record[key])}, expected a list"
-    if fault := prompt_error(prompt):
-        return f"the prompt {fault}"
+    if problem := prompt_error(prompt):
+        return f"the prompt {problem}"
     responses = {f"response {index}": text for index, text in enumerate(record["responses"])}
     targets = record.get("sft_targets", [])
     if not isinstance(targets, list | tuple):
         return f"sft_targets is {type_name(targets)}, expected a list"
     learned = {f"sft_targets {index}": text for index, text in enumerate(targets)} | {"sft_target": record["sft_target"]}
     for what, text in {**responses, **learned}.items():
-        if fault := text_error(text):
-            return f"{what} {fault}"
-    return next((fault for pair in record["pairs"] if (fault := _pair_error(pair, len(responses)))), None)
+        if problem := text_error(text):
+            return f"{what} {problem}"
+    return next((error for pair in record["pairs"] if (error := _pair_error(pair, len(responses)))), None)
 
 
 def _pair_error(pair, count: int) -> str | None:
@@ -190,19 +190,19 @@ ROLES = ("system", "user", "assistant")
 
 
 def prompt_error(prompt) -> str | None:
-    """What is wrong with a prompt, as the end of a sentence, or None."""
+    """The error in a prompt, as the end of a sentence, or None."""
     if not isinstance(prompt, tuple):
         return text_error(prompt)
     for number, turn in enumerate(prompt, start=1):
         if not isinstance(turn, tuple) or len(turn) != 2 or not isinstance(turn[0], str) or turn[0] not in ROLES:
-            return f"has a turn {number} that is no (role, content) with one of the roles {', '.join(ROLES)}"
-        if fault := text_error(turn[1]):
-            return f"has a turn {number} that {fault}"
+            return f"has a turn {number} that is not (role, content) with one of the roles {', '.join(ROLES)}"
+        if problem := text_error(turn[1]):
+            return f"has a turn {number} that {problem}"
     return None if prompt and prompt[-1][0] == "user" else "is a conversation whose last turn is not the user's"
 
 
 def text_error(value) -> str | None:
-    """What is wrong with a value that should be a text with something in it, as the end of a sentence, or None."""
+    """Why a value is not a non-empty text, as the end of a sentence, or None if it is one."""
     if not isinstance(value, str):
         return f"is {type_name(value)}, expected a text"
     if not value or value.isspace():
@@ -217,7 +217,7 @@ def text_error(value) -> str | None:
 
 
 def type_name(value) -> str:
-    """The name of a value's type, as a user knows it."""
+    """The name of a value's type, for messages."""
     return "None" if value is None else type(value).__name__
 
 
@@ -225,27 +225,24 @@ def type_name(value) -> str:
 
 
 def new_record() -> dict:
-    """A record without anything in it."""
+    """An empty record."""
     return {"responses": [], "pairs": [], "sft_target": None}
 
 
 def add_responses(record: dict, responses: Iterable[str], pairs: Iterable[tuple[int, int]]) -> int:
-    """Add responses and the pairs between them to a record. Returns how many pairs were of the same text, and not added.
-
-    A response that the record already has is not stored twice.
-    """
+    """Add responses, each once, and the pairs between them to a record. Returns how many pairs had identical texts."""
     known = record["responses"]
-    places = []
+    indices = []
     for response in responses:
         if response not in known:
             known.append(response)
-        places.append(known.index(response))
+        indices.append(known.index(response))
     same = 0
     for preferred, other in pairs:
-        if places[preferred] == places[other]:
+        if indices[preferred] == indices[other]:
             same += 1
         else:
-            record["pairs"].append((places[preferred], places[other]))
+            record["pairs"].append((indices[preferred], indices[other]))
     return same
 
 
@@ -256,9 +253,9 @@ def pairs_by_score(scores: list[float]) -> list[tuple[int, int]]:
 
 
 class Row(NamedTuple):
-    """What one row of a file or table says: responses to a prompt, and which of them are preferred to which.
+    """One row of a file or table: responses to a prompt, and the preferences between them.
 
-    target is the index of the response that SFT learns. scores are there where rows hold one response each: pairs then form
+    target: the index of the response that SFT learns. scores: given if rows hold one response each; pairs are then formed
     between the rows of a prompt.
     """
 
@@ -270,11 +267,11 @@ class Row(NamedTuple):
 
 
 def group_rows(rows: Iterable[Row], report: DataReport, window: int = 20_000) -> Iterator[tuple[Prompt, dict]]:
-    """Bring the rows of a prompt together into one record, in the order of their first rows.
+    """Group the rows of each prompt into one record, in the order of their first rows.
 
-    At most `window` prompts are kept open: rows of a prompt that lie further apart form records of their own, so that memory
-    does not grow with the data. Pairs of the same text are counted in the report; rows without any pair or score are records
-    by themselves. SFT learns the target of each row, except of rows that hold one scored response each: of these the best.
+    At most `window` prompts are kept open: rows of a prompt that are further apart form separate records, so that memory does
+    not grow with the data. The report counts pairs of identical texts; a row without pair and score is a record of its own. SFT
+    learns the target of each row; of rows with one scored response each, the best.
     """
     records: Records = {}
     for row in rows:
@@ -299,20 +296,20 @@ def group_rows(rows: Iterable[Row], report: DataReport, window: int = 20_000) ->
         yield from _closed(prompt, record, report)
 
 
-EQUAL_SCORES = "two answers have equal scores"
-SAME_ANSWER = "an answer has the text of another one"
-NO_PAIR = "no two answers have different scores"
+EQUAL_SCORES = "two responses have equal scores"
+SAME_RESPONSE = "a response has the text of another one"
+NO_PAIR = "no two responses have different scores"
 
 
 def scored_record(responses: list[str], scores: list[float], report: DataReport) -> dict | None:
-    """A record of every pair of answers whose scores differ; the SFT target is the best one. None where there is no pair.
+    """A record of all pairs of responses with different scores, the best of which is the SFT target; None without any pair.
 
-    Of answers with the same text the last counts. What is skipped is counted in the report.
+    Of identical responses the last counts. The report counts what is skipped.
     """
     score_of = dict(zip(responses, scores, strict=True))
     texts, scores = list(score_of), list(score_of.values())
     pairs = pairs_by_score(scores)
-    report.skip(SAME_ANSWER, len(responses) - len(texts))
+    report.skip(SAME_RESPONSE, len(responses) - len(texts))
     report.skip(EQUAL_SCORES, len(texts) * (len(texts) - 1) // 2 - len(pairs))
     if not pairs:
         report.skip(NO_PAIR)
@@ -338,7 +335,7 @@ def prompt_text(prompt: Prompt) -> str:
 
 
 def prompt_hash(prompt: Prompt) -> float:
-    """A number in [0, 1) that depends on the prompt's text alone: the same on every machine and in every run."""
+    """A number in [0, 1) that depends only on the prompt's text: the same on every machine and in every run."""
     return int.from_bytes(hashlib.sha256(prompt_text(prompt).encode()).digest()[:8], "big") / 2**64
 
 
@@ -352,9 +349,9 @@ def split_by_hash(
 ) -> Iterator[tuple[Prompt, dict]]:
     """The items of one split, chosen by a hash of the prompt; "test" has about `share` of all prompts.
 
-    text_of gives the text that is hashed: what the model reads of a prompt, so that a prompt is on the same side in whatever
-    form it is written. Where none would be held out of two prompts or more, the prompt with the smallest hash is. To know that
-    at the end, its items wait until a smaller one comes.
+    text_of returns the text that is hashed: what the model reads, so that the split does not depend on how a prompt is stored.
+    If none of two or more prompts would be held out, the one with the smallest hash is; therefore its items wait until a
+    smaller hash comes.
     """
     lowest, waiting, several = 1.0, [], False
     held_out_any = share == 0

@@ -1,4 +1,4 @@
-"""Answers that begin with their prompt: where all rows are so, the prompt is cut from the answers."""
+"""Responses that repeat their prompt: if those of all rows do, it is removed from them."""
 
 from collections.abc import Iterator
 from itertools import chain, islice
@@ -6,21 +6,21 @@ from itertools import chain, islice
 from preference_training.data.rows.records import DataReport, Prompt, Row
 from preference_training.data.rows.templates import parse_dialogue, split_dialogue
 
-# Rows that are looked at before it is decided. One alone would decide nothing.
-ROWS_LOOKED_AT, FEWEST_ROWS = 1000, 2
+# Rows that are inspected first, at most and at least; a single row is no evidence.
+ROWS_INSPECTED, MIN_ROWS = 1000, 2
 
-CUT = "rows whose answers begin with their prompt, which was cut from them, as in all of the first rows"
-LEFT = "rows whose answers begin with their prompt; other rows' do not, so that it stands there twice"
+CUT = "rows whose responses repeated their prompt, which was removed, as in all of the first rows"
+LEFT = "rows whose responses repeat their prompt, which was kept because other rows' do not"
 
 
-def without_repeated_prompts(rows: Iterator[Row], report: DataReport) -> Iterator[Row]:
-    """The rows; where all of the first `ROWS_LOOKED_AT` begin every answer with the prompt, without it there.
+def strip_repeated_prompts(rows: Iterator[Row], report: DataReport) -> Iterator[Row]:
+    """The rows, with the prompt removed from the responses if all of the first `ROWS_INSPECTED` rows repeat it in each.
 
-    A model would read it twice, and be trained to write it. Rows are counted in the report either way.
+    Otherwise a model would read it twice, and be trained to generate it. The report counts such rows either way.
     """
     rows = iter(rows)
-    first = list(islice(rows, ROWS_LOOKED_AT))
-    cuts = len(first) >= FEWEST_ROWS and all(map(_cut, first))
+    first = list(islice(rows, ROWS_INSPECTED))
+    cuts = len(first) >= MIN_ROWS and all(map(_cut, first))
     for row in chain(first, rows):
         cut = _cut(row)
         if cut is None:
@@ -34,7 +34,7 @@ def without_repeated_prompts(rows: Iterator[Row], report: DataReport) -> Iterato
 
 
 def _cut(row: Row) -> Row | None:
-    """The row without its prompt at the beginning of the answers, if it begins all of them."""
+    """The row with its prompt removed from all responses, if all start with it; else None."""
     found = [_after_prompt(row.prompt, response) for response in row.responses]
     if not all(found) or len({prompt for prompt, _ in found}) > 1:
         return None
@@ -42,12 +42,12 @@ def _cut(row: Row) -> Row | None:
 
 
 def _after_prompt(prompt: Prompt, response: str) -> tuple[Prompt, str] | None:
-    """Prompt and answer of a response that begins with its prompt, or that is a dialogue which does; else None."""
+    """Prompt and response, where the response, or the dialogue in it, starts with the prompt; else None."""
     asked = (prompt if isinstance(prompt, str) else prompt[-1].content).strip()
     start = len(response) - len(response.lstrip())
     if response.startswith(asked, start):
         answer = response[start + len(asked) :]
-        # No word is cut: a prompt "Is" does not begin "Island".
+        # Whole words only: "Island" does not start with the prompt "Is".
         if answer.strip() and not (asked[-1].isalnum() and answer[0].isalnum()):
             ends_with_space = not isinstance(prompt, str) or prompt[-1].isspace()
             return prompt, answer.lstrip() if ends_with_space else answer

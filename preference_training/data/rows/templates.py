@@ -1,8 +1,8 @@
-"""How a conversation becomes the text that a model reads: raw, HH dialogues, ChatML, or the tokenizer's own chat template.
+"""Prompt templates: raw, HH dialogues, ChatML, or the tokenizer's own chat template.
 
-A template turns a prompt and its responses into texts that are tokenized apart and joined. Which special tokens a text begins
-and ends with is not decided here but in `tokenization.py`: exactly one beginning-of-sequence token where the tokenizer adds
-one, exactly one end-of-sequence token behind each response.
+A template renders a prompt and its responses as texts that are tokenized separately and concatenated. `tokenization.py` adds
+the special tokens: exactly one beginning-of-sequence token where the tokenizer adds one, exactly one end-of-sequence token
+after each response.
 """
 
 import re
@@ -21,14 +21,14 @@ Template = Callable[[Prompt, list[str]], tuple[str, list[str]]]
 
 
 class ConversationError(UserError):
-    """The tokenizer's chat template does not take a conversation; it may take others."""
+    """The tokenizer's chat template rejects a conversation; it may accept others."""
 
 
 # ---- HH dialogues -------------------------------------------------------------------------------------------------------
 
 
 def split_dialogue(dialogue: str) -> tuple[str, str]:
-    """Cut an HH dialogue behind its last "\\n\\nAssistant:": (prompt with that marker, last answer).
+    """Split an HH dialogue after its last "\\n\\nAssistant:": (prompt with that marker, last response).
 
     Raises ValueError where there is no such turn.
     """
@@ -37,9 +37,9 @@ def split_dialogue(dialogue: str) -> tuple[str, str]:
 
 
 def parse_dialogue(prompt: str) -> tuple[Turn, ...] | None:
-    """The turns of an HH prompt, which ends where the assistant is to answer; None for a text that is no such prompt.
+    """The turns of an HH prompt, which ends with the assistant's marker; None for any other text.
 
-    What stands before the first turn is the system's. The blank behind a marker is not part of a turn.
+    Text before the first turn is the system turn. The space after a marker is not part of a turn.
     """
     text = prompt.rstrip()
     if not text.endswith(ASSISTANT) or HUMAN not in text:
@@ -54,16 +54,16 @@ def parse_dialogue(prompt: str) -> tuple[Turn, ...] | None:
 
 
 def build_template(name: str | None, system_prompt: str | None, tokenizer) -> Template:
-    """The template of a name; None leaves texts as they are and writes conversations as HH dialogues.
+    """The template of a name; None keeps texts unchanged and renders conversations as HH dialogues.
 
-    system_prompt stands before conversations that have none of their own; texts that are left as they are get none.
-    Raises UserError for `chat` where the tokenizer has no chat template, or none that can be used.
+    system_prompt: added to conversations without a system turn, but not to texts that stay unchanged. Raises UserError for
+    `chat` if the tokenizer has no usable chat template.
     """
     if name == "chat":
         _check_chat_template(tokenizer)
     render = {"raw": _raw, "hh": _hh, "chatml": _chatml, "chat": _chat, None: _hh}[name]
     if name == "chat":
-        render = partial(_chat, opening=opening_of_answers(tokenizer))
+        render = partial(_chat, opening=response_opening(tokenizer))
 
     def template(prompt: Prompt, responses: list[str]) -> tuple[str, list[str]]:
         if isinstance(prompt, str) and name in (None, "raw"):
@@ -77,7 +77,7 @@ def build_template(name: str | None, system_prompt: str | None, tokenizer) -> Te
 
 
 def _check_chat_template(tokenizer) -> None:
-    """Raise UserError where a tokenizer has no chat template, several and none by default, or one that is no template."""
+    """Raise UserError where a tokenizer has no chat template, several without a default, or an invalid one."""
     templates = tokenizer.chat_template
     if not templates:
         raise UserError(
@@ -93,24 +93,24 @@ def _check_chat_template(tokenizer) -> None:
     _check_syntax(tokenizer)
 
 
-def opening_of_answers(tokenizer) -> str:
-    """What a tokenizer's chat template writes before an answer, where it does not write that when it is asked to begin one.
+def response_opening(tokenizer) -> str:
+    """The text that a tokenizer's chat template puts before a response but not into its generation prompt.
 
-    Empty for most: their prompts end with it when add_generation_prompt asks for it.
+    Empty for most templates, which render it with add_generation_prompt.
     """
-    question, answer = {"role": "user", "content": "a question"}, {"role": "assistant", "content": "an answer"}
+    question, response = {"role": "user", "content": "a question"}, {"role": "assistant", "content": "a response"}
     try:
-        asked, to_be_answered = (_rendered(tokenizer, [question], add_generation_prompt=wanted) for wanted in (False, True))
-        whole = _rendered(tokenizer, [question, answer])
+        asked, opened = (_rendered(tokenizer, [question], add_generation_prompt=add) for add in (False, True))
+        whole = _rendered(tokenizer, [question, response])
     except ConversationError:
-        return ""  # It may take other conversations: the data's own say so, with their rows.
-    before, found, _ = whole.removeprefix(asked).partition(answer["content"])
-    knows = asked != to_be_answered or not found or not whole.startswith(asked)
-    return "" if knows or not before.strip() else before
+        return ""  # It may accept other conversations: errors are reported with the rows of the data.
+    before, found, _ = whole.removeprefix(asked).partition(response["content"])
+    is_opened = asked != opened or not found or not whole.startswith(asked)
+    return "" if is_opened or not before.strip() else before
 
 
 def _check_syntax(tokenizer) -> None:
-    """Raise UserError for a chat template that is no Jinja template."""
+    """Raise UserError for a chat template that is not valid Jinja."""
     from jinja2.exceptions import TemplateSyntaxError
 
     try:
@@ -120,15 +120,15 @@ def _check_syntax(tokenizer) -> None:
             f"template: the tokenizer's chat template is broken, line {error.lineno}: {first_line(error)}. Correct it, or use "
             "template=chatml, hh or raw."
         ) from error
-    except Exception:  # what it refuses is told with the data's own conversations
+    except Exception:  # rejected conversations are reported with the rows of the data
         return
 
 
 def user_markers(tokenizer) -> list[str]:
-    """What stands before each turn of the user's in texts of the templates, the tokenizer's own chat template among them."""
+    """The texts that mark a user turn in all templates, including the tokenizer's own chat template."""
     markers = [HUMAN, "<|im_start|>user"]
     if tokenizer.chat_template:
-        texts = "first question", "an answer", "second question"
+        texts = "first question", "a response", "second question"
         roles = "user", "assistant", "user"
         with suppress(ConversationError):
             whole = _rendered(tokenizer, [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)])
@@ -140,7 +140,7 @@ def user_markers(tokenizer) -> list[str]:
 
 
 def _conversation(prompt: Prompt, responses: list[str]) -> tuple[tuple[Turn, ...], list[str]]:
-    """Turns of any prompt: an HH dialogue's, a conversation's, or one turn of the user's."""
+    """The turns of any prompt: a conversation, an HH dialogue, or a single user turn; and the responses to them."""
     if not isinstance(prompt, str):
         return tuple(Turn(*turn) for turn in prompt), responses
     turns = parse_dialogue(prompt)
@@ -161,7 +161,7 @@ def _hh(turns: tuple[Turn, ...], responses: list[str], _tokenizer) -> tuple[str,
 
 def _chatml(turns: tuple[Turn, ...], responses: list[str], tokenizer) -> tuple[str, list[str]]:
     text = "".join(f"<|im_start|>{turn.role}\n{turn.content}<|im_end|>\n" for turn in turns)
-    # Where <|im_end|> is the end-of-sequence token itself, it is put behind the response later, once.
+    # If <|im_end|> is the end-of-sequence token, it is added later.
     end = "" if tokenizer.eos_token == "<|im_end|>" else "<|im_end|>"
     return f"{text}<|im_start|>assistant\n", [response + end for response in responses]
 
@@ -170,34 +170,34 @@ def _chat(turns: tuple[Turn, ...], responses: list[str], tokenizer, opening: str
     messages = [{"role": turn.role, "content": turn.content} for turn in turns]
     prompt = _rendered(tokenizer, messages, add_generation_prompt=True) + opening
     for number, turn in enumerate(turns, start=1):
-        # What an assistant thought in earlier turns is left out by design.
+        # Templates drop the reasoning of earlier assistant turns by design.
         if turn.role != "assistant" and not _holds(prompt, turn.content):
             raise ConversationError(
-                f"template: the tokenizer's chat template leaves out what turn {number} says, the {turn.role}'s. Use "
+                f"template: the tokenizer's chat template drops turn {number}, the {turn.role}'s. Use "
                 "template=chatml or hh, or rows without such a turn."
             )
     whole = [_rendered(tokenizer, [*messages, {"role": "assistant", "content": response}]) for response in responses]
     for text, response in zip(whole, responses, strict=True):
         if not _holds(text, response):
             raise ConversationError(
-                "template: the tokenizer's chat template leaves out a part of the answer (what was thought, as a rule). Use "
-                "template=chatml or hh, or answers without that part."
+                "template: the tokenizer's chat template drops a part of the response (usually the reasoning). Use "
+                "template=chatml or hh, or responses without that part."
             )
         if not text.startswith(prompt):
             raise UserError(
-                "template: the tokenizer's chat template writes a prompt differently once it is answered "
-                f"({_first_difference(prompt, text)}), so that prompt and response cannot be told apart. "
+                "template: the tokenizer's chat template renders a prompt differently with a response "
+                f"({_first_difference(prompt, text)}), so that prompt and response cannot be separated. "
                 "Use template=chatml or hh."
             )
-    # The template's own end-of-sequence token goes, with what follows it: one is put behind the response later.
+    # Remove the template's end-of-sequence token and what follows: one is added later.
     return prompt, [text[len(prompt) :].split(tokenizer.eos_token)[0] for text in whole]
 
 
 def _rendered(tokenizer, messages: list[dict], **options) -> str:
-    """The text of the tokenizer's chat template. Raises ConversationError, whatever the template stumbles over."""
+    """Render with the tokenizer's chat template. Raises ConversationError for any error in the template."""
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, **options)
-    except Exception as error:  # a template is a program: beside Jinja's own errors it raises Python's
+    except Exception as error:  # a template is a program, and may raise any error
         roles = ", ".join(message["role"] for message in messages)
         raise ConversationError(
             f"template: the tokenizer's chat template refuses a conversation of {roles}: {first_line(error).rstrip('.')}."

@@ -1,22 +1,22 @@
-"""Find the columns that a map of fields does not read, so that they can be named."""
+"""Find the columns that a field map does not read, to report them."""
 
 from collections.abc import Iterable, Iterator
 
-from preference_training.data.rows.conversations import TURN_KEYS, RowError, keys_of_turn, read_written_turns
+from preference_training.data.rows.conversations import TURN_KEYS, RowError, parse_serialized_turns, turn_keys
 
-# The role needs no mention where only the text is named, as in chosen.content.
+# Where only the text is named, as in chosen.content, the role is not reported.
 ROLE_BESIDE = dict(TURN_KEYS)
 
-# A row that has one of these is about more than its texts.
+# A row that has one of these depends on more than its texts.
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 
 
-class ColumnsRead:
-    """The names that a map reads; those with dots lead into nested values, as in `value_of`."""
+class ReadColumns:
+    """The field names that a map reads; dotted names select nested values, as in `field_value`."""
 
     def __init__(self, names: Iterable[str]):
         self.names = frozenset(names)
-        # Name → what of its value is read: {} is all of it.
+        # Name → the part of its value that is read; {} is all of it.
         self.tree: dict[str, dict] = {}
         for name in self.names:
             branch = self.tree
@@ -24,7 +24,7 @@ class ColumnsRead:
                 branch = branch.setdefault(part, {})
 
     def unread(self, row: dict) -> list[str]:
-        """The columns of a row that hold something and are not read, each once; dots lead into nested ones."""
+        """The non-empty columns of a row that are not read, each once, with dotted names for nested ones."""
         found: list[str] = []
         for column, value in row.items():
             if _is_empty(value):
@@ -38,17 +38,17 @@ class ColumnsRead:
         return list(dict.fromkeys(found))
 
     def media(self, row: dict) -> str | None:
-        """A column of pictures, films or sounds that the map does not read, if the row has one."""
+        """A column of images, video or audio that the map does not read, if the row has one."""
         return next((name for name in MEDIA if name not in self.tree and not _is_empty(row.get(name))), None)
 
 
 def _is_empty(value) -> bool:
-    """Whether a value says nothing: what tables hold where a row has no such column."""
+    """Whether a value is empty, as in tables where a row lacks the column."""
     return value is None or (isinstance(value, str | list | dict) and not value)
 
 
 def _unread_parts(value, branch: dict[str, dict], name: str) -> Iterator[str]:
-    """Names of what is not read of a nested value, or of a list's nested values."""
+    """The names of the unread parts of a nested value, or of a list of them."""
     for item in value if isinstance(value, list) else [value]:
         for key, inner in item.items() if isinstance(item, dict) else ():
             if _is_empty(inner) or ROLE_BESIDE.get(key) in branch:
@@ -62,13 +62,13 @@ def _unread_parts(value, branch: dict[str, dict], name: str) -> Iterator[str]:
 
 
 def _beside_turns(value, name: str) -> Iterator[str]:
-    """Names of what the turns of a conversation, which may be written into a text, hold beside role and text."""
+    """The names of the keys besides role and text in the turns of a conversation, which may be serialized."""
     try:
-        value = read_written_turns(value, name)
+        value = parse_serialized_turns(value, name)
     except RowError:
-        # A column that is only compared, as `where` does: nobody reads turns in it.
+        # Columns that are only compared, as by `where`, need not contain turns.
         return
     for item in value if isinstance(value, list) else ():
-        keys = keys_of_turn(item)
+        keys = turn_keys(item)
         if keys and len(item) > 2:
             yield from (f"{name}.{key}" for key, inner in item.items() if key not in keys and not _is_empty(inner))

@@ -1,4 +1,4 @@
-"""Values of a row's fields, and tests of them."""
+"""Values of a row's fields, and conditions on them."""
 
 import operator
 from collections.abc import Callable
@@ -6,8 +6,8 @@ from collections.abc import Callable
 from preference_training.data.rows.conversations import RowError
 
 
-def value_of(row: dict, name: str):
-    """The value of a field; dots lead into nested values, and into each item of a list. Raises RowError."""
+def field_value(row: dict, name: str):
+    """The value of a field; a dotted name selects nested values, also of each item of a list. Raises RowError."""
     if name in row:
         return row[name]
     value = row
@@ -19,15 +19,15 @@ def value_of(row: dict, name: str):
     return value
 
 
-def number_of(row: dict, name: str) -> float:
+def field_number(row: dict, name: str) -> float:
     """The number in a field. Raises RowError."""
-    return as_number(value_of(row, name), name)
+    return as_number(field_value(row, name), name)
 
 
 def as_number(value, name: str) -> float:
     """A value as a number; `name` is its field's. Raises RowError."""
     try:
-        # CSV has texts for numbers.
+        # CSV files have text for numbers.
         number = float(value) if not isinstance(value, bool) else None
     except (TypeError, ValueError, OverflowError):
         number = None

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from preference_training.batching.packing import PackedBatch, examples_of, pack_examples
+from preference_training.batching.packing import PackedBatch, iterate_examples, pack_examples
 from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.modeling.logprobs import padded_logps, tree_logps
 from preference_training.modeling.prefix_sharing.tree_attention import RESPONSE_TREES, UnsupportedAttentionError
@@ -41,7 +41,7 @@ def random_trees(vocabulary: int, longest: int = 0) -> PackedBatch:
     if longest:
         shapes.append((longest, (9, 20)))
     prompts = [TokenizedPrompt(tokens(p), [tokens(r) for r in rs], [(0, k) for k in range(1, len(rs))]) for p, rs in shapes]
-    return pack_examples(list(examples_of(prompts)))
+    return pack_examples(list(iterate_examples(prompts)))
 
 
 def logps_and_gradients(compute, model: nn.Module, batch: PackedBatch, weights: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
@@ -70,7 +70,7 @@ def disagreement(found, expected, lengths: Tensor, tolerance: float) -> str | No
 # ---- the proof ------------------------------------------------------------------------------------------------------------
 
 
-def find_sharing_fault(model: nn.Module) -> str | None:
+def find_sharing_failure(model: nn.Module) -> str | None:
     """Why a model cannot share prefixes; None where it can. Leaves the model as it was."""
     if getattr(model, "_is_stateful", False):
         return "it is recurrent: one response would pass its state on to the next"
@@ -78,14 +78,14 @@ def find_sharing_fault(model: nn.Module) -> str | None:
     model.eval()
     try:
         with exact_arithmetic():
-            if (plan := _plan_windows(model)).fault:
-                return plan.fault
+            if (plan := _plan_windows(model)).failure:
+                return plan.failure
             if float32_weights := _in_float32(model):
                 with float32_weights:
-                    fault = _prove(model, plan, torch.float32, by_branches=True)
+                    failure = _prove(model, plan, torch.float32, by_branches=True)
                 # A float32 run on a CPU computes exactly this.
-                if fault or (model.dtype == torch.float32 and compute_device(model).type != "cuda"):
-                    return fault
+                if failure or (model.dtype == torch.float32 and compute_device(model).type != "cuda"):
+                    return failure
             return _prove(model, plan, model.dtype, by_branches=False)
     finally:
         model.train(training)
@@ -94,34 +94,34 @@ def find_sharing_fault(model: nn.Module) -> str | None:
 class _WindowPlan(NamedTuple):
     """How the proof makes rows longer than a model's windows.
 
-    short: the new lengths of the windows to shorten. longest: length of the longest row (0: the default). fault: why it cannot.
+    short: the new lengths of the windows to shorten. longest: length of the longest row (0: the default). failure: why not.
     """
 
     short: dict[str, int]
     longest: int = 0
-    fault: str | None = None
+    failure: str | None = None
 
 
 def _prove(model: nn.Module, plan: _WindowPlan, dtype: torch.dtype, by_branches: bool) -> str | None:
     """Compare once, with weights in `dtype`; after a failure, find out whether a window is the cause."""
-    fault = _compare(model, plan.short, plan.longest, dtype, by_branches)
-    if fault is None or fault.is_cause:
-        return fault and fault.text
+    failure = _compare(model, plan.short, plan.longest, dtype, by_branches)
+    if failure is None or failure.is_cause:
+        return failure and failure.text
     for name, length in attention_windows(model).items():
         if _compare(model, plan.short | {name: ENDLESS}, plan.longest, dtype, by_branches) is None:
             kind = "chunks" if "chunk" in name else "a window"
             return f"attention within {kind} of {length} tokens ({name}) is not supported"
-    return fault.text
+    return failure.text
 
 
-class _Fault(NamedTuple):
+class _Failure(NamedTuple):
     """What is wrong, and whether that is the cause or only a symptom."""
 
     text: str
     is_cause: bool
 
 
-def _compare(model: nn.Module, windows: dict[str, int], longest: int, dtype: torch.dtype, by_branches: bool) -> _Fault | None:
+def _compare(model: nn.Module, windows: dict[str, int], longest: int, dtype: torch.dtype, by_branches: bool) -> _Failure | None:
     """Compare tree attention with padded rows on a random batch, with some windows changed; None where they agree."""
     device = compute_device(model)
     batch = random_trees(model.config.get_text_config().vocab_size, longest).to(device)
@@ -137,18 +137,18 @@ def _compare(model: nn.Module, windows: dict[str, int], longest: int, dtype: tor
         with _windows(model, windows), _attention(model, RESPONSE_TREES), _restored_buffers(model) as changed:
             found = logps_and_gradients(tree_logps, model, batch, weights)
             if name := _differing(changed(), buffers):
-                return _Fault(f"its forward would leave wrong values in the buffer {name}", True)
+                return _Failure(f"its forward would leave wrong values in the buffer {name}", True)
     except UnsupportedAttentionError as error:
-        return _Fault(str(error), True)
+        return _Failure(str(error), True)
     except Exception as error:  # any type: architectures fail in their own ways on a packed batch
         raised = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:80]}"
         if not batch.layout.seen:
-            return _Fault(f"its forward does not support packed batches and failed before its attention ({raised})", True)
-        return _Fault(f"its forward raised {raised}", False)
+            return _Failure(f"its forward does not support packed batches and failed before its attention ({raised})", True)
+        return _Failure(f"its forward raised {raised}", False)
     if not batch.layout.seen:
-        return _Fault("it does not pass the layout of the responses on to its attention", True)
+        return _Failure("it does not pass the layout of the responses on to its attention", True)
     text = disagreement(found, expected, batch.response_lengths, TOLERANCES[dtype])
-    return text and _Fault(text, False)
+    return text and _Failure(text, False)
 
 
 def _own_attention(attention: str, dtype: torch.dtype) -> str:

@@ -4,7 +4,7 @@ from torch import nn
 
 from preference_training.core.errors import UserError
 from preference_training.modeling.logprobs import ScoringHead
-from preference_training.modeling.prefix_sharing.proof import find_sharing_fault
+from preference_training.modeling.prefix_sharing.proof import find_sharing_failure
 from preference_training.modeling.prefix_sharing.tree_attention import RESPONSE_TREES, register_tree_attention
 
 
@@ -20,17 +20,17 @@ def share_prefixes(model: nn.Module, mode: str) -> bool:
     is_plain_head = type(head) is nn.Linear
     if is_plain_head:
         head.__class__ = ScoringHead
-    fault = find_sharing_fault(model)
-    if fault and is_plain_head:
+    failure = find_sharing_failure(model)
+    if failure and is_plain_head:
         # Logits may be changed after the head, by a soft-cap for instance: then prefixes are shared without a scoring head.
         head.__class__ = nn.Linear
-        fault = find_sharing_fault(model)
-    if fault is None:
+        failure = find_sharing_failure(model)
+    if failure is None:
         model.set_attn_implementation(RESPONSE_TREES)
         return True
     if mode == "on":
-        raise UserError(f"prefix_sharing: found on, but {type(model).__name__} cannot: {fault}. Set it to auto or off.")
-    print(f"prefix sharing: off, using padded rows: {type(model).__name__} cannot: {fault}", flush=True)
+        raise UserError(f"prefix_sharing: found on, but {type(model).__name__} cannot: {failure}. Set it to auto or off.")
+    print(f"prefix sharing: off, using padded rows: {type(model).__name__} cannot: {failure}", flush=True)
     return False
 
 

@@ -10,7 +10,7 @@ from preference_training.core.errors import UserError
 from preference_training.data.rows.conversations import RowError
 from preference_training.data.rows.field_maps import FieldMap
 from preference_training.data.rows.records import OTHER_PROMPT, DataReport, Row, Turn, text_error, type_name
-from preference_training.data.rows.values import condition, value_of
+from preference_training.data.rows.values import condition, field_value
 
 
 def dialogue(question: str, answer: str) -> str:
@@ -24,7 +24,7 @@ def turns(*texts: str) -> list[dict]:
 
 def mapped(rows: list[dict], report: DataReport | None = None, **names) -> list[Row]:
     report = report if report is not None else DataReport()
-    return list(FieldMap(**names).rows_of(enumerate(rows, start=1), "data.jsonl", report))
+    return list(FieldMap(**names).map_rows(enumerate(rows, start=1), "data.jsonl", report))
 
 
 def one(row: dict, **names) -> Row:
@@ -36,13 +36,13 @@ def fault(row: dict, **names) -> str:
     """What is told about a row, between its place and the remedy; a run that skips it counts and lists the same."""
     field_map = FieldMap(**names)
     with pytest.raises(UserError) as refusal:
-        list(field_map.rows_of([(7, row)], "data.jsonl", DataReport()))
+        list(field_map.map_rows([(7, row)], "data.jsonl", DataReport()))
     start, end = "datasets: data.jsonl, row 7: ", " Fix the row, or skip such rows with on_bad_row=skip."
     text = str(refusal.value)
     assert text.startswith(start)
     assert text.endswith(end)
     report = DataReport(skip_bad_rows=True)
-    assert list(field_map.rows_of([(7, row)], "data.jsonl", report)) == []
+    assert list(field_map.map_rows([(7, row)], "data.jsonl", report)) == []
     assert report == DataReport(skip_bad_rows=True, rows_read=1, num_bad_rows=1, bad_rows=[text.removesuffix(end)])
     return text.removeprefix(start).removesuffix(end)
 
@@ -50,7 +50,7 @@ def fault(row: dict, **names) -> str:
 # ---- pairs of texts -----------------------------------------------------------------------------------------------------
 
 
-def test_a_prompt_in_a_field_of_its_own_stands_before_both_answers():
+def test_a_prompt_in_a_field_of_its_own_stands_before_both_responses():
     row = {"prompt": "p", "chosen": " good", "rejected": "bad ", "more": 1}
     assert one(row) == Row("p", [" good", "bad "], [(0, 1)], 0, None)
 
@@ -78,7 +78,7 @@ def test_dialogues_and_rows_with_a_prompt_stand_side_by_side():
     assert [row.prompt for row in mapped(rows)] == ["\n\nHuman: q\n\nAssistant:", "p"]
 
 
-def test_dialogues_that_answer_different_prompts_are_left_out_and_counted():
+def test_dialogues_that_answer_different_prompts_are_skipped_and_counted():
     report = DataReport()
     rows = [
         {"chosen": dialogue("q", "a"), "rejected": dialogue("another q", "b")},
@@ -104,10 +104,10 @@ def test_dialogues_that_answer_different_prompts_are_left_out_and_counted():
         ("a", "b", None),
     ],
 )
-def test_an_implicit_prompt_is_what_both_texts_begin_with_up_to_a_white_space(chosen, rejected, prompt):
+def test_an_implicit_prompt_is_what_both_texts_start_with_up_to_a_white_space(chosen, rejected, prompt):
     row = {"chosen": chosen, "rejected": rejected}
     if prompt is None:
-        assert "begin with different words" in fault(row, implicit_prompt=True)
+        assert "start with different words" in fault(row, implicit_prompt=True)
     else:
         expected = Row(prompt, [chosen.removeprefix(prompt), rejected.removeprefix(prompt)], [(0, 1)], 0)
         assert one(row, implicit_prompt=True) == expected
@@ -123,7 +123,7 @@ WORDS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=1
 
 @settings(max_examples=300)
 @given(prompt=WORDS, answers=st.lists(WORDS, min_size=2, max_size=2))
-def test_an_implicit_prompt_and_its_answers_are_the_texts_again(prompt, answers):
+def test_an_implicit_prompt_and_its_responses_are_the_texts_again(prompt, answers):
     chosen, rejected = (f"{prompt} {answer}" for answer in answers)
     report = DataReport(skip_bad_rows=True)
     for row in mapped([{"chosen": chosen, "rejected": rejected}], report, implicit_prompt=True):
@@ -138,7 +138,7 @@ def test_an_implicit_prompt_and_its_answers_are_the_texts_again(prompt, answers)
 HUMAN_TURNS = (Turn("user", "q"), Turn("assistant", "a"), Turn("user", "r"))
 
 
-def test_what_conversations_have_in_common_is_the_prompt_and_their_last_turns_are_the_answers():
+def test_what_conversations_have_in_common_is_the_prompt_and_their_last_turns_are_the_responses():
     row = {"chosen": turns("q", "a", "r", "good"), "rejected": turns("q", "a", "r", "bad")}
     assert one(row) == Row(HUMAN_TURNS, ["good", "bad"], [(0, 1)], 0)
 
@@ -157,7 +157,7 @@ def test_a_prompt_field_beside_conversations_that_hold_the_prompt_is_not_read_tw
     ],
     ids=["text", "conversation", "dialogue"],
 )
-def test_answers_that_are_conversations_of_one_turn_follow_the_prompt_field(prompt, expected):
+def test_responses_that_are_conversations_of_one_turn_follow_the_prompt_field(prompt, expected):
     row = {"prompt": prompt, "chosen": turns("", "good")[1:], "rejected": turns("", "bad")[1:]}
     assert one(row) == Row(expected, ["good", "bad"], [(0, 1)], 0)
 
@@ -204,7 +204,7 @@ def test_a_system_field_stands_before_the_prompt_and_an_empty_one_does_not(row, 
         assert one(row | {"sys": nothing}, system="sys") == Row(prompt, ["a", "b"], [(0, 1)], 0)
 
 
-def test_a_system_field_with_a_fault_is_told():
+def test_a_system_field_with_an_error_is_reported():
     row = {"prompt": "p", "chosen": "a", "rejected": "b"}
     assert fault(row | {"sys": 5}, system="sys") == "field 'sys' is int, expected a text."
     assert fault(row | {"sys": " "}, system="sys") == "field 'sys' is empty."
@@ -294,12 +294,12 @@ PAIR = {"prompt": "p", "chosen": "a", "rejected": "b"}
         (PAIR | {"prompt": "  "}, "field 'prompt' is empty."),
         (PAIR | {"prompt": {"q": 1}}, "field 'prompt' is dict, expected a text."),
         (PAIR | {"prompt": []}, "field 'prompt' is a conversation without turns."),
-        (PAIR | {"prompt": ["p"]}, "field 'prompt': turn 1 is no {role, content}."),
+        (PAIR | {"prompt": ["p"]}, "field 'prompt': turn 1 is not {role, content}."),
         (
             PAIR | {"prompt": turns("q", "a")},
             "the prompt is a conversation whose last turn is not the user's.",
         ),
-        (PAIR | {"chosen": [{"role": "user"}], "rejected": []}, "field 'chosen': turn 1 is no {role, content}."),
+        (PAIR | {"chosen": [{"role": "user"}], "rejected": []}, "field 'chosen': turn 1 is not {role, content}."),
         (PAIR | {"chosen": turns("q", "a"), "rejected": []}, "field 'rejected' is a conversation without turns."),
         (PAIR | {"chosen": turns("q", "a")}, "field 'rejected' is str, expected a conversation as in the other field."),
         (PAIR | {"rejected": turns("q", "a")}, "field 'chosen' is str, expected a conversation as in the other field."),
@@ -307,7 +307,7 @@ PAIR = {"prompt": "p", "chosen": "a", "rejected": "b"}
         (PAIR | {"chosen": turns("q", "a"), "rejected": turns("q", 5)}, "field 'rejected': turn 2 is int, expected a text."),
         (
             PAIR | {"chosen": turns("q", "a"), "rejected": [*turns("q"), *turns("r")]},
-            "the last turn of rejected is the user's. Expected the assistant's, which is the answer.",
+            "the last turn of rejected is the user's. Expected the assistant's, which is the response.",
         ),
         (
             PAIR | {"chosen": turns("q"), "rejected": turns("r")},
@@ -315,24 +315,24 @@ PAIR = {"prompt": "p", "chosen": "a", "rejected": "b"}
         ),
         ({"chosen": turns("", "a")[1:], "rejected": turns("", "b")[1:]}, "no field 'prompt', the row has chosen, rejected."),
         ({"chosen": "no turns", "rejected": "none"}, r"chosen has no '\n\nAssistant:' turn. Expected a dialogue of"),
-        ({"chosen": dialogue("q", ""), "rejected": dialogue("q", "b")}, "the answer in field 'chosen' is empty."),
-        ({"chosen": dialogue("q", "a"), "rejected": dialogue("q", " \n")}, "the answer in field 'rejected' is empty."),
+        ({"chosen": dialogue("q", ""), "rejected": dialogue("q", "b")}, "the response in field 'chosen' is empty."),
+        ({"chosen": dialogue("q", "a"), "rejected": dialogue("q", " \n")}, "the response in field 'rejected' is empty."),
         (PAIR | {"chosen": "x \ud83d"}, "field 'chosen' holds half a surrogate pair ('\\ud83d' at character 2)"),
     ],
 )
-def test_a_faulty_pair_is_told_with_file_row_and_field(row, told):
+def test_an_invalid_pair_is_reported_with_file_row_and_field(row, told):
     assert fault(row).startswith(told)
 
 
 @pytest.mark.parametrize("role", ["tool", "", None, 5, ["user"], {"user": 1}])
-def test_an_unknown_role_is_told_with_the_known_ones(role):
+def test_an_unknown_role_is_reported_with_the_known_ones(role):
     row = {"chosen": [*turns("q"), {"role": role, "content": "a"}], "rejected": turns("q", "b")}
     assert fault(row) == (
         f"field 'chosen': turn 2 has the role {role!r}, expected one of system, user, human, assistant, gpt, model."
     )
 
 
-def test_conversations_whose_prompt_ends_with_the_assistant_are_told():
+def test_conversations_whose_prompt_ends_with_the_assistant_are_reported():
     row = {"chosen": [*turns("q", "a"), *turns("", "good")[1:]], "rejected": [*turns("q", "a"), *turns("", "bad")[1:]]}
     assert fault(row) == "the prompt is a conversation whose last turn is not the user's."
 
@@ -365,7 +365,7 @@ UNEVEN = "r and s are not two lists of the same length. Expected one number for 
         ({"prompt": "p", "r": ["a", "b"]}, "no field 's', the row has prompt, r."),
     ],
 )
-def test_a_faulty_list_of_responses_is_told_with_file_row_and_field(row, told):
+def test_an_invalid_list_of_responses_is_reported_with_file_row_and_field(row, told):
     assert fault(row, responses="r", scores="s") == told
     assert fault(row, responses="r", ranks="s") == told
 
@@ -382,22 +382,22 @@ def test_a_faulty_list_of_responses_is_told_with_file_row_and_field(row, told):
         ({"prompt": "p", "r": "a", "s": ""}, "field 's' is '', expected a number."),
     ],
 )
-def test_a_faulty_scored_response_is_told_with_file_row_and_field(row, told):
+def test_an_invalid_scored_response_is_reported_with_file_row_and_field(row, told):
     assert fault(row, response="r", score="s") == told
 
 
 @pytest.mark.parametrize(
     "answers", [None, 5, "text", [5], [{"txt": "a"}], [{"text": "a"}, {}], {"text": {}}], ids=lambda answers: str(answers)
 )
-def test_a_dotted_name_that_leads_nowhere_is_told_with_the_fields_there_are(answers):
+def test_a_dotted_name_that_leads_nowhere_is_reported_with_the_fields_there_are(answers):
     row = {"prompt": "p", "answers": answers}
     assert fault(row, response="answers.text.more") == "no field 'answers.text.more', the row has prompt, answers."
 
 
 def test_an_empty_list_has_the_fields_of_its_items_none_of_them():
-    assert value_of({"answers": []}, "answers.text") == []
+    assert field_value({"answers": []}, "answers.text") == []
     with pytest.raises(RowError, match="no field 'answers.text', the row has answers"):
-        value_of({"answers": [[{"text": "nested twice"}]]}, "answers.text")
+        field_value({"answers": [[{"text": "nested twice"}]]}, "answers.text")
 
 
 # ---- where --------------------------------------------------------------------------------------------------------------
@@ -475,7 +475,7 @@ def test_where_reads_nested_values():
         (PAIR | {"n": float("nan")}, "where: field 'n' is nan, expected a number."),
     ],
 )
-def test_a_row_that_cannot_be_compared_is_told_with_its_column(row, told):
+def test_a_row_that_cannot_be_compared_is_reported_with_its_column(row, told):
     assert fault(row, where={"n": ">= 1"}) == told
 
 
@@ -509,7 +509,7 @@ def test_top_k_is_taken_of_the_rows_that_fulfil_where():
 
 
 @pytest.mark.parametrize("value", [None, "much", True, [1]])
-def test_a_value_that_has_no_place_among_the_largest_is_told_with_its_column(value):
+def test_a_value_that_has_no_place_among_the_largest_is_reported_with_its_column(value):
     assert fault(PAIR | {"n": value}, top_k={"column": "n", "k": 2}) == f"top_k: field 'n' is {value!r}, expected a number."
 
 
@@ -561,7 +561,7 @@ MAPS = [
         st.fixed_dictionaries({}, optional={name: VALUES for name in ("prompt", "chosen", "rejected", "system")}), max_size=4
     )
 )
-def test_any_rows_are_mapped_left_out_or_told_and_none_is_forgotten(names, rows):
+def test_any_rows_are_mapped_skipped_or_reported_and_none_is_forgotten(names, rows):
     report = DataReport(skip_bad_rows=True)
     found = mapped(rows, report, **names)
     assert len(found) + report.num_bad_rows + sum(report.left_out.values()) == report.rows_read == len(rows)
@@ -595,7 +595,7 @@ def test_a_conversation_keeps_its_own_system_turn_where_a_field_names_another():
         "chosen": [{"role": "system", "content": "Its own."}, *turns("q", "a")],
         "rejected": [{"role": "system", "content": "Its own."}, *turns("q", "b")],
     }
-    assert FieldMap(system="sys").row_of(row).prompt == (Turn("system", "Its own."), Turn("user", "q"))
+    assert FieldMap(system="sys").map_row(row).prompt == (Turn("system", "Its own."), Turn("user", "q"))
 
 
 # ---- nothing is lost without a word -------------------------------------------------------------------------------------
@@ -628,19 +628,19 @@ def beside(prompt, *shared: tuple[str, str]) -> dict:
         ([("user", "q")], [PIRATE, *GREETING, ("user", "q")]),
     ],
 )
-def test_turns_of_a_prompt_and_those_that_both_answers_share_stand_in_order_each_once(prompt, shared):
+def test_turns_of_a_prompt_and_those_that_both_responses_share_stand_in_order_each_once(prompt, shared):
     found = one(beside(conversation(*prompt), *shared)).prompt
     assert [(role, content.strip()) for role, content in found] == [PIRATE, *GREETING, ("user", "q")]
 
 
-def test_a_prompt_that_conversations_neither_repeat_nor_go_on_from_is_told():
+def test_a_prompt_that_conversations_neither_repeat_nor_continue_is_reported():
     row = beside(conversation(("user", "another question")), ("user", "q"))
-    assert "the prompt ends with the user's turn, and chosen and rejected begin with another one" in fault(row)
+    assert "the prompt ends with the user's turn, and chosen and rejected start with the user's" in fault(row)
 
 
-def test_a_text_beside_conversations_is_told_where_it_is_in_none_of_their_turns_with_the_map_that_reads_it():
+def test_a_text_beside_conversations_is_reported_where_it_is_in_none_of_their_turns_with_the_map_that_reads_it():
     row = beside("Talk like a pirate.", ("user", "q"))
-    assert "would be lost. If it is the system's, say system: prompt" in fault(row)
+    assert "would be lost. If it is a system prompt, set system: prompt" in fault(row)
     assert one(row, system="prompt").prompt == (Turn(*PIRATE), Turn("user", "q"))
 
 
@@ -667,15 +667,15 @@ def test_other_json_in_texts_is_text(text):
     assert one({"prompt": "p", "chosen": text, "rejected": "b"}).responses == [text, "b"]
 
 
-def test_a_conversation_as_text_that_cannot_be_read_is_told():
+def test_a_conversation_as_text_that_cannot_be_read_is_reported():
     broken = "[{'role': 'user', 'content': 'q'}\n {'role': 'assistant', 'content': 'a'}]"
-    assert "begins as a list of turns, and cannot be read as JSON" in fault({"chosen": broken, "rejected": broken})
+    assert "starts like a list of turns, but is not JSON" in fault({"chosen": broken, "rejected": broken})
 
 
 @pytest.mark.parametrize("name", ["image", "images", "videos", "audio"])
-def test_rows_with_pictures_films_or_sounds_are_told(name):
+def test_rows_with_pictures_films_or_sounds_are_reported(name):
     row = {"prompt": "<image> What is it?", "chosen": "a", "rejected": "b"}
-    assert f"field {name!r} is not empty, and no model here is shown anything but text" in fault(row | {name: ["x.png"]})
+    assert f"field {name!r} is not empty, but models read only text here" in fault(row | {name: ["x.png"]})
     assert one(row | {name: []}) == one(row | {name: None}) == one(row)
 
 
@@ -684,7 +684,7 @@ def test_instruction_and_input_are_one_prompt_and_that_is_counted():
     rows = [{"instruction": "Translate.", "input": text, "output": "x"} for text in ("a word", "", None)]
     found = mapped(rows, report, prompt="instruction", response="output")
     assert [row.prompt for row in found] == ["Translate.\na word", "Translate.", "Translate."]
-    assert report.lines() == ["1 prompts made of instruction and input, with a line end between them"]
+    assert report.lines() == ["1 prompts joined from instruction and input, on separate lines"]
     # Where the map says what input is, it is that.
     (row,) = mapped(rows[:1], prompt="instruction", response="output", system="input")
     assert row.prompt == (Turn("system", "a word"), Turn("user", "Translate."))
@@ -693,9 +693,13 @@ def test_instruction_and_input_are_one_prompt_and_that_is_counted():
 @pytest.mark.parametrize(
     ("row", "names", "remark"),
     [
-        ({"system": "s", "margin": 0, "weight": 2}, {}, "system, margin, weight (with system: system it is the system's turn)"),
+        (
+            {"system": "s", "margin": 0, "weight": 2},
+            {},
+            "system, margin, weight (with system: system it becomes the system turn)",
+        ),
         ({"system": "s", "margin": 0, "weight": 2}, {"system": "system", "where": {"margin": 0}}, "weight"),
-        ({"tools": [{"name": "f"}]}, {}, "tools (chat templates are given no tools)"),
+        ({"tools": [{"name": "f"}]}, {}, "tools (tools are not passed to chat templates)"),
         ({"meta": {"id": 1, "split": "x"}}, {"where": {"meta.id": 1}}, "meta.split"),
         ({"": 3, "empty": "", "none": None, "no": [], "nothing": {}}, {}, "''"),
     ],
@@ -762,7 +766,7 @@ def test_a_system_field_that_gives_way_to_a_turn_is_counted():
     report = DataReport()
     rows = [{"sys": sys, **beside(None, PIRATE, ("user", "q"))} for sys in ("Be brief.", PIRATE[1], "", None)]
     assert len(mapped(rows, report, system="sys")) == 4
-    assert report.changed == {"conversations with a system turn of their own, which stays in place of the field 'sys'": 1}
+    assert report.changed == {"conversations with their own system turn, which replaces the field 'sys'": 1}
 
 
 @pytest.mark.parametrize(
@@ -770,14 +774,14 @@ def test_a_system_field_that_gives_way_to_a_turn_is_counted():
     [
         ({}, {"prompt": "p", "completion": "c"}, "{path: ..., response: completion}, for loss=sft"),
         ({}, {"instruction": "p", "output": "c"}, "{path: ..., prompt: instruction, response: output}"),
-        ({"response": "output"}, {"instruction": "p", "output": "c"}, "as in prompt: instruction"),
-        ({"response": "answer"}, {"messages": [], "answer": "c"}, "as in prompt: messages"),
-        ({}, {"prompt": "p", "chosen": turns("q", "a")[1], "rejected": "b"}, "read as chosen.content"),
-        ({}, {"prompt": "p", "chosen": {"from": "gpt", "value": "a"}, "rejected": "b"}, "read as chosen.value"),
-        ({"response": "c", "score": "label"}, {"prompt": "p", "c": "x", "label": True}, "expected a number, as 1 and 0"),
+        ({"response": "output"}, {"instruction": "p", "output": "c"}, "for example prompt: instruction"),
+        ({"response": "answer"}, {"messages": [], "answer": "c"}, "for example prompt: messages"),
+        ({}, {"prompt": "p", "chosen": turns("q", "a")[1], "rejected": "b"}, "chosen.content reads the text"),
+        ({}, {"prompt": "p", "chosen": {"from": "gpt", "value": "a"}, "rejected": "b"}, "chosen.value reads the text"),
+        ({"response": "c", "score": "label"}, {"prompt": "p", "c": "x", "label": True}, "expected a number such as 1 or 0"),
     ],
 )
-def test_what_is_told_names_a_map_that_reads_the_row(keys, row, remedy):
+def test_what_is_reported_names_a_map_that_reads_the_row(keys, row, remedy):
     assert remedy in fault(row, **keys)
 
 
@@ -786,9 +790,9 @@ def test_filters_and_implicit_prompts_without_effect_are_noted():
     report = DataReport()
     mapped(rows, report, where={"n": ">= 0"}, top_k={"column": "n", "k": 3}, implicit_prompt=True)
     assert report.notes == [
-        "where leaves out no row by n: >= 0",
+        "where skips no row by n: >= 0",
         "top_k has no effect: there are 3 rows, and 3 are kept",
-        "implicit_prompt has no effect: prompts stand in fields of their own, or in turns",
+        "implicit_prompt has no effect: prompts are in separate fields, or in turns",
     ]
     report = DataReport()
     mapped(rows, report, where={"n": ">= 1"}, top_k={"column": "n", "k": 1})

@@ -14,7 +14,7 @@ from preference_training.core.errors import UserError
 from preference_training.data.rows.records import (
     EQUAL_SCORES,
     NO_PAIR,
-    SAME_ANSWER,
+    SAME_RESPONSE,
     SAME_TEXT,
     DataReport,
     Row,
@@ -60,7 +60,7 @@ def test_skipped_rows_are_counted_and_the_first_ten_are_listed_by_the_first_line
     assert report.lines() == ["12 bad rows skipped", *(f"  row {number} is bad" for number in range(1, 11))]
 
 
-def test_what_is_left_out_and_changed_is_added_up_by_reason_and_nothing_is_no_reason():
+def test_what_is_skipped_and_changed_is_added_up_by_reason_and_nothing_is_no_reason():
     report = DataReport()
     report.skip("too long", 2)
     report.skip("too short")
@@ -69,7 +69,7 @@ def test_what_is_left_out_and_changed_is_added_up_by_reason_and_nothing_is_no_re
     report.change("prompts cut", 4)
     report.change("answers cut", 0)
     assert (report.left_out, report.changed) == ({"too long": 3, "too short": 1}, {"prompts cut": 4})
-    assert report.lines() == ["3 left out: too long; 1 left out: too short; 4 prompts cut"]
+    assert report.lines() == ["3 skipped: too long; 1 skipped: too short; 4 prompts cut"]
 
 
 def test_a_report_without_anything_to_say_has_no_lines():
@@ -87,7 +87,7 @@ REPORTS = st.builds(
 
 
 @given(report=REPORTS, reasons=st.lists(st.tuples(st.text(), st.integers(0, 5))), changes=st.lists(st.text()))
-def test_a_report_survives_json_and_goes_on_counting(report, reasons, changes):
+def test_a_report_survives_json_and_continues_counting(report, reasons, changes):
     for reason, number in reasons:
         report.skip(reason, number)
     for what in changes:
@@ -117,23 +117,23 @@ def test_a_report_survives_json_and_goes_on_counting(report, reasons, changes):
         ("two \udc00\udc01", "holds half a surrogate pair ('\\udc00' at character 4), which is not text"),
     ],
 )
-def test_a_value_that_is_no_text_is_told_what_it_is(text, fault):
+def test_a_value_that_is_no_text_is_reported_with_what_it_is(text, fault):
     assert text_error(text) == fault
     assert prompt_error(text) == fault
 
 
 @pytest.mark.parametrize("text", ["a", " a ", "\u200b", "0", "\U0001f642", "\x00"])
-def test_any_text_with_something_in_it_is_sound(text):
+def test_any_text_with_something_in_it_is_valid(text):
     assert text_error(text) is None
 
 
 @given(text=st.text())
-def test_a_text_is_sound_if_it_has_more_than_white_space(text):
+def test_a_text_is_valid_if_it_has_more_than_white_space(text):
     assert (text_error(text) is None) == bool(text.strip())
 
 
 @given(text=st.text(st.characters(categories=["L", "Cs"]), min_size=1))
-def test_a_text_is_sound_if_it_can_be_written(text):
+def test_a_text_is_valid_if_it_can_be_written(text):
     half = any("\ud800" <= character <= "\udfff" for character in text)
     assert (text_error(text) is None) == (not half)
 
@@ -147,20 +147,23 @@ LAST_TURN = "is a conversation whose last turn is not the user's"
         ((), LAST_TURN),
         ((Turn("user", "q"), Turn("assistant", "a")), LAST_TURN),
         ((Turn("system", "s"),), LAST_TURN),
-        ((Turn("user", "q"), Turn("human", "q")), "has a turn 2 that is no (role, content) with one of the roles system, user"),
-        ((("user", "q", "more"),), "has a turn 1 that is no (role, content)"),
-        ((("user",),), "has a turn 1 that is no (role, content)"),
-        (({"role": "user", "content": "q"},), "has a turn 1 that is no (role, content)"),
-        (("user", "q"), "has a turn 1 that is no (role, content)"),
-        ((Turn(["user"], "q"),), "has a turn 1 that is no (role, content)"),
-        ((Turn(numpy.array(["user", "user"]), "q"),), "has a turn 1 that is no (role, content)"),
+        (
+            (Turn("user", "q"), Turn("human", "q")),
+            "has a turn 2 that is not (role, content) with one of the roles system, user",
+        ),
+        ((("user", "q", "more"),), "has a turn 1 that is not (role, content)"),
+        ((("user",),), "has a turn 1 that is not (role, content)"),
+        (({"role": "user", "content": "q"},), "has a turn 1 that is not (role, content)"),
+        (("user", "q"), "has a turn 1 that is not (role, content)"),
+        ((Turn(["user"], "q"),), "has a turn 1 that is not (role, content)"),
+        ((Turn(numpy.array(["user", "user"]), "q"),), "has a turn 1 that is not (role, content)"),
         ((Turn("system", ""), Turn("user", "q")), "has a turn 1 that is empty"),
         ((Turn("user", None),), "has a turn 1 that is None, expected a text"),
         ((Turn("user", "q"), Turn("assistant", "\ud800"), Turn("user", "q")), "has a turn 2 that holds half a surrogate pair"),
         ([Turn("user", "q")], "is list, expected a text"),
     ],
 )
-def test_a_conversation_with_a_fault_is_told_which_turn_has_it(prompt, fault):
+def test_a_conversation_with_an_error_is_reported_with_which_turn_has_it(prompt, fault):
     assert prompt_error(prompt).startswith(fault)
 
 
@@ -173,7 +176,7 @@ def test_a_conversation_with_a_fault_is_told_which_turn_has_it(prompt, fault):
         (("user", "q"),),
     ],
 )
-def test_a_conversation_that_ends_with_the_user_is_sound(prompt):
+def test_a_conversation_that_ends_with_the_user_is_valid(prompt):
     assert prompt_error(prompt) is None
 
 
@@ -203,7 +206,7 @@ SOUND = {"responses": ["a", "b"], "pairs": [(0, 1)], "sft_target": "a"}
         (None, "found None, expected a prompt and a dict"),
     ],
 )
-def test_an_item_with_a_fault_is_told_its_place(item, fault):
+def test_an_item_with_an_error_is_reported_with_its_place(item, fault):
     assert item_error(item).startswith(fault)
 
 
@@ -214,7 +217,7 @@ def test_the_kind_of_nothing_is_none_and_of_other_values_their_type():
 
 
 @given(prompt=PROMPTS | TEXTS, responses=st.lists(TEXTS, max_size=4), data=st.data())
-def test_records_of_texts_and_of_pairs_between_them_have_no_fault(prompt, responses, data):
+def test_records_of_texts_and_of_pairs_between_them_have_no_error(prompt, responses, data):
     indices = list(combinations(range(len(responses)), 2))
     pairs = data.draw(st.lists(st.sampled_from(indices))) if indices else []
     record = {"responses": tuple(responses), "pairs": pairs, "sft_target": data.draw(TEXTS), "more": None}
@@ -234,7 +237,7 @@ JUNK = st.recursive(
 
 @settings(max_examples=300)
 @given(item=JUNK | st.tuples(JUNK, JUNK), record=st.fixed_dictionaries({key: st.just(SOUND[key]) | JUNK for key in SOUND}))
-def test_any_junk_is_told_its_fault_and_never_raises(item, record):
+def test_any_junk_is_reported_with_its_error_and_never_raises(item, record):
     assert isinstance(item_error(item), str | None)
     fault = item_error(("p", record))
     assert isinstance(fault, str | None)
@@ -301,7 +304,7 @@ def test_no_more_than_the_window_of_rows_is_read_ahead():
     assert next(endless).prompt == "p8"
 
 
-def test_a_prompt_whose_pairs_are_all_of_the_same_text_is_left_out_and_its_pairs_are_counted():
+def test_a_prompt_whose_pairs_are_all_of_the_same_text_is_skipped_and_its_pairs_are_counted():
     report = DataReport()
     rows = [pair_row("p", "a", "a"), pair_row("q", "a", "b"), pair_row("q", "c", "c")]
     ((prompt, record),) = group_rows(rows, report)
@@ -354,7 +357,7 @@ def test_no_pair_is_lost_or_made_up_whatever_the_window(rows, window):
 
 
 @given(rows=st.lists(st.builds(pair_row, PROMPTS, ANSWERS, ANSWERS), max_size=20), window=st.integers(1, 6))
-def test_sft_learns_the_preferred_answer_of_each_usable_row_whatever_the_window(rows, window):
+def test_sft_learns_the_preferred_response_of_each_usable_row_whatever_the_window(rows, window):
     records = group_rows(rows, DataReport(), window)
     learned = [(prompt, text) for prompt, record in records for text in record.get("sft_targets", [record["sft_target"]])]
     assert Counter(learned) == Counter((row.prompt, row.responses[0]) for row in rows if row.responses[0] != row.responses[1])
@@ -368,15 +371,15 @@ def test_several_sft_targets_are_a_list_of_texts(targets, fault):
     assert item_error(("p", SOUND | {"sft_targets": targets})) == fault
 
 
-def test_remarks_are_told_once_and_survive_json():
+def test_remarks_are_reported_once_and_survive_json():
     report = DataReport(left_out={"it is odd": 1}, bad_rows=["row 3"])
     for _ in range(2):
         report.not_read("system")
         report.note("weight has no effect")
     again = DataReport(**json.loads(json.dumps(report.as_dict())))
     assert again.lines() == [
-        "1 left out: it is odd",
-        "columns not read: system (with system: system it is the system's turn)",
+        "1 skipped: it is odd",
+        "columns not read: system (with system: system it becomes the system turn)",
         "weight has no effect",
         "  row 3",
     ]
@@ -390,7 +393,7 @@ def test_names_of_a_hundred_columns_are_kept():
 
 
 @given(rows=st.lists(st.builds(pair_row, PROMPTS, ANSWERS, ANSWERS), max_size=20))
-def test_with_room_for_all_prompts_each_has_one_record_whose_target_is_the_last_preferred_answer(rows):
+def test_with_room_for_all_prompts_each_has_one_record_whose_target_is_the_last_preferred_response(rows):
     records = list(group_rows(rows, DataReport()))
     usable = [row for row in rows if row.responses[0] != row.responses[1]]
     last = {row.prompt: row.responses[0] for row in usable}
@@ -417,29 +420,29 @@ def test_every_pair_of_different_scores_is_formed_and_the_others_are_counted():
     assert report.left_out == {EQUAL_SCORES: 1}
 
 
-def test_of_answers_with_the_same_text_the_last_counts():
+def test_of_responses_with_the_same_text_the_last_counts():
     report = DataReport()
     record = scored_record(["a", "b", "a"], [1, 2, 4], report)
     assert record == {"responses": ["a", "b"], "pairs": [(0, 1)], "sft_target": "a"}
-    assert report.left_out == {SAME_ANSWER: 1}
+    assert report.left_out == {SAME_RESPONSE: 1}
 
 
 @pytest.mark.parametrize(("responses", "scores"), [([], []), (["a"], [1]), (["a", "b"], [2, 2]), (["a", "a"], [1, 2])])
-def test_answers_without_any_pair_are_no_record_and_counted(responses, scores):
+def test_responses_without_any_pair_are_no_record_and_counted(responses, scores):
     report = DataReport()
     assert scored_record(responses, scores, report) is None
     assert report.left_out[NO_PAIR] == 1
 
 
 @given(answers=st.lists(st.tuples(ANSWERS, SCORES), max_size=8))
-def test_pairs_of_answers_and_what_is_left_out_add_up(answers):
+def test_pairs_of_responses_and_what_is_skipped_add_up(answers):
     report = DataReport()
     record = scored_record([text for text, _ in answers], [score for _, score in answers], report)
     score_of = dict(answers)
     size = len(score_of)
     formed = len(record["pairs"]) if record else 0
     assert formed + report.left_out.get(EQUAL_SCORES, 0) == size * (size - 1) // 2
-    assert report.left_out.get(SAME_ANSWER, 0) == len(answers) - size
+    assert report.left_out.get(SAME_RESPONSE, 0) == len(answers) - size
     assert report.left_out.get(NO_PAIR, 0) == (record is None) == (len(set(score_of.values())) < 2)
     if record:
         assert record["responses"] == list(score_of)

@@ -3,7 +3,7 @@
 import pytest
 
 from preference_training.data.rows.records import DataReport, Row, Turn
-from preference_training.data.rows.repeated_prompts import CUT, LEFT, without_repeated_prompts
+from preference_training.data.rows.repeated_prompts import CUT, LEFT, strip_repeated_prompts
 
 
 def pair(prompt, *responses: str) -> Row:
@@ -12,10 +12,10 @@ def pair(prompt, *responses: str) -> Row:
 
 def cut(*rows: Row) -> tuple[list[Row], dict]:
     report = DataReport()
-    return list(without_repeated_prompts(iter(rows), report)), report.changed
+    return list(strip_repeated_prompts(iter(rows), report)), report.changed
 
 
-def test_where_all_answers_begin_with_their_prompt_it_is_cut_from_them():
+def test_where_all_responses_start_with_their_prompt_it_is_cut_from_them():
     rows = [pair(f"Name {n}.\n", f"Name {n}.\nBlue.", f"Name {n}.\nSeven.") for n in range(3)]
     assert cut(*rows) == ([pair(f"Name {n}.\n", "Blue.", "Seven.") for n in range(3)], {CUT: 3})
 
@@ -30,12 +30,12 @@ def test_where_all_answers_begin_with_their_prompt_it_is_cut_from_them():
         ((Turn("system", "s"), Turn("user", "Why?")), "Why?\nSo.", "So."),
     ],
 )
-def test_what_follows_the_prompt_is_the_answer(prompt, response, answer):
+def test_what_follows_the_prompt_is_the_response(prompt, response, answer):
     found, _ = cut(*[pair(prompt, response, response + " x")] * 2)
     assert found == [pair(prompt, answer, answer + " x")] * 2
 
 
-def test_answers_that_are_dialogues_of_their_prompt_are_cut_behind_the_last_assistant():
+def test_responses_that_are_dialogues_of_their_prompt_are_cut_behind_the_last_assistant():
     row = pair("Why?", "\n\nHuman: Why?\n\nAssistant: So.", "\n\nHuman: Why?\n\nAssistant: No.")
     assert cut(row, row)[0] == [pair("\n\nHuman: Why?\n\nAssistant:", " So.", " No.")] * 2
 

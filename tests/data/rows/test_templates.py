@@ -11,8 +11,8 @@ from preference_training.data.rows.templates import (
     HUMAN,
     ConversationError,
     build_template,
-    opening_of_answers,
     parse_dialogue,
+    response_opening,
     split_dialogue,
 )
 from preference_training.modeling.tokenizer import byte_level_tokenizer
@@ -97,13 +97,13 @@ def test_the_turns_of_a_dialogue_alternate_behind_its_preamble(text):
 
 @settings(deadline=None)
 @given(dialogues(), st.text().filter(lambda text: ASSISTANT not in text))
-def test_a_dialogue_is_cut_behind_its_last_marker(prompt, answer):
+def test_a_dialogue_is_cut_after_its_last_marker(prompt, answer):
     assert split_dialogue(prompt + answer) == (prompt, answer)
 
 
 @settings(deadline=None)
 @given(st.text())
-def test_no_text_is_too_odd_to_be_looked_at(text):
+def test_any_text_can_be_inspected(text):
     turns = parse_dialogue(text + ASSISTANT)
     assert turns is None or (HUMAN in text and all(turn.role in ("system", "user", "assistant") for turn in turns))
 
@@ -254,36 +254,36 @@ def test_named_chat_templates_without_a_default_are_named():
     assert rendered("chat", TURNS, tokenizer=tokenizer)[0] == rendered("chat", TURNS, tokenizer=CHAT)[0]
 
 
-def test_a_chat_template_that_is_broken_is_told_before_any_row():
+def test_a_chat_template_that_is_broken_is_reported_before_any_row():
     with pytest.raises(UserError, match="template: the tokenizer's chat template is broken, line 1: .*chatml, hh or raw"):
         build_template("chat", None, tokenizer_of("{% for message in messages %}{{ message }}"))
 
 
 @pytest.mark.parametrize("stumble", ["{{ messages[7].content }}", "{{ 'a' + 1 }}", "{{ messages['x'] + none }}", "{{ 1 / 0 }}"])
-def test_whatever_a_chat_template_stumbles_over_is_told_with_the_conversation(stumble):
+def test_whatever_a_chat_template_stumbles_over_is_reported_with_the_conversation(stumble):
     with pytest.raises(ConversationError, match="refuses a conversation of user, assistant, user: "):
         rendered("chat", TURNS, tokenizer=tokenizer_of(stumble))
 
 
-def test_what_a_chat_template_writes_before_answers_unasked_is_the_end_of_the_prompt():
+def test_what_a_chat_template_writes_before_responses_unasked_is_the_end_of_the_prompt():
     always = CHATML.split("{% if add")[0]
     assert rendered("chat", TURNS, tokenizer=tokenizer_of(always)) == rendered("chat", TURNS, tokenizer=tokenizer_of(CHATML))
-    assert opening_of_answers(tokenizer_of(always)) == "<|im_start|>assistant\n"
+    assert response_opening(tokenizer_of(always)) == "<|im_start|>assistant\n"
     # A blank is the answer's; what is thought before it, if the template begins the answer, too.
     thinks = "+ ('<think></think>' if message['role'] == 'assistant' else '') + message['content']"
     think = CHATML.replace("+ message['content']", thinks)
-    assert [opening_of_answers(tokenizer) for tokenizer in (LLAMA, CHAT, tokenizer_of(think), tokenizer_of(NO_SYSTEM))] == [
+    assert [response_opening(tokenizer) for tokenizer in (LLAMA, CHAT, tokenizer_of(think), tokenizer_of(NO_SYSTEM))] == [
         ""
     ] * 4
 
 
-def test_turns_and_answers_that_a_chat_template_leaves_out_are_told():
+def test_turns_and_responses_that_a_chat_template_drops_are_reported():
     users = (
         "{% for m in messages if m.role != 'system' %}{{ m.role + ': ' + m.content.split('</think>')[-1] + '\\n' }}{% endfor %}"
     )
-    with pytest.raises(ConversationError, match="leaves out what turn 1 says, the system's"):
+    with pytest.raises(ConversationError, match="drops turn 1, the system's"):
         rendered("chat", WITH_SYSTEM, tokenizer=tokenizer_of(users))
-    with pytest.raises(ConversationError, match="leaves out a part of the answer"):
+    with pytest.raises(ConversationError, match="drops a part of the response"):
         rendered("chat", TURNS, ["<think>Well.</think> Yes"], tokenizer=tokenizer_of(users))
     # What was thought in earlier turns is left out by design.
     thought = (TURNS[0], Turn("assistant", "<think>Well.</think>Hello"), TURNS[2])

@@ -60,7 +60,7 @@ def number_of_data_ranks(config) -> int:
 
 
 def settle_batch_size(config: RunConfig) -> RunConfig:
-    """Set `batch_size` from `per_device_batch_size`, where that is given. Raises UserError if the sizes do not fit."""
+    """The configuration with `batch_size` from `per_device_batch_size`, if given. Raises UserError if the sizes do not fit."""
     if config.per_device_batch_size is None:
         return config
     per_step = config.per_device_batch_size * config.gradient_accumulation_steps

@@ -353,7 +353,7 @@ def test_a_name_near_no_other_is_refused_with_all_known_ones(check):
 
 @pytest.mark.parametrize("key", ["lr", "seed", "datasets", "objective", "wandb", "wandb.project", "trainer", "loss"])
 def test_a_key_that_was_removed_is_missed(check, key):
-    assert "removed by ~, but needed" in refusal(check, f"~{key}")
+    assert "removed by ~, but required" in refusal(check, f"~{key}")
 
 
 def test_a_value_left_open_is_asked_for(check):

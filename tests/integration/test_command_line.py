@@ -90,7 +90,7 @@ def test_the_modules_that_stand_for_the_heavy_libraries_are_really_in_their_way(
         ("max_prompt_length=256", "max_prompt_length: found 256, expected less than max_length, which is 256: "),
         ("model.archive=missing/LATEST/policy.pt", "model.archive: missing/LATEST/policy.pt: no such file or directory."),
         ("objective=loss/evel", "objective: loss=sft has no metric 'loss/evel'; did you mean loss/eval?"),
-        ("~lr", "lr: removed by ~, but needed."),
+        ("~lr", "lr: removed by ~, but required."),
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_line_and_status_2_before_a_heavy_library_is_loaded(

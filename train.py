@@ -1,14 +1,13 @@
-"""The command line: compose a configuration, check it, put a run together, train.
+"""The command line: compose a configuration, validate it, assemble a run, train.
 
     python train.py loss=dpo loss.beta=0.1                   # one run
     python train.py -m loss=dpo loss.beta=0.05,0.1,0.5       # a sweep
 
-Heavy libraries are imported once the configuration has been found sound, so that a slip of the hand costs a second.
+Heavy libraries are imported after the configuration has been validated, so that a typing error costs a second.
 """
 
 import os
 import sys
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from traceback import extract_tb
@@ -21,16 +20,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import preference_datasets  # noqa: F401  its data sets register themselves
-from preference_training.configuration.composition import (
-    CONFIG_DIR,
-    defer_keys_of_swept_groups,
-    explain_composition_error,
-    force_open_sections,
-)
+from preference_training.configuration.composition import CONFIG_DIR, explain_composition_error, prepare_arguments
+from preference_training.configuration.run_dirs import new_run_dir, not_writable_message, remove_empty
 from preference_training.configuration.schema import RunConfig
-from preference_training.configuration.validation import check_objective, check_sizes, validate
+from preference_training.configuration.validation import check_objective, validate
 from preference_training.core.errors import UserError
-from preference_training.core.memory import release_memory
+from preference_training.core.machine import release_memory
 from preference_training.core.processes import in_worker, reports_for_machine
 from preference_training.core.signals import STOPPED, StoppedError
 from preference_training.data.entries import read_entries
@@ -39,32 +34,30 @@ from preference_training.sweeps.gpus import jobs_at_once, take_gpus
 from preference_training.sweeps.jobs import Request
 from preference_training.sweeps.running import run_job
 from preference_training.sweeps.summary import run_to_end
-from preference_training.training.run_directory import new_run_dir, remove_empty, unwritable
 
 OmegaConf.register_new_resolver("new_run_dir", new_run_dir, use_cache=True, replace=True)
-OmegaConf.register_new_resolver("either", lambda wanted, otherwise: wanted or otherwise, replace=True)
+OmegaConf.register_new_resolver("either", lambda value, otherwise: value or otherwise, replace=True)
 OmegaConf.register_new_resolver("jobs_at_once", jobs_at_once, replace=True)
 
 
 @hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="config")
 def main(composed: DictConfig) -> float | None:
-    """One run, or one job of a sweep. Returns its `objective`, for a sweeper to make small or large."""
+    """One run, or one job of a sweep. Returns its `objective`, for a sweeper to minimize or maximize."""
     settings = HydraConfig.get()
-    run_dir, overrides = Path(settings.runtime.output_dir), list(settings.overrides.task)
-    in_sweep = settings.mode == RunMode.MULTIRUN
+    run_dir, in_sweep = Path(settings.runtime.output_dir), settings.mode == RunMode.MULTIRUN
     composed.sweep_dir = str(Path(settings.sweep.dir).absolute()) if in_sweep else None
-    start_in = partial(validate_and_start, composed, overrides, dict(settings.runtime.choices), in_sweep)
+    start_in = partial(validate_and_start, composed, in_sweep)
     try:
         # Workers that torchrun has started go through the jobs together; what becomes of one becomes of all.
         if in_sweep and not composed.dry_run and not in_worker():
             values = OmegaConf.to_container(composed, resolve=False)
-            return run_job(start_in, Request(Path(composed.sweep_dir), run_dir, overrides, values))
+            return run_job(start_in, Request(Path(composed.sweep_dir), run_dir, list(settings.overrides.task), values))
         return start_in(run_dir)
     except UserError as error:
         # Not raised further: Hydra would add lines of its own to the message.
         sys.exit(_refuse(str(error)))
     except StoppedError as stopped:
-        advice = "" if in_sweep else "; resume=auto or resume=RUN_DIRECTORY goes on from there"
+        advice = "" if in_sweep else "; resume=auto or resume=RUN_DIRECTORY continues from there"
         print(f"{stopped}{advice}", flush=True)
         sys.exit(STOPPED)
     finally:
@@ -72,19 +65,13 @@ def main(composed: DictConfig) -> float | None:
         release_memory()
 
 
-def validate_and_start(
-    composed: DictConfig,
-    overrides: list[str],
-    choices: dict[str, str],
-    in_sweep: bool,
-    run_dir: Path,
-    resume: str | None = None,
-) -> float | None:
-    """`start` what was composed, once it has been validated. overrides and choices are Hydra's. Raises UserError."""
+def validate_and_start(composed: DictConfig, in_sweep: bool, run_dir: Path, resume: str | None = None) -> float | None:
+    """Validate what was composed, then `start` it. Raises UserError."""
     composed.local_run_dir = str(run_dir)
     if resume:
         composed.resume = resume
-    config = validate(composed, overrides, choices)
+    settings = HydraConfig.get()
+    config = validate(composed, list(settings.overrides.task), dict(settings.runtime.choices))
     check_objective(config.objective, config.loss.name, is_paired(config.loss.name))
     read_entries(config)
     if config.pruner and not in_sweep:
@@ -95,41 +82,9 @@ def validate_and_start(
 
 def start(config: RunConfig, run_dir: Path, in_sweep: bool) -> float | None:
     """Run in this process, or launch several where the trainer needs them."""
-    from preference_training.distributed.launching import launch, needs_processes, number_of_workers, silence_others
+    from preference_training.distributed.launching import run_or_launch
 
-    config = settle_batch_size(config)
-    if config.dry_run or not needs_processes(config):
-        return run(config, run_dir, in_sweep)
-    if in_worker():
-        # Started by torchrun or Slurm. Rank 0 makes the run directory once all have joined, so that a worker that ends before
-        # leaves none.
-        with suppress(OSError):
-            run_dir.rmdir()
-        silence_others()
-        return run(config, run_dir, in_sweep)
-    return launch(
-        run_as_worker, (config.as_dict(), str(run_dir), in_sweep), number_of_workers(config.trainer), config.fsdp_port
-    )
-
-
-def settle_batch_size(config: RunConfig) -> RunConfig:
-    """The configuration with `batch_size` from `per_device_batch_size`, where that is given. Raises UserError for a misfit."""
-    from preference_training.distributed.launching import number_of_data_ranks
-
-    if config.per_device_batch_size is None:
-        return config
-    per_step = config.per_device_batch_size * config.gradient_accumulation_steps
-    settled = config.changed({"batch_size": per_step * number_of_data_ranks(config)})
-    check_sizes(settled)
-    return settled
-
-
-def run_as_worker(values: dict, run_dir: str, in_sweep: bool) -> float | None:
-    """`run` in a process that `start` has started."""
-    from preference_training.distributed.launching import silence_others
-
-    silence_others()
-    return run(RunConfig.of(values), Path(run_dir), in_sweep)
+    return run_or_launch(run, config, run_dir, in_sweep)
 
 
 def run(config: RunConfig, run_dir: Path, in_sweep: bool = False) -> float | None:
@@ -141,16 +96,16 @@ def run(config: RunConfig, run_dir: Path, in_sweep: bool = False) -> float | Non
     from preference_training.reporting.run_report import report_writer
     from preference_training.training.assembly import build_batches
     from preference_training.training.preparation import prepare_run
-    from preference_training.training.run_directory import say_what_is_set_aside
+    from preference_training.training.run_directory import report_earlier_run
     from preference_training.training.runs import train_or_evaluate
     from trainers import TRAINERS, placement_for
 
     prepared = prepare_run(config, run_dir, in_sweep)
     trainer_class = TRAINERS[config.trainer.name]
     if config.dry_run:
-        say_what_is_set_aside(config, run_dir)
-        batches_within = partial(build_batches, config, prepared.data[0].table)
-        return preview(prepared, trainer_class.placement_class, batches_within)
+        report_earlier_run(config, run_dir)
+        preview(prepared, trainer_class.placement_class, partial(build_batches, config, prepared.data[0].table))
+        return None
     placement = placement_for(config).start(config, prepared.tokenizer)
     try:
         return train_or_evaluate(prepared, trainer_class, placement, report_writer)
@@ -169,7 +124,7 @@ def command_line() -> None:
     """Run `main`; a mistake of the user's becomes one message and exit status 2, a bug keeps its traceback."""
     # Hydra would otherwise print errors itself, and exit with status 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    sys.argv[1:] = defer_keys_of_swept_groups(force_open_sections(sys.argv[1:]))
+    sys.argv[1:] = prepare_arguments(sys.argv[1:])
     try:
         run_to_end(main)
     except (HydraException, OmegaConfBaseException) as error:
@@ -178,7 +133,7 @@ def command_line() -> None:
         # Hydra makes the run directory before `main` begins.
         if any(frame.name == "main" and frame.filename == __file__ for frame in extract_tb(error.__traceback__)):
             raise
-        sys.exit(_refuse(unwritable(error.filename, error)))
+        sys.exit(_refuse(not_writable_message(error.filename, error)))
     except ValueError as error:
         # What Hydra raises for loss=5.
         if not str(error).startswith("Config group override"):

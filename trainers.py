@@ -11,18 +11,17 @@ from collections.abc import Sequence
 from preference_training.batching.micro_batches import MicroBatch
 from preference_training.checkpointing.checkpoint import Checkpoint
 from preference_training.checkpointing.saved_models import checkpoint_check
-from preference_training.checkpointing.snapshot import Snapshot, numbers_of
+from preference_training.checkpointing.snapshot import Snapshot, scalar_state
 from preference_training.core import metric_names as names
 from preference_training.core.errors import UserError
-from preference_training.core.memory import memory_held
+from preference_training.core.machine import memory_held
 from preference_training.core.random_streams import random_streams, restore_random_streams
 from preference_training.core.signals import StoppedError
 from preference_training.distributed.placement import OneProcess, Placement, Sharded, TensorParallel
 from preference_training.tracking.tracker import Metrics
 from preference_training.training.evaluator import Evaluator
-from preference_training.training.monitors import Watch
-from preference_training.training.parts import Batches, Models, Observers
-from preference_training.training.state import RunState
+from preference_training.training.monitors import TrainingMonitor
+from preference_training.training.parts import Batches, Models, Observers, RunState
 from preference_training.training.step import PackResult, TrainingStep
 
 
@@ -31,13 +30,13 @@ class Trainer:
 
     placement_class: type[Placement]
 
-    def __init__(self, config, placement: Placement, models: Models, batches: Batches, observers: Observers):
-        self.config, self.placement, self.models = config, placement, models
+    def __init__(self, placement: Placement, models: Models, batches: Batches, observers: Observers):
+        self.config, self.placement, self.models = placement.config, placement, models
         self.batches, self.observers, self.tracker = batches, observers, observers.tracker
         self.state = RunState()
-        self.step = TrainingStep(config, placement, models, self.state, batches.train.schedule.total_steps)
-        self.evaluator = Evaluator(config, placement, models, batches, self.state, observers)
-        self.watch = Watch(self.tracker.say, config.loss_spike)
+        self.step = TrainingStep(placement, models, self.state, batches.train.schedule.total_steps)
+        self.evaluator = Evaluator(placement, models, batches, self.state, observers)
+        self.monitor = TrainingMonitor(self.tracker.log_message, self.config.loss_spike)
         self.stopping = False
         self.saved_at: int | None = None
 
@@ -52,7 +51,7 @@ class Trainer:
         if self.state.examples == 0:
             self.before_first_step()
         else:
-            self.models.same_start = None
+            self.models.start_check = None
         started = time.perf_counter()
         for batch in self.batches.train:
             lr, tokens = self.step.updater.lr, self.state.tokens
@@ -63,7 +62,7 @@ class Trainer:
                 metrics |= {names.LEARNING_RATE: lr, names.EPOCH: self.batches.train.epochs_done, names.TIME: time.time()}
                 metrics |= {names.EXAMPLES_PER_SECOND: size / (now - started), names.MEMORY: memory_held(self.step.device)}
                 metrics |= {names.TOKENS_PER_SECOND: (self.state.tokens - tokens) / (now - started)} | self.state.counters()
-                self.watch.see(metrics)
+                self.monitor.observe(metrics)
                 self.tracker.log_step(metrics)
             started = now
             if not self.batches.train.finished and self.between_steps(size):
@@ -79,9 +78,9 @@ class Trainer:
         return self.batches.train.finished or self.evaluator.ends_run
 
     def before_first_step(self) -> None:
-        """Sample the reference's answers while it is the policy, and evaluate."""
+        """Sample the reference's responses while it is the policy, and evaluate."""
         if self.models.reference is not None:
-            self.state.reference_answers = self.evaluator.answers()
+            self.state.reference_answers = self.evaluator.responses()
         if self.config.do_first_eval:
             self.evaluator.evaluate()
 
@@ -116,7 +115,7 @@ class Trainer:
         if not result.metrics:
             self.log_skipped(result.packs)
             return {}
-        self.watch.see_share_changed(result.share_changed, self.config.lr, self.step.updater.dtype)
+        self.monitor.observe_share_changed(result.share_changed, self.config.lr, self.step.updater.dtype)
         if self.observers.ledger is not None:
             margins = [(pack.pairs, pack.margins) for pack in result.packs if not pack.is_filler]
             self.observers.ledger.record(self.state.examples, margins)
@@ -126,7 +125,7 @@ class Trainer:
         """Cut a batch, and all later ones, into packs half as large."""
         halves = self.batches.train.halve_packs(micro_batches)
         limit = self.batches.train.budget.limit
-        self.tracker.say(f"warning: out of memory; packs have at most {limit} tokens from now on")
+        self.tracker.log_message(f"warning: out of memory; packs are limited to {limit} tokens from now on")
         return halves
 
     def log_skipped(self, packs: Sequence[PackResult]) -> None:
@@ -140,7 +139,7 @@ class Trainer:
         if self.state.bad_steps >= self.config.max_bad_steps:
             raise UserError(
                 f"max_bad_steps: {self.state.bad_steps} steps in a row had a loss or gradient that is not finite. The newest "
-                "checkpoint is as it was. bad_batches.jsonl names the examples: look at them, lower lr, or compute in float32 "
+                "checkpoint is as it was. bad_batches.jsonl names the examples: inspect them, lower lr, or compute in float32 "
                 "or bfloat16."
             )
 
@@ -167,18 +166,18 @@ class Trainer:
         """The run as it is now."""
         # An optimizer that has not made a step has no state to keep.
         optimizer = self.step.updater.optimizer_state() if self.state.updates else {"state": {}, "param_groups": []}
-        numbers = numbers_of(optimizer["state"])
+        numbers = scalar_state(optimizer["state"])
         state = self.state_dict() | {"optimizer_groups": optimizer["param_groups"], "optimizer_numbers": numbers}
         weights = self.placement.weights(self.models.policy)
-        return Snapshot.of(self.state.examples, weights, optimizer["state"], state, self.moved_reference())
+        return Snapshot.of(self.state.examples, weights, optimizer["state"], state, self.moving_reference_weights())
 
-    def moved_reference(self) -> dict:
+    def moving_reference_weights(self) -> dict:
         """The weights of a reference that follows the policy; none of one that stays."""
         follows = self.models.loss.reference_update is not None
         return self.placement.weights(self.models.reference.model) if follows else {}
 
     def state_dict(self) -> dict:
-        """What continues this run beside weights and optimizer state: plain values and uint8 tensors."""
+        """What resumes this run besides weights and optimizer state: plain values and uint8 tensors."""
         parts = {name: part.state_dict() for name, part in self.stateful().items()}
         streams = self.placement.ranks.all_gather_object(random_streams())
         return self.state.state_dict() | parts | {"master_weights": self.step.updater.has_masters, "random": streams}
@@ -191,7 +190,7 @@ class Trainer:
             "scaler": updater.scaler,
             "loss": self.models.loss,
             "train_batches": self.batches.train,
-            "watch": self.watch,
+            "watch": self.monitor,
         }
 
     def continue_from(self, checkpoint: Checkpoint) -> None:
@@ -199,21 +198,21 @@ class Trainer:
         weights = self.placement.weights(self.models.policy)
         checkpoint.read_weights(weights)
         self.placement.set_weights(self.models.policy, weights)
-        if reference := self.moved_reference():
+        if reference := self.moving_reference_weights():
             checkpoint.read_reference(reference)
             self.placement.set_weights(self.models.reference.model, reference)
-        saved, say = checkpoint.state, self.tracker.say
+        saved, log_message = checkpoint.state, self.tracker.log_message
         self.state.load_state_dict(saved)
         self.saved_at = self.state.examples
         self.evaluator.resume()
         if self.state.updates:
-            self.step.updater.load(checkpoint, say)
+            self.step.updater.load(checkpoint, log_message)
         for name, part in self.stateful().items():
             part.load_state_dict(saved[name])
         if config_then := checkpoint.run.get("config"):
-            self.step.updater.continue_schedule(self.batches.train.schedule, config_then, say)
+            self.step.updater.continue_schedule(self.batches.train.schedule, config_then, log_message)
         ranks = self.placement.ranks
-        restore_random_streams(checkpoint.streams_of(ranks.rank, ranks.size))
+        restore_random_streams(checkpoint.random_streams_for(ranks.rank, ranks.size))
 
 
 class BasicTrainer(Trainer):
@@ -223,7 +222,7 @@ class BasicTrainer(Trainer):
 
 
 class FSDPTrainer(Trainer):
-    """Several processes, each with a shard of every weight; `trainer.sharding` says how they are laid out."""
+    """Several processes, each with a shard of every weight; `trainer.sharding` decides how they are laid out."""
 
     placement_class = Sharded
 
@@ -234,7 +233,7 @@ class TensorParallelTrainer(Trainer):
     placement_class = TensorParallel
 
 
-# By name; `trainer.name` may say those that have a file in config/trainer/.
+# By name; `trainer.name` accepts those with a file in config/trainer/.
 TRAINERS = {trainer.__name__: trainer for trainer in (BasicTrainer, FSDPTrainer, TensorParallelTrainer)}
 
 

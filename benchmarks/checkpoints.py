@@ -48,13 +48,14 @@ def one_run(mode: str, folder: Path) -> dict:
     import train
     from preference_training.checkpointing.writer import CheckpointWriter
     from preference_training.configuration.validation import configured
-    from preference_training.training.monitors import UnchangedWeights, Watch
+    from preference_training.training.monitors import TrainingMonitor, UnchangedWeights
     from trainers import Trainer
 
     clocks: dict[str, list[float]] = {name: [] for name in ("save", "write", "step", "see", "still", "same")}
     for owner, method, clock in [
         (Trainer, "save", "save"), (CheckpointWriter, "_write", "write"), (Trainer, "train_step", "step"),
-        (Watch, "see", "see"), (UnchangedWeights, "__init__", "still"), (UnchangedWeights, "share_changed", "same"),
+        (TrainingMonitor, "observe", "see"), (UnchangedWeights, "__init__", "still"),
+        (UnchangedWeights, "share_changed", "same"),
     ]:  # fmt: skip
         clocked(owner, method, clocks[clock])
     steps = STEPS_BETWEEN * (CHECKPOINTS + 1)

@@ -44,7 +44,7 @@ def generated(split, silent=False, cache_dir=None):
 
 def load(args):
     """The tokenizer given on the command line."""
-    from preference_training.configuration.kept import model_config
+    from preference_training.configuration.saved import model_config
     from preference_training.modeling.tokenizer import load_tokenizer
 
     return load_tokenizer(model_config({"tokenizer_name_or_path": args.tokenizer}))
@@ -236,8 +236,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=1_000_000)
     parser.add_argument("--folder", default=None)
     args = parser.parse_args()
-    from preference_training.core.libraries import quiet_libraries
-    from preference_training.core.memory import tune_malloc
+    from preference_training.core.machine import quiet_libraries, tune_malloc
 
     quiet_libraries()
     tune_malloc(keep_freed=True)

@@ -51,9 +51,9 @@ def one(overrides: list[str]) -> dict:
     """Run steps with a setting in this process; returns the seconds of each, and the peak memory above that before."""
 
     from preference_training.configuration.validation import configured
-    from preference_training.core.libraries import quiet_libraries
-    from preference_training.core.memory import tune_malloc
+    from preference_training.core.machine import quiet_libraries, tune_malloc
     from preference_training.core.random_streams import seed_everything
+    from preference_training.data.entries import read_entries
     from preference_training.losses.registry import build_loss
     from preference_training.modeling.tokenizer import load_tokenizer
     from preference_training.tracking.tracker import NoTracker
@@ -67,13 +67,13 @@ def one(overrides: list[str]) -> dict:
     tune_malloc(keep_freed=False)
     seed_everything(0)
     tokenizer, loss = load_tokenizer(config.model), build_loss(**config.loss.given())
-    data = preparation.prepare_data(config, tokenizer, loss.paired)
+    data = preparation.prepare_data(config, read_entries(config), tokenizer, loss.paired)
     placement = placement_for(config).start(config, tokenizer)
     import_libraries(config)
     before = status("VmRSS")
     prepared = preparation.PreparedRun(config, Path(), False, loss, tokenizer, data)
     models, batches = assembly.assemble(prepared, placement)
-    trainer = BasicTrainer(config, placement, models, batches, Observers(NoTracker()))
+    trainer = BasicTrainer(placement, models, batches, Observers(NoTracker()))
     held = status("VmRSS") - before
     # Loading holds the full weights briefly, whatever is trained.
     Path("/proc/self/clear_refs").write_text("5")

@@ -36,8 +36,7 @@ def run(job: dict, work: Work, data: dict) -> dict:
 
 def build(job: dict, work: Work, prompts: PromptTable):
     """A trainer as in `train.py`, without evaluation, sampling, checkpoints and logging."""
-    from preference_training.core.libraries import quiet_libraries
-    from preference_training.core.memory import tune_malloc
+    from preference_training.core.machine import quiet_libraries, tune_malloc
     from preference_training.core.random_streams import seed_everything
     from preference_training.losses.registry import build_loss
     from preference_training.modeling.reference_cache import ReferencePlan
@@ -60,7 +59,7 @@ def build(job: dict, work: Work, prompts: PromptTable):
     reads = ReferencePlan(batches.schedule.prompts_seen, batches.schedule.prompts_seen)
     reference = make_reference(config, placement, policy, reads, False) if loss.needs_reference else None
     parts = Models(policy, reference, loss), Batches(batches), Observers(NoTracker())
-    return TRAINERS[config.trainer.name](config, placement, *parts)
+    return TRAINERS[config.trainer.name](placement, *parts)
 
 
 def _config(job: dict, work: Work):

@@ -14,8 +14,7 @@ import torch
 from measure import hardware, versions
 
 from preference_training.configuration.validation import configured
-from preference_training.core.devices import pick_device
-from preference_training.core.libraries import quiet_libraries
+from preference_training.core.machine import pick_device, quiet_libraries
 from preference_training.core.random_streams import seed_everything
 from preference_training.data.toy_preferences import toy_records
 from preference_training.generation.sampling import Sampler

@@ -42,8 +42,8 @@ def work(what: str, given: list[str]) -> list:
     import torch
 
     from preference_training.configuration.validation import configured
-    from preference_training.core.libraries import quiet_libraries
-    from preference_training.core.memory import tune_malloc
+    from preference_training.core.machine import quiet_libraries, tune_malloc
+    from preference_training.data.entries import read_entries
     from preference_training.losses.registry import build_loss
     from preference_training.modeling.tokenizer import load_tokenizer
     from preference_training.tracking.tracker import NoTracker
@@ -58,12 +58,12 @@ def work(what: str, given: list[str]) -> list:
     tune_malloc(keep_freed=not config.trainer.is_sharded)
     tokenizer = load_tokenizer(config.model)
     loss = build_loss(**config.loss.given())
-    data = preparation.prepare_data(config, tokenizer, loss.paired)
+    data = preparation.prepare_data(config, read_entries(config), tokenizer, loss.paired)
     placement = placement_for(config).start(config, tokenizer)
     before = resident_bytes(reset_peak=True)
     prepared = preparation.PreparedRun(config, Path(), False, loss, tokenizer, data)
     models, batches = assembly.assemble(prepared, placement)
-    trainer = TRAINERS[config.trainer.name](config, placement, models, batches, Observers(NoTracker()))
+    trainer = TRAINERS[config.trainer.name](placement, models, batches, Observers(NoTracker()))
     result = {
         "parameters": sum(weight.numel() for weight in trainer.models.policy.parameters()),
         "threads": torch.get_num_threads(),
@@ -162,7 +162,7 @@ def measure_checkpoint(trainer, before: int) -> dict:
 def measure_sampling(trainer, _before: int) -> dict:
     """Seconds to sample responses to four prompts."""
     started = time.perf_counter()
-    answers = trainer.answers()
+    answers = trainer.evaluator.responses()
     return {"seconds": time.perf_counter() - started, "characters": sum(map(len, answers)), "prompts": len(answers)}
 
 

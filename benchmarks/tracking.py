@@ -25,7 +25,7 @@ RUN = (
     "eval_every=512", "sample_during_eval=false", "wandb.enabled=false", "save_policy_pt=false", "save_strategy=no",
 )  # fmt: skip
 # Functions called in each step, and at evaluations only.
-IN_STEPS, AT_EVALUATIONS = ("memory_held", "see", "log_step"), ("report", "log_evaluation", "write")
+IN_STEPS, AT_EVALUATIONS = ("memory_held", "observe", "log_step"), ("report", "log_evaluation", "write")
 
 
 def pages(rounds: int, folder: Path) -> dict:

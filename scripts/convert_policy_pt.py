@@ -24,7 +24,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     """Convert an archive. A user's mistake is reported as one message, with exit status 2."""
     options = arguments()
-    from preference_training.core.libraries import quiet_libraries
+    from preference_training.core.machine import quiet_libraries
     from preference_training.export.policy_pt import convert
 
     quiet_libraries()

@@ -56,9 +56,9 @@ def report(directory: Path, sft: Path, dpo: Path) -> None:
     """Print the table, and three prompts with their responses."""
     import torch
 
-    from preference_training.configuration.kept import read_config
+    from preference_training.configuration.saved import read_config
     from preference_training.configuration.schema import RunConfig
-    from preference_training.core.libraries import quiet_libraries
+    from preference_training.core.machine import quiet_libraries
     from preference_training.core.random_streams import seed_everything
     from preference_training.modeling.loading import load_model
     from preference_training.modeling.logprobs import LiveReference

@@ -32,7 +32,7 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     """Export a model. A user's mistake is reported as one message, with exit status 2."""
     options = vars(arguments())
-    from preference_training.core.libraries import quiet_libraries
+    from preference_training.core.machine import quiet_libraries
     from preference_training.export.checkpoint import export
     from preference_training.export.options import ExportOptions
 

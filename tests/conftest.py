@@ -57,6 +57,6 @@ def plain(compose):
     """What overrides compose to, in plain values: not validated, so that paths need not exist."""
     from omegaconf import OmegaConf
 
-    from preference_training.configuration.composition import composed
+    from preference_training.configuration.composition import compose_overrides
 
-    return lambda *overrides: OmegaConf.to_container(composed(*overrides)[0], resolve=True)
+    return lambda *overrides: OmegaConf.to_container(compose_overrides(*overrides)[0], resolve=True)

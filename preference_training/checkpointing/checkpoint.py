@@ -8,7 +8,7 @@
         checksums.json     written last: size and hash of every file
     RUN/LATEST             a link to the newest of them
 
-A checkpoint is written beside its place, synced, and renamed when it is complete. Every process writes and reads its own
+A checkpoint is written under a temporary name, synced, and renamed when it is complete. Every process writes and reads its own
 shards: none holds the whole model. Nothing here unpickles.
 """
 
@@ -22,23 +22,14 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
-from preference_training.checkpointing.snapshot import distinct, tensors_of
+from preference_training.checkpointing.snapshot import distinct, tensor_state
 from preference_training.checkpointing.state import from_json
 from preference_training.core.errors import first_line
-from preference_training.core.hashing import hash_of_file
+from preference_training.core.files import hash_file
 from preference_training.core.metric_names import EVAL_LOSS, loss_is_at_beta_used, smaller_is_better
 from preference_training.core.process_group import is_distributed
-from preference_training.core.values import (
-    UNREADABLE,
-    misfit,
-)
-from preference_training.tracking.run_files import (
-    CHECKPOINT,
-    CHECKSUMS,
-    OPTIMIZER_DIR,
-    REFERENCE_DIR,
-    STATE,
-)
+from preference_training.core.values import UNREADABLE, find_mismatch
+from preference_training.tracking.run_files import CHECKPOINT, CHECKSUMS, OPTIMIZER_DIR, REFERENCE_DIR, STATE
 
 
 class DamagedError(Exception):
@@ -61,16 +52,16 @@ class Checkpoint:
     def verified(cls, path: Path, shape: dict | None = None, optional: dict | None = None) -> "Checkpoint":
         """A checkpoint whose files are as they were written. Raises DamagedError where they are not.
 
-        shape: what its state must be, in the shapes of `misfit`; optional: that of parts that it may lack.
+        shape: what its state must be, in the shapes of `find_mismatch`; optional: that of parts that it may lack.
         """
-        if fault := fault_of(path):
-            raise DamagedError(fault)
+        if problem := find_damage(path):
+            raise DamagedError(problem)
         try:
             found = cls.read(path)
             given = {
                 name: each for name, each in (optional or {}).items() if isinstance(found.state, dict) and name in found.state
             }
-            part = misfit(found.state, (shape or {}) | given, "state") if shape else None
+            part = find_mismatch(found.state, (shape or {}) | given, "state") if shape else None
         except UNREADABLE as error:
             raise damaged_state(first_line(error)) from error
         if part is not None:
@@ -108,7 +99,7 @@ class Checkpoint:
         value = None if metric == EVAL_LOSS and loss_is_at_beta_used(metrics) else metrics.get(metric)
         return value if isinstance(value, int | float) and math.isfinite(value) else None
 
-    def streams_of(self, rank: int, num_ranks: int) -> dict:
+    def random_streams_for(self, rank: int, num_ranks: int) -> dict:
         """The random streams of a rank; those of rank 0 where there were another number of ranks."""
         streams = self.state["random"]
         return streams[rank if len(streams) == num_ranks else 0]
@@ -119,7 +110,7 @@ class Checkpoint:
 
     def read_optimizer(self, by_weight: dict[str, dict]) -> None:
         """Read the tensors of an optimizer's state in place, by weight name; each process its own shards."""
-        _read_tensors(self.path / OPTIMIZER_DIR, distinct(tensors_of(by_weight))[0])
+        _read_tensors(self.path / OPTIMIZER_DIR, distinct(tensor_state(by_weight))[0])
 
     def read_reference(self, named_weights: dict[str, Tensor]) -> None:
         """Read the weights of a reference that follows the policy in place; each process its own shards."""
@@ -141,7 +132,7 @@ def _read_tensors(directory: Path, tensors: dict[str, Tensor]) -> None:
 # ---- the checkpoints of a run ---------------------------------------------------------------------------------------------
 
 
-def checkpoints_of(run_dir: Path) -> list[Path]:
+def list_checkpoints(run_dir: Path) -> list[Path]:
     """The directories of a run's checkpoints, newest first; they may be damaged."""
     found = [path for path in run_dir.glob(f"{CHECKPOINT}*") if path.is_dir() and _examples_in_name(path) is not None]
     return sorted(found, key=_examples_in_name, reverse=True)
@@ -152,7 +143,7 @@ def _examples_in_name(path: Path) -> int | None:
     return int(number) if number.isdecimal() else None
 
 
-def fault_of(path: Path) -> str | None:
+def find_damage(path: Path) -> str | None:
     """What is wrong with a checkpoint's files; None where each is as it was written."""
     try:
         listed = json.loads((path / CHECKSUMS).read_text())
@@ -165,24 +156,24 @@ def fault_of(path: Path) -> str | None:
     for file, (size, digest) in files.items():
         if not file.is_file():
             return f"{file.relative_to(path)} is missing"
-        if file.stat().st_size != size or hash_of_file(file) != digest:
+        if file.stat().st_size != size or hash_file(file) != digest:
             return f"{file.relative_to(path)} is not what was written"
     return None
 
 
 def newest_usable(
-    run_dir: Path, say: Callable[[str], None] = print, opened: Callable[[Path], Checkpoint] = Checkpoint.verified
+    run_dir: Path, log_message: Callable[[str], None] = print, opened: Callable[[Path], Checkpoint] = Checkpoint.verified
 ) -> Checkpoint | None:
-    """The newest checkpoint of a run that `opened` does not find damaged; says what is wrong with newer ones."""
-    for path in checkpoints_of(run_dir):
+    """The newest checkpoint of a run that `opened` does not find damaged; says why newer ones are skipped."""
+    for path in list_checkpoints(run_dir):
         try:
             return opened(path)
-        except DamagedError as fault:
-            say(f"checkpoint: {path} is skipped: {fault}")
+        except DamagedError as problem:
+            log_message(f"checkpoint: {path} is skipped: {problem}")
     return None
 
 
-def best_of(paths: list[Path], metric: str) -> list[Path]:
+def best_first(paths: list[Path], metric: str) -> list[Path]:
     """The checkpoints that were evaluated, best first: by the smallest loss, or the largest value of another metric."""
     values = {path: _held_out(path, metric) for path in paths}
     known = [path for path, value in values.items() if value is not None]

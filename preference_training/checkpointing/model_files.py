@@ -27,7 +27,7 @@ def save_configuration(policy: nn.Module, directory: Path, tokenizer, end_tokens
     """
     config = copy.deepcopy(policy.config)
     generation = copy.deepcopy(policy.generation_config) if policy.can_generate() else None
-    end_as_trained(config, generation, tokenizer, end_tokens)
+    set_end_tokens(config, generation, tokenizer, end_tokens)
     if not has_adapter(policy):
         # FSDP has replaced the model's class by a subclass.
         config.architectures = [type(policy).__name__.removeprefix("FSDP")]
@@ -38,17 +38,17 @@ def save_configuration(policy: nn.Module, directory: Path, tokenizer, end_tokens
         generation.to_json_file(directory / GENERATION_CONFIG)
 
 
-def end_as_trained(config, generation, tokenizer, end_tokens: Sequence[int] = ()) -> None:
+def set_end_tokens(config, generation, tokenizer, end_tokens: Sequence[int] = ()) -> None:
     """Set the tokens that end a response in place: the tokenizer's, `end_tokens`, and those already named.
 
     generation is None for a model that does not generate. A missing padding token is set for generation alone: in a model's
     configuration it would keep that token's embedding from being trained.
     """
-    wanted = [tokenizer.eos_token_id, *end_tokens]
+    required = [tokenizer.eos_token_id, *end_tokens]
     text = config.get_text_config()
     named = _listed(text.eos_token_id if generation is None else generation.eos_token_id)
-    if not set(wanted) <= set(named):
-        named = list(dict.fromkeys([*wanted, *named]))
+    if not set(required) <= set(named):
+        named = list(dict.fromkeys([*required, *named]))
     if tokenizer.eos_token_id not in _listed(text.eos_token_id):
         text.eos_token_id = tokenizer.eos_token_id
     if generation is not None:

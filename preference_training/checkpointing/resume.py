@@ -11,23 +11,25 @@ from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
-from preference_training.checkpointing.checkpoint import Checkpoint, DamagedError, checkpoints_of, damaged_state, newest_usable
+from preference_training.checkpointing.checkpoint import (
+    Checkpoint,
+    DamagedError,
+    damaged_state,
+    list_checkpoints,
+    newest_usable,
+)
 from preference_training.checkpointing.state import NEWER_STATE_SHAPE, STATE_SHAPE
-from preference_training.configuration.kept import CONFIG
 from preference_training.configuration.keys import MAY_CHANGE_ON_RESUME, is_within
+from preference_training.configuration.saved import CONFIG
 from preference_training.configuration.schema import keys_with
 from preference_training.core.errors import UserError
 from preference_training.core.files import PARTIAL, replace_symlink, write_atomically
 from preference_training.core.metric_names import EXAMPLES
-from preference_training.core.values import (
-    UNREADABLE,
-    dotted,
-    misfit,
-)
+from preference_training.core.values import UNREADABLE, dotted, find_mismatch
 from preference_training.modeling.adapters import BASE_DIR
 from preference_training.modeling.archives import MODEL_CONFIG
 from preference_training.tracking.ledger import FOLDER as LEDGER
-from preference_training.tracking.ledger import cut_back_ledger
+from preference_training.tracking.ledger import truncate_ledger
 from preference_training.tracking.run_files import (
     ABOUT,
     ANSWERS,
@@ -51,7 +53,7 @@ from preference_training.tracking.run_files import (
 
 
 def checkpoint_to_resume(resume: str | None, run_dir: Path, exp_name: str) -> Checkpoint | None:
-    """The checkpoint that `resume` means, None for a new run. Runs lie beside `run_dir`.
+    """The checkpoint that `resume` means, None for a new run. Runs are next to `run_dir`.
 
     Raises UserError for a path without a usable checkpoint.
     """
@@ -59,19 +61,19 @@ def checkpoint_to_resume(resume: str | None, run_dir: Path, exp_name: str) -> Ch
         return None
     if resume != "auto":
         return _given(Path(resume))
-    for directory in runs_of(run_dir, exp_name):
+    for directory in candidate_run_dirs(run_dir, exp_name):
         found = newest_usable(directory, opened=resumable)
         if found is not None:
             print(f"resume: continuing from {found.path}", flush=True)
             return found
-    print(f"resume: no checkpoint of {exp_name} yet, a new run begins", flush=True)
+    print(f"resume: no checkpoint of {exp_name} yet, starting a new run", flush=True)
     return None
 
 
 def _given(path: Path) -> Checkpoint:
     path = path.resolve()
     try:
-        if checkpoints_of(path):
+        if list_checkpoints(path):
             found = newest_usable(path, opened=resumable)
             if found is None:
                 raise DamagedError("none of its checkpoints is intact")
@@ -79,11 +81,11 @@ def _given(path: Path) -> Checkpoint:
             raise DamagedError("no such directory")
         else:
             found = resumable(path)
-            # The name says how far its run was.
-            if path not in checkpoints_of(path.parent):
+            # The name tells how far its run was.
+            if path not in list_checkpoints(path.parent):
                 raise DamagedError(f"its name is no longer {CHECKPOINT}N")
-    except DamagedError as fault:
-        raise UserError(f"resume: {path}: {fault}. Expected a run directory or a checkpoint (step-N), or auto.") from None
+    except DamagedError as problem:
+        raise UserError(f"resume: {path}: {problem}. Expected a run directory or a checkpoint (step-N), or auto.") from None
     print(f"resume: continuing from {found.path}", flush=True)
     return found
 
@@ -96,24 +98,24 @@ def resumable(path: Path) -> Checkpoint:
     return checkpoint
 
 
-def version_of_data(resume: str | None, run_dir: Path, exp_name: str) -> int | None:
+def find_data_version(resume: str | None, run_dir: Path, exp_name: str) -> int | None:
     """By which version of the rules the data of a resumed run was prepared; None for a new run.
 
     Every process looks, before it has joined the others: at the states of checkpoints, not at their weights.
     """
     given = Path(resume).resolve() if resume not in (None, "auto") else None
-    paths = [given] if given and not checkpoints_of(given) else []
-    for directory in [given] if given else runs_of(run_dir, exp_name) if resume else []:
-        paths += checkpoints_of(directory)
+    paths = [given] if given and not list_checkpoints(given) else []
+    for directory in [given] if given else candidate_run_dirs(run_dir, exp_name) if resume else []:
+        paths += list_checkpoints(directory)
     for path in paths:
         with suppress(*UNREADABLE):
             checkpoint = Checkpoint.read(path)
-            if misfit(checkpoint.state, STATE_SHAPE, "state") is None:
+            if find_mismatch(checkpoint.state, STATE_SHAPE, "state") is None:
                 return checkpoint.data_version
     return None
 
 
-def runs_of(run_dir: Path, exp_name: str) -> list[Path]:
+def candidate_run_dirs(run_dir: Path, exp_name: str) -> list[Path]:
     """Where resume=auto looks for checkpoints, in this order: a run's directory, then those of its name, newest first."""
     moment = re.compile(re.escape(exp_name) + r"_\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d-\d{6}")
     beside = [path for path in run_dir.parent.glob("*") if moment.fullmatch(path.name)]
@@ -146,31 +148,31 @@ def check_same_run(checkpoint: Checkpoint, about: dict) -> None:
 
 # ---- the files of a run -----------------------------------------------------------------------------------------------------
 
-OF_A_RUN = (
+RUN_FILES = (
     METRICS, SAMPLES, BAD_STEPS, EVENTS, RESULTS_FILE, ABOUT, FLAGGED, PRUNED, CONFIG, REPORT, ANSWERS,
     JUDGEMENTS, LATEST, LEDGER, TENSORBOARD, WANDB, BASE_DIR, f"{CHECKPOINT}*",
 )  # fmt: skip
 
 
-def parts_of_a_run(run_dir: Path) -> list[Path]:
+def find_run_files(run_dir: Path) -> list[Path]:
     """The files and directories of a run in its directory; none that are not a run's."""
-    parts = sorted(path for pattern in OF_A_RUN for path in run_dir.glob(pattern))
+    parts = sorted(path for pattern in RUN_FILES for path in run_dir.glob(pattern))
     # A directory of that name alone is not a run's.
     return [] if [path.name for path in parts] == [BASE_DIR] else parts
 
 
-def forget_base(run_dir: Path) -> None:
-    """Remove the base model kept by a run that has no checkpoint: it begins anew, from its configuration."""
+def remove_kept_base(run_dir: Path) -> None:
+    """Remove the base model kept by a run that has no checkpoint: it starts over, from its configuration."""
     if (run_dir / BASE_DIR / MODEL_CONFIG).is_file():
         shutil.rmtree(run_dir / BASE_DIR)
 
 
-def check_beginning(run_dir: Path, archive: str | None, eval_only: bool) -> None:
+def check_set_aside(run_dir: Path, archive: str | None, eval_only: bool) -> None:
     """Raise UserError where a new run cannot set aside the earlier one in its directory."""
-    if not parts_of_a_run(run_dir):
+    if not find_run_files(run_dir):
         return
     elsewhere = "Name another local_run_dir"
-    if eval_only and checkpoints_of(run_dir):
+    if eval_only and list_checkpoints(run_dir):
         raise UserError(
             f"local_run_dir: {run_dir} holds a run with checkpoints, and eval_only=true would evaluate the model as "
             f"configured, not it. {elsewhere}, or evaluate the run with resume={run_dir}."
@@ -183,7 +185,7 @@ def check_beginning(run_dir: Path, archive: str | None, eval_only: bool) -> None
 
 def set_aside(run_dir: Path) -> Path | None:
     """Move an earlier run in a directory into a subdirectory of it, and return that; None where there is none."""
-    parts = parts_of_a_run(run_dir)
+    parts = find_run_files(run_dir)
     if not parts:
         return None
     place = run_dir / f"{ASIDE}{datetime.now():%Y-%m-%d_%H-%M-%S-%f}"
@@ -193,18 +195,18 @@ def set_aside(run_dir: Path) -> Path | None:
     return place
 
 
-def cut_back(run_dir: Path, checkpoint: Path | None) -> None:
+def roll_back(run_dir: Path, checkpoint: Path | None) -> None:
     """Restore a run's files to what they were at a checkpoint: later rows are removed, later checkpoints set aside.
 
-    Without a checkpoint the run begins anew: everything there is later.
+    Without a checkpoint the run starts over: everything there is later.
     """
     examples = int(checkpoint.name.removeprefix(CHECKPOINT)) if checkpoint else -1
     for name in (METRICS, SAMPLES, BAD_STEPS):
         if (run_dir / name).exists():
-            _keep_rows(run_dir / name, examples)
-    cut_back_ledger(run_dir, examples)
+            _truncate_rows(run_dir / name, examples)
+    truncate_ledger(run_dir, examples)
     (run_dir / PRUNED).unlink(missing_ok=True)
-    for later in checkpoints_of(run_dir):
+    for later in list_checkpoints(run_dir):
         if int(later.name.removeprefix(CHECKPOINT)) > examples:
             aside = later.with_name(f"{later.name}.set-aside")
             shutil.rmtree(aside, ignore_errors=True)
@@ -219,7 +221,7 @@ def cut_back(run_dir: Path, checkpoint: Path | None) -> None:
         replace_symlink(run_dir / LATEST, checkpoint.name)
 
 
-def _keep_rows(file: Path, examples: int) -> None:
+def _truncate_rows(file: Path, examples: int) -> None:
     kept = []
     # Bytes: a text may hold what Python takes for the end of a line, and half a row may end within a letter.
     for line in file.read_bytes().splitlines():

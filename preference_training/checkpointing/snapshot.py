@@ -33,7 +33,7 @@ class Snapshot:
     ) -> "Snapshot":
         """From named weights, of which some may be tied, and an optimizer's state by weight name."""
         reference, _ = distinct(named_reference or {})
-        return cls(examples, *distinct(named_weights), distinct(tensors_of(optimizer))[0], state, reference)
+        return cls(examples, *distinct(named_weights), distinct(tensor_state(optimizer))[0], state, reference)
 
     @property
     def num_bytes(self) -> int:
@@ -58,13 +58,13 @@ def distinct(named: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str
     return {name: tensor.detach() for name, tensor in named.items() if name not in tied}, tied
 
 
-def tensors_of(by_weight: dict[str, dict]) -> dict[str, Tensor]:
+def tensor_state(by_weight: dict[str, dict]) -> dict[str, Tensor]:
     """The tensors of an optimizer's state, as "<weight>.<name>"."""
     named = ((f"{weight}.{name}", value) for weight, values in by_weight.items() for name, value in values.items())
     return {name: value for name, value in named if isinstance(value, Tensor)}
 
 
-def numbers_of(by_weight: dict[str, dict]) -> dict[str, dict]:
+def scalar_state(by_weight: dict[str, dict]) -> dict[str, dict]:
     """The plain values of an optimizer's state, such as its step count, by weight name."""
     numbers = {
         weight: {name: value for name, value in values.items() if not isinstance(value, Tensor)}

@@ -1,4 +1,4 @@
-"""state.json of a checkpoint: what continues a run beside weights and optimizer, as JSON, and the shape that it must have."""
+"""state.json of a checkpoint: what resumes a run besides weights and optimizer, as JSON, and the shape that it must have."""
 
 import base64
 import json
@@ -32,7 +32,7 @@ def _decode(value: dict):
     return torch.tensor(list(base64.b64decode(value["base64"])), dtype=torch.uint8) if value.keys() == {"base64"} else value
 
 
-# ---- the shape of a state from which a run can resume, in the shapes of `misfit` ---------------------------------------------
+# ---- the shape of a state from which a run can resume, for `find_mismatch` --------------------------------------------------
 
 
 def _count(value) -> bool:

@@ -1,4 +1,4 @@
-"""Writing checkpoints: beside their place, renamed when complete, in the background if asked to."""
+"""Writing checkpoints: under a temporary name, renamed when complete, in the background if asked to."""
 
 import json
 import os
@@ -14,7 +14,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageWriter
 
-from preference_training.checkpointing.checkpoint import best_of, checkpoints_of
+from preference_training.checkpointing.checkpoint import best_first, list_checkpoints
 from preference_training.checkpointing.model_files import (
     file_numbers,
     save_configuration,
@@ -25,29 +25,21 @@ from preference_training.checkpointing.model_files import (
 from preference_training.checkpointing.snapshot import Snapshot
 from preference_training.checkpointing.state import to_json
 from preference_training.core.errors import UserError
-from preference_training.core.files import PARTIAL, replace_symlink, sync, sync_directory
-from preference_training.core.hashing import hash_of_file
+from preference_training.core.files import PARTIAL, hash_file, replace_symlink, sync, sync_directory
 from preference_training.core.metric_names import EVAL_LOSS
 from preference_training.core.process_group import SINGLE_PROCESS, Ranks, is_distributed
 from preference_training.modeling.adapters import WEIGHTS_FILE, has_adapter, save_adapter_config
 from preference_training.modeling.archives import SAFETENSORS_INDEX, WHOLE_WEIGHTS
-from preference_training.tracking.run_files import (
-    CHECKPOINT,
-    CHECKSUMS,
-    LATEST,
-    OPTIMIZER_DIR,
-    REFERENCE_DIR,
-    STATE,
-)
+from preference_training.tracking.run_files import CHECKPOINT, CHECKSUMS, LATEST, OPTIMIZER_DIR, REFERENCE_DIR, STATE
 
 
 @dataclass(frozen=True)
 class SaveOptions:
     """How checkpoints are written, and which are kept.
 
-    run: what the run is made of, as each checkpoint says. background: training goes on while one is written. keep_last,
+    run: what the run is made of, as each checkpoint says. background: training continues while one is written. keep_last,
     keep_best: how many are kept, the best by the held-out `metric`; None for no limit. timeout_minutes: how long a process
-    waits for the others. end_tokens: what training ended responses with, beside the tokenizer's end-of-sequence token.
+    waits for the others. end_tokens: what training ended responses with, besides the tokenizer's end-of-sequence token.
     """
 
     run: dict = field(default_factory=dict)
@@ -62,9 +54,9 @@ class SaveOptions:
 class CheckpointWriter:
     """Writes the checkpoints of a run, one at a time. Use as a context manager; all ranks make one and write together.
 
-    A failure (a full disk) costs that checkpoint and a line, which `say` prints; `failed` is true while it was the newest one.
-    `check`, where it is set, is called with the next complete directory before it becomes a checkpoint, and raises what stops
-    the run; `checked` says on rank 0 whether that has happened.
+    A failure (a full disk) costs that checkpoint and is logged; `failed` is true while it was the newest one. `check`, where
+    set, is called with the next complete directory before it becomes a checkpoint, and raises what stops the run; `checked`
+    tells on rank 0 whether that has happened.
     """
 
     def __init__(
@@ -74,9 +66,9 @@ class CheckpointWriter:
         tokenizer,
         ranks: Ranks = SINGLE_PROCESS,
         options: SaveOptions | None = None,
-        say: Callable[[str], None] = print,
+        log_message: Callable[[str], None] = print,
     ):
-        self.run_dir, self.policy, self.tokenizer, self.ranks, self.say = run_dir, policy, tokenizer, ranks, say
+        self.run_dir, self.policy, self.tokenizer, self.ranks, self.log_message = run_dir, policy, tokenizer, ranks, log_message
         self.options = options or SaveOptions()
         self.check: Callable[[Path], None] | None = None
         self.checked = False
@@ -85,7 +77,7 @@ class CheckpointWriter:
         timeout = timedelta(minutes=minutes) if minutes else None
         self.group = torch.distributed.new_group(backend="gloo", timeout=timeout) if is_distributed() else None
         self.thread = ThreadPoolExecutor(1) if self.options.background else None
-        self.under_way: Future | None = None
+        self.pending_write: Future | None = None
         self.failed = False
 
     def write(self, snapshot: Snapshot, with_policy_pt: bool = False) -> None:
@@ -99,13 +91,13 @@ class CheckpointWriter:
             # The check compares with the model as it is now.
             self._write(snapshot, with_policy_pt)
         else:
-            self.under_way = self.thread.submit(self._write, snapshot.copied(), with_policy_pt)
+            self.pending_write = self.thread.submit(self._write, snapshot.copied(), with_policy_pt)
 
     def wait(self) -> None:
         """Return when nothing is being written any more. Raises what went wrong, unless it was the disk."""
-        if self.under_way is not None:
-            self.under_way.result()
-            self.under_way = None
+        if self.pending_write is not None:
+            self.pending_write.result()
+            self.pending_write = None
 
     def __enter__(self) -> "CheckpointWriter":
         return self
@@ -132,7 +124,7 @@ class CheckpointWriter:
                 self._check(partial)
                 publish(partial, place)
                 self._remove_old()
-                self.say(f"checkpoint: {place}")
+                self.log_message(f"checkpoint: {place}")
             self.checked |= self.check is not None
             self.failed, self.check = False, None
         except (OSError, CheckpointException) as error:
@@ -179,16 +171,16 @@ class CheckpointWriter:
         if self.ranks.is_rank_zero:
             name = f"{CHECKPOINT}{snapshot.examples}"
             shutil.rmtree(self.run_dir / f"{name}{PARTIAL}", ignore_errors=True)
-            self.say(f"checkpoint: {name} could not be written, the run goes on: {reason}")
+            self.log_message(f"checkpoint: {name} could not be written, the run continues: {reason}")
 
     def _remove_old(self) -> None:
         keep_last, keep_best = self.options.keep_last, self.options.keep_best
         if keep_last is None and keep_best is None:
             return
-        newest_first = checkpoints_of(self.run_dir)
+        newest_first = list_checkpoints(self.run_dir)
         kept = set(newest_first[: keep_last or 1])
         if keep_best is not None:
-            kept |= set(best_of(newest_first, self.options.metric)[:keep_best])
+            kept |= set(best_first(newest_first, self.options.metric)[:keep_best])
         for path in newest_first:
             if path not in kept:
                 # Its checksums first: what a kill leaves of it is no checkpoint.
@@ -202,7 +194,7 @@ def publish(partial: Path, place: Path) -> None:
     for file in sorted(path for path in partial.rglob("*") if path.is_file()):
         with file.open("rb+") as opened:
             sync(opened)
-        listed[str(file.relative_to(partial))] = {"bytes": file.stat().st_size, "xxh3_128": hash_of_file(file)}
+        listed[str(file.relative_to(partial))] = {"bytes": file.stat().st_size, "xxh3_128": hash_file(file)}
     with (partial / CHECKSUMS).open("w") as file:
         json.dump(listed, file, indent=1)
         sync(file)

@@ -1,13 +1,14 @@
-"""The YAML files of config/: which keys there are, and what to say of an override that does not compose."""
+"""The YAML files of config/: which keys exist, and how to explain an override that does not compose."""
 
 import re
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from preference_training.configuration.keys import OPEN, names_of
+from preference_training.configuration.keys import OPEN, key_names
 from preference_training.configuration.schema import RunConfig, keys_with
 from preference_training.core.errors import UserError, nearest
 
@@ -25,6 +26,11 @@ def force_open_sections(arguments: list[str]) -> list[str]:
     return [f"++{text}" if in_open_section(text) else text for text in arguments]
 
 
+def prepare_arguments(arguments: list[str]) -> list[str]:
+    """Command-line arguments as Hydra needs them for open sections, and for groups that are swept over."""
+    return defer_keys_of_swept_groups(force_open_sections(arguments))
+
+
 def defer_keys_of_swept_groups(arguments: list[str]) -> list[str]:
     """Command-line arguments in which a key of a group that is swept over is set in each job, and not before.
 
@@ -37,7 +43,7 @@ def defer_keys_of_swept_groups(arguments: list[str]) -> list[str]:
     return [_as_sweep(text) if text.startswith(groups) else text for text in arguments] if groups else arguments
 
 
-def _parsed(text: str):
+def _parsed(text: str) -> Any:
     """Hydra's override of a command-line argument; None for one that is none."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
@@ -70,7 +76,7 @@ def _as_sweep(text: str) -> str:
     return f"{key}=choice({value})"
 
 
-def composed(*overrides: str) -> tuple[DictConfig, dict[str, str]]:
+def compose_overrides(*overrides: str) -> tuple[DictConfig, dict[str, str]]:
     """What overrides compose to, and the file that each group was composed from.
 
     Raises UserError where one names what does not exist.
@@ -92,17 +98,17 @@ def composed(*overrides: str) -> tuple[DictConfig, dict[str, str]]:
 @cache
 def known_keys() -> frozenset[str]:
     """Dotted names of all keys, and the groups."""
-    names = names_of(RunConfig)
+    names = key_names(RunConfig)
     return frozenset(GROUPS) | {name for name in names if not any(other.startswith(f"{name}.") for other in names)}
 
 
 @cache
-def default_values(**groups: str) -> dict:
+def default_values(**groups: str) -> dict[str, Any]:
     """The plain values of config.yaml, with the groups' files of these names; an unknown name is an empty section."""
     values = OmegaConf.to_container(OmegaConf.load(CONFIG_DIR / "config.yaml"))
     for group, name in groups.items():
         # A name in data forms no path.
-        known = name in ("base_model", *choices_of(group))
+        known = name in ("base_model", *group_choices(group))
         values[group] = OmegaConf.to_container(OmegaConf.load(CONFIG_DIR / group / f"{name}.yaml")) if known else {}
     return {key: value for key, value in values.items() if key not in ("hydra", "defaults")}
 
@@ -114,7 +120,7 @@ def explain_composition_error(error: Exception) -> str:
         return unknown_key(match[1])
     if match := re.search(r"Could not find '(\w+)/([^']+)'", text):
         group, choice = match.groups()
-        return f"{group}={choice}: there is no such {group}; {nearest(choice, choices_of(group))}"
+        return f"{group}={choice}: there is no such {group}; {nearest(choice, group_choices(group))}"
     if "does not support sweep type" in text and "INTERVAL" in text:
         return (
             "interval(...): Hydra's own sweeper goes through values one by one. List them, or search with hydra/sweeper=optuna."
@@ -125,29 +131,29 @@ def explain_composition_error(error: Exception) -> str:
 
 
 def unknown_key(key: str) -> str:
-    """What to say of a key that does not exist, or not here."""
+    """Explain a key that does not exist, or not here."""
     if key in known_keys():
         group, name = key.split(".", 1)
-        owners = [choice for choice in choices_of(group) if name in keys_of_choice(group, choice)]
+        owners = [choice for choice in group_choices(group) if name in choice_keys(group, choice)]
         return f"{key}: this {group} has no such key. It belongs to {group}={', '.join(owners)}."
     return f"{key}: no such key; {nearest(key, known_keys())}"
 
 
 @cache
-def keys_of_choice(group: str, choice: str) -> frozenset[str]:
+def choice_keys(group: str, choice: str) -> frozenset[str]:
     """The keys that group=CHOICE has, those of the files that it builds on among them."""
     file = OmegaConf.load(CONFIG_DIR / group / f"{choice}.yaml")
     bases = [base for base in file.get("defaults", ()) if isinstance(base, str) and base != "_self_"]
-    return (frozenset(file) - {"defaults"}).union(*(keys_of_choice(group, base) for base in bases))
+    return (frozenset(file) - {"defaults"}).union(*(choice_keys(group, base) for base in bases))
 
 
 @cache
 def group_keys(group: str) -> dict[str, frozenset[str]]:
-    """The names that `loss.name` or `trainer.name` may say, each with the keys of its file."""
-    files = [OmegaConf.load(CONFIG_DIR / group / f"{choice}.yaml") for choice in choices_of(group)]
+    """The names that `loss.name` or `trainer.name` may be, each with the keys of its file."""
+    files = [OmegaConf.load(CONFIG_DIR / group / f"{choice}.yaml") for choice in group_choices(group)]
     return {file.name: frozenset(file) for file in files if "name" in file}
 
 
-def choices_of(group: str) -> list[str]:
+def group_choices(group: str) -> list[str]:
     """The names that `group=NAME` may take."""
     return sorted(file.stem for file in (CONFIG_DIR / group).glob("*.yaml") if file.stem != "base_model")

@@ -14,13 +14,13 @@ from typing import Any, Self
 
 from preference_training.core.errors import UserError, nearest
 
-Kind = Callable[[object], str | None]
+Kind = Callable[[Any], str | None]
 
-# Flags of a key. The run goes on where it differs from what it was at the run's beginning.
+# Flags of a key. A resumed run may have another value than the run had before.
 MAY_CHANGE_ON_RESUME = "may change on resume"
-# Where a job of a sweep computes and what it says: the job is the same with another value.
+# Where a job of a sweep computes and what it prints: with another value it is the same job.
 OUTSIDE_JOB_IDENTITY = "outside a job's identity"
-# Where files lie and where a run computes, how much it says: nothing that the model depends on, and so in no card.
+# Where files are stored, where a run computes, how much it prints: the model does not depend on it, so no card shows it.
 NOT_SHOWN = "not shown"
 # A section whose keys are another library's or the user's, and so not listed in our files.
 OPEN = "open"
@@ -46,8 +46,8 @@ class Section:
     """A section of the configuration, with an attribute for each key."""
 
     @classmethod
-    def of(cls, values: dict) -> Self:
-        """The section with these values, unchecked; what it has no field for is left out."""
+    def of(cls, values: dict[str, Any]) -> Self:
+        """The section with these values, unchecked; values without a field are ignored."""
         read = {}
         for each in fields(cls):
             if each.name in values:
@@ -56,12 +56,12 @@ class Section:
         return cls(**read)
 
 
-def declared(section_class: type) -> list[Field]:
+def declared(section_class: type) -> list[Field[Any]]:
     """The fields of a section that are keys, in their order."""
     return [each for each in fields(section_class) if "flags" in each.metadata]
 
 
-def check_section(section_class: type, values: object, name: str = "") -> None:
+def check_section(section_class: type, values: Any, name: str = "") -> None:
     """Raise UserError for the first value in a section that is not of its key's kind.
 
     Keys that are not there are passed over: whether all are there depends on the choices of the groups.
@@ -76,23 +76,23 @@ def check_section(section_class: type, values: object, name: str = "") -> None:
                 refuse(each.metadata["kind"](values[each.name]), full)
 
 
-def refuse(fault: str | None, name: str) -> None:
-    """Raise UserError where there is a fault."""
-    if fault is not None:
-        raise UserError(f"{name}: {fault}")
+def refuse(problem: str | None, name: str) -> None:
+    """Raise UserError if there is a problem."""
+    if problem is not None:
+        raise UserError(f"{name}: {problem}")
 
 
-def names_of(section_class: type, prefix: str = "") -> dict[str, frozenset[str]]:
+def key_names(section_class: type, prefix: str = "") -> dict[str, frozenset[str]]:
     """Dotted names of all keys and sections, each with its flags and those of the sections that it is in."""
-    return dict(_names_of(section_class, prefix, frozenset()))
+    return dict(_key_names(section_class, prefix, frozenset()))
 
 
-def _names_of(section_class: type, prefix: str, above: frozenset[str]) -> Iterable[tuple[str, frozenset[str]]]:
+def _key_names(section_class: type, prefix: str, above: frozenset[str]) -> Iterable[tuple[str, frozenset[str]]]:
     for each in declared(section_class):
         flags = above | each.metadata["flags"]
         yield f"{prefix}{each.name}", flags
         if inner := each.metadata.get("section"):
-            yield from _names_of(inner, f"{prefix}{each.name}.", flags)
+            yield from _key_names(inner, f"{prefix}{each.name}.", flags)
 
 
 def is_within(name: str, names: Iterable[str]) -> bool:
@@ -103,20 +103,20 @@ def is_within(name: str, names: Iterable[str]) -> bool:
 # ---- kinds --------------------------------------------------------------------------------------------------------------
 
 
-def expected(words: str, fits: Callable[[object], bool], null: bool = False) -> Kind:
+def expected(words: str, fits: Callable[[Any], bool], null: bool = False) -> Kind:
     """Values that a predicate lets through, and None with `null`. words: what was expected, without "or null"."""
     return partial(_fault, fits, f"{words}{' or null' * null}", null)
 
 
-def _fault(fits: Callable[[object], bool], words: str, null: bool, value: object) -> str | None:
+def _fault(fits: Callable[[Any], bool], words: str, null: bool, value: Any) -> str | None:
     return None if (null and value is None) or fits(value) else f"found {value!r}, expected {words}."
 
 
-def anything(value: object) -> None:
+def anything(value: Any) -> None:
     """What other parts look at."""
 
 
-def switch(value: object) -> str | None:
+def switch(value: Any) -> str | None:
     """true or false."""
     return None if isinstance(value, bool) else f"found {value!r}, expected true or false."
 
@@ -131,7 +131,7 @@ def whole(least: int, null: bool = False) -> Kind:
     return expected(f"a whole number from {least}", lambda value: type(value) is int and value >= least, null)
 
 
-def is_number(value: object) -> bool:
+def is_number(value: Any) -> bool:
     """Whether a value is a finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
@@ -151,21 +151,21 @@ def share(below: float = 1, null: bool = False) -> Kind:
     return expected(f"a share from 0 to below {below}", lambda value: is_number(value) and 0 <= value < below, null)
 
 
-def one_of(values: tuple, words: str | None = None, null: bool = False) -> Kind:
-    """One of a few values. words: where "a, b, c" is not how to say it."""
+def one_of(values: tuple[str, ...], words: str | None = None, null: bool = False) -> Kind:
+    """One of a few values. words: where "a, b, c" does not describe them."""
     return expected(words or ", ".join(values), lambda value: value in values, null)
 
 
-def name_of(noun: str, known: tuple[str, ...], null: bool = False) -> Kind:
-    """One of many names; a fault names the nearest."""
-    return partial(_fault_of_name, noun, known, null)
+def known_name(noun: str, known: tuple[str, ...], null: bool = False) -> Kind:
+    """One of many names; the error suggests the nearest."""
+    return partial(_unknown_name, noun, known, null)
 
 
-def _fault_of_name(noun: str, known: tuple[str, ...], null: bool, value: object) -> str | None:
+def _unknown_name(noun: str, known: tuple[str, ...], null: bool, value: Any) -> str | None:
     return None if (null and value is None) or value in known else f"no {noun} {value!r}; {nearest(str(value), known)}"
 
 
-def plain_section(value: object) -> str | None:
+def plain_section(value: Any) -> str | None:
     """Keys with values."""
     return None if isinstance(value, dict) else f"found {value!r}, expected a section: keys with values, or {{}}."
 
@@ -175,6 +175,6 @@ def texts(words: str, null: bool = False) -> Kind:
     return expected(words, lambda value: all(isinstance(each, str) for each in listed(value)), null)
 
 
-def listed(value: object) -> list:
-    """A value as a list: brackets may be left out for one."""
+def listed(value: Any) -> list[Any]:
+    """A value as a list: brackets are optional for one."""
     return value if isinstance(value, list) else [value]

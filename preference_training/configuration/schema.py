@@ -9,7 +9,7 @@ import math
 import re
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Self
+from typing import Any, Self, TypeVar
 
 from preference_training.configuration.keys import (
     MAY_CHANGE_ON_RESUME,
@@ -22,9 +22,9 @@ from preference_training.configuration.keys import (
     expected,
     is_number,
     key,
+    key_names,
+    known_name,
     listed,
-    name_of,
-    names_of,
     not_negative,
     one_of,
     optional_key,
@@ -48,11 +48,12 @@ SHARDINGS = ("full", "grad_op", "optimizer", "none", "hybrid")
 ATTENTIONS = ("auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3")
 DTYPES = ("float32", "bfloat16", "float16")
 MODES = ("DPO", "beta_DPO")
-# Keys of a run that an entry of `datasets` may set for itself, and what some of them may say, beside null.
+# Keys of a run that an entry of `datasets` may override, and the values that some of them may have, besides null.
 GENERAL_KEYS = ("template", "system_prompt", "truncation_mode", "on_bad_row", "weight")
 TEMPLATES = ("raw", "hh", "chatml", "chat")
 TRUNCATION_MODES = ("keep_start", "keep_end", "drop")
 GENERAL_CHOICES = {"template": TEMPLATES, "truncation_mode": TRUNCATION_MODES, "on_bad_row": ("stop", "skip")}
+AnySection = TypeVar("AnySection", bound=Section)
 # Of exp_name; most systems allow a directory's name 255, and the moment follows it. Unit: bytes.
 LONGEST_NAME = 200
 # Relative distance of neighbouring numbers of a low-precision dtype, at most. A smaller update of a weight may be rounded away.
@@ -61,11 +62,11 @@ SPACINGS = {"bfloat16": 2**-7, "float16": 2**-10}
 ORDINARY_WEIGHT = 0.05
 
 
-def _directory_name(value: object) -> str | None:
-    fault = text()(value)
-    sound = fault is None and value.isprintable() and "/" not in value and len(value.encode()) <= LONGEST_NAME
+def _directory_name(value: Any) -> str | None:
+    problem = text()(value)
+    valid = problem is None and value.isprintable() and "/" not in value and len(value.encode()) <= LONGEST_NAME
     words = f"the beginning of a directory's name: at most {LONGEST_NAME} bytes, none of them a /"
-    return fault or (None if sound else f"found {value!r}, expected {words}.")
+    return problem or (None if valid else f"found {value!r}, expected {words}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,15 +92,15 @@ class ModelConfig(Section):
     tokenizer_name_or_path: str | None = key(text(null=True), NOT_SHOWN)
     archive: str | None = key(text(null=True), NOT_SHOWN)
     block_name: str | None = key(text(null=True))
-    policy_dtype: str = key(name_of("dtype", DTYPES))
-    autocast_dtype: str | None = key(name_of("dtype", DTYPES, null=True))
-    fsdp_policy_mp: str | None = key(name_of("dtype", DTYPES, null=True))
-    reference_dtype: str = key(name_of("dtype", DTYPES))
-    from_config: dict = key(plain_section, OPEN)
+    policy_dtype: str = key(known_name("dtype", DTYPES))
+    autocast_dtype: str | None = key(known_name("dtype", DTYPES, null=True))
+    fsdp_policy_mp: str | None = key(known_name("dtype", DTYPES, null=True))
+    reference_dtype: str = key(known_name("dtype", DTYPES))
+    from_config: dict[str, Any] = key(plain_section, OPEN)
     lora: LoraConfig = section(LoraConfig)
     quantization: str | None = key(one_of(("nf4", "int8"), "nf4, int8", null=True))
     double_quantization: bool = key(switch)
-    quantized_compute_dtype: str | None = key(name_of("dtype", DTYPES, null=True))
+    quantized_compute_dtype: str | None = key(known_name("dtype", DTYPES, null=True))
     attn_implementation: str = key(one_of(ATTENTIONS))
     liger_kernels: bool = key(switch)
     trust_remote_code: bool = key(switch)
@@ -127,7 +128,7 @@ class LossConfig(Section):
     label_smoothing: float | None = optional_key(share(below=0.5))
     reference_free: bool | None = optional_key(switch)
     length_normalised: bool | None = optional_key(switch)
-    mode_loss: str | None = optional_key(name_of("mode", MODES))
+    mode_loss: str | None = optional_key(known_name("mode", MODES))
     mode_weight: float | None = optional_key(share())
     a: float | None = optional_key(not_negative())
     alpha: float | None = optional_key(not_negative())
@@ -140,11 +141,11 @@ class LossConfig(Section):
     function: str | None = optional_key(
         expected("FILE.py:NAME", lambda value: isinstance(value, str) and re.search(r"\.py:\w+$", value) is not None)
     )
-    options: dict | None = optional_key(plain_section, OPEN)
-    own: dict = field(default_factory=dict)
+    options: dict[str, Any] | None = optional_key(plain_section, OPEN)
+    own: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, values: dict) -> Self:
+    def of(cls, values: dict[str, Any]) -> Self:
         """The section with these values, unchecked; what only one loss has is checked by that loss."""
         shared = {each.name for each in declared(cls)}
         return replace(super().of(values), own={name: value for name, value in values.items() if name not in shared})
@@ -154,7 +155,7 @@ class LossConfig(Section):
         """Whether the reference follows the policy, so that its log-probs cannot be known before."""
         return self.reference_update_every is not None
 
-    def given(self) -> dict:
+    def given(self) -> dict[str, Any]:
         """The loss's own keys, `name` among them."""
         shared = {each.name: getattr(self, each.name) for each in declared(type(self))}
         return copy.deepcopy({name: value for name, value in shared.items() if value is not None} | self.own)
@@ -169,16 +170,16 @@ class TrainerConfig(Section):
     nproc_per_node: int | None = optional_key(whole(1, null=True), MAY_CHANGE_ON_RESUME, OUTSIDE_JOB_IDENTITY, NOT_SHOWN)
     world_size: int | None = optional_key(whole(1, null=True), NOT_SHOWN)
     device_memory: float | None = optional_key(positive(null=True), NOT_SHOWN)
-    sharding: str | None = optional_key(name_of("sharding", SHARDINGS), MAY_CHANGE_ON_RESUME)
-    param_dtype: str | None = optional_key(name_of("dtype", DTYPES, null=True))
-    reduce_dtype: str | None = optional_key(name_of("dtype", DTYPES, null=True), MAY_CHANGE_ON_RESUME)
-    output_dtype: str | None = optional_key(name_of("dtype", DTYPES, null=True))
+    sharding: str | None = optional_key(known_name("sharding", SHARDINGS), MAY_CHANGE_ON_RESUME)
+    param_dtype: str | None = optional_key(known_name("dtype", DTYPES, null=True))
+    reduce_dtype: str | None = optional_key(known_name("dtype", DTYPES, null=True), MAY_CHANGE_ON_RESUME)
+    output_dtype: str | None = optional_key(known_name("dtype", DTYPES, null=True))
     cpu_offload: bool | None = optional_key(switch, MAY_CHANGE_ON_RESUME)
     distributed_timeout_minutes: float | None = optional_key(positive(), MAY_CHANGE_ON_RESUME, OUTSIDE_JOB_IDENTITY)
 
     @property
     def is_sharded(self) -> bool:
-        """Whether the trainer lays weights over several processes."""
+        """Whether the trainer shards weights over several processes."""
         return self.name != "BasicTrainer"
 
     @property
@@ -235,7 +236,7 @@ class RunConfig(Section):
         expected("a port from 1 to 65535, or null", lambda value: value is None or (type(value) is int and 0 < value < 2**16)),
         *(MAY_CHANGE_ON_RESUME, OUTSIDE_JOB_IDENTITY, NOT_SHOWN),
     )
-    datasets: list | str | dict = key(anything, NOT_SHOWN)
+    datasets: list[Any] | str | dict[str, Any] = key(anything, NOT_SHOWN)
     held_out_share: float = key(share())
     template: str | None = key(one_of(TEMPLATES, null=True))
     system_prompt: str | None = key(text(null=True))
@@ -249,8 +250,8 @@ class RunConfig(Section):
     local_run_dir: str = key(anything, MAY_CHANGE_ON_RESUME, OUTSIDE_JOB_IDENTITY, NOT_SHOWN)
     sweep_dir: str | None = key(text(null=True), MAY_CHANGE_ON_RESUME, OUTSIDE_JOB_IDENTITY, NOT_SHOWN)
     gpus_per_job: int | None = key(whole(1, null=True), MAY_CHANGE_ON_RESUME, OUTSIDE_JOB_IDENTITY, NOT_SHOWN)
-    pruner: str | None = key(name_of("pruner", PRUNERS, null=True), MAY_CHANGE_ON_RESUME, NOT_SHOWN)
-    pruner_kwargs: dict = key(plain_section, OPEN, MAY_CHANGE_ON_RESUME, NOT_SHOWN)
+    pruner: str | None = key(known_name("pruner", PRUNERS, null=True), MAY_CHANGE_ON_RESUME, NOT_SHOWN)
+    pruner_kwargs: dict[str, Any] = key(plain_section, OPEN, MAY_CHANGE_ON_RESUME, NOT_SHOWN)
     cache_dir: str | None = key(text(null=True), MAY_CHANGE_ON_RESUME, OUTSIDE_JOB_IDENTITY, NOT_SHOWN)
     sample_during_eval: bool | None = key(
         expected("true, false or null", lambda value: value is None or isinstance(value, bool)), MAY_CHANGE_ON_RESUME
@@ -277,8 +278,8 @@ class RunConfig(Section):
     n_steps: int | None = key(whole(1, null=True), MAY_CHANGE_ON_RESUME)
     early_stopping_patience: int | None = key(whole(1, null=True), MAY_CHANGE_ON_RESUME)
     n_eval_examples: int | None = key(whole(1, null=True), MAY_CHANGE_ON_RESUME)
-    optimizer: str = key(name_of("optimizer", OPTIMIZERS))
-    optimizer_kwargs: dict = key(plain_section, OPEN)
+    optimizer: str = key(known_name("optimizer", OPTIMIZERS))
+    optimizer_kwargs: dict[str, Any] = key(plain_section, OPEN)
     master_weights: bool | str = key(
         expected("auto, true or false", lambda value: value == "auto" or isinstance(value, bool)), MAY_CHANGE_ON_RESUME
     )
@@ -303,16 +304,17 @@ class RunConfig(Section):
     model: ModelConfig = section(ModelConfig)
     loss: LossConfig = section(LossConfig)
     trainer: TrainerConfig = section(TrainerConfig)
-    as_composed: dict = field(repr=False, compare=False)
+    as_composed: dict[str, Any] = field(repr=False, compare=False)
 
     @classmethod
-    def of(cls, values: dict, as_composed: dict | None = None) -> "RunConfig":
+    def of(cls, values: dict[str, Any], as_composed: dict[str, Any] | None = None) -> "RunConfig":
         """The configuration with these plain values, unchecked. as_composed: the same with references, if there are any."""
         return super().of({**values, "as_composed": as_composed or values})
 
-    def changed(self, values: dict) -> "RunConfig":
+    def changed(self, values: dict[str, Any]) -> "RunConfig":
         """A copy with other values, by dotted names, unchecked."""
-        composed, config = copy.deepcopy(self.as_composed), self
+        composed = copy.deepcopy(self.as_composed)
+        config: RunConfig = self
         for name, value in values.items():
             *above, last = name.split(".")
             config, place = _replaced(config, name.split("."), value), composed
@@ -321,7 +323,7 @@ class RunConfig(Section):
             place[last] = value
         return replace(config, as_composed=composed)
 
-    def as_dict(self) -> dict:
+    def as_dict(self) -> dict[str, Any]:
         """All of it in plain values: the keys that were composed, in that order, references resolved."""
         return _plain(self, self.as_composed)
 
@@ -332,7 +334,7 @@ class RunConfig(Section):
 
     @property
     def dashboard_names(self) -> list[str]:
-        """Those of `tracking` that a run's numbers go to beside its own files."""
+        """The dashboards in `tracking`: where a run's metrics go besides its own files."""
         switched_off = {"jsonl"} if self.wandb.enabled else {"jsonl", "wandb"}
         return [] if self.debug else [name for name in listed(self.tracking) if name not in switched_off]
 
@@ -345,11 +347,11 @@ class RunConfig(Section):
         """
         trained = self.model.trains_low_precision
         if self.master_weights != "auto":
-            return self.master_weights and trained
+            return bool(self.master_weights) and trained
         return trained and (self.optimizer == "SGD" or self.lr < self.model.smallest_kept_lr)
 
     @property
-    def times_beside_weights(self) -> int:
+    def weight_copies(self) -> int:
         """How many times the memory of the trained weights gradients and optimizer take, at most."""
         # A gradient and two states of the weights' dtype; or a gradient of it, and float32 copies with two states.
         return 1 + 3 * 2 if self.keeps_master_weights else 1 + 2
@@ -359,12 +361,12 @@ class RunConfig(Section):
 
         Never where the reference follows the policy.
         """
-        wanted = self.reference_logps
-        return wanted == "cached" or (wanted is None and read_again and not self.loss.moves_reference)
+        requested = self.reference_logps
+        return requested == "cached" or (requested is None and read_again and not self.loss.moves_reference)
 
     @property
-    def two_models(self) -> str | None:
-        """What to say where policy and reference are not one model at a run's beginning, because the user wants it so."""
+    def two_models_notice(self) -> str | None:
+        """The notice for a policy and a reference that are different models from the start, as configured."""
         policy, reference = self.model.policy_dtype, self.model.reference_dtype
         if policy == reference:
             return None
@@ -374,7 +376,7 @@ class RunConfig(Section):
         )
 
 
-def _replaced(found: Section, names: list[str], value: object) -> Section:
+def _replaced(found: AnySection, names: list[str], value: Any) -> AnySection:
     name, *below = names
     inner = getattr(found, name)
     if below and isinstance(inner, Section):
@@ -384,7 +386,7 @@ def _replaced(found: Section, names: list[str], value: object) -> Section:
     return replace(found, **{name: value})
 
 
-def _plain(found: Section, composed: dict) -> dict:
+def _plain(found: Section, composed: dict[str, Any]) -> dict[str, Any]:
     own = found.own if isinstance(found, LossConfig) else {}
     values = {name: own[name] if name in own else getattr(found, name) for name in composed}
     return {
@@ -396,4 +398,4 @@ def _plain(found: Section, composed: dict) -> dict:
 @cache
 def keys_with(flag: str) -> frozenset[str]:
     """The dotted names of the keys that have a flag, and of the sections whose keys all have it."""
-    return frozenset(name for name, flags in names_of(RunConfig).items() if flag in flags)
+    return frozenset(name for name, flags in key_names(RunConfig).items() if flag in flags)

@@ -1,14 +1,15 @@
-"""The door: a composed configuration becomes a typed one, or a message says why it cannot work. Imports no heavy library."""
+"""Validation: turn a composed configuration into a typed one, or explain why it cannot work. Imports no heavy library."""
 
 import os
 import re
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from preference_training.configuration.composition import GROUPS, composed, group_keys, keys_of_choice, unknown_key
+from preference_training.configuration.composition import GROUPS, choice_keys, compose_overrides, group_keys, unknown_key
 from preference_training.configuration.keys import Section, check_section, declared, listed, refuse, texts
 from preference_training.configuration.schema import BITSANDBYTES_OPTIMIZERS, EvaluationConfig, LossConfig, RunConfig
 from preference_training.core.errors import UserError, nearest
@@ -39,8 +40,8 @@ TRACKING = ("jsonl", "wandb", "tensorboard")
 def validate(config: DictConfig, overrides: Sequence[str] = (), choices: dict[str, str] | None = None) -> RunConfig:
     """The configuration, typed. Raises UserError, with one message, for the first thing in it that cannot work.
 
-    `overrides` are the command line's, `choices` say which file each group was composed from: with them keys are missed that
-    were removed, and keys of other files found.
+    `overrides` are the command line's. `choices` name the file that each group was composed from: with them removed keys and
+    keys of other files are found.
     """
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
@@ -54,7 +55,7 @@ def validate(config: DictConfig, overrides: Sequence[str] = (), choices: dict[st
     check_section(RunConfig, values)
     typed = RunConfig.of(values, OmegaConf.to_container(config, resolve=False))
     if typed.per_device_batch_size is not None and any(text.startswith("batch_size=") for text in overrides):
-        raise UserError("per_device_batch_size: given beside batch_size, which follows from it. Expected one of them.")
+        raise UserError("per_device_batch_size: given together with batch_size, which follows from it. Expected one of them.")
     _check_together(typed)
     return typed
 
@@ -74,7 +75,7 @@ def _check_together(config: RunConfig) -> None:
 
 def configured(*overrides: str) -> RunConfig:
     """The configuration of a command line. Raises UserError for what cannot work."""
-    config, choices = composed(*overrides)
+    config, choices = compose_overrides(*overrides)
     return validate(config, overrides, choices)
 
 
@@ -84,7 +85,7 @@ def configured(*overrides: str) -> RunConfig:
 def _check_keys(section: type[Section], values: object, prefix: str = "") -> None:
     """Raise UserError for a key that no section has, or that one needs and lacks."""
     if not isinstance(values, dict):
-        # What it is instead is said later.
+        # Reported later, with its value.
         return
     keys = {each.name: each for each in declared(section)}
     own = frozenset().union(*group_keys("loss").values()) if section is LossConfig else frozenset()
@@ -102,16 +103,16 @@ def _check_keys_of_group(group: str, values: object, choice: str) -> None:
     """Raise UserError where a group has other keys than the file that it was composed from."""
     if not isinstance(values, dict) or group == "model":
         return
-    known = keys_of_choice(group, choice)
+    known = choice_keys(group, choice)
     for name in sorted(values.keys() ^ known):
         raise UserError(unknown_key(f"{group}.{name}") if name in values else _removed(f"{group}.{name}"))
 
 
 def _removed(name: str) -> str:
-    return f"{name}: removed by ~, but needed. Leave it out of the command line, or give it a value."
+    return f"{name}: removed by ~, but required. Drop it from the command line, or give it a value."
 
 
-def _check_group_names(loss: dict, trainer: dict) -> None:
+def _check_group_names(loss: dict[str, Any], trainer: dict[str, Any]) -> None:
     """Raise UserError where a name is no loss's or trainer's, or its section has the keys of another."""
     for group, found in {"loss": loss, "trainer": trainer}.items():
         known = group_keys(group)
@@ -119,7 +120,7 @@ def _check_group_names(loss: dict, trainer: dict) -> None:
             raise UserError(f"{group}.name: no {group} {found['name']!r}; {nearest(str(found['name']), known)}")
         if found.keys() != known[found["name"]]:
             name = found["name"]
-            raise UserError(f"{group}.name: found {name!r} beside the keys of another {group}. Choose it by {group}={name}.")
+            raise UserError(f"{group}.name: found {name!r} with the keys of another {group}. Choose it by {group}={name}.")
 
 
 # ---- what does not go together ----------------------------------------------------------------------------------------------
@@ -128,7 +129,7 @@ def _check_group_names(loss: dict, trainer: dict) -> None:
 def _check_choices(config: RunConfig) -> None:
     if config.optimizer in BITSANDBYTES_OPTIMIZERS and config.trainer.is_sharded:
         raise UserError(
-            f"optimizer: found {config.optimizer}, whose kernels do not know weights that lie over several processes. Use "
+            f"optimizer: found {config.optimizer}, whose kernels do not support sharded weights. Use "
             "trainer=BasicTrainer, or AdamW, whose states the processes share."
         )
     if config.weight_decay is not None and "weight_decay" in config.optimizer_kwargs:
@@ -140,10 +141,10 @@ def _check_choices(config: RunConfig) -> None:
 def _check_adapter(config: RunConfig) -> None:
     model, has_adapter = config.model, config.model.lora.r is not None
     if model.quantization and not has_adapter:
-        raise UserError("model.quantization: weights of few bits cannot be trained themselves. Add +adapter=lora.")
+        raise UserError("model.quantization: quantized weights cannot be trained themselves. Add +adapter=lora.")
     if model.quantization and config.trainer.is_sharded:
         raise UserError(
-            f"model.quantization: {config.trainer.name} cannot lay weights of few bits over processes: PyTorch's fully_shard "
+            f"model.quantization: {config.trainer.name} cannot shard quantized weights: PyTorch's fully_shard "
             "splits a weight into rows, and these have none. Use trainer=BasicTrainer, or leave model.quantization null."
         )
     if has_adapter and config.trainer.splits_layers:
@@ -214,7 +215,7 @@ def check_sizes(config: RunConfig) -> None:
             f"max_prompt_length: found {config.max_prompt_length}, expected less than max_length, which is "
             f"{config.max_length}: a response needs room behind its prompt."
         )
-    ratio = config.loss.mode_weight
+    ratio = config.loss.mode_weight or 0.0
     if config.loss.mode_loss == "beta_DPO" and int(size // pieces * (1 - ratio)) == 0:
         raise UserError(
             f"loss.mode_weight: found {ratio}, which keeps none of the {size // pieces} pairs of a micro-batch (batch_size "
@@ -234,30 +235,32 @@ def _check_paths(config: RunConfig) -> None:
         raise UserError("model.tokenizer_name_or_path: not given. A model from scratch needs one; byte_level is made in code.")
 
 
-def _check_evaluation(wanted: EvaluationConfig, config: RunConfig) -> None:
-    _check_judge(wanted)
-    for name, path in {"against": wanted.against, "task_path": wanted.task_path, "to": wanted.to}.items():
-        looked_at = Path(path).absolute().parent if name == "to" and path else path
-        if path not in (None, "reference") and not Path(looked_at).is_dir():
+def _check_evaluation(evaluation: EvaluationConfig, config: RunConfig) -> None:
+    _check_judge(evaluation)
+    for name, path in {"against": evaluation.against, "task_path": evaluation.task_path, "to": evaluation.to}.items():
+        directory = Path(path or ".").absolute()
+        if path not in (None, "reference") and not (directory.parent if name == "to" else directory).is_dir():
             raise UserError(f"evaluation.{name}: {path}: no such directory. Paths are relative to {Path.cwd()}.")
-    if wanted.against != "reference" and wanted.judge is None:
-        raise UserError(f"evaluation.against: found {wanted.against}, and nobody compares answers. Set evaluation.judge too.")
-    if wanted.tasks and config.trainer.is_sharded:
+    if evaluation.against != "reference" and evaluation.judge is None:
+        raise UserError(
+            f"evaluation.against: found {evaluation.against}, and no judge compares responses. Set evaluation.judge too."
+        )
+    if evaluation.tasks and config.trainer.is_sharded:
         raise UserError(f"evaluation.tasks: {config.trainer.name} has a part of the model only. Set trainer=BasicTrainer.")
-    for name, found in {"judge": wanted.judge, "tasks": wanted.tasks}.items():
+    for name, found in {"judge": evaluation.judge, "tasks": evaluation.tasks}.items():
         if found and not config.eval_only:
             raise UserError(f"evaluation.{name}: found {found!r}, and the run would train. Set eval_only=true too.")
 
 
-def _check_judge(wanted: EvaluationConfig) -> None:
-    if wanted.judge is None:
+def _check_judge(evaluation: EvaluationConfig) -> None:
+    if evaluation.judge is None:
         return
-    kind, _, name = wanted.judge.partition(":")
+    kind, _, name = evaluation.judge.partition(":")
     if kind not in JUDGES:
-        raise UserError(f"evaluation.judge: no judge {wanted.judge!r}; {nearest(kind, JUDGES)}")
+        raise UserError(f"evaluation.judge: no judge {evaluation.judge!r}; {nearest(kind, JUDGES)}")
     if bool(name) != JUDGES[kind]:
-        raise UserError(f"evaluation.judge: found {wanted.judge!r}, expected {kind}{':NAME' * JUDGES[kind]}.")
-    url = wanted.judge_url
+        raise UserError(f"evaluation.judge: found {evaluation.judge!r}, expected {kind}{':NAME' * JUDGES[kind]}.")
+    url = evaluation.judge_url
     if url is not None and not re.match("https?://[^/]", url):
         raise UserError(f"evaluation.judge_url: found {url!r}, expected http://... or https://..., or null.")
     if kind == "openai" and url is None and not os.environ.get(KEY_VARIABLE):
@@ -271,7 +274,7 @@ def _check_tracking(tracking: object) -> None:
     )
     for name in names:
         if name not in TRACKING:
-            raise UserError(f"tracking: nothing is called {name!r}; {nearest(name, TRACKING)}")
+            raise UserError(f"tracking: no tracker {name!r}; {nearest(name, TRACKING)}")
     if "tensorboard" in names:
         try:
             distribution("tensorboard")

@@ -19,7 +19,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 def first_line(error: BaseException, length: int = 200) -> str:
     """The first line of an error's message without control characters; its type where it has none."""
     if "Weights only load failed" in str(error):
-        # torch's first line says how to unpickle it anyway.
+        # torch's first line explains how to unpickle it anyway.
         other = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
         held = other[1][:length] if other else "something else"
         return f"it holds {held}, and nothing but tensors and plain values is ever unpickled"

@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, locked, linked; and user code and tensors read from them."""
+"""Files: written atomically, locked, linked, hashed; and user code and tensors read from them."""
 
 import os
 import shutil
@@ -8,9 +8,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
+import xxhash
+
 from preference_training.core.errors import first_line
 
-# What is written beside its place is called so until it is complete.
+# The suffix of a file that is not complete yet.
 PARTIAL = ".partial"
 
 
@@ -19,23 +21,23 @@ PARTIAL = ".partial"
 
 @contextmanager
 def partial_path(path: Path, concurrent: bool = False) -> Iterator[Path]:
-    """The path beside `path` where a file is written before it is renamed; nothing is left there behind the block.
+    """A temporary path next to `path`, where a file is written before it is renamed; removed after the block.
 
-    concurrent: other processes may write the same file at the same time, each beside it under a name of its own.
+    concurrent: other processes may write the same file at the same time, each under a temporary name of its own.
     """
     own = f".{os.getpid()}" if concurrent else ""
     partial = path.with_name(f"{path.name}{own}{PARTIAL}")
     try:
         yield partial
     finally:
-        # What went wrong inside is to be raised, not what goes wrong here.
+        # The error from inside the block is to be raised, not one from here.
         with suppress(OSError):
             partial.unlink(missing_ok=True)
 
 
 @contextmanager
 def atomic_path(path: Path, concurrent: bool = False) -> Iterator[Path]:
-    """As `partial_path`; at the end the file takes the place of `path`: a reader finds the old file or the new one."""
+    """As `partial_path`; at the end the file replaces `path`: a reader finds the old file or the new one."""
     with partial_path(path, concurrent) as partial:
         yield partial
         os.replace(partial, path)
@@ -51,7 +53,7 @@ def atomic_file(path: Path, mode: str = "w", durable: bool = False, concurrent: 
 
 
 def write_atomically(path: Path, content: str | bytes, concurrent: bool = False) -> None:
-    """Write a file as a whole, text as UTF-8. Half a surrogate pair, which JSON may hold, becomes a question mark."""
+    """Write a file atomically, text as UTF-8. Half a surrogate pair, which JSON may hold, becomes a question mark."""
     if isinstance(content, str):
         content = content.encode(errors="replace")
     with atomic_file(path, "wb", concurrent=concurrent) as file:
@@ -60,7 +62,7 @@ def write_atomically(path: Path, content: str | bytes, concurrent: bool = False)
 
 @contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
-    """An empty directory beside `path`, which takes its place at the end; where anything goes wrong, nothing is left of it."""
+    """A temporary empty directory, renamed to `path` at the end; removed if anything goes wrong."""
     partial = path.with_name(path.name + PARTIAL)
     try:
         # A killed process may have left one.
@@ -73,13 +75,13 @@ def atomic_directory(path: Path) -> Iterator[Path]:
 
 
 def sync(file: IO) -> None:
-    """Return when what was written to an open file is on the disk."""
+    """Flush what was written to an open file to the disk."""
     file.flush()
     os.fsync(file.fileno())
 
 
 def sync_directory(directory: Path) -> None:
-    """Return when the names in a directory are on the disk."""
+    """Flush the entries of a directory to the disk."""
     handle = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -146,7 +148,16 @@ def load_tensors(path: Path, mapped: bool = False):
         raise ValueError(first_line(error)) from error
 
 
-def first_existing(folders: Iterable[str]) -> Path:
-    """The first of `folders` that exists, else the last one; absolute, not created."""
-    paths = [Path(folder).expanduser().absolute() for folder in folders]
+def hash_file(path: Path) -> str:
+    """Hash of a file's bytes: 32 hexadecimal digits."""
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(2**24):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def first_existing(folders: str | Iterable[str]) -> Path:
+    """The first of `folders` (one or several) that exists, else the last one; absolute, not created."""
+    paths = [Path(folder).expanduser().absolute() for folder in ([folders] if isinstance(folders, str) else folders)]
     return next((path for path in paths if path.is_dir()), paths[-1])

@@ -38,7 +38,7 @@ HELD_OUT_PROMPTS = f"{COUNTERS}held_out_prompts"
 GRAD_NORM, LEARNING_RATE, EPOCH = "grad_norm", "lr", "epoch"
 TIME, MEMORY = "time", "memory_gib"
 EXAMPLES_PER_SECOND, TOKENS_PER_SECOND = "examples_per_second", "tokens_per_second"
-# What a clock or the machine says of a step: it differs between runs that are the same.
+# Measured by a clock or the machine: differs between runs that are otherwise the same.
 MEASURED = (EXAMPLES_PER_SECOND, TOKENS_PER_SECOND, MEMORY, TIME)
 
 # Of beta-DPO's steps.

@@ -88,7 +88,7 @@ def to_local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def bytes_of(tensor: Tensor):
+def local_bytes(tensor: Tensor):
     """The bytes of this process's shard of a tensor, for a hash: a flat numpy array of uint8."""
     return to_local(tensor).detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 

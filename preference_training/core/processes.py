@@ -19,7 +19,7 @@ def in_worker() -> bool:
 
 
 def reports_for_machine() -> bool:
-    """Whether this process is to print what all workers of its machine would: true for the first of them that asks.
+    """Whether this process prints what all workers of its machine would: true for the first of them that asks.
 
     Not simply for local rank 0: torchrun ends the others as soon as one has ended, whether they have printed or not.
     """

@@ -29,13 +29,13 @@ class StopRequests:
 
     def __init__(self, max_minutes: float | None = None):
         self.ends_at = time.monotonic() + 60 * (float("inf") if max_minutes is None else max_minutes)
-        self.heard: tuple[str, float] | None = None
+        self.received: tuple[str, float] | None = None
         self.handlers: dict = {}
 
     def __enter__(self) -> "StopRequests":
         # Only a process's main thread may handle signals.
         if threading.current_thread() is threading.main_thread():
-            self.handlers = {number: signal.signal(number, self._hear) for number in SIGNALS}
+            self.handlers = {number: signal.signal(number, self._receive) for number in SIGNALS}
         return self
 
     def __exit__(self, *exception) -> None:
@@ -45,13 +45,13 @@ class StopRequests:
     @property
     def reason(self) -> str | None:
         """Why the run is to stop; None while it is not."""
-        if self.heard is not None:
-            return self.heard[0]
+        if self.received is not None:
+            return self.received[0]
         return "max_wall_time is over" if time.monotonic() >= self.ends_at else None
 
-    def _hear(self, number: int, _frame) -> None:
+    def _receive(self, number: int, _frame) -> None:
         now = time.monotonic()
-        if self.heard is None:
-            self.heard = signal.Signals(number).name, now
-        elif number == signal.SIGINT and now - self.heard[1] > SAME_SIGNAL:
+        if self.received is None:
+            self.received = signal.Signals(number).name, now
+        elif number == signal.SIGINT and now - self.received[1] > SAME_SIGNAL:
             os._exit(ENDED_AT_ONCE)

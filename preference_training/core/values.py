@@ -1,4 +1,9 @@
-"""Plain nested values: dotted names, and whether a value has the expected shape."""
+"""Plain nested values: dotted names, hashes, and whether a value has the expected shape."""
+
+import json
+from collections.abc import Callable
+
+import xxhash
 
 
 def dotted(values: dict, prefix: str = "") -> dict:
@@ -13,26 +18,31 @@ def dotted(values: dict, prefix: str = "") -> dict:
 UNREADABLE = (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError)
 
 
-def misfit(value, shape, name: str) -> str | None:
+def find_mismatch(value, shape, name: str) -> str | None:
     """The name of the first part of a value that is not of a shape; None where all of it is.
 
     Shapes: a type, None, or a function that decides; a tuple of shapes, any of which will do; {name: shape}, at least these
     names, and with {...: shape} all others; [shape], a list of such; [shape, shape], a list of just these.
     """
     if isinstance(shape, tuple):
-        return None if any(misfit(value, each, name) is None for each in shape) else name
+        return None if any(find_mismatch(value, each, name) is None for each in shape) else name
     if isinstance(shape, dict | list) and type(value) is not type(shape):
         return name
     if isinstance(shape, dict):
         others = dict.fromkeys(value, shape[...]) if ... in shape else {}
-        wanted = others | {key: each for key, each in shape.items() if key is not ...}
-        parts = [(value[key], wanted[key], f"{name}.{key}") for key in wanted if key in value]
-        missing = [f"{name}.{key}" for key in wanted if key not in value]
+        expected = others | {key: each for key, each in shape.items() if key is not ...}
+        parts = [(value[key], expected[key], f"{name}.{key}") for key in expected if key in value]
+        missing = [f"{name}.{key}" for key in expected if key not in value]
     elif isinstance(shape, list):
         shapes = shape * len(value) if len(shape) == 1 else shape
         parts = [(item, each, name) for item, each in zip(value, shapes, strict=False)]
         missing = [] if len(shapes) == len(value) else [name]
     else:
-        sound = value is None if shape is None else type(value) is shape if isinstance(shape, type) else shape(value)
-        return None if sound else name
-    return next((found for found in (*missing, *(misfit(*part) for part in parts)) if found is not None), None)
+        fits = value is None if shape is None else type(value) is shape if isinstance(shape, type) else shape(value)
+        return None if fits else name
+    return next((found for found in (*missing, *(find_mismatch(*part) for part in parts)) if found is not None), None)
+
+
+def hash_values(values, default: Callable | None = None) -> str:
+    """Hash of plain values, whatever the order of their keys: 32 hexadecimal digits. default: as in `json.dumps`."""
+    return xxhash.xxh3_128_hexdigest(json.dumps(values, sort_keys=True, default=default).encode())

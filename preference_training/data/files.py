@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from preference_training.core.errors import UserError, first_line
-from preference_training.core.hashing import hash_of_file
+from preference_training.core.files import hash_file
 from preference_training.data.rows.records import DataReport
 
 DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".csv", ".parquet")
@@ -44,7 +44,7 @@ def read_rows(path: Path, report: DataReport | None = None) -> Iterator[tuple[in
 def content_hash(path: Path) -> str:
     """Hash of a file's bytes: 32 hexadecimal digits. Raises UserError where it cannot be read."""
     try:
-        return hash_of_file(path)
+        return hash_file(path)
     except OSError as error:
         raise UserError(f"datasets: {path}: cannot be read: {error}. Expected a whole, readable {path.suffix} file.") from error
 

@@ -17,8 +17,8 @@ import xxhash
 
 from preference_training.core.errors import UserError
 from preference_training.core.files import PARTIAL, atomic_file, locked, partial_path, sync
-from preference_training.core.hashing import hash_of_values
-from preference_training.core.memory import infrequent_garbage_collection
+from preference_training.core.machine import infrequent_garbage_collection
+from preference_training.core.values import hash_values
 from preference_training.data.entries import Entry, load_records
 from preference_training.data.prompt_table import ContentHash, PromptTable, TablePart, write_columns, write_selected
 from preference_training.data.rows.records import DataReport, PreferenceRecord
@@ -105,7 +105,7 @@ class _Preparation:
         # Where the content is known only after loading, the name ends with a hash of the records.
         self.content_is_known = known is not None
         depends_on = [entry.name, known, entry.report().skip_bad_rows, split, vocabulary, *_settings_key(settings)]
-        self.key = hash_of_values(depends_on)
+        self.key = hash_values(depends_on)
 
     def result(self) -> tuple[TablePart | None, DataReport]:
         """The memory-mapped file (None without any prompt) and the report. Prepares it if needed."""

@@ -14,19 +14,22 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from preference_training.configuration.schema import RunConfig
+from preference_training.configuration.validation import check_sizes
 from preference_training.core.errors import UserError
 from preference_training.core.process_group import local_rank, local_world_size
 from preference_training.core.processes import in_worker, usable_cores
 from preference_training.core.signals import ENDED_AT_ONCE, SIGNALS, STOPPED, StoppedError
 
-# How a worker's error begins where the mistake was the user's.
+# The prefix of a worker's error where the mistake was the user's.
 MISTAKE = "UserError: "
 
 
@@ -54,6 +57,41 @@ def number_of_data_ranks(config) -> int:
     # Null splits layers over all of them.
     together = (trainer.tensor_parallel_size or world) if trainer.splits_layers else 1
     return max(1, world // together)
+
+
+def settle_batch_size(config: RunConfig) -> RunConfig:
+    """Set `batch_size` from `per_device_batch_size`, where that is given. Raises UserError if the sizes do not fit."""
+    if config.per_device_batch_size is None:
+        return config
+    per_step = config.per_device_batch_size * config.gradient_accumulation_steps
+    settled = config.changed({"batch_size": per_step * number_of_data_ranks(config)})
+    check_sizes(settled)
+    return settled
+
+
+def run_or_launch(run: Callable, config: RunConfig, run_dir: Path, in_sweep: bool):
+    """`run(config, run_dir, in_sweep)`, in several processes where the trainer needs them. Returns what rank 0 returns.
+
+    `run` is pickled by its name.
+    """
+    config = settle_batch_size(config)
+    if config.dry_run or not needs_processes(config):
+        return run(config, run_dir, in_sweep)
+    if in_worker():
+        # Started by torchrun or Slurm. Rank 0 makes the run directory once all have joined, so that a worker that ends before
+        # leaves none.
+        with suppress(OSError):
+            run_dir.rmdir()
+        return _run_silenced(run, config, run_dir, in_sweep)
+    # References between keys are resolved here.
+    config = RunConfig.of(config.as_dict())
+    return launch(_run_silenced, (run, config, run_dir, in_sweep), number_of_workers(config.trainer), config.fsdp_port)
+
+
+def _run_silenced(run: Callable, *arguments):
+    """`run` in a worker, of which only rank 0 prints."""
+    silence_others()
+    return run(*arguments)
 
 
 def launch(function: Callable, arguments: tuple, workers: int, port: int | None):
@@ -93,12 +131,12 @@ def launch(function: Callable, arguments: tuple, workers: int, port: int | None)
             sys.exit(ENDED_AT_ONCE)
         if failure.exitcode == STOPPED or forwarded:
             raise StoppedError("all processes of the run have ended") from None
-        told = failure.message if isinstance(failure.message, dict) else {"message": failure.message}
-        heard = told.get("message", "")
-        if heard.startswith(MISTAKE):
-            raise UserError(heard.removeprefix(MISTAKE)) from None
+        report = failure.message if isinstance(failure.message, dict) else {"message": failure.message}
+        received = report.get("message", "")
+        if received.startswith(MISTAKE):
+            raise UserError(received.removeprefix(MISTAKE)) from None
         name = failure.signal_name() if failure.exitcode < 0 else f"exit status {failure.exitcode}"
-        trace = told.get("extraInfo", {}).get("py_callstack") or heard
+        trace = report.get("extraInfo", {}).get("py_callstack") or received
         raise WorkerDiedError(f"rank {rank} of {workers} died ({name}); the others were ended. It said:\n{trace}") from None
 
 
@@ -147,8 +185,8 @@ def _exit_after_launcher(launcher: int) -> None:
     os._exit(STOPPED)
 
 
-def backend_of(device: torch.device, offloads: bool) -> str:
-    """The backend of collectives: on GPUs NCCL, and Gloo beside it where weights and gradients are offloaded to the CPU."""
+def collective_backend(device: torch.device, offloads: bool) -> str:
+    """The backend of collectives: on GPUs NCCL, and Gloo besides where weights and gradients are offloaded to the CPU."""
     if device.type != "cuda":
         return "gloo"
     return "cpu:gloo,cuda:nccl" if offloads else "nccl"
@@ -170,7 +208,7 @@ def start_group(timeout_minutes: float, offloads: bool = False) -> torch.device:
         # each counts its own restarts; there the README has an environment variable.
         store = torch.distributed.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     torch.distributed.init_process_group(
-        backend_of(device, offloads),
+        collective_backend(device, offloads),
         store=store,
         rank=rank,
         world_size=size,

@@ -1,6 +1,6 @@
 """Layers split over the devices of one process, by the package tensor_parallel: for models that transformers has no plan for.
 
-    a whole model on the CPU  ->  a shard on each device  ->  the first shard, which runs the others beside itself
+    a whole model on the CPU  ->  a shard on each device  ->  the first shard, which runs the others alongside
 
 Every weight is trained in one place. What the package would copy onto each shard, or divide among them as parts of one sum,
 is on the first and lent to the others, so that gradients, their norm and the optimizer's state are those of the whole model.
@@ -63,7 +63,7 @@ def splits_in_one_process(config) -> bool:
             "Start python train.py without torchrun, or use trainer=FSDPTrainer."
         )
     _check_settings(config, name)
-    check_divisible(model, len(devices_of(config.trainer)))
+    check_divisible(model, len(split_devices(config.trainer)))
     return True
 
 
@@ -87,7 +87,7 @@ def _check_settings(config, name: str) -> None:
             )
 
 
-def devices_of(trainer) -> list[torch.device]:
+def split_devices(trainer) -> list[torch.device]:
     """The devices to split a model over: `trainer.tensor_parallel_size` GPUs (null: all that are visible), or as many shards on
     a CPU (null: 2). Raises UserError for one alone, and for more GPUs than there are.
     """
@@ -122,18 +122,18 @@ def load_split(config, tokenizer) -> tuple[nn.Module, str]:
 
     Raises UserError where the package cannot split it, or where the split model computes something else.
     """
-    devices = devices_of(config.trainer)
+    devices = split_devices(config.trainer)
     source = load_model(config.model, tokenizer, config.cache_dir)
     share_prefixes(source, _sharing_mode(config.prefix_sharing, devices))
     refusal = f"trainer=TensorParallelTrainer: the package tensor_parallel cannot split {type(source).__name__}:"
     try:
         policy = split_layers(source, devices)
-        fault = _fault_of_split(policy, source)
+        problem = _split_error(policy, source)
     except Exception as error:  # whatever the package raises for an architecture that it does not know
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(f"{refusal} {reason}. Use trainer=FSDPTrainer.") from error
-    if fault:
-        raise UserError(f"{refusal} {fault}. Use trainer=FSDPTrainer.")
+    if problem:
+        raise UserError(f"{refusal} {problem}. Use trainer=FSDPTrainer.")
     return policy, weights_hash(source)
 
 
@@ -148,7 +148,7 @@ def _sharing_mode(mode: str, devices: list[torch.device]) -> str:
 
 
 def split_layers(model: nn.Module, devices: list[torch.device]) -> nn.Module:
-    """Shards of a model, one on each device, as one model of its class: the first, with the others inside of it.
+    """Shards of a model, one on each device, as one model of its class: the first, which contains the others.
 
     The model itself is left as it was. Raises whatever the package raises.
     """
@@ -199,7 +199,7 @@ def _borrow(shard: nn.Module, first: nn.Module, rules: dict) -> list[tuple]:
     return loans
 
 
-def copy_of_split(policy: nn.Module, dtype: torch.dtype) -> nn.Module:
+def copy_split_model(policy: nn.Module, dtype: torch.dtype) -> nn.Module:
     """A frozen copy of a split model as it is now, on the same devices; its weights are in `dtype`, its buffers as they are."""
     # What shards add up and gather with holds locks; one model runs at a time, so they share it.
     rules = [(*m.input_actions.values(), *m.output_actions.values()) for m in policy.modules() if hasattr(m, "output_actions")]
@@ -215,7 +215,7 @@ def copy_of_split(policy: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 @exact_arithmetic()
-def _fault_of_split(policy: nn.Module, source: nn.Module) -> str | None:
+def _split_error(policy: nn.Module, source: nn.Module) -> str | None:
     """Compare a small batch with the whole model: log-probs, and the gradients of the first and last weight."""
     batch = random_trees(source.config.get_text_config().vocab_size)
     weights = dict(source.named_parameters())
@@ -234,7 +234,7 @@ def _fault_of_split(policy: nn.Module, source: nn.Module) -> str | None:
 
 
 @functools.cache
-def _split_class(model_class: type) -> type:
+def _split_class(model_class: type[nn.Module]) -> type:
     """A subclass of a model's class whose forward runs all shards and returns what the first returns."""
 
     class Split(model_class):
@@ -326,11 +326,11 @@ def _joined(policy: nn.Module, name: str, parts: list[Tensor]) -> Tensor:
 def _cut(policy: nn.Module, name: str, whole: Tensor, rank: int) -> Tensor:
     """A shard's part of a tensor shaped like the whole weight `name`; the inverse of `_joined`."""
     part = policy.split_by[name](whole, rank=rank) if name in policy.split_by and whole.dim() else whole
-    # Each shard counts its own steps, and fused optimizers read memory in its order, whatever the strides say.
+    # Each shard counts its own steps, and fused optimizers read memory in its order, whatever its strides.
     return part.clone(memory_format=torch.contiguous_format)
 
 
-def joined_weights(policy: nn.Module) -> dict[str, Tensor]:
+def join_weights(policy: nn.Module) -> dict[str, Tensor]:
     """All weights of a split model, joined, by the names of the whole model. Tied ones are one tensor."""
     parts = _parts(dict(policy.named_parameters()))
     whole = {id(some[0]): _joined(policy, name, some).detach() for name, some in parts.items()}
@@ -346,7 +346,7 @@ def set_joined_weights(policy: nn.Module, weights: dict[str, Tensor]) -> None:
             part.copy_(_cut(policy, name, weights[name], rank))
 
 
-def joined_optimizer_state(policy: nn.Module, state: dict) -> dict:
+def join_optimizer_state(policy: nn.Module, state: dict) -> dict:
     """An optimizer's state by the names and shapes of whole weights, from one by those of the shards."""
     whole = {
         name: {key: _joined(policy, name, [part[key] for part in parts]) for key in parts[0]}
@@ -357,7 +357,7 @@ def joined_optimizer_state(policy: nn.Module, state: dict) -> dict:
 
 
 def split_optimizer_state(policy: nn.Module, state: dict) -> dict:
-    """The state that `joined_optimizer_state` has joined, by the names and shapes of the shards."""
+    """The state that `join_optimizer_state` has joined, by the names and shapes of the shards."""
     names = [name for name, _ in policy.named_parameters()]
     split = {
         name: {key: _cut(policy, whole, value, rank) for key, value in state["state"][whole].items()}

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 
-from preference_training.core.devices import pick_device
 from preference_training.core.errors import UserError
+from preference_training.core.machine import pick_device
 from preference_training.core.process_group import SINGLE_PROCESS, Ranks, local_world_size, reshard
 from preference_training.distributed.launching import end_group, start_group
 from preference_training.distributed.layer_splitting import (
-    copy_of_split,
-    joined_optimizer_state,
-    joined_weights,
+    copy_split_model,
+    join_optimizer_state,
+    join_weights,
     load_split,
     set_joined_weights,
     split_optimizer_state,
@@ -27,9 +27,9 @@ from preference_training.distributed.layer_splitting import (
 from preference_training.distributed.sharding import (
     Layout,
     clip_by_global_norm,
+    data_ranks,
     load_sharded,
     make_mesh,
-    ranks_of,
     reference_beside,
 )
 from preference_training.modeling.adapters import has_adapter, weights_to_save
@@ -82,9 +82,9 @@ class Placement:
         """The policy as it is now, frozen: a copy, or the model under its adapter."""
         return LiveReference(policy if has_adapter(policy) else self.frozen_copy(policy))
 
-    def samples(self, wanted: bool | None) -> bool:
-        """Whether to sample at evaluations, where `sample_during_eval` is `wanted`."""
-        return wanted is None or wanted
+    def samples(self, requested: bool | None) -> bool:
+        """Whether to sample at evaluations, where `sample_during_eval` is `requested`."""
+        return requested is None or requested
 
     # ---- a step ---------------------------------------------------------------------------------------------------------
 
@@ -158,11 +158,11 @@ class SplitLayers(Placement):
 
     def frozen_copy(self, policy: nn.Module) -> nn.Module:
         """A copy of the policy as it is now, in `reference_dtype`, split alike."""
-        return copy_of_split(policy, getattr(torch, self.config.model.reference_dtype))
+        return copy_split_model(policy, getattr(torch, self.config.model.reference_dtype))
 
     def weights(self, model: nn.Module) -> dict[str, Tensor]:
         """Weights and persistent buffers by name, joined: copies. Tied weights share one tensor."""
-        return joined_weights(model)
+        return join_weights(model)
 
     def set_weights(self, model: nn.Module, weights: dict[str, Tensor]) -> None:
         """Split whole weights among the devices."""
@@ -170,7 +170,7 @@ class SplitLayers(Placement):
 
     def optimizer_state(self, policy: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
         """The optimizer's state by the names of whole weights, joined: copies."""
-        return joined_optimizer_state(policy, super().optimizer_state(policy, optimizer))
+        return join_optimizer_state(policy, super().optimizer_state(policy, optimizer))
 
     def set_optimizer_state(self, policy: nn.Module, optimizer: torch.optim.Optimizer, state: dict) -> None:
         """Split the state of whole weights among the devices."""
@@ -182,7 +182,7 @@ class Sharded(Placement):
 
     def __init__(self, config, tokenizer, device: torch.device, mesh: DeviceMesh):
         self.config, self.tokenizer, self.device = config, tokenizer, device
-        self.ranks, self.layout = ranks_of(mesh), Layout.of(config, mesh)
+        self.ranks, self.layout = data_ranks(mesh), Layout.of(config, mesh)
         # Where gradients stay whole until the step, they are reduced once, after the last pack.
         self.reduces_once = config.trainer.sharding in ("optimizer", "none")
 
@@ -217,11 +217,11 @@ class Sharded(Placement):
         """A copy of the policy as it is now, in `reference_dtype`, sharded alike."""
         return reference_beside(policy, self.layout, self.tokenizer, self.device)
 
-    def samples(self, wanted: bool | None) -> bool:
+    def samples(self, requested: bool | None) -> bool:
         """Whether to sample at evaluations: only if asked to, since every token gathers all weights again."""
-        if wanted is None:
+        if requested is None:
             print("sample_during_eval: off, since the weights are sharded; sample_during_eval=true turns it on", flush=True)
-        return bool(wanted)
+        return bool(requested)
 
     def before_backward(self, policy: nn.Module, is_last: bool) -> None:
         """Tell FSDP when to reduce gradients."""

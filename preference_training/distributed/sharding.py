@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from preference_training.batching.packing import PackedBatch
 from preference_training.core.errors import UserError
-from preference_training.core.memory import tune_malloc
+from preference_training.core.machine import tune_malloc
 from preference_training.core.process_group import Ranks, full_tensor, local_world_size, to_local
 from preference_training.modeling.adapters import has_adapter
 from preference_training.modeling.kernels import compile_between_attentions, enable_activation_checkpointing
@@ -48,7 +48,7 @@ def make_mesh(device_type: str, world_size: int, local_size: int, sharding: str,
     return init_device_mesh(device_type, sizes, mesh_dim_names=("replicate", "shard", "tensor"))
 
 
-def ranks_of(mesh: DeviceMesh) -> Ranks:
+def data_ranks(mesh: DeviceMesh) -> Ranks:
     """This process among the data-parallel ranks."""
     data = mesh["replicate", "shard"]
     flat = data._flatten("data") if data.size() > 1 else None
@@ -99,13 +99,13 @@ class Layout:
             "mp_policy": self.precision,
             "offload_policy": self.offload,
         }
-        for block in without_shared(blocks_of(model, self.config.model.block_name)):
+        for block in without_shared(find_blocks(model, self.config.model.block_name)):
             fully_shard(block, **options)
         # What is left, embeddings, head and what several blocks share, is one group: tied weights stay together.
         fully_shard(model, **options)
 
 
-def blocks_of(model: nn.Module, block_name: str | None) -> list[nn.Module]:
+def find_blocks(model: nn.Module, block_name: str | None) -> list[nn.Module]:
     """The transformer blocks: modules of the class `block_name`, or of the classes that the model itself names.
 
     A model that names none has its blocks in a list, whose items are all of one class. Raises UserError, with the names there
@@ -273,14 +273,14 @@ def _check(model: nn.Module, source: nn.Module | None, layout: Layout, ranks: Ra
     weights = dict(model.named_parameters())
     found = [full_tensor(weights[name].grad).float().cpu() for name in names]
     model.zero_grad(set_to_none=True)
-    fault = None
+    problem = None
     if source is not None:
         rounding = TOLERANCES[layout.precision.param_dtype or source.autocast_dtype or source.dtype]
-        fault = disagreement((logps.detach().cpu(), found), expected, batch.response_lengths, rounding)
-    fault = ranks.broadcast(fault)
-    if fault:
+        problem = disagreement((logps.detach().cpu(), found), expected, batch.response_lengths, rounding)
+    problem = ranks.broadcast(problem)
+    if problem:
         raise UserError(
-            f"trainer: {type(model).__name__} does not compute the same when it is split: {fault}. Use another trainer."
+            f"trainer: {type(model).__name__} does not compute the same when it is split: {problem}. Use another trainer."
         )
 
 

@@ -31,8 +31,7 @@ from preference_training.modeling.loading import build_untrained
 from preference_training.modeling.logprobs import LiveReference
 from preference_training.modeling.prefix_sharing.sharing import attend_over_trees
 from preference_training.modeling.prefix_sharing.tree_attention import clear_mask_cache
-from preference_training.training.parts import Models
-from preference_training.training.state import RunState
+from preference_training.training.parts import Models, RunState
 from preference_training.training.step import TrainingStep
 
 # Tensors seen in these operations of FSDP, and not known otherwise, are of this kind.
@@ -174,7 +173,7 @@ def fake_step(placement: Placement, loss: Loss, live_reference: bool, counter: S
     elif loss.needs_reference:
         reference = lambda pack: torch.zeros(len(pack.response_lengths))  # noqa: E731
     counter.kind = "activations"
-    step = TrainingStep(config, placement, Models(policy, reference, _without_numbers(loss)), RunState(), total_steps=0)
+    step = TrainingStep(placement, Models(policy, reference, _without_numbers(loss)), RunState(), total_steps=0)
     updater = step.updater
     inner = updater.optimizer.inner if updater.has_masters else updater.optimizer
     if hasattr(inner, "fill_qmap"):

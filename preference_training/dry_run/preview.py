@@ -19,10 +19,9 @@ import xxhash
 from preference_training.batching.iterator import BatchIterator
 from preference_training.batching.micro_batches import MicroBatch
 from preference_training.batching.packing import UNLIMITED, PackedBatch, TokenBudget, build_packs, iterate_examples
-from preference_training.core.devices import pick_device
 from preference_training.core.errors import UserError
+from preference_training.core.machine import pick_device
 from preference_training.core.process_group import Ranks
-from preference_training.data.entries import read_entries
 from preference_training.data.prompt_table import PromptTable, Selection
 from preference_training.data.rows.records import DataReport
 from preference_training.data.tokenization import TokenizedPrompt
@@ -51,7 +50,7 @@ def preview(prepared: PreparedRun, placement_class: type[Placement], batches_wit
     Raises UserError where the run could not work.
     """
     config, tokenizer, loss, data = prepared.config, prepared.tokenizer, prepared.loss, prepared.data
-    names = [entry.name for entry in read_entries(config)]
+    names = [entry.name for entry in prepared.entries]
     facts = [collect_facts(split.table) for split in data]
     for title, split, found in zip(("train", "held out"), data, facts, strict=True):
         print(f"\n{title}", *describe_data(names, split.reports, found, loss.paired), sep="\n")
@@ -59,8 +58,8 @@ def preview(prepared: PreparedRun, placement_class: type[Placement], batches_wit
     print(f"\nprompts in both splits: {len(common):,}", "\nexamples", sep="\n")
     train = data[0].table
     print(*describe_examples([train[k] for k in range(min(3, len(train)))], tokenizer, wants_color()), sep="\n")
-    if loss.needs_reference and (two_models := config.two_models):
-        print(f"\n{two_models}")
+    if loss.needs_reference and (two_models_notice := config.two_models_notice):
+        print(f"\n{two_models_notice}")
     preview_steps = preview_ranks if config.trainer.is_sharded else preview_one_process
     preview_steps(prepared, placement_class, facts[0], batches_within)
 

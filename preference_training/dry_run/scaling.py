@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from preference_training.batching.micro_batches import MicroBatch
 from preference_training.batching.packing import UNLIMITED, PackedBatch, TokenBudget
-from preference_training.core.devices import pick_device
+from preference_training.core.machine import pick_device
 from preference_training.distributed.launching import end_group, number_of_workers
 from preference_training.distributed.placement import Sharded
 from preference_training.distributed.sharding import empty_model
@@ -76,7 +76,7 @@ def rank_budget(placement: Sharded) -> TokenBudget:
         free = free_memory(device) // (1 if device.type == "cuda" else world_size(trainer))
     # On meta, so that the memory of this rank's shards still counts as free.
     model = empty_model(placement.layout, placement.tokenizer, config.model.policy_dtype, None, torch.device("meta"))
-    return token_budget(model, None, device, free, config.times_beside_weights)
+    return token_budget(model, None, device, free, config.weight_copies)
 
 
 # ---- communication --------------------------------------------------------------------------------------------------------

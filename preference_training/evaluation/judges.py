@@ -21,7 +21,7 @@ from preference_training.configuration.composition import CONFIG_DIR
 from preference_training.configuration.schema import EvaluationConfig
 from preference_training.configuration.validation import EVALUATION_REQUIREMENTS, KEY_VARIABLE
 from preference_training.core.errors import UserError, first_line
-from preference_training.core.hashing import hash_of_values
+from preference_training.core.values import hash_values
 from preference_training.data.rows.templates import parse_dialogue
 from preference_training.data.toy_preferences import response_kind
 
@@ -87,7 +87,7 @@ class RewardModelJudge(Judge):
 
         self.model, self.tokenizer = load_reward_model(name, cache_dir)
         reads = [self.model.config.to_json_string(), str(self.tokenizer.chat_template), self.tokenizer.get_vocab()]
-        how = hash_of_values(reads)
+        how = hash_values(reads)
         super().__init__(f"reward_model:{name} {weights_hash(self.model)} {how}")
         self.model.to(device)
         self.thread = threading.Lock()
@@ -209,7 +209,7 @@ class ChatJudge(Judge):
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             reason = "its list of models cannot be read"
         else:
-            self.identity += f" {hash_of_values(served)}"
+            self.identity += f" {hash_values(served)}"
             return
         self.note = (
             f"{self.base} does not say which model it serves ({reason}): verdicts of earlier evaluations at this address are "

@@ -14,8 +14,8 @@ from pathlib import Path
 from torch import nn
 
 from preference_training.batching.micro_batches import evaluation_batches, evaluation_prompts
-from preference_training.checkpointing.checkpoint import Checkpoint, checkpoints_of
-from preference_training.configuration.kept import changed_config, known_values
+from preference_training.checkpointing.checkpoint import Checkpoint, list_checkpoints
+from preference_training.configuration.saved import changed_config, known_values
 from preference_training.configuration.schema import RunConfig
 from preference_training.core.errors import UserError, first_line
 from preference_training.core.files import write_atomically
@@ -43,13 +43,13 @@ class EvaluationRun:
 
     def __init__(
         self,
-        config,
         placement: Placement,
         prompts: PromptTable,
         checkpoint: Checkpoint | None,
         needs_reference: bool,
         build_evaluator: Callable,
     ):
+        config = placement.config
         self.config, self.placement, self.checkpoint = config, placement, checkpoint
         self.ranks, self.tokenizer = placement.ranks, placement.tokenizer
         options, is_rank_zero = config.evaluation, placement.ranks.is_rank_zero
@@ -185,7 +185,7 @@ def load_run_config(path: Path, overrides: list[str], evaluation: dict | None = 
     path: a run directory or one of its checkpoints. Keys that are newer than the run have their defaults. Raises UserError for
     other paths and unknown keys.
     """
-    found = checkpoints_of(path)
+    found = list_checkpoints(path)
     try:
         then = known_values(Checkpoint.read(found[0] if found else path).config)
     except UNREADABLE as error:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from preference_training.checkpointing.model_files import end_as_trained
+from preference_training.checkpointing.model_files import set_end_tokens
 from preference_training.core.errors import UserError
 from preference_training.core.files import atomic_directory
 from preference_training.modeling import loading
@@ -50,6 +50,6 @@ def save_weights(model, directory: Path, tokenizer, end_tokens=()) -> int:
     free = shutil.disk_usage(directory).free
     if needed > free:
         raise OSError(errno.ENOSPC, f"{needed / 2**20:,.0f} MiB needed, {free / 2**20:,.0f} MiB free")
-    end_as_trained(model.config, model.generation_config if model.can_generate() else None, tokenizer, end_tokens)
+    set_end_tokens(model.config, model.generation_config if model.can_generate() else None, tokenizer, end_tokens)
     loading.save_model(model, directory, max_shard_size=SHARD_SIZE)
     return sum(weight.numel() for weight in parameters)

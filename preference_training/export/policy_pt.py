@@ -7,8 +7,8 @@ import torch
 
 from preference_training.checkpointing.model_files import save_tokenizer
 from preference_training.checkpointing.saved_models import compare_parts, fits_in_memory, probe_logps_in_float32
-from preference_training.configuration.composition import choices_of, composed
-from preference_training.configuration.kept import model_config
+from preference_training.configuration.composition import compose_overrides, group_choices
+from preference_training.configuration.saved import model_config
 from preference_training.configuration.schema import ModelConfig
 from preference_training.core.errors import UserError, nearest
 from preference_training.core.files import load_tensors
@@ -51,11 +51,11 @@ def convert(archive: Path, name: str, to: Path, dtype: str | None = None) -> lis
 
 def _model_config(name: str, archive: Path) -> ModelConfig:
     """The `model` configuration of a preset, or of a model's path or hub id, that loads an archive's weights."""
-    presets = choices_of("model")
+    presets = group_choices("model")
     if name not in presets and "/" not in name and not Path(name).is_dir():
         raise UserError(f"--model: no preset {name!r}, and no directory; {nearest(name, presets)}")
     if name in presets:
-        return model_config(composed(f"model={name}")[0].model, archive=str(archive))
+        return model_config(compose_overrides(f"model={name}")[0].model, archive=str(archive))
     return model_config({}, name_or_path=name, archive=str(archive))
 
 

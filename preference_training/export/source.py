@@ -5,15 +5,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from preference_training.checkpointing.checkpoint import Checkpoint, DamagedError, checkpoints_of
-from preference_training.configuration.kept import model_config
+from preference_training.checkpointing.checkpoint import Checkpoint, DamagedError, list_checkpoints
+from preference_training.configuration.saved import model_config
 from preference_training.configuration.schema import DTYPES, ModelConfig
 from preference_training.core.errors import UserError
 from preference_training.modeling import loading
 from preference_training.modeling.adapters import is_adapter
 from preference_training.modeling.archives import MODEL_CONFIG, TOKENIZER_CONFIG
 from preference_training.modeling.tokenizer import BYTE_LEVEL, load_tokenizer
-from preference_training.tracking.run_files import CHECKSUMS, LATEST, METRICS, RESULTS_FILE, metric_rows, results_of
+from preference_training.tracking.run_files import CHECKSUMS, LATEST, METRICS, RESULTS_FILE, metric_rows, read_results
 
 # The part of a checkpoint's state that an export reads.
 CONFIG = {
@@ -48,12 +48,12 @@ class Source:
         """Read a checkpoint, or the LATEST one of a run directory. Raises UserError for other paths and damaged checkpoints."""
         if not path.is_dir():
             raise UserError(f"{path}: no such directory. {EXPECTED}")
-        if not (path / CHECKSUMS).exists() and checkpoints_of(path):
-            path = path / LATEST if (path / LATEST).is_dir() else checkpoints_of(path)[0]
+        if not (path / CHECKSUMS).exists() and list_checkpoints(path):
+            path = path / LATEST if (path / LATEST).is_dir() else list_checkpoints(path)[0]
         checkpoint = path.resolve()
         state = _valid_state(checkpoint)
         rows = metric_rows(checkpoint.parent / METRICS, state["examples"])
-        results = results_of(checkpoint.parent / RESULTS_FILE)
+        results = read_results(checkpoint.parent / RESULTS_FILE)
         evaluation = results["held_out"]["all"] if results.get("examples_trained") == state["examples"] else {}
         held_out = state["held_out"] or {}
         return cls(checkpoint, state["run"], state["examples"], held_out, rows, evaluation, trust_remote_code)

@@ -5,6 +5,7 @@ Shapes: B prompts of a batch, V vocabulary.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import xxhash
@@ -13,6 +14,9 @@ from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
 from preference_training.core.process_group import SINGLE_PROCESS, Ranks, local_world_size
 from preference_training.modeling.state import compute_device, free_memory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # Prompts per batch on a CPU: larger batches are not faster, and wait longer for their longest response.
 MAX_CPU_BATCH = 64
@@ -31,7 +35,7 @@ class Sampler:
     bfloat16). Global random streams are unchanged. Every rank takes all prompts, and all ranks sample together.
     """
 
-    tokenizer: object
+    tokenizer: "PreTrainedTokenizerBase"
     max_length: int
     seed: int
     ranks: Ranks = SINGLE_PROCESS

@@ -94,7 +94,7 @@ class Loss(ABC):
 
     @classmethod
     def state_shape(cls) -> dict[str, Any] | None:
-        """The shape of `state_dict`, as `misfit` checks it; None for a loss without state."""
+        """The shape of `state_dict`, as `find_mismatch` checks it; None for a loss without state."""
         return None
 
     def state_dict(self) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from preference_training.modeling.lora_targets import (
     unsupported_layers,
 )
 from preference_training.modeling.quantization import INSTALL
-from preference_training.tracking.run_files import run_of
+from preference_training.tracking.run_files import read_run_info
 
 # peft's names of the adapter that is trained, and of the frozen one that training started from.
 TRAINED_ADAPTER, INITIAL_ADAPTER = "default", "starting"
@@ -286,7 +286,7 @@ def check_base_weights(archive: str, began_with: str) -> None:
 
     Adapters that other tools wrote record no hash, and pass.
     """
-    before = run_of(Path(archive)).get("began_with")
+    before = read_run_info(Path(archive)).get("began_with")
     if isinstance(before, str) and before[:32] != began_with[:32]:
         raise UserError(
             f"model.archive: the adapter {archive} was trained on other weights than those of the model as configured. Set "

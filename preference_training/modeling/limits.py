@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from preference_training.core.errors import UserError
-from preference_training.data.entries import read_entries
+from preference_training.data.entries import Entry
 from preference_training.data.prompt_table import PromptTable
 from preference_training.data.rows.records import Turn
 from preference_training.data.rows.templates import ConversationError, build_template
@@ -83,7 +83,7 @@ def _num_positions(table: nn.Embedding) -> int:
 # ---- before the data is prepared ------------------------------------------------------------------------------------------
 
 
-def check_limits(config, tokenizer, limits: Limits) -> None:
+def check_limits(config, entries: Iterable[Entry], tokenizer, limits: Limits) -> None:
     """Raise UserError where max_length exceeds a model's position table, or templates write tokens without an embedding.
 
     A resumed run keeps its max_length; its rows are checked once they are prepared. Prints a line where rows may be longer than
@@ -101,9 +101,9 @@ def check_limits(config, tokenizer, limits: Limits) -> None:
     unknown = tokens_without_embedding(tokenizer, limits.vocabulary)
     if not unknown:
         return
-    template_ids = template_token_ids(config, tokenizer)
+    template_ids = template_token_ids(entries, tokenizer)
     if written := {token: number for token, number in unknown.items() if number in template_ids}:
-        where = f"which {_templates(config)} or the end of a response writes"
+        where = f"which {_templates(entries)} or the end of a response writes"
         raise UserError(_no_embedding(config, written, limits.vocabulary, where))
     print(
         f"model.tokenizer_name_or_path: {len(unknown)} tokens have no row in the model's embedding of {limits.vocabulary:,}: "
@@ -120,10 +120,10 @@ def tokens_without_embedding(tokenizer, vocabulary: int | None) -> dict[str, int
     return dict(sorted(beyond.items(), key=lambda pair: pair[1]))
 
 
-def template_token_ids(config, tokenizer) -> set[int]:
+def template_token_ids(entries: Iterable[Entry], tokenizer) -> set[int]:
     """The token ids that the templates of a run write around every conversation, and of the end of a response."""
     ids = {tokenizer.eos_token_id}
-    for name, system in {(entry.template, entry.system_prompt) for entry in read_entries(config)}:
+    for name, system in {(entry.template, entry.system_prompt) for entry in entries}:
         template = build_template(name, system, tokenizer)
         with suppress(ConversationError):
             prompt, responses = template((Turn("user", "a"),), ["b"])
@@ -131,8 +131,8 @@ def template_token_ids(config, tokenizer) -> set[int]:
     return ids
 
 
-def _templates(config) -> str:
-    names = sorted({str(entry.template) for entry in read_entries(config) if entry.template})
+def _templates(entries: Iterable[Entry]) -> str:
+    names = sorted({str(entry.template) for entry in entries if entry.template})
     return f"template={','.join(names)}" if names else "the data's template"
 
 

@@ -47,7 +47,7 @@ from preference_training.modeling.archives import (
 from preference_training.modeling.kernels import choose_attention, refuse_kernels, use_liger_kernels
 from preference_training.modeling.quantization import dequantize, quantize
 from preference_training.modeling.state import weights_hash
-from preference_training.tracking.run_files import CHECKSUMS, STATE, run_of
+from preference_training.tracking.run_files import CHECKSUMS, STATE, read_run_info
 
 
 @contextmanager
@@ -216,7 +216,7 @@ def _load_checkpoint(loader, checkpoint: Path, model_config: ModelConfig, tokeni
 
 def _read_seed(checkpoint: Path) -> int | None:
     """The seed of a checkpoint's run; None where it is not recorded."""
-    config = run_of(checkpoint).get("config")
+    config = read_run_info(checkpoint).get("config")
     seed = config.get("seed") if isinstance(config, dict) else None
     return seed if isinstance(seed, int) else None
 

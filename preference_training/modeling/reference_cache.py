@@ -25,8 +25,8 @@ from preference_training.batching.iterator import BatchIterator
 from preference_training.batching.micro_batches import evaluation_batches, evaluation_prompts
 from preference_training.batching.packing import UNLIMITED, PackedBatch, TokenBudget, build_packs, iterate_examples
 from preference_training.core.files import write_atomically
-from preference_training.core.hashing import hash_of_values
-from preference_training.core.process_group import SINGLE_PROCESS, Ranks, bytes_of
+from preference_training.core.process_group import SINGLE_PROCESS, Ranks, local_bytes
+from preference_training.core.values import hash_values
 from preference_training.data.prompt_table import PromptTable, Selection
 from preference_training.modeling.adapters import INITIAL_ADAPTER
 from preference_training.modeling.loading import CONFIG_METADATA
@@ -132,7 +132,7 @@ def _without_metadata(configuration):
 
 
 def _tensor_facts(tensor: Tensor) -> tuple:
-    return str(tensor.dtype), list(tensor.shape), xxhash.xxh3_128_hexdigest(bytes_of(tensor))
+    return str(tensor.dtype), list(tensor.shape), xxhash.xxh3_128_hexdigest(local_bytes(tensor))
 
 
 def machine_facts(device: torch.device) -> list:
@@ -150,7 +150,7 @@ def cache_key(model: nn.Module, plan: ReferencePlan, settings: Mapping | None = 
     """
     computing = model_facts(model), machine_facts(compute_device(model)), dict(settings or {})
     how = [*computing, plan.recipe, plan.prompts.fingerprint, weights_hash(model)]
-    parts = ranks.all_gather_object(hash_of_values(how, default=str))
+    parts = ranks.all_gather_object(hash_values(how, default=str))
     return parts[0] if len(parts) == 1 else xxhash.xxh3_128_hexdigest("".join(parts).encode())
 
 
@@ -329,5 +329,5 @@ def _write(path: Path, tensors: dict[str, Tensor]) -> None:
 def _checksum(tensors: dict[str, Tensor]) -> str:
     digest = xxhash.xxh3_128()
     for name in TENSORS:
-        digest.update(bytes_of(tensors[name]))
+        digest.update(local_bytes(tensors[name]))
     return digest.hexdigest()

@@ -14,7 +14,7 @@ import xxhash
 from torch import Tensor, nn
 
 from preference_training.core.errors import UserError
-from preference_training.core.process_group import bytes_of
+from preference_training.core.process_group import local_bytes
 from preference_training.modeling.adapters import initial_weights
 from preference_training.modeling.kernels import use_liger_kernels
 
@@ -93,7 +93,7 @@ def _hash_tensors(tensors: dict[str, Tensor]) -> str:
     digest = xxhash.xxh3_128()
     for name, tensor in tensors.items():
         digest.update(name.encode())
-        digest.update(bytes_of(tensor))
+        digest.update(local_bytes(tensor))
     return digest.hexdigest()
 
 

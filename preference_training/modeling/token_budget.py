@@ -44,7 +44,7 @@ def untrained_budget(config, tokenizer, device: torch.device) -> TokenBudget:
     """The budget of a configuration's model on a device, without loading its weights."""
     with torch.device("meta"):
         model = build_untrained(config.model, tokenizer, config.cache_dir)
-    return token_budget(model, config.max_tokens_per_microbatch, device, weight_copies=config.times_beside_weights)
+    return token_budget(model, config.max_tokens_per_microbatch, device, weight_copies=config.weight_copies)
 
 
 def _round_to_two_bits(number: int) -> int:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from preference_training.configuration.kept import read_config
+from preference_training.configuration.saved import read_config
 from preference_training.core.values import dotted
 from preference_training.reporting.charts import Line, metric_line
 from preference_training.reporting.flagged_pairs import flagged_rows
@@ -24,7 +24,7 @@ from preference_training.tracking.run_files import (
     json_object,
     metric_rows,
     progress,
-    results_of,
+    read_results,
     split_rows,
 )
 
@@ -47,7 +47,7 @@ class RunRecord:
     def read(cls, run_dir: Path, label: str | None = None) -> "RunRecord":
         """Read a run directory."""
         about, rows = json_object(run_dir / ABOUT), metric_rows(run_dir / METRICS)
-        return cls(run_dir, label or run_dir.name, read_config(run_dir), about, rows, results_of(run_dir / RESULTS_FILE))
+        return cls(run_dir, label or run_dir.name, read_config(run_dir), about, rows, read_results(run_dir / RESULTS_FILE))
 
     @cached_property
     def settings(self) -> dict:

@@ -14,7 +14,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from preference_training.configuration.kept import read_config
+from preference_training.configuration.saved import read_config
 from preference_training.core.errors import UserError
 from preference_training.core.metric_names import EXAMPLES, EXAMPLES_PER_SECOND, HELD_OUT_PROMPTS
 from preference_training.evaluation.phrasing import too_few

@@ -1,6 +1,6 @@
-"""The jobs of a sweep: which directory is whose, and what has become of each.
+"""The jobs of a sweep: the directory and the state of each.
 
-A job is known by its configuration, whatever its number is. Its job.json says what has become of it, so that the same command
+A job is identified by its configuration, whatever its number. Its job.json records its state, so that the same command
 line with the same `sweep_dir` runs what is missing and nothing else: a complete job returns its objective from there, an
 interrupted one resumes from its newest checkpoint. Launchers run jobs in this process or in others, on this machine or on
 others, so all of this lies in files.
@@ -25,12 +25,8 @@ from filelock import FileLock, Timeout
 from preference_training.configuration.keys import OUTSIDE_JOB_IDENTITY
 from preference_training.configuration.schema import keys_with
 from preference_training.core.files import locked, write_atomically
-from preference_training.core.hashing import hash_of_values
-from preference_training.tracking.run_files import (
-    JOB,
-    METRICS,
-    json_object,
-)
+from preference_training.core.values import hash_values
+from preference_training.tracking.run_files import JOB, METRICS, json_object
 
 START, JOBS, STOP = "sweep.json", "jobs.json", ".stop"
 # States of a job that is not run again.
@@ -81,7 +77,7 @@ class Job:
             yield
 
     @property
-    def is_held(self) -> bool:
+    def is_running(self) -> bool:
         """Whether a process runs this job."""
         try:
             FileLock(self._lock).acquire(timeout=0).lock.release()
@@ -154,7 +150,7 @@ class SweepDirectory:
 
     def claim(self, request: Request) -> Path:
         """The directory of a job: the one it has, or a new one, the requested one where that is nobody else's."""
-        given, identity = request.directory, identity_of(request.values)
+        given, identity = request.directory, job_identity(request.values)
         with FileLock(self.path / f".{JOBS}.lock"):
             known = json_object(self.path / JOBS)
             if identity in known:
@@ -179,10 +175,10 @@ class SweepDirectory:
         return next(self.path / name for name in names if name not in taken and not (self.path / name / METRICS).exists())
 
 
-def identity_of(values: dict) -> str:
+def job_identity(values: dict) -> str:
     """Hash of all keys of a composed configuration that make a job what it is: 32 hexadecimal digits."""
     known = _with_identity(values) | ({"resume": None} if values.get("resume") == "auto" else {})
-    return hash_of_values(known, default=str)
+    return hash_values(known, default=str)
 
 
 def _with_identity(values: dict, prefix: str = "") -> dict:

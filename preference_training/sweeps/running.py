@@ -32,7 +32,7 @@ def run_job(run: Callable, request: Request) -> float | None:
             job.update(start=start)
             return job.result
         if job.state == "failed" and job.record["start"] == start:
-            # The sweep goes on after the death of a process.
+            # The sweep continues after the death of a process.
             return None
         if sweep.is_stopped:
             job.update(start=start, state="stopped", error="not started, since the sweep was stopped")

@@ -1,4 +1,4 @@
-"""Running a sweep to its end, and saying what has become of its jobs."""
+"""Running a sweep to its end, and reporting the state of its jobs."""
 
 import sys
 from collections.abc import Callable
@@ -47,7 +47,7 @@ def _run_despite_deaths(main: Callable[[], object]) -> None:
 
 
 def print_missing_jobs() -> int:
-    """Print what has become of the jobs of this process's sweep; returns its exit status, 0 where none is missing.
+    """Print the state of the jobs of this process's sweep; returns its exit status, 0 where none is missing.
 
     1 where a job has failed, 2 where only the user's mistakes went wrong, 75 where jobs were stopped.
     """
@@ -60,7 +60,7 @@ def print_missing_jobs() -> int:
     lines = [f"sweep: {len(jobs) - len(missing)} of {len(jobs)} jobs are complete"]
     for job in missing:
         own = " ".join(text for text in job.overrides if text not in of_all)
-        fate = job.record.get("error") or ("its process goes on" if job.is_held else "its process has ended")
+        fate = job.record.get("error") or ("its process is still running" if job.is_running else "its process has ended")
         lines.append(f"  {job.directory.name}{f' ({own})' * bool(own)}: {job.state}: {fate}")
     lines.append(f"The same command line with sweep_dir={sweep.path} runs what is missing.")
     print(*lines, sep="\n", file=sys.stderr, flush=True)

@@ -57,9 +57,9 @@ class Sweep(Callback):
             print(f"comparison: {page}", flush=True)
 
 
-def _refuse(fault: str) -> None:
-    # Hydra turns an exception of a callback into a warning, and goes on.
-    print(fault, file=sys.stderr, flush=True)
+def _refuse(problem: str) -> None:
+    # Hydra turns an exception of a callback into a warning, and continues.
+    print(problem, file=sys.stderr, flush=True)
     sys.exit(2)
 
 
@@ -68,9 +68,9 @@ def _check_direction(direction, objective: str) -> None:
     # A name, or a member of Optuna's enumeration; lists are for several objectives.
     found = getattr(direction, "name", direction)
     if isinstance(found, str):
-        wanted = "minimize" if smaller_is_better(objective) else "maximize"
-        if found != wanted:
-            _refuse(f"hydra.sweeper.direction: found {found}, expected {wanted}: objective is {objective}.")
+        required = "minimize" if smaller_is_better(objective) else "maximize"
+        if found != required:
+            _refuse(f"hydra.sweeper.direction: found {found}, expected {required}: objective is {objective}.")
 
 
 def _swept(overrides: Iterable[str]) -> list[str]:
@@ -98,18 +98,18 @@ def comparison_warnings(objective: str, loss: str, swept: Iterable[str]) -> list
 def _forward_signals(launcher: str, sweep: SweepDirectory) -> None:
     """Forward the signals that stop a run to the jobs that a launcher has started on this machine, and start no further one.
 
-    Jobs in this process handle them themselves; those of Slurm go on, whoever waits for them.
+    Jobs in this process handle them themselves; those of Slurm continue, whoever waits for them.
     """
     if launcher.endswith(("BasicLauncher", "SlurmLauncher")):
         return
-    heard: list[float] = []
+    received: list[float] = []
 
     def forward(number: int, _frame) -> None:
         import psutil
 
         now = time.monotonic()
-        again = bool(heard) and number == signal.SIGINT and now - heard[0] > SAME_SIGNAL
-        heard.append(now)
+        again = bool(received) and number == signal.SIGINT and now - received[0] > SAME_SIGNAL
+        received.append(now)
         sweep.stop()
         for process in psutil.Process().children(recursive=True):
             with suppress(psutil.Error):

@@ -1,1 +1,1 @@
-"""What a run says and keeps while it goes on: metrics, events, dashboards, run files, the margin ledger."""
+"""What a run logs and stores: metrics, events, dashboards, run files, the margin ledger."""

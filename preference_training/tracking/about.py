@@ -3,7 +3,7 @@
 import json
 import platform
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Sequence
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,16 +16,22 @@ from preference_training.tracking.run_files import ABOUT
 LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "numpy", "peft")
 
 
-def write_about(run_dir: Path, reports: dict[str, Iterable[tuple[str, DataReport]]], examples: int | None, device) -> None:
+def write_about(
+    run_dir: Path, names: Sequence[str], splits: Sequence[Sequence[DataReport]], examples: int | None, device
+) -> None:
     """Write about.json: the data and what was skipped of it, the machine, the versions, and the state of this code.
 
-    reports: of each split, every data set's name and report; examples: how many the run has in all; device: where it
-    computes. Raises OSError.
+    splits: the reports of the training data and, if there is one, of the held-out split, for the data sets of these names.
+    examples: how many the run trains on in all. device: where it computes. Raises OSError.
     """
+    data = {
+        split: [{"name": name, **report.as_dict()} for name, report in zip(names, reports, strict=True)]
+        for split, reports in zip(("train", "held out"), splits, strict=False)
+    }
     about = {
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
         "examples": examples,
-        "data": {split: [{"name": name, **report.as_dict()} for name, report in of] for split, of in reports.items()},
+        "data": data,
         "machine": machine(device),
         "versions": {"python": platform.python_version(), **versions()},
         "code": code_state(Path(__file__).parents[2]),

@@ -1,21 +1,19 @@
-"""Where a run's numbers go beside its own files: wandb and TensorBoard, under the names of metrics.jsonl.
+"""Where a run's metrics go besides its own files: wandb and TensorBoard, under the names of metrics.jsonl.
 
-A dashboard may fail, be unreachable or run out of disk: that is printed in one line, and the run goes on without it.
+A dashboard may fail, be unreachable or run out of disk: that is printed in one line, and the run continues without it.
 A new one is a subclass of Dashboard in DASHBOARDS, with its name among those that `tracking` may have.
 """
 
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from preference_training.configuration.kept import as_yaml
+from preference_training.configuration.saved import as_yaml
 from preference_training.core.errors import first_line
 from preference_training.core.metric_names import EXAMPLES
-from preference_training.tracking.run_files import (
-    TENSORBOARD,
-    WANDB,
-)
+from preference_training.tracking.run_files import TENSORBOARD, WANDB
 
 
 @dataclass(frozen=True)
@@ -53,34 +51,22 @@ class Dashboard:
 
 
 class Guarded:
-    """A dashboard that can never end a run: its first failure is printed in one line, and then it is left alone."""
+    """A dashboard that can never end a run: its first failure is printed in one line, later calls do nothing."""
 
     def __init__(self, name: str, dashboard: Dashboard):
         self.name = name
         self.dashboard: Dashboard | None = dashboard
 
-    def log(self, row: dict[str, float]) -> None:
-        """As Dashboard's."""
-        self._try(lambda dashboard: dashboard.log(row))
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return partial(self._call, name)
 
-    def log_table(self, name: str, rows: list[dict], examples: int) -> None:
-        """As Dashboard's."""
-        self._try(lambda dashboard: dashboard.log_table(name, rows, examples))
-
-    def log_page(self, path: Path) -> None:
-        """As Dashboard's."""
-        self._try(lambda dashboard: dashboard.log_page(path))
-
-    def finish(self) -> None:
-        """As Dashboard's."""
-        self._try(lambda dashboard: dashboard.finish())
-
-    def _try(self, action: Callable[[Dashboard], None]) -> None:
+    def _call(self, name: str, *arguments) -> None:
+        """Call a method of the dashboard, as long as none has failed."""
         if self.dashboard is None:
             return
         try:
-            action(self.dashboard)
-        except Exception as error:  # whatever it does, the run goes on
+            getattr(self.dashboard, name)(*arguments)
+        except Exception as error:  # whatever it raises, the run continues
             print(f"{self.name}: switched off for the rest of this run: {_without_key(error)}", flush=True)
             self.dashboard = None
 
@@ -91,7 +77,7 @@ def start_dashboards(names: list[str], start: RunStart) -> list[Guarded]:
     for name in names:
         try:
             started.append(Guarded(name, DASHBOARDS[name](start)))
-        except Exception as error:  # no room, or libraries that do not fit each other: the run goes on
+        except Exception as error:  # no room, or incompatible libraries: the run continues
             print(f"{name}: not used: {_without_key(error)}", flush=True)
     return started
 

@@ -61,13 +61,13 @@ class Observations:
 
 
 class Ledger:
-    """Records margins, and writes them at evaluations and checkpoints. `say` prints a line.
+    """Records margins, and writes them at evaluations and checkpoints. `log_message` prints a line.
 
     All ranks of a run record and write together; each keeps its own pairs on its own device until then.
     """
 
-    def __init__(self, run_dir: Path, ranks: Ranks = SINGLE_PROCESS, say: Callable[[str], None] = print):
-        self.folder, self.ranks, self.say = run_dir / FOLDER, ranks, say
+    def __init__(self, run_dir: Path, ranks: Ranks = SINGLE_PROCESS, log_message: Callable[[str], None] = print):
+        self.folder, self.ranks, self.log_message = run_dir / FOLDER, ranks, log_message
         self.steps: list[tuple[int, list[tuple[Tensor, Tensor]]]] = []
         # What a full disk has not taken yet.
         self.unwritten = Observations.joined([])
@@ -94,7 +94,9 @@ class Ledger:
             _write(self.folder / f"{examples}.parquet", pyarrow.table(self.unwritten.columns(), SCHEMA))
         except OSError as error:
             if not self.failed:
-                self.say(f"warning: the ledger cannot be written to, its rows are kept for later: {error.strerror or error}")
+                self.log_message(
+                    f"warning: the ledger cannot be written to, its rows are kept for later: {error.strerror or error}"
+                )
             self.failed = True
         else:
             self.unwritten, self.failed = Observations.joined([]), False
@@ -114,7 +116,7 @@ def _write(path: Path, table: pyarrow.Table) -> None:
         pyarrow.parquet.write_table(table, partial, compression="zstd")
 
 
-def parts_of(run_dir: Path) -> list[Path]:
+def ledger_files(run_dir: Path) -> list[Path]:
     """The files of a run's ledger, in their order."""
     found = [path for path in (run_dir / FOLDER).glob("*.parquet") if path.stem.isdecimal()]
     return sorted(found, key=lambda path: int(path.stem))
@@ -123,7 +125,7 @@ def parts_of(run_dir: Path) -> list[Path]:
 def read_ledger(run_dir: Path) -> Observations:
     """All observations in a run's ledger; damaged files are skipped."""
     parts = []
-    for path in parts_of(run_dir):
+    for path in ledger_files(run_dir):
         try:
             table = pyarrow.parquet.read_table(path, schema=SCHEMA)
         except (OSError, pyarrow.ArrowException):
@@ -132,11 +134,11 @@ def read_ledger(run_dir: Path) -> Observations:
     return Observations.joined(parts)
 
 
-def cut_back_ledger(run_dir: Path, examples: int) -> None:
+def truncate_ledger(run_dir: Path, examples: int) -> None:
     """Remove observations after so many examples, and damaged files after them."""
     for path in (run_dir / FOLDER).glob(f"*{PARTIAL}"):
         path.unlink()
-    for path in parts_of(run_dir):
+    for path in ledger_files(run_dir):
         if int(path.stem) <= examples:
             continue
         try:

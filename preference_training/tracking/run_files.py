@@ -9,10 +9,7 @@ from math import inf
 from pathlib import Path
 
 from preference_training.core.metric_names import EVAL_LOSS, EXAMPLES, UPDATES
-from preference_training.core.values import (
-    UNREADABLE,
-    misfit,
-)
+from preference_training.core.values import UNREADABLE, find_mismatch
 
 METRICS, SAMPLES, BAD_STEPS, EVENTS = "metrics.jsonl", "samples.jsonl", "bad_batches.jsonl", "events.jsonl"
 RESULTS_FILE, ABOUT, FLAGGED = "results.json", "about.json", "flagged_pairs.jsonl"
@@ -27,7 +24,7 @@ TENSORBOARD, WANDB = "tensorboard", "wandb"
 CHECKPOINT, LATEST = "step-", "LATEST"
 STATE, CHECKSUMS, POLICY_PT = "state.json", "checksums.json", "policy.pt"
 OPTIMIZER_DIR, REFERENCE_DIR = "optimizer", "reference"
-# How the name of a directory begins that holds an earlier run, set aside.
+# The prefix of a directory that holds an earlier run, set aside.
 ASIDE = "set_aside_"
 
 
@@ -82,13 +79,13 @@ INTERVAL = dict.fromkeys(("mean", "low", "high"), (float, int, None))
 RESULTS = {"examples_trained": int, "held_out": {"all": {"examples": int, "prompts": int, ...: INTERVAL}}}
 
 
-def results_of(file: Path) -> dict:
+def read_results(file: Path) -> dict:
     """The results.json of a run's evaluation; empty where there is none, or it is damaged."""
     try:
         results = json.loads(file.read_text(encoding="utf-8"))
     except UNREADABLE:
         return {}
-    return results if misfit(results, RESULTS, "results") is None else {}
+    return results if find_mismatch(results, RESULTS, "results") is None else {}
 
 
 def json_object(file: Path) -> dict:
@@ -100,7 +97,7 @@ def json_object(file: Path) -> dict:
     return found if isinstance(found, dict) else {}
 
 
-def run_of(checkpoint: Path) -> dict:
+def read_run_info(checkpoint: Path) -> dict:
     """What a checkpoint's state says of its run; empty where it has no state, or a damaged one."""
     run = json_object(checkpoint / STATE).get("run")
     return run if isinstance(run, dict) else {}

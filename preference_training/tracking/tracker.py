@@ -27,12 +27,7 @@ from preference_training.core.metric_names import (
     TRAIN_MARGIN,
 )
 from preference_training.tracking.dashboards import Dashboard
-from preference_training.tracking.run_files import (
-    BAD_STEPS,
-    EVENTS,
-    METRICS,
-    SAMPLES,
-)
+from preference_training.tracking.run_files import BAD_STEPS, EVENTS, METRICS, SAMPLES
 
 Metrics = dict[str, float | Tensor]
 
@@ -49,7 +44,7 @@ SHORT_NAMES = {
 class Tracker:
     """The sinks of one run. Use as a context manager; `total` is the number of training examples, for the time left.
 
-    dashboards: where numbers go beside the run directory; they raise nothing. write_report makes a page of what the run
+    dashboards: where metrics go besides the run directory; they raise nothing. write_report makes a page of what the run
     directory holds, and returns its path; None for none. examples: how many the run has seen before.
     """
 
@@ -76,12 +71,12 @@ class Tracker:
         self.console = _ProgressBar(total) if sys.stdout.isatty() else _Lines(total)
 
     def __enter__(self) -> "Tracker":
-        self._keep_event("goes on" if self.examples else "begins")
+        self._record_event("goes on" if self.examples else "begins")
         return self
 
     def __exit__(self, kind, error, trace) -> None:
         self.flush()
-        self._keep_event("ends" if error is None else f"ends: {first_line(error)}")
+        self._record_event("ends" if error is None else f"ends: {first_line(error)}")
         self.report()
         self.console.close()
         for dashboard in self.dashboards:
@@ -115,7 +110,7 @@ class Tracker:
         self._write(METRICS, [row])
         self.examples = row[EXAMPLES]
         shown = ", ".join(f"{name} {row[name]:.4g}" for name in row if name.endswith((EVAL_LOSS, "accuracies", "margins")))
-        self.say(f"held out, after {row[EXAMPLES]:.0f} examples: {shown}")
+        self.log_message(f"held out, after {row[EXAMPLES]:.0f} examples: {shown}")
         for dashboard in self.dashboards:
             dashboard.log(row)
 
@@ -126,11 +121,11 @@ class Tracker:
             dashboard.log_table("samples", samples, examples)
 
     def log_bad_step(self, row: dict) -> None:
-        """Add a skipped step to `bad_batches.jsonl`, and say so."""
+        """Add a skipped step to `bad_batches.jsonl`, and log it."""
         self._write(BAD_STEPS, [row])
         shown = ", ".join(row["pairs"][:3]) + (", ..." if len(row["pairs"]) > 3 else "")
-        self.say(
-            f"warning: the step after {row[EXAMPLES]} examples was not taken: its {row['not_finite']} is not "
+        self.log_message(
+            f"warning: the step after {row[EXAMPLES]} examples was skipped: its {row['not_finite']} is not "
             f"finite. {BAD_STEPS} names the examples: {shown}"
         )
 
@@ -141,22 +136,24 @@ class Tracker:
         self.flush()
         try:
             self.page = self.write_report()
-        except Exception as error:  # whatever is wrong with the page, the run goes on
+        except Exception as error:  # whatever is wrong with the page, the run continues
             self.write_report = None
             again = f"python scripts/report.py {self.run_dir} tries it again"
-            self.say(f"warning: report.html could not be written, and is left as it is: {first_line(error)}. {again}")
+            self.log_message(
+                f"warning: report.html could not be written and keeps its old contents: {first_line(error)}. {again}"
+            )
 
-    def say(self, text: str) -> None:
+    def log_message(self, text: str) -> None:
         """One line on the console, above the progress bar, and in events.jsonl."""
-        self.console.say(text)
-        self._keep_event(text)
+        self.console.log_message(text)
+        self._record_event(text)
 
-    def _keep_event(self, text: str) -> None:
+    def _record_event(self, text: str) -> None:
         moment = datetime.now().astimezone().isoformat(timespec="seconds")
         self._write(EVENTS, [{"time": moment, "examples": self.examples, "text": text}])
 
     def _write(self, name: str, rows: list[dict]) -> None:
-        """Append rows to a file. Those that a full disk does not take are written with the next ones: the run goes on."""
+        """Append rows to a file. Those that a full disk does not take are written with the next ones: the run continues."""
         with self.writing:
             late = self.unwritten.pop(name, b"")
             left = late + "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
@@ -167,7 +164,7 @@ class Tracker:
             except OSError as error:
                 self.unwritten[name] = left
                 if not late:
-                    self.say(f"warning: {name} cannot be written to, its rows are kept for later: {error.strerror}")
+                    self.log_message(f"warning: {name} cannot be written to, its rows are kept for later: {error.strerror}")
 
 
 class NoTracker:
@@ -179,26 +176,10 @@ class NoTracker:
     def __exit__(self, *exception) -> None:
         """Nothing was opened."""
 
-    def log_step(self, metrics: Metrics) -> None:
-        """As Tracker's."""
+    def ignore(self, *_) -> None:
+        """Do nothing."""
 
-    def log_evaluation(self, metrics: Metrics) -> None:
-        """As Tracker's."""
-
-    def log_samples(self, samples: list[dict], examples: int) -> None:
-        """As Tracker's."""
-
-    def log_bad_step(self, row: dict) -> None:
-        """As Tracker's."""
-
-    def report(self) -> None:
-        """As Tracker's."""
-
-    def flush(self) -> None:
-        """As Tracker's."""
-
-    def say(self, text: str) -> None:
-        """As Tracker's."""
+    log_step = log_evaluation = log_samples = log_bad_step = report = flush = log_message = ignore
 
 
 def _numbers(metrics: Metrics) -> dict[str, float]:
@@ -228,7 +209,7 @@ class _ProgressBar:
         self.bar.set_postfix(_short(row), refresh=False)
         self.bar.update(row[EXAMPLES] - self.bar.n)
 
-    def say(self, text: str) -> None:
+    def log_message(self, text: str) -> None:
         self.bar.write(text, file=sys.stdout)
 
     def close(self) -> None:
@@ -244,9 +225,11 @@ class _Lines:
     def step(self, row: dict[str, float]) -> None:
         done = f"{row[EXAMPLES]:.0f}" + (f"/{self.total}" if self.total else "")
         left = (self.total - row[EXAMPLES]) / max(row[EXAMPLES_PER_SECOND], 1e-9) if self.total else None
-        self.say(f"{done} " + " ".join(f"{k} {v}" for k, v in _short(row).items()) + (f" left {left:.0f} s" if left else ""))
+        self.log_message(
+            f"{done} " + " ".join(f"{k} {v}" for k, v in _short(row).items()) + (f" left {left:.0f} s" if left else "")
+        )
 
-    def say(self, text: str) -> None:
+    def log_message(self, text: str) -> None:
         print(text, flush=True)
 
     def close(self) -> None:

@@ -25,26 +25,26 @@ from preference_training.tracking.ledger import Ledger
 from preference_training.training.parts import Batches, Models, Observers
 from preference_training.training.preparation import PreparedRun
 from preference_training.training.pruning import Pruning
-from preference_training.training.run_directory import (
-    folders_of,
-)
-from preference_training.training.same_start import SameStart
+from preference_training.training.start_check import StartCheck
 
 
 def observe(prepared: PreparedRun, placement: Placement, run_dir: Path, tracker, stop) -> Observers:
     """The observers of a run, as yet without a writer of checkpoints."""
     config, pruner = prepared.config, prepared.pruner
-    ledger = Ledger(run_dir, placement.ranks, tracker.say) if config.ledger and prepared.loss.paired else None
+    ledger = Ledger(run_dir, placement.ranks, tracker.log_message) if config.ledger and prepared.loss.paired else None
     pruning = Pruning(Path(config.sweep_dir), run_dir, config.objective, config.eval_every, pruner) if pruner else None
     return Observers(tracker, ledger=ledger, pruning=pruning, stop=stop)
 
 
 def checkpoint_writer(
-    prepared: PreparedRun, placement: Placement, policy, run_dir: Path, about: dict, say: Callable[[str], None]
+    prepared: PreparedRun, placement: Placement, policy, run_dir: Path, about: dict, log_message: Callable[[str], None]
 ) -> CheckpointWriter:
-    """The writer of a run's checkpoints. about: what the run is made of, as they say it."""
+    """The writer of a run's checkpoints. about: what the run is made of, as checkpoints store it."""
     config = prepared.config
-    served = served_tokenizer(config, placement.tokenizer, prepared.data[0].table)
+    # A copy whose chat template writes prompts as in training.
+    tokenizer = copy.copy(placement.tokenizer)
+    prompt_format = detect_format(config.as_dict(), prepared.data[0].table, tokenizer)
+    serve_as_trained(prompt_format, tokenizer)
     options = SaveOptions(
         run=about,
         background=config.save_async,
@@ -52,9 +52,9 @@ def checkpoint_writer(
         keep_best=config.keep_best,
         metric=config.objective,
         timeout_minutes=config.trainer.distributed_timeout_minutes,
-        end_tokens=tuple(served.end_tokens),
+        end_tokens=tuple(end_tokens(prompt_format, tokenizer)),
     )
-    return CheckpointWriter(run_dir, policy, served.tokenizer, placement.ranks, options, say)
+    return CheckpointWriter(run_dir, policy, tokenizer, placement.ranks, options, log_message)
 
 
 def assemble(prepared: PreparedRun, placement: Placement, checkpoint: Checkpoint | None = None) -> tuple[Models, Batches]:
@@ -62,7 +62,7 @@ def assemble(prepared: PreparedRun, placement: Placement, checkpoint: Checkpoint
     config, ranks = prepared.config, placement.ranks
     train_prompts, held_out = (split.table for split in prepared.data)
     models = Models(placement.load_policy(), None, prepared.loss)
-    budgets = budgets_of(config, models.policy, ranks, checkpoint)
+    budgets = token_budgets(config, models.policy, ranks, checkpoint)
     steps = build_batches(config, train_prompts, budgets.now, ranks, budgets.at_start)
     sizes = {
         "batch_size": config.eval_batch_size,
@@ -76,10 +76,10 @@ def assemble(prepared: PreparedRun, placement: Placement, checkpoint: Checkpoint
         models.reference = make_reference(
             config, placement, models.policy, reads, prepared.in_sweep or steps.schedule.visits_again
         )
-        if two_models := config.two_models:
-            print(two_models, flush=True)
+        if two_models_notice := config.two_models_notice:
+            print(two_models_notice, flush=True)
         else:
-            models.same_start = SameStart(models.policy, models.reference)
+            models.start_check = StartCheck(models.policy, models.reference)
     num_samples = min(len(held_out), config.n_eval_model_samples * placement.samples(config.sample_during_eval))
     samples = [held_out[k].prompt_ids for k in range(num_samples)]
     return models, Batches(steps, evaluation_batches(held_out, **sizes), samples)
@@ -93,32 +93,16 @@ class Budgets:
     at_start: TokenBudget
 
 
-def budgets_of(config: RunConfig, policy, ranks, checkpoint: Checkpoint | None) -> Budgets:
-    """The token budgets of a run: those of its checkpoint, bit for bit, where it goes on with as many processes."""
+def token_budgets(config: RunConfig, policy, ranks, checkpoint: Checkpoint | None) -> Budgets:
+    """The token budgets of a run: those of its checkpoint, bit for bit, if it is resumed with as many processes."""
     if checkpoint:
         before = checkpoint.state["train_batches"]
         if before["ranks"] == ranks.size and config.max_tokens_per_microbatch is None:
             # Early checkpoints hold one budget.
             return Budgets(TokenBudget(*before["budget"][:2]), TokenBudget(*before["budget"][-2:]))
-    budget = token_budget(policy, config.max_tokens_per_microbatch, weight_copies=config.times_beside_weights)
+    budget = token_budget(policy, config.max_tokens_per_microbatch, weight_copies=config.weight_copies)
     budget = common_budget(budget, ranks)
     return Budgets(budget, budget)
-
-
-@dataclass(frozen=True)
-class ServedTokenizer:
-    """The tokenizer that checkpoints hold, and the tokens that end answers."""
-
-    tokenizer: object
-    end_tokens: list[int]
-
-
-def served_tokenizer(config: RunConfig, tokenizer, prompts) -> ServedTokenizer:
-    """A copy of the run's tokenizer whose chat template writes the prompts of training, which are given."""
-    name = detect_format(config.as_dict(), prompts, tokenizer)
-    saved = copy.copy(tokenizer)
-    serve_as_trained(name, saved)
-    return ServedTokenizer(saved, end_tokens(name, saved))
 
 
 def build_batches(
@@ -152,8 +136,8 @@ def make_reference(config: RunConfig, placement: Placement, policy, reads, read_
     Computed before, by its own choice, where they are read more than once: in several epochs or the jobs of a sweep
     (`read_again`), or because an earlier run has left them; never where the reference follows the policy.
     """
-    directory = first_existing(folders_of(config.local_dirs)) / "reference_logps"
-    # In the policy's dtype it says now what a copy of it would say.
+    directory = first_existing(config.local_dirs) / "reference_logps"
+    # In the policy's dtype it now gives the log-probs that a copy would give.
     is_copy = config.model.reference_dtype == config.model.policy_dtype and not has_adapter(policy)
     reference = LiveReference(policy) if is_copy else placement.reference(policy)
     ranks = placement.ranks
@@ -167,7 +151,7 @@ def make_reference(config: RunConfig, placement: Placement, policy, reads, read_
 
 
 def computing_settings(config: RunConfig) -> dict:
-    """The keys on which the last bits of a model's log-probs depend, beside those that the model itself shows."""
+    """The keys on which the last bits of a model's log-probs depend, besides those that the model itself has."""
     model, trainer = config.model, config.trainer
     return {
         "trainer": [trainer.name, trainer.tensor_parallel_size],

@@ -9,15 +9,14 @@ from preference_training.evaluation.held_out import HeldOut, evaluate_held_out
 from preference_training.evaluation.phrasing import too_few
 from preference_training.generation.sampling import Sampler
 from preference_training.modeling.logprobs import LiveReference
-from preference_training.training.parts import Batches, Models, Observers
-from preference_training.training.state import RunState
+from preference_training.training.parts import Batches, Models, Observers, RunState
 
 
 class Evaluator:
     """Evaluates the policy of a run, and keeps in `state` what it finds. held_out: the newest result, None before the first."""
 
-    def __init__(self, config, placement: Placement, models: Models, batches: Batches, state: RunState, observers: Observers):
-        self.config, self.ranks, self.tokenizer = config, placement.ranks, placement.tokenizer
+    def __init__(self, placement: Placement, models: Models, batches: Batches, state: RunState, observers: Observers):
+        self.config, self.ranks, self.tokenizer = placement.config, placement.ranks, placement.tokenizer
         self.models, self.batches, self.state, self.observers = models, batches, state, observers
         self.held_out: HeldOut | None = None
         self.pruned = False
@@ -29,21 +28,23 @@ class Evaluator:
         return self.pruned or (patience is not None and self.state.evaluations_since_best >= patience)
 
     def evaluate(self) -> None:
-        """Score the held-out examples and answer the sample prompts, into the tracker; once for each number of examples."""
+        """Score the held-out examples and sample responses, into the tracker; once for each number of examples."""
         models, state, tracker = self.models, self.state, self.observers.tracker
         if not self.batches.held_out or state.evaluated_at == state.examples:
             return
-        see = models.same_start and models.same_start.see
-        self.held_out = evaluate_held_out(models.policy, models.reference, models.loss, self.batches.held_out, self.ranks, see)
-        if models.same_start is not None:
-            models.same_start.check(self.ranks)
+        compare = models.start_check and models.start_check.compare
+        self.held_out = evaluate_held_out(
+            models.policy, models.reference, models.loss, self.batches.held_out, self.ranks, compare
+        )
+        if models.start_check is not None:
+            models.start_check.check(self.ranks)
         warnings = self._warnings() if state.held_out is None else []
         state.held_out = self.held_out.means()
         state.evaluated_at = state.examples
         self._compare_with_best()
         tracker.log_evaluation(state.held_out | interval_metrics(self.held_out) | state.counters())
         for text in warnings:
-            tracker.say(f"warning: {text}")
+            tracker.log_message(f"warning: {text}")
         if self.batches.sample_prompts:
             tracker.log_samples(self.sample(), state.examples)
         if self.observers.ledger is not None:
@@ -59,7 +60,7 @@ class Evaluator:
         return [text for text in (few, said if depends else None) if text]
 
     def _compare_with_best(self) -> None:
-        """Count the evaluations since `objective` was best; say so where the run ends for it."""
+        """Count the evaluations since `objective` was best; log it when that ends the run."""
         objective, state = self.config.objective, self.state
         value = state.held_out[objective]
         if state.best is None or (value < state.best if smaller_is_better(objective) else value > state.best):
@@ -68,12 +69,12 @@ class Evaluator:
         state.evaluations_since_best += 1
         since = state.evaluations_since_best
         if since == self.config.early_stopping_patience and not self.batches.train.finished:
-            self.observers.tracker.say(
+            self.observers.tracker.log_message(
                 f"early stopping: {objective} was not better than {state.best:.4g} in {since} evaluations"
             )
 
     def _prune(self) -> None:
-        """End the run, and say so, where other jobs of the sweep do much better; not before its first step."""
+        """End the run and log it where other jobs of the sweep do much better; never before its first step."""
         pruning, state = self.observers.pruning, self.state
         if pruning is None or self.ends_run or self.batches.train.finished or not state.examples:
             return
@@ -81,58 +82,58 @@ class Evaluator:
         verdict = self.ranks.broadcast(judged)
         self.pruned = verdict is not None
         if self.pruned:
-            self.observers.tracker.say(f"pruned: {verdict}")
+            self.observers.tracker.log_message(f"pruned: {verdict}")
 
     # ---- samples --------------------------------------------------------------------------------------------------------
 
-    def answers(self, model: nn.Module | None = None) -> list[str]:
-        """A model's answers to the sample prompts; the policy's, unless another is given."""
+    def responses(self, model: nn.Module | None = None) -> list[str]:
+        """A model's responses to the sample prompts; the policy's, unless another is given."""
         sampler = Sampler(self.tokenizer, self.config.max_length, self.config.seed, self.ranks)
         return sampler.texts(self.models.policy if model is None else model, self.batches.sample_prompts)
 
     def sample(self) -> list[dict]:
-        """Answers of the policy, and of the reference where there is one, to the sample prompts.
+        """Responses of the policy, and of the reference where there is one, to the sample prompts.
 
         Both are drawn from the same noise, so that a reader sees what has changed.
         """
         state = self.state
         if state.reference_answers is None and self.models.loss.reference_update is not None:
-            state.reference_answers = self.answers(self.models.reference.model)
+            state.reference_answers = self.responses(self.models.reference.model)
         known = state.reference_answers
-        # Before the first step the reference's answers are the policy's: they need not be sampled twice.
-        answers = {"policy": self.answers() if known is None or state.updates else known}
+        # Before the first step the reference's responses are the policy's: they need not be sampled twice.
+        responses = {"policy": self.responses() if known is None or state.updates else known}
         if known is not None:
-            answers["reference"] = known
+            responses["reference"] = known
         prompts = self.tokenizer.batch_decode(self.batches.sample_prompts)
-        rows = zip(prompts, *answers.values(), strict=True)
-        return [{"examples": state.examples, **dict(zip(["prompt", *answers], row, strict=True))} for row in rows]
+        rows = zip(prompts, *responses.values(), strict=True)
+        return [{"examples": state.examples, **dict(zip(["prompt", *responses], row, strict=True))} for row in rows]
 
     # ---- resuming -------------------------------------------------------------------------------------------------------
 
     def resume(self) -> None:
-        """Adapt what `state` has from a checkpoint to this run, and say where that loses something."""
-        self._resume_reference_answers()
+        """Adapt what `state` has from a checkpoint to this run; log what is lost."""
+        self._resume_reference_responses()
         if self.config.objective == EVAL_LOSS and loss_is_at_beta_used(self.state.held_out):
             # Losses of now do not compare with those of then.
             self.state.best, self.state.evaluations_since_best = None, 0
-            self.observers.tracker.say(
+            self.observers.tracker.log_message(
                 "warning: evaluations before this checkpoint have loss/eval at beta-DPO's beta in force, those from here on at "
-                "loss.beta: the best so far is forgotten, and keep_best begins anew"
+                "loss.beta: the best value so far is discarded, and keep_best starts over"
             )
 
-    def _resume_reference_answers(self) -> None:
-        """Take the reference's answers of a checkpoint, whose run may have had fewer sample prompts, or more."""
-        kept, wanted, reference = self.state.reference_answers, len(self.batches.sample_prompts), self.models.reference
+    def _resume_reference_responses(self) -> None:
+        """Take the reference's responses of a checkpoint, whose run may have had fewer sample prompts, or more."""
+        kept, needed, reference = self.state.reference_answers, len(self.batches.sample_prompts), self.models.reference
         # Sample prompts are the first held-out ones, however many.
-        self.state.reference_answers = kept[:wanted] if kept is not None else None
-        if kept is None or len(kept) >= wanted:
+        self.state.reference_answers = kept[:needed] if kept is not None else None
+        if kept is None or len(kept) >= needed:
             return
         if isinstance(reference, LiveReference):
             with reference.as_reference(reference.model):
-                self.state.reference_answers = self.answers(reference.model)
+                self.state.reference_answers = self.responses(reference.model)
             return
         self.state.reference_answers = None
-        self.observers.tracker.say(
-            f"samples: the reference has answered {len(kept)} of the {wanted} sample prompts and only its log-probs are kept: "
+        self.observers.tracker.log_message(
+            f"samples: the reference has answered {len(kept)} of the {needed} sample prompts and only its log-probs are kept: "
             "from here on samples are the policy's alone (reference_logps=live would give the reference's too)"
         )

@@ -1,4 +1,4 @@
-"""Monitors of training: what the numbers of each step say goes wrong. They warn once for each kind, and change nothing."""
+"""Monitors of training: each detects one kind of failure from the metrics of the steps, and warns once. They change nothing."""
 
 import math
 from collections import deque
@@ -11,37 +11,39 @@ from preference_training.core.process_group import to_local
 
 # Steps that a mean is taken over, and after which it means something.
 STEPS = 100
-# How far the mean log-prob of chosen responses may fall below its start before that is said. Unit: nats.
+# How far the mean log-prob of chosen responses may fall below its start before a warning. Unit: nats.
 COLLAPSE = 50.0
-# Values looked at of each weight.
+# Sampled values per weight.
 VALUES = 1024
-# Of the values that a step should change, the share below which a warning says that they stay.
+# Of the values that a step should change, the share below which a warning is given.
 CHANGED = 1 / 3
 
 
-class Watch:
-    """Watches every step's metrics. `say` prints a line; spike: how many times its running mean a loss may be, None is off."""
+class TrainingMonitor:
+    """Watches every step's metrics and warns. spike: how many times its running mean a loss may be; None switches that off."""
 
-    def __init__(self, say: Callable[[str], None], spike: float | None = None):
-        self.say, self.spike = say, spike
+    def __init__(self, log_message: Callable[[str], None], spike: float | None = None):
+        self.log_message, self.spike = log_message, spike
         self.newest: dict[str, deque[float]] = {
             name: deque(maxlen=STEPS) for name in (TRAIN_LOSS, TRAIN_CHOSEN_LOGPS, TRAIN_ACCURACY)
         }
         self.chosen_at_start: float | None = None
-        self.said: list[str] = []
+        self.warned: list[str] = []
 
-    def see(self, metrics: dict[str, float]) -> None:
-        """Look at the metrics of a step that was taken."""
+    def observe(self, metrics: dict[str, float]) -> None:
+        """Observe the metrics of a step."""
         at = f"after {metrics[EXAMPLES]} examples"
         losses = self.newest[TRAIN_LOSS]
         if self.spike is not None and len(losses) == STEPS and metrics[TRAIN_LOSS] > self.spike * abs(_mean(losses)):
-            self.say(f"warning: {at} the loss is {metrics[TRAIN_LOSS]:.4g}, its mean over {STEPS} steps {_mean(losses):.4g}")
+            self.log_message(
+                f"warning: {at} the loss is {metrics[TRAIN_LOSS]:.4g}, its mean over {STEPS} steps {_mean(losses):.4g}"
+            )
         for name in self.newest.keys() & metrics.keys():
             self.newest[name].append(metrics[name])
-        self._see_chosen(at)
-        self._see_accuracy(at)
+        self._check_chosen(at)
+        self._check_accuracy(at)
 
-    def _see_chosen(self, at: str) -> None:
+    def _check_chosen(self, at: str) -> None:
         chosen = self.newest[TRAIN_CHOSEN_LOGPS]
         if len(chosen) < STEPS:
             return
@@ -55,7 +57,7 @@ class Watch:
                 "unlikely. Look at samples.jsonl; raise loss.beta, lower lr, or stop earlier.",
             )
 
-    def _see_accuracy(self, at: str) -> None:
+    def _check_accuracy(self, at: str) -> None:
         accuracies = self.newest[TRAIN_ACCURACY]
         if len(accuracies) < STEPS:
             return
@@ -68,8 +70,8 @@ class Watch:
                 "right way round in the data? Is lr too high?",
             )
 
-    def see_share_changed(self, share: float | None, lr: float, dtype: str) -> None:
-        """Look at the share of sampled weights in `dtype` that a step has changed, None where that was not checked."""
+    def observe_share_changed(self, share: float | None, lr: float, dtype: str) -> None:
+        """Warn about a small share of sampled weights in `dtype` that a step has changed; None where that was not checked."""
         if share is None or share >= CHANGED:
             return
         remedy = "Raise lr."
@@ -77,25 +79,25 @@ class Watch:
             remedy = "Set master_weights=true, which keeps float32 copies of them in the optimizer, or raise lr."
         self.warn(
             "weights that stay",
-            f"a step with lr {lr:g} has changed {share:.1%} of the weights that were looked at: its updates are too small for "
+            f"a step with lr {lr:g} has changed {share:.1%} of the sampled weights: its updates are too small for "
             f"weights in {dtype}, and most are rounded away. {remedy}",
         )
 
     def warn(self, kind: str, text: str) -> None:
         """Warn once for each kind."""
-        if kind not in self.said:
-            self.said.append(kind)
-            self.say(f"warning: {text}")
+        if kind not in self.warned:
+            self.warned.append(kind)
+            self.log_message(f"warning: {text}")
 
     def state_dict(self) -> dict:
-        """What has been seen and said, as plain values."""
+        """The recent metrics and the warnings given, as plain values."""
         seen = {name: list(values) for name, values in self.newest.items()}
-        return {"newest": seen, "chosen_at_start": self.chosen_at_start, "said": self.said}
+        return {"newest": seen, "chosen_at_start": self.chosen_at_start, "said": self.warned}
 
     def load_state_dict(self, state: dict) -> None:
-        """Remember what `state_dict` gave."""
+        """Load what `state_dict` returned."""
         self.newest = {name: deque(values, maxlen=STEPS) for name, values in state["newest"].items()}
-        self.chosen_at_start, self.said = state["chosen_at_start"], list(state["said"])
+        self.chosen_at_start, self.warned = state["chosen_at_start"], list(state["said"])
 
 
 def _mean(values: deque[float]) -> float:
@@ -112,7 +114,7 @@ class UnchangedWeights:
 
     def __init__(self, updated: Sequence[tuple[Tensor, Tensor]]):
         matrices = [pair for pair in updated if pair[0].ndim > 1]
-        self.seen = [self._begin(to_local(weight.detach()), to_local(gradient)) for weight, gradient in matrices or updated]
+        self.samples = [self._begin(to_local(weight.detach()), to_local(gradient)) for weight, gradient in matrices or updated]
 
     @staticmethod
     def _begin(weight: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -121,8 +123,8 @@ class UnchangedWeights:
 
     def share_changed(self) -> float | None:
         """The share of the values that have changed, of those that should have; None where there are none."""
-        expected = sum(int(moves.sum()) for *_, moves in self.seen)
-        changed = sum(int(((_sample(weight) != values) & moves).sum()) for weight, values, moves in self.seen)
+        expected = sum(int(moves.sum()) for *_, moves in self.samples)
+        changed = sum(int(((_sample(weight) != values) & moves).sum()) for weight, values, moves in self.samples)
         return changed / expected if expected else None
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from preference_training.configuration.schema import BITSANDBYTES_OPTIMIZERS
+from preference_training.configuration.schema import BITSANDBYTES_OPTIMIZERS, SPACINGS, RunConfig
 from preference_training.core.errors import UserError, first_line
 from preference_training.modeling.quantization import import_bitsandbytes
 
@@ -31,7 +31,7 @@ def check_optimizer(config) -> None:
 def build_optimizer(policy: nn.Module, config, masters: bool | None = None) -> torch.optim.Optimizer:
     """The optimizer of the configuration over the weights that are trained, with its fused kernel where it has one.
 
-    masters: whether low-precision weights have float32 master weights; None decides as the configuration says.
+    masters: whether low-precision weights have float32 master weights; None decides as configured.
     """
     optimizer = _plain_optimizer(policy, config)
     if masters is None:
@@ -42,7 +42,7 @@ def build_optimizer(policy: nn.Module, config, masters: bool | None = None) -> t
 
 def _plain_optimizer(policy: nn.Module, config) -> torch.optim.Optimizer:
     arguments = {"lr": config.lr, **config.optimizer_kwargs}
-    groups = _decaying(policy, config.weight_decay)
+    groups = _parameter_groups(policy, config.weight_decay)
     if config.optimizer in BITSANDBYTES_OPTIMIZERS:
         return getattr(import_bitsandbytes(f"optimizer={config.optimizer}").optim, config.optimizer)(groups, **arguments)
     optimizer_class = getattr(torch.optim, config.optimizer)
@@ -52,7 +52,7 @@ def _plain_optimizer(policy: nn.Module, config) -> torch.optim.Optimizer:
     return optimizer_class(groups, **(fused | arguments))
 
 
-def _decaying(policy: nn.Module, weight_decay: float | None) -> list:
+def _parameter_groups(policy: nn.Module, weight_decay: float | None) -> list:
     """The trained weights, in two groups where `weight_decay` is given: biases and the scales of norms do not decay."""
     trained = [weight for weight in policy.parameters() if weight.requires_grad]
     if weight_decay is None:
@@ -104,10 +104,10 @@ class MasterWeights(torch.optim.Optimizer):
         self.make_masters()
         copied = [(weight, master) for weight, master in self.masters.items() if master is not weight]
         for weight, master in copied:
-            # One by one, so that not all gradients are there twice.
+            # One by one, so that only one gradient is in memory twice.
             master.grad = None if weight.grad is None else weight.grad.float()
             weight.grad = None
-        self._hand_options_on()
+        self._forward_options()
         self.inner.step()
         for weight, master in copied:
             if master.grad is not None:
@@ -116,8 +116,8 @@ class MasterWeights(torch.optim.Optimizer):
         self._collect_state()
         return loss
 
-    def _hand_options_on(self) -> None:
-        """Give `inner` the learning rate and what else schedulers change."""
+    def _forward_options(self) -> None:
+        """Copy the learning rate, and whatever else schedulers change, to `inner`."""
         for mine, inner in zip(self.param_groups, self.inner.param_groups, strict=True):
             inner |= {name: value for name, value in mine.items() if name != "params"}
 
@@ -128,7 +128,7 @@ class MasterWeights(torch.optim.Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict) -> None:
-        """Take over what `state_dict` gave. Weights without a master weight in it keep the one that they have."""
+        """Load what `state_dict` returned. Weights without a master weight in it keep theirs."""
         self.make_masters()
         saved = list(chain.from_iterable(group["params"] for group in state_dict["param_groups"]))
         weights = chain.from_iterable(group["params"] for group in self.param_groups)
@@ -145,7 +145,7 @@ class MasterWeights(torch.optim.Optimizer):
         self._collect_state()
 
 
-def gradients_of(optimizer: torch.optim.Optimizer) -> list[tuple[Tensor, Tensor]]:
+def pending_updates(optimizer: torch.optim.Optimizer) -> list[tuple[Tensor, Tensor]]:
     """What an optimizer is about to update, with its gradients: master weights where it has them, else the weights."""
     masters = {}
     if isinstance(optimizer, MasterWeights):
@@ -181,3 +181,40 @@ def schedule(config, total_steps: int) -> Callable[[int], float]:
 
     shape = shapes[config.lr_schedule]
     return lambda step: (step + 1) / (warmup + 1) if step < warmup else shape(step)
+
+
+# ---- notices --------------------------------------------------------------------------------------------------------------
+
+
+def precision_notices(config: RunConfig) -> list[str]:
+    """Notices about weights that are trained in low precision; empty where there are none."""
+    dtype, lines = config.model.policy_dtype, []
+    if config.master_weights is True and not config.model.trains_low_precision:
+        why = "an adapter's weights are float32" if dtype in SPACINGS else f"model.policy_dtype={dtype}"
+        lines.append(f"master_weights: none are needed: {why}")
+    if config.model.trains_low_precision:
+        lines.append(f"master_weights: {_chosen_precision(config)}")
+    share = config.loss.reference_update_share
+    if share is not None and share < 0.5 and config.model.reference_dtype in SPACINGS:
+        lines.append(
+            f"loss.reference_update_share: with {share:g} a reference in {config.model.reference_dtype} follows the policy "
+            f"only where they differ by more than {0.5 / share:.2g} times the distance of neighbouring numbers: smaller moves "
+            "are rounded away. Not so with a share of 0.5 or more, or model.policy_dtype=float32 (and "
+            "model.autocast_dtype=bfloat16)"
+        )
+    return lines
+
+
+def _chosen_precision(config: RunConfig) -> str:
+    dtype = config.model.policy_dtype
+    kept = config.keeps_master_weights
+    copies, none = f"the optimizer keeps float32 copies of the {dtype} weights", f"none, {dtype} weights are updated directly"
+    what = copies if kept else none
+    if config.master_weights != "auto":
+        return what
+    limit = config.model.smallest_kept_lr
+    if config.optimizer == "SGD":
+        return f"{what}: SGD's updates may be too small for {dtype} (master_weights=false does without, in less memory)"
+    if kept:
+        return f"{what}: updates of lr {config.lr:g} would be rounded away (master_weights=false does without, in less memory)"
+    return f"{what}: updates of lr {config.lr:g} are not rounded away in weights of ordinary size (limit: {limit:.1g})"

@@ -1,33 +1,34 @@
-"""What a run is assembled from, by name."""
+"""The parts of a run: models, batches, observers and state."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 from torch import Tensor, nn
 
 from preference_training.batching.iterator import BatchIterator
 from preference_training.batching.packing import PackedBatch
 from preference_training.checkpointing.writer import CheckpointWriter
+from preference_training.core.metric_names import EXAMPLES, TOKENS, UPDATES
 from preference_training.core.signals import StopRequests
 from preference_training.losses.base import Loss
 from preference_training.tracking.ledger import Ledger
-from preference_training.tracking.tracker import Tracker
+from preference_training.tracking.tracker import Metrics, Tracker
 from preference_training.training.pruning import Pruning
-from preference_training.training.same_start import SameStart
+from preference_training.training.start_check import StartCheck
 
 
 @dataclass
 class Models:
     """The policy, placed where it trains, and what it is compared with.
 
-    reference gives the log-probs [R] of a batch; None where the loss needs none. same_start checks that both are the same until
-    the first update; None where they need not be, or have been.
+    reference gives the log-probs [R] of a batch; None where the loss needs none. start_check checks until the first update that
+    both agree; None where they need not, or have been checked.
     """
 
     policy: nn.Module
     reference: Callable[[PackedBatch], Tensor] | None
     loss: Loss
-    same_start: SameStart | None = None
+    start_check: StartCheck | None = None
 
 
 @dataclass
@@ -41,7 +42,7 @@ class Batches:
 
 @dataclass
 class Observers:
-    """Who follows a run: the tracker, the writer of checkpoints, the ledger of margins; and who may end it.
+    """The observers of a run: tracker, checkpoint writer, margin ledger; and what may end it early.
 
     None for no checkpoints, no ledger, no pruning. stop says why a run is to stop before its end.
     """
@@ -51,3 +52,36 @@ class Observers:
     ledger: Ledger | None = None
     pruning: Pruning | None = None
     stop: StopRequests = field(default_factory=StopRequests)
+
+
+@dataclass
+class RunState:
+    """The counters of a run, and what its evaluations have found.
+
+    examples, updates, tokens: trained on so far. bad_steps: steps in a row that were skipped. evaluated_at: the number of
+    examples at the newest evaluation, and held_out its mean metrics. best: the best value of `objective` so far.
+    reference_answers: the reference's responses to the sample prompts, while they are known.
+    """
+
+    examples: int = 0
+    updates: int = 0
+    tokens: int = 0
+    bad_steps: int = 0
+    evaluated_at: int | None = None
+    held_out: dict[str, float] | None = None
+    best: float | None = None
+    evaluations_since_best: int = 0
+    reference_answers: list[str] | None = None
+
+    def counters(self) -> Metrics:
+        """The counters as metrics."""
+        return {EXAMPLES: self.examples, UPDATES: self.updates, TOKENS: self.tokens}
+
+    def state_dict(self) -> dict:
+        """All of it, as plain values."""
+        return asdict(self)
+
+    def load_state_dict(self, saved: dict) -> None:
+        """Load what `state_dict` returned; checkpoints of early versions count no tokens."""
+        for name in asdict(self):
+            setattr(self, name, saved.get(name, 0) if name == "tokens" else saved[name])

@@ -1,19 +1,17 @@
 """A validated run before any model is loaded: its loss, its tokenizer, and the tokenized prompts of its splits."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from preference_training.checkpointing.resume import version_of_data
-from preference_training.configuration.precision import lines_of_precision
+from preference_training.checkpointing.resume import find_data_version
 from preference_training.configuration.schema import RunConfig
 from preference_training.configuration.validation import check_objective
-from preference_training.core.devices import allow_tf32
 from preference_training.core.errors import UserError
 from preference_training.core.files import first_existing
-from preference_training.core.libraries import quiet_libraries
-from preference_training.core.memory import tune_malloc
+from preference_training.core.machine import allow_tf32, quiet_libraries, tune_malloc
 from preference_training.core.random_streams import seed_everything
-from preference_training.data.entries import read_entries
+from preference_training.data.entries import Entry, read_entries
 from preference_training.data.preparation import Prepared, count_identical_pairs, exclude_held_out, overlap, prepare
 from preference_training.data.tokenization import VERSION, VERSIONS, TokenSettings
 from preference_training.evaluation.task_suites import check_harness
@@ -22,16 +20,15 @@ from preference_training.losses.registry import build_loss
 from preference_training.modeling.limits import check_limits, check_rows, model_limits
 from preference_training.modeling.loading import check_model
 from preference_training.modeling.tokenizer import load_tokenizer
-from preference_training.training.optimization import check_optimizer
+from preference_training.training.optimization import check_optimizer, precision_notices
 from preference_training.training.pruning import build_pruner
-from preference_training.training.run_directory import folders_of
 
 
 @dataclass(frozen=True)
 class PreparedRun:
     """A validated run before any model is loaded: its loss, tokenizer and data splits, of which the last is held out.
 
-    pruner: Optuna's, None in most runs.
+    entries: those of `datasets`, in the order of each split's reports. pruner: Optuna's, None in most runs.
     """
 
     config: RunConfig
@@ -40,11 +37,12 @@ class PreparedRun:
     loss: Loss
     tokenizer: object
     data: tuple[Prepared, ...]
+    entries: Sequence[Entry] = ()
     pruner: object = None
 
 
 def prepare_run(config: RunConfig, run_dir: Path, in_sweep: bool = False) -> PreparedRun:
-    """Set this process up for a run, and prepare its loss, tokenizer and data. Raises UserError for what cannot work."""
+    """Set up this process for a run, and prepare its loss, tokenizer and data. Raises UserError for what cannot work."""
     quiet_libraries()
     tune_malloc(keep_freed=not config.trainer.is_sharded)
     allow_tf32(config.tf32)
@@ -55,32 +53,35 @@ def prepare_run(config: RunConfig, run_dir: Path, in_sweep: bool = False) -> Pre
         check_harness()
     loss = build_loss(**config.loss.given(), seed=config.seed)
     check_objective(config.objective, config.loss.name, loss.paired)
-    for line in [] if config.eval_only else lines_of_precision(config):
+    for line in [] if config.eval_only else precision_notices(config):
         print(line, flush=True)
     tokenizer = load_tokenizer(config.model, config.cache_dir)
     for line in check_model(config.model, tokenizer, config.cache_dir):
         print(line, flush=True)
     limits = model_limits(config, tokenizer)
-    check_limits(config, tokenizer, limits)
-    # Before the processes join: those that do not prepare it wait for it without a time-out.
+    entries = read_entries(config)
+    check_limits(config, entries, tokenizer, limits)
+    # Before the processes join: those that wait for the data have no time-out then.
     splits = ("test",) if config.eval_only and not config.dry_run else ("train", "test")
-    data = prepare_data(config, tokenizer, loss.paired, splits, data_version(config, run_dir))
+    data = prepare_data(config, entries, tokenizer, loss.paired, splits, data_version(config, run_dir))
     check_rows(config, tokenizer, limits, [split.table for split in data])
-    return PreparedRun(config, run_dir, in_sweep, loss, tokenizer, data, pruner)
+    return PreparedRun(config, run_dir, in_sweep, loss, tokenizer, data, entries, pruner)
 
 
 def data_version(config: RunConfig, run_dir: Path) -> int:
-    """The version of the rules by which data is prepared: that of the run that goes on, the newest for a new one."""
+    """The version of the rules by which data is prepared: that of the resumed run, the newest for a new one."""
     found = None
     if config.resume:
-        found = version_of_data(config.resume, run_dir, config.exp_name)
+        found = find_data_version(config.resume, run_dir, config.exp_name)
     if found is not None and found not in VERSIONS:
         raise UserError(
             f"resume: the data of that run was prepared by version {found} of the rules, and this code knows those up to "
             f"{VERSION}. Expected code at least as new as the run's."
         )
     if found not in (None, VERSION):
-        print(f"resume: the data stays as the run began, by version {found} of the rules: {VERSIONS[found]}", flush=True)
+        print(
+            f"resume: the data stays as at the start of the run, by version {found} of the rules: {VERSIONS[found]}", flush=True
+        )
     return found or VERSION
 
 
@@ -91,28 +92,32 @@ def check_same_data(data, ranks) -> None:
         ranks_apart = ", ".join(str(rank) for rank, other in enumerate(found) if other != found[0])
         raise UserError(
             f"datasets: ranks {ranks_apart} have prepared other data than rank 0. Expected the same files on all machines, and "
-            "where a run goes on, its directory too."
+            "when resuming, the same run directory."
         )
 
 
 def prepare_data(
-    config: RunConfig, tokenizer, paired: bool, names: tuple[str, ...] = ("train", "test"), version: int | None = None
-) -> tuple:
-    """The tokenized prompts of the named splits, and a line or more that says what they hold: a `Prepared` for each.
+    config: RunConfig,
+    entries: Sequence[Entry],
+    tokenizer,
+    paired: bool,
+    names: tuple[str, ...] = ("train", "test"),
+    version: int | None = None,
+) -> tuple[Prepared, ...]:
+    """Tokenize the prompts of the named splits, and print what each holds.
 
     version: `data_version`, None for the newest. Responses of the held-out split are numbered behind those of the training
     split. Raises UserError where the first of the splits has no example.
     """
-    entries = read_entries(config)
-    directory = first_existing(folders_of(config.local_dirs)) / "prepared_data"
+    directory = first_existing(config.local_dirs) / "prepared_data"
     settings = token_settings(config, paired, version)
     splits = [prepare(entries, split, tokenizer, settings, directory, config.cache_dir) for split in names]
     if len(splits) == 2 and splits[0].version > 1:
         splits[0] = exclude_held_out(splits[0], splits[1], entries, directory)
     for split, data in zip(names, splits, strict=True):
-        say_what_is_there(data, entries, split, "pairs" if paired else "responses", needed=split == names[0])
+        report_split(data, entries, split, "pairs" if paired else "responses", needed=split == names[0])
         if data.version == 1 and (count := count_identical_pairs(data.table)):
-            print(f"  pairs of equal token ids, which a new run would leave out: {count}", flush=True)
+            print(f"  pairs of equal token ids, which a new run would skip: {count}", flush=True)
     if len(splits) == 2:
         train_split, held_out = splits
         splits[1] = held_out.numbered_from(train_split.table.num_responses)
@@ -121,8 +126,8 @@ def prepare_data(
     return tuple(splits)
 
 
-def say_what_is_there(prepared, entries: list, split: str, what: str, needed: bool) -> None:
-    """Print what one split holds, and of each data set what was left out or changed.
+def report_split(prepared, entries: list, split: str, what: str, needed: bool) -> None:
+    """Print what one split holds, and what was skipped or changed of each data set.
 
     Raises UserError where a split that is needed has no example.
     """
@@ -139,7 +144,7 @@ def say_what_is_there(prepared, entries: list, split: str, what: str, needed: bo
 
 
 def token_settings(config: RunConfig, paired: bool, version: int | None = None):
-    """A function that says of an entry what its token ids depend on: the entry's own wishes, then the configuration's."""
+    """A function from an entry to the settings that its token ids depend on: the entry's own, then the configuration's."""
 
     def settings(entry) -> TokenSettings:
         mode = entry.truncation_mode or entry.dataset.truncation_mode

@@ -14,13 +14,7 @@ from pathlib import Path
 
 from preference_training.core.errors import UserError, nearest
 from preference_training.core.metric_names import EXAMPLES, smaller_is_better
-from preference_training.tracking.run_files import (
-    JOB,
-    METRICS,
-    PRUNED,
-    json_object,
-    metric_rows,
-)
+from preference_training.tracking.run_files import JOB, METRICS, PRUNED, json_object, metric_rows
 
 # How to install Optuna.
 SWEEP_REQUIREMENTS = "pip install -r requirements/sweeps.txt"
@@ -55,16 +49,16 @@ class Pruning:
         self.objective, self.eval_every, self.pruner = objective, eval_every, pruner
 
     def verdict(self, examples: int, value: float) -> str | None:
-        """Why the run ends after so many examples, at which its objective has this value; None where it goes on.
+        """Why the run ends after so many examples, at which its objective has this value; None where it continues.
 
-        Where it ends, its directory says so from now on.
+        A pruned run is marked in its directory.
         """
         own = self.values_in(self.run_dir) | {self.step(examples): value}
         if not self._is_behind(own):
             return None
         said = {"examples": examples, "objective": self.objective, "value": value}
         (self.run_dir / PRUNED).write_text(json.dumps(said) + "\n", encoding="utf-8")
-        return f"{self.objective} is {value:.4g} after {examples} examples, and {type(self.pruner).__name__} gives it up"
+        return f"{self.objective} is {value:.4g} after {examples} examples, and {type(self.pruner).__name__} prunes it"
 
     def _is_behind(self, own: dict[int, float]) -> bool:
         import optuna

@@ -5,25 +5,19 @@ from contextlib import ExitStack
 from preference_training.batching.iterator import BatchIterator
 from preference_training.batching.schedule import Schedule
 from preference_training.checkpointing.resume import checkpoint_to_resume
+from preference_training.configuration.run_dirs import writable
 from preference_training.core.errors import UserError
 from preference_training.core.signals import StopRequests
 from preference_training.data.prompt_table import PromptTable
 from preference_training.distributed.placement import Placement
 from preference_training.modeling.adapters import BASE_DIR, saved_base
+from preference_training.tracking.about import write_about
 from preference_training.tracking.tracker import NoTracker
 from preference_training.training.assembly import assemble, checkpoint_writer, observe
 from preference_training.training.evaluator import Evaluator
-from preference_training.training.parts import Batches, Models, Observers
+from preference_training.training.parts import Batches, Models, Observers, RunState
 from preference_training.training.preparation import PreparedRun, check_same_data
-from preference_training.training.run_directory import (
-    begin_in,
-    describe_run,
-    describe_start,
-    open_run_dir,
-    used_by_this_run,
-    writable,
-)
-from preference_training.training.state import RunState
+from preference_training.training.run_directory import describe_run, lock_run_dir, open_run_dir, prepare_run_dir
 
 
 def train_or_evaluate(prepared: PreparedRun, trainer_class, placement: Placement, report_writer) -> float | None:
@@ -45,34 +39,40 @@ def train(prepared: PreparedRun, trainer_class, placement: Placement, report_wri
     checkpoint, run_dir = ranks.broadcast((found, found.path.parent if found else run_dir))
     with ExitStack() as opened:
         if ranks.is_rank_zero:
-            opened.enter_context(used_by_this_run(run_dir))
+            opened.enter_context(lock_run_dir(run_dir))
             # Before the model is loaded: what it is made of is read from the run directory, or kept there.
-            notice = begin_in(config, run_dir, checkpoint)
+            notice = prepare_run_dir(config, run_dir, checkpoint)
         placement.base_dir = None if config.debug else run_dir / BASE_DIR
         models, batches = assemble(prepared, placement, checkpoint)
         # Until all that follows is closed: a signal that comes too late to stop the run disturbs its last lines no more.
         stop = opened.enter_context(StopRequests(config.max_wall_time))
         if ranks.is_rank_zero:
             total = batches.train.schedule.total_examples
-            about = describe_run(config, placement, data, checkpoint)
+            about = describe_run(placement, data, checkpoint)
             report = report_writer and report_writer(config, run_dir, prepared.loss, placement.tokenizer, data)
             tracker = open_run_dir(config, run_dir, about, checkpoint, total, report)
             if notice:
-                tracker.say(notice)
+                tracker.log_message(notice)
             with writable(run_dir):
-                describe_start(config, run_dir, data, total, placement.device)
+                write_about(
+                    run_dir,
+                    [entry.name for entry in prepared.entries],
+                    [split.reports for split in data],
+                    total,
+                    placement.device,
+                )
             opened.enter_context(tracker)
         else:
             about, tracker = {}, opened.enter_context(NoTracker())
         observers = observe(prepared, placement, run_dir, tracker, stop)
         if not config.debug:
-            writer = checkpoint_writer(prepared, placement, models.policy, run_dir, about, tracker.say)
+            writer = checkpoint_writer(prepared, placement, models.policy, run_dir, about, tracker.log_message)
             observers.writer = opened.enter_context(writer)
-        trainer = trainer_class(config, placement, models, batches, observers)
+        trainer = trainer_class(placement, models, batches, observers)
         if checkpoint:
             trainer.continue_from(checkpoint)
         if trainer.finished:
-            tracker.say("resume: that run is complete; a larger n_epochs, n_examples or n_steps would continue it")
+            tracker.log_message("resume: that run is complete; a larger n_epochs, n_examples or n_steps would continue it")
         else:
             trainer.train()
         if observers.writer and observers.writer.failed:
@@ -99,19 +99,19 @@ def evaluate(prepared: PreparedRun, placement: Placement) -> float | None:
     with ExitStack() as opened:
         tracker = NoTracker()
         if checkpoint is None and ranks.is_rank_zero:
-            opened.enter_context(used_by_this_run(run_dir))
-            notice = begin_in(config, run_dir, None)
-            about = describe_run(config, placement, data, None)
+            opened.enter_context(lock_run_dir(run_dir))
+            notice = prepare_run_dir(config, run_dir, None)
+            about = describe_run(placement, data, None)
             tracker = open_run_dir(config, run_dir, about, None)
             if notice:
-                tracker.say(notice)
+                tracker.log_message(notice)
         opened.enter_context(tracker)
 
         def build_evaluator(policy, reference, held_out, sample_prompts) -> Evaluator:
             models = Models(policy, reference, prepared.loss)
             batches = Batches(BatchIterator(Schedule(PromptTable.of([]), config.batch_size)), held_out, sample_prompts)
-            return Evaluator(config, placement, models, batches, RunState(), Observers(tracker))
+            return Evaluator(placement, models, batches, RunState(), Observers(tracker))
 
-        run = EvaluationRun(config, placement, data[0].table, checkpoint, prepared.loss.needs_reference, build_evaluator)
+        run = EvaluationRun(placement, data[0].table, checkpoint, prepared.loss.needs_reference, build_evaluator)
         run.evaluate(checkpoint.path.parent if checkpoint else run_dir)
     return run.evaluator.state.held_out[config.objective]

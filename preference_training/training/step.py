@@ -19,14 +19,13 @@ from preference_training.losses.base import BatchStatistics, LossOutput, example
 from preference_training.modeling.logprobs import response_logps
 from preference_training.modeling.state import compute_device
 from preference_training.tracking.tracker import Metrics
-from preference_training.training.parts import Models
-from preference_training.training.state import RunState
+from preference_training.training.parts import Models, RunState
 from preference_training.training.updates import Updater
 
 
 @dataclass(frozen=True)
 class PackResult:
-    """What a step found for this rank's E examples of one pack, without gradient.
+    """A step's results for this rank's E examples of one pack, without gradient.
 
     losses: [E]. pairs: [E, 2] int64, the rows of their responses in the run's data, and margins: [E], of rewards; None for SFT.
     is_filler: they count for nothing.
@@ -49,7 +48,7 @@ class PackResult:
 
 @dataclass
 class BatchResult:
-    """What `backward` found: sums of metrics over this rank's examples, the loss's statistics, and each pack's result."""
+    """The results of `backward`: sums of metrics over this rank's examples, the loss's statistics, and each pack's result."""
 
     sums: dict[str, Tensor] = field(default_factory=dict)
     statistics: Metrics = field(default_factory=dict)
@@ -73,10 +72,10 @@ class StepResult:
 class TrainingStep:
     """Takes the optimizer steps of a run, and counts them in `state`."""
 
-    def __init__(self, config, placement: Placement, models: Models, state: RunState, total_steps: int):
+    def __init__(self, placement: Placement, models: Models, state: RunState, total_steps: int):
         self.placement, self.models, self.state = placement, models, state
         self.device = compute_device(models.policy)
-        self.updater = Updater(config, placement, models.policy, state, total_steps)
+        self.updater = Updater(placement, models.policy, state, total_steps)
 
     def take(
         self,
@@ -92,9 +91,9 @@ class TrainingStep:
         remembered = self.models.loss.state_dict()
         num_examples = sum(micro_batch.num_examples for micro_batch in micro_batches)
         batch = self._backward_within_memory(micro_batches, halve, remembered)
-        if self.models.same_start is not None:
-            self.models.same_start.check(self.placement.ranks)
-            self.models.same_start = None
+        if self.models.start_check is not None:
+            self.models.start_check.check(self.placement.ranks)
+            self.models.start_check = None
         grad_norm = self.updater.clip_gradient()
         # Read at once, before the weights change: one wait for the device.
         tokens = sum(pack.num_tokens for micro_batch in micro_batches for pack in micro_batch.packs)
@@ -118,14 +117,14 @@ class TrainingStep:
         try:
             return self.backward(micro_batches)
         except torch.OutOfMemoryError:
-            # Other ranks would wait for this one's part of their collectives.
+            # Other ranks would wait for this one in their collectives.
             if is_distributed():
                 raise
-        # Not in the handler: what was raised keeps the tensors of the step.
+        # Outside the handler: the exception keeps the step's tensors alive.
         self.updater.optimizer.zero_grad(set_to_none=True)
         self.models.loss.load_state_dict(remembered)
         # A cached reference saw other packs, and its last bits may differ.
-        self.models.same_start = None
+        self.models.start_check = None
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         return self.backward(halve(micro_batches))
@@ -137,7 +136,7 @@ class TrainingStep:
         result = BatchResult()
         packs_left = sum(len(micro_batch.packs) for micro_batch in micro_batches)
         for micro_batch in micro_batches:
-            for output, policy, pack in self.losses_of(micro_batch):
+            for output, policy, pack in self.pack_losses(micro_batch):
                 packs_left -= 1
                 self.placement.before_backward(self.models.policy, is_last=packs_left == 0)
                 # Sharded gradients are means over the ranks; this makes them sums.
@@ -149,9 +148,9 @@ class TrainingStep:
                 result.packs.append(PackResult.of(pack, output))
         return result
 
-    def losses_of(self, micro_batch: MicroBatch) -> Iterator[tuple[LossOutput, Tensor, PackedBatch]]:
+    def pack_losses(self, micro_batch: MicroBatch) -> Iterator[tuple[LossOutput, Tensor, PackedBatch]]:
         """Loss and policy log-probs [R] of each pack; the caller takes each pack's gradient before the next."""
-        loss, same_start = self.models.loss, self.models.same_start
+        loss, start_check = self.models.loss, self.models.start_check
         packs = [pack.to(self.device) for pack in micro_batch.packs]
         references = [None if self.models.reference is None else self.models.reference(pack) for pack in packs]
         statistics = None
@@ -161,8 +160,8 @@ class TrainingStep:
                 statistics = self._batch_statistics(micro_batch, packs, [self.logps(pack) for pack in packs], references)
         for pack, reference in zip(packs, references, strict=True):
             policy = self.logps(pack)
-            if same_start is not None:
-                same_start.see(pack, policy, reference)
+            if start_check is not None:
+                start_check.compare(pack, policy, reference)
             if loss.needs_batch_statistics and statistics is None:
                 statistics = self._batch_statistics(micro_batch, packs, [policy.detach()], references)
             found = None if statistics is None else statistics.at(pack.places)
@@ -204,5 +203,5 @@ class TrainingStep:
         update = self.models.loss.reference_update
         if update is not None and self.state.updates % update.every == 0:
             self.models.reference.move_towards(self.models.policy, update.share)
-            # It would answer otherwise now.
+            # It would respond differently now.
             self.state.reference_answers = None

@@ -14,24 +14,25 @@ from preference_training.training.optimization import (
     MASTER,
     MasterWeights,
     build_optimizer,
-    gradients_of,
+    pending_updates,
     schedule,
     warmup_steps,
 )
-from preference_training.training.state import RunState
+from preference_training.training.parts import RunState
 
-# What is said where a run goes on with another choice of master weights than it had.
+# Messages of a run that is resumed with another choice of master weights.
 WITHOUT_MASTERS = (
-    "the run had no float32 master weights, and goes on without them; master_weights=true starts them from its weights"
+    "the run had no float32 master weights, and continues without them; master_weights=true starts them from its weights"
 )
 MASTERS_BEGIN = "the run had no float32 master weights; they start from its weights"
-MASTERS_DROPPED = "the run's float32 master weights are dropped (master_weights=false); it goes on from its rounded weights"
+MASTERS_DROPPED = "the run's float32 master weights are dropped (master_weights=false); it continues from its rounded weights"
 
 
 class Updater:
     """Updates the policy's weights from their gradients, and counts the updates in `state`."""
 
-    def __init__(self, config, placement: Placement, policy: nn.Module, state: RunState, total_steps: int):
+    def __init__(self, placement: Placement, policy: nn.Module, state: RunState, total_steps: int):
+        config = placement.config
         self.config, self.placement, self.policy, self.state = config, placement, policy, state
         # Gradients of float16 products would underflow; the scaler skips a step whose scaled gradients overflow.
         self.scaler = torch.amp.GradScaler(compute_device(policy).type, enabled=computes_in_float16(config))
@@ -77,7 +78,7 @@ class Updater:
 
     def update_and_check(self) -> float | None:
         """`update`; at the steps that are checked, the share of the sampled weights that it changed, else None."""
-        unchanged = UnchangedWeights(gradients_of(self.optimizer)) if self._checks_weights() else None
+        unchanged = UnchangedWeights(pending_updates(self.optimizer)) if self._checks_weights() else None
         self.update()
         return None if unchanged is None else unchanged.share_changed()
 
@@ -97,15 +98,15 @@ class Updater:
         """The optimizer's state by the weights' names, initialized where it is not yet. Not copies."""
         return self.placement.optimizer_state(self.policy, self.optimizer)
 
-    def load(self, checkpoint: Checkpoint, say: Callable[[str], None]) -> None:
-        """Load the optimizer's state of a checkpoint, with its master weights where it has some and they are wanted."""
+    def load(self, checkpoint: Checkpoint, log_message: Callable[[str], None]) -> None:
+        """Load the optimizer's state of a checkpoint, with its master weights where it has some and they are used."""
         kept, saved = checkpoint.has_master_weights, checkpoint.state
         if self.config.master_weights == "auto" and kept != self.has_masters:
             self.build(masters=kept)
             if not kept:
-                say(f"resume: {WITHOUT_MASTERS}")
+                log_message(f"resume: {WITHOUT_MASTERS}")
         elif kept != self.has_masters:
-            say(f"resume: {MASTERS_DROPPED if kept else MASTERS_BEGIN}")
+            log_message(f"resume: {MASTERS_DROPPED if kept else MASTERS_BEGIN}")
         optimizer = self.optimizer_state() | {"param_groups": saved["optimizer_groups"]}
         read = optimizer["state"]
         if not kept:
@@ -115,8 +116,8 @@ class Updater:
             optimizer["state"][name] |= values
         self.placement.set_optimizer_state(self.policy, self.optimizer, optimizer)
 
-    def continue_schedule(self, data: Schedule, config_then: dict, say: Callable[[str], None]) -> None:
-        """Go on by this run's learning-rate schedule, and say so where the checkpoint was under another."""
+    def continue_schedule(self, data: Schedule, config_then: dict, log_message: Callable[[str], None]) -> None:
+        """Continue with this run's learning-rate schedule; log it if the checkpoint was under another."""
         length = RunLength(config_then["n_epochs"], config_then["n_examples"], config_then["n_steps"])
         done, total_then, total = self.state.updates, data.with_length(length).total_steps, data.total_steps
         schedule_then = schedule(self.config, total_then)
@@ -127,7 +128,7 @@ class Updater:
         to_come = range(done, max(total_then, done + 1))
         if any(schedule_then(step) != self.schedule(step) for step in to_come):
             lr = self.config.lr
-            say(
+            log_message(
                 f"resume: the run has {total:,} steps now, not {total_then:,}, and lr_schedule={self.config.lr_schedule} is "
                 f"that of {total:,} steps from here on: lr is {lr * now:.3g} at the next step, where it would have been "
                 f"{lr * before:.3g}"

@@ -20,7 +20,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 sys.path[:0] = [str(ROOT / "benchmarks")]
 
-from preference_training.core.libraries import quiet_libraries  # noqa: E402
+from preference_training.core.machine import quiet_libraries  # noqa: E402
 
 # Architectures whose runs of two processes follow each other in the same two.
 AT_ONCE = 12

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from preference_training.distributed.sharding import blocks_of, without_shared
+from preference_training.distributed.sharding import find_blocks, without_shared
 from tests.architectures import checks, two_processes
 from tests.architectures.tiny_models import DENSE, TINY, make
 
@@ -78,21 +78,21 @@ def test_a_run_of_two_processes_that_die_is_told_and_those_behind_it_are_followe
 def test_blocks_lie_beside_each_other_and_are_found_where_a_model_does_not_name_them(name, block, tmp_path):
     make(name, tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
-    blocks = blocks_of(model, None)
+    blocks = find_blocks(model, None)
     assert [type(found).__name__ for found in blocks] == [block] * 2
-    assert blocks == blocks_of(model, block)
+    assert blocks == find_blocks(model, block)
 
 
 def test_of_blocks_that_share_weights_those_parts_are_laid_out_by_themselves_that_share_none(tmp_path):
     make("zamba", tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
-    parts = without_shared(blocks_of(model, None))
+    parts = without_shared(find_blocks(model, None))
     weights = [weight for part in parts for weight in part.parameters()]
     shared = set(model.model.layers[1].shared_transf.parameters())
     # Each is laid out once, and those that are shared stay with the rest of the model.
     assert len(set(weights)) == len(weights) and not shared & set(weights)
     assert {*weights, *shared} == set(model.model.layers.parameters())
-    blocks = blocks_of(AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **DENSE)), None)
+    blocks = find_blocks(AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **DENSE)), None)
     assert without_shared(blocks) == blocks
 
 

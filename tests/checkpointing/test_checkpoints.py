@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from preference_training.checkpointing import model_files
-from preference_training.checkpointing.checkpoint import Checkpoint, best_of, checkpoints_of, fault_of, newest_usable
+from preference_training.checkpointing.checkpoint import Checkpoint, best_first, find_damage, list_checkpoints, newest_usable
 from preference_training.checkpointing.model_files import file_numbers, write_scalars
 from preference_training.checkpointing.snapshot import Snapshot
 from preference_training.checkpointing.writer import CheckpointWriter, SaveOptions
@@ -37,7 +37,7 @@ def written(tmp_path, tokenizer):
         said: list[str] = []
         model = golden_model()
         optimizer = torch.optim.AdamW(model.parameters())
-        with CheckpointWriter(tmp_path, model, tokenizer, options=SaveOptions(**settings), say=said.append) as writer:
+        with CheckpointWriter(tmp_path, model, tokenizer, options=SaveOptions(**settings), log_message=said.append) as writer:
             for number, count in enumerate(examples):
                 held_out = {"loss/eval": losses[number]} if losses else None
                 writer.write(snapshot(model, count, optimizer, held_out=held_out), with_policy_pt)
@@ -120,18 +120,18 @@ def test_latest_points_at_the_newest_checkpoint_and_nothing_partial_is_left(tmp_
     written(64, 128, 128)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["LATEST", "step-128", "step-64"]
     assert (tmp_path / "LATEST").resolve() == tmp_path / "step-128"
-    assert [path.name for path in checkpoints_of(tmp_path)] == ["step-128", "step-64"]
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-128", "step-64"]
 
 
 def test_the_newest_are_kept_and_the_best_beside_them(tmp_path, written):
     written(10, 20, 30, 40, 50, losses=[0.5, 0.2, 0.4, 0.3, 0.6], keep_last=1, keep_best=2)
-    assert [path.name for path in checkpoints_of(tmp_path)] == ["step-50", "step-40", "step-20"]
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-50", "step-40", "step-20"]
 
 
 def test_a_checkpoint_that_cannot_be_read_or_was_evaluated_to_no_number_is_not_among_the_best(tmp_path, written):
     written(10, 20, 30, 40, losses=[0.1, 0.2, float("nan"), 0.3])
     (tmp_path / "step-10" / "state.json").write_text("damaged")
-    assert [path.name for path in best_of(checkpoints_of(tmp_path), "loss/eval")] == ["step-20", "step-40"]
+    assert [path.name for path in best_first(list_checkpoints(tmp_path), "loss/eval")] == ["step-20", "step-40"]
 
 
 def test_in_the_background_what_is_written_is_the_run_as_it_was_then(tmp_path, tokenizer, monkeypatch):
@@ -171,7 +171,7 @@ def test_damage_to_any_file_is_noticed_and_the_next_older_checkpoint_is_taken(da
         assert newest_usable(tmp_path, said.append).path == tmp_path / "step-64", file
         assert "step-128 is skipped" in said[-1] and file.name in said[-1]
         file.write_bytes(content)
-    assert fault_of(newest) is None
+    assert find_damage(newest) is None
     shutil.rmtree(tmp_path / "step-64")
     damages()[damage](newest / "state.json")
     assert newest_usable(tmp_path, said.append) is None
@@ -182,7 +182,7 @@ def test_a_full_disk_costs_that_checkpoint_and_a_line(tmp_path, tokenizer, monke
         raise OSError(errno.ENOSPC, "No space left on device")
 
     model, said = golden_model(), []
-    with CheckpointWriter(tmp_path, model, tokenizer, say=said.append) as writer:
+    with CheckpointWriter(tmp_path, model, tokenizer, log_message=said.append) as writer:
         writer.write(snapshot(model, 64))
         with monkeypatch.context() as patched:
             patched.setattr(HuggingFaceStorageWriter, "write_data", full)
@@ -192,8 +192,8 @@ def test_a_full_disk_costs_that_checkpoint_and_a_line(tmp_path, tokenizer, monke
             writer.write(snapshot(model, 192))
             assert writer.failed
         assert sorted(path.name for path in tmp_path.iterdir()) == ["LATEST", "step-64"]
-        assert "step-128 could not be written, the run goes on: [Errno 28] No space left on device" in said[1]
-        assert "step-192 could not be written, the run goes on: needs 0 MiB" in said[2]
+        assert "step-128 could not be written, the run continues: [Errno 28] No space left on device" in said[1]
+        assert "step-192 could not be written, the run continues: needs 0 MiB" in said[2]
         writer.write(snapshot(model, 256))
         assert not writer.failed
     assert newest_usable(tmp_path).path == tmp_path / "step-256"
@@ -215,10 +215,10 @@ def test_a_disk_that_is_full_at_any_of_its_files_costs_a_checkpoint_and_no_more(
         complete(writer, snapshot, partial, with_policy_pt)
 
     monkeypatch.setattr(CheckpointWriter, "_complete", without_room)
-    with CheckpointWriter(tmp_path, model, tokenizer, say=said.append) as writer:
+    with CheckpointWriter(tmp_path, model, tokenizer, log_message=said.append) as writer:
         writer.write(snapshot(model), with_policy_pt=True)
         assert writer.failed
-    assert len(said) == 1 and said[0].endswith("the run goes on: [Errno 28] No space left on device")
+    assert len(said) == 1 and said[0].endswith("the run continues: [Errno 28] No space left on device")
     assert not list(tmp_path.iterdir())
 
 

@@ -18,20 +18,20 @@ from preference_training.batching.iterator import BatchIterator
 from preference_training.batching.micro_batches import evaluation_batches
 from preference_training.batching.schedule import RunLength, Schedule
 from preference_training.checkpointing import resume as resuming
-from preference_training.checkpointing.checkpoint import Checkpoint, DamagedError, fault_of
+from preference_training.checkpointing.checkpoint import Checkpoint, DamagedError, find_damage
 from preference_training.checkpointing.resume import (
     check_same_run,
     checkpoint_to_resume,
-    cut_back,
+    find_data_version,
     resumable,
-    version_of_data,
+    roll_back,
 )
 from preference_training.checkpointing.state import NEWER_STATE_SHAPE, STATE_SHAPE
 from preference_training.checkpointing.writer import CheckpointWriter, SaveOptions
 from preference_training.configuration.keys import MAY_CHANGE_ON_RESUME, is_within
 from preference_training.configuration.schema import keys_with
 from preference_training.core.errors import UserError
-from preference_training.core.values import misfit
+from preference_training.core.values import find_mismatch
 from preference_training.data.prompt_table import PromptTable
 from preference_training.data.tokenization import VERSION, TokenizedPrompt
 from preference_training.losses.registry import build_loss
@@ -108,12 +108,12 @@ def forge(checkpoint: Path, content: str) -> None:
     ],
 )
 def test_what_a_loss_remembers_is_of_the_shape_that_a_checkpoint_may_have(state):
-    assert misfit(state, STATE_SHAPE["loss"], "loss") is None
+    assert find_mismatch(state, STATE_SHAPE["loss"], "loss") is None
 
 
 @pytest.mark.parametrize("state", [{"shift": "0.5"}, {"shift": [0.5]}, {"own": 3}, {"mean": 0.5}, [], None])
 def test_what_no_loss_remembers_is_damage(state):
-    assert misfit(state, STATE_SHAPE["loss"], "loss") == "loss"
+    assert find_mismatch(state, STATE_SHAPE["loss"], "loss") == "loss"
 
 
 # ---- the checkpoint that `resume` means -----------------------------------------------------------------------------------
@@ -147,7 +147,7 @@ def test_auto_takes_the_newest_run_that_has_a_checkpoint(run_dir):
 @pytest.mark.parametrize("name", ["ru", "run_", "run_2", "run_2026", "r*", "ru?", "[r]un", "*", "", "RUN", "run\\"])
 def test_auto_never_takes_the_run_of_an_experiment_whose_name_is_alike(name, run_dir, capsys):
     assert checkpoint_to_resume("auto", run_dir.with_name("new"), name) is None
-    assert f"resume: no checkpoint of {name} yet, a new run begins" in capsys.readouterr().out
+    assert f"resume: no checkpoint of {name} yet, starting a new run" in capsys.readouterr().out
 
 
 NAMES = st.text("ab_*?[]!.-2 ", max_size=4) | st.sampled_from(["run", f"run_{MOMENT}", "run_2"])
@@ -226,7 +226,7 @@ def test_a_value_of_another_kind_anywhere_in_state_json_is_a_fault_of_the_checkp
             place = place[key]
         place[path[-1]] = ["no"] if isinstance(place[path[-1]], dict) else {"no": ["such"]}
         forge(checkpoint, json.dumps(damaged))
-        assert fault_of(checkpoint) is None, "its checksums agree"
+        assert find_damage(checkpoint) is None, "its checksums agree"
         assert fault_of_state(checkpoint).startswith("state.json is damaged ("), path
 
 
@@ -299,10 +299,10 @@ def test_a_run_on_other_data_or_other_weights_is_refused(key, told, same_run):
 
 def test_a_run_that_says_no_version_of_its_data_began_with_the_first(finished, run_dir, tmp_path, same_run):
     new = tmp_path / "new"
-    assert version_of_data(None, new, "run") is None
-    assert version_of_data("auto", tmp_path / "elsewhere" / "new", "run") is None
+    assert find_data_version(None, new, "run") is None
+    assert find_data_version("auto", tmp_path / "elsewhere" / "new", "run") is None
     for resume in ("auto", str(run_dir), str(run_dir / "step-8"), str(run_dir / "LATEST")):
-        assert version_of_data(resume, run_dir.with_name("new"), "run") == 1
+        assert find_data_version(resume, run_dir.with_name("new"), "run") == 1
     assert same_run(ABOUT, ABOUT | {"data_version": 1}) is None
     assert same_run(ABOUT, ABOUT | {"data_version": 2}).startswith("resume: the data of ")
 
@@ -312,10 +312,10 @@ def test_the_version_of_the_data_is_that_of_the_newest_checkpoint_whose_state_is
         state = json.loads((run_dir / step / "state.json").read_text())
         state["run"]["data_version"] = version
         forge(run_dir / step, json.dumps(state))
-    assert version_of_data(str(run_dir), run_dir, "run") == 1
+    assert find_data_version(str(run_dir), run_dir, "run") == 1
     forge(run_dir / "step-12", "{")
-    assert version_of_data("auto", run_dir.with_name("new"), "run") == 5
-    assert version_of_data(str(run_dir / "step-4"), run_dir, "run") == 7
+    assert find_data_version("auto", run_dir.with_name("new"), "run") == 5
+    assert find_data_version(str(run_dir / "step-4"), run_dir, "run") == 7
 
 
 def test_a_version_of_the_data_that_this_code_does_not_know_is_refused_and_an_old_one_is_said(run_dir, compose, capsys):
@@ -324,7 +324,10 @@ def test_a_version_of_the_data_that_this_code_does_not_know_is_refused_and_an_ol
     config = compose("loss=dpo", f"resume={run_dir}")
     assert preparation.data_version(compose("loss=dpo"), run_dir) == VERSION
     assert preparation.data_version(config, run_dir) == 1
-    assert "resume: the data stays as the run began, by version 1 of the rules: a prompt is held" in capsys.readouterr().out
+    assert (
+        "resume: the data stays as at the start of the run, by version 1 of the rules: a prompt is held"
+        in capsys.readouterr().out
+    )
     state = json.loads((run_dir / "step-12" / "state.json").read_text())
     state["run"]["data_version"] = VERSION + 1
     forge(run_dir / "step-12", json.dumps(state))
@@ -379,7 +382,7 @@ def test_rows_and_checkpoints_behind_the_checkpoint_are_taken_away_or_set_aside(
     (run_dir / "step-16.partial").mkdir()
     (run_dir / "bad_batches.jsonl").write_text('{"counters/examples": 8}\n{"counters/examples": 9}\n')
     before = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    cut_back(run_dir, run_dir / "step-8")
+    roll_back(run_dir, run_dir / "step-8")
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert rows == [row for row in before if row["counters/examples"] <= 8] and len(rows) < len(before)
     samples = [json.loads(line) for line in (run_dir / "samples.jsonl").read_text().splitlines()]
@@ -412,7 +415,7 @@ def test_half_a_row_is_taken_away_and_whole_ones_stay_as_they_are(end, tmp_path)
     (tmp_path / "step-8").mkdir()
     row = json.dumps(KEPT, ensure_ascii=False).encode() + b"\n"
     (tmp_path / "samples.jsonl").write_bytes(row + end)
-    cut_back(tmp_path, tmp_path / "step-8")
+    roll_back(tmp_path, tmp_path / "step-8")
     assert (tmp_path / "samples.jsonl").read_bytes() == row
     assert {path.name for path in tmp_path.iterdir()} == {"samples.jsonl", "LATEST", "step-8"}
 
@@ -420,5 +423,5 @@ def test_half_a_row_is_taken_away_and_whole_ones_stay_as_they_are(end, tmp_path)
 def test_a_whole_row_without_its_line_end_gets_one(tmp_path):
     (tmp_path / "step-8").mkdir()
     (tmp_path / "metrics.jsonl").write_text('{"counters/examples": 4}\n{"counters/examples": 8}')
-    cut_back(tmp_path, tmp_path / "step-8")
+    roll_back(tmp_path, tmp_path / "step-8")
     assert (tmp_path / "metrics.jsonl").read_text() == '{"counters/examples": 4}\n{"counters/examples": 8}\n'

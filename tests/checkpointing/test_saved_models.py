@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from preference_training.checkpointing.model_files import end_as_trained, save_configuration
+from preference_training.checkpointing.model_files import save_configuration, set_end_tokens
 from preference_training.checkpointing.saved_models import (
     DifferentModelError,
     checkpoint_check,
@@ -40,7 +40,7 @@ def golden_model() -> nn.Module:
 
 def saved(model, tokenizer, run_dir: Path, config) -> Path:
     """A first checkpoint of a model, looked at as a run does."""
-    with CheckpointWriter(run_dir, model, tokenizer, say=lambda _: None) as writer:
+    with CheckpointWriter(run_dir, model, tokenizer, log_message=lambda _: None) as writer:
         writer.check = checkpoint_check(model, config, torch.device("cpu"))
         writer.write(Snapshot.of(4, model.state_dict(keep_vars=True), {}, {"examples": 4}))
     return run_dir / "LATEST"
@@ -161,7 +161,7 @@ def test_a_saved_model_ends_its_answers_with_the_tokens_of_training(in_config, i
     model.config.eos_token_id, model.generation_config.eos_token_id = in_config, in_generation
     model.generation_config.pad_token_id = None
     padding = model.config.pad_token_id
-    end_as_trained(model.config, model.generation_config, tokenizer, more)
+    set_end_tokens(model.config, model.generation_config, tokenizer, more)
     assert (model.config.eos_token_id, model.generation_config.eos_token_id) == expected
     assert model.generation_config.pad_token_id == tokenizer.pad_token_id
     assert model.config.pad_token_id == padding, "there it would keep an embedding from being trained"
@@ -172,7 +172,7 @@ def test_sampling_settings_that_greedy_decoding_does_not_read_are_saved_as_they_
     model.generation_config.do_sample, model.generation_config.temperature = False, 0.6
     model.generation_config.eos_token_id = 7
     save_configuration(model, tmp_path, tokenizer)
-    end_as_trained(model.config, model.generation_config, tokenizer)
+    set_end_tokens(model.config, model.generation_config, tokenizer)
     save_model(model, tmp_path / "exported")
     for folder in (tmp_path, tmp_path / "exported"):
         values = json.loads((folder / "generation_config.json").read_text())
@@ -187,5 +187,5 @@ def test_a_text_configuration_within_another_is_the_one_that_says_where_answers_
             return inner
 
     inner = LlamaConfig(eos_token_id=3)
-    end_as_trained(Outer(), None, tokenizer)
+    set_end_tokens(Outer(), None, tokenizer)
     assert inner.eos_token_id == 0

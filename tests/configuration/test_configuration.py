@@ -17,14 +17,14 @@ from preference_training.configuration import composition
 from preference_training.configuration.composition import (
     CONFIG_DIR,
     GROUPS,
-    choices_of,
     defer_keys_of_swept_groups,
     explain_composition_error,
     force_open_sections,
+    group_choices,
     known_keys,
 )
-from preference_training.configuration.kept import read_config, save_config
-from preference_training.configuration.keys import names_of
+from preference_training.configuration.keys import key_names
+from preference_training.configuration.saved import read_config, save_config
 from preference_training.configuration.schema import OPTIMIZERS, RunConfig
 from preference_training.configuration.validation import (
     OBJECTIVES,
@@ -37,7 +37,7 @@ from preference_training.losses.registry import is_paired
 
 # The part of the recipes that several command lines below share.
 # The losses that are whole without a file of the user's.
-OURS = [loss for loss in choices_of("loss") if loss != "own"]
+OURS = [loss for loss in group_choices("loss") if loss != "own"]
 
 RECIPE = (
     "gradient_accumulation_steps=2 batch_size=64 eval_batch_size=32 trainer=FSDPTrainer sample_during_eval=false "
@@ -138,7 +138,7 @@ def test_beta_dpo_is_a_mode_of_dpo_and_also_a_loss_of_its_own(compose):
 def test_only_the_tiny_model_changes_what_belongs_to_training(plain):
     # The embedded model needs its own learning rate and lengths; every other preset leaves config.yaml's defaults alone.
     defaults = OmegaConf.load(CONFIG_DIR / "config.yaml")
-    for model in set(choices_of("model")) - {"tiny"}:
+    for model in set(group_choices("model")) - {"tiny"}:
         config = plain(f"model={model}")
         for key in ("batch_size", "lr", "optimizer", "warmup_steps", "max_length", "max_prompt_length", "eval_every"):
             assert config[key] == defaults[key], (model, key)
@@ -147,16 +147,18 @@ def test_only_the_tiny_model_changes_what_belongs_to_training(plain):
 
 
 def test_every_loss_every_model_and_every_trainer_compose(plain):
-    for loss, model, trainer in zip(choices_of("loss"), cycle(choices_of("model")), cycle(choices_of("trainer")), strict=False):
+    for loss, model, trainer in zip(
+        group_choices("loss"), cycle(group_choices("model")), cycle(group_choices("trainer")), strict=False
+    ):
         assert plain(f"model={model}", f"loss={loss}", f"trainer={trainer}")["trainer"]["name"] == trainer
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("loss", choices_of("loss"))
+@pytest.mark.parametrize("loss", group_choices("loss"))
 def test_every_loss_composes_with_every_model_and_with_every_trainer(plain, loss):
     # Any two of the three are seen together; dpo sees all of them.
-    combinations = product(choices_of("model"), choices_of("trainer"))
-    combinations = combinations if loss == "dpo" else zip(choices_of("model"), cycle(choices_of("trainer")), strict=False)
+    combinations = product(group_choices("model"), group_choices("trainer"))
+    combinations = combinations if loss == "dpo" else zip(group_choices("model"), cycle(group_choices("trainer")), strict=False)
     for model, trainer in combinations:
         config = plain(f"model={model}", f"loss={loss}", f"trainer={trainer}")
         assert config["trainer"]["name"] == trainer
@@ -206,14 +208,14 @@ def test_the_keys_that_people_know_are_there(compose, prefix, names):
 
 
 def test_the_presets_that_people_know_are_there():
-    assert set(choices_of("model")) == {
+    assert set(group_choices("model")) == {
         *("gpt2-large", "gpt2-xl", "gptj", "pythia28", "pythia69", "llama7b", "codellama7b", "blank_model", "tiny"),
     }
-    assert choices_of("loss") == [
+    assert group_choices("loss") == [
         *("bco", "beta_DPO", "dpo", "dpo_norm", "dpop", "hinge", "ipo", "orpo", "own", "robust", "rpo", "sft", "simpo"),
         "tr_dpo",
     ]
-    assert choices_of("trainer") == ["BasicTrainer", "FSDPTrainer", "TensorParallelTrainer"]
+    assert group_choices("trainer") == ["BasicTrainer", "FSDPTrainer", "TensorParallelTrainer"]
 
 
 def leaves(node: yaml.MappingNode, above: tuple[str, ...] = (), lines: tuple[int, ...] = ()):
@@ -277,20 +279,20 @@ def test_the_known_keys_are_dotted_names_of_ours_and_none_of_hydras():
     assert not [key for key in known_keys() if "hydra" in key or "defaults" in key]
 
 
-@pytest.mark.parametrize("trainer", choices_of("trainer"))
-@pytest.mark.parametrize("loss", choices_of("loss"))
+@pytest.mark.parametrize("trainer", group_choices("trainer"))
+@pytest.mark.parametrize("loss", group_choices("loss"))
 def test_every_key_of_the_files_has_a_field_in_the_same_order(plain, loss, trainer):
     composed = plain(f"loss={loss}", f"trainer={trainer}")
-    fields = [name for name in names_of(RunConfig) if name in dotted(composed)]
+    fields = [name for name in key_names(RunConfig) if name in dotted(composed)]
     # What stands in these two is another library's and the user's.
     theirs = ("model.from_config.", "loss.options.")
     assert [key for key in dotted(composed) if not key.startswith(theirs)] == fields
 
 
 def test_every_field_has_a_key_in_the_files(plain):
-    choices = [f"{group}={choice}" for group in ("loss", "trainer") for choice in choices_of(group)]
+    choices = [f"{group}={choice}" for group in ("loss", "trainer") for choice in group_choices(group)]
     keys = {key for choice in choices for key in with_sections(plain(choice))}
-    assert names_of(RunConfig).keys() <= keys
+    assert key_names(RunConfig).keys() <= keys
 
 
 def with_sections(values: dict, prefix: str = "") -> set[str]:
@@ -694,7 +696,7 @@ def test_the_objective_is_a_metric_of_what_a_loss_compares(paired, objective, co
         ("evaluation.tasks=gsm8k trainer=FSDPTrainer", "evaluation.tasks: FSDPTrainer has a part of the model only."),
         ("evaluation.against=nowhere", "evaluation.against: nowhere: no such directory."),
         ("evaluation.against=null", "evaluation.against: found None, expected a text."),
-        ("evaluation.against=.", "evaluation.against: found ., and nobody compares answers. Set evaluation.judge too."),
+        ("evaluation.against=.", "evaluation.against: found ., and no judge compares responses. Set evaluation.judge too."),
         ("evaluation.task_path=nowhere", "evaluation.task_path: nowhere: no such directory."),
         ("evaluation.to=nowhere/results.json", "evaluation.to: nowhere/results.json: no such directory."),
         ("evaluation.max_missing=1", "evaluation.max_missing: found 1, expected a share from 0 to below 1."),

@@ -6,8 +6,8 @@ import pytest
 import xxhash
 
 from preference_training.core import files
-from preference_training.core.files import atomic_directory, atomic_file, atomic_path, partial_path, write_atomically
-from preference_training.core.hashing import hash_of_file, hash_of_values
+from preference_training.core.files import atomic_directory, atomic_file, atomic_path, hash_file, partial_path, write_atomically
+from preference_training.core.values import hash_values
 
 
 def names(directory) -> list[str]:
@@ -80,10 +80,10 @@ def test_a_directory_is_there_when_it_is_complete_and_not_at_all_where_anything_
 
 def test_a_hash_is_of_content_alone(tmp_path):
     (tmp_path / "a").write_bytes(b"content")
-    assert hash_of_file(tmp_path / "a") == xxhash.xxh3_128_hexdigest(b"content")
-    assert hash_of_values({"a": 1, "b": [None]}) == hash_of_values({"b": [None], "a": 1})
-    assert hash_of_values({"a": 1}) == xxhash.xxh3_128_hexdigest(b'{"a": 1}')
-    assert hash_of_values({"a": 1}) != hash_of_values({"a": 1.0})
+    assert hash_file(tmp_path / "a") == xxhash.xxh3_128_hexdigest(b"content")
+    assert hash_values({"a": 1, "b": [None]}) == hash_values({"b": [None], "a": 1})
+    assert hash_values({"a": 1}) == xxhash.xxh3_128_hexdigest(b'{"a": 1}')
+    assert hash_values({"a": 1}) != hash_values({"a": 1.0})
     with pytest.raises(TypeError):
-        hash_of_values(tmp_path)
-    assert hash_of_values(tmp_path, default=str) == hash_of_values(str(tmp_path))
+        hash_values(tmp_path)
+    assert hash_values(tmp_path, default=str) == hash_values(str(tmp_path))

@@ -87,7 +87,7 @@ signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 before = {number: signal.getsignal(number) for number in SIGNALS}
 try:
     with StopRequests() as stop:
-        assert {signal.getsignal(number) for number in SIGNALS} == {stop._hear}
+        assert {signal.getsignal(number) for number in SIGNALS} == {stop._receive}
         raise RuntimeError
 except RuntimeError:
     pass
@@ -127,5 +127,5 @@ def test_the_time_is_over_after_so_many_minutes_and_without_a_limit_never(monkey
 def test_a_signal_is_the_reason_also_where_the_time_is_over():
     stop = StopRequests(0)
     assert stop.reason == "max_wall_time is over"
-    stop._hear(stopping.signal.SIGUSR1, None)
+    stop._receive(stopping.signal.SIGUSR1, None)
     assert stop.reason == "SIGUSR1"

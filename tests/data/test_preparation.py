@@ -87,7 +87,7 @@ def contents(table) -> list[tuple]:
     return [(prompt.prompt_ids, prompt.responses, prompt.pairs, prompt.number) for prompt in table]
 
 
-def names_of(table) -> list[str]:
+def key_names(table) -> list[str]:
     """The names of a table's files."""
     return [part.name for part in table.parts]
 
@@ -198,12 +198,12 @@ def test_whatever_ids_depend_on_is_prepared_anew_when_it_changes_and_the_old_is_
     usual = {"entry": {"path": "rows.jsonl", "held_out_share": 0.1} if change == "split" else whole()}
     first, *_ = prepared(**usual, directory=folder / "prepared")
     changed, _, texts = prepared(**usual | CHANGES[change], directory=folder / "prepared")
-    assert texts > 0 and names_of(changed) != names_of(first)
+    assert texts > 0 and key_names(changed) != key_names(first)
     # The fingerprint is that of the ids: a length that nothing reaches changes none.
     ids = [[prompt[:3] for prompt in contents(table)] for table in (first, changed)]
     assert (changed.fingerprint == first.fingerprint) == (ids[0] == ids[1])
     again, _, texts = prepared(**usual, directory=folder / "prepared")
-    assert texts == 0 and (again.fingerprint, names_of(again)) == (first.fingerprint, names_of(first))
+    assert texts == 0 and (again.fingerprint, key_names(again)) == (first.fingerprint, key_names(first))
 
 
 def test_a_file_whose_content_changes_is_prepared_anew_and_one_that_is_only_touched_is_not(folder):
@@ -832,12 +832,13 @@ def test_what_has_a_test_file_of_its_own_stays_and_what_is_in_both_is_said_with_
 
 
 def test_a_run_says_which_held_out_prompts_it_trains_on(folder, compose, capsys):
+    from preference_training.data.entries import read_entries
     from preference_training.modeling.tokenizer import byte_level_tokenizer
     from preference_training.training import preparation
 
     write(folder / "test.jsonl", rows(3))
     config = compose("datasets=[{path: rows.jsonl, test_path: test.jsonl}]", "loss=dpo", f"local_dirs=[{folder}]")
-    splits = preparation.prepare_data(config, byte_level_tokenizer(), True)
+    splits = preparation.prepare_data(config, read_entries(config), byte_level_tokenizer(), True)
     assert "held-out prompts that are also trained on: 3 of 3, for example 'question 0' (rows.jsonl" in capsys.readouterr().out
     assert splits[1].table.first_row == splits[0].table.num_responses == 40
 

@@ -18,7 +18,7 @@ from preference_training.core.errors import UserError
 from preference_training.data.prompt_table import PromptTable
 from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.distributed.launching import needs_processes
-from preference_training.distributed.layer_splitting import copy_of_split, load_split, split_layers, splits_in_one_process
+from preference_training.distributed.layer_splitting import copy_split_model, load_split, split_layers, splits_in_one_process
 from preference_training.distributed.placement import OneProcess, Sharded, SplitLayers, TensorParallel
 from preference_training.evaluation.held_out import evaluate_held_out
 from preference_training.generation.sampling import Sampler
@@ -122,12 +122,12 @@ def test_a_reference_that_follows_the_policy_does_so_in_shards_too(build):
     for trainer in (split, single):
         trainer.models.loss = build_loss("tr_dpo", beta=0.5, reference_update_every=1, reference_update_share=0.5)
         trainer.train_step(steps()[0])
-    moved = split.moved_reference()
-    assert_same_weights(moved, single.moved_reference())
+    moved = split.moving_reference_weights()
+    assert_same_weights(moved, single.moving_reference_weights())
     split.placement.set_weights(
         split.models.reference.model, {name: torch.zeros_like(weight) for name, weight in moved.items()}
     )
-    assert not any(weight.any() for weight in split.moved_reference().values())
+    assert not any(weight.any() for weight in split.moving_reference_weights().values())
 
 
 def test_each_shard_holds_half_of_every_large_weight_and_no_number_is_trained_twice():
@@ -238,7 +238,7 @@ def test_a_step_after_an_evaluation_trains_every_weight(build):
 
 def test_a_frozen_copy_stays_as_it_was(build):
     trainer = build(SplitLayers, whole_model("gpt2"))
-    frozen, batch = copy_of_split(trainer.models.policy, torch.float32), random_trees(VOCABULARY)
+    frozen, batch = copy_split_model(trainer.models.policy, torch.float32), random_trees(VOCABULARY)
     with torch.no_grad():
         before = response_logps(trainer.models.policy, batch)
         assert torch.equal(response_logps(frozen, batch), before)
@@ -353,7 +353,7 @@ def test_a_split_that_computes_something_else_is_refused_with_its_error(compose,
 def test_loss_of_a_split_policy_and_its_frozen_copy_is_ln_2(compose, tokenizer):
     config = compose("trainer=TensorParallelTrainer", "model.from_config.model_type=gpt2")
     policy, _ = load_split(config, tokenizer)
-    reference = LiveReference(copy_of_split(policy, torch.float32))
+    reference = LiveReference(copy_split_model(policy, torch.float32))
     [batch] = evaluation_batches(PromptTable.of(prompts()), 99, None, seed=0)
     assert evaluate_held_out(policy, reference, build_loss("dpo"), [batch]).means()["loss/eval"] == pytest.approx(
         math.log(2), abs=1e-6

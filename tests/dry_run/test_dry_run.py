@@ -94,7 +94,7 @@ def test_rank_0_of_many_processes_is_previewed_whatever_this_machine_has(tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("overrides", "heard"),
+    ("overrides", "expected"),
     [
         (("trainer=FSDPTrainer", "trainer.world_size=64", "batch_size=32"), "batch_size: found 32, which in 1 micro-batches"),
         (("trainer=FSDPTrainer", "trainer.world_size=8", "trainer.device_memory=0.001"), "memory: a step would need 0.0"),
@@ -102,9 +102,9 @@ def test_rank_0_of_many_processes_is_previewed_whatever_this_machine_has(tmp_pat
     ],
     ids=["batch", "device memory", "this machine"],
 )
-def test_processes_that_could_not_train_are_refused(tmp_path, overrides, heard):
+def test_processes_that_could_not_train_are_refused(tmp_path, overrides, expected):
     done = run(tmp_path, *overrides)
-    assert done.returncode == 2 and heard in done.stderr
+    assert done.returncode == 2 and expected in done.stderr
 
 
 def test_duplicates_and_contradictions_are_counted_over_all_prompts():

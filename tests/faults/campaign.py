@@ -16,7 +16,7 @@ from tests.faults.processes import (
     Run,
     assert_undisturbed,
     assert_whole,
-    checkpoints_of,
+    list_checkpoints,
     rows_of,
 )
 
@@ -128,7 +128,7 @@ class Campaign:
 
     def _check_end(self, run: Run, fault: str, status: int) -> tuple[int, int | None]:
         """How a run has ended that was struck; up to which example it was seen to train, and where it has stopped by itself."""
-        newest = checkpoints_of(run.dir)
+        newest = list_checkpoints(run.dir)
         kept = int(newest[0].name.removeprefix("step-")) if newest else 0
         seen = max([*run.numbers(STEP), kept])
         if fault in ("kill a rank", "stop a rank"):

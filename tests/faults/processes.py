@@ -18,7 +18,7 @@ from filelock import FileLock
 from safetensors.torch import load_file
 
 import train
-from preference_training.checkpointing.checkpoint import checkpoints_of, fault_of
+from preference_training.checkpointing.checkpoint import find_damage, list_checkpoints
 from preference_training.core.metric_names import MEASURED
 from preference_training.tracking.ledger import read_ledger
 from tests.support.files import ROOT
@@ -166,7 +166,7 @@ def assert_undisturbed(found: Path, expected: Path) -> None:
     # A stop has written checkpoints in between.
     assert {path.name for path in expected.iterdir()} <= {path.name for path in found.iterdir()}
     assert all(re.fullmatch(r"step-\d+", path.name) for path in found.iterdir() if not (expected / path.name).exists())
-    for checkpoint in checkpoints_of(expected):
+    for checkpoint in list_checkpoints(expected):
         assert_same_weights(found / checkpoint.name, checkpoint)
 
 
@@ -185,7 +185,7 @@ def assert_same_weights(found: Path, expected: Path) -> None:
 
 def assert_whole(run_dir: Path) -> None:
     """Every directory that is named as a checkpoint is a whole one."""
-    faults = {path.name: fault_of(path) for path in checkpoints_of(run_dir)}
+    faults = {path.name: find_damage(path) for path in list_checkpoints(run_dir)}
     assert not any(faults.values()), faults
 
 

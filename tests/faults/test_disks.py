@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from preference_training.checkpointing.checkpoint import checkpoints_of
+from preference_training.checkpointing.checkpoint import list_checkpoints
+from preference_training.configuration import run_dirs
 from preference_training.core.errors import UserError
-from preference_training.training import run_directory
 from tests.faults.processes import Run, assert_same_weights, assert_whole, rows_of, train_here
 
 
@@ -78,7 +78,7 @@ def test_a_full_disk_costs_checkpoints_and_a_run_goes_on_when_there_is_room(name
         go("n_examples=128")
     said = [line for line in capfd.readouterr().out.splitlines() if "could not be written" in line]
     assert [line.split()[1] for line in said] == ["step-96", "step-128"]
-    assert [path.name for path in checkpoints_of(tmp_path / "run")] == ["step-64", "step-32"]
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["step-64", "step-32"]
     assert not list((tmp_path / "run").glob("*.partial"))
     assert_whole(tmp_path / "run")
     go("n_examples=128")
@@ -118,5 +118,5 @@ def test_an_empty_directory_that_cannot_be_removed_hides_no_message(tmp_path, mo
         raise OSError(30, os.strerror(30))
 
     monkeypatch.setattr(Path, "rmdir", refuse)
-    run_directory.remove_empty(tmp_path)
+    run_dirs.remove_empty(tmp_path)
     assert tmp_path.is_dir()

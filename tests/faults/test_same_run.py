@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from preference_training.checkpointing.checkpoint import checkpoints_of
+from preference_training.checkpointing.checkpoint import list_checkpoints
 from preference_training.core.errors import UserError
 from preference_training.core.signals import STOPPED
 from tests.faults.processes import (
@@ -84,7 +84,7 @@ def test_another_run_is_refused_with_what_differs_and_nothing_is_changed(change,
     with pytest.raises(UserError, match=told):
         begun(*change(tmp_path), "n_examples=128")
     assert rows_of(tmp_path / "run") == rows
-    assert [path.name for path in checkpoints_of(tmp_path / "run")] == ["step-64", "step-32"]
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["step-64", "step-32"]
 
 
 def test_a_longer_run_and_one_from_an_older_checkpoint_are_the_run_that_was_never_interrupted(begun, tmp_path, capfd):
@@ -116,7 +116,7 @@ def test_the_link_to_the_newest_checkpoint_is_right_after_a_kill_before_it_was_s
 
 def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew_without_its_old_rows(begun, tmp_path):
     expected = rows_of(tmp_path / "run")
-    for checkpoint in checkpoints_of(tmp_path / "run"):
+    for checkpoint in list_checkpoints(tmp_path / "run"):
         shutil.rmtree(checkpoint)
     begun("n_examples=64")
     assert rows_of(tmp_path / "run") == expected

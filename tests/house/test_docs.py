@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from preference_training.configuration.composition import CONFIG_DIR, GROUPS, choices_of, in_open_section, known_keys
+from preference_training.configuration.composition import CONFIG_DIR, GROUPS, group_choices, in_open_section, known_keys
 from tests.support import forked, shown
 from tests.support.files import ROOT
 
@@ -237,7 +237,7 @@ def is_known(text: str) -> bool:
     """Whether `key` or `key=value` is one of ours."""
     key, _, value = text.lstrip("+").partition("=")
     if key in GROUPS and value:
-        return value == "NAME" or value in choices_of(key)
+        return value == "NAME" or value in group_choices(key)
     if text.startswith("+"):
         return (CONFIG_DIR / key / f"{value}.yaml").is_file()
     return key in known_keys() or in_open_section(key) or key == "hydra/sweeper"
@@ -318,21 +318,21 @@ def test_a_units_sentence_becomes_a_cell_and_lines_that_are_set_in_stay_lines():
 # ---- numbers ----------------------------------------------------------------------------------------------------------------
 
 
-def numbers_of(page: str, header: str) -> list[list[float]]:
+def scalar_state(page: str, header: str) -> list[list[float]]:
     """The numbers of a table's rows, without cells of words."""
     rows = shown.PAGES[page].split(f"| {header}")[1].split("\n\n")[0].splitlines()[2:]
     return [[float(cell) for cell in row.strip("|").split("|") if re.fullmatch(r"\s*[\d.]+\s*", cell)] for row in rows]
 
 
 def test_the_margins_of_the_table_of_beta_are_those_of_the_formula():
-    for beta, half, tenth in numbers_of("docs/choosing-beta.md", "`loss.beta` |"):
+    for beta, half, tenth in scalar_state("docs/choosing-beta.md", "`loss.beta` |"):
         # beta sigmoid(-beta m) against beta / 2: a half of it where sigmoid is 1/4, a tenth where it is 1/20.
         assert half == pytest.approx(math.log(3) / beta, rel=0.02)
         assert tenth == pytest.approx(math.log(19) / beta, rel=0.02)
 
 
 def test_the_table_of_the_scaling_factor_is_that_of_the_formula():
-    for deviation, *moved in numbers_of("docs/choosing-beta.md", "`gap_std`"):
+    for deviation, *moved in scalar_state("docs/choosing-beta.md", "`gap_std`"):
         assert moved == pytest.approx([0.6 * deviation / math.sqrt(n) for n in (4, 16, 64)], abs=0.006)
 
 

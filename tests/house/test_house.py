@@ -8,10 +8,10 @@ import pytest
 from omegaconf import OmegaConf
 
 import train  # noqa: F401  registers the resolvers that the configuration uses
-from preference_training.configuration.composition import choices_of, force_open_sections, group_keys, known_keys
+from preference_training.configuration.composition import force_open_sections, group_choices, group_keys, known_keys
+from preference_training.configuration.run_dirs import new_run_dir
 from preference_training.data.entries import read_entries
 from preference_training.losses.registry import losses
-from preference_training.training.run_directory import new_run_dir
 from tests.support import shown
 from tests.support.files import ROOT
 
@@ -27,7 +27,7 @@ def test_every_option_has_a_reader():
     for key in known_keys() - by_loss:
         name = key.rsplit(".", 1)[-1]
         assert re.search(rf"\.{name}\b|\[\"{name}\"\]", code), f"nothing reads {key}"
-    assert {*choices_of("loss")} == losses().keys()
+    assert {*group_choices("loss")} == losses().keys()
     by_name = {name: keys - {"name"} for name, keys in group_keys("loss").items()}
     for name, keys in by_name.items():
         assert keys <= inspect.signature(losses()[name].make).parameters.keys(), f"loss={name} has a key that nothing reads"

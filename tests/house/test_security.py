@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from preference_training.checkpointing.checkpoint import fault_of
+from preference_training.checkpointing.checkpoint import find_damage
 from preference_training.core.errors import UserError
 from preference_training.core.files import load_tensors
 from preference_training.data.entries import load_records, read_entry
@@ -419,19 +419,19 @@ def test_checksums_that_are_damaged_or_lead_elsewhere_are_a_fault_of_the_checkpo
     (checkpoint / "state.json").write_text("{}")
     content = {"state.json": LISTED} | listed if isinstance(listed, dict) and listed and "state.json" not in listed else listed
     (checkpoint / "checksums.json").write_text(json.dumps(content))
-    assert fault_of(checkpoint) in ("checksums.json is damaged", "checksums.json is missing or damaged")
+    assert find_damage(checkpoint) in ("checksums.json is damaged", "checksums.json is missing or damaged")
 
 
 @pytest.mark.parametrize("size", [10**30, -1, "5", None, 5.5, [5]], ids=str)
 def test_a_size_that_no_file_has_is_a_fault_of_its_file(size, tmp_path):
     (tmp_path / "state.json").write_text("12345")
     (tmp_path / "checksums.json").write_text(json.dumps({"state.json": LISTED | {"bytes": size}}))
-    assert fault_of(tmp_path) == "state.json is not what was written"
+    assert find_damage(tmp_path) == "state.json is not what was written"
 
 
 def test_checksums_nested_deeper_than_python_reads_are_a_fault(tmp_path):
     (tmp_path / "checksums.json").write_text("[" * 100_000)
-    assert fault_of(tmp_path) == "checksums.json is missing or damaged"
+    assert find_damage(tmp_path) == "checksums.json is missing or damaged"
 
 
 # ---- what a run leaves behind ---------------------------------------------------------------------------------------------

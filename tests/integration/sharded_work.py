@@ -249,7 +249,8 @@ def train_with_masters(settings: dict, folder: str) -> dict:
                 if ranks.is_rank_zero:
                     run_dir.mkdir(exist_ok=True)
                 ranks.barrier()
-                with CheckpointWriter(run_dir, first.models.policy, world.tokenizer, ranks, patience_minutes=1) as writer:
+                options = SaveOptions(timeout_minutes=1)
+                with CheckpointWriter(run_dir, first.models.policy, world.tokenizer, ranks, options) as writer:
                     writer.write(first.snapshot())
         for step in single.batches.train:
             single.train_step(step)
@@ -310,7 +311,12 @@ def write_into_a_folder_that_is_cleared_late(settings: dict, folder: str) -> lis
     partial = Path(folder) / "step-0.partial"
     said: list[str] = []
     with CheckpointWriter(
-        Path(folder), trainer.models.policy, world.tokenizer, ranks, say=said.append, options=SaveOptions(timeout_minutes=1)
+        Path(folder),
+        trainer.models.policy,
+        world.tokenizer,
+        ranks,
+        log_message=said.append,
+        options=SaveOptions(timeout_minutes=1),
     ) as writer:
         remove = shutil.rmtree
 

@@ -20,5 +20,5 @@ def test_the_demo_teaches_both_kinds_of_answer_and_then_the_preferred_one(tmp_pa
     assert results["SFT"]["reward accuracy"] == 0.5 and results["SFT"]["reward margin"] == 0
     assert results["DPO"]["reward accuracy"] >= 0.95
     assert results["DPO"]["sampled responses of the preferred kind"] >= 0.9
-    for told in ("384 held-out prompts", "reward margin", "sft/LATEST", "Everything lies in"):
+    for told in ("384 held-out prompts", "reward margin", "sft/LATEST", "Output in"):
         assert told in done.stdout

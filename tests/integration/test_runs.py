@@ -84,7 +84,7 @@ def test_a_run_in_the_directory_of_another_sets_that_one_aside_whole(tmp_path):
     before = {path.name: path.stat().st_mtime_ns for path in run_dir.iterdir()}
     assert {"metrics.jsonl", "samples.jsonl", "events.jsonl", "ledger", "tensorboard", "step-16", "LATEST"} <= before.keys()
     said = train(tmp_path, *line, "dry_run=true")
-    assert f"local_run_dir: {run_dir} holds an earlier run, which a run would set aside in it" in said
+    assert f"local_run_dir: {run_dir} holds an earlier run, which a new run would set aside" in said
     assert {path.name: path.stat().st_mtime_ns for path in run_dir.iterdir()} == before
 
     for more, told in (

@@ -286,7 +286,7 @@ def test_cached_reference_log_probs_do_not_depend_on_the_trained_adapter(configu
         (["+adapter=lora", "model.reference_dtype=bfloat16"], "the reference is the same weights"),
         (["model.quantization=nf4"], r"cannot be trained themselves. Add \+adapter=lora"),
         (["+adapter=lora", "model.quantization=int3"], "model.quantization: found 'int3', expected nf4, int8 or null"),
-        (["+adapter=qlora", "trainer=FSDPTrainer"], "FSDPTrainer cannot lay weights of few bits over processes"),
+        (["+adapter=qlora", "trainer=FSDPTrainer"], "FSDPTrainer cannot shard quantized weights"),
         (["+adapter=lora", "loss=tr_dpo"], "loss=tr_dpo moves the reference"),
         (["+adapter=lora", "trainer=TensorParallelTrainer"], "TensorParallelTrainer splits the layers"),
     ],
@@ -386,7 +386,7 @@ def with_trained_adapter(model: nn.Module) -> nn.Module:
 def checkpoint_of(model: nn.Module, tokenizer, folder: Path, **settings) -> Path:
     """A checkpoint of a model's adapter alone."""
     weights = weights_to_save(model.state_dict(keep_vars=True))
-    with CheckpointWriter(folder, model, tokenizer, options=SaveOptions(**settings), say=lambda _: None) as writer:
+    with CheckpointWriter(folder, model, tokenizer, options=SaveOptions(**settings), log_message=lambda _: None) as writer:
         writer.write(Snapshot.of(4, weights, {}, {"examples": 4}))
     return folder / "LATEST"
 

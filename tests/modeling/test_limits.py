@@ -6,6 +6,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from preference_training.core.errors import UserError
+from preference_training.data.entries import read_entries
 from preference_training.data.prompt_table import PromptTable
 from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.generation.sampling import Sampler
@@ -68,9 +69,9 @@ def test_a_max_length_beyond_the_position_table_is_refused(model_type, compose):
     config = settings(compose, "max_length=25", "max_prompt_length=8", **wanted)
     tokenizer = load_tokenizer(config.model)
     with pytest.raises(UserError, match="max_length: found 25, expected at most 24: .* Set max_length=24"):
-        check_limits(config, tokenizer, model_limits(config, tokenizer))
+        check_limits(config, read_entries(config), tokenizer, model_limits(config, tokenizer))
     config = config.changed({"max_length": 24})
-    check_limits(config, tokenizer, model_limits(config, tokenizer))
+    check_limits(config, read_entries(config), tokenizer, model_limits(config, tokenizer))
 
 
 @pytest.mark.parametrize(("model_type", "said"), [("llama", True), ("falcon", True), ("bloom", False)])
@@ -79,7 +80,7 @@ def test_rows_beyond_the_declared_positions_are_allowed_with_a_notice_where_posi
 ):
     config = settings(compose, "max_length=25", "max_prompt_length=8", model_type=model_type, **MODELS[model_type])
     tokenizer = load_tokenizer(config.model)
-    check_limits(config, tokenizer, model_limits(config, tokenizer))
+    check_limits(config, read_entries(config), tokenizer, model_limits(config, tokenizer))
     assert ("more than the 24 positions that" in capsys.readouterr().out) is said
 
 
@@ -87,7 +88,7 @@ def test_a_resumed_run_keeps_its_max_length_and_only_its_rows_are_checked(compos
     config = settings(compose, "max_length=600", "resume=auto", model_type="gpt2", **MODELS["gpt2"])
     tokenizer = load_tokenizer(config.model)
     limits = model_limits(config, tokenizer)
-    check_limits(config, tokenizer, limits)
+    check_limits(config, read_entries(config), tokenizer, limits)
     rows = lambda *lengths: PromptTable.of([TokenizedPrompt([1] * 4, [[2] * n for n in lengths], [])])  # noqa: E731
     check_rows(config, tokenizer, limits, [rows(20, 3), rows(1)])
     with pytest.raises(UserError, match="max_length: the data has a row of 25 tokens, expected at most 24"):
@@ -114,33 +115,34 @@ def test_tokens_that_a_template_writes_and_the_embedding_lacks_are_refused(compo
     tokenizer, size = enlarged
     config = with_embedding_of(compose, size, "template=chatml")
     with pytest.raises(UserError, match=rf"<\|im_start\|> \({size}\), <\|im_end\|> \({size + 1}\), which template=chatml"):
-        check_limits(config, tokenizer, model_limits(config, tokenizer))
+        check_limits(config, read_entries(config), tokenizer, model_limits(config, tokenizer))
     # One of them is as bad as both; an embedding that is larger than the tokenizer is as good as one of its size.
     with pytest.raises(UserError, match="resize_token_embeddings"):
-        check_limits(config, tokenizer, Limits(size + 1, None, None))
+        check_limits(config, read_entries(config), tokenizer, Limits(size + 1, None, None))
     for enough in (size + 2, size + 64):
-        check_limits(config, tokenizer, Limits(enough, None, None))
+        check_limits(config, read_entries(config), tokenizer, Limits(enough, None, None))
 
 
 def test_tokens_of_one_data_sets_own_template_count(compose, enlarged):
     tokenizer, size = enlarged
     config = with_embedding_of(compose, size, "datasets=[toy,{name: toy, template: chatml}]")
     with pytest.raises(UserError, match="template=chatml"):
-        check_limits(config, tokenizer, model_limits(config, tokenizer))
+        check_limits(config, read_entries(config), tokenizer, model_limits(config, tokenizer))
 
 
 def test_an_end_of_sequence_token_without_an_embedding_is_refused(compose, enlarged):
     tokenizer, size = enlarged
     tokenizer.eos_token = "<|im_end|>"
     with pytest.raises(UserError, match=rf"<\|im_end\|> \({size + 1}\), which the data's template or the end of a response"):
-        check_limits(with_embedding_of(compose, size), tokenizer, Limits(size, None, None))
+        config = with_embedding_of(compose, size)
+        check_limits(config, read_entries(config), tokenizer, Limits(size, None, None))
 
 
 def test_tokens_that_no_template_writes_are_reported_and_refused_in_rows(compose, enlarged, capsys):
     tokenizer, size = enlarged
     config = with_embedding_of(compose, size)
     limits = model_limits(config, tokenizer)
-    check_limits(config, tokenizer, limits)
+    check_limits(config, read_entries(config), tokenizer, limits)
     assert f"2 tokens have no row in the model's embedding of {size:,}: <|im_start|> ({size})" in capsys.readouterr().out
     ids = tokenizer("it says <|im_end|> here").input_ids
     assert size + 1 in ids

@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from preference_training.batching.packing import iterate_examples, pack_examples
 from preference_training.data.tokenization import TokenizedPrompt
-from preference_training.distributed.launching import backend_of
+from preference_training.distributed.launching import collective_backend
 from preference_training.modeling.loading import disable_dropout
 from preference_training.modeling.logprobs import ScoringHead, _head_index, response_logps
 from preference_training.modeling.prefix_sharing.sharing import share_prefixes
@@ -155,4 +155,4 @@ def test_the_last_hidden_states_of_a_model_on_several_devices_are_indexed_from_t
     [("cpu", True, "gloo"), ("cuda", False, "nccl"), ("cuda", True, "cpu:gloo,cuda:nccl")],
 )
 def test_offloaded_ranks_can_communicate_cpu_tensors(device, offloads, backend):
-    assert backend_of(torch.device(device), offloads) == backend
+    assert collective_backend(torch.device(device), offloads) == backend

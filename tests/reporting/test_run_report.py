@@ -13,7 +13,7 @@ from bs4 import BeautifulSoup
 from hypothesis import given
 from hypothesis import strategies as st
 
-from preference_training.configuration.kept import save_config
+from preference_training.configuration.saved import save_config
 from preference_training.core.errors import UserError
 from preference_training.data.rows.records import DataReport
 from preference_training.reporting.observations import observations
@@ -60,7 +60,7 @@ def run_dir(compose, tmp_path) -> Path:
     write_rows(tmp_path / "events.jsonl", rows)
     write_rows(tmp_path / "bad_batches.jsonl", [{"counters/examples": 8, "pairs": ["row 3"]}])
     report = DataReport(rows_read=100, num_prompts=90, left_out={"a text is empty": 10})
-    write_about(tmp_path, {"train": [("toy", report)]}, 80, torch.device("cpu"))
+    write_about(tmp_path, ["toy"], [[report]], 80, torch.device("cpu"))
     return tmp_path
 
 

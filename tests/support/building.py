@@ -20,7 +20,7 @@ def build_trainer(
     train=None,
     held_out=(),
     sample_prompts=(),
-    same_start=None,
+    start_check=None,
     tracker=None,
     trainer_class: type[Trainer] = BasicTrainer,
     **observers,
@@ -28,9 +28,8 @@ def build_trainer(
     """A trainer on models that are there; without batches it is for single steps. observers: by their names in `Observers`."""
     steps = BatchIterator(Schedule(PromptTable.of([]), config.batch_size)) if train is None else train
     return trainer_class(
-        config,
         placement or OneProcess(config, tokenizer),
-        Models(policy, reference, loss, same_start),
+        Models(policy, reference, loss, start_check),
         Batches(steps, held_out, sample_prompts),
         Observers(tracker or NoTracker(), **observers),
     )

@@ -1,6 +1,6 @@
 """What programs that are forked find imported. Nothing here starts a thread or draws a number."""
 
-from preference_training.core.libraries import quiet_libraries
+from preference_training.core.machine import quiet_libraries
 
 # First: it also hides what libraries say of this machine while they are imported.
 quiet_libraries()

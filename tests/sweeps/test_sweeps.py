@@ -93,11 +93,11 @@ def test_of_a_sweep_with_a_failed_job_that_is_killed_the_next_start_runs_what_is
 
 
 def with_a_bug_at_seed_1() -> None:
-    """For a process: `train` divides by zero in jobs of that seed."""
-    import train
+    """For a process: a run divides by zero in jobs of that seed."""
+    from preference_training.distributed import launching
 
-    usual = train.settle_batch_size
-    train.settle_batch_size = lambda config: usual(config) if config.seed != 1 else 1 / 0
+    usual = launching.settle_batch_size
+    launching.settle_batch_size = lambda config: usual(config) if config.seed != 1 else 1 / 0
 
 
 def test_a_failed_job_leaves_the_others_running_and_is_named_at_the_end_with_what_was_its_own(tmp_path):
@@ -293,7 +293,7 @@ def test_a_run_behind_the_median_of_complete_jobs_ends_and_says_so_and_one_befor
     assert judge.verdict(32, 0.49) is None
     assert not (tmp_path / "own" / "pruned.json").exists()
     # The median at 32 examples is 0.5; another batch size has it after 30.
-    assert judge.verdict(32, 0.51) == "loss/eval is 0.51 after 32 examples, and MedianPruner gives it up"
+    assert judge.verdict(32, 0.51) == "loss/eval is 0.51 after 32 examples, and MedianPruner prunes it"
     assert json.loads((tmp_path / "own" / "pruned.json").read_text()) == {
         "examples": 32, "objective": "loss/eval", "value": 0.51,
     }  # fmt: skip

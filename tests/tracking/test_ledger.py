@@ -16,7 +16,15 @@ from preference_training.data.prompt_table import PromptTable
 from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.losses.registry import build_loss
 from preference_training.modeling.logprobs import LiveReference
-from preference_training.tracking.ledger import SCHEMA, STEPS_KEPT, Ledger, Observations, cut_back_ledger, parts_of, read_ledger
+from preference_training.tracking.ledger import (
+    SCHEMA,
+    STEPS_KEPT,
+    Ledger,
+    Observations,
+    ledger_files,
+    read_ledger,
+    truncate_ledger,
+)
 from preference_training.tracking.tracker import Tracker
 from preference_training.training.updates import Updater
 from tests.support.building import build_trainer
@@ -42,7 +50,7 @@ def test_what_was_seen_is_read_back_in_the_order_of_the_steps(tmp_path):
     ledger.write()
     expected = [(2, 0, 1, -1.0), (2, 4, 5, 0.5), (4, 0, 1, 2.0), (4, 2, 3, 0.25), (6, 4, 5, 1.5)]
     assert listed(read_ledger(tmp_path)) == expected
-    assert [path.name for path in parts_of(tmp_path)] == ["4.parquet", "6.parquet"]
+    assert [path.name for path in ledger_files(tmp_path)] == ["4.parquet", "6.parquet"]
 
 
 class TwoRanks(Ranks):
@@ -81,7 +89,7 @@ def test_it_is_written_after_many_steps_if_nobody_asks(tmp_path):
 
 def test_a_disk_without_room_is_said_once_and_costs_nothing_when_it_has_room_again(tmp_path):
     said = []
-    ledger = Ledger(tmp_path, say=said.append)
+    ledger = Ledger(tmp_path, log_message=said.append)
     (tmp_path / "ledger").write_text("in its place")
     for number in (1, 2):
         ledger.record(number, seen((number, 0, 0.5)))
@@ -94,7 +102,7 @@ def test_a_disk_without_room_is_said_once_and_costs_nothing_when_it_has_room_aga
 
 
 @pytest.mark.parametrize("examples", [-1, 0, 1, 2, 3, 4, 9])
-def test_cut_back_it_has_what_was_seen_up_to_a_checkpoint(examples, tmp_path):
+def test_truncated_it_has_what_was_seen_up_to_a_checkpoint(examples, tmp_path):
     ledger = Ledger(tmp_path)
     # The file of 3 reaches back to 2, as where the disk had no room at 2.
     for number, is_written in ((1, True), (2, False), (3, True), (4, True)):
@@ -103,14 +111,14 @@ def test_cut_back_it_has_what_was_seen_up_to_a_checkpoint(examples, tmp_path):
             ledger.write()
     (tmp_path / "ledger" / "5.parquet").write_bytes(b"half a file")
     (tmp_path / "ledger" / "5.parquet.partial").write_bytes(b"half a file")
-    cut_back_ledger(tmp_path, examples)
+    truncate_ledger(tmp_path, examples)
     assert [row[0] for row in listed(read_ledger(tmp_path))] == [number for number in (1, 2, 3, 4) if number <= examples]
-    assert all(int(path.stem) <= examples for path in parts_of(tmp_path))
+    assert all(int(path.stem) <= examples for path in ledger_files(tmp_path))
     assert not list((tmp_path / "ledger").glob("*.partial"))
 
 
 def test_a_run_without_a_ledger_has_nothing_to_cut_and_nothing_to_read(tmp_path):
-    cut_back_ledger(tmp_path, 3)
+    truncate_ledger(tmp_path, 3)
     assert len(read_ledger(tmp_path)) == 0 and not list(tmp_path.iterdir())
 
 
@@ -131,7 +139,7 @@ def test_a_sighting_takes_less_than_16_bytes(tmp_path):
         preferred = torch.from_numpy(draw.integers(0, 300_000, 100))
         ledger.record(100 * number, [(torch.stack([preferred, preferred + 1], 1), torch.from_numpy(draw.normal(size=100)))])
     ledger.write()
-    [file] = parts_of(tmp_path)
+    [file] = ledger_files(tmp_path)
     assert file.stat().st_size < 16 * 20_000 and pyarrow.parquet.read_schema(file).equals(SCHEMA)
 
 

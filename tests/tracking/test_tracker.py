@@ -47,7 +47,7 @@ def test_a_terminal_gets_one_bar(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     with Tracker(tmp_path, total=40) as tracker:
         tracker.log_step(step(8))
-        tracker.say("a checkpoint")
+        tracker.log_message("a checkpoint")
     out = capsys.readouterr().out
     assert "8/40" in out and "loss=0.5" in out and "accuracy=0.75" in out and "margin=1.5" in out
     assert "a checkpoint\n" in out
@@ -90,7 +90,7 @@ def test_what_happens_beside_steps_is_kept_with_its_moment_from_beginning_to_end
         tracker.log_step(step(4))
         tracker.log_evaluation({"loss/eval": 0.25, "counters/examples": 4, "counters/updates": 1})
         tracker.log_step(step(8))
-        tracker.say("checkpoint: step-8")
+        tracker.log_message("checkpoint: step-8")
     with pytest.raises(ZeroDivisionError), Tracker(tmp_path, total=16, examples=8):
         raise ZeroDivisionError("a bug")
     held_out = "held out, after 4 examples: loss/eval 0.25"
@@ -103,14 +103,14 @@ def test_what_happens_beside_steps_is_kept_with_its_moment_from_beginning_to_end
 def test_events_for_which_the_disk_has_no_room_are_kept_for_later_like_all_rows(tmp_path, capsys):
     (tmp_path / "events.jsonl").symlink_to("/dev/full")
     with Tracker(tmp_path, total=8) as tracker:
-        tracker.say("one")
+        tracker.log_message("one")
         (tmp_path / "events.jsonl").unlink()
-        tracker.say("other")
+        tracker.log_message("other")
     assert [text for _, text in events(tmp_path) if not text.startswith("warning")] == ["begins", "one", "other", "ends"]
     assert capsys.readouterr().out.count("warning: events.jsonl cannot be written to") == 1
 
 
 def test_lines_from_several_threads_are_all_kept_whole(tmp_path):
     with Tracker(tmp_path, total=8) as tracker, ThreadPoolExecutor(8) as threads:
-        list(threads.map(tracker.say, map(str, range(200))))
+        list(threads.map(tracker.log_message, map(str, range(200))))
     assert sorted(text for _, text in events(tmp_path)) == sorted([*map(str, range(200)), "begins", "ends"])

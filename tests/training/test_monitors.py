@@ -14,7 +14,7 @@ from preference_training.batching.schedule import RunLength, Schedule
 from preference_training.data.prompt_table import PromptTable
 from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.losses.registry import build_loss
-from preference_training.training.monitors import COLLAPSE, STEPS, UnchangedWeights, Watch
+from preference_training.training.monitors import COLLAPSE, STEPS, TrainingMonitor, UnchangedWeights
 from tests.support.building import build_trainer
 from tests.support.files import GOLDEN
 
@@ -24,79 +24,79 @@ class Run:
 
     def __init__(self, spike: float | None = 5.0):
         self.said: list[str] = []
-        self.watch = Watch(self.said.append, spike)
+        self.monitor = TrainingMonitor(self.said.append, spike)
         self.examples = 0
 
-    def see(self, count: int = 1, **metrics: float) -> None:
+    def observe(self, count: int = 1, **metrics: float) -> None:
         """Steps with these metrics: loss, chosen, accuracy."""
         names = {"loss": "loss/train", "chosen": "logps_train/chosen", "accuracy": "rewards_train/accuracies"}
         for _ in range(count):
             self.examples += 8
             named = {names[name]: value for name, value in ({"loss": 1.0} | metrics).items()}
-            self.watch.see(named | {"counters/examples": self.examples})
+            self.monitor.observe(named | {"counters/examples": self.examples})
 
 
 def test_a_loss_far_above_its_running_mean_is_said_each_time():
     run = Run(spike=5.0)
-    run.see(STEPS, loss=2.0)
+    run.observe(STEPS, loss=2.0)
     # The mean is 2, so 10 is not yet more than five times it.
-    run.see(loss=10.0)
+    run.observe(loss=10.0)
     assert run.said == []
     # Of the last 100 losses 99 are 2 and one is 10: 2.08 is the mean.
-    run.see(loss=10.5)
+    run.observe(loss=10.5)
     assert run.said == ["warning: after 816 examples the loss is 10.5, its mean over 100 steps 2.08"]
-    run.see(loss=20.0)
+    run.observe(loss=20.0)
     assert len(run.said) == 2
 
 
 def test_a_spike_needs_steps_to_be_compared_with_and_a_number_that_says_what_one_is():
     run = Run(spike=5.0)
-    run.see(STEPS - 1, loss=1.0)
-    run.see(loss=1000.0)
+    run.observe(STEPS - 1, loss=1.0)
+    run.observe(loss=1000.0)
     assert run.said == []
     off = Run(spike=None)
-    off.see(STEPS, loss=1.0)
-    off.see(loss=1e9)
+    off.observe(STEPS, loss=1.0)
+    off.observe(loss=1e9)
     assert off.said == []
 
 
 def test_a_loss_of_another_sign_is_compared_with_the_size_of_its_mean():
     run = Run(spike=2.0)
-    run.see(STEPS, loss=-1.0)
-    run.see(loss=1.9)
+    run.observe(STEPS, loss=-1.0)
+    run.observe(loss=1.9)
     assert run.said == []
     # The mean of 99 times -1 and once 1.9 is -0.971.
-    run.see(loss=1.95)
+    run.observe(loss=1.95)
     assert len(run.said) == 1
 
 
 def test_chosen_log_probs_that_fall_by_more_than_fifty_nats_are_said_once():
     run = Run()
-    run.see(STEPS, chosen=-100.0)
+    run.observe(STEPS, chosen=-100.0)
     # 100 steps at -150 make the mean fall by exactly COLLAPSE, which is not more.
-    run.see(STEPS, chosen=-100.0 - COLLAPSE)
+    run.observe(STEPS, chosen=-100.0 - COLLAPSE)
     assert run.said == []
-    run.see(chosen=-100.0 - COLLAPSE - STEPS)
+    run.observe(chosen=-100.0 - COLLAPSE - STEPS)
     assert len(run.said) == 1 and "after 1608 examples the log-prob of preferred responses has fallen by 51 nats" in run.said[0]
-    run.see(STEPS, chosen=-500.0)
+    run.observe(STEPS, chosen=-500.0)
     assert len(run.said) == 1
 
 
 def test_chosen_log_probs_that_rise_or_begin_low_are_no_collapse():
     run = Run()
-    run.see(STEPS, chosen=-1000.0)
-    run.see(STEPS, chosen=-10.0)
-    run.see(STEPS, chosen=-1000.0)
+    run.observe(STEPS, chosen=-1000.0)
+    run.observe(STEPS, chosen=-10.0)
+    run.observe(STEPS, chosen=-1000.0)
     assert run.said == []
 
 
 def test_an_accuracy_below_chance_is_said_once_when_it_cannot_be_chance():
     run = Run()
-    run.see(STEPS - 1, accuracy=0.25)
+    run.observe(STEPS - 1, accuracy=0.25)
     assert run.said == []
-    run.see(accuracy=0.25)
+    run.observe(accuracy=0.25)
     assert len(run.said) == 1 and "the reward accuracy of the last 100 steps is 0.25, below chance" in run.said[0]
-    run.see(STEPS, accuracy=0.0)
+    run.observe(STEPS, accuracy=0.0)
     assert len(run.said) == 1
 
 
@@ -111,33 +111,33 @@ def test_an_accuracy_is_below_chance_where_half_lies_more_than_two_errors_above_
     assert (mean + 2 * math.sqrt(mean * (1 - mean) / STEPS) < 0.5) is bool(said)
     run = Run()
     for step in range(STEPS):
-        run.see(accuracy=float(step < wins))
+        run.observe(accuracy=float(step < wins))
     assert len(run.said) == said
 
 
 def test_sft_has_no_accuracies_to_be_watched():
     run = Run()
-    run.see(3 * STEPS, chosen=-5.0)
+    run.observe(3 * STEPS, chosen=-5.0)
     assert run.said == []
 
 
 def test_a_watch_that_goes_on_from_its_state_says_what_it_would_have_said():
     whole, first = Run(), Run()
     for run in (whole, first):
-        run.see(60, accuracy=0.0, chosen=-100.0, loss=2.0)
-    state = json.loads(json.dumps(first.watch.state_dict()))
+        run.observe(60, accuracy=0.0, chosen=-100.0, loss=2.0)
+    state = json.loads(json.dumps(first.monitor.state_dict()))
     second = Run()
     second.examples = first.examples
-    second.watch.load_state_dict(state)
+    second.monitor.load_state_dict(state)
     for run in (whole, second):
-        run.see(60, accuracy=0.0, chosen=-100.0, loss=2.0)
-        run.see(100, accuracy=0.0, chosen=-200.0, loss=50.0)
+        run.observe(60, accuracy=0.0, chosen=-100.0, loss=2.0)
+        run.observe(100, accuracy=0.0, chosen=-200.0, loss=50.0)
     assert whole.said == first.said + second.said and len(whole.said) > 2
-    assert whole.watch.state_dict() == second.watch.state_dict()
+    assert whole.monitor.state_dict() == second.monitor.state_dict()
     # What was said before is not said again.
     third = Run()
-    third.watch.load_state_dict(json.loads(json.dumps(second.watch.state_dict())))
-    third.see(100, accuracy=0.0, chosen=-300.0, loss=50.0)
+    third.monitor.load_state_dict(json.loads(json.dumps(second.monitor.state_dict())))
+    third.observe(100, accuracy=0.0, chosen=-300.0, loss=50.0)
     assert third.said == []
 
 
@@ -154,7 +154,7 @@ def stepped(compose):
         prompts = [TokenizedPrompt([5, 6, 7], [[10, 11, 0]], [])]
         batch = [MicroBatch([pack_examples(list(iterate_examples(prompts)))], 1)]
         config = compose("optimizer=AdamW", "warmup_steps=0", "batch_size=1", *overrides)
-        tracker = type("Says", (), {"say": lambda self, text: said.append(text)})()
+        tracker = type("Says", (), {"log_message": lambda self, text: said.append(text)})()
         batches = BatchIterator(Schedule(PromptTable.of(prompts), 1, length=RunLength(n_epochs=None, n_steps=n_steps)))
         trainer = build_trainer(config, policy, build_loss("sft"), train=batches, tracker=tracker)
         for _ in range(steps):
@@ -167,7 +167,7 @@ def stepped(compose):
 @pytest.mark.parametrize("steps", [1, 3])
 def test_a_learning_rate_too_small_for_the_weights_dtype_is_said_once(steps, stepped):
     [told] = stepped(steps, torch.bfloat16, "lr=1e-9")
-    assert told.startswith("warning: a step with lr 1e-09 has changed 0.0% of the weights that were looked at")
+    assert told.startswith("warning: a step with lr 1e-09 has changed 0.0% of the sampled weights")
     assert "weights in bfloat16" in told and "master_weights=true" in told
 
 

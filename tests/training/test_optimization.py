@@ -16,7 +16,6 @@ from preference_training.batching.schedule import RunLength, Schedule
 from preference_training.checkpointing.checkpoint import Checkpoint
 from preference_training.checkpointing.resume import resumable
 from preference_training.checkpointing.writer import CheckpointWriter, SaveOptions, publish
-from preference_training.configuration.precision import lines_of_precision
 from preference_training.configuration.schema import SCHEDULES
 from preference_training.core.errors import UserError
 from preference_training.core.random_streams import seed_everything
@@ -24,13 +23,19 @@ from preference_training.data.prompt_table import PromptTable
 from preference_training.data.rows.records import PreferenceRecord
 from preference_training.data.tokenization import TokenizedPrompt, TokenSettings, tokenize_records
 from preference_training.data.toy_preferences import toy_records
+from preference_training.distributed.launching import settle_batch_size
 from preference_training.losses.registry import build_loss
 from preference_training.modeling.logprobs import LiveReference
 from preference_training.tracking.tracker import NoTracker
-from preference_training.training.optimization import build_optimizer, check_optimizer, schedule, warmup_steps
+from preference_training.training.optimization import (
+    build_optimizer,
+    check_optimizer,
+    precision_notices,
+    schedule,
+    warmup_steps,
+)
 from tests.support.building import build_trainer, weights_of
 from tests.support.files import GOLDEN
-from train import settle_batch_size
 from trainers import Trainer
 
 LENGTHS = ("max_length=32", "max_prompt_length=16")
@@ -44,7 +49,7 @@ class Said(NoTracker):
         super().__init__()
         self.lines = []
 
-    def say(self, text: str) -> None:
+    def log_message(self, text: str) -> None:
         self.lines.append(text)
 
 
@@ -290,7 +295,7 @@ def test_master_weights_are_chosen_by_dtype_and_learning_rate(compose, overrides
     ],
 )
 def test_what_was_chosen_for_low_precision_weights_is_said(compose, overrides, lines):
-    found = lines_of_precision(compose(*overrides))
+    found = precision_notices(compose(*overrides))
     assert len(found) == len(lines) and all(line in text for line, text in zip(lines, found, strict=True))
 
 
@@ -338,7 +343,7 @@ def test_an_older_run_in_bfloat16_goes_on_as_it_would_have(compose, tokenizer, t
     resumed = trainer_of(compose, tokenizer, *overrides, f"master_weights={masters}")
     assert resumed.step.updater.has_masters is (masters == "auto")
     resumed.continue_from(Checkpoint.read(tmp_path / "step-4"))
-    said = "goes on without them; master_weights=true starts them from its weights" in " ".join(resumed.tracker.lines)
+    said = "continues without them; master_weights=true starts them from its weights" in " ".join(resumed.tracker.lines)
     assert said is (masters == "auto")
     resumed.train()
     for weight, other in zip(whole.models.policy.parameters(), resumed.models.policy.parameters(), strict=True):
@@ -463,7 +468,7 @@ def test_a_batch_larger_than_an_interval_is_refused_once_it_is_known(compose):
         (["warmup_share=-0.1"], "warmup_share: found -0.1"),
         (["weight_decay=-1"], "weight_decay: found -1, expected a number from 0 or null"),
         (["weight_decay=0.1", "++optimizer_kwargs.weight_decay=0.2"], "given here and in optimizer_kwargs"),
-        (["optimizer=AdamW8bit", "trainer=FSDPTrainer"], "do not know weights that lie over several processes"),
+        (["optimizer=AdamW8bit", "trainer=FSDPTrainer"], "do not support sharded weights"),
         (["optimizer=AdamW8bits"], "no optimizer 'AdamW8bits'; did you mean AdamW8bit"),
         (["n_steps=0"], "n_steps: found 0"),
         (["early_stopping_patience=0"], "early_stopping_patience: found 0"),
@@ -478,7 +483,7 @@ def test_what_cannot_work_is_refused_with_the_key(compose, overrides, message):
 
 def test_a_batch_size_beside_that_of_one_device_is_refused(compose):
     overrides = ["per_device_batch_size=2", "batch_size=8"]
-    with pytest.raises(UserError, match="given beside batch_size, which follows from it"):
+    with pytest.raises(UserError, match="given together with batch_size, which follows from it"):
         compose(*overrides)
 
 

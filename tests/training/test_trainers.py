@@ -12,9 +12,9 @@ from preference_training.batching.iterator import BatchIterator
 from preference_training.batching.micro_batches import MicroBatch, evaluation_batches
 from preference_training.batching.packing import UNLIMITED, TokenBudget, build_packs, cut, iterate_examples, pack_examples
 from preference_training.batching.schedule import RunLength, Schedule
-from preference_training.checkpointing.checkpoint import Checkpoint, best_of, fault_of, newest_usable
+from preference_training.checkpointing.checkpoint import Checkpoint, best_first, find_damage, newest_usable
 from preference_training.checkpointing.writer import CheckpointWriter, SaveOptions
-from preference_training.configuration.composition import choices_of
+from preference_training.configuration.composition import group_choices
 from preference_training.core.errors import UserError
 from preference_training.core.metric_names import LOSS_AT_BETA_USED
 from preference_training.core.process_group import SINGLE_PROCESS
@@ -202,15 +202,15 @@ def test_a_run_of_an_earlier_version_forgets_its_best_held_out_loss_which_was_at
     state = tmp_path / "LATEST" / "state.json"
     now = make()
     now.continue_from(Checkpoint.read(tmp_path / "LATEST"))
-    assert now.state.best == first.state.held_out["loss/eval"] and best_of([tmp_path / "LATEST"], "loss/eval")
+    assert now.state.best == first.state.held_out["loss/eval"] and best_first([tmp_path / "LATEST"], "loss/eval")
     written = json.loads(state.read_text())
     del written["held_out"][LOSS_AT_BETA_USED]
     state.write_text(json.dumps(written))
     capsys.readouterr()
     then = make()
     then.continue_from(Checkpoint.read(tmp_path / "LATEST"))
-    assert then.state.best is None and not best_of([tmp_path / "LATEST"], "loss/eval")
-    assert "the best so far is forgotten" in capsys.readouterr().out
+    assert then.state.best is None and not best_first([tmp_path / "LATEST"], "loss/eval")
+    assert "the best value so far is discarded" in capsys.readouterr().out
 
 
 def test_metrics_names_are_the_documented_ones(build, tokenized):
@@ -255,7 +255,7 @@ def test_samples_are_the_same_for_the_same_seed_and_leave_the_random_stream_alon
     prompts = [prompt.prompt_ids for prompt in tokenized[True][:3]]
     trainer = build(build_loss("dpo"), "llama", *LENGTHS, sample_prompts=prompts)
     state = torch.get_rng_state()
-    trainer.state.reference_answers = trainer.evaluator.answers()
+    trainer.state.reference_answers = trainer.evaluator.responses()
     first, second = trainer.evaluator.sample(), trainer.evaluator.sample()
     assert first == second
     assert torch.equal(torch.get_rng_state(), state)
@@ -292,7 +292,7 @@ def loss_of(compose, tmp_path):
     return build
 
 
-@pytest.mark.parametrize("name", choices_of("loss"))
+@pytest.mark.parametrize("name", group_choices("loss"))
 def test_every_loss_falls_and_its_margin_grows_over_steps_on_the_same_examples(name, build, loss_of, tokenized):
     trainer = build(loss_of(name), "llama", "lr=1e-3", "optimizer=AdamW", "warmup_steps=0", policy="")
     batch = micro_batches(tokenized[trainer.models.loss.paired][:8], 8)
@@ -303,7 +303,7 @@ def test_every_loss_falls_and_its_margin_grows_over_steps_on_the_same_examples(n
     assert not trainer.models.loss.paired or steps[-1]["rewards_train/margins"] > steps[0]["rewards_train/margins"]
 
 
-@pytest.mark.parametrize("name", choices_of("loss"))
+@pytest.mark.parametrize("name", group_choices("loss"))
 def test_a_trainer_continues_from_its_state_bit_for_bit(name, build, loss_of, tokenized, tmp_path):
     def make(**parts):
         loss = loss_of(name)
@@ -328,8 +328,8 @@ def test_a_trainer_continues_from_its_state_bit_for_bit(name, build, loss_of, to
         assert torch.equal(second.models.policy.state_dict()[weight_name], weight), weight_name
     # Of the reference only what has moved is part of a checkpoint.
     assert (tmp_path / "LATEST" / "reference").is_dir() is (name == "tr_dpo")
-    for weight_name, weight in whole.moved_reference().items():
-        assert torch.equal(second.moved_reference()[weight_name], weight), weight_name
+    for weight_name, weight in whole.moving_reference_weights().items():
+        assert torch.equal(second.moving_reference_weights()[weight_name], weight), weight_name
 
 
 def test_a_reference_moves_by_its_share_of_the_way_to_the_policy_after_so_many_steps(build, tokenized):
@@ -337,10 +337,10 @@ def test_a_reference_moves_by_its_share_of_the_way_to_the_policy_after_so_many_s
     trainer = build(loss, "llama", "lr=1e-2", "optimizer=AdamW", "warmup_steps=0")
     before = copy.deepcopy(trainer.models.reference.model.state_dict())
     for start in (0, 4):
-        assert all(torch.equal(weight, before[name]) for name, weight in trainer.moved_reference().items())
+        assert all(torch.equal(weight, before[name]) for name, weight in trainer.moving_reference_weights().items())
         trainer.train_step(micro_batches(tokenized[True][start : start + 4], 4))
     policy = trainer.models.policy.state_dict()
-    for name, weight in trainer.moved_reference().items():
+    for name, weight in trainer.moving_reference_weights().items():
         torch.testing.assert_close(weight.detach(), 0.75 * before[name] + 0.25 * policy[name], rtol=1e-5, atol=1e-7)
 
 
@@ -366,7 +366,7 @@ def test_a_reference_that_has_moved_answers_the_sample_prompts_anew(build, token
 def test_a_run_that_goes_on_may_have_another_number_of_sample_prompts(build, tokenized, live, capsys):
     prompts = [prompt.prompt_ids for prompt in tokenized[True][:3]]
     trainer = build(build_loss("dpo"), "llama", *LENGTHS, "lr=1e-2", "warmup_steps=0", sample_prompts=prompts)
-    answers = trainer.evaluator.answers(trainer.models.reference.model)
+    answers = trainer.evaluator.responses(trainer.models.reference.model)
     trainer.train_step(micro_batches(tokenized[True][:4], 4))
     if not live:
         trainer.models.reference = CachedReference(torch.zeros(8))
@@ -396,7 +396,7 @@ def test_a_moved_reference_lies_beside_weights_that_load_with_plain_transformers
     Checkpoint.read(tmp_path / "LATEST").read_reference(kept)
     assert all(torch.equal(kept[name], weight) for name, weight in reference.items())
     assert any(not torch.equal(kept[name], weight) for name, weight in policy.items())
-    assert fault_of(tmp_path / "LATEST") is None
+    assert find_damage(tmp_path / "LATEST") is None
 
 
 @pytest.mark.parametrize("name", ["beta_DPO", "bco"])
@@ -482,7 +482,7 @@ def test_a_step_with_a_loss_that_is_not_finite_is_as_if_it_had_never_been(loss, 
     assert disturbed.train_step(steps[1]) == {}
     [row] = [json.loads(line) for line in (tmp_path / "bad_batches.jsonl").read_text().splitlines()]
     assert (row["not_finite"], row["counters/examples"], row["counters/updates"]) == ("loss", 8, 1)
-    assert [name for name in row["pairs"] if "row 5" in name] and "not taken: its loss is not finite" in capsys.readouterr().out
+    assert [name for name in row["pairs"] if "row 5" in name] and "skipped: its loss is not finite" in capsys.readouterr().out
     embedding = disturbed.models.policy.get_input_embeddings().weight
     assert torch.equal(embedding[others], straight.models.policy.get_input_embeddings().weight[others])
     with torch.no_grad():
@@ -548,7 +548,7 @@ def test_a_step_that_does_not_fit_into_memory_is_computed_in_halves_with_the_sam
     capsys.readouterr()
     _, packs, found, state_of_packs = step(tokens - 1)
     out = capsys.readouterr().out
-    assert out == f"warning: out of memory; packs have at most {tokens // 2} tokens from now on\n"
+    assert out == f"warning: out of memory; packs are limited to {tokens // 2} tokens from now on\n"
     torch.testing.assert_close(packs, whole, rtol=1e-4, atol=1e-5 * whole.abs().max().item())
     for name in expected:
         assert float(found[name]) == pytest.approx(float(expected[name]), rel=1e-5, abs=1e-6), name

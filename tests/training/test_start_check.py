@@ -21,7 +21,7 @@ from preference_training.modeling.logprobs import CachedReference, LiveReference
 from preference_training.modeling.prefix_sharing.sharing import share_prefixes
 from preference_training.modeling.reference_cache import ReferencePlan, cached_reference
 from preference_training.tracking.tracker import Tracker
-from preference_training.training.same_start import SameStart
+from preference_training.training.start_check import StartCheck
 from tests.support.building import build_trainer
 from tests.support.files import GOLDEN
 
@@ -64,7 +64,7 @@ def start(compose, tokenizer, tmp_path):
         held_out = evaluation_batches(HELD_OUT, 4, None, 0, TokenBudget(40, 40))
         loss, tracker = build_loss("dpo"), Tracker(tmp_path, None)
         made = {"tokenizer": tokenizer, "train": batches, "held_out": held_out, "tracker": tracker}
-        return build_trainer(config, policy, loss, reference, same_start=SameStart(policy, reference), **made)
+        return build_trainer(config, policy, loss, reference, start_check=StartCheck(policy, reference), **made)
 
     return started
 
@@ -88,7 +88,7 @@ def test_every_margin_is_exactly_0_until_the_first_update(policies, start, tmp_p
     margins = []
     for step in trainer.batches.train:
         for micro_batch in step:
-            for output, _, _ in trainer.step.losses_of(micro_batch):
+            for output, _, _ in trainer.step.pack_losses(micro_batch):
                 margins += (output.chosen_rewards - output.rejected_rewards).tolist()
     trainer.evaluator.evaluate()
     assert margins == [0.0] * 12
@@ -137,10 +137,10 @@ def test_dropout_of_the_adapter_that_training_starts_from_is_no_difference(polic
     policy = copy.deepcopy(policies[torch.float32, "off"])
     policy.lm_head = nn.Sequential(nn.Dropout(0.5), policy.lm_head)
     reference, [batch, *_] = copy.deepcopy(policy).eval(), list(BatchIterator(Schedule(TRAIN, 6)).first_epoch())
-    look = SameStart(policy.train(), LiveReference(reference))
+    look = StartCheck(policy.train(), LiveReference(reference))
     trained = trained_logps(policy, batch)
     assert not torch.equal(trained, LiveReference(reference)(batch))
-    look.see(batch, trained, LiveReference(reference)(batch))
+    look.compare(batch, trained, LiveReference(reference)(batch))
     look.check(SINGLE_PROCESS)
     assert policy.training
 
@@ -154,9 +154,9 @@ def trained_logps(policy, batch):
 
 def test_all_ranks_end_where_one_has_seen_a_difference():
     batch = SimpleNamespace(is_filler=False, pairs=torch.tensor([[0, 1]]), sources=("row 3",))
-    looks = [SameStart(nn.Linear(1, 1), None) for _ in range(2)]
-    looks[0].see(batch, torch.zeros(2), torch.zeros(2))
-    looks[1].see(batch, torch.zeros(2), torch.tensor([0.0, 0.5]))
+    looks = [StartCheck(nn.Linear(1, 1), None) for _ in range(2)]
+    looks[0].compare(batch, torch.zeros(2), torch.zeros(2))
+    looks[1].compare(batch, torch.zeros(2), torch.tensor([0.0, 0.5]))
     seen: list = []
     ranks = SimpleNamespace(all_gather_object=lambda value: seen.append(value) or seen)
     with pytest.raises(UserError):
@@ -167,17 +167,17 @@ def test_all_ranks_end_where_one_has_seen_a_difference():
 
 def test_what_is_not_finite_in_the_policy_is_left_to_the_step(policies):
     batch = SimpleNamespace(is_filler=False, pairs=torch.tensor([[0, 1]]), sources=("row 3",))
-    look = SameStart(nn.Linear(1, 1), None)
-    look.see(batch, torch.tensor([torch.nan, torch.inf]), torch.zeros(2))
+    look = StartCheck(nn.Linear(1, 1), None)
+    look.compare(batch, torch.tensor([torch.nan, torch.inf]), torch.zeros(2))
     look.check(SINGLE_PROCESS)
-    look.see(batch, torch.zeros(2), torch.tensor([0.0, torch.nan]))
+    look.compare(batch, torch.zeros(2), torch.tensor([0.0, torch.nan]))
     with pytest.raises(UserError, match="by up to inf nats"):
         look.check(SINGLE_PROCESS)
 
 
 def test_fillers_are_not_looked_at():
-    look = SameStart(nn.Linear(1, 1), None)
-    look.see(SimpleNamespace(is_filler=True), torch.zeros(2), torch.ones(2))
+    look = StartCheck(nn.Linear(1, 1), None)
+    look.compare(SimpleNamespace(is_filler=True), torch.zeros(2), torch.ones(2))
     look.check(SINGLE_PROCESS)
 
 

@@ -16,25 +16,25 @@ from preference_training.modeling.logprobs import CachedReference, response_logp
 
 @dataclass(frozen=True)
 class _Distance:
-    """How far policy and reference differ: in how many of how many responses, by how much at most, and where."""
+    """How far policy and reference differ: in how many of the responses, by how much at most, and where."""
 
-    apart: int
+    differing: int
     responses: int
-    most: float
+    largest: float
     source: str
 
 
-class SameStart:
-    """Compares policy and reference while a run computes its first log-probs: `see` records, `check` raises."""
+class StartCheck:
+    """Compares policy and reference while a run computes its first log-probs: `compare` records, `check` raises."""
 
     def __init__(self, policy: nn.Module, reference):
         self.policy, self.reference = policy, reference
-        # Of an adapter that training starts from; all others are off.
+        # From an adapter that training starts from; all other dropout is off.
         self.has_dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in policy.modules())
-        self.seen: list[tuple[PackedBatch, Tensor]] = []
+        self.compared: list[tuple[PackedBatch, Tensor]] = []
 
     @torch.no_grad()
-    def see(self, batch: PackedBatch, policy: Tensor, reference: Tensor) -> None:
+    def compare(self, batch: PackedBatch, policy: Tensor, reference: Tensor) -> None:
         """Compare the log-probs [R] of both for a batch, without waiting for the device."""
         if self.has_dropout and self.policy.training:
             policy = self._without_dropout(batch)
@@ -42,7 +42,7 @@ class SameStart:
             return
         # Log-probs of the policy that are not finite are left to the skipping of steps.
         apart = torch.where(policy.isfinite(), (policy.detach() - reference).abs().nan_to_num(torch.inf), 0.0)
-        self.seen.append((batch, apart))
+        self.compared.append((batch, apart))
 
     def _without_dropout(self, batch: PackedBatch) -> Tensor:
         self.policy.eval()
@@ -53,16 +53,16 @@ class SameStart:
 
     def check(self, ranks: Ranks) -> None:
         """Raise UserError, on all ranks, where any rank has seen a difference."""
-        found = [_distance(batch, apart) for batch, apart in self.seen]
-        self.seen = []
+        found = [_distance(batch, apart) for batch, apart in self.compared]
+        self.compared = []
         found = [distance for rank in ranks.all_gather_object(found) for distance in rank]
-        apart = sum(distance.apart for distance in found)
+        apart = sum(distance.differing for distance in found)
         if not apart:
             return
-        worst = max(found, key=lambda distance: distance.most)
+        worst = max(found, key=lambda distance: distance.largest)
         raise UserError(
             "reference: before the first update policy and reference have the same weights, and still the log-probs of "
-            f"{apart} of {sum(distance.responses for distance in found)} responses differ, by up to {worst.most:.3g} nats, "
+            f"{apart} of {sum(distance.responses for distance in found)} responses differ, by up to {worst.largest:.3g} nats, "
             f"for {worst.source}. Every margin would be measured from a wrong start. {self._advice()}"
         )
 

@@ -1,12 +1,13 @@
 """Configurations that runs have left on disk: written, read, and taken as the beginning of another."""
 
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from preference_training.configuration.composition import GROUPS, composed, default_values, in_open_section, known_keys
+from preference_training.configuration.composition import GROUPS, compose_overrides, default_values, in_open_section, known_keys
 from preference_training.configuration.keys import Section, declared
 from preference_training.configuration.schema import ModelConfig, RunConfig
 from preference_training.configuration.validation import validate
@@ -21,7 +22,7 @@ def save_config(config: RunConfig, run_dir: Path) -> None:
     OmegaConf.save(OmegaConf.create(config.as_composed), run_dir / CONFIG)
 
 
-def read_config(run_dir: Path) -> dict:
+def read_config(run_dir: Path) -> dict[str, Any]:
     """The configuration that a run has left in its directory, in plain values; empty where it cannot be read."""
     try:
         found = OmegaConf.to_container(OmegaConf.load(run_dir / CONFIG), resolve=True)
@@ -30,18 +31,18 @@ def read_config(run_dir: Path) -> dict:
     return found if isinstance(found, dict) else {}
 
 
-def as_yaml(values: dict) -> str:
+def as_yaml(values: dict[str, Any]) -> str:
     """Plain values as YAML."""
     return OmegaConf.to_yaml(OmegaConf.create(values))
 
 
-def model_config(values: dict, **changes) -> ModelConfig:
+def model_config(values: dict[str, Any], **changes: Any) -> ModelConfig:
     """The section `model` that a run has left, unchecked: keys that it did not know yet have their defaults."""
     defaults = OmegaConf.create(default_values(model="base_model")["model"])
     return ModelConfig.of(OmegaConf.to_container(OmegaConf.merge(defaults, values, changes), resolve=True))
 
 
-def known_values(then: dict) -> dict:
+def known_values(then: dict[str, Any]) -> dict[str, Any]:
     """A run's configuration without keys that there are no longer. Raises what UNREADABLE names for what is none."""
     known = _known(then, RunConfig)
     if not all(isinstance(known[group], dict) for group in GROUPS):
@@ -49,7 +50,7 @@ def known_values(then: dict) -> dict:
     return known
 
 
-def _known(values: dict, section: type[Section]) -> dict:
+def _known(values: dict[str, Any], section: type[Section]) -> dict[str, Any]:
     known = {}
     for each in declared(section):
         if each.name in values:
@@ -58,14 +59,16 @@ def _known(values: dict, section: type[Section]) -> dict:
     return known
 
 
-def changed_config(then: dict, run: Path, fixed: dict, overrides: list[str], evaluation: dict) -> RunConfig:
+def changed_config(
+    then: dict[str, Any], run: Path, fixed: dict[str, Any], overrides: list[str], evaluation: dict[str, Any]
+) -> RunConfig:
     """The configuration of a run (`known_values`), with other values; validated.
 
     fixed: values by sections. overrides: "key=value", as on train.py's command line. evaluation: values of that section, which
     is never the run's own. Keys that the run did not know yet have their defaults. Raises UserError, also where the run's own
     values would have code executed.
     """
-    base, _ = composed("model=blank_model", f"loss={then['loss']['name']}", f"trainer={then['trainer']['name']}")
+    base, _ = compose_overrides("model=blank_model", f"loss={then['loss']['name']}", f"trainer={then['trainer']['name']}")
     config = OmegaConf.merge(base, then, {"evaluation": base.evaluation}, fixed)
     for text in overrides:
         config = _overridden(config, text)
@@ -74,7 +77,7 @@ def changed_config(then: dict, run: Path, fixed: dict, overrides: list[str], eva
     return validate(config)
 
 
-def _refuse_code(values: dict, overrides: list[str], path: Path) -> None:
+def _refuse_code(values: dict[str, Any], overrides: list[str], path: Path) -> None:
     """Raise UserError where a run's configuration, which may be untrusted, would execute code."""
     named = {
         "loss.function": values["loss"].get("function"),
@@ -89,7 +92,7 @@ def _refuse_code(values: dict, overrides: list[str], path: Path) -> None:
             )
 
 
-def _texts(value) -> list[str]:
+def _texts(value: Any) -> list[str]:
     """All strings in nested lists and dicts."""
     inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
     return [value] if isinstance(value, str) else [text for each in inside for text in _texts(each)]
@@ -109,7 +112,7 @@ def _overridden(config: DictConfig, text: str) -> DictConfig:
         raise UserError(f"{text}: expected key=value, with one value.")
     if key in GROUPS:
         # Replace the whole group: another choice may have other keys.
-        return OmegaConf.create({**config, key: composed(text)[0][key]})
+        return OmegaConf.create({**config, key: compose_overrides(text)[0][key]})
     if key not in known_keys() and not in_open_section(key):
         raise UserError(f"{key}: no such key; {nearest(key, known_keys())}")
     OmegaConf.update(config, key, override.value(), merge=False, force_add=True)

@@ -107,7 +107,7 @@ STACK_EXCHANGE_KINDS = {"question": str, "answers": list, "answers.text": str, "
 
 @hub_set("se", STACK_EXCHANGE, "dialogues")
 def stack_exchange_records(rows: NumberedRows, report: DataReport) -> Items:
-    """StackExchange: every pair of answers to a question whose scores differ, as plain text. The best is the SFT target.
+    """StackExchange: all pairs of answers to a question with different scores, as plain text. The best is the SFT target.
 
     Answers with equal scores form no pair, and a question without any pair is skipped; both are counted. Nothing is kept
     between questions, so millions of them stream through; their HTML is read by as many processes as there are cores.

@@ -134,9 +134,9 @@ class ConversationFormat:
         parts = [self.opening if turns[0].role != "system" else ""]
         for role, content in turns:
             if role in around:
-                before, behind = around[role]
-                blank = role == "assistant" and before.endswith(" ") and content.startswith(" ")
-                parts += [before[: len(before) - blank], content, behind]
+                before, after = around[role]
+                space = role == "assistant" and before.endswith(" ") and content.startswith(" ")
+                parts += [before[: len(before) - space], content, after]
         return "".join(parts) + self.generation_prompt
 
 
@@ -216,12 +216,12 @@ def _infer_format(text_of: Callable[[Sequence[tuple[str, str]]], str]) -> Conver
         before_system, rest = whole.split(SYSTEM)
         after_system, _ = rest.split(FIRST)
     before = _shared_end(head, after_response, after_system)
-    behind = _shared_end(between[::-1], asked[::-1])[::-1]
+    after = _shared_end(between[::-1], asked[::-1])[::-1]
     cut = len(before)
     return ConversationFormat(
-        user=(before, behind),
-        assistant=(between[len(behind) :], after_response[: len(after_response) - cut]),
-        generation_prompt=asked[len(behind) :],
+        user=(before, after),
+        assistant=(between[len(after) :], after_response[: len(after_response) - cut]),
+        generation_prompt=asked[len(after) :],
         system=None if before_system is None else (before_system, after_system[: len(after_system) - cut]),
         opening=head[: len(head) - cut],
     )
@@ -244,12 +244,12 @@ def chat_template(turns: ConversationFormat, adds_bos: bool) -> str:
     text += "{% for message in messages %}"
     around = {"system": turns.system, "user": turns.user, "assistant": turns.assistant}
     branches = [(role, parts) for role, parts in around.items() if parts is not None]
-    for number, (role, (before, behind)) in enumerate(branches):
-        blank = role == "assistant" and before.endswith(" ")
-        text += f"{{% {'elif' if number else 'if'} message['role'] == '{role}' %}}{_jinja(before[: len(before) - blank])}"
-        if blank:
+    for number, (role, (before, after)) in enumerate(branches):
+        space = role == "assistant" and before.endswith(" ")
+        text += f"{{% {'elif' if number else 'if'} message['role'] == '{role}' %}}{_jinja(before[: len(before) - space])}"
+        if space:
             text += "{% if not message['content'].startswith(' ') %}{{ ' ' }}{% endif %}"
-        text += "{{ message['content'] }}" + _jinja(behind)
+        text += "{{ message['content'] }}" + _jinja(after)
     return f"{text}{{% endif %}}{{% endfor %}}{{% if add_generation_prompt %}}{_jinja(turns.generation_prompt)}{{% endif %}}"
 
 

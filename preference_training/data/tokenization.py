@@ -44,13 +44,13 @@ class TokenizedPrompt:
 # tests/data/test_prepared_versions.py fails if this is forgotten, and says what to do.
 VERSION = 2
 VERSIONS = {
-    1: "a prompt is held out by a hash of its own text, whatever the model reads of it; pairs of equal token ids are trained "
-    "on; a beginning of the sequence that only a chat template writes is cut away with a prompt's start; SFT learns one answer "
-    "to a prompt",
-    2: "a prompt is held out by a hash of what the model reads; pairs of equal token ids are left out; a prompt that is cut "
-    "keeps its beginning-of-sequence token; SFT learns the answer of each row; turns of a prompt's field stand before "
-    "conversations, conversations as texts are read, instruction has its input, answers lose a prompt that all begin with, and "
-    "with implicit_prompt have the blank before them; prompts end with what a chat template writes before answers",
+    1: "a prompt is held out by a hash of its own text, whatever the model reads; pairs of identical token ids are trained on; "
+    "a beginning-of-sequence token that only a chat template writes is truncated with the start of a prompt; SFT learns one "
+    "response to a prompt",
+    2: "a prompt is held out by a hash of what the model reads; pairs of identical token ids are skipped; a truncated prompt "
+    "keeps its beginning-of-sequence token; SFT learns the response of each row; turns of a prompt field precede "
+    "conversations, serialized conversations are parsed, instruction includes input, responses lose a prompt that all repeat, "
+    "and with implicit_prompt keep the space before them; prompts end with what a chat template writes before responses",
 }
 
 

@@ -1,1 +1,1 @@
-"""Losses: pure formulas, and objectives that bind the settings of a run."""
+"""Losses as pure formulas, and objectives that bind the settings of a run."""

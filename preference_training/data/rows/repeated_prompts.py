@@ -38,7 +38,7 @@ def _cut(row: Row) -> Row | None:
     found = [_after_prompt(row.prompt, response) for response in row.responses]
     if not all(found) or len({prompt for prompt, _ in found}) > 1:
         return None
-    return row._replace(prompt=found[0][0], responses=[answer for _, answer in found])
+    return row._replace(prompt=found[0][0], responses=[rest for _, rest in found])
 
 
 def _after_prompt(prompt: Prompt, response: str) -> tuple[Prompt, str] | None:
@@ -46,16 +46,16 @@ def _after_prompt(prompt: Prompt, response: str) -> tuple[Prompt, str] | None:
     asked = (prompt if isinstance(prompt, str) else prompt[-1].content).strip()
     start = len(response) - len(response.lstrip())
     if response.startswith(asked, start):
-        answer = response[start + len(asked) :]
+        rest = response[start + len(asked) :]
         # Whole words only: "Island" does not start with the prompt "Is".
-        if answer.strip() and not (asked[-1].isalnum() and answer[0].isalnum()):
+        if rest.strip() and not (asked[-1].isalnum() and rest[0].isalnum()):
             ends_with_space = not isinstance(prompt, str) or prompt[-1].isspace()
-            return prompt, answer.lstrip() if ends_with_space else answer
+            return prompt, rest.lstrip() if ends_with_space else rest
     try:
-        before, answer = split_dialogue(response)
+        before, rest = split_dialogue(response)
     except ValueError:
         return None
     turns = parse_dialogue(before)
-    if turns and answer.strip() and [turn.content.strip() for turn in turns] == [asked] and isinstance(prompt, str):
-        return before, answer
+    if turns and rest.strip() and [turn.content.strip() for turn in turns] == [asked] and isinstance(prompt, str):
+        return before, rest
     return None

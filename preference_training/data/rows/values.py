@@ -60,5 +60,5 @@ def condition(wanted, column: str = "value") -> Callable[[object], bool]:
 
 
 def _comparable(value) -> str:
-    """A value as text; 1.0 is 1, for a column with blanks holds whole numbers as floats."""
+    """A value as text; 1.0 is 1, since columns with missing values hold integers as floats."""
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)

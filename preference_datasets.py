@@ -193,5 +193,5 @@ def _as_turns(prompt: Prompt) -> tuple[Turn, ...]:
 
 @register("toy", prompts="dialogues")
 def get_toy(split: str, silent: bool = False, cache_dir: str | None = None) -> Records:
-    """The generated preferences of `toy_preferences.py`; no prompt of the test split is in the train split."""
+    """Generated preferences: `preference_training/data/toy_preferences.py`. No test prompt is in the train split."""
     return toy_records(split)

@@ -42,7 +42,7 @@ class TestRunner:
         self._lock = threading.Lock()
         self._threads = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="tests")
 
-    def read_run_info(self, generation: Generation, problem: Problem) -> TestRun | None:
+    def start_tests(self, generation: Generation, problem: Problem) -> TestRun | None:
         """The tests of a solution, started if they have not run yet; None if there are none, or if tests are disabled."""
         if not generation.code or not problem.tests:
             return None

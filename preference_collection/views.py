@@ -246,7 +246,7 @@ def show_pair(shared: Shared, labeler: str, query: Query, problem: Problem, pair
     view = st.segmented_control("View", ["side by side", "difference"], default="side by side", key="view", required=True)
     if view == "difference":
         show_difference(*sides)
-    runs = [shared.runner.read_run_info(generation, problem) for generation in sides]
+    runs = [shared.runner.start_tests(generation, problem) for generation in sides]
     polled = any(run and not run.over for run in runs)
     show = st.fragment(show_sides, run_every=POLL_SECONDS if polled else None)
     show(problem, sides, runs, view != "difference", polled)
@@ -368,7 +368,7 @@ def ask_for_solutions(shared: Shared, problem: Problem, busy: bool) -> None:
 @st.fragment(run_every=POLL_SECONDS)
 def show_writings(shared: Shared, problem: Problem, writings: list[Writing]) -> None:
     """Draw both replies as they stream in, and save the pair once both are complete and usable."""
-    faults = [find_damage(writing, problem) for writing in writings]
+    faults = [describe_problem(writing, problem) for writing in writings]
     if all(writing.over for writing in writings) and not any(faults):
         keep(shared, problem, writings)
     for number, (column, writing) in enumerate(zip(st.columns(2), writings, strict=True)):
@@ -407,7 +407,7 @@ def show_writing(shared: Shared, writing: Writing, fault: str | None) -> None:
     st.code(writing.text or " ", language="markdown", wrap_lines=True)
 
 
-def find_damage(writing: Writing, problem: Problem) -> str | None:
+def describe_problem(writing: Writing, problem: Problem) -> str | None:
     """The fault of a finished reply, as the end of a sentence, or None."""
     if not writing.over:
         return None

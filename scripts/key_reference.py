@@ -19,7 +19,7 @@ HEAD = """# Configuration reference
 the configuration that a command line composes. `null` means that no value is set.
 
 """
-# Groups whose files hold keys, and what is description of them; of the others, presets, a line each.
+# Groups whose files hold keys, and their descriptions; of the other groups, a line for each preset.
 GROUPS = {
     "model": "Every preset has these keys. `model=blank_model` sets none of them.",
     "loss": "`loss=NAME` selects a file; its keys are listed below it.",

@@ -124,8 +124,8 @@ def luminance(colour: tuple[int, ...]) -> float:
 
 def contrast(one: str, other: str) -> float:
     """The contrast of two colours like #fff or #0064a4, from 1 to 21."""
-    local_bytes = lambda text: bytes.fromhex(text[1:] if len(text) == 7 else "".join(2 * digit for digit in text[1:]))  # noqa: E731
-    darker, lighter = sorted(luminance(tuple(local_bytes(colour))) for colour in (one, other))
+    color_bytes = lambda text: bytes.fromhex(text[1:] if len(text) == 7 else "".join(2 * digit for digit in text[1:]))  # noqa: E731
+    darker, lighter = sorted(luminance(tuple(color_bytes(colour))) for colour in (one, other))
     return (lighter + 0.05) / (darker + 0.05)
 
 

@@ -1,1 +1,1 @@
-"""Packed micro-batches of token ids: tries, packing, and an order that a resumed run goes on with."""
+"""Packed micro-batches of token ids: tries, packing, and a resumable order of the data."""

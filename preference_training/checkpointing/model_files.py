@@ -112,5 +112,5 @@ def write_policy_pt(checkpoint: Path, snapshot: Snapshot) -> None:
         with (checkpoint / POLICY_PT).open("wb") as file:
             torch.save(archive, file)
     except RuntimeError as error:
-        # The system's own error stands behind torch's about a file that ends too early.
+        # torch masks the underlying OSError by its own about a file that ends too early.
         raise error.__context__ if isinstance(error.__context__, OSError) else error from None

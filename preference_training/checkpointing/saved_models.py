@@ -152,7 +152,7 @@ def fits_in_memory(numel: int, dtype: torch.dtype = torch.float32) -> bool:
 
 
 def checkpoint_check(policy: nn.Module, config, device: torch.device) -> Callable[[Path], None]:
-    """The check of a run's first checkpoint: a function of its directory that raises UserError where it is another model.
+    """The check of a run's first checkpoint: a function of its directory that raises UserError if the saved model differs.
 
     The policy is scored here, on all processes; the function compares with the policy as it is now.
     """

@@ -97,8 +97,8 @@ def compose_overrides(*overrides: str) -> tuple[DictConfig, dict[str, str]]:
 
 @cache
 def known_keys() -> frozenset[str]:
-    """Dotted names of all keys, and the groups."""
-    names = key_names(RunConfig)
+    """Dotted names of all keys, those that only one loss has included, and the groups."""
+    names = {*key_names(RunConfig), *(f"loss.{name}" for keys in group_keys("loss").values() for name in keys)}
     return frozenset(GROUPS) | {name for name in names if not any(other.startswith(f"{name}.") for other in names)}
 
 

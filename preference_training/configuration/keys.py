@@ -64,7 +64,7 @@ def declared(section_class: type) -> list[Field[Any]]:
 def check_section(section_class: type, values: Any, name: str = "") -> None:
     """Raise UserError for the first value in a section that is not of its key's kind.
 
-    Keys that are not there are passed over: whether all are there depends on the choices of the groups.
+    Missing keys are skipped: which are needed depends on the choices of the groups.
     """
     refuse(plain_section(values), name)
     for each in declared(section_class):

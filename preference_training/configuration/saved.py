@@ -7,7 +7,14 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from preference_training.configuration.composition import GROUPS, compose_overrides, default_values, in_open_section, known_keys
+from preference_training.configuration.composition import (
+    GROUPS,
+    compose_overrides,
+    default_values,
+    group_keys,
+    in_open_section,
+    known_keys,
+)
 from preference_training.configuration.keys import Section, declared
 from preference_training.configuration.schema import ModelConfig, RunConfig
 from preference_training.configuration.validation import validate
@@ -43,8 +50,11 @@ def model_config(values: dict[str, Any], **changes: Any) -> ModelConfig:
 
 
 def known_values(then: dict[str, Any]) -> dict[str, Any]:
-    """A run's configuration without keys that there are no longer. Raises what UNREADABLE names for what is none."""
+    """A run's configuration without removed keys. Raises one of UNREADABLE for a malformed configuration."""
     known = _known(then, RunConfig)
+    # Keys that only one loss has are no fields.
+    own = group_keys("loss").get(then["loss"]["name"], frozenset()) - known["loss"].keys()
+    known["loss"] |= {name: then["loss"][name] for name in own if name in then["loss"]}
     if not all(isinstance(known[group], dict) for group in GROUPS):
         raise TypeError("no configuration of a run")
     return known

@@ -56,7 +56,7 @@ GENERAL_CHOICES = {"template": TEMPLATES, "truncation_mode": TRUNCATION_MODES, "
 AnySection = TypeVar("AnySection", bound=Section)
 # Of exp_name; most systems allow a directory's name 255, and the moment follows it. Unit: bytes.
 LONGEST_NAME = 200
-# Relative distance of neighbouring numbers of a low-precision dtype, at most. A smaller update of a weight may be rounded away.
+# Relative distance of neighboring numbers of a low-precision dtype, at most. A smaller update of a weight may be rounded away.
 SPACINGS = {"bfloat16": 2**-7, "float16": 2**-10}
 # The largest of ordinary weights: matrices of language models have standard deviations of 0.02 to 0.05.
 ORDINARY_WEIGHT = 0.05
@@ -107,7 +107,7 @@ class ModelConfig(Section):
 
     @property
     def trains_low_precision(self) -> bool:
-        """Whether weights in bfloat16 or float16 are trained; adapters are float32 whatever lies under them."""
+        """Whether weights in bfloat16 or float16 are trained; adapters are float32 whatever the base model's dtype."""
         return self.policy_dtype in SPACINGS and self.lora.r is None
 
     @property
@@ -378,6 +378,8 @@ class RunConfig(Section):
 
 def _replaced(found: AnySection, names: list[str], value: Any) -> AnySection:
     name, *below = names
+    if isinstance(found, LossConfig) and name in found.own:
+        return replace(found, own={**found.own, name: value})
     inner = getattr(found, name)
     if below and isinstance(inner, Section):
         value = _replaced(inner, below, value)

@@ -23,7 +23,7 @@ from preference_training.core.metric_names import (
     EVAL_REJECTED_REWARD,
 )
 
-# The metrics of an evaluation, which a sweep may optimise; the first two are all that SFT has.
+# The metrics of an evaluation, which a sweep may optimize; the first two are all that SFT has.
 OBJECTIVES = (
     EVAL_LOSS, EVAL_CHOSEN_LOGPS, EVAL_REJECTED_LOGPS, EVAL_CHOSEN_REWARD, EVAL_REJECTED_REWARD,
     EVAL_ACCURACY, EVAL_MARGIN,
@@ -31,9 +31,9 @@ OBJECTIVES = (
 # Who may judge, and whether a name follows.
 JUDGES = {"toy": False, "reward_model": True, "openai": True, "ollama": True}
 KEY_VARIABLE = "OPENAI_API_KEY"
-# What brings the libraries of judges behind HTTP and of tasks.
+# Installs what HTTP judges and task suites need.
 EVALUATION_REQUIREMENTS = "pip install -r requirements/evaluation.txt"
-# Where numbers may go; of a run's own files there is no doing without.
+# Where metrics may go; a run's own files are always written.
 TRACKING = ("jsonl", "wandb", "tensorboard")
 
 

@@ -132,11 +132,11 @@ def launch(function: Callable, arguments: tuple, workers: int, port: int | None)
         if failure.exitcode == STOPPED or forwarded:
             raise StoppedError("all processes of the run have ended") from None
         report = failure.message if isinstance(failure.message, dict) else {"message": failure.message}
-        received = report.get("message", "")
-        if received.startswith(MISTAKE):
-            raise UserError(received.removeprefix(MISTAKE)) from None
+        message = report.get("message", "")
+        if message.startswith(MISTAKE):
+            raise UserError(message.removeprefix(MISTAKE)) from None
         name = failure.signal_name() if failure.exitcode < 0 else f"exit status {failure.exitcode}"
-        trace = report.get("extraInfo", {}).get("py_callstack") or received
+        trace = report.get("extraInfo", {}).get("py_callstack") or message
         raise WorkerDiedError(f"rank {rank} of {workers} died ({name}); the others were ended. It said:\n{trace}") from None
 
 
@@ -170,7 +170,7 @@ def _in_worker(function: Callable, arguments: tuple):
         for number in SIGNALS:
             # Too late for this run.
             signal.signal(number, signal.SIG_IGN)
-        # The library waits until the launcher has read the value: for ever, if it is dead.
+        # The library waits until the launcher has read the value: forever if the launcher has died.
         threading.Thread(target=_exit_after_launcher, args=(launcher,), daemon=True).start()
         return value
     except StoppedError as stopped:

@@ -40,7 +40,9 @@ def own_loss(function: str, options: dict[str, Any], seed: int = 0) -> Loss:
     except ValueError as error:
         raise UserError(f"loss.options: {name} rejects them: {error}") from error
     if problem := _find_problem(loss):
-        raise UserError(f"loss.function: {function} {problem}. Expected a Loss, as the classes in losses/objectives.py are.")
+        raise UserError(
+            f"loss.function: {function} {problem}. Expected a Loss, as the classes in preference_training/losses/objectives.py are."
+        )
     assert isinstance(loss, Loss)
     return loss
 
@@ -79,4 +81,9 @@ def _find_problem(loss: object) -> str | None:
     for each in rewards if loss.paired else ():
         if each is None or tuple(each.shape) != expected or each.requires_grad:
             return "gives no chosen_rewards and rejected_rewards with one value a pair, without gradient"
+    state = loss.state_dict()
+    if state and not (state.keys() == {"own"} and isinstance(state["own"], dict)):
+        return (
+            f"gives the state_dict {state!r}, which no checkpoint takes; expected {{}}, or {{'own': {{...}}}} of plain values"
+        )
     return None

@@ -15,6 +15,7 @@ from functools import cache
 from typing import Any, TypeVar
 
 import preference_training.losses as package
+from preference_training.configuration.keys import is_number
 from preference_training.core.errors import UserError
 from preference_training.losses.base import Loss
 
@@ -97,6 +98,7 @@ def build_loss(name: str, seed: int = 0, **keys: Any) -> Loss:
     found = find_loss(name, keys.get("mode_loss"))
     if found is None:
         raise ValueError(f"no loss {name!r}; known are {', '.join(losses())}")
+    _check_numbers(found, keys)
     if "seed" in inspect.signature(found.make).parameters:
         keys |= {"seed": seed}
     if found.make is not found.objective:
@@ -105,3 +107,10 @@ def build_loss(name: str, seed: int = 0, **keys: Any) -> Loss:
         return found.make(**keys)
     except ValueError as error:
         raise UserError(f"loss: {name} rejects its keys: {error}") from error
+
+
+def _check_numbers(found: Registration, keys: Mapping[str, Any]) -> None:
+    """Raise UserError for a key whose parameter is annotated as a number, and that is none."""
+    for key, parameter in inspect.signature(found.make).parameters.items():
+        if parameter.annotation in (float, "float") and key in keys and not is_number(keys[key]):
+            raise UserError(f"loss.{key}: found {keys[key]!r}, expected a number.")

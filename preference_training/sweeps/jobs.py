@@ -144,7 +144,7 @@ class SweepDirectory:
         return [Job.read(self.path / name) for name in json_object(self.path / JOBS).values()]
 
     def jobs_of_this_start(self) -> list[Job]:
-        """The jobs that the newest start of the sweep has come to."""
+        """The jobs reached by the latest start of the sweep."""
         start = self.start
         return [job for job in self.jobs() if job.record.get("start") == start]
 

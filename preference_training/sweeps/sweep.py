@@ -24,7 +24,7 @@ class Sweep(Callback):
     """The start and the end of a sweep, in the process that has started it."""
 
     def on_multirun_start(self, config, **_) -> None:
-        """Prepare the directory. Exits with status 2 where it cannot be written, or the search goes the wrong way."""
+        """Prepare the directory. Exits with status 2 if it cannot be written, or the search has the wrong direction."""
         # Composed without what is swept over, and not validated.
         sweep, sweeper = SweepDirectory(Path(config.hydra.sweep.dir).absolute()), config.hydra.sweeper
         _check_direction(sweeper.get("direction"), str(config.objective))

@@ -56,7 +56,7 @@ class Evaluator:
         """Why this run's evaluations may decide nothing."""
         few = too_few(len(set(self.held_out.sources)), "held-out numbers")
         depends = self.models.loss.evaluation_depends_on
-        said = f"loss/eval depends on {depends}: it does not compare between runs, nor exactly between evaluations of this one"
+        said = f"loss/eval depends on {depends}: it is not comparable across runs, nor exactly between evaluations of this one"
         return [text for text in (few, said if depends else None) if text]
 
     def _compare_with_best(self) -> None:
@@ -114,7 +114,7 @@ class Evaluator:
         """Adapt what `state` has from a checkpoint to this run; log what is lost."""
         self._resume_reference_responses()
         if self.config.objective == EVAL_LOSS and loss_is_at_beta_used(self.state.held_out):
-            # Losses of now do not compare with those of then.
+            # Old and new losses are not comparable.
             self.state.best, self.state.evaluations_since_best = None, 0
             self.observers.tracker.log_message(
                 "warning: evaluations before this checkpoint have loss/eval at beta-DPO's beta in force, those from here on at "

@@ -78,7 +78,7 @@ class TrainingMonitor:
         if dtype != "float32":
             remedy = "Set master_weights=true, which keeps float32 copies of them in the optimizer, or raise lr."
         self.warn(
-            "weights that stay",
+            "unchanged weights",
             f"a step with lr {lr:g} has changed {share:.1%} of the sampled weights: its updates are too small for "
             f"weights in {dtype}, and most are rounded away. {remedy}",
         )
@@ -130,5 +130,5 @@ class UnchangedWeights:
 
 def _sample(tensor: Tensor) -> Tensor:
     flat = tensor.reshape(-1)
-    # An odd distance comes by all columns of a matrix, whose sizes are even.
+    # An odd stride visits all columns of a matrix, whose sizes are even.
     return flat[:: len(flat) // VALUES | 1]

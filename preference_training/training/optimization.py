@@ -198,7 +198,7 @@ def precision_notices(config: RunConfig) -> list[str]:
     if share is not None and share < 0.5 and config.model.reference_dtype in SPACINGS:
         lines.append(
             f"loss.reference_update_share: with {share:g} a reference in {config.model.reference_dtype} follows the policy "
-            f"only where they differ by more than {0.5 / share:.2g} times the distance of neighbouring numbers: smaller moves "
+            f"only where they differ by more than {0.5 / share:.2g} times the distance of neighboring numbers: smaller moves "
             "are rounded away. Not so with a share of 0.5 or more, or model.policy_dtype=float32 (and "
             "model.autocast_dtype=bfloat16)"
         )

@@ -74,7 +74,7 @@ class Pruning:
             return self.pruner.prune(study, trial(state=states.RUNNING, intermediate_values=own))
 
     def ended_jobs(self) -> list[dict[int, float]]:
-        """Of each other job of the sweep that has come to its own end: its objective by the examples it was found at."""
+        """Of each other job of the sweep that is complete: its objective by number of examples."""
         found = []
         for file in sorted(self.sweep_dir.glob(f"**/{JOB}")):
             if file.parent != self.run_dir and json_object(file).get("state") == "complete":

@@ -46,7 +46,6 @@ def prepare_run_dir(config: RunConfig, run_dir: Path, checkpoint: Checkpoint | N
 
     Raises UserError where the earlier run is needed where it is.
     """
-
     with writable(run_dir):
         if config.resume:
             if checkpoint is None:
@@ -65,7 +64,6 @@ def open_run_dir(
     total, report: the number of training examples, and what writes the run's page; None where there is none. Raises UserError
     where the checkpoint is another run's.
     """
-
     seen = checkpoint.examples if checkpoint else 0
     with writable(run_dir):
         if checkpoint:
@@ -80,7 +78,6 @@ def open_run_dir(
 
 def report_earlier_run(config: RunConfig, run_dir: Path) -> None:
     """For a dry run: print what would happen to an earlier run in the directory. Raises UserError if it could not be moved."""
-
     if config.resume or not find_run_files(run_dir):
         return
     check_set_aside(run_dir, config.model.archive, config.eval_only)
@@ -90,7 +87,6 @@ def report_earlier_run(config: RunConfig, run_dir: Path) -> None:
 @contextmanager
 def lock_run_dir(run_dir: Path):
     """Inside, no other run may use the directory. Raises UserError where one does, or where nothing can be written."""
-
     lock = FileLock(run_dir / ".lock", timeout=0)
     try:
         with writable(run_dir):

@@ -44,7 +44,7 @@ def train(prepared: PreparedRun, trainer_class, placement: Placement, report_wri
             notice = prepare_run_dir(config, run_dir, checkpoint)
         placement.base_dir = None if config.debug else run_dir / BASE_DIR
         models, batches = assemble(prepared, placement, checkpoint)
-        # Until all that follows is closed: a signal that comes too late to stop the run disturbs its last lines no more.
+        # Stays installed during shutdown, so that a late signal cannot interrupt the final output.
         stop = opened.enter_context(StopRequests(config.max_wall_time))
         if ranks.is_rank_zero:
             total = batches.train.schedule.total_examples

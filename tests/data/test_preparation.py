@@ -87,7 +87,7 @@ def contents(table) -> list[tuple]:
     return [(prompt.prompt_ids, prompt.responses, prompt.pairs, prompt.number) for prompt in table]
 
 
-def key_names(table) -> list[str]:
+def file_names(table) -> list[str]:
     """The names of a table's files."""
     return [part.name for part in table.parts]
 
@@ -198,12 +198,12 @@ def test_whatever_ids_depend_on_is_prepared_anew_when_it_changes_and_the_old_is_
     usual = {"entry": {"path": "rows.jsonl", "held_out_share": 0.1} if change == "split" else whole()}
     first, *_ = prepared(**usual, directory=folder / "prepared")
     changed, _, texts = prepared(**usual | CHANGES[change], directory=folder / "prepared")
-    assert texts > 0 and key_names(changed) != key_names(first)
+    assert texts > 0 and file_names(changed) != file_names(first)
     # The fingerprint is that of the ids: a length that nothing reaches changes none.
     ids = [[prompt[:3] for prompt in contents(table)] for table in (first, changed)]
     assert (changed.fingerprint == first.fingerprint) == (ids[0] == ids[1])
     again, _, texts = prepared(**usual, directory=folder / "prepared")
-    assert texts == 0 and (again.fingerprint, key_names(again)) == (first.fingerprint, key_names(first))
+    assert texts == 0 and (again.fingerprint, file_names(again)) == (first.fingerprint, file_names(first))
 
 
 def test_a_file_whose_content_changes_is_prepared_anew_and_one_that_is_only_touched_is_not(folder):

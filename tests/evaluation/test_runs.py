@@ -22,8 +22,8 @@ COMMON = (
 
 
 @pytest.fixture(scope="module")
-def read_run_info(compose, tmp_path_factory):
-    """Run the command line here: `read_run_info("name", "loss=sft")` returns the run's directory."""
+def train_run(compose, tmp_path_factory):
+    """Run the command line here: `train_run("name", "loss=sft")` returns the run's directory."""
     folder = tmp_path_factory.mktemp("runs")
 
     def run(name: str, *overrides: str) -> Path:
@@ -35,15 +35,15 @@ def read_run_info(compose, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def sft(read_run_info) -> Path:
+def sft(train_run) -> Path:
     """A run of a few SFT steps."""
-    return read_run_info("sft", "loss=sft", "do_first_eval=false")
+    return train_run("sft", "loss=sft", "do_first_eval=false")
 
 
 @pytest.fixture(scope="module")
-def beta_dpo(read_run_info, sft) -> Path:
+def beta_dpo(train_run, sft) -> Path:
     """A run of a few beta-DPO steps from there; its held-out loss depends on the statistics that it remembers."""
-    return read_run_info("beta_dpo", "loss=beta_DPO", f"model.archive={sft / 'LATEST'}", "lr=1e-2", "warmup_steps=0")
+    return train_run("beta_dpo", "loss=beta_DPO", f"model.archive={sft / 'LATEST'}", "lr=1e-2", "warmup_steps=0")
 
 
 def rows(path: Path) -> list[dict]:
@@ -78,8 +78,8 @@ def test_an_evaluation_reproduces_the_last_metrics_of_the_run(beta_dpo, capsys):
     assert {path.name for path in beta_dpo.iterdir()} - before.keys() == new
 
 
-def test_the_model_as_configured_is_scored_and_sampled_and_no_checkpoint_is_written(read_run_info, beta_dpo):
-    found = read_run_info("alone", "eval_only=true", "loss=dpo", f"model.archive={beta_dpo / 'LATEST'}")
+def test_the_model_as_configured_is_scored_and_sampled_and_no_checkpoint_is_written(train_run, beta_dpo):
+    found = train_run("alone", "eval_only=true", "loss=dpo", f"model.archive={beta_dpo / 'LATEST'}")
     names = {path.name for path in found.iterdir()}
     assert names == {"config.yaml", "metrics.jsonl", "samples.jsonl", "events.jsonl", "results.json", "answers.jsonl"}
     [row] = rows(found / "metrics.jsonl")
@@ -91,8 +91,8 @@ def test_the_model_as_configured_is_scored_and_sampled_and_no_checkpoint_is_writ
     assert results["kl"]["per_answer"]["mean"] == 0 and results["checkpoint"] is None
 
 
-def test_sft_is_scored_without_a_reference(read_run_info, sft):
-    found = read_run_info("sft_alone", "eval_only=true", "loss=sft", f"model.archive={sft / 'LATEST'}")
+def test_sft_is_scored_without_a_reference(train_run, sft):
+    found = train_run("sft_alone", "eval_only=true", "loss=sft", f"model.archive={sft / 'LATEST'}")
     results = json.loads((found / "results.json").read_text())
     assert "kl" not in results and "length_bias" not in results["held_out"]
     assert results["metrics"]["loss/eval"] == pytest.approx(rows(sft / "metrics.jsonl")[-1]["loss/eval"], rel=1e-5)
@@ -240,9 +240,9 @@ def test_a_reference_other_than_the_runs_initial_model_is_refused(sft):
     check_reference(load_run_config(sft, [f"model.archive={sft / 'LATEST'}"]), Checkpoint.read(sft / "LATEST"), "0" * 32)
 
 
-def test_resume_auto_without_a_checkpoint_is_refused(read_run_info):
+def test_resume_auto_without_a_checkpoint_is_refused(train_run):
     with pytest.raises(UserError, match="resume: auto has found no checkpoint of absent"):
-        read_run_info("absent", "eval_only=true", "resume=auto", "exp_name=absent")
+        train_run("absent", "eval_only=true", "resume=auto", "exp_name=absent")
 
 
 def test_results_that_cannot_be_written_are_one_message(tmp_path):
@@ -251,7 +251,7 @@ def test_results_that_cannot_be_written_are_one_message(tmp_path):
         write_text(tmp_path / "results.json", "{}")
 
 
-def test_a_held_out_split_without_an_example_is_one_message(read_run_info, tmp_path):
+def test_a_held_out_split_without_an_example_is_one_message(train_run, tmp_path):
     (tmp_path / "own.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
     with pytest.raises(UserError, match="no held-out example is left"):
-        read_run_info("none", "eval_only=true", "loss=dpo", f"datasets=[{tmp_path / 'own.jsonl'}]", "held_out_share=0")
+        train_run("none", "eval_only=true", "loss=dpo", f"datasets=[{tmp_path / 'own.jsonl'}]", "held_out_share=0")

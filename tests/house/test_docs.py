@@ -318,21 +318,21 @@ def test_a_units_sentence_becomes_a_cell_and_lines_that_are_set_in_stay_lines():
 # ---- numbers ----------------------------------------------------------------------------------------------------------------
 
 
-def scalar_state(page: str, header: str) -> list[list[float]]:
+def table_numbers(page: str, header: str) -> list[list[float]]:
     """The numbers of a table's rows, without cells of words."""
     rows = shown.PAGES[page].split(f"| {header}")[1].split("\n\n")[0].splitlines()[2:]
     return [[float(cell) for cell in row.strip("|").split("|") if re.fullmatch(r"\s*[\d.]+\s*", cell)] for row in rows]
 
 
 def test_the_margins_of_the_table_of_beta_are_those_of_the_formula():
-    for beta, half, tenth in scalar_state("docs/choosing-beta.md", "`loss.beta` |"):
+    for beta, half, tenth in table_numbers("docs/choosing-beta.md", "`loss.beta` |"):
         # beta sigmoid(-beta m) against beta / 2: a half of it where sigmoid is 1/4, a tenth where it is 1/20.
         assert half == pytest.approx(math.log(3) / beta, rel=0.02)
         assert tenth == pytest.approx(math.log(19) / beta, rel=0.02)
 
 
 def test_the_table_of_the_scaling_factor_is_that_of_the_formula():
-    for deviation, *moved in scalar_state("docs/choosing-beta.md", "`gap_std`"):
+    for deviation, *moved in table_numbers("docs/choosing-beta.md", "`gap_std`"):
         assert moved == pytest.approx([0.6 * deviation / math.sqrt(n) for n in (4, 16, 64)], abs=0.006)
 
 

@@ -485,6 +485,11 @@ class Surveying(HingeLoss):
     surveys = True
 
 
+class Counting(HingeLoss):
+    def state_dict(self):
+        return {"count": 3}
+
+
 class Numbers(HingeLoss):
     def __call__(self, *given):
         return super().__call__(*given).losses
@@ -546,6 +551,11 @@ def test_a_loss_of_ones_own_is_given_the_runs_seed_where_it_asks_for_one(own):
         ("Numbers", {"beta": 1}, r"gives Tensor when it is called, not a LossOutput"),
         ("Summed", {"beta": 1}, r"gives losses of shape \[\] for 2 pairs, expected one with gradient for each"),
         ("WithoutRewards", {"beta": 1}, r"gives no chosen_rewards and rejected_rewards with one value a pair"),
+        (
+            "Counting",
+            {"beta": 1},
+            r"gives the state_dict \{'count': 3\}, which no checkpoint takes; expected \{\}, or \{'own': ",
+        ),
     ],
 )
 def test_what_is_no_loss_or_is_given_what_it_does_not_take_is_refused_before_any_data(own, name, options, told):
@@ -585,9 +595,11 @@ class CappedLoss(LogRatioLoss):
 """
 USED = """
 import sys
+from pathlib import Path
 
 import preference_training.losses.registry as registry
 import train
+from preference_training.configuration.saved import changed_config, known_values
 from preference_training.configuration.validation import configured
 from preference_training.core.errors import UserError
 
@@ -599,6 +611,12 @@ assert registered.objective.reward == "log-ratio" and "loss.cap" in registry.tra
 config = configured("loss=capped", "loss.cap=3")
 loss = config.loss
 assert config.as_dict()["loss"] == loss.given() == {"name": "capped", "beta": 0.5, "cap": 3}
+assert config.changed({"loss.cap": 4}).loss.given()["cap"] == 4
+# As an evaluation of the run reads it, with and without another value.
+saved = known_values(config.as_dict())
+assert saved["loss"]["cap"] == 3
+for overrides, cap in (([], 3), (["loss.cap=5"], 5)):
+    assert changed_config(saved, Path("run"), {}, overrides, {}).loss.given()["cap"] == cap
 assert "torch" not in sys.modules
 import torch
 
@@ -607,10 +625,11 @@ policy, reference = torch.tensor([-1.0, -5.0, -11.0]), torch.tensor([-3.0, -5.0,
 pairs = torch.tensor([[0, 1], [0, 2]])
 built = registry.build_loss(**loss.given())
 assert built(policy, reference, pairs, torch.ones(3)).losses.tolist() == [-1.0, -3.0]
-try:
-    registry.build_loss(**configured("loss=capped", "loss.cap=0").loss.given())
-except UserError as error:
-    print(error)
+for cap in (0, "abc"):
+    try:
+        registry.build_loss(**configured("loss=capped", f"loss.cap={cap}").loss.given())
+    except UserError as error:
+        print(error)
 """
 
 

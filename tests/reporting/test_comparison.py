@@ -48,16 +48,16 @@ def sweep(tmp_path) -> Path:
     return tmp_path
 
 
-def candidate_run_dirs(folder: Path) -> list:
+def runs_in(folder: Path) -> list:
     return read_runs(find_runs([folder]))
 
 
 def parsed(folder: Path) -> BeautifulSoup:
-    return BeautifulSoup(comparison_page(candidate_run_dirs(folder)), "html.parser")
+    return BeautifulSoup(comparison_page(runs_in(folder)), "html.parser")
 
 
 def test_runs_that_differ_only_in_their_seed_form_a_group_and_groups_are_sorted_by_their_settings(sweep):
-    groups = group_runs(candidate_run_dirs(sweep))
+    groups = group_runs(runs_in(sweep))
     assert [group.name for group in groups] == ["beta=0.05", "beta=0.5"]
     assert [[run.label for run in group.runs] for group in groups] == [["1", "3"], ["0", "2"]]
 
@@ -114,7 +114,7 @@ def test_a_number_from_too_few_prompts_is_marked(tmp_path):
 
 
 def test_curves_are_overlaid_and_seeds_become_their_mean_and_range(sweep):
-    line = group_runs(candidate_run_dirs(sweep))[0].line("rewards_eval/accuracies", "beta=0.05", 0)
+    line = group_runs(runs_in(sweep))[0].line("rewards_eval/accuracies", "beta=0.05", 0)
     assert (line.x.tolist(), line.low.tolist(), line.high.tolist()) == ([0, 8], [0.5, 0.6], [0.5, 0.7])
     assert numpy.allclose(line.y, [0.5, 0.65])
     figures = {figure.strong.text: figure for figure in parsed(sweep).find_all("figure")}
@@ -137,7 +137,7 @@ def test_a_run_with_a_kl_estimate_is_placed_by_it(sweep):
     interval = {"mean": 0.5, "low": 0.4, "high": 0.6}
     results = {"examples_trained": 8, "held_out": {"all": {"examples": 4, "prompts": 4, "loss/eval": interval}}}
     (sweep / "0" / "results.json").write_text(json.dumps(results | {"kl": {"per_answer": {"mean": 1.5}}}))
-    distances = [distance(run) for run in candidate_run_dirs(sweep)]
+    distances = [distance(run) for run in runs_in(sweep)]
     assert distances[0] == (KL, 1.5) and distances[1] == (FALL, 40.0)
     axes = [figure.find(class_="axis").text for figure in parsed(sweep).find_all("figure")]
     assert axes[:2] == [f"{KL}, nats", f"{FALL}, nats"]
@@ -160,7 +160,7 @@ def test_labels_of_coinciding_points_do_not_overlap(tmp_path):
 
 
 def test_the_csv_has_a_row_for_each_run(sweep):
-    rows = list(csv.DictReader(comparison_csv(candidate_run_dirs(sweep)).splitlines()))
+    rows = list(csv.DictReader(comparison_csv(runs_in(sweep)).splitlines()))
     assert [(row["run"], row["seed"], row["loss.beta"], row["rewards_eval/accuracies"]) for row in rows] == [
         ("0", "0", "0.5", "0.8"), ("1", "0", "0.05", "0.6"), ("2", "1", "0.5", "0.8"), ("3", "1", "0.05", "0.7"),
     ]  # fmt: skip

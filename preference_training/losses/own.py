@@ -41,7 +41,7 @@ def own_loss(function: str, options: dict[str, Any], seed: int = 0) -> Loss:
         raise UserError(f"loss.options: {name} rejects them: {error}") from error
     if problem := _find_problem(loss):
         raise UserError(
-            f"loss.function: {function} {problem}. Expected a Loss, as the classes in preference_training/losses/objectives.py are."
+            f"loss.function: {function} {problem}. Expected a Loss, as in preference_training/losses/objectives.py."
         )
     assert isinstance(loss, Loss)
     return loss

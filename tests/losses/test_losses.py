@@ -646,7 +646,10 @@ def test_a_new_loss_is_one_module_and_its_file_of_keys(tmp_path):
     command = [sys.executable, "-c", USED]
     used = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert (used.returncode, used.stderr) == (0, "")
-    assert used.stdout == "loss: capped rejects its keys: found cap 0, expected more than 0\n"
+    assert used.stdout.splitlines() == [
+        "loss: capped rejects its keys: found cap 0, expected more than 0",
+        "loss.cap: found 'abc', expected a number.",
+    ]
 
 
 def test_a_loss_moves_the_reference_exactly_where_its_file_says_when():

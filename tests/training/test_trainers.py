@@ -174,7 +174,7 @@ def test_a_run_trains_and_evaluates_every_example_and_the_last_partial_batches(b
     [
         ({"name": "dpo"}, 10, []),
         ({"name": "dpo"}, 9, ["held-out numbers: 9 prompts, too few to decide anything by; expected at least 10"]),
-        ({"name": "bco", "beta": 0.1}, 10, ["loss/eval depends on a running mean of training's rewards: it does not compare"]),
+        ({"name": "bco", "beta": 0.1}, 10, ["loss/eval depends on a running mean of training's rewards: it is not comparable"]),
     ],
 )
 def test_what_speaks_against_held_out_numbers_is_said_once(loss, prompts, told, build, tokenized, capsys):

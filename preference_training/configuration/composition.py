@@ -98,7 +98,7 @@ def compose_overrides(*overrides: str) -> tuple[DictConfig, dict[str, str]]:
 @cache
 def known_keys() -> frozenset[str]:
     """Dotted names of all keys, those that only one loss has included, and the groups."""
-    names = {*key_names(RunConfig), *(f"loss.{name}" for keys in group_keys("loss").values() for name in keys)}
+    names = {*key_names(RunConfig), *(f"loss.{name}" for name in loss_keys())}
     return frozenset(GROUPS) | {name for name in names if not any(other.startswith(f"{name}.") for other in names)}
 
 
@@ -152,6 +152,12 @@ def group_keys(group: str) -> dict[str, frozenset[str]]:
     """The names that `loss.name` or `trainer.name` may be, each with the keys of its file."""
     files = [OmegaConf.load(CONFIG_DIR / group / f"{choice}.yaml") for choice in group_choices(group)]
     return {file.name: frozenset(file) for file in files if "name" in file}
+
+
+@cache
+def loss_keys() -> frozenset[str]:
+    """The keys that any loss has, those without a field in `LossConfig` included."""
+    return frozenset().union(*group_keys("loss").values())
 
 
 def group_choices(group: str) -> list[str]:

@@ -11,12 +11,12 @@ from preference_training.configuration.composition import (
     GROUPS,
     compose_overrides,
     default_values,
-    group_keys,
     in_open_section,
     known_keys,
+    loss_keys,
 )
 from preference_training.configuration.keys import Section, declared
-from preference_training.configuration.schema import ModelConfig, RunConfig
+from preference_training.configuration.schema import LossConfig, ModelConfig, RunConfig
 from preference_training.configuration.validation import validate
 from preference_training.core.errors import UserError, first_line, nearest
 from preference_training.core.values import UNREADABLE
@@ -52,16 +52,15 @@ def model_config(values: dict[str, Any], **changes: Any) -> ModelConfig:
 def known_values(then: dict[str, Any]) -> dict[str, Any]:
     """A run's configuration without removed keys. Raises one of UNREADABLE for a malformed configuration."""
     known = _known(then, RunConfig)
-    # Keys that only one loss has are no fields.
-    own = group_keys("loss").get(then["loss"]["name"], frozenset()) - known["loss"].keys()
-    known["loss"] |= {name: then["loss"][name] for name in own if name in then["loss"]}
     if not all(isinstance(known[group], dict) for group in GROUPS):
         raise TypeError("no configuration of a run")
     return known
 
 
 def _known(values: dict[str, Any], section: type[Section]) -> dict[str, Any]:
-    known = {}
+    # Keys that only one loss has are no fields.
+    own = loss_keys() if section is LossConfig else frozenset()
+    known = {name: values[name] for name in own & values.keys()}
     for each in declared(section):
         if each.name in values:
             inner, value = each.metadata.get("section"), values[each.name]

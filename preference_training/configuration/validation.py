@@ -9,7 +9,14 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from preference_training.configuration.composition import GROUPS, choice_keys, compose_overrides, group_keys, unknown_key
+from preference_training.configuration.composition import (
+    GROUPS,
+    choice_keys,
+    compose_overrides,
+    group_keys,
+    loss_keys,
+    unknown_key,
+)
 from preference_training.configuration.keys import Section, check_section, declared, listed, refuse, texts
 from preference_training.configuration.schema import BITSANDBYTES_OPTIMIZERS, EvaluationConfig, LossConfig, RunConfig
 from preference_training.core.errors import UserError, nearest
@@ -88,7 +95,7 @@ def _check_keys(section: type[Section], values: object, prefix: str = "") -> Non
         # Reported later, with its value.
         return
     keys = {each.name: each for each in declared(section)}
-    own = frozenset().union(*group_keys("loss").values()) if section is LossConfig else frozenset()
+    own = loss_keys() if section is LossConfig else frozenset()
     for name in sorted(values.keys() - keys.keys() - own):
         raise UserError(unknown_key(f"{prefix}{name}"))
     needed = {name for name, each in keys.items() if each.default is not None}

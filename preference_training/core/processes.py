@@ -1,4 +1,4 @@
-"""The processes of one machine: how many cores they have, which one reports, and work spread over several."""
+"""Processes on one machine: usable cores, which process prints, and mapping over a process pool."""
 
 import os
 from collections import deque

@@ -98,8 +98,9 @@ def build_loss(name: str, seed: int = 0, **keys: Any) -> Loss:
     found = find_loss(name, keys.get("mode_loss"))
     if found is None:
         raise ValueError(f"no loss {name!r}; known are {', '.join(losses())}")
-    _check_numbers(found, keys)
-    if "seed" in inspect.signature(found.make).parameters:
+    parameters = inspect.signature(found.make).parameters
+    _check_numbers(parameters, keys)
+    if "seed" in parameters:
         keys |= {"seed": seed}
     if found.make is not found.objective:
         return found.make(**keys)
@@ -109,8 +110,8 @@ def build_loss(name: str, seed: int = 0, **keys: Any) -> Loss:
         raise UserError(f"loss: {name} rejects its keys: {error}") from error
 
 
-def _check_numbers(found: Registration, keys: Mapping[str, Any]) -> None:
+def _check_numbers(parameters: Mapping[str, inspect.Parameter], keys: Mapping[str, Any]) -> None:
     """Raise UserError for a key whose parameter is annotated as a number, and that is none."""
-    for key, parameter in inspect.signature(found.make).parameters.items():
+    for key, parameter in parameters.items():
         if parameter.annotation in (float, "float") and key in keys and not is_number(keys[key]):
             raise UserError(f"loss.{key}: found {keys[key]!r}, expected a number.")

@@ -17,6 +17,7 @@ from markupsafe import Markup
 
 from preference_training.core import metric_names
 from preference_training.core.errors import UserError
+from preference_training.core.files import write_atomically
 from preference_training.core.metric_names import (
     EVAL_ACCURACY,
     EVAL_CHOSEN_LOGPS,
@@ -31,7 +32,7 @@ from preference_training.evaluation.phrasing import too_few, with_interval
 from preference_training.losses.registry import evaluation_depends_on_run, find_loss, training_keys
 from preference_training.reporting.charts import Line, chart, format_number
 from preference_training.reporting.model_card import is_shown
-from preference_training.reporting.pages.rendering import render, write_page
+from preference_training.reporting.pages.rendering import render
 from preference_training.reporting.run_record import RunRecord
 from preference_training.tracking.run_files import ASIDE, METRICS
 
@@ -281,8 +282,8 @@ def write_comparison(paths: Sequence[Path], to: Path) -> list[Path]:
     runs = read_runs(find_runs(paths))
     try:
         to.mkdir(parents=True, exist_ok=True)
-        write_page(to / PAGE, comparison_page(runs))
-        write_page(to / TABLE, comparison_csv(runs))
+        write_atomically(to / PAGE, comparison_page(runs))
+        write_atomically(to / TABLE, comparison_csv(runs))
     except OSError as error:
         raise UserError(f"--to: cannot write {to}: {error.strerror}. Expected a writable folder with enough space.") from error
     return [to / PAGE, to / TABLE]

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from preference_training.core.errors import UserError
+from preference_training.core.files import write_atomically
 from preference_training.core.metric_names import EVAL_ACCURACY, EVAL_LOSS, EVAL_MARGIN, EXAMPLES_PER_SECOND, MEMORY
 from preference_training.core.values import UNREADABLE
 from preference_training.data.rows.records import DataReport
@@ -19,7 +20,7 @@ from preference_training.reporting.examples import Samples, flagged_by_kind
 from preference_training.reporting.flagged_pairs import KINDS, PairFinder
 from preference_training.reporting.model_card import changed_settings, dataset_entries
 from preference_training.reporting.observations import finite_values, observations
-from preference_training.reporting.pages.rendering import render, write_page
+from preference_training.reporting.pages.rendering import render
 from preference_training.reporting.run_charts import run_charts
 from preference_training.reporting.run_record import RunRecord
 from preference_training.tracking.run_files import METRICS, REPORT
@@ -33,7 +34,7 @@ HEADLINE = {EVAL_LOSS: "held-out loss", EVAL_ACCURACY: "reward accuracy", EVAL_M
 
 def write_report(run_dir: Path) -> Path:
     """Write a run's report.html; returns its path. Raises OSError."""
-    write_page(run_dir / REPORT, report_page(RunRecord.read(run_dir)))
+    write_atomically(run_dir / REPORT, report_page(RunRecord.read(run_dir)))
     return run_dir / REPORT
 
 

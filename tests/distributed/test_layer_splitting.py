@@ -27,7 +27,7 @@ from preference_training.modeling.loading import disable_dropout
 from preference_training.modeling.logprobs import LiveReference, response_logps
 from preference_training.modeling.prefix_sharing.proof import TOLERANCES, random_trees
 from preference_training.modeling.prefix_sharing.sharing import share_prefixes
-from tests.support.building import build_trainer, weights_of
+from tests.support.building import build_trainer, take_steps, weights_of
 from trainers import placement_for
 
 VOCABULARY = 90
@@ -161,12 +161,8 @@ def test_a_checkpoint_is_whole_and_continued_exactly(classes, build, tmp_path):
 
     model = whole_model("gpt2")
     whole, first = make(classes[0], model), make(classes[0], model)
-    for batch in whole.batches.train:
-        whole.train_step(batch)
-    for batch in first.batches.train:
-        first.train_step(batch)
-        if first.state.updates == 3:
-            break
+    take_steps(whole)
+    take_steps(first, until=3)
     with CheckpointWriter(tmp_path, first.models.policy, first.placement.tokenizer) as writer:
         writer.write(first.snapshot())
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "LATEST", dtype=torch.float32)
@@ -176,8 +172,7 @@ def test_a_checkpoint_is_whole_and_continued_exactly(classes, build, tmp_path):
     assert moments == {name: weight.shape for name, weight in model.named_parameters()}
     second = make(classes[1], model)
     second.continue_from(Checkpoint.read(tmp_path / "LATEST"))
-    for batch in second.batches.train:
-        second.train_step(batch)
+    take_steps(second)
     assert (second.state.updates, second.state.examples) == (
         whole.state.updates,
         whole.state.examples,
@@ -195,10 +190,7 @@ def test_master_weights_are_joined_in_a_checkpoint_and_split_again(build, tmp_pa
 
     first, single = make(SplitLayers), make(OneProcess)
     for trainer in (first, single):
-        for batch in trainer.batches.train:
-            trainer.train_step(batch)
-            if trainer.state.updates == 3:
-                break
+        take_steps(trainer, until=3)
     with CheckpointWriter(tmp_path, first.models.policy, first.placement.tokenizer) as writer:
         writer.write(first.snapshot())
     expected = {name: state["master"] for name, state in single.step.updater.optimizer_state()["state"].items()}

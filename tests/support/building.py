@@ -38,3 +38,11 @@ def build_trainer(
 def weights_of(trainer: Trainer) -> dict:
     """The policy's weights as a checkpoint would hold them."""
     return trainer.placement.weights(trainer.models.policy)
+
+
+def take_steps(trainer: Trainer, until: int | None = None) -> None:
+    """Take the steps of a trainer, up to so many updates or to their end, without evaluations and checkpoints."""
+    for batch in trainer.batches.train:
+        trainer.train_step(batch)
+        if trainer.state.updates == until:
+            break

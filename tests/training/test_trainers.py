@@ -26,7 +26,7 @@ from preference_training.modeling.logprobs import CachedReference, LiveReference
 from preference_training.modeling.prefix_sharing.sharing import share_prefixes
 from preference_training.modeling.reference_cache import ReferencePlan, cached_reference
 from preference_training.tracking.tracker import Tracker
-from tests.support.building import build_trainer
+from tests.support.building import build_trainer, take_steps
 from tests.support.files import GOLDEN
 from tests.support.shown import write_files
 from trainers import Trainer
@@ -311,18 +311,13 @@ def test_a_trainer_continues_from_its_state_bit_for_bit(name, build, loss_of, to
         return build(loss, "gpt_neox", "lr=1e-3", "optimizer=AdamW", train=train_batches, **parts)
 
     whole, first = make(), make()
-    for batch in whole.batches.train:
-        whole.train_step(batch)
-    for batch in first.batches.train:
-        first.train_step(batch)
-        if first.state.updates == 3:
-            break
+    take_steps(whole)
+    take_steps(first, until=3)
     with CheckpointWriter(tmp_path, first.models.policy, first.placement.tokenizer) as writer:
         writer.write(first.snapshot())
     second = make(policy="")
     second.continue_from(Checkpoint.read(tmp_path / "LATEST"))
-    for batch in second.batches.train:
-        second.train_step(batch)
+    take_steps(second)
     assert (second.state.examples, second.state.updates) == (whole.state.examples, whole.state.updates) == (28, 7)
     for weight_name, weight in whole.models.policy.state_dict().items():
         assert torch.equal(second.models.policy.state_dict()[weight_name], weight), weight_name

@@ -8,7 +8,6 @@ import hashlib
 from functools import cache
 from pathlib import Path
 
-from preference_training.core.files import write_atomically
 from preference_training.core.secrets import without_secrets
 
 FOLDER = Path(__file__).parent
@@ -37,8 +36,3 @@ def _environment():
         trim_blocks=True,
         lstrip_blocks=True,
     )
-
-
-def write_page(path: Path, html: str) -> None:
-    """Write a page atomically, so that nobody reads half of one. Raises OSError."""
-    write_atomically(path, html)

@@ -76,25 +76,22 @@ class PackedBatch:
         return replace(self, **changed)
 
 
-# One example: a prompt and one of its pairs; for SFT the pair is None.
-Example = tuple[TokenizedPrompt, tuple[int, int] | None]
+# One example: a prompt, and the number of the example in it.
+Example = tuple[TokenizedPrompt, int]
 
 
 def iterate_examples(prompts: Iterable[TokenizedPrompt]) -> Iterator[Example]:
     """Every example of `prompts`; those of one prompt are adjacent."""
     for prompt in prompts:
-        if prompt.pairs:
-            yield from ((prompt, pair) for pair in prompt.pairs)
-        else:
-            yield prompt, None
+        yield from ((prompt, number) for number in range(prompt.num_examples))
 
 
 def pack_examples(examples: Sequence[Example], places: Sequence[int] | None = None) -> PackedBatch:
     """Pack examples, storing each shared prompt and response once. `places`: their indices; by default 0, 1, 2, ..."""
     used: dict[int, tuple[TokenizedPrompt, dict[int, int]]] = {}
-    for prompt, pair in examples:
+    for prompt, number in examples:
         _, numbers = used.setdefault(id(prompt), (prompt, {}))
-        for index in pair or (0,):
+        for index in prompt.members(number):
             numbers.setdefault(index, len(numbers))
     ids: list[int] = []
     positions: list[int] = []
@@ -118,7 +115,7 @@ def pack_examples(examples: Sequence[Example], places: Sequence[int] | None = No
             scored += response
             ids += response
             positions += range(prompt_length, prompt_length + len(response))
-    pairs = [[first_number[id(p)] + used[id(p)][1][index] for index in pair] for p, pair in examples if pair]
+    pairs = [[first_number[id(p)] + used[id(p)][1][index] for index in p.members(k)] for p, k in examples if p.examples]
     return PackedBatch(
         input_ids=torch.tensor(ids),
         position_ids=torch.tensor(positions),
@@ -161,9 +158,9 @@ Part = tuple[int, int | None]
 
 def token_counts(example: Example) -> dict[Part, int]:
     """Tokens of an example's prompt and of each of its responses."""
-    prompt, pair = example
+    prompt, number = example
     parts: dict[Part, int] = {(id(prompt), None): len(prompt.prompt_ids)}
-    return parts | {(id(prompt), index): len(prompt.responses[index]) for index in pair or (0,)}
+    return parts | {(id(prompt), index): len(prompt.responses[index]) for index in prompt.members(number)}
 
 
 def split_by_budget(examples: Sequence[Example], places: Iterable[int], budget: TokenBudget) -> Iterator[list[int]]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from preference_training.batching.trees import Tree, TreeLayout
 from preference_training.core.process_group import SINGLE_PROCESS, Ranks
 from preference_training.data.tokenization import TokenizedPrompt
+from preference_training.losses.base import Examples
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,12 @@ class PackedBatch:
     def num_tokens(self) -> int:
         """Tokens, each prompt and response counted once; 0 for a filler."""
         return 0 if self.is_filler else len(self.input_ids)
+
+    @cached_property
+    def examples(self) -> Examples:
+        """The examples as losses see them; their mean length is that of a whole batch, which a pack does not know."""
+        members = self.pairs if len(self.pairs) else torch.arange(len(self.response_lengths), device=self.pairs.device)[:, None]
+        return Examples(members, self.response_lengths)
 
     @cached_property
     def layout(self) -> TreeLayout:

@@ -163,7 +163,7 @@ class TrainingStep:
         """`Examples.mean_length` of a batch."""
         packs = [pack.examples for part in micro_batches for pack in part.packs if not pack.is_filler]
         own = torch.stack([torch.zeros((), dtype=torch.int64), *(each.lengths[each.first].sum() for each in packs)]).sum()
-        return self.placement.ranks.all_reduce_sum(own.to(self.device)) / num_examples
+        return self.placement.ranks.all_reduce_sum(own.to(self.device).float()) / num_examples
 
     def pack_losses(
         self, micro_batch: MicroBatch, mean_length: float | Tensor

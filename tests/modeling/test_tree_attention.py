@@ -20,8 +20,8 @@ from preference_training.modeling.logprobs import ScoringHead, padded_logps, res
 from preference_training.modeling.prefix_sharing.sharing import share_prefixes
 from preference_training.modeling.prefix_sharing.tree_attention import (
     TREE_ATTENTION,
-    _attention_by_branches,
     Rules,
+    _attention_by_branches,
     _flex_attention,
     causal_mask,
     register_tree_attention,
@@ -193,8 +193,7 @@ def test_the_gradient_of_a_loss_does_not_depend_on_the_cut(models, shapes, budge
 
     def gradient(batches) -> torch.Tensor:
         total = sum(
-            loss(logps := trie_logps(model, batch), torch.zeros_like(logps), batch.pairs, batch.response_lengths).losses.sum()
-            for batch in batches
+            loss(logps := trie_logps(model, batch), torch.zeros_like(logps), batch.examples).losses.sum() for batch in batches
         )
         return torch.autograd.grad(total, model.get_input_embeddings().weight)[0]
 

@@ -211,7 +211,8 @@ def test_the_pairs_of_a_prompt_stay_together_up_to_the_limit_and_prompts_up_to_t
 def test_packs_keep_within_the_budget_and_share_prompts_within_them():
     prompts = prompts_of([(10, (5, 5, 5, 5)), (40, (3, 3))])
     packs = build_packs(list(iterate_examples(prompts)), TokenBudget(25, 25))
-    # prompt 10 + 5 + 5, then + 4 for a second pair, which begins like the first; the third pair needs its prompt again; the last is too long by itself
+    # Prompt 10 + 5 + 5, then + 4 for a second pair, which begins like the first. The third pair needs its prompt again, and
+    # the last one is too long by itself.
     assert [len(pack.input_ids) for pack in packs] == [24, 20, 46]
     assert [pack.num_examples for pack in packs] == [2, 1, 1]
 

@@ -19,13 +19,13 @@ from preference_training.data.files import content_hash, is_data_file, read_rows
 from preference_training.data.hub_sets import hub_rows, load_hub
 from preference_training.data.registry import DATASETS, TOKENIZED_SUFFIX, Dataset, find_dataset
 from preference_training.data.rows.field_maps import FieldMap
+from preference_training.data.rows.grouping import group_rows
 from preference_training.data.rows.records import (
     DataReport,
     Items,
     NumberedRows,
     PreferenceRecord,
     Prompt,
-    group_rows,
     item_error,
     prompt_text,
     split_by_hash,

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from preference_training.core.errors import UserError
 from preference_training.core.files import load_tensors
-from preference_training.data.rows.records import SAME_TEXT, DataReport, add_responses, is_held_out, new_record
+from preference_training.data.rows.grouping import add_responses, new_record
+from preference_training.data.rows.records import SAME_TEXT, DataReport, is_held_out
 from preference_training.data.tokenization import TokenizedPrompt, TokenSettings, trainable_part
 
 NO_END = "responses that do not end with the end-of-sequence token"

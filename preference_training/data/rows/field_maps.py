@@ -18,14 +18,13 @@ from preference_training.data.rows.conversations import (
     turn_keys,
 )
 from preference_training.data.rows.filters import RowFilter
+from preference_training.data.rows.grouping import Row, pairs_by_score
 from preference_training.data.rows.records import (
     OTHER_PROMPT,
     DataReport,
     NumberedRows,
     Prompt,
-    Row,
     Turn,
-    pairs_by_score,
     prompt_error,
     text_error,
     type_name,

@@ -9,7 +9,14 @@ from hypothesis import strategies as st
 from preference_training.core.errors import UserError
 from preference_training.data.rows.conversations import RowError
 from preference_training.data.rows.field_maps import FieldMap
-from preference_training.data.rows.records import OTHER_PROMPT, DataReport, Row, Turn, text_error, type_name
+from preference_training.data.rows.grouping import Row
+from preference_training.data.rows.records import (
+    OTHER_PROMPT,
+    DataReport,
+    Turn,
+    text_error,
+    type_name,
+)
 from preference_training.data.rows.values import condition, field_value
 
 

@@ -11,23 +11,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from preference_training.core.errors import UserError
-from preference_training.data.rows.records import (
+from preference_training.data.rows.grouping import (
     EQUAL_SCORES,
     NO_PAIR,
     SAME_RESPONSE,
-    SAME_TEXT,
-    DataReport,
     Row,
-    Turn,
     add_responses,
     group_rows,
-    is_held_out,
-    item_error,
     new_record,
     pairs_by_score,
+    scored_record,
+)
+from preference_training.data.rows.records import (
+    SAME_TEXT,
+    DataReport,
+    Turn,
+    is_held_out,
+    item_error,
     prompt_error,
     prompt_hash,
-    scored_record,
     split_by_hash,
     text_error,
     type_name,

@@ -5,15 +5,17 @@ that ends with the user's. Loaders yield `(prompt, record)` items, where a recor
 
     {"responses": list[str], "pairs": list[tuple[int, int]], "sft_target": str}
 
-and a pair holds the indices of the preferred and of the dispreferred response; if SFT learns several responses, a
-record also has `sft_targets`, a list of them that ends with sft_target. Everything here works on streams, in memory that does
-not grow with the data.
+and a pair holds the indices of the preferred and of the dispreferred response. A record may have more: `sft_targets`, a list
+of the responses that SFT learns, which ends with sft_target; `scores` and `labels` (True for a desirable response, False for an
+undesirable one), with one number or label for each response, or None; `weights` and `margins`, with one number for each pair.
+Everything here works on streams, in memory that does not grow with the data.
 """
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
-from numbers import Integral
+from math import inf, isfinite, isnan
+from numbers import Integral, Real
 from typing import NamedTuple
 
 from preference_training.core.errors import UserError
@@ -37,7 +39,8 @@ NumberedRows = Iterable[tuple[int, dict]]
 class PreferenceRecord:
     """One validated record. number: counts the records of its data set and split from 1. source: its name in messages.
 
-    sft_targets: the responses that SFT learns, if there are more than sft_target.
+    sft_targets: the responses that SFT learns, if there are more than sft_target. scores, labels: of each response, None where
+    unknown. weights, margins: of each pair. All four are None if the data has none.
     """
 
     prompt: Prompt
@@ -47,6 +50,10 @@ class PreferenceRecord:
     number: int
     source: str
     sft_targets: tuple[str, ...] = ()
+    scores: list[float | None] | None = None
+    labels: list[bool | None] | None = None
+    weights: list[float] | None = None
+    margins: list[float] | None = None
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -67,6 +74,9 @@ COLUMN_HINTS = {
     "system_prompt": "with system: system_prompt it becomes the system turn",
     "tools": "tools are not passed to chat templates",
     "input": "with prompt: instruction it is read after that",
+    "label": "with response: ... and label: label it labels a response",
+    "margin": "with margin: margin it is the margin of the pair",
+    "weight": "with example_weight: weight it is the weight of the pair",
 }
 
 
@@ -170,7 +180,35 @@ def item_error(item) -> str | None:
     for what, text in {**responses, **learned}.items():
         if problem := text_error(text):
             return f"{what} {problem}"
-    return next((error for pair in record["pairs"] if (error := _pair_error(pair, len(responses)))), None)
+    return next((error for pair in record["pairs"] if (error := _pair_error(pair, len(responses)))), _numbers_error(record))
+
+
+# The optional lists of a record: what each has a value for, what a value must be, and a test of it.
+LISTS_OF_VALUES = {
+    "scores": ("responses", "a number or None", lambda value: value is None or _is_number(value)),
+    "labels": ("responses", "True, False or None", lambda value: value is None or isinstance(value, bool)),
+    "weights": ("pairs", "a number of at least 0", lambda value: _is_number(value) and 0 <= value < inf),
+    "margins": ("pairs", "a number", lambda value: _is_number(value) and isfinite(value)),
+}
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and not isnan(value)
+
+
+def _numbers_error(record: dict) -> str | None:
+    """The error in the optional lists of a record, or None."""
+    for key, (of, expected, is_valid) in LISTS_OF_VALUES.items():
+        values = record.get(key)
+        if values is None:
+            continue
+        if not isinstance(values, list | tuple):
+            return f"{key} is {type_name(values)}, expected a list"
+        if len(values) != len(record[of]):
+            return f"{key} has {len(values)} values for {len(record[of])} {of}, expected one for each"
+        if wrong := next((f"{key} {k} is {value!r}" for k, value in enumerate(values) if not is_valid(value)), None):
+            return f"{wrong}, expected {expected}"
+    return None
 
 
 def _pair_error(pair, count: int) -> str | None:

@@ -149,6 +149,8 @@ def token_settings(config: RunConfig, paired: bool, version: int | None = None):
     def settings(entry) -> TokenSettings:
         mode = entry.truncation_mode or entry.dataset.truncation_mode
         lengths = config.max_length, config.max_prompt_length
-        return TokenSettings(paired, *lengths, mode, entry.template, entry.system_prompt, version or VERSION)
+        return TokenSettings(
+            "pairs" if paired else "targets", *lengths, mode, entry.template, entry.system_prompt, version or VERSION
+        )
 
     return settings

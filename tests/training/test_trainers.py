@@ -70,7 +70,10 @@ def tokenized(golden, tokenizer):
         PreferenceRecord(row["prompt"], [row["chosen"], row["rejected"]], [(0, 1)], row["chosen"], number, f"row {number}")
         for number, row in enumerate(golden("pairs.json"))
     ]
-    return {paired: list(tokenize_records(records, tokenizer, TokenSettings(paired, 64, 32))) for paired in (True, False)}
+    return {
+        paired: list(tokenize_records(records, tokenizer, TokenSettings("pairs" if paired else "targets", 64, 32)))
+        for paired in (True, False)
+    }
 
 
 def micro_batches(prompts, size):

@@ -35,6 +35,11 @@ class Selected(NamedTuple):
     margins: list[float] | None = None
     labels: list[float] | None = None
 
+    @property
+    def numbers(self) -> dict[str, list[float] | None]:
+        """The numbers of its examples."""
+        return {"weights": self.weights, "margins": self.margins, "labels": self.labels}
+
 
 def select(record: PreferenceRecord, kind: ExampleKind, margins: bool, report: DataReport) -> Iterator[Selected]:
     """What is trained on of a record, in one part or, for targets, in one for each; the report counts what is skipped.
@@ -42,10 +47,7 @@ def select(record: PreferenceRecord, kind: ExampleKind, margins: bool, report: D
     margins: whether every pair needs a margin.
     """
     if kind == "targets":
-        undesirable = {text for text, label in zip(record.responses, record.labels or (), strict=False) if label is False}
-        targets = [text for text in record.targets if text not in undesirable]
-        report.skip(UNDESIRABLE, len(record.targets) - len(targets))
-        yield from (Selected([target], []) for target in targets)
+        yield from (Selected([target], []) for target in _targets(record, report))
         return
     if kind != "pairs" and record.weights:
         report.note(WEIGHTS_OF_PAIRS)
@@ -55,6 +57,15 @@ def select(record: PreferenceRecord, kind: ExampleKind, margins: bool, report: D
         yield from _ranking(record, report)
     else:
         yield from _labeled(record, report)
+
+
+def _targets(record: PreferenceRecord, report: DataReport) -> Sequence[str]:
+    if record.labels is None:
+        return record.targets
+    undesirable = {text for text, label in zip(record.responses, record.labels, strict=True) if label is False}
+    targets = [text for text in record.targets if text not in undesirable]
+    report.skip(UNDESIRABLE, len(record.targets) - len(targets))
+    return targets
 
 
 def _compact(record: PreferenceRecord, examples: list[tuple[int, ...]], **numbers: list[float] | None) -> Selected:

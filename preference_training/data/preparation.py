@@ -21,6 +21,7 @@ from preference_training.core.machine import infrequent_garbage_collection
 from preference_training.core.values import hash_values
 from preference_training.data.columns import ContentHash
 from preference_training.data.entries import Entry, load_records
+from preference_training.data.mismatched import with_mismatched
 from preference_training.data.prompt_table import OtherColumnsError, PromptTable, TablePart, write_columns, write_selected
 from preference_training.data.rows.records import LISTS_OF_VALUES, DataReport, PreferenceRecord
 from preference_training.data.token_files import Vocabulary, read_tokenized
@@ -190,8 +191,10 @@ class _Preparation:
     def _prompts(self, report: DataReport, digest) -> Iterator[TokenizedPrompt]:
         if file := self.entry.tokenized_file:
             share, vocabulary = self.entry.held_out_share, Vocabulary.of(self.tokenizer)
-            return read_tokenized(file, self.split, share, vocabulary, self.settings, report)
-        return tokenize_records(self._records(report, digest), self.tokenizer, self.settings, report)
+            prompts = read_tokenized(file, self.split, share, vocabulary, self.settings, report)
+        else:
+            prompts = tokenize_records(self._records(report, digest), self.tokenizer, self.settings, report)
+        return with_mismatched(prompts, self.settings.max_length, report) if self.settings.examples == "labels" else prompts
 
     def _records(self, report: DataReport, digest) -> Iterator[PreferenceRecord]:
         """The entry's records; their content is added to the digest, if any."""

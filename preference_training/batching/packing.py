@@ -69,9 +69,10 @@ class PackedBatch:
         return 0 if self.is_filler else len(self.input_ids)
 
     @property
-    def num_sequence_tokens(self) -> int:
-        """Tokens of all sequences, as many as computing each alone would take; 0 for a filler."""
-        return 0 if self.is_filler else self.trie.num_sequence_tokens
+    def num_row_tokens(self) -> int:
+        """Tokens of a row for each member of each example, as computing examples one by one would take; 0 for a filler."""
+        lengths = [length for _, length in self.trie.ends]
+        return 0 if self.is_filler else sum(lengths[number] for row in self.members.tolist() for number in row if number >= 0)
 
     @cached_property
     def examples(self) -> Examples:

@@ -60,11 +60,6 @@ class Trie:
         """Packed tokens."""
         return sum(branch.own for branch in self.branches)
 
-    @property
-    def num_sequence_tokens(self) -> int:
-        """Tokens of all sequences, counted as often as they occur."""
-        return sum(length for _, length in self.ends)
-
     @cached_property
     def paths(self) -> list[NDArray[numpy.int64]]:
         """The packed indices of each branch's tokens from the beginning of its sequence on."""

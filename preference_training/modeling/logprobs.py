@@ -25,6 +25,11 @@ from preference_training.modeling.state import spans_devices
 MAX_LOGITS_BYTES = 2**29
 
 
+def shares_prefixes(model: nn.Module) -> bool:
+    """Whether a model computes what sequences share once."""
+    return model.config._attn_implementation == TREE_ATTENTION
+
+
 def response_logps(model: nn.Module, batch: PackedBatch) -> Tensor:
     """Log-prob of each response given its prompt, summed over its scored tokens: [R] float32, in the batch's order."""
     return _sum_by_response(scored_tokens(model, batch), batch)
@@ -37,7 +42,7 @@ def scored_tokens(model: nn.Module, batch: PackedBatch, collision: bool = False)
     computes what sequences share once; any other computes padded rows. A model with an attribute `autocast_dtype` runs under
     autocast in that dtype; the softmax is always in float32.
     """
-    compute = _score_trie if model.config._attn_implementation == TREE_ATTENTION else _score_rows
+    compute = _score_trie if shares_prefixes(model) else _score_rows
     dtype = getattr(model, "autocast_dtype", None)
     with torch.autocast(batch.input_ids.device.type, dtype=dtype, enabled=dtype is not None):
         return compute(model, batch, collision)

@@ -230,6 +230,8 @@ def response_names(prompt: TokenizedPrompt) -> list[str]:
     for k, (first, *others) in enumerate(prompt.examples):
         if prompt.labels:
             names[first] = "desirable" if prompt.labels[k] else "undesirable"
+            for index in others:
+                names[index] = "mismatched"
         elif len(others) == 1:
             names[first] = "preferred"
         else:

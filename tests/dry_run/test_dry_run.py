@@ -20,6 +20,7 @@ from preference_training.dry_run.preview import (
     check_memory,
     collect_facts,
     describe_data,
+    describe_examples,
     describe_steps,
     first_steps,
     histogram,
@@ -136,8 +137,8 @@ def test_sft_data_is_counted_in_examples():
     assert "  2 prompts, 2 responses, 2 examples, 9 tokens" in lines
     report = DataReport(columns_not_read={"margin": 2, "weight": 1}, notes=["top_k has no effect"], bad_rows=["row 3"])
     assert describe_data(["mine"], [report], facts, paired=False)[1:4] == [
-        "    columns not read: margin, weight (with margin: margin it is the margin of the pair; with example_weight: weight it is "
-        "the weight of the pair)",
+        "    columns not read: margin, weight (with margin: margin it is the margin of the pair; with example_weight: weight "
+        "it is the weight of the pair)",
         "    top_k has no effect",
         "    row 3",
     ]
@@ -160,6 +161,23 @@ def test_tokens_are_shown_one_by_one_with_scored_ones_marked(tokenizer):
     scored = tokens_shown([*ids, tokenizer.eos_token_id], tokenizer, True, color=False)
     assert scored == f"«{plain}|{tokenizer.eos_token}»"
     assert "\033[32m" in tokens_shown(ids, tokenizer, True, color=True)
+
+
+def shown(prompt: TokenizedPrompt, tokenizer) -> list[str]:
+    """What each response is, and its tokens: the lines behind that of the prompt."""
+    return [line.strip() for line in describe_examples([prompt], tokenizer, color=False)[2:]]
+
+
+def test_examples_are_shown_with_what_each_response_is_its_scored_spans_and_their_numbers(tokenizer):
+    a, b, c = (tokenizer.convert_ids_to_tokens(token) for token in (40, 41, 42))
+    pair = TokenizedPrompt([50], [[40], [41]], [(1, 0)], weights=[0.5], margins=[2.0])
+    assert shown(pair, tokenizer) == [f"other     «{a}»", f"preferred «{b}»", "weights: 0.5", "margins: 2"]
+    ranking = TokenizedPrompt([50], [[40], [41], [42]], [(2, 0, 1)])
+    assert shown(ranking, tokenizer) == [f"rank 2    «{a}»", f"rank 3    «{b}»", f"rank 1    «{c}»"]
+    labeled = TokenizedPrompt([50], [[40], [41], [42]], [(0, 2), (1, 2)], labels=[1.0, 0.0])
+    assert shown(labeled, tokenizer) == [f"desirable «{a}»", f"undesirable «{b}»", f"mismatched «{c}»"]
+    spans = TokenizedPrompt([50], [[40, 41, 42, 40, 41]], [], spans=[[(1, 3), (4, 5)]])
+    assert shown(spans, tokenizer) == [f"response  {a}|«{b}|{c}»|{a}|«{b}»"]
 
 
 def test_blanks_are_visible_even_those_that_sentencepiece_drops_from_a_single_token(tokenizer):

@@ -35,13 +35,12 @@ ExampleKind = Literal["targets", "pairs", "rankings", "labels"]
 class TokenLogps:
     """A model's log-probs of single tokens: all scored tokens of a pack, ordered by response.
 
-    values: [C]. responses: [C] int64, the response of each token; positions: [C] int64, how many scored tokens of the response
-    precede it. collision: [C], log of the sum of all squared probabilities of the vocabulary; None unless asked for.
+    values: [C]. responses: [C] int64, the response of each token. collision: [C], log of the sum of all squared probabilities
+    of the vocabulary; None unless asked for.
     """
 
     values: Tensor
     responses: Tensor
-    positions: Tensor
     collision: Tensor | None = None
 
 

@@ -13,6 +13,7 @@ import json
 import sys
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -57,8 +58,8 @@ class Numbers:
 class Case:
     """A loss of this project by its keys, TRL's counterpart, and the tolerance.
 
-    compare_rewards is false where TRL logs different rewards. reward_shift is BCO's; TRL has none, which equals 0. together: all
-    pairs are one batch. labeled: of each pair the first response counts as desirable, the second as undesirable.
+    compare_rewards is false where TRL logs different rewards. reward_shift is BCO's; TRL has none, which equals 0. together:
+    all pairs are one batch. labeled: of each pair the first response counts as desirable, the second as undesirable.
     """
 
     keys: dict
@@ -132,7 +133,9 @@ def stand_in(trainer_class: type, **attributes):
     """A TRL trainer without the state that its constructor needs."""
     trainer = object.__new__(trainer_class)
     same = lambda value: value  # noqa: E731
-    accelerator = SimpleNamespace(device=torch.device("cpu"), gather=same, gather_for_metrics=same)
+    accelerator = SimpleNamespace(
+        device=torch.device("cpu"), gather=same, gather_for_metrics=same, unwrap_model=same, autocast=nullcontext
+    )
     vars(trainer).update({"accelerator": accelerator, "aux_loss_enabled": False} | attributes)
     return trainer
 
@@ -162,18 +165,25 @@ def model_output(rows: Tensor, **more: Tensor) -> SimpleNamespace:
 METRICS = {"_total_train_tokens": 0, "_tp_size": 1, "precompute_ref_logps": True}
 
 
-def trl_dpo(*loss_types: str, weights: list[float] | None = None, **settings) -> Callable:
-    """TRL's DPOTrainer with these losses."""
+def trl_dpo(*loss_types: str, weights: list[float] | None = None, dtype: torch.dtype = torch.float64, **settings) -> Callable:
+    """TRL's DPOTrainer with these losses, computed in `dtype`."""
 
     def of(pairs: list[Pair]) -> Numbers:
         tokens = leaves(pairs)
         # Chosen before rejected.
         rows, mask = padded(tokens[::2] + tokens[1::2])
         collision, _ = padded([pair.collision[side] for side in (0, 1) for pair in pairs])
-        defaults = {"beta": 0.1, "label_smoothing": 0.0, "ld_alpha": None, "f_divergence_type": "reverse_kl"}
+        defaults = {
+            "args": SimpleNamespace(gradient_checkpointing_kwargs=None),
+            "beta": 0.1,
+            "label_smoothing": 0.0,
+            "ld_alpha": None,
+            "f_divergence_type": "reverse_kl",
+        }
         trainer = stand_in(
             DPOTrainer,
-            model=SimpleNamespace(training=True),
+            model=SimpleNamespace(training=True, is_gradient_checkpointing=False),
+            ref_model=True,
             loss_types=list(loss_types),
             loss_weights=weights or [1.0] * len(loss_types),
             _metrics=defaultdict(lambda: defaultdict(list)),
@@ -181,13 +191,9 @@ def trl_dpo(*loss_types: str, weights: list[float] | None = None, **settings) ->
         )
         inputs = {"input_ids": torch.zeros_like(mask).long(), "attention_mask": mask, "completion_mask": mask.long()}
         reference, _ = padded([pair.reference[side] for side in (0, 1) for pair in pairs])
-        if trainer.ld_alpha is not None:
-            trainer.args, trainer.ref_model = SimpleNamespace(gradient_checkpointing_kwargs=None), None
-            known = trainer.reference_of(reference, inputs)
-        else:
-            known = reference.sum(1).chunk(2)
+        known = trainer.compute_ref_log_probs(lambda **_: model_output(reference.to(dtype)), inputs)
         inputs |= {f"ref_{side}_logps": logps for side, logps in zip(SIDES, known, strict=True)}
-        output = model_output(rows, log_sum_sq_probs=collision)
+        output = model_output(rows.to(dtype), log_sum_sq_probs=collision)
         loss = trainer._compute_loss(lambda **_: output, inputs, return_outputs=False)
         return collect_numbers(loss, tokens, [trainer._metrics["train"][f"rewards/{side}"][0] for side in SIDES])
 
@@ -202,7 +208,7 @@ def trl_kto(**settings) -> Callable:
         rows, mask = padded(tokens)
         known = torch.stack([side.sum() for pair in pairs for side in pair.reference])
         # Mismatched: the response of the example before. Only the sums of its tokens count.
-        mismatched = torch.nn.functional.pad(rows.roll(1, 0).detach(), (0, 0))
+        mismatched = rows.roll(1, 0).detach()
         outputs = iter([model_output(mismatched), model_output(rows)])
         trainer = stand_in(
             KTOTrainer,
@@ -267,7 +273,7 @@ def cases() -> list[Case]:
         Case({"name": "apo_down", "beta": 0.3}, trl_dpo("apo_down", beta=0.3)),
         Case(
             {"name": "discopop", "beta": 0.3, "temperature": 0.5},
-            trl_dpo("discopop", beta=0.3, args=SimpleNamespace(discopop_tau=0.5)),
+            trl_dpo("discopop", beta=0.3, args=SimpleNamespace(gradient_checkpointing_kwargs=None, discopop_tau=0.5)),
         ),
         *(
             Case(
@@ -279,7 +285,9 @@ def cases() -> list[Case]:
         # TRL computes its powers in float32.
         Case(
             {"name": "f_dpo", "beta": 0.3, "f_divergence": "alpha", "f_alpha": 0.4},
-            trl_dpo("sigmoid", beta=0.3, f_divergence_type="alpha_divergence", f_alpha_divergence_coef=0.4, in_float32=True),
+            trl_dpo(
+                "sigmoid", beta=0.3, f_divergence_type="alpha_divergence", f_alpha_divergence_coef=0.4, dtype=torch.float32
+            ),
             tolerance=1e-5,
         ),
         Case({"name": "ld_dpo", "beta": 0.3, "alpha": 0.4}, trl_dpo("sigmoid", beta=0.3, ld_alpha=0.4)),
@@ -349,14 +357,15 @@ def main() -> int:
     parser.add_argument("--golden", type=Path, help="also write TRL's numbers to this file")
     arguments = parser.parse_args()
     pairs, compared, agree = draw_pairs(NUM_PAIRS), [], True
-    print(f"{'loss':10}{'values':>12}{'gradients':>12}{'rewards':>12}   tolerance")
+    print(f"{'loss':20}{'values':>12}{'gradients':>12}{'rewards':>12}   tolerance")
     for case in cases():
         apart, theirs = compare(case, pairs)
         compared.append((case, theirs))
         agrees = max(apart.values()) <= case.tolerance
         agree &= agrees
         numbers = "".join(f"{apart[name]:12.1e}" if name in apart else f"{'-':>12}" for name in ("loss", "gradient", "rewards"))
-        print(f"{case.keys['name']:10}{numbers}   {case.tolerance:.0e}{'' if agrees else '   DISAGREE'}")
+        variant = " ".join(str(case.keys[key]) for key in ("name", "f_divergence", "average") if key in case.keys)
+        print(f"{variant:20}{numbers}   {case.tolerance:.0e}{'' if agrees else '   DISAGREE'}")
     if arguments.golden:
         arguments.golden.write_text(json.dumps(golden(pairs, compared), indent=1) + "\n")
     return 0 if agree else 1

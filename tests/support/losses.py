@@ -5,7 +5,7 @@ import math
 import torch
 from omegaconf import OmegaConf
 
-from preference_training.losses.base import Examples, Loss
+from preference_training.losses.base import Examples, Loss, TokenLogps
 from preference_training.losses.registry import build_loss, losses
 from tests.support.files import CONFIG_DIR
 
@@ -51,3 +51,34 @@ def statistics_of(loss: Loss, log_ratios: torch.Tensor):
     """A loss's statistics of a micro-batch of pairs with these log-ratios [E, 2]."""
     pairs = torch.arange(log_ratios.numel()).view_as(log_ratios)
     return loss.batch_statistics(log_ratios, torch.zeros_like(log_ratios), of_pairs(pairs))
+
+
+def tokens_of_pairs(pairs: list[dict], labeled: bool = False) -> tuple[torch.Tensor, torch.Tensor, Examples]:
+    """The policy's token log-probs [C], with gradient, the reference's log-probs [R], and the examples of golden pairs.
+
+    labeled: every response is an example, the first of each pair desirable; the response before is its mismatched one.
+    """
+    policy, reference, collision = (
+        [f64(*side) for pair in pairs for side in pair[name]] for name in ("policy", "reference", "collision")
+    )
+    lengths = torch.tensor([len(side) for side in policy])
+    responses = torch.arange(len(lengths)).repeat_interleave(lengths)
+    members, labels = torch.arange(len(lengths)).view(-1, 2), None
+    if labeled:
+        members = torch.stack([torch.arange(len(lengths)), torch.arange(len(lengths)).roll(1)], dim=1)
+        labels = torch.tensor([True, False] * len(pairs))
+    tokens = torch.cat(policy).requires_grad_()
+    examples = Examples(
+        members,
+        lengths,
+        mean_length=lengths[members[:, 0]].double().mean().item(),
+        labels=labels,
+        policy_tokens=TokenLogps(tokens, responses, torch.cat(collision)),
+        reference_tokens=TokenLogps(torch.cat(reference), responses),
+    )
+    return tokens, torch.stack([side.sum() for side in reference]), examples
+
+
+def sum_by_response(tokens: torch.Tensor, examples: Examples) -> torch.Tensor:
+    """Log-probs [R] of responses from those of their tokens."""
+    return tokens.new_zeros(len(examples.lengths)).index_add(0, examples.policy_tokens.responses, tokens)

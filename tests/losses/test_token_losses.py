@@ -49,7 +49,7 @@ def test_ld_dpo_that_counts_all_tokens_is_dpo():
 def test_the_gradient_of_ld_dpo_is_that_of_finite_differences():
     loss = build_loss("ld_dpo", beta=0.5, alpha=0.25)
     assert torch.autograd.gradcheck(
-        lambda tokens: loss(None, None, of(tokens, REFERENCE)).losses, POLICY.clone().requires_grad_()
+        lambda tokens: loss(sums(tokens), None, of(tokens, REFERENCE)).losses, POLICY.clone().requires_grad_()
     )
 
 

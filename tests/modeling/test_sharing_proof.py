@@ -5,10 +5,11 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from preference_training.batching.trees import TreeLayout
+from preference_training.batching.tries import Trie, TrieLayout
 from preference_training.core.errors import UserError
 from preference_training.core.machine import allow_tf32
-from preference_training.modeling.prefix_sharing.proof import attention_windows, exact_arithmetic, find_sharing_failure
+from preference_training.modeling.prefix_sharing.lengths import attention_windows
+from preference_training.modeling.prefix_sharing.proof import exact_arithmetic, find_sharing_failure
 from preference_training.modeling.prefix_sharing.sharing import share_prefixes
 from preference_training.modeling.prefix_sharing.tree_attention import (
     UnsupportedAttentionError,
@@ -87,7 +88,7 @@ def without_window(forward):
 
     def changed(*args, **given):
         self, window = forward.__self__, forward.__self__.config.sliding_window
-        if given.get("response_trees") is not None:
+        if given.get("trie") is not None:
             self.config.sliding_window = None
         try:
             return forward(*args, **given)
@@ -182,5 +183,5 @@ def test_arguments_without_effect_are_ignored():
 
 
 def test_a_layout_keeps_its_attention_by_branches_on_other_devices():
-    layout = TreeLayout((), torch.device("cpu"))
+    layout = TrieLayout(Trie((), ()), torch.device("cpu"))
     assert layout.by_branches and layout.on(torch.device("meta")).by_branches

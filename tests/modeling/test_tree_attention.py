@@ -20,8 +20,8 @@ from preference_training.modeling.logprobs import ScoringHead, padded_logps, res
 from preference_training.modeling.prefix_sharing.sharing import share_prefixes
 from preference_training.modeling.prefix_sharing.tree_attention import (
     TREE_ATTENTION,
-    _attention_by_branches,
     Rules,
+    _attention_by_branches,
     _flex_attention,
     causal_mask,
     register_tree_attention,

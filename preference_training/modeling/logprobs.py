@@ -37,9 +37,9 @@ def scored_tokens(model: nn.Module, batch: PackedBatch, collision: bool = False)
     """Log-probs of the scored tokens, response by response: [C, 1] float64 (float32 on MPS).
 
     collision: also log sum_v p_v^2 of the distribution that each token is drawn from: [C, 2]. A model with tree attention
-    computes what sequences share once; any other computes padded rows. Where longer rows would affect shorter
-    ones, those of each length are computed by themselves. A model with an attribute `autocast_dtype` runs under autocast in that
-    dtype; the softmax is always in float32.
+    computes what sequences share once; any other computes padded rows. Where longer rows would affect shorter ones, those of
+    each length are computed by themselves. A model with an attribute `autocast_dtype` runs under autocast in that dtype; the
+    softmax is always in float32.
     """
     compute = _score_trie if model.config._attn_implementation == TREE_ATTENTION else _score_rows
     if not sequences_are_independent(model, batch.trie):

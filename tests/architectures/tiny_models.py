@@ -83,7 +83,7 @@ TINY: dict[str, dict] = {
     "qwen2-window": DENSE | WINDOWED | {"model_type": "qwen2", "use_sliding_window": True},
     # Positions that are compared with lengths: scaled queries, and frequencies that depend on the longest row.
     "ministral3-scaled": HEAD | {"model_type": "ministral3", "rope_parameters": SCALED_YARN},
-    "phi3-longrope": DENSE | {"model_type": "phi3", "rope_parameters": LONGROPE},
+    "phi3-longrope": DENSE | {"model_type": "phi3", "rope_parameters": LONGROPE, "original_max_position_embeddings": 2 * CHUNK},
     "smollm3": DENSE | {"no_rope_layers": [1, 0]},
     "granite": DENSE | {"logits_scaling": 2.0, "residual_multiplier": 0.5},
     "cohere": DENSE | {"logit_scale": 0.5},

@@ -38,10 +38,10 @@ WINDOWED = {"head_dim": 8, "sliding_window": 6, "layer_types": ["sliding_attenti
 ARCHITECTURES = {
     "gpt2": GPT2_LIKE, "gpt_neox": {}, "llama": {}, "mistral": {"sliding_window": 5}, "qwen2": {}, "qwen3": {"head_dim": 8},
     "gemma2": WINDOWED, "gemma3_text": WINDOWED, "phi3": {}, "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32}, "olmo2": {},
-    "smollm3": {},
+    "smollm3": {}, "stablelm": {}, "gpt_oss": WINDOWED | {"num_local_experts": 4, "num_experts_per_tok": 2},
 }  # fmt: skip
 OUTSIDERS = {
-    "bloom": {"n_layer": 2, "n_head": 4}, "stablelm": {}, "gptj": {**GPT2_LIKE, "rotary_dim": 4}, "mamba": {"state_size": 4},
+    "bloom": {"n_layer": 2, "n_head": 4}, "gptj": {**GPT2_LIKE, "rotary_dim": 4}, "mamba": {"state_size": 4},
 }  # fmt: skip
 
 
@@ -212,7 +212,8 @@ def test_the_pairs_of_a_prompt_stay_together_up_to_the_limit_and_prompts_up_to_t
 def test_packs_keep_within_the_budget_and_share_prompts_within_them():
     prompts = prompts_of([(10, (5, 5, 5, 5)), (40, (3, 3))])
     packs = build_packs(list(iterate_examples(prompts)), TokenBudget(25, 25))
-    # prompt 10 + 5 + 5, then + 4 for a second pair, which begins like the first; the third pair needs its prompt again; the last is too long by itself
+    # 10 + 5 + 5, and 4 for a second pair, which begins like the first; the third pair needs its prompt again; the last is too
+    # long by itself.
     assert [len(pack.input_ids) for pack in packs] == [24, 20, 46]
     assert [pack.num_examples for pack in packs] == [2, 1, 1]
 

@@ -44,10 +44,10 @@ COPIES = ("max_seq_len", "max_position")
 class LengthPlan(NamedTuple):
     """How the proof makes rows longer than a model's lengths.
 
-    short: the new values of the lengths to shorten. longest: length of the longest row (0: the default). failure: why not.
+    changes: the new values of lengths. longest: length of the longest row (0: the default). failure: why not.
     """
 
-    short: dict[str, int]
+    changes: dict[str, int]
     longest: int = 0
     failure: str | None = None
 
@@ -60,9 +60,14 @@ def attention_windows(model: nn.Module) -> dict[str, int]:
 def other_lengths(model: nn.Module) -> dict[str, int]:
     """The other numbers of a model's configuration that may be lengths, and are not below SHORT: name → number."""
     found = {name: value for name, value in _numbers(model).items() if not is_window(name) and value > SHORT}
-    # Those of rotary embeddings that depend on the longest row are not compared with the positions of one row.
-    skipped = COPIES if frequency_limits(model) else ()
-    return {name: value for name, value in found.items() if not _shapes(name) and not any(part in name for part in skipped)}
+    limits = rotary_limits(model)
+    return {name: value for name, value in found.items() if not _shapes(name) and name not in limits}
+
+
+def rotary_limits(model: nn.Module) -> set[str]:
+    """The names of lengths beyond which rotary embeddings depend on the longest row of a batch."""
+    names = _numbers(model) if frequency_limits(model) else ()
+    return {name for name in names if any(part in name for part in COPIES)}
 
 
 def is_window(name: str) -> bool:
@@ -188,13 +193,15 @@ def plan_lengths(model: nn.Module, row: Tensor) -> LengthPlan:
         if others and reads(others):
             short |= {name: SHORT for name in others if reads([name]) and _results(model, row, {name: SHORT}) is not None}
     unread = {name: length for name, length in windows.items() if name not in short}
+    # Batches with longer rows are computed otherwise.
+    changes = short | dict.fromkeys(rotary_limits(model), ENDLESS)
     longest = max(unread.values(), default=0)
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or LONGEST_ROW
     limit = min(LONGEST_ROW, most) - 32
-    if longest <= limit or _attends_fully(model):
-        return LengthPlan(short, longest if longest <= limit else 0)
+    if not unread or longest <= limit or _attends_fully(model):
+        return LengthPlan(changes, longest if longest <= limit else 0)
     name = max(unread, key=unread.__getitem__)
-    return LengthPlan(short, 0, f"attention within {longest} tokens ({name}) is more than the proof can cover")
+    return LengthPlan(changes, 0, f"attention within {longest} tokens ({name}) is more than the proof can cover")
 
 
 def _results(model: nn.Module, row: Tensor, lengths: dict[str, int]) -> Tensor | None:

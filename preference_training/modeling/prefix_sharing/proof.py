@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from preference_training.batching.packing import PackedBatch, iterate_examples, pack_examples
 from preference_training.data.tokenization import TokenizedPrompt
-from preference_training.modeling.logprobs import unpadded_logps, trie_logps
+from preference_training.modeling.logprobs import trie_logps, unpadded_logps
 from preference_training.modeling.prefix_sharing.lengths import (
     ENDLESS,
     LengthPlan,
@@ -140,13 +140,13 @@ class _Failure(NamedTuple):
 
 def _prove(model: nn.Module, comparison: _Comparison, plan: LengthPlan) -> str | None:
     """Compare once; after a failure, find out whether a window or another length is the cause."""
-    failure = _compare(model, plan.short, comparison)
+    failure = _compare(model, plan.changes, comparison)
     if failure is None or failure.is_cause:
         return failure and failure.text
     windows = attention_windows(model)
     for name, length in (windows | other_lengths(model)).items():
-        is_read = name in windows or name in plan.short
-        if is_read and _compare(model, plan.short | {name: ENDLESS}, comparison) is None:
+        is_read = name in windows or name in plan.changes
+        if is_read and _compare(model, plan.changes | {name: ENDLESS}, comparison) is None:
             if name not in windows:
                 return f"beyond {length} tokens ({name}) its results depend on packed positions"
             kind = "chunks" if "chunk" in name else "a window"

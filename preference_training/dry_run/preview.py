@@ -319,10 +319,9 @@ def describe_steps(schedule: Schedule, first: FirstSteps) -> list[str]:
     """Lines about the number of steps, their tokens, and what prefix sharing saves."""
     saved = 1 - first.tokens / first.row_tokens
     size, which = schedule.batch_size, "the first step" if first.number == 1 else f"the first {first.number} steps"
-    mean = first.tokens / first.number
+    mean = f"{first.tokens / first.number:,.0f} tokens per step on average"
     return [
-        f"  {schedule.total_steps:,} steps of {size} examples, {schedule.total_examples:,} in total; {mean:,.0f} tokens per step "
-        "on average",
+        f"  {schedule.total_steps:,} steps of {size} examples, {schedule.total_examples:,} in total; {mean}",
         f"  {first.tokens:,} tokens in {which} instead of {first.row_tokens:,} in rows: {saved:.0%} less with prefix sharing "
         "(if the model passes its proof)",
     ]

@@ -83,7 +83,7 @@ def _dialogues(path: Path, count: int) -> list[dict]:
     """The first pair of each of the first `count` prompts in the file."""
     from preference_training.data.entries import load_records, read_entry
 
-    records = list(islice(load_records(read_entry(str(path), {"held_out_share": 0.0}), "train"), count))
+    records = list(islice(load_records(read_entry(str(path), {"held_out_share": 0.0, "on_bad_row": "skip"}), "train"), count))
     assert len(records) == count, f"{path} has {len(records)} prompts, {count} are needed"
     texts = []
     for record in records:

@@ -19,6 +19,7 @@ from torch import Tensor
 from preference_training.batching.tries import PrefixCounter, Trie, TrieLayout, build_trie, trees
 from preference_training.core.process_group import SINGLE_PROCESS, Ranks
 from preference_training.data.tokenization import TokenizedPrompt
+from preference_training.losses.base import Examples
 
 
 @dataclass(frozen=True)
@@ -63,11 +64,6 @@ class PackedBatch:
         return len(self.members)
 
     @property
-    def pairs(self) -> Tensor:
-        """The response numbers of preferred and dispreferred: [E, 2]."""
-        return self.members
-
-    @property
     def num_tokens(self) -> int:
         """Packed tokens, each shared one counted once; 0 for a filler."""
         return 0 if self.is_filler else len(self.input_ids)
@@ -76,6 +72,12 @@ class PackedBatch:
     def num_sequence_tokens(self) -> int:
         """Tokens of all sequences, as many as computing each alone would take; 0 for a filler."""
         return 0 if self.is_filler else self.trie.num_sequence_tokens
+
+    @cached_property
+    def examples(self) -> Examples:
+        """The examples as losses see them; their mean length is that of a whole batch, which a pack does not know."""
+        numbers = {"weights": self.weights, "margins": self.margins, "labels": None if self.labels is None else self.labels > 0}
+        return Examples(self.members, self.response_lengths, **numbers)
 
     @cached_property
     def layout(self) -> TrieLayout:

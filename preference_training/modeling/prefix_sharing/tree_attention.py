@@ -1,8 +1,8 @@
 """Attention over tries: what sequences share is computed once; a token attends to its own sequence only.
 
 A packed batch is one row of T tokens, the branches of a trie. `register_tree_attention` registers the attention below with
-transformers as TREE_ATTENTION. A model that uses it takes the layout of a batch as the keyword `trie=` of its forward and passes
-it to every layer. Without a layout (generation, padded rows) this is transformers' ordinary attention.
+transformers as TREE_ATTENTION. A model that uses it takes the layout of a batch as the keyword `trie=` of its forward and
+passes it to every layer. Without a layout (generation, padded rows) this is transformers' ordinary attention.
 
 Shapes: B batch, T packed tokens, H query heads, G key heads (G divides H), D head size.
 """
@@ -112,7 +112,9 @@ def tree_attention_forward(
     UnsupportedAttentionError for arguments that are not implemented over tries.
     """
     if trie is None:
-        return _plain_attention(module, query, key, value, attention_mask, Rules(scaling, softcap=softcap, sinks=s_aux), **kwargs)
+        return _plain_attention(
+            module, query, key, value, attention_mask, Rules(scaling, softcap=softcap, sinks=s_aux), **kwargs
+        )
     trie.seen = True
     check_supported(module, attention_mask, kwargs)
     layout = trie.on(query.device)
@@ -207,9 +209,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, rules: Rule
     return torch.cat([scores, sinks], dim=-1).softmax(dim=-1)[..., :-1].to(query.dtype) @ value
 
 
-def causal_mask(
-    length: int, window: int | None, chunk: int | None, dtype: torch.dtype, device: torch.device
-) -> Tensor:
+def causal_mask(length: int, window: int | None, chunk: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Additive causal mask [length, length]: a token sees itself, and of those before it what window and chunk leave.
 
     A cached view: read only.

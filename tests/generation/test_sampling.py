@@ -60,8 +60,8 @@ def test_a_response_is_limited_by_its_own_prompt_and_ends_with_the_end_of_sequen
 def test_tokens_are_sampled_from_the_softmax():
     scores = torch.tensor([2.0, 1.0, 0.0, -1.0, -30.0])
     rows, steps = 500, 40
-    streams = PromptSeededNoise([[number] for number in range(rows)], seed=1)
-    drawn = torch.cat([streams(None, scores.repeat(rows, 1)).argmax(1) for _ in range(steps)])
+    streams = PromptSeededNoise([([number], 0) for number in range(rows)], seed=1)
+    drawn = torch.cat([streams(scores.repeat(rows, 1)).argmax(1) for _ in range(steps)])
     share = torch.bincount(drawn, minlength=5) / len(drawn)
     expected = scores.softmax(0)
     # Four standard errors of a share of 20,000 draws.
@@ -72,10 +72,10 @@ def test_compared_responses_are_independent():
     """A win rate under a graded judge is that of independent draws; from one stream it leans towards one half."""
     grade = torch.tensor([-1.5, -0.5, 0.0, 0.8, 2.0])
     rows = 20_000
-    prompts = [[number] for number in range(rows)]
+    prompts = [([number], 0) for number in range(rows)]
     # A policy that likes what the judge likes, against one that likes all alike.
     scores = {POLICY: grade, OTHER: torch.zeros(5)}
-    drawn = {stream: PromptSeededNoise(prompts, 0, stream)(None, scores[stream].repeat(rows, 1)).argmax(1) for stream in scores}
+    drawn = {stream: PromptSeededNoise(prompts, 0, stream)(scores[stream].repeat(rows, 1)).argmax(1) for stream in scores}
     chances = grade.softmax(0)[:, None] * torch.full((5,), 0.2)
     wins = (grade[:, None] > grade).float() + 0.5 * (grade[:, None] == grade)
     expected = (chances * wins).sum().item()
@@ -84,7 +84,7 @@ def test_compared_responses_are_independent():
     # Four standard errors of a rate of 20,000 comparisons.
     assert rate == pytest.approx(expected, abs=4 * 0.5 / math.sqrt(rows))
     # From one stream the same draws lean to one half by more than that.
-    shared = grade[PromptSeededNoise(prompts, 0)(None, scores[OTHER].repeat(rows, 1)).argmax(1)]
+    shared = grade[PromptSeededNoise(prompts, 0)(scores[OTHER].repeat(rows, 1)).argmax(1)]
     assert ((found > shared).float() + 0.5 * (found == shared)).mean().item() < expected - 4 * 0.5 / math.sqrt(rows)
 
 

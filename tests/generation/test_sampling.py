@@ -187,7 +187,7 @@ def test_a_prompt_is_computed_once_for_its_samples_and_ended_rows_are_not_comput
     lengths = [len(response) for responses in found for response in responses]
     for step, (rows, _) in enumerate(sizes[1:], start=1):
         assert sum(length > step for length in lengths) <= rows <= 4 / 3 * sum(length > step for length in lengths) + 1
-    assert {32, 24} <= {rows for rows, _ in sizes} and sizes[-1][0] <= 8
+    assert len({rows for rows, _ in sizes}) > 4 and sizes[1][0] == 32 and sizes[-1][0] <= 8
 
 
 def test_one_response_to_each_prompt_is_what_transformers_decoding_gives(model, tokenizer):

@@ -16,6 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
+import pyarrow
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -62,7 +63,7 @@ class Characters:
         return {chr(k): k for k in range(5)}
 
 
-PAIRS = TokenSettings(paired=True, max_length=64, max_prompt_length=32)
+PAIRS = TokenSettings(examples="pairs", max_length=64, max_prompt_length=32)
 
 
 def rows(count: int, answer: str = "good") -> list[dict]:
@@ -174,7 +175,7 @@ def with_tokens(**values) -> Characters:
 
 
 CHANGES = {
-    "paired": {"of": replace(PAIRS, paired=False)},
+    "paired": {"of": replace(PAIRS, examples="targets")},
     "max_length": {"of": replace(PAIRS, max_length=65)},
     "max_prompt_length": {"of": replace(PAIRS, max_prompt_length=31)},
     "truncation_mode": {"of": replace(PAIRS, truncation_mode="drop")},
@@ -414,6 +415,21 @@ def test_damaged_data_is_prepared_anew_and_said(folder, capsys, keep, tail):
     table, again, texts = prepared(whole(), folder / "prepared")
     assert (contents(table), again, texts) == (contents(first), report, 60)
     assert capsys.readouterr().out.count(f"rows.jsonl: {path} is damaged and prepared again") == 1
+    assert path.read_bytes() == content
+
+
+def test_data_with_the_columns_of_an_earlier_version_is_prepared_anew_and_said(folder, capsys):
+    first, report, _ = prepared(whole(), folder / "prepared")
+    [path] = (folder / "prepared").glob("*.arrow")
+    content = path.read_bytes()
+    table = pyarrow.ipc.open_file(pyarrow.BufferReader(content)).read_all().select(["number", "prompt_ids", "responses"])
+    path.unlink()
+    with pyarrow.ipc.new_file(str(path), table.schema) as writer:
+        writer.write_table(table)
+    table, again, texts = prepared(whole(), folder / "prepared")
+    assert (contents(table), again, texts) == (contents(first), report, 60)
+    said = f"rows.jsonl: {path} has the columns of an earlier version and is prepared again\n"
+    assert capsys.readouterr().out.count(said) == 1
     assert path.read_bytes() == content
 
 
@@ -788,7 +804,7 @@ def entry_of(draw, folder: Path, place: int) -> dict:
 )
 def test_no_held_out_prompt_is_trained_on_whatever_forms_shares_and_cuts_are_mixed(data, lengths, mode):
     with TemporaryDirectory() as name:
-        of = TokenSettings(True, *lengths, mode)
+        of = TokenSettings("pairs", *lengths, mode)
         entries = [entry_of(data.draw, Path(name), place) for place in range(data.draw(st.integers(1, 3)))]
         read = [read_entry(entry) for entry in entries]
         before = prepare(read, "train", Characters(), lambda _: of, Path(name) / "prepared")
@@ -838,7 +854,7 @@ def test_a_run_says_which_held_out_prompts_it_trains_on(folder, compose, capsys)
 
     write(folder / "test.jsonl", rows(3))
     config = compose("datasets=[{path: rows.jsonl, test_path: test.jsonl}]", "loss=dpo", f"local_dirs=[{folder}]")
-    splits = preparation.prepare_data(config, read_entries(config), byte_level_tokenizer(), True)
+    splits = preparation.prepare_data(config, read_entries(config), byte_level_tokenizer(), "pairs")
     assert "held-out prompts that are also trained on: 3 of 3, for example 'question 0' (rows.jsonl" in capsys.readouterr().out
     assert splits[1].table.first_row == splits[0].table.num_responses == 40
 

@@ -56,6 +56,7 @@ def prepare_run(config: RunConfig, run_dir: Path, in_sweep: bool = False) -> Pre
         check_harness()
     loss = build_loss(**config.loss.given(), seed=config.seed)
     check_objective(config.objective, config.loss.name, loss.examples)
+    check_live(config, loss)
     for line in [] if config.eval_only else precision_notices(config):
         print(line, flush=True)
     tokenizer = load_tokenizer(config.model, config.cache_dir)
@@ -70,6 +71,15 @@ def prepare_run(config: RunConfig, run_dir: Path, in_sweep: bool = False) -> Pre
     data = prepare_data(config, entries, tokenizer, loss, splits, data_version(config, run_dir))
     check_rows(config, tokenizer, limits, [split.table for split in data])
     return PreparedRun(config, run_dir, in_sweep, loss, tokenizer, data, entries, pruner)
+
+
+def check_live(config: RunConfig, loss: Loss) -> None:
+    """Raise UserError where the reference is to be cached, but the loss reads log-probs of its tokens."""
+    if loss.needs_reference and loss.reads_tokens and config.reference_logps == "cached":
+        raise UserError(
+            f"reference_logps: found cached, but loss={config.loss.name} reads log-probs of the reference's tokens, of which "
+            "none are kept. Set it to live or null."
+        )
 
 
 def data_version(config: RunConfig, run_dir: Path) -> int:
@@ -153,7 +163,7 @@ def token_settings(config: RunConfig, loss: Loss, version: int | None = None):
     def settings(entry) -> TokenSettings:
         mode = entry.truncation_mode or entry.dataset.truncation_mode
         lengths = config.max_length, config.max_prompt_length
-        given = *lengths, mode, entry.template, entry.system_prompt, version or VERSION
-        return TokenSettings(loss.examples, *given, loss.needs_margins)
+        templates = entry.template, entry.system_prompt
+        return TokenSettings(loss.examples, *lengths, mode, *templates, version or VERSION, loss.needs_margins)
 
     return settings

@@ -29,6 +29,7 @@ from preference_training.modeling.reference_cache import ReferencePlan, cached_r
 from preference_training.tracking.tracker import Tracker
 from tests.support.building import build_trainer, take_steps
 from tests.support.files import GOLDEN
+from tests.support.losses import of_every_kind
 from tests.support.shown import write_files
 from trainers import Trainer
 
@@ -62,21 +63,6 @@ def build(models, compose, tokenizer, tmp_path):
         return build_trainer(config, new_policy, loss, **(defaults | parts))
 
     return built
-
-
-def of_every_kind(pairs: list[TokenizedPrompt]) -> dict[str, list[TokenizedPrompt]]:
-    """Pairs with margins; both responses of each as labeled ones; and as a ranking, every other time with a third response.
-
-    The third or mismatched response is that of the next prompt.
-    """
-    others = [prompt.responses[0] for prompt in [*pairs[1:], pairs[0]]]
-    three = [replace(prompt, responses=[*prompt.responses, other]) for prompt, other in zip(pairs, others, strict=True)]
-    rankings = [[(0, 1, 2)] if number % 2 else [(0, 1)] for number in range(len(three))]
-    return {
-        "pairs": [replace(prompt, margins=[0.5 + number % 3]) for number, prompt in enumerate(pairs)],
-        "labels": [replace(prompt, examples=[(0, 2), (1, 2)], labels=[1.0, 0.0]) for prompt in three],
-        "rankings": [replace(prompt, examples=found) for prompt, found in zip(three, rankings, strict=True)],
-    }
 
 
 @pytest.fixture(scope="module")

@@ -175,6 +175,24 @@ def test_sft_over_tokens_has_the_loss_and_the_gradient_of_transformers_own_loss_
     torch.testing.assert_close(found, gradient, rtol=1e-4, atol=1e-5 * gradient.abs().max().item())
 
 
+def test_metrics_of_labeled_responses_are_means_over_those_that_have_them(build, tokenized):
+    loss = build_loss("kto", beta=0.1, desirable_weight=1.0, undesirable_weight=1.0)
+    prompts = tokenized["labels"][:3]
+    metrics = build(loss, "llama", *SGD).train_step(micro_batches(prompts, 4))
+    # One of them alone: the same responses, each other's label left out.
+    good, bad = (
+        [replace(prompt, examples=prompt.examples[k : k + 1], labels=prompt.labels[k : k + 1]) for prompt in prompts]
+        for k in (0, 1)
+    )
+    of_good, of_bad = (build(loss, "llama", *SGD).train_step(micro_batches(part, 3)) for part in (good, bad))
+    for name, part, other in (("chosen", of_good, of_bad), ("rejected", of_bad, of_good)):
+        for kind in ("rewards_train", "logps_train"):
+            assert metrics[f"{kind}/{name}"] == pytest.approx(part[f"{kind}/{name}"], rel=1e-4)
+            assert f"{kind}/{name}" not in other
+    margin = metrics["rewards_train/chosen"] - metrics["rewards_train/rejected"]
+    assert metrics["rewards_train/margins"] == pytest.approx(margin) and "rewards_train/margins" not in of_good
+
+
 def test_a_step_on_equal_policy_and_reference_has_margin_0_and_loss_ln_2(build, tokenized):
     trainer = build(build_loss("dpo", beta=0.1), "gpt_neox", policy="")
     metrics = trainer.train_step(micro_batches(tokenized["pairs"][:6], 6))

@@ -1,4 +1,4 @@
-"""Draw docs/one-idea.svg: a prompt with its responses as one response tree, next to the same as rows of a batch.
+"""Draw docs/one-idea.svg: a prompt with its responses as one trie, next to the same as rows of a batch.
 
 python scripts/one_idea.py [--check]
 
@@ -53,9 +53,9 @@ def as_rows() -> tuple[list[str], int]:
     return parts, tokens
 
 
-def as_tree() -> tuple[list[str], int]:
+def as_trie() -> tuple[list[str], int]:
     """The right half: the prompt and each response once, and pairs as indices; and the number of tokens computed."""
-    parts = [line(RIGHT, 40, "As a response tree", "title"), line(RIGHT, 62, "prompt and responses once; pairs are indices")]
+    parts = [line(RIGHT, 40, "As a trie", "title"), line(RIGHT, 62, "prompt and responses once; pairs are indices")]
     end, begin = RIGHT + PROMPT * TOKEN, RIGHT + PROMPT * TOKEN + 40
     middle = 84 + 46 + BAR / 2
     parts.append(bar(RIGHT, middle - BAR / 2, PROMPT, "prompt", "prompt"))
@@ -78,8 +78,8 @@ def as_tree() -> tuple[list[str], int]:
 
 def picture() -> str:
     """The whole SVG."""
-    (rows, row_tokens), (tree, tree_tokens) = as_rows(), as_tree()
-    title = f"A prompt with {len(RESPONSES)} responses in {len(PAIRS)} pairs, as rows of a batch and as a response tree"
+    (rows, row_tokens), (trie, trie_tokens) = as_rows(), as_trie()
+    title = f"A prompt with {len(RESPONSES)} responses in {len(PAIRS)} pairs, as rows of a batch and as a trie"
     note = f"prompt of {PROMPT} tokens, responses of {', '.join(map(str, RESPONSES))}; dashed frames are padding"
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{title}">',
@@ -87,8 +87,8 @@ def picture() -> str:
         f'<rect class="ground" width="{WIDTH}" height="{HEIGHT}" rx="10"/>',
         *rows,
         line(LEFT, 358, f"{row_tokens} tokens computed", "title"),
-        *tree,
-        line(RIGHT, 358, f"{tree_tokens} tokens computed", "title"),
+        *trie,
+        line(RIGHT, 358, f"{trie_tokens} tokens computed", "title"),
         line(LEFT, 398, note, "small"),
         "</svg>",
     ]

@@ -17,7 +17,7 @@ from preference_training.checkpointing.checkpoint import Checkpoint, best_first,
 from preference_training.checkpointing.writer import CheckpointWriter, SaveOptions
 from preference_training.configuration.composition import group_choices
 from preference_training.core.errors import UserError
-from preference_training.core.metric_names import LOSS_AT_BETA_USED
+from preference_training.core.metric_names import LOSS_AT_BETA_USED, TOKENS_SAVED
 from preference_training.core.process_group import SINGLE_PROCESS
 from preference_training.data.prompt_table import PromptTable
 from preference_training.data.rows.records import PreferenceRecord
@@ -473,7 +473,8 @@ def test_what_a_loss_finds_in_a_micro_batch_is_the_same_when_memory_cuts_it(name
     (_, whole, expected), (count, packs, found) = step(10_000), step(budget)
     assert count > 1
     torch.testing.assert_close(packs, whole, rtol=1e-4, atol=1e-5 * whole.abs().max().item())
-    for name in expected:
+    # Packs share fewer prefixes.
+    for name in expected.keys() - {TOKENS_SAVED}:
         assert float(found[name]) == pytest.approx(float(expected[name]), rel=1e-5, abs=1e-6), name
 
 

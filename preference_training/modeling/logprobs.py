@@ -21,7 +21,7 @@ from preference_training.batching.packing import PackedBatch
 from preference_training.core.process_group import reshard, to_local
 from preference_training.losses.base import Loss, TokenLogps
 from preference_training.modeling.adapters import has_adapter, reference_mode
-from preference_training.modeling.prefix_sharing.longest_row import forget_longest_row, sequences_are_independent
+from preference_training.modeling.prefix_sharing.longest_row import forget_longest_row, frequency_groups, frequency_limits
 from preference_training.modeling.prefix_sharing.tree_attention import TREE_ATTENTION
 from preference_training.modeling.state import spans_devices
 
@@ -59,17 +59,21 @@ def scored_tokens(model: nn.Module, batch: PackedBatch, collision: bool = False)
     """Log-probs of the scored tokens, response by response: [C, 1] float64 (float32 on MPS).
 
     collision: also log sum_v p_v^2 of the distribution that each token is drawn from: [C, 2]. A model with tree attention
-    computes what sequences share once; any other computes padded rows. Where longer rows would affect shorter ones, those of
-    each length are computed by themselves. A model with an attribute `autocast_dtype` runs under autocast in that dtype; the
-    softmax is always in float32.
+    computes what sequences share once; any other computes padded rows, as one does whose rotary embeddings would let longer
+    rows affect shorter ones, in several forwards. A model with an attribute `autocast_dtype` runs under autocast in that dtype;
+    the softmax is always in float32.
     """
-    compute = _score_trie if shares_prefixes(model) else _score_rows
-    if not sequences_are_independent(model, batch.trie):
-        # Ranks of a sharded model compute in lockstep, with as many forwards each.
-        compute = _score_rows if isinstance(model, FSDPModule) else _score_unpadded
+    groups = frequency_groups(model, batch.trie)
+    forget_longest_row(model)
     dtype = getattr(model, "autocast_dtype", None)
     with torch.autocast(batch.input_ids.device.type, dtype=dtype, enabled=dtype is not None):
-        return compute(model, batch, collision)
+        if len(groups) == 1 and shares_prefixes(model):
+            values = _score_trie(model, batch, collision)
+        else:
+            values = _score_rows(model, batch, collision, groups)
+        if isinstance(model, FSDPModule) and frequency_limits(model):
+            values = values + _zero_of_missing_forwards(model, batch, len(groups))
+    return values
 
 
 def trie_logps(model: nn.Module, batch: PackedBatch) -> Tensor:
@@ -83,8 +87,11 @@ def padded_logps(model: nn.Module, batch: PackedBatch) -> Tensor:
 
 
 def unpadded_logps(model: nn.Module, batch: PackedBatch) -> Tensor:
-    """`response_logps` of plain rows: each sequence beside those of its own length only."""
-    return _sum_by_response(_score_unpadded(model, batch), batch)
+    """`response_logps` of rows without padding: each sequence beside those of its own length only."""
+    by_length: dict[int, list[int]] = {}
+    for number, (_, length) in enumerate(batch.trie.ends):
+        by_length.setdefault(length, []).append(number)
+    return _sum_by_response(_score_rows(model, batch, groups=list(by_length.values())), batch)
 
 
 def _sum_by_response(values: Tensor, batch: PackedBatch) -> Tensor:
@@ -178,37 +185,34 @@ class ScoringHead(nn.Linear):
 # ---- padded rows ----------------------------------------------------------------------------------------------------------
 
 
-def _score_rows(model: nn.Module, batch: PackedBatch, collision: bool = False) -> Tensor:
-    """`scored_tokens` with one row for each response after its prompt, padded on the right.
+def _score_rows(model: nn.Module, batch: PackedBatch, collision: bool = False, groups: list[list[int]] | None = None) -> Tensor:
+    """`scored_tokens` with one row for each response after its prompt, padded on the right to the longest of its group.
 
-    The head computes the positions between the first and the last one that is scored in any row.
+    groups: numbers of responses, ascending; a forward each, by default one. The head computes the positions between the first
+    and the last one that is scored in any of its rows.
     """
-    input_ids, attention_mask = _padded_rows(batch)
-    first, last = int(batch.scored_positions.min()), int(batch.scored_positions.max())
-    # Position i predicts token i + 1. Tokens that do not count are scored as well, since logits would have to be copied.
-    logits = _logits_at(model, input_ids, attention_mask, torch.arange(first - 1, last, device=input_ids.device))
-    ids = input_ids[:, first : last + 1]
-    values = score_tokens(logits.flatten(0, 1), ids.flatten(), collision).unflatten(0, ids.shape)
-    return _to_float64(values[batch.scored_responses, batch.scored_positions - first])
+    values, places = [], []
+    for group in groups or [range(len(batch.response_lengths))]:
+        numbers = torch.tensor(list(group), device=batch.input_ids.device)
+        place = torch.isin(batch.scored_responses, numbers).nonzero()[:, 0]
+        positions, input_ids, attention_mask = batch.scored_positions[place], *_padded_rows(batch, group)
+        first, last = int(positions.min()), int(positions.max())
+        # Position i predicts token i + 1. Tokens that do not count are scored as well, since logits would have to be copied.
+        logits = _logits_at(model, input_ids, attention_mask, torch.arange(first - 1, last, device=input_ids.device))
+        ids = input_ids[:, first : last + 1]
+        found = score_tokens(logits.flatten(0, 1), ids.flatten(), collision).unflatten(0, ids.shape)
+        values.append(found[torch.searchsorted(numbers, batch.scored_responses[place]), positions - first])
+        places.append(place)
+    return _to_float64(torch.cat(values)[torch.cat(places).argsort()])
 
 
-def _score_unpadded(model: nn.Module, batch: PackedBatch, collision: bool = False) -> Tensor:
-    """`scored_tokens` of each response as alone: in a forward with those of its length only, without padding."""
-    by_length: dict[int, list[int]] = {}
-    for number, (_, length) in enumerate(batch.trie.ends):
-        by_length.setdefault(length, []).append(number)
-    scored = batch.scored_positions.split(batch.response_lengths.tolist())
-    values: dict[int, Tensor] = {}
-    for numbers in by_length.values():
-        rows = torch.stack(_rows(batch, numbers))
-        positions = torch.cat([scored[number] for number in numbers]).unique()
-        forget_longest_row(model)
-        logits = _logits_at(model, rows, torch.ones_like(rows), positions - 1)
-        for row, number, own in zip(rows, numbers, logits, strict=True):
-            chosen = torch.searchsorted(positions, scored[number])
-            values[number] = score_tokens(own[chosen], row[scored[number]], collision)
-    forget_longest_row(model)
-    return _to_float64(torch.cat([values[number] for number in range(len(values))]))
+def _zero_of_missing_forwards(model: nn.Module, batch: PackedBatch, forwards: int) -> Tensor:
+    """A zero that depends on as many more forwards as another rank has made: ranks of a sharded model compute in lockstep."""
+    most = torch.tensor(forwards, device=batch.input_ids.device)
+    torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+    row, first = _padded_rows(batch, [0]), torch.zeros(1, dtype=torch.int64, device=batch.input_ids.device)
+    zeros = [_logits_at(model, *row, first).sum() * 0 for _ in range(int(most) - forwards)]
+    return torch.stack(zeros).sum() if zeros else torch.zeros((), device=batch.input_ids.device)
 
 
 def _logits_at(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
@@ -224,19 +228,14 @@ def _has_logits_to_keep(model_class: type[nn.Module]) -> bool:
     return "logits_to_keep" in inspect.signature(model_class.forward).parameters
 
 
-def _padded_rows(batch: PackedBatch) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask, each [R, L]: one row for each response after its prompt, padded on the right.
+def _padded_rows(batch: PackedBatch, numbers: Iterable[int]) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask of some responses, each [len(numbers), L]: a row for each after its prompt.
 
     Padding is masked by length, never by a token's id.
     """
-    rows = _rows(batch, range(len(batch.response_lengths)))
-    return pad_sequence(rows, batch_first=True), pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
-
-
-def _rows(batch: PackedBatch, numbers: Iterable[int]) -> list[Tensor]:
-    """The token ids of some sequences."""
     paths = (torch.from_numpy(batch.trie.path(number)) for number in numbers)
-    return [batch.input_ids[path.to(batch.input_ids.device)] for path in paths]
+    rows = [batch.input_ids[path.to(batch.input_ids.device)] for path in paths]
+    return pad_sequence(rows, batch_first=True), pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
 
 
 # ---- the reference ------------------------------------------------------------------------------------------------------

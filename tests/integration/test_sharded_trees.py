@@ -72,14 +72,14 @@ def any_trie_worker(rank: int, folder: str) -> None:
 
     start_group(rank, folder)
     ranks = Ranks(rank, 2, rank == 0, dist.group.WORLD)
-    for number, name in enumerate(("llama", "gpt_oss", "llama4-scaled", "stablelm")):
+    for number, name in enumerate(("llama", "gpt_oss", "llama4-scaled", "stablelm", "phi3-longrope")):
         plain, model = tiny_models.build(name).eval(), tiny_models.build(name).eval()
         assert share_prefixes(model, "on")
         for block in model.model.layers:
             fully_shard(block)
         fully_shard(model)
         for seed in range(3 * number, 3 * number + 3):
-            examples = list(iterate_examples(random_prompts(random.Random(seed))))
+            examples = list(iterate_examples(random_prompts(random.Random(seed), longest=40)))
             expected, expected_gradients = plain_results(plain, examples)
             for batch in build_packs(examples, TokenBudget(100, 60), ranks):
                 logps = response_logps(model, batch)

@@ -23,13 +23,15 @@ def frequency_limits(model: nn.Module) -> dict[str, int]:
     return found
 
 
-def sequences_are_independent(model: nn.Module, trie: Trie) -> bool:
-    """Whether each sequence has the frequencies in one forward that it has alone."""
-    lengths = [length for _, length in trie.ends]
+def frequency_groups(model: nn.Module, trie: Trie) -> list[list[int]]:
+    """The numbers of the sequences that have the frequencies in one forward that each has alone; a single group for most."""
     limits = frequency_limits(model)
-    within = all(max(lengths) <= limit for limit in limits.values())
-    # LongRoPE has a second set of frequencies for all longer rows, dynamic NTK one for each length.
-    return within or ("dynamic" not in limits and min(lengths) > limits["longrope"])
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for number, (_, length) in enumerate(trie.ends):
+        # LongRoPE has a second set of frequencies for all longer rows, dynamic NTK one for each length.
+        beyond = (length > limit and (length if kind == "dynamic" else 1) for kind, limit in limits.items())
+        groups.setdefault(tuple(map(int, beyond)), []).append(number)
+    return list(groups.values())
 
 
 def forget_longest_row(model: nn.Module) -> None:

@@ -51,6 +51,7 @@ def campaign(options: argparse.Namespace, preset: Preset, folder: Path) -> dict:
     races = _races(preset.works, options.contenders)
     job = asdict(preset) | {"folder": str(folder), "data": options.data, "tokenizer": options.tokenizer}
     job |= {"works": list(races), "trl_options": options.trl, "model_dir": str(folder / "model"), "other": options.other}
+    job["cpu_time"] = options.cpu_time
     facts = call_worker(job | {"contender": "prepare"}, folder)
     results = {
         # File names only, not local paths.
@@ -59,6 +60,7 @@ def campaign(options: argparse.Namespace, preset: Preset, folder: Path) -> dict:
         "works": list(preset.works),
         "data": "given" if options.data else "generated",
         "hardware": facts.pop("hardware"),
+        "load": os.getloadavg(),
         "versions": facts.pop("versions"),
         "weights": facts,
         "runs": [],
@@ -137,6 +139,7 @@ def _parse(arguments: list[str] | None, preset: Preset) -> argparse.Namespace:
     parser.add_argument("--work", nargs="+", choices=[*WORKS, *OTHER_ROWS], metavar="NAME", help="benchmarks; default: all")
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), metavar="NAME")
     parser.add_argument("--other", metavar="DIR", help="another checkout of this project, for the contender before")
+    parser.add_argument("--cpu-time", action="store_true", help="compare CPU time of all threads, for a busy machine")
     parser.add_argument("--trl", nargs="+", default=[], metavar="KEY=VALUE", help="further settings for the contender trl")
     parser.add_argument("--results", default=str(HERE / "results"), help="directory of the JSON file")
     parser.add_argument("--smoke", action="store_true", help="a tiny model and two steps")

@@ -5,6 +5,7 @@ import platform
 import resource
 import sys
 import time
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -12,7 +13,12 @@ import torch
 
 
 class Clock:
-    """Wall time of optimizer steps, from the end of one to the end of the next, with the device synchronized."""
+    """Time of optimizer steps, from the end of one to the end of the next, with the device synchronized.
+
+    now: the clock, wall time; `worker.py` may set CPU time.
+    """
+
+    now = staticmethod(time.perf_counter)
 
     def __init__(self):
         self.seconds: list[float] = []
@@ -21,12 +27,12 @@ class Clock:
     def start(self) -> None:
         """Start the first step."""
         self._wait()
-        self.last = time.perf_counter()
+        self.last = self.now()
 
     def tick(self) -> None:
         """End a step and start the next."""
         self._wait()
-        now = time.perf_counter()
+        now = self.now()
         self.seconds.append(now - self.last)
         self.last = now
 
@@ -35,16 +41,16 @@ class Clock:
             torch.cuda.synchronize()
 
 
-def clocked(owner, name: str, seconds: list[float]) -> None:
+def clocked(owner, name: str, seconds: list[float], now: Callable[[], float] = time.perf_counter) -> None:
     """Wrap a method to record the duration of each call."""
     usual = getattr(owner, name)
 
     def method(*args, **kwargs):
-        started = time.perf_counter()
+        started = now()
         try:
             return usual(*args, **kwargs)
         finally:
-            seconds.append(time.perf_counter() - started)
+            seconds.append(now() - started)
 
     setattr(owner, name, method)
 

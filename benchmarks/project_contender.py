@@ -3,6 +3,7 @@
 `build` assembles a trainer as `train.py` does; only `_overrides` names this project's options.
 """
 
+import time
 from pathlib import Path
 
 from measure import Clock, clocked
@@ -25,7 +26,8 @@ def run(job: dict, work: Work, data: dict) -> dict:
     """Train on the rows; `worker.py` describes the result."""
     trainer = build(job, work, _tokenized(data["prompts"]))
     clock, rows, packs, building = Clock(), [], [], []
-    clocked(micro_batches, "build_packs", building)
+    # Packs are built in a thread of their own, beside the step before.
+    clocked(micro_batches, "build_packs", building, time.thread_time)
     clock.start()
     for step in trainer.batches.train:
         rows.append(trainer.train_step(step))

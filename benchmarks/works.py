@@ -72,6 +72,7 @@ WORKS = {
     "dpo_long_prompt": Work("DPO, prompts of 400 and responses of 50 tokens", {"trl": 4.5}, prompt=400, levels=((2, 50),)),
     "sft_hh": Work("SFT on HH", {"trl": 3.5}, loss="sft"),
     "dpo_system": Work("DPO on HH, a system prompt of 300 tokens in all rows", {"before": 2.2}, system=300),
+    "sft_system": Work("SFT on HH, a system prompt of 300 tokens in all rows", {"before": 2.2}, loss="sft", system=300),
     # A user's turn; the rest of two exchanges and another user's turn; in two versions the third answer and a fourth exchange.
     "dpo_conversations": Work(
         "DPO on conversations of 4 exchanges that part in the third",

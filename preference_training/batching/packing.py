@@ -187,13 +187,20 @@ def cut(examples: Sequence[Example], size: int) -> Iterator[Sequence[Example]]:
 class TokenBudget:
     """The maximum number of packed tokens that are computed at once.
 
-    limit: more would not fit into memory. soft_limit: more would not be faster, so a new prompt starts a new pack; the tokens
-    that it shares with the pack do not count, since a new pack would compute them again. The examples of one prompt stay
-    together up to the limit.
+    limit: more would not fit into memory. soft_limit: more would not be faster, so a new prompt starts a new pack, unless that
+    would compute much again: see `largest_pack`. The examples of one prompt stay together up to the limit.
     """
 
     limit: int
     soft_limit: int
+
+    def largest_pack(self, shared: int) -> int:
+        """The most tokens of a pack with a new prompt that shares so many with those before.
+
+        The soft limit rises by four times as many, so that prompts that share much are computed together: of long shared
+        prefixes a new pack would compute a fifth again, and of short ones little is lost.
+        """
+        return min(self.limit, self.soft_limit + 4 * shared)
 
 
 UNLIMITED = TokenBudget(sys.maxsize, sys.maxsize)
@@ -209,7 +216,7 @@ def split_by_budget(examples: Sequence[Example], places: Sequence[int], budget: 
         prompt, _ = examples[place]
         is_known, before = id(prompt) in pack.prompts, list(pack.places)
         shared = pack.add(place, examples[place])
-        most = budget.limit if is_known else min(budget.limit, budget.soft_limit + shared)
+        most = budget.limit if is_known else budget.largest_pack(shared)
         if before and pack.counter.num_tokens > most:
             yield sorted(before)
             pack = _OpenPack()

@@ -87,11 +87,11 @@ class ReferencePlan:
 def _effective_budget(budget: TokenBudget, prompts: Selection, examples: int) -> tuple[int, int]:
     """The part of a budget that can matter, so that runs with more memory than they need get the same packs.
 
-    A pack has at most `examples` examples, and exceeds the soft limit by at most one prompt with its responses.
+    A pack has at most `examples` examples, and no prompt shares more than all tokens of the longest one.
     """
     longest = int(prompts.table.num_tokens[prompts.indices].max(initial=0))
     soft_limit = min(budget.soft_limit, longest * examples)
-    return min(budget.limit, soft_limit + longest), soft_limit
+    return TokenBudget(budget.limit, soft_limit).largest_pack(longest), soft_limit
 
 
 def model_facts(model: nn.Module) -> dict:

@@ -208,13 +208,14 @@ def test_the_pairs_of_a_prompt_stay_together_up_to_the_limit_and_prompts_up_to_t
     assert [len(pack.input_ids) for pack in packs] == [29, 20, 10]
 
 
-def test_tokens_that_a_prompt_shares_with_a_pack_do_not_count_toward_the_soft_limit():
-    system = list(range(3, 43))
-    prompts = [TokenizedPrompt([*system, number], [[50, 2], [60, 2]], [(0, 1)]) for number in range(70, 75)]
+def test_the_soft_limit_rises_with_what_prompts_share():
+    system = list(range(3, 23))
+    prompts = [TokenizedPrompt([*system, number], [[50, 2], [60, 2]], [(0, 1)]) for number in range(70, 90)]
     packs = build_packs(list(iterate_examples(prompts)), TokenBudget(limit=200, soft_limit=20))
-    # 40 shared tokens, and of each prompt five: four of them fill the soft limit.
-    assert [len(pack.input_ids) for pack in packs] == [60, 45]
-    assert [pack.num_examples for pack in build_packs(list(iterate_examples(prompts)), TokenBudget(55, 20))] == [3, 2]
+    # 20 shared tokens, and of each prompt five: at most 20 + 4 * 20 in a pack.
+    assert [len(pack.input_ids) for pack in packs] == [100, 40]
+    packs = build_packs(list(iterate_examples(prompts)), TokenBudget(limit=70, soft_limit=20))
+    assert [len(pack.input_ids) for pack in packs] == [70, 70]
 
 
 def test_packs_keep_within_the_budget_and_share_prompts_within_them():

@@ -1,7 +1,7 @@
-"""Packed batches: concatenated trees of prompts and responses, without padding.
+"""Packed batches: the tries of some examples' sequences, without padding, and what is scored of them.
 
-Shapes: T packed tokens, R responses, P pairs. A packed batch holds every prompt once and every response once: a *tree* is a
-prompt followed by its responses, and the batch concatenates trees. Each response continues the positions of its prompt.
+Shapes: T packed tokens, R responses, E examples of at most M members, S scored tokens, C contributions: a scored token counts
+for each of the responses that share it, so C >= S.
 """
 
 import sys
@@ -11,57 +11,72 @@ from functools import cached_property
 from operator import itemgetter
 from typing import Any
 
+import numpy
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from preference_training.batching.trees import Tree, TreeLayout
+from preference_training.batching.tries import PrefixCounter, Trie, TrieLayout, build_trie, trees
 from preference_training.core.process_group import SINGLE_PROCESS, Ranks
 from preference_training.data.tokenization import TokenizedPrompt
 
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """Concatenated trees without padding. Responses are numbered through the batch, tree by tree.
+    """Sequences as a trie, packed without padding: a sequence is a prompt with one of its responses.
 
-    All tensors are int64.
+    Responses are numbered prompt by prompt, in the order of the examples. All tensors are int64, except those of numbers that
+    came with the data.
 
-    input_ids, position_ids: [T]; a response's positions continue its prompt's.
-    pairs: [P, 2], response numbers of preferred and dispreferred; empty for SFT.
-    response_lengths: [R], tokens.
+    input_ids, position_ids: [T]; positions are those of the plain sequence. trie: of R sequences.
+    members: [E, M], the response numbers of each example, padded with -1. response_lengths: [R], scored tokens.
     response_rows: [R], the responses' indices among all responses of the run's data.
-    scored_ids: [S], the concatenated tokens of the responses; predicted_at: [S], the packed index whose output predicts each of
-    them (that of the token before it); scored_responses: [S], the response that each belongs to.
+    scored_ids: [S], the scored tokens; predicted_at: [S], the packed index whose output predicts each (that of the token before
+    it). scored: [C], indices of scored tokens, response by response; scored_responses, scored_positions: [C], the response that
+    each counts for, and its position in the sequence.
     places: [E], the indices of its examples among those of the micro-batch, over all ranks.
-    sources: [examples], for messages. is_filler: padding for ranks that have fewer packs than another; it does not count.
+    sources: [E], for messages. is_filler: padding for ranks that have fewer packs than another; it does not count.
     """
 
     input_ids: Tensor
     position_ids: Tensor
-    trees: tuple[Tree, ...]
-    pairs: Tensor
+    trie: Trie
+    members: Tensor
     response_lengths: Tensor
     response_rows: Tensor
     scored_ids: Tensor
     predicted_at: Tensor
+    scored: Tensor
     scored_responses: Tensor
+    scored_positions: Tensor
     places: Tensor
     sources: tuple[str, ...]
     is_filler: bool = False
 
     @property
     def num_examples(self) -> int:
-        """Pairs, or for SFT responses."""
-        return len(self.pairs) or len(self.response_lengths)
+        """Its examples: pairs, rankings or single responses."""
+        return len(self.members)
+
+    @property
+    def pairs(self) -> Tensor:
+        """The response numbers of preferred and dispreferred: [E, 2]."""
+        return self.members
 
     @property
     def num_tokens(self) -> int:
-        """Tokens, each prompt and response counted once; 0 for a filler."""
+        """Packed tokens, each shared one counted once; 0 for a filler."""
         return 0 if self.is_filler else len(self.input_ids)
 
+    @property
+    def num_sequence_tokens(self) -> int:
+        """Tokens of all sequences, as many as computing each alone would take; 0 for a filler."""
+        return 0 if self.is_filler else self.trie.num_sequence_tokens
+
     @cached_property
-    def layout(self) -> TreeLayout:
-        """The trees as attention needs them, built once for all layers and models that process the batch."""
-        return TreeLayout(self.trees, self.input_ids.device)
+    def layout(self) -> TrieLayout:
+        """The trie as attention needs it, built once for all layers and models that process the batch."""
+        return TrieLayout(self.trie, self.input_ids.device)
 
     def to(self, device: torch.device) -> "PackedBatch":
         """The batch with its tensors on `device`."""
@@ -76,59 +91,68 @@ class PackedBatch:
         return replace(self, **changed)
 
 
-# One example: a prompt and one of its pairs; for SFT the pair is None.
-Example = tuple[TokenizedPrompt, tuple[int, int] | None]
+# One example: a prompt, and the number of the example in it.
+Example = tuple[TokenizedPrompt, int]
 
 
 def iterate_examples(prompts: Iterable[TokenizedPrompt]) -> Iterator[Example]:
     """Every example of `prompts`; those of one prompt are adjacent."""
     for prompt in prompts:
-        if prompt.pairs:
-            yield from ((prompt, pair) for pair in prompt.pairs)
-        else:
-            yield prompt, None
+        for number in range(prompt.num_examples):
+            yield prompt, number
+
+
+class _Responses:
+    """The responses of some examples, numbered prompt by prompt, each once; and their sequences."""
+
+    def __init__(self, examples: Sequence[Example]):
+        used: dict[int, tuple[TokenizedPrompt, dict[int, None]]] = {}
+        for prompt, number in examples:
+            _, indices = used.setdefault(id(prompt), (prompt, {}))
+            indices |= dict.fromkeys(prompt.members(number))
+        self.prompts = [(prompt, index) for prompt, indices in used.values() for index in indices]
+        self.number = {(id(prompt), index): number for number, (prompt, index) in enumerate(self.prompts)}
+        self.owners = [id(prompt) for prompt, _ in self.prompts]
+        self.sequences = [prompt.prompt_ids + prompt.responses[index] for prompt, index in self.prompts]
+
+    def members(self, examples: Sequence[Example]) -> NDArray[numpy.int64]:
+        """The response numbers of each example, padded with -1: [E, M]."""
+        found = [[self.number[id(prompt), index] for index in prompt.members(number)] for prompt, number in examples]
+        width = max(map(len, found))
+        return numpy.array([row + [-1] * (width - len(row)) for row in found], numpy.int64)
+
+    def scored_positions(self) -> list[NDArray[numpy.int64]]:
+        """The positions of each response's scored tokens in its sequence."""
+        found = []
+        for prompt, index in self.prompts:
+            start = len(prompt.prompt_ids)
+            spans = [(0, len(prompt.responses[index]))] if prompt.spans is None else prompt.spans[index]
+            found.append(numpy.concatenate([numpy.arange(start + first, start + end) for first, end in spans]))
+        return found
 
 
 def pack_examples(examples: Sequence[Example], places: Sequence[int] | None = None) -> PackedBatch:
-    """Pack examples, storing each shared prompt and response once. `places`: their indices; by default 0, 1, 2, ..."""
-    used: dict[int, tuple[TokenizedPrompt, dict[int, int]]] = {}
-    for prompt, pair in examples:
-        _, numbers = used.setdefault(id(prompt), (prompt, {}))
-        for index in pair or (0,):
-            numbers.setdefault(index, len(numbers))
-    ids: list[int] = []
-    positions: list[int] = []
-    scored: list[int] = []
-    predicted: list[int] = []
-    owners: list[int] = []
-    rows: list[int] = []
-    trees: list[Tree] = []
-    first_number: dict[int, int] = {}
-    for key, (prompt, numbers) in used.items():
-        start, prompt_length = len(ids), len(prompt.prompt_ids)
-        responses = [prompt.responses[index] for index in numbers]
-        trees.append(Tree(start, prompt_length, tuple(map(len, responses))))
-        first_number[key] = len(rows)
-        ids += prompt.prompt_ids
-        positions += range(prompt_length)
-        for index, response in zip(numbers, responses, strict=True):
-            owners += [len(rows)] * len(response)
-            rows.append(prompt.first_row + index)
-            predicted += [start + prompt_length - 1, *range(len(ids), len(ids) + len(response) - 1)]
-            scored += response
-            ids += response
-            positions += range(prompt_length, prompt_length + len(response))
-    pairs = [[first_number[id(p)] + used[id(p)][1][index] for index in pair] for p, pair in examples if pair]
+    """Pack examples; what their sequences share is stored once. `places`: their indices; by default 0, 1, 2, ..."""
+    responses = _Responses(examples)
+    trie, tokens = build_trie(responses.sequences, responses.owners)
+    ids = numpy.array(tokens, numpy.int64)
+    positions = responses.scored_positions()
+    lengths = numpy.array(list(map(len, positions)))
+    targets = numpy.concatenate([trie.path(number)[scored] for number, scored in enumerate(positions)])
+    # Each scored token once, in packed order, however many responses share it.
+    scored = numpy.unique(targets)
     return PackedBatch(
-        input_ids=torch.tensor(ids),
-        position_ids=torch.tensor(positions),
-        trees=tuple(trees),
-        pairs=torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2),
-        response_lengths=torch.tensor([length for tree in trees for length in tree.response_lengths]),
-        response_rows=torch.tensor(rows),
-        scored_ids=torch.tensor(scored),
-        predicted_at=torch.tensor(predicted),
-        scored_responses=torch.tensor(owners),
+        input_ids=torch.from_numpy(ids),
+        position_ids=torch.from_numpy(trie.positions),
+        trie=trie,
+        members=torch.from_numpy(responses.members(examples)),
+        response_lengths=torch.from_numpy(lengths),
+        response_rows=torch.tensor([prompt.first_row + index for prompt, index in responses.prompts]),
+        scored_ids=torch.from_numpy(ids[scored]),
+        predicted_at=torch.from_numpy(trie.predecessors[scored]),
+        scored=torch.from_numpy(numpy.searchsorted(scored, targets)),
+        scored_responses=torch.from_numpy(numpy.repeat(numpy.arange(len(positions)), lengths)),
+        scored_positions=torch.from_numpy(numpy.concatenate(positions)),
         places=torch.tensor(range(len(examples)) if places is None else places),
         sources=tuple(prompt.source for prompt, _ in examples),
     )
@@ -144,8 +168,8 @@ def cut(examples: Sequence[Example], size: int) -> Iterator[Sequence[Example]]:
 class TokenBudget:
     """The maximum number of packed tokens that are computed at once.
 
-    limit: more would not fit into memory. soft_limit: more would not be faster, so a new prompt starts a new pack; the pairs of
-    one prompt stay together up to the limit, because they share it.
+    limit: more would not fit into memory. soft_limit: more would not be faster, so a new prompt starts a new pack; the examples
+    of one prompt stay together up to the limit, because they share it.
     """
 
     limit: int
@@ -155,38 +179,51 @@ class TokenBudget:
 UNLIMITED = TokenBudget(sys.maxsize, sys.maxsize)
 
 
-# What examples may share: the key of a prompt, and the index of one of its responses or None for the prompt itself.
-Part = tuple[int, int | None]
-
-
-def token_counts(example: Example) -> dict[Part, int]:
-    """Tokens of an example's prompt and of each of its responses."""
-    prompt, pair = example
-    parts: dict[Part, int] = {(id(prompt), None): len(prompt.prompt_ids)}
-    return parts | {(id(prompt), index): len(prompt.responses[index]) for index in pair or (0,)}
-
-
-def split_by_budget(examples: Sequence[Example], places: Iterable[int], budget: TokenBudget) -> Iterator[list[int]]:
-    """Split the examples at `places`, in order, into packs within the budget.
+def split_by_budget(examples: Sequence[Example], places: Sequence[int], budget: TokenBudget) -> Iterator[list[int]]:
+    """Split the examples at `places` into packs within the budget, such that those that share prefixes fall together.
 
     An example that exceeds the budget alone gets its own pack.
     """
-    pack: list[int] = []
-    tokens = 0
-    seen: set[Part] = set()
-    for place in places:
-        parts = token_counts(examples[place])
-        prompt = next(iter(parts))
-        added = sum(length for key, length in parts.items() if key not in seen)
-        most = budget.limit if prompt in seen else budget.soft_limit
-        if pack and tokens + added > most:
-            yield pack
-            pack, tokens, seen, added = [], 0, set(), sum(parts.values())
-        pack.append(place)
-        seen |= parts.keys()
-        tokens += added
-    if pack:
-        yield pack
+    pack = _OpenPack()
+    for place in _by_sharing(examples, places):
+        prompt, _ = examples[place]
+        most = budget.limit if id(prompt) in pack.prompts else budget.soft_limit
+        before = list(pack.places)
+        pack.add(place, examples[place])
+        if before and pack.counter.num_tokens > most:
+            yield sorted(before)
+            pack = _OpenPack()
+            pack.add(place, examples[place])
+    if pack.places:
+        yield sorted(pack.places)
+
+
+class _OpenPack:
+    """The examples of a pack so far."""
+
+    def __init__(self) -> None:
+        self.places: list[int] = []
+        self.prompts: set[int] = set()
+        self.counter = PrefixCounter()
+        self._counted: set[tuple[int, int]] = set()
+
+    def add(self, place: int, example: Example) -> None:
+        """Add the example at a place."""
+        prompt, number = example
+        self.places.append(place)
+        self.prompts.add(id(prompt))
+        for index in prompt.members(number):
+            if (id(prompt), index) not in self._counted:
+                self._counted.add((id(prompt), index))
+                self.counter.add(prompt.prompt_ids + prompt.responses[index], id(prompt), len(prompt.prompt_ids))
+
+
+def _by_sharing(examples: Sequence[Example], places: Sequence[int]) -> list[int]:
+    """Places such that examples whose first members begin alike are adjacent, otherwise in their order."""
+    chosen = [(prompt, prompt.members(number)[0]) for prompt, number in (examples[place] for place in places)]
+    sequences = [prompt.prompt_ids + prompt.responses[index] for prompt, index in chosen]
+    found = trees(sequences, [id(prompt) for prompt, _ in chosen])
+    return [places[position] for tree in found for position in tree]
 
 
 def assign_to_ranks(examples: Sequence[Example], size: int) -> list[list[int]]:
@@ -214,8 +251,11 @@ def assign_to_ranks(examples: Sequence[Example], size: int) -> list[list[int]]:
 
 
 def _num_tokens(examples: Sequence[Example], places: Iterable[int]) -> int:
-    """Tokens of the examples at `places`; each prompt and response counts once."""
-    return sum({part: count for place in places for part, count in token_counts(examples[place]).items()}.values())
+    """Tokens of the examples at `places`, which have the same prompt; the prompt and each response count once."""
+    chosen = [examples[place] for place in places]
+    prompt, _ = chosen[0]
+    indices = {index for _, number in chosen for index in prompt.members(number)}
+    return len(prompt.prompt_ids) + sum(len(prompt.responses[index]) for index in indices)
 
 
 def build_packs(examples: Sequence[Example], budget: TokenBudget, ranks: Ranks = SINGLE_PROCESS) -> list[PackedBatch]:
@@ -227,6 +267,6 @@ def build_packs(examples: Sequence[Example], budget: TokenBudget, ranks: Ranks =
     packs = [pack_examples([examples[place] for place in places], places) for places in cuts[ranks.rank]]
     missing = max(map(len, cuts)) - len(packs)
     if missing:
-        shortest = min(range(len(examples)), key=lambda place: sum(token_counts(examples[place]).values()))
+        shortest = min(range(len(examples)), key=lambda place: _num_tokens(examples, [place]))
         packs += [replace(pack_examples([examples[shortest]], [shortest]), is_filler=True)] * missing
     return packs

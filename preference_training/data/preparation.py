@@ -19,8 +19,9 @@ from preference_training.core.errors import UserError
 from preference_training.core.files import PARTIAL, atomic_file, locked, partial_path, sync
 from preference_training.core.machine import infrequent_garbage_collection
 from preference_training.core.values import hash_values
+from preference_training.data.columns import ContentHash
 from preference_training.data.entries import Entry, load_records
-from preference_training.data.prompt_table import ContentHash, PromptTable, TablePart, write_columns, write_selected
+from preference_training.data.prompt_table import OtherColumnsError, PromptTable, TablePart, write_columns, write_selected
 from preference_training.data.rows.records import DataReport, PreferenceRecord
 from preference_training.data.token_files import Vocabulary, read_tokenized
 from preference_training.data.tokenization import VERSION, TokenizedPrompt, TokenSettings, text_reader, tokenize_records
@@ -143,7 +144,7 @@ class _Preparation:
         except FileNotFoundError:
             return None
         except (OSError, ValueError, TypeError, AttributeError) as error:
-            print(f"{self.entry.name}: {path} is damaged and prepared again: {error}", flush=True)
+            print(f"{self.entry.name}: {_prepared_again(path, error)}", flush=True)
             return None
 
     def _map(self, path: Path, fingerprint: str | None) -> TablePart:
@@ -205,6 +206,13 @@ class _Preparation:
         except OSError as error:
             # The loader's own files, not those of prepared data.
             raise UserError(f"datasets: {self.entry.name}: its loader cannot read its data: {error}.") from error
+
+
+def _prepared_again(path: Path, error: Exception) -> str:
+    """A message about a file that cannot be used."""
+    if isinstance(error, OtherColumnsError):
+        return f"{path} has the columns of an earlier version and is prepared again"
+    return f"{path} is damaged and prepared again: {error}"
 
 
 def _with_progress(prompts: Iterator[TokenizedPrompt], name: str) -> Iterator[TokenizedPrompt]:
@@ -285,7 +293,7 @@ def _kept(part: TablePart, kept: numpy.ndarray, directory: Path) -> TablePart:
                 if found.num_prompts == kept.sum():
                     return found
             except (OSError, ValueError) as error:
-                print(f"{path} is damaged and prepared again: {error}", flush=True)
+                print(_prepared_again(path, error), flush=True)
         with atomic_file(path, "wb", durable=True) as file:
             write_selected(file, part, kept)
         return TablePart.of_file(path, part.source, part.weight)

@@ -1,23 +1,22 @@
 """Tokenized prompts in columns: written to disk as an Arrow file, and read by mapping it into memory.
 
 A table is a sequence of `TokenizedPrompt`s, which are built on access. Of millions of prompts only the numbers of examples are
-in memory; everything else stays in the file, whose pages are loaded on demand. Shapes: N prompts, R responses.
+in memory; everything else stays in the file, whose pages are loaded on demand. Shapes: N prompts.
 """
 
 import mmap
-from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, islice, pairwise
+from itertools import accumulate, islice
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy
 import pyarrow
 import xxhash
 
+from preference_training.data.columns import SCHEMA, Columns, ContentHash, content_hash
 from preference_training.data.tokenization import TokenizedPrompt
 
 # Prompts of one batch of a file.
@@ -25,128 +24,16 @@ PROMPTS_PER_BATCH = 4096
 # After so many reads the mapped pages are released, so that random access does not load the whole file.
 READS_BEFORE_RELEASE = 256
 
-TOKENS = pyarrow.list_(pyarrow.field("item", pyarrow.int32(), nullable=False))
-SCHEMA = pyarrow.schema(
-    {
-        "number": pyarrow.int64(),
-        "prompt_ids": TOKENS,
-        "responses": pyarrow.list_(pyarrow.field("item", TOKENS, nullable=False)),
-        # The two indices of each pair, concatenated.
-        "pairs": TOKENS,
-    }
-)
 
-
-class Columns(NamedTuple):
-    """A batch of prompts. Offsets have one more entry than they delimit: part k goes from entry k to entry k + 1."""
-
-    numbers: numpy.ndarray
-    prompt_offsets: numpy.ndarray
-    prompt_ids: numpy.ndarray
-    first_response: numpy.ndarray
-    response_offsets: numpy.ndarray
-    response_ids: numpy.ndarray
-    pair_offsets: numpy.ndarray
-    pairs: numpy.ndarray
-
-    @classmethod
-    def of(cls, prompts: Iterable[TokenizedPrompt]) -> "Columns":
-        """Columns of prompts, in memory."""
-        values = {name: array("q" if name == "numbers" else "i") for name in cls._fields}
-        for name in ("prompt_offsets", "first_response", "response_offsets", "pair_offsets"):
-            values[name].append(0)
-        for prompt in prompts:
-            values["numbers"].append(prompt.number)
-            values["prompt_ids"].fromlist(prompt.prompt_ids)
-            values["prompt_offsets"].append(len(values["prompt_ids"]))
-            for response in prompt.responses:
-                values["response_ids"].fromlist(response)
-                values["response_offsets"].append(len(values["response_ids"]))
-            values["first_response"].append(len(values["response_offsets"]) - 1)
-            for pair in prompt.pairs:
-                values["pairs"].extend(pair)
-            values["pair_offsets"].append(len(values["pairs"]))
-        return cls(**{name: numpy.asarray(value) for name, value in values.items()})
-
-    @classmethod
-    def of_arrow(cls, batch: pyarrow.RecordBatch) -> "Columns":
-        """Columns as views of an Arrow batch."""
-        prompts, responses, pairs = (batch.column(name) for name in ("prompt_ids", "responses", "pairs"))
-        lists = [prompts.offsets, prompts.values, responses.offsets, responses.values.offsets, responses.values.values]
-        parts = [batch.column("number"), *lists, pairs.offsets, pairs.values]
-        return cls(*(part.to_numpy(zero_copy_only=True) for part in parts))
-
-    def as_arrow(self) -> pyarrow.RecordBatch:
-        """The columns as an Arrow batch."""
-        responses = pyarrow.ListArray.from_arrays(self.response_offsets, self.response_ids, type=TOKENS)
-        columns = [
-            pyarrow.array(self.numbers),
-            pyarrow.ListArray.from_arrays(self.prompt_offsets, self.prompt_ids, type=TOKENS),
-            pyarrow.ListArray.from_arrays(self.first_response, responses, type=SCHEMA.field("responses").type),
-            pyarrow.ListArray.from_arrays(self.pair_offsets, self.pairs, type=TOKENS),
-        ]
-        return pyarrow.RecordBatch.from_arrays(columns, schema=SCHEMA)
-
-    @property
-    def num_examples(self) -> numpy.ndarray:
-        """Pairs of each prompt, or responses where it has no pairs: [N] int32."""
-        pairs, responses = numpy.diff(self.pair_offsets) // 2, numpy.diff(self.first_response)
-        return numpy.where(pairs, pairs, responses).astype(numpy.int32)
-
-    @property
-    def prompt_hashes(self) -> numpy.ndarray:
-        """A hash of each prompt's token ids: [N] uint64."""
-        ids = memoryview(numpy.ascontiguousarray(self.prompt_ids, numpy.int32)).cast("B")
-        cuts = (self.prompt_offsets.astype(numpy.int64) * numpy.dtype(numpy.int32).itemsize).tolist()
-        return numpy.array([xxhash.xxh3_64_intdigest(ids[start:end]) for start, end in pairwise(cuts)], numpy.uint64)
-
-    @property
-    def longest_row(self) -> int:
-        """Tokens of the longest prompt with one of its responses."""
-        prompts, responses = numpy.diff(self.prompt_offsets), numpy.diff(self.response_offsets)
-        rows = numpy.repeat(prompts, numpy.diff(self.first_response)) + responses
-        return int(rows.max(initial=0))
-
-    def prompt(self, k: int, source: str, first_row: int) -> TokenizedPrompt:
-        """The k-th prompt; `first_row` is that of the batch's first response."""
-        first, last = self.first_response[k], self.first_response[k + 1]
-        cuts = self.response_offsets[first : last + 1].tolist()
-        pairs = self.pairs[self.pair_offsets[k] : self.pair_offsets[k + 1]].tolist()
-        number = int(self.numbers[k])
-        return TokenizedPrompt(
-            self.prompt_ids[self.prompt_offsets[k] : self.prompt_offsets[k + 1]].tolist(),
-            [self.response_ids[start:end].tolist() for start, end in pairwise(cuts)],
-            list(zip(pairs[::2], pairs[1::2], strict=True)),
-            f"{source} {number}",
-            number,
-            first_row + int(first),
-        )
-
-
-class ContentHash:
-    """A hash of the token ids and pairs of prompts, independent of batches, numbers, names and files."""
-
-    def __init__(self):
-        self._columns = [xxhash.xxh3_128() for _ in range(7)]
-
-    def update(self, columns: Columns) -> None:
-        """Add a batch."""
-        offsets = columns.prompt_offsets, columns.first_response, columns.response_offsets, columns.pair_offsets
-        ids = columns.prompt_ids, columns.response_ids, columns.pairs
-        parts = [*map(numpy.diff, offsets), *ids]
-        for digest, part in zip(self._columns, parts, strict=True):
-            digest.update(numpy.ascontiguousarray(part, numpy.int32))
-
-    def hexdigest(self) -> str:
-        """32 hexadecimal digits."""
-        return xxhash.xxh3_128_hexdigest("".join(digest.hexdigest() for digest in self._columns).encode())
+class OtherColumnsError(ValueError):
+    """A complete file with other columns than today's."""
 
 
 @dataclass(frozen=True)
 class TablePart:
     """The prompts of one data set. source: the prefix of their names in messages. weight: how often an epoch visits each.
 
-    fingerprint: a hash of all token ids and pairs. name: of its file, without the suffix.
+    fingerprint: a hash of all token ids and examples. name: of its file, without the suffix.
     """
 
     source: str
@@ -166,7 +53,7 @@ class TablePart:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         reader = pyarrow.ipc.open_file(pyarrow.py_buffer(mapped))
         if not reader.schema.equals(SCHEMA):
-            raise ValueError(f"{path} has other columns")
+            raise OtherColumnsError(f"{path} has other columns")
         batches = [Columns.of_arrow(reader.get_batch(k)) for k in range(reader.num_record_batches)]
         return cls(source, batches, fingerprint or content_hash(batches), weight, mapped, path.stem)
 
@@ -186,14 +73,6 @@ class TablePart:
         """Release the mapped pages; the next access reads them again."""
         if self.mapped is not None and hasattr(self.mapped, "madvise"):
             self.mapped.madvise(mmap.MADV_DONTNEED)
-
-
-def content_hash(batches: Iterable[Columns]) -> str:
-    """The `ContentHash` of batches."""
-    digest = ContentHash()
-    for columns in batches:
-        digest.update(columns)
-    return digest.hexdigest()
 
 
 def write_columns(file, prompts: Iterable[TokenizedPrompt], digest: ContentHash | None = None) -> int:
@@ -228,7 +107,7 @@ class PromptTable(Sequence[TokenizedPrompt]):
         self.first_row = first_row
         self._batches = [(part, columns) for part in self.parts for columns in part.batches]
         self._starts = [0, *accumulate(len(columns.numbers) for _, columns in self._batches)]
-        self._rows = [first_row, *accumulate((int(c.first_response[-1]) for _, c in self._batches), initial=first_row)][1:]
+        self._rows = [first_row, *accumulate((c.num_responses for _, c in self._batches), initial=first_row)][1:]
         self._reads = 0
         self._release()
 
@@ -268,7 +147,7 @@ class PromptTable(Sequence[TokenizedPrompt]):
     @property
     def num_tokens(self) -> numpy.ndarray:
         """How many tokens each prompt has with all its responses: [N] int32."""
-        return self._column(lambda c: numpy.diff(c.prompt_offsets) + numpy.diff(c.response_offsets[c.first_response]))
+        return self._column(lambda columns: columns.num_tokens)
 
     @property
     def longest_row(self) -> int:
@@ -280,7 +159,7 @@ class PromptTable(Sequence[TokenizedPrompt]):
     @property
     def largest_id(self) -> int:
         """The largest token id; -1 without any."""
-        ids = (ids for _, columns in self._batches for ids in (columns.prompt_ids, columns.response_ids))
+        ids = (ids for _, columns in self._batches for ids in (columns.prompts.values, columns.responses.lists.values))
         largest = max((int(some.max()) for some in ids if len(some)), default=-1)
         self._release()
         return largest
@@ -302,13 +181,13 @@ class PromptTable(Sequence[TokenizedPrompt]):
 
     @property
     def fingerprint(self) -> str:
-        """A hash of all token ids, pairs and response numbers."""
+        """A hash of all token ids, examples and response numbers."""
         return xxhash.xxh3_128_hexdigest(repr(([part.fingerprint for part in self.parts], self.first_row)).encode())
 
     def prompt_index(self, row: int) -> int:
         """The index of the prompt to which response number `row` belongs."""
         batch = bisect_right(self._rows, row) - 1
-        first = self._batches[batch][1].first_response
+        first = self._batches[batch][1].responses.first
         return self._starts[batch] + int(numpy.searchsorted(first, row - self._rows[batch], side="right")) - 1
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
+from itertools import combinations, islice
 
 from preference_training.core.errors import UserError
 from preference_training.data.rows.records import DataReport, PreferenceRecord, Prompt, prompt_text
@@ -20,22 +20,39 @@ from preference_training.data.rows.templates import ConversationError, build_tem
 class TokenizedPrompt:
     """Token ids of a prompt and of the responses that are trained on, each response with its end-of-sequence token.
 
-    `pairs` holds (preferred, dispreferred) indices into `responses`; it is empty for SFT, where `responses` is the target.
-    `source` names the record in messages; `number` counts the records of its data set and split. `first_row` is the index of
-    its first response among all responses of the run's data.
+    `examples` holds indices into `responses`: (preferred, dispreferred), a ranking from best to worst, or a labeled response
+    and a mismatched one; if it is empty, as for SFT, every response is an example of its own. `source` names the record in
+    messages; `number` counts the records of its data set and split. `first_row` is the index of its first response among all
+    responses of the run's data.
+
+    spans: the scored tokens of each response as [start, end) spans; None where all are scored. weights, margins, labels: a
+    number for each example, if the data has them; a label is 1 for a desirable response, 0 for an undesirable one.
     """
 
     prompt_ids: list[int]
     responses: list[list[int]]
-    pairs: list[tuple[int, int]]
+    examples: list[tuple[int, ...]]
     source: str = ""
     number: int = 0
     first_row: int = 0
+    spans: list[list[tuple[int, int]]] | None = None
+    weights: list[float] | None = None
+    margins: list[float] | None = None
+    labels: list[float] | None = None
 
     @property
     def num_examples(self) -> int:
-        """How many examples it holds: its pairs, or for SFT its responses."""
-        return len(self.pairs) or len(self.responses)
+        """How many examples it holds."""
+        return len(self.examples) or len(self.responses)
+
+    @property
+    def pairs(self) -> list[tuple[int, int]]:
+        """Preferred and dispreferred response of every pair, also of those that a ranking implies."""
+        return [pair for members in self.examples for pair in combinations(members, 2)] if self.labels is None else []
+
+    def members(self, k: int) -> tuple[int, ...]:
+        """The responses of example k, as indices."""
+        return self.examples[k] if self.examples else (k,)
 
 
 # The version of the rules by which rows become token ids, pairs and splits, that is, of all code between loader and
@@ -312,14 +329,14 @@ def drop_identical_pairs(prompt: TokenizedPrompt, report: DataReport) -> Tokeniz
     """
     first: dict[tuple[int, ...], int] = {}
     places = [first.setdefault(tuple(response), index) for index, response in enumerate(prompt.responses)]
-    if not prompt.pairs or len(first) == len(places):
+    if not prompt.examples or len(first) == len(places):
         return prompt
-    pairs = [(places[i], places[j]) for i, j in prompt.pairs]
+    pairs = [(places[i], places[j]) for i, j in prompt.examples]
     different = [(i, j) for i, j in pairs if i != j]
     report.skip(SAME_IDS, len(pairs) - len(different))
     used = sorted({index for pair in different for index in pair})
     responses = [prompt.responses[index] for index in used]
-    return replace(prompt, responses=responses, pairs=pairs_between(used, different)) if different else None
+    return replace(prompt, responses=responses, examples=pairs_between(used, different)) if different else None
 
 
 # ---- lengths ------------------------------------------------------------------------------------------------------------
@@ -360,8 +377,8 @@ def truncate(
 def _without_long_responses(prompt: TokenizedPrompt, max_length: int, report: DataReport) -> TokenizedPrompt | None:
     room = max_length - len(prompt.prompt_ids)
     kept = [index for index, response in enumerate(prompt.responses) if len(response) <= room]
-    pairs = pairs_between(kept, prompt.pairs)
-    survives = bool(pairs) if prompt.pairs else bool(kept)
+    pairs = pairs_between(kept, prompt.examples)
+    survives = bool(pairs) if prompt.examples else bool(kept)
     dropped = prompt.num_examples - (len(pairs) or len(kept) if survives else 0)
     report.skip(f"longer than max_length, {max_length} tokens", dropped)
-    return replace(prompt, responses=[prompt.responses[index] for index in kept], pairs=pairs) if survives else None
+    return replace(prompt, responses=[prompt.responses[index] for index in kept], examples=pairs) if survives else None

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from preference_training.batching.trees import TreeLayout
+from preference_training.batching.tries import TrieLayout
 from preference_training.core.errors import UserError, first_line
 from preference_training.core.processes import in_worker
 from preference_training.distributed.sharding import check_divisible
@@ -263,8 +263,8 @@ def _for_shard(value, number: int, device: torch.device):
 
     if isinstance(value, Tensor):
         return value.to(device)
-    if isinstance(value, TreeLayout):
-        return TreeLayout(value.trees, device)
+    if isinstance(value, TrieLayout):
+        return TrieLayout(value.trie, device)
     if isinstance(value, Cache):
         # The first shard fills the cache that generation sees; it is empty when the others' are made.
         others = vars(value).setdefault("of_other_shards", {})

@@ -34,7 +34,7 @@ from preference_training.modeling.prefix_sharing.proof import (
     random_trees,
 )
 from preference_training.modeling.prefix_sharing.sharing import attend_over_trees, scores_in_head, share_prefixes
-from preference_training.modeling.prefix_sharing.tree_attention import RESPONSE_TREES
+from preference_training.modeling.prefix_sharing.tree_attention import TREE_ATTENTION
 from preference_training.modeling.state import compute_device, free_memory, set_buffers, weights_hash
 
 # ---- the mesh -----------------------------------------------------------------------------------------------------------
@@ -221,7 +221,7 @@ def has_plenty_of_memory(config, tokenizer) -> bool:
 
 def reference_beside(policy: nn.Module, layout: Layout, tokenizer, device: torch.device) -> nn.Module:
     """A frozen copy of a sharded policy as it is now, in `reference_dtype`; nothing is communicated."""
-    sharing = Sharing(scores_in_head(policy)) if policy.config._attn_implementation == RESPONSE_TREES else None
+    sharing = Sharing(scores_in_head(policy)) if policy.config._attn_implementation == TREE_ATTENTION else None
     copy = empty_model(layout, tokenizer, layout.config.model.reference_dtype, sharing, device)
     copy.compute_device = device
     with torch.no_grad():

@@ -152,7 +152,7 @@ def collect_facts(table: PromptTable) -> Facts:
         prompt_lengths.append(len(prompt.prompt_ids))
         response_lengths += lengths
         example_lengths.append(len(prompt.prompt_ids) + max(lengths))
-        used = [index for pair in prompt.pairs for index in pair] or range(len(lengths))
+        used = [index for members in prompt.examples for index in members] or range(len(lengths))
         repeated += sum(len(prompt.prompt_ids) + lengths[index] for index in used)
     pairs = numpy.array(forward, numpy.int64)
     return Facts(
@@ -221,7 +221,7 @@ def describe_examples(prompts: Iterable[TokenizedPrompt], tokenizer, color: bool
         lines.append(f"  {prompt.source}\n    prompt    {shown}")
         chosen = {i for i, _ in prompt.pairs}
         for index, response in enumerate(prompt.responses):
-            label = "response " if not prompt.pairs else "preferred" if index in chosen else "other    "
+            label = "response " if not prompt.examples else "preferred" if index in chosen else "other    "
             lines.append(f"    {label} {tokens_shown(response, tokenizer, True, color)}")
     return lines
 

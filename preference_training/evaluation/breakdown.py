@@ -46,13 +46,14 @@ class ExampleFacts:
         """The properties of the first `n_examples` examples (None: all) of some prompts."""
         markers, rows, number = user_markers(tokenizer), [], -1
         last = None
-        for prompt, pair in islice(iterate_examples(prompts), n_examples):
+        for prompt, example in islice(iterate_examples(prompts), n_examples):
             if prompt is not last:
                 text, number, last = tokenizer.decode(prompt.prompt_ids), number + 1, prompt
                 turns = max(1, *(text.count(marker) for marker in markers))
-            lengths = [len(prompt.responses[index]) for index in pair or (0, 0)]
+            members = prompt.members(example)
+            lengths = [len(prompt.responses[index]) for index in (members[0], members[-1])]
             # A source is "NAME, test prompt 5".
-            rows.append((prompt.source.rsplit(", ", 1)[0], number, len(prompt.prompt_ids), *lengths, turns, pair is not None))
+            rows.append((prompt.source.rsplit(", ", 1)[0], number, len(prompt.prompt_ids), *lengths, turns, bool(prompt.pairs)))
         names, *numbers, paired = zip(*rows, strict=True)
         prompts_of, prompt_lengths, responses, others, turns_of = map(numpy.array, numbers)
         return cls(list(names), prompts_of, prompt_lengths, responses, others if all(paired) else None, turns_of)

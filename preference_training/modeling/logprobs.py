@@ -1,8 +1,8 @@
 """Log-probs of responses under a model, and the reference that gives them without gradients.
 
-Shapes: T packed tokens, S scored tokens (of all responses together), R responses, L tokens of the longest padded row, H hidden
-size, V vocabulary. Position i of the logits predicts token i + 1, so a response is scored from the last position of its prompt
-on.
+Shapes: T packed tokens, S scored tokens, C contributions (a scored token counts for each response that shares it), R responses,
+L tokens of the longest padded row, H hidden size, V vocabulary, K 1 or 2 values a token. Position i of the logits predicts token
+i + 1, so a response is scored from the last position of its prompt on.
 """
 
 import inspect
@@ -18,50 +18,76 @@ from torch.utils.checkpoint import checkpoint
 from preference_training.batching.packing import PackedBatch
 from preference_training.core.process_group import reshard, to_local
 from preference_training.modeling.adapters import has_adapter, reference_mode
-from preference_training.modeling.prefix_sharing.tree_attention import RESPONSE_TREES
+from preference_training.modeling.prefix_sharing.tree_attention import TREE_ATTENTION
 from preference_training.modeling.state import spans_devices
 
 # The most float32 logits in memory at once. Unit: bytes.
 MAX_LOGITS_BYTES = 2**29
-# Label of positions that are not scored: cross_entropy's default.
-IGNORE_INDEX = -100
 
 
 def response_logps(model: nn.Module, batch: PackedBatch) -> Tensor:
-    """Log-prob of each response given its prompt, summed over its tokens: [R] float32, in the batch's order.
+    """Log-prob of each response given its prompt, summed over its scored tokens: [R] float32, in the batch's order."""
+    return _sum_by_response(scored_tokens(model, batch), batch)
 
-    A model with tree attention computes every prompt once; any other computes padded rows. A model with an attribute
-    `autocast_dtype` runs under autocast in that dtype; the softmax is always in float32.
+
+def scored_tokens(model: nn.Module, batch: PackedBatch, collision: bool = False) -> Tensor:
+    """Log-probs of the scored tokens, response by response: [C, 1] float64 (float32 on MPS).
+
+    collision: also log sum_v p_v^2 of the distribution that each token is drawn from: [C, 2]. A model with tree attention
+    computes what sequences share once; any other computes padded rows. A model with an attribute `autocast_dtype` runs under
+    autocast in that dtype; the softmax is always in float32.
     """
-    compute = tree_logps if model.config._attn_implementation == RESPONSE_TREES else padded_logps
+    compute = _score_trie if model.config._attn_implementation == TREE_ATTENTION else _score_rows
     dtype = getattr(model, "autocast_dtype", None)
     with torch.autocast(batch.input_ids.device.type, dtype=dtype, enabled=dtype is not None):
-        return compute(model, batch)
+        return compute(model, batch, collision)
 
 
-def tree_logps(model: nn.Module, batch: PackedBatch) -> Tensor:
-    """`response_logps` in one forward of the packed tokens; the head computes the scored positions only."""
+def trie_logps(model: nn.Module, batch: PackedBatch) -> Tensor:
+    """`response_logps` in one forward of the packed tokens."""
+    return _sum_by_response(_score_trie(model, batch), batch)
+
+
+def padded_logps(model: nn.Module, batch: PackedBatch) -> Tensor:
+    """`response_logps` of padded rows."""
+    return _sum_by_response(_score_rows(model, batch), batch)
+
+
+def _sum_by_response(values: Tensor, batch: PackedBatch) -> Tensor:
+    """The sums of the first column of `scored_tokens` over each response's tokens: [R] float32."""
+    return values.new_zeros(len(batch.response_lengths)).index_add(0, batch.scored_responses, values[:, 0]).float()
+
+
+def _to_float64(values: Tensor) -> Tensor:
+    """Token log-probs in float64 where the device supports it, so that their sum is exact to float32."""
+    return values if values.device.type == "mps" else values.double()
+
+
+# ---- one forward of a trie ------------------------------------------------------------------------------------------------
+
+
+def _score_trie(model: nn.Module, batch: PackedBatch, collision: bool = False) -> Tensor:
+    """`scored_tokens` in one forward of the packed tokens; the head computes the scored positions only."""
     head = model.get_output_embeddings()
     scores_in_head = isinstance(head, ScoringHead)
     if scores_in_head:
-        head.scored_ids = batch.scored_ids
+        head.scored_ids, head.collision = batch.scored_ids, collision
     try:
         output = _packed_forward(model, batch)
     finally:
         if scores_in_head:
             head.scored_ids = None
-    token_logps = _to_float64(output[:, 0] if scores_in_head else score_tokens(output, batch.scored_ids))
-    return token_logps.new_zeros(len(batch.response_lengths)).index_add(0, batch.scored_responses, token_logps).float()
+    return _to_float64(output if scores_in_head else score_tokens(output, batch.scored_ids, collision))[batch.scored]
 
 
 def _packed_forward(model: nn.Module, batch: PackedBatch) -> Tensor:
-    """The output of the model's head at the scored positions: [S, V] logits, or [S, 1] log-probs of a ScoringHead."""
+    """The output of the model's head at the scored positions: [S, V] logits, or [S, K] of a ScoringHead."""
     return model(
         input_ids=batch.input_ids[None],
         position_ids=batch.position_ids[None],
         # Four dimensions, so that transformers builds no mask of its own: tree attention reads the layout instead.
         attention_mask=batch.input_ids.new_zeros((1, 1, 1, 1)),
-        response_trees=batch.layout,
+        trie=batch.layout,
         logits_to_keep=_head_index(model, batch.predicted_at),
         use_cache=False,
     ).logits[0]
@@ -72,18 +98,17 @@ def _head_index(model: nn.Module, positions: Tensor) -> Tensor:
     return positions.cpu() if spans_devices(model) else positions
 
 
-def _to_float64(token_logps: Tensor) -> Tensor:
-    """Token log-probs in float64 where the device supports it, so that their sum is exact to float32."""
-    return token_logps if token_logps.device.type == "mps" else token_logps.double()
-
-
-def score_tokens(logits: Tensor, ids: Tensor) -> Tensor:
-    """Log-prob of each token [S] under its logits [S, V], in float32; 0 where the id is IGNORE_INDEX."""
-    return -F.cross_entropy(logits.float(), ids, reduction="none")
+def score_tokens(logits: Tensor, ids: Tensor, collision: bool = False) -> Tensor:
+    """Log-prob of each token under its logits [S, V], in float32: [S, 1]; with `collision` also log sum_v p_v^2: [S, 2]."""
+    logits = logits.float()
+    logps = -F.cross_entropy(logits, ids, reduction="none")
+    if not collision:
+        return logps[:, None]
+    return torch.stack([logps, (2 * logits).logsumexp(-1) - 2 * logits.logsumexp(-1)], dim=1)
 
 
 class ScoringHead(nn.Linear):
-    """A language-model head that, given the tokens to score, returns their log-probs instead of logits.
+    """A language-model head that, given the tokens to score, returns `score_tokens` of them instead of logits.
 
     A model's head becomes one by a change of class (`head.__class__ = ScoringHead`), which leaves weights, names and ties as
     they are. Logits are computed in chunks of at most MAX_LOGITS_BYTES and, where there are several chunks, recomputed in the
@@ -91,37 +116,43 @@ class ScoringHead(nn.Linear):
     """
 
     scored_ids: Tensor | None = None
+    collision: bool = False
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """hidden [1, S, H] to log-probs [1, S, 1] of `scored_ids` [S]; to logits where there are none."""
+        """hidden [1, S, H] to `score_tokens` [1, S, K] of `scored_ids` [S]; to logits where there are none."""
         if self.scored_ids is None:
             return super().forward(hidden)
         size = max(1, MAX_LOGITS_BYTES // (4 * self.out_features))
         # In a model that spans devices, the head is not on the device of the inputs.
         ids = self.scored_ids.to(hidden.device)
         if len(ids) <= size:
-            logps = [self._score(hidden[0], ids)]
+            values = [self._score(hidden[0], ids, self.collision)]
         else:
             chunks = zip(hidden[0].split(size), ids.split(size), strict=True)
-            logps = [checkpoint(self._score, states, ids, use_reentrant=False) for states, ids in chunks]
+            # An argument, not the attribute: the backward pass recomputes a chunk when that may have changed.
+            values = [checkpoint(self._score, states, ids, self.collision, use_reentrant=False) for states, ids in chunks]
         # A copy: FSDP registers a hook on the model's output, which a view modified in place would lose.
-        return torch.cat([part[:, None] for part in logps])[None].clone()
+        return torch.cat(values)[None].clone()
 
-    def _score(self, states: Tensor, ids: Tensor) -> Tensor:
-        return score_tokens(F.linear(states, self.weight, self.bias), ids)
+    def _score(self, states: Tensor, ids: Tensor, collision: bool) -> Tensor:
+        return score_tokens(F.linear(states, self.weight, self.bias), ids, collision)
 
 
-def padded_logps(model: nn.Module, batch: PackedBatch) -> Tensor:
-    """`response_logps` with one row for each response after its prompt, padded on the right.
+# ---- padded rows ----------------------------------------------------------------------------------------------------------
 
-    The head computes positions from the last one of the shortest prompt on.
+
+def _score_rows(model: nn.Module, batch: PackedBatch, collision: bool = False) -> Tensor:
+    """`scored_tokens` with one row for each response after its prompt, padded on the right.
+
+    The head computes the positions between the first and the last one that is scored in any row.
     """
-    input_ids, labels, attention_mask = _padded_rows(batch)
-    first = min(tree.prompt_length for tree in batch.trees) - 1
-    positions = torch.arange(first, input_ids.shape[1] - 1, device=input_ids.device)
-    logits = _logits_at(model, input_ids, attention_mask, positions)
-    token_logps = _to_float64(score_tokens(logits.flatten(0, 1), labels[:, first + 1 :].flatten()))
-    return token_logps.view(len(labels), -1).sum(1).float()
+    input_ids, attention_mask = _padded_rows(batch)
+    first, last = int(batch.scored_positions.min()), int(batch.scored_positions.max())
+    # Position i predicts token i + 1. Tokens that do not count are scored as well, since logits would have to be copied.
+    logits = _logits_at(model, input_ids, attention_mask, torch.arange(first - 1, last, device=input_ids.device))
+    ids = input_ids[:, first : last + 1]
+    values = score_tokens(logits.flatten(0, 1), ids.flatten(), collision).unflatten(0, ids.shape)
+    return _to_float64(values[batch.scored_responses, batch.scored_positions - first])
 
 
 def _logits_at(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
@@ -137,24 +168,14 @@ def _has_logits_to_keep(model_class: type[nn.Module]) -> bool:
     return "logits_to_keep" in inspect.signature(model_class.forward).parameters
 
 
-def _padded_rows(batch: PackedBatch) -> tuple[Tensor, Tensor, Tensor]:
-    """Token ids, labels and attention mask, each [R, L]: one row for each response after its prompt, padded on the right.
+def _padded_rows(batch: PackedBatch) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask, each [R, L]: one row for each response after its prompt, padded on the right.
 
-    Labels are IGNORE_INDEX outside the response. Padding is masked by length, never by a token's id.
+    Padding is masked by length, never by a token's id.
     """
-    rows, labels = [], []
-    for tree in batch.trees:
-        prompt = batch.input_ids[tree.start : tree.start + tree.prompt_length]
-        for start, length in zip(tree.response_starts, tree.response_lengths, strict=True):
-            response = batch.input_ids[start : start + length]
-            rows.append(torch.cat([prompt, response]))
-            labels.append(torch.cat([torch.full_like(prompt, IGNORE_INDEX), response]))
-    attention_mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
-    return (
-        pad_sequence(rows, batch_first=True),
-        pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX),
-        attention_mask,
-    )
+    paths = [torch.from_numpy(batch.trie.path(number)) for number in range(len(batch.response_lengths))]
+    rows = [batch.input_ids[path.to(batch.input_ids.device)] for path in paths]
+    return pad_sequence(rows, batch_first=True), pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
 
 
 # ---- the reference ------------------------------------------------------------------------------------------------------

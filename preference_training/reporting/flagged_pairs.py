@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy
-import xxhash
 
 from preference_training.core.errors import UserError
 from preference_training.core.files import atomic_file
@@ -155,7 +154,7 @@ def find_contradictions(table: PromptTable) -> list[Finding]:
 
 def candidate_prompts(table: PromptTable) -> Iterator[list[TokenizedPrompt]]:
     """Groups of prompts with the same token ids, and single prompts with several pairs, which may contradict each other."""
-    _, first, counts = numpy.unique(keys := prompt_keys(table), return_index=True, return_counts=True)
+    _, first, counts = numpy.unique(keys := table.prompt_hashes, return_index=True, return_counts=True)
     for index in numpy.flatnonzero(table.num_examples > 1):
         if counts[numpy.searchsorted(keys[first], keys[index])] == 1:
             yield [table[int(index)]]
@@ -163,17 +162,6 @@ def candidate_prompts(table: PromptTable) -> Iterator[list[TokenizedPrompt]]:
     starts = numpy.searchsorted(keys[order], keys[first][counts > 1])
     for start, count in zip(starts, counts[counts > 1], strict=True):
         yield [table[int(index)] for index in order[start : start + count]]
-
-
-def prompt_keys(table: PromptTable) -> numpy.ndarray:
-    """A hash of each prompt's token ids: [prompts] uint64."""
-    keys = [
-        xxhash.xxh3_64_intdigest(columns.prompt_ids[start:end].tobytes())
-        for part in table.parts
-        for columns in part.batches
-        for start, end in zip(columns.prompt_offsets[:-1], columns.prompt_offsets[1:], strict=True)
-    ]
-    return numpy.array(keys, numpy.uint64)
 
 
 # ---- with their texts -----------------------------------------------------------------------------------------------------

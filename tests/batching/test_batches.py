@@ -11,7 +11,8 @@ from preference_training.batching.micro_batches import evaluation_batches, evalu
 from preference_training.batching.packing import TokenBudget, assign_to_ranks, build_packs, iterate_examples, pack_examples
 from preference_training.batching.schedule import RunLength, Schedule
 from preference_training.core.process_group import Ranks
-from preference_training.data.prompt_table import Columns, PromptTable, TablePart
+from preference_training.data.columns import Columns
+from preference_training.data.prompt_table import PromptTable, TablePart
 from preference_training.data.tokenization import TokenizedPrompt
 
 # ---- packing ------------------------------------------------------------------------------------------------------------
@@ -67,8 +68,9 @@ def test_any_examples_can_be_read_back_from_their_pack(data):
         for tree in batch.trees
         for start, length in zip(tree.response_starts, tree.response_lengths, strict=True)
     ]
-    for (prompt, pair), numbers in zip(examples, batch.pairs.tolist(), strict=True):
-        assert [spans[number] for number in numbers] == [(prompt.prompt_ids, prompt.responses[index]) for index in pair]
+    for (prompt, k), numbers in zip(examples, batch.pairs.tolist(), strict=True):
+        expected = [(prompt.prompt_ids, prompt.responses[index]) for index in prompt.members(k)]
+        assert [spans[number] for number in numbers] == expected
 
 
 # ---- the order of a run ---------------------------------------------------------------------------------------------------
@@ -181,7 +183,7 @@ def test_the_prompts_of_an_evaluation_are_those_of_its_batches(count, pairs, wan
 
 
 def test_sft_batches_have_no_pairs():
-    prompts = PromptTable.of(replace(prompt, responses=prompt.responses[:1], pairs=[]) for prompt in some_prompts(3))
+    prompts = PromptTable.of(replace(prompt, responses=prompt.responses[:1], examples=[]) for prompt in some_prompts(3))
     [[micro_batch]] = BatchIterator(Schedule(prompts, 3))
     [batch] = micro_batch.packs
     assert batch.pairs.shape == (0, 2) and batch.num_examples == 3

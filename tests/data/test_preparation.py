@@ -16,6 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
+import pyarrow
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -414,6 +415,21 @@ def test_damaged_data_is_prepared_anew_and_said(folder, capsys, keep, tail):
     table, again, texts = prepared(whole(), folder / "prepared")
     assert (contents(table), again, texts) == (contents(first), report, 60)
     assert capsys.readouterr().out.count(f"rows.jsonl: {path} is damaged and prepared again") == 1
+    assert path.read_bytes() == content
+
+
+def test_data_with_the_columns_of_an_earlier_version_is_prepared_anew_and_said(folder, capsys):
+    first, report, _ = prepared(whole(), folder / "prepared")
+    [path] = (folder / "prepared").glob("*.arrow")
+    content = path.read_bytes()
+    table = pyarrow.ipc.open_file(pyarrow.BufferReader(content)).read_all().select(["number", "prompt_ids", "responses"])
+    path.unlink()
+    with pyarrow.ipc.new_file(str(path), table.schema) as writer:
+        writer.write_table(table)
+    table, again, texts = prepared(whole(), folder / "prepared")
+    assert (contents(table), again, texts) == (contents(first), report, 60)
+    said = f"rows.jsonl: {path} has the columns of an earlier version and is prepared again\n"
+    assert capsys.readouterr().out.count(said) == 1
     assert path.read_bytes() == content
 
 

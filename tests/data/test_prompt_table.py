@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from preference_training.batching.schedule import epoch_order
 from preference_training.data import prompt_table
-from preference_training.data.prompt_table import Columns, PromptTable, Selection, TablePart, shuffled, write_columns
+from preference_training.data.columns import Columns, content_hash
+from preference_training.data.prompt_table import PromptTable, Selection, TablePart, shuffled, write_columns
 from preference_training.data.tokenization import TokenizedPrompt
 
 # Hypothesis runs one function many times; each example writes its own file, so that sharing tmp_path is harmless.
@@ -23,12 +24,24 @@ ids = st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=6)
 
 
 @st.composite
+def some_spans(draw, length: int) -> list[tuple[int, int]]:
+    """Disjoint [start, end) spans of so many tokens, in their order."""
+    cuts = sorted(draw(st.sets(st.integers(0, length), max_size=4)))
+    return list(zip(cuts[::2], cuts[1::2], strict=False))
+
+
+@st.composite
 def any_prompt(draw) -> TokenizedPrompt:
-    """A prompt with pairs, or for SFT with one response and none."""
+    """A prompt with any examples, or for SFT with single responses, and any of the optional columns."""
     responses = draw(st.lists(ids, min_size=1, max_size=4))
     index = st.integers(0, len(responses) - 1)
-    pairs = draw(st.lists(st.tuples(index, index), max_size=5))
-    return TokenizedPrompt(draw(ids), responses if pairs else responses[:1], pairs, number=draw(st.integers(0, 2**40)))
+    examples = draw(st.lists(st.lists(index, min_size=1, max_size=4).map(tuple) | st.tuples(index, index), max_size=5))
+    count = len(examples) or len(responses)
+    numbers = st.none() | st.lists(st.floats(allow_nan=False), min_size=count, max_size=count)
+    spans = draw(st.none() | st.tuples(*(some_spans(len(response)) for response in responses)).map(list))
+    number = draw(st.integers(0, 2**40))
+    optional = {"spans": spans, "weights": draw(numbers), "margins": draw(numbers), "labels": draw(numbers)}
+    return TokenizedPrompt(draw(ids), responses, examples, number=number, **optional)
 
 
 many_prompts = st.lists(any_prompt(), max_size=9)
@@ -238,7 +251,7 @@ def test_the_drawn_share_is_another_in_each_epoch_and_after_enough_of_them_all_w
 
 @settings(deadline=None)
 @given(content=st.lists(any_prompt(), min_size=1, max_size=5), data=st.data())
-def test_a_fingerprint_differs_where_any_id_or_pair_differs(content, data):
+def test_a_fingerprint_differs_where_any_id_example_span_or_number_differs(content, data):
     k = data.draw(st.integers(0, len(content) - 1))
     prompt = content[k]
     response = prompt.responses[0]
@@ -247,8 +260,15 @@ def test_a_fingerprint_differs_where_any_id_or_pair_differs(content, data):
         "longer prompt": replace(prompt, prompt_ids=[*prompt.prompt_ids, 0]),
         "response": replace(prompt, responses=[[*response[:-1], response[-1] ^ 1], *prompt.responses[1:]]),
         "longer response": replace(prompt, responses=[[*response, 0], *prompt.responses[1:]]),
-        "pairs": replace(prompt, pairs=[*prompt.pairs, (0, 0)]),
+        "one more pair": replace(prompt, examples=[*prompt.examples, (0, 0)]),
+        "a single response": replace(prompt, examples=[*prompt.examples, (0,)]),
+        "an example in two parts": replace(prompt, examples=[*prompt.examples, (0, 0), (0, 0)]),
+        "an example of four": replace(prompt, examples=[*prompt.examples, (0, 0, 0, 0)]),
     }
+    for name in ("spans", "weights", "margins", "labels"):
+        values = [[(0, 1)]] * len(prompt.responses) if name == "spans" else [0.25] * prompt.num_examples
+        others = [None, values, [*values[:-1], [(0, 2)] if name == "spans" else 0.5]]
+        changed |= {f"{name} {other}": replace(prompt, **{name: other}) for other in others if getattr(prompt, name) != other}
     tables = [PromptTable.of([*content[:k], other, *content[k + 1 :]]) for other in (prompt, *changed.values())]
     tables += [PromptTable.of(content, first_row=1), PromptTable.of(content[:-1])]
     assert len({table.fingerprint for table in tables}) == len(tables)
@@ -256,6 +276,26 @@ def test_a_fingerprint_differs_where_any_id_or_pair_differs(content, data):
     # Numbers are for messages.
     renumbered = [replace(each, number=each.number + 1, source="another") for each in content]
     assert PromptTable.of(renumbered).fingerprint == tables[0].fingerprint
+
+
+# Of the version before spans, weights, margins, labels and rankings: numbers that runs of that version have stored.
+FINGERPRINTS = {
+    "pairs": "92c51be4c961e85f4e67ffd3a719d641",
+    "targets": "4551e97821b1ce1e090d50b2d82927ca",
+    "nothing": "950bd82273f42b6ef9e700807805ed11",
+}
+
+
+def test_the_fingerprints_of_pairs_and_of_targets_are_those_of_earlier_versions():
+    targets = [replace(prompt, responses=prompt.responses[:1], examples=[]) for prompt in prompts(7)]
+    tables = {"pairs": prompts(7), "targets": targets, "nothing": []}
+    assert {name: content_hash([Columns.of(content)]) for name, content in tables.items()} == FINGERPRINTS
+
+
+@settings(deadline=None)
+@given(content=st.lists(any_prompt(), max_size=6), cut=st.integers(0, 6))
+def test_a_fingerprint_does_not_depend_on_batches(content, cut):
+    assert content_hash(map(Columns.of, (content[:cut], content[cut:]))) == content_hash([Columns.of(content)])
 
 
 def test_where_one_text_ends_and_the_next_begins_is_part_of_the_fingerprint():

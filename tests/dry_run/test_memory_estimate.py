@@ -76,7 +76,7 @@ def test_a_loss_without_a_reference_takes_no_memory_for_one(loss, reference, com
 def test_a_second_pack_finds_the_gradients_of_the_first(compose):
     config = compose("loss=sft", "optimizer=SGD")
     tokenizer = load_tokenizer(config.model)
-    sft = pack_examples([(TokenizedPrompt(list(range(2, 200)), [list(range(2, 100))], []), None)])
+    sft = pack_examples([(TokenizedPrompt(list(range(2, 200)), [list(range(2, 100))], []), 0)])
     one, two = (step_memory(OneProcess(config, tokenizer), build_loss("sft"), False, [sft] * count) for count in (1, 2))
     assert two["gradients"] == pytest.approx(weight_bytes(config, tokenizer), rel=0.01)
     assert sum(two.values()) > sum(one.values())

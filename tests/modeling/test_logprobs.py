@@ -32,7 +32,7 @@ def test_sums_equal_the_golden_ones(golden):
             assert scored == list(range(first, last))
             prompt = TokenizedPrompt([0] * first, [labels[first:last]], [])
             model = FixedLogits(torch.tensor(case["logits"][row])[None, :last])
-            found = response_logps(model, pack_examples([(prompt, None)]))
+            found = response_logps(model, pack_examples([(prompt, 0)]))
             assert found.item() == pytest.approx(case["sum"][row], rel=1e-5)
 
 
@@ -74,5 +74,5 @@ def test_a_response_may_hold_the_padding_token(model):
     # The golden tokenizer pads with its end-of-sequence token, id 0; position, not id, says what is scored.
     inside = TokenizedPrompt([5, 6], [[0, 0, 7, 0]], [])
     longer = TokenizedPrompt([5, 6], [[8, 9, 10, 11, 12, 0]], [])
-    found = response_logps(model, pack_examples([(inside, None), (longer, None)]))
+    found = response_logps(model, pack_examples([(inside, 0), (longer, 0)]))
     assert found[0].item() == pytest.approx(plain_logp(model, [5, 6], [0, 0, 7, 0]), abs=1e-4)

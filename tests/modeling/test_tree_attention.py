@@ -185,7 +185,7 @@ def test_any_trees_in_any_order_cut_anyhow_have_the_log_probs_of_padded_rows(mod
 @given(shapes=shapes, budget=st.integers(1, 60))
 def test_the_gradient_of_a_loss_does_not_depend_on_the_cut(models, shapes, budget):
     _, model = models
-    examples = [(prompt, pair) for prompt, pair in iterate_examples(prompts_of(shapes)) if pair]
+    examples = [example for example in iterate_examples(prompts_of(shapes)) if example[0].examples]
     if not examples:
         return
     loss = build_loss("dpo", beta=0.1)

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from preference_training.batching.packing import PackedBatch, iterate_examples, pack_examples
 from preference_training.data.tokenization import TokenizedPrompt
-from preference_training.modeling.logprobs import padded_logps, tree_logps
-from preference_training.modeling.prefix_sharing.tree_attention import RESPONSE_TREES, UnsupportedAttentionError
+from preference_training.modeling.logprobs import padded_logps, trie_logps
+from preference_training.modeling.prefix_sharing.tree_attention import TREE_ATTENTION, UnsupportedAttentionError
 from preference_training.modeling.state import compute_device, free_memory
 
 # The largest difference of a log-prob between the two computations. Unit: nats per token.
@@ -134,8 +134,8 @@ def _compare(model: nn.Module, windows: dict[str, int], longest: int, dtype: tor
         expected = logps_and_gradients(padded_logps, model, batch, weights)
         buffers = changed()
     try:
-        with _windows(model, windows), _attention(model, RESPONSE_TREES), _restored_buffers(model) as changed:
-            found = logps_and_gradients(tree_logps, model, batch, weights)
+        with _windows(model, windows), _attention(model, TREE_ATTENTION), _restored_buffers(model) as changed:
+            found = logps_and_gradients(trie_logps, model, batch, weights)
             if name := _differing(changed(), buffers):
                 return _Failure(f"its forward would leave wrong values in the buffer {name}", True)
     except UnsupportedAttentionError as error:

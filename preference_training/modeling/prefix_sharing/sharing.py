@@ -5,7 +5,7 @@ from torch import nn
 from preference_training.core.errors import UserError
 from preference_training.modeling.logprobs import ScoringHead
 from preference_training.modeling.prefix_sharing.proof import find_sharing_failure
-from preference_training.modeling.prefix_sharing.tree_attention import RESPONSE_TREES, register_tree_attention
+from preference_training.modeling.prefix_sharing.tree_attention import TREE_ATTENTION, register_tree_attention
 
 
 def share_prefixes(model: nn.Module, mode: str) -> bool:
@@ -26,7 +26,7 @@ def share_prefixes(model: nn.Module, mode: str) -> bool:
         head.__class__ = nn.Linear
         failure = find_sharing_failure(model)
     if failure is None:
-        model.set_attn_implementation(RESPONSE_TREES)
+        model.set_attn_implementation(TREE_ATTENTION)
         return True
     if mode == "on":
         raise UserError(f"prefix_sharing: found on, but {type(model).__name__} cannot: {failure}. Set it to auto or off.")
@@ -45,4 +45,4 @@ def attend_over_trees(model: nn.Module, scoring_head: bool = True) -> None:
     head = model.get_output_embeddings()
     if scoring_head and type(head) is nn.Linear:
         head.__class__ = ScoringHead
-    model.set_attn_implementation(RESPONSE_TREES)
+    model.set_attn_implementation(TREE_ATTENTION)

@@ -1,22 +1,22 @@
-"""Attention over response trees: a prompt is computed once; each of its responses attends to it and to itself only.
+"""Attention over tries: what sequences share is computed once; a token attends to its own sequence only.
 
-A packed batch is one row of T tokens, tree after tree, each tree a prompt followed by its responses.
-`register_tree_attention` registers the attention below with transformers as RESPONSE_TREES. A model that uses it takes the
-layout of a batch as the keyword `response_trees=` of its forward and passes it to every layer. Without a layout (generation,
-padded rows) this is transformers' ordinary attention.
+A packed batch is one row of T tokens, the branches of a trie. `register_tree_attention` registers the attention below with
+transformers as TREE_ATTENTION. A model that uses it takes the layout of a batch as the keyword `trie=` of its forward and passes
+it to every layer. Without a layout (generation, padded rows) this is transformers' ordinary attention.
 
 Shapes: B batch, T packed tokens, H query heads, G key heads (G divides H), D head size.
 """
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from preference_training.batching.trees import TreeLayout
+from preference_training.batching.tries import TrieLayout
 
-RESPONSE_TREES = "response_trees"
+TREE_ATTENTION = "tree_attention"
 
 
 class UnsupportedAttentionError(Exception):
@@ -25,8 +25,6 @@ class UnsupportedAttentionError(Exception):
 
 # Arguments of transformers' attention interface that change its result and are not implemented here.
 UNSUPPORTED_ARGUMENTS = {
-    "s_aux": "attention sinks",
-    "sinks": "attention sinks",
     "position_bias": "position biases",
     "indices": "attention to selected tokens only",
     "block_indices": "attention to selected blocks only",
@@ -61,17 +59,42 @@ def check_supported(module: torch.nn.Module, attention_mask: Tensor | None, argu
         raise UnsupportedAttentionError("an attention mask of its own is not supported")
 
 
+class Rules(NamedTuple):
+    """How a layer attends within a sequence.
+
+    scaling: None is 1 / sqrt(D). window: a token sees less than so many positions back. chunk: it sees tokens of its own chunk
+    of so many positions. softcap: c replaces each score s by c * tanh(s / c). sinks: [H], the score of one more key of each
+    head, whose value is zero.
+    """
+
+    scaling: float | None = None
+    window: int | None = None
+    chunk: int | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+    def first_visible(self, position: int) -> int:
+        """The first position that a token at `position` or any later one may see."""
+        window = 0 if self.window is None else max(0, position - self.window + 1)
+        return max(window, 0 if self.chunk is None else position // self.chunk * self.chunk)
+
+    def are_plain(self, length: int) -> bool:
+        """Whether these are the rules of plain causal attention for a sequence of `length` tokens."""
+        hides = min(self.window or length, self.chunk or length) < length
+        return not hides and self.softcap is None and self.sinks is None
+
+
 def register_tree_attention() -> None:
-    """Register RESPONSE_TREES with transformers; idempotent."""
+    """Register TREE_ATTENTION with transformers; idempotent."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    AttentionInterface.register(RESPONSE_TREES, tree_attention_forward)
-    AttentionMaskInterface.register(RESPONSE_TREES, sdpa_mask)
+    AttentionInterface.register(TREE_ATTENTION, tree_attention_forward)
+    AttentionMaskInterface.register(TREE_ATTENTION, sdpa_mask)
 
 
 def tree_attention_forward(
-    module: torch.nn.Module,
+    module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -79,72 +102,85 @@ def tree_attention_forward(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    response_trees: TreeLayout | None = None,
+    s_aux: Tensor | None = None,
+    trie: TrieLayout | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: query [B, H, T, D], key and value [B, G, T, D] to output [B, T, H, D], and None.
 
-    With a layout B is 1 and the layout replaces `attention_mask`. `scaling` None is 1 / sqrt(D); a `softcap` c replaces each
-    score s by c * tanh(s / c). Raises UnsupportedAttentionError for arguments that are not implemented over trees.
+    With a layout B is 1 and the layout replaces `attention_mask`. s_aux: attention sinks, see `Rules`. Raises
+    UnsupportedAttentionError for arguments that are not implemented over tries.
     """
-    if response_trees is None:
-        return _plain_attention(module, query, key, value, attention_mask, scaling, softcap, **kwargs)
-    response_trees.seen = True
+    if trie is None:
+        return _plain_attention(module, query, key, value, attention_mask, Rules(scaling, softcap=softcap, sinks=s_aux), **kwargs)
+    trie.seen = True
     check_supported(module, attention_mask, kwargs)
-    layout = response_trees.on(query.device)
+    layout = trie.on(query.device)
+    rules = Rules(scaling, sliding_window, _chunk_size(module), softcap, s_aux)
     attend = _attention_by_branches if layout.by_branches else _flex_attention
-    return attend(query, key, value, layout, scaling, sliding_window, softcap).transpose(1, 2).contiguous(), None
+    return attend(query, key, value, layout, rules).transpose(1, 2).contiguous(), None
 
 
-def _plain_attention(module, query, key, value, attention_mask, scaling, softcap, **kwargs) -> tuple[Tensor, None]:
-    """Ordinary attention: transformers' sdpa, which has no soft-cap, or the attention below."""
-    if softcap is None:
+def _chunk_size(module: nn.Module) -> int | None:
+    """The size of the chunks that a layer attends within; None for other layers. transformers passes them in masks only."""
+    config, layer = getattr(module, "config", None), getattr(module, "layer_idx", None)
+    kinds = getattr(config, "layer_types", None)
+    return config.attention_chunk_size if kinds and layer is not None and kinds[layer] == "chunked_attention" else None
+
+
+def _plain_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, rules: Rules, **kwargs
+) -> tuple[Tensor, None]:
+    """Ordinary attention: transformers' sdpa, which has neither soft-cap nor sinks, or the attention below."""
+    if rules.softcap is None and rules.sinks is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=rules.scaling, **kwargs)
     if attention_mask is None:
-        attention_mask = causal_mask(key.shape[2], None, query.dtype, query.device)[-query.shape[2] :]
+        attention_mask = causal_mask(key.shape[2], None, None, query.dtype, query.device)[-query.shape[2] :]
     elif attention_mask.dtype == torch.bool:
         lowest = torch.finfo(query.dtype).min
         attention_mask = torch.zeros_like(attention_mask, dtype=query.dtype).masked_fill(~attention_mask, lowest)
-    return _attend(query, key, value, attention_mask, scaling, softcap).transpose(1, 2).contiguous(), None
+    return _attend(query, key, value, attention_mask, rules).transpose(1, 2).contiguous(), None
 
 
-def _attention_by_branches(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    layout: TreeLayout,
-    scaling: float | None,
-    window: int | None,
-    softcap: float | None,
-) -> Tensor:
-    """One attention call for a prompt with its first response, and one for each further response, without a T x T mask.
+def _attention_by_branches(query: Tensor, key: Tensor, value: Tensor, layout: TrieLayout, rules: Rules) -> Tensor:
+    """One attention call for each branch, without a T x T mask.
 
-    A prompt followed by one of its responses is an ordinary causal sequence; a further response is its last rows.
+    The first branch of a tree is an ordinary causal sequence. Any other is the last rows of one: its keys are those of its
+    parent's sequence that it shares, and its own.
     """
     # Split, not sliced: the gradient of each slice would be as long as the batch, those of all splits together are.
-    branches = zip(*(part.split(layout.branch_lengths, dim=2) for part in (query, key, value)), strict=True)
-    outputs = []
-    for tree in layout.trees:
-        queries, keys, values = next(branches)
-        outputs.append(_causal_rows(queries, keys, values, scaling, window, softcap))
-        prompt_keys, prompt_values = keys[:, :, : tree.prompt_length], values[:, :, : tree.prompt_length]
-        for _ in tree.response_lengths[1:]:
-            queries, keys, values = next(branches)
-            keys, values = torch.cat([prompt_keys, keys], dim=2), torch.cat([prompt_values, values], dim=2)
-            outputs.append(_causal_rows(queries, keys, values, scaling, window, softcap))
+    lengths = [branch.own for branch in layout.trie.branches]
+    parts = zip(layout.trie.branches, *(part.split(lengths, dim=2) for part in (query, key, value)), strict=True)
+    outputs: list[Tensor] = []
+    sequences: list[tuple[Tensor, Tensor]] = []
+    # Branches that continue the same tokens share one slice, and so one gradient of its length.
+    shared: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+    for branch, queries, keys, values in parts:
+        if branch.shared:
+            place = branch.parent, branch.shared
+            if place not in shared:
+                before = sequences[branch.parent]
+                shared[place] = before[0][:, :, : branch.shared], before[1][:, :, : branch.shared]
+            keys, values = torch.cat([shared[place][0], keys], dim=2), torch.cat([shared[place][1], values], dim=2)
+        sequences.append((keys, values))
+        first = rules.first_visible(branch.shared)
+        outputs.append(_causal_rows(queries, keys[:, :, first:], values[:, :, first:], rules))
     return torch.cat(outputs, dim=2)
 
 
-def _causal_rows(queries: Tensor, keys: Tensor, values: Tensor, scaling, window, softcap) -> Tensor:
-    """Causal attention of a sequence's last tokens [1, H, rows, D] to the whole sequence [1, G, length, D]: [1, H, rows, D]."""
+def _causal_rows(queries: Tensor, keys: Tensor, values: Tensor, rules: Rules) -> Tensor:
+    """Causal attention of a sequence's last tokens [1, H, rows, D] to the whole sequence [1, G, length, D]: [1, H, rows, D].
+
+    The sequence may begin at any position that is a multiple of the chunk size.
+    """
     rows, length = queries.shape[2], keys.shape[2]
-    if rows == length and softcap is None and (window is None or window >= length):
+    if rows == length and rules.are_plain(length):
         keys, values = _repeat_heads(queries, keys), _repeat_heads(queries, values)
-        return F.scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=scaling)
-    mask = causal_mask(length, window, queries.dtype, queries.device)[length - rows :]
-    return _attend(queries, keys, values, mask, scaling, softcap)
+        return F.scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=rules.scaling)
+    mask = causal_mask(length, rules.window, rules.chunk, queries.dtype, queries.device)[length - rows :]
+    return _attend(queries, keys, values, mask, rules)
 
 
 def _repeat_heads(query: Tensor, key: Tensor) -> Tensor:
@@ -153,20 +189,30 @@ def _repeat_heads(query: Tensor, key: Tensor) -> Tensor:
     return key if groups == 1 else key.repeat_interleave(groups, dim=1)
 
 
-def _attend(query, key, value, mask: Tensor, scaling: float | None, softcap: float | None) -> Tensor:
-    """Attention under an additive mask, with an optional soft-cap: [B, H, rows, D]."""
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, rules: Rules) -> Tensor:
+    """Attention under an additive mask, with the rules' soft-cap and sinks: [B, H, rows, D]."""
     key, value = _repeat_heads(query, key), _repeat_heads(query, value)
-    if softcap is None:
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
-    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    scores = softcap * torch.tanh(scores / softcap) + mask
-    return scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype) @ value
+    if rules.softcap is None and rules.sinks is None:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=rules.scaling)
+    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if rules.scaling is None else rules.scaling)
+    if rules.softcap is not None:
+        scores = rules.softcap * torch.tanh(scores / rules.softcap)
+    scores = (scores + mask).float()
+    if rules.sinks is None:
+        return scores.softmax(dim=-1).to(query.dtype) @ value
+    sinks = rules.sinks.to(scores).reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+    return torch.cat([scores, sinks], dim=-1).softmax(dim=-1)[..., :-1].to(query.dtype) @ value
 
 
-def causal_mask(length: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Additive causal mask [length, length]: a token sees itself and `window` - 1 before it. A cached view: read only."""
+def causal_mask(
+    length: int, window: int | None, chunk: int | None, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Additive causal mask [length, length]: a token sees itself, and of those before it what window and chunk leave.
+
+    A cached view: read only.
+    """
     # The length is rounded up, so that all batches share a few masks.
-    return _causal_mask(-(-length // 256) * 256, window, dtype, device)[:length, :length]
+    return _causal_mask(-(-length // 256) * 256, window, chunk, dtype, device)[:length, :length]
 
 
 def clear_mask_cache() -> None:
@@ -175,30 +221,33 @@ def clear_mask_cache() -> None:
 
 
 @lru_cache(maxsize=16)
-def _causal_mask(length: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _causal_mask(length: int, window: int | None, chunk: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
     index = torch.arange(length, device=device)
     distance = index[:, None] - index[None, :]
     visible = (distance >= 0) & (distance < (window or length))
+    if chunk is not None:
+        visible &= index[:, None] // chunk == index[None, :] // chunk
     return torch.zeros(length, length, dtype=dtype, device=device).masked_fill(~visible, torch.finfo(dtype).min)
 
 
-def _flex_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    layout: TreeLayout,
-    scaling: float | None,
-    window: int | None,
-    softcap: float | None,
-) -> Tensor:
+def _flex_attention(query: Tensor, key: Tensor, value: Tensor, layout: TrieLayout, rules: Rules) -> Tensor:
     """FlexAttention with the layout's block mask; on a GPU it is compiled once for all lengths."""
-    from torch.nn.attention.flex_attention import flex_attention
+    from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
     attend = _compiled_flex_attention() if query.is_cuda else flex_attention
+    softcap = rules.softcap
     cap = None if softcap is None else lambda score, batch, head, query, key: softcap * torch.tanh(score / softcap)
-    grouped = query.shape[1] != key.shape[1]
-    mask = layout.block_mask(window)
-    return attend(query, key, value, score_mod=cap, block_mask=mask, scale=scaling, enable_gqa=grouped)
+    arguments = {
+        "score_mod": cap,
+        "block_mask": layout.block_mask(rules.window, rules.chunk),
+        "scale": rules.scaling,
+        "enable_gqa": query.shape[1] != key.shape[1],
+    }
+    if rules.sinks is None:
+        return attend(query, key, value, **arguments)
+    output, found = attend(query, key, value, **arguments, return_aux=AuxRequest(lse=True))
+    # A sink adds exp(sink) to the denominator of the softmax, whose logarithm was lse.
+    return output * torch.sigmoid(found.lse - rules.sinks.float()[:, None])[..., None].to(output.dtype)
 
 
 @lru_cache(maxsize=1)

@@ -1,0 +1,283 @@
+"""Tries of token sequences: what begins alike is stored, and computed, once.
+
+A trie is packed depth first. A *branch* is a run of packed tokens: the tokens that one sequence does not share with any before
+it. It continues its parent branch after the tokens that both share; the first branch of a tree has no parent. Sequences that
+share too little to pay for it begin trees of their own.
+
+Shapes: T packed tokens, N sequences.
+"""
+
+from bisect import bisect_left
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+# The shortest run of tokens that is worth sharing between sequences of different prompts. Shorter ones cost a branch more
+# attention than they save; see benchmarks/tries.py.
+MIN_SHARED = 16
+# The block size of FlexAttention's masks. Unit: tokens.
+BLOCK = 128
+
+Tokens = Sequence[int]
+
+
+@dataclass(frozen=True)
+class Branch:
+    """The `own` tokens of a sequence from packed index `start` on, after the `shared` first ones of branch `parent`.
+
+    parent: index of an earlier branch, -1 for none (then shared is 0).
+    """
+
+    parent: int
+    shared: int
+    start: int
+    own: int
+
+    @property
+    def length(self) -> int:
+        """Tokens from the beginning of the sequence to the end of the branch."""
+        return self.shared + self.own
+
+
+@dataclass(frozen=True)
+class Trie:
+    """The branches of packed sequences, in packed order, and where each sequence ends.
+
+    ends: [N], of each sequence its last branch and its length in tokens.
+    """
+
+    branches: tuple[Branch, ...]
+    ends: tuple[tuple[int, int], ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Packed tokens."""
+        return sum(branch.own for branch in self.branches)
+
+    @property
+    def num_sequence_tokens(self) -> int:
+        """Tokens of all sequences, counted as often as they occur."""
+        return sum(length for _, length in self.ends)
+
+    @cached_property
+    def paths(self) -> list[NDArray[numpy.int64]]:
+        """The packed indices of each branch's tokens from the beginning of its sequence on."""
+        found: list[NDArray[numpy.int64]] = []
+        for branch in self.branches:
+            own = numpy.arange(branch.start, branch.start + branch.own)
+            found.append(numpy.concatenate([found[branch.parent][: branch.shared], own]) if branch.shared else own)
+        return found
+
+    def path(self, number: int) -> NDArray[numpy.int64]:
+        """The packed indices of a sequence's tokens."""
+        branch, length = self.ends[number]
+        return self.paths[branch][:length]
+
+    @property
+    def positions(self) -> NDArray[numpy.int64]:
+        """The position of each packed token in its sequence: [T]."""
+        return numpy.concatenate([numpy.arange(branch.shared, branch.length) for branch in self.branches])
+
+    @property
+    def predecessors(self) -> NDArray[numpy.int64]:
+        """The packed index of the token before each token: [T]; -1 for the first of a sequence."""
+        before = numpy.arange(-1, self.num_tokens - 1)
+        for branch in self.branches:
+            before[branch.start] = self.paths[branch.parent][branch.shared - 1] if branch.shared else -1
+        return before
+
+    @property
+    def subtree_ends(self) -> NDArray[numpy.int32]:
+        """One past the last packed token below each token: [T]. A query sees a key iff key <= query < subtree_ends[key]."""
+        total = self.num_tokens
+        ends = numpy.empty(total, numpy.int32)
+        # By position: where the subtree of an earlier token at that position ends.
+        next_end = numpy.full(max(branch.length for branch in self.branches), total, numpy.int32)
+        for branch in reversed(self.branches):
+            ends[branch.start : branch.start + branch.own] = next_end[branch.shared : branch.length]
+            next_end[branch.shared :] = branch.start
+        return ends
+
+
+def build_trie(sequences: Sequence[Tokens], owners: Sequence[Hashable]) -> tuple[Trie, list[int]]:
+    """The trie of some sequences, none of which is empty, and its packed token ids [T].
+
+    owners: [N], what each sequence belongs to; those of one owner share whatever they can, others from MIN_SHARED tokens on.
+    """
+    branches: list[Branch] = []
+    ends: list[tuple[int, int]] = [(0, 0)] * len(sequences)
+    ids: list[int] = []
+    for tree in trees(sequences, owners):
+        before, last = None, -1
+        for number in tree:
+            sequence = sequences[number]
+            shared = 0 if before is None else common_prefix(before, sequence)
+            if len(sequence) > shared or before is None:
+                parent = last
+                while parent >= 0 and branches[parent].shared >= shared:
+                    parent = branches[parent].parent
+                branches.append(Branch(parent, shared, len(ids), len(sequence) - shared))
+                ids += sequence[shared:]
+                last = len(branches) - 1
+            ends[number] = last, len(sequence)
+            before = sequence
+    return Trie(tuple(branches), tuple(ends)), ids
+
+
+def trees(sequences: Sequence[Tokens], owners: Sequence[Hashable]) -> list[list[int]]:
+    """The indices of the sequences of each tree, sorted by token ids; trees are in the order of their first sequences."""
+    members: list[list[int]] = []
+    tree_of: dict[Hashable, int] = {}
+    for number, (sequence, owner) in enumerate(zip(sequences, owners, strict=True)):
+        keys: list[Hashable] = [(owner,)]
+        if len(sequence) >= MIN_SHARED:
+            keys.append(tuple(sequence[:MIN_SHARED]))
+        known = sorted({tree_of[key] for key in keys if key in tree_of})
+        tree = known[0] if known else len(members)
+        if not known:
+            members.append([])
+        members[tree].append(number)
+        tree_of |= dict.fromkeys(keys, tree)
+        if len(known) > 1:
+            # A sequence of one tree's owner begins like those of another tree.
+            members[tree] += members[known[1]]
+            members[known[1]] = []
+            tree_of = {key: tree if value == known[1] else value for key, value in tree_of.items()}
+    return [sorted(tree, key=sequences.__getitem__) for tree in members if tree]
+
+
+def common_prefix(one: Tokens, other: Tokens) -> int:
+    """How many tokens two sequences have in common at their beginning."""
+    length = min(len(one), len(other))
+    if one[:length] == other[:length]:
+        return length
+    low, high = 0, length
+    while low < high:
+        middle = (low + high + 1) // 2
+        if one[low:middle] == other[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+class PrefixCounter:
+    """Counts the packed tokens of a growing set of sequences; never fewer than their trie has."""
+
+    def __init__(self) -> None:
+        self.num_tokens = 0
+        self._sorted: list[Tokens] = []
+        self._owners: set[Hashable] = set()
+
+    def add(self, sequence: Tokens, owner: Hashable, prompt_length: int) -> None:
+        """Add a sequence; it shares at least `prompt_length` tokens with the others of its owner."""
+        place = bisect_left(self._sorted, sequence)
+        neighbors = self._sorted[max(0, place - 1) : place + 1]
+        shared = max((common_prefix(sequence, other) for other in neighbors), default=0)
+        if shared < MIN_SHARED:
+            shared = prompt_length if owner in self._owners else 0
+        self.num_tokens += len(sequence) - shared
+        self._sorted.insert(place, sequence)
+        self._owners.add(owner)
+
+
+class TrieLayout:
+    """A trie as the attention layers need it; `seen`: whether a layer has used it.
+
+    by_branches: attention is computed branch by branch, in the order of plain sequences; else all at once, under a block mask.
+    """
+
+    def __init__(self, trie: Trie, device: torch.device):
+        self.trie = trie
+        self.device = device
+        self.seen = False
+        self.by_branches = device.type != "cuda"
+        self._block_masks: dict[tuple[int | None, int | None], Any] = {}
+        self._elsewhere: dict[torch.device, TrieLayout] = {}
+
+    def on(self, device: torch.device) -> "TrieLayout":
+        """The layout with its tensors on a device: a model may be split over several, and hooks move only tensors."""
+        if device == self.device:
+            return self
+        if device not in self._elsewhere:
+            self._elsewhere[device] = TrieLayout(self.trie, device)
+            self._elsewhere[device].by_branches = self.by_branches
+        return self._elsewhere[device]
+
+    @cached_property
+    def subtree_ends(self) -> Tensor:
+        """One past the last packed token below each token: [T] int32."""
+        return torch.from_numpy(self.trie.subtree_ends).to(self.device)
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """Position of each packed token in its sequence: [T] int32."""
+        return torch.from_numpy(self.trie.positions.astype(numpy.int32)).to(self.device)
+
+    def may_attend(self, query: Tensor, key: Tensor, window: int | None = None, chunk: int | None = None) -> Tensor:
+        """Whether the packed token at `query` attends to that at `key` (integer tensors that broadcast).
+
+        It attends to the tokens of its own sequence up to itself, less than `window` positions back, in the same `chunk`.
+        """
+        visible = (key <= query) & (query < self.subtree_ends[key])
+        if window is not None:
+            visible = visible & (self.positions[query] - self.positions[key] < window)
+        if chunk is not None:
+            visible = visible & (self.positions[query] // chunk == self.positions[key] // chunk)
+        return visible
+
+    def block_mask(self, window: int | None = None, chunk: int | None = None) -> Any:
+        """FlexAttention's block mask, built once for all layers with the same window and chunk."""
+        if (window, chunk) not in self._block_masks:
+            self._block_masks[window, chunk] = self._block_mask(window, chunk)
+        return self._block_masks[window, chunk]
+
+    def _block_mask(self, window: int | None, chunk: int | None) -> Any:
+        from torch.nn.attention.flex_attention import BlockMask
+
+        some, full = block_visibility(self.trie, window, chunk)
+        counts = [torch.from_numpy(blocks.sum(1, dtype=numpy.int32)) for blocks in (some & ~full, full)]
+        orders = [torch.from_numpy(numpy.argsort(~blocks, axis=1, kind="stable").astype(numpy.int32)) for blocks in (some & ~full, full)]
+        partial, whole = ((count[None, None].to(self.device), order[None, None].to(self.device)) for count, order in zip(counts, orders, strict=True))
+        length = self.trie.num_tokens
+        return BlockMask.from_kv_blocks(
+            *partial,
+            *whole,
+            BLOCK,
+            lambda batch, head, query, key: self.may_attend(query, key, window, chunk),
+            seq_lengths=(length, length),
+        )
+
+
+def block_visibility(trie: Trie, window: int | None, chunk: int | None) -> tuple[NDArray[numpy.bool_], NDArray[numpy.bool_]]:
+    """Whether some query of a block may see some key of another, and whether all see all: two [blocks, blocks] of query, key.
+
+    From the first and last of each block's tokens, positions and subtree ends, never from all pairs of tokens. "Some" may be
+    true where windows or chunks leave nothing, which costs time but changes no result.
+    """
+    total = trie.num_tokens
+    starts = numpy.arange(0, total, BLOCK)
+    lasts = numpy.minimum(starts + BLOCK, total) - 1
+    ends, positions = trie.subtree_ends, trie.positions
+    first_end, last_end = numpy.minimum.reduceat(ends, starts), numpy.maximum.reduceat(ends, starts)
+    low, high = numpy.minimum.reduceat(positions, starts), numpy.maximum.reduceat(positions, starts)
+    query, key = (slice(None), None), (None, slice(None))
+    later = starts[query] > starts[key]
+    some = (starts[query] == starts[key]) | (later & (starts[query] < last_end[key]))
+    full = later & (lasts[query] < first_end[key])
+    if lasts[-1] - starts[-1] + 1 < BLOCK:
+        # The kernel skips the mask in full blocks, and the last block of keys or queries is not full of tokens.
+        full[-1, :] = full[:, -1] = False
+    if window is not None:
+        some &= low[query] - high[key] < window
+        full &= high[query] - low[key] < window
+    if chunk is not None:
+        some &= (low[query] // chunk <= high[key] // chunk) & (high[query] // chunk >= low[key] // chunk)
+        full &= (low[query] // chunk == high[key] // chunk) & (low[key] // chunk == high[query] // chunk)
+    return some, full

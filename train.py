@@ -101,6 +101,7 @@ def run(config: RunConfig, run_dir: Path, in_sweep: bool = False) -> float | Non
     from trainers import TRAINERS, placement_for
 
     prepared = prepare_run(config, run_dir, in_sweep)
+    config = prepared.config
     trainer_class = TRAINERS[config.trainer.name]
     if config.dry_run:
         report_earlier_run(config, run_dir)

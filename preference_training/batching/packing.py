@@ -73,6 +73,12 @@ class PackedBatch:
         """Tokens of all sequences, as many as computing each alone would take; 0 for a filler."""
         return 0 if self.is_filler else self.trie.num_sequence_tokens
 
+    @property
+    def last_tokens(self) -> Tensor:
+        """The packed index of each response's last token: [R] int64."""
+        ends = [int(self.trie.path(number)[-1]) for number in range(len(self.response_lengths))]
+        return torch.tensor(ends, device=self.input_ids.device)
+
     @cached_property
     def layout(self) -> TrieLayout:
         """The trie as attention needs it, built once for all layers and models that process the batch."""

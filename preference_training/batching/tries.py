@@ -243,8 +243,14 @@ class TrieLayout:
 
         some, full = block_visibility(self.trie, window, chunk)
         counts = [torch.from_numpy(blocks.sum(1, dtype=numpy.int32)) for blocks in (some & ~full, full)]
-        orders = [torch.from_numpy(numpy.argsort(~blocks, axis=1, kind="stable").astype(numpy.int32)) for blocks in (some & ~full, full)]
-        partial, whole = ((count[None, None].to(self.device), order[None, None].to(self.device)) for count, order in zip(counts, orders, strict=True))
+        orders = [
+            torch.from_numpy(numpy.argsort(~blocks, axis=1, kind="stable").astype(numpy.int32))
+            for blocks in (some & ~full, full)
+        ]
+        partial, whole = (
+            (count[None, None].to(self.device), order[None, None].to(self.device))
+            for count, order in zip(counts, orders, strict=True)
+        )
         length = self.trie.num_tokens
         return BlockMask.from_kv_blocks(
             *partial,

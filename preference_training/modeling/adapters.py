@@ -102,9 +102,10 @@ def _load_lora_config(archive: str):
 def add_adapter(model: nn.Module, model_config: ModelConfig, base: str | None = None) -> None:
     """Freeze a model and add the adapter of a `model` configuration; a new adapter leaves the model's outputs unchanged.
 
-    Adapter weights are float32 whatever the model's dtype; so is a value head, which is trained itself. Where training starts from an adapter, a frozen copy of it is added
-    beside the trained one. base: the location of the base model; None is where it was loaded from. Raises UserError for target
-    modules that the model does not have, or on which an adapter would have no effect.
+    Adapter weights are float32 whatever the model's dtype; so is a value head, which is trained itself. Where training starts
+    from an adapter, a frozen copy of it is added beside the trained one. base: the location of the base model; None is where it
+    was loaded from. Raises UserError for target modules that the model does not have, or on which an adapter would have no
+    effect.
     """
     model.requires_grad_(False)
     starts_from_adapter = is_adapter(model_config.archive)

@@ -31,6 +31,7 @@ from preference_training.modeling.adapters import (
     check_base_weights,
     describe_frozen_layers,
     is_adapter,
+    is_value_adapter,
     load_adapter,
     merge_adapter,
     saved_base,
@@ -47,7 +48,7 @@ from preference_training.modeling.archives import (
 from preference_training.modeling.kernels import choose_attention, refuse_kernels, use_liger_kernels
 from preference_training.modeling.quantization import dequantize, quantize
 from preference_training.modeling.state import weights_hash
-from preference_training.modeling.value_head import add_values, auto_class, check_head
+from preference_training.modeling.value_head import add_values, auto_class, check_head, is_classifier
 from preference_training.tracking.run_files import CHECKSUMS, STATE, read_run_info
 
 
@@ -105,6 +106,17 @@ def load_base(model_config: ModelConfig, tokenizer, cache_dir: str | None = None
 def _kind(model_config: ModelConfig) -> dict:
     """Which class of transformers a model has."""
     return {"head": model_config.head, "trust_remote_code": model_config.trust_remote_code}
+
+
+def saved_head(directory: Path) -> str:
+    """The head of a saved model, or of that of a saved adapter: lm or value."""
+    if is_adapter(str(directory)):
+        return "value" if is_value_adapter(directory) else "lm"
+    try:
+        architectures = json.loads((directory / MODEL_CONFIG).read_text(encoding="utf-8")).get("architectures") or ()
+    except (OSError, ValueError, AttributeError):
+        return "lm"
+    return "value" if any(map(is_classifier, architectures)) else "lm"
 
 
 def _is_loadable_elsewhere(config, model_config: ModelConfig) -> bool:

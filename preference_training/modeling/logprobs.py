@@ -1,13 +1,14 @@
-"""Log-probs of responses under a model, and the reference that gives them without gradients.
+"""Log-probs of responses under a model, or their values, and the reference that gives log-probs without gradients.
 
 Shapes: T packed tokens, S scored tokens, C contributions (a scored token counts for each response that shares it), R responses,
-L tokens of the longest padded row, H hidden size, V vocabulary, K 1 or 2 values a token. Position i of the logits predicts token
-i + 1, so a response is scored from the last position of its prompt on.
+L tokens of the longest padded row, H hidden size, V vocabulary, K 1 or 2 values a token. Position i of the logits predicts
+token i + 1, so a response is scored from the last position of its prompt on.
 """
 
 import inspect
 from contextlib import nullcontext
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,14 +21,21 @@ from preference_training.core.process_group import reshard, to_local
 from preference_training.modeling.adapters import has_adapter, reference_mode
 from preference_training.modeling.prefix_sharing.tree_attention import TREE_ATTENTION
 from preference_training.modeling.state import spans_devices
+from preference_training.modeling.value_head import has_value_head
 
 # The most float32 logits in memory at once. Unit: bytes.
 MAX_LOGITS_BYTES = 2**29
 
 
 def response_logps(model: nn.Module, batch: PackedBatch) -> Tensor:
-    """Log-prob of each response given its prompt, summed over its scored tokens: [R] float32, in the batch's order."""
-    return _sum_by_response(scored_tokens(model, batch), batch)
+    """Log-prob of each response given its prompt, summed over its scored tokens: [R] float32, in the batch's order.
+
+    Of a model with a value head: the value of each response, at its last token.
+    """
+    if not has_value_head(model):
+        return _sum_by_response(scored_tokens(model, batch), batch)
+    with _autocast(model, batch):
+        return (_trie_values if model.config._attn_implementation == TREE_ATTENTION else _row_values)(model, batch)
 
 
 def scored_tokens(model: nn.Module, batch: PackedBatch, collision: bool = False) -> Tensor:
@@ -38,19 +46,23 @@ def scored_tokens(model: nn.Module, batch: PackedBatch, collision: bool = False)
     autocast in that dtype; the softmax is always in float32.
     """
     compute = _score_trie if model.config._attn_implementation == TREE_ATTENTION else _score_rows
-    dtype = getattr(model, "autocast_dtype", None)
-    with torch.autocast(batch.input_ids.device.type, dtype=dtype, enabled=dtype is not None):
+    with _autocast(model, batch):
         return compute(model, batch, collision)
+
+
+def _autocast(model: nn.Module, batch: PackedBatch) -> torch.autocast:
+    dtype = getattr(model, "autocast_dtype", None)
+    return torch.autocast(batch.input_ids.device.type, dtype=dtype, enabled=dtype is not None)
 
 
 def trie_logps(model: nn.Module, batch: PackedBatch) -> Tensor:
     """`response_logps` in one forward of the packed tokens."""
-    return _sum_by_response(_score_trie(model, batch), batch)
+    return _trie_values(model, batch) if has_value_head(model) else _sum_by_response(_score_trie(model, batch), batch)
 
 
 def padded_logps(model: nn.Module, batch: PackedBatch) -> Tensor:
     """`response_logps` of padded rows."""
-    return _sum_by_response(_score_rows(model, batch), batch)
+    return _row_values(model, batch) if has_value_head(model) else _sum_by_response(_score_rows(model, batch), batch)
 
 
 def _sum_by_response(values: Tensor, batch: PackedBatch) -> Tensor:
@@ -82,15 +94,23 @@ def _score_trie(model: nn.Module, batch: PackedBatch, collision: bool = False) -
 
 def _packed_forward(model: nn.Module, batch: PackedBatch) -> Tensor:
     """The output of the model's head at the scored positions: [S, V] logits, or [S, K] of a ScoringHead."""
-    return model(
-        input_ids=batch.input_ids[None],
-        position_ids=batch.position_ids[None],
+    return model(**_packed_inputs(batch), logits_to_keep=_head_index(model, batch.predicted_at)).logits[0]
+
+
+def _packed_inputs(batch: PackedBatch) -> dict[str, Any]:
+    return {
+        "input_ids": batch.input_ids[None],
+        "position_ids": batch.position_ids[None],
         # Four dimensions, so that transformers builds no mask of its own: tree attention reads the layout instead.
-        attention_mask=batch.input_ids.new_zeros((1, 1, 1, 1)),
-        trie=batch.layout,
-        logits_to_keep=_head_index(model, batch.predicted_at),
-        use_cache=False,
-    ).logits[0]
+        "attention_mask": batch.input_ids.new_zeros((1, 1, 1, 1)),
+        "trie": batch.layout,
+        "use_cache": False,
+    }
+
+
+def _trie_values(model: nn.Module, batch: PackedBatch) -> Tensor:
+    """The values of responses in one forward of the packed tokens."""
+    return model(**_packed_inputs(batch), values_at=batch.last_tokens)
 
 
 def _head_index(model: nn.Module, positions: Tensor) -> Tensor:
@@ -176,6 +196,14 @@ def _padded_rows(batch: PackedBatch) -> tuple[Tensor, Tensor]:
     paths = [torch.from_numpy(batch.trie.path(number)) for number in range(len(batch.response_lengths))]
     rows = [batch.input_ids[path.to(batch.input_ids.device)] for path in paths]
     return pad_sequence(rows, batch_first=True), pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+
+
+def _row_values(model: nn.Module, batch: PackedBatch) -> Tensor:
+    """The values of responses with one row for each response after its prompt, padded on the right."""
+    input_ids, attention_mask = _padded_rows(batch)
+    before = torch.arange(len(input_ids), device=input_ids.device) * input_ids.shape[1]
+    last_tokens = before + attention_mask.sum(1) - 1
+    return model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, values_at=last_tokens)
 
 
 # ---- the reference ------------------------------------------------------------------------------------------------------

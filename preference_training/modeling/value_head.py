@@ -133,7 +133,7 @@ def pad_beside_end(tokenizer) -> None:
     candidates = [*padding, tokenizer.unk_token, tokenizer.bos_token, *added, last]
     tokenizer.pad_token = next(token for token in candidates if token not in (None, tokenizer.eos_token))
     print(
-        f"model: the reward model pads with {tokenizer.pad_token!r}: with {tokenizer.eos_token!r}, which ends responses, others "
-        "would read their rewards one token too early",
+        f"model: the reward model pads with {tokenizer.pad_token!r}: transformers, which reads a reward at the last token that "
+        f"is not padding, would not see {tokenizer.eos_token!r} at the end of a response",
         flush=True,
     )

@@ -52,6 +52,7 @@ def prepare_run(config: RunConfig, run_dir: Path, in_sweep: bool = False) -> Pre
     if config.eval_only and config.evaluation.task_names:
         check_harness()
     loss = build_loss(**config.loss.given(), seed=config.seed)
+    config = config.with_head(loss.model_head)
     check_objective(config.objective, config.loss.name, loss.paired)
     for line in [] if config.eval_only else precision_notices(config):
         print(line, flush=True)

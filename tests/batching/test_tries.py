@@ -126,7 +126,9 @@ def test_trees_that_a_third_sequence_connects_are_one():
 
 @settings(max_examples=40, deadline=None)
 @given(
-    lengths=st.lists(st.tuples(st.integers(1, 300), st.lists(st.integers(1, 200), min_size=1, max_size=3)), max_size=4, min_size=1),
+    lengths=st.lists(
+        st.tuples(st.integers(1, 300), st.lists(st.integers(1, 200), min_size=1, max_size=3)), max_size=4, min_size=1
+    ),
     window=st.none() | st.integers(1, 300),
     chunk=st.none() | st.integers(1, 300),
 )

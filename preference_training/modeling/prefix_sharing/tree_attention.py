@@ -112,7 +112,9 @@ def tree_attention_forward(
     UnsupportedAttentionError for arguments that are not implemented over tries.
     """
     if trie is None:
-        return _plain_attention(module, query, key, value, attention_mask, Rules(scaling, softcap=softcap, sinks=s_aux), **kwargs)
+        return _plain_attention(
+            module, query, key, value, attention_mask, Rules(scaling, softcap=softcap, sinks=s_aux), **kwargs
+        )
     trie.seen = True
     check_supported(module, attention_mask, kwargs)
     layout = trie.on(query.device)
@@ -204,9 +206,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, rules: Rule
     return torch.cat([scores, sinks], dim=-1).softmax(dim=-1)[..., :-1].to(query.dtype) @ value
 
 
-def causal_mask(
-    length: int, window: int | None, chunk: int | None, dtype: torch.dtype, device: torch.device
-) -> Tensor:
+def causal_mask(length: int, window: int | None, chunk: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Additive causal mask [length, length]: a token sees itself, and of those before it what window and chunk leave.
 
     A cached view: read only.

@@ -10,6 +10,7 @@ import threading
 import uuid
 from abc import ABC, abstractmethod
 from collections import Counter
+from collections.abc import Sequence
 from email.utils import parsedate_to_datetime
 from importlib.util import find_spec
 from string import Template
@@ -24,10 +25,13 @@ from preference_training.core.errors import UserError, first_line
 from preference_training.core.values import hash_values
 from preference_training.data.rows.templates import parse_dialogue
 from preference_training.data.toy_preferences import response_kind
+from preference_training.modeling.value_head import ROW_END
 
 VERDICTS = ("first", "second", "tie")
 # The longest pause before a retry, whatever a server asks for. Unit: seconds.
 MAX_PAUSE = 120.0
+# Rows that a reward model reads at once.
+ROWS_AT_ONCE = 16
 # Characters of a server's error message that are kept.
 MAX_REASON_LENGTH = 200
 
@@ -62,6 +66,9 @@ class Judge(ABC):
         """Complete `identity` by asking the server, once; returns a note on the reuse of earlier verdicts."""
         return None
 
+    def prepare(self, questions: Sequence[tuple[str, str, str]]) -> None:
+        """See all questions that will be asked, (prompt, first, second), before the first."""
+
     def request(self, prompt: str, first: str, second: str) -> list | dict:
         """Everything that is sent for one verdict, as plain values."""
         return [prompt, first, second]
@@ -80,7 +87,10 @@ class ToyJudge(Judge):
 
 
 class RewardModelJudge(Judge):
-    """A sequence classifier with one output: the response with the higher reward is better."""
+    """A sequence classifier with one output: the response with the higher reward is better.
+
+    A model of loss=reward reads rows as in training; any other reads conversations by its tokenizer's chat template.
+    """
 
     def __init__(self, name: str, cache_dir: str | None, device):
         from preference_training.modeling.state import weights_hash
@@ -91,34 +101,70 @@ class RewardModelJudge(Judge):
         super().__init__(f"reward_model:{name} {weights_hash(self.model)} {how}")
         self.model.to(device)
         self.thread = threading.Lock()
+        # By token ids, so that texts which the model reads alike are a tie, whatever they were padded with.
+        self.known: dict[tuple[int, ...], float] = {}
+
+    def prepare(self, questions: Sequence[tuple[str, str, str]]) -> None:
+        """Compute all rewards, in batches of rows of similar lengths."""
+        asked = {self.row(prompt, response): None for prompt, *responses in questions for response in responses}
+        rows = sorted(asked.keys() - self.known.keys(), key=lambda row: (len(row), row))
+        # A row is read at its last token that is not padding.
+        can_pad = self.tokenizer.pad_token_id is not None and self.model.config.pad_token_id == self.tokenizer.pad_token_id
+        size = ROWS_AT_ONCE if can_pad else 1
+        for start in range(0, len(rows), size):
+            batch = rows[start : start + size]
+            self.known |= dict(zip(batch, self._rewards(batch), strict=True))
 
     def better(self, prompt: str, first: str, second: str) -> str:
         """One of VERDICTS."""
-        with self.thread:
-            return verdict_by_score(self.reward(prompt, first), self.reward(prompt, second))
+        return verdict_by_score(self.reward(prompt, first), self.reward(prompt, second))
 
     def reward(self, prompt: str, response: str) -> float:
-        """The model's reward for a response; a long text is truncated on the left."""
+        """The model's reward for a response."""
+        row = self.row(prompt, response)
+        if row not in self.known:
+            with self.thread:
+                [self.known[row]] = self._rewards([row])
+        return self.known[row]
+
+    def _rewards(self, rows: Sequence[tuple[int, ...]]) -> list[float]:
         import torch
 
-        if self.tokenizer.chat_template:
-            turns = parse_dialogue(prompt) or [("user", prompt)]
+        inputs = {"input_ids": [list(row) for row in rows], "attention_mask": [[1] * len(row) for row in rows]}
+        if len(rows) > 1:
+            inputs = self.tokenizer.pad(inputs)
+        tensors = {name: torch.tensor(values, device=self.model.device) for name, values in inputs.items()}
+        with torch.no_grad():
+            return self.model(**tensors).logits[:, 0].float().tolist()
+
+    def row(self, prompt: str, response: str) -> tuple[int, ...]:
+        """The token ids of a prompt with a response; a long text is truncated on the left."""
+        end = getattr(self.model.config, ROW_END, None)
+        turns = parse_dialogue(prompt) if self.tokenizer.chat_template else None
+        if turns or (self.tokenizer.chat_template and end is None):
+            turns = turns or [("user", prompt)]
             messages = [{"role": role, "content": content} for role, content in turns]
             messages.append({"role": "assistant", "content": response.strip()})
             text, special = self.tokenizer.apply_chat_template(messages, tokenize=False), False
         else:
             text, special = prompt + response, True
-        ids = self.tokenizer(text, return_tensors="pt", truncation=True, add_special_tokens=special).to(self.model.device)
-        with torch.no_grad():
-            return self.model(input_ids=ids.input_ids, attention_mask=ids.attention_mask).logits.item()
+        ids = self.tokenizer(text, truncation=True, add_special_tokens=special).input_ids
+        if end is not None and ids[-1] != end:
+            ids = [*ids, end][-self.tokenizer.model_max_length :]
+        return tuple(ids)
 
 
 def load_reward_model(name: str, cache_dir: str | None = None):
     """Load a reward model and its tokenizer from the hub or a directory. Raises UserError for other models."""
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
+    from preference_training.modeling.adapters import is_adapter
     from preference_training.modeling.kernels import refuse_kernels
 
+    if is_adapter(name):
+        raise UserError(
+            f"evaluation.judge: {name} is an adapter. Merge it: python scripts/export.py {name} --merge --to FOLDER"
+        )
     where = {"cache_dir": cache_dir, "trust_remote_code": False}
     try:
         config = AutoConfig.from_pretrained(name, **where)

@@ -48,7 +48,7 @@ from preference_training.modeling.archives import (
 from preference_training.modeling.kernels import choose_attention, refuse_kernels, use_liger_kernels
 from preference_training.modeling.quantization import dequantize, quantize
 from preference_training.modeling.state import weights_hash
-from preference_training.modeling.value_head import add_values, auto_class, check_head, is_classifier
+from preference_training.modeling.value_head import ROW_END, add_values, auto_class, check_head, is_classifier
 from preference_training.tracking.run_files import CHECKSUMS, STATE, read_run_info
 
 
@@ -146,7 +146,7 @@ CONFIG_METADATA = frozenset({
     "bos_token_id", "eos_token_id", "id2label", "label2id",
 })  # fmt: skip
 # Keys that are set again whenever a model is loaded.
-SET_AT_LOAD = frozenset({"auto_map", "pad_token_id", "_attn_implementation", "attn_implementation"})
+SET_AT_LOAD = frozenset({"auto_map", "pad_token_id", "_attn_implementation", "attn_implementation", ROW_END})
 
 
 def config_differences(one, other) -> list[str]:
@@ -292,6 +292,7 @@ def model_configuration(model_config: ModelConfig, tokenizer, cache_dir: str | N
     check_head(config, model_config.head, model_config.name_or_path or config.model_type)
     if model_config.head == "value":
         config.num_labels = 1
+        setattr(config, ROW_END, tokenizer.eos_token_id)
     return config
 
 

@@ -16,6 +16,8 @@ from preference_training.core.errors import UserError
 
 # The name of the head in all sequence classifiers of causal language models.
 VALUE_HEAD = "score"
+# The key of a reward model's config.json for the token that ended every row in training.
+ROW_END = "row_end_token_id"
 
 
 def auto_class(head: str):

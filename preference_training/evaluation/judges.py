@@ -21,17 +21,13 @@ import xxhash
 from preference_training.configuration.composition import CONFIG_DIR
 from preference_training.configuration.schema import EvaluationConfig
 from preference_training.configuration.validation import EVALUATION_REQUIREMENTS, KEY_VARIABLE
-from preference_training.core.errors import UserError, first_line
+from preference_training.core.errors import UserError
 from preference_training.core.values import hash_values
-from preference_training.data.rows.templates import parse_dialogue
 from preference_training.data.toy_preferences import response_kind
-from preference_training.modeling.value_head import ROW_END
 
 VERDICTS = ("first", "second", "tie")
 # The longest pause before a retry, whatever a server asks for. Unit: seconds.
 MAX_PAUSE = 120.0
-# Rows that a reward model reads at once.
-ROWS_AT_ONCE = 16
 # Characters of a server's error message that are kept.
 MAX_REASON_LENGTH = 200
 
@@ -66,7 +62,7 @@ class Judge(ABC):
         """Complete `identity` by asking the server, once; returns a note on the reuse of earlier verdicts."""
         return None
 
-    def prepare(self, questions: Sequence[tuple[str, str, str]]) -> None:
+    def prepare(self, questions: Sequence[tuple[str, str, str]]) -> None:  # noqa: B027  most judges need no preparation
         """See all questions that will be asked, (prompt, first, second), before the first."""
 
     def request(self, prompt: str, first: str, second: str) -> list | dict:
@@ -87,104 +83,23 @@ class ToyJudge(Judge):
 
 
 class RewardModelJudge(Judge):
-    """A sequence classifier with one output: the response with the higher reward is better.
-
-    A model of loss=reward reads rows as in training; any other reads conversations by its tokenizer's chat template.
-    """
+    """A reward model: the response with the higher reward is better."""
 
     def __init__(self, name: str, cache_dir: str | None, device):
-        from preference_training.modeling.state import weights_hash
+        from preference_training.evaluation.reward_models import RewardModel
 
-        self.model, self.tokenizer = load_reward_model(name, cache_dir)
-        reads = [self.model.config.to_json_string(), str(self.tokenizer.chat_template), self.tokenizer.get_vocab()]
-        how = hash_values(reads)
-        super().__init__(f"reward_model:{name} {weights_hash(self.model)} {how}")
-        self.model.to(device)
+        self.model = RewardModel(name, cache_dir, device)
+        super().__init__(f"reward_model:{name} {self.model.identity}")
         self.thread = threading.Lock()
-        # By token ids, so that texts which the model reads alike are a tie, whatever they were padded with.
-        self.known: dict[tuple[int, ...], float] = {}
 
     def prepare(self, questions: Sequence[tuple[str, str, str]]) -> None:
-        """Compute all rewards, in batches of rows of similar lengths."""
-        asked = {self.row(prompt, response): None for prompt, *responses in questions for response in responses}
-        rows = sorted(asked.keys() - self.known.keys(), key=lambda row: (len(row), row))
-        # A row is read at its last token that is not padding.
-        can_pad = self.tokenizer.pad_token_id is not None and self.model.config.pad_token_id == self.tokenizer.pad_token_id
-        size = ROWS_AT_ONCE if can_pad else 1
-        for start in range(0, len(rows), size):
-            batch = rows[start : start + size]
-            self.known |= dict(zip(batch, self._rewards(batch), strict=True))
+        """Compute all rewards, in batches."""
+        self.model.rewards([(prompt, response) for prompt, *responses in questions for response in responses])
 
     def better(self, prompt: str, first: str, second: str) -> str:
         """One of VERDICTS."""
-        return verdict_by_score(self.reward(prompt, first), self.reward(prompt, second))
-
-    def reward(self, prompt: str, response: str) -> float:
-        """The model's reward for a response."""
-        row = self.row(prompt, response)
-        if row not in self.known:
-            with self.thread:
-                [self.known[row]] = self._rewards([row])
-        return self.known[row]
-
-    def _rewards(self, rows: Sequence[tuple[int, ...]]) -> list[float]:
-        import torch
-
-        inputs = {"input_ids": [list(row) for row in rows], "attention_mask": [[1] * len(row) for row in rows]}
-        if len(rows) > 1:
-            inputs = self.tokenizer.pad(inputs)
-        tensors = {name: torch.tensor(values, device=self.model.device) for name, values in inputs.items()}
-        with torch.no_grad():
-            return self.model(**tensors).logits[:, 0].float().tolist()
-
-    def row(self, prompt: str, response: str) -> tuple[int, ...]:
-        """The token ids of a prompt with a response; a long text is truncated on the left."""
-        end = getattr(self.model.config, ROW_END, None)
-        turns = parse_dialogue(prompt) if self.tokenizer.chat_template else None
-        if turns or (self.tokenizer.chat_template and end is None):
-            turns = turns or [("user", prompt)]
-            messages = [{"role": role, "content": content} for role, content in turns]
-            messages.append({"role": "assistant", "content": response.strip()})
-            text, special = self.tokenizer.apply_chat_template(messages, tokenize=False), False
-        else:
-            text, special = prompt + response, True
-        ids = self.tokenizer(text, truncation=True, add_special_tokens=special).input_ids
-        if end is not None and ids[-1] != end:
-            ids = [*ids, end][-self.tokenizer.model_max_length :]
-        return tuple(ids)
-
-
-def load_reward_model(name: str, cache_dir: str | None = None):
-    """Load a reward model and its tokenizer from the hub or a directory. Raises UserError for other models."""
-    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
-
-    from preference_training.modeling.adapters import is_adapter
-    from preference_training.modeling.kernels import refuse_kernels
-
-    if is_adapter(name):
-        raise UserError(
-            f"evaluation.judge: {name} is an adapter. Merge it: python scripts/export.py {name} --merge --to FOLDER"
-        )
-    where = {"cache_dir": cache_dir, "trust_remote_code": False}
-    try:
-        config = AutoConfig.from_pretrained(name, **where)
-        refuse_kernels(config)
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            name, config=config, dtype="auto", output_loading_info=True, use_safetensors=True, **where
-        )
-        tokenizer = AutoTokenizer.from_pretrained(name, truncation_side="left", **where)
-    except Exception as error:  # a dozen types: network errors and damaged files
-        raise UserError(
-            f"evaluation.judge: cannot load reward_model:{name}: {first_line(error)}. Expected a sequence classifier with its "
-            "tokenizer: a hub id, or a local directory with safetensors."
-        ) from error
-    if config.num_labels != 1 or info["missing_keys"]:
-        missing = f", and no {sorted(info['missing_keys'])[0]}" if info["missing_keys"] else ""
-        raise UserError(
-            f"evaluation.judge: reward_model:{name} has {config.num_labels} outputs{missing}. Expected a trained reward "
-            "model: a sequence classifier with one output."
-        )
-    return model.eval(), tokenizer
+        with self.thread:
+            return verdict_by_score(*self.model.rewards([(prompt, first), (prompt, second)]))
 
 
 def verdict_by_score(first: float, second: float) -> str:

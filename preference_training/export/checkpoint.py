@@ -42,6 +42,8 @@ def export(path: Path, options: ExportOptions) -> list[str]:
     prompt_format = _prompt_format(source, options.template)
     prompt, notes = serve_as_trained(prompt_format, tokenizer)
     ollama = None
+    if source.head == "value" and (key := next((key for key in ("ollama", "quantize") if getattr(options, key)), None)):
+        raise UserError(f"--{key}: {path} is a reward model, and this is for models that write text. Export without it.")
     if options.ollama:
         if architectures := source.stored_config.get("architectures"):
             check_architecture(architectures[0])
@@ -166,6 +168,7 @@ def _card_facts(source: Source) -> CardFacts:
     archive = source.config["model"].get("archive")
     return CardFacts(
         name="",
+        head=source.head,
         architecture="",
         dtype="",
         parameters=0,

@@ -30,7 +30,7 @@ class CardFacts:
     name: what to load the model by. config: the run's configuration, None if unknown. examples: how many it was trained on.
     held_out: metric → mean at this checkpoint. evaluation: metric → {mean, low, high} and the numbers of examples and prompts,
     if it was evaluated. rows: metrics.jsonl up to this checkpoint. prompt: an example in the format of training. notes:
-    sentences about this export. adapter: it holds an adapter, not full weights.
+    sentences about this export. adapter: it holds an adapter, not full weights. head: lm, or value for a reward model.
     """
 
     name: str
@@ -47,6 +47,7 @@ class CardFacts:
     prompt: str = PLAIN_PROMPT
     notes: list[str] = field(default_factory=list)
     adapter: bool = False
+    head: str = "lm"
     quantized: str | None = None
 
     def summary(self, directory: Path) -> str:
@@ -72,7 +73,7 @@ def metadata(facts: CardFacts) -> str:
     base = facts.base if facts.base and is_hub_id(facts.base) else None
     values = {
         "library_name": "peft" if facts.adapter else "transformers",
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": "text-classification" if facts.head == "value" else "text-generation",
         "base_model": base,
         "datasets": sorted(set(hub_datasets(facts.config))) or None,
         "tags": [*method, *(["lora"] if facts.adapter else [])] or None,
@@ -130,7 +131,16 @@ def _introduction(facts: CardFacts) -> str:
 
 
 def _loading(facts: CardFacts) -> str:
-    lines = [
+    lines = _value_lines(facts) if facts.head == "value" else _text_lines(facts)
+    needed = [package for package, used in (("peft", facts.adapter), ("torchao", facts.quantized)) if used]
+    also = f"Requires {needed[0]} in addition to transformers.\n\n" if needed else ""
+    end = " The chat template formats them this way." * (facts.prompt != PLAIN_PROMPT)
+    snippet = "\n".join(lines)
+    return f"## Use\n\n{also}```python\n{snippet}\n```\n\nPrompts must have the format of training.{end}"
+
+
+def _text_lines(facts: CardFacts) -> list[str]:
+    return [
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
         f"name = {facts.name!r}",
@@ -140,11 +150,20 @@ def _loading(facts: CardFacts) -> str:
         "output = model.generate(**inputs, max_new_tokens=64)",
         "print(tokenizer.decode(output[0, inputs.input_ids.shape[1] :], skip_special_tokens=True))",
     ]
-    needed = [package for package, used in (("peft", facts.adapter), ("torchao", facts.quantized)) if used]
-    also = f"Requires {needed[0]} in addition to transformers.\n\n" if needed else ""
-    end = " The chat template formats them this way." * (facts.prompt != PLAIN_PROMPT)
-    snippet = "\n".join(lines)
-    return f"## Use\n\n{also}```python\n{snippet}\n```\n\nPrompts must have the format of training.{end}"
+
+
+def _value_lines(facts: CardFacts) -> list[str]:
+    return [
+        "from transformers import AutoModelForSequenceClassification, AutoTokenizer",
+        "",
+        f"name = {facts.name!r}",
+        "tokenizer = AutoTokenizer.from_pretrained(name)",
+        f'model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=1, dtype="{facts.dtype}")',
+        *(["model.config.pad_token_id = tokenizer.pad_token_id"] if facts.adapter else []),
+        "# A row is a prompt, its response, and the token that ended responses in training.",
+        f'inputs = tokenizer({facts.prompt!r} + " in a forest." + tokenizer.eos_token, return_tensors="pt")',
+        "print(model(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask).logits.item())",
+    ]
 
 
 def _data(config: dict) -> str:

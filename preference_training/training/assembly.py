@@ -80,18 +80,9 @@ def assemble(prepared: PreparedRun, placement: Placement, checkpoint: Checkpoint
             print(two_models_notice, flush=True)
         else:
             models.start_check = StartCheck(models.policy, models.reference)
-    num_samples = min(len(held_out), config.n_eval_model_samples * samples_responses(config, placement))
+    num_samples = min(len(held_out), config.n_eval_model_samples * placement.samples(config.sample_during_eval))
     samples = [held_out[k].prompt_ids for k in range(num_samples)]
     return models, Batches(steps, evaluation_batches(held_out, **sizes), samples)
-
-
-def samples_responses(config: RunConfig, placement: Placement) -> bool:
-    """Whether to sample responses at evaluations; says where the model is the reason not to."""
-    if config.model.head == "lm":
-        return placement.samples(config.sample_during_eval)
-    if config.sample_during_eval is not False and placement.ranks.is_rank_zero:
-        print("sample_during_eval: off, since a reward model writes no responses", flush=True)
-    return False
 
 
 @dataclass(frozen=True)

@@ -37,13 +37,11 @@ def export(path: Path, options: ExportOptions) -> list[str]:
     Raises UserError if the export fails, and then leaves no directory.
     """
     source = Source.read(path, options.trust_remote_code)
-    check_options(options, source.is_adapter)
+    check_options(options, source.is_adapter, source.head)
     tokenizer = source.load_tokenizer()
     prompt_format = _prompt_format(source, options.template)
     prompt, notes = serve_as_trained(prompt_format, tokenizer)
     ollama = None
-    if source.head == "value" and (key := next((key for key in ("ollama", "quantize") if getattr(options, key)), None)):
-        raise UserError(f"--{key}: {path} is a reward model, and this is for models that write text. Export without it.")
     if options.ollama:
         if architectures := source.stored_config.get("architectures"):
             check_architecture(architectures[0])

@@ -25,6 +25,7 @@ from trl import DPOTrainer
 from trl.experimental.cpo import CPOTrainer
 from trl.experimental.orpo import ORPOTrainer
 
+from preference_training.losses.base import Examples
 from preference_training.losses.objectives import RewardShift
 from preference_training.losses.registry import build_loss
 
@@ -88,7 +89,7 @@ def ours(case: Case, pair: Pair) -> Numbers:
     policy, reference = (torch.stack([tokens.sum() for tokens in side]) for side in (pair.policy, pair.reference))
     policy.requires_grad_()
     statistics = None if case.reward_shift is None else RewardShift(case.reward_shift)
-    output = build_loss(**case.keys)(policy, reference, torch.tensor([[0, 1]]), pair.lengths, statistics)
+    output = build_loss(**case.keys)(policy, reference, Examples(torch.tensor([[0, 1]]), pair.lengths), statistics)
     output.losses.mean().backward()
     rewards = [output.chosen_rewards.item(), output.rejected_rewards.item()]
     return Numbers(output.losses.item(), policy.grad.tolist(), rewards)

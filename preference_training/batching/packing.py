@@ -19,6 +19,7 @@ from torch import Tensor
 from preference_training.batching.tries import PrefixCounter, Trie, TrieLayout, build_trie, trees
 from preference_training.core.process_group import SINGLE_PROCESS, Ranks
 from preference_training.data.tokenization import TokenizedPrompt
+from preference_training.losses.base import Examples
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,14 @@ class PackedBatch:
         """The packed index of each response's last token: [R] int64."""
         ends = [int(self.trie.path(number)[-1]) for number in range(len(self.response_lengths))]
         return torch.tensor(ends, device=self.input_ids.device)
+
+    @cached_property
+    def examples(self) -> Examples:
+        """The examples as losses see them; their mean length is that of a whole batch, which a pack does not know."""
+        labels = None if self.labels is None else self.labels > 0
+        return Examples(
+            self.members, self.response_lengths, weights=self.weights, margins=self.margins, labels=labels
+        )
 
     @cached_property
     def layout(self) -> TrieLayout:

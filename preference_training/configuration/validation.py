@@ -202,9 +202,9 @@ def _check_loss(config: RunConfig) -> None:
         )
 
 
-def check_objective(objective: str, loss: str, paired: bool) -> None:
-    """Raise UserError where `objective` is no metric of an evaluation of pairs, or of single responses."""
-    known = OBJECTIVES if paired else OBJECTIVES[:2]
+def check_objective(objective: str, loss: str, examples: str) -> None:
+    """Raise UserError where `objective` is no metric of an evaluation of a loss with such examples."""
+    known = OBJECTIVES[:2] if examples == "targets" else OBJECTIVES
     if objective not in known:
         raise UserError(f"objective: loss={loss} has no metric {objective!r}; {nearest(objective, known)}")
 

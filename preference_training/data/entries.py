@@ -32,7 +32,7 @@ from preference_training.data.rows.records import (
     type_name,
 )
 from preference_training.data.rows.values import condition
-from preference_training.losses.registry import is_paired
+from preference_training.losses.registry import example_kind
 
 
 @dataclass(frozen=True)
@@ -376,7 +376,7 @@ def read_entries(config: RunConfig) -> list[Entry]:
 def _unused_run_settings(config: RunConfig, entry: Entry) -> list[str]:
     """Notes on changed settings of the run without effect on an entry, and on data that its loss does not read."""
     notes, usual = [], default_values()
-    if entry.dataset.sft_note and not is_paired(config.loss.name):
+    if entry.dataset.sft_note and example_kind(config.loss.name) == "targets":
         notes.append(entry.dataset.sft_note)
     drops = (entry.truncation_mode or entry.dataset.truncation_mode) == "drop"
     if config.max_prompt_length != usual["max_prompt_length"] and drops:

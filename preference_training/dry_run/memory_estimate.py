@@ -23,7 +23,7 @@ from preference_training.batching.packing import PackedBatch
 from preference_training.core.process_group import reshard, to_local
 from preference_training.distributed.placement import Placement, Sharded
 from preference_training.distributed.sharding import Sharing, empty_model
-from preference_training.losses.base import Loss
+from preference_training.losses.base import Examples, Loss
 from preference_training.losses.objectives import DPOLoss, PairSelection
 from preference_training.modeling.adapters import has_adapter
 from preference_training.modeling.kernels import enable_activation_checkpointing
@@ -211,9 +211,9 @@ class _DPOWithBatchStatistics(DPOLoss):
 
     needs_batch_statistics = True
 
-    def batch_statistics(self, log_ratios: Tensor) -> PairSelection:
+    def batch_statistics(self, policy: Tensor, reference: Tensor | None, examples: Examples) -> PairSelection:
         """Every pair."""
-        return PairSelection(log_ratios.new_ones(len(log_ratios)), torch.ones(()), {})
+        return PairSelection(policy.new_ones(len(policy)), torch.ones(()), {})
 
 
 def _without_numbers(loss: Loss) -> Loss:
@@ -232,7 +232,7 @@ def faked(batch: Sequence[MicroBatch]) -> list[MicroBatch]:
 def take_unchecked(step: TrainingStep, batch: Sequence[MicroBatch]) -> None:
     """Take a step without its checks for finite values, which fake tensors do not have."""
     result = step.backward(batch)
-    step.reduce(result.sums, step.updater.clip_gradient(), sum(part.num_examples for part in batch), 0)
+    step.reduce(result.sums, step.updater.clip_gradient(), 0)
     step.updater.update()
 
 

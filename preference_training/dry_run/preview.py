@@ -53,7 +53,7 @@ def preview(prepared: PreparedRun, placement_class: type[Placement], batches_wit
     names = [entry.name for entry in prepared.entries]
     facts = [collect_facts(split.table) for split in data]
     for title, split, found in zip(("train", "held out"), data, facts, strict=True):
-        print(f"\n{title}", *describe_data(names, split.reports, found, loss.paired), sep="\n")
+        print(f"\n{title}", *describe_data(names, split.reports, found, paired=loss.examples == "pairs"), sep="\n")
     common = numpy.intersect1d(*(found.prompt_hashes for found in facts))
     print(f"\nprompts in both splits: {len(common):,}", "\nexamples", sep="\n")
     train = data[0].table

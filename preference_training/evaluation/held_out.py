@@ -1,28 +1,30 @@
 """Held-out metrics and the KL divergence to the reference. Leaves policy, reference, loss and random streams unchanged.
 
-Shapes: R responses and P pairs over the whole held-out set; E examples (P, or R for SFT); G groups of examples.
+Shapes: R responses and E examples over the whole held-out set.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from preference_training.batching.micro_batches import split_into_batches
 from preference_training.batching.packing import PackedBatch, TokenBudget, iterate_examples
+from preference_training.core.metric_names import EVAL, EVAL_LOSS
 from preference_training.core.process_group import SINGLE_PROCESS, Ranks
 from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.evaluation.intervals import estimate, mean_interval
-from preference_training.losses.base import Loss, example_metrics
+from preference_training.losses.base import Examples, Loss, example_metrics, with_margins
 from preference_training.modeling.logprobs import response_logps
 from preference_training.modeling.state import compute_device
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The metrics of every example, name → [E] float64 on the CPU, and the statistics of the loss.
+    """The metrics of every example, name → [E] float64 on the CPU, NaN where it has none, and the statistics of the loss.
 
     sources: [E], the names of the examples' prompts.
     """
@@ -32,24 +34,23 @@ class HeldOut:
     sources: Sequence[str]
 
     def means(self) -> dict[str, float]:
-        """The mean of each metric over all examples, and the statistics, by name."""
-        means = {name: values.mean().item() for name, values in self.examples.items()}
-        return means | {name: float(value) for name, value in self.statistics.items()}
+        """The mean of each metric over the examples that have it, and the statistics, by name."""
+        means = {
+            name: (values.mean() if name == EVAL_LOSS else values.nanmean()).item() for name, values in self.examples.items()
+        }
+        return with_margins(means, EVAL) | {name: float(value) for name, value in self.statistics.items()}
 
 
 @dataclass(frozen=True)
 class Scores:
     """Log-probs of the responses of some batches over all ranks, float64 on the CPU, and the examples they belong to.
 
-    policy, reference: [R]; reference may be None. pairs: [P, 2]; empty for SFT. lengths: [R], tokens. order: [E], the index of
-    each example among pairs (SFT: responses). sources: [E], the names of the examples' prompts.
+    policy, reference: [R]; reference may be None. examples: E, in their order; sources: [E], the names of their prompts.
     """
 
     policy: Tensor
     reference: Tensor | None
-    pairs: Tensor
-    lengths: Tensor
-    order: Tensor
+    examples: Examples
     sources: Sequence[str]
 
 
@@ -67,11 +68,9 @@ def evaluate_held_out(
     result for all. on_batch: called with each batch and the log-probs of both models. Raises ValueError without any example.
     """
     scores = score_responses(policy, reference, batches, ranks, on_batch)
-    pick = slice(None) if loss.paired else scores.order
-    pairs = scores.pairs[scores.order] if loss.paired else scores.pairs
-    known = scores.policy[pick]
-    output = loss(known, scores.reference, pairs, scores.lengths[pick])
-    return HeldOut(example_metrics(output, known, pairs, "eval"), output.statistics, scores.sources)
+    examples = scores.examples
+    output = loss(scores.policy, scores.reference, examples).weighted(examples.weights)
+    return HeldOut(example_metrics(output, scores.policy, examples, EVAL), output.statistics, scores.sources)
 
 
 @torch.no_grad()
@@ -94,21 +93,46 @@ def score_responses(
         if on_batch is not None and known is not None:
             on_batch(batch, logps, known)
         if not batch.is_filler:
-            facts = batch.pairs.cpu(), batch.response_lengths.cpu(), batch.places.cpu(), batch.sources
-            scored.append((logps, known, *facts))
-    logps, knowns, pairs, lengths, places, sources = zip(
+            examples = batch.examples.with_tensors(Tensor.cpu)
+            scored.append((logps, known, examples, batch.places.cpu(), batch.sources))
+    logps, knowns, examples, places, sources = zip(
         *(part for rank in ranks.all_gather_object(scored) for part in rank), strict=True
     )
-    starts = accumulate(map(len, lengths), initial=0)
     order = torch.cat(places).argsort()
     names = [name for batch in sources for name in batch]
     return Scores(
         policy=torch.cat(logps),
         reference=None if reference is None else torch.cat(knowns),
-        pairs=torch.cat([numbers + start for numbers, start in zip(pairs, starts, strict=False)]),
-        lengths=torch.cat(lengths),
-        order=order,
+        examples=_joined(examples, order),
         sources=[names[place] for place in order.tolist()],
+    )
+
+
+def _joined(parts: Sequence[Examples], order: Tensor) -> Examples:
+    """The examples of several batches as those of one, at `order`."""
+    starts = accumulate((len(part.lengths) for part in parts), initial=0)
+    width = max(part.members.shape[1] for part in parts)
+    members = [
+        pad(part.members.where(part.members < 0, part.members + start), (0, width - part.members.shape[1]), value=-1)
+        for part, start in zip(parts, starts, strict=False)
+    ]
+    joined = Examples(torch.cat(members)[order], torch.cat([part.lengths for part in parts]))
+
+    def data(name: str, default: float | bool) -> Tensor | None:
+        values = [getattr(part, name) for part in parts]
+        if all(value is None for value in values):
+            return None
+        filled = [
+            torch.full((len(part),), default) if value is None else value for part, value in zip(parts, values, strict=True)
+        ]
+        return torch.cat(filled)[order]
+
+    return replace(
+        joined,
+        mean_length=joined.lengths[joined.first].double().mean().item(),
+        weights=data("weights", 1.0),
+        margins=data("margins", 0.0),
+        labels=data("labels", True),
     )
 
 
@@ -133,8 +157,9 @@ def kl_estimate(
     token (all log-ratios over all tokens), in nats, and the log-ratio of each response.
     """
     scores = score_responses(policy, reference, batches, ranks)
-    ratios = (scores.policy - scores.reference)[scores.order].numpy()
-    tokens = scores.lengths[scores.order].numpy()
+    responses = scores.examples.first
+    ratios = (scores.policy - scores.reference)[responses].numpy()
+    tokens = scores.examples.lengths[responses].numpy()
     per_response = estimate(ratios.mean(), mean_interval(ratios))
     per_token = estimate(ratios.sum() / tokens.sum(), mean_interval(ratios, sizes=tokens))
     counts = {"answers": len(ratios), "tokens": int(tokens.sum())}

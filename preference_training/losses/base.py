@@ -1,13 +1,12 @@
 """The interface of all losses: tensors and floats in, a `LossOutput` out; independent of configuration, ranks and model.
 
-Shapes: R responses, P pairs, E examples (P for preference losses, R for SFT). Every log-prob is the natural logarithm of
-a response's probability given its prompt, summed over the response's tokens; unit: nats. A loss is called as
+Shapes: R responses, E examples of M members each, C scored tokens. Every log-prob is the natural logarithm of a response's
+probability given its prompt, summed over the response's scored tokens; unit: nats. A loss is called as
 
-    loss(policy, reference, pairs, lengths, batch_statistics) -> LossOutput
+    loss(policy, reference, examples, batch_statistics) -> LossOutput
 
-with `policy` and `reference` of shape [R], `pairs` of shape [P, 2] (indices of the preferred and the dispreferred
-response) and `lengths` of shape [R] (tokens of each response). The mean of `LossOutput.losses` is the loss of these
-examples, so that the trainer accumulates the packs of a batch in the same way for every loss.
+with `policy` and `reference` of shape [R] and the `Examples` that the responses belong to. The mean of `LossOutput.losses` is
+the loss of these examples, so that the trainer accumulates the packs of a batch in the same way for every loss.
 
 No module here imports torch before a loss is computed, so that reading the properties of a loss is fast.
 """
@@ -15,38 +14,107 @@ No module here imports torch before a loss is computed, so that reading the prop
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from preference_training.core.metric_names import CHOSEN, REJECTED, logps, loss, reward
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
     from torch import Tensor
 
 # What a reward is beta times of: the policy's log-prob minus the reference's, or the policy's alone; summed or per token.
 Reward = Literal["log-ratio", "log-ratio per token", "log-prob per token"]
+# What the examples of a loss are: single responses (SFT); a preferred and a dispreferred response; responses, the best first;
+# a response that is labeled desirable or undesirable, with a mismatched one, of another prompt.
+ExampleKind = Literal["targets", "pairs", "rankings", "labels"]
+
+
+@dataclass(frozen=True)
+class TokenLogps:
+    """A model's log-probs of single tokens: all scored tokens of a pack, ordered by response.
+
+    values: [C]. responses: [C] int64, the response of each token; positions: [C] int64, how many scored tokens of the response
+    precede it. collision: [C], log of the sum of all squared probabilities of the vocabulary; None unless asked for.
+    """
+
+    values: Tensor
+    responses: Tensor
+    positions: Tensor
+    collision: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Examples:
+    """The examples of a pack: which responses each consists of, and what the data says about it.
+
+    members: [E, M] int64, numbers of responses; shorter rankings end with -1. lengths: [R], scored tokens of each response.
+    mean_length: the scored tokens of the examples' first members, averaged over the examples of the whole batch: all packs,
+    micro-batches and ranks. weights, margins: [E]; labels: [E] bool, whether an example is desirable; None where the data
+    has none. policy_tokens, reference_tokens: for losses that read them.
+    """
+
+    members: Tensor
+    lengths: Tensor
+    mean_length: float | Tensor = float("nan")
+    weights: Tensor | None = None
+    margins: Tensor | None = None
+    labels: Tensor | None = None
+    policy_tokens: TokenLogps | None = None
+    reference_tokens: TokenLogps | None = None
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    @property
+    def pairs(self) -> Tensor:
+        """[E, 2], the preferred and the dispreferred response of each example."""
+        assert self.members.shape[1] == 2, "these examples are no pairs"
+        return self.members
+
+    @property
+    def first(self) -> Tensor:
+        """[E], each example's response, its preferred one, or the best."""
+        return self.members[:, 0]
+
+    @property
+    def last(self) -> Tensor:
+        """[E], each example's dispreferred response, or the worst."""
+        return self.members.gather(1, (self.members >= 0).sum(1, keepdim=True) - 1)[:, 0]
+
+    def with_tensors(self, change: Callable[[Tensor], Tensor]) -> Examples:
+        """The examples with members, lengths, weights, margins and labels changed."""
+        names = ("members", "lengths", "weights", "margins", "labels")
+        return replace(self, **{name: None if getattr(self, name) is None else change(getattr(self, name)) for name in names})
 
 
 @dataclass(frozen=True)
 class LossOutput:
     """The losses of E examples, and what is logged of them.
 
-    losses: [E], with gradient; their mean is the loss. chosen_rewards, rejected_rewards: [E] without gradient, or None
-    where there are no pairs. statistics: numbers to log under their own names.
+    losses: [E], with gradient; their mean is the loss. chosen_rewards, rejected_rewards: [E] without gradient, NaN where an
+    example has no such response, or None where examples are single responses. statistics: numbers to log under their own
+    names. accuracies: [E], of a loss for which they are not whether the chosen reward is above the rejected one.
     """
 
     losses: Tensor
     chosen_rewards: Tensor | None = None
     rejected_rewards: Tensor | None = None
     statistics: dict[str, float | Tensor] = field(default_factory=dict)
+    accuracies: Tensor | None = None
+
+    def weighted(self, weights: Tensor | None) -> LossOutput:
+        """Each loss times the weight of its example, [E]; unchanged without weights."""
+        return self if weights is None else replace(self, losses=self.losses * weights)
 
 
 class BatchStatistics(ABC):
-    """What a loss needs to know about all pairs of a micro-batch before it is computed for any of them."""
+    """What a loss needs to know about all examples of a micro-batch before it is computed for any of them."""
 
     @abstractmethod
     def at(self, places: Tensor) -> BatchStatistics:
-        """The part for the micro-batch's pairs at the indices `places` [E]."""
+        """The part for the micro-batch's examples at the indices `places` [E]."""
 
 
 @dataclass(frozen=True)
@@ -60,12 +128,15 @@ class ReferenceUpdate:
 class Loss(ABC):
     """The base class of all losses, as the trainer uses them."""
 
-    # Whether its examples are pairs of responses, rather than single responses.
-    paired: ClassVar[bool] = True
+    # What its examples are.
+    examples: ClassVar[ExampleKind] = "pairs"
     # Whether it reads the reference's log-probs.
     needs_reference: ClassVar[bool] = True
     # Whether `batch_statistics` must be called with a whole micro-batch before any of its losses is computed.
     needs_batch_statistics: ClassVar[bool] = False
+    # Whether it reads `Examples.policy_tokens` (and `reference_tokens`, with a reference), and in them `collision`.
+    reads_tokens: ClassVar[bool] = False
+    reads_collision: ClassVar[bool] = False
     # What its rewards are beta times of; None if it has no rewards, or does not declare them.
     reward: ClassVar[Reward | None] = None
     # What the held-out loss depends on besides the policy, so that it cannot be compared between runs or between evaluations of
@@ -76,7 +147,7 @@ class Loss(ABC):
 
     @abstractmethod
     def __call__(
-        self, policy: Tensor, reference: Tensor | None, pairs: Tensor, lengths: Tensor, batch_statistics: Any = None
+        self, policy: Tensor, reference: Tensor | None, examples: Examples, batch_statistics: Any = None
     ) -> LossOutput:
         """The loss of each example; shapes: see the module. Without `batch_statistics` (in an evaluation) no state changes."""
 
@@ -85,10 +156,11 @@ class Loss(ABC):
         """How the reference follows the policy; None for a frozen reference."""
         return None
 
-    def batch_statistics(self, log_ratios: Tensor) -> BatchStatistics | None:
-        """Compute the statistics of a training micro-batch from all its pairs, on all ranks.
+    def batch_statistics(self, policy: Tensor, reference: Tensor | None, examples: Examples) -> BatchStatistics | None:
+        """Compute the statistics of a training micro-batch from all its examples, on all ranks.
 
-        log_ratios: [P, 2], the policy's log-prob minus the reference's, for each pair's chosen and rejected response.
+        policy, reference: [E, M], the log-prob of each member, without gradient; flattened they are what the numbers in
+        `examples` refer to.
         """
         return None
 
@@ -106,21 +178,40 @@ class Loss(ABC):
         assert not state, f"{type(self).__name__} has no state"
 
 
-def example_metrics(output: LossOutput, policy: Tensor, pairs: Tensor, split: str) -> dict[str, Tensor]:
-    """The metrics of each example for a split ("train" or "eval"): name → [E], without gradient.
+def example_metrics(output: LossOutput, policy: Tensor, examples: Examples, split: str) -> dict[str, Tensor]:
+    """The metrics of each example for a split ("train" or "eval"): name → [E], without gradient; NaN where it has none.
 
-    A pair with equal rewards counts as half accurate.
+    Equal rewards count as half accurate. Of a ranking the best response counts as chosen and the worst as rejected.
     """
-    policy = policy.detach()
-    if output.chosen_rewards is None or output.rejected_rewards is None:
-        return {logps(split, CHOSEN): policy, loss(split): output.losses.detach()}
-    margins = output.chosen_rewards - output.rejected_rewards
+    policy, losses = policy.detach(), output.losses.detach()
+    chosen, rejected = output.chosen_rewards, output.rejected_rewards
+    if chosen is None or rejected is None:
+        return {logps(split, CHOSEN): policy[examples.first], loss(split): losses}
+    if output.accuracies is not None:
+        own = policy[examples.first]
+        return {
+            reward(split, CHOSEN): chosen,
+            reward(split, REJECTED): rejected,
+            reward(split, "accuracies"): output.accuracies,
+            logps(split, REJECTED): own.where(~rejected.isnan(), float("nan")),
+            logps(split, CHOSEN): own.where(~chosen.isnan(), float("nan")),
+            loss(split): losses,
+        }
+    margins = chosen - rejected
     return {
-        reward(split, CHOSEN): output.chosen_rewards,
-        reward(split, REJECTED): output.rejected_rewards,
+        reward(split, CHOSEN): chosen,
+        reward(split, REJECTED): rejected,
         reward(split, "accuracies"): (margins > 0).float() + 0.5 * (margins == 0).float(),
         reward(split, "margins"): margins,
-        logps(split, REJECTED): policy[pairs[:, 1]],
-        logps(split, CHOSEN): policy[pairs[:, 0]],
-        loss(split): output.losses.detach(),
+        logps(split, REJECTED): policy[examples.last],
+        logps(split, CHOSEN): policy[examples.first],
+        loss(split): losses,
     }
+
+
+def with_margins(means: Mapping[str, float], split: str) -> dict[str, float]:
+    """Mean metrics, with the difference of the mean rewards where no single example has a margin."""
+    means, margins = dict(means), reward(split, "margins")
+    if margins not in means and {reward(split, CHOSEN), reward(split, REJECTED)} <= means.keys():
+        means[margins] = means[reward(split, CHOSEN)] - means[reward(split, REJECTED)]
+    return means

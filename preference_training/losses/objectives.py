@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from preference_training.core.metric_names import BETA_USED, GAP_MEAN, GAP_STD, KEPT_FRACTION, LOSS_AT_BETA_USED
-from preference_training.losses.base import BatchStatistics, Loss, LossOutput, ReferenceUpdate, Reward
+from preference_training.losses.base import BatchStatistics, Examples, Loss, LossOutput, ReferenceUpdate, Reward
 from preference_training.losses.beta_dpo import (
     GapStatistics,
     adapted_beta,
@@ -41,13 +41,13 @@ if TYPE_CHECKING:
 class SFTLoss(Loss):
     """The negative log-prob of each response."""
 
-    paired = False
+    examples = "targets"
     needs_reference = False
 
     def __call__(
-        self, policy: Tensor, reference: Tensor | None, pairs: Tensor, lengths: Tensor, batch_statistics: Any = None
+        self, policy: Tensor, reference: Tensor | None, examples: Examples, batch_statistics: Any = None
     ) -> LossOutput:
-        return LossOutput(-policy)
+        return LossOutput(-policy[examples.first])
 
 
 @dataclass
@@ -59,14 +59,14 @@ class LogRatioLoss(Loss):
     reward: ClassVar[Reward] = "log-ratio"
 
     def __call__(
-        self, policy: Tensor, reference: Tensor | None, pairs: Tensor, lengths: Tensor, batch_statistics: Any = None
+        self, policy: Tensor, reference: Tensor | None, examples: Examples, batch_statistics: Any = None
     ) -> LossOutput:
         assert reference is not None
-        losses = self.losses(policy, reference, pairs, lengths)
-        return LossOutput(losses, *sides(self.beta * (policy - reference).detach(), pairs))
+        losses = self.losses(policy, reference, examples)
+        return LossOutput(losses, *sides(self.beta * (policy - reference).detach(), examples.pairs))
 
     @abstractmethod
-    def losses(self, policy: Tensor, reference: Tensor, pairs: Tensor, lengths: Tensor) -> Tensor:
+    def losses(self, policy: Tensor, reference: Tensor, examples: Examples) -> Tensor:
         """The loss of each pair, [P]."""
 
 
@@ -98,9 +98,11 @@ class DPOLoss(LogRatioLoss):
     label_smoothing: float = 0.0
     reference_free: bool = False
 
-    def losses(self, policy: Tensor, reference: Tensor, pairs: Tensor, lengths: Tensor) -> Tensor:
+    def losses(self, policy: Tensor, reference: Tensor, examples: Examples) -> Tensor:
         """The DPO loss of each pair."""
-        return dpo_loss(gap(policy, pairs), gap(reference, pairs), self.beta, self.label_smoothing, self.reference_free)
+        return dpo_loss(
+            gap(policy, examples.pairs), gap(reference, examples.pairs), self.beta, self.label_smoothing, self.reference_free
+        )
 
 
 @dataclass(frozen=True)
@@ -144,9 +146,11 @@ class BetaDPOLoss(Loss):
     reward = "log-ratio"
     training_keys = ("mode_loss", "mode_weight", "a")
 
-    def batch_statistics(self, log_ratios: Tensor) -> PairSelection:
+    def batch_statistics(self, policy: Tensor, reference: Tensor | None, examples: Examples) -> PairSelection:
         """Update the running statistics with a training micro-batch's gaps, then sample its pairs and set its beta."""
-        gaps = log_ratios[:, 0] - log_ratios[:, 1]
+        assert reference is not None
+        ratios = policy - reference
+        gaps = ratios[:, 0] - ratios[:, 1]
         mean = self.statistics.update(gaps)
         log_weights = log_sampling_weights(gaps, mean, self.statistics.deviation or 0.0)
         drawn = draw_without_replacement(log_weights, number_kept(len(gaps), self.filtering_ratio), self.generator)
@@ -158,18 +162,17 @@ class BetaDPOLoss(Loss):
         self,
         policy: Tensor,
         reference: Tensor | None,
-        pairs: Tensor,
-        lengths: Tensor,
+        examples: Examples,
         batch_statistics: PairSelection | None = None,
     ) -> LossOutput:
         assert reference is not None
-        gaps = gap(policy, pairs), gap(reference, pairs)
-        rewards = sides(self.beta * (policy - reference).detach(), pairs)
+        gaps = gap(policy, examples.pairs), gap(reference, examples.pairs)
+        rewards = sides(self.beta * (policy - reference).detach(), examples.pairs)
         if batch_statistics is None:
             losses = dpo_loss(*gaps, self.beta, self.label_smoothing)
-            return LossOutput(losses, *rewards, self._evaluation_statistics(gaps[0].detach(), gaps[1].detach()))
+            return LossOutput(losses, *rewards, statistics=self._evaluation_statistics(gaps[0].detach(), gaps[1].detach()))
         losses = batch_statistics.weights * dpo_loss(*gaps, batch_statistics.beta, self.label_smoothing)
-        return LossOutput(losses, *rewards, batch_statistics.statistics)
+        return LossOutput(losses, *rewards, statistics=batch_statistics.statistics)
 
     @classmethod
     def state_shape(cls) -> dict[str, Any]:
@@ -216,12 +219,12 @@ class IPOLoss(LogRatioLoss):
     beta: float = 0.1
     length_normalised: bool = False
 
-    def losses(self, policy: Tensor, reference: Tensor, pairs: Tensor, lengths: Tensor) -> Tensor:
+    def losses(self, policy: Tensor, reference: Tensor, examples: Examples) -> Tensor:
         """The IPO loss of each pair."""
         if self.length_normalised:
-            scale = 1 / lengths.to(policy.dtype)
+            scale = 1 / examples.lengths.to(policy.dtype)
             policy, reference = policy * scale, reference * scale
-        return ipo_loss(gap(policy, pairs), gap(reference, pairs), self.beta)
+        return ipo_loss(gap(policy, examples.pairs), gap(reference, examples.pairs), self.beta)
 
 
 @register_loss("hinge", "hinge loss (SLiC)", "2305.10425")
@@ -229,9 +232,9 @@ class IPOLoss(LogRatioLoss):
 class HingeLoss(LogRatioLoss):
     """`hinge_loss` of every pair."""
 
-    def losses(self, policy: Tensor, reference: Tensor, pairs: Tensor, lengths: Tensor) -> Tensor:
+    def losses(self, policy: Tensor, reference: Tensor, examples: Examples) -> Tensor:
         """The hinge loss of each pair."""
-        return hinge_loss(gap(policy, pairs), gap(reference, pairs), self.beta)
+        return hinge_loss(gap(policy, examples.pairs), gap(reference, examples.pairs), self.beta)
 
 
 @register_loss("robust", "robust DPO", "2403.00409")
@@ -241,9 +244,9 @@ class RobustDPOLoss(LogRatioLoss):
 
     label_smoothing: float
 
-    def losses(self, policy: Tensor, reference: Tensor, pairs: Tensor, lengths: Tensor) -> Tensor:
+    def losses(self, policy: Tensor, reference: Tensor, examples: Examples) -> Tensor:
         """The robust DPO loss of each pair."""
-        return robust_dpo_loss(gap(policy, pairs), gap(reference, pairs), self.beta, self.label_smoothing)
+        return robust_dpo_loss(gap(policy, examples.pairs), gap(reference, examples.pairs), self.beta, self.label_smoothing)
 
 
 @register_loss("rpo", "DPO with a likelihood term (RPO)", "2404.19733")
@@ -253,10 +256,10 @@ class RPOLoss(LogRatioLoss):
 
     alpha: float
 
-    def losses(self, policy: Tensor, reference: Tensor, pairs: Tensor, lengths: Tensor) -> Tensor:
+    def losses(self, policy: Tensor, reference: Tensor, examples: Examples) -> Tensor:
         """The RPO loss of each pair."""
-        chosen_per_token = (policy / lengths)[pairs[:, 0]]
-        return rpo_loss(gap(policy, pairs), gap(reference, pairs), chosen_per_token, self.beta, self.alpha)
+        chosen_per_token = (policy / examples.lengths)[examples.first]
+        return rpo_loss(gap(policy, examples.pairs), gap(reference, examples.pairs), chosen_per_token, self.beta, self.alpha)
 
 
 @register_loss("dpop", "DPO-positive (DPOP)", "2402.13228")
@@ -266,9 +269,9 @@ class DPOPLoss(LogRatioLoss):
 
     penalty: float
 
-    def losses(self, policy: Tensor, reference: Tensor, pairs: Tensor, lengths: Tensor) -> Tensor:
+    def losses(self, policy: Tensor, reference: Tensor, examples: Examples) -> Tensor:
         """The DPOP loss of each pair."""
-        return dpop_loss(*sides(policy - reference, pairs), self.beta, self.penalty)
+        return dpop_loss(*sides(policy - reference, examples.pairs), self.beta, self.penalty)
 
 
 @register_loss("dpo_norm", "length-normalized DPO", "2411.15124")
@@ -282,14 +285,14 @@ class LengthNormalizedDPOLoss(LogRatioLoss):
     reward = "log-ratio per token"
 
     def __call__(
-        self, policy: Tensor, reference: Tensor | None, pairs: Tensor, lengths: Tensor, batch_statistics: Any = None
+        self, policy: Tensor, reference: Tensor | None, examples: Examples, batch_statistics: Any = None
     ) -> LossOutput:
         assert reference is not None
-        return super().__call__(policy / lengths, reference / lengths, pairs, lengths)
+        return super().__call__(policy / examples.lengths, reference / examples.lengths, examples)
 
-    def losses(self, policy: Tensor, reference: Tensor, pairs: Tensor, lengths: Tensor) -> Tensor:
+    def losses(self, policy: Tensor, reference: Tensor, examples: Examples) -> Tensor:
         """The DPO loss of each pair, from log-probs per token."""
-        return dpo_loss(gap(policy, pairs), gap(reference, pairs), self.beta)
+        return dpo_loss(gap(policy, examples.pairs), gap(reference, examples.pairs), self.beta)
 
 
 @dataclass(frozen=True)
@@ -318,25 +321,27 @@ class BCOLoss(Loss):
     reward = "log-ratio"
     evaluation_depends_on = "a running mean of training's rewards"
 
-    def batch_statistics(self, log_ratios: Tensor) -> RewardShift:
+    def batch_statistics(self, policy: Tensor, reference: Tensor | None, examples: Examples) -> RewardShift:
         """Update the running mean with a training micro-batch's rewards, and use it as the shift."""
-        self.shift = running_mean(self.shift, self.beta * log_ratios.double().mean().item())
+        assert reference is not None
+        self.shift = running_mean(self.shift, self.beta * (policy - reference).double().mean().item())
         return RewardShift(self.shift)
 
     def __call__(
         self,
         policy: Tensor,
         reference: Tensor | None,
-        pairs: Tensor,
-        lengths: Tensor,
+        examples: Examples,
         batch_statistics: RewardShift | None = None,
     ) -> LossOutput:
         assert reference is not None
-        chosen, rejected = sides(self.beta * (policy - reference), pairs)
+        chosen, rejected = sides(self.beta * (policy - reference), examples.pairs)
         shift = batch_statistics.value if batch_statistics else self.shift
         if shift is None:
             shift = ((chosen + rejected) / 2).mean().item()
-        return LossOutput(bco_loss(chosen, rejected, shift), chosen.detach(), rejected.detach(), {"bco/reward_shift": shift})
+        return LossOutput(
+            bco_loss(chosen, rejected, shift), chosen.detach(), rejected.detach(), statistics={"bco/reward_shift": shift}
+        )
 
     @classmethod
     def state_shape(cls) -> dict[str, Any]:
@@ -362,9 +367,9 @@ class PerTokenLoss(Loss):
     reward = "log-prob per token"
 
     def __call__(
-        self, policy: Tensor, reference: Tensor | None, pairs: Tensor, lengths: Tensor, batch_statistics: Any = None
+        self, policy: Tensor, reference: Tensor | None, examples: Examples, batch_statistics: Any = None
     ) -> LossOutput:
-        chosen, rejected = sides(policy / lengths, pairs)
+        chosen, rejected = sides(policy / examples.lengths, examples.pairs)
         return LossOutput(self.losses(chosen, rejected), self.beta * chosen.detach(), self.beta * rejected.detach())
 
     @abstractmethod

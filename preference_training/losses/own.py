@@ -9,7 +9,7 @@ from typing import Any
 
 from preference_training.core.errors import UserError, nearest
 from preference_training.core.files import run_file
-from preference_training.losses.base import Loss, LossOutput
+from preference_training.losses.base import ExampleKind, Examples, Loss, LossOutput
 from preference_training.losses.registry import register_loss
 
 
@@ -55,35 +55,67 @@ def _loss_makers(defined: dict[str, Any]) -> list[str]:
     return [name for name, value in defined.items() if getattr(value, "__module__", None) == defined["__name__"]]
 
 
+# What the examples of each kind are in a trial on responses 0, 1 and 2.
+TRIALS: dict[ExampleKind, list[list[int]]] = {
+    "targets": [[0], [1], [2]],
+    "pairs": [[0, 1], [0, 2]],
+    "rankings": [[0, 1, 2], [2, 1, -1]],
+    "labels": [[0, 1], [2, 1]],
+}
+
+
 def _find_problem(loss: object) -> str | None:
-    """Why the trainer cannot use a user-defined loss, from a trial on three responses with two pairs; None if it can."""
+    """Why the trainer cannot use a user-defined loss, from a trial on three responses; None if it can."""
     import torch
 
     if not isinstance(loss, Loss):
         return f"makes {type(loss).__name__}"
     if loss.reference_update is not None:
         return "moves the reference, which only loss=tr_dpo can"
-    if old := [name for name in ("survey", "surveys") if hasattr(loss, name)]:
-        return f"has {old[0]}, which is called {'needs_' * (old[0] == 'surveys')}batch_statistics now"
+    if loss.reads_tokens or loss.reads_collision:
+        return "reads log-probs of single tokens, which only losses of the framework can"
+    if loss.examples not in TRIALS:
+        return f"has examples {loss.examples!r}; {nearest(str(loss.examples), TRIALS)}"
+    if problem := _find_old_interface(loss):
+        return problem
     policy = torch.tensor([-3.0, -4.0, -5.0], requires_grad=True)
     reference = torch.tensor([-3.5, -4.0, -4.5]) if loss.needs_reference else None
-    pairs = torch.tensor([[0, 1], [0, 2]] if loss.paired else []).reshape(-1, 2)
+    members = torch.tensor(TRIALS[loss.examples])
+    labels = torch.tensor([True, False]) if loss.examples == "labels" else None
     # A copy: its state must come only from the data.
-    output = copy.deepcopy(loss)(policy, reference, pairs, torch.tensor([2, 3, 4]))
+    output = copy.deepcopy(loss)(policy, reference, Examples(members, torch.tensor([2, 3, 4]), 3.0, labels=labels))
     if not isinstance(output, LossOutput):
         return f"gives {type(output).__name__} when it is called, not a LossOutput"
-    expected, what = ((2,), "pairs") if loss.paired else ((3,), "responses")
+    expected = (len(members),)
     if tuple(output.losses.shape) != expected or not output.losses.requires_grad:
         return (
-            f"gives losses of shape {list(output.losses.shape)} for {expected[0]} {what}, expected one with gradient for each"
+            f"gives losses of shape {list(output.losses.shape)} for {len(members)} {loss.examples}, expected one with gradient "
+            "for each"
         )
     rewards = output.chosen_rewards, output.rejected_rewards
-    for each in rewards if loss.paired else ():
+    for each in rewards if loss.examples != "targets" else ():
         if each is None or tuple(each.shape) != expected or each.requires_grad:
-            return "gives no chosen_rewards and rejected_rewards with one value a pair, without gradient"
+            return "gives no chosen_rewards and rejected_rewards with one value an example, without gradient"
     state = loss.state_dict()
     if state and not (state.keys() == {"own"} and isinstance(state["own"], dict)):
         return (
             f"gives the state_dict {state!r}, which no checkpoint takes; expected {{}}, or {{'own': {{...}}}} of plain values"
         )
+    return None
+
+
+def _find_old_interface(loss: Loss) -> str | None:
+    """What of a loss is written for an earlier version, and what to write now; None if nothing is."""
+    if old := [name for name in ("survey", "surveys") if hasattr(loss, name)]:
+        return f"has {old[0]}, which is called {'needs_' * (old[0] == 'surveys')}batch_statistics now"
+    if hasattr(loss, "paired"):
+        return 'has paired, in place of which it declares examples now: "pairs", or "targets" where paired was False'
+    if {"pairs", "lengths"} & inspect.signature(loss).parameters.keys():
+        return (
+            "is called with pairs and lengths, which are examples.pairs and examples.lengths now: write "
+            "def __call__(self, policy, reference, examples, batch_statistics=None)"
+        )
+    parameters = inspect.signature(loss.batch_statistics).parameters.values()
+    if len(parameters) < 3 and not any(each.kind is each.VAR_POSITIONAL for each in parameters):
+        return "has batch_statistics of log-ratios: write def batch_statistics(self, policy, reference, examples), all [E, M]"
     return None

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import preference_training.losses as package
 from preference_training.configuration.keys import is_number
 from preference_training.core.errors import UserError
-from preference_training.losses.base import Loss
+from preference_training.losses.base import ExampleKind, Loss
 
 AnyLoss = TypeVar("AnyLoss", bound=type[Loss])
 
@@ -71,10 +71,10 @@ def find_loss(name: object, mode: object = None) -> Registration | None:
     return known.get(str(mode)) or known.get(str(name))
 
 
-def is_paired(name: object) -> bool:
-    """Whether the examples of a loss are pairs of responses."""
+def example_kind(name: object) -> ExampleKind:
+    """What the examples of a loss are."""
     found = find_loss(name)
-    return found is None or found.objective.paired
+    return "pairs" if found is None else found.objective.examples
 
 
 def evaluation_depends_on_run(name: object) -> bool:

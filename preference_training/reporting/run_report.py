@@ -52,7 +52,7 @@ def rebuild_report(run_dir: Path) -> Path:
 
 def report_writer(config, run_dir: Path, loss, tokenizer, data):
     """A function that writes a run's report, and its flagged pairs if it has a ledger, and returns the report's path."""
-    finder = PairFinder(run_dir, data[0].table, tokenizer) if config.ledger and loss.paired else None
+    finder = PairFinder(run_dir, data[0].table, tokenizer) if config.ledger and loss.examples == "pairs" else None
 
     def write() -> Path:
         if finder is not None:

@@ -31,7 +31,9 @@ from preference_training.training.start_check import StartCheck
 def observe(prepared: PreparedRun, placement: Placement, run_dir: Path, tracker, stop) -> Observers:
     """The observers of a run, as yet without a writer of checkpoints."""
     config, pruner = prepared.config, prepared.pruner
-    ledger = Ledger(run_dir, placement.ranks, tracker.log_message) if config.ledger and prepared.loss.paired else None
+    ledger = (
+        Ledger(run_dir, placement.ranks, tracker.log_message) if config.ledger and prepared.loss.examples == "pairs" else None
+    )
     pruning = Pruning(Path(config.sweep_dir), run_dir, config.objective, config.eval_every, pruner) if pruner else None
     return Observers(tracker, ledger=ledger, pruning=pruning, stop=stop)
 

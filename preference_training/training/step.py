@@ -5,17 +5,17 @@ micro-batches  ->  packs of at most token_budget tokens  ->  summed gradient  ->
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from preference_training.batching.micro_batches import MicroBatch
 from preference_training.batching.packing import PackedBatch
-from preference_training.core.metric_names import GRAD_NORM, TRAIN_LOSS
+from preference_training.core.metric_names import GRAD_NORM, TRAIN, TRAIN_LOSS
 from preference_training.core.process_group import is_distributed
 from preference_training.distributed.placement import Placement
-from preference_training.losses.base import BatchStatistics, LossOutput, example_metrics
+from preference_training.losses.base import BatchStatistics, Examples, LossOutput, example_metrics, with_margins
 from preference_training.modeling.logprobs import response_logps
 from preference_training.modeling.state import compute_device
 from preference_training.tracking.tracker import Metrics
@@ -42,17 +42,29 @@ class PackResult:
         """From a pack and its losses."""
         paired = output.chosen_rewards is not None
         margins = output.chosen_rewards - output.rejected_rewards if paired else None
-        pairs = pack.response_rows[pack.pairs] if paired else None
+        pairs = pack.response_rows[pack.examples.members] if paired else None
         return cls(output.losses.detach(), pack.sources, pairs, margins, pack.is_filler)
 
 
 @dataclass
 class BatchResult:
-    """The results of `backward`: sums of metrics over this rank's examples, the loss's statistics, and each pack's result."""
+    """The results of `backward`: sums of metrics over this rank's examples, the loss's statistics, and each pack's result.
+
+    sums: [2], of a metric's values, and how many examples have one.
+    """
 
     sums: dict[str, Tensor] = field(default_factory=dict)
     statistics: Metrics = field(default_factory=dict)
     packs: list[PackResult] = field(default_factory=list)
+
+    def add(self, pack: PackedBatch, output: LossOutput, policy: Tensor) -> None:
+        """Add a pack's results; those of a filler count for nothing."""
+        for name, values in example_metrics(output, policy, pack.examples, TRAIN).items():
+            exist = ~values.isnan() | (name == TRAIN_LOSS)
+            added = torch.stack([values.where(exist, 0.0).sum(), exist.sum()]) * (not pack.is_filler)
+            self.sums[name] = self.sums.get(name, 0.0) + added
+        self.statistics = output.statistics
+        self.packs.append(PackResult.of(pack, output))
 
 
 @dataclass(frozen=True)
@@ -97,8 +109,9 @@ class TrainingStep:
         grad_norm = self.updater.clip_gradient()
         # Read at once, before the weights change: one wait for the device.
         tokens = sum(pack.num_tokens for micro_batch in micro_batches for pack in micro_batch.packs)
-        *values, tokens, stops, norm = self.reduce(batch.sums, grad_norm, num_examples, tokens, stop).tolist()
-        metrics = dict(zip(batch.sums, values, strict=True))
+        *values, tokens, stops, norm = self.reduce(batch.sums, grad_norm, tokens, stop).tolist()
+        sums = zip(batch.sums, values[::2], values[1::2], strict=True)
+        metrics = with_margins({name: total / count for name, total, count in sums if count}, TRAIN)
         self.state.examples += num_examples
         self.state.tokens += int(tokens)
         # Where gradients are scaled, the scaler itself skips a step whose gradient has overflowed.
@@ -133,22 +146,28 @@ class TrainingStep:
         """Accumulate the gradient of a batch."""
         self.models.policy.train()
         num_examples = sum(micro_batch.num_examples for micro_batch in micro_batches)
+        mean_length = self._mean_length(micro_batches, num_examples)
         result = BatchResult()
         packs_left = sum(len(micro_batch.packs) for micro_batch in micro_batches)
         for micro_batch in micro_batches:
-            for output, policy, pack in self.pack_losses(micro_batch):
+            for output, policy, pack in self.pack_losses(micro_batch, mean_length):
                 packs_left -= 1
                 self.placement.before_backward(self.models.policy, is_last=packs_left == 0)
                 # Sharded gradients are means over the ranks; this makes them sums.
                 share = 0.0 if pack.is_filler else self.placement.ranks.size / num_examples
                 self.updater.scaler.scale(output.losses.sum() * share).backward()
-                for name, values in example_metrics(output, policy, pack.pairs, "train").items():
-                    result.sums[name] = result.sums.get(name, 0.0) + values.sum() * (not pack.is_filler)
-                result.statistics = output.statistics
-                result.packs.append(PackResult.of(pack, output))
+                result.add(pack, output, policy)
         return result
 
-    def pack_losses(self, micro_batch: MicroBatch) -> Iterator[tuple[LossOutput, Tensor, PackedBatch]]:
+    def _mean_length(self, micro_batches: Sequence[MicroBatch], num_examples: int) -> Tensor:
+        """`Examples.mean_length` of a batch."""
+        packs = [pack.examples for part in micro_batches for pack in part.packs if not pack.is_filler]
+        own = torch.stack([torch.zeros((), dtype=torch.int64), *(each.lengths[each.first].sum() for each in packs)]).sum()
+        return self.placement.ranks.all_reduce_sum(own.to(self.device).float()) / num_examples
+
+    def pack_losses(
+        self, micro_batch: MicroBatch, mean_length: float | Tensor
+    ) -> Iterator[tuple[LossOutput, Tensor, PackedBatch]]:
         """Loss and policy log-probs [R] of each pack; the caller takes each pack's gradient before the next."""
         loss, start_check = self.models.loss, self.models.start_check
         packs = [pack.to(self.device) for pack in micro_batch.packs]
@@ -165,25 +184,37 @@ class TrainingStep:
             if loss.needs_batch_statistics and statistics is None:
                 statistics = self._batch_statistics(micro_batch, packs, [policy.detach()], references)
             found = None if statistics is None else statistics.at(pack.places)
-            yield loss(policy, reference, pack.pairs, pack.response_lengths, found), policy, pack
+            examples = replace(pack.examples, mean_length=mean_length)
+            yield loss(policy, reference, examples, found).weighted(examples.weights), policy, pack
 
     def _batch_statistics(self, micro_batch: MicroBatch, packs, policies, references) -> BatchStatistics:
-        """The loss's statistics over all pairs of a micro-batch on all ranks, from log-probs [R] of this rank's packs."""
-        log_ratios = torch.zeros(micro_batch.num_examples, 2, device=self.device)
+        """The loss's statistics over all examples of a micro-batch on all ranks, from log-probs [R] of this rank's packs."""
+        width = packs[0].examples.members.shape[1]
+        columns = torch.zeros(micro_batch.num_examples, 3 * width + 3, device=self.device)
         for pack, policy, reference in zip(packs, policies, references, strict=True):
             if not pack.is_filler:
-                log_ratios[pack.places] = (policy - reference)[pack.pairs]
-        return self.models.loss.batch_statistics(self.placement.ranks.all_reduce_sum(log_ratios))
+                columns[pack.places] = _columns(pack.examples, policy, reference)
+        parts = self.placement.ranks.all_reduce_sum(columns).split([width, width, width, 1, 1, 1], dim=1)
+        policy, reference, lengths, weights, margins, labels = parts
+        numbers = torch.arange(lengths.numel(), device=self.device).view_as(lengths)
+        examples = Examples(
+            members=numbers.where(lengths > 0, -1),
+            lengths=lengths.flatten(),
+            weights=weights[:, 0],
+            margins=margins[:, 0],
+            labels=labels[:, 0] > 0,
+        )
+        known = reference if self.models.loss.needs_reference else None
+        return self.models.loss.batch_statistics(policy, known, examples)
 
     def logps(self, pack: PackedBatch) -> Tensor:
         """The policy's log-probs [R] of a pack."""
         return response_logps(self.models.policy, pack)
 
-    def reduce(self, sums: dict[str, Tensor], grad_norm: Tensor, num_examples: int, tokens: int, stop: bool = False) -> Tensor:
-        """A step's numbers over all ranks: means of `sums`, tokens, how many ranks are to stop, the gradient's norm."""
+    def reduce(self, sums: dict[str, Tensor], grad_norm: Tensor, tokens: int, stop: bool = False) -> Tensor:
+        """A step's numbers over all ranks: `sums`; tokens, how many ranks are to stop, the gradient's norm."""
         others = torch.tensor([float(tokens), float(stop)], device=self.device)
-        means = torch.stack([value / num_examples for value in sums.values()])
-        totals = self.placement.ranks.all_reduce_sum(torch.cat([means, others]))
+        totals = self.placement.ranks.all_reduce_sum(torch.cat([*sums.values(), others]))
         return torch.cat([totals, grad_norm.detach().to(totals).reshape(1)])
 
     # ---- the update -----------------------------------------------------------------------------------------------------
@@ -205,3 +236,17 @@ class TrainingStep:
             self.models.reference.move_towards(self.models.policy, update.share)
             # It would respond differently now.
             self.state.reference_answers = None
+
+
+def _columns(examples: Examples, policy: Tensor, reference: Tensor | None) -> Tensor:
+    """What statistics of a micro-batch read of a pack's examples, a row for each: [E, 3M + 3].
+
+    Log-probs of policy and reference and the length of each member, the length 0 where there is none; weight, margin, label.
+    """
+    members = examples.members
+    lengths = examples.lengths[members].where(members >= 0, 0).to(policy.dtype)
+    known = torch.zeros_like(lengths) if reference is None else reference[members]
+    ones = policy.new_ones(len(members), 1)
+    data = ((examples.weights, ones), (examples.margins, 0 * ones), (examples.labels, ones))
+    single = [default if values is None else values[:, None].to(policy.dtype) for values, default in data]
+    return torch.cat([policy[members], known, lengths, *single], dim=1)

@@ -33,7 +33,7 @@ from preference_training.configuration.validation import (
 from preference_training.core.errors import UserError
 from preference_training.core.values import dotted
 from preference_training.data.entries import read_entries
-from preference_training.losses.registry import is_paired
+from preference_training.losses.registry import example_kind
 
 # The part of the recipes that several command lines below share.
 # The losses that are whole without a file of the user's.
@@ -60,7 +60,7 @@ def check(compose):
 
     def checked(*overrides: str) -> None:
         config = compose(*overrides)
-        check_objective(config.objective, config.loss.name, is_paired(config.loss.name))
+        check_objective(config.objective, config.loss.name, example_kind(config.loss.name))
         read_entries(config)
 
     return checked
@@ -651,14 +651,15 @@ def test_a_file_of_data_or_loaders_and_an_archive_are_accepted_where_they_exist(
 def test_the_objectives_are_the_metrics_of_an_evaluation(loss, compose):
     import torch
 
-    from preference_training.losses.base import example_metrics
+    from preference_training.losses.base import Examples, example_metrics, with_margins
     from preference_training.losses.registry import build_loss
 
     built = build_loss(**compose(f"loss={loss}").loss.given())
-    assert built.paired is is_paired(loss)
-    logps, pairs = torch.full((2,), -1.0), torch.tensor([[0, 1]]) if built.paired else torch.zeros(0, 2, dtype=torch.int64)
-    metrics = example_metrics(built(logps, logps, pairs, torch.ones(2)), logps, pairs, "eval")
-    assert set(metrics) == set(OBJECTIVES if built.paired else OBJECTIVES[:2])
+    assert built.examples == example_kind(loss)
+    members = torch.tensor([[0], [1]] if built.examples == "targets" else [[0, 1]])
+    logps, examples = torch.full((2,), -1.0), Examples(members, torch.ones(2), 1.0, labels=torch.tensor([True]))
+    metrics = with_margins(example_metrics(built(logps, logps, examples), logps, examples, "eval"), "eval")
+    assert set(metrics) == set(OBJECTIVES[:2] if built.examples == "targets" else OBJECTIVES)
     assert json.dumps(OBJECTIVES)  # plain texts, as metrics.jsonl names them
 
 
@@ -685,12 +686,12 @@ def test_a_loss_of_ones_own_that_cannot_be_is_refused(overrides, told, check):
     assert refusal(check, *force_open_sections(overrides.split())).startswith(told)
 
 
-@pytest.mark.parametrize(("paired", "objective"), [(True, "rewards_eval/accuracies"), (False, "logps_eval/chosen")])
-def test_the_objective_is_a_metric_of_what_a_loss_compares(paired, objective, compose):
-    check_objective(objective, "sft", paired)
-    if not paired:
+@pytest.mark.parametrize(("examples", "objective"), [("pairs", "rewards_eval/accuracies"), ("targets", "logps_eval/chosen")])
+def test_the_objective_is_a_metric_of_what_a_loss_compares(examples, objective, compose):
+    check_objective(objective, "sft", examples)
+    if examples == "targets":
         with pytest.raises(UserError, match="objective: loss=sft has no metric 'rewards_eval/margins'"):
-            check_objective("rewards_eval/margins", "sft", paired)
+            check_objective("rewards_eval/margins", "sft", examples)
 
 
 # ---- evaluation -----------------------------------------------------------------------------------------------------------

@@ -854,7 +854,7 @@ def test_a_run_says_which_held_out_prompts_it_trains_on(folder, compose, capsys)
 
     write(folder / "test.jsonl", rows(3))
     config = compose("datasets=[{path: rows.jsonl, test_path: test.jsonl}]", "loss=dpo", f"local_dirs=[{folder}]")
-    splits = preparation.prepare_data(config, read_entries(config), byte_level_tokenizer(), True)
+    splits = preparation.prepare_data(config, read_entries(config), byte_level_tokenizer(), "pairs")
     assert "held-out prompts that are also trained on: 3 of 3, for example 'question 0' (rows.jsonl" in capsys.readouterr().out
     assert splits[1].table.first_row == splits[0].table.num_responses == 40
 

@@ -33,7 +33,7 @@ def choices_of_pairs() -> list[str]:
 @pytest.mark.parametrize("loss", sorted(choices_of_pairs()))
 def test_held_out_metrics_do_not_depend_on_the_batch_size(loss, models, compose):
     built = build_loss(**compose(f"loss={loss}").loss.given())
-    built.batch_statistics(torch.tensor([[0.5, 0.0], [-0.5, 0.0], [1.0, 0.0]]))
+    built.batch_statistics(torch.tensor([[0.5, 0.0], [-0.5, 0.0], [1.0, 0.0]]), torch.zeros(3, 2), None)
     policy, reference = models
     reference = reference if built.needs_reference else None
     results = [

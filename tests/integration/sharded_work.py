@@ -43,11 +43,11 @@ from trainers import Trainer
 TRAJECTORIES = json.loads((GOLDEN / "trajectories.json").read_text())
 
 
-def golden_prompts(tokenizer, paired: bool) -> list:
+def golden_prompts(tokenizer, examples: str) -> list:
     """The 48 golden rows as tokenised prompts."""
     rows = json.loads((GOLDEN / "pairs.json").read_text())
     records = [PreferenceRecord(r["prompt"], [r["chosen"], r["rejected"]], [(0, 1)], r["chosen"], 0, "") for r in rows]
-    return list(tokenize_records(records, tokenizer, TokenSettings(paired, 64, 32)))
+    return list(tokenize_records(records, tokenizer, TokenSettings(examples == "pairs", 64, 32)))
 
 
 class World:
@@ -95,7 +95,7 @@ def follow(world: World, trajectory: dict, mesh, sharding: str, loss: dict | Non
     changes = {key: trajectory[key] for key in ("optimizer", "lr", "warmup_steps", "max_grad_norm")}
     trainer, ranks = world.sharded(trajectory["architecture"], loss, mesh, sharding, **changes)
     single = world.alone(trajectory["architecture"], loss, **changes)
-    prompts = golden_prompts(world.tokenizer, trainer.models.loss.paired)
+    prompts = golden_prompts(world.tokenizer, trainer.models.loss.examples)
     size = trajectory["batch_size"] // trajectory["gradient_accumulation_steps"]
     limit = TokenBudget(budget, budget) if budget else TokenBudget(10**6, 10**6)
     worst: dict[str, float] = {}
@@ -177,7 +177,7 @@ def follow_in_bfloat16(settings: dict, number_of_steps: int) -> dict:
             "llama", loss, world.mesh("full"), "full", **changes, **{"model.fsdp_policy_mp": "bfloat16"}
         )
         exact = world.alone("llama", loss, **changes)
-        examples = list(iterate_examples(golden_prompts(world.tokenizer, exact.models.loss.paired)))
+        examples = list(iterate_examples(golden_prompts(world.tokenizer, exact.models.loss.examples)))
         curves = losses[loss["name"]] = [[], []]
         for step in range(number_of_steps):
             part = [examples[(16 * step + k) % len(examples)] for k in range(16)]
@@ -191,7 +191,7 @@ def follow_in_bfloat16(settings: dict, number_of_steps: int) -> dict:
 def follow_adapter(settings: dict) -> dict:
     """Steps of an adapter over two processes and alone: the largest differences of numbers and of the adapter's weights."""
     world = World(settings)
-    examples = list(iterate_examples(golden_prompts(world.tokenizer, True)))
+    examples = list(iterate_examples(golden_prompts(world.tokenizer, "pairs")))
     results = {}
     for sharding in ("full", "none"):
         changes = {"optimizer": "AdamW", "lr": 1e-3, "warmup_steps": 0, "trainer.sharding": sharding}
@@ -232,7 +232,7 @@ def train_with_masters(settings: dict, folder: str) -> dict:
     world = World(settings)
     loss, low = {"name": "dpo", "beta": 0.1}, {"model.policy_dtype": "bfloat16", "model.reference_dtype": "bfloat16"}
     changes = {"optimizer": "AdamW", "lr": 5e-7, "warmup_steps": 0, "batch_size": 8}
-    table = PromptTable.of(golden_prompts(world.tokenizer, True))
+    table = PromptTable.of(golden_prompts(world.tokenizer, "pairs"))
     results = {}
     for name, sharding, size in (("full", "full", 1), ("optimizer", "optimizer", 1), ("tensor", "full", 2)):
         mesh, run_dir = world.mesh(sharding, size), Path(folder) / name
@@ -279,7 +279,7 @@ def evaluate_unevenly(settings: dict, num_rows: int) -> dict:
     loss = {"name": "dpo", "beta": 0.1}
     trainer, ranks = world.sharded("llama", loss, world.mesh("full"), "full")
     single = world.alone("llama", loss)
-    prompts = golden_prompts(world.tokenizer, True)
+    prompts = golden_prompts(world.tokenizer, "pairs")
     table = PromptTable.of((prompts * 3)[:num_rows])
     sizes = 7, None, 0, TokenBudget(60, 60)
     found = evaluate_held_out(
@@ -336,7 +336,7 @@ def keep_on_disks_of_their_own(settings: dict, folder: str) -> dict:
     """Reference log-probs computed and found again where each rank sees other files: how far apart, and who keeps them."""
     world = World(settings)
     trainer, ranks = world.sharded("llama", {"name": "dpo", "beta": 0.1}, world.mesh("full"), "full")
-    table = PromptTable.of(golden_prompts(world.tokenizer, True))
+    table = PromptTable.of(golden_prompts(world.tokenizer, "pairs"))
     everything = Selection(table, torch.arange(len(table)).numpy())
     reads = ReferencePlan(everything, everything)
     path = cache_path(Path(folder) / str(ranks.rank), trainer.models.policy, reads, None, ranks)

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from preference_training.configuration.composition import group_keys
 from preference_training.core.errors import UserError
 from preference_training.core.metric_names import LOSS_AT_BETA_USED
-from preference_training.losses.base import Loss, ReferenceUpdate, example_metrics
+from preference_training.losses.base import Examples, Loss, ReferenceUpdate, example_metrics
 from preference_training.losses.beta_dpo import (
     GapStatistics,
     adapted_beta,
@@ -44,6 +44,23 @@ from preference_training.losses.objectives import (
 from preference_training.losses.registry import build_loss, losses
 from tests.support.files import CONFIG_DIR
 
+
+def of_pairs(pairs: torch.Tensor) -> Examples:
+    """Pairs of responses of one token each."""
+    return Examples(pairs, torch.ones(int(pairs.max()) + 1))
+
+
+def one_pair(*lengths: int) -> Examples:
+    """Responses 0 and 1 as a pair."""
+    return Examples(torch.tensor([[0, 1]]), torch.tensor(lengths))
+
+
+def statistics_of(loss: Loss, log_ratios: torch.Tensor):
+    """A loss's statistics of a micro-batch with these log-ratios [E, 2]."""
+    pairs = torch.arange(log_ratios.numel()).view_as(log_ratios)
+    return loss.batch_statistics(log_ratios, torch.zeros_like(log_ratios), of_pairs(pairs))
+
+
 LOGPS = ("policy_chosen", "policy_rejected", "reference_chosen", "reference_rejected")
 
 
@@ -59,7 +76,7 @@ def test_losses_and_rewards_equal_the_golden_ones_to_1e_minus_12(golden):
     for case in golden("losses.json"):
         policy, reference, pairs = vectors(case)
         options = {key: case[key] for key in ("label_smoothing", "reference_free") if case.get(key) is not None}
-        output = build_loss(case["loss"], beta=case["beta"], **options)(policy, reference, pairs, torch.ones(len(policy)))
+        output = build_loss(case["loss"], beta=case["beta"], **options)(policy, reference, of_pairs(pairs))
         for name, found in [
             ("losses", output.losses),
             ("chosen_rewards", output.chosen_rewards),
@@ -109,23 +126,21 @@ def test_ipo_is_zero_where_the_margin_is_one_over_two_beta():
 
 def test_length_normalised_ipo_divides_each_log_prob_by_its_response_length():
     policy, reference = torch.tensor([-8.0, -9.0]), torch.tensor([-4.0, -3.0])
-    output = build_loss("ipo", beta=0.5, length_normalised=True)(
-        policy, reference, torch.tensor([[0, 1]]), torch.tensor([4, 3])
-    )
+    output = build_loss("ipo", beta=0.5, length_normalised=True)(policy, reference, one_pair(4, 3))
     # chosen per token: -2 against -1; rejected: -3 against -1; margin (-2+1) - (-3+1) = 1; (1 - 1/(2*0.5))^2 = 0
     assert output.losses.tolist() == [0]
 
 
 def test_sft_is_minus_the_log_prob_of_each_response():
-    output = build_loss("sft")(torch.tensor([-3.0, -5.0]), None, torch.empty(0, 2, dtype=torch.int64), torch.tensor([1, 2]))
+    output = build_loss("sft")(torch.tensor([-3.0, -5.0]), None, Examples(torch.tensor([[0], [1]]), torch.tensor([1, 2])))
     assert output.losses.tolist() == [3, 5]
 
 
 def test_equal_rewards_count_as_half_accurate():
     policy = torch.tensor([-3.0, -5.0])
     pairs = torch.tensor([[0, 1]])
-    output = build_loss("dpo")(policy, policy, pairs, torch.ones(2))
-    assert example_metrics(output, policy, pairs, "eval")["rewards_eval/accuracies"].tolist() == [0.5]
+    output = build_loss("dpo")(policy, policy, of_pairs(pairs))
+    assert example_metrics(output, policy, of_pairs(pairs), "eval")["rewards_eval/accuracies"].tolist() == [0.5]
 
 
 def test_an_unknown_loss_or_mode_is_a_value_error():
@@ -150,7 +165,7 @@ def test_losses_gradients_and_rewards_are_those_of_trl(golden):
     for case in numbers["losses"]:
         policy = all_policy.clone().requires_grad_()
         shift = None if case["reward_shift"] is None else RewardShift(case["reward_shift"])
-        output = build_loss(**case["keys"])(policy, reference, pairs, lengths, shift)
+        output = build_loss(**case["keys"])(policy, reference, Examples(pairs, lengths), shift)
         output.losses.sum().backward()
         found = {"losses": output.losses, "gradients": policy.grad[pairs]}
         found["rewards"] = torch.stack([output.chosen_rewards, output.rejected_rewards], dim=1)
@@ -184,7 +199,7 @@ def test_robust_dpo_takes_the_wrong_labels_part_out_of_the_loss():
 
 def test_rpo_adds_the_negative_log_likelihood_per_token():
     policy, reference = f64(-6, -8), f64(-5, -5)
-    output = build_loss("rpo", beta=0.5, alpha=2.0)(policy, reference, torch.tensor([[0, 1]]), torch.tensor([3, 4]))
+    output = build_loss("rpo", beta=0.5, alpha=2.0)(policy, reference, one_pair(3, 4))
     # margin (-6 + 5) - (-8 + 5) = 2, times 0.5: log(1 + e^-1); chosen per token -6 / 3 = -2, times -2: 4
     assert output.losses.item() == pytest.approx(softplus(-1) + 4, rel=1e-12)
     assert [output.chosen_rewards.item(), output.rejected_rewards.item()] == [-0.5, -1.5]
@@ -198,7 +213,7 @@ def test_dpop_pays_only_for_a_chosen_response_that_has_become_less_likely():
 
 def test_simpo_compares_log_probs_per_token_with_a_margin_to_reach():
     policy = f64(-6, -9)
-    output = build_loss("simpo", beta=2.0, gamma=0.5)(policy, None, torch.tensor([[0, 1]]), torch.tensor([3, 3]))
+    output = build_loss("simpo", beta=2.0, gamma=0.5)(policy, None, one_pair(3, 3))
     # 2 (-2 + 3) - 0.5 = 1.5
     assert output.losses.item() == pytest.approx(softplus(-1.5), rel=1e-12)
     assert [output.chosen_rewards.item(), output.rejected_rewards.item()] == [-4, -6]
@@ -207,7 +222,7 @@ def test_simpo_compares_log_probs_per_token_with_a_margin_to_reach():
 def test_orpo_adds_the_odds_ratio_to_the_likelihood():
     # Probabilities per token 1/2 and 1/5: odds 1 and 1/4, a ratio of 4; sigmoid(log 4) = 4/5.
     policy = 2 * f64(0.5, 0.2).log()
-    output = build_loss("orpo", beta=0.1)(policy, None, torch.tensor([[0, 1]]), torch.tensor([2, 2]))
+    output = build_loss("orpo", beta=0.1)(policy, None, one_pair(2, 2))
     assert output.losses.item() == pytest.approx(math.log(2) - 0.1 * math.log(0.8), rel=1e-12)
     assert output.chosen_rewards.item() == pytest.approx(0.1 * math.log(0.5))
 
@@ -219,7 +234,7 @@ def test_bco_tells_good_from_bad_by_rewards_beyond_the_shift():
 
 def test_length_normalised_dpo_is_dpo_of_log_probs_per_token():
     policy, reference = f64(-8, -9), f64(-4, -3)
-    output = build_loss("dpo_norm", beta=2.0)(policy, reference, torch.tensor([[0, 1]]), torch.tensor([4, 3]))
+    output = build_loss("dpo_norm", beta=2.0)(policy, reference, one_pair(4, 3))
     # chosen per token -2 against -1, rejected -3 against -1: ratios -1 and -2, a margin of 1, times 2
     assert output.losses.item() == pytest.approx(softplus(-2), rel=1e-12)
     assert [output.chosen_rewards.item(), output.rejected_rewards.item()] == [-2, -4]
@@ -228,8 +243,8 @@ def test_length_normalised_dpo_is_dpo_of_log_probs_per_token():
 def test_tr_dpo_is_dpo_with_a_reference_that_moves():
     policy, reference, pairs = random_pairs(4)
     loss = build_loss("tr_dpo", beta=0.3, reference_update_every=8, reference_update_share=0.5)
-    expected = build_loss("dpo", beta=0.3)(policy, reference, pairs, torch.ones(8))
-    assert torch.equal(loss(policy, reference, pairs, torch.ones(8)).losses, expected.losses)
+    expected = build_loss("dpo", beta=0.3)(policy, reference, of_pairs(pairs))
+    assert torch.equal(loss(policy, reference, of_pairs(pairs)).losses, expected.losses)
     assert loss.reference_update == ReferenceUpdate(8, 0.5) and build_loss("dpo").reference_update is None
 
 
@@ -265,7 +280,7 @@ def test_at_their_neutral_settings_they_are_dpo(logps, beta):
 @given(logps=LOGPS_OF_A_PAIR, lengths=st.tuples(st.integers(1, 50), st.integers(1, 50)))
 def test_no_gradient_makes_a_chosen_response_less_likely_or_a_rejected_one_more(name, logps, lengths):
     policy, reference = f64(*logps[:2]).requires_grad_(), f64(*logps[2:])
-    output = default(name)(policy, reference, torch.tensor([[0, 1]]), torch.tensor(lengths))
+    output = default(name)(policy, reference, one_pair(*lengths))
     output.losses.sum().backward()
     assert output.losses.isfinite().all() and policy.grad.isfinite().all()
     assert policy.grad[0] <= 0 <= policy.grad[1]
@@ -296,21 +311,21 @@ def test_odds_are_right_from_impossible_to_certain(dtype):
 def test_bco_shifts_rewards_by_the_running_mean_of_all_of_them():
     loss = build_loss("bco", beta=0.5)
     # Mean log ratio (2 + 0 + 4 - 2) / 4 = 1, times 0.5
-    assert loss.batch_statistics(torch.tensor([[2.0, 0.0], [4.0, -2.0]])) == RewardShift(0.5)
+    assert statistics_of(loss, torch.tensor([[2.0, 0.0], [4.0, -2.0]])) == RewardShift(0.5)
     # 0.9 * 0.5 + 0.1 * 0.5 * 3
-    assert loss.batch_statistics(torch.tensor([[3.0, 3.0]])).value == pytest.approx(0.6)
+    assert statistics_of(loss, torch.tensor([[3.0, 3.0]])).value == pytest.approx(0.6)
     other = build_loss("bco", beta=0.5)
     other.load_state_dict(loss.state_dict())
-    assert other.batch_statistics(torch.tensor([[1.0, 3.0]])) == loss.batch_statistics(torch.tensor([[1.0, 3.0]]))
+    assert statistics_of(other, torch.tensor([[1.0, 3.0]])) == statistics_of(loss, torch.tensor([[1.0, 3.0]]))
 
 
 def test_bco_evaluates_with_the_shift_of_training_and_leaves_it_as_it_is():
     policy, reference, pairs = random_pairs(8)
     loss = build_loss("bco", beta=0.5)
-    untrained = loss(policy, reference, pairs, torch.ones(16))
+    untrained = loss(policy, reference, of_pairs(pairs))
     assert untrained.statistics["bco/reward_shift"] == pytest.approx(0.5 * (policy - reference).mean().item())
-    loss.batch_statistics(torch.tensor([[1.0, 3.0]]))
-    output = loss(policy, reference, pairs, torch.ones(16))
+    statistics_of(loss, torch.tensor([[1.0, 3.0]]))
+    output = loss(policy, reference, of_pairs(pairs))
     assert output.statistics == {"bco/reward_shift": 1.0} and loss.state_dict() == {"shift": 1.0}
     rewards = 0.5 * (policy - reference)[pairs]
     torch.testing.assert_close(output.losses, bco_loss(rewards[:, 0], rewards[:, 1], 1.0))
@@ -319,9 +334,9 @@ def test_bco_evaluates_with_the_shift_of_training_and_leaves_it_as_it_is():
 # ---- beta-DPO -----------------------------------------------------------------------------------------------------------
 
 
-def statistics_of(loss: Loss, gaps: torch.Tensor) -> PairSelection:
+def gap_statistics(loss: Loss, gaps: torch.Tensor) -> PairSelection:
     """A loss's statistics of a micro-batch with these gaps."""
-    return loss.batch_statistics(torch.stack([gaps, torch.zeros_like(gaps)], dim=1))
+    return statistics_of(loss, torch.stack([gaps, torch.zeros_like(gaps)], dim=1))
 
 
 def beta_dpo(ratio: float = 0.2, seed: int = 0) -> BetaDPOLoss:
@@ -336,7 +351,7 @@ def random_pairs(count: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor,
 
 def test_the_first_training_batch_starts_the_statistics_as_they_are():
     loss = beta_dpo()
-    statistics_of(loss, torch.tensor([1.0, 2.0, 6.0]))
+    gap_statistics(loss, torch.tensor([1.0, 2.0, 6.0]))
     # mean 3; deviations -2, -1, 3: variance 14 / 2
     assert (loss.statistics.mean, loss.statistics.deviation) == (3.0, pytest.approx(math.sqrt(7)))
 
@@ -344,8 +359,8 @@ def test_the_first_training_batch_starts_the_statistics_as_they_are():
 def test_the_loss_of_a_batch_is_the_mean_over_the_kept_pairs_at_the_adapted_beta():
     loss = beta_dpo(ratio=0.5)
     policy, reference, pairs = random_pairs(8)
-    selection = loss.batch_statistics((policy - reference)[pairs])
-    output = loss(policy, reference, pairs, torch.ones(16), selection)
+    selection = loss.batch_statistics(policy[pairs], reference[pairs], of_pairs(pairs))
+    output = loss(policy, reference, of_pairs(pairs), selection)
     kept = selection.weights > 0
     assert kept.sum() == 4
     expected = dpo_loss(gap(policy, pairs), gap(reference, pairs), selection.beta)[kept].mean()
@@ -355,12 +370,12 @@ def test_the_loss_of_a_batch_is_the_mean_over_the_kept_pairs_at_the_adapted_beta
 
 def test_evaluation_filters_nothing_and_leaves_the_statistics_as_they_are():
     loss = beta_dpo()
-    statistics_of(loss, torch.tensor([1.0, 2.0, 6.0]))
+    gap_statistics(loss, torch.tensor([1.0, 2.0, 6.0]))
     before = (loss.statistics.mean, loss.statistics.deviation, loss.generator.get_state())
     policy, reference, pairs = random_pairs(8)
-    output = loss(policy, reference, pairs, torch.ones(16))
+    output = loss(policy, reference, of_pairs(pairs))
     # Its loss is DPO's, so that runs compare, whatever their scaling factor and however far they are.
-    torch.testing.assert_close(output.losses, build_loss("dpo", beta=0.1)(policy, reference, pairs, torch.ones(16)).losses)
+    torch.testing.assert_close(output.losses, build_loss("dpo", beta=0.1)(policy, reference, of_pairs(pairs)).losses)
     # The loss at the beta that training would take stands beside it.
     beta = adapted_beta(0.1, 0.6, gap(policy - reference, pairs).mean(), 3.0)
     adapted = dpo_loss(gap(policy, pairs), gap(reference, pairs), beta).mean()
@@ -375,9 +390,9 @@ def test_evaluation_filters_nothing_and_leaves_the_statistics_as_they_are():
 def test_a_held_out_loss_of_beta_dpo_does_not_depend_on_what_training_has_seen_nor_on_its_scaling_factor(seen, scaling):
     loss = build_loss("dpo", beta=0.5, mode_loss="beta_DPO", mode_weight=0.2, a=scaling)
     for micro_batch in seen:
-        loss.batch_statistics(torch.tensor([micro_batch]))
+        statistics_of(loss, torch.tensor([micro_batch]))
     # A margin of 3 nats at beta 0.5.
-    output = loss(f64(-4, -9), f64(-3, -5), torch.tensor([[0, 1]]), torch.tensor([2, 3]))
+    output = loss(f64(-4, -9), f64(-3, -5), one_pair(2, 3))
     assert output.losses.item() == pytest.approx(softplus(-1.5), rel=1e-12)
 
 
@@ -388,20 +403,20 @@ def test_losses_whose_evaluations_depend_on_the_run_say_so():
     policy, reference, pairs = random_pairs(4)
     for name in losses().keys() - says - {"own", "sft"}:
         loss = default(name)
-        before = loss(policy, reference, pairs, torch.ones(8)).losses
-        loss.batch_statistics(torch.tensor([[5.0, -3.0], [4.0, 1.0]]))
-        assert torch.equal(loss(policy, reference, pairs, torch.ones(8)).losses, before), name
+        before = loss(policy, reference, of_pairs(pairs)).losses
+        statistics_of(loss, torch.tensor([[5.0, -3.0], [4.0, 1.0]]))
+        assert torch.equal(loss(policy, reference, of_pairs(pairs)).losses, before), name
 
 
 def test_equal_policy_and_reference_are_survived_and_give_the_base_beta():
-    selection = statistics_of(beta_dpo(), torch.zeros(10))
+    selection = gap_statistics(beta_dpo(), torch.zeros(10))
     assert selection.beta.item() == pytest.approx(0.1)
     assert (selection.weights > 0).sum() == 8
 
 
 def test_a_single_pair_is_kept_and_leaves_the_deviation_unset():
     loss = beta_dpo()
-    selection = statistics_of(loss, torch.tensor([2.0]))
+    selection = gap_statistics(loss, torch.tensor([2.0]))
     assert selection.weights.tolist() == [1.0]
     assert loss.statistics.deviation is None
 
@@ -412,7 +427,7 @@ def test_beta_never_falls_below_its_floor():
 
 def test_the_draw_is_the_same_for_the_same_seed_and_another_for_another():
     gaps = torch.randn(64, generator=torch.Generator().manual_seed(1))
-    drawn = [statistics_of(beta_dpo(0.5, seed), gaps).weights.tolist() for seed in (0, 0, 1)]
+    drawn = [gap_statistics(beta_dpo(0.5, seed), gaps).weights.tolist() for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2]
 
 
@@ -432,7 +447,7 @@ def test_the_draw_follows_its_weights():
 def test_any_gaps_give_a_finite_beta_and_the_asked_number_of_pairs(gaps, ratio, batches):
     loss = beta_dpo(ratio)
     for _ in range(batches):
-        selection = statistics_of(loss, torch.tensor(gaps))
+        selection = gap_statistics(loss, torch.tensor(gaps))
         assert math.isfinite(selection.beta) and selection.beta >= 0.99e-3
         assert (selection.weights > 0).sum() == max(1, int(len(gaps) * (1 - ratio)))
         assert selection.weights.mean().item() == pytest.approx(1, rel=1e-5)
@@ -460,16 +475,16 @@ class Scaled(Loss):
         if self.scale == 0:
             raise ValueError("a scale of 0 teaches nothing")
 
-    def __call__(self, policy, reference, pairs, lengths, batch_statistics=None):
-        rewards = sides(self.beta * (policy - reference).detach(), pairs)
-        return LossOutput(-self.scale * gap(policy - reference, pairs), *rewards)
+    def __call__(self, policy, reference, examples, batch_statistics=None):
+        rewards = sides(self.beta * (policy - reference).detach(), examples.pairs)
+        return LossOutput(-self.scale * gap(policy - reference, examples.pairs), *rewards)
 
 
 class Likelihood(Loss):
-    paired, needs_reference = False, False
+    examples, needs_reference = "targets", False
 
-    def __call__(self, policy, reference, pairs, lengths, batch_statistics=None):
-        return LossOutput(-policy / lengths)
+    def __call__(self, policy, reference, examples, batch_statistics=None):
+        return LossOutput(-policy / examples.lengths)
 
 
 class Moving(HingeLoss):
@@ -483,6 +498,28 @@ class Summed(HingeLoss):
 
 class Surveying(HingeLoss):
     surveys = True
+
+
+class Paired(HingeLoss):
+    paired = False
+
+
+class WithPairs(HingeLoss):
+    def __call__(self, policy, reference, pairs, lengths, batch_statistics=None):
+        return super().__call__(policy, reference, pairs)
+
+
+class OfLogRatios(HingeLoss):
+    def batch_statistics(self, log_ratios):
+        return None
+
+
+class OfTriples(HingeLoss):
+    examples = "pair"
+
+
+class OfTokens(HingeLoss):
+    reads_tokens = True
 
 
 class Counting(HingeLoss):
@@ -523,13 +560,13 @@ def own(tmp_path_factory):
 
 def test_a_loss_of_a_users_file_is_used_as_any_other(own):
     policy, reference = f64(-3.0, -5.0), f64(-4.0, -4.0)
-    output = own("Scaled", scale=2.0)(policy, reference, torch.tensor([[0, 1]]), torch.tensor([1, 1]))
+    output = own("Scaled", scale=2.0)(policy, reference, one_pair(1, 1))
     # Minus twice the margin of 1 - (-1) nats; rewards are half the ratios.
     assert output.losses.tolist() == [-4.0]
     assert (output.chosen_rewards.tolist(), output.rejected_rewards.tolist()) == ([0.5], [-0.5])
     assert own("hinge", beta=0.25) == HingeLoss(0.25)
     assert own("any_options", x=0.5, y=0.25) == HingeLoss(0.75)
-    assert not own("Likelihood").paired
+    assert own("Likelihood").examples == "targets"
 
 
 def test_a_loss_of_ones_own_is_given_the_runs_seed_where_it_asks_for_one(own):
@@ -548,9 +585,18 @@ def test_a_loss_of_ones_own_is_given_the_runs_seed_where_it_asks_for_one(own):
         ("torch", {}, r"loss\.function: .*'torch' cannot be called\. Expected a class or a function"),
         ("Moving", {"beta": 1}, r"moves the reference, which only loss=tr_dpo can"),
         ("Surveying", {"beta": 1}, r"has surveys, which is called needs_batch_statistics now"),
+        ("Paired", {"beta": 1}, r"has paired, in place of which it declares examples now: \"pairs\", or \"targets\" where"),
+        (
+            "WithPairs",
+            {"beta": 1},
+            r"examples\.pairs and examples\.lengths now: write def __call__\(self, policy, reference, examples",
+        ),
+        ("OfLogRatios", {"beta": 1}, r"write def batch_statistics\(self, policy, reference, examples\)"),
+        ("OfTriples", {"beta": 1}, r"has examples 'pair'; did you mean pairs\?"),
+        ("OfTokens", {"beta": 1}, r"reads log-probs of single tokens, which only losses of the framework can"),
         ("Numbers", {"beta": 1}, r"gives Tensor when it is called, not a LossOutput"),
         ("Summed", {"beta": 1}, r"gives losses of shape \[\] for 2 pairs, expected one with gradient for each"),
-        ("WithoutRewards", {"beta": 1}, r"gives no chosen_rewards and rejected_rewards with one value a pair"),
+        ("WithoutRewards", {"beta": 1}, r"gives no chosen_rewards and rejected_rewards with one value an example"),
         (
             "Counting",
             {"beta": 1},
@@ -590,8 +636,8 @@ class CappedLoss(LogRatioLoss):
         if self.cap <= 0:
             raise ValueError(f"found cap {self.cap}, expected more than 0")
 
-    def losses(self, policy, reference, pairs, lengths):
-        return -(self.beta * gap(policy - reference, pairs)).clamp(max=self.cap)
+    def losses(self, policy, reference, examples):
+        return -(self.beta * gap(policy - reference, examples.pairs)).clamp(max=self.cap)
 """
 USED = """
 import sys
@@ -619,12 +665,13 @@ for overrides, cap in (([], 3), (["loss.cap=5"], 5)):
     assert changed_config(saved, Path("run"), {}, overrides, {}).loss.given()["cap"] == cap
 assert "torch" not in sys.modules
 import torch
+from preference_training.losses.base import Examples
 
 # Margins of 2 - 0 and 2 + 8 nats at beta 0.5 are 1, and 5, which is above the cap of 3.
 policy, reference = torch.tensor([-1.0, -5.0, -11.0]), torch.tensor([-3.0, -5.0, -3.0])
-pairs = torch.tensor([[0, 1], [0, 2]])
+examples = Examples(torch.tensor([[0, 1], [0, 2]]), torch.ones(3))
 built = registry.build_loss(**loss.given())
-assert built(policy, reference, pairs, torch.ones(3)).losses.tolist() == [-1.0, -3.0]
+assert built(policy, reference, examples).losses.tolist() == [-1.0, -3.0]
 for cap in (0, "abc"):
     try:
         registry.build_loss(**configured("loss=capped", f"loss.cap={cap}").loss.given())

@@ -88,7 +88,7 @@ def test_every_margin_is_exactly_0_until_the_first_update(policies, start, tmp_p
     margins = []
     for step in trainer.batches.train:
         for micro_batch in step:
-            for output, _, _ in trainer.step.pack_losses(micro_batch):
+            for output, _, _ in trainer.step.pack_losses(micro_batch, 1.0):
                 margins += (output.chosen_rewards - output.rejected_rewards).tolist()
     trainer.evaluator.evaluate()
     assert margins == [0.0] * 12

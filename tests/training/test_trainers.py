@@ -65,12 +65,13 @@ def build(models, compose, tokenizer, tmp_path):
 
 @pytest.fixture(scope="module")
 def tokenized(golden, tokenizer):
-    """The golden pairs as tokenized prompts, for preference losses (True) and for SFT (False)."""
+    """The golden pairs as tokenized prompts, by what the examples of a loss are."""
     records = [
         PreferenceRecord(row["prompt"], [row["chosen"], row["rejected"]], [(0, 1)], row["chosen"], number, f"row {number}")
         for number, row in enumerate(golden("pairs.json"))
     ]
-    return {paired: list(tokenize_records(records, tokenizer, TokenSettings(paired, 64, 32))) for paired in (True, False)}
+    kinds = ("pairs", "targets")
+    return {kind: list(tokenize_records(records, tokenizer, TokenSettings(kind == "pairs", 64, 32))) for kind in kinds}
 
 
 def micro_batches(prompts, size):
@@ -93,7 +94,7 @@ def test_eight_steps_follow_the_golden_trajectory(trajectory, sharing, build, to
     trainer = build(loss, trajectory["architecture"], f"prefix_sharing={sharing}", *settings)
     size = trajectory["batch_size"] // trajectory["gradient_accumulation_steps"]
     for step in trajectory["steps"]:
-        metrics = trainer.train_step(micro_batches([tokenized[loss.paired][row] for row in step["rows"]], size))
+        metrics = trainer.train_step(micro_batches([tokenized[loss.examples][row] for row in step["rows"]], size))
         assert metrics["loss/train"] == pytest.approx(step["loss"], rel=1e-4)
         assert metrics["grad_norm"] == pytest.approx(step["grad_norm"], rel=1e-4)
         for name, value in step["metrics"].items():
@@ -123,7 +124,7 @@ SGD = ("optimizer=SGD", "lr=1.0", "warmup_steps=0", "max_grad_norm=1e9")
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_the_gradient_does_not_depend_on_how_the_batch_is_cut(loss, size, build, tokenized):
     built = build_loss(**loss)
-    prompts = tokenized[built.paired][:7]
+    prompts = tokenized[built.examples][:7]
     whole, whole_metrics = gradient_after_one_step(build(built, "llama", *SGD), micro_batches(prompts, 7))
     packs, pack_metrics = gradient_after_one_step(build(built, "llama", *SGD), micro_batches(prompts, size))
     torch.testing.assert_close(packs, whole, rtol=1e-4, atol=1e-5 * whole.abs().max().item())
@@ -133,21 +134,21 @@ def test_the_gradient_does_not_depend_on_how_the_batch_is_cut(loss, size, build,
 
 def test_a_step_on_equal_policy_and_reference_has_margin_0_and_loss_ln_2(build, tokenized):
     trainer = build(build_loss("dpo", beta=0.1), "gpt_neox", policy="")
-    metrics = trainer.train_step(micro_batches(tokenized[True][:6], 6))
+    metrics = trainer.train_step(micro_batches(tokenized["pairs"][:6], 6))
     assert metrics["rewards_train/margins"] == 0
     assert metrics["loss/train"] == pytest.approx(math.log(2), abs=1e-6)
 
 
 def test_beta_dpo_logs_the_beta_in_force_and_its_statistics(build, tokenized):
     loss = build_loss("dpo", beta=0.1, mode_loss="beta_DPO", mode_weight=0.5, a=0.6)
-    metrics = build(loss).train_step(micro_batches(tokenized[True][:8], 8))
+    metrics = build(loss).train_step(micro_batches(tokenized["pairs"][:8], 8))
     assert metrics["beta_DPO/kept_fraction"] == 0.5
     assert metrics["beta_DPO/gap_mean"] == loss.statistics.mean
     assert metrics["beta_DPO/beta_used"] > 0
 
 
 def test_a_run_trains_and_evaluates_every_example_and_the_last_partial_batches(build, tokenized, tmp_path):
-    prompts = tokenized[True]
+    prompts = tokenized["pairs"]
     train_batches = BatchIterator(Schedule(PromptTable.of(prompts[:13]), 4, length=RunLength(n_epochs=2)))
     trainer = build(
         build_loss("dpo"),
@@ -178,10 +179,10 @@ def test_a_run_trains_and_evaluates_every_example_and_the_last_partial_batches(b
     ],
 )
 def test_what_speaks_against_held_out_numbers_is_said_once(loss, prompts, told, build, tokenized, capsys):
-    table = PromptTable.of(tokenized[True][:prompts])
+    table = PromptTable.of(tokenized["pairs"][:prompts])
     trainer = build(build_loss(**loss), held_out=evaluation_batches(table, 4, None, seed=0))
     trainer.evaluator.evaluate()
-    trainer.train_step(micro_batches(tokenized[True][:4], 4))
+    trainer.train_step(micro_batches(tokenized["pairs"][:4], 4))
     trainer.evaluator.evaluate()
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
     assert len(lines) == len(told) and all(text in line for text, line in zip(told, lines, strict=True))
@@ -191,11 +192,11 @@ def test_a_run_of_an_earlier_version_forgets_its_best_held_out_loss_which_was_at
     build, tokenized, tmp_path, capsys
 ):
     def make(**parts):
-        batches = evaluation_batches(PromptTable.of(tokenized[True][:12]), 4, None, seed=0)
+        batches = evaluation_batches(PromptTable.of(tokenized["pairs"][:12]), 4, None, seed=0)
         return build(build_loss(**BETA_DPO), "llama", "lr=1e-3", held_out=batches, **parts)
 
     first = make()
-    first.train_step(micro_batches(tokenized[True][:4], 4))
+    first.train_step(micro_batches(tokenized["pairs"][:4], 4))
     first.evaluator.evaluate()
     with CheckpointWriter(tmp_path, first.models.policy, first.placement.tokenizer) as writer:
         writer.write(first.snapshot())
@@ -214,8 +215,8 @@ def test_a_run_of_an_earlier_version_forgets_its_best_held_out_loss_which_was_at
 
 
 def test_metrics_names_are_the_documented_ones(build, tokenized):
-    trainer = build(build_loss("dpo"), held_out=evaluation_batches(PromptTable.of(tokenized[True][:4]), 4, None, seed=0))
-    names = set(trainer.train_step(micro_batches(tokenized[True][:4], 4)))
+    trainer = build(build_loss("dpo"), held_out=evaluation_batches(PromptTable.of(tokenized["pairs"][:4]), 4, None, seed=0))
+    names = set(trainer.train_step(micro_batches(tokenized["pairs"][:4], 4)))
     rewards = {"chosen", "rejected", "accuracies", "margins"}
     for split in ("train", "eval"):
         expected = {f"rewards_{split}/{kind}" for kind in rewards} | {
@@ -235,7 +236,7 @@ def test_the_learning_rate_rises_linearly_over_the_warm_up(build, tokenized):
     rates = []
     for _ in range(5):
         rates.append(trainer.step.updater.scheduler.get_last_lr()[0])
-        trainer.train_step(micro_batches(tokenized[False][:1], 1))
+        trainer.train_step(micro_batches(tokenized["targets"][:1], 1))
     assert rates == [0.25, 0.5, 0.75, 1.0, 1.0]
 
 
@@ -245,14 +246,14 @@ def test_optimizer_arguments_reach_the_optimizer(build):
 
 
 def test_activation_checkpointing_changes_no_gradient(build, tokenized):
-    batch = micro_batches(tokenized[True][:4], 4)
+    batch = micro_batches(tokenized["pairs"][:4], 4)
     plain, _ = gradient_after_one_step(build(build_loss("dpo"), "gpt_neox", *SGD), batch)
     saved, _ = gradient_after_one_step(build(build_loss("dpo"), "gpt_neox", *SGD, "activation_checkpointing=true"), batch)
     torch.testing.assert_close(saved, plain)
 
 
 def test_samples_are_the_same_for_the_same_seed_and_leave_the_random_stream_alone(build, tokenized):
-    prompts = [prompt.prompt_ids for prompt in tokenized[True][:3]]
+    prompts = [prompt.prompt_ids for prompt in tokenized["pairs"][:3]]
     trainer = build(build_loss("dpo"), "llama", *LENGTHS, sample_prompts=prompts)
     state = torch.get_rng_state()
     trainer.state.reference_answers = trainer.evaluator.responses()
@@ -295,19 +296,19 @@ def loss_of(compose, tmp_path):
 @pytest.mark.parametrize("name", group_choices("loss"))
 def test_every_loss_falls_and_its_margin_grows_over_steps_on_the_same_examples(name, build, loss_of, tokenized):
     trainer = build(loss_of(name), "llama", "lr=1e-3", "optimizer=AdamW", "warmup_steps=0", policy="")
-    batch = micro_batches(tokenized[trainer.models.loss.paired][:8], 8)
+    batch = micro_batches(tokenized[trainer.models.loss.examples][:8], 8)
     steps = [trainer.train_step(batch) for _ in range(6)]
     if name not in ("beta_DPO", "tr_dpo"):
         # Of these the measure changes on the way.
         assert steps[-1]["loss/train"] < steps[0]["loss/train"]
-    assert not trainer.models.loss.paired or steps[-1]["rewards_train/margins"] > steps[0]["rewards_train/margins"]
+    assert trainer.models.loss.examples == "targets" or steps[-1]["rewards_train/margins"] > steps[0]["rewards_train/margins"]
 
 
 @pytest.mark.parametrize("name", group_choices("loss"))
 def test_a_trainer_continues_from_its_state_bit_for_bit(name, build, loss_of, tokenized, tmp_path):
     def make(**parts):
         loss = loss_of(name)
-        train_batches = BatchIterator(Schedule(PromptTable.of(tokenized[loss.paired][:28]), 4, length=RunLength(n_epochs=1)))
+        train_batches = BatchIterator(Schedule(PromptTable.of(tokenized[loss.examples][:28]), 4, length=RunLength(n_epochs=1)))
         return build(loss, "gpt_neox", "lr=1e-3", "optimizer=AdamW", train=train_batches, **parts)
 
     whole, first = make(), make()
@@ -333,7 +334,7 @@ def test_a_reference_moves_by_its_share_of_the_way_to_the_policy_after_so_many_s
     before = copy.deepcopy(trainer.models.reference.model.state_dict())
     for start in (0, 4):
         assert all(torch.equal(weight, before[name]) for name, weight in trainer.moving_reference_weights().items())
-        trainer.train_step(micro_batches(tokenized[True][start : start + 4], 4))
+        trainer.train_step(micro_batches(tokenized["pairs"][start : start + 4], 4))
     policy = trainer.models.policy.state_dict()
     for name, weight in trainer.moving_reference_weights().items():
         torch.testing.assert_close(weight.detach(), 0.75 * before[name] + 0.25 * policy[name], rtol=1e-5, atol=1e-7)
@@ -342,27 +343,27 @@ def test_a_reference_moves_by_its_share_of_the_way_to_the_policy_after_so_many_s
 def test_a_reference_that_moves_all_the_way_is_a_copy_and_the_margin_begins_at_0_again(build, tokenized):
     loss = build_loss("tr_dpo", beta=0.1, reference_update_every=2, reference_update_share=1.0)
     trainer = build(loss, "llama", "lr=1e-2", "optimizer=AdamW", "warmup_steps=0")
-    steps = [trainer.train_step(micro_batches(tokenized[True][:4], 4)) for _ in range(3)]
+    steps = [trainer.train_step(micro_batches(tokenized["pairs"][:4], 4)) for _ in range(3)]
     assert steps[1]["rewards_train/margins"] != 0 == steps[2]["rewards_train/margins"]
     assert not any(weight.grad is not None for weight in trainer.models.reference.model.parameters())
 
 
 def test_a_reference_that_has_moved_answers_the_sample_prompts_anew(build, tokenized):
     loss = build_loss("tr_dpo", beta=0.1, reference_update_every=1, reference_update_share=1.0)
-    prompts = [prompt.prompt_ids for prompt in tokenized[True][:3]]
+    prompts = [prompt.prompt_ids for prompt in tokenized["pairs"][:3]]
     trainer = build(loss, "llama", *LENGTHS, "lr=1e-2", "warmup_steps=0", sample_prompts=prompts)
     trainer.state.reference_answers = ["what it said at the beginning"] * 3
-    trainer.train_step(micro_batches(tokenized[True][:4], 4))
+    trainer.train_step(micro_batches(tokenized["pairs"][:4], 4))
     # It is a copy of the policy now.
     assert all(row["reference"] == row["policy"] for row in trainer.evaluator.sample())
 
 
 @pytest.mark.parametrize("live", [True, False])
 def test_a_run_that_goes_on_may_have_another_number_of_sample_prompts(build, tokenized, live, capsys):
-    prompts = [prompt.prompt_ids for prompt in tokenized[True][:3]]
+    prompts = [prompt.prompt_ids for prompt in tokenized["pairs"][:3]]
     trainer = build(build_loss("dpo"), "llama", *LENGTHS, "lr=1e-2", "warmup_steps=0", sample_prompts=prompts)
     answers = trainer.evaluator.responses(trainer.models.reference.model)
-    trainer.train_step(micro_batches(tokenized[True][:4], 4))
+    trainer.train_step(micro_batches(tokenized["pairs"][:4], 4))
     if not live:
         trainer.models.reference = CachedReference(torch.zeros(8))
     trainer.state.reference_answers = [*answers, "to a fourth prompt"]
@@ -379,7 +380,7 @@ def test_a_run_that_goes_on_may_have_another_number_of_sample_prompts(build, tok
 def test_a_moved_reference_lies_beside_weights_that_load_with_plain_transformers(build, loss_of, tokenized, tmp_path):
     trainer = build(loss_of("tr_dpo"), "llama", "lr=1e-2", "optimizer=AdamW", "warmup_steps=0")
     for _ in range(3):
-        trainer.train_step(micro_batches(tokenized[True][:4], 4))
+        trainer.train_step(micro_batches(tokenized["pairs"][:4], 4))
     with CheckpointWriter(
         tmp_path, trainer.models.policy, trainer.placement.tokenizer, options=SaveOptions(background=True)
     ) as writer:
@@ -399,7 +400,7 @@ def test_a_moved_reference_lies_beside_weights_that_load_with_plain_transformers
 def test_what_a_loss_finds_in_a_micro_batch_is_the_same_when_memory_cuts_it(name, budget, build, loss_of, tokenized):
     def step(max_tokens):
         loss = loss_of(name)
-        packs = build_packs(list(iterate_examples(tokenized[True][:8])), TokenBudget(max_tokens, max_tokens))
+        packs = build_packs(list(iterate_examples(tokenized["pairs"][:8])), TokenBudget(max_tokens, max_tokens))
         gradient, metrics = gradient_after_one_step(build(loss, "llama", *SGD), [MicroBatch(packs, 8)])
         return len(packs), gradient, metrics
 
@@ -411,7 +412,7 @@ def test_what_a_loss_finds_in_a_micro_batch_is_the_same_when_memory_cuts_it(name
 
 
 def test_a_cached_reference_gives_the_steps_of_a_live_one(build, tokenized, tmp_path):
-    table = PromptTable.of(tokenized[True])
+    table = PromptTable.of(tokenized["pairs"])
 
     def numbers(reference):
         trainer = build(build_loss("dpo"), **({"reference": reference} if reference else {}))
@@ -426,7 +427,7 @@ def test_a_cached_reference_gives_the_steps_of_a_live_one(build, tokenized, tmp_
 
 
 def test_autocast_computes_products_in_the_shorter_format_and_sums_in_float32(build, tokenized):
-    batch = micro_batches(tokenized[True][:4], 4)
+    batch = micro_batches(tokenized["pairs"][:4], 4)
     exact, short = build(build_loss("dpo")), build(build_loss("dpo"))
     short.models.policy.autocast_dtype = short.models.reference.model.autocast_dtype = torch.bfloat16
     expected, found = exact.step.logps(batch[0].packs[0]), short.step.logps(batch[0].packs[0])
@@ -464,7 +465,7 @@ def not_a_number(trainer, token: int):
 
 @pytest.mark.parametrize("loss", [{"name": "dpo"}, BETA_DPO], ids=["DPO", "beta-DPO"])
 def test_a_step_with_a_loss_that_is_not_finite_is_as_if_it_had_never_been(loss, build, tokenized, tmp_path, capsys):
-    prompts = tokenized[True][:12]
+    prompts = tokenized["pairs"][:12]
     disturbed, straight = (build(build_loss(**loss), "llama", "lr=1e-2", "optimizer=AdamW", "batch_size=4") for _ in range(2))
     steps = [micro_batches(prompts[start : start + 4], 4) for start in (0, 4, 8)]
     for trainer in (disturbed, straight):
@@ -491,7 +492,7 @@ def test_a_step_with_a_loss_that_is_not_finite_is_as_if_it_had_never_been(loss, 
 
 def test_too_many_bad_steps_in_a_row_end_the_run_with_one_message_and_the_last_checkpoint_is_good(build, tokenized, tmp_path):
     overrides = "batch_size=4", "save_every=4", "max_bad_steps=3", "eval_every=4", "lr=1e-2"
-    batches = BatchIterator(Schedule(PromptTable.of(tokenized[True]), 4))
+    batches = BatchIterator(Schedule(PromptTable.of(tokenized["pairs"]), 4))
     trainer = build(build_loss("dpo"), "llama", *overrides, train=batches)
     step, taken = trainer.train_step, []
 
@@ -523,7 +524,7 @@ def test_too_many_bad_steps_in_a_row_end_the_run_with_one_message_and_the_last_c
 
 @pytest.mark.parametrize("loss", [{"name": "dpo"}, BETA_DPO], ids=["DPO", "beta-DPO"])
 def test_a_step_that_does_not_fit_into_memory_is_computed_in_halves_with_the_same_gradient(loss, build, tokenized, capsys):
-    table = PromptTable.of(tokenized[True][:8])
+    table = PromptTable.of(tokenized["pairs"][:8])
 
     def step(most_tokens: float):
         trainer = build(build_loss(**loss), "llama", *SGD, train=BatchIterator(Schedule(table, 8)))

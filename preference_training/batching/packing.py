@@ -84,9 +84,7 @@ class PackedBatch:
     def examples(self) -> Examples:
         """The examples as losses see them; their mean length is that of a whole batch, which a pack does not know."""
         labels = None if self.labels is None else self.labels > 0
-        return Examples(
-            self.members, self.response_lengths, weights=self.weights, margins=self.margins, labels=labels
-        )
+        return Examples(self.members, self.response_lengths, weights=self.weights, margins=self.margins, labels=labels)
 
     @cached_property
     def layout(self) -> TrieLayout:

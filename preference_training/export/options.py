@@ -34,7 +34,9 @@ def check_options(options: ExportOptions, is_adapter: bool, head: str = "lm") ->
             raise UserError(f"{key}: this checkpoint holds an adapter. Add --merge to merge it into its base model.")
     for key, value in (("--quantize", options.quantize), ("--ollama", options.ollama)):
         if value and head == "value":
-            raise UserError(f"{key}: this checkpoint holds a reward model, and {key} is for models that write text. Drop {key}.")
+            raise UserError(
+                f"{key}: this checkpoint holds a reward model, and {key} is for models that write text. Drop {key}."
+            )
     if options.quantize and options.ollama:
         raise UserError("--quantize: Ollama quantizes the full weights itself. Use either --quantize or --ollama.")
     if options.private and not options.push:

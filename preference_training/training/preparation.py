@@ -58,7 +58,7 @@ def prepare_run(config: RunConfig, run_dir: Path, in_sweep: bool = False) -> Pre
     config = config.with_head(loss.model_head)
     if config.eval_only and loss.model_head == "value":
         check_asks_for_no_text(config)
-    check_objective(config.objective, config.loss.name, loss.examples)
+    check_objective(config.objective, config.loss.name, loss.examples, loss.model_head)
     for line in [] if config.eval_only else precision_notices(config):
         print(line, flush=True)
     tokenizer = load_tokenizer(config.model, config.cache_dir)

@@ -37,6 +37,7 @@ class PackedBatch:
     each counts for, and its position in the sequence.
     places: [E], the indices of its examples among those of the micro-batch, over all ranks.
     sources: [E], for messages. is_filler: padding for ranks that have fewer packs than another; it does not count.
+    weights, margins, labels: [E] float32, the numbers of its examples; None if the data has none.
     """
 
     input_ids: Tensor
@@ -53,6 +54,9 @@ class PackedBatch:
     places: Tensor
     sources: tuple[str, ...]
     is_filler: bool = False
+    weights: Tensor | None = None
+    margins: Tensor | None = None
+    labels: Tensor | None = None
 
     @property
     def num_examples(self) -> int:
@@ -168,7 +172,19 @@ def pack_examples(examples: Sequence[Example], places: Sequence[int] | None = No
         scored_positions=torch.from_numpy(numpy.concatenate(positions)),
         places=torch.tensor(range(len(examples)) if places is None else places),
         sources=tuple(prompt.source for prompt, _ in examples),
+        weights=_numbers(examples, "weights", 1.0),
+        margins=_numbers(examples, "margins", 0.0),
+        labels=_numbers(examples, "labels", 1.0),
     )
+
+
+def _numbers(examples: Sequence[Example], name: str, missing: float) -> Tensor | None:
+    """A number of each example [E]; `missing` for those of prompts without, None where no prompt has any."""
+    columns = [getattr(prompt, name) for prompt, _ in examples]
+    if all(column is None for column in columns):
+        return None
+    values = [missing if column is None else column[number] for column, (_, number) in zip(columns, examples, strict=True)]
+    return torch.tensor(values, dtype=torch.float32)
 
 
 def cut(examples: Sequence[Example], size: int) -> Iterator[Sequence[Example]]:

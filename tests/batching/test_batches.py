@@ -38,13 +38,13 @@ def test_a_pack_holds_prompts_and_shared_responses_once_at_their_positions():
     assert batch.position_ids.tolist() == [0, 1, 2, 3, 2, 3, 2, 3]
     assert batch.pairs.tolist() == [[0, 1], [0, 2]]
     assert batch.response_lengths.tolist() == [2, 2, 2]
-    assert batch.trees[0].response_starts == [2, 4, 6] and batch.trees[0].end == 8
+    assert [(branch.shared, branch.own) for branch in batch.trie.branches] == [(0, 4), (2, 2), (2, 2)]
 
 
 def test_responses_are_numbered_through_the_batch():
     batch = pack_examples(list(iterate_examples(some_prompts(3))))
     assert batch.pairs.tolist() == [[0, 1], [2, 3], [4, 5]]
-    assert [tree.start for tree in batch.trees] == [0, 6, 12]
+    assert [branch.start for branch in batch.trie.branches if branch.parent < 0] == [0, 6, 12]
     assert batch.num_examples == 3
 
 
@@ -60,17 +60,9 @@ def test_any_examples_can_be_read_back_from_their_pack(data):
     ]
     examples = data.draw(st.permutations(list(iterate_examples(prompts))))
     batch = pack_examples(examples)
-    spans = [
-        (
-            batch.input_ids[tree.start : tree.start + tree.prompt_length].tolist(),
-            batch.input_ids[start : start + length].tolist(),
-        )
-        for tree in batch.trees
-        for start, length in zip(tree.response_starts, tree.response_lengths, strict=True)
-    ]
-    for (prompt, k), numbers in zip(examples, batch.pairs.tolist(), strict=True):
-        expected = [(prompt.prompt_ids, prompt.responses[index]) for index in prompt.members(k)]
-        assert [spans[number] for number in numbers] == expected
+    for (prompt, k), numbers in zip(examples, batch.members.tolist(), strict=True):
+        found = [batch.input_ids[batch.trie.path(number)].tolist() for number in numbers]
+        assert found == [prompt.prompt_ids + prompt.responses[index] for index in prompt.members(k)]
 
 
 # ---- the order of a run ---------------------------------------------------------------------------------------------------
@@ -99,7 +91,7 @@ def test_an_epoch_sees_every_example_once_and_the_last_batch_is_what_is_left():
 def test_the_pairs_of_a_prompt_share_its_tokens_within_a_micro_batch():
     [[micro_batch]] = BatchIterator(Schedule(table(2, pairs=3), 6))
     [batch] = micro_batch.packs
-    assert [len(tree.response_lengths) for tree in batch.trees] == [4, 4]
+    assert [branch.parent for branch in batch.trie.branches] == [-1, 0, 0, 0, -1, 4, 4, 4]
 
 
 def test_epochs_differ_in_order_and_seeds_too_but_not_runs():
@@ -186,7 +178,7 @@ def test_sft_batches_have_no_pairs():
     prompts = PromptTable.of(replace(prompt, responses=prompt.responses[:1], examples=[]) for prompt in some_prompts(3))
     [[micro_batch]] = BatchIterator(Schedule(prompts, 3))
     [batch] = micro_batch.packs
-    assert batch.pairs.shape == (0, 2) and batch.num_examples == 3
+    assert batch.members.tolist() == [[0], [1], [2]] and batch.num_examples == 3
 
 
 def test_a_run_that_visits_prompts_twice_in_one_epoch_sees_them_again():
@@ -242,13 +234,8 @@ def examples_in(batch) -> list[list[tuple]]:
     for micro_batch in batch:
         ids = {}
         for pack in micro_batch.packs:
-            trees = [
-                (pack.input_ids[t.start : t.start + t.prompt_length].tolist(), pack.input_ids[start : start + size].tolist())
-                for t in pack.trees
-                for start, size in zip(t.response_starts, t.response_lengths, strict=True)
-            ]
-            for place, pair in zip(pack.places.tolist(), pack.pairs.tolist(), strict=True):
-                ids[place] = tuple(trees[number] for number in pair)
+            for place, numbers in zip(pack.places.tolist(), pack.members.tolist(), strict=True):
+                ids[place] = tuple(tuple(pack.input_ids[pack.trie.path(number)].tolist()) for number in numbers)
         found.append([ids[place] for place in sorted(ids)])
     return found
 

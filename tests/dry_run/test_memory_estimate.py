@@ -84,8 +84,8 @@ def test_a_second_pack_finds_the_gradients_of_the_first(compose):
 
 def test_no_fake_tensor_stays_behind():
     with fake_tensors(10):
-        causal_mask(8, None, torch.float32, torch.device("cpu"))
-    assert causal_mask(8, None, torch.float32, torch.device("cpu"))[7].tolist() == [0.0] * 8
+        causal_mask(8, None, None, torch.float32, torch.device("cpu"))
+    assert causal_mask(8, None, None, torch.float32, torch.device("cpu"))[7].tolist() == [0.0] * 8
 
 
 def test_a_storage_that_grows_and_shrinks_is_counted_as_it_is():

@@ -11,16 +11,17 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from preference_training.batching.packing import TokenBudget, build_packs, iterate_examples, pack_examples
-from preference_training.batching.trees import Tree, TreeLayout
+from preference_training.batching.tries import TrieLayout, build_trie
 from preference_training.core.errors import UserError
 from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.losses.registry import build_loss
 from preference_training.modeling import logprobs
-from preference_training.modeling.logprobs import ScoringHead, padded_logps, response_logps, tree_logps
+from preference_training.modeling.logprobs import ScoringHead, padded_logps, response_logps, trie_logps
 from preference_training.modeling.prefix_sharing.sharing import share_prefixes
 from preference_training.modeling.prefix_sharing.tree_attention import (
-    RESPONSE_TREES,
+    TREE_ATTENTION,
     _attention_by_branches,
+    Rules,
     _flex_attention,
     causal_mask,
     register_tree_attention,
@@ -82,7 +83,7 @@ def test_trees_equal_padded_rows_in_values_and_gradients(model_type):
     batch = pack_examples(list(iterate_examples(prompts_of(SHAPES))))
     expected, expected_gradients = gradients(padded_logps, model, batch)
     assert share_prefixes(model, "on")
-    found, found_gradients = gradients(tree_logps, model, batch)
+    found, found_gradients = gradients(trie_logps, model, batch)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     for (name, _), one, other in zip(model.named_parameters(), found_gradients, expected_gradients, strict=True):
         if one is not None:
@@ -97,7 +98,7 @@ def test_log_probs_over_512_tokens_agree_to_1e_minus_4(model_type):
         expected = padded_logps(model, batch)
         share_prefixes(model, "on")
         # Beside the 1e-4, one step to the neighbouring float32: the sums are up to 2,000 nats.
-        torch.testing.assert_close(tree_logps(model, batch), expected, rtol=1.2e-7, atol=1e-4)
+        torch.testing.assert_close(trie_logps(model, batch), expected, rtol=1.2e-7, atol=1e-4)
 
 
 @pytest.mark.parametrize("model_type", OUTSIDERS)
@@ -178,7 +179,7 @@ def test_any_trees_in_any_order_cut_anyhow_have_the_log_probs_of_padded_rows(mod
     with torch.no_grad():
         expected = padded_logps(padded, pack_examples(list(iterate_examples(prompts))))
         for batch in build_packs(examples, data.draw(budgets)):
-            torch.testing.assert_close(tree_logps(sharing, batch), expected[batch.response_rows], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(trie_logps(sharing, batch), expected[batch.response_rows], rtol=1e-4, atol=1e-4)
 
 
 @settings(max_examples=15, deadline=None)
@@ -192,7 +193,7 @@ def test_the_gradient_of_a_loss_does_not_depend_on_the_cut(models, shapes, budge
 
     def gradient(batches) -> torch.Tensor:
         total = sum(
-            loss(logps := tree_logps(model, batch), torch.zeros_like(logps), batch.pairs, batch.response_lengths).losses.sum()
+            loss(logps := trie_logps(model, batch), torch.zeros_like(logps), batch.pairs, batch.response_lengths).losses.sum()
             for batch in batches
         )
         return torch.autograd.grad(total, model.get_input_embeddings().weight)[0]
@@ -204,14 +205,15 @@ def test_the_gradient_of_a_loss_does_not_depend_on_the_cut(models, shapes, budge
 def test_the_pairs_of_a_prompt_stay_together_up_to_the_limit_and_prompts_up_to_the_soft_limit():
     prompts = prompts_of([(10, (5, 5, 5, 5)), (4, (3, 3)), (4, (3, 3)), (4, (3, 3))])
     packs = build_packs(list(iterate_examples(prompts)), TokenBudget(limit=40, soft_limit=20))
-    assert [len(pack.input_ids) for pack in packs] == [30, 20, 10]
+    # 10 + 4 * 5 tokens, of which two responses begin with the same one.
+    assert [len(pack.input_ids) for pack in packs] == [29, 20, 10]
 
 
 def test_packs_keep_within_the_budget_and_share_prompts_within_them():
     prompts = prompts_of([(10, (5, 5, 5, 5)), (40, (3, 3))])
     packs = build_packs(list(iterate_examples(prompts)), TokenBudget(25, 25))
-    # prompt 10 + 5 + 5, then + 5 for a second pair; the third pair needs its prompt again; the last is too long by itself
-    assert [len(pack.input_ids) for pack in packs] == [25, 20, 46]
+    # prompt 10 + 5 + 5, then + 4 for a second pair, which begins like the first; the third pair needs its prompt again; the last is too long by itself
+    assert [len(pack.input_ids) for pack in packs] == [24, 20, 46]
     assert [pack.num_examples for pack in packs] == [2, 1, 1]
 
 
@@ -223,9 +225,9 @@ def test_a_head_in_chunks_gives_the_values_and_gradients_of_a_whole_one(monkeypa
     share_prefixes(model, "on")
     assert type(model.lm_head) is ScoringHead
     batch = pack_examples(list(iterate_examples(prompts_of(SHAPES))))
-    whole, whole_gradients = gradients(tree_logps, model, batch)
+    whole, whole_gradients = gradients(trie_logps, model, batch)
     monkeypatch.setattr(logprobs, "MAX_LOGITS_BYTES", 4 * 97 * 10)  # ten tokens at once
-    packs, pack_gradients = gradients(tree_logps, model, batch)
+    packs, pack_gradients = gradients(trie_logps, model, batch)
     torch.testing.assert_close(packs, whole)
     for one, other in zip(pack_gradients, whole_gradients, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
@@ -237,15 +239,15 @@ def test_no_more_logits_exist_at_once_than_a_chunk_holds(monkeypatch):
     largest = []
     usual = logprobs.score_tokens
     monkeypatch.setattr(logprobs, "MAX_LOGITS_BYTES", 4 * 97 * 10)
-    monkeypatch.setattr(logprobs, "score_tokens", lambda logits, ids: (largest.append(len(logits)), usual(logits, ids))[1])
-    tree_logps(model, pack_examples(list(iterate_examples(prompts_of(SHAPES))))).sum().backward()
+    monkeypatch.setattr(logprobs, "score_tokens", lambda logits, *rest: (largest.append(len(logits)), usual(logits, *rest))[1])
+    trie_logps(model, pack_examples(list(iterate_examples(prompts_of(SHAPES))))).sum().backward()
     assert max(largest) == 10
 
 
 def test_a_model_that_changes_its_logits_keeps_its_own_head():
     model = make("gemma2")
     share_prefixes(model, "on")
-    assert type(model.get_output_embeddings()) is nn.Linear and model.config._attn_implementation == RESPONSE_TREES
+    assert type(model.get_output_embeddings()) is nn.Linear and model.config._attn_implementation == TREE_ATTENTION
 
 
 def test_a_copy_of_a_sharing_model_has_weights_of_its_own():
@@ -254,52 +256,48 @@ def test_a_copy_of_a_sharing_model_has_weights_of_its_own():
     twin = copy.deepcopy(model)
     batch = pack_examples(list(iterate_examples(prompts_of(SHAPES))))
     with torch.no_grad():
-        before = tree_logps(twin, batch)
+        before = trie_logps(twin, batch)
         for weight in model.parameters():
             weight.mul_(2)
-        assert torch.equal(tree_logps(twin, batch), before)
-        assert not torch.allclose(tree_logps(model, batch), before)
+        assert torch.equal(trie_logps(twin, batch), before)
+        assert not torch.allclose(trie_logps(model, batch), before)
 
 
 # ---- attention itself -----------------------------------------------------------------------------------------------------
 
 
+def a_trie():
+    """Two trees: one with branches at two depths, and a single sequence."""
+    first = [1] * 9
+    trie, _ = build_trie([[*first, 2, 2], [*first, 2, 3, 3, 3], [*first, 4], [5] * 7], [0, 0, 0, 1])
+    assert [branch.own for branch in trie.branches] == [11, 3, 1, 7]
+    return TrieLayout(trie, torch.device("cpu"))
+
+
 @pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("chunk", [None, 5])
 @pytest.mark.parametrize("softcap", [None, 2.0])
-def test_the_block_mask_used_on_gpus_gives_the_attention_of_the_branches(window, softcap):
-    # FlexAttention runs here without being compiled: the same mask and index arithmetic, on the CPU.
-    layout = TreeLayout((Tree(0, 5, (3, 1, 4)), Tree(13, 1, (2,)), Tree(16, 9, (2, 6))), torch.device("cpu"))
-    draw = torch.Generator().manual_seed(0)
-    query = torch.randn(1, 4, 33, 16, generator=draw)
-    key, value = torch.randn(2, 1, 2, 33, 16, generator=draw)
-    arguments = (query, key, value, layout, 0.3, window, softcap)
-    torch.testing.assert_close(_flex_attention(*arguments), _attention_by_branches(*arguments), rtol=1e-4, atol=1e-5)
-
-
-def test_a_token_sees_its_prompt_and_its_own_response_only():
-    layout = TreeLayout((Tree(0, 2, (2, 2)), Tree(6, 1, (1,))), torch.device("cpu"))
-    index = torch.arange(8)
-    seen = layout.may_attend(index[:, None], index[None, :], None).int().tolist()
-    assert seen == [
-        [1, 0, 0, 0, 0, 0, 0, 0],
-        [1, 1, 0, 0, 0, 0, 0, 0],
-        [1, 1, 1, 0, 0, 0, 0, 0],
-        [1, 1, 1, 1, 0, 0, 0, 0],
-        [1, 1, 0, 0, 1, 0, 0, 0],
-        [1, 1, 0, 0, 1, 1, 0, 0],
-        [0, 0, 0, 0, 0, 0, 1, 0],
-        [0, 0, 0, 0, 0, 0, 1, 1],
-    ]
-
-
-def test_a_window_counts_positions_not_packed_tokens():
-    layout = TreeLayout((Tree(0, 2, (2, 2)),), torch.device("cpu"))
-    # The second response's first token stands at packed index 4, but at position 2: the prompt's tokens are 2 and 1 away.
-    assert layout.may_attend(torch.tensor(4), torch.arange(6), 2).int().tolist() == [0, 1, 0, 0, 1, 0]
+@pytest.mark.parametrize("sinks", [False, True])
+def test_both_kernels_give_the_attention_that_the_mask_says(window, chunk, softcap, sinks):
+    layout, draw = a_trie(), torch.Generator().manual_seed(0)
+    query = torch.randn(1, 4, 22, 16, generator=draw)
+    key, value = torch.randn(2, 1, 2, 22, 16, generator=draw)
+    sink = torch.randn(4, generator=draw) if sinks else None
+    # The definition, in full: scores, soft-cap, mask, and a softmax with one more score for the sink.
+    index = torch.arange(22)
+    scores = query @ key.repeat_interleave(2, dim=1).transpose(2, 3) * 0.3
+    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~layout.may_attend(index[:, None], index[None, :], window, chunk), -torch.inf)
+    total = scores.exp().sum(-1, keepdim=True) + (0 if sink is None else sink.exp()[None, :, None, None])
+    expected = scores.exp() / total @ value.repeat_interleave(2, dim=1)
+    rules = Rules(0.3, window, chunk, softcap, sink)
+    # FlexAttention runs here without being compiled: the same mask and index arithmetic as on a GPU.
+    for attend in (_attention_by_branches, _flex_attention):
+        torch.testing.assert_close(attend(query, key, value, layout, rules), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_mask_is_causal_and_as_wide_as_its_window():
-    assert (causal_mask(4, 2, torch.float32, torch.device("cpu")) == 0).int().tolist() == [
+    assert (causal_mask(4, 2, None, torch.float32, torch.device("cpu")) == 0).int().tolist() == [
         [1, 0, 0, 0],
         [1, 1, 0, 0],
         [0, 1, 1, 0],

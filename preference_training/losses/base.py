@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-# What a reward is beta times of: the policy's log-prob minus the reference's, or the policy's alone; summed or per token. Or the
-# value that a reward model gives.
+# What a reward is beta times of: the policy's log-prob minus the reference's, or the policy's alone; summed or per token. A
+# reward model's is the value that it gives.
 Reward = Literal["log-ratio", "log-ratio per token", "log-prob per token", "value"]
 # What a policy gives of each response: its log-prob, or a value.
 ModelHead = Literal["lm", "value"]

@@ -23,7 +23,7 @@ def reward_model_loss(chosen: Tensor, rejected: Tensor, margins: Tensor | float,
     return -log_sigmoid(chosen - rejected - margins) + center_coefficient * (chosen + rejected).square()
 
 
-@register_loss("reward", "a Bradley-Terry reward model", "2203.02155")
+@register_loss("reward", "Bradley-Terry reward modeling", "2203.02155")
 @dataclass
 class RewardModelLoss(Loss):
     """`reward_model_loss` of every pair. Its policy is a model with a value head, and rewards are the values themselves."""

@@ -98,10 +98,13 @@ def _value_class(model_class: type[nn.Module]) -> type:
 
 
 def _values(head: nn.Module, hidden: Tensor) -> Tensor:
-    """The head's output [R] for hidden states [R, H], in float32: bfloat16 would round margins to eight bits."""
+    """The head's output [R] for hidden states [R, H], in float32: bfloat16 would round margins to eight bits.
+
+    A copy: FSDP registers a hook on the model's output, which a view modified in place would lose.
+    """
     with torch.autocast(hidden.device.type, enabled=False):
         bias = None if head.bias is None else head.bias.float()
-        return F.linear(hidden.float(), head.weight.float(), bias)[:, 0]
+        return F.linear(hidden.float(), head.weight.float(), bias)[:, 0].clone()
 
 
 def has_value_head(model: nn.Module) -> bool:

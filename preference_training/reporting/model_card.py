@@ -16,7 +16,7 @@ from preference_training.configuration.schema import keys_with
 from preference_training.core.metric_names import EVAL_ACCURACY, EVAL_LOSS, EVAL_MARGIN, EXAMPLES, TRAIN_ACCURACY, TRAIN_LOSS
 from preference_training.core.secrets import without_secrets
 from preference_training.core.values import dotted
-from preference_training.data.chat_templates import PLAIN_PROMPT
+from preference_training.data.chat_templates import PLAIN_PROMPT, QUESTION
 from preference_training.data.files import is_data_file
 from preference_training.data.registry import DATASETS, TOKENIZED_SUFFIX, dataset_entries
 from preference_training.evaluation.phrasing import too_few
@@ -153,15 +153,21 @@ def _text_lines(facts: CardFacts) -> list[str]:
 
 
 def _value_lines(facts: CardFacts) -> list[str]:
+    text, special = f"{facts.prompt + ' there was a king.'!r}", ""
+    if facts.prompt != PLAIN_PROMPT:
+        messages = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": "Paris."}]
+        text, special = f"tokenizer.apply_chat_template({messages}, tokenize=False)", ", add_special_tokens=False"
+    labels = "num_labels=1, " if facts.adapter else ""
     return [
         "from transformers import AutoModelForSequenceClassification, AutoTokenizer",
         "",
         f"name = {facts.name!r}",
         "tokenizer = AutoTokenizer.from_pretrained(name)",
-        f'model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=1, dtype="{facts.dtype}")',
+        f'model = AutoModelForSequenceClassification.from_pretrained(name, {labels}dtype="{facts.dtype}")',
         *(["model.config.pad_token_id = tokenizer.pad_token_id"] if facts.adapter else []),
-        "# A row is a prompt, its response, and the token that ended responses in training.",
-        f'inputs = tokenizer({facts.prompt!r} + " in a forest." + tokenizer.eos_token, return_tensors="pt")',
+        f"text = {text}",
+        "# In training every response ended with this token.",
+        f'inputs = tokenizer(text + tokenizer.eos_token, return_tensors="pt"{special})',
         "print(model(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask).logits.item())",
     ]
 

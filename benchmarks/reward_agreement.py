@@ -70,9 +70,7 @@ def main() -> None:
             )
             difference = max(abs(loss - expected), (gradient - expected_gradient).abs().max().item())
             worst = max(worst, difference)
-            print(
-                f"margins {margins is not None!s:6} center_coefficient {center_coefficient:<5} largest difference {difference:.1e}"
-            )
+            print(f"margins {margins is not None!s:6} center {center_coefficient:<5} largest difference {difference:.1e}")
             cases.append({
                 "margins": None if margins is None else margins.tolist(),
                 "center_coefficient": center_coefficient,

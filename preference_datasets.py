@@ -25,6 +25,13 @@ from preference_training.data.html_text import html_to_text
 from preference_training.data.hub_sets import WHOLE_SET, HubSet, hub_set, valid_rows
 from preference_training.data.registry import register
 from preference_training.data.rows.field_maps import FieldMap
+from preference_training.data.rows.grouping import (
+    Row,
+    add_responses,
+    group_rows,
+    new_record,
+    scored_record,
+)
 from preference_training.data.rows.records import (
     EMPTY_TEXT,
     SAME_TEXT,
@@ -33,12 +40,7 @@ from preference_training.data.rows.records import (
     NumberedRows,
     Prompt,
     Records,
-    Row,
     Turn,
-    add_responses,
-    group_rows,
-    new_record,
-    scored_record,
 )
 from preference_training.data.rows.templates import ASSISTANT, HUMAN, parse_dialogue
 from preference_training.data.toy_preferences import toy_records

@@ -54,7 +54,7 @@ def settings_of(_entry):
     """Settings with HH's usual lengths."""
     from preference_training.data.tokenization import TokenSettings
 
-    return TokenSettings(True, 512, 256, "keep_end")
+    return TokenSettings("pairs", 512, 256, "keep_end")
 
 
 def write_rows(args, folder: Path) -> Path:

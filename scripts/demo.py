@@ -94,7 +94,7 @@ def held_out_prompts(tokenizer, config, paired: bool):
     from preference_training.data.prompt_table import PromptTable
     from preference_training.data.tokenization import TokenSettings, tokenize_records
 
-    settings = TokenSettings(paired, config.max_length, config.max_prompt_length)
+    settings = TokenSettings("pairs" if paired else "targets", config.max_length, config.max_prompt_length)
     return PromptTable.of(tokenize_records(load_records(read_entry("toy"), "test"), tokenizer, settings))
 
 

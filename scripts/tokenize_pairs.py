@@ -73,7 +73,7 @@ def tokenized(options: argparse.Namespace, entry: Entry) -> list:
     except UserError as error:
         raise UserError(str(error).replace("model.tokenizer_name_or_path", "--model")) from error
     mode = entry.truncation_mode or entry.dataset.truncation_mode
-    settings = TokenSettings(True, options.max_length, options.max_prompt_length, mode, entry.template, entry.system_prompt)
+    settings = TokenSettings("pairs", options.max_length, options.max_prompt_length, mode, entry.template, entry.system_prompt)
     prompts, lines = [], []
     for split in ("train", "test") if options.split == "all" else (options.split,):
         report = entry.report()

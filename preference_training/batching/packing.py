@@ -64,11 +64,6 @@ class PackedBatch:
         return len(self.members)
 
     @property
-    def pairs(self) -> Tensor:
-        """The response numbers of preferred and dispreferred: [E, 2]."""
-        return self.members
-
-    @property
     def num_tokens(self) -> int:
         """Packed tokens, each shared one counted once; 0 for a filler."""
         return 0 if self.is_filler else len(self.input_ids)
@@ -87,8 +82,8 @@ class PackedBatch:
     @cached_property
     def examples(self) -> Examples:
         """The examples as losses see them; their mean length is that of a whole batch, which a pack does not know."""
-        labels = None if self.labels is None else self.labels > 0
-        return Examples(self.members, self.response_lengths, weights=self.weights, margins=self.margins, labels=labels)
+        numbers = {"weights": self.weights, "margins": self.margins, "labels": None if self.labels is None else self.labels > 0}
+        return Examples(self.members, self.response_lengths, **numbers)
 
     @cached_property
     def layout(self) -> TrieLayout:

@@ -242,19 +242,15 @@ class TrieLayout:
         from torch.nn.attention.flex_attention import BlockMask
 
         some, full = block_visibility(self.trie, window, chunk)
-        counts = [torch.from_numpy(blocks.sum(1, dtype=numpy.int32)) for blocks in (some & ~full, full)]
-        orders = [
-            torch.from_numpy(numpy.argsort(~blocks, axis=1, kind="stable").astype(numpy.int32))
-            for blocks in (some & ~full, full)
-        ]
-        partial, whole = (
-            (count[None, None].to(self.device), order[None, None].to(self.device))
-            for count, order in zip(counts, orders, strict=True)
-        )
+        counts_and_indices = []
+        for blocks in (some & ~full, full):
+            # The visible blocks of each row first, in ascending order.
+            indices = numpy.argsort(~blocks, axis=1, kind="stable")
+            for numbers in (blocks.sum(1), indices):
+                counts_and_indices.append(torch.from_numpy(numbers.astype(numpy.int32))[None, None].to(self.device))
         length = self.trie.num_tokens
         return BlockMask.from_kv_blocks(
-            *partial,
-            *whole,
+            *counts_and_indices,
             BLOCK,
             lambda batch, head, query, key: self.may_attend(query, key, window, chunk),
             seq_lengths=(length, length),

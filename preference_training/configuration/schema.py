@@ -136,6 +136,7 @@ class LossConfig(Section):
     alpha: float | None = optional_key(not_negative())
     penalty: float | None = optional_key(not_negative())
     gamma: float | None = optional_key(not_negative())
+    average: str | None = optional_key(one_of(("responses", "tokens"), "responses or tokens"))
     reference_update_every: int | None = optional_key(whole(1))
     reference_update_share: float | None = optional_key(
         expected("a share above 0 to 1", lambda value: is_number(value) and 0 < value <= 1)

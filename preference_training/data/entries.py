@@ -19,13 +19,14 @@ from preference_training.data.files import content_hash, is_data_file, read_rows
 from preference_training.data.hub_sets import hub_rows, load_hub
 from preference_training.data.registry import DATASETS, TOKENIZED_SUFFIX, Dataset, find_dataset
 from preference_training.data.rows.field_maps import FieldMap
+from preference_training.data.rows.grouping import group_rows
 from preference_training.data.rows.records import (
+    LISTS_OF_VALUES,
     DataReport,
     Items,
     NumberedRows,
     PreferenceRecord,
     Prompt,
-    group_rows,
     item_error,
     prompt_text,
     split_by_hash,
@@ -274,8 +275,12 @@ def _check_field_map(path: str, options: dict) -> None:
     if options.get("responses"):
         numbers = bool(options.get("scores")) + bool(options.get("ranks"))
         require(numbers == 1, "responses needs either scores (higher is better) or ranks (lower is better).")
-    for numbers, texts in (("scores", "responses"), ("ranks", "responses"), ("score", "response")):
+    for numbers, texts in (("scores", "responses"), ("ranks", "responses"), ("score", "response"), ("label", "response")):
         require(not options.get(numbers) or bool(options.get(texts)), f"{numbers} needs {texts}.")
+    require(not (options.get("score") and options.get("label")), "found score and label, expected one of them.")
+    for key in ("margin", "example_weight"):
+        lists = next((name for name in ("responses", "response") if options.get(name)), None)
+        require(not options.get(key) or not lists, f"{key} is of pairs of chosen and rejected, and responses are in {lists}.")
     top_k, where = options.get("top_k"), options.get("where", {})
     is_valid = top_k is None or (isinstance(top_k, dict) and top_k.keys() == {"column", "k"} and type(top_k["k"]) is int)
     is_valid = is_valid and (top_k is None or (top_k["k"] > 0 and isinstance(top_k["column"], str)))
@@ -323,7 +328,7 @@ def _check_general(entry: Entry) -> None:
 
 
 # The keys of a loader's record; others are reported as not read.
-RECORD_KEYS = {"responses", "pairs", "sft_target", "sft_targets"}
+RECORD_KEYS = {"responses", "pairs", "sft_target", "sft_targets", *LISTS_OF_VALUES}
 
 
 def load_records(
@@ -357,9 +362,10 @@ def load_records(
         prompt, record = item
         pairs = [(int(chosen), int(rejected)) for chosen, rejected in record["pairs"]]
         targets = tuple(record.get("sft_targets", ()))
+        values = [None if record.get(key) is None else list(record[key]) for key in LISTS_OF_VALUES]
         for key in record.keys() - RECORD_KEYS:
             report.not_read(str(key))
-        yield PreferenceRecord(prompt, list(record["responses"]), pairs, record["sft_target"], number, source, targets)
+        yield PreferenceRecord(prompt, list(record["responses"]), pairs, record["sft_target"], number, source, targets, *values)
 
 
 def read_entries(config: RunConfig) -> list[Entry]:

@@ -21,8 +21,9 @@ from preference_training.core.machine import infrequent_garbage_collection
 from preference_training.core.values import hash_values
 from preference_training.data.columns import ContentHash
 from preference_training.data.entries import Entry, load_records
+from preference_training.data.mismatched import with_mismatched
 from preference_training.data.prompt_table import OtherColumnsError, PromptTable, TablePart, write_columns, write_selected
-from preference_training.data.rows.records import DataReport, PreferenceRecord
+from preference_training.data.rows.records import LISTS_OF_VALUES, DataReport, PreferenceRecord
 from preference_training.data.token_files import Vocabulary, read_tokenized
 from preference_training.data.tokenization import VERSION, TokenizedPrompt, TokenSettings, text_reader, tokenize_records
 
@@ -190,8 +191,10 @@ class _Preparation:
     def _prompts(self, report: DataReport, digest) -> Iterator[TokenizedPrompt]:
         if file := self.entry.tokenized_file:
             share, vocabulary = self.entry.held_out_share, Vocabulary.of(self.tokenizer)
-            return read_tokenized(file, self.split, share, vocabulary, self.settings, report)
-        return tokenize_records(self._records(report, digest), self.tokenizer, self.settings, report)
+            prompts = read_tokenized(file, self.split, share, vocabulary, self.settings, report)
+        else:
+            prompts = tokenize_records(self._records(report, digest), self.tokenizer, self.settings, report)
+        return with_mismatched(prompts, self.settings.max_length, report) if self.settings.examples == "labels" else prompts
 
     def _records(self, report: DataReport, digest) -> Iterator[PreferenceRecord]:
         """The entry's records; their content is added to the digest, if any."""
@@ -199,9 +202,11 @@ class _Preparation:
             text_of = text_reader(self.tokenizer, self.settings)
             for record in load_records(self.entry, self.split, report, self.cache_dir, text_of):
                 if digest is not None:
-                    several = (record.sft_targets,) if record.sft_targets else ()
+                    # What only some records have is hashed only where they have it.
+                    several = [record.sft_targets] if record.sft_targets else []
+                    lists = {key: values for key in LISTS_OF_VALUES if (values := getattr(record, key))}
                     content = (record.prompt, record.responses, record.pairs, record.sft_target, *several)
-                    digest.update(repr(content).encode())
+                    digest.update(repr((*content, lists) if lists else content).encode())
                 yield record
         except OSError as error:
             # The loader's own files, not those of prepared data.
@@ -225,14 +230,20 @@ def _with_progress(prompts: Iterator[TokenizedPrompt], name: str) -> Iterator[To
 # Instead of a version, file names of the first version contain a hash of the code that produced them. This is its last value;
 # files by earlier code are prepared again.
 VERSION_1_CODE = "79aded02dfe2b0ae476ddc72933eb4da"
-VERSION_1_SETTINGS = ("paired", "max_length", "max_prompt_length", "truncation_mode", "template", "system_prompt")
 
 
 def _settings_key(settings: TokenSettings) -> list:
-    """The part of a file's key for the settings and the version of the rules."""
-    if settings.version > 1:
-        return [asdict(settings)]
-    return [{name: getattr(settings, name) for name in VERSION_1_SETTINGS}, VERSION_1_CODE]
+    """The part of a file's key for the settings and the version of the rules.
+
+    Pairs and targets are named as before there were other examples, so that their files are found.
+    """
+    values = asdict(settings)
+    kind, version, margins = (values.pop(name) for name in ("examples", "version", "margins"))
+    key = {"paired": kind == "pairs"} if kind in ("pairs", "targets") else {"examples": kind}
+    key |= values
+    if version == 1:
+        return [key, VERSION_1_CODE]
+    return [key | {"version": version} | ({"margins": True} if margins else {})]
 
 
 def tokenizer_hash(tokenizer) -> str:

@@ -8,7 +8,9 @@ from pathlib import Path
 
 from preference_training.core.errors import UserError
 from preference_training.core.files import load_tensors
-from preference_training.data.rows.records import SAME_TEXT, DataReport, add_responses, is_held_out, new_record
+from preference_training.data.rows.examples import select
+from preference_training.data.rows.grouping import add_responses, new_record
+from preference_training.data.rows.records import SAME_TEXT, DataReport, PreferenceRecord, is_held_out
 from preference_training.data.tokenization import TokenizedPrompt, TokenSettings, trainable_part
 
 NO_END = "responses that do not end with the end-of-sequence token"
@@ -47,12 +49,14 @@ def read_tokenized(
             counts.skip(SAME_TEXT, add_responses(record, (chosen, rejected), [(0, 1)]))
         if not record["pairs"] or is_held_out(repr(prompt_ids), held_out_share) != (split == "test"):
             continue
-        responses, pairs = record["responses"], record["pairs"]
-        learned = [chosen for chosen, _ in pairs]
-        targets = [responses[index] for index in (learned if settings.version > 1 else dict.fromkeys(learned))]
-        for used, compared in [(responses, pairs)] if settings.paired else [([target], []) for target in targets]:
-            report.change(NO_END, sum(response[-1] != vocabulary.eos_token_id for response in used))
-            prompt = TokenizedPrompt(prompt_ids, used, compared, f"{path}, row {first}", first)
+        learned = [record["responses"][chosen] for chosen, _ in record["pairs"]]
+        if settings.version == 1:
+            learned = list({tuple(response): response for response in learned}.values())
+        source = f"{path}, row {first}"
+        ids = PreferenceRecord(prompt_ids, record["responses"], record["pairs"], learned[-1], first, source, tuple(learned))
+        for part in select(ids, settings.examples, settings.margins, report):
+            report.change(NO_END, sum(response[-1] != vocabulary.eos_token_id for response in part.responses))
+            prompt = TokenizedPrompt(prompt_ids, part.responses, part.examples, source, first, **part.numbers)
             always_kept = int(settings.version > 1 and prompt_ids[0] == vocabulary.bos_token_id)
             left = trainable_part(prompt, settings, always_kept, report)
             if left is not None:

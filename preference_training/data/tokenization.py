@@ -12,6 +12,8 @@ from functools import partial
 from itertools import combinations, islice
 
 from preference_training.core.errors import UserError
+from preference_training.data.rows.examples import ExampleKind, Selected, select
+from preference_training.data.rows.grouping import BOTH_LABELS
 from preference_training.data.rows.records import DataReport, PreferenceRecord, Prompt, prompt_text
 from preference_training.data.rows.templates import ConversationError, build_template, response_opening
 
@@ -73,18 +75,20 @@ VERSIONS = {
 
 @dataclass(frozen=True)
 class TokenSettings:
-    """What token ids depend on besides text and tokenizer. Lengths are in tokens. paired: for preference losses, else SFT.
+    """What token ids depend on besides text and tokenizer. Lengths are in tokens.
 
-    version: one of VERSIONS, the newest except in resumed runs that started with an earlier one.
+    examples: what the loss trains on. version: one of VERSIONS, the newest except in resumed runs that started with an earlier
+    one. margins: whether the loss needs a margin of every pair.
     """
 
-    paired: bool
+    examples: ExampleKind
     max_length: int
     max_prompt_length: int
     truncation_mode: str = "keep_start"
     template: str | None = None
     system_prompt: str | None = None
     version: int = VERSION
+    margins: bool = False
 
 
 def text_reader(tokenizer, settings: TokenSettings) -> Callable[[Prompt], str]:
@@ -133,7 +137,6 @@ def tokenize_records(
 
 
 # What a report counts of records, besides those it skips.
-NO_PAIR_TO_COMPARE = "a prompt without a pair of responses (loss=sft learns single responses)"
 NO_TURNS = (
     "prompts without system_prompt: they are plain text, which template=null and raw keep unchanged (see hh, chatml, chat)"
 )
@@ -143,8 +146,8 @@ OPENING_MOVED = (
 )
 OWN_SYSTEM_TURN = "prompts without system_prompt: they have their own system turn"
 
-# A record, the pairs between its texts, and its texts: the prompt, then only the responses that the loss uses.
-Rendered = tuple[PreferenceRecord, list[tuple[int, int]], list[str]]
+# A record, what is trained on of it, and the texts of that: the prompt, then the responses.
+Rendered = tuple[PreferenceRecord, Selected, list[str]]
 
 
 class _Tokenization:
@@ -163,29 +166,24 @@ class _Tokenization:
 
     def render(self, record: PreferenceRecord) -> list[Rendered]:
         """Render the record; for SFT once for each target. Empty without anything to train on, or after an error."""
-        if self.settings.paired:
-            used = sorted({index for pair in record.pairs for index in pair})
-            parts = [(pairs_between(used, record.pairs), [record.responses[index] for index in used])] if used else []
-            self.report.skip(NO_PAIR_TO_COMPARE, not used)
-        else:
-            targets = record.targets if self.settings.version > 1 else (record.sft_target,)
-            parts = [([], [target]) for target in targets]
-        found = [self._rendered(record, pairs, responses) for pairs, responses in parts]
-        return [rendered for rendered in found if rendered is not None]
+        if self.settings.version == 1:
+            record = replace(record, sft_targets=())
+        parts = select(record, self.settings.examples, self.settings.margins, self.report)
+        return [rendered for part in parts if (rendered := self._rendered(record, part)) is not None]
 
-    def _rendered(self, record: PreferenceRecord, pairs: list[tuple[int, int]], responses: list[str]) -> Rendered | None:
+    def _rendered(self, record: PreferenceRecord, part: Selected) -> Rendered | None:
         parts = [record.prompt] if isinstance(record.prompt, str) else [turn[1] for turn in record.prompt]
-        if any(self.eos_token in text for text in (*parts, *responses)):
+        if any(self.eos_token in text for text in (*parts, *part.responses)):
             self._bad(record, self._eos_error())
             return None
         try:
-            prompt, texts = self.template(record.prompt, responses)
+            prompt, texts = self.template(record.prompt, part.responses)
         except ConversationError as error:
             self._bad(record, str(error))
             return None
         if self.settings.system_prompt:
             self._count_system_prompt(record.prompt)
-        return record, pairs, [prompt, *texts]
+        return record, part, [prompt, *texts]
 
     def _count_system_prompt(self, prompt: Prompt) -> None:
         """Count the prompts that do not get the system prompt."""
@@ -207,7 +205,7 @@ class _Tokenization:
         """The tokenized prompts of a chunk, from the ids of all its texts."""
         settings = self.settings
         all_prompt_ids, ids = map(iter, encoded.result())
-        for record, pairs, texts in kept:
+        for record, part, texts in kept:
             prompt_ids = next(all_prompt_ids)
             if prompt_ids[: len(self.bos)] != self.bos:
                 prompt_ids = self.bos + prompt_ids
@@ -218,7 +216,7 @@ class _Tokenization:
                 self._bad(record, self._eos_error())
             else:
                 whole = [[*response, self.eos_id] for response in responses]
-                prompt = TokenizedPrompt(prompt_ids, whole, pairs, record.source, record.number)
+                prompt = TokenizedPrompt(prompt_ids, whole, part.examples, record.source, record.number, **part.numbers)
                 always_kept = len(self.bos) if settings.version == 1 else int(prompt_ids[0] == self.bos_id)
                 left = trainable_part(prompt, settings, always_kept, self.report)
                 if left is not None:
@@ -275,15 +273,11 @@ def bos_ids(tokenizer) -> list[int]:
     return [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id else []
 
 
-def pairs_between(kept: Sequence[int], pairs: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The pairs of which both responses are `kept`, with indices into `kept`."""
-    position = {index: k for k, index in enumerate(kept)}
-    return [(position[i], position[j]) for i, j in pairs if i in position and j in position]
-
-
 # ---- the part that is trained on ----------------------------------------------------------------------------------------
 
 SAME_IDS = "chosen and rejected are the same token ids"
+SAME_IDS_RANKED = "a response is the same token ids as a better one of its ranking"
+NOT_SCORED = "a response has no scored token"
 NOTHING_LEFT = "no token of the prompt is left within max_prompt_length"
 
 
@@ -292,8 +286,8 @@ def trainable_part(
 ) -> TokenizedPrompt | None:
     """The part of a prompt that is trained on, within the lengths of the settings, or None. The report counts what is skipped.
 
-    Skipped are pairs whose responses have become identical, by template or truncation, and prompts of which only the
-    `always_kept` beginning-of-sequence tokens remain.
+    Skipped are pairs whose responses have become identical, by template or truncation, examples with a response of which no
+    token is scored, and prompts of which only the `always_kept` beginning-of-sequence tokens remain.
     """
     fitted = truncate(prompt, settings, report, always_kept)
     if fitted is None or settings.version == 1:
@@ -306,7 +300,8 @@ def trainable_part(
     if always_kept and len(fitted.prompt_ids) <= always_kept < len(prompt.prompt_ids):
         report.skip(NOTHING_LEFT, fitted.num_examples)
     else:
-        left = drop_identical_pairs(fitted, report)
+        left = drop_identical(fitted, report)
+        left = left and drop_unscored(left, report)
     if left is not fitted:
         _uncount_cuts(prompt, fitted, left, report)
     return left
@@ -322,21 +317,60 @@ def _uncount_cuts(prompt: TokenizedPrompt, fitted: TokenizedPrompt, left: Tokeni
     report.change(PROMPT_CUT, -int(left is None and fitted.prompt_ids != prompt.prompt_ids))
 
 
-def drop_identical_pairs(prompt: TokenizedPrompt, report: DataReport) -> TokenizedPrompt | None:
+def keep(
+    prompt: TokenizedPrompt, examples: Sequence[tuple[int, tuple[int, ...]]], responses: Sequence[int] | None = None
+) -> TokenizedPrompt | None:
+    """The prompt with some examples, given as their numbers and members, and some responses; None without any example.
+
+    By default the responses are those of the examples.
+    """
+    if not examples:
+        return None
+    used = sorted({index for _, members in examples for index in members}) if responses is None else responses
+    place = {index: k for k, index in enumerate(used)}
+    numbers = {name: getattr(prompt, name) for name in ("weights", "margins", "labels")}
+    return replace(
+        prompt,
+        responses=[prompt.responses[index] for index in used],
+        examples=[tuple(place[index] for index in members) for _, members in examples] if prompt.examples else [],
+        spans=prompt.spans and [prompt.spans[index] for index in used],
+        **{name: values and [values[k] for k, _ in examples] for name, values in numbers.items()},
+    )
+
+
+def drop_identical(prompt: TokenizedPrompt, report: DataReport) -> TokenizedPrompt | None:
     """The prompt with each response once, without pairs of identical responses, which have no gradient.
 
-    None without any remaining pair; unchanged for SFT.
+    Rankings lose the worse of identical responses; responses that are labeled both ways are skipped. None without any remaining
+    example; unchanged for SFT.
     """
-    first: dict[tuple[int, ...], int] = {}
-    places = [first.setdefault(tuple(response), index) for index, response in enumerate(prompt.responses)]
+    spans = prompt.spans or [()] * len(prompt.responses)
+    first: dict[tuple, int] = {}
+    keys = zip(map(tuple, prompt.responses), map(tuple, spans), strict=True)
+    places = [first.setdefault(key, index) for index, key in enumerate(keys)]
     if not prompt.examples or len(first) == len(places):
         return prompt
-    pairs = [(places[i], places[j]) for i, j in prompt.examples]
-    different = [(i, j) for i, j in pairs if i != j]
-    report.skip(SAME_IDS, len(pairs) - len(different))
-    used = sorted({index for pair in different for index in pair})
-    responses = [prompt.responses[index] for index in used]
-    return replace(prompt, responses=responses, examples=pairs_between(used, different)) if different else None
+    examples = [tuple(dict.fromkeys(places[index] for index in members)) for members in prompt.examples]
+    if prompt.labels:
+        labeled = set(zip(examples, prompt.labels, strict=True))
+        kept = [(k, members) for k, members in enumerate(examples) if (members, 1 - prompt.labels[k]) not in labeled]
+        report.skip(BOTH_LABELS, len(examples) - len(kept))
+        return keep(prompt, kept)
+    kept = [(k, members) for k, members in enumerate(examples) if len(members) > 1]
+    report.skip(SAME_IDS, len(examples) - len(kept))
+    report.skip(SAME_IDS_RANKED, sum(len(prompt.examples[k]) - len(members) for k, members in kept))
+    return keep(prompt, kept)
+
+
+def drop_unscored(prompt: TokenizedPrompt, report: DataReport) -> TokenizedPrompt | None:
+    """The prompt without examples that have a response of which no token is scored; None without any remaining example."""
+    if prompt.spans is None:
+        return prompt
+    scored = [any(start < end for start, end in spans) for spans in prompt.spans]
+    members = [(k, prompt.members(k)) for k in range(prompt.num_examples)]
+    kept = [example for example in members if all(scored[index] for index in example[1])]
+    report.skip(NOT_SCORED, len(members) - len(kept))
+    return prompt if len(kept) == len(members) else keep(prompt, kept)
 
 
 # ---- lengths ------------------------------------------------------------------------------------------------------------
@@ -352,8 +386,8 @@ def truncate(
 
     keep_start, keep_end: if the prompt and its longest response are too long together, the prompt is truncated to
     `max_prompt_length`, keeping that end; if that is not enough, the responses are truncated to `max_length -
-    max_prompt_length`. drop: responses that do not fit are skipped, with their pairs. The first `always_kept` tokens of a
-    prompt, its beginning-of-sequence token, are kept with either end.
+    max_prompt_length`. drop: responses that do not fit are skipped, with their pairs, or leave their rankings. The first
+    `always_kept` tokens of a prompt, its beginning-of-sequence token, are kept with either end.
     """
     max_length, max_prompt_length = settings.max_length, settings.max_prompt_length
     longest = max(map(len, prompt.responses), default=0)
@@ -366,19 +400,28 @@ def truncate(
         start = max_prompt_length if settings.truncation_mode == "keep_start" else min(always_kept, max_prompt_length)
         ids = ids[:start] + ids[len(ids) - (max_prompt_length - start) :]
         report.change(PROMPT_CUT)
-    responses = prompt.responses
+    fitted = replace(prompt, prompt_ids=ids)
     if len(ids) + longest > max_length:
         room = max_length - max_prompt_length
-        report.change(RESPONSE_CUT, sum(len(response) > room for response in responses))
-        responses = [response[:room] for response in responses]
-    return replace(prompt, prompt_ids=ids, responses=responses)
+        report.change(RESPONSE_CUT, sum(len(response) > room for response in prompt.responses))
+        fitted = with_responses_cut(fitted, room)
+    return fitted
+
+
+def with_responses_cut(prompt: TokenizedPrompt, room: int) -> TokenizedPrompt:
+    """The prompt with only the first `room` tokens of each response, and what they hold of its spans."""
+    cut = prompt.spans and [[(start, min(end, room)) for start, end in spans if start < room] for spans in prompt.spans]
+    return replace(prompt, responses=[response[:room] for response in prompt.responses], spans=cut)
 
 
 def _without_long_responses(prompt: TokenizedPrompt, max_length: int, report: DataReport) -> TokenizedPrompt | None:
     room = max_length - len(prompt.prompt_ids)
-    kept = [index for index, response in enumerate(prompt.responses) if len(response) <= room]
-    pairs = pairs_between(kept, prompt.examples)
-    survives = bool(pairs) if prompt.examples else bool(kept)
-    dropped = prompt.num_examples - (len(pairs) or len(kept) if survives else 0)
-    report.skip(f"longer than max_length, {max_length} tokens", dropped)
-    return replace(prompt, responses=[prompt.responses[index] for index in kept], examples=pairs) if survives else None
+    fits = [len(response) <= room for response in prompt.responses]
+    examples = [prompt.members(k) for k in range(prompt.num_examples)]
+    left = [tuple(index for index in members if fits[index]) for members in examples]
+    # A ranking of the others remains; half a pair does not.
+    kept = [(k, some) for k, some in enumerate(left) if len(some) == len(examples[k]) or len(some) > 1]
+    too_long = f"longer than max_length, {max_length} tokens"
+    report.skip(too_long, len(examples) - len(kept))
+    report.skip(f"a response of a ranking is {too_long}", sum(len(examples[k]) - len(some) for k, some in kept))
+    return keep(prompt, kept, [index for index, is_kept in enumerate(fits) if is_kept])

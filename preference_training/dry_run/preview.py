@@ -219,11 +219,36 @@ def describe_examples(prompts: Iterable[TokenizedPrompt], tokenizer, color: bool
     for prompt in prompts:
         shown = tokens_shown(prompt.prompt_ids, tokenizer, False, color)
         lines.append(f"  {prompt.source}\n    prompt    {shown}")
-        chosen = {i for i, _ in prompt.pairs}
-        for index, response in enumerate(prompt.responses):
-            label = "response " if not prompt.examples else "preferred" if index in chosen else "other    "
-            lines.append(f"    {label} {tokens_shown(response, tokenizer, True, color)}")
+        names = response_names(prompt)
+        for index, name in enumerate(names):
+            lines.append(f"    {name:9} {response_shown(prompt, index, tokenizer, color)}")
+        for name in ("weights", "margins"):
+            if values := getattr(prompt, name):
+                lines.append(f"    {name}: {', '.join(f'{value:g}' for value in values)}")
     return lines
+
+
+def response_names(prompt: TokenizedPrompt) -> list[str]:
+    """What each response of a prompt is in its examples."""
+    names = ["response" if not prompt.examples else "other"] * len(prompt.responses)
+    for k, (first, *others) in enumerate(prompt.examples):
+        if prompt.labels:
+            names[first] = "desirable" if prompt.labels[k] else "undesirable"
+        elif len(others) == 1:
+            names[first] = "preferred"
+        else:
+            for place, index in enumerate((first, *others), start=1):
+                names[index] = f"rank {place}"
+    return names
+
+
+def response_shown(prompt: TokenizedPrompt, index: int, tokenizer, color: bool) -> str:
+    """A response token by token, with its scored spans marked."""
+    response = prompt.responses[index]
+    spans = [(0, len(response))] if prompt.spans is None else prompt.spans[index]
+    cuts = [0, *(cut for span in spans for cut in span), len(response)]
+    parts = [(response[start:end], k % 2 == 1) for k, (start, end) in enumerate(pairwise(cuts)) if start < end]
+    return "|".join(tokens_shown(ids, tokenizer, scored, color) for ids, scored in parts)
 
 
 def tokens_shown(ids: Sequence[int], tokenizer, scored: bool, color: bool) -> str:

@@ -86,6 +86,13 @@ class Examples:
         """[E], each example's dispreferred response, or the worst."""
         return self.members.gather(1, (self.members >= 0).sum(1, keepdim=True) - 1)[:, 0]
 
+    def scored_tokens(self, average: str) -> Tensor | float:
+        """What the log-prob of each example's first member is divided by: its own tokens, or with "tokens" the mean of all.
+
+        By the mean length the mean over all examples of a batch is the mean over all their tokens.
+        """
+        return self.mean_length if average == "tokens" else self.lengths[self.first]
+
     def with_tensors(self, change: Callable[[Tensor], Tensor]) -> Examples:
         """The examples with members, lengths, weights, margins and labels changed."""
         names = ("members", "lengths", "weights", "margins", "labels")
@@ -138,17 +145,19 @@ class Loss(ABC):
     # What the policy gives: summed log-probs of responses, or with "value" their values, as `policy` [R].
     model_head: ClassVar[ModelHead] = "lm"
     # Whether it reads the reference's log-probs.
-    needs_reference: ClassVar[bool] = True
+    needs_reference: bool = True
     # Whether `batch_statistics` must be called with a whole micro-batch before any of its losses is computed.
-    needs_batch_statistics: ClassVar[bool] = False
-    # Whether it reads `Examples.policy_tokens` (and `reference_tokens`, with a reference), and in them `collision`.
-    reads_tokens: ClassVar[bool] = False
-    reads_collision: ClassVar[bool] = False
+    needs_batch_statistics: bool = False
+    # Whether each of its examples needs a margin from the data.
+    needs_margins: bool = False
+    # Whether it reads `policy_tokens` and `reference_tokens`; and whether it reads `policy_tokens` with `collision`.
+    reads_tokens: bool = False
+    reads_collision: bool = False
     # What its rewards are beta times of; None if it has no rewards, or does not declare them.
     reward: ClassVar[Reward | None] = None
     # What the held-out loss depends on besides the policy, so that it cannot be compared between runs or between evaluations of
     # one run; None if it can.
-    evaluation_depends_on: ClassVar[str | None] = None
+    evaluation_depends_on: str | None = None
     # Keys of its file in config/loss/ that change training but not the definition of the held-out loss.
     training_keys: ClassVar[tuple[str, ...]] = ()
 

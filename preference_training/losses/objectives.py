@@ -39,7 +39,9 @@ if TYPE_CHECKING:
 @register_loss("sft", "supervised fine-tuning (SFT)")
 @dataclass
 class SFTLoss(Loss):
-    """The negative log-prob of each response."""
+    """The negative log-prob of each response: the sum over its tokens, or with `average` "tokens" their mean over the batch."""
+
+    average: str = "responses"
 
     examples = "targets"
     needs_reference = False
@@ -47,7 +49,8 @@ class SFTLoss(Loss):
     def __call__(
         self, policy: Tensor, reference: Tensor | None, examples: Examples, batch_statistics: Any = None
     ) -> LossOutput:
-        return LossOutput(-policy[examples.first])
+        losses = -policy[examples.first]
+        return LossOutput(losses / examples.mean_length if self.average == "tokens" else losses)
 
 
 @dataclass
@@ -255,10 +258,11 @@ class RPOLoss(LogRatioLoss):
     """`rpo_loss` of every pair. Rewards are those of its DPO part."""
 
     alpha: float
+    average: str = "responses"
 
     def losses(self, policy: Tensor, reference: Tensor, examples: Examples) -> Tensor:
         """The RPO loss of each pair."""
-        chosen_per_token = (policy / examples.lengths)[examples.first]
+        chosen_per_token = policy[examples.first] / examples.scored_tokens(self.average)
         return rpo_loss(gap(policy, examples.pairs), gap(reference, examples.pairs), chosen_per_token, self.beta, self.alpha)
 
 
@@ -370,10 +374,12 @@ class PerTokenLoss(Loss):
         self, policy: Tensor, reference: Tensor | None, examples: Examples, batch_statistics: Any = None
     ) -> LossOutput:
         chosen, rejected = sides(policy / examples.lengths, examples.pairs)
-        return LossOutput(self.losses(chosen, rejected), self.beta * chosen.detach(), self.beta * rejected.detach())
+        return LossOutput(
+            self.losses(chosen, rejected, policy, examples), self.beta * chosen.detach(), self.beta * rejected.detach()
+        )
 
     @abstractmethod
-    def losses(self, chosen: Tensor, rejected: Tensor) -> Tensor:
+    def losses(self, chosen: Tensor, rejected: Tensor, policy: Tensor, examples: Examples) -> Tensor:
         """The loss of each pair, [P], from log-probs per token."""
 
 
@@ -384,7 +390,7 @@ class SimPOLoss(PerTokenLoss):
 
     gamma: float
 
-    def losses(self, chosen: Tensor, rejected: Tensor) -> Tensor:
+    def losses(self, chosen: Tensor, rejected: Tensor, policy: Tensor, examples: Examples) -> Tensor:
         """The SimPO loss of each pair."""
         return simpo_loss(chosen, rejected, self.beta, self.gamma)
 
@@ -394,9 +400,11 @@ class SimPOLoss(PerTokenLoss):
 class ORPOLoss(PerTokenLoss):
     """`orpo_loss` of every pair."""
 
-    def losses(self, chosen: Tensor, rejected: Tensor) -> Tensor:
+    average: str = "responses"
+
+    def losses(self, chosen: Tensor, rejected: Tensor, policy: Tensor, examples: Examples) -> Tensor:
         """The ORPO loss of each pair."""
-        return orpo_loss(chosen, rejected, self.beta)
+        return orpo_loss(chosen, rejected, self.beta, policy[examples.first] / examples.scored_tokens(self.average))
 
 
 @register_loss("tr_dpo", "DPO with a reference that follows the policy (TR-DPO)", "2404.09656")

@@ -1,8 +1,8 @@
 """Log-probs of responses under a model, or their values, and the reference that gives log-probs without gradients.
 
-Shapes: T packed tokens, S scored tokens, C contributions (a scored token counts for each response that shares it), R responses,
-L tokens of the longest padded row, H hidden size, V vocabulary, K 1 or 2 values a token. Position i of the logits predicts
-token i + 1, so a response is scored from the last position of its prompt on.
+Shapes: T packed tokens, S scored tokens, C contributions (a scored token counts for each response that shares it), R
+responses, L tokens of the longest padded row, H hidden size, V vocabulary, K 1 or 2 values a token. Position i of the logits
+predicts token i + 1, so a response is scored from the last position of its prompt on.
 """
 
 import inspect

@@ -166,6 +166,6 @@ def token_settings(config: RunConfig, examples: ExampleKind, version: int | None
     def settings(entry) -> TokenSettings:
         mode = entry.truncation_mode or entry.dataset.truncation_mode
         lengths = config.max_length, config.max_prompt_length
-        return TokenSettings(examples != "targets", *lengths, mode, entry.template, entry.system_prompt, version or VERSION)
+        return TokenSettings(examples, *lengths, mode, entry.template, entry.system_prompt, version or VERSION)
 
     return settings

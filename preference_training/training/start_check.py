@@ -83,5 +83,5 @@ def _distance(batch: PackedBatch, apart: Tensor) -> _Distance:
     """Summarize a batch's differences [R]."""
     apart = apart.cpu()
     response = int(apart.argmax())
-    owners = [place for place, pair in enumerate(batch.pairs.tolist()) if response in pair] or [response]
+    owners = [place for place, pair in enumerate(batch.members.tolist()) if response in pair] or [response]
     return _Distance(int((apart > 0).sum()), len(apart), float(apart[response]), batch.sources[owners[0]])

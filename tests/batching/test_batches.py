@@ -36,14 +36,14 @@ def test_a_pack_holds_prompts_and_shared_responses_once_at_their_positions():
     batch = pack_examples(list(iterate_examples([prompt])))
     assert batch.input_ids.tolist() == [0, 1, 10, 0, 11, 0, 12, 0]
     assert batch.position_ids.tolist() == [0, 1, 2, 3, 2, 3, 2, 3]
-    assert batch.pairs.tolist() == [[0, 1], [0, 2]]
+    assert batch.members.tolist() == [[0, 1], [0, 2]]
     assert batch.response_lengths.tolist() == [2, 2, 2]
     assert [(branch.shared, branch.own) for branch in batch.trie.branches] == [(0, 4), (2, 2), (2, 2)]
 
 
 def test_responses_are_numbered_through_the_batch():
     batch = pack_examples(list(iterate_examples(some_prompts(3))))
-    assert batch.pairs.tolist() == [[0, 1], [2, 3], [4, 5]]
+    assert batch.members.tolist() == [[0, 1], [2, 3], [4, 5]]
     assert [branch.start for branch in batch.trie.branches if branch.parent < 0] == [0, 6, 12]
     assert batch.num_examples == 3
 
@@ -263,7 +263,7 @@ def test_halved_packs_hold_the_same_examples_and_are_half_as_large_where_they_ca
         assert [part.num_examples for part in halves] == [part.num_examples for part in batch]
         assert iterator.budget.limit == most // 2 and iterator.budget.soft_limit <= most // 2
         # A pair with its prompt cannot be cut.
-        assert all(len(pack.input_ids) <= most // 2 or len(pack.pairs) == 1 for part in halves for pack in part.packs)
+        assert all(len(pack.input_ids) <= most // 2 or len(pack.members) == 1 for part in halves for pack in part.packs)
 
 
 def test_batches_that_were_made_ahead_are_cut_anew_once_packs_are_halved():
@@ -286,7 +286,7 @@ def test_packs_that_are_halved_again_and_again_end_at_single_pairs():
     [batch] = iterator
     for _ in range(8):
         batch = iterator.halve_packs(batch)
-    assert [len(pack.pairs) for pack in batch[0].packs] == [1, 1, 1, 1]
+    assert [len(pack.members) for pack in batch[0].packs] == [1, 1, 1, 1]
 
 
 def test_a_soft_limit_size_below_the_half_stays():

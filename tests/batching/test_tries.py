@@ -54,7 +54,7 @@ def test_every_sequence_is_read_along_its_path_at_the_positions_of_a_plain_seque
 @given(families())
 def test_each_tree_stores_each_of_its_prefixes_once(family):
     sequences, owners = family
-    trie, ids = build_trie(sequences, owners)
+    _, ids = build_trie(sequences, owners)
     assert len(ids) == sum(shared_prefix_tokens([sequences[n] for n in tree]) for tree in tries.trees(sequences, owners))
     assert sorted(n for tree in tries.trees(sequences, owners) for n in tree) == list(range(len(sequences)))
 
@@ -105,7 +105,7 @@ def test_sequences_of_different_owners_share_from_sixteen_tokens_on():
 
 def test_conversations_that_part_twice_are_three_branches_at_two_depths():
     start, middle = [5] * 20, [6] * 3
-    trie, ids = build_trie([start + middle + [1], start + middle + [2, 2], start + [9]], [0, 0, 1])
+    trie, ids = build_trie([start + middle + [1], start + middle + [2, 2], [*start, 9]], [0, 0, 1])
     assert trie.branches == (Branch(-1, 0, 0, 24), Branch(0, 23, 24, 2), Branch(0, 20, 26, 1))
     assert ids == start + middle + [1] + [2, 2] + [9]
     assert trie.subtree_ends[[0, 19, 20, 23, 24, 26]].tolist() == [27, 27, 26, 24, 26, 27]

@@ -10,12 +10,10 @@ import pytest
 from preference_training.core.errors import UserError
 from preference_training.data.entries import load_records, read_entry
 from preference_training.data.registry import DATASETS
+from preference_training.data.rows.grouping import EQUAL_SCORES, NO_PAIR, SAME_RESPONSE
 from preference_training.data.rows.records import (
     EMPTY_TEXT,
-    EQUAL_SCORES,
-    NO_PAIR,
     OTHER_PROMPT,
-    SAME_RESPONSE,
     SAME_TEXT,
     DataReport,
     Turn,

@@ -63,7 +63,7 @@ class Characters:
         return {chr(k): k for k in range(5)}
 
 
-PAIRS = TokenSettings(paired=True, max_length=64, max_prompt_length=32)
+PAIRS = TokenSettings(examples="pairs", max_length=64, max_prompt_length=32)
 
 
 def rows(count: int, answer: str = "good") -> list[dict]:
@@ -175,7 +175,7 @@ def with_tokens(**values) -> Characters:
 
 
 CHANGES = {
-    "paired": {"of": replace(PAIRS, paired=False)},
+    "paired": {"of": replace(PAIRS, examples="targets")},
     "max_length": {"of": replace(PAIRS, max_length=65)},
     "max_prompt_length": {"of": replace(PAIRS, max_prompt_length=31)},
     "truncation_mode": {"of": replace(PAIRS, truncation_mode="drop")},
@@ -804,7 +804,7 @@ def entry_of(draw, folder: Path, place: int) -> dict:
 )
 def test_no_held_out_prompt_is_trained_on_whatever_forms_shares_and_cuts_are_mixed(data, lengths, mode):
     with TemporaryDirectory() as name:
-        of = TokenSettings(True, *lengths, mode)
+        of = TokenSettings("pairs", *lengths, mode)
         entries = [entry_of(data.draw, Path(name), place) for place in range(data.draw(st.integers(1, 3)))]
         read = [read_entry(entry) for entry in entries]
         before = prepare(read, "train", Characters(), lambda _: of, Path(name) / "prepared")

@@ -59,7 +59,7 @@ ROWS = {
     ],
     "targets": [{"prompt": f"Say {n}.\n", "completion": f"{n}" * (n % 9 + 1)} for n in range(30)],
 }
-PAIRS = TokenSettings(paired=True, max_length=512, max_prompt_length=256, version=VERSION)
+PAIRS = TokenSettings(examples="pairs", max_length=512, max_prompt_length=256, version=VERSION)
 SHORT = replace(PAIRS, max_length=30, max_prompt_length=20)
 LISTS = {"path": "scored.jsonl", "responses": "answers.text", "scores": "answers.score"}
 # A name, the entry, and the settings.
@@ -77,7 +77,7 @@ CASES = {
     ),
     "conversations, cut": ("conversations.jsonl", replace(SHORT, template="chat", truncation_mode="keep_end")),
     "scored answers": (LISTS, PAIRS),
-    "targets": ({"path": "targets.jsonl", "response": "completion"}, replace(PAIRS, paired=False)),
+    "targets": ({"path": "targets.jsonl", "response": "completion"}, replace(PAIRS, examples="targets")),
     "the generated set": ("toy", PAIRS),
     "a loader of the user's": ("mine.py:mine", PAIRS),
     "token ids": ({"path": "ids.pt", "held_out_share": 0.3}, SHORT),

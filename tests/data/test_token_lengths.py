@@ -14,8 +14,8 @@ def record(prompt="ask", responses=(" yes", " no"), pairs=((0, 1),), target=" ye
     return PreferenceRecord(prompt, list(responses), list(pairs), target, 1, "set, row 1")
 
 
-def tokenized(records, tokenizer, paired=True, max_length=64, max_prompt_length=32, mode="keep_start"):
-    return list(tokenize_records(records, tokenizer, TokenSettings(paired, max_length, max_prompt_length, mode)))
+def tokenized(records, tokenizer, examples="pairs", max_length=64, max_prompt_length=32, mode="keep_start"):
+    return list(tokenize_records(records, tokenizer, TokenSettings(examples, max_length, max_prompt_length, mode)))
 
 
 # ---- tokenization -------------------------------------------------------------------------------------------------------
@@ -66,7 +66,7 @@ def test_no_bos_is_added_where_the_tokenizer_adds_none():
 
 
 def test_sft_keeps_the_target_alone(tokenizer):
-    [found] = tokenized([record(target=" no")], tokenizer, paired=False)
+    [found] = tokenized([record(target=" no")], tokenizer, examples="targets")
     assert found.pairs == [] and found.num_examples == 1
     assert tokenizer.decode(found.responses[0][:-1]) == " no"
 
@@ -104,7 +104,7 @@ def test_what_is_left_fits_and_no_response_is_emptied(prompt, responses, mode, r
     pairs = [(i, j) for i in range(len(responses)) for j in range(i)]
     given_prompt = TokenizedPrompt(list(range(prompt)), [[7] * (n - 1) + [0] for n in responses], pairs)
     report = DataReport()
-    fitted = truncate(given_prompt, TokenSettings(True, max_length, max_prompt_length, mode), report)
+    fitted = truncate(given_prompt, TokenSettings("pairs", max_length, max_prompt_length, mode), report)
     dropped = sum(report.left_out.values())
     if fitted is None:
         assert mode == "drop" and dropped == len(pairs)
@@ -120,6 +120,6 @@ def test_what_is_left_fits_and_no_response_is_emptied(prompt, responses, mode, r
 def test_drop_skips_long_responses_and_only_their_pairs():
     prompt = TokenizedPrompt([1, 2], [[5, 0], [6] * 9 + [0], [7, 0]], [(0, 1), (0, 2)])
     report = DataReport()
-    fitted = truncate(prompt, TokenSettings(True, 8, 4, "drop"), report)
+    fitted = truncate(prompt, TokenSettings("pairs", 8, 4, "drop"), report)
     assert (fitted.responses, fitted.pairs) == ([[5, 0], [7, 0]], [(0, 1)])
     assert report.lines() == ["1 skipped: longer than max_length, 8 tokens"]

@@ -16,11 +16,11 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from preference_training.core.errors import UserError
+from preference_training.data.rows.examples import NO_PAIR_TO_COMPARE
 from preference_training.data.rows.records import SAME_TEXT, DataReport, PreferenceRecord, Turn
 from preference_training.data.rows.templates import build_template
 from preference_training.data.token_files import NO_END, TOKEN_FIELDS, Vocabulary, read_tokenized, write_tokenized
 from preference_training.data.tokenization import (
-    NO_PAIR_TO_COMPARE,
     NO_TURNS,
     NOTHING_LEFT,
     OWN_SYSTEM_TURN,
@@ -140,8 +140,8 @@ def record(prompt="ask", responses=(" yes", " no"), pairs=((0, 1),), target=0) -
     return PreferenceRecord(prompt, list(responses), list(pairs), responses[target], 1, "set, train prompt 1")
 
 
-def tokenized(records, tokenizer, report=None, paired=True, max_length=10**6, max_prompt_length=10**5, **options):
-    settings = TokenSettings(paired, max_length, max_prompt_length, **options)
+def tokenized(records, tokenizer, report=None, examples="pairs", max_length=10**6, max_prompt_length=10**5, **options):
+    settings = TokenSettings(examples, max_length, max_prompt_length, **options)
     return list(tokenize_records(records, tokenizer, settings, report))
 
 
@@ -288,7 +288,7 @@ def test_a_text_with_the_end_of_sequence_token_is_refused_with_its_source(make, 
         "target": record(responses=[f"{eos} yes", " no"]),
     }
     with pytest.raises(UserError, match="datasets: set, train prompt 1: the text contains .* marks the end of a response"):
-        tokenized([rows[place]], make(), paired=place != "target")
+        tokenized([rows[place]], make(), examples="targets" if place == "target" else "pairs")
 
 
 def test_a_text_with_the_end_of_sequence_token_is_counted_where_bad_rows_are_skipped():
@@ -343,7 +343,7 @@ def test_a_conversation_that_the_chat_template_refuses_is_named_or_counted():
 
 @pytest.mark.parametrize("template", [None, "hh", "chatml"])
 def test_sft_keeps_the_target_alone(template):
-    [found] = tokenized([record(target=1)], gpt2(), paired=False, template=template)
+    [found] = tokenized([record(target=1)], gpt2(), examples="targets", template=template)
     text, [response] = build_template(template, None, gpt2())("ask", [" no"])
     assert (gpt2().decode(found.prompt_ids), found.pairs) == (text, [])
     assert [gpt2().decode(ids) for ids in found.responses] == [response + END_OF_TEXT]
@@ -351,13 +351,13 @@ def test_sft_keeps_the_target_alone(template):
 
 def test_sft_keeps_every_target_of_a_record_each_by_itself():
     several = replace(record(responses=[" yes", " no", " why"]), sft_targets=(" yes", " why", " yes"))
-    found = tokenized([several, record("the")], gpt2(), paired=False)
+    found = tokenized([several, record("the")], gpt2(), examples="targets")
     assert [gpt2().decode(prompt.prompt_ids) for prompt in found] == ["ask"] * 3 + ["the"]
     texts = [[gpt2().decode(ids) for ids in prompt.responses] for prompt in found]
     assert texts == [[f"{text}{END_OF_TEXT}"] for text in (" yes", " why", " yes", several.sft_target)]
     assert {prompt.number for prompt in found} == {1} and not any(prompt.pairs for prompt in found)
     # A run that began with the first version goes on with the data that it had.
-    [one] = tokenized([several], gpt2(), paired=False, version=1)
+    [one] = tokenized([several], gpt2(), examples="targets", version=1)
     assert [gpt2().decode(ids) for ids in one.responses] == [f"{several.sft_target}{END_OF_TEXT}"]
 
 
@@ -387,7 +387,7 @@ def test_a_record_without_pairs_is_for_sft_alone_and_counted_elsewhere():
     report = DataReport()
     assert tokenized(rows, gpt2(), report) == []
     assert report.left_out == {NO_PAIR_TO_COMPARE: 1}
-    assert len(tokenized(rows, gpt2(), paired=False)) == 1
+    assert len(tokenized(rows, gpt2(), examples="targets")) == 1
 
 
 # The toy data, of which the merges were learnt, has no word in capitals: each of those is a token.
@@ -441,7 +441,7 @@ def test_drop_skips_what_does_not_fit_and_counts_its_pairs():
 def test_drop_counts_the_targets_of_sft():
     report = DataReport()
     rows = [record("AB", ["XQXQXQXQ", "Q"]), record("AB", ["X", "Q"])]
-    assert len(tokenized(rows, gpt2(), report, paired=False, **LONG, truncation_mode="drop")) == 1
+    assert len(tokenized(rows, gpt2(), report, examples="targets", **LONG, truncation_mode="drop")) == 1
     assert report.left_out == {"longer than max_length, 10 tokens": 1}
 
 
@@ -534,7 +534,7 @@ def test_pairs_of_the_same_ids_are_skipped_and_counted_with_the_responses_that_o
 
 def test_for_sft_a_target_stays_whatever_the_other_responses_are():
     report = DataReport()
-    [found] = tokenized([record("ask", ["yes", "yes\n"])], trimming(), report, paired=False, template="chat")
+    [found] = tokenized([record("ask", ["yes", "yes\n"])], trimming(), report, examples="targets", template="chat")
     assert (trimming().decode(found.responses[0]), report.left_out) == ("yes<|endoftext|>", {})
 
 
@@ -605,9 +605,9 @@ EOS, VOCABULARY = 2, 1000
 SHARES_FOLDER = [HealthCheck.function_scoped_fixture]
 
 
-def read(path: Path, split="train", share=0.0, report=None, paired=True, max_length=512, max_prompt_length=256):
+def read(path: Path, split="train", share=0.0, report=None, examples="pairs", max_length=512, max_prompt_length=256):
     """The prompts of a file, of a vocabulary of 1000 whose end-of-sequence token is 2."""
-    settings = TokenSettings(paired, max_length, max_prompt_length)
+    settings = TokenSettings(examples, max_length, max_prompt_length)
     report = report if report is not None else DataReport()
     return list(read_tokenized(path, split, share, Vocabulary(VOCABULARY, EOS), settings, report))
 
@@ -618,12 +618,12 @@ def test_rows_that_are_cut_to_the_same_ids_are_skipped_and_counted(tmp_path):
     report = DataReport()
     [left] = read(tmp_path / "ids.pt", report=report, max_length=5, max_prompt_length=2)
     assert (left.prompt_ids, report.left_out, report.changed) == ([4], {SAME_IDS: 1}, {})
-    assert len(read(tmp_path / "ids.pt", paired=False, max_length=5, max_prompt_length=2)) == 2
+    assert len(read(tmp_path / "ids.pt", examples="targets", max_length=5, max_prompt_length=2)) == 2
 
 
 def test_a_prompt_of_token_ids_that_is_cut_keeps_the_beginning_that_it_has(tmp_path):
     torch.save([row(prompt=(1, 5, 6, 7, 8)), row(prompt=(4, 5, 6, 7, 8))], tmp_path / "ids.pt")
-    settings = TokenSettings(True, 6, 3, "keep_end")
+    settings = TokenSettings("pairs", 6, 3, "keep_end")
     with_bos, without = read_tokenized(
         tmp_path / "ids.pt", "train", 0.0, Vocabulary(VOCABULARY, EOS, 1), settings, DataReport()
     )
@@ -698,7 +698,7 @@ def test_rows_of_one_prompt_side_by_side_become_one_and_others_do_not(tmp_path):
 
 def test_sft_learns_the_preferred_response_of_each_row(tmp_path):
     rows = [row(chosen=(7, 2), rejected=(8, 2)), row(chosen=(7, 2), rejected=(9, 2)), row(chosen=(8, 2), rejected=(9, 2))]
-    found = read(saved(tmp_path, rows), paired=False)
+    found = read(saved(tmp_path, rows), examples="targets")
     assert [(prompt.prompt_ids, prompt.responses, prompt.pairs) for prompt in found] == [
         ([5, 6], [[7, 2]], []),
         ([5, 6], [[7, 2]], []),

@@ -138,7 +138,8 @@ def test_sft_data_is_counted_in_examples():
     assert "  2 prompts, 2 responses, 2 examples, 9 tokens" in lines
     report = DataReport(columns_not_read={"margin": 2, "weight": 1}, notes=["top_k has no effect"], bad_rows=["row 3"])
     assert describe_data(["mine"], [report], facts, paired=False)[1:4] == [
-        "    columns not read: margin, weight",
+        "    columns not read: margin, weight (with margin: margin it is the margin of the pair; with example_weight: weight it is "
+        "the weight of the pair)",
         "    top_k has no effect",
         "    row 3",
     ]

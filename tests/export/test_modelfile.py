@@ -91,7 +91,7 @@ def config(template: str | None, system: str | None = None, datasets="toy") -> d
 def prompt_of_training(tokenizer, template: str, turns, system: str | None = None) -> list[int]:
     """The token ids of a prompt, as training has them."""
     record = PreferenceRecord(tuple(turns), [" y", " n"], [(0, 1)], " y", 1, "here")
-    settings = TokenSettings(True, 10**6, 10**5, template=template, system_prompt=system)
+    settings = TokenSettings("pairs", 10**6, 10**5, template=template, system_prompt=system)
     [prompt] = tokenize_records([record], tokenizer, settings)
     return prompt.prompt_ids
 
@@ -154,7 +154,7 @@ def test_a_raw_text_is_the_whole_prompt(text):
     tokenizer = CASES["hh behind a beginning"][0]
     modelfile, notes = build_modelfile(config("raw"), tokenizer)
     record = PreferenceRecord(text, ["y", "n"], [(0, 1)], "y", 1, "here")
-    [expected] = tokenize_records([record], tokenizer, TokenSettings(True, 10**6, 10**5, template="raw"))
+    [expected] = tokenize_records([record], tokenizer, TokenSettings("pairs", 10**6, 10**5, template="raw"))
     assert prompt_of_ollama(tokenizer, modelfile, [Turn("user", text)]) == expected.prompt_ids
     assert any("raw" in note for note in notes)
 

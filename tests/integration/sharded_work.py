@@ -47,7 +47,7 @@ def golden_prompts(tokenizer, examples: str) -> list:
     """The 48 golden rows as tokenised prompts."""
     rows = json.loads((GOLDEN / "pairs.json").read_text())
     records = [PreferenceRecord(r["prompt"], [r["chosen"], r["rejected"]], [(0, 1)], r["chosen"], 0, "") for r in rows]
-    return list(tokenize_records(records, tokenizer, TokenSettings(examples == "pairs", 64, 32)))
+    return list(tokenize_records(records, tokenizer, TokenSettings(examples, 64, 32)))
 
 
 class World:

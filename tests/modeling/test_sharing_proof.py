@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from preference_training.batching.trees import TreeLayout
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from preference_training.batching.trees import TreeLayout
 from preference_training.core.errors import UserError
 from preference_training.core.machine import allow_tf32
 from preference_training.modeling.prefix_sharing.proof import attention_windows, exact_arithmetic, find_sharing_failure

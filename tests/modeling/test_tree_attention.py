@@ -20,8 +20,8 @@ from preference_training.modeling.logprobs import ScoringHead, padded_logps, res
 from preference_training.modeling.prefix_sharing.sharing import share_prefixes
 from preference_training.modeling.prefix_sharing.tree_attention import (
     TREE_ATTENTION,
-    _attention_by_branches,
     Rules,
+    _attention_by_branches,
     _flex_attention,
     causal_mask,
     register_tree_attention,
@@ -193,8 +193,7 @@ def test_the_gradient_of_a_loss_does_not_depend_on_the_cut(models, shapes, budge
 
     def gradient(batches) -> torch.Tensor:
         total = sum(
-            loss(logps := trie_logps(model, batch), torch.zeros_like(logps), batch.pairs, batch.response_lengths).losses.sum()
-            for batch in batches
+            loss(logps := trie_logps(model, batch), torch.zeros_like(logps), batch.examples).losses.sum() for batch in batches
         )
         return torch.autograd.grad(total, model.get_input_embeddings().weight)[0]
 
@@ -212,7 +211,8 @@ def test_the_pairs_of_a_prompt_stay_together_up_to_the_limit_and_prompts_up_to_t
 def test_packs_keep_within_the_budget_and_share_prompts_within_them():
     prompts = prompts_of([(10, (5, 5, 5, 5)), (40, (3, 3))])
     packs = build_packs(list(iterate_examples(prompts)), TokenBudget(25, 25))
-    # prompt 10 + 5 + 5, then + 4 for a second pair, which begins like the first; the third pair needs its prompt again; the last is too long by itself
+    # Prompt 10 + 5 + 5, then + 4 for a second pair, which begins like the first. The third pair needs its prompt again, and
+    # the last one is too long by itself.
     assert [len(pack.input_ids) for pack in packs] == [24, 20, 46]
     assert [pack.num_examples for pack in packs] == [2, 1, 1]
 

@@ -209,7 +209,7 @@ def toy_prompts(tokenizer) -> PromptTable:
         PreferenceRecord(prompt, row["responses"], row["pairs"], row["sft_target"], number, f"row {number}")
         for number, (prompt, row) in enumerate(rows)
     ]
-    return PromptTable.of(tokenize_records(records, tokenizer, TokenSettings(True, 64, 32)))
+    return PromptTable.of(tokenize_records(records, tokenizer, TokenSettings("pairs", 64, 32)))
 
 
 @pytest.fixture

@@ -37,8 +37,8 @@ def prompts(count: int, first: int = 0) -> list[TokenizedPrompt]:
 
 TRAIN = PromptTable.of(prompts(9))
 HELD_OUT = PromptTable.of(prompts(4, 9), TRAIN.num_responses)
-# So few tokens at once that the two pairs of a prompt part.
-SMALL = TokenBudget(32, 32)
+# So few tokens at once that the two pairs of a prompt may part.
+SMALL = TokenBudget(40, 40)
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +60,8 @@ def start(compose, tokenizer, tmp_path):
         config = compose(
             "batch_size=6", "gradient_accumulation_steps=2", "optimizer=SGD", "lr=1.0", "warmup_steps=0", *overrides
         )
-        batches = BatchIterator(Schedule(TRAIN, 6, length=RunLength(n_steps=2)), 2, Packing(TokenBudget(40, 40)))
-        held_out = evaluation_batches(HELD_OUT, 4, None, 0, TokenBudget(40, 40))
+        batches = BatchIterator(Schedule(TRAIN, 6, length=RunLength(n_steps=2)), 2, Packing(SMALL))
+        held_out = evaluation_batches(HELD_OUT, 4, None, 0, SMALL)
         loss, tracker = build_loss("dpo"), Tracker(tmp_path, None)
         made = {"tokenizer": tokenizer, "train": batches, "held_out": held_out, "tracker": tracker}
         return build_trainer(config, policy, loss, reference, start_check=StartCheck(policy, reference), **made)
@@ -153,7 +153,7 @@ def trained_logps(policy, batch):
 
 
 def test_all_ranks_end_where_one_has_seen_a_difference():
-    batch = SimpleNamespace(is_filler=False, pairs=torch.tensor([[0, 1]]), sources=("row 3",))
+    batch = SimpleNamespace(is_filler=False, members=torch.tensor([[0, 1]]), sources=("row 3",))
     looks = [StartCheck(nn.Linear(1, 1), None) for _ in range(2)]
     looks[0].compare(batch, torch.zeros(2), torch.zeros(2))
     looks[1].compare(batch, torch.zeros(2), torch.tensor([0.0, 0.5]))
@@ -166,7 +166,7 @@ def test_all_ranks_end_where_one_has_seen_a_difference():
 
 
 def test_what_is_not_finite_in_the_policy_is_left_to_the_step(policies):
-    batch = SimpleNamespace(is_filler=False, pairs=torch.tensor([[0, 1]]), sources=("row 3",))
+    batch = SimpleNamespace(is_filler=False, members=torch.tensor([[0, 1]]), sources=("row 3",))
     look = StartCheck(nn.Linear(1, 1), None)
     look.compare(batch, torch.tensor([torch.nan, torch.inf]), torch.zeros(2))
     look.check(SINGLE_PROCESS)

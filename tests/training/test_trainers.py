@@ -70,8 +70,7 @@ def tokenized(golden, tokenizer):
         PreferenceRecord(row["prompt"], [row["chosen"], row["rejected"]], [(0, 1)], row["chosen"], number, f"row {number}")
         for number, row in enumerate(golden("pairs.json"))
     ]
-    kinds = ("pairs", "targets")
-    return {kind: list(tokenize_records(records, tokenizer, TokenSettings(kind == "pairs", 64, 32))) for kind in kinds}
+    return {kind: list(tokenize_records(records, tokenizer, TokenSettings(kind, 64, 32))) for kind in ("pairs", "targets")}
 
 
 def micro_batches(prompts, size):

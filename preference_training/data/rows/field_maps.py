@@ -1,12 +1,13 @@
 """Map rows of any schema to prompts and responses: a field map says which field is which, so that no code is needed.
 
-Supported are pairs (`chosen`, `rejected`), lists of responses with scores or ranks, one scored response per row, and prompts
-with one response for SFT; texts or conversations (`list{role, content}`); prompts in a separate field, or in the common
+Supported are pairs (`chosen`, `rejected`), lists of responses with scores or ranks, one scored or labeled response per row, and
+prompts with one response for SFT; texts or conversations (`list{role, content}`); prompts in a separate field, or in the common
 beginning of chosen and rejected.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from math import isfinite
 
 from preference_training.core.errors import UserError
 from preference_training.data.rows.conversations import (
@@ -18,14 +19,13 @@ from preference_training.data.rows.conversations import (
     turn_keys,
 )
 from preference_training.data.rows.filters import RowFilter
+from preference_training.data.rows.grouping import Row, pairs_by_score
 from preference_training.data.rows.records import (
     OTHER_PROMPT,
     DataReport,
     NumberedRows,
     Prompt,
-    Row,
     Turn,
-    pairs_by_score,
     prompt_error,
     text_error,
     type_name,
@@ -33,7 +33,7 @@ from preference_training.data.rows.records import (
 from preference_training.data.rows.repeated_prompts import strip_repeated_prompts
 from preference_training.data.rows.templates import parse_dialogue, split_dialogue
 from preference_training.data.rows.unread_columns import ReadColumns
-from preference_training.data.rows.values import as_number, field_value
+from preference_training.data.rows.values import as_label, as_number, field_number, field_value
 
 # What a report counts of rows, besides those it skips.
 INPUT_JOINED = "prompts joined from instruction and input, on separate lines"
@@ -44,8 +44,9 @@ OWN_SYSTEM_TURN = "conversations with their own system turn, which replaces the 
 class FieldMap:
     """The fields of a row. A dotted name selects a nested value and, for lists, a value of each item.
 
-    Pairs: `chosen`, `rejected`. Lists: `responses` with `scores` (higher is better) or `ranks` (lower is better). One response
-    per row: `response`, with a `score` (pairs are then formed between the rows of a prompt) or without (SFT only).
+    Pairs: `chosen`, `rejected`, and numbers of the pair, its `margin` and `example_weight`. Lists: `responses` with `scores`
+    (higher is better) or `ranks` (lower is better). One response per row: `response`, with a `score` (pairs are then formed
+    between the rows of a prompt), a `label` (desirable or not), or neither (SFT only).
 
     where: column → a value, a list of values, or a comparison such as ">= 0.5"; rows that fail any are skipped.
     top_k: {column, k}: the k rows with the largest values are kept.
@@ -63,6 +64,9 @@ class FieldMap:
     implicit_prompt: bool = False
     where: dict = field(default_factory=dict)
     top_k: dict | None = None
+    label: str | None = None
+    margin: str | None = None
+    example_weight: str | None = None
 
     def map_rows(self, rows: NumberedRows, place: str, report: DataReport, known: bool = False) -> Iterator[Row]:
         """The usable rows, filtered; others go to the report. place: the file or data set, for messages.
@@ -113,9 +117,9 @@ class FieldMap:
         if self.responses is not None:
             texts = [self.responses, self.scores, self.ranks if not self.scores else None]
         elif self.response is not None:
-            texts = [self.response, self.score]
+            texts = [self.response, self.score, self.label]
         else:
-            texts = [self.chosen, self.rejected]
+            texts = [self.chosen, self.rejected, self.margin, self.example_weight]
         names = [self.prompt, self.system, *texts, *self.where, self.top_k and self.top_k["column"]]
         names += [INPUT] * (self.prompt == INSTRUCTION)
         return [name for name in names if name is not None]
@@ -127,8 +131,18 @@ class FieldMap:
         if self.response is not None:
             response = _response_text(row, self.response)
             scores = None if self.score is None else [_score(row, self.score)]
-            return Row(self._prompt(row), [response], [], 0, scores)
-        return self._map_pair(row)
+            labels = None if self.label is None else [as_label(field_value(row, self.label), self.label)]
+            return Row(self._prompt(row), [response], [], 0, scores, labels, forms_pairs=scores is not None)
+        mapped = self._map_pair(row)
+        return mapped and mapped._replace(**self._numbers_of_pair(row))
+
+    def _numbers_of_pair(self, row: dict) -> dict[str, list[float]]:
+        """The margin and the weight of a row's pair, where they are mapped. Raises RowError."""
+        fields = {"margins": self.margin, "weights": self.example_weight}
+        numbers = {key: [field_number(row, name)] for key, name in fields.items() if name}
+        if not all(isfinite(number) for [number] in numbers.values()) or numbers.get("weights", [0])[0] < 0:
+            raise RowError(f"margin and weight are {numbers}, expected finite numbers, and a weight of at least 0.")
+        return numbers
 
     def _map_lists(self, row: dict) -> Row:
         responses = field_value(row, self.responses)
@@ -146,7 +160,7 @@ class FieldMap:
         if len(responses) == 0:
             raise RowError(f"field {self.responses!r} is an empty list.")
         best = max(range(len(scores)), key=scores.__getitem__)
-        return Row(self._prompt(row), responses, pairs_by_score(scores), best)
+        return Row(self._prompt(row), responses, pairs_by_score(scores), best, scores)
 
     def _map_pair(self, row: dict) -> Row | None:
         chosen, rejected = (parse_serialized_turns(_response(row, name), name) for name in (self.chosen, self.rejected))
@@ -293,7 +307,7 @@ def _response(row: dict, name: str):
         keys = f"prompt: {prompt}, " if prompt else ""
         raise RowError(
             f"{error} Rows with one response are read by a field map, {{path: ..., {keys}response: {found}}}, for loss=sft; "
-            "a number beside it, mapped to score, makes pairs."
+            "a number beside it, mapped to score, makes pairs; a label, mapped to label, makes examples for losses such as kto."
         ) from None
 
 

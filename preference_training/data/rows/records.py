@@ -1,20 +1,21 @@
-"""Preference data as text: its structure, its errors, and the grouping of rows by prompt.
+"""Preference data as text: its structure, its errors, and which of it is held out.
 
 A record is a prompt, its responses, and pairs of response indices. A prompt is a text, or a conversation: a tuple of `Turn`s
 that ends with the user's. Loaders yield `(prompt, record)` items, where a record is
 
     {"responses": list[str], "pairs": list[tuple[int, int]], "sft_target": str}
 
-and a pair holds the indices of the preferred and of the dispreferred response; if SFT learns several responses, a
-record also has `sft_targets`, a list of them that ends with sft_target. Everything here works on streams, in memory that does
-not grow with the data.
+and a pair holds the indices of the preferred and of the dispreferred response. A record may have more: `sft_targets`, a list
+of the responses that SFT learns, which ends with sft_target; `scores` and `labels` (True for a desirable response, False for an
+undesirable one), with one number or label for each response, or None; `weights` and `margins`, with one number for each pair.
+Everything here works on streams, in memory that does not grow with the data.
 """
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
-from itertools import combinations
-from numbers import Integral
+from math import inf, isfinite, isnan
+from numbers import Integral, Real
 from typing import NamedTuple
 
 from preference_training.core.errors import UserError
@@ -38,7 +39,8 @@ NumberedRows = Iterable[tuple[int, dict]]
 class PreferenceRecord:
     """One validated record. number: counts the records of its data set and split from 1. source: its name in messages.
 
-    sft_targets: the responses that SFT learns, if there are more than sft_target.
+    sft_targets: the responses that SFT learns, if there are more than sft_target. scores, labels: of each response, None where
+    unknown. weights, margins: of each pair. All four are None if the data has none.
     """
 
     prompt: Prompt
@@ -48,6 +50,10 @@ class PreferenceRecord:
     number: int
     source: str
     sft_targets: tuple[str, ...] = ()
+    scores: list[float | None] | None = None
+    labels: list[bool | None] | None = None
+    weights: list[float] | None = None
+    margins: list[float] | None = None
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -68,6 +74,9 @@ COLUMN_HINTS = {
     "system_prompt": "with system: system_prompt it becomes the system turn",
     "tools": "tools are not passed to chat templates",
     "input": "with prompt: instruction it is read after that",
+    "label": "with response: ... and label: label it labels a response",
+    "margin": "with margin: margin it is the margin of the pair",
+    "weight": "with example_weight: weight it is the weight of the pair",
 }
 
 
@@ -171,7 +180,35 @@ def item_error(item) -> str | None:
     for what, text in {**responses, **learned}.items():
         if problem := text_error(text):
             return f"{what} {problem}"
-    return next((error for pair in record["pairs"] if (error := _pair_error(pair, len(responses)))), None)
+    return next((error for pair in record["pairs"] if (error := _pair_error(pair, len(responses)))), _numbers_error(record))
+
+
+# The optional lists of a record: what each has a value for, what a value must be, and a test of it.
+LISTS_OF_VALUES = {
+    "scores": ("responses", "a number or None", lambda value: value is None or _is_number(value)),
+    "labels": ("responses", "True, False or None", lambda value: value is None or isinstance(value, bool)),
+    "weights": ("pairs", "a number of at least 0", lambda value: _is_number(value) and 0 <= value < inf),
+    "margins": ("pairs", "a number", lambda value: _is_number(value) and isfinite(value)),
+}
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and not isnan(value)
+
+
+def _numbers_error(record: dict) -> str | None:
+    """The error in the optional lists of a record, or None."""
+    for key, (of, expected, is_valid) in LISTS_OF_VALUES.items():
+        values = record.get(key)
+        if values is None:
+            continue
+        if not isinstance(values, list | tuple):
+            return f"{key} is {type_name(values)}, expected a list"
+        if len(values) != len(record[of]):
+            return f"{key} has {len(values)} values for {len(record[of])} {of}, expected one for each"
+        if wrong := next((f"{key} {k} is {value!r}" for k, value in enumerate(values) if not is_valid(value)), None):
+            return f"{wrong}, expected {expected}"
+    return None
 
 
 def _pair_error(pair, count: int) -> str | None:
@@ -219,111 +256,6 @@ def text_error(value) -> str | None:
 def type_name(value) -> str:
     """The name of a value's type, for messages."""
     return "None" if value is None else type(value).__name__
-
-
-# ---- building records ---------------------------------------------------------------------------------------------------
-
-
-def new_record() -> dict:
-    """An empty record."""
-    return {"responses": [], "pairs": [], "sft_target": None}
-
-
-def add_responses(record: dict, responses: Iterable[str], pairs: Iterable[tuple[int, int]]) -> int:
-    """Add responses, each once, and the pairs between them to a record. Returns how many pairs had identical texts."""
-    known = record["responses"]
-    indices = []
-    for response in responses:
-        if response not in known:
-            known.append(response)
-        indices.append(known.index(response))
-    same = 0
-    for preferred, other in pairs:
-        if indices[preferred] == indices[other]:
-            same += 1
-        else:
-            record["pairs"].append((indices[preferred], indices[other]))
-    return same
-
-
-def pairs_by_score(scores: list[float]) -> list[tuple[int, int]]:
-    """All pairs of indices whose scores differ, the higher one first, in the order of their indices."""
-    indices = combinations(range(len(scores)), 2)
-    return [(i, j) if scores[i] > scores[j] else (j, i) for i, j in indices if scores[i] != scores[j]]
-
-
-class Row(NamedTuple):
-    """One row of a file or table: responses to a prompt, and the preferences between them.
-
-    target: the index of the response that SFT learns. scores: given if rows hold one response each; pairs are then formed
-    between the rows of a prompt.
-    """
-
-    prompt: Prompt
-    responses: list[str]
-    pairs: list[tuple[int, int]]
-    target: int
-    scores: list[float] | None = None
-
-
-def group_rows(rows: Iterable[Row], report: DataReport, window: int = 20_000) -> Iterator[tuple[Prompt, dict]]:
-    """Group the rows of each prompt into one record, in the order of their first rows.
-
-    At most `window` prompts are kept open: rows of a prompt that are further apart form separate records, so that memory does
-    not grow with the data. The report counts pairs of identical texts; a row without pair and score is a record of its own. SFT
-    learns the target of each row; of rows with one scored response each, the best.
-    """
-    records: Records = {}
-    for row in rows:
-        if not row.pairs and row.scores is None:
-            yield row.prompt, {"responses": row.responses, "pairs": [], "sft_target": row.responses[row.target]}
-            continue
-        if row.pairs and len(set(row.responses)) == 1:
-            report.skip(SAME_TEXT, len(row.pairs))
-            continue
-        record = records.setdefault(row.prompt, new_record())
-        same = add_responses(record, row.responses, row.pairs)
-        report.skip(SAME_TEXT, same)
-        if row.scores is not None:
-            record.setdefault("scores", []).extend(zip(row.scores, row.responses, strict=True))
-        elif same < len(row.pairs):
-            record["sft_target"] = row.responses[row.target]
-            record.setdefault("sft_targets", []).append(record["sft_target"])
-        if len(records) > window:
-            prompt = next(iter(records))
-            yield from _closed(prompt, records.pop(prompt), report)
-    for prompt, record in records.items():
-        yield from _closed(prompt, record, report)
-
-
-EQUAL_SCORES = "two responses have equal scores"
-SAME_RESPONSE = "a response has the text of another one"
-NO_PAIR = "no two responses have different scores"
-
-
-def scored_record(responses: list[str], scores: list[float], report: DataReport) -> dict | None:
-    """A record of all pairs of responses with different scores, the best of which is the SFT target; None without any pair.
-
-    Of identical responses the last counts. The report counts what is skipped.
-    """
-    score_of = dict(zip(responses, scores, strict=True))
-    texts, scores = list(score_of), list(score_of.values())
-    pairs = pairs_by_score(scores)
-    report.skip(SAME_RESPONSE, len(responses) - len(texts))
-    report.skip(EQUAL_SCORES, len(texts) * (len(texts) - 1) // 2 - len(pairs))
-    if not pairs:
-        report.skip(NO_PAIR)
-        return None
-    return {"responses": texts, "pairs": pairs, "sft_target": max(score_of, key=score_of.__getitem__)}
-
-
-def _closed(prompt: Prompt, record: dict, report: DataReport) -> Iterator[tuple[Prompt, dict]]:
-    if scores := record.pop("scores", None):
-        record = scored_record([text for _, text in scores], [score for score, _ in scores], report)
-    elif len(record.get("sft_targets", ())) < 2:
-        record.pop("sft_targets", None)
-    if record and record["pairs"]:
-        yield prompt, record
 
 
 # ---- held out -----------------------------------------------------------------------------------------------------------

@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 from itertools import chain, islice
 
-from preference_training.data.rows.records import DataReport, Prompt, Row
+from preference_training.data.rows.grouping import Row
+from preference_training.data.rows.records import DataReport, Prompt
 from preference_training.data.rows.templates import parse_dialogue, split_dialogue
 
 # Rows that are inspected first, at most and at least; a single row is no evidence.

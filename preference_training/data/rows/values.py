@@ -36,6 +36,17 @@ def as_number(value, name: str) -> float:
     return number
 
 
+LABELS = {"true": True, "1": True, "desirable": True, "false": False, "0": False, "undesirable": False}
+
+
+def as_label(value, name: str) -> bool:
+    """A value as a label: whether a response is desirable; `name` is its field's. Raises RowError."""
+    label = LABELS.get(_comparable(value).strip().lower())
+    if label is None:
+        raise RowError(f"field {name!r} is {value!r}, expected true or false, 1 or 0, desirable or undesirable.")
+    return label
+
+
 OPERATORS = {
     ">=": operator.ge, "<=": operator.le, "!=": operator.ne, "==": operator.eq, ">": operator.gt, "<": operator.lt,
 }  # fmt: skip

@@ -1,8 +1,8 @@
 """Attention over tries: what sequences share is computed once; a token attends to its own sequence only.
 
 A packed batch is one row of T tokens, the branches of a trie. `register_tree_attention` registers the attention below with
-transformers as TREE_ATTENTION. A model that uses it takes the layout of a batch as the keyword `trie=` of its forward and passes
-it to every layer. Without a layout (generation, padded rows) this is transformers' ordinary attention.
+transformers as TREE_ATTENTION. A model that uses it takes the layout of a batch as the keyword `trie=` of its forward and
+passes it to every layer. Without a layout (generation, padded rows) this is transformers' ordinary attention.
 
 Shapes: B batch, T packed tokens, H query heads, G key heads (G divides H), D head size.
 """

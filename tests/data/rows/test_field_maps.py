@@ -9,7 +9,14 @@ from hypothesis import strategies as st
 from preference_training.core.errors import UserError
 from preference_training.data.rows.conversations import RowError
 from preference_training.data.rows.field_maps import FieldMap
-from preference_training.data.rows.records import OTHER_PROMPT, DataReport, Row, Turn, text_error, type_name
+from preference_training.data.rows.grouping import Row
+from preference_training.data.rows.records import (
+    OTHER_PROMPT,
+    DataReport,
+    Turn,
+    text_error,
+    type_name,
+)
 from preference_training.data.rows.values import condition, field_value
 
 
@@ -218,17 +225,17 @@ def test_a_system_field_with_an_error_is_reported():
 
 def test_lists_of_responses_and_scores_form_all_pairs_of_different_scores():
     row = {"prompt": "p", "answers": ["a", "b", "c"], "points": [1, 3, 1.0]}
-    assert one(row, responses="answers", scores="points") == Row("p", ["a", "b", "c"], [(1, 0), (1, 2)], 1)
+    assert one(row, responses="answers", scores="points") == Row("p", ["a", "b", "c"], [(1, 0), (1, 2)], 1, [1, 3, 1])
 
 
 def test_of_ranks_the_lower_is_the_better_one():
     row = {"prompt": "p", "answers": ["a", "b", "c"], "places": [2, 3, 1]}
-    assert one(row, responses="answers", ranks="places") == Row("p", ["a", "b", "c"], [(0, 1), (2, 0), (2, 1)], 2)
+    assert one(row, responses="answers", ranks="places") == Row("p", ["a", "b", "c"], [(0, 1), (2, 0), (2, 1)], 2, [-2, -3, -1])
 
 
 def test_dotted_names_lead_into_each_item_of_a_list():
     row = {"prompt": "p", "answers": [{"text": "a", "vote": {"n": 2}}, {"text": "b", "vote": {"n": 5}}]}
-    assert one(row, responses="answers.text", scores="answers.vote.n") == Row("p", ["a", "b"], [(1, 0)], 1)
+    assert one(row, responses="answers.text", scores="answers.vote.n") == Row("p", ["a", "b"], [(1, 0)], 1, [2, 5])
 
 
 def test_dotted_names_lead_into_nested_values_of_every_field():
@@ -250,8 +257,8 @@ def test_numbers_may_be_texts_as_csv_has_them():
 
 
 def test_equal_scores_and_a_single_response_form_no_pair_and_leave_the_target():
-    assert one({"prompt": "p", "r": ["a", "b"], "s": [1, 1]}, responses="r", scores="s") == Row("p", ["a", "b"], [], 0)
-    assert one({"prompt": "p", "r": ["a"], "s": [1]}, responses="r", ranks="s") == Row("p", ["a"], [], 0)
+    assert one({"prompt": "p", "r": ["a", "b"], "s": [1, 1]}, responses="r", scores="s") == Row("p", ["a", "b"], [], 0, [1, 1])
+    assert one({"prompt": "p", "r": ["a"], "s": [1]}, responses="r", ranks="s") == Row("p", ["a"], [], 0, [-1])
 
 
 @given(scores=st.lists(st.integers(-3, 3) | st.floats(allow_nan=False), min_size=1, max_size=6))
@@ -267,7 +274,9 @@ def test_scores_and_the_ranks_that_are_their_negatives_say_the_same(scores):
 
 
 def test_a_response_with_a_score_waits_for_others_of_its_prompt():
-    assert one({"prompt": "p", "text": "a", "points": "3"}, response="text", score="points") == Row("p", ["a"], [], 0, [3.0])
+    assert one({"prompt": "p", "text": "a", "points": "3"}, response="text", score="points") == Row(
+        "p", ["a"], [], 0, [3.0], forms_pairs=True
+    )
 
 
 def test_a_response_without_a_score_is_for_sft():
@@ -690,15 +699,17 @@ def test_instruction_and_input_are_one_prompt_and_that_is_counted():
     assert row.prompt == (Turn("system", "a word"), Turn("user", "Translate."))
 
 
+SYSTEM = "with system: system it becomes the system turn"
+MARGIN = "with margin: margin it is the margin of the pair"
+WEIGHT = "with example_weight: weight it is the weight of the pair"
+
+
 @pytest.mark.parametrize(
     ("row", "names", "remark"),
     [
-        (
-            {"system": "s", "margin": 0, "weight": 2},
-            {},
-            "system, margin, weight (with system: system it becomes the system turn)",
-        ),
-        ({"system": "s", "margin": 0, "weight": 2}, {"system": "system", "where": {"margin": 0}}, "weight"),
+        ({"system": "s", "margin": 0, "weight": 2}, {}, f"system, margin, weight ({SYSTEM}; {MARGIN}; {WEIGHT})"),
+        ({"system": "s", "margin": 0, "weight": 2}, {"system": "system", "where": {"margin": 0}}, f"weight ({WEIGHT})"),
+        ({"margin": 0, "weight": 2}, {"margin": "margin", "example_weight": "weight"}, None),
         ({"tools": [{"name": "f"}]}, {}, "tools (tools are not passed to chat templates)"),
         ({"meta": {"id": 1, "split": "x"}}, {"where": {"meta.id": 1}}, "meta.split"),
         ({"": 3, "empty": "", "none": None, "no": [], "nothing": {}}, {}, "''"),
@@ -708,7 +719,8 @@ def test_columns_that_hold_something_and_are_not_read_are_named(row, names, rema
     report, texts = DataReport(), {"prompt": "p", "chosen": "a", "rejected": "b"}
     # The last of three rows has them: all rows are looked at.
     mapped([texts, texts, texts | row] if not names else [texts | row], report, **names)
-    assert [line for line in report.lines() if line.startswith("columns")] == [f"columns not read: {remark}"]
+    expected = [f"columns not read: {remark}"] if remark else []
+    assert [line for line in report.lines() if line.startswith("columns")] == expected
 
 
 def test_what_stands_beside_role_and_text_of_a_turn_is_named():

@@ -11,23 +11,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from preference_training.core.errors import UserError
-from preference_training.data.rows.records import (
+from preference_training.data.rows.grouping import (
     EQUAL_SCORES,
     NO_PAIR,
     SAME_RESPONSE,
-    SAME_TEXT,
-    DataReport,
     Row,
-    Turn,
     add_responses,
     group_rows,
-    is_held_out,
-    item_error,
     new_record,
     pairs_by_score,
+    scored_record,
+)
+from preference_training.data.rows.records import (
+    SAME_TEXT,
+    DataReport,
+    Turn,
+    is_held_out,
+    item_error,
     prompt_error,
     prompt_hash,
-    scored_record,
     split_by_hash,
     text_error,
     type_name,
@@ -276,7 +278,7 @@ def pair_row(prompt, chosen: str, rejected: str) -> Row:
 
 
 def scored_row(prompt, response: str, score: float) -> Row:
-    return Row(prompt, [response], [], 0, [score])
+    return Row(prompt, [response], [], 0, [score], forms_pairs=True)
 
 
 def test_rows_of_a_prompt_form_one_record_in_the_order_of_first_rows():
@@ -331,7 +333,10 @@ def test_scored_responses_of_a_prompt_form_pairs_and_the_best_is_the_target():
     rows = [scored_row("p", "low", 1), scored_row("q", "only", 5), scored_row("p", "high", 3), scored_row("p", "also low", 1)]
     report = DataReport()
     assert list(group_rows(rows, report)) == [
-        ("p", {"responses": ["low", "high", "also low"], "pairs": [(1, 0), (1, 2)], "sft_target": "high"})
+        (
+            "p",
+            {"responses": ["low", "high", "also low"], "pairs": [(1, 0), (1, 2)], "sft_target": "high", "scores": [1, 3, 1]},
+        )
     ]
     assert report.left_out == {EQUAL_SCORES: 1, NO_PAIR: 1}
 
@@ -416,14 +421,14 @@ def test_the_better_of_two_scored_rows_is_preferred_whatever_the_window(rows, wi
 def test_every_pair_of_different_scores_is_formed_and_the_others_are_counted():
     report = DataReport()
     record = scored_record(["a", "b", "c"], [3, 3, 5], report)
-    assert record == {"responses": ["a", "b", "c"], "pairs": [(2, 0), (2, 1)], "sft_target": "c"}
+    assert record == {"responses": ["a", "b", "c"], "pairs": [(2, 0), (2, 1)], "sft_target": "c", "scores": [3, 3, 5]}
     assert report.left_out == {EQUAL_SCORES: 1}
 
 
 def test_of_responses_with_the_same_text_the_last_counts():
     report = DataReport()
     record = scored_record(["a", "b", "a"], [1, 2, 4], report)
-    assert record == {"responses": ["a", "b"], "pairs": [(0, 1)], "sft_target": "a"}
+    assert record == {"responses": ["a", "b"], "pairs": [(0, 1)], "sft_target": "a", "scores": [4, 2]}
     assert report.left_out == {SAME_RESPONSE: 1}
 
 

@@ -1,0 +1,145 @@
+"""What a loss trains on of a record: single targets, pairs, rankings, or labeled responses.
+
+PreferenceRecord, kind -> Selected, of indices or texts of its responses
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import combinations
+from math import isfinite
+from typing import Literal, NamedTuple
+
+from preference_training.data.rows.records import DataReport, PreferenceRecord
+
+# What the examples of a loss are. Targets are what SFT learns.
+ExampleKind = Literal["targets", "pairs", "rankings", "labels"]
+
+NO_PAIR_TO_COMPARE = "a prompt without a pair of responses (loss=sft learns single responses)"
+NO_MARGIN = "a pair without a margin (margins, a field margin, or scores of both responses give one)"
+UNDESIRABLE = "a response that is labeled undesirable, which SFT does not learn"
+NO_RANKING = "a prompt without a ranking (scores of two responses or more, or pairs of every two of them, give one)"
+TIED = "a response with the score of another one in its ranking"
+UNSCORED = "a response without a score"
+UNLABELED = "a response without a label"
+NO_LABELS = "a prompt without labeled responses (labels, or pairs, give them)"
+PREFERRED_AND_NOT = "a response that is preferred in one pair and dispreferred in another"
+WEIGHTS_OF_PAIRS = "weights have no effect: they are of pairs, which this loss does not compare"
+
+
+class Selected(NamedTuple):
+    """The responses that examples use, and the examples between them; see `TokenizedPrompt`."""
+
+    responses: list
+    examples: list[tuple[int, ...]]
+    weights: list[float] | None = None
+    margins: list[float] | None = None
+    labels: list[float] | None = None
+
+    @property
+    def numbers(self) -> dict[str, list[float] | None]:
+        """The numbers of its examples."""
+        return {"weights": self.weights, "margins": self.margins, "labels": self.labels}
+
+
+def select(record: PreferenceRecord, kind: ExampleKind, margins: bool, report: DataReport) -> Iterator[Selected]:
+    """What is trained on of a record, in one part or, for targets, in one for each; the report counts what is skipped.
+
+    margins: whether every pair needs a margin.
+    """
+    if kind == "targets":
+        yield from (Selected([target], []) for target in _targets(record, report))
+        return
+    if kind != "pairs" and record.weights:
+        report.note(WEIGHTS_OF_PAIRS)
+    if kind == "pairs":
+        yield from _pairs(record, margins, report)
+    elif kind == "rankings":
+        yield from _ranking(record, report)
+    else:
+        yield from _labeled(record, report)
+
+
+def _targets(record: PreferenceRecord, report: DataReport) -> Sequence[str]:
+    if record.labels is None:
+        return record.targets
+    undesirable = {text for text, label in zip(record.responses, record.labels, strict=True) if label is False}
+    targets = [text for text in record.targets if text not in undesirable]
+    report.skip(UNDESIRABLE, len(record.targets) - len(targets))
+    return targets
+
+
+def _compact(record: PreferenceRecord, examples: list[tuple[int, ...]], **numbers: list[float] | None) -> Selected:
+    """The examples, with only the responses that they use."""
+    used = sorted({index for members in examples for index in members})
+    place = {index: k for k, index in enumerate(used)}
+    moved = [tuple(place[index] for index in members) for members in examples]
+    return Selected([record.responses[index] for index in used], moved, **numbers)
+
+
+def _pairs(record: PreferenceRecord, needs_margins: bool, report: DataReport) -> Iterator[Selected]:
+    if not record.pairs:
+        report.skip(NO_PAIR_TO_COMPARE)
+    elif not needs_margins:
+        yield _compact(record, record.pairs, weights=record.weights)
+    else:
+        margins = _margins(record)
+        kept = [k for k, margin in enumerate(margins) if margin is not None]
+        report.skip(NO_MARGIN, len(margins) - len(kept))
+        if kept:
+            weights = None if record.weights is None else [record.weights[k] for k in kept]
+            pairs = [record.pairs[k] for k in kept]
+            yield _compact(record, pairs, weights=weights, margins=[margins[k] for k in kept])
+
+
+def _margins(record: PreferenceRecord) -> list[float | None]:
+    """The margin of each pair: the record's own, or the difference of the scores; None without either."""
+    if record.margins is not None:
+        return [float(margin) for margin in record.margins]
+    scores = record.scores or [None] * len(record.responses)
+    differences = [
+        None if scores[i] is None or scores[j] is None else float(scores[i]) - float(scores[j]) for i, j in record.pairs
+    ]
+    return [margin if margin is not None and isfinite(margin) else None for margin in differences]
+
+
+def _ranking(record: PreferenceRecord, report: DataReport) -> Iterator[Selected]:
+    order = _by_score(record.scores, report) if record.scores else _by_pairs(record.pairs)
+    if len(order) < 2:
+        report.skip(NO_RANKING)
+    else:
+        yield _compact(record, [tuple(order)])
+
+
+def _by_score(scores: Sequence[float | None], report: DataReport) -> list[int]:
+    """The scored responses from best to worst; of those with equal scores the first."""
+    first_with: dict[float, int] = {}
+    for index, score in enumerate(scores):
+        if score is not None:
+            first_with.setdefault(score, index)
+    unscored = sum(score is None for score in scores)
+    report.skip(UNSCORED, unscored)
+    report.skip(TIED, len(scores) - unscored - len(first_with))
+    return [first_with[score] for score in sorted(first_with, reverse=True)]
+
+
+def _by_pairs(pairs: Sequence[tuple[int, int]]) -> list[int]:
+    """The responses from best to worst, if the pairs relate every two of them without a contradiction; else none."""
+    known = set(pairs)
+    wins = Counter(preferred for preferred, _ in known)
+    order = sorted({index for pair in known for index in pair}, key=wins.__getitem__, reverse=True)
+    return order if known == set(combinations(order, 2)) else []
+
+
+def _labeled(record: PreferenceRecord, report: DataReport) -> Iterator[Selected]:
+    if record.labels is not None:
+        labels = dict(enumerate(record.labels))
+        report.skip(UNLABELED, sum(label is None for label in record.labels))
+    else:
+        preferred, others = ({pair[side] for pair in record.pairs} for side in (0, 1))
+        labels = {index: None if index in preferred & others else index in preferred for index in preferred | others}
+        report.skip(PREFERRED_AND_NOT, len(preferred & others))
+    known = {index: float(label) for index, label in sorted(labels.items()) if label is not None}
+    if known:
+        yield _compact(record, [(index,) for index in known], labels=list(known.values()))
+    else:
+        report.skip(NO_LABELS)

@@ -1,0 +1,150 @@
+"""Group the rows of each prompt into one record, in memory that does not grow with the data."""
+
+from collections.abc import Iterable, Iterator
+from itertools import combinations
+from typing import NamedTuple
+
+from preference_training.data.rows.records import SAME_TEXT, DataReport, Prompt
+
+
+def new_record() -> dict:
+    """An empty record."""
+    return {"responses": [], "pairs": [], "sft_target": None}
+
+
+def add_responses(record: dict, responses: Iterable[str], pairs: Iterable[tuple[int, int]]) -> int:
+    """Add responses, each once, and the pairs between them to a record. Returns how many pairs had identical texts."""
+    known = record["responses"]
+    indices = []
+    for response in responses:
+        if response not in known:
+            known.append(response)
+        indices.append(known.index(response))
+    same = 0
+    for preferred, other in pairs:
+        if indices[preferred] == indices[other]:
+            same += 1
+        else:
+            record["pairs"].append((indices[preferred], indices[other]))
+    return same
+
+
+def pairs_by_score(scores: list[float]) -> list[tuple[int, int]]:
+    """All pairs of indices whose scores differ, the higher one first, in the order of their indices."""
+    indices = combinations(range(len(scores)), 2)
+    return [(i, j) if scores[i] > scores[j] else (j, i) for i, j in indices if scores[i] != scores[j]]
+
+
+class Row(NamedTuple):
+    """One row of a file or table: responses to a prompt, and the preferences between them.
+
+    target: the index of the response that SFT learns. scores, labels: of each response. weights, margins: of each pair.
+    forms_pairs: the row holds one scored response, and pairs are formed between the rows of a prompt.
+    """
+
+    prompt: Prompt
+    responses: list[str]
+    pairs: list[tuple[int, int]]
+    target: int
+    scores: list[float] | None = None
+    labels: list[bool] | None = None
+    weights: list[float] | None = None
+    margins: list[float] | None = None
+    forms_pairs: bool = False
+
+    @property
+    def stands_alone(self) -> bool:
+        """Whether it is a record of its own: nothing relates it to other rows of its prompt."""
+        return not (self.pairs or self.labels or self.forms_pairs)
+
+
+def group_rows(rows: Iterable[Row], report: DataReport, window: int = 20_000) -> Iterator[tuple[Prompt, dict]]:
+    """Group the rows of each prompt into one record, in the order of their first rows.
+
+    At most `window` prompts are kept open: rows of a prompt that are further apart form separate records, so that memory does
+    not grow with the data. The report counts pairs of identical texts; a row without pair, score and label is a record of its
+    own. SFT learns the target of each row; of rows with one scored response each, the best.
+    """
+    groups: dict[Prompt, _Group] = {}
+    for row in rows:
+        if row.stands_alone:
+            yield row.prompt, {"responses": row.responses, "pairs": [], "sft_target": row.responses[row.target]}
+            continue
+        if row.pairs and len(set(row.responses)) == 1:
+            report.skip(SAME_TEXT, len(row.pairs))
+            continue
+        groups.setdefault(row.prompt, _Group()).add(row, report)
+        if len(groups) > window:
+            prompt = next(iter(groups))
+            yield from groups.pop(prompt).items(prompt, report)
+    for prompt, group in groups.items():
+        yield from group.items(prompt, report)
+
+
+class _Group:
+    """The rows of one prompt so far."""
+
+    def __init__(self):
+        self.record = new_record()
+        self.targets: list[str] = []
+        # By response; `formed` are those whose pairs are formed at the end.
+        self.scores: dict[str, float] = {}
+        self.labels: dict[str, bool | None] = {}
+        self.formed: list[tuple[str, float]] = []
+
+    def add(self, row: Row, report: DataReport) -> None:
+        """Add a row."""
+        if row.forms_pairs:
+            self.formed += zip(row.responses, row.scores, strict=True)
+            return
+        different = [k for k, (i, j) in enumerate(row.pairs) if row.responses[i] != row.responses[j]]
+        report.skip(SAME_TEXT, add_responses(self.record, row.responses, row.pairs))
+        for key in ("weights", "margins"):
+            if (values := getattr(row, key)) is not None:
+                self.record.setdefault(key, []).extend(values[k] for k in different)
+        if row.scores:
+            self.scores |= dict(zip(row.responses, row.scores, strict=True))
+        for response, label in zip(row.responses, row.labels or (), strict=False):
+            if self.labels.setdefault(response, label) not in (label, None):
+                self.labels[response] = None
+                report.skip(BOTH_LABELS)
+        if different or not row.pairs:
+            self.targets.append(row.responses[row.target])
+
+    def items(self, prompt: Prompt, report: DataReport) -> Iterator[tuple[Prompt, dict]]:
+        """The prompt and its record, if there is anything to learn from it."""
+        record = self.record
+        if self.formed:
+            record = scored_record(*map(list, zip(*self.formed, strict=True)), report)
+        elif self.targets:
+            record["sft_target"] = self.targets[-1]
+            record |= {"sft_targets": self.targets} if len(self.targets) > 1 else {}
+            record |= {
+                key: [of.get(response) for response in record["responses"]]
+                for key, of in (("scores", self.scores), ("labels", self.labels))
+                if of
+            }
+        if record and (record["pairs"] or self.labels):
+            yield prompt, record
+
+
+BOTH_LABELS = "a response is labeled desirable and undesirable"
+EQUAL_SCORES = "two responses have equal scores"
+SAME_RESPONSE = "a response has the text of another one"
+NO_PAIR = "no two responses have different scores"
+
+
+def scored_record(responses: list[str], scores: list[float], report: DataReport) -> dict | None:
+    """A record of all pairs of responses with different scores, the best of which is the SFT target; None without any pair.
+
+    Of identical responses the last counts. The report counts what is skipped.
+    """
+    score_of = dict(zip(responses, scores, strict=True))
+    texts, scores = list(score_of), list(score_of.values())
+    pairs = pairs_by_score(scores)
+    report.skip(SAME_RESPONSE, len(responses) - len(texts))
+    report.skip(EQUAL_SCORES, len(texts) * (len(texts) - 1) // 2 - len(pairs))
+    if not pairs:
+        report.skip(NO_PAIR)
+        return None
+    return {"responses": texts, "pairs": pairs, "sft_target": max(score_of, key=score_of.__getitem__), "scores": scores}

@@ -60,7 +60,7 @@ class RewardModel:
         turns = parse_dialogue(prompt) if self.tokenizer.chat_template else None
         if self.reads_as_trained:
             longest = min(self.tokenizer.model_max_length, sys.maxsize)
-            settings = TokenSettings(False, longest, longest - 1, "keep_end", "chat" if turns else "raw")
+            settings = TokenSettings("targets", longest, longest - 1, "keep_end", "chat" if turns else "raw")
             record = PreferenceRecord(turns or prompt, [response], [], response, 1, "evaluation.judge")
             [row] = tokenize_records([record], self.tokenizer, settings)
             return (*row.prompt_ids, *row.responses[0])

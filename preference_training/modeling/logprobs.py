@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from preference_training.batching.packing import PackedBatch
 from preference_training.core.process_group import reshard, to_local
+from preference_training.losses.base import Loss, TokenLogps
 from preference_training.modeling.adapters import has_adapter, reference_mode
 from preference_training.modeling.prefix_sharing.tree_attention import TREE_ATTENTION
 from preference_training.modeling.state import spans_devices
@@ -36,6 +37,22 @@ def response_logps(model: nn.Module, batch: PackedBatch) -> Tensor:
         return _sum_by_response(scored_tokens(model, batch), batch)
     with _autocast(model, batch):
         return (_trie_values if model.config._attn_implementation == TREE_ATTENTION else _row_values)(model, batch)
+
+
+def policy_logps(model: nn.Module, batch: PackedBatch, loss: Loss) -> tuple[Tensor, TokenLogps | None]:
+    """`response_logps` of a policy, and those of its tokens for a loss that reads them."""
+    if not (loss.reads_tokens or loss.reads_collision):
+        return response_logps(model, batch), None
+    values = scored_tokens(model, batch, loss.reads_collision)
+    tokens = TokenLogps(values[:, 0], batch.scored_responses, values[:, 1] if loss.reads_collision else None)
+    return _sum_by_response(values, batch), tokens
+
+
+def reference_logps(reference, batch: PackedBatch, loss: Loss) -> tuple[Tensor | None, TokenLogps | None]:
+    """What a loss reads of a reference: the log-probs [R] of the responses and of their tokens; None for what it does not."""
+    if reference is None:
+        return None, None
+    return reference.with_tokens(batch) if loss.reads_tokens else (reference(batch), None)
 
 
 def scored_tokens(model: nn.Module, batch: PackedBatch, collision: bool = False) -> Tensor:
@@ -224,6 +241,13 @@ class LiveReference:
         """Log-prob of each response of a batch: [R] float32."""
         with self.as_reference(self.model):
             return response_logps(self.model, batch)
+
+    @torch.no_grad()
+    def with_tokens(self, batch: PackedBatch) -> tuple[Tensor, TokenLogps]:
+        """Log-probs of each response [R] and of its tokens."""
+        with self.as_reference(self.model):
+            values = scored_tokens(self.model, batch)
+        return _sum_by_response(values, batch), TokenLogps(values[:, 0], batch.scored_responses)
 
     @torch.no_grad()
     def move_towards(self, policy: nn.Module, share: float) -> None:

@@ -36,6 +36,7 @@ from preference_training.data.preparation import (
 from preference_training.data.rows.records import SAME_TEXT, DataReport
 from preference_training.data.token_files import write_tokenized
 from preference_training.data.tokenization import PROMPT_CUT, SAME_IDS, TokenSettings, tokenize_records
+from preference_training.losses.registry import build_loss
 from tests.support import forked
 from tests.support.files import ROOT
 
@@ -854,7 +855,7 @@ def test_a_run_says_which_held_out_prompts_it_trains_on(folder, compose, capsys)
 
     write(folder / "test.jsonl", rows(3))
     config = compose("datasets=[{path: rows.jsonl, test_path: test.jsonl}]", "loss=dpo", f"local_dirs=[{folder}]")
-    splits = preparation.prepare_data(config, read_entries(config), byte_level_tokenizer(), "pairs")
+    splits = preparation.prepare_data(config, read_entries(config), byte_level_tokenizer(), build_loss("dpo"))
     assert "held-out prompts that are also trained on: 3 of 3, for example 'question 0' (rows.jsonl" in capsys.readouterr().out
     assert splits[1].table.first_row == splits[0].table.num_responses == 40
 

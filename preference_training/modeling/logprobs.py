@@ -6,13 +6,15 @@ predicts token i + 1, so a response is scored from the last position of its prom
 """
 
 import inspect
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
@@ -20,6 +22,7 @@ from preference_training.batching.packing import PackedBatch
 from preference_training.core.process_group import reshard, to_local
 from preference_training.losses.base import Loss, TokenLogps
 from preference_training.modeling.adapters import has_adapter, reference_mode
+from preference_training.modeling.prefix_sharing.longest_row import forget_longest_row, sequences_are_independent
 from preference_training.modeling.prefix_sharing.tree_attention import TREE_ATTENTION
 from preference_training.modeling.state import spans_devices
 from preference_training.modeling.value_head import has_value_head
@@ -28,15 +31,19 @@ from preference_training.modeling.value_head import has_value_head
 MAX_LOGITS_BYTES = 2**29
 
 
+def shares_prefixes(model: nn.Module) -> bool:
+    """Whether a model computes what sequences share once."""
+    return model.config._attn_implementation == TREE_ATTENTION
+
+
 def response_logps(model: nn.Module, batch: PackedBatch) -> Tensor:
     """Log-prob of each response given its prompt, summed over its scored tokens: [R] float32, in the batch's order.
 
     Of a model with a value head: the value of each response, at its last token.
     """
-    if not has_value_head(model):
-        return _sum_by_response(scored_tokens(model, batch), batch)
-    with _autocast(model, batch):
-        return (_trie_values if model.config._attn_implementation == TREE_ATTENTION else _row_values)(model, batch)
+    if has_value_head(model):
+        return _computed(model, batch, (_trie_values, _row_values, _unpadded_values))
+    return _sum_by_response(scored_tokens(model, batch), batch)
 
 
 def policy_logps(model: nn.Module, batch: PackedBatch, loss: Loss) -> tuple[Tensor, TokenLogps | None]:
@@ -58,18 +65,31 @@ def reference_logps(reference, batch: PackedBatch, loss: Loss) -> tuple[Tensor |
 def scored_tokens(model: nn.Module, batch: PackedBatch, collision: bool = False) -> Tensor:
     """Log-probs of the scored tokens, response by response: [C, 1] float64 (float32 on MPS).
 
-    collision: also log sum_v p_v^2 of the distribution that each token is drawn from: [C, 2]. A model with tree attention
-    computes what sequences share once; any other computes padded rows. A model with an attribute `autocast_dtype` runs under
-    autocast in that dtype; the softmax is always in float32.
+    collision: also log sum_v p_v^2 of the distribution that each token is drawn from: [C, 2]. The softmax is always in float32.
     """
-    compute = _score_trie if model.config._attn_implementation == TREE_ATTENTION else _score_rows
-    with _autocast(model, batch):
-        return compute(model, batch, collision)
+    ways = _score_trie, _score_rows, _score_unpadded
+    return _computed(model, batch, tuple(partial(score, collision=collision) for score in ways))
 
 
-def _autocast(model: nn.Module, batch: PackedBatch) -> torch.autocast:
+# A function from a model and a batch to what is computed of the batch.
+Way = Callable[[nn.Module, PackedBatch], Tensor]
+
+
+def _computed(model: nn.Module, batch: PackedBatch, ways: tuple[Way, ...]) -> Tensor:
+    """What the right one computes of three ways: in one forward of the trie, on padded rows, on rows without padding.
+
+    A model with tree attention computes what sequences share once; any other computes padded rows. Where longer rows would
+    affect shorter ones, those of each length are computed by themselves. A model with an attribute `autocast_dtype` runs under
+    autocast in that dtype.
+    """
+    by_trie, by_rows, unpadded = ways
+    compute = by_trie if shares_prefixes(model) else by_rows
+    if not sequences_are_independent(model, batch.trie):
+        # Ranks of a sharded model compute in lockstep, with as many forwards each.
+        compute = by_rows if isinstance(model, FSDPModule) else unpadded
     dtype = getattr(model, "autocast_dtype", None)
-    return torch.autocast(batch.input_ids.device.type, dtype=dtype, enabled=dtype is not None)
+    with torch.autocast(batch.input_ids.device.type, dtype=dtype, enabled=dtype is not None):
+        return compute(model, batch)
 
 
 def trie_logps(model: nn.Module, batch: PackedBatch) -> Tensor:
@@ -80,6 +100,11 @@ def trie_logps(model: nn.Module, batch: PackedBatch) -> Tensor:
 def padded_logps(model: nn.Module, batch: PackedBatch) -> Tensor:
     """`response_logps` of padded rows."""
     return _row_values(model, batch) if has_value_head(model) else _sum_by_response(_score_rows(model, batch), batch)
+
+
+def unpadded_logps(model: nn.Module, batch: PackedBatch) -> Tensor:
+    """`response_logps` of plain rows: each sequence beside those of its own length only."""
+    return _unpadded_values(model, batch) if has_value_head(model) else _sum_by_response(_score_unpadded(model, batch), batch)
 
 
 def _sum_by_response(values: Tensor, batch: PackedBatch) -> Tensor:
@@ -115,19 +140,17 @@ def _packed_forward(model: nn.Module, batch: PackedBatch) -> Tensor:
 
 
 def _packed_inputs(batch: PackedBatch) -> dict[str, Any]:
+    # Four dimensions, so that transformers builds no mask of its own: tree attention reads the layout instead.
+    mask = batch.input_ids.new_zeros((1, 1, 1, 1))
+    # Some models hand on nothing else to their attention.
+    mask.trie = batch.layout
     return {
         "input_ids": batch.input_ids[None],
         "position_ids": batch.position_ids[None],
-        # Four dimensions, so that transformers builds no mask of its own: tree attention reads the layout instead.
-        "attention_mask": batch.input_ids.new_zeros((1, 1, 1, 1)),
+        "attention_mask": mask,
         "trie": batch.layout,
         "use_cache": False,
     }
-
-
-def _trie_values(model: nn.Module, batch: PackedBatch) -> Tensor:
-    """The values of responses in one forward of the packed tokens."""
-    return model(**_packed_inputs(batch), values_at=batch.last_tokens)
 
 
 def _head_index(model: nn.Module, positions: Tensor) -> Tensor:
@@ -192,6 +215,22 @@ def _score_rows(model: nn.Module, batch: PackedBatch, collision: bool = False) -
     return _to_float64(values[batch.scored_responses, batch.scored_positions - first])
 
 
+def _score_unpadded(model: nn.Module, batch: PackedBatch, collision: bool = False) -> Tensor:
+    """`scored_tokens` of each response as alone: in a forward with those of its length only, without padding."""
+    scored = batch.scored_positions.split(batch.response_lengths.tolist())
+    values: dict[int, Tensor] = {}
+    for numbers in _by_length(batch):
+        rows = torch.stack(_rows(batch, numbers))
+        positions = torch.cat([scored[number] for number in numbers]).unique()
+        forget_longest_row(model)
+        logits = _logits_at(model, rows, torch.ones_like(rows), positions - 1)
+        for row, number, own in zip(rows, numbers, logits, strict=True):
+            chosen = torch.searchsorted(positions, scored[number])
+            values[number] = score_tokens(own[chosen], row[scored[number]], collision)
+    forget_longest_row(model)
+    return _to_float64(torch.cat([values[number] for number in range(len(values))]))
+
+
 def _logits_at(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
     """Logits [R, len(positions), V] at these positions of every row; the head skips all others where the model supports it."""
     arguments = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
@@ -210,9 +249,30 @@ def _padded_rows(batch: PackedBatch) -> tuple[Tensor, Tensor]:
 
     Padding is masked by length, never by a token's id.
     """
-    paths = [torch.from_numpy(batch.trie.path(number)) for number in range(len(batch.response_lengths))]
-    rows = [batch.input_ids[path.to(batch.input_ids.device)] for path in paths]
+    rows = _rows(batch, range(len(batch.response_lengths)))
     return pad_sequence(rows, batch_first=True), pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+
+
+def _rows(batch: PackedBatch, numbers: Iterable[int]) -> list[Tensor]:
+    """The token ids of some sequences."""
+    paths = (torch.from_numpy(batch.trie.path(number)) for number in numbers)
+    return [batch.input_ids[path.to(batch.input_ids.device)] for path in paths]
+
+
+def _by_length(batch: PackedBatch) -> Iterable[list[int]]:
+    """The numbers of the sequences of each length."""
+    by_length: dict[int, list[int]] = {}
+    for number, (_, length) in enumerate(batch.trie.ends):
+        by_length.setdefault(length, []).append(number)
+    return by_length.values()
+
+
+# ---- values ---------------------------------------------------------------------------------------------------------------
+
+
+def _trie_values(model: nn.Module, batch: PackedBatch) -> Tensor:
+    """The values of responses in one forward of the packed tokens: [R] float32."""
+    return model(**_packed_inputs(batch), values_at=batch.last_tokens)
 
 
 def _row_values(model: nn.Module, batch: PackedBatch) -> Tensor:
@@ -221,6 +281,19 @@ def _row_values(model: nn.Module, batch: PackedBatch) -> Tensor:
     before = torch.arange(len(input_ids), device=input_ids.device) * input_ids.shape[1]
     last_tokens = before + attention_mask.sum(1) - 1
     return model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, values_at=last_tokens)
+
+
+def _unpadded_values(model: nn.Module, batch: PackedBatch) -> Tensor:
+    """The values of responses, each in a forward with those of its length only, without padding."""
+    values: dict[int, Tensor] = {}
+    for numbers in _by_length(batch):
+        rows = torch.stack(_rows(batch, numbers))
+        ends = torch.arange(1, len(rows) + 1, device=rows.device) * rows.shape[1] - 1
+        forget_longest_row(model)
+        found = model(input_ids=rows, attention_mask=torch.ones_like(rows), use_cache=False, values_at=ends)
+        values |= dict(zip(numbers, found, strict=True))
+    forget_longest_row(model)
+    return torch.stack([values[number] for number in range(len(values))])
 
 
 # ---- the reference ------------------------------------------------------------------------------------------------------

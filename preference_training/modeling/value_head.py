@@ -74,7 +74,21 @@ def add_values(model: nn.Module) -> None:
     if not isinstance(head, nn.Linear) or model.base_model is model:
         reason = f"{type(model).__name__} has no linear layer {VALUE_HEAD} behind its body"
         raise _no_reward_model(model.config.name_or_path or model.config.model_type, reason)
+    head.__class__ = ValueHead
     model.__class__ = _value_class(type(model))
+
+
+class ValueHead(nn.Linear):
+    """A value head that computes in float32, whatever the dtypes of states and weights: bfloat16 would round margins to 8 bits.
+
+    A head becomes one by a change of class, which leaves weights and names as they are.
+    """
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """hidden [..., H] to values [..., 1]."""
+        with torch.autocast(hidden.device.type, enabled=False):
+            bias = None if self.bias is None else self.bias.float()
+            return F.linear(hidden.float(), self.weight.float(), bias)
 
 
 @cache
@@ -90,21 +104,13 @@ def _value_class(model_class: type[nn.Module]) -> type:
             if values_at is None:
                 return super().forward(*args, **inputs)
             hidden = self.base_model(*args, **inputs).last_hidden_state
-            return _values(getattr(self, VALUE_HEAD), hidden.flatten(0, 1)[values_at.to(hidden.device)])
+            values = getattr(self, VALUE_HEAD)(hidden.flatten(0, 1)[values_at.to(hidden.device)])
+            # A copy: FSDP registers a hook on the model's output, which a view modified in place would lose.
+            return values[:, 0].clone()
 
     ValueModel.__name__, ValueModel.__qualname__ = model_class.__name__, model_class.__qualname__
     ValueModel.__module__ = model_class.__module__
     return ValueModel
-
-
-def _values(head: nn.Module, hidden: Tensor) -> Tensor:
-    """The head's output [R] for hidden states [R, H], in float32: bfloat16 would round margins to eight bits.
-
-    A copy: FSDP registers a hook on the model's output, which a view modified in place would lose.
-    """
-    with torch.autocast(hidden.device.type, enabled=False):
-        bias = None if head.bias is None else head.bias.float()
-        return F.linear(hidden.float(), head.weight.float(), bias)[:, 0].clone()
 
 
 def has_value_head(model: nn.Module) -> bool:

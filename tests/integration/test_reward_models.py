@@ -18,6 +18,7 @@ from preference_training.evaluation.judges import RewardModelJudge
 from preference_training.evaluation.runs import load_run_config
 from preference_training.export.checkpoint import export
 from preference_training.export.options import ExportOptions
+from preference_training.modeling.loading import saved_head
 from preference_training.training.preparation import prepare_run
 from tests.faults.processes import assert_same_weights, rows_of
 from tests.integration import reward_work
@@ -158,6 +159,36 @@ def test_a_resumed_adapter_and_one_that_starts_from_it_go_on_from_its_head(adapt
     logged = [[row for row in rows_of(run) if "loss/eval" in row] for run in (adapted, further)]
     assert logged[1][0]["rewards_eval/accuracies"] == pytest.approx(logged[0][-1]["rewards_eval/accuracies"], abs=0.1)
     assert logged[1][0]["loss/eval"] == pytest.approx(logged[0][-1]["loss/eval"], rel=0.3)
+
+
+@pytest.mark.parametrize("overrides", [["+adapter=lora", "lr=1e-3"], []], ids=["adapter", "whole"])
+def test_bfloat16_weights_have_rewards_in_float32_and_their_checkpoint_is_the_runs_model(overrides, run_here):
+    # A run's first checkpoint is compared with the run's model.
+    run = run_here(
+        "adapter in bfloat16" if overrides else "in bfloat16",
+        *overrides,
+        "model.policy_dtype=bfloat16",
+        "n_examples=32",
+        "do_first_eval=false",
+    )
+    row = [row for row in rows_of(run) if "loss/eval" in row][-1]
+    assert row["rewards_eval/chosen"] != torch.tensor(row["rewards_eval/chosen"]).bfloat16().item()
+
+
+def test_a_loss_of_your_own_may_read_values(run_here, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from preference_training.losses.base import Loss, LossOutput\n\n\n"
+        "class Hinge(Loss):\n"
+        "    needs_reference = False\n"
+        '    model_head = "value"\n\n'
+        "    def __call__(self, policy, reference, examples, batch_statistics=None):\n"
+        "        chosen, rejected = policy[examples.first], policy[examples.last]\n"
+        "        losses = (1 - chosen + rejected).relu()\n"
+        "        return LossOutput(losses, chosen.detach(), rejected.detach(), has_logps=False)\n"
+    )
+    run = run_here("own", "loss=own", f"loss.function={tmp_path}/mine.py:Hinge")
+    assert saved_head(run / "LATEST") == "value"
+    assert [row for row in rows_of(run) if "loss/eval" in row][-1]["rewards_eval/accuracies"] > 0.95
 
 
 @pytest.mark.parametrize("kind", ["whole", "adapter", "merged"])

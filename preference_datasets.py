@@ -4,9 +4,10 @@ A loader is a function `(split, silent=False, cache_dir=None)` registered under 
 
     {"responses": list[str], "pairs": list[tuple[int, int]], "sft_target": str}
 
-where a pair holds the indices of the preferred and of the dispreferred response (`sft_targets`, a list, may replace
-sft_target where SFT learns several responses), or yields `(prompt, record)` items where the data does not fit in memory. To add
-one, write the function, here or in a file of your own:
+where a pair holds the indices of the preferred and of the dispreferred response, or yields `(prompt, record)` items where the
+data does not fit in memory. What a record may have besides is in `preference_training/data/rows/records.py`: several targets,
+scores and labels of responses, weights and margins of pairs. To add a data set, write the function, here or in a file of your
+own:
 
     @register("my_data")
     def get_my_data(split, silent=False, cache_dir=None): ...

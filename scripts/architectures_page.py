@@ -20,7 +20,7 @@ milliseconds and whose attention windows and chunks are shorter than the rows; `
 
 | column | what is compared |
 |---|---|
-| prefix | *shared*: each prompt is computed once for all its responses; *padded*: the model runs on padded rows |
+| prefix | *shared*: what sequences share is computed once; *padded*: the model runs on padded rows |
 | sft, dpo | log-probs before and after two steps, with plain transformers; weights, with the same steps written by hand |
 | start | at DPO's first step, margin 0 and loss ln 2, exactly: in float32 and bfloat16, with a live and a cached reference |
 | resumed | a run resumed from its checkpoint, with an uninterrupted one |
@@ -30,6 +30,11 @@ milliseconds and whose attention windows and chunks are shorter than the rows; `
 
 Log-probs may differ by 1e-5 per token, and weights by 1e-5 of their size. The notes below the table explain the numbers in
 parentheses.
+
+Three kinds of models run on padded rows. Some compute their attention themselves, so that no other can take its place (ALiBi,
+and older models). Some make a mask of their own from what they attend to. In the others a state runs along the tokens: to share
+a prefix, each kind of layer would have to save its state at every branch and begin again from it, with gradients through both,
+which transformers' caches do not give, and most kernels only for one state a row.
 """
 
 

@@ -193,9 +193,9 @@ def cut(examples: Sequence[Example], size: int) -> Iterator[Sequence[Example]]:
 class TokenBudget:
     """The maximum number of packed tokens that are computed at once.
 
-    limit: more would not fit into memory. soft_limit: more would not be faster, so a new prompt starts a new pack, except that
-    tokens it shares with the pack do not count: a new pack would compute them again. The examples of one prompt stay together up
-    to the limit.
+    limit: more would not fit into memory. soft_limit: more would not be faster, so a new prompt starts a new pack; the tokens
+    that it shares with the pack do not count, since a new pack would compute them again. The examples of one prompt stay
+    together up to the limit.
     """
 
     limit: int

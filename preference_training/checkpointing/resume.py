@@ -19,6 +19,7 @@ from preference_training.checkpointing.checkpoint import (
     newest_usable,
 )
 from preference_training.checkpointing.state import NEWER_STATE_SHAPE, STATE_SHAPE
+from preference_training.configuration.composition import newer_defaults
 from preference_training.configuration.keys import MAY_CHANGE_ON_RESUME, is_within
 from preference_training.configuration.saved import CONFIG
 from preference_training.configuration.schema import keys_with
@@ -129,6 +130,8 @@ def check_same_run(checkpoint: Checkpoint, about: dict) -> None:
     """Raise UserError where what a run is made of (`about`) differs from what the checkpoint's run was made of."""
     then, path = checkpoint.run, checkpoint.path
     before, now = (dotted(run["config"]) for run in (then, about))
+    # A key that the run did not know yet had its default.
+    before = {key: value for key, value in newer_defaults(then["config"]).items() if key in now} | before
     changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
     changed = [key for key in changed if not is_within(key, keys_with(MAY_CHANGE_ON_RESUME))]
     advice = "Start a new run from it with model.archive, or restore the old value."

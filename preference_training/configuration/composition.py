@@ -8,9 +8,10 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from preference_training.configuration.keys import OPEN, key_names
+from preference_training.configuration.keys import NEWER, OPEN, key_names
 from preference_training.configuration.schema import RunConfig, keys_with
 from preference_training.core.errors import UserError, nearest
+from preference_training.core.values import dotted
 
 CONFIG_DIR = Path(__file__).parents[2] / "config"
 GROUPS = ("model", "loss", "trainer")
@@ -111,6 +112,13 @@ def default_values(**groups: str) -> dict[str, Any]:
         known = name in ("base_model", *group_choices(group))
         values[group] = OmegaConf.to_container(OmegaConf.load(CONFIG_DIR / group / f"{name}.yaml")) if known else {}
     return {key: value for key, value in values.items() if key not in ("hydra", "defaults")}
+
+
+def newer_defaults(values: dict[str, Any]) -> dict[str, Any]:
+    """The defaults, by dotted names, of the keys that configurations of the first version with such values lack."""
+    loss = values.get("loss")
+    name = str(loss.get("name")) if isinstance(loss, dict) else ""
+    return {key: value for key, value in dotted(default_values(loss=name)).items() if key in keys_with(NEWER)}
 
 
 def explain_composition_error(error: Exception) -> str:

@@ -20,6 +20,8 @@ Kind = Callable[[Any], str | None]
 MAY_CHANGE_ON_RESUME = "may change on resume"
 # Where a job of a sweep computes and what it prints: with another value it is the same job.
 OUTSIDE_JOB_IDENTITY = "outside a job's identity"
+# Newer than the first version: at its default a job is what it was before there was the key.
+NEWER = "newer than the first version"
 # Where files are stored, where a run computes, how much it prints: the model does not depend on it, so no card shows it.
 NOT_SHOWN = "not shown"
 # A section whose keys are another library's or the user's, and so not listed in our files.

@@ -13,6 +13,7 @@ from typing import Any, Self, TypeVar
 
 from preference_training.configuration.keys import (
     MAY_CHANGE_ON_RESUME,
+    NEWER,
     NOT_SHOWN,
     OPEN,
     OUTSIDE_JOB_IDENTITY,
@@ -136,7 +137,7 @@ class LossConfig(Section):
     alpha: float | None = optional_key(not_negative())
     penalty: float | None = optional_key(not_negative())
     gamma: float | None = optional_key(not_negative())
-    average: str | None = optional_key(one_of(("responses", "tokens"), "responses or tokens"))
+    average: str | None = optional_key(one_of(("responses", "tokens"), "responses or tokens"), NEWER)
     reference_update_every: int | None = optional_key(whole(1))
     reference_update_share: float | None = optional_key(
         expected("a share above 0 to 1", lambda value: is_number(value) and 0 < value <= 1)

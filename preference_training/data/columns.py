@@ -73,7 +73,8 @@ class ListsOfLists(NamedTuple):
     def at(self, k: int) -> list[list[int]]:
         """Item k."""
         cuts = self.lists.offsets[self.first[k] : self.first[k + 1] + 1].tolist()
-        return [self.lists.values[start:end].tolist() for start, end in pairwise(cuts)]
+        values = self.lists.values[cuts[0] : cuts[-1]].tolist()
+        return [values[start - cuts[0] : end - cuts[0]] for start, end in pairwise(cuts)]
 
     @property
     def counts(self) -> numpy.ndarray:
@@ -171,7 +172,8 @@ class Columns(NamedTuple):
     def prompt(self, k: int, source: str, first_row: int) -> TokenizedPrompt:
         """The k-th prompt; `first_row` is that of the batch's first response."""
         number = int(self.numbers[k])
-        spans = [list(zip(cuts[::2], cuts[1::2], strict=True)) for cuts in self.spans.at(k)]
+        # Most data has none, and one look at all is faster than one at each prompt.
+        spans = self.spans.at(k) if len(self.spans.lists.offsets) > 1 else ()
         return TokenizedPrompt(
             self.prompts.at(k),
             self.responses.at(k),
@@ -179,8 +181,8 @@ class Columns(NamedTuple):
             f"{source} {number}",
             number,
             first_row + int(self.responses.first[k]),
-            spans or None,
-            *(column.at(k) or None for column in (self.weights, self.margins, self.labels)),
+            [list(zip(cuts[::2], cuts[1::2], strict=True)) for cuts in spans] or None,
+            *(column.at(k) or None if len(column.values) else None for column in (self.weights, self.margins, self.labels)),
         )
 
 

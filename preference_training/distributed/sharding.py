@@ -26,6 +26,7 @@ from preference_training.modeling.adapters import has_adapter
 from preference_training.modeling.kernels import compile_between_attentions, enable_activation_checkpointing
 from preference_training.modeling.loading import build_untrained, load_model
 from preference_training.modeling.logprobs import response_logps
+from preference_training.modeling.prefix_sharing.longest_row import frequency_limits
 from preference_training.modeling.prefix_sharing.proof import (
     TOLERANCES,
     ErrorScale,
@@ -194,8 +195,22 @@ def load_sharded(
     state = source.state_dict() if ranks.is_rank_zero else {}
     set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
     broadcast_buffers(source, model, device, ranks)
+    if ranks.is_rank_zero:
+        _warn_of_long_rows(model, config.max_length)
     _check(model, source, layout, ranks)
     return model.train(), weights_hash(source) if source is not None else None
+
+
+def _warn_of_long_rows(model: nn.Module, max_length: int) -> None:
+    """Print a line where rows may be so long that they change the log-probs of others in their pack."""
+    for limit in frequency_limits(model).values():
+        if max_length > limit:
+            print(
+                f"max_length: {max_length} tokens are more than {limit}, beyond which the model's rotary embeddings depend on "
+                "the longest row of a pack: sharded, it gives shorter rows other log-probs beside longer ones. Set "
+                f"max_length={limit}, or use trainer=BasicTrainer, which computes such rows apart",
+                flush=True,
+            )
 
 
 def broadcast_buffers(source: nn.Module | None, model: nn.Module, device: torch.device, ranks: Ranks) -> None:

@@ -12,7 +12,7 @@ others, so all of this lies in files.
 
 import json
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import count
@@ -22,10 +22,11 @@ from typing import ClassVar
 
 from filelock import FileLock, Timeout
 
+from preference_training.configuration.composition import newer_defaults
 from preference_training.configuration.keys import OUTSIDE_JOB_IDENTITY
 from preference_training.configuration.schema import keys_with
 from preference_training.core.files import locked, write_atomically
-from preference_training.core.values import hash_values
+from preference_training.core.values import dotted, hash_values
 from preference_training.tracking.run_files import JOB, METRICS, json_object
 
 START, JOBS, STOP = "sweep.json", "jobs.json", ".stop"
@@ -177,14 +178,16 @@ class SweepDirectory:
 
 def job_identity(values: dict) -> str:
     """Hash of all keys of a composed configuration that make a job what it is: 32 hexadecimal digits."""
-    known = _with_identity(values) | ({"resume": None} if values.get("resume") == "auto" else {})
+    usual, flat = newer_defaults(values), dotted(values)
+    at_default = {name for name, value in usual.items() if flat.get(name) == value}
+    known = _with_identity(values, keys_with(OUTSIDE_JOB_IDENTITY) | at_default)
+    known |= {"resume": None} if values.get("resume") == "auto" else {}
     return hash_values(known, default=str)
 
 
-def _with_identity(values: dict, prefix: str = "") -> dict:
-    outside = keys_with(OUTSIDE_JOB_IDENTITY)
+def _with_identity(values: dict, outside: Collection[str], prefix: str = "") -> dict:
     return {
-        name: _with_identity(value, f"{prefix}{name}.") if isinstance(value, dict) else value
+        name: _with_identity(value, outside, f"{prefix}{name}.") if isinstance(value, dict) else value
         for name, value in values.items()
         if f"{prefix}{name}" not in outside
     }

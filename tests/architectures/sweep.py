@@ -2,8 +2,8 @@
 
 python -m tests.architectures.sweep [--only llama,gpt2] [--checks dpo,lora] [--write]
 
---write keeps the results in results.json and makes docs/architectures.md of them. What is refused is no failure: the table says
-with which reason.
+--write keeps the results in results.json, beside those of other architectures and checks that it has, and makes
+docs/architectures.md of them. What is refused is no failure: the table says with which reason.
 """
 
 import argparse
@@ -38,8 +38,6 @@ def arguments(names: list[str], checks: list[str]) -> argparse.Namespace:
         if unknown := [name for name in wanted if name not in known]:
             parser.error(f"--{key}: no {unknown[0]!r}. Expected some of {', '.join(known)}.")
         setattr(given, key, wanted)
-    if given.write and (given.only, given.checks) != (names, checks):
-        parser.error("--write: the page shows all of them. Leave --only and --checks out.")
     return given
 
 
@@ -66,17 +64,23 @@ def sweep(names: list[str], wanted: list[str], folder: Path) -> dict[str, dict[s
     return results
 
 
-def write(results: dict, seconds: float) -> None:
-    """Keep the results, and make the page of them."""
+def write(results: dict[str, dict[str, str]], names: list[str], seconds: float) -> None:
+    """Keep the results with the earlier ones of the other cells, in the order of `names`, and make the page of them."""
     from measure import hardware, versions
 
+    file = HERE / "results.json"
+    earlier = json.loads(file.read_text())
+    is_whole = list(results) == names and all(
+        found.keys() >= earlier["results"].get(name, {}).keys() for name, found in results.items()
+    )
     facts = {
         "command": "make architectures ARCHITECTURES=--write",
         "date": str(datetime.date.today()),
-        "seconds": round(seconds),
+        "seconds": round(seconds) if is_whole else earlier["seconds"],
     }
-    kept = {**facts, "hardware": hardware(), "versions": versions(), "results": results}
-    (HERE / "results.json").write_text(json.dumps(kept, indent=1) + "\n")
+    cells = {name: earlier["results"].get(name, {}) | results.get(name, {}) for name in names}
+    kept = {**facts, "hardware": hardware(), "versions": versions(), "results": cells}
+    file.write_text(json.dumps(kept, indent=1) + "\n")
     spec = importlib.util.spec_from_file_location("architectures_page", ROOT / "scripts" / "architectures_page.py")
     page = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(page)
@@ -97,7 +101,7 @@ def main() -> int:
         results = sweep(given.only, given.checks, Path(folder))
     seconds = time.perf_counter() - started
     if given.write:
-        write(results, seconds)
+        write(results, list(TINY), seconds)
     bad = [f"{name}, {check}: {said}" for name, found in results.items() for check, said in found.items() if failed(said)]
     print(f"{len(results)} architectures in {seconds:.0f} s, {len(bad)} failures", *bad, sep="\n")
     return 1 if bad else 0

@@ -16,17 +16,17 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 ALONE = [name for name in checks.CHECKS if name != "fsdp"]
 # One of each kind, and what its cells say where they do not say ok: rotary positions; learned ones and Conv1D; windows and
-# soft-caps; ALiBi; experts; attention sinks; chunks; a state beside attention.
+# soft-caps; ALiBi; experts; attention sinks; chunks and scaled queries; a state beside attention.
 SHARED = {"prefix": "shared"}
 STATE = {"prefix": "padded: it is recurrent: one response would pass its state on to the next"}
 KINDS: dict[str, dict[str, str]] = {
     "llama": SHARED,
     "gpt2": SHARED,
     "gemma2": SHARED,
-    "mpt": {"prefix": "padded: it does not pass the layout of the responses on to its attention"},
+    "mpt": {"prefix": "padded: it does not compute its attention through transformers' attention interface"},
     "mixtral": SHARED,
-    "gpt_oss": {"prefix": "padded: attention sinks (s_aux) are not supported"},
-    "llama4_text": {"prefix": "padded: attention within chunks of 32 tokens (attention_chunk_size) is not supported"},
+    "gpt_oss": SHARED,
+    "llama4-scaled": SHARED,
     "falcon_h1": STATE,
 }
 # For two processes: tied weights, scaled logits, experts, blocks within blocks, tensors without dimensions, layers that share

@@ -36,6 +36,7 @@ from preference_training.data.prompt_table import PromptTable
 from preference_training.data.tokenization import VERSION, TokenizedPrompt
 from preference_training.losses.registry import build_loss
 from preference_training.modeling.logprobs import LiveReference
+from preference_training.sweeps.jobs import job_identity
 from preference_training.tracking.tracker import Tracker
 from tests.support.building import build_trainer
 from tests.support.files import GOLDEN
@@ -279,6 +280,18 @@ def same_run(tmp_path):
 
 def made_of(**config) -> dict:
     return ABOUT | {"config": config}
+
+
+@pytest.mark.parametrize(("average", "goes_on"), [("responses", True), ("tokens", False)])
+def test_a_run_of_before_a_key_goes_on_with_its_default_and_with_nothing_else(average, goes_on, same_run):
+    refusal = same_run(made_of(loss={"name": "sft"}), made_of(loss={"name": "sft", "average": average}))
+    assert (refusal is None) is goes_on
+    assert goes_on or "loss.average: was 'responses', is 'tokens'" in refusal
+
+
+def test_a_job_is_what_it_was_before_there_was_a_key_that_has_its_default():
+    before, usual, other = ({"loss": {"name": "sft"} | more} for more in ({}, {"average": "responses"}, {"average": "tokens"}))
+    assert job_identity(before) == job_identity(usual) != job_identity(other)
 
 
 def test_a_run_that_was_configured_otherwise_is_refused_with_every_key_that_differs(same_run):

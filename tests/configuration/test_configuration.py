@@ -81,7 +81,9 @@ def refusal(check, *overrides: str) -> str:
         ("", {"datasets": ["toy"], "loss.name": "sft", "trainer.name": "BasicTrainer", "model.name_or_path": None}),
         (
             f"model=pythia28 datasets=[hh] loss=sft exp_name=anthropic_dpo_pythia28 {RECIPE}",
-            RECIPE_VALUES | PYTHIA | {"datasets": ["hh"], "loss": {"name": "sft"}, "exp_name": "anthropic_dpo_pythia28"},
+            RECIPE_VALUES
+            | PYTHIA
+            | {"datasets": ["hh"], "loss": {"name": "sft", "average": "responses"}, "exp_name": "anthropic_dpo_pythia28"},
         ),
         (
             f"model=pythia28 datasets=[hh] loss=dpo loss.beta=0.1 exp_name=x {RECIPE} model.archive=/there/LATEST/policy.pt",
@@ -350,7 +352,8 @@ def test_a_run_writes_its_configuration_as_it_was_composed_and_a_copy_with_other
         ("+loss.gamma=0.1", "loss.gamma: this loss has no such key. It belongs to loss=simpo."),
         (
             "loss.label_smoothing=0.1",
-            "loss.label_smoothing: this loss has no such key. It belongs to loss=beta_DPO, dpo, robust.",
+            "loss.label_smoothing: this loss has no such key. It belongs to loss=aot, aot_unpaired, beta_DPO, dpo, exo_pair, "
+            "robust.",
         ),
         ("loss=ipo loss.mode_loss=DPO", "loss.mode_loss: this loss has no such key. It belongs to loss=beta_DPO, dpo."),
     ],
@@ -651,13 +654,16 @@ def test_a_file_of_data_or_loaders_and_an_archive_are_accepted_where_they_exist(
 def test_the_objectives_are_the_metrics_of_an_evaluation(loss, compose):
     import torch
 
-    from preference_training.losses.base import Examples, example_metrics, with_margins
+    from preference_training.losses.base import Examples, TokenLogps, example_metrics, with_margins
     from preference_training.losses.registry import build_loss
 
     built = build_loss(**compose(f"loss={loss}").loss.given())
     assert built.examples == example_kind(loss)
     members = torch.tensor([[0], [1]] if built.examples == "targets" else [[0, 1]])
-    logps, examples = torch.full((2,), -1.0), Examples(members, torch.ones(2), 1.0, labels=torch.tensor([True]))
+    logps, one = torch.full((2,), -1.0), torch.ones(1)
+    tokens = TokenLogps(logps, torch.arange(2), logps)
+    data = {"margins": one, "labels": one > 0, "policy_tokens": tokens, "reference_tokens": tokens}
+    examples = Examples(members, torch.ones(2, dtype=torch.int64), 1.0, **data)
     metrics = with_margins(example_metrics(built(logps, logps, examples), logps, examples, "eval"), "eval")
     assert set(metrics) == set(OBJECTIVES[:2] if built.examples == "targets" else OBJECTIVES)
     assert json.dumps(OBJECTIVES)  # plain texts, as metrics.jsonl names them

@@ -38,6 +38,7 @@ from preference_training.modeling.reference_cache import ReferencePlan, cache_pa
 from preference_training.modeling.state import weights_hash
 from tests.support.building import build_trainer, weights_of
 from tests.support.files import GOLDEN
+from tests.support.losses import of_every_kind
 from trainers import Trainer
 
 TRAJECTORIES = json.loads((GOLDEN / "trajectories.json").read_text())
@@ -47,7 +48,9 @@ def golden_prompts(tokenizer, examples: str) -> list:
     """The 48 golden rows as tokenised prompts."""
     rows = json.loads((GOLDEN / "pairs.json").read_text())
     records = [PreferenceRecord(r["prompt"], [r["chosen"], r["rejected"]], [(0, 1)], r["chosen"], 0, "") for r in rows]
-    return list(tokenize_records(records, tokenizer, TokenSettings(examples, 64, 32)))
+    kind = "targets" if examples == "targets" else "pairs"
+    found = list(tokenize_records(records, tokenizer, TokenSettings(kind, 64, 32)))
+    return found if examples == kind else of_every_kind(found)[examples]
 
 
 class World:
@@ -142,6 +145,26 @@ def follow_each_sharding(settings: dict, numbers: list[int]) -> dict:
 
 
 BETA_DPO = {"name": "dpo", "beta": 0.1, "mode_loss": "beta_DPO", "mode_weight": 0.5, "a": 0.6}
+
+
+OTHER_LOSSES = (
+    {"name": "kto", "beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 2.0},
+    {"name": "plackett_luce", "beta": 0.1},
+    {"name": "aot_unpaired", "beta": 0.1, "label_smoothing": 0.1},
+    {"name": "ld_dpo", "beta": 0.1, "alpha": 0.5},
+    {"name": "wpo", "beta": 0.1},
+    {"name": "sft", "average": "tokens"},
+    {"name": "rpo", "beta": 0.1, "alpha": 1.0, "average": "tokens"},
+)
+
+
+def follow_other_losses(settings: dict, number: int) -> dict:
+    """A trajectory with losses of labels, rankings, sorted gaps, tokens and token averages, in small packs."""
+    world = World(settings)
+    follows = (follow(world, TRAJECTORIES[number], world.mesh("full"), "full", loss, budget=60) for loss in OTHER_LOSSES)
+    results = {loss["name"]: worst for loss, worst in zip(OTHER_LOSSES, follows, strict=True)}
+    end_group()
+    return results
 
 
 def follow_on_four(settings: dict, number: int) -> dict:

@@ -47,6 +47,15 @@ def test_two_ranks_follow_the_golden_trajectories_under_every_sharding(wanted, s
 
 
 @pytest.mark.long
+def test_two_ranks_follow_one_process_with_every_kind_of_example_and_average(settings):
+    results = launch(sharded_work.follow_other_losses, (settings, number_of("llama", "dpo", "AdamW", 2)), 2, None)
+    assert len(results) == len(sharded_work.OTHER_LOSSES)
+    assert_equal(results, 1e-5)
+    # KTO's are means over the responses that have them, on whatever rank; its KL term is that of both.
+    assert {"rewards_train/chosen", "rewards_train/rejected", "rewards_train/margins", "kto/kl"} <= results["kto"].keys()
+
+
+@pytest.mark.long
 def test_two_ranks_that_split_layers_follow_the_golden_trajectories(settings):
     numbers = [number_of("llama", "dpo", "AdamW", 1), number_of("gpt_neox", "dpo", "RMSprop", 2)]
     results = launch(sharded_work.follow_split_layers, (settings, numbers), 2, None)

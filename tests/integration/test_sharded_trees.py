@@ -1,7 +1,8 @@
-"""The tree forward through sharded and adapted models: FSDP2 and tensor parallel on two processes, LoRA, recomputation."""
+"""The trie forward through sharded and adapted models: FSDP2 and tensor parallel on two processes, LoRA, recomputation."""
 
 import copy
 import os
+import random
 
 import pytest
 import torch
@@ -9,13 +10,16 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from transformers import AutoModelForCausalLM
 
-from preference_training.batching.packing import iterate_examples, pack_examples
+from preference_training.batching.packing import TokenBudget, build_packs, iterate_examples, pack_examples
+from preference_training.core.process_group import Ranks
 from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.modeling.kernels import enable_activation_checkpointing
 from preference_training.modeling.logprobs import padded_logps, response_logps
 from preference_training.modeling.prefix_sharing.sharing import share_prefixes
+from tests.architectures import tiny_models
 from tests.support import forked
 from tests.support.files import GOLDEN
+from tests.support.random_tries import plain_results, random_prompts, relative_error, weighted_sum
 
 PROMPTS = [
     TokenizedPrompt([5 + n, 6, 7, 8], [[10 + n, 11, 0], [12 + n, 0], [13, 14, 15 + n, 16, 0]], [(0, 1), (0, 2)])
@@ -40,7 +44,7 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def check(model, name: str) -> None:
-    """Tree log-probs and gradients of a sharded model against one process."""
+    """Log-probs and gradients of a sharded model against one process."""
     expected, gradients = expected_numbers(name)
     logps = whole(response_logps(model, pack_examples(list(iterate_examples(PROMPTS)))))
     torch.testing.assert_close(logps.detach(), expected, rtol=1e-5, atol=1e-4)
@@ -59,6 +63,33 @@ def fsdp_worker(rank: int, folder: str) -> None:
         fully_shard(block)
     fully_shard(model)
     check(model, "llama")
+    dist.destroy_process_group()
+
+
+def any_trie_worker(rank: int, folder: str) -> None:
+    """The gradient over two ranks is that of one process, each sequence alone, however the tries are cut."""
+    from torch.distributed.fsdp import fully_shard
+
+    start_group(rank, folder)
+    ranks = Ranks(rank, 2, rank == 0, dist.group.WORLD)
+    for number, name in enumerate(("llama", "gpt_oss", "llama4-scaled", "stablelm")):
+        plain, model = tiny_models.build(name).eval(), tiny_models.build(name).eval()
+        assert share_prefixes(model, "on")
+        for block in model.model.layers:
+            fully_shard(block)
+        fully_shard(model)
+        for seed in range(3 * number, 3 * number + 3):
+            examples = list(iterate_examples(random_prompts(random.Random(seed))))
+            expected, expected_gradients = plain_results(plain, examples)
+            for batch in build_packs(examples, TokenBudget(100, 60), ranks):
+                logps = response_logps(model, batch)
+                wanted = torch.stack([expected[row] for row in batch.response_rows.tolist()]).float()
+                torch.testing.assert_close(logps.detach(), wanted, rtol=1e-5, atol=1e-5)
+                # Ranks with fewer packs compute fillers, which do not count. FSDP averages over ranks.
+                (weighted_sum(logps, batch) * (0 if batch.is_filler else ranks.size)).backward()
+            found = [whole(weight.grad) for weight in model.parameters()]
+            assert relative_error(found, expected_gradients) <= 1e-4, (name, seed)
+            model.zero_grad()
     dist.destroy_process_group()
 
 
@@ -81,7 +112,9 @@ def start_group(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
 
 
-@pytest.mark.parametrize("worker", [fsdp_worker, tensor_parallel_worker], ids=["FSDP2", "tensor parallel"])
+@pytest.mark.parametrize(
+    "worker", [fsdp_worker, tensor_parallel_worker, any_trie_worker], ids=["FSDP2", "tensor parallel", "any trie"]
+)
 def test_a_model_sharded_over_two_processes_gives_the_numbers_of_one(worker, tmp_path):
     forked.start_server()
     mp.start_processes(worker, args=(str(tmp_path),), nprocs=2, start_method="forkserver")
@@ -111,7 +144,7 @@ def test_a_fresh_adapter_passes_the_proof():
     assert share_prefixes(get_peft_model(golden_model(), LoraConfig(r=4, target_modules=["q_proj"])), "on")
 
 
-def test_recomputed_activations_see_the_trees_again():
+def test_recomputed_activations_see_the_trie_again():
     model = golden_model()
     share_prefixes(model, "on")
     enable_activation_checkpointing(model.train())

@@ -18,7 +18,7 @@ class FixedLogits(torch.nn.Module):
     def __init__(self, logits):
         super().__init__()
         self.logits = logits
-        self.config = SimpleNamespace(_attn_implementation="sdpa")
+        self.config = SimpleNamespace(_attn_implementation="sdpa", get_text_config=SimpleNamespace)
 
     def forward(self, input_ids, attention_mask, use_cache):
         return SimpleNamespace(logits=self.logits[: len(input_ids), : input_ids.shape[1]])

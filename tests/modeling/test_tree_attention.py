@@ -208,6 +208,15 @@ def test_the_pairs_of_a_prompt_stay_together_up_to_the_limit_and_prompts_up_to_t
     assert [len(pack.input_ids) for pack in packs] == [29, 20, 10]
 
 
+def test_tokens_that_a_prompt_shares_with_a_pack_do_not_count_toward_the_soft_limit():
+    system = list(range(3, 43))
+    prompts = [TokenizedPrompt([*system, number], [[50, 2], [60, 2]], [(0, 1)]) for number in range(70, 75)]
+    packs = build_packs(list(iterate_examples(prompts)), TokenBudget(limit=200, soft_limit=20))
+    # 40 shared tokens, and of each prompt five: four of them fill the soft limit.
+    assert [len(pack.input_ids) for pack in packs] == [60, 45]
+    assert [pack.num_examples for pack in build_packs(list(iterate_examples(prompts)), TokenBudget(55, 20))] == [3, 2]
+
+
 def test_packs_keep_within_the_budget_and_share_prompts_within_them():
     prompts = prompts_of([(10, (5, 5, 5, 5)), (40, (3, 3))])
     packs = build_packs(list(iterate_examples(prompts)), TokenBudget(25, 25))
@@ -272,6 +281,20 @@ def a_trie():
     trie, _ = build_trie([[*first, 2, 2], [*first, 2, 3, 3, 3], [*first, 4], [5] * 7], [0, 0, 0, 1])
     assert [branch.own for branch in trie.branches] == [11, 3, 1, 7]
     return TrieLayout(trie, torch.device("cpu"))
+
+
+def test_a_long_branch_after_few_shared_tokens_attends_as_the_mask_says():
+    first = [1] * 100
+    trie, _ = build_trie([[*first, 2, 2], [*first, *[3] * 600]], [0, 0])
+    assert [branch.own for branch in trie.branches] == [102, 600]
+    layout, index, draw = TrieLayout(trie, torch.device("cpu")), torch.arange(702), torch.Generator().manual_seed(0)
+    query = torch.randn(1, 4, 702, 16, generator=draw)
+    key, value = torch.randn(2, 1, 2, 702, 16, generator=draw)
+    scores = (query @ key.repeat_interleave(2, dim=1).transpose(2, 3) / 4).masked_fill(
+        ~layout.may_attend(index[:, None], index[None, :]), -torch.inf
+    )
+    expected = scores.softmax(-1) @ value.repeat_interleave(2, dim=1)
+    torch.testing.assert_close(_attention_by_branches(query, key, value, layout, Rules()), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("window", [None, 4])

@@ -1,10 +1,12 @@
 """Examples and numbers for tests of losses."""
 
 import math
+from dataclasses import replace
 
 import torch
 from omegaconf import OmegaConf
 
+from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.losses.base import Examples, Loss, TokenLogps
 from preference_training.losses.registry import build_loss, losses
 from tests.support.files import CONFIG_DIR
@@ -82,3 +84,18 @@ def tokens_of_pairs(pairs: list[dict], labeled: bool = False) -> tuple[torch.Ten
 def sum_by_response(tokens: torch.Tensor, examples: Examples) -> torch.Tensor:
     """Log-probs [R] of responses from those of their tokens."""
     return tokens.new_zeros(len(examples.lengths)).index_add(0, examples.policy_tokens.responses, tokens)
+
+
+def of_every_kind(pairs: list[TokenizedPrompt]) -> dict[str, list[TokenizedPrompt]]:
+    """Pairs with margins; both responses of each as labeled ones; and as a ranking, every other time with a third response.
+
+    The third or mismatched response is that of the next prompt.
+    """
+    others = [prompt.responses[0] for prompt in [*pairs[1:], pairs[0]]]
+    three = [replace(prompt, responses=[*prompt.responses, other]) for prompt, other in zip(pairs, others, strict=True)]
+    rankings = [[(0, 1, 2)] if number % 2 else [(0, 1)] for number in range(len(three))]
+    return {
+        "pairs": [replace(prompt, margins=[0.5 + number % 3]) for number, prompt in enumerate(pairs)],
+        "labels": [replace(prompt, examples=[(0, 2), (1, 2)], labels=[1.0, 0.0]) for prompt in three],
+        "rankings": [replace(prompt, examples=found) for prompt, found in zip(three, rankings, strict=True)],
+    }

@@ -29,6 +29,7 @@ from preference_training.modeling.reference_cache import ReferencePlan, cached_r
 from preference_training.tracking.tracker import Tracker
 from tests.support.building import build_trainer, take_steps
 from tests.support.files import GOLDEN
+from tests.support.losses import of_every_kind
 from tests.support.shown import write_files
 from trainers import Trainer
 
@@ -62,21 +63,6 @@ def build(models, compose, tokenizer, tmp_path):
         return build_trainer(config, new_policy, loss, **(defaults | parts))
 
     return built
-
-
-def of_every_kind(pairs: list[TokenizedPrompt]) -> dict[str, list[TokenizedPrompt]]:
-    """Pairs with margins; both responses of each as labeled ones; and as a ranking, every other time with a third response.
-
-    The third or mismatched response is that of the next prompt.
-    """
-    others = [prompt.responses[0] for prompt in [*pairs[1:], pairs[0]]]
-    three = [replace(prompt, responses=[*prompt.responses, other]) for prompt, other in zip(pairs, others, strict=True)]
-    rankings = [[(0, 1, 2)] if number % 2 else [(0, 1)] for number in range(len(three))]
-    return {
-        "pairs": [replace(prompt, margins=[0.5 + number % 3]) for number, prompt in enumerate(pairs)],
-        "labels": [replace(prompt, examples=[(0, 2), (1, 2)], labels=[1.0, 0.0]) for prompt in three],
-        "rankings": [replace(prompt, examples=found) for prompt, found in zip(three, rankings, strict=True)],
-    }
 
 
 @pytest.fixture(scope="module")
@@ -187,6 +173,24 @@ def test_sft_over_tokens_has_the_loss_and_the_gradient_of_transformers_own_loss_
     found, metrics = gradient_after_one_step(trainer, micro_batches(prompts, 2))
     assert metrics["loss/train"] == pytest.approx(expected, rel=1e-5)
     torch.testing.assert_close(found, gradient, rtol=1e-4, atol=1e-5 * gradient.abs().max().item())
+
+
+def test_metrics_of_labeled_responses_are_means_over_those_that_have_them(build, tokenized):
+    loss = build_loss("kto", beta=0.1, desirable_weight=1.0, undesirable_weight=1.0)
+    prompts = tokenized["labels"][:3]
+    metrics = build(loss, "llama", *SGD).train_step(micro_batches(prompts, 4))
+    # One of them alone: the same responses, each other's label left out.
+    good, bad = (
+        [replace(prompt, examples=prompt.examples[k : k + 1], labels=prompt.labels[k : k + 1]) for prompt in prompts]
+        for k in (0, 1)
+    )
+    of_good, of_bad = (build(loss, "llama", *SGD).train_step(micro_batches(part, 3)) for part in (good, bad))
+    for name, part, other in (("chosen", of_good, of_bad), ("rejected", of_bad, of_good)):
+        for kind in ("rewards_train", "logps_train"):
+            assert metrics[f"{kind}/{name}"] == pytest.approx(part[f"{kind}/{name}"], rel=1e-4)
+            assert f"{kind}/{name}" not in other
+    margin = metrics["rewards_train/chosen"] - metrics["rewards_train/rejected"]
+    assert metrics["rewards_train/margins"] == pytest.approx(margin) and "rewards_train/margins" not in of_good
 
 
 def test_a_step_on_equal_policy_and_reference_has_margin_0_and_loss_ln_2(build, tokenized):
@@ -367,7 +371,9 @@ def test_every_loss_falls_and_its_margin_grows_over_steps_on_the_same_examples(n
 def test_a_trainer_continues_from_its_state_bit_for_bit(name, build, loss_of, tokenized, tmp_path):
     def make(**parts):
         loss = loss_of(name)
-        train_batches = BatchIterator(Schedule(PromptTable.of(tokenized[loss.examples][:28]), 4, length=RunLength(n_epochs=1)))
+        prompts = tokenized[loss.examples]
+        prompts = prompts[: 28 // prompts[0].num_examples]
+        train_batches = BatchIterator(Schedule(PromptTable.of(prompts), 4, length=RunLength(n_epochs=1)))
         return build(loss, "gpt_neox", "lr=1e-3", "optimizer=AdamW", train=train_batches, **parts)
 
     whole, first = make(), make()

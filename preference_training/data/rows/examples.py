@@ -69,6 +69,8 @@ def _targets(record: PreferenceRecord, report: DataReport) -> Sequence[str]:
 def _compact(record: PreferenceRecord, examples: list[tuple[int, ...]], **numbers: list[float] | None) -> Selected:
     """The examples, with only the responses that they use."""
     used = sorted({index for members in examples for index in members})
+    if len(used) == len(record.responses):
+        return Selected(record.responses, examples, **numbers)
     place = {index: k for k, index in enumerate(used)}
     moved = [tuple(place[index] for index in members) for members in examples]
     return Selected([record.responses[index] for index in used], moved, **numbers)

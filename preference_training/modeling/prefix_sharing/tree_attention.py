@@ -191,7 +191,7 @@ def _causal_rows(queries: Tensor, keys: Tensor, values: Tensor, rules: Rules) ->
     """
     rows, length = queries.shape[2], keys.shape[2]
     shared = length - rows
-    # Causal attention of the whole sequence skips what a mask only hides: of many rows after few others it takes less time.
+    # Of many rows after few others, causal attention of the whole sequence takes less time: it skips what a mask only hides.
     if rules.are_plain(length) and (not shared or (rows >= 512 and 3 * shared <= rows)):
         keys, values = _repeat_heads(queries, keys), _repeat_heads(queries, values)
         queries = F.pad(queries, (0, 0, shared, 0)) if shared else queries

@@ -29,7 +29,7 @@ from preference_training.core.machine import release_memory
 from preference_training.core.processes import in_worker, reports_for_machine
 from preference_training.core.signals import STOPPED, StoppedError
 from preference_training.data.entries import read_entries
-from preference_training.losses.registry import example_kind
+from preference_training.losses.registry import example_kind, model_head
 from preference_training.sweeps.gpus import jobs_at_once, take_gpus
 from preference_training.sweeps.jobs import Request
 from preference_training.sweeps.running import run_job
@@ -72,7 +72,8 @@ def validate_and_start(composed: DictConfig, in_sweep: bool, run_dir: Path, resu
         composed.resume = resume
     settings = HydraConfig.get()
     config = validate(composed, list(settings.overrides.task), dict(settings.runtime.choices))
-    check_objective(config.objective, config.loss.name, example_kind(config.loss.name))
+    name = config.loss.name
+    check_objective(config.objective, name, example_kind(name), model_head(name))
     read_entries(config)
     if config.pruner and not in_sweep:
         raise UserError("pruner: found one, and this run has no others to be compared with. Add -m, or pruner=null.")
@@ -101,6 +102,7 @@ def run(config: RunConfig, run_dir: Path, in_sweep: bool = False) -> float | Non
     from trainers import TRAINERS, placement_for
 
     prepared = prepare_run(config, run_dir, in_sweep)
+    config = prepared.config
     trainer_class = TRAINERS[config.trainer.name]
     if config.dry_run:
         report_earlier_run(config, run_dir)

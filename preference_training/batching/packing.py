@@ -74,6 +74,12 @@ class PackedBatch:
         lengths = [length for _, length in self.trie.ends]
         return 0 if self.is_filler else sum(lengths[number] for row in self.members.tolist() for number in row if number >= 0)
 
+    @property
+    def last_tokens(self) -> Tensor:
+        """The packed index of each response's last token: [R] int64."""
+        ends = [int(self.trie.path(number)[-1]) for number in range(len(self.response_lengths))]
+        return torch.tensor(ends, device=self.input_ids.device)
+
     @cached_property
     def examples(self) -> Examples:
         """The examples as losses see them; their mean length is that of a whole batch, which a pack does not know."""

@@ -41,8 +41,9 @@ def save_configuration(policy: nn.Module, directory: Path, tokenizer, end_tokens
 def set_end_tokens(config, generation, tokenizer, end_tokens: Sequence[int] = ()) -> None:
     """Set the tokens that end a response in place: the tokenizer's, `end_tokens`, and those already named.
 
-    generation is None for a model that does not generate. A missing padding token is set for generation alone: in a model's
-    configuration it would keep that token's embedding from being trained.
+    generation is None for a reward model, which does not generate. A missing padding token is set for generation alone: in a
+    model's configuration it would keep that token's embedding from being trained. A reward model is read at the last token that
+    is not padding, so that its configuration must have it.
     """
     required = [tokenizer.eos_token_id, *end_tokens]
     text = config.get_text_config()
@@ -51,7 +52,9 @@ def set_end_tokens(config, generation, tokenizer, end_tokens: Sequence[int] = ()
         named = list(dict.fromkeys([*required, *named]))
     if tokenizer.eos_token_id not in _listed(text.eos_token_id):
         text.eos_token_id = tokenizer.eos_token_id
-    if generation is not None:
+    if generation is None:
+        text.pad_token_id = tokenizer.pad_token_id
+    else:
         generation.eos_token_id = named if len(named) > 1 else named[0]
         if generation.pad_token_id is None:
             generation.pad_token_id = tokenizer.pad_token_id

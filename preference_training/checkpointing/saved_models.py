@@ -25,11 +25,12 @@ from preference_training.modeling.adapters import (
     weights_to_save,
 )
 from preference_training.modeling.archives import archive_shapes, model_from_archive, weight_files
-from preference_training.modeling.loading import cast_weights, config_differences
+from preference_training.modeling.loading import cast_weights, config_differences, saved_head
 from preference_training.modeling.logprobs import response_logps
-from preference_training.modeling.prefix_sharing.proof import TOLERANCES, random_tries
+from preference_training.modeling.prefix_sharing.proof import TOLERANCES, ErrorScale, random_tries
 from preference_training.modeling.quantization import quantize
 from preference_training.modeling.state import free_memory
+from preference_training.modeling.value_head import add_values, auto_class, has_value_head
 
 # Relative tolerance of a token's log-prob between two computations in float32; absolute below 1 nat.
 FLOAT32 = 1e-5
@@ -78,21 +79,23 @@ def probe_logps_in_float32(model: nn.Module, dtype: torch.dtype) -> Tensor:
 
 def largest_difference(found: Tensor, expected: Tensor, model: nn.Module) -> float:
     """The largest difference per token between two models' `probe_logps`."""
-    return ((found - expected).abs() / probe(model).response_lengths).max().item()
+    return ErrorScale.of(model, probe(model), expected).error(found, expected)
 
 
 def tolerance(expected: Tensor, model: nn.Module, dtype: torch.dtype = torch.float32) -> float:
     """The largest difference per token that is rounding, where both are computed in a dtype."""
     if dtype != torch.float32:
         return TOLERANCES[dtype]
-    return FLOAT32 * max(1.0, (expected.abs() / probe(model).response_lengths).max().item())
+    scale = ErrorScale.of(model, probe(model), expected)
+    return FLOAT32 * max(1.0, scale.error(expected, torch.zeros_like(expected)))
 
 
 def compare(found: Tensor, expected: Tensor, model: nn.Module, allowed: float) -> float:
     """The `largest_difference` of two models. Raises DifferentModelError where it is more than allowed."""
     difference = largest_difference(found, expected, model)
     if not difference <= allowed:
-        raise DifferentModelError(f"its log-probs differ by {difference:.2g} per token, expected at most {allowed:.1g}")
+        what = "values differ by {:.2g} of the largest" if has_value_head(model) else "log-probs differ by {:.2g} per token"
+        raise DifferentModelError(f"its {what.format(difference)}, expected at most {allowed:.1g}")
     return difference
 
 
@@ -111,13 +114,18 @@ def load_plain(
 
     base: where that lies, if elsewhere than the directory says. Raises DifferentModelError where anything is missing or left.
     """
-    from transformers import AutoModelForCausalLM
-
-    adapter = is_adapter(str(directory))
+    adapter, head = is_adapter(str(directory)), saved_head(directory)
     whole = (base or read_adapter_config(directory)["base_model_name_or_path"]) if adapter else directory
-    options = {"dtype": dtype, "trust_remote_code": trust_remote_code, "cache_dir": cache_dir}
+    options: dict = {"dtype": dtype, "trust_remote_code": trust_remote_code, "cache_dir": cache_dir}
+    if head == "value":
+        options["num_labels"] = 1
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(whole, output_loading_info=True, **options)
+        model, info = auto_class(head).from_pretrained(whole, output_loading_info=True, **options)
+        if head == "value":
+            if adapter:
+                # A language model, or a reward model whose head the adapter replaces.
+                info |= {"missing_keys": [], "unexpected_keys": []}
+            add_values(model)
         rest = [f"{kind.replace('_', ' ')}: {sorted(map(str, names))[0]}" for kind, names in info.items() if names]
         if rest:
             raise DifferentModelError(f"plain transformers loads it with {'; '.join(rest)}")
@@ -204,7 +212,8 @@ def compare_parts(directory: Path, model: nn.Module, trust_remote_code: bool = F
                 raise DifferentModelError(f"its config.json differs in {', '.join(differing)}")
             shapes = {name: torch.empty(shape, device="meta") for name, shape in archive_shapes(directory).items()}
             on_meta = {"device_map": {"": "meta"}}
-            model_from_archive(config, shapes, directory, torch.float32, trust_remote_code, **on_meta)
+            head = "value" if has_value_head(model) else "lm"
+            model_from_archive(config, shapes, directory, torch.float32, trust_remote_code, head, **on_meta)
             files = weight_files(directory)
     except (UserError, OSError, ValueError) as error:
         raise DifferentModelError(first_line(error)) from error

@@ -105,6 +105,8 @@ class ModelConfig(Section):
     attn_implementation: str = key(one_of(ATTENTIONS))
     liger_kernels: bool = key(switch)
     trust_remote_code: bool = key(switch)
+    # No key: the loss says what head its models have, lm or value.
+    head: str = "lm"
 
     @property
     def trains_low_precision(self) -> bool:
@@ -328,6 +330,10 @@ class RunConfig(Section):
     def as_dict(self) -> dict[str, Any]:
         """All of it in plain values: the keys that were composed, in that order, references resolved."""
         return _plain(self, self.as_composed)
+
+    def with_head(self, head: str) -> "RunConfig":
+        """A copy whose model has a head: lm or value."""
+        return replace(self, model=replace(self.model, head=head))
 
     @property
     def sharded_dtype(self) -> str | None:

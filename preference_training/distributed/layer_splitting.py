@@ -27,6 +27,7 @@ from preference_training.modeling.loading import build_untrained, load_model
 from preference_training.modeling.logprobs import ScoringHead, response_logps
 from preference_training.modeling.prefix_sharing.proof import (
     TOLERANCES,
+    ErrorScale,
     disagreement,
     exact_arithmetic,
     logps_and_gradients,
@@ -227,7 +228,7 @@ def _split_error(policy: nn.Module, source: nn.Module) -> str | None:
     by_part = dict(zip(map(id, tried), gradients, strict=True))
     gradients = [_joined(policy, name, [by_part[id(part)] for part in parts[name]]).cpu() for name in names]
     rounding = TOLERANCES[source.autocast_dtype or source.dtype]
-    return disagreement((logps.cpu(), gradients), expected, batch.response_lengths, rounding)
+    return disagreement((logps.cpu(), gradients), expected, ErrorScale.of(source, batch, expected[0]), rounding)
 
 
 # ---- running ------------------------------------------------------------------------------------------------------------

@@ -83,8 +83,12 @@ class Placement:
         return LiveReference(policy if has_adapter(policy) else self.frozen_copy(policy))
 
     def samples(self, requested: bool | None) -> bool:
-        """Whether to sample at evaluations, where `sample_during_eval` is `requested`."""
-        return requested is None or requested
+        """Whether to sample at evaluations, where `sample_during_eval` is `requested`; never from a reward model."""
+        if self.config.model.head == "lm":
+            return requested is None or requested
+        if requested is not False:
+            print("sample_during_eval: off, since a reward model writes no responses", flush=True)
+        return False
 
     # ---- a step ---------------------------------------------------------------------------------------------------------
 
@@ -219,9 +223,10 @@ class Sharded(Placement):
 
     def samples(self, requested: bool | None) -> bool:
         """Whether to sample at evaluations: only if asked to, since every token gathers all weights again."""
-        if requested is None:
+        if requested is None and self.config.model.head == "lm":
             print("sample_during_eval: off, since the weights are sharded; sample_during_eval=true turns it on", flush=True)
-        return bool(requested)
+            return False
+        return super().samples(requested)
 
     def before_backward(self, policy: nn.Module, is_last: bool) -> None:
         """Tell FSDP when to reduce gradients."""

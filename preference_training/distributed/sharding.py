@@ -28,6 +28,7 @@ from preference_training.modeling.loading import build_untrained, load_model
 from preference_training.modeling.logprobs import response_logps
 from preference_training.modeling.prefix_sharing.proof import (
     TOLERANCES,
+    ErrorScale,
     disagreement,
     exact_arithmetic,
     logps_and_gradients,
@@ -276,7 +277,8 @@ def _check(model: nn.Module, source: nn.Module | None, layout: Layout, ranks: Ra
     problem = None
     if source is not None:
         rounding = TOLERANCES[layout.precision.param_dtype or source.autocast_dtype or source.dtype]
-        problem = disagreement((logps.detach().cpu(), found), expected, batch.response_lengths, rounding)
+        scale = ErrorScale.of(source, batch, expected[0])
+        problem = disagreement((logps.detach().cpu(), found), expected, scale, rounding)
     problem = ranks.broadcast(problem)
     if problem:
         raise UserError(

@@ -10,6 +10,7 @@ import threading
 import uuid
 from abc import ABC, abstractmethod
 from collections import Counter
+from collections.abc import Sequence
 from email.utils import parsedate_to_datetime
 from importlib.util import find_spec
 from string import Template
@@ -20,9 +21,8 @@ import xxhash
 from preference_training.configuration.composition import CONFIG_DIR
 from preference_training.configuration.schema import EvaluationConfig
 from preference_training.configuration.validation import EVALUATION_REQUIREMENTS, KEY_VARIABLE
-from preference_training.core.errors import UserError, first_line
+from preference_training.core.errors import UserError
 from preference_training.core.values import hash_values
-from preference_training.data.rows.templates import parse_dialogue
 from preference_training.data.toy_preferences import response_kind
 
 VERDICTS = ("first", "second", "tie")
@@ -62,6 +62,9 @@ class Judge(ABC):
         """Complete `identity` by asking the server, once; returns a note on the reuse of earlier verdicts."""
         return None
 
+    def prepare(self, questions: Sequence[tuple[str, str, str]]) -> None:  # noqa: B027  most judges need no preparation
+        """See all questions that will be asked, (prompt, first, second), before the first."""
+
     def request(self, prompt: str, first: str, second: str) -> list | dict:
         """Everything that is sent for one verdict, as plain values."""
         return [prompt, first, second]
@@ -80,65 +83,23 @@ class ToyJudge(Judge):
 
 
 class RewardModelJudge(Judge):
-    """A sequence classifier with one output: the response with the higher reward is better."""
+    """A reward model: the response with the higher reward is better."""
 
     def __init__(self, name: str, cache_dir: str | None, device):
-        from preference_training.modeling.state import weights_hash
+        from preference_training.evaluation.reward_models import RewardModel
 
-        self.model, self.tokenizer = load_reward_model(name, cache_dir)
-        reads = [self.model.config.to_json_string(), str(self.tokenizer.chat_template), self.tokenizer.get_vocab()]
-        how = hash_values(reads)
-        super().__init__(f"reward_model:{name} {weights_hash(self.model)} {how}")
-        self.model.to(device)
+        self.model = RewardModel(name, cache_dir, device)
+        super().__init__(f"reward_model:{name} {self.model.identity}")
         self.thread = threading.Lock()
+
+    def prepare(self, questions: Sequence[tuple[str, str, str]]) -> None:
+        """Compute all rewards, in batches."""
+        self.model.rewards([(prompt, response) for prompt, *responses in questions for response in responses])
 
     def better(self, prompt: str, first: str, second: str) -> str:
         """One of VERDICTS."""
         with self.thread:
-            return verdict_by_score(self.reward(prompt, first), self.reward(prompt, second))
-
-    def reward(self, prompt: str, response: str) -> float:
-        """The model's reward for a response; a long text is truncated on the left."""
-        import torch
-
-        if self.tokenizer.chat_template:
-            turns = parse_dialogue(prompt) or [("user", prompt)]
-            messages = [{"role": role, "content": content} for role, content in turns]
-            messages.append({"role": "assistant", "content": response.strip()})
-            text, special = self.tokenizer.apply_chat_template(messages, tokenize=False), False
-        else:
-            text, special = prompt + response, True
-        ids = self.tokenizer(text, return_tensors="pt", truncation=True, add_special_tokens=special).to(self.model.device)
-        with torch.no_grad():
-            return self.model(input_ids=ids.input_ids, attention_mask=ids.attention_mask).logits.item()
-
-
-def load_reward_model(name: str, cache_dir: str | None = None):
-    """Load a reward model and its tokenizer from the hub or a directory. Raises UserError for other models."""
-    from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
-
-    from preference_training.modeling.kernels import refuse_kernels
-
-    where = {"cache_dir": cache_dir, "trust_remote_code": False}
-    try:
-        config = AutoConfig.from_pretrained(name, **where)
-        refuse_kernels(config)
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            name, config=config, dtype="auto", output_loading_info=True, use_safetensors=True, **where
-        )
-        tokenizer = AutoTokenizer.from_pretrained(name, truncation_side="left", **where)
-    except Exception as error:  # a dozen types: network errors and damaged files
-        raise UserError(
-            f"evaluation.judge: cannot load reward_model:{name}: {first_line(error)}. Expected a sequence classifier with its "
-            "tokenizer: a hub id, or a local directory with safetensors."
-        ) from error
-    if config.num_labels != 1 or info["missing_keys"]:
-        missing = f", and no {sorted(info['missing_keys'])[0]}" if info["missing_keys"] else ""
-        raise UserError(
-            f"evaluation.judge: reward_model:{name} has {config.num_labels} outputs{missing}. Expected a trained reward "
-            "model: a sequence classifier with one output."
-        )
-    return model.eval(), tokenizer
+            return verdict_by_score(*self.model.rewards([(prompt, first), (prompt, second)]))
 
 
 def verdict_by_score(first: float, second: float) -> str:

@@ -80,8 +80,10 @@ def ask_all(judge: Judge, comparisons: Sequence[Comparison], store: VerdictStore
     """
     asked = {VerdictStore.key(judge, question): question for each in comparisons for question in each.questions(judge)}
     missing: Counter = Counter()
+    unknown = [question for key, question in asked.items() if key not in store.known]
+    judge.prepare(unknown)
     with ThreadPoolExecutor(workers) as pool:
-        waiting = [pool.submit(ask, judge, q, store) for key, q in asked.items() if key not in store.known]
+        waiting = [pool.submit(ask, judge, question, store) for question in unknown]
         try:
             for future in as_completed(waiting):
                 try:

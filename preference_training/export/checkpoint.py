@@ -37,7 +37,7 @@ def export(path: Path, options: ExportOptions) -> list[str]:
     Raises UserError if the export fails, and then leaves no directory.
     """
     source = Source.read(path, options.trust_remote_code)
-    check_options(options, source.is_adapter)
+    check_options(options, source.is_adapter, source.head)
     tokenizer = source.load_tokenizer()
     prompt_format = _prompt_format(source, options.template)
     prompt, notes = serve_as_trained(prompt_format, tokenizer)
@@ -166,6 +166,7 @@ def _card_facts(source: Source) -> CardFacts:
     archive = source.config["model"].get("archive")
     return CardFacts(
         name="",
+        head=source.head,
         architecture="",
         dtype="",
         parameters=0,

@@ -25,13 +25,18 @@ class ExportOptions:
     trust_remote_code: bool = False
 
 
-def check_options(options: ExportOptions, is_adapter: bool) -> None:
+def check_options(options: ExportOptions, is_adapter: bool, head: str = "lm") -> None:
     """Raise UserError for options that contradict each other, or that this checkpoint or this machine cannot satisfy."""
     if options.merge and not is_adapter:
         raise UserError("--merge: this checkpoint holds full weights, not an adapter. Drop --merge.")
     for key, value in (("--dtype", options.dtype), ("--quantize", options.quantize), ("--ollama", options.ollama)):
         if value and is_adapter and not options.merge:
             raise UserError(f"{key}: this checkpoint holds an adapter. Add --merge to merge it into its base model.")
+    for key, value in (("--quantize", options.quantize), ("--ollama", options.ollama)):
+        if value and head == "value":
+            raise UserError(
+                f"{key}: this checkpoint holds a reward model, and {key} is for models that write text. Drop {key}."
+            )
     if options.quantize and options.ollama:
         raise UserError("--quantize: Ollama quantizes the full weights itself. Use either --quantize or --ollama.")
     if options.private and not options.push:

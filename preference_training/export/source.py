@@ -69,6 +69,11 @@ class Source:
         return is_adapter(str(self.checkpoint))
 
     @property
+    def head(self) -> str:
+        """The head of the model: lm or value."""
+        return loading.saved_head(self.checkpoint)
+
+    @property
     def base(self) -> str | None:
         """The model that the run started from, as its configuration names it; None for random initialization."""
         return self.config["model"].get("name_or_path")
@@ -104,13 +109,14 @@ class Source:
         name = self.config["model"].get("tokenizer_name_or_path")
         if (self.checkpoint / TOKENIZER_CONFIG).is_file():
             name = str(self.checkpoint)
-        known = {"name_or_path": self.base, "tokenizer_name_or_path": name}
+        known = {"name_or_path": self.base, "tokenizer_name_or_path": name, "head": self.head}
         return load_tokenizer(model_config(known, trust_remote_code=self.trust_remote_code))
 
     def model_config(self) -> ModelConfig:
         """The `model` configuration that loads the checkpoint, in the dtype of its weights."""
         own = {"name_or_path": str(self.checkpoint), "policy_dtype": self.dtype}
-        return model_config(self.config["model"] if self.is_adapter else own, trust_remote_code=self.trust_remote_code)
+        known = self.config["model"] if self.is_adapter else own
+        return model_config(known, trust_remote_code=self.trust_remote_code, head=self.head)
 
     def load_model(self):
         """The model as its run has it, with its adapter if it has one. Raises UserError where its files cannot be read."""

@@ -24,8 +24,11 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-# What a reward is beta times of: the policy's log-prob minus the reference's, or the policy's alone; summed or per token.
-Reward = Literal["log-ratio", "log-ratio per token", "log-prob per token"]
+# What a reward is beta times of: the policy's log-prob minus the reference's, or the policy's alone; summed or per token. A
+# reward model's is the value that it gives.
+Reward = Literal["log-ratio", "log-ratio per token", "log-prob per token", "value"]
+# What a policy gives of each response: its log-prob, or a value.
+ModelHead = Literal["lm", "value"]
 # What the examples of a loss are: single responses (SFT); a preferred and a dispreferred response; responses, the best first;
 # a response that is labeled desirable or undesirable, with a mismatched one, of another prompt.
 ExampleKind = Literal["targets", "pairs", "rankings", "labels"]
@@ -110,7 +113,8 @@ class LossOutput:
 
     losses: [E], with gradient; their mean is the loss. chosen_rewards, rejected_rewards: [E] without gradient, NaN where an
     example has no such response, or None where examples are single responses. statistics: numbers to log under their own
-    names. accuracies: [E], of a loss for which they are not whether the chosen reward is above the rejected one.
+    names. accuracies: [E], of a loss for which they are not whether the chosen reward is above the rejected one. has_logps:
+    whether the policy gives log-probs, rather than values.
     """
 
     losses: Tensor
@@ -118,6 +122,7 @@ class LossOutput:
     rejected_rewards: Tensor | None = None
     statistics: dict[str, float | Tensor] = field(default_factory=dict)
     accuracies: Tensor | None = None
+    has_logps: bool = True
 
     def weighted(self, weights: Tensor | None) -> LossOutput:
         """Each loss times the weight of its example, [E]; unchanged without weights."""
@@ -145,6 +150,8 @@ class Loss(ABC):
 
     # What its examples are.
     examples: ClassVar[ExampleKind] = "pairs"
+    # What the policy gives: summed log-probs of responses, or with "value" their values, as `policy` [R].
+    model_head: ClassVar[ModelHead] = "lm"
     # Whether it reads the reference's log-probs.
     needs_reference: bool = True
     # Whether `batch_statistics` must be called with a whole micro-batch before any of its losses is computed.
@@ -215,13 +222,13 @@ def example_metrics(output: LossOutput, policy: Tensor, examples: Examples, spli
             loss(split): losses,
         }
     margins = chosen - rejected
+    known = {logps(split, REJECTED): policy[examples.last], logps(split, CHOSEN): policy[examples.first]}
     return {
         reward(split, CHOSEN): chosen,
         reward(split, REJECTED): rejected,
         reward(split, "accuracies"): (margins > 0).float() + 0.5 * (margins == 0).float(),
         reward(split, "margins"): margins,
-        logps(split, REJECTED): policy[examples.last],
-        logps(split, CHOSEN): policy[examples.first],
+        **(known if output.has_logps else {}),
         loss(split): losses,
     }
 

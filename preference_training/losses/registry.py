@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import preference_training.losses as package
 from preference_training.configuration.keys import is_number
 from preference_training.core.errors import UserError
-from preference_training.losses.base import ExampleKind, Loss
+from preference_training.losses.base import ExampleKind, Loss, ModelHead
 
 AnyLoss = TypeVar("AnyLoss", bound=type[Loss])
 
@@ -75,6 +75,12 @@ def example_kind(name: object) -> ExampleKind:
     """What the examples of a loss are."""
     found = find_loss(name)
     return "pairs" if found is None else found.objective.examples
+
+
+def model_head(name: object) -> ModelHead:
+    """What the policy of a loss gives of each response."""
+    found = find_loss(name)
+    return "lm" if found is None else found.objective.model_head
 
 
 def evaluation_depends_on_run(name: object) -> bool:

@@ -47,7 +47,7 @@ def _build_part(part: Any, where: str, seed: int) -> Part:
     keys = default_values(loss=name)["loss"] | given
     check_section(LossConfig, keys, where)
     loss = build_loss(**keys, seed=seed)
-    if loss.examples not in ("pairs", "targets") or loss.reference_update is not None:
+    if loss.examples not in ("pairs", "targets") or loss.reference_update is not None or loss.model_head == "value":
         raise UserError(f"{where}.name: found {name}, expected a loss of pairs with a frozen reference, or sft.")
     return Part(loss, float(weight))
 

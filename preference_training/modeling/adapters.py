@@ -27,6 +27,7 @@ from preference_training.modeling.lora_targets import (
     unsupported_layers,
 )
 from preference_training.modeling.quantization import INSTALL
+from preference_training.modeling.value_head import VALUE_HEAD, has_value_head, is_head_weight, output_head
 from preference_training.tracking.run_files import read_run_info
 
 # peft's names of the adapter that is trained, and of the frozen one that training started from.
@@ -34,6 +35,8 @@ TRAINED_ADAPTER, INITIAL_ADAPTER = "default", "starting"
 WEIGHTS_FILE, CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 # Prefix of all weight names in peft's files.
 PREFIX = "base_model.model."
+# peft's name for what an adapter of a reward model does.
+VALUE_TASK = "SEQ_CLS"
 # Directory, in a run or an export, of the base model of an adapter where no other place has it unchanged.
 BASE_DIR = "base"
 
@@ -63,7 +66,8 @@ def build_lora_config(model_config: ModelConfig, model: nn.Module, unsupported: 
         config.target_modules = config.target_modules if targets is None else targets
         config.lora_dropout = lora.dropout
         return config
-    config = LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, task_type="CAUSAL_LM")
+    task = VALUE_TASK if model_config.head == "value" else "CAUSAL_LM"
+    config = LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, task_type=task)
     # peft's "all-linear" excludes the head, which many models tie to the embedding.
     config.target_modules = "all-linear" if targets is None else targets
     if targets is None:
@@ -81,7 +85,7 @@ def _load_lora_config(archive: str):
         raise UserError(f"model.archive: {archive}: its {CONFIG_FILE} is damaged: {first_line(error)}.") from error
     unsupported = [
         (config.peft_type != "LORA", f"peft_type {config.peft_type}"),
-        (config.modules_to_save, "modules_to_save"),
+        (config.modules_to_save and not is_value_adapter(archive), "modules_to_save"),
         (config.bias != "none", f"bias {config.bias!r}"),
         (config.layer_replication, "layer_replication"),
         (not isinstance(config.init_lora_weights, bool) and config.init_lora_weights not in ("gaussian", "orthogonal"),
@@ -90,16 +94,18 @@ def _load_lora_config(archive: str):
     for is_unsupported, feature in unsupported:
         if is_unsupported:
             raise UserError(f"model.archive: {archive}: an adapter with {feature} is not supported. Expected plain LoRA.")
-    config.inference_mode = False
+    # The head is trained in place.
+    config.inference_mode, config.modules_to_save = False, None
     return config
 
 
 def add_adapter(model: nn.Module, model_config: ModelConfig, base: str | None = None) -> None:
     """Freeze a model and add the adapter of a `model` configuration; a new adapter leaves the model's outputs unchanged.
 
-    Adapter weights are float32 whatever the model's dtype. Where training starts from an adapter, a frozen copy of it is added
-    beside the trained one. base: the location of the base model; None is where it was loaded from. Raises UserError for target
-    modules that the model does not have, or on which an adapter would have no effect.
+    Adapter weights are float32 whatever the model's dtype; so is a value head, which is trained itself. Where training starts
+    from an adapter, a frozen copy of it is added beside the trained one. base: the location of the base model; None is where it
+    was loaded from. Raises UserError for target modules that the model does not have, or on which an adapter would have no
+    effect.
     """
     model.requires_grad_(False)
     starts_from_adapter = is_adapter(model_config.archive)
@@ -121,12 +127,16 @@ def add_adapter(model: nn.Module, model_config: ModelConfig, base: str | None = 
             own.base_model_name_or_path = base
         except ValueError as error:
             raise _target_error(model, model_config, first_line(error)) from error
+    if has_value_head(model) and VALUE_HEAD in adapted_modules(model):
+        raise _target_error(model, model_config, f"{VALUE_HEAD}, the value head, is trained itself")
     if reasons := sorted({unsupported[name] for name in unsupported.keys() & adapted_modules(model)}):
         raise _target_error(model, model_config, "; ".join(reasons))
     model.set_adapter(TRAINED_ADAPTER)
     for name, weight in model.named_parameters():
-        if ".lora_" in name:
+        if ".lora_" in name or (has_value_head(model) and is_head_weight(name)):
             weight.data = weight.data.float()
+    if has_value_head(model):
+        output_head(model).requires_grad_(True)
 
 
 def _target_error(model: nn.Module, model_config: ModelConfig, reason: str) -> UserError:
@@ -172,9 +182,15 @@ def _pattern(name: str) -> str:
 
 
 def adapter_weights(named_weights: dict[str, Tensor], adapter: str = TRAINED_ADAPTER) -> dict[str, Tensor]:
-    """The weights of an adapter among a model's named weights, not copied, by their names in peft's files."""
+    """The weights of an adapter among a model's named weights, not copied, by their names in peft's files.
+
+    With the trained adapter goes a value head, which is trained beside it.
+    """
     part = re.compile(rf"(\.lora_\w+)\.{adapter}(?=\.|$)")
-    return {PREFIX + part.sub(r"\1", name): weight for name, weight in named_weights.items() if part.search(name)}
+    found = {PREFIX + part.sub(r"\1", name): weight for name, weight in named_weights.items() if part.search(name)}
+    if found and adapter == TRAINED_ADAPTER:
+        found |= {PREFIX + name: weight for name, weight in named_weights.items() if is_head_weight(name)}
+    return found
 
 
 def weights_to_save(named_weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -183,8 +199,16 @@ def weights_to_save(named_weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def initial_weights(named_weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The named weights that training started from: those of the base model, and those of the initial adapter, if any."""
-    base = {name.replace(".base_layer.", "."): weight for name, weight in named_weights.items() if ".lora_" not in name}
+    """The named weights that training started from: those of the base model, and those of the initial adapter, if any.
+
+    A value head that is trained beside an adapter belongs to neither.
+    """
+    adapted = any(".lora_" in name for name in named_weights)
+    base = {
+        name.replace(".base_layer.", "."): weight
+        for name, weight in named_weights.items()
+        if ".lora_" not in name and not (adapted and is_head_weight(name))
+    }
     return base, adapter_weights(named_weights, INITIAL_ADAPTER)
 
 
@@ -217,7 +241,15 @@ def is_adapter(archive: str | None) -> bool:
 
 def save_adapter_config(model: nn.Module, folder: Path) -> None:
     """Write peft's adapter_config.json of the trained adapter."""
-    model.peft_config[TRAINED_ADAPTER].save_pretrained(folder)
+    config = copy.copy(model.peft_config[TRAINED_ADAPTER])
+    config.modules_to_save = [VALUE_HEAD] if config.task_type == VALUE_TASK else None
+    config.save_pretrained(folder)
+
+
+def is_value_adapter(archive: str | Path) -> bool:
+    """Whether an adapter on disk is a reward model's. Raises UserError where it is damaged."""
+    config = read_adapter_config(archive)
+    return config.get("task_type") == VALUE_TASK and config.get("modules_to_save") == [VALUE_HEAD]
 
 
 def base_archive(model_config: ModelConfig) -> Path | None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from preference_training.core.errors import UserError
 from preference_training.core.files import load_tensors
+from preference_training.modeling.value_head import auto_class, is_head_weight
 
 # The files of a model in Hugging Face format.
 MODEL_CONFIG, GENERATION_CONFIG, TOKENIZER_CONFIG = "config.json", "generation_config.json", "tokenizer_config.json"
@@ -95,20 +96,29 @@ def _archive_error(path: Path, found: str) -> UserError:
 
 
 def model_from_archive(
-    config, state: dict[str, Tensor], path: Path, dtype: torch.dtype, trust_remote_code: bool = False, **where
+    config,
+    state: dict[str, Tensor],
+    path: Path,
+    dtype: torch.dtype,
+    trust_remote_code: bool = False,
+    head: str = "lm",
+    **where,
 ) -> nn.Module:
     """A model with the weights of an archive; transformers maps names of its older versions to the current ones.
 
-    Raises UserError naming the tensors that are missing, unexpected or of another shape than `config` asks for.
+    head: lm or value; a value head is drawn where the archive is a language model. Raises UserError naming the tensors that are
+    missing, unexpected or of another shape than `config` asks for.
     """
-    from transformers import AutoModelForCausalLM
-
     with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
+        empty = auto_class(head).from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
+    draws_head = head == "value" and not any(map(is_head_weight, state))
+    if draws_head:
+        # The head over the vocabulary is no part of it.
+        state = {name: tensor for name, tensor in state.items() if name.startswith(f"{empty.base_model_prefix}.")}
     model, info = type(empty).from_pretrained(
         None, config=config, state_dict=state, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **where
     )
-    misfits = [f"{name} is missing" for name in sorted(info["missing_keys"])]
+    misfits = [f"{name} is missing" for name in sorted(info["missing_keys"]) if not (draws_head and is_head_weight(name))]
     misfits += [f"{name} is not part of the model" for name in sorted(info["unexpected_keys"])]
     misfits += [
         f"{name} is {list(found)}, expected {list(expected)}" for name, found, expected in sorted(info["mismatched_keys"])

@@ -17,6 +17,7 @@ from preference_training.data.prompt_table import PromptTable
 from preference_training.data.rows.records import Turn
 from preference_training.data.rows.templates import ConversationError, build_template
 from preference_training.modeling.loading import model_configuration
+from preference_training.modeling.value_head import auto_class
 
 # Configuration keys for the number of positions that a model was built for.
 POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len")
@@ -46,19 +47,17 @@ def model_limits(config, tokenizer) -> Limits:
     declared = next((value for key in POSITION_KEYS if isinstance(value := getattr(text, key, None), int)), None)
     # The table is looked up only where rows may be longer.
     exceeded = declared is not None and config.max_length > declared
-    table = _position_table_size(model, text, config.model.trust_remote_code) if exceeded else None
+    table = _position_table_size(model, text, config.model.head, config.model.trust_remote_code) if exceeded else None
     return Limits(getattr(text, "vocab_size", None), table, declared)
 
 
-def _position_table_size(model_config, text_config, trust_remote_code: bool) -> int | None:
+def _position_table_size(model_config, text_config, head: str, trust_remote_code: bool) -> int | None:
     """The number of entries of a model's position table; None where it computes positions, as rotary embeddings do."""
-    from transformers import AutoModelForCausalLM
-
     if text_config.model_type == "mpt":
         # Its ALiBi biases are built for this many positions.
         return text_config.max_seq_len
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=trust_remote_code)
+        model = auto_class(head).from_config(model_config, trust_remote_code=trust_remote_code)
     tokens = model.get_input_embeddings()
     learned = [
         _num_positions(module)

@@ -31,6 +31,7 @@ from preference_training.modeling.adapters import (
     check_base_weights,
     describe_frozen_layers,
     is_adapter,
+    is_value_adapter,
     load_adapter,
     merge_adapter,
     saved_base,
@@ -47,6 +48,7 @@ from preference_training.modeling.archives import (
 from preference_training.modeling.kernels import choose_attention, refuse_kernels, use_liger_kernels
 from preference_training.modeling.quantization import dequantize, quantize
 from preference_training.modeling.state import weights_hash
+from preference_training.modeling.value_head import ROW_END, add_values, auto_class, check_head, is_classifier
 from preference_training.tracking.run_files import CHECKSUMS, STATE, read_run_info
 
 
@@ -86,21 +88,35 @@ def load_model(model_config: ModelConfig, tokenizer, cache_dir: str | None = Non
 
 def load_base(model_config: ModelConfig, tokenizer, cache_dir: str | None = None, base_dir: Path | None = None) -> nn.Module:
     """The model of a `model` configuration as transformers builds it: with dropout, not quantized, without an adapter."""
-    from transformers import AutoModelForCausalLM
-
-    dtype = getattr(torch, model_config.policy_dtype)
+    auto, dtype = auto_class(model_config.head), getattr(torch, model_config.policy_dtype)
     config = model_configuration(model_config, tokenizer, cache_dir)
     remote = {"trust_remote_code": model_config.trust_remote_code}
     archive = base_dir if base_dir is not None and base_dir.is_dir() else base_archive(model_config)
     if archive:
-        return model_from_archive(config, read_archive(archive), archive, dtype, model_config.trust_remote_code)
+        return model_from_archive(config, read_archive(archive), archive, dtype, **_kind(model_config))
     if not model_config.name_or_path:
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, **remote)
+        return auto.from_config(config, dtype=dtype, **remote)
     name = model_config.name_or_path
     with loading_errors("model.name_or_path", name):
         for index in (SAFETENSORS_INDEX, "pytorch_model.bin.index.json"):
             indexed_files(Path(name) / index)
-        return AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype, cache_dir=cache_dir, **remote)
+        return auto.from_pretrained(name, config=config, dtype=dtype, cache_dir=cache_dir, **remote)
+
+
+def _kind(model_config: ModelConfig) -> dict:
+    """Which class of transformers a model has."""
+    return {"head": model_config.head, "trust_remote_code": model_config.trust_remote_code}
+
+
+def saved_head(directory: Path) -> str:
+    """The head of a saved model, or of that of a saved adapter: lm or value."""
+    if is_adapter(str(directory)):
+        return "value" if is_value_adapter(directory) else "lm"
+    try:
+        architectures = json.loads((directory / MODEL_CONFIG).read_text(encoding="utf-8")).get("architectures") or ()
+    except (OSError, ValueError, AttributeError):
+        return "lm"
+    return "value" if any(map(is_classifier, architectures)) else "lm"
 
 
 def _is_loadable_elsewhere(config, model_config: ModelConfig) -> bool:
@@ -130,7 +146,7 @@ CONFIG_METADATA = frozenset({
     "bos_token_id", "eos_token_id", "id2label", "label2id",
 })  # fmt: skip
 # Keys that are set again whenever a model is loaded.
-SET_AT_LOAD = frozenset({"auto_map", "pad_token_id", "_attn_implementation", "attn_implementation"})
+SET_AT_LOAD = frozenset({"auto_map", "pad_token_id", "_attn_implementation", "attn_implementation", ROW_END})
 
 
 def config_differences(one, other) -> list[str]:
@@ -246,15 +262,15 @@ def build_untrained(model_config: ModelConfig, tokenizer, cache_dir: str | None 
 
     dtype: its name, such as bfloat16; None is `policy_dtype`.
     """
-    from transformers import AutoModelForCausalLM
-
     config = model_configuration(model_config, tokenizer, cache_dir)
     options = {"dtype": getattr(torch, dtype or model_config.policy_dtype), "trust_remote_code": model_config.trust_remote_code}
-    return _configure(AutoModelForCausalLM.from_config(config, **options), model_config)
+    return _configure(auto_class(model_config.head).from_config(config, **options), model_config)
 
 
 def _configure(model: nn.Module, model_config: ModelConfig, base: str | None = None) -> nn.Module:
     """Apply what a `model` configuration says of computing, quantization and adapter to a model that transformers has built."""
+    if model_config.head == "value":
+        add_values(model)
     disable_dropout(model)
     model.autocast_dtype = model_config.autocast_dtype and getattr(torch, model_config.autocast_dtype)
     choose_attention(model, model_config.attn_implementation)
@@ -268,7 +284,19 @@ def _configure(model: nn.Module, model_config: ModelConfig, base: str | None = N
 
 
 def model_configuration(model_config: ModelConfig, tokenizer, cache_dir: str | None = None):
-    """The transformers configuration of `name_or_path` with the values of `from_config`, or of `from_config` alone."""
+    """The transformers configuration of `name_or_path` with the values of `from_config`, or of `from_config` alone.
+
+    Raises UserError where there is none, or it is not that of a model with the configured head.
+    """
+    config = _configuration(model_config, tokenizer, cache_dir)
+    check_head(config, model_config.head, model_config.name_or_path or config.model_type)
+    if model_config.head == "value":
+        config.num_labels = 1
+        setattr(config, ROW_END, tokenizer.eos_token_id)
+    return config
+
+
+def _configuration(model_config: ModelConfig, tokenizer, cache_dir: str | None):
     from transformers import AutoConfig
 
     # transformers writes into what it is given.
@@ -323,12 +351,13 @@ def check_model(model_config: ModelConfig, tokenizer, cache_dir: str | None = No
     lines = describe_unused_options(config)
     if path:
         shapes = {name: torch.empty(shape, device="meta") for name, shape in archive_shapes(path).items()}
-        model_from_archive(config, shapes, path, torch.float32, model_config.trust_remote_code, device_map={"": "meta"})
-    if model_config.lora.r is not None:
+        model_from_archive(config, shapes, path, torch.float32, device_map={"": "meta"}, **_kind(model_config))
+    if model_config.lora.r is not None or model_config.head == "value":
         with torch.device("meta"):
             model = build_untrained(model_config, tokenizer, cache_dir)
-        if is_adapter(model_config.archive):
-            check_adapter_shapes(model_config.archive, model)
+    if is_adapter(model_config.archive):
+        check_adapter_shapes(model_config.archive, model)
+    if model_config.lora.r is not None:
         lines += describe_frozen_layers(model, model_config)
     return lines
 

@@ -1,4 +1,4 @@
-"""Log-probs of responses under a model, and the reference that gives them without gradients.
+"""Log-probs of responses under a model, or their values, and the reference that gives log-probs without gradients.
 
 Shapes: T packed tokens, S scored tokens, C contributions (a scored token counts for each response that shares it), R
 responses, L tokens of the longest padded row, H hidden size, V vocabulary, K 1 or 2 values a token. Position i of the logits
@@ -6,9 +6,10 @@ predicts token i + 1, so a response is scored from the last position of its prom
 """
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from functools import cache
+from functools import cache, partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,9 +25,15 @@ from preference_training.modeling.adapters import has_adapter, reference_mode
 from preference_training.modeling.prefix_sharing.longest_row import forget_longest_row, frequency_groups, frequency_limits
 from preference_training.modeling.prefix_sharing.tree_attention import TREE_ATTENTION
 from preference_training.modeling.state import spans_devices
+from preference_training.modeling.value_head import has_value_head
 
 # The most float32 logits in memory at once. Unit: bytes.
 MAX_LOGITS_BYTES = 2**29
+
+# What is computed of all responses in one forward of the trie.
+ByTrie = Callable[[nn.Module, PackedBatch], Tensor]
+# What is computed of some responses, given by their numbers, in one forward of padded rows: a tensor for each.
+ByRows = Callable[[nn.Module, PackedBatch, Sequence[int]], Sequence[Tensor]]
 
 
 def shares_prefixes(model: nn.Module) -> bool:
@@ -35,8 +42,19 @@ def shares_prefixes(model: nn.Module) -> bool:
 
 
 def response_logps(model: nn.Module, batch: PackedBatch) -> Tensor:
-    """Log-prob of each response given its prompt, summed over its scored tokens: [R] float32, in the batch's order."""
-    return _sum_by_response(scored_tokens(model, batch), batch)
+    """Log-prob of each response given its prompt, summed over its scored tokens: [R] float32, in the batch's order.
+
+    Of a model with a value head: the value of each response, at its last token.
+    """
+    return _by_response(model, _computed(model, batch, *_ways(model)), batch)
+
+
+def scored_tokens(model: nn.Module, batch: PackedBatch, collision: bool = False) -> Tensor:
+    """Log-probs of the scored tokens, response by response: [C, 1] float64 (float32 on MPS).
+
+    collision: also log sum_v p_v^2 of the distribution that each token is drawn from: [C, 2]. The softmax is always in float32.
+    """
+    return _computed(model, batch, partial(_score_trie, collision=collision), partial(_score_rows, collision=collision))
 
 
 def policy_logps(model: nn.Module, batch: PackedBatch, loss: Loss) -> tuple[Tensor, TokenLogps | None]:
@@ -55,35 +73,16 @@ def reference_logps(reference, batch: PackedBatch, loss: Loss) -> tuple[Tensor |
     return reference.with_tokens(batch) if loss.reads_tokens else (reference(batch), None)
 
 
-def scored_tokens(model: nn.Module, batch: PackedBatch, collision: bool = False) -> Tensor:
-    """Log-probs of the scored tokens, response by response: [C, 1] float64 (float32 on MPS).
-
-    collision: also log sum_v p_v^2 of the distribution that each token is drawn from: [C, 2]. A model with tree attention
-    computes what sequences share once; any other computes padded rows, as one does whose rotary embeddings would let longer
-    rows affect shorter ones, in several forwards. A model with an attribute `autocast_dtype` runs under autocast in that dtype;
-    the softmax is always in float32.
-    """
-    groups = frequency_groups(model, batch.trie)
-    forget_longest_row(model)
-    dtype = getattr(model, "autocast_dtype", None)
-    with torch.autocast(batch.input_ids.device.type, dtype=dtype, enabled=dtype is not None):
-        if len(groups) == 1 and shares_prefixes(model):
-            values = _score_trie(model, batch, collision)
-        else:
-            values = _score_rows(model, batch, collision, groups)
-        if isinstance(model, FSDPModule) and frequency_limits(model):
-            values = values + _zero_of_missing_forwards(model, batch, len(groups))
-    return values
-
-
 def trie_logps(model: nn.Module, batch: PackedBatch) -> Tensor:
     """`response_logps` in one forward of the packed tokens."""
-    return _sum_by_response(_score_trie(model, batch), batch)
+    by_trie, _ = _ways(model)
+    return _by_response(model, by_trie(model, batch), batch)
 
 
 def padded_logps(model: nn.Module, batch: PackedBatch) -> Tensor:
     """`response_logps` of padded rows."""
-    return _sum_by_response(_score_rows(model, batch), batch)
+    _, by_rows = _ways(model)
+    return _by_response(model, _in_groups(model, batch, by_rows, [range(len(batch.response_lengths))]), batch)
 
 
 def unpadded_logps(model: nn.Module, batch: PackedBatch) -> Tensor:
@@ -91,12 +90,63 @@ def unpadded_logps(model: nn.Module, batch: PackedBatch) -> Tensor:
     by_length: dict[int, list[int]] = {}
     for number, (_, length) in enumerate(batch.trie.ends):
         by_length.setdefault(length, []).append(number)
-    return _sum_by_response(_score_rows(model, batch, groups=list(by_length.values())), batch)
+    _, by_rows = _ways(model)
+    return _by_response(model, _in_groups(model, batch, by_rows, list(by_length.values())), batch)
+
+
+# ---- ways to compute ------------------------------------------------------------------------------------------------------
+
+
+def _ways(model: nn.Module) -> tuple[ByTrie, ByRows]:
+    """How a model computes what it says of responses: values, or log-probs of their tokens."""
+    return (_value_trie, _value_rows) if has_value_head(model) else (_score_trie, _score_rows)
+
+
+def _by_response(model: nn.Module, computed: Tensor, batch: PackedBatch) -> Tensor:
+    """One number of each response [R], from its value or the log-probs of its tokens."""
+    return computed if has_value_head(model) else _sum_by_response(computed, batch)
 
 
 def _sum_by_response(values: Tensor, batch: PackedBatch) -> Tensor:
     """The sums of the first column of `scored_tokens` over each response's tokens: [R] float32."""
     return values.new_zeros(len(batch.response_lengths)).index_add(0, batch.scored_responses, values[:, 0]).float()
+
+
+def _computed(model: nn.Module, batch: PackedBatch, by_trie: ByTrie, by_rows: ByRows) -> Tensor:
+    """What a model computes of a batch's responses, one after the other.
+
+    A model with tree attention computes what sequences share once; any other computes padded rows, as one does whose rotary
+    embeddings would let longer rows affect shorter ones, in several forwards. A model with an attribute `autocast_dtype` runs
+    under autocast in that dtype.
+    """
+    groups = frequency_groups(model, batch.trie)
+    dtype = getattr(model, "autocast_dtype", None)
+    with torch.autocast(batch.input_ids.device.type, dtype=dtype, enabled=dtype is not None):
+        if len(groups) == 1 and shares_prefixes(model):
+            forget_longest_row(model)
+            result = by_trie(model, batch)
+        else:
+            result = _in_groups(model, batch, by_rows, groups)
+        if isinstance(model, FSDPModule) and frequency_limits(model):
+            result = result + _zero_of_missing_forwards(model, batch, by_rows, len(groups))
+    return result
+
+
+def _in_groups(model: nn.Module, batch: PackedBatch, by_rows: ByRows, groups: Iterable[Sequence[int]]) -> Tensor:
+    """What is computed of all responses in a forward of each group of their numbers."""
+    found: dict[int, Tensor] = {}
+    for group in groups:
+        forget_longest_row(model)
+        found |= zip(group, by_rows(model, batch, group), strict=True)
+    return torch.cat([found[number] for number in range(len(found))])
+
+
+def _zero_of_missing_forwards(model: nn.Module, batch: PackedBatch, by_rows: ByRows, forwards: int) -> Tensor:
+    """A zero that depends on as many more forwards as another rank has made: ranks of a sharded model compute in lockstep."""
+    most = torch.tensor(forwards, device=batch.input_ids.device)
+    torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+    zeros = [by_rows(model, batch, [0])[0].sum() * 0 for _ in range(int(most) - forwards)]
+    return torch.stack(zeros).sum() if zeros else torch.zeros((), device=batch.input_ids.device)
 
 
 def _to_float64(values: Tensor) -> Tensor:
@@ -114,27 +164,32 @@ def _score_trie(model: nn.Module, batch: PackedBatch, collision: bool = False) -
     if scores_in_head:
         head.scored_ids, head.collision = batch.scored_ids, collision
     try:
-        output = _packed_forward(model, batch)
+        # [S, V] logits, or [S, K] of a ScoringHead.
+        output = model(**_packed_inputs(batch), logits_to_keep=_head_index(model, batch.predicted_at)).logits[0]
     finally:
         if scores_in_head:
             head.scored_ids = None
     return _to_float64(output if scores_in_head else score_tokens(output, batch.scored_ids, collision))[batch.scored]
 
 
-def _packed_forward(model: nn.Module, batch: PackedBatch) -> Tensor:
-    """The output of the model's head at the scored positions: [S, V] logits, or [S, K] of a ScoringHead."""
+def _value_trie(model: nn.Module, batch: PackedBatch) -> Tensor:
+    """The values of responses in one forward of the packed tokens: [R] float32."""
+    return model(**_packed_inputs(batch), values_at=batch.last_tokens)
+
+
+def _packed_inputs(batch: PackedBatch) -> dict[str, Any]:
+    """The arguments of a forward of the packed tokens."""
     # Four dimensions, so that transformers builds no mask of its own: tree attention reads the layout instead.
     mask = batch.input_ids.new_zeros((1, 1, 1, 1))
     # Some models hand on nothing else to their attention.
     mask.trie = batch.layout
-    return model(
-        input_ids=batch.input_ids[None],
-        position_ids=batch.position_ids[None],
-        attention_mask=mask,
-        trie=batch.layout,
-        logits_to_keep=_head_index(model, batch.predicted_at),
-        use_cache=False,
-    ).logits[0]
+    return {
+        "input_ids": batch.input_ids[None],
+        "position_ids": batch.position_ids[None],
+        "attention_mask": mask,
+        "trie": batch.layout,
+        "use_cache": False,
+    }
 
 
 def _head_index(model: nn.Module, positions: Tensor) -> Tensor:
@@ -185,34 +240,28 @@ class ScoringHead(nn.Linear):
 # ---- padded rows ----------------------------------------------------------------------------------------------------------
 
 
-def _score_rows(model: nn.Module, batch: PackedBatch, collision: bool = False, groups: list[list[int]] | None = None) -> Tensor:
-    """`scored_tokens` with one row for each response after its prompt, padded on the right to the longest of its group.
+def _score_rows(model: nn.Module, batch: PackedBatch, numbers: Sequence[int], collision: bool = False) -> list[Tensor]:
+    """Of each of some responses `scored_tokens`, with one row for it after its prompt, padded on the right.
 
-    groups: numbers of responses, ascending; a forward each, by default one. The head computes the positions between the first
-    and the last one that is scored in any of its rows.
+    The head computes the positions between the first and the last one that is scored in any row.
     """
-    values, places = [], []
-    for group in groups or [range(len(batch.response_lengths))]:
-        numbers = torch.tensor(list(group), device=batch.input_ids.device)
-        place = torch.isin(batch.scored_responses, numbers).nonzero()[:, 0]
-        positions, input_ids, attention_mask = batch.scored_positions[place], *_padded_rows(batch, group)
-        first, last = int(positions.min()), int(positions.max())
-        # Position i predicts token i + 1. Tokens that do not count are scored as well, since logits would have to be copied.
-        logits = _logits_at(model, input_ids, attention_mask, torch.arange(first - 1, last, device=input_ids.device))
-        ids = input_ids[:, first : last + 1]
-        found = score_tokens(logits.flatten(0, 1), ids.flatten(), collision).unflatten(0, ids.shape)
-        values.append(found[torch.searchsorted(numbers, batch.scored_responses[place]), positions - first])
-        places.append(place)
-    return _to_float64(torch.cat(values)[torch.cat(places).argsort()])
+    input_ids, attention_mask = _padded_rows(batch, numbers)
+    of_response = batch.scored_positions.split(batch.response_lengths.tolist())
+    positions = [of_response[number] for number in numbers]
+    first, last = (int(bound) for bound in torch.cat(positions).aminmax())
+    # Position i predicts token i + 1. Tokens that do not count are scored as well, since logits would have to be copied.
+    logits = _logits_at(model, input_ids, attention_mask, torch.arange(first - 1, last, device=input_ids.device))
+    ids = input_ids[:, first : last + 1]
+    values = score_tokens(logits.flatten(0, 1), ids.flatten(), collision).unflatten(0, ids.shape)
+    return [_to_float64(row[own - first]) for row, own in zip(values, positions, strict=True)]
 
 
-def _zero_of_missing_forwards(model: nn.Module, batch: PackedBatch, forwards: int) -> Tensor:
-    """A zero that depends on as many more forwards as another rank has made: ranks of a sharded model compute in lockstep."""
-    most = torch.tensor(forwards, device=batch.input_ids.device)
-    torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
-    row, first = _padded_rows(batch, [0]), torch.zeros(1, dtype=torch.int64, device=batch.input_ids.device)
-    zeros = [_logits_at(model, *row, first).sum() * 0 for _ in range(int(most) - forwards)]
-    return torch.stack(zeros).sum() if zeros else torch.zeros((), device=batch.input_ids.device)
+def _value_rows(model: nn.Module, batch: PackedBatch, numbers: Sequence[int]) -> Sequence[Tensor]:
+    """Of each of some responses its value [1], with one row for it after its prompt, padded on the right."""
+    input_ids, attention_mask = _padded_rows(batch, numbers)
+    before = torch.arange(len(input_ids), device=input_ids.device) * input_ids.shape[1]
+    last_tokens = before + attention_mask.sum(1) - 1
+    return model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, values_at=last_tokens).split(1)
 
 
 def _logits_at(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:

@@ -8,12 +8,14 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
+from preference_training.modeling.value_head import output_head
+
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The linear layers of a model except its head, by name, transformers' Conv1D and the base layers of adapters included."""
     from transformers.pytorch_utils import Conv1D
 
-    head = model.get_output_embeddings()
+    head = output_head(model)
     return {
         name.removesuffix(".base_layer"): module
         for name, module in model.named_modules()

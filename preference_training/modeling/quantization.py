@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from preference_training.configuration.schema import ModelConfig
 from preference_training.core.errors import UserError
+from preference_training.modeling.value_head import output_head
 
 INSTALL = "Install the dependencies of adapters: pip install -r requirements/lora.txt"
 
@@ -27,7 +28,7 @@ def quantize(model: nn.Module, model_config: ModelConfig) -> None:
     2023, section 3). Raises UserError where bitsandbytes is not installed.
     """
     bitsandbytes = import_bitsandbytes("model.quantization")
-    head = model.get_output_embeddings()
+    head = output_head(model)
     make = _nf4_linear if model_config.quantization == "nf4" else _int8_linear
     if head.weight.is_meta:
         make = _meta_linear

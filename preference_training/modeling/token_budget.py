@@ -7,6 +7,7 @@ from preference_training.batching.packing import TokenBudget
 from preference_training.core.process_group import Ranks, local_world_size, to_local
 from preference_training.modeling.loading import build_untrained
 from preference_training.modeling.state import compute_device, free_memory
+from preference_training.modeling.value_head import has_value_head
 
 
 def token_budget(
@@ -60,14 +61,16 @@ def _tokens_that_fit(model: nn.Module, device: torch.device, free: int | None, m
     """The packed tokens that fit into one forward and backward pass on a device; at least 512.
 
     moves: the weights are still to be moved there. A conservative estimate: half of the memory left by gradients and optimizer,
-    divided by the activations of a gated transformer block and three copies of the logits for each token.
+    divided by the activations of a gated transformer block and three copies of the logits, if any, for each token.
     """
     config = model.config.get_text_config()
     hidden, layers = config.hidden_size, config.num_hidden_layers
     inner = getattr(config, "intermediate_size", None) or 4 * hidden
     # Some models have a width for each layer.
     inner = max(inner) if isinstance(inner, list | tuple) else inner
-    per_token = layers * (16 * hidden + 4 * inner) * model.dtype.itemsize + 3 * 4 * config.vocab_size
+    per_token = layers * (16 * hidden + 4 * inner) * model.dtype.itemsize + 3 * 4 * (
+        0 if has_value_head(model) else config.vocab_size
+    )
     # Only weights on this device take of its memory.
     trained = [weight for weight in model.parameters() if weight.requires_grad and (moves or weight.device == device)]
     # Of sharded weights, this process's shards.

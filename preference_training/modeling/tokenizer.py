@@ -4,6 +4,7 @@ from preference_training.configuration.schema import ModelConfig
 from preference_training.core.errors import UserError
 from preference_training.data.toy_preferences import toy_records
 from preference_training.modeling.loading import loading_errors
+from preference_training.modeling.value_head import pad_beside_end
 
 # The value of `model.tokenizer_name_or_path` for the tokenizer that is built in code.
 BYTE_LEVEL = "byte_level"
@@ -11,7 +12,7 @@ END_OF_TEXT, PAD = "<|endoftext|>", "<|pad|>"
 
 
 def load_tokenizer(model_config: ModelConfig, cache_dir: str | None = None):
-    """The tokenizer of a `model` configuration, with an end-of-sequence and a padding token.
+    """The tokenizer of a `model` configuration, with an end-of-sequence and a padding token; a reward model's are different.
 
     Raises UserError where it cannot be loaded, or has no end-of-sequence token.
     """
@@ -27,7 +28,9 @@ def load_tokenizer(model_config: ModelConfig, cache_dir: str | None = None):
         raise UserError(
             f"model.tokenizer_name_or_path: {name} has no end-of-sequence token. Set eos_token in its tokenizer_config.json."
         )
-    if tokenizer.pad_token_id is None:
+    if model_config.head == "value":
+        pad_beside_end(tokenizer)
+    elif tokenizer.pad_token_id is None:
         # Padding is masked by length, never by its id, so that an existing token can serve.
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

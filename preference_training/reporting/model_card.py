@@ -16,7 +16,7 @@ from preference_training.configuration.schema import keys_with
 from preference_training.core.metric_names import EVAL_ACCURACY, EVAL_LOSS, EVAL_MARGIN, EXAMPLES, TRAIN_ACCURACY, TRAIN_LOSS
 from preference_training.core.secrets import without_secrets
 from preference_training.core.values import dotted
-from preference_training.data.chat_templates import PLAIN_PROMPT
+from preference_training.data.chat_templates import PLAIN_PROMPT, QUESTION
 from preference_training.data.files import is_data_file
 from preference_training.data.registry import DATASETS, TOKENIZED_SUFFIX, dataset_entries
 from preference_training.evaluation.phrasing import too_few
@@ -30,7 +30,7 @@ class CardFacts:
     name: what to load the model by. config: the run's configuration, None if unknown. examples: how many it was trained on.
     held_out: metric → mean at this checkpoint. evaluation: metric → {mean, low, high} and the numbers of examples and prompts,
     if it was evaluated. rows: metrics.jsonl up to this checkpoint. prompt: an example in the format of training. notes:
-    sentences about this export. adapter: it holds an adapter, not full weights.
+    sentences about this export. adapter: it holds an adapter, not full weights. head: lm, or value for a reward model.
     """
 
     name: str
@@ -47,6 +47,7 @@ class CardFacts:
     prompt: str = PLAIN_PROMPT
     notes: list[str] = field(default_factory=list)
     adapter: bool = False
+    head: str = "lm"
     quantized: str | None = None
 
     def summary(self, directory: Path) -> str:
@@ -72,7 +73,7 @@ def metadata(facts: CardFacts) -> str:
     base = facts.base if facts.base and is_hub_id(facts.base) else None
     values = {
         "library_name": "peft" if facts.adapter else "transformers",
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": "text-classification" if facts.head == "value" else "text-generation",
         "base_model": base,
         "datasets": sorted(set(hub_datasets(facts.config))) or None,
         "tags": [*method, *(["lora"] if facts.adapter else [])] or None,
@@ -130,7 +131,16 @@ def _introduction(facts: CardFacts) -> str:
 
 
 def _loading(facts: CardFacts) -> str:
-    lines = [
+    lines = _value_lines(facts) if facts.head == "value" else _text_lines(facts)
+    needed = [package for package, used in (("peft", facts.adapter), ("torchao", facts.quantized)) if used]
+    also = f"Requires {needed[0]} in addition to transformers.\n\n" if needed else ""
+    end = " The chat template formats them this way." * (facts.prompt != PLAIN_PROMPT)
+    snippet = "\n".join(lines)
+    return f"## Use\n\n{also}```python\n{snippet}\n```\n\nPrompts must have the format of training.{end}"
+
+
+def _text_lines(facts: CardFacts) -> list[str]:
+    return [
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
         f"name = {facts.name!r}",
@@ -140,11 +150,26 @@ def _loading(facts: CardFacts) -> str:
         "output = model.generate(**inputs, max_new_tokens=64)",
         "print(tokenizer.decode(output[0, inputs.input_ids.shape[1] :], skip_special_tokens=True))",
     ]
-    needed = [package for package, used in (("peft", facts.adapter), ("torchao", facts.quantized)) if used]
-    also = f"Requires {needed[0]} in addition to transformers.\n\n" if needed else ""
-    end = " The chat template formats them this way." * (facts.prompt != PLAIN_PROMPT)
-    snippet = "\n".join(lines)
-    return f"## Use\n\n{also}```python\n{snippet}\n```\n\nPrompts must have the format of training.{end}"
+
+
+def _value_lines(facts: CardFacts) -> list[str]:
+    text, special = f"{facts.prompt + ' there was a king.'!r}", ""
+    if facts.prompt != PLAIN_PROMPT:
+        messages = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": "Paris."}]
+        text, special = f"tokenizer.apply_chat_template({messages}, tokenize=False)", ", add_special_tokens=False"
+    labels = "num_labels=1, " if facts.adapter else ""
+    return [
+        "from transformers import AutoModelForSequenceClassification, AutoTokenizer",
+        "",
+        f"name = {facts.name!r}",
+        "tokenizer = AutoTokenizer.from_pretrained(name)",
+        f'model = AutoModelForSequenceClassification.from_pretrained(name, {labels}dtype="{facts.dtype}")',
+        *(["model.config.pad_token_id = tokenizer.pad_token_id"] if facts.adapter else []),
+        f"text = {text}",
+        "# In training every response ended with this token.",
+        f'inputs = tokenizer(text + tokenizer.eos_token, return_tensors="pt"{special})',
+        "print(model(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask).logits.item())",
+    ]
 
 
 def _data(config: dict) -> str:

@@ -55,7 +55,10 @@ def prepare_run(config: RunConfig, run_dir: Path, in_sweep: bool = False) -> Pre
     if config.eval_only and config.evaluation.task_names:
         check_harness()
     loss = build_loss(**config.loss.given(), seed=config.seed)
-    check_objective(config.objective, config.loss.name, loss.examples)
+    config = config.with_head(loss.model_head)
+    if config.eval_only and loss.model_head == "value":
+        check_asks_for_no_text(config)
+    check_objective(config.objective, config.loss.name, loss.examples, loss.model_head)
     check_live(config, loss)
     for line in [] if config.eval_only else precision_notices(config):
         print(line, flush=True)
@@ -71,6 +74,17 @@ def prepare_run(config: RunConfig, run_dir: Path, in_sweep: bool = False) -> Pre
     data = prepare_data(config, entries, tokenizer, loss, splits, data_version(config, run_dir))
     check_rows(config, tokenizer, limits, [split.table for split in data])
     return PreparedRun(config, run_dir, in_sweep, loss, tokenizer, data, entries, pruner)
+
+
+def check_asks_for_no_text(config: RunConfig) -> None:
+    """Raise UserError where the evaluation of a reward model would need responses that it writes."""
+    for key, found in {"judge": config.evaluation.judge, "tasks": config.evaluation.task_names}.items():
+        if found:
+            raise UserError(
+                f"evaluation.{key}: found {found}, and loss={config.loss.name} trains a reward model, which writes no "
+                "responses. To have it judge those of a language model, evaluate that one with "
+                "evaluation.judge=reward_model:DIRECTORY."
+            )
 
 
 def check_live(config: RunConfig, loss: Loss) -> None:

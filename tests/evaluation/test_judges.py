@@ -298,17 +298,17 @@ def test_the_response_with_the_higher_reward_wins(reward_model, compose, tokeniz
     model = AutoModelForSequenceClassification.from_pretrained(reward_model)
     rewards = [model(**tokenizer(f"Why?{answer}", return_tensors="pt")).logits.item() for answer in (" Rain.", " Snow, snow.")]
     assert judge.better("Why?", " Rain.", " Snow, snow.") == verdict_by_score(*rewards) != "tie"
-    assert judge.reward("Why?", " Rain.") == pytest.approx(rewards[0], abs=1e-5)
+    assert judge.model.rewards([("Why?", " Rain.")]) == pytest.approx(rewards[:1], abs=1e-5)
     assert not judge.both_orders
 
 
 def test_a_reward_model_reads_conversations_by_its_own_chat_template(reward_model, tokenizer):
     judge = RewardModelJudge(str(reward_model), None, "cpu")
-    plain = judge.reward("U: Why?\nA: ", "Rain.\n")
-    judge.tokenizer.chat_template = (
+    [plain] = judge.model.rewards([("U: Why?\nA: ", "Rain.\n")])
+    judge.model.tokenizer.chat_template = (
         "{% for m in messages %}{{ 'U: ' if m.role == 'user' else 'A: ' }}{{ m.content }}{{ '\n' }}{% endfor %}"
     )
-    assert judge.reward("\n\nHuman: Why?\n\nAssistant:", " Rain.") == pytest.approx(plain, abs=1e-5)
+    assert judge.model.rewards([("\n\nHuman: Why?\n\nAssistant:", " Rain.")]) == pytest.approx([plain], abs=1e-5)
 
 
 def test_other_models_than_reward_models_are_refused(reward_model, tmp_path, tokenizer):

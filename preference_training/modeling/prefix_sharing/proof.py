@@ -26,6 +26,7 @@ from preference_training.modeling.prefix_sharing.lengths import (
 )
 from preference_training.modeling.prefix_sharing.tree_attention import TREE_ATTENTION, UnsupportedAttentionError
 from preference_training.modeling.state import compute_device, free_memory
+from preference_training.modeling.value_head import has_value_head, is_head_weight
 
 # The largest difference of a log-prob between the two computations. Unit: nats per token.
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 3e-3}
@@ -71,15 +72,37 @@ def logps_and_gradients(compute, model: nn.Module, batch: PackedBatch, weights: 
     return logps.detach(), [gradient.float() for gradient in gradients]
 
 
-def disagreement(found, expected, lengths: Tensor, tolerance: float) -> str | None:
-    """How two results of `logps_and_gradients` differ by more than `tolerance` (nats per token); None where they agree.
+class ErrorScale(NamedTuple):
+    """How differences between two results of `response_logps` are measured.
 
-    lengths: tokens of each response [R]. Gradients may differ by ten times the tolerance, relative to their norm.
+    sizes: what each response's is divided by [R]. what, unit: for messages.
+    """
+
+    sizes: Tensor
+    what: str
+    unit: str
+
+    @classmethod
+    def of(cls, model: nn.Module, batch: PackedBatch, expected: Tensor) -> "ErrorScale":
+        """For a model's log-probs [R] of a batch their tokens; for values the largest, at least 1."""
+        if has_value_head(model):
+            return cls(expected.abs().max().clamp(min=1.0).expand_as(expected), "values", "of the largest")
+        return cls(batch.response_lengths.to(expected.device), "log-probs", "nats per token")
+
+    def error(self, found: Tensor, expected: Tensor) -> float:
+        """The largest difference."""
+        return ((found - expected).abs() / self.sizes).max().item()
+
+
+def disagreement(found, expected, scale: ErrorScale, tolerance: float) -> str | None:
+    """How two results of `logps_and_gradients` differ by more than `tolerance` in units of a scale; None where they agree.
+
+    Gradients may differ by ten times the tolerance, relative to their norm.
     """
     (logps, gradients), (expected_logps, expected_gradients) = found, expected
-    error = ((logps - expected_logps).abs() / lengths).max().item()
+    error = scale.error(logps, expected_logps)
     if not error <= tolerance:
-        return f"its log-probs would be wrong by {error:.1g} nats per token"
+        return f"its {scale.what} would be wrong by {error:.1g} {scale.unit}"
     for one, other in zip(gradients, expected_gradients, strict=True):
         if not (one - other).norm() <= 10 * tolerance * other.norm():
             return f"its gradient would be wrong by {((one - other).norm() / other.norm()).item():.1g} of its norm"
@@ -165,7 +188,7 @@ def _compare(model: nn.Module, lengths: dict[str, int], comparison: _Comparison)
     """Compare a random trie under tree attention with its sequences alone, with some lengths changed; None where they agree."""
     batch = random_tries(_vocabulary(model), comparison.longest).to(compute_device(model))
     batch.layout.by_branches = comparison.by_branches or batch.layout.by_branches
-    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    trained = [weight for name, weight in model.named_parameters() if weight.requires_grad and not is_head_weight(name)]
     # The first and the last: one of them is the B matrix of a new LoRA adapter, whose A matrices have zero gradients.
     weights = [*trained[:1], *trained[1:][-1:]]
     own = _for_float32(comparison.own_attention) if comparison.dtype == torch.float32 else comparison.own_attention
@@ -186,7 +209,7 @@ def _compare(model: nn.Module, lengths: dict[str, int], comparison: _Comparison)
         return _Failure(f"its forward raised {raised}", False)
     if not batch.layout.seen:
         return _Failure("it does not pass the layout of the trie on to its attention", True)
-    text = disagreement(found, expected, batch.response_lengths, TOLERANCES[comparison.dtype])
+    text = disagreement(found, expected, ErrorScale.of(model, batch, expected[0]), TOLERANCES[comparison.dtype])
     return text and _Failure(text, False)
 
 

@@ -2,6 +2,7 @@
 
     python benchmarks/bench.py --data hh.jsonl.gz --tokenizer DIR          # the whole table
     python benchmarks/bench.py --work dpo_hh_live --rounds 5               # one benchmark, on generated rows
+    python benchmarks/bench.py --other DIR --contenders before tree        # against another checkout of this project
     python benchmarks/bench.py --smoke                                     # check that it runs
 
 Every contender runs in its own process; rounds are interleaved, and ratios are taken within a round. Prints the table and
@@ -49,7 +50,7 @@ def campaign(options: argparse.Namespace, preset: Preset, folder: Path) -> dict:
     """Run all rounds. Returns raw numbers with hardware and versions."""
     races = _races(preset.works, options.contenders)
     job = asdict(preset) | {"folder": str(folder), "data": options.data, "tokenizer": options.tokenizer}
-    job |= {"works": list(races), "trl_options": options.trl, "model_dir": str(folder / "model")}
+    job |= {"works": list(races), "trl_options": options.trl, "model_dir": str(folder / "model"), "other": options.other}
     facts = call_worker(job | {"contender": "prepare"}, folder)
     results = {
         # File names only, not local paths.
@@ -77,7 +78,7 @@ def campaign(options: argparse.Namespace, preset: Preset, folder: Path) -> dict:
 
 def _races(works: tuple[str, ...], contenders: list[str]) -> dict[str, list[str]]:
     """Which contenders run which benchmark. `mfu` may reuse an existing run."""
-    races = {name: list(contenders) for name in works if name in WORKS}
+    races = {name: [other for other in contenders if other not in WORKS[name].without] for name in works if name in WORKS}
     if MFU in works and MFU_CONTENDER not in races.setdefault(MFU_WORK, []):
         races[MFU_WORK].append(MFU_CONTENDER)
     return races
@@ -135,13 +136,14 @@ def _parse(arguments: list[str] | None, preset: Preset) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help=f"optimizer steps per run, one of them warm-up; default: {preset.steps}")
     parser.add_argument("--work", nargs="+", choices=[*WORKS, *OTHER_ROWS], metavar="NAME", help="benchmarks; default: all")
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), metavar="NAME")
+    parser.add_argument("--other", metavar="DIR", help="another checkout of this project, for the contender before")
     parser.add_argument("--trl", nargs="+", default=[], metavar="KEY=VALUE", help="further settings for the contender trl")
     parser.add_argument("--results", default=str(HERE / "results"), help="directory of the JSON file")
     parser.add_argument("--smoke", action="store_true", help="a tiny model and two steps")
     options = parser.parse_args(arguments)
     if bool(options.data) != bool(options.tokenizer):
         parser.error("--data and --tokenizer belong together: generated rows are made of the generated tokenizer's words")
-    for name in ("data", "tokenizer"):
+    for name in ("data", "tokenizer", "other"):
         path = getattr(options, name)
         if path and not Path(path).exists():
             parser.error(f"--{name}: {path}: no such file or directory")
@@ -151,6 +153,8 @@ def _parse(arguments: list[str] | None, preset: Preset) -> argparse.Namespace:
     options.preset = replace(preset, **{name: value for name, value in chosen.items() if value})
     if options.preset.steps < 2:
         parser.error("--steps: the first one is not counted, so there must be two")
+    if not options.other:
+        options.contenders = [name for name in options.contenders if name != "before"]
     options.trl = dict(_setting(text, parser) for text in options.trl)
     return options
 

@@ -67,7 +67,7 @@ def one(overrides: list[str]) -> dict:
     tune_malloc(keep_freed=False)
     seed_everything(0)
     tokenizer, loss = load_tokenizer(config.model), build_loss(**config.loss.given())
-    data = preparation.prepare_data(config, read_entries(config), tokenizer, loss.examples)
+    data = preparation.prepare_data(config, read_entries(config), tokenizer, loss)
     placement = placement_for(config).start(config, tokenizer)
     import_libraries(config)
     before = status("VmRSS")

@@ -5,9 +5,10 @@
 
 from pathlib import Path
 
-from measure import Clock
+from measure import Clock, clocked
 from works import Work
 
+from preference_training.batching import micro_batches
 from preference_training.batching.iterator import BatchIterator, Packing
 from preference_training.batching.packing import UNLIMITED, TokenBudget
 from preference_training.batching.schedule import Schedule
@@ -23,12 +24,16 @@ SEED = 0
 def run(job: dict, work: Work, data: dict) -> dict:
     """Train on the rows; `worker.py` describes the result."""
     trainer = build(job, work, _tokenized(data["prompts"]))
-    clock, rows = Clock(), []
+    clock, rows, packs, building = Clock(), [], [], []
+    clocked(micro_batches, "build_packs", building)
     clock.start()
     for step in trainer.batches.train:
         rows.append(trainer.train_step(step))
         clock.tick()
-    result = {"seconds": clock.seconds, "losses": [float(row["loss/train"]) for row in rows]}
+        packs.append([pack for micro_batch in step for pack in micro_batch.packs])
+    result = {"seconds": clock.seconds, "losses": [float(row["loss/train"]) for row in rows], "building_seconds": building}
+    for name in ("num_tokens", "num_sequence_tokens"):
+        result[name] = [sum(getattr(pack, name) for pack in of_step) for of_step in packs]
     if work.loss == "dpo":
         result |= {f"{name}_logps": [float(row[f"logps_train/{name}"]) for row in rows] for name in ("chosen", "rejected")}
     return result
@@ -55,7 +60,9 @@ def build(job: dict, work: Work, prompts: PromptTable):
     tokenizer = load_tokenizer(config.model, config.cache_dir)
     placement = placement_for(config).start(config, tokenizer)
     policy = placement.load_policy()
-    batches = _iterator(prompts, work, token_budget(policy, config.max_tokens_per_microbatch))
+    # No pack holds two examples under a budget of one token.
+    budget = TokenBudget(1, 1) if job["contender"] == "alone" else token_budget(policy, config.max_tokens_per_microbatch)
+    batches = _iterator(prompts, work, budget)
     reads = ReferencePlan(batches.schedule.prompts_seen, batches.schedule.prompts_seen)
     reference = make_reference(config, placement, policy, reads, False) if loss.needs_reference else None
     parts = Models(policy, reference, loss), Batches(batches), Observers(NoTracker())
@@ -77,7 +84,7 @@ def _overrides(job: dict, work: Work) -> list[str]:
         "model.name_or_path": job["model_dir"],
         "model.policy_dtype": job["dtype"],
         "batch_size": work.examples_per_step,
-        "max_length": job["max_length"],
+        "max_length": job["model"]["max_position_embeddings"],
         "n_epochs": 1,
         "optimizer": "AdamW",
         "++optimizer_kwargs.weight_decay": 0.0,

@@ -6,7 +6,7 @@ is compared, but its time is not counted.
 
 from statistics import median
 
-from works import CONTENDERS, MFU, MFU_CONTENDER, MFU_WORK, OTHER_ROWS, SWEEP, TITLES, WORKS
+from works import BUILDING_SHARE, CONTENDERS, MFU, MFU_CONTENDER, MFU_WORK, MORE_PAIRS, OTHER_ROWS, SWEEP, TITLES, WORKS
 
 # FLOPs per weight and token: 6 for forward and backward, 2 for a forward pass alone.
 TRAINED, SCORED = 6, 2
@@ -87,6 +87,23 @@ def memory_ratios(runs: list[Run], work: str, large: str, small: str) -> list[fl
     ]
 
 
+def time_ratios(runs: list[Run], work: str, other: str) -> list[float]:
+    """The time of this project's steps of one benchmark relative to that of another, in each round."""
+    rounds = zip(_rounds(runs, work), _rounds(runs, other), strict=False)
+    both = ((a["tree"]["seconds"], b["tree"]["seconds"]) for a, b in rounds if "tree" in a and "tree" in b)
+    return [median(a / b for a, b in zip(seconds[1:], others[1:], strict=True)) for seconds, others in both]
+
+
+def building_shares(runs: list[Run]) -> list[float]:
+    """The share of this project's steps that building tries takes, in each round: the largest among all benchmarks."""
+    shares: dict[int, list[float]] = {}
+    for run in runs:
+        if run["contender"] == "tree":
+            share = median(a / b for a, b in zip(run["building_seconds"][1:], run["seconds"][1:], strict=True))
+            shares.setdefault(run["round"], []).append(share)
+    return [max(of_round) for of_round in shares.values()]
+
+
 def useful_shares(runs: list[Run], work: str, contender: str, weights: dict) -> list[float]:
     """Useful arithmetic per second, relative to the rate of a matrix product in the same process, in each round."""
     a_weight = TRAINED if WORKS[work].loss == "sft" or WORKS[work].cached else TRAINED + SCORED
@@ -120,11 +137,17 @@ def table_rows(results: dict) -> list[dict]:
     runs, weights, rows = results["runs"], results["weights"], []
     for name in dict.fromkeys(run["work"] for run in runs):
         work = WORKS[name]
-        for rival, floor in (("trl", work.floor), ("trl_defaults", None), ("padded", None)):
-            rows.append(_row(name, f"{work.title}, against {TITLES[rival]}", speedups(runs, name, rival, "tree"), floor))
+        for rival in CONTENDERS[:-1]:
+            title = f"{work.title}, against {TITLES[rival]}"
+            rows.append(_row(name, title, speedups(runs, name, rival, "tree"), work.floors.get(rival)))
         if work.memory_floor:
             title = f"{work.title}, peak memory over TRL's"
             rows.append(_row(name, title, memory_ratios(runs, name, "trl", "tree"), work.memory_floor, at_most=True))
+    more, fewer, most = MORE_PAIRS
+    title = f"{WORKS[more].title}, time over that with {len(WORKS[fewer].pairs)} pairs"
+    rows.append(_row(more, title, time_ratios(runs, more, fewer), most, at_most=True))
+    title = "building tries, largest share of a step"
+    rows.append(_row("building", title, building_shares(runs), BUILDING_SHARE, at_most=True))
     if MFU in results["works"]:
         rows.append(_row(MFU, OTHER_ROWS[MFU][0], useful_shares(runs, MFU_WORK, MFU_CONTENDER, weights), OTHER_ROWS[MFU][1]))
     ratios = [result["separate"]["seconds"] / result["sweep"]["seconds"] for result in results["sweeps"]]
@@ -168,4 +191,4 @@ def _speed(runs: list[Run], work: str, contender: str) -> str:
 
 
 def _number(value: float, share: bool) -> str:
-    return f"{value:.0%}" if share else f"{value:.2f}"
+    return f"{value:.0%}" if share else f"{value:.2f}" if value >= 0.1 else f"{value:.1g}"

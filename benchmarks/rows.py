@@ -1,24 +1,26 @@
 """The input of every contender: one tokenizer, one set of weights, and for each work the same rows in the same order.
 
-Rows are token ids, truncated so that prompt and response fit `max_length`; no contender truncates further. They are stored in
-`<folder>/<work>.json`: `prompts`, a list of {"prompt", "responses", "pairs"}, and `order`, the index of each step's
-prompts as this project's own iterator returns them.
+Rows are token ids, truncated so that a dialogue's prompt and response fit `max_length`; no contender truncates further. They
+are stored in `<folder>/<work>.json`: `prompts`, a list of {"prompt", "responses", "pairs"}, and `order`, the index of each
+step's prompts as this project's own iterator returns them.
 """
 
 import json
 import random
-from itertools import combinations, islice
+from itertools import islice
 from pathlib import Path
 
 import torch
 from project_contender import prompt_order
-from works import VOCABULARY, WORKS, Work
+from works import VOCABULARY, WORKS, Length, Work
 
 SEED = 0
 # (mean, standard deviation) of the log of lengths in tokens, as in HH's harmless dialogues with a tokenizer of 21,000 entries:
 # prompt mean 119, 95th percentile 335; chosen mean 39, rejected mean 50, without the end-of-sequence token.
 PROMPT_LENGTH, CHOSEN_LENGTH, REJECTED_LENGTH = (4.42, 0.85), (3.26, 0.90), (3.51, 0.90)
 LONGEST = 804
+# At most 8 turns of a generated conversation fit the model's positions.
+LONGEST_TURN = 120
 
 
 def prepare(job: dict) -> dict:
@@ -81,7 +83,7 @@ def _dialogues(path: Path, count: int) -> list[dict]:
     """The first pair of each of the first `count` prompts in the file."""
     from preference_training.data.entries import load_records, read_entry
 
-    records = list(islice(load_records(read_entry(str(path), {"held_out_share": 0.0}), "train"), count))
+    records = list(islice(load_records(read_entry(str(path), {"held_out_share": 0.0, "on_bad_row": "skip"}), "train"), count))
     assert len(records) == count, f"{path} has {len(records)} prompts, {count} are needed"
     texts = []
     for record in records:
@@ -108,13 +110,15 @@ def _generated_texts(count: int, shrink: int) -> list[dict]:
 
 def _prompts(work: Work, texts: list[dict], tokenizer, job: dict) -> list[dict]:
     count = job["steps"] * work.prompts_per_step
-    if work.lengths:
+    if work.prompt:
         return _generated_prompts(work, count, tokenizer, job["shrink"])
+    system = random.Random(SEED).choices(_ordinary_ids(tokenizer), k=work.system // job["shrink"])
     prompts = []
     for text in texts[:count]:
         responses = [tokenizer(text[name], add_special_tokens=False).input_ids for name in ("chosen", "rejected")]
         responses = [[*ids, tokenizer.eos_token_id] for ids in responses[: 1 if work.loss == "sft" else 2]]
-        prompts.append(_fitted(tokenizer(text["prompt"], add_special_tokens=False).input_ids, responses, job["max_length"]))
+        row = _fitted(tokenizer(text["prompt"], add_special_tokens=False).input_ids, responses, job["max_length"])
+        prompts.append(row | {"prompt": system + row["prompt"], "pairs": work.pairs})
     return prompts
 
 
@@ -122,22 +126,25 @@ def _fitted(prompt: list[int], responses: list[list[int]], max_length: int) -> d
     """Truncate a long prompt at its start, and a response that leaves no room for the prompt at its end."""
     responses = [ids[: max_length - 1] for ids in responses]
     prompt = prompt[-(max_length - max(map(len, responses))) :]
-    return {"prompt": prompt, "responses": responses, "pairs": [[0, 1]] if len(responses) == 2 else []}
+    return {"prompt": prompt, "responses": responses}
+
+
+def _ordinary_ids(tokenizer) -> list[int]:
+    return [number for number in range(len(tokenizer)) if number not in tokenizer.all_special_ids]
 
 
 def _generated_prompts(work: Work, count: int, tokenizer, shrink: int) -> list[dict]:
-    """Prompts and responses of fixed lengths; every response is preferred to those after it."""
-    source = random.Random(SEED)
-    known = [number for number in range(len(tokenizer)) if number not in tokenizer.all_special_ids]
-    prompt_length, response_length = (length // shrink for length in work.lengths)
-    pairs = [list(pair) for pair in combinations(range(work.responses), 2)]
-    return [
-        {
-            "prompt": source.choices(known, k=prompt_length),
-            "responses": [
-                [*source.choices(known, k=response_length - 1), tokenizer.eos_token_id] for _ in range(work.responses)
-            ],
-            "pairs": pairs,
-        }
-        for _ in range(count)
-    ]
+    """Prompts of random tokens, each continued level by level."""
+    source, known = random.Random(SEED), _ordinary_ids(tokenizer)
+
+    def draw(length: Length) -> list[int]:
+        drawn = length if isinstance(length, int) else min(LONGEST_TURN, round(source.lognormvariate(*length)))
+        return source.choices(known, k=max(2, drawn // shrink))
+
+    def continuations(levels: tuple[tuple[int, Length], ...]) -> list[list[int]]:
+        (number, length), *rest = levels
+        if not rest:
+            return [[*draw(length)[:-1], tokenizer.eos_token_id] for _ in range(number)]
+        return [begun + end for begun in [draw(length) for _ in range(number)] for end in continuations(rest)]
+
+    return [{"prompt": draw(work.prompt), "responses": continuations(work.levels), "pairs": work.pairs} for _ in range(count)]

@@ -58,7 +58,7 @@ def work(what: str, given: list[str]) -> list:
     tune_malloc(keep_freed=not config.trainer.is_sharded)
     tokenizer = load_tokenizer(config.model)
     loss = build_loss(**config.loss.given())
-    data = preparation.prepare_data(config, read_entries(config), tokenizer, loss.examples)
+    data = preparation.prepare_data(config, read_entries(config), tokenizer, loss)
     placement = placement_for(config).start(config, tokenizer)
     before = resident_bytes(reset_peak=True)
     prepared = preparation.PreparedRun(config, Path(), False, loss, tokenizer, data)

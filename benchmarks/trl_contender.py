@@ -45,7 +45,8 @@ def _needed(job: dict, work: Work) -> dict:
         "lr_scheduler_type": "constant",
         "weight_decay": 0.0,
         "max_grad_norm": 10.0,
-        "max_length": job["max_length"],
+        # No row is as long.
+        "max_length": job["model"]["max_position_embeddings"],
         "max_steps": job["steps"],
         "train_sampling_strategy": "sequential",
         "use_cpu": job["device"] == "cpu",
@@ -99,10 +100,11 @@ def _sft_rows(prompts: list[dict]) -> Dataset:
     return Dataset.from_list(
         [
             {
-                "input_ids": row["prompt"] + row["responses"][0],
-                "completion_mask": [0] * len(row["prompt"]) + [1] * len(row["responses"][0]),
+                "input_ids": row["prompt"] + response,
+                "completion_mask": [0] * len(row["prompt"]) + [1] * len(response),
             }
             for row in prompts
+            for response in row["responses"]
         ]
     )
 

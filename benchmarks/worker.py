@@ -41,6 +41,9 @@ def _race(job: dict) -> dict:
 
     work = WORKS[job["work"]]
     data = json.loads(Path(job["rows"]).read_text())
+    if job["contender"] == "before":
+        # Its own code drives its own package; measurements and rows are this checkout's.
+        sys.path[:0] = [job["other"], f"{job['other']}/benchmarks"]
     # Each contender imports only its own libraries, which count toward its memory.
     name = "trl_contender" if job["contender"].startswith("trl") else "project_contender"
     result = importlib.import_module(name).run(job, work, data)

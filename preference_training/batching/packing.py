@@ -69,9 +69,10 @@ class PackedBatch:
         return 0 if self.is_filler else len(self.input_ids)
 
     @property
-    def num_sequence_tokens(self) -> int:
-        """Tokens of all sequences, as many as computing each alone would take; 0 for a filler."""
-        return 0 if self.is_filler else self.trie.num_sequence_tokens
+    def num_row_tokens(self) -> int:
+        """Tokens of a row for each member of each example, as computing examples one by one would take; 0 for a filler."""
+        lengths = [length for _, length in self.trie.ends]
+        return 0 if self.is_filler else sum(lengths[number] for row in self.members.tolist() for number in row if number >= 0)
 
     @cached_property
     def examples(self) -> Examples:
@@ -186,8 +187,9 @@ def cut(examples: Sequence[Example], size: int) -> Iterator[Sequence[Example]]:
 class TokenBudget:
     """The maximum number of packed tokens that are computed at once.
 
-    limit: more would not fit into memory. soft_limit: more would not be faster, so a new prompt starts a new pack; the examples
-    of one prompt stay together up to the limit, because they share it.
+    limit: more would not fit into memory. soft_limit: more would not be faster, so a new prompt starts a new pack, except that
+    tokens it shares with the pack do not count: a new pack would compute them again. The examples of one prompt stay together up
+    to the limit.
     """
 
     limit: int
@@ -205,9 +207,9 @@ def split_by_budget(examples: Sequence[Example], places: Sequence[int], budget: 
     pack = _OpenPack()
     for place in _by_sharing(examples, places):
         prompt, _ = examples[place]
-        most = budget.limit if id(prompt) in pack.prompts else budget.soft_limit
-        before = list(pack.places)
-        pack.add(place, examples[place])
+        is_known, before = id(prompt) in pack.prompts, list(pack.places)
+        shared = pack.add(place, examples[place])
+        most = budget.limit if is_known else min(budget.limit, budget.soft_limit + shared)
         if before and pack.counter.num_tokens > most:
             yield sorted(before)
             pack = _OpenPack()
@@ -225,15 +227,18 @@ class _OpenPack:
         self.counter = PrefixCounter()
         self._counted: set[tuple[int, int]] = set()
 
-    def add(self, place: int, example: Example) -> None:
-        """Add the example at a place."""
+    def add(self, place: int, example: Example) -> int:
+        """Add the example at a place; returns how many tokens its first member shares with the examples before."""
         prompt, number = example
         self.places.append(place)
         self.prompts.add(id(prompt))
+        shared = []
         for index in prompt.members(number):
             if (id(prompt), index) not in self._counted:
                 self._counted.add((id(prompt), index))
-                self.counter.add(prompt.prompt_ids + prompt.responses[index], id(prompt), len(prompt.prompt_ids))
+                sequence = prompt.prompt_ids + prompt.responses[index]
+                shared.append(self.counter.add(sequence, id(prompt), len(prompt.prompt_ids)))
+        return shared[0] if shared else 0
 
 
 def _by_sharing(examples: Sequence[Example], places: Sequence[int]) -> list[int]:

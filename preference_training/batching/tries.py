@@ -60,11 +60,6 @@ class Trie:
         """Packed tokens."""
         return sum(branch.own for branch in self.branches)
 
-    @property
-    def num_sequence_tokens(self) -> int:
-        """Tokens of all sequences, counted as often as they occur."""
-        return sum(length for _, length in self.ends)
-
     @cached_property
     def paths(self) -> list[NDArray[numpy.int64]]:
         """The packed indices of each branch's tokens from the beginning of its sequence on."""
@@ -175,8 +170,11 @@ class PrefixCounter:
         self._sorted: list[Tokens] = []
         self._owners: set[Hashable] = set()
 
-    def add(self, sequence: Tokens, owner: Hashable, prompt_length: int) -> None:
-        """Add a sequence; it shares at least `prompt_length` tokens with the others of its owner."""
+    def add(self, sequence: Tokens, owner: Hashable, prompt_length: int) -> int:
+        """Add a sequence that shares at least `prompt_length` tokens with the others of its owner.
+
+        Returns how many of its tokens are shared with those before.
+        """
         place = bisect_left(self._sorted, sequence)
         neighbors = self._sorted[max(0, place - 1) : place + 1]
         shared = max((common_prefix(sequence, other) for other in neighbors), default=0)
@@ -185,6 +183,7 @@ class PrefixCounter:
         self.num_tokens += len(sequence) - shared
         self._sorted.insert(place, sequence)
         self._owners.add(owner)
+        return shared
 
 
 class TrieLayout:

@@ -27,7 +27,7 @@ from preference_training.modeling.adapters import (
 from preference_training.modeling.archives import archive_shapes, model_from_archive, weight_files
 from preference_training.modeling.loading import cast_weights, config_differences
 from preference_training.modeling.logprobs import response_logps
-from preference_training.modeling.prefix_sharing.proof import TOLERANCES, random_trees
+from preference_training.modeling.prefix_sharing.proof import TOLERANCES, random_tries
 from preference_training.modeling.quantization import quantize
 from preference_training.modeling.state import free_memory
 
@@ -44,7 +44,7 @@ class DifferentModelError(Exception):
 
 def probe(model: nn.Module) -> PackedBatch:
     """The sequences that are scored."""
-    return random_trees(model.config.get_text_config().vocab_size)
+    return random_tries(model.config.get_text_config().vocab_size)
 
 
 @torch.no_grad()

@@ -37,6 +37,8 @@ HELD_OUT_PROMPTS = f"{COUNTERS}held_out_prompts"
 
 GRAD_NORM, LEARNING_RATE, EPOCH = "grad_norm", "lr", "epoch"
 TIME, MEMORY = "time", "memory_gib"
+# The share of the tokens of all rows that prefix sharing did not have to compute.
+TOKENS_SAVED = "tokens_saved"
 EXAMPLES_PER_SECOND, TOKENS_PER_SECOND = "examples_per_second", "tokens_per_second"
 # Measured by a clock or the machine: differs between runs that are otherwise the same.
 MEASURED = (EXAMPLES_PER_SECOND, TOKENS_PER_SECOND, MEMORY, TIME)

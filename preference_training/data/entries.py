@@ -33,6 +33,7 @@ from preference_training.data.rows.records import (
     type_name,
 )
 from preference_training.data.rows.values import condition
+from preference_training.losses.base import Loss
 from preference_training.losses.registry import example_kind
 
 
@@ -377,6 +378,37 @@ def read_entries(config: RunConfig) -> list[Entry]:
     defaults = {key: getattr(config, key) for key in (*GENERAL_CHOICES, "system_prompt", "held_out_share")}
     read = [read_entry(entry, defaults) for entry in entries]
     return [replace(entry, notes=(*entry.notes, *_unused_run_settings(config, entry))) for entry in read]
+
+
+def check_examples(entries: Iterable[Entry], loss: Loss, name: str) -> None:
+    """Raise UserError where the fields of a file or hub set cannot give what a loss trains on."""
+    for entry in entries:
+        if isinstance(own := getattr(entry.dataset.load, "__self__", None), UserData) and (
+            problem := _lacks(own.field_map, entry.tokenized_file is not None, loss)
+        ):
+            raise UserError(f"datasets: {entry.name}: loss={name} {problem}")
+
+
+def _lacks(of: FieldMap, has_token_ids: bool, loss: Loss) -> str | None:
+    """What the rows of a field map lack for a loss, as a sentence after its name, or None."""
+    scored = of.responses or of.score
+    found = "labeled responses" if of.label else "single responses without a score or label"
+    if loss.examples == "rankings" and of.response and not scored:
+        return (
+            f"learns rankings, and the rows have {found}. Expected responses with scores or ranks, response with score, or "
+            "chosen and rejected."
+        )
+    if loss.examples == "labels" and of.response and not (scored or of.label):
+        return f"learns from labels, and the rows have {found}. Expected response with label: COLUMN, or pairs."
+    if loss.examples == "pairs" and of.label:
+        return f"compares pairs, and the rows have {found}. Expected chosen and rejected, or a loss of labels such as kto."
+    if loss.needs_margins and not (scored or of.margin):
+        found = "token ids" if has_token_ids else f"{of.chosen} and {of.rejected} alone"
+        return (
+            f"reads the margin of each pair, and the rows have {found}. Expected a column of margins, margin: COLUMN, or "
+            "responses with scores."
+        )
+    return None
 
 
 def _unused_run_settings(config: RunConfig, entry: Entry) -> list[str]:

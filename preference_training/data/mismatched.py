@@ -38,9 +38,7 @@ def _with_responses_of(other: TokenizedPrompt, prompt: TokenizedPrompt, max_leng
     report.change(MISMATCHED_CUT, sum(len(other.responses[index]) > room for index in used))
     cut = with_responses_cut(other, room)
     place = {index: len(prompt.responses) + k for k, index in enumerate(used)}
-    spans = None
-    if prompt.spans or cut.spans:
-        spans = [*(prompt.spans or _whole(prompt)), *((cut.spans or _whole(cut))[index] for index in used)]
+    spans = [*_spans(prompt), *(_spans(cut)[index] for index in used)] if prompt.spans or cut.spans else None
     return replace(
         prompt,
         responses=[*prompt.responses, *(cut.responses[index] for index in used)],
@@ -49,5 +47,7 @@ def _with_responses_of(other: TokenizedPrompt, prompt: TokenizedPrompt, max_leng
     )
 
 
-def _whole(prompt: TokenizedPrompt) -> list[list[tuple[int, int]]]:
-    return [[(0, len(response))] for response in prompt.responses]
+def _spans(prompt: TokenizedPrompt) -> list[list[tuple[int, int]]]:
+    """The scored spans of each response: the whole response where none are given, or none are left after a cut."""
+    given = prompt.spans or [[]] * len(prompt.responses)
+    return [spans or [(0, len(response))] for spans, response in zip(given, prompt.responses, strict=True)]

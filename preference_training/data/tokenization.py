@@ -12,10 +12,11 @@ from functools import partial
 from itertools import combinations, islice
 
 from preference_training.core.errors import UserError
-from preference_training.data.rows.examples import ExampleKind, Selected, select
+from preference_training.data.rows.examples import Selected, select
 from preference_training.data.rows.grouping import BOTH_LABELS
 from preference_training.data.rows.records import DataReport, PreferenceRecord, Prompt, prompt_text
 from preference_training.data.rows.templates import ConversationError, build_template, response_opening
+from preference_training.losses.base import ExampleKind
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from preference_training.modeling.prefix_sharing.proof import (
     disagreement,
     exact_arithmetic,
     logps_and_gradients,
-    random_trees,
+    random_tries,
 )
 from preference_training.modeling.prefix_sharing.sharing import share_prefixes
 from preference_training.modeling.state import compute_device, copied_dtype, weights_hash
@@ -217,7 +217,7 @@ def copy_split_model(policy: nn.Module, dtype: torch.dtype) -> nn.Module:
 @exact_arithmetic()
 def _split_error(policy: nn.Module, source: nn.Module) -> str | None:
     """Compare a small batch with the whole model: log-probs, and the gradients of the first and last weight."""
-    batch = random_trees(source.config.get_text_config().vocab_size)
+    batch = random_tries(source.config.get_text_config().vocab_size)
     weights = dict(source.named_parameters())
     names = [next(iter(weights)), next(reversed(weights))]
     expected = logps_and_gradients(response_logps, source, batch, [weights[name] for name in names])

@@ -31,9 +31,9 @@ from preference_training.modeling.prefix_sharing.proof import (
     disagreement,
     exact_arithmetic,
     logps_and_gradients,
-    random_trees,
+    random_tries,
 )
-from preference_training.modeling.prefix_sharing.sharing import attend_over_trees, scores_in_head, share_prefixes
+from preference_training.modeling.prefix_sharing.sharing import attend_over_tries, scores_in_head, share_prefixes
 from preference_training.modeling.prefix_sharing.tree_attention import TREE_ATTENTION
 from preference_training.modeling.state import compute_device, free_memory, set_buffers, weights_hash
 
@@ -240,14 +240,14 @@ class Sharing(NamedTuple):
 def empty_model(layout: Layout, tokenizer, dtype: str, sharing: Sharing | None, device: torch.device) -> nn.Module:
     """The model of a layout's configuration, sharded, with memory for this process's shard of the weights but no values.
 
-    dtype is a name such as bfloat16; sharing says how the model attends over response trees, None where it does not.
+    dtype is a name such as bfloat16; sharing says how the model attends over tries, None where it does not.
     """
     config = layout.config
     with torch.device("meta"):
         model = build_untrained(config.model, tokenizer, config.cache_dir, dtype)
     if sharing is not None:
         # A head that is split over processes gives logits, which its plan gathers.
-        attend_over_trees(model, scoring_head=sharing.scores_in_head and layout.mesh["tensor"].size() == 1)
+        attend_over_tries(model, scoring_head=sharing.scores_in_head and layout.mesh["tensor"].size() == 1)
     layout.apply(model)
     return model.to_empty(device="cpu" if isinstance(layout.offload, CPUOffloadPolicy) else device)
 
@@ -261,7 +261,7 @@ def _check(model: nn.Module, source: nn.Module | None, layout: Layout, ranks: Ra
 
     The source computes on a CPU; the other may not take shorter products for what splitting does.
     """
-    batch: PackedBatch = random_trees(model.config.get_text_config().vocab_size)
+    batch: PackedBatch = random_tries(model.config.get_text_config().vocab_size)
     names = [name for name, weight in model.named_parameters() if weight.requires_grad]
     names = [names[0], names[-1]]
     expected = None

@@ -29,7 +29,7 @@ from preference_training.modeling.adapters import has_adapter
 from preference_training.modeling.kernels import enable_activation_checkpointing
 from preference_training.modeling.loading import build_untrained
 from preference_training.modeling.logprobs import LiveReference
-from preference_training.modeling.prefix_sharing.sharing import attend_over_trees
+from preference_training.modeling.prefix_sharing.sharing import attend_over_tries
 from preference_training.modeling.prefix_sharing.tree_attention import clear_mask_cache
 from preference_training.training.parts import Models, RunState
 from preference_training.training.step import TrainingStep
@@ -200,7 +200,7 @@ def _model(placement: Placement, dtype: str) -> nn.Module:
     model.to_empty(device="cpu")
     model.tie_weights()
     if sharing is not None:
-        attend_over_trees(model)
+        attend_over_tries(model)
     if config.activation_checkpointing:
         enable_activation_checkpointing(model)
     return model
@@ -232,7 +232,7 @@ def faked(batch: Sequence[MicroBatch]) -> list[MicroBatch]:
 def take_unchecked(step: TrainingStep, batch: Sequence[MicroBatch]) -> None:
     """Take a step without its checks for finite values, which fake tensors do not have."""
     result = step.backward(batch)
-    step.reduce(result.sums, step.updater.clip_gradient(), 0)
+    step.reduce(result.sums, step.updater.clip_gradient(), (0, 0))
     step.updater.update()
 
 

@@ -19,6 +19,7 @@ import xxhash
 from preference_training.batching.iterator import BatchIterator
 from preference_training.batching.micro_batches import MicroBatch
 from preference_training.batching.packing import UNLIMITED, PackedBatch, TokenBudget, build_packs, iterate_examples
+from preference_training.batching.schedule import Schedule
 from preference_training.core.errors import UserError
 from preference_training.core.machine import pick_device
 from preference_training.core.process_group import Ranks
@@ -61,28 +62,26 @@ def preview(prepared: PreparedRun, placement_class: type[Placement], batches_wit
     if loss.needs_reference and (two_models_notice := config.two_models_notice):
         print(f"\n{two_models_notice}")
     preview_steps = preview_ranks if config.trainer.is_sharded else preview_one_process
-    preview_steps(prepared, placement_class, facts[0], batches_within)
+    preview_steps(prepared, placement_class, batches_within)
 
 
-def preview_one_process(
-    prepared: PreparedRun, placement_class: type[Placement], facts: "Facts", batches_within: Callable
-) -> None:
+def preview_one_process(prepared: PreparedRun, placement_class: type[Placement], batches_within: Callable) -> None:
     """Print steps and memory of a run in one process. Raises UserError where there is not enough memory."""
     config, loss = prepared.config, prepared.loss
     placement = placement_class(config, prepared.tokenizer)
     device = placement.device
     budget = untrained_budget(config, prepared.tokenizer, device)
     batches = batches_within(budget)
-    print("\nsteps", *describe_steps(batches, facts), sep="\n")
-    live = loss.needs_reference and not config.caches_reference(batches.schedule.visits_again)
-    packs, _ = largest_packs(batches, budget)
-    kinds = step_memory(placement, loss, live, packs)
+    first = first_steps(batches, budget)
+    print("\nsteps", *describe_steps(batches.schedule, first), sep="\n")
+    live = loss.needs_reference and not config.caches_reference(batches.schedule.visits_again and not loss.reads_tokens)
+    kinds = step_memory(placement, loss, live, first.packs)
     used = used_memory(device)
-    print("\nmemory", *describe_memory(kinds, packs, used, device.type), sep="\n", flush=True)
+    print("\nmemory", *describe_memory(kinds, first.packs, used, device.type), sep="\n", flush=True)
     check_memory(sum(kinds.values()) + used, total_memory(device), device.type)
 
 
-def preview_ranks(prepared: PreparedRun, placement_class: type[Sharded], facts: "Facts", batches_within: Callable) -> None:
+def preview_ranks(prepared: PreparedRun, placement_class: type[Sharded], batches_within: Callable) -> None:
     """Print steps, memory and communication of rank 0 of a sharded run.
 
     Raises UserError where batches are too small for the number of ranks, or a device is known to have too little memory.
@@ -94,15 +93,17 @@ def preview_ranks(prepared: PreparedRun, placement_class: type[Sharded], facts: 
         placement = fake_placement(placement_class, config, prepared.tokenizer)
         budget = rank_budget(placement)
         batches = batches_within(budget, placement.ranks)
-        live = loss.needs_reference and not config.caches_reference(batches.schedule.visits_again)
-        packs, step = largest_packs(batches, budget)
-        costs = step_costs(placement, loss, live, packs, step)
-    number = sum(len(micro_batch.packs) for micro_batch in step)
-    print("\nsteps", *describe_steps(batches, facts), *describe_rank(step, size, placement.ranks, budget), sep="\n")
+        live = loss.needs_reference and not config.caches_reference(batches.schedule.visits_again and not loss.reads_tokens)
+        first = first_steps(batches, budget)
+        costs = step_costs(placement, loss, live, first.packs, first.step)
+    number = sum(len(micro_batch.packs) for micro_batch in first.step)
+    print(
+        "\nsteps", *describe_steps(batches.schedule, first), *describe_rank(first.step, size, placement.ranks, budget), sep="\n"
+    )
     here = trainer.world_size is None and trainer.device_memory is None
     used = used_memory(device) if here else 0
     where = f"rank 0 of {size:,}" + (f" on {device.type}" if here else "")
-    print("\nmemory", *describe_memory(costs.memory, packs, used, where), sep="\n")
+    print("\nmemory", *describe_memory(costs.memory, first.packs, used, where), sep="\n")
     if trainer.cpu_offload:
         print("  parameters, reference, gradients and optimizer are in CPU memory (trainer.cpu_offload)")
     print("\ncommunication", *describe_traffic(costs.traffic, number), sep="\n", flush=True)
@@ -121,8 +122,8 @@ def preview_ranks(prepared: PreparedRun, placement_class: type[Sharded], facts: 
 class Facts:
     """Statistics of one split. Lengths are in tokens; prompt_hashes are sorted and distinct, [N] uint64.
 
-    packed_tokens counts every prompt and response once; repeated_tokens counts a prompt for each response of each pair, as
-    computing pairs row by row would. duplicate_pairs occur again; contradictory_pairs also occur in the other direction.
+    tokens counts every prompt and response once. duplicate_pairs occur again; contradictory_pairs also occur in the other
+    direction.
     """
 
     prompts: int
@@ -131,8 +132,7 @@ class Facts:
     prompt_lengths: numpy.ndarray
     response_lengths: numpy.ndarray
     example_lengths: numpy.ndarray
-    packed_tokens: int
-    repeated_tokens: int
+    tokens: int
     duplicate_pairs: int
     contradictory_pairs: int
     prompt_hashes: numpy.ndarray
@@ -142,7 +142,6 @@ def collect_facts(table: PromptTable) -> Facts:
     """The statistics of a table, in one pass."""
     forward, backward = [], []
     prompt_lengths, response_lengths, example_lengths = [], [], []
-    repeated = 0
     hashes = table.prompt_hashes
     for prompt, key in zip(table, hashes.tolist(), strict=True):
         keys = [xxhash.xxh3_64_intdigest(repr((key, response)).encode()) for response in prompt.responses]
@@ -152,8 +151,6 @@ def collect_facts(table: PromptTable) -> Facts:
         prompt_lengths.append(len(prompt.prompt_ids))
         response_lengths += lengths
         example_lengths.append(len(prompt.prompt_ids) + max(lengths))
-        used = [index for members in prompt.examples for index in members] or range(len(lengths))
-        repeated += sum(len(prompt.prompt_ids) + lengths[index] for index in used)
     pairs = numpy.array(forward, numpy.int64)
     return Facts(
         prompts=len(table),
@@ -162,8 +159,7 @@ def collect_facts(table: PromptTable) -> Facts:
         prompt_lengths=numpy.array(prompt_lengths),
         response_lengths=numpy.array(response_lengths),
         example_lengths=numpy.array(example_lengths),
-        packed_tokens=int(table.num_tokens.sum()),
-        repeated_tokens=repeated,
+        tokens=int(table.num_tokens.sum()),
         duplicate_pairs=len(pairs) - len(numpy.unique(pairs)),
         contradictory_pairs=len(numpy.intersect1d(pairs, numpy.array(backward, numpy.int64))) // 2,
         prompt_hashes=numpy.unique(hashes),
@@ -180,7 +176,7 @@ def describe_data(names: Sequence[str], reports: Sequence[DataReport], facts: Fa
         lines += [f"    {message}" for message in (*report.remarks(), *report.bad_rows)]
     what = "pairs" if paired else "examples"
     lines.append(
-        f"  {facts.prompts:,} prompts, {facts.responses:,} responses, {facts.examples:,} {what}, {facts.packed_tokens:,} tokens"
+        f"  {facts.prompts:,} prompts, {facts.responses:,} responses, {facts.examples:,} {what}, {facts.tokens:,} tokens"
     )
     if not facts.prompts:
         return lines
@@ -234,6 +230,8 @@ def response_names(prompt: TokenizedPrompt) -> list[str]:
     for k, (first, *others) in enumerate(prompt.examples):
         if prompt.labels:
             names[first] = "desirable" if prompt.labels[k] else "undesirable"
+            for index in others:
+                names[index] = "mismatched"
         elif len(others) == 1:
             names[first] = "preferred"
         else:
@@ -286,17 +284,46 @@ def wants_color() -> bool:
 # ---- steps and memory -------------------------------------------------------------------------------------------------------
 
 
-def describe_steps(batches: BatchIterator, facts: Facts) -> list[str]:
+@dataclass(frozen=True)
+class FirstSteps:
+    """This rank's packs of the first steps of a run.
+
+    packs: the two largest, or only the largest if no step has several. step: in which this rank has most tokens. tokens: packed
+    ones of all these steps; row_tokens: those of a row for each member of each example.
+    """
+
+    packs: list[PackedBatch]
+    step: list[MicroBatch]
+    number: int
+    tokens: int
+    row_tokens: int
+
+
+def first_steps(batches: BatchIterator, budget: TokenBudget) -> FirstSteps:
+    """Inspect the first STEPS_INSPECTED steps, and for the largest packs also the longest prompt of all."""
+    longest = Selection(batches.schedule.prompts, numpy.array([int(batches.schedule.prompts.num_tokens.argmax())]))
+    packs = build_packs(list(iterate_examples(longest)), budget)
+    several, most, largest, row_tokens, tokens = False, 0, [], 0, []
+    for step in islice(batches, STEPS_INSPECTED):
+        found = [pack for micro_batch in step for pack in micro_batch.packs]
+        several |= len(found) > 1
+        row_tokens += sum(pack.num_row_tokens for pack in found)
+        tokens.append(sum(len(pack.input_ids) for pack in found))
+        if tokens[-1] > most:
+            most, largest = tokens[-1], step
+        packs = sorted([*packs, *found], key=lambda pack: len(pack.input_ids))[-2:]
+    return FirstSteps(packs if several else packs[-1:], largest, len(tokens), sum(tokens), row_tokens)
+
+
+def describe_steps(schedule: Schedule, first: FirstSteps) -> list[str]:
     """Lines about the number of steps, their tokens, and what prefix sharing saves."""
-    examples = batches.schedule.total_examples
-    steps = batches.schedule.total_steps
-    saved = 1 - facts.packed_tokens / facts.repeated_tokens
-    size = batches.schedule.batch_size
-    tokens = facts.packed_tokens * size / facts.examples
+    saved = 1 - first.tokens / first.row_tokens
+    size, which = schedule.batch_size, "the first step" if first.number == 1 else f"the first {first.number} steps"
+    mean = f"{first.tokens / first.number:,.0f} tokens per step on average"
     return [
-        f"  {steps:,} steps of {size} examples, {examples:,} in total; {tokens:,.0f} tokens per step on average",
-        f"  {facts.packed_tokens:,} tokens per epoch instead of {facts.repeated_tokens:,}, {saved:.0%} less with prefix sharing"
-        " (if the model passes the proof when it is loaded)",
+        f"  {schedule.total_steps:,} steps of {size} examples, {schedule.total_examples:,} in total; {mean}",
+        f"  {first.tokens:,} tokens in {which} instead of {first.row_tokens:,} in rows: {saved:.0%} less with prefix sharing "
+        "(if the model passes its proof)",
     ]
 
 
@@ -314,24 +341,6 @@ def describe_rank(step: Sequence[MicroBatch], processes: int, ranks: Ranks, budg
         "  assumes that a micro-batch is computed in one pack; set trainer.device_memory or max_tokens_per_microbatch otherwise"
     )
     return [*lines, assumed] if budget == UNLIMITED else lines
-
-
-def largest_packs(batches: BatchIterator, budget: TokenBudget) -> tuple[list[PackedBatch], list[MicroBatch]]:
-    """The two largest packs, or only the largest if no step has several, and the step in which this rank has most tokens.
-
-    Inspects the first STEPS_INSPECTED steps, and for packs also the longest prompt of all.
-    """
-    longest = Selection(batches.schedule.prompts, numpy.array([int(batches.schedule.prompts.num_tokens.argmax())]))
-    packs = build_packs(list(iterate_examples(longest)), budget)
-    several, most, largest = False, 0, []
-    for step in islice(batches, STEPS_INSPECTED):
-        found = [pack for micro_batch in step for pack in micro_batch.packs]
-        several |= len(found) > 1
-        tokens = sum(len(pack.input_ids) for pack in found)
-        if tokens > most:
-            most, largest = tokens, step
-        packs = sorted([*packs, *found], key=lambda pack: len(pack.input_ids))[-2:]
-    return (packs if several else packs[-1:]), largest
 
 
 def used_memory(device: torch.device) -> int:

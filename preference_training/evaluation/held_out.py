@@ -17,8 +17,8 @@ from preference_training.core.metric_names import EVAL, EVAL_LOSS
 from preference_training.core.process_group import SINGLE_PROCESS, Ranks
 from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.evaluation.intervals import estimate, mean_interval
-from preference_training.losses.base import Examples, Loss, example_metrics, with_margins
-from preference_training.modeling.logprobs import response_logps
+from preference_training.losses.base import Examples, Loss, TokenLogps, example_metrics, with_margins
+from preference_training.modeling.logprobs import policy_logps, reference_logps
 from preference_training.modeling.state import compute_device
 
 
@@ -67,7 +67,7 @@ def evaluate_held_out(
     reference: returns the log-probs [R] of a batch; None for losses without one. batches: this rank's; every rank gets the
     result for all. on_batch: called with each batch and the log-probs of both models. Raises ValueError without any example.
     """
-    scores = score_responses(policy, reference, batches, ranks, on_batch)
+    scores = score_responses(policy, reference, batches, ranks, on_batch, loss)
     examples = scores.examples
     output = loss(scores.policy, scores.reference, examples).weighted(examples.weights)
     return HeldOut(example_metrics(output, scores.policy, examples, EVAL), output.statistics, scores.sources)
@@ -80,20 +80,24 @@ def score_responses(
     batches: Sequence[PackedBatch],
     ranks: Ranks = SINGLE_PROCESS,
     on_batch: Callable[[PackedBatch, Tensor, Tensor], None] | None = None,
+    loss: type[Loss] | Loss = Loss,
 ) -> Scores:
-    """The log-probs of every response; the parameters are those of `evaluate_held_out`."""
+    """The log-probs of every response; the parameters are those of `evaluate_held_out`. loss: says what else is read."""
     if not batches:
         raise ValueError("no held-out example to evaluate")
     device = compute_device(policy)
     scored = []
     for batch in batches:
         on_device = batch.to(device)
-        logps = response_logps(policy, on_device).double().cpu()
-        known = None if reference is None else reference(on_device).double().cpu()
+        (logps, tokens), (known, known_tokens) = (
+            policy_logps(policy, on_device, loss),
+            reference_logps(reference, on_device, loss),
+        )
+        logps, known = logps.double().cpu(), None if known is None else known.double().cpu()
         if on_batch is not None and known is not None:
             on_batch(batch, logps, known)
         if not batch.is_filler:
-            examples = batch.examples.with_tensors(Tensor.cpu)
+            examples = replace(batch.examples, policy_tokens=tokens, reference_tokens=known_tokens).with_tensors(Tensor.cpu)
             scored.append((logps, known, examples, batch.places.cpu(), batch.sources))
     logps, knowns, examples, places, sources = zip(
         *(part for rank in ranks.all_gather_object(scored) for part in rank), strict=True
@@ -110,11 +114,11 @@ def score_responses(
 
 def _joined(parts: Sequence[Examples], order: Tensor) -> Examples:
     """The examples of several batches as those of one, at `order`."""
-    starts = accumulate((len(part.lengths) for part in parts), initial=0)
+    offsets = [0, *accumulate(len(part.lengths) for part in parts)][:-1]
     width = max(part.members.shape[1] for part in parts)
     members = [
-        pad(part.members.where(part.members < 0, part.members + start), (0, width - part.members.shape[1]), value=-1)
-        for part, start in zip(parts, starts, strict=False)
+        pad(part.members.where(part.members < 0, part.members + offset), (0, width - part.members.shape[1]), value=-1)
+        for part, offset in zip(parts, offsets, strict=True)
     ]
     joined = Examples(torch.cat(members)[order], torch.cat([part.lengths for part in parts]))
 
@@ -133,6 +137,20 @@ def _joined(parts: Sequence[Examples], order: Tensor) -> Examples:
         weights=data("weights", 1.0),
         margins=data("margins", 0.0),
         labels=data("labels", True),
+        policy_tokens=_joined_tokens([part.policy_tokens for part in parts], offsets),
+        reference_tokens=_joined_tokens([part.reference_tokens for part in parts], offsets),
+    )
+
+
+def _joined_tokens(parts: Sequence[TokenLogps | None], offsets: Sequence[int]) -> TokenLogps | None:
+    """The tokens of several batches, whose responses are numbered from `offsets` on; None if they have none."""
+    if any(part is None for part in parts):
+        return None
+    collisions = [part.collision for part in parts]
+    return TokenLogps(
+        torch.cat([part.values for part in parts]),
+        torch.cat([part.responses + offset for part, offset in zip(parts, offsets, strict=True)]),
+        None if collisions[0] is None else torch.cat(collisions),
     )
 
 

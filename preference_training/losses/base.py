@@ -35,14 +35,18 @@ ExampleKind = Literal["targets", "pairs", "rankings", "labels"]
 class TokenLogps:
     """A model's log-probs of single tokens: all scored tokens of a pack, ordered by response.
 
-    values: [C]. responses: [C] int64, the response of each token; positions: [C] int64, how many scored tokens of the response
-    precede it. collision: [C], log of the sum of all squared probabilities of the vocabulary; None unless asked for.
+    values: [C]. responses: [C] int64, the response of each token. collision: [C], log of the sum of all squared probabilities
+    of the vocabulary; None unless asked for.
     """
 
     values: Tensor
     responses: Tensor
-    positions: Tensor
     collision: Tensor | None = None
+
+    def with_tensors(self, change: Callable[[Tensor], Tensor]) -> TokenLogps:
+        """The same with each tensor changed."""
+        collision = None if self.collision is None else change(self.collision)
+        return TokenLogps(change(self.values), change(self.responses), collision)
 
 
 @dataclass(frozen=True)
@@ -91,9 +95,13 @@ class Examples:
         return self.mean_length if average == "tokens" else self.lengths[self.first]
 
     def with_tensors(self, change: Callable[[Tensor], Tensor]) -> Examples:
-        """The examples with members, lengths, weights, margins and labels changed."""
+        """The examples with each tensor changed, that of the mean length excepted."""
         names = ("members", "lengths", "weights", "margins", "labels")
-        return replace(self, **{name: None if getattr(self, name) is None else change(getattr(self, name)) for name in names})
+        changed: dict[str, Any] = {name: change(value) for name in names if (value := getattr(self, name)) is not None}
+        for name in ("policy_tokens", "reference_tokens"):
+            tokens = getattr(self, name)
+            changed[name] = None if tokens is None else tokens.with_tensors(change)
+        return replace(self, **changed)
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ class LengthDesensitizedDPOLoss(Loss):
             own, other = (desensitized(each, examples.lengths, responses, shared, self.alpha) for each in both)
             ratios.append(own - other)
         chosen, rejected = ratios
-        losses = dpo_loss(chosen, rejected, self.beta)
+        losses = dpo_loss(chosen, rejected, self.beta).to(policy.dtype)
         return LossOutput(losses, self.beta * chosen.detach(), self.beta * rejected.detach())
 
 

@@ -6,18 +6,22 @@ predicts token i + 1, so a response is scored from the last position of its prom
 """
 
 import inspect
+from collections.abc import Iterable
 from contextlib import nullcontext
 from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from preference_training.batching.packing import PackedBatch
 from preference_training.core.process_group import reshard, to_local
+from preference_training.losses.base import Loss, TokenLogps
 from preference_training.modeling.adapters import has_adapter, reference_mode
+from preference_training.modeling.prefix_sharing.longest_row import forget_longest_row, sequences_are_independent
 from preference_training.modeling.prefix_sharing.tree_attention import TREE_ATTENTION
 from preference_training.modeling.state import spans_devices
 
@@ -25,19 +29,44 @@ from preference_training.modeling.state import spans_devices
 MAX_LOGITS_BYTES = 2**29
 
 
+def shares_prefixes(model: nn.Module) -> bool:
+    """Whether a model computes what sequences share once."""
+    return model.config._attn_implementation == TREE_ATTENTION
+
+
 def response_logps(model: nn.Module, batch: PackedBatch) -> Tensor:
     """Log-prob of each response given its prompt, summed over its scored tokens: [R] float32, in the batch's order."""
     return _sum_by_response(scored_tokens(model, batch), batch)
+
+
+def policy_logps(model: nn.Module, batch: PackedBatch, loss: Loss) -> tuple[Tensor, TokenLogps | None]:
+    """`response_logps` of a policy, and those of its tokens for a loss that reads them."""
+    if not (loss.reads_tokens or loss.reads_collision):
+        return response_logps(model, batch), None
+    values = scored_tokens(model, batch, loss.reads_collision)
+    tokens = TokenLogps(values[:, 0], batch.scored_responses, values[:, 1] if loss.reads_collision else None)
+    return _sum_by_response(values, batch), tokens
+
+
+def reference_logps(reference, batch: PackedBatch, loss: Loss) -> tuple[Tensor | None, TokenLogps | None]:
+    """What a loss reads of a reference: the log-probs [R] of the responses and of their tokens; None for what it does not."""
+    if reference is None:
+        return None, None
+    return reference.with_tokens(batch) if loss.reads_tokens else (reference(batch), None)
 
 
 def scored_tokens(model: nn.Module, batch: PackedBatch, collision: bool = False) -> Tensor:
     """Log-probs of the scored tokens, response by response: [C, 1] float64 (float32 on MPS).
 
     collision: also log sum_v p_v^2 of the distribution that each token is drawn from: [C, 2]. A model with tree attention
-    computes what sequences share once; any other computes padded rows. A model with an attribute `autocast_dtype` runs under
-    autocast in that dtype; the softmax is always in float32.
+    computes what sequences share once; any other computes padded rows. Where longer rows would affect shorter ones, those of
+    each length are computed by themselves. A model with an attribute `autocast_dtype` runs under autocast in that dtype; the
+    softmax is always in float32.
     """
-    compute = _score_trie if model.config._attn_implementation == TREE_ATTENTION else _score_rows
+    compute = _score_trie if shares_prefixes(model) else _score_rows
+    if not sequences_are_independent(model, batch.trie):
+        # Ranks of a sharded model compute in lockstep, with as many forwards each.
+        compute = _score_rows if isinstance(model, FSDPModule) else _score_unpadded
     dtype = getattr(model, "autocast_dtype", None)
     with torch.autocast(batch.input_ids.device.type, dtype=dtype, enabled=dtype is not None):
         return compute(model, batch, collision)
@@ -51,6 +80,11 @@ def trie_logps(model: nn.Module, batch: PackedBatch) -> Tensor:
 def padded_logps(model: nn.Module, batch: PackedBatch) -> Tensor:
     """`response_logps` of padded rows."""
     return _sum_by_response(_score_rows(model, batch), batch)
+
+
+def unpadded_logps(model: nn.Module, batch: PackedBatch) -> Tensor:
+    """`response_logps` of plain rows: each sequence beside those of its own length only."""
+    return _sum_by_response(_score_unpadded(model, batch), batch)
 
 
 def _sum_by_response(values: Tensor, batch: PackedBatch) -> Tensor:
@@ -82,11 +116,14 @@ def _score_trie(model: nn.Module, batch: PackedBatch, collision: bool = False) -
 
 def _packed_forward(model: nn.Module, batch: PackedBatch) -> Tensor:
     """The output of the model's head at the scored positions: [S, V] logits, or [S, K] of a ScoringHead."""
+    # Four dimensions, so that transformers builds no mask of its own: tree attention reads the layout instead.
+    mask = batch.input_ids.new_zeros((1, 1, 1, 1))
+    # Some models hand on nothing else to their attention.
+    mask.trie = batch.layout
     return model(
         input_ids=batch.input_ids[None],
         position_ids=batch.position_ids[None],
-        # Four dimensions, so that transformers builds no mask of its own: tree attention reads the layout instead.
-        attention_mask=batch.input_ids.new_zeros((1, 1, 1, 1)),
+        attention_mask=mask,
         trie=batch.layout,
         logits_to_keep=_head_index(model, batch.predicted_at),
         use_cache=False,
@@ -155,6 +192,25 @@ def _score_rows(model: nn.Module, batch: PackedBatch, collision: bool = False) -
     return _to_float64(values[batch.scored_responses, batch.scored_positions - first])
 
 
+def _score_unpadded(model: nn.Module, batch: PackedBatch, collision: bool = False) -> Tensor:
+    """`scored_tokens` of each response as alone: in a forward with those of its length only, without padding."""
+    by_length: dict[int, list[int]] = {}
+    for number, (_, length) in enumerate(batch.trie.ends):
+        by_length.setdefault(length, []).append(number)
+    scored = batch.scored_positions.split(batch.response_lengths.tolist())
+    values: dict[int, Tensor] = {}
+    for numbers in by_length.values():
+        rows = torch.stack(_rows(batch, numbers))
+        positions = torch.cat([scored[number] for number in numbers]).unique()
+        forget_longest_row(model)
+        logits = _logits_at(model, rows, torch.ones_like(rows), positions - 1)
+        for row, number, own in zip(rows, numbers, logits, strict=True):
+            chosen = torch.searchsorted(positions, scored[number])
+            values[number] = score_tokens(own[chosen], row[scored[number]], collision)
+    forget_longest_row(model)
+    return _to_float64(torch.cat([values[number] for number in range(len(values))]))
+
+
 def _logits_at(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
     """Logits [R, len(positions), V] at these positions of every row; the head skips all others where the model supports it."""
     arguments = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
@@ -173,9 +229,14 @@ def _padded_rows(batch: PackedBatch) -> tuple[Tensor, Tensor]:
 
     Padding is masked by length, never by a token's id.
     """
-    paths = [torch.from_numpy(batch.trie.path(number)) for number in range(len(batch.response_lengths))]
-    rows = [batch.input_ids[path.to(batch.input_ids.device)] for path in paths]
+    rows = _rows(batch, range(len(batch.response_lengths)))
     return pad_sequence(rows, batch_first=True), pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+
+
+def _rows(batch: PackedBatch, numbers: Iterable[int]) -> list[Tensor]:
+    """The token ids of some sequences."""
+    paths = (torch.from_numpy(batch.trie.path(number)) for number in numbers)
+    return [batch.input_ids[path.to(batch.input_ids.device)] for path in paths]
 
 
 # ---- the reference ------------------------------------------------------------------------------------------------------
@@ -196,6 +257,13 @@ class LiveReference:
         """Log-prob of each response of a batch: [R] float32."""
         with self.as_reference(self.model):
             return response_logps(self.model, batch)
+
+    @torch.no_grad()
+    def with_tokens(self, batch: PackedBatch) -> tuple[Tensor, TokenLogps]:
+        """Log-probs of each response [R] and of its tokens."""
+        with self.as_reference(self.model):
+            values = scored_tokens(self.model, batch)
+        return _sum_by_response(values, batch), TokenLogps(values[:, 0], batch.scored_responses)
 
     @torch.no_grad()
     def move_towards(self, policy: nn.Module, share: float) -> None:

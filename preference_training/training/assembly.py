@@ -75,9 +75,8 @@ def assemble(prepared: PreparedRun, placement: Placement, checkpoint: Checkpoint
     }
     if prepared.loss.needs_reference:
         reads = ReferencePlan.for_run(steps, held_out, **sizes)
-        models.reference = make_reference(
-            config, placement, models.policy, reads, prepared.in_sweep or steps.schedule.visits_again
-        )
+        again = prepared.in_sweep or steps.schedule.visits_again
+        models.reference = make_reference(config, placement, models.policy, reads, again, prepared.loss.reads_tokens)
         if two_models_notice := config.two_models_notice:
             print(two_models_notice, flush=True)
         else:
@@ -132,19 +131,21 @@ def build_batches(
     )
 
 
-def make_reference(config: RunConfig, placement: Placement, policy, reads, read_again: bool):
+def make_reference(config: RunConfig, placement: Placement, policy, reads, read_again: bool, reads_tokens: bool = False):
     """The reference: a frozen copy of the policy that scores each batch, or its log-probs of what is read, computed before.
 
     Computed before, by its own choice, where they are read more than once: in several epochs or the jobs of a sweep
-    (`read_again`), or because an earlier run has left them; never where the reference follows the policy.
+    (`read_again`), or because an earlier run has left them; never where the reference follows the policy or gives tokens.
     """
     directory = first_existing(config.local_dirs) / "reference_logps"
     # In the policy's dtype it now gives the log-probs that a copy would give.
     is_copy = config.model.reference_dtype == config.model.policy_dtype and not has_adapter(policy)
     reference = LiveReference(policy) if is_copy else placement.reference(policy)
     ranks = placement.ranks
-    cached = config.caches_reference(read_again)
-    may_be_there = config.reference_logps is None and not config.loss.moves_reference
+    if reads_tokens:
+        print("reference: live, since the loss reads log-probs of its tokens", flush=True)
+    cached = config.caches_reference(read_again and not reads_tokens)
+    may_be_there = config.reference_logps is None and not (config.loss.moves_reference or reads_tokens)
     if cached or (may_be_there and ranks.broadcast(directory.is_dir())):
         path = cache_path(directory, reference.model, reads, computing_settings(config), ranks)
         if cached or ranks.broadcast(path.exists()):

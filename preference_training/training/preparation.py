@@ -11,11 +11,11 @@ from preference_training.core.errors import UserError
 from preference_training.core.files import first_existing
 from preference_training.core.machine import allow_tf32, quiet_libraries, tune_malloc
 from preference_training.core.random_streams import seed_everything
-from preference_training.data.entries import Entry, read_entries
+from preference_training.data.entries import Entry, check_examples, read_entries
 from preference_training.data.preparation import Prepared, count_identical_pairs, exclude_held_out, overlap, prepare
 from preference_training.data.tokenization import VERSION, VERSIONS, TokenSettings
 from preference_training.evaluation.task_suites import check_harness
-from preference_training.losses.base import ExampleKind, Loss
+from preference_training.losses.base import Loss
 from preference_training.losses.registry import build_loss
 from preference_training.modeling.limits import check_limits, check_rows, model_limits
 from preference_training.modeling.loading import check_model
@@ -56,6 +56,7 @@ def prepare_run(config: RunConfig, run_dir: Path, in_sweep: bool = False) -> Pre
         check_harness()
     loss = build_loss(**config.loss.given(), seed=config.seed)
     check_objective(config.objective, config.loss.name, loss.examples)
+    check_live(config, loss)
     for line in [] if config.eval_only else precision_notices(config):
         print(line, flush=True)
     tokenizer = load_tokenizer(config.model, config.cache_dir)
@@ -63,12 +64,22 @@ def prepare_run(config: RunConfig, run_dir: Path, in_sweep: bool = False) -> Pre
         print(line, flush=True)
     limits = model_limits(config, tokenizer)
     entries = read_entries(config)
+    check_examples(entries, loss, config.loss.name)
     check_limits(config, entries, tokenizer, limits)
     # Before the processes join: those that wait for the data have no time-out then.
     splits = ("test",) if config.eval_only and not config.dry_run else ("train", "test")
-    data = prepare_data(config, entries, tokenizer, loss.examples, splits, data_version(config, run_dir))
+    data = prepare_data(config, entries, tokenizer, loss, splits, data_version(config, run_dir))
     check_rows(config, tokenizer, limits, [split.table for split in data])
     return PreparedRun(config, run_dir, in_sweep, loss, tokenizer, data, entries, pruner)
+
+
+def check_live(config: RunConfig, loss: Loss) -> None:
+    """Raise UserError where the reference is to be cached, but the loss reads log-probs of its tokens."""
+    if loss.needs_reference and loss.reads_tokens and config.reference_logps == "cached":
+        raise UserError(
+            f"reference_logps: found cached, but loss={config.loss.name} reads log-probs of the reference's tokens, of which "
+            "none are kept. Set it to live or null."
+        )
 
 
 def data_version(config: RunConfig, run_dir: Path) -> int:
@@ -103,7 +114,7 @@ def prepare_data(
     config: RunConfig,
     entries: Sequence[Entry],
     tokenizer,
-    examples: ExampleKind,
+    loss: Loss,
     names: tuple[str, ...] = ("train", "test"),
     version: int | None = None,
 ) -> tuple[Prepared, ...]:
@@ -113,12 +124,12 @@ def prepare_data(
     split. Raises UserError where the first of the splits has no example.
     """
     directory = first_existing(config.local_dirs) / "prepared_data"
-    settings = token_settings(config, examples, version)
+    settings = token_settings(config, loss, version)
     splits = [prepare(entries, split, tokenizer, settings, directory, config.cache_dir) for split in names]
     if len(splits) == 2 and splits[0].version > 1:
         splits[0] = exclude_held_out(splits[0], splits[1], entries, directory)
     for split, data in zip(names, splits, strict=True):
-        report_split(data, entries, split, EXAMPLE_WORDS[examples], needed=split == names[0])
+        report_split(data, entries, split, EXAMPLE_WORDS[loss.examples], needed=split == names[0])
         if data.version == 1 and (count := count_identical_pairs(data.table)):
             print(f"  pairs of equal token ids, which a new run would skip: {count}", flush=True)
     if len(splits) == 2:
@@ -146,12 +157,13 @@ def report_split(prepared, entries: list, split: str, what: str, needed: bool) -
     print(f"{split}: {len(prepared.table)} prompts, {examples} {what}", *lines, sep="\n", flush=True)
 
 
-def token_settings(config: RunConfig, examples: ExampleKind, version: int | None = None):
+def token_settings(config: RunConfig, loss: Loss, version: int | None = None):
     """A function from an entry to the settings that its token ids depend on: the entry's own, then the configuration's."""
 
     def settings(entry) -> TokenSettings:
         mode = entry.truncation_mode or entry.dataset.truncation_mode
         lengths = config.max_length, config.max_prompt_length
-        return TokenSettings(examples, *lengths, mode, entry.template, entry.system_prompt, version or VERSION)
+        templates = entry.template, entry.system_prompt
+        return TokenSettings(loss.examples, *lengths, mode, *templates, version or VERSION, loss.needs_margins)
 
     return settings

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from preference_training.batching.micro_batches import MicroBatch
 from preference_training.batching.packing import PackedBatch
-from preference_training.core.metric_names import GRAD_NORM, TRAIN, TRAIN_LOSS
+from preference_training.core.metric_names import GRAD_NORM, TOKENS_SAVED, TRAIN, TRAIN_LOSS
 from preference_training.core.process_group import is_distributed
 from preference_training.distributed.placement import Placement
-from preference_training.losses.base import BatchStatistics, Examples, LossOutput, example_metrics, with_margins
-from preference_training.modeling.logprobs import response_logps
+from preference_training.losses.base import BatchStatistics, Examples, LossOutput, TokenLogps, example_metrics, with_margins
+from preference_training.modeling.logprobs import policy_logps, reference_logps, shares_prefixes
 from preference_training.modeling.state import compute_device
 from preference_training.tracking.tracker import Metrics
 from preference_training.training.parts import Models, RunState
@@ -108,10 +108,13 @@ class TrainingStep:
             self.models.start_check = None
         grad_norm = self.updater.clip_gradient()
         # Read at once, before the weights change: one wait for the device.
-        tokens = sum(pack.num_tokens for micro_batch in micro_batches for pack in micro_batch.packs)
-        *values, tokens, stops, norm = self.reduce(batch.sums, grad_norm, tokens, stop).tolist()
+        packs = [pack for micro_batch in micro_batches for pack in micro_batch.packs]
+        counts = sum(pack.num_tokens for pack in packs), sum(pack.num_row_tokens for pack in packs)
+        *values, tokens, row_tokens, stops, norm = self.reduce(batch.sums, grad_norm, counts, stop).tolist()
         sums = zip(batch.sums, values[::2], values[1::2], strict=True)
         metrics = with_margins({name: total / count for name, total, count in sums if count}, TRAIN)
+        if shares_prefixes(self.models.policy):
+            metrics[TOKENS_SAVED] = 1 - tokens / row_tokens
         self.state.examples += num_examples
         self.state.tokens += int(tokens)
         # Where gradients are scaled, the scaler itself skips a step whose gradient has overflowed.
@@ -171,20 +174,22 @@ class TrainingStep:
         """Loss and policy log-probs [R] of each pack; the caller takes each pack's gradient before the next."""
         loss, start_check = self.models.loss, self.models.start_check
         packs = [pack.to(self.device) for pack in micro_batch.packs]
-        references = [None if self.models.reference is None else self.models.reference(pack) for pack in packs]
+        known = [reference_logps(self.models.reference, pack, loss) for pack in packs]
+        references = [logps for logps, _ in known]
         statistics = None
         if loss.needs_batch_statistics and len(packs) > 1:
             # It depends on all packs, and only one of them fits into memory with its gradient.
             with torch.no_grad():
-                statistics = self._batch_statistics(micro_batch, packs, [self.logps(pack) for pack in packs], references)
-        for pack, reference in zip(packs, references, strict=True):
-            policy = self.logps(pack)
+                statistics = self._batch_statistics(micro_batch, packs, [self.logps(pack)[0] for pack in packs], references)
+        for pack, (reference, reference_tokens) in zip(packs, known, strict=True):
+            policy, policy_tokens = self.logps(pack)
             if start_check is not None:
                 start_check.compare(pack, policy, reference)
             if loss.needs_batch_statistics and statistics is None:
                 statistics = self._batch_statistics(micro_batch, packs, [policy.detach()], references)
             found = None if statistics is None else statistics.at(pack.places)
-            examples = replace(pack.examples, mean_length=mean_length)
+            tokens = {"policy_tokens": policy_tokens, "reference_tokens": reference_tokens}
+            examples = replace(pack.examples, mean_length=mean_length, **tokens)
             yield loss(policy, reference, examples, found).weighted(examples.weights), policy, pack
 
     def _batch_statistics(self, micro_batch: MicroBatch, packs, policies, references) -> BatchStatistics:
@@ -207,13 +212,13 @@ class TrainingStep:
         known = reference if self.models.loss.needs_reference else None
         return self.models.loss.batch_statistics(policy, known, examples)
 
-    def logps(self, pack: PackedBatch) -> Tensor:
-        """The policy's log-probs [R] of a pack."""
-        return response_logps(self.models.policy, pack)
+    def logps(self, pack: PackedBatch) -> tuple[Tensor, TokenLogps | None]:
+        """The policy's log-probs [R] of a pack, and what its loss reads of tokens."""
+        return policy_logps(self.models.policy, pack, self.models.loss)
 
-    def reduce(self, sums: dict[str, Tensor], grad_norm: Tensor, tokens: int, stop: bool = False) -> Tensor:
-        """A step's numbers over all ranks: `sums`; tokens, how many ranks are to stop, the gradient's norm."""
-        others = torch.tensor([float(tokens), float(stop)], device=self.device)
+    def reduce(self, sums: dict[str, Tensor], grad_norm: Tensor, counts: tuple[int, int], stop: bool = False) -> Tensor:
+        """A step's numbers over all ranks: `sums`, `counts`, how many ranks are to stop, the gradient's norm."""
+        others = torch.tensor([*map(float, counts), float(stop)], device=self.device)
         totals = self.placement.ranks.all_reduce_sum(torch.cat([*sums.values(), others]))
         return torch.cat([totals, grad_norm.detach().to(totals).reshape(1)])
 

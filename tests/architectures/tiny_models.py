@@ -1,4 +1,4 @@
-"""Some sixty architectures of transformers, each in a size that trains in milliseconds.
+"""Some hundred architectures of transformers, each in a size that trains in milliseconds.
 
 Every model has the project's byte-level tokenizer, two layers or as many as it takes to have each of its kinds of layer, and
 windows and chunks that are shorter than the rows. Weight matrices are larger than at a usual start, so that predictions depend
@@ -8,6 +8,7 @@ on what was attended to, and a mistake shows.
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from preference_training.modeling.tokenizer import byte_level_tokenizer
@@ -38,6 +39,10 @@ DELTA = {
     "layer_types": ["linear_attention", "full_attention"],
 }
 MAMBA_HEADS = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": WINDOW}
+SCALED_YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": WINDOW}
+SCALED_YARN |= {"llama_4_scaling_beta": 0.5}
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 2 * CHUNK}
+LONGROPE |= {"short_factor": [1.0] * 4, "long_factor": [1.5, 2.0, 3.0, 4.0], "factor": 8.0}
 OLD = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512}
 
 # Name in the table → the configuration; model_type is the name where none is given.
@@ -75,6 +80,10 @@ TINY: dict[str, dict] = {
     "phi": DENSE | {"num_key_value_heads": 4},
     "phi3": DENSE,
     "stablelm": DENSE,
+    "qwen2-window": DENSE | WINDOWED | {"model_type": "qwen2", "use_sliding_window": True},
+    # Positions that are compared with lengths: scaled queries, and frequencies that depend on the longest row.
+    "ministral3-scaled": HEAD | {"model_type": "ministral3", "rope_parameters": SCALED_YARN},
+    "phi3-longrope": DENSE | {"model_type": "phi3", "rope_parameters": LONGROPE, "original_max_position_embeddings": 2 * CHUNK},
     "smollm3": DENSE | {"no_rope_layers": [1, 0]},
     "granite": DENSE | {"logits_scaling": 2.0, "residual_multiplier": 0.5},
     "cohere": DENSE | {"logit_scale": 0.5},
@@ -160,6 +169,9 @@ TINY: dict[str, dict] = {
     "llama4_text": HEAD
     | {"num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size_mlp": 64}
     | {"attention_chunk_size": CHUNK, "no_rope_layers": [1, 0]},
+    "llama4-scaled": HEAD
+    | {"model_type": "llama4_text", "num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size_mlp": 64}
+    | {"attention_chunk_size": CHUNK, "no_rope_layers": [1, 0], "floor_scale": WINDOW, "attn_scale": 0.5},
     # States in place of attention, alone and between layers of attention.
     "mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8},
     "falcon_mamba": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8},
@@ -252,8 +264,8 @@ TINY: dict[str, dict] = {
 }
 
 
-def make(name: str, folder: Path) -> None:
-    """Write the model of a name, and its tokenizer, into a folder."""
+def build(name: str) -> nn.Module:
+    """The model of a name, in float32."""
     values = dict(TINY[name])
     tokenizer = byte_level_tokenizer()
     tokens = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.eos_token_id}
@@ -268,5 +280,10 @@ def make(name: str, folder: Path) -> None:
                 weight.add_(0.05 * torch.randn_like(weight))
             elif 0 < (spread := weight.std().item()) < SPREAD:
                 weight.mul_(SPREAD / spread)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    return model
+
+
+def make(name: str, folder: Path) -> None:
+    """Write the model of a name, and its tokenizer, into a folder."""
+    build(name).save_pretrained(folder)
+    byte_level_tokenizer().save_pretrained(folder)

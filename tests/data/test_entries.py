@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 from preference_training.configuration.schema import GENERAL_KEYS
 from preference_training.core.errors import UserError
 from preference_training.data import registry
-from preference_training.data.entries import UserData, load_records, read_entry
+from preference_training.data.entries import UserData, check_examples, load_records, read_entry
 from preference_training.data.files import DATA_SUFFIXES
 from preference_training.data.registry import Dataset
 from preference_training.data.rows.field_maps import FieldMap
 from preference_training.data.rows.records import OTHER_PROMPT, SAME_TEXT, DataReport, PreferenceRecord, Turn
+from preference_training.losses.registry import build_loss
 from tests.support.files import write
 
 # Hypothesis runs one function many times; each example writes its own file, so that sharing tmp_path is harmless.
@@ -181,6 +182,14 @@ SHARE = "expected 0 to below 1."
         ({"ranks": "s", "response": "r"}, "ranks needs responses."),
         ({"score": "s"}, "score needs response."),
         ({"score": "s", "responses": "r", "ranks": "k"}, "score needs response."),
+        ({"label": "l"}, "label needs response."),
+        ({"label": "l", "score": "s", "response": "r"}, "found score and label, expected one of them."),
+        ({"margin": "m", "response": "r"}, "margin is of pairs of chosen and rejected, and responses are in response."),
+        (
+            {"example_weight": "w", "responses": "r", "scores": "s"},
+            "example_weight is of pairs of chosen and rejected, and responses are in responses.",
+        ),
+        ({"margin": 5}, "margin: found 5, expected the name of a field."),
         ({"top_k": 5}, "top_k: found 5, expected {column: NAME, k: NUMBER}."),
         ({"top_k": {"column": "n"}}, "top_k: found {'column': 'n'}, expected {column: NAME, k: NUMBER}."),
         ({"top_k": {"column": "n", "k": 0}}, "top_k: found {'column': 'n', 'k': 0}, expected"),
@@ -209,6 +218,48 @@ SHARE = "expected 0 to below 1."
 def test_a_map_of_fields_that_contradicts_itself_is_refused(tmp_path, keys, told):
     path = str(write(tmp_path / "rows.jsonl", triplets(1)))
     assert refusal({"path": path} | keys).startswith(f"datasets: {path}: {told}")
+
+
+COMPARES = "Expected chosen and rejected, or a loss of labels such as kto."
+RANKED = "Expected responses with scores or ranks, response with score, or chosen and rejected."
+LABELED = "Expected response with label: COLUMN, or pairs."
+MARGINS = "Expected a column of margins, margin: COLUMN, or responses with scores."
+
+
+@pytest.mark.parametrize(
+    ("loss", "keys", "told"),
+    [
+        ("odpo", {}, f"reads the margin of each pair, and the rows have chosen and rejected alone. {MARGINS}"),
+        ("odpo", {"margin": "m"}, None),
+        ("odpo", {"responses": "r", "ranks": "k"}, None),
+        ("plackett_luce", {}, None),
+        ("plackett_luce", {"response": "r", "score": "s"}, None),
+        (
+            "plackett_luce",
+            {"response": "r"},
+            f"learns rankings, and the rows have single responses without a score or label. {RANKED}",
+        ),
+        ("plackett_luce", {"response": "r", "label": "l"}, f"learns rankings, and the rows have labeled responses. {RANKED}"),
+        ("kto", {}, None),
+        ("kto", {"response": "r", "label": "l"}, None),
+        (
+            "kto",
+            {"response": "r"},
+            f"learns from labels, and the rows have single responses without a score or label. {LABELED}",
+        ),
+        ("dpo", {"response": "r", "label": "l"}, f"compares pairs, and the rows have labeled responses. {COMPARES}"),
+        ("dpo", {}, None),
+        ("sft", {"response": "r", "label": "l"}, None),
+    ],
+)
+def test_a_loss_that_the_fields_of_a_file_cannot_serve_is_refused(tmp_path, loss, keys, told, compose):
+    path = str(write(tmp_path / "rows.jsonl", triplets(1)))
+    built = build_loss(**compose(f"loss={loss}").loss.given())
+    if told is None:
+        return check_examples([read_entry({"path": path} | keys)], built, loss)
+    with pytest.raises(UserError) as refused:
+        check_examples([read_entry({"path": path} | keys)], built, loss)
+    assert str(refused.value) == f"datasets: {path}: loss={loss} {told}"
 
 
 def test_a_senseless_share_of_the_configuration_is_refused(tmp_path):

@@ -25,6 +25,7 @@ from preference_training.core.errors import UserError
 from preference_training.data import preparation as data_preparation
 from preference_training.data import prompt_table
 from preference_training.data.entries import Entry, read_entry
+from preference_training.data.mismatched import ONLY_PROMPT
 from preference_training.data.preparation import (
     HELD_OUT_ELSEWHERE,
     count_identical_pairs,
@@ -33,9 +34,11 @@ from preference_training.data.preparation import (
     prepare,
     tokenizer_hash,
 )
+from preference_training.data.rows.examples import NO_MARGIN
 from preference_training.data.rows.records import SAME_TEXT, DataReport
 from preference_training.data.token_files import write_tokenized
 from preference_training.data.tokenization import PROMPT_CUT, SAME_IDS, TokenSettings, tokenize_records
+from preference_training.losses.registry import build_loss
 from tests.support import forked
 from tests.support.files import ROOT
 
@@ -847,6 +850,68 @@ def test_what_has_a_test_file_of_its_own_stays_and_what_is_in_both_is_said_with_
     )
 
 
+VALUED = """
+from preference_datasets import register
+
+@register("valued")
+def get_valued(split, silent=False, cache_dir=None):
+    for n in range(3 if split == "train" else 1):
+        yield f"{split} {n}", {
+            "responses": [f"a{n}", f"b{n}", f"c{n}"], "pairs": [(1, 0), (2, 0)], "sft_target": f"b{n}",
+            "scores": [0, 2.5, 7], "labels": [False, None, True], "weights": [1, 2], "margins": [3, 4] if n else [0.5, 1],
+        }
+"""
+
+
+def texts_of(table) -> list[list[str]]:
+    """The responses of each prompt, without their ends."""
+    return [["".join(map(chr, response[:-1])) for response in prompt.responses] for prompt in table]
+
+
+@pytest.mark.parametrize(
+    ("of", "responses", "first"),
+    [
+        ("targets", ["b0"], {"examples": []}),
+        ("pairs", ["a0", "b0", "c0"], {"examples": [(1, 0), (2, 0)], "weights": [1.0, 2.0]}),
+        ("margins", ["a0", "b0", "c0"], {"examples": [(1, 0), (2, 0)], "weights": [1.0, 2.0], "margins": [0.5, 1.0]}),
+        ("rankings", ["a0", "b0", "c0"], {"examples": [(2, 1, 0)]}),
+        # The first prompt takes the responses of the second.
+        ("labels", ["a0", "c0", "a1", "c1"], {"examples": [(0, 2), (1, 3)], "labels": [0.0, 1.0]}),
+    ],
+)
+def test_each_kind_of_loss_finds_its_examples_in_the_records_of_a_loader(folder, of, responses, first):
+    (folder / "valued.py").write_text(VALUED)
+    settings = replace(PAIRS, margins=True) if of == "margins" else replace(PAIRS, examples=of)
+    table, report, _ = prepared("valued.py:valued", folder / "prepared", of=settings)
+    assert texts_of(table)[0] == responses
+    found = table[0]
+    assert {name: getattr(found, name) for name in ("examples", "weights", "margins", "labels")} == {
+        "weights": None, "margins": None, "labels": None,
+    } | first  # fmt: skip
+    assert not report.columns_not_read
+    # Found again as it was written.
+    again, _, texts = prepared("valued.py:valued", folder / "prepared", of=settings)
+    assert (list(again), texts) == (list(table), 0)
+    held_out, counted, _ = prepared("valued.py:valued", folder / "prepared", "test", of=settings)
+    if of == "labels":
+        assert (len(held_out), counted.left_out[ONLY_PROMPT]) == (0, 2)
+    else:
+        assert len(held_out) == 1
+
+
+def test_scores_of_a_loader_change_only_the_data_of_losses_that_read_them(folder):
+    (folder / "valued.py").write_text(VALUED)
+    (folder / "other.py").write_text(VALUED.replace("7]", "8]").replace("[3, 4]", "[3, 5]"))
+    for of, is_same in ((PAIRS, True), (replace(PAIRS, margins=True), False), (replace(PAIRS, examples="rankings"), True)):
+        tables = [prepared(f"{name}.py:valued", folder / "prepared", of=of)[0] for name in ("valued", "other")]
+        assert (tables[0].fingerprint == tables[1].fingerprint) is is_same
+
+
+def test_pairs_without_any_margin_are_counted_for_a_loss_that_needs_them(folder):
+    table, report, _ = prepared(whole(), folder / "prepared", of=replace(PAIRS, margins=True))
+    assert (len(table), report.left_out) == (0, {NO_MARGIN: 20})
+
+
 def test_a_run_says_which_held_out_prompts_it_trains_on(folder, compose, capsys):
     from preference_training.data.entries import read_entries
     from preference_training.modeling.tokenizer import byte_level_tokenizer
@@ -854,7 +919,7 @@ def test_a_run_says_which_held_out_prompts_it_trains_on(folder, compose, capsys)
 
     write(folder / "test.jsonl", rows(3))
     config = compose("datasets=[{path: rows.jsonl, test_path: test.jsonl}]", "loss=dpo", f"local_dirs=[{folder}]")
-    splits = preparation.prepare_data(config, read_entries(config), byte_level_tokenizer(), "pairs")
+    splits = preparation.prepare_data(config, read_entries(config), byte_level_tokenizer(), build_loss("dpo"))
     assert "held-out prompts that are also trained on: 3 of 3, for example 'question 0' (rows.jsonl" in capsys.readouterr().out
     assert splits[1].table.first_row == splits[0].table.num_responses == 40
 

@@ -1,12 +1,25 @@
 """Texts become token ids with exact ends, whatever the tokenizer, and fit into the lengths that a run allows."""
 
+from dataclasses import replace
+
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from preference_training.core.errors import UserError
+from preference_training.data.rows.grouping import BOTH_LABELS
 from preference_training.data.rows.records import DataReport, PreferenceRecord
-from preference_training.data.tokenization import RESPONSE_CUT, TokenizedPrompt, TokenSettings, tokenize_records, truncate
+from preference_training.data.tokenization import (
+    NOT_SCORED,
+    PROMPT_CUT,
+    RESPONSE_CUT,
+    SAME_IDS_RANKED,
+    TokenizedPrompt,
+    TokenSettings,
+    tokenize_records,
+    trainable_part,
+    truncate,
+)
 from preference_training.modeling.tokenizer import byte_level_tokenizer
 
 
@@ -115,6 +128,92 @@ def test_what_is_left_fits_and_no_response_is_emptied(prompt, responses, mode, r
     assert len(fitted.pairs) + dropped == len(pairs)
     if mode == "drop":
         assert lost_end == 0 and fitted.prompt_ids == given_prompt.prompt_ids
+
+
+@st.composite
+def prompts_with_spans(draw) -> TokenizedPrompt:
+    """A prompt whose responses have spans and whose examples, of any kind, have weights."""
+    sizes = draw(st.lists(st.integers(1, 12), min_size=2, max_size=4))
+    # The k-th response has tokens of its own, so that none are identical.
+    responses = [[100 * k + n for n in range(size)] for k, size in enumerate(sizes)]
+    cuts = [sorted(draw(st.sets(st.integers(0, size), max_size=4))) for size in sizes]
+    index = st.integers(0, len(sizes) - 1)
+    examples = draw(st.lists(st.lists(index, min_size=1, max_size=4, unique=True).map(tuple), max_size=4))
+    count = len(examples) or len(sizes)
+    weights = draw(st.none() | st.just([float(k) for k in range(count)]))
+    spans = [list(zip(cut[::2], cut[1::2], strict=False)) for cut in cuts]
+    return TokenizedPrompt(list(range(1000, 1000 + draw(lengths))), responses, examples, spans=spans, weights=weights)
+
+
+def scored_tokens(prompt: TokenizedPrompt) -> list[list[int]]:
+    """The scored tokens of each response."""
+    return [
+        [token for start, end in spans for token in response[start:end]]
+        for response, spans in zip(prompt.responses, prompt.spans, strict=True)
+    ]
+
+
+@settings(deadline=None)
+@given(
+    prompt=prompts_with_spans(),
+    mode=st.sampled_from(["keep_start", "keep_end", "drop"]),
+    room=st.integers(1, 15),
+    max_prompt_length=st.integers(1, 15),
+)
+def test_spans_and_weights_stay_with_their_responses_and_examples(prompt, mode, room, max_prompt_length):
+    report, max_length = DataReport(), max_prompt_length + room
+    left = trainable_part(prompt, TokenSettings("pairs", max_length, max_prompt_length, mode), 0, report)
+    skipped = sum(report.left_out.get(reason, 0) for reason in (NOT_SCORED, f"longer than max_length, {max_length} tokens"))
+    if left is None:
+        assert skipped == prompt.num_examples
+        return
+    assert left.num_examples + skipped == prompt.num_examples
+    before = {response[0]: tokens for response, tokens in zip(prompt.responses, scored_tokens(prompt), strict=True)}
+    for response, tokens in zip(left.responses, scored_tokens(left), strict=True):
+        # Scored as before, as far as the response is still there.
+        assert tokens == [token for token in before[response[0]] if token in response]
+    assert all(scored_tokens(left)[index] for k in range(left.num_examples) for index in left.members(k))
+    for k, weight in enumerate(left.weights or ()):
+        # A weight is the number of its example, whose members are in the same order.
+        members = [left.responses[index][0] for index in left.members(k)]
+        before = [prompt.responses[index][0] for index in prompt.members(int(weight))]
+        assert members == [first for first in before if first in members]
+
+
+def test_an_example_of_which_a_response_has_no_scored_token_is_skipped_and_counted():
+    report, of = DataReport(), TokenSettings("pairs", 6, 3)
+    prompt = TokenizedPrompt([1, 2, 3, 4], [[5] * 5, [6] * 5, [7] * 5], [(0, 1), (0, 2)], margins=[1.0, 2.0])
+    # Three tokens of each response fit behind three of the prompt.
+    left = trainable_part(replace(prompt, spans=[[(0, 2)], [(4, 5)], [(1, 5)]]), of, 0, report)
+    assert (left.responses, left.examples, left.margins) == ([[5] * 3, [7] * 3], [(0, 1)], [2.0])
+    assert (left.spans, report.left_out) == ([[(0, 2)], [(1, 3)]], {NOT_SCORED: 1})
+    assert report.changed == {PROMPT_CUT: 1, RESPONSE_CUT: 2}
+    targets = TokenizedPrompt([1], [[5, 0]], [], spans=[[]])
+    assert trainable_part(targets, TokenSettings("targets", 6, 3), 0, report) is None and report.left_out == {NOT_SCORED: 2}
+
+
+def test_a_ranking_loses_what_is_too_long_or_identical_and_stays_while_two_are_left():
+    report, of = DataReport(), TokenSettings("rankings", 6, 3, "drop")
+    prompt = TokenizedPrompt([1, 2], [[5, 0], [6] * 9, [7, 0], [5, 0]], [(2, 1, 0, 3)])
+    left = trainable_part(prompt, of, 0, report)
+    assert (left.responses, left.examples) == ([[5, 0], [7, 0]], [(1, 0)])
+    assert report.left_out == {"a response of a ranking is longer than max_length, 6 tokens": 1, SAME_IDS_RANKED: 1}
+    assert trainable_part(replace(prompt, examples=[(0, 1, 3)]), of, 0, DataReport()) is None
+
+
+def test_labeled_responses_of_the_same_ids_stay_unless_their_labels_differ():
+    report, of = DataReport(), TokenSettings("labels", 64, 32)
+    prompt = TokenizedPrompt([1], [[5, 0], [6, 0], [5, 0], [6, 0]], [(0,), (1,), (2,), (3,)], labels=[1.0, 0.0, 1.0, 1.0])
+    left = trainable_part(prompt, of, 0, report)
+    assert (left.responses, left.examples, left.labels) == ([[5, 0]], [(0,), (0,)], [1.0, 1.0])
+    assert report.left_out == {BOTH_LABELS: 2}
+
+
+def test_identical_ids_with_other_scored_spans_are_other_responses():
+    prompt = TokenizedPrompt([1], [[5, 6], [5, 6]], [(0, 1)], spans=[[(0, 1)], [(1, 2)]])
+    assert trainable_part(prompt, TokenSettings("pairs", 64, 32), 0, DataReport()) == prompt
+    same = replace(prompt, spans=[[(0, 1)], [(0, 1)]])
+    assert trainable_part(same, TokenSettings("pairs", 64, 32), 0, DataReport()) is None
 
 
 def test_drop_skips_long_responses_and_only_their_pairs():

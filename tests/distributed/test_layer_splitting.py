@@ -25,7 +25,7 @@ from preference_training.generation.sampling import Sampler
 from preference_training.losses.registry import build_loss
 from preference_training.modeling.loading import disable_dropout
 from preference_training.modeling.logprobs import LiveReference, response_logps
-from preference_training.modeling.prefix_sharing.proof import TOLERANCES, random_trees
+from preference_training.modeling.prefix_sharing.proof import TOLERANCES, random_tries
 from preference_training.modeling.prefix_sharing.sharing import share_prefixes
 from tests.support.building import build_trainer, take_steps, weights_of
 from trainers import placement_for
@@ -142,7 +142,7 @@ def test_each_shard_holds_half_of_every_large_weight_and_no_number_is_trained_tw
 @pytest.mark.parametrize("model_type", SIZES)
 def test_gpt2_and_opt_compute_prompts_once_and_bloom_on_padded_rows(model_type):
     model = whole_model(model_type)
-    split, batch = split_layers(model, CPUS), random_trees(VOCABULARY)
+    split, batch = split_layers(model, CPUS), random_tries(VOCABULARY)
     with torch.no_grad():
         torch.testing.assert_close(response_logps(split, batch), response_logps(model, batch), rtol=1e-5, atol=1e-4)
     assert batch.layout.seen is (model_type != "bloom")
@@ -230,7 +230,7 @@ def test_a_step_after_an_evaluation_trains_every_weight(build):
 
 def test_a_frozen_copy_stays_as_it_was(build):
     trainer = build(SplitLayers, whole_model("gpt2"))
-    frozen, batch = copy_split_model(trainer.models.policy, torch.float32), random_trees(VOCABULARY)
+    frozen, batch = copy_split_model(trainer.models.policy, torch.float32), random_tries(VOCABULARY)
     with torch.no_grad():
         before = response_logps(trainer.models.policy, batch)
         assert torch.equal(response_logps(frozen, batch), before)
@@ -242,7 +242,7 @@ def test_a_frozen_copy_stays_as_it_was(build):
 
 
 def test_every_shard_computes_in_the_dtype_of_autocast():
-    model, batch = whole_model("gpt2"), random_trees(VOCABULARY)
+    model, batch = whole_model("gpt2"), random_tries(VOCABULARY)
     split = split_layers(model, CPUS)
     dtypes = set()
     for shard in (split, split.other_shards[0]):
@@ -264,7 +264,7 @@ def test_an_error_of_one_shard_is_raised_though_the_others_wait_for_it():
     split = split_layers(whole_model("gpt2"), CPUS)
     split.other_shards[0].transformer.h[1].mlp.c_proj.forward = lambda hidden: 1 / 0
     with pytest.raises(ZeroDivisionError):
-        response_logps(split, random_trees(VOCABULARY))
+        response_logps(split, random_tries(VOCABULARY))
 
 
 # ---- refusals -----------------------------------------------------------------------------------------------------------

@@ -20,9 +20,10 @@ from preference_training.dry_run.preview import (
     check_memory,
     collect_facts,
     describe_data,
+    describe_examples,
     describe_steps,
+    first_steps,
     histogram,
-    largest_packs,
     tokens_shown,
 )
 from tests.support import forked
@@ -120,9 +121,7 @@ def test_duplicates_and_contradictions_are_counted_over_all_prompts():
     assert (facts.duplicate_pairs, facts.contradictory_pairs) == (1, 1)
     assert (facts.prompts, facts.responses, facts.examples) == (4, 9, 5)
     # Prompts of 2 tokens; responses of 2 and 3, in the last of 2, 3 and 2.
-    assert facts.packed_tokens == 3 * (2 + 5) + 2 + 7
-    # A row for each response of each pair: four pairs of A and B, one of A and C, each response behind its prompt.
-    assert facts.repeated_tokens == 4 * (2 + 2 + 2 + 3) + (2 + 2 + 2 + 2)
+    assert facts.tokens == 3 * (2 + 5) + 2 + 7
 
 
 def test_prompts_in_both_splits_are_found_by_their_hashes():
@@ -138,12 +137,11 @@ def test_sft_data_is_counted_in_examples():
     assert "  2 prompts, 2 responses, 2 examples, 9 tokens" in lines
     report = DataReport(columns_not_read={"margin": 2, "weight": 1}, notes=["top_k has no effect"], bad_rows=["row 3"])
     assert describe_data(["mine"], [report], facts, paired=False)[1:4] == [
-        "    columns not read: margin, weight (with margin: margin it is the margin of the pair; with example_weight: weight it is "
-        "the weight of the pair)",
+        "    columns not read: margin, weight (with margin: margin it is the margin of the pair; with example_weight: weight "
+        "it is the weight of the pair)",
         "    top_k has no effect",
         "    row 3",
     ]
-    assert facts.repeated_tokens == facts.packed_tokens
 
 
 def test_an_empty_split_has_its_counts_and_no_lengths():
@@ -165,6 +163,23 @@ def test_tokens_are_shown_one_by_one_with_scored_ones_marked(tokenizer):
     assert "\033[32m" in tokens_shown(ids, tokenizer, True, color=True)
 
 
+def shown(prompt: TokenizedPrompt, tokenizer) -> list[str]:
+    """What each response is, and its tokens: the lines behind that of the prompt."""
+    return [line.strip() for line in describe_examples([prompt], tokenizer, color=False)[2:]]
+
+
+def test_examples_are_shown_with_what_each_response_is_its_scored_spans_and_their_numbers(tokenizer):
+    a, b, c = (tokenizer.convert_ids_to_tokens(token) for token in (40, 41, 42))
+    pair = TokenizedPrompt([50], [[40], [41]], [(1, 0)], weights=[0.5], margins=[2.0])
+    assert shown(pair, tokenizer) == [f"other     «{a}»", f"preferred «{b}»", "weights: 0.5", "margins: 2"]
+    ranking = TokenizedPrompt([50], [[40], [41], [42]], [(2, 0, 1)])
+    assert shown(ranking, tokenizer) == [f"rank 2    «{a}»", f"rank 3    «{b}»", f"rank 1    «{c}»"]
+    labeled = TokenizedPrompt([50], [[40], [41], [42]], [(0, 2), (1, 2)], labels=[1.0, 0.0])
+    assert shown(labeled, tokenizer) == [f"desirable «{a}»", f"undesirable «{b}»", f"mismatched «{c}»"]
+    spans = TokenizedPrompt([50], [[40, 41, 42, 40, 41]], [], spans=[[(1, 3), (4, 5)]])
+    assert shown(spans, tokenizer) == [f"response  {a}|«{b}|{c}»|{a}|«{b}»"]
+
+
 def test_blanks_are_visible_even_those_that_sentencepiece_drops_from_a_single_token(tokenizer):
     from tests.data.test_tokenization import gpt2, legacy_llama, llama, unigram
 
@@ -181,19 +196,28 @@ def test_blanks_are_visible_even_those_that_sentencepiece_drops_from_a_single_to
 
 def test_steps_and_what_sharing_saves_are_those_of_the_run():
     prompts = table(*(TokenizedPrompt([1, 2, 3, n], [A, B], [(0, 1)]) for n in range(10)))
-    lines = describe_steps(BatchIterator(Schedule(prompts, 4, length=RunLength(n_epochs=3))), collect_facts(prompts))
-    # 30 examples in batches of 4 within each epoch of 10: 3 steps an epoch, 9 tokens each.
-    assert lines[0].strip() == "9 steps of 4 examples, 30 in total; 36 tokens per step on average"
-    assert "90 tokens per epoch instead of 130, 31% less with prefix sharing (if the model passes the proof" in lines[1]
+    batches = BatchIterator(Schedule(prompts, 4, length=RunLength(n_epochs=3)))
+    lines = describe_steps(batches.schedule, first_steps(batches, UNLIMITED))
+    # 30 examples in batches of 4 within each epoch of 10: 3 steps an epoch. A prompt of 4 tokens with responses of 2 and 3.
+    assert lines[0].strip() == "9 steps of 4 examples, 30 in total; 30 tokens per step on average"
+    assert "270 tokens in the first 9 steps instead of 390 in rows: 31% less with prefix sharing (if the model" in lines[1]
 
 
-def test_the_largest_packs_are_found_and_two_where_a_step_has_several():
+def test_a_response_of_several_pairs_is_a_row_of_each_without_sharing():
+    batches = BatchIterator(Schedule(table(TokenizedPrompt([1, 2], [A, B, C], [(0, 1), (0, 2)])), 2))
+    first = first_steps(batches, UNLIMITED)
+    # Once each: 2 + 2 + 3 + 2 tokens; in rows: A and B, A and C, each behind the prompt.
+    assert (first.tokens, first.row_tokens) == (9, (4 + 5) + (4 + 4))
+
+
+def test_the_first_steps_are_found_and_two_where_a_step_has_several():
     prompts = table(*(TokenizedPrompt([1] * (2 + n), [A, B], [(0, 1)]) for n in range(10)))
-    [whole], step = largest_packs(BatchIterator(Schedule(prompts, 10)), UNLIMITED)
-    assert step[0].packs[0].input_ids.equal(whole.input_ids)
+    first = first_steps(BatchIterator(Schedule(prompts, 10)), UNLIMITED)
+    [whole] = first.packs
+    assert first.step[0].packs[0].input_ids.equal(whole.input_ids)
     assert len(whole.input_ids) == sum(2 + n + 5 for n in range(10))
     budget = TokenBudget(20, 20)
-    packs, _ = largest_packs(BatchIterator(Schedule(prompts, 10), packing=Packing(budget)), budget)
+    packs = first_steps(BatchIterator(Schedule(prompts, 10), packing=Packing(budget)), budget).packs
     assert len(packs) == 2 and all(len(pack.input_ids) <= 20 for pack in packs)
 
 

@@ -22,7 +22,18 @@ def models():
     return [policy.eval(), LiveReference(reference)]
 
 
-PROMPTS = PromptTable.of(TokenizedPrompt([5 + n, 6, 7], [[10 + n, 11, 0], [12 + n, 0]], [(0, 1)]) for n in range(11))
+def prompts_of(kind: str) -> PromptTable:
+    """Eleven prompts with one example of a kind each, and whatever losses read of the data."""
+    numbers = {"weights": [2.0], "margins": [1.5]} if kind == "pairs" else {}
+    return PromptTable.of(
+        TokenizedPrompt(
+            [5 + n, 6, 7],
+            [[10 + n, 11, 0], [12 + n, 0], [9, 8 + n, 0]],
+            [(0, 2, 1)] if kind == "rankings" and n % 2 else [(0, 1)],
+            **numbers | ({"labels": [float(n % 3 == 0)]} if kind == "labels" else {}),
+        )
+        for n in range(11)
+    )
 
 
 def choices_of_pairs() -> list[str]:
@@ -34,10 +45,11 @@ def choices_of_pairs() -> list[str]:
 def test_held_out_metrics_do_not_depend_on_the_batch_size(loss, models, compose):
     built = build_loss(**compose(f"loss={loss}").loss.given())
     built.batch_statistics(torch.tensor([[0.5, 0.0], [-0.5, 0.0], [1.0, 0.0]]), torch.zeros(3, 2), None)
+    prompts = prompts_of(built.examples)
     policy, reference = models
     reference = reference if built.needs_reference else None
     results = [
-        evaluate_held_out(policy, reference, built, evaluation_batches(PROMPTS, size, None, seed=0)) for size in (1, 4, 11)
+        evaluate_held_out(policy, reference, built, evaluation_batches(prompts, size, None, seed=0)) for size in (1, 4, 11)
     ]
     for result in results[1:]:
         assert len(result.examples["loss/eval"]) == 11

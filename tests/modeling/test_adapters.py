@@ -28,7 +28,7 @@ from preference_training.losses.registry import build_loss
 from preference_training.modeling.adapters import merge_adapter, reference_mode, weights_to_save
 from preference_training.modeling.loading import check_model, load_model, load_with_adapter, merge_and_cast
 from preference_training.modeling.logprobs import response_logps
-from preference_training.modeling.prefix_sharing.proof import random_trees
+from preference_training.modeling.prefix_sharing.proof import random_tries
 from preference_training.modeling.prefix_sharing.sharing import share_prefixes
 from preference_training.modeling.reference_cache import ReferencePlan, cache_key
 from preference_training.modeling.state import weights_hash
@@ -46,7 +46,7 @@ KINDS = {
     "qlora, single quantization": ["+adapter=qlora", "model.double_quantization=false"],
 }
 PROMPTS = [TokenizedPrompt([5 + n, 6, 7], [[10 + n, 11, 0], [12 + n, 0]], [(0, 1)]) for n in range(12)]
-BATCH = random_trees(378)
+BATCH = random_tries(378)
 
 
 def load_merged(checkpoint: Path, model_config, tokenizer, dtype: torch.dtype | None = None):

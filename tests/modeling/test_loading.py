@@ -15,7 +15,7 @@ from preference_training.modeling.archives import read_archive
 from preference_training.modeling.kernels import compile_between_attentions
 from preference_training.modeling.loading import check_model, load_model
 from preference_training.modeling.logprobs import response_logps
-from preference_training.modeling.prefix_sharing.proof import logps_and_gradients, random_trees
+from preference_training.modeling.prefix_sharing.proof import logps_and_gradients, random_tries
 from preference_training.modeling.prefix_sharing.sharing import share_prefixes
 from preference_training.modeling.state import reference_copy
 from preference_training.modeling.token_budget import token_budget
@@ -101,7 +101,7 @@ def test_a_model_with_a_learned_mask_gives_the_same_log_probs_with_and_without_g
     for name, weight in model.named_parameters():
         if weight.dim() > 1 or name.endswith(".A"):
             nn.init.normal_(weight, std=0.2)
-    batch = random_trees(model.config.vocab_size)
+    batch = random_tries(model.config.vocab_size)
     with torch.no_grad():
         expected = response_logps(model, batch)
     assert torch.equal(response_logps(model, batch), expected)
@@ -258,7 +258,7 @@ def test_liger_kernels_are_refused_without_a_gpu(tiny, monkeypatch):
 def test_compilation_leaves_log_probs_as_they_were(tiny):
     model = load_model(tiny("model.from_config.num_hidden_layers=1"), byte_level_tokenizer())
     share_prefixes(model, "on")
-    batch = random_trees(512)
+    batch = random_tries(512)
     weights = [model.model.layers[0].mlp.up_proj.weight]
     logps, gradients = logps_and_gradients(response_logps, model, batch, weights)
     compile_between_attentions(model)

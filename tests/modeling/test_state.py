@@ -135,7 +135,7 @@ def test_layers_on_another_device_than_the_batch_move_its_layout_to_their_own():
     meta, layout = torch.device("meta"), batch_of((20, (9, 4))).layout
     query = torch.empty(1, 4, 33, 8, device=meta)
     layer = nn.Module()
-    output, _ = tree_attention_forward(layer, query, query, query, None, response_trees=layout)
+    output, _ = tree_attention_forward(layer, query, query, query, None, trie=layout)
     assert output.device == meta and layout.on(meta).token_trees.device == meta and layout.on(meta) is layout.on(meta)
     head = nn.Linear(8, 97, device=meta)
     head.__class__ = ScoringHead

@@ -38,10 +38,10 @@ WINDOWED = {"head_dim": 8, "sliding_window": 6, "layer_types": ["sliding_attenti
 ARCHITECTURES = {
     "gpt2": GPT2_LIKE, "gpt_neox": {}, "llama": {}, "mistral": {"sliding_window": 5}, "qwen2": {}, "qwen3": {"head_dim": 8},
     "gemma2": WINDOWED, "gemma3_text": WINDOWED, "phi3": {}, "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32}, "olmo2": {},
-    "smollm3": {},
+    "smollm3": {}, "stablelm": {}, "gpt_oss": WINDOWED | {"num_local_experts": 4, "num_experts_per_tok": 2},
 }  # fmt: skip
 OUTSIDERS = {
-    "bloom": {"n_layer": 2, "n_head": 4}, "stablelm": {}, "gptj": {**GPT2_LIKE, "rotary_dim": 4}, "mamba": {"state_size": 4},
+    "bloom": {"n_layer": 2, "n_head": 4}, "gptj": {**GPT2_LIKE, "rotary_dim": 4}, "mamba": {"state_size": 4},
 }  # fmt: skip
 
 

@@ -7,12 +7,10 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import combinations
 from math import isfinite
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from preference_training.data.rows.records import DataReport, PreferenceRecord
-
-# What the examples of a loss are. Targets are what SFT learns.
-ExampleKind = Literal["targets", "pairs", "rankings", "labels"]
+from preference_training.losses.base import ExampleKind
 
 NO_PAIR_TO_COMPARE = "a prompt without a pair of responses (loss=sft learns single responses)"
 NO_MARGIN = "a pair without a margin (margins, a field margin, or scores of both responses give one)"

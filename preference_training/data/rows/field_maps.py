@@ -7,7 +7,7 @@ beginning of chosen and rejected.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from math import isfinite
+from math import inf, isfinite
 
 from preference_training.core.errors import UserError
 from preference_training.data.rows.conversations import (
@@ -138,10 +138,12 @@ class FieldMap:
 
     def _numbers_of_pair(self, row: dict) -> dict[str, list[float]]:
         """The margin and the weight of a row's pair, where they are mapped. Raises RowError."""
-        fields = {"margins": self.margin, "weights": self.example_weight}
-        numbers = {key: [field_number(row, name)] for key, name in fields.items() if name}
-        if not all(isfinite(number) for [number] in numbers.values()) or numbers.get("weights", [0])[0] < 0:
-            raise RowError(f"margin and weight are {numbers}, expected finite numbers, and a weight of at least 0.")
+        numbers = {}
+        for key, name, least in (("margins", self.margin, -inf), ("weights", self.example_weight, 0)):
+            if name is not None:
+                numbers[key] = [number := field_number(row, name)]
+                if not (isfinite(number) and number >= least):
+                    raise RowError(f"field {name!r} is {number}, expected a finite number{' of at least 0' * (least == 0)}.")
         return numbers
 
     def _map_lists(self, row: dict) -> Row:

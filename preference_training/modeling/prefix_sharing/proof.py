@@ -1,10 +1,11 @@
 """The proof that a model gives the same results with shared prefixes as without, run on the model itself when it is loaded.
 
-It compares log-probs, gradients and buffers of tree attention with those of the model's own attention on padded rows, twice: in
-float32 without TF32, where only rounding may differ, and with the dtype and the kernels of the run.
+It compares log-probs, gradients and buffers of a trie under tree attention with those of each sequence alone under the
+attention that the model was loaded with, twice: in float32 without TF32, where only rounding may differ, and with the dtype and
+the kernels of the run. Lengths that positions are compared with, windows among them, are shortened for it.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -13,35 +14,53 @@ from torch import Tensor, nn
 
 from preference_training.batching.packing import PackedBatch, iterate_examples, pack_examples
 from preference_training.data.tokenization import TokenizedPrompt
-from preference_training.modeling.logprobs import padded_logps, trie_logps
+from preference_training.modeling.logprobs import trie_logps, unpadded_logps
+from preference_training.modeling.prefix_sharing.lengths import (
+    ENDLESS,
+    LengthPlan,
+    attention_windows,
+    lengths_changed,
+    other_lengths,
+    plan_lengths,
+    restored_buffers,
+)
 from preference_training.modeling.prefix_sharing.tree_attention import TREE_ATTENTION, UnsupportedAttentionError
 from preference_training.modeling.state import compute_device, free_memory
 
 # The largest difference of a log-prob between the two computations. Unit: nats per token.
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 3e-3}
-# A window shorter than the trees of the proof, and one longer than any. Unit: tokens.
-SHORT, ENDLESS = 16, 2**30
-# The longest rows of the proof, where a window cannot be shortened. Unit: tokens.
-LONGEST_ROW = 2048
-# Parts of names of configuration values that look like attention windows but are none.
-NO_WINDOWS = ("feed_forward", "mamba", "pattern", "layers", "conv", "audio", "vision", "speech")
+
+# Parts of names of kinds of layers that are no attention.
+STATES = ("linear", "conv", "mamba", "recurrent")
 
 
 # ---- the batch ------------------------------------------------------------------------------------------------------------
 
 
-def random_trees(vocabulary: int, longest: int = 0) -> PackedBatch:
-    """A batch of random trees whose later responses lie far from their prompt, so that packed positions would be far off.
+def random_tries(vocabulary: int, longest: int = 0) -> PackedBatch:
+    """A batch of random tries, whose packed order is far from the positions of its sequences.
 
-    longest: the prompt length of one more tree, if given.
+    Two prompts begin alike, and two responses of the first, which is three branches on each other; responses are scored as a
+    whole, in spans in their middle, or in one token. Several sequences are of one length, which are computed together where
+    there is no padding. longest: the prompt length of one more tree, if given.
     """
     draw = torch.Generator().manual_seed(0)
     tokens = lambda count: torch.randint(0, vocabulary, (count,), generator=draw).tolist()  # noqa: E731
-    shapes = [(12, (5, 24, 1, 30)), (1, (3, 2)), (20, (7,))]
+    preamble, begun = tokens(17), tokens(5)
+    prompts = [
+        TokenizedPrompt(preamble + tokens(6), [begun + tokens(14), begun + tokens(14), tokens(1)], [(0, 1), (0, 2)]),
+        TokenizedPrompt(preamble + tokens(3), [tokens(22), tokens(4)], [(0, 1)], spans=[[(2, 5), (18, 22)], [(1, 3)]]),
+        TokenizedPrompt(tokens(1), [tokens(3), tokens(3)], [(0, 1)]),
+    ]
     if longest:
-        shapes.append((longest, (9, 20)))
-    prompts = [TokenizedPrompt(tokens(p), [tokens(r) for r in rs], [(0, k) for k in range(1, len(rs))]) for p, rs in shapes]
+        prompts.append(TokenizedPrompt(tokens(longest), [tokens(9), tokens(20)], [(0, 1)]))
     return pack_examples(list(iterate_examples(prompts)))
+
+
+def longest_row(batch: PackedBatch) -> Tensor:
+    """The token ids of a batch's longest sequence: [1, L]."""
+    number = max(range(len(batch.trie.ends)), key=lambda number: batch.trie.ends[number][1])
+    return batch.input_ids[torch.from_numpy(batch.trie.path(number)).to(batch.input_ids.device)][None]
 
 
 def logps_and_gradients(compute, model: nn.Module, batch: PackedBatch, weights: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
@@ -74,44 +93,42 @@ def find_sharing_failure(model: nn.Module) -> str | None:
     """Why a model cannot share prefixes; None where it can. Leaves the model as it was."""
     if getattr(model, "_is_stateful", False):
         return "it is recurrent: one response would pass its state on to the next"
-    training = model.training
+    if not model._can_set_attn_implementation():
+        return "it does not compute its attention through transformers' attention interface"
+    training, usual = model.training, model.config._attn_implementation
+    if usual == TREE_ATTENTION:
+        # Compared with itself it would prove nothing: by default a model attends as its class does.
+        model.set_attn_implementation(None)
+    own = model.config._attn_implementation
     model.eval()
     try:
         with exact_arithmetic():
-            if (plan := _plan_windows(model)).failure:
+            row = longest_row(random_tries(_vocabulary(model))).to(compute_device(model))
+            if (plan := plan_lengths(model, row)).failure:
                 return plan.failure
             if float32_weights := _in_float32(model):
                 with float32_weights:
-                    failure = _prove(model, plan, torch.float32, by_branches=True)
+                    failure = _prove(model, _Comparison(own, torch.float32, plan.longest, by_branches=True), plan)
                 # A float32 run on a CPU computes exactly this.
                 if failure or (model.dtype == torch.float32 and compute_device(model).type != "cuda"):
                     return failure
-            return _prove(model, plan, model.dtype, by_branches=False)
+            return _prove(model, _Comparison(own, model.dtype, plan.longest, by_branches=False), plan)
     finally:
+        model.set_attn_implementation(usual)
         model.train(training)
 
 
-class _WindowPlan(NamedTuple):
-    """How the proof makes rows longer than a model's windows.
-
-    short: the new lengths of the windows to shorten. longest: length of the longest row (0: the default). failure: why not.
-    """
-
-    short: dict[str, int]
-    longest: int = 0
-    failure: str | None = None
+def _vocabulary(model: nn.Module) -> int:
+    return model.config.get_text_config().vocab_size
 
 
-def _prove(model: nn.Module, plan: _WindowPlan, dtype: torch.dtype, by_branches: bool) -> str | None:
-    """Compare once, with weights in `dtype`; after a failure, find out whether a window is the cause."""
-    failure = _compare(model, plan.short, plan.longest, dtype, by_branches)
-    if failure is None or failure.is_cause:
-        return failure and failure.text
-    for name, length in attention_windows(model).items():
-        if _compare(model, plan.short | {name: ENDLESS}, plan.longest, dtype, by_branches) is None:
-            kind = "chunks" if "chunk" in name else "a window"
-            return f"attention within {kind} of {length} tokens ({name}) is not supported"
-    return failure.text
+class _Comparison(NamedTuple):
+    """With what and in what a model is compared: its own attention, the dtype of its weights, one more prompt's length."""
+
+    own_attention: str
+    dtype: torch.dtype
+    longest: int
+    by_branches: bool
 
 
 class _Failure(NamedTuple):
@@ -121,20 +138,42 @@ class _Failure(NamedTuple):
     is_cause: bool
 
 
-def _compare(model: nn.Module, windows: dict[str, int], longest: int, dtype: torch.dtype, by_branches: bool) -> _Failure | None:
-    """Compare tree attention with padded rows on a random batch, with some windows changed; None where they agree."""
-    device = compute_device(model)
-    batch = random_trees(model.config.get_text_config().vocab_size, longest).to(device)
-    batch.layout.by_branches = by_branches or batch.layout.by_branches
+def _prove(model: nn.Module, comparison: _Comparison, plan: LengthPlan) -> str | None:
+    """Compare once; after a failure, find out whether a window or another length is the cause."""
+    failure = _compare(model, plan.changes, comparison)
+    if failure is None or failure.is_cause:
+        return failure and failure.text
+    windows = attention_windows(model)
+    for name, length in (windows | other_lengths(model)).items():
+        is_read = name in windows or name in plan.changes
+        if is_read and _compare(model, plan.changes | {name: ENDLESS}, comparison) is None:
+            if name not in windows:
+                return f"beyond {length} tokens ({name}) its results depend on packed positions"
+            kind = "chunks" if "chunk" in name else "a window"
+            return f"attention within {kind} of {length} tokens ({name}) is not supported"
+    return _kind_with_state(model) or failure.text
+
+
+def _kind_with_state(model: nn.Module) -> str | None:
+    """Why a model cannot share prefixes that has other layers than those of attention."""
+    kinds = getattr(model.config.get_text_config(), "layer_types", None) or ()
+    found = next((kind for kind in kinds if any(part in kind for part in STATES)), None)
+    return found and f"its {found} layers pass a state on from token to token, also from one response to the next"
+
+
+def _compare(model: nn.Module, lengths: dict[str, int], comparison: _Comparison) -> _Failure | None:
+    """Compare a random trie under tree attention with its sequences alone, with some lengths changed; None where they agree."""
+    batch = random_tries(_vocabulary(model), comparison.longest).to(compute_device(model))
+    batch.layout.by_branches = comparison.by_branches or batch.layout.by_branches
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     # The first and the last: one of them is the B matrix of a new LoRA adapter, whose A matrices have zero gradients.
     weights = [*trained[:1], *trained[1:][-1:]]
-    usual = model.config._attn_implementation
-    with _windows(model, windows), _attention(model, _own_attention(usual, dtype)), _restored_buffers(model) as changed:
-        expected = logps_and_gradients(padded_logps, model, batch, weights)
+    own = _for_float32(comparison.own_attention) if comparison.dtype == torch.float32 else comparison.own_attention
+    with lengths_changed(model, lengths), _attention(model, own), restored_buffers(model) as changed:
+        expected = logps_and_gradients(unpadded_logps, model, batch, weights)
         buffers = changed()
     try:
-        with _windows(model, windows), _attention(model, TREE_ATTENTION), _restored_buffers(model) as changed:
+        with lengths_changed(model, lengths), _attention(model, TREE_ATTENTION), restored_buffers(model) as changed:
             found = logps_and_gradients(trie_logps, model, batch, weights)
             if name := _differing(changed(), buffers):
                 return _Failure(f"its forward would leave wrong values in the buffer {name}", True)
@@ -146,14 +185,14 @@ def _compare(model: nn.Module, windows: dict[str, int], longest: int, dtype: tor
             return _Failure(f"its forward does not support packed batches and failed before its attention ({raised})", True)
         return _Failure(f"its forward raised {raised}", False)
     if not batch.layout.seen:
-        return _Failure("it does not pass the layout of the responses on to its attention", True)
-    text = disagreement(found, expected, batch.response_lengths, TOLERANCES[dtype])
+        return _Failure("it does not pass the layout of the trie on to its attention", True)
+    text = disagreement(found, expected, batch.response_lengths, TOLERANCES[comparison.dtype])
     return text and _Failure(text, False)
 
 
-def _own_attention(attention: str, dtype: torch.dtype) -> str:
-    """The model's own attention implementation, or eager where that one does not support float32."""
-    return "eager" if dtype == torch.float32 and "flash" in attention else attention
+def _for_float32(attention: str) -> str:
+    """An attention implementation, or eager where that one does not support float32."""
+    return "eager" if "flash" in attention else attention
 
 
 def _differing(found: dict[str, Tensor], expected: dict[str, Tensor]) -> str | None:
@@ -193,38 +232,13 @@ def exact_arithmetic() -> Iterator[None]:
 
 @contextmanager
 def _attention(model: nn.Module, name: str) -> Iterator[None]:
-    """Context in which a model uses another attention implementation."""
+    """Context in which a model uses an attention implementation."""
     usual = model.config._attn_implementation
+    model.set_attn_implementation(name)
     try:
-        if name != usual:
-            model.set_attn_implementation(name)
         yield
     finally:
-        if name != usual:
-            model.set_attn_implementation(usual)
-
-
-@contextmanager
-def _restored_buffers(model: nn.Module) -> Iterator[Callable[[], dict[str, Tensor]]]:
-    """Context after which a model's buffers are restored; yields a function that returns those that have changed."""
-    before = dict(model.named_buffers())
-    values = {name: buffer.clone() for name, buffer in before.items()}
-
-    def changed() -> dict[str, Tensor]:
-        return {name: buffer.clone() for name, buffer in model.named_buffers() if not _same(buffer, values.get(name))}
-
-    try:
-        yield changed
-    finally:
-        for name, buffer in before.items():
-            path, _, leaf = name.rpartition(".")
-            if not _same(buffer, values[name]):
-                buffer.copy_(values[name])
-            model.get_submodule(path)._buffers[leaf] = buffer
-
-
-def _same(one: Tensor, other: Tensor | None) -> bool:
-    return other is not None and one.dtype == other.dtype and torch.equal(one, other)
+        model.set_attn_implementation(usual)
 
 
 def _in_float32(model: nn.Module):
@@ -252,95 +266,3 @@ def _upcast(weights: list[Tensor]) -> Iterator[None]:
     finally:
         for weight, data in zip(weights, usual, strict=True):
             weight.data = data
-
-
-# ---- windows --------------------------------------------------------------------------------------------------------------
-
-
-def attention_windows(model: nn.Module) -> dict[str, int]:
-    """The attention windows and chunks that a model's configuration names: name → tokens, the longest of a list."""
-    found = {}
-    for config in _configurations(model):
-        for name, value in vars(config).items():
-            lengths = [length for length in (value if isinstance(value, list | tuple) else [value]) if _is_length(length)]
-            if _is_window(name) and lengths:
-                found[name] = max(lengths)
-    return found
-
-
-def _configurations(model: nn.Module) -> list:
-    """The distinct configuration objects that a model's modules read."""
-    owned = [module.config for module in model.modules() if hasattr(getattr(module, "config", None), "to_dict")]
-    return list({id(config): config for config in (model.config.get_text_config(), *owned)}.values())
-
-
-def _is_window(name: str) -> bool:
-    return ("window" in name or "chunk" in name) and not any(part in name for part in NO_WINDOWS)
-
-
-def _is_length(value) -> bool:
-    return type(value) is int and value > 0
-
-
-@contextmanager
-def _windows(model: nn.Module, lengths: dict[str, int]) -> Iterator[None]:
-    """Context in which windows have other lengths, in the configuration and in the attributes that modules copied from it."""
-    configured = [(vars(config), name) for config in _configurations(model) for name in lengths if name in vars(config)]
-    usual = {name: _all_lengths(values[name]) for values, name in configured}
-    copied = [
-        (vars(module), attribute, name)
-        for name, known in usual.items()
-        for module in model.modules()
-        for attribute, value in vars(module).items()
-        if _is_window(attribute) and _is_length(value) and value in known
-    ]
-    changes = [*((values, name, lengths[name]) for values, name in configured)]
-    changes += [(values, attribute, lengths[name]) for values, attribute, name in copied]
-    before = [(values, name, values[name]) for values, name, _ in changes]
-    for values, name, length in changes:
-        values[name] = _changed(values[name], length)
-    try:
-        yield
-    finally:
-        for values, name, value in before:
-            values[name] = value
-
-
-def _all_lengths(value) -> set:
-    return {length for length in (value if isinstance(value, list | tuple) else [value]) if _is_length(length)}
-
-
-def _changed(value, length: int):
-    """The length in place of a window, also within a list; anything else stays."""
-    if isinstance(value, list | tuple):
-        return type(value)(_changed(item, length) for item in value)
-    return length if _is_length(value) else value
-
-
-@torch.no_grad()
-def _plan_windows(model: nn.Module) -> _WindowPlan:
-    """Plan rows longer than every window: shorten the windows that the model reads when it runs, else lengthen the rows."""
-    short, longest = {}, 0
-    batch = random_trees(model.config.get_text_config().vocab_size).to(compute_device(model))
-    long = {name: length for name, length in attention_windows(model).items() if length > SHORT}
-    with _restored_buffers(model):
-        usual = padded_logps(model, batch) if long else None
-        for name, length in long.items():
-            with _windows(model, {name: SHORT}):
-                is_read = not torch.equal(padded_logps(model, batch), usual)
-            if is_read:
-                short[name] = SHORT
-            else:
-                longest = max(longest, length)
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or LONGEST_ROW
-    limit = min(LONGEST_ROW, most) - 32
-    if longest <= limit or _attends_fully(model):
-        return _WindowPlan(short, longest if longest <= limit else 0)
-    name = max((name for name in long if name not in short), key=lambda name: long[name])
-    return _WindowPlan(short, 0, f"attention within {long[name]} tokens ({name}) is more than the proof can cover")
-
-
-def _attends_fully(model: nn.Module) -> bool:
-    """Whether a model's configuration names full attention for every layer."""
-    kinds = getattr(model.config.get_text_config(), "layer_types", None)
-    return bool(kinds) and set(kinds) == {"full_attention"}

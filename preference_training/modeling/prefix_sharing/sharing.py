@@ -39,7 +39,7 @@ def scores_in_head(model: nn.Module) -> bool:
     return isinstance(model.get_output_embeddings(), ScoringHead)
 
 
-def attend_over_trees(model: nn.Module, scoring_head: bool = True) -> None:
+def attend_over_tries(model: nn.Module, scoring_head: bool = True) -> None:
     """Switch prefix sharing on without the proof: for a model on meta or fake tensors, or a copy of one that has passed."""
     register_tree_attention()
     head = model.get_output_embeddings()

@@ -20,7 +20,7 @@ TREE_ATTENTION = "tree_attention"
 
 
 class UnsupportedAttentionError(Exception):
-    """A layer needs a kind of attention that is not implemented over trees; the message says which."""
+    """A layer needs a kind of attention that is not implemented over tries; the message says which."""
 
 
 # Arguments of transformers' attention interface that change its result and are not implemented here.
@@ -111,6 +111,8 @@ def tree_attention_forward(
     With a layout B is 1 and the layout replaces `attention_mask`. s_aux: attention sinks, see `Rules`. Raises
     UnsupportedAttentionError for arguments that are not implemented over tries.
     """
+    # Some models hand on their mask, but no other keyword.
+    trie = trie or getattr(attention_mask, "trie", None)
     if trie is None:
         return _plain_attention(
             module, query, key, value, attention_mask, Rules(scaling, softcap=softcap, sinks=s_aux), **kwargs
@@ -118,6 +120,7 @@ def tree_attention_forward(
     trie.seen = True
     check_supported(module, attention_mask, kwargs)
     layout = trie.on(query.device)
+    query = _scaled_by_position(module, query, layout)
     rules = Rules(scaling, sliding_window, _chunk_size(module), softcap, s_aux)
     attend = _attention_by_branches if layout.by_branches else _flex_attention
     return attend(query, key, value, layout, rules).transpose(1, 2).contiguous(), None
@@ -128,6 +131,15 @@ def _chunk_size(module: nn.Module) -> int | None:
     config, layer = getattr(module, "config", None), getattr(module, "layer_idx", None)
     kinds = getattr(config, "layer_types", None)
     return config.attention_chunk_size if kinds and layer is not None and kinds[layer] == "chunked_attention" else None
+
+
+def _scaled_by_position(module: nn.Module, query: Tensor, layout: TrieLayout) -> Tensor:
+    """Queries with the scale of their positions, where a layer (Llama 4) has scaled them by their index in the row."""
+    if not getattr(module, "attn_temperature_tuning", False) or getattr(module, "use_rope", True):
+        return query
+    scale = lambda positions: 1 + module.attn_scale * ((positions + 1.0) / module.floor_scale).floor().log1p()  # noqa: E731
+    index = torch.arange(query.shape[2], device=query.device)
+    return (query * (scale(layout.positions) / scale(index))[:, None]).to(query.dtype)
 
 
 def _plain_attention(
@@ -178,10 +190,13 @@ def _causal_rows(queries: Tensor, keys: Tensor, values: Tensor, rules: Rules) ->
     The sequence may begin at any position that is a multiple of the chunk size.
     """
     rows, length = queries.shape[2], keys.shape[2]
-    if rows == length and rules.are_plain(length):
+    shared = length - rows
+    # Causal attention of the whole sequence skips what a mask only hides: of many rows after few others it takes less time.
+    if rules.are_plain(length) and (not shared or (rows >= 512 and 3 * shared <= rows)):
         keys, values = _repeat_heads(queries, keys), _repeat_heads(queries, values)
-        return F.scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=rules.scaling)
-    mask = causal_mask(length, rules.window, rules.chunk, queries.dtype, queries.device)[length - rows :]
+        queries = F.pad(queries, (0, 0, shared, 0)) if shared else queries
+        return F.scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=rules.scaling)[:, :, shared:]
+    mask = causal_mask(length, rules.window, rules.chunk, queries.dtype, queries.device)[shared:]
     return _attend(queries, keys, values, mask, rules)
 
 

@@ -279,6 +279,44 @@ def test_a_response_with_a_score_waits_for_others_of_its_prompt():
     )
 
 
+@pytest.mark.parametrize(
+    ("value", "label"),
+    [(True, True), (False, False), (1, True), (0.0, False), ("1", True), (" False ", False), ("desirable", True),
+     ("Undesirable", False)],
+)  # fmt: skip
+def test_a_response_with_a_label_is_desirable_or_not(value, label):
+    row = {"prompt": "p", "text": "a", "ok": value}
+    assert one(row, response="text", label="ok") == Row("p", ["a"], [], 0, labels=[label])
+
+
+@pytest.mark.parametrize("value", [2, None, "yes", "", [True]])
+def test_a_label_that_is_neither_is_reported(value):
+    found = fault({"prompt": "p", "text": "a", "ok": value}, response="text", label="ok")
+    assert found == f"field 'ok' is {value!r}, expected true or false, 1 or 0, desirable or undesirable."
+
+
+def test_a_pair_may_have_a_margin_and_a_weight():
+    row = {"prompt": "p", "chosen": "a", "rejected": "b", "info": {"gap": "-1.5", "w": 2}}
+    found = one(row, margin="info.gap", example_weight="info.w")
+    assert found == Row("p", ["a", "b"], [(0, 1)], 0, margins=[-1.5], weights=[2.0])
+    assert one(row) == Row("p", ["a", "b"], [(0, 1)], 0)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("margin", "big", "field 'n' is 'big', expected a number."),
+        ("margin", None, "field 'n' is None, expected a number."),
+        ("margin", float("inf"), "field 'n' is inf, expected a finite number."),
+        ("example_weight", -1, "field 'n' is -1.0, expected a finite number of at least 0."),
+        ("example_weight", float("inf"), "field 'n' is inf, expected a finite number of at least 0."),
+    ],
+)
+def test_a_margin_or_weight_that_is_no_such_number_is_reported(key, value, told):
+    assert fault(PAIR | {"n": value}, **{key: "n"}) == told
+    assert fault(PAIR, **{key: "n"}).startswith("no field 'n', the row has prompt")
+
+
 def test_a_response_without_a_score_is_for_sft():
     assert one({"prompt": "p", "text": "a", "score": 3}, response="text") == Row("p", ["a"], [], 0, None)
     row = {"messages": turns("q", "a", "r"), "text": "a"}

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from collections import Counter
 from itertools import combinations, count, islice
 
 import numpy
@@ -11,19 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from preference_training.core.errors import UserError
-from preference_training.data.rows.grouping import (
-    EQUAL_SCORES,
-    NO_PAIR,
-    SAME_RESPONSE,
-    Row,
-    add_responses,
-    group_rows,
-    new_record,
-    pairs_by_score,
-    scored_record,
-)
 from preference_training.data.rows.records import (
-    SAME_TEXT,
+    LISTS_OF_VALUES,
     DataReport,
     Turn,
     is_held_out,
@@ -237,8 +225,13 @@ JUNK = st.recursive(
 )
 
 
+records_with_junk = st.fixed_dictionaries(
+    {key: st.just(SOUND[key]) | JUNK for key in SOUND}, optional={key: JUNK for key in LISTS_OF_VALUES}
+)
+
+
 @settings(max_examples=300)
-@given(item=JUNK | st.tuples(JUNK, JUNK), record=st.fixed_dictionaries({key: st.just(SOUND[key]) | JUNK for key in SOUND}))
+@given(item=JUNK | st.tuples(JUNK, JUNK), record=records_with_junk)
 def test_any_junk_is_reported_with_its_error_and_never_raises(item, record):
     assert isinstance(item_error(item), str | None)
     fault = item_error(("p", record))
@@ -247,133 +240,36 @@ def test_any_junk_is_reported_with_its_error_and_never_raises(item, record):
         assert all(isinstance(text, str) for text in [*record["responses"], record["sft_target"]])
 
 
-# ---- building records ---------------------------------------------------------------------------------------------------
-
-
-def test_a_response_that_a_record_has_is_not_stored_twice_and_pairs_refer_to_its_first_place():
-    record = new_record()
-    assert add_responses(record, ["good", "bad"], [(0, 1)]) == 0
-    assert add_responses(record, ["worse", "bad", "good"], [(2, 0), (1, 0)]) == 0
-    # worse is the third text; of the second call's indices 2 is good, 0 is worse and 1 is bad.
-    assert record == {"responses": ["good", "bad", "worse"], "pairs": [(0, 1), (0, 2), (1, 2)], "sft_target": None}
-
-
-def test_pairs_of_the_same_text_are_counted_and_not_added():
-    record = new_record()
-    assert add_responses(record, ["a", "a", "b"], [(0, 1), (0, 2), (1, 0)]) == 2
-    assert (record["responses"], record["pairs"]) == (["a", "b"], [(0, 1)])
-
-
-@given(scores=st.lists(SCORES, max_size=8))
-def test_pairs_by_score_are_all_pairs_of_different_scores_with_the_higher_one_first(scores):
-    pairs = pairs_by_score(scores)
-    assert all(scores[better] > scores[worse] for better, worse in pairs)
-    assert [tuple(sorted(pair)) for pair in pairs] == [
-        (i, j) for i in range(len(scores)) for j in range(i + 1, len(scores)) if scores[i] != scores[j]
-    ]
-
-
-def pair_row(prompt, chosen: str, rejected: str) -> Row:
-    return Row(prompt, [chosen, rejected], [(0, 1)], 0)
-
-
-def scored_row(prompt, response: str, score: float) -> Row:
-    return Row(prompt, [response], [], 0, [score], forms_pairs=True)
-
-
-def test_rows_of_a_prompt_form_one_record_in_the_order_of_first_rows():
-    rows = [pair_row("p", "a", "b"), pair_row("q", "x", "y"), pair_row("p", "b", "c")]
-    report = DataReport()
-    assert list(group_rows(rows, report)) == [
-        ("p", {"responses": ["a", "b", "c"], "pairs": [(0, 1), (1, 2)], "sft_target": "b", "sft_targets": ["a", "b"]}),
-        ("q", {"responses": ["x", "y"], "pairs": [(0, 1)], "sft_target": "x"}),
-    ]
-    assert report == DataReport()
-
-
-def test_rows_of_a_prompt_far_apart_are_records_of_their_own():
-    rows = [pair_row(prompt, "a", "b") for prompt in ("p", "q", "r", "p")]
-    assert [prompt for prompt, _ in group_rows(rows, DataReport(), window=3)] == ["p", "q", "r"]
-    # With two open prompts, p is closed when r comes, and opened anew.
-    assert [prompt for prompt, _ in group_rows(rows, DataReport(), window=2)] == ["p", "q", "r", "p"]
-
-
-def test_no_more_than_the_window_of_rows_is_read_ahead():
-    endless = (pair_row(f"p{number}", "a", "b") for number in count())
-    records = group_rows(endless, DataReport(), window=5)
-    assert [prompt for prompt, _ in islice(records, 3)] == ["p0", "p1", "p2"]
-    # The third record is closed by the eighth row; the ninth has not been read.
-    assert next(endless).prompt == "p8"
-
-
-def test_a_prompt_whose_pairs_are_all_of_the_same_text_is_skipped_and_its_pairs_are_counted():
-    report = DataReport()
-    rows = [pair_row("p", "a", "a"), pair_row("q", "a", "b"), pair_row("q", "c", "c")]
-    ((prompt, record),) = group_rows(rows, report)
-    # The last row of q has no pair, so that the target stays that of the row before.
-    assert (prompt, record["pairs"], record["sft_target"]) == ("q", [(0, 1)], "a")
-    assert report.left_out == {SAME_TEXT: 2}
-
-
-def test_a_row_whose_pairs_are_all_of_the_same_text_does_not_set_the_target():
-    rows = [pair_row("p", "good", "bad"), Row("p", ["a", "a", "b"], [(0, 1)], 0)]
-    ((_, record),) = group_rows(rows, DataReport())
-    assert record["sft_target"] == "good"
-
-
-def test_rows_with_one_response_and_without_a_score_are_records_by_themselves_at_once():
-    endless = (Row("p", [f"answer {number}"], [], 0) for number in count())
-    assert list(islice(group_rows(endless, DataReport()), 2)) == [
-        ("p", {"responses": ["answer 0"], "pairs": [], "sft_target": "answer 0"}),
-        ("p", {"responses": ["answer 1"], "pairs": [], "sft_target": "answer 1"}),
-    ]
-
-
-def test_scored_responses_of_a_prompt_form_pairs_and_the_best_is_the_target():
-    rows = [scored_row("p", "low", 1), scored_row("q", "only", 5), scored_row("p", "high", 3), scored_row("p", "also low", 1)]
-    report = DataReport()
-    assert list(group_rows(rows, report)) == [
-        (
-            "p",
-            {"responses": ["low", "high", "also low"], "pairs": [(1, 0), (1, 2)], "sft_target": "high", "scores": [1, 3, 1]},
-        )
-    ]
-    assert report.left_out == {EQUAL_SCORES: 1, NO_PAIR: 1}
-
-
-def test_a_conversation_and_a_text_of_the_same_words_are_different_prompts():
-    rows = [pair_row("p", "a", "b"), pair_row((Turn("user", "p"),), "a", "b"), pair_row((Turn("system", "p"),), "a", "b")]
-    assert [prompt for prompt, _ in group_rows(rows, DataReport())] == [row.prompt for row in rows]
-
-
-@settings(max_examples=300)
-@given(rows=st.lists(st.builds(pair_row, PROMPTS, ANSWERS, ANSWERS), max_size=20), window=st.integers(1, 6))
-def test_no_pair_is_lost_or_made_up_whatever_the_window(rows, window):
-    report = DataReport()
-    records = list(group_rows(rows, report, window))
-    texts = [(prompt, record["responses"][i], record["responses"][j]) for prompt, record in records for i, j in record["pairs"]]
-    expected = [(row.prompt, *row.responses) for row in rows if row.responses[0] != row.responses[1]]
-    assert Counter(texts) == Counter(expected)
-    assert report.left_out.get(SAME_TEXT, 0) == len(rows) - len(expected)
-    for _, record in records:
-        assert len(set(record["responses"])) == len(record["responses"])
-        assert {index for pair in record["pairs"] for index in pair} == set(range(len(record["responses"])))
-        assert record["sft_target"] in {record["responses"][better] for better, _ in record["pairs"]}
-
-
-@given(rows=st.lists(st.builds(pair_row, PROMPTS, ANSWERS, ANSWERS), max_size=20), window=st.integers(1, 6))
-def test_sft_learns_the_preferred_response_of_each_usable_row_whatever_the_window(rows, window):
-    records = group_rows(rows, DataReport(), window)
-    learned = [(prompt, text) for prompt, record in records for text in record.get("sft_targets", [record["sft_target"]])]
-    assert Counter(learned) == Counter((row.prompt, row.responses[0]) for row in rows if row.responses[0] != row.responses[1])
-
-
 @pytest.mark.parametrize(
     ("targets", "fault"),
     [("a", "sft_targets is str, expected a list"), (["a", ""], "sft_targets 1 is empty"), ([], None), (["a"], None)],
 )
 def test_several_sft_targets_are_a_list_of_texts(targets, fault):
     assert item_error(("p", SOUND | {"sft_targets": targets})) == fault
+
+
+@pytest.mark.parametrize(
+    ("more", "fault"),
+    [
+        ({"scores": [1, None], "labels": [True, None], "weights": [0], "margins": (-0.5,)}, None),
+        ({"scores": None, "labels": None, "weights": None, "margins": None}, None),
+        ({"scores": (float("inf"), 2)}, None),
+        ({"scores": {"a": 1}}, "scores is dict, expected a list"),
+        ({"scores": [1]}, "scores has 1 values for 2 responses, expected one for each"),
+        ({"scores": [1, "2"]}, "scores 1 is '2', expected a number or None"),
+        ({"scores": [True, 1]}, "scores 0 is True, expected a number or None"),
+        ({"scores": [1, float("nan")]}, "scores 1 is nan, expected a number or None"),
+        ({"labels": [True, 1]}, "labels 1 is 1, expected True, False or None"),
+        ({"labels": ["desirable", None]}, "labels 0 is 'desirable', expected True, False or None"),
+        ({"weights": [1, 1]}, "weights has 2 values for 1 pairs, expected one for each"),
+        ({"weights": [-1]}, "weights 0 is -1, expected a number of at least 0"),
+        ({"weights": [float("inf")]}, "weights 0 is inf, expected a number of at least 0"),
+        ({"margins": [None]}, "margins 0 is None, expected a number"),
+        ({"margins": [float("-inf")]}, "margins 0 is -inf, expected a number"),
+    ],
+)
+def test_scores_and_labels_are_of_responses_weights_and_margins_of_pairs(more, fault):
+    assert item_error(("p", SOUND | more)) == fault
 
 
 def test_remarks_are_reported_once_and_survive_json():
@@ -395,64 +291,6 @@ def test_names_of_a_hundred_columns_are_kept():
     for number in range(150):
         report.not_read(f"column {number}")
     assert list(report.columns_not_read) == [f"column {number}" for number in range(100)]
-
-
-@given(rows=st.lists(st.builds(pair_row, PROMPTS, ANSWERS, ANSWERS), max_size=20))
-def test_with_room_for_all_prompts_each_has_one_record_whose_target_is_the_last_preferred_response(rows):
-    records = list(group_rows(rows, DataReport()))
-    usable = [row for row in rows if row.responses[0] != row.responses[1]]
-    last = {row.prompt: row.responses[0] for row in usable}
-    assert {prompt: record["sft_target"] for prompt, record in records} == last
-    assert [prompt for prompt, _ in records] == list(last)
-
-
-@given(rows=st.lists(st.builds(scored_row, PROMPTS, ANSWERS, SCORES), max_size=20), window=st.sampled_from([1, 2, 100]))
-def test_the_better_of_two_scored_rows_is_preferred_whatever_the_window(rows, window):
-    said = {(row.prompt, row.responses[0], row.scores[0]) for row in rows}
-    for prompt, record in group_rows(rows, DataReport(), window):
-        scores = [{score for p, text, score in said if (p, text) == (prompt, response)} for response in record["responses"]]
-        assert record["pairs"]
-        assert all(max(scores[better]) > min(scores[worse]) for better, worse in record["pairs"])
-
-
-# ---- answers with scores ------------------------------------------------------------------------------------------------
-
-
-def test_every_pair_of_different_scores_is_formed_and_the_others_are_counted():
-    report = DataReport()
-    record = scored_record(["a", "b", "c"], [3, 3, 5], report)
-    assert record == {"responses": ["a", "b", "c"], "pairs": [(2, 0), (2, 1)], "sft_target": "c", "scores": [3, 3, 5]}
-    assert report.left_out == {EQUAL_SCORES: 1}
-
-
-def test_of_responses_with_the_same_text_the_last_counts():
-    report = DataReport()
-    record = scored_record(["a", "b", "a"], [1, 2, 4], report)
-    assert record == {"responses": ["a", "b"], "pairs": [(0, 1)], "sft_target": "a", "scores": [4, 2]}
-    assert report.left_out == {SAME_RESPONSE: 1}
-
-
-@pytest.mark.parametrize(("responses", "scores"), [([], []), (["a"], [1]), (["a", "b"], [2, 2]), (["a", "a"], [1, 2])])
-def test_responses_without_any_pair_are_no_record_and_counted(responses, scores):
-    report = DataReport()
-    assert scored_record(responses, scores, report) is None
-    assert report.left_out[NO_PAIR] == 1
-
-
-@given(answers=st.lists(st.tuples(ANSWERS, SCORES), max_size=8))
-def test_pairs_of_responses_and_what_is_skipped_add_up(answers):
-    report = DataReport()
-    record = scored_record([text for text, _ in answers], [score for _, score in answers], report)
-    score_of = dict(answers)
-    size = len(score_of)
-    formed = len(record["pairs"]) if record else 0
-    assert formed + report.left_out.get(EQUAL_SCORES, 0) == size * (size - 1) // 2
-    assert report.left_out.get(SAME_RESPONSE, 0) == len(answers) - size
-    assert report.left_out.get(NO_PAIR, 0) == (record is None) == (len(set(score_of.values())) < 2)
-    if record:
-        assert record["responses"] == list(score_of)
-        assert score_of[record["sft_target"]] == max(score_of.values())
-        assert all(score_of[record["responses"][i]] > score_of[record["responses"][j]] for i, j in record["pairs"])
 
 
 # ---- held out -----------------------------------------------------------------------------------------------------------

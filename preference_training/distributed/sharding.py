@@ -205,8 +205,8 @@ def _warn_of_long_rows(model: nn.Module, max_length: int) -> None:
     for limit in frequency_limits(model).values():
         if max_length > limit:
             print(
-                f"max_length: {max_length} tokens are more than {limit}, beyond which the model's rotary embeddings depend on the "
-                "longest row of a pack: sharded, it gives shorter rows other log-probs beside longer ones. Set "
+                f"max_length: {max_length} tokens are more than {limit}, beyond which the model's rotary embeddings depend on "
+                "the longest row of a pack: sharded, it gives shorter rows other log-probs beside longer ones. Set "
                 f"max_length={limit}, or use trainer=BasicTrainer, which computes such rows apart",
                 flush=True,
             )

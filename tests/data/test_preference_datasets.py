@@ -68,6 +68,8 @@ def test_a_loader_makes_the_golden_records_in_the_golden_order(golden, name):
     found = [{"prompt": prompt, **record} for prompt, record in made(LOADERS[name], case["rows"])]
     for record in found:
         record["pairs"] = [list(pair) for pair in record["pairs"]]
+        scores = record.pop("scores", None)
+        assert scores is None or all(scores[i] > scores[j] for i, j in record["pairs"])
     assert found == case["expect"]
 
 
@@ -428,7 +430,7 @@ def test_responses_with_equal_scores_form_no_pair_and_are_counted():
     report = DataReport()
     ((prompt, record),) = made(stack_exchange_records, rows, report)
     assert prompt == "\n\nHuman: q\n\nAssistant:"
-    assert record == {"responses": [" a", " b", " c"], "pairs": [(2, 0), (2, 1)], "sft_target": " c"}
+    assert record == {"responses": [" a", " b", " c"], "pairs": [(2, 0), (2, 1)], "sft_target": " c", "scores": [3, 3, 5]}
     assert report.lines() == ["2 skipped: two responses have equal scores; 1 skipped: no two responses have different scores"]
 
 
@@ -437,7 +439,7 @@ def test_responses_that_read_the_same_as_text_are_one_response_and_counted():
     row = {"question": "q", "answers": [{"text": text, "pm_score": score} for text, score in answers]}
     report = DataReport()
     ((_, record),) = made(stack_exchange_records, [row], report)
-    assert record == {"responses": [" a", " b"], "pairs": [(0, 1)], "sft_target": " a"}
+    assert record == {"responses": [" a", " b"], "pairs": [(0, 1)], "sft_target": " a", "scores": [4, 2]}
     assert report.left_out == {"a response has the text of another one": 1}
 
 
@@ -446,7 +448,7 @@ def test_responses_without_text_are_skipped_and_counted():
     row = {"question": "q", "answers": [{"text": text, "pm_score": score} for text, score in answers]}
     report = DataReport()
     ((_, record),) = made(stack_exchange_records, [row], report)
-    assert record == {"responses": [" a", " b"], "pairs": [(1, 0)], "sft_target": " b"}
+    assert record == {"responses": [" a", " b"], "pairs": [(1, 0)], "sft_target": " b", "scores": [1, 2]}
     assert report.left_out == {"a text is empty": 1}
 
 

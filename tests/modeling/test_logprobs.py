@@ -25,7 +25,7 @@ class FixedLogits(torch.nn.Module):
 
 
 def test_sums_equal_the_golden_ones(golden):
-    for case in golden("response_scores.json"):
+    for case in golden("response_logps.json"):
         for row, labels in enumerate(case["labels"]):
             scored = [index for index, label in enumerate(labels) if label != -100]
             first, last = scored[0], scored[-1] + 1

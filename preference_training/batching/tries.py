@@ -24,7 +24,7 @@ MIN_SHARED = 16
 # The block size of FlexAttention's masks. Unit: tokens.
 BLOCK = 128
 
-Tokens = Sequence[int]
+Tokens = list[int]
 
 
 @dataclass(frozen=True)

@@ -204,7 +204,7 @@ def _check_loss(config: RunConfig) -> None:
 
 def check_objective(objective: str, loss: str, examples: str, model_head: str = "lm") -> None:
     """Raise UserError where `objective` is no metric of an evaluation of a loss with such examples and models."""
-    known = OBJECTIVES[:2] if examples == "targets" else OBJECTIVES
+    known: tuple[str, ...] = OBJECTIVES[:2] if examples == "targets" else OBJECTIVES
     if model_head == "value":
         known = tuple(name for name in known if name not in (EVAL_CHOSEN_LOGPS, EVAL_REJECTED_LOGPS))
     if objective not in known:

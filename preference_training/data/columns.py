@@ -137,7 +137,8 @@ class Columns(NamedTuple):
 
     def as_arrow(self) -> pyarrow.RecordBatch:
         """The columns as an Arrow batch."""
-        lists = [column.as_arrow(kind) for column, kind in zip(self[1:], SCHEMA.types[1:], strict=True)]
+        columns: tuple = self[1:]
+        lists = [column.as_arrow(kind) for column, kind in zip(columns, SCHEMA.types[1:], strict=True)]
         return pyarrow.RecordBatch.from_arrays([pyarrow.array(self.numbers), *lists], schema=SCHEMA)
 
     @property

@@ -345,7 +345,7 @@ def drop_identical(prompt: TokenizedPrompt, report: DataReport) -> TokenizedProm
     Rankings lose the worse of identical responses; responses that are labeled both ways are skipped. None without any remaining
     example; unchanged for SFT.
     """
-    spans = prompt.spans or [()] * len(prompt.responses)
+    spans = prompt.spans or [[] for _ in prompt.responses]
     first: dict[tuple, int] = {}
     keys = zip(map(tuple, prompt.responses), map(tuple, spans), strict=True)
     places = [first.setdefault(key, index) for index, key in enumerate(keys)]

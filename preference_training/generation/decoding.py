@@ -50,6 +50,11 @@ def generate(model: nn.Module, prompts: Sequence[Sequence[int]], ends: Ends, lim
 class PreallocatedLayer(DynamicLayer):
     """A layer's keys and values in memory with room for more tokens. A DynamicLayer copies all of them for each new token."""
 
+    keys: Tensor
+    values: Tensor
+    key_memory: Tensor
+    value_memory: Tensor
+
     def __init__(self, layer: DynamicLayer, room: int):
         super().__init__()
         self.lazy_initialization(layer.keys, layer.values)
@@ -89,6 +94,8 @@ class DecodedRows:
     arguments: what `generate` hands to a decoding, among it the model's keyword arguments and cache. room: tokens of a row at
     most.
     """
+
+    scores: Tensor
 
     def __init__(self, model: nn.Module, ids: Tensor, arguments: dict, room: int):
         self.model, self.ids, self.room = model, ids, room

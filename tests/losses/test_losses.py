@@ -150,8 +150,8 @@ def test_losses_gradients_and_rewards_are_those_of_trl(golden):
     """The file says how it was made."""
     numbers = golden("trl_losses.json")
     compared = [case["keys"]["name"] for case in numbers["losses"]]
-    # Of these TRL has none: DPOP's penalty, a moving reference, a selection of pairs, offsets and rankings. Its reward models are in
-    # another file.
+    # Of these TRL has none: DPOP's penalty, a moving reference, a selection of pairs, offsets and rankings. Its reward models
+    # are in another file.
     assert set(compared) == {name for kind in BY_KIND.values() for name in kind} - {
         *("sft", "dpop", "tr_dpo", "beta_DPO", "odpo", "plackett_luce", "reward"),
     }

@@ -1,6 +1,6 @@
 """Group the rows of each prompt into one record, in memory that does not grow with the data."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import combinations
 from typing import NamedTuple
 
@@ -115,7 +115,8 @@ class _Group:
         """The prompt and its record, if there is anything to learn from it."""
         record = self.record
         if self.formed:
-            record = scored_record(*map(list, zip(*self.formed, strict=True)), report)
+            responses, scores = zip(*self.formed, strict=True)
+            record = scored_record(responses, scores, report)
         elif self.targets:
             record["sft_target"] = self.targets[-1]
             record |= {"sft_targets": self.targets} if len(self.targets) > 1 else {}
@@ -134,17 +135,17 @@ SAME_RESPONSE = "a response has the text of another one"
 NO_PAIR = "no two responses have different scores"
 
 
-def scored_record(responses: list[str], scores: list[float], report: DataReport) -> dict | None:
+def scored_record(responses: Sequence[str], scores: Sequence[float], report: DataReport) -> dict | None:
     """A record of all pairs of responses with different scores, the best of which is the SFT target; None without any pair.
 
     Of identical responses the last counts. The report counts what is skipped.
     """
     score_of = dict(zip(responses, scores, strict=True))
-    texts, scores = list(score_of), list(score_of.values())
-    pairs = pairs_by_score(scores)
+    texts, kept = list(score_of), list(score_of.values())
+    pairs = pairs_by_score(kept)
     report.skip(SAME_RESPONSE, len(responses) - len(texts))
     report.skip(EQUAL_SCORES, len(texts) * (len(texts) - 1) // 2 - len(pairs))
     if not pairs:
         report.skip(NO_PAIR)
         return None
-    return {"responses": texts, "pairs": pairs, "sft_target": max(score_of, key=score_of.__getitem__), "scores": scores}
+    return {"responses": texts, "pairs": pairs, "sft_target": max(score_of, key=score_of.__getitem__), "scores": kept}

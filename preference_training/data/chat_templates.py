@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 from preference_training.core.errors import UserError
 from preference_training.data.registry import DATASETS, dataset_entries
+from preference_training.data.rendering.chat_rendering import ConversationError
 from preference_training.data.rows.records import Turn
-from preference_training.data.rows.templates import ASSISTANT, HUMAN, ConversationError, build_template
+from preference_training.data.rows.templates import ASSISTANT, HUMAN, build_template
 from preference_training.data.tokenization import bos_ids
 
 # For a model that continues plain text.
@@ -132,7 +133,7 @@ class ConversationFormat:
         """The prompt that asks for a response to a conversation."""
         around = {"user": self.user, "assistant": self.assistant} | ({"system": self.system} if self.system else {})
         parts = [self.opening if turns[0].role != "system" else ""]
-        for role, content in turns:
+        for role, content, *_ in turns:
             if role in around:
                 before, after = around[role]
                 space = role == "assistant" and before.endswith(" ") and content.startswith(" ")

@@ -204,7 +204,7 @@ class _Preparation:
                 if digest is not None:
                     # What only some records have is hashed only where they have it.
                     several = [record.sft_targets] if record.sft_targets else []
-                    lists = {key: values for key in LISTS_OF_VALUES if (values := getattr(record, key))}
+                    lists = {key: values for key in (*LISTS_OF_VALUES, "tools") if (values := getattr(record, key))}
                     content = (record.prompt, record.responses, record.pairs, record.sft_target, *several)
                     digest.update(repr((*content, lists) if lists else content).encode())
                 yield record
@@ -238,9 +238,9 @@ def _settings_key(settings: TokenSettings) -> list:
     Pairs and targets are named as before there were other examples, so that their files are found.
     """
     values = asdict(settings)
-    kind, version, margins = (values.pop(name) for name in ("examples", "version", "margins"))
+    kind, version, margins, train_on = (values.pop(name) for name in ("examples", "version", "margins", "train_on"))
     key = {"paired": kind == "pairs"} if kind in ("pairs", "targets") else {"examples": kind}
-    key |= values
+    key |= values | ({"train_on": train_on} if train_on != TokenSettings.train_on else {})
     if version == 1:
         return [key, VERSION_1_CODE]
     return [key | {"version": version} | ({"margins": True} if margins else {})]

@@ -16,6 +16,7 @@ from preference_training.data.rows.conversations import (
     occurs_in,
     parse_serialized_turns,
     parse_turns,
+    part_conversations,
     turn_keys,
 )
 from preference_training.data.rows.filters import RowFilter
@@ -27,6 +28,7 @@ from preference_training.data.rows.records import (
     Prompt,
     Turn,
     prompt_error,
+    response_of,
     text_error,
     type_name,
 )
@@ -198,18 +200,18 @@ class FieldMap:
         return isinstance(parse_serialized_turns(field_value(row, self.chosen), self.chosen), str)
 
     def _map_conversations(self, row: dict, chosen: list, rejected: list) -> Row | None:
-        (*before, response), (*other_before, other) = (
-            parse_turns(value, name) for value, name in ((chosen, self.chosen), (rejected, self.rejected))
-        )
-        if before != other_before:
-            return None
-        for name, turn in ((self.chosen, response), (self.rejected, other)):
-            if turn.role != "assistant":
+        conversations = [parse_turns(value, name) for value, name in ((chosen, self.chosen), (rejected, self.rejected))]
+        for name, turns in zip((self.chosen, self.rejected), conversations, strict=True):
+            if turns[-1].role != "assistant":
                 raise RowError(
-                    f"the last turn of {name} is the {turn.role}'s. Expected the assistant's, which is the response."
+                    f"the last turn of {name} is the {turns[-1].role}'s. Expected the assistant's, which is the response."
                 )
-        prompt = self._prompt_before(row, tuple(before)) if before else self._prompt(row, as_turns=True)
-        return Row(prompt, [response.content, other.content], [(0, 1)], 0)
+        parts = part_conversations(conversations)
+        if parts is None:
+            return None
+        before, responses = parts
+        prompt = self._prompt_before(row, before) if before else self._prompt(row, as_turns=True)
+        return Row(prompt, [response_of(turns) for turns in responses], [(0, 1)], 0)
 
     def _prompt_before(self, row: dict, shared: tuple[Turn, ...]) -> tuple[Turn, ...]:
         """The turns of the prompt field, if any, followed by those that chosen and rejected share. Raises RowError."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 
-from preference_training.data.rows.conversations import TURN_KEYS, RowError, parse_serialized_turns, turn_keys
+from preference_training.data.rows.conversations import MESSAGE_FIELDS, TURN_KEYS, RowError, parse_serialized_turns, turn_keys
 
 # Where only the text is named, as in chosen.content, the role is not reported.
 ROLE_BESIDE = dict(TURN_KEYS)
@@ -71,4 +71,5 @@ def _beside_turns(value, name: str) -> Iterator[str]:
     for item in value if isinstance(value, list) else ():
         keys = turn_keys(item)
         if keys and len(item) > 2:
-            yield from (f"{name}.{key}" for key, inner in item.items() if key not in keys and not _is_empty(inner))
+            read = (*keys, *MESSAGE_FIELDS)
+            yield from (f"{name}.{key}" for key, inner in item.items() if key not in read and not _is_empty(inner))

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from numbers import Real
 
 from preference_training.core.processes import map_in_processes
-from preference_training.data.html_text import html_to_text
+from preference_training.data.sources.html_text import html_to_text
 from preference_training.data.hub_sets import WHOLE_SET, HubSet, hub_set, valid_rows
 from preference_training.data.registry import register
 from preference_training.data.rows.field_maps import FieldMap

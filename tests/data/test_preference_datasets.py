@@ -14,7 +14,7 @@ from preference_training.core.errors import UserError
 from preference_training.data import hub_sets
 from preference_training.data.entries import load_records, read_entry
 from preference_training.data.files import DATA_SUFFIXES
-from preference_training.data.html_text import html_to_text
+from preference_training.data.sources.html_text import html_to_text
 from preference_training.data.registry import DATASETS, Dataset, find_dataset, register
 from preference_training.data.rows.records import DataReport, PreferenceRecord, is_held_out, prompt_hash
 from preference_training.data.rows.templates import split_dialogue

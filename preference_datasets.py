@@ -22,7 +22,6 @@ from collections.abc import Iterator
 from numbers import Real
 
 from preference_training.core.processes import map_in_processes
-from preference_training.data.sources.html_text import html_to_text
 from preference_training.data.hub_sets import WHOLE_SET, HubSet, hub_set, valid_rows
 from preference_training.data.registry import register
 from preference_training.data.rows.field_maps import FieldMap
@@ -44,6 +43,7 @@ from preference_training.data.rows.records import (
     Turn,
 )
 from preference_training.data.rows.templates import ASSISTANT, HUMAN, parse_dialogue
+from preference_training.data.sources.html_text import html_to_text
 from preference_training.data.toy_preferences import toy_records
 
 HH = HubSet(

@@ -9,124 +9,29 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import ClassVar
 
 from preference_training.configuration.composition import default_values
 from preference_training.configuration.keys import listed
 from preference_training.configuration.schema import GENERAL_CHOICES, GENERAL_KEYS, RunConfig
 from preference_training.core.errors import UserError, nearest
-from preference_training.data.files import content_hash, is_data_file, read_rows
-from preference_training.data.hub_sets import hub_rows, load_hub
+from preference_training.data.files import is_data_file
 from preference_training.data.registry import DATASETS, TOKENIZED_SUFFIX, Dataset, find_dataset
 from preference_training.data.rows.field_maps import FieldMap
-from preference_training.data.rows.grouping import group_rows
 from preference_training.data.rows.records import (
     LISTS_OF_VALUES,
     DataReport,
-    Items,
-    NumberedRows,
     PreferenceRecord,
     Prompt,
     item_error,
     prompt_text,
-    split_by_hash,
     type_name,
 )
 from preference_training.data.rows.values import condition
+from preference_training.data.sources.locations import check_location, is_location
+from preference_training.data.sources.storage import expanded
+from preference_training.data.sources.user_data import UserData
 from preference_training.losses.base import Loss
 from preference_training.losses.registry import example_kind
-
-
-@dataclass(frozen=True)
-class UserData:
-    """A user's file, hub set or local directory, read through a field map.
-
-    The held-out split is `test_path`, `test_split`, or a share of the prompts, chosen by a hash of what the model reads.
-    """
-
-    path: str
-    field_map: FieldMap = field(default_factory=FieldMap)
-    held_out_share: float = 0.05
-    split: str = "train"
-    test_split: str | None = None
-    test_path: str | None = None
-    subset: str | None = None
-    data_dir: str | None = None
-
-    OPTIONS: ClassVar = ("split", "test_split", "test_path", "subset", "data_dir", "held_out_share")
-
-    @property
-    def by_hash(self) -> bool:
-        """Whether both splits come from the same rows."""
-        return not (self.test_path or self.test_split)
-
-    def load(
-        self,
-        split: str,
-        silent: bool = False,
-        cache_dir: str | None = None,
-        report: DataReport | None = None,
-        text_of: Callable[[Prompt], str] = prompt_text,
-    ) -> Items:
-        """The loader. Raises UserError with file and row, also without any usable row."""
-        report = report if report is not None else DataReport()
-        # Both splits of a set that is split by hash read all rows: count what is skipped only once.
-        counts = DataReport(report.skip_bad_rows) if self.by_hash and split == "test" else report
-        place, rows = self._rows(split, cache_dir, counts)
-        items = group_rows(self.field_map.map_rows(rows, place, counts), counts)
-        items = self._at_least_one(items, place, counts)
-        return split_by_hash(items, split, self.held_out_share, text_of) if self.by_hash else items
-
-    def fingerprint(self, split: str, cache_dir: str | None) -> str:
-        """A text that identifies the data of a split."""
-        path, hub_split = self._source(split)
-        is_file = is_data_file(path) or path.endswith(TOKENIZED_SUFFIX)
-        source = content_hash(Path(path)) if is_file else self._hub(path, hub_split, cache_dir)._fingerprint
-        by_hash = f"{split} {self.held_out_share}" if self.by_hash else ""
-        return f"{source} {by_hash} {field_map_text(self.field_map)}"
-
-    def _source(self, split: str) -> tuple[str, str]:
-        held_out = split == "test"
-        return (self.test_path if held_out and self.test_path else self.path), (
-            self.test_split if held_out and self.test_split else self.split
-        )
-
-    def _hub(self, path: str, split: str, cache_dir: str | None):
-        return load_hub(path, self.subset, self.data_dir, split, cache_dir)
-
-    def _rows(self, split: str, cache_dir: str | None, report: DataReport) -> tuple[str, NumberedRows]:
-        path, hub_split = self._source(split)
-        if is_data_file(path):
-            return path, read_rows(Path(path), report)
-        place = f"{path} ({hub_split})"
-        return place, hub_rows(self._hub(path, hub_split, cache_dir), place)
-
-    def _at_least_one(self, items: Items, place: str, report: DataReport) -> Items:
-        empty = True
-        for item in items:
-            empty = False
-            yield item
-        if empty:
-            found = "; ".join(line.strip() for line in report.lines()) or "it has none"
-            raise UserError(
-                f"datasets: {place}: no usable row ({found}). Expected rows with chosen and rejected, and prompt unless both "
-                "are dialogues, or a map of the fields: datasets=[{path: ..., prompt: ..., chosen: ..., rejected: ...}]."
-            )
-
-
-# The fields in every fingerprint; later additions are included only where they are set.
-ALWAYS_NAMED = (
-    "prompt", "chosen", "rejected", "system", "response", "score", "responses", "scores", "ranks", "implicit_prompt", "where",
-    "top_k",
-)  # fmt: skip
-
-
-def field_map_text(field_map: FieldMap) -> str:
-    """A field map as text, for fingerprints: unchanged when FieldMap gains fields that the map does not set."""
-    usual = FieldMap()
-    values = {item.name: getattr(field_map, item.name) for item in fields(FieldMap)}
-    more = [name for name, value in values.items() if name not in ALWAYS_NAMED and value != getattr(usual, name)]
-    return f"FieldMap({', '.join(f'{name}={values[name]!r}' for name in (*ALWAYS_NAMED, *more))})"
 
 
 @dataclass(frozen=True)
@@ -172,7 +77,8 @@ class Entry:
         """
         if self.dataset.fingerprint is None or (self.dataset.is_user_code and not trust_user_code):
             return None
-        return f"{self.dataset.fingerprint(split, cache_dir, **self.options)} {self.on_bad_row}"
+        known = self.dataset.fingerprint(split, cache_dir, **self.options)
+        return known and f"{known} {self.on_bad_row}"
 
 
 # Parameters of a loader that are injected, and are not keys of an entry.
@@ -193,7 +99,7 @@ def read_entry(entry, defaults: dict | None = None) -> Entry:
     general |= {key: given[key] for key in GENERAL_KEYS if given.get(key) is not None}
     rest = {key: value for key, value in given.items() if key not in (*GENERAL_KEYS, "name", "path")}
     if "path" in given:
-        name = str(given["path"])
+        name = expanded(str(given["path"]))
         # As with the general keys, null means not set.
         rest = {key: value for key, value in rest.items() if value is not None}
         rest = {"held_out_share": defaults.get("held_out_share", 0.05)} | rest
@@ -209,9 +115,7 @@ def read_entry(entry, defaults: dict | None = None) -> Entry:
 
 
 def _is_path(text: str) -> bool:
-    return (
-        text not in DATASETS and ".py:" not in text and (is_data_file(text) or text.endswith(TOKENIZED_SUFFIX) or "/" in text)
-    )
+    return text not in DATASETS and ".py:" not in text and (text.endswith(TOKENIZED_SUFFIX) or is_location(text))
 
 
 def _build_dataset(path: str, options: dict) -> Dataset:
@@ -225,10 +129,9 @@ def _build_dataset(path: str, options: dict) -> Dataset:
     _check_field_map(path, options)
     field_map = FieldMap(**{key: value for key, value in options.items() if key in maps})
     own = UserData(path, field_map, **{key: value for key, value in options.items() if key not in maps})
-    for file in (own.path, own.test_path):
-        if file and (is_data_file(file) or file.endswith(TOKENIZED_SUFFIX)) and not Path(file).is_file():
-            found = "a directory" if Path(file).is_dir() else "no such file"
-            raise UserError(f"datasets: {file}: {found}. Expected a readable file; paths are relative to {Path.cwd()}.")
+    own = replace(own, test_path=own.test_path and expanded(own.test_path))
+    for location in filter(None, (own.path, own.test_path)):
+        check_location(location)
     return Dataset(own.load, "keep_end", fingerprint=own.fingerprint, held_out_by_share=own.by_hash and own.held_out_share > 0)
 
 
@@ -244,7 +147,8 @@ def _unused_path_keys(path: str, given: dict) -> list[str]:
     keys = {key for key, value in given.items() if value is not None and value is not False}
     notes = []
     if is_data_file(path):
-        pointless = sorted(keys & {"split", "subset", "data_dir"}) + ["test_split"] * ("test_split" in keys)
+        of_sets = ("data_dir", "split", "streaming", "subset", "test_split")
+        pointless = [key for key in of_sets if key in keys]
         notes += [f"{key} has no effect: a file has no splits or subsets" for key in pointless]
     if "held_out_share" in keys and (owner := keys & {"test_path", "test_split"}):
         notes.append(f"held_out_share has no effect: {' and '.join(sorted(owner))} defines the held-out split")
@@ -271,8 +175,9 @@ def _check_field_map(path: str, options: dict) -> None:
     implicit = options.get("implicit_prompt", False)
     require(isinstance(implicit, bool), f"implicit_prompt: found {implicit!r}, expected true or false.")
     for key in UserData.OPTIONS[:-1]:
-        value = options.get(key)
-        require(value is None or isinstance(value, str), f"{key}: found {value!r}, expected a text.")
+        value, is_switch = options.get(key), key == "streaming"
+        is_valid = value is None or isinstance(value, bool if is_switch else str)
+        require(is_valid, f"{key}: found {value!r}, expected {'true or false' if is_switch else 'a text'}.")
     if options.get("responses"):
         numbers = bool(options.get("scores")) + bool(options.get("ranks"))
         require(numbers == 1, "responses needs either scores (higher is better) or ranks (lower is better).")

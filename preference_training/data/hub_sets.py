@@ -16,15 +16,15 @@ from preference_training.data.rows.values import field_value
 
 
 @cache
-def load_hub(path: str, subset: str | None, data_dir: str | None, split: str, cache_dir: str | None):
-    """One split of a set of the hub, or of a local directory in the same layout.
+def load_hub(path: str, subset: str | None, data_dir: str | None, split: str, cache_dir: str | None, streaming: bool = False):
+    """One split of a set of the hub, or of a local directory in the same layout; streaming: read as needed, kept nowhere.
 
     Raises UserError where it cannot be loaded: no network and nothing cached, no such split, damaged files.
     """
     import datasets
 
     try:
-        return datasets.load_dataset(path, subset, data_dir=data_dir, split=split, cache_dir=cache_dir)
+        return datasets.load_dataset(path, subset, data_dir=data_dir, split=split, cache_dir=cache_dir, streaming=streaming)
     except Exception as error:  # a dozen types: network errors, damaged files, scripts, YAML
         reason = first_line(error.__cause__ or error)
         raise UserError(

@@ -11,12 +11,11 @@ from preference_training.configuration.schema import GENERAL_KEYS
 from preference_training.core.errors import UserError
 from preference_training.data import registry
 from preference_training.data.entries import UserData, check_examples, load_records, read_entry
-from preference_training.data.files import DATA_SUFFIXES
 from preference_training.data.registry import Dataset
 from preference_training.data.rows.field_maps import FieldMap
 from preference_training.data.rows.records import OTHER_PROMPT, SAME_TEXT, DataReport, PreferenceRecord, Turn
 from preference_training.losses.registry import build_loss
-from tests.support.files import write
+from tests.support.files import DATA_SUFFIXES, write
 
 # Hypothesis runs one function many times; each example writes its own file, so that sharing tmp_path is harmless.
 SHARES_FOLDER = [HealthCheck.function_scoped_fixture]

@@ -610,11 +610,11 @@ def test_without_a_test_split_a_share_of_the_prompts_is_held_out(tmp_path):
     assert sorted(train + test) == sorted(expected(*range(100)))
 
 
-def test_an_invalid_row_of_a_directory_is_reported_with_directory_split_and_number(tmp_path):
+def test_an_invalid_row_of_a_directory_is_reported_with_directory_number_and_file(tmp_path):
     write(tmp_path / "mine" / "train.jsonl", [*triplets(0, 2), triplets(2, 3)[0] | {"chosen": None}])
     with pytest.raises(UserError) as refused:
         own(tmp_path / "mine", {})
-    assert str(refused.value).startswith(f"datasets: {tmp_path / 'mine'} (train), row 3: field 'chosen' is None")
+    assert str(refused.value).startswith(f"datasets: {tmp_path / 'mine'}/, row 3 of train.jsonl: field 'chosen' is None")
 
 
 def no_files(directory: Path) -> None:
@@ -641,12 +641,21 @@ def half_a_gzip(directory: Path) -> None:
     path.write_bytes(path.read_bytes()[:30])
 
 
-@pytest.mark.parametrize("make", [no_files, a_script, a_card_that_is_no_yaml, lines_that_are_no_json, half_a_gzip])
-def test_a_directory_that_cannot_be_loaded_is_refused_with_its_path(tmp_path, make):
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (no_files, ": no data file in this folder. Expected files ending in .jsonl, "),
+        (a_script, " (split train) could not be loaded: "),
+        (a_card_that_is_no_yaml, " (split train) could not be loaded: "),
+        (lines_that_are_no_json, "/train.jsonl, row 1: not JSON: "),
+        (half_a_gzip, "/train.jsonl.gz: cannot be read: "),
+    ],
+)
+def test_a_directory_that_cannot_be_loaded_is_refused_with_its_path(tmp_path, make, told):
     make(tmp_path / "mine")
     with pytest.raises(UserError) as refused:
         own(tmp_path / "mine", {})
-    assert str(refused.value).startswith(f"datasets: {tmp_path / 'mine'} (split train) could not be loaded: ")
+    assert str(refused.value).startswith(f"datasets: {tmp_path / 'mine'}{told}")
 
 
 def test_a_directory_that_does_not_exist_and_a_split_that_does_not_are_refused(tmp_path):
@@ -662,9 +671,9 @@ NO_DATE = pyarrow.array([2**62], pyarrow.timestamp("us"))
 
 
 @pytest.mark.parametrize("texts", [NOT_UTF8, NO_DATE], ids=["not UTF-8", "no date"])
-def test_values_that_cannot_be_read_are_refused_with_the_directory(tmp_path, texts):
+def test_values_that_cannot_be_read_are_refused_with_the_file_of_the_directory(tmp_path, texts):
     (tmp_path / "mine").mkdir()
     pyarrow.parquet.write_table(pyarrow.table({"chosen": texts}), tmp_path / "mine" / "train.parquet")
     with pytest.raises(UserError) as refused:
         own(tmp_path / "mine", {})
-    assert str(refused.value).startswith(f"datasets: {tmp_path / 'mine'} (train), after row 0: cannot be read, or damaged: ")
+    assert str(refused.value).startswith(f"datasets: {tmp_path / 'mine'}/train.parquet: not Parquet, or damaged: ")

@@ -18,7 +18,6 @@ from preference_training.data.rows.conversations import (
     parse_turns,
     turn_keys,
 )
-from preference_training.data.rows.filters import RowFilter
 from preference_training.data.rows.grouping import Row, pairs_by_score
 from preference_training.data.rows.records import (
     OTHER_PROMPT,
@@ -34,6 +33,7 @@ from preference_training.data.rows.repeated_prompts import strip_repeated_prompt
 from preference_training.data.rows.templates import parse_dialogue, split_dialogue
 from preference_training.data.rows.unread_columns import ReadColumns
 from preference_training.data.rows.values import as_label, as_number, field_number, field_value
+from preference_training.data.sources.filters import RowFilter
 
 # What a report counts of rows, besides those it skips.
 INPUT_JOINED = "prompts joined from instruction and input, on separate lines"

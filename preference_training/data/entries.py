@@ -9,6 +9,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import Literal, get_args, get_origin
 
 from preference_training.configuration.composition import default_values
 from preference_training.configuration.keys import listed
@@ -26,7 +27,7 @@ from preference_training.data.rows.records import (
     prompt_text,
     type_name,
 )
-from preference_training.data.rows.values import condition
+from preference_training.data.sources.filters import Where, where_error
 from preference_training.data.sources.locations import check_location, is_location
 from preference_training.data.sources.storage import expanded
 from preference_training.data.sources.user_data import UserData
@@ -108,6 +109,7 @@ def read_entry(entry, defaults: dict | None = None) -> Entry:
         parsed = Entry(name, dataset, held_out_share=rest["held_out_share"], notes=notes, **general)
     else:
         name = str(given["name"])
+        rest |= {"data_dir": expanded(rest["data_dir"])} if isinstance(rest.get("data_dir"), str) else {}
         parsed = Entry(name, find_dataset(name), rest, **general)
         _check_options(parsed)
     _check_general(parsed)
@@ -191,16 +193,8 @@ def _check_field_map(path: str, options: dict) -> None:
     is_valid = top_k is None or (isinstance(top_k, dict) and top_k.keys() == {"column", "k"} and type(top_k["k"]) is int)
     is_valid = is_valid and (top_k is None or (top_k["k"] > 0 and isinstance(top_k["column"], str)))
     require(is_valid, f"top_k: found {top_k!r}, expected {{column: NAME, k: NUMBER}}.")
-    require(isinstance(where, dict), f"where: found {where!r}, expected {{COLUMN: VALUE}}.")
-    for column, value in where.items():
-        require(isinstance(column, str), f"where: found the column {column!r}, expected the name of a field.")
-        try:
-            condition(value)
-        except ValueError:
-            require(
-                False,
-                f"where: {column}: found {value!r}, expected a value, a list of values, or a comparison such as '>= 0.5'.",
-            )
+    problem = where_error(where)
+    require(problem is None, f"where: {problem}")
     share = options.get("held_out_share", 0)
     require(isinstance(share, int | float) and 0 <= share < 1, f"held_out_share: found {share!r}, expected 0 to below 1.")
 
@@ -213,13 +207,28 @@ def _check_options(entry: Entry) -> None:
     for key in entry.options:
         if key not in own:
             raise UserError(f"datasets: {entry.name}: no key {key!r}; {nearest(str(key), [*own, *GENERAL_KEYS])}")
-        if known[key].annotation is float and type(entry.options[key]) not in (int, float):
-            raise UserError(f"datasets: {entry.name}: {key}: found {entry.options[key]!r}, expected a number.")
-        if known[key].annotation == str | None and not isinstance(entry.options[key], str | None):
-            raise UserError(f"datasets: {entry.name}: {key}: found {entry.options[key]!r}, expected a text.")
+        _check_option(entry, key, known[key])
     directory = entry.options.get("data_dir")
     if directory is not None and not Path(str(directory)).is_dir():
         raise UserError(f"datasets: {entry.name}: data_dir: {directory}: no such directory; relative to {Path.cwd()}.")
+
+
+def _check_option(entry: Entry, key: str, parameter: inspect.Parameter) -> None:
+    """Raise UserError where the value of a named set's key is not of its parameter's type."""
+    value, kind = entry.options[key], parameter.annotation
+    problem = None
+    if kind is float and type(value) not in (int, float):
+        problem = f"found {value!r}, expected a number."
+    elif kind == int | None and value is not None and (type(value) is not int or value < 1):
+        problem = f"found {value!r}, expected a whole number of at least 1."
+    elif kind == str | None and not isinstance(value, str | None):
+        problem = f"found {value!r}, expected a text."
+    elif get_origin(kind) is Literal and value not in get_args(kind):
+        problem = f"found {value!r}; {nearest(str(value), get_args(kind))}"
+    elif kind == Where | None and value is not None:
+        problem = where_error(value)
+    if problem:
+        raise UserError(f"datasets: {entry.name}: {key}: {problem}")
 
 
 def _check_general(entry: Entry) -> None:

@@ -33,7 +33,7 @@ from preference_training.data.rows.repeated_prompts import strip_repeated_prompt
 from preference_training.data.rows.templates import parse_dialogue, split_dialogue
 from preference_training.data.rows.unread_columns import ReadColumns
 from preference_training.data.rows.values import as_label, as_number, field_number, field_value
-from preference_training.data.sources.filters import RowFilter
+from preference_training.data.sources.filters import RowFilter, Where, where_columns
 
 # What a report counts of rows, besides those it skips.
 INPUT_JOINED = "prompts joined from instruction and input, on separate lines"
@@ -48,7 +48,8 @@ class FieldMap:
     (higher is better) or `ranks` (lower is better). One response per row: `response`, with a `score` (pairs are then formed
     between the rows of a prompt), a `label` (desirable or not), or neither (SFT only).
 
-    where: column → a value, a list of values, or a comparison such as ">= 0.5"; rows that fail any are skipped.
+    where: column → a value, a list of values, or a comparison such as ">= 0.5", or an expression over columns; rows that fail
+    any are skipped.
     top_k: {column, k}: the k rows with the largest values are kept.
     """
 
@@ -62,7 +63,7 @@ class FieldMap:
     scores: str | None = None
     ranks: str | None = None
     implicit_prompt: bool = False
-    where: dict = field(default_factory=dict)
+    where: Where = field(default_factory=dict)
     top_k: dict | None = None
     label: str | None = None
     margin: str | None = None
@@ -120,7 +121,7 @@ class FieldMap:
             texts = [self.response, self.score, self.label]
         else:
             texts = [self.chosen, self.rejected, self.margin, self.example_weight]
-        names = [self.prompt, self.system, *texts, *self.where, self.top_k and self.top_k["column"]]
+        names = [self.prompt, self.system, *texts, *where_columns(self.where), self.top_k and self.top_k["column"]]
         names += [INPUT] * (self.prompt == INSTRUCTION)
         return [name for name in names if name is not None]
 

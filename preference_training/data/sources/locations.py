@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import xxhash
 
@@ -77,7 +77,7 @@ class TableSource:
     """The rows of a data set of the hub's library, loaded or streaming."""
 
     place: str
-    table: object
+    table: Any
 
     def rows(self, _report: DataReport) -> NumberedRows:
         """(row number, row)."""

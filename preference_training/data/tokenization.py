@@ -12,6 +12,7 @@ from functools import partial
 from itertools import combinations, islice
 
 from preference_training.core.errors import UserError
+from preference_training.data.chunking import CHUNKS, text_chunks
 from preference_training.data.rows.examples import Selected, select
 from preference_training.data.rows.grouping import BOTH_LABELS
 from preference_training.data.rows.records import DataReport, PreferenceRecord, Prompt, prompt_text
@@ -211,7 +212,9 @@ class _Tokenization:
             if prompt_ids[: len(self.bos)] != self.bos:
                 prompt_ids = self.bos + prompt_ids
             responses = [next(ids) for _ in texts[1:]]
-            if not prompt_ids:
+            if record.prompt == "" and settings.examples == "targets":
+                yield from self._plain_text(record, [*prompt_ids, *responses[0]])
+            elif not prompt_ids:
                 self._bad(record, "the prompt is empty. Expected at least one token before a response.")
             elif any(self.eos_id in response for response in responses):
                 self._bad(record, self._eos_error())
@@ -222,6 +225,16 @@ class _Tokenization:
                 left = trainable_part(prompt, settings, always_kept, self.report)
                 if left is not None:
                     yield left
+
+    def _plain_text(self, record: PreferenceRecord, ids: list[int]) -> Iterator[TokenizedPrompt]:
+        """The chunks of a text without a prompt: none of it is lost."""
+        if self.eos_id in ids:
+            self._bad(record, self._eos_error())
+            return
+        chunks = list(text_chunks([*ids, self.eos_id], self.settings.max_length, self.bos_id))
+        self.report.change(CHUNKS, len(chunks) - 1)
+        for chunk in chunks:
+            yield TokenizedPrompt(chunk.prompt_ids, [chunk.ids], [], record.source, record.number, spans=chunk.spans)
 
     def _bad(self, record: PreferenceRecord, problem: str) -> None:
         self.report.bad_row(UserError(f"datasets: {record.source}: {problem}"))

@@ -288,7 +288,9 @@ def split_by_hash(
     lowest, waiting, several = 1.0, [], False
     held_out_any = share == 0
     for item in items:
-        value = prompt_hash(text_of(item[0]))
+        prompt, record = item
+        # Plain text has no prompt, and is held out by itself.
+        value = prompt_hash(text_of(prompt) if prompt != "" else record["sft_target"])
         held_out_any |= value < share
         if held_out_any:
             released, waiting = waiting, []

@@ -150,6 +150,9 @@ def _matching(pattern: str) -> tuple[str, ...]:
         system = fsspec.core.url_to_fs("")[0]
         start = "" if Path(pattern).is_absolute() else f"{Path.cwd()}/"
         names = [name.removeprefix(start) for name in system.glob(pattern)]
+    # As in a shell, files whose names begin with a dot are meant only where the pattern says so.
+    hidden = pattern.rsplit("/", 1)[-1].startswith(".")
+    names = [name for name in names if hidden or not name.rsplit("/", 1)[-1].startswith(".")]
     files = tuple(sorted(name for name in names if is_data_file(name)))
     if not files:
         others = f"; {len(names)} others do" if names else ""

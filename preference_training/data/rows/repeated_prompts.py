@@ -36,6 +36,8 @@ def strip_repeated_prompts(rows: Iterator[Row], report: DataReport) -> Iterator[
 
 def _cut(row: Row) -> Row | None:
     """The row with its prompt removed from all responses, if all start with it; else None."""
+    if not row.prompt or not all(isinstance(response, str) for response in row.responses):
+        return None
     found = [_after_prompt(row.prompt, response) for response in row.responses]
     if not all(found) or len({prompt for prompt, _ in found}) > 1:
         return None
@@ -45,6 +47,8 @@ def _cut(row: Row) -> Row | None:
 def _after_prompt(prompt: Prompt, response: str) -> tuple[Prompt, str] | None:
     """Prompt and response, where the response, or the dialogue in it, starts with the prompt; else None."""
     asked = (prompt if isinstance(prompt, str) else prompt[-1].content).strip()
+    if not asked:
+        return None
     start = len(response) - len(response.lstrip())
     if response.startswith(asked, start):
         rest = response[start + len(asked) :]

@@ -41,7 +41,7 @@ LABELS = {"true": True, "1": True, "desirable": True, "false": False, "0": False
 
 def as_label(value, name: str) -> bool:
     """A value as a label: whether a response is desirable; `name` is its field's. Raises RowError."""
-    label = LABELS.get(_comparable(value).strip().lower())
+    label = LABELS.get(comparable(value).strip().lower())
     if label is None:
         raise RowError(f"field {name!r} is {value!r}, expected true or false, 1 or 0, desirable or undesirable.")
     return label
@@ -58,18 +58,18 @@ def condition(wanted, column: str = "value") -> Callable[[object], bool]:
     Raises ValueError for a comparison with something that is no number.
     """
     if isinstance(wanted, list):
-        texts = {_comparable(value) for value in wanted}
-        return lambda value: _comparable(value) in texts
+        texts = {comparable(value) for value in wanted}
+        return lambda value: comparable(value) in texts
     sign = next((sign for sign in OPERATORS if isinstance(wanted, str) and wanted.startswith(sign)), None)
     if sign is None:
-        return lambda value: _comparable(value) == _comparable(wanted)
+        return lambda value: comparable(value) == comparable(wanted)
     compare, bound_text = OPERATORS[sign], wanted.removeprefix(sign).strip()
     if sign in ("!=", "=="):
-        return lambda value: compare(_comparable(value), bound_text)
+        return lambda value: compare(comparable(value), bound_text)
     bound = float(bound_text)
     return lambda value: compare(as_number(value, column), bound)
 
 
-def _comparable(value) -> str:
+def comparable(value) -> str:
     """A value as text; 1.0 is 1, since columns with missing values hold integers as floats."""
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)

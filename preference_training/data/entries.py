@@ -329,7 +329,7 @@ def _check_general(entry: Entry) -> None:
 
 
 # The keys of a loader's record; others are reported as not read.
-RECORD_KEYS = {"responses", "pairs", "sft_target", "sft_targets", *LISTS_OF_VALUES}
+RECORD_KEYS = {"responses", "pairs", "sft_target", "sft_targets", "tools", *LISTS_OF_VALUES}
 
 
 def load_records(
@@ -366,7 +366,8 @@ def load_records(
         values = [None if record.get(key) is None else list(record[key]) for key in LISTS_OF_VALUES]
         for key in record.keys() - RECORD_KEYS:
             report.not_read(str(key))
-        yield PreferenceRecord(prompt, list(record["responses"]), pairs, record["sft_target"], number, source, targets, *values)
+        texts = list(record["responses"]), pairs, record["sft_target"]
+        yield PreferenceRecord(prompt, *texts, number, source, targets, *values, tools=record.get("tools", ""))
 
 
 def read_entries(config: RunConfig) -> list[Entry]:

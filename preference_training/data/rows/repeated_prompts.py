@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from itertools import chain, islice
 
 from preference_training.data.rows.grouping import Row
-from preference_training.data.rows.records import DataReport, Prompt
+from preference_training.data.rows.records import DataReport, Prompt, Response
 from preference_training.data.rows.templates import parse_dialogue, split_dialogue
 
 # Rows that are inspected first, at most and at least; a single row is no evidence.
@@ -36,18 +36,16 @@ def strip_repeated_prompts(rows: Iterator[Row], report: DataReport) -> Iterator[
 
 def _cut(row: Row) -> Row | None:
     """The row with its prompt removed from all responses, if all start with it; else None."""
-    if not row.prompt or not all(isinstance(response, str) for response in row.responses):
-        return None
     found = [_after_prompt(row.prompt, response) for response in row.responses]
     if not all(found) or len({prompt for prompt, _ in found}) > 1:
         return None
     return row._replace(prompt=found[0][0], responses=[rest for _, rest in found])
 
 
-def _after_prompt(prompt: Prompt, response: str) -> tuple[Prompt, str] | None:
+def _after_prompt(prompt: Prompt, response: Response) -> tuple[Prompt, str] | None:
     """Prompt and response, where the response, or the dialogue in it, starts with the prompt; else None."""
     asked = (prompt if isinstance(prompt, str) else prompt[-1].content).strip()
-    if not asked:
+    if not isinstance(response, str) or not asked:
         return None
     start = len(response) - len(response.lstrip())
     if response.startswith(asked, start):

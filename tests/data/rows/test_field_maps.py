@@ -342,10 +342,6 @@ PAIR = {"prompt": "p", "chosen": "a", "rejected": "b"}
         (PAIR | {"prompt": {"q": 1}}, "field 'prompt' is dict, expected a text."),
         (PAIR | {"prompt": []}, "field 'prompt' is a conversation without turns."),
         (PAIR | {"prompt": ["p"]}, "field 'prompt': turn 1 is not {role, content}."),
-        (
-            PAIR | {"prompt": turns("q", "a")},
-            "the prompt is a conversation whose last turn is not the user's.",
-        ),
         (PAIR | {"chosen": [{"role": "user"}], "rejected": []}, "field 'chosen': turn 1 is not {role, content}."),
         (PAIR | {"chosen": turns("q", "a"), "rejected": []}, "field 'rejected' is a conversation without turns."),
         (PAIR | {"chosen": turns("q", "a")}, "field 'rejected' is str, expected a conversation as in the other field."),
@@ -371,17 +367,24 @@ def test_an_invalid_pair_is_reported_with_file_row_and_field(row, told):
     assert fault(row).startswith(told)
 
 
-@pytest.mark.parametrize("role", ["tool", "", None, 5, ["user"], {"user": 1}])
+@pytest.mark.parametrize("role", ["toolbox", "", 5, ["user"], {"user": 1}])
 def test_an_unknown_role_is_reported_with_the_known_ones(role):
     row = {"chosen": [*turns("q"), {"role": role, "content": "a"}], "rejected": turns("q", "b")}
-    assert fault(row) == (
-        f"field 'chosen': turn 2 has the role {role!r}, expected one of system, user, human, assistant, gpt, model."
+    assert fault(row).startswith(
+        f"field 'chosen': turn 2 has the role {role!r}, expected one of system, developer, user, human, prompter, assistant, "
     )
 
 
-def test_conversations_whose_prompt_ends_with_the_assistant_are_reported():
+def test_of_assistant_turns_in_a_row_all_are_the_response():
     row = {"chosen": [*turns("q", "a"), *turns("", "good")[1:]], "rejected": [*turns("q", "a"), *turns("", "bad")[1:]]}
-    assert fault(row) == "the prompt is a conversation whose last turn is not the user's."
+    first, good, bad = (Turn("assistant", text) for text in ("a", "good", "bad"))
+    found = one(row)
+    assert (found.prompt, found.responses) == ((Turn("user", "q"),), [(first, good), (first, bad)])
+
+
+def test_a_prompt_that_ends_with_the_assistant_is_continued_by_the_responses():
+    found = one(PAIR | {"prompt": turns("q", "My answer is ")})
+    assert found.prompt == (Turn("user", "q"), Turn("assistant", "My answer is "))
 
 
 def test_a_prompt_field_that_is_named_must_be_there():
@@ -677,7 +680,7 @@ def beside(prompt, *shared: tuple[str, str]) -> dict:
 )
 def test_turns_of_a_prompt_and_those_that_both_responses_share_stand_in_order_each_once(prompt, shared):
     found = one(beside(conversation(*prompt), *shared)).prompt
-    assert [(role, content.strip()) for role, content in found] == [PIRATE, *GREETING, ("user", "q")]
+    assert [(turn.role, turn.content.strip()) for turn in found] == [PIRATE, *GREETING, ("user", "q")]
 
 
 def test_a_prompt_that_conversations_neither_repeat_nor_continue_is_reported():
@@ -764,16 +767,16 @@ def test_columns_that_hold_something_and_are_not_read_are_named(row, names, rema
 def test_what_stands_beside_role_and_text_of_a_turn_is_named():
     chosen = [
         {"role": "user", "content": "q", "turn_id": 1},
-        {"role": "assistant", "content": "a", "tool_calls": ["x"], "name": None},
+        {"role": "assistant", "content": "a", "vote": ["x"], "name": None, "reasoning_content": "b"},
     ]
     report = DataReport()
     mapped([{"chosen": chosen, "rejected": turns("q", "b")}], report)
-    assert report.columns_not_read == {"chosen.turn_id": 1, "chosen.tool_calls": 1}
+    assert report.columns_not_read == {"chosen.turn_id": 1, "chosen.vote": 1}
     # In a text, too; what cannot be read as turns there may still be compared.
     report, broken = DataReport(), "[{'role': 'user', 'content': 'q'}\n {'role': 'assistant', 'content': 'a'}]"
     row = {"chosen": json.dumps(chosen), "rejected": json.dumps(turns("q", "b")), "meta": broken}
     mapped([row], report, where={"meta": broken})
-    assert report.columns_not_read == {"chosen.turn_id": 1, "chosen.tool_calls": 1}
+    assert report.columns_not_read == {"chosen.turn_id": 1, "chosen.vote": 1}
     # Whose turn it is goes without saying.
     report = DataReport()
     answers = {name: {"role": "assistant", "content": name, "score": 1} for name in ("chosen", "rejected")}

@@ -29,7 +29,7 @@ from preference_training.data.rows.conversations import (
     split_conversation,
 )
 from preference_training.data.rows.filters import RowFilter
-from preference_training.data.rows.formats import find, nearest_entry
+from preference_training.data.rows.formats import find, with_nearest
 from preference_training.data.rows.grouping import Row, pairs_by_score
 from preference_training.data.rows.prompt_fields import PromptFields
 from preference_training.data.rows.records import (
@@ -61,7 +61,7 @@ OTHER_FORMAT = "rows of another format: {}"
 FIRST_ROWS = 100
 
 
-class LeftOut(Exception):
+class LeftOut(Exception):  # noqa: N818
     """A row that is left out and counted, with the reason."""
 
 
@@ -69,8 +69,9 @@ class LeftOut(Exception):
 class FieldMap:
     """The fields of a row. A dotted name selects a nested value and, for lists, a value of each item.
 
-    Pairs: `chosen`, `rejected` (if both are the same column, it is a list whose first answer is preferred), and numbers of the pair, its `margin` and `example_weight`. Lists: `responses` with `scores`
-    (higher is better) or `ranks` (lower is better), as a column or as a list of columns. Verdicts: two `answers`, and which is
+    Pairs: `chosen`, `rejected` (the same column: a list whose first answer is preferred), and numbers of the pair, its `margin`
+    and `example_weight`. Lists: `responses` with `scores` (higher is better) or `ranks` (lower is better), as a column or as a
+    list of columns. Verdicts: two `answers`, and which is
     `better`: a column, or {column: [values for the first, values for the second]}. One response per row: `response`, with a
     `score` (pairs are then formed between the rows of a prompt), a `label` (desirable or not), or neither (SFT only).
     `messages`: whole conversations, whose assistant turns SFT learns. `text`: plain text.
@@ -291,13 +292,16 @@ class FieldMap:
             return self._split_conversations(row, answers)
         texts = [answer for _, answer in answers]
         if self.prompts.in_row(row) or not self._compares:
-            return self.prompts.read(row), texts
+            return self._prompt_of(row), texts
         if not self.prompt:
             prompt = ""
         elif self.implicit_prompt:
             prompt = shared_beginning(texts)
         else:
-            prompt = dialogue_prompt(texts[0], answers[0][0])
+            try:
+                prompt = dialogue_prompt(texts[0], answers[0][0])
+            except RowError as error:
+                raise RowError(with_nearest(str(error), row) if len(row) > len(answers) else str(error)) from None
             if not all(text.startswith(prompt) for text in texts):
                 raise LeftOut(OTHER_PROMPT)
         responses = [text[len(prompt) :] for text in texts]
@@ -305,6 +309,14 @@ class FieldMap:
             if not response.strip():
                 raise RowError(f"the response in field {name!r} is empty.")
         return self.prompts.beside_text(row, prompt, responses)
+
+    def _prompt_of(self, row: dict) -> Prompt:
+        try:
+            return self.prompts.read(row)
+        except RowError as error:
+            if self.prompt in row or self.prompt != FieldMap.prompt:
+                raise
+            raise RowError(with_nearest(str(error), row, "prompt: ")) from None
 
     def _rounds(self, row: dict, answers: list[tuple[str, str | Turns]]) -> list[tuple[str, Turns]]:
         """Conversations of a prompt and answers that are lists of the same number of texts, as in the LMSYS arena; else []."""
@@ -455,7 +467,6 @@ def _answer(row: dict, name: str):
     try:
         return field_value(row, name)
     except RowError as error:
-        nearest = nearest_entry(row)
-        if name not in (FieldMap.chosen, FieldMap.rejected) or nearest is None:
+        if name not in (FieldMap.chosen, FieldMap.rejected):
             raise
-        raise RowError(f"{error} No known format fits; the nearest is read by datasets=[{nearest}].") from None
+        raise RowError(with_nearest(str(error), row)) from None

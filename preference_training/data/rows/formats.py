@@ -130,7 +130,7 @@ def find(rows: list[dict], given: Keys) -> Found:
             keys |= prompt
             words += [said] * bool(said)
         together = {**keys, **given}
-    for key, said in (*_beside_prompt(columns, together, can_lack=not answers), *_of_pairs(columns, together)):
+    for key, said in (*_beside_prompt(columns, together), *_of_pairs(columns, together)):
         if key not in given:
             keys[key] = said
             words.append(f"{WORDS[key]} in `{said}`")
@@ -301,7 +301,11 @@ def _prompt(columns: Columns, keys: Keys, can_lack: bool) -> tuple[Keys, str]:
         second = columns.get(*SECOND_PARTS) if _plain(name) in INSTRUCTIONS else None
         both = f"` and `{second}" if second and second not in taken else ""
         return {"prompt": name}, f"prompts in `{name}{both}`"
-    if not can_lack or "prompt" in columns.names:
+    if (
+        not can_lack
+        or "prompt" in columns.names
+        or any(_may_be_prompt(columns, name) for name in columns.values if name not in taken)
+    ):
         return {}, ""
     if not of_pairs:
         return {"prompt": ""}, "no prompts"
@@ -312,6 +316,11 @@ def _prompt(columns: Columns, keys: Keys, can_lack: bool) -> tuple[Keys, str]:
     if all(one.split()[:1] == other.split()[:1] for one, other in pairs):
         return {"implicit_prompt": True}, f"prompts are the common beginning of `{chosen}` and `{rejected}`"
     return {"prompt": ""}, "no prompts"
+
+
+def _may_be_prompt(columns: Columns, name: str) -> bool:
+    """Whether an unknown column has texts of several words, as prompts are, which must not be left out unasked."""
+    return columns.all(name, lambda value: isinstance(value, str)) and any(" " in text.strip() for text in columns.values[name])
 
 
 def _holds_prompt(value) -> bool:
@@ -389,8 +398,17 @@ LIKE = {
 }
 
 
-def nearest_entry(row: dict) -> str | None:
-    """The keys that probably read rows like this one, as an entry to correct; None without any text."""
+def with_nearest(message: str, row: dict, key: str = "") -> str:
+    """A message, with the entry that probably reads rows like this one, if that has the key."""
+    nearest = _nearest_entry(row) or ""
+    return (
+        f"{message} No known format fits; the nearest is read by datasets=[{nearest}]."
+        if nearest and key in nearest
+        else message
+    )
+
+
+def _nearest_entry(row: dict) -> str | None:
     texts = [name for name, value in row.items() if isinstance(value, str) and value.strip()]
     if not texts:
         return None

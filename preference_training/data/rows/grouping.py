@@ -70,8 +70,8 @@ def group_rows(rows: Iterable[Row], report: DataReport, window: int = 20_000) ->
     """Group the rows of each prompt into one record, in the order of their first rows.
 
     At most `window` prompts are kept open: rows of a prompt that are further apart form separate records, so that memory does
-    not grow with the data. Rows without a prompt form a record each. The report counts pairs of identical texts; a row without pair, score and label is a record of its
-    own. SFT learns the target of each row; of rows with one scored response each, the best.
+    not grow with the data. Rows without a prompt, and rows without pair, score and label, are records of their own. The report
+    counts pairs of identical texts. SFT learns the target of each row; of rows with one scored response each, the best.
     """
     groups: dict[tuple[Prompt, str], _Group] = {}
     for row in rows:

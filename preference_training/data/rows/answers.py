@@ -1,21 +1,30 @@
 """The answers in the fields of a row, and how a prompt is told from them."""
 
-import json
+from dataclasses import dataclass
 
-from preference_training.data.rows.conversations import RowError, parse_serialized_turns, parse_turns, turn_keys
-from preference_training.data.rows.records import Turn, text_error
+from preference_training.data.rows.conversations import (
+    RowError,
+    parse_serialized_turns,
+    parse_turns,
+    part_conversations,
+    split_conversation,
+    turn_keys,
+)
+from preference_training.data.rows.formats import with_nearest
+from preference_training.data.rows.prompt_fields import USUAL, PromptFields
+from preference_training.data.rows.records import OTHER_PROMPT, Prompt, Response, Turn, response_of, type_name
 from preference_training.data.rows.templates import split_dialogue
+from preference_training.data.rows.values import check_text, parse_text_list
 
 Turns = tuple[Turn, ...]
 
+
+class LeftOut(Exception):  # noqa: N818
+    """A row that is left out and counted, with the reason."""
+
+
 # Where a dict holds one text, this is its key.
 TEXT_KEYS = ("content", "value", "text", "response")
-
-
-def check_text(value, name: str) -> None:
-    """Raise RowError where a field's value is not a non-empty text."""
-    if problem := text_error(value):
-        raise RowError(f"field {name!r} {problem}.")
 
 
 def answers_in(value, name: str) -> list[str | Turns]:
@@ -36,16 +45,6 @@ def answer_in(value, name: str) -> str | Turns:
     if isinstance(value, dict) and (key := next((key for key in TEXT_KEYS if isinstance(value.get(key), str)), None)):
         value = value[key]
     check_text(value, name)
-    return value
-
-
-def parse_text_list(value):
-    """The value, parsed if it is a text that contains a list, as in CSV files."""
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        try:
-            return json.loads(value)
-        except (ValueError, RecursionError):
-            return value
     return value
 
 
@@ -102,3 +101,94 @@ def shared_beginning(texts: list[str]) -> str:
     if not shared[:end].strip():
         raise RowError("chosen and rejected start with different words, so they share no prompt.")
     return shared[:end].removesuffix(" ")
+
+
+# ---- prompt and responses -------------------------------------------------------------------------------------------------
+
+# The name of a field, and an answer in it.
+Named = tuple[str, str | Turns]
+
+
+def rounds_in(row: dict, prompt: str, names: list[str]) -> list[Named]:
+    """Conversations of a prompt and answers that are lists of the same number of texts, as in the LMSYS arena; else []."""
+    texts = [parse_text_list(row.get(name)) for name in (prompt, *names)]
+    if not all(isinstance(text, list) and all(isinstance(one, str) for one in text) for text in texts):
+        return []
+    asked, *answered = texts
+    if any(len(of) != len(asked) for of in answered):
+        return []
+    pairs = [zip(asked, of, strict=True) for of in answered]
+    return [
+        (name, conversation_in([text for pair in of for text in pair], name)) for name, of in zip(names, pairs, strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class Splitting:
+    """How the prompt of a row is told from its answers.
+
+    implicit: it is their common beginning. apart: it is never in answers that are texts.
+    """
+
+    prompts: PromptFields
+    implicit: bool = False
+    apart: bool = False
+
+    def split(self, row: dict, answers: list[Named]) -> tuple[Prompt, list[Response]]:
+        """The prompt of a row, and its answers as responses to it. Raises RowError, and LeftOut for different prompts."""
+        if any(isinstance(answer, tuple) for _, answer in answers):
+            return self._of_conversations(row, answers)
+        texts = [answer for _, answer in answers]
+        if self.apart or self.prompts.in_row(row):
+            return self._read(row), texts
+        prompt = self._in_texts(row, texts, answers[0][0])
+        responses = [text[len(prompt) :] for text in texts]
+        for (name, _), response in zip(answers, responses, strict=True):
+            if not response.strip():
+                raise RowError(f"the response in field {name!r} is empty.")
+        return self.prompts.beside_text(row, prompt, responses)
+
+    def _in_texts(self, row: dict, texts: list[str], name: str) -> str:
+        if not self.prompts.prompt:
+            return ""
+        if self.implicit:
+            return shared_beginning(texts)
+        try:
+            prompt = dialogue_prompt(texts[0], name)
+        except RowError as error:
+            raise RowError(with_nearest(str(error), row) if len(row) > len(texts) else str(error)) from None
+        if not all(text.startswith(prompt) for text in texts):
+            raise LeftOut(OTHER_PROMPT)
+        return prompt
+
+    def _read(self, row: dict) -> Prompt:
+        try:
+            return self.prompts.read(row)
+        except RowError as error:
+            if self.prompts.prompt in row or self.prompts.prompt != USUAL:
+                raise
+            raise RowError(with_nearest(str(error), row, "prompt: ")) from None
+
+    def _of_conversations(self, row: dict, answers: list[Named]) -> tuple[Prompt, list[Response]]:
+        longest = max(len(answer) for _, answer in answers if isinstance(answer, tuple))
+        conversations = []
+        for name, answer in answers:
+            if isinstance(answer, str) and longest > 1:
+                raise RowError(f"field {name!r} is {type_name(answer)}, expected a conversation as in the other field.")
+            conversations.append(answer if isinstance(answer, tuple) else (Turn("assistant", answer),))
+            if conversations[-1][-1].role != "assistant":
+                role = conversations[-1][-1].role
+                raise RowError(f"the last turn of {name} is the {role}'s. Expected the assistant's, which is the response.")
+        parted = part_conversations(conversations)
+        if len(conversations) == 1:
+            shared, _ = split_conversation(conversations[0], answers[0][0])
+            parted = tuple(shared), [conversations[0][len(shared) :]]
+        if parted is None:
+            raise LeftOut(OTHER_PROMPT)
+        shared, rests = parted
+        responses = [response_of(rest) for rest in rests]
+        if shared:
+            return self.prompts.before(row, shared, shared + rests[0][: end_of_common(rests)]), responses
+        if self.prompts.in_row(row):
+            return self.prompts.read(row, as_turns=True), responses
+        return self.prompts.with_system(row, ()) or "", responses

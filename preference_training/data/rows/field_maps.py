@@ -13,56 +13,47 @@ from math import inf, isfinite, isnan
 
 from preference_training.core.errors import UserError
 from preference_training.data.rows.answers import (
+    LeftOut,
+    Named,
+    Splitting,
     Turns,
     answer_in,
     answers_in,
-    check_text,
     conversation_in,
-    dialogue_prompt,
-    end_of_common,
-    parse_text_list,
-    shared_beginning,
+    rounds_in,
 )
-from preference_training.data.rows.conversations import (
-    RowError,
-    part_conversations,
-    split_conversation,
-)
+from preference_training.data.rows.conversations import RowError, split_conversation
 from preference_training.data.rows.filters import RowFilter
 from preference_training.data.rows.formats import find, with_nearest
 from preference_training.data.rows.grouping import Row, pairs_by_score
 from preference_training.data.rows.prompt_fields import PromptFields
-from preference_training.data.rows.records import (
-    OTHER_PROMPT,
-    DataReport,
-    NumberedRows,
-    Prompt,
-    Response,
-    Turn,
-    response_of,
-    text_error,
-    type_name,
-)
+from preference_training.data.rows.records import DataReport, NumberedRows, response_of, text_error
 from preference_training.data.rows.repeated_prompts import strip_repeated_prompts
-from preference_training.data.rows.unread_columns import ReadColumns, is_empty
-from preference_training.data.rows.values import as_label, as_number, field_number, field_value
-from preference_training.data.rows.verdicts import NO_VERDICT, TIE, better_answer
+from preference_training.data.rows.unread_columns import ReadColumns
+from preference_training.data.rows.values import (
+    NO_VERDICT,
+    TIE,
+    as_label,
+    as_number,
+    better_answer,
+    check_text,
+    field_number,
+    field_value,
+    is_empty,
+    parse_text_list,
+)
 
 # What a report counts of rows, besides those it skips.
 INPUT_JOINED = "prompts joined from instruction and input, on separate lines"
 OWN_SYSTEM_TURN = "conversations with their own system turn, which replaces the field {!r}"
 LAST_TURNS = "conversations whose turns behind the assistant's last one were left out"
-NO_ANSWER = "an answer is missing (None)"
-NO_SCORE = "an answer has no score or rank"
+NO_ANSWER = "answers left out that are missing (None)"
+NO_SCORE = "answers left out that have no score or rank"
 NO_RATED = "no answer has a score or rank"
 OTHER_FORMAT = "rows of another format: {}"
 
 # The rows from which a format is found.
 FIRST_ROWS = 100
-
-
-class LeftOut(Exception):  # noqa: N818
-    """A row that is left out and counted, with the reason."""
 
 
 @dataclass(frozen=True)
@@ -160,6 +151,11 @@ class FieldMap:
         others = frozenset([*self.answer_fields, *filter(None, (self.system, self.history, self.tools))])
         return PromptFields(self.prompt, self.system, self.history, self.tools, self.found, others)
 
+    @cached_property
+    def splitting(self) -> Splitting:
+        """How prompts are told from answers: only answers that are compared may hold their prompt."""
+        return Splitting(self.prompts, self.implicit_prompt, apart=bool(self.responses or self.response))
+
     @property
     def names(self) -> list[str]:
         """The fields that are read, including filters."""
@@ -206,7 +202,7 @@ class FieldMap:
             scores = [as_number(_number(field_value(row, self.score)), self.score)]
         if self.label is not None:
             labels = [as_label(field_value(row, self.label), self.label)]
-        prompt, responses = self._split(row, [(self.response, answer)])
+        prompt, responses = self.splitting.split(row, [(self.response, answer)])
         return Row(prompt, responses, [], 0, scores, labels, forms_pairs=scores is not None)
 
     def _list(self, row: dict, report: DataReport) -> Row:
@@ -220,19 +216,24 @@ class FieldMap:
         if not answers:
             raise RowError(f"field {self.responses!r} is an empty list.")
         rated = [k for k, answer in enumerate(answers) if answer is not None and not _is_missing(numbers[k])]
-        missing = sum(answer is None for answer in answers)
-        report.skip(NO_ANSWER, missing)
-        report.skip(NO_SCORE, len(answers) - missing - len(rated))
         if not rated:
             raise LeftOut(NO_RATED)
-        found = [(_shown(self.responses), self._listed_answer(answers[k], k)) for k in rated]
+        missing = sum(answer is None for answer in answers)
+        report.change(NO_ANSWER, missing)
+        report.change(NO_SCORE, len(answers) - missing - len(rated))
+        found = self._rounds(row, self.responses) or [
+            (_shown(self.responses), self._listed_answer(answers[k], k)) for k in rated
+        ]
         sign = 1 if self.scores else -1
         scores = [sign * as_number(_number(numbers[k]), _shown(numbers_name)) for k in rated]
         pairs = pairs_by_score(scores)
         if isinstance(self.responses, list) and not pairs and len(answers) > 1:
             raise LeftOut(TIE)
-        prompt, responses = self._split(row, found)
+        prompt, responses = self.splitting.split(row, found)
         return Row(prompt, responses, pairs, max(range(len(scores)), key=scores.__getitem__), scores)
+
+    def _rounds(self, row: dict, names: str | list) -> list[Named]:
+        return rounds_in(row, self.prompt, names) if isinstance(names, list) else []
 
     def _listed_answer(self, answer, index: int) -> str | Turns:
         name = _shown(self.responses)
@@ -251,8 +252,10 @@ class FieldMap:
         if better is None:
             column = next(iter(self.better))
             raise LeftOut(NO_VERDICT if is_empty(field_value(row, column)) else TIE)
-        answers = [(name, answer_in(value, name)) for name, value in zip(names, values, strict=True)]
-        prompt, responses = self._split(row, answers)
+        answers = self._rounds(row, self.answers) or [
+            (name, answer_in(value, name)) for name, value in zip(names, values, strict=True)
+        ]
+        prompt, responses = self.splitting.split(row, answers)
         return Row(prompt, responses, [(better, 1 - better)], better)
 
     def _pair(self, row: dict) -> Row:
@@ -261,7 +264,7 @@ class FieldMap:
         chosen, rejected = found if len(found) > 1 else (found[0][:1], found[0][1:])
         if not rejected:
             raise RowError(f"field {self.rejected!r} has one answer, expected the preferred one and others.")
-        prompt, responses = self._split(row, chosen + rejected)
+        prompt, responses = self.splitting.split(row, chosen + rejected)
         pairs = [(i, len(chosen) + k) for i in range(len(chosen)) for k in range(len(rejected))]
         more = tuple(range(1, len(chosen)))
         return Row(prompt, responses, pairs, 0, more_targets=more, **self._numbers_of_pair(row, len(pairs)))
@@ -276,88 +279,6 @@ class FieldMap:
             if not (isfinite(number) and number >= least):
                 raise RowError(f"field {name!r} is {number}, expected a finite number{' of at least 0' * (least == 0)}.")
         return numbers
-
-    # ---- prompt and responses ---------------------------------------------------------------------------------------------
-
-    @property
-    def _compares(self) -> bool:
-        """Whether answers may hold their prompt: where there are several, what they share is told from the rest."""
-        return not (self.responses or self.response)
-
-    def _split(self, row: dict, answers: list[tuple[str, str | Turns]]) -> tuple[Prompt, list[Response]]:
-        """The prompt of a row, and its answers, given with the names of their fields, as responses to it. Raises RowError."""
-        if rounds := self._rounds(row, answers):
-            answers = rounds
-        if any(isinstance(answer, tuple) for _, answer in answers):
-            return self._split_conversations(row, answers)
-        texts = [answer for _, answer in answers]
-        if self.prompts.in_row(row) or not self._compares:
-            return self._prompt_of(row), texts
-        if not self.prompt:
-            prompt = ""
-        elif self.implicit_prompt:
-            prompt = shared_beginning(texts)
-        else:
-            try:
-                prompt = dialogue_prompt(texts[0], answers[0][0])
-            except RowError as error:
-                raise RowError(with_nearest(str(error), row) if len(row) > len(answers) else str(error)) from None
-            if not all(text.startswith(prompt) for text in texts):
-                raise LeftOut(OTHER_PROMPT)
-        responses = [text[len(prompt) :] for text in texts]
-        for (name, _), response in zip(answers, responses, strict=True):
-            if not response.strip():
-                raise RowError(f"the response in field {name!r} is empty.")
-        return self.prompts.beside_text(row, prompt, responses)
-
-    def _prompt_of(self, row: dict) -> Prompt:
-        try:
-            return self.prompts.read(row)
-        except RowError as error:
-            if self.prompt in row or self.prompt != FieldMap.prompt:
-                raise
-            raise RowError(with_nearest(str(error), row, "prompt: ")) from None
-
-    def _rounds(self, row: dict, answers: list[tuple[str, str | Turns]]) -> list[tuple[str, Turns]]:
-        """Conversations of a prompt and answers that are lists of the same number of texts, as in the LMSYS arena; else []."""
-        if not isinstance(self.responses, list):
-            return []
-        texts = [parse_text_list(row.get(name)) for name in (self.prompt, *self.responses)]
-        if not all(isinstance(text, list) for text in texts) or len({len(text) for text in texts}) > 1:
-            return []
-        asked, *answered = texts
-        return [
-            (name, conversation_in([x for pair in zip(asked, of, strict=True) for x in pair], name))
-            for name, of in zip(self.responses, answered, strict=True)
-        ]
-
-    def _split_conversations(self, row: dict, answers: list[tuple[str, str | Turns]]) -> tuple[Prompt, list[Response]]:
-        longest = max(len(answer) for _, answer in answers if isinstance(answer, tuple))
-        conversations = []
-        for name, answer in answers:
-            if isinstance(answer, str) and longest > 1:
-                raise RowError(f"field {name!r} is {type_name(answer)}, expected a conversation as in the other field.")
-            conversations.append(answer if isinstance(answer, tuple) else (Turn("assistant", answer),))
-        for (name, _), turns in zip(answers, conversations, strict=True):
-            if turns[-1].role != "assistant":
-                raise RowError(
-                    f"the last turn of {name} is the {turns[-1].role}'s. Expected the assistant's, which is the response."
-                )
-        if len(conversations) == 1:
-            shared, _ = split_conversation(conversations[0], answers[0][0])
-            parted = (tuple(shared), [conversations[0][len(shared) :]])
-        else:
-            parted = part_conversations(conversations)
-        if parted is None:
-            raise LeftOut(OTHER_PROMPT)
-        shared, rests = parted
-        common = shared + rests[0][: end_of_common(rests)]
-        responses = [response_of(rest) for rest in rests]
-        if shared:
-            return self.prompts.before(row, shared, common), responses
-        return (
-            self.prompts.read(row, as_turns=True) if self.prompts.in_row(row) else self.prompts.with_system(row, ()) or ""
-        ), responses
 
 
 @dataclass(frozen=True)

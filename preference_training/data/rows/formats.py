@@ -9,13 +9,10 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import NamedTuple
 
-from preference_training.data.rows.answers import parse_text_list
 from preference_training.data.rows.conversations import RowError, parse_serialized_turns, turn_keys
 from preference_training.data.rows.prompt_fields import INSTRUCTIONS, SECOND_PARTS
 from preference_training.data.rows.templates import ASSISTANT
-from preference_training.data.rows.unread_columns import is_empty
-from preference_training.data.rows.values import LABELS
-from preference_training.data.rows.verdicts import verdict_values
+from preference_training.data.rows.values import LABELS, is_empty, parse_text_list, verdict_values
 
 Keys = dict[str, object]
 

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-from preference_training.data.rows.answers import check_text, parse_text_list
 from preference_training.data.rows.conversations import (
     RowError,
     join_turns,
@@ -14,7 +13,7 @@ from preference_training.data.rows.conversations import (
 )
 from preference_training.data.rows.records import Prompt, Turn, prompt_error, text_error, type_name
 from preference_training.data.rows.templates import parse_dialogue
-from preference_training.data.rows.values import field_value
+from preference_training.data.rows.values import check_text, field_value, parse_text_list
 
 INSTRUCTIONS = ("instruction",)
 SECOND_PARTS = ("input", "context")

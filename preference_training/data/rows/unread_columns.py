@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 
 from preference_training.data.rows.conversations import MESSAGE_FIELDS, TURN_KEYS, RowError, parse_serialized_turns, turn_keys
+from preference_training.data.rows.values import is_empty
 
 # Where only the text is named, as in chosen.content, the role is not reported.
 ROLE_BESIDE = dict(TURN_KEYS)
@@ -40,11 +41,6 @@ class ReadColumns:
     def media(self, row: dict) -> str | None:
         """A column of images, video or audio that the map does not read, if the row has one."""
         return next((name for name in MEDIA if name not in self.tree and not is_empty(row.get(name))), None)
-
-
-def is_empty(value) -> bool:
-    """Whether a value is empty, as in tables where a row lacks the column."""
-    return value is None or (isinstance(value, str | list | dict) and not value)
 
 
 def _unread_parts(value, branch: dict[str, dict], name: str) -> Iterator[str]:

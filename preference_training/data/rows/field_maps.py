@@ -23,7 +23,6 @@ from preference_training.data.rows.answers import (
     rounds_in,
 )
 from preference_training.data.rows.conversations import RowError, split_conversation
-from preference_training.data.rows.filters import RowFilter
 from preference_training.data.rows.formats import find, with_nearest
 from preference_training.data.rows.grouping import Row, pairs_by_score
 from preference_training.data.rows.prompt_fields import PromptFields
@@ -42,6 +41,7 @@ from preference_training.data.rows.values import (
     is_empty,
     parse_text_list,
 )
+from preference_training.data.sources.filters import RowFilter, Where, where_columns
 
 # What a report counts of rows, besides those it skips.
 INPUT_JOINED = "prompts joined from instruction and input, on separate lines"
@@ -62,13 +62,13 @@ class FieldMap:
 
     Pairs: `chosen`, `rejected` (the same column: a list whose first answer is preferred), and numbers of the pair, its `margin`
     and `example_weight`. Lists: `responses` with `scores` (higher is better) or `ranks` (lower is better), as a column or as a
-    list of columns. Verdicts: two `answers`, and which is
-    `better`: a column, or {column: [values for the first, values for the second]}. One response per row: `response`, with a
-    `score` (pairs are then formed between the rows of a prompt), a `label` (desirable or not), or neither (SFT only).
-    `messages`: whole conversations, whose assistant turns SFT learns. `text`: plain text.
-    Beside the `prompt` ("": there is none): `system`, `history` (earlier [question, answer] turns), `tools`.
+    list of columns. Verdicts: two `answers`, and which is `better`: a column, or {column: [values for the first, values for the
+    second]}. One response per row: `response`, with a `score` (pairs are then formed between the rows of a prompt), a `label`
+    (desirable or not), or neither (SFT only). `messages`: whole conversations, whose assistant turns SFT learns. `text`: plain
+    text. Beside the `prompt` ("": there is none): `system`, `history` (earlier [question, answer] turns), `tools`.
 
-    where: column → a value, a list of values, or a comparison such as ">= 0.5"; rows that fail any are skipped.
+    where: column → a value, a list of values, or a comparison such as ">= 0.5", or an expression over columns; rows that fail
+    any are skipped.
     top_k: {column, k}: the k rows with the largest values are kept.
     """
 
@@ -82,7 +82,7 @@ class FieldMap:
     scores: str | list | None = None
     ranks: str | list | None = None
     implicit_prompt: bool = False
-    where: dict = field(default_factory=dict)
+    where: Where = field(default_factory=dict)
     top_k: dict | None = None
     label: str | None = None
     margin: str | None = None
@@ -121,7 +121,8 @@ class FieldMap:
         given = self.given()
         found = find(list(rows), given)
         names = frozenset(value for value in found.keys.values() if isinstance(value, str))
-        return FoundMap(**{**given, **found.keys}, found=names, words=found.words)
+        keys = found.keys if found.words else {}
+        return FoundMap(**{**given, **found.keys}, found=names, found_keys=keys, words=found.words)
 
     @property
     def found(self) -> frozenset[str]:
@@ -162,7 +163,7 @@ class FieldMap:
         of_prompt = [] if self.text else self.prompts.names()
         if self.messages:
             of_prompt = [name for name in (self.system, self.tools) if name]
-        return [*of_prompt, *self.answer_fields, *self.where, *([self.top_k["column"]] if self.top_k else [])]
+        return [*of_prompt, *self.answer_fields, *where_columns(self.where), *([self.top_k["column"]] if self.top_k else [])]
 
     def map_row(self, row: dict, report: DataReport | None = None) -> Row:
         """One mapped row. Raises RowError, and LeftOut where it has nothing to compare."""
@@ -283,9 +284,10 @@ class FieldMap:
 
 @dataclass(frozen=True)
 class FoundMap(FieldMap):
-    """A field map as it was found in rows; words: what was found."""
+    """A field map as it was found in rows. found_keys, words: what was found, if it is not usual."""
 
     found: frozenset[str] = frozenset()
+    found_keys: dict = field(default_factory=dict)
     words: str = ""
 
 

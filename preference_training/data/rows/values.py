@@ -88,14 +88,16 @@ def condition(wanted, column: str = "value") -> Callable[[object], bool]:
         return lambda value: comparable(value) == comparable(wanted)
     compare, bound_text = OPERATORS[sign], wanted.removeprefix(sign).strip()
     if sign in ("!=", "=="):
-        return lambda value: compare(comparable(value), bound_text)
+        wanted_text = comparable(bound_text)
+        return lambda value: compare(comparable(value), wanted_text)
     bound = float(bound_text)
     return lambda value: compare(as_number(value, column), bound)
 
 
 def comparable(value) -> str:
-    """A value as text; 1.0 is 1, since columns with missing values hold integers as floats."""
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+    """A value as text; 1.0 is 1, since columns with missing values hold integers as floats, and "true" is true."""
+    text = str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+    return text.lower() if text.lower() in ("true", "false") else text
 
 
 # ---- verdicts -------------------------------------------------------------------------------------------------------------

@@ -132,7 +132,7 @@ class ConversationFormat:
         """The prompt that asks for a response to a conversation."""
         around = {"user": self.user, "assistant": self.assistant} | ({"system": self.system} if self.system else {})
         parts = [self.opening if turns[0].role != "system" else ""]
-        for role, content in turns:
+        for role, content, *_ in turns:
             if role in around:
                 before, after = around[role]
                 space = role == "assistant" and before.endswith(" ") and content.startswith(" ")

@@ -156,11 +156,21 @@ def _unused_path_keys(path: str, given: dict) -> list[str]:
         notes.append(f"held_out_share has no effect: {' and '.join(sorted(owner))} defines the held-out split")
     if is_data_file(str(given.get("test_path"))) and "test_split" in keys and not is_data_file(path):
         notes.append("test_split has no effect: test_path is a file")
-    kind = next((key for key in ("responses", "response") if key in keys), None)
+    kind = next((key for key in ANSWER_KEYS if key in keys), None)
     if kind:
-        others = {"chosen", "rejected", "implicit_prompt"} | ({"response", "score"} if kind == "responses" else set())
+        others = {"chosen", "rejected", "implicit_prompt", *ANSWER_KEYS[ANSWER_KEYS.index(kind) + 1 :]}
+        others |= set() if kind == "response" else {"score"}
+        others |= {"prompt", "history"} if kind in ("text", "messages") else set()
         notes += [f"{key} has no effect: responses are in {kind}" for key in sorted(keys & others)]
     return notes
+
+
+# The keys of a field map that say where responses are, besides chosen and rejected; of several the first counts.
+ANSWER_KEYS = ("text", "messages", "responses", "answers", "response")
+
+
+def _are_names(value) -> bool:
+    return isinstance(value, list) and len(value) > 1 and all(isinstance(name, str) for name in value)
 
 
 def _check_field_map(path: str, options: dict) -> None:
@@ -183,11 +193,23 @@ def _check_field_map(path: str, options: dict) -> None:
     if options.get("responses"):
         numbers = bool(options.get("scores")) + bool(options.get("ranks"))
         require(numbers == 1, "responses needs either scores (higher is better) or ranks (lower is better).")
-    for numbers, texts in (("scores", "responses"), ("ranks", "responses"), ("score", "response"), ("label", "response")):
-        require(not options.get(numbers) or bool(options.get(texts)), f"{numbers} needs {texts}.")
+    for key in ("responses", "scores", "ranks", "answers"):
+        value = options.get(key)
+        is_valid = value is None or isinstance(value, str) or _are_names(value)
+        require(is_valid, f"{key}: found {value!r}, expected the name of a field, or names of fields.")
+    require(not _are_names(options.get("answers")) or len(options["answers"]) == 2, "answers: expected two fields, or a list.")
+    require(bool(options.get("answers")) == bool(options.get("better")), "answers and better go together.")
+    better = options.get("better")
+    is_valid = isinstance(better, str | None) or (
+        isinstance(better, dict) and len(better) == 1 and all(isinstance(v, list) and len(v) == 2 for v in better.values())
+    )
+    require(is_valid, f"better: found {better!r}, expected COLUMN, or {{COLUMN: [VALUE OF THE FIRST, VALUE OF THE SECOND]}}.")
+    needs = {"scores": ["responses"], "ranks": ["responses"], "score": ["response"], "label": ["response", "messages"]}
+    for numbers, texts in needs.items():
+        require(not options.get(numbers) or any(map(options.get, texts)), f"{numbers} needs {' or '.join(texts)}.")
     require(not (options.get("score") and options.get("label")), "found score and label, expected one of them.")
     for key in ("margin", "example_weight"):
-        lists = next((name for name in ("responses", "response") if options.get(name)), None)
+        lists = next((name for name in ANSWER_KEYS if options.get(name)), None)
         require(not options.get(key) or not lists, f"{key} is of pairs of chosen and rejected, and responses are in {lists}.")
     top_k, where = options.get("top_k"), options.get("where", {})
     is_valid = top_k is None or (isinstance(top_k, dict) and top_k.keys() == {"column", "k"} and type(top_k["k"]) is int)
@@ -243,7 +265,7 @@ def _check_general(entry: Entry) -> None:
 
 
 # The keys of a loader's record; others are reported as not read.
-RECORD_KEYS = {"responses", "pairs", "sft_target", "sft_targets", *LISTS_OF_VALUES}
+RECORD_KEYS = {"responses", "pairs", "sft_target", "sft_targets", "tools", *LISTS_OF_VALUES}
 
 
 def load_records(
@@ -280,7 +302,8 @@ def load_records(
         values = [None if record.get(key) is None else list(record[key]) for key in LISTS_OF_VALUES]
         for key in record.keys() - RECORD_KEYS:
             report.not_read(str(key))
-        yield PreferenceRecord(prompt, list(record["responses"]), pairs, record["sft_target"], number, source, targets, *values)
+        texts = list(record["responses"]), pairs, record["sft_target"]
+        yield PreferenceRecord(prompt, *texts, number, source, targets, *values, tools=record.get("tools", ""))
 
 
 def read_entries(config: RunConfig) -> list[Entry]:
@@ -294,30 +317,43 @@ def read_entries(config: RunConfig) -> list[Entry]:
     return [replace(entry, notes=(*entry.notes, *_unused_run_settings(config, entry))) for entry in read]
 
 
-def check_examples(entries: Iterable[Entry], loss: Loss, name: str) -> None:
-    """Raise UserError where the fields of a file or hub set cannot give what a loss trains on."""
+def check_examples(entries: Iterable[Entry], loss: Loss, name: str, cache_dir: str | None = None) -> None:
+    """Raise UserError where the rows of a file or hub set cannot give what a loss trains on."""
     for entry in entries:
-        if isinstance(own := getattr(entry.dataset.load, "__self__", None), UserData) and (
-            problem := _lacks(own.field_map, entry.tokenized_file is not None, loss)
-        ):
+        if not isinstance(own := getattr(entry.dataset.load, "__self__", None), UserData):
+            continue
+        has_token_ids = entry.tokenized_file is not None
+        of = own.field_map if has_token_ids else own.found_map(cache_dir)
+        if problem := _lacks(of, has_token_ids, loss):
             raise UserError(f"datasets: {entry.name}: loss={name} {problem}")
 
 
 def _lacks(of: FieldMap, has_token_ids: bool, loss: Loss) -> str | None:
-    """What the rows of a field map lack for a loss, as a sentence after its name, or None."""
+    """What rows lack for a loss, as a sentence after its name, or None."""
+    if of.messages or of.text:
+        kind = f"conversations in {of.messages}" if of.messages else f"plain text in {of.text}"
+        found = "labeled conversations" if of.label else f"{kind}, which nothing is compared with"
+    else:
+        kind = f"labeled ({of.label})" if of.label else "without a score or label"
+        found = f"single responses ({of.response}) {kind}"
+    single = of.messages or of.text or of.response
     scored = of.responses or of.score
-    found = "labeled responses" if of.label else "single responses without a score or label"
-    if loss.examples == "rankings" and of.response and not scored:
+    if loss.examples == "rankings" and single and not scored:
         return (
             f"learns rankings, and the rows have {found}. Expected responses with scores or ranks, response with score, or "
             "chosen and rejected."
         )
-    if loss.examples == "labels" and of.response and not (scored or of.label):
+    if loss.examples == "labels" and single and not (scored or of.label):
         return f"learns from labels, and the rows have {found}. Expected response with label: COLUMN, or pairs."
-    if loss.examples == "pairs" and of.label:
-        return f"compares pairs, and the rows have {found}. Expected chosen and rejected, or a loss of labels such as kto."
+    if loss.examples == "pairs" and single and not scored:
+        column = of.label if of.label and of.response else "COLUMN"
+        losses = "loss=sft, or a loss of labels such as kto" if of.label else "loss=sft"
+        return (
+            f"compares pairs, and the rows have {found}. Expected chosen and rejected, or several responses to a prompt, each "
+            f"with a score (score: {column}; true is above false). Otherwise use {losses}."
+        )
     if loss.needs_margins and not (scored or of.margin):
-        found = "token ids" if has_token_ids else f"{of.chosen} and {of.rejected} alone"
+        found = "token ids" if has_token_ids else "pairs alone"
         return (
             f"reads the margin of each pair, and the rows have {found}. Expected a column of margins, margin: COLUMN, or "
             "responses with scores."

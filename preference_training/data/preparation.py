@@ -204,7 +204,7 @@ class _Preparation:
                 if digest is not None:
                     # What only some records have is hashed only where they have it.
                     several = [record.sft_targets] if record.sft_targets else []
-                    lists = {key: values for key in LISTS_OF_VALUES if (values := getattr(record, key))}
+                    lists = {key: values for key in (*LISTS_OF_VALUES, "tools") if (values := getattr(record, key))}
                     content = (record.prompt, record.responses, record.pairs, record.sft_target, *several)
                     digest.update(repr((*content, lists) if lists else content).encode())
                 yield record

@@ -66,7 +66,7 @@ class RewardModel:
             return (*row.prompt_ids, *row.responses[0])
         if not self.tokenizer.chat_template:
             return tuple(self.tokenizer(prompt + response, truncation=True).input_ids)
-        messages = [{"role": role, "content": content} for role, content in turns or [("user", prompt)]]
+        messages = [{"role": role, "content": content} for role, content, *_ in turns or [("user", prompt)]]
         messages.append({"role": "assistant", "content": response.strip()})
         text = self.tokenizer.apply_chat_template(messages, tokenize=False)
         return tuple(self.tokenizer(text, truncation=True, add_special_tokens=False).input_ids)

@@ -1,10 +1,11 @@
-"""Conversations in rows: lists of turns, texts that contain such lists, and the prompt field beside them."""
+"""Conversations in rows: lists of messages in any of the common dialects, and texts that contain such lists, become turns."""
 
 import ast
 import json
 import re
+from collections.abc import Iterator, Mapping
 
-from preference_training.data.rows.records import Turn, text_error
+from preference_training.data.rows.records import Turn, text_error, turn_error, type_name
 from preference_training.data.rows.templates import parse_dialogue
 
 
@@ -12,38 +13,133 @@ class RowError(Exception):
     """An error in a row, as a sentence; the caller adds file and row number."""
 
 
+# Names of roles, in any case. A "function_call" is an assistant's turn whose text is the JSON of a call.
 ROLE_NAMES = {
-    "system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "model": "assistant",
-}  # fmt: skip
-# Roles that identify a turn, but are not supported.
-OTHER_ROLES = ("bot", "developer", "function", "function_call", "ipython", "observation", "prompter", "tool")
+    **dict.fromkeys(("system",), "system"),
+    **dict.fromkeys(("developer",), "developer"),
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "model", "bot", "chatbot", "ai", "chatgpt"), "assistant"),
+    **dict.fromkeys(("tool", "function", "ipython", "observation", "tool_response"), "tool"),
+    **dict.fromkeys(("function_call", "tool_call"), "function_call"),
+}
 TURN_KEYS = (("role", "content"), ("from", "value"))
+# What chat templates read of a message besides role and content.
+MESSAGE_FIELDS = ("name", "reasoning", "reasoning_content", "thinking", "tool_call_id", "tool_calls")
+LEGACY_CALL = "function_call"
 
 
 def turn_keys(item) -> tuple[str, str] | None:
-    """The keys of a turn's role and text; None for a value that is not a turn."""
+    """The keys of a turn's role and text; None for a value that is not a turn. In unions of dialects, absent keys are None."""
     if not isinstance(item, dict):
         return None
-    keys = TURN_KEYS[0] if "role" in item else TURN_KEYS[1]
-    return keys if all(key in item for key in keys) else None
+    for keys in TURN_KEYS:
+        if all(item.get(key) is not None for key in keys):
+            return keys
+    calls = any(item.get(key) for key in ("tool_calls", LEGACY_CALL))
+    return next((keys for keys in TURN_KEYS if item.get(keys[0]) is not None and (calls or keys[1] in item)), None)
 
 
-def parse_turns(value: list, name: str) -> tuple[Turn, ...]:
-    """The turns of a conversation in the field `name`, as {role, content} or {from, value}. Raises RowError."""
-    turns = []
-    for number, item in enumerate(value, start=1):
-        keys = turn_keys(item)
-        if keys is None:
-            raise RowError(f"field {name!r}: turn {number} is not {{role, content}}.")
-        role, content = (item[key] for key in keys)
-        if not isinstance(role, str) or role not in ROLE_NAMES:
-            raise RowError(f"field {name!r}: turn {number} has the role {role!r}, expected one of {', '.join(ROLE_NAMES)}.")
-        if problem := text_error(content):
-            raise RowError(f"field {name!r}: turn {number} {problem}.")
-        turns.append(Turn(ROLE_NAMES[role], content))
-    if not turns:
+def parse_turns(value: list | dict, name: str, roles: Mapping[str, str] | None = None) -> tuple[Turn, ...]:
+    """The turns of a conversation, or of a single message, in the field `name`; empty system turns are left out.
+
+    roles: further names of roles, with what they are. Raises RowError.
+    """
+    names = ROLE_NAMES | {str(key).lower(): role for key, role in (roles or {}).items()}
+    items = [value] if isinstance(value, dict) else value
+    turns = (_turn(item, f"field {name!r}: turn {number}", names) for number, item in enumerate(items, start=1))
+    kept = tuple(turn for turn in turns if turn.role not in ("system", "developer") or turn.content)
+    if not kept:
         raise RowError(f"field {name!r} is a conversation without turns.")
-    return tuple(turns)
+    return kept
+
+
+def _turn(item, place: str, names: Mapping[str, str]) -> Turn:
+    """A message as a turn. Raises RowError."""
+    keys = turn_keys(item)
+    if keys is None:
+        raise RowError(f"{place} is not {{role, content}}.")
+    found, content = map(item.get, keys)
+    role = names.get(found.strip().lower()) if isinstance(found, str) else None
+    if role is None:
+        raise RowError(f"{place} has the role {found!r}, expected one of {', '.join(names)}.")
+    rest = {key: item[key] for key in MESSAGE_FIELDS if item.get(key) not in (None, "", [])}
+    content = _text_of_parts(content, place)
+    if role == "function_call":
+        role, content, rest["tool_calls"] = "assistant", "", content
+    elif calls := item.get(LEGACY_CALL):
+        rest.setdefault("tool_calls", calls)
+    if "tool_calls" in rest:
+        rest["tool_calls"] = _calls(rest["tool_calls"], place)
+    content = "" if content is None and (rest or role in ("system", "developer", "tool")) else content
+    if role in ("system", "developer") and isinstance(content, str) and not content.strip():
+        return Turn(role, "")
+    turn = Turn(role, content, json.dumps(rest, ensure_ascii=False, sort_keys=False) if rest else "")
+    if problem := turn_error(turn) if isinstance(content, str) else text_error(content):
+        raise RowError(f"{place} {problem}.")
+    return turn
+
+
+def _text_of_parts(content, place: str):
+    """The text of a content in parts; other contents as they are. Raises RowError for parts that are no text."""
+    if not isinstance(content, list):
+        return content
+    texts = []
+    for part in content:
+        present = {key: value for key, value in part.items() if value is not None} if isinstance(part, dict) else {"text": part}
+        kind = present.get("type", "text")
+        if not isinstance(text := present.get("text"), str) or kind not in ("text", "input_text", "output_text"):
+            found = kind if kind != "text" else next((key for key in present if key not in ("type", "text")), type_name(text))
+            raise RowError(
+                f"{place} has a part of the type {found!r}, but models read only text here. Expected texts, or parts such as "
+                '{"type": "text", "text": "..."}.'
+            )
+        texts.append(text)
+    return "".join(texts)
+
+
+def _calls(value, place: str) -> list[dict]:
+    """Calls of tools as chat templates read them: {type, function: {name, arguments}}, with arguments as an object."""
+    value = _of_json(value)
+    calls = []
+    for item in value if isinstance(value, list) else [value]:
+        call = _without_nones(_of_json(item))
+        function = _of_json(call.get("function", call)) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise RowError(
+                f"{place} has the tool call {item!r}. Expected {{function: {{name, arguments}}}}, or the JSON text of that."
+            )
+        outer = {key: value for key, value in call.items() if key != "function"} if "function" in call else {}
+        arguments = function.get("arguments", function.get("parameters", {}))
+        function = {"name": function["name"], "arguments": _of_json(arguments)}
+        calls.append({"type": "function"} | outer | {"function": function})
+    return calls
+
+
+def _of_json(value):
+    """The value of a JSON text of an object or list; anything else as it is."""
+    try:
+        parsed = json.loads(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+    return parsed if isinstance(parsed, dict | list) else value
+
+
+def _without_nones(value):
+    """A value without the keys that are None: in tables, each of some objects has the keys of all."""
+    if isinstance(value, dict):
+        return {key: _without_nones(inner) for key, inner in value.items() if inner is not None}
+    return [_without_nones(inner) for inner in value] if isinstance(value, list) else value
+
+
+def parse_tools(value, name: str) -> str:
+    """The tools in the field `name`, a list of objects or its JSON text, as JSON text; "" for none. Raises RowError."""
+    found = _without_nones(_of_json(value))
+    items = [_of_json(item) for item in found] if isinstance(found, list) else found
+    if not items:
+        return ""
+    if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):
+        raise RowError(f"field {name!r} is {type_name(value)}, expected a list of tools (objects), or its JSON text.")
+    return json.dumps(items, ensure_ascii=False)
 
 
 # The beginning of a text that contains a conversation or a turn, as JSON or as Python prints it.
@@ -62,7 +158,7 @@ def parse_serialized_turns(value, name: str):
             found = read(value.strip())
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             continue
-        return found if _are_turns(found) else value
+        return found if are_turns(found) else value
     if start[1] and any(all(re.search(f"[\"']{key}[\"']\\s*:", value) for key in keys) for keys in TURN_KEYS):
         raise RowError(
             f"field {name!r} is a text that starts like a list of turns, but is not JSON. Expected a list, or a text such as "
@@ -71,12 +167,55 @@ def parse_serialized_turns(value, name: str):
     return value
 
 
-def _are_turns(value) -> bool:
+def are_turns(value) -> bool:
+    """Whether a value is a message, or a list of messages, with known roles."""
     items = value if isinstance(value, list) else [value]
     if not items or not all(turn_keys(item) for item in items):
         return False
     roles = [item[turn_keys(item)[0]] for item in items]
-    return all(isinstance(role, str) and role.lower() in (*ROLE_NAMES, *OTHER_ROLES) for role in roles)
+    return all(isinstance(role, str) and role.strip().lower() in ROLE_NAMES for role in roles)
+
+
+# ---- prompt and responses ---------------------------------------------------------------------------------------------------
+
+
+def split_conversation(turns: tuple[Turn, ...], name: str) -> tuple[tuple[Turn, ...] | str, tuple[Turn, ...]]:
+    """A conversation as prompt, the turns before the first of the assistant's, and response, which ends with the assistant's.
+
+    Turns behind the last of the assistant's are left out. Raises RowError without any of the assistant's.
+    """
+    places = [place for place, turn in enumerate(turns) if turn.role == "assistant"]
+    if not places:
+        raise RowError(f"field {name!r} has no turn of the assistant's. Expected one at least, which is learned.")
+    return turns[: places[0]] or "", turns[places[0] : places[-1] + 1]
+
+
+def part_conversations(conversations: list[tuple[Turn, ...]]) -> tuple[tuple[Turn, ...], list[tuple[Turn, ...]]] | None:
+    """Conversations as the turns that all share, and the rest of each, which begins with an assistant turn.
+
+    Where one ends and others go on, or tools return different results, the assistant turn before that is the first of the rest.
+    None where they part at another's turn: those are different prompts.
+    """
+    shared = sum(1 for _ in _while_equal(conversations))
+    following = {turns[shared].role if len(turns) > shared else None for turns in conversations}
+    if following != {"assistant"}:
+        if following - {"assistant", "tool"} and None not in following:
+            return None
+        places = [place for place, turn in enumerate(conversations[0][:shared]) if turn.role == "assistant"]
+        if not places:
+            return None
+        shared = places[-1]
+    while shared and conversations[0][shared - 1].role == "assistant":
+        # Of assistant turns in a row none continues another's text, as it would behind a prompt that ends with one.
+        shared -= 1
+    return conversations[0][:shared], [turns[shared:] for turns in conversations]
+
+
+def _while_equal(conversations: list[tuple[Turn, ...]]) -> Iterator[Turn]:
+    for first, *others in zip(*conversations, strict=False):
+        if any(other != first for other in others):
+            return
+        yield first
 
 
 # ---- a prompt field beside conversations ----------------------------------------------------------------------------------
@@ -91,7 +230,7 @@ def join_turns(prompt: tuple[Turn, ...], shared: tuple[Turn, ...]) -> tuple[Turn
         return shared
     if _contains(prompt[-len(shared) :], shared):
         return prompt
-    if prompt[-1].role == shared[0].role or shared[0].role == "system":
+    if prompt[-1].role == shared[0].role or shared[0].role in ("system", "developer"):
         raise RowError(
             f"the prompt ends with the {prompt[-1].role}'s turn, and chosen and rejected start with the "
             f"{shared[0].role}'s. Expected conversations that continue the prompt, or repeat it."

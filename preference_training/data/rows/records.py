@@ -1,17 +1,22 @@
 """Preference data as text: its structure, its errors, and which of it is held out.
 
-A record is a prompt, its responses, and pairs of response indices. A prompt is a text, or a conversation: a tuple of `Turn`s
-that ends with the user's. Loaders yield `(prompt, record)` items, where a record is
+A record is a prompt, its responses, and pairs of response indices. A prompt is a text, or a conversation: a tuple of `Turn`s.
+If that ends with an assistant turn, responses continue it; an empty text is no prompt. A response is a text, or several turns:
+the first and the last are the assistant's, the user's and the tools' between them are never scored. Loaders yield
+`(prompt, record)` items, where a record is
 
-    {"responses": list[str], "pairs": list[tuple[int, int]], "sft_target": str}
+    {"responses": list[Response], "pairs": list[tuple[int, int]], "sft_target": Response}
 
 and a pair holds the indices of the preferred and of the dispreferred response. A record may have more: `sft_targets`, a list
 of the responses that SFT learns, which ends with sft_target; `scores` and `labels` (True for a desirable response, False for an
-undesirable one), with one number or label for each response, or None; `weights` and `margins`, with one number for each pair.
+undesirable one), with one number or label for each response, or None; `weights` and `margins`, with one number for each pair;
+`tools`, the JSON text of a list of tools, which belongs to the prompt.
 Everything here works on streams, in memory that does not grow with the data.
 """
 
 import hashlib
+import json
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from math import inf, isfinite, isnan
@@ -22,13 +27,22 @@ from preference_training.core.errors import UserError
 
 
 class Turn(NamedTuple):
-    """One turn of a conversation; role is system, user or assistant."""
+    """One turn of a conversation; role is one of ROLES.
+
+    rest: the other fields of the message (tool_calls, reasoning_content, ...) as the JSON text of an object; "" without any.
+    """
 
     role: str
     content: str
+    rest: str = ""
+
+    def __repr__(self) -> str:
+        # Hashes of records depend on it: without other fields it is as before there were any.
+        return f"Turn(role={self.role!r}, content={self.content!r}{f', rest={self.rest!r}' if self.rest else ''})"
 
 
 Prompt = str | tuple[Turn, ...]
+Response = str | tuple[Turn, ...]
 Records = dict[Prompt, dict]
 Items = Iterable[tuple[Prompt, dict]]
 # (row number, row), from files and hub sets.
@@ -40,23 +54,24 @@ class PreferenceRecord:
     """One validated record. number: counts the records of its data set and split from 1. source: its name in messages.
 
     sft_targets: the responses that SFT learns, if there are more than sft_target. scores, labels: of each response, None where
-    unknown. weights, margins: of each pair. All four are None if the data has none.
+    unknown. weights, margins: of each pair. All four are None if the data has none. tools: the JSON text of a list, or "".
     """
 
     prompt: Prompt
-    responses: list[str]
+    responses: list[Response]
     pairs: list[tuple[int, int]]
-    sft_target: str
+    sft_target: Response
     number: int
     source: str
-    sft_targets: tuple[str, ...] = ()
+    sft_targets: tuple[Response, ...] = ()
     scores: list[float | None] | None = None
     labels: list[bool | None] | None = None
     weights: list[float] | None = None
     margins: list[float] | None = None
+    tools: str = ""
 
     @property
-    def targets(self) -> tuple[str, ...]:
+    def targets(self) -> tuple[Response, ...]:
         """The responses that SFT learns."""
         return self.sft_targets or (self.sft_target,)
 
@@ -72,8 +87,8 @@ EMPTY_TEXT = "a text is empty"
 COLUMN_HINTS = {
     "system": "with system: system it becomes the system turn",
     "system_prompt": "with system: system_prompt it becomes the system turn",
-    "tools": "tools are not passed to chat templates",
-    "input": "with prompt: instruction it is read after that",
+    "tools": "with tools: tools they are given to the chat template",
+    "score": "with response: ... and score: score it makes pairs of the rows of a prompt",
     "label": "with response: ... and label: label it labels a response",
     "margin": "with margin: margin it is the margin of the pair",
     "weight": "with example_weight: weight it is the weight of the pair",
@@ -86,7 +101,8 @@ class DataReport:
 
     left_out: numbers of skipped rows, pairs or examples, by reason. changed: numbers of changed texts, by change. num_prompts:
     the prompts that remain. bad_rows: messages for the first ten of the rows that cannot be used, which are errors unless
-    `skip_bad_rows`. columns_not_read: the number of rows that have each such column. notes: sentences, mostly on settings
+    `skip_bad_rows`; alike: the numbers of further ones like these. found: the format of the rows, if nobody named it.
+    columns_not_read: the number of rows that have each such column. notes: sentences, mostly on settings
     without effect.
     """
 
@@ -95,6 +111,8 @@ class DataReport:
     num_prompts: int = 0
     num_bad_rows: int = 0
     bad_rows: list[str] = field(default_factory=list)
+    alike: dict[str, int] = field(default_factory=dict)
+    found: str = ""
     left_out: dict[str, int] = field(default_factory=dict)
     changed: dict[str, int] = field(default_factory=dict)
     columns_not_read: dict[str, int] = field(default_factory=dict)
@@ -105,8 +123,12 @@ class DataReport:
         if not self.skip_bad_rows:
             raise UserError(f"{error} Fix the row, or skip such rows with on_bad_row=skip.") from error
         self.num_bad_rows += 1
-        if len(self.bad_rows) < 10:
-            self.bad_rows.append(str(error).splitlines()[0])
+        message = str(error).splitlines()[0]
+        kind = next((known for known in self.bad_rows if _kind_of(known) == _kind_of(message)), None)
+        if kind is not None:
+            self.alike[kind] = self.alike.get(kind, 0) + 1
+        elif len(self.bad_rows) < 10:
+            self.bad_rows.append(message)
 
     def skip(self, reason: str, count: int = 1) -> None:
         """Count what is skipped."""
@@ -147,12 +169,22 @@ class DataReport:
         hints = "; ".join(COLUMN_HINTS[name] for name in names if name in COLUMN_HINTS)
         # The index of a table becomes a column without a name in CSV files.
         columns = f"columns not read: {', '.join(name or repr(name) for name in names)}" + f" ({hints})" * bool(hints)
-        return [columns] * bool(names) + self.notes
+        line = "; ".join([self.found] * bool(self.found) + [columns] * bool(names))
+        return [line] * bool(line) + self.notes
 
     def lines(self) -> list[str]:
         """The report as text: a line of counts, if there are any, remarks, and the first bad rows."""
         counts = [f"{count} {what}" for count, what in self.counts()]
-        return ["; ".join(counts)] * bool(counts) + self.remarks() + [f"  {message}" for message in self.bad_rows]
+        bad = []
+        for message in self.bad_rows:
+            more = self.alike.get(message, 0)
+            bad.append(f"  {message}" + f" ({more} more rows like it)" * bool(more))
+        return ["; ".join(counts)] * bool(counts) + self.remarks() + bad
+
+
+def _kind_of(message: str) -> str:
+    """A message without the numbers, texts and lines in it: what rows that fail alike have in common."""
+    return re.sub(r"(?<=is )'.*?'(?=,)|\d+", "#", message)
 
 
 # ---- errors -------------------------------------------------------------------------------------------------------------
@@ -172,13 +204,15 @@ def item_error(item) -> str | None:
             return f"{key} is {type_name(record[key])}, expected a list"
     if problem := prompt_error(prompt):
         return f"the prompt {problem}"
+    if problem := tools_error(record.get("tools", "")):
+        return f"tools {problem}"
     responses = {f"response {index}": text for index, text in enumerate(record["responses"])}
     targets = record.get("sft_targets", [])
     if not isinstance(targets, list | tuple):
         return f"sft_targets is {type_name(targets)}, expected a list"
     learned = {f"sft_targets {index}": text for index, text in enumerate(targets)} | {"sft_target": record["sft_target"]}
     for what, text in {**responses, **learned}.items():
-        if problem := text_error(text):
+        if problem := response_error(text):
             return f"{what} {problem}"
     return next((error for pair in record["pairs"] if (error := _pair_error(pair, len(responses)))), _numbers_error(record))
 
@@ -188,7 +222,7 @@ LISTS_OF_VALUES = {
     "scores": ("responses", "a number or None", lambda value: value is None or _is_number(value)),
     "labels": ("responses", "True, False or None", lambda value: value is None or isinstance(value, bool)),
     "weights": ("pairs", "a number of at least 0", lambda value: _is_number(value) and 0 <= value < inf),
-    "margins": ("pairs", "a number", lambda value: _is_number(value) and isfinite(value)),
+    "margins": ("pairs", "a number or None", lambda value: value is None or (_is_number(value) and isfinite(value))),
 }
 
 
@@ -223,19 +257,77 @@ def _pair_error(pair, count: int) -> str | None:
     return None
 
 
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 def prompt_error(prompt) -> str | None:
     """The error in a prompt, as the end of a sentence, or None."""
-    if not isinstance(prompt, tuple):
-        return text_error(prompt)
-    for number, turn in enumerate(prompt, start=1):
-        if not isinstance(turn, tuple) or len(turn) != 2 or not isinstance(turn[0], str) or turn[0] not in ROLES:
+    if isinstance(prompt, tuple):
+        return _turns_error(prompt)
+    return None if prompt == "" else text_error(prompt)
+
+
+def response_error(response) -> str | None:
+    """The error in a response, as the end of a sentence, or None."""
+    if not isinstance(response, tuple):
+        return text_error(response)
+    if problem := _turns_error(response):
+        return problem
+    for turn, place in ((response[0], "starts"), (response[-1], "ends")):
+        if turn[0] != "assistant":
+            return f"{place} with the {turn[0]}'s turn, expected the assistant's"
+    return None
+
+
+def _turns_error(turns: tuple) -> str | None:
+    for number, turn in enumerate(turns, start=1):
+        if not _is_turn(turn):
             return f"has a turn {number} that is not (role, content) with one of the roles {', '.join(ROLES)}"
-        if problem := text_error(turn[1]):
+        if problem := turn_error(Turn(*turn)):
             return f"has a turn {number} that {problem}"
-    return None if prompt and prompt[-1][0] == "user" else "is a conversation whose last turn is not the user's"
+    return None if turns else "is a conversation without turns"
+
+
+def _is_turn(turn) -> bool:
+    if not isinstance(turn, tuple) or len(turn) not in (2, 3) or not isinstance(turn[0], str) or turn[0] not in ROLES:
+        return False
+    return len(turn) == 2 or turn[2] == "" or _parsed(turn[2], dict) is not None
+
+
+def turn_error(turn: Turn) -> str | None:
+    """The error in the texts of a turn, as the end of a sentence, or None.
+
+    Calls of tools, and what tools return, may be without text, and so may system turns, which are none then.
+    """
+    may_be_empty = turn.role in ("system", "tool") or (turn.role == "assistant" and "tool_calls" in message_of(turn))
+    problem = None if turn.content == "" and may_be_empty else text_error(turn.content)
+    return problem or (text_error(turn.rest) if turn.rest else None)
+
+
+def message_of(turn: Turn) -> dict:
+    """A turn as a message for chat templates: role, content, and its other fields."""
+    return {"role": turn[0], "content": turn[1]} | (json.loads(turn[2]) if len(turn) > 2 and turn[2] else {})
+
+
+def tools_error(tools) -> str | None:
+    """The error in the tools of a record, as the end of a sentence, or None."""
+    if tools == "" or _parsed(tools, list) is not None:
+        return None
+    return f"is {type_name(tools)}, expected the JSON text of a list"
+
+
+def _parsed(text, kind: type):
+    """The value of a JSON text, if it is of a kind; else None."""
+    try:
+        value = json.loads(text) if isinstance(text, str) else None
+    except ValueError:
+        return None
+    return value if isinstance(value, kind) else None
+
+
+def response_of(turns: tuple[Turn, ...]) -> Response:
+    """The response of some turns: a single one without other fields is its text."""
+    return turns[0].content if len(turns) == 1 and not turns[0].rest and turns[0].content else turns
 
 
 def text_error(value) -> str | None:
@@ -263,7 +355,10 @@ def type_name(value) -> str:
 
 def prompt_text(prompt: Prompt) -> str:
     """A prompt as one text, whatever template it will be written with."""
-    return prompt if isinstance(prompt, str) else "\0".join(part for turn in prompt for part in turn)
+    if isinstance(prompt, str):
+        return prompt
+    # A turn without other fields gives the text that it gave before there were any, and stays on its side of the split.
+    return "\0".join(part for turn in prompt for part in (*turn[:2], *filter(None, turn[2:])))
 
 
 def prompt_hash(prompt: Prompt) -> float:

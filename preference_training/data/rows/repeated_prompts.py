@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from itertools import chain, islice
 
 from preference_training.data.rows.grouping import Row
-from preference_training.data.rows.records import DataReport, Prompt
+from preference_training.data.rows.records import DataReport, Prompt, Response
 from preference_training.data.rows.templates import parse_dialogue, split_dialogue
 
 # Rows that are inspected first, at most and at least; a single row is no evidence.
@@ -42,9 +42,11 @@ def _cut(row: Row) -> Row | None:
     return row._replace(prompt=found[0][0], responses=[rest for _, rest in found])
 
 
-def _after_prompt(prompt: Prompt, response: str) -> tuple[Prompt, str] | None:
+def _after_prompt(prompt: Prompt, response: Response) -> tuple[Prompt, str] | None:
     """Prompt and response, where the response, or the dialogue in it, starts with the prompt; else None."""
     asked = (prompt if isinstance(prompt, str) else prompt[-1].content).strip()
+    if not isinstance(response, str) or not asked:
+        return None
     start = len(response) - len(response.lstrip())
     if response.startswith(asked, start):
         rest = response[start + len(asked) :]

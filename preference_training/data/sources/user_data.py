@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from itertools import islice
 from pathlib import Path
 from typing import ClassVar
 
 from preference_training.core.errors import UserError
 from preference_training.data.registry import TOKENIZED_SUFFIX
-from preference_training.data.rows.field_maps import FieldMap
+from preference_training.data.rows.field_maps import FIRST_ROWS, FieldMap, FoundMap
 from preference_training.data.rows.grouping import group_rows
 from preference_training.data.rows.records import DataReport, Items, Prompt, prompt_text, split_by_hash
 from preference_training.data.sources.locations import Part, Source, find_source
@@ -62,7 +63,15 @@ class UserData:
         is_rows = not path.endswith(TOKENIZED_SUFFIX)
         source = self._source(split, cache_dir).fingerprint() if is_rows else content_hash(Path(path))
         by_hash = f"{split} {self.held_out_share}" if self.by_hash else ""
-        return source and f"{source} {by_hash} {field_map_text(self.field_map)}"
+        if not source:
+            return None
+        found = sorted(self.found_map(cache_dir).found_keys.items()) if is_rows else []
+        return f"{source} {by_hash} {field_map_text(self.field_map)}" + f" found {found}" * bool(found)
+
+    def found_map(self, cache_dir: str | None) -> FoundMap:
+        """The field map, with what it does not say as found in the first rows."""
+        rows = self._source("train", cache_dir).rows(DataReport(skip_bad_rows=True))
+        return self.field_map.found_in(row for _, row in islice(rows, FIRST_ROWS))
 
     def _path(self, split: str) -> str:
         return self.test_path if split == "test" and self.test_path else self.path

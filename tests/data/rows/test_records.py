@@ -18,6 +18,9 @@ from preference_training.data.rows.records import (
     item_error,
     prompt_error,
     prompt_hash,
+    prompt_text,
+    response_error,
+    response_of,
     split_by_hash,
     text_error,
     type_name,
@@ -27,6 +30,8 @@ from preference_training.data.rows.records import (
 PROMPTS = st.sampled_from(["p", "q", (Turn("user", "p"),), (Turn("system", "s"), Turn("user", "p"))])
 ANSWERS = st.sampled_from(["a", "b", "c", "d"])
 SCORES = st.sampled_from([-1.0, 0.0, 0.5, 7.0])
+CALL = Turn("assistant", "", '{"tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}]}')
+RESULT = Turn("tool", "", '{"name": "f"}')
 TEXTS = st.text(min_size=1).filter(lambda text: text_error(text) is None)
 
 # ---- the report ---------------------------------------------------------------------------------------------------------
@@ -41,13 +46,26 @@ def test_a_bad_row_stops_the_run_and_its_message_names_the_remedy():
     assert report == DataReport()
 
 
-def test_skipped_rows_are_counted_and_the_first_ten_are_listed_by_the_first_line_of_their_message():
+def test_skipped_rows_are_counted_and_the_first_ten_kinds_are_listed_by_the_first_line_of_their_message():
     report = DataReport(skip_bad_rows=True)
-    for number in range(1, 13):
-        report.bad_row(UserError(f"row {number} is bad\nand this is why"))
+    kinds = "abcdefghijkl"
+    for number, kind in enumerate(kinds, start=1):
+        report.bad_row(UserError(f"row {number} has {kind}\nand this is why"))
     assert report.num_bad_rows == 12
-    assert report.bad_rows == [f"row {number} is bad" for number in range(1, 11)]
-    assert report.lines() == ["12 bad rows skipped", *(f"  row {number} is bad" for number in range(1, 11))]
+    assert report.bad_rows == [f"row {number} has {kind}" for number, kind in enumerate(kinds[:10], start=1)]
+    assert report.lines() == ["12 bad rows skipped", *(f"  {message}" for message in report.bad_rows)]
+
+
+def test_rows_that_fail_alike_are_one_line_with_their_number():
+    report = DataReport(skip_bad_rows=True)
+    for number, found in enumerate(["'much'", "'5 of 9'", "None", "'more'"], start=7):
+        report.bad_row(UserError(f"data.jsonl, row {number}: field 'n' is {found}, expected a number."))
+    assert report.lines() == [
+        "4 bad rows skipped",
+        "  data.jsonl, row 7: field 'n' is 'much', expected a number. (2 more rows like it)",
+        "  data.jsonl, row 9: field 'n' is None, expected a number.",
+    ]
+    assert DataReport(**report.as_dict()) == report
 
 
 def test_what_is_skipped_and_changed_is_added_up_by_reason_and_nothing_is_no_reason():
@@ -108,8 +126,9 @@ def test_a_report_survives_json_and_continues_counting(report, reasons, changes)
     ],
 )
 def test_a_value_that_is_no_text_is_reported_with_what_it_is(text, fault):
-    assert text_error(text) == fault
-    assert prompt_error(text) == fault
+    assert text_error(text) == response_error(text) == fault
+    # An empty text is no prompt, and responses need none.
+    assert prompt_error(text) == (None if text == "" else fault)
 
 
 @pytest.mark.parametrize("text", ["a", " a ", "\u200b", "0", "\U0001f642", "\x00"])
@@ -128,26 +147,25 @@ def test_a_text_is_valid_if_it_can_be_written(text):
     assert (text_error(text) is None) == (not half)
 
 
-LAST_TURN = "is a conversation whose last turn is not the user's"
-
-
 @pytest.mark.parametrize(
     ("prompt", "fault"),
     [
-        ((), LAST_TURN),
-        ((Turn("user", "q"), Turn("assistant", "a")), LAST_TURN),
-        ((Turn("system", "s"),), LAST_TURN),
+        ((), "is a conversation without turns"),
         (
             (Turn("user", "q"), Turn("human", "q")),
-            "has a turn 2 that is not (role, content) with one of the roles system, user",
+            "has a turn 2 that is not (role, content) with one of the roles system, developer, user",
         ),
         ((("user", "q", "more"),), "has a turn 1 that is not (role, content)"),
+        ((("user", "q", "[]"),), "has a turn 1 that is not (role, content)"),
+        ((("user", "q", "{}", ""),), "has a turn 1 that is not (role, content)"),
+        ((Turn("assistant", "", '{"name": "a"}'),), "has a turn 1 that is empty"),
+        ((Turn("user", "q", '{"name": "\ud800"}'),), "has a turn 1 that holds half a surrogate pair"),
         ((("user",),), "has a turn 1 that is not (role, content)"),
         (({"role": "user", "content": "q"},), "has a turn 1 that is not (role, content)"),
         (("user", "q"), "has a turn 1 that is not (role, content)"),
         ((Turn(["user"], "q"),), "has a turn 1 that is not (role, content)"),
         ((Turn(numpy.array(["user", "user"]), "q"),), "has a turn 1 that is not (role, content)"),
-        ((Turn("system", ""), Turn("user", "q")), "has a turn 1 that is empty"),
+        ((Turn("user", ""), Turn("assistant", "a")), "has a turn 1 that is empty"),
         ((Turn("user", None),), "has a turn 1 that is None, expected a text"),
         ((Turn("user", "q"), Turn("assistant", "\ud800"), Turn("user", "q")), "has a turn 2 that holds half a surrogate pair"),
         ([Turn("user", "q")], "is list, expected a text"),
@@ -164,10 +182,52 @@ def test_a_conversation_with_an_error_is_reported_with_which_turn_has_it(prompt,
         (Turn("system", "s"), Turn("user", "q")),
         (Turn("user", "q"), Turn("assistant", "a"), Turn("user", "q")),
         (("user", "q"),),
+        # Responses continue an assistant turn at the end; an empty system turn is none.
+        (Turn("user", "q"), Turn("assistant", "a")),
+        (Turn("system", ""), Turn("developer", "d"), Turn("user", "q")),
+        (Turn("user", "q"), CALL, RESULT),
     ],
 )
-def test_a_conversation_that_ends_with_the_user_is_valid(prompt):
+def test_a_conversation_whose_turns_have_text_or_calls_is_valid(prompt):
     assert prompt_error(prompt) is None
+
+
+@pytest.mark.parametrize(
+    ("response", "fault"),
+    [
+        ((), "is a conversation without turns"),
+        ((Turn("user", "q"), Turn("assistant", "a")), "starts with the user's turn, expected the assistant's"),
+        ((CALL, RESULT), "ends with the tool's turn, expected the assistant's"),
+        ((Turn("assistant", ""),), "has a turn 1 that is empty"),
+        ((CALL, RESULT, Turn("assistant", "a")), None),
+        (((("assistant", "a")),), None),
+        ((CALL,), None),
+    ],
+)
+def test_a_response_of_several_turns_starts_and_ends_with_the_assistant(response, fault):
+    assert response_error(response) == fault
+    record = {"responses": [response, "b"], "pairs": [(0, 1)], "sft_target": response}
+    assert item_error(("p", record)) == (fault and f"response 0 {fault}")
+
+
+def test_a_single_turn_is_its_text_unless_it_has_other_fields():
+    assert response_of((Turn("assistant", "a"),)) == "a"
+    assert response_of((CALL,)) == (CALL,)
+    assert response_of((Turn("assistant", "a"),) * 2) == (Turn("assistant", "a"),) * 2
+
+
+def test_other_fields_of_a_turn_leave_prompts_without_any_as_they_were():
+    plain = (Turn("user", "q"), Turn("assistant", "a"), Turn("user", "b"))
+    assert prompt_text(plain) == "user\0q\0assistant\0a\0user\0b" == prompt_text(tuple(turn[:2] for turn in plain))
+    assert repr(plain[0]) == "Turn(role='user', content='q')"
+    assert prompt_text((plain[0], CALL)) != prompt_text((plain[0], Turn("assistant", "")))
+    assert repr(CALL) == f"Turn(role='assistant', content='', rest={CALL.rest!r})"
+
+
+@pytest.mark.parametrize("tools", [[], "x", '{"a": 1}', 5])
+def test_tools_of_a_record_are_the_json_text_of_a_list(tools):
+    assert item_error(("p", SOUND | {"tools": tools})).startswith(f"tools is {type_name(tools)}, expected the JSON text")
+    assert item_error(("p", SOUND | {"tools": '[{"name": "f"}]'})) is None
 
 
 SOUND = {"responses": ["a", "b"], "pairs": [(0, 1)], "sft_target": "a"}
@@ -176,8 +236,8 @@ SOUND = {"responses": ["a", "b"], "pairs": [(0, 1)], "sft_target": "a"}
 @pytest.mark.parametrize(
     ("item", "fault"),
     [
-        (("", SOUND), "the prompt is empty"),
-        (((Turn("assistant", "a"),), SOUND), f"the prompt {LAST_TURN}"),
+        ((" ", SOUND), "the prompt is empty"),
+        (((), SOUND), "the prompt is a conversation without turns"),
         (("p", SOUND | {"responses": ["a", " "]}), "response 1 is empty"),
         (("p", SOUND | {"sft_target": ""}), "sft_target is empty"),
         (("p", SOUND | {"sft_target": None}), "sft_target is None, expected a text"),
@@ -264,8 +324,8 @@ def test_several_sft_targets_are_a_list_of_texts(targets, fault):
         ({"weights": [1, 1]}, "weights has 2 values for 1 pairs, expected one for each"),
         ({"weights": [-1]}, "weights 0 is -1, expected a number of at least 0"),
         ({"weights": [float("inf")]}, "weights 0 is inf, expected a number of at least 0"),
-        ({"margins": [None]}, "margins 0 is None, expected a number"),
-        ({"margins": [float("-inf")]}, "margins 0 is -inf, expected a number"),
+        ({"margins": ["1"]}, "margins 0 is '1', expected a number or None"),
+        ({"margins": [float("-inf")]}, "margins 0 is -inf, expected a number or None"),
     ],
 )
 def test_scores_and_labels_are_of_responses_weights_and_margins_of_pairs(more, fault):

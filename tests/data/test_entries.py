@@ -670,7 +670,7 @@ def test_a_loader_that_gives_nothing_to_go_through_is_refused(restored_registry,
 
 
 def test_records_are_numbered_as_the_loader_gives_them_and_invalid_ones_keep_their_numbers(restored_registry):
-    items = [("p", SOUND), ("q", SOUND | {"pairs": [(0, 5)]}), ("", SOUND), "junk", ((Turn("user", "r"),), SOUND)]
+    items = [("p", SOUND), ("q", SOUND | {"pairs": [(0, 5)]}), (" ", SOUND), "junk", ((Turn("user", "r"),), SOUND)]
     restored_registry["mine"] = Dataset(lambda *_, **__: iter(items))
     report = DataReport(skip_bad_rows=True)
     records = records_of({"name": "mine", "on_bad_row": "skip"}, "test", report)

@@ -46,7 +46,9 @@ def test_a_pattern_is_the_rows_of_the_files_that_match_it(shards):
     assert prompts("shards/part[01].*") == prompts(f"{shards}/part[01]*") == list(range(5))
     assert prompts("shards/*.jsonl") == [0, 1, 2]
     assert prompts("**/part?.parquet") == [5, 6]
-    with pytest.raises(UserError, match=r"datasets: shards/\*\.json: no data file matches; 1 of other kinds\. Expected files ending in "):
+    with pytest.raises(
+        UserError, match=r"datasets: shards/\*\.json: no data file matches; 1 of other kinds\. Expected files ending in "
+    ):
         read_entry("shards/*.json")
     with pytest.raises(UserError, match=r"datasets: shards/\*\.md: no data file matches; 1 of other kinds\."):
         read_entry("shards/*.md")

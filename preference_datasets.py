@@ -20,9 +20,9 @@ anything is loaded.
 
 from collections.abc import Iterator
 from numbers import Real
+from typing import Literal
 
 from preference_training.core.processes import map_in_processes
-from preference_training.data.html_text import html_to_text
 from preference_training.data.hub_sets import WHOLE_SET, HubSet, hub_set, valid_rows
 from preference_training.data.registry import register
 from preference_training.data.rows.field_maps import FieldMap
@@ -31,6 +31,7 @@ from preference_training.data.rows.grouping import (
     add_responses,
     group_rows,
     new_record,
+    pairs_by_score,
     scored_record,
 )
 from preference_training.data.rows.records import (
@@ -42,8 +43,11 @@ from preference_training.data.rows.records import (
     Prompt,
     Records,
     Turn,
+    prompt_hash,
 )
 from preference_training.data.rows.templates import ASSISTANT, HUMAN, parse_dialogue
+from preference_training.data.sources.filters import RowFilter
+from preference_training.data.sources.html_text import html_to_text
 from preference_training.data.toy_preferences import toy_records
 
 HH = HubSet(
@@ -163,9 +167,18 @@ ULTRAFEEDBACK = HubSet(
 
 
 @hub_set("ultrafeedback", ULTRAFEEDBACK, "conversations")
-def ultrafeedback_records(rows: NumberedRows, report: DataReport) -> Items:
-    """UltraFeedback, binarized: conversations whose preferred response GPT-4 scored higher."""
-    return group_rows(FieldMap().map_rows(rows, "ultrafeedback", report, known=True), report, WHOLE_SET)
+def ultrafeedback_records(rows: NumberedRows, report: DataReport, *, min_score_gap: float = 0.0) -> Items:
+    """UltraFeedback, binarized: conversations whose preferred response GPT-4 scored higher, by `min_score_gap` at least.
+
+    At 0 its ties are kept too.
+    """
+    kept = _with_score_gap(rows, report, min_score_gap) if min_score_gap else rows
+    return group_rows(FieldMap().map_rows(kept, "ultrafeedback", report, known=True), report, WHOLE_SET)
+
+
+def _with_score_gap(rows: NumberedRows, report: DataReport, least: float) -> NumberedRows:
+    condition = f"score_chosen - score_rejected >= {least:g}"
+    return RowFilter(condition, counts_all=False).apply(rows, "ultrafeedback", report)
 
 
 ORCA = HubSet("Intel/orca_dpo_pairs", ("system", "question", "chosen", "rejected"))
@@ -183,15 +196,105 @@ NECTAR = HubSet("berkeley-nest/Nectar", ("prompt", "answers"))
 
 
 @hub_set("nectar", NECTAR, "conversations", truncation_mode="keep_end")
-def nectar_records(rows: NumberedRows, report: DataReport) -> Items:
-    """Nectar: seven ranked responses to each dialogue, and all 21 pairs between them."""
+def nectar_records(
+    rows: NumberedRows,
+    report: DataReport,
+    *,
+    top_k: int | None = None,
+    pairs: Literal["all", "best_against_one"] = "all",
+) -> Items:
+    """Nectar: seven ranked responses to each dialogue, and all 21 pairs between them.
+
+    top_k: only the pairs among the best so many. pairs=best_against_one: one pair, of the best and another, which is drawn by a
+    hash of the prompt.
+    """
     fields_of = FieldMap(responses="answers.answer", ranks="answers.rank")
     mapped = fields_of.map_rows(rows, "nectar", report, known=True)
-    return group_rows((row._replace(prompt=_as_turns(row.prompt)) for row in mapped), report)
+    mapped = (row._replace(prompt=_as_turns(row.prompt)) for row in mapped)
+    return group_rows((_best_responses(row, top_k, pairs == "best_against_one") for row in mapped), report)
+
+
+def _best_responses(row: Row, top_k: int | None, against_one: bool) -> Row:
+    """A row of ranked responses with fewer of them."""
+    order = sorted(range(len(row.responses)), key=row.scores.__getitem__, reverse=True)[:top_k]
+    if against_one and len(order) > 1:
+        others = [k for k in order[1:] if row.scores[k] < row.scores[order[0]]] or order[1:]
+        order = [order[0], others[int(prompt_hash(row.prompt) * len(others))]]
+    kept = sorted(order)
+    if len(kept) == len(row.responses):
+        return row
+    scores = [row.scores[k] for k in kept]
+    responses = [row.responses[k] for k in kept]
+    return row._replace(
+        responses=responses, scores=scores, pairs=pairs_by_score(scores), target=max(range(len(kept)), key=scores.__getitem__)
+    )
 
 
 def _as_turns(prompt: Prompt) -> tuple[Turn, ...]:
     return (parse_dialogue(prompt) or (Turn("user", prompt),)) if isinstance(prompt, str) else prompt
+
+
+CAPYBARA = HubSet("argilla/distilabel-capybara-dpo-7k-binarized", ("chosen", "rejected"))
+
+
+@hub_set("capybara", CAPYBARA, "conversations", truncation_mode="keep_end")
+def capybara_records(rows: NumberedRows, report: DataReport) -> Items:
+    """Capybara: conversations of several turns, whose last response was rated higher or lower than that of another model."""
+    return _pairs_of_conversations(rows, "capybara", report)
+
+
+OPEN_HERMES = HubSet("argilla/OpenHermesPreferences", ("chosen", "rejected"))
+
+
+@hub_set("open_hermes_preferences", OPEN_HERMES, "conversations")
+def open_hermes_records(rows: NumberedRows, report: DataReport) -> Items:
+    """OpenHermesPreferences: a million questions; the best and the worst of three models' responses, by a model's ranking."""
+    return _pairs_of_conversations(rows, "open_hermes_preferences", report, window=20_000)
+
+
+TULU3 = HubSet("allenai/llama-3.1-tulu-3-8b-preference-mixture", ("chosen", "rejected"))
+
+
+@hub_set("tulu3", TULU3, "conversations", truncation_mode="keep_end")
+def tulu3_records(rows: NumberedRows, report: DataReport) -> Items:
+    """Tulu 3's preference mixture, of its 8B model: 270,000 conversations from many sources."""
+    return _pairs_of_conversations(rows, "tulu3", report)
+
+
+def _pairs_of_conversations(rows: NumberedRows, name: str, report: DataReport, window: int = WHOLE_SET) -> Items:
+    """The pairs of chosen and rejected conversations that begin alike; the prompt's own column repeats their first turn."""
+    turns = ((number, {key: row[key] for key in ("chosen", "rejected")}) for number, row in rows)
+    return group_rows(FieldMap().map_rows(turns, name, report, known=True), report, window)
+
+
+HELPSTEER3 = HubSet(
+    "nvidia/HelpSteer3",
+    ("context", "response1", "response2", "overall_preference"),
+    test="validation",
+    subset="preference",
+)
+NO_PREFERENCE = "both responses are about as good (overall_preference is 0)"
+
+
+@hub_set("helpsteer3", HELPSTEER3, "conversations", truncation_mode="keep_end")
+def helpsteer3_records(rows: NumberedRows, report: DataReport, *, min_preference: float = 1.0) -> Items:
+    """HelpSteer3: two responses to a conversation, which people compared, from -3 (the first is much better) to 3.
+
+    min_preference: how clear the preference is at least, 1 to 3. It is the pair's margin too.
+    """
+
+    def compared() -> Iterator[tuple[int, dict]]:
+        for number, row in rows:
+            preference = row["overall_preference"] or 0
+            if abs(preference) < max(min_preference, 1):
+                report.rows_read += 1
+                report.skip(NO_PREFERENCE if preference == 0 else f"the preference is below {min_preference:g}")
+                continue
+            chosen, rejected = ("response1", "response2") if preference < 0 else ("response2", "response1")
+            texts = {"prompt": row["context"], "chosen": row[chosen], "rejected": row[rejected]}
+            yield number, texts | {"margin": abs(preference)}
+
+    return group_rows(FieldMap(margin="margin").map_rows(compared(), "helpsteer3", report, known=True), report, WHOLE_SET)
 
 
 @register("toy", prompts="dialogues")

@@ -6,6 +6,7 @@ from functools import cached_property
 from itertools import islice
 
 import numpy
+import xxhash
 from numpy.typing import NDArray
 
 from preference_training.batching.packing import Example, iterate_examples
@@ -37,18 +38,29 @@ class Schedule:
 
     An epoch visits every prompt once (those of a weighted data set as often as its weight says), in an order that depends only
     on `seed` and the epoch; the pairs of a prompt stay adjacent. The last batch of an epoch holds the remaining examples.
+
+    replacement: each prompt of an epoch is drawn from all of them, with probabilities in proportion to the weights, until the
+    epoch has as many examples, rounded up to whole batches.
     """
 
-    def __init__(self, prompts: PromptTable, batch_size: int, seed: int = 0, length: RunLength | None = None):
+    def __init__(
+        self,
+        prompts: PromptTable,
+        batch_size: int,
+        seed: int = 0,
+        length: RunLength | None = None,
+        replacement: bool = False,
+    ):
         self.prompts = prompts
         self.batch_size = batch_size
         self.seed = seed
         self.length = length or RunLength()
+        self.replacement = replacement
         self._epoch_sizes: dict[int, int] = {}
 
     def with_length(self, length: RunLength) -> "Schedule":
         """The same data in the same order, with another length."""
-        other = Schedule(self.prompts, self.batch_size, self.seed, length)
+        other = Schedule(self.prompts, self.batch_size, self.seed, length, self.replacement)
         other._epoch_sizes = self._epoch_sizes
         return other
 
@@ -71,10 +83,18 @@ class Schedule:
 
     def epoch_size(self, epoch: int) -> int:
         """How many examples an epoch has; with fractional weights it differs between epochs."""
+        if self.replacement:
+            return -(-self._weighted_examples // self.batch_size) * self.batch_size
         if epoch not in self._epoch_sizes:
             visits = epoch_visits(self.prompts, f"{self.seed} {epoch}")
             self._epoch_sizes[epoch] = int(self.prompts.num_examples[visits].sum())
         return self._epoch_sizes[epoch]
+
+    @cached_property
+    def _weighted_examples(self) -> int:
+        """How many examples an epoch has on average."""
+        parts = ((part.weight, columns.num_examples) for part in self.prompts.parts for columns in part.batches)
+        return max(1, round(sum(weight * int(examples.sum()) for weight, examples in parts)))
 
     @cached_property
     def total_steps(self) -> int:
@@ -106,8 +126,9 @@ class Schedule:
         while left > 0 and epoch != epochs and not seen.all():
             order = self._order(epoch)
             examples = numpy.cumsum(self.prompts.num_examples[order])
-            seen[order[: numpy.searchsorted(examples, left) + 1]] = True
-            left, epoch = left - int(examples[-1]), epoch + 1
+            size = min(left, self.epoch_size(epoch))
+            seen[order[: numpy.searchsorted(examples, size) + 1]] = True
+            left, epoch = left - size, epoch + 1
         return seen
 
     def steps(self, position: Position) -> Iterator[tuple[list[Example], Position]]:
@@ -119,7 +140,8 @@ class Schedule:
             done = numpy.cumsum(self.prompts.num_examples[order]) if in_epoch else order[:0]
             first = int(numpy.searchsorted(done, in_epoch, side="right"))
             skip = in_epoch - (int(done[first - 1]) if first else 0)
-            examples = islice(iterate_examples(Selection(self.prompts, order[first:])), skip, None)
+            rest = skip + self.epoch_size(epoch) - in_epoch
+            examples = islice(iterate_examples(Selection(self.prompts, order[first:])), skip, rest)
             while step := list(islice(examples, self._size_after(total))):
                 in_epoch, total = in_epoch + len(step), total + len(step)
                 yield step, {"epoch": epoch, "examples_in_epoch": in_epoch, "examples": total}
@@ -131,13 +153,26 @@ class Schedule:
         return min(self.batch_size, self.total_examples - examples)
 
     def _order(self, epoch: int) -> NDArray[numpy.int32]:
-        return epoch_order(self.prompts, f"{self.seed} {epoch}")
+        seed = f"{self.seed} {epoch}"
+        return drawn(self.prompts, seed, self.epoch_size(epoch)) if self.replacement else epoch_order(self.prompts, seed)
 
 
 def epoch_order(prompts: PromptTable, seed: str) -> NDArray[numpy.int32]:
     """Indices of the prompts that an epoch visits, shuffled by `seed`."""
     visits = epoch_visits(prompts, seed)
     return visits[shuffled(len(visits), seed)]
+
+
+def drawn(prompts: PromptTable, seed: str, examples: int) -> NDArray[numpy.int32]:
+    """Indices of prompts, each drawn from all of them by the weights of their parts, that have at least so many examples."""
+    weights = numpy.repeat([part.weight for part in prompts.parts], [part.num_prompts for part in prompts.parts])
+    ends = numpy.cumsum(weights)
+    words = numpy.random.PCG64(int(xxhash.xxh3_64_hexdigest(f"{seed} drawn".encode()), 16)).random_raw(examples)
+    # 53 random bits: uniform in [0, 1).
+    uniform = (words >> numpy.uint64(11)) * 2.0**-53
+    indices = numpy.minimum(numpy.searchsorted(ends, uniform * ends[-1], side="right"), len(ends) - 1).astype(numpy.int32)
+    enough = int(numpy.searchsorted(numpy.cumsum(prompts.num_examples[indices]), examples)) + 1
+    return indices[:enough]
 
 
 def epoch_visits(prompts: PromptTable, seed: str) -> NDArray[numpy.int32]:

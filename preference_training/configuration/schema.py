@@ -277,6 +277,7 @@ class RunConfig(Section):
     max_length: int = key(whole(1))
     max_prompt_length: int = key(whole(1))
     truncation_mode: str | None = key(one_of(TRUNCATION_MODES, null=True))
+    sampling: str = key(one_of(("shuffle", "replacement"), "shuffle or replacement"), NEWER)
     n_epochs: int | None = key(whole(1, null=True), MAY_CHANGE_ON_RESUME)
     n_examples: int | None = key(whole(1, null=True), MAY_CHANGE_ON_RESUME)
     n_steps: int | None = key(whole(1, null=True), MAY_CHANGE_ON_RESUME)

@@ -9,124 +9,30 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Literal, get_args, get_origin
 
 from preference_training.configuration.composition import default_values
 from preference_training.configuration.keys import listed
 from preference_training.configuration.schema import GENERAL_CHOICES, GENERAL_KEYS, RunConfig
 from preference_training.core.errors import UserError, nearest
-from preference_training.data.files import content_hash, is_data_file, read_rows
-from preference_training.data.hub_sets import hub_rows, load_hub
+from preference_training.data.files import is_data_file
 from preference_training.data.registry import DATASETS, TOKENIZED_SUFFIX, Dataset, find_dataset
 from preference_training.data.rows.field_maps import FieldMap
-from preference_training.data.rows.grouping import group_rows
 from preference_training.data.rows.records import (
     LISTS_OF_VALUES,
     DataReport,
-    Items,
-    NumberedRows,
     PreferenceRecord,
     Prompt,
     item_error,
     prompt_text,
-    split_by_hash,
     type_name,
 )
-from preference_training.data.rows.values import condition
+from preference_training.data.sources.filters import Where, where_error
+from preference_training.data.sources.locations import check_location, is_location
+from preference_training.data.sources.storage import expanded
+from preference_training.data.sources.user_data import UserData
 from preference_training.losses.base import Loss
 from preference_training.losses.registry import example_kind
-
-
-@dataclass(frozen=True)
-class UserData:
-    """A user's file, hub set or local directory, read through a field map.
-
-    The held-out split is `test_path`, `test_split`, or a share of the prompts, chosen by a hash of what the model reads.
-    """
-
-    path: str
-    field_map: FieldMap = field(default_factory=FieldMap)
-    held_out_share: float = 0.05
-    split: str = "train"
-    test_split: str | None = None
-    test_path: str | None = None
-    subset: str | None = None
-    data_dir: str | None = None
-
-    OPTIONS: ClassVar = ("split", "test_split", "test_path", "subset", "data_dir", "held_out_share")
-
-    @property
-    def by_hash(self) -> bool:
-        """Whether both splits come from the same rows."""
-        return not (self.test_path or self.test_split)
-
-    def load(
-        self,
-        split: str,
-        silent: bool = False,
-        cache_dir: str | None = None,
-        report: DataReport | None = None,
-        text_of: Callable[[Prompt], str] = prompt_text,
-    ) -> Items:
-        """The loader. Raises UserError with file and row, also without any usable row."""
-        report = report if report is not None else DataReport()
-        # Both splits of a set that is split by hash read all rows: count what is skipped only once.
-        counts = DataReport(report.skip_bad_rows) if self.by_hash and split == "test" else report
-        place, rows = self._rows(split, cache_dir, counts)
-        items = group_rows(self.field_map.map_rows(rows, place, counts), counts)
-        items = self._at_least_one(items, place, counts)
-        return split_by_hash(items, split, self.held_out_share, text_of) if self.by_hash else items
-
-    def fingerprint(self, split: str, cache_dir: str | None) -> str:
-        """A text that identifies the data of a split."""
-        path, hub_split = self._source(split)
-        is_file = is_data_file(path) or path.endswith(TOKENIZED_SUFFIX)
-        source = content_hash(Path(path)) if is_file else self._hub(path, hub_split, cache_dir)._fingerprint
-        by_hash = f"{split} {self.held_out_share}" if self.by_hash else ""
-        return f"{source} {by_hash} {field_map_text(self.field_map)}"
-
-    def _source(self, split: str) -> tuple[str, str]:
-        held_out = split == "test"
-        return (self.test_path if held_out and self.test_path else self.path), (
-            self.test_split if held_out and self.test_split else self.split
-        )
-
-    def _hub(self, path: str, split: str, cache_dir: str | None):
-        return load_hub(path, self.subset, self.data_dir, split, cache_dir)
-
-    def _rows(self, split: str, cache_dir: str | None, report: DataReport) -> tuple[str, NumberedRows]:
-        path, hub_split = self._source(split)
-        if is_data_file(path):
-            return path, read_rows(Path(path), report)
-        place = f"{path} ({hub_split})"
-        return place, hub_rows(self._hub(path, hub_split, cache_dir), place)
-
-    def _at_least_one(self, items: Items, place: str, report: DataReport) -> Items:
-        empty = True
-        for item in items:
-            empty = False
-            yield item
-        if empty:
-            found = "; ".join(line.strip() for line in report.lines()) or "it has none"
-            raise UserError(
-                f"datasets: {place}: no usable row ({found}). Expected rows with chosen and rejected, and prompt unless both "
-                "are dialogues, or a map of the fields: datasets=[{path: ..., prompt: ..., chosen: ..., rejected: ...}]."
-            )
-
-
-# The fields in every fingerprint; later additions are included only where they are set.
-ALWAYS_NAMED = (
-    "prompt", "chosen", "rejected", "system", "response", "score", "responses", "scores", "ranks", "implicit_prompt", "where",
-    "top_k",
-)  # fmt: skip
-
-
-def field_map_text(field_map: FieldMap) -> str:
-    """A field map as text, for fingerprints: unchanged when FieldMap gains fields that the map does not set."""
-    usual = FieldMap()
-    values = {item.name: getattr(field_map, item.name) for item in fields(FieldMap)}
-    more = [name for name, value in values.items() if name not in ALWAYS_NAMED and value != getattr(usual, name)]
-    return f"FieldMap({', '.join(f'{name}={values[name]!r}' for name in (*ALWAYS_NAMED, *more))})"
 
 
 @dataclass(frozen=True)
@@ -172,7 +78,8 @@ class Entry:
         """
         if self.dataset.fingerprint is None or (self.dataset.is_user_code and not trust_user_code):
             return None
-        return f"{self.dataset.fingerprint(split, cache_dir, **self.options)} {self.on_bad_row}"
+        known = self.dataset.fingerprint(split, cache_dir, **self.options)
+        return known and f"{known} {self.on_bad_row}"
 
 
 # Parameters of a loader that are injected, and are not keys of an entry.
@@ -193,7 +100,7 @@ def read_entry(entry, defaults: dict | None = None) -> Entry:
     general |= {key: given[key] for key in GENERAL_KEYS if given.get(key) is not None}
     rest = {key: value for key, value in given.items() if key not in (*GENERAL_KEYS, "name", "path")}
     if "path" in given:
-        name = str(given["path"])
+        name = expanded(str(given["path"]))
         # As with the general keys, null means not set.
         rest = {key: value for key, value in rest.items() if value is not None}
         rest = {"held_out_share": defaults.get("held_out_share", 0.05)} | rest
@@ -202,6 +109,7 @@ def read_entry(entry, defaults: dict | None = None) -> Entry:
         parsed = Entry(name, dataset, held_out_share=rest["held_out_share"], notes=notes, **general)
     else:
         name = str(given["name"])
+        rest |= {"data_dir": expanded(rest["data_dir"])} if isinstance(rest.get("data_dir"), str) else {}
         parsed = Entry(name, find_dataset(name), rest, **general)
         _check_options(parsed)
     _check_general(parsed)
@@ -209,9 +117,7 @@ def read_entry(entry, defaults: dict | None = None) -> Entry:
 
 
 def _is_path(text: str) -> bool:
-    return (
-        text not in DATASETS and ".py:" not in text and (is_data_file(text) or text.endswith(TOKENIZED_SUFFIX) or "/" in text)
-    )
+    return text not in DATASETS and ".py:" not in text and (text.endswith(TOKENIZED_SUFFIX) or is_location(text))
 
 
 def _build_dataset(path: str, options: dict) -> Dataset:
@@ -225,10 +131,9 @@ def _build_dataset(path: str, options: dict) -> Dataset:
     _check_field_map(path, options)
     field_map = FieldMap(**{key: value for key, value in options.items() if key in maps})
     own = UserData(path, field_map, **{key: value for key, value in options.items() if key not in maps})
-    for file in (own.path, own.test_path):
-        if file and (is_data_file(file) or file.endswith(TOKENIZED_SUFFIX)) and not Path(file).is_file():
-            found = "a directory" if Path(file).is_dir() else "no such file"
-            raise UserError(f"datasets: {file}: {found}. Expected a readable file; paths are relative to {Path.cwd()}.")
+    own = replace(own, test_path=own.test_path and expanded(own.test_path))
+    for location in filter(None, (own.path, own.test_path)):
+        check_location(location)
     return Dataset(own.load, "keep_end", fingerprint=own.fingerprint, held_out_by_share=own.by_hash and own.held_out_share > 0)
 
 
@@ -244,17 +149,28 @@ def _unused_path_keys(path: str, given: dict) -> list[str]:
     keys = {key for key, value in given.items() if value is not None and value is not False}
     notes = []
     if is_data_file(path):
-        pointless = sorted(keys & {"split", "subset", "data_dir"}) + ["test_split"] * ("test_split" in keys)
+        of_sets = ("data_dir", "split", "streaming", "subset", "test_split")
+        pointless = [key for key in of_sets if key in keys]
         notes += [f"{key} has no effect: a file has no splits or subsets" for key in pointless]
     if "held_out_share" in keys and (owner := keys & {"test_path", "test_split"}):
         notes.append(f"held_out_share has no effect: {' and '.join(sorted(owner))} defines the held-out split")
     if is_data_file(str(given.get("test_path"))) and "test_split" in keys and not is_data_file(path):
         notes.append("test_split has no effect: test_path is a file")
-    kind = next((key for key in ("responses", "response") if key in keys), None)
+    kind = next((key for key in ANSWER_KEYS if key in keys), None)
     if kind:
-        others = {"chosen", "rejected", "implicit_prompt"} | ({"response", "score"} if kind == "responses" else set())
+        others = {"chosen", "rejected", "implicit_prompt", *ANSWER_KEYS[ANSWER_KEYS.index(kind) + 1 :]}
+        others |= set() if kind == "response" else {"score"}
+        others |= {"prompt", "history"} if kind in ("text", "messages") else set()
         notes += [f"{key} has no effect: responses are in {kind}" for key in sorted(keys & others)]
     return notes
+
+
+# The keys of a field map that say where responses are, besides chosen and rejected; of several the first counts.
+ANSWER_KEYS = ("text", "messages", "responses", "answers", "response")
+
+
+def _are_names(value) -> bool:
+    return isinstance(value, list) and len(value) > 1 and all(isinstance(name, str) for name in value)
 
 
 def _check_field_map(path: str, options: dict) -> None:
@@ -271,31 +187,36 @@ def _check_field_map(path: str, options: dict) -> None:
     implicit = options.get("implicit_prompt", False)
     require(isinstance(implicit, bool), f"implicit_prompt: found {implicit!r}, expected true or false.")
     for key in UserData.OPTIONS[:-1]:
-        value = options.get(key)
-        require(value is None or isinstance(value, str), f"{key}: found {value!r}, expected a text.")
+        value, is_switch = options.get(key), key == "streaming"
+        is_valid = value is None or isinstance(value, bool if is_switch else str)
+        require(is_valid, f"{key}: found {value!r}, expected {'true or false' if is_switch else 'a text'}.")
     if options.get("responses"):
         numbers = bool(options.get("scores")) + bool(options.get("ranks"))
         require(numbers == 1, "responses needs either scores (higher is better) or ranks (lower is better).")
-    for numbers, texts in (("scores", "responses"), ("ranks", "responses"), ("score", "response"), ("label", "response")):
-        require(not options.get(numbers) or bool(options.get(texts)), f"{numbers} needs {texts}.")
+    for key in ("responses", "scores", "ranks", "answers"):
+        value = options.get(key)
+        is_valid = value is None or isinstance(value, str) or _are_names(value)
+        require(is_valid, f"{key}: found {value!r}, expected the name of a field, or names of fields.")
+    require(not _are_names(options.get("answers")) or len(options["answers"]) == 2, "answers: expected two fields, or a list.")
+    require(bool(options.get("answers")) == bool(options.get("better")), "answers and better go together.")
+    better = options.get("better")
+    is_valid = isinstance(better, str | None) or (
+        isinstance(better, dict) and len(better) == 1 and all(isinstance(v, list) and len(v) == 2 for v in better.values())
+    )
+    require(is_valid, f"better: found {better!r}, expected COLUMN, or {{COLUMN: [VALUE OF THE FIRST, VALUE OF THE SECOND]}}.")
+    needs = {"scores": ["responses"], "ranks": ["responses"], "score": ["response"], "label": ["response", "messages"]}
+    for numbers, texts in needs.items():
+        require(not options.get(numbers) or any(map(options.get, texts)), f"{numbers} needs {' or '.join(texts)}.")
     require(not (options.get("score") and options.get("label")), "found score and label, expected one of them.")
     for key in ("margin", "example_weight"):
-        lists = next((name for name in ("responses", "response") if options.get(name)), None)
+        lists = next((name for name in ANSWER_KEYS if options.get(name)), None)
         require(not options.get(key) or not lists, f"{key} is of pairs of chosen and rejected, and responses are in {lists}.")
     top_k, where = options.get("top_k"), options.get("where", {})
     is_valid = top_k is None or (isinstance(top_k, dict) and top_k.keys() == {"column", "k"} and type(top_k["k"]) is int)
     is_valid = is_valid and (top_k is None or (top_k["k"] > 0 and isinstance(top_k["column"], str)))
     require(is_valid, f"top_k: found {top_k!r}, expected {{column: NAME, k: NUMBER}}.")
-    require(isinstance(where, dict), f"where: found {where!r}, expected {{COLUMN: VALUE}}.")
-    for column, value in where.items():
-        require(isinstance(column, str), f"where: found the column {column!r}, expected the name of a field.")
-        try:
-            condition(value)
-        except ValueError:
-            require(
-                False,
-                f"where: {column}: found {value!r}, expected a value, a list of values, or a comparison such as '>= 0.5'.",
-            )
+    problem = where_error(where)
+    require(problem is None, f"where: {problem}")
     share = options.get("held_out_share", 0)
     require(isinstance(share, int | float) and 0 <= share < 1, f"held_out_share: found {share!r}, expected 0 to below 1.")
 
@@ -308,13 +229,28 @@ def _check_options(entry: Entry) -> None:
     for key in entry.options:
         if key not in own:
             raise UserError(f"datasets: {entry.name}: no key {key!r}; {nearest(str(key), [*own, *GENERAL_KEYS])}")
-        if known[key].annotation is float and type(entry.options[key]) not in (int, float):
-            raise UserError(f"datasets: {entry.name}: {key}: found {entry.options[key]!r}, expected a number.")
-        if known[key].annotation == str | None and not isinstance(entry.options[key], str | None):
-            raise UserError(f"datasets: {entry.name}: {key}: found {entry.options[key]!r}, expected a text.")
+        _check_option(entry, key, known[key])
     directory = entry.options.get("data_dir")
     if directory is not None and not Path(str(directory)).is_dir():
         raise UserError(f"datasets: {entry.name}: data_dir: {directory}: no such directory; relative to {Path.cwd()}.")
+
+
+def _check_option(entry: Entry, key: str, parameter: inspect.Parameter) -> None:
+    """Raise UserError where the value of a named set's key is not of its parameter's type."""
+    value, kind = entry.options[key], parameter.annotation
+    problem = None
+    if kind is float and type(value) not in (int, float):
+        problem = f"found {value!r}, expected a number."
+    elif kind == int | None and value is not None and (type(value) is not int or value < 1):
+        problem = f"found {value!r}, expected a whole number of at least 1."
+    elif kind == str | None and not isinstance(value, str | None):
+        problem = f"found {value!r}, expected a text."
+    elif get_origin(kind) is Literal and value not in get_args(kind):
+        problem = f"found {value!r}; {nearest(str(value), get_args(kind))}"
+    elif kind == Where | None and value is not None:
+        problem = where_error(value)
+    if problem:
+        raise UserError(f"datasets: {entry.name}: {key}: {problem}")
 
 
 def _check_general(entry: Entry) -> None:
@@ -381,30 +317,43 @@ def read_entries(config: RunConfig) -> list[Entry]:
     return [replace(entry, notes=(*entry.notes, *_unused_run_settings(config, entry))) for entry in read]
 
 
-def check_examples(entries: Iterable[Entry], loss: Loss, name: str) -> None:
-    """Raise UserError where the fields of a file or hub set cannot give what a loss trains on."""
+def check_examples(entries: Iterable[Entry], loss: Loss, name: str, cache_dir: str | None = None) -> None:
+    """Raise UserError where the rows of a file or hub set cannot give what a loss trains on."""
     for entry in entries:
-        if isinstance(own := getattr(entry.dataset.load, "__self__", None), UserData) and (
-            problem := _lacks(own.field_map, entry.tokenized_file is not None, loss)
-        ):
+        if not isinstance(own := getattr(entry.dataset.load, "__self__", None), UserData):
+            continue
+        has_token_ids = entry.tokenized_file is not None
+        of = own.field_map if has_token_ids else own.found_map(cache_dir)
+        if problem := _lacks(of, has_token_ids, loss):
             raise UserError(f"datasets: {entry.name}: loss={name} {problem}")
 
 
 def _lacks(of: FieldMap, has_token_ids: bool, loss: Loss) -> str | None:
-    """What the rows of a field map lack for a loss, as a sentence after its name, or None."""
+    """What rows lack for a loss, as a sentence after its name, or None."""
+    if of.messages or of.text:
+        kind = f"conversations in {of.messages}" if of.messages else f"plain text in {of.text}"
+        found = "labeled conversations" if of.label else f"{kind}, which nothing is compared with"
+    else:
+        kind = f"labeled ({of.label})" if of.label else "without a score or label"
+        found = f"single responses ({of.response}) {kind}"
+    single = of.messages or of.text or of.response
     scored = of.responses or of.score
-    found = "labeled responses" if of.label else "single responses without a score or label"
-    if loss.examples == "rankings" and of.response and not scored:
+    if loss.examples == "rankings" and single and not scored:
         return (
             f"learns rankings, and the rows have {found}. Expected responses with scores or ranks, response with score, or "
             "chosen and rejected."
         )
-    if loss.examples == "labels" and of.response and not (scored or of.label):
+    if loss.examples == "labels" and single and not (scored or of.label):
         return f"learns from labels, and the rows have {found}. Expected response with label: COLUMN, or pairs."
-    if loss.examples == "pairs" and of.label:
-        return f"compares pairs, and the rows have {found}. Expected chosen and rejected, or a loss of labels such as kto."
+    if loss.examples == "pairs" and single and not scored:
+        column = of.label if of.label and of.response else "COLUMN"
+        losses = "loss=sft, or a loss of labels such as kto" if of.label else "loss=sft"
+        return (
+            f"compares pairs, and the rows have {found}. Expected chosen and rejected, or several responses to a prompt, each "
+            f"with a score (score: {column}; true is above false). Otherwise use {losses}."
+        )
     if loss.needs_margins and not (scored or of.margin):
-        found = "token ids" if has_token_ids else f"{of.chosen} and {of.rejected} alone"
+        found = "token ids" if has_token_ids else "pairs alone"
         return (
             f"reads the margin of each pair, and the rows have {found}. Expected a column of margins, margin: COLUMN, or "
             "responses with scores."

@@ -13,18 +13,19 @@ from preference_training.data.registry import DATASETS, Dataset, Prompts
 from preference_training.data.rows.conversations import RowError
 from preference_training.data.rows.records import DataReport, Items, NumberedRows, prompt_text, split_by_hash, type_name
 from preference_training.data.rows.values import field_value
+from preference_training.data.sources.filters import RowFilter, Where
 
 
 @cache
-def load_hub(path: str, subset: str | None, data_dir: str | None, split: str, cache_dir: str | None):
-    """One split of a set of the hub, or of a local directory in the same layout.
+def load_hub(path: str, subset: str | None, data_dir: str | None, split: str, cache_dir: str | None, streaming: bool = False):
+    """One split of a set of the hub, or of a local directory in the same layout; streaming: read as needed, kept nowhere.
 
     Raises UserError where it cannot be loaded: no network and nothing cached, no such split, damaged files.
     """
     import datasets
 
     try:
-        return datasets.load_dataset(path, subset, data_dir=data_dir, split=split, cache_dir=cache_dir)
+        return datasets.load_dataset(path, subset, data_dir=data_dir, split=split, cache_dir=cache_dir, streaming=streaming)
     except Exception as error:  # a dozen types: network errors, damaged files, scripts, YAML
         reason = first_line(error.__cause__ or error)
         raise UserError(
@@ -69,7 +70,7 @@ class HubSet:
     """The location of a named data set on the hub, the fields that are read, and its splits.
 
     Without a test split, `held_out_share` of the prompts are held out, and at least one. folders: those that are also
-    registered as data sets, NAME-FOLDER.
+    registered as data sets, NAME-FOLDER. subset: the folder that is read unless an entry names another.
     """
 
     path: str
@@ -78,10 +79,12 @@ class HubSet:
     test: str | None = None
     held_out_share: float = 0.01
     folders: tuple[str, ...] = ()
+    subset: str | None = None
 
     def load(self, split: str, cache_dir: str | None, data_dir: str | None, subset: str | None = None):
         """The hub's split that `split` ("train" or "test") comes from. `subset` is a folder of the set."""
         hub_split = self.test if split == "test" and self.test else self.train
+        subset = subset or self.subset
         folder = str(Path(data_dir) / (subset or "")) if data_dir else self.path
         loaded = load_hub(folder, None, None if data_dir else subset, hub_split, cache_dir)
         missing = [name for name in self.fields if name not in loaded.column_names]
@@ -107,11 +110,15 @@ def hub_set(
             report=None,
             text_of=prompt_text,
             subset: str | None = None,
+            where: Where | None = None,
             **options,
         ):
             counts = report if report is not None else DataReport(skip_bad_rows=True)
             loaded = hub.load(split, cache_dir, data_dir, subset)
-            items = items_of(hub_rows(loaded, f"{name} ({split})"), counts, **options)
+            rows = hub_rows(loaded, f"{name} ({split})")
+            if where:
+                rows = RowFilter(where, counts_all=False).apply(rows, name, counts)
+            items = items_of(rows, counts, **options)
             items = items.items() if isinstance(items, dict) else items
             yield from items if hub.test else split_by_hash(items, split, hub.held_out_share, text_of)
             if report is None and not silent:
@@ -121,7 +128,7 @@ def hub_set(
         def fingerprint(split, cache_dir, data_dir=None, subset=None, **options):
             return f"{hub.load(split, cache_dir, data_dir, subset)._fingerprint} {sorted(options.items())}"
 
-        load.__doc__ = f"{items_of.__doc__} Hub: {hub.path}; `data_dir` is a local copy, `subset` a folder of the set."
+        load.__doc__ = f"{items_of.__doc__} Hub: {hub.path}; `data_dir`: a local copy, `subset`: a folder, `where`: which rows."
         # The keys that an entry may have: the parameters of both.
         own = list(inspect.signature(load).parameters.values())[:-1]
         extra = [p for p in inspect.signature(items_of).parameters.values() if p.kind is p.KEYWORD_ONLY]

@@ -10,7 +10,7 @@ from typing import Literal
 
 from preference_training.core.errors import UserError, nearest
 from preference_training.core.files import run_file
-from preference_training.data.files import DATA_SUFFIXES
+from preference_training.data.files import EXPECTED
 from preference_training.data.rows.records import Items, Records
 
 Prompts = Literal["dialogues", "conversations"]
@@ -64,7 +64,7 @@ def find_dataset(name: str) -> Dataset:
         return _find_user_dataset(*name.rsplit(":", 1))
     raise UserError(
         f"datasets: unknown data set {name!r}; {nearest(name, DATASETS)} "
-        f"A file must end in one of {', '.join(DATA_SUFFIXES)} or {TOKENIZED_SUFFIX}; a set of the hub is ORGANIZATION/NAME; "
+        f"A file must end in {EXPECTED}, or {TOKENIZED_SUFFIX}; a set of the hub is ORGANIZATION/NAME; "
         "a loader of your own is FILE.py:NAME."
     )
 

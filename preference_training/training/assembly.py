@@ -125,6 +125,7 @@ def build_batches(
             size,
             config.seed,
             length=RunLength(n_epochs=config.n_epochs, n_examples=config.n_examples, n_steps=config.n_steps),
+            replacement=config.sampling == "replacement",
         ),
         number,
         Packing(budget=budget, ranks=ranks, first_budget=first_budget),

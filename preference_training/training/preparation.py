@@ -67,7 +67,7 @@ def prepare_run(config: RunConfig, run_dir: Path, in_sweep: bool = False) -> Pre
         print(line, flush=True)
     limits = model_limits(config, tokenizer)
     entries = read_entries(config)
-    check_examples(entries, loss, config.loss.name)
+    check_examples(entries, loss, config.loss.name, config.cache_dir)
     check_limits(config, entries, tokenizer, limits)
     # Before the processes join: those that wait for the data have no time-out then.
     splits = ("test",) if config.eval_only and not config.dry_run else ("train", "test")

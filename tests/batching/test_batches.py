@@ -124,6 +124,48 @@ def test_an_iterator_continues_from_any_saved_position(prompts, pairs, weight, s
     assert sources(seen) + sources(continued) == whole
 
 
+def with_replacement(prompts, size: int, length: RunLength, seed: int = 0) -> BatchIterator:
+    return BatchIterator(Schedule(prompts, size, seed, length, replacement=True))
+
+
+def test_sampling_with_replacement_fills_every_batch_and_draws_some_prompts_twice_and_others_never():
+    iterator = with_replacement(table(50), 8, RunLength(n_epochs=None, n_steps=20))
+    seen = sources(iterator)
+    assert [len(batch) for batch in seen] == [8] * 20
+    assert iterator.schedule.total_examples == 160 and iterator.schedule.total_steps == 20
+    # The first 50 of 50 prompts: all different with a chance of 50! / 50^50, which is 3e-21.
+    assert len({source for batch in seen[:6] for source in batch}) < 48
+    assert seen == sources(with_replacement(table(50), 8, RunLength(n_epochs=None, n_steps=20)))
+    assert seen != sources(with_replacement(table(50), 8, RunLength(n_epochs=None, n_steps=20), seed=1))
+    # A longer run begins with the same steps.
+    assert sources(with_replacement(table(50), 8, RunLength(n_epochs=None, n_steps=30)))[:20] == seen
+
+
+@given(prompts=st.integers(1, 9), pairs=st.integers(1, 3), weight=WEIGHTS, size=st.integers(1, 5), stop=st.integers(1, 30))
+def test_sampling_with_replacement_continues_from_any_saved_position(prompts, pairs, weight, size, stop):
+    make = lambda: with_replacement(weighted(prompts, pairs, weight), size, RunLength(None, None, 20))  # noqa: E731
+    whole = sources(make())
+    assert [len(batch) for batch in whole] == [size] * 20
+    interrupted, seen = make(), []
+    for batch in interrupted:
+        seen.append(batch)
+        if len(seen) == stop:
+            break
+    continued = make()
+    continued.load_state_dict(interrupted.state_dict())
+    assert sources(seen) + sources(continued) == whole
+    assert sorted(prompt.source for prompt in make().schedule.prompts_seen) == sorted(
+        {source for batch in whole for source in batch}
+    )
+
+
+def test_sampling_with_replacement_draws_data_sets_in_proportion_to_their_weights():
+    iterator = with_replacement(weighted(100, 2, 3), 100, RunLength(n_epochs=None, n_steps=100))
+    drawn = [source.split()[0] for batch in sources(iterator) for source in batch]
+    # Of 5,000 draws of two pairs each, three in four: 3,750, with a standard deviation of (5000 * 3/16)^0.5 = 31.
+    assert abs(drawn.count("other") / 2 - 3750) < 5 * 31
+
+
 def test_an_epoch_visits_each_data_set_as_often_as_its_weight_says():
     iterator = BatchIterator(Schedule(weighted(8, 2, 2.25), 100, length=RunLength(n_epochs=2)))
     assert [iterator.schedule.epoch_size(epoch) for epoch in (0, 1)] == [8 * 2 + 2 * 8 * 2 + 2 * 2] * 2

@@ -11,12 +11,11 @@ from preference_training.configuration.schema import GENERAL_KEYS
 from preference_training.core.errors import UserError
 from preference_training.data import registry
 from preference_training.data.entries import UserData, check_examples, load_records, read_entry
-from preference_training.data.files import DATA_SUFFIXES
 from preference_training.data.registry import Dataset
 from preference_training.data.rows.field_maps import FieldMap
 from preference_training.data.rows.records import OTHER_PROMPT, SAME_TEXT, DataReport, PreferenceRecord, Turn
 from preference_training.losses.registry import build_loss
-from tests.support.files import write
+from tests.support.files import DATA_SUFFIXES, write
 
 # Hypothesis runs one function many times; each example writes its own file, so that sharing tmp_path is harmless.
 SHARES_FOLDER = [HealthCheck.function_scoped_fixture]
@@ -92,7 +91,7 @@ def test_an_unknown_name_is_refused_with_the_nearest_one(entry):
 
 def test_a_name_near_no_other_is_refused_with_all_names_and_the_forms_of_other_data():
     text = refusal("completely else")
-    assert "known are: hh, hh-harmless-base, " in text
+    assert "known are: capybara, helpsteer3, hh, hh-harmless-base, " in text
     assert text.endswith("a set of the hub is ORGANIZATION/NAME; a loader of your own is FILE.py:NAME.")
 
 
@@ -197,8 +196,8 @@ SHARE = "expected 0 to below 1."
         ({"top_k": {"column": "n", "k": True}}, "top_k: found {'column': 'n', 'k': True}, expected"),
         ({"top_k": {"column": 5, "k": 2}}, "top_k: found {'column': 5, 'k': 2}, expected"),
         ({"top_k": {"column": "n", "k": 2, "more": 1}}, "top_k: found"),
-        ({"where": "n > 5"}, "where: found 'n > 5', expected {COLUMN: VALUE}."),
-        ({"where": ["n"]}, "where: found ['n'], expected {COLUMN: VALUE}."),
+        ({"where": "n > "}, "where: found 'n > ' (invalid syntax), expected comparisons of columns, numbers and texts"),
+        ({"where": ["n"]}, "where: found ['n'], expected {COLUMN: VALUE}, or a text of comparisons"),
         (
             {"where": {"n": ">= much"}},
             "where: n: found '>= much', expected a value, a list of values, or a comparison such as '>= 0.5'.",

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from preference_training.core.errors import UserError
 from preference_training.data.entries import load_records, read_entry
-from preference_training.data.files import DATA_SUFFIXES, is_data_file, read_rows
+from preference_training.data.files import is_data_file, read_rows
 from preference_training.data.rows.records import DataReport
+from tests.support.files import DATA_SUFFIXES
 
 ROWS = [
     {"prompt": "Say hello.", "chosen": "Hello!", "rejected": "No."},
@@ -67,7 +68,7 @@ def test_every_format_reads_the_same_rows_numbered_from_1(tmp_path, suffix):
 @pytest.mark.parametrize("suffix", DATA_SUFFIXES)
 def test_the_ending_of_a_name_makes_it_a_data_file(suffix):
     assert is_data_file(f"folder/name{suffix}")
-    assert not is_data_file(f"folder/name{suffix}.txt")
+    assert not is_data_file(f"folder/name{suffix}.doc")
 
 
 def test_a_json_file_may_also_hold_json_lines_and_a_jsonl_file_a_list(tmp_path):

@@ -329,6 +329,16 @@ def test_ultrafeedback_is_its_preference_splits_as_conversations(ultrafeedback, 
     assert (report.rows_read, report.left_out, report.num_bad_rows) == (5, {SAME_TEXT: 1}, 0)
 
 
+@pytest.mark.parametrize(("gap", "kept"), [(0, 3), (4.5, 2), (5, 1)])
+def test_the_least_score_gap_of_ultrafeedback_is_a_key_of_its_entry(tmp_path, gap, kept):
+    rows = [ultrafeedback_row(f"q{n}", "good", "bad") | {"score_rejected": 8.5 - n} for n in (0, 4.5, 6)]
+    write(tmp_path / "uf" / "data" / "train_prefs-00000-of-00001.parquet", rows)
+    records, report = read("ultrafeedback", tmp_path / "uf", min_score_gap=gap)
+    assert len(records) == kept
+    assert report.left_out == ({f"not score_chosen - score_rejected >= {gap}": 3 - kept} if gap else {})
+    assert report.rows_read == 3
+
+
 # ---- Orca ---------------------------------------------------------------------------------------------------------------
 
 
@@ -399,6 +409,108 @@ def test_a_prompt_of_nectar_may_be_a_conversation(tmp_path):
     assert sorted(prompts) == [(Turn("user", "q"),), (Turn("user", "r"),)]
 
 
+@pytest.mark.parametrize(
+    ("keys", "ranked"),
+    [
+        ({"top_k": 3}, [(1, 2), (1, 3), (2, 3)]),
+        ({"top_k": 1}, []),
+        ({"top_k": 9}, list(combinations(range(1, 5), 2))),
+        ({"top_k": 2, "pairs": "best_against_one"}, [(1, 2)]),
+    ],
+)
+def test_fewer_pairs_of_nectar_are_keys_of_its_entry(tmp_path, keys, ranked):
+    rows = [nectar_row(f"\n\nHuman: {q}\n\nAssistant: ", [3.0, 1.0, 2.0, 4.0]) for q in "qrs"]
+    directory = write(tmp_path / "nectar" / "rlaif.parquet", rows).parent
+    records = [record for split in ("train", "test") for record in read("nectar", directory, split, **keys)[0]]
+    # Of one response alone SFT learns.
+    assert len(records) == 3
+    for _, responses, pairs, target in records:
+        ranks = [int(response.split()[-1]) for response in responses]
+        assert sorted((ranks[better], ranks[worse]) for better, worse in pairs) == ranked
+        assert target == "answer of rank 1"
+
+
+def test_the_best_of_nectar_may_be_compared_with_one_other_which_the_prompt_decides(tmp_path):
+    rows = [nectar_row(f"\n\nHuman: {n}\n\nAssistant: ", [3.0, 1.0, 2.0, 4.0]) for n in range(60)]
+    directory = write(tmp_path / "nectar" / "rlaif.parquet", rows).parent
+    first, again = (read("nectar", directory, pairs="best_against_one")[0] for _ in range(2))
+    assert first == again
+    others = [responses[pair[1]] for _, responses, [pair], _ in first]
+    assert {responses[pair[0]] for _, responses, [pair], _ in first} == {"answer of rank 1"}
+    # Each of three others, of about 60 draws: (2/3)^59 is the chance that one is missing.
+    assert set(others) == {f"answer of rank {rank}" for rank in (2, 3, 4)}
+
+
+# ---- conversations: Capybara, OpenHermes, Tulu 3 --------------------------------------------------------------------------
+
+
+def talks(question: str, better: str, worse: str, **fields) -> dict:
+    before = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]
+    turns = [*before, {"role": "user", "content": question}]
+    chosen, rejected = ([*turns, {"role": "assistant", "content": answer}] for answer in (better, worse))
+    return {"prompt": question, "chosen": chosen, "rejected": rejected, **fields}
+
+
+CAPYBARA_FIELDS = {
+    "source": "Airoboros", "conversation": [{"input": "Hi.", "output": "Hello."}], "original_response": "good",
+    "generation_prompt": ["p"], "raw_generation_responses": ["r"], "new_generations": ["bad"], "rating_chosen": 5,
+    "rating_rejected": 3, "chosen_model": "a", "rejected_model": "b",
+}  # fmt: skip
+OPEN_HERMES_FIELDS = {
+    "source": "glaive", "category": "code", "candidates_completions": ["good", "bad"], "candidate_policies": ["a", "b"],
+    "ranks": [1, 2], "rank_str": "a>b", "chosen_policy": "a", "rejected_policy": "b",
+}  # fmt: skip
+OF_CONVERSATIONS = {
+    "capybara": CAPYBARA_FIELDS,
+    "open_hermes_preferences": OPEN_HERMES_FIELDS,
+    "tulu3": {"id": "1", "source": "wildchat"},
+}
+
+
+@pytest.mark.parametrize("name", OF_CONVERSATIONS)
+def test_sets_of_conversations_have_the_shared_turns_as_the_prompt(tmp_path, name):
+    rows = [talks(q, "good", "bad", **OF_CONVERSATIONS[name]) for q in "qr"]
+    rows.append(talks("q", "same", "same", **OF_CONVERSATIONS[name]))
+    directory = write(tmp_path / name / "train.parquet", rows).parent
+    (train, report), (test, _) = (read(name, directory, split) for split in ("train", "test"))
+    before = (Turn("user", "Hi."), Turn("assistant", "Hello."))
+    assert sorted(train + test) == [((*before, Turn("user", q)), ["good", "bad"], [(0, 1)], "good") for q in "qr"]
+    assert (report.rows_read, report.left_out, report.num_bad_rows) == (3, {SAME_TEXT: 1}, 0)
+    assert_one_hundredth_is_held_out(name, directory)
+
+
+# ---- HelpSteer3 -----------------------------------------------------------------------------------------------------------
+
+
+def helpsteer3_row(question: str, preference: int) -> dict:
+    return {
+        "domain": "general", "language": "english", "context": [{"role": "user", "content": question}],
+        "response1": "one", "response2": "two", "overall_preference": preference,
+        "individual_preference": [{"score": preference, "reasoning": "r", "feedback1": "f", "feedback2": "g"}],
+    }  # fmt: skip
+
+
+def test_helpsteer3_pairs_are_what_people_preferred_with_how_much_as_the_margin_and_ties_are_counted(tmp_path):
+    rows = [helpsteer3_row(f"q{value}", value) for value in (-3, -1, 0, 1, 2)]
+    for split in ("train", "validation"):
+        write(tmp_path / "HelpSteer3" / "preference" / f"{split}.jsonl.gz", rows)
+    entry = read_entry({"name": "helpsteer3", "data_dir": str(tmp_path / "HelpSteer3")})
+    report = entry.report()
+    records = list(load_records(entry, "test", report, str(tmp_path / "cache")))
+    found = [(record.prompt[0].content, record.sft_target, record.pairs, record.margins) for record in records]
+    assert found == [
+        ("q-3", "one", [(0, 1)], [3]),
+        ("q-1", "one", [(0, 1)], [1]),
+        ("q1", "two", [(0, 1)], [1]),
+        ("q2", "two", [(0, 1)], [2]),
+    ]
+    assert report.left_out == {"both responses are about as good (overall_preference is 0)": 1}
+    assert report.rows_read == 5
+    records, report = read("helpsteer3", tmp_path / "HelpSteer3", min_preference=2)
+    assert [prompt[0].content for prompt, *_ in records] == ["q-3", "q2"]
+    assert report.left_out["the preference is below 2"] == 2
+
+
 # ---- every set ----------------------------------------------------------------------------------------------------------
 
 SOUND = {
@@ -409,7 +521,8 @@ SOUND = {
     "ultrafeedback": ultrafeedback_row("q", "good", "bad"),
     "orca": {"system": "", "question": "q", "chosen": "good", "rejected": "bad"},
     "nectar": nectar_row("\n\nHuman: q\n\nAssistant: ", [1.0, 2.0]),
-}
+    "helpsteer3": helpsteer3_row("q", 1),
+} | {name: talks("q", "good", "bad", **fields) for name, fields in OF_CONVERSATIONS.items()}
 READ_FIELDS = {
     "hh": ["chosen", "rejected"],
     "shp": ["history", "human_ref_A", "human_ref_B", "labels", "score_A", "score_B"],
@@ -418,8 +531,9 @@ READ_FIELDS = {
     "ultrafeedback": ["prompt", "chosen", "rejected"],
     "orca": ["system", "question", "chosen", "rejected"],
     "nectar": ["prompt", "answers"],
-}
-TRAIN_FILE = {"ultrafeedback": "data/train_prefs-00000-of-00001.parquet"}
+    "helpsteer3": ["context", "response1", "response2", "overall_preference"],
+} | {name: ["chosen", "rejected"] for name in OF_CONVERSATIONS}
+TRAIN_FILE = {"ultrafeedback": "data/train_prefs-00000-of-00001.parquet", "helpsteer3": "preference/train.parquet"}
 
 
 def copy_of(name: str, directory: Path, rows: list[dict]) -> Path:
@@ -435,7 +549,9 @@ def test_a_directory_that_lacks_a_field_is_refused_with_its_name_and_the_fields_
     with pytest.raises(UserError) as refused:
         read(name, directory)
     text = str(refused.value)
-    assert text.startswith(f"datasets: {directory}, split train")
+    assert text.startswith(
+        f"datasets: {(directory / TRAIN_FILE.get(name, '')).parent if name == 'helpsteer3' else directory}, "
+    )
     assert f": no field {field}; it has {', '.join(row)}. Expected the fields of {DATASET_PATHS[name]}: " in text
     assert text.endswith(f"{', '.join(READ_FIELDS[name])}.")
 
@@ -448,6 +564,10 @@ DATASET_PATHS = {
     "ultrafeedback": "HuggingFaceH4/ultrafeedback_binarized",
     "orca": "Intel/orca_dpo_pairs",
     "nectar": "berkeley-nest/Nectar",
+    "capybara": "argilla/distilabel-capybara-dpo-7k-binarized",
+    "open_hermes_preferences": "argilla/OpenHermesPreferences",
+    "tulu3": "allenai/llama-3.1-tulu-3-8b-preference-mixture",
+    "helpsteer3": "nvidia/HelpSteer3",
 }
 
 
@@ -516,9 +636,39 @@ def test_a_damaged_file_of_a_named_set_is_refused_with_the_directory(tmp_path, n
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(UserError) as refused:
         read(name, directory)
-    assert str(refused.value).startswith(f"datasets: {directory} (split train")
+    assert str(refused.value).startswith(f"datasets: {directory}")
+    assert " (split train" in str(refused.value)
     assert "could not be loaded: " in str(refused.value)
     assert "{name: hh, data_dir: ...}" in str(refused.value)
+
+
+@pytest.mark.parametrize("name", SOUND)
+def test_every_named_set_takes_where_whose_rows_are_counted_once(tmp_path, name):
+    kept, left_out = (SOUND[name] | {"kind": kind} for kind in ("kept", "left out"))
+    directory = copy_of(name, tmp_path / "copy", [left_out, kept, left_out])
+    for where in ({"kind": "kept"}, "kind == 'kept'"):
+        splits = ("train", "test") if DATASETS[name].held_out_by_share else ("train",)
+        found = [record for split in splits for record in read(name, directory, split, where=where)[0]]
+        assert len(found) == 1
+        _, report = read(name, directory, where=where)
+        reason = "kind is not kept" if isinstance(where, dict) else "not kind == 'kept'"
+        assert (report.rows_read, report.left_out) == (3, {reason: 2})
+
+
+@pytest.mark.parametrize(
+    ("entry", "told"),
+    [
+        ({"name": "hh", "where": "chosen >"}, "hh: where: found 'chosen >' (invalid syntax), expected comparisons"),
+        ({"name": "hh", "where": ["chosen"]}, "hh: where: found ['chosen'], expected {COLUMN: VALUE}, or a text of"),
+        ({"name": "nectar", "top_k": 0}, "nectar: top_k: found 0, expected a whole number of at least 1."),
+        ({"name": "nectar", "pairs": "best"}, "nectar: pairs: found 'best'; "),
+        ({"name": "ultrafeedback", "min_score_gap": "2"}, "ultrafeedback: min_score_gap: found '2', expected a number."),
+    ],
+)
+def test_a_senseless_key_of_a_named_set_is_refused_before_anything_is_loaded(entry, told):
+    with pytest.raises(UserError) as refused:
+        read_entry(entry)
+    assert str(refused.value).startswith(f"datasets: {told}")
 
 
 def test_what_a_named_set_gives_depends_on_its_files_split_and_keys(tmp_path):
@@ -610,11 +760,11 @@ def test_without_a_test_split_a_share_of_the_prompts_is_held_out(tmp_path):
     assert sorted(train + test) == sorted(expected(*range(100)))
 
 
-def test_an_invalid_row_of_a_directory_is_reported_with_directory_split_and_number(tmp_path):
+def test_an_invalid_row_of_a_directory_is_reported_with_directory_number_and_file(tmp_path):
     write(tmp_path / "mine" / "train.jsonl", [*triplets(0, 2), triplets(2, 3)[0] | {"chosen": None}])
     with pytest.raises(UserError) as refused:
         own(tmp_path / "mine", {})
-    assert str(refused.value).startswith(f"datasets: {tmp_path / 'mine'} (train), row 3: field 'chosen' is None")
+    assert str(refused.value).startswith(f"datasets: {tmp_path / 'mine'}/, row 3 of train.jsonl: field 'chosen' is None")
 
 
 def no_files(directory: Path) -> None:
@@ -641,12 +791,21 @@ def half_a_gzip(directory: Path) -> None:
     path.write_bytes(path.read_bytes()[:30])
 
 
-@pytest.mark.parametrize("make", [no_files, a_script, a_card_that_is_no_yaml, lines_that_are_no_json, half_a_gzip])
-def test_a_directory_that_cannot_be_loaded_is_refused_with_its_path(tmp_path, make):
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (no_files, ": no data file in this folder. Expected files ending in .jsonl, "),
+        (a_script, " (split train) could not be loaded: "),
+        (a_card_that_is_no_yaml, " (split train) could not be loaded: "),
+        (lines_that_are_no_json, "/train.jsonl, row 1: not JSON: "),
+        (half_a_gzip, "/train.jsonl.gz: cannot be read: "),
+    ],
+)
+def test_a_directory_that_cannot_be_loaded_is_refused_with_its_path(tmp_path, make, told):
     make(tmp_path / "mine")
     with pytest.raises(UserError) as refused:
         own(tmp_path / "mine", {})
-    assert str(refused.value).startswith(f"datasets: {tmp_path / 'mine'} (split train) could not be loaded: ")
+    assert str(refused.value).startswith(f"datasets: {tmp_path / 'mine'}{told}")
 
 
 def test_a_directory_that_does_not_exist_and_a_split_that_does_not_are_refused(tmp_path):
@@ -662,9 +821,9 @@ NO_DATE = pyarrow.array([2**62], pyarrow.timestamp("us"))
 
 
 @pytest.mark.parametrize("texts", [NOT_UTF8, NO_DATE], ids=["not UTF-8", "no date"])
-def test_values_that_cannot_be_read_are_refused_with_the_directory(tmp_path, texts):
+def test_values_that_cannot_be_read_are_refused_with_the_file_of_the_directory(tmp_path, texts):
     (tmp_path / "mine").mkdir()
     pyarrow.parquet.write_table(pyarrow.table({"chosen": texts}), tmp_path / "mine" / "train.parquet")
     with pytest.raises(UserError) as refused:
         own(tmp_path / "mine", {})
-    assert str(refused.value).startswith(f"datasets: {tmp_path / 'mine'} (train), after row 0: cannot be read, or damaged: ")
+    assert str(refused.value).startswith(f"datasets: {tmp_path / 'mine'}/train.parquet: not Parquet, or damaged: ")

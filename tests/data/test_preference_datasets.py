@@ -13,13 +13,12 @@ from preference_datasets import hh_records, shp_records, stack_exchange_records
 from preference_training.core.errors import UserError
 from preference_training.data import hub_sets
 from preference_training.data.entries import load_records, read_entry
-from preference_training.data.files import DATA_SUFFIXES
-from preference_training.data.html_text import html_to_text
 from preference_training.data.registry import DATASETS, Dataset, find_dataset, register
 from preference_training.data.rows.records import DataReport, PreferenceRecord, is_held_out, prompt_hash
 from preference_training.data.rows.templates import split_dialogue
+from preference_training.data.sources.html_text import html_to_text
 from preference_training.data.toy_preferences import TEST_PROMPTS, TRAIN_PROMPTS, response_kind
-from tests.support.files import write
+from tests.support.files import DATA_SUFFIXES, write
 
 LOADERS = {"hh": hh_records, "shp": shp_records, "se": stack_exchange_records}
 FIX = " Fix the row, or skip such rows with on_bad_row=skip."
@@ -109,7 +108,7 @@ def test_an_unknown_name_is_refused_with_the_nearest_one(name, meant):
 
 
 def test_a_name_near_no_other_is_refused_with_all_names_endings_and_the_form_of_an_own_loader():
-    with pytest.raises(UserError, match=r"known are: hh, .* shp, toy, .*\. A file must end in one of \.jsonl.*FILE\.py:NAME"):
+    with pytest.raises(UserError, match=r"known are: hh, .* shp, toy, .*\. A file must end in \.jsonl.*FILE\.py:NAME"):
         find_dataset("completely-else")
     for name in DATASETS:
         with pytest.raises(UserError, match=rf"known are: .*\b{name}\b.*\. A file"):

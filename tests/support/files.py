@@ -8,6 +8,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 CONFIG_DIR = ROOT / "config"
 GOLDEN = ROOT / "tests" / "golden"
+# The usual endings, which `write` knows.
+DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".csv", ".parquet")
 
 
 def write(path: Path, rows: list[dict]) -> Path:

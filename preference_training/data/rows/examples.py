@@ -94,7 +94,7 @@ def _pairs(record: PreferenceRecord, needs_margins: bool, report: DataReport) ->
 def _margins(record: PreferenceRecord) -> list[float | None]:
     """The margin of each pair: the record's own, or the difference of the scores; None without either."""
     if record.margins is not None:
-        return [float(margin) for margin in record.margins]
+        return [None if margin is None else float(margin) for margin in record.margins]
     scores = record.scores or [None] * len(record.responses)
     differences = [
         None if scores[i] is None or scores[j] is None else float(scores[i]) - float(scores[j]) for i, j in record.pairs

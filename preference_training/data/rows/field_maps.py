@@ -1,56 +1,74 @@
 """Map rows of any schema to prompts and responses: a field map says which field is which, so that no code is needed.
 
-Supported are pairs (`chosen`, `rejected`), lists of responses with scores or ranks, one scored or labeled response per row, and
-prompts with one response for SFT; texts or conversations (`list{role, content}`); prompts in a separate field, or in the common
-beginning of chosen and rejected.
+What a map does not say is found in the columns of the first rows (`formats.py`). Supported are pairs, lists of answers with
+scores or ranks, two answers with a verdict, one scored or labeled answer per row, prompts with one answer, whole conversations
+and plain text; texts or conversations; prompts in a separate field, or in the common beginning of the answers.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from math import inf, isfinite
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from itertools import chain, islice
+from math import inf, isfinite, isnan
 
 from preference_training.core.errors import UserError
-from preference_training.data.rows.conversations import (
-    RowError,
-    join_turns,
-    occurs_in,
-    parse_serialized_turns,
-    parse_turns,
-    part_conversations,
-    turn_keys,
+from preference_training.data.rows.answers import (
+    LeftOut,
+    Named,
+    Splitting,
+    Turns,
+    answer_in,
+    answers_in,
+    conversation_in,
+    rounds_in,
 )
-from preference_training.data.rows.filters import RowFilter
+from preference_training.data.rows.conversations import RowError, split_conversation
+from preference_training.data.rows.formats import find, with_nearest
 from preference_training.data.rows.grouping import Row, pairs_by_score
-from preference_training.data.rows.records import (
-    OTHER_PROMPT,
-    DataReport,
-    NumberedRows,
-    Prompt,
-    Turn,
-    prompt_error,
-    response_of,
-    text_error,
-    type_name,
-)
+from preference_training.data.rows.prompt_fields import PromptFields
+from preference_training.data.rows.records import DataReport, NumberedRows, response_of, text_error
 from preference_training.data.rows.repeated_prompts import strip_repeated_prompts
-from preference_training.data.rows.templates import parse_dialogue, split_dialogue
 from preference_training.data.rows.unread_columns import ReadColumns
-from preference_training.data.rows.values import as_label, as_number, field_number, field_value
+from preference_training.data.rows.values import (
+    NO_VERDICT,
+    TIE,
+    as_label,
+    as_number,
+    better_answer,
+    check_text,
+    field_number,
+    field_value,
+    is_empty,
+    parse_text_list,
+)
+from preference_training.data.sources.filters import RowFilter, Where, where_columns
 
 # What a report counts of rows, besides those it skips.
 INPUT_JOINED = "prompts joined from instruction and input, on separate lines"
 OWN_SYSTEM_TURN = "conversations with their own system turn, which replaces the field {!r}"
+LAST_TURNS = "conversations whose turns behind the assistant's last one were left out"
+NO_ANSWER = "answers left out that are missing (None)"
+NO_SCORE = "answers left out that have no score or rank"
+NO_RATED = "no answer has a score or rank"
+OTHER_FORMAT = "rows of another format: {}"
+
+# The rows from which a format is found.
+FIRST_ROWS = 100
 
 
 @dataclass(frozen=True)
 class FieldMap:
     """The fields of a row. A dotted name selects a nested value and, for lists, a value of each item.
 
-    Pairs: `chosen`, `rejected`, and numbers of the pair, its `margin` and `example_weight`. Lists: `responses` with `scores`
-    (higher is better) or `ranks` (lower is better). One response per row: `response`, with a `score` (pairs are then formed
-    between the rows of a prompt), a `label` (desirable or not), or neither (SFT only).
+    Pairs: `chosen`, `rejected` (the same column: a list whose first answer is preferred), and numbers of the pair, its `margin`
+    and `example_weight`. Lists: `responses` with `scores` (higher is better) or `ranks` (lower is better), as a column or as a
+    list of columns. Verdicts: two `answers`, and which is `better`: a column, or {column: [values for the first, values for the
+    second]}. One response per row: `response`, with a `score` (pairs are then formed between the rows of a prompt), a `label`
+    (desirable or not), or neither (SFT only). `messages`: whole conversations, whose assistant turns SFT learns. `text`: plain
+    text. Beside the `prompt` ("": there is none): `system`, `history` (earlier [question, answer] turns), `tools`.
 
-    where: column → a value, a list of values, or a comparison such as ">= 0.5"; rows that fail any are skipped.
+    where: column → a value, a list of values, or a comparison such as ">= 0.5", or an expression over columns; rows that fail
+    any are skipped.
     top_k: {column, k}: the k rows with the largest values are kept.
     """
 
@@ -60,291 +78,318 @@ class FieldMap:
     system: str | None = None
     response: str | None = None
     score: str | None = None
-    responses: str | None = None
-    scores: str | None = None
-    ranks: str | None = None
+    responses: str | list | None = None
+    scores: str | list | None = None
+    ranks: str | list | None = None
     implicit_prompt: bool = False
-    where: dict = field(default_factory=dict)
+    where: Where = field(default_factory=dict)
     top_k: dict | None = None
     label: str | None = None
     margin: str | None = None
     example_weight: str | None = None
+    messages: str | None = None
+    text: str | None = None
+    answers: str | list | None = None
+    better: str | dict | None = None
+    history: str | None = None
+    tools: str | None = None
 
     def map_rows(self, rows: NumberedRows, place: str, report: DataReport, known: bool = False) -> Iterator[Row]:
         """The usable rows, filtered; others go to the report. place: the file or data set, for messages.
 
-        known: the schema of the set is known, so unread columns and repeated prompts are not reported.
+        known: the schema of the set is known, so that nothing is searched for, and unread columns and repeated prompts are not
+        reported.
         """
-        mapped = self._mapped(rows, place, report, known)
-        return mapped if known else strip_repeated_prompts(mapped, report)
+        rows = RowFilter(self.where, self.top_k).apply(rows, place, report)
+        if known:
+            return _mapped(_Formats(self, self), rows, place, report, known)
+        rows = iter(rows)
+        first = list(islice(rows, FIRST_ROWS))
+        main = self.found_in(row for _, row in first)
+        report.found = main.words
+        mapped = _mapped(_Formats(self, main), chain(first, rows), place, report, known)
+        return strip_repeated_prompts(mapped, report)
 
-    def _mapped(self, rows: NumberedRows, place: str, report: DataReport, known: bool) -> Iterator[Row]:
-        columns = ReadColumns(self.names())
-        usable, implicit = 0, 0
-        for number, row in RowFilter(self.where, self.top_k).apply(rows, place, report):
-            try:
-                if not known and (name := columns.media(row)):
-                    raise RowError(
-                        f"field {name!r} is not empty, but models read only text here. Expected rows of texts; remove the "
-                        "column if they do not depend on it."
-                    )
-                mapped = self.map_row(row)
-            except RowError as error:
-                report.bad_row(UserError(f"datasets: {place}, row {number}: {error}"))
-                continue
-            usable += 1
-            implicit += self.implicit_prompt and self._has_implicit_prompt(row)
-            if mapped is None:
-                report.skip(OTHER_PROMPT)
-                continue
-            if not known:
-                self._count_unused(row, mapped, columns, report)
-            yield mapped
-        if self.implicit_prompt and usable and not implicit:
-            report.note("implicit_prompt has no effect: prompts are in separate fields, or in turns")
+    def given(self) -> dict:
+        """The keys that differ from the usual ones."""
+        usual = FieldMap()
+        values = {item.name: getattr(self, item.name) for item in fields(FieldMap)}
+        return {name: value for name, value in values.items() if value != getattr(usual, name)}
 
-    def _count_unused(self, row: dict, mapped: Row, columns: ReadColumns, report: DataReport) -> None:
-        """Count the columns of a row that are not read, or are joined."""
-        for name in columns.unread(row):
-            report.not_read(name)
-        if self._input(row):
-            report.change(INPUT_JOINED)
-        if self.system and not isinstance(mapped.prompt, str):
-            system, first = field_value(row, self.system), mapped.prompt[0]
-            if isinstance(system, str) and system.strip() and system.strip() != first.content.strip():
-                report.change(OWN_SYSTEM_TURN.format(self.system))
+    def found_in(self, rows: Iterable[dict]) -> "FoundMap":
+        """This map, with what it does not say as found in rows."""
+        given = self.given()
+        found = find(list(rows), given)
+        names = frozenset(value for value in found.keys.values() if isinstance(value, str))
+        keys = found.keys if found.words else {}
+        return FoundMap(**{**given, **found.keys}, found=names, found_keys=keys, words=found.words)
 
+    @property
+    def found(self) -> frozenset[str]:
+        """The fields that were found unasked: single rows may lack those beside the prompt and the answers."""
+        return frozenset()
+
+    @cached_property
+    def answer_fields(self) -> list[str]:
+        """The fields of the answers, and of the numbers and verdicts on them."""
+        if self.messages:
+            found = [self.messages, self.label]
+        elif self.text:
+            found = [self.text]
+        elif self.responses:
+            found = [*_listed(self.responses), *_listed(self.scores or self.ranks)]
+        elif self.answers:
+            found = [*_listed(self.answers), *(self.better if isinstance(self.better, dict) else [self.better])]
+        elif self.response:
+            found = [self.response, self.score, self.label]
+        else:
+            found = [self.chosen, self.rejected, self.margin, self.example_weight]
+        return [name for name in found if name is not None]
+
+    @cached_property
+    def prompts(self) -> PromptFields:
+        """The fields of the prompt."""
+        others = frozenset([*self.answer_fields, *filter(None, (self.system, self.history, self.tools))])
+        return PromptFields(self.prompt, self.system, self.history, self.tools, self.found, others)
+
+    @cached_property
+    def splitting(self) -> Splitting:
+        """How prompts are told from answers: only answers that are compared may hold their prompt."""
+        return Splitting(self.prompts, self.implicit_prompt, apart=bool(self.responses or self.response))
+
+    @property
     def names(self) -> list[str]:
         """The fields that are read, including filters."""
-        if self.responses is not None:
-            texts = [self.responses, self.scores, self.ranks if not self.scores else None]
-        elif self.response is not None:
-            texts = [self.response, self.score, self.label]
+        of_prompt = [] if self.text else self.prompts.names()
+        if self.messages:
+            of_prompt = [name for name in (self.system, self.tools) if name]
+        return [*of_prompt, *self.answer_fields, *where_columns(self.where), *([self.top_k["column"]] if self.top_k else [])]
+
+    def map_row(self, row: dict, report: DataReport | None = None) -> Row:
+        """One mapped row. Raises RowError, and LeftOut where it has nothing to compare."""
+        report = report if report is not None else DataReport()
+        if self.text:
+            check_text(text := field_value(row, self.text), self.text)
+            return Row("", [text], [], 0)
+        if self.messages:
+            mapped = self._conversation(row, report)
+        elif self.responses:
+            mapped = self._list(row, report)
+        elif self.answers:
+            mapped = self._verdict(row)
+        elif self.response:
+            mapped = self._single(row)
         else:
-            texts = [self.chosen, self.rejected, self.margin, self.example_weight]
-        names = [self.prompt, self.system, *texts, *self.where, self.top_k and self.top_k["column"]]
-        names += [INPUT] * (self.prompt == INSTRUCTION)
-        return [name for name in names if name is not None]
+            mapped = self._pair(row)
+        return mapped._replace(tools=self.prompts.tools_text(row)) if self.tools else mapped
 
-    def map_row(self, row: dict) -> Row | None:
-        """One mapped row; None where chosen and rejected have different prompts. Raises RowError."""
-        if self.responses is not None:
-            return self._map_lists(row)
-        if self.response is not None:
-            response = _response_text(row, self.response)
-            scores = None if self.score is None else [_score(row, self.score)]
-            labels = None if self.label is None else [as_label(field_value(row, self.label), self.label)]
-            return Row(self._prompt(row), [response], [], 0, scores, labels, forms_pairs=scores is not None)
-        mapped = self._map_pair(row)
-        return mapped and mapped._replace(**self._numbers_of_pair(row))
+    # ---- kinds of rows ----------------------------------------------------------------------------------------------------
 
-    def _numbers_of_pair(self, row: dict) -> dict[str, list[float]]:
-        """The margin and the weight of a row's pair, where they are mapped. Raises RowError."""
-        numbers = {}
-        for key, name, least in (("margins", self.margin, -inf), ("weights", self.example_weight, 0)):
-            if name is not None:
-                numbers[key] = [number := field_number(row, name)]
-                if not (isfinite(number) and number >= least):
-                    raise RowError(f"field {name!r} is {number}, expected a finite number{' of at least 0' * (least == 0)}.")
-        return numbers
+    def _conversation(self, row: dict, report: DataReport) -> Row:
+        turns = conversation_in(field_value(row, self.messages), self.messages)
+        prompt, response = split_conversation(turns, self.messages)
+        report.change(LAST_TURNS, len(prompt) + len(response) < len(turns))
+        labels = None
+        if self.label:
+            labels = [as_label(field_value(row, self.label), self.label)]
+            prompt, response = (*prompt, *response[:-1]), response[-1:]
+        prompt = self.prompts.with_system(row, tuple(prompt)) or ""
+        return Row(prompt, [response_of(response)], [], 0, labels=labels)
 
-    def _map_lists(self, row: dict) -> Row:
-        responses = field_value(row, self.responses)
-        numbers = field_value(row, self.scores or self.ranks)
-        if not isinstance(responses, list) or not isinstance(numbers, list) or len(responses) != len(numbers):
+    def _single(self, row: dict) -> Row:
+        answer = answer_in(field_value(row, self.response), self.response)
+        scores = labels = None
+        if self.score is not None:
+            scores = [as_number(_number(field_value(row, self.score)), self.score)]
+        if self.label is not None:
+            labels = [as_label(field_value(row, self.label), self.label)]
+        prompt, responses = self.splitting.split(row, [(self.response, answer)])
+        return Row(prompt, responses, [], 0, scores, labels, forms_pairs=scores is not None)
+
+    def _list(self, row: dict, report: DataReport) -> Row:
+        numbers_name = self.scores or self.ranks
+        answers, numbers = (_values(row, name) for name in (self.responses, numbers_name))
+        if not isinstance(answers, list) or not isinstance(numbers, list) or len(answers) != len(numbers):
             raise RowError(
-                f"{self.responses} and {self.scores or self.ranks} are not two lists of the same length. "
+                f"{_shown(self.responses)} and {_shown(numbers_name)} are not two lists of the same length. "
                 "Expected one number for each response."
             )
-        for index, response in enumerate(responses):
-            if problem := text_error(parse_serialized_turns(response, self.responses)):
-                raise RowError(f"field {self.responses!r}: response {index} {problem}.")
-        sign = 1 if self.scores else -1
-        scores = [sign * as_number(number, self.scores or self.ranks) for number in numbers]
-        if len(responses) == 0:
+        if not answers:
             raise RowError(f"field {self.responses!r} is an empty list.")
-        best = max(range(len(scores)), key=scores.__getitem__)
-        return Row(self._prompt(row), responses, pairs_by_score(scores), best, scores)
+        rated = [k for k, answer in enumerate(answers) if answer is not None and not _is_missing(numbers[k])]
+        if not rated:
+            raise LeftOut(NO_RATED)
+        missing = sum(answer is None for answer in answers)
+        report.change(NO_ANSWER, missing)
+        report.change(NO_SCORE, len(answers) - missing - len(rated))
+        found = self._rounds(row, self.responses) or [
+            (_shown(self.responses), self._listed_answer(answers[k], k)) for k in rated
+        ]
+        sign = 1 if self.scores else -1
+        scores = [sign * as_number(_number(numbers[k]), _shown(numbers_name)) for k in rated]
+        pairs = pairs_by_score(scores)
+        if isinstance(self.responses, list) and not pairs and len(answers) > 1:
+            raise LeftOut(TIE)
+        prompt, responses = self.splitting.split(row, found)
+        return Row(prompt, responses, pairs, max(range(len(scores)), key=scores.__getitem__), scores)
 
-    def _map_pair(self, row: dict) -> Row | None:
-        chosen, rejected = (parse_serialized_turns(_response(row, name), name) for name in (self.chosen, self.rejected))
-        if isinstance(chosen, list) or isinstance(rejected, list):
-            for name, value in ((self.chosen, chosen), (self.rejected, rejected)):
-                if not isinstance(value, list):
-                    raise RowError(f"field {name!r} is {type_name(value)}, expected a conversation as in the other field.")
-            return self._map_conversations(row, chosen, rejected)
-        for name, value in ((self.chosen, chosen), (self.rejected, rejected)):
-            _check_text(value, name)
-        if self._has_prompt_field(row):
-            return Row(self._prompt(row), [chosen, rejected], [(0, 1)], 0)
-        if self.implicit_prompt:
-            prompt = _shared_beginning(chosen, rejected)
-        else:
-            prompt = _dialogue_prompt(chosen, self.chosen)
-            if not rejected.startswith(prompt):
-                return None
-        responses = [chosen[len(prompt) :], rejected[len(prompt) :]]
-        for name, response in zip((self.chosen, self.rejected), responses, strict=True):
-            if not response.strip():
-                raise RowError(f"the response in field {name!r} is empty.")
-        return Row(prompt, responses, [(0, 1)], 0)
+    def _rounds(self, row: dict, names: str | list) -> list[Named]:
+        return rounds_in(row, self.prompt, names) if isinstance(names, list) else []
 
-    def _has_prompt_field(self, row: dict) -> bool:
-        """Whether the prompt is in a separate field: one that is configured, or that rows have anyway."""
-        return self.prompt in row or self.prompt != FieldMap.prompt or self.system is not None
+    def _listed_answer(self, answer, index: int) -> str | Turns:
+        name = _shown(self.responses)
+        if isinstance(answer, list | dict):
+            return answer_in(answer, f"{name}.{index}")
+        if problem := text_error(answer):
+            raise RowError(f"field {name!r}: response {index} {problem}.")
+        return answer_in(answer, name)
 
-    def _has_implicit_prompt(self, row: dict) -> bool:
-        """Whether this row's prompt is found by implicit_prompt."""
-        if self.responses is not None or self.response is not None or self._has_prompt_field(row):
-            return False
-        return isinstance(parse_serialized_turns(field_value(row, self.chosen), self.chosen), str)
+    def _verdict(self, row: dict) -> Row:
+        values = _values(row, self.answers)
+        names = self.answers if isinstance(self.answers, list) else [self.answers] * 2
+        if not isinstance(values, list) or len(values) != 2:
+            raise RowError(f"field {_shown(self.answers)!r} is not a list of two answers.")
+        better = better_answer(row, self.better, " and ".join(dict.fromkeys(names)))
+        if better is None:
+            column = next(iter(self.better))
+            raise LeftOut(NO_VERDICT if is_empty(field_value(row, column)) else TIE)
+        answers = self._rounds(row, self.answers) or [
+            (name, answer_in(value, name)) for name, value in zip(names, values, strict=True)
+        ]
+        prompt, responses = self.splitting.split(row, answers)
+        return Row(prompt, responses, [(better, 1 - better)], better)
 
-    def _map_conversations(self, row: dict, chosen: list, rejected: list) -> Row | None:
-        conversations = [parse_turns(value, name) for value, name in ((chosen, self.chosen), (rejected, self.rejected))]
-        for name, turns in zip((self.chosen, self.rejected), conversations, strict=True):
-            if turns[-1].role != "assistant":
-                raise RowError(
-                    f"the last turn of {name} is the {turns[-1].role}'s. Expected the assistant's, which is the response."
-                )
-        parts = part_conversations(conversations)
-        if parts is None:
-            return None
-        before, responses = parts
-        prompt = self._prompt_before(row, before) if before else self._prompt(row, as_turns=True)
-        return Row(prompt, [response_of(turns) for turns in responses], [(0, 1)], 0)
+    def _pair(self, row: dict) -> Row:
+        names = [self.chosen] if self.chosen == self.rejected else [self.chosen, self.rejected]
+        found = [[(name, answer) for answer in answers_in(_answer(row, name), name)] for name in names]
+        chosen, rejected = found if len(found) > 1 else (found[0][:1], found[0][1:])
+        if not rejected:
+            raise RowError(f"field {self.rejected!r} has one answer, expected the preferred one and others.")
+        prompt, responses = self.splitting.split(row, chosen + rejected)
+        pairs = [(i, len(chosen) + k) for i in range(len(chosen)) for k in range(len(rejected))]
+        more = tuple(range(1, len(chosen)))
+        return Row(prompt, responses, pairs, 0, more_targets=more, **self._numbers_of_pair(row, len(pairs)))
 
-    def _prompt_before(self, row: dict, shared: tuple[Turn, ...]) -> tuple[Turn, ...]:
-        """The turns of the prompt field, if any, followed by those that chosen and rejected share. Raises RowError."""
+    def _numbers_of_pair(self, row: dict, count: int) -> dict[str, list[float]]:
+        """The margin and the weight of a row's pairs, where they are mapped. Raises RowError."""
+        numbers = {}
+        for key, name, least in (("margins", self.margin, -inf), ("weights", self.example_weight, 0)):
+            if name is None or (name in self.found and is_empty(row.get(name))):
+                continue
+            numbers[key] = [number := field_number(row, name)] * count
+            if not (isfinite(number) and number >= least):
+                raise RowError(f"field {name!r} is {number}, expected a finite number{' of at least 0' * (least == 0)}.")
+        return numbers
+
+
+@dataclass(frozen=True)
+class FoundMap(FieldMap):
+    """A field map as it was found in rows. found_keys, words: what was found, if it is not usual."""
+
+    found: frozenset[str] = frozenset()
+    found_keys: dict = field(default_factory=dict)
+    words: str = ""
+
+
+class _Formats:
+    """The field maps of the rows of a file: one for most of them, others for rows without its answers."""
+
+    def __init__(self, given: FieldMap, main: FieldMap):
+        self.given, self.main = given, main
+        self.roots = {part for name in main.answer_fields for part in (name, name.split(".")[0])}
+        self.others: dict[tuple, FieldMap] = {}
+        self.columns = {id(main): ReadColumns(main.names)}
+
+    def of(self, row: dict) -> FieldMap:
+        """The map that reads a row."""
+        if self.main is self.given or any(not is_empty(row.get(name)) for name in self.roots):
+            return self.main
+        names = tuple(name for name, value in row.items() if not is_empty(value))
+        if names not in self.others and len(self.others) < FIRST_ROWS:
+            found = self.given.found_in([row])
+            fits = found.words and any(not is_empty(row.get(name.split(".")[0])) for name in found.answer_fields)
+            self.others[names] = found if fits else self.main
+        return self.others.get(names, self.main)
+
+    def columns_of(self, field_map: FieldMap) -> ReadColumns:
+        """The columns that a map reads."""
+        if id(field_map) not in self.columns:
+            self.columns[id(field_map)] = ReadColumns(field_map.names)
+        return self.columns[id(field_map)]
+
+
+def _mapped(formats: _Formats, rows: NumberedRows, place: str, report: DataReport, known: bool) -> Iterator[Row]:
+    usable, implicit = 0, 0
+    for number, row in rows:
+        field_map = formats.of(row)
+        columns = formats.columns_of(field_map)
         try:
-            value = parse_serialized_turns(field_value(row, self.prompt), self.prompt)
-        except RowError:
-            if self.prompt in row:
-                raise
-            value = None
-        if not value or self.system == self.prompt:
-            return self._with_system(row, shared)
-        value = [value] if turn_keys(value) else value
-        if isinstance(value, list):
-            return self._with_system(row, join_turns(parse_turns(value, self.prompt), shared))
-        if not isinstance(value, str):
-            _check_text(value, self.prompt)
-        if not occurs_in(value, shared):
-            raise RowError(
-                f"field {self.prompt!r} is a text that does not occur in the turns which {self.chosen} and {self.rejected} "
-                f"share, and would be lost. If it is a system prompt, set system: {self.prompt}; if it is not part of the "
-                "prompt, rename the column."
-            )
-        return self._with_system(row, shared)
+            if not known and (name := columns.media(row)):
+                raise RowError(
+                    f"field {name!r} is not empty, but models read only text here. Expected rows of texts; remove the "
+                    "column if they do not depend on it."
+                )
+            mapped = field_map.map_row(row, report)
+        except RowError as error:
+            report.bad_row(UserError(f"datasets: {place}, row {number}: {error}"))
+            continue
+        except LeftOut as reason:
+            usable += 1
+            report.skip(str(reason))
+            continue
+        usable += 1
+        implicit += field_map.implicit_prompt and not field_map.prompts.in_row(row) and isinstance(mapped.prompt, str)
+        if not known:
+            _count_unused(field_map, row, mapped, columns, report)
+            if field_map is not formats.main:
+                report.change(OTHER_FORMAT.format(field_map.words))
+        yield mapped
+    if formats.given.implicit_prompt and usable and not implicit:
+        report.note("implicit_prompt has no effect: prompts are in separate fields, or in turns")
 
-    def _prompt(self, row: dict, as_turns: bool = False) -> Prompt:
-        """The prompt in a separate field: a text, or a conversation if it is a list or gets a system turn."""
-        value = parse_serialized_turns(_prompt_value(row, self.prompt), self.prompt)
-        if isinstance(value, list):
-            return self._with_system(row, parse_turns(value, self.prompt))
-        _check_text(value, self.prompt)
-        text = f"{value}\n{more}" if (more := self._input(row)) else value
-        if self.system is None and not as_turns:
-            return text
-        return self._with_system(row, parse_dialogue(text) or (Turn("user", text),))
 
-    def _input(self, row: dict) -> str | None:
-        """The second part of a prompt in Alpaca's schema, unless its field is mapped to something else."""
-        if self.prompt != INSTRUCTION or INPUT not in row or INPUT in (self.system, self.response, self.chosen, self.rejected):
-            return None
-        value = row[INPUT]
-        if value is None or (isinstance(value, str) and not value.strip()):
-            return None
-        _check_text(value, INPUT)
-        return value
-
-    def _with_system(self, row: dict, turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
-        if problem := prompt_error(turns):
-            raise RowError(f"the prompt {problem}.")
-        system = field_value(row, self.system) if self.system else None
-        if not system or turns[0].role == "system":
-            return turns
-        if problem := text_error(system):
-            raise RowError(f"field {self.system!r} {problem}.")
-        return (Turn("system", system), *turns)
+def _count_unused(field_map: FieldMap, row: dict, mapped: Row, columns: ReadColumns, report: DataReport) -> None:
+    """Count the columns of a row that are not read, or are joined."""
+    for name in columns.unread(row):
+        report.not_read(name)
+    if not (field_map.text or field_map.messages) and field_map.prompts.second_part(row):
+        report.change(INPUT_JOINED)
+    if field_map.system and not isinstance(mapped.prompt, str):
+        system, first = row.get(field_map.system), mapped.prompt[0]
+        if isinstance(system, str) and system.strip() and system.strip() != first.content.strip():
+            report.change(OWN_SYSTEM_TURN.format(field_map.system))
 
 
 # ---- values of a row ----------------------------------------------------------------------------------------------------
 
 
-def _score(row: dict, name: str) -> float:
-    value = field_value(row, name)
-    if isinstance(value, bool):
-        raise RowError(f"field {name!r} is {value}, expected a number such as 1 or 0.")
-    return as_number(value, name)
+def _listed(names: str | list) -> list:
+    return names if isinstance(names, list) else [names]
 
 
-def _check_text(value, name: str) -> None:
-    """Raise RowError where a field's value is not a non-empty text, suggesting a map that would read it."""
-    if (problem := text_error(value)) is None:
-        return
-    keys = turn_keys(value)
-    remedy = f" {name}.{keys[1]} reads the text of such a turn." if keys else ""
-    raise RowError(f"field {name!r} {problem}.{remedy}")
+def _shown(names: str | list) -> str:
+    return ", ".join(_listed(names))
 
 
-def _response_text(row: dict, name: str) -> str:
-    value = parse_serialized_turns(field_value(row, name), name)
-    _check_text(value, name)
-    return value
+def _values(row: dict, names: str | list):
+    """The values of a list in one column, or of several columns."""
+    return [field_value(row, name) for name in names] if isinstance(names, list) else parse_text_list(field_value(row, names))
 
 
-# Common field names of responses and prompts, for messages.
-RESPONSE_NAMES = ("completion", "response", "output", "answer")
-PROMPT_NAMES = ("instruction", "question", "query", "input", "messages", "conversations", "conversation")
-INSTRUCTION, INPUT = "instruction", "input"
+def _number(value):
+    """A value as it is compared: true above false."""
+    return int(value) if isinstance(value, bool) else value
 
 
-def _response(row: dict, name: str):
-    """The chosen or rejected field of a row. Without it, the error suggests a map that would read the row."""
+def _is_missing(number) -> bool:
+    return number is None or (isinstance(number, float) and isnan(number))
+
+
+def _answer(row: dict, name: str):
+    """The chosen or rejected field of a row. Without it, the error suggests an entry that would read the row."""
     try:
         return field_value(row, name)
     except RowError as error:
-        found = next((other for other in RESPONSE_NAMES if other in row), None)
-        if name not in (FieldMap.chosen, FieldMap.rejected) or found is None:
+        if name not in (FieldMap.chosen, FieldMap.rejected):
             raise
-        prompt = next((other for other in PROMPT_NAMES if other in row), None) if FieldMap.prompt not in row else None
-        keys = f"prompt: {prompt}, " if prompt else ""
-        raise RowError(
-            f"{error} Rows with one response are read by a field map, {{path: ..., {keys}response: {found}}}, for loss=sft; "
-            "a number beside it, mapped to score, makes pairs; a label, mapped to label, makes examples for losses such as kto."
-        ) from None
-
-
-def _prompt_value(row: dict, name: str):
-    """The prompt field. Without the usual name, the error suggests another field of the row."""
-    try:
-        return field_value(row, name)
-    except RowError as error:
-        found = next((other for other in PROMPT_NAMES if other in row), None)
-        if name != FieldMap.prompt or found is None:
-            raise
-        raise RowError(f"{error} Name the field of the prompt, for example prompt: {found}.") from None
-
-
-def _dialogue_prompt(dialogue: str, name: str) -> str:
-    try:
-        return split_dialogue(dialogue)[0]
-    except ValueError:
-        raise RowError(
-            f"{name} has no '\\n\\nAssistant:' turn. Expected a dialogue of '\\n\\nHuman:' and '\\n\\nAssistant:' turns, or a "
-            "field prompt beside chosen and rejected (implicit_prompt=true uses their common beginning)."
-        ) from None
-
-
-def _shared_beginning(chosen: str, rejected: str) -> str:
-    """The common beginning of both texts, up to its last whitespace, so that no word is cut. Raises RowError without any.
-
-    A space before the responses is theirs: tokenizers merge it with the next word.
-    """
-    pairs = enumerate(zip(chosen, rejected, strict=False))
-    length = next((k for k, (a, b) in pairs if a != b), min(len(chosen), len(rejected)))
-    shared = chosen[:length]
-    end = max((k + 1 for k, character in enumerate(shared) if character.isspace()), default=0)
-    if not shared[:end].strip():
-        raise RowError("chosen and rejected start with different words, so they share no prompt.")
-    return shared[:end].removesuffix(" ")
+        raise RowError(with_nearest(str(error), row)) from None

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import combinations
 from typing import NamedTuple
 
-from preference_training.data.rows.records import SAME_TEXT, DataReport, Prompt
+from preference_training.data.rows.records import SAME_TEXT, DataReport, Prompt, Response
 
 
 def new_record() -> dict:
@@ -12,7 +12,7 @@ def new_record() -> dict:
     return {"responses": [], "pairs": [], "sft_target": None}
 
 
-def add_responses(record: dict, responses: Iterable[str], pairs: Iterable[tuple[int, int]]) -> int:
+def add_responses(record: dict, responses: Iterable[Response], pairs: Iterable[tuple[int, int]]) -> int:
     """Add responses, each once, and the pairs between them to a record. Returns how many pairs had identical texts."""
     known = record["responses"]
     indices = []
@@ -39,11 +39,12 @@ class Row(NamedTuple):
     """One row of a file or table: responses to a prompt, and the preferences between them.
 
     target: the index of the response that SFT learns. scores, labels: of each response. weights, margins: of each pair.
-    forms_pairs: the row holds one scored response, and pairs are formed between the rows of a prompt.
+    forms_pairs: the row holds one scored response, and pairs are formed between the rows of a prompt. more_targets: further
+    responses that SFT learns. tools: JSON text, which belongs to the prompt; "" for none.
     """
 
     prompt: Prompt
-    responses: list[str]
+    responses: list[Response]
     pairs: list[tuple[int, int]]
     target: int
     scores: list[float] | None = None
@@ -51,34 +52,47 @@ class Row(NamedTuple):
     weights: list[float] | None = None
     margins: list[float] | None = None
     forms_pairs: bool = False
+    more_targets: tuple[int, ...] = ()
+    tools: str = ""
 
     @property
     def stands_alone(self) -> bool:
         """Whether it is a record of its own: nothing relates it to other rows of its prompt."""
         return not (self.pairs or self.labels or self.forms_pairs)
 
+    @property
+    def targets(self) -> list[Response]:
+        """The responses that SFT learns."""
+        return [self.responses[index] for index in (self.target, *self.more_targets)]
+
 
 def group_rows(rows: Iterable[Row], report: DataReport, window: int = 20_000) -> Iterator[tuple[Prompt, dict]]:
     """Group the rows of each prompt into one record, in the order of their first rows.
 
     At most `window` prompts are kept open: rows of a prompt that are further apart form separate records, so that memory does
-    not grow with the data. The report counts pairs of identical texts; a row without pair, score and label is a record of its
-    own. SFT learns the target of each row; of rows with one scored response each, the best.
+    not grow with the data. Rows without a prompt, and rows without pair, score and label, are records of their own. The report
+    counts pairs of identical texts. SFT learns the target of each row; of rows with one scored response each, the best.
     """
-    groups: dict[Prompt, _Group] = {}
+    groups: dict[tuple[Prompt, str], _Group] = {}
     for row in rows:
         if row.stands_alone:
-            yield row.prompt, {"responses": row.responses, "pairs": [], "sft_target": row.responses[row.target]}
+            record = {"responses": row.responses, "pairs": [], "sft_target": row.responses[row.target]}
+            yield row.prompt, record | ({"tools": row.tools} if row.tools else {})
             continue
         if row.pairs and len(set(row.responses)) == 1:
             report.skip(SAME_TEXT, len(row.pairs))
             continue
-        groups.setdefault(row.prompt, _Group()).add(row, report)
+        if row.prompt == "":
+            # Answers without a prompt have nothing in common.
+            (alone := _Group()).add(row, report)
+            yield from alone.items(row.prompt, row.tools, report)
+            continue
+        groups.setdefault((row.prompt, row.tools), _Group()).add(row, report)
         if len(groups) > window:
-            prompt = next(iter(groups))
-            yield from groups.pop(prompt).items(prompt, report)
-    for prompt, group in groups.items():
-        yield from group.items(prompt, report)
+            key = next(iter(groups))
+            yield from groups.pop(key).items(*key, report)
+    for key, group in groups.items():
+        yield from group.items(*key, report)
 
 
 class _Group:
@@ -86,11 +100,11 @@ class _Group:
 
     def __init__(self):
         self.record = new_record()
-        self.targets: list[str] = []
+        self.targets: list[Response] = []
         # By response; `formed` are those whose pairs are formed at the end.
-        self.scores: dict[str, float] = {}
-        self.labels: dict[str, bool | None] = {}
-        self.formed: list[tuple[str, float]] = []
+        self.scores: dict[Response, float] = {}
+        self.labels: dict[Response, bool | None] = {}
+        self.formed: list[tuple[Response, float]] = []
 
     def add(self, row: Row, report: DataReport) -> None:
         """Add a row."""
@@ -99,9 +113,12 @@ class _Group:
             return
         different = [k for k, (i, j) in enumerate(row.pairs) if row.responses[i] != row.responses[j]]
         report.skip(SAME_TEXT, add_responses(self.record, row.responses, row.pairs))
-        for key in ("weights", "margins"):
-            if (values := getattr(row, key)) is not None:
-                self.record.setdefault(key, []).extend(values[k] for k in different)
+        before = len(self.record["pairs"]) - len(different)
+        for key, without in (("weights", 1.0), ("margins", None)):
+            values = getattr(row, key)
+            if values is not None or key in self.record:
+                known = self.record.setdefault(key, [without] * before)
+                known.extend(without if values is None else values[k] for k in different)
         if row.scores:
             self.scores |= dict(zip(row.responses, row.scores, strict=True))
         for response, label in zip(row.responses, row.labels or (), strict=False):
@@ -109,9 +126,9 @@ class _Group:
                 self.labels[response] = None
                 report.skip(BOTH_LABELS)
         if different or not row.pairs:
-            self.targets.append(row.responses[row.target])
+            self.targets += row.targets
 
-    def items(self, prompt: Prompt, report: DataReport) -> Iterator[tuple[Prompt, dict]]:
+    def items(self, prompt: Prompt, tools: str, report: DataReport) -> Iterator[tuple[Prompt, dict]]:
         """The prompt and its record, if there is anything to learn from it."""
         record = self.record
         if self.formed:
@@ -126,7 +143,7 @@ class _Group:
                 if of
             }
         if record and (record["pairs"] or self.labels):
-            yield prompt, record
+            yield prompt, record | ({"tools": tools} if tools else {})
 
 
 BOTH_LABELS = "a response is labeled desirable and undesirable"
@@ -135,7 +152,7 @@ SAME_RESPONSE = "a response has the text of another one"
 NO_PAIR = "no two responses have different scores"
 
 
-def scored_record(responses: Sequence[str], scores: Sequence[float], report: DataReport) -> dict | None:
+def scored_record(responses: Sequence[Response], scores: Sequence[float], report: DataReport) -> dict | None:
     """A record of all pairs of responses with different scores, the best of which is the SFT target; None without any pair.
 
     Of identical responses the last counts. The report counts what is skipped.

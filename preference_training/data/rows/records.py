@@ -16,6 +16,7 @@ Everything here works on streams, in memory that does not grow with the data.
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from math import inf, isfinite, isnan
@@ -86,8 +87,8 @@ EMPTY_TEXT = "a text is empty"
 COLUMN_HINTS = {
     "system": "with system: system it becomes the system turn",
     "system_prompt": "with system: system_prompt it becomes the system turn",
-    "tools": "tools are not passed to chat templates",
-    "input": "with prompt: instruction it is read after that",
+    "tools": "with tools: tools they are given to the chat template",
+    "score": "with response: ... and score: score it makes pairs of the rows of a prompt",
     "label": "with response: ... and label: label it labels a response",
     "margin": "with margin: margin it is the margin of the pair",
     "weight": "with example_weight: weight it is the weight of the pair",
@@ -100,7 +101,8 @@ class DataReport:
 
     left_out: numbers of skipped rows, pairs or examples, by reason. changed: numbers of changed texts, by change. num_prompts:
     the prompts that remain. bad_rows: messages for the first ten of the rows that cannot be used, which are errors unless
-    `skip_bad_rows`. columns_not_read: the number of rows that have each such column. notes: sentences, mostly on settings
+    `skip_bad_rows`; alike: the numbers of further ones like these. found: the format of the rows, if nobody named it.
+    columns_not_read: the number of rows that have each such column. notes: sentences, mostly on settings
     without effect.
     """
 
@@ -109,6 +111,8 @@ class DataReport:
     num_prompts: int = 0
     num_bad_rows: int = 0
     bad_rows: list[str] = field(default_factory=list)
+    alike: dict[str, int] = field(default_factory=dict)
+    found: str = ""
     left_out: dict[str, int] = field(default_factory=dict)
     changed: dict[str, int] = field(default_factory=dict)
     columns_not_read: dict[str, int] = field(default_factory=dict)
@@ -119,8 +123,12 @@ class DataReport:
         if not self.skip_bad_rows:
             raise UserError(f"{error} Fix the row, or skip such rows with on_bad_row=skip.") from error
         self.num_bad_rows += 1
-        if len(self.bad_rows) < 10:
-            self.bad_rows.append(str(error).splitlines()[0])
+        message = str(error).splitlines()[0]
+        kind = next((known for known in self.bad_rows if _kind_of(known) == _kind_of(message)), None)
+        if kind is not None:
+            self.alike[kind] = self.alike.get(kind, 0) + 1
+        elif len(self.bad_rows) < 10:
+            self.bad_rows.append(message)
 
     def skip(self, reason: str, count: int = 1) -> None:
         """Count what is skipped."""
@@ -161,12 +169,22 @@ class DataReport:
         hints = "; ".join(COLUMN_HINTS[name] for name in names if name in COLUMN_HINTS)
         # The index of a table becomes a column without a name in CSV files.
         columns = f"columns not read: {', '.join(name or repr(name) for name in names)}" + f" ({hints})" * bool(hints)
-        return [columns] * bool(names) + self.notes
+        line = "; ".join([self.found] * bool(self.found) + [columns] * bool(names))
+        return [line] * bool(line) + self.notes
 
     def lines(self) -> list[str]:
         """The report as text: a line of counts, if there are any, remarks, and the first bad rows."""
         counts = [f"{count} {what}" for count, what in self.counts()]
-        return ["; ".join(counts)] * bool(counts) + self.remarks() + [f"  {message}" for message in self.bad_rows]
+        bad = []
+        for message in self.bad_rows:
+            more = self.alike.get(message, 0)
+            bad.append(f"  {message}" + f" ({more} more rows like it)" * bool(more))
+        return ["; ".join(counts)] * bool(counts) + self.remarks() + bad
+
+
+def _kind_of(message: str) -> str:
+    """A message without the numbers, texts and lines in it: what rows that fail alike have in common."""
+    return re.sub(r"(?<=is )'.*?'(?=,)|\d+", "#", message)
 
 
 # ---- errors -------------------------------------------------------------------------------------------------------------
@@ -204,7 +222,7 @@ LISTS_OF_VALUES = {
     "scores": ("responses", "a number or None", lambda value: value is None or _is_number(value)),
     "labels": ("responses", "True, False or None", lambda value: value is None or isinstance(value, bool)),
     "weights": ("pairs", "a number of at least 0", lambda value: _is_number(value) and 0 <= value < inf),
-    "margins": ("pairs", "a number", lambda value: _is_number(value) and isfinite(value)),
+    "margins": ("pairs", "a number or None", lambda value: value is None or (_is_number(value) and isfinite(value))),
 }
 
 
@@ -365,7 +383,9 @@ def split_by_hash(
     lowest, waiting, several = 1.0, [], False
     held_out_any = share == 0
     for item in items:
-        value = prompt_hash(text_of(item[0]))
+        prompt, record = item
+        # Plain text has no prompt, and is held out by itself.
+        value = prompt_hash(text_of(prompt) if prompt != "" else record["sft_target"])
         held_out_any |= value < share
         if held_out_any:
             released, waiting = waiting, []

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 
 from preference_training.data.rows.conversations import MESSAGE_FIELDS, TURN_KEYS, RowError, parse_serialized_turns, turn_keys
+from preference_training.data.rows.values import is_empty
 
 # Where only the text is named, as in chosen.content, the role is not reported.
 ROLE_BESIDE = dict(TURN_KEYS)
@@ -27,7 +28,7 @@ class ReadColumns:
         """The non-empty columns of a row that are not read, each once, with dotted names for nested ones."""
         found: list[str] = []
         for column, value in row.items():
-            if _is_empty(value):
+            if is_empty(value):
                 continue
             if column in self.names:
                 found += _beside_turns(value, column)
@@ -39,19 +40,14 @@ class ReadColumns:
 
     def media(self, row: dict) -> str | None:
         """A column of images, video or audio that the map does not read, if the row has one."""
-        return next((name for name in MEDIA if name not in self.tree and not _is_empty(row.get(name))), None)
-
-
-def _is_empty(value) -> bool:
-    """Whether a value is empty, as in tables where a row lacks the column."""
-    return value is None or (isinstance(value, str | list | dict) and not value)
+        return next((name for name in MEDIA if name not in self.tree and not is_empty(row.get(name))), None)
 
 
 def _unread_parts(value, branch: dict[str, dict], name: str) -> Iterator[str]:
     """The names of the unread parts of a nested value, or of a list of them."""
     for item in value if isinstance(value, list) else [value]:
         for key, inner in item.items() if isinstance(item, dict) else ():
-            if _is_empty(inner) or ROLE_BESIDE.get(key) in branch:
+            if is_empty(inner) or ROLE_BESIDE.get(key) in branch:
                 continue
             if key not in branch:
                 yield f"{name}.{key}"
@@ -62,7 +58,7 @@ def _unread_parts(value, branch: dict[str, dict], name: str) -> Iterator[str]:
 
 
 def _beside_turns(value, name: str) -> Iterator[str]:
-    """The names of the keys besides role and text in the turns of a conversation, which may be serialized."""
+    """The names of the keys in the turns of a conversation, which may be serialized, that chat templates do not read."""
     try:
         value = parse_serialized_turns(value, name)
     except RowError:
@@ -72,4 +68,4 @@ def _beside_turns(value, name: str) -> Iterator[str]:
         keys = turn_keys(item)
         if keys and len(item) > 2:
             read = (*keys, *MESSAGE_FIELDS)
-            yield from (f"{name}.{key}" for key, inner in item.items() if key not in read and not _is_empty(inner))
+            yield from (f"{name}.{key}" for key, inner in item.items() if key not in read and not is_empty(inner))

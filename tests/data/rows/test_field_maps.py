@@ -50,7 +50,8 @@ def fault(row: dict, **names) -> str:
     assert text.endswith(end)
     report = DataReport(skip_bad_rows=True)
     assert list(field_map.map_rows([(7, row)], "data.jsonl", report)) == []
-    assert report == DataReport(skip_bad_rows=True, rows_read=1, num_bad_rows=1, bad_rows=[text.removesuffix(end)])
+    bad = [text.removesuffix(end)]
+    assert report == DataReport(skip_bad_rows=True, rows_read=1, num_bad_rows=1, bad_rows=bad, found=report.found)
     return text.removeprefix(start).removesuffix(end)
 
 
@@ -356,8 +357,10 @@ PAIR = {"prompt": "p", "chosen": "a", "rejected": "b"}
             PAIR | {"chosen": turns("q"), "rejected": turns("r")},
             "the last turn of chosen is the user's. Expected the assistant's",
         ),
-        ({"chosen": turns("", "a")[1:], "rejected": turns("", "b")[1:]}, "no field 'prompt', the row has chosen, rejected."),
-        ({"chosen": "no turns", "rejected": "none"}, r"chosen has no '\n\nAssistant:' turn. Expected a dialogue of"),
+        (
+            {"chosen": "a", "rejected": "b", "frage": "Which one?"},
+            r"chosen has no '\n\nAssistant:' turn. Expected a dialogue of",
+        ),
         ({"chosen": dialogue("q", ""), "rejected": dialogue("q", "b")}, "the response in field 'chosen' is empty."),
         ({"chosen": dialogue("q", "a"), "rejected": dialogue("q", " \n")}, "the response in field 'rejected' is empty."),
         (PAIR | {"chosen": "x \ud83d"}, "field 'chosen' holds half a surrogate pair ('\\ud83d' at character 2)"),
@@ -404,12 +407,10 @@ UNEVEN = "r and s are not two lists of the same length. Expected one number for 
         (LISTS | {"s": 1}, UNEVEN),
         (LISTS | {"r": "ab"}, UNEVEN),
         (LISTS | {"r": [], "s": []}, "field 'r' is an empty list."),
-        (LISTS | {"r": ["a", None]}, "field 'r': response 1 is None, expected a text."),
+        (LISTS | {"r": ["a", 5]}, "field 'r': response 1 is int, expected a text."),
         (LISTS | {"r": ["", "b"]}, "field 'r': response 0 is empty."),
         (LISTS | {"s": [1, "x"]}, "field 's' is 'x', expected a number."),
-        (LISTS | {"s": [None, 1]}, "field 's' is None, expected a number."),
-        (LISTS | {"s": [True, 1]}, "field 's' is True, expected a number."),
-        (LISTS | {"s": [float("nan"), 1]}, "field 's' is nan, expected a number."),
+        (LISTS | {"s": [[1], 1]}, "field 's' is [1], expected a number."),
         (LISTS | {"prompt": ""}, "field 'prompt' is empty."),
         ({"r": ["a", "b"], "s": [1, 2]}, "no field 'prompt', the row has r, s."),
         ({"prompt": "p", "r": ["a", "b"]}, "no field 's', the row has prompt, r."),
@@ -426,7 +427,7 @@ def test_an_invalid_list_of_responses_is_reported_with_file_row_and_field(row, t
         ({"prompt": "p"}, "no field 'r', the row has prompt."),
         ({"prompt": "p", "r": "a"}, "no field 's', the row has prompt, r."),
         ({"r": "a", "s": 1}, "no field 'prompt', the row has r, s."),
-        ({"prompt": "p", "r": ["a"], "s": 1}, "field 'r' is list, expected a text."),
+        ({"prompt": "p", "r": ["a"], "s": 1}, "field 'r': turn 1 is not {role, content}."),
         ({"prompt": "p", "r": "a", "s": "many"}, "field 's' is 'many', expected a number."),
         ({"prompt": "p", "r": "a", "s": [1]}, "field 's' is [1], expected a number."),
         ({"prompt": "p", "r": "a", "s": ""}, "field 's' is '', expected a number."),
@@ -743,15 +744,19 @@ def test_instruction_and_input_are_one_prompt_and_that_is_counted():
 SYSTEM = "with system: system it becomes the system turn"
 MARGIN = "with margin: margin it is the margin of the pair"
 WEIGHT = "with example_weight: weight it is the weight of the pair"
+OTHERS = {"system": ["s"], "margin": "wide", "weight": -1}
 
 
 @pytest.mark.parametrize(
     ("row", "names", "remark"),
     [
-        ({"system": "s", "margin": 0, "weight": 2}, {}, f"system, margin, weight ({SYSTEM}; {MARGIN}; {WEIGHT})"),
-        ({"system": "s", "margin": 0, "weight": 2}, {"system": "system", "where": {"margin": 0}}, f"weight ({WEIGHT})"),
+        # What the first rows have of the usual kind is read unasked; see test_formats.py.
+        ({"system": "s", "margin": 0, "weight": 2}, {}, None),
+        (OTHERS, {}, f"system, margin, weight ({SYSTEM}; {MARGIN}; {WEIGHT})"),
+        (OTHERS | {"system": "s", "margin": 0}, {"system": "system", "where": {"margin": 0}}, f"weight ({WEIGHT})"),
         ({"margin": 0, "weight": 2}, {"margin": "margin", "example_weight": "weight"}, None),
-        ({"tools": [{"name": "f"}]}, {}, "tools (tools are not passed to chat templates)"),
+        ({"tools": [{"name": "f"}]}, {}, None),
+        ({"tools": 3}, {}, "tools (with tools: tools they are given to the chat template)"),
         ({"meta": {"id": 1, "split": "x"}}, {"where": {"meta.id": 1}}, "meta.split"),
         ({"": 3, "empty": "", "none": None, "no": [], "nothing": {}}, {}, "''"),
     ],
@@ -761,7 +766,8 @@ def test_columns_that_hold_something_and_are_not_read_are_named(row, names, rema
     # The last of three rows has them: all rows are looked at.
     mapped([texts, texts, texts | row] if not names else [texts | row], report, **names)
     expected = [f"columns not read: {remark}"] if remark else []
-    assert [line for line in report.lines() if line.startswith("columns")] == expected
+    said = [line[line.index("columns") :] for line in report.lines() if "columns not read" in line]
+    assert said == expected
 
 
 def test_what_stands_beside_role_and_text_of_a_turn_is_named():
@@ -825,13 +831,17 @@ def test_a_system_field_that_gives_way_to_a_turn_is_counted():
 @pytest.mark.parametrize(
     ("keys", "row", "remedy"),
     [
-        ({}, {"prompt": "p", "completion": "c"}, "{path: ..., response: completion}, for loss=sft"),
-        ({}, {"instruction": "p", "output": "c"}, "{path: ..., prompt: instruction, response: output}"),
-        ({"response": "output"}, {"instruction": "p", "output": "c"}, "for example prompt: instruction"),
-        ({"response": "answer"}, {"messages": [], "answer": "c"}, "for example prompt: messages"),
-        ({}, {"prompt": "p", "chosen": turns("q", "a")[1], "rejected": "b"}, "chosen.content reads the text"),
-        ({}, {"prompt": "p", "chosen": {"from": "gpt", "value": "a"}, "rejected": "b"}, "chosen.value reads the text"),
-        ({"response": "c", "score": "label"}, {"prompt": "p", "c": "x", "label": True}, "expected a number such as 1 or 0"),
+        ({}, {"Frage": "p q", "Antwort": "c d"}, "datasets=[{path: ..., prompt: Frage, response: Antwort}]"),
+        ({}, {"Frage": "p q", "good one": "a", "bad": "b"}, '{path: ..., prompt: Frage, chosen: "good one", rejected: bad}'),
+        (
+            {},
+            {"Frage": "p q", "chosen": "a", "rejected": "b"},
+            "{path: ..., prompt: Frage, chosen: chosen, rejected: rejected}",
+        ),
+        ({}, {"Frage": "p q", "answer": "a"}, "{path: ..., prompt: Frage, response: answer}"),
+        ({}, {"body": "p q", "n": 3}, "{path: ..., text: body}"),
+        ({"response": "answer"}, {"Frage": "p q", "answer": "c"}, "{path: ..., prompt: Frage, response: answer}"),
+        ({}, {"prompt": "p", "rejected": "b"}, "no field 'chosen', the row has prompt, rejected."),
     ],
 )
 def test_what_is_reported_names_a_map_that_reads_the_row(keys, row, remedy):

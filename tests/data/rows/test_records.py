@@ -46,13 +46,26 @@ def test_a_bad_row_stops_the_run_and_its_message_names_the_remedy():
     assert report == DataReport()
 
 
-def test_skipped_rows_are_counted_and_the_first_ten_are_listed_by_the_first_line_of_their_message():
+def test_skipped_rows_are_counted_and_the_first_ten_kinds_are_listed_by_the_first_line_of_their_message():
     report = DataReport(skip_bad_rows=True)
-    for number in range(1, 13):
-        report.bad_row(UserError(f"row {number} is bad\nand this is why"))
+    kinds = "abcdefghijkl"
+    for number, kind in enumerate(kinds, start=1):
+        report.bad_row(UserError(f"row {number} has {kind}\nand this is why"))
     assert report.num_bad_rows == 12
-    assert report.bad_rows == [f"row {number} is bad" for number in range(1, 11)]
-    assert report.lines() == ["12 bad rows skipped", *(f"  row {number} is bad" for number in range(1, 11))]
+    assert report.bad_rows == [f"row {number} has {kind}" for number, kind in enumerate(kinds[:10], start=1)]
+    assert report.lines() == ["12 bad rows skipped", *(f"  {message}" for message in report.bad_rows)]
+
+
+def test_rows_that_fail_alike_are_one_line_with_their_number():
+    report = DataReport(skip_bad_rows=True)
+    for number, found in enumerate(["'much'", "'5 of 9'", "None", "'more'"], start=7):
+        report.bad_row(UserError(f"data.jsonl, row {number}: field 'n' is {found}, expected a number."))
+    assert report.lines() == [
+        "4 bad rows skipped",
+        "  data.jsonl, row 7: field 'n' is 'much', expected a number. (2 more rows like it)",
+        "  data.jsonl, row 9: field 'n' is None, expected a number.",
+    ]
+    assert DataReport(**report.as_dict()) == report
 
 
 def test_what_is_skipped_and_changed_is_added_up_by_reason_and_nothing_is_no_reason():
@@ -311,8 +324,8 @@ def test_several_sft_targets_are_a_list_of_texts(targets, fault):
         ({"weights": [1, 1]}, "weights has 2 values for 1 pairs, expected one for each"),
         ({"weights": [-1]}, "weights 0 is -1, expected a number of at least 0"),
         ({"weights": [float("inf")]}, "weights 0 is inf, expected a number of at least 0"),
-        ({"margins": [None]}, "margins 0 is None, expected a number"),
-        ({"margins": [float("-inf")]}, "margins 0 is -inf, expected a number"),
+        ({"margins": ["1"]}, "margins 0 is '1', expected a number or None"),
+        ({"margins": [float("-inf")]}, "margins 0 is -inf, expected a number or None"),
     ],
 )
 def test_scores_and_labels_are_of_responses_weights_and_margins_of_pairs(more, fault):

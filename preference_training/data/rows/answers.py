@@ -1,0 +1,194 @@
+"""The answers in the fields of a row, and how a prompt is told from them."""
+
+from dataclasses import dataclass
+
+from preference_training.data.rows.conversations import (
+    RowError,
+    parse_serialized_turns,
+    parse_turns,
+    part_conversations,
+    split_conversation,
+    turn_keys,
+)
+from preference_training.data.rows.formats import with_nearest
+from preference_training.data.rows.prompt_fields import USUAL, PromptFields
+from preference_training.data.rows.records import OTHER_PROMPT, Prompt, Response, Turn, response_of, type_name
+from preference_training.data.rows.templates import split_dialogue
+from preference_training.data.rows.values import check_text, parse_text_list
+
+Turns = tuple[Turn, ...]
+
+
+class LeftOut(Exception):  # noqa: N818
+    """A row that is left out and counted, with the reason."""
+
+
+# Where a dict holds one text, this is its key.
+TEXT_KEYS = ("content", "value", "text", "response")
+
+
+def answers_in(value, name: str) -> list[str | Turns]:
+    """The answers in a field: a text, a turn, a conversation, or a list of any of these. Raises RowError."""
+    value = parse_serialized_turns(value, name)
+    if isinstance(value, list) and value and not isinstance(value[0], dict):
+        return [answer_in(item, name) for item in value]
+    return [answer_in(value, name)]
+
+
+def answer_in(value, name: str) -> str | Turns:
+    """One answer: a text, a turn or a conversation. Raises RowError."""
+    value = parse_serialized_turns(value, name)
+    if turn_keys(value):
+        value = [value]
+    if isinstance(value, list):
+        return parse_turns(value, name)
+    if isinstance(value, dict) and (key := next((key for key in TEXT_KEYS if isinstance(value.get(key), str)), None)):
+        value = value[key]
+    check_text(value, name)
+    return value
+
+
+# ---- conversations --------------------------------------------------------------------------------------------------------
+
+
+def conversation_in(value, name: str) -> Turns:
+    """The turns of a whole conversation; also a list of {input, output}, or of texts of user and assistant in turn."""
+    value = parse_text_list(parse_serialized_turns(value, name))
+    items = value if isinstance(value, list) else [value]
+    if items and all(isinstance(item, dict) and item.keys() >= {"input", "output"} for item in items):
+        items = [text for item in items for text in (item["input"], item["output"])]
+    if items and all(isinstance(item, str) for item in items) and isinstance(value, list):
+        for text in items:
+            check_text(text, name)
+        return tuple(Turn(("user", "assistant")[place % 2], text) for place, text in enumerate(items))
+    if not all(isinstance(item, dict) for item in items):
+        check_text(None if items is value else value, name)
+        raise RowError(f"field {name!r} is a text, expected a conversation: a list of {{role, content}}.")
+    return parse_turns(items, name)
+
+
+def end_of_common(conversations: list[Turns]) -> int:
+    """How many turns all of several conversations share at their beginning."""
+    return next(
+        (place for place, turns in enumerate(zip(*conversations, strict=False)) if len(set(turns)) > 1),
+        min(map(len, conversations)),
+    )
+
+
+# ---- texts ----------------------------------------------------------------------------------------------------------------
+
+
+def dialogue_prompt(dialogue: str, name: str) -> str:
+    """The prompt of an HH dialogue. Raises RowError."""
+    try:
+        return split_dialogue(dialogue)[0]
+    except ValueError:
+        raise RowError(
+            f"{name} has no '\\n\\nAssistant:' turn. Expected a dialogue of '\\n\\nHuman:' and '\\n\\nAssistant:' turns, or a "
+            "field prompt beside chosen and rejected (implicit_prompt=true uses their common beginning)."
+        ) from None
+
+
+def shared_beginning(texts: list[str]) -> str:
+    """The common beginning of texts, up to its last whitespace, so that no word is cut. Raises RowError without any.
+
+    A space before the responses is theirs: tokenizers merge it with the next word.
+    """
+    columns = enumerate(zip(*texts, strict=False))
+    length = next((k for k, characters in columns if len(set(characters)) > 1), min(map(len, texts)))
+    shared = texts[0][:length]
+    end = max((k + 1 for k, character in enumerate(shared) if character.isspace()), default=0)
+    if not shared[:end].strip():
+        raise RowError("chosen and rejected start with different words, so they share no prompt.")
+    return shared[:end].removesuffix(" ")
+
+
+# ---- prompt and responses -------------------------------------------------------------------------------------------------
+
+# The name of a field, and an answer in it.
+Named = tuple[str, str | Turns]
+
+
+def rounds_in(row: dict, prompt: str, names: list[str]) -> list[Named]:
+    """Conversations of a prompt and answers that are lists of the same number of texts, as in the LMSYS arena; else []."""
+    texts = [parse_text_list(row.get(name)) for name in (prompt, *names)]
+    if not all(isinstance(text, list) and all(isinstance(one, str) for one in text) for text in texts):
+        return []
+    asked, *answered = texts
+    if any(len(of) != len(asked) for of in answered):
+        return []
+    pairs = [zip(asked, of, strict=True) for of in answered]
+    return [
+        (name, conversation_in([text for pair in of for text in pair], name)) for name, of in zip(names, pairs, strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class Splitting:
+    """How the prompt of a row is told from its answers.
+
+    implicit: it is their common beginning. apart: it is never in answers that are texts.
+    """
+
+    prompts: PromptFields
+    implicit: bool = False
+    apart: bool = False
+
+    def split(self, row: dict, answers: list[Named]) -> tuple[Prompt, list[Response]]:
+        """The prompt of a row, and its answers as responses to it. Raises RowError, and LeftOut for different prompts."""
+        if any(isinstance(answer, tuple) for _, answer in answers):
+            return self._of_conversations(row, answers)
+        texts = [answer for _, answer in answers]
+        if self.apart or self.prompts.in_row(row):
+            return self._read(row), texts
+        prompt = self._in_texts(row, texts, answers[0][0])
+        responses = [text[len(prompt) :] for text in texts]
+        for (name, _), response in zip(answers, responses, strict=True):
+            if not response.strip():
+                raise RowError(f"the response in field {name!r} is empty.")
+        return self.prompts.beside_text(row, prompt, responses)
+
+    def _in_texts(self, row: dict, texts: list[str], name: str) -> str:
+        if not self.prompts.prompt:
+            return ""
+        if self.implicit:
+            return shared_beginning(texts)
+        try:
+            prompt = dialogue_prompt(texts[0], name)
+        except RowError as error:
+            raise RowError(with_nearest(str(error), row) if len(row) > len(texts) else str(error)) from None
+        if not all(text.startswith(prompt) for text in texts):
+            raise LeftOut(OTHER_PROMPT)
+        return prompt
+
+    def _read(self, row: dict) -> Prompt:
+        try:
+            return self.prompts.read(row)
+        except RowError as error:
+            if self.prompts.prompt in row or self.prompts.prompt != USUAL:
+                raise
+            raise RowError(with_nearest(str(error), row, "prompt: ")) from None
+
+    def _of_conversations(self, row: dict, answers: list[Named]) -> tuple[Prompt, list[Response]]:
+        longest = max(len(answer) for _, answer in answers if isinstance(answer, tuple))
+        conversations = []
+        for name, answer in answers:
+            if isinstance(answer, str) and longest > 1:
+                raise RowError(f"field {name!r} is {type_name(answer)}, expected a conversation as in the other field.")
+            conversations.append(answer if isinstance(answer, tuple) else (Turn("assistant", answer),))
+            if conversations[-1][-1].role != "assistant":
+                role = conversations[-1][-1].role
+                raise RowError(f"the last turn of {name} is the {role}'s. Expected the assistant's, which is the response.")
+        parted = part_conversations(conversations)
+        if len(conversations) == 1:
+            shared, _ = split_conversation(conversations[0], answers[0][0])
+            parted = tuple(shared), [conversations[0][len(shared) :]]
+        if parted is None:
+            raise LeftOut(OTHER_PROMPT)
+        shared, rests = parted
+        responses = [response_of(rest) for rest in rests]
+        if shared:
+            return self.prompts.before(row, shared, shared + rests[0][: end_of_common(rests)]), responses
+        if self.prompts.in_row(row):
+            return self.prompts.read(row, as_turns=True), responses
+        return self.prompts.with_system(row, ()) or "", responses

@@ -1,0 +1,430 @@
+"""Find the format of rows from the columns of the first of them, so that common formats need no field map.
+
+Found are the keys of a field map: where the answers are, where the prompt is, and what else belongs to it.
+"""
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from numbers import Real
+from typing import NamedTuple
+
+from preference_training.data.rows.conversations import RowError, parse_serialized_turns, turn_keys
+from preference_training.data.rows.prompt_fields import INSTRUCTIONS, SECOND_PARTS
+from preference_training.data.rows.templates import ASSISTANT
+from preference_training.data.rows.values import LABELS, is_empty, parse_text_list, verdict_values
+
+Keys = dict[str, object]
+
+# Column names, the usual ones first. Case does not matter, nor do blanks, dashes and underscores.
+PROMPTS = (
+    "prompt", "instruction", "question", "query", "messages", "conversations", "conversation", "dialogue", "context", "history",
+    "input", "inputs", "user", "problem",
+)  # fmt: skip
+CHOSEN_REJECTED = (
+    ("chosen", "rejected"), ("chosen_response", "rejected_response"), ("response_chosen", "response_rejected"),
+    ("chosen_answer", "rejected_answer"), ("preferred_output", "non_preferred_output"), ("preferred", "dispreferred"),
+    ("preferred", "rejected"), ("accepted", "rejected"), ("chosen", "reject"), ("better", "worse"), ("winner", "loser"),
+)  # fmt: skip
+RESPONSES = ("completion", "response", "output", "answer", "target", "targets", "solution", "assistant")
+LISTS = ("responses", "completions", "generations", "answers", "candidates", "outputs")
+SCORES = ("scores", "ratings", "rating", "score", "rewards")
+RANKS = ("ranks", "rank", "ranking", "rankings")
+LISTED_TEXTS = ("text", "response", "answer", "content", "completion", "generation", "output")
+LISTED_SCORES = ("score", "overall_score", "pm_score", "rating", "reward")
+LABEL_NAMES = ("label", "labels", "kto_tag", "is_desirable", "desirable")
+CONVERSATIONS = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat", "turns")
+SYSTEMS = ("system", "system_prompt")
+TWO_ANSWERS = ("response", "answer", "output", "completion", "conversation", "model", "text")
+VERDICTS = ("winner", "preference", "preferred", "verdict", "better", "choice", "label", "labels")
+SUFFIXES = (("a", "b"), ("0", "1"), ("1", "2"))
+
+
+class Found(NamedTuple):
+    """The keys of a field map, as found in rows, and what they say in words; no keys if nothing fits."""
+
+    keys: Keys
+    words: str
+
+
+@dataclass(frozen=True)
+class PublicVerdicts:
+    """Columns of a public set with two answers, and how it says which one is better."""
+
+    answers: tuple[str, str]
+    better: str | None = None
+    values: tuple = ()
+    scores: tuple[str, str] | None = None
+
+
+PUBLIC = (
+    # WebGPT, LMSYS arena, SHP, PKU-SafeRLHF, HelpSteer2 and 3
+    PublicVerdicts(("answer_0", "answer_1"), scores=("score_0", "score_1")),
+    PublicVerdicts(("response_a", "response_b"), scores=("winner_model_a", "winner_model_b")),
+    PublicVerdicts(("human_ref_A", "human_ref_B"), "labels", (1, 0)),
+    PublicVerdicts(("response_0", "response_1"), "better_response_id", (0, 1)),
+    PublicVerdicts(("response_1", "response_2"), "preference_strength", ("< 0", "> 0")),
+    PublicVerdicts(("response1", "response2"), "overall_preference", ("< 0", "> 0")),
+)
+
+
+class Columns:
+    """The columns of the first rows that are not empty in all of them, with their values. names: of all columns."""
+
+    def __init__(self, rows: Iterable[dict]):
+        self.values: dict[str, list] = {}
+        self.names: set[str] = set()
+        for row in rows:
+            self.names.update(row)
+            for name, value in row.items():
+                if not is_empty(value):
+                    self.values.setdefault(str(name), []).append(value)
+        self.spelled = {_plain(name): name for name in reversed(self.values)}
+
+    def get(self, *names: str) -> str | None:
+        """The first of these columns that there is, as the rows spell it."""
+        for name in names:
+            if found := name if name in self.values else self.spelled.get(_plain(name)):
+                return found
+        return None
+
+    def both(self, names: Iterable[str]) -> list[str] | None:
+        """Two or more columns, if there are all of them."""
+        found = [self.get(name) for name in names]
+        return found if all(found) else None
+
+    def all(self, name: str | None, test: Callable[[object], bool]) -> bool:
+        """Whether a column is there and all of its values pass a test."""
+        return name is not None and all(map(test, self.values[name]))
+
+    def inner(self, name: str, names: Iterable[str]) -> str | None:
+        """The dotted name of a part of a column of dicts or of lists of dicts, which all of them have."""
+        items = [item for value in self.values[name] for item in (value if isinstance(value, list) else [value])]
+        if not items or not all(isinstance(item, dict) for item in items):
+            return None
+        return next((f"{name}.{part}" for part in names if all(part in item for item in items)), None)
+
+
+def _plain(name: str) -> str:
+    return "".join(character for character in name.lower() if character not in " -_")
+
+
+def find(rows: list[dict], given: Keys) -> Found:
+    """The format of rows. given: keys that are not searched for. No keys are found where nothing fits."""
+    columns = Columns(rows)
+    answers = given.keys() & {"chosen", "rejected", "response", "responses", "answers", "messages", "text"}
+    found = Found({}, "") if answers else _answers(columns)
+    if found is None:
+        return Found({}, "")
+    keys = dict(found.keys)
+    words = [found.words] * bool(found.words)
+    together = {**keys, **given}
+    if isinstance(together.get("better"), str):
+        keys["better"] = _resolved_verdict(columns, together["answers"], together["better"])
+    if not together.keys() & {"messages", "text"}:
+        if "prompt" not in given and not given.get("implicit_prompt"):
+            prompt, said = _prompt(columns, together, can_lack=not answers)
+            keys |= prompt
+            words += [said] * bool(said)
+        together = {**keys, **given}
+    for key, said in (*_beside_prompt(columns, together), *_of_pairs(columns, together)):
+        if key not in given:
+            keys[key] = said
+            words.append(f"{WORDS[key]} in `{said}`")
+    is_usual = keys == {"chosen": "chosen", "rejected": "rejected"}
+    return Found(keys, "" if is_usual else ", ".join(words))
+
+
+WORDS = {
+    "system": "system prompts", "tools": "tools", "history": "earlier turns", "margin": "margins", "example_weight": "weights",
+}  # fmt: skip
+
+
+# ---- answers --------------------------------------------------------------------------------------------------------------
+
+
+def _answers(columns: Columns) -> Found | None:
+    rules = (_pairs, _public_verdicts, _lists, _verdicts, _ordered_list, _single, _conversations, _text)
+    return next((found for rule in rules if (found := rule(columns))), None)
+
+
+def _pairs(columns: Columns) -> Found | None:
+    found = next((both for names in CHOSEN_REJECTED if (both := columns.both(names))), None)
+    if not found:
+        return None
+    chosen, rejected = found
+    return Found({"chosen": chosen, "rejected": rejected}, f"pairs in `{chosen}` and `{rejected}`")
+
+
+def _public_verdicts(columns: Columns) -> Found | None:
+    for of in PUBLIC:
+        answers = columns.both(of.answers)
+        said = f"two answers in `{'` and `'.join(answers or ())}`"
+        if not answers:
+            continue
+        if of.scores and (scores := columns.both(of.scores)):
+            return Found({"responses": answers, "scores": scores}, f"{said}, scores in `{'` and `'.join(scores)}`")
+        if of.better and (better := columns.get(of.better)):
+            return Found({"answers": answers, "better": {better: list(of.values)}}, _verdict_words(answers, better, of.values))
+    if (answers := columns.get("summaries")) and (text := columns.inner(answers, LISTED_TEXTS)) and "choice" in columns.values:
+        better = {"choice": [0, 1]}
+        return Found({"answers": text, "better": better}, f"two answers in `{text}`, the better one's index in `choice`")
+    return None
+
+
+def _verdict_words(answers: list[str], better: str, values: Iterable) -> str:
+    meaning = ", ".join(f"{_shown(value)} is `{name}`" for value, name in zip(values, answers, strict=True))
+    return f"two answers in `{'` and `'.join(answers)}`, the better one in `{better}` ({meaning})"
+
+
+def _shown(value) -> str:
+    return str(value[0] if isinstance(value, list) else value)
+
+
+def _lists(columns: Columns) -> Found | None:
+    for name in filter(None, map(columns.get, LISTS)):
+        if not columns.all(name, lambda value: isinstance(value, list)):
+            continue
+        text = columns.inner(name, LISTED_TEXTS)
+        inside = {"scores": LISTED_SCORES, "ranks": RANKS}
+        beside = {"scores": SCORES, "ranks": RANKS}
+        for key in inside:
+            numbers = columns.inner(name, inside[key]) if text else None
+            numbers = numbers or next((n for n in map(columns.get, beside[key]) if columns.all(n, _is_list)), None)
+            if numbers:
+                return Found({"responses": text or name, key: numbers}, f"answers in `{text or name}`, {key} in `{numbers}`")
+    return None
+
+
+def _is_list(value) -> bool:
+    return isinstance(value, list)
+
+
+def _verdicts(columns: Columns) -> Found | None:
+    for stem in TWO_ANSWERS:
+        for suffixes in SUFFIXES:
+            answers = columns.both(f"{stem}_{suffix}" for suffix in suffixes)
+            if not answers or answers[0] == answers[1]:
+                continue
+            for better in filter(None, map(columns.get, VERDICTS)):
+                if values := verdict_values(columns.values[better], answers):
+                    return Found({"answers": answers, "better": {better: values}}, _verdict_words(answers, better, values))
+            for stem_of_scores in ("score", "rating", "reward"):
+                scores = columns.both(f"{stem_of_scores}_{suffix}" for suffix in suffixes)
+                if scores and all(columns.all(name, _is_number) for name in scores):
+                    words = f"two answers in `{'` and `'.join(answers)}`, scores in `{'` and `'.join(scores)}`"
+                    return Found({"responses": answers, "scores": scores}, words)
+    return None
+
+
+def _ordered_list(columns: Columns) -> Found | None:
+    """LLaMA-Factory's older format: `output` is a list, the first of which is preferred."""
+    name = columns.get("output")
+    if columns.get(*INSTRUCTIONS) and columns.all(name, lambda value: isinstance(value, list) and len(value) > 1):
+        return Found({"chosen": name, "rejected": name}, f"answers in `{name}`, the first preferred to the others")
+    return None
+
+
+def _single(columns: Columns) -> Found | None:
+    response = columns.get(*RESPONSES)
+    if response is None:
+        return None
+    keys, words = {"response": response}, f"answers in `{response}`"
+    helpfulness = columns.both(("helpfulness", "correctness", "coherence"))
+    if label := _label(columns):
+        keys["label"], words = label, f"{words}, labels in `{label}`"
+    elif helpfulness and columns.all(helpfulness[0], _is_number):
+        keys["score"], words = helpfulness[0], f"{words}, scores in `{helpfulness[0]}`"
+    return Found(keys, words)
+
+
+def _label(columns: Columns) -> str | None:
+    label = columns.get(*LABEL_NAMES)
+    return label if columns.all(label, lambda value: str(value).strip().lower().removesuffix(".0") in LABELS) else None
+
+
+def _conversations(columns: Columns) -> Found | None:
+    name = next((name for name in map(columns.get, CONVERSATIONS) if columns.all(name, _is_conversation)), None)
+    if name is None:
+        return None
+    label = _label(columns)
+    words = f"conversations in `{name}`" + f", labels of their last turns in `{label}`" * bool(label)
+    return Found({"messages": name, **({"label": label} if label else {})}, words)
+
+
+def _is_conversation(value) -> bool:
+    try:
+        value = parse_serialized_turns(value, "")
+    except RowError:
+        return True  # It is reported with its row.
+    return isinstance(value, list) and all(isinstance(item, dict | str) for item in value)
+
+
+def _text(columns: Columns) -> Found | None:
+    name = columns.get("text")
+    return Found({"text": name}, f"plain text in `{name}`") if columns.all(name, lambda v: isinstance(v, str)) else None
+
+
+def _resolved_verdict(columns: Columns, answers, better: str) -> Keys | str:
+    names = answers if isinstance(answers, list) else [f"{answers}_0", f"{answers}_1"]
+    values = verdict_values(columns.values.get(better, []), names)
+    return {better: values} if values else better
+
+
+# ---- the prompt, and what belongs to it -----------------------------------------------------------------------------------
+
+
+def _prompt(columns: Columns, keys: Keys, can_lack: bool) -> tuple[Keys, str]:
+    """Where the prompt is, and in words. Answers may hold it: conversations, dialogues, a common beginning.
+
+    can_lack: whether there may be none.
+    """
+    if "prompt" in columns.values:
+        return {}, ""
+    chosen, rejected = keys.get("chosen", "chosen"), keys.get("rejected", "rejected")
+    of_pairs = not keys.keys() & {"responses", "response", "answers"}
+    two = (chosen, rejected) if of_pairs else keys["answers"] if isinstance(keys.get("answers"), list) else ()
+    values = [value for name in two for value in columns.values.get(name, ())]
+    if any(map(_holds_prompt, values)):
+        return {}, ""
+    taken = {
+        str(name).split(".")[0] for value in keys.values() for name in (value if isinstance(value, list | dict) else [value])
+    }
+    name = next((name for name in map(columns.get, PROMPTS) if name and name not in taken), None)
+    if name is not None:
+        inner = columns.inner(name, ("messages", "full_text", "text", "content"))
+        is_dict = columns.all(name, lambda value: isinstance(value, dict) and not turn_keys(value))
+        name = inner if is_dict and inner else name
+        second = columns.get(*SECOND_PARTS) if _plain(name) in INSTRUCTIONS else None
+        both = f"` and `{second}" if second and second not in taken else ""
+        return {"prompt": name}, f"prompts in `{name}{both}`"
+    if (
+        not can_lack
+        or "prompt" in columns.names
+        or any(_may_be_prompt(columns, name) for name in columns.values if name not in taken)
+    ):
+        return {}, ""
+    if not of_pairs:
+        return {"prompt": ""}, "no prompts"
+    texts = [value for value in values if isinstance(value, str)]
+    if not values or len(texts) < len(values):
+        return {}, ""
+    pairs = zip(columns.values.get(chosen, ()), columns.values.get(rejected, ()), strict=False)
+    if all(one.split()[:1] == other.split()[:1] for one, other in pairs):
+        return {"implicit_prompt": True}, f"prompts are the common beginning of `{chosen}` and `{rejected}`"
+    return {"prompt": ""}, "no prompts"
+
+
+def _may_be_prompt(columns: Columns, name: str) -> bool:
+    """Whether an unknown column has texts of several words, as prompts are, which must not be left out unasked."""
+    return columns.all(name, lambda value: isinstance(value, str)) and any(" " in text.strip() for text in columns.values[name])
+
+
+def _holds_prompt(value) -> bool:
+    """Whether an answer is a dialogue or a conversation with more turns than the answer's."""
+    try:
+        value = parse_serialized_turns(value, "")
+    except RowError:
+        return True
+    if isinstance(value, str):
+        return ASSISTANT in value
+    items = value if isinstance(value, list) else ()
+    return any(str(item[keys[0]]).lower() in ("user", "human", "prompter") for item in items if (keys := turn_keys(item)))
+
+
+def _beside_prompt(columns: Columns, keys: Keys) -> list[tuple[str, str]]:
+    """The columns that belong to the prompt."""
+    if "text" in keys:
+        return []
+    found = []
+    system = columns.get(*SYSTEMS)
+    if columns.all(system, lambda value: isinstance(value, str)) and system not in _mapped(keys):
+        found.append(("system", system))
+    tools = columns.get("tools") or next((t for t in [_tools_of_input(columns)] if t), None)
+    if tools and (("." in tools) or columns.all(tools, lambda value: isinstance(value, list | str))):
+        found.append(("tools", tools))
+    history = columns.get("history")
+    if columns.all(history, _is_history) and history not in _mapped(keys):
+        found.append(("history", history))
+    return found
+
+
+def _mapped(keys: Keys) -> set:
+    return {value for value in keys.values() if isinstance(value, str)}
+
+
+def _tools_of_input(columns: Columns) -> str | None:
+    """OpenAI's preference format has its tools beside the messages."""
+    name = columns.get("input")
+    has = name is not None and columns.inner(name, ("messages",)) and columns.inner(name, ("tools",))
+    return f"{name}.tools" if has and any(value.get("tools") for value in columns.values[name]) else None
+
+
+def _is_history(value) -> bool:
+    value = parse_text_list(value)
+    return isinstance(value, list) and all(isinstance(item, list) and len(item) == 2 for item in value)
+
+
+def _of_pairs(columns: Columns, keys: Keys) -> list[tuple[str, str]]:
+    """The numbers of pairs."""
+    if keys.keys() & {"responses", "response", "answers", "messages", "text"}:
+        return []
+    found = []
+    margin, weight = columns.get("margin"), columns.get("example_weight", "weight")
+    if columns.all(margin, _is_number):
+        found.append(("margin", margin))
+    if columns.all(weight, lambda value: _is_number(value) and float(value) >= 0):
+        found.append(("example_weight", weight))
+    return found
+
+
+def _is_number(value) -> bool:
+    try:
+        return isinstance(value, Real | str) and not isinstance(value, bool) and abs(float(value)) < float("inf")
+    except ValueError:
+        return False
+
+
+# ---- what fits nothing ----------------------------------------------------------------------------------------------------
+
+LIKE = {
+    "rejected": ("reject", "bad", "worse", "los", "dispref", "neg"),
+    "chosen": ("chos", "good", "better", "best", "prefer", "win", "accept", "pos"),
+    "response": ("respon", "answer", "complet", "output", "reply", "target", "assist"),
+    "prompt": ("prompt", "instruct", "quest", "quer", "input", "user", "ask"),
+}
+
+
+def with_nearest(message: str, row: dict, key: str = "") -> str:
+    """A message, with the entry that probably reads rows like this one, if that has the key."""
+    nearest = _nearest_entry(row) or ""
+    return (
+        f"{message} No known format fits; the nearest is read by datasets=[{nearest}]."
+        if nearest and key in nearest
+        else message
+    )
+
+
+def _nearest_entry(row: dict) -> str | None:
+    texts = [name for name, value in row.items() if isinstance(value, str) and value.strip()]
+    if not texts:
+        return None
+    if len(texts) == 1:
+        return _entry({"text": texts[0]})
+    wanted = ("prompt", "chosen", "rejected") if len(texts) > 2 else ("prompt", "response")
+    likeness = {key: [n for n in texts if any(part in str(n).lower() for part in LIKE[key])] for key in wanted}
+    if len(texts) > 2 and not (likeness["chosen"] or likeness["rejected"]):
+        wanted = ("prompt", "response")
+        likeness = {key: [n for n in texts if any(part in str(n).lower() for part in LIKE[key])] for key in wanted}
+    keys: dict[str, str] = {}
+    for key in sorted(wanted, key=lambda key: not likeness[key]):
+        left = [name for name in texts if name not in keys.values()]
+        keys[key] = next((name for name in likeness[key] if name in left), left[0])
+    return _entry({key: keys[key] for key in wanted})
+
+
+def _entry(keys: dict[str, str]) -> str:
+    def quoted(name) -> str:
+        return str(name) if str(name).replace("_", "").replace("-", "").isalnum() else json.dumps(str(name), ensure_ascii=False)
+
+    return "{path: ..., " + ", ".join(f"{key}: {quoted(name)}" for key, name in keys.items()) + "}"

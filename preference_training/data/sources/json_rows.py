@@ -1,0 +1,154 @@
+"""Rows of JSON: one object a line, a list of objects, or an object that holds such a list or columns."""
+
+import json
+import re
+from collections.abc import Iterator
+from itertools import chain
+from typing import BinaryIO
+
+from preference_training.core.errors import UserError
+from preference_training.data.rows.records import DataReport
+
+# What json raises besides JSONDecodeError: ValueError for a number of thousands of digits, RecursionError for deep nesting.
+UNREADABLE_JSON = (ValueError, RecursionError)
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+def read_json(file: BinaryIO, place: str, report: DataReport, one_object: bool = False) -> Iterator[tuple[int, dict]]:
+    """Yield (row number, row). place: the file, for messages. Bad rows go to the report.
+
+    one_object: whether the file may be a single object that holds the rows, in a single line too.
+    """
+    lines = enumerate(file, start=1)
+    first = list(_up_to_content(lines))
+    content = first[-1][1].removeprefix(BYTE_ORDER_MARK).strip() if first else b""
+    numbered: Iterator[tuple[int, object]]
+    if content.startswith(b"["):
+        numbered = enumerate(_whole_list(_text(first, lines), place), start=1)
+    elif content == b"{" or (one_object and content.startswith(b"{")):
+        second = list(_up_to_content(lines))
+        alone = not second or not second[-1][1].strip()
+        numbered = (
+            _json_lines(chain(first, second, lines), place, report)
+            if not alone and (_is_object(content) or _is_object(second[-1][1]))
+            else enumerate(_objects(_text([*first, *second], lines), place), start=1)
+        )
+    else:
+        numbered = _json_lines(chain(first, lines), place, report)
+    for number, row in numbered:
+        if isinstance(row, dict):
+            yield number, row
+        else:
+            found = type(row).__name__
+            report.bad_row(UserError(f"datasets: {place}, row {number}: found {found}, expected a JSON object."))
+
+
+def _up_to_content(lines: Iterator[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
+    """The next lines up to the first that is not empty."""
+    for number, line in lines:
+        yield number, line
+        if line.removeprefix(BYTE_ORDER_MARK).strip():
+            return
+
+
+def _text(read: list[tuple[int, bytes]], lines: Iterator[tuple[int, bytes]]) -> str:
+    return b"".join(line for _, line in chain(read, lines)).decode("utf-8-sig")
+
+
+def _is_object(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except UNREADABLE_JSON:
+        return False
+
+
+def _whole_list(text: str, place: str) -> list:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"datasets: {place}, line {error.lineno}: not JSON: {error.msg}. Expected a list of objects."
+        ) from error
+    except UNREADABLE_JSON as error:
+        raise UserError(f"datasets: {place}: cannot be read as JSON: {error}. Expected objects with texts.") from error
+
+
+def _json_lines(lines: Iterator[tuple[int, bytes]], place: str, report: DataReport) -> Iterator[tuple[int, object]]:
+    for number, line in lines:
+        if not line.strip():
+            continue
+        try:
+            yield number, json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            continue
+        except UnicodeDecodeError as error:
+            where, problem = f"line {number}, byte {error.start + 1} of the line", "not UTF-8 text. Convert it to UTF-8."
+        except json.JSONDecodeError as error:
+            where, problem = f"row {number}", f"not JSON: {error.msg} at column {error.colno}. Expected one object a line."
+        except UNREADABLE_JSON as error:
+            where, problem = f"row {number}", f"cannot be read as JSON: {error}. Expected objects with texts."
+        report.bad_row(UserError(f"datasets: {place}, {where}: {problem}"))
+
+
+# ---- objects over several lines ---------------------------------------------------------------------------------------------
+
+WHITESPACE = re.compile(r"\s*")
+# Keys of an object beside which others describe its rows.
+ROW_KEYS = ("data", "rows", "records", "examples", "instances", "items", "samples", "entries", "results", "train")
+
+
+def _objects(text: str, place: str) -> list:
+    """The rows of a text that holds one object, or one after the other over several lines each."""
+    decoder, found, at = json.JSONDecoder(), [], 0
+    try:
+        while (at := WHITESPACE.match(text, at).end()) < len(text):
+            value, at = decoder.raw_decode(text, at)
+            found.append(value)
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"datasets: {place}, line {error.lineno}: not JSON: {error.msg}. Expected objects, or a list of them."
+        ) from error
+    except UNREADABLE_JSON as error:
+        raise UserError(f"datasets: {place}: cannot be read as JSON: {error}. Expected objects with texts.") from error
+    return _rows_within(found[0], place) if len(found) == 1 else found
+
+
+def _rows_within(value: dict, place: str) -> list:
+    """The rows of an object: those of its one list, its columns (as pandas writes them), or itself as the only row."""
+    lists = [key for key, rows in value.items() if _is_rows(rows)]
+    if lists and (len(value) == len(lists) or any(key in ROW_KEYS for key in lists)):
+        if len(lists) > 1:
+            raise UserError(
+                f"datasets: {place}: an object with {len(lists)} lists of rows: {', '.join(lists)}. Expected one; "
+                "write each to a file of its own (path, test_path)."
+            )
+        return value[lists[0]]
+    parts = list(value.values())
+    if {"columns", "data"} <= value.keys() <= {"columns", "index", "data"}:
+        return [dict(zip(value["columns"], row, strict=False)) for row in value["data"]]
+    if parts and all(isinstance(part, dict) and part for part in parts):
+        return _of_columns_or_rows(value)
+    are_columns = len(parts) > 1 and all(isinstance(part, list) and part and not _is_turns(part) for part in parts)
+    if are_columns and len({len(part) for part in parts}) == 1:
+        return [dict(zip(value, row, strict=True)) for row in zip(*parts, strict=True)]
+    return [value]
+
+
+def _of_columns_or_rows(value: dict[str, dict]) -> list:
+    """The rows of {column: {index: value}}, or of {index: row}."""
+    if all(key.isdecimal() for key in value):
+        return list(value.values())
+    keys = next(iter(value.values())).keys()
+    if any(part.keys() != keys for part in value.values()):
+        return [value]
+    if not all(key.isdecimal() for key in keys):
+        return [value]
+    return [{column: part[key] for column, part in value.items()} for key in keys]
+
+
+def _is_rows(value) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(row, dict) for row in value) and not _is_turns(value)
+
+
+def _is_turns(value: list) -> bool:
+    """Whether a list is a conversation rather than rows."""
+    return all(isinstance(item, dict) and ({"role"} <= item.keys() or {"from", "value"} <= item.keys()) for item in value)

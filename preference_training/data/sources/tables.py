@@ -1,0 +1,122 @@
+"""Rows of tables: CSV and its relatives, Parquet, and Arrow."""
+
+import csv
+import io
+import sys
+from collections.abc import Iterator
+from typing import BinaryIO
+
+from preference_training.core.errors import UserError, first_line
+from preference_training.data.rows.records import DataReport
+
+DELIMITERS = ",;\t"
+
+
+def read_csv(file: BinaryIO, place: str, report: DataReport, delimiters: str = DELIMITERS) -> Iterator[tuple[int, dict]]:
+    """Yield (row number, row) of a table with a header; row 1 is the first below it.
+
+    The delimiter is the one that gives the header the most fields.
+    """
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    # newline="" keeps line ends inside quoted fields; utf-8-sig removes a byte order mark.
+    with io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
+        header, delimiter, lines = _header(text, place, delimiters)
+        if delimiter == ";":
+            report.note("fields are separated by ;")
+        twice = sorted({name for name in header if header.count(name) > 1})
+        if twice:
+            raise UserError(f"datasets: {place}: the header names {', '.join(twice)} twice. Rename one column.")
+        reader, number = csv.reader(text, delimiter=delimiter, strict=True), 0
+        while True:
+            try:
+                values = next(reader, None)
+            except csv.Error as error:
+                # An open quote takes the rest of the file with it.
+                line = lines + reader.line_num
+                if "unexpected end" in str(error):
+                    raise UserError(f"datasets: {place}, line {line}: not CSV: {error}.") from error
+                number += 1
+                report.bad_row(UserError(f"datasets: {place}, row {number}: not CSV: {error} (line {line})."))
+                continue
+            if values is None:
+                return
+            if not values:
+                continue
+            number += 1
+            if len(values) == len(header):
+                yield number, dict(zip(header, values, strict=True))
+                continue
+            report.bad_row(
+                UserError(
+                    f"datasets: {place}, row {number}: another number of fields than the header's {len(header)}. "
+                    "Quote fields that hold commas or line breaks."
+                )
+            )
+
+
+# Lines that a header may take, with line ends in quotes.
+LONGEST_HEADER = 100
+
+
+def _header(text: io.TextIOWrapper, place: str, delimiters: str) -> tuple[list[str], str, int]:
+    """The names of the columns, the delimiter, and how many lines were read."""
+    read: list[str] = []
+    for line in text:
+        read.append(line)
+        headers, problems = {}, []
+        for delimiter in delimiters:
+            try:
+                rows = [row for row in csv.reader(read, delimiter=delimiter, strict=True) if row]
+            except csv.Error as error:
+                problems.append(error)
+            else:
+                headers |= {delimiter: rows[0]} if rows else {}
+        if headers:
+            best = max(headers, key=lambda delimiter: len(headers[delimiter]))
+            return headers[best], best, len(read)
+        if len(read) > LONGEST_HEADER or (problems and not any("unexpected end" in str(problem) for problem in problems)):
+            raise UserError(f"datasets: {place}, line {len(read)}: not CSV: {problems[0] if problems else 'no header'}.")
+    if any(line.strip() for line in read):
+        raise UserError(f"datasets: {place}, line {len(read)}: not CSV: {problems[0]}.")
+    return [], delimiters[0], len(read)
+
+
+def read_parquet(file: BinaryIO, place: str, _report: DataReport) -> Iterator[tuple[int, dict]]:
+    """Yield (row number, row) of a Parquet file."""
+    import pyarrow.parquet
+
+    def batches():
+        with pyarrow.parquet.ParquetFile(file) as table:
+            yield from table.iter_batches(batch_size=1024)
+
+    return _arrow_rows(batches(), place, "Parquet")
+
+
+def read_arrow(file: BinaryIO, place: str, _report: DataReport) -> Iterator[tuple[int, dict]]:
+    """Yield (row number, row) of an Arrow file, or of an Arrow stream, as the hub's library writes them."""
+    import pyarrow
+
+    def batches():
+        is_file = file.read(6) == b"ARROW1"
+        file.seek(0)
+        if is_file:
+            table = pyarrow.ipc.open_file(file)
+            yield from (table.get_batch(k) for k in range(table.num_record_batches))
+        else:
+            yield from pyarrow.ipc.open_stream(file)
+
+    return _arrow_rows(batches(), place, "Arrow")
+
+
+def _arrow_rows(batches: Iterator, place: str, what: str) -> Iterator[tuple[int, dict]]:
+    number = 0
+    try:
+        for batch in batches:
+            for row in batch.to_pylist():
+                number += 1
+                yield number, row
+    except Exception as error:  # pyarrow raises half a dozen types for damaged and other files
+        if isinstance(error, OSError) and error.errno:
+            raise
+        after = f", after row {number}" if number else ""
+        raise UserError(f"datasets: {place}{after}: not {what}, or damaged: {first_line(error)}.") from error

@@ -69,7 +69,9 @@ class PromptFields:
 
         common: all turns that the answers share, some of which may belong to the responses.
         """
-        value = self._value_beside_turns(row)
+        value = parse_text_list(self._value_beside_turns(row))
+        if isinstance(value, list) and all(isinstance(text, str) for text in value):
+            value = None  # The user's turns of the answers: see `rounds_in`.
         if not value or self.system == self.prompt:
             return self.with_system(row, shared)
         value = [value] if turn_keys(value) else value

@@ -383,7 +383,8 @@ def split_by_hash(
     lowest, waiting, several = 1.0, [], False
     held_out_any = share == 0
     for item in items:
-        value = prompt_hash(text_of(item[0]))
+        # Answers without a prompt are held out one by one.
+        value = prompt_hash(text_of(item[0]) if item[0] else prompt_text(item[1]["sft_target"]))
         held_out_any |= value < share
         if held_out_any:
             released, waiting = waiting, []

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 from preference_training.core.errors import UserError
 from preference_training.data.registry import DATASETS, dataset_entries
+from preference_training.data.rendering.chat_rendering import ConversationError
 from preference_training.data.rows.records import Turn
-from preference_training.data.rows.templates import ASSISTANT, HUMAN, ConversationError, build_template
+from preference_training.data.rows.templates import ASSISTANT, HUMAN, build_template
 from preference_training.data.tokenization import bos_ids
 
 # For a model that continues plain text.

@@ -3,19 +3,28 @@
 records -> `tokenize_records` -> TokenizedPrompt
 """
 
-import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import combinations, islice
+from typing import NamedTuple
 
 from preference_training.core.errors import UserError
+from preference_training.data.rendering.chat_rendering import ConversationError, Spanned, holds, response_opening
+from preference_training.data.rendering.encoding import Encoder, ScoredIds
 from preference_training.data.rows.examples import Selected, select
 from preference_training.data.rows.grouping import BOTH_LABELS
-from preference_training.data.rows.records import DataReport, PreferenceRecord, Prompt, prompt_text
-from preference_training.data.rows.templates import ConversationError, build_template, response_opening
+from preference_training.data.rows.records import (
+    DataReport,
+    PreferenceRecord,
+    Prompt,
+    Response,
+    Turn,
+    message_of,
+    prompt_text,
+)
+from preference_training.data.rows.templates import before_last_turn, build_template, rendered_prompts, without_end
 from preference_training.losses.base import ExampleKind
 
 
@@ -79,7 +88,8 @@ class TokenSettings:
     """What token ids depend on besides text and tokenizer. Lengths are in tokens.
 
     examples: what the loss trains on. version: one of VERSIONS, the newest except in resumed runs that started with an earlier
-    one. margins: whether the loss needs a margin of every pair.
+    one. margins: whether the loss needs a margin of every pair. train_on: which of the assistant's turns in a conversation SFT
+    learns, "all_turns" or "last_turn".
     """
 
     examples: ExampleKind
@@ -90,6 +100,7 @@ class TokenSettings:
     system_prompt: str | None = None
     version: int = VERSION
     margins: bool = False
+    train_on: str = "all_turns"
 
 
 def text_reader(tokenizer, settings: TokenSettings) -> Callable[[Prompt], str]:
@@ -115,12 +126,13 @@ def tokenize_records(
 ) -> Iterator[TokenizedPrompt]:
     """Yield the tokenized prompts of `records`.
 
-    Prompt and responses are tokenized separately and their ids concatenated, so that the boundary between them is exact. The
-    prompt gets a beginning-of-sequence token if the tokenizer adds one; each response gets the end-of-sequence token.
-    Truncation and skipping: `trainable_part`.
+    Prompt and responses are tokenized separately and their ids concatenated, so that the boundary between them is exact; for
+    SFT, a response of several turns is tokenized with its prompt, as chat templates are. Prompts get a beginning-of-sequence
+    token if the tokenizer adds one, or if there is no prompt; each response gets the end-of-sequence token. Truncation and
+    skipping: `trainable_part`.
 
-    Texts that contain the end-of-sequence token, empty prompts, and conversations that the tokenizer's chat template rejects go
-    to the report; without one they raise UserError.
+    Texts that contain the end-of-sequence token, prompts without tokens, and conversations that the tokenizer's chat template
+    rejects go to the report; without one they raise UserError.
     """
     work = _Tokenization(tokenizer, settings, report if report is not None else DataReport())
     records = iter(records)
@@ -145,10 +157,28 @@ OPENING_MOVED = (
     "the chat template does not open a response when asked to (add_generation_prompt): {!r}, which it writes before responses, "
     "is appended to prompts"
 )
+RENDERED = "prompts that are rendered in the tokenizer's chat template already, which are read as they are"
+NO_TOOLS = "prompts without their tools: the template does not render them (template=chat does, if the model's own can)"
+NO_REASONING = "assistant turns without their reasoning, which the chat template does not render there"
+END_NOT_MARKED = "responses whose end is not learned: the chat template's {% generation %} marks leave it out"
 OWN_SYSTEM_TURN = "prompts without system_prompt: they have their own system turn"
 
-# A record, what is trained on of it, and the texts of that: the prompt, then the responses.
-Rendered = tuple[PreferenceRecord, Selected, list[str]]
+
+class Rendered(NamedTuple):
+    """A record, what is trained on of it, and the texts of that."""
+
+    record: PreferenceRecord
+    part: Selected
+    prompt: str
+    texts: list[str | Spanned]
+
+
+class Encoded(NamedTuple):
+    """The ids of a chunk of rendered records: of all prompts, all responses that are texts, and all others of each record."""
+
+    prompts: list[list[int]]
+    texts: list[list[int]]
+    scored: list[list[ScoredIds]]
 
 
 class _Tokenization:
@@ -160,7 +190,7 @@ class _Tokenization:
         self.template = build_template(settings.template, settings.system_prompt, tokenizer)
         if settings.template == "chat" and (opening := response_opening(tokenizer)):
             self.report.note(OPENING_MOVED.format(opening))
-        self.encode_prompts, self.encode_responses = _encoders(tokenizer)
+        self.encoder, self.is_rendered = Encoder(tokenizer), rendered_prompts(tokenizer)
         self.bos = bos_ids(tokenizer)
         # Cached: a tokenizer looks up its special tokens on each access.
         self.eos_token, self.eos_id, self.bos_id = tokenizer.eos_token, tokenizer.eos_token_id, tokenizer.bos_token_id
@@ -173,18 +203,46 @@ class _Tokenization:
         return [rendered for part in parts if (rendered := self._rendered(record, part)) is not None]
 
     def _rendered(self, record: PreferenceRecord, part: Selected) -> Rendered | None:
-        parts = [record.prompt] if isinstance(record.prompt, str) else [turn[1] for turn in record.prompt]
-        if any(self.eos_token in text for text in (*parts, *part.responses)):
+        prompt, responses = record.prompt, part.responses
+        if self.settings.examples == "targets" and self.settings.train_on == "last_turn":
+            prompt, responses = before_last_turn(prompt, responses)
+        is_rendered = self.is_rendered(prompt)
+        given = [without_end(text, self.eos_token) for text in responses] if is_rendered else [prompt, *responses]
+        if any(self.eos_token in text for value in given for text in _texts_of(value)):
             self._bad(record, self._eos_error())
             return None
         try:
-            prompt, texts = self.template(record.prompt, part.responses)
+            text, texts = self.template(prompt, responses, record.tools)
         except ConversationError as error:
             self._bad(record, str(error))
             return None
-        if self.settings.system_prompt:
-            self._count_system_prompt(record.prompt)
-        return record, part, [prompt, *texts]
+        if is_rendered:
+            self.report.change(RENDERED)
+        elif prompt and self.settings.system_prompt:
+            self._count_system_prompt(prompt)
+        if record.tools and not self._holds_tools(record, prompt, text):
+            self.report.change(NO_TOOLS)
+        if self.settings.template == "chat":
+            self._count_reasoning(responses, [text + (some if isinstance(some, str) else some.text) for some in texts])
+        if any(not isinstance(some, str) and not some.ends for some in texts):
+            self.report.change(END_NOT_MARKED)
+        return Rendered(record, part, text, texts)
+
+    def _holds_tools(self, record: PreferenceRecord, prompt: Prompt, text: str) -> bool:
+        """Whether the text of a prompt holds the record's tools: whether it would be another without them."""
+        if self.settings.template != "chat" or isinstance(prompt, str):
+            return False
+        try:
+            return self.template(prompt, [])[0] != text
+        except ConversationError:
+            return True
+
+    def _count_reasoning(self, responses: Sequence[Response], texts: list[str]) -> None:
+        """Count the turns whose reasoning the chat template drops: most drop that of earlier turns."""
+        for turns, text in zip(responses, texts, strict=True):
+            if not isinstance(turns, str):
+                dropped = (reasoning and not holds(text, reasoning) for reasoning in map(_reasoning, turns))
+                self.report.change(NO_REASONING, sum(map(bool, dropped)))
 
     def _count_system_prompt(self, prompt: Prompt) -> None:
         """Count the prompts that do not get the system prompt."""
@@ -194,34 +252,65 @@ class _Tokenization:
         elif prompt[0][0] == "system":
             self.report.change(OWN_SYSTEM_TURN)
 
-    def encode(self, kept: list[Rendered]) -> tuple[list[list[int]], list[list[int]]]:
-        """The ids of all prompts and of all responses of a chunk."""
-        prompts, responses = [texts[0] for _, _, texts in kept], [text for _, _, texts in kept for text in texts[1:]]
-        if self.encode_prompts is self.encode_responses:
-            ids = self.encode_prompts(prompts + responses)
-            return ids[: len(prompts)], ids[len(prompts) :]
-        return self.encode_prompts(prompts), self.encode_responses(responses)
+    def encode(self, kept: list[Rendered]) -> Encoded:
+        """The ids of a chunk."""
+        texts = [text for one in kept for text in one.texts if isinstance(text, str)]
+        prompts, ids = self.encoder.encode([one.prompt for one in kept], texts)
+        scored = []
+        for one in kept:
+            several = [text for text in one.texts if not isinstance(text, str)]
+            # Pairs share their prompt, whatever follows it.
+            prompt = one.prompt if self.settings.examples == "targets" else None
+            scored.append(self.encoder.scored(prompt, several) if several else [])
+        return Encoded(prompts, ids, scored)
 
     def finish(self, kept: list[Rendered], encoded: Future) -> Iterator[TokenizedPrompt]:
         """The tokenized prompts of a chunk, from the ids of all its texts."""
-        settings = self.settings
-        all_prompt_ids, ids = map(iter, encoded.result())
-        for record, part, texts in kept:
-            prompt_ids = next(all_prompt_ids)
-            if prompt_ids[: len(self.bos)] != self.bos:
-                prompt_ids = self.bos + prompt_ids
-            responses = [next(ids) for _ in texts[1:]]
-            if not prompt_ids:
-                self._bad(record, "the prompt is empty. Expected at least one token before a response.")
-            elif any(self.eos_id in response for response in responses):
-                self._bad(record, self._eos_error())
-            else:
-                whole = [[*response, self.eos_id] for response in responses]
-                prompt = TokenizedPrompt(prompt_ids, whole, part.examples, record.source, record.number, **part.numbers)
-                always_kept = len(self.bos) if settings.version == 1 else int(prompt_ids[0] == self.bos_id)
-                left = trainable_part(prompt, settings, always_kept, self.report)
+        found: Encoded = encoded.result()
+        all_ids = iter(found.texts)
+        for one, prompt_ids, scored in zip(kept, found.prompts, found.scored, strict=True):
+            several = iter(scored)
+            whole = [ScoredIds(next(all_ids), [], True) if isinstance(text, str) else next(several) for text in one.texts]
+            if scored and scored[0].prompt_ids:
+                prompt_ids = scored[0].prompt_ids
+            prompt = self._prompt(one, prompt_ids, whole)
+            if prompt is not None:
+                always_kept = len(self.bos) if self.settings.version == 1 else int(prompt.prompt_ids[0] == self.bos_id)
+                left = trainable_part(prompt, self.settings, always_kept, self.report)
                 if left is not None:
                     yield left
+
+    def _prompt(self, one: Rendered, prompt_ids: list[int], whole: list[ScoredIds]) -> TokenizedPrompt | None:
+        """A prompt and its responses, with the special tokens that are added; None after an error."""
+        record, part = one.record, one.part
+        if prompt_ids[: len(self.bos)] != self.bos:
+            prompt_ids = self.bos + prompt_ids
+        if not prompt_ids and not one.prompt:
+            prompt_ids, whole = self._without_prompt(whole)
+        if not prompt_ids:
+            self._bad(record, "the prompt is empty. Expected at least one token before a response.")
+            return None
+        if any(self.eos_id in ids for (ids, *_), text in zip(whole, one.texts, strict=True) if isinstance(text, str)):
+            self._bad(record, self._eos_error())
+            return None
+        responses = [[*response.ids, self.eos_id] for response in whole]
+        spans = None
+        if not all(isinstance(text, str) for text in one.texts):
+            spans = [
+                [(0, len(response.ids) + 1)] if isinstance(text, str) else _with_end(response)
+                for response, text in zip(whole, one.texts, strict=True)
+            ]
+        numbers = part.numbers
+        return TokenizedPrompt(prompt_ids, responses, part.examples, record.source, record.number, spans=spans, **numbers)
+
+    def _without_prompt(self, whole: list[ScoredIds]) -> tuple[list[int], list[ScoredIds]]:
+        """What responses without a prompt are conditioned on, and these: the first token where none begins a sequence."""
+        if self.bos_id is not None:
+            return [self.bos_id], whole
+        if len(whole) == 1 and whole[0].ids:
+            [(ids, spans, ends, _)] = whole
+            return ids[:1], [ScoredIds(ids[1:], [(max(start - 1, 0), end - 1) for start, end in spans if end > 1], ends)]
+        return [self.eos_id], whole
 
     def _bad(self, record: PreferenceRecord, problem: str) -> None:
         self.report.bad_row(UserError(f"datasets: {record.source}: {problem}"))
@@ -231,41 +320,29 @@ class _Tokenization:
         return f"the text contains {self.eos_token!r}, which marks the end of a response. {expected}"
 
 
-def _encoders(tokenizer):
-    """Two functions from texts to lists of token ids without special tokens: for prompts and for responses.
-
-    SentencePiece tokenizers put a space before a text; a response, which continues its prompt, must not get one.
-    """
-    if not tokenizer.is_fast:
-        slow = lambda texts: tokenizer(texts, add_special_tokens=False).input_ids if texts else []  # noqa: E731
-        return slow, slow
-    backend = tokenizer.backend_tokenizer
-    description = json.loads(backend.to_str())
-    continuing = description | {part: _without_prefix_space(description[part]) for part in ("normalizer", "pre_tokenizer")}
-    backends = backend, backend if continuing == description else type(backend).from_str(json.dumps(continuing))
-    for each in backends:
-        # A tokenizer's file may enable both.
-        each.no_padding()
-        each.no_truncation()
-    encode_prompts, encode_responses = (partial(_encode, each) for each in backends)
-    return encode_prompts, encode_prompts if continuing == description else encode_responses
+def _reasoning(turn: Turn) -> str:
+    """The reasoning in an assistant turn; "" without any."""
+    message = message_of(turn)
+    own = next((message[key] for key in ("reasoning_content", "reasoning", "thinking") if message.get(key)), None)
+    return own or (message["content"].split("</think>")[0].split("<think>")[-1] if "</think>" in message["content"] else "")
 
 
-def _encode(backend, texts: list[str]) -> list[list[int]]:
-    return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+def _texts_of(value: Prompt | Response) -> Iterator[str]:
+    """The texts of a prompt or response, turn by turn."""
+    if isinstance(value, str):
+        yield value
+    else:
+        yield from (text for turn in value for text in turn[1:])
 
 
-# The settings of a tokenizer's file that put a prefix before a text, with the values that disable it.
-NO_PREFIX = {"prepend_scheme": "never", "add_prefix_space": False, "prepend": ""}
-
-
-def _without_prefix_space(part):
-    """A part of a tokenizer's file, without any prefix before a text."""
-    if isinstance(part, list):
-        return [_without_prefix_space(item) for item in part]
-    if not isinstance(part, dict):
-        return part
-    return {key: NO_PREFIX[key] if key in NO_PREFIX else _without_prefix_space(part[key]) for key in part}
+def _with_end(response: ScoredIds) -> list[tuple[int, int]]:
+    """The scored spans of a response with its end-of-sequence token."""
+    end = len(response.ids)
+    if not response.ends:
+        return response.spans
+    spans = response.spans or [(end, end)]
+    start, last = spans[-1]
+    return [*spans[:-1], (start, end + 1)] if last == end else [*spans, (end, end + 1)]
 
 
 def bos_ids(tokenizer) -> list[int]:

@@ -176,7 +176,7 @@ texts = (
 def test_decoding_prompt_and_response_gives_the_rendered_text_between_one_bos_and_one_eos(make, template, prompt, responses):
     tokenizer = make()
     # A prompt needs one token where nothing is put before it.
-    assume(prompt or template not in (None, "raw") or adds_bos(tokenizer))
+    assume(prompt or adds_bos(tokenizer))
     pairs = [(0, index) for index in range(1, len(responses))]
     text, endings = build_template(template, None, tokenizer)(prompt, responses)
     # Pairs of the same token ids are left out.
@@ -320,10 +320,29 @@ def test_a_conversation_whose_turns_end_with_the_end_of_sequence_token_is_accept
         assert [response.count(make().eos_token_id) for response in found.responses] == [1, 1]
 
 
-def test_an_empty_prompt_is_refused_where_nothing_stands_before_it():
+@pytest.mark.parametrize("template", [None, "hh", "chatml", "raw"])
+def test_responses_without_a_prompt_stand_behind_the_beginning_of_the_sequence_alone(template):
+    [found] = tokenized([record("")], gpt2(), template=template)
+    assert found.prompt_ids == [gpt2().bos_token_id]
+    assert [gpt2().decode(ids) for ids in found.responses] == [f" yes{END_OF_TEXT}", f" no{END_OF_TEXT}"]
+    assert tokenized([record("")], llama(), template=template)[0].prompt_ids == [llama().bos_token_id]
+
+
+def test_without_a_beginning_of_the_sequence_the_first_token_or_the_end_before_is_what_a_text_is_conditioned_on():
+    assert chat().bos_token_id is None
+    text = record("", ["the yes no", "the no"])
+    [pair] = tokenized([text], chat())
+    assert pair.prompt_ids == [chat().eos_token_id]
+    [found] = tokenized([text], chat(), examples="targets")
+    ids = chat()("the yes no").input_ids
+    assert (found.prompt_ids, found.responses) == (ids[:1], [[*ids[1:], chat().eos_token_id]])
+
+
+def test_a_prompt_of_which_the_tokenizer_keeps_nothing_is_refused():
+    tokenizer = byte_level_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("ask", "")
     with pytest.raises(UserError, match="datasets: set, train prompt 1: the prompt is empty"):
-        tokenized([record("")], gpt2())
-    assert tokenized([record("")], llama())[0].prompt_ids[0] == llama().bos_token_id
+        tokenized([record()], tokenizer)
 
 
 def test_a_conversation_that_the_chat_template_refuses_is_named_or_counted():

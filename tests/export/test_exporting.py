@@ -397,7 +397,7 @@ def test_the_effect_of_rounding_to_a_shorter_dtype_is_noted(folder, tmp_path):
 def test_checkpoint_and_export_have_the_chat_template_and_the_end_tokens_of_training(folder, tmp_path):
     export(folder / "runs" / "it", options(tmp_path))
     turns = ("user", "How?"), ("assistant", "So."), ("user", "Why?")
-    messages = [{"role": role, "content": content} for role, content in turns]
+    messages = [{"role": role, "content": content} for role, content, *_ in turns]
     for path in (folder / "runs" / "it" / "LATEST", tmp_path / "out"):
         tokenizer = AutoTokenizer.from_pretrained(path)
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)

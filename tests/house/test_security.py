@@ -22,7 +22,8 @@ from preference_training.checkpointing.checkpoint import find_damage
 from preference_training.core.errors import UserError
 from preference_training.core.files import load_tensors
 from preference_training.data.entries import load_records, read_entry
-from preference_training.data.rows.templates import ConversationError, build_template
+from preference_training.data.rendering.chat_rendering import ConversationError
+from preference_training.data.rows.templates import build_template
 from preference_training.modeling.archives import read_archive
 from preference_training.modeling.loading import load_model
 from preference_training.modeling.tokenizer import byte_level_tokenizer, load_tokenizer

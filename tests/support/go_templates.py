@@ -44,12 +44,12 @@ def _unquoted(text: str) -> str | None:
 def collated(turns: list[Turn]) -> dict:
     """Ollama's data for a template: turns of one role that follow each other are one, and the system's texts stand apart."""
     messages: list[dict] = []
-    for role, content in turns:
+    for role, content, *_ in turns:
         if messages and messages[-1]["Role"] == role:
             messages[-1]["Content"] += f"\n\n{content}"
         else:
             messages.append({"Role": role, "Content": content})
-    system = "\n\n".join(content for role, content in turns if role == "system")
+    system = "\n\n".join(content for role, content, *_ in turns if role == "system")
     return {"System": system, "Messages": messages, "Response": ""}
 
 

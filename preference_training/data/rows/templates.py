@@ -1,27 +1,30 @@
 """Prompt templates: raw, HH dialogues, ChatML, or the tokenizer's own chat template.
 
-A template renders a prompt and its responses as texts that are tokenized separately and concatenated. `tokenization.py` adds
-the special tokens: exactly one beginning-of-sequence token where the tokenizer adds one, exactly one end-of-sequence token
-after each response.
+A template renders a prompt and its responses as texts that are concatenated. `tokenization.py` adds the special tokens: exactly
+one beginning-of-sequence token where the tokenizer adds one, exactly one end-of-sequence token after each response.
 """
 
+import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from functools import partial
 from itertools import takewhile
+from typing import NamedTuple
 
-from preference_training.core.errors import UserError, first_line
-from preference_training.data.rows.records import Prompt, Turn
+from preference_training.data.rendering.chat_rendering import (
+    ChatTemplate,
+    ConversationError,
+    Spanned,
+    rendered,
+    response_opening,
+)
+from preference_training.data.rows.records import Prompt, Response, Turn, message_of, response_of
 
-HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+HUMAN, ASSISTANT, TOOL = "\n\nHuman:", "\n\nAssistant:", "\n\nTool:"
 
-# A template: prompt and responses → text of the prompt, texts of the responses.
-Template = Callable[[Prompt, list[str]], tuple[str, list[str]]]
-
-
-class ConversationError(UserError):
-    """The tokenizer's chat template rejects a conversation; it may accept others."""
+# A template: prompt, responses and perhaps tools → text of the prompt, texts of the responses. A response of several turns has
+# the spans of the assistant's.
+Template = Callable[..., tuple[str, list[str | Spanned]]]
 
 
 # ---- HH dialogues -------------------------------------------------------------------------------------------------------
@@ -56,72 +59,85 @@ def parse_dialogue(prompt: str) -> tuple[Turn, ...] | None:
 def build_template(name: str | None, system_prompt: str | None, tokenizer) -> Template:
     """The template of a name; None keeps texts unchanged and renders conversations as HH dialogues.
 
-    system_prompt: added to conversations without a system turn, but not to texts that stay unchanged. Raises UserError for
-    `chat` if the tokenizer has no usable chat template.
+    system_prompt: added to conversations without a system turn, but not to texts that stay unchanged: with None and raw, and
+    texts without a prompt, or whose prompt is
+    rendered already. Raises UserError for `chat` if the tokenizer has no usable chat template.
     """
-    if name == "chat":
-        _check_chat_template(tokenizer)
-    render = {"raw": _raw, "hh": _hh, "chatml": _chatml, "chat": _chat, None: _hh}[name]
-    if name == "chat":
-        render = partial(_chat, opening=response_opening(tokenizer))
+    render = ChatTemplate(tokenizer) if name == "chat" else BUILT_IN[name].of(tokenizer)
+    is_rendered = rendered_prompts(tokenizer)
 
-    def template(prompt: Prompt, responses: list[str]) -> tuple[str, list[str]]:
-        if isinstance(prompt, str) and name in (None, "raw"):
-            return prompt, responses
+    def template(prompt: Prompt, responses: Sequence[Response], tools: str = "") -> tuple[str, list[str | Spanned]]:
+        if isinstance(prompt, str) and all(isinstance(response, str) for response in responses):
+            if is_rendered(prompt):
+                return prompt, [without_end(response, tokenizer.eos_token) for response in responses]
+            if name in (None, "raw") or not prompt:
+                return prompt, list(responses)
         turns, responses = _conversation(prompt, responses)
-        if system_prompt and turns[0].role != "system":
+        if system_prompt and not (turns and turns[0].role in ("system", "developer")):
             turns = (Turn("system", system_prompt), *turns)
-        return render(turns, responses, tokenizer)
+        text, texts = render(turns, responses, tools)
+        continues = bool(turns) and turns[-1].role == "assistant" and text.endswith(" ")
+        # Tokenizers merge a space with the next word.
+        return (text[:-1], [_after_space(some) for some in texts]) if continues else (text, texts)
 
     return template
 
 
-def _check_chat_template(tokenizer) -> None:
-    """Raise UserError where a tokenizer has no chat template, several without a default, or an invalid one."""
-    templates = tokenizer.chat_template
-    if not templates:
-        raise UserError(
-            "template: found chat, but this tokenizer has no chat template of its own. Use chatml, hh or raw, or the "
-            "tokenizer of a chat model (model.tokenizer_name_or_path)."
-        )
-    if isinstance(templates, dict) and "default" not in templates:
-        raise UserError(
-            f"template: found chat, but of this tokenizer's chat templates ({', '.join(sorted(templates))}) none is called "
-            "default. Write the one you mean as chat_template into the tokenizer_config.json of a copy, and name that with "
-            "model.tokenizer_name_or_path; or use template=chatml, hh or raw."
-        )
-    _check_syntax(tokenizer)
+def _after_space(response: str | Spanned) -> str | Spanned:
+    if isinstance(response, str):
+        return f" {response}"
+    (start, end), *more = response.spans
+    spans = [(start + bool(start), end + 1), *((start + 1, end + 1) for start, end in more)]
+    return response._replace(text=f" {response.text}", spans=spans)
 
 
-def response_opening(tokenizer) -> str:
-    """The text that a tokenizer's chat template puts before a response but not into its generation prompt.
-
-    Empty for most templates, which render it with add_generation_prompt.
-    """
-    question, response = {"role": "user", "content": "a question"}, {"role": "assistant", "content": "a response"}
-    try:
-        asked, opened = (_rendered(tokenizer, [question], add_generation_prompt=add) for add in (False, True))
-        whole = _rendered(tokenizer, [question, response])
-    except ConversationError:
-        return ""  # It may accept other conversations: errors are reported with the rows of the data.
-    before, found, _ = whole.removeprefix(asked).partition(response["content"])
-    is_opened = asked != opened or not found or not whole.startswith(asked)
-    return "" if is_opened or not before.strip() else before
+def _conversation(prompt: Prompt, responses: Sequence[Response]) -> tuple[tuple[Turn, ...], list[Response]]:
+    """The turns of any prompt: a conversation, an HH dialogue, or a single user turn; and the responses to them."""
+    if not isinstance(prompt, str):
+        turns = (Turn(*turn) for turn in prompt)
+        return tuple(turn for turn in turns if turn.content or turn.role != "system"), list(responses)
+    turns = parse_dialogue(prompt)
+    if turns is None:
+        return (Turn("user", prompt),) if prompt else (), list(responses)
+    return turns, [response.removeprefix(" ") if isinstance(response, str) else response for response in responses]
 
 
-def _check_syntax(tokenizer) -> None:
-    """Raise UserError for a chat template that is not valid Jinja."""
-    from jinja2.exceptions import TemplateSyntaxError
+# ---- prompts that are rendered already --------------------------------------------------------------------------------------
 
-    try:
-        tokenizer.apply_chat_template([{"role": "user", "content": "a question"}], tokenize=False)
-    except TemplateSyntaxError as error:
-        raise UserError(
-            f"template: the tokenizer's chat template is broken, line {error.lineno}: {first_line(error)}. Correct it, or use "
-            "template=chatml, hh or raw."
-        ) from error
-    except Exception:  # rejected conversations are reported with the rows of the data
-        return
+
+def rendered_prompts(tokenizer) -> Callable[[Prompt], bool]:
+    """A test of whether a prompt is a text that is rendered in the tokenizer's chat template already."""
+    header = ""
+    if tokenizer.chat_template:
+        question = [{"role": "user", "content": "a question"}]
+        with suppress(ConversationError):
+            asked = rendered(tokenizer, question, add_generation_prompt=True) + response_opening(tokenizer)
+            # What stands between a question and the response to it: text of users' has no special tokens.
+            header = asked.rpartition("a question")[2].strip()
+    specials = {tokenizer.eos_token, *tokenizer.get_added_vocab()} if header else ()
+    if not any(token in header for token in specials):
+        return lambda prompt: False
+    return lambda prompt: isinstance(prompt, str) and header in prompt
+
+
+def without_end(response: str, eos_token: str) -> str:
+    """A response without the end-of-sequence token at its end, which is added later."""
+    stripped = response.rstrip()
+    return stripped.removesuffix(eos_token) if stripped.endswith(eos_token) else response
+
+
+# ---- what templates have in common ------------------------------------------------------------------------------------------
+
+
+def before_last_turn(prompt: Prompt, responses: Sequence[Response]) -> tuple[Prompt, list[Response]]:
+    """A prompt and its only response, with all turns before the assistant's last ones moved to the prompt."""
+    [response] = responses
+    if isinstance(response, str):
+        return prompt, [response]
+    at = len(response)
+    while at and response[at - 1][0] == "assistant":
+        at -= 1
+    return (*_conversation(prompt, [])[0], *response[:at]) or "", [response_of(response[at:])]
 
 
 def user_markers(tokenizer) -> list[str]:
@@ -131,7 +147,7 @@ def user_markers(tokenizer) -> list[str]:
         texts = "first question", "a response", "second question"
         roles = "user", "assistant", "user"
         with suppress(ConversationError):
-            whole = _rendered(tokenizer, [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)])
+            whole = rendered(tokenizer, [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)])
             before, between = whole.split(texts[0])[0], whole.split(texts[2])[0]
             alike = takewhile(lambda letters: letters[0] == letters[1], zip(reversed(before), reversed(between), strict=False))
             marker = "".join(letter for letter, _ in alike)[::-1].strip()
@@ -139,76 +155,71 @@ def user_markers(tokenizer) -> list[str]:
     return markers
 
 
-def _conversation(prompt: Prompt, responses: list[str]) -> tuple[tuple[Turn, ...], list[str]]:
-    """The turns of any prompt: a conversation, an HH dialogue, or a single user turn; and the responses to them."""
-    if not isinstance(prompt, str):
-        return tuple(Turn(*turn) for turn in prompt), responses
-    turns = parse_dialogue(prompt)
-    if turns is None:
-        return (Turn("user", prompt),), responses
-    return turns, [response.removeprefix(" ") for response in responses]
+# ---- the built-in templates ---------------------------------------------------------------------------------------------
 
 
-def _raw(turns: tuple[Turn, ...], responses: list[str], _tokenizer) -> tuple[str, list[str]]:
-    return "\n\n".join(turn.content for turn in turns) + "\n\n", responses
+class BuiltIn(NamedTuple):
+    """A template that puts a fixed text before each turn of a role, and the same texts after each.
+
+    lead: begins the text of an assistant turn and is scored with it, as is `end`; `gap` follows and is not.
+    """
+
+    before: dict[str, str]
+    lead: str = ""
+    end: str = ""
+    gap: str = ""
+
+    def of(self, tokenizer) -> Template:
+        """The template for a tokenizer. If its end-of-sequence token is the end of a turn, that of the last is added later."""
+        last = "" if tokenizer.eos_token == self.end else self.end
+
+        return lambda turns, responses, tools: self._render(turns, responses, last)
+
+    def _render(self, turns: Sequence[Turn], responses: Sequence[Response], last: str) -> tuple[str, list[str | Spanned]]:
+        lead, prompt = self.lead, "".join(map(self._turn, turns))
+        if turns and turns[-1].role == "assistant":
+            # Responses continue it.
+            lead, prompt = "", prompt.removesuffix(self.end + self.gap)
+        else:
+            prompt += self.before["assistant"]
+        texts = [
+            lead + some + last if isinstance(some, str) else self._spanned([Turn(*turn) for turn in some], lead, last)
+            for some in responses
+        ]
+        return prompt, texts
+
+    def _spanned(self, turns: Sequence[Turn], lead: str, last: str) -> Spanned:
+        """A response of several turns behind the beginning of its first."""
+        text = lead + _content(turns[0]) + self.end
+        spans = [(0, len(text))]
+        for turn in turns[1:]:
+            start = len(text) + len(self.gap) + len(self.before[turn.role])
+            text += self.gap + self._turn(turn).removesuffix(self.gap)
+            spans += [(start, len(text))] * (turn.role == "assistant")
+        end = len(text) - len(self.end) + len(last)
+        return Spanned(text[:end], [*spans[:-1], (spans[-1][0], end)])
+
+    def _turn(self, turn: Turn) -> str:
+        lead = self.lead if turn.role == "assistant" else ""
+        return f"{self.before[turn.role]}{lead}{_content(turn)}{self.end}{self.gap}"
 
 
-def _hh(turns: tuple[Turn, ...], responses: list[str], _tokenizer) -> tuple[str, list[str]]:
-    markers = {"system": "", "user": f"{HUMAN} ", "assistant": f"{ASSISTANT} "}
-    text = "".join(markers[turn.role] + turn.content for turn in turns)
-    return text + ASSISTANT, [f" {response}" for response in responses]
+def _content(turn: Turn) -> str:
+    """The text of a turn, with its reasoning and its calls of tools, as most chat models read them."""
+    if not turn.rest:
+        return turn.content
+    message = message_of(turn)
+    reasoning = next((message[key] for key in ("reasoning_content", "reasoning", "thinking") if key in message), None)
+    calls = [json.dumps(call.get("function", call), ensure_ascii=False) for call in message.get("tool_calls", ())]
+    parts = [f"<think>\n{reasoning}\n</think>\n"] * bool(reasoning) + [turn.content] * bool(turn.content)
+    return "\n".join([*parts, *(f"<tool_call>\n{call}\n</tool_call>" for call in calls)])
 
 
-def _chatml(turns: tuple[Turn, ...], responses: list[str], tokenizer) -> tuple[str, list[str]]:
-    text = "".join(f"<|im_start|>{turn.role}\n{turn.content}<|im_end|>\n" for turn in turns)
-    # If <|im_end|> is the end-of-sequence token, it is added later.
-    end = "" if tokenizer.eos_token == "<|im_end|>" else "<|im_end|>"
-    return f"{text}<|im_start|>assistant\n", [response + end for response in responses]
-
-
-def _chat(turns: tuple[Turn, ...], responses: list[str], tokenizer, opening: str) -> tuple[str, list[str]]:
-    messages = [{"role": turn.role, "content": turn.content} for turn in turns]
-    prompt = _rendered(tokenizer, messages, add_generation_prompt=True) + opening
-    for number, turn in enumerate(turns, start=1):
-        # Templates drop the reasoning of earlier assistant turns by design.
-        if turn.role != "assistant" and not _holds(prompt, turn.content):
-            raise ConversationError(
-                f"template: the tokenizer's chat template drops turn {number}, the {turn.role}'s. Use "
-                "template=chatml or hh, or rows without such a turn."
-            )
-    whole = [_rendered(tokenizer, [*messages, {"role": "assistant", "content": response}]) for response in responses]
-    for text, response in zip(whole, responses, strict=True):
-        if not _holds(text, response):
-            raise ConversationError(
-                "template: the tokenizer's chat template drops a part of the response (usually the reasoning). Use "
-                "template=chatml or hh, or responses without that part."
-            )
-        if not text.startswith(prompt):
-            raise UserError(
-                "template: the tokenizer's chat template renders a prompt differently with a response "
-                f"({_first_difference(prompt, text)}), so that prompt and response cannot be separated. "
-                "Use template=chatml or hh."
-            )
-    # Remove the template's end-of-sequence token and what follows: one is added later.
-    return prompt, [text[len(prompt) :].split(tokenizer.eos_token)[0] for text in whole]
-
-
-def _rendered(tokenizer, messages: list[dict], **options) -> str:
-    """Render with the tokenizer's chat template. Raises ConversationError for any error in the template."""
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
-    except Exception as error:  # a template is a program, and may raise any error
-        roles = ", ".join(message["role"] for message in messages)
-        raise ConversationError(
-            f"template: the tokenizer's chat template refuses a conversation of {roles}: {first_line(error).rstrip('.')}."
-        ) from error
-
-
-def _holds(text: str, content: str) -> bool:
-    """Whether a text holds another one, white space aside."""
-    return content.strip() in text or "".join(content.split()) in "".join(text.split())
-
-
-def _first_difference(one: str, other: str) -> str:
-    at = next((k for k, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-    return f"at character {at}: {one[at : at + 20]!r} and {other[at : at + 20]!r}"
+_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
+_HH = BuiltIn({"system": "", "developer": "", "user": f"{HUMAN} ", "assistant": ASSISTANT, "tool": f"{TOOL} "}, lead=" ")
+BUILT_IN = {
+    None: _HH,
+    "hh": _HH,
+    "raw": BuiltIn(dict.fromkeys(_ROLES, ""), gap="\n\n"),
+    "chatml": BuiltIn({role: f"<|im_start|>{name}\n" for role, name in _ROLES.items()}, end="<|im_end|>", gap="\n"),
+}

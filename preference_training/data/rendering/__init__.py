@@ -1,0 +1,1 @@
+"""Conversations as text in a chat template, and texts as token ids."""

@@ -123,8 +123,8 @@ class PromptFields:
     def _refuse_second_part(self, row: dict) -> None:
         if self.second_part(row):
             raise RowError(
-                f"field {self.prompt!r} is beside a second part of the prompt, and the prompt is a conversation, where that has no "
-                "place. Expected two texts, or one conversation."
+                f"field {self.prompt!r} is a conversation, and has a second part beside it, which would be lost. Expected two "
+                "texts, or one conversation."
             )
 
     def with_system(self, row: dict, turns: tuple[Turn, ...]) -> tuple[Turn, ...]:

@@ -159,10 +159,16 @@ class Columns(NamedTuple):
 
     @property
     def prompt_hashes(self) -> numpy.ndarray:
-        """A hash of each prompt's token ids: [N] uint64."""
+        """A hash of each prompt's token ids, or, behind one token at most, of the text that follows: [N] uint64."""
         ids = memoryview(numpy.ascontiguousarray(self.prompts.values, numpy.int32)).cast("B")
         cuts = (self.prompts.offsets.astype(numpy.int64) * numpy.dtype(numpy.int32).itemsize).tolist()
-        return numpy.array([xxhash.xxh3_64_intdigest(ids[start:end]) for start, end in pairwise(cuts)], numpy.uint64)
+        hashes = numpy.array([xxhash.xxh3_64_intdigest(ids[start:end]) for start, end in pairwise(cuts)], numpy.uint64)
+        # Texts without a prompt share a beginning-of-sequence token at most.
+        for k in numpy.flatnonzero(self.prompts.lengths <= 1):
+            start, end = self.responses.lists.offsets[self.responses.first[k] :][:2]
+            text = numpy.ascontiguousarray(self.responses.lists.values[start:end], numpy.int32)
+            hashes[k] = xxhash.xxh3_64_intdigest(text.tobytes())
+        return hashes
 
     @property
     def longest_row(self) -> int:

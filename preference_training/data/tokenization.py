@@ -11,6 +11,7 @@ from itertools import combinations, islice
 from typing import NamedTuple
 
 from preference_training.core.errors import UserError
+from preference_training.data.chunking import CHUNKS, text_chunks
 from preference_training.data.rendering.chat_rendering import ConversationError, Spanned, holds, response_opening
 from preference_training.data.rendering.encoding import Encoder, ScoredIds
 from preference_training.data.rows.examples import Selected, select
@@ -274,11 +275,24 @@ class _Tokenization:
             if scored and scored[0].prompt_ids:
                 prompt_ids = scored[0].prompt_ids
             prompt = self._prompt(one, prompt_ids, whole)
-            if prompt is not None:
+            if prompt is not None and self._is_plain_text(one):
+                yield from self._chunks(prompt)
+            elif prompt is not None:
                 always_kept = len(self.bos) if self.settings.version == 1 else int(prompt.prompt_ids[0] == self.bos_id)
                 left = trainable_part(prompt, self.settings, always_kept, self.report)
                 if left is not None:
                     yield left
+
+    def _is_plain_text(self, one: Rendered) -> bool:
+        """Whether SFT learns a text without a prompt."""
+        return not one.prompt and self.settings.examples == "targets" and isinstance(one.part.responses[0], str)
+
+    def _chunks(self, text: TokenizedPrompt) -> Iterator[TokenizedPrompt]:
+        """A text in parts of at most `max_length` tokens: none of it is lost."""
+        chunks = list(text_chunks(text.prompt_ids + text.responses[0], self.settings.max_length, self.bos_id))
+        self.report.change(CHUNKS, len(chunks) - 1)
+        for chunk in chunks:
+            yield replace(text, prompt_ids=chunk.prompt_ids, responses=[chunk.ids], spans=chunk.spans)
 
     def _prompt(self, one: Rendered, prompt_ids: list[int], whole: list[ScoredIds]) -> TokenizedPrompt | None:
         """A prompt and its responses, with the special tokens that are added; None after an error."""

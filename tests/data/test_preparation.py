@@ -971,19 +971,19 @@ def test_a_hub_loader_of_the_users_is_known_by_what_it_gives_and_not_by_its_rows
 def test_a_map_of_fields_is_named_the_same_when_fields_are_added_that_it_does_not_use(monkeypatch):
     from dataclasses import make_dataclass
 
-    from preference_training.data import entries
     from preference_training.data.rows.field_maps import FieldMap
+    from preference_training.data.sources import user_data
 
     usual, larger = FieldMap(chosen="good"), make_dataclass("Larger", [("extra", str, "no")], bases=(FieldMap,), frozen=True)
-    known = entries.field_map_text(usual)
+    known = user_data.field_map_text(usual)
     # As the first version wrote it: its names of files hold this text.
     assert known == (
         "FieldMap(prompt='prompt', chosen='good', rejected='rejected', system=None, response=None, score=None, responses=None, "
         "scores=None, ranks=None, implicit_prompt=False, where={}, top_k=None)"
     )
-    monkeypatch.setattr(entries, "FieldMap", larger)
-    assert entries.field_map_text(larger(chosen="good")) == known
-    assert entries.field_map_text(larger(chosen="good", extra="yes")) == f"{known[:-1]}, extra='yes')"
+    monkeypatch.setattr(user_data, "FieldMap", larger)
+    assert user_data.field_map_text(larger(chosen="good")) == known
+    assert user_data.field_map_text(larger(chosen="good", extra="yes")) == f"{known[:-1]}, extra='yes')"
 
 
 def test_pairs_of_the_same_ids_are_trained_on_in_data_of_the_first_version_alone_and_counted(folder):

@@ -125,8 +125,8 @@ def test_duplicates_and_contradictions_are_counted_over_all_prompts():
 
 
 def test_prompts_in_both_splits_are_found_by_their_hashes():
-    train = collect_facts(table(TokenizedPrompt([1, 2], [A, B], [(0, 1)]), TokenizedPrompt([5], [A, B], [(0, 1)])))
-    held_out = collect_facts(table(TokenizedPrompt([5], [B, C], [(0, 1)])))
+    train = collect_facts(table(TokenizedPrompt([1, 2], [A, B], [(0, 1)]), TokenizedPrompt([5, 6], [A, B], [(0, 1)])))
+    held_out = collect_facts(table(TokenizedPrompt([5, 6], [B, C], [(0, 1)])))
     assert len(numpy.intersect1d(train.prompt_hashes, held_out.prompt_hashes)) == 1
 
 

@@ -383,8 +383,9 @@ def split_by_hash(
     lowest, waiting, several = 1.0, [], False
     held_out_any = share == 0
     for item in items:
-        # Answers without a prompt are held out one by one.
-        value = prompt_hash(text_of(item[0]) if item[0] else prompt_text(item[1]["sft_target"]))
+        prompt, record = item
+        # Answers without a prompt, as plain texts are, are held out one by one.
+        value = prompt_hash(text_of(prompt) if prompt else prompt_text(record["sft_target"]))
         held_out_any |= value < share
         if held_out_any:
             released, waiting = waiting, []

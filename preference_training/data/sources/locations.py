@@ -150,9 +150,12 @@ def _matching(pattern: str) -> tuple[str, ...]:
         system = fsspec.core.url_to_fs("")[0]
         start = "" if Path(pattern).is_absolute() else f"{Path.cwd()}/"
         names = [name.removeprefix(start) for name in system.glob(pattern)]
-    files = tuple(sorted(name for name in names if is_data_file(name)))
+    # As in a shell, files whose names begin with a dot are meant only where the pattern says so.
+    hidden = pattern.rsplit("/", 1)[-1].startswith(".")
+    names = [name for name in names if hidden or not name.rsplit("/", 1)[-1].startswith(".")]
+    files = tuple(sorted(name for name in names if _holds_rows(name)))
     if not files:
-        others = f"; {len(names)} others do" if names else ""
+        others = f"; {len(names)} of other kinds" if names else ""
         raise UserError(
             f"datasets: {pattern}: no data file matches{others}. Expected files ending in {EXPECTED}; paths are relative to "
             f"{Path.cwd()}."
@@ -227,6 +230,10 @@ def _files_of_split(folder: str, part: Part) -> FilesSource | None:
     return FilesSource(place, own, f"beside {part.split}, the folder has {_listed(others)}" if others else None)
 
 
+def _holds_rows(name: str) -> bool:
+    return is_data_file(name) and Path(name).name not in DESCRIPTIONS
+
+
 def _listed(splits: dict[str, list[str]]) -> str:
     counts = (f"{name} ({len(found)} file{'s' * (len(found) > 1)})" for name, found in splits.items())
     return f"{', '.join(counts)}, which split and test_split name"
@@ -242,7 +249,7 @@ def _resolved(base: str, patterns: list[str]) -> list[str]:
             found |= dict.fromkeys(map(str, resolve_pattern(pattern, base)))
         except FileNotFoundError:
             continue
-    files = [name for name in found if is_data_file(name) and Path(name).name not in DESCRIPTIONS]
+    files = [name for name in found if _holds_rows(name)]
     return [name for name in files if format_of(name) != ".txt"] or files
 
 

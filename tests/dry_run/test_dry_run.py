@@ -66,7 +66,7 @@ def test_a_dry_run_shows_data_examples_steps_and_memory_and_leaves_no_run_behind
         "total",
     ):
         assert line in shown, f"{line!r} is not in\n{shown}"
-    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["prepared_data"]
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["data_report.html", "prepared_data"]
 
 
 def test_a_model_that_fits_no_machine_is_refused_without_being_built(tmp_path):
@@ -118,7 +118,7 @@ def test_duplicates_and_contradictions_are_counted_over_all_prompts():
             TokenizedPrompt([1, 3], [A, B, C], [(0, 1), (0, 2)]),
         )
     )
-    assert (facts.duplicate_pairs, facts.contradictory_pairs) == (1, 1)
+    assert (facts.votes.duplicates, facts.votes.contradictory) == (1, 1)
     assert (facts.prompts, facts.responses, facts.examples) == (4, 9, 5)
     # Prompts of 2 tokens; responses of 2 and 3, in the last of 2, 3 and 2.
     assert facts.tokens == 3 * (2 + 5) + 2 + 7

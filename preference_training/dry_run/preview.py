@@ -25,8 +25,8 @@ from preference_training.core.files import first_existing
 from preference_training.core.machine import pick_device
 from preference_training.core.process_group import Ranks
 from preference_training.data.prompt_table import Selection
-from preference_training.data.quality.facts import Facts, collect_facts
 from preference_training.data.quality.checks import check_data
+from preference_training.data.quality.facts import Facts, collect_facts
 from preference_training.data.rows.records import DataReport
 from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.distributed.placement import Placement, Sharded

@@ -1,1 +1,1 @@
-"""Whether data is any good: leaks, duplicates, contradictions, labels that a rule predicts, contamination, languages, lengths."""
+"""Whether data is any good: leaks, duplicates, labels that contradict or that a rule predicts, contamination, languages."""

@@ -1,7 +1,7 @@
 """Bag of words: a logistic regression on the words of two responses. What it gets right needs no language model.
 
-The model of Bradley and Terry: the preferred response wins with probability sigmoid(w · (x - x')), where x are log(1 + count) of
-the words of a response. Its L2-regularized likelihood is convex and has one optimum, found by L-BFGS.
+The model of Bradley and Terry: the preferred response wins with probability sigmoid(w · (x - x')), where x is log(1 + count) of
+each word of a response. Its L2-regularized likelihood is convex and has one optimum, found by L-BFGS.
 """
 
 import numpy

@@ -35,7 +35,7 @@ STOP_WORDS = {
     "Dutch": "het een van en is dat niet op te zijn voor met aan ook als er maar wat hoe deze wordt bij naar",
     "Polish": "nie się na jest że do jak ale tak dla co czy przez od po który są być może oraz",
     "Swedish": "och att det som en på är av för den inte med till om har jag ett kan vad hur",
-    "Turkish": "bir ve bu için ile da de çok olarak daha ne nasıl gibi olan en var değil kadar",
+    "Turkish": "bir ve bu için ile da de çok olarak daha ne nas\u0131l gibi olan en var değil kadar",
     "Vietnamese": "của và là có không được trong cho một những các với này để người như khi",
     "Indonesian": "yang dan di untuk dengan ini itu dari pada adalah tidak dalam akan atau juga apa bagaimana ke",
 }

@@ -41,7 +41,7 @@ class Finding:
     @property
     def line(self) -> str:
         """The finding as a line of text."""
-        return f"{self.name}: {self.found}" + f"; {self.limit}" * self.failed
+        return f"{self.name}: {self.found}" + f"; expected {self.limit}" * self.failed
 
 
 def assess(quality: DataQuality, limits: QualityConfig) -> list[Finding]:
@@ -100,17 +100,21 @@ def _labels(quality: DataQuality, limits: QualityConfig) -> Iterator[Finding]:
             "training pairs judged in both directions",
             *(votes.contradictory, votes.compared, "max_contradictions", limits.max_contradictions),
         )
-    if votes.agreement is not None:
-        least = limits.min_agreement
-        found = f"{votes.agreement:.1%} of verdicts on the same two responses agree ({votes.repeated:,} pairs with several)"
-        limit = {} if least is None else {"key": "quality.min_agreement", "limit": f"at least {least:.1%}"}
-        yield Finding("label agreement", found, **limit, failed=least is not None and votes.agreement < least)
+    if len(votes.agreements):
+        yield _agreement(votes.agreements, limits.min_agreement)
     elif votes.compared:
         yield Finding("label agreement", "unknown: no two responses were compared several times")
     if not quality.baselines:
         yield Finding("trivial baselines", "none: they need held-out pairs (a loss of pairs, and a held-out split)")
     elif not quality.position_known:
         yield Finding("position", "unknown: the preferred response stands first in all rows, or in none")
+
+
+def _agreement(agreements: numpy.ndarray, least: float | None) -> Finding:
+    low, high = share_interval(agreements)
+    found = f"{agreements.mean():.1%} [{low:.1%}, {high:.1%}] on {len(agreements):,} pairs with several verdicts"
+    limit = {} if least is None else {"key": "quality.min_agreement", "limit": f"an upper end of at least {least:.1%}"}
+    return Finding("label agreement", found, **limit, failed=least is not None and high < least)
 
 
 def bounds(baseline: Baseline) -> tuple[float, float]:
@@ -122,7 +126,7 @@ def bounds(baseline: Baseline) -> tuple[float, float]:
 def _baseline(baseline: Baseline, most: float | None) -> Finding:
     low, high = bounds(baseline)
     found = f"{baseline.accuracy:.1%} [{low:.1%}, {high:.1%}] of {len(baseline.outcomes):,} held-out pairs"
-    limit = {} if most is None else {"key": "quality.max_baseline_accuracy", "limit": f"lower end at most {most:.1%}"}
+    limit = {} if most is None else {"key": "quality.max_baseline_accuracy", "limit": f"a lower end of at most {most:.1%}"}
     return Finding(f"accuracy of a trivial baseline, {baseline.name}", found, **limit, failed=most is not None and low > most)
 
 

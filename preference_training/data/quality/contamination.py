@@ -1,7 +1,6 @@
 """Contamination: n-grams of words that training data shares with files of the user's, such as benchmarks.
 
-An item of a file is contaminated if the data holds one of its n-grams; of a text that is shorter, all of its words. Letter case
-and punctuation do not count.
+An item of a file is contaminated if a prompt or a response holds one of its n-grams; of a shorter text, all of its words. Letter case and punctuation do not count.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,7 +16,6 @@ from preference_training.data.quality.words import decode, ngrams, word_hashes
 
 # Texts with fewer words are not compared: common phrases have as many.
 FEWEST_WORDS = 8
-PROMPTS_AT_ONCE = 2048
 BUCKETS = 2**24
 
 
@@ -40,13 +38,15 @@ def find_contamination(table: PromptTable, tokenizer, paths: Sequence[str], n: i
     files = [_File.read(Path(path).expanduser(), n) for path in paths]
     if not files:
         return []
-    for start in range(0, len(table), PROMPTS_AT_ONCE):
-        prompts = [table[k] for k in range(start, min(start + PROMPTS_AT_ONCE, len(table)))]
-        owner = numpy.repeat(numpy.arange(len(prompts)), [len(prompt.responses) for prompt in prompts])
-        texts = decode(tokenizer, [prompt.prompt_ids + response for prompt in prompts for response in prompt.responses])
-        found = word_hashes(texts)
-        for file in files:
-            file.search(found, owner, len(prompts))
+    for part in table.parts:
+        for columns in part.batches:
+            number, responses = len(columns.numbers), columns.responses
+            owner = numpy.concatenate([numpy.arange(number), numpy.repeat(numpy.arange(number), responses.counts)])
+            sequences = [lists.at(k) for lists in (columns.prompts, responses.lists) for k in range(len(lists.lengths))]
+            found = word_hashes(decode(tokenizer, sequences))
+            for file in files:
+                file.search(found, owner, number)
+        part.release()
     return [file.result() for file in files]
 
 
@@ -105,8 +105,9 @@ class _File:
             maybe = filled[(hashes % numpy.uint64(BUCKETS)).astype(int)]
             texts, hashes = texts[maybe], hashes[maybe]
             here = numpy.isin(hashes, known)
-            self.found[length] |= numpy.isin(known, hashes[here])
-            hit[owner[texts[here]]] = True
+            if here.any():
+                self.found[length] |= numpy.isin(known, hashes[here])
+                hit[owner[texts[here]]] = True
         self.prompts += int(hit.sum())
 
     def result(self) -> Contamination:

@@ -14,9 +14,9 @@ from preference_training.data.columns import Lists
 from preference_training.data.prompt_table import PromptTable
 from preference_training.data.quality.words import ngrams
 
-SHINGLE = 5
-# With bands of 6 of 126 hashes, documents of similarity 0.8 share a band with probability 1 - (1 - 0.8^6)^21 = 99.8%.
-BANDS, ROWS = 21, 6
+SHINGLE = 3
+# With bands of 5 of 125 hashes, documents of similarity 0.7 share a band with probability 1 - (1 - 0.7^5)^25 = 99.0%.
+BANDS, ROWS = 25, 5
 MOST_DOCUMENTS = 300_000
 DOCUMENTS_AT_ONCE = 4096
 COUNTERS = 2**22

@@ -17,8 +17,8 @@ class Pairs(NamedTuple):
     """All pairs of a table, also those that rankings imply; each field is [P].
 
     prompts: indices in the table; keys: hashes of the prompts' token ids. preferred, other: numbers of the responses in the
-    table. The rest describes both responses: hashes of prompt and response, lengths in tokens, and whether the preferred one
-    comes first among the responses of its prompt.
+    table. The rest describes both responses: hashes of prompt and response, lengths in tokens, whether the preferred one comes
+    first among the responses of its prompt, and whether its prompt has these two responses and no other pair.
     """
 
     prompts: numpy.ndarray
@@ -30,6 +30,7 @@ class Pairs(NamedTuple):
     preferred_lengths: numpy.ndarray
     other_lengths: numpy.ndarray
     preferred_is_first: numpy.ndarray
+    is_only_pair: numpy.ndarray
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -49,7 +50,7 @@ class Pairs(NamedTuple):
 
 _NONE = tuple(
     numpy.zeros(0, kind)
-    for kind in (numpy.int64, numpy.uint64, numpy.int64, numpy.int64, numpy.uint64, numpy.uint64, int, int, bool)
+    for kind in (numpy.int64, numpy.uint64, numpy.int64, numpy.int64, numpy.uint64, numpy.uint64, int, int, bool, bool)
 )
 
 
@@ -70,6 +71,7 @@ def _of_batch(columns: Columns, start: int, row: int) -> tuple[numpy.ndarray, ..
         *(hashes[rows] for rows in pairs),
         *(lengths[rows] for rows in pairs),
         first < second,
+        ((columns.responses.counts == 2) & (columns.examples.counts == 1))[prompts],
     )
 
 
@@ -99,16 +101,14 @@ def _members(columns: Columns) -> tuple[numpy.ndarray, numpy.ndarray, numpy.ndar
 class Votes(NamedTuple):
     """How often the same two responses to a prompt were compared, and with what result.
 
-    compared: distinct comparisons. repeated: those with several verdicts. duplicates: verdicts beyond the first of the same
-    direction. contradictory: comparisons with verdicts in both directions. agreement: the share of pairs of verdicts on one
-    comparison that agree; None without a repeated one.
+    compared: distinct comparisons. duplicates: verdicts beyond the first of the same direction. contradictory: comparisons with
+    verdicts in both directions. agreements: of each comparison with several verdicts, which share of the pairs of these agree.
     """
 
     compared: int
-    repeated: int
     duplicates: int
     contradictory: int
-    agreement: float | None
+    agreements: numpy.ndarray
 
     @classmethod
     def of(cls, pairs: Pairs) -> "Votes":
@@ -118,16 +118,10 @@ class Votes(NamedTuple):
         _, which = numpy.unique(low * numpy.uint64(3) ^ high, return_inverse=True)
         counts = numpy.zeros((int(which.max(initial=-1)) + 1, 2), numpy.int64)
         numpy.add.at(counts, (which, (pairs.preferred_hashes == low).astype(int)), 1)
-        both = counts.sum(1)
-        pairs_of_votes = (both * (both - 1)).sum()
-        agreeing = (counts * (counts - 1)).sum()
-        return cls(
-            len(counts),
-            int((both > 1).sum()),
-            int((counts - 1).clip(0).sum()),
-            int((counts > 0).all(1).sum()),
-            float(agreeing / pairs_of_votes) if pairs_of_votes else None,
-        )
+        repeated = counts[counts.sum(1) > 1]
+        votes = repeated.sum(1)
+        agreements = (repeated * (repeated - 1)).sum(1) / (votes * (votes - 1))
+        return cls(len(counts), int((counts - 1).clip(0).sum()), int((counts > 0).all(1).sum()), agreements)
 
 
 # ---- rules that need no model -----------------------------------------------------------------------------------------------
@@ -153,18 +147,21 @@ WRITTEN_SO = 0.98
 def simple_baselines(train: Pairs, held_out: Pairs) -> Iterator[Baseline]:
     """The rules of length and of position, whose direction training pairs decide, on held-out pairs."""
     longer = [numpy.sign(pairs.preferred_lengths - pairs.other_lengths) for pairs in (train, held_out)]
-    yield _rule(("longer wins", "shorter wins"), *longer, held_out)
-    if position_is_known(train, held_out):
-        first = [numpy.where(pairs.preferred_is_first, 1, -1) for pairs in (train, held_out)]
-        yield _rule(("the first wins", "the last wins"), *first, held_out)
+    yield _rule(("longer wins", "shorter wins"), *longer, held_out.prompts)
+    if position_is_known(train, held_out) and held_out.is_only_pair.any():
+        first = [numpy.where(pairs.preferred_is_first, 1, -1)[pairs.is_only_pair] for pairs in (train, held_out)]
+        yield _rule(("the first wins", "the last wins"), *first, held_out.prompts[held_out.is_only_pair])
 
 
 def position_is_known(train: Pairs, held_out: Pairs) -> bool:
-    """Whether the order of responses is that of the data, not of chosen and rejected."""
-    first = numpy.concatenate([train.preferred_is_first, held_out.preferred_is_first])
+    """Whether the order of responses is that of the data, not of chosen and rejected.
+
+    Only prompts with one pair tell: others may list a response first because another pair has it.
+    """
+    first = numpy.concatenate([pairs.preferred_is_first[pairs.is_only_pair] for pairs in (train, held_out)])
     return len(first) > 0 and 1 - WRITTEN_SO < first.mean() < WRITTEN_SO
 
 
-def _rule(names: tuple[str, str], train: numpy.ndarray, held_out: numpy.ndarray, pairs: Pairs) -> Baseline:
+def _rule(names: tuple[str, str], train: numpy.ndarray, held_out: numpy.ndarray, prompts: numpy.ndarray) -> Baseline:
     sign = 1 if train.sum() >= 0 else -1
-    return Baseline(names[sign < 0], (1 + sign * held_out) / 2, pairs.prompts)
+    return Baseline(names[sign < 0], (1 + sign * held_out) / 2, prompts)

@@ -3,6 +3,7 @@
 import re
 import zlib
 from collections.abc import Sequence
+from itertools import chain
 
 import numpy
 
@@ -43,7 +44,7 @@ def word_hashes(texts: Sequence[str]) -> Lists:
     """The hashes of the words of each text, as uint64."""
     found = [words(text) for text in texts]
     offsets = numpy.concatenate([[0], numpy.cumsum([len(some) for some in found], dtype=numpy.int64)])
-    flat = (HASHES[word] for some in found for word in some)
+    flat = map(HASHES.__getitem__, chain.from_iterable(found))
     return Lists(offsets, numpy.fromiter(flat, numpy.uint64, int(offsets[-1])))
 
 

@@ -1,6 +1,7 @@
 """Contamination: n-grams of words that training data shares with files of the user's, such as benchmarks.
 
-An item of a file is contaminated if a prompt or a response holds one of its n-grams; of a shorter text, all of its words. Letter case and punctuation do not count.
+An item of a file is contaminated if a prompt or a response holds one of its n-grams; of a shorter text, all of its words.
+Letter case and punctuation do not count.
 """
 
 from collections.abc import Iterator, Sequence

@@ -227,6 +227,23 @@ class EvaluationConfig(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
+class QualityConfig(Section):
+    """quality: what a strict dry run does not accept."""
+
+    max_leaked: float | None = key(share(null=True))
+    max_near_leaked: float | None = key(share(null=True))
+    max_near_duplicates: float | None = key(share(null=True))
+    near_duplicate_similarity: float = key(
+        expected("a number from 0.5 to 1", lambda value: is_number(value) and 0.5 <= value <= 1)
+    )
+    max_baseline_accuracy: float | None = key(share(null=True))
+    max_contradictions: float | None = key(share(null=True))
+    min_agreement: float | None = key(share(null=True))
+    max_contaminated: float | None = key(share(null=True))
+    contamination_ngram: int = key(whole(8))
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig(Section):
     """Everything a run is configured by. `as_composed` has the same keys in plain values, references to others unresolved."""
 
@@ -245,7 +262,14 @@ class RunConfig(Section):
     template: str | None = key(one_of(TEMPLATES, null=True))
     system_prompt: str | None = key(text(null=True))
     on_bad_row: str | None = key(one_of(GENERAL_CHOICES["on_bad_row"], null=True))
-    dry_run: bool = key(switch, MAY_CHANGE_ON_RESUME, NOT_SHOWN)
+    dry_run: bool | str = key(
+        expected("true, false or strict", lambda value: isinstance(value, bool) or value == "strict"),
+        *(MAY_CHANGE_ON_RESUME, NOT_SHOWN),
+    )
+    contamination_files: list[str] | str = key(
+        texts("paths, as in [gsm8k_test.jsonl]"), MAY_CHANGE_ON_RESUME, OUTSIDE_JOB_IDENTITY, NOT_SHOWN
+    )
+    quality: QualityConfig = section(QualityConfig, MAY_CHANGE_ON_RESUME, OUTSIDE_JOB_IDENTITY, NOT_SHOWN)
     eval_only: bool = key(switch, MAY_CHANGE_ON_RESUME)
     evaluation: EvaluationConfig = section(EvaluationConfig, MAY_CHANGE_ON_RESUME)
     tracking: list[str] | str = key(anything, MAY_CHANGE_ON_RESUME, OUTSIDE_JOB_IDENTITY)

@@ -76,6 +76,7 @@ def _check_together(config: RunConfig) -> None:
     if config.per_device_batch_size is None:
         check_sizes(config)
     _check_paths(config)
+    _check_contamination(config)
     _check_evaluation(config.evaluation, config)
     _check_tracking(config.tracking)
 
@@ -242,6 +243,12 @@ def _check_paths(config: RunConfig) -> None:
         raise UserError("model.name_or_path: not given. Expected a hub id or a directory, or model.from_config.model_type.")
     if not model.name_or_path and not model.tokenizer_name_or_path:
         raise UserError("model.tokenizer_name_or_path: not given. A model from scratch needs one; byte_level is made in code.")
+
+
+def _check_contamination(config: RunConfig) -> None:
+    for path in listed(config.contamination_files):
+        if not Path(path).expanduser().is_file():
+            raise UserError(f"contamination_files: {path}: no such file. Paths are relative to {Path.cwd()}.")
 
 
 def _check_evaluation(evaluation: EvaluationConfig, config: RunConfig) -> None:

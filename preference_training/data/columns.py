@@ -43,10 +43,23 @@ class Lists(NamedTuple):
         """List k."""
         return self.values[self.offsets[k] : self.offsets[k + 1]].tolist()
 
+    @classmethod
+    def joined(cls, lists: Sequence[numpy.ndarray]) -> "Lists":
+        """Arrays of int32 as lists, with offsets for more than 2 ** 31 numbers."""
+        offsets = numpy.concatenate([[0], numpy.cumsum([len(numbers) for numbers in lists], dtype=numpy.int64)])
+        return cls(offsets, numpy.concatenate([numpy.zeros(0, numpy.int32), *lists]))
+
     @property
     def lengths(self) -> numpy.ndarray:
         """How many numbers each list has."""
         return numpy.diff(self.offsets)
+
+    @property
+    def hashes(self) -> numpy.ndarray:
+        """A hash of each list of int32: [lists] uint64."""
+        ids = memoryview(numpy.ascontiguousarray(self.values, numpy.int32)).cast("B")
+        cuts = (self.offsets.astype(numpy.int64) * numpy.dtype(numpy.int32).itemsize).tolist()
+        return numpy.array([xxhash.xxh3_64_intdigest(ids[start:end]) for start, end in pairwise(cuts)], numpy.uint64)
 
 
 class ListsOfLists(NamedTuple):
@@ -160,9 +173,7 @@ class Columns(NamedTuple):
     @property
     def prompt_hashes(self) -> numpy.ndarray:
         """A hash of each prompt's token ids, or, behind one token at most, of the text that follows: [N] uint64."""
-        ids = memoryview(numpy.ascontiguousarray(self.prompts.values, numpy.int32)).cast("B")
-        cuts = (self.prompts.offsets.astype(numpy.int64) * numpy.dtype(numpy.int32).itemsize).tolist()
-        hashes = numpy.array([xxhash.xxh3_64_intdigest(ids[start:end]) for start, end in pairwise(cuts)], numpy.uint64)
+        hashes = self.prompts.hashes
         # Texts without a prompt share a beginning-of-sequence token at most.
         for k in numpy.flatnonzero(self.prompts.lengths <= 1):
             start, end = self.responses.lists.offsets[self.responses.first[k] :][:2]

@@ -266,15 +266,15 @@ HELD_OUT_ELSEWHERE = "the prompt is held out, in this data set or another"
 def exclude_held_out(train: Prepared, held_out: Prepared, entries: Sequence[Entry], directory: Path) -> Prepared:
     """The training prompts without those that have the token ids of a held-out prompt; these are counted in the reports.
 
-    This applies to entries that hold out a share by a hash: another entry may contain the same prompt, truncation may make
-    prompts equal, and of a few prompts one is held out whatever its hash. Entries with a test split, or without any, are not
-    changed: `overlap` reports what both splits contain.
+    This applies to prompts that an entry holds out by a hash: any other entry may contain the same prompt, truncation may make
+    prompts equal, and of a few prompts one is held out whatever its hash. The prompts of a test split are kept, as whoever made
+    it meant it: `overlap` reports which of them are trained on.
     """
     chosen = [part.prompt_hashes for entry, part, _ in _by_entry(held_out, entries) if part and entry.dataset.held_out_by_share]
     hashes = numpy.concatenate([numpy.zeros(0, numpy.uint64), *chosen])
     parts, reports = [], []
-    for entry, part, report in _by_entry(train, entries):
-        if part and len(hashes) and entry.dataset.held_out_by_share:
+    for _, part, report in _by_entry(train, entries):
+        if part and len(hashes):
             kept = ~numpy.isin(part.prompt_hashes, hashes)
             if not kept.all():
                 reduced = replace(report, left_out=dict(report.left_out), num_prompts=int(kept.sum()))

@@ -2,7 +2,7 @@
 
     prepared data, batches -> statistics, estimates -> lines of text
 
-Trains nothing and writes nothing but the prepared data, which the run will reuse.
+Trains nothing, and writes nothing but the prepared data, which the run will reuse, and data_report.html.
 """
 
 import os
@@ -14,16 +14,19 @@ from itertools import islice, pairwise
 import numpy
 import psutil
 import torch
-import xxhash
 
 from preference_training.batching.iterator import BatchIterator
 from preference_training.batching.micro_batches import MicroBatch
 from preference_training.batching.packing import UNLIMITED, PackedBatch, TokenBudget, build_packs, iterate_examples
 from preference_training.batching.schedule import Schedule
+from preference_training.configuration.keys import listed
 from preference_training.core.errors import UserError
+from preference_training.core.files import first_existing
 from preference_training.core.machine import pick_device
 from preference_training.core.process_group import Ranks
-from preference_training.data.prompt_table import PromptTable, Selection
+from preference_training.data.prompt_table import Selection
+from preference_training.data.quality.checks import check_data
+from preference_training.data.quality.facts import Facts, collect_facts
 from preference_training.data.rows.records import DataReport
 from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.distributed.placement import Placement, Sharded
@@ -39,6 +42,7 @@ from preference_training.dry_run.scaling import (
     world_size,
 )
 from preference_training.modeling.token_budget import untrained_budget
+from preference_training.reporting.data_report import assess, write_data_report
 from preference_training.training.preparation import PreparedRun
 
 # Steps whose batches are built to find the largest.
@@ -52,17 +56,34 @@ def preview(prepared: PreparedRun, placement_class: type[Placement], batches_wit
     """
     config, tokenizer, loss, data = prepared.config, prepared.tokenizer, prepared.loss, prepared.data
     names = [entry.name for entry in prepared.entries]
-    facts = [collect_facts(split.table) for split in data]
+    facts = tuple(collect_facts(split.table) for split in data)
     for title, split, found in zip(("train", "held out"), data, facts, strict=True):
         print(f"\n{title}", *describe_data(names, split.reports, found, paired=loss.examples == "pairs"), sep="\n")
     common = numpy.intersect1d(*(found.prompt_hashes for found in facts))
-    print(f"\nprompts in both splits: {len(common):,}", "\nexamples", sep="\n")
+    print(f"\nprompts in both splits: {len(common):,}", "\nquality", sep="\n")
+    failed = check_quality(prepared, facts)
+    print("\nexamples")
     train = data[0].table
     print(*describe_examples([train[k] for k in range(min(3, len(train)))], tokenizer, wants_color()), sep="\n")
     if loss.needs_reference and (two_models_notice := config.two_models_notice):
         print(f"\n{two_models_notice}")
     preview_steps = preview_ranks if config.trainer.is_sharded else preview_one_process
     preview_steps(prepared, placement_class, batches_within)
+    if failed and config.dry_run == "strict":
+        raise UserError("\n".join(["dry_run=strict: the data does not pass:", *(f"  {line}" for line in failed)]))
+
+
+def check_quality(prepared: PreparedRun, facts: tuple[Facts, ...]) -> list[str]:
+    """Check the data, print what was found, and write data_report.html. Returns what strict runs do not accept."""
+    config = prepared.config
+    train, held_out = (split.table for split in prepared.data)
+    files = listed(config.contamination_files)
+    quality = check_data(train, held_out, prepared.tokenizer, config.quality, files, facts)
+    findings = assess(quality, config.quality)
+    names = [entry.name for entry in prepared.entries]
+    path = write_data_report(first_existing(config.local_dirs), names, quality, findings, prepared.tokenizer.decode)
+    print(*(f"  {finding.line}" for finding in findings), f"  data report: {path}", sep="\n", flush=True)
+    return [f"{finding.key}: {finding.line}" for finding in findings if finding.failed]
 
 
 def preview_one_process(prepared: PreparedRun, placement_class: type[Placement], batches_within: Callable) -> None:
@@ -118,54 +139,6 @@ def preview_ranks(prepared: PreparedRun, placement_class: type[Sharded], batches
 # ---- data -----------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Facts:
-    """Statistics of one split. Lengths are in tokens; prompt_hashes are sorted and distinct, [N] uint64.
-
-    tokens counts every prompt and response once. duplicate_pairs occur again; contradictory_pairs also occur in the other
-    direction.
-    """
-
-    prompts: int
-    examples: int
-    responses: int
-    prompt_lengths: numpy.ndarray
-    response_lengths: numpy.ndarray
-    example_lengths: numpy.ndarray
-    tokens: int
-    duplicate_pairs: int
-    contradictory_pairs: int
-    prompt_hashes: numpy.ndarray
-
-
-def collect_facts(table: PromptTable) -> Facts:
-    """The statistics of a table, in one pass."""
-    forward, backward = [], []
-    prompt_lengths, response_lengths, example_lengths = [], [], []
-    hashes = table.prompt_hashes
-    for prompt, key in zip(table, hashes.tolist(), strict=True):
-        keys = [xxhash.xxh3_64_intdigest(repr((key, response)).encode()) for response in prompt.responses]
-        forward += [hash((keys[i], keys[j])) for i, j in prompt.pairs]
-        backward += [hash((keys[j], keys[i])) for i, j in prompt.pairs]
-        lengths = [len(response) for response in prompt.responses]
-        prompt_lengths.append(len(prompt.prompt_ids))
-        response_lengths += lengths
-        example_lengths.append(len(prompt.prompt_ids) + max(lengths))
-    pairs = numpy.array(forward, numpy.int64)
-    return Facts(
-        prompts=len(table),
-        examples=int(table.num_examples.sum()),
-        responses=table.num_responses,
-        prompt_lengths=numpy.array(prompt_lengths),
-        response_lengths=numpy.array(response_lengths),
-        example_lengths=numpy.array(example_lengths),
-        tokens=int(table.num_tokens.sum()),
-        duplicate_pairs=len(pairs) - len(numpy.unique(pairs)),
-        contradictory_pairs=len(numpy.intersect1d(pairs, numpy.array(backward, numpy.int64))) // 2,
-        prompt_hashes=numpy.unique(hashes),
-    )
-
-
 def describe_data(names: Sequence[str], reports: Sequence[DataReport], facts: Facts, paired: bool) -> list[str]:
     """Lines about one split: rows read, prompts kept, and lengths."""
     lines = []
@@ -186,7 +159,7 @@ def describe_data(names: Sequence[str], reports: Sequence[DataReport], facts: Fa
     lines.append("  prompt with its longest response, tokens:")
     lines += [f"    {line}" for line in histogram(facts.example_lengths)]
     if paired:
-        lines.append(f"  duplicate pairs: {facts.duplicate_pairs:,}; pairs in both directions: {facts.contradictory_pairs:,}")
+        lines.append(f"  duplicate pairs: {facts.votes.duplicates:,}; pairs in both directions: {facts.votes.contradictory:,}")
     return lines
 
 

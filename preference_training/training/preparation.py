@@ -60,6 +60,8 @@ def prepare_run(config: RunConfig, run_dir: Path, in_sweep: bool = False) -> Pre
         check_asks_for_no_text(config)
     check_objective(config.objective, config.loss.name, loss.examples, loss.model_head)
     check_live(config, loss)
+    if config.contamination_files and not config.dry_run:
+        print("contamination_files: read by dry_run=true alone, which compares them with the training data", flush=True)
     for line in [] if config.eval_only else precision_notices(config):
         print(line, flush=True)
     tokenizer = load_tokenizer(config.model, config.cache_dir)

@@ -850,6 +850,20 @@ def test_what_has_a_test_file_of_its_own_stays_and_what_is_in_both_is_said_with_
     )
 
 
+def test_a_prompt_that_a_set_holds_out_is_excluded_from_a_set_with_a_test_file_too(folder):
+    write(folder / "shared.jsonl", [dialogue(n) for n in range(40)])
+    write(folder / "train.jsonl", [conversation(n) for n in range(40)])
+    write(folder / "test.jsonl", [conversation(n) for n in range(38, 45)])
+    of = replace(PAIRS, max_length=200, max_prompt_length=100)
+    entries = [{"path": "shared.jsonl", "held_out_share": 0.2}, {"path": "train.jsonl", "test_path": "test.jsonl"}]
+    train, held_out, reports = both_splits(entries, folder / "prepared", of)
+    by_share = set(ids_of(held_out)[: held_out.parts[0].num_prompts])
+    assert len(by_share) > 2 and not set(ids_of(train)) & by_share
+    assert [report.left_out for report in reports] == [{}, {HELD_OUT_ELSEWHERE: len(by_share)}]
+    # What only the test file holds out stays, and is said.
+    assert 0 < overlap(train, held_out).count <= 2
+
+
 VALUED = """
 from preference_datasets import register
 

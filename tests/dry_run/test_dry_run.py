@@ -66,7 +66,7 @@ def test_a_dry_run_shows_data_examples_steps_and_memory_and_leaves_no_run_behind
         "total",
     ):
         assert line in shown, f"{line!r} is not in\n{shown}"
-    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["prepared_data"]
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["data_report.html", "prepared_data"]
 
 
 def test_a_model_that_fits_no_machine_is_refused_without_being_built(tmp_path):
@@ -118,7 +118,7 @@ def test_duplicates_and_contradictions_are_counted_over_all_prompts():
             TokenizedPrompt([1, 3], [A, B, C], [(0, 1), (0, 2)]),
         )
     )
-    assert (facts.duplicate_pairs, facts.contradictory_pairs) == (1, 1)
+    assert (facts.votes.duplicates, facts.votes.contradictory) == (1, 1)
     assert (facts.prompts, facts.responses, facts.examples) == (4, 9, 5)
     # Prompts of 2 tokens; responses of 2 and 3, in the last of 2, 3 and 2.
     assert facts.tokens == 3 * (2 + 5) + 2 + 7
@@ -225,3 +225,25 @@ def test_a_step_that_needs_too_much_memory_is_refused_with_remedies():
     check_memory(10, 10, "cpu")
     with pytest.raises(UserError, match=r"would need 2\.0 GB on cuda, which has 1\.0 GB"):
         check_memory(2 * 2**30, 2**30, "cuda")
+
+
+def test_a_strict_dry_run_ends_with_status_2_and_names_what_failed_and_any_other_goes_on(tmp_path):
+    rows = [{"prompt": f"Question {n}?\n", "chosen": "Yes, it is.", "rejected": "No."} for n in range(60)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:30]))
+    data = ("datasets=[{path: rows.jsonl, test_path: test.jsonl}]", "loss=dpo", "batch_size=8")
+    done = run(tmp_path, *data)
+    assert done.returncode == 0, done.stderr
+    assert "held-out prompts that are also trained on: 30 of 30 (100.00%); expected at most 0.0%" in done.stdout
+    assert f"data report: {tmp_path / 'runs' / 'data_report.html'}" in done.stdout
+    done = run(tmp_path, *data, "dry_run=strict")
+    assert done.returncode == 2 and "memory" in done.stdout
+    assert done.stderr.splitlines()[0] == "dry_run=strict: the data does not pass:"
+    named = [line.split(":")[0].strip() for line in done.stderr.splitlines()[1:]]
+    assert named[0] == "quality.max_leaked" and set(named[1:]) == {"quality.max_baseline_accuracy"}
+
+
+def test_a_contamination_file_that_is_missing_is_named_before_anything_is_prepared(tmp_path):
+    done = run(tmp_path, "contamination_files=[gone.jsonl]")
+    assert done.returncode == 2 and done.stderr.startswith("contamination_files: gone.jsonl: no such file.")
+    assert not (tmp_path / "runs").exists()

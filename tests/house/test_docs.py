@@ -221,6 +221,15 @@ def test_your_own_data_can_be_followed(clone):
     assert (clone / "runs" / "names_dpo" / "LATEST").is_dir() and (clone / "runs" / "colors" / "LATEST").is_dir()
 
 
+def test_is_my_data_any_good_can_be_followed(clone):
+    printed = follow_page("docs/is-my-data-any-good.md", clone)
+    [found] = [text for line, text in printed.items() if "dry_run=true" in line]
+    shown_there = [block.text for block in shown.blocks("docs/is-my-data-any-good.md") if block.language == "text"][-1]
+    for line in shown_there.strip().splitlines():
+        assert f"  {line}\n" in found
+    assert (clone / "runs" / "data_report.html").is_file()
+
+
 @pytest.mark.long
 def test_your_own_loss_can_be_followed(clone):
     printed = follow_page("docs/your-own-loss.md", clone)

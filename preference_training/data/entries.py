@@ -323,7 +323,7 @@ def check_examples(entries: Iterable[Entry], loss: Loss, name: str, cache_dir: s
         if not isinstance(own := getattr(entry.dataset.load, "__self__", None), UserData):
             continue
         has_token_ids = entry.tokenized_file is not None
-        of = own.field_map if has_token_ids else own.found_map(cache_dir)
+        of = own.field_map if has_token_ids else own.found_map("train", cache_dir)
         if problem := _lacks(of, has_token_ids, loss):
             raise UserError(f"datasets: {entry.name}: loss={name} {problem}")
 
@@ -353,7 +353,7 @@ def _lacks(of: FieldMap, has_token_ids: bool, loss: Loss) -> str | None:
             f"with a score (score: {column}; true is above false). Otherwise use {losses}."
         )
     if loss.needs_margins and not (scored or of.margin):
-        found = "token ids" if has_token_ids else "pairs alone"
+        found = "token ids" if has_token_ids else f"{of.chosen} and {of.rejected} alone"
         return (
             f"reads the margin of each pair, and the rows have {found}. Expected a column of margins, margin: COLUMN, or "
             "responses with scores."

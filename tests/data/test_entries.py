@@ -181,7 +181,7 @@ SHARE = "expected 0 to below 1."
         ({"ranks": "s", "response": "r"}, "ranks needs responses."),
         ({"score": "s"}, "score needs response."),
         ({"score": "s", "responses": "r", "ranks": "k"}, "score needs response."),
-        ({"label": "l"}, "label needs response."),
+        ({"label": "l"}, "label needs response or messages."),
         ({"label": "l", "score": "s", "response": "r"}, "found score and label, expected one of them."),
         ({"margin": "m", "response": "r"}, "margin is of pairs of chosen and rejected, and responses are in response."),
         (
@@ -219,7 +219,7 @@ def test_a_map_of_fields_that_contradicts_itself_is_refused(tmp_path, keys, told
     assert refusal({"path": path} | keys).startswith(f"datasets: {path}: {told}")
 
 
-COMPARES = "Expected chosen and rejected, or a loss of labels such as kto."
+PAIRED = "Expected chosen and rejected, or several responses to a prompt, each with a score (score: {}; true is above false)."
 RANKED = "Expected responses with scores or ranks, response with score, or chosen and rejected."
 LABELED = "Expected response with label: COLUMN, or pairs."
 MARGINS = "Expected a column of margins, margin: COLUMN, or responses with scores."
@@ -236,17 +236,40 @@ MARGINS = "Expected a column of margins, margin: COLUMN, or responses with score
         (
             "plackett_luce",
             {"response": "r"},
-            f"learns rankings, and the rows have single responses without a score or label. {RANKED}",
+            f"learns rankings, and the rows have single responses (r) without a score or label. {RANKED}",
         ),
-        ("plackett_luce", {"response": "r", "label": "l"}, f"learns rankings, and the rows have labeled responses. {RANKED}"),
+        (
+            "plackett_luce",
+            {"response": "r", "label": "l"},
+            f"learns rankings, and the rows have single responses (r) labeled (l). {RANKED}",
+        ),
         ("kto", {}, None),
         ("kto", {"response": "r", "label": "l"}, None),
         (
             "kto",
             {"response": "r"},
-            f"learns from labels, and the rows have single responses without a score or label. {LABELED}",
+            f"learns from labels, and the rows have single responses (r) without a score or label. {LABELED}",
         ),
-        ("dpo", {"response": "r", "label": "l"}, f"compares pairs, and the rows have labeled responses. {COMPARES}"),
+        (
+            "dpo",
+            {"response": "r", "label": "l"},
+            f"compares pairs, and the rows have single responses (r) labeled (l). {PAIRED.format('l')} "
+            "Otherwise use loss=sft, or a loss of labels such as kto.",
+        ),
+        (
+            "dpo",
+            {"response": "r"},
+            f"compares pairs, and the rows have single responses (r) without a score or label. {PAIRED.format('COLUMN')} "
+            "Otherwise use loss=sft.",
+        ),
+        ("dpo", {"response": "r", "score": "s"}, None),
+        ("dpo", {"answers": ["a", "b"], "better": "c"}, None),
+        (
+            "dpo",
+            {"messages": "m"},
+            f"compares pairs, and the rows have conversations in m, which nothing is compared with. {PAIRED.format('COLUMN')} "
+            "Otherwise use loss=sft.",
+        ),
         ("dpo", {}, None),
         ("sft", {"response": "r", "label": "l"}, None),
     ],
@@ -259,6 +282,39 @@ def test_a_loss_that_the_fields_of_a_file_cannot_serve_is_refused(tmp_path, loss
     with pytest.raises(UserError) as refused:
         check_examples([read_entry({"path": path} | keys)], built, loss)
     assert str(refused.value) == f"datasets: {path}: loss={loss} {told}"
+
+
+@pytest.mark.parametrize(
+    ("row", "found"),
+    [
+        ({"prompt": "p", "completion": "a"}, "single responses (completion) without a score or label"),
+        ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}, "conversations in messages"),
+        ({"text": "A text."}, "plain text in text"),
+    ],
+)
+def test_a_loss_that_the_format_of_a_file_cannot_serve_is_refused_with_what_was_found(tmp_path, row, found, compose):
+    path = str(write(tmp_path / "rows.jsonl", [row]))
+    with pytest.raises(UserError) as refused:
+        check_examples([read_entry(path)], build_loss(**compose("loss=dpo").loss.given()), "dpo")
+    assert str(refused.value).startswith(f"datasets: {path}: loss=dpo compares pairs, and the rows have {found}")
+    assert str(refused.value).endswith("Otherwise use loss=sft.")
+    check_examples([read_entry(path)], build_loss(**compose("loss=sft").loss.given()), "sft")
+
+
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        ({"answers": ["a", "b"]}, "answers and better go together."),
+        ({"answers": ["a"], "better": "c"}, "answers: found ['a'], expected the name of a field, or names of fields."),
+        ({"answers": ["a", "b", "c"], "better": "c"}, "answers: expected two fields, or a list."),
+        ({"answers": ["a", "b"], "better": {"c": [1]}}, "better: found {'c': [1]}, expected COLUMN, or {COLUMN: [VALUE OF"),
+        ({"responses": ["a", 5], "scores": "s"}, "responses: found ['a', 5], expected the name of a field"),
+        ({"messages": "m", "margin": "n"}, "margin is of pairs of chosen and rejected, and responses are in messages."),
+    ],
+)
+def test_a_map_of_verdicts_or_columns_that_is_incomplete_is_refused(tmp_path, keys, told):
+    path = str(write(tmp_path / "rows.jsonl", triplets(1)))
+    assert refusal({"path": path} | keys).startswith(f"datasets: {path}: {told}")
 
 
 def test_a_senseless_share_of_the_configuration_is_refused(tmp_path):

@@ -592,7 +592,7 @@ BLANK = {
     "hh": ("chosen", "field 'chosen' is None, expected a text."),
     "shp": ("score_A", "field 'score_A' is None, expected a number."),
     "se": ("question", "field 'question' is None, expected a text."),
-    "ultrafeedback": ("chosen", "field 'chosen' is None, expected a conversation as in the other field."),
+    "ultrafeedback": ("chosen", "field 'chosen' is None, expected a text."),
     "orca": ("question", "field 'question' is None, expected a text."),
     "nectar": (
         "answers",

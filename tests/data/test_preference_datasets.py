@@ -524,7 +524,7 @@ def test_rows_of_a_file_that_are_skipped_are_counted_once_for_both_splits(tmp_pa
         ({}, "no field 'chosen', the row has no fields"),
         ({"prompt": "p", "chosen": 3, "rejected": "r"}, "field 'chosen' is int, expected a text"),
         ({"prompt": None, "chosen": "c", "rejected": "r"}, "field 'prompt' is None, expected a text"),
-        ({"prompt": "p", "chosen": "c", "rejected": ["r"]}, "field 'chosen' is str, expected a conversation as in the other"),
+        ({"prompt": "p", "chosen": "c", "rejected": [5]}, "field 'rejected' is int, expected a text"),
         ({"prompt": "p", "chosen": "c", "rejected": {"r": 1}}, "field 'rejected' is dict, expected a text"),
         ({"prompt": "p", "chosen": "", "rejected": "r"}, "field 'chosen' is empty"),
         ({"prompt": "p", "chosen": "c", "rejected": " \n"}, "field 'rejected' is empty"),

@@ -51,17 +51,19 @@ class ChatTemplate:
         several = [(Turn("assistant", some),) if isinstance(some, str) else some for some in responses]
         refused = None
         for message in _spellings([*turns, *(turn for some in several for turn in some)]):
-            rendering = _Rendering(self, [message(turn) for turn in turns], json.loads(tools) if tools else None)
             try:
+                rendering = _Rendering(self, [message(turn) for turn in turns], json.loads(tools) if tools else None)
                 found = [rendering.response([message(turn) for turn in some]) for some in several]
                 return rendering.joined(found, [isinstance(some, str) for some in responses])
             except ConversationError as error:
                 refused = refused or error
         raise refused
 
-    def last_token(self, text: str) -> str:
-        """The special token at the end of a text, white space aside; "" without one."""
-        return next((token for token in self.special_tokens if text.rstrip().endswith(token)), "")
+    def last_tokens(self, text: str) -> Iterator[str]:
+        """The special tokens at the end of a text, white space aside, from the last one on."""
+        while token := next((token for token in self.special_tokens if text.rstrip().endswith(token)), ""):
+            text = text.rstrip().removesuffix(token)
+            yield token
 
     def first_token(self, text: str) -> str:
         """The special token at the beginning of a text, with the white space before it; "" without one."""
@@ -194,8 +196,13 @@ class _Rendering:
         if before is None or (prefill and not text.startswith(before)):
             before = self._before(messages, place, prefill)
         elif not text.startswith(before) and THINK in before:
-            # It opens the reasoning of responses that have none.
-            before = before[: before.rindex(THINK)]
+            asked = self._render(messages[:place])
+            if before.startswith(asked) and THINK in before[len(asked) :]:
+                # It opens the reasoning of responses that have none.
+                before = before[: before.rindex(THINK)]
+            else:
+                # Later turns take the reasoning from earlier ones.
+                before = self._before(messages, place, prefill)
         if text.startswith(before):
             return len(before)
         raise (ConversationError if len(messages) > len(self.prompt) + 1 else UserError)(_differs(before, text))
@@ -214,9 +221,10 @@ class _Rendering:
         if text.startswith(until) and start < len(until) <= limit:
             ended = text.find(self.tokenizer.eos_token, start, len(until))
             return start + len(text[start : len(until)].rstrip()) if ended < 0 else ended + len(self.tokenizer.eos_token)
-        token = self.template.last_token(until)
-        if token and token not in messages[place]["content"] and (at := text.find(token, start, limit)) >= 0:
-            return at + len(token)
+        tokens = list(self.template.last_tokens(until))
+        for token in tokens:
+            if token not in messages[place]["content"] and (at := text.find(token, start, limit)) >= 0:
+                return at + len(token)
         # Without calls, all that is written of a turn is its text.
         other = messages[place] | {"content": STAND_IN}
         after = (
@@ -225,7 +233,7 @@ class _Rendering:
             else self._render([*messages[:place], other, *messages[place + 1 :]]).partition(STAND_IN)[2]
         )
         if after and text.endswith(after) and start < (at := len(text) - len(after)) <= limit:
-            return at + len(self.template.first_token(after) if token else "")
+            return at + len(self.template.first_token(after) if tokens else "")
         raise ConversationError(
             f"template: the tokenizer's chat template renders turn {place + 1}, the assistant's, differently where others "
             f"follow ({_first_difference(until, text)}), so that its end is not known. Use template=chatml or hh, "

@@ -100,15 +100,13 @@ class FieldMap:
         known: the schema of the set is known, so that nothing is searched for, and unread columns and repeated prompts are not
         reported.
         """
-        rows = RowFilter(self.where, self.top_k).apply(rows, place, report)
         if known:
-            return _mapped(_Formats(self, self), rows, place, report, known)
+            filtered = RowFilter(self.where, self.top_k).apply(rows, place, report)
+            return _mapped(_Formats(self, self), filtered, place, report, known)
         rows = iter(rows)
         first = list(islice(rows, FIRST_ROWS))
-        main = self.found_in(row for _, row in first)
-        report.found = main.words
-        mapped = _mapped(_Formats(self, main), chain(first, rows), place, report, known)
-        return strip_repeated_prompts(mapped, report)
+        found = self.found_in(row for _, row in first)
+        return found.map_rows(chain(first, rows), place, report)
 
     def given(self) -> dict:
         """The keys that differ from the usual ones."""
@@ -122,7 +120,7 @@ class FieldMap:
         found = find(list(rows), given)
         names = frozenset(value for value in found.keys.values() if isinstance(value, str))
         keys = found.keys if found.words else {}
-        return FoundMap(**{**given, **found.keys}, found=names, found_keys=keys, words=found.words)
+        return FoundMap(**{**given, **found.keys}, found=names, found_keys=keys, words=found.words, asked=self)
 
     @property
     def found(self) -> frozenset[str]:
@@ -284,11 +282,18 @@ class FieldMap:
 
 @dataclass(frozen=True)
 class FoundMap(FieldMap):
-    """A field map as it was found in rows. found_keys, words: what was found, if it is not usual."""
+    """A field map as it was found in rows. found_keys, words: what was found, if it is not usual. asked: the user's map."""
 
     found: frozenset[str] = frozenset()
     found_keys: dict = field(default_factory=dict)
     words: str = ""
+    asked: FieldMap = field(default_factory=FieldMap)
+
+    def map_rows(self, rows: NumberedRows, place: str, report: DataReport, known: bool = False) -> Iterator[Row]:
+        """The usable rows, filtered; others go to the report, with what was found."""
+        report.found = self.words
+        rows = RowFilter(self.where, self.top_k).apply(rows, place, report)
+        return strip_repeated_prompts(_mapped(_Formats(self.asked, self), rows, place, report, known), report)
 
 
 class _Formats:

@@ -4,8 +4,9 @@ Found are the keys of a field map: where the answers are, where the prompt is, a
 """
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import product
 from numbers import Real
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ Keys = dict[str, object]
 # Column names, the usual ones first. Case does not matter, nor do blanks, dashes and underscores.
 PROMPTS = (
     "prompt", "instruction", "question", "query", "messages", "conversations", "conversation", "dialogue", "context", "history",
-    "input", "inputs", "user", "problem",
+    "input", "inputs", "user", "problem", "info",
 )  # fmt: skip
 CHOSEN_REJECTED = (
     ("chosen", "rejected"), ("chosen_response", "rejected_response"), ("response_chosen", "response_rejected"),
@@ -201,20 +202,23 @@ def _is_list(value) -> bool:
 
 
 def _verdicts(columns: Columns) -> Found | None:
-    for stem in TWO_ANSWERS:
-        for suffixes in SUFFIXES:
-            answers = columns.both(f"{stem}_{suffix}" for suffix in suffixes)
-            if not answers or answers[0] == answers[1]:
-                continue
-            for better in filter(None, map(columns.get, VERDICTS)):
-                if values := verdict_values(columns.values[better], answers):
-                    return Found({"answers": answers, "better": {better: values}}, _verdict_words(answers, better, values))
-            for stem_of_scores in ("score", "rating", "reward"):
-                scores = columns.both(f"{stem_of_scores}_{suffix}" for suffix in suffixes)
-                if scores and all(columns.all(name, _is_number) for name in scores):
-                    words = f"two answers in `{'` and `'.join(answers)}`, scores in `{'` and `'.join(scores)}`"
-                    return Found({"responses": answers, "scores": scores}, words)
+    for answers, suffixes in _two_answers(columns):
+        for better in filter(None, map(columns.get, VERDICTS)):
+            if values := verdict_values(columns.values[better], answers):
+                return Found({"answers": answers, "better": {better: values}}, _verdict_words(answers, better, values))
+        for stem in ("score", "rating", "reward"):
+            scores = columns.both(f"{stem}_{suffix}" for suffix in suffixes)
+            if scores and all(columns.all(name, _is_number) for name in scores):
+                words = f"two answers in `{'` and `'.join(answers)}`, scores in `{'` and `'.join(scores)}`"
+                return Found({"responses": answers, "scores": scores}, words)
     return None
+
+
+def _two_answers(columns: Columns) -> Iterator[tuple[list[str], tuple[str, str]]]:
+    """Pairs of columns whose names differ in a last letter or number, with that."""
+    for stem, suffixes in product(TWO_ANSWERS, SUFFIXES):
+        if answers := columns.both(f"{stem}_{suffix}" for suffix in suffixes):
+            yield answers, suffixes
 
 
 def _ordered_list(columns: Columns) -> Found | None:
@@ -290,11 +294,9 @@ def _prompt(columns: Columns, keys: Keys, can_lack: bool) -> tuple[Keys, str]:
     taken = {
         str(name).split(".")[0] for value in keys.values() for name in (value if isinstance(value, list | dict) else [value])
     }
-    name = next((name for name in map(columns.get, PROMPTS) if name and name not in taken), None)
+    names = [name for name in map(columns.get, PROMPTS) if name and name not in taken]
+    name = next((found for name in names if (found := _readable_prompt(columns, name))), None)
     if name is not None:
-        inner = columns.inner(name, ("messages", "full_text", "text", "content"))
-        is_dict = columns.all(name, lambda value: isinstance(value, dict) and not turn_keys(value))
-        name = inner if is_dict and inner else name
         second = columns.get(*SECOND_PARTS) if _plain(name) in INSTRUCTIONS else None
         both = f"` and `{second}" if second and second not in taken else ""
         return {"prompt": name}, f"prompts in `{name}{both}`"
@@ -313,6 +315,12 @@ def _prompt(columns: Columns, keys: Keys, can_lack: bool) -> tuple[Keys, str]:
     if all(one.split()[:1] == other.split()[:1] for one, other in pairs):
         return {"implicit_prompt": True}, f"prompts are the common beginning of `{chosen}` and `{rejected}`"
     return {"prompt": ""}, "no prompts"
+
+
+def _readable_prompt(columns: Columns, name: str) -> str | None:
+    """The field of a column's prompts, which may be inside dicts; None for dicts without any."""
+    is_dict = columns.all(name, lambda value: isinstance(value, dict) and not turn_keys(value))
+    return columns.inner(name, ("messages", "full_text", "text", "content", "post")) if is_dict else name
 
 
 def _may_be_prompt(columns: Columns, name: str) -> bool:
@@ -406,6 +414,12 @@ def with_nearest(message: str, row: dict, key: str = "") -> str:
 
 
 def _nearest_entry(row: dict) -> str | None:
+    columns = Columns([row])
+    answers = next((two for two, _ in _two_answers(columns)), None)
+    if answers and (better := columns.get(*VERDICTS)):
+        return (
+            f"{{path: ..., answers: [{', '.join(answers)}], better: {{{better}: [VALUE OF THE FIRST, VALUE OF THE SECOND]}}}}"
+        )
     texts = [name for name, value in row.items() if isinstance(value, str) and value.strip()]
     if not texts:
         return None

@@ -53,6 +53,7 @@ class PromptFields:
         value = parse_serialized_turns(field_value(row, self.prompt), self.prompt)
         value = [value] if turn_keys(value) else value
         if isinstance(value, list):
+            self._refuse_second_part(row)
             return self.with_system(row, parse_turns(value, self.prompt))
         check_text(value, self.prompt)
         text = f"{value}\n{more}" if (more := self.second_part(row)) else value
@@ -69,7 +70,10 @@ class PromptFields:
 
         common: all turns that the answers share, some of which may belong to the responses.
         """
-        value = self._value_beside_turns(row)
+        self._refuse_second_part(row)
+        value = parse_text_list(self._value_beside_turns(row))
+        if isinstance(value, list) and all(isinstance(text, str) for text in value):
+            value = None  # The user's turns of the answers: see `rounds_in`.
         if not value or self.system == self.prompt:
             return self.with_system(row, shared)
         value = [value] if turn_keys(value) else value
@@ -115,6 +119,13 @@ class PromptFields:
             check_text(value, name)
             return value
         return None
+
+    def _refuse_second_part(self, row: dict) -> None:
+        if self.second_part(row):
+            raise RowError(
+                f"field {self.prompt!r} is a conversation, and has a second part beside it, which would be lost. Expected two "
+                "texts, or one conversation."
+            )
 
     def with_system(self, row: dict, turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
         """The turns behind the system prompt and the earlier turns in fields of their own. Raises RowError."""

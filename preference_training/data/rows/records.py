@@ -384,8 +384,8 @@ def split_by_hash(
     held_out_any = share == 0
     for item in items:
         prompt, record = item
-        # Plain text has no prompt, and is held out by itself.
-        value = prompt_hash(text_of(prompt) if prompt != "" else record["sft_target"])
+        # Answers without a prompt, as plain texts are, are held out one by one.
+        value = prompt_hash(text_of(prompt) if prompt else prompt_text(record["sft_target"]))
         held_out_any |= value < share
         if held_out_any:
             released, waiting = waiting, []

@@ -117,12 +117,13 @@ def verdict_values(values: Iterable, answers: list[str]) -> list[list] | None:
 
     Evident are the names of the columns, their last letters or numbers, and 0 and 1, or 1 and 2, where both occur.
     """
-    seen = {_word(value) for value in values if not is_empty(value)} - TIES
-    if not seen:
-        return None
+    found = {_word(value) for value in values if not is_empty(value)}
+    seen = found - TIES
     words = [_words_for(name, place) for place, name in enumerate(answers)]
-    if seen <= words[0] | words[1]:
-        return [sorted(found) for found in words]
+    # A single number may count from 0 or from 1.
+    is_evident = len(seen) > 1 or not any(word.isdigit() for word in seen)
+    if found and is_evident and seen <= words[0] | words[1]:
+        return [sorted(these, key=lambda word: (word not in seen, len(word), word)) for these in words]
     numbered = any(answer[-1:].isdigit() for answer in answers)
     for pair in (("0", "1"), ("1", "2")):
         if seen == set(pair) and not numbered:

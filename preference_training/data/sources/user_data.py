@@ -52,7 +52,8 @@ class UserData:
         # Both splits of a set that is split by hash read all rows: count what is skipped only once.
         counts = DataReport(report.skip_bad_rows) if self.by_hash and split == "test" else report
         source = self._source(split, cache_dir)
-        items = group_rows(self.field_map.map_rows(source.rows(counts), source.place, counts), counts)
+        found = self.found_map(split, cache_dir)
+        items = group_rows(found.map_rows(source.rows(counts), source.place, counts), counts)
         items = self._at_least_one(items, source.place, counts)
         return split_by_hash(items, split, self.held_out_share, text_of) if self.by_hash else items
 
@@ -65,12 +66,12 @@ class UserData:
         by_hash = f"{split} {self.held_out_share}" if self.by_hash else ""
         if not source:
             return None
-        found = sorted(self.found_map(cache_dir).found_keys.items()) if is_rows else []
+        found = sorted(self.found_map(split, cache_dir).found_keys.items()) if is_rows else []
         return f"{source} {by_hash} {field_map_text(self.field_map)}" + f" found {found}" * bool(found)
 
-    def found_map(self, cache_dir: str | None) -> FoundMap:
-        """The field map, with what it does not say as found in the first rows."""
-        rows = self._source("train", cache_dir).rows(DataReport(skip_bad_rows=True))
+    def found_map(self, split: str, cache_dir: str | None) -> FoundMap:
+        """The field map, with what it does not say as found in the first rows of a split."""
+        rows = self._source(split, cache_dir).rows(DataReport(skip_bad_rows=True))
         return self.field_map.found_in(row for _, row in islice(rows, FIRST_ROWS))
 
     def _path(self, split: str) -> str:

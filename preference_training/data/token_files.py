@@ -40,8 +40,8 @@ def read_tokenized(
     A mask is 1 for the scored tokens of the response, perhaps in several spans: what precedes the first is the prompt, what
     follows the last is padding. Adjacent rows of one prompt are merged; for SFT, into one for each chosen response. The
     held-out share is chosen by a hash of the prompt's ids. Responses that do not end with the end-of-sequence token are
-    counted; for what is skipped see `trainable_part`. Bad rows go to the report; raises UserError for other files. Only tensors and plain values
-    are unpickled.
+    counted; for what is skipped see `trainable_part`. Bad rows go to the report; raises UserError for other files. Only tensors
+    and plain values are unpickled.
     """
     counts = report if split == "train" else DataReport(report.skip_bad_rows)
     for prompt_ids, rows in groupby(_valid_rows(path, vocabulary.size, counts), key=itemgetter(1)):

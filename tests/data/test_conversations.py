@@ -8,6 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from preference_training.core.errors import UserError
+from preference_training.data.rendering.records import END_NOT_MARKED, NO_REASONING, NO_TOOLS, RENDERED
 from preference_training.data.rows.conversations import (
     RowError,
     parse_serialized_turns,
@@ -18,10 +19,6 @@ from preference_training.data.rows.conversations import (
 )
 from preference_training.data.rows.records import DataReport, PreferenceRecord, Turn, message_of
 from preference_training.data.tokenization import (
-    END_NOT_MARKED,
-    NO_REASONING,
-    NO_TOOLS,
-    RENDERED,
     TokenSettings,
     tokenize_records,
 )
@@ -207,12 +204,8 @@ def test_a_developer_turn_is_a_system_turn_for_templates_without_developers():
     assert "developer" in tokenizer_of("Llama 3").decode(learned(tokenizer_of("Llama 3"), turns).prompt_ids)
 
 
-THOUGHTS = (
-    Turn("user", "q1"),
-    Turn("assistant", "<think>\nt1\n</think>\n\na1"),
-    Turn("user", "q2"),
-    Turn("assistant", "<think>\nt2\n</think>\n\na2"),
-)
+FIRST, SECOND = (Turn("assistant", f"<think>\nt{n}\n</think>\n\na{n}") for n in (1, 2))
+THOUGHTS = (TWO[0], FIRST, TWO[2], SECOND)
 
 
 @pytest.mark.parametrize("marked", [False, True])

@@ -240,7 +240,7 @@ def _settings_key(settings: TokenSettings) -> list:
     values = asdict(settings)
     kind, version, margins, train_on = (values.pop(name) for name in ("examples", "version", "margins", "train_on"))
     key = {"paired": kind == "pairs"} if kind in ("pairs", "targets") else {"examples": kind}
-    key |= values | ({"train_on": train_on} if train_on != TokenSettings.train_on else {})
+    key |= values | ({"train_on": train_on} if kind == "targets" and train_on != TokenSettings.train_on else {})
     if version == 1:
         return [key, VERSION_1_CODE]
     return [key | {"version": version} | ({"margins": True} if margins else {})]

@@ -25,17 +25,14 @@ SEED = 0
 def run(job: dict, work: Work, data: dict) -> dict:
     """Train on the rows; `worker.py` describes the result."""
     trainer = build(job, work, _tokenized(data["prompts"]))
-    clock, rows, packs, building = Clock(), [], [], []
+    clock, rows, building = Clock(), [], []
     # Packs are built in a thread of their own, beside the step before.
     clocked(micro_batches, "build_packs", building, time.thread_time)
     clock.start()
     for step in trainer.batches.train:
         rows.append(trainer.train_step(step))
         clock.tick()
-        packs.append([pack for micro_batch in step for pack in micro_batch.packs])
     result = {"seconds": clock.seconds, "losses": [float(row["loss/train"]) for row in rows], "building_seconds": building}
-    for name in ("num_tokens", "num_sequence_tokens"):
-        result[name] = [sum(getattr(pack, name) for pack in of_step) for of_step in packs]
     if work.loss == "dpo":
         result |= {f"{name}_logps": [float(row[f"logps_train/{name}"]) for row in rows] for name in ("chosen", "rejected")}
     return result

@@ -27,8 +27,8 @@ from preference_training.batching import tries
 from preference_training.batching.packing import PackedBatch, iterate_examples, pack_examples
 from preference_training.core.machine import tune_malloc
 from preference_training.data.tokenization import TokenizedPrompt
-from preference_training.modeling.logprobs import response_logps
-from preference_training.modeling.prefix_sharing.sharing import attend_over_trees
+from preference_training.modeling.logprobs import response_scores
+from preference_training.modeling.prefix_sharing.sharing import attend_over_tries
 
 COMMON = (1, 4, 8, 16, 32, 64)
 PAIRS = 8
@@ -47,7 +47,7 @@ def main() -> None:
     torch.manual_seed(SEED)
     sizes = CPU.model | {"max_position_embeddings": 2 * LONGEST}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**sizes), dtype=torch.float32)
-    attend_over_trees(model)
+    attend_over_tries(model)
     results = {"command": ["tries.py", *sys.argv[1:]], "hardware": hardware(), "load": os.getloadavg(), "versions": versions()}
     results |= {
         "model": sizes,
@@ -95,7 +95,7 @@ def pack(prompts: Sequence[TokenizedPrompt], least: int) -> PackedBatch:
 def step_time(model: torch.nn.Module, batch: PackedBatch) -> float:
     """CPU seconds of a forward and backward pass."""
     started = time.process_time()
-    response_logps(model, batch).sum().backward()
+    response_scores(model, batch).sum().backward()
     model.zero_grad(set_to_none=True)
     return time.process_time() - started
 

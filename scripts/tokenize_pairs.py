@@ -67,7 +67,7 @@ def tokenized(options: argparse.Namespace, entry: Entry) -> list:
     from preference_training.modeling.tokenizer import load_tokenizer
 
     quiet_libraries()
-    model = SimpleNamespace(tokenizer_name_or_path=options.model, name_or_path=None, trust_remote_code=False)
+    model = SimpleNamespace(tokenizer_name_or_path=options.model, name_or_path=None, head="lm", trust_remote_code=False)
     try:
         tokenizer = load_tokenizer(model)
     except UserError as error:

@@ -26,7 +26,7 @@ from preference_training.modeling.adapters import (
 )
 from preference_training.modeling.archives import archive_shapes, model_from_archive, weight_files
 from preference_training.modeling.loading import cast_weights, config_differences, saved_head
-from preference_training.modeling.logprobs import response_logps
+from preference_training.modeling.logprobs import response_scores
 from preference_training.modeling.prefix_sharing.proof import TOLERANCES, ErrorScale, random_tries
 from preference_training.modeling.quantization import quantize
 from preference_training.modeling.state import free_memory
@@ -54,7 +54,7 @@ def probe_logps(model: nn.Module, device: torch.device | None = None) -> Tensor:
     training = model.training
     model.eval()
     try:
-        return response_logps(model, probe(model).to(device or torch.device("cpu"))).cpu()
+        return response_scores(model, probe(model).to(device or torch.device("cpu"))).cpu()
     finally:
         reshard(model)
         model.train(training)

@@ -142,7 +142,11 @@ def unknown_key(key: str) -> str:
     """Explain a key that does not exist, or not here."""
     if key in known_keys():
         group, name = key.split(".", 1)
-        owners = [choice for choice in group_choices(group) if name in choice_keys(group, choice)]
+        owners, others = [], []
+        for choice in group_choices(group):
+            (owners if name in choice_keys(group, choice) else others).append(choice)
+        if len(owners) > 2 * len(others):
+            return f"{key}: this {group} has no such key; all have it but {group}={', '.join(others)}."
         return f"{key}: this {group} has no such key. It belongs to {group}={', '.join(owners)}."
     return f"{key}: no such key; {nearest(key, known_keys())}"
 

@@ -24,7 +24,7 @@ from preference_training.core.errors import UserError, first_line
 from preference_training.core.processes import in_worker
 from preference_training.distributed.sharding import check_divisible
 from preference_training.modeling.loading import build_untrained, load_model
-from preference_training.modeling.logprobs import ScoringHead, response_logps
+from preference_training.modeling.logprobs import ScoringHead, response_scores
 from preference_training.modeling.prefix_sharing.proof import (
     TOLERANCES,
     ErrorScale,
@@ -221,10 +221,10 @@ def _split_error(policy: nn.Module, source: nn.Module) -> str | None:
     batch = random_tries(source.config.get_text_config().vocab_size)
     weights = dict(source.named_parameters())
     names = [next(iter(weights)), next(reversed(weights))]
-    expected = logps_and_gradients(response_logps, source, batch, [weights[name] for name in names])
+    expected = logps_and_gradients(response_scores, source, batch, [weights[name] for name in names])
     parts = _parts(dict(policy.named_parameters()))
     tried = [part for name in names for part in parts[name]]
-    logps, gradients = logps_and_gradients(response_logps, policy, batch.to(compute_device(policy)), tried)
+    logps, gradients = logps_and_gradients(response_scores, policy, batch.to(compute_device(policy)), tried)
     by_part = dict(zip(map(id, tried), gradients, strict=True))
     gradients = [_joined(policy, name, [by_part[id(part)] for part in parts[name]]).cpu() for name in names]
     rounding = TOLERANCES[source.autocast_dtype or source.dtype]

@@ -25,7 +25,7 @@ from preference_training.core.process_group import Ranks, full_tensor, local_wor
 from preference_training.modeling.adapters import has_adapter
 from preference_training.modeling.kernels import compile_between_attentions, enable_activation_checkpointing
 from preference_training.modeling.loading import build_untrained, load_model
-from preference_training.modeling.logprobs import response_logps
+from preference_training.modeling.logprobs import response_scores
 from preference_training.modeling.prefix_sharing.proof import (
     TOLERANCES,
     ErrorScale,
@@ -268,8 +268,8 @@ def _check(model: nn.Module, source: nn.Module | None, layout: Layout, ranks: Ra
     expected = None
     if source is not None:
         weights = dict(source.named_parameters())
-        expected = logps_and_gradients(response_logps, source, batch, [weights[name] for name in names])
-    logps = response_logps(model, batch.to(compute_device(model)))
+        expected = logps_and_gradients(response_scores, source, batch, [weights[name] for name in names])
+    logps = response_scores(model, batch.to(compute_device(model)))
     logps.sum().backward()
     weights = dict(model.named_parameters())
     found = [full_tensor(weights[name].grad).float().cpu() for name in names]

@@ -18,7 +18,7 @@ from preference_training.core.process_group import SINGLE_PROCESS, Ranks
 from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.evaluation.intervals import estimate, mean_interval
 from preference_training.losses.base import Examples, Loss, TokenLogps, example_metrics, with_margins
-from preference_training.modeling.logprobs import policy_logps, reference_logps
+from preference_training.modeling.logprobs import policy_scores, reference_logps
 from preference_training.modeling.state import compute_device
 
 
@@ -90,7 +90,7 @@ def score_responses(
     for batch in batches:
         on_device = batch.to(device)
         (logps, tokens), (known, known_tokens) = (
-            policy_logps(policy, on_device, loss),
+            policy_scores(policy, on_device, loss),
             reference_logps(reference, on_device, loss),
         )
         logps, known = logps.double().cpu(), None if known is None else known.double().cpu()

@@ -1,4 +1,6 @@
-"""Log-probs of responses under a model, or their values, and the reference that gives log-probs without gradients.
+"""Scores of responses under a model, and the reference that gives log-probs without gradients.
+
+A score is the log-prob of a response, or, of a model with a value head, its value.
 
 Shapes: T packed tokens, S scored tokens, C contributions (a scored token counts for each response that shares it), R
 responses, L tokens of the longest padded row, H hidden size, V vocabulary, K 1 or 2 values a token. Position i of the logits
@@ -41,10 +43,10 @@ def shares_prefixes(model: nn.Module) -> bool:
     return model.config._attn_implementation == TREE_ATTENTION
 
 
-def response_logps(model: nn.Module, batch: PackedBatch) -> Tensor:
-    """Log-prob of each response given its prompt, summed over its scored tokens: [R] float32, in the batch's order.
+def response_scores(model: nn.Module, batch: PackedBatch) -> Tensor:
+    """The score of each response: [R] float32, in the batch's order.
 
-    Of a model with a value head: the value of each response, at its last token.
+    Its log-prob given its prompt, summed over its scored tokens; of a model with a value head the value at its last token.
     """
     return _by_response(model, _computed(model, batch, *_ways(model)), batch)
 
@@ -57,10 +59,10 @@ def scored_tokens(model: nn.Module, batch: PackedBatch, collision: bool = False)
     return _computed(model, batch, partial(_score_trie, collision=collision), partial(_score_rows, collision=collision))
 
 
-def policy_logps(model: nn.Module, batch: PackedBatch, loss: Loss) -> tuple[Tensor, TokenLogps | None]:
-    """`response_logps` of a policy, and those of its tokens for a loss that reads them."""
+def policy_scores(model: nn.Module, batch: PackedBatch, loss: Loss) -> tuple[Tensor, TokenLogps | None]:
+    """`response_scores` of a policy, and those of its tokens for a loss that reads them."""
     if not (loss.reads_tokens or loss.reads_collision):
-        return response_logps(model, batch), None
+        return response_scores(model, batch), None
     values = scored_tokens(model, batch, loss.reads_collision)
     tokens = TokenLogps(values[:, 0], batch.scored_responses, values[:, 1] if loss.reads_collision else None)
     return _sum_by_response(values, batch), tokens
@@ -73,20 +75,20 @@ def reference_logps(reference, batch: PackedBatch, loss: Loss) -> tuple[Tensor |
     return reference.with_tokens(batch) if loss.reads_tokens else (reference(batch), None)
 
 
-def trie_logps(model: nn.Module, batch: PackedBatch) -> Tensor:
-    """`response_logps` in one forward of the packed tokens."""
+def trie_scores(model: nn.Module, batch: PackedBatch) -> Tensor:
+    """`response_scores` in one forward of the packed tokens."""
     by_trie, _ = _ways(model)
     return _by_response(model, by_trie(model, batch), batch)
 
 
-def padded_logps(model: nn.Module, batch: PackedBatch) -> Tensor:
-    """`response_logps` of padded rows."""
+def padded_scores(model: nn.Module, batch: PackedBatch) -> Tensor:
+    """`response_scores` of padded rows."""
     _, by_rows = _ways(model)
     return _by_response(model, _in_groups(model, batch, by_rows, [range(len(batch.response_lengths))]), batch)
 
 
-def unpadded_logps(model: nn.Module, batch: PackedBatch) -> Tensor:
-    """`response_logps` of rows without padding: each sequence beside those of its own length only."""
+def unpadded_scores(model: nn.Module, batch: PackedBatch) -> Tensor:
+    """`response_scores` of rows without padding: each sequence beside those of its own length only."""
     by_length: dict[int, list[int]] = {}
     for number, (_, length) in enumerate(batch.trie.ends):
         by_length.setdefault(length, []).append(number)
@@ -304,7 +306,7 @@ class LiveReference:
     def __call__(self, batch: PackedBatch) -> Tensor:
         """Log-prob of each response of a batch: [R] float32."""
         with self.as_reference(self.model):
-            return response_logps(self.model, batch)
+            return response_scores(self.model, batch)
 
     @torch.no_grad()
     def with_tokens(self, batch: PackedBatch) -> tuple[Tensor, TokenLogps]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from preference_training.batching.packing import PackedBatch
 from preference_training.core.errors import UserError
 from preference_training.core.process_group import Ranks
-from preference_training.modeling.logprobs import CachedReference, response_logps
+from preference_training.modeling.logprobs import CachedReference, response_scores
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class StartCheck:
     def _without_dropout(self, batch: PackedBatch) -> Tensor:
         self.policy.eval()
         try:
-            return response_logps(self.policy, batch)
+            return response_scores(self.policy, batch)
         finally:
             self.policy.train()
 

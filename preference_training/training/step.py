@@ -16,7 +16,7 @@ from preference_training.core.metric_names import GRAD_NORM, TOKENS_SAVED, TRAIN
 from preference_training.core.process_group import is_distributed
 from preference_training.distributed.placement import Placement
 from preference_training.losses.base import BatchStatistics, Examples, LossOutput, TokenLogps, example_metrics, with_margins
-from preference_training.modeling.logprobs import policy_logps, reference_logps, shares_prefixes
+from preference_training.modeling.logprobs import policy_scores, reference_logps, shares_prefixes
 from preference_training.modeling.state import compute_device
 from preference_training.tracking.tracker import Metrics
 from preference_training.training.parts import Models, RunState
@@ -214,7 +214,7 @@ class TrainingStep:
 
     def logps(self, pack: PackedBatch) -> tuple[Tensor, TokenLogps | None]:
         """The policy's log-probs [R] of a pack, and what its loss reads of tokens."""
-        return policy_logps(self.models.policy, pack, self.models.loss)
+        return policy_scores(self.models.policy, pack, self.models.loss)
 
     def reduce(self, sums: dict[str, Tensor], grad_norm: Tensor, counts: tuple[int, int], stop: bool = False) -> Tensor:
         """A step's numbers over all ranks: `sums`, `counts`, how many ranks are to stop, the gradient's norm."""

@@ -24,7 +24,7 @@ from preference_training.evaluation.held_out import evaluate_held_out
 from preference_training.generation.sampling import Sampler
 from preference_training.losses.registry import build_loss
 from preference_training.modeling.loading import disable_dropout
-from preference_training.modeling.logprobs import LiveReference, response_logps
+from preference_training.modeling.logprobs import LiveReference, response_scores
 from preference_training.modeling.prefix_sharing.proof import TOLERANCES, random_tries
 from preference_training.modeling.prefix_sharing.sharing import share_prefixes
 from tests.support.building import build_trainer, take_steps, weights_of
@@ -144,7 +144,7 @@ def test_gpt2_and_opt_compute_prompts_once_and_bloom_on_padded_rows(model_type):
     model = whole_model(model_type)
     split, batch = split_layers(model, CPUS), random_tries(VOCABULARY)
     with torch.no_grad():
-        torch.testing.assert_close(response_logps(split, batch), response_logps(model, batch), rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(response_scores(split, batch), response_scores(model, batch), rtol=1e-5, atol=1e-4)
     assert batch.layout.seen is (model_type != "bloom")
 
 
@@ -232,12 +232,12 @@ def test_a_frozen_copy_stays_as_it_was(build):
     trainer = build(SplitLayers, whole_model("gpt2"))
     frozen, batch = copy_split_model(trainer.models.policy, torch.float32), random_tries(VOCABULARY)
     with torch.no_grad():
-        before = response_logps(trainer.models.policy, batch)
-        assert torch.equal(response_logps(frozen, batch), before)
+        before = response_scores(trainer.models.policy, batch)
+        assert torch.equal(response_scores(frozen, batch), before)
     trainer.train_step(steps()[0])
     with torch.no_grad():
-        assert torch.equal(response_logps(frozen, batch), before)
-        assert not torch.equal(response_logps(trainer.models.policy, batch), before)
+        assert torch.equal(response_scores(frozen, batch), before)
+        assert not torch.equal(response_scores(trainer.models.policy, batch), before)
     assert not any(weight.requires_grad for weight in frozen.parameters())
 
 
@@ -249,7 +249,7 @@ def test_every_shard_computes_in_the_dtype_of_autocast():
         shard.transformer.h[0].mlp.c_fc.register_forward_hook(lambda module, args, output: dtypes.add(output.dtype))
     split.autocast_dtype = torch.bfloat16
     with torch.no_grad():
-        error = (response_logps(split, batch) - response_logps(model, batch)).abs() / batch.response_lengths
+        error = (response_scores(split, batch) - response_scores(model, batch)).abs() / batch.response_lengths
     assert dtypes == {torch.bfloat16} and 0 < error.max() < TOLERANCES[torch.bfloat16]
 
 
@@ -264,7 +264,7 @@ def test_an_error_of_one_shard_is_raised_though_the_others_wait_for_it():
     split = split_layers(whole_model("gpt2"), CPUS)
     split.other_shards[0].transformer.h[1].mlp.c_proj.forward = lambda hidden: 1 / 0
     with pytest.raises(ZeroDivisionError):
-        response_logps(split, random_tries(VOCABULARY))
+        response_scores(split, random_tries(VOCABULARY))
 
 
 # ---- refusals -----------------------------------------------------------------------------------------------------------

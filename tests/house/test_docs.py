@@ -283,8 +283,9 @@ def test_the_reference_of_keys_is_what_the_files_say():
 def test_the_picture_is_what_its_script_draws():
     script = loaded("scripts/one_idea.py")
     assert script.PICTURE.read_text() == script.picture(), "run python scripts/one_idea.py"
-    # 6 rows of the prompt and the longest response; the prompt and all three.
-    assert f"{6 * (11 + 9)} tokens" in script.picture() and f"{11 + 6 + 9 + 4} tokens" in script.picture()
+    # 8 rows of the system prompt, the longest prompt and the longest response; each of them once.
+    once = 8 + (5 + 5 + 7 + 3) + (3 + 6 + 4)
+    assert f"{8 * (8 + 5 + 7)} tokens" in script.picture() and f"{once} tokens" in script.picture()
 
 
 def test_the_picture_of_the_layers_shows_the_imports_that_there_are_and_none_that_leads_down():

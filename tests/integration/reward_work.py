@@ -15,7 +15,7 @@ from preference_training.distributed.placement import Sharded
 from preference_training.distributed.sharding import full_tensor
 from preference_training.losses.registry import build_loss
 from preference_training.modeling.loading import load_model
-from preference_training.modeling.logprobs import response_logps
+from preference_training.modeling.logprobs import response_scores
 from preference_training.modeling.prefix_sharing.sharing import share_prefixes
 from tests.integration.sharded_work import World, golden_prompts
 from tests.support.building import build_trainer, weights_of
@@ -72,5 +72,5 @@ def follow(settings: dict, folder: str) -> dict:
 def saved_difference(run_dir: Path, tokenizer, model) -> float:
     """How far the values of a checkpoint, as others load it, are from those of a model."""
     batch = pack_examples(list(iterate_examples(golden_prompts(tokenizer, "pairs")[:6])))
-    values = [response_logps(each.eval(), batch) for each in (load_plain(run_dir / "LATEST", torch.float32), model)]
+    values = [response_scores(each.eval(), batch) for each in (load_plain(run_dir / "LATEST", torch.float32), model)]
     return (values[0] - values[1]).abs().max().item()

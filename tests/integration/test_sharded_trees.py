@@ -14,7 +14,7 @@ from preference_training.batching.packing import TokenBudget, build_packs, itera
 from preference_training.core.process_group import Ranks
 from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.modeling.kernels import enable_activation_checkpointing
-from preference_training.modeling.logprobs import padded_logps, response_logps
+from preference_training.modeling.logprobs import padded_scores, response_scores
 from preference_training.modeling.prefix_sharing.sharing import share_prefixes
 from tests.architectures import tiny_models
 from tests.support import forked
@@ -34,7 +34,7 @@ def golden_model(name: str = "llama"):
 def expected_numbers(name: str = "llama") -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Log-probs on padded rows in one process, and the gradient of their sum."""
     model = golden_model(name)
-    logps = padded_logps(model, pack_examples(list(iterate_examples(PROMPTS))))
+    logps = padded_scores(model, pack_examples(list(iterate_examples(PROMPTS))))
     logps.sum().backward()
     return logps.detach(), {weight_name: weight.grad for weight_name, weight in model.named_parameters()}
 
@@ -46,7 +46,7 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 def check(model, name: str) -> None:
     """Log-probs and gradients of a sharded model against one process."""
     expected, gradients = expected_numbers(name)
-    logps = whole(response_logps(model, pack_examples(list(iterate_examples(PROMPTS)))))
+    logps = whole(response_scores(model, pack_examples(list(iterate_examples(PROMPTS)))))
     torch.testing.assert_close(logps.detach(), expected, rtol=1e-5, atol=1e-4)
     logps.sum().backward()
     for weight_name, weight in model.named_parameters():
@@ -82,7 +82,7 @@ def any_trie_worker(rank: int, folder: str) -> None:
             examples = list(iterate_examples(random_prompts(random.Random(seed), longest=40)))
             expected, expected_gradients = plain_results(plain, examples)
             for batch in build_packs(examples, TokenBudget(100, 60), ranks):
-                logps = response_logps(model, batch)
+                logps = response_scores(model, batch)
                 wanted = torch.stack([expected[row] for row in batch.response_rows.tolist()]).float()
                 torch.testing.assert_close(logps.detach(), wanted, rtol=1e-5, atol=1e-5)
                 # Ranks with fewer packs compute fillers, which do not count. FSDP averages over ranks.
@@ -101,7 +101,7 @@ def tensor_parallel_worker(rank: int, folder: str) -> None:
     assert any(isinstance(weight, DTensor) for weight in model.parameters())
     assert share_prefixes(model, "on")
     expected, _ = expected_numbers("gpt_neox")
-    logps = whole(response_logps(model, pack_examples(list(iterate_examples(PROMPTS)))))
+    logps = whole(response_scores(model, pack_examples(list(iterate_examples(PROMPTS)))))
     torch.testing.assert_close(logps.detach(), expected, rtol=1e-5, atol=1e-4)
     dist.destroy_process_group()
 
@@ -128,7 +128,7 @@ def test_an_adapted_model_shares_prompts_and_trains_its_adapter_only():
     padded = copy.deepcopy(model)
     assert share_prefixes(model, "on")
     batch = pack_examples(list(iterate_examples(PROMPTS)))
-    found, expected = response_logps(model, batch), padded_logps(padded, batch)
+    found, expected = response_scores(model, batch), padded_scores(padded, batch)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     found.sum().backward()
     expected.sum().backward()

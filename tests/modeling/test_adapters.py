@@ -27,7 +27,7 @@ from preference_training.distributed.placement import OneProcess
 from preference_training.losses.registry import build_loss
 from preference_training.modeling.adapters import merge_adapter, reference_mode, weights_to_save
 from preference_training.modeling.loading import check_model, load_model, load_with_adapter, merge_and_cast
-from preference_training.modeling.logprobs import response_logps
+from preference_training.modeling.logprobs import response_scores
 from preference_training.modeling.prefix_sharing.proof import random_tries
 from preference_training.modeling.prefix_sharing.sharing import share_prefixes
 from preference_training.modeling.reference_cache import ReferencePlan, cache_key
@@ -136,9 +136,9 @@ def test_with_the_adapter_off_a_trained_model_is_the_initial_one_bit_for_bit(con
     trainer = trainer_of(configured("+adapter=lora"), tokenizer)
     trainer.train()
     with torch.no_grad():
-        began = response_logps(whole, BATCH)
+        began = response_scores(whole, BATCH)
         assert torch.equal(trainer.models.reference(BATCH), began)
-        assert not torch.equal(response_logps(trainer.models.policy, BATCH), began)
+        assert not torch.equal(response_scores(trainer.models.policy, BATCH), began)
 
 
 def test_the_reference_of_a_quantized_run_has_no_weights_of_its_own(configured, tokenizer):
@@ -216,7 +216,7 @@ def test_a_merged_model_gives_the_log_probs_of_the_adapter(configured, tokenizer
     assert not [name for name, _ in merged.named_parameters() if "lora" in name or "base_layer" in name]
     with torch.no_grad():
         torch.testing.assert_close(
-            response_logps(merged, BATCH), response_logps(trained.models.policy, BATCH), rtol=1e-5, atol=1e-4
+            response_scores(merged, BATCH), response_scores(trained.models.policy, BATCH), rtol=1e-5, atol=1e-4
         )
     merged.save_pretrained(tmp_path / "whole")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "whole", dtype=torch.float32)
@@ -230,12 +230,12 @@ def test_training_that_starts_from_an_adapter_has_that_adapter_as_its_reference(
     trained = trainer_of(config, tokenizer)
     trained.continue_from(Checkpoint.read(first))
     with torch.no_grad():
-        expected = response_logps(trained.models.policy, BATCH)
-        assert torch.equal(response_logps(on.models.policy, BATCH), expected)
+        expected = response_scores(trained.models.policy, BATCH)
+        assert torch.equal(response_scores(on.models.policy, BATCH), expected)
     on.train()
     with torch.no_grad():
         assert torch.equal(on.models.reference(BATCH), expected)
-        assert not torch.equal(response_logps(on.models.policy, BATCH), expected)
+        assert not torch.equal(response_scores(on.models.policy, BATCH), expected)
 
 
 def test_an_adapter_of_an_adapter_of_an_adapter_finds_its_weights(configured, tokenizer, tmp_path):
@@ -393,7 +393,7 @@ def checkpoint_of(model: nn.Module, tokenizer, folder: Path, **settings) -> Path
 
 def answers(model: nn.Module) -> torch.Tensor:
     with torch.no_grad():
-        return response_logps(model.eval(), BATCH)
+        return response_scores(model.eval(), BATCH)
 
 
 @pytest.mark.parametrize(

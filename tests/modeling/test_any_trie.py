@@ -10,7 +10,7 @@ from torch import nn
 
 from preference_training.batching.packing import Example, TokenBudget, build_packs, iterate_examples
 from preference_training.modeling.kernels import enable_activation_checkpointing
-from preference_training.modeling.logprobs import response_logps
+from preference_training.modeling.logprobs import response_scores
 from preference_training.modeling.prefix_sharing.sharing import share_prefixes
 from tests.architectures import tiny_models
 from tests.support.random_tries import gradients, plain_results, random_prompts, relative_error, weighted_sum
@@ -50,7 +50,7 @@ def check(plain: nn.Module, sharing: nn.Module, cut, logps: float = LOGPS, gradi
     trained = [weight for weight in sharing.parameters() if weight.requires_grad]
     total = [torch.zeros_like(weight) for weight in trained]
     for batch in (batch for part in parts for batch in build_packs(part, budget)):
-        found = response_logps(sharing, batch)
+        found = response_scores(sharing, batch)
         wanted = torch.stack([expected[row] for row in batch.response_rows.tolist()])
         torch.testing.assert_close(found.detach().double(), wanted, rtol=logps, atol=logps)
         for kept, one in zip(total, gradients(weighted_sum(found, batch), trained), strict=True):

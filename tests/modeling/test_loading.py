@@ -14,7 +14,7 @@ from preference_training.core.errors import UserError
 from preference_training.modeling.archives import read_archive
 from preference_training.modeling.kernels import compile_between_attentions
 from preference_training.modeling.loading import check_model, load_model
-from preference_training.modeling.logprobs import response_logps
+from preference_training.modeling.logprobs import response_scores
 from preference_training.modeling.prefix_sharing.proof import logps_and_gradients, random_tries
 from preference_training.modeling.prefix_sharing.sharing import share_prefixes
 from preference_training.modeling.state import reference_copy
@@ -103,8 +103,8 @@ def test_a_model_with_a_learned_mask_gives_the_same_log_probs_with_and_without_g
             nn.init.normal_(weight, std=0.2)
     batch = random_tries(model.config.vocab_size)
     with torch.no_grad():
-        expected = response_logps(model, batch)
-    assert torch.equal(response_logps(model, batch), expected)
+        expected = response_scores(model, batch)
+    assert torch.equal(response_scores(model, batch), expected)
 
 
 def test_the_token_budget_of_a_model_with_layers_of_different_widths_is_that_of_the_widest():
@@ -260,9 +260,9 @@ def test_compilation_leaves_log_probs_as_they_were(tiny):
     share_prefixes(model, "on")
     batch = random_tries(512)
     weights = [model.model.layers[0].mlp.up_proj.weight]
-    logps, gradients = logps_and_gradients(response_logps, model, batch, weights)
+    logps, gradients = logps_and_gradients(response_scores, model, batch, weights)
     compile_between_attentions(model)
-    again, compiled = logps_and_gradients(response_logps, model, batch, weights)
+    again, compiled = logps_and_gradients(response_scores, model, batch, weights)
     assert model.model.layers[0].mlp._compiled_call_impl is not None
     assert model.model.layers[0].self_attn._compiled_call_impl is None
     torch.testing.assert_close(again, logps, rtol=1e-5, atol=1e-4)

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from preference_training.batching.packing import iterate_examples, pack_examples
 from preference_training.data.tokenization import TokenizedPrompt
-from preference_training.modeling.logprobs import response_logps
+from preference_training.modeling.logprobs import response_scores
 from tests.support.files import GOLDEN
 
 
@@ -32,7 +32,7 @@ def test_sums_equal_the_golden_ones(golden):
             assert scored == list(range(first, last))
             prompt = TokenizedPrompt([0] * first, [labels[first:last]], [])
             model = FixedLogits(torch.tensor(case["logits"][row])[None, :last])
-            found = response_logps(model, pack_examples([(prompt, 0)]))
+            found = response_scores(model, pack_examples([(prompt, 0)]))
             assert found.item() == pytest.approx(case["sum"][row], rel=1e-5)
 
 
@@ -57,15 +57,15 @@ def plain_logp(model, prompt: list[int], response: list[int]) -> float:
 @torch.no_grad()
 def test_log_probs_equal_those_of_one_plain_forward_per_response(model):
     expected = [plain_logp(model, prompt.prompt_ids, response) for prompt in PROMPTS for response in prompt.responses]
-    found = response_logps(model, pack_examples(list(iterate_examples(PROMPTS))))
+    found = response_scores(model, pack_examples(list(iterate_examples(PROMPTS))))
     assert found.dtype == torch.float32
     assert found.tolist() == pytest.approx(expected, abs=1e-4)
 
 
 @torch.no_grad()
 def test_a_response_scores_the_same_alone_as_in_padded_company(model):
-    together = response_logps(model, pack_examples(list(iterate_examples(PROMPTS))))
-    alone = torch.cat([response_logps(model, pack_examples(list(iterate_examples([prompt])))) for prompt in PROMPTS])
+    together = response_scores(model, pack_examples(list(iterate_examples(PROMPTS))))
+    alone = torch.cat([response_scores(model, pack_examples(list(iterate_examples([prompt])))) for prompt in PROMPTS])
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
 
 
@@ -74,5 +74,5 @@ def test_a_response_may_hold_the_padding_token(model):
     # The golden tokenizer pads with its end-of-sequence token, id 0; position, not id, says what is scored.
     inside = TokenizedPrompt([5, 6], [[0, 0, 7, 0]], [])
     longer = TokenizedPrompt([5, 6], [[8, 9, 10, 11, 12, 0]], [])
-    found = response_logps(model, pack_examples([(inside, 0), (longer, 0)]))
+    found = response_scores(model, pack_examples([(inside, 0), (longer, 0)]))
     assert found[0].item() == pytest.approx(plain_logp(model, [5, 6], [0, 0, 7, 0]), abs=1e-4)

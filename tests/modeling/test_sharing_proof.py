@@ -12,7 +12,7 @@ from preference_training.batching.tries import Trie, TrieLayout
 from preference_training.core.errors import UserError
 from preference_training.core.machine import allow_tf32
 from preference_training.data.tokenization import TokenizedPrompt
-from preference_training.modeling.logprobs import response_logps
+from preference_training.modeling.logprobs import response_scores
 from preference_training.modeling.prefix_sharing import proof, tree_attention
 from preference_training.modeling.prefix_sharing.lengths import SHORT, attention_windows, other_lengths
 from preference_training.modeling.prefix_sharing.proof import exact_arithmetic, find_sharing_failure, random_tries
@@ -125,9 +125,9 @@ def test_attention_that_ignores_one_of_its_rules_fails_in_every_attempt(model_ty
 @pytest.mark.parametrize("model_type", ["llama", "gemma2", "gpt_oss"])
 def test_every_attempt_compares_with_the_attention_that_the_model_was_loaded_with(model_type, monkeypatch):
     model, seen = make(model_type, **(EXPERTS if model_type == "gpt_oss" else CAPPED)), []
-    own, usual = model.config._attn_implementation, proof.unpadded_logps
+    own, usual = model.config._attn_implementation, proof.unpadded_scores
     see = lambda: seen.append(model.config._attn_implementation)  # noqa: E731
-    monkeypatch.setattr(proof, "unpadded_logps", lambda *given: (see(), usual(*given))[1])
+    monkeypatch.setattr(proof, "unpadded_scores", lambda *given: (see(), usual(*given))[1])
     assert own in ("sdpa", "eager") and share_prefixes(model, "on")
     # Gemma's second attempt follows one with a scoring head, whose cause was looked for.
     assert set(seen) == {own} and len(seen) >= (2 if model_type == "gemma2" else 1)
@@ -204,7 +204,7 @@ def test_sequences_longer_and_shorter_than_a_rotary_limit_have_the_log_probs_tha
     # 24 is the limit: some batches lie on one side of it, others on both.
     for lengths in [(14, 14), (4, 14), (15, 4, 30), (15, 30), (3, 5)]:
         prompt = TokenizedPrompt(tokens(10), [tokens(length) for length in lengths], [])
-        found = response_logps(model, pack_examples([(prompt, number) for number in range(len(lengths))]))
+        found = response_scores(model, pack_examples([(prompt, number) for number in range(len(lengths))]))
         for response, logp in zip(prompt.responses, found, strict=True):
             # A new model, since dynamic frequencies stay those of the longest row so far.
             alone = make(model_type, **changes).eval()(torch.tensor([prompt.prompt_ids + response])).logits[0, 9:-1]

@@ -9,7 +9,7 @@ from preference_training.batching.packing import iterate_examples, pack_examples
 from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.distributed.launching import collective_backend
 from preference_training.modeling.loading import disable_dropout
-from preference_training.modeling.logprobs import ScoringHead, _head_index, response_logps
+from preference_training.modeling.logprobs import ScoringHead, _head_index, response_scores
 from preference_training.modeling.prefix_sharing.sharing import share_prefixes
 from preference_training.modeling.prefix_sharing.tree_attention import tree_attention_forward
 from preference_training.modeling.state import compute_device, frozen_copy
@@ -53,9 +53,9 @@ def batch_of(*shapes: tuple[int, tuple[int, ...]]):
 
 def apart(model: nn.Module, other: nn.Module, batch) -> float:
     """The largest difference of two models' log-probs, one as it is trained and one as a reference is asked."""
-    trained = response_logps(model.train(), batch)
+    trained = response_scores(model.train(), batch)
     with torch.no_grad():
-        return (trained.detach() - response_logps(other, batch)).abs().max().item()
+        return (trained.detach() - response_scores(other, batch)).abs().max().item()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -87,7 +87,7 @@ def test_rotary_frequencies_are_not_rounded_with_the_weights():
 
 def test_tensors_that_a_model_keeps_of_its_last_forward_are_not_copied():
     model, batch = make("recurrent_gemma", torch.bfloat16, **RECURRENT), batch_of((20, (9, 4)))
-    response_logps(model, batch)
+    response_scores(model, batch)
     assert apart(model, frozen_copy(model), batch) == 0.0
 
 

@@ -16,7 +16,7 @@ from preference_training.core.errors import UserError
 from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.losses.registry import build_loss
 from preference_training.modeling import logprobs
-from preference_training.modeling.logprobs import ScoringHead, padded_logps, response_logps, trie_logps
+from preference_training.modeling.logprobs import ScoringHead, padded_scores, response_scores, trie_scores
 from preference_training.modeling.prefix_sharing.sharing import share_prefixes
 from preference_training.modeling.prefix_sharing.tree_attention import (
     TREE_ATTENTION,
@@ -81,9 +81,9 @@ def gradients(compute, model, batch) -> tuple[torch.Tensor, list[torch.Tensor]]:
 def test_trees_equal_padded_rows_in_values_and_gradients(model_type):
     model = make(model_type)
     batch = pack_examples(list(iterate_examples(prompts_of(SHAPES))))
-    expected, expected_gradients = gradients(padded_logps, model, batch)
+    expected, expected_gradients = gradients(padded_scores, model, batch)
     assert share_prefixes(model, "on")
-    found, found_gradients = gradients(trie_logps, model, batch)
+    found, found_gradients = gradients(trie_scores, model, batch)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     for (name, _), one, other in zip(model.named_parameters(), found_gradients, expected_gradients, strict=True):
         if one is not None:
@@ -95,10 +95,10 @@ def test_log_probs_over_512_tokens_agree_to_1e_minus_4(model_type):
     model = make(model_type)
     batch = pack_examples(list(iterate_examples(prompts_of([(300, (212, 150)), (100, (412, 200))]))))
     with torch.no_grad():
-        expected = padded_logps(model, batch)
+        expected = padded_scores(model, batch)
         share_prefixes(model, "on")
         # Beside the 1e-4, one step to the neighbouring float32: the sums are up to 2,000 nats.
-        torch.testing.assert_close(trie_logps(model, batch), expected, rtol=1.2e-7, atol=1e-4)
+        torch.testing.assert_close(trie_scores(model, batch), expected, rtol=1.2e-7, atol=1e-4)
 
 
 @pytest.mark.parametrize("model_type", OUTSIDERS)
@@ -106,9 +106,9 @@ def test_a_model_that_cannot_share_prefixes_says_so_and_uses_padded_rows(model_t
     model = make(model_type)
     batch = pack_examples(list(iterate_examples(prompts_of(SHAPES))))
     with torch.no_grad():
-        expected = padded_logps(copy.deepcopy(model), batch)
+        expected = padded_scores(copy.deepcopy(model), batch)
         assert not share_prefixes(model, "auto")
-        assert torch.equal(response_logps(model, batch), expected)
+        assert torch.equal(response_scores(model, batch), expected)
         plain = [
             model(torch.tensor([prompt.prompt_ids + response])).logits[0].log_softmax(-1)[len(prompt.prompt_ids) - 1 : -1]
             .gather(1, torch.tensor(response)[:, None]).sum()
@@ -177,9 +177,9 @@ def test_any_trees_in_any_order_cut_anyhow_have_the_log_probs_of_padded_rows(mod
         rows += len(prompts[index].responses)
     examples = data.draw(st.permutations(list(iterate_examples(prompts))))
     with torch.no_grad():
-        expected = padded_logps(padded, pack_examples(list(iterate_examples(prompts))))
+        expected = padded_scores(padded, pack_examples(list(iterate_examples(prompts))))
         for batch in build_packs(examples, data.draw(budgets)):
-            torch.testing.assert_close(trie_logps(sharing, batch), expected[batch.response_rows], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(trie_scores(sharing, batch), expected[batch.response_rows], rtol=1e-4, atol=1e-4)
 
 
 @settings(max_examples=15, deadline=None)
@@ -193,7 +193,7 @@ def test_the_gradient_of_a_loss_does_not_depend_on_the_cut(models, shapes, budge
 
     def gradient(batches) -> torch.Tensor:
         total = sum(
-            loss(logps := trie_logps(model, batch), torch.zeros_like(logps), batch.examples).losses.sum() for batch in batches
+            loss(logps := trie_scores(model, batch), torch.zeros_like(logps), batch.examples).losses.sum() for batch in batches
         )
         return torch.autograd.grad(total, model.get_input_embeddings().weight)[0]
 
@@ -235,9 +235,9 @@ def test_a_head_in_chunks_gives_the_values_and_gradients_of_a_whole_one(monkeypa
     share_prefixes(model, "on")
     assert type(model.lm_head) is ScoringHead
     batch = pack_examples(list(iterate_examples(prompts_of(SHAPES))))
-    whole, whole_gradients = gradients(trie_logps, model, batch)
+    whole, whole_gradients = gradients(trie_scores, model, batch)
     monkeypatch.setattr(logprobs, "MAX_LOGITS_BYTES", 4 * 97 * 10)  # ten tokens at once
-    packs, pack_gradients = gradients(trie_logps, model, batch)
+    packs, pack_gradients = gradients(trie_scores, model, batch)
     torch.testing.assert_close(packs, whole)
     for one, other in zip(pack_gradients, whole_gradients, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
@@ -250,7 +250,7 @@ def test_no_more_logits_exist_at_once_than_a_chunk_holds(monkeypatch):
     usual = logprobs.score_tokens
     monkeypatch.setattr(logprobs, "MAX_LOGITS_BYTES", 4 * 97 * 10)
     monkeypatch.setattr(logprobs, "score_tokens", lambda logits, *rest: (largest.append(len(logits)), usual(logits, *rest))[1])
-    trie_logps(model, pack_examples(list(iterate_examples(prompts_of(SHAPES))))).sum().backward()
+    trie_scores(model, pack_examples(list(iterate_examples(prompts_of(SHAPES))))).sum().backward()
     assert max(largest) == 10
 
 
@@ -266,11 +266,11 @@ def test_a_copy_of_a_sharing_model_has_weights_of_its_own():
     twin = copy.deepcopy(model)
     batch = pack_examples(list(iterate_examples(prompts_of(SHAPES))))
     with torch.no_grad():
-        before = trie_logps(twin, batch)
+        before = trie_scores(twin, batch)
         for weight in model.parameters():
             weight.mul_(2)
-        assert torch.equal(trie_logps(twin, batch), before)
-        assert not torch.allclose(trie_logps(model, batch), before)
+        assert torch.equal(trie_scores(twin, batch), before)
+        assert not torch.allclose(trie_scores(model, batch), before)
 
 
 # ---- attention itself -----------------------------------------------------------------------------------------------------

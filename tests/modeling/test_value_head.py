@@ -14,7 +14,7 @@ from preference_training.configuration.saved import model_config
 from preference_training.core.errors import UserError
 from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.modeling.loading import check_model, load_model, saved_head
-from preference_training.modeling.logprobs import response_logps
+from preference_training.modeling.logprobs import response_scores
 from preference_training.modeling.prefix_sharing.sharing import share_prefixes
 from preference_training.modeling.tokenizer import byte_level_tokenizer, load_tokenizer
 from preference_training.modeling.value_head import add_values, has_value_head
@@ -51,10 +51,10 @@ def model(request, tokenizer):
 @torch.no_grad()
 def test_values_are_those_of_transformers_own_forward_with_shared_prefixes_and_on_padded_rows(model):
     expected, batch = plain_values(model, PROMPTS), pack_examples(list(iterate_examples(PROMPTS)))
-    found = response_logps(model, batch)
+    found = response_scores(model, batch)
     assert found.dtype == torch.float32 and found.tolist() == pytest.approx(expected, abs=1e-5)
     assert share_prefixes(model, "on")
-    assert response_logps(model, batch).tolist() == pytest.approx(expected, abs=1e-5)
+    assert response_scores(model, batch).tolist() == pytest.approx(expected, abs=1e-5)
     assert max(expected) - min(expected) > 0.05, "the rows differ"
 
 
@@ -65,7 +65,7 @@ def test_gradients_are_those_of_transformers_own_forward(model):
     with mock.patch.object(model.config, "pad_token_id", None):
         rows = [prompt.prompt_ids + response for prompt in PROMPTS for response in prompt.responses]
         plain = torch.cat([model(input_ids=torch.tensor([row])).logits[0] for row in rows])
-        packed = response_logps(model, pack_examples(list(iterate_examples(PROMPTS))))
+        packed = response_scores(model, pack_examples(list(iterate_examples(PROMPTS))))
         for name, values in (("plain", plain), ("packed", packed)):
             gradients[name] = torch.autograd.grad((values * torch.arange(1.0, 8.0)).sum(), list(weights.values()))
     for name, plain, packed in zip(weights, gradients["plain"], gradients["packed"], strict=True):
@@ -83,7 +83,7 @@ def test_values_of_a_bfloat16_model_are_computed_by_its_head_in_float32(tokenize
     torch.manual_seed(0)
     model = load_model(configured("llama", policy_dtype="bfloat16"), tokenizer)
     batch = pack_examples(list(iterate_examples(PROMPTS)))
-    found = response_logps(model, batch)
+    found = response_scores(model, batch)
     # Rounded to eight bits most of them would stay the same.
     assert found.dtype == torch.float32 and not torch.equal(found.bfloat16().float(), found)
 
@@ -164,7 +164,7 @@ def test_architectures_compute_the_values_of_transformers_own_forward(name, tmp_
     expected, batch = plain_values(model, PROMPTS), pack_examples(list(iterate_examples(PROMPTS)))
     share_prefixes(model, "auto")
     with torch.no_grad():
-        assert response_logps(model, batch).tolist() == pytest.approx(expected, abs=1e-5 * max(1.0, *map(abs, expected)))
+        assert response_scores(model, batch).tolist() == pytest.approx(expected, abs=1e-5 * max(1.0, *map(abs, expected)))
 
 
 # ---- padding ----------------------------------------------------------------------------------------------------------------

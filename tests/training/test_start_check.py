@@ -147,9 +147,9 @@ def test_dropout_of_the_adapter_that_training_starts_from_is_no_difference(polic
 
 def trained_logps(policy, batch):
     """What a policy says in training mode."""
-    from preference_training.modeling.logprobs import response_logps
+    from preference_training.modeling.logprobs import response_scores
 
-    return response_logps(policy, batch).detach()
+    return response_scores(policy, batch).detach()
 
 
 def test_all_ranks_end_where_one_has_seen_a_difference():

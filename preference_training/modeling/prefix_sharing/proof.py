@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from preference_training.batching.packing import PackedBatch, iterate_examples, pack_examples
 from preference_training.data.tokenization import TokenizedPrompt
-from preference_training.modeling.logprobs import trie_logps, unpadded_logps
+from preference_training.modeling.logprobs import trie_scores, unpadded_scores
 from preference_training.modeling.prefix_sharing.lengths import (
     ENDLESS,
     LengthPlan,
@@ -73,7 +73,7 @@ def logps_and_gradients(compute, model: nn.Module, batch: PackedBatch, weights: 
 
 
 class ErrorScale(NamedTuple):
-    """How differences between two results of `response_logps` are measured.
+    """How differences between two results of `response_scores` are measured.
 
     sizes: what each response's is divided by [R]. what, unit: for messages.
     """
@@ -193,11 +193,11 @@ def _compare(model: nn.Module, lengths: dict[str, int], comparison: _Comparison)
     weights = [*trained[:1], *trained[1:][-1:]]
     own = _for_float32(comparison.own_attention) if comparison.dtype == torch.float32 else comparison.own_attention
     with lengths_changed(model, lengths), _attention(model, own), restored_buffers(model) as changed:
-        expected = logps_and_gradients(unpadded_logps, model, batch, weights)
+        expected = logps_and_gradients(unpadded_scores, model, batch, weights)
         buffers = changed()
     try:
         with lengths_changed(model, lengths), _attention(model, TREE_ATTENTION), restored_buffers(model) as changed:
-            found = logps_and_gradients(trie_logps, model, batch, weights)
+            found = logps_and_gradients(trie_scores, model, batch, weights)
             if name := _differing(changed(), buffers):
                 return _Failure(f"its forward would leave wrong values in the buffer {name}", True)
     except UnsupportedAttentionError as error:

@@ -1,4 +1,4 @@
-"""Switch prefix sharing on: a model computes each prompt once for all its responses, if it proves that it can."""
+"""Switch prefix sharing on: a model computes once what sequences share at their beginning, if it proves that it can."""
 
 from torch import nn
 
@@ -9,7 +9,7 @@ from preference_training.modeling.prefix_sharing.tree_attention import TREE_ATTE
 
 
 def share_prefixes(model: nn.Module, mode: str) -> bool:
-    """Let a model compute each prompt once for all its responses, if it passes the proof. Returns whether it does.
+    """Let a model compute once what sequences share, if it passes the proof. Returns whether it does.
 
     mode: auto (prints the reason and uses padded rows where the proof fails), on (raises UserError there), off.
     """

@@ -193,9 +193,10 @@ def _causal_rows(queries: Tensor, keys: Tensor, values: Tensor, rules: Rules) ->
     shared = length - rows
     # Of many rows after few others, causal attention of the whole sequence takes less time: it skips what a mask only hides.
     if rules.are_plain(length) and (not shared or (rows >= 512 and 3 * shared <= rows)):
-        keys, values = _repeat_heads(queries, keys), _repeat_heads(queries, values)
         queries = F.pad(queries, (0, 0, shared, 0)) if shared else queries
-        return F.scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=rules.scaling)[:, :, shared:]
+        grouped = queries.shape[1] != keys.shape[1]
+        output = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=rules.scaling, enable_gqa=grouped)
+        return output[:, :, shared:]
     mask = causal_mask(length, rules.window, rules.chunk, queries.dtype, queries.device)[shared:]
     return _attend(queries, keys, values, mask, rules)
 
@@ -208,9 +209,10 @@ def _repeat_heads(query: Tensor, key: Tensor) -> Tensor:
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, rules: Rules) -> Tensor:
     """Attention under an additive mask, with the rules' soft-cap and sinks: [B, H, rows, D]."""
-    key, value = _repeat_heads(query, key), _repeat_heads(query, value)
     if rules.softcap is None and rules.sinks is None:
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=rules.scaling)
+        grouped = query.shape[1] != key.shape[1]
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=rules.scaling, enable_gqa=grouped)
+    key, value = _repeat_heads(query, key), _repeat_heads(query, value)
     scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if rules.scaling is None else rules.scaling)
     if rules.softcap is not None:
         scores = rules.softcap * torch.tanh(scores / rules.softcap)

@@ -81,7 +81,7 @@ def check_quality(prepared: PreparedRun, facts: tuple[Facts, ...]) -> list[str]:
     quality = check_data(train, held_out, prepared.tokenizer, config.quality, files, facts)
     findings = assess(quality, config.quality)
     names = [entry.name for entry in prepared.entries]
-    path = write_data_report(first_existing(config.local_dirs), names, quality, findings, prepared.tokenizer.decode)
+    path = write_data_report(first_existing(config.local_dirs), names, quality, findings, prepared.tokenizer)
     print(*(f"  {finding.line}" for finding in findings), f"  data report: {path}", sep="\n", flush=True)
     return [f"{finding.key}: {finding.line}" for finding in findings if finding.failed]
 

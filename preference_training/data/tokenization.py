@@ -22,7 +22,7 @@ from preference_training.data.rows.records import (
     prompt_text,
 )
 from preference_training.data.rows.templates import build_template
-from preference_training.losses.base import ExampleKind
+from preference_training.losses.base import ExampleKind, MarginUse
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class TokenSettings:
     """What token ids depend on besides text and tokenizer. Lengths are in tokens.
 
     examples: what the loss trains on. version: one of VERSIONS, the newest except in resumed runs that started with an earlier
-    one. margins: whether the loss needs a margin of every pair. train_on: which of the assistant's turns in a conversation SFT
+    one. margins: what the loss makes of the margins of pairs. train_on: which of the assistant's turns in a conversation SFT
     learns, "all_turns" or "last_turn".
     """
 
@@ -96,7 +96,7 @@ class TokenSettings:
     template: str | None = None
     system_prompt: str | None = None
     version: int = VERSION
-    margins: bool = False
+    margins: MarginUse = "unread"
     train_on: str = "all_turns"
 
 

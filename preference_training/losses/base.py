@@ -32,6 +32,8 @@ ModelHead = Literal["lm", "value"]
 # What the examples of a loss are: single responses (SFT); a preferred and a dispreferred response; responses, the best first;
 # a response that is labeled desirable or undesirable, with a mismatched one, of another prompt.
 ExampleKind = Literal["targets", "pairs", "rankings", "labels"]
+# What a loss makes of the margins of pairs: nothing, or it reads those that the data has, or every pair must have one.
+MarginUse = Literal["unread", "optional", "required"]
 
 
 @dataclass(frozen=True)
@@ -158,6 +160,8 @@ class Loss(ABC):
     needs_batch_statistics: bool = False
     # Whether each of its examples needs a margin from the data.
     needs_margins: bool = False
+    # Whether it reads margins where the data has them.
+    reads_margins: bool = False
     # Whether it reads `policy_tokens` and `reference_tokens`; and whether it reads `policy_tokens` with `collision`.
     reads_tokens: bool = False
     reads_collision: bool = False
@@ -174,6 +178,11 @@ class Loss(ABC):
         self, policy: Tensor, reference: Tensor | None, examples: Examples, batch_statistics: Any = None
     ) -> LossOutput:
         """The loss of each example; shapes: see the module. Without `batch_statistics` (in an evaluation) no state changes."""
+
+    @property
+    def margin_use(self) -> MarginUse:
+        """What it makes of the margins of pairs."""
+        return "required" if self.needs_margins else "optional" if self.reads_margins else "unread"
 
     @property
     def reference_update(self) -> ReferenceUpdate | None:

@@ -196,6 +196,12 @@ def test_calls_with_arguments_that_a_template_takes_as_text_are_given_as_text():
     assert '"parameters": {"x": 1}}<|eot_id|>]' in picture(tokenizer, learned(tokenizer, turns))
 
 
+def test_calls_that_a_chat_template_drops_are_refused():
+    turns = (Turn("user", "q"), Turn("assistant", "", CALL), Turn("tool", "r"), Turn("assistant", "a"))
+    with pytest.raises(UserError, match="template: the tokenizer's chat template drops calls of tools, in turn 2"):
+        learned(tokenizer_of("SmolLM 2"), turns)
+
+
 def test_a_developer_turn_is_a_system_turn_for_templates_without_developers():
     turns = (Turn("developer", "be brief"), *TWO)
     tokenizer = tokenizer_of("Qwen 2.5")

@@ -104,6 +104,10 @@ class PackedBatch:
         return replace(self, **changed)
 
 
+# The version of the rules by which examples become packs. Increment it whenever the same examples and budget give other packs:
+# log-probs that are cached with those of other packs differ in their last bits.
+PACKING_VERSION = 2
+
 # One example: a prompt, and the number of the example in it.
 Example = tuple[TokenizedPrompt, int]
 

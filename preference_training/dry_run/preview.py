@@ -217,8 +217,7 @@ def response_names(prompt: TokenizedPrompt, kind: ExampleKind) -> list[str]:
 def response_shown(prompt: TokenizedPrompt, index: int, tokenizer, color: bool) -> str:
     """A response token by token, with its scored spans marked."""
     response = prompt.responses[index]
-    spans = [(0, len(response))] if prompt.spans is None else prompt.spans[index]
-    cuts = [0, *(cut for span in spans for cut in span), len(response)]
+    cuts = [0, *(cut for span in prompt.scored_spans(index) for cut in span), len(response)]
     parts = [(response[start:end], k % 2 == 1) for k, (start, end) in enumerate(pairwise(cuts)) if start < end]
     return "|".join(tokens_shown(ids, tokenizer, scored, color) for ids, scored in parts)
 

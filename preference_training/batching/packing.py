@@ -19,7 +19,7 @@ from torch import Tensor
 from preference_training.batching.tries import PrefixCounter, Trie, TrieLayout, build_trie, trees
 from preference_training.core.process_group import SINGLE_PROCESS, Ranks
 from preference_training.data.tokenization import TokenizedPrompt
-from preference_training.losses.base import Examples
+from preference_training.losses.base import MISSING_NUMBERS, Examples
 
 
 @dataclass(frozen=True)
@@ -154,6 +154,7 @@ def pack_examples(examples: Sequence[Example], places: Sequence[int] | None = No
     targets = numpy.concatenate([trie.path(number)[scored] for number, scored in enumerate(positions)])
     # Each scored token once, in packed order, however many responses share it.
     scored = numpy.unique(targets)
+    numbers: dict[str, Any] = {name: _numbers(examples, name, missing) for name, missing in MISSING_NUMBERS.items()}
     return PackedBatch(
         input_ids=torch.from_numpy(ids),
         position_ids=torch.from_numpy(trie.positions),
@@ -169,9 +170,7 @@ def pack_examples(examples: Sequence[Example], places: Sequence[int] | None = No
         scored_positions=torch.from_numpy(numpy.concatenate(positions)),
         places=torch.tensor(range(len(examples)) if places is None else places),
         sources=tuple(prompt.source for prompt, _ in examples),
-        weights=_numbers(examples, "weights", 1.0),
-        margins=_numbers(examples, "margins", 0.0),
-        labels=_numbers(examples, "labels", 1.0),
+        **numbers,
     )
 
 

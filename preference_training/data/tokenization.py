@@ -27,7 +27,7 @@ from preference_training.data.rows.records import (
     prompt_text,
 )
 from preference_training.data.rows.templates import before_last_turn, build_template, rendered_prompts, without_end
-from preference_training.losses.base import ExampleKind, MarginUse
+from preference_training.losses.base import MISSING_NUMBERS, ExampleKind, MarginUse
 
 
 @dataclass(frozen=True)
@@ -430,7 +430,7 @@ def keep(
         return None
     chosen = [members for _, members in examples]
     used = used_responses(chosen) if responses is None else responses
-    numbers = {name: getattr(prompt, name) for name in ("weights", "margins", "labels")}
+    numbers = {name: getattr(prompt, name) for name in MISSING_NUMBERS}
     return replace(
         prompt,
         responses=[prompt.responses[index] for index in used],

@@ -10,7 +10,7 @@ from math import isfinite
 from typing import NamedTuple
 
 from preference_training.data.rows.records import DataReport, PreferenceRecord
-from preference_training.losses.base import ExampleKind, MarginUse
+from preference_training.losses.base import MISSING_NUMBERS, ExampleKind, MarginUse
 
 NO_PAIR_TO_COMPARE = "a prompt without a pair of responses (loss=sft learns single responses)"
 NO_MARGIN = "a pair without a margin (margins, a field margin, or scores of both responses give one)"
@@ -36,7 +36,7 @@ class Selected(NamedTuple):
     @property
     def numbers(self) -> dict[str, list[float] | None]:
         """The numbers of its examples."""
-        return {"weights": self.weights, "margins": self.margins, "labels": self.labels}
+        return {name: getattr(self, name) for name in MISSING_NUMBERS}
 
 
 def select(record: PreferenceRecord, kind: ExampleKind, margins: MarginUse, report: DataReport) -> Iterator[Selected]:

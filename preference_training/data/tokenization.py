@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import combinations, islice
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from preference_training.data.chunking import CHUNKS, text_chunks
 from preference_training.data.rendering.chat_rendering import ConversationError
 from preference_training.data.rendering.encoding import Encoder, ScoredIds
 from preference_training.data.rendering.records import Rendered, Renderer
+from preference_training.data.rows.examples import renumbered, used_responses
 from preference_training.data.rows.grouping import BOTH_LABELS
 from preference_training.data.rows.records import (
     DataReport,
@@ -22,7 +24,7 @@ from preference_training.data.rows.records import (
     prompt_text,
 )
 from preference_training.data.rows.templates import build_template
-from preference_training.losses.base import ExampleKind, MarginUse
+from preference_training.losses.base import MISSING_NUMBERS, ExampleKind, MarginUse
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,15 @@ class TokenizedPrompt:
     def pairs(self) -> list[tuple[int, int]]:
         """Preferred and dispreferred response of every pair, also of those that a ranking implies."""
         return [pair for members in self.examples for pair in combinations(members, 2)] if self.labels is None else []
+
+    @cached_property
+    def sequences(self) -> list[list[int]]:
+        """The prompt with each of its responses."""
+        return [self.prompt_ids + response for response in self.responses]
+
+    def scored_spans(self, k: int) -> list[tuple[int, int]]:
+        """The scored spans of response k."""
+        return [(0, len(self.responses[k]))] if self.spans is None else self.spans[k]
 
     def members(self, k: int) -> tuple[int, ...]:
         """The responses of example k, as indices."""
@@ -307,13 +318,13 @@ def keep(
     """
     if not examples:
         return None
-    used = sorted({index for _, members in examples for index in members}) if responses is None else responses
-    place = {index: k for k, index in enumerate(used)}
-    numbers = {name: getattr(prompt, name) for name in ("weights", "margins", "labels")}
+    chosen = [members for _, members in examples]
+    used = used_responses(chosen) if responses is None else responses
+    numbers = {name: getattr(prompt, name) for name in MISSING_NUMBERS}
     return replace(
         prompt,
         responses=[prompt.responses[index] for index in used],
-        examples=[tuple(place[index] for index in members) for _, members in examples] if prompt.examples else [],
+        examples=renumbered(chosen, used) if prompt.examples else [],
         spans=prompt.spans and [prompt.spans[index] for index in used],
         **{name: values and [values[k] for k, _ in examples] for name, values in numbers.items()},
     )

@@ -35,6 +35,9 @@ ExampleKind = Literal["targets", "pairs", "rankings", "labels"]
 # What a loss makes of the margins of pairs: nothing, or it reads those that the data has, or every pair must have one.
 MarginUse = Literal["unread", "optional", "required"]
 
+# The numbers that data may give of an example; and what those examples have that lack one which others have.
+MISSING_NUMBERS = {"weights": 1.0, "margins": 0.0, "labels": 1.0}
+
 
 @dataclass(frozen=True)
 class TokenLogps:
@@ -101,7 +104,7 @@ class Examples:
 
     def with_tensors(self, change: Callable[[Tensor], Tensor]) -> Examples:
         """The examples with each tensor changed, that of the mean length excepted."""
-        names = ("members", "lengths", "weights", "margins", "labels")
+        names = ("members", "lengths", *MISSING_NUMBERS)
         changed: dict[str, Any] = {name: change(value) for name in names if (value := getattr(self, name)) is not None}
         for name in ("policy_tokens", "reference_tokens"):
             tokens = getattr(self, name)

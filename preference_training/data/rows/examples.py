@@ -4,13 +4,13 @@ PreferenceRecord, kind -> Selected, of indices or texts of its responses
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import combinations
 from math import isfinite
 from typing import NamedTuple
 
 from preference_training.data.rows.records import DataReport, PreferenceRecord
-from preference_training.losses.base import ExampleKind, MarginUse
+from preference_training.losses.base import MISSING_NUMBERS, ExampleKind, MarginUse
 
 NO_PAIR_TO_COMPARE = "a prompt without a pair of responses (loss=sft learns single responses)"
 NO_MARGIN = "a pair without a margin (margins, a field margin, or scores of both responses give one)"
@@ -36,7 +36,7 @@ class Selected(NamedTuple):
     @property
     def numbers(self) -> dict[str, list[float] | None]:
         """The numbers of its examples."""
-        return {"weights": self.weights, "margins": self.margins, "labels": self.labels}
+        return {name: getattr(self, name) for name in MISSING_NUMBERS}
 
 
 def select(record: PreferenceRecord, kind: ExampleKind, margins: MarginUse, report: DataReport) -> Iterator[Selected]:
@@ -63,14 +63,23 @@ def _targets(record: PreferenceRecord, report: DataReport) -> Sequence[str]:
     return targets
 
 
+def used_responses(examples: Iterable[tuple[int, ...]]) -> list[int]:
+    """The responses that examples use, as ascending indices."""
+    return sorted({index for members in examples for index in members})
+
+
+def renumbered(examples: Iterable[tuple[int, ...]], responses: Sequence[int]) -> list[tuple[int, ...]]:
+    """The examples with the place in `responses` instead of each index."""
+    place = {index: k for k, index in enumerate(responses)}
+    return [tuple(place[index] for index in members) for members in examples]
+
+
 def _compact(record: PreferenceRecord, examples: list[tuple[int, ...]], **numbers: list[float] | None) -> Selected:
     """The examples, with only the responses that they use."""
-    used = sorted({index for members in examples for index in members})
+    used = used_responses(examples)
     if len(used) == len(record.responses):
         return Selected(record.responses, examples, **numbers)
-    place = {index: k for k, index in enumerate(used)}
-    moved = [tuple(place[index] for index in members) for members in examples]
-    return Selected([record.responses[index] for index in used], moved, **numbers)
+    return Selected([record.responses[index] for index in used], renumbered(examples, used), **numbers)
 
 
 def _pairs(record: PreferenceRecord, use: MarginUse, report: DataReport) -> Iterator[Selected]:

@@ -115,6 +115,11 @@ def iterate_examples(prompts: Iterable[TokenizedPrompt]) -> Iterator[Example]:
             yield prompt, number
 
 
+def num_scored(prompt: TokenizedPrompt, index: int) -> int:
+    """The number of a response's scored tokens."""
+    return len(prompt.responses[index]) if prompt.spans is None else sum(end - start for start, end in prompt.spans[index])
+
+
 class _Responses:
     """The responses of some examples, numbered prompt by prompt, each once; and their sequences."""
 
@@ -241,7 +246,10 @@ class _OpenPack:
         self._counted: set[tuple[int, int]] = set()
 
     def add(self, place: int, example: Example) -> int:
-        """Add the example at a place; returns how many tokens its first member shares with the examples before."""
+        """Add the example at a place; returns how many tokens it shares with the examples before, where its prompt is new.
+
+        That is what its first member shares: the others begin with the same prompt.
+        """
         prompt, number = example
         self.places.append(place)
         self.prompts.add(id(prompt))

@@ -45,10 +45,10 @@ def test_the_estimate_on_fake_tensors_is_what_a_real_step_allocates(compose, ove
         if config.activation_checkpointing:
             enable_activation_checkpointing(policy)
         trainer = build_trainer(config, policy, build_loss("dpo"), LiveReference(reference), tokenizer=tokenizer)
-        real = pack_examples(list(iterate_examples(prompts(4))))
-        trainer.train_step([MicroBatch([real], 4)])
+        batch = [MicroBatch.of(list(iterate_examples(prompts(4))))]
+        trainer.train_step(batch)
         counter.restart()
-        trainer.train_step([MicroBatch([real], 4)])
+        trainer.train_step(batch)
     assert sum(estimated.values()) == pytest.approx(counter.most().total(), rel=0.01)
 
 

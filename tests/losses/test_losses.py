@@ -132,8 +132,9 @@ def test_sft_is_minus_the_log_prob_of_each_response():
 def test_equal_rewards_count_as_half_accurate():
     policy = torch.tensor([-3.0, -5.0])
     pairs = torch.tensor([[0, 1]])
-    output = build_loss("dpo")(policy, policy, of_pairs(pairs))
-    assert example_metrics(output, policy, of_pairs(pairs), "eval")["rewards_eval/accuracies"].tolist() == [0.5]
+    loss = build_loss("dpo")
+    output = loss(policy, policy, of_pairs(pairs))
+    assert example_metrics(loss, output, policy, of_pairs(pairs), "eval")["rewards_eval/accuracies"].tolist() == [0.5]
 
 
 def test_an_unknown_loss_or_mode_is_a_value_error():

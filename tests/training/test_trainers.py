@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from preference_training.batching.iterator import BatchIterator
 from preference_training.batching.micro_batches import MicroBatch, evaluation_batches
-from preference_training.batching.packing import UNLIMITED, TokenBudget, build_packs, cut, iterate_examples, pack_examples
+from preference_training.batching.packing import UNLIMITED, TokenBudget, cut, iterate_examples
 from preference_training.batching.schedule import RunLength, Schedule
 from preference_training.checkpointing.checkpoint import Checkpoint, best_first, find_damage, newest_usable
 from preference_training.checkpointing.writer import CheckpointWriter, SaveOptions
@@ -78,7 +78,7 @@ def tokenized(golden, tokenizer):
 
 def micro_batches(prompts, size):
     """Micro-batches of `size` examples, each in one pack."""
-    return [MicroBatch([pack_examples(pack)], len(pack)) for pack in cut(list(iterate_examples(prompts)), size)]
+    return [MicroBatch.of(part) for part in cut(list(iterate_examples(prompts)), size)]
 
 
 @pytest.mark.parametrize(
@@ -466,9 +466,9 @@ def test_what_a_loss_finds_in_a_micro_batch_is_the_same_when_memory_cuts_it(name
     def step(max_tokens):
         loss = loss_of(name)
         examples = list(iterate_examples(tokenized[loss.examples][:8]))
-        packs = build_packs(examples, TokenBudget(max_tokens, max_tokens))
-        gradient, metrics = gradient_after_one_step(build(loss, "llama", *SGD), [MicroBatch(packs, len(examples))])
-        return len(packs), gradient, metrics
+        batch = MicroBatch.of(examples, TokenBudget(max_tokens, max_tokens))
+        gradient, metrics = gradient_after_one_step(build(loss, "llama", *SGD), [batch])
+        return len(batch.packs), gradient, metrics
 
     (_, whole, expected), (count, packs, found) = step(10_000), step(budget)
     assert count > 1

@@ -8,6 +8,7 @@ from preference_training.batching.packing import iterate_examples, pack_examples
 from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.distributed.placement import OneProcess
 from preference_training.dry_run.memory_estimate import StorageCounter, fake_tensors, step_memory
+from preference_training.losses.rankings import PlackettLuceLoss
 from preference_training.losses.registry import build_loss
 from preference_training.modeling.kernels import enable_activation_checkpointing
 from preference_training.modeling.loading import build_untrained
@@ -71,6 +72,27 @@ def test_a_loss_without_a_reference_takes_no_memory_for_one(loss, reference, com
     assert built.needs_reference is reference
     kinds = step_memory(OneProcess(config, load_tokenizer(config.model)), built, built.needs_reference, [pack()])
     assert ("reference" in kinds) is reference and kinds["activations"] > 0
+
+
+@pytest.mark.parametrize("loss", ["kto", "mix"])
+def test_a_loss_with_statistics_is_estimated_with_all_that_it_reads(loss, compose):
+    parts = [{"name": "wpo"}, {"name": "bco"}]
+    built = build_loss("mix", parts=parts) if loss == "mix" else build_loss(**compose("loss=kto").loss.given())
+    placement = OneProcess(compose("loss=dpo", "optimizer=SGD"), load_tokenizer(compose("loss=dpo").model))
+    kinds, plain = (step_memory(placement, each, True, [pack()]) for each in (built, build_loss("bco", beta=0.1)))
+    # The collision of each token needs the probabilities of the vocabulary once more.
+    assert kinds["logits"] > plain["logits"] if loss == "mix" else kinds["logits"] == plain["logits"]
+
+
+def test_rankings_with_statistics_are_estimated(compose):
+    class Surveyed(PlackettLuceLoss):
+        needs_batch_statistics = True
+
+    prompt = TokenizedPrompt(list(range(2, 60)), [list(range(2, 30 + k)) for k in range(3)], [(0, 1, 2), (2, 1)])
+    rankings = pack_examples(list(iterate_examples([prompt])))
+    config = compose("loss=dpo", "optimizer=SGD")
+    kinds = step_memory(OneProcess(config, load_tokenizer(config.model)), Surveyed(0.1), True, [rankings])
+    assert kinds["activations"] > 0
 
 
 def test_a_second_pack_finds_the_gradients_of_the_first(compose):

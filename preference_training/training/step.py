@@ -62,14 +62,13 @@ class BatchResult:
     """The results of `backward`: sums of metrics over this rank's examples, the loss's statistics, and each pack's result.
 
     sums: [2], of a metric's values, and how many examples have one. statistics: those of the last micro-batch, since some are
-    running means. tokens, row_tokens: of the packs that were computed, see `PackedBatch`.
+    running means. micro_batches: those that were computed.
     """
 
+    micro_batches: Sequence[MicroBatch]
     sums: dict[str, Tensor] = field(default_factory=dict)
     statistics: Metrics = field(default_factory=dict)
     packs: list[PackResult] = field(default_factory=list)
-    tokens: int = 0
-    row_tokens: int = 0
 
     def add(self, loss: Loss, pack: PackedBatch, output: LossOutput, policy: Tensor) -> None:
         """Add a pack's results; those of a filler count for nothing."""
@@ -79,8 +78,6 @@ class BatchResult:
             self.sums[name] = self.sums.get(name, 0.0) + added
         self.statistics = output.statistics
         self.packs.append(PackResult.of(pack, output, loss.examples))
-        self.tokens += pack.num_tokens
-        self.row_tokens += pack.num_row_tokens
 
 
 @dataclass(frozen=True)
@@ -124,7 +121,9 @@ class TrainingStep:
             self.models.start_check = None
         grad_norm = self.updater.clip_gradient()
         # Read at once, before the weights change: one wait for the device.
-        *values, tokens, row_tokens, stops, norm = self.reduce(batch, grad_norm, stop).tolist()
+        packs = [pack for micro_batch in batch.micro_batches for pack in micro_batch.packs]
+        counts = sum(pack.num_tokens for pack in packs), sum(pack.num_row_tokens for pack in packs)
+        *values, tokens, row_tokens, stops, norm = self.reduce(batch.sums, grad_norm, counts, stop).tolist()
         sums = zip(batch.sums, values[::2], values[1::2], strict=True)
         metrics = with_margins({name: total / count for name, total, count in sums if count}, TRAIN)
         if shares_prefixes(self.models.policy):
@@ -164,7 +163,7 @@ class TrainingStep:
         self.models.policy.train()
         num_examples = sum(micro_batch.num_examples for micro_batch in micro_batches)
         mean_length = sum(micro_batch.first_tokens for micro_batch in micro_batches) / num_examples
-        result = BatchResult()
+        result = BatchResult(micro_batches)
         packs_left = sum(len(micro_batch.packs) for micro_batch in micro_batches)
         for micro_batch in micro_batches:
             for output, policy, pack in self.pack_losses(micro_batch, mean_length):
@@ -227,10 +226,10 @@ class TrainingStep:
         """The policy's log-probs [R] of a pack, and what its loss reads of tokens."""
         return policy_scores(self.models.policy, pack, self.models.loss)
 
-    def reduce(self, batch: BatchResult, grad_norm: Tensor, stop: bool = False) -> Tensor:
-        """A step's numbers over all ranks: sums of metrics, counts of tokens, how many are to stop, the gradient's norm."""
-        others = torch.tensor([float(batch.tokens), float(batch.row_tokens), float(stop)], device=self.device)
-        totals = self.placement.ranks.all_reduce_sum(torch.cat([*batch.sums.values(), others]))
+    def reduce(self, sums: dict[str, Tensor], grad_norm: Tensor, counts: tuple[int, int], stop: bool = False) -> Tensor:
+        """A step's numbers over all ranks: `sums`, `counts`, how many ranks are to stop, the gradient's norm."""
+        others = torch.tensor([*map(float, counts), float(stop)], device=self.device)
+        totals = self.placement.ranks.all_reduce_sum(torch.cat([*sums.values(), others]))
         return torch.cat([totals, grad_norm.detach().to(totals).reshape(1)])
 
     # ---- the update -----------------------------------------------------------------------------------------------------

@@ -70,7 +70,7 @@ def evaluate_held_out(
     scores = score_responses(policy, reference, batches, ranks, on_batch, loss)
     examples = scores.examples
     output = loss(scores.policy, scores.reference, examples).weighted(examples.weights)
-    return HeldOut(example_metrics(output, scores.policy, examples, EVAL), output.statistics, scores.sources)
+    return HeldOut(example_metrics(loss, output, scores.policy, examples, EVAL), output.statistics, scores.sources)
 
 
 @torch.no_grad()
@@ -80,7 +80,7 @@ def score_responses(
     batches: Sequence[PackedBatch],
     ranks: Ranks = SINGLE_PROCESS,
     on_batch: Callable[[PackedBatch, Tensor, Tensor], None] | None = None,
-    loss: type[Loss] | Loss = Loss,
+    loss: Loss | None = None,
 ) -> Scores:
     """The log-probs of every response; the parameters are those of `evaluate_held_out`. loss: says what else is read."""
     if not batches:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from preference_training.losses.base import BatchStatistics, Examples, Loss, LossOutput, Reward
+from preference_training.losses.base import Examples, Loss, LossOutput, Reward, SharedStatistics
 from preference_training.losses.formulas import kto_loss, plackett_luce_loss
 from preference_training.losses.registry import register_loss
 
@@ -34,7 +34,7 @@ class PlackettLuceLoss(Loss):
 
 
 @dataclass(frozen=True)
-class KLEstimate(BatchStatistics):
+class KLEstimate(SharedStatistics):
     """z_0 of a micro-batch, a scalar: how far the policy is from the reference on mismatched responses. Unit: nats."""
 
     value: Tensor
@@ -43,10 +43,6 @@ class KLEstimate(BatchStatistics):
     def of(cls, ratios: Tensor) -> KLEstimate:
         """From the log-ratios [E] of the mismatched responses."""
         return cls(ratios.detach().mean().clamp(min=0))
-
-    def at(self, places: Tensor) -> KLEstimate:
-        """The same: it does not depend on the example."""
-        return self
 
 
 @register_loss("kto", "Kahneman-Tversky optimization (KTO)", "2402.01306")

@@ -45,4 +45,4 @@ class RewardModelLoss(Loss):
         chosen, rejected = sides(policy, examples.pairs)
         margins = 0.0 if examples.margins is None else examples.margins.to(policy)
         losses = reward_model_loss(chosen, rejected, margins, self.center_coefficient)
-        return LossOutput(losses, chosen.detach(), rejected.detach(), has_logps=False)
+        return LossOutput(losses, chosen.detach(), rejected.detach())

@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from hydra.experimental.callback import Callback
+from omegaconf import OmegaConf
 
 from preference_training.core.errors import UserError
 from preference_training.core.metric_names import EVAL_ACCURACY, EVAL_LOSS, smaller_is_better
@@ -29,7 +30,8 @@ class Sweep(Callback):
         sweep, sweeper = SweepDirectory(Path(config.hydra.sweep.dir).absolute()), config.hydra.sweeper
         _check_direction(sweeper.get("direction"), str(config.objective))
         searched = (*map(str, sweeper.get("params") or ()), *_swept(config.hydra.overrides.task))
-        for text in comparison_warnings(str(config.objective), str(config.loss.get("name")), searched):
+        parts = OmegaConf.to_container(config.loss).get("parts")
+        for text in comparison_warnings(str(config.objective), str(config.loss.get("name")), searched, parts):
             print(f"warning: {text}", flush=True)
         try:
             sweep.begin()
@@ -79,8 +81,8 @@ def _swept(overrides: Iterable[str]) -> list[str]:
     return [key for key, value in given.items() if "," in value or "(" in value]
 
 
-def comparison_warnings(objective: str, loss: str, swept: Iterable[str]) -> list[str]:
-    """Why an objective does not compare between the jobs of a sweep over some keys."""
+def comparison_warnings(objective: str, loss: str, swept: Iterable[str], parts: object = None) -> list[str]:
+    """Why an objective does not compare between the jobs of a sweep over some keys. parts: of a mix."""
     if objective != EVAL_LOSS:
         return []
     found = []
@@ -90,7 +92,7 @@ def comparison_warnings(objective: str, loss: str, swept: Iterable[str]) -> list
             f"objective={EVAL_LOSS} does not compare jobs that differ in {', '.join(keys)}, whose losses are of other "
             f"formulas: objective={EVAL_ACCURACY} does"
         )
-    if evaluation_depends_on_run(loss):
+    if evaluation_depends_on_run(loss, parts):
         found.append(f"objective={EVAL_LOSS} of loss={loss} depends on what a run has seen, and does not compare jobs")
     return found
 

@@ -668,7 +668,7 @@ def test_the_objectives_are_the_metrics_of_an_evaluation(loss, compose):
     tokens = TokenLogps(logps, torch.arange(2), logps)
     data = {"margins": one, "labels": one > 0, "policy_tokens": tokens, "reference_tokens": tokens}
     examples = Examples(members, torch.ones(2, dtype=torch.int64), 1.0, **data)
-    metrics = with_margins(example_metrics(built(logps, logps, examples), logps, examples, "eval"), "eval")
+    metrics = with_margins(example_metrics(built, built(logps, logps, examples), logps, examples, "eval"), "eval")
     expected = set(OBJECTIVES[:2] if built.examples == "targets" else OBJECTIVES)
     if built.model_head == "value":
         expected -= {"logps_eval/chosen", "logps_eval/rejected"}

@@ -1,6 +1,7 @@
 """What one of many processes holds and sends: numbers derived here, for eight processes and a model of 0.9M weights."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -55,7 +56,9 @@ def costs(config, size: int = 8, live: bool = True, packs: int = 1, loss: str = 
     """Of a step with so many packs, each a micro-batch, or all in one."""
     prompt = TokenizedPrompt(list(range(2, 60)), [list(range(2, 30)), list(range(2, 40))], [(0, 1)])
     pack = pack_examples(list(iterate_examples([prompt] * 4)))
-    step = [MicroBatch([pack] * packs, 4 * packs)] if together else [MicroBatch([pack], 4)] * packs
+    micro_batch = MicroBatch.of([(prompt, 0)] * 4)
+    together_batch = replace(micro_batch, packs=[pack] * packs, num_examples=4 * packs)
+    step = [together_batch] if together else [micro_batch] * packs
     mode = {"mode_loss": "beta_DPO"} if loss == "beta_DPO" else {}
     objective = build_loss("dpo" if mode else loss, **mode)
     with fake_processes(size):

@@ -87,7 +87,7 @@ def test_the_mismatched_response_has_no_gradient():
 
 def test_chosen_metrics_are_of_desirable_responses_alone_and_rejected_ones_of_the_others():
     policy, reference = f64(-1, -2, -6, -1), f64(-3, -5, -5, -2)
-    found = example_metrics(kto()(policy, reference, LABELED), policy, LABELED, "eval")
+    found = example_metrics(kto(), kto()(policy, reference, LABELED), policy, LABELED, "eval")
     numbers = {name: values.tolist() for name, values in found.items()}
     nan = pytest.approx(math.nan, nan_ok=True)
     assert numbers["rewards_eval/chosen"] == [1, nan] and numbers["rewards_eval/rejected"] == [nan, -0.5]

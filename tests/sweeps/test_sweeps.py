@@ -412,3 +412,8 @@ def test_a_key_of_sweeps_that_makes_no_sense_is_refused(compose, override, told)
 def test_an_objective_that_does_not_compare_the_jobs_is_said(objective, task, params, told):
     found = comparison_warnings(objective, "dpo", [*(params or ()), *_swept(task)])
     assert len(found) == bool(told) and all(told in text for text in found)
+
+
+def test_a_mix_with_a_loss_that_depends_on_its_run_does_not_compare_jobs():
+    for names, expected in ((["dpo", "bco"], 1), (["dpo", "sft"], 0)):
+        assert len(comparison_warnings("loss/eval", "mix", [], [{"name": name} for name in names])) == expected

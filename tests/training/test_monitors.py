@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from preference_training.batching.iterator import BatchIterator
 from preference_training.batching.micro_batches import MicroBatch
-from preference_training.batching.packing import iterate_examples, pack_examples
+from preference_training.batching.packing import iterate_examples
 from preference_training.batching.schedule import RunLength, Schedule
 from preference_training.data.prompt_table import PromptTable
 from preference_training.data.tokenization import TokenizedPrompt
@@ -152,7 +152,7 @@ def stepped(compose):
         said: list[str] = []
         policy = AutoModelForCausalLM.from_pretrained(GOLDEN / "llama", dtype=dtype)
         prompts = [TokenizedPrompt([5, 6, 7], [[10, 11, 0]], [])]
-        batch = [MicroBatch([pack_examples(list(iterate_examples(prompts)))], 1)]
+        batch = [MicroBatch.of(list(iterate_examples(prompts)))]
         config = compose("optimizer=AdamW", "warmup_steps=0", "batch_size=1", *overrides)
         tracker = type("Says", (), {"log_message": lambda self, text: said.append(text)})()
         batches = BatchIterator(Schedule(PromptTable.of(prompts), 1, length=RunLength(n_epochs=None, n_steps=n_steps)))

@@ -241,9 +241,9 @@ class _OpenPack:
         self._counted: set[tuple[int, int]] = set()
 
     def add(self, place: int, example: Example) -> int:
-        """Add the example at a place; returns how many tokens its first new member shares with the members before.
+        """Add the example at a place; returns how many tokens it shares with the examples before, where its prompt is new.
 
-        Of a new prompt that is its first member, which shares with other examples only; those behind it share their prompt.
+        That is what its first member shares: the others begin with the same prompt.
         """
         prompt, number = example
         self.places.append(place)

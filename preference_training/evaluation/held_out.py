@@ -6,6 +6,7 @@ Shapes: R responses and E examples over the whole held-out set.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from math import isnan
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +39,8 @@ class HeldOut:
         means = {
             name: (values.mean() if name == EVAL_LOSS else values.nanmean()).item() for name, values in self.examples.items()
         }
+        # No metric rather than NaN where no example has it: KTO's rewards of a label that the data lacks.
+        means = {name: value for name, value in means.items() if name == EVAL_LOSS or not isnan(value)}
         return with_margins(means, EVAL) | {name: float(value) for name, value in self.statistics.items()}
 
 

@@ -33,8 +33,9 @@ ModelHead = Literal["lm", "value"]
 # What the examples of a loss are: single responses (SFT); a preferred and a dispreferred response; responses, the best first;
 # a response that is labeled desirable or undesirable, with a mismatched one, of another prompt.
 ExampleKind = Literal["targets", "pairs", "rankings", "labels"]
-# What a loss makes of the margins of pairs: nothing, or it reads those that the data has, or every pair must have one.
-MarginUse = Literal["unread", "optional", "required"]
+# What a loss makes of the margins of pairs: nothing, or it reads those that the data has, or every pair must have one, or one
+# above 0.
+MarginUse = Literal["unread", "optional", "required", "positive"]
 
 # The numbers that data may give of an example; and what those examples have that lack one which others have.
 MISSING_NUMBERS = {"weights": 1.0, "margins": 0.0, "labels": 1.0}
@@ -171,6 +172,8 @@ class Loss(ABC):
     needs_batch_statistics: bool = False
     # Whether each of its examples needs a margin from the data.
     needs_margins: bool = False
+    # Whether these must be above 0.
+    needs_positive_margins: bool = False
     # Whether it reads margins where the data has them.
     reads_margins: bool = False
     # Whether it reads `policy_tokens` and `reference_tokens`; and whether it reads `policy_tokens` with `collision`.
@@ -193,6 +196,8 @@ class Loss(ABC):
     @property
     def margin_use(self) -> MarginUse:
         """What it makes of the margins of pairs."""
+        if self.needs_positive_margins:
+            return "positive"
         return "required" if self.needs_margins else "optional" if self.reads_margins else "unread"
 
     @property

@@ -64,8 +64,9 @@ class KTOLoss(Loss):
     reward: ClassVar[Reward] = "log-ratio"
 
     def __post_init__(self) -> None:
-        if self.desirable_weight < 0 or self.undesirable_weight < 0:
-            raise ValueError("found a negative desirable_weight or undesirable_weight, expected 0 or more")
+        for key in ("desirable_weight", "undesirable_weight"):
+            if getattr(self, key) < 0:
+                raise ValueError(f"{key}: found {getattr(self, key)}, expected 0 or more")
 
     def batch_statistics(self, policy: Tensor, reference: Tensor | None, examples: Examples) -> KLEstimate:
         """z_0, from the mismatched responses of a training micro-batch."""

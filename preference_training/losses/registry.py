@@ -119,6 +119,8 @@ def build_loss(name: str, seed: int = 0, **keys: Any) -> Loss:
     try:
         return found.make(**keys)
     except ValueError as error:
+        if str(error).partition(": ")[0] in parameters:
+            raise UserError(f"loss.{error}.") from error
         raise UserError(f"loss: {name} rejects its keys: {error}") from error
 
 

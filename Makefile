@@ -11,7 +11,7 @@
 # make collect         start the labeling app with sample problems; settings in COLLECT: make collect COLLECT="store=my.duckdb port=8502"
 # make collect-train   train on collected preferences; keys in COLLECT: make collect-train COLLECT="model=pythia28 collect.store=my.duckdb"
 # make collect-test    run all tests of the labeling app, also in Chromium (Debian: apt install chromium chromium-driver)
-# make pages-test      open report.html and comparison.html of real runs in Chromium; screenshots go to runs/page_screenshots
+# make pages-test      open the HTML pages of real runs in Chromium; screenshots go to runs/page_screenshots
 # Each creates .venv on first use and changes nothing else on the machine.
 
 PYTHON ?= python3

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +52,24 @@ def short_runs(folder: Path) -> dict[str, Path]:
         if not found[name].exists():
             train(*command, f"exp_name=toy_{name}", f"{place}={found[name]}")
     return found
+
+
+def data_report(folder: Path) -> Path:
+    """The data report of rows with leaks, near-duplicates, long preferred responses and a row of a benchmark; its path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    draw = random.Random(0)
+    nouns = ("river", "coffee", "window", "planet", "winter", "island", "engine", "castle", "camera", "farmer", "guitar")
+    some = lambda number: " ".join(draw.choices(nouns, k=number))  # noqa: E731
+    rows = [{"prompt": f"What is {some(12)}?", "chosen": some(20), "rejected": some(9)} for _ in range(300)]
+    rows += [row | {"prompt": f"And {row['prompt']}"} for row in rows[:30]]
+    rows += [row | {"chosen": row["rejected"], "rejected": row["chosen"]} for row in rows[40:70]]
+    bench = [{"question": rows[5]["prompt"]}, {"question": f"Why is {some(15)}?"}]
+    for name, content in {"rows.jsonl": rows, "test.jsonl": rows[:40], "benchmark.jsonl": bench}.items():
+        (folder / name).write_text("".join(f"{json.dumps(row)}\n" for row in content))
+    entry = f"{{path: {folder / 'rows.jsonl'}, test_path: {folder / 'test.jsonl'}}}"
+    files = f"contamination_files={folder / 'benchmark.jsonl'}"
+    train("loss=dpo", f"datasets=[{entry}]", files, f"local_dirs={folder}", "dry_run=true")
+    return folder / "data_report.html"
 
 
 # ---- a long run -------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,5 @@
-"""report.html and comparison.html in Chromium: on a phone, a desk and a wide screen, light and dark, by keyboard, on paper.
+"""report.html, comparison.html and data_report.html in Chromium: on a phone, a desk and a wide screen, light and dark, by
+keyboard, on paper.
 
 What a person has to judge, pictures of every page, goes to SCREENSHOTS, or nowhere where that is not set. RUNS is a folder in
 which the runs are kept for the next time.
@@ -17,9 +18,9 @@ from selenium.webdriver.common.keys import Keys
 from preference_training.reporting.comparison import write_comparison
 from preference_training.reporting.run_report import write_report
 from tests_browser.browser import HEIGHTS, asked_for, chromium, on_paper, open_page, photograph, printed, show
-from tests_browser.example_runs import long_run, short_runs
+from tests_browser.example_runs import data_report, long_run, short_runs
 
-PAGES = ("sft", "dpo", "beta_dpo", "long", "begun", "comparison")
+PAGES = ("sft", "dpo", "beta_dpo", "long", "begun", "comparison", "data")
 # Of what is written and of what is drawn on what is behind it (WCAG 2.2, level AA).
 WRITTEN, DRAWN = 4.5, 3.0
 
@@ -31,6 +32,7 @@ def pages(tmp_path_factory) -> dict[str, Path]:
     runs = short_runs(folder)
     found = {name: write_report(run) for name, run in runs.items() if name != "sweep"}
     found["comparison"], _ = write_comparison([runs["sweep"]], runs["sweep"])
+    found["data"] = data_report(folder / "data")
     found["long"] = write_report(long_run(folder / "long"))
     (folder / "begun").mkdir(exist_ok=True)
     (folder / "begun" / "metrics.jsonl").touch()

@@ -19,7 +19,7 @@ from torch import Tensor
 from preference_training.batching.tries import PrefixCounter, Trie, TrieLayout, build_trie, trees
 from preference_training.core.process_group import SINGLE_PROCESS, Ranks
 from preference_training.data.tokenization import TokenizedPrompt
-from preference_training.losses.base import Examples
+from preference_training.losses.base import MISSING_NUMBERS, Examples
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,8 @@ class PackedBatch:
 
     input_ids, position_ids: [T]; positions are those of the plain sequence. trie: of R sequences.
     members: [E, M], the response numbers of each example, padded with -1. response_lengths: [R], scored tokens.
-    response_rows: [R], the responses' indices among all responses of the run's data.
+    response_rows: [R], the responses' indices among all responses of the run's data. last_tokens: [R], the packed index of each
+    response's last token.
     scored_ids: [S], the scored tokens; predicted_at: [S], the packed index whose output predicts each (that of the token before
     it). scored: [C], indices of scored tokens, response by response; scored_responses, scored_positions: [C], the response that
     each counts for, and its position in the sequence.
@@ -46,6 +47,7 @@ class PackedBatch:
     members: Tensor
     response_lengths: Tensor
     response_rows: Tensor
+    last_tokens: Tensor
     scored_ids: Tensor
     predicted_at: Tensor
     scored: Tensor
@@ -74,12 +76,6 @@ class PackedBatch:
         lengths = [length for _, length in self.trie.ends]
         return 0 if self.is_filler else sum(lengths[number] for row in self.members.tolist() for number in row if number >= 0)
 
-    @property
-    def last_tokens(self) -> Tensor:
-        """The packed index of each response's last token: [R] int64."""
-        ends = [int(self.trie.path(number)[-1]) for number in range(len(self.response_lengths))]
-        return torch.tensor(ends, device=self.input_ids.device)
-
     @cached_property
     def examples(self) -> Examples:
         """The examples as losses see them; their mean length is that of a whole batch, which a pack does not know."""
@@ -104,6 +100,10 @@ class PackedBatch:
         return replace(self, **changed)
 
 
+# The version of the rules by which examples become packs. Increment it whenever the same examples and budget give other packs:
+# log-probs that are cached with those of other packs differ in their last bits.
+PACKING_VERSION = 2
+
 # One example: a prompt, and the number of the example in it.
 Example = tuple[TokenizedPrompt, int]
 
@@ -126,7 +126,7 @@ class _Responses:
         self.prompts = [(prompt, index) for prompt, indices in used.values() for index in indices]
         self.number = {(id(prompt), index): number for number, (prompt, index) in enumerate(self.prompts)}
         self.owners = [id(prompt) for prompt, _ in self.prompts]
-        self.sequences = [prompt.prompt_ids + prompt.responses[index] for prompt, index in self.prompts]
+        self.sequences = [prompt.sequences[index] for prompt, index in self.prompts]
 
     def members(self, examples: Sequence[Example]) -> NDArray[numpy.int64]:
         """The response numbers of each example, padded with -1: [E, M]."""
@@ -139,8 +139,8 @@ class _Responses:
         found = []
         for prompt, index in self.prompts:
             start = len(prompt.prompt_ids)
-            spans = [(0, len(prompt.responses[index]))] if prompt.spans is None else prompt.spans[index]
-            found.append(numpy.concatenate([numpy.arange(start + first, start + end) for first, end in spans]))
+            spans = [numpy.arange(start + first, start + end) for first, end in prompt.scored_spans(index)]
+            found.append(numpy.concatenate(spans))
         return found
 
 
@@ -154,6 +154,7 @@ def pack_examples(examples: Sequence[Example], places: Sequence[int] | None = No
     targets = numpy.concatenate([trie.path(number)[scored] for number, scored in enumerate(positions)])
     # Each scored token once, in packed order, however many responses share it.
     scored = numpy.unique(targets)
+    numbers: dict[str, Any] = {name: _numbers(examples, name, missing) for name, missing in MISSING_NUMBERS.items()}
     return PackedBatch(
         input_ids=torch.from_numpy(ids),
         position_ids=torch.from_numpy(trie.positions),
@@ -161,6 +162,7 @@ def pack_examples(examples: Sequence[Example], places: Sequence[int] | None = No
         members=torch.from_numpy(responses.members(examples)),
         response_lengths=torch.from_numpy(lengths),
         response_rows=torch.tensor([prompt.first_row + index for prompt, index in responses.prompts]),
+        last_tokens=torch.tensor([int(trie.path(number)[-1]) for number in range(len(positions))]),
         scored_ids=torch.from_numpy(ids[scored]),
         predicted_at=torch.from_numpy(trie.predecessors[scored]),
         scored=torch.from_numpy(numpy.searchsorted(scored, targets)),
@@ -168,9 +170,7 @@ def pack_examples(examples: Sequence[Example], places: Sequence[int] | None = No
         scored_positions=torch.from_numpy(numpy.concatenate(positions)),
         places=torch.tensor(range(len(examples)) if places is None else places),
         sources=tuple(prompt.source for prompt, _ in examples),
-        weights=_numbers(examples, "weights", 1.0),
-        margins=_numbers(examples, "margins", 0.0),
-        labels=_numbers(examples, "labels", 1.0),
+        **numbers,
     )
 
 
@@ -220,11 +220,11 @@ def split_by_budget(examples: Sequence[Example], places: Sequence[int], budget: 
     pack = _OpenPack()
     for place in _by_sharing(examples, places):
         prompt, _ = examples[place]
-        is_known, before = id(prompt) in pack.prompts, list(pack.places)
+        is_known = id(prompt) in pack.prompts
         shared = pack.add(place, examples[place])
         most = budget.limit if is_known else budget.largest_pack(shared)
-        if before and pack.counter.num_tokens > most:
-            yield sorted(before)
+        if len(pack.places) > 1 and pack.counter.num_tokens > most:
+            yield sorted(pack.places[:-1])
             pack = _OpenPack()
             pack.add(place, examples[place])
     if pack.places:
@@ -241,7 +241,10 @@ class _OpenPack:
         self._counted: set[tuple[int, int]] = set()
 
     def add(self, place: int, example: Example) -> int:
-        """Add the example at a place; returns how many tokens its first member shares with the examples before."""
+        """Add the example at a place; returns how many tokens its first new member shares with the members before.
+
+        Of a new prompt that is its first member, which shares with other examples only; those behind it share their prompt.
+        """
         prompt, number = example
         self.places.append(place)
         self.prompts.add(id(prompt))
@@ -249,15 +252,14 @@ class _OpenPack:
         for index in prompt.members(number):
             if (id(prompt), index) not in self._counted:
                 self._counted.add((id(prompt), index))
-                sequence = prompt.prompt_ids + prompt.responses[index]
-                shared.append(self.counter.add(sequence, id(prompt), len(prompt.prompt_ids)))
+                shared.append(self.counter.add(prompt.sequences[index], id(prompt), len(prompt.prompt_ids)))
         return shared[0] if shared else 0
 
 
 def _by_sharing(examples: Sequence[Example], places: Sequence[int]) -> list[int]:
     """Places such that examples whose first members begin alike are adjacent, otherwise in their order."""
     chosen = [(prompt, prompt.members(number)[0]) for prompt, number in (examples[place] for place in places)]
-    sequences = [prompt.prompt_ids + prompt.responses[index] for prompt, index in chosen]
+    sequences = [prompt.sequences[index] for prompt, index in chosen]
     found = trees(sequences, [id(prompt) for prompt, _ in chosen])
     return [places[position] for tree in found for position in tree]
 

@@ -50,10 +50,16 @@ ATTENTIONS = ("auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3")
 DTYPES = ("float32", "bfloat16", "float16")
 MODES = ("DPO", "beta_DPO")
 # Keys of a run that an entry of `datasets` may override, and the values that some of them may have, besides null.
-GENERAL_KEYS = ("template", "system_prompt", "truncation_mode", "on_bad_row", "weight")
+GENERAL_KEYS = ("template", "system_prompt", "train_on", "truncation_mode", "on_bad_row", "weight")
 TEMPLATES = ("raw", "hh", "chatml", "chat")
 TRUNCATION_MODES = ("keep_start", "keep_end", "drop")
-GENERAL_CHOICES = {"template": TEMPLATES, "truncation_mode": TRUNCATION_MODES, "on_bad_row": ("stop", "skip")}
+TRAINED_TURNS = ("all_turns", "last_turn")
+GENERAL_CHOICES = {
+    "template": TEMPLATES,
+    "train_on": TRAINED_TURNS,
+    "truncation_mode": TRUNCATION_MODES,
+    "on_bad_row": ("stop", "skip"),
+}
 AnySection = TypeVar("AnySection", bound=Section)
 # Of exp_name; most systems allow a directory's name 255, and the moment follows it. Unit: bytes.
 LONGEST_NAME = 200
@@ -262,6 +268,7 @@ class RunConfig(Section):
     held_out_share: float = key(share())
     template: str | None = key(one_of(TEMPLATES, null=True))
     system_prompt: str | None = key(text(null=True))
+    train_on: str = key(one_of(TRAINED_TURNS))
     on_bad_row: str | None = key(one_of(GENERAL_CHOICES["on_bad_row"], null=True))
     dry_run: bool | str = key(
         expected("true, false or strict", lambda value: isinstance(value, bool) or value == "strict"),

@@ -13,6 +13,7 @@ import pyarrow
 import xxhash
 
 from preference_training.data.tokenization import TokenizedPrompt
+from preference_training.losses.base import MISSING_NUMBERS
 
 
 class Lists(NamedTuple):
@@ -137,7 +138,7 @@ class Columns(NamedTuple):
             ListsOfLists.of([prompt.responses for prompt in prompts]),
             ListsOfLists.of([prompt.examples for prompt in prompts]),
             ListsOfLists.of([[list(chain(*spans)) for spans in prompt.spans or ()] for prompt in prompts]),
-            *(Lists.of((getattr(prompt, name) or [] for prompt in prompts), "d") for name in cls._fields[-3:]),
+            *(Lists.of((getattr(prompt, name) or [] for prompt in prompts), "d") for name in MISSING_NUMBERS),
         )
 
     @classmethod
@@ -192,6 +193,7 @@ class Columns(NamedTuple):
         number = int(self.numbers[k])
         # Most data has none, and one look at all is faster than one at each prompt.
         spans = self.spans.at(k) if len(self.spans.lists.offsets) > 1 else ()
+        numbers = {name: column for name in MISSING_NUMBERS if len((column := getattr(self, name)).values)}
         return TokenizedPrompt(
             self.prompts.at(k),
             self.responses.at(k),
@@ -200,7 +202,7 @@ class Columns(NamedTuple):
             number,
             first_row + int(self.responses.first[k]),
             [list(zip(cuts[::2], cuts[1::2], strict=True)) for cuts in spans] or None,
-            *(column.at(k) or None if len(column.values) else None for column in (self.weights, self.margins, self.labels)),
+            **{name: column.at(k) or None for name, column in numbers.items()},
         )
 
 
@@ -230,7 +232,7 @@ class ContentHash:
         sizes = examples.lists.lengths
         self._update_optional("sizes", (sizes != 2).any(), sizes)
         self._update_optional("spans", len(spans.lists.lengths), spans.counts, spans.lists.lengths, spans.lists.values)
-        for name in ("weights", "margins", "labels"):
+        for name in MISSING_NUMBERS:
             column = getattr(columns, name)
             self._update_optional(name, len(column.values), column.lengths, column.values)
 

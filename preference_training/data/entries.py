@@ -49,6 +49,7 @@ class Entry:
     held_out_share: float = 0.05
     template: str | None = None
     system_prompt: str | None = None
+    train_on: str | None = None
     truncation_mode: str | None = None
     on_bad_row: str | None = None
     weight: float = 1.0

@@ -49,5 +49,4 @@ def _with_responses_of(other: TokenizedPrompt, prompt: TokenizedPrompt, max_leng
 
 def _spans(prompt: TokenizedPrompt) -> list[list[tuple[int, int]]]:
     """The scored spans of each response: the whole response where none are given, or none are left after a cut."""
-    given = prompt.spans or [[]] * len(prompt.responses)
-    return [spans or [(0, len(response))] for spans, response in zip(given, prompt.responses, strict=True)]
+    return [prompt.scored_spans(k) or [(0, len(response))] for k, response in enumerate(prompt.responses)]

@@ -26,6 +26,7 @@ from preference_training.data.prompt_table import OtherColumnsError, PromptTable
 from preference_training.data.rows.records import LISTS_OF_VALUES, DataReport, PreferenceRecord
 from preference_training.data.token_files import Vocabulary, read_tokenized
 from preference_training.data.tokenization import VERSION, TokenizedPrompt, TokenSettings, text_reader, tokenize_records
+from preference_training.losses.base import MarginUse
 
 
 @dataclass(frozen=True)
@@ -232,6 +233,10 @@ def _with_progress(prompts: Iterator[TokenizedPrompt], name: str) -> Iterator[To
 VERSION_1_CODE = "79aded02dfe2b0ae476ddc72933eb4da"
 
 
+# Those of losses that do not read margins, or need them, are named as before there were any that read what is there.
+_MARGINS_KEY: dict[MarginUse, dict] = {"unread": {}, "optional": {"margins": "optional"}, "required": {"margins": True}}
+
+
 def _settings_key(settings: TokenSettings) -> list:
     """The part of a file's key for the settings and the version of the rules.
 
@@ -240,10 +245,10 @@ def _settings_key(settings: TokenSettings) -> list:
     values = asdict(settings)
     kind, version, margins, train_on = (values.pop(name) for name in ("examples", "version", "margins", "train_on"))
     key = {"paired": kind == "pairs"} if kind in ("pairs", "targets") else {"examples": kind}
-    key |= values | ({"train_on": train_on} if train_on != TokenSettings.train_on else {})
+    key |= values | ({"train_on": train_on} if kind == "targets" and train_on != TokenSettings.train_on else {})
     if version == 1:
         return [key, VERSION_1_CODE]
-    return [key | {"version": version} | ({"margins": True} if margins else {})]
+    return [key | {"version": version} | _MARGINS_KEY[margins]]
 
 
 def tokenizer_hash(tokenizer) -> str:

@@ -134,19 +134,10 @@ class PromptTable(Sequence[TokenizedPrompt]):
             raise IndexError(f"prompt {index} of {len(self)}")
         batch = bisect_right(self._starts, index) - 1
         part, columns = self._batches[batch]
-        self._count_read()
-        return columns.prompt(int(index) - self._starts[batch], part.source, self._rows[batch])
-
-    def response(self, row: int) -> list[int]:
-        """The token ids of response `row`, counted from 0."""
-        batch = bisect_right(self._rows, row + self.first_row) - 1
-        self._count_read()
-        return self._batches[batch][1].responses.lists.at(row + self.first_row - self._rows[batch])
-
-    def _count_read(self) -> None:
         self._reads += 1
         if self._reads % READS_BEFORE_RELEASE == 0:
             self._release()
+        return columns.prompt(int(index) - self._starts[batch], part.source, self._rows[batch])
 
     @cached_property
     def num_examples(self) -> numpy.ndarray:

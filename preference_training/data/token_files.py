@@ -2,9 +2,10 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import chain, groupby
 from operator import itemgetter
 from pathlib import Path
+from typing import NamedTuple
 
 from preference_training.core.errors import UserError
 from preference_training.core.files import load_tensors
@@ -36,10 +37,11 @@ def read_tokenized(
 ) -> Iterator[TokenizedPrompt]:
     """Yield the prompts of a `.pt` file: a list of dicts with the TOKEN_FIELDS, each a list or 1-D tensor of whole numbers.
 
-    A mask is 1 for the tokens of the response; what follows is padding. Adjacent rows of one prompt are merged; for SFT, into
-    one for each chosen response. The held-out share is chosen by a hash of the prompt's ids. Responses that do not end with the
-    end-of-sequence token are counted; for what is skipped see `trainable_part`. Bad rows go to the report; raises UserError for
-    other files. Only tensors and plain values are unpickled.
+    A mask is 1 for the scored tokens of the response, perhaps in several spans: what precedes the first is the prompt, what
+    follows the last is padding. Adjacent rows of one prompt are merged; for SFT, into one for each chosen response. The
+    held-out share is chosen by a hash of the prompt's ids. Responses that do not end with the end-of-sequence token are
+    counted; for what is skipped see `trainable_part`. Bad rows go to the report; raises UserError for other files. Only tensors
+    and plain values are unpickled.
     """
     counts = report if split == "train" else DataReport(report.skip_bad_rows)
     for prompt_ids, rows in groupby(_valid_rows(path, vocabulary.size, counts), key=itemgetter(1)):
@@ -51,20 +53,34 @@ def read_tokenized(
             continue
         learned = [record["responses"][chosen] for chosen, _ in record["pairs"]]
         if settings.version == 1:
-            learned = list({tuple(response): response for response in learned}.values())
+            learned = list(dict.fromkeys(learned))
         source = f"{path}, row {first}"
         ids = PreferenceRecord(prompt_ids, record["responses"], record["pairs"], learned[-1], first, source, tuple(learned))
         for part in select(ids, settings.examples, settings.margins, report):
-            report.change(NO_END, sum(response[-1] != vocabulary.eos_token_id for response in part.responses))
-            prompt = TokenizedPrompt(prompt_ids, part.responses, part.examples, source, first, **part.numbers)
+            report.change(NO_END, sum(ids[-1] != vocabulary.eos_token_id for ids, _ in part.responses))
+            ids, spans = ([list(values) for values in of] for of in zip(*part.responses, strict=True))
+            # Most responses are scored as a whole.
+            several = any(len(of) > 1 for of in spans)
+            prompt = TokenizedPrompt(
+                prompt_ids, ids, part.examples, source, first, spans=spans if several else None, **part.numbers
+            )
             always_kept = int(settings.version > 1 and prompt_ids[0] == vocabulary.bos_token_id)
             left = trainable_part(prompt, settings, always_kept, report)
             if left is not None:
                 yield left
 
 
-def _valid_rows(path: Path, vocabulary: int, report: DataReport) -> Iterator[tuple[int, list[int], list[int], list[int]]]:
-    """Number, prompt ids, chosen and rejected ids of every valid row."""
+class ScoredResponse(NamedTuple):
+    """The ids of a response, and the [start, end) spans of it that are scored."""
+
+    ids: tuple[int, ...]
+    spans: tuple[tuple[int, int], ...]
+
+
+def _valid_rows(
+    path: Path, vocabulary: int, report: DataReport
+) -> Iterator[tuple[int, list[int], ScoredResponse, ScoredResponse]]:
+    """Number, prompt ids, chosen and rejected response of every valid row."""
     for number, row in enumerate(_load_rows(path), start=1):
         report.rows_read += 1
         try:
@@ -91,8 +107,8 @@ def _load_rows(path: Path) -> list:
     return rows
 
 
-def _split_row(row, vocabulary: int) -> tuple[list[int], list[int], list[int]]:
-    """Prompt ids, chosen and rejected ids of a row. Raises ValueError with the reason."""
+def _split_row(row, vocabulary: int) -> tuple[list[int], ScoredResponse, ScoredResponse]:
+    """Prompt ids, chosen and rejected response of a row. Raises ValueError with the reason."""
     missing = [name for name in TOKEN_FIELDS if not isinstance(row, dict) or name not in row]
     if missing:
         raise ValueError(f"no {', '.join(missing)}. Expected a dict with {', '.join(TOKEN_FIELDS)}.")
@@ -104,11 +120,13 @@ def _split_row(row, vocabulary: int) -> tuple[list[int], list[int], list[int]]:
             raise ValueError(f"{side}_loss_mask has {len(mask)} entries for {len(ids)} tokens. Expected one for each.")
         if not all(0 <= token < vocabulary for token in ids):
             raise ValueError(f"prompt_{side}_tokens holds ids outside the tokenizer's 0 to {vocabulary - 1}.")
-        start = mask.index(1) if 1 in mask else 0
-        end = start + mask.count(1)
-        if start == 0 or mask != [0] * start + [1] * (end - start) + [0] * (len(mask) - end):
-            raise ValueError(f"{side}_loss_mask is not zeros (the prompt), ones (the response), zeros (padding).")
-        parts.append((ids[:start], ids[start:end]))
+        if mask[0] or 1 not in mask or not {0, 1}.issuperset(mask):
+            raise ValueError(f"{side}_loss_mask is not zeros (the prompt), ones and zeros (the response), zeros (padding).")
+        cuts = [k for k in range(1, len(mask)) if mask[k] != mask[k - 1]] + [len(mask)] * mask[-1]
+        start, end = cuts[0], cuts[-1]
+        places = [cut - start for cut in cuts]
+        spans = tuple(zip(places[::2], places[1::2], strict=True))
+        parts.append((ids[:start], ScoredResponse(tuple(ids[start:end]), spans)))
     (prompt, chosen), (other_prompt, rejected) = parts
     if prompt != other_prompt:
         raise ValueError("chosen and rejected follow different prompt tokens. Expected the same ids before both responses.")
@@ -136,8 +154,10 @@ def write_tokenized(path: Path, prompts: Iterable[TokenizedPrompt]) -> int:
             row = {}
             for side, index in zip(("chosen", "rejected"), pair, strict=True):
                 response = prompt.responses[index]
+                scored = {*chain(*(range(*span) for span in prompt.spans[index]))} if prompt.spans else range(len(response))
+                mask = [int(k in scored) for k in range(len(response))]
                 row[f"prompt_{side}_tokens"] = torch.tensor(prompt.prompt_ids + response)
-                row[f"{side}_loss_mask"] = torch.tensor([0] * len(prompt.prompt_ids) + [1] * len(response))
+                row[f"{side}_loss_mask"] = torch.tensor([0] * len(prompt.prompt_ids) + mask)
             rows.append(row)
     torch.save(rows, path)
     return len(rows)

@@ -7,26 +7,24 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import combinations, islice
 from typing import NamedTuple
 
-from preference_training.core.errors import UserError
 from preference_training.data.chunking import CHUNKS, text_chunks
-from preference_training.data.rendering.chat_rendering import ConversationError, Spanned, holds, response_opening
+from preference_training.data.rendering.chat_rendering import ConversationError
 from preference_training.data.rendering.encoding import Encoder, ScoredIds
-from preference_training.data.rows.examples import Selected, select
+from preference_training.data.rendering.records import Rendered, Renderer
+from preference_training.data.rows.examples import renumbered, used_responses
 from preference_training.data.rows.grouping import BOTH_LABELS
 from preference_training.data.rows.records import (
     DataReport,
     PreferenceRecord,
     Prompt,
-    Response,
-    Turn,
-    message_of,
     prompt_text,
 )
-from preference_training.data.rows.templates import before_last_turn, build_template, rendered_prompts, without_end
-from preference_training.losses.base import ExampleKind
+from preference_training.data.rows.templates import build_template
+from preference_training.losses.base import MISSING_NUMBERS, ExampleKind, MarginUse
 
 
 @dataclass(frozen=True)
@@ -63,6 +61,15 @@ class TokenizedPrompt:
         """Preferred and dispreferred response of every pair, also of those that a ranking implies."""
         return [pair for members in self.examples for pair in combinations(members, 2)] if self.labels is None else []
 
+    @cached_property
+    def sequences(self) -> list[list[int]]:
+        """The prompt with each of its responses."""
+        return [self.prompt_ids + response for response in self.responses]
+
+    def scored_spans(self, k: int) -> list[tuple[int, int]]:
+        """The scored spans of response k."""
+        return [(0, len(self.responses[k]))] if self.spans is None else self.spans[k]
+
     def members(self, k: int) -> tuple[int, ...]:
         """The responses of example k, as indices."""
         return self.examples[k] if self.examples else (k,)
@@ -89,7 +96,7 @@ class TokenSettings:
     """What token ids depend on besides text and tokenizer. Lengths are in tokens.
 
     examples: what the loss trains on. version: one of VERSIONS, the newest except in resumed runs that started with an earlier
-    one. margins: whether the loss needs a margin of every pair. train_on: which of the assistant's turns in a conversation SFT
+    one. margins: what the loss makes of the margins of pairs. train_on: which of the assistant's turns in a conversation SFT
     learns, "all_turns" or "last_turn".
     """
 
@@ -100,7 +107,7 @@ class TokenSettings:
     template: str | None = None
     system_prompt: str | None = None
     version: int = VERSION
-    margins: bool = False
+    margins: MarginUse = "unread"
     train_on: str = "all_turns"
 
 
@@ -142,39 +149,12 @@ def tokenize_records(
     with ThreadPoolExecutor(2) as encoder:
         pending: deque = deque()
         while chunk := list(islice(records, 1024)):
-            kept = [rendered for record in chunk for rendered in work.render(record)]
+            kept = [rendered for record in chunk for rendered in work.renderer.render(record)]
             pending.append((kept, encoder.submit(work.encode, kept)))
             if len(pending) > 4:
                 yield from work.finish(*pending.popleft())
         for kept, ids in pending:
             yield from work.finish(kept, ids)
-
-
-# What a report counts of records, besides those it skips.
-NO_TURNS = (
-    "prompts without system_prompt: they are plain text, which template=null and raw keep unchanged (see hh, chatml, chat)"
-)
-OPENING_MOVED = (
-    "the chat template does not open a response when asked to (add_generation_prompt): {!r}, which it writes before responses, "
-    "is appended to prompts"
-)
-RENDERED = "prompts that are rendered in the tokenizer's chat template already, which are read as they are"
-NO_TOOLS = (
-    "prompts without their tools: the template does not render them (template=chat does, with a chat template that can: "
-    "model.chat_template)"
-)
-NO_REASONING = "assistant turns without their reasoning, which the chat template does not render there"
-END_NOT_MARKED = "responses whose end is not learned: the chat template's {% generation %} marks leave it out"
-OWN_SYSTEM_TURN = "prompts without system_prompt: they have their own system turn"
-
-
-class Rendered(NamedTuple):
-    """A record, what is trained on of it, and the texts of that."""
-
-    record: PreferenceRecord
-    part: Selected
-    prompt: str
-    texts: list[str | Spanned]
 
 
 class Encoded(NamedTuple):
@@ -189,72 +169,11 @@ class _Tokenization:
     """The steps of `tokenize_records`, with the tokenizer and settings they share."""
 
     def __init__(self, tokenizer, settings: TokenSettings, report: DataReport):
-        self.settings = settings
-        self.report = report
-        self.template = build_template(settings.template, settings.system_prompt, tokenizer)
-        if settings.template == "chat" and (opening := response_opening(tokenizer)):
-            self.report.note(OPENING_MOVED.format(opening))
-        self.encoder, self.is_rendered = Encoder(tokenizer), rendered_prompts(tokenizer)
+        self.settings, self.report = settings, report
+        self.renderer, self.encoder = Renderer(tokenizer, settings, report), Encoder(tokenizer)
         self.bos = bos_ids(tokenizer)
         # Cached: a tokenizer looks up its special tokens on each access.
-        self.eos_token, self.eos_id, self.bos_id = tokenizer.eos_token, tokenizer.eos_token_id, tokenizer.bos_token_id
-
-    def render(self, record: PreferenceRecord) -> list[Rendered]:
-        """Render the record; for SFT once for each target. Empty without anything to train on, or after an error."""
-        if self.settings.version == 1:
-            record = replace(record, sft_targets=())
-        parts = select(record, self.settings.examples, self.settings.margins, self.report)
-        return [rendered for part in parts if (rendered := self._rendered(record, part)) is not None]
-
-    def _rendered(self, record: PreferenceRecord, part: Selected) -> Rendered | None:
-        prompt, responses = record.prompt, part.responses
-        if self.settings.examples == "targets" and self.settings.train_on == "last_turn":
-            prompt, responses = before_last_turn(prompt, responses)
-        is_rendered = self.is_rendered(prompt)
-        given = [without_end(text, self.eos_token) for text in responses] if is_rendered else [prompt, *responses]
-        if any(self.eos_token in text for value in given for text in _texts_of(value)):
-            self._bad(record, self._eos_error())
-            return None
-        try:
-            text, texts = self.template(prompt, responses, record.tools)
-        except ConversationError as error:
-            self._bad(record, str(error))
-            return None
-        if is_rendered:
-            self.report.change(RENDERED)
-        elif prompt and self.settings.system_prompt:
-            self._count_system_prompt(prompt)
-        if record.tools and not self._holds_tools(record, prompt, text):
-            self.report.change(NO_TOOLS)
-        if self.settings.template == "chat":
-            self._count_reasoning(responses, [text + (some if isinstance(some, str) else some.text) for some in texts])
-        if any(not isinstance(some, str) and not some.ends for some in texts):
-            self.report.change(END_NOT_MARKED)
-        return Rendered(record, part, text, texts)
-
-    def _holds_tools(self, record: PreferenceRecord, prompt: Prompt, text: str) -> bool:
-        """Whether the text of a prompt holds the record's tools: whether it would be another without them."""
-        if self.settings.template != "chat" or isinstance(prompt, str):
-            return False
-        try:
-            return self.template(prompt, [])[0] != text
-        except ConversationError:
-            return True
-
-    def _count_reasoning(self, responses: Sequence[Response], texts: list[str]) -> None:
-        """Count the turns whose reasoning the chat template drops: most drop that of earlier turns."""
-        for turns, text in zip(responses, texts, strict=True):
-            if not isinstance(turns, str):
-                dropped = (reasoning and not holds(text, reasoning) for reasoning in map(_reasoning, turns))
-                self.report.change(NO_REASONING, sum(map(bool, dropped)))
-
-    def _count_system_prompt(self, prompt: Prompt) -> None:
-        """Count the prompts that do not get the system prompt."""
-        if isinstance(prompt, str):
-            if self.settings.template in (None, "raw"):
-                self.report.change(NO_TURNS)
-        elif prompt[0][0] == "system":
-            self.report.change(OWN_SYSTEM_TURN)
+        self.eos_id, self.bos_id = tokenizer.eos_token_id, tokenizer.bos_token_id
 
     def encode(self, kept: list[Rendered]) -> Encoded:
         """The ids of a chunk."""
@@ -305,10 +224,10 @@ class _Tokenization:
         if not prompt_ids and not one.prompt:
             prompt_ids, whole = self._without_prompt(whole)
         if not prompt_ids:
-            self._bad(record, "the prompt is empty. Expected at least one token before a response.")
+            self.renderer.refuse(record, "the prompt is empty. Expected at least one token before a response.")
             return None
         if any(self.eos_id in ids for (ids, *_), text in zip(whole, one.texts, strict=True) if isinstance(text, str)):
-            self._bad(record, self._eos_error())
+            self.renderer.refuse_end(record)
             return None
         responses = [[*response.ids, self.eos_id] for response in whole]
         spans = None
@@ -328,28 +247,6 @@ class _Tokenization:
             [(ids, spans, ends, _)] = whole
             return ids[:1], [ScoredIds(ids[1:], [(max(start - 1, 0), end - 1) for start, end in spans if end > 1], ends)]
         return [self.eos_id], whole
-
-    def _bad(self, record: PreferenceRecord, problem: str) -> None:
-        self.report.bad_row(UserError(f"datasets: {record.source}: {problem}"))
-
-    def _eos_error(self) -> str:
-        expected = "Expected texts without it; it is added automatically."
-        return f"the text contains {self.eos_token!r}, which marks the end of a response. {expected}"
-
-
-def _reasoning(turn: Turn) -> str:
-    """The reasoning in an assistant turn; "" without any."""
-    message = message_of(turn)
-    own = next((message[key] for key in ("reasoning_content", "reasoning", "thinking") if message.get(key)), None)
-    return own or (message["content"].split("</think>")[0].split("<think>")[-1] if "</think>" in message["content"] else "")
-
-
-def _texts_of(value: Prompt | Response) -> Iterator[str]:
-    """The texts of a prompt or response, turn by turn."""
-    if isinstance(value, str):
-        yield value
-    else:
-        yield from (text for turn in value for text in turn[1:])
 
 
 def _with_end(response: ScoredIds) -> list[tuple[int, int]]:
@@ -421,13 +318,13 @@ def keep(
     """
     if not examples:
         return None
-    used = sorted({index for _, members in examples for index in members}) if responses is None else responses
-    place = {index: k for k, index in enumerate(used)}
-    numbers = {name: getattr(prompt, name) for name in ("weights", "margins", "labels")}
+    chosen = [members for _, members in examples]
+    used = used_responses(chosen) if responses is None else responses
+    numbers = {name: getattr(prompt, name) for name in MISSING_NUMBERS}
     return replace(
         prompt,
         responses=[prompt.responses[index] for index in used],
-        examples=[tuple(place[index] for index in members) for _, members in examples] if prompt.examples else [],
+        examples=renumbered(chosen, used) if prompt.examples else [],
         spans=prompt.spans and [prompt.spans[index] for index in used],
         **{name: values and [values[k] for k, _ in examples] for name, values in numbers.items()},
     )

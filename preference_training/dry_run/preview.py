@@ -41,6 +41,7 @@ from preference_training.dry_run.scaling import (
     step_costs,
     world_size,
 )
+from preference_training.losses.base import ExampleKind
 from preference_training.modeling.token_budget import untrained_budget
 from preference_training.reporting.data_report import assess, write_data_report
 from preference_training.training.preparation import PreparedRun
@@ -64,7 +65,7 @@ def preview(prepared: PreparedRun, placement_class: type[Placement], batches_wit
     failed = check_quality(prepared, facts)
     print("\nexamples")
     train = data[0].table
-    print(*describe_examples([train[k] for k in range(min(3, len(train)))], tokenizer, wants_color()), sep="\n")
+    print(*describe_examples([train[k] for k in range(min(3, len(train)))], loss.examples, tokenizer, wants_color()), sep="\n")
     if loss.needs_reference and (two_models_notice := config.two_models_notice):
         print(f"\n{two_models_notice}")
     preview_steps = preview_ranks if config.trainer.is_sharded else preview_one_process
@@ -81,7 +82,7 @@ def check_quality(prepared: PreparedRun, facts: tuple[Facts, ...]) -> list[str]:
     quality = check_data(train, held_out, prepared.tokenizer, config.quality, files, facts)
     findings = assess(quality, config.quality)
     names = [entry.name for entry in prepared.entries]
-    path = write_data_report(first_existing(config.local_dirs), names, quality, findings, prepared.tokenizer.decode)
+    path = write_data_report(first_existing(config.local_dirs), names, quality, findings, prepared.tokenizer)
     print(*(f"  {finding.line}" for finding in findings), f"  data report: {path}", sep="\n", flush=True)
     return [f"{finding.key}: {finding.line}" for finding in findings if finding.failed]
 
@@ -177,7 +178,7 @@ def histogram(values: numpy.ndarray, rows: int = 8, width: int = 40) -> list[str
 # ---- examples, token by token ---------------------------------------------------------------------------------------------
 
 
-def describe_examples(prompts: Iterable[TokenizedPrompt], tokenizer, color: bool) -> list[str]:
+def describe_examples(prompts: Iterable[TokenizedPrompt], kind: ExampleKind, tokenizer, color: bool) -> list[str]:
     """Examples token by token as the model sees them; scored tokens are green, or between « and » without color.
 
     Special tokens are shown by name, spaces as ▁, line ends as ⏎.
@@ -188,7 +189,7 @@ def describe_examples(prompts: Iterable[TokenizedPrompt], tokenizer, color: bool
     for prompt in prompts:
         shown = tokens_shown(prompt.prompt_ids, tokenizer, False, color)
         lines.append(f"  {prompt.source}\n    prompt    {shown}")
-        names = response_names(prompt)
+        names = response_names(prompt, kind)
         for index, name in enumerate(names):
             lines.append(f"    {name:9} {response_shown(prompt, index, tokenizer, color)}")
         for name in ("weights", "margins"):
@@ -197,15 +198,15 @@ def describe_examples(prompts: Iterable[TokenizedPrompt], tokenizer, color: bool
     return lines
 
 
-def response_names(prompt: TokenizedPrompt) -> list[str]:
-    """What each response of a prompt is in its examples."""
+def response_names(prompt: TokenizedPrompt, kind: ExampleKind) -> list[str]:
+    """What each response of a prompt is in its examples, which are of a kind."""
     names = ["response" if not prompt.examples else "other"] * len(prompt.responses)
     for k, (first, *others) in enumerate(prompt.examples):
         if prompt.labels:
             names[first] = "desirable" if prompt.labels[k] else "undesirable"
             for index in others:
                 names[index] = "mismatched"
-        elif len(others) == 1:
+        elif kind == "pairs":
             names[first] = "preferred"
         else:
             for place, index in enumerate((first, *others), start=1):
@@ -216,8 +217,7 @@ def response_names(prompt: TokenizedPrompt) -> list[str]:
 def response_shown(prompt: TokenizedPrompt, index: int, tokenizer, color: bool) -> str:
     """A response token by token, with its scored spans marked."""
     response = prompt.responses[index]
-    spans = [(0, len(response))] if prompt.spans is None else prompt.spans[index]
-    cuts = [0, *(cut for span in spans for cut in span), len(response)]
+    cuts = [0, *(cut for span in prompt.scored_spans(index) for cut in span), len(response)]
     parts = [(response[start:end], k % 2 == 1) for k, (start, end) in enumerate(pairwise(cuts)) if start < end]
     return "|".join(tokens_shown(ids, tokenizer, scored, color) for ids, scored in parts)
 
@@ -281,9 +281,11 @@ def first_steps(batches: BatchIterator, budget: TokenBudget) -> FirstSteps:
         found = [pack for micro_batch in step for pack in micro_batch.packs]
         several |= len(found) > 1
         row_tokens += sum(pack.num_row_tokens for pack in found)
-        tokens.append(sum(len(pack.input_ids) for pack in found))
-        if tokens[-1] > most:
-            most, largest = tokens[-1], step
+        tokens.append(sum(pack.num_tokens for pack in found))
+        # Fillers are computed as well.
+        computed = sum(len(pack.input_ids) for pack in found)
+        if computed > most:
+            most, largest = computed, step
         packs = sorted([*packs, *found], key=lambda pack: len(pack.input_ids))[-2:]
     return FirstSteps(packs if several else packs[-1:], largest, len(tokens), sum(tokens), row_tokens)
 

@@ -17,7 +17,7 @@ from preference_training.core.metric_names import EVAL, EVAL_LOSS
 from preference_training.core.process_group import SINGLE_PROCESS, Ranks
 from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.evaluation.intervals import estimate, mean_interval
-from preference_training.losses.base import Examples, Loss, TokenLogps, example_metrics, with_margins
+from preference_training.losses.base import MISSING_NUMBERS, Examples, Loss, TokenLogps, example_metrics, with_margins
 from preference_training.modeling.logprobs import policy_scores, reference_logps
 from preference_training.modeling.state import compute_device
 
@@ -122,21 +122,21 @@ def _joined(parts: Sequence[Examples], order: Tensor) -> Examples:
     ]
     joined = Examples(torch.cat(members)[order], torch.cat([part.lengths for part in parts]))
 
-    def data(name: str, default: float | bool) -> Tensor | None:
+    def data(name: str, missing: float) -> Tensor | None:
         values = [getattr(part, name) for part in parts]
         if all(value is None for value in values):
             return None
+        kind = next(value.dtype for value in values if value is not None)
         filled = [
-            torch.full((len(part),), default) if value is None else value for part, value in zip(parts, values, strict=True)
+            torch.full((len(part),), missing, dtype=kind) if value is None else value
+            for part, value in zip(parts, values, strict=True)
         ]
         return torch.cat(filled)[order]
 
     return replace(
         joined,
         mean_length=joined.lengths[joined.first].double().mean().item(),
-        weights=data("weights", 1.0),
-        margins=data("margins", 0.0),
-        labels=data("labels", True),
+        **{name: data(name, missing) for name, missing in MISSING_NUMBERS.items()},
         policy_tokens=_joined_tokens([part.policy_tokens for part in parts], offsets),
         reference_tokens=_joined_tokens([part.reference_tokens for part in parts], offsets),
     )

@@ -99,7 +99,10 @@ class RewardModelJudge(Judge):
     def better(self, prompt: str, first: str, second: str) -> str:
         """One of VERDICTS."""
         with self.thread:
-            return verdict_by_score(*self.model.rewards([(prompt, first), (prompt, second)]))
+            one, other = self.model.rewards([(prompt, first), (prompt, second)])
+        if one is None or other is None:
+            raise NoVerdictError("the reward model cannot read the prompt or a response", is_retryable=False)
+        return verdict_by_score(one, other)
 
 
 def verdict_by_score(first: float, second: float) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from preference_training.core.errors import UserError, first_line
 from preference_training.core.values import hash_values
-from preference_training.data.rows.records import PreferenceRecord
+from preference_training.data.rows.records import DataReport, PreferenceRecord
 from preference_training.data.rows.templates import parse_dialogue
 from preference_training.data.tokenization import TokenSettings, tokenize_records
 from preference_training.modeling.adapters import is_adapter
@@ -15,6 +15,9 @@ from preference_training.modeling.value_head import ROW_END
 
 # Rows that a model reads at once.
 ROWS_AT_ONCE = 16
+
+# The token ids of a prompt with a response.
+Row = tuple[int, ...]
 
 
 class RewardModel:
@@ -30,22 +33,24 @@ class RewardModel:
         self.model.to(device)
         self.reads_as_trained = getattr(self.model.config, ROW_END, None) == self.tokenizer.eos_token_id is not None
         # By token ids, so that texts which the model reads alike are a tie, whatever they were padded with.
-        self.known: dict[tuple[int, ...], float] = {}
+        self.known: dict[Row, float] = {}
+        self._rows: dict[tuple[str, str], Row | None] = {}
 
-    def rewards(self, texts: Sequence[tuple[str, str]]) -> list[float]:
-        """The rewards of responses, each after its prompt."""
-        rows = [self.row(prompt, response) for prompt, response in texts]
+    def rewards(self, texts: Sequence[tuple[str, str]]) -> list[float | None]:
+        """The rewards of responses, each after its prompt; None for what it cannot read."""
+        rows = self.rows(texts)
+        new = set(rows) - self.known.keys() - {None}
         # Batches of similar length waste little computation on padding.
-        new = sorted(set(rows) - self.known.keys(), key=lambda row: (len(row), row))
+        new = sorted(new, key=lambda row: (len(row), row))
         padding = self.tokenizer.pad_token_id
         # A row is read at its last token that is not padding.
         size = ROWS_AT_ONCE if padding is not None and self.model.config.pad_token_id == padding else 1
         for start in range(0, len(new), size):
             batch = new[start : start + size]
             self.known |= dict(zip(batch, self._compute(batch), strict=True))
-        return [self.known[row] for row in rows]
+        return [None if row is None else self.known[row] for row in rows]
 
-    def _compute(self, rows: Sequence[tuple[int, ...]]) -> list[float]:
+    def _compute(self, rows: Sequence[Row]) -> list[float]:
         import torch
 
         inputs = {"input_ids": [list(row) for row in rows], "attention_mask": [[1] * len(row) for row in rows]}
@@ -55,18 +60,37 @@ class RewardModel:
         with torch.no_grad():
             return self.model(**tensors).logits[:, 0].float().tolist()
 
-    def row(self, prompt: str, response: str) -> tuple[int, ...]:
-        """The token ids of a prompt with a response; a long text is truncated on the left."""
-        turns = parse_dialogue(prompt) if self.tokenizer.chat_template else None
-        if self.reads_as_trained:
-            longest = min(self.tokenizer.model_max_length, sys.maxsize)
-            settings = TokenSettings("targets", longest, longest - 1, "keep_end", "chat" if turns else "raw")
-            record = PreferenceRecord(turns or prompt, [response], [], response, 1, "evaluation.judge")
-            [row] = tokenize_records([record], self.tokenizer, settings)
-            return (*row.prompt_ids, *row.responses[0])
+    def rows(self, texts: Sequence[tuple[str, str]]) -> list[Row | None]:
+        """The token ids of prompts with a response each, of long ones without their beginning; None for unreadable texts."""
+        new = [text for text in dict.fromkeys(texts) if text not in self._rows]
+        self._rows |= self._as_trained(new) if self.reads_as_trained else {text: self._by_template(*text) for text in new}
+        return [self._rows[text] for text in texts]
+
+    def _as_trained(self, texts: Sequence[tuple[str, str]]) -> dict[tuple[str, str], Row | None]:
+        """Rows as loss=reward reads them; all are tokenized at once, since a tokenizer is slow to prepare."""
+        records: dict[str, list[PreferenceRecord]] = {}
+        for number, (prompt, response) in enumerate(texts):
+            turns = parse_dialogue(prompt) if self.tokenizer.chat_template else None
+            record = PreferenceRecord(turns or prompt, [response], [], response, number, "evaluation.judge")
+            records.setdefault("chat" if turns else "raw", []).append(record)
+        rows: dict[tuple[str, str], Row | None] = dict.fromkeys(texts)
+        for template, some in records.items():
+            settings = TokenSettings("targets", sys.maxsize, sys.maxsize, template=template)
+            for read in tokenize_records(some, self.tokenizer, settings, DataReport(skip_bad_rows=True)):
+                rows[texts[read.number]] = self._end(read.prompt_ids + read.responses[0])
+        return rows
+
+    def _end(self, ids: list[int]) -> Row:
+        """As many of the last token ids as the model takes, behind the beginning-of-sequence token if they have one."""
+        cut = max(len(ids) - self.tokenizer.model_max_length, 0)
+        kept = int(ids[0] == self.tokenizer.bos_token_id)
+        return (*ids[:kept], *ids[kept + cut :])
+
+    def _by_template(self, prompt: str, response: str) -> Row:
+        """A row by the model's own chat template, or, without one, as one text."""
         if not self.tokenizer.chat_template:
             return tuple(self.tokenizer(prompt + response, truncation=True).input_ids)
-        messages = [{"role": role, "content": content} for role, content, *_ in turns or [("user", prompt)]]
+        messages = [{"role": role, "content": content} for role, content, *_ in parse_dialogue(prompt) or [("user", prompt)]]
         messages.append({"role": "assistant", "content": response.strip()})
         text = self.tokenizer.apply_chat_template(messages, tokenize=False)
         return tuple(self.tokenizer(text, truncation=True, add_special_tokens=False).input_ids)

@@ -32,6 +32,11 @@ ModelHead = Literal["lm", "value"]
 # What the examples of a loss are: single responses (SFT); a preferred and a dispreferred response; responses, the best first;
 # a response that is labeled desirable or undesirable, with a mismatched one, of another prompt.
 ExampleKind = Literal["targets", "pairs", "rankings", "labels"]
+# What a loss makes of the margins of pairs: nothing, or it reads those that the data has, or every pair must have one.
+MarginUse = Literal["unread", "optional", "required"]
+
+# The numbers that data may give of an example; and what those examples have that lack one which others have.
+MISSING_NUMBERS = {"weights": 1.0, "margins": 0.0, "labels": 1.0}
 
 
 @dataclass(frozen=True)
@@ -99,7 +104,7 @@ class Examples:
 
     def with_tensors(self, change: Callable[[Tensor], Tensor]) -> Examples:
         """The examples with each tensor changed, that of the mean length excepted."""
-        names = ("members", "lengths", "weights", "margins", "labels")
+        names = ("members", "lengths", *MISSING_NUMBERS)
         changed: dict[str, Any] = {name: change(value) for name in names if (value := getattr(self, name)) is not None}
         for name in ("policy_tokens", "reference_tokens"):
             tokens = getattr(self, name)
@@ -158,6 +163,8 @@ class Loss(ABC):
     needs_batch_statistics: bool = False
     # Whether each of its examples needs a margin from the data.
     needs_margins: bool = False
+    # Whether it reads margins where the data has them.
+    reads_margins: bool = False
     # Whether it reads `policy_tokens` and `reference_tokens`; and whether it reads `policy_tokens` with `collision`.
     reads_tokens: bool = False
     reads_collision: bool = False
@@ -174,6 +181,11 @@ class Loss(ABC):
         self, policy: Tensor, reference: Tensor | None, examples: Examples, batch_statistics: Any = None
     ) -> LossOutput:
         """The loss of each example; shapes: see the module. Without `batch_statistics` (in an evaluation) no state changes."""
+
+    @property
+    def margin_use(self) -> MarginUse:
+        """What it makes of the margins of pairs."""
+        return "required" if self.needs_margins else "optional" if self.reads_margins else "unread"
 
     @property
     def reference_update(self) -> ReferenceUpdate | None:

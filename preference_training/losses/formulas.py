@@ -15,6 +15,18 @@ def log_sigmoid(values: Tensor) -> Tensor:
     return logsigmoid(values)
 
 
+def cap_exponents(exponents: Tensor) -> Tensor:
+    """Exponents, capped where their exponential would overflow, since 0 times infinity is not a number.
+
+    The room above the cap is for what the exponential is multiplied by.
+    """
+    import math
+
+    import torch
+
+    return exponents.clamp(max=math.log(torch.finfo(exponents.dtype).max) - 8)
+
+
 def dpo_loss(
     policy_gap: Tensor, reference_gap: Tensor, beta: float | Tensor, label_smoothing: float = 0.0, reference_free: bool = False
 ) -> Tensor:
@@ -137,7 +149,9 @@ def discopop_loss(logits: Tensor, temperature: float) -> Tensor:
     A mixture of DPO's loss and an exponential one. logits as in `exo_loss`. It is not convex: near 0 it rises with the margin.
     """
     exponential = (logits / temperature).sigmoid()
-    return -log_sigmoid(logits) * (1 - exponential) + (-logits).exp() * exponential
+    # The product of exp(-logits) and the sigmoid, whose factors overflow and vanish where it is finite.
+    product = cap_exponents(log_sigmoid(logits / temperature) - logits).exp()
+    return -log_sigmoid(logits) * (1 - exponential) + product
 
 
 def odpo_loss(logits: Tensor, offset: Tensor) -> Tensor:
@@ -154,11 +168,11 @@ def divergence_score(ratios: Tensor, divergence: str, alpha: float) -> Tensor:
     import math
 
     if divergence == "forward_kl":
-        return 1 - (-ratios).exp()
+        return 1 - cap_exponents(-ratios).exp()
     if divergence == "js":
         return math.log(2) + log_sigmoid(ratios)
     if divergence == "alpha" and alpha != 1:
-        return ((alpha - 1) * ratios).expm1() / (alpha - 1)
+        return cap_exponents((alpha - 1) * ratios).expm1() / (alpha - 1)
     return ratios
 
 

@@ -31,6 +31,7 @@ class RewardModelLoss(Loss):
     center_coefficient: float = 0.0
 
     needs_reference = False
+    reads_margins = True
     model_head: ClassVar[ModelHead] = "value"
     reward: ClassVar[Reward] = "value"
 

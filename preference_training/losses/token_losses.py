@@ -29,11 +29,13 @@ def desensitized(tokens: TokenLogps, lengths: Tensor, responses: Tensor, shared:
     from torch.nn.functional import pad
 
     values = tokens.values if tokens.values.device.type == "mps" else tokens.values.double()
-    before = pad(values.cumsum(0), (1, 0))
+    # A difference of running sums is not a number behind a token that is not finite: such a token counts for its response only.
+    totals = values.new_zeros(len(lengths)).index_add(0, tokens.responses, values)[responses]
+    before = pad(values.where(values.isfinite(), 0.0).cumsum(0), (1, 0))
     start = (lengths.cumsum(0) - lengths)[responses]
     end, middle = start + lengths[responses], start + shared
     first, rest = before[middle] - before[start], before[end] - before[middle]
-    return (first + alpha * rest).to(tokens.values.dtype)
+    return (first + alpha * rest).where(totals.isfinite(), totals).to(tokens.values.dtype)
 
 
 @register_loss("ld_dpo", "length-desensitized DPO (LD-DPO)", "2409.06411")

@@ -78,6 +78,7 @@ class MixedLoss(Loss):
         self.needs_reference = any(loss.needs_reference for loss in losses)
         self.needs_batch_statistics = any(loss.needs_batch_statistics for loss in losses)
         self.needs_margins = any(loss.needs_margins for loss in losses)
+        self.reads_margins = any(loss.reads_margins for loss in losses)
         self.reads_tokens = any(loss.reads_tokens for loss in losses)
         self.reads_collision = any(loss.reads_collision for loss in losses)
         self.evaluation_depends_on = next((loss.evaluation_depends_on for loss in losses if loss.evaluation_depends_on), None)

@@ -81,12 +81,6 @@ def trie_scores(model: nn.Module, batch: PackedBatch) -> Tensor:
     return _by_response(model, by_trie(model, batch), batch)
 
 
-def padded_scores(model: nn.Module, batch: PackedBatch) -> Tensor:
-    """`response_scores` of padded rows."""
-    _, by_rows = _ways(model)
-    return _by_response(model, _in_groups(model, batch, by_rows, [range(len(batch.response_lengths))]), batch)
-
-
 def unpadded_scores(model: nn.Module, batch: PackedBatch) -> Tensor:
     """`response_scores` of rows without padding: each sequence beside those of its own length only."""
     by_length: dict[int, list[int]] = {}

@@ -23,7 +23,15 @@ from torch import Tensor, nn
 
 from preference_training.batching.iterator import BatchIterator
 from preference_training.batching.micro_batches import evaluation_batches, evaluation_prompts
-from preference_training.batching.packing import UNLIMITED, PackedBatch, TokenBudget, build_packs, iterate_examples
+from preference_training.batching.packing import (
+    PACKING_VERSION,
+    UNLIMITED,
+    PackedBatch,
+    TokenBudget,
+    build_packs,
+    iterate_examples,
+)
+from preference_training.batching.tries import MIN_SHARED
 from preference_training.core.files import write_atomically
 from preference_training.core.process_group import SINGLE_PROCESS, Ranks, local_bytes
 from preference_training.core.values import hash_values
@@ -81,7 +89,8 @@ class ReferencePlan:
         evaluations = seed, batch_size, n_examples
         rest = train.schedule.prompts_seen_later
         cut = _effective_budget(budget, prompts, max(train.micro_batch_size, batch_size, EXAMPLES_AT_ONCE if len(rest) else 0))
-        return cls(prompts, rest, budget, packs, (steps, evaluations, cut, ranks.size))
+        packing = PACKING_VERSION, MIN_SHARED
+        return cls(prompts, rest, budget, packs, (steps, evaluations, cut, ranks.size, packing))
 
 
 def _effective_budget(budget: TokenBudget, prompts: Selection, examples: int) -> tuple[int, int]:

@@ -17,6 +17,7 @@ from preference_training.data.quality.checks import DataQuality
 from preference_training.data.quality.near_duplicates import NOT_INSTALLED
 from preference_training.data.quality.pairs import Baseline, Votes
 from preference_training.data.quality.sample_size import DISAGREEMENT, pairs_needed, smallest_difference
+from preference_training.data.quality.words import decode
 from preference_training.evaluation.intervals import share_interval
 from preference_training.reporting.charts import Line, chart
 from preference_training.reporting.pages.rendering import render
@@ -149,23 +150,21 @@ def _sample_size(quality: DataQuality) -> Finding:
 # ---- the page ---------------------------------------------------------------------------------------------------------------
 
 
-def write_data_report(
-    folder: Path, names: Sequence[str], quality: DataQuality, findings: Sequence[Finding], decode=str
-) -> Path:
+def write_data_report(folder: Path, names: Sequence[str], quality: DataQuality, findings: Sequence[Finding], tokenizer) -> Path:
     """Write data_report.html into a folder; returns its path. Raises UserError where that fails.
 
-    names: of the data sets. decode: returns the text of token ids.
+    names: of the data sets.
     """
     path = folder / PAGE
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, data_page(names, quality, findings, decode), concurrent=True)
+        write_atomically(path, data_page(names, quality, findings, tokenizer), concurrent=True)
     except OSError as error:
         raise UserError(f"local_dirs: cannot write {path}: {error.strerror or error}. Expected a writable folder.") from error
     return path
 
 
-def data_page(names: Sequence[str], quality: DataQuality, findings: Sequence[Finding], decode) -> str:
+def data_page(names: Sequence[str], quality: DataQuality, findings: Sequence[Finding], tokenizer) -> str:
     """The HTML of a data report."""
     near = quality.near_duplicates
     return render(
@@ -176,7 +175,7 @@ def data_page(names: Sequence[str], quality: DataQuality, findings: Sequence[Fin
         numbers=_numbers(quality),
         baselines=[{"name": each.name, "accuracy": each.accuracy, "bounds": bounds(each)} for each in quality.baselines],
         near=[
-            {"one": shown(decode(pair.one)), "other": shown(decode(pair.other)), "similarity": pair.similarity}
+            {"texts": list(map(shown, decode(tokenizer, [pair.one, pair.other]))), "similarity": pair.similarity}
             for pair in (near.examples if near else ())
         ],
         charts=[figure for figure in length_charts(quality) if figure],

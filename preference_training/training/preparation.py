@@ -180,6 +180,7 @@ def token_settings(config: RunConfig, loss: Loss, version: int | None = None):
         mode = entry.truncation_mode or entry.dataset.truncation_mode
         lengths = config.max_length, config.max_prompt_length
         templates = entry.template, entry.system_prompt
-        return TokenSettings(loss.examples, *lengths, mode, *templates, version or VERSION, loss.needs_margins)
+        train_on = entry.train_on or config.train_on
+        return TokenSettings(loss.examples, *lengths, mode, *templates, version or VERSION, loss.margin_use, train_on)
 
     return settings

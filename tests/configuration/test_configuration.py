@@ -480,7 +480,11 @@ STRATEGIES = {"never": "'never'", "null": "None", "epochs": "'epochs'", "false":
         ("fsdp_port=70000", "fsdp_port", "70000", "a port from 1 to 65535, or null"),
         ("fsdp_port=true", "fsdp_port", "True", "a port from 1 to 65535, or null"),
         # Switches.
-        *((f"{key}=1", key, "1", "true or false") for key in ("debug", "dry_run", "wandb.enabled", "do_first_eval")),
+        *((f"{key}=1", key, "1", "true or false") for key in ("debug", "wandb.enabled", "do_first_eval")),
+        ("dry_run=1", "dry_run", "1", "true, false or strict"),
+        ("contamination_files=[gone.jsonl]", "contamination_files", "gone.jsonl: no such file", "relative to"),
+        ("quality.near_duplicate_similarity=0.2", "quality.near_duplicate_similarity", "0.2", "a number from 0.5 to 1"),
+        ("quality.max_leaked=2", "quality.max_leaked", "2", "a share from 0 to below 1 or null"),
         ("sample_during_eval=1", "sample_during_eval", "1", "true, false or null"),
         ("trainer=FSDPTrainer trainer.sharding=ful", "trainer.sharding", "'ful'", "did you mean full?"),
         ("trainer=FSDPTrainer trainer.param_dtype=half", "trainer.param_dtype", "'half'", "no dtype"),

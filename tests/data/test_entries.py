@@ -379,7 +379,14 @@ def test_any_entry_is_understood_or_refused_with_one_message(tmp_path, keys, sta
 
 # ---- the configuration's values -------------------------------------------------------------------------------------------
 
-DEFAULTS = {"template": "hh", "system_prompt": "be brief", "truncation_mode": "drop", "on_bad_row": "skip", "weight": 2}
+DEFAULTS = {
+    "template": "hh",
+    "system_prompt": "be brief",
+    "train_on": "last_turn",
+    "truncation_mode": "drop",
+    "on_bad_row": "skip",
+    "weight": 2,
+}
 
 
 def general(entry) -> dict:
@@ -395,7 +402,14 @@ def test_what_an_entry_does_not_say_is_as_the_configuration_says():
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("template", "raw"), ("system_prompt", ""), ("truncation_mode", "keep_end"), ("on_bad_row", "stop"), ("weight", 0.5)],
+    [
+        ("template", "raw"),
+        ("system_prompt", ""),
+        ("train_on", "all_turns"),
+        ("truncation_mode", "keep_end"),
+        ("on_bad_row", "stop"),
+        ("weight", 0.5),
+    ],
 )
 def test_each_key_of_an_entry_goes_before_the_configurations(tmp_path, key, value):
     path = str(write(tmp_path / "rows.jsonl", triplets(1)))

@@ -794,7 +794,7 @@ def half_a_gzip(directory: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "told"),
     [
-        (no_files, ": no data file in this folder. Expected files ending in .jsonl, "),
+        (no_files, " (split train) could not be loaded: "),
         (a_script, " (split train) could not be loaded: "),
         (a_card_that_is_no_yaml, " (split train) could not be loaded: "),
         (lines_that_are_no_json, "/train.jsonl, row 1: not JSON: "),

@@ -108,7 +108,7 @@ def test_an_unknown_name_is_refused_with_the_nearest_one(name, meant):
 
 
 def test_a_name_near_no_other_is_refused_with_all_names_endings_and_the_form_of_an_own_loader():
-    with pytest.raises(UserError, match=r"known are: hh, .* shp, toy, .*\. A file must end in \.jsonl.*FILE\.py:NAME"):
+    with pytest.raises(UserError, match=r"known are: .*hh, .* shp, toy, .*\. A file must end in \.jsonl.*FILE\.py:NAME"):
         find_dataset("completely-else")
     for name in DATASETS:
         with pytest.raises(UserError, match=rf"known are: .*\b{name}\b.*\. A file"):

@@ -2,6 +2,7 @@
 fault nor a kill nor a full disk leaves anything half-written."""
 
 import json
+import math
 import os
 import re
 import resource
@@ -895,7 +896,7 @@ def texts_of(table) -> list[list[str]]:
 )
 def test_each_kind_of_loss_finds_its_examples_in_the_records_of_a_loader(folder, of, responses, first):
     (folder / "valued.py").write_text(VALUED)
-    settings = replace(PAIRS, margins=True) if of == "margins" else replace(PAIRS, examples=of)
+    settings = replace(PAIRS, margins="required") if of == "margins" else replace(PAIRS, examples=of)
     table, report, _ = prepared("valued.py:valued", folder / "prepared", of=settings)
     assert texts_of(table)[0] == responses
     found = table[0]
@@ -916,13 +917,36 @@ def test_each_kind_of_loss_finds_its_examples_in_the_records_of_a_loader(folder,
 def test_scores_of_a_loader_change_only_the_data_of_losses_that_read_them(folder):
     (folder / "valued.py").write_text(VALUED)
     (folder / "other.py").write_text(VALUED.replace("7]", "8]").replace("[3, 4]", "[3, 5]"))
-    for of, is_same in ((PAIRS, True), (replace(PAIRS, margins=True), False), (replace(PAIRS, examples="rankings"), True)):
+    for of, is_same in (
+        (PAIRS, True),
+        (replace(PAIRS, margins="required"), False),
+        (replace(PAIRS, examples="rankings"), True),
+    ):
         tables = [prepared(f"{name}.py:valued", folder / "prepared", of=of)[0] for name in ("valued", "other")]
         assert (tables[0].fingerprint == tables[1].fingerprint) is is_same
 
 
+def test_the_loss_of_reward_models_sees_the_column_of_margins_and_others_do_not(folder, compose):
+    import torch
+
+    from preference_training.batching.packing import iterate_examples, pack_examples
+    from preference_training.training.preparation import token_settings
+
+    write(folder / "margins.jsonl", [row | {"by": margin} for row, margin in zip(rows(3), (2.0, 0.0, 0.5), strict=True)])
+    entry = whole("margins.jsonl", margin="by", prompt="prompt", chosen="chosen", rejected="rejected")
+    found = {}
+    for name in ("reward", "dpo"):
+        loss = build_loss(name, **({} if name == "reward" else {"beta": 0.1}))
+        of = token_settings(compose(f"loss={name}"), loss)(read_entry(entry))
+        found[name] = pack_examples(list(iterate_examples(prepared(entry, folder / "prepared", of=of)[0]))).examples
+    assert found["dpo"].margins is None and found["reward"].margins.tolist() == [2.0, 0.0, 0.5]
+    # Equal values: the loss is -ln sigmoid(-margin).
+    losses = build_loss("reward")(torch.zeros(6), None, found["reward"]).losses
+    assert losses.tolist() == pytest.approx([math.log1p(math.exp(margin)) for margin in (2.0, 0.0, 0.5)])
+
+
 def test_pairs_without_any_margin_are_counted_for_a_loss_that_needs_them(folder):
-    table, report, _ = prepared(whole(), folder / "prepared", of=replace(PAIRS, margins=True))
+    table, report, _ = prepared(whole(), folder / "prepared", of=replace(PAIRS, margins="required"))
     assert (len(table), report.left_out) == (0, {NO_MARGIN: 20})
 
 

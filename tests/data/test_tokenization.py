@@ -16,14 +16,13 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from preference_training.core.errors import UserError
+from preference_training.data.rendering.records import NO_TURNS, OWN_SYSTEM_TURN
 from preference_training.data.rows.examples import NO_PAIR_TO_COMPARE
 from preference_training.data.rows.records import SAME_TEXT, DataReport, PreferenceRecord, Turn
 from preference_training.data.rows.templates import build_template
 from preference_training.data.token_files import NO_END, TOKEN_FIELDS, Vocabulary, read_tokenized, write_tokenized
 from preference_training.data.tokenization import (
-    NO_TURNS,
     NOTHING_LEFT,
-    OWN_SYSTEM_TURN,
     PROMPT_CUT,
     RESPONSE_CUT,
     SAME_IDS,
@@ -740,12 +739,31 @@ def test_tensors_may_have_any_type_of_number(tmp_path, dtype):
     assert (found.prompt_ids, found.responses) == ([5, 6], [[7, 2], [8, 9, 2]])
 
 
-NOT_A_MASK = "chosen_loss_mask is not zeros (the prompt), ones (the response), zeros (padding)."
+def test_a_mask_of_several_spans_is_a_response_of_which_these_are_scored(tmp_path):
+    """As of a conversation: ids 60 and 61 are the user's, 0 is padding."""
+    mask = [0, 0, 1, 1, 0, 0, 1, 1, 0]
+    pair = {
+        "prompt_chosen_tokens": [40, 41, 50, 51, 60, 61, 70, 2, 0],
+        "prompt_rejected_tokens": [40, 41, 50, 51, 60, 61, 90, 2, 0],
+        "chosen_loss_mask": mask,
+        "rejected_loss_mask": mask,
+    }
+    path = saved(tmp_path, [pair])
+    [found] = read(path)
+    assert (found.prompt_ids, found.responses) == ([40, 41], [[50, 51, 60, 61, 70, 2], [50, 51, 60, 61, 90, 2]])
+    assert found.spans == [[(0, 2), (4, 6)]] * 2
+    # Written again, the file says the same.
+    write_tokenized(tmp_path / "again.pt", [found])
+    [again] = read(tmp_path / "again.pt")
+    assert (again.prompt_ids, again.responses, again.spans) == (found.prompt_ids, found.responses, found.spans)
+
+
+NOT_A_MASK = "chosen_loss_mask is not zeros (the prompt), ones and zeros (the response), zeros (padding)."
 NO_NUMBERS = "prompt_chosen_tokens is no list or 1-D tensor of whole numbers."
 FAULTS = {
     "no response": ({"chosen_loss_mask": [0, 0, 0, 0]}, NOT_A_MASK),
     "no prompt": ({"chosen_loss_mask": [1, 1, 1, 1]}, NOT_A_MASK),
-    "a hole": ({"chosen_loss_mask": [0, 1, 0, 1]}, NOT_A_MASK),
+    "a hole in the prompt": ({"chosen_loss_mask": [0, 1, 0, 1]}, "chosen and rejected follow different prompt tokens."),
     "a two": ({"chosen_loss_mask": [0, 0, 2, 1]}, NOT_A_MASK),
     "a two that sums up": ({"chosen_loss_mask": [0, 1, 2, 0]}, NOT_A_MASK),
     "below zero": ({"chosen_loss_mask": [0, 0, 1, -1]}, NOT_A_MASK),

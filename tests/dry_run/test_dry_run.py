@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -163,21 +164,23 @@ def test_tokens_are_shown_one_by_one_with_scored_ones_marked(tokenizer):
     assert "\033[32m" in tokens_shown(ids, tokenizer, True, color=True)
 
 
-def shown(prompt: TokenizedPrompt, tokenizer) -> list[str]:
+def shown(prompt: TokenizedPrompt, kind: str, tokenizer) -> list[str]:
     """What each response is, and its tokens: the lines behind that of the prompt."""
-    return [line.strip() for line in describe_examples([prompt], tokenizer, color=False)[2:]]
+    return [line.strip() for line in describe_examples([prompt], kind, tokenizer, color=False)[2:]]
 
 
 def test_examples_are_shown_with_what_each_response_is_its_scored_spans_and_their_numbers(tokenizer):
     a, b, c = (tokenizer.convert_ids_to_tokens(token) for token in (40, 41, 42))
     pair = TokenizedPrompt([50], [[40], [41]], [(1, 0)], weights=[0.5], margins=[2.0])
-    assert shown(pair, tokenizer) == [f"other     «{a}»", f"preferred «{b}»", "weights: 0.5", "margins: 2"]
+    assert shown(pair, "pairs", tokenizer) == [f"other     «{a}»", f"preferred «{b}»", "weights: 0.5", "margins: 2"]
     ranking = TokenizedPrompt([50], [[40], [41], [42]], [(2, 0, 1)])
-    assert shown(ranking, tokenizer) == [f"rank 2    «{a}»", f"rank 3    «{b}»", f"rank 1    «{c}»"]
+    of_two = TokenizedPrompt([50], [[40], [41]], [(1, 0)])
+    assert shown(of_two, "rankings", tokenizer) == [f"rank 2    «{a}»", f"rank 1    «{b}»"]
+    assert shown(ranking, "rankings", tokenizer) == [f"rank 2    «{a}»", f"rank 3    «{b}»", f"rank 1    «{c}»"]
     labeled = TokenizedPrompt([50], [[40], [41], [42]], [(0, 2), (1, 2)], labels=[1.0, 0.0])
-    assert shown(labeled, tokenizer) == [f"desirable «{a}»", f"undesirable «{b}»", f"mismatched «{c}»"]
+    assert shown(labeled, "labels", tokenizer) == [f"desirable «{a}»", f"undesirable «{b}»", f"mismatched «{c}»"]
     spans = TokenizedPrompt([50], [[40, 41, 42, 40, 41]], [], spans=[[(1, 3), (4, 5)]])
-    assert shown(spans, tokenizer) == [f"response  {a}|«{b}|{c}»|{a}|«{b}»"]
+    assert shown(spans, "targets", tokenizer) == [f"response  {a}|«{b}|{c}»|{a}|«{b}»"]
 
 
 def test_blanks_are_visible_even_those_that_sentencepiece_drops_from_a_single_token(tokenizer):
@@ -208,6 +211,16 @@ def test_a_response_of_several_pairs_is_a_row_of_each_without_sharing():
     first = first_steps(batches, UNLIMITED)
     # Once each: 2 + 2 + 3 + 2 tokens; in rows: A and B, A and C, each behind the prompt.
     assert (first.tokens, first.row_tokens) == (9, (4 + 5) + (4 + 4))
+
+
+def test_fillers_save_nothing_and_cost_nothing_in_tokens():
+    prompts = table(*(TokenizedPrompt([1, 2, 3, n], [A, B], [(0, 1)]) for n in range(3)))
+    ranks = SimpleNamespace(rank=1, size=2)
+    batches = BatchIterator(Schedule(prompts, 3), packing=Packing(TokenBudget(9, 9), ranks))
+    first = first_steps(batches, UNLIMITED)
+    # One of three examples is this rank's: 4 tokens, and 2 and 3; its other pack is a filler.
+    assert [pack.is_filler for pack in first.step[0].packs] == [False, True]
+    assert (first.tokens, first.row_tokens) == (9, 6 + 7)
 
 
 def test_the_first_steps_are_found_and_two_where_a_step_has_several():

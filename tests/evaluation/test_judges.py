@@ -311,6 +311,54 @@ def test_a_reward_model_reads_conversations_by_its_own_chat_template(reward_mode
     assert judge.model.rewards([("\n\nHuman: Why?\n\nAssistant:", " Rain.")]) == pytest.approx([plain], abs=1e-5)
 
 
+@pytest.fixture
+def trained_judge(reward_model):
+    """A judge whose model reads rows as loss=reward does."""
+    judge = RewardModelJudge(str(reward_model), None, "cpu")
+    judge.model.reads_as_trained = True
+    return judge
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_long_rows_lose_the_beginning_of_their_prompt_and_keep_the_response_and_its_end(bos, trained_judge, monkeypatch):
+    tokenizer = trained_judge.model.tokenizer
+    question, answer = "Why is it wet outside today? " * 3, " Because it has rained for a long time."
+    [whole] = trained_judge.model.rows([(question, answer)])
+    assert whole[-1] == tokenizer.eos_token_id
+    trained_judge.model._rows.clear()
+    if bos:
+        # As a tokenizer gives it that begins sequences with this token.
+        monkeypatch.setattr(type(tokenizer), "bos_token_id", whole[0], raising=False)
+    # More than the prompt has, fewer than both have together; and fewer than the response has.
+    for longest in (len(whole) - 5, 6):
+        monkeypatch.setattr(tokenizer, "model_max_length", longest)
+        [row] = trained_judge.model.rows([(question, answer)])
+        assert row == ((whole[0], *whole[1 - longest :]) if bos else whole[-longest:])
+        trained_judge.model._rows.clear()
+
+
+def test_a_row_that_cannot_be_read_has_no_verdict_and_the_others_have_theirs(trained_judge):
+    bad = f"Rain{trained_judge.model.tokenizer.eos_token} or so."
+    good, unread = ("Why?", " Rain.", " Snow, snow."), ("Why?", " Rain.", bad)
+    trained_judge.prepare([unread, good])
+    with pytest.raises(NoVerdictError, match="cannot read the prompt or a response"):
+        trained_judge.better(*unread)
+    assert trained_judge.better(*good) in ("first", "second")
+
+
+def test_the_texts_of_all_questions_are_tokenized_at_once_and_never_again(trained_judge, monkeypatch):
+    from preference_training.evaluation import reward_models
+
+    calls = []
+    usual = reward_models.tokenize_records
+    monkeypatch.setattr(reward_models, "tokenize_records", lambda *given: (calls.append(1), usual(*given))[1])
+    questions = [("Why?", f" Rain {n}.", " Snow.") for n in range(5)]
+    trained_judge.prepare(questions)
+    for question in questions:
+        trained_judge.better(*question)
+    assert len(calls) == 1
+
+
 def test_other_models_than_reward_models_are_refused(reward_model, tmp_path, tokenizer):
     with pytest.raises(UserError, match=r"cannot load reward_model:.*nowhere"):
         RewardModelJudge(str(tmp_path / "nowhere"), None, "cpu")

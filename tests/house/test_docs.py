@@ -19,6 +19,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from preference_training.configuration.composition import CONFIG_DIR, GROUPS, group_choices, in_open_section, known_keys
+from preference_training.data.rows.field_maps import FieldMap
+from preference_training.data.rows.grouping import group_rows
+from preference_training.data.rows.records import DataReport
 from tests.support import forked, shown
 from tests.support.files import ROOT
 
@@ -228,6 +231,27 @@ def test_is_my_data_any_good_can_be_followed(clone):
     for line in shown_there.strip().splitlines():
         assert f"  {line}\n" in found
     assert (clone / "runs" / "data_report.html").is_file()
+
+
+def format_rows() -> list[tuple[str, str, str]]:
+    """The rows of the table of formats: a row of data, what it is read as, what it gives."""
+    page = shown.PAGES["docs/your-own-data.md"]
+    table = page[page.index("## Formats") : page.index("## Other fields")]
+    return re.findall(r"^\| `(\{.*\})` \| ?(.*) \| (.*) \|$", table, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize(("row", "words", "gives"), format_rows())
+def test_every_row_of_the_table_of_formats_is_read_as_it_says(row, words, gives):
+    report = DataReport()
+    mapped = list(FieldMap().map_rows([(1, json.loads(row))], "data.jsonl", report))
+    records = [record for _, record in group_rows(mapped, report)]
+    assert (report.found, report.columns_not_read) == (words.strip(), {})
+    if gives.startswith("nothing: "):
+        assert (records, report.left_out) == ([], {gives.removeprefix("nothing: "): 1})
+        return
+    pairs, labels = (sum(len(record.get(key, ())) for record in records) for key in ("pairs", "labels"))
+    found = f"{pairs} pair{'s' * (pairs > 1)}" if pairs else "1 labeled response" if labels else f"{len(records)} target"
+    assert found == gives
 
 
 # In place of a model of the hub, the embedded one, with room for texts in bytes.

@@ -325,7 +325,11 @@ def test_tags_of_yaml_in_a_data_sets_readme_are_not_obeyed(tmp_path, trace):
     directory = tmp_path / "own_set"
     directory.mkdir()
     (directory / "train.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
-    (directory / "README.md").write_text(f"---\nlicense: !!python/object/apply:os.system ['touch {trace}']\n---\n")
+    tag = f"license: !!python/object/apply:os.system ['touch {trace}']\n"
+    (directory / "README.md").write_text(f"---\n{tag}---\n")
+    # Nobody reads a description that says nothing of files.
+    assert rows_of(str(directory))
+    (directory / "README.md").write_text(f"---\n{tag}configs:\n- config_name: default\n---\n")
     with pytest.raises(UserError, match="could not determine a constructor for the tag"):
         rows_of(str(directory))
 

@@ -227,7 +227,7 @@ def test_a_trained_model_judges_rows_as_it_was_trained_on_them(trained):
         text = tokenizer.decode(prompt.prompt_ids)
         responses = [tokenizer.decode(response, skip_special_tokens=True) for response in prompt.responses]
         rows = [tuple(prompt.prompt_ids + response) for response in prompt.responses]
-        assert [judge.model.row(text, response) for response in responses] == rows
+        assert judge.model.rows([(text, response) for response in responses]) == rows
 
 
 def test_a_judge_computes_in_batches_what_it_computes_alone(trained):

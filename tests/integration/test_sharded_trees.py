@@ -14,12 +14,12 @@ from preference_training.batching.packing import TokenBudget, build_packs, itera
 from preference_training.core.process_group import Ranks
 from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.modeling.kernels import enable_activation_checkpointing
-from preference_training.modeling.logprobs import padded_scores, response_scores
+from preference_training.modeling.logprobs import response_scores
 from preference_training.modeling.prefix_sharing.sharing import share_prefixes
 from tests.architectures import tiny_models
 from tests.support import forked
 from tests.support.files import GOLDEN
-from tests.support.random_tries import plain_results, random_prompts, relative_error, weighted_sum
+from tests.support.random_tries import padded_scores, plain_results, random_prompts, relative_error, weighted_sum
 
 PROMPTS = [
     TokenizedPrompt([5 + n, 6, 7, 8], [[10 + n, 11, 0], [12 + n, 0], [13, 14, 15 + n, 16, 0]], [(0, 1), (0, 2)])

@@ -16,6 +16,7 @@ from preference_training.losses.formulas import (
     odpo_loss,
     sppo_loss,
 )
+from preference_training.losses.pairwise import DIVERGENCES
 from preference_training.losses.registry import build_loss
 from tests.support.losses import BY_KIND, default, f64, of_pairs, one_pair, softplus
 
@@ -123,6 +124,28 @@ def test_f_dpo_compares_scores_and_logs_the_rewards_of_dpo():
     # Scores 1 - 1/4 and 0, times beta.
     assert output.losses.item() == pytest.approx(softplus(-0.375), rel=1e-12)
     assert output.chosen_rewards.item() == pytest.approx(0.5 * math.log(4))
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("far", [-500.0, -200.0, -90.0, 500.0])
+def test_f_dpo_is_finite_however_far_the_policy_is_from_the_reference(divergence, far):
+    loss = build_loss("f_dpo", beta=0.5, f_divergence=divergence, f_alpha=0.5)
+    for policy in (torch.tensor([far, 0.0]), torch.tensor([0.0, far]), torch.tensor([far, far])):
+        policy.requires_grad_()
+        losses = loss(policy, torch.zeros(2), one_pair(2, 2)).losses
+        losses.sum().backward()
+        assert losses.isfinite().all() and policy.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("temperature", [0.05, 1.0, 10.0])
+def test_discopop_is_finite_at_any_margin(temperature):
+    logits = torch.tensor([-1000.0, -90.0, 90.0, 1000.0], requires_grad=True)
+    losses = discopop_loss(logits, temperature)
+    losses.sum().backward()
+    assert losses.isfinite().all() and logits.grad.isfinite().all()
+    if temperature < 1:
+        # The sigmoid vanishes faster than the exponential grows: what is left is the logistic loss.
+        assert losses[:2].tolist() == pytest.approx([1000, 90])
 
 
 def test_f_dpo_with_the_reverse_kl_is_dpo():

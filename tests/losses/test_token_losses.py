@@ -46,6 +46,19 @@ def test_ld_dpo_that_counts_all_tokens_is_dpo():
     torch.testing.assert_close(output.losses, expected.losses)
 
 
+@pytest.mark.parametrize("bad", [-math.inf, math.nan])
+def test_a_token_that_is_not_finite_spoils_only_pairs_of_its_response(bad):
+    lengths, pairs, responses = torch.tensor([2, 1, 2, 1]), torch.tensor([[0, 1], [2, 3]]), torch.tensor([0, 0, 1, 2, 2, 3])
+    policy, reference = f64(-1, bad, -3, -1, -4, -2).requires_grad_(), f64(-2, -2, -1, -2, -3, -1)
+    both = {"policy_tokens": TokenLogps(policy, responses), "reference_tokens": TokenLogps(reference, responses)}
+    losses = build_loss("ld_dpo", beta=0.5, alpha=0.25)(policy, None, Examples(pairs, lengths, **both)).losses
+    assert not losses[0].isfinite()
+    # Of the second pair: 1 - 1/4 against -1.
+    assert losses[1].item() == pytest.approx(softplus(-0.5 * 1.75))
+    [gradient] = torch.autograd.grad(losses[1], policy)
+    assert gradient[3:].isfinite().all()
+
+
 def test_the_gradient_of_ld_dpo_is_that_of_finite_differences():
     loss = build_loss("ld_dpo", beta=0.5, alpha=0.25)
     assert torch.autograd.gradcheck(

@@ -212,6 +212,13 @@ def test_the_key_changes_with_everything_that_determines_the_packs(model):
     assert len({cache_key(model, plan) for plan in (run(), *others)}) == 6
 
 
+@pytest.mark.parametrize("rule", ["PACKING_VERSION", "MIN_SHARED"])
+def test_the_key_changes_with_the_rules_by_which_packs_are_made(rule, model, monkeypatch):
+    before = cache_key(model, run())
+    monkeypatch.setattr(reference_cache, rule, 1)
+    assert cache_key(model, run()) != before
+
+
 def test_the_key_changes_with_how_often_an_epoch_visits_a_data_set(model):
     parts = [replace(PromptTable.of([prompt_of(n, n)]).parts[0], weight=weight) for n, weight in ((0, 1.0), (1, 2.0))]
     tables = PromptTable(parts), PromptTable([replace(part, weight=3.0 - part.weight) for part in parts])

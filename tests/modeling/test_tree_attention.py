@@ -16,7 +16,7 @@ from preference_training.core.errors import UserError
 from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.losses.registry import build_loss
 from preference_training.modeling import logprobs
-from preference_training.modeling.logprobs import ScoringHead, padded_scores, response_scores, trie_scores
+from preference_training.modeling.logprobs import ScoringHead, response_scores, trie_scores
 from preference_training.modeling.prefix_sharing.sharing import share_prefixes
 from preference_training.modeling.prefix_sharing.tree_attention import (
     TREE_ATTENTION,
@@ -27,6 +27,7 @@ from preference_training.modeling.prefix_sharing.tree_attention import (
     register_tree_attention,
 )
 from tests.support.files import GOLDEN
+from tests.support.random_tries import padded_scores
 
 # Wide enough for rotary embeddings, small enough for hundreds of forwards; texts are longer than the windows.
 SIZES = {

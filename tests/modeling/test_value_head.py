@@ -9,12 +9,13 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from preference_training.batching.packing import PackedBatch, iterate_examples, pack_examples
+from preference_training.batching.packing import iterate_examples, pack_examples
 from preference_training.configuration.saved import model_config
 from preference_training.core.errors import UserError
 from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.modeling.loading import check_model, load_model, saved_head
 from preference_training.modeling.logprobs import response_scores
+from preference_training.modeling.prefix_sharing import proof
 from preference_training.modeling.prefix_sharing.sharing import share_prefixes
 from preference_training.modeling.tokenizer import byte_level_tokenizer, load_tokenizer
 from preference_training.modeling.value_head import add_values, has_value_head
@@ -73,8 +74,13 @@ def test_gradients_are_those_of_transformers_own_forward(model):
 
 
 def test_the_proof_finds_values_that_are_read_at_the_wrong_token(model, monkeypatch):
-    right = PackedBatch.last_tokens.fget
-    monkeypatch.setattr(PackedBatch, "last_tokens", property(lambda batch: (right(batch) - 1).clamp(min=0)))
+    usual = proof.pack_examples
+
+    def one_token_early(examples):
+        batch = usual(examples)
+        return replace(batch, last_tokens=(batch.last_tokens - 1).clamp(min=0))
+
+    monkeypatch.setattr(proof, "pack_examples", one_token_early)
     with pytest.raises(UserError, match=r"ForSequenceClassification cannot: its values would be wrong by .* of the largest"):
         share_prefixes(model, "on")
 

@@ -103,7 +103,7 @@ def test_data_without_pairs_says_which_checks_need_them(report):
 def test_the_page_is_complete_in_itself_and_shows_texts_as_text(report):
     train = [*GOOD, *prompts(range(3), reverse=True)]
     quality, findings = report(train, [*HELD_OUT, GOOD[3]])
-    page = data_page(["<b>mine</b>"], quality, findings, Numbers.decode)
+    page = data_page(["<b>mine</b>"], quality, findings, Numbers())
     assert "&lt;b&gt;mine&lt;/b&gt;" in page and "<b>mine" not in page
     assert not re.search(r"""(src|href)=["'](?!#|data:)""", page)
     for text in ("dry_run=strict refuses this data", "quality.max_leaked", "1 of 61 (1.64%)", "7,847", "longer wins"):
@@ -112,11 +112,11 @@ def test_the_page_is_complete_in_itself_and_shows_texts_as_text(report):
 
 def test_an_empty_held_out_split_has_a_page_too(report):
     quality, findings = report(GOOD, [])
-    assert "none: they need held-out pairs" in data_page(["mine"], quality, findings, Numbers.decode)
+    assert "none: they need held-out pairs" in data_page(["mine"], quality, findings, Numbers())
     assert failed(findings) == set()
 
 
 def test_a_folder_that_cannot_be_written_to_is_named(report, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"local_dirs: cannot write .*data_report.html"):
-        write_data_report(tmp_path / "file", ["mine"], *report(GOOD, []), Numbers.decode)
+        write_data_report(tmp_path / "file", ["mine"], *report(GOOD, []), Numbers())

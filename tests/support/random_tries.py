@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from preference_training.batching.packing import Example, PackedBatch
 from preference_training.data.tokenization import TokenizedPrompt
+from preference_training.modeling import logprobs
 
 VOCABULARY = 97
 
@@ -35,6 +36,13 @@ def _spans(rng: random.Random, length: int) -> list[tuple[int, int]]:
     """One scored span of a response or two, apart from each other."""
     ends = sorted(rng.sample(range(length + 1), min(length + 1, rng.choice((2, 4)))))
     return list(zip(ends[::2], ends[1::2], strict=False))
+
+
+def padded_scores(model: nn.Module, batch: PackedBatch) -> Tensor:
+    """`response_scores` of padded rows, all in one forward."""
+    _, by_rows = logprobs._ways(model)
+    rows = logprobs._in_groups(model, batch, by_rows, [range(len(batch.response_lengths))])
+    return logprobs._by_response(model, rows, batch)
 
 
 def weighted_sum(logps: Tensor, batch: PackedBatch) -> Tensor:

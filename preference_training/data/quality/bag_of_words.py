@@ -35,10 +35,12 @@ def _spread(size: int, most: int) -> numpy.ndarray:
 
 def differences(table: PromptTable, pairs: Pairs, chosen: numpy.ndarray, tokenizer):
     """The words of the preferred minus those of the other response of chosen pairs: sparse [pairs, 2 ** BITS]."""
-    rows, places = numpy.unique([pairs.preferred[chosen], pairs.other[chosen]], return_inverse=True)
-    counts = word_counts([table.response(int(row)) for row in rows], tokenizer)
-    preferred, other = places.reshape(2, -1)
-    return counts[preferred] - counts[other]
+    found: list[list[int]] = []
+    for prompt, *rows in zip(pairs.prompts[chosen], pairs.preferred[chosen], pairs.other[chosen], strict=True):
+        read = table[int(prompt)]
+        found += [read.responses[row - (read.first_row - table.first_row)] for row in rows]
+    counts = word_counts(found, tokenizer)
+    return counts[::2] - counts[1::2]
 
 
 def word_counts(responses: list[list[int]], tokenizer):

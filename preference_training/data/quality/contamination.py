@@ -92,6 +92,7 @@ class _File:
 
     @classmethod
     def read(cls, path: Path, n: int) -> "_File":
+        """The file at a path."""
         texts, items = [], []
         for number, some in enumerate(read_items(path)):
             texts += some
@@ -112,6 +113,7 @@ class _File:
         self.prompts += int(hit.sum())
 
     def result(self) -> Contamination:
+        """What was found so far."""
         compared = numpy.unique(self.items[self.lengths >= FEWEST_WORDS])
         owners = [owner[self.found[length]] for length, (_, owner, _) in self.grams.items()]
         texts = numpy.unique(numpy.concatenate([numpy.zeros(0, int), *owners]))

@@ -147,10 +147,10 @@ WRITTEN_SO = 0.98
 def simple_baselines(train: Pairs, held_out: Pairs) -> Iterator[Baseline]:
     """The rules of length and of position, whose direction training pairs decide, on held-out pairs."""
     longer = [numpy.sign(pairs.preferred_lengths - pairs.other_lengths) for pairs in (train, held_out)]
-    yield _rule(("longer wins", "shorter wins"), *longer, held_out.prompts)
+    yield _rule(("longer wins", "shorter wins"), (longer[0], longer[1]), held_out.prompts)
     if position_is_known(train, held_out) and held_out.is_only_pair.any():
         first = [numpy.where(pairs.preferred_is_first, 1, -1)[pairs.is_only_pair] for pairs in (train, held_out)]
-        yield _rule(("the first wins", "the last wins"), *first, held_out.prompts[held_out.is_only_pair])
+        yield _rule(("the first wins", "the last wins"), (first[0], first[1]), held_out.prompts[held_out.is_only_pair])
 
 
 def position_is_known(train: Pairs, held_out: Pairs) -> bool:
@@ -162,6 +162,8 @@ def position_is_known(train: Pairs, held_out: Pairs) -> bool:
     return len(first) > 0 and 1 - WRITTEN_SO < first.mean() < WRITTEN_SO
 
 
-def _rule(names: tuple[str, str], train: numpy.ndarray, held_out: numpy.ndarray, prompts: numpy.ndarray) -> Baseline:
+def _rule(names: tuple[str, str], splits: tuple[numpy.ndarray, numpy.ndarray], prompts: numpy.ndarray) -> Baseline:
+    """A rule, from where it holds (1) and where its opposite does (-1), in the training and in the held-out split."""
+    train, held_out = splits
     sign = 1 if train.sum() >= 0 else -1
     return Baseline(names[sign < 0], (1 + sign * held_out) / 2, prompts)

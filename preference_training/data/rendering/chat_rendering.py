@@ -174,19 +174,15 @@ class _Rendering:
 
     def _check_kept(self, text: str | None, messages: Messages) -> None:
         """Raise ConversationError where a text lacks a turn, or the calls of one. Earlier reasoning is dropped by design."""
-        for number, message in enumerate(messages if text is not None else (), start=1):
-            names = [call.get("function", call).get("name", "") for call in message.get("tool_calls", ())]
-            dropped = f"turn {number}, the {message['role']}'s"
-            if message["role"] == "assistant":
-                dropped = f"the calls of tools in {dropped}"
-                contents = names
-            else:
-                contents = [message["content"]]
-            if not all(holds(text, content) for content in contents):
-                raise ConversationError(
-                    f"template: the tokenizer's chat template drops {dropped}. Use one that "
-                    "renders it (model.chat_template=FILE), template=chatml or hh, or rows without such a turn."
-                )
+        if text is None:
+            return
+        for number, message in enumerate(messages, start=1):
+            if message["role"] != "assistant" and not holds(text, message["content"]):
+                raise _dropped(f"turn {number}, the {message['role']}'s")
+        calls = [number for number, message in enumerate(messages, start=1) for _ in message.get("tool_calls", ())]
+        # Names of tools may be as short as parts of words.
+        if calls and self._render([_with_stand_in(message) for message in messages]).count(STAND_IN) < len(calls):
+            raise _dropped(f"calls of tools, in turn {calls[0]} or later ones")
 
     def _start(self, text: str, messages: Messages, place: int) -> int:
         """Where the text of a turn starts: behind the rendered turns before it. Raises ConversationError if it is elsewhere."""
@@ -250,6 +246,21 @@ class _Rendering:
         options = {"tools": self.tools, "chat_template": source, "return_assistant_tokens_mask": True}
         _, [marks] = render_jinja_template([messages], **options, **self.tokenizer.special_tokens_map)
         return [(start, end) for start, end in marks if start < end]
+
+
+def _with_stand_in(message: dict) -> dict:
+    """A message whose calls are of a tool that no row names."""
+    if "tool_calls" not in message:
+        return message
+    functions = (call.get("function", call) | {"name": STAND_IN} for call in message["tool_calls"])
+    return message | {"tool_calls": [{"type": "function", "function": function} for function in functions]}
+
+
+def _dropped(what: str) -> ConversationError:
+    return ConversationError(
+        f"template: the tokenizer's chat template drops {what}. Use one that renders it (model.chat_template=FILE), "
+        "template=chatml or hh, or rows without such a turn."
+    )
 
 
 def _differs(before: str, text: str) -> str:

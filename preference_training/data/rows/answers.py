@@ -29,7 +29,11 @@ TEXT_KEYS = ("content", "value", "text", "response")
 
 def answers_in(value, name: str) -> list[str | Turns]:
     """The answers in a field: a text, a turn, a conversation, or a list of any of these. Raises RowError."""
-    value = parse_serialized_turns(value, name)
+    parsed = parse_serialized_turns(value, name)
+    if parsed is value and isinstance(value, str):
+        check_text(value, name)
+        return [value]
+    value = parsed
     if isinstance(value, list) and value and not isinstance(value[0], dict):
         return [answer_in(item, name) for item in value]
     return [answer_in(value, name)]
@@ -109,8 +113,10 @@ def shared_beginning(texts: list[str]) -> str:
 Named = tuple[str, str | Turns]
 
 
-def rounds_in(row: dict, prompt: str, names: list[str]) -> list[Named]:
+def rounds_in(row: dict, prompt: str, names: str | list[str]) -> list[Named]:
     """Conversations of a prompt and answers that are lists of the same number of texts, as in the LMSYS arena; else []."""
+    if isinstance(names, str):
+        return []
     texts = [parse_text_list(row.get(name)) for name in (prompt, *names)]
     if not all(isinstance(text, list) and all(isinstance(one, str) for one in text) for text in texts):
         return []

@@ -23,6 +23,7 @@ ROLE_NAMES = {
     **dict.fromkeys(("function_call", "tool_call"), "function_call"),
 }
 TURN_KEYS = (("role", "content"), ("from", "value"))
+PLAIN = set(TURN_KEYS[0])
 # What chat templates read of a message besides role and content.
 MESSAGE_FIELDS = ("name", "reasoning", "reasoning_content", "thinking", "tool_call_id", "tool_calls")
 LEGACY_CALL = "function_call"
@@ -44,7 +45,7 @@ def parse_turns(value: list | dict, name: str, roles: Mapping[str, str] | None =
 
     roles: further names of roles, with what they are. Raises RowError.
     """
-    names = ROLE_NAMES | {str(key).lower(): role for key, role in (roles or {}).items()}
+    names = ROLE_NAMES | {str(key).lower(): role for key, role in roles.items()} if roles else ROLE_NAMES
     items = [value] if isinstance(value, dict) else value
     turns = (_turn(item, f"field {name!r}: turn {number}", names) for number, item in enumerate(items, start=1))
     kept = tuple(turn for turn in turns if turn.role not in ("system", "developer") or turn.content)
@@ -55,6 +56,9 @@ def parse_turns(value: list | dict, name: str, roles: Mapping[str, str] | None =
 
 def _turn(item, place: str, names: Mapping[str, str]) -> Turn:
     """A message as a turn. Raises RowError."""
+    is_plain = isinstance(item, dict) and item.keys() == PLAIN and names.get(str(item["role"])) in ("user", "assistant")
+    if is_plain and text_error(item["content"]) is None:
+        return Turn(names[item["role"]], item["content"])
     keys = turn_keys(item)
     if keys is None:
         raise RowError(f"{place} is not {{role, content}}.")

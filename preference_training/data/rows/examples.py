@@ -4,13 +4,13 @@ PreferenceRecord, kind -> Selected, of indices or texts of its responses
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import combinations
 from math import isfinite
 from typing import NamedTuple
 
 from preference_training.data.rows.records import DataReport, PreferenceRecord
-from preference_training.losses.base import ExampleKind
+from preference_training.losses.base import MISSING_NUMBERS, ExampleKind, MarginUse
 
 NO_PAIR_TO_COMPARE = "a prompt without a pair of responses (loss=sft learns single responses)"
 NO_MARGIN = "a pair without a margin (margins, a field margin, or scores of both responses give one)"
@@ -36,14 +36,11 @@ class Selected(NamedTuple):
     @property
     def numbers(self) -> dict[str, list[float] | None]:
         """The numbers of its examples."""
-        return {"weights": self.weights, "margins": self.margins, "labels": self.labels}
+        return {name: getattr(self, name) for name in MISSING_NUMBERS}
 
 
-def select(record: PreferenceRecord, kind: ExampleKind, margins: bool, report: DataReport) -> Iterator[Selected]:
-    """What is trained on of a record, in one part or, for targets, in one for each; the report counts what is skipped.
-
-    margins: whether every pair needs a margin.
-    """
+def select(record: PreferenceRecord, kind: ExampleKind, margins: MarginUse, report: DataReport) -> Iterator[Selected]:
+    """What is trained on of a record, in one part or, for targets, in one for each; the report counts what is skipped."""
     if kind == "targets":
         yield from (Selected([target], []) for target in _targets(record, report))
         return
@@ -66,21 +63,32 @@ def _targets(record: PreferenceRecord, report: DataReport) -> Sequence[str]:
     return targets
 
 
+def used_responses(examples: Iterable[tuple[int, ...]]) -> list[int]:
+    """The responses that examples use, as ascending indices."""
+    return sorted({index for members in examples for index in members})
+
+
+def renumbered(examples: Iterable[tuple[int, ...]], responses: Sequence[int]) -> list[tuple[int, ...]]:
+    """The examples with the place in `responses` instead of each index."""
+    place = {index: k for k, index in enumerate(responses)}
+    return [tuple(place[index] for index in members) for members in examples]
+
+
 def _compact(record: PreferenceRecord, examples: list[tuple[int, ...]], **numbers: list[float] | None) -> Selected:
     """The examples, with only the responses that they use."""
-    used = sorted({index for members in examples for index in members})
+    used = used_responses(examples)
     if len(used) == len(record.responses):
         return Selected(record.responses, examples, **numbers)
-    place = {index: k for k, index in enumerate(used)}
-    moved = [tuple(place[index] for index in members) for members in examples]
-    return Selected([record.responses[index] for index in used], moved, **numbers)
+    return Selected([record.responses[index] for index in used], renumbered(examples, used), **numbers)
 
 
-def _pairs(record: PreferenceRecord, needs_margins: bool, report: DataReport) -> Iterator[Selected]:
+def _pairs(record: PreferenceRecord, use: MarginUse, report: DataReport) -> Iterator[Selected]:
     if not record.pairs:
         report.skip(NO_PAIR_TO_COMPARE)
-    elif not needs_margins:
-        yield _compact(record, record.pairs, weights=record.weights)
+    elif use != "required":
+        yield _compact(
+            record, record.pairs, weights=record.weights, margins=_given_margins(record) if use == "optional" else None
+        )
     else:
         margins = _margins(record)
         kept = [k for k, margin in enumerate(margins) if margin is not None]
@@ -89,6 +97,13 @@ def _pairs(record: PreferenceRecord, needs_margins: bool, report: DataReport) ->
             weights = None if record.weights is None else [record.weights[k] for k in kept]
             pairs = [record.pairs[k] for k in kept]
             yield _compact(record, pairs, weights=weights, margins=[margins[k] for k in kept])
+
+
+def _given_margins(record: PreferenceRecord) -> list[float] | None:
+    """The record's own margins, 0 for a pair without; None where no pair has one."""
+    if not record.margins or all(margin is None for margin in record.margins):
+        return None
+    return [float(margin or 0) for margin in record.margins]
 
 
 def _margins(record: PreferenceRecord) -> list[float | None]:
@@ -103,7 +118,9 @@ def _margins(record: PreferenceRecord) -> list[float | None]:
 
 
 def _ranking(record: PreferenceRecord, report: DataReport) -> Iterator[Selected]:
-    order = _by_score(record.scores, report) if record.scores else _by_pairs(record.pairs)
+    scored = sum(score is not None for score in record.scores or ())
+    # A single score ranks nothing, and pairs may.
+    order = _by_score(record.scores, report) if record.scores and scored > 1 else _by_pairs(record.pairs)
     if len(order) < 2:
         report.skip(NO_RANKING)
     else:

@@ -14,7 +14,6 @@ from math import inf, isfinite, isnan
 from preference_training.core.errors import UserError
 from preference_training.data.rows.answers import (
     LeftOut,
-    Named,
     Splitting,
     Turns,
     answer_in,
@@ -108,15 +107,10 @@ class FieldMap:
         found = self.found_in(row for _, row in first)
         return found.map_rows(chain(first, rows), place, report)
 
-    def given(self) -> dict:
-        """The keys that differ from the usual ones."""
-        usual = FieldMap()
-        values = {item.name: getattr(self, item.name) for item in fields(FieldMap)}
-        return {name: value for name, value in values.items() if value != getattr(usual, name)}
-
     def found_in(self, rows: Iterable[dict]) -> "FoundMap":
         """This map, with what it does not say as found in rows."""
-        given = self.given()
+        values, usual = ({item.name: getattr(of, item.name) for item in fields(FieldMap)} for of in (self, FieldMap()))
+        given = {name: value for name, value in values.items() if value != usual[name]}
         found = find(list(rows), given)
         names = frozenset(value for value in found.keys.values() if isinstance(value, str))
         keys = found.keys if found.words else {}
@@ -220,8 +214,8 @@ class FieldMap:
         missing = sum(answer is None for answer in answers)
         report.change(NO_ANSWER, missing)
         report.change(NO_SCORE, len(answers) - missing - len(rated))
-        found = self._rounds(row, self.responses) or [
-            (_shown(self.responses), self._listed_answer(answers[k], k)) for k in rated
+        found = rounds_in(row, self.prompt, self.responses) or [
+            (_shown(self.responses), _listed_answer(answers[k], _shown(self.responses), k)) for k in rated
         ]
         sign = 1 if self.scores else -1
         scores = [sign * as_number(_number(numbers[k]), _shown(numbers_name)) for k in rated]
@@ -230,17 +224,6 @@ class FieldMap:
             raise LeftOut(TIE)
         prompt, responses = self.splitting.split(row, found)
         return Row(prompt, responses, pairs, max(range(len(scores)), key=scores.__getitem__), scores)
-
-    def _rounds(self, row: dict, names: str | list) -> list[Named]:
-        return rounds_in(row, self.prompt, names) if isinstance(names, list) else []
-
-    def _listed_answer(self, answer, index: int) -> str | Turns:
-        name = _shown(self.responses)
-        if isinstance(answer, list | dict):
-            return answer_in(answer, f"{name}.{index}")
-        if problem := text_error(answer):
-            raise RowError(f"field {name!r}: response {index} {problem}.")
-        return answer_in(answer, name)
 
     def _verdict(self, row: dict) -> Row:
         values = _values(row, self.answers)
@@ -251,7 +234,7 @@ class FieldMap:
         if better is None:
             column = next(iter(self.better))
             raise LeftOut(NO_VERDICT if is_empty(field_value(row, column)) else TIE)
-        answers = self._rounds(row, self.answers) or [
+        answers = rounds_in(row, self.prompt, self.answers) or [
             (name, answer_in(value, name)) for name, value in zip(names, values, strict=True)
         ]
         prompt, responses = self.splitting.split(row, answers)
@@ -379,6 +362,15 @@ def _shown(names: str | list) -> str:
 def _values(row: dict, names: str | list):
     """The values of a list in one column, or of several columns."""
     return [field_value(row, name) for name in names] if isinstance(names, list) else parse_text_list(field_value(row, names))
+
+
+def _listed_answer(answer, name: str, index: int) -> str | Turns:
+    """The answer at a place of a list. Raises RowError."""
+    if isinstance(answer, list | dict):
+        return answer_in(answer, f"{name}.{index}")
+    if problem := text_error(answer):
+        raise RowError(f"field {name!r}: response {index} {problem}.")
+    return answer_in(answer, name)
 
 
 def _number(value):

@@ -159,20 +159,21 @@ def restored_buffers(model: nn.Module) -> Iterator[Callable[[], dict[str, Tensor
     values = {name: buffer.clone() for name, buffer in before.items()}
 
     def changed() -> dict[str, Tensor]:
-        return {name: buffer.clone() for name, buffer in model.named_buffers() if not _same(buffer, values.get(name))}
+        return {name: buffer.clone() for name, buffer in model.named_buffers() if not same_values(buffer, values.get(name))}
 
     try:
         yield changed
     finally:
         for name, buffer in before.items():
             path, _, leaf = name.rpartition(".")
-            if not _same(buffer, values[name]):
+            if not same_values(buffer, values[name]):
                 buffer.copy_(values[name])
             model.get_submodule(path)._buffers[leaf] = buffer
 
 
-def _same(one: Tensor, other: Tensor | None) -> bool:
-    return other is not None and one.dtype == other.dtype and torch.equal(one, other)
+def same_values(one: Tensor | None, other: Tensor | None) -> bool:
+    """Whether both tensors exist and are equal in type and values."""
+    return one is not None and other is not None and one.dtype == other.dtype and torch.equal(one, other)
 
 
 # ---- planning -------------------------------------------------------------------------------------------------------------
@@ -188,7 +189,7 @@ def plan_lengths(model: nn.Module, row: Tensor) -> LengthPlan:
     others = other_lengths(model)
     with restored_buffers(model):
         usual = _results(model, row, {}) if windows or others else None
-        reads = lambda names: not _equal(_results(model, row, dict.fromkeys(names, SHORT)), usual)  # noqa: E731
+        reads = lambda names: not same_values(_results(model, row, dict.fromkeys(names, SHORT)), usual)  # noqa: E731
         short = {name: SHORT for name in windows if reads([name])}
         if others and reads(others):
             short |= {name: SHORT for name in others if reads([name]) and _results(model, row, {name: SHORT}) is not None}
@@ -213,10 +214,6 @@ def _results(model: nn.Module, row: Tensor, lengths: dict[str, int]) -> Tensor |
             if not lengths:
                 raise
             return None
-
-
-def _equal(one: Tensor | None, other: Tensor | None) -> bool:
-    return one is not None and other is not None and torch.equal(one, other)
 
 
 def _attends_fully(model: nn.Module) -> bool:

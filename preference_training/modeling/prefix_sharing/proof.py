@@ -23,6 +23,7 @@ from preference_training.modeling.prefix_sharing.lengths import (
     other_lengths,
     plan_lengths,
     restored_buffers,
+    same_values,
 )
 from preference_training.modeling.prefix_sharing.tree_attention import TREE_ATTENTION, UnsupportedAttentionError
 from preference_training.modeling.state import compute_device, free_memory
@@ -221,8 +222,7 @@ def _for_float32(attention: str) -> str:
 def _differing(found: dict[str, Tensor], expected: dict[str, Tensor]) -> str | None:
     """The first buffer, of those that either forward changed, whose values differ after the two."""
     names = sorted(found.keys() | expected.keys())
-    same = lambda one, other: one is not None and other is not None and torch.equal(one, other)  # noqa: E731
-    return next((name for name in names if not same(found.get(name), expected.get(name))), None)
+    return next((name for name in names if not same_values(found.get(name), expected.get(name))), None)
 
 
 # ---- temporary changes ----------------------------------------------------------------------------------------------------

@@ -27,12 +27,12 @@ def record(pairs=(), responses="abcd", **more) -> PreferenceRecord:
     return PreferenceRecord("p", list(responses), list(pairs), "a", 1, "mine, train prompt 1", **more)
 
 
-def selected(given: PreferenceRecord, kind: str, margins: bool = False) -> tuple[list[Selected], DataReport]:
+def selected(given: PreferenceRecord, kind: str, margins: str = "unread") -> tuple[list[Selected], DataReport]:
     report = DataReport()
     return list(select(given, kind, margins, report)), report
 
 
-def only(given: PreferenceRecord, kind: str, margins: bool = False) -> Selected:
+def only(given: PreferenceRecord, kind: str, margins: str = "unread") -> Selected:
     [found], report = selected(given, kind, margins)
     assert report == DataReport()
     return found
@@ -63,16 +63,26 @@ def test_a_prompt_without_a_pair_is_counted():
 def test_the_margin_of_a_pair_is_the_given_one_else_the_difference_of_the_scores():
     pairs, scores = [(0, 1), (2, 1)], [5, 1.5, 2, None]
     # 5 - 1.5 and 2 - 1.5.
-    assert only(record(pairs, scores=scores), "pairs", margins=True).margins == [3.5, 0.5]
-    assert only(record(pairs, scores=scores, margins=[1, 7.0]), "pairs", margins=True).margins == [1.0, 7.0]
+    assert only(record(pairs, scores=scores), "pairs", margins="required").margins == [3.5, 0.5]
+    assert only(record(pairs, scores=scores, margins=[1, 7.0]), "pairs", margins="required").margins == [1.0, 7.0]
+
+
+def test_a_loss_that_reads_margins_gets_those_of_the_data_and_0_for_a_pair_without():
+    pairs = [(0, 1), (2, 1)]
+    assert only(record(pairs, margins=[1.5, None], weights=[1, 2]), "pairs", "optional") == Selected(
+        ["a", "b", "c"], pairs, weights=[1, 2], margins=[1.5, 0.0]
+    )
+    # Scores are no margin that anybody gave.
+    for without in (record(pairs, scores=[5, 1, 2, 0]), record(pairs, margins=[None, None]), record(pairs)):
+        assert only(without, "pairs", "optional") == Selected(["a", "b", "c"], pairs)
 
 
 @pytest.mark.parametrize("scores", [[5, None, 4, 1], [5, float("inf"), 4, 1]])
 def test_a_pair_without_a_finite_margin_is_skipped_with_its_weight_and_counted(scores):
-    found, report = selected(record([(1, 0), (2, 3), (0, 2)], scores=scores, weights=[1, 2, 3]), "pairs", margins=True)
+    found, report = selected(record([(1, 0), (2, 3), (0, 2)], scores=scores, weights=[1, 2, 3]), "pairs", margins="required")
     assert found == [Selected(["a", "c", "d"], [(1, 2), (0, 1)], weights=[2, 3], margins=[3.0, 1.0])]
     assert report.left_out == {NO_MARGIN: 1}
-    found, report = selected(record([(0, 1)]), "pairs", margins=True)
+    found, report = selected(record([(0, 1)]), "pairs", margins="required")
     assert (found, report.left_out) == ([], {NO_MARGIN: 1})
 
 
@@ -81,6 +91,11 @@ def test_a_pair_without_a_finite_margin_is_skipped_with_its_weight_and_counted(s
 
 def test_scores_give_a_ranking_from_best_to_worst():
     assert only(record(scores=[2, 7, -1, 3.5]), "rankings") == Selected(["a", "b", "c", "d"], [(1, 3, 0, 2)])
+
+
+@pytest.mark.parametrize("scores", [[None] * 4, [None, 3, None, None]])
+def test_pairs_rank_responses_of_which_fewer_than_two_have_scores(scores):
+    assert only(record([(1, 0), (0, 2), (1, 2)], scores=scores), "rankings") == Selected(["a", "b", "c"], [(1, 0, 2)])
 
 
 def test_tied_and_unscored_responses_leave_the_ranking_and_are_counted():

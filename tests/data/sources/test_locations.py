@@ -140,5 +140,5 @@ def test_a_set_of_the_hub_may_be_streamed(tmp_path):
 
 def test_an_empty_folder_is_refused(tmp_path):
     (tmp_path / "mine").mkdir()
-    with pytest.raises(UserError, match=r"mine: no data file in this folder\."):
+    with pytest.raises(UserError, match=r"mine \(split train\) could not be loaded: "):
         prompts(f"{tmp_path}/mine")

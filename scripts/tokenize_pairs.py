@@ -9,9 +9,9 @@ rejected_loss_mask. `python train.py datasets=[FILE.pt]` trains on it, with the 
 import argparse
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import preference_datasets  # noqa: F401  its data sets register themselves
+from preference_training.configuration.saved import model_config
 from preference_training.configuration.schema import TEMPLATES, TRUNCATION_MODES
 from preference_training.core.errors import UserError
 from preference_training.data.entries import Entry, load_records, read_entry
@@ -31,6 +31,7 @@ def arguments() -> argparse.Namespace:
         "--truncation-mode", choices=TRUNCATION_MODES, help="which end of a prompt to keep (default: that of the data set)"
     )
     parser.add_argument("--template", choices=TEMPLATES, help="the format of conversations (default: HH dialogues)")
+    parser.add_argument("--chat-template", help="a file, for --template chat in place of the tokenizer's own")
     parser.add_argument("--system-prompt", help="for conversations without one of their own")
     return parser.parse_args()
 
@@ -67,11 +68,12 @@ def tokenized(options: argparse.Namespace, entry: Entry) -> list:
     from preference_training.modeling.tokenizer import load_tokenizer
 
     quiet_libraries()
-    model = SimpleNamespace(tokenizer_name_or_path=options.model, name_or_path=None, head="lm", trust_remote_code=False)
+    model = model_config({"tokenizer_name_or_path": options.model, "chat_template": options.chat_template})
     try:
         tokenizer = load_tokenizer(model)
     except UserError as error:
-        raise UserError(str(error).replace("model.tokenizer_name_or_path", "--model")) from error
+        told = str(error).replace("model.tokenizer_name_or_path", "--model").replace("model.chat_template", "--chat-template")
+        raise UserError(told) from error
     mode = entry.truncation_mode or entry.dataset.truncation_mode
     settings = TokenSettings("pairs", options.max_length, options.max_prompt_length, mode, entry.template, entry.system_prompt)
     prompts, lines = [], []

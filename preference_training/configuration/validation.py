@@ -243,6 +243,15 @@ def _check_paths(config: RunConfig) -> None:
         raise UserError("model.name_or_path: not given. Expected a hub id or a directory, or model.from_config.model_type.")
     if not model.name_or_path and not model.tokenizer_name_or_path:
         raise UserError("model.tokenizer_name_or_path: not given. A model from scratch needs one; byte_level is made in code.")
+    if model.chat_template:
+        if not Path(model.chat_template).expanduser().is_file():
+            raise UserError(f"model.chat_template: {model.chat_template}: no such file. Paths are relative to {Path.cwd()}.")
+        of_entries = [entry.get("template") for entry in config.datasets if isinstance(entry, dict)]
+        if "chat" not in (config.template, *of_entries):
+            raise UserError(
+                f"model.chat_template: found {model.chat_template}, but template is {config.template or 'null'}, which does "
+                "not read it. Set template=chat too."
+            )
 
 
 def _check_contamination(config: RunConfig) -> None:

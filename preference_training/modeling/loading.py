@@ -66,6 +66,19 @@ def loading_errors(key: str, name: str):
         ) from error
 
 
+@contextmanager
+def _size_errors(model_config: ModelConfig):
+    """Context in which weights that do not fit what `from_config` sets are an error that says so."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not model_config.from_config or "mismatched" not in str(error):
+            raise
+        raise UserError(
+            "its weights have other sizes than model.from_config sets. Set model=blank_model, which sets none"
+        ) from error
+
+
 def load_model(model_config: ModelConfig, tokenizer, cache_dir: str | None = None, base_dir: Path | None = None) -> nn.Module:
     """The model of a `model` configuration on the CPU, in `policy_dtype`, without dropout, in training mode.
 
@@ -97,7 +110,7 @@ def load_base(model_config: ModelConfig, tokenizer, cache_dir: str | None = None
     if not model_config.name_or_path:
         return auto.from_config(config, dtype=dtype, **remote)
     name = model_config.name_or_path
-    with loading_errors("model.name_or_path", name):
+    with loading_errors("model.name_or_path", name), _size_errors(model_config):
         for index in (SAFETENSORS_INDEX, "pytorch_model.bin.index.json"):
             indexed_files(Path(name) / index)
         return auto.from_pretrained(name, config=config, dtype=dtype, cache_dir=cache_dir, **remote)

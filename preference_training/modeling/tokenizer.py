@@ -1,7 +1,9 @@
 """The tokenizer of a `model` configuration."""
 
+from pathlib import Path
+
 from preference_training.configuration.schema import ModelConfig
-from preference_training.core.errors import UserError
+from preference_training.core.errors import UserError, first_line
 from preference_training.data.toy_preferences import toy_records
 from preference_training.modeling.loading import loading_errors
 from preference_training.modeling.value_head import pad_beside_end
@@ -17,8 +19,23 @@ def load_tokenizer(model_config: ModelConfig, cache_dir: str | None = None):
     Raises UserError where it cannot be loaded, or has no end-of-sequence token.
     """
     name = model_config.tokenizer_name_or_path or model_config.name_or_path
-    if name == BYTE_LEVEL:
-        return byte_level_tokenizer()
+    tokenizer = byte_level_tokenizer() if name == BYTE_LEVEL else _pretrained(model_config, name, cache_dir)
+    if model_config.chat_template:
+        tokenizer.chat_template = _read_chat_template(model_config.chat_template)
+    return tokenizer
+
+
+def _read_chat_template(path: str) -> str:
+    """The text of a chat template in a file. Raises UserError."""
+    try:
+        return Path(path).expanduser().read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"model.chat_template: {path} could not be read: {first_line(error)}. Expected a chat template in Jinja."
+        ) from error
+
+
+def _pretrained(model_config: ModelConfig, name: str, cache_dir: str | None):
     from transformers import AutoTokenizer
 
     key = "model.tokenizer_name_or_path" if model_config.tokenizer_name_or_path else "model.name_or_path"

@@ -24,6 +24,8 @@ from preference_training.modeling.tokenizer import load_tokenizer
 from preference_training.training.optimization import check_optimizer, precision_notices
 from preference_training.training.pruning import build_pruner
 
+# In a checkpoint, as transformers names it.
+CHAT_TEMPLATE = "chat_template.jinja"
 # What examples are called in messages.
 EXAMPLE_WORDS = {"targets": "responses", "pairs": "pairs", "rankings": "rankings", "labels": "labeled responses"}
 
@@ -71,12 +73,25 @@ def prepare_run(config: RunConfig, run_dir: Path, in_sweep: bool = False) -> Pre
     limits = model_limits(config, tokenizer)
     entries = read_entries(config)
     check_examples(entries, loss, config.loss.name, config.cache_dir)
+    if notice := other_template_notice(config, entries, tokenizer):
+        print(notice, flush=True)
     check_limits(config, entries, tokenizer, limits)
     # Before the processes join: those that wait for the data have no time-out then.
     splits = ("test",) if config.eval_only and not config.dry_run else ("train", "test")
     data = prepare_data(config, entries, tokenizer, loss, splits, data_version(config, run_dir))
     check_rows(config, tokenizer, limits, [split.table for split in data])
     return PreparedRun(config, run_dir, in_sweep, loss, tokenizer, data, entries, pruner)
+
+
+def other_template_notice(config: RunConfig, entries: Sequence[Entry], tokenizer) -> str | None:
+    """The notice for a checkpoint to start from whose chat template is not the run's, if the run renders with one."""
+    if not config.model.archive or "chat" not in (config.template, *(entry.template for entry in entries)):
+        return None
+    path = Path(config.model.archive)
+    saved = (path if path.is_dir() else path.parent) / CHAT_TEMPLATE
+    if not saved.is_file() or saved.read_text() == tokenizer.chat_template:
+        return None
+    return f"model.archive: its chat template is not the run's; to keep that of the archive, set model.chat_template={saved}"
 
 
 def check_asks_for_no_text(config: RunConfig) -> None:

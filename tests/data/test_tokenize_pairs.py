@@ -119,6 +119,7 @@ def test_template_system_prompt_and_lengths_are_what_a_run_does_with_them(folder
         ("--model byte_level --dataset absent.jsonl", "datasets: absent.jsonl: no such file."),
         ("--model byte_level --dataset tooy", "datasets: unknown data set 'tooy'; did you mean toy?"),
         ("--model absent --dataset rows.jsonl", "--model: absent could not be loaded: "),
+        ("--model byte_level --chat-template absent --dataset rows.jsonl", "--chat-template: absent could not be read: "),
         ("--model byte_level --dataset bad.jsonl", "datasets: bad.jsonl, row 2: no field 'chosen'"),
         ("--model byte_level --dataset rows.pt", "--dataset: rows.pt holds token ids already."),
         (

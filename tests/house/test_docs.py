@@ -33,7 +33,7 @@ DOCS = [page for page in shown.PAGES if page != "README.md"]
 # Every command that is shown, and what tests it.
 KINDS = {
     shown.TRAINING: "test_house.py composes it",
-    r"python scripts/\w+\.py ": "test_its_script_understands_it",
+    r"python scripts/\w+\.py( |$)": "test_its_script_understands_it",
     r"python -m preference_collection (import|export|push|score) ": "test_the_labelling_app_understands_it",
     r"make [\w-]+": "test_what_is_made_is_there",
     r"pip install -r |pip install hydra-optuna-sweeper|python3 -m venv |\. \.venv/bin/activate": "test_what_is_made_is_there",
@@ -252,6 +252,31 @@ def test_every_row_of_the_table_of_formats_is_read_as_it_says(row, words, gives)
     pairs, labels = (sum(len(record.get(key, ())) for record in records) for key in ("pairs", "labels"))
     found = f"{pairs} pair{'s' * (pairs > 1)}" if pairs else "1 labeled response" if labels else f"{len(records)} target"
     assert found == gives
+
+
+# In place of a model of the hub, the embedded one, with room for texts in bytes.
+EMBEDDED = ("model=tiny", "model.from_config.max_position_embeddings=2048", "max_length=2048", "max_prompt_length=1024")
+
+
+@pytest.mark.long
+def test_conversations_with_tools_can_be_followed(clone):
+    page, printed = "docs/conversations-with-tools.md", {}
+    shown.write_files(page, clone)
+    for _, words in shown.commands("python ", [page]):
+        of_hub = "model=blank_model" in words
+        given = [word for word in words if not word.startswith(("model=", "model.name_or_path="))]
+        printed[" ".join(words)] = follow([*given, *(EMBEDDED if of_hub else ())], clone)
+    sft, dpo = (text for line, text in printed.items() if "dry_run=true" in line)
+    assert "tools_sft.jsonl: 200 rows read" in sft and "tools_dpo.jsonl: 100 rows read" in dpo
+    assert "conversations in `messages`, tools in `tools`" in sft and "pairs in `chosen` and `rejected`, tools" in dpo
+    for text in (sft, dpo):
+        assert "columns not read" not in text and "without" not in text
+        readable = text.replace("|", "").replace("▁", " ").replace("⏎", "\n")
+        # The tools are in the prompt; calls are scored, what tools return is not.
+        assert '"description": "Value of an expression"' in readable
+        assert re.search(r'«<tool_call>\{"name": "\w+", "arguments": [^«»]*</tool_call><im_end>»', readable)
+        assert re.search(r"<tool_response>[^«»]*</tool_response>", readable)
+    assert (clone / "runs" / "tools_dpo" / "LATEST" / "chat_template.jinja").read_text() == (clone / "tools.jinja").read_text()
 
 
 @pytest.mark.long

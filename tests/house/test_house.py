@@ -62,7 +62,8 @@ def test_every_command_that_is_shown_composes_and_makes_sense(page, words, compo
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(ROOT))
     shown.write_files(page, tmp_path)
-    (tmp_path / "long.jsonl").touch()
+    for name in ("long.jsonl", "tools_sft.jsonl", "tools_dpo.jsonl"):
+        (tmp_path / name).touch()
     if page == "README.md":
         (tmp_path / "my_answers.csv").write_text("question,good,bad,rating\nA?,yes,no,4\nB?,yes,no,2\n")
     arguments = force_open_sections(shown.training_arguments(words))

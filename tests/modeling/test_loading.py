@@ -121,6 +121,12 @@ def test_a_model_directory_is_loaded_as_it_is(compose):
     assert same_weights(model, AutoModelForCausalLM.from_pretrained(GOLDEN / "llama", dtype=torch.float32))
 
 
+def test_weights_that_do_not_fit_the_sizes_of_the_preset_are_refused_with_the_preset_that_sets_none(compose):
+    config = compose("model=tiny", f"model.name_or_path={GOLDEN / 'llama'}").model
+    with pytest.raises(UserError, match=r"than model\.from_config sets\. Set model=blank_model, which sets none"):
+        load_model(config, load_tokenizer(config))
+
+
 def test_a_model_that_is_not_there_is_a_user_error(compose, tmp_path):
     config = compose("model=blank_model", f"model.name_or_path={tmp_path}").model
     with pytest.raises(UserError, match="could not be loaded"):

@@ -258,7 +258,8 @@ def _with_stand_in(message: dict) -> dict:
 
 def _dropped(what: str) -> ConversationError:
     return ConversationError(
-        f"template: the tokenizer's chat template drops {what}. Use template=chatml or hh, or rows without such a turn."
+        f"template: the tokenizer's chat template drops {what}. Use one that renders it (model.chat_template=FILE), "
+        "template=chatml or hh, or rows without such a turn."
     )
 
 
@@ -278,14 +279,13 @@ def check_chat_template(tokenizer) -> None:
     templates = tokenizer.chat_template
     if not templates:
         raise UserError(
-            "template: found chat, but this tokenizer has no chat template of its own. Use chatml, hh or raw, or the "
-            "tokenizer of a chat model (model.tokenizer_name_or_path)."
+            "template: found chat, but this tokenizer has no chat template of its own. Use chatml, hh or raw, the "
+            "tokenizer of a chat model (model.tokenizer_name_or_path), or a chat template in a file (model.chat_template)."
         )
     if isinstance(templates, dict) and "default" not in templates:
         raise UserError(
             f"template: found chat, but of this tokenizer's chat templates ({', '.join(sorted(templates))}) none is called "
-            "default. Write the one you mean as chat_template into the tokenizer_config.json of a copy, and name that with "
-            "model.tokenizer_name_or_path; or use template=chatml, hh or raw."
+            "default. Save the one you mean to a file, with model.chat_template=FILE; or use template=chatml, hh or raw."
         )
     _check_syntax(tokenizer)
 

@@ -22,7 +22,10 @@ OPENING_MOVED = (
     "is appended to prompts"
 )
 RENDERED = "prompts that are rendered in the tokenizer's chat template already, which are read as they are"
-NO_TOOLS = "prompts without their tools: the template does not render them (template=chat does, if the model's own can)"
+NO_TOOLS = (
+    "prompts without their tools: the template does not render them (template=chat does, with a chat template that can: "
+    "model.chat_template)"
+)
 NO_REASONING = "assistant turns without their reasoning, which the chat template does not render there"
 END_NOT_MARKED = "responses whose end is not learned: the chat template's {% generation %} marks leave it out"
 OWN_SYSTEM_TURN = "prompts without system_prompt: they have their own system turn"

@@ -261,7 +261,9 @@ def _columns(examples: Examples, policy: Tensor, reference: Tensor | None, width
     members = pad(examples.members, (0, width - examples.members.shape[1]), value=-1)
     values = policy, torch.zeros_like(policy) if reference is None else reference, examples.lengths.to(policy.dtype)
     of_members = [each[members].where(members >= 0, 0.0) for each in values]
-    ones = policy.new_ones(len(members), 1)
-    data = ((examples.weights, ones), (examples.margins, 0 * ones), (examples.labels, ones))
-    single = [default if values is None else values[:, None].to(policy.dtype) for values, default in data]
+    numbers = ((getattr(examples, name), missing) for name, missing in MISSING_NUMBERS.items())
+    single = [
+        policy.new_full((len(members), 1), missing) if values is None else values[:, None].to(policy.dtype)
+        for values, missing in numbers
+    ]
     return torch.cat([*of_members, *single], dim=1)

@@ -18,6 +18,7 @@ from preference_training.core.metric_names import GRAD_NORM, TOKENS_SAVED, TRAIN
 from preference_training.core.process_group import is_distributed
 from preference_training.distributed.placement import Placement
 from preference_training.losses.base import (
+    MISSING_NUMBERS,
     BatchStatistics,
     ExampleKind,
     Examples,

@@ -125,8 +125,9 @@ def model_from_archive(
     ]
     if misfits:
         listed = "".join(f"\n  {misfit}" for misfit in misfits[:10]) + ("\n  ..." if len(misfits) > 10 else "")
+        count = f"{len(misfits)} tensors differ" if len(misfits) > 1 else "1 tensor differs"
         raise UserError(
-            f"model.archive: {path} does not fit {type(model).__name__} as configured; {len(misfits)} tensors differ:{listed}\n"
+            f"model.archive: {path} does not fit {type(model).__name__} as configured; {count}:{listed}\n"
             "Choose the model preset that the archive was trained with."
         )
     return model

@@ -86,9 +86,10 @@ def comparison_warnings(objective: str, loss: str, swept: Iterable[str]) -> list
     found = []
     keys = sorted({key for key in swept if key.partition(".")[0] == "loss"} - training_keys())
     if keys:
+        change = "changes" if len(keys) == 1 else "change"
         found.append(
-            f"objective={EVAL_LOSS} does not compare jobs that differ in {', '.join(keys)}, whose losses are of other "
-            f"formulas: objective={EVAL_ACCURACY} does"
+            f"objective={EVAL_LOSS} cannot compare these jobs: {', '.join(keys)} {change} what the loss measures; "
+            f"objective={EVAL_ACCURACY} can"
         )
     if evaluation_depends_on_run(loss):
         found.append(f"objective={EVAL_LOSS} of loss={loss} depends on what a run has seen, and does not compare jobs")

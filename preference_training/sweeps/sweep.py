@@ -4,6 +4,7 @@ Hydra makes the callback at every start, so nothing heavy is imported before it 
 """
 
 import os
+import re
 import signal
 import sys
 import time
@@ -76,7 +77,9 @@ def _check_direction(direction, objective: str) -> None:
 def _swept(overrides: Iterable[str]) -> list[str]:
     """The keys over which a command line sweeps."""
     given = {text.partition("=")[0]: text.partition("=")[2] for text in overrides}
-    return [key for key, value in given.items() if "," in value or "(" in value]
+    # choice(VALUE) is how a key is given that only some choices of a swept group have.
+    once = re.compile(r"choice\([^,()]*\)")
+    return [key for key, value in given.items() if ("," in value or "(" in value) and not once.fullmatch(value)]
 
 
 def comparison_warnings(objective: str, loss: str, swept: Iterable[str]) -> list[str]:

@@ -4,6 +4,7 @@ Hydra makes the callback at every start, so nothing heavy is imported before it 
 """
 
 import os
+import re
 import signal
 import sys
 import time
@@ -78,7 +79,9 @@ def _check_direction(direction, objective: str) -> None:
 def _swept(overrides: Iterable[str]) -> list[str]:
     """The keys over which a command line sweeps."""
     given = {text.partition("=")[0]: text.partition("=")[2] for text in overrides}
-    return [key for key, value in given.items() if "," in value or "(" in value]
+    # choice(VALUE) is how a key is given that only some choices of a swept group have.
+    once = re.compile(r"choice\([^,()]*\)")
+    return [key for key, value in given.items() if ("," in value or "(" in value) and not once.fullmatch(value)]
 
 
 def comparison_warnings(objective: str, loss: str, swept: Iterable[str], parts: object = None) -> list[str]:
@@ -88,9 +91,10 @@ def comparison_warnings(objective: str, loss: str, swept: Iterable[str], parts: 
     found = []
     keys = sorted({key for key in swept if key.partition(".")[0] == "loss"} - training_keys())
     if keys:
+        change = "changes" if len(keys) == 1 else "change"
         found.append(
-            f"objective={EVAL_LOSS} does not compare jobs that differ in {', '.join(keys)}, whose losses are of other "
-            f"formulas: objective={EVAL_ACCURACY} does"
+            f"objective={EVAL_LOSS} cannot compare these jobs: {', '.join(keys)} {change} what the loss measures; "
+            f"objective={EVAL_ACCURACY} can"
         )
     if evaluation_depends_on_run(loss, parts):
         found.append(f"objective={EVAL_LOSS} of loss={loss} depends on what a run has seen, and does not compare jobs")

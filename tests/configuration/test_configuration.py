@@ -355,6 +355,15 @@ def test_a_run_writes_its_configuration_as_it_was_composed_and_a_copy_with_other
             "loss.label_smoothing: this loss has no such key. It belongs to loss=aot, aot_unpaired, beta_DPO, dpo, exo_pair, "
             "robust.",
         ),
+        (
+            "loss.beta=0.1",
+            "loss.beta: loss=sft has no such key; its key is average; all have it but loss=mix, own, reward, sft.",
+        ),
+        (
+            "loss=reward ++loss.beta=0.1",
+            "loss.beta: loss=reward has no such key; its key is center_coefficient; all have it but loss=mix, own, reward, "
+            "sft.",
+        ),
         ("loss=ipo loss.mode_loss=DPO", "loss.mode_loss: this loss has no such key. It belongs to loss=beta_DPO, dpo."),
     ],
 )

@@ -402,9 +402,10 @@ def test_a_key_of_sweeps_that_makes_no_sense_is_refused(compose, override, told)
 @pytest.mark.parametrize(
     ("objective", "task", "params", "told"),
     [
-        ("loss/eval", ["loss.beta=0.1,0.5", "lr=1e-3,1e-4"], None, "jobs that differ in loss.beta,"),
-        ("loss/eval", ["loss=dpo,ipo"], None, "jobs that differ in loss,"),
-        ("loss/eval", [], {"loss.beta": "interval(0.1, 1)", "lr": "interval(1e-5, 1e-4)"}, "jobs that differ in loss.beta,"),
+        ("loss/eval", ["loss.beta=0.1,0.5", "lr=1e-3,1e-4"], None, "these jobs: loss.beta changes"),
+        ("loss/eval", ["loss=dpo,ipo"], None, "these jobs: loss changes"),
+        ("loss/eval", ["loss=dpo,ipo", "loss.beta=choice(0.5)"], None, "these jobs: loss changes"),
+        ("loss/eval", [], {"loss.beta": "interval(0.1, 1)", "lr": "interval(1e-5, 1e-4)"}, "these jobs: loss.beta changes"),
         ("loss/eval", ["lr=1e-3,1e-4", "loss.beta=0.1", "loss.a=0.2,0.6"], None, None),
         ("rewards_eval/accuracies", ["loss.beta=0.1,0.5"], None, None),
     ],

@@ -240,3 +240,14 @@ def test_where_no_value_has_a_gradient_there_is_no_share():
     # As at the first step of a fresh adapter, one of whose matrices is 0 and the other without a gradient.
     weight = torch.ones(4, 4)
     assert UnchangedWeights([(weight, torch.zeros_like(weight)), (torch.zeros(4, 4), torch.ones(4, 4))]).share_changed() is None
+
+
+def test_what_prefix_sharing_saved_is_said_once_and_only_where_it_was_on():
+    run = Run()
+    run.observe(3)
+    run.monitor.report_sharing()
+    assert run.said == []
+    for saved in (0.2, 0.4):
+        run.monitor.observe({"loss/train": 1.0, "counters/examples": 8, "tokens_saved": saved})
+    run.monitor.report_sharing()
+    assert run.said == ["prefix sharing: 30% of the tokens of all rows did not have to be computed"]

@@ -64,13 +64,13 @@ def test_every_command_that_is_shown_composes_and_makes_sense(page, words, compo
     monkeypatch.syspath_prepend(str(ROOT))
     shown.write_files(page, tmp_path)
     (tmp_path / "long.jsonl").touch()
+    for file, row in (
+        ("my_labels", {"prompt": "A?", "response": "yes", "label": True}),
+        ("my_rankings", {"prompt": "A?", "responses": ["yes", "no"], "scores": [2, 1]}),
+        ("my_margins", {"prompt": "A?", "chosen": "yes", "rejected": "no", "margin": 2.5}),
+    ):
+        (tmp_path / f"{file}.jsonl").write_text(json.dumps(row) + "\n")
     if page == "README.md":
-        for file, row in (
-            ("my_labels", {"prompt": "A?", "response": "yes", "label": True}),
-            ("my_rankings", {"prompt": "A?", "responses": ["yes", "no"], "scores": [2, 1]}),
-            ("my_margins", {"prompt": "A?", "chosen": "yes", "rejected": "no", "margin": 2.5}),
-        ):
-            (tmp_path / f"{file}.jsonl").write_text(json.dumps(row) + "\n")
         (tmp_path / "my_answers.csv").write_text("question,good,bad,rating\nA?,yes,no,4\nB?,yes,no,2\n")
     arguments = force_open_sections(shown.training_arguments(words))
     overrides = [text for text in arguments if "=" in text and "sweeper" not in text]

@@ -119,8 +119,10 @@ def load_reward_model(name: str, cache_dir: str | None = None):
         ) from error
     if config.num_labels != 1 or info["missing_keys"]:
         missing = f", and no {sorted(info['missing_keys'])[0]}" if info["missing_keys"] else ""
+        is_language_model = any(kind.endswith(("ForCausalLM", "LMHeadModel")) for kind in config.architectures or ())
+        found = "is a language model" if is_language_model else f"has {config.num_labels} outputs{missing}"
         raise UserError(
-            f"evaluation.judge: reward_model:{name} has {config.num_labels} outputs{missing}. Expected a trained reward "
+            f"evaluation.judge: reward_model:{name} {found}. Expected a trained reward "
             "model: a sequence classifier with one output."
         )
     return model.eval(), tokenizer

@@ -178,7 +178,9 @@ def remarks_on(split: str, table: PromptTable, loss: Loss) -> list[str]:
     """What a split lacks, in lines of text."""
     if split == "test" and not len(table):
         return ["  nothing is held out, so nothing is evaluated: held_out_share=0.1 holds out a tenth of the prompts"]
-    labels = set(table.labels.tolist()) if split == "train" and loss.examples == "labels" else set()
+    if split != "train" or loss.examples != "labels":
+        return []
+    labels = {label for part in table.parts for columns in part.batches for label in columns.labels.values.tolist()}
     if len(labels) == 1:
         found, lacking = ("desirable", "undesirable") if labels.pop() else ("undesirable", "desirable")
         return [f"warning: datasets: all responses to train on are labeled {found}, expected {lacking} ones too to learn from."]

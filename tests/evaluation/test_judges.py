@@ -373,5 +373,5 @@ def test_other_models_than_reward_models_are_refused(reward_model, tmp_path, tok
     (tmp_path / "language" / "config.json").write_text(json.dumps(one))
     (tmp_path / "language" / "model.safetensors").symlink_to(GOLDEN / "llama" / "model.safetensors")
     tokenizer.save_pretrained(tmp_path / "language")
-    with pytest.raises(UserError, match=r"no score.weight"):
+    with pytest.raises(UserError, match=r"language is a language model\. Expected a trained reward model"):
         RewardModelJudge(str(tmp_path / "language"), None, "cpu")

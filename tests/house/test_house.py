@@ -1,6 +1,7 @@
 """What holds the whole together: options have readers, run directories their place, the README's commands work."""
 
 import inspect
+import json
 import re
 from pathlib import Path
 
@@ -64,6 +65,12 @@ def test_every_command_that_is_shown_composes_and_makes_sense(page, words, compo
     shown.write_files(page, tmp_path)
     for name in ("long.jsonl", "tools_sft.jsonl", "tools_dpo.jsonl"):
         (tmp_path / name).touch()
+    for file, row in (
+        ("my_labels", {"prompt": "A?", "response": "yes", "label": True}),
+        ("my_rankings", {"prompt": "A?", "responses": ["yes", "no"], "scores": [2, 1]}),
+        ("my_margins", {"prompt": "A?", "chosen": "yes", "rejected": "no", "margin": 2.5}),
+    ):
+        (tmp_path / f"{file}.jsonl").write_text(json.dumps(row) + "\n")
     if page == "README.md":
         (tmp_path / "my_answers.csv").write_text("question,good,bad,rating\nA?,yes,no,4\nB?,yes,no,2\n")
     arguments = force_open_sections(shown.training_arguments(words))

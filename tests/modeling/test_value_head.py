@@ -121,6 +121,9 @@ def test_an_archive_is_a_language_model_or_a_reward_model(tmp_path, tokenizer):
         models[0].save_pretrained(tmp_path)
     assert torch.equal(models[0].score.weight, models[1].score.weight), "the second has the first's head"
     assert saved_head(tmp_path) == "value" and saved_head(GOLDEN / "llama") == "lm"
+    of_language = replace(configured("llama", archive=str(tmp_path)), head="lm")
+    with pytest.raises(UserError, match=r"score.weight is not part of the model\nThe archive is a reward model"):
+        load_model(of_language, tokenizer)
 
 
 def test_training_goes_on_from_a_reward_model(tmp_path, tokenizer):

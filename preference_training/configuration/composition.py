@@ -142,7 +142,8 @@ def unknown_key(key: str) -> str:
     """Explain a key that does not exist, or not here."""
     if key in known_keys():
         group, name = key.split(".", 1)
-        owners, others = [], []
+        owners: list[str] = []
+        others: list[str] = []
         for choice in group_choices(group):
             (owners if name in choice_keys(group, choice) else others).append(choice)
         if len(owners) > 2 * len(others):

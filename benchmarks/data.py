@@ -52,7 +52,7 @@ def load(args):
 
 def settings_of(_entry):
     """Settings with HH's usual lengths."""
-    from preference_training.data.tokenization import TokenSettings
+    from preference_training.data.rendering.settings import TokenSettings
 
     return TokenSettings("pairs", 512, 256, "keep_end")
 

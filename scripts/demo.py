@@ -92,7 +92,8 @@ def held_out_prompts(tokenizer, config, paired: bool):
     """The tokenized test split of the toy data."""
     from preference_training.data.entries import load_records, read_entry
     from preference_training.data.prompt_table import PromptTable
-    from preference_training.data.tokenization import TokenSettings, tokenize_records
+    from preference_training.data.rendering.settings import TokenSettings
+    from preference_training.data.tokenization import tokenize_records
 
     settings = TokenSettings("pairs" if paired else "targets", config.max_length, config.max_prompt_length)
     return PromptTable.of(tokenize_records(load_records(read_entry("toy"), "test"), tokenizer, settings))

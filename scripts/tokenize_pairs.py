@@ -64,7 +64,8 @@ def dataset_entry(options: argparse.Namespace) -> Entry:
 def tokenized(options: argparse.Namespace, entry: Entry) -> list:
     """The tokenized prompts of the chosen splits; prints what was skipped or changed."""
     from preference_training.core.machine import quiet_libraries
-    from preference_training.data.tokenization import TokenSettings, text_reader, tokenize_records
+    from preference_training.data.rendering.settings import TokenSettings
+    from preference_training.data.tokenization import text_reader, tokenize_records
     from preference_training.modeling.tokenizer import load_tokenizer
 
     quiet_libraries()

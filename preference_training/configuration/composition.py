@@ -145,7 +145,8 @@ def unknown_key(key: str, choice: str = "") -> str:
     """Explain a key that does not exist, or not here. choice: what was chosen of its group, of a sweep several."""
     if key in known_keys():
         group, name = key.split(".", 1)
-        owners, others = [], []
+        owners: list[str] = []
+        others: list[str] = []
         for known in group_choices(group):
             (owners if name in choice_keys(group, known) else others).append(known)
         if len(owners) > 2 * len(others):

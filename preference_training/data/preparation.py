@@ -1,8 +1,8 @@
 """Tokenize each data set once: stream it from its loader into an Arrow file, named by everything that it depends on.
 
 A file's name is a hash of the data's content, the tokenizer, the settings that affect token ids, and the version of the rules
-(`tokenization.VERSION`), but not of our code. Processes that prepare the same data at once (ranks of a run, jobs of a sweep)
-wait for the first of them, however long it takes. A file gets its name when it is complete.
+(`rendering.settings.VERSION`), but not of our code. Processes that prepare the same data at once (ranks of a run, jobs of a
+sweep) wait for the first of them, however long it takes. A file gets its name when it is complete.
 """
 
 import json
@@ -23,9 +23,10 @@ from preference_training.data.columns import ContentHash
 from preference_training.data.entries import Entry, load_records
 from preference_training.data.mismatched import with_mismatched
 from preference_training.data.prompt_table import OtherColumnsError, PromptTable, TablePart, write_columns, write_selected
+from preference_training.data.rendering.settings import VERSION, TokenSettings
 from preference_training.data.rows.records import LISTS_OF_VALUES, DataReport, PreferenceRecord
 from preference_training.data.token_files import Vocabulary, read_tokenized
-from preference_training.data.tokenization import VERSION, TokenizedPrompt, TokenSettings, text_reader, tokenize_records
+from preference_training.data.tokenization import TokenizedPrompt, text_reader, tokenize_records
 from preference_training.losses.base import MarginUse
 
 

@@ -9,10 +9,11 @@ from typing import NamedTuple
 
 from preference_training.core.errors import UserError
 from preference_training.core.files import load_tensors
+from preference_training.data.rendering.settings import TokenSettings
 from preference_training.data.rows.examples import select
 from preference_training.data.rows.grouping import add_responses, new_record
 from preference_training.data.rows.records import SAME_TEXT, DataReport, PreferenceRecord, is_held_out
-from preference_training.data.tokenization import TokenizedPrompt, TokenSettings, trainable_part
+from preference_training.data.tokenization import TokenizedPrompt, trainable_part
 
 NO_END = "responses that do not end with the end-of-sequence token"
 TOKEN_FIELDS = ("prompt_chosen_tokens", "prompt_rejected_tokens", "chosen_loss_mask", "rejected_loss_mask")

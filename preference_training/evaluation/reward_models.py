@@ -5,9 +5,10 @@ from collections.abc import Sequence
 
 from preference_training.core.errors import UserError, first_line
 from preference_training.core.values import hash_values
+from preference_training.data.rendering.settings import TokenSettings
 from preference_training.data.rows.records import DataReport, PreferenceRecord
 from preference_training.data.rows.templates import parse_dialogue
-from preference_training.data.tokenization import TokenSettings, tokenize_records
+from preference_training.data.tokenization import tokenize_records
 from preference_training.modeling.adapters import is_adapter
 from preference_training.modeling.kernels import refuse_kernels
 from preference_training.modeling.state import weights_hash

@@ -14,7 +14,7 @@ from preference_training.core.random_streams import seed_everything
 from preference_training.data.entries import Entry, check_examples, read_entries
 from preference_training.data.preparation import Prepared, count_identical_pairs, exclude_held_out, overlap, prepare
 from preference_training.data.prompt_table import PromptTable
-from preference_training.data.tokenization import VERSION, VERSIONS, TokenSettings
+from preference_training.data.rendering.settings import VERSION, VERSIONS, TokenSettings
 from preference_training.evaluation.task_suites import check_harness
 from preference_training.losses.base import Loss
 from preference_training.losses.registry import build_loss

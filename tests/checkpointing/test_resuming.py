@@ -33,7 +33,8 @@ from preference_training.configuration.schema import keys_with
 from preference_training.core.errors import UserError
 from preference_training.core.values import find_mismatch
 from preference_training.data.prompt_table import PromptTable
-from preference_training.data.tokenization import VERSION, TokenizedPrompt
+from preference_training.data.rendering.settings import VERSION
+from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.losses.registry import build_loss
 from preference_training.modeling.logprobs import LiveReference
 from preference_training.sweeps.jobs import job_identity

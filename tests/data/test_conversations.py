@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from preference_training.core.errors import UserError
 from preference_training.data.rendering.records import END_NOT_MARKED, NO_REASONING, NO_TOOLS, RENDERED
+from preference_training.data.rendering.settings import TokenSettings
 from preference_training.data.rows.conversations import (
     RowError,
     parse_serialized_turns,
@@ -18,10 +19,7 @@ from preference_training.data.rows.conversations import (
     split_conversation,
 )
 from preference_training.data.rows.records import DataReport, PreferenceRecord, Turn, message_of
-from preference_training.data.tokenization import (
-    TokenSettings,
-    tokenize_records,
-)
+from preference_training.data.tokenization import tokenize_records
 from tests.support.chat_templates import KINDS, LLAMA_3, MARKED, QWEN_2, WITH_TOOLS, WITHOUT_SYSTEM, tokenizer_of, with_template
 
 WORDS = st.lists(st.sampled_from(["the", "Yes", "no.", "é", "漢", "🙂", "1,", "a\nb", "<b>", "{x}"]), min_size=1, max_size=5)

@@ -2,7 +2,7 @@
 
 tests/golden/prepared_data.json says for each version what comes of a handful of small inputs. After a change of the output:
 
-    1. raise `VERSION` in tokenization.py, and say in VERSIONS what is new
+    1. raise `VERSION` in rendering/settings.py, and say in VERSIONS what is new
     2. python -m tests.data.test_prepared_versions adds what comes of the inputs now; what is there it never changes
 
 Where nothing was to change, the output has changed by mistake.
@@ -18,8 +18,8 @@ import pytest
 
 from preference_training.data.entries import read_entry
 from preference_training.data.preparation import prepare
+from preference_training.data.rendering.settings import VERSION, VERSIONS, TokenSettings
 from preference_training.data.token_files import write_tokenized
-from preference_training.data.tokenization import VERSION, VERSIONS, TokenSettings
 from preference_training.data.tokenization import TokenizedPrompt as Prompt
 from tests.support.files import GOLDEN
 

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from preference_training.core.errors import UserError
+from preference_training.data.rendering.settings import TokenSettings
 from preference_training.data.rows.grouping import BOTH_LABELS
 from preference_training.data.rows.records import DataReport, PreferenceRecord
 from preference_training.data.tokenization import (
@@ -15,7 +16,6 @@ from preference_training.data.tokenization import (
     RESPONSE_CUT,
     SAME_IDS_RANKED,
     TokenizedPrompt,
-    TokenSettings,
     tokenize_records,
     trainable_part,
     truncate,

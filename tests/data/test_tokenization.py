@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from preference_training.core.errors import UserError
 from preference_training.data.rendering.records import NO_TURNS, OWN_SYSTEM_TURN
+from preference_training.data.rendering.settings import TokenSettings
 from preference_training.data.rows.examples import NO_PAIR_TO_COMPARE
 from preference_training.data.rows.records import SAME_TEXT, DataReport, PreferenceRecord, Turn
 from preference_training.data.rows.templates import build_template
@@ -27,7 +28,6 @@ from preference_training.data.tokenization import (
     RESPONSE_CUT,
     SAME_IDS,
     TokenizedPrompt,
-    TokenSettings,
     tokenize_records,
 )
 from preference_training.modeling.tokenizer import END_OF_TEXT, byte_level_tokenizer

@@ -9,8 +9,9 @@ from tokenizers.processors import TemplateProcessing
 
 from preference_training.core.errors import UserError
 from preference_training.data.chat_templates import chat_template, conversation_format, detect_format, end_tokens, run_format
+from preference_training.data.rendering.settings import TokenSettings
 from preference_training.data.rows.records import PreferenceRecord, Turn
-from preference_training.data.tokenization import TokenizedPrompt, TokenSettings, bos_ids, tokenize_records
+from preference_training.data.tokenization import TokenizedPrompt, bos_ids, tokenize_records
 from preference_training.export.modelfile import (
     ARCHITECTURES,
     adapt_configs,

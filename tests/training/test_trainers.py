@@ -20,8 +20,9 @@ from preference_training.core.errors import UserError
 from preference_training.core.metric_names import LOSS_AT_BETA_USED, TOKENS_SAVED
 from preference_training.core.process_group import SINGLE_PROCESS
 from preference_training.data.prompt_table import PromptTable
+from preference_training.data.rendering.settings import TokenSettings
 from preference_training.data.rows.records import PreferenceRecord
-from preference_training.data.tokenization import TokenizedPrompt, TokenSettings, tokenize_records
+from preference_training.data.tokenization import TokenizedPrompt, tokenize_records
 from preference_training.losses.base import SharedStatistics
 from preference_training.losses.rankings import PlackettLuceLoss
 from preference_training.losses.registry import build_loss

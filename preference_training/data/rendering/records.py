@@ -2,16 +2,14 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from preference_training.core.errors import UserError
 from preference_training.data.rendering.chat_rendering import ConversationError, Spanned, holds, response_opening
+from preference_training.data.rendering.settings import TokenSettings
 from preference_training.data.rows.examples import Selected, select
 from preference_training.data.rows.records import DataReport, PreferenceRecord, Prompt, Response, Turn, message_of
 from preference_training.data.rows.templates import before_last_turn, build_template, rendered_prompts, without_end
-
-if TYPE_CHECKING:
-    from preference_training.data.tokenization import TokenSettings
 
 # What a report counts of records, besides those it skips.
 NO_TURNS = (
@@ -43,7 +41,7 @@ class Rendered(NamedTuple):
 class Renderer:
     """Renders records in the template of some settings; errors and counts go to a report."""
 
-    def __init__(self, tokenizer, settings: "TokenSettings", report: DataReport):
+    def __init__(self, tokenizer, settings: TokenSettings, report: DataReport):
         self.settings = settings
         self.report = report
         self.template = build_template(settings.template, settings.system_prompt, tokenizer)

@@ -197,7 +197,7 @@ class FieldMap:
             scores = [as_number(_number(field_value(row, self.score)), self.score)]
         if self.label is not None:
             labels = [as_label(field_value(row, self.label), self.label)]
-        prompt, responses = self.splitting.split(row, [(self.response, answer)])
+        prompt, responses = self.splitting.split(row, [(str(self.response), answer)])
         return Row(prompt, responses, [], 0, scores, labels, forms_pairs=scores is not None)
 
     def _list(self, row: dict, report: DataReport) -> Row:
@@ -333,7 +333,7 @@ def _mapped(formats: _Formats, rows: NumberedRows, place: str, report: DataRepor
         implicit += field_map.implicit_prompt and not field_map.prompts.in_row(row) and isinstance(mapped.prompt, str)
         if not known:
             _count_unused(field_map, row, mapped, columns, report)
-            if field_map is not formats.main:
+            if field_map is not formats.main and isinstance(field_map, FoundMap):
                 report.change(OTHER_FORMAT.format(field_map.words))
         yield mapped
     if formats.given.implicit_prompt and usable and not implicit:

@@ -287,7 +287,8 @@ def _prompt(columns: Columns, keys: Keys, can_lack: bool) -> tuple[Keys, str]:
         return {}, ""
     chosen, rejected = keys.get("chosen", "chosen"), keys.get("rejected", "rejected")
     of_pairs = not keys.keys() & {"responses", "response", "answers"}
-    two = (chosen, rejected) if of_pairs else keys["answers"] if isinstance(keys.get("answers"), list) else ()
+    answers = keys.get("answers")
+    two = (chosen, rejected) if of_pairs else answers if isinstance(answers, list) else ()
     values = [value for name in two for value in columns.values.get(name, ())]
     if any(map(_holds_prompt, values)):
         return {}, ""

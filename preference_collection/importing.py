@@ -58,8 +58,8 @@ class Import:
 def import_into(store: Store, path: Path, skip_bad_rows: bool = False) -> Import:
     """Add the content of a file to a store, all or nothing.
 
-    Raises UserError for an unreadable file and, unless skip_bad_rows, for invalid rows, listing the first ten with their
-    numbers, counted from 1.
+    Raises UserError for an unreadable file and, unless skip_bad_rows, for invalid rows, listing the first ten kinds with
+    their numbers, counted from 1.
     """
     report = DataReport(skip_bad_rows=True)
     found = Import()
@@ -70,7 +70,7 @@ def import_into(store: Store, path: Path, skip_bad_rows: bool = False) -> Import
             report.bad_row(UserError(f"datasets: {path}, row {number}: {fault}."))
     found.num_bad_rows = report.num_bad_rows
     if report.num_bad_rows and not skip_bad_rows:
-        rows = "\n".join(f"  {line.removeprefix('datasets: ')}" for line in report.bad_rows)
+        rows = "\n".join(f"  {line.removeprefix('datasets: ')}" for line in report.bad_row_lines())
         raise UserError(
             f"import: {report.num_bad_rows} rows of {path} are invalid, and nothing was imported. Fix them, or skip them with "
             f"--skip-bad-rows. The first of them:\n{rows}"

@@ -147,7 +147,7 @@ def describe_data(names: Sequence[str], reports: Sequence[DataReport], facts: Fa
         rows = f"{report.rows_read:,} rows read, " if report.rows_read else ""
         lines.append(f"  {name}: {rows}{report.num_prompts:,} prompts kept")
         lines += [f"    {count:,} {what}" for count, what in report.counts()]
-        lines += [f"    {message}" for message in (*report.remarks(), *report.bad_rows)]
+        lines += [f"    {message}" for message in (*report.remarks(), *report.bad_row_lines())]
     what = "pairs" if paired else "examples"
     lines.append(
         f"  {facts.prompts:,} prompts, {facts.responses:,} responses, {facts.examples:,} {what}, {facts.tokens:,} tokens"

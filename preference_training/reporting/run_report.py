@@ -167,7 +167,7 @@ def data_table(run: RunRecord) -> list[dict]:
                 values = DataReport(**{key: value for key, value in report.items() if key != "name"})
                 counts = [f"{count:,} {what}" for count, what in values.counts()]
                 row = {"split": split, "name": report["name"], "rows": values.rows_read, "prompts": values.num_prompts}
-                found.append(row | {"counts": counts + values.remarks(), "bad_rows": values.bad_rows})
+                found.append(row | {"counts": counts + values.remarks(), "bad_rows": values.bad_row_lines()})
             except UNREADABLE:
                 continue
     return found

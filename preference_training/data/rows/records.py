@@ -175,11 +175,12 @@ class DataReport:
     def lines(self) -> list[str]:
         """The report as text: a line of counts, if there are any, remarks, and the first bad rows."""
         counts = [f"{count} {what}" for count, what in self.counts()]
-        bad = []
-        for message in self.bad_rows:
-            more = self.alike.get(message, 0)
-            bad.append(f"  {message}" + f" ({more} more rows like it)" * bool(more))
-        return ["; ".join(counts)] * bool(counts) + self.remarks() + bad
+        return ["; ".join(counts)] * bool(counts) + self.remarks() + [f"  {line}" for line in self.bad_row_lines()]
+
+    def bad_row_lines(self) -> list[str]:
+        """The first bad rows, each with the number of further ones like it."""
+        alike = ((message, self.alike.get(message, 0)) for message in self.bad_rows)
+        return [message + f" ({more} more rows like it)" * bool(more) for message, more in alike]
 
 
 def _kind_of(message: str) -> str:

@@ -4,7 +4,8 @@ import json
 import runpy
 
 from preference_training.data.entries import load_records, read_entry
-from preference_training.data.tokenization import TokenSettings, tokenize_records
+from preference_training.data.rendering.settings import TokenSettings
+from preference_training.data.tokenization import tokenize_records
 from preference_training.modeling.tokenizer import byte_level_tokenizer
 from tests.support import shown
 from tests.support.files import ROOT

@@ -130,7 +130,7 @@ def command_line() -> None:
     try:
         run_to_end(main)
     except (HydraException, OmegaConfBaseException) as error:
-        sys.exit(_refuse(explain_composition_error(error)))
+        sys.exit(_refuse(explain_composition_error(error, sys.argv[1:])))
     except OSError as error:
         # Hydra makes the run directory before `main` begins.
         if any(frame.name == "main" and frame.filename == __file__ for frame in extract_tb(error.__traceback__)):

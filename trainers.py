@@ -69,6 +69,7 @@ class Trainer:
                 started = time.perf_counter()
             if self.finished:
                 break
+        self.monitor.report_sharing()
         self.evaluator.evaluate()
         self.save(finished=True)
 

@@ -46,20 +46,27 @@ class Key:
 def read_keys(file: Path, prefix: str = "") -> list[Key]:
     """The keys of a YAML file, in its order; those of sections by dotted names. What a list holds belongs to its key."""
     found: list[Key] = []
+    # The indent of the list that is being read; deeper lines continue its last item.
+    list_indent: int | None = None
     comment: list[str] = []
     above: list[tuple[int, str]] = []
     for line in file.read_text().splitlines():
         indent, text = len(line) - len(line.lstrip()), line.strip()
+        is_item = text.startswith("- ") and bool(found)
+        if text and list_indent is not None and not is_item:
+            list_indent = list_indent if indent > list_indent else None
         if text.startswith("#"):
             comment.append(text.removeprefix("#").removeprefix(" "))
+        elif text and list_indent is not None and not is_item:
+            found[-1] = Key(found[-1].name, f"{found[-1].default}, {text}", found[-1].comment)
         elif match := re.match(r"([\w-]+):\s*(.*)$", text):
             above = [each for each in above if each[0] < indent]
             found.append(Key(prefix + "".join(f"{name}." for _, name in above) + match[1], match[2], tuple(comment)))
             above.append((indent, match[1]))
             comment = []
-        elif text.startswith("- ") and found:
-            found[-1] = Key(found[-1].name, f"{found[-1].default} {text}".strip(), found[-1].comment)
-            comment = []
+        elif is_item:
+            found[-1] = Key(found[-1].name, f"{found[-1].default}\n{text.removeprefix('- ')}", found[-1].comment)
+            comment, list_indent = [], indent
         else:
             # An empty line: what stood above is of the file.
             comment = []
@@ -85,6 +92,10 @@ def escaped(text: str) -> str:
 
 def code(text: str) -> str:
     """A value as code in a cell of a table."""
+    if "\n" in text:
+        # The items of a list, as they are written on the command line.
+        items = [f"{{{item}}}" if ": " in item else item for item in text.strip().split("\n")]
+        text = f"[{', '.join(items)}]"
     return f"`{text}`".replace("|", "\\|") if text else ""
 
 

@@ -8,7 +8,15 @@ import numpy
 import torch
 from torch import Tensor
 
-from preference_training.batching.packing import UNLIMITED, Example, PackedBatch, TokenBudget, build_packs, iterate_examples
+from preference_training.batching.packing import (
+    UNLIMITED,
+    Example,
+    PackedBatch,
+    TokenBudget,
+    build_packs,
+    iterate_examples,
+    num_scored,
+)
 from preference_training.core.process_group import SINGLE_PROCESS, Ranks
 from preference_training.data.prompt_table import PromptTable, Selection, shuffled
 
@@ -17,17 +25,27 @@ from preference_training.data.prompt_table import PromptTable, Selection, shuffl
 class MicroBatch:
     """One of a step's `gradient_accumulation_steps` parts.
 
-    packs: this rank's, each within the budget. examples: those of all ranks, which num_examples counts.
+    packs: this rank's, each within the budget. examples: those of all ranks, which num_examples counts. most_members: of any of
+    them. first_tokens: the scored tokens of their first members, in total.
     """
 
     packs: list[PackedBatch]
     num_examples: int
+    most_members: int
+    first_tokens: int
     examples: Sequence[Example] = ()
 
     @classmethod
-    def of(cls, examples: Sequence[Example], budget: TokenBudget, ranks: Ranks) -> "MicroBatch":
+    def of(cls, examples: Sequence[Example], budget: TokenBudget = UNLIMITED, ranks: Ranks = SINGLE_PROCESS) -> "MicroBatch":
         """Pack examples within a budget."""
-        return cls([_pinned(pack) for pack in build_packs(examples, budget, ranks)], len(examples), examples)
+        members = [(prompt, prompt.members(number)) for prompt, number in examples]
+        return cls(
+            packs=[_pinned(pack) for pack in build_packs(examples, budget, ranks)],
+            num_examples=len(examples),
+            most_members=max(len(responses) for _, responses in members),
+            first_tokens=sum(num_scored(prompt, responses[0]) for prompt, responses in members),
+            examples=examples,
+        )
 
 
 def _pinned(batch: PackedBatch) -> PackedBatch:

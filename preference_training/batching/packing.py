@@ -115,6 +115,11 @@ def iterate_examples(prompts: Iterable[TokenizedPrompt]) -> Iterator[Example]:
             yield prompt, number
 
 
+def num_scored(prompt: TokenizedPrompt, index: int) -> int:
+    """The number of a response's scored tokens."""
+    return len(prompt.responses[index]) if prompt.spans is None else sum(end - start for start, end in prompt.spans[index])
+
+
 class _Responses:
     """The responses of some examples, numbered prompt by prompt, each once; and their sequences."""
 
@@ -241,9 +246,9 @@ class _OpenPack:
         self._counted: set[tuple[int, int]] = set()
 
     def add(self, place: int, example: Example) -> int:
-        """Add the example at a place; returns how many tokens its first new member shares with the members before.
+        """Add the example at a place; returns how many tokens it shares with the examples before, where its prompt is new.
 
-        Of a new prompt that is its first member, which shares with other examples only; those behind it share their prompt.
+        That is what its first member shares: the others begin with the same prompt.
         """
         prompt, number = example
         self.places.append(place)

@@ -1,6 +1,7 @@
 """The YAML files of config/: which keys exist, and how to explain an override that does not compose."""
 
 import re
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,7 @@ def compose_overrides(*overrides: str) -> tuple[DictConfig, dict[str, str]]:
         with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
             config = compose("config", overrides=force_open_sections(list(overrides)), return_hydra_config=True)
     except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(explain_composition_error(error)) from error
+        raise UserError(explain_composition_error(error, overrides)) from error
     choices = dict(config.hydra.runtime.choices)
     OmegaConf.set_struct(config, False)
     config.pop("hydra")
@@ -121,11 +122,13 @@ def newer_defaults(values: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in dotted(default_values(loss=name)).items() if key in keys_with(NEWER)}
 
 
-def explain_composition_error(error: Exception) -> str:
-    """One message for what Hydra or OmegaConf found wrong with an override, with the nearest name that exists."""
+def explain_composition_error(error: Exception, overrides: Sequence[str] = ()) -> str:
+    """One message for what Hydra or OmegaConf found wrong with one of the overrides, with the nearest name that exists."""
     text = str(error)
     if match := re.search(r"Could not override '([^']+)'", text):
-        return unknown_key(match[1])
+        group = match[1].split(".")[0]
+        given = [text.removeprefix(f"{group}=") for text in overrides if text.startswith(f"{group}=")]
+        return unknown_key(match[1], given[-1] if given else _default_choice(group))
     if match := re.search(r"Could not find '(\w+)/([^']+)'", text):
         group, choice = match.groups()
         return f"{group}={choice}: there is no such {group}; {nearest(choice, group_choices(group))}"
@@ -138,17 +141,28 @@ def explain_composition_error(error: Exception) -> str:
     return "\n".join(part for part in (text, str(error.__cause__ or "")) if part)
 
 
-def unknown_key(key: str) -> str:
-    """Explain a key that does not exist, or not here."""
+def unknown_key(key: str, choice: str = "") -> str:
+    """Explain a key that does not exist, or not here. choice: what was chosen of its group, of a sweep several."""
     if key in known_keys():
         group, name = key.split(".", 1)
         owners, others = [], []
-        for choice in group_choices(group):
-            (owners if name in choice_keys(group, choice) else others).append(choice)
+        for known in group_choices(group):
+            (owners if name in choice_keys(group, known) else others).append(known)
         if len(owners) > 2 * len(others):
-            return f"{key}: this {group} has no such key; all have it but {group}={', '.join(others)}."
+            lacking = next((one for one in choice.split(",") if one in others), None)
+            its = sorted(choice_keys(group, lacking) - {"name"}) if lacking else []
+            keys = f"{'its keys are' if len(its) > 1 else 'its key is'} {', '.join(its)}; " if its else ""
+            this = f"{group}={lacking}" if lacking else f"this {group}"
+            return f"{key}: {this} has no such key; {keys}all have it but {group}={', '.join(others)}."
         return f"{key}: this {group} has no such key. It belongs to {group}={', '.join(owners)}."
     return f"{key}: no such key; {nearest(key, known_keys())}"
+
+
+@cache
+def _default_choice(group: str) -> str:
+    """What config.yaml chooses of a group; "" where there is no such group."""
+    defaults = OmegaConf.load(CONFIG_DIR / "config.yaml").defaults
+    return next((str(each[group]) for each in defaults if not isinstance(each, str) and group in each), "")
 
 
 @cache

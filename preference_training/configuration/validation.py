@@ -113,7 +113,7 @@ def _check_keys_of_group(group: str, values: object, choice: str) -> None:
         return
     known = choice_keys(group, choice)
     for name in sorted(values.keys() ^ known):
-        raise UserError(unknown_key(f"{group}.{name}") if name in values else _removed(f"{group}.{name}"))
+        raise UserError(unknown_key(f"{group}.{name}", choice) if name in values else _removed(f"{group}.{name}"))
 
 
 def _removed(name: str) -> str:

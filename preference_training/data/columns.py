@@ -173,13 +173,13 @@ class Columns(NamedTuple):
 
     @property
     def prompt_hashes(self) -> numpy.ndarray:
-        """A hash of each prompt's token ids, or, behind one token at most, of the text that follows: [N] uint64."""
+        """A hash of each prompt's token ids; of one token at most, with those of the text that follows: [N] uint64."""
         hashes = self.prompts.hashes
         # Texts without a prompt share a beginning-of-sequence token at most.
         for k in numpy.flatnonzero(self.prompts.lengths <= 1):
             start, end = self.responses.lists.offsets[self.responses.first[k] :][:2]
             text = numpy.ascontiguousarray(self.responses.lists.values[start:end], numpy.int32)
-            hashes[k] = xxhash.xxh3_64_intdigest(text.tobytes())
+            hashes[k] = xxhash.xxh3_64_intdigest(text.tobytes(), seed=int(hashes[k]))
         return hashes
 
     @property

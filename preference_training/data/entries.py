@@ -354,7 +354,8 @@ def _lacks(of: FieldMap, has_token_ids: bool, loss: Loss) -> str | None:
             f"with a score (score: {column}; true is above false). Otherwise use {losses}."
         )
     if loss.needs_margins and not (scored or of.margin):
-        found = "token ids" if has_token_ids else f"{of.chosen} and {of.rejected} alone"
+        columns = getattr(of, "columns", ()) or (of.chosen, of.rejected)
+        found = "token ids" if has_token_ids else f"the columns {', '.join(columns)}, none of them known to hold margins"
         return (
             f"reads the margin of each pair, and the rows have {found}. Expected a column of margins, margin: COLUMN, or "
             "responses with scores."

@@ -234,7 +234,9 @@ VERSION_1_CODE = "79aded02dfe2b0ae476ddc72933eb4da"
 
 
 # Those of losses that do not read margins, or need them, are named as before there were any that read what is there.
-_MARGINS_KEY: dict[MarginUse, dict] = {"unread": {}, "optional": {"margins": "optional"}, "required": {"margins": True}}
+_MARGINS_KEY: dict[MarginUse, dict] = {
+    "unread": {}, "optional": {"margins": "optional"}, "required": {"margins": True}, "positive": {"margins": "positive"},
+}  # fmt: skip
 
 
 def _settings_key(settings: TokenSettings) -> list:

@@ -145,6 +145,11 @@ class PromptTable(Sequence[TokenizedPrompt]):
         return self._column(lambda columns: columns.num_examples)
 
     @property
+    def labels(self) -> numpy.ndarray:
+        """The label of each example that has one: 1 or 0."""
+        return self._column(lambda columns: columns.labels.values)
+
+    @property
     def num_tokens(self) -> numpy.ndarray:
         """How many tokens each prompt has with all its responses: [N] int32."""
         return self._column(lambda columns: columns.num_tokens)

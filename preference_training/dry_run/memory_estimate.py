@@ -8,13 +8,14 @@ import weakref
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.distributed.tensor import DTensor
+from torch.nn.functional import logsigmoid
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -23,8 +24,7 @@ from preference_training.batching.packing import PackedBatch
 from preference_training.core.process_group import reshard, to_local
 from preference_training.distributed.placement import Placement, Sharded
 from preference_training.distributed.sharding import Sharing, empty_model
-from preference_training.losses.base import Examples, Loss
-from preference_training.losses.objectives import DPOLoss, PairSelection
+from preference_training.losses.base import Examples, Loss, LossOutput, SharedStatistics
 from preference_training.modeling.adapters import has_adapter
 from preference_training.modeling.kernels import enable_activation_checkpointing
 from preference_training.modeling.loading import build_untrained
@@ -206,27 +206,33 @@ def _model(placement: Placement, dtype: str) -> nn.Module:
     return model
 
 
-class _DPOWithBatchStatistics(DPOLoss):
-    """Sees all pairs of a micro-batch before any is trained on, as beta-DPO does."""
+class _StandIn(Loss):
+    """Reads what another loss reads, which takes statistics of a micro-batch, and looks at no number."""
 
-    needs_batch_statistics = True
+    def __init__(self, loss: Loss):
+        for name in ("examples", "model_head", "needs_reference", "needs_batch_statistics", "reads_tokens", "reads_collision"):
+            setattr(self, name, getattr(loss, name))
 
-    def batch_statistics(self, policy: Tensor, reference: Tensor | None, examples: Examples) -> PairSelection:
-        """Every pair."""
-        return PairSelection(policy.new_ones(len(policy)), torch.ones(()), {})
+    def batch_statistics(self, policy: Tensor, reference: Tensor | None, examples: Examples) -> SharedStatistics:
+        """Nothing, of all examples."""
+        return SharedStatistics()
+
+    def __call__(
+        self, policy: Tensor, reference: Tensor | None, examples: Examples, batch_statistics: object = None
+    ) -> LossOutput:
+        values = policy if reference is None else policy - reference
+        losses, known = -logsigmoid(values[examples.first] - values[examples.last]), values.detach()
+        return LossOutput(losses, known[examples.first], known[examples.last])
 
 
 def _without_numbers(loss: Loss) -> Loss:
     """A loss that computes as much without looking at numbers, as those do that take statistics of a micro-batch."""
-    return _DPOWithBatchStatistics(0.1) if loss.needs_batch_statistics else loss
+    return _StandIn(loss) if loss.needs_batch_statistics else loss
 
 
 def faked(batch: Sequence[MicroBatch]) -> list[MicroBatch]:
     """A step's micro-batches with cloned tensors, which are fake inside `fake_tensors`."""
-    return [
-        MicroBatch([pack.with_tensors(lambda tensor: tensor.clone()) for pack in part.packs], part.num_examples)
-        for part in batch
-    ]
+    return [replace(part, packs=[pack.with_tensors(lambda tensor: tensor.clone()) for pack in part.packs]) for part in batch]
 
 
 def take_unchecked(step: TrainingStep, batch: Sequence[MicroBatch]) -> None:
@@ -253,7 +259,7 @@ def peak_memory(step: TrainingStep, counter: StorageCounter, packs: Sequence[Pac
     updater.optimizer.register_step_pre_hook(name_gradients)
     if updater.has_masters:
         updater.optimizer.inner.register_step_pre_hook(name_copied_gradients)
-    batch = faked([MicroBatch([pack], pack.num_examples) for pack in packs])
+    batch = faked([MicroBatch([pack], pack.num_examples, pack.members.shape[1], first_tokens=1) for pack in packs])
     take_unchecked(step, batch)
     for state in updater.optimizer.state.values():
         for value in state.values():

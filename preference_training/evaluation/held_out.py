@@ -6,6 +6,7 @@ Shapes: R responses and E examples over the whole held-out set.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from math import isnan
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +39,8 @@ class HeldOut:
         means = {
             name: (values.mean() if name == EVAL_LOSS else values.nanmean()).item() for name, values in self.examples.items()
         }
+        # No metric rather than NaN where no example has it: KTO's rewards of a label that the data lacks.
+        means = {name: value for name, value in means.items() if name == EVAL_LOSS or not isnan(value)}
         return with_margins(means, EVAL) | {name: float(value) for name, value in self.statistics.items()}
 
 
@@ -70,7 +73,7 @@ def evaluate_held_out(
     scores = score_responses(policy, reference, batches, ranks, on_batch, loss)
     examples = scores.examples
     output = loss(scores.policy, scores.reference, examples).weighted(examples.weights)
-    return HeldOut(example_metrics(output, scores.policy, examples, EVAL), output.statistics, scores.sources)
+    return HeldOut(example_metrics(loss, output, scores.policy, examples, EVAL), output.statistics, scores.sources)
 
 
 @torch.no_grad()
@@ -80,7 +83,7 @@ def score_responses(
     batches: Sequence[PackedBatch],
     ranks: Ranks = SINGLE_PROCESS,
     on_batch: Callable[[PackedBatch, Tensor, Tensor], None] | None = None,
-    loss: type[Loss] | Loss = Loss,
+    loss: Loss | None = None,
 ) -> Scores:
     """The log-probs of every response; the parameters are those of `evaluate_held_out`. loss: says what else is read."""
     if not batches:

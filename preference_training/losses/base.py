@@ -1,6 +1,7 @@
 """The interface of all losses: tensors and floats in, a `LossOutput` out; independent of configuration, ranks and model.
 
-Shapes: R responses, E examples of M members each, C scored tokens. Every log-prob is the natural logarithm of a response's
+Shapes: R responses, E examples of M members each, C contributions: a scored token counts for each of the responses that share
+it. Every log-prob is the natural logarithm of a response's
 probability given its prompt, summed over the response's scored tokens; unit: nats. A loss is called as
 
     loss(policy, reference, examples, batch_statistics) -> LossOutput
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from preference_training.core.metric_names import CHOSEN, REJECTED, logps, loss, reward
 
@@ -32,8 +33,9 @@ ModelHead = Literal["lm", "value"]
 # What the examples of a loss are: single responses (SFT); a preferred and a dispreferred response; responses, the best first;
 # a response that is labeled desirable or undesirable, with a mismatched one, of another prompt.
 ExampleKind = Literal["targets", "pairs", "rankings", "labels"]
-# What a loss makes of the margins of pairs: nothing, or it reads those that the data has, or every pair must have one.
-MarginUse = Literal["unread", "optional", "required"]
+# What a loss makes of the margins of pairs: nothing, or it reads those that the data has, or every pair must have one, or one
+# above 0.
+MarginUse = Literal["unread", "optional", "required", "positive"]
 
 # The numbers that data may give of an example; and what those examples have that lack one which others have.
 MISSING_NUMBERS = {"weights": 1.0, "margins": 0.0, "labels": 1.0}
@@ -43,8 +45,8 @@ MISSING_NUMBERS = {"weights": 1.0, "margins": 0.0, "labels": 1.0}
 class TokenLogps:
     """A model's log-probs of single tokens: all scored tokens of a pack, ordered by response.
 
-    values: [C]. responses: [C] int64, the response of each token. collision: [C], log of the sum of all squared probabilities
-    of the vocabulary; None unless asked for.
+    values: [C]. responses: [C] int64, the response that each counts for. collision: [C], log of the sum of all squared
+    probabilities of the vocabulary; None unless asked for.
     """
 
     values: Tensor
@@ -95,7 +97,7 @@ class Examples:
         """[E], each example's dispreferred response, or the worst."""
         return self.members.gather(1, (self.members >= 0).sum(1, keepdim=True) - 1)[:, 0]
 
-    def scored_tokens(self, average: str) -> Tensor | float:
+    def token_divisor(self, average: str) -> Tensor | float:
         """What the log-prob of each example's first member is divided by: its own tokens, or with "tokens" the mean of all.
 
         By the mean length the mean over all examples of a batch is the mean over all their tokens.
@@ -118,8 +120,8 @@ class LossOutput:
 
     losses: [E], with gradient; their mean is the loss. chosen_rewards, rejected_rewards: [E] without gradient, NaN where an
     example has no such response, or None where examples are single responses. statistics: numbers to log under their own
-    names. accuracies: [E], of a loss for which they are not whether the chosen reward is above the rejected one. has_logps:
-    whether the policy gives log-probs, rather than values.
+    names; of a step those of its last micro-batch. accuracies: [E], of a loss for which they are not whether the chosen reward
+    is above the rejected one.
     """
 
     losses: Tensor
@@ -127,7 +129,6 @@ class LossOutput:
     rejected_rewards: Tensor | None = None
     statistics: dict[str, float | Tensor] = field(default_factory=dict)
     accuracies: Tensor | None = None
-    has_logps: bool = True
 
     def weighted(self, weights: Tensor | None) -> LossOutput:
         """Each loss times the weight of its example, [E]; unchanged without weights."""
@@ -140,6 +141,14 @@ class BatchStatistics(ABC):
     @abstractmethod
     def at(self, places: Tensor) -> BatchStatistics:
         """The part for the micro-batch's examples at the indices `places` [E]."""
+
+
+class SharedStatistics(BatchStatistics):
+    """Statistics that are the same for every example."""
+
+    def at(self, places: Tensor) -> Self:
+        """The same: they do not depend on the example."""
+        return self
 
 
 @dataclass(frozen=True)
@@ -163,6 +172,8 @@ class Loss(ABC):
     needs_batch_statistics: bool = False
     # Whether each of its examples needs a margin from the data.
     needs_margins: bool = False
+    # Whether these must be above 0.
+    needs_positive_margins: bool = False
     # Whether it reads margins where the data has them.
     reads_margins: bool = False
     # Whether it reads `policy_tokens` and `reference_tokens`; and whether it reads `policy_tokens` with `collision`.
@@ -185,6 +196,8 @@ class Loss(ABC):
     @property
     def margin_use(self) -> MarginUse:
         """What it makes of the margins of pairs."""
+        if self.needs_positive_margins:
+            return "positive"
         return "required" if self.needs_margins else "optional" if self.reads_margins else "unread"
 
     @property
@@ -214,8 +227,8 @@ class Loss(ABC):
         assert not state, f"{type(self).__name__} has no state"
 
 
-def example_metrics(output: LossOutput, policy: Tensor, examples: Examples, split: str) -> dict[str, Tensor]:
-    """The metrics of each example for a split ("train" or "eval"): name → [E], without gradient; NaN where it has none.
+def example_metrics(objective: Loss, output: LossOutput, policy: Tensor, examples: Examples, split: str) -> dict[str, Tensor]:
+    """What is logged of each example of a loss, on a split "train" or "eval": name → [E], without gradient; NaN for none.
 
     Equal rewards count as half accurate. Of a ranking the best response counts as chosen and the worst as rejected.
     """
@@ -223,26 +236,20 @@ def example_metrics(output: LossOutput, policy: Tensor, examples: Examples, spli
     chosen, rejected = output.chosen_rewards, output.rejected_rewards
     if chosen is None or rejected is None:
         return {logps(split, CHOSEN): policy[examples.first], loss(split): losses}
+    rewards = {reward(split, CHOSEN): chosen, reward(split, REJECTED): rejected}
     if output.accuracies is not None:
         own = policy[examples.first]
-        return {
-            reward(split, CHOSEN): chosen,
-            reward(split, REJECTED): rejected,
-            reward(split, "accuracies"): output.accuracies,
+        rewards |= {reward(split, "accuracies"): output.accuracies}
+        known = {
             logps(split, REJECTED): own.where(~rejected.isnan(), float("nan")),
             logps(split, CHOSEN): own.where(~chosen.isnan(), float("nan")),
-            loss(split): losses,
         }
-    margins = chosen - rejected
-    known = {logps(split, REJECTED): policy[examples.last], logps(split, CHOSEN): policy[examples.first]}
-    return {
-        reward(split, CHOSEN): chosen,
-        reward(split, REJECTED): rejected,
-        reward(split, "accuracies"): (margins > 0).float() + 0.5 * (margins == 0).float(),
-        reward(split, "margins"): margins,
-        **(known if output.has_logps else {}),
-        loss(split): losses,
-    }
+    else:
+        margins = chosen - rejected
+        accuracies = (margins > 0).float() + 0.5 * (margins == 0).float()
+        rewards |= {reward(split, "accuracies"): accuracies, reward(split, "margins"): margins}
+        known = {logps(split, REJECTED): policy[examples.last], logps(split, CHOSEN): policy[examples.first]}
+    return rewards | (known if objective.model_head == "lm" else {}) | {loss(split): losses}
 
 
 def with_margins(means: Mapping[str, float], split: str) -> dict[str, float]:

@@ -7,7 +7,15 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from preference_training.core.metric_names import BETA_USED, GAP_MEAN, GAP_STD, KEPT_FRACTION, LOSS_AT_BETA_USED
-from preference_training.losses.base import BatchStatistics, Examples, Loss, LossOutput, ReferenceUpdate, Reward
+from preference_training.losses.base import (
+    BatchStatistics,
+    Examples,
+    Loss,
+    LossOutput,
+    ReferenceUpdate,
+    Reward,
+    SharedStatistics,
+)
 from preference_training.losses.beta_dpo import (
     GapStatistics,
     adapted_beta,
@@ -262,7 +270,7 @@ class RPOLoss(LogRatioLoss):
 
     def losses(self, policy: Tensor, reference: Tensor, examples: Examples) -> Tensor:
         """The RPO loss of each pair."""
-        chosen_per_token = policy[examples.first] / examples.scored_tokens(self.average)
+        chosen_per_token = policy[examples.first] / examples.token_divisor(self.average)
         return rpo_loss(gap(policy, examples.pairs), gap(reference, examples.pairs), chosen_per_token, self.beta, self.alpha)
 
 
@@ -300,14 +308,10 @@ class LengthNormalizedDPOLoss(LogRatioLoss):
 
 
 @dataclass(frozen=True)
-class RewardShift(BatchStatistics):
+class RewardShift(SharedStatistics):
     """The threshold for the rewards of all pairs of a micro-batch. Unit: nats."""
 
     value: float
-
-    def at(self, places: Tensor) -> RewardShift:
-        """The same shift: it does not depend on the pair."""
-        return self
 
 
 @register_loss("bco", "binary classifier optimization (BCO)", "2404.04656")
@@ -404,7 +408,7 @@ class ORPOLoss(PerTokenLoss):
 
     def losses(self, chosen: Tensor, rejected: Tensor, policy: Tensor, examples: Examples) -> Tensor:
         """The ORPO loss of each pair."""
-        return orpo_loss(chosen, rejected, self.beta, policy[examples.first] / examples.scored_tokens(self.average))
+        return orpo_loss(chosen, rejected, self.beta, policy[examples.first] / examples.token_divisor(self.average))
 
 
 @register_loss("tr_dpo", "DPO with a reference that follows the policy (TR-DPO)", "2404.09656")

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import copy
 import inspect
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from preference_training.core.errors import UserError, nearest
 from preference_training.core.files import run_file
-from preference_training.losses.base import ExampleKind, Examples, Loss, LossOutput
+from preference_training.losses.base import BatchStatistics, ExampleKind, Examples, Loss, LossOutput
 from preference_training.losses.registry import register_loss
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def own_loss(function: str, options: dict[str, Any], seed: int = 0) -> Loss:
@@ -82,25 +86,54 @@ def _find_problem(loss: object) -> str | None:
     reference = torch.tensor([-3.5, -4.0, -4.5]) if loss.needs_reference else None
     members = torch.tensor(TRIALS[loss.examples])
     labels = torch.tensor([True, False]) if loss.examples == "labels" else None
+    margins = torch.ones(len(members)) if loss.needs_margins else None
+    examples = Examples(members, torch.tensor([2, 3, 4]), 3.0, margins=margins, labels=labels)
     # A copy: its state must come only from the data.
-    output = copy.deepcopy(loss)(policy, reference, Examples(members, torch.tensor([2, 3, 4]), 3.0, labels=labels))
+    tried = copy.deepcopy(loss)
+    if problem := _find_problem_of(tried(policy, reference, examples), loss, len(members)):
+        return problem
+    if loss.needs_batch_statistics:
+        statistics = tried.batch_statistics(*_of_micro_batch(policy, reference, examples))
+        if not isinstance(statistics, BatchStatistics):
+            return f"gives {type(statistics).__name__} when batch_statistics is called, not BatchStatistics"
+        output = tried(policy, reference, examples, statistics.at(torch.arange(len(members))))
+        if problem := _find_problem_of(output, loss, len(members)):
+            return f"{problem}, when it is called with batch_statistics"
+    state = loss.state_dict()
+    if state and not (state.keys() == {"own"} and isinstance(state["own"], dict)):
+        return (
+            f"gives the state_dict {state!r}, which no checkpoint takes; expected {{}}, or {{'own': {{...}}}} of plain values"
+        )
+    return None
+
+
+def _of_micro_batch(policy: Tensor, reference: Tensor | None, examples: Examples) -> tuple[Tensor, Tensor | None, Examples]:
+    """What `batch_statistics` gets of a micro-batch: log-probs [E, M], and the examples that refer to them."""
+    import torch
+
+    members = examples.members
+    exist = members >= 0
+    own, known = (None if each is None else each.detach()[members].where(exist, 0) for each in (policy, reference))
+    assert own is not None
+    numbers = torch.arange(members.numel()).view_as(members).where(exist, -1)
+    lengths = examples.lengths[members].where(exist, 0).flatten()
+    return own, known, replace(examples, members=numbers, lengths=lengths)
+
+
+def _find_problem_of(output: object, loss: Loss, number: int) -> str | None:
+    """Why the trainer cannot use what a loss gives for a number of examples; None if it can."""
     if not isinstance(output, LossOutput):
         return f"gives {type(output).__name__} when it is called, not a LossOutput"
-    expected = (len(members),)
+    expected = (number,)
     if tuple(output.losses.shape) != expected or not output.losses.requires_grad:
         return (
-            f"gives losses of shape {list(output.losses.shape)} for {len(members)} {loss.examples}, expected one with gradient "
+            f"gives losses of shape {list(output.losses.shape)} for {number} {loss.examples}, expected one with gradient "
             "for each"
         )
     rewards = output.chosen_rewards, output.rejected_rewards
     for each in rewards if loss.examples != "targets" else ():
         if each is None or tuple(each.shape) != expected or each.requires_grad:
             return "gives no chosen_rewards and rejected_rewards with one value an example, without gradient"
-    state = loss.state_dict()
-    if state and not (state.keys() == {"own"} and isinstance(state["own"], dict)):
-        return (
-            f"gives the state_dict {state!r}, which no checkpoint takes; expected {{}}, or {{'own': {{...}}}} of plain values"
-        )
     return None
 
 

@@ -42,7 +42,7 @@ class FDivergenceDPOLoss(LogRatioLoss):
 
     def __post_init__(self) -> None:
         if self.f_divergence not in DIVERGENCES:
-            raise ValueError(f"found f_divergence {self.f_divergence!r}, expected {', '.join(DIVERGENCES)}")
+            raise ValueError(f"f_divergence: found {self.f_divergence!r}, expected {', '.join(DIVERGENCES)}")
 
     def losses(self, policy: Tensor, reference: Tensor, examples: Examples) -> Tensor:
         """The f-DPO loss of each pair."""
@@ -62,7 +62,9 @@ class ODPOLoss(LogRatioLoss):
 
     def __post_init__(self) -> None:
         if self.scale not in ("log", "linear"):
-            raise ValueError(f"found scale {self.scale!r}, expected log or linear")
+            raise ValueError(f"scale: found {self.scale!r}, expected log or linear")
+        # A logarithm needs a margin above 0.
+        self.needs_positive_margins = self.scale == "log"
 
     def losses(self, policy: Tensor, reference: Tensor, examples: Examples) -> Tensor:
         """The ODPO loss of each pair."""
@@ -81,7 +83,7 @@ class EXOLoss(LogRatioLoss):
 
     def __post_init__(self) -> None:
         if self.label_smoothing <= 0:
-            raise ValueError("found label_smoothing 0, expected above 0: the divergence from certain labels is infinite")
+            raise ValueError("label_smoothing: found 0, expected above 0: the divergence from certain labels is infinite")
 
     def losses(self, policy: Tensor, reference: Tensor, examples: Examples) -> Tensor:
         """The EXO loss of each pair."""
@@ -107,7 +109,7 @@ class DiscoPOPLoss(LogRatioLoss):
 
     def __post_init__(self) -> None:
         if self.temperature <= 0:
-            raise ValueError(f"found temperature {self.temperature}, expected above 0")
+            raise ValueError(f"temperature: found {self.temperature}, expected above 0")
 
     def losses(self, policy: Tensor, reference: Tensor, examples: Examples) -> Tensor:
         """The DiscoPOP loss of each pair."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from preference_training.losses.base import BatchStatistics, Examples, Loss, LossOutput, Reward
+from preference_training.losses.base import Examples, Loss, LossOutput, Reward, SharedStatistics
 from preference_training.losses.formulas import kto_loss, plackett_luce_loss
 from preference_training.losses.registry import register_loss
 
@@ -34,7 +34,7 @@ class PlackettLuceLoss(Loss):
 
 
 @dataclass(frozen=True)
-class KLEstimate(BatchStatistics):
+class KLEstimate(SharedStatistics):
     """z_0 of a micro-batch, a scalar: how far the policy is from the reference on mismatched responses. Unit: nats."""
 
     value: Tensor
@@ -43,10 +43,6 @@ class KLEstimate(BatchStatistics):
     def of(cls, ratios: Tensor) -> KLEstimate:
         """From the log-ratios [E] of the mismatched responses."""
         return cls(ratios.detach().mean().clamp(min=0))
-
-    def at(self, places: Tensor) -> KLEstimate:
-        """The same: it does not depend on the example."""
-        return self
 
 
 @register_loss("kto", "Kahneman-Tversky optimization (KTO)", "2402.01306")
@@ -68,8 +64,9 @@ class KTOLoss(Loss):
     reward: ClassVar[Reward] = "log-ratio"
 
     def __post_init__(self) -> None:
-        if self.desirable_weight < 0 or self.undesirable_weight < 0:
-            raise ValueError("found a negative desirable_weight or undesirable_weight, expected 0 or more")
+        for key in ("desirable_weight", "undesirable_weight"):
+            if getattr(self, key) < 0:
+                raise ValueError(f"{key}: found {getattr(self, key)}, expected 0 or more")
 
     def batch_statistics(self, policy: Tensor, reference: Tensor | None, examples: Examples) -> KLEstimate:
         """z_0, from the mismatched responses of a training micro-batch."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, TypeVar
@@ -83,10 +83,16 @@ def model_head(name: object) -> ModelHead:
     return "lm" if found is None else found.objective.model_head
 
 
-def evaluation_depends_on_run(name: object) -> bool:
+def parts_of(name: object, parts: object = None) -> list[Mapping[str, Any]]:
+    """The losses that a configuration's `loss.name` and `loss.parts` consist of, by their keys: of a mix its parts."""
+    found = parts if name == "mix" and isinstance(parts, Sequence) else [{"name": name}]
+    return [part for part in found if isinstance(part, Mapping)]
+
+
+def evaluation_depends_on_run(name: object, parts: object = None) -> bool:
     """Whether the held-out loss depends on the run's history, so that it cannot be compared between runs."""
-    found = find_loss(name)
-    return found is not None and found.objective.evaluation_depends_on is not None
+    found = [find_loss(part.get("name")) for part in parts_of(name, parts)]
+    return any(each is not None and each.objective.evaluation_depends_on is not None for each in found)
 
 
 @cache
@@ -113,6 +119,8 @@ def build_loss(name: str, seed: int = 0, **keys: Any) -> Loss:
     try:
         return found.make(**keys)
     except ValueError as error:
+        if str(error).partition(": ")[0] in parameters:
+            raise UserError(f"loss.{error}.") from error
         raise UserError(f"loss: {name} rejects its keys: {error}") from error
 
 

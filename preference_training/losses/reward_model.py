@@ -37,7 +37,7 @@ class RewardModelLoss(Loss):
 
     def __post_init__(self) -> None:
         if self.center_coefficient < 0:
-            raise ValueError(f"center_coefficient is {self.center_coefficient}, expected a number from 0")
+            raise ValueError(f"center_coefficient: found {self.center_coefficient}, expected 0 or more")
 
     def __call__(
         self, policy: Tensor, reference: Tensor | None, examples: Examples, batch_statistics: Any = None
@@ -45,4 +45,4 @@ class RewardModelLoss(Loss):
         chosen, rejected = sides(policy, examples.pairs)
         margins = 0.0 if examples.margins is None else examples.margins.to(policy)
         losses = reward_model_loss(chosen, rejected, margins, self.center_coefficient)
-        return LossOutput(losses, chosen.detach(), rejected.detach(), has_logps=False)
+        return LossOutput(losses, chosen.detach(), rejected.detach())

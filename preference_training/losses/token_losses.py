@@ -51,7 +51,7 @@ class LengthDesensitizedDPOLoss(Loss):
 
     def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 1:
-            raise ValueError(f"found alpha {self.alpha}, expected from 0 to 1")
+            raise ValueError(f"alpha: found {self.alpha}, expected from 0 to 1")
 
     def __call__(
         self, policy: Tensor, reference: Tensor | None, examples: Examples, batch_statistics: Any = None

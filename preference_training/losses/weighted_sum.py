@@ -28,7 +28,8 @@ class Part:
 def build_mix(parts: Any, seed: int = 0) -> MixedLoss:
     """The mix of `loss.parts`, each `{name: ..., weight: ..., KEY: ...}`; keys not given have their file's defaults."""
     if not isinstance(parts, list) or not parts:
-        raise UserError(f"loss.parts: found {parts!r}, expected a list, as in [{{name: dpo}}, {{name: sft, weight: 0.2}}].")
+        example = "[{name: dpo}, {name: sft, weight: 0.2}]"
+        raise UserError(f"loss.parts: found {parts!r}, expected a list that is not empty, as in {example}.")
     return MixedLoss([_build_part(part, f"loss.parts[{number}]", seed) for number, part in enumerate(parts)])
 
 
@@ -78,6 +79,7 @@ class MixedLoss(Loss):
         self.needs_reference = any(loss.needs_reference for loss in losses)
         self.needs_batch_statistics = any(loss.needs_batch_statistics for loss in losses)
         self.needs_margins = any(loss.needs_margins for loss in losses)
+        self.needs_positive_margins = any(loss.needs_positive_margins for loss in losses)
         self.reads_margins = any(loss.reads_margins for loss in losses)
         self.reads_tokens = any(loss.reads_tokens for loss in losses)
         self.reads_collision = any(loss.reads_collision for loss in losses)

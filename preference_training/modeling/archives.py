@@ -125,8 +125,12 @@ def model_from_archive(
     ]
     if misfits:
         listed = "".join(f"\n  {misfit}" for misfit in misfits[:10]) + ("\n  ..." if len(misfits) > 10 else "")
-        raise UserError(
-            f"model.archive: {path} does not fit {type(model).__name__} as configured; {len(misfits)} tensors differ:{listed}\n"
-            "Choose the model preset that the archive was trained with."
+        is_reward_model = head == "lm" and any(map(is_head_weight, state))
+        remedy = (
+            "The archive is a reward model, and this loss trains a language model: use loss=reward, or another archive."
+            if is_reward_model
+            else "Choose the model preset that the archive was trained with."
         )
+        count = f"{len(misfits)} tensors differ" if len(misfits) > 1 else "1 tensor differs"
+        raise UserError(f"model.archive: {path} does not fit {type(model).__name__} as configured; {count}:{listed}\n" + remedy)
     return model

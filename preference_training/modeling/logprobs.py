@@ -59,20 +59,20 @@ def scored_tokens(model: nn.Module, batch: PackedBatch, collision: bool = False)
     return _computed(model, batch, partial(_score_trie, collision=collision), partial(_score_rows, collision=collision))
 
 
-def policy_scores(model: nn.Module, batch: PackedBatch, loss: Loss) -> tuple[Tensor, TokenLogps | None]:
+def policy_scores(model: nn.Module, batch: PackedBatch, loss: Loss | None) -> tuple[Tensor, TokenLogps | None]:
     """`response_scores` of a policy, and those of its tokens for a loss that reads them."""
-    if not (loss.reads_tokens or loss.reads_collision):
+    if loss is None or not (loss.reads_tokens or loss.reads_collision):
         return response_scores(model, batch), None
     values = scored_tokens(model, batch, loss.reads_collision)
     tokens = TokenLogps(values[:, 0], batch.scored_responses, values[:, 1] if loss.reads_collision else None)
     return _sum_by_response(values, batch), tokens
 
 
-def reference_logps(reference, batch: PackedBatch, loss: Loss) -> tuple[Tensor | None, TokenLogps | None]:
+def reference_logps(reference, batch: PackedBatch, loss: Loss | None) -> tuple[Tensor | None, TokenLogps | None]:
     """What a loss reads of a reference: the log-probs [R] of the responses and of their tokens; None for what it does not."""
     if reference is None:
         return None, None
-    return reference.with_tokens(batch) if loss.reads_tokens else (reference(batch), None)
+    return reference.with_tokens(batch) if loss is not None and loss.reads_tokens else (reference(batch), None)
 
 
 def trie_scores(model: nn.Module, batch: PackedBatch) -> Tensor:

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy
 from markupsafe import Markup
 
+from preference_training.configuration.composition import default_values
 from preference_training.core import metric_names
 from preference_training.core.errors import UserError
 from preference_training.core.files import write_atomically
@@ -29,7 +30,7 @@ from preference_training.core.metric_names import (
 )
 from preference_training.core.secrets import without_secrets
 from preference_training.evaluation.phrasing import too_few, with_interval
-from preference_training.losses.registry import evaluation_depends_on_run, find_loss, training_keys
+from preference_training.losses.registry import evaluation_depends_on_run, example_kind, find_loss, parts_of, training_keys
 from preference_training.reporting.charts import Line, chart, format_number
 from preference_training.reporting.model_card import is_shown
 from preference_training.reporting.pages.rendering import render
@@ -67,13 +68,23 @@ def distance(run: RunRecord) -> tuple[str, float] | None:
         kl = None
     if isinstance(kl, int | float):
         return KL, kl
-    beta = run.settings.get("loss.beta")
+    name, beta = _rewarding(run)
     rewards = [run.last_evaluation.get(metric_names.reward("eval", side)) for side in ("chosen", "rejected")]
     is_known = all(isinstance(value, int | float) for value in (beta, *rewards)) and beta
-    loss = find_loss(run.settings.get("loss.name"))
+    loss = find_loss(name)
     if not is_known or loss is None or loss.objective.reward != "log-ratio":
         return None
     return FALL, -sum(rewards) / 2 / beta
+
+
+def _rewarding(run: RunRecord) -> tuple[object, object]:
+    """Name and beta of the loss whose rewards a run logs: of a mix its first part of pairs."""
+    name, parts = run.loss
+    if name != "mix":
+        return name, run.settings.get("loss.beta")
+    of_pairs = [part for part in parts_of(name, parts) if example_kind(part.get("name")) == "pairs"]
+    first = of_pairs[0] if of_pairs else {}
+    return first.get("name"), first.get("beta", default_values(loss=str(first.get("name")))["loss"].get("beta"))
 
 
 def find_runs(paths: Sequence[Path]) -> list[Path]:
@@ -183,7 +194,7 @@ def comparability_warnings(runs: Sequence[RunRecord]) -> list[str]:
         )
     if "loss.beta" in keys:
         found.append("Reward margins scale with beta: compare margin / beta.")
-    stateful = sorted(filter(evaluation_depends_on_run, {run.settings.get("loss.name") for run in runs}))
+    stateful = sorted({run.settings["loss.name"] for run in runs if evaluation_depends_on_run(*run.loss)})
     if stateful:
         found.append(f"Held-out losses of {', '.join(stateful)} depend on the data seen in training, and are not comparable.")
     old = [run.label for run in runs if metric_names.loss_is_at_beta_used(run.last_evaluation)]

@@ -70,7 +70,7 @@ def _accuracy_at_chance(run: RunRecord) -> Iterator[str]:
 
 
 def _overfitting(run: RunRecord) -> Iterator[str]:
-    if evaluation_depends_on_run(run.settings.get("loss.name")):
+    if evaluation_depends_on_run(*run.loss):
         return
     # An earlier version logged beta-DPO's loss at a beta that changes between evaluations.
     comparable = [row for row in run.evaluations if not metric_names.loss_is_at_beta_used(row)]

@@ -54,6 +54,11 @@ class RunRecord:
         """The configuration by dotted keys, such as loss.beta."""
         return dotted(self.config)
 
+    @property
+    def loss(self) -> tuple[object, object]:
+        """The loss's name, and the parts of a mix."""
+        return self.settings.get("loss.name"), self.settings.get("loss.parts")
+
     @cached_property
     def _split_rows(self) -> tuple[list[dict], list[dict]]:
         return split_rows(self.rows)

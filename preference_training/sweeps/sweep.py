@@ -4,6 +4,7 @@ Hydra makes the callback at every start, so nothing heavy is imported before it 
 """
 
 import os
+import re
 import signal
 import sys
 import time
@@ -12,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from hydra.experimental.callback import Callback
+from omegaconf import OmegaConf
 
 from preference_training.core.errors import UserError
 from preference_training.core.metric_names import EVAL_ACCURACY, EVAL_LOSS, smaller_is_better
@@ -29,7 +31,8 @@ class Sweep(Callback):
         sweep, sweeper = SweepDirectory(Path(config.hydra.sweep.dir).absolute()), config.hydra.sweeper
         _check_direction(sweeper.get("direction"), str(config.objective))
         searched = (*map(str, sweeper.get("params") or ()), *_swept(config.hydra.overrides.task))
-        for text in comparison_warnings(str(config.objective), str(config.loss.get("name")), searched):
+        parts = OmegaConf.to_container(config.loss).get("parts")
+        for text in comparison_warnings(str(config.objective), str(config.loss.get("name")), searched, parts):
             print(f"warning: {text}", flush=True)
         try:
             sweep.begin()
@@ -76,21 +79,24 @@ def _check_direction(direction, objective: str) -> None:
 def _swept(overrides: Iterable[str]) -> list[str]:
     """The keys over which a command line sweeps."""
     given = {text.partition("=")[0]: text.partition("=")[2] for text in overrides}
-    return [key for key, value in given.items() if "," in value or "(" in value]
+    # choice(VALUE) is how a key is given that only some choices of a swept group have.
+    once = re.compile(r"choice\([^,()]*\)")
+    return [key for key, value in given.items() if ("," in value or "(" in value) and not once.fullmatch(value)]
 
 
-def comparison_warnings(objective: str, loss: str, swept: Iterable[str]) -> list[str]:
-    """Why an objective does not compare between the jobs of a sweep over some keys."""
+def comparison_warnings(objective: str, loss: str, swept: Iterable[str], parts: object = None) -> list[str]:
+    """Why an objective does not compare between the jobs of a sweep over some keys. parts: of a mix."""
     if objective != EVAL_LOSS:
         return []
     found = []
     keys = sorted({key for key in swept if key.partition(".")[0] == "loss"} - training_keys())
     if keys:
+        change = "changes" if len(keys) == 1 else "change"
         found.append(
-            f"objective={EVAL_LOSS} does not compare jobs that differ in {', '.join(keys)}, whose losses are of other "
-            f"formulas: objective={EVAL_ACCURACY} does"
+            f"objective={EVAL_LOSS} cannot compare these jobs: {', '.join(keys)} {change} what the loss measures; "
+            f"objective={EVAL_ACCURACY} can"
         )
-    if evaluation_depends_on_run(loss):
+    if evaluation_depends_on_run(loss, parts):
         found.append(f"objective={EVAL_LOSS} of loss={loss} depends on what a run has seen, and does not compare jobs")
     return found
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from preference_training.core.metric_names import EXAMPLES, TRAIN_ACCURACY, TRAIN_CHOSEN_LOGPS, TRAIN_LOSS
+from preference_training.core.metric_names import EXAMPLES, TOKENS_SAVED, TRAIN_ACCURACY, TRAIN_CHOSEN_LOGPS, TRAIN_LOSS
 from preference_training.core.process_group import to_local
 
 # Steps that a mean is taken over, and after which it means something.
@@ -29,6 +29,7 @@ class TrainingMonitor:
         }
         self.chosen_at_start: float | None = None
         self.warned: list[str] = []
+        self.tokens_saved: list[float] = []
 
     def observe(self, metrics: dict[str, float]) -> None:
         """Observe the metrics of a step."""
@@ -40,8 +41,16 @@ class TrainingMonitor:
             )
         for name in self.newest.keys() & metrics.keys():
             self.newest[name].append(metrics[name])
+        if TOKENS_SAVED in metrics:
+            self.tokens_saved.append(metrics[TOKENS_SAVED])
         self._check_chosen(at)
         self._check_accuracy(at)
+
+    def report_sharing(self) -> None:
+        """Log what prefix sharing has saved, where it was on."""
+        if self.tokens_saved:
+            share = _mean(self.tokens_saved)
+            self.log_message(f"prefix sharing: {share:.0%} of the tokens of all rows did not have to be computed")
 
     def _check_chosen(self, at: str) -> None:
         chosen = self.newest[TRAIN_CHOSEN_LOGPS]
@@ -100,7 +109,7 @@ class TrainingMonitor:
         self.chosen_at_start, self.warned = state["chosen_at_start"], list(state["said"])
 
 
-def _mean(values: deque[float]) -> float:
+def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 

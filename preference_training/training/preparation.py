@@ -13,6 +13,7 @@ from preference_training.core.machine import allow_tf32, quiet_libraries, tune_m
 from preference_training.core.random_streams import seed_everything
 from preference_training.data.entries import Entry, check_examples, read_entries
 from preference_training.data.preparation import Prepared, count_identical_pairs, exclude_held_out, overlap, prepare
+from preference_training.data.prompt_table import PromptTable
 from preference_training.data.tokenization import VERSION, VERSIONS, TokenSettings
 from preference_training.evaluation.task_suites import check_harness
 from preference_training.losses.base import Loss
@@ -163,6 +164,8 @@ def prepare_data(
         report_split(data, entries, split, EXAMPLE_WORDS[loss.examples], needed=split == names[0])
         if data.version == 1 and (count := count_identical_pairs(data.table)):
             print(f"  pairs of equal token ids, which a new run would skip: {count}", flush=True)
+        for line in remarks_on(split, data.table, loss):
+            print(line, flush=True)
     if len(splits) == 2:
         train_split, held_out = splits
         splits[1] = held_out.numbered_from(train_split.table.num_responses)
@@ -171,21 +174,34 @@ def prepare_data(
     return tuple(splits)
 
 
+def remarks_on(split: str, table: PromptTable, loss: Loss) -> list[str]:
+    """What a split lacks, in lines of text."""
+    if split == "test" and not len(table):
+        return ["  nothing is held out, so nothing is evaluated: held_out_share=0.1 holds out a tenth of the prompts"]
+    labels = set(table.labels.tolist()) if split == "train" and loss.examples == "labels" else set()
+    if len(labels) == 1:
+        found, lacking = ("desirable", "undesirable") if labels.pop() else ("undesirable", "desirable")
+        return [f"warning: datasets: all responses to train on are labeled {found}, expected {lacking} ones too to learn from."]
+    return []
+
+
 def report_split(prepared, entries: list, split: str, what: str, needed: bool) -> None:
     """Print what one split holds, and what was skipped or changed of each data set.
 
     Raises UserError where a split that is needed has no example.
     """
     examples = int(prepared.table.num_examples.sum())
-    lines = [
-        f"  {entry.name}: {line}" for entry, report in zip(entries, prepared.reports, strict=True) for line in report.lines()
-    ]
+    found = [(entry.name, line) for entry, report in zip(entries, prepared.reports, strict=True) for line in report.lines()]
     if not examples and needed:
         names = ", ".join(entry.name for entry in entries)
-        found = "; ".join(line.strip() for line in lines) or "the data is empty"
+        # Of a single entry the name is said already.
+        reasons = [line.strip() if len(entries) == 1 else f"{name}: {line.strip()}" for name, line in found]
         kind = {"train": "training", "test": "held-out"}[split]
-        raise UserError(f"datasets: {names}: no {kind} example is left ({found}). Expected at least one.")
-    print(f"{split}: {len(prepared.table)} prompts, {examples} {what}", *lines, sep="\n", flush=True)
+        why = "; ".join(reasons) or "the data is empty"
+        raise UserError(f"datasets: {names}: expected at least one {kind} example, and none is left: {why}.")
+    prompts, what = "prompt" + "s" * (len(prepared.table) != 1), what.removesuffix("s") if examples == 1 else what
+    lines = [f"  {name}: {line}" for name, line in found]
+    print(f"{split}: {len(prepared.table)} {prompts}, {examples} {what}", *lines, sep="\n", flush=True)
 
 
 def token_settings(config: RunConfig, loss: Loss, version: int | None = None):

@@ -6,16 +6,28 @@ micro-batches  ->  packs of at most token_budget tokens  ->  summed gradient  ->
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from preference_training.batching.micro_batches import MicroBatch
 from preference_training.batching.packing import PackedBatch
 from preference_training.core.metric_names import GRAD_NORM, TOKENS_SAVED, TRAIN, TRAIN_LOSS
 from preference_training.core.process_group import is_distributed
 from preference_training.distributed.placement import Placement
-from preference_training.losses.base import BatchStatistics, Examples, LossOutput, TokenLogps, example_metrics, with_margins
+from preference_training.losses.base import (
+    MISSING_NUMBERS,
+    BatchStatistics,
+    ExampleKind,
+    Examples,
+    Loss,
+    LossOutput,
+    TokenLogps,
+    example_metrics,
+    with_margins,
+)
 from preference_training.modeling.logprobs import policy_scores, reference_logps, shares_prefixes
 from preference_training.modeling.state import compute_device
 from preference_training.tracking.tracker import Metrics
@@ -27,8 +39,8 @@ from preference_training.training.updates import Updater
 class PackResult:
     """A step's results for this rank's E examples of one pack, without gradient.
 
-    losses: [E]. pairs: [E, 2] int64, the rows of their responses in the run's data, and margins: [E], of rewards; None for SFT.
-    is_filler: they count for nothing.
+    losses: [E]. pairs: [E, 2] int64, the rows of their responses in the run's data, and margins: [E], of rewards; None where
+    examples are no pairs. is_filler: they count for nothing.
     """
 
     losses: Tensor
@@ -38,9 +50,9 @@ class PackResult:
     is_filler: bool
 
     @classmethod
-    def of(cls, pack: PackedBatch, output: LossOutput) -> "PackResult":
+    def of(cls, pack: PackedBatch, output: LossOutput, kind: ExampleKind) -> "PackResult":
         """From a pack and its losses."""
-        paired = output.chosen_rewards is not None
+        paired = kind == "pairs"
         margins = output.chosen_rewards - output.rejected_rewards if paired else None
         pairs = pack.response_rows[pack.examples.members] if paired else None
         return cls(output.losses.detach(), pack.sources, pairs, margins, pack.is_filler)
@@ -50,21 +62,23 @@ class PackResult:
 class BatchResult:
     """The results of `backward`: sums of metrics over this rank's examples, the loss's statistics, and each pack's result.
 
-    sums: [2], of a metric's values, and how many examples have one.
+    sums: [2], of a metric's values, and how many examples have one. statistics: those of the last micro-batch, since some are
+    running means. micro_batches: those that were computed.
     """
 
+    micro_batches: Sequence[MicroBatch]
     sums: dict[str, Tensor] = field(default_factory=dict)
     statistics: Metrics = field(default_factory=dict)
     packs: list[PackResult] = field(default_factory=list)
 
-    def add(self, pack: PackedBatch, output: LossOutput, policy: Tensor) -> None:
+    def add(self, loss: Loss, pack: PackedBatch, output: LossOutput, policy: Tensor) -> None:
         """Add a pack's results; those of a filler count for nothing."""
-        for name, values in example_metrics(output, policy, pack.examples, TRAIN).items():
+        for name, values in example_metrics(loss, output, policy, pack.examples, TRAIN).items():
             exist = ~values.isnan() | (name == TRAIN_LOSS)
             added = torch.stack([values.where(exist, 0.0).sum(), exist.sum()]) * (not pack.is_filler)
             self.sums[name] = self.sums.get(name, 0.0) + added
         self.statistics = output.statistics
-        self.packs.append(PackResult.of(pack, output))
+        self.packs.append(PackResult.of(pack, output, loss.examples))
 
 
 @dataclass(frozen=True)
@@ -108,7 +122,7 @@ class TrainingStep:
             self.models.start_check = None
         grad_norm = self.updater.clip_gradient()
         # Read at once, before the weights change: one wait for the device.
-        packs = [pack for micro_batch in micro_batches for pack in micro_batch.packs]
+        packs = [pack for micro_batch in batch.micro_batches for pack in micro_batch.packs]
         counts = sum(pack.num_tokens for pack in packs), sum(pack.num_row_tokens for pack in packs)
         *values, tokens, row_tokens, stops, norm = self.reduce(batch.sums, grad_norm, counts, stop).tolist()
         sums = zip(batch.sums, values[::2], values[1::2], strict=True)
@@ -149,8 +163,8 @@ class TrainingStep:
         """Accumulate the gradient of a batch."""
         self.models.policy.train()
         num_examples = sum(micro_batch.num_examples for micro_batch in micro_batches)
-        mean_length = self._mean_length(micro_batches, num_examples)
-        result = BatchResult()
+        mean_length = sum(micro_batch.first_tokens for micro_batch in micro_batches) / num_examples
+        result = BatchResult(micro_batches)
         packs_left = sum(len(micro_batch.packs) for micro_batch in micro_batches)
         for micro_batch in micro_batches:
             for output, policy, pack in self.pack_losses(micro_batch, mean_length):
@@ -159,52 +173,49 @@ class TrainingStep:
                 # Sharded gradients are means over the ranks; this makes them sums.
                 share = 0.0 if pack.is_filler else self.placement.ranks.size / num_examples
                 self.updater.scaler.scale(output.losses.sum() * share).backward()
-                result.add(pack, output, policy)
+                result.add(self.models.loss, pack, output, policy)
         return result
 
-    def _mean_length(self, micro_batches: Sequence[MicroBatch], num_examples: int) -> Tensor:
-        """`Examples.mean_length` of a batch."""
-        packs = [pack.examples for part in micro_batches for pack in part.packs if not pack.is_filler]
-        own = torch.stack([torch.zeros((), dtype=torch.int64), *(each.lengths[each.first].sum() for each in packs)]).sum()
-        return self.placement.ranks.all_reduce_sum(own.to(self.device).float()) / num_examples
-
-    def pack_losses(
-        self, micro_batch: MicroBatch, mean_length: float | Tensor
-    ) -> Iterator[tuple[LossOutput, Tensor, PackedBatch]]:
+    def pack_losses(self, micro_batch: MicroBatch, mean_length: float) -> Iterator[tuple[LossOutput, Tensor, PackedBatch]]:
         """Loss and policy log-probs [R] of each pack; the caller takes each pack's gradient before the next."""
         loss, start_check = self.models.loss, self.models.start_check
         packs = [pack.to(self.device) for pack in micro_batch.packs]
+        survey = partial(self._batch_statistics, micro_batch, mean_length, packs)
         known = [reference_logps(self.models.reference, pack, loss) for pack in packs]
         references = [logps for logps, _ in known]
         statistics = None
         if loss.needs_batch_statistics and len(packs) > 1:
             # It depends on all packs, and only one of them fits into memory with its gradient.
             with torch.no_grad():
-                statistics = self._batch_statistics(micro_batch, packs, [self.logps(pack)[0] for pack in packs], references)
+                statistics = survey([self.logps(pack)[0] for pack in packs], references)
         for pack, (reference, reference_tokens) in zip(packs, known, strict=True):
             policy, policy_tokens = self.logps(pack)
             if start_check is not None:
                 start_check.compare(pack, policy, reference)
             if loss.needs_batch_statistics and statistics is None:
-                statistics = self._batch_statistics(micro_batch, packs, [policy.detach()], references)
+                statistics = survey([policy.detach()], references)
             found = None if statistics is None else statistics.at(pack.places)
             tokens = {"policy_tokens": policy_tokens, "reference_tokens": reference_tokens}
             examples = replace(pack.examples, mean_length=mean_length, **tokens)
             yield loss(policy, reference, examples, found).weighted(examples.weights), policy, pack
 
-    def _batch_statistics(self, micro_batch: MicroBatch, packs, policies, references) -> BatchStatistics:
+    def _batch_statistics(
+        self, micro_batch: MicroBatch, mean_length: float, packs: Sequence[PackedBatch], policies, references
+    ) -> BatchStatistics | None:
         """The loss's statistics over all examples of a micro-batch on all ranks, from log-probs [R] of this rank's packs."""
-        width = packs[0].examples.members.shape[1]
+        # A pack, and a rank, is only as wide as its own examples.
+        width = micro_batch.most_members
         columns = torch.zeros(micro_batch.num_examples, 3 * width + 3, device=self.device)
         for pack, policy, reference in zip(packs, policies, references, strict=True):
             if not pack.is_filler:
-                columns[pack.places] = _columns(pack.examples, policy, reference)
+                columns[pack.places] = _columns(pack.examples, policy, reference, width)
         parts = self.placement.ranks.all_reduce_sum(columns).split([width, width, width, 1, 1, 1], dim=1)
         policy, reference, lengths, weights, margins, labels = parts
         numbers = torch.arange(lengths.numel(), device=self.device).view_as(lengths)
         examples = Examples(
             members=numbers.where(lengths > 0, -1),
             lengths=lengths.flatten(),
+            mean_length=mean_length,
             weights=weights[:, 0],
             margins=margins[:, 0],
             labels=labels[:, 0] > 0,
@@ -243,15 +254,17 @@ class TrainingStep:
             self.state.reference_answers = None
 
 
-def _columns(examples: Examples, policy: Tensor, reference: Tensor | None) -> Tensor:
-    """What statistics of a micro-batch read of a pack's examples, a row for each: [E, 3M + 3].
+def _columns(examples: Examples, policy: Tensor, reference: Tensor | None, width: int) -> Tensor:
+    """What statistics of a micro-batch read of a pack's examples of at most `width` members, a row for each: [E, 3 width + 3].
 
-    Log-probs of policy and reference and the length of each member, the length 0 where there is none; weight, margin, label.
+    Log-probs of policy and reference and the length of each member, 0 where there is none; weight, margin, label.
     """
-    members = examples.members
-    lengths = examples.lengths[members].where(members >= 0, 0).to(policy.dtype)
-    known = torch.zeros_like(lengths) if reference is None else reference[members]
-    ones = policy.new_ones(len(members), 1)
-    data = ((examples.weights, ones), (examples.margins, 0 * ones), (examples.labels, ones))
-    single = [default if values is None else values[:, None].to(policy.dtype) for values, default in data]
-    return torch.cat([policy[members], known, lengths, *single], dim=1)
+    members = pad(examples.members, (0, width - examples.members.shape[1]), value=-1)
+    values = policy, torch.zeros_like(policy) if reference is None else reference, examples.lengths.to(policy.dtype)
+    of_members = [each[members].where(members >= 0, 0.0) for each in values]
+    numbers = ((getattr(examples, name), missing) for name, missing in MISSING_NUMBERS.items())
+    single = [
+        policy.new_full((len(members), 1), missing) if values is None else values[:, None].to(policy.dtype)
+        for values, missing in numbers
+    ]
+    return torch.cat([*of_members, *single], dim=1)

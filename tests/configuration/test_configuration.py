@@ -355,6 +355,15 @@ def test_a_run_writes_its_configuration_as_it_was_composed_and_a_copy_with_other
             "loss.label_smoothing: this loss has no such key. It belongs to loss=aot, aot_unpaired, beta_DPO, dpo, exo_pair, "
             "robust.",
         ),
+        (
+            "loss.beta=0.1",
+            "loss.beta: loss=sft has no such key; its key is average; all have it but loss=mix, own, reward, sft.",
+        ),
+        (
+            "loss=reward ++loss.beta=0.1",
+            "loss.beta: loss=reward has no such key; its key is center_coefficient; all have it but loss=mix, own, reward, "
+            "sft.",
+        ),
         ("loss=ipo loss.mode_loss=DPO", "loss.mode_loss: this loss has no such key. It belongs to loss=beta_DPO, dpo."),
     ],
 )
@@ -673,7 +682,7 @@ def test_the_objectives_are_the_metrics_of_an_evaluation(loss, compose):
     tokens = TokenLogps(logps, torch.arange(2), logps)
     data = {"margins": one, "labels": one > 0, "policy_tokens": tokens, "reference_tokens": tokens}
     examples = Examples(members, torch.ones(2, dtype=torch.int64), 1.0, **data)
-    metrics = with_margins(example_metrics(built(logps, logps, examples), logps, examples, "eval"), "eval")
+    metrics = with_margins(example_metrics(built, built(logps, logps, examples), logps, examples, "eval"), "eval")
     expected = set(OBJECTIVES[:2] if built.examples == "targets" else OBJECTIVES)
     if built.model_head == "value":
         expected -= {"logps_eval/chosen", "logps_eval/rejected"}

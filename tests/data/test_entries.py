@@ -222,13 +222,14 @@ def test_a_map_of_fields_that_contradicts_itself_is_refused(tmp_path, keys, told
 PAIRED = "Expected chosen and rejected, or several responses to a prompt, each with a score (score: {}; true is above false)."
 RANKED = "Expected responses with scores or ranks, response with score, or chosen and rejected."
 LABELED = "Expected response with label: COLUMN, or pairs."
+TRIPLET = "the columns prompt, chosen, rejected, none of them known to hold margins"
 MARGINS = "Expected a column of margins, margin: COLUMN, or responses with scores."
 
 
 @pytest.mark.parametrize(
     ("loss", "keys", "told"),
     [
-        ("odpo", {}, f"reads the margin of each pair, and the rows have chosen and rejected alone. {MARGINS}"),
+        ("odpo", {}, f"reads the margin of each pair, and the rows have {TRIPLET}. {MARGINS}"),
         ("odpo", {"margin": "m"}, None),
         ("odpo", {"responses": "r", "ranks": "k"}, None),
         ("plackett_luce", {}, None),

@@ -131,11 +131,11 @@ def test_a_second_start_reads_the_file_and_asks_the_tokenizer_nothing(folder):
 
 
 def test_what_was_not_read_is_said_again_of_data_found_again_and_what_has_no_effect_as_the_entry_stands(folder):
-    write(folder / "more.jsonl", [row | {"margin": 1} for row in rows(5)])
+    write(folder / "more.jsonl", [row | {"annotator": 1} for row in rows(5)])
     for keys, notes in (({}, []), ({"split": "train"}, ["split has no effect: a file has no splits or subsets"])):
         for _ in range(2):
             _, report, _ = prepared(whole("more.jsonl", **keys), folder / "prepared")
-            assert (report.columns_not_read, report.notes) == ({"margin": 5}, notes)
+            assert (report.columns_not_read, report.notes) == ({"annotator": 5}, notes)
 
 
 def test_what_is_prepared_is_what_the_tokenizer_says_of_the_records(folder):

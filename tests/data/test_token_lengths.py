@@ -95,9 +95,23 @@ def test_a_text_with_the_end_of_sequence_token_is_refused_with_its_place(tokeniz
         tokenized([record(responses=(" yes<|endoftext|>", " no"))], tokenizer)
 
 
-def test_an_empty_prompt_is_refused_with_its_place(tokenizer):
+def test_a_prompt_of_which_the_tokenizer_makes_no_token_is_refused_with_its_place():
+    from tokenizers.normalizers import Strip
+
+    tokenizer = byte_level_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = Strip()
     with pytest.raises(UserError, match="set, row 1.*empty"):
-        tokenized([record(prompt="")], tokenizer)
+        tokenized([record(prompt=" ")], tokenizer)
+
+
+def test_responses_without_a_prompt_follow_the_token_that_begins_a_sequence_or_the_one_that_ends_the_last():
+    for tokenizer in (with_bos(adds=True), with_bos(adds=False)):
+        [found] = tokenized([record(prompt="")], tokenizer)
+        assert found.prompt_ids == [tokenizer.bos_token_id]
+    tokenizer = byte_level_tokenizer()
+    [found] = tokenized([record(prompt="")], tokenizer)
+    assert tokenizer.bos_token_id is None and found.prompt_ids == [tokenizer.eos_token_id]
+    assert [tokenizer.decode(response[:-1]) for response in found.responses] == [" yes", " no"]
 
 
 # ---- lengths ------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from preference_training.batching.iterator import BatchIterator
 from preference_training.batching.micro_batches import MicroBatch, evaluation_batches
-from preference_training.batching.packing import iterate_examples, pack_examples
+from preference_training.batching.packing import iterate_examples
 from preference_training.batching.schedule import RunLength, Schedule
 from preference_training.checkpointing.checkpoint import Checkpoint
 from preference_training.checkpointing.writer import CheckpointWriter
@@ -84,10 +84,7 @@ def steps(size: int = 8):
     """Batches of a few examples, in two micro-batches each."""
     examples = list(iterate_examples(prompts()))
     return [
-        [
-            MicroBatch([pack_examples(part)], len(part))
-            for part in (examples[k : k + size // 2], examples[k + size // 2 : k + size])
-        ]
+        [MicroBatch.of(part) for part in (examples[k : k + size // 2], examples[k + size // 2 : k + size])]
         for k in range(0, len(examples) - size + 1, size)
     ]
 

@@ -8,6 +8,7 @@ from preference_training.batching.packing import iterate_examples, pack_examples
 from preference_training.data.tokenization import TokenizedPrompt
 from preference_training.distributed.placement import OneProcess
 from preference_training.dry_run.memory_estimate import StorageCounter, fake_tensors, step_memory
+from preference_training.losses.rankings import PlackettLuceLoss
 from preference_training.losses.registry import build_loss
 from preference_training.modeling.kernels import enable_activation_checkpointing
 from preference_training.modeling.loading import build_untrained
@@ -45,10 +46,10 @@ def test_the_estimate_on_fake_tensors_is_what_a_real_step_allocates(compose, ove
         if config.activation_checkpointing:
             enable_activation_checkpointing(policy)
         trainer = build_trainer(config, policy, build_loss("dpo"), LiveReference(reference), tokenizer=tokenizer)
-        real = pack_examples(list(iterate_examples(prompts(4))))
-        trainer.train_step([MicroBatch([real], 4)])
+        batch = [MicroBatch.of(list(iterate_examples(prompts(4))))]
+        trainer.train_step(batch)
         counter.restart()
-        trainer.train_step([MicroBatch([real], 4)])
+        trainer.train_step(batch)
     assert sum(estimated.values()) == pytest.approx(counter.most().total(), rel=0.01)
 
 
@@ -71,6 +72,31 @@ def test_a_loss_without_a_reference_takes_no_memory_for_one(loss, reference, com
     assert built.needs_reference is reference
     kinds = step_memory(OneProcess(config, load_tokenizer(config.model)), built, built.needs_reference, [pack()])
     assert ("reference" in kinds) is reference and kinds["activations"] > 0
+
+
+def test_a_mix_with_statistics_is_estimated_with_the_tokens_that_it_reads(compose):
+    config = compose("loss=dpo", "optimizer=SGD")
+    placement = OneProcess(config, load_tokenizer(config.model))
+    # Long, so that the peak is at the logits.
+    long = pack_examples([(TokenizedPrompt([2, 3], [[4] * 900, [5] * 900], [(0, 1)]), 0)])
+
+    def total(*names: str) -> int:
+        return sum(step_memory(placement, build_loss("mix", parts=[{"name": name} for name in names]), True, [long]).values())
+
+    # The collision of each token needs the probabilities of the vocabulary once more.
+    assert total("wpo", "bco") == pytest.approx(total("wpo", "dpo"), rel=0.01)
+    assert total("wpo", "bco") > 1.05 * total("dpo", "bco")
+
+
+def test_rankings_with_statistics_are_estimated(compose):
+    class Surveyed(PlackettLuceLoss):
+        needs_batch_statistics = True
+
+    prompt = TokenizedPrompt(list(range(2, 60)), [list(range(2, 30 + k)) for k in range(3)], [(0, 1, 2), (2, 1)])
+    rankings = pack_examples(list(iterate_examples([prompt])))
+    config = compose("loss=dpo", "optimizer=SGD")
+    kinds = step_memory(OneProcess(config, load_tokenizer(config.model)), Surveyed(0.1), True, [rankings])
+    assert kinds["activations"] > 0
 
 
 def test_a_second_pack_finds_the_gradients_of_the_first(compose):

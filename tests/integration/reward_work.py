@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from preference_training.batching.micro_batches import MicroBatch
-from preference_training.batching.packing import TokenBudget, build_packs, iterate_examples, pack_examples
+from preference_training.batching.packing import TokenBudget, iterate_examples, pack_examples
 from preference_training.checkpointing.saved_models import load_plain
 from preference_training.checkpointing.writer import CheckpointWriter, SaveOptions
 from preference_training.core.process_group import SINGLE_PROCESS
@@ -47,7 +47,7 @@ def follow(settings: dict, folder: str) -> dict:
         for step in range(4):
             part = examples[8 * step : 8 * step + 8]
             found, expected = (
-                trainer.train_step([MicroBatch(build_packs(part, BUDGET, on), 8)])
+                trainer.train_step([MicroBatch.of(part, BUDGET, on)])
                 for trainer, on in ((sharded, placement.ranks), (single, SINGLE_PROCESS))
             )
             assert found.keys() == expected.keys() and "rewards_train/margins" in found

@@ -106,8 +106,8 @@ def follow(world: World, trajectory: dict, mesh, sharding: str, loss: dict | Non
     for step in trajectory["steps"]:
         examples = list(iterate_examples(prompts[row] for row in step["rows"]))
         parts = [examples[start : start + size] for start in range(0, len(examples), size)]
-        found = trainer.train_step([MicroBatch(build_packs(part, limit, ranks), len(part)) for part in parts])
-        expected = single.train_step([MicroBatch(build_packs(part, limit), len(part)) for part in parts])
+        found = trainer.train_step([MicroBatch.of(part, limit, ranks) for part in parts])
+        expected = single.train_step([MicroBatch.of(part, limit) for part in parts])
         # What packs share depends on the packs, and so on the ranks.
         for name, value in ((key, value) for key, value in expected.items() if key != TOKENS_SAVED):
             scale = abs(float(value)) if name in ("loss/train", "grad_norm") else max(1.0, abs(float(value)))
@@ -207,7 +207,7 @@ def follow_in_bfloat16(settings: dict, number_of_steps: int) -> dict:
         for step in range(number_of_steps):
             part = [examples[(16 * step + k) % len(examples)] for k in range(16)]
             for trainer, on, curve in ((short, ranks, curves[0]), (exact, SINGLE_PROCESS, curves[1])):
-                metrics = trainer.train_step([MicroBatch(build_packs(part, TokenBudget(10**6, 10**6), on), len(part))])
+                metrics = trainer.train_step([MicroBatch.of(part, TokenBudget(10**6, 10**6), on)])
                 curve.append(metrics["loss/train"])
     end_group()
     return losses
@@ -236,7 +236,7 @@ def follow_adapter(settings: dict) -> dict:
         for step in range(4):
             part = examples[8 * step : 8 * step + 8]
             found, expected = (
-                trainer.train_step([MicroBatch(build_packs(part, TokenBudget(10**6, 10**6), on), 8)])
+                trainer.train_step([MicroBatch.of(part, TokenBudget(10**6, 10**6), on)])
                 for trainer, on in ((sharded, ranks), (single, SINGLE_PROCESS))
             )
             assert step or found["rewards_train/margins"] == expected["rewards_train/margins"] == 0

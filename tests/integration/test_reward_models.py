@@ -184,7 +184,7 @@ def test_a_loss_of_your_own_may_read_values(run_here, tmp_path):
         "    def __call__(self, policy, reference, examples, batch_statistics=None):\n"
         "        chosen, rejected = policy[examples.first], policy[examples.last]\n"
         "        losses = (1 - chosen + rejected).relu()\n"
-        "        return LossOutput(losses, chosen.detach(), rejected.detach(), has_logps=False)\n"
+        "        return LossOutput(losses, chosen.detach(), rejected.detach())\n"
     )
     run = run_here("own", "loss=own", f"loss.function={tmp_path}/mine.py:Hinge")
     assert saved_head(run / "LATEST") == "value"

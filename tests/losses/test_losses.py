@@ -132,8 +132,9 @@ def test_sft_is_minus_the_log_prob_of_each_response():
 def test_equal_rewards_count_as_half_accurate():
     policy = torch.tensor([-3.0, -5.0])
     pairs = torch.tensor([[0, 1]])
-    output = build_loss("dpo")(policy, policy, of_pairs(pairs))
-    assert example_metrics(output, policy, of_pairs(pairs), "eval")["rewards_eval/accuracies"].tolist() == [0.5]
+    loss = build_loss("dpo")
+    output = loss(policy, policy, of_pairs(pairs))
+    assert example_metrics(loss, output, policy, of_pairs(pairs), "eval")["rewards_eval/accuracies"].tolist() == [0.5]
 
 
 def test_an_unknown_loss_or_mode_is_a_value_error():
@@ -447,7 +448,7 @@ from dataclasses import dataclass
 import torch
 
 from preference_training.losses.formulas import gap, sides
-from preference_training.losses.base import Loss, LossOutput, ReferenceUpdate
+from preference_training.losses.base import Loss, LossOutput, ReferenceUpdate, SharedStatistics
 from preference_training.losses.objectives import HingeLoss
 
 
@@ -523,6 +524,32 @@ class WithoutRewards(HingeLoss):
         return LossOutput(super().__call__(*given).losses)
 
 
+class OfMargins(HingeLoss):
+    needs_margins = True
+
+    def losses(self, policy, reference, examples):
+        return super().losses(policy, reference, examples) * examples.margins
+
+
+class Surveyed(HingeLoss):
+    needs_batch_statistics = True
+    gives = SharedStatistics()
+
+    def batch_statistics(self, policy, reference, examples):
+        assert policy.shape == reference.shape == examples.members.shape and not policy.requires_grad
+        return self.gives
+
+
+class SurveyedInVain(Surveyed):
+    gives = None
+
+
+class SurveyedWrong(Surveyed):
+    def __call__(self, policy, reference, examples, batch_statistics=None):
+        output = super().__call__(policy, reference, examples)
+        return output if batch_statistics is None else LossOutput(output.losses.sum())
+
+
 def hinge(beta):
     return HingeLoss(beta)
 
@@ -553,6 +580,7 @@ def test_a_loss_of_a_users_file_is_used_as_any_other(own):
     assert own("hinge", beta=0.25) == HingeLoss(0.25)
     assert own("any_options", x=0.5, y=0.25) == HingeLoss(0.75)
     assert own("Likelihood").examples == "targets"
+    assert own("OfMargins", beta=1).needs_margins and own("Surveyed", beta=1).needs_batch_statistics
 
 
 def test_a_loss_of_ones_own_is_given_the_runs_seed_where_it_asks_for_one(own):
@@ -582,6 +610,8 @@ def test_a_loss_of_ones_own_is_given_the_runs_seed_where_it_asks_for_one(own):
         ("OfTokens", {"beta": 1}, r"reads log-probs of single tokens, which only losses of the framework can"),
         ("Numbers", {"beta": 1}, r"gives Tensor when it is called, not a LossOutput"),
         ("Summed", {"beta": 1}, r"gives losses of shape \[\] for 2 pairs, expected one with gradient for each"),
+        ("SurveyedInVain", {"beta": 1}, r"gives NoneType when batch_statistics is called, not BatchStatistics"),
+        ("SurveyedWrong", {"beta": 1}, r"gives losses of shape \[\] .*, when it is called with batch_statistics"),
         ("WithoutRewards", {"beta": 1}, r"gives no chosen_rewards and rejected_rewards with one value an example"),
         (
             "Counting",

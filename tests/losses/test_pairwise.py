@@ -161,17 +161,17 @@ def test_f_dpo_with_the_reverse_kl_is_dpo():
         (
             "f_dpo",
             {"f_divergence": "kl", "f_alpha": 0.5},
-            "found f_divergence 'kl', expected reverse_kl, forward_kl, js, alpha",
+            "f_divergence: found 'kl', expected reverse_kl, forward_kl, js, alpha",
         ),
-        ("odpo", {"alpha": 1.0, "scale": "square"}, "found scale 'square', expected log or linear"),
-        ("exo_pair", {"label_smoothing": 0.0}, "found label_smoothing 0, expected above 0"),
-        ("discopop", {"temperature": 0.0}, "found temperature 0.0, expected above 0"),
-        ("ld_dpo", {"alpha": 1.5}, "found alpha 1.5, expected from 0 to 1"),
-        ("kto", {"desirable_weight": -1.0, "undesirable_weight": 1.0}, "found a negative desirable_weight"),
+        ("odpo", {"alpha": 1.0, "scale": "square"}, "scale: found 'square', expected log or linear"),
+        ("exo_pair", {"label_smoothing": 0.0}, "label_smoothing: found 0, expected above 0: .*"),
+        ("discopop", {"temperature": 0.0}, "temperature: found 0.0, expected above 0"),
+        ("ld_dpo", {"alpha": 1.5}, "alpha: found 1.5, expected from 0 to 1"),
+        ("kto", {"desirable_weight": -1.0, "undesirable_weight": 1.0}, "desirable_weight: found -1.0, expected 0 or more"),
     ],
 )
 def test_values_that_a_loss_cannot_have_are_refused(name, keys, told):
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=rf"^loss\.{told}\.$"):
         build_loss(name, beta=0.1, **keys)
 
 

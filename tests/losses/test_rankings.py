@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from preference_training.evaluation.held_out import HeldOut
 from preference_training.losses.base import Examples, example_metrics, with_margins
 from preference_training.losses.formulas import kto_loss, plackett_luce_loss
 from preference_training.losses.registry import build_loss
@@ -87,7 +88,7 @@ def test_the_mismatched_response_has_no_gradient():
 
 def test_chosen_metrics_are_of_desirable_responses_alone_and_rejected_ones_of_the_others():
     policy, reference = f64(-1, -2, -6, -1), f64(-3, -5, -5, -2)
-    found = example_metrics(kto()(policy, reference, LABELED), policy, LABELED, "eval")
+    found = example_metrics(kto(), kto()(policy, reference, LABELED), policy, LABELED, "eval")
     numbers = {name: values.tolist() for name, values in found.items()}
     nan = pytest.approx(math.nan, nan_ok=True)
     assert numbers["rewards_eval/chosen"] == [1, nan] and numbers["rewards_eval/rejected"] == [nan, -0.5]
@@ -97,3 +98,12 @@ def test_chosen_metrics_are_of_desirable_responses_alone_and_rejected_ones_of_th
     # No example has a margin; their means do.
     means = {name: values.nanmean().item() for name, values in found.items()}
     assert "rewards_eval/margins" not in means and with_margins(means, "eval")["rewards_eval/margins"] == 1.5
+
+
+def test_a_metric_that_no_held_out_example_has_is_left_out():
+    loss = build_loss("kto", beta=0.5, desirable_weight=1.0, undesirable_weight=1.0)
+    # Both responses are desirable: none has the reward of an undesirable one, and there is no margin.
+    examples = Examples(torch.tensor([[0, 1], [1, 0]]), torch.ones(2), labels=torch.tensor([True, True]))
+    output = loss(f64(-1, -3), f64(-2, -2), examples)
+    means = HeldOut(example_metrics(output, f64(-1, -3), examples, "eval"), output.statistics, ["a", "b"]).means()
+    assert means.keys() == {"rewards_eval/chosen", "rewards_eval/accuracies", "logps_eval/chosen", "loss/eval", "kto/kl"}

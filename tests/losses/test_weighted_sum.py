@@ -45,7 +45,8 @@ def test_a_mix_gives_each_part_its_statistics_and_keeps_its_state():
 def test_a_mix_needs_a_reference_and_margins_where_a_part_does():
     assert not mixed({"name": "simpo"}, {"name": "sft"}).needs_reference
     assert mixed({"name": "simpo"}, {"name": "dpo"}).needs_reference
-    assert mixed({"name": "dpo"}, {"name": "odpo"}).needs_margins
+    assert mixed({"name": "dpo"}, {"name": "odpo"}).margin_use == "positive"
+    assert mixed({"name": "dpo"}, {"name": "odpo", "scale": "linear"}).margin_use == "required"
     assert mixed({"name": "dpo"}, {"name": "ld_dpo"}).reads_tokens
 
 

@@ -106,6 +106,17 @@ def test_losses_that_depend_on_their_run_are_reported_as_not_comparable(tmp_path
     assert "Held-out losses of tr_dpo depend on the data seen in training" in hints(tmp_path)
 
 
+def test_a_mix_depends_on_its_run_as_its_parts_do_and_has_the_rewards_of_its_first_loss_of_pairs(tmp_path):
+    parts = [{"name": "sft"}, {"name": "bco", "beta": 0.5}]
+    for name, weight in (("a", 1), ("b", 2)):
+        loss = {"name": "mix", "parts": [parts[0] | {"weight": weight}, parts[1]]}
+        write_run(tmp_path / name, [evaluation(8, 0.6)], loss=loss)
+    assert "Held-out losses of mix depend on the data seen in training" in hints(tmp_path)
+    write_run(tmp_path / "c", [evaluation(8, 0.6)], loss={"name": "mix", "parts": [{"name": "sft"}, {"name": "dpo"}]})
+    # Rewards of -1 and -3 are log-ratios of -2 and -6 at beta 0.5, and of -10 and -30 at the 0.1 of config/loss/dpo.yaml.
+    assert [distance(run) for run in runs_in(tmp_path)] == [(FALL, 4.0), (FALL, 4.0), (FALL, pytest.approx(20))]
+
+
 def test_a_number_from_too_few_prompts_is_marked(tmp_path):
     write_run(tmp_path / "a", [evaluation(8, 0.6, **{"counters/held_out_prompts": 9})])
     write_run(tmp_path / "b", [evaluation(8, 0.6, **{"counters/held_out_prompts": 10})], beta=0.2)

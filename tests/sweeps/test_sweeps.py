@@ -402,9 +402,10 @@ def test_a_key_of_sweeps_that_makes_no_sense_is_refused(compose, override, told)
 @pytest.mark.parametrize(
     ("objective", "task", "params", "told"),
     [
-        ("loss/eval", ["loss.beta=0.1,0.5", "lr=1e-3,1e-4"], None, "jobs that differ in loss.beta,"),
-        ("loss/eval", ["loss=dpo,ipo"], None, "jobs that differ in loss,"),
-        ("loss/eval", [], {"loss.beta": "interval(0.1, 1)", "lr": "interval(1e-5, 1e-4)"}, "jobs that differ in loss.beta,"),
+        ("loss/eval", ["loss.beta=0.1,0.5", "lr=1e-3,1e-4"], None, "these jobs: loss.beta changes"),
+        ("loss/eval", ["loss=dpo,ipo"], None, "these jobs: loss changes"),
+        ("loss/eval", ["loss=dpo,ipo", "loss.beta=choice(0.5)"], None, "these jobs: loss changes"),
+        ("loss/eval", [], {"loss.beta": "interval(0.1, 1)", "lr": "interval(1e-5, 1e-4)"}, "these jobs: loss.beta changes"),
         ("loss/eval", ["lr=1e-3,1e-4", "loss.beta=0.1", "loss.a=0.2,0.6"], None, None),
         ("rewards_eval/accuracies", ["loss.beta=0.1,0.5"], None, None),
     ],
@@ -412,3 +413,8 @@ def test_a_key_of_sweeps_that_makes_no_sense_is_refused(compose, override, told)
 def test_an_objective_that_does_not_compare_the_jobs_is_said(objective, task, params, told):
     found = comparison_warnings(objective, "dpo", [*(params or ()), *_swept(task)])
     assert len(found) == bool(told) and all(told in text for text in found)
+
+
+def test_a_mix_with_a_loss_that_depends_on_its_run_does_not_compare_jobs():
+    for names, expected in ((["dpo", "bco"], 1), (["dpo", "sft"], 0)):
+        assert len(comparison_warnings("loss/eval", "mix", [], [{"name": name} for name in names])) == expected

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from preference_training.batching.iterator import BatchIterator
 from preference_training.batching.micro_batches import MicroBatch
-from preference_training.batching.packing import iterate_examples, pack_examples
+from preference_training.batching.packing import iterate_examples
 from preference_training.batching.schedule import RunLength, Schedule
 from preference_training.data.prompt_table import PromptTable
 from preference_training.data.tokenization import TokenizedPrompt
@@ -152,7 +152,7 @@ def stepped(compose):
         said: list[str] = []
         policy = AutoModelForCausalLM.from_pretrained(GOLDEN / "llama", dtype=dtype)
         prompts = [TokenizedPrompt([5, 6, 7], [[10, 11, 0]], [])]
-        batch = [MicroBatch([pack_examples(list(iterate_examples(prompts)))], 1)]
+        batch = [MicroBatch.of(list(iterate_examples(prompts)))]
         config = compose("optimizer=AdamW", "warmup_steps=0", "batch_size=1", *overrides)
         tracker = type("Says", (), {"log_message": lambda self, text: said.append(text)})()
         batches = BatchIterator(Schedule(PromptTable.of(prompts), 1, length=RunLength(n_epochs=None, n_steps=n_steps)))
@@ -240,3 +240,14 @@ def test_where_no_value_has_a_gradient_there_is_no_share():
     # As at the first step of a fresh adapter, one of whose matrices is 0 and the other without a gradient.
     weight = torch.ones(4, 4)
     assert UnchangedWeights([(weight, torch.zeros_like(weight)), (torch.zeros(4, 4), torch.ones(4, 4))]).share_changed() is None
+
+
+def test_what_prefix_sharing_saved_is_said_once_and_only_where_it_was_on():
+    run = Run()
+    run.observe(3)
+    run.monitor.report_sharing()
+    assert run.said == []
+    for saved in (0.2, 0.4):
+        run.monitor.observe({"loss/train": 1.0, "counters/examples": 8, "tokens_saved": saved})
+    run.monitor.report_sharing()
+    assert run.said == ["prefix sharing: 30% of the tokens of all rows did not have to be computed"]

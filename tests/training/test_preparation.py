@@ -4,8 +4,46 @@ import pytest
 
 from preference_training.configuration.validation import configured
 from preference_training.data.entries import read_entries
+from preference_training.data.prompt_table import PromptTable
+from preference_training.data.rows.records import DataReport
+from preference_training.data.tokenization import TokenizedPrompt
+from preference_training.losses.registry import build_loss
 from preference_training.modeling.tokenizer import byte_level_tokenizer
-from preference_training.training.preparation import other_template_notice
+from preference_training.training.preparation import other_template_notice, remarks_on, report_split
+
+KTO = build_loss("kto", beta=0.1, desirable_weight=1.0, undesirable_weight=1.0)
+
+
+def labeled(*labels: float) -> PromptTable:
+    return PromptTable.of(
+        [TokenizedPrompt([1, 2], [[3], [4]], [(0, 1)], "mine", 2 * k, labels=[label]) for k, label in enumerate(labels)]
+    )
+
+
+@pytest.mark.parametrize(("label", "found", "lacking"), [(1.0, "desirable", "undesirable"), (0.0, "undesirable", "desirable")])
+def test_labels_of_one_kind_alone_are_warned_of(label, found, lacking):
+    [said] = remarks_on("train", labeled(label, label), KTO)
+    assert (
+        said == f"warning: datasets: all responses to train on are labeled {found}, expected {lacking} ones too to learn from."
+    )
+    assert remarks_on("train", labeled(label, 1 - label), KTO) == []
+    assert remarks_on("test", labeled(label), KTO) == []
+
+
+def test_it_is_said_that_nothing_is_evaluated_where_nothing_is_held_out():
+    [said] = remarks_on("test", PromptTable.of([]), build_loss("dpo", beta=0.1))
+    assert said.strip().startswith("nothing is held out, so nothing is evaluated: ")
+
+
+def test_one_prompt_and_one_response_are_said_in_the_singular(capsys):
+    class OfOne:
+        table, reports = labeled(1.0), [DataReport()]
+
+    class Named:
+        name = "mine"
+
+    report_split(OfOne, [Named], "test", "labeled responses", needed=True)
+    assert capsys.readouterr().out == "test: 1 prompt, 1 labeled response\n"
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from preference_training.batching.iterator import BatchIterator
 from preference_training.batching.micro_batches import MicroBatch, evaluation_batches
-from preference_training.batching.packing import UNLIMITED, TokenBudget, build_packs, cut, iterate_examples, pack_examples
+from preference_training.batching.packing import UNLIMITED, TokenBudget, cut, iterate_examples
 from preference_training.batching.schedule import RunLength, Schedule
 from preference_training.checkpointing.checkpoint import Checkpoint, best_first, find_damage, newest_usable
 from preference_training.checkpointing.writer import CheckpointWriter, SaveOptions
@@ -22,6 +22,8 @@ from preference_training.core.process_group import SINGLE_PROCESS
 from preference_training.data.prompt_table import PromptTable
 from preference_training.data.rows.records import PreferenceRecord
 from preference_training.data.tokenization import TokenizedPrompt, TokenSettings, tokenize_records
+from preference_training.losses.base import SharedStatistics
+from preference_training.losses.rankings import PlackettLuceLoss
 from preference_training.losses.registry import build_loss
 from preference_training.modeling.logprobs import CachedReference, LiveReference
 from preference_training.modeling.prefix_sharing.sharing import share_prefixes
@@ -78,7 +80,7 @@ def tokenized(golden, tokenizer):
 
 def micro_batches(prompts, size):
     """Micro-batches of `size` examples, each in one pack."""
-    return [MicroBatch([pack_examples(pack)], len(pack)) for pack in cut(list(iterate_examples(prompts)), size)]
+    return [MicroBatch.of(part) for part in cut(list(iterate_examples(prompts)), size)]
 
 
 @pytest.mark.parametrize(
@@ -466,9 +468,9 @@ def test_what_a_loss_finds_in_a_micro_batch_is_the_same_when_memory_cuts_it(name
     def step(max_tokens):
         loss = loss_of(name)
         examples = list(iterate_examples(tokenized[loss.examples][:8]))
-        packs = build_packs(examples, TokenBudget(max_tokens, max_tokens))
-        gradient, metrics = gradient_after_one_step(build(loss, "llama", *SGD), [MicroBatch(packs, len(examples))])
-        return len(packs), gradient, metrics
+        batch = MicroBatch.of(examples, TokenBudget(max_tokens, max_tokens))
+        gradient, metrics = gradient_after_one_step(build(loss, "llama", *SGD), [batch])
+        return len(batch.packs), gradient, metrics
 
     (_, whole, expected), (count, packs, found) = step(10_000), step(budget)
     assert count > 1
@@ -476,6 +478,43 @@ def test_what_a_loss_finds_in_a_micro_batch_is_the_same_when_memory_cuts_it(name
     # Packs share fewer prefixes.
     for name in expected.keys() - {TOKENS_SAVED}:
         assert float(found[name]) == pytest.approx(float(expected[name]), rel=1e-5, abs=1e-6), name
+
+
+class SurveyedRankings(PlackettLuceLoss):
+    """Keeps what it sees of a micro-batch."""
+
+    needs_batch_statistics = True
+
+    def batch_statistics(self, policy, reference, examples):
+        self.seen = policy, reference, examples
+        return SharedStatistics()
+
+
+@pytest.mark.parametrize("budget", [1, 10_000])
+def test_rankings_of_any_length_are_surveyed_together(budget, build, tokenized):
+    loss, examples = SurveyedRankings(0.1), list(iterate_examples(tokenized["rankings"][:4]))
+    batch = MicroBatch.of(examples, TokenBudget(budget, budget))
+    # Of two and of three responses: alone, each pack is as wide as its ranking.
+    widths = {pack.members.shape[1] for pack in batch.packs}
+    assert widths == ({2, 3} if budget == 1 else {3})
+    trainer = build(loss, "llama")
+    trainer.train_step([batch])
+    policy, reference, seen = loss.seen
+    assert (seen.members >= 0).sum(1).tolist() == [2, 3, 2, 3]
+    for values in (policy, reference, seen.lengths.view(4, 3)):
+        assert values.count_nonzero(1).tolist() == [2, 3, 2, 3] and not values[::2, 2].any()
+    assert seen.mean_length == sum(len(prompt.responses[0]) for prompt, _ in examples) / 4
+
+
+@pytest.mark.parametrize("name", ["kto", "plackett_luce", "sft", "dpo"])
+def test_only_pairs_are_kept_for_the_ledger(name, build, loss_of, tokenized):
+    loss = loss_of(name)
+    result = build(loss, "llama").step.take(micro_batches(tokenized[loss.examples][:4], 4), halve=None)
+    kept = [(pack.pairs, pack.margins) for pack in result.packs]
+    if name == "dpo":
+        assert [pairs.shape for pairs, _ in kept] == [(4, 2)] and not kept[0][1].isnan().any()
+    else:
+        assert kept == [(None, None)] * len(kept)
 
 
 def test_a_cached_reference_gives_the_steps_of_a_live_one(build, tokenized, tmp_path):
@@ -616,3 +655,23 @@ def test_a_step_that_does_not_fit_into_memory_is_computed_in_halves_with_the_sam
     for name in expected:
         assert float(found[name]) == pytest.approx(float(expected[name]), rel=1e-5, abs=1e-6), name
     torch.testing.assert_close(state_of_packs, state)
+
+
+def test_tokens_are_counted_as_they_were_computed_after_packs_were_halved(build):
+    # What all prompts share is computed once in each pack.
+    shared = list(range(5, 45))
+    prompts = [TokenizedPrompt([*shared, 50 + k], [[60, 0], [61, 62, 0]], [(0, 1)]) for k in range(4)]
+    trainer = build(build_loss("dpo"), train=BatchIterator(Schedule(PromptTable.of(prompts), 4)))
+    usual, whole = trainer.step.logps, 40 + 4 * (1 + 2 + 3)
+
+    def logps(pack):
+        if len(pack.input_ids) == whole:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return usual(pack)
+
+    trainer.step.logps = logps
+    [batch] = trainer.batches.train
+    metrics = trainer.train_step(batch)
+    # No two of them fit into half as many tokens.
+    assert trainer.state.tokens == 4 * (40 + 6)
+    assert metrics[TOKENS_SAVED] == pytest.approx(1 - 4 * 46 / (4 * (41 + 2 + 41 + 3)))

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy
 
 from preference_training.core.errors import UserError
-from preference_training.data.files import is_data_file, read_rows
+from preference_training.data.files import format_of, read_rows
 from preference_training.data.prompt_table import PromptTable
 from preference_training.data.quality.words import decode, ngrams, word_hashes
 
@@ -53,15 +53,20 @@ def find_contamination(table: PromptTable, tokenizer, paths: Sequence[str], n: i
 
 def read_items(path: Path) -> Iterator[list[str]]:
     """The texts of each row of a data file, or each paragraph of any other file."""
-    if is_data_file(path.name):
+    kind = format_of(path)
+    if kind is not None:
         for _, row in read_rows(path):
-            yield list(_texts(row))
+            yield from ([paragraph] for paragraph in _paragraphs(row["text"])) if kind == ".txt" else [list(_texts(row))]
         return
     try:
         content = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"contamination_files: {path}: cannot be read: {error}. Expected a text or data file.") from error
-    yield from ([paragraph] for paragraph in content.split("\n\n"))
+    yield from ([paragraph] for paragraph in _paragraphs(content))
+
+
+def _paragraphs(text: str) -> list[str]:
+    return text.split("\n\n")
 
 
 def _texts(value) -> Iterator[str]:

@@ -14,7 +14,9 @@ from preference_training.losses.base import MISSING_NUMBERS, ExampleKind, Margin
 
 NO_PAIR_TO_COMPARE = "a prompt without a pair of responses (loss=sft learns single responses)"
 NO_MARGIN = "a pair without a margin (margins, a field margin, or scores of both responses give one)"
+MARGIN_NOT_POSITIVE = "a pair with a margin of 0 or less, which has no logarithm (loss.scale=log; linear learns from it)"
 UNDESIRABLE = "a response that is labeled undesirable, which SFT does not learn"
+ALL_TIED = "a prompt whose responses all have the same score"
 NO_RANKING = "a prompt without a ranking (scores of two responses or more, or pairs of every two of them, give one)"
 TIED = "a response with the score of another one in its ranking"
 UNSCORED = "a response without a score"
@@ -84,8 +86,8 @@ def _compact(record: PreferenceRecord, examples: list[tuple[int, ...]], **number
 
 def _pairs(record: PreferenceRecord, use: MarginUse, report: DataReport) -> Iterator[Selected]:
     if not record.pairs:
-        report.skip(NO_PAIR_TO_COMPARE)
-    elif use != "required":
+        report.skip(ALL_TIED if _all_tied(record) else NO_PAIR_TO_COMPARE)
+    elif use in ("unread", "optional"):
         yield _compact(
             record, record.pairs, weights=record.weights, margins=_given_margins(record) if use == "optional" else None
         )
@@ -93,6 +95,10 @@ def _pairs(record: PreferenceRecord, use: MarginUse, report: DataReport) -> Iter
         margins = _margins(record)
         kept = [k for k, margin in enumerate(margins) if margin is not None]
         report.skip(NO_MARGIN, len(margins) - len(kept))
+        if use == "positive":
+            positive = [k for k in kept if margins[k] > 0]
+            report.skip(MARGIN_NOT_POSITIVE, len(kept) - len(positive))
+            kept = positive
         if kept:
             weights = None if record.weights is None else [record.weights[k] for k in kept]
             pairs = [record.pairs[k] for k in kept]
@@ -118,6 +124,8 @@ def _margins(record: PreferenceRecord) -> list[float | None]:
 
 
 def _ranking(record: PreferenceRecord, report: DataReport) -> Iterator[Selected]:
+    if _all_tied(record):
+        return report.skip(ALL_TIED)
     scored = sum(score is not None for score in record.scores or ())
     # A single score ranks nothing, and pairs may.
     order = _by_score(record.scores, report) if record.scores and scored > 1 else _by_pairs(record.pairs)
@@ -125,6 +133,11 @@ def _ranking(record: PreferenceRecord, report: DataReport) -> Iterator[Selected]
         report.skip(NO_RANKING)
     else:
         yield _compact(record, [tuple(order)])
+
+
+def _all_tied(record: PreferenceRecord) -> bool:
+    scores = [score for score in record.scores or () if score is not None]
+    return len(scores) > 1 and len(set(scores)) == 1 and not record.pairs
 
 
 def _by_score(scores: Sequence[float | None], report: DataReport) -> list[int]:

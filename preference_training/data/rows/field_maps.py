@@ -111,10 +111,12 @@ class FieldMap:
         """This map, with what it does not say as found in rows."""
         values, usual = ({item.name: getattr(of, item.name) for item in fields(FieldMap)} for of in (self, FieldMap()))
         given = {name: value for name, value in values.items() if value != usual[name]}
-        found = find(list(rows), given)
+        rows = list(rows)
+        found = find(rows, given)
         names = frozenset(value for value in found.keys.values() if isinstance(value, str))
         keys = found.keys if found.words else {}
-        return FoundMap(**{**given, **found.keys}, found=names, found_keys=keys, words=found.words, asked=self)
+        columns = tuple(dict.fromkeys(str(name) for row in rows for name in row))
+        return FoundMap(**{**given, **found.keys}, found=names, found_keys=keys, words=found.words, asked=self, columns=columns)
 
     @property
     def found(self) -> frozenset[str]:
@@ -265,12 +267,14 @@ class FieldMap:
 
 @dataclass(frozen=True)
 class FoundMap(FieldMap):
-    """A field map as it was found in rows. found_keys, words: what was found, if it is not usual. asked: the user's map."""
+    """A field map as it was found in rows. found_keys, words: what was found, if it is not usual. asked: the
+    user's map. columns: all columns of these rows."""
 
     found: frozenset[str] = frozenset()
     found_keys: dict = field(default_factory=dict)
     words: str = ""
     asked: FieldMap = field(default_factory=FieldMap)
+    columns: tuple[str, ...] = ()
 
     def map_rows(self, rows: NumberedRows, place: str, report: DataReport, known: bool = False) -> Iterator[Row]:
         """The usable rows, filtered; others go to the report, with what was found."""

@@ -406,11 +406,8 @@ LIKE = {
 def with_nearest(message: str, row: dict, key: str = "") -> str:
     """A message, with the entry that probably reads rows like this one, if that has the key."""
     nearest = _nearest_entry(row) or ""
-    return (
-        f"{message} No known format fits; the nearest is read by datasets=[{nearest}]."
-        if nearest and key in nearest
-        else message
-    )
+    fits = nearest and key in nearest
+    return f"{message} No known format fits; the nearest is read by datasets=[{nearest}]." if fits else message
 
 
 def _nearest_entry(row: dict) -> str | None:
@@ -421,10 +418,10 @@ def _nearest_entry(row: dict) -> str | None:
             f"{{path: ..., answers: [{', '.join(answers)}], better: {{{better}: [VALUE OF THE FIRST, VALUE OF THE SECOND]}}}}"
         )
     texts = [name for name, value in row.items() if isinstance(value, str) and value.strip()]
-    if not texts:
-        return None
-    if len(texts) == 1:
-        return _entry({"text": texts[0]})
+    if listed := _nearest_lists(row):
+        return _entry({"prompt": texts[0]} | listed if texts else listed)
+    if len(texts) < 2:
+        return _entry({"text": texts[0]}) if texts else None
     wanted = ("prompt", "chosen", "rejected") if len(texts) > 2 else ("prompt", "response")
     likeness = {key: [n for n in texts if any(part in str(n).lower() for part in LIKE[key])] for key in wanted}
     if len(texts) > 2 and not (likeness["chosen"] or likeness["rejected"]):
@@ -435,6 +432,14 @@ def _nearest_entry(row: dict) -> str | None:
         left = [name for name in texts if name not in keys.values()]
         keys[key] = next((name for name in likeness[key] if name in left), left[0])
     return _entry({key: keys[key] for key in wanted})
+
+
+def _nearest_lists(row: dict) -> Keys:
+    """The column that lists several answers, and that of as many numbers; none where there are not both."""
+    lists = [(name, set(map(type, value)), len(value)) for name, value in row.items() if isinstance(value, list) and value]
+    texts, numbers = ([one for one in lists if one[1] <= types] for types in ({str}, {int, float}))
+    both = ((one, other) for (one, _, n), (other, _, m) in product(texts, numbers) if n == m)
+    return next(({"responses": answers, "scores": scores} for answers, scores in both), {})
 
 
 def _entry(keys: dict[str, str]) -> str:

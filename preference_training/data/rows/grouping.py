@@ -77,7 +77,8 @@ def group_rows(rows: Iterable[Row], report: DataReport, window: int = 20_000) ->
     for row in rows:
         if row.stands_alone:
             record = {"responses": row.responses, "pairs": [], "sft_target": row.responses[row.target]}
-            yield row.prompt, record | ({"tools": row.tools} if row.tools else {})
+            beside = {"tools": row.tools, "scores": row.scores}
+            yield row.prompt, record | {key: value for key, value in beside.items() if value}
             continue
         if row.pairs and len(set(row.responses)) == 1:
             report.skip(SAME_TEXT, len(row.pairs))

@@ -7,6 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from preference_training.data.rows.examples import (
+    ALL_TIED,
+    MARGIN_NOT_POSITIVE,
     NO_LABELS,
     NO_MARGIN,
     NO_PAIR_TO_COMPARE,
@@ -86,6 +88,20 @@ def test_a_pair_without_a_finite_margin_is_skipped_with_its_weight_and_counted(s
     assert (found, report.left_out) == ([], {NO_MARGIN: 1})
 
 
+def test_a_pair_whose_margin_has_no_logarithm_is_skipped_and_counted_where_the_loss_takes_one():
+    given = record([(0, 1), (1, 2), (0, 2)], margins=[0, 2.0, -1.0])
+    found, report = selected(given, "pairs", margins="positive")
+    assert found == [Selected(["b", "c"], [(0, 1)], margins=[2.0])]
+    assert report.left_out == {MARGIN_NOT_POSITIVE: 2}
+    assert only(given, "pairs", margins="required").margins == [0, 2.0, -1.0]
+
+
+@pytest.mark.parametrize("kind", ["pairs", "rankings"])
+def test_a_prompt_whose_responses_all_have_one_score_is_skipped_with_that_reason(kind):
+    found, report = selected(record([], scores=[1, 1, None, 1]), kind)
+    assert (found, report.left_out) == ([], {ALL_TIED: 1})
+
+
 # ---- rankings -------------------------------------------------------------------------------------------------------------
 
 
@@ -118,7 +134,7 @@ def test_pairs_of_every_two_responses_give_their_ranking_in_any_order(order, dat
         record([(0, 1), (1, 2)]),
         record([(0, 1), (1, 2), (2, 0)]),
         record([(0, 1), (1, 0)]),
-        record(scores=[1, 1, None, 1]),
+        record(scores=[1, None, None, None]),
     ],
 )
 def test_a_prompt_without_a_ranking_of_its_responses_is_skipped_and_counted(given):

@@ -839,6 +839,11 @@ def test_a_system_field_that_gives_way_to_a_turn_is_counted():
             "{path: ..., prompt: Frage, chosen: chosen, rejected: rejected}",
         ),
         ({}, {"Frage": "p q", "answer": "a"}, "{path: ..., prompt: Frage, response: answer}"),
+        (
+            {},
+            {"Frage": "p q", "replies": ["a", "b"], "tags": ["x"], "grades": [1, 2.5]},
+            "{path: ..., prompt: Frage, responses: replies, scores: grades}",
+        ),
         ({}, {"body": "p q", "n": 3}, "{path: ..., text: body}"),
         ({"response": "answer"}, {"Frage": "p q", "answer": "c"}, "{path: ..., prompt: Frage, response: answer}"),
         ({}, {"prompt": "p", "rejected": "b"}, "no field 'chosen', the row has prompt, rejected."),

@@ -268,7 +268,7 @@ class RunConfig(Section):
     held_out_share: float = key(share())
     template: str | None = key(one_of(TEMPLATES, null=True))
     system_prompt: str | None = key(text(null=True))
-    train_on: str = key(one_of(TRAINED_TURNS))
+    train_on: str = key(one_of(TRAINED_TURNS), NEWER)
     on_bad_row: str | None = key(one_of(GENERAL_CHOICES["on_bad_row"], null=True))
     dry_run: bool | str = key(
         expected("true, false or strict", lambda value: isinstance(value, bool) or value == "strict"),

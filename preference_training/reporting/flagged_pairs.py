@@ -154,7 +154,9 @@ def find_contradictions(table: PromptTable) -> list[Finding]:
 
 def candidate_prompts(table: PromptTable) -> Iterator[list[TokenizedPrompt]]:
     """Groups of prompts with the same token ids, and single prompts with several pairs, which may contradict each other."""
-    _, first, counts = numpy.unique(keys := table.prompt_hashes, return_index=True, return_counts=True)
+    batches = [columns.prompts.hashes for part in table.parts for columns in part.batches]
+    keys = numpy.concatenate([numpy.zeros(0, numpy.uint64), *batches])
+    _, first, counts = numpy.unique(keys, return_index=True, return_counts=True)
     for index in numpy.flatnonzero(table.num_examples > 1):
         if counts[numpy.searchsorted(keys[first], keys[index])] == 1:
             yield [table[int(index)]]

@@ -253,5 +253,5 @@ def test_results_that_cannot_be_written_are_one_message(tmp_path):
 
 def test_a_held_out_split_without_an_example_is_one_message(train_run, tmp_path):
     (tmp_path / "own.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
-    with pytest.raises(UserError, match="no held-out example is left"):
+    with pytest.raises(UserError, match="expected at least one held-out example, and none is left"):
         train_run("none", "eval_only=true", "loss=dpo", f"datasets=[{tmp_path / 'own.jsonl'}]", "held_out_share=0")

@@ -105,5 +105,5 @@ def test_a_metric_that_no_held_out_example_has_is_left_out():
     # Both responses are desirable: none has the reward of an undesirable one, and there is no margin.
     examples = Examples(torch.tensor([[0, 1], [1, 0]]), torch.ones(2), labels=torch.tensor([True, True]))
     output = loss(f64(-1, -3), f64(-2, -2), examples)
-    means = HeldOut(example_metrics(output, f64(-1, -3), examples, "eval"), output.statistics, ["a", "b"]).means()
+    means = HeldOut(example_metrics(loss, output, f64(-1, -3), examples, "eval"), output.statistics, ["a", "b"]).means()
     assert means.keys() == {"rewards_eval/chosen", "rewards_eval/accuracies", "logps_eval/chosen", "loss/eval", "kto/kl"}

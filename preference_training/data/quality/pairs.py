@@ -59,7 +59,7 @@ def _of_batch(columns: Columns, start: int, row: int) -> tuple[numpy.ndarray, ..
     prompts, first, second = _members(columns)
     base = columns.responses.first[prompts].astype(numpy.int64)
     preferred, other = base + first, base + second
-    keys = columns.prompt_hashes
+    keys = columns.prompts.hashes
     # The same response to another prompt is another one.
     hashes = columns.responses.lists.hashes * numpy.uint64(0x9E3779B97F4A7C15) ^ numpy.repeat(keys, columns.responses.counts)
     lengths = columns.responses.lists.lengths

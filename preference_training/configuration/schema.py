@@ -97,7 +97,7 @@ class ModelConfig(Section):
 
     name_or_path: str | None = key(text(null=True), NOT_SHOWN)
     tokenizer_name_or_path: str | None = key(text(null=True), NOT_SHOWN)
-    chat_template: str | None = key(text(null=True))
+    chat_template: str | None = key(text(null=True), NEWER)
     archive: str | None = key(text(null=True), NOT_SHOWN)
     block_name: str | None = key(text(null=True))
     policy_dtype: str = key(known_name("dtype", DTYPES))

@@ -109,7 +109,12 @@ TIES = {"tie", "ties", "tied", "draw", "both", "neither", "none", "equal", "same
 
 
 def _word(value) -> str:
-    return "".join(character for character in comparable(value).lower() if character.isalnum())
+    """A verdict as it is compared: numbers keep their sign, other texts only their letters and digits."""
+    text = comparable(value).strip().lower()
+    try:
+        return comparable(float(text))
+    except ValueError:
+        return "".join(character for character in text if character.isalnum())
 
 
 def verdict_values(values: Iterable, answers: list[str]) -> list[list] | None:
@@ -158,6 +163,6 @@ def better_answer(row: dict, better: str | dict, place_names: str) -> int | None
 def _means(value, wanted, column: str) -> bool:
     if isinstance(wanted, list):
         return _word(value) in {_word(one) for one in wanted}
-    if isinstance(wanted, str) and not wanted.startswith(("<", ">", "=", "!")):
+    if not isinstance(wanted, str) or not wanted.startswith(("<", ">", "=", "!")):
         return _word(value) == _word(wanted)
     return not is_empty(value) and condition(wanted, column)(value)

@@ -277,6 +277,9 @@ def test_verdicts_that_tie_are_left_out_and_counted(row):
         ("v", "y", 1),
         ("v", "X", 0),
         ({"v": [1, 2]}, 2, 1),
+        ({"v": [-1, 1]}, -1, 0),
+        ({"v": [-1, 1]}, "1.0", 1),
+        ({"v": [-1, 1]}, "0.0", None),
         ({"v": ["> 0", "< 0"]}, -1, 1),
         ({"v": [["yes", "rather"], ["no"]]}, "rather", 0),
         ({"v": ["yes", "no"]}, "Tie", None),
@@ -306,6 +309,15 @@ def test_numbers_tell_answers_apart_only_where_both_occur():
     for unclear in ([1], [0, 1, 2], [-1, 1], ["good", "bad"], []):
         assert verdict_values(unclear, ["response_a", "response_b"]) is None
     assert verdict_values([0, 1], ["version1", "version2"]) is None
+
+
+def test_signed_verdicts_are_never_read_as_places_of_answers():
+    for signed in ([-1, 0, 1], [-2, -1, 1, 2], ["-1", "1"], [-1.0], ["-1.0", "-2.0"]):
+        for answers in (["response_a", "response_b"], ["response_1", "response_2"]):
+            assert verdict_values(signed, answers) is None
+    rows = [{"prompt": "q", "response_a": "aa", "response_b": "bb", "preference": verdict} for verdict in (-1, 1, 0)]
+    with pytest.raises(UserError, match=r"better: \{preference: \["):
+        mapped(rows)
 
 
 def test_labels_of_single_answers_are_found():

@@ -204,7 +204,9 @@ def _is_list(value) -> bool:
 def _verdicts(columns: Columns) -> Found | None:
     for answers, suffixes in _two_answers(columns):
         for better in filter(None, map(columns.get, VERDICTS)):
-            if values := verdict_values(columns.values[better], answers):
+            values = verdict_values(columns.values[better], answers)
+            # Labels of 1 may mean the first answer, as SHP's do, or the second.
+            if values and not (values == [[0], [1]] and _plain(better) in ("label", "labels")):
                 return Found({"answers": answers, "better": {better: values}}, _verdict_words(answers, better, values))
         for stem in ("score", "rating", "reward"):
             scores = columns.both(f"{stem}_{suffix}" for suffix in suffixes)

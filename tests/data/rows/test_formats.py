@@ -277,6 +277,13 @@ def test_verdicts_that_tie_are_left_out_and_counted(row):
         ("v", "y", 1),
         ("v", "X", 0),
         ({"v": [1, 2]}, 2, 1),
+        ({"v": [1, 0]}, True, 0),
+        ({"v": [1, 0]}, "False", 1),
+        ({"v": [True, False]}, "true", 0),
+        ({"v": [1, 2]}, 0.5, None),
+        ({"v": [1, 2]}, float("nan"), None),
+        ({"v": ["< 0", "> 0"]}, float("nan"), None),
+        ({"v": ["< 0", "> 0"]}, "tie", None),
         ({"v": [-1, 1]}, -1, 0),
         ({"v": [-1, 1]}, "1.0", 1),
         ({"v": [-1, 1]}, "0.0", None),
@@ -318,6 +325,25 @@ def test_signed_verdicts_are_never_read_as_places_of_answers():
     rows = [{"prompt": "q", "response_a": "aa", "response_b": "bb", "preference": verdict} for verdict in (-1, 1, 0)]
     with pytest.raises(UserError, match=r"better: \{preference: \["):
         mapped(rows)
+
+
+def test_shps_labels_may_be_booleans():
+    rows = [{"history": "q", "human_ref_A": "a", "human_ref_B": "b", "labels": label} for label in (True, False, "True", 0)]
+    assert [row.target for row in mapped(rows)] == [0, 1, 0, 1]
+
+
+@pytest.mark.parametrize("values", [(0, 1), (True, False)])
+@pytest.mark.parametrize("name", ["label", "labels"])
+def test_labels_of_two_answers_are_not_guessed(name, values):
+    rows = [{"prompt": "q", "response_a": "a", "response_b": "b", name: value} for value in values]
+    with pytest.raises(UserError, match=rf"answers: \[response_a, response_b\], better: \{{{name}: \["):
+        mapped(rows)
+
+
+@pytest.mark.parametrize("verdict", [7, -3, 2.5])
+def test_a_number_that_means_neither_answer_is_no_tie(verdict):
+    with pytest.raises(UserError, match="expected a value for one of response_0 and response_1, or a tie"):
+        mapped([SAFE | {"better_response_id": verdict}])
 
 
 def test_labels_of_single_answers_are_found():

@@ -37,7 +37,7 @@ LABEL_NAMES = ("label", "labels", "kto_tag", "is_desirable", "desirable")
 CONVERSATIONS = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat", "turns")
 SYSTEMS = ("system", "system_prompt")
 TWO_ANSWERS = ("response", "answer", "output", "completion", "conversation", "model", "text")
-VERDICTS = ("winner", "preference", "preferred", "verdict", "better", "choice", "label", "labels")
+VERDICTS = ("winner", "preference", "preferred", "verdict", "better", "choice", "label", "labels", "chosen")
 SUFFIXES = (("a", "b"), ("0", "1"), ("1", "2"))
 
 
@@ -151,8 +151,8 @@ def _answers(columns: Columns) -> Found | None:
 
 def _pairs(columns: Columns) -> Found | None:
     found = next((both for names in CHOSEN_REJECTED if (both := columns.both(names))), None)
-    if not found:
-        return None
+    if not found or any(verdict_values(columns.values[found[0]], answers) for answers, _ in _two_answers(columns)):
+        return None  # Or the names of two columns, of which the first is the better one.
     chosen, rejected = found
     return Found({"chosen": chosen, "rejected": rejected}, f"pairs in `{chosen}` and `{rejected}`")
 

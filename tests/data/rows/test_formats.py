@@ -327,6 +327,16 @@ def test_signed_verdicts_are_never_read_as_places_of_answers():
         mapped(rows)
 
 
+@pytest.mark.parametrize("names", [("winner", "loser"), ("chosen", "rejected"), ("preferred", "rejected")])
+@pytest.mark.parametrize("stem", ["model_", "response_", ""])
+def test_columns_that_name_the_better_answer_are_verdicts_and_not_answers(names, stem):
+    rows = [
+        {"prompt": "q", "response_a": "a", "response_b": "b"} | dict(zip(names, (stem + one, stem + other), strict=True))
+        for one, other in ("ab", "ba")
+    ]
+    assert [(row.responses, row.pairs) for row in mapped(rows)] == [(["a", "b"], [(0, 1)]), (["a", "b"], [(1, 0)])]
+
+
 def test_shps_labels_may_be_booleans():
     rows = [{"history": "q", "human_ref_A": "a", "human_ref_B": "b", "labels": label} for label in (True, False, "True", 0)]
     assert [row.target for row in mapped(rows)] == [0, 1, 0, 1]

@@ -11,7 +11,7 @@ from preference_training.data.rows.field_maps import FieldMap
 from preference_training.data.rows.formats import find
 from preference_training.data.rows.grouping import Row, group_rows
 from preference_training.data.rows.records import OTHER_PROMPT, DataReport, Turn
-from preference_training.data.rows.values import TIE, verdict_values
+from preference_training.data.rows.values import NO_VERDICT, TIE, verdict_values
 
 
 def mapped(rows: list[dict], report: DataReport | None = None, **names) -> list[Row]:
@@ -223,6 +223,16 @@ def test_of_several_answers_those_that_are_missing_or_unrated_are_left_out_alone
     report = DataReport()
     assert mapped([{"prompt": "q", "responses": ["a", None], "scores": [None, 1]}], report) == []
     assert report.left_out == {"no answer has a score or rank": 1}
+
+
+def test_one_of_two_answers_without_a_score_is_no_tie_and_among_three_is_left_out_alone():
+    report = DataReport()
+    row = {"prompt": "q", "response_a": "a", "response_b": "b", "score_a": 1, "score_b": 2}
+    assert len(mapped([row, row | {"score_b": None}], report)) == 1
+    assert report.left_out == {NO_VERDICT: 1}
+    rounds = {"prompt": ["q"], "x": ["a"], "y": ["b"], "z": ["c"], "sx": 1, "sy": None, "sz": 2}
+    (found,) = mapped([rounds], responses=["x", "y", "z"], scores=["sx", "sy", "sz"])
+    assert (found.responses, found.pairs, found.target) == (["a", "c"], [(1, 0)], 1)
 
 
 WEBGPT = {"question": {"full_text": "q"}, "answer_0": "a", "answer_1": "b"}

@@ -122,6 +122,11 @@ def _word(value) -> str:
         return "".join(character for character in text if character.isalnum())
 
 
+def is_tie(value) -> bool:
+    """Whether a verdict that means neither answer says so."""
+    return _word(value) in NEITHER
+
+
 def verdict_values(values: Iterable, answers: list[str]) -> list[list] | None:
     """The values that mean the first and the second answer; None where that is not evident.
 
@@ -163,9 +168,17 @@ def better_answer(row: dict, better: str | dict, place_names: str) -> int | None
     for index, values in enumerate(wanted):
         if _means(value, values, column):
             return index
-    if is_empty(value) or _word(value) in NEITHER:
+    named = [_names_value(value, values, row) for values in wanted]
+    if any(named):
+        return None if all(named) else named.index(True)
+    if is_empty(value) or is_tie(value):
         return None
     raise RowError(f"field {column!r} is {value!r}, expected a value for one of {place_names}, or a tie.")
+
+
+def _names_value(value, wanted, row: dict) -> bool:
+    """Whether what is wanted is the name of a column, such as model_a, that holds this value."""
+    return isinstance(wanted, str) and not is_empty(value) and row.get(wanted) == value
 
 
 def _means(value, wanted, column: str) -> bool:

@@ -347,6 +347,29 @@ def test_columns_that_name_the_better_answer_are_verdicts_and_not_answers(names,
     assert [(row.responses, row.pairs) for row in mapped(rows)] == [(["a", "b"], [(0, 1)]), (["a", "b"], [(1, 0)])]
 
 
+def test_the_winner_may_be_the_name_of_a_model_in_the_row():
+    row = {"prompt": "q", "response_a": "a", "response_b": "b", "model_a": "gpt-4", "model_b": "claude"}
+    other = row | {"model_a": "llama", "model_b": "gpt-4"}
+    verdicts = [row | {"winner": name} for name in ("gpt-4", "claude", "tie", "model_b")]
+    both = row | {"model_b": "gpt-4", "winner": "gpt-4"}
+    report = DataReport()
+    found = mapped([*verdicts[:3], other | {"winner": "gpt-4"}, both], report)
+    assert [row.target for row in found] == [0, 1, 1]
+    assert report.left_out == {TIE: 2}
+    assert [
+        row.target for row in mapped(verdicts, better={"winner": ["model_a", "model_b"]}, answers=["response_a", "response_b"])
+    ] == [0, 1, 1]
+    with pytest.raises(UserError, match="expected a value for one of"):
+        mapped([verdicts[0], *[row | {"winner": "gpt-4"}] * 100, row | {"winner": "bard"}])
+
+
+@pytest.mark.parametrize("more", [{}, {"winner_is": "x"}, {"label": True}])
+def test_two_answers_without_an_evident_verdict_are_never_suggested_as_one(more):
+    with pytest.raises(UserError, match=r"answers: \[response_a, response_b\], better: \{") as error:
+        mapped([{"prompt": "q", "response_a": "a", "response_b": "b"} | more])
+    assert "response: " not in str(error.value)
+
+
 def test_shps_labels_may_be_booleans():
     rows = [{"history": "q", "human_ref_A": "a", "human_ref_B": "b", "labels": label} for label in (True, False, "True", 0)]
     assert [row.target for row in mapped(rows)] == [0, 1, 0, 1]

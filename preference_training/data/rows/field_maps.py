@@ -216,14 +216,15 @@ class FieldMap:
         missing = sum(answer is None for answer in answers)
         report.change(NO_ANSWER, missing)
         report.change(NO_SCORE, len(answers) - missing - len(rated))
-        found = rounds_in(row, self.prompt, self.responses) or [
+        columns = [self.responses[k] for k in rated] if isinstance(self.responses, list) else self.responses
+        found = rounds_in(row, self.prompt, columns) or [
             (_shown(self.responses), _listed_answer(answers[k], _shown(self.responses), k)) for k in rated
         ]
         sign = 1 if self.scores else -1
         scores = [sign * as_number(_number(numbers[k]), _shown(numbers_name)) for k in rated]
         pairs = pairs_by_score(scores)
         if isinstance(self.responses, list) and not pairs and len(answers) > 1:
-            raise LeftOut(TIE)
+            raise LeftOut(TIE if len(rated) > 1 else NO_VERDICT)
         prompt, responses = self.splitting.split(row, found)
         return Row(prompt, responses, pairs, max(range(len(scores)), key=scores.__getitem__), scores)
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from preference_training.data.rows.conversations import RowError, parse_serialized_turns, turn_keys
 from preference_training.data.rows.prompt_fields import INSTRUCTIONS, SECOND_PARTS
 from preference_training.data.rows.templates import ASSISTANT
-from preference_training.data.rows.values import LABELS, is_empty, parse_text_list, verdict_values
+from preference_training.data.rows.values import LABELS, is_empty, is_tie, parse_text_list, verdict_values
 
 Keys = dict[str, object]
 
@@ -37,7 +37,7 @@ LABEL_NAMES = ("label", "labels", "kto_tag", "is_desirable", "desirable")
 CONVERSATIONS = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat", "turns")
 SYSTEMS = ("system", "system_prompt")
 TWO_ANSWERS = ("response", "answer", "output", "completion", "conversation", "model", "text")
-VERDICTS = ("winner", "preference", "preferred", "verdict", "better", "choice", "label", "labels")
+VERDICTS = ("winner", "preference", "preferred", "verdict", "better", "choice", "label", "labels", "chosen")
 SUFFIXES = (("a", "b"), ("0", "1"), ("1", "2"))
 
 
@@ -151,8 +151,8 @@ def _answers(columns: Columns) -> Found | None:
 
 def _pairs(columns: Columns) -> Found | None:
     found = next((both for names in CHOSEN_REJECTED if (both := columns.both(names))), None)
-    if not found:
-        return None
+    if not found or any(verdict_values(columns.values[found[0]], answers) for answers, _ in _two_answers(columns)):
+        return None  # Or the names of two columns, of which the first is the better one.
     chosen, rejected = found
     return Found({"chosen": chosen, "rejected": rejected}, f"pairs in `{chosen}` and `{rejected}`")
 
@@ -204,7 +204,9 @@ def _is_list(value) -> bool:
 def _verdicts(columns: Columns) -> Found | None:
     for answers, suffixes in _two_answers(columns):
         for better in filter(None, map(columns.get, VERDICTS)):
-            if values := verdict_values(columns.values[better], answers):
+            values = verdict_values(columns.values[better], answers) or _named_models(columns, better, suffixes)
+            # Labels of 1 may mean the first answer, as SHP's do, or the second.
+            if values and not (values == [[0], [1]] and _plain(better) in ("label", "labels")):
                 return Found({"answers": answers, "better": {better: values}}, _verdict_words(answers, better, values))
         for stem in ("score", "rating", "reward"):
             scores = columns.both(f"{stem}_{suffix}" for suffix in suffixes)
@@ -212,6 +214,13 @@ def _verdicts(columns: Columns) -> Found | None:
                 words = f"two answers in `{'` and `'.join(answers)}`, scores in `{'` and `'.join(scores)}`"
                 return Found({"responses": answers, "scores": scores}, words)
     return None
+
+
+def _named_models(columns: Columns, better: str, suffixes: tuple[str, str]) -> list[str] | None:
+    """The columns of the two models' names, if a verdict is the name of one of them."""
+    models = columns.both(f"model_{suffix}" for suffix in suffixes) or ()
+    names = {name for model in models for name in columns.values[model] if isinstance(name, str)}
+    return list(models) if names and columns.all(better, lambda value: str(value) in names or is_tie(value)) else None
 
 
 def _two_answers(columns: Columns) -> Iterator[tuple[list[str], tuple[str, str]]]:
@@ -414,7 +423,8 @@ def with_nearest(message: str, row: dict, key: str = "") -> str:
 def _nearest_entry(row: dict) -> str | None:
     columns = Columns([row])
     answers = next((two for two, _ in _two_answers(columns)), None)
-    if answers and (better := columns.get(*VERDICTS)):
+    if answers:
+        better = columns.get(*VERDICTS) or "COLUMN"
         return (
             f"{{path: ..., answers: [{', '.join(answers)}], better: {{{better}: [VALUE OF THE FIRST, VALUE OF THE SECOND]}}}}"
         )

@@ -134,8 +134,10 @@ class _Group:
         record = self.record
         if self.formed:
             responses, scores = zip(*self.formed, strict=True)
-            record = scored_record(responses, scores, report)
-        elif self.targets:
+            if formed := scored_record(responses, scores, report):
+                best = formed["responses"].index(formed["sft_target"])
+                self.add(Row(prompt, formed["responses"], formed["pairs"], best, formed["scores"]), report)
+        if self.targets:
             record["sft_target"] = self.targets[-1]
             record |= {"sft_targets": self.targets} if len(self.targets) > 1 else {}
             record |= {
@@ -143,7 +145,7 @@ class _Group:
                 for key, of in (("scores", self.scores), ("labels", self.labels))
                 if of
             }
-        if record and (record["pairs"] or self.labels):
+        if record["pairs"] or self.labels:
             yield prompt, record | ({"tools": tools} if tools else {})
 
 

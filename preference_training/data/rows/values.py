@@ -105,11 +105,26 @@ def comparable(value) -> str:
 TIE = "the verdict is a tie"
 NO_VERDICT = "there is no verdict"
 
-TIES = {"tie", "ties", "tied", "draw", "both", "neither", "none", "equal", "same", "bothbad", "bothgood", "tiebothbad", "na"}
+TIES = {
+    "tie", "ties", "tied", "draw", "both", "neither", "none", "equal", "same", "bothbad", "bothgood", "tiebothbad", "na", "nan",
+}  # fmt: skip
+# Verdicts that are numbers halfway between two answers, or missing.
+NEITHER = TIES | {"0", "0.5", ""}
 
 
 def _word(value) -> str:
-    return "".join(character for character in comparable(value).lower() if character.isalnum())
+    """A verdict as it is compared: numbers keep their sign, true is 1, other texts keep only their letters and digits."""
+    text = comparable(value).strip().lower()
+    text = {"true": "1", "false": "0"}.get(text, text)
+    try:
+        return comparable(float(text))
+    except ValueError:
+        return "".join(character for character in text if character.isalnum())
+
+
+def is_tie(value) -> bool:
+    """Whether a verdict that means neither answer says so."""
+    return _word(value) in NEITHER
 
 
 def verdict_values(values: Iterable, answers: list[str]) -> list[list] | None:
@@ -117,7 +132,10 @@ def verdict_values(values: Iterable, answers: list[str]) -> list[list] | None:
 
     Evident are the names of the columns, their last letters or numbers, and 0 and 1, or 1 and 2, where both occur.
     """
-    found = {_word(value) for value in values if not is_empty(value)}
+    values = [value for value in values if not is_empty(value)]
+    if any(comparable(value).strip().lower() in ("true", "false") for value in values):
+        return None  # Either may mean the first.
+    found = {_word(value) for value in values}
     seen = found - TIES
     words = [_words_for(name, place) for place, name in enumerate(answers)]
     # A single number may count from 0 or from 1.
@@ -150,14 +168,24 @@ def better_answer(row: dict, better: str | dict, place_names: str) -> int | None
     for index, values in enumerate(wanted):
         if _means(value, values, column):
             return index
-    if is_empty(value) or isinstance(value, int | float) or _word(value) in TIES or _word(value).lstrip("0") == "":
+    named = [_names_value(value, values, row) for values in wanted]
+    if any(named):
+        return None if all(named) else named.index(True)
+    if is_empty(value) or is_tie(value):
         return None
     raise RowError(f"field {column!r} is {value!r}, expected a value for one of {place_names}, or a tie.")
+
+
+def _names_value(value, wanted, row: dict) -> bool:
+    """Whether what is wanted is the name of a column, such as model_a, that holds this value."""
+    return isinstance(wanted, str) and not is_empty(value) and row.get(wanted) == value
 
 
 def _means(value, wanted, column: str) -> bool:
     if isinstance(wanted, list):
         return _word(value) in {_word(one) for one in wanted}
-    if isinstance(wanted, str) and not wanted.startswith(("<", ">", "=", "!")):
+    if not isinstance(wanted, str) or not wanted.startswith(("<", ">", "=", "!")):
         return _word(value) == _word(wanted)
-    return not is_empty(value) and condition(wanted, column)(value)
+    if is_empty(value) or _word(value) in NEITHER - {"0", "0.5"}:
+        return False
+    return condition(wanted, column)(value)

@@ -11,7 +11,7 @@ from preference_training.data.rows.field_maps import FieldMap
 from preference_training.data.rows.formats import find
 from preference_training.data.rows.grouping import Row, group_rows
 from preference_training.data.rows.records import OTHER_PROMPT, DataReport, Turn
-from preference_training.data.rows.values import TIE, verdict_values
+from preference_training.data.rows.values import NO_VERDICT, TIE, verdict_values
 
 
 def mapped(rows: list[dict], report: DataReport | None = None, **names) -> list[Row]:
@@ -225,6 +225,16 @@ def test_of_several_answers_those_that_are_missing_or_unrated_are_left_out_alone
     assert report.left_out == {"no answer has a score or rank": 1}
 
 
+def test_one_of_two_answers_without_a_score_is_no_tie_and_among_three_is_left_out_alone():
+    report = DataReport()
+    row = {"prompt": "q", "response_a": "a", "response_b": "b", "score_a": 1, "score_b": 2}
+    assert len(mapped([row, row | {"score_b": None}], report)) == 1
+    assert report.left_out == {NO_VERDICT: 1}
+    rounds = {"prompt": ["q"], "x": ["a"], "y": ["b"], "z": ["c"], "sx": 1, "sy": None, "sz": 2}
+    (found,) = mapped([rounds], responses=["x", "y", "z"], scores=["sx", "sy", "sz"])
+    assert (found.responses, found.pairs, found.target) == (["a", "c"], [(1, 0)], 1)
+
+
 WEBGPT = {"question": {"full_text": "q"}, "answer_0": "a", "answer_1": "b"}
 SAFE = {"prompt": "q", "response_0": "a", "response_1": "b", "safer_response_id": 0}
 ARENA = {"conversation_a": [user("q"), assistant("a")], "conversation_b": [user("q"), assistant("b")]}
@@ -277,6 +287,16 @@ def test_verdicts_that_tie_are_left_out_and_counted(row):
         ("v", "y", 1),
         ("v", "X", 0),
         ({"v": [1, 2]}, 2, 1),
+        ({"v": [1, 0]}, True, 0),
+        ({"v": [1, 0]}, "False", 1),
+        ({"v": [True, False]}, "true", 0),
+        ({"v": [1, 2]}, 0.5, None),
+        ({"v": [1, 2]}, float("nan"), None),
+        ({"v": ["< 0", "> 0"]}, float("nan"), None),
+        ({"v": ["< 0", "> 0"]}, "tie", None),
+        ({"v": [-1, 1]}, -1, 0),
+        ({"v": [-1, 1]}, "1.0", 1),
+        ({"v": [-1, 1]}, "0.0", None),
         ({"v": ["> 0", "< 0"]}, -1, 1),
         ({"v": [["yes", "rather"], ["no"]]}, "rather", 0),
         ({"v": ["yes", "no"]}, "Tie", None),
@@ -306,6 +326,67 @@ def test_numbers_tell_answers_apart_only_where_both_occur():
     for unclear in ([1], [0, 1, 2], [-1, 1], ["good", "bad"], []):
         assert verdict_values(unclear, ["response_a", "response_b"]) is None
     assert verdict_values([0, 1], ["version1", "version2"]) is None
+
+
+def test_signed_verdicts_are_never_read_as_places_of_answers():
+    for signed in ([-1, 0, 1], [-2, -1, 1, 2], ["-1", "1"], [-1.0], ["-1.0", "-2.0"]):
+        for answers in (["response_a", "response_b"], ["response_1", "response_2"]):
+            assert verdict_values(signed, answers) is None
+    rows = [{"prompt": "q", "response_a": "aa", "response_b": "bb", "preference": verdict} for verdict in (-1, 1, 0)]
+    with pytest.raises(UserError, match=r"better: \{preference: \["):
+        mapped(rows)
+
+
+@pytest.mark.parametrize("names", [("winner", "loser"), ("chosen", "rejected"), ("preferred", "rejected")])
+@pytest.mark.parametrize("stem", ["model_", "response_", ""])
+def test_columns_that_name_the_better_answer_are_verdicts_and_not_answers(names, stem):
+    rows = [
+        {"prompt": "q", "response_a": "a", "response_b": "b"} | dict(zip(names, (stem + one, stem + other), strict=True))
+        for one, other in ("ab", "ba")
+    ]
+    assert [(row.responses, row.pairs) for row in mapped(rows)] == [(["a", "b"], [(0, 1)]), (["a", "b"], [(1, 0)])]
+
+
+def test_the_winner_may_be_the_name_of_a_model_in_the_row():
+    row = {"prompt": "q", "response_a": "a", "response_b": "b", "model_a": "gpt-4", "model_b": "claude"}
+    other = row | {"model_a": "llama", "model_b": "gpt-4"}
+    verdicts = [row | {"winner": name} for name in ("gpt-4", "claude", "tie", "model_b")]
+    both = row | {"model_b": "gpt-4", "winner": "gpt-4"}
+    report = DataReport()
+    found = mapped([*verdicts[:3], other | {"winner": "gpt-4"}, both], report)
+    assert [row.target for row in found] == [0, 1, 1]
+    assert report.left_out == {TIE: 2}
+    assert [
+        row.target for row in mapped(verdicts, better={"winner": ["model_a", "model_b"]}, answers=["response_a", "response_b"])
+    ] == [0, 1, 1]
+    with pytest.raises(UserError, match="expected a value for one of"):
+        mapped([verdicts[0], *[row | {"winner": "gpt-4"}] * 100, row | {"winner": "bard"}])
+
+
+@pytest.mark.parametrize("more", [{}, {"winner_is": "x"}, {"label": True}])
+def test_two_answers_without_an_evident_verdict_are_never_suggested_as_one(more):
+    with pytest.raises(UserError, match=r"answers: \[response_a, response_b\], better: \{") as error:
+        mapped([{"prompt": "q", "response_a": "a", "response_b": "b"} | more])
+    assert "response: " not in str(error.value)
+
+
+def test_shps_labels_may_be_booleans():
+    rows = [{"history": "q", "human_ref_A": "a", "human_ref_B": "b", "labels": label} for label in (True, False, "True", 0)]
+    assert [row.target for row in mapped(rows)] == [0, 1, 0, 1]
+
+
+@pytest.mark.parametrize("values", [(0, 1), (True, False)])
+@pytest.mark.parametrize("name", ["label", "labels"])
+def test_labels_of_two_answers_are_not_guessed(name, values):
+    rows = [{"prompt": "q", "response_a": "a", "response_b": "b", name: value} for value in values]
+    with pytest.raises(UserError, match=rf"answers: \[response_a, response_b\], better: \{{{name}: \["):
+        mapped(rows)
+
+
+@pytest.mark.parametrize("verdict", [7, -3, 2.5])
+def test_a_number_that_means_neither_answer_is_no_tie(verdict):
+    with pytest.raises(UserError, match="expected a value for one of response_0 and response_1, or a tie"):
+        mapped([SAFE | {"better_response_id": verdict}])
 
 
 def test_labels_of_single_answers_are_found():

@@ -118,6 +118,21 @@ def test_scored_responses_of_a_prompt_form_pairs_and_the_best_is_the_target():
     assert report.left_out == {EQUAL_SCORES: 1, NO_PAIR: 1}
 
 
+def test_pairs_and_scored_responses_of_a_prompt_are_one_record():
+    weighted = pair_row("p", "x", "y")._replace(weights=[0.5])
+    rows = [scored_row("p", "a", 1.0), weighted, scored_row("p", "b", 2.0)]
+    assert list(group_rows(rows, DataReport())) == [
+        ("p", {
+            "responses": ["x", "y", "a", "b"], "pairs": [(0, 1), (3, 2)], "sft_target": "b", "weights": [0.5, 1.0],
+            "sft_targets": ["x", "b"], "scores": [None, None, 1.0, 2.0],
+        }),
+    ]  # fmt: skip
+    report = DataReport()
+    ((_, record),) = group_rows([*rows[:2], scored_row("p", "b", 1.0)], report)
+    assert (record["responses"], record["pairs"], record["sft_target"]) == (["x", "y"], [(0, 1)], "x")
+    assert report.left_out == {EQUAL_SCORES: 1, NO_PAIR: 1}
+
+
 def test_a_conversation_and_a_text_of_the_same_words_are_different_prompts():
     rows = [pair_row("p", "a", "b"), pair_row((Turn("user", "p"),), "a", "b"), pair_row((Turn("system", "p"),), "a", "b")]
     assert [prompt for prompt, _ in group_rows(rows, DataReport())] == [row.prompt for row in rows]

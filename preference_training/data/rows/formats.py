@@ -10,7 +10,7 @@ from itertools import product
 from numbers import Real
 from typing import NamedTuple
 
-from preference_training.data.rows.conversations import RowError, parse_serialized_turns, turn_keys
+from preference_training.data.rows.conversations import RowError, ends_with_answer, parse_serialized_turns, turn_keys
 from preference_training.data.rows.prompt_fields import INSTRUCTIONS, SECOND_PARTS
 from preference_training.data.rows.templates import ASSISTANT
 from preference_training.data.rows.values import LABELS, is_empty, parse_text_list, verdict_values
@@ -114,7 +114,7 @@ def find(rows: list[dict], given: Keys) -> Found:
     """The format of rows. given: keys that are not searched for. No keys are found where nothing fits."""
     columns = Columns(rows)
     answers = given.keys() & {"chosen", "rejected", "response", "responses", "answers", "messages", "text"}
-    found = Found({}, "") if answers else _answers(columns)
+    found = Found({}, "") if answers else _answers(columns, "prompt" in given)
     if found is None:
         return Found({}, "")
     keys = dict(found.keys)
@@ -144,9 +144,18 @@ WORDS = {
 # ---- answers --------------------------------------------------------------------------------------------------------------
 
 
-def _answers(columns: Columns) -> Found | None:
-    rules = (_pairs, _public_verdicts, _lists, _verdicts, _ordered_list, _single, _conversations, _text)
+def _answers(columns: Columns, has_prompt: bool) -> Found | None:
+    # A conversation that ends with the answer is no prompt of the text beside it, such as the number it comes to.
+    whole = not has_prompt and _ends_with_answers(columns)
+    last = (_conversations,) if whole else (_single, _conversations, _text)
+    rules = (_pairs, _public_verdicts, _lists, _verdicts, _ordered_list, *last)
     return next((found for rule in rules if (found := rule(columns))), None)
+
+
+def _ends_with_answers(columns: Columns) -> bool:
+    """Whether the column that would be the prompt has conversations, all of which end with the assistant's turn."""
+    name = columns.get(*PROMPTS, *CONVERSATIONS)
+    return name in map(columns.get, CONVERSATIONS) and columns.all(name, ends_with_answer)
 
 
 def _pairs(columns: Columns) -> Found | None:

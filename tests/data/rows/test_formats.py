@@ -61,6 +61,16 @@ def test_a_system_prompt_and_tools_beside_a_conversation_belong_to_its_prompt():
     assert (second.prompt, second.tools) == ((Q,), "")
 
 
+@pytest.mark.parametrize("name", ["answer", "target", "solution", "output"])
+def test_a_conversation_that_ends_with_the_assistants_turn_is_no_prompt_of_the_answer_beside_it(name):
+    row, said = read({"messages": TALK, name: "42"})
+    assert row == Row((Q,), [(A, R, B)], [], 0)
+    assert said == f"conversations in `messages`; columns not read: {name}"
+    # What the map, or a column of its own, says is the prompt stays the prompt.
+    assert read({"messages": TALK, name: "42"}, prompt="messages")[0] == Row((Q, A, R, B), ["42"], [], 0)
+    assert read({"messages": TALK, "question": "q", name: "42"})[0] == Row("q", ["42"], [], 0)
+
+
 def test_turns_behind_the_last_of_the_assistants_are_left_out_and_counted():
     report = DataReport()
     (row,) = mapped([{"messages": [*TALK, user("and?")]}], report)

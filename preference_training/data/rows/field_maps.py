@@ -156,7 +156,7 @@ class FieldMap:
         """The fields that are read, including filters."""
         of_prompt = [] if self.text else self.prompts.names()
         if self.messages:
-            of_prompt = [name for name in (self.system, self.tools) if name]
+            of_prompt = [name for name in (self.system, self.history, self.tools) if name]
         return [*of_prompt, *self.answer_fields, *where_columns(self.where), *([self.top_k["column"]] if self.top_k else [])]
 
     def map_row(self, row: dict, report: DataReport | None = None) -> Row:

@@ -1,6 +1,7 @@
 """The prompt of a row: a text or a conversation, with the system prompt, the earlier turns and the tools beside it."""
 
 from dataclasses import dataclass
+from itertools import takewhile
 
 from preference_training.data.rows.conversations import (
     RowError,
@@ -129,7 +130,8 @@ class PromptFields:
 
     def with_system(self, row: dict, turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
         """The turns behind the system prompt and the earlier turns in fields of their own. Raises RowError."""
-        turns = (*self._history(row), *turns) if not turns or turns[0].role != "system" else turns
+        own = sum(1 for _ in takewhile(lambda turn: turn.role in ("system", "developer"), turns))
+        turns = (*turns[:own], *self._history(row), *turns[own:])
         if turns and (problem := prompt_error(turns)):
             raise RowError(f"the prompt {problem}.")
         system = self._system(row)

@@ -71,6 +71,15 @@ def test_a_conversation_that_ends_with_the_assistants_turn_is_no_prompt_of_the_a
     assert read({"messages": TALK, "question": "q", name: "42"})[0] == Row("q", ["42"], [], 0)
 
 
+def test_earlier_turns_beside_a_conversation_follow_its_own_system_turn():
+    own, history = Turn("system", "s"), [["q", "a"]]
+    talk = [{"role": "system", "content": "s"}, user("r")]
+    assert read({"prompt": talk, "completion": "b", "history": history})[0].prompt == (own, Q, A, R)
+    row, said = read({"messages": [*talk, assistant("b")], "history": history})
+    assert (row.prompt, row.responses) == ((own, Q, A, R), ["b"])
+    assert said == "conversations in `messages`, earlier turns in `history`"
+
+
 def test_turns_behind_the_last_of_the_assistants_are_left_out_and_counted():
     report = DataReport()
     (row,) = mapped([{"messages": [*TALK, user("and?")]}], report)

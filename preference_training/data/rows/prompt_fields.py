@@ -18,6 +18,7 @@ from preference_training.data.rows.values import check_text, field_value, parse_
 
 INSTRUCTIONS = ("instruction",)
 SECOND_PARTS = ("input", "context")
+SPELLED_PARTS = tuple(spelled for part in SECOND_PARTS for spelled in (part, part.title(), part.upper()))
 USUAL = "prompt"
 
 
@@ -37,9 +38,12 @@ class PromptFields:
 
     def names(self) -> list[str]:
         """The fields that are read."""
-        second = SECOND_PARTS if self.prompt.lower() in INSTRUCTIONS else ()
-        more = [name for part in second for name in (part, part.title()) if name not in self.others]
-        return [name for name in (self.prompt, self.system, self.history, self.tools, *more) if name]
+        return [name for name in (self.prompt, self.system, self.history, self.tools, *self._second_parts()) if name]
+
+    def _second_parts(self) -> list[str]:
+        """The names that second parts of the prompt may have."""
+        spelled = SPELLED_PARTS if self.prompt.lower() in INSTRUCTIONS else ()
+        return [name for name in spelled if name not in self.others]
 
     def in_row(self, row: dict) -> bool:
         """Whether the prompt is in a separate field: one that is configured, or that rows have anyway."""
@@ -110,11 +114,8 @@ class PromptFields:
 
     def second_part(self, row: dict) -> str | None:
         """The second part of a prompt in Alpaca's schema (or Dolly's), unless its field is mapped to something else."""
-        if self.prompt.lower() not in INSTRUCTIONS:
-            return None
-        names = [name for part in SECOND_PARTS for name in (part, part.title()) if name in row and name not in self.others]
-        for name in names:
-            value = row[name]
+        for name in self._second_parts():
+            value = row.get(name)
             if value is None or (isinstance(value, str) and not value.strip()):
                 continue
             check_text(value, name)

@@ -136,6 +136,12 @@ def test_a_prompt_and_an_answer_are_found_by_their_names(row, expected, said):
     assert read(row) == (expected, said)
 
 
+def test_the_input_of_an_instruction_is_read_in_any_case():
+    row, said = read({"INSTRUCTION": "i", "INPUT": "n", "OUTPUT": "o"})
+    assert row == Row("i\nn", ["o"], [], 0)
+    assert said == "answers in `OUTPUT`, prompts in `INSTRUCTION` and `INPUT`"
+
+
 # ---- pairs --------------------------------------------------------------------------------------------------------------
 
 

@@ -307,9 +307,9 @@ def _prompt(columns: Columns, keys: Keys, can_lack: bool) -> tuple[Keys, str]:
     names = [name for name in map(columns.get, PROMPTS) if name and name not in taken]
     name = next((found for name in names if (found := _readable_prompt(columns, name))), None)
     if name is not None:
-        second = columns.get(*SECOND_PARTS) if _plain(name) in INSTRUCTIONS else None
-        both = f"` and `{second}" if second and second not in taken else ""
-        return {"prompt": name}, f"prompts in `{name}{both}`"
+        parts = map(columns.get, SECOND_PARTS) if _plain(name) in INSTRUCTIONS else ()
+        more = [part for part in parts if part and part not in taken]
+        return {"prompt": name}, f"prompts in `{'` and `'.join([name, *more])}`"
     if (
         not can_lack
         or "prompt" in columns.names

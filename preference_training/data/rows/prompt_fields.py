@@ -113,14 +113,15 @@ class PromptFields:
             return None
 
     def second_part(self, row: dict) -> str | None:
-        """The second part of a prompt in Alpaca's schema (or Dolly's), unless its field is mapped to something else."""
+        """The second parts, on separate lines, of a prompt in Alpaca's schema (or Dolly's), unless mapped to something else."""
+        parts = []
         for name in self._second_parts():
             value = row.get(name)
             if value is None or (isinstance(value, str) and not value.strip()):
                 continue
             check_text(value, name)
-            return value
-        return None
+            parts.append(value)
+        return "\n".join(dict.fromkeys(parts)) or None
 
     def _refuse_second_part(self, row: dict) -> None:
         if self.second_part(row):

@@ -142,6 +142,12 @@ def test_the_input_of_an_instruction_is_read_in_any_case():
     assert said == "answers in `OUTPUT`, prompts in `INSTRUCTION` and `INPUT`"
 
 
+def test_input_and_context_of_an_instruction_are_both_read():
+    row, said = read({"instruction": "i", "input": "n", "context": "c", "output": "o"})
+    assert row == Row("i\nn\nc", ["o"], [], 0)
+    assert said == "answers in `output`, prompts in `instruction` and `input` and `context`"
+
+
 # ---- pairs --------------------------------------------------------------------------------------------------------------
 
 

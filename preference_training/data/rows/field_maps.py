@@ -48,6 +48,7 @@ OWN_SYSTEM_TURN = "conversations with their own system turn, which replaces the 
 LAST_TURNS = "conversations whose turns behind the assistant's last one were left out"
 NO_ANSWER = "answers left out that are missing (None)"
 NO_SCORE = "answers left out that have no score or rank"
+NO_LABEL = "the answer has no label"
 NO_RATED = "no answer has a score or rank"
 OTHER_FORMAT = "rows of another format: {}"
 
@@ -185,10 +186,16 @@ class FieldMap:
         report.change(LAST_TURNS, len(prompt) + len(response) < len(turns))
         labels = None
         if self.label:
-            labels = [as_label(field_value(row, self.label), self.label)]
+            labels = self._labels(row)
             prompt, response = (*prompt, *response[:-1]), response[-1:]
         prompt = self.prompts.with_system(row, tuple(prompt)) or ""
         return Row(prompt, [response_of(response)], [], 0, labels=labels)
+
+    def _labels(self, row: dict) -> list[bool]:
+        """The label of a row's answer. Raises RowError, and LeftOut without one where labels were found unasked."""
+        if self.label in self.found and (is_empty(row.get(self.label)) or _is_missing(row[self.label])):
+            raise LeftOut(NO_LABEL)
+        return [as_label(field_value(row, self.label), self.label)]
 
     def _single(self, row: dict) -> Row:
         answer = answer_in(field_value(row, self.response), self.response)
@@ -196,7 +203,7 @@ class FieldMap:
         if self.score is not None:
             scores = [as_number(_number(field_value(row, self.score)), self.score)]
         if self.label is not None:
-            labels = [as_label(field_value(row, self.label), self.label)]
+            labels = self._labels(row)
         prompt, responses = self.splitting.split(row, [(str(self.response), answer)])
         return Row(prompt, responses, [], 0, scores, labels, forms_pairs=scores is not None)
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from preference_training.data.rows.conversations import RowError, ends_with_answer, parse_serialized_turns, turn_keys
 from preference_training.data.rows.prompt_fields import INSTRUCTIONS, SECOND_PARTS
 from preference_training.data.rows.templates import ASSISTANT
-from preference_training.data.rows.values import LABELS, is_empty, parse_text_list, verdict_values
+from preference_training.data.rows.values import LABELS, is_empty, label_word, parse_text_list, verdict_values
 
 Keys = dict[str, object]
 
@@ -252,8 +252,10 @@ def _single(columns: Columns) -> Found | None:
 
 
 def _label(columns: Columns) -> str | None:
+    """The column of labels; also one of two unknown values, whose rows are then refused rather than all learned."""
     label = columns.get(*LABEL_NAMES)
-    return label if columns.all(label, lambda value: str(value).strip().lower().removesuffix(".0") in LABELS) else None
+    words = {label_word(value) for value in columns.values.get(label, ())}
+    return label if len(words) == 2 or (words and words <= LABELS.keys() and not words >= {"-1", "0"}) else None
 
 
 def _conversations(columns: Columns) -> Found | None:

@@ -351,6 +351,29 @@ def test_labels_of_single_answers_are_found():
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("yes", "no"),
+    [("good", "bad"), (1, -1), ("1.0", "-1.0"), ("Yes", "No"), ("positive", "negative"), ("chosen", "rejected"),
+     ("like", "dislike")],
+)  # fmt: skip
+def test_labels_are_understood_in_the_words_that_people_use_and_rows_without_are_left_out(yes, no):
+    report = DataReport()
+    rows = [{"prompt": "q", "completion": "a", "label": label} for label in (yes, no, None, "", yes)]
+    assert [row.labels for row in mapped(rows, report)] == [[True], [False], [True]]
+    assert report.left_out == {"the answer has no label": 2}
+    report = DataReport()
+    assert [row.labels for row in mapped([{"messages": TALK, "label": label} for label in (no, None)], report)] == [[False]]
+    assert report.left_out == {"the answer has no label": 1}
+
+
+def test_two_labels_that_are_not_understood_are_refused():
+    rows = [{"prompt": "q", "completion": "a", "label": label} for label in ("up", "down")]
+    with pytest.raises(UserError, match="row 1: field 'label' is 'up', expected true or false, 1 or 0, desirable"):
+        mapped(rows)
+    more = [row | {"label": label} for row, label in zip(rows * 2, ("math", "code", "law", "art"), strict=True)]
+    assert [row.labels for row in mapped(more)] == [None] * 4
+
+
 def test_helpsteers_single_answers_have_its_score():
     row = {"prompt": "q", "response": "a", "helpfulness": 3, "correctness": 4, "coherence": 4}
     assert read(row)[0] == Row("q", ["a"], [], 0, [3.0], forms_pairs=True)

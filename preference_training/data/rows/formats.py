@@ -4,6 +4,7 @@ Found are the keys of a field map: where the answers are, where the prompt is, a
 """
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import product
@@ -27,6 +28,7 @@ CHOSEN_REJECTED = (
     ("chosen_answer", "rejected_answer"), ("preferred_output", "non_preferred_output"), ("preferred", "dispreferred"),
     ("preferred", "rejected"), ("accepted", "rejected"), ("chosen", "reject"), ("better", "worse"), ("winner", "loser"),
 )  # fmt: skip
+NUMBERED = re.compile(r"rejected\d+")
 RESPONSES = ("completion", "response", "output", "answer", "target", "targets", "solution", "assistant")
 LISTS = ("responses", "completions", "generations", "answers", "candidates", "outputs")
 SCORES = ("scores", "ratings", "rating", "score", "rewards")
@@ -160,10 +162,16 @@ def _ends_with_answers(columns: Columns) -> bool:
 
 def _pairs(columns: Columns) -> Found | None:
     found = next((both for names in CHOSEN_REJECTED if (both := columns.both(names))), None)
-    if not found:
+    chosen, *rejected = found or [columns.get("chosen")]
+    if chosen and (not found or _plain(rejected[0]) == "rejected"):
+        rejected += sorted(
+            (name for name in columns.values if NUMBERED.fullmatch(_plain(name)) and not columns.all(name, _is_number)),
+            key=lambda name: int(_plain(name).removeprefix("rejected")),
+        )
+    if not chosen or not rejected:
         return None
-    chosen, rejected = found
-    return Found({"chosen": chosen, "rejected": rejected}, f"pairs in `{chosen}` and `{rejected}`")
+    keys = {"chosen": chosen, "rejected": rejected if len(rejected) > 1 else rejected[0]}
+    return Found(keys, f"pairs in `{'` and `'.join([chosen, *rejected])}`")
 
 
 def _public_verdicts(columns: Columns) -> Found | None:
@@ -299,7 +307,8 @@ def _prompt(columns: Columns, keys: Keys, can_lack: bool) -> tuple[Keys, str]:
     chosen, rejected = keys.get("chosen", "chosen"), keys.get("rejected", "rejected")
     of_pairs = not keys.keys() & {"responses", "response", "answers"}
     answers = keys.get("answers")
-    two = (chosen, rejected) if of_pairs else answers if isinstance(answers, list) else ()
+    all_rejected = rejected if isinstance(rejected, list) else [rejected]
+    two = (chosen, *all_rejected) if of_pairs else answers if isinstance(answers, list) else ()
     values = [value for name in two for value in columns.values.get(name, ())]
     if any(map(_holds_prompt, values)):
         return {}, ""
@@ -323,7 +332,7 @@ def _prompt(columns: Columns, keys: Keys, can_lack: bool) -> tuple[Keys, str]:
     texts = [value for value in values if isinstance(value, str)]
     if not values or len(texts) < len(values):
         return {}, ""
-    pairs = zip(columns.values.get(chosen, ()), columns.values.get(rejected, ()), strict=False)
+    pairs = zip(columns.values.get(chosen, ()), columns.values.get(all_rejected[0], ()), strict=False)
     if all(one.split()[:1] == other.split()[:1] for one, other in pairs):
         return {"implicit_prompt": True}, f"prompts are the common beginning of `{chosen}` and `{rejected}`"
     return {"prompt": ""}, "no prompts"

@@ -185,6 +185,16 @@ def test_pairs_are_found_in_all_their_forms(row, expected):
     assert read(row)[0] == expected
 
 
+@pytest.mark.parametrize("names", [("rejected", "rejected_2"), ("rejected_1", "rejected_2"), ("rejected1", "rejected2")])
+def test_numbered_columns_of_rejected_answers_are_all_read(names):
+    one, two = names
+    report = DataReport()
+    rows = [{"prompt": "q", "chosen": "a", one: "b", two: text} for text in ("c", None)]
+    assert mapped(rows, report) == [Row("q", ["a", "b", "c"], [(0, 1), (0, 2)], 0), Row("q", ["a", "b"], [(0, 1)], 0)]
+    assert report.found == f"pairs in `chosen` and `{one}` and `{two}`"
+    assert (report.columns_not_read, report.changed) == ({}, {"answers left out that are missing (None)": 1})
+
+
 def test_the_usual_columns_go_without_saying_and_others_are_named_with_what_they_are():
     pair = {"prompt": "q", "chosen": "a", "rejected": "b"}
     assert read(pair)[1] == ""

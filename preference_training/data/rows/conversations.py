@@ -180,6 +180,17 @@ def are_turns(value) -> bool:
     return all(isinstance(role, str) and role.strip().lower() in ROLE_NAMES for role in roles)
 
 
+def ends_with_answer(value) -> bool:
+    """Whether a value is a conversation, also as a text, that ends with the assistant's turn."""
+    try:
+        value = parse_serialized_turns(value, "")
+    except RowError:
+        return False
+    last = value[-1] if isinstance(value, list) and value else None
+    keys = turn_keys(last)
+    return keys is not None and ROLE_NAMES.get(str(last[keys[0]]).strip().lower()) == "assistant"
+
+
 # ---- prompt and responses ---------------------------------------------------------------------------------------------------
 
 

@@ -48,6 +48,7 @@ OWN_SYSTEM_TURN = "conversations with their own system turn, which replaces the 
 LAST_TURNS = "conversations whose turns behind the assistant's last one were left out"
 NO_ANSWER = "answers left out that are missing (None)"
 NO_SCORE = "answers left out that have no score or rank"
+NO_LABEL = "the answer has no label"
 NO_RATED = "no answer has a score or rank"
 OTHER_FORMAT = "rows of another format: {}"
 
@@ -59,8 +60,8 @@ FIRST_ROWS = 100
 class FieldMap:
     """The fields of a row. A dotted name selects a nested value and, for lists, a value of each item.
 
-    Pairs: `chosen`, `rejected` (the same column: a list whose first answer is preferred), and numbers of the pair, its `margin`
-    and `example_weight`. Lists: `responses` with `scores` (higher is better) or `ranks` (lower is better), as a column or as a
+    Pairs: `chosen`, `rejected` (or a list of columns; the same column: a list whose first answer is preferred), and
+    numbers of the pair, its `margin` and `example_weight`. Lists: `responses` with `scores` (higher is better) or `ranks` (lower is better), as a column or as a
     list of columns. Verdicts: two `answers`, and which is `better`: a column, or {column: [values for the first, values for the
     second]}. One response per row: `response`, with a `score` (pairs are then formed between the rows of a prompt), a `label`
     (desirable or not), or neither (SFT only). `messages`: whole conversations, whose assistant turns SFT learns. `text`: plain
@@ -73,7 +74,7 @@ class FieldMap:
 
     prompt: str = "prompt"
     chosen: str = "chosen"
-    rejected: str = "rejected"
+    rejected: str | list = "rejected"
     system: str | None = None
     response: str | None = None
     score: str | None = None
@@ -137,7 +138,7 @@ class FieldMap:
         elif self.response:
             found = [self.response, self.score, self.label]
         else:
-            found = [self.chosen, self.rejected, self.margin, self.example_weight]
+            found = [self.chosen, *_listed(self.rejected), self.margin, self.example_weight]
         return [name for name in found if name is not None]
 
     @cached_property
@@ -156,7 +157,7 @@ class FieldMap:
         """The fields that are read, including filters."""
         of_prompt = [] if self.text else self.prompts.names()
         if self.messages:
-            of_prompt = [name for name in (self.system, self.tools) if name]
+            of_prompt = [name for name in (self.system, self.history, self.tools) if name]
         return [*of_prompt, *self.answer_fields, *where_columns(self.where), *([self.top_k["column"]] if self.top_k else [])]
 
     def map_row(self, row: dict, report: DataReport | None = None) -> Row:
@@ -174,7 +175,7 @@ class FieldMap:
         elif self.response:
             mapped = self._single(row)
         else:
-            mapped = self._pair(row)
+            mapped = self._pair(row, report)
         return mapped._replace(tools=self.prompts.tools_text(row)) if self.tools else mapped
 
     # ---- kinds of rows ----------------------------------------------------------------------------------------------------
@@ -185,10 +186,16 @@ class FieldMap:
         report.change(LAST_TURNS, len(prompt) + len(response) < len(turns))
         labels = None
         if self.label:
-            labels = [as_label(field_value(row, self.label), self.label)]
+            labels = self._labels(row)
             prompt, response = (*prompt, *response[:-1]), response[-1:]
         prompt = self.prompts.with_system(row, tuple(prompt)) or ""
         return Row(prompt, [response_of(response)], [], 0, labels=labels)
+
+    def _labels(self, row: dict) -> list[bool]:
+        """The label of a row's answer. Raises RowError, and LeftOut without one where labels were found unasked."""
+        if self.label in self.found and (is_empty(row.get(self.label)) or _is_missing(row[self.label])):
+            raise LeftOut(NO_LABEL)
+        return [as_label(field_value(row, self.label), self.label)]
 
     def _single(self, row: dict) -> Row:
         answer = answer_in(field_value(row, self.response), self.response)
@@ -196,7 +203,7 @@ class FieldMap:
         if self.score is not None:
             scores = [as_number(_number(field_value(row, self.score)), self.score)]
         if self.label is not None:
-            labels = [as_label(field_value(row, self.label), self.label)]
+            labels = self._labels(row)
         prompt, responses = self.splitting.split(row, [(str(self.response), answer)])
         return Row(prompt, responses, [], 0, scores, labels, forms_pairs=scores is not None)
 
@@ -243,10 +250,16 @@ class FieldMap:
         prompt, responses = self.splitting.split(row, answers)
         return Row(prompt, responses, [(better, 1 - better)], better)
 
-    def _pair(self, row: dict) -> Row:
-        names = [self.chosen] if self.chosen == self.rejected else [self.chosen, self.rejected]
-        found = [[(name, answer) for answer in answers_in(_answer(row, name), name)] for name in names]
-        chosen, rejected = found if len(found) > 1 else (found[0][:1], found[0][1:])
+    def _pair(self, row: dict, report: DataReport) -> Row:
+        others = _listed(self.rejected)
+        # Of several columns of rejected answers, those that a row lacks are left out.
+        present = (
+            [name for name in others if not is_empty(row.get(name, row.get(name.split(".")[0])))] if len(others) > 1 else others
+        )
+        names = [self.chosen] if [self.chosen] == others else [self.chosen, *(present or others[:1])]
+        first, *found = [[(name, answer) for answer in answers_in(_answer(row, name), name)] for name in names]
+        chosen, rejected = (first, [*chain(*found)]) if found else (first[:1], first[1:])
+        report.change(NO_ANSWER, len(others) - len(present))
         if not rejected:
             raise RowError(f"field {self.rejected!r} has one answer, expected the preferred one and others.")
         prompt, responses = self.splitting.split(row, chosen + rejected)

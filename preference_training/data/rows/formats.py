@@ -4,16 +4,17 @@ Found are the keys of a field map: where the answers are, where the prompt is, a
 """
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import product
 from numbers import Real
 from typing import NamedTuple
 
-from preference_training.data.rows.conversations import RowError, parse_serialized_turns, turn_keys
+from preference_training.data.rows.conversations import RowError, ends_with_answer, parse_serialized_turns, turn_keys
 from preference_training.data.rows.prompt_fields import INSTRUCTIONS, SECOND_PARTS
 from preference_training.data.rows.templates import ASSISTANT
-from preference_training.data.rows.values import LABELS, is_empty, is_tie, parse_text_list, verdict_values
+from preference_training.data.rows.values import LABELS, is_empty, is_tie, label_word, parse_text_list, verdict_values
 
 Keys = dict[str, object]
 
@@ -27,6 +28,7 @@ CHOSEN_REJECTED = (
     ("chosen_answer", "rejected_answer"), ("preferred_output", "non_preferred_output"), ("preferred", "dispreferred"),
     ("preferred", "rejected"), ("accepted", "rejected"), ("chosen", "reject"), ("better", "worse"), ("winner", "loser"),
 )  # fmt: skip
+NUMBERED = re.compile(r"rejected\d+")
 RESPONSES = ("completion", "response", "output", "answer", "target", "targets", "solution", "assistant")
 LISTS = ("responses", "completions", "generations", "answers", "candidates", "outputs")
 SCORES = ("scores", "ratings", "rating", "score", "rewards")
@@ -114,7 +116,7 @@ def find(rows: list[dict], given: Keys) -> Found:
     """The format of rows. given: keys that are not searched for. No keys are found where nothing fits."""
     columns = Columns(rows)
     answers = given.keys() & {"chosen", "rejected", "response", "responses", "answers", "messages", "text"}
-    found = Found({}, "") if answers else _answers(columns)
+    found = Found({}, "") if answers else _answers(columns, "prompt" in given)
     if found is None:
         return Found({}, "")
     keys = dict(found.keys)
@@ -144,17 +146,34 @@ WORDS = {
 # ---- answers --------------------------------------------------------------------------------------------------------------
 
 
-def _answers(columns: Columns) -> Found | None:
-    rules = (_pairs, _public_verdicts, _lists, _verdicts, _ordered_list, _single, _conversations, _text)
+def _answers(columns: Columns, has_prompt: bool) -> Found | None:
+    # A conversation that ends with the answer is no prompt of the text beside it, such as the number it comes to.
+    whole = not has_prompt and _ends_with_answers(columns)
+    last = (_conversations,) if whole else (_single, _conversations, _text)
+    rules = (_pairs, _public_verdicts, _lists, _verdicts, _ordered_list, *last)
     return next((found for rule in rules if (found := rule(columns))), None)
+
+
+def _ends_with_answers(columns: Columns) -> bool:
+    """Whether the column that would be the prompt has conversations, all of which end with the assistant's turn."""
+    name = columns.get(*PROMPTS, *CONVERSATIONS)
+    return name in map(columns.get, CONVERSATIONS) and columns.all(name, ends_with_answer)
 
 
 def _pairs(columns: Columns) -> Found | None:
     found = next((both for names in CHOSEN_REJECTED if (both := columns.both(names))), None)
-    if not found or any(verdict_values(columns.values[found[0]], answers) for answers, _ in _two_answers(columns)):
-        return None  # Or the names of two columns, of which the first is the better one.
-    chosen, rejected = found
-    return Found({"chosen": chosen, "rejected": rejected}, f"pairs in `{chosen}` and `{rejected}`")
+    if found and any(verdict_values(columns.values[found[0]], answers) for answers, _ in _two_answers(columns)):
+        return None  # The names of two columns, of which the first is the better one.
+    chosen, *rejected = found or [columns.get("chosen")]
+    if chosen and (not found or _plain(rejected[0]) == "rejected"):
+        rejected += sorted(
+            (name for name in columns.values if NUMBERED.fullmatch(_plain(name)) and not columns.all(name, _is_number)),
+            key=lambda name: int(_plain(name).removeprefix("rejected")),
+        )
+    if not chosen or not rejected:
+        return None
+    keys = {"chosen": chosen, "rejected": rejected if len(rejected) > 1 else rejected[0]}
+    return Found(keys, f"pairs in `{'` and `'.join([chosen, *rejected])}`")
 
 
 def _public_verdicts(columns: Columns) -> Found | None:
@@ -252,8 +271,10 @@ def _single(columns: Columns) -> Found | None:
 
 
 def _label(columns: Columns) -> str | None:
+    """The column of labels; also one of two unknown values, whose rows are then refused rather than all learned."""
     label = columns.get(*LABEL_NAMES)
-    return label if columns.all(label, lambda value: str(value).strip().lower().removesuffix(".0") in LABELS) else None
+    words = {label_word(value) for value in columns.values.get(label, ())}
+    return label if len(words) == 2 or (words and words <= LABELS.keys() and not words >= {"-1", "0"}) else None
 
 
 def _conversations(columns: Columns) -> Found | None:
@@ -297,7 +318,8 @@ def _prompt(columns: Columns, keys: Keys, can_lack: bool) -> tuple[Keys, str]:
     chosen, rejected = keys.get("chosen", "chosen"), keys.get("rejected", "rejected")
     of_pairs = not keys.keys() & {"responses", "response", "answers"}
     answers = keys.get("answers")
-    two = (chosen, rejected) if of_pairs else answers if isinstance(answers, list) else ()
+    all_rejected = rejected if isinstance(rejected, list) else [rejected]
+    two = (chosen, *all_rejected) if of_pairs else answers if isinstance(answers, list) else ()
     values = [value for name in two for value in columns.values.get(name, ())]
     if any(map(_holds_prompt, values)):
         return {}, ""
@@ -307,9 +329,9 @@ def _prompt(columns: Columns, keys: Keys, can_lack: bool) -> tuple[Keys, str]:
     names = [name for name in map(columns.get, PROMPTS) if name and name not in taken]
     name = next((found for name in names if (found := _readable_prompt(columns, name))), None)
     if name is not None:
-        second = columns.get(*SECOND_PARTS) if _plain(name) in INSTRUCTIONS else None
-        both = f"` and `{second}" if second and second not in taken else ""
-        return {"prompt": name}, f"prompts in `{name}{both}`"
+        parts = map(columns.get, SECOND_PARTS) if _plain(name) in INSTRUCTIONS else ()
+        more = [part for part in parts if part and part not in taken]
+        return {"prompt": name}, f"prompts in `{'` and `'.join([name, *more])}`"
     if (
         not can_lack
         or "prompt" in columns.names
@@ -321,7 +343,7 @@ def _prompt(columns: Columns, keys: Keys, can_lack: bool) -> tuple[Keys, str]:
     texts = [value for value in values if isinstance(value, str)]
     if not values or len(texts) < len(values):
         return {}, ""
-    pairs = zip(columns.values.get(chosen, ()), columns.values.get(rejected, ()), strict=False)
+    pairs = zip(columns.values.get(chosen, ()), columns.values.get(all_rejected[0], ()), strict=False)
     if all(one.split()[:1] == other.split()[:1] for one, other in pairs):
         return {"implicit_prompt": True}, f"prompts are the common beginning of `{chosen}` and `{rejected}`"
     return {"prompt": ""}, "no prompts"

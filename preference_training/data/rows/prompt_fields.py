@@ -1,6 +1,7 @@
 """The prompt of a row: a text or a conversation, with the system prompt, the earlier turns and the tools beside it."""
 
 from dataclasses import dataclass
+from itertools import takewhile
 
 from preference_training.data.rows.conversations import (
     RowError,
@@ -17,6 +18,7 @@ from preference_training.data.rows.values import check_text, field_value, parse_
 
 INSTRUCTIONS = ("instruction",)
 SECOND_PARTS = ("input", "context")
+SPELLED_PARTS = tuple(spelled for part in SECOND_PARTS for spelled in (part, part.title(), part.upper()))
 USUAL = "prompt"
 
 
@@ -36,9 +38,12 @@ class PromptFields:
 
     def names(self) -> list[str]:
         """The fields that are read."""
-        second = SECOND_PARTS if self.prompt.lower() in INSTRUCTIONS else ()
-        more = [name for part in second for name in (part, part.title()) if name not in self.others]
-        return [name for name in (self.prompt, self.system, self.history, self.tools, *more) if name]
+        return [name for name in (self.prompt, self.system, self.history, self.tools, *self._second_parts()) if name]
+
+    def _second_parts(self) -> list[str]:
+        """The names that second parts of the prompt may have."""
+        spelled = SPELLED_PARTS if self.prompt.lower() in INSTRUCTIONS else ()
+        return [name for name in spelled if name not in self.others]
 
     def in_row(self, row: dict) -> bool:
         """Whether the prompt is in a separate field: one that is configured, or that rows have anyway."""
@@ -108,17 +113,15 @@ class PromptFields:
             return None
 
     def second_part(self, row: dict) -> str | None:
-        """The second part of a prompt in Alpaca's schema (or Dolly's), unless its field is mapped to something else."""
-        if self.prompt.lower() not in INSTRUCTIONS:
-            return None
-        names = [name for part in SECOND_PARTS for name in (part, part.title()) if name in row and name not in self.others]
-        for name in names:
-            value = row[name]
+        """The second parts, on separate lines, of a prompt in Alpaca's schema (or Dolly's), unless mapped to something else."""
+        parts = []
+        for name in self._second_parts():
+            value = row.get(name)
             if value is None or (isinstance(value, str) and not value.strip()):
                 continue
             check_text(value, name)
-            return value
-        return None
+            parts.append(value)
+        return "\n".join(dict.fromkeys(parts)) or None
 
     def _refuse_second_part(self, row: dict) -> None:
         if self.second_part(row):
@@ -129,7 +132,8 @@ class PromptFields:
 
     def with_system(self, row: dict, turns: tuple[Turn, ...]) -> tuple[Turn, ...]:
         """The turns behind the system prompt and the earlier turns in fields of their own. Raises RowError."""
-        turns = (*self._history(row), *turns) if not turns or turns[0].role != "system" else turns
+        own = sum(1 for _ in takewhile(lambda turn: turn.role in ("system", "developer"), turns))
+        turns = (*turns[:own], *self._history(row), *turns[own:])
         if turns and (problem := prompt_error(turns)):
             raise RowError(f"the prompt {problem}.")
         system = self._system(row)

@@ -59,12 +59,19 @@ def as_number(value, name: str) -> float:
     return number
 
 
-LABELS = {"true": True, "1": True, "desirable": True, "false": False, "0": False, "undesirable": False}
+LABELS = dict.fromkeys(("true", "1", "desirable", "yes", "good", "positive", "chosen", "like"), True) | dict.fromkeys(
+    ("false", "0", "-1", "undesirable", "no", "bad", "negative", "rejected", "dislike"), False
+)
+
+
+def label_word(value) -> str:
+    """A label as it is written in LABELS."""
+    return comparable(value).strip().lower().removesuffix(".0")
 
 
 def as_label(value, name: str) -> bool:
     """A value as a label: whether a response is desirable; `name` is its field's. Raises RowError."""
-    label = LABELS.get(comparable(value).strip().lower())
+    label = LABELS.get(label_word(value))
     if label is None:
         raise RowError(f"field {name!r} is {value!r}, expected true or false, 1 or 0, desirable or undesirable.")
     return label

@@ -61,6 +61,25 @@ def test_a_system_prompt_and_tools_beside_a_conversation_belong_to_its_prompt():
     assert (second.prompt, second.tools) == ((Q,), "")
 
 
+@pytest.mark.parametrize("name", ["answer", "target", "solution", "output"])
+def test_a_conversation_that_ends_with_the_assistants_turn_is_no_prompt_of_the_answer_beside_it(name):
+    row, said = read({"messages": TALK, name: "42"})
+    assert row == Row((Q,), [(A, R, B)], [], 0)
+    assert said == f"conversations in `messages`; columns not read: {name}"
+    # What the map, or a column of its own, says is the prompt stays the prompt.
+    assert read({"messages": TALK, name: "42"}, prompt="messages")[0] == Row((Q, A, R, B), ["42"], [], 0)
+    assert read({"messages": TALK, "question": "q", name: "42"})[0] == Row("q", ["42"], [], 0)
+
+
+def test_earlier_turns_beside_a_conversation_follow_its_own_system_turn():
+    own, history = Turn("system", "s"), [["q", "a"]]
+    talk = [{"role": "system", "content": "s"}, user("r")]
+    assert read({"prompt": talk, "completion": "b", "history": history})[0].prompt == (own, Q, A, R)
+    row, said = read({"messages": [*talk, assistant("b")], "history": history})
+    assert (row.prompt, row.responses) == ((own, Q, A, R), ["b"])
+    assert said == "conversations in `messages`, earlier turns in `history`"
+
+
 def test_turns_behind_the_last_of_the_assistants_are_left_out_and_counted():
     report = DataReport()
     (row,) = mapped([{"messages": [*TALK, user("and?")]}], report)
@@ -117,6 +136,18 @@ def test_a_prompt_and_an_answer_are_found_by_their_names(row, expected, said):
     assert read(row) == (expected, said)
 
 
+def test_the_input_of_an_instruction_is_read_in_any_case():
+    row, said = read({"INSTRUCTION": "i", "INPUT": "n", "OUTPUT": "o"})
+    assert row == Row("i\nn", ["o"], [], 0)
+    assert said == "answers in `OUTPUT`, prompts in `INSTRUCTION` and `INPUT`"
+
+
+def test_input_and_context_of_an_instruction_are_both_read():
+    row, said = read({"instruction": "i", "input": "n", "context": "c", "output": "o"})
+    assert row == Row("i\nn\nc", ["o"], [], 0)
+    assert said == "answers in `output`, prompts in `instruction` and `input` and `context`"
+
+
 # ---- pairs --------------------------------------------------------------------------------------------------------------
 
 
@@ -152,6 +183,16 @@ def test_a_prompt_and_an_answer_are_found_by_their_names(row, expected, said):
 )  # fmt: skip
 def test_pairs_are_found_in_all_their_forms(row, expected):
     assert read(row)[0] == expected
+
+
+@pytest.mark.parametrize("names", [("rejected", "rejected_2"), ("rejected_1", "rejected_2"), ("rejected1", "rejected2")])
+def test_numbered_columns_of_rejected_answers_are_all_read(names):
+    one, two = names
+    report = DataReport()
+    rows = [{"prompt": "q", "chosen": "a", one: "b", two: text} for text in ("c", None)]
+    assert mapped(rows, report) == [Row("q", ["a", "b", "c"], [(0, 1), (0, 2)], 0), Row("q", ["a", "b"], [(0, 1)], 0)]
+    assert report.found == f"pairs in `chosen` and `{one}` and `{two}`"
+    assert (report.columns_not_read, report.changed) == ({}, {"answers left out that are missing (None)": 1})
 
 
 def test_the_usual_columns_go_without_saying_and_others_are_named_with_what_they_are():
@@ -399,6 +440,29 @@ def test_labels_of_single_answers_are_found():
     assert [record["pairs"] for _, record in group_rows(scored, DataReport())] == [[]] or [row.scores for row in scored] == [
         [1.0], [0.0]
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("yes", "no"),
+    [("good", "bad"), (1, -1), ("1.0", "-1.0"), ("Yes", "No"), ("positive", "negative"), ("chosen", "rejected"),
+     ("like", "dislike")],
+)  # fmt: skip
+def test_labels_are_understood_in_the_words_that_people_use_and_rows_without_are_left_out(yes, no):
+    report = DataReport()
+    rows = [{"prompt": "q", "completion": "a", "label": label} for label in (yes, no, None, "", yes)]
+    assert [row.labels for row in mapped(rows, report)] == [[True], [False], [True]]
+    assert report.left_out == {"the answer has no label": 2}
+    report = DataReport()
+    assert [row.labels for row in mapped([{"messages": TALK, "label": label} for label in (no, None)], report)] == [[False]]
+    assert report.left_out == {"the answer has no label": 1}
+
+
+def test_two_labels_that_are_not_understood_are_refused():
+    rows = [{"prompt": "q", "completion": "a", "label": label} for label in ("up", "down")]
+    with pytest.raises(UserError, match="row 1: field 'label' is 'up', expected true or false, 1 or 0, desirable"):
+        mapped(rows)
+    more = [row | {"label": label} for row, label in zip(rows * 2, ("math", "code", "law", "art"), strict=True)]
+    assert [row.labels for row in mapped(more)] == [None] * 4
 
 
 def test_helpsteers_single_answers_have_its_score():

@@ -38,6 +38,7 @@ from preference_training.data.rows.values import (
     field_number,
     field_value,
     is_empty,
+    is_text_list,
     parse_text_list,
 )
 from preference_training.data.sources.filters import RowFilter, Where, where_columns
@@ -245,7 +246,11 @@ class FieldMap:
 
     def _pair(self, row: dict) -> Row:
         names = [self.chosen] if self.chosen == self.rejected else [self.chosen, self.rejected]
-        found = [[(name, answer) for answer in answers_in(_answer(row, name), name)] for name in names]
+        values = [_answer(row, name) for name in names]
+        listed = [parse_text_list(value) for value in values]
+        if all(map(is_text_list, listed)):
+            values = listed  # One alone may be an answer in brackets.
+        found = [[(name, answer) for answer in answers_in(value, name)] for name, value in zip(names, values, strict=True)]
         chosen, rejected = found if len(found) > 1 else (found[0][:1], found[0][1:])
         if not rejected:
             raise RowError(f"field {self.rejected!r} has one answer, expected the preferred one and others.")

@@ -119,7 +119,8 @@ def newer_defaults(values: dict[str, Any]) -> dict[str, Any]:
     """The defaults, by dotted names, of the keys that configurations of the first version with such values lack."""
     loss = values.get("loss")
     name = str(loss.get("name")) if isinstance(loss, dict) else ""
-    return {key: value for key, value in dotted(default_values(loss=name)).items() if key in keys_with(NEWER)}
+    defaults = dotted(default_values(loss=name, model="base_model"))
+    return {key: value for key, value in defaults.items() if key in keys_with(NEWER)}
 
 
 def explain_composition_error(error: Exception, overrides: Sequence[str] = ()) -> str:

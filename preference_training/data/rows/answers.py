@@ -10,11 +10,11 @@ from preference_training.data.rows.conversations import (
     split_conversation,
     turn_keys,
 )
-from preference_training.data.rows.formats import with_nearest
+from preference_training.data.rows.nearest_entry import with_nearest
 from preference_training.data.rows.prompt_fields import USUAL, PromptFields
 from preference_training.data.rows.records import OTHER_PROMPT, Prompt, Response, Turn, response_of, type_name
 from preference_training.data.rows.templates import split_dialogue
-from preference_training.data.rows.values import check_text, parse_text_list
+from preference_training.data.rows.values import check_text, is_text_list, parse_text_list
 
 Turns = tuple[Turn, ...]
 
@@ -109,20 +109,28 @@ def shared_beginning(texts: list[str]) -> str:
 
 # ---- prompt and responses -------------------------------------------------------------------------------------------------
 
+NO_TEXT = "a prompt or an answer in a list is missing (None)"
+
 # The name of a field, and an answer in it.
 Named = tuple[str, str | Turns]
 
 
 def rounds_in(row: dict, prompt: str, names: str | list[str]) -> list[Named]:
-    """Conversations of a prompt and answers that are lists of the same number of texts, as in the LMSYS arena; else []."""
+    """Conversations of a prompt and answers that are lists of the same number of texts, as in the LMSYS arena; else [].
+
+    Raises RowError for lists that do not fit the prompt's, and LeftOut where a text is missing.
+    """
     if isinstance(names, str):
         return []
-    texts = [parse_text_list(row.get(name)) for name in (prompt, *names)]
-    if not all(isinstance(text, list) and all(isinstance(one, str) for one in text) for text in texts):
+    asked, *answered = texts = [parse_text_list(row.get(name)) for name in (prompt, *names)]
+    present = [[one for one in text if one is not None] if isinstance(text, list) else text for text in texts]
+    if not is_text_list(present[0]) or not any(map(is_text_list, present[1:])):
         return []
-    asked, *answered = texts
-    if any(len(of) != len(asked) for of in answered):
-        return []
+    for name, of, known in zip(names, answered, present[1:], strict=True):
+        if not isinstance(of, list) or len(of) != len(asked) or not all(isinstance(one, str) for one in known):
+            raise RowError(f"field {name!r} is not a list of as many texts as {prompt!r}. Expected one answer to each prompt.")
+    if any(one is None for text in texts for one in text):
+        raise LeftOut(NO_TEXT)
     pairs = [zip(asked, of, strict=True) for of in answered]
     return [
         (name, conversation_in([text for pair in of for text in pair], name)) for name, of in zip(names, pairs, strict=True)

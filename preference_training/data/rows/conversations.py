@@ -147,7 +147,7 @@ def parse_tools(value, name: str) -> str:
 
 
 # The beginning of a text that contains a conversation or a turn, as JSON or as Python prints it.
-SERIALIZED_TURNS = re.compile(r"""\s*(\[\s*)?\{\s*["'](role|content|from|value)["']\s*:""")
+SERIALIZED_TURNS = re.compile(r"""\s*(\[\s*)?\{\s*["'](\w+)["']\s*:""")
 
 
 def parse_serialized_turns(value, name: str):
@@ -160,10 +160,14 @@ def parse_serialized_turns(value, name: str):
     for read in (json.loads, ast.literal_eval):
         try:
             found = read(value.strip())
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
+        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
             continue
         return found if are_turns(found) else value
-    if start[1] and any(all(re.search(f"[\"']{key}[\"']\\s*:", value) for key in keys) for keys in TURN_KEYS):
+    if (
+        start[1]
+        and start[2] in {key for keys in TURN_KEYS for key in keys}
+        and any(all(re.search(f"[\"']{key}[\"']\\s*:", value) for key in keys) for keys in TURN_KEYS)
+    ):
         raise RowError(
             f"field {name!r} is a text that starts like a list of turns, but is not JSON. Expected a list, or a text such as "
             ' [{"role": "user", "content": "..."}].'
@@ -172,12 +176,12 @@ def parse_serialized_turns(value, name: str):
 
 
 def are_turns(value) -> bool:
-    """Whether a value is a message, or a list of messages, with known roles."""
+    """Whether a value is a message with a known role, or a list of messages, whose roles are checked later."""
     items = value if isinstance(value, list) else [value]
     if not items or not all(turn_keys(item) for item in items):
         return False
     roles = [item[turn_keys(item)[0]] for item in items]
-    return all(isinstance(role, str) and role.strip().lower() in ROLE_NAMES for role in roles)
+    return all(isinstance(role, str) and (items is value or role.strip().lower() in ROLE_NAMES) for role in roles)
 
 
 def ends_with_answer(value) -> bool:

@@ -22,8 +22,9 @@ from preference_training.data.rows.answers import (
     rounds_in,
 )
 from preference_training.data.rows.conversations import RowError, split_conversation
-from preference_training.data.rows.formats import find, with_nearest
+from preference_training.data.rows.formats import find
 from preference_training.data.rows.grouping import Row, pairs_by_score
+from preference_training.data.rows.nearest_entry import with_nearest
 from preference_training.data.rows.prompt_fields import PromptFields
 from preference_training.data.rows.records import DataReport, NumberedRows, response_of, text_error
 from preference_training.data.rows.repeated_prompts import strip_repeated_prompts
@@ -38,6 +39,7 @@ from preference_training.data.rows.values import (
     field_number,
     field_value,
     is_empty,
+    is_text_list,
     parse_text_list,
 )
 from preference_training.data.sources.filters import RowFilter, Where, where_columns
@@ -62,8 +64,8 @@ class FieldMap:
 
     Pairs: `chosen`, `rejected` (or a list of columns; the same column: a list whose first answer is preferred), and
     numbers of the pair, its `margin` and `example_weight`. Lists: `responses` with `scores` (higher is better) or `ranks`
-    (lower is better), as a column or as a list of columns. Verdicts: two `answers`, and which is `better`: a column, or {column: [values for the first, values for the
-    second]}. One response per row: `response`, with a `score` (pairs are then formed between the rows of a prompt), a `label`
+    (lower is better), as a column or as a list of columns. Verdicts: two `answers`, and which is `better`: a column, or
+    {column: [values for the first, values for the second]}. One response per row: `response`, with a `score` (pairs are then formed between the rows of a prompt), a `label`
     (desirable or not), or neither (SFT only). `messages`: whole conversations, whose assistant turns SFT learns. `text`: plain
     text. Beside the `prompt` ("": there is none): `system`, `history` (earlier [question, answer] turns), `tools`.
 
@@ -257,7 +259,12 @@ class FieldMap:
             [name for name in others if not is_empty(row.get(name, row.get(name.split(".")[0])))] if len(others) > 1 else others
         )
         names = [self.chosen] if [self.chosen] == others else [self.chosen, *(present or others[:1])]
-        first, *found = [[(name, answer) for answer in answers_in(_answer(row, name), name)] for name in names]
+        values = [_answer(row, name) for name in names]
+        listed = [parse_text_list(value) for value in values]
+        if all(map(is_text_list, listed)):
+            values = listed  # One alone may be an answer in brackets.
+        named = zip(names, values, strict=True)
+        first, *found = [[(name, answer) for answer in answers_in(value, name)] for name, value in named]
         chosen, rejected = (first, [*chain(*found)]) if found else (first[:1], first[1:])
         report.change(NO_ANSWER, len(others) - len(present))
         if not rejected:

@@ -3,7 +3,6 @@
 Found are the keys of a field map: where the answers are, where the prompt is, and what else belongs to it.
 """
 
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -162,7 +161,7 @@ def _ends_with_answers(columns: Columns) -> bool:
 
 def _pairs(columns: Columns) -> Found | None:
     found = next((both for names in CHOSEN_REJECTED if (both := columns.both(names))), None)
-    if found and any(verdict_values(columns.values[found[0]], answers) for answers, _ in _two_answers(columns)):
+    if found and any(verdict_values(columns.values[found[0]], answers) for answers, _ in two_answers(columns)):
         return None  # The names of two columns, of which the first is the better one.
     chosen, *rejected = found or [columns.get("chosen")]
     if chosen and (not found or _plain(rejected[0]) == "rejected"):
@@ -221,7 +220,7 @@ def _is_list(value) -> bool:
 
 
 def _verdicts(columns: Columns) -> Found | None:
-    for answers, suffixes in _two_answers(columns):
+    for answers, suffixes in two_answers(columns):
         for better in filter(None, map(columns.get, VERDICTS)):
             values = verdict_values(columns.values[better], answers) or _named_models(columns, better, suffixes)
             # Labels of 1 may mean the first answer, as SHP's do, or the second.
@@ -242,7 +241,7 @@ def _named_models(columns: Columns, better: str, suffixes: tuple[str, str]) -> l
     return list(models) if names and columns.all(better, lambda value: str(value) in names or is_tie(value)) else None
 
 
-def _two_answers(columns: Columns) -> Iterator[tuple[list[str], tuple[str, str]]]:
+def two_answers(columns: Columns) -> Iterator[tuple[list[str], tuple[str, str]]]:
     """Pairs of columns whose names differ in a last letter or number, with that."""
     for stem, suffixes in product(TWO_ANSWERS, SUFFIXES):
         if answers := columns.both(f"{stem}_{suffix}" for suffix in suffixes):
@@ -423,60 +422,3 @@ def _is_number(value) -> bool:
         return isinstance(value, Real | str) and not isinstance(value, bool) and abs(float(value)) < float("inf")
     except ValueError:
         return False
-
-
-# ---- what fits nothing ----------------------------------------------------------------------------------------------------
-
-LIKE = {
-    "rejected": ("reject", "bad", "worse", "los", "dispref", "neg"),
-    "chosen": ("chos", "good", "better", "best", "prefer", "win", "accept", "pos"),
-    "response": ("respon", "answer", "complet", "output", "reply", "target", "assist"),
-    "prompt": ("prompt", "instruct", "quest", "quer", "input", "user", "ask"),
-}
-
-
-def with_nearest(message: str, row: dict, key: str = "") -> str:
-    """A message, with the entry that probably reads rows like this one, if that has the key."""
-    nearest = _nearest_entry(row) or ""
-    fits = nearest and key in nearest
-    return f"{message} No known format fits; the nearest is read by datasets=[{nearest}]." if fits else message
-
-
-def _nearest_entry(row: dict) -> str | None:
-    columns = Columns([row])
-    answers = next((two for two, _ in _two_answers(columns)), None)
-    if answers:
-        better = columns.get(*VERDICTS) or "COLUMN"
-        return (
-            f"{{path: ..., answers: [{', '.join(answers)}], better: {{{better}: [VALUE OF THE FIRST, VALUE OF THE SECOND]}}}}"
-        )
-    texts = [name for name, value in row.items() if isinstance(value, str) and value.strip()]
-    if listed := _nearest_lists(row):
-        return _entry({"prompt": texts[0]} | listed if texts else listed)
-    if len(texts) < 2:
-        return _entry({"text": texts[0]}) if texts else None
-    wanted = ("prompt", "chosen", "rejected") if len(texts) > 2 else ("prompt", "response")
-    likeness = {key: [n for n in texts if any(part in str(n).lower() for part in LIKE[key])] for key in wanted}
-    if len(texts) > 2 and not (likeness["chosen"] or likeness["rejected"]):
-        wanted = ("prompt", "response")
-        likeness = {key: [n for n in texts if any(part in str(n).lower() for part in LIKE[key])] for key in wanted}
-    keys: dict[str, str] = {}
-    for key in sorted(wanted, key=lambda key: not likeness[key]):
-        left = [name for name in texts if name not in keys.values()]
-        keys[key] = next((name for name in likeness[key] if name in left), left[0])
-    return _entry({key: keys[key] for key in wanted})
-
-
-def _nearest_lists(row: dict) -> Keys:
-    """The column that lists several answers, and that of as many numbers; none where there are not both."""
-    lists = [(name, set(map(type, value)), len(value)) for name, value in row.items() if isinstance(value, list) and value]
-    texts, numbers = ([one for one in lists if one[1] <= types] for types in ({str}, {int, float}))
-    both = ((one, other) for (one, _, n), (other, _, m) in product(texts, numbers) if n == m)
-    return next(({"responses": answers, "scores": scores} for answers, scores in both), {})
-
-
-def _entry(keys: dict[str, str]) -> str:
-    def quoted(name) -> str:
-        return str(name) if str(name).replace("_", "").replace("-", "").isalnum() else json.dumps(str(name), ensure_ascii=False)
-
-    return "{path: ..., " + ", ".join(f"{key}: {quoted(name)}" for key, name in keys.items()) + "}"

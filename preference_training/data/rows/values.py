@@ -1,5 +1,6 @@
 """Values of a row's fields, conditions on them, and verdicts on two answers."""
 
+import ast
 import json
 import operator
 from collections.abc import Callable, Iterable
@@ -20,13 +21,21 @@ def check_text(value, name: str) -> None:
 
 
 def parse_text_list(value):
-    """The value, parsed if it is a text that contains a list, as in CSV files."""
-    if isinstance(value, str) and value.lstrip().startswith("["):
+    """The value, parsed if it is a text that contains a list, as JSON or as Python prints it, as in CSV files."""
+    if not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value
+    for read in (json.loads, ast.literal_eval):
         try:
-            return json.loads(value)
-        except (ValueError, RecursionError):
-            return value
+            found = read(value.strip())
+        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+            continue
+        return found if isinstance(found, list) else value
     return value
+
+
+def is_text_list(value) -> bool:
+    """Whether a value is a list of texts, one at least."""
+    return isinstance(value, list) and bool(value) and all(isinstance(one, str) for one in value)
 
 
 def field_value(row: dict, name: str):

@@ -712,10 +712,40 @@ def test_conversations_that_were_written_into_texts_are_read(written):
 
 @pytest.mark.parametrize(
     "text",
-    ['[{"role": "admin", "content": "x"}]', '{"value": 3}', '[{"value": "x", "from": 1}]', "[1, 2]", '{"role": "ad', "[{"],
+    [
+        '{"role": "admin", "content": "x"}',
+        '["a", "b"]',
+        '{"value": 3}',
+        '[{"value": "x", "from": 1}]',
+        "[1, 2]",
+        '{"a": 1, [1]: 2}',
+        '{"role": "ad',
+        "[{",
+    ],
 )
 def test_other_json_in_texts_is_text(text):
     assert one({"prompt": "p", "chosen": text, "rejected": "b"}).responses == [text, "b"]
+
+
+def test_turns_in_texts_may_begin_with_any_key_and_unknown_roles_are_named():
+    row = {"prompt": "p", "chosen": '[{"id": 1, "role": "assistant", "content": "c"}]', "rejected": "b"}
+    assert one(row).responses == ["c", "b"]
+    assert "'admin'" in fault(row | {"chosen": '[{"role": "admin", "content": "x"}]'})
+
+
+@pytest.mark.parametrize("written", [json.dumps, repr])
+def test_lists_of_answers_that_were_written_into_texts_are_read(written):
+    row = {"prompt": "p", "chosen": ["c"], "rejected": ["r", "s"]}
+    assert one(row | {name: written(row[name]) for name in ("chosen", "rejected")}) == one(row)
+    arena = {"prompt": ["q", "r"], "x": ["a", "b"], "y": ["c", "d"], "v": "x"}
+    names = {"answers": ["x", "y"], "better": {"v": ["x", "y"]}}
+    texts = arena | {name: written(arena[name]) for name in ("prompt", "x", "y")}
+    assert one(texts, **names) == one(arena, **names)
+    told = "field 'y' is not a list of as many texts as 'prompt'"
+    assert told in fault(texts | {"y": written(["c"])}, **names)
+    report = DataReport()
+    assert mapped([texts | {"y": written(["c", None])}], report, **names) == []
+    assert report.left_out == {"a prompt or an answer in a list is missing (None)": 1}
 
 
 def test_a_conversation_as_text_that_cannot_be_read_is_reported():

@@ -1,0 +1,60 @@
+"""The entry of `datasets` that probably reads rows which no known format fits."""
+
+import json
+from itertools import product
+
+from preference_training.data.rows.formats import VERDICTS, Columns, Keys, two_answers
+
+LIKE = {
+    "rejected": ("reject", "bad", "worse", "los", "dispref", "neg"),
+    "chosen": ("chos", "good", "better", "best", "prefer", "win", "accept", "pos"),
+    "response": ("respon", "answer", "complet", "output", "reply", "target", "assist"),
+    "prompt": ("prompt", "instruct", "quest", "quer", "input", "user", "ask"),
+}
+
+
+def with_nearest(message: str, row: dict, key: str = "") -> str:
+    """A message, with the entry that probably reads rows like this one, if that has the key."""
+    nearest = _nearest_entry(row) or ""
+    fits = nearest and key in nearest
+    return f"{message} No known format fits; the nearest is read by datasets=[{nearest}]." if fits else message
+
+
+def _nearest_entry(row: dict) -> str | None:
+    columns = Columns([row])
+    answers = next((two for two, _ in two_answers(columns)), None)
+    if answers:
+        better = columns.get(*VERDICTS) or "COLUMN"
+        return (
+            f"{{path: ..., answers: [{', '.join(answers)}], better: {{{better}: [VALUE OF THE FIRST, VALUE OF THE SECOND]}}}}"
+        )
+    texts = [name for name, value in row.items() if isinstance(value, str) and value.strip()]
+    if listed := _nearest_lists(row):
+        return _entry({"prompt": texts[0]} | listed if texts else listed)
+    if len(texts) < 2:
+        return _entry({"text": texts[0]}) if texts else None
+    wanted = ("prompt", "chosen", "rejected") if len(texts) > 2 else ("prompt", "response")
+    likeness = {key: [n for n in texts if any(part in str(n).lower() for part in LIKE[key])] for key in wanted}
+    if len(texts) > 2 and not (likeness["chosen"] or likeness["rejected"]):
+        wanted = ("prompt", "response")
+        likeness = {key: [n for n in texts if any(part in str(n).lower() for part in LIKE[key])] for key in wanted}
+    keys: dict[str, str] = {}
+    for key in sorted(wanted, key=lambda key: not likeness[key]):
+        left = [name for name in texts if name not in keys.values()]
+        keys[key] = next((name for name in likeness[key] if name in left), left[0])
+    return _entry({key: keys[key] for key in wanted})
+
+
+def _nearest_lists(row: dict) -> Keys:
+    """The column that lists several answers, and that of as many numbers; none where there are not both."""
+    lists = [(name, set(map(type, value)), len(value)) for name, value in row.items() if isinstance(value, list) and value]
+    texts, numbers = ([one for one in lists if one[1] <= types] for types in ({str}, {int, float}))
+    both = ((one, other) for (one, _, n), (other, _, m) in product(texts, numbers) if n == m)
+    return next(({"responses": answers, "scores": scores} for answers, scores in both), {})
+
+
+def _entry(keys: dict[str, str]) -> str:
+    def quoted(name) -> str:
+        return str(name) if str(name).replace("_", "").replace("-", "").isalnum() else json.dumps(str(name), ensure_ascii=False)
+
+    return "{path: ..., " + ", ".join(f"{key}: {quoted(name)}" for key, name in keys.items()) + "}"

@@ -62,12 +62,13 @@ FIRST_ROWS = 100
 class FieldMap:
     """The fields of a row. A dotted name selects a nested value and, for lists, a value of each item.
 
-    Pairs: `chosen`, `rejected` (or a list of columns; the same column: a list whose first answer is preferred), and
-    numbers of the pair, its `margin` and `example_weight`. Lists: `responses` with `scores` (higher is better) or `ranks`
-    (lower is better), as a column or as a list of columns. Verdicts: two `answers`, and which is `better`: a column, or
-    {column: [values for the first, values for the second]}. One response per row: `response`, with a `score` (pairs are then formed between the rows of a prompt), a `label`
-    (desirable or not), or neither (SFT only). `messages`: whole conversations, whose assistant turns SFT learns. `text`: plain
-    text. Beside the `prompt` ("": there is none): `system`, `history` (earlier [question, answer] turns), `tools`.
+    Pairs: `chosen`, `rejected` (or a list of columns; the same column: a list whose first answer is preferred), and numbers of
+    the pair, its `margin` and `example_weight`. Lists: `responses` with `scores` (higher is better) or `ranks` (lower is better),
+    as a column or as a list of columns. Verdicts: two `answers`, and which is `better`: a column, or {column: [values for the
+    first, values for the second]}. One response per row: `response`, with a `score` (pairs are then formed between the rows of a
+    prompt), a `label` (desirable or not), or neither (SFT only). `messages`: whole conversations, whose assistant turns SFT
+    learns. `text`: plain text. Beside the `prompt` ("": there is none): `system`, `history` (earlier [question, answer] turns),
+    `tools`.
 
     where: column → a value, a list of values, or a comparison such as ">= 0.5", or an expression over columns; rows that fail
     any are skipped.

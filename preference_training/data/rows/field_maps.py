@@ -47,6 +47,8 @@ INPUT_JOINED = "prompts joined from instruction and input, on separate lines"
 OWN_SYSTEM_TURN = "conversations with their own system turn, which replaces the field {!r}"
 LAST_TURNS = "conversations whose turns behind the assistant's last one were left out"
 NO_ANSWER = "answers left out that are missing (None)"
+EMPTY_ANSWER = "answers left out that are empty"
+NO_REJECTED = "no rejected answer"
 NO_SCORE = "answers left out that have no score or rank"
 NO_LABEL = "the answer has no label"
 NO_RATED = "no answer has a score or rank"
@@ -61,10 +63,11 @@ class FieldMap:
     """The fields of a row. A dotted name selects a nested value and, for lists, a value of each item.
 
     Pairs: `chosen`, `rejected` (or a list of columns; the same column: a list whose first answer is preferred), and
-    numbers of the pair, its `margin` and `example_weight`. Lists: `responses` with `scores` (higher is better) or `ranks` (lower is better), as a column or as a
-    list of columns. Verdicts: two `answers`, and which is `better`: a column, or {column: [values for the first, values for the
-    second]}. One response per row: `response`, with a `score` (pairs are then formed between the rows of a prompt), a `label`
-    (desirable or not), or neither (SFT only). `messages`: whole conversations, whose assistant turns SFT learns. `text`: plain
+    numbers of the pair, its `margin` and `example_weight`. Lists: `responses` with `scores` (higher is better) or `ranks`
+    (lower is better), as a column or as a list of columns. Verdicts: two `answers`, and which is `better`: a column, or
+    {column: [values for the first, values for the second]}. One response per row: `response`, with a `score` (pairs are then
+    formed between the rows of a prompt), a `label` (desirable or not), or neither (SFT only). `messages`: whole
+    conversations, whose assistant turns SFT learns. `text`: plain
     text. Beside the `prompt` ("": there is none): `system`, `history` (earlier [question, answer] turns), `tools`.
 
     where: column → a value, a list of values, or a comparison such as ">= 0.5", or an expression over columns; rows that fail
@@ -210,6 +213,8 @@ class FieldMap:
     def _list(self, row: dict, report: DataReport) -> Row:
         numbers_name = self.scores or self.ranks
         answers, numbers = (_values(row, name) for name in (self.responses, numbers_name))
+        if isinstance(answers, list) and _is_missing(numbers):
+            raise LeftOut(NO_RATED)
         if not isinstance(answers, list) or not isinstance(numbers, list) or len(answers) != len(numbers):
             raise RowError(
                 f"{_shown(self.responses)} and {_shown(numbers_name)} are not two lists of the same length. "
@@ -217,12 +222,14 @@ class FieldMap:
             )
         if not answers:
             raise RowError(f"field {self.responses!r} is an empty list.")
-        rated = [k for k, answer in enumerate(answers) if answer is not None and not _is_missing(numbers[k])]
+        present = [k for k, answer in enumerate(answers) if not is_empty(answer)]
+        rated = [k for k in present if not _is_missing(numbers[k])]
         if not rated:
             raise LeftOut(NO_RATED)
         missing = sum(answer is None for answer in answers)
         report.change(NO_ANSWER, missing)
-        report.change(NO_SCORE, len(answers) - missing - len(rated))
+        report.change(EMPTY_ANSWER, len(answers) - missing - len(present))
+        report.change(NO_SCORE, len(present) - len(rated))
         found = rounds_in(row, self.prompt, self.responses) or [
             (_shown(self.responses), _listed_answer(answers[k], _shown(self.responses), k)) for k in rated
         ]
@@ -252,12 +259,14 @@ class FieldMap:
     def _pair(self, row: dict, report: DataReport) -> Row:
         others = _listed(self.rejected)
         # Of several columns of rejected answers, those that a row lacks are left out.
-        present = (
-            [name for name in others if not is_empty(row.get(name, row.get(name.split(".")[0])))] if len(others) > 1 else others
-        )
-        names = [self.chosen] if [self.chosen] == others else [self.chosen, *(present or others[:1])]
-        first, *found = [[(name, answer) for answer in answers_in(_answer(row, name), name)] for name in names]
-        chosen, rejected = (first, [*chain(*found)]) if found else (first[:1], first[1:])
+        values = [row.get(name, row.get(name.split(".")[0])) for name in others]
+        present = [name for name, value in zip(others, values, strict=True) if len(others) == 1 or not is_empty(value)]
+        first = [(self.chosen, answer) for answer in answers_in(_answer(row, self.chosen), self.chosen)]
+        if [] in values and all(map(is_empty, values)):
+            raise LeftOut(NO_REJECTED)
+        names = [] if [self.chosen] == others else present or others[:1]
+        found = [(name, answer) for name in names for answer in answers_in(_answer(row, name), name)]
+        chosen, rejected = (first, found) if names else (first[:1], first[1:])
         report.change(NO_ANSWER, len(others) - len(present))
         if not rejected:
             raise RowError(f"field {self.rejected!r} has one answer, expected the preferred one and others.")
@@ -396,6 +405,8 @@ def _number(value):
 
 
 def _is_missing(number) -> bool:
+    if isinstance(number, str):
+        return number.strip().lower() in ("", "n/a", "na", "nan", "none", "null")
     return number is None or (isinstance(number, float) and isnan(number))
 
 

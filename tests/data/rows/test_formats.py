@@ -266,6 +266,18 @@ def test_of_several_answers_those_that_are_missing_or_unrated_are_left_out_alone
     assert report.left_out == {"no answer has a score or rank": 1}
 
 
+def test_answers_and_rows_without_what_is_compared_are_left_out_and_counted():
+    report = DataReport()
+    full = {"prompt": "q", "responses": ["a", "b", "", "c"], "scores": [1, 2, 3, "N/A"]}
+    assert mapped([full, full | {"scores": None}], report) == [Row("q", ["a", "b"], [(1, 0)], 1, [1, 2])]
+    assert report.changed == {"answers left out that are empty": 1, "answers left out that have no score or rank": 1}
+    assert report.left_out == {"no answer has a score or rank": 1}
+    report = DataReport()
+    pair = {"prompt": "q", "chosen": "a", "rejected": ["b"]}
+    assert mapped([pair, pair | {"rejected": []}], report) == [Row("q", ["a", "b"], [(0, 1)], 0)]
+    assert report.left_out == {"no rejected answer": 1}
+
+
 WEBGPT = {"question": {"full_text": "q"}, "answer_0": "a", "answer_1": "b"}
 SAFE = {"prompt": "q", "response_0": "a", "response_1": "b", "safer_response_id": 0}
 ARENA = {"conversation_a": [user("q"), assistant("a")], "conversation_b": [user("q"), assistant("b")]}

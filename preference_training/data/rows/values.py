@@ -29,6 +29,11 @@ def parse_text_list(value):
     return value
 
 
+def unlisted(value):
+    """The text of a list of one text; anything else as it is."""
+    return value[0] if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str) else value
+
+
 def field_value(row: dict, name: str):
     """The value of a field; a dotted name selects nested values, also of each item of a list. Raises RowError."""
     if name in row:

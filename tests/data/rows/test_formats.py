@@ -353,6 +353,11 @@ def test_a_verdict_that_is_not_evident_is_refused_with_the_map_that_says_it():
         mapped([unknown])
 
 
+def test_a_list_of_one_text_is_that_text():
+    assert read({"prompt": ["q"], "chosen": ["a"], "rejected": ["b"]})[0] == Row("q", ["a", "b"], [(0, 1)], 0)
+    assert read({"prompt": ["q"], "completion": ["a"]})[0] == Row("q", ["a"], [], 0)
+
+
 def test_numbers_tell_answers_apart_only_where_both_occur():
     assert verdict_values([0, 1, 1], ["response_a", "response_b"]) == [[0], [1]]
     assert verdict_values([2, 1.0], ["response_a", "response_b"]) == [[1], [2]]

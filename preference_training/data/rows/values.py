@@ -41,9 +41,10 @@ def field_value(row: dict, name: str):
     value = row
     for part in name.split("."):
         items = value if isinstance(value, list) else [value]
-        if not all(isinstance(item, dict) and part in item for item in items):
+        # Of a list, single items may lack the part, such as a score.
+        if not all(isinstance(item, dict) for item in items) or (items and not any(part in item for item in items)):
             raise RowError(f"no field {name!r}, the row has {', '.join(map(str, row)) or 'no fields'}.")
-        value = [item[part] for item in items] if isinstance(value, list) else value[part]
+        value = [item.get(part) for item in items] if isinstance(value, list) else value[part]
     return value
 
 

@@ -278,6 +278,13 @@ def test_answers_and_rows_without_what_is_compared_are_left_out_and_counted():
     assert report.left_out == {"no rejected answer": 1}
 
 
+def test_a_listed_answer_without_the_score_of_the_others_is_left_out_alone():
+    report = DataReport()
+    answers = [{"text": "a", "score": 1}, {"text": "b"}, {"text": "c", "score": 2}]
+    assert mapped([{"prompt": "q", "responses": answers}], report) == [Row("q", ["a", "c"], [(1, 0)], 1, [1, 2])]
+    assert report.changed == {"answers left out that have no score or rank": 1}
+
+
 WEBGPT = {"question": {"full_text": "q"}, "answer_0": "a", "answer_1": "b"}
 SAFE = {"prompt": "q", "response_0": "a", "response_1": "b", "safer_response_id": 0}
 ARENA = {"conversation_a": [user("q"), assistant("a")], "conversation_b": [user("q"), assistant("b")]}

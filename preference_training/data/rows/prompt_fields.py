@@ -137,7 +137,7 @@ class PromptFields:
         if turns and (problem := prompt_error(turns)):
             raise RowError(f"the prompt {problem}.")
         system = self._system(row)
-        return (Turn("system", system), *turns) if system and not (turns and turns[0].role == "system") else turns
+        return (Turn("system", system), *turns) if system and not own else turns
 
     def _system(self, row: dict) -> str | None:
         if not self.system or (self.system in self.found and self.system not in row):

@@ -80,6 +80,13 @@ def test_earlier_turns_beside_a_conversation_follow_its_own_system_turn():
     assert said == "conversations in `messages`, earlier turns in `history`"
 
 
+def test_a_developer_turn_of_its_own_replaces_the_system_column_as_a_system_turn_does():
+    report = DataReport()
+    talk = [{"role": "developer", "content": "d"}, *TALK]
+    assert mapped([{"messages": talk, "system": "s"}], report)[0].prompt == (Turn("developer", "d"), Q)
+    assert list(report.changed) == ["conversations with their own system turn, which replaces the field 'system'"]
+
+
 def test_turns_behind_the_last_of_the_assistants_are_left_out_and_counted():
     report = DataReport()
     (row,) = mapped([{"messages": [*TALK, user("and?")]}], report)

@@ -14,7 +14,7 @@ from preference_training.data.rows.nearest_entry import with_nearest
 from preference_training.data.rows.prompt_fields import USUAL, PromptFields
 from preference_training.data.rows.records import OTHER_PROMPT, Prompt, Response, Turn, response_of, type_name
 from preference_training.data.rows.templates import split_dialogue
-from preference_training.data.rows.values import check_text, is_text_list, parse_text_list
+from preference_training.data.rows.values import check_text, is_text_list, parse_text_list, unlisted
 
 Turns = tuple[Turn, ...]
 
@@ -41,7 +41,7 @@ def answers_in(value, name: str) -> list[str | Turns]:
 
 def answer_in(value, name: str) -> str | Turns:
     """One answer: a text, a turn or a conversation. Raises RowError."""
-    value = parse_serialized_turns(value, name)
+    value = unlisted(parse_serialized_turns(value, name))
     if turn_keys(value):
         value = [value]
     if isinstance(value, list):

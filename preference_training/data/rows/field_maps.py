@@ -49,6 +49,8 @@ INPUT_JOINED = "prompts joined from instruction and input, on separate lines"
 OWN_SYSTEM_TURN = "conversations with their own system turn, which replaces the field {!r}"
 LAST_TURNS = "conversations whose turns behind the assistant's last one were left out"
 NO_ANSWER = "answers left out that are missing (None)"
+EMPTY_ANSWER = "answers left out that are empty"
+NO_REJECTED = "no rejected answer"
 NO_SCORE = "answers left out that have no score or rank"
 NO_LABEL = "the answer has no label"
 NO_RATED = "no answer has a score or rank"
@@ -62,13 +64,13 @@ FIRST_ROWS = 100
 class FieldMap:
     """The fields of a row. A dotted name selects a nested value and, for lists, a value of each item.
 
-    Pairs: `chosen`, `rejected` (or a list of columns; the same column: a list whose first answer is preferred), and numbers of
-    the pair, its `margin` and `example_weight`. Lists: `responses` with `scores` (higher is better) or `ranks` (lower is better),
-    as a column or as a list of columns. Verdicts: two `answers`, and which is `better`: a column, or {column: [values for the
-    first, values for the second]}. One response per row: `response`, with a `score` (pairs are then formed between the rows of a
-    prompt), a `label` (desirable or not), or neither (SFT only). `messages`: whole conversations, whose assistant turns SFT
-    learns. `text`: plain text. Beside the `prompt` ("": there is none): `system`, `history` (earlier [question, answer] turns),
-    `tools`.
+    Pairs: `chosen`, `rejected` (or a list of columns; the same column: a list whose first answer is preferred), and numbers
+    of the pair, its `margin` and `example_weight`. Lists: `responses` with `scores` (higher is better) or `ranks` (lower is
+    better), as a column or as a list of columns. Verdicts: two `answers`, and which is `better`: a column, or {column: [values
+    for the first, values for the second]}. One response per row: `response`, with a `score` (pairs are then formed between the
+    rows of a prompt), a `label` (desirable or not), or neither (SFT only). `messages`: whole conversations, whose assistant
+    turns SFT learns. `text`: plain text. Beside the `prompt` ("": there is none): `system`, `history` (earlier [question,
+    answer] turns), `tools`.
 
     where: column → a value, a list of values, or a comparison such as ">= 0.5", or an expression over columns; rows that fail
     any are skipped.
@@ -213,6 +215,8 @@ class FieldMap:
     def _list(self, row: dict, report: DataReport) -> Row:
         numbers_name = self.scores or self.ranks
         answers, numbers = (_values(row, name) for name in (self.responses, numbers_name))
+        if isinstance(answers, list) and _is_missing(numbers):
+            raise LeftOut(NO_RATED)
         if not isinstance(answers, list) or not isinstance(numbers, list) or len(answers) != len(numbers):
             raise RowError(
                 f"{_shown(self.responses)} and {_shown(numbers_name)} are not two lists of the same length. "
@@ -220,12 +224,14 @@ class FieldMap:
             )
         if not answers:
             raise RowError(f"field {self.responses!r} is an empty list.")
-        rated = [k for k, answer in enumerate(answers) if answer is not None and not _is_missing(numbers[k])]
+        present = [k for k, answer in enumerate(answers) if not is_empty(answer)]
+        rated = [k for k in present if not _is_missing(numbers[k])]
         if not rated:
             raise LeftOut(NO_RATED)
         missing = sum(answer is None for answer in answers)
         report.change(NO_ANSWER, missing)
-        report.change(NO_SCORE, len(answers) - missing - len(rated))
+        report.change(EMPTY_ANSWER, len(answers) - missing - len(present))
+        report.change(NO_SCORE, len(present) - len(rated))
         columns = [self.responses[k] for k in rated] if isinstance(self.responses, list) else self.responses
         found = rounds_in(row, self.prompt, columns) or [
             (_shown(self.responses), _listed_answer(answers[k], _shown(self.responses), k)) for k in rated
@@ -256,11 +262,13 @@ class FieldMap:
     def _pair(self, row: dict, report: DataReport) -> Row:
         others = _listed(self.rejected)
         # Of several columns of rejected answers, those that a row lacks are left out.
-        present = (
-            [name for name in others if not is_empty(row.get(name, row.get(name.split(".")[0])))] if len(others) > 1 else others
-        )
+        given = [row.get(name, row.get(name.split(".")[0])) for name in others]
+        present = [name for name, value in zip(others, given, strict=True) if len(others) == 1 or not is_empty(value)]
         names = [self.chosen] if [self.chosen] == others else [self.chosen, *(present or others[:1])]
         values = [_answer(row, name) for name in names]
+        if any(value == [] for value in given) and all(map(is_empty, given)):
+            answers_in(values[0], self.chosen)  # Its faults are told first.
+            raise LeftOut(NO_REJECTED)
         listed = [parse_text_list(value) for value in values]
         if all(map(is_text_list, listed)):
             values = listed  # One alone may be an answer in brackets.
@@ -405,6 +413,8 @@ def _number(value):
 
 
 def _is_missing(number) -> bool:
+    if isinstance(number, str):
+        return number.strip().lower() in ("", "n/a", "na", "nan", "none", "null")
     return number is None or (isinstance(number, float) and isnan(number))
 
 

@@ -99,12 +99,13 @@ class Columns:
         """Whether a column is there and all of its values pass a test."""
         return name is not None and all(map(test, self.values[name]))
 
-    def inner(self, name: str, names: Iterable[str]) -> str | None:
-        """The dotted name of a part of a column of dicts or of lists of dicts, which all of them have."""
+    def inner(self, name: str, names: Iterable[str], some: bool = False) -> str | None:
+        """The dotted name of a part of a column of dicts or of lists of dicts, which all of them, or some, have."""
         items = [item for value in self.values[name] for item in (value if isinstance(value, list) else [value])]
         if not items or not all(isinstance(item, dict) for item in items):
             return None
-        return next((f"{name}.{part}" for part in names if all(part in item for item in items)), None)
+        has = any if some else all
+        return next((f"{name}.{part}" for part in names if has(part in item for item in items)), None)
 
 
 def _plain(name: str) -> str:
@@ -208,7 +209,7 @@ def _lists(columns: Columns) -> Found | None:
         inside = {"scores": LISTED_SCORES, "ranks": RANKS}
         beside = {"scores": SCORES, "ranks": RANKS}
         for key in inside:
-            numbers = columns.inner(name, inside[key]) if text else None
+            numbers = columns.inner(name, inside[key], some=True) if text else None
             numbers = numbers or next((n for n in map(columns.get, beside[key]) if columns.all(n, _is_list)), None)
             if numbers:
                 return Found({"responses": text or name, key: numbers}, f"answers in `{text or name}`, {key} in `{numbers}`")

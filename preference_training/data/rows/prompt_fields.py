@@ -14,7 +14,7 @@ from preference_training.data.rows.conversations import (
 )
 from preference_training.data.rows.records import Prompt, Turn, prompt_error, text_error, type_name
 from preference_training.data.rows.templates import parse_dialogue
-from preference_training.data.rows.values import check_text, field_value, parse_text_list
+from preference_training.data.rows.values import check_text, field_value, parse_text_list, unlisted
 
 INSTRUCTIONS = ("instruction",)
 SECOND_PARTS = ("input", "context")
@@ -55,7 +55,7 @@ class PromptFields:
         """The prompt: a text, or a conversation if it is a list, or has a system prompt or earlier turns. Raises RowError."""
         if not self.prompt:
             return self.with_system(row, ()) or ""
-        value = parse_serialized_turns(field_value(row, self.prompt), self.prompt)
+        value = unlisted(parse_serialized_turns(field_value(row, self.prompt), self.prompt))
         value = [value] if turn_keys(value) else value
         if isinstance(value, list):
             self._refuse_second_part(row)
@@ -137,7 +137,7 @@ class PromptFields:
         if turns and (problem := prompt_error(turns)):
             raise RowError(f"the prompt {problem}.")
         system = self._system(row)
-        return (Turn("system", system), *turns) if system and not (turns and turns[0].role == "system") else turns
+        return (Turn("system", system), *turns) if system and not own else turns
 
     def _system(self, row: dict) -> str | None:
         if not self.system or (self.system in self.found and self.system not in row):

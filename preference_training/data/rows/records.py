@@ -265,7 +265,7 @@ def prompt_error(prompt) -> str | None:
     """The error in a prompt, as the end of a sentence, or None."""
     if isinstance(prompt, tuple):
         return _turns_error(prompt)
-    return None if prompt == "" else text_error(prompt)
+    return None if isinstance(prompt, str) and not prompt else text_error(prompt)
 
 
 def response_error(response) -> str | None:

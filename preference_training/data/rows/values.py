@@ -38,6 +38,11 @@ def is_text_list(value) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(one, str) for one in value)
 
 
+def unlisted(value):
+    """The text of a list of one text; anything else as it is."""
+    return value[0] if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str) else value
+
+
 def field_value(row: dict, name: str):
     """The value of a field; a dotted name selects nested values, also of each item of a list. Raises RowError."""
     if name in row:
@@ -45,9 +50,10 @@ def field_value(row: dict, name: str):
     value = row
     for part in name.split("."):
         items = value if isinstance(value, list) else [value]
-        if not all(isinstance(item, dict) and part in item for item in items):
+        # Of a list, single items may lack the part, such as a score.
+        if not all(isinstance(item, dict) for item in items) or (items and not any(part in item for item in items)):
             raise RowError(f"no field {name!r}, the row has {', '.join(map(str, row)) or 'no fields'}.")
-        value = [item[part] for item in items] if isinstance(value, list) else value[part]
+        value = [item.get(part) for item in items] if isinstance(value, list) else value[part]
     return value
 
 

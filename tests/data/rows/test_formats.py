@@ -80,6 +80,13 @@ def test_earlier_turns_beside_a_conversation_follow_its_own_system_turn():
     assert said == "conversations in `messages`, earlier turns in `history`"
 
 
+def test_a_developer_turn_of_its_own_replaces_the_system_column_as_a_system_turn_does():
+    report = DataReport()
+    talk = [{"role": "developer", "content": "d"}, *TALK]
+    assert mapped([{"messages": talk, "system": "s"}], report)[0].prompt == (Turn("developer", "d"), Q)
+    assert list(report.changed) == ["conversations with their own system turn, which replaces the field 'system'"]
+
+
 def test_turns_behind_the_last_of_the_assistants_are_left_out_and_counted():
     report = DataReport()
     (row,) = mapped([{"messages": [*TALK, user("and?")]}], report)
@@ -276,6 +283,25 @@ def test_one_of_two_answers_without_a_score_is_no_tie_and_among_three_is_left_ou
     assert (found.responses, found.pairs, found.target) == (["a", "c"], [(1, 0)], 1)
 
 
+def test_answers_and_rows_without_what_is_compared_are_left_out_and_counted():
+    report = DataReport()
+    full = {"prompt": "q", "responses": ["a", "b", "", "c"], "scores": [1, 2, 3, "N/A"]}
+    assert mapped([full, full | {"scores": None}], report) == [Row("q", ["a", "b"], [(1, 0)], 1, [1, 2])]
+    assert report.changed == {"answers left out that are empty": 1, "answers left out that have no score or rank": 1}
+    assert report.left_out == {"no answer has a score or rank": 1}
+    report = DataReport()
+    pair = {"prompt": "q", "chosen": "a", "rejected": ["b"]}
+    assert mapped([pair, pair | {"rejected": []}], report) == [Row("q", ["a", "b"], [(0, 1)], 0)]
+    assert report.left_out == {"no rejected answer": 1}
+
+
+def test_a_listed_answer_without_the_score_of_the_others_is_left_out_alone():
+    report = DataReport()
+    answers = [{"text": "a", "score": 1}, {"text": "b"}, {"text": "c", "score": 2}]
+    assert mapped([{"prompt": "q", "responses": answers}], report) == [Row("q", ["a", "c"], [(1, 0)], 1, [1, 2])]
+    assert report.changed == {"answers left out that have no score or rank": 1}
+
+
 WEBGPT = {"question": {"full_text": "q"}, "answer_0": "a", "answer_1": "b"}
 SAFE = {"prompt": "q", "response_0": "a", "response_1": "b", "safer_response_id": 0}
 ARENA = {"conversation_a": [user("q"), assistant("a")], "conversation_b": [user("q"), assistant("b")]}
@@ -359,6 +385,11 @@ def test_a_verdict_that_is_not_evident_is_refused_with_the_map_that_says_it():
     unknown = {"prompt": "p", "response_1": "a", "response_2": "b", "preference": 1}
     with pytest.raises(UserError, match=r"answers: \[response_1, response_2\], better: \{preference: \["):
         mapped([unknown])
+
+
+def test_a_list_of_one_text_is_that_text():
+    assert read({"prompt": ["q"], "chosen": ["a"], "rejected": ["b"]})[0] == Row("q", ["a", "b"], [(0, 1)], 0)
+    assert read({"prompt": ["q"], "completion": ["a"]})[0] == Row("q", ["a"], [], 0)
 
 
 def test_numbers_tell_answers_apart_only_where_both_occur():

@@ -164,7 +164,7 @@ def _pairs(columns: Columns) -> Found | None:
     found = next((both for names in CHOSEN_REJECTED if (both := columns.both(names))), None)
     if found and any(verdict_values(columns.values[found[0]], answers) for answers, _ in two_answers(columns)):
         return None  # The names of two columns, of which the first is the better one.
-    chosen, *rejected = found or [columns.get("chosen")]
+    chosen, *rejected = found or [columns.get("chosen") or ""]
     if chosen and (not found or _plain(rejected[0]) == "rejected"):
         rejected += sorted(
             (name for name in columns.values if NUMBERED.fullmatch(_plain(name)) and not columns.all(name, _is_number)),

@@ -216,6 +216,14 @@ def test_quick_start_can_be_followed(clone):
 
 @pytest.mark.long
 def test_your_own_data_can_be_followed(clone):
+    rows = {
+        "my_labels": {"response": "Blue.", "label": True},
+        "my_rankings": {"responses": ["Blue.", "Bluish.", "Seven."], "scores": [3, 2, 0.5]},
+        "my_margins": {"chosen": "Blue.", "rejected": "Seven.", "margin": 2.5},
+    }
+    for name, row in rows.items():
+        lines = [json.dumps({"prompt": f"Name color {number}."} | row) + "\n" for number in range(12)]
+        (clone / f"{name}.jsonl").write_text("".join(lines))
     printed = follow_page("docs/your-own-data.md", clone)
     looked = next(text for line, text in printed.items() if "dry_run=true" in line)
     assert "my_preferences.jsonl: 5 rows read" in looked

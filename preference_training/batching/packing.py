@@ -117,7 +117,7 @@ def iterate_examples(prompts: Iterable[TokenizedPrompt]) -> Iterator[Example]:
 
 def num_scored(prompt: TokenizedPrompt, index: int) -> int:
     """The number of a response's scored tokens."""
-    return len(prompt.responses[index]) if prompt.spans is None else sum(end - start for start, end in prompt.spans[index])
+    return sum(end - start for start, end in prompt.scored_spans(index))
 
 
 class _Responses:
@@ -225,7 +225,7 @@ def split_by_budget(examples: Sequence[Example], places: Sequence[int], budget: 
     pack = _OpenPack()
     for place in _by_sharing(examples, places):
         prompt, _ = examples[place]
-        is_known = id(prompt) in pack.prompts
+        is_known = id(prompt) in pack.counter.owners
         shared = pack.add(place, examples[place])
         most = budget.limit if is_known else budget.largest_pack(shared)
         if len(pack.places) > 1 and pack.counter.num_tokens > most:
@@ -241,7 +241,6 @@ class _OpenPack:
 
     def __init__(self) -> None:
         self.places: list[int] = []
-        self.prompts: set[int] = set()
         self.counter = PrefixCounter()
         self._counted: set[tuple[int, int]] = set()
 
@@ -252,7 +251,6 @@ class _OpenPack:
         """
         prompt, number = example
         self.places.append(place)
-        self.prompts.add(id(prompt))
         shared = []
         for index in prompt.members(number):
             if (id(prompt), index) not in self._counted:

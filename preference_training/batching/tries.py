@@ -74,7 +74,7 @@ class Trie:
         branch, length = self.ends[number]
         return self.paths[branch][:length]
 
-    @property
+    @cached_property
     def positions(self) -> NDArray[numpy.int64]:
         """The position of each packed token in its sequence: [T]."""
         return numpy.concatenate([numpy.arange(branch.shared, branch.length) for branch in self.branches])
@@ -87,7 +87,7 @@ class Trie:
             before[branch.start] = self.paths[branch.parent][branch.shared - 1] if branch.shared else -1
         return before
 
-    @property
+    @cached_property
     def subtree_ends(self) -> NDArray[numpy.int32]:
         """One past the last packed token below each token: [T]. A query sees a key iff key <= query < subtree_ends[key]."""
         total = self.num_tokens
@@ -168,7 +168,7 @@ class PrefixCounter:
     def __init__(self) -> None:
         self.num_tokens = 0
         self._sorted: list[Tokens] = []
-        self._owners: set[Hashable] = set()
+        self.owners: set[Hashable] = set()
 
     def add(self, sequence: Tokens, owner: Hashable, prompt_length: int) -> int:
         """Add a sequence that shares at least `prompt_length` tokens with the others of its owner.
@@ -179,10 +179,10 @@ class PrefixCounter:
         neighbors = self._sorted[max(0, place - 1) : place + 1]
         shared = max((common_prefix(sequence, other) for other in neighbors), default=0)
         if shared < MIN_SHARED:
-            shared = prompt_length if owner in self._owners else 0
+            shared = prompt_length if owner in self.owners else 0
         self.num_tokens += len(sequence) - shared
         self._sorted.insert(place, sequence)
-        self._owners.add(owner)
+        self.owners.add(owner)
         return shared
 
 

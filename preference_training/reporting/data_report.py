@@ -1,4 +1,4 @@
-"""data_report.html: whether the data is any good, and what of it a strict dry run refuses.
+"""The page data_report.html: the results of the data checks, and which of them fail a strict dry run.
 
 DataQuality, limits -> findings -> lines of the dry run, data_report.html
 """

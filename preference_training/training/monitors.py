@@ -29,7 +29,8 @@ class TrainingMonitor:
         }
         self.chosen_at_start: float | None = None
         self.warned: list[str] = []
-        self.tokens_saved: list[float] = []
+        # The sum of the steps' shares, and how many there were.
+        self.tokens_saved, self.sharing_steps = 0.0, 0
 
     def observe(self, metrics: dict[str, float]) -> None:
         """Observe the metrics of a step."""
@@ -42,14 +43,15 @@ class TrainingMonitor:
         for name in self.newest.keys() & metrics.keys():
             self.newest[name].append(metrics[name])
         if TOKENS_SAVED in metrics:
-            self.tokens_saved.append(metrics[TOKENS_SAVED])
+            self.tokens_saved += metrics[TOKENS_SAVED]
+            self.sharing_steps += 1
         self._check_chosen(at)
         self._check_accuracy(at)
 
     def report_sharing(self) -> None:
         """Log what prefix sharing has saved, where it was on."""
-        if self.tokens_saved:
-            share = _mean(self.tokens_saved)
+        if self.sharing_steps:
+            share = self.tokens_saved / self.sharing_steps
             self.log_message(f"prefix sharing: {share:.0%} of the tokens of all rows did not have to be computed")
 
     def _check_chosen(self, at: str) -> None:

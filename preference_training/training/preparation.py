@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy
+
 from preference_training.checkpointing.resume import find_data_version
 from preference_training.configuration.schema import RunConfig
 from preference_training.configuration.validation import check_objective
@@ -180,7 +182,7 @@ def remarks_on(split: str, table: PromptTable, loss: Loss) -> list[str]:
         return ["  nothing is held out, so nothing is evaluated: held_out_share=0.1 holds out a tenth of the prompts"]
     if split != "train" or loss.examples != "labels":
         return []
-    labels = {label for part in table.parts for columns in part.batches for label in columns.labels.values.tolist()}
+    labels = {label for part in table.parts for columns in part.batches for label in numpy.unique(columns.labels.values)}
     if len(labels) == 1:
         found, lacking = ("desirable", "undesirable") if labels.pop() else ("undesirable", "desirable")
         return [f"warning: datasets: all responses to train on are labeled {found}, expected {lacking} ones too to learn from."]

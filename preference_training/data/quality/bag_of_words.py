@@ -23,13 +23,14 @@ def bag_of_words(tables: tuple[PromptTable, PromptTable], train: Pairs, held_out
     """
     if len(train) < FEWEST or not len(held_out):
         return None
-    fitted, scored = _spread(len(train), MOST_TRAINED), _spread(len(held_out), MOST_SCORED)
+    fitted, scored = spread(len(train), MOST_TRAINED), spread(len(held_out), MOST_SCORED)
     weights = fit(differences(tables[0], train, fitted, tokenizer))
     margins = differences(tables[1], held_out, scored, tokenizer) @ weights
     return Baseline("bag of words", (1 + numpy.sign(margins)) / 2, held_out.prompts[scored])
 
 
-def _spread(size: int, most: int) -> numpy.ndarray:
+def spread(size: int, most: int) -> numpy.ndarray:
+    """At most so many of the numbers below `size`, at equal distances."""
     return numpy.unique(numpy.linspace(0, size - 1, min(size, most)).round().astype(int))
 
 

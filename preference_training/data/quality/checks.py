@@ -7,7 +7,7 @@ import numpy
 
 from preference_training.configuration.schema import QualityConfig
 from preference_training.data.prompt_table import PromptTable
-from preference_training.data.quality.bag_of_words import bag_of_words
+from preference_training.data.quality.bag_of_words import bag_of_words, spread
 from preference_training.data.quality.contamination import Contamination, find_contamination
 from preference_training.data.quality.facts import Facts, collect_facts
 from preference_training.data.quality.languages import languages
@@ -71,6 +71,5 @@ def check_data(
 
 def _sample(table: PromptTable, tokenizer) -> list[str]:
     """The texts of some prompts, at equal distances, with their first response."""
-    places = numpy.unique(numpy.linspace(0, len(table) - 1, min(LANGUAGE_SAMPLE, len(table))).round().astype(int))
-    prompts = [table[int(place)] for place in places]
+    prompts = [table[int(place)] for place in spread(len(table), LANGUAGE_SAMPLE)]
     return decode(tokenizer, [prompt.prompt_ids + (prompt.responses or [[]])[0] for prompt in prompts])

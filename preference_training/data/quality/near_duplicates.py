@@ -70,7 +70,7 @@ def find_near_duplicates(train: PromptTable, held_out: PromptTable, similarity: 
         found = shingles.similarity(one, other)
         if found >= similarity:
             flagged[kind, other] = True
-            if kind or sum(1 for _ in examples) < 3:
+            if kind or len(examples) < 3:
                 examples.append(Pair(ids.at(one), ids.at(other), found))
     within, across = flagged.sum(1).tolist()
     in_train, in_held_out = (int((compared & (splits == kind)).sum()) for kind in (0, 1))

@@ -90,7 +90,7 @@ def _spelled(message: dict, developer_as_system: bool, arguments_as_text: bool) 
 
 
 class _Found(NamedTuple):
-    """A rendered conversation, where its response starts and ends, and what of it is scored; see `Spanned`."""
+    """A rendered conversation, the bounds [start, end) of its response, and the scored spans; see `Spanned`."""
 
     text: str
     start: int

@@ -8,7 +8,7 @@ from preference_training.core.errors import UserError
 from preference_training.data.rendering.chat_rendering import ConversationError, Spanned, holds, response_opening
 from preference_training.data.rendering.settings import TokenSettings
 from preference_training.data.rows.examples import Selected, select
-from preference_training.data.rows.records import DataReport, PreferenceRecord, Prompt, Response, Turn, message_of
+from preference_training.data.rows.records import DataReport, PreferenceRecord, Prompt, Response, Turn, message_of, reasoning_of
 from preference_training.data.rows.templates import before_last_turn, build_template, rendered_prompts, without_end
 
 # What a report counts of records, besides those it skips.
@@ -121,8 +121,9 @@ class Renderer:
 def _reasoning(turn: Turn) -> str:
     """The reasoning in an assistant turn; "" without any."""
     message = message_of(turn)
-    own = next((message[key] for key in ("reasoning_content", "reasoning", "thinking") if message.get(key)), None)
-    return own or (message["content"].split("</think>")[0].split("<think>")[-1] if "</think>" in message["content"] else "")
+    return reasoning_of(message) or (
+        message["content"].split("</think>")[0].split("<think>")[-1] if "</think>" in message["content"] else ""
+    )
 
 
 def _texts_of(value: Prompt | Response) -> Iterator[str]:

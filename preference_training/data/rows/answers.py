@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from preference_training.data.rows.conversations import (
     RowError,
+    end_of_common,
     parse_serialized_turns,
     parse_turns,
     part_conversations,
@@ -69,14 +70,6 @@ def conversation_in(value, name: str) -> Turns:
         check_text(None if items is value else value, name)
         raise RowError(f"field {name!r} is a text, expected a conversation: a list of {{role, content}}.")
     return parse_turns(items, name)
-
-
-def end_of_common(conversations: list[Turns]) -> int:
-    """How many turns all of several conversations share at their beginning."""
-    return next(
-        (place for place, turns in enumerate(zip(*conversations, strict=False)) if len(set(turns)) > 1),
-        min(map(len, conversations)),
-    )
 
 
 # ---- texts ----------------------------------------------------------------------------------------------------------------

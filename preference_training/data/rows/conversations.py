@@ -3,7 +3,7 @@
 import ast
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 from preference_training.data.rows.records import Turn, text_error, turn_error, type_name
 from preference_training.data.rows.templates import parse_dialogue
@@ -150,6 +150,16 @@ def parse_tools(value, name: str) -> str:
 SERIALIZED_TURNS = re.compile(r"""\s*(\[\s*)?\{\s*["'](\w+)["']\s*:""")
 
 
+def parse_literal(text: str):
+    """The list, object or other value that a text contains, as JSON or as Python prints it; None for other texts."""
+    for read in (json.loads, ast.literal_eval):
+        try:
+            return read(text.strip())
+        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+            continue
+    return None
+
+
 def parse_serialized_turns(value, name: str):
     """The value, parsed if it is a text that contains a conversation or a turn, as columns of CSV files and tables do.
 
@@ -157,11 +167,8 @@ def parse_serialized_turns(value, name: str):
     """
     if not isinstance(value, str) or not (start := SERIALIZED_TURNS.match(value)):
         return value
-    for read in (json.loads, ast.literal_eval):
-        try:
-            found = read(value.strip())
-        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
-            continue
+    found = parse_literal(value)
+    if found is not None:
         return found if are_turns(found) else value
     if (
         start[1]
@@ -215,7 +222,7 @@ def part_conversations(conversations: list[tuple[Turn, ...]]) -> tuple[tuple[Tur
     Where one ends and others go on, or tools return different results, the assistant turn before that is the first of the rest.
     None where they part at another's turn: those are different prompts.
     """
-    shared = sum(1 for _ in _while_equal(conversations))
+    shared = end_of_common(conversations)
     following = {turns[shared].role if len(turns) > shared else None for turns in conversations}
     if following != {"assistant"}:
         if following - {"assistant", "tool"} and None not in following:
@@ -230,11 +237,12 @@ def part_conversations(conversations: list[tuple[Turn, ...]]) -> tuple[tuple[Tur
     return conversations[0][:shared], [turns[shared:] for turns in conversations]
 
 
-def _while_equal(conversations: list[tuple[Turn, ...]]) -> Iterator[Turn]:
-    for first, *others in zip(*conversations, strict=False):
-        if any(other != first for other in others):
-            return
-        yield first
+def end_of_common(conversations: list[tuple[Turn, ...]]) -> int:
+    """How many turns all of several conversations share at their beginning."""
+    return next(
+        (place for place, turns in enumerate(zip(*conversations, strict=False)) if len(set(turns)) > 1),
+        min(map(len, conversations)),
+    )
 
 
 # ---- a prompt field beside conversations ----------------------------------------------------------------------------------

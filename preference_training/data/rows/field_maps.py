@@ -297,8 +297,10 @@ class FieldMap:
 
 @dataclass(frozen=True)
 class FoundMap(FieldMap):
-    """A field map as it was found in rows. found_keys, words: what was found, if it is not usual. asked: the
-    user's map. columns: all columns of these rows."""
+    """A field map as it was found in rows.
+
+    found_keys, words: what was found, if it is not usual. asked: the user's map. columns: all columns of these rows.
+    """
 
     found: frozenset[str] = frozenset()
     found_keys: dict = field(default_factory=dict)

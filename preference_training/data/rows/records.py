@@ -310,6 +310,11 @@ def message_of(turn: Turn) -> dict:
     return {"role": turn[0], "content": turn[1]} | (json.loads(turn[2]) if len(turn) > 2 and turn[2] else {})
 
 
+def reasoning_of(message: dict) -> str:
+    """The reasoning that a message has beside its content; "" for none."""
+    return next((message[key] for key in ("reasoning_content", "reasoning", "thinking") if message.get(key)), "")
+
+
 def tools_error(tools) -> str | None:
     """The error in the tools of a record, as the end of a sentence, or None."""
     if tools == "" or _parsed(tools, list) is not None:

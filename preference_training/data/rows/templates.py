@@ -18,7 +18,7 @@ from preference_training.data.rendering.chat_rendering import (
     rendered,
     response_opening,
 )
-from preference_training.data.rows.records import Prompt, Response, Turn, message_of, response_of
+from preference_training.data.rows.records import Prompt, Response, Turn, message_of, reasoning_of, response_of
 
 HUMAN, ASSISTANT, TOOL = "\n\nHuman:", "\n\nAssistant:", "\n\nTool:"
 
@@ -59,9 +59,9 @@ def parse_dialogue(prompt: str) -> tuple[Turn, ...] | None:
 def build_template(name: str | None, system_prompt: str | None, tokenizer) -> Template:
     """The template of a name; None keeps texts unchanged and renders conversations as HH dialogues.
 
-    system_prompt: added to conversations without a system turn, but not to texts that stay unchanged: with None and raw, and
-    texts without a prompt, or whose prompt is
-    rendered already. Raises UserError for `chat` if the tokenizer has no usable chat template.
+    system_prompt: added to conversations without a system turn, but not to texts that stay unchanged: with None and raw, texts
+    without a prompt, and texts whose prompt is rendered already. Raises UserError for `chat` if the tokenizer has no usable
+    chat template.
     """
     render = ChatTemplate(tokenizer) if name == "chat" else BUILT_IN[name].of(tokenizer)
     is_rendered = rendered_prompts(tokenizer)
@@ -209,7 +209,7 @@ def _content(turn: Turn) -> str:
     if not turn.rest:
         return turn.content
     message = message_of(turn)
-    reasoning = next((message[key] for key in ("reasoning_content", "reasoning", "thinking") if key in message), None)
+    reasoning = reasoning_of(message)
     calls = [json.dumps(call.get("function", call), ensure_ascii=False) for call in message.get("tool_calls", ())]
     parts = [f"<think>\n{reasoning}\n</think>\n"] * bool(reasoning) + [turn.content] * bool(turn.content)
     return "\n".join([*parts, *(f"<tool_call>\n{call}\n</tool_call>" for call in calls)])

@@ -1,11 +1,9 @@
 """Values of a row's fields, conditions on them, and verdicts on two answers."""
 
-import ast
-import json
 import operator
 from collections.abc import Callable, Iterable
 
-from preference_training.data.rows.conversations import RowError
+from preference_training.data.rows.conversations import RowError, parse_literal
 from preference_training.data.rows.records import text_error
 
 
@@ -24,13 +22,8 @@ def parse_text_list(value):
     """The value, parsed if it is a text that contains a list, as JSON or as Python prints it, as in CSV files."""
     if not isinstance(value, str) or not value.lstrip().startswith("["):
         return value
-    for read in (json.loads, ast.literal_eval):
-        try:
-            found = read(value.strip())
-        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
-            continue
-        return found if isinstance(found, list) else value
-    return value
+    found = parse_literal(value)
+    return found if isinstance(found, list) else value
 
 
 def is_text_list(value) -> bool:

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import chain
 from typing import BinaryIO
 
@@ -62,15 +63,20 @@ def _is_object(line: bytes) -> bool:
         return False
 
 
-def _whole_list(text: str, place: str) -> list:
+@contextmanager
+def _json_errors(place: str, expected: str) -> Iterator[None]:
+    """Raise UserError where a whole text is not JSON; expected: what it should be."""
     try:
-        return json.loads(text)
+        yield
     except json.JSONDecodeError as error:
-        raise UserError(
-            f"datasets: {place}, line {error.lineno}: not JSON: {error.msg}. Expected a list of objects."
-        ) from error
+        raise UserError(f"datasets: {place}, line {error.lineno}: not JSON: {error.msg}. Expected {expected}.") from error
     except UNREADABLE_JSON as error:
         raise UserError(f"datasets: {place}: cannot be read as JSON: {error}. Expected objects with texts.") from error
+
+
+def _whole_list(text: str, place: str) -> list:
+    with _json_errors(place, "a list of objects"):
+        return json.loads(text)
 
 
 def _json_lines(lines: Iterator[tuple[int, bytes]], place: str, report: DataReport) -> Iterator[tuple[int, object]]:
@@ -99,16 +105,10 @@ ROW_KEYS = ("data", "rows", "records", "examples", "instances", "items", "sample
 def _objects(text: str, place: str) -> list:
     """The rows of a text that holds one object, or one after the other over several lines each."""
     decoder, found, at = json.JSONDecoder(), [], 0
-    try:
+    with _json_errors(place, "objects, or a list of them"):
         while (at := WHITESPACE.match(text, at).end()) < len(text):
             value, at = decoder.raw_decode(text, at)
             found.append(value)
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"datasets: {place}, line {error.lineno}: not JSON: {error.msg}. Expected objects, or a list of them."
-        ) from error
-    except UNREADABLE_JSON as error:
-        raise UserError(f"datasets: {place}: cannot be read as JSON: {error}. Expected objects with texts.") from error
     return _rows_within(found[0], place) if len(found) == 1 else found
 
 

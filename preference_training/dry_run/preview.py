@@ -20,6 +20,7 @@ from preference_training.batching.micro_batches import MicroBatch
 from preference_training.batching.packing import UNLIMITED, PackedBatch, TokenBudget, build_packs, iterate_examples
 from preference_training.batching.schedule import Schedule
 from preference_training.configuration.keys import listed
+from preference_training.configuration.schema import RunConfig
 from preference_training.core.errors import UserError
 from preference_training.core.files import first_existing
 from preference_training.core.machine import pick_device
@@ -41,7 +42,7 @@ from preference_training.dry_run.scaling import (
     step_costs,
     world_size,
 )
-from preference_training.losses.base import ExampleKind
+from preference_training.losses.base import ExampleKind, Loss
 from preference_training.modeling.token_budget import untrained_budget
 from preference_training.reporting.data_report import assess, write_data_report
 from preference_training.training.preparation import PreparedRun
@@ -96,11 +97,16 @@ def preview_one_process(prepared: PreparedRun, placement_class: type[Placement],
     batches = batches_within(budget)
     first = first_steps(batches, budget)
     print("\nsteps", *describe_steps(batches.schedule, first), sep="\n")
-    live = loss.needs_reference and not config.caches_reference(batches.schedule.visits_again and not loss.reads_tokens)
+    live = _has_live_reference(config, loss, batches.schedule)
     kinds = step_memory(placement, loss, live, first.packs)
     used = used_memory(device)
     print("\nmemory", *describe_memory(kinds, first.packs, used, device.type), sep="\n", flush=True)
     check_memory(sum(kinds.values()) + used, total_memory(device), device.type)
+
+
+def _has_live_reference(config: RunConfig, loss: Loss, schedule: Schedule) -> bool:
+    """Whether a run computes the reference's log-probs as it needs them, as `assembly.make_reference` decides."""
+    return loss.needs_reference and not config.caches_reference(schedule.visits_again and not loss.reads_tokens)
 
 
 def preview_ranks(prepared: PreparedRun, placement_class: type[Sharded], batches_within: Callable) -> None:
@@ -115,7 +121,7 @@ def preview_ranks(prepared: PreparedRun, placement_class: type[Sharded], batches
         placement = fake_placement(placement_class, config, prepared.tokenizer)
         budget = rank_budget(placement)
         batches = batches_within(budget, placement.ranks)
-        live = loss.needs_reference and not config.caches_reference(batches.schedule.visits_again and not loss.reads_tokens)
+        live = _has_live_reference(config, loss, batches.schedule)
         first = first_steps(batches, budget)
         costs = step_costs(placement, loss, live, first.packs, first.step)
     number = sum(len(micro_batch.packs) for micro_batch in first.step)

@@ -346,6 +346,8 @@ def _lacks(of: FieldMap, has_token_ids: bool, loss: Loss) -> str | None:
         )
     if loss.examples == "labels" and single and not (scored or of.label):
         return f"learns from labels, and the rows have {found}. Expected response with label: COLUMN, or pairs."
+    if loss.examples == "pairs" and single == FieldMap.chosen and not scored:
+        return "compares pairs, and the rows have chosen answers alone: rejected is missing. Expected chosen and rejected."
     if loss.examples == "pairs" and single and not scored:
         column = of.label if of.label and of.response else "COLUMN"
         losses = "loss=sft, or a loss of labels such as kto" if of.label else "loss=sft"

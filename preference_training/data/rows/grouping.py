@@ -71,7 +71,8 @@ def group_rows(rows: Iterable[Row], report: DataReport, window: int = 20_000) ->
 
     At most `window` prompts are kept open: rows of a prompt that are further apart form separate records, so that memory does
     not grow with the data. Rows without a prompt, and rows without pair, score and label, are records of their own. The report
-    counts pairs of identical texts. SFT learns the target of each row; of rows with one scored response each, the best.
+    counts pairs of identical texts. SFT learns the target of each row; of rows with one scored response each, those with the
+    best score of their prompt.
     """
     groups: dict[tuple[Prompt, str], _Group] = {}
     for row in rows:
@@ -133,10 +134,9 @@ class _Group:
         """The prompt and its record, if there is anything to learn from it."""
         record = self.record
         if self.formed:
-            responses, scores = zip(*self.formed, strict=True)
-            if formed := scored_record(responses, scores, report):
-                best = formed["responses"].index(formed["sft_target"])
-                self.add(Row(prompt, formed["responses"], formed["pairs"], best, formed["scores"]), report)
+            responses, scores, pairs = _ranked(*zip(*self.formed, strict=True), report)
+            first, *others = [index for index, score in enumerate(scores) if score == max(scores)]
+            self.add(Row(prompt, responses, pairs, first, scores, more_targets=tuple(others)), report)
         if self.targets:
             record["sft_target"] = self.targets[-1]
             record |= {"sft_targets": self.targets} if len(self.targets) > 1 else {}
@@ -145,7 +145,7 @@ class _Group:
                 for key, of in (("scores", self.scores), ("labels", self.labels))
                 if of
             }
-        if record["pairs"] or self.labels:
+        if record["pairs"] or self.labels or self.formed:
             yield prompt, record | ({"tools": tools} if tools else {})
 
 
@@ -160,12 +160,20 @@ def scored_record(responses: Sequence[Response], scores: Sequence[float], report
 
     Of identical responses the last counts. The report counts what is skipped.
     """
+    texts, kept, pairs = _ranked(responses, scores, report)
+    if not pairs:
+        report.skip(NO_PAIR)
+        return None
+    return {"responses": texts, "pairs": pairs, "sft_target": texts[kept.index(max(kept))], "scores": kept}
+
+
+def _ranked(
+    responses: Sequence[Response], scores: Sequence[float], report: DataReport
+) -> tuple[list[Response], list[float], list[tuple[int, int]]]:
+    """Responses, each once, their scores, and the pairs of those that differ."""
     score_of = dict(zip(responses, scores, strict=True))
     texts, kept = list(score_of), list(score_of.values())
     pairs = pairs_by_score(kept)
     report.skip(SAME_RESPONSE, len(responses) - len(texts))
     report.skip(EQUAL_SCORES, len(texts) * (len(texts) - 1) // 2 - len(pairs))
-    if not pairs:
-        report.skip(NO_PAIR)
-        return None
-    return {"responses": texts, "pairs": pairs, "sft_target": max(score_of, key=score_of.__getitem__), "scores": kept}
+    return texts, kept, pairs

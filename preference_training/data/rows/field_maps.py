@@ -369,6 +369,7 @@ def _mapped(formats: _Formats, rows: NumberedRows, place: str, report: DataRepor
             report.skip(str(reason))
             continue
         usable += 1
+        mapped = mapped if known else mapped._replace(number=number)
         implicit += field_map.implicit_prompt and not field_map.prompts.in_row(row) and isinstance(mapped.prompt, str)
         if not known:
             _count_unused(field_map, row, mapped, columns, report)

@@ -40,7 +40,8 @@ class Row(NamedTuple):
 
     target: the index of the response that SFT learns. scores, labels: of each response. weights, margins: of each pair.
     forms_pairs: the row holds one scored response, and pairs are formed between the rows of a prompt. more_targets: further
-    responses that SFT learns. tools: JSON text, which belongs to the prompt; "" for none.
+    responses that SFT learns. tools: JSON text, which belongs to the prompt; "" for none. number: of the row in its file; 0 if
+    unknown.
     """
 
     prompt: Prompt
@@ -54,6 +55,7 @@ class Row(NamedTuple):
     forms_pairs: bool = False
     more_targets: tuple[int, ...] = ()
     tools: str = ""
+    number: int = 0
 
     @property
     def stands_alone(self) -> bool:
@@ -78,7 +80,7 @@ def group_rows(rows: Iterable[Row], report: DataReport, window: int = 20_000) ->
     for row in rows:
         if row.stands_alone:
             record = {"responses": row.responses, "pairs": [], "sft_target": row.responses[row.target]}
-            beside = {"tools": row.tools, "scores": row.scores}
+            beside = {"tools": row.tools, "scores": row.scores, "rows": row.number and [row.number]}
             yield row.prompt, record | {key: value for key, value in beside.items() if value}
             continue
         if row.pairs and len(set(row.responses)) == 1:
@@ -103,6 +105,7 @@ class _Group:
     def __init__(self):
         self.record = new_record()
         self.targets: list[Response] = []
+        self.rows: list[int] = []
         # By response; `formed` are those whose pairs are formed at the end.
         self.scores: dict[Response, float] = {}
         self.labels: dict[Response, bool | None] = {}
@@ -110,6 +113,7 @@ class _Group:
 
     def add(self, row: Row, report: DataReport) -> None:
         """Add a row."""
+        self.rows += [row.number] * bool(row.number)
         if row.forms_pairs:
             self.formed += zip(row.responses, row.scores, strict=True)
             return
@@ -146,7 +150,7 @@ class _Group:
                 if of
             }
         if record["pairs"] or self.labels or self.formed:
-            yield prompt, record | ({"tools": tools} if tools else {})
+            yield prompt, record | {key: value for key, value in (("tools", tools), ("rows", self.rows)) if value}
 
 
 BOTH_LABELS = "a response is labeled desirable and undesirable"

@@ -85,7 +85,7 @@ def as_label(value, name: str) -> bool:
     """A value as a label: whether a response is desirable; `name` is its field's. Raises RowError."""
     label = LABELS.get(label_word(value))
     if label is None:
-        raise RowError(f"field {name!r} is {value!r}, expected true or false, 1 or 0, desirable or undesirable.")
+        raise RowError(f"field {name!r} is {value!r}, expected one of {', '.join(LABELS)}.")
     return label
 
 

@@ -17,7 +17,7 @@ from preference_training.data.rows.records import (
     text_error,
     type_name,
 )
-from preference_training.data.rows.values import condition, field_value
+from preference_training.data.rows.values import LABELS, condition, field_value
 
 
 def dialogue(question: str, answer: str) -> str:
@@ -294,7 +294,7 @@ def test_a_response_with_a_label_is_desirable_or_not(value, label):
 @pytest.mark.parametrize("value", [2, None, "maybe", "", [True]])
 def test_a_label_that_is_neither_is_reported(value):
     found = fault({"prompt": "p", "text": "a", "ok": value}, response="text", label="ok")
-    assert found == f"field 'ok' is {value!r}, expected true or false, 1 or 0, desirable or undesirable."
+    assert found == f"field 'ok' is {value!r}, expected one of {', '.join(LABELS)}."
 
 
 def test_a_pair_may_have_a_margin_and_a_weight():

@@ -62,7 +62,8 @@ def preview(prepared: PreparedRun, placement_class: type[Placement], batches_wit
     for title, split, found in zip(("train", "held out"), data, facts, strict=True):
         print(f"\n{title}", *describe_data(names, split.reports, found, paired=loss.examples == "pairs"), sep="\n")
     common = numpy.intersect1d(*(found.prompt_hashes for found in facts))
-    print(f"\nprompts in both splits: {len(common):,}", "\nquality", sep="\n")
+    # If there are any, preparation has said so, with an example.
+    print(*["\nprompts in both splits: 0"] * (len(common) == 0), "\nquality", sep="\n")
     failed = check_quality(prepared, facts)
     print("\nexamples")
     train = data[0].table
@@ -333,12 +334,14 @@ def describe_memory(kinds: dict[str, int], packs: Sequence[PackedBatch], used: i
     """Lines about the peak memory of a step by kind; `used` is what libraries and data take already, in bytes."""
     names = {"data": "libraries and data"}
     kinds = {name: size for name, size in kinds.items() if size} | ({"data": used} if used else {})
-    lines = [f"  {names.get(kind, kind):20}{size / GIB:8.3f} GB" for kind, size in kinds.items()]
+    total = sum(kinds.values())
+    unit, name = (GIB, "GB") if total >= GIB / 10 else (GIB / 1024, "MB")
+    lines = [f"  {names.get(kind, kind):20}{size / unit:8.3f} {name}" for kind, size in kinds.items()]
     tokens = max(len(pack.input_ids) for pack in packs)
     return [
         f"  peak on {device}, with {tokens:,} tokens computed at once:",
         *lines,
-        f"  {'total':20}{sum(kinds.values()) / GIB:8.3f} GB",
+        f"  {'total':20}{total / unit:8.3f} {name}",
     ]
 
 

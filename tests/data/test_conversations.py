@@ -402,7 +402,7 @@ def test_messages_of_every_dialect_are_turns(messages, turns):
         ({"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}, "has a part of the type 'input_audio'"),
         ({"role": "user", "content": [{"type": "text", "text": "x"}, {"video": "a.mp4"}]}, "has a part of the type 'video'"),
         ({"role": "user", "content": [3]}, "has a part of the type 'int'"),
-        ({"role": "assistant", "content": None}, "turn 1 is None, expected a text"),
+        ({"role": "assistant", "content": None}, "turn 1 is null, expected a text"),
         ({"role": "user", "content": ""}, "turn 1 is empty"),
         ({"role": "user", "content": {"a": 1}}, "turn 1 is dict, expected a text"),
         ({"role": "assistant", "content": "", "tool_calls": ["x"]}, "turn 1 has the tool call 'x'. Expected {function: {name"),

@@ -49,7 +49,7 @@ from preference_training.data.sources.filters import RowFilter, Where, where_col
 INPUT_JOINED = "prompts joined from instruction and input, on separate lines"
 OWN_SYSTEM_TURN = "conversations with their own system turn, which replaces the field {!r}"
 LAST_TURNS = "conversations whose turns behind the assistant's last one were left out"
-NO_ANSWER = "answers left out that are missing (None)"
+NO_ANSWER = "answers left out that are missing (null)"
 EMPTY_ANSWER = "answers left out that are empty"
 NO_REJECTED = "no rejected answer"
 NO_SCORE = "answers left out that have no score or rank"

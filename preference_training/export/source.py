@@ -7,7 +7,7 @@ from pathlib import Path
 
 from preference_training.checkpointing.checkpoint import Checkpoint, DamagedError, list_checkpoints
 from preference_training.configuration.saved import model_config
-from preference_training.configuration.schema import DTYPES, ModelConfig
+from preference_training.configuration.sections import DTYPES, ModelConfig
 from preference_training.core.errors import UserError
 from preference_training.modeling import loading
 from preference_training.modeling.adapters import is_adapter

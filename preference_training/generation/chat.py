@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -12,7 +12,8 @@ from torch import nn
 from preference_training.checkpointing.checkpoint import Checkpoint
 from preference_training.checkpointing.saved_run import SavedRun, newest_checkpoint
 from preference_training.configuration.saved import CONFIG, model_config
-from preference_training.configuration.sections import DTYPES, TEMPLATES
+from preference_training.configuration.schema import TEMPLATES
+from preference_training.configuration.sections import DTYPES
 from preference_training.core.errors import UserError, first_line, nearest
 from preference_training.core.machine import pick_device
 from preference_training.core.values import UNREADABLE
@@ -240,7 +241,7 @@ class _Loaded:
     """A model as it was loaded. directory: that with its generation_config.json, if there is any."""
 
     model: nn.Module
-    tokenizer: object
+    tokenizer: Any
     options: LoadOptions
     directory: Path | None
 

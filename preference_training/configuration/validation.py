@@ -43,7 +43,7 @@ KEY_VARIABLE = "OPENAI_API_KEY"
 # Installs what HTTP judges and task suites need.
 EVALUATION_REQUIREMENTS = "pip install -r requirements/evaluation.txt"
 # Where metrics may go; a run's own files are always written.
-TRACKING = ("jsonl", "wandb", "tensorboard")
+TRACKING = ("jsonl", "wandb", "tensorboard", "trackio", "mlflow")
 
 
 def validate(config: DictConfig, overrides: Sequence[str] = (), choices: dict[str, str] | None = None) -> RunConfig:

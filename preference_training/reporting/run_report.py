@@ -26,6 +26,7 @@ from preference_training.data.rows.records import DataReport
 from preference_training.evaluation.phrasing import with_interval
 from preference_training.reporting.charts import format_number
 from preference_training.reporting.examples import Samples, flagged_by_kind
+from preference_training.reporting.findings import findings
 from preference_training.reporting.flagged_pairs import KINDS, PairFinder
 from preference_training.reporting.model_card import changed_settings, dataset_entries
 from preference_training.reporting.observations import finite_values, observations
@@ -79,7 +80,7 @@ def report_page(run: RunRecord) -> str:
         name=run.config.get("exp_name", run.directory.name),
         directory=run.directory.name,
         progress=run.progress,
-        observations=observations(run),
+        observations=[*(finding.text for finding in findings(run)), *observations(run)],
         numbers=headline(run),
         charts=run_charts(run),
         held_out=held_out_table(run),

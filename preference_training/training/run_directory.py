@@ -23,7 +23,8 @@ from preference_training.configuration.schema import RunConfig
 from preference_training.core.errors import UserError
 from preference_training.data.chat_templates import detect_format
 from preference_training.distributed.placement import Placement
-from preference_training.tracking.dashboards import RunStart, start_dashboards
+from preference_training.tracking.dashboards.base import RunStart
+from preference_training.tracking.dashboards.starting import start_dashboards
 from preference_training.tracking.tracker import Tracker
 
 

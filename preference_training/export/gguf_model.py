@@ -283,7 +283,8 @@ class GgufFile:
         writer.write_ti_data_to_file()
         for name, weight in tensors:
             values = architecture.change(name, weight.detach().float().cpu(), config).contiguous().numpy()
-            data = gguf.quants.quantize(values, self._kind(weight))
+            with np.errstate(over="ignore"):
+                data = gguf.quants.quantize(values, self._kind(weight))
             if data.dtype == np.float16 and not np.isfinite(data).all():
                 raise UserError(f"--gguf: f16 cannot represent weights of {name}, which are too large. Use --gguf bf16.")
             writer.write_tensor_data(data)

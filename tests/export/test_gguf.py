@@ -108,6 +108,12 @@ def test_scaled_rotary_embeddings_are_written(tmp_path):
     assert values == {"type": "yarn", "factor": 4.0, "original_context_length": 128}
 
 
+def test_a_name_that_llama_cpp_reads_as_phi_3_is_changed_where_the_tokenizer_is_another(tmp_path):
+    model, tokenizer = model_of("llama"), byte_level_tokenizer()
+    GgufFile("my-Phi3-mini", Vocabulary.of(tokenizer, len(tokenizer), []), "f32").write(model, tmp_path / "a.gguf")
+    assert GGUFReader(tmp_path / "a.gguf").get_field("general.name").contents() == "my-Phi 3-mini"
+
+
 @pytest.mark.parametrize(
     ("model", "told"),
     [

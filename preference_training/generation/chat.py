@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -17,10 +17,11 @@ from preference_training.core.errors import UserError, first_line, nearest
 from preference_training.core.machine import pick_device
 from preference_training.core.values import UNREADABLE
 from preference_training.data.chat_templates import run_format
-from preference_training.data.rows.records import Turn
+from preference_training.data.rows.records import Prompt, Turn
 from preference_training.generation.chat_format import ChatFormat
 from preference_training.generation.decoding import Ends, generate
 from preference_training.generation.sampling import POLICY, Sampler, as_trained, choice_of_tokens, ends_of
+from preference_training.generation.servers import server_of
 from preference_training.generation.settings import GenerationSettings
 from preference_training.generation.streaming import PrefixCache, StreamedDecoding, TextStream
 from preference_training.modeling import loading
@@ -41,8 +42,16 @@ class Responder(Protocol):
 
     name: str
 
-    def respond(self, turns: Sequence[Turn], settings: GenerationSettings | None, say: Callable[[str], None]) -> str:
-        """The response to a conversation, each part of which goes to `say` as it comes. settings: None is the model's own."""
+    def respond(self, turns: Sequence[Turn], changes: dict[str, Any], say: Callable[[str], None]) -> str:
+        """The response to a conversation, each part of which goes to `say` as it comes. Raises UserError, and what `say` does.
+
+        changes: settings that differ from the model's own, by their names in GenerationSettings.
+        """
+        raise NotImplementedError
+
+    def responses(self, prompts: Sequence[Prompt], changes: dict[str, Any]) -> list[str]:
+        """The responses to several prompts, each the one that `respond` gives."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -71,10 +80,10 @@ class ChatModel:
         """How many tokens it can read."""
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or UNLIMITED
 
-    def respond(self, turns: Sequence[Turn], settings: GenerationSettings | None, say: Callable[[str], None]) -> str:
-        """The response to a conversation. Raises UserError where it cannot be asked for, and whatever `say` raises."""
-        settings = settings or self.settings
-        prompt = self.prompt_ids(turns)
+    def respond(self, turns: Sequence[Turn], changes: dict[str, Any], say: Callable[[str], None]) -> str:
+        """The response to a conversation, computed from where the kept cache ends."""
+        settings = self.settings.changed(changes)
+        prompt = self.prompt_ids(tuple(turns))
         limit = min(settings.max_new_tokens, self.context - len(prompt))
         stream = TextStream(self.tokenizer, say, self.format.stops, self.format.response)
         noise = choice_of_tokens([(prompt, 0)], settings.seed, POLICY, settings)
@@ -91,18 +100,18 @@ class ChatModel:
                 self.cache.keep(decoding.rows)
         return stream.end()
 
-    def responses(self, conversations: Sequence[Sequence[Turn]], settings: GenerationSettings | None) -> list[str]:
-        """The responses to several conversations, computed in batches; each is the one that `respond` gives."""
-        settings = settings or self.settings
-        prompts = [self.prompt_ids(turns) for turns in conversations]
-        longest = min(self.context, max(map(len, prompts), default=0) + settings.max_new_tokens)
+    def responses(self, prompts: Sequence[Prompt], changes: dict[str, Any]) -> list[str]:
+        """The responses to several prompts, computed in batches."""
+        settings = self.settings.changed(changes)
+        ids = [self.prompt_ids(prompt) for prompt in prompts]
+        longest = min(self.context, max(map(len, ids), default=0) + settings.max_new_tokens)
         sampler = Sampler(self.tokenizer, longest, settings.seed, settings=settings, ends=self.ends.tokens)
         with self._weights():
-            return [self._text(ids) for ids in sampler.responses(self.model, prompts)]
+            return [self._text(found) for found in sampler.responses(self.model, ids)]
 
-    def prompt_ids(self, turns: Sequence[Turn]) -> list[int]:
+    def prompt_ids(self, prompt: Prompt) -> list[int]:
         """The token ids of a prompt. Raises UserError where it leaves no room for a response."""
-        ids = self.format.prompt_ids(turns)
+        ids = self.format.prompt_ids(prompt)
         if len(ids) >= self.context:
             raise UserError(
                 f"the conversation has {len(ids):,} tokens, and {self.name} reads at most {self.context:,} with the response. "
@@ -159,6 +168,40 @@ def load_for_chat(name: str, options: LoadOptions = LoadOptions()) -> ChatModel:
     return _load_directory(str(path), path, options)
 
 
+def open_responders(name: str, against: str | None, url: str | None, options: LoadOptions) -> list[Responder]:
+    """Who a name means (`load_for_chat`, or openai:MODEL, ollama:MODEL), and who `against` does: also "reference".
+
+    url: the address of servers. Raises UserError.
+    """
+    found: list[Responder] = [_open(name, url, options)]
+    if against == "reference":
+        [first] = found
+        if not isinstance(first, ChatModel):
+            raise UserError(f"--against reference: nobody knows what {name} was before its training. Name a model.")
+        found.insert(0, load_before_training(first, options))
+    elif against is not None:
+        found.insert(0, _open(against, url, options))
+    return found
+
+
+def _open(name: str, url: str | None, options: LoadOptions) -> Responder:
+    server = server_of(name, url)
+    if server is None:
+        return load_for_chat(name, options)
+    server.check()
+    return server
+
+
+def newest_of(names: Sequence[str]) -> str:
+    """The only name, or of several run directories, which a shell makes of runs/mine_*, the newest. Raises UserError."""
+    if len(names) == 1:
+        return names[0]
+    others = [name for name in names if not Path(name).is_dir()]
+    if others:
+        raise UserError(f"{others[0]}: expected one model, or run directories, of which the newest is taken.")
+    return max(names, key=lambda name: Path(name).stat().st_mtime)
+
+
 def load_before_training(chat: ChatModel, options: LoadOptions = LoadOptions()) -> ChatModel:
     """The model that a run started from: its own weights without the adapter, or those that it loaded. Raises UserError."""
     name = "before training"
@@ -204,7 +247,7 @@ def _load_checkpoint(path: Path, options: LoadOptions) -> ChatModel:
         else:
             name, system = recorded, None
     loaded = _Loaded(saved.load_model(), tokenizer, options, path if (path / "generation_config.json").is_file() else None)
-    return loaded.chat(str(path), name, system, saved)
+    return loaded.chat(f"{path.parent.name} {path.name}", name, system, saved)
 
 
 def _load_directory(name: str, path: Path | None, options: LoadOptions) -> ChatModel:
@@ -227,7 +270,7 @@ def _load_directory(name: str, path: Path | None, options: LoadOptions) -> ChatM
         stored = str(stored).removeprefix("torch.")
         model = loading.load_model(replace(config, policy_dtype=stored if stored in DTYPES else "float32"), tokenizer)
     template = options.template or ("chat" if tokenizer.chat_template else "raw")
-    return _Loaded(model, tokenizer, options, path).chat(name, template, None, None)
+    return _Loaded(model, tokenizer, options, path).chat(path.resolve().name if path else name, template, None, None)
 
 
 def _refuse_reward_model(path: Path, head: str) -> None:

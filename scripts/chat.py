@@ -59,8 +59,9 @@ def main() -> None:
 def talk(options: argparse.Namespace) -> None:
     """Open the models, and have them answer a file or a person."""
     from preference_training.core.machine import quiet_libraries
-    from preference_training.generation.answers import read_prompts, with_system, write_answers
+    from preference_training.generation.answers import read_prompts, write_answers
     from preference_training.generation.chat import LoadOptions, newest_of, open_responders
+    from preference_training.generation.chat_format import with_system
     from preference_training.generation.settings import GenerationSettings
     from preference_training.generation.terminal import Chat, greeting
 

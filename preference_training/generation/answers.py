@@ -12,8 +12,7 @@ from preference_training.data.entries import load_records, read_entry
 from preference_training.data.files import format_of, read_rows
 from preference_training.data.rows.conversations import RowError
 from preference_training.data.rows.prompt_fields import PromptFields
-from preference_training.data.rows.records import Prompt, Turn, message_of
-from preference_training.data.rows.templates import turns_of
+from preference_training.data.rows.records import Prompt, message_of
 from preference_training.generation.chat import Responder
 
 # Prompts that are answered before their lines are written.
@@ -59,14 +58,6 @@ def _rows(path: str) -> list[Prompt]:
             return [fields.read(row) for _, row in read_rows(path)]
         except RowError:
             raise error from None
-
-
-def with_system(prompt: Prompt, system: str | None) -> Prompt:
-    """A prompt with a system prompt, unless it has one of its own."""
-    if not system:
-        return prompt
-    turns = turns_of(prompt)
-    return turns if turns[0][0] in ("system", "developer") else (Turn("system", system), *turns)
 
 
 def write_answers(

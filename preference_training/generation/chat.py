@@ -20,8 +20,8 @@ from preference_training.data.chat_templates import run_format
 from preference_training.data.rows.records import Prompt, Turn
 from preference_training.generation.chat_format import ChatFormat
 from preference_training.generation.decoding import Ends, generate
-from preference_training.generation.sampling import POLICY, Sampler, as_trained, choice_of_tokens, ends_of
-from preference_training.generation.servers import server_of
+from preference_training.generation.sampling import OTHER, POLICY, Sampler, as_trained, choice_of_tokens, ends_of
+from preference_training.generation.servers import Reply, server_of
 from preference_training.generation.settings import GenerationSettings
 from preference_training.generation.streaming import PrefixCache, StreamedDecoding, TextStream
 from preference_training.modeling import loading
@@ -33,6 +33,7 @@ from preference_training.tracking.run_files import STATE
 
 EXPECTED = "Expected a run directory, a checkpoint (step-N) in one, an export, a model directory, a .gguf file, or a hub id."
 GGUF = ".gguf"
+BEFORE_TRAINING = "before training"
 # Where a model's configuration does not say how many tokens it can read.
 UNLIMITED = 1 << 20
 
@@ -42,7 +43,7 @@ class Responder(Protocol):
 
     name: str
 
-    def respond(self, turns: Sequence[Turn], changes: dict[str, Any], say: Callable[[str], None]) -> str:
+    def respond(self, turns: Sequence[Turn], changes: dict[str, Any], say: Callable[[str], None]) -> Reply:
         """The response to a conversation, each part of which goes to `say` as it comes. Raises UserError, and what `say` does.
 
         changes: settings that differ from the model's own, by their names in GenerationSettings.
@@ -59,7 +60,8 @@ class ChatModel:
     """A model in this process that one can talk to. It keeps the cache of the last conversation.
 
     settings: how its generation_config.json advises to choose tokens. system_prompt: what its training began conversations
-    with. is_before_training: its adapter is switched off. saved: the checkpoint that it is from, if it is of a run.
+    with. is_before_training: its adapter is switched off. saved: the checkpoint that it is from, if it is of a run. stream: the
+    name of its noise, another one for each of two models that are compared.
     """
 
     name: str
@@ -73,6 +75,7 @@ class ChatModel:
     saved: SavedRun | None = None
     has_adapter: bool = False
     is_before_training: bool = False
+    stream: str = POLICY
     cache: PrefixCache = field(default_factory=PrefixCache)
 
     @property
@@ -80,25 +83,28 @@ class ChatModel:
         """How many tokens it can read."""
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or UNLIMITED
 
-    def respond(self, turns: Sequence[Turn], changes: dict[str, Any], say: Callable[[str], None]) -> str:
-        """The response to a conversation, computed from where the kept cache ends."""
+    def respond(
+        self, turns: Sequence[Turn], changes: dict[str, Any], say: Callable[[str], None], stops: Sequence[str] = ()
+    ) -> Reply:
+        """The response to a conversation, computed from where the kept cache ends. stops: further texts that end it."""
         settings = self.settings.changed(changes)
         prompt = self.prompt_ids(tuple(turns))
         limit = min(settings.max_new_tokens, self.context - len(prompt))
-        stream = TextStream(self.tokenizer, say, self.format.stops, self.format.response)
-        noise = choice_of_tokens([(prompt, 0)], settings.seed, POLICY, settings)
+        stream = TextStream(self.tokenizer, say, (*self.format.stops, *stops), self.format.response)
+        noise = choice_of_tokens([(prompt, 0)], settings.seed, self.stream, settings)
         decoding = StreamedDecoding(noise, limit, self.ends, stream.add)
         with torch.no_grad(), as_trained(self.model), self._weights():
             try:
                 arguments = settings.arguments() | self.cache.take(prompt)
-                generate(self.model, [prompt], self.ends, limit, decoding, **arguments)
+                [ids] = generate(self.model, [prompt], self.ends, limit, decoding, **arguments)
             except KeyboardInterrupt:
                 # In the middle of a forward pass, which has left the cache incomplete.
                 decoding.rows = None
                 raise
             finally:
                 self.cache.keep(decoding.rows)
-        return stream.end()
+        is_cut = len(ids) == limit and ids[-1] not in self.ends.tokens and not stream.is_stopped
+        return Reply(stream.end(), "length" if is_cut else "stop", prompt_tokens=len(prompt), tokens=len(ids))
 
     def responses(self, prompts: Sequence[Prompt], changes: dict[str, Any]) -> list[str]:
         """The responses to several prompts, computed in batches."""
@@ -107,7 +113,7 @@ class ChatModel:
         longest = min(self.context, max(map(len, ids), default=0) + settings.max_new_tokens)
         sampler = Sampler(self.tokenizer, longest, settings.seed, settings=settings, ends=self.ends.tokens)
         with self._weights():
-            return [self._text(found) for found in sampler.responses(self.model, ids)]
+            return [self._text(found) for found in sampler.responses(self.model, ids, self.stream)]
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
         """The token ids of a prompt. Raises UserError where it leaves no room for a response."""
@@ -180,7 +186,8 @@ def open_responders(name: str, against: str | None, url: str | None, options: Lo
             raise UserError(f"--against reference: nobody knows what {name} was before its training. Name a model.")
         found.insert(0, load_before_training(first, options))
     elif against is not None:
-        found.insert(0, _open(against, url, options))
+        other = _open(against, url, options)
+        found.insert(0, replace(other, stream=OTHER) if isinstance(other, ChatModel) else other)
     return found
 
 
@@ -204,16 +211,15 @@ def newest_of(names: Sequence[str]) -> str:
 
 def load_before_training(chat: ChatModel, options: LoadOptions = LoadOptions()) -> ChatModel:
     """The model that a run started from: its own weights without the adapter, or those that it loaded. Raises UserError."""
-    name = "before training"
     if chat.has_adapter:
-        return replace(chat, name=name, is_before_training=True, cache=PrefixCache(), notes=())
+        return replace(chat, name=BEFORE_TRAINING, is_before_training=True, stream=OTHER, cache=PrefixCache(), notes=())
     if chat.saved is None:
         raise UserError(
             f"--against reference: {chat.name} is not a run of this project, so that the model it started from is unknown. "
             "Name it: --against DIRECTORY, or a hub id."
         )
     model = _placed(chat.saved.load_initial_model(), options)
-    return replace(chat, name=name, model=model, saved=None, cache=PrefixCache(), notes=())
+    return replace(chat, name=BEFORE_TRAINING, model=model, stream=OTHER, saved=None, cache=PrefixCache(), notes=())
 
 
 def _check_name(name: str, path: Path) -> None:

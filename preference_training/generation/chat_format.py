@@ -2,8 +2,8 @@
 
 from preference_training.data.chat_templates import conversation_format, end_tokens
 from preference_training.data.rendering.encoding import Encoder
-from preference_training.data.rows.records import Prompt
-from preference_training.data.rows.templates import build_template
+from preference_training.data.rows.records import Prompt, Turn
+from preference_training.data.rows.templates import build_template, turns_of
 from preference_training.data.tokenization import bos_ids
 
 
@@ -29,3 +29,11 @@ class ChatFormat:
     def response(self, text: str) -> str:
         """The text of a response as a turn: without the space that hh puts before it."""
         return text.removeprefix(" ") if self.name == "hh" else text
+
+
+def with_system(prompt: Prompt, system: str | None) -> Prompt:
+    """A prompt with a system prompt, unless it has one of its own."""
+    if not system:
+        return prompt
+    turns = turns_of(prompt)
+    return turns if turns[0][0] in ("system", "developer") else (Turn("system", system), *turns)

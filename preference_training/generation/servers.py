@@ -49,11 +49,16 @@ class ServerError(Exception):
 
 @dataclass(frozen=True)
 class Reply:
-    """A whole reply: its text, why it ended (None where the server does not say), and whether it refuses."""
+    """What a model says, or a part of it: its text, why it ended (stop, length, ...; None if unknown), whether it refuses.
+
+    prompt_tokens, tokens: the lengths of prompt and response, where they are known.
+    """
 
     text: str
-    ended: str | None
+    ended: str | None = None
     is_refusal: bool = False
+    prompt_tokens: int = 0
+    tokens: int = 0
 
 
 class ChatServer(ABC):
@@ -81,8 +86,8 @@ class ChatServer(ABC):
         """A reply that came whole. Raises LookupError or TypeError where it is not one."""
 
     @abstractmethod
-    def part(self, line: bytes) -> str | None:
-        """The text in a line of a reply that comes in parts; None for its end. Raises ValueError, LookupError or TypeError."""
+    def part(self, line: bytes) -> Reply | None:
+        """The part of a reply in a line; None for its end. Raises ValueError, LookupError or TypeError."""
 
     @abstractmethod
     def listed(self, found: dict) -> list[str]:
@@ -163,21 +168,21 @@ class ChatServer(ABC):
 
     # ---- as a responder ---------------------------------------------------------------------------------------------------
 
-    def respond(self, turns: Sequence[Turn], changes: dict[str, Any], say: Callable[[str], None]) -> str:
+    def respond(self, turns: Sequence[Turn], changes: dict[str, Any], say: Callable[[str], None]) -> Reply:
         """The response to a conversation, each part of which goes to `say` as it comes. Raises UserError."""
-        text = ""
+        text, ended = "", None
         with self._user_errors():
             for part in self._parts(turns, changes):
-                text += part
-                say(part)
-        return text
+                text, ended = text + part.text, part.ended or ended
+                say(part.text)
+        return Reply(text, ended)
 
     def responses(self, prompts: Sequence[Prompt], changes: dict[str, Any]) -> list[str]:
         """The responses to several prompts, some of which are asked for at a time. Raises UserError."""
         with ThreadPoolExecutor(WORKERS) as pool:
-            return list(pool.map(lambda prompt: self.respond(turns_of(prompt), changes, lambda _: None), prompts))
+            return list(pool.map(lambda prompt: self.respond(turns_of(prompt), changes, lambda _: None).text, prompts))
 
-    def _parts(self, turns: Sequence[Turn], changes: dict[str, Any]) -> Iterator[str]:
+    def _parts(self, turns: Sequence[Turn], changes: dict[str, Any]) -> Iterator[Reply]:
         import requests
 
         body = self.body([message_of(turn) for turn in turns], changes, is_streamed=True)
@@ -232,18 +237,19 @@ class OpenAIServer(ChatServer):
         choice = found["choices"][0]
         return Reply(choice["message"]["content"], choice.get("finish_reason"), bool(choice["message"].get("refusal")))
 
-    def part(self, line: bytes) -> str | None:
-        """The text in a line of server-sent events; comments and other fields have none."""
+    def part(self, line: bytes) -> Reply | None:
+        """The part in a line of server-sent events; comments and other fields have no text."""
         field, _, value = line.partition(b":")
         if field != b"data":
-            return ""
+            return Reply("")
         if value.strip() == b"[DONE]":
             return None
         found = json.loads(value)
         if error := error_message(found):
             raise ServerError(error[:MAX_REASON_LENGTH], has_answered=True)
         # The last one may have no choices, but usage.
-        return "".join(choice["delta"].get("content") or "" for choice in found["choices"])
+        choice = found["choices"][0] if found["choices"] else {"delta": {}}
+        return Reply(choice["delta"].get("content") or "", choice.get("finish_reason"))
 
     def listed(self, found: dict) -> list[str]:
         """The names in /models."""
@@ -280,13 +286,12 @@ class OllamaServer(ChatServer):
         """A reply of /api/chat."""
         return Reply(found["message"]["content"], found.get("done_reason"))
 
-    def part(self, line: bytes) -> str | None:
-        """The text in a line of a reply."""
+    def part(self, line: bytes) -> Reply | None:
+        """The part in a line of JSON."""
         found = json.loads(line)
         if error := error_message(found):
             raise ServerError(error[:MAX_REASON_LENGTH], has_answered=True)
-        text = found["message"]["content"]
-        return None if found.get("done") and not text else text
+        return self.reply(found)
 
     def listed(self, found: dict) -> list[str]:
         """The names in /api/tags."""

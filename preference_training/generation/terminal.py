@@ -156,13 +156,13 @@ class Chat:
                 check()
 
             try:
-                responder.respond(self.conversation.turns(number), changes, say)
+                reply = responder.respond(self.conversation.turns(number), changes, say)
             except StoppedError:
                 self._print(" [stopped]", FAINT)
                 return "".join(said)
-        answer = "".join(said)
-        self._print("" if answer else "[an empty answer]", "" if answer else FAINT)
-        return answer
+        note = " [cut at max_new_tokens]" * (reply.ended == "length") or "[an empty answer]" * (not reply.text)
+        self._print(note, FAINT)
+        return reply.text
 
     # ---- commands ---------------------------------------------------------------------------------------------------------
 

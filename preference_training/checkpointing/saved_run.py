@@ -9,7 +9,7 @@ from torch import nn
 
 from preference_training.checkpointing.checkpoint import list_checkpoints
 from preference_training.configuration.saved import model_config
-from preference_training.configuration.schema import DTYPES, ModelConfig
+from preference_training.configuration.sections import DTYPES, ModelConfig
 from preference_training.core.errors import UserError
 from preference_training.modeling import loading
 from preference_training.modeling.adapters import is_adapter

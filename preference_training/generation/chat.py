@@ -12,7 +12,7 @@ from torch import nn
 from preference_training.checkpointing.checkpoint import Checkpoint
 from preference_training.checkpointing.saved_run import SavedRun, newest_checkpoint
 from preference_training.configuration.saved import CONFIG, model_config
-from preference_training.configuration.schema import DTYPES, TEMPLATES
+from preference_training.configuration.sections import DTYPES, TEMPLATES
 from preference_training.core.errors import UserError, first_line, nearest
 from preference_training.core.machine import pick_device
 from preference_training.core.values import UNREADABLE

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 from preference_training.configuration.saved import read_config
+from preference_training.core.metric_names import EPOCH, LEARNING_RATE, MEMORY, TIME
 from preference_training.core.values import dotted
 from preference_training.reporting.charts import Line, metric_line
 from preference_training.reporting.flagged_pairs import flagged_rows
@@ -27,6 +28,9 @@ from preference_training.tracking.run_files import (
     read_results,
     split_rows,
 )
+
+# Metrics of a step without noise.
+EXACT = (LEARNING_RATE, EPOCH, MEMORY, TIME)
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,8 @@ class RunRecord:
     def line(self, metric: str, label: str, style: int = 0) -> Line | None:
         """The line of a metric: over evaluations, each marked, if it is a held-out one, or else over steps."""
         is_held_out = "eval" in metric
-        return metric_line(self.evaluations if is_held_out else self.steps, metric, label, style, is_sparse=is_held_out)
+        look = {"style": style, "is_sparse": is_held_out, "is_noisy": not is_held_out and metric not in EXACT}
+        return metric_line(self.evaluations if is_held_out else self.steps, metric, label, **look)
 
     @cached_property
     def samples(self) -> list[dict]:

@@ -60,6 +60,7 @@ def train(prepared: PreparedRun, trainer_class, placement: Placement, report_wri
                     [split.reports for split in data],
                     total,
                     placement.device,
+                    [int(split.table.num_examples.sum()) for split in data],
                 )
             opened.enter_context(tracker)
         else:

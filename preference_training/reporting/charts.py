@@ -12,8 +12,6 @@ from dataclasses import dataclass, replace
 import numpy
 from markupsafe import Markup
 
-from preference_training.core.metric_names import EXAMPLES
-
 BUCKETS = 120
 # Differences of larger values may overflow.
 MAX_MAGNITUDE = 1e150
@@ -73,12 +71,13 @@ class Axes:
 DEFAULT_AXES = Axes()
 
 
-def metric_line(rows: Sequence[dict], name: str, label: str, **look) -> Line | None:
-    """The line of a metric over examples, from rows of metrics.jsonl; None without any finite value. look: of `Line`.
+def metric_line(rows: Sequence[dict], x: numpy.ndarray, name: str, label: str, **look) -> Line | None:
+    """The line of a metric over examples, from rows of metrics.jsonl; None without any finite value.
 
-    Intervals come from NAME/low and NAME/high, where all rows have them.
+    x: the examples of these rows, by `metric_values`. look: of `Line`. Intervals come from NAME/low and NAME/high, where all
+    rows have them.
     """
-    x, y = metric_values(rows, EXAMPLES), metric_values(rows, name)
+    y = metric_values(rows, name)
     is_finite = ~numpy.isnan(x + y)
     if not is_finite.any():
         return None
@@ -93,7 +92,11 @@ def metric_line(rows: Sequence[dict], name: str, label: str, **look) -> Line | N
 def metric_values(rows: Sequence[dict], name: str) -> numpy.ndarray:
     """A metric's values in N rows of metrics.jsonl: [N] float64, NaN for what cannot be drawn."""
     values = [row.get(name) for row in rows]
-    if set(map(type, values)) != {float}:
+    kinds = set(map(type, values))
+    if kinds == {type(None)}:
+        return numpy.full(len(values), math.nan)
+    # Numbers of both kinds in one list take much longer.
+    if kinds != {float} and not (kinds == {int} and max(values) < MAX_MAGNITUDE and min(values) > -MAX_MAGNITUDE):
         values = list(map(_to_float, values))
     found = numpy.array(values, float)
     return numpy.where(numpy.abs(found) < MAX_MAGNITUDE, found, math.nan)

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import numpy
+
 from preference_training.configuration.saved import read_config
-from preference_training.core.metric_names import EPOCH, LEARNING_RATE, MEMORY, TIME
+from preference_training.core.metric_names import EPOCH, EXAMPLES, LEARNING_RATE, MEMORY, TIME
 from preference_training.core.values import dotted
-from preference_training.reporting.charts import Line, metric_line
+from preference_training.reporting.charts import Line, metric_line, metric_values
 from preference_training.reporting.flagged_pairs import flagged_rows
 from preference_training.tracking.run_files import (
     ABOUT,
@@ -97,7 +99,13 @@ class RunRecord:
         """The line of a metric: over evaluations, each marked, if it is a held-out one, or else over steps."""
         is_held_out = "eval" in metric
         look = {"style": style, "is_sparse": is_held_out, "is_noisy": not is_held_out and metric not in EXACT}
-        return metric_line(self.evaluations if is_held_out else self.steps, metric, label, **look)
+        rows, x = (self.evaluations, self._examples[1]) if is_held_out else (self.steps, self._examples[0])
+        return metric_line(rows, x, metric, label, **look)
+
+    @cached_property
+    def _examples(self) -> list[numpy.ndarray]:
+        """After how many examples each step and each evaluation was, which all lines share."""
+        return [metric_values(rows, EXAMPLES) for rows in self._split_rows]
 
     @cached_property
     def samples(self) -> list[dict]:

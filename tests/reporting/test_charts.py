@@ -152,6 +152,10 @@ def test_a_few_measurements_are_not_joined_and_more_only_faintly():
     assert page.select_one(".plot polyline")["class"] == ["faint"]
 
 
+def read(rows: list[dict], name: str) -> Line | None:
+    return metric_line(rows, metric_values(rows, "counters/examples"), name, "held out")
+
+
 def test_a_metrics_line_has_its_finite_values_and_their_intervals():
     rows = [
         {"counters/examples": 4, "loss/eval": 0.5, "loss/eval/low": 0.4, "loss/eval/high": 0.7},
@@ -159,11 +163,11 @@ def test_a_metrics_line_has_its_finite_values_and_their_intervals():
         {"counters/examples": 8, "loss/eval": math.nan},
         {"counters/examples": 12, "loss/eval": 0.25, "loss/eval/low": 0.2, "loss/eval/high": 0.3},
     ]
-    found = metric_line(rows, "loss/eval", "held out")
+    found = read(rows, "loss/eval")
     assert (found.x.tolist(), found.y.tolist(), found.low.tolist()) == ([4, 12], [0.5, 0.25], [0.4, 0.2])
-    assert metric_line(rows[1:], "loss/eval", "held out").high.tolist() == [0.3]
-    assert metric_line([*rows, {"counters/examples": 16, "loss/eval": 1.0}], "loss/eval", "held out").low is None
-    assert metric_line(rows, "absent", "absent") is None
+    assert read(rows[1:], "loss/eval").high.tolist() == [0.3]
+    assert read([*rows, {"counters/examples": 16, "loss/eval": 1.0}], "loss/eval").low is None
+    assert read(rows, "absent") is None
 
 
 VALUES = (

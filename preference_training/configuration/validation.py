@@ -18,7 +18,8 @@ from preference_training.configuration.composition import (
     unknown_key,
 )
 from preference_training.configuration.keys import Section, check_section, declared, listed, refuse, texts
-from preference_training.configuration.schema import BITSANDBYTES_OPTIMIZERS, EvaluationConfig, LossConfig, RunConfig
+from preference_training.configuration.schema import BITSANDBYTES_OPTIMIZERS, RunConfig
+from preference_training.configuration.sections import EvaluationConfig, LossConfig
 from preference_training.core.errors import UserError, nearest
 from preference_training.core.metric_names import (
     EVAL_ACCURACY,

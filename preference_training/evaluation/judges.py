@@ -19,7 +19,7 @@ from time import time
 import xxhash
 
 from preference_training.configuration.composition import CONFIG_DIR
-from preference_training.configuration.schema import EvaluationConfig
+from preference_training.configuration.sections import EvaluationConfig
 from preference_training.configuration.validation import EVALUATION_REQUIREMENTS, KEY_VARIABLE
 from preference_training.core.errors import UserError
 from preference_training.core.values import hash_values

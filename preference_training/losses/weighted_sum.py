@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from preference_training.configuration.composition import default_values, group_keys
 from preference_training.configuration.keys import check_section, is_number
-from preference_training.configuration.schema import LossConfig
+from preference_training.configuration.sections import LossConfig
 from preference_training.core.errors import UserError, nearest
 from preference_training.losses.base import BatchStatistics, Examples, Loss, LossOutput
 from preference_training.losses.registry import build_loss, register_loss

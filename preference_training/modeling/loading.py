@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from preference_training.configuration.schema import ModelConfig
+from preference_training.configuration.sections import ModelConfig
 from preference_training.core.errors import UserError, first_line
 from preference_training.core.files import atomic_directory
 from preference_training.modeling.adapters import (

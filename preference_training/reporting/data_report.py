@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy
 from markupsafe import Markup
 
-from preference_training.configuration.schema import QualityConfig
+from preference_training.configuration.sections import QualityConfig
 from preference_training.core.errors import UserError
 from preference_training.core.files import write_atomically
 from preference_training.data.quality.checks import DataQuality

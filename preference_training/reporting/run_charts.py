@@ -25,6 +25,7 @@ from preference_training.core.metric_names import (
     LEARNING_RATE,
     LOSS_AT_BETA_USED,
     MEMORY,
+    MFU,
     TIME,
     TOKENS_PER_SECOND,
     TOKENS_SAVED,
@@ -57,7 +58,6 @@ SHARE = Axes(low=0, high=1)
 ACCURACY_AXES = Axes(low=0, high=1, shown=(0.5,), guide=(0.5, "chance"))
 # What has a natural zero: small changes of large values look small.
 FROM_ZERO = Axes(low=0, shown=(0,))
-MFU = "mfu"
 # What was learned, and how.
 LEARNED = (
     ChartSpec(
@@ -148,5 +148,7 @@ def _other_metrics(run: RunRecord) -> list[str]:
     return [
         name
         for name in logged
-        if name not in charted and not name.startswith(NOT_CHARTED) and not name.endswith(("/low", "/high"))
+        if name not in charted
+        and not name.startswith(NOT_CHARTED)
+        and not name.endswith((metric_names.LOW, metric_names.HIGH, metric_names.CHANGE))
     ]

@@ -16,13 +16,17 @@ import numpy
 from preference_training.core.errors import UserError
 from preference_training.core.files import write_atomically
 from preference_training.core.metric_names import (
+    CHANGE,
     EPOCH,
     EVAL_ACCURACY,
     EVAL_LOSS,
     EVAL_MARGIN,
     EXAMPLES_PER_SECOND,
     HELD_OUT_PROMPTS,
+    HIGH,
+    LOW,
     MEMORY,
+    MFU,
     TOKENS_PER_SECOND,
     UPDATES,
 )
@@ -35,7 +39,7 @@ from preference_training.reporting.findings import findings
 from preference_training.reporting.flagged_pairs import KINDS, PairFinder
 from preference_training.reporting.model_card import changed_settings
 from preference_training.reporting.pages.rendering import render
-from preference_training.reporting.run_charts import CHARTS, MFU, run_charts
+from preference_training.reporting.run_charts import CHARTS, run_charts
 from preference_training.reporting.run_record import RunRecord
 from preference_training.reporting.run_summary import command, data_names, noun, num_examples, reference, summary
 from preference_training.tracking.run_files import EVENTS, FLAGGED, METRICS, REPORT, SAMPLES
@@ -189,7 +193,7 @@ def held_out_table(run: RunRecord) -> list[dict]:
     if not run.evaluations:
         return []
     first, last = run.evaluations[0], run.last_evaluation
-    metrics = [name for name in last if "eval" in name and not name.endswith(("/low", "/high"))]
+    metrics = [name for name in last if "eval" in name and not name.endswith((LOW, HIGH, CHANGE))]
     return [
         {"words": WORDS.get(name, ""), "name": name, "first": _estimate(first, name), "last": _estimate(last, name)}
         for name in metrics

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from preference_training.configuration.schema import BITSANDBYTES_OPTIMIZERS, SPACINGS, RunConfig
+from preference_training.configuration.schema import BITSANDBYTES_OPTIMIZERS, RunConfig
+from preference_training.configuration.sections import SPACINGS
 from preference_training.core.errors import UserError, first_line
 from preference_training.modeling.quantization import import_bitsandbytes
 

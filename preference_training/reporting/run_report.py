@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-import numpy
-
 from preference_training.core.errors import UserError
 from preference_training.core.files import write_atomically
 from preference_training.core.metric_names import (
@@ -33,15 +31,16 @@ from preference_training.core.metric_names import (
 from preference_training.core.values import UNREADABLE
 from preference_training.data.rows.records import DataReport
 from preference_training.evaluation.phrasing import with_interval
-from preference_training.reporting.charts import format_number, metric_values
+from preference_training.reporting.charts import format_number
 from preference_training.reporting.examples import Samples, flagged_by_kind
-from preference_training.reporting.findings import findings
+from preference_training.reporting.findings import Finding, findings
 from preference_training.reporting.flagged_pairs import KINDS, PairFinder
 from preference_training.reporting.model_card import changed_settings
+from preference_training.reporting.observations import finite_values, observations
 from preference_training.reporting.pages.rendering import render
 from preference_training.reporting.run_charts import CHARTS, run_charts
 from preference_training.reporting.run_record import RunRecord
-from preference_training.reporting.run_summary import command, data_names, noun, num_examples, reference, summary
+from preference_training.reporting.summary import command, data_names, noun, num_examples, reference, summary
 from preference_training.tracking.run_files import EVENTS, FLAGGED, METRICS, REPORT, SAMPLES
 
 MAX_EVENTS = 200
@@ -102,7 +101,7 @@ def report_page(run: RunRecord) -> str:
         name=run.config.get("exp_name", run.directory.name),
         summary=summary(run),
         written=datetime.now().astimezone().isoformat(" ", "minutes")[:16],
-        findings=findings(run),
+        findings=[*findings(run), *(Finding("observation", "note", text) for text in observations(run))],
         numbers=[*headline(run), *speeds(run)],
         facts=run_facts(run),
         command=command(run),
@@ -149,18 +148,13 @@ def held_out_size(run: RunRecord) -> str:
 def speeds(run: RunRecord) -> Iterator[dict]:
     """How fast the run was, and the memory it took: name, value and a qualification."""
     for metric, title in SPEEDS.items():
-        if values := _finite(run, metric):
+        if values := finite_values(run.steps, metric):
             yield {"name": title, "value": format_number(statistics.median(values)), "more": ["median"], "meaning": ""}
-    if shares := _finite(run, MFU):
+    if shares := finite_values(run.steps, MFU):
         meaning = "model FLOPs utilization: the share of the GPU's peak arithmetic that the model's needs take"
         yield {"name": "MFU", "value": f"{statistics.median(shares):.0%}", "more": ["of the GPU's peak"], "meaning": meaning}
-    if memory := _finite(run, MEMORY):
+    if memory := finite_values(run.steps, MEMORY):
         yield {"name": "memory", "value": f"{max(memory):.3g} GiB", "more": ["peak"], "meaning": ""}
-
-
-def _finite(run: RunRecord, metric: str) -> list[float]:
-    values = metric_values(run.steps, metric)
-    return values[~numpy.isnan(values)].tolist()
 
 
 def run_facts(run: RunRecord) -> dict[str, str]:
@@ -171,7 +165,7 @@ def run_facts(run: RunRecord) -> dict[str, str]:
     last = settings.get("final_lr_share")
     end = f", {schedule} {format_number(rate * last)}" if schedule and _are_numbers(rate, last) else ""
     warmed = f", after {warm_up:,} steps of warm-up" if isinstance(warm_up, int) and warm_up else ""
-    size, epoch = settings.get("batch_size"), _finite(run, EPOCH)
+    size, epoch = settings.get("batch_size"), finite_values(run.steps, EPOCH)
     return {
         name: text
         for name, text in {

@@ -14,7 +14,6 @@ from preference_training.tracking.run_files import ABOUT
 
 # Libraries that numbers may depend on.
 LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "numpy", "peft")
-SPLITS = ("train", "held out")
 
 
 def write_about(
@@ -23,22 +22,21 @@ def write_about(
     splits: Sequence[Sequence[DataReport]],
     examples: int | None,
     device,
-    examples_of: Sequence[int] = (),
+    sizes: dict | None = None,
 ) -> None:
     """Write about.json: the data and what was skipped of it, the machine, the versions, and the state of this code.
 
     splits: the reports of the training data and, if there is one, of the held-out split, for the data sets of these names.
-    examples: how many the run trains on in all. device: where it computes. examples_of: how many examples each split holds.
-    Raises OSError.
+    examples: how many the run trains on in all. device: where it computes. sizes: further numbers. Raises OSError.
     """
     data = {
         split: [{"name": name, **report.as_dict()} for name, report in zip(names, reports, strict=True)]
-        for split, reports in zip(SPLITS, splits, strict=False)
+        for split, reports in zip(("train", "held out"), splits, strict=False)
     }
     about = {
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
         "examples": examples,
-        "examples_of": dict(zip(SPLITS, examples_of, strict=False)),
+        **(sizes or {}),
         "data": data,
         "machine": machine(device),
         "versions": {"python": platform.python_version(), **versions()},

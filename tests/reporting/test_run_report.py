@@ -62,7 +62,8 @@ def run_dir(compose, tmp_path) -> Path:
     write_rows(tmp_path / "events.jsonl", rows)
     write_rows(tmp_path / "bad_batches.jsonl", [{"counters/examples": 8, "pairs": ["row 3"]}])
     report = DataReport(rows_read=100, num_prompts=90, left_out={"a text is empty": 10})
-    write_about(tmp_path, ["toy"], [[report], [report]], 80, torch.device("cpu"), [80, 12])
+    sizes = {"train": {"examples": 80}, "held out": {"examples": 12}}
+    write_about(tmp_path, ["toy"], [[report], [report]], 80, torch.device("cpu"), sizes)
     return tmp_path
 
 
@@ -245,38 +246,14 @@ def test_a_falling_log_prob_with_a_growing_margin_is_reported_and_explained():
     assert "fell" not in said([row | {"logps_eval/chosen": -5.0} for row in rows])
 
 
-@pytest.mark.parametrize(
-    ("low", "high", "expected"), [(0.1, 0.4, "below chance"), (0.45, 0.6, "not distinguishable from chance"), (0.6, 0.9, "")]
-)
-def test_an_accuracy_no_better_than_chance_is_reported(low, high, expected):
+@pytest.mark.parametrize(("low", "high", "expected"), [(0.1, 0.4, False), (0.45, 0.6, True), (0.6, 0.9, False)])
+def test_an_accuracy_that_may_be_chance_is_reported(low, high, expected):
     last = {
         "rewards_eval/accuracies": (low + high) / 2,
         "rewards_eval/accuracies/low": low,
         "rewards_eval/accuracies/high": high,
     }
-    text = said([step(4), evaluation(8, **last)])
-    assert expected in text and bool(expected) == ("accuracy" in text)
-
-
-@pytest.mark.parametrize(("prompts", "told"), [(1, "Held-out metrics: 1 prompt, too few"), (9, "9 prompts, too few"), (10, "")])
-def test_too_few_held_out_prompts_are_reported(prompts, told):
-    text = said([step(4), evaluation(8, **{"counters/held_out_prompts": prompts})])
-    assert told in text and bool(told) == ("too few" in text)
-
-
-def test_a_rising_held_out_loss_is_reported_with_its_minimum():
-    rows = [evaluation(n, **{"loss/eval": loss, "loss/eval/low": loss - 0.05}) for n, loss in ((0, 0.7), (8, 0.5), (16, 0.6))]
-    assert "lowest after 8 examples (0.5) and is 0.6 at the end" in said(rows)
-    assert "lowest" not in said([*rows[:2], rows[2] | {"loss/eval/low": 0.45}])
-
-
-def test_overfitting_is_not_reported_for_losses_that_are_not_comparable():
-    rows = [evaluation(n, **{"loss/eval": loss, "loss/eval/low": loss - 0.05}) for n, loss in ((0, 0.7), (8, 0.5), (16, 0.6))]
-    assert "lowest" not in said(rows, {"loss": {"name": "tr_dpo"}})
-    # The first two are beta-DPO's of an earlier version, at the beta in force.
-    mixed = [row | {"beta_DPO/beta_used": 0.2} for row in rows]
-    mixed[2]["beta_DPO/loss_eval_at_beta_used"] = 0.4
-    assert "lowest" not in said(mixed)
+    assert ("not distinguishable from chance" in said([step(4), evaluation(8, **last)])) is expected
 
 
 def test_frequent_clipping_is_reported():

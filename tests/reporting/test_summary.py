@@ -8,7 +8,7 @@ from filelock import FileLock
 
 from preference_training.losses.registry import losses
 from preference_training.reporting.run_record import RunRecord
-from preference_training.reporting.run_summary import (
+from preference_training.reporting.summary import (
     command,
     data,
     duration_text,
@@ -37,7 +37,7 @@ def write_events(folder: Path, *events: tuple[str, str]) -> None:
 def test_a_run_is_one_line(tmp_path):
     config = {"loss": DPO, "datasets": ["/data/mine.jsonl"], "model": {"name_or_path": "Qwen/Qwen3-0.6B", "lora": {"r": 16}}}
     write_events(tmp_path, ("12:00:00", "begins"), ("12:04:10", "ends"))
-    about = {"examples": 285, "examples_of": {"train": 285, "held out": 15}}
+    about = {"examples": 285, "train": {"examples": 285}}
     assert summary(record(tmp_path, config, about, 285)) == (
         "DPO (beta 0.1) on 285 pairs of mine.jsonl · Qwen3-0.6B + LoRA r=16 · 4 min · finished"
     )
@@ -74,11 +74,11 @@ def test_no_two_losses_are_called_the_same():
     [
         (["hh", "shp"], {}, "hh and shp"),
         (["hh", "a.jsonl", "b.jsonl", "c.csv"], {}, "hh, a.jsonl, b.jsonl and 1 more"),
-        ("folder/mine.jsonl", {"examples": 12, "examples_of": {"train": 12}}, "12 pairs of mine.jsonl"),
-        (["hh"], {"examples": 640, "examples_of": {"train": 160_800}}, "640 of 160,800 pairs of hh"),
-        (["hh"], {"examples": 300, "examples_of": {"train": 100}}, "100 pairs of hh, 3 epochs"),
-        (["ORG/NAME"], {"examples": 1, "examples_of": {"train": 1}}, "1 pair of ORG/NAME"),
-        ([{"path": "rows/*.jsonl", "prompt": "q"}], {"examples_of": {"train": "?"}}, "*.jsonl"),
+        ("folder/mine.jsonl", {"examples": 12, "train": {"examples": 12}}, "12 pairs of mine.jsonl"),
+        (["hh"], {"examples": 640, "train": {"examples": 160_800}}, "640 of 160,800 pairs of hh"),
+        (["hh"], {"examples": 300, "train": {"examples": 100}}, "100 pairs of hh, 3 epochs"),
+        (["ORG/NAME"], {"examples": 1, "train": {"examples": 1}}, "1 pair of ORG/NAME"),
+        ([{"path": "rows/*.jsonl", "prompt": "q"}], {"train": {"examples": "?"}}, "*.jsonl"),
     ],
 )
 def test_the_data_is_named_with_its_size(tmp_path, datasets, about, expected):

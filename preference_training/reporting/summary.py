@@ -1,24 +1,34 @@
-"""A run in a few words: what was trained, on what, for how long, and how it ended.
+"""A run in words: what was trained on what, for how long and to what end, in one line; and the last lines of a run.
 
-    DPO (beta 0.1) on 285 pairs of mine.jsonl · Qwen3-0.6B + LoRA r=16 · 4 min · finished
-
-Everything is read from the run directory. What a damaged or older one does not say is left out.
+What a damaged or older run directory does not say is left out.
 """
 
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from preference_training.core.metric_names import EXAMPLES
+from preference_training.core.metric_names import (
+    EVAL_ACCURACY,
+    EVAL_LOSS,
+    EVAL_MARGIN,
+    EXAMPLES,
+    HELD_OUT_PROMPTS,
+    HIGH,
+    LOW,
+    TIME,
+)
 from preference_training.data.files import is_data_file
 from preference_training.data.registry import dataset_entries
-from preference_training.losses.registry import find_loss, parts_of
+from preference_training.losses.registry import find_loss, model_head, parts_of
+from preference_training.reporting.findings import Finding, findings
+from preference_training.reporting.observations import finite_values
 from preference_training.reporting.run_record import RunRecord
-from preference_training.tracking.run_files import CHECKPOINT, JOB, LATEST, LOCK, PRUNED, RERUN, json_object
+from preference_training.tracking.run_files import CHECKPOINT, JOB, LATEST, LOCK, PRUNED, REPORT, RERUN, json_object
 
 # What the examples of a loss are called, one and several.
 NOUNS = {
@@ -28,12 +38,69 @@ NOUNS = {
     "labels": ("labeled response", "labeled responses"),
 }
 MAX_NAMES = 3
+# Held-out metrics, and their titles.
+SHOWN = {EVAL_LOSS: "held-out loss", EVAL_ACCURACY: "held-out reward accuracy", EVAL_MARGIN: "held-out reward margin"}
+
+
+@dataclass(frozen=True)
+class Conclusion:
+    """What a finished run says of itself: its findings, and the lines in which it ends, these among them."""
+
+    findings: Sequence[Finding]
+    lines: Sequence[str]
+
+
+def conclude(run_dir: Path, with_next_steps: bool = True) -> Conclusion:
+    """The conclusion of a run. with_next_steps: with the commands that one would run next."""
+    run = RunRecord.read(run_dir)
+    found = findings(run)
+    done = " · ".join(part for part in (*trained(run), duration_text(seconds(run))) if part)
+    lines = ["", f"{done}: {run.progress}", *held_out_lines(run), *(finding.line for finding in found)]
+    return Conclusion(found, [*lines, *(next_steps(run) if with_next_steps else ())])
+
+
+def held_out_lines(run: RunRecord) -> list[str]:
+    """Each held-out metric before training and now, with its interval."""
+    first, last, lines = run.evaluations[0] if run.evaluations else {}, run.last_evaluation, []
+    for metric, title in SHOWN.items():
+        value = last.get(metric)
+        if not isinstance(value, int | float):
+            continue
+        before = f"{first[metric]:.4g} -> " if first is not last and isinstance(first.get(metric), int | float) else ""
+        low, high = last.get(f"{metric}{LOW}"), last.get(f"{metric}{HIGH}")
+        interval = "" if low is None or high is None else f" [{low:.4g}, {high:.4g}]"
+        lines.append(f"  {title}: {before}{value:.4g}{interval}")
+    prompts = last.get(HELD_OUT_PROMPTS)
+    if lines and isinstance(prompts, int | float):
+        lines[0] += f" ({prompts:,.0f} prompt{'s' * (prompts != 1)}; 95% intervals)"
+    return lines
+
+
+def next_steps(run: RunRecord) -> list[str]:
+    """The commands that one would run next, on what the run has left."""
+    directory, lines = run.directory, []
+    if directory.is_relative_to(Path.cwd()):
+        directory = directory.relative_to(Path.cwd())
+    name = shlex.quote(str(directory))
+    loss = run.config.get("loss")
+    if (run.directory / LATEST).exists() and isinstance(loss, dict) and model_head(loss.get("name")) == "lm":
+        lines.append(f"talk to it: python scripts/chat.py {name}")
+    if (run.directory / REPORT).exists():
+        lines.append(f"report: {directory / REPORT}")
+    return lines
+
+
+# ---- in one line ------------------------------------------------------------------------------------------------------------
 
 
 def summary(run: RunRecord) -> str:
-    """The run in one line."""
-    trained = " on ".join(part for part in (method(run), data(run)) if part)
-    return " · ".join(part for part in (trained, model(run), duration_text(seconds(run)), status(run)) if part)
+    """The run in one line: DPO (beta 0.1) on 285 pairs of mine.jsonl · Qwen3-0.6B + LoRA r=16 · 4 min · finished."""
+    return " · ".join(part for part in (*trained(run), duration_text(seconds(run)), status(run)) if part)
+
+
+def trained(run: RunRecord) -> tuple[str, str]:
+    """What the run has trained on what, and from which model."""
+    return " on ".join(part for part in (method(run), data(run)) if part), model(run)
 
 
 # ---- what was trained -----------------------------------------------------------------------------------------------------
@@ -95,8 +162,8 @@ def data_names(run: RunRecord) -> list[str]:
 
 def num_examples(run: RunRecord, split: str) -> int | None:
     """The number of examples of a split, "train" or "held out"; None where the run did not record it."""
-    sizes = run.about.get("examples_of")
-    number = sizes.get(split) if isinstance(sizes, dict) else None
+    sizes = run.about.get(split)
+    number = sizes.get("examples") if isinstance(sizes, dict) else None
     return number if isinstance(number, int) and number >= 0 else None
 
 
@@ -156,7 +223,11 @@ def seconds(run: RunRecord) -> float | None:
             total += (before - begun).total_seconds() if begun and before else 0.0
             begun = moment
         before = moment
-    return total + (before - begun).total_seconds() if begun and before else None
+    if begun and before:
+        return total + (before - begun).total_seconds()
+    # An earlier version logged the seconds since 1970.
+    times = finite_values(run.steps[-1:], TIME)
+    return times[0] if times and times[0] < 1e9 else None
 
 
 def _moments(run: RunRecord) -> Iterator[tuple[datetime, str]]:

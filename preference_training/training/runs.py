@@ -83,7 +83,7 @@ def train(prepared: PreparedRun, trainer_class, placement: Placement, readers: R
                     [split.reports for split in data],
                     total,
                     placement.device,
-                    _sizes(batches, data[0].table),
+                    _sizes(batches, *(split.table for split in data)),
                 )
             opened.enter_context(tracker)
         else:
@@ -121,10 +121,13 @@ def _end_of_run(callbacks: Callbacks, run_dir: Path) -> Iterator[None]:
     callbacks.call("on_end", run_dir)
 
 
-def _sizes(batches: Batches, table: PromptTable) -> dict:
-    """How many optimizer steps a run has, and what its training split holds."""
-    examples = int(table.num_examples.sum())
-    return {"steps": batches.train.schedule.total_steps, "train": {"examples": examples, "responses": table.num_responses}}
+def _sizes(batches: Batches, train: PromptTable, held_out: PromptTable) -> dict:
+    """How many optimizer steps a run has, and what its splits hold."""
+    tables = {"train": train, "held out": held_out}
+    sizes = {
+        name: {"examples": int(table.num_examples.sum()), "responses": table.num_responses} for name, table in tables.items()
+    }
+    return {"steps": batches.train.schedule.total_steps, **sizes}
 
 
 def _conclude(conclude: Callable, tracker: Tracker) -> Sequence[str]:

@@ -127,9 +127,11 @@ def command_line() -> None:
     """Run `main`; a mistake of the user's becomes one message and exit status 2, a bug keeps its traceback."""
     # Hydra would otherwise print errors itself, and exit with status 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    sys.argv[1:] = prepare_arguments(sys.argv[1:])
     try:
+        sys.argv[1:] = prepare_arguments(sys.argv[1:])
         run_to_end(main)
+    except UserError as error:
+        sys.exit(_refuse(str(error)))
     except (HydraException, OmegaConfBaseException) as error:
         sys.exit(_refuse(explain_composition_error(error, sys.argv[1:])))
     except OSError as error:

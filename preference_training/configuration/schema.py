@@ -127,6 +127,7 @@ class RunConfig(Section):
     reference_logps: str | None = key(one_of(("live", "cached"), null=True), MAY_CHANGE_ON_RESUME)
     bf16: bool | None = key(expected("true, false or null", lambda value: value is None or isinstance(value, bool)), NEWER)
     tf32: bool = key(switch)
+    peak_tflops: float | None = key(positive(null=True), MAY_CHANGE_ON_RESUME, OUTSIDE_JOB_IDENTITY, NOT_SHOWN, NEWER)
     max_grad_norm: float = key(
         expected("a number above 0", lambda value: value == math.inf or (is_number(value) and value > 0))
     )

@@ -17,6 +17,7 @@ from preference_training.configuration.composition import (
     default_values,
     group_keys,
     loss_keys,
+    preset_of,
     unknown_key,
 )
 from preference_training.configuration.keys import Section, check_section, declared, listed, refuse, texts
@@ -73,7 +74,7 @@ def validate(config: DictConfig, overrides: Sequence[str] = (), choices: dict[st
 
 def _prefer_given_warmup(config: DictConfig, choices: dict[str, str] | None) -> None:
     """Let warmup_steps replace the share that a preset has in its place."""
-    usual = default_values(model=(choices or {}).get("model", ""))
+    usual = default_values(model=preset_of((choices or {}).get("model", "base_model")))
     if usual["warmup_steps"] is None is not config.get("warmup_steps") and config.get("warmup_share") == usual["warmup_share"]:
         config.warmup_share = None
 

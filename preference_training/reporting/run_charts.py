@@ -102,5 +102,7 @@ def _other_metrics(run: RunRecord) -> list[str]:
     return [
         name
         for name in logged
-        if name not in charted and not name.startswith(NOT_CHARTED) and not name.endswith(("/low", "/high"))
+        if name not in charted
+        and not name.startswith(NOT_CHARTED)
+        and not name.endswith((metric_names.LOW, metric_names.HIGH, metric_names.CHANGE))
     ]

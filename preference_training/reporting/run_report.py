@@ -11,7 +11,16 @@ from pathlib import Path
 
 from preference_training.core.errors import UserError
 from preference_training.core.files import write_atomically
-from preference_training.core.metric_names import EVAL_ACCURACY, EVAL_LOSS, EVAL_MARGIN, EXAMPLES_PER_SECOND, MEMORY
+from preference_training.core.metric_names import (
+    CHANGE,
+    EVAL_ACCURACY,
+    EVAL_LOSS,
+    EVAL_MARGIN,
+    EXAMPLES_PER_SECOND,
+    HIGH,
+    LOW,
+    MEMORY,
+)
 from preference_training.core.values import UNREADABLE
 from preference_training.data.rows.records import DataReport
 from preference_training.evaluation.phrasing import with_interval
@@ -109,7 +118,7 @@ def held_out_table(run: RunRecord) -> list[dict]:
     if not run.evaluations:
         return []
     first, last = run.evaluations[0], run.last_evaluation
-    metrics = [name for name in last if "eval" in name and not name.endswith(("/low", "/high"))]
+    metrics = [name for name in last if "eval" in name and not name.endswith((LOW, HIGH, CHANGE))]
     return [{"name": name, "first": _estimate(first, name), "last": _estimate(last, name)} for name in metrics]
 
 

@@ -45,7 +45,7 @@ def checkpoint_writer(
     # A copy whose chat template writes prompts as in training.
     tokenizer = copy.copy(placement.tokenizer)
     prompt_format = detect_format(config.as_dict(), prepared.data[0].table, tokenizer)
-    serve_as_trained(prompt_format, tokenizer)
+    serve_as_trained(prompt_format, tokenizer, config.as_dict())
     options = SaveOptions(
         run=about,
         background=config.save_async,

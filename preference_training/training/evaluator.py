@@ -6,7 +6,7 @@ from torch import nn
 
 from preference_training.core.metric_names import EVAL_LOSS, loss_is_at_beta_used, smaller_is_better
 from preference_training.distributed.placement import Placement
-from preference_training.evaluation.breakdown import interval_metrics
+from preference_training.evaluation.breakdown import change_metrics, interval_metrics, values_by_example
 from preference_training.evaluation.held_out import HeldOut, evaluate_held_out
 from preference_training.evaluation.phrasing import too_few
 from preference_training.generation.sampling import Sampler
@@ -43,8 +43,9 @@ class Evaluator:
         warnings = self._warnings() if state.held_out is None else []
         state.held_out = self.held_out.means()
         state.evaluated_at = state.examples
+        changes = self._changes()
         self._compare_with_best()
-        tracker.log_evaluation(state.held_out | interval_metrics(self.held_out) | state.counters())
+        tracker.log_evaluation(state.held_out | interval_metrics(self.held_out) | changes | state.counters())
         for text in warnings:
             tracker.log_message(f"warning: {text}")
         if self.batches.sample_prompts:
@@ -60,6 +61,14 @@ class Evaluator:
         depends = self.models.loss.evaluation_depends_on
         said = f"loss/eval depends on {depends}: it is not comparable across runs, nor exactly between evaluations of this one"
         return [text for text in (few, said if depends else None) if text]
+
+    def _changes(self) -> dict[str, float]:
+        """How far loss and accuracy have changed since before training; what they are then is remembered."""
+        if self.state.examples == 0:
+            comparable = self.models.loss.evaluation_depends_on is None
+            self.state.held_out_before = values_by_example(self.held_out, comparable)
+            return {}
+        return change_metrics(self.held_out, self.state.held_out_before)
 
     def _compare_with_best(self) -> None:
         """Count the evaluations since `objective` was best; log it when that ends the run."""

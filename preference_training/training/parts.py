@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from preference_training.batching.iterator import BatchIterator
 from preference_training.batching.packing import PackedBatch
+from preference_training.checkpointing.state import NEWER_STATE_SHAPE
 from preference_training.checkpointing.writer import CheckpointWriter
 from preference_training.core.metric_names import EXAMPLES, TOKENS, UPDATES
 from preference_training.core.signals import StopRequests
@@ -58,17 +59,20 @@ class Observers:
 class RunState:
     """The counters of a run, and what its evaluations have found.
 
-    examples, updates, tokens: trained on so far. bad_steps: steps in a row that were skipped. evaluated_at: the number of
-    examples at the newest evaluation, and held_out its mean metrics. best: the best value of `objective` so far.
-    reference_answers: the reference's responses to the sample prompts, while they are known.
+    examples, updates, tokens, seconds: trained on, and for, so far. bad_steps: steps in a row that were skipped.
+    evaluated_at: the number of examples at the newest evaluation, and held_out its mean metrics. held_out_before: loss and
+    accuracy of each held-out example before the first step, as far as later evaluations are compared with them. best: the best
+    value of `objective` so far. reference_answers: the reference's responses to the sample prompts, while they are known.
     """
 
     examples: int = 0
     updates: int = 0
     tokens: int = 0
+    seconds: float = 0.0
     bad_steps: int = 0
     evaluated_at: int | None = None
     held_out: dict[str, float] | None = None
+    held_out_before: dict[str, list[float]] = field(default_factory=dict)
     best: float | None = None
     evaluations_since_best: int = 0
     reference_answers: list[str] | None = None
@@ -82,6 +86,6 @@ class RunState:
         return asdict(self)
 
     def load_state_dict(self, saved: dict) -> None:
-        """Load what `state_dict` returned; checkpoints of early versions count no tokens."""
-        for name in asdict(self):
-            setattr(self, name, saved.get(name, 0) if name == "tokens" else saved[name])
+        """Load what `state_dict` returned; checkpoints of earlier versions lack some of it."""
+        for name, value in asdict(self).items():
+            setattr(self, name, saved.get(name, value) if name in NEWER_STATE_SHAPE else saved[name])

@@ -2,6 +2,7 @@
 
 import operator
 from collections.abc import Callable, Iterable
+from numbers import Real
 
 from preference_training.data.rows.conversations import RowError, parse_literal
 from preference_training.data.rows.records import shown, text_error
@@ -69,6 +70,14 @@ def as_number(value, name: str) -> float:
     if number is None or number != number:
         raise RowError(f"field {name!r} is {shown(value)}, expected a number.")
     return number
+
+
+def is_finite_number(value) -> bool:
+    """Whether a value is a finite number, also as a text."""
+    try:
+        return isinstance(value, Real | str) and not isinstance(value, bool) and abs(float(value)) < float("inf")
+    except ValueError:
+        return False
 
 
 LABELS = dict.fromkeys(("true", "1", "desirable", "yes", "good", "positive", "chosen", "like"), True) | dict.fromkeys(

@@ -76,8 +76,9 @@ class Trainer:
 
     @property
     def finished(self) -> bool:
-        """Whether no step is left to take, or the evaluations end the run."""
-        return self.batches.train.finished or self.evaluator.ends_run
+        """Whether no step is left to take, or the evaluations or a callback end the run."""
+        ended = self.batches.train.finished or self.evaluator.ends_run
+        return ended or self.observers.callbacks_end_run(self.placement.ranks)
 
     def before_first_step(self) -> None:
         """Sample the reference's responses while it is the policy, and evaluate."""
@@ -97,11 +98,9 @@ class Trainer:
             self.evaluator.evaluate()
         if save:
             self.save()
-        asked = self.observers.stop_reason(self.placement.ranks)
-        if self.stopping or asked:
-            self.stopping = True
+        if self.stopping:
             self.save()
-            reason = asked or self.observers.stop.reason or "another process of the run is to stop"
+            reason = self.observers.stop.reason or "another process of the run is to stop"
             raise StoppedError(f"stopped after {self.state.examples} examples: {reason}")
         return evaluate or save
 

@@ -50,6 +50,10 @@ SHARED_GAIN = 0.5
 BEGAN_ALIKE = 0.25
 
 
+# The events with which a run ends itself.
+ENDED_EARLY = ("early stopping: ", "pruned: ", "callback: ")
+
+
 @dataclass(frozen=True)
 class Finding:
     """Something that a run's reader must know. kind: a few words that name it. text: sentences, with what to do."""
@@ -138,8 +142,14 @@ def is_complete(run: RunRecord) -> bool:
     """Whether a run has come to its end: to its last example, or to where evaluations end it."""
     total = run.about.get("examples")
     seen = max((row[EXAMPLES] for row in run.steps), default=0)
-    ended = any(str(event.get("text")).startswith(("early stopping:", "pruned:")) for event in run.events)
-    return bool(run.steps) and (ended or (isinstance(total, int) and seen >= total))
+    return bool(run.steps) and (ended_early(run) is not None or (isinstance(total, int) and seen >= total))
+
+
+def ended_early(run: RunRecord) -> str | None:
+    """Why a run has ended of its own accord before its last example; None where it has not, or was stopped from outside."""
+    texts = [event["text"] for event in run.events if isinstance(event.get("text"), str)]
+    last_start = max((number for number, text in enumerate(texts) if text in ("begins", "goes on")), default=0)
+    return next((text for text in texts[last_start:] if text.startswith(ENDED_EARLY)), None)
 
 
 def _no_gradient(run: RunRecord) -> Iterator[Finding]:

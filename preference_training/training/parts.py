@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 from torch import Tensor, nn
 
@@ -60,24 +61,31 @@ class Observers:
     def log_step(self, metrics: Metrics) -> None:
         """Log a step that was taken, and tell callbacks."""
         self.tracker.log_step(metrics)
-        if self.callbacks.reads("on_step"):
-            self.callbacks.call("on_step", as_numbers(metrics))
+        if self.callbacks.read("on_step"):
+            self._tell("on_step", as_numbers(metrics))
         self.tell_checkpoints()
 
     def log_evaluation(self, metrics: Metrics) -> None:
         """Log an evaluation, and tell callbacks."""
         self.tracker.log_evaluation(metrics)
-        if self.callbacks.reads("on_evaluation"):
-            self.callbacks.call("on_evaluation", as_numbers(metrics))
+        if self.callbacks.read("on_evaluation"):
+            self._tell("on_evaluation", as_numbers(metrics))
 
     def tell_checkpoints(self) -> None:
         """Tell callbacks of the checkpoints that are complete now."""
         while self.writer is not None and self.writer.completed:
-            self.callbacks.call("on_checkpoint", self.writer.completed.pop(0))
+            self._tell("on_checkpoint", self.writer.completed.pop(0))
 
-    def stop_reason(self, ranks: Ranks) -> str | None:
-        """Why a callback wants the run to end; the same on all ranks."""
-        return ranks.broadcast(self.callbacks.reason) if self.callbacks else None
+    def _tell(self, method: str, argument: dict | Path) -> None:
+        """Call a method of the callbacks; log it when one of them ends the run."""
+        ends = self.callbacks.reason is not None
+        self.callbacks.call(method, argument)
+        if self.callbacks.reason is not None and not ends:
+            self.tracker.log_message(f"callback: {self.callbacks.reason}")
+
+    def callbacks_end_run(self, ranks: Ranks) -> bool:
+        """Whether a callback wants the run to end; the same on all ranks."""
+        return bool(self.callbacks) and ranks.broadcast(self.callbacks.reason) is not None
 
 
 @dataclass

@@ -85,8 +85,9 @@ def validate_and_start(composed: DictConfig, in_sweep: bool, run_dir: Path, resu
 def start(config: RunConfig, run_dir: Path, in_sweep: bool, callbacks: Sequence[object] = ()) -> float | None:
     """Run in this process, or launch several where the trainer needs them."""
     from preference_training.distributed.launching import run_or_launch
+    from preference_training.training.defaults import settle_dtypes
 
-    return run_or_launch(partial(run, callbacks=callbacks), config, run_dir, in_sweep)
+    return run_or_launch(partial(run, callbacks=callbacks), settle_dtypes(config, run_dir), run_dir, in_sweep)
 
 
 def run(config: RunConfig, run_dir: Path, in_sweep: bool = False, callbacks: Sequence[object] = ()) -> float | None:
@@ -105,14 +106,15 @@ def run(config: RunConfig, run_dir: Path, in_sweep: bool = False, callbacks: Seq
 
     prepared = prepare_run(config, run_dir, in_sweep)
     config = prepared.config
-    trainer_class = TRAINERS[config.trainer.name]
+    placement_class = placement_for(config)
     if config.dry_run:
         report_earlier_run(config, run_dir)
-        preview(prepared, trainer_class.placement_class, partial(build_batches, config, prepared.data[0].table))
+        preview(prepared, placement_class, partial(build_batches, config, prepared.data[0].table))
         return None
-    placement = placement_for(config).start(config, prepared.tokenizer)
+    placement = placement_class.start(config, prepared.tokenizer)
     try:
-        return train_or_evaluate(prepared, trainer_class, placement, Readers(report_writer, conclude, callbacks))
+        readers = Readers(report_writer, conclude, callbacks)
+        return train_or_evaluate(prepared, TRAINERS[config.trainer.name], placement, readers)
     finally:
         placement.end()
 
@@ -128,9 +130,11 @@ def command_line() -> None:
     """Run `main`; a mistake of the user's becomes one message and exit status 2, a bug keeps its traceback."""
     # Hydra would otherwise print errors itself, and exit with status 1.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    sys.argv[1:] = prepare_arguments(sys.argv[1:])
     try:
+        sys.argv[1:] = prepare_arguments(sys.argv[1:])
         run_to_end(main)
+    except UserError as error:
+        sys.exit(_refuse(str(error)))
     except (HydraException, OmegaConfBaseException) as error:
         sys.exit(_refuse(explain_composition_error(error, sys.argv[1:])))
     except OSError as error:

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from preference_training.configuration.schema import ModelConfig
+from preference_training.configuration.sections import ModelConfig
 from preference_training.core.errors import UserError, first_line
 from preference_training.modeling.archives import MODEL_CONFIG
 from preference_training.modeling.lora_targets import (

@@ -1,5 +1,6 @@
-"""The parts of a run: models, batches, observers and state."""
+"""The parts of a run: models, batches, observers, state, and its pace."""
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,9 +11,18 @@ from preference_training.batching.iterator import BatchIterator
 from preference_training.batching.packing import PackedBatch
 from preference_training.checkpointing.state import NEWER_STATE_SHAPE
 from preference_training.checkpointing.writer import CheckpointWriter
-from preference_training.core.metric_names import EXAMPLES, TOKENS, UPDATES
+from preference_training.core.metric_names import (
+    EXAMPLES,
+    EXAMPLES_PER_SECOND,
+    MFU,
+    TIME,
+    TOKENS,
+    TOKENS_PER_SECOND,
+    UPDATES,
+)
 from preference_training.core.process_group import Ranks
 from preference_training.core.signals import StopRequests
+from preference_training.distributed.utilization import Utilization
 from preference_training.losses.base import Loss
 from preference_training.tracking.callbacks import Callbacks
 from preference_training.tracking.ledger import Ledger
@@ -122,3 +132,39 @@ class RunState:
         """Load what `state_dict` returned; checkpoints of earlier versions lack some of it."""
         for name, value in asdict(self).items():
             setattr(self, name, saved.get(name, value) if name in NEWER_STATE_SHAPE else saved[name])
+
+
+class Pace:
+    """Measures steps by the clock, and adds to the seconds of `state`, which resume with the run."""
+
+    def __init__(self, state: RunState, utilization: Utilization | None = None):
+        self.state, self.utilization = state, utilization
+        self.start()
+
+    def start(self) -> None:
+        """Count from now on; from where `state` has resumed."""
+        self.now, self.tokens = time.perf_counter(), self.state.tokens
+
+    def idle(self) -> None:
+        """Count the time since the last call as the run's, but not as a step's: it went into evaluations and checkpoints."""
+        self._tick()
+
+    def step(self, examples: int) -> Metrics:
+        """The metrics of a step, which ends now, on so many examples."""
+        tokens = self.state.tokens - self.tokens
+        seconds = self._tick()
+        measured = {
+            TIME: self.state.seconds,
+            EXAMPLES_PER_SECOND: examples / seconds,
+            TOKENS_PER_SECOND: tokens / seconds,
+        }
+        if self.utilization is not None:
+            measured[MFU] = tokens / seconds * self.utilization.flops_per_token / self.utilization.peak
+        return measured
+
+    def _tick(self) -> float:
+        """Seconds since the last tick, which are added to the run's."""
+        seconds = max(time.perf_counter() - self.now, 1e-9)
+        self.state.seconds += seconds
+        self.start()
+        return seconds

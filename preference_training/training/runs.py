@@ -71,7 +71,7 @@ def train(prepared: PreparedRun, trainer_class, placement: Placement, readers: R
         stop = opened.enter_context(StopRequests(config.max_wall_time))
         if ranks.is_rank_zero:
             total = batches.train.schedule.total_examples
-            about = describe_run(placement, data, checkpoint)
+            about = describe_run(prepared, placement, checkpoint)
             report = readers.report_writer and readers.report_writer(config, run_dir, prepared.loss, placement.tokenizer, data)
             tracker = open_run_dir(config, run_dir, about, checkpoint, total, report)
             if notice:
@@ -83,7 +83,7 @@ def train(prepared: PreparedRun, trainer_class, placement: Placement, readers: R
                     [split.reports for split in data],
                     total,
                     placement.device,
-                    _sizes(batches, data[0].table),
+                    _sizes(batches, *(split.table for split in data)),
                 )
             opened.enter_context(tracker)
         else:
@@ -121,10 +121,13 @@ def _end_of_run(callbacks: Callbacks, run_dir: Path) -> Iterator[None]:
     callbacks.call("on_end", run_dir)
 
 
-def _sizes(batches: Batches, table: PromptTable) -> dict:
-    """How many optimizer steps a run has, and what its training split holds."""
-    examples = int(table.num_examples.sum())
-    return {"steps": batches.train.schedule.total_steps, "train": {"examples": examples, "responses": table.num_responses}}
+def _sizes(batches: Batches, train: PromptTable, held_out: PromptTable) -> dict:
+    """How many optimizer steps a run has, and what its splits hold."""
+    tables = {"train": train, "held out": held_out}
+    sizes = {
+        name: {"examples": int(table.num_examples.sum()), "responses": table.num_responses} for name, table in tables.items()
+    }
+    return {"steps": batches.train.schedule.total_steps, **sizes}
 
 
 def _conclude(conclude: Callable, tracker: Tracker) -> Sequence[str]:
@@ -159,7 +162,7 @@ def evaluate(prepared: PreparedRun, placement: Placement) -> float | None:
         if checkpoint is None and ranks.is_rank_zero:
             opened.enter_context(lock_run_dir(run_dir))
             notice = prepare_run_dir(config, run_dir, None)
-            about = describe_run(placement, data, None)
+            about = describe_run(prepared, placement, None)
             tracker = open_run_dir(config, run_dir, about, None)
             if notice:
                 tracker.log_message(notice)

@@ -292,7 +292,7 @@ def test_the_last_lines_of_a_run_say_what_was_trained_what_it_did_and_what_comes
     assert conclusion.findings == []
     assert conclusion.lines == [
         "",
-        "dpo (beta 0.1) on 80 pairs of mine.jsonl: 80 of 80 examples, 20 updates in 4 min",
+        "DPO (beta 0.1) on 80 pairs of mine.jsonl · 4 min: 80 of 80 examples, 20 updates",
         "  held-out loss: 0.6931 -> 0.45 [0.4, 0.5] (50 prompts; 95% intervals)",
         "  held-out reward accuracy: 0.8 [0.7, 0.9]",
         "talk to it: python scripts/chat.py runs/mine",

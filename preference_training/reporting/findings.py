@@ -34,6 +34,8 @@ Severity = Literal["error", "warning", "note"]
 SEVERITIES = ("error", "warning", "note")
 # What only the run itself can see, and has put into events.jsonl.
 SEEN_BY_RUN = {"unchanged weights": "error", "collapse": "warning", "accuracy": "warning"}
+# Of what is usual, the share below which a learning rate is the likely reason.
+FAR_BELOW = 0.1
 # A gradient norm below float32's rounding of 1 (2^-24): what remains of it is rounding error.
 VANISHED = 2**-24
 # Share of responses that are cut, and so lose their end-of-sequence token, above which a model hardly learns to end; above the
@@ -135,7 +137,11 @@ def _training(run: RunRecord) -> Improvement | None:
 def _what_to_do(run: RunRecord) -> str:
     if _readable(_warmup, run):
         return "Its learning rate never rose to lr: set warmup_share=0.1."
-    return f"Is lr={run.settings.get('lr')} too low, the run too short, or do the examples say nothing to learn?"
+    lr, usual = run.settings.get("lr"), run.about.get("usual_lr")
+    # Steps of SGD are not of the size of lr.
+    if isinstance(lr, float) and isinstance(usual, float) and lr < FAR_BELOW * usual and run.settings.get("optimizer") != "SGD":
+        return f"lr={lr:g} is far below what is usual for such a loss and model, {usual:g} (docs/defaults.md): raise it."
+    return f"Is lr={lr} too low, the run too short, or do the examples say nothing to learn?"
 
 
 def is_complete(run: RunRecord) -> bool:

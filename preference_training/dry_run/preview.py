@@ -45,6 +45,8 @@ from preference_training.dry_run.scaling import (
 from preference_training.losses.base import ExampleKind, Loss
 from preference_training.modeling.token_budget import untrained_budget
 from preference_training.reporting.data_report import assess, write_data_report
+from preference_training.training.monitors import warmup_warning
+from preference_training.training.optimization import warmup_steps
 from preference_training.training.preparation import PreparedRun
 
 # Steps whose batches are built to find the largest.
@@ -97,7 +99,7 @@ def preview_one_process(prepared: PreparedRun, placement_class: type[Placement],
     budget = untrained_budget(config, prepared.tokenizer, device)
     batches = batches_within(budget)
     first = first_steps(batches, budget)
-    print("\nsteps", *describe_steps(batches.schedule, first), sep="\n")
+    print("\nsteps", *describe_steps(batches.schedule, first), *describe_warmup(config, batches.schedule), sep="\n")
     live = _has_live_reference(config, loss, batches.schedule)
     kinds = step_memory(placement, loss, live, first.packs)
     used = used_memory(device)
@@ -126,9 +128,8 @@ def preview_ranks(prepared: PreparedRun, placement_class: type[Sharded], batches
         first = first_steps(batches, budget)
         costs = step_costs(placement, loss, live, first.packs, first.step)
     number = sum(len(micro_batch.packs) for micro_batch in first.step)
-    print(
-        "\nsteps", *describe_steps(batches.schedule, first), *describe_rank(first.step, size, placement.ranks, budget), sep="\n"
-    )
+    described = [*describe_steps(batches.schedule, first), *describe_warmup(config, batches.schedule)]
+    print("\nsteps", *described, *describe_rank(first.step, size, placement.ranks, budget), sep="\n")
     here = trainer.world_size is None and trainer.device_memory is None
     used = used_memory(device) if here else 0
     where = f"rank 0 of {size:,}" + (f" on {device.type}" if here else "")
@@ -295,6 +296,13 @@ def first_steps(batches: BatchIterator, budget: TokenBudget) -> FirstSteps:
             most, largest = computed, step
         packs = sorted([*packs, *found], key=lambda pack: len(pack.input_ids))[-2:]
     return FirstSteps(packs if several else packs[-1:], largest, len(tokens), sum(tokens), row_tokens)
+
+
+def describe_warmup(config: RunConfig, schedule: Schedule) -> list[str]:
+    """A warning where the learning rate would not have risen at the end of the run."""
+    steps = schedule.total_steps
+    text = warmup_warning(warmup_steps(config, steps), steps, config.lr)
+    return [f"  warning: {text}"] if text else []
 
 
 def describe_steps(schedule: Schedule, first: FirstSteps) -> list[str]:

@@ -16,7 +16,7 @@ import pytest
 from preference_training.export.gguf_model import GgufFile
 from preference_training.export.gguf_tokenizer import Vocabulary
 from preference_training.modeling.tokenizer import byte_level_tokenizer
-from tests_servers.exports import ARCHITECTURES, CONVERSATIONS, TOKENS, Expected, Exported, rows, smollm2, tiny, train
+from tests_servers.exports import ARCHITECTURES, CONVERSATIONS, TOKENS, Expected, Exported, rows, tiny, train
 from tests_servers.servers import ENVIRONMENTS, ROOT, Server, llama_cpp, vllm
 
 RESULTS = ROOT / "tests_servers" / "results"
@@ -53,12 +53,10 @@ def exported(folder):
 
 
 def trained(folder: Path, name: str) -> Path:
-    base, run = folder / "smollm2", folder / "runs" / name
-    if not base.is_dir():
-        smollm2(base)
+    run = folder / "runs" / name
     if not (run / "LATEST").exists():
         chosen = ("+adapter=lora", "lr=1e-3") if name == "lora" else ("lr=1e-5",)
-        train(base, rows(folder / "rows.jsonl"), run, *chosen)
+        train(rows(folder / "rows.jsonl"), run, *chosen)
     return run
 
 

@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 
 import preference_datasets  # noqa: F401  its data sets register themselves
-from preference_training.configuration.schema import DTYPES, TEMPLATES
+from preference_training.configuration.schema import TEMPLATES
+from preference_training.configuration.sections import DTYPES
 from preference_training.core.errors import UserError
 
 SETTINGS = ("temperature", "top_p", "top_k", "max_new_tokens", "seed")

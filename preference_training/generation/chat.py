@@ -12,7 +12,8 @@ from torch import nn
 from preference_training.checkpointing.checkpoint import Checkpoint
 from preference_training.checkpointing.saved_run import SavedRun, newest_checkpoint
 from preference_training.configuration.saved import CONFIG, model_config
-from preference_training.configuration.sections import DTYPES, TEMPLATES
+from preference_training.configuration.schema import TEMPLATES
+from preference_training.configuration.sections import DTYPES
 from preference_training.core.errors import UserError, first_line, nearest
 from preference_training.core.machine import pick_device
 from preference_training.core.values import UNREADABLE
@@ -25,7 +26,14 @@ from preference_training.generation.servers import Reply, server_of
 from preference_training.generation.settings import GenerationSettings
 from preference_training.generation.streaming import PrefixCache, StreamedDecoding, TextStream
 from preference_training.modeling import loading
-from preference_training.modeling.adapters import CONFIG_FILE, is_adapter, read_adapter_config, reference_mode, saved_base
+from preference_training.modeling.adapters import (
+    CONFIG_FILE,
+    is_adapter,
+    read_adapter_config,
+    reference_mode,
+    saved_base,
+    set_initial_adapter,
+)
 from preference_training.modeling.archives import MODEL_CONFIG, TOKENIZER_CONFIG
 from preference_training.modeling.state import move_to_devices
 from preference_training.modeling.tokenizer import load_tokenizer
@@ -212,6 +220,7 @@ def newest_of(names: Sequence[str]) -> str:
 def load_before_training(chat: ChatModel, options: LoadOptions = LoadOptions()) -> ChatModel:
     """The model that a run started from: its own weights without the adapter, or those that it loaded. Raises UserError."""
     if chat.has_adapter:
+        set_initial_adapter(chat.model, chat.saved.initial_adapter if chat.saved else None)
         return replace(chat, name=BEFORE_TRAINING, is_before_training=True, stream=OTHER, cache=PrefixCache(), notes=())
     if chat.saved is None:
         raise UserError(

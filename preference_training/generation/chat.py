@@ -298,7 +298,7 @@ class _Loaded:
     """A model as it was loaded. directory: that with its generation_config.json, if there is any."""
 
     model: nn.Module
-    tokenizer: object
+    tokenizer: Any
     options: LoadOptions
     directory: Path | None
 

@@ -11,6 +11,8 @@ from torch import nn
 
 from preference_training.checkpointing.checkpoint import Checkpoint
 from preference_training.checkpointing.saved_run import SavedRun, newest_checkpoint
+from preference_training.configuration.composition import default_values
+from preference_training.configuration.model_names import is_gguf, presets
 from preference_training.configuration.saved import CONFIG, model_config
 from preference_training.configuration.schema import TEMPLATES
 from preference_training.configuration.sections import DTYPES
@@ -35,12 +37,14 @@ from preference_training.modeling.adapters import (
     set_initial_adapter,
 )
 from preference_training.modeling.archives import MODEL_CONFIG, TOKENIZER_CONFIG
+from preference_training.modeling.sources.gguf import gguf_directory
 from preference_training.modeling.state import move_to_devices
 from preference_training.modeling.tokenizer import load_tokenizer
 from preference_training.tracking.run_files import STATE
 
-EXPECTED = "Expected a run directory, a checkpoint (step-N) in one, an export, a model directory, a .gguf file, or a hub id."
-GGUF = ".gguf"
+EXPECTED = (
+    "Expected a run directory, a checkpoint (step-N) in one, an export, a model directory, a .gguf file, a preset or a hub id."
+)
 BEFORE_TRAINING = "before training"
 # Where a model's configuration does not say how many tokens it can read.
 UNLIMITED = 1 << 20
@@ -164,7 +168,11 @@ def load_for_chat(name: str, options: LoadOptions = LoadOptions()) -> ChatModel:
 
     Raises UserError where there is none, or none that writes text.
     """
+    if name in presets() and not Path(name).exists():
+        name = default_values(model=name)["model"]["name_or_path"] or name
     path = Path(name).expanduser()
+    if is_gguf(name):
+        path = gguf_directory(name)
     if not path.is_dir():
         _check_name(name, path)
         return _load_directory(name, None, options)
@@ -232,10 +240,8 @@ def load_before_training(chat: ChatModel, options: LoadOptions = LoadOptions()) 
 
 
 def _check_name(name: str, path: Path) -> None:
-    """Raise UserError for a name that is neither a GGUF file nor may be a hub id."""
+    """Raise UserError for a name that cannot be a hub id."""
     if path.is_file():
-        if path.suffix == GGUF:
-            return
         raise UserError(f"{name}: this file is no model. {EXPECTED}")
     if name.startswith((".", "/", "~")) or name.count("/") != 1 or path.parent.is_dir():
         beside = [str(each) for each in path.parent.iterdir() if each.is_dir()] if path.parent.is_dir() else []

@@ -72,6 +72,15 @@ def _directory_name(value: Any) -> str | None:
     return problem or (None if valid else f"found {value!r}, expected {words}.")
 
 
+@dataclass(frozen=True)
+class Origin:
+    """What a configuration was composed from: the command line, the model preset, and the keys that were null."""
+
+    overrides: tuple[str, ...] = ()
+    preset: str = "base_model"
+    nulls: frozenset[str] = frozenset()
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(Section):
     """Everything a run is configured by. `as_composed` has the same keys in plain values, references to others unresolved."""
@@ -125,8 +134,8 @@ class RunConfig(Section):
     max_tokens_per_microbatch: int | None = key(whole(1, null=True), MAY_CHANGE_ON_RESUME)
     prefix_sharing: str = key(one_of(("auto", "on", "off"), "auto, on or off"), MAY_CHANGE_ON_RESUME)
     reference_logps: str | None = key(one_of(("live", "cached"), null=True), MAY_CHANGE_ON_RESUME)
-    bf16: bool | None = key(expected("true, false or null", lambda value: value is None or isinstance(value, bool)), NEWER)
     tf32: bool = key(switch)
+    bf16: bool | None = key(expected("true, false or null", lambda value: value is None or isinstance(value, bool)), NEWER)
     peak_tflops: float | None = key(positive(null=True), MAY_CHANGE_ON_RESUME, OUTSIDE_JOB_IDENTITY, NOT_SHOWN, NEWER)
     max_grad_norm: float = key(
         expected("a number above 0", lambda value: value == math.inf or (is_number(value) and value > 0))
@@ -167,8 +176,8 @@ class RunConfig(Section):
     loss: LossConfig = section(LossConfig)
     trainer: TrainerConfig = section(TrainerConfig)
     as_composed: dict[str, Any] = field(repr=False, compare=False)
-    # The command line that it was composed from; and for keys that were null, what became of them, as a line of text.
-    overrides: tuple[str, ...] = field(default=(), repr=False, compare=False)
+    origin: Origin = field(default=Origin(), repr=False, compare=False)
+    # For keys that were null, what became of them, as a line of text.
     chosen: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod

@@ -17,12 +17,18 @@ LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "numpy", "peft")
 
 
 def write_about(
-    run_dir: Path, names: Sequence[str], splits: Sequence[Sequence[DataReport]], examples: int | None, device
+    run_dir: Path,
+    names: Sequence[str],
+    splits: Sequence[Sequence[DataReport]],
+    examples: int | None,
+    device,
+    defaults: dict[str, dict],
 ) -> None:
     """Write about.json: the data and what was skipped of it, the machine, the versions, and the state of this code.
 
     splits: the reports of the training data and, if there is one, of the held-out split, for the data sets of these names.
-    examples: how many the run trains on in all. device: where it computes. Raises OSError.
+    examples: how many the run trains on in all. device: where it computes. defaults: `usual`, those of
+    this run that are not config.yaml's, and `chosen`, what became of keys that were null, in words. Raises OSError.
     """
     data = {
         split: [{"name": name, **report.as_dict()} for name, report in zip(names, reports, strict=True)]
@@ -31,6 +37,7 @@ def write_about(
     about = {
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
         "examples": examples,
+        **defaults,
         "data": data,
         "machine": machine(device),
         "versions": {"python": platform.python_version(), **versions()},

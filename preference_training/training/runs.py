@@ -60,6 +60,7 @@ def train(prepared: PreparedRun, trainer_class, placement: Placement, report_wri
                     [split.reports for split in data],
                     total,
                     placement.device,
+                    {"usual": about["usual"], "chosen": config.chosen},
                 )
             opened.enter_context(tracker)
         else:

@@ -60,7 +60,7 @@ def run_dir(compose, tmp_path) -> Path:
     write_rows(tmp_path / "events.jsonl", rows)
     write_rows(tmp_path / "bad_batches.jsonl", [{"counters/examples": 8, "pairs": ["row 3"]}])
     report = DataReport(rows_read=100, num_prompts=90, left_out={"a text is empty": 10})
-    write_about(tmp_path, ["toy"], [[report]], 80, torch.device("cpu"))
+    write_about(tmp_path, ["toy"], [[report]], 80, torch.device("cpu"), {"usual": {}, "chosen": {}})
     return tmp_path
 
 

@@ -2,7 +2,7 @@
 
     python train.py --config-name rerun --config-dir RUN
 
-Its keys are those of the command line (`model`, `loss.beta`, `+adapter`); its paths are absolute.
+Its keys are those of the command line (`model`, `loss.beta`, `adapter`); its paths are absolute.
 """
 
 from collections.abc import Iterable
@@ -35,7 +35,7 @@ def write_rerun(config: RunConfig, run_dir: Path) -> None:
 
 
 def rerun_values(overrides: Iterable[str]) -> dict[str, Any]:
-    """The overrides that repeat a run: key → value, the later of two; removed keys (~key) have null."""
+    """The overrides that repeat a run: key → value, the later of two."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     values: dict[str, Any] = {}
@@ -44,10 +44,10 @@ def rerun_values(overrides: Iterable[str]) -> dict[str, Any]:
         key = override.key_or_group
         if key.partition("/")[0].partition(".")[0] in OF_THE_START:
             continue
-        name = text.partition("=")[0]
-        values.pop(name, None)
-        value = override.value()
-        values[name] = _absolute(value, key) if key in PATHS else value
+        values.pop(key, None)
+        if not override.is_delete():
+            value = override.value()
+            values[key] = _absolute(value, key) if key in PATHS else value
     return values
 
 

@@ -231,8 +231,8 @@ class RunConfig(Section):
     @property
     def weight_copies(self) -> int:
         """How many times the memory of the trained weights gradients and optimizer take, at most."""
-        # A gradient and two states of the weights' dtype; or a gradient of it, and float32 copies with two states.
-        return 1 + 3 * 2 if self.keeps_master_weights else 1 + 2
+        # A gradient and two states of the weights' dtype; or a summed gradient and copies with two states, all in float32.
+        return 4 * 2 if self.keeps_master_weights else 1 + 2
 
     def caches_reference(self, read_again: bool) -> bool:
         """Whether the reference's log-probs are computed before training: if asked for, or left open and read more than once.

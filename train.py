@@ -8,6 +8,7 @@ Heavy libraries are imported after the configuration has been validated, so that
 
 import os
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from traceback import extract_tb
@@ -90,17 +91,18 @@ def start(config: RunConfig, run_dir: Path, in_sweep: bool) -> float | None:
     return run_or_launch(run, settle_dtypes(config, run_dir), run_dir, in_sweep)
 
 
-def run(config: RunConfig, run_dir: Path, in_sweep: bool = False) -> float | None:
+def run(config: RunConfig, run_dir: Path, in_sweep: bool = False, callbacks: Sequence[object] = ()) -> float | None:
     """Train what a checked configuration describes, into `run_dir`. Returns the held-out metric named by `objective`.
 
-    With several processes this is one of them.
+    With several processes this is one of them. callbacks: a user's, see docs/python.md.
     """
     from preference_training.dry_run.preview import preview
     from preference_training.reporting.run_report import report_writer
+    from preference_training.reporting.summary import conclude
     from preference_training.training.assembly import build_batches
     from preference_training.training.preparation import prepare_run
     from preference_training.training.run_directory import report_earlier_run
-    from preference_training.training.runs import train_or_evaluate
+    from preference_training.training.runs import Readers, train_or_evaluate
     from trainers import TRAINERS, placement_for
 
     prepared = prepare_run(config, run_dir, in_sweep)
@@ -112,7 +114,8 @@ def run(config: RunConfig, run_dir: Path, in_sweep: bool = False) -> float | Non
         return None
     placement = placement_class.start(config, prepared.tokenizer)
     try:
-        return train_or_evaluate(prepared, TRAINERS[config.trainer.name], placement, report_writer)
+        readers = Readers(report_writer, conclude, callbacks)
+        return train_or_evaluate(prepared, TRAINERS[config.trainer.name], placement, readers)
     finally:
         placement.end()
 

@@ -37,7 +37,7 @@ class Trainer:
         self.step = TrainingStep(placement, models, self.state, batches.train.schedule.total_steps)
         self.evaluator = Evaluator(placement, models, batches, self.state, observers)
         self.pace = Pace(self.state, Utilization.of(self.config, models, self.step.device))
-        self.monitor = TrainingMonitor(self.tracker.log_message, self.config.loss_spike)
+        self.monitor = TrainingMonitor(self.tracker, self.config.loss_spike)
         self.stopping = False
         self.saved_at: int | None = None
 
@@ -50,6 +50,7 @@ class Trainer:
         were skipped, or where policy and reference are not the same at the beginning.
         """
         self.pace.start()
+        self.monitor.check_warmup(self.config, self.batches.train.schedule.total_steps)
         if self.state.examples == 0:
             self.before_first_step()
         else:
@@ -64,7 +65,7 @@ class Trainer:
                 metrics |= {names.LEARNING_RATE: lr, names.EPOCH: self.batches.train.epochs_done} | measured
                 metrics |= {names.MEMORY: memory_held(self.step.device)} | self.state.counters()
                 self.monitor.observe(metrics)
-                self.tracker.log_step(metrics)
+                self.observers.log_step(metrics)
             if not self.batches.train.finished and self.between_steps(size):
                 self.pace.idle()
             if self.finished:
@@ -96,9 +97,11 @@ class Trainer:
             self.evaluator.evaluate()
         if save:
             self.save()
-        if self.stopping:
+        asked = self.observers.stop_reason(self.placement.ranks)
+        if self.stopping or asked:
+            self.stopping = True
             self.save()
-            reason = self.observers.stop.reason or "another process of the run is to stop"
+            reason = asked or self.observers.stop.reason or "another process of the run is to stop"
             raise StoppedError(f"stopped after {self.state.examples} examples: {reason}")
         return evaluate or save
 
@@ -160,6 +163,7 @@ class Trainer:
         self.saved_at = self.state.examples
         if finished or self.stopping:
             writer.wait()
+            self.observers.tell_checkpoints()
             # The launcher would end rank 0, which may still be writing, when another process ends.
             self.placement.ranks.barrier()
 

@@ -21,6 +21,7 @@ from preference_training.configuration.composition import (
     unknown_key,
 )
 from preference_training.configuration.keys import Section, check_section, declared, listed, refuse, texts
+from preference_training.configuration.model_names import is_gguf, local_gguf
 from preference_training.configuration.schema import BITSANDBYTES_OPTIMIZERS, Origin, RunConfig
 from preference_training.configuration.sections import EvaluationConfig, LossConfig
 from preference_training.core.errors import UserError, nearest
@@ -46,7 +47,7 @@ KEY_VARIABLE = "OPENAI_API_KEY"
 # Installs what HTTP judges and task suites need.
 EVALUATION_REQUIREMENTS = "pip install -r requirements/evaluation.txt"
 # Where metrics may go; a run's own files are always written.
-TRACKING = ("jsonl", "wandb", "tensorboard")
+TRACKING = ("jsonl", "wandb", "tensorboard", "trackio", "mlflow")
 
 
 def validate(config: DictConfig, overrides: Sequence[str] = (), choices: dict[str, str] | None = None) -> RunConfig:
@@ -254,6 +255,8 @@ def _check_paths(config: RunConfig) -> None:
     model = config.model
     if model.archive and not Path(model.archive).exists():
         raise UserError(f"model.archive: {model.archive}: no such file or directory. Paths are relative to {Path.cwd()}.")
+    if model.name_or_path and is_gguf(model.name_or_path):
+        local_gguf(model.name_or_path)
     if not model.name_or_path and not model.from_config.get("model_type"):
         raise UserError("model.name_or_path: not given. Expected a hub id or a directory, or model.from_config.model_type.")
     if not model.name_or_path and not model.tokenizer_name_or_path:

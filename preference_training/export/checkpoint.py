@@ -25,7 +25,7 @@ from preference_training.export.modelfile import OllamaFiles
 from preference_training.export.options import ExportOptions, check_options
 from preference_training.export.quantization import quantize_weights
 from preference_training.export.serving import Served
-from preference_training.export.source import Source
+from preference_training.export.source import Source, base_license
 from preference_training.modeling import loading
 from preference_training.modeling.adapters import BASE_DIR, CONFIG_FILE, WEIGHTS_FILE, read_adapter_config
 from preference_training.reporting.model_card import CardFacts, model_card
@@ -198,7 +198,6 @@ class _Export:
 
 
 def _card_facts(source: Source) -> CardFacts:
-    versions = {name: version for name, version in (source.run.get("versions") or {}).items() if isinstance(version, str)}
     archive = source.config["model"].get("archive")
     return CardFacts(
         name="",
@@ -211,8 +210,12 @@ def _card_facts(source: Source) -> CardFacts:
         base=source.base,
         examples=source.examples,
         held_out=source.held_out,
+        held_out_prompts=source.held_out_prompts,
         evaluation=source.evaluation,
         rows=source.rows,
-        versions=versions,
+        versions=source.versions,
+        overrides=source.overrides,
+        sample=source.sample,
+        license=base_license(source.base, source.cache_dir),
         notes=[f"The run started from the weights of an earlier run, `{Path(archive).name}`."] if archive else [],
     )

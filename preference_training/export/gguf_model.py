@@ -4,6 +4,7 @@ Only architectures are written whose GGUF form is proved by tests: transformers 
 llama.cpp generates the same tokens. Files are read back once they are written, with transformers' own rules.
 """
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -252,7 +253,7 @@ class GgufFile:
         check_config(config, class_name)
         writer = gguf.GGUFWriter(path, architecture.name)
         writer.add_type(gguf.GGUFType.MODEL)
-        writer.add_name(self.name)
+        writer.add_name(self._known_name())
         if self.license:
             writer.add_license(self.license)
         writer.add_file_type(gguf.LlamaFileType[TYPES[self.type][1]])
@@ -265,6 +266,11 @@ class GgufFile:
         finally:
             writer.close()
         compare_gguf(path, model, self.type)
+
+    def _known_name(self) -> str:
+        """The model's name; llama.cpp takes phi3 in it for Phi-3's first tokenizer, and looks for its tokens."""
+        has_tokens = {"</s>", "<s>", "<unk>", "<|endoftext|>"} <= set(self.vocabulary.values["token_list"])
+        return self.name if has_tokens else re.sub("(phi)-?(?=3)", r"\1 ", self.name, flags=re.IGNORECASE)
 
     def _write_tensors(self, writer, model: nn.Module, architecture: Architecture) -> None:
         """Write one tensor after another, so that memory holds a second copy of one of them only."""
@@ -283,7 +289,8 @@ class GgufFile:
         writer.write_ti_data_to_file()
         for name, weight in tensors:
             values = architecture.change(name, weight.detach().float().cpu(), config).contiguous().numpy()
-            data = gguf.quants.quantize(values, self._kind(weight))
+            with np.errstate(over="ignore"):
+                data = gguf.quants.quantize(values, self._kind(weight))
             if data.dtype == np.float16 and not np.isfinite(data).all():
                 raise UserError(f"--gguf: f16 cannot represent weights of {name}, which are too large. Use --gguf bf16.")
             writer.write_tensor_data(data)

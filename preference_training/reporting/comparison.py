@@ -34,6 +34,7 @@ from preference_training.losses.registry import evaluation_depends_on_run, examp
 from preference_training.reporting.charts import Line, chart, format_number
 from preference_training.reporting.model_card import is_shown
 from preference_training.reporting.pages.rendering import render
+from preference_training.reporting.run_charts import ACCURACY_AXES
 from preference_training.reporting.run_record import RunRecord
 from preference_training.tracking.run_files import ASIDE, METRICS
 
@@ -240,8 +241,8 @@ def frontier_charts(groups: Sequence[Group]) -> Iterator[Markup]:
     for measure in (KL, FALL):
         found = [(group, line) for style, group in enumerate(groups) if (line := frontier_points(group, measure, style))]
         lines = [line for _, line in found]
-        note = "held out; upper left is better"
-        yield chart("Reward accuracy and distance", [frontier_line(found), *lines], note, x_name=f"{measure}, nats")
+        axes = replace(ACCURACY_AXES, x_name=f"{measure}, nats")
+        yield chart("Reward accuracy and distance", [frontier_line(found), *lines], "held out; upper left is better", axes)
 
 
 def frontier_line(points: Sequence[tuple[Group, Line]]) -> Line | None:

@@ -22,13 +22,12 @@ def write_about(
     splits: Sequence[Sequence[DataReport]],
     examples: int | None,
     device,
-    defaults: dict[str, dict],
+    sizes: dict | None = None,
 ) -> None:
     """Write about.json: the data and what was skipped of it, the machine, the versions, and the state of this code.
 
     splits: the reports of the training data and, if there is one, of the held-out split, for the data sets of these names.
-    examples: how many the run trains on in all. device: where it computes. defaults: `usual`, those of
-    this run that are not config.yaml's, and `chosen`, what became of keys that were null, in words. Raises OSError.
+    examples: how many the run trains on in all. device: where it computes. sizes: further facts. Raises OSError.
     """
     data = {
         split: [{"name": name, **report.as_dict()} for name, report in zip(names, reports, strict=True)]
@@ -37,7 +36,7 @@ def write_about(
     about = {
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
         "examples": examples,
-        **defaults,
+        **(sizes or {}),
         "data": data,
         "machine": machine(device),
         "versions": {"python": platform.python_version(), **versions()},

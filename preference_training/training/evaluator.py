@@ -45,7 +45,7 @@ class Evaluator:
         state.evaluated_at = state.examples
         changes = self._changes()
         self._compare_with_best()
-        tracker.log_evaluation(state.held_out | interval_metrics(self.held_out) | changes | state.counters())
+        self.observers.log_evaluation(state.held_out | interval_metrics(self.held_out) | changes | state.counters())
         for text in warnings:
             tracker.log_message(f"warning: {text}")
         if self.batches.sample_prompts:

@@ -10,10 +10,12 @@ from preference_training.batching.packing import PackedBatch
 from preference_training.checkpointing.state import NEWER_STATE_SHAPE
 from preference_training.checkpointing.writer import CheckpointWriter
 from preference_training.core.metric_names import EXAMPLES, TOKENS, UPDATES
+from preference_training.core.process_group import Ranks
 from preference_training.core.signals import StopRequests
 from preference_training.losses.base import Loss
+from preference_training.tracking.callbacks import Callbacks
 from preference_training.tracking.ledger import Ledger
-from preference_training.tracking.tracker import Metrics, Tracker
+from preference_training.tracking.tracker import Metrics, Tracker, as_numbers
 from preference_training.training.pruning import Pruning
 from preference_training.training.start_check import StartCheck
 
@@ -43,7 +45,7 @@ class Batches:
 
 @dataclass
 class Observers:
-    """The observers of a run: tracker, checkpoint writer, margin ledger; and what may end it early.
+    """The observers of a run: tracker, checkpoint writer, margin ledger, a user's callbacks; and what may end it early.
 
     None for no checkpoints, no ledger, no pruning. stop says why a run is to stop before its end.
     """
@@ -53,6 +55,29 @@ class Observers:
     ledger: Ledger | None = None
     pruning: Pruning | None = None
     stop: StopRequests = field(default_factory=StopRequests)
+    callbacks: Callbacks = field(default_factory=Callbacks)
+
+    def log_step(self, metrics: Metrics) -> None:
+        """Log a step that was taken, and tell callbacks."""
+        self.tracker.log_step(metrics)
+        if self.callbacks.reads("on_step"):
+            self.callbacks.call("on_step", as_numbers(metrics))
+        self.tell_checkpoints()
+
+    def log_evaluation(self, metrics: Metrics) -> None:
+        """Log an evaluation, and tell callbacks."""
+        self.tracker.log_evaluation(metrics)
+        if self.callbacks.reads("on_evaluation"):
+            self.callbacks.call("on_evaluation", as_numbers(metrics))
+
+    def tell_checkpoints(self) -> None:
+        """Tell callbacks of the checkpoints that are complete now."""
+        while self.writer is not None and self.writer.completed:
+            self.callbacks.call("on_checkpoint", self.writer.completed.pop(0))
+
+    def stop_reason(self, ranks: Ranks) -> str | None:
+        """Why a callback wants the run to end; the same on all ranks."""
+        return ranks.broadcast(self.callbacks.reason) if self.callbacks else None
 
 
 @dataclass

@@ -25,7 +25,9 @@ from preference_training.configuration.schema import RunConfig
 from preference_training.core.errors import UserError
 from preference_training.data.chat_templates import detect_format
 from preference_training.distributed.placement import Placement
-from preference_training.tracking.dashboards import RunStart, start_dashboards
+from preference_training.tracking.dashboards.base import RunStart
+from preference_training.tracking.dashboards.starting import start_dashboards
+from preference_training.tracking.run_files import LOCK
 from preference_training.tracking.tracker import Tracker
 from preference_training.training.preparation import PreparedRun
 
@@ -93,7 +95,7 @@ def report_earlier_run(config: RunConfig, run_dir: Path) -> None:
 @contextmanager
 def lock_run_dir(run_dir: Path):
     """Inside, no other run may use the directory. Raises UserError where one does, or where nothing can be written."""
-    lock = FileLock(run_dir / ".lock", timeout=0)
+    lock = FileLock(run_dir / LOCK, timeout=0)
     try:
         with writable(run_dir):
             run_dir.mkdir(parents=True, exist_ok=True)
@@ -104,5 +106,5 @@ def lock_run_dir(run_dir: Path):
         yield
     finally:
         # Before it is released: a run that starts now finds no lock, or one that is held.
-        (run_dir / ".lock").unlink(missing_ok=True)
+        (run_dir / LOCK).unlink(missing_ok=True)
         lock.release()

@@ -370,8 +370,12 @@ def test_prompts_that_are_rendered_already_are_read_as_they_are(template, end):
             (Turn("assistant", "", CALL),),
         ),
         (
-            [{"role": "assistant", "tool_calls": '[{"name": "f", "arguments": {"x": 1, "y": null}}]'}],
+            [{"role": "assistant", "tool_calls": '[{"name": "f", "id": null, "arguments": {"x": 1}}]'}],
             (Turn("assistant", "", CALL),),
+        ),
+        (  # An argument may be null.
+            [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"x": 1, "y": None}}]}],
+            (Turn("assistant", "", CALL.replace('"x": 1', '"x": 1, "y": null')),),
         ),
         ([{"from": "function_call", "value": '{"name": "f", "arguments": {"x": 1}}'}], (Turn("assistant", "", CALL),)),
         (

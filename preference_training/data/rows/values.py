@@ -18,12 +18,15 @@ def check_text(value, name: str) -> None:
         raise RowError(f"field {name!r} {problem}.")
 
 
-def parse_text_list(value):
-    """The value, parsed if it is a text that contains a list, as JSON or as Python prints it, as in CSV files."""
-    if not isinstance(value, str) or not value.lstrip().startswith("["):
+def parse_text_list(value, starts: str = "["):
+    """The value, parsed if it is a text that contains a list, as JSON or as Python prints it, as in CSV files.
+
+    starts: "[{" parses objects too.
+    """
+    if not isinstance(value, str) or not value.lstrip().startswith(tuple(starts)):
         return value
     found = parse_literal(value)
-    return found if isinstance(found, list) else value
+    return found if isinstance(found, list | dict) else value
 
 
 def is_text_list(value) -> bool:
@@ -42,6 +45,7 @@ def field_value(row: dict, name: str):
         return row[name]
     value = row
     for part in name.split("."):
+        value = parse_text_list(value, "[{")
         items = value if isinstance(value, list) else [value]
         # Of a list, single items may lack the part, such as a score.
         if not all(isinstance(item, dict) for item in items) or (items and not any(part in item for item in items)):

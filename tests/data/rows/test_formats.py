@@ -16,7 +16,8 @@ from preference_training.data.rows.values import NO_VERDICT, TIE, verdict_values
 
 def mapped(rows: list[dict], report: DataReport | None = None, **names) -> list[Row]:
     report = report if report is not None else DataReport()
-    return list(FieldMap(**names).map_rows(enumerate(rows, start=1), "data.jsonl", report))
+    found = FieldMap(**names).map_rows(enumerate(rows, start=1), "data.jsonl", report)
+    return [row._replace(number=0) for row in found]
 
 
 def read(*rows: dict, **names) -> tuple[Row, str]:

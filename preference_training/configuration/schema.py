@@ -141,7 +141,8 @@ class RunConfig(Section):
         expected("a number above 0", lambda value: value == math.inf or (is_number(value) and value > 0))
     )
     max_length: int = key(whole(1))
-    max_prompt_length: int = key(whole(1))
+    # Half of max_length where it is null; never None behind `validate`.
+    max_prompt_length: int = key(whole(1, null=True))
     truncation_mode: str | None = key(one_of(TRUNCATION_MODES, null=True))
     sampling: str = key(one_of(("shuffle", "replacement"), "shuffle or replacement"), NEWER)
     n_epochs: int | None = key(whole(1, null=True), MAY_CHANGE_ON_RESUME)

@@ -70,6 +70,8 @@ def validate(config: DictConfig, overrides: Sequence[str] = (), choices: dict[st
     preset = preset_of((choices or {}).get("model", "base_model"))
     origin = Origin(tuple(overrides), preset, frozenset(key for key, value in dotted(values).items() if value is None))
     typed = replace(RunConfig.of(values, OmegaConf.to_container(config, resolve=False)), origin=origin)
+    if typed.max_prompt_length is None:
+        typed = typed.changed({"max_prompt_length": typed.max_length // 2})
     if typed.per_device_batch_size is not None and any(text.startswith("batch_size=") for text in overrides):
         raise UserError("per_device_batch_size: given together with batch_size, which follows from it. Expected one of them.")
     _check_together(typed)

@@ -23,6 +23,7 @@ from preference_training.data.preparation import Prepared, count_identical_pairs
 from preference_training.data.prompt_table import PromptTable
 from preference_training.data.rendering.choice import choose_templates
 from preference_training.data.rendering.settings import VERSION, VERSIONS, TokenSettings
+from preference_training.evaluation.pruning import build_pruner
 from preference_training.evaluation.task_suites import check_harness
 from preference_training.losses.base import Loss
 from preference_training.losses.registry import build_loss
@@ -32,7 +33,6 @@ from preference_training.modeling.sources.gguf import with_converted_model
 from preference_training.modeling.tokenizer import load_tokenizer
 from preference_training.training.defaults import fit_lr, fit_steps, settle_dtypes
 from preference_training.training.optimization import check_optimizer, precision_notices
-from preference_training.training.pruning import build_pruner
 
 # In a checkpoint, as transformers names it.
 CHAT_TEMPLATE = "chat_template.jinja"

@@ -29,7 +29,14 @@ from preference_training.core.errors import UserError
 from preference_training.core.labeled_output import label_output
 from preference_training.core.process_group import local_rank, local_world_size
 from preference_training.core.processes import in_worker, usable_cores
-from preference_training.core.signals import ENDED_AT_ONCE, SIGNALS, STOPPED, StoppedError
+from preference_training.core.signals import (
+    ENDED_AT_ONCE,
+    SIGNALS,
+    STOPPED,
+    StoppedError,
+    StopRequests,
+    restore_handlers,
+)
 
 # The prefix of a worker's error where the mistake was the user's.
 MISTAKE = "UserError: "
@@ -157,8 +164,7 @@ def _signals_forwarded():
     try:
         yield received
     finally:
-        for number, handler in usual.items():
-            signal.signal(number, handler)
+        restore_handlers(usual)
 
 
 class WorkerDiedError(Exception):
@@ -168,11 +174,11 @@ class WorkerDiedError(Exception):
 @record
 def _in_worker(function: Callable, arguments: tuple):
     launcher = os.getppid()
+    StopRequests.ends_process = True
     try:
         value = function(*arguments)
-        for number in SIGNALS:
-            # Too late for this run.
-            signal.signal(number, signal.SIG_IGN)
+        # Too late for this run.
+        restore_handlers(dict.fromkeys(SIGNALS))
         # The library waits until the launcher has read the value: forever if the launcher has died.
         threading.Thread(target=_exit_after_launcher, args=(launcher,), daemon=True).start()
         return value

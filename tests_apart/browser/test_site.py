@@ -30,7 +30,9 @@ def test_what_is_typed_into_search_is_found_from_the_disk(width, site):
         show(browser, width)
         for word, page in SEARCHED.items():
             open_page(browser, site / "index.html")
-            browser.find_element(By.CSS_SELECTOR, "label[for=__search]").click()
+            # A field on a desk, a button on a phone.
+            search = browser.find_elements(By.CSS_SELECTOR, "input.md-search__input, header label[for=__search]")
+            next(each for each in search if each.is_displayed()).click()
             browser.find_element(By.CSS_SELECTOR, "input.md-search__input").send_keys(word)
             WebDriverWait(browser, 30).until(lambda there: there.find_elements(By.CSS_SELECTOR, "a.md-search-result__link"))
             links = [each.get_attribute("href") for each in browser.find_elements(By.CSS_SELECTOR, "a.md-search-result__link")]

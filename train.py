@@ -85,8 +85,9 @@ def validate_and_start(composed: DictConfig, in_sweep: bool, run_dir: Path, resu
 def start(config: RunConfig, run_dir: Path, in_sweep: bool) -> float | None:
     """Run in this process, or launch several where the trainer needs them."""
     from preference_training.distributed.launching import run_or_launch
+    from preference_training.training.defaults import settle_dtypes
 
-    return run_or_launch(run, config, run_dir, in_sweep)
+    return run_or_launch(run, settle_dtypes(config, run_dir), run_dir, in_sweep)
 
 
 def run(config: RunConfig, run_dir: Path, in_sweep: bool = False, callbacks: Sequence[object] = ()) -> float | None:
@@ -105,14 +106,15 @@ def run(config: RunConfig, run_dir: Path, in_sweep: bool = False, callbacks: Seq
 
     prepared = prepare_run(config, run_dir, in_sweep)
     config = prepared.config
-    trainer_class = TRAINERS[config.trainer.name]
+    placement_class = placement_for(config)
     if config.dry_run:
         report_earlier_run(config, run_dir)
-        preview(prepared, trainer_class.placement_class, partial(build_batches, config, prepared.data[0].table))
+        preview(prepared, placement_class, partial(build_batches, config, prepared.data[0].table))
         return None
-    placement = placement_for(config).start(config, prepared.tokenizer)
+    placement = placement_class.start(config, prepared.tokenizer)
     try:
-        return train_or_evaluate(prepared, trainer_class, placement, Readers(report_writer, conclude, callbacks))
+        readers = Readers(report_writer, conclude, callbacks)
+        return train_or_evaluate(prepared, TRAINERS[config.trainer.name], placement, readers)
     finally:
         placement.end()
 

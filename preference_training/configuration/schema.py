@@ -115,8 +115,9 @@ class RunConfig(Section):
         expected("true, false or null", lambda value: value is None or isinstance(value, bool)), MAY_CHANGE_ON_RESUME
     )
     n_eval_model_samples: int = key(whole(0), MAY_CHANGE_ON_RESUME)
+    max_sample_length: int | None = key(whole(1, null=True), NEWER, MAY_CHANGE_ON_RESUME)
     do_first_eval: bool = key(switch, MAY_CHANGE_ON_RESUME)
-    lr: float = key(positive())
+    lr: float | None = key(positive(null=True))
     lr_schedule: str = key(one_of(SCHEDULES))
     final_lr_share: float = key(share())
     weight_decay: float | None = key(not_negative(null=True))
@@ -124,6 +125,7 @@ class RunConfig(Section):
     max_tokens_per_microbatch: int | None = key(whole(1, null=True), MAY_CHANGE_ON_RESUME)
     prefix_sharing: str = key(one_of(("auto", "on", "off"), "auto, on or off"), MAY_CHANGE_ON_RESUME)
     reference_logps: str | None = key(one_of(("live", "cached"), null=True), MAY_CHANGE_ON_RESUME)
+    bf16: bool | None = key(expected("true, false or null", lambda value: value is None or isinstance(value, bool)), NEWER)
     tf32: bool = key(switch)
     peak_tflops: float | None = key(positive(null=True), MAY_CHANGE_ON_RESUME, OUTSIDE_JOB_IDENTITY, NOT_SHOWN, NEWER)
     max_grad_norm: float = key(
@@ -143,11 +145,11 @@ class RunConfig(Section):
     master_weights: bool | str = key(
         expected("auto, true or false", lambda value: value == "auto" or isinstance(value, bool)), MAY_CHANGE_ON_RESUME
     )
-    warmup_steps: int = key(whole(0))
+    warmup_steps: int | None = key(whole(0, null=True))
     warmup_share: float | None = key(share(null=True))
     activation_checkpointing: bool = key(switch, MAY_CHANGE_ON_RESUME)
     compile: bool = key(switch)
-    eval_every: int = key(whole(1), MAY_CHANGE_ON_RESUME)
+    eval_every: int | None = key(whole(1, null=True), MAY_CHANGE_ON_RESUME)
     resume: str | None = key(text(null=True), MAY_CHANGE_ON_RESUME, NOT_SHOWN)
     save_strategy: str = key(one_of(("steps", "epoch", "no"), "steps, epoch or no"), MAY_CHANGE_ON_RESUME, NOT_SHOWN)
     save_every: int | None = key(whole(1, null=True), MAY_CHANGE_ON_RESUME, NOT_SHOWN)
@@ -165,6 +167,9 @@ class RunConfig(Section):
     loss: LossConfig = section(LossConfig)
     trainer: TrainerConfig = section(TrainerConfig)
     as_composed: dict[str, Any] = field(repr=False, compare=False)
+    # The command line that it was composed from; and for keys that were null, what became of them, as a line of text.
+    overrides: tuple[str, ...] = field(default=(), repr=False, compare=False)
+    chosen: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(cls, values: dict[str, Any], as_composed: dict[str, Any] | None = None) -> "RunConfig":
@@ -212,7 +217,7 @@ class RunConfig(Section):
         trained = self.model.trains_low_precision
         if self.master_weights != "auto":
             return bool(self.master_weights) and trained
-        return trained and (self.optimizer == "SGD" or self.lr < self.model.smallest_kept_lr)
+        return trained and (self.optimizer == "SGD" or (self.lr or 0.0) < self.model.smallest_kept_lr)
 
     @property
     def weight_copies(self) -> int:

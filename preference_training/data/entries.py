@@ -99,7 +99,7 @@ def read_entry(entry, defaults: dict | None = None) -> Entry:
     unknown names and keys, invalid values, and missing files.
     """
     defaults = defaults or {}
-    given = {("path" if _is_path(entry) else "name"): entry} if isinstance(entry, str) else entry
+    given = {("path" if is_path(entry) else "name"): entry} if isinstance(entry, str) else entry
     if not isinstance(given, dict) or len({"name", "path"} & given.keys()) != 1:
         raise UserError(f"datasets: found {entry!r}, expected a name, a path, or a dict with either name or path.")
     general = {key: defaults.get(key) for key in GENERAL_KEYS if defaults.get(key) is not None}
@@ -122,7 +122,8 @@ def read_entry(entry, defaults: dict | None = None) -> Entry:
     return parsed
 
 
-def _is_path(text: str) -> bool:
+def is_path(text: str) -> bool:
+    """Whether an entry is a path, not a name."""
     return text not in DATASETS and ".py:" not in text and (text.endswith(TOKENIZED_SUFFIX) or is_location(text))
 
 

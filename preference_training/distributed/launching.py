@@ -15,6 +15,7 @@ import time
 import uuid
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -84,7 +85,7 @@ def run_or_launch(run: Callable, config: RunConfig, run_dir: Path, in_sweep: boo
             run_dir.rmdir()
         return _run_silenced(run, config, run_dir, in_sweep)
     # References between keys are resolved here.
-    config = RunConfig.of(config.as_dict())
+    config = replace(config, as_composed=config.as_dict())
     return launch(_run_silenced, (run, config, run_dir, in_sweep), number_of_workers(config.trainer), config.fsdp_port)
 
 

@@ -69,7 +69,7 @@ def preview(prepared: PreparedRun, placement_class: type[Placement], batches_wit
     print(*describe_examples([train[k] for k in range(min(3, len(train)))], loss.examples, tokenizer, wants_color()), sep="\n")
     if loss.needs_reference and (two_models_notice := config.two_models_notice):
         print(f"\n{two_models_notice}")
-    preview_steps = preview_ranks if config.trainer.is_sharded else preview_one_process
+    preview_steps = preview_ranks if issubclass(placement_class, Sharded) else preview_one_process
     preview_steps(prepared, placement_class, batches_within)
     if failed and config.dry_run == "strict":
         raise UserError("\n".join(["dry_run=strict: the data does not pass:", *(f"  {line}" for line in failed)]))

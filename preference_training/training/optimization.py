@@ -161,7 +161,7 @@ def pending_updates(optimizer: torch.optim.Optimizer) -> list[tuple[Tensor, Tens
 
 def warmup_steps(config, total_steps: int) -> int:
     """Over how many of a run's optimizer steps the learning rate rises: `warmup_share` of them, else `warmup_steps`."""
-    return config.warmup_steps if config.warmup_share is None else round(config.warmup_share * total_steps)
+    return (config.warmup_steps or 0) if config.warmup_share is None else round(config.warmup_share * total_steps)
 
 
 def schedule(config, total_steps: int) -> Callable[[int], float]:

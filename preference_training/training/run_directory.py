@@ -27,15 +27,17 @@ from preference_training.tracking.dashboards.base import RunStart
 from preference_training.tracking.dashboards.starting import start_dashboards
 from preference_training.tracking.run_files import LOCK
 from preference_training.tracking.tracker import Tracker
+from preference_training.training.preparation import PreparedRun
 
 
-def describe_run(placement: Placement, data, checkpoint: Checkpoint | None) -> dict:
+def describe_run(prepared: PreparedRun, placement: Placement, checkpoint: Checkpoint | None) -> dict:
     """What a run is made of, in plain values, as its checkpoints store it."""
-    config = placement.config.as_dict()
+    config, data = prepared.config.as_dict(), prepared.data
     return {
         "config": config,
         "data": [split.fingerprint for split in data],
         "data_version": data[0].version,
+        "templates": [entry.template for entry in prepared.entries],
         "began_with": placement.began_with,
         "prompt_format": detect_format(config, data[0].table, placement.tokenizer),
         "wandb_id": checkpoint.run["wandb_id"] if checkpoint else uuid.uuid4().hex,

@@ -71,7 +71,7 @@ def train(prepared: PreparedRun, trainer_class, placement: Placement, readers: R
         stop = opened.enter_context(StopRequests(config.max_wall_time))
         if ranks.is_rank_zero:
             total = batches.train.schedule.total_examples
-            about = describe_run(placement, data, checkpoint)
+            about = describe_run(prepared, placement, checkpoint)
             report = readers.report_writer and readers.report_writer(config, run_dir, prepared.loss, placement.tokenizer, data)
             tracker = open_run_dir(config, run_dir, about, checkpoint, total, report)
             if notice:
@@ -162,7 +162,7 @@ def evaluate(prepared: PreparedRun, placement: Placement) -> float | None:
         if checkpoint is None and ranks.is_rank_zero:
             opened.enter_context(lock_run_dir(run_dir))
             notice = prepare_run_dir(config, run_dir, None)
-            about = describe_run(placement, data, None)
+            about = describe_run(prepared, placement, None)
             tracker = open_run_dir(config, run_dir, about, None)
             if notice:
                 tracker.log_message(notice)

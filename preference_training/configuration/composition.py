@@ -135,6 +135,14 @@ def _choice_files(group: str, name: str) -> list[DictConfig]:
     ]
 
 
+def usual_values(config: RunConfig) -> dict[str, Any]:
+    """The defaults of a run, by dotted names, that are not those of config.yaml: of its preset, and what became of null."""
+    groups = {"loss": config.loss.name, "trainer": config.trainer.name}
+    general, own = (dotted(default_values(model=model, **groups)) for model in ("base_model", config.origin.preset))
+    chosen = {key: value for key, value in dotted(config.as_dict()).items() if key in config.origin.nulls and value is not None}
+    return {key: value for key, value in (own | chosen).items() if value != general.get(key)}
+
+
 def newer_defaults(values: dict[str, Any]) -> dict[str, Any]:
     """The defaults, by dotted names, of the keys that configurations of the first version with such values lack."""
     loss = values.get("loss")

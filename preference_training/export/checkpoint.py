@@ -207,6 +207,7 @@ def _card_facts(source: Source) -> CardFacts:
         dtype="",
         parameters=0,
         config=source.config,
+        usual=source.run.get("usual"),
         base=source.base,
         examples=source.examples,
         held_out=source.held_out,

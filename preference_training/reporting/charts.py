@@ -221,7 +221,9 @@ def _padded(low: float, high: float, share: float, flat: float) -> tuple[float, 
     return float(low - padding), float(high + padding)
 
 
-def chart(title: str, lines: Sequence[Line | None], note: str = "", axes: Axes = DEFAULT_AXES) -> Markup:
+def chart(
+    title: str, lines: Sequence[Line | None], note: str = "", axes: Axes = DEFAULT_AXES, has_legend: bool = True
+) -> Markup:
     """A figure with legend, plot, readout and table; empty without any line."""
     full = [line for line in lines if line is not None]
     if not full:
@@ -229,7 +231,7 @@ def chart(title: str, lines: Sequence[Line | None], note: str = "", axes: Axes =
     drawn, frame = [_as_drawn(line) for line in full], Frame.around(full, axes)
     parts = [
         Markup('<figure class="chart"><figcaption><strong>{}</strong>{}</figcaption>').format(title, _note(note)),
-        Markup('<ul class="legend">{}</ul>').format(Markup().join(map(_legend, drawn))),
+        legend(drawn if has_legend else ()),
         _plot(title, drawn, frame, axes),
         _table(title, full, axes.x_name),
         Markup('<script type="application/json">{}</script></figure>').format(Markup(_chart_data(drawn, frame, axes.x_name))),
@@ -248,6 +250,11 @@ def _as_drawn(line: Line) -> Line:
 
 def _note(note: str) -> Markup:
     return Markup(" <span>{}</span>").format(note) if note else Markup()
+
+
+def legend(lines: Sequence[Line]) -> Markup:
+    """The names of some lines, each with a piece of it."""
+    return Markup('<ul class="legend">{}</ul>').format(Markup().join(map(_legend, lines)))
 
 
 def _legend(line: Line) -> Markup:

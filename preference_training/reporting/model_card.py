@@ -33,6 +33,7 @@ class CardFacts:
     numbers of examples and prompts, if it was evaluated. rows: metrics.jsonl up to this checkpoint. overrides: those of the
     run's command line. sample: a prompt of the data and the response to it. prompt: an example in the format of training.
     notes: sentences about this export. adapter: it holds an adapter, not full weights. head: lm, or value for a reward model.
+    usual: defaults of the run that are not config.yaml's.
     """
 
     name: str
@@ -55,6 +56,7 @@ class CardFacts:
     adapter: bool = False
     head: str = "lm"
     quantized: str | None = None
+    usual: object = None
 
     def summary(self, directory: Path) -> str:
         """One line on the model in a directory."""
@@ -65,7 +67,7 @@ def model_card(facts: CardFacts) -> str:
     """The text of the README.md, with its metadata."""
     sections = [f"---\n{metadata(facts)}\n---", f"# {facts.name.rsplit('/', 1)[-1]}", _introduction(facts), _loading(facts)]
     if facts.config is not None:
-        sections += [_data(facts.config), _sample(facts), _command(facts), _configuration(facts.config)]
+        sections += [_data(facts.config), _sample(facts), _command(facts), _configuration(facts.config, facts.usual)]
     sections += [_metrics(facts), _curves(facts.rows), _versions(facts)]
     return without_secrets("\n\n".join(section for section in sections if section) + "\n")
 
@@ -260,18 +262,22 @@ def is_shown(key: str) -> bool:
     return not is_within(key, ("hydra", *keys_with(NOT_SHOWN)))
 
 
-def changed_settings(config: dict) -> dict[str, tuple[object, object]]:
-    """The settings of a run that differ from the defaults in config/: key → (value, default or None)."""
+def changed_settings(config: dict, usual: object = None) -> dict[str, tuple[object, object]]:
+    """The settings of a run that differ from its defaults: key → (value, default or None).
+
+    usual: those of its defaults that are not config.yaml's, as the run recorded them.
+    """
     now = dotted(config)
     # Its default is an interpolation of another key.
     defaults = default_values(model="base_model", loss=config["loss"]["name"], trainer=config["trainer"]["name"])
     before = dotted(defaults) | {"model.reference_dtype": now.get("model.policy_dtype")}
+    before |= usual if isinstance(usual, dict) else {}
     changed = [key for key in now if now[key] != before.get(key) and is_shown(key)]
     return {key: (now[key], before.get(key)) for key in sorted(changed)}
 
 
-def _configuration(config: dict) -> str:
-    changed = changed_settings(config)
+def _configuration(config: dict, usual: object) -> str:
+    changed = changed_settings(config, usual)
     # A local path.
     changed.pop("loss.function", None)
     rows = [f"| `{key}` | {_cell(value)} | {_cell(default)} |" for key, (value, default) in changed.items()]

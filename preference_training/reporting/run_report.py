@@ -27,6 +27,7 @@ from preference_training.core.metric_names import (
     MFU,
     TOKENS_PER_SECOND,
     UPDATES,
+    change,
 )
 from preference_training.core.values import UNREADABLE
 from preference_training.data.rows.records import DataReport
@@ -129,9 +130,10 @@ def headline(run: RunRecord) -> Iterator[dict]:
     for metric, (title, meaning) in HEADLINE.items():
         if isinstance(last.get(metric), int | float):
             value, _, interval = _estimate(last, metric).partition(" ")
-            before = first.get(metric)
+            before, changed = first.get(metric), _estimate(last, change(metric)[0])
             size = ("95%, " * bool(interval) + held_out_size(run)).removesuffix(", ")
-            more = [interval, size, f"{format_number(before)} at first" * isinstance(before, int | float)]
+            more = [interval, size, f"{format_number(before)} at first" if _are_numbers(before) else ""]
+            more.append(f"change {changed}" if changed != "-" and _are_numbers(before) else "")
             yield {"name": title, "value": value, "more": [text for text in more if text], "meaning": meaning}
 
 
@@ -164,7 +166,9 @@ def run_facts(run: RunRecord) -> dict[str, str]:
     schedule = {"linear": "linear to", "cosine": "cosine to"}.get(settings.get("lr_schedule"), "")
     last = settings.get("final_lr_share")
     end = f", {schedule} {format_number(rate * last)}" if schedule and _are_numbers(rate, last) else ""
-    warmed = f", after {warm_up:,} steps of warm-up" if isinstance(warm_up, int) and warm_up else ""
+    share = settings.get("warmup_share")
+    warmed = f", after {warm_up:,} step{'s' * (warm_up != 1)} of warm-up" if isinstance(warm_up, int) and warm_up else ""
+    warmed = f", after a warm-up of {share:.0%} of the run" if warm_up is None and _are_numbers(share) and share else warmed
     size, epoch = settings.get("batch_size"), finite_values(run.steps, EPOCH)
     return {
         name: text
@@ -189,7 +193,11 @@ def held_out_table(run: RunRecord) -> list[dict]:
     first, last = run.evaluations[0], run.last_evaluation
     metrics = [name for name in last if "eval" in name and not name.endswith((LOW, HIGH, CHANGE))]
     return [
-        {"words": WORDS.get(name, ""), "name": name, "first": _estimate(first, name), "last": _estimate(last, name)}
+        {
+            "words": WORDS.get(name, ""),
+            "name": name,
+            "values": [_estimate(first, name), _estimate(last, name), _estimate(last, change(name)[0])],
+        }
         for name in metrics
     ]
 
@@ -257,7 +265,7 @@ def data_table(run: RunRecord) -> list[dict]:
 def settings_table(run: RunRecord) -> dict:
     """The settings that differ from the defaults: key → (value, default)."""
     try:
-        return changed_settings(run.config)
+        return changed_settings(run.config, run.about.get("usual"))
     except UNREADABLE:
         return {}
 

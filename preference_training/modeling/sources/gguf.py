@@ -31,8 +31,12 @@ def with_converted_model(config: RunConfig) -> RunConfig:
     name = config.model.name_or_path
     if not name or not is_gguf(name):
         return config
-    file = local_gguf(name) or _download(name, config.cache_dir)
-    return config.changed({"model.name_or_path": str(converted(file, name, config.cache_dir))})
+    return config.changed({"model.name_or_path": str(gguf_directory(name, config.cache_dir))})
+
+
+def gguf_directory(name: str, cache_dir: str | None = None) -> Path:
+    """The directory that a model in a GGUF file, here, in a package or on the hub, was converted to. Raises UserError."""
+    return converted(local_gguf(name) or _download(name, cache_dir), name, cache_dir)
 
 
 def _download(name: str, cache_dir: str | None) -> Path:

@@ -17,6 +17,7 @@ from preference_training.modeling.tokenizer import BYTE_LEVEL
 from preference_training.tracking.run_files import (
     ABOUT,
     METRICS,
+    RERUN,
     RESULTS_FILE,
     SAMPLES,
     json_lines,
@@ -35,8 +36,6 @@ CONFIG = {
     "system_prompt": (str, None),
 }
 STATE_SHAPE = {"examples": int, "held_out": ({...: (float, int)}, None), "run": {"config": CONFIG}}
-# The overrides of a run's command line.
-RERUN = "rerun.yaml"
 EXPECTED = "Expected a run directory, or a checkpoint (step-N) in one."
 
 

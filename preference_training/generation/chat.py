@@ -43,7 +43,7 @@ from preference_training.modeling.tokenizer import load_tokenizer
 from preference_training.tracking.run_files import STATE
 
 EXPECTED = (
-    "Expected a run directory, a checkpoint (step-N) in one, an export, a model directory, a .gguf file, a preset or a hub id."
+    "Expected a run directory, a checkpoint (step-N) in one, an export, a model directory, a .gguf file, a preset, a hub id."
 )
 BEFORE_TRAINING = "before training"
 # Where a model's configuration does not say how many tokens it can read.

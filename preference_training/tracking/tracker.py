@@ -26,7 +26,7 @@ from preference_training.core.metric_names import (
     TRAIN_LOSS,
     TRAIN_MARGIN,
 )
-from preference_training.tracking.dashboards import Dashboard
+from preference_training.tracking.dashboards.base import Dashboard
 from preference_training.tracking.run_files import BAD_STEPS, EVENTS, METRICS, SAMPLES
 
 Metrics = dict[str, float | Tensor]

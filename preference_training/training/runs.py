@@ -14,11 +14,12 @@ from preference_training.core.errors import UserError, first_line
 from preference_training.core.signals import StoppedError, StopRequests
 from preference_training.data.prompt_table import PromptTable
 from preference_training.distributed.placement import Placement
-from preference_training.modeling.adapters import BASE_DIR, saved_base
+from preference_training.modeling.adapters import BASE_DIR, has_adapter, saved_base
 from preference_training.tracking.about import write_about
 from preference_training.tracking.callbacks import Callbacks
 from preference_training.tracking.tracker import NoTracker, Tracker
 from preference_training.training.assembly import assemble, checkpoint_writer, observe
+from preference_training.training.defaults import usual_lr
 from preference_training.training.evaluator import Evaluator
 from preference_training.training.parts import Batches, Models, Observers, RunState
 from preference_training.training.preparation import PreparedRun, check_same_data
@@ -71,7 +72,7 @@ def train(prepared: PreparedRun, trainer_class, placement: Placement, readers: R
         stop = opened.enter_context(StopRequests(config.max_wall_time))
         if ranks.is_rank_zero:
             total = batches.train.schedule.total_examples
-            about = describe_run(placement, data, checkpoint)
+            about = describe_run(prepared, placement, checkpoint)
             report = readers.report_writer and readers.report_writer(config, run_dir, prepared.loss, placement.tokenizer, data)
             tracker = open_run_dir(config, run_dir, about, checkpoint, total, report)
             if notice:
@@ -83,7 +84,8 @@ def train(prepared: PreparedRun, trainer_class, placement: Placement, readers: R
                     [split.reports for split in data],
                     total,
                     placement.device,
-                    _sizes(batches, *(split.table for split in data)),
+                    _sizes(models, batches, *(split.table for split in data))
+                    | {"usual": about["usual"], "chosen": config.chosen},
                 )
             opened.enter_context(tracker)
         else:
@@ -121,13 +123,15 @@ def _end_of_run(callbacks: Callbacks, run_dir: Path) -> Iterator[None]:
     callbacks.call("on_end", run_dir)
 
 
-def _sizes(batches: Batches, train: PromptTable, held_out: PromptTable) -> dict:
-    """How many optimizer steps a run has, and what its splits hold."""
+def _sizes(models: Models, batches: Batches, train: PromptTable, held_out: PromptTable) -> dict:
+    """How many optimizer steps a run has, its model's size and usual learning rate, and what its splits hold."""
     tables = {"train": train, "held out": held_out}
     sizes = {
         name: {"examples": int(table.num_examples.sum()), "responses": table.num_responses} for name, table in tables.items()
     }
-    return {"steps": batches.train.schedule.total_steps, **sizes}
+    parameters = sum(weight.numel() for weight in models.policy.parameters())
+    usual = usual_lr(models.loss.learns, parameters, has_adapter(models.policy))
+    return {"steps": batches.train.schedule.total_steps, "parameters": parameters, "usual_lr": usual, **sizes}
 
 
 def _conclude(conclude: Callable, tracker: Tracker) -> Sequence[str]:
@@ -162,7 +166,7 @@ def evaluate(prepared: PreparedRun, placement: Placement) -> float | None:
         if checkpoint is None and ranks.is_rank_zero:
             opened.enter_context(lock_run_dir(run_dir))
             notice = prepare_run_dir(config, run_dir, None)
-            about = describe_run(placement, data, None)
+            about = describe_run(prepared, placement, None)
             tracker = open_run_dir(config, run_dir, about, None)
             if notice:
                 tracker.log_message(notice)

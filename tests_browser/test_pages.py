@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 from selenium.webdriver.common.action_chains import ActionChains
@@ -142,7 +143,7 @@ def test_what_is_written_and_drawn_stands_out_from_what_is_behind_it(browser, pa
     value = lambda name: browser.execute_script(  # noqa: E731
         "return getComputedStyle(document.documentElement).getPropertyValue(arguments[0]).trim()", f"--{name}")  # fmt: skip
     for text in ("ink", "quiet"):
-        for behind in ("paper", "box", "marked"):
+        for behind in ("paper", "box", "marked", "wrong"):
             assert contrast(value(text), value(behind)) >= WRITTEN, (text, behind)
     for line in range(6):
         assert contrast(value(f"c{line}"), value("paper")) >= DRAWN, line
@@ -218,6 +219,23 @@ def test_the_pointer_shows_the_values_under_it_and_takes_them_along(browser, pag
                 photograph(browser, picture, whole=False)
         ActionChains(browser).move_to_element(browser.find_element(By.CSS_SELECTOR, "h1")).perform()
         assert readout(browser) == ""
+
+
+# ---- links ------------------------------------------------------------------------------------------------------------------
+
+
+def test_links_lead_to_files_that_are_there(browser, pages):
+    show(browser, 1280)
+    for name in ("dpo", "comparison"):
+        open_page(browser, pages[name])
+        links = [link.get_attribute("href") for link in browser.find_elements(By.CSS_SELECTOR, "main a")]
+        assert any(not link.partition("#")[2] for link in links)
+        for link in links:
+            path, _, section = link.removeprefix("file://").partition("#")
+            assert Path(unquote(path)).is_file(), link
+            assert not section or browser.find_elements(By.ID, section), link
+    browser.find_element(By.CSS_SELECTOR, "table a").click()
+    assert browser.find_element(By.TAG_NAME, "h1").text == browser.title, "the report of the first run"
 
 
 # ---- paper ------------------------------------------------------------------------------------------------------------------

@@ -151,7 +151,8 @@ def speeds(run: RunRecord) -> Iterator[dict]:
     """How fast the run was, and the memory it took: name, value and a qualification."""
     for metric, title in SPEEDS.items():
         if values := finite_values(run.steps, metric):
-            yield {"name": title, "value": format_number(statistics.median(values)), "more": ["median"], "meaning": ""}
+            value = format_number(float(f"{statistics.median(values):.3g}"))
+            yield {"name": title, "value": value, "more": ["median"], "meaning": ""}
     if shares := finite_values(run.steps, MFU):
         meaning = "model FLOPs utilization: the share of the GPU's peak arithmetic that the model's needs take"
         yield {"name": "MFU", "value": f"{statistics.median(shares):.0%}", "more": ["of the GPU's peak"], "meaning": meaning}

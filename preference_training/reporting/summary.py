@@ -12,6 +12,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from preference_training.configuration.rerun import RERUN
 from preference_training.core.metric_names import (
     EVAL_ACCURACY,
     EVAL_LOSS,
@@ -28,7 +29,7 @@ from preference_training.losses.registry import find_loss, model_head, parts_of
 from preference_training.reporting.findings import Finding, findings
 from preference_training.reporting.observations import finite_values
 from preference_training.reporting.run_record import RunRecord
-from preference_training.tracking.run_files import CHECKPOINT, JOB, LATEST, LOCK, PRUNED, REPORT, RERUN, json_object
+from preference_training.tracking.run_files import CHECKPOINT, JOB, LATEST, LOCK, PRUNED, REPORT, json_object
 
 # What the examples of a loss are called, one and several.
 NOUNS = {

@@ -94,6 +94,12 @@ def next_steps(run: RunRecord) -> list[str]:
 # ---- in one line ------------------------------------------------------------------------------------------------------------
 
 
+def name_of(run: RunRecord) -> str:
+    """The name of the run's experiment, and the number of its job where it is one of a sweep."""
+    job = f", job {run.directory.name}" if (run.directory / JOB).is_file() else ""
+    return f"{run.config.get('exp_name', run.directory.name)}{job}"
+
+
 def summary(run: RunRecord) -> str:
     """The run in one line: DPO (beta 0.1) on 285 pairs of mine.jsonl · Qwen3-0.6B + LoRA r=16 · 4 min · finished."""
     return " · ".join(part for part in (*trained(run), duration_text(seconds(run)), status(run)) if part)
@@ -241,6 +247,12 @@ def _moments(run: RunRecord) -> Iterator[tuple[datetime, str]]:
             yield moment, str(event.get("text"))
 
 
+def last_moment(run: RunRecord) -> str:
+    """When the run's last event was; empty where that is not known."""
+    moments = [moment for moment, _ in _moments(run)]
+    return f"{moments[-1]:%Y-%m-%d %H:%M}" if moments else ""
+
+
 def duration_text(time: float | None) -> str:
     """A duration in words: 40 s, 4 min, 2 h 10 min; empty for None."""
     if time is None or time < 0:
@@ -298,7 +310,10 @@ def command(run: RunRecord) -> str:
         return f"python train.py --config-name {Path(RERUN).stem} --config-dir {shlex.quote(_from_here(run.directory))}"
     overrides = json_object(run.directory / JOB).get("overrides")
     if isinstance(overrides, list):
-        return shlex.join(["python", "train.py", *map(str, overrides)])
+        own = [
+            text for text in map(str, overrides) if not text.lstrip("+").startswith(("sweep_dir=", "hydra", "local_run_dir="))
+        ]
+        return shlex.join(["python", "train.py", *own])
     return ""
 
 

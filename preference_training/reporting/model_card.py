@@ -33,7 +33,7 @@ class CardFacts:
     numbers of examples and prompts, if it was evaluated. rows: metrics.jsonl up to this checkpoint. overrides: those of the
     run's command line. sample: a prompt of the data and the response to it. prompt: an example in the format of training.
     notes: sentences about this export. adapter: it holds an adapter, not full weights. head: lm, or value for a reward model.
-    usual: defaults of the run that are not config.yaml's.
+    usual: `usual_values` of the run.
     """
 
     name: str
@@ -265,15 +265,15 @@ def is_shown(key: str) -> bool:
 def changed_settings(config: dict, usual: object = None) -> dict[str, tuple[object, object]]:
     """The settings of a run that differ from its defaults: key → (value, default or None).
 
-    usual: those of its defaults that are not config.yaml's, as the run recorded them.
+    usual: `usual_values`, as the run recorded them.
     """
     now = dotted(config)
     # Its default is an interpolation of another key.
     defaults = default_values(model="base_model", loss=config["loss"]["name"], trainer=config["trainer"]["name"])
     before = dotted(defaults) | {"model.reference_dtype": now.get("model.policy_dtype")}
-    before |= usual if isinstance(usual, dict) else {}
-    changed = [key for key in now if now[key] != before.get(key) and is_shown(key)]
-    return {key: (now[key], before.get(key)) for key in sorted(changed)}
+    no_change = {key: [value] for key, value in before.items()} | (usual if isinstance(usual, dict) else {})
+    changed = [key for key in now if now[key] not in no_change.get(key, [None]) and is_shown(key)]
+    return {key: (now[key], no_change.get(key, [None])[-1]) for key in sorted(changed)}
 
 
 def _configuration(config: dict, usual: object) -> str:

@@ -39,6 +39,7 @@ from preference_training.data.rows.values import (
     field_number,
     field_value,
     is_empty,
+    is_plain_text,
     is_text_list,
     parse_text_list,
 )
@@ -260,6 +261,17 @@ class FieldMap:
         return Row(prompt, responses, [(better, 1 - better)], better)
 
     def _pair(self, row: dict, report: DataReport) -> Row:
+        if isinstance(self.rejected, str) and self.rejected != self.chosen:
+            two = [(name, row.get(name)) for name in (self.chosen, self.rejected)]
+            if all(is_plain_text(text) for _, text in two):
+                for name, text in two:
+                    check_text(text, name)
+                prompt, responses = self.splitting.split(row, two)
+                return Row(prompt, responses, [(0, 1)], 0, **self._numbers_of_pair(row, 1))
+        return self._pair_of_any(row, report)
+
+    def _pair_of_any(self, row: dict, report: DataReport) -> Row:
+        """A row of pairs whose answers are not two texts."""
         others = _listed(self.rejected)
         # Of several columns of rejected answers, those that a row lacks are left out.
         given = [row.get(name, row.get(name.split(".")[0])) for name in others]
@@ -285,7 +297,9 @@ class FieldMap:
 
     def _numbers_of_pair(self, row: dict, count: int) -> dict[str, list[float]]:
         """The margin and the weight of a row's pairs, where they are mapped. Raises RowError."""
-        numbers = {}
+        numbers: dict[str, list[float]] = {}
+        if self.margin is None and self.example_weight is None:
+            return numbers
         for key, name, least in (("margins", self.margin, -inf), ("weights", self.example_weight, 0)):
             if name is None or (name in self.found and is_empty(row.get(name))):
                 continue

@@ -201,7 +201,7 @@ class _Tokenization:
         if not prompt_ids:
             self.renderer.refuse(record, "the prompt is empty. Expected at least one token before a response.")
             return None
-        if any(self.eos_id in ids for (ids, *_), text in zip(whole, one.texts, strict=True) if isinstance(text, str)):
+        if any(self.eos_id in some.ids for some, text in zip(whole, one.texts, strict=True) if isinstance(text, str)):
             self.renderer.refuse_end(record)
             return None
         responses = [[*response.ids, self.eos_id] for response in whole]
@@ -211,8 +211,18 @@ class _Tokenization:
                 [(0, len(response.ids) + 1)] if isinstance(text, str) else _with_end(response)
                 for response, text in zip(whole, one.texts, strict=True)
             ]
-        numbers = part.numbers
-        return TokenizedPrompt(prompt_ids, responses, part.examples, record.source, record.number, spans=spans, **numbers)
+        return TokenizedPrompt(
+            prompt_ids,
+            responses,
+            part.examples,
+            record.source,
+            record.number,
+            0,
+            spans,
+            part.weights,
+            part.margins,
+            part.labels,
+        )
 
     def _without_prompt(self, whole: list[ScoredIds]) -> tuple[list[int], list[ScoredIds]]:
         """What responses without a prompt are conditioned on, and these: the first token where none begins a sequence."""
@@ -311,11 +321,13 @@ def drop_identical(prompt: TokenizedPrompt, report: DataReport) -> TokenizedProm
     Rankings lose the worse of identical responses; responses that are labeled both ways are skipped. None without any remaining
     example; unchanged for SFT.
     """
+    if not prompt.examples or (len(prompt.responses) == 2 and prompt.responses[0] != prompt.responses[1]):
+        return prompt
     spans = prompt.spans or [[] for _ in prompt.responses]
     first: dict[tuple, int] = {}
     keys = zip(map(tuple, prompt.responses), map(tuple, spans), strict=True)
     places = [first.setdefault(key, index) for index, key in enumerate(keys)]
-    if not prompt.examples or len(first) == len(places):
+    if len(first) == len(places):
         return prompt
     examples = [tuple(dict.fromkeys(places[index] for index in members)) for members in prompt.examples]
     if prompt.labels:

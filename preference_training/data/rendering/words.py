@@ -9,7 +9,7 @@ import json
 import re
 import unicodedata
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from itertools import accumulate, chain
 
 # Letters of Western and Central European languages, digits and white space, as parts of a character class.
@@ -64,7 +64,7 @@ class Words:
         words = self._words(text)
         return None if words is None else [*chain.from_iterable(map(self.ids_of, words))]
 
-    def ids_at(self, text: str, places: Sequence[int]) -> tuple[list[int], list[int]] | None:
+    def ids_at(self, text: str, places: list[int]) -> tuple[list[int], list[int]] | None:
         """The ids of a text, and how many are before each place; None also where a place is inside a word."""
         words = None if self.trims_offsets else self._words(text)
         if words is None:
@@ -72,7 +72,7 @@ class Words:
         found = [*map(self.ids_of, words)]
         starts, counts = ([*accumulate(map(len, parts), initial=0)] for parts in (words, found))
         numbers = [bisect_left(starts, place) for place in places]
-        if any(starts[number] != place for number, place in zip(numbers, places, strict=True)):
+        if [starts[number] for number in numbers] != places:
             return None
         return [*chain.from_iterable(found)], [counts[number] for number in numbers]
 

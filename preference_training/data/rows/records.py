@@ -293,11 +293,20 @@ def response_error(response) -> str | None:
 
 def _turns_error(turns: tuple) -> str | None:
     for number, turn in enumerate(turns, start=1):
+        if _is_plain(turn):
+            continue
         if not _is_turn(turn):
             return f"has a turn {number} that is not (role, content) with one of the roles {', '.join(ROLES)}"
         if problem := turn_error(Turn(*turn)):
             return f"has a turn {number} that {problem}"
     return None if turns else "is a conversation without turns"
+
+
+def _is_plain(turn) -> bool:
+    """Whether a turn has nothing but a role and a text, as most have."""
+    if type(turn) is not Turn or not isinstance(turn.role, str) or turn.rest != "":
+        return False
+    return turn.role in ROLES and text_error(turn.content) is None
 
 
 def _is_turn(turn) -> bool:

@@ -68,7 +68,6 @@ def _beside_turns(value, name: str) -> Iterator[str]:
         # Columns that are only compared, as by `where`, need not contain turns.
         return
     for item in value if isinstance(value, list) else ():
-        keys = turn_keys(item)
-        if keys and len(item) > 2:
+        if isinstance(item, dict) and len(item) > 2 and (keys := turn_keys(item)):
             read = (*keys, *MESSAGE_FIELDS)
             yield from (f"{name}.{key}" for key, inner in item.items() if key not in read and not is_empty(inner))

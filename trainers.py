@@ -5,7 +5,6 @@ asks which loss, data set or trainer it serves.
 """
 
 import math
-import time
 from collections.abc import Sequence
 
 from preference_training.batching.micro_batches import MicroBatch
@@ -18,10 +17,11 @@ from preference_training.core.machine import memory_held
 from preference_training.core.random_streams import random_streams, restore_random_streams
 from preference_training.core.signals import StoppedError
 from preference_training.distributed.placement import OneProcess, Placement, Sharded, TensorParallel
+from preference_training.distributed.utilization import Utilization
 from preference_training.tracking.tracker import Metrics
 from preference_training.training.evaluator import Evaluator
 from preference_training.training.monitors import TrainingMonitor
-from preference_training.training.parts import Batches, Models, Observers, RunState
+from preference_training.training.parts import Batches, Models, Observers, Pace, RunState
 from preference_training.training.step import PackResult, TrainingStep
 
 
@@ -36,7 +36,9 @@ class Trainer:
         self.state = RunState()
         self.step = TrainingStep(placement, models, self.state, batches.train.schedule.total_steps)
         self.evaluator = Evaluator(placement, models, batches, self.state, observers)
-        self.monitor = TrainingMonitor(self.tracker.log_message, self.config.loss_spike)
+        utilization = Utilization.of(self.config, models.policy, models.reference, self.step.device)
+        self.pace = Pace(self.state, utilization)
+        self.monitor = TrainingMonitor(self.tracker, self.config.loss_spike)
         self.stopping = False
         self.saved_at: int | None = None
 
@@ -48,25 +50,25 @@ class Trainer:
         Raises StoppedError, a checkpoint written, where the run is asked to stop, and UserError where too many steps in a row
         were skipped, or where policy and reference are not the same at the beginning.
         """
+        self.pace.start()
+        self.monitor.check_warmup(self.config, self.batches.train.schedule.total_steps)
         if self.state.examples == 0:
             self.before_first_step()
         else:
             self.models.start_check = None
-        started = time.perf_counter()
+        self.pace.idle()
         for batch in self.batches.train:
-            lr, tokens = self.step.updater.lr, self.state.tokens
+            lr = self.step.updater.lr
             metrics = self.train_step(batch)
             size = sum(micro_batch.num_examples for micro_batch in batch)
-            now = time.perf_counter()
+            measured = self.pace.step(size)
             if metrics:
-                metrics |= {names.LEARNING_RATE: lr, names.EPOCH: self.batches.train.epochs_done, names.TIME: time.time()}
-                metrics |= {names.EXAMPLES_PER_SECOND: size / (now - started), names.MEMORY: memory_held(self.step.device)}
-                metrics |= {names.TOKENS_PER_SECOND: (self.state.tokens - tokens) / (now - started)} | self.state.counters()
+                metrics |= {names.LEARNING_RATE: lr, names.EPOCH: self.batches.train.epochs_done} | measured
+                metrics |= {names.MEMORY: memory_held(self.step.device)} | self.state.counters()
                 self.monitor.observe(metrics)
-                self.tracker.log_step(metrics)
-            started = now
+                self.observers.log_step(metrics)
             if not self.batches.train.finished and self.between_steps(size):
-                started = time.perf_counter()
+                self.pace.idle()
             if self.finished:
                 break
         self.monitor.report_sharing()
@@ -75,8 +77,9 @@ class Trainer:
 
     @property
     def finished(self) -> bool:
-        """Whether no step is left to take, or the evaluations end the run."""
-        return self.batches.train.finished or self.evaluator.ends_run
+        """Whether no step is left to take, or the evaluations or a callback end the run."""
+        ended = self.batches.train.finished or self.evaluator.ends_run
+        return ended or self.observers.callbacks_end_run(self.placement.ranks)
 
     def before_first_step(self) -> None:
         """Sample the reference's responses while it is the policy, and evaluate."""
@@ -160,6 +163,7 @@ class Trainer:
         self.saved_at = self.state.examples
         if finished or self.stopping:
             writer.wait()
+            self.observers.tell_checkpoints()
             # The launcher would end rank 0, which may still be writing, when another process ends.
             self.placement.ranks.barrier()
 

@@ -7,7 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from preference_training.configuration.schema import DTYPES
+from preference_training.configuration.sections import DTYPES
 from preference_training.core.errors import UserError
 
 

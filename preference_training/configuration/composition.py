@@ -3,18 +3,17 @@
 import re
 from collections.abc import Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from preference_training.configuration.keys import NEWER, OPEN, key_names
+from preference_training.configuration.model_names import BASES, CONFIG_DIR, name_models
 from preference_training.configuration.schema import RunConfig, keys_with
 from preference_training.core.errors import UserError, nearest
 from preference_training.core.values import dotted
 
-CONFIG_DIR = Path(__file__).parents[2] / "config"
 GROUPS = ("model", "loss", "trainer")
 
 
@@ -29,8 +28,11 @@ def force_open_sections(arguments: list[str]) -> list[str]:
 
 
 def prepare_arguments(arguments: list[str]) -> list[str]:
-    """Command-line arguments as Hydra needs them for open sections, and for groups that are swept over."""
-    return defer_keys_of_swept_groups(force_open_sections(arguments))
+    """Command-line arguments as Hydra needs them for models by name, for open sections, and for groups that are swept over.
+
+    Raises UserError where one names a model that does not exist.
+    """
+    return defer_keys_of_swept_groups(force_open_sections(name_models(arguments)))
 
 
 def defer_keys_of_swept_groups(arguments: list[str]) -> list[str]:
@@ -86,9 +88,10 @@ def compose_overrides(*overrides: str) -> tuple[DictConfig, dict[str, str]]:
     from hydra import compose, initialize_config_dir
     from hydra.errors import HydraException
 
+    given = force_open_sections(name_models(overrides))
     try:
         with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-            config = compose("config", overrides=force_open_sections(list(overrides)), return_hydra_config=True)
+            config = compose("config", overrides=given, return_hydra_config=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(explain_composition_error(error, overrides)) from error
     choices = dict(config.hydra.runtime.choices)
@@ -107,12 +110,37 @@ def known_keys() -> frozenset[str]:
 @cache
 def default_values(**groups: str) -> dict[str, Any]:
     """The plain values of config.yaml, with the groups' files of these names; an unknown name is an empty section."""
-    values = OmegaConf.to_container(OmegaConf.load(CONFIG_DIR / "config.yaml"))
+    values = OmegaConf.load(CONFIG_DIR / "config.yaml")
     for group, name in groups.items():
         # A name in data forms no path.
-        known = name in ("base_model", *group_choices(group))
-        values[group] = OmegaConf.to_container(OmegaConf.load(CONFIG_DIR / group / f"{name}.yaml")) if known else {}
-    return {key: value for key, value in values.items() if key not in ("hydra", "defaults")}
+        known = name in (*BASES, *group_choices(group))
+        values[group] = {}
+        values = OmegaConf.merge(values, *(_choice_files(group, name) if known else ()))
+    return {key: value for key, value in OmegaConf.to_container(values).items() if key not in ("hydra", "defaults")}
+
+
+def preset_of(choice: str) -> str:
+    """The preset that a choice of the group `model` is, or builds on where it is the name of a model."""
+    return choice if choice in (*BASES, *group_choices("model")) else "pretrained"
+
+
+def _choice_files(group: str, name: str) -> list[DictConfig]:
+    """The files of a choice of a group, each after those that it overrides, as parts of the whole configuration."""
+    path = CONFIG_DIR / group / f"{name}.yaml"
+    file = OmegaConf.load(path)
+    bases = [base.partition("@")[0] for base in file.pop("defaults", ()) if isinstance(base, str) and base != "_self_"]
+    is_global = path.read_text().startswith("# @package _global_")
+    return [part for base in bases for part in _choice_files(group, base)] + [
+        file if is_global else OmegaConf.create({group: file})
+    ]
+
+
+def usual_values(config: RunConfig) -> dict[str, Any]:
+    """The defaults of a run, by dotted names, that are not those of config.yaml: of its preset, and what became of null."""
+    groups = {"loss": config.loss.name, "trainer": config.trainer.name}
+    general, own = (dotted(default_values(model=model, **groups)) for model in ("base_model", config.origin.preset))
+    chosen = {key: value for key, value in dotted(config.as_dict()).items() if key in config.origin.nulls and value is not None}
+    return {key: value for key, value in (own | chosen).items() if value != general.get(key)}
 
 
 def newer_defaults(values: dict[str, Any]) -> dict[str, Any]:
@@ -190,4 +218,4 @@ def loss_keys() -> frozenset[str]:
 
 def group_choices(group: str) -> list[str]:
     """The names that `group=NAME` may take."""
-    return sorted(file.stem for file in (CONFIG_DIR / group).glob("*.yaml") if file.stem != "base_model")
+    return sorted(file.stem for file in (CONFIG_DIR / group).glob("*.yaml") if file.stem not in BASES)

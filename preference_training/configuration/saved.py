@@ -16,7 +16,8 @@ from preference_training.configuration.composition import (
     loss_keys,
 )
 from preference_training.configuration.keys import Section, declared
-from preference_training.configuration.schema import LossConfig, ModelConfig, RunConfig
+from preference_training.configuration.schema import RunConfig
+from preference_training.configuration.sections import LossConfig, ModelConfig
 from preference_training.configuration.validation import validate
 from preference_training.core.errors import UserError, first_line, nearest
 from preference_training.core.values import UNREADABLE

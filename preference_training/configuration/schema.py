@@ -6,10 +6,9 @@ counts stands here, once. A new key is a line in both.
 
 import copy
 import math
-import re
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 from preference_training.configuration.keys import (
     MAY_CHANGE_ON_RESUME,
@@ -19,7 +18,6 @@ from preference_training.configuration.keys import (
     OUTSIDE_JOB_IDENTITY,
     Section,
     anything,
-    declared,
     expected,
     is_number,
     key,
@@ -28,7 +26,6 @@ from preference_training.configuration.keys import (
     listed,
     not_negative,
     one_of,
-    optional_key,
     plain_section,
     positive,
     section,
@@ -38,17 +35,20 @@ from preference_training.configuration.keys import (
     texts,
     whole,
 )
+from preference_training.configuration.sections import (
+    EvaluationConfig,
+    LossConfig,
+    ModelConfig,
+    QualityConfig,
+    TrainerConfig,
+    WandbConfig,
+)
 
 BITSANDBYTES_OPTIMIZERS = ("AdamW8bit", "RMSprop8bit", "Lion8bit", "PagedAdamW", "PagedAdamW8bit")
 OPTIMIZERS = ("RMSprop", "AdamW", "Adam", "SGD", *BITSANDBYTES_OPTIMIZERS)
 # Of Optuna's those that judge by the values of runs alone.
 PRUNERS = ("MedianPruner", "PercentilePruner", "ThresholdPruner")
 SCHEDULES = ("constant", "linear", "cosine", "inverse_sqrt")
-# ZeRO stage 3, 2, 1; replicas; stage 3 within a machine and replicas across.
-SHARDINGS = ("full", "grad_op", "optimizer", "none", "hybrid")
-ATTENTIONS = ("auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3")
-DTYPES = ("float32", "bfloat16", "float16")
-MODES = ("DPO", "beta_DPO")
 # Keys of a run that an entry of `datasets` may override, and the values that some of them may have, besides null.
 GENERAL_KEYS = ("template", "system_prompt", "train_on", "truncation_mode", "on_bad_row", "weight")
 TEMPLATES = ("raw", "hh", "chatml", "chat")
@@ -63,10 +63,6 @@ GENERAL_CHOICES = {
 AnySection = TypeVar("AnySection", bound=Section)
 # Of exp_name; most systems allow a directory's name 255, and the moment follows it. Unit: bytes.
 LONGEST_NAME = 200
-# Relative distance of neighboring numbers of a low-precision dtype, at most. A smaller update of a weight may be rounded away.
-SPACINGS = {"bfloat16": 2**-7, "float16": 2**-10}
-# The largest of ordinary weights: matrices of language models have standard deviations of 0.02 to 0.05.
-ORDINARY_WEIGHT = 0.05
 
 
 def _directory_name(value: Any) -> str | None:
@@ -76,178 +72,13 @@ def _directory_name(value: Any) -> str | None:
     return problem or (None if valid else f"found {value!r}, expected {words}.")
 
 
-@dataclass(frozen=True, kw_only=True)
-class LoraConfig(Section):
-    """model.lora"""
+@dataclass(frozen=True)
+class Origin:
+    """What a configuration was composed from: the command line, the model preset, and the keys that were null."""
 
-    r: int | None = key(whole(1, null=True))
-    alpha: float = key(positive())
-    dropout: float = key(share())
-    target_modules: list[str] | str | None = key(
-        expected(
-            "names of layers, as in [q_proj,v_proj], or null",
-            lambda value: value is None or (value != [] and all(isinstance(name, str) for name in listed(value))),
-        )
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig(Section):
-    """model"""
-
-    name_or_path: str | None = key(text(null=True), NOT_SHOWN)
-    tokenizer_name_or_path: str | None = key(text(null=True), NOT_SHOWN)
-    chat_template: str | None = key(text(null=True), NEWER)
-    archive: str | None = key(text(null=True), NOT_SHOWN)
-    block_name: str | None = key(text(null=True))
-    policy_dtype: str = key(known_name("dtype", DTYPES))
-    autocast_dtype: str | None = key(known_name("dtype", DTYPES, null=True))
-    fsdp_policy_mp: str | None = key(known_name("dtype", DTYPES, null=True))
-    reference_dtype: str = key(known_name("dtype", DTYPES))
-    from_config: dict[str, Any] = key(plain_section, OPEN)
-    lora: LoraConfig = section(LoraConfig)
-    quantization: str | None = key(one_of(("nf4", "int8"), "nf4, int8", null=True))
-    double_quantization: bool = key(switch)
-    quantized_compute_dtype: str | None = key(known_name("dtype", DTYPES, null=True))
-    attn_implementation: str = key(one_of(ATTENTIONS))
-    liger_kernels: bool = key(switch)
-    trust_remote_code: bool = key(switch)
-    # No key: the loss says what head its models have, lm or value.
-    head: str = "lm"
-
-    @property
-    def trains_low_precision(self) -> bool:
-        """Whether weights in bfloat16 or float16 are trained; adapters are float32 whatever the base model's dtype."""
-        return self.policy_dtype in SPACINGS and self.lora.r is None
-
-    @property
-    def smallest_kept_lr(self) -> float:
-        """The learning rate from which ordinary weights of a low-precision dtype take every update, of one lr in size."""
-        # Half of the distance is rounded up.
-        return ORDINARY_WEIGHT * SPACINGS[self.policy_dtype] / 2
-
-
-@dataclass(frozen=True, kw_only=True)
-class LossConfig(Section):
-    """loss: the keys that losses share, None where the chosen loss has none; `own` are those of its file that only it has."""
-
-    name: str = key(anything)
-    beta: float | None = optional_key(
-        expected("a number above 0: at 0 the loss never changes", lambda value: is_number(value) and value > 0)
-    )
-    label_smoothing: float | None = optional_key(share(below=0.5))
-    reference_free: bool | None = optional_key(switch)
-    length_normalised: bool | None = optional_key(switch)
-    mode_loss: str | None = optional_key(known_name("mode", MODES))
-    mode_weight: float | None = optional_key(share())
-    a: float | None = optional_key(not_negative())
-    alpha: float | None = optional_key(not_negative())
-    penalty: float | None = optional_key(not_negative())
-    gamma: float | None = optional_key(not_negative())
-    average: str | None = optional_key(one_of(("responses", "tokens"), "responses or tokens"), NEWER)
-    reference_update_every: int | None = optional_key(whole(1))
-    reference_update_share: float | None = optional_key(
-        expected("a share above 0 to 1", lambda value: is_number(value) and 0 < value <= 1)
-    )
-    function: str | None = optional_key(
-        expected("FILE.py:NAME", lambda value: isinstance(value, str) and re.search(r"\.py:\w+$", value) is not None)
-    )
-    options: dict[str, Any] | None = optional_key(plain_section, OPEN)
-    own: dict[str, Any] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, values: dict[str, Any]) -> Self:
-        """The section with these values, unchecked; what only one loss has is checked by that loss."""
-        shared = {each.name for each in declared(cls)}
-        return replace(super().of(values), own={name: value for name, value in values.items() if name not in shared})
-
-    @property
-    def moves_reference(self) -> bool:
-        """Whether the reference follows the policy, so that its log-probs cannot be known before."""
-        return self.reference_update_every is not None
-
-    def given(self) -> dict[str, Any]:
-        """The loss's own keys, `name` among them."""
-        shared = {each.name: getattr(self, each.name) for each in declared(type(self))}
-        return copy.deepcopy({name: value for name, value in shared.items() if value is not None} | self.own)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainerConfig(Section):
-    """trainer: the keys of all trainers; those that a trainer does not have are None."""
-
-    name: str = key(anything, MAY_CHANGE_ON_RESUME)
-    tensor_parallel_size: int | None = optional_key(whole(1, null=True), MAY_CHANGE_ON_RESUME)
-    nproc_per_node: int | None = optional_key(whole(1, null=True), MAY_CHANGE_ON_RESUME, OUTSIDE_JOB_IDENTITY, NOT_SHOWN)
-    world_size: int | None = optional_key(whole(1, null=True), NOT_SHOWN)
-    device_memory: float | None = optional_key(positive(null=True), NOT_SHOWN)
-    sharding: str | None = optional_key(known_name("sharding", SHARDINGS), MAY_CHANGE_ON_RESUME)
-    param_dtype: str | None = optional_key(known_name("dtype", DTYPES, null=True))
-    reduce_dtype: str | None = optional_key(known_name("dtype", DTYPES, null=True), MAY_CHANGE_ON_RESUME)
-    output_dtype: str | None = optional_key(known_name("dtype", DTYPES, null=True))
-    cpu_offload: bool | None = optional_key(switch, MAY_CHANGE_ON_RESUME)
-    distributed_timeout_minutes: float | None = optional_key(positive(), MAY_CHANGE_ON_RESUME, OUTSIDE_JOB_IDENTITY)
-
-    @property
-    def is_sharded(self) -> bool:
-        """Whether the trainer shards weights over several processes."""
-        return self.name != "BasicTrainer"
-
-    @property
-    def splits_layers(self) -> bool:
-        """Whether each process has a part of every layer."""
-        return self.name == "TensorParallelTrainer"
-
-
-@dataclass(frozen=True, kw_only=True)
-class WandbConfig(Section):
-    """wandb"""
-
-    enabled: bool = key(switch)
-    entity: str | None = key(text(null=True))
-    project: str = key(text())
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluationConfig(Section):
-    """evaluation"""
-
-    to: str | None = key(text(null=True))
-    n_prompts: int | None = key(whole(1, null=True))
-    judge: str | None = key(text(null=True))
-    judge_url: str | None = key(text(null=True))
-    against: str = key(text())
-    max_missing: float = key(share())
-    judge_max_tokens: int | None = key(whole(1, null=True))
-    judge_timeout: float = key(positive(" of seconds"))
-    judge_attempts: int = key(whole(1))
-    judge_pause: float = key(positive(" of seconds"))
-    judge_workers: int = key(whole(1))
-    tasks: list[str] | str = key(texts("names, as in [open_llm,gsm8k]"))
-    task_path: str | None = key(text(null=True))
-    task_limit: int | None = key(whole(1, null=True))
-
-    @property
-    def task_names(self) -> list[str]:
-        """`tasks` as a list."""
-        return listed(self.tasks)
-
-
-@dataclass(frozen=True, kw_only=True)
-class QualityConfig(Section):
-    """quality: what a strict dry run does not accept."""
-
-    max_leaked: float | None = key(share(null=True))
-    max_near_leaked: float | None = key(share(null=True))
-    max_near_duplicates: float | None = key(share(null=True))
-    near_duplicate_similarity: float = key(
-        expected("a number from 0.5 to 1", lambda value: is_number(value) and 0.5 <= value <= 1)
-    )
-    max_baseline_accuracy: float | None = key(share(null=True))
-    max_contradictions: float | None = key(share(null=True))
-    min_agreement: float | None = key(share(null=True))
-    max_contaminated: float | None = key(share(null=True))
-    contamination_ngram: int = key(whole(8))
+    overrides: tuple[str, ...] = ()
+    preset: str = "base_model"
+    nulls: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -293,8 +124,9 @@ class RunConfig(Section):
         expected("true, false or null", lambda value: value is None or isinstance(value, bool)), MAY_CHANGE_ON_RESUME
     )
     n_eval_model_samples: int = key(whole(0), MAY_CHANGE_ON_RESUME)
+    max_sample_length: int | None = key(whole(1, null=True), NEWER, MAY_CHANGE_ON_RESUME)
     do_first_eval: bool = key(switch, MAY_CHANGE_ON_RESUME)
-    lr: float = key(positive())
+    lr: float | None = key(positive(null=True))
     lr_schedule: str = key(one_of(SCHEDULES))
     final_lr_share: float = key(share())
     weight_decay: float | None = key(not_negative(null=True))
@@ -303,11 +135,14 @@ class RunConfig(Section):
     prefix_sharing: str = key(one_of(("auto", "on", "off"), "auto, on or off"), MAY_CHANGE_ON_RESUME)
     reference_logps: str | None = key(one_of(("live", "cached"), null=True), MAY_CHANGE_ON_RESUME)
     tf32: bool = key(switch)
+    bf16: bool | None = key(expected("true, false or null", lambda value: value is None or isinstance(value, bool)), NEWER)
+    peak_tflops: float | None = key(positive(null=True), MAY_CHANGE_ON_RESUME, OUTSIDE_JOB_IDENTITY, NOT_SHOWN, NEWER)
     max_grad_norm: float = key(
         expected("a number above 0", lambda value: value == math.inf or (is_number(value) and value > 0))
     )
     max_length: int = key(whole(1))
-    max_prompt_length: int = key(whole(1))
+    # Half of max_length where it is null; never None behind `validate`.
+    max_prompt_length: int = key(whole(1, null=True))
     truncation_mode: str | None = key(one_of(TRUNCATION_MODES, null=True))
     sampling: str = key(one_of(("shuffle", "replacement"), "shuffle or replacement"), NEWER)
     n_epochs: int | None = key(whole(1, null=True), MAY_CHANGE_ON_RESUME)
@@ -320,11 +155,11 @@ class RunConfig(Section):
     master_weights: bool | str = key(
         expected("auto, true or false", lambda value: value == "auto" or isinstance(value, bool)), MAY_CHANGE_ON_RESUME
     )
-    warmup_steps: int = key(whole(0))
+    warmup_steps: int | None = key(whole(0, null=True))
     warmup_share: float | None = key(share(null=True))
     activation_checkpointing: bool = key(switch, MAY_CHANGE_ON_RESUME)
     compile: bool = key(switch)
-    eval_every: int = key(whole(1), MAY_CHANGE_ON_RESUME)
+    eval_every: int | None = key(whole(1, null=True), MAY_CHANGE_ON_RESUME)
     resume: str | None = key(text(null=True), MAY_CHANGE_ON_RESUME, NOT_SHOWN)
     save_strategy: str = key(one_of(("steps", "epoch", "no"), "steps, epoch or no"), MAY_CHANGE_ON_RESUME, NOT_SHOWN)
     save_every: int | None = key(whole(1, null=True), MAY_CHANGE_ON_RESUME, NOT_SHOWN)
@@ -342,6 +177,9 @@ class RunConfig(Section):
     loss: LossConfig = section(LossConfig)
     trainer: TrainerConfig = section(TrainerConfig)
     as_composed: dict[str, Any] = field(repr=False, compare=False)
+    origin: Origin = field(default=Origin(), repr=False, compare=False)
+    # For keys that were null, what became of them, as a line of text.
+    chosen: dict[str, str] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(cls, values: dict[str, Any], as_composed: dict[str, Any] | None = None) -> "RunConfig":
@@ -389,13 +227,13 @@ class RunConfig(Section):
         trained = self.model.trains_low_precision
         if self.master_weights != "auto":
             return bool(self.master_weights) and trained
-        return trained and (self.optimizer == "SGD" or self.lr < self.model.smallest_kept_lr)
+        return trained and (self.optimizer == "SGD" or (self.lr or 0.0) < self.model.smallest_kept_lr)
 
     @property
     def weight_copies(self) -> int:
         """How many times the memory of the trained weights gradients and optimizer take, at most."""
-        # A gradient and two states of the weights' dtype; or a gradient of it, and float32 copies with two states.
-        return 1 + 3 * 2 if self.keeps_master_weights else 1 + 2
+        # A gradient and two states of the weights' dtype; or a summed gradient and copies with two states, all in float32.
+        return 4 * 2 if self.keeps_master_weights else 1 + 2
 
     def caches_reference(self, read_again: bool) -> bool:
         """Whether the reference's log-probs are computed before training: if asked for, or left open and read more than once.

@@ -36,12 +36,15 @@ EXAMPLES, UPDATES, TOKENS = f"{COUNTERS}examples", f"{COUNTERS}updates", f"{COUN
 HELD_OUT_PROMPTS = f"{COUNTERS}held_out_prompts"
 
 GRAD_NORM, LEARNING_RATE, EPOCH = "grad_norm", "lr", "epoch"
+# Seconds since the run's start, without those between a stop and its resume.
 TIME, MEMORY = "time", "memory_gib"
 # The share of the tokens of all rows that prefix sharing did not have to compute.
 TOKENS_SAVED = "tokens_saved"
 EXAMPLES_PER_SECOND, TOKENS_PER_SECOND = "examples_per_second", "tokens_per_second"
+# Model FLOPs utilization: the share of the devices' peak arithmetic that a step uses; where their peak is known.
+MFU = "mfu"
 # Measured by a clock or the machine: differs between runs that are otherwise the same.
-MEASURED = (EXAMPLES_PER_SECOND, TOKENS_PER_SECOND, MEMORY, TIME)
+MEASURED = (EXAMPLES_PER_SECOND, TOKENS_PER_SECOND, MFU, MEMORY, TIME)
 
 # Of beta-DPO's steps.
 BETA_USED, KEPT_FRACTION = "beta_DPO/beta_used", "beta_DPO/kept_fraction"
@@ -49,6 +52,14 @@ GAP_MEAN, GAP_STD = "beta_DPO/gap_mean", "beta_DPO/gap_std"
 # Of its evaluations: the mean loss at the beta that training would take for the held-out pairs. Those without it, of an
 # earlier version, have EVAL_LOSS at the beta in force.
 LOSS_AT_BETA_USED = "beta_DPO/loss_eval_at_beta_used"
+
+# What follows a held-out metric's name: the ends of its interval; and its change since before training, with an interval.
+LOW, HIGH, CHANGE = "/low", "/high", "/change"
+
+
+def change(metric: str) -> tuple[str, str, str]:
+    """The names of a held-out metric's change since before training, and of its interval's ends."""
+    return f"{metric}{CHANGE}", f"{metric}{CHANGE}{LOW}", f"{metric}{CHANGE}{HIGH}"
 
 
 def smaller_is_better(metric: str) -> bool:

@@ -6,13 +6,13 @@ chat template is made from it here, and Ollama's template in `modelfile.py`; bot
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from preference_training.core.errors import UserError
 from preference_training.data.registry import DATASETS, dataset_entries
 from preference_training.data.rendering.chat_rendering import ConversationError
 from preference_training.data.rows.records import Turn
-from preference_training.data.rows.templates import ASSISTANT, HUMAN, build_template
+from preference_training.data.rows.templates import ASSISTANT, HUMAN, build_template, rendered_prompts
 from preference_training.data.tokenization import bos_ids
 
 # For a model that continues plain text.
@@ -64,37 +64,76 @@ MAX_INSPECTED = 200
 def detect_format(config: dict, table: Sequence, tokenizer) -> str | None:
     """The prompt format of a run (`run_format`), from its configuration or else from its tokenized prompts in `table`.
 
-    None unless all prompts are conversations in one format.
+    None unless all prompts are in one format.
     """
     try:
         return run_format(config)[0]
     except UserError:
-        pass
+        # Beside conversations there may be plain text.
+        if {_entry_format(entry, config)[0] for entry in dataset_entries(config)} - {None} == {"chat"}:
+            return "chat"
     step = max(1, len(table) // MAX_INSPECTED)
     texts = tokenizer.batch_decode([table[place].prompt_ids for place in range(0, len(table), step)])
-    return "hh" if texts and all(HUMAN in text and text.endswith(ASSISTANT) for text in texts) else None
+    if texts and all(HUMAN in text and text.endswith(ASSISTANT) for text in texts):
+        return "hh"
+    # Without a template conversations are dialogues, so that these are texts, unchanged.
+    is_rendered = rendered_prompts(tokenizer)
+    if texts and all(is_rendered(text) for text in texts):
+        return "chat"
+    return "raw" if texts and not any(HUMAN in text or is_rendered(text) for text in texts) else None
 
 
 QUESTION = "What is the capital of France?"
 
 
-def serve_as_trained(name: str | None, tokenizer) -> tuple[str, list[str]]:
+def serve_as_trained(name: str | None, tokenizer, config: dict) -> tuple[str, list[str]]:
     """Make the tokenizer's chat template render prompts as training did; returns an example prompt, and notes.
 
-    name: the run's format. If its prompts are not conversations, or the format is unknown, the tokenizer is unchanged and the
-    example is PLAIN_PROMPT.
+    name: the run's format; None leaves the tokenizer as it is. config: the run's configuration, whose system prompt precedes
+    conversations without one. The example of a model that continues plain texts is PLAIN_PROMPT.
     """
-    if name in ("hh", "chatml"):
-        turns = conversation_format(name, tokenizer)
-        template = chat_template(turns, bool(bos_ids(tokenizer)))
-        replaced = tokenizer.chat_template not in (None, template)
-        tokenizer.chat_template = template
-        notes = [f"the tokenizer's own chat template is replaced by {name}, as in training"] if replaced else []
-        return turns.text([Turn("user", QUESTION)]), notes
+    if name is None:
+        return PLAIN_PROMPT, [f"the chat template is the tokenizer's own, not that of training: {_unknown_format(config)}"]
+    own, system, adds_bos = tokenizer.chat_template, _system_prompt(config), bool(bos_ids(tokenizer))
+    question = (Turn("user", QUESTION),)
     if name == "chat":
-        text, _ = build_template("chat", None, tokenizer)((Turn("user", QUESTION),), [])
-        return text.removeprefix(tokenizer.bos_token if bos_ids(tokenizer) else ""), []
-    return PLAIN_PROMPT, []
+        if system:
+            tokenizer.chat_template = _with_system(own, system)
+        text, _ = build_template("chat", system, tokenizer)(question, [])
+        return text.removeprefix(tokenizer.bos_token if adds_bos else ""), []
+    if name == "raw":
+        tokenizer.chat_template, text = "{{ bos_token }}" * adds_bos + RAW, PLAIN_PROMPT
+    else:
+        turns = conversation_format(name, tokenizer)
+        if system and turns.system:
+            turns = replace(turns, opening=f"{turns.system[0]}{system}{turns.system[1]}")
+        tokenizer.chat_template, text = chat_template(turns, adds_bos), turns.text(question)
+    replaced = own not in (None, tokenizer.chat_template)
+    return text, [f"the tokenizer's own chat template is replaced by {name}, as in training"] if replaced else []
+
+
+def _unknown_format(config: dict) -> str:
+    """Why the format of a run's prompts is unknown."""
+    try:
+        run_format(config)
+    except UserError as error:
+        return str(error).removeprefix("--template: ")
+    return "its prompts are of several kinds."
+
+
+def _system_prompt(config: dict) -> str | None:
+    """The system prompt that precedes a run's conversations; None where data sets have several."""
+    systems = {system for _, system in (_entry_format(entry, config) for entry in dataset_entries(config))}
+    return systems.pop() if len(systems) == 1 else None
+
+
+def _with_system(template: str, system: str) -> str:
+    """A chat template that puts a system turn before conversations without one."""
+    turn = f"[{{'role': 'system', 'content': {json.dumps(system, ensure_ascii=False)}}}]"
+    before = (
+        f"{{% if messages[0]['role'] not in ['system', 'developer'] %}}{{% set messages = {turn} + messages %}}{{% endif %}}"
+    )
+    return template if template.startswith(before) else before + template
 
 
 def end_tokens(name: str | None, tokenizer) -> list[int]:
@@ -235,6 +274,13 @@ def _shared_end(*texts: str) -> str:
 
 
 # ---- Jinja ------------------------------------------------------------------------------------------------------------------
+
+
+# The prompts of `raw`: a text as it is; several messages are a conversation, in which training puts an empty line after each.
+RAW = (
+    "{% for message in messages %}{{ message['content'] }}{% if messages | length > 1 %}"
+    + '{{ "\\n\\n" }}{% endif %}{% endfor %}'
+)
 
 
 def chat_template(turns: ConversationFormat, adds_bos: bool) -> str:

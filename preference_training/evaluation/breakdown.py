@@ -23,6 +23,8 @@ LOSS, ACCURACY, MARGIN = EVAL_LOSS, EVAL_ACCURACY, EVAL_MARGIN
 COLUMNS = {LOSS: "loss", ACCURACY: "accuracy", MARGIN: "margin"}
 # Shares: means of values between 0 and 1.
 SHARES = (ACCURACY, "by_reward", "by_label")
+# Examples whose values a run remembers: checkpoints hold them as text, twenty bytes each.
+MOST_COMPARED = 10_000
 LENGTH_BOUNDS = (32, 64, 128, 256, 512, 1024)
 
 
@@ -110,6 +112,28 @@ def interval_metrics(held_out: HeldOut) -> dict[str, float]:
     found = estimates(names, values, numpy.asarray(held_out.sources))
     bounds = {f"{name}/{end}": found[name][end] for name in names for end in ("low", "high")}
     return {name: bound for name, bound in bounds.items() if bound is not None} | {HELD_OUT_PROMPTS: found["prompts"]}
+
+
+def values_by_example(held_out: HeldOut, comparable: bool) -> dict[str, list[float]]:
+    """Loss and accuracy of each example, to compare later evaluations with: pair by pair, which finds far smaller changes.
+
+    comparable: whether the loss is. Empty for more than MOST_COMPARED examples, whose means are precise enough.
+    """
+    names = [name for name in (LOSS, ACCURACY) if name in held_out.examples and (comparable or name != LOSS)]
+    return {name: held_out.examples[name].tolist() for name in names} if len(held_out.sources) <= MOST_COMPARED else {}
+
+
+def change_metrics(held_out: HeldOut, before: dict[str, list[float]]) -> dict[str, float]:
+    """How far loss and accuracy have changed since `before`, with 95% intervals: NAME/change and its /low and /high."""
+    sources, found = numpy.asarray(held_out.sources), {}
+    for name, values in before.items():
+        # A resumed run may evaluate other examples.
+        if len(values) != len(sources):
+            continue
+        differences = held_out.examples[name].double().numpy() - numpy.asarray(values)
+        if numpy.isfinite(differences).all() and (bounds := mean_interval(differences, sources)):
+            found |= dict(zip(metric_names.change(name), (float(differences.mean()), *bounds), strict=True))
+    return found
 
 
 def length_bias(held_out: HeldOut, facts: ExampleFacts) -> dict:

@@ -7,7 +7,6 @@ What can be refused early is refused before any weights are read.
 
 import json
 import math
-import shlex
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -18,12 +17,15 @@ from preference_training.checkpointing.saved_models import compare_parts
 from preference_training.configuration.schema import TEMPLATES
 from preference_training.core.errors import UserError
 from preference_training.data.chat_templates import end_tokens, run_format, serve_as_trained
-from preference_training.export import hub, verification
+from preference_training.export import gguf_model, hub, modelfile, verification
 from preference_training.export.directory import new_directory, save_weights
-from preference_training.export.modelfile import OllamaFiles, check_architecture
+from preference_training.export.gguf_model import GgufFile
+from preference_training.export.gguf_tokenizer import Vocabulary
+from preference_training.export.modelfile import OllamaFiles
 from preference_training.export.options import ExportOptions, check_options
 from preference_training.export.quantization import quantize_weights
-from preference_training.export.source import Source
+from preference_training.export.serving import Served
+from preference_training.export.source import Source, base_license
 from preference_training.modeling import loading
 from preference_training.modeling.adapters import BASE_DIR, CONFIG_FILE, WEIGHTS_FILE, read_adapter_config
 from preference_training.reporting.model_card import CardFacts, model_card
@@ -40,16 +42,17 @@ def export(path: Path, options: ExportOptions) -> list[str]:
     check_options(options, source.is_adapter, source.head)
     tokenizer = source.load_tokenizer()
     prompt_format = _prompt_format(source, options.template)
-    prompt, notes = serve_as_trained(prompt_format, tokenizer)
-    ollama = None
+    prompt, notes = serve_as_trained(prompt_format, tokenizer, source.config)
+    kind, ollama = gguf_type(source, options), None
     if options.ollama:
-        if architectures := source.stored_config.get("architectures"):
-            check_architecture(architectures[0])
-        ollama = OllamaFiles.build(source.config, tokenizer, options.template or prompt_format, source.tokenizer_sources)
+        template = options.template or prompt_format
+        file = kind and _gguf_name(options, kind)
+        ollama = OllamaFiles.build(source.config, tokenizer, template, source.tokenizer_sources, file)
         notes += ollama.notes
     if options.push:
         hub.reserve(options.push, options.private)
-    task = _Export(source, options, tokenizer, options.dtype or source.dtype, end_tokens(prompt_format, tokenizer))
+    dtype = options.dtype or source.dtype
+    task = _Export(source, options, tokenizer, dtype, end_tokens(prompt_format, tokenizer), kind)
     with new_directory(options.to) as partial:
         with verification.refuse_other_model(options.to):
             facts, verify = task.write(partial)
@@ -60,7 +63,9 @@ def export(path: Path, options: ExportOptions) -> list[str]:
             notes += verify()
         facts = replace(facts, name=options.push or options.to.resolve().name, prompt=prompt)
         (partial / "README.md").write_text(model_card(facts), encoding="utf-8")
-    return [facts.summary(options.to), *(f"note: {note}" for note in notes), *_next_steps(options)]
+    served = Served(options.to, dtype, facts, options.ollama, kind and _gguf_name(options, kind))
+    uploaded = [f"on the hub: {hub.upload(options.to, options.push)}"] if options.push else []
+    return [facts.summary(options.to), *(f"note: {note}" for note in notes + served.notes()), *served.lines(), *uploaded]
 
 
 def _prompt_format(source: Source, template: str | None) -> str | None:
@@ -72,15 +77,37 @@ def _prompt_format(source: Source, template: str | None) -> str | None:
         return recorded if recorded in TEMPLATES else None
 
 
-def _next_steps(options: ExportOptions) -> list[str]:
-    """Upload the directory where that is asked for; the lines that say how to serve it."""
-    lines = []
-    if options.ollama:
-        command = ["ollama", "create", options.ollama, "--quantize", "q4_K_M", "-f", str(options.to / "Modelfile")]
-        lines.append(f"for Ollama: {shlex.join(command)}")
-    if options.push:
-        lines.append(f"on the hub: {hub.upload(options.to, options.push)}")
-    return lines
+def gguf_type(source: Source, options: ExportOptions) -> str | None:
+    """The type of weights of the GGUF file to write, None for no file.
+
+    Ollama needs one for an architecture that it does not convert itself. Raises UserError where there can be none.
+    """
+    wanted = options.gguf
+    if wanted is None and options.ollama is None:
+        return None
+    architecture = _architecture(source)
+    if wanted is None and architecture not in gguf_model.ARCHITECTURES:
+        modelfile.check_architecture(architecture)
+    elif wanted is None and architecture not in modelfile.ARCHITECTURES:
+        wanted = gguf_model.AUTO
+    if wanted is None:
+        return None
+    gguf_model.check_architecture(architecture)
+    return gguf_model.choose_type(wanted, options.dtype or source.dtype)
+
+
+def _architecture(source: Source) -> str:
+    """The class of the model in transformers."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    if names := source.stored_config.get("architectures"):
+        return names[0]
+    config = loading.model_configuration(source.model_config(), source.load_tokenizer(), source.cache_dir)
+    return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, config.model_type)
+
+
+def _gguf_name(options: ExportOptions, kind: str) -> str:
+    return f"{options.to.resolve().name}-{kind}.gguf"
 
 
 # ---- weights ----------------------------------------------------------------------------------------------------------------
@@ -98,6 +125,7 @@ class _Export:
     tokenizer: object
     dtype: str
     end_tokens: list
+    gguf_type: str | None
 
     def write(self, directory: Path) -> tuple[CardFacts, Verify]:
         """Write the weights or the adapter; returns what the model card needs, and the comparison to run at the end."""
@@ -109,10 +137,10 @@ class _Export:
         source, dtype, quantize, trust = self.source, self.dtype, self.options.quantize, self.options.trust_remote_code
         model = source.load_model()
         architecture = type(model).__name__
-        if self.options.ollama:
-            check_architecture(architecture)
         expected, notes = verification.merge_and_round(model, source, dtype)
         parameters = save_weights(model, directory, self.tokenizer, self.end_tokens)
+        if self.gguf_type:
+            notes += self._write_gguf(model, directory)
         if quantize:
             quantize_weights(directory, quantize, dtype)
         facts = replace(_card_facts(source), architecture=architecture, dtype=dtype, parameters=parameters, quantized=quantize)
@@ -129,6 +157,15 @@ class _Export:
             return notes
 
         return facts, verify
+
+    def _write_gguf(self, model, directory: Path) -> list[str]:
+        """Write the model as a GGUF file too; returns notes."""
+        config = model.config.get_text_config()
+        vocabulary = Vocabulary.of(self.tokenizer, config.vocab_size, self.end_tokens)
+        name = _gguf_name(self.options, self.gguf_type)
+        license = base_license(self.source.base, self.source.cache_dir)
+        GgufFile(self.options.to.resolve().name, vocabulary, self.gguf_type, license).write(model, directory / name)
+        return [*vocabulary.notes, *gguf_model.window_note(config)]
 
     def _write_adapter(self, directory: Path) -> tuple[CardFacts, Verify]:
         from safetensors import safe_open
@@ -162,7 +199,6 @@ class _Export:
 
 
 def _card_facts(source: Source) -> CardFacts:
-    versions = {name: version for name, version in (source.run.get("versions") or {}).items() if isinstance(version, str)}
     archive = source.config["model"].get("archive")
     return CardFacts(
         name="",
@@ -171,11 +207,16 @@ def _card_facts(source: Source) -> CardFacts:
         dtype="",
         parameters=0,
         config=source.config,
+        usual=source.run.get("usual"),
         base=source.base,
         examples=source.examples,
         held_out=source.held_out,
+        held_out_prompts=source.held_out_prompts,
         evaluation=source.evaluation,
         rows=source.rows,
-        versions=versions,
+        versions=source.versions,
+        overrides=source.overrides,
+        sample=source.sample,
+        license=base_license(source.base, source.cache_dir),
         notes=[f"The run started from the weights of an earlier run, `{Path(archive).name}`."] if archive else [],
     )

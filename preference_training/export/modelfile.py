@@ -11,6 +11,7 @@ from pathlib import Path
 from preference_training.core.errors import UserError, first_line
 from preference_training.data.chat_templates import ConversationFormat, conversation_format, run_format
 from preference_training.data.tokenization import bos_ids
+from preference_training.export.gguf_model import CONVERTER
 
 # The language models that `ollama create` converts from safetensors (convert/convert.go, Ollama 0.33).
 ARCHITECTURES = (
@@ -35,7 +36,7 @@ def check_architecture(architecture: str) -> None:
     if architecture not in ARCHITECTURES:
         raise UserError(
             f"--ollama: Ollama does not convert {architecture} from safetensors. Expected one of {', '.join(ARCHITECTURES)}. "
-            "Export without --ollama and convert the directory with llama.cpp's convert_hf_to_gguf.py."
+            f"Export without --ollama and convert the directory to GGUF: {CONVERTER}"
         )
 
 
@@ -48,10 +49,13 @@ class OllamaFiles:
     notes: list[str]
 
     @classmethod
-    def build(cls, config: dict, tokenizer, template: str | None, tokenizer_sources: list[str]) -> "OllamaFiles":
-        """The files for a run's configuration. Raises UserError where Ollama cannot serve the model as it was trained."""
-        modelfile, notes = build_modelfile(config, tokenizer, template)
-        return cls(modelfile, read_tokenizer_model(tokenizer, tokenizer_sources), notes)
+    def build(cls, config: dict, tokenizer, template: str | None, sources: list[str], gguf: str | None = None) -> "OllamaFiles":
+        """The files for a run's configuration. Raises UserError where Ollama cannot serve the model as it was trained.
+
+        sources: directories and hub ids that may hold files of the tokenizer. gguf: the file to serve instead of safetensors.
+        """
+        modelfile, notes = build_modelfile(config, tokenizer, template, gguf)
+        return cls(modelfile, None if gguf else read_tokenizer_model(tokenizer, sources), notes)
 
     def write(self, directory: Path, tokenizer) -> None:
         """Write the files into an exported directory, and adapt the ones there."""
@@ -61,13 +65,20 @@ class OllamaFiles:
             (directory / "tokenizer.model").write_bytes(self.tokenizer_model)
 
 
+WRITTEN = "# Written by the export of this directory, for `ollama create NAME -f Modelfile`."
+OLD_VERSIONS = (
+    "# A version of Ollama that does not convert safetensors needs a GGUF file: export with --gguf, which names it here.",
+)
+
+
 # ---- the Modelfile ----------------------------------------------------------------------------------------------------------
 
 
-def build_modelfile(config: dict, tokenizer, template: str | None = None) -> tuple[str, list[str]]:
+def build_modelfile(config: dict, tokenizer, template: str | None = None, gguf: str | None = None) -> tuple[str, list[str]]:
     """The Modelfile for a run's configuration, and notes on what it cannot express.
 
-    template: overrides the configuration's (`run_format`). Raises UserError where Ollama cannot express it.
+    template: overrides the configuration's (`run_format`). gguf: the name of a GGUF file to serve. Raises UserError where
+    Ollama cannot express it.
     """
     name, system = run_format(config, template)
     if name == "raw":
@@ -77,17 +88,15 @@ def build_modelfile(config: dict, tokenizer, template: str | None = None) -> tup
         turns = conversation_format(name, tokenizer)
         text, stops, notes = go_template(turns), turns.stops, list(turns.notes)
     lines = [
-        "# Written by the export of this directory, for `ollama create NAME -f Modelfile`.",
-        "# A version of Ollama that does not convert safetensors needs a GGUF file. Create one with llama.cpp's",
-        "#   python convert_hf_to_gguf.py DIRECTORY --outfile model.gguf",
-        "# and change the next line to FROM ./model.gguf",
-        "FROM .",
+        WRITTEN,
+        *(() if gguf else OLD_VERSIONS),
+        f"FROM ./{gguf}" if gguf else "FROM .",
         f"TEMPLATE {_quoted(text, '--template')}",
     ]
     if system:
         lines.append(f"SYSTEM {_quoted(system, 'system_prompt')}")
     lines += [f"PARAMETER stop {_quoted(stop, '--template')}" for stop in dict.fromkeys((*stops, tokenizer.eos_token))]
-    return "\n".join(lines) + "\n", notes + _notes_on_tokens(tokenizer)
+    return "\n".join(lines) + "\n", notes if gguf else notes + _notes_on_tokens(tokenizer)
 
 
 # Several messages are a conversation, in which training puts an empty line after each turn.
@@ -160,7 +169,7 @@ def _notes_on_tokens(tokenizer) -> list[str]:
         return []
     return [
         "Ollama does not recognize this tokenizer's pre-tokenizer and uses its default: prompts have the text of training, but "
-        "some of their tokens may differ"
+        "some of their tokens may differ; with --gguf they do not"
     ]
 
 

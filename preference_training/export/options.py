@@ -18,6 +18,7 @@ class ExportOptions:
     dtype: str | None = None
     merge: bool = False
     quantize: str | None = None
+    gguf: str | None = None
     ollama: str | None = None
     template: str | None = None
     push: str | None = None
@@ -29,16 +30,19 @@ def check_options(options: ExportOptions, is_adapter: bool, head: str = "lm") ->
     """Raise UserError for options that contradict each other, or that this checkpoint or this machine cannot satisfy."""
     if options.merge and not is_adapter:
         raise UserError("--merge: this checkpoint holds full weights, not an adapter. Drop --merge.")
-    for key, value in (("--dtype", options.dtype), ("--quantize", options.quantize), ("--ollama", options.ollama)):
+    for_texts = (("--quantize", options.quantize), ("--gguf", options.gguf), ("--ollama", options.ollama))
+    for key, value in (("--dtype", options.dtype), *for_texts):
         if value and is_adapter and not options.merge:
             raise UserError(f"{key}: this checkpoint holds an adapter. Add --merge to merge it into its base model.")
-    for key, value in (("--quantize", options.quantize), ("--ollama", options.ollama)):
+    for key, value in for_texts:
         if value and head == "value":
             raise UserError(
                 f"{key}: this checkpoint holds a reward model, and {key} is for models that write text. Drop {key}."
             )
     if options.quantize and options.ollama:
         raise UserError("--quantize: Ollama quantizes the full weights itself. Use either --quantize or --ollama.")
+    if options.quantize and options.gguf:
+        raise UserError("--quantize: a GGUF file has quantized weights of its own. Use --gguf q8_0 instead of --quantize.")
     if options.private and not options.push:
         raise UserError("--private: applies to an upload only. Add --push ORGANIZATION/NAME.")
     if options.ollama and not OLLAMA_NAME.fullmatch(options.ollama):

@@ -9,7 +9,7 @@ from preference_training.checkpointing.model_files import save_tokenizer
 from preference_training.checkpointing.saved_models import compare_parts, fits_in_memory, probe_logps_in_float32
 from preference_training.configuration.composition import compose_overrides, group_choices
 from preference_training.configuration.saved import model_config
-from preference_training.configuration.schema import ModelConfig
+from preference_training.configuration.sections import ModelConfig
 from preference_training.core.errors import UserError, nearest
 from preference_training.core.files import load_tensors
 from preference_training.export.directory import new_directory, save_weights

@@ -4,7 +4,7 @@ Shapes: B prompts of a batch, R rows decoded together, L tokens so far, V vocabu
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -22,14 +22,17 @@ OF_DECODING = ("logits_processor", "stopping_criteria", "generation_config")
 
 
 class Ends(NamedTuple):
-    """The ids of the end-of-sequence token and of padding, which exist in the embedding."""
+    """The ids of the tokens that end a response, and of padding, which exist in the embedding."""
 
-    end: int
+    tokens: frozenset[int]
     padding: int
 
 
-def generate(model: nn.Module, prompts: Sequence[Sequence[int]], ends: Ends, limit: int, decoding: Callable):
-    """Have `decoding` continue prompts, padded on the left, by at most `limit` tokens; returns what it returns."""
+def generate(model: nn.Module, prompts: Sequence[Sequence[int]], ends: Ends, limit: int, decoding: Callable, **settings) -> Any:
+    """Have `decoding` continue prompts, padded on the left, by at most `limit` tokens; returns what it returns.
+
+    settings: further keyword arguments of `generate`, such as temperature or a cache.
+    """
     width, device = max(map(len, prompts)), compute_device(model)
     ids = torch.full((len(prompts), width), ends.padding)
     mask = torch.zeros_like(ids)
@@ -40,10 +43,10 @@ def generate(model: nn.Module, prompts: Sequence[Sequence[int]], ends: Ends, lim
         input_ids=ids.to(device),
         attention_mask=mask.to(device),
         max_new_tokens=limit,
-        do_sample=False,
         custom_generate=decoding,
         pad_token_id=ends.padding,
-        eos_token_id=ends.end,
+        eos_token_id=sorted(ends.tokens),
+        **({"do_sample": False} | settings),
     )
 
 
@@ -99,8 +102,16 @@ class DecodedRows:
 
     def __init__(self, model: nn.Module, ids: Tensor, arguments: dict, room: int):
         self.model, self.ids, self.room = model, ids, room
+        self.process = arguments["logits_processor"]
         self.arguments = {name: value for name, value in arguments.items() if name not in OF_DECODING}
-        self._forward(is_first_iteration=True)
+        cached = arguments["past_key_values"].get_seq_length() if arguments.get("past_key_values") is not None else 0
+        if cached:
+            self.preallocate()
+        self._forward(is_first_iteration=True, next_sequence_length=ids.shape[1] - cached if cached else None)
+
+    def processed_scores(self) -> Tensor:
+        """The scores after the temperature, the penalties and the like that `generate` was asked for."""
+        return self.process(self.ids, self.scores)
 
     def select(self, places: Sequence[int]) -> None:
         """Keep the rows at the given places, in this order; a row may be repeated. Raises TypeError where state has no rows."""
@@ -112,7 +123,8 @@ class DecodedRows:
         """Give plain layers of the cache room for all tokens to come."""
         layers = getattr(self.arguments.get("past_key_values"), "layers", [])
         for number, layer in enumerate(layers):
-            if type(layer) is DynamicLayer and layer.get_seq_length():
+            is_short = type(layer) is DynamicLayer or (type(layer) is PreallocatedLayer and layer.room < self.room)
+            if is_short and layer.get_seq_length():
                 layers[number] = PreallocatedLayer(layer, self.room)
 
     def append(self, tokens: Sequence[int]) -> None:
@@ -170,7 +182,7 @@ class Decoding:
         # The number of each row in the batch; None once it has ended.
         numbers: list[int | None] = list(range(len(self.limits)))
         while True:
-            drawn = self.noise(rows.scores, numbers).argmax(-1).tolist()
+            drawn = self.noise(rows.processed_scores(), numbers).argmax(-1).tolist()
             rows.append([self.ends.padding if number is None else token for number, token in zip(numbers, drawn, strict=True)])
             numbers = [self._after(number, token) for number, token in zip(numbers, drawn, strict=True)]
             left = [place for place, number in enumerate(numbers) if number is not None]
@@ -187,7 +199,7 @@ class Decoding:
             return None
         response = self.found[number]
         response.append(token)
-        return None if token == self.ends.end or len(response) >= self.limits[number] else number
+        return None if token in self.ends.tokens or len(response) >= self.limits[number] else number
 
 
 # ---- proof -------------------------------------------------------------------------------------------------------------------

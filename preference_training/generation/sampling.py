@@ -3,7 +3,7 @@
 Shapes: R rows decoded together, V vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -15,6 +15,7 @@ from transformers import GenerationConfig
 
 from preference_training.core.process_group import SINGLE_PROCESS, Ranks, local_world_size
 from preference_training.generation.decoding import Decoding, Ends, generate, repeats_prompts
+from preference_training.generation.settings import GenerationSettings
 from preference_training.modeling.state import compute_device, free_memory
 
 if TYPE_CHECKING:
@@ -31,7 +32,8 @@ POLICY, OTHER = "", "other"
 class Sampler:
     """Samples responses to prompts, reproducibly. max_length bounds prompt plus response, in tokens.
 
-    Samples from the model's own distribution: its generation_config (temperature, penalties) is ignored. A response depends on
+    Samples from the model's own distribution unless there are `settings`: its generation_config (temperature, penalties) is
+    ignored. ends: the tokens that end a response; by default the tokenizer's end-of-sequence token. A response depends on
     the seed, the stream (POLICY or OTHER), the prompt and its number among the prompt's responses; not on how many there are,
     nor on other prompts or their order, except for rounding: where two tokens are almost equally likely, the size of the batch
     may decide (almost never in float32, now and then in bfloat16). Global random streams are unchanged. Every rank takes all
@@ -42,6 +44,8 @@ class Sampler:
     max_length: int
     seed: int
     ranks: Ranks = SINGLE_PROCESS
+    settings: GenerationSettings | None = None
+    ends: frozenset[int] = frozenset()
 
     def texts(self, model: nn.Module, prompts: Sequence[list[int]], stream: str = POLICY) -> list[str]:
         """The responses as text, without special tokens."""
@@ -64,7 +68,7 @@ class Sampler:
         # Batches of similar length waste little computation on padding.
         unique = sorted(dict.fromkeys(map(tuple, prompts)), key=len)
         found: dict[tuple[int, ...], list[list[int]]] = {prompt: [] for prompt in unique}
-        with _as_trained(model):
+        with as_trained(model):
             rows = _max_rows(model, self.max_length, self.ranks) if prompts else 1
             for first in range(0, number, rows):
                 copies = range(first, min(number, first + rows))
@@ -80,21 +84,32 @@ class Sampler:
     ) -> list[list[list[int]]]:
         """The responses of the given numbers to a batch of prompts."""
         ends = self._ends(model)
-        noise = PromptSeededNoise([(prompt, copy) for prompt in prompts for copy in copies], self.seed, stream)
-        limits = [max(1, self.max_length - len(prompt)) for prompt in prompts for _ in copies]
+        noise = choice_of_tokens([(prompt, copy) for prompt in prompts for copy in copies], self.seed, stream, self.settings)
+        limits = [self._limit(prompt) for prompt in prompts for _ in copies]
         shared = len(copies) if len(copies) > 1 and repeats_prompts(model, ends) else 1
         asked = [prompt for prompt in prompts for _ in range(len(copies) // shared)]
-        found = generate(model, asked, ends, max(limits), Decoding(noise, limits, ends, shared))
+        settings = self.settings.arguments() if self.settings else {}
+        found = generate(model, asked, ends, max(limits), Decoding(noise, limits, ends, shared), **settings)
         return [found[start : start + len(copies)] for start in range(0, len(found), len(copies))]
 
+    def _limit(self, prompt: Sequence[int]) -> int:
+        """How many tokens a response may have."""
+        room = max(1, self.max_length - len(prompt))
+        return min(room, self.settings.max_new_tokens) if self.settings else room
+
     def _ends(self, model: nn.Module) -> Ends:
-        end, padding = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
-        # Padding is masked but still embedded: its id must exist in the embedding.
-        return Ends(end, padding if padding < model.config.get_text_config().vocab_size else end)
+        return ends_of(model, self.tokenizer, self.ends)
+
+
+def ends_of(model: nn.Module, tokenizer: "PreTrainedTokenizerBase", tokens: frozenset[int] = frozenset()) -> Ends:
+    """The tokens that end a response of a model, by default the tokenizer's end-of-sequence token, and its padding."""
+    end, padding = tokenizer.eos_token_id, tokenizer.pad_token_id
+    # Padding is masked but still embedded: its id must exist in the embedding.
+    return Ends(tokens or frozenset({end}), padding if padding < model.config.get_text_config().vocab_size else end)
 
 
 @contextmanager
-def _as_trained(model: nn.Module) -> Iterator[None]:
+def as_trained(model: nn.Module) -> Iterator[None]:
     """Context in which a model is in evaluation mode and its generation_config is empty."""
     training, generation_config = model.training, model.generation_config
     model.eval()
@@ -104,6 +119,15 @@ def _as_trained(model: nn.Module) -> Iterator[None]:
     finally:
         model.train(training)
         model.generation_config = generation_config
+
+
+def choice_of_tokens(
+    rows: Sequence[tuple[Sequence[int], int]], seed: int, stream: str = POLICY, settings: GenerationSettings | None = None
+) -> Callable[..., Tensor]:
+    """What is done to the scores of rows before the largest is taken: noise is added, or nothing where it is to be greedy."""
+    if settings is not None and settings.is_greedy:
+        return lambda scores, _numbers=None: scores
+    return PromptSeededNoise(rows, seed, stream)
 
 
 class PromptSeededNoise:

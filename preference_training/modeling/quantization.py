@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from preference_training.configuration.schema import ModelConfig
+from preference_training.configuration.sections import ModelConfig
 from preference_training.core.errors import UserError
 from preference_training.modeling.value_head import output_head
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from preference_training.configuration.schema import ModelConfig
+from preference_training.configuration.sections import ModelConfig
 from preference_training.core.errors import UserError, first_line
 from preference_training.data.toy_preferences import toy_records
 from preference_training.modeling.loading import loading_errors

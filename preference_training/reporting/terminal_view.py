@@ -18,7 +18,7 @@ from preference_training.configuration.saved import read_config
 from preference_training.core.errors import UserError
 from preference_training.core.metric_names import EXAMPLES, EXAMPLES_PER_SECOND, HELD_OUT_PROMPTS
 from preference_training.evaluation.phrasing import too_few
-from preference_training.reporting.charts import Line, downsample, tick_label, ticks
+from preference_training.reporting.charts import Line, downsample, tick_labels, ticks
 from preference_training.reporting.run_charts import CHARTS
 from preference_training.reporting.run_record import RunRecord
 from preference_training.tracking.run_files import ABOUT, EVENTS, METRICS, counted, json_object, rows_in
@@ -174,8 +174,9 @@ def plot(title: str, lines: list[Line], width: int, height: int) -> Text:
     )
     rows = picture.splitlines()
     # The title and the upper edge precede the first row of the plot.
-    for value in ticks(low, high, max(4, height // 2)):
-        rows[2 + min(height - 1, int((high - value) / (high - low) * height))] += f" {tick_label(value)}"
+    values = ticks(low, high, max(4, height // 2))
+    for value, label in zip(values, tick_labels(values), strict=True):
+        rows[2 + min(height - 1, int((high - value) / (high - low) * height))] += f" {label}"
     ends = f"{left:,.0f}", f"{right:,.0f}"
     rows.insert(3 + height, f" {ends[0]}".ljust(width + 2 - len(ends[1])) + ends[1])
     return Text.from_ansi("\n".join(rows), no_wrap=True)

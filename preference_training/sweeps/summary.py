@@ -5,8 +5,11 @@ from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
 
 from preference_training.core.errors import first_line
+from preference_training.core.metric_names import HIGH, LOW, smaller_is_better
 from preference_training.core.signals import STOPPED
-from preference_training.sweeps.jobs import OVER, SweepDirectory
+from preference_training.evaluation.phrasing import with_interval
+from preference_training.sweeps.jobs import OVER, Job, SweepDirectory
+from preference_training.tracking.run_files import METRICS, metric_rows
 
 
 def run_to_end(main: Callable[[], object]) -> None:
@@ -46,6 +49,34 @@ def _run_despite_deaths(main: Callable[[], object]) -> None:
             sys.argv.append(f"sweep_dir={sweep.path}")
 
 
+def job_table(sweep: SweepDirectory, objective: str) -> list[str]:
+    """The jobs of the latest start of a sweep as lines, sorted by their objective, the best marked and first."""
+    jobs = sweep.jobs_of_this_start()
+    if not jobs:
+        return []
+    value_of = lambda job: value if isinstance(value := job.record.get("objective"), int | float) else None  # noqa: E731
+    sign = 1 if smaller_is_better(objective) else -1
+    jobs.sort(key=lambda job: (value_of(job) is None, sign * (value_of(job) or 0.0)))
+    own = [sweep.own_values(job.overrides) for job in jobs]
+    keys = list(dict.fromkeys(key for values in own for key in values))
+    best = next((job for job in jobs if job.state == "complete" and value_of(job) is not None), None)
+    rows = [["", "job", *keys, objective, "state"]]
+    for job, values in zip(jobs, own, strict=True):
+        value = "-" if value_of(job) is None else _objective_text(job, objective)
+        mark = "best" if job is best and len(jobs) > 1 else ""
+        rows.append([mark, job.directory.name, *(values.get(key, "") for key in keys), value, str(job.state)])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _objective_text(job: Job, objective: str) -> str:
+    """A job's objective, with its interval where its last evaluation has one."""
+    value = job.record["objective"]
+    last = next((row for row in reversed(metric_rows(job.directory / METRICS)) if row.get(objective) == value), {})
+    low, high = last.get(f"{objective}{LOW}"), last.get(f"{objective}{HIGH}")
+    return with_interval(value, low, high) if isinstance(low, int | float) and isinstance(high, int | float) else f"{value:.4g}"
+
+
 def print_missing_jobs() -> int:
     """Print the state of the jobs of this process's sweep; returns its exit status, 0 where none is missing.
 
@@ -56,10 +87,9 @@ def print_missing_jobs() -> int:
     missing = [job for job in jobs if job.state not in OVER]
     if not missing:
         return 0
-    of_all = set.intersection(*(set(job.overrides) for job in jobs))
     lines = [f"sweep: {len(jobs) - len(missing)} of {len(jobs)} jobs are complete"]
     for job in missing:
-        own = " ".join(text for text in job.overrides if text not in of_all)
+        own = " ".join(f"{key}={value}" for key, value in sweep.own_values(job.overrides).items())
         fate = job.record.get("error") or ("its process is still running" if job.is_running else "its process has ended")
         lines.append(f"  {job.directory.name}{f' ({own})' * bool(own)}: {job.state}: {fate}")
     lines.append(f"The same command line with sweep_dir={sweep.path} runs what is missing.")

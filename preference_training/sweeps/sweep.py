@@ -35,7 +35,7 @@ class Sweep(Callback):
         for text in comparison_warnings(str(config.objective), str(config.loss.get("name")), searched, parts):
             print(f"warning: {text}", flush=True)
         try:
-            sweep.begin()
+            sweep.begin([key.lstrip("+") for key in searched])
         except OSError as error:
             _refuse(f"sweep_dir: {sweep.path} cannot be written to: {error.strerror}. Expected a folder of yours, with room.")
         # For processes that the launcher starts, which may have another working directory.
@@ -45,13 +45,15 @@ class Sweep(Callback):
         _forward_signals(config.hydra.launcher.get("_target_", ""), sweep)
 
     def on_multirun_end(self, config, **_) -> None:
-        """Compare the jobs, in comparison.html and comparison.csv; prints why where that fails."""
+        """Compare the jobs, in a table, comparison.html and comparison.csv; prints why where that fails."""
         from preference_training.reporting.comparison import write_comparison
+        from preference_training.sweeps.summary import job_table
 
         if config.dry_run:
             # Nothing was run.
             return
         directory = Path(config.hydra.sweep.dir)
+        print(*job_table(SweepDirectory(directory.absolute()), str(config.objective)), sep="\n", flush=True)
         try:
             page, _ = write_comparison([directory], directory)
         except UserError as error:

@@ -1,10 +1,12 @@
 """A run's evaluations: held-out metrics, samples, the best value so far, early stopping and pruning."""
 
+import math
+
 from torch import nn
 
 from preference_training.core.metric_names import EVAL_LOSS, loss_is_at_beta_used, smaller_is_better
 from preference_training.distributed.placement import Placement
-from preference_training.evaluation.breakdown import interval_metrics
+from preference_training.evaluation.breakdown import change_metrics, interval_metrics, values_by_example
 from preference_training.evaluation.held_out import HeldOut, evaluate_held_out
 from preference_training.evaluation.phrasing import too_few
 from preference_training.generation.sampling import Sampler
@@ -41,8 +43,9 @@ class Evaluator:
         warnings = self._warnings() if state.held_out is None else []
         state.held_out = self.held_out.means()
         state.evaluated_at = state.examples
+        changes = self._changes()
         self._compare_with_best()
-        tracker.log_evaluation(state.held_out | interval_metrics(self.held_out) | state.counters())
+        self.observers.log_evaluation(state.held_out | interval_metrics(self.held_out) | changes | state.counters())
         for text in warnings:
             tracker.log_message(f"warning: {text}")
         if self.batches.sample_prompts:
@@ -59,10 +62,21 @@ class Evaluator:
         said = f"loss/eval depends on {depends}: it is not comparable across runs, nor exactly between evaluations of this one"
         return [text for text in (few, said if depends else None) if text]
 
+    def _changes(self) -> dict[str, float]:
+        """How far loss and accuracy have changed since before training; what they are then is remembered."""
+        if self.state.examples == 0:
+            comparable = self.models.loss.evaluation_depends_on is None
+            self.state.held_out_before = values_by_example(self.held_out, comparable)
+            return {}
+        return change_metrics(self.held_out, self.state.held_out_before)
+
     def _compare_with_best(self) -> None:
         """Count the evaluations since `objective` was best; log it when that ends the run."""
         objective, state = self.config.objective, self.state
         value = state.held_out[objective]
+        if math.isnan(value) and state.best is None:
+            # Nothing is worse than no number: it ends no run, and is no best value that all later ones would be compared with.
+            return
         if state.best is None or (value < state.best if smaller_is_better(objective) else value > state.best):
             state.best, state.evaluations_since_best = value, 0
             return
@@ -88,8 +102,10 @@ class Evaluator:
 
     def responses(self, model: nn.Module | None = None) -> list[str]:
         """A model's responses to the sample prompts; the policy's, unless another is given."""
-        sampler = Sampler(self.tokenizer, self.config.max_length, self.config.seed, self.ranks)
-        return sampler.texts(self.models.policy if model is None else model, self.batches.sample_prompts)
+        config, prompts = self.config, self.batches.sample_prompts
+        longest = max(map(len, prompts), default=0) + (config.max_sample_length or config.max_length)
+        sampler = Sampler(self.tokenizer, min(config.max_length, longest), config.seed, self.ranks)
+        return sampler.texts(self.models.policy if model is None else model, prompts)
 
     def sample(self) -> list[dict]:
         """Responses of the policy, and of the reference where there is one, to the sample prompts.

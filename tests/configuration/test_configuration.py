@@ -24,8 +24,10 @@ from preference_training.configuration.composition import (
     known_keys,
 )
 from preference_training.configuration.keys import key_names
+from preference_training.configuration.model_names import OTHERS
 from preference_training.configuration.saved import read_config, save_config
-from preference_training.configuration.schema import OPTIMIZERS, LossConfig, RunConfig
+from preference_training.configuration.schema import OPTIMIZERS, RunConfig
+from preference_training.configuration.sections import LossConfig
 from preference_training.configuration.validation import (
     OBJECTIVES,
     check_objective,
@@ -137,10 +139,10 @@ def test_beta_dpo_is_a_mode_of_dpo_and_also_a_loss_of_its_own(compose):
     assert mode != compose("loss=dpo", "loss.beta=0.3").loss
 
 
-def test_only_the_tiny_model_changes_what_belongs_to_training(plain):
-    # The embedded model needs its own learning rate and lengths; every other preset leaves config.yaml's defaults alone.
+def test_the_presets_of_the_original_leave_what_belongs_to_training_as_it_is(plain):
+    # The embedded model needs its own learning rate and lengths; newer presets have defaults that fit the run.
     defaults = OmegaConf.load(CONFIG_DIR / "config.yaml")
-    for model in set(group_choices("model")) - {"tiny"}:
+    for model in ("gpt2-large", "gpt2-xl", "gptj", "pythia28", "pythia69", "llama7b", "codellama7b", "blank_model"):
         config = plain(f"model={model}")
         for key in ("batch_size", "lr", "optimizer", "warmup_steps", "max_length", "max_prompt_length", "eval_every"):
             assert config[key] == defaults[key], (model, key)
@@ -259,7 +261,7 @@ def keys_with_comments(file: Path) -> dict[str, bool]:
 def test_every_key_has_a_comment_above_it_where_its_default_is_set(file):
     base = {"model": "model/base_model.yaml", "adapter": "model/base_model.yaml", "loss": "loss/dpo.yaml"}.get(file.parent.name)
     explained_elsewhere = {} if base is None or file == CONFIG_DIR / base else keys_with_comments(CONFIG_DIR / base)
-    if file.name == "tiny.yaml":
+    if file.parent.name == "model" and file.read_text().startswith("# @package _global_"):
         explained_elsewhere = {f"model.{key}": sound for key, sound in explained_elsewhere.items()}
         explained_elsewhere |= keys_with_comments(CONFIG_DIR / "config.yaml")
     if file.parent.name == "loss" and "defaults: [dpo]" not in file.read_text():
@@ -345,7 +347,7 @@ def test_a_run_writes_its_configuration_as_it_was_composed_and_a_copy_with_other
         ("model.archiv=x", "model.archiv: no such key; did you mean model.archive?"),
         ("wandb.projekt=x", "wandb.projekt: no such key; did you mean wandb.project?"),
         ("loss=dppo", "loss=dppo: there is no such loss; did you mean dpo?"),
-        ("model=pythia82", "model=pythia82: there is no such model; did you mean pythia28?"),
+        ("model=pythia82", f"model=pythia82: there is no such model; did you mean pythia28? {OTHERS}"),
         ("trainer=FSDPTrainr", "trainer=FSDPTrainr: there is no such trainer; did you mean FSDPTrainer?"),
         ("loss.a=0.1", "loss.a: this loss has no such key. It belongs to loss=beta_DPO, dpo."),
         ("loss=orpo loss.gamma=0.1", "loss.gamma: this loss has no such key. It belongs to loss=simpo."),
@@ -563,7 +565,8 @@ STRATEGIES = {"never": "'never'", "null": "None", "epochs": "'epochs'", "false":
         ("model.policy_dtype=bfloat61", "model.policy_dtype", "'bfloat61'", "did you mean bfloat16?"),
         ("model.reference_dtype=int8", "model.reference_dtype", "'int8'", "bfloat16"),
         ("model.fsdp_policy_mp=bf16", "model.fsdp_policy_mp", "'bf16'", "bfloat16"),
-        ("model.policy_dtype=null", "model.policy_dtype", "None", "bfloat16, float16, float32"),
+        ("model.policy_dtype=half", "model.policy_dtype", "'half'", "bfloat16, float16, float32"),
+        ("bf16=1", "bf16", "1", "true, false or null"),
         ("truncation_mode=keep_stat", "truncation_mode", "'keep_stat'", "keep_start, keep_end, drop or null"),
         ("trainer.name=BasicTrainr", "trainer.name", "'BasicTrainr'", "did you mean BasicTrainer?"),
         ("objective=loss/evel", "objective", "'loss/evel'", "did you mean loss/eval?"),
@@ -590,7 +593,7 @@ STRATEGIES = {"never": "'never'", "null": "None", "epochs": "'epochs'", "false":
         ("datasets=[missing.py:mine]", "datasets", "missing.py: no such file", "Expected a Python file that registers 'mine'"),
         ("model.chat_template=missing.jinja template=chat", "model.chat_template", "missing.jinja: no such", "relative to"),
         ("model.chat_template=README.md template=hh", "model.chat_template", "template is hh", "Set template=chat"),
-        ("model.chat_template=README.md", "model.chat_template", "template is null", "Set template=chat"),
+        ("model.chat_template=README.md template=raw", "model.chat_template", "template is raw", "Set template=chat or null"),
         ("model.archive=missing/policy.pt", "model.archive", "missing/policy.pt: no such file", "relative to"),
         ("model=blank_model", "model.name_or_path", "not given", "Expected a hub id or a directory"),
         ("model.tokenizer_name_or_path=null", "model.tokenizer_name_or_path", "not given", "byte_level"),
@@ -634,6 +637,8 @@ def test_a_value_that_cannot_work_is_refused_with_its_key_what_was_found_and_wha
         "batch_size=16 eval_every=16",
         "max_prompt_length=255",
         "model.chat_template=README.md template=chat",
+        "model.chat_template=README.md",
+        "model.policy_dtype=null",
         "model.chat_template=README.md datasets=[{path:README.md,template:chat}]",
         "datasets=toy",
         "datasets=[toy,hh,shp,se]",

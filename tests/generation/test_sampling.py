@@ -203,7 +203,7 @@ def test_one_response_to_each_prompt_is_what_transformers_decoding_gives(model, 
     )  # fmt: skip
     seen = []
     again = PromptSeededNoise([(prompt, 0) for prompt in prompts], 7)
-    ends = decoding.Ends(tokenizer.eos_token_id, tokenizer.pad_token_id)
+    ends = decoding.Ends(frozenset({tokenizer.eos_token_id}), tokenizer.pad_token_id)
 
     def noted(scores, numbers):
         seen.append(again(scores, numbers))
@@ -211,7 +211,8 @@ def test_one_response_to_each_prompt_is_what_transformers_decoding_gives(model, 
 
     found = decoding.generate(model, prompts, ends, 30, decoding.Decoding(noted, [30, 30], ends))
     rows = expected.sequences[:, width:].tolist()
-    assert found == [row[: row.index(ends.end) + 1] if ends.end in row else row for row in rows]
+    end = tokenizer.eos_token_id
+    assert found == [row[: row.index(end) + 1] if end in row else row for row in rows]
     assert len(seen) == len(expected.scores)
     for step, (one, other) in enumerate(zip(seen, expected.scores, strict=True)):
         running = [step < len(response) for response in found]
@@ -242,6 +243,6 @@ def test_a_cache_whose_rows_mix_is_found(model, tokenizer, monkeypatch):
     monkeypatch.setattr(DynamicLayer, "reorder_cache", lambda layer, rows: (
         setattr(layer, "keys", layer.keys[rows].flip(0)), setattr(layer, "values", layer.values[rows].flip(0))
     ))  # fmt: skip
-    ends = decoding.Ends(tokenizer.eos_token_id, tokenizer.pad_token_id)
+    ends = decoding.Ends(frozenset({tokenizer.eos_token_id}), tokenizer.pad_token_id)
     assert not decoding.repeats_prompts(broken, ends)
     assert Sampler(tokenizer, 30, 1).samples(broken, PROMPTS, 3) == expected

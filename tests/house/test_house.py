@@ -116,8 +116,8 @@ def test_the_losses_of_the_readme_and_their_keys_are_all_there_are():
 
 
 def test_the_presets_the_readme_names_are_all_there_are():
-    named = set(re.findall(r"`([\w-]+)`", README.split("- `model=`:")[1].split("- `model.archive`")[0]))
-    assert {path.stem for path in (ROOT / "config" / "model").glob("*.yaml")} - {"base_model"} <= named
+    named = set(re.findall(r"`([\w.-]+)`", README.split("- `model=`:")[1].split("- `model.archive`")[0]))
+    assert {path.stem for path in (ROOT / "config" / "model").glob("*.yaml")} - {"base_model", "pretrained"} <= named
     assert OmegaConf.load(ROOT / "config" / "config.yaml").defaults[1].model == "tiny"
 
 

@@ -15,11 +15,11 @@ import pytest
 from omegaconf import OmegaConf
 
 from preference_training.core.errors import UserError
+from preference_training.evaluation.pruning import Pruning, build_pruner
 from preference_training.sweeps import gpus
 from preference_training.sweeps.jobs import Request, SweepDirectory
 from preference_training.sweeps.sweep import _swept, comparison_warnings
 from preference_training.tracking.run_files import JOB
-from preference_training.training.pruning import Pruning, build_pruner
 from tests.support import forked
 from tests.support.files import ROOT, write
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy
 
-from preference_training.configuration.schema import QualityConfig
+from preference_training.configuration.sections import QualityConfig
 from preference_training.data.prompt_table import PromptTable
 from preference_training.data.quality.bag_of_words import bag_of_words, spread
 from preference_training.data.quality.contamination import Contamination, find_contamination

@@ -8,7 +8,16 @@ from preference_training.core.errors import UserError
 from preference_training.data.rendering.chat_rendering import ConversationError, Spanned, holds, response_opening
 from preference_training.data.rendering.settings import TokenSettings
 from preference_training.data.rows.examples import Selected, select
-from preference_training.data.rows.records import DataReport, PreferenceRecord, Prompt, Response, Turn, message_of, reasoning_of
+from preference_training.data.rows.records import (
+    DataReport,
+    PreferenceRecord,
+    Prompt,
+    Response,
+    Turn,
+    is_learned,
+    message_of,
+    reasoning_of,
+)
 from preference_training.data.rows.templates import before_last_turn, build_template, rendered_prompts, without_end
 
 # What a report counts of records, besides those it skips.
@@ -69,6 +78,10 @@ class Renderer:
             return None
         try:
             text, texts = self.template(prompt, responses, record.tools)
+            texts = [
+                some if isinstance(some, str) else _of_learned(some, turns)
+                for some, turns in zip(texts, responses, strict=True)
+            ]
         except ConversationError as error:
             self.refuse(record, str(error))
             return None
@@ -130,3 +143,16 @@ def _reasoning(turn: Turn) -> str:
     return reasoning_of(message) or (
         message["content"].split("</think>")[0].split("<think>")[-1] if "</think>" in message["content"] else ""
     )
+
+
+def _of_learned(response: Spanned, turns: Response) -> Spanned:
+    """A response of several turns without the spans of those that are not learned. Raises ConversationError."""
+    learned = [is_learned(turn) for turn in turns if turn[0] == "assistant"]
+    if all(learned):
+        return response
+    if len(learned) != len(response.spans):
+        raise ConversationError(
+            "a turn has weight 0, and the chat template's {% generation %} marks do not say which part is of which turn. Use "
+            "template=chatml or hh, or a chat template that marks each turn once."
+        )
+    return response._replace(spans=[span for span, kept in zip(response.spans, learned, strict=True) if kept])

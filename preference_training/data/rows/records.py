@@ -29,7 +29,8 @@ from preference_training.core.errors import UserError
 class Turn(NamedTuple):
     """One turn of a conversation; role is one of ROLES.
 
-    rest: the other fields of the message (tool_calls, reasoning_content, ...) as the JSON text of an object; "" without any.
+    rest: the other fields of the message (tool_calls, reasoning_content, ...) as the JSON text of an object; "" without any. Of
+    an assistant turn that is not learned, it has "weight": 0.
     """
 
     role: str
@@ -327,7 +328,14 @@ def turn_error(turn: Turn) -> str | None:
 
 def message_of(turn: Turn) -> dict:
     """A turn as a message for chat templates: role, content, and its other fields."""
-    return {"role": turn[0], "content": turn[1]} | (json.loads(turn[2]) if len(turn) > 2 and turn[2] else {})
+    message = {"role": turn[0], "content": turn[1]} | (json.loads(turn[2]) if len(turn) > 2 and turn[2] else {})
+    message.pop("weight", None)
+    return message
+
+
+def is_learned(turn: Turn) -> bool:
+    """Whether SFT learns a turn of the assistant's: unless its weight is 0."""
+    return len(turn) < 3 or '"weight"' not in turn[2] or json.loads(turn[2]).get("weight") != 0
 
 
 def reasoning_of(message: dict) -> str:
@@ -359,7 +367,7 @@ def response_of(turns: tuple[Turn, ...]) -> Response:
 def text_error(value) -> str | None:
     """Why a value is not a non-empty text, as the end of a sentence, or None if it is one."""
     if not isinstance(value, str):
-        return f"is {type_name(value)}, expected a text"
+        return f"is {'null' if value is None else type_name(value)}, expected a text"
     if not value or value.isspace():
         return "is empty"
     if value.isascii():
@@ -374,6 +382,11 @@ def text_error(value) -> str | None:
 def type_name(value) -> str:
     """The name of a value's type, for messages."""
     return "None" if value is None else type(value).__name__
+
+
+def shown(value) -> str:
+    """A value as messages show it."""
+    return "null" if value is None else repr(value)
 
 
 # ---- held out -----------------------------------------------------------------------------------------------------------

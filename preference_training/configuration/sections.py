@@ -1,0 +1,217 @@
+"""The sections of a run's configuration, typed: a class for each, an attribute for each key. See schema.py."""
+
+import copy
+import re
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
+
+from preference_training.configuration.keys import (
+    MAY_CHANGE_ON_RESUME,
+    NEWER,
+    NOT_SHOWN,
+    OPEN,
+    OUTSIDE_JOB_IDENTITY,
+    Section,
+    anything,
+    declared,
+    expected,
+    is_number,
+    key,
+    known_name,
+    listed,
+    not_negative,
+    one_of,
+    optional_key,
+    plain_section,
+    positive,
+    section,
+    share,
+    switch,
+    text,
+    texts,
+    whole,
+)
+
+# ZeRO stage 3, 2, 1; replicas; stage 3 within a machine and replicas across.
+SHARDINGS = ("full", "grad_op", "optimizer", "none", "hybrid")
+ATTENTIONS = ("auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3")
+DTYPES = ("float32", "bfloat16", "float16")
+MODES = ("DPO", "beta_DPO")
+# Relative distance of neighboring numbers of a low-precision dtype, at most. A smaller update of a weight may be rounded away.
+SPACINGS = {"bfloat16": 2**-7, "float16": 2**-10}
+# The largest of ordinary weights: matrices of language models have standard deviations of 0.02 to 0.05.
+ORDINARY_WEIGHT = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig(Section):
+    """model.lora"""
+
+    r: int | None = key(whole(1, null=True))
+    alpha: float = key(positive())
+    dropout: float = key(share())
+    target_modules: list[str] | str | None = key(
+        expected(
+            "names of layers, as in [q_proj,v_proj], or null",
+            lambda value: value is None or (value != [] and all(isinstance(name, str) for name in listed(value))),
+        )
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(Section):
+    """model"""
+
+    name_or_path: str | None = key(text(null=True), NOT_SHOWN)
+    tokenizer_name_or_path: str | None = key(text(null=True), NOT_SHOWN)
+    chat_template: str | None = key(text(null=True), NEWER)
+    archive: str | None = key(text(null=True), NOT_SHOWN)
+    block_name: str | None = key(text(null=True))
+    policy_dtype: str | None = key(known_name("dtype", DTYPES, null=True))
+    autocast_dtype: str | None = key(known_name("dtype", DTYPES, null=True))
+    fsdp_policy_mp: str | None = key(known_name("dtype", DTYPES, null=True))
+    reference_dtype: str | None = key(known_name("dtype", DTYPES, null=True))
+    from_config: dict[str, Any] = key(plain_section, OPEN)
+    lora: LoraConfig = section(LoraConfig)
+    quantization: str | None = key(one_of(("nf4", "int8"), "nf4, int8", null=True))
+    double_quantization: bool = key(switch)
+    quantized_compute_dtype: str | None = key(known_name("dtype", DTYPES, null=True))
+    attn_implementation: str = key(one_of(ATTENTIONS))
+    liger_kernels: bool = key(switch)
+    trust_remote_code: bool = key(switch)
+    # No key: the loss says what head its models have, lm or value.
+    head: str = "lm"
+
+    @property
+    def trains_low_precision(self) -> bool:
+        """Whether weights in bfloat16 or float16 are trained; adapters are float32 whatever the base model's dtype."""
+        return self.policy_dtype in SPACINGS and self.lora.r is None
+
+    @property
+    def smallest_kept_lr(self) -> float:
+        """The learning rate from which ordinary weights of a low-precision dtype take every update, of one lr in size."""
+        # Half of the distance is rounded up.
+        return ORDINARY_WEIGHT * SPACINGS[str(self.policy_dtype)] / 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig(Section):
+    """loss: the keys that losses share, None where the chosen loss has none; `own` are those of its file that only it has."""
+
+    name: str = key(anything)
+    beta: float | None = optional_key(
+        expected("a number above 0: at 0 the loss never changes", lambda value: is_number(value) and value > 0)
+    )
+    label_smoothing: float | None = optional_key(share(below=0.5))
+    reference_free: bool | None = optional_key(switch)
+    length_normalised: bool | None = optional_key(switch)
+    mode_loss: str | None = optional_key(known_name("mode", MODES))
+    mode_weight: float | None = optional_key(share())
+    a: float | None = optional_key(not_negative())
+    alpha: float | None = optional_key(not_negative())
+    penalty: float | None = optional_key(not_negative())
+    gamma: float | None = optional_key(not_negative())
+    average: str | None = optional_key(one_of(("responses", "tokens"), "responses or tokens"), NEWER)
+    reference_update_every: int | None = optional_key(whole(1))
+    reference_update_share: float | None = optional_key(
+        expected("a share above 0 to 1", lambda value: is_number(value) and 0 < value <= 1)
+    )
+    function: str | None = optional_key(
+        expected("FILE.py:NAME", lambda value: isinstance(value, str) and re.search(r"\.py:\w+$", value) is not None)
+    )
+    options: dict[str, Any] | None = optional_key(plain_section, OPEN)
+    own: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> Self:
+        """The section with these values, unchecked; what only one loss has is checked by that loss."""
+        shared = {each.name for each in declared(cls)}
+        return replace(super().of(values), own={name: value for name, value in values.items() if name not in shared})
+
+    @property
+    def moves_reference(self) -> bool:
+        """Whether the reference follows the policy, so that its log-probs cannot be known before."""
+        return self.reference_update_every is not None
+
+    def given(self) -> dict[str, Any]:
+        """The loss's own keys, `name` among them."""
+        shared = {each.name: getattr(self, each.name) for each in declared(type(self))}
+        return copy.deepcopy({name: value for name, value in shared.items() if value is not None} | self.own)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerConfig(Section):
+    """trainer: the keys of all trainers; those that a trainer does not have are None."""
+
+    name: str = key(anything, MAY_CHANGE_ON_RESUME)
+    tensor_parallel_size: int | None = optional_key(whole(1, null=True), MAY_CHANGE_ON_RESUME)
+    nproc_per_node: int | None = optional_key(whole(1, null=True), MAY_CHANGE_ON_RESUME, OUTSIDE_JOB_IDENTITY, NOT_SHOWN)
+    world_size: int | None = optional_key(whole(1, null=True), NOT_SHOWN)
+    device_memory: float | None = optional_key(positive(null=True), NOT_SHOWN)
+    sharding: str | None = optional_key(known_name("sharding", SHARDINGS), MAY_CHANGE_ON_RESUME)
+    param_dtype: str | None = optional_key(known_name("dtype", DTYPES, null=True))
+    reduce_dtype: str | None = optional_key(known_name("dtype", DTYPES, null=True), MAY_CHANGE_ON_RESUME)
+    output_dtype: str | None = optional_key(known_name("dtype", DTYPES, null=True))
+    cpu_offload: bool | None = optional_key(switch, MAY_CHANGE_ON_RESUME)
+    distributed_timeout_minutes: float | None = optional_key(positive(), MAY_CHANGE_ON_RESUME, OUTSIDE_JOB_IDENTITY)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the trainer shards weights over several processes."""
+        return self.name != "BasicTrainer"
+
+    @property
+    def splits_layers(self) -> bool:
+        """Whether each process has a part of every layer."""
+        return self.name == "TensorParallelTrainer"
+
+
+@dataclass(frozen=True, kw_only=True)
+class WandbConfig(Section):
+    """wandb"""
+
+    enabled: bool = key(switch)
+    entity: str | None = key(text(null=True))
+    project: str = key(text())
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig(Section):
+    """evaluation"""
+
+    to: str | None = key(text(null=True))
+    n_prompts: int | None = key(whole(1, null=True))
+    judge: str | None = key(text(null=True))
+    judge_url: str | None = key(text(null=True))
+    against: str = key(text())
+    max_missing: float = key(share())
+    judge_max_tokens: int | None = key(whole(1, null=True))
+    judge_timeout: float = key(positive(" of seconds"))
+    judge_attempts: int = key(whole(1))
+    judge_pause: float = key(positive(" of seconds"))
+    judge_workers: int = key(whole(1))
+    tasks: list[str] | str = key(texts("names, as in [open_llm,gsm8k]"))
+    task_path: str | None = key(text(null=True))
+    task_limit: int | None = key(whole(1, null=True))
+
+    @property
+    def task_names(self) -> list[str]:
+        """`tasks` as a list."""
+        return listed(self.tasks)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QualityConfig(Section):
+    """quality: what a strict dry run does not accept."""
+
+    max_leaked: float | None = key(share(null=True))
+    max_near_leaked: float | None = key(share(null=True))
+    max_near_duplicates: float | None = key(share(null=True))
+    near_duplicate_similarity: float = key(
+        expected("a number from 0.5 to 1", lambda value: is_number(value) and 0.5 <= value <= 1)
+    )
+    max_baseline_accuracy: float | None = key(share(null=True))
+    max_contradictions: float | None = key(share(null=True))
+    min_agreement: float | None = key(share(null=True))
+    max_contaminated: float | None = key(share(null=True))
+    contamination_ngram: int = key(whole(8))

@@ -1,0 +1,94 @@
+"""How much of the arithmetic of its devices a run uses.
+
+Model FLOPs utilization (Chowdhery et al. 2022, PaLM, appendix B) counts products with weights, two FLOPs for each weight and
+token; not attention scores, norms, or what activation checkpointing computes again. Long sequences look a little less well used
+than they are.
+"""
+
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+from preference_training.configuration.schema import RunConfig
+from preference_training.core.gpu_peaks import peak_tflops
+from preference_training.core.process_group import is_distributed
+from preference_training.modeling.logprobs import CachedReference
+
+# Of a layer of experts in the names of transformers, and what its configurations call their number.
+EXPERTS = ".experts."
+NUM_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+
+
+@dataclass(frozen=True)
+class Utilization:
+    """FLOPs of a step per token, and the peak of all devices together, in FLOP/s."""
+
+    flops_per_token: float
+    peak: float
+
+    @classmethod
+    def of(cls, config: RunConfig, policy: nn.Module, reference: object, device: torch.device) -> "Utilization | None":
+        """That of a run; None where the peak of its devices is neither known nor given as `peak_tflops`."""
+        peak = config.peak_tflops
+        if peak is None and device.type == "cuda":
+            peak = peak_tflops(torch.cuda.get_device_name(device), _dtype_of_products(config), config.tf32)
+        if peak is None:
+            return None
+        is_live = reference is not None and not isinstance(reference, CachedReference)
+        return cls(step_flops(policy, is_live), peak * 1e12 * num_devices(policy))
+
+
+def _dtype_of_products(config: RunConfig) -> str:
+    """The dtype that most matrix products of a step are computed in."""
+    model = config.model
+    quantized = model.quantized_compute_dtype if model.quantization else None
+    return quantized or model.autocast_dtype or config.sharded_dtype or model.policy_dtype
+
+
+# ---- FLOPs ------------------------------------------------------------------------------------------------------------------
+
+
+def step_flops(policy: nn.Module, reference_is_live: bool) -> float:
+    """FLOPs of a training step per token: forward and backward of the policy, and the forward of a live reference.
+
+    The backward takes a product for the gradient of the activations, and for each trained weight one for its own gradient.
+    """
+    used, trained = _multiplied(policy), _multiplied(policy, trained=True)
+    return 2 * (2 * used + trained + used * reference_is_live)
+
+
+def num_devices(policy: nn.Module) -> int:
+    """How many devices the weights of a model, and what is computed with them, are distributed over."""
+    if is_distributed():
+        return torch.distributed.get_world_size()
+    return len({weight.device for weight in policy.parameters()})
+
+
+def _multiplied(model: nn.Module, trained: bool = False) -> float:
+    """How many weights a token is multiplied by; of experts the share that is chosen. Lookups are not products."""
+    looked_up = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    # An embedding that is also the head is multiplied by there.
+    looked_up.discard(id(getattr(head, "weight", None)))
+    share = _share_of_experts(model)
+    return sum(
+        _numel(weight) * (share if EXPERTS in name else 1.0)
+        for name, weight in model.named_parameters()
+        if id(weight) not in looked_up and (weight.requires_grad or not trained)
+    )
+
+
+def _share_of_experts(model: nn.Module) -> float:
+    config = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    number = next((getattr(config, name) for name in NUM_EXPERTS if getattr(config, name, None)), None)
+    chosen = getattr(config, "num_experts_per_tok", None)
+    return chosen / number if number and chosen else 1.0
+
+
+def _numel(weight: Tensor) -> int:
+    """How many numbers a weight stands for: bitsandbytes packs two into a byte."""
+    state = getattr(weight, "quant_state", None)
+    return prod(state.shape) if state is not None else weight.numel()

@@ -269,17 +269,10 @@ class FieldMap:
         return Row(prompt, responses, [(better, 1 - better)], better)
 
     def _pair(self, row: dict, report: DataReport) -> Row:
-        if isinstance(self.rejected, str) and self.rejected != self.chosen:
-            two = [(name, row.get(name)) for name in (self.chosen, self.rejected)]
-            if all(is_plain_text(text) for _, text in two):
-                for name, text in two:
-                    check_text(text, name)
-                prompt, responses = self.splitting.split(row, two)
-                return Row(prompt, responses, [(0, 1)], 0, **self._numbers_of_pair(row, 1))
-        return self._pair_of_any(row, report)
-
-    def _pair_of_any(self, row: dict, report: DataReport) -> Row:
-        """A row of pairs whose answers are not two texts."""
+        two = [(name, row.get(name)) for name in (self.chosen, self.rejected)] if isinstance(self.rejected, str) else []
+        if two and two[0][0] != two[1][0] and all(is_plain_text(text) and text_error(text) is None for _, text in two):
+            prompt, responses = self.splitting.split(row, two)
+            return Row(prompt, responses, [(0, 1)], 0, **self._numbers_of_pair(row, 1))
         others = _listed(self.rejected)
         # Of several columns of rejected answers, those that a row lacks are left out.
         given = [row.get(name, row.get(name.split(".")[0])) for name in others]
@@ -308,8 +301,6 @@ class FieldMap:
     def _numbers_of_pair(self, row: dict, count: int) -> dict[str, list[float]]:
         """The margin and the weight of a row's pairs, where they are mapped. Raises RowError."""
         numbers: dict[str, list[float]] = {}
-        if self.margin is None and self.example_weight is None:
-            return numbers
         for key, name, least in (("margins", self.margin, -inf), ("weights", self.example_weight, 0)):
             if name is None or (name in self.found and is_empty(row.get(name))):
                 continue

@@ -312,12 +312,16 @@ def load_records(
         if own and record.get("rows"):
             source = own.source_of(record["rows"], split)
         pairs = [(int(chosen), int(rejected)) for chosen, rejected in record["pairs"]]
-        targets = tuple(record.get("sft_targets", ()))
-        values = [None if record.get(key) is None else list(record[key]) for key in LISTS_OF_VALUES]
-        for key in record.keys() - RECORD_KEYS:
-            report.not_read(str(key))
         texts = list(record["responses"]), pairs, record["sft_target"]
-        yield PreferenceRecord(prompt, *texts, number, source, targets, *values, tools=record.get("tools", ""))
+        yield PreferenceRecord(prompt, *texts, number, source, **(_optional(record, report) if len(record) > 3 else {}))
+
+
+def _optional(record: dict, report: DataReport) -> dict:
+    """What a loader's record has besides what it must have."""
+    for key in record.keys() - RECORD_KEYS:
+        report.not_read(str(key))
+    values = {key: None if record.get(key) is None else list(record[key]) for key in LISTS_OF_VALUES}
+    return {"sft_targets": tuple(record.get("sft_targets", ())), "tools": record.get("tools", "")} | values
 
 
 def read_entries(config: RunConfig) -> list[Entry]:
@@ -380,11 +384,11 @@ def _lacks(of: FieldMap, has_token_ids: bool, loss: Loss) -> str | None:
 
 def _unused_run_settings(config: RunConfig, entry: Entry) -> list[str]:
     """Notes on changed settings of the run without effect on an entry, and on data that its loss does not read."""
-    notes, usual = [], default_values()
+    notes, usual = [], default_values(model=config.origin.preset)
     if entry.dataset.sft_note and example_kind(config.loss.name) == "targets":
         notes.append(entry.dataset.sft_note)
     drops = (entry.truncation_mode or entry.dataset.truncation_mode) == "drop"
-    if config.max_prompt_length != usual["max_prompt_length"] and drops:
+    if config.max_prompt_length != (usual["max_prompt_length"] or config.max_length // 2) and drops:
         notes.append("max_prompt_length has no effect: truncation_mode=drop truncates nothing")
     if config.held_out_share != usual["held_out_share"] and not entry.uses_held_out_share:
         notes.append("held_out_share has no effect: the data set defines its held-out split")

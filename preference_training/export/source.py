@@ -11,6 +11,7 @@ from yaml import YAMLError
 
 from preference_training.checkpointing.checkpoint import Checkpoint, DamagedError
 from preference_training.checkpointing.saved_run import SavedRun, newest_checkpoint
+from preference_training.configuration.rerun import RERUN
 from preference_training.core.errors import UserError
 from preference_training.core.values import UNREADABLE
 from preference_training.modeling.tokenizer import BYTE_LEVEL
@@ -35,8 +36,6 @@ CONFIG = {
     "system_prompt": (str, None),
 }
 STATE_SHAPE = {"examples": int, "held_out": ({...: (float, int)}, None), "run": {"config": CONFIG}}
-# The overrides of a run's command line.
-RERUN = "rerun.yaml"
 EXPECTED = "Expected a run directory, or a checkpoint (step-N) in one."
 
 

@@ -106,7 +106,7 @@ TRAINING = (
     ChartSpec("Speed", "tokens per second; what responses share is counted once", {TOKENS_PER_SECOND: "tokens/s"}, FROM_ZERO),
     ChartSpec("Examples per second", "", {EXAMPLES_PER_SECOND: "examples/s"}, FROM_ZERO),
     ChartSpec("Use of the GPU", "MFU: share of its peak arithmetic that the model's needs take", {MFU: "MFU"}, FROM_ZERO),
-    ChartSpec("Tokens saved", "share that prefix sharing did not have to compute", {TOKENS_SAVED: "share"}, SHARE),
+    ChartSpec("Tokens saved", "share that prefix sharing did not have to compute", {TOKENS_SAVED: "share"}, FROM_ZERO),
     ChartSpec("Memory", "GiB on rank 0; on a GPU, the peak so far", {MEMORY: "GiB"}, FROM_ZERO),
 )  # fmt: skip
 CHARTS = (*LEARNED, *TRAINING)

@@ -8,7 +8,6 @@ It is made from the run directory alone, so that it can be rebuilt at any time, 
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 
 from preference_training.core.errors import UserError
@@ -41,7 +40,16 @@ from preference_training.reporting.observations import finite_values, observatio
 from preference_training.reporting.pages.rendering import render
 from preference_training.reporting.run_charts import CHARTS, run_charts
 from preference_training.reporting.run_record import RunRecord
-from preference_training.reporting.summary import command, data_names, noun, num_examples, reference, summary
+from preference_training.reporting.summary import (
+    command,
+    data_names,
+    last_moment,
+    name_of,
+    noun,
+    num_examples,
+    reference,
+    summary,
+)
 from preference_training.tracking.run_files import EVENTS, FLAGGED, METRICS, REPORT, SAMPLES
 
 MAX_EVENTS = 200
@@ -99,9 +107,8 @@ def report_page(run: RunRecord) -> str:
     """The HTML of a run's report."""
     return render(
         "report.html",
-        name=run.config.get("exp_name", run.directory.name),
+        name=name_of(run),
         summary=summary(run),
-        written=datetime.now().astimezone().isoformat(" ", "minutes")[:16],
         findings=[*findings(run), *(Finding("observation", "note", text) for text in observations(run))],
         numbers=[*headline(run), *speeds(run)],
         facts=run_facts(run),
@@ -151,7 +158,8 @@ def speeds(run: RunRecord) -> Iterator[dict]:
     """How fast the run was, and the memory it took: name, value and a qualification."""
     for metric, title in SPEEDS.items():
         if values := finite_values(run.steps, metric):
-            yield {"name": title, "value": format_number(statistics.median(values)), "more": ["median"], "meaning": ""}
+            value = format_number(float(f"{statistics.median(values):.3g}"))
+            yield {"name": title, "value": value, "more": ["median"], "meaning": ""}
     if shares := finite_values(run.steps, MFU):
         meaning = "model FLOPs utilization: the share of the GPU's peak arithmetic that the model's needs take"
         yield {"name": "MFU", "value": f"{statistics.median(shares):.0%}", "more": ["of the GPU's peak"], "meaning": meaning}
@@ -177,6 +185,7 @@ def run_facts(run: RunRecord) -> dict[str, str]:
             "batch": f"{size:,} {noun(run, size)}" if isinstance(size, int) and updates else "",
             "learning rate": f"{format_number(rate)}{end}{warmed}" if _are_numbers(rate) else "",
             "reference": reference(run),
+            "last event": last_moment(run),
         }.items()
         if text
     }

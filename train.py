@@ -28,7 +28,7 @@ from preference_training.configuration.validation import check_objective, valida
 from preference_training.core.errors import UserError
 from preference_training.core.machine import release_memory
 from preference_training.core.processes import in_worker, reports_for_machine
-from preference_training.core.signals import STOPPED, StoppedError
+from preference_training.core.signals import STOPPED, StoppedError, StopRequests
 from preference_training.data.entries import read_entries
 from preference_training.losses.registry import example_kind, model_head
 from preference_training.sweeps.gpus import jobs_at_once, take_gpus
@@ -46,6 +46,7 @@ def main(composed: DictConfig) -> float | None:
     """One run, or one job of a sweep. Returns its `objective`, for a sweeper to minimize or maximize."""
     settings = HydraConfig.get()
     run_dir, in_sweep = Path(settings.runtime.output_dir), settings.mode == RunMode.MULTIRUN
+    StopRequests.ends_process = not in_sweep
     composed.sweep_dir = str(Path(settings.sweep.dir).absolute()) if in_sweep else None
     start_in = partial(validate_and_start, composed, in_sweep)
     try:
@@ -82,18 +83,18 @@ def validate_and_start(composed: DictConfig, in_sweep: bool, run_dir: Path, resu
     return start(config, run_dir, in_sweep)
 
 
-def start(config: RunConfig, run_dir: Path, in_sweep: bool) -> float | None:
+def start(config: RunConfig, run_dir: Path, in_sweep: bool, callbacks: Sequence[object] = ()) -> float | None:
     """Run in this process, or launch several where the trainer needs them."""
     from preference_training.distributed.launching import run_or_launch
     from preference_training.training.defaults import settle_dtypes
 
-    return run_or_launch(run, settle_dtypes(config, run_dir), run_dir, in_sweep)
+    return run_or_launch(partial(run, callbacks=callbacks), settle_dtypes(config, run_dir), run_dir, in_sweep)
 
 
 def run(config: RunConfig, run_dir: Path, in_sweep: bool = False, callbacks: Sequence[object] = ()) -> float | None:
     """Train what a checked configuration describes, into `run_dir`. Returns the held-out metric named by `objective`.
 
-    With several processes this is one of them. callbacks: a user's, see docs/python.md.
+    With several processes this is one of them. callbacks: see docs/python.md.
     """
     from preference_training.dry_run.preview import preview
     from preference_training.reporting.run_report import report_writer

@@ -20,6 +20,7 @@ from preference_training.data.registry import DATASETS, TOKENIZED_SUFFIX, Datase
 from preference_training.data.rows.field_maps import FieldMap
 from preference_training.data.rows.records import (
     LISTS_OF_VALUES,
+    ROLES,
     DataReport,
     PreferenceRecord,
     Prompt,
@@ -218,6 +219,9 @@ def _check_field_map(path: str, options: dict) -> None:
     for key in ("margin", "example_weight"):
         lists = next((name for name in ANSWER_KEYS if options.get(name)), None)
         require(not options.get(key) or not lists, f"{key} is of pairs of chosen and rejected, and responses are in {lists}.")
+    roles = options.get("roles")
+    is_valid = isinstance(roles, dict) and roles and all(isinstance(name, str) and of in ROLES for name, of in roles.items())
+    require(roles is None or is_valid, f"roles: found {roles!r}, expected {{NAME: ROLE}}, with the roles {', '.join(ROLES)}.")
     top_k, where = options.get("top_k"), options.get("where", {})
     is_valid = top_k is None or (isinstance(top_k, dict) and top_k.keys() == {"column", "k"} and type(top_k["k"]) is int)
     is_valid = is_valid and (top_k is None or (top_k["k"] > 0 and isinstance(top_k["column"], str)))
@@ -376,11 +380,11 @@ def _lacks(of: FieldMap, has_token_ids: bool, loss: Loss) -> str | None:
 
 def _unused_run_settings(config: RunConfig, entry: Entry) -> list[str]:
     """Notes on changed settings of the run without effect on an entry, and on data that its loss does not read."""
-    notes, usual = [], default_values()
+    notes, usual = [], default_values(model=config.origin.preset)
     if entry.dataset.sft_note and example_kind(config.loss.name) == "targets":
         notes.append(entry.dataset.sft_note)
     drops = (entry.truncation_mode or entry.dataset.truncation_mode) == "drop"
-    if config.max_prompt_length != usual["max_prompt_length"] and drops:
+    if config.max_prompt_length != (usual["max_prompt_length"] or config.max_length // 2) and drops:
         notes.append("max_prompt_length has no effect: truncation_mode=drop truncates nothing")
     if config.held_out_share != usual["held_out_share"] and not entry.uses_held_out_share:
         notes.append("held_out_share has no effect: the data set defines its held-out split")

@@ -76,6 +76,7 @@ def _folder(cache_dir: str | None) -> Path:
 
 
 def _convert(file: Path, name: str, directory: Path) -> None:
+    from gguf import GGUFReader
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
@@ -99,6 +100,9 @@ def _convert(file: Path, name: str, directory: Path) -> None:
         raise OSError(f"it takes {needed / 1e9:.1f} GB in float32, and {free / 1e9:.1f} GB are free")
     save_model(model, directory)
     tokenizer.save_pretrained(directory)
+    if license := GGUFReader(file).fields.get("general.license"):
+        # As on the hub, so that the card of what is trained on it can name it.
+        (directory / "README.md").write_text(f"---\nlicense: {license.contents()}\n---\n", encoding="utf-8")
 
 
 def _dequantized() -> dict:

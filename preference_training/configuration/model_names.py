@@ -28,25 +28,29 @@ REQUIREMENTS = {
 OTHERS = "A model may also be a hub id, as in model=Qwen/Qwen3-0.6B, a directory, as in model=./my_model, or a .gguf file."
 
 
-def presets() -> list[str]:
-    """The names of the model presets."""
-    return sorted(file.stem for file in (CONFIG_DIR / "model").glob("*.yaml") if file.stem not in BASES)
+def presets(folder: Path = CONFIG_DIR) -> list[str]:
+    """The names of the model presets in a folder of configurations."""
+    return sorted(file.stem for file in (folder / "model").glob("*.yaml") if file.stem not in BASES)
 
 
-def name_models(arguments: Sequence[str]) -> list[str]:
-    """Overrides in which `model` may be any model, as Hydra needs them. Raises UserError for what is no model."""
+def name_models(arguments: Sequence[str], folder: Path | None = None) -> list[str]:
+    """Overrides in which `model` may be any model, as Hydra needs them. Raises UserError for what is no model.
+
+    folder: one with presets of the user's own, beside those of config/.
+    """
     named = any(_is_choice(text) for text in arguments)
-    return [word for text in arguments for word in _named(text, named)]
+    known = (*BASES, *presets(), *(presets(folder) if folder else ()))
+    return [word for text in arguments for word in _named(text, named, known)]
 
 
 def _is_choice(text: str) -> bool:
     return text.lstrip("+").partition("=")[0] == "model"
 
 
-def _named(text: str, preset_is_given: bool) -> Iterable[str]:
+def _named(text: str, preset_is_given: bool, known: Sequence[str]) -> Iterable[str]:
     key, _, value = text.lstrip("+").partition("=")
     if key == "model" and value:
-        yield f"model={','.join(_as_override(_choice(name)) for name in _values(text.lstrip('+')))}"
+        yield f"model={','.join(as_override(_choice(name, known)) for name in _values(text.lstrip('+')))}"
         return
     yield text
     if key == "model.name_or_path" and not preset_is_given and value not in ("", "null"):
@@ -72,16 +76,18 @@ def _values(text: str) -> list[str]:
     return [override.value() if isinstance(override.value(), str) else raw]
 
 
-def _as_override(name: str) -> str:
-    """A name as a value on the command line, quoted where Hydra would read something else."""
-    if re.fullmatch(r"[A-Za-z/][\w./-]*", name) and name.lower() not in ("null", "true", "false", "nan", "inf"):
-        return name
-    return "'" + name.replace("\\", "\\\\").replace("'", "\\'") + "'"
+def as_override(text: str) -> str:
+    """A text as a value on the command line, quoted where Hydra would read something else."""
+    from hydra.core.override_parser.types import Quote, QuotedString
+
+    if re.fullmatch(r"[A-Za-z/][\w./-]*", text) and text.lower() not in ("null", "true", "false", "nan", "inf"):
+        return text
+    return QuotedString(text, Quote.single).with_quotes()
 
 
-def _choice(name: str) -> str:
-    """The choice of the group `model` for a name: a preset, or one that is made for it here."""
-    if name in (*BASES, *presets()):
+def _choice(name: str, known: Sequence[str]) -> str:
+    """The choice of the group `model` for a name: a known preset, or one that is made for it here."""
+    if name in known:
         return name
     values = find_model(name)
     # A path that leads upwards could be read as one within config/.

@@ -2,7 +2,8 @@
 
 import pytest
 
-from preference_training.configuration.composition import compose_overrides, prepare_arguments
+from preference_training.configuration.command_line import prepare_arguments
+from preference_training.configuration.composition import compose_overrides
 from preference_training.configuration.model_names import OTHERS
 from preference_training.core.errors import UserError
 

@@ -22,6 +22,7 @@ from preference_training.losses.base import Loss
 from preference_training.losses.registry import build_loss
 from preference_training.modeling.limits import check_limits, check_rows, model_limits
 from preference_training.modeling.loading import check_model
+from preference_training.modeling.sources.checks import check_sources
 from preference_training.modeling.sources.gguf import with_converted_model
 from preference_training.modeling.tokenizer import load_tokenizer
 from preference_training.training.optimization import check_optimizer, precision_notices
@@ -71,6 +72,7 @@ def prepare_run(config: RunConfig, run_dir: Path, in_sweep: bool = False) -> Pre
     for line in [] if config.eval_only else precision_notices(config):
         print(line, flush=True)
     config = with_converted_model(config)
+    check_sources(config.model, config.cache_dir)
     tokenizer = load_tokenizer(config.model, config.cache_dir)
     for line in check_model(config.model, tokenizer, config.cache_dir):
         print(line, flush=True)

@@ -28,7 +28,7 @@ from preference_training.configuration.validation import check_objective, valida
 from preference_training.core.errors import UserError
 from preference_training.core.machine import release_memory
 from preference_training.core.processes import in_worker, reports_for_machine
-from preference_training.core.signals import STOPPED, StoppedError
+from preference_training.core.signals import STOPPED, StoppedError, StopRequests
 from preference_training.data.entries import read_entries
 from preference_training.losses.registry import example_kind, model_head
 from preference_training.sweeps.gpus import jobs_at_once, take_gpus
@@ -46,6 +46,7 @@ def main(composed: DictConfig) -> float | None:
     """One run, or one job of a sweep. Returns its `objective`, for a sweeper to minimize or maximize."""
     settings = HydraConfig.get()
     run_dir, in_sweep = Path(settings.runtime.output_dir), settings.mode == RunMode.MULTIRUN
+    StopRequests.ends_process = not in_sweep
     composed.sweep_dir = str(Path(settings.sweep.dir).absolute()) if in_sweep else None
     start_in = partial(validate_and_start, composed, in_sweep)
     try:

@@ -21,6 +21,7 @@ from preference_training.checkpointing.checkpoint import (
 from preference_training.checkpointing.state import NEWER_STATE_SHAPE, STATE_SHAPE
 from preference_training.configuration.composition import newer_defaults
 from preference_training.configuration.keys import MAY_CHANGE_ON_RESUME, is_within
+from preference_training.configuration.rerun import RERUN
 from preference_training.configuration.saved import CONFIG
 from preference_training.configuration.schema import keys_with
 from preference_training.core.errors import UserError
@@ -162,7 +163,7 @@ def check_same_run(checkpoint: Checkpoint, about: dict) -> None:
 # ---- the files of a run -----------------------------------------------------------------------------------------------------
 
 RUN_FILES = (
-    METRICS, SAMPLES, BAD_STEPS, EVENTS, RESULTS_FILE, ABOUT, FLAGGED, PRUNED, CONFIG, REPORT, ANSWERS,
+    METRICS, SAMPLES, BAD_STEPS, EVENTS, RESULTS_FILE, ABOUT, FLAGGED, PRUNED, CONFIG, RERUN, REPORT, ANSWERS,
     JUDGEMENTS, LATEST, LEDGER, TENSORBOARD, WANDB, BASE_DIR, f"{CHECKPOINT}*",
 )  # fmt: skip
 

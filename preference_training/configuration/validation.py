@@ -22,7 +22,7 @@ from preference_training.configuration.composition import (
 )
 from preference_training.configuration.keys import Section, check_section, declared, listed, refuse, texts
 from preference_training.configuration.model_names import is_gguf, local_gguf
-from preference_training.configuration.schema import BITSANDBYTES_OPTIMIZERS, RunConfig
+from preference_training.configuration.schema import BITSANDBYTES_OPTIMIZERS, Origin, RunConfig
 from preference_training.configuration.sections import EvaluationConfig, LossConfig
 from preference_training.core.errors import UserError, nearest
 from preference_training.core.metric_names import (
@@ -34,6 +34,7 @@ from preference_training.core.metric_names import (
     EVAL_REJECTED_LOGPS,
     EVAL_REJECTED_REWARD,
 )
+from preference_training.core.values import dotted
 
 # The metrics of an evaluation, which a sweep may optimize; the first two are all that SFT has.
 OBJECTIVES = (
@@ -66,7 +67,11 @@ def validate(config: DictConfig, overrides: Sequence[str] = (), choices: dict[st
             _check_keys_of_group(group, values[group], choice)
     _check_group_names(values["loss"], values["trainer"])
     check_section(RunConfig, values)
-    typed = replace(RunConfig.of(values, OmegaConf.to_container(config, resolve=False)), overrides=tuple(overrides))
+    preset = preset_of((choices or {}).get("model", "base_model"))
+    origin = Origin(tuple(overrides), preset, frozenset(key for key, value in dotted(values).items() if value is None))
+    typed = replace(RunConfig.of(values, OmegaConf.to_container(config, resolve=False)), origin=origin)
+    if typed.max_prompt_length is None:
+        typed = typed.changed({"max_prompt_length": typed.max_length // 2})
     if typed.per_device_batch_size is not None and any(text.startswith("batch_size=") for text in overrides):
         raise UserError("per_device_batch_size: given together with batch_size, which follows from it. Expected one of them.")
     _check_together(typed)

@@ -26,9 +26,17 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from preference_training.configuration.schema import RunConfig
 from preference_training.configuration.validation import check_sizes
 from preference_training.core.errors import UserError
+from preference_training.core.labeled_output import label_output
 from preference_training.core.process_group import local_rank, local_world_size
 from preference_training.core.processes import in_worker, usable_cores
-from preference_training.core.signals import ENDED_AT_ONCE, SIGNALS, STOPPED, StoppedError
+from preference_training.core.signals import (
+    ENDED_AT_ONCE,
+    SIGNALS,
+    STOPPED,
+    StoppedError,
+    StopRequests,
+    restore_handlers,
+)
 
 # The prefix of a worker's error where the mistake was the user's.
 MISTAKE = "UserError: "
@@ -91,6 +99,7 @@ def run_or_launch(run: Callable, config: RunConfig, run_dir: Path, in_sweep: boo
 
 def _run_silenced(run: Callable, *arguments):
     """`run` in a worker, of which only rank 0 prints."""
+    label_output()
     silence_others()
     return run(*arguments)
 
@@ -155,8 +164,7 @@ def _signals_forwarded():
     try:
         yield received
     finally:
-        for number, handler in usual.items():
-            signal.signal(number, handler)
+        restore_handlers(usual)
 
 
 class WorkerDiedError(Exception):
@@ -166,11 +174,11 @@ class WorkerDiedError(Exception):
 @record
 def _in_worker(function: Callable, arguments: tuple):
     launcher = os.getppid()
+    StopRequests.ends_process = True
     try:
         value = function(*arguments)
-        for number in SIGNALS:
-            # Too late for this run.
-            signal.signal(number, signal.SIG_IGN)
+        # Too late for this run.
+        restore_handlers(dict.fromkeys(SIGNALS))
         # The library waits until the launcher has read the value: forever if the launcher has died.
         threading.Thread(target=_exit_after_launcher, args=(launcher,), daemon=True).start()
         return value

@@ -27,7 +27,7 @@ def write_about(
     """Write about.json: the data and what was skipped of it, the machine, the versions, and the state of this code.
 
     splits: the reports of the training data and, if there is one, of the held-out split, for the data sets of these names.
-    examples: how many the run trains on in all. device: where it computes. sizes: further numbers. Raises OSError.
+    examples: how many the run trains on in all. device: where it computes. sizes: further facts. Raises OSError.
     """
     data = {
         split: [{"name": name, **report.as_dict()} for name, report in zip(names, reports, strict=True)]

@@ -64,7 +64,10 @@ def fit_dtypes(config: RunConfig, supported: Callable[[], bool] = computes_in_bf
     if model.policy_dtype is None:
         # One dtype of weights that is given is that of the other too; those of products leave the weights float32.
         computed = model.autocast_dtype or config.sharded_dtype
-        changes["model.policy_dtype"] = model.reference_dtype or (BFLOAT16 if uses and not computed else FLOAT32)
+        # FSDP sums gradients in the dtype of its shards: float32 ones are master weights, in the same memory.
+        shards_masters = config.trainer.name == "FSDPTrainer" and model.lora.r is None
+        is_low = uses and not computed and not shards_masters
+        changes["model.policy_dtype"] = model.reference_dtype or (BFLOAT16 if is_low else FLOAT32)
     policy = changes.get("model.policy_dtype", model.policy_dtype)
     if model.reference_dtype is None:
         changes["model.reference_dtype"] = policy

@@ -23,11 +23,11 @@ from preference_training.core.metric_names import (
 from preference_training.core.process_group import Ranks
 from preference_training.core.signals import StopRequests
 from preference_training.distributed.utilization import Utilization
+from preference_training.evaluation.pruning import Pruning
 from preference_training.losses.base import Loss
 from preference_training.tracking.callbacks import Callbacks
 from preference_training.tracking.ledger import Ledger
 from preference_training.tracking.tracker import Metrics, Tracker, as_numbers
-from preference_training.training.pruning import Pruning
 from preference_training.training.start_check import StartCheck
 
 

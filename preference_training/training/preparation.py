@@ -23,6 +23,7 @@ from preference_training.data.preparation import Prepared, count_identical_pairs
 from preference_training.data.prompt_table import PromptTable
 from preference_training.data.rendering.choice import choose_templates
 from preference_training.data.rendering.settings import VERSION, VERSIONS, TokenSettings
+from preference_training.evaluation.pruning import build_pruner
 from preference_training.evaluation.task_suites import check_harness
 from preference_training.losses.base import Loss
 from preference_training.losses.registry import build_loss
@@ -32,7 +33,6 @@ from preference_training.modeling.sources.gguf import with_converted_model
 from preference_training.modeling.tokenizer import load_tokenizer
 from preference_training.training.defaults import fit_lr, fit_steps, settle_dtypes
 from preference_training.training.optimization import check_optimizer, precision_notices
-from preference_training.training.pruning import build_pruner
 
 # In a checkpoint, as transformers names it.
 CHAT_TEMPLATE = "chat_template.jinja"
@@ -79,7 +79,8 @@ def prepare_run(config: RunConfig, run_dir: Path, in_sweep: bool = False) -> Pre
         print("contamination_files: read by dry_run=true alone, which compares them with the training data", flush=True)
     config = with_converted_model(config)
     tokenizer = load_tokenizer(config.model, config.cache_dir)
-    lines = check_model(config.model, tokenizer, config.cache_dir)
+    lines = [line] if (line := adapter_notice(config)) else []
+    lines += check_model(config.model, tokenizer, config.cache_dir)
     config = fit_lr(config, loss.learns, partial(count_parameters, config, tokenizer))
     lines += [] if config.eval_only else precision_notices(config)
     limits = model_limits(config, tokenizer)
@@ -102,6 +103,14 @@ def prepare_run(config: RunConfig, run_dir: Path, in_sweep: bool = False) -> Pre
         for line in [line for key, line in config.chosen.items() if key not in said]:
             print(line, flush=True)
     return PreparedRun(config, run_dir, in_sweep, loss, tokenizer, data, entries, pruner)
+
+
+def adapter_notice(config: RunConfig) -> str | None:
+    """The notice for LoRA adapters, which any rank switches on."""
+    lora = config.model.lora
+    if lora.r is None:
+        return None
+    return f"model.lora.r: LoRA adapters of rank {lora.r} (alpha {lora.alpha:g}) are trained, all other weights are frozen"
 
 
 def count_parameters(config: RunConfig, tokenizer) -> int:
@@ -268,6 +277,9 @@ def report_split(prepared, entries: list, split: str, what: str, needed: bool) -
         raise UserError(f"datasets: {names}: expected at least one {kind} example, and none is left: {why}.")
     prompts, what = "prompt" + "s" * (len(prepared.table) != 1), what.removesuffix("s") if examples == 1 else what
     lines = [f"  {name}: {line}" for name, line in found]
+    if split == "test" and len(prepared.table):
+        empty = [e.name for e, report in zip(entries, prepared.reports, strict=True) if not report.num_prompts]
+        lines += [f"  {name}: nothing is held out of it (held_out_share)" for name in empty]
     print(f"{split}: {len(prepared.table)} {prompts}, {examples} {what}", *lines, sep="\n", flush=True)
 
 

@@ -17,6 +17,8 @@ from preference_training.checkpointing.resume import (
     roll_back,
     set_aside,
 )
+from preference_training.configuration.composition import usual_values
+from preference_training.configuration.rerun import write_rerun
 from preference_training.configuration.run_dirs import writable
 from preference_training.configuration.saved import save_config
 from preference_training.configuration.schema import RunConfig
@@ -37,6 +39,7 @@ def describe_run(prepared: PreparedRun, placement: Placement, checkpoint: Checkp
         "config": config,
         "data": [split.fingerprint for split in data],
         "data_version": data[0].version,
+        "usual": usual_values(prepared.config),
         "templates": [entry.template for entry in prepared.entries],
         "began_with": placement.began_with,
         "prompt_format": detect_format(config, data[0].table, placement.tokenizer),
@@ -75,6 +78,7 @@ def open_run_dir(
         if config.resume:
             roll_back(run_dir, checkpoint.path if checkpoint else None)
         save_config(config, run_dir)
+        write_rerun(config, run_dir)
         start = RunStart(about["config"], run_dir, about["wandb_id"], seen)
         dashboards = start_dashboards(config.dashboard_names, start)
         return Tracker(run_dir, total, config.minimum_log_interval_secs, dashboards, report, seen)

@@ -84,7 +84,8 @@ def train(prepared: PreparedRun, trainer_class, placement: Placement, readers: R
                     [split.reports for split in data],
                     total,
                     placement.device,
-                    _sizes(models, batches, *(split.table for split in data)),
+                    _sizes(models, batches, *(split.table for split in data))
+                    | {"usual": about["usual"], "chosen": config.chosen},
                 )
             opened.enter_context(tracker)
         else:

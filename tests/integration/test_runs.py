@@ -41,7 +41,7 @@ def test_the_default_run_leaves_what_the_readme_says(tmp_path):
     )
     [run_dir] = [path for path in (tmp_path / "runs").iterdir() if path.name != "prepared_data"]
     names = {path.name for path in run_dir.iterdir()}
-    written = {"config.yaml", "about.json", "metrics.jsonl", "samples.jsonl", "events.jsonl", "report.html"}
+    written = {"config.yaml", "about.json", "metrics.jsonl", "samples.jsonl", "events.jsonl", "report.html", "rerun.yaml"}
     assert names == {*written, "step-16", "step-24", "LATEST", "wandb"}
     assert (run_dir / "LATEST").resolve() == run_dir / "step-24"
     assert (run_dir / "LATEST" / "policy.pt").is_file()

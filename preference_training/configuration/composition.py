@@ -135,12 +135,18 @@ def _choice_files(group: str, name: str) -> list[DictConfig]:
     ]
 
 
-def usual_values(config: RunConfig) -> dict[str, Any]:
-    """The defaults of a run, by dotted names, that are not those of config.yaml: of its preset, and what became of null."""
+def usual_values(config: RunConfig) -> dict[str, list[Any]]:
+    """The values, by dotted names, that are no change of a run's settings where config.yaml has others.
+
+    Those of its preset, and what became of null.
+    """
     groups = {"loss": config.loss.name, "trainer": config.trainer.name}
     general, own = (dotted(default_values(model=model, **groups)) for model in ("base_model", config.origin.preset))
-    chosen = {key: value for key, value in dotted(config.as_dict()).items() if key in config.origin.nulls and value is not None}
-    return {key: value for key, value in (own | chosen).items() if value != general.get(key)}
+    usual = {key: [value] for key, value in own.items() if value != general.get(key)}
+    for key, value in dotted(config.as_dict()).items():
+        if key in config.origin.nulls and value is not None:
+            usual[key] = [None, value]
+    return usual
 
 
 def newer_defaults(values: dict[str, Any]) -> dict[str, Any]:

@@ -380,11 +380,11 @@ def _lacks(of: FieldMap, has_token_ids: bool, loss: Loss) -> str | None:
 
 def _unused_run_settings(config: RunConfig, entry: Entry) -> list[str]:
     """Notes on changed settings of the run without effect on an entry, and on data that its loss does not read."""
-    notes, usual = [], default_values()
+    notes, usual = [], default_values(model=config.origin.preset)
     if entry.dataset.sft_note and example_kind(config.loss.name) == "targets":
         notes.append(entry.dataset.sft_note)
     drops = (entry.truncation_mode or entry.dataset.truncation_mode) == "drop"
-    if config.max_prompt_length != usual["max_prompt_length"] and drops:
+    if config.max_prompt_length != (usual["max_prompt_length"] or config.max_length // 2) and drops:
         notes.append("max_prompt_length has no effect: truncation_mode=drop truncates nothing")
     if config.held_out_share != usual["held_out_share"] and not entry.uses_held_out_share:
         notes.append("held_out_share has no effect: the data set defines its held-out split")

@@ -24,7 +24,7 @@ from preference_training.data.rows.records import Prompt, Turn
 from preference_training.generation.chat_format import ChatFormat
 from preference_training.generation.decoding import Ends, generate
 from preference_training.generation.sampling import OTHER, POLICY, Sampler, as_trained, choice_of_tokens, ends_of
-from preference_training.generation.servers import Reply, server_of
+from preference_training.generation.servers import Reply, served_model
 from preference_training.generation.settings import GenerationSettings
 from preference_training.generation.streaming import PrefixCache, StreamedDecoding, TextStream
 from preference_training.modeling import loading
@@ -43,7 +43,7 @@ from preference_training.modeling.tokenizer import load_tokenizer
 from preference_training.tracking.run_files import STATE
 
 EXPECTED = (
-    "Expected a run directory, a checkpoint (step-N) in one, an export, a model directory, a .gguf file, a preset or a hub id."
+    "Expected a run directory, a checkpoint (step-N) in one, an export, a model directory, a .gguf file, a preset, a hub id."
 )
 BEFORE_TRAINING = "before training"
 # Where a model's configuration does not say how many tokens it can read.
@@ -208,11 +208,11 @@ def open_responders(name: str, against: str | None, url: str | None, options: Lo
 
 
 def _open(name: str, url: str | None, options: LoadOptions) -> Responder:
-    server = server_of(name, url)
-    if server is None:
+    served = served_model(name, url)
+    if served is None:
         return load_for_chat(name, options)
-    server.check()
-    return server
+    served.check()
+    return served
 
 
 def newest_of(names: Sequence[str]) -> str:

@@ -309,7 +309,7 @@ def sample_columns(answered: dict[str, list[dict]]) -> list[tuple[str, str]]:
     """What stands side by side of one prompt: title and text."""
     room = MAX_CHARACTERS if len(answered) <= MAX_INTERVALS else MAX_CHARACTERS // 3
     before = {found[1] for rows in answered.values() if (found := response_before(rows))}
-    shown = [("before training", truncate(*before, room))] if len(before) == 1 else []
+    shown = [("before training", truncate(before.pop(), room))] if len(before) == 1 else []
     for name, rows in answered.items():
         shown.append((f"{name}, after {rows[-1]['examples']:,} examples", truncate(rows[-1]["policy"].strip(), room)))
     return shown

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
-from preference_training.configuration.composition import default_values
+from preference_training.configuration.composition import default_values, in_open_section, known_keys
 from preference_training.configuration.keys import NOT_SHOWN, is_within
 from preference_training.configuration.schema import keys_with
 from preference_training.core.metric_names import EVAL_ACCURACY, EVAL_LOSS, EVAL_MARGIN, EXAMPLES, TRAIN_ACCURACY, TRAIN_LOSS
@@ -33,7 +33,7 @@ class CardFacts:
     numbers of examples and prompts, if it was evaluated. rows: metrics.jsonl up to this checkpoint. overrides: those of the
     run's command line. sample: a prompt of the data and the response to it. prompt: an example in the format of training.
     notes: sentences about this export. adapter: it holds an adapter, not full weights. head: lm, or value for a reward model.
-    usual: defaults of the run that are not config.yaml's.
+    usual: `usual_values` of the run.
     """
 
     name: str
@@ -231,8 +231,14 @@ def _command(facts: CardFacts) -> str:
     """The command line of the run, without local directories."""
     if not facts.overrides:
         return ""
-    words = [shlex.quote(f"{key}={_override(value)}") for key, value in facts.overrides.items()]
+    shown = {key: value for key, value in facts.overrides.items() if is_shown(key) or key == "datasets"}
+    words = [shlex.quote(f"{_added(key)}{key}={_override(value)}") for key, value in shown.items()]
     return "## Training command\n\n```bash\n" + " ".join(["python train.py", *words]) + "\n```"
+
+
+def _added(key: str) -> str:
+    """What Hydra needs before a key that the configuration does not have by itself."""
+    return "" if key in known_keys() or in_open_section(key) else "+"
 
 
 def _override(value) -> str:
@@ -259,15 +265,15 @@ def is_shown(key: str) -> bool:
 def changed_settings(config: dict, usual: object = None) -> dict[str, tuple[object, object]]:
     """The settings of a run that differ from its defaults: key → (value, default or None).
 
-    usual: those of its defaults that are not config.yaml's, as the run recorded them.
+    usual: `usual_values`, as the run recorded them.
     """
     now = dotted(config)
     # Its default is an interpolation of another key.
     defaults = default_values(model="base_model", loss=config["loss"]["name"], trainer=config["trainer"]["name"])
     before = dotted(defaults) | {"model.reference_dtype": now.get("model.policy_dtype")}
-    before |= usual if isinstance(usual, dict) else {}
-    changed = [key for key in now if now[key] != before.get(key) and is_shown(key)]
-    return {key: (now[key], before.get(key)) for key in sorted(changed)}
+    no_change = {key: [value] for key, value in before.items()} | (usual if isinstance(usual, dict) else {})
+    changed = [key for key in now if now[key] not in no_change.get(key, [None]) and is_shown(key)]
+    return {key: (now[key], no_change.get(key, [None])[-1]) for key in sorted(changed)}
 
 
 def _configuration(config: dict, usual: object) -> str:

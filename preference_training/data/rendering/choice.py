@@ -1,6 +1,6 @@
 """The template of an entry of `datasets` that names none: the tokenizer's chat template, where its rows are for a chat model.
 
-Decided once, before anything is tokenized, from the first rows of the training split. A run keeps what was decided.
+Decided once, before anything is tokenized, from the first rows. A run keeps what was decided.
 """
 
 from collections import Counter
@@ -66,9 +66,14 @@ def rows_of(entry: Entry, tokenizer, cache_dir: str | None = None) -> str | None
     if declared := entry.dataset.prompts:
         return DIALOGUES if declared == "dialogues" else CONVERSATIONS
     is_rendered = rendered_prompts(tokenizer)
+
+    def kinds_in(split: str) -> Counter[str]:
+        records = load_records(entry, split, DataReport(skip_bad_rows=True), cache_dir)
+        return Counter(kind_of(record, is_rendered) for record in islice(records, FIRST_RECORDS))
+
     try:
-        records = load_records(entry, "train", DataReport(skip_bad_rows=True), cache_dir)
-        kinds = Counter(kind_of(record, is_rendered) for record in islice(records, FIRST_RECORDS))
+        # Of a few rows all may be held out.
+        kinds = kinds_in("train") or kinds_in("test")
     except UserError:
         # Preparing the data says it.
         return None

@@ -77,16 +77,10 @@ def train(prepared: PreparedRun, trainer_class, placement: Placement, readers: R
             tracker = open_run_dir(config, run_dir, about, checkpoint, total, report)
             if notice:
                 tracker.log_message(notice)
+            names, reports = [entry.name for entry in prepared.entries], [split.reports for split in data]
+            sizes = _sizes(batches, *(split.table for split in data))
             with writable(run_dir):
-                write_about(
-                    run_dir,
-                    [entry.name for entry in prepared.entries],
-                    [split.reports for split in data],
-                    total,
-                    placement.device,
-                    _sizes(models, batches, *(split.table for split in data))
-                    | {"usual": about["usual"], "chosen": config.chosen},
-                )
+                write_about(run_dir, names, reports, total, placement.device, sizes)
             opened.enter_context(tracker)
         else:
             about, tracker = {}, opened.enter_context(NoTracker())

@@ -78,7 +78,8 @@ def train(prepared: PreparedRun, trainer_class, placement: Placement, readers: R
             if notice:
                 tracker.log_message(notice)
             names, reports = [entry.name for entry in prepared.entries], [split.reports for split in data]
-            sizes = _sizes(batches, *(split.table for split in data))
+            sizes = _sizes(models, batches, *(split.table for split in data))
+            sizes |= {"usual": about["usual"], "chosen": config.chosen}
             with writable(run_dir):
                 write_about(run_dir, names, reports, total, placement.device, sizes)
             opened.enter_context(tracker)

@@ -83,18 +83,18 @@ def validate_and_start(composed: DictConfig, in_sweep: bool, run_dir: Path, resu
     return start(config, run_dir, in_sweep)
 
 
-def start(config: RunConfig, run_dir: Path, in_sweep: bool) -> float | None:
+def start(config: RunConfig, run_dir: Path, in_sweep: bool, callbacks: Sequence[object] = ()) -> float | None:
     """Run in this process, or launch several where the trainer needs them."""
     from preference_training.distributed.launching import run_or_launch
     from preference_training.training.defaults import settle_dtypes
 
-    return run_or_launch(run, settle_dtypes(config, run_dir), run_dir, in_sweep)
+    return run_or_launch(partial(run, callbacks=callbacks), settle_dtypes(config, run_dir), run_dir, in_sweep)
 
 
 def run(config: RunConfig, run_dir: Path, in_sweep: bool = False, callbacks: Sequence[object] = ()) -> float | None:
     """Train what a checked configuration describes, into `run_dir`. Returns the held-out metric named by `objective`.
 
-    With several processes this is one of them. callbacks: a user's, see docs/python.md.
+    With several processes this is one of them. callbacks: see docs/python.md.
     """
     from preference_training.dry_run.preview import preview
     from preference_training.reporting.run_report import report_writer

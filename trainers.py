@@ -17,11 +17,11 @@ from preference_training.core.machine import memory_held
 from preference_training.core.random_streams import random_streams, restore_random_streams
 from preference_training.core.signals import StoppedError
 from preference_training.distributed.placement import OneProcess, Placement, Sharded, TensorParallel
+from preference_training.distributed.utilization import Utilization
 from preference_training.tracking.tracker import Metrics
 from preference_training.training.evaluator import Evaluator
 from preference_training.training.monitors import TrainingMonitor
-from preference_training.training.pace import Pace, Utilization
-from preference_training.training.parts import Batches, Models, Observers, RunState
+from preference_training.training.parts import Batches, Models, Observers, Pace, RunState
 from preference_training.training.step import PackResult, TrainingStep
 
 
@@ -36,7 +36,8 @@ class Trainer:
         self.state = RunState()
         self.step = TrainingStep(placement, models, self.state, batches.train.schedule.total_steps)
         self.evaluator = Evaluator(placement, models, batches, self.state, observers)
-        self.pace = Pace(self.state, Utilization.of(self.config, models, self.step.device))
+        utilization = Utilization.of(self.config, models.policy, models.reference, self.step.device)
+        self.pace = Pace(self.state, utilization)
         self.monitor = TrainingMonitor(self.tracker, self.config.loss_spike)
         self.stopping = False
         self.saved_at: int | None = None
@@ -76,8 +77,9 @@ class Trainer:
 
     @property
     def finished(self) -> bool:
-        """Whether no step is left to take, or the evaluations end the run."""
-        return self.batches.train.finished or self.evaluator.ends_run
+        """Whether no step is left to take, or the evaluations or a callback end the run."""
+        ended = self.batches.train.finished or self.evaluator.ends_run
+        return ended or self.observers.callbacks_end_run(self.placement.ranks)
 
     def before_first_step(self) -> None:
         """Sample the reference's responses while it is the policy, and evaluate."""
@@ -97,11 +99,9 @@ class Trainer:
             self.evaluator.evaluate()
         if save:
             self.save()
-        asked = self.observers.stop_reason(self.placement.ranks)
-        if self.stopping or asked:
-            self.stopping = True
+        if self.stopping:
             self.save()
-            reason = asked or self.observers.stop.reason or "another process of the run is to stop"
+            reason = self.observers.stop.reason or "another process of the run is to stop"
             raise StoppedError(f"stopped after {self.state.examples} examples: {reason}")
         return evaluate or save
 

@@ -8,10 +8,12 @@ python scripts/chat.py openai:MODEL --url http://localhost:8000/v1    # a model 
 
 import argparse
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import preference_datasets  # noqa: F401  its data sets register themselves
-from preference_training.configuration.schema import DTYPES, TEMPLATES
+from preference_training.configuration.schema import TEMPLATES
+from preference_training.configuration.sections import DTYPES
 from preference_training.core.errors import UserError
 
 SETTINGS = ("temperature", "top_p", "top_k", "max_new_tokens", "seed")
@@ -75,7 +77,9 @@ def talk(options: argparse.Namespace) -> None:
     loading = LoadOptions(options.template, options.device, options.dtype, options.trust_remote_code)
     name = newest_of(options.model)
     print(f"loading {name} ...", file=sys.stderr, flush=True)
-    responders = open_responders(name, options.against, options.url, loading)
+    # Where answers go, nothing else does.
+    with redirect_stdout(sys.stderr):
+        responders = open_responders(name, options.against, options.url, loading)
     system = options.system if options.system is not None else getattr(responders[-1], "system_prompt", None)
     if prompts is None:
         print(greeting(responders, changes, system), flush=True)

@@ -10,7 +10,8 @@ import argparse
 import sys
 
 import preference_datasets  # noqa: F401  its data sets register themselves
-from preference_training.configuration.schema import DTYPES, TEMPLATES
+from preference_training.configuration.schema import TEMPLATES
+from preference_training.configuration.sections import DTYPES
 from preference_training.core.errors import UserError
 
 

@@ -54,6 +54,18 @@ def short_runs(folder: Path) -> dict[str, Path]:
     return found
 
 
+def many_runs(folder: Path, number: int = 20) -> Path:
+    """Runs with as many values of beta, in numbers that are made up; their folder."""
+    for k in range(number):
+        run_dir = folder / str(k)
+        if not run_dir.exists():
+            long_run(run_dir, steps=60, seed=k)
+            config = OmegaConf.load(run_dir / "config.yaml")
+            config.loss.beta = round(0.05 * (k + 1), 2)
+            OmegaConf.save(config, run_dir / "config.yaml")
+    return folder
+
+
 def data_report(folder: Path) -> Path:
     """The data report of rows with leaks, near-duplicates, long preferred responses and a row of a benchmark; its path."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Complete an environment for a server, by its own interpreter: python complete_environment.py llama_cpp|vllm"""
+"""Complete an environment for a server, by its own interpreter: python complete_environment.py llama_cpp|vllm."""
 
 import importlib.metadata
 import re
@@ -6,8 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-# For images, audio and video: a gigabyte that serving texts does not need. torch is pinned by its local version, which PyPI
-# lacks.
+# For images, audio and video, which take a gigabyte; and torch, which is pinned by a local version that PyPI lacks.
 LEFT_OUT = {"torch", "torchvision", "torchaudio", "torchcodec"}
 
 

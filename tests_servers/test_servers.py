@@ -16,7 +16,7 @@ import pytest
 from preference_training.export.gguf_model import GgufFile
 from preference_training.export.gguf_tokenizer import Vocabulary
 from preference_training.modeling.tokenizer import byte_level_tokenizer
-from tests_servers.exports import ARCHITECTURES, CONVERSATIONS, TOKENS, Expected, Exported, rows, smollm2, tiny, train
+from tests_servers.exports import ARCHITECTURES, CONVERSATIONS, TOKENS, Expected, Exported, rows, tiny, train
 from tests_servers.servers import ENVIRONMENTS, ROOT, Server, llama_cpp, vllm
 
 RESULTS = ROOT / "tests_servers" / "results"
@@ -53,26 +53,27 @@ def exported(folder):
 
 
 def trained(folder: Path, name: str) -> Path:
-    base, run = folder / "smollm2", folder / "runs" / name
-    if not base.is_dir():
-        smollm2(base)
+    run = folder / "runs" / name
     if not (run / "LATEST").exists():
         chosen = ("+adapter=lora", "lr=1e-3") if name == "lora" else ("lr=1e-5",)
-        train(base, rows(folder / "rows.jsonl"), run, *chosen)
+        train(rows(folder / "rows.jsonl"), run, *chosen)
     return run
 
 
 @pytest.fixture(scope="module")
-def results():
-    """What was found, by test; written when all are done."""
-    found: dict[str, dict] = {}
+def results(folder):
+    """What was found, by test; written when all are done, beside what an earlier run found in tests that this one left out."""
+    found: dict[str, tuple[str, dict]] = {}
     yield found
     RESULTS.mkdir(exist_ok=True)
     for server in ("llama_cpp", "vllm"):
-        cases = {name: case for name, case in found.items() if case["server"] == server}
+        cases = {name: case for name, (tried, case) in found.items() if tried == server}
+        file = RESULTS / f"{server}.json"
+        before = json.loads(file.read_text())["cases"] if file.is_file() else {}
         if cases:
-            content = {"date": date.today().isoformat(), "versions": versions(server), "cases": cases}
-            (RESULTS / f"{server}.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+            content = {"date": date.today().isoformat(), "versions": versions(server), "cases": before | cases}
+            text = json.dumps(content, indent=1, ensure_ascii=False).replace(f"{folder}/", "").replace(f"{ROOT}/", "")
+            file.write_text(text + "\n")
 
 
 def versions(server: str) -> dict[str, str]:
@@ -120,12 +121,7 @@ def check(server: Server, expected: Expected, ask, rendered) -> dict:
     assert stopped, "a response ends before it is cut off"
     equal = len([tie for tie in ties if tie is None])
     numbers = {"prompts_equal": len(prompts), "answers": len(answers), "answers_equal": equal, "stopped_by_themselves": stopped}
-    return {"command": shorter(server.command), **numbers, "ties": [tie for tie in ties if tie is not None]}
-
-
-def shorter(command: str) -> str:
-    """A command without this machine's folders."""
-    return " ".join(word.replace(f"{ROOT}/", "").rpartition("/servers0/")[2] for word in command.split())
+    return {"command": server.command, **numbers, "ties": [tie for tie in ties if tie is not None]}
 
 
 # ---- llama.cpp --------------------------------------------------------------------------------------------------------------
@@ -157,7 +153,7 @@ def test_a_gguf_of_each_architecture_generates_the_same_tokens(name, tmp_path, r
             ids = server.post("/tokenize", content=text, parse_special=True)["tokens"]
             assert ids == tokenizer(text, add_special_tokens=False).input_ids, text
     tie = compare_tokens(expected, prompt, found, wanted)
-    results[name] = {"server": "llama_cpp", "tokens": 20, "tie_at": tie}
+    results[f"{name}, tiny"] = "llama_cpp", {"tokens": 20, "tie_at": tie}
 
 
 def test_llama_cpp_serves_the_gguf_of_smollm2_as_transformers_does(exported, tmp_path, results):
@@ -176,7 +172,7 @@ def test_llama_cpp_serves_the_gguf_of_smollm2_as_transformers_does(exported, tmp
         ][0]
     answer = expected.greedy(expected.prompt(CONVERSATIONS[0]))
     assert chat["message"]["content"] == expected.tokenizer.decode(answer, skip_special_tokens=True)
-    results["smollm2 merged, GGUF f32"] = {"server": "llama_cpp", **found}
+    results["smollm2 merged, GGUF f32"] = "llama_cpp", found
 
 
 # ---- vLLM -------------------------------------------------------------------------------------------------------------------
@@ -206,11 +202,11 @@ def test_vllm_serves_an_export_as_transformers_does(name, exported, tmp_path, re
     export = exported(name)
     with vllm(export.line("vLLM"), tmp_path / "log") as server:
         found = check_vllm(server, Expected.of(export.directory), str(export.directory))
-    results[f"smollm2 {name}"] = {"server": "vllm", **found}
+    results[f"smollm2 {name}"] = "vllm", found
 
 
 def test_vllm_serves_an_adapter_as_transformers_does(exported, tmp_path, results):
     export = exported("adapter")
     with vllm(export.line("vLLM"), tmp_path / "log") as server:
         found = check_vllm(server, Expected.of(export.directory), export.directory.name)
-    results["smollm2 adapter"] = {"server": "vllm", **found}
+    results["smollm2 adapter"] = "vllm", found

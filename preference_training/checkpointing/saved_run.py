@@ -97,6 +97,14 @@ class SavedRun:
             return loading.load_with_adapter(self.checkpoint, config, tokenizer, self.cache_dir)
         return loading.load_model(config, tokenizer, self.cache_dir)
 
+    @property
+    def initial_adapter(self) -> str | None:
+        """The adapter that the run started from, if any. Raises UserError where it is gone."""
+        archive = self.config["model"].get("archive")
+        if archive and not Path(archive).exists():
+            raise UserError(f"{self.checkpoint}: the weights that its run started from are gone: {archive}.")
+        return archive if is_adapter(archive) else None
+
     def load_initial_model(self) -> nn.Module:
         """The model that the run started from. Raises UserError where it is no longer what it was."""
         tokenizer = self.load_tokenizer()

@@ -20,6 +20,7 @@ from preference_training.data.registry import DATASETS, TOKENIZED_SUFFIX, Datase
 from preference_training.data.rows.field_maps import FieldMap
 from preference_training.data.rows.records import (
     LISTS_OF_VALUES,
+    ROLES,
     DataReport,
     PreferenceRecord,
     Prompt,
@@ -218,6 +219,9 @@ def _check_field_map(path: str, options: dict) -> None:
     for key in ("margin", "example_weight"):
         lists = next((name for name in ANSWER_KEYS if options.get(name)), None)
         require(not options.get(key) or not lists, f"{key} is of pairs of chosen and rejected, and responses are in {lists}.")
+    roles = options.get("roles")
+    is_valid = isinstance(roles, dict) and roles and all(isinstance(name, str) and of in ROLES for name, of in roles.items())
+    require(roles is None or is_valid, f"roles: found {roles!r}, expected {{NAME: ROLE}}, with the roles {', '.join(ROLES)}.")
     top_k, where = options.get("top_k"), options.get("where", {})
     is_valid = top_k is None or (isinstance(top_k, dict) and top_k.keys() == {"column", "k"} and type(top_k["k"]) is int)
     is_valid = is_valid and (top_k is None or (top_k["k"] > 0 and isinstance(top_k["column"], str)))

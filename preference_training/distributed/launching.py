@@ -26,6 +26,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from preference_training.configuration.schema import RunConfig
 from preference_training.configuration.validation import check_sizes
 from preference_training.core.errors import UserError
+from preference_training.core.labeled_output import label_output
 from preference_training.core.process_group import local_rank, local_world_size
 from preference_training.core.processes import in_worker, usable_cores
 from preference_training.core.signals import (
@@ -98,6 +99,7 @@ def run_or_launch(run: Callable, config: RunConfig, run_dir: Path, in_sweep: boo
 
 def _run_silenced(run: Callable, *arguments):
     """`run` in a worker, of which only rank 0 prints."""
+    label_output()
     silence_others()
     return run(*arguments)
 

@@ -92,9 +92,8 @@ def _gemma_reason(config, period: int, large: int) -> str | None:
 
 
 def _gemma_more(config) -> dict:
-    caps = {"attn_logit_softcapping": "attn_logit_softcapping", "final_logit_softcapping": "final_logit_softcapping"}
-    found = {key: value for key, name in caps.items() if (value := getattr(config, name, None)) is not None}
-    return found | {"sliding_window": config.sliding_window}
+    caps = {name: getattr(config, name, None) for name in ("attn_logit_softcapping", "final_logit_softcapping")}
+    return {name: value for name, value in caps.items() if value is not None} | {"sliding_window": config.sliding_window}
 
 
 def _phi3_more(config) -> dict:
@@ -280,10 +279,9 @@ class GgufFile:
         tensors = list(_named_tensors(model, architecture))
         for name, weight in tensors:
             kind = self._kind(weight)
-            shape = tuple(weight.shape)
-            size = int(np.prod(gguf.quant_shape_to_byte_shape(shape, kind) if kind.name == "Q8_0" else shape))
-            nbytes = size if kind.name == "Q8_0" else size * {"F32": 4, "F16": 2, "BF16": 2}[kind.name]
-            writer.add_tensor_info(name, shape, np.dtype(np.float32), nbytes, raw_dtype=kind)
+            block, size = gguf.GGML_QUANT_SIZES[kind]
+            nbytes = weight.numel() // block * size
+            writer.add_tensor_info(name, tuple(weight.shape), np.dtype(np.float32), nbytes, raw_dtype=kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()

@@ -17,6 +17,7 @@ from preference_training.modeling.tokenizer import BYTE_LEVEL
 from preference_training.tracking.run_files import (
     ABOUT,
     METRICS,
+    RERUN,
     RESULTS_FILE,
     SAMPLES,
     json_lines,
@@ -35,8 +36,6 @@ CONFIG = {
     "system_prompt": (str, None),
 }
 STATE_SHAPE = {"examples": int, "held_out": ({...: (float, int)}, None), "run": {"config": CONFIG}}
-# The overrides of a run's command line.
-RERUN = "rerun.yaml"
 EXPECTED = "Expected a run directory, or a checkpoint (step-N) in one."
 
 
@@ -124,10 +123,10 @@ def base_license(base: str | None, cache_dir: str | None) -> str | None:
         return None
     try:
         found = Path(base) / "README.md" if Path(base).is_dir() else try_to_load_from_cache(base, "README.md", cache_dir)
-        license = ModelCard(Path(found).read_text(encoding="utf-8")).data.license if found else None
+        named = ModelCard(Path(found).read_text(encoding="utf-8")).data.to_dict().get("license") if found else None
     except Exception:  # whatever a damaged card raises: a license is not worth an export
         return None
-    return license if isinstance(license, str) else None
+    return named if isinstance(named, str) else None
 
 
 def _valid_state(checkpoint: Path) -> dict:

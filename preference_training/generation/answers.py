@@ -27,7 +27,7 @@ def read_prompts(path: str) -> list[Prompt]:
     Raises UserError where there are none.
     """
     kind = format_of(path)
-    if kind is None and not Path(path).is_file():
+    if kind in (None, ".txt") and not Path(path).is_file():
         raise UserError(f"--prompts: {path}: no such file. Expected a .txt file with a prompt in each line, or a file of rows.")
     found = _lines(Path(path)) if kind in (None, ".txt") else _rows(path)
     if not found:

@@ -11,6 +11,8 @@ from torch import nn
 
 from preference_training.checkpointing.checkpoint import Checkpoint
 from preference_training.checkpointing.saved_run import SavedRun, newest_checkpoint
+from preference_training.configuration.composition import default_values
+from preference_training.configuration.model_names import is_gguf, presets
 from preference_training.configuration.saved import CONFIG, model_config
 from preference_training.configuration.schema import TEMPLATES
 from preference_training.configuration.sections import DTYPES
@@ -22,18 +24,27 @@ from preference_training.data.rows.records import Prompt, Turn
 from preference_training.generation.chat_format import ChatFormat
 from preference_training.generation.decoding import Ends, generate
 from preference_training.generation.sampling import OTHER, POLICY, Sampler, as_trained, choice_of_tokens, ends_of
-from preference_training.generation.servers import Reply, server_of
+from preference_training.generation.servers import Reply, served_model
 from preference_training.generation.settings import GenerationSettings
 from preference_training.generation.streaming import PrefixCache, StreamedDecoding, TextStream
 from preference_training.modeling import loading
-from preference_training.modeling.adapters import CONFIG_FILE, is_adapter, read_adapter_config, reference_mode, saved_base
+from preference_training.modeling.adapters import (
+    CONFIG_FILE,
+    is_adapter,
+    read_adapter_config,
+    reference_mode,
+    saved_base,
+    set_initial_adapter,
+)
 from preference_training.modeling.archives import MODEL_CONFIG, TOKENIZER_CONFIG
+from preference_training.modeling.sources.gguf import gguf_directory
 from preference_training.modeling.state import move_to_devices
 from preference_training.modeling.tokenizer import load_tokenizer
 from preference_training.tracking.run_files import STATE
 
-EXPECTED = "Expected a run directory, a checkpoint (step-N) in one, an export, a model directory, a .gguf file, or a hub id."
-GGUF = ".gguf"
+EXPECTED = (
+    "Expected a run directory, a checkpoint (step-N) in one, an export, a model directory, a .gguf file, a preset, a hub id."
+)
 BEFORE_TRAINING = "before training"
 # Where a model's configuration does not say how many tokens it can read.
 UNLIMITED = 1 << 20
@@ -157,7 +168,11 @@ def load_for_chat(name: str, options: LoadOptions = LoadOptions()) -> ChatModel:
 
     Raises UserError where there is none, or none that writes text.
     """
+    if name in presets() and not Path(name).exists():
+        name = default_values(model=name)["model"]["name_or_path"] or name
     path = Path(name).expanduser()
+    if is_gguf(name):
+        path = gguf_directory(name)
     if not path.is_dir():
         _check_name(name, path)
         return _load_directory(name, None, options)
@@ -193,11 +208,11 @@ def open_responders(name: str, against: str | None, url: str | None, options: Lo
 
 
 def _open(name: str, url: str | None, options: LoadOptions) -> Responder:
-    server = server_of(name, url)
-    if server is None:
+    served = served_model(name, url)
+    if served is None:
         return load_for_chat(name, options)
-    server.check()
-    return server
+    served.check()
+    return served
 
 
 def newest_of(names: Sequence[str]) -> str:
@@ -213,6 +228,7 @@ def newest_of(names: Sequence[str]) -> str:
 def load_before_training(chat: ChatModel, options: LoadOptions = LoadOptions()) -> ChatModel:
     """The model that a run started from: its own weights without the adapter, or those that it loaded. Raises UserError."""
     if chat.has_adapter:
+        set_initial_adapter(chat.model, chat.saved.initial_adapter if chat.saved else None)
         return replace(chat, name=BEFORE_TRAINING, is_before_training=True, stream=OTHER, cache=PrefixCache(), notes=())
     if chat.saved is None:
         raise UserError(
@@ -224,10 +240,8 @@ def load_before_training(chat: ChatModel, options: LoadOptions = LoadOptions()) 
 
 
 def _check_name(name: str, path: Path) -> None:
-    """Raise UserError for a name that is neither a GGUF file nor may be a hub id."""
+    """Raise UserError for a name that cannot be a hub id."""
     if path.is_file():
-        if path.suffix == GGUF:
-            return
         raise UserError(f"{name}: this file is no model. {EXPECTED}")
     if name.startswith((".", "/", "~")) or name.count("/") != 1 or path.parent.is_dir():
         beside = [str(each) for each in path.parent.iterdir() if each.is_dir()] if path.parent.is_dir() else []

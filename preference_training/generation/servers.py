@@ -75,7 +75,6 @@ class ChatServer(ABC):
         self.model, self.timeout = model, timeout
         self.base = (url or self.default_url).rstrip("/").removesuffix(self.path)
         self.url = f"{self.base}{self.path}"
-        self.name = f"{self.kind}:{model}"
 
     @abstractmethod
     def body(self, messages: list[dict], settings: dict[str, Any], is_streamed: bool = False) -> dict:
@@ -149,71 +148,12 @@ class ChatServer(ABC):
             request.headers["Authorization"] = f"Bearer {key}"
         return request
 
-    def check(self) -> None:
-        """Raise UserError where nobody listens, or where the server lists its models without this one."""
-        with self._user_errors():
-            try:
-                names = self.listed(self.models())
-            except ServerError as error:
-                if error.has_answered and not error.is_rejection:
-                    return
-                raise
-            except (ValueError, LookupError, TypeError):
-                return
-        if names and not self._is_among(names):
-            raise UserError(f"{self.name}: {self.base} has no such model; {nearest(self.model, names)}")
-
-    def _is_among(self, names: list[str]) -> bool:
+    def has(self, names: list[str]) -> bool:
+        """Whether its model is among those of a list."""
         return self.model in names
 
-    # ---- as a responder ---------------------------------------------------------------------------------------------------
-
-    def respond(self, turns: Sequence[Turn], changes: dict[str, Any], say: Callable[[str], None]) -> Reply:
-        """The response to a conversation, each part of which goes to `say` as it comes. Raises UserError."""
-        text, ended = "", None
-        with self._user_errors():
-            for part in self._parts(turns, changes):
-                text, ended = text + part.text, part.ended or ended
-                say(part.text)
-        return Reply(text, ended)
-
-    def responses(self, prompts: Sequence[Prompt], changes: dict[str, Any]) -> list[str]:
-        """The responses to several prompts, some of which are asked for at a time. Raises UserError."""
-        with ThreadPoolExecutor(WORKERS) as pool:
-            return list(pool.map(lambda prompt: self.respond(turns_of(prompt), changes, lambda _: None).text, prompts))
-
-    def _parts(self, turns: Sequence[Turn], changes: dict[str, Any]) -> Iterator[Reply]:
-        import requests
-
-        body = self.body([message_of(turn) for turn in turns], changes, is_streamed=True)
-        with self.send("POST", self.url, body, is_streamed=True) as reply:
-            try:
-                for line in filter(None, reply.iter_lines()):
-                    part = self.part(line)
-                    if part is None:
-                        return
-                    yield part
-            except requests.RequestException as error:
-                raise ServerError("the connection was lost", has_answered=True) from error
-            except (ValueError, LookupError, TypeError) as error:
-                raise ServerError("its reply cannot be read", has_answered=True) from error
-
-    @contextmanager
-    def _user_errors(self):
-        """Context in which a server that gives no reply is the user's to mend: one message says what to do."""
-        try:
-            yield
-        except ServerError as error:
-            raise UserError(f"{self.name}: {self.url}: {error.reason}. {self._remedy(error)}") from error
-
-    def _remedy(self, error: ServerError) -> str:
-        if not error.has_answered:
-            return "Start the server, or name another one with --url."
-        if error.is_rejection:
-            return f"Expected a server that has the model{self._key_hint()}."
-        return "Check the server's log, the model, and the settings (/set)."
-
-    def _key_hint(self) -> str:
+    def key_hint(self) -> str:
+        """The end of a sentence on what a server expects besides its model."""
         return ""
 
 
@@ -264,7 +204,8 @@ class OpenAIServer(ChatServer):
         """The environment's OPENAI_API_KEY."""
         return os.environ.get(KEY_VARIABLE)
 
-    def _key_hint(self) -> str:
+    def key_hint(self) -> str:
+        """Where the key is looked for."""
         return f" and accepts the key in {KEY_VARIABLE}" + ("" if self.key() else ", which is not set")
 
 
@@ -297,7 +238,8 @@ class OllamaServer(ChatServer):
         """The names in /api/tags."""
         return [each["name"] for each in found["models"]]
 
-    def _is_among(self, names: list[str]) -> bool:
+    def has(self, names: list[str]) -> bool:
+        """Whether its model is among those of a list; a name without a tag means latest."""
         return self.model in names or f"{self.model}:latest" in names
 
     def served(self, found: dict) -> list:
@@ -307,11 +249,83 @@ class OllamaServer(ChatServer):
         return [digests[name]] if name in digests else sorted(digests.items())
 
 
+# ---- to talk to ------------------------------------------------------------------------------------------------------------
+
+
+class ServedModel:
+    """A model behind a server, to talk to. A server that gives no reply is a UserError, which says what to do."""
+
+    def __init__(self, server: ChatServer):
+        self.server, self.name = server, f"{server.kind}:{server.model}"
+
+    def check(self) -> None:
+        """Raise UserError where nobody listens, or where the server lists its models without this one."""
+        with self._user_errors():
+            try:
+                names = self.server.listed(self.server.models())
+            except ServerError as error:
+                if error.has_answered and not error.is_rejection:
+                    return
+                raise
+            except (ValueError, LookupError, TypeError):
+                return
+        if names and not self.server.has(names):
+            raise UserError(f"{self.name}: {self.server.base} has no such model; {nearest(self.server.model, names)}")
+
+    def _is_among(self, names: list[str]) -> bool:
+        return self.model in names
+
+    def respond(self, turns: Sequence[Turn], changes: dict[str, Any], say: Callable[[str], None]) -> Reply:
+        """The response to a conversation, each part of which goes to `say` as it comes. Raises UserError."""
+        text, ended = "", None
+        with self._user_errors():
+            for part in self._parts(turns, changes):
+                text, ended = text + part.text, part.ended or ended
+                say(part.text)
+        return Reply(text, ended)
+
+    def responses(self, prompts: Sequence[Prompt], changes: dict[str, Any]) -> list[str]:
+        """The responses to several prompts, some of which are asked for at a time. Raises UserError."""
+        with ThreadPoolExecutor(WORKERS) as pool:
+            return list(pool.map(lambda prompt: self.respond(turns_of(prompt), changes, lambda _: None).text, prompts))
+
+    def _parts(self, turns: Sequence[Turn], changes: dict[str, Any]) -> Iterator[Reply]:
+        import requests
+
+        body = self.server.body([message_of(turn) for turn in turns], changes, is_streamed=True)
+        with self.server.send("POST", self.server.url, body, is_streamed=True) as reply:
+            try:
+                for line in filter(None, reply.iter_lines()):
+                    part = self.server.part(line)
+                    if part is None:
+                        return
+                    yield part
+            except requests.RequestException as error:
+                raise ServerError("the connection was lost", has_answered=True) from error
+            except (ValueError, LookupError, TypeError) as error:
+                raise ServerError("its reply cannot be read", has_answered=True) from error
+
+    @contextmanager
+    def _user_errors(self):
+        """Context in which a server that gives no reply is the user's to mend: one message says what to do."""
+        try:
+            yield
+        except ServerError as error:
+            raise UserError(f"{self.name}: {self.server.url}: {error.reason}. {self._remedy(error)}") from error
+
+    def _remedy(self, error: ServerError) -> str:
+        if not error.has_answered:
+            return "Start the server, or name another one with --url."
+        if error.is_rejection:
+            return f"Expected a server that has the model{self.server.key_hint()}."
+        return "Check the server's log, the model, and the settings (/set)."
+
+
 SERVERS: dict[str, type[ChatServer]] = {server.kind: server for server in (OpenAIServer, OllamaServer)}
 
 
-def server_of(name: str, url: str | None = None) -> ChatServer | None:
-    """The server that a name such as ollama:llama3.1 means; None for other names. Raises UserError where it lacks a part."""
+def served_model(name: str, url: str | None = None) -> ServedModel | None:
+    """The model that a name such as ollama:llama3.1 means; None for other names. Raises UserError where it lacks a part."""
     kind, _, model = name.partition(":")
     if kind not in SERVERS or Path(name).exists():
         return None
@@ -321,7 +335,7 @@ def server_of(name: str, url: str | None = None) -> ChatServer | None:
         raise UserError(f"--url: found {url!r}, expected http://... or https://...")
     if kind == "openai" and url is None and not os.environ.get(KEY_VARIABLE):
         raise UserError(f"{name}: openai needs a key in the environment, {KEY_VARIABLE}, or the address of a server, --url.")
-    return SERVERS[kind](model, url)
+    return ServedModel(SERVERS[kind](model, url))
 
 
 # ---- replies ----------------------------------------------------------------------------------------------------------------

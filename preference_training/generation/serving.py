@@ -123,7 +123,7 @@ class ModelServer(ThreadingHTTPServer):
     @property
     def url(self) -> str:
         """The address for clients."""
-        return f"http://{self.server_address[0]}:{self.server_port}/v1"
+        return f"http://{self.server_address[0]!s}:{self.server_port}/v1"
 
 
 class Handler(BaseHTTPRequestHandler):

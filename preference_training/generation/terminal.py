@@ -232,7 +232,7 @@ class Chat:
         return line
 
     def _print(self, text: str, style: str = "") -> None:
-        style = style if self.is_terminal else ""
+        style = style if self.is_terminal and text else ""
         self.output.write(f"{style}{text}{PLAIN if style else ''}\n")
         self.output.flush()
 

@@ -221,7 +221,9 @@ def _padded(low: float, high: float, share: float, flat: float) -> tuple[float, 
     return float(low - padding), float(high + padding)
 
 
-def chart(title: str, lines: Sequence[Line | None], note: str = "", axes: Axes = DEFAULT_AXES) -> Markup:
+def chart(
+    title: str, lines: Sequence[Line | None], note: str = "", axes: Axes = DEFAULT_AXES, has_legend: bool = True
+) -> Markup:
     """A figure with legend, plot, readout and table; empty without any line."""
     full = [line for line in lines if line is not None]
     if not full:
@@ -229,7 +231,7 @@ def chart(title: str, lines: Sequence[Line | None], note: str = "", axes: Axes =
     drawn, frame = [_as_drawn(line) for line in full], Frame.around(full, axes)
     parts = [
         Markup('<figure class="chart"><figcaption><strong>{}</strong>{}</figcaption>').format(title, _note(note)),
-        Markup('<ul class="legend">{}</ul>').format(Markup().join(map(_legend, drawn))),
+        legend(drawn if has_legend else ()),
         _plot(title, drawn, frame, axes),
         _table(title, full, axes.x_name),
         Markup('<script type="application/json">{}</script></figure>').format(Markup(_chart_data(drawn, frame, axes.x_name))),
@@ -248,6 +250,11 @@ def _as_drawn(line: Line) -> Line:
 
 def _note(note: str) -> Markup:
     return Markup(" <span>{}</span>").format(note) if note else Markup()
+
+
+def legend(lines: Sequence[Line]) -> Markup:
+    """The names of some lines, each with a piece of it."""
+    return Markup('<ul class="legend">{}</ul>').format(Markup().join(map(_legend, lines)))
 
 
 def _legend(line: Line) -> Markup:
@@ -282,7 +289,7 @@ def _plot(title: str, lines: Sequence[Line], frame: Frame, axes: Axes) -> Markup
     return Markup(
         '<div class="plot" tabindex="0" role="group" aria-label="{}: arrow keys read its values">{}{}{}{}'
         '<i class="cursor"></i><div class="readout" aria-live="polite"></div></div><p class="axis">{}</p>'
-    ).format(title, svg, Markup().join(labels), _guide_name(frame, axes), _point_labels(lines, frame), axes.x_name)
+    ).format(title, svg, Markup().join(labels), _guide_name(frame, axes), _point_labels(lines, frame, axes), axes.x_name)
 
 
 def _grid(frame: Frame, axes: Axes, up: Sequence[float]) -> Markup:
@@ -335,11 +342,14 @@ def _has_markers(line: Line) -> bool:
     return bool(line.labels) or len(line.x) == 1 or (line.is_sparse and len(line.x) <= MAX_MARKERS)
 
 
-def _point_labels(lines: Sequence[Line], frame: Frame) -> Markup:
+def _point_labels(lines: Sequence[Line], frame: Frame, axes: Axes) -> Markup:
     """Labels next to their points, where the narrowest plot has room; legend and table have them all."""
     width, height = PLOT
     points = [(line, k, *_narrow_position(line.x[k], line.y[k], frame)) for line in lines for k in range(len(line.labels))]
     taken = [(x - 5, x + 5, y - 5, y + 5) for _, _, x, y in points]
+    if axes.guide:
+        y = _narrow_position(frame.left, axes.guide[0], frame)[1]
+        taken.append((width - CHARACTER[0] * len(axes.guide[1]) - 5, width, y - CHARACTER[1], y + 2 * CHARACTER[1]))
     found = []
     for line, k, x, y in points:
         half, high = len(line.labels[k]) * CHARACTER[0] / 2, CHARACTER[1]
@@ -386,9 +396,8 @@ def _table_lines(lines: Sequence[Line]) -> list[Line]:
     if any(line.labels for line in lines):
         return list(lines)
     marked = [_pick_points(line) if line.is_sparse else None for line in lines]
-    x = [line.x for line in marked if line is not None]
-    first, last = min(line.x[0] for line in lines), max(line.x[-1] for line in lines)
-    places = numpy.unique(numpy.concatenate(x)) if x else numpy.unique(numpy.linspace(first, last, TABLE_ROWS))
+    x = [line.x for line in marked if line is not None] or [_pick_points(max(lines, key=lambda line: len(line.x))).x]
+    places = numpy.unique(numpy.concatenate(x))
     return [_means_near(places, line) if few is None else few for few, line in zip(marked, lines, strict=True)]
 
 

@@ -109,10 +109,10 @@ def flagged_by_kind(rows: Iterable[dict]) -> dict[str, dict]:
     return {kind: facts for kind, facts in found.items() if facts["number"]}
 
 
-def truncate(text: str) -> str:
+def truncate(text: str, room: int = MAX_CHARACTERS) -> str:
     """A text, cut to what a page has room for."""
-    hidden = len(text) - MAX_CHARACTERS
-    return text if hidden <= 0 else f"{text[:MAX_CHARACTERS]} [... {hidden:,} more characters]"
+    hidden = len(text) - room
+    return text if hidden <= 0 else f"{text[:room]} [... {hidden:,} more characters]"
 
 
 def highlight_changes(text: str, other: str) -> Markup:

@@ -34,6 +34,8 @@ Severity = Literal["error", "warning", "note"]
 SEVERITIES = ("error", "warning", "note")
 # What only the run itself can see, and has put into events.jsonl.
 SEEN_BY_RUN = {"unchanged weights": "error", "collapse": "warning", "accuracy": "warning"}
+# Of what is usual, the share below which a learning rate is the likely reason.
+FAR_BELOW = 0.1
 # A gradient norm below float32's rounding of 1 (2^-24): what remains of it is rounding error.
 VANISHED = 2**-24
 # Share of responses that are cut, and so lose their end-of-sequence token, above which a model hardly learns to end; above the
@@ -48,6 +50,10 @@ FEW_KEPT = 0.1
 SHARED_GAIN = 0.5
 # How far apart, as a share, both may have begun: of training it is the mean of the first steps, which learn already.
 BEGAN_ALIKE = 0.25
+
+
+# The events with which a run ends itself.
+ENDED_EARLY = ("early stopping: ", "pruned: ", "callback: ")
 
 
 @dataclass(frozen=True)
@@ -131,15 +137,25 @@ def _training(run: RunRecord) -> Improvement | None:
 def _what_to_do(run: RunRecord) -> str:
     if _readable(_warmup, run):
         return "Its learning rate never rose to lr: set warmup_share=0.1."
-    return f"Is lr={run.settings.get('lr')} too low, the run too short, or do the examples say nothing to learn?"
+    lr, usual = run.settings.get("lr"), run.about.get("usual_lr")
+    # Steps of SGD are not of the size of lr.
+    if isinstance(lr, float) and isinstance(usual, float) and lr < FAR_BELOW * usual and run.settings.get("optimizer") != "SGD":
+        return f"lr={lr:g} is far below what is usual for such a loss and model, {usual:g} (docs/defaults.md): raise it."
+    return f"Is lr={lr} too low, the run too short, or do the examples say nothing to learn?"
 
 
 def is_complete(run: RunRecord) -> bool:
     """Whether a run has come to its end: to its last example, or to where evaluations end it."""
     total = run.about.get("examples")
     seen = max((row[EXAMPLES] for row in run.steps), default=0)
-    ended = any(str(event.get("text")).startswith(("early stopping:", "pruned:")) for event in run.events)
-    return bool(run.steps) and (ended or (isinstance(total, int) and seen >= total))
+    return bool(run.steps) and (ended_early(run) is not None or (isinstance(total, int) and seen >= total))
+
+
+def ended_early(run: RunRecord) -> str | None:
+    """Why a run has ended of its own accord before its last example; None where it has not, or was stopped from outside."""
+    texts = [event["text"] for event in run.events if isinstance(event.get("text"), str)]
+    last_start = max((number for number, text in enumerate(texts) if text in ("begins", "goes on")), default=0)
+    return next((text for text in texts[last_start:] if text.startswith(ENDED_EARLY)), None)
 
 
 def _no_gradient(run: RunRecord) -> Iterator[Finding]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
-from preference_training.configuration.composition import default_values
+from preference_training.configuration.composition import default_values, in_open_section, known_keys
 from preference_training.configuration.keys import NOT_SHOWN, is_within
 from preference_training.configuration.schema import keys_with
 from preference_training.core.metric_names import EVAL_ACCURACY, EVAL_LOSS, EVAL_MARGIN, EXAMPLES, TRAIN_ACCURACY, TRAIN_LOSS
@@ -231,8 +231,14 @@ def _command(facts: CardFacts) -> str:
     """The command line of the run, without local directories."""
     if not facts.overrides:
         return ""
-    words = [shlex.quote(f"{key}={_override(value)}") for key, value in facts.overrides.items()]
+    shown = {key: value for key, value in facts.overrides.items() if is_shown(key) or key == "datasets"}
+    words = [shlex.quote(f"{_added(key)}{key}={_override(value)}") for key, value in shown.items()]
     return "## Training command\n\n```bash\n" + " ".join(["python train.py", *words]) + "\n```"
+
+
+def _added(key: str) -> str:
+    """What Hydra needs before a key that the configuration does not have by itself."""
+    return "" if key in known_keys() or in_open_section(key) else "+"
 
 
 def _override(value) -> str:

@@ -58,6 +58,19 @@ SHARE = Axes(low=0, high=1)
 ACCURACY_AXES = Axes(low=0, high=1, shown=(0.5,), guide=(0.5, "chance"))
 # What has a natural zero: small changes of large values look small.
 FROM_ZERO = Axes(low=0, shown=(0,))
+LOGPS = ChartSpec(
+    "Log-prob of responses", "nats per response; both may fall while the margin grows",
+    {
+        TRAIN_CHOSEN_LOGPS: "preferred, training", TRAIN_REJECTED_LOGPS: "rejected, training",
+        EVAL_CHOSEN_LOGPS: "preferred, held out", EVAL_REJECTED_LOGPS: "rejected, held out",
+    },
+    Axes(high=0),
+)  # fmt: skip
+# The same where no response is rejected, as in SFT.
+RESPONSE_LOGPS = replace(
+    LOGPS, note="nats per response", metrics={TRAIN_CHOSEN_LOGPS: "training", EVAL_CHOSEN_LOGPS: "held out"}
+)
+REJECTED_LOGPS = {TRAIN_REJECTED_LOGPS, EVAL_REJECTED_LOGPS}
 # What was learned, and how.
 LEARNED = (
     ChartSpec(
@@ -72,14 +85,7 @@ LEARNED = (
         "Reward margin", "reward of the preferred response minus that of the rejected one",
         {metric_names.reward(split, "margins"): label for split, label in TRAIN_EVAL},
     ),
-    ChartSpec(
-        "Log-prob of responses", "nats per response; both may fall while the margin grows",
-        {
-            TRAIN_CHOSEN_LOGPS: "preferred, training", TRAIN_REJECTED_LOGPS: "rejected, training",
-            EVAL_CHOSEN_LOGPS: "preferred, held out", EVAL_REJECTED_LOGPS: "rejected, held out",
-        },
-        Axes(high=0),
-    ),
+    LOGPS,
     ChartSpec(
         "Rewards", "how much more likely than under the reference; beta times nats, per response",
         {
@@ -100,7 +106,7 @@ TRAINING = (
     ChartSpec("Speed", "tokens per second; what responses share is counted once", {TOKENS_PER_SECOND: "tokens/s"}, FROM_ZERO),
     ChartSpec("Examples per second", "", {EXAMPLES_PER_SECOND: "examples/s"}, FROM_ZERO),
     ChartSpec("Use of the GPU", "MFU: share of its peak arithmetic that the model's needs take", {MFU: "MFU"}, FROM_ZERO),
-    ChartSpec("Tokens saved", "share that prefix sharing did not have to compute", {TOKENS_SAVED: "share"}, SHARE),
+    ChartSpec("Tokens saved", "share that prefix sharing did not have to compute", {TOKENS_SAVED: "share"}, FROM_ZERO),
     ChartSpec("Memory", "GiB on rank 0; on a GPU, the peak so far", {MEMORY: "GiB"}, FROM_ZERO),
 )  # fmt: skip
 CHARTS = (*LEARNED, *TRAINING)
@@ -119,7 +125,14 @@ def run_charts(run: RunRecord) -> dict[str, list[Markup]]:
     return {name: figures for name, figures in found.items() if figures}
 
 
+def axes_of(metric: str) -> Axes:
+    """What the axes of a metric's chart show."""
+    return next((spec.axes for spec in CHARTS if metric in spec.metrics), DEFAULT_AXES)
+
+
 def _figure(spec: ChartSpec, run: RunRecord, ends: tuple[float, ...]) -> Markup:
+    if spec is LOGPS and not any(REJECTED_LOGPS & row.keys() for row in (*run.steps[:1], *run.evaluations[:1])):
+        spec = RESPONSE_LOGPS
     lines = spec.lines(run)
     axes = replace(spec.axes, marks=ends)
     if spec.title == "Loss" and (guide := start_of_pairs(lines)):

@@ -8,7 +8,6 @@ It is made from the run directory alone, so that it can be rebuilt at any time, 
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 
 from preference_training.core.errors import UserError
@@ -27,6 +26,7 @@ from preference_training.core.metric_names import (
     MFU,
     TOKENS_PER_SECOND,
     UPDATES,
+    change,
 )
 from preference_training.core.values import UNREADABLE
 from preference_training.data.rows.records import DataReport
@@ -40,7 +40,16 @@ from preference_training.reporting.observations import finite_values, observatio
 from preference_training.reporting.pages.rendering import render
 from preference_training.reporting.run_charts import CHARTS, run_charts
 from preference_training.reporting.run_record import RunRecord
-from preference_training.reporting.summary import command, data_names, noun, num_examples, reference, summary
+from preference_training.reporting.summary import (
+    command,
+    data_names,
+    last_moment,
+    name_of,
+    noun,
+    num_examples,
+    reference,
+    summary,
+)
 from preference_training.tracking.run_files import EVENTS, FLAGGED, METRICS, REPORT, SAMPLES
 
 MAX_EVENTS = 200
@@ -98,9 +107,8 @@ def report_page(run: RunRecord) -> str:
     """The HTML of a run's report."""
     return render(
         "report.html",
-        name=run.config.get("exp_name", run.directory.name),
+        name=name_of(run),
         summary=summary(run),
-        written=datetime.now().astimezone().isoformat(" ", "minutes")[:16],
         findings=[*findings(run), *(Finding("observation", "note", text) for text in observations(run))],
         numbers=[*headline(run), *speeds(run)],
         facts=run_facts(run),
@@ -129,9 +137,10 @@ def headline(run: RunRecord) -> Iterator[dict]:
     for metric, (title, meaning) in HEADLINE.items():
         if isinstance(last.get(metric), int | float):
             value, _, interval = _estimate(last, metric).partition(" ")
-            before = first.get(metric)
+            before, changed = first.get(metric), _estimate(last, change(metric)[0])
             size = ("95%, " * bool(interval) + held_out_size(run)).removesuffix(", ")
-            more = [interval, size, f"{format_number(before)} at first" * isinstance(before, int | float)]
+            more = [interval, size, f"{format_number(before)} at first" if _are_numbers(before) else ""]
+            more.append(f"change {changed}" if changed != "-" and _are_numbers(before) else "")
             yield {"name": title, "value": value, "more": [text for text in more if text], "meaning": meaning}
 
 
@@ -149,7 +158,8 @@ def speeds(run: RunRecord) -> Iterator[dict]:
     """How fast the run was, and the memory it took: name, value and a qualification."""
     for metric, title in SPEEDS.items():
         if values := finite_values(run.steps, metric):
-            yield {"name": title, "value": format_number(statistics.median(values)), "more": ["median"], "meaning": ""}
+            value = format_number(float(f"{statistics.median(values):.3g}"))
+            yield {"name": title, "value": value, "more": ["median"], "meaning": ""}
     if shares := finite_values(run.steps, MFU):
         meaning = "model FLOPs utilization: the share of the GPU's peak arithmetic that the model's needs take"
         yield {"name": "MFU", "value": f"{statistics.median(shares):.0%}", "more": ["of the GPU's peak"], "meaning": meaning}
@@ -164,7 +174,9 @@ def run_facts(run: RunRecord) -> dict[str, str]:
     schedule = {"linear": "linear to", "cosine": "cosine to"}.get(settings.get("lr_schedule"), "")
     last = settings.get("final_lr_share")
     end = f", {schedule} {format_number(rate * last)}" if schedule and _are_numbers(rate, last) else ""
-    warmed = f", after {warm_up:,} steps of warm-up" if isinstance(warm_up, int) and warm_up else ""
+    share = settings.get("warmup_share")
+    warmed = f", after {warm_up:,} step{'s' * (warm_up != 1)} of warm-up" if isinstance(warm_up, int) and warm_up else ""
+    warmed = f", after a warm-up of {share:.0%} of the run" if warm_up is None and _are_numbers(share) and share else warmed
     size, epoch = settings.get("batch_size"), finite_values(run.steps, EPOCH)
     return {
         name: text
@@ -173,6 +185,7 @@ def run_facts(run: RunRecord) -> dict[str, str]:
             "batch": f"{size:,} {noun(run, size)}" if isinstance(size, int) and updates else "",
             "learning rate": f"{format_number(rate)}{end}{warmed}" if _are_numbers(rate) else "",
             "reference": reference(run),
+            "last event": last_moment(run),
         }.items()
         if text
     }
@@ -189,7 +202,11 @@ def held_out_table(run: RunRecord) -> list[dict]:
     first, last = run.evaluations[0], run.last_evaluation
     metrics = [name for name in last if "eval" in name and not name.endswith((LOW, HIGH, CHANGE))]
     return [
-        {"words": WORDS.get(name, ""), "name": name, "first": _estimate(first, name), "last": _estimate(last, name)}
+        {
+            "words": WORDS.get(name, ""),
+            "name": name,
+            "values": [_estimate(first, name), _estimate(last, name), _estimate(last, change(name)[0])],
+        }
         for name in metrics
     ]
 

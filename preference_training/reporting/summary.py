@@ -12,6 +12,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from preference_training.configuration.rerun import RERUN
 from preference_training.core.metric_names import (
     EVAL_ACCURACY,
     EVAL_LOSS,
@@ -28,7 +29,7 @@ from preference_training.losses.registry import find_loss, model_head, parts_of
 from preference_training.reporting.findings import Finding, findings
 from preference_training.reporting.observations import finite_values
 from preference_training.reporting.run_record import RunRecord
-from preference_training.tracking.run_files import CHECKPOINT, JOB, LATEST, LOCK, PRUNED, REPORT, RERUN, json_object
+from preference_training.tracking.run_files import CHECKPOINT, JOB, LATEST, LOCK, PRUNED, REPORT, json_object
 
 # What the examples of a loss are called, one and several.
 NOUNS = {
@@ -91,6 +92,12 @@ def next_steps(run: RunRecord) -> list[str]:
 
 
 # ---- in one line ------------------------------------------------------------------------------------------------------------
+
+
+def name_of(run: RunRecord) -> str:
+    """The name of the run's experiment, and the number of its job where it is one of a sweep."""
+    job = f", job {run.directory.name}" if (run.directory / JOB).is_file() else ""
+    return f"{run.config.get('exp_name', run.directory.name)}{job}"
 
 
 def summary(run: RunRecord) -> str:
@@ -240,6 +247,12 @@ def _moments(run: RunRecord) -> Iterator[tuple[datetime, str]]:
             yield moment, str(event.get("text"))
 
 
+def last_moment(run: RunRecord) -> str:
+    """When the run's last event was; empty where that is not known."""
+    moments = [moment for moment, _ in _moments(run)]
+    return f"{moments[-1]:%Y-%m-%d %H:%M}" if moments else ""
+
+
 def duration_text(time: float | None) -> str:
     """A duration in words: 40 s, 4 min, 2 h 10 min; empty for None."""
     if time is None or time < 0:
@@ -297,7 +310,10 @@ def command(run: RunRecord) -> str:
         return f"python train.py --config-name {Path(RERUN).stem} --config-dir {shlex.quote(_from_here(run.directory))}"
     overrides = json_object(run.directory / JOB).get("overrides")
     if isinstance(overrides, list):
-        return shlex.join(["python", "train.py", *map(str, overrides)])
+        own = [
+            text for text in map(str, overrides) if not text.lstrip("+").startswith(("sweep_dir=", "hydra", "local_run_dir="))
+        ]
+        return shlex.join(["python", "train.py", *own])
     return ""
 
 

@@ -12,8 +12,8 @@ METHODS = ("on_step", "on_evaluation", "on_checkpoint", "on_end")
 class Callback:
     """What a run calls, in the process that trains; a callback needs only the methods that it is interested in.
 
-    A text or True from the first three ends the run after the step, with a checkpoint; the text is the reason that is logged.
-    Exceptions are not caught.
+    A text or True from the first three ends the run after the step, with an evaluation and a checkpoint; the text is the reason
+    that is logged. Exceptions are not caught.
     """
 
     def on_step(self, metrics: dict[str, float]) -> bool | str | None:
@@ -47,7 +47,7 @@ class Callbacks:
     def __bool__(self) -> bool:
         return bool(self.callbacks)
 
-    def reads(self, method: str) -> bool:
+    def read(self, method: str) -> bool:
         """Whether any callback has a method."""
         return self.calls and any(callable(getattr(callback, method, None)) for callback in self.callbacks)
 
@@ -56,5 +56,4 @@ class Callbacks:
         for callback in self.callbacks if self.calls else ():
             function = getattr(callback, method, None)
             if callable(function) and (answer := function(argument)):
-                name = type(callback).__name__
-                self.reason = answer if isinstance(answer, str) else f"{name}.{method} has asked for it"
+                self.reason = answer if isinstance(answer, str) else f"{method} of a callback has asked for it"

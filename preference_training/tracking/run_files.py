@@ -14,8 +14,8 @@ from preference_training.core.values import UNREADABLE, find_mismatch
 
 METRICS, SAMPLES, BAD_STEPS, EVENTS = "metrics.jsonl", "samples.jsonl", "bad_batches.jsonl", "events.jsonl"
 RESULTS_FILE, ABOUT, FLAGGED = "results.json", "about.json", "flagged_pairs.jsonl"
-# The configuration of the run as a file that repeats it, and the lock of the process that runs it.
-RERUN, LOCK = "rerun.yaml", ".lock"
+# The lock of the process that runs it.
+LOCK = ".lock"
 # Of a sweep's jobs: what became of the job; that it was pruned.
 JOB, PRUNED = "job.json", "pruned.json"
 REPORT = "report.html"

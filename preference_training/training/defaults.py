@@ -124,6 +124,13 @@ RATES: dict[Learns, Rates] = {
 }
 
 
+def usual_lr(learns: Learns, parameters: int, has_adapter: bool) -> float:
+    """What is usual for a loss that learns from this, on a model with so many parameters."""
+    rates = RATES[learns]
+    full, lora = (rates.full_small, rates.lora_small) if parameters < SMALL else (rates.full, rates.lora)
+    return lora if has_adapter else full
+
+
 def fit_lr(config: RunConfig, learns: Learns, count_parameters: Callable[[], int]) -> RunConfig:
     """The configuration with `lr`. count_parameters: of the model, called only where needed.
 
@@ -131,10 +138,8 @@ def fit_lr(config: RunConfig, learns: Learns, count_parameters: Callable[[], int
     """
     if config.lr is not None:
         return config
-    parameters, rates = count_parameters(), RATES[learns]
-    is_small, has_adapter = parameters < SMALL, config.model.lora.r is not None
-    full, lora = (rates.full_small, rates.lora_small) if is_small else (rates.full, rates.lora)
-    lr = lora if has_adapter else full
+    parameters, has_adapter = count_parameters(), config.model.lora.r is not None
+    lr = usual_lr(learns, parameters, has_adapter)
     what = "a LoRA adapter" if has_adapter else "all weights"
     size = f"{parameters / 1e9:.1f}B" if parameters >= SMALL else f"{parameters / 1e6:.0f}M"
     line = f"lr: {lr:g}, usual for loss={config.loss.name} on {what} of a model of {size} parameters (docs/defaults.md)"

@@ -14,11 +14,12 @@ from preference_training.core.errors import UserError, first_line
 from preference_training.core.signals import StoppedError, StopRequests
 from preference_training.data.prompt_table import PromptTable
 from preference_training.distributed.placement import Placement
-from preference_training.modeling.adapters import BASE_DIR, saved_base
+from preference_training.modeling.adapters import BASE_DIR, has_adapter, saved_base
 from preference_training.tracking.about import write_about
 from preference_training.tracking.callbacks import Callbacks
 from preference_training.tracking.tracker import NoTracker, Tracker
 from preference_training.training.assembly import assemble, checkpoint_writer, observe
+from preference_training.training.defaults import usual_lr
 from preference_training.training.evaluator import Evaluator
 from preference_training.training.parts import Batches, Models, Observers, RunState
 from preference_training.training.preparation import PreparedRun, check_same_data
@@ -83,7 +84,8 @@ def train(prepared: PreparedRun, trainer_class, placement: Placement, readers: R
                     [split.reports for split in data],
                     total,
                     placement.device,
-                    _sizes(batches, *(split.table for split in data)) | {"usual": about["usual"], "chosen": config.chosen},
+                    _sizes(models, batches, *(split.table for split in data))
+                    | {"usual": about["usual"], "chosen": config.chosen},
                 )
             opened.enter_context(tracker)
         else:
@@ -121,13 +123,15 @@ def _end_of_run(callbacks: Callbacks, run_dir: Path) -> Iterator[None]:
     callbacks.call("on_end", run_dir)
 
 
-def _sizes(batches: Batches, train: PromptTable, held_out: PromptTable) -> dict:
-    """How many optimizer steps a run has, and what its splits hold."""
+def _sizes(models: Models, batches: Batches, train: PromptTable, held_out: PromptTable) -> dict:
+    """How many optimizer steps a run has, its model's size and usual learning rate, and what its splits hold."""
     tables = {"train": train, "held out": held_out}
     sizes = {
         name: {"examples": int(table.num_examples.sum()), "responses": table.num_responses} for name, table in tables.items()
     }
-    return {"steps": batches.train.schedule.total_steps, **sizes}
+    parameters = sum(weight.numel() for weight in models.policy.parameters())
+    usual = usual_lr(models.loss.learns, parameters, has_adapter(models.policy))
+    return {"steps": batches.train.schedule.total_steps, "parameters": parameters, "usual_lr": usual, **sizes}
 
 
 def _conclude(conclude: Callable, tracker: Tracker) -> Sequence[str]:

@@ -178,6 +178,11 @@ SHARE = "expected 0 to below 1."
         ({"responses": "r"}, NUMBERS_OR),
         ({"responses": "r", "scores": "s", "ranks": "k"}, NUMBERS_OR),
         ({"scores": "s"}, "scores needs responses."),
+        (
+            {"roles": {"bot": "robot"}},
+            "roles: found {'bot': 'robot'}, expected {NAME: ROLE}, with the roles system, developer,",
+        ),
+        ({"roles": "bot"}, "roles: found 'bot', expected {NAME: ROLE}"),
         ({"ranks": "s", "response": "r"}, "ranks needs responses."),
         ({"score": "s"}, "score needs response."),
         ({"score": "s", "responses": "r", "ranks": "k"}, "score needs response."),

@@ -10,10 +10,12 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from filelock import FileLock
+from gguf import GGUFReader
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -21,7 +23,7 @@ import train
 from preference_training.checkpointing.writer import publish
 from preference_training.core.errors import UserError
 from preference_training.export import directory
-from preference_training.export.checkpoint import export
+from preference_training.export.checkpoint import export, gguf_type
 from preference_training.export.options import ExportOptions
 from preference_training.export.policy_pt import convert
 from preference_training.export.quantization import quantization_config
@@ -142,6 +144,33 @@ def test_what_a_server_does_to_the_weights_is_said(folder, tmp_path):
     _, note, vllm = export(folder / "runs" / "it", options(tmp_path))
     assert note.startswith("note: vLLM serves float32 weights in bfloat16 unless --dtype float32 is given")
     assert vllm == f"for vLLM: vllm serve {tmp_path / 'out'} --dtype float32"
+
+
+def test_a_gguf_file_is_written_beside_its_modelfile_and_holds_the_same_model(folder, tmp_path):
+    lines = export(folder / "runs" / "it", options(tmp_path, gguf="f32", ollama="toy"))
+    out = tmp_path / "out"
+    assert (out / "Modelfile").read_text().splitlines()[1] == "FROM ./out-f32.gguf"
+    assert f"for llama.cpp: llama-server -m {out / 'out-f32.gguf'} --jinja" in lines
+    assert not [line for line in lines if "pre-tokenizer" in line], "Ollama reads its name in the file"
+    assert torch.equal(logps(out, gguf_file="out-f32.gguf"), logps(folder / "runs" / "it" / "LATEST"))
+    [template] = GGUFReader(out / "out-f32.gguf").fields["tokenizer.chat_template"].contents().splitlines()
+    assert template == (out / "chat_template.jinja").read_text()
+
+
+@pytest.mark.parametrize(
+    ("architecture", "values", "expected"),
+    [
+        ("LlamaForCausalLM", {"ollama": "x"}, None),
+        ("LlamaForCausalLM", {"ollama": "x", "gguf": "auto"}, "bf16"),
+        ("LlamaForCausalLM", {"gguf": "auto", "dtype": "float32"}, "f16"),
+        # Ollama does not convert it from safetensors.
+        ("Qwen3ForCausalLM", {"ollama": "x"}, "bf16"),
+        ("GPTNeoXForCausalLM", {}, None),
+    ],
+)
+def test_ollama_has_a_gguf_file_where_it_needs_one(architecture, values, expected, tmp_path):
+    source = SimpleNamespace(stored_config={"architectures": [architecture]}, dtype="bfloat16")
+    assert gguf_type(source, options(tmp_path, **values)) == expected
 
 
 def test_an_export_is_a_model_that_can_be_trained_again(folder, tmp_path, compose):

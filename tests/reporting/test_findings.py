@@ -142,6 +142,15 @@ def test_a_warm_up_longer_than_the_run_is_the_reason():
     assert "warm-up" not in kinds(rows, {"warmup_steps": 9}, {"steps": 10})
 
 
+@pytest.mark.parametrize(
+    ("usual", "optimizer", "said"),
+    [(5e-5, "AdamW", True), (1e-6, "AdamW", False), (5e-5, "SGD", False), (None, "AdamW", False)],
+)
+def test_a_learning_rate_far_below_the_usual_one_is_the_reason(usual, optimizer, said):
+    [found] = findings(run_of(steps([LN2] * 9), {"optimizer": optimizer}, {"usual_lr": usual}))
+    assert ("lr=5e-07 is far below what is usual for such a loss and model, 5e-05" in found.text) is said
+
+
 @pytest.mark.parametrize(("norm", "said"), [(0.0, "no gradient"), (VANISHED / 2, "next to no gradient"), (1e-4, None)])
 def test_a_gradient_that_is_0_from_the_start_is_said(norm, said):
     losses = falling(LN2, 0.4, 20)

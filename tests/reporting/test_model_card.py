@@ -133,8 +133,10 @@ def test_a_chat_model_is_shown_with_messages_and_its_rendered_prompt(config):
 
 def test_the_card_has_a_sample_the_command_the_license_and_no_path(config):
     overrides = {"model": "/home/me/base", "datasets": [{"path": "/home/me/mine.jsonl", "held_out_share": 0.1}], "loss": "dpo"}
+    overrides |= {"adapter": "lora", "optimizer_kwargs.eps": 1e-6, "wandb.entity": "my_team", "lr": 1e-4}
     card = model_card(facts(config(), overrides=overrides, sample=("Why?", "Because."), license="apache-2.0"))
-    assert "python train.py model=base 'datasets=[{path: mine.jsonl, held_out_share: 0.1}]' loss=dpo" in card
+    words = "loss=dpo +adapter=lora optimizer_kwargs.eps=1e-06 lr=0.0001"
+    assert f"python train.py model=base 'datasets=[{{path: mine.jsonl, held_out_share: 0.1}}]' {words}\n" in card
     assert "```text\nWhy?\n```" in card and "```text\nBecause.\n```" in card and "/home/me" not in card
     assert ModelCard(card).data.license == "apache-2.0"
 

@@ -305,6 +305,9 @@ def test_the_script_rebuilds_the_report_and_writes_flagged_pairs(run_dir, tmp_pa
     assert done.stdout == f"report: {run_dir}/report.html\n1 pairs: {tmp_path}/flagged.jsonl\n"
     assert (run_dir / "report.html").read_text() == page_of(run_dir)
     assert json.loads((tmp_path / "flagged.jsonl").read_text())["version1"] == "bad"
+    write_rows(run_dir / "flagged_pairs.jsonl", [])
+    done = script(run_dir, "--flagged", tmp_path / "none.jsonl")
+    assert (done.returncode, done.stdout.splitlines()[1]) == (0, "none flagged: no pair's label is in question")
 
 
 def test_another_directory_is_refused_with_one_message(tmp_path):

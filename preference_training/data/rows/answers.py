@@ -135,7 +135,7 @@ def shared_beginning(texts: list[str]) -> str:
 
 # ---- prompt and responses -------------------------------------------------------------------------------------------------
 
-NO_TEXT = "a prompt or an answer in a list is missing (None)"
+NO_TEXT = "a prompt or an answer in a list is missing (null)"
 
 # The name of a field, and an answer in it.
 Named = tuple[str, str | Turns]

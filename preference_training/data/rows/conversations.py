@@ -47,32 +47,55 @@ def turn_keys(item) -> tuple[str, str] | None:
     return next((keys for keys in TURN_KEYS if item.get(keys[0]) is not None and (calls or keys[1] in item)), None)
 
 
-def parse_turns(value: list | dict, name: str, roles: Mapping[str, str] | None = None) -> tuple[Turn, ...]:
+def with_roles(row: dict, roles: Mapping[str, str]) -> dict:
+    """A row with other names of the roles of all turns in it, also of those in texts. roles: name → what it is."""
+    names = {str(name).strip().lower(): role for name, role in roles.items()}
+
+    def renamed(value):
+        try:
+            value = parse_serialized_turns(value, "")
+        except RowError:
+            return value  # It is reported where it is read.
+        if isinstance(value, list):
+            return [renamed(item) for item in value]
+        if not isinstance(value, dict):
+            return value
+        keys = turn_keys(value)
+        role = names.get(str(value[keys[0]]).strip().lower()) if keys else None
+        if keys is None:
+            return {key: renamed(inner) for key, inner in value.items()}
+        return value | {keys[0]: role} if role else value
+
+    return {column: renamed(value) for column, value in row.items()}
+
+
+def parse_turns(value: list | dict, name: str) -> tuple[Turn, ...]:
     """The turns of a conversation, or of a single message, in the field `name`; empty system turns are left out.
 
-    roles: further names of roles, with what they are. Raises RowError.
+    Raises RowError.
     """
-    names = ROLE_NAMES | {str(key).lower(): role for key, role in roles.items()} if roles else ROLE_NAMES
     items = [value] if isinstance(value, dict) else value
-    turns = (_turn(item, f"field {name!r}: turn {number}", names) for number, item in enumerate(items, start=1))
+    turns = (_turn(item, f"field {name!r}: turn {number}") for number, item in enumerate(items, start=1))
     kept = tuple(turn for turn in turns if turn.role not in ("system", "developer") or turn.content)
     if not kept:
         raise RowError(f"field {name!r} is a conversation without turns.")
     return kept
 
 
-def _turn(item, place: str, names: Mapping[str, str]) -> Turn:
+def _turn(item, place: str) -> Turn:
     """A message as a turn. Raises RowError."""
-    is_plain = isinstance(item, dict) and item.keys() == PLAIN and names.get(str(item["role"])) in ("user", "assistant")
+    is_plain = isinstance(item, dict) and item.keys() == PLAIN and ROLE_NAMES.get(str(item["role"])) in ("user", "assistant")
     if is_plain and text_error(item["content"]) is None:
-        return Turn(names[item["role"]], item["content"])
+        return Turn(ROLE_NAMES[item["role"]], item["content"])
     keys = turn_keys(item)
     if keys is None:
         raise RowError(f"{place} is not {{role, content}}.")
     found, content = map(item.get, keys)
-    role = names.get(found.strip().lower()) if isinstance(found, str) else None
+    role = ROLE_NAMES.get(found.strip().lower()) if isinstance(found, str) else None
     if role is None:
-        raise RowError(f"{place} has the role {found!r}, expected one of {', '.join(names)}.")
+        raise RowError(
+            f"{place} has the role {found!r}, expected one of {', '.join(ROLE_NAMES)}; roles: {{NAME: ROLE}} names others."
+        )
     rest = {key: item[key] for key in MESSAGE_FIELDS if item.get(key) not in (None, "", [])}
     content = _text_of_result(content) if role == "tool" else _text_of_parts(content, place)
     if role == "function_call":

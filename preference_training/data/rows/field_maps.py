@@ -6,7 +6,7 @@ and plain text; texts or conversations; prompts in a separate field, or in the c
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from itertools import chain, islice
 from math import inf, isfinite, isnan
@@ -22,7 +22,7 @@ from preference_training.data.rows.answers import (
     last_turns_replaced,
     rounds_in,
 )
-from preference_training.data.rows.conversations import NothingLearned, RowError, split_conversation
+from preference_training.data.rows.conversations import NothingLearned, RowError, split_conversation, with_roles
 from preference_training.data.rows.formats import CONVERSATIONS, find
 from preference_training.data.rows.grouping import Row, pairs_by_score
 from preference_training.data.rows.nearest_entry import with_nearest
@@ -49,7 +49,7 @@ from preference_training.data.sources.filters import RowFilter, Where, where_col
 INPUT_JOINED = "prompts joined from instruction and input, on separate lines"
 OWN_SYSTEM_TURN = "conversations with their own system turn, which replaces the field {!r}"
 LAST_TURNS = "conversations whose turns behind the assistant's last one were left out"
-NO_ANSWER = "answers left out that are missing (None)"
+NO_ANSWER = "answers left out that are missing (null)"
 EMPTY_ANSWER = "answers left out that are empty"
 NO_REJECTED = "no rejected answer"
 NO_SCORE = "answers left out that have no score or rank"
@@ -73,6 +73,8 @@ class FieldMap:
     rows of a prompt), a `label` (desirable or not), or neither (SFT only). `messages`: whole conversations, whose assistant
     turns SFT learns. `text`: plain text. Beside the `prompt` ("": there is none): `system`, `history` (earlier [question,
     answer] turns), `tools`.
+
+    roles: further names of roles, with what they are.
 
     where: column → a value, a list of values, or a comparison such as ">= 0.5", or an expression over columns; rows that fail
     any are skipped.
@@ -100,6 +102,7 @@ class FieldMap:
     better: str | dict | None = None
     history: str | None = None
     tools: str | None = None
+    roles: dict[str, str] | None = None
 
     def map_rows(self, rows: NumberedRows, place: str, report: DataReport, known: bool = False) -> Iterator[Row]:
         """The usable rows, filtered; others go to the report. place: the file or data set, for messages.
@@ -119,8 +122,8 @@ class FieldMap:
         """This map, with what it does not say as found in rows."""
         values, usual = ({item.name: getattr(of, item.name) for item in fields(FieldMap)} for of in (self, FieldMap()))
         given = {name: value for name, value in values.items() if value != usual[name]}
-        rows = list(rows)
-        found = find(rows, given)
+        rows = [with_roles(row, self.roles) for row in rows] if self.roles else list(rows)
+        found = find(rows, {name: value for name, value in given.items() if name != "roles"})
         names = frozenset(value for value in found.keys.values() if isinstance(value, str))
         keys = found.keys if found.words else {}
         columns = tuple(dict.fromkeys(str(name) for row in rows for name in row))
@@ -337,7 +340,8 @@ class _Formats:
             return self.main
         names = tuple(name for name, value in row.items() if not is_empty(value))
         if names not in self.others and len(self.others) < FIRST_ROWS:
-            found = self.given.found_in([row])
+            # Its roles have been renamed.
+            found = replace(self.given, roles=None).found_in([row])
             fits = found.words and any(not is_empty(row.get(name.split(".")[0])) for name in found.answer_fields)
             self.others[names] = found if fits else self.main
         return self.others.get(names, self.main)
@@ -351,6 +355,8 @@ class _Formats:
 
 def _mapped(formats: _Formats, rows: NumberedRows, place: str, report: DataReport, known: bool) -> Iterator[Row]:
     usable, implicit = 0, 0
+    if roles := formats.given.roles:
+        rows = ((number, with_roles(row, roles)) for number, row in rows)
     for number, row in rows:
         field_map = formats.of(row)
         columns = formats.columns_of(field_map)

@@ -7,13 +7,20 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import product
-from numbers import Real
 from typing import NamedTuple
 
 from preference_training.data.rows.conversations import RowError, ends_with_answer, parse_serialized_turns, turn_keys
-from preference_training.data.rows.prompt_fields import INSTRUCTIONS, SECOND_PARTS, may_be_prompt, system_text
+from preference_training.data.rows.prompt_fields import INSTRUCTIONS, SECOND_PARTS, is_system, may_be_prompt
 from preference_training.data.rows.templates import ASSISTANT
-from preference_training.data.rows.values import LABELS, is_empty, is_tie, label_word, parse_text_list, verdict_values
+from preference_training.data.rows.values import (
+    LABELS,
+    is_empty,
+    is_finite_number,
+    is_tie,
+    label_word,
+    parse_text_list,
+    verdict_values,
+)
 
 Keys = dict[str, object]
 
@@ -105,7 +112,11 @@ class Columns:
 
     def inner(self, name: str, names: Iterable[str], some: bool = False) -> str | None:
         """The dotted name of a part of a column of dicts or of lists of dicts, which all of them, or some, have."""
-        items = [item for value in map(parse_text_list, self.values[name]) for item in (value if _is_list(value) else [value])]
+        items = [
+            item
+            for value in map(parse_text_list, self.values[name])
+            for item in (value if isinstance(value, list) else [value])
+        ]
         if not items or not all(isinstance(item, dict) for item in items):
             return None
         has = any if some else all
@@ -171,7 +182,7 @@ def _pairs(columns: Columns) -> Found | None:
     chosen, *rejected = found or [columns.get("chosen") or ""]
     if chosen and (not found or _plain(rejected[0]) == "rejected"):
         rejected += sorted(
-            (name for name in columns.values if NUMBERED.fullmatch(_plain(name)) and not columns.all(name, _is_number)),
+            (name for name in columns.values if NUMBERED.fullmatch(_plain(name)) and not columns.all(name, is_finite_number)),
             key=lambda name: int(_plain(name).removeprefix("rejected")),
         )
     if not chosen or not rejected:
@@ -220,13 +231,9 @@ def _lists(columns: Columns) -> Found | None:
     return None
 
 
-def _is_list(value) -> bool:
-    return isinstance(value, list)
-
-
 def _holds_list(value) -> bool:
     """Whether a value is a list, or the text of one, as in CSV files."""
-    return _is_list(parse_text_list(value))
+    return isinstance(parse_text_list(value), list)
 
 
 def _verdicts(columns: Columns) -> Found | None:
@@ -238,7 +245,7 @@ def _verdicts(columns: Columns) -> Found | None:
                 return Found({"answers": answers, "better": {better: values}}, _verdict_words(answers, better, values))
         for stem in ("score", "rating", "reward"):
             scores = columns.both(f"{stem}_{suffix}" for suffix in suffixes)
-            if scores and all(columns.all(name, _is_number) for name in scores):
+            if scores and all(columns.all(name, is_finite_number) for name in scores):
                 words = f"two answers in `{'` and `'.join(answers)}`, scores in `{'` and `'.join(scores)}`"
                 return Found({"responses": answers, "scores": scores}, words)
     return None
@@ -275,7 +282,9 @@ def _single(columns: Columns) -> Found | None:
     scores = [helpfulness[0]] if helpfulness else filter(None, map(columns.get, SINGLE_SCORES))
     if label := _label(columns):
         keys["label"], words = label, f"{words}, labels in `{label}`"
-    elif _plain(response) != "chosen" and (score := next((name for name in scores if columns.all(name, _is_number)), None)):
+    elif _plain(response) != "chosen" and (
+        score := next((name for name in scores if columns.all(name, is_finite_number)), None)
+    ):
         keys["score"], words = score, f"{words}, scores in `{score}`"
     return Found(keys, words)
 
@@ -286,7 +295,7 @@ def _chosen_alone(columns: Columns) -> str | None:
     if name is None or "rejected" in columns.names or not (columns.get(*PROMPTS) or columns.all(name, ends_with_answer)):
         return None
     others = {word for column in columns.names for word in (column, *re.split("[_ -]", column)[-1:])}
-    return None if any(_is_number(value) or str(value) in others for value in columns.values[name]) else name
+    return None if any(is_finite_number(value) or str(value) in others for value in columns.values[name]) else name
 
 
 def _label(columns: Columns) -> str | None:
@@ -401,7 +410,7 @@ def _beside_prompt(columns: Columns, keys: Keys) -> list[tuple[str, str]]:
         return []
     found = []
     system = columns.get(*SYSTEMS)
-    if columns.all(system, _is_system) and system not in _mapped(keys):
+    if columns.all(system, is_system) and system not in _mapped(keys):
         found.append(("system", system))
     tools = columns.get(*TOOLS) or next((t for t in [_tools_of_input(columns)] if t), None)
     if tools and (("." in tools) or columns.all(tools, lambda value: isinstance(value, list | str | dict))):
@@ -410,13 +419,6 @@ def _beside_prompt(columns: Columns, keys: Keys) -> list[tuple[str, str]]:
     if columns.all(history, _is_history) and history not in _mapped(keys):
         found.append(("history", history))
     return found
-
-
-def _is_system(value) -> bool:
-    try:
-        return isinstance(system_text(value, ""), str)
-    except RowError:
-        return False
 
 
 def _mapped(keys: Keys) -> set:
@@ -441,15 +443,8 @@ def _of_pairs(columns: Columns, keys: Keys) -> list[tuple[str, str]]:
         return []
     found = []
     margin, weight = columns.get("margin"), columns.get("example_weight", "weight")
-    if columns.all(margin, _is_number):
+    if columns.all(margin, is_finite_number):
         found.append(("margin", margin))
-    if columns.all(weight, lambda value: _is_number(value) and float(value) >= 0):
+    if columns.all(weight, lambda value: is_finite_number(value) and float(value) >= 0):
         found.append(("example_weight", weight))
     return found
-
-
-def _is_number(value) -> bool:
-    try:
-        return isinstance(value, Real | str) and not isinstance(value, bool) and abs(float(value)) < float("inf")
-    except ValueError:
-        return False

@@ -138,7 +138,8 @@ class _Group:
         """The prompt and its record, if there is anything to learn from it."""
         record = self.record
         if self.formed:
-            responses, scores, pairs = _ranked(*zip(*self.formed, strict=True), report)
+            given = [response for response, _ in self.formed], [score for _, score in self.formed]
+            responses, scores, pairs = _ranked(*given, report)
             first, *others = [index for index, score in enumerate(scores) if score == max(scores)]
             self.add(Row(prompt, responses, pairs, first, scores, more_targets=tuple(others)), report)
         if self.targets:

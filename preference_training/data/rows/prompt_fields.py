@@ -191,3 +191,11 @@ def system_text(value, name: str):
         return "".join(item["text"] for item in items)
     items = [item if turn_keys(item) or not isinstance(item, dict) else {"role": "system", **item} for item in items]
     return "\n\n".join(turn.content for turn in parse_turns(items, name))
+
+
+def is_system(value) -> bool:
+    """Whether a value is a system prompt."""
+    try:
+        return isinstance(system_text(value, ""), str)
+    except RowError:
+        return False

@@ -347,7 +347,7 @@ def response_of(turns: tuple[Turn, ...]) -> Response:
 def text_error(value) -> str | None:
     """Why a value is not a non-empty text, as the end of a sentence, or None if it is one."""
     if not isinstance(value, str):
-        return f"is {type_name(value)}, expected a text"
+        return f"is {'null' if value is None else type_name(value)}, expected a text"
     if not value or value.isspace():
         return "is empty"
     if value.isascii():
@@ -362,6 +362,11 @@ def text_error(value) -> str | None:
 def type_name(value) -> str:
     """The name of a value's type, for messages."""
     return "None" if value is None else type(value).__name__
+
+
+def shown(value) -> str:
+    """A value as messages show it."""
+    return "null" if value is None else repr(value)
 
 
 # ---- held out -----------------------------------------------------------------------------------------------------------

@@ -2,9 +2,10 @@
 
 import operator
 from collections.abc import Callable, Iterable
+from numbers import Real
 
 from preference_training.data.rows.conversations import RowError, parse_literal
-from preference_training.data.rows.records import text_error
+from preference_training.data.rows.records import shown, text_error
 
 
 def is_empty(value) -> bool:
@@ -67,8 +68,16 @@ def as_number(value, name: str) -> float:
     except (TypeError, ValueError, OverflowError):
         number = None
     if number is None or number != number:
-        raise RowError(f"field {name!r} is {value!r}, expected a number.")
+        raise RowError(f"field {name!r} is {shown(value)}, expected a number.")
     return number
+
+
+def is_finite_number(value) -> bool:
+    """Whether a value is a finite number, also as a text."""
+    try:
+        return isinstance(value, Real | str) and not isinstance(value, bool) and abs(float(value)) < float("inf")
+    except ValueError:
+        return False
 
 
 LABELS = dict.fromkeys(("true", "1", "desirable", "yes", "good", "positive", "chosen", "like"), True) | dict.fromkeys(
@@ -85,7 +94,7 @@ def as_label(value, name: str) -> bool:
     """A value as a label: whether a response is desirable; `name` is its field's. Raises RowError."""
     label = LABELS.get(label_word(value))
     if label is None:
-        raise RowError(f"field {name!r} is {value!r}, expected true or false, 1 or 0, desirable or undesirable.")
+        raise RowError(f"field {name!r} is {shown(value)}, expected one of {', '.join(LABELS)}.")
     return label
 
 
@@ -178,8 +187,8 @@ def better_answer(row: dict, better: str | dict, place_names: str) -> int | None
     """The index of the better of two answers; None for a tie. Raises RowError where the verdict cannot be read."""
     if isinstance(better, str):
         raise RowError(
-            f"field {better!r} is {field_value(row, better)!r}, and it is not evident which of {place_names} that means. Write "
-            f"better: {{{better}: [VALUE, VALUE]}} with the values for the first and the second, such as [0, 1], "
+            f"field {better!r} is {shown(field_value(row, better))}, and it is not evident which of {place_names} that means. "
+            f"Write better: {{{better}: [VALUE, VALUE]}} with the values for the first and the second, such as [0, 1], "
             "[model_a, model_b] or ['< 0', '> 0']."
         )
     ((column, wanted),) = better.items()
@@ -192,7 +201,7 @@ def better_answer(row: dict, better: str | dict, place_names: str) -> int | None
         return None if all(named) else named.index(True)
     if is_empty(value) or is_tie(value):
         return None
-    raise RowError(f"field {column!r} is {value!r}, expected a value for one of {place_names}, or a tie.")
+    raise RowError(f"field {column!r} is {shown(value)}, expected a value for one of {place_names}, or a tie.")
 
 
 def _names_value(value, wanted, row: dict) -> bool:

@@ -52,7 +52,9 @@ def test_a_page_begins_with_a_command_and_what_it_prints(page):
     assert "bash" in languages[:4], f"{page} begins without a command"
     first = shown.PAGES[page].split("\n## ")
     beginning = "".join(first[:2])
-    assert re.search(r"^```text\n|^!\[|^\| ", beginning.split("```bash", 1)[-1], flags=re.MULTILINE), f"{page}: what does it print?"
+    assert re.search(r"^```text\n|^!\[|^\| ", beginning.split("```bash", 1)[-1], flags=re.MULTILINE), (
+        f"{page}: what does it print?"
+    )
 
 
 @pytest.mark.parametrize("page", shown.PAGES)

@@ -37,6 +37,7 @@ KINDS = {
     r"python -m preference_collection (import|export|push|score) ": "test_the_labelling_app_understands_it",
     r"make [\w-]+": "test_what_is_made_is_there",
     r"pip install (--no-deps )?-r |pip install hydra-optuna-sweeper|python3 -m venv |\. \.venv/bin/activate": "test_what_is_made_is_there",
+    r"python my_run\.py": "test_the_page_on_python_can_be_followed",
     r"python -m pytest |python -c ": "followed in a clean clone, or run by test_what_is_run_in_one_line_runs",
 }
 

@@ -133,7 +133,7 @@ def test_a_trainers_last_step_has_the_final_learning_rate(compose, tokenizer):
 @pytest.mark.parametrize(
     ("overrides", "more", "said"),
     [
-        # Of three steps cosine's last has lr 0, and so has all behind it; of six the fourth has (1 + cos(3/5 pi)) / 2.
+        # Of three steps all behind the last have lr 0; of six the fourth is half way down.
         (["lr_schedule=cosine"], "n_epochs=2", "is 0.0005 at the next step, where it would have been 0"),
         (["lr_schedule=linear"], "n_epochs=2", "is 0.0005 at the next step, where it would have been 0"),
         (["warmup_share=0.9"], "n_epochs=2", "is 0.000667 at the next step, where it would have been 0.001"),
